@@ -87,7 +87,7 @@ def test_wrong_values_are_refused_in_one_line(name: str, part: str, field: str, 
     with pytest.raises(InputError) as refused:
         used(name, part, field, value)
     message = str(refused.value)
-    others = "takes 17 channels", "the scheduler is a DDIM", "the scheduler config gives the noise levels"
+    others = "takes 17 channels", "the scheduler is of class DDIM", "the scheduler config gives the noise levels"
     assert any(part in message for part in (field, *others)), message
     assert "\n" not in message and len(message) < 400
 

@@ -14,7 +14,14 @@ from diffusers import (
 )
 
 from latentreward.errors import InputError
-from latentreward.noise import DDPM, FlowMatching, NoiseProcess, process_from_scheduler
+from latentreward.noise import (
+    DDPM,
+    DDPM_SCHEDULERS,
+    FLOW_SCHEDULERS,
+    FlowMatching,
+    NoiseProcess,
+    process_from_scheduler,
+)
 
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 
@@ -121,6 +128,39 @@ def test_unknown_prediction_type_is_refused() -> None:
 def test_config_of_no_known_class_is_refused_rather_than_taken_for_ddpm() -> None:
     with pytest.raises(InputError, match="_class_name"):
         process_from_scheduler({"shift": 3.0})
+
+
+DDIM, EULER = {"_class_name": "DDIMScheduler"}, {"_class_name": "FlowMatchEulerDiscreteScheduler"}
+BOTH = (*FLOW_SCHEDULERS, *DDPM_SCHEDULERS)
+
+
+@pytest.mark.parametrize(
+    ("config", "taken", "message"),
+    [
+        *(
+            ({"_class_name": name}, BOTH, f"class {name}, which tells no noise process .* DDIMScheduler, .* published")
+            for name in ("EDMEulerScheduler", "EDMDPMSolverMultistepScheduler", "IPNDMScheduler", "MyScheduler", ["a"])
+        ),
+        *(
+            ({"_class_name": name}, BOTH, f"class {name}, for networks that were distilled .* give the pipeline that")
+            for name in ("LCMScheduler", "TCDScheduler", "FlowMatchLCMScheduler")
+        ),
+        (EULER, DDPM_SCHEDULERS, "class FlowMatchEulerDiscreteScheduler, which tells no .* it takes DDIMScheduler, "),
+        (DDIM, FLOW_SCHEDULERS, "class DDIMScheduler, which .* it takes FlowMatchEulerDiscreteScheduler, "),
+        ({**DDIM, "use_flow_sigmas": True}, DDPM_SCHEDULERS, "use_flow_sigmas=True, for another noise process"),
+        ({**DDIM, "timestep_type": "continuous"}, DDPM_SCHEDULERS, "timestep_type=continuous, for another noise"),
+        ({**DDIM, "prediction_type": "flow_prediction"}, DDPM_SCHEDULERS, "prediction_type 'flow_prediction'"),
+        ({**DDIM, "beta_schedule": "cubic"}, DDPM_SCHEDULERS, "cubic is not implemented .*; get the pipeline as"),
+        ({**EULER, "shift": "x"}, FLOW_SCHEDULERS, "shift='x', which must be a finite number"),
+    ],
+    ids=str,
+)
+def test_a_scheduler_of_another_process_is_refused(
+    config: dict[str, Any], taken: tuple[str, ...], message: str
+) -> None:
+    with pytest.raises(InputError, match=message.replace("['a']", r"\['a'\]")) as refused:
+        process_from_scheduler(config, taken)
+    assert "\n" not in str(refused.value)
 
 
 def test_targets_are_what_networks_of_the_process_predict() -> None:

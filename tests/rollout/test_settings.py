@@ -1,10 +1,15 @@
 """How a policy is sampled from: which sampler a pipeline gets, and refused settings."""
 
+import json
+import shutil
+from pathlib import Path
 from typing import Any
 
 import pytest
+from diffusers import StableDiffusionPipeline
 
-from latentreward.backbones import LoRA
+from latentreward.backbones import LoRA, create_backbone
+from latentreward.backbones.loading import tiny_pipeline
 from latentreward.errors import InputError
 from latentreward.families.sd import StableDiffusion
 from latentreward.generation.picture_writing import DETERMINISTIC
@@ -14,6 +19,13 @@ from latentreward.rollout import DDIMSampler, FlowSDESampler, Sampling
 from tests.families.made_configs import MadeConfigs
 from tests.modules.simple_reward import FirstChannelReward
 from tests.rollout.tiny_rollout import tiny_policy
+
+
+def tiny_copy(tmp_path: Path, **scheduler: object) -> Path:
+    folder = Path(shutil.copytree(tiny_pipeline("sd_tiny"), tmp_path / "pipeline"))
+    path = folder / "scheduler" / "scheduler_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **scheduler}))
+    return folder
 
 
 def test_the_schedulers_class_decides() -> None:
@@ -44,6 +56,29 @@ def test_any_scheduler_of_the_family_gives_ddim(name: str) -> None:
     configs["scheduler"]["_class_name"] = name
     sampler = Sampling().sampler(StableDiffusion(MadeConfigs(configs)))
     assert sampler.timesteps.tolist() == [float(t) for t in range(951, 0, -50)]
+
+
+def test_stable_diffusion_is_sampled_with_the_offset_that_its_pipeline_sets(tmp_path: Path) -> None:
+    """diffusers' own pipeline replaces two entries of old scheduler configs; SDXL's does not."""
+    folder = tiny_copy(tmp_path, steps_offset=0, clip_sample=True, set_alpha_to_one=False)
+    with pytest.warns(FutureWarning, match="outdated|has not set"):
+        theirs = StableDiffusionPipeline.from_pretrained(folder).scheduler
+    theirs.set_timesteps(8)
+    family = PolicySource(str(folder)).resolve_family()
+    assert Sampling(8).sampler(family).timesteps.tolist() == theirs.timesteps.tolist() == [*range(876, 0, -125)]
+    xl = MadeConfigs({"unet": {"addition_embed_type": "text_time"}, "scheduler": {"steps_offset": 0}})
+    assert StableDiffusion(xl).scheduler_config["steps_offset"] == 0
+
+
+def test_a_unet_with_a_scheduler_of_another_process_is_refused(tmp_path: Path) -> None:
+    folder = tiny_copy(tmp_path, _class_name="FlowMatchEulerDiscreteScheduler")
+    for use in (
+        lambda: create_backbone("sd_tiny", source=str(folder)),
+        lambda: Sampling(4).sampler(PolicySource(str(folder)).resolve_family()),
+        lambda: PolicySource(str(folder)).load().noise_process,
+    ):
+        with pytest.raises(InputError, match=r"of class FlowMatchEuler\w+, .* takes DDIMScheduler"):
+            use()
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from latentreward.backbones.tuning import LoRA, StorageDtype, Tuning, tune
 from latentreward.backbones.weights import from_config, load_weights, map_model, settle
 from latentreward.contracts import LatentSpace
 from latentreward.errors import InputError, first_line
-from latentreward.noise import NoiseProcess, process_from_scheduler
+from latentreward.noise import DDPM_SCHEDULERS, FLOW_SCHEDULERS, NoiseProcess, process_from_scheduler
 from latentreward.storage.hub import hub_answers
 from latentreward.storage.json_files import entry, read_config
 from latentreward.storage.weight_files import find_weights, map_weights
@@ -195,8 +195,17 @@ class PipelineSource:
         return self._load(SD3Transformer2DModel, "transformer", pretrained, mapped)
 
     def noise_process(self) -> NoiseProcess:
-        """Return the forward noise process that the pipeline's scheduler config describes."""
-        return process_from_scheduler(self.config("scheduler"))
+        """Return the forward noise process that the pipeline's scheduler config describes.
+
+        Raises:
+            InputError: If the scheduler is of an unknown class, or of a flow beside a U-Net, or of DDPM beside SD3.
+        """
+        config = self.config("scheduler")
+        if self.has("unet"):
+            return process_from_scheduler(config, DDPM_SCHEDULERS)
+        kind = self.config("transformer").get("_class_name") if self.has("transformer") else None
+        taken = FLOW_SCHEDULERS if kind == "SD3Transformer2DModel" else (*FLOW_SCHEDULERS, *DDPM_SCHEDULERS)
+        return process_from_scheduler(config, taken)
 
     def latent_space(self) -> LatentSpace:
         """Return the latent space that the VAE's config describes."""

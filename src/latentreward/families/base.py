@@ -245,6 +245,12 @@ class Family(ABC):
 
     # Noise
 
+    @property
+    def scheduler_config(self) -> dict[str, Any]:
+        """Config of the scheduler, as the family's pipeline in diffusers uses it."""
+        config: dict[str, Any] = self.pipeline.config("scheduler")
+        return config
+
     @cached_property
     @abstractmethod
     def noise_process(self) -> NoiseProcess:

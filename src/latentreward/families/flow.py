@@ -192,7 +192,7 @@ class FlowFamily(Family):
         """See :meth:`Family.levels`."""
         dynamic = self.entry("scheduler", "use_dynamic_shifting", bool, default=False)
         mu = self.mu(num_inference_steps, shape) if dynamic else None
-        return shifted_levels(self.pipeline.config("scheduler"), num_inference_steps, mu)
+        return shifted_levels(self.scheduler_config, num_inference_steps, mu)
 
     # Network
 

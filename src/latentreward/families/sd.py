@@ -15,7 +15,7 @@ from latentreward.contracts import Conditioning
 from latentreward.encoders.prompts import PromptEncoder
 from latentreward.errors import InputError
 from latentreward.families.base import Family, Pair, PipelineConfigs
-from latentreward.noise import NoiseProcess, process_from_scheduler
+from latentreward.noise import DDPM_SCHEDULERS, NoiseProcess, process_from_scheduler
 
 
 class StableDiffusion(Family):
@@ -87,10 +87,15 @@ class StableDiffusion(Family):
         forced = self.pipeline.index.get("force_zeros_for_empty_prompt", self.is_xl)  # diffusers' defaults
         return encoded.zeros() if forced else encoded
 
+    @property
+    def scheduler_config(self) -> dict[str, Any]:
+        """See :attr:`Family.scheduler_config`; two entries are what ``StableDiffusionPipeline`` sets them to."""
+        return super().scheduler_config | ({} if self.is_xl else {"steps_offset": 1, "clip_sample": False})
+
     @cached_property
     def noise_process(self) -> NoiseProcess:
         """See :attr:`Family.noise_process`."""
-        return process_from_scheduler(self.pipeline.config("scheduler"))
+        return process_from_scheduler(self.scheduler_config, DDPM_SCHEDULERS)
 
     @property
     def default_guidance(self) -> float:

@@ -19,7 +19,7 @@ from latentreward.backbones.loading import SHIPPED, check_channels
 from latentreward.contracts import Conditioning
 from latentreward.encoders.prompts import PromptEncoder
 from latentreward.families.base import Family, Pair, PipelineConfigs
-from latentreward.noise import NoiseProcess, process_from_scheduler
+from latentreward.noise import FLOW_SCHEDULERS, NoiseProcess, process_from_scheduler
 from latentreward.noise.schedules import static_levels
 
 LAYERS = {
@@ -128,11 +128,11 @@ class StableDiffusion3(Family):
     @cached_property
     def noise_process(self) -> NoiseProcess:
         """See :attr:`Family.noise_process`."""
-        return process_from_scheduler(self.pipeline.config("scheduler"))
+        return process_from_scheduler(self.scheduler_config, FLOW_SCHEDULERS)
 
     def levels(self, num_inference_steps: int, shape: Sequence[int]) -> tuple[Tensor, Tensor]:
         """See :meth:`Family.levels`."""
-        return static_levels(self.pipeline.config("scheduler"), num_inference_steps)
+        return static_levels(self.scheduler_config, num_inference_steps)
 
     @property
     def default_guidance(self) -> float:

@@ -26,7 +26,7 @@ from latentreward.families.backbone import FamilyBackbone, load_family_backbone
 from latentreward.families.base import Pair
 from latentreward.families.flow import FlowFamily, Tokens, of_patches, whole
 from latentreward.families.published import UMT5_XXL, WAN_VAE, Published
-from latentreward.noise.schedules import EULER, check_levels, make_scheduler, static_levels
+from latentreward.noise.schedules import EULER, check_levels, check_scheduler, make_scheduler, static_levels
 
 LAYERS = {
     "condition_embedder.time_embedder.linear_1": "time_embedding.0",
@@ -151,15 +151,14 @@ class Wan21(FlowFamily):
     @cached_property
     def scheduler_class(self) -> str:
         """Class of the pipeline's saved scheduler."""
-        return str(self.pipeline.config("scheduler").get("_class_name"))
+        return str(self.scheduler_config.get("_class_name"))
 
     def levels(self, num_inference_steps: int, shape: Sequence[int]) -> tuple[Tensor, Tensor]:
         """See :meth:`Family.levels`."""
-        config = self.pipeline.config("scheduler")
+        config = self.scheduler_config
+        check_scheduler(config, (UNIPC, EULER))
         if self.scheduler_class == EULER:
             return static_levels(config, num_inference_steps)
-        if self.scheduler_class != UNIPC:
-            raise InputError(f"the scheduler is a {self.scheduler_class}; save the pipeline with {UNIPC}, as published")
         wanted = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
         others = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_dynamic_shifting")
         for name, value in {**wanted, **dict.fromkeys(others, False)}.items():

@@ -1,8 +1,10 @@
 """Noise processes (latents to noisy latents) and samplers of noise levels."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 
-from latentreward.errors import InputError
 from latentreward.noise.base import NoiseProcess
 from latentreward.noise.ddpm import DDPM
 from latentreward.noise.flow import ContinuousFlow, FlowMatching
@@ -17,9 +19,12 @@ from latentreward.noise.levels import (
     TimestepGrid,
     UniformSigma,
 )
+from latentreward.noise.schedules import DDPM_SCHEDULERS, FLOW_SCHEDULERS, check_scheduler
 
 __all__ = [
     "DDPM",
+    "DDPM_SCHEDULERS",
+    "FLOW_SCHEDULERS",
     "BetaSigma",
     "ConstantSigma",
     "ContinuousFlow",
@@ -36,15 +41,20 @@ __all__ = [
 ]
 
 
-def process_from_scheduler(config: dict) -> NoiseProcess:
-    """Build the noise process of a saved diffusers scheduler config: flow matching by its class name, else DDPM.
+def process_from_scheduler(
+    config: dict[str, Any], taken: Sequence[str] = (*FLOW_SCHEDULERS, *DDPM_SCHEDULERS)
+) -> NoiseProcess:
+    """Build the noise process of a saved diffusers scheduler config: flow matching or DDPM, by its class name.
+
+    Args:
+        config: The saved config, with ``_class_name``.
+        taken: Classes of schedulers that the network takes.
 
     Raises:
-        InputError: If the config has no ``_class_name`` (the ``config`` of a scheduler object has none), or its
-            ``prediction_type`` is unknown.
+        InputError: If the config has no ``_class_name`` (the ``config`` of a scheduler object has none) or one that is
+            not in ``taken``, or its ``prediction_type`` or ``beta_schedule`` is unknown.
     """
-    if "_class_name" not in config:
-        raise InputError("the scheduler config has no _class_name; give the one saved in scheduler_config.json")
-    family = FlowMatching if "FlowMatch" in config["_class_name"] else DDPM
+    check_scheduler(config, taken)
+    family = FlowMatching if config["_class_name"] in FLOW_SCHEDULERS else DDPM
     with torch.device("cpu"):  # the tables stay on the CPU, whatever the default device
         return family.from_config(config)

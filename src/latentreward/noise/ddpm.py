@@ -9,6 +9,7 @@ from torch import Tensor
 from latentreward.errors import InputError
 from latentreward.noise.base import NoiseProcess, per_sample
 from latentreward.noise.predictions import predicted_clean
+from latentreward.noise.schedules import make_scheduler
 
 
 class DDPM(NoiseProcess):
@@ -29,10 +30,14 @@ class DDPM(NoiseProcess):
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> "DDPM":
-        """Build the process from the config of a diffusers DDPM-family scheduler (DDIM, PNDM, Euler, ...)."""
+        """Build the process from the config of a diffusers DDPM-family scheduler (DDIM, PNDM, Euler, ...).
+
+        Raises:
+            InputError: If the scheduler refuses the config, such as an unknown ``beta_schedule``.
+        """
         from diffusers import DDPMScheduler
 
-        scheduler = DDPMScheduler.from_config({**config, "_class_name": "DDPMScheduler", "thresholding": False})
+        scheduler = make_scheduler(DDPMScheduler, {**config, "thresholding": False}, 1)
         return cls(scheduler.alphas_cumprod, config.get("prediction_type", "epsilon"))
 
     def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:

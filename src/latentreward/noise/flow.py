@@ -9,6 +9,8 @@ from torch import Tensor
 from latentreward.errors import InputError
 from latentreward.noise.base import NoiseProcess, per_sample
 from latentreward.noise.predictions import predicted_clean
+from latentreward.noise.schedules import NAME
+from latentreward.storage.json_files import entry
 
 
 class FlowMatching(NoiseProcess):
@@ -30,7 +32,8 @@ class FlowMatching(NoiseProcess):
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> "FlowMatching":
         """Build the process from the config of a ``FlowMatchEulerDiscreteScheduler``."""
-        return cls(config.get("num_train_timesteps", 1000), config.get("shift", 1.0))
+        levels = entry(config, "num_train_timesteps", int, NAME, default=1000)
+        return cls(levels, entry(config, "shift", float, NAME, default=1.0))
 
     def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """See :meth:`NoiseProcess.add_noise`."""

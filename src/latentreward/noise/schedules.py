@@ -1,6 +1,6 @@
 """Timesteps and noise levels of diffusers' schedulers."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,7 +10,64 @@ from latentreward.errors import InputError, first_line
 from latentreward.storage.json_files import entry
 
 EULER = "FlowMatchEulerDiscreteScheduler"
+FLOW_SCHEDULERS = (EULER, "FlowMatchHeunDiscreteScheduler")
+"""Schedulers of a rectified flow with a fixed shift."""
+DDPM_SCHEDULERS = (
+    "DDIMScheduler",
+    "DDIMParallelScheduler",
+    "DDPMScheduler",
+    "DDPMParallelScheduler",
+    "DEISMultistepScheduler",
+    "DPMSolverMultistepScheduler",
+    "DPMSolverSDEScheduler",
+    "DPMSolverSinglestepScheduler",
+    "EulerAncestralDiscreteScheduler",
+    "EulerDiscreteScheduler",
+    "HeunDiscreteScheduler",
+    "KDPM2AncestralDiscreteScheduler",
+    "KDPM2DiscreteScheduler",
+    "LMSDiscreteScheduler",
+    "PNDMScheduler",
+    "SASolverScheduler",
+    "UniPCMultistepScheduler",
+)
+"""Schedulers that differ only in their sampler: networks for one of them are sampled by DDIM with its config too."""
+DISTILLED = ("LCMScheduler", "TCDScheduler", "FlowMatchLCMScheduler", "SCMScheduler", "CMStochasticIterativeScheduler")
+"""Schedulers of networks that were distilled to few steps, whose predictions are no steps of a noise process."""
+OTHER_PROCESS: Mapping[str, Any] = {"use_flow_sigmas": True, "timestep_type": "continuous"}
+"""Settings by which some of :data:`DDPM_SCHEDULERS` get another noise process."""
 NAME = "the scheduler config"
+
+
+def check_scheduler(config: Mapping[str, Any], taken: Sequence[str]) -> None:
+    """Refuse a scheduler from which a network's noise process cannot be told.
+
+    Args:
+        config: The pipeline's saved scheduler config.
+        taken: Classes of diffusers that the network takes.
+
+    Raises:
+        InputError: If the class is none of ``taken``, or the config has a setting of :data:`OTHER_PROCESS` and the
+            network is no flow.
+    """
+    if (found := config.get("_class_name")) is None:
+        raise InputError(f"{NAME} has no _class_name; give the one saved in scheduler_config.json")
+    if found in DISTILLED:
+        raise InputError(
+            f"the scheduler is of class {found}, for networks that were distilled to few steps, whose predictions are "
+            "not those of a noise process; give the pipeline that this one was distilled from"
+        )
+    if found not in taken:
+        raise InputError(
+            f"the scheduler is of class {found!s:.60}, which tells no noise process of this network; it takes "
+            f"{', '.join(taken)}: give a pipeline that is published with one of these"
+        )
+    for name, value in OTHER_PROCESS.items():
+        if EULER not in taken and config.get(name) == value:  # Wan's UniPC has flow sigmas
+            raise InputError(
+                f"{NAME} has {name}={value}, for another noise process than DDPM's; give a pipeline whose network was "
+                "trained without it"
+            )
 
 
 def make_scheduler(family: Any, config: Mapping[str, Any], num_inference_steps: int, **options: Any) -> Any:
@@ -40,7 +97,7 @@ def make_scheduler(family: Any, config: Mapping[str, Any], num_inference_steps: 
             scheduler.set_timesteps(num_inference_steps, **options)
     except InputError:
         raise
-    except (ArithmeticError, ImportError, TypeError, ValueError) as error:
+    except (ArithmeticError, ImportError, NotImplementedError, TypeError, ValueError) as error:
         raise InputError(
             f"{NAME} does not make a {family.__name__} ({first_line(error)}); get the pipeline as published"
         ) from error
@@ -73,12 +130,13 @@ def static_levels(config: Mapping[str, Any], num_inference_steps: int) -> tuple[
         Timesteps ``(n,)`` and noise levels ``(n + 1,)``, the last one 0; float32.
 
     Raises:
-        InputError: If the scheduler cannot make ``num_inference_steps`` steps, or its config has
+        InputError: If the scheduler is of another class, cannot make ``num_inference_steps`` steps, or its config has
             ``use_dynamic_shifting`` (timesteps depend on the image size), ``invert_sigmas`` or
             ``stochastic_sampling``, or gives levels that do not fall from 1 to 0.
     """
     from diffusers import FlowMatchEulerDiscreteScheduler
 
+    check_scheduler({"_class_name": EULER, **config}, FLOW_SCHEDULERS)
     for name in ("use_dynamic_shifting", "invert_sigmas", "stochastic_sampling"):
         if entry(config, name, bool, NAME, default=False):
             raise InputError(
@@ -108,10 +166,7 @@ def shifted_levels(config: Mapping[str, Any], num_inference_steps: int, mu: floa
     import numpy as np
     from diffusers import FlowMatchEulerDiscreteScheduler
 
-    if config.get("_class_name") != EULER:
-        raise InputError(
-            f"the scheduler is a {config.get('_class_name')}; save the pipeline with {EULER}, as published"
-        )
+    check_scheduler(config, (EULER,))
     for name in ("invert_sigmas", "stochastic_sampling"):
         if entry(config, name, bool, NAME, default=False):
             raise InputError(f"{NAME} has {name}=true, which is not supported; set it to false")

@@ -146,9 +146,10 @@ class TurningPointCredit(Credit):
 
 
 def balance(turning: Tensor, bonus: Tensor) -> Tensor:
-    """Keep as many positive as negative bonuses at ``turning`` points ``(N, S)``, the largest ones; of equals the first.
+    """Keep as many positive as negative bonuses at ``turning`` points ``(N, S)``, the largest ones.
 
-    Bonuses of one sign alone are all kept, as in TP-GRPO's released code; bonuses of 0 are kept in that case only.
+    Of equal bonuses the first are kept. Bonuses of one sign alone are all kept, as in TP-GRPO's released code; bonuses
+    of 0 are kept in that case only.
     """
     signs = [turning & (bonus > 0), turning & (bonus < 0)]
     count = min(int(sign.sum()) for sign in signs)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from latentreward.errors import InputError
 from latentreward.noise.predictions import ancestral_variance, predicted_clean, predicted_noise
-from latentreward.noise.schedules import make_scheduler
+from latentreward.noise.schedules import DDPM_SCHEDULERS, check_scheduler, make_scheduler
 from latentreward.rollout.base import StepSampler
 from latentreward.rollout.transition import Transition
 
@@ -26,17 +26,19 @@ class DDIMSampler(StepSampler):
     η = 1 is DDPM's ancestral sampling on these timesteps, η = 0 is deterministic.
 
     Args:
-        scheduler_config: The pipeline's saved scheduler config, of any class of the DDPM family.
+        scheduler_config: The pipeline's saved scheduler config, of a class of
+            :data:`~latentreward.noise.schedules.DDPM_SCHEDULERS`.
         num_inference_steps: Number of steps T.
         eta: η in [0, 1]: factor on the standard deviation of the ancestral noise.
 
     Raises:
-        InputError: If the scheduler cannot make ``num_inference_steps`` steps, ``eta`` is so large that the mean's
-            noise term would be imaginary, or the config has a setting that does not suit latents (``clip_sample``,
-            ``thresholding``, ``prediction_type`` ``sample``).
+        InputError: If the scheduler is of another class or cannot make ``num_inference_steps`` steps, ``eta`` is so
+            large that the mean's noise term would be imaginary, or the config has a setting that does not suit latents
+            (``clip_sample``, ``thresholding``, ``prediction_type`` ``sample``).
     """
 
     def __init__(self, scheduler_config: Mapping[str, Any], num_inference_steps: int, eta: float = 1.0) -> None:
+        check_scheduler({"_class_name": "DDIMScheduler", **scheduler_config}, DDPM_SCHEDULERS)
         self.prediction_type = scheduler_config.get("prediction_type", "epsilon")
         for name in ("clip_sample", "thresholding"):
             if scheduler_config.get(name):

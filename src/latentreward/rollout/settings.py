@@ -82,4 +82,4 @@ class Sampling:
             raise InputError(
                 f"sampling.flow_noise={self.flow_noise}: {family.title} is no flow; leave it out, for DDIM's steps"
             )
-        return DDIMSampler(family.pipeline.config("scheduler"), self.num_inference_steps, self.eta or 0.0)
+        return DDIMSampler(family.scheduler_config, self.num_inference_steps, self.eta or 0.0)
