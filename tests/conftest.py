@@ -13,6 +13,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # for what tests start: idle thre
 import pytest
 import torch
 
+from tests.marks import in_turn
+
 if TYPE_CHECKING:
     from tests.browser import Pages
 
@@ -64,8 +66,16 @@ LONGEST = [
 """Files of tests that take longest; begun last, one of them would keep one process busy and leave the others idle."""
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put the files that take longest first."""
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Let `.ci/run` name the commit whose turn it is."""
+    parser.addoption("--rotation", metavar="COMMIT", help="of rotated cases run only a third, another one per COMMIT")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out the rotated cases whose turn it is not, and put the files that take longest first."""
+    if commit := config.getoption("--rotation"):
+        items[:], left = in_turn(items, commit)
+        config.hook.pytest_deselected(items=left)
     places = {f"tests/{name}.py": place for place, name in enumerate(LONGEST)}
     assert all(Path(file).is_file() for file in places), "LONGEST names a file that is not there"
     items.sort(key=lambda item: places.get(item.nodeid.partition("::")[0], len(places)))

@@ -1,26 +1,54 @@
 """Which cases of a test run always, which in `.ci/run` as well, and which for a release and on pushes to main alone."""
 
+from collections import Counter
 from collections.abc import Iterable
 from typing import Any
+from zlib import crc32
 
 import pytest
 from _pytest.mark import MarkDecorator, ParameterSet
 
 RELEASE = (pytest.mark.slow, pytest.mark.release)
+ROTATED = (pytest.mark.slow, pytest.mark.rotated)
+TURNS = 3
+"""A run for one commit has every third of a test's rotated cases."""
 
 
-def slow_after(count: int, cases: Iterable[Any], *, release: int | None = None) -> list[ParameterSet]:
+def slow_after(count: int, cases: Iterable[Any]) -> list[ParameterSet]:
     """Mark cases of ``pytest.mark.parametrize`` after the first ``count`` as slow; a tuple holds a case's values.
 
-    Those after the first ``release``, where given, are for a release.
+    For what every run should try: trust, resuming, durability, and formulas that no other test has.
     """
-    marked = _marked_after(count, cases, (pytest.mark.slow,))
+    return _marked_after(count, cases, (pytest.mark.slow,))
+
+
+def rotated_after(count: int, cases: Iterable[Any], *, release: int | None = None) -> list[ParameterSet]:
+    """Mark cases after the first ``count`` as slow ones of which `.ci/run` takes a third, another one for each commit.
+
+    For grids over families, configs, layouts and rows, whose cases repeat one promise. Those after the first
+    ``release``, where given, are for a release.
+    """
+    marked = _marked_after(count, cases, ROTATED)
     return marked if release is None else release_after(release, marked)
 
 
 def release_after(count: int, cases: Iterable[Any]) -> list[ParameterSet]:
     """Mark cases of ``pytest.mark.parametrize`` after the first ``count`` as slow ones for a release."""
     return _marked_after(count, cases, RELEASE)
+
+
+def in_turn(items: Iterable[pytest.Item], commit: str) -> tuple[list[pytest.Item], list[pytest.Item]]:
+    """Return the tests that a run for ``commit`` has, and the rotated ones that are left out."""
+    kept, left, places = list[pytest.Item](), list[pytest.Item](), Counter[str]()
+    for item in items:
+        test = item.nodeid.partition("[")[0]
+        place = places[test] + crc32(f"{commit} {test}".encode())
+        if item.get_closest_marker("rotated") is None:
+            kept.append(item)
+        else:
+            (left if place % TURNS else kept).append(item)
+            places[test] += 1
+    return kept, left
 
 
 def _marked_after(count: int, cases: Iterable[Any], marks: tuple[MarkDecorator, ...]) -> list[ParameterSet]:

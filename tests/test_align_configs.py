@@ -11,7 +11,7 @@ from latentreward.cli import main
 from latentreward.estimate.pipelines import write_pipelines
 from latentreward.modules import DiffusionDPOModule, ReFLModule
 from latentreward.noise import FlowMatching
-from tests.marks import slow_after
+from tests.marks import rotated_after
 from tests.test_recipes import parse
 
 FOLDER = Path(__file__).parents[1] / "configs" / "align"
@@ -30,12 +30,12 @@ def _paths(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
-@pytest.mark.parametrize("name", slow_after(2, FILES, release=5))
+@pytest.mark.parametrize("name", rotated_after(2, FILES, release=5))
 def test_parses(name: str) -> None:
     parse(f"configs/align/{name}")
 
 
-@pytest.mark.parametrize("name", slow_after(1, ["diffusion_dpo_sd15", "diffusion_dpo_sd35"]))
+@pytest.mark.parametrize("name", rotated_after(1, ["diffusion_dpo_sd15", "diffusion_dpo_sd35"]))
 def test_builds_at_full_size(name: str) -> None:
     with torch.device("meta"):
         module = parse(f"configs/align/{name}.yaml").build("model")

@@ -15,7 +15,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from latentreward.cli import main
 from latentreward.policies.moving import AVERAGE, OLD
 from tests.families.twins import TWINS
-from tests.marks import slow_after
+from tests.marks import rotated_after
 from tests.scorers.tiny_clip import write_clip
 from tests.test_recipes import RECIPES, ROOT, SAMPLES, stack_of
 from tests.tiny_pipelines import PIXELS, pipeline_folder
@@ -240,7 +240,7 @@ FILES = [*(CONFIGS / "model").glob("*.yaml"), *(CONFIGS / "align").glob("*.yaml"
 
 @pytest.mark.parametrize(
     "path",
-    slow_after(len(QUICK), sorted(FILES, key=_place), release=sum(path.stem in {*QUICK, *IN_CI} for path in FILES)),
+    rotated_after(len(QUICK), sorted(FILES, key=_place), release=sum(path.stem in {*QUICK, *IN_CI} for path in FILES)),
     ids=lambda path: f"{path.parent.name}-{path.stem}",
 )
 def test_last_ckpt_is_of_the_last_step_written_once_and_without_frozen_weights(path: Path) -> None:
@@ -262,7 +262,7 @@ def test_last_ckpt_is_of_the_last_step_written_once_and_without_frozen_weights(p
 
 
 @pytest.mark.parametrize(
-    "file", slow_after(1, ["model/lrm_tiny", "align/lpo_sd35_tiny", "align/diffusion_dpo_sd15", "recipes/lrm_sd15"])
+    "file", rotated_after(1, ["model/lrm_tiny", "align/lpo_sd35_tiny", "align/diffusion_dpo_sd15", "recipes/lrm_sd15"])
 )
 def test_a_run_goes_on_from_its_last_ckpt(file: str) -> None:
     run = finished(CONFIGS / f"{file}.yaml")

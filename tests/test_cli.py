@@ -27,7 +27,7 @@ from latentreward.scoring.layouts.run import settings_beside
 from latentreward.settings.errors import UNSET
 from latentreward.storage.locks import locked
 from tests.limits import largest_file
-from tests.marks import slow_after
+from tests.marks import rotated_after
 from tests.processes import finish
 
 SOURCE = Path(latentreward.__file__).parents[1]
@@ -384,7 +384,7 @@ def test_interpolation_typed_on_the_command_line(capsys: pytest.CaptureFixture[s
 
 @pytest.mark.parametrize(
     "options",
-    slow_after(
+    rotated_after(
         2,
         [
             ["--model.backbone=stand_in"],
@@ -405,7 +405,7 @@ def test_backbone_by_short_name(options: list[str], folder: Path, capsys: pytest
     assert backbone["class_path"] == "plugin.stand_in"
 
 
-@pytest.mark.parametrize("name", slow_after(2, ["cpu", "one_gpu", "eight_gpus", "fsdp2", "fsdp1", "slurm"]))
+@pytest.mark.parametrize("name", rotated_after(2, ["cpu", "one_gpu", "eight_gpus", "fsdp2", "fsdp1", "slurm"]))
 def test_packaged_trainers_are_found_from_any_folder_and_keep_last_ckpt(
     name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -494,7 +494,7 @@ def test_settings_are_written_once(folder: Path, capsys: pytest.CaptureFixture[s
     assert run("fit") == ["config.yaml", "config_1.yaml", "config_2.yaml"]  # the newest file is that of a checkpoint
 
 
-@pytest.mark.parametrize("command", slow_after(1, ["validate", "predict"]))
+@pytest.mark.parametrize("command", rotated_after(1, ["validate", "predict"]))
 def test_other_subcommands_take_the_saved_config_of_fit(command: str, folder: Path) -> None:
     main([*FIT, "--trainer.default_root_dir=second"])
     main([command, "--config=second/config.yaml", f"--trainer.default_root_dir={command}"])

@@ -12,7 +12,7 @@ from pyarrow import parquet
 
 from latentreward.cli import main
 from latentreward.tinyworld.writers import write_hpdv3, write_pickapic
-from tests.marks import slow_after
+from tests.marks import rotated_after
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 TINY = sorted(path.stem for path in (CONFIGS / "model").glob("*_tiny.yaml"))
@@ -50,7 +50,7 @@ def options(model: str, layout: str, pairs: dict[str, Path], folder: Path) -> li
 EACH = [(model, ("pickapic", "hpdv3")[place % 2]) for place, model in enumerate(TINY)]
 
 
-@pytest.mark.parametrize(("model", "layout"), slow_after(1, EACH, release=5))
+@pytest.mark.parametrize(("model", "layout"), rotated_after(1, EACH, release=5))
 def test_fit_validate_test_and_predict(
     model: str, layout: str, pairs: dict[str, Path], tmp_path: Path, caplog: Any
 ) -> None:
@@ -84,7 +84,7 @@ def test_the_saved_config_trains_the_same_weights(pairs: dict[str, Path], tmp_pa
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-@pytest.mark.parametrize("model", slow_after(1, FULL_SIZE, release=4))
+@pytest.mark.parametrize("model", rotated_after(1, FULL_SIZE, release=4))
 def test_full_size_configs_parse(
     model: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -135,7 +135,7 @@ REAL_DATA = {
 
 @pytest.mark.parametrize(
     ("change", "words"),
-    slow_after(
+    rotated_after(
         1,
         [
             ("column", ["label_0"]),
@@ -160,7 +160,7 @@ def test_damaged_data_is_one_line(
 
 @pytest.mark.parametrize(
     ("setting", "words"),
-    slow_after(
+    rotated_after(
         3,
         [
             ("--model.backbone=sd_tinny", ["sd_tinny", "did you mean 'sd_tiny'"]),

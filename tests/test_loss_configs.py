@@ -7,7 +7,7 @@ from pyarrow import parquet
 
 from latentreward.cli import main
 from latentreward.tinyworld.writers import write_pickapic
-from tests.marks import slow_after
+from tests.marks import rotated_after
 from tests.test_recipes import parse
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -44,9 +44,9 @@ def test_a_loss_is_given_after_a_model_and_its_data(name: str, monkeypatch: pyte
         assert before[setting] == after[setting]
 
 
-@pytest.mark.parametrize("name", slow_after(1, LOSSES))
+@pytest.mark.parametrize("name", rotated_after(1, LOSSES))
 @pytest.mark.parametrize(
-    "model", slow_after(1, ["layer_mix_tiny", "dina_lrm_tiny", "pavrm_dit_tiny", "drm_tiny"], release=2)
+    "model", rotated_after(1, ["layer_mix_tiny", "dina_lrm_tiny", "pavrm_dit_tiny", "drm_tiny"], release=2)
 )
 def test_a_tiny_reward_trains_with_every_loss(
     model: str, name: str, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -13,7 +13,7 @@ from latentreward.estimate.pipelines import write_pipelines
 from latentreward.modules import LPOModule
 from latentreward.rollout import SigmaThreshold
 from latentreward.tinyworld import TinyWorldPromptDataModule
-from tests.marks import slow_after
+from tests.marks import rotated_after
 from tests.test_recipes import ParsedCLI, parse
 
 FOLDER = Path(__file__).parents[1] / "configs" / "align"
@@ -41,7 +41,7 @@ def parsed(name: str, *options: str) -> ParsedCLI:
     return parse(f"configs/align/{name}.yaml", options=options)
 
 
-@pytest.mark.parametrize("name", slow_after(2, FILES, release=5))
+@pytest.mark.parametrize("name", rotated_after(2, FILES, release=5))
 def test_parses_and_keeps_its_runs_apart(name: str) -> None:
     settings = parsed(name).config["fit"]["trainer"]
     assert settings.default_root_dir == f"runs/{name}"
@@ -72,7 +72,7 @@ def test_files_of_prompts_load() -> None:
     assert len(captions.prompts) == 1024
 
 
-@pytest.mark.parametrize("name", slow_after(1, ["lpo_tiny", "spo_tiny", "lpo_sd35_tiny"]))
+@pytest.mark.parametrize("name", rotated_after(1, ["lpo_tiny", "spo_tiny", "lpo_sd35_tiny"]))
 def test_tiny_ones_train(name: str, tmp_path: Path) -> None:
     """With a reward that is a formula: what configs/model/lrm_tiny.yaml trains takes a minute."""
     small = ("--data.batch_size=4", "--data.prompts_per_rollout=4", "--data.batches_per_epoch=2")

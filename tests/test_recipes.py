@@ -26,7 +26,7 @@ from latentreward.modules import RewardModule
 from latentreward.seeding import pair_generator
 from latentreward.settings.functions import prepare
 from latentreward.settings.rewriting import rewrite_arguments
-from tests.marks import slow_after
+from tests.marks import rotated_after
 from tests.tiny_pipelines import pipeline_folder
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -106,7 +106,7 @@ def _paths(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 @pytest.mark.parametrize(
     "path",
-    slow_after(1, [*RECIPES, *ABLATIONS], release=len(RECIPES)),
+    rotated_after(1, [*RECIPES, *ABLATIONS], release=len(RECIPES)),
     ids=lambda path: path.stem,
 )
 def test_builds_at_full_size_as_its_head_comment_says(path: Path) -> None:

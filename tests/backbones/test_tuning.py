@@ -13,7 +13,7 @@ from latentreward.errors import InputError
 from latentreward.heads import CLIPProjectionHead, GatedQFormerHead
 from tests.backbones.networks import inputs_of, network_of, tiny_backbone
 from tests.families.twins import TWINS
-from tests.marks import slow_after
+from tests.marks import rotated_after
 
 PROMPTS = ["a cat", "two dogs"]
 
@@ -65,7 +65,7 @@ DIT_CASES = [
 
 
 @pytest.mark.parametrize("tuning", ["full", "lora"])
-@pytest.mark.parametrize(("name", "taps"), slow_after(2, UNET_CASES + DIT_CASES), ids=str)
+@pytest.mark.parametrize(("name", "taps"), rotated_after(2, UNET_CASES + DIT_CASES), ids=str)
 def test_no_trained_parameter_is_left_without_gradient(name: str, taps: dict[str, Any], tuning: str) -> None:
     if tuning == "lora" and taps["visual_taps"] == (0,):
         pytest.skip("no attention is read")
@@ -87,7 +87,7 @@ def test_frozen_trains_nothing_and_keeps_no_graph(name: str) -> None:
 
 @pytest.mark.parametrize("tuning", ["full", "lora"])
 @pytest.mark.parametrize(
-    ("name", "project_text"), slow_after(1, [("sd15", True), ("sd21", True), ("sdxl", False), ("sd35", True)])
+    ("name", "project_text"), rotated_after(1, [("sd15", True), ("sd21", True), ("sdxl", False), ("sd35", True)])
 )
 def test_no_trained_parameter_is_left_without_gradient_by_lrm(name: str, project_text: bool, tuning: str) -> None:
     backbone = tiny_backbone(name, tuning=tuning, text_encoder_tuning=tuning)
@@ -144,7 +144,7 @@ def gradients(backbone: DiffusionBackbone) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("tuning", ["full", "lora"])
-@pytest.mark.parametrize("name", slow_after(1, ["sd15", "sdxl", "sd35"]))
+@pytest.mark.parametrize("name", rotated_after(1, ["sd15", "sdxl", "sd35"]))
 def test_gradient_checkpointing_changes_no_gradient(name: str, tuning: str) -> None:
     torch.manual_seed(0)
     plain = gradients(tiny_backbone(name, tuning=tuning))
@@ -161,7 +161,7 @@ def test_gradient_checkpointing_changes_no_gradient(name: str, tuning: str) -> N
         torch.testing.assert_close(recomputed[key], gradient, rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize(("tuning", "autocast"), slow_after(1, [("full", True), ("lora", True), ("lora", False)]))
+@pytest.mark.parametrize(("tuning", "autocast"), rotated_after(1, [("full", True), ("lora", True), ("lora", False)]))
 @pytest.mark.parametrize("name", ["sd15", "sdxl", "sd35"])
 def test_bfloat16_storage_keeps_what_trains_in_float32(name: str, tuning: str, autocast: bool) -> None:
     backbone = tiny_backbone(name, tuning=tuning, text_encoder_tuning="frozen", frozen_dtype="bfloat16")

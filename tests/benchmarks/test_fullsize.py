@@ -11,7 +11,7 @@ from types import ModuleType
 import pytest
 
 from latentreward.cli import main
-from tests.marks import slow_after
+from tests.marks import rotated_after
 
 SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "fullsize"
 RUN = ["LRM-SD1.5 serve", "SD3.5-M cache, T5 whole", "DiNa-Z-Image fit, text encoder cut"]
@@ -83,7 +83,7 @@ def test_a_job_that_does_not_exist_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "work").exists()
 
 
-@pytest.mark.parametrize("subcommand", slow_after(0, ["fit", "validate", "predict", "cache", "generate"]))
+@pytest.mark.parametrize("subcommand", rotated_after(0, ["fit", "validate", "predict", "cache", "generate"]))
 def test_all_commands_parse(
     subcommand: str,
     jobs: ModuleType,

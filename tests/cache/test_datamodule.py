@@ -27,7 +27,7 @@ from latentreward.scoring import RewardModel
 from latentreward.tinyworld.writers import write_hpdv3
 from tests.cache.written_caches import spec, write_cache
 from tests.distributed.ranks import on_ranks
-from tests.marks import slow_after
+from tests.marks import rotated_after
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 QUIET = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
@@ -91,7 +91,9 @@ def cached(folder: Path, **options: Any) -> CachedPreferenceDataModule:
 
 @pytest.mark.parametrize(
     ("folder", "options", "tolerance"),
-    slow_after(1, [("train", {}, 1e-5), ("train", {"cached_text": False, "num_workers": 1}, 1e-5), ("half", {}, 2e-3)]),
+    rotated_after(
+        1, [("train", {}, 1e-5), ("train", {"cached_text": False, "num_workers": 1}, 1e-5), ("half", {}, 2e-3)]
+    ),
     ids=["with text", "latents only, one worker", "float16"],
 )
 def test_training_from_the_cache_gives_the_losses_of_training_from_images(

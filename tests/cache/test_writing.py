@@ -51,7 +51,7 @@ from tests.cache.writing import (
 )
 from tests.data.rotated import photograph, upright, write_jsonl
 from tests.families.twins import TWINS
-from tests.marks import slow_after
+from tests.marks import rotated_after
 from tests.processes import start_ranks
 from tests.storage.test_progress import Terminal
 from tests.tiny_pipelines import pipeline_folder
@@ -169,7 +169,7 @@ def test_a_pair_across_buckets_has_entries_of_its_own(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("settings", [("--images.buckets=null", "--images.size=32"), ()], ids=["size", "buckets"])
-@pytest.mark.parametrize("on_error", slow_after(1, ["raise", "skip", "placeholder"]))
+@pytest.mark.parametrize("on_error", rotated_after(1, ["raise", "skip", "placeholder"]))
 def test_images_that_cannot_be_read(
     tmp_path: Path, on_error: str, settings: tuple[str, ...], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -18,7 +18,7 @@ import yaml
 from latentreward.cli import main
 from latentreward.evaluation.benchmark.results import BenchmarkReport
 from tests.formats.conftest import COMMITTED
-from tests.marks import slow_after
+from tests.marks import rotated_after
 from tests.processes import start
 from tests.rewards.stored import write_run
 from tests.scorers.tiny_clip import write_aesthetic, write_clip
@@ -235,7 +235,7 @@ def test_a_folder_is_enough(here: Path, reward: str) -> None:
 
 @pytest.mark.parametrize(
     ("name", "protocols"),
-    slow_after(
+    rotated_after(
         1,
         [
             ("imagereward", ["imagereward/micro", "imagereward/macro"]),

@@ -27,7 +27,7 @@ from latentreward.policies import PolicySource
 from latentreward.policies.checkpoint import SOURCE
 from latentreward.policies.policy import POLICY
 from tests.evaluation.policy import toy_scorers
-from tests.marks import slow_after
+from tests.marks import rotated_after
 from tests.policies.alignment import perturbed
 from tests.processes import start
 from tests.remote.judges import judging, plain
@@ -345,7 +345,9 @@ def test_published_numbers_stand_in_lpos_preset_alone(
     assert "Published numbers of this protocol" in page
 
 
-@pytest.mark.parametrize(("name", "label", "guidance"), slow_after(1, [("sd15", "SD1.5", 7.5), ("sdxl", "SDXL", 5.0)]))
+@pytest.mark.parametrize(
+    ("name", "label", "guidance"), rotated_after(1, [("sd15", "SD1.5", 7.5), ("sdxl", "SDXL", 5.0)])
+)
 def test_lpos_published_policy_is_a_unet_in_the_folder_of_its_base(
     name: str, label: str, guidance: float, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -8,7 +8,7 @@ import yaml
 from PIL import Image
 
 from latentreward.cli import main
-from tests.marks import slow_after
+from tests.marks import rotated_after
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = ["--data.size=32", "--data.num_workers=0", "--data.batch_size=2", "--trainer.limit_val_batches=1"]
@@ -97,10 +97,10 @@ def test_only_the_readers_of_the_command_are_opened(root, caplog, capsys) -> Non
     assert refusal(capsys, "fit", "--data.val.file=absent.jsonl").startswith("data.val: absent.jsonl: No such file")
 
 
-@pytest.mark.parametrize("command", slow_after(1, ["fit", "validate", "fit --estimate"]))
+@pytest.mark.parametrize("command", rotated_after(1, ["fit", "validate", "fit --estimate"]))
 @pytest.mark.parametrize(
     ("size", "message", "nearest"),
-    slow_after(1, [("33", "33 is no multiple", "32 or 36"), ("[32,2]", "2 is no multiple", "4")]),
+    rotated_after(1, [("33", "33 is no multiple", "32 or 36"), ("[32,2]", "2 is no multiple", "4")]),
 )
 def test_a_size_that_the_network_does_not_take_is_refused(root, capsys, command, size, message, nearest) -> None:
     line = refusal(capsys, *command.split(), f"--data.size={size}")

@@ -20,7 +20,7 @@ from latentreward.generation.image_folder import file_name
 from latentreward.interrupts import interrupts_held
 from latentreward.policies import POLICY, PolicySource
 from latentreward.policies.checkpoint import SOURCE
-from tests.marks import slow_after
+from tests.marks import rotated_after
 from tests.policies.alignment import perturbed
 
 PROMPTS = ["a large red circle on a white background", "two blue crosss on a gray background", 'a «"/\\: ü, \t|?*']
@@ -153,7 +153,7 @@ def test_neither_batch_nor_later_prompts_change_a_picture(generate: Callable[...
 
 @pytest.mark.parametrize(
     "options",
-    slow_after(
+    rotated_after(
         1,
         [
             ["--best_of=4"],

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from latentreward.cli import main
 from tests.compatibility.make import CACHING, MODELS, QUIET, SETTINGS, arithmetic, scores_of
-from tests.marks import slow_after
+from tests.marks import rotated_after
 
 VERSION = Path(__file__).parent / "06e0993"
 RECORD = json.loads((VERSION / "scores.json").read_text())
@@ -34,12 +34,12 @@ def assert_same(found: Any, recorded: Any) -> None:
     torch.testing.assert_close(found, recorded, **tolerance)
 
 
-@pytest.mark.parametrize("model", slow_after(2, MODELS))
+@pytest.mark.parametrize("model", rotated_after(2, MODELS))
 def test_scores(model: str) -> None:
     assert_same(torch.tensor(scores_of(model)), torch.tensor(RECORD["scores"][model]))
 
 
-@pytest.mark.parametrize("run", slow_after(1, SETTINGS))
+@pytest.mark.parametrize("run", rotated_after(1, SETTINGS))
 def test_a_run_stopped_within_an_epoch_goes_on_to_the_same_end(run: str) -> None:
     resumed = ("--trainer.default_root_dir=resumed", f"--trainer.logger.name=resumed/{run}")
     main(["fit", f"--config={run}/config.yaml", f"--ckpt_path={run}/checkpoints/last-step.ckpt", *resumed, *QUIET])

@@ -13,7 +13,7 @@ from latentreward.scoring import RewardModel
 from latentreward.scoring.calibration import Calibration
 from tests.cache.written_caches import spec, write_cache
 from tests.hub_cache import cached_sd35
-from tests.marks import release_after, slow_after
+from tests.marks import release_after, rotated_after
 from tests.rewards.stored import write_run
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -113,7 +113,7 @@ def test_alignment_with_a_published_calibrated_reward(capsys: pytest.CaptureFixt
 
 @pytest.mark.parametrize(
     ("files", "trained", "kept"),
-    slow_after(0, [(["recipes/lrm_sd15.yaml"], 348.7, 30), (["align/lpo_sd15.yaml"], 0.8, 23)], release=1),
+    rotated_after(0, [(["recipes/lrm_sd15.yaml"], 348.7, 30), (["align/lpo_sd15.yaml"], 0.8, 23)], release=1),
 )
 def test_full_size_from_configs_in_the_package(
     files: list[str], trained: float, kept: float, capsys: pytest.CaptureFixture[str]

@@ -20,7 +20,7 @@ from latentreward.export.kohya import FILE
 from latentreward.policies import Policy
 from latentreward.rollout import RolloutDraws, Sampling, sample_latents
 from tests.export.mmdit import updates_of_sd3
-from tests.marks import slow_after
+from tests.marks import rotated_after
 from tests.policies.alignment import perturbed, prediction, tiny_source
 from tests.tiny_pipelines import pipeline_folder
 
@@ -39,7 +39,7 @@ DIT_LAYERS = ("attn.to_q", "attn.add_k_proj", "attn.to_out.0", "ff.net.0.proj", 
 
 
 @pytest.fixture(
-    params=slow_after(1, [["sd15", True], ["sdxl", False], ["sd3", True], ["sd35_no_t5", False]]), ids=lambda p: p[0]
+    params=rotated_after(1, [["sd15", True], ["sdxl", False], ["sd3", True], ["sd35_no_t5", False]]), ids=lambda p: p[0]
 )
 def trained(request: pytest.FixtureRequest) -> tuple[Policy, str]:
     """A policy with an adapter on attention alone, or on many kinds of layers."""
@@ -126,7 +126,7 @@ def test_images_of_the_pipeline_change_with_the_lora_and_equal_the_merged_ones(n
 
 
 @pytest.mark.parametrize(
-    ("name", "style"), slow_after(2, [("sd35_no_t5", "diffusers"), ("sd15", "kohya"), ("sd15", "diffusers")])
+    ("name", "style"), rotated_after(2, [("sd35_no_t5", "diffusers"), ("sd15", "kohya"), ("sd15", "diffusers")])
 )
 def test_alpha_other_than_rank_gives_diffusers_our_samples(name: str, style: str, tmp_path: Path) -> None:
     policy = perturbed(tiny_source(name, lora=LoRA(3, 5.0), t5_length=0).load().eval())

@@ -15,7 +15,7 @@ from latentreward.export import TrainedLoRA, write_kohya
 from latentreward.generation import load_lora
 from latentreward.generation.lora import check_lora
 from latentreward.policies import POLICY, Policy, PolicySource
-from tests.marks import slow_after
+from tests.marks import rotated_after
 from tests.tiny_pipelines import pipeline_folder
 
 
@@ -43,7 +43,7 @@ def predict(policy: Policy) -> torch.Tensor:
 
 @pytest.mark.parametrize(
     ("name", "style"),
-    slow_after(
+    rotated_after(
         2,
         [
             ("sd35_tiny", "diffusers"),

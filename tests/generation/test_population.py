@@ -16,7 +16,7 @@ from latentreward.policies import Policy, PolicySource
 from latentreward.rewards import LatentReward
 from latentreward.rollout import RolloutDraws, Sampling, sample_latents
 from tests.generation.toy_rewards import MeanLatent
-from tests.marks import slow_after
+from tests.marks import rotated_after
 from tests.policies.alignment import tiny_source
 from tests.rewards.stored import write_run
 
@@ -25,7 +25,7 @@ SAMPLING = Sampling(5)
 SHARP = Population(6, 0.5, (1, 2, 3), temperature=1e-3)
 
 
-@pytest.fixture(scope="module", params=slow_after(1, ["sd35_tiny", "sd_tiny"]))
+@pytest.fixture(scope="module", params=rotated_after(1, ["sd35_tiny", "sd_tiny"]))
 def policy(request: pytest.FixtureRequest) -> Policy:
     return PolicySource(request.param).load().eval()
 
@@ -55,7 +55,7 @@ def test_members_are_scored_at_their_own_noise_level_until_one_is_left(policy: P
     assert all(count != 1 for later in sizes for count in later)
 
 
-@pytest.mark.parametrize("eta", slow_after(1, [0.0, 1.0]))
+@pytest.mark.parametrize("eta", rotated_after(1, [0.0, 1.0]))
 def test_a_prompt_is_searched_alike_in_any_batch(eta: float) -> None:
     policy, sampling = PolicySource("sd_tiny").load().eval(), Sampling(4, eta=eta)
     both = search_population(policy, MeanLatent(), PROMPTS, SHARP, sampling, 2.0, seed=3)

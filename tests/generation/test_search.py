@@ -6,7 +6,7 @@ from latentreward.generation import Candidates, search_latents
 from latentreward.policies import Policy, PolicySource
 from latentreward.rollout import Sampling, sample_latents
 from tests.generation.toy_rewards import MeanLatent
-from tests.marks import slow_after
+from tests.marks import rotated_after
 
 PROMPTS = PromptBatch(("a large red circle on a white background", "two blue crosss on a gray background"), ("0", "1"))
 STEPS = 5
@@ -17,7 +17,7 @@ def policy(request: pytest.FixtureRequest) -> Policy:
     return PolicySource(request.param).load().eval()
 
 
-@pytest.mark.parametrize("needs_clean", slow_after(1, [False, True]))
+@pytest.mark.parametrize("needs_clean", rotated_after(1, [False, True]))
 def test_search_raises_the_reward_above_plain_sampling(policy: Policy, needs_clean: bool) -> None:
     sampling, reward = Sampling(STEPS).with_noise(), MeanLatent(needs_clean)
     found = search_latents(policy, reward, PROMPTS, Candidates(6), sampling, 3.0, seed=0)

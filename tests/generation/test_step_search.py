@@ -12,7 +12,7 @@ from latentreward.errors import InputError
 from latentreward.generation import StepSearch, policy_of
 from latentreward.tinyworld.sampling import load_pipeline
 from tests.generation.toy_rewards import MeanLatent
-from tests.marks import slow_after
+from tests.marks import rotated_after
 from tests.tiny_pipelines import pipeline_folder
 
 PROMPTS = ["a large red circle on a white background", "a blue cross at the top on a gray background"]
@@ -42,7 +42,7 @@ def search_of(name: str, reward: MeanLatent, **options: Any) -> StepSearch:
     return StepSearch(policy_of(pipeline_of(name)), reward, PROMPTS, **options)
 
 
-@pytest.mark.parametrize("name", slow_after(2, FAMILIES))
+@pytest.mark.parametrize("name", rotated_after(2, FAMILIES))
 def test_search_raises_the_reward_above_plain_sampling(name: str) -> None:
     reward = MeanLatent()
     search = search_of(name, reward, num_candidates=6)
@@ -56,7 +56,7 @@ def test_search_raises_the_reward_above_plain_sampling(name: str) -> None:
     assert len(search.scores) == (6 if name == "sd_tiny" else 5)  # the others' last step leads to a clean state
 
 
-@pytest.mark.parametrize("name", slow_after(2, FAMILIES))
+@pytest.mark.parametrize("name", rotated_after(2, FAMILIES))
 def test_what_pixel_rewards_see_is_the_pipelines_own_prediction(name: str) -> None:
     """The clean latents of the candidate that was kept are those that diffusers' next step predicts for it."""
     pipeline, reward = pipeline_of(name), MeanLatent(needs_clean=True)

@@ -17,7 +17,7 @@ from latentreward.errors import InputError
 from latentreward.modules.diffusion_dpo import DiffusionDPOModule
 from latentreward.modules.pair_noise import PairDraws
 from latentreward.noise import ConstantSigma
-from tests.marks import slow_after
+from tests.marks import rotated_after
 from tests.modules.batches import latent_batch, loaded_pairs, pixel_batch, rows
 from tests.oracles import alignment_losses as oracle
 from tests.policies.alignment import tiny_source
@@ -67,7 +67,7 @@ def slow_loss(module: DiffusionDPOModule, batch: PreferenceBatch) -> float:
 # the loss
 
 
-@pytest.mark.parametrize("name", slow_after(2, POLICIES))
+@pytest.mark.parametrize("name", rotated_after(2, POLICIES))
 def test_loss_is_the_papers(name: str) -> None:
     module, batch = dpo(name), weighted_batch(3)
     with torch.no_grad():
@@ -88,7 +88,7 @@ def test_gradient_is_the_slope_of_the_loss() -> None:
     assert (values[0] - values[1]) / 2e-2 == pytest.approx(size.item(), rel=1e-2)
 
 
-@pytest.mark.parametrize("name", slow_after(1, ["sd15", "sd35"]))
+@pytest.mark.parametrize("name", rotated_after(1, ["sd15", "sd35"]))
 def test_checkpointing_changes_no_gradient(name: str) -> None:
     grads = []
     for checkpointing in (False, True):

@@ -23,7 +23,7 @@ from latentreward.policies import Policy, PolicySource
 from latentreward.policies.moving import AVERAGE, OLD, DecayRamp
 from latentreward.rewards import Reward
 from latentreward.rollout import GDPO, GroupAdvantage, RandomSteps, Sampling, StratifiedSteps, sample_latents
-from tests.marks import slow_after
+from tests.marks import rotated_after
 from tests.modules.lpo_runs import make_trainer
 from tests.modules.simple_reward import FirstChannel, FirstChannelReward
 from tests.modules.test_grpo import attached
@@ -285,7 +285,7 @@ def test_wrong_settings_are_refused_before_anything_is_loaded(
 
 @pytest.mark.parametrize(
     ("kind", "options"),
-    slow_after(
+    rotated_after(
         2,
         [
             ("nft", {}),

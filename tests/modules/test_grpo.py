@@ -16,7 +16,7 @@ from latentreward.modules import StepwiseGRPOModule, TrajectoryGRPOModule
 from latentreward.policies import Policy, PolicySource
 from latentreward.rewards import PixelReward, Reward
 from latentreward.rollout import Branching, RewardGuidance, Sampling, sample_latents
-from tests.marks import slow_after
+from tests.marks import rotated_after
 from tests.modules.simple_reward import FirstChannelReward
 from tests.tiny_pipelines import source_of
 
@@ -61,7 +61,7 @@ def attached(module):
 
 
 @pytest.mark.parametrize("name", ["sd15", "sd35_tiny"])
-@pytest.mark.parametrize("make", slow_after(1, [trajectory, stepwise]))
+@pytest.mark.parametrize("make", rotated_after(1, [trajectory, stepwise]))
 def test_the_first_step_is_taken_on_policy(make, name: str) -> None:
     """Without a change of the policy, ratios are 1: the loss is the mean advantage, negated, which is 0 per group."""
     module = make(name)
@@ -85,7 +85,7 @@ def test_stepwise_advantages_are_those_of_the_scores_of_one_state() -> None:
     torch.testing.assert_close(statistics.scores.permute(0, 2, 1).flatten(0, 1), scores.float(), atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("global_std", slow_after(1, [True, False]))
+@pytest.mark.parametrize("global_std", rotated_after(1, [True, False]))
 def test_trajectory_advantages_are_those_of_the_finished_latents(global_std: bool) -> None:
     module = trajectory(global_std=global_std)
     samples = module.roll_out(BATCH)
@@ -97,7 +97,7 @@ def test_trajectory_advantages_are_those_of_the_finished_latents(global_std: boo
     torch.testing.assert_close(samples.advantage[:, 0], expected.repeat(steps), atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", slow_after(1, ["sd35_tiny", "sd15"]))
+@pytest.mark.parametrize("name", rotated_after(1, ["sd35_tiny", "sd15"]))
 def test_guided_rollouts_score_higher_and_are_learned_from_without_guidance(name: str) -> None:
     """At the first optimiser step all ratios are 1, although the samples are not the policy's own."""
     guided = trajectory(name, source_of_reward=DifferentiableChannel, reward_guidance=RewardGuidance(0.5, high=1000.0))
@@ -204,8 +204,8 @@ def mean_reward(module, steps: int) -> float:
     return 10 * finished[:, 0].mean().item()
 
 
-@pytest.mark.parametrize("name", slow_after(1, ["sd35_tiny", "sd_tiny"]))
-@pytest.mark.parametrize("make", slow_after(1, [stepwise, trajectory]))
+@pytest.mark.parametrize("name", rotated_after(1, ["sd35_tiny", "sd_tiny"]))
+@pytest.mark.parametrize("make", rotated_after(1, [stepwise, trajectory]))
 def test_the_reward_rises(make, name: str, tmp_path) -> None:
     module = make(
         name,

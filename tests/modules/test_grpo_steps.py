@@ -43,7 +43,7 @@ from latentreward.rollout import (
     StateCredit,
     TurningPointCredit,
 )
-from tests.marks import slow_after
+from tests.marks import rotated_after
 from tests.modules.batches import lrm
 from tests.modules.lpo_runs import make_trainer
 from tests.modules.simple_reward import FirstChannelReward, OtherChannelsReward
@@ -73,7 +73,7 @@ def mixture(**options: Any) -> TrajectoryGRPOModule:
     ("name", "setting"),
     [
         *(("sd35_tiny", setting) for setting in SETTINGS),
-        *slow_after(0, [("sd15", setting) for setting in SETTINGS if setting != "cps"]),  # CPS is a rule of flows
+        *rotated_after(0, [("sd15", setting) for setting in SETTINGS if setting != "cps"]),  # CPS is a rule of flows
     ],
 )
 def test_every_setting_learns_from_its_rows(name: str, setting: str) -> None:

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 
 from latentreward.modules import WarmupSchedule
 from latentreward.modules.based import BasedModule
-from tests.marks import slow_after
+from tests.marks import rotated_after
 from tests.modules.batches import lrm, pixel_batch
 from tests.modules.lpo_runs import loaders, lpo
 from tests.small_user import RUNS, run
@@ -54,9 +54,9 @@ def lrm_data() -> dict[str, Any]:
     return {"train_dataloaders": DataLoader([pixel_batch(2)] * 40, batch_size=None)}  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("as_callback", slow_after(1, [False, True]))
+@pytest.mark.parametrize("as_callback", rotated_after(1, [False, True]))
 @pytest.mark.parametrize(
-    ("make", "data"), slow_after(1, [(lrm, lrm_data), (lpo, lambda: {"datamodule": loaders()})]), ids=["lrm", "lpo"]
+    ("make", "data"), rotated_after(1, [(lrm, lrm_data), (lpo, lambda: {"datamodule": loaders()})]), ids=["lrm", "lpo"]
 )
 def test_a_found_rate_trains(
     make: Callable[..., BasedModule], data: Callable[[], dict[str, Any]], as_callback: bool, tmp_path: Path

@@ -18,7 +18,7 @@ from latentreward.policies import PolicySource
 from latentreward.rewards import LatentReward
 from latentreward.rollout import Branching, FixedThreshold, Sampling
 from latentreward.scoring.layouts.config import sizes_record
-from tests.marks import slow_after
+from tests.marks import rotated_after
 from tests.modules.lpo_runs import PROMPTS, BrightnessSource, loaders, lpo, make_trainer, weights
 from tests.rewards.stored import write_run
 from tests.tiny_pipelines import source_of
@@ -96,7 +96,7 @@ def gradients(module: nn.Module, loss: torch.Tensor) -> list[torch.Tensor]:
     return list(torch.autograd.grad(loss, [p for p in module.parameters() if p.requires_grad]))
 
 
-@pytest.mark.parametrize("scale", slow_after(1, [1.0, 2.0, 5.0]))
+@pytest.mark.parametrize("scale", rotated_after(1, [1.0, 2.0, 5.0]))
 def test_one_pass_each_equals_two_passes_each(scale: float, module: LPOModule, pairs: StepPairs) -> None:
     module.guidance_scale = scale
     module.loss.beta = 20.0  # at 500 these pairs are lost or won, without a gradient to compare
@@ -224,7 +224,7 @@ def test_spo_is_lpo_with_other_settings() -> None:
     assert module.candidates.score_at == "candidate"
 
 
-@pytest.mark.parametrize(("size", "warned"), slow_after(1, [((8, 24), True), ((16, 16), False), (None, False)]))
+@pytest.mark.parametrize(("size", "warned"), rotated_after(1, [((8, 24), True), ((16, 16), False), (None, False)]))
 def test_a_reward_of_another_size_is_said(size: Any, warned: bool, tmp_path: Path) -> None:
     write_run(tmp_path / "run", "lrm", "sd15")
     content = torch.load(tmp_path / "run" / "reward.ckpt", weights_only=True)

@@ -21,7 +21,7 @@ from latentreward.heads import CLIPProjectionHead, GatedQFormerHead, RewardHead
 from latentreward.modules import DiNaLRMModule, LPOModule, LRMModule
 from latentreward.policies import PolicySource
 from latentreward.scoring import RewardModel
-from tests.marks import slow_after
+from tests.marks import rotated_after
 from tests.modules.batches import pixel_batch
 from tests.modules.lpo_runs import BrightnessSource, loaders, lpo, make_trainer
 from tests.tiny_pipelines import pipeline_folder, source_of
@@ -75,7 +75,7 @@ def scores(model: RewardModel) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    ("make", "small"), slow_after(1, [(lrm, True), (lrm_whole, False), (dina, False), (own_head, True)])
+    ("make", "small"), rotated_after(1, [(lrm, True), (lrm_whole, False), (dina, False), (own_head, True)])
 )
 def test_its_reward_is_saved_loaded_and_published(make: Any, small: bool, tmp_path: Path, capsys: Any) -> None:
     torch.manual_seed(0)
@@ -92,7 +92,7 @@ def test_its_reward_is_saved_loaded_and_published(make: Any, small: bool, tmp_pa
     assert torch.equal(scores(RewardModel.from_pretrained(tmp_path / "published", **base, **trust)), expected)
 
 
-@pytest.mark.parametrize("small", slow_after(1, [True, False]))
+@pytest.mark.parametrize("small", rotated_after(1, [True, False]))
 def test_load_from_checkpoint(small: bool, tmp_path: Path) -> None:
     """Frozen weights that the checkpoint leaves out come from the backbone given, which must be the same base."""
     torch.manual_seed(0)

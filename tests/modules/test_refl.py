@@ -25,7 +25,7 @@ from latentreward.policies import PolicySource
 from latentreward.rewards import CallableReward, LatentReward, PixelReward, RewardMixture, RewardSource
 from latentreward.rollout import Sampling
 from latentreward.rollout.rollout_noise import RolloutDraws
-from tests.marks import slow_after
+from tests.marks import rotated_after
 from tests.modules.batches import loaded_pairs
 from tests.modules.lpo_runs import make_trainer
 from tests.modules.toy_rewards import BrightnessSource
@@ -115,7 +115,7 @@ PRFL = {"scored": "state", "stop_range": (2, 4), "loss": RewardLoss(0.1, 2.0, si
 @pytest.mark.parametrize(
     "options", [{}, {"gradient_steps": 3, "kl_weight": 0.7}, PRFL], ids=["refl", "draft_k", "prfl"]
 )
-@pytest.mark.parametrize("name", slow_after(2, POLICIES))
+@pytest.mark.parametrize("name", rotated_after(2, POLICIES))
 def test_gradient_equals_that_of_one_graph(name: str, options: dict[str, Any]) -> None:
     module = refl(name, guidance_scale=2.0, reward_sigmas=(0.2, 0.6), **options)
     stop = module.stop_index(0)
@@ -125,7 +125,7 @@ def test_gradient_equals_that_of_one_graph(name: str, options: dict[str, Any]) -
     torch.testing.assert_close(gradient(module, loss), gradient(module, expected), rtol=1e-4, atol=1e-7)
 
 
-@pytest.mark.parametrize("gradient_steps", slow_after(1, [2, 1, 3]))
+@pytest.mark.parametrize("gradient_steps", rotated_after(1, [2, 1, 3]))
 def test_gradient_is_the_slope_of_the_loss(gradient_steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Central differences in float64; the first step with a graph is the very first one, so that nothing is cut off."""
     monkeypatch.setattr(Tensor, "float", Tensor.double)  # what the module casts to float32 stays float64
@@ -152,7 +152,7 @@ def test_gradient_is_the_slope_of_the_loss(gradient_steps: int, monkeypatch: pyt
     assert slopes == pytest.approx(differences, rel=1e-6)
 
 
-@pytest.mark.parametrize("name", slow_after(1, ["sd15", "sd35"]))
+@pytest.mark.parametrize("name", rotated_after(1, ["sd15", "sd35"]))
 def test_checkpointing_changes_no_gradient(name: str) -> None:
     options = {"gradient_steps": 2, "kl_weight": 0.3, "guidance_scale": 2.0}
     plain, frugal = refl(name, **options), refl(name, policy={"gradient_checkpointing": True}, **options)
@@ -246,7 +246,7 @@ def test_a_prompt_is_sampled_alike_in_any_batch() -> None:
 # the state as it is
 
 
-@pytest.mark.parametrize("name", slow_after(1, ["sd35", "sd15"]))
+@pytest.mark.parametrize("name", rotated_after(1, ["sd35", "sd15"]))
 def test_any_step_is_learned_from_at_its_own_noise_level(name: str) -> None:
     """m is uniform over {0, ..., N - 2}; the reward is told the timestep of the state after step m."""
     module = refl(name, **PRFL)
@@ -366,7 +366,7 @@ def trainer(**options: Any) -> Trainer:
     return Trainer(**{"accelerator": "cpu", "max_epochs": 1, **quiet, "enable_model_summary": False, **options})
 
 
-@pytest.mark.parametrize("name", slow_after(1, ["sd15", "sd35"]))
+@pytest.mark.parametrize("name", rotated_after(1, ["sd15", "sd35"]))
 def test_training_raises_the_reward_and_touches_the_adapter_alone(name: str) -> None:
     optimizer = lambda groups: torch.optim.AdamW(groups, lr=5e-3)  # noqa: E731
     module = refl(name, optimizer=optimizer, reward_sigmas=(0.1,))

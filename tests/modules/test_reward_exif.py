@@ -15,7 +15,7 @@ from latentreward.data import JSONLPairReader, PreferenceDataModule
 from latentreward.errors import InputError
 from latentreward.scoring import RewardModel
 from tests.data.rotated import photograph, upright, write_jsonl
-from tests.marks import slow_after
+from tests.marks import rotated_after
 from tests.modules.test_reward_module import lrm, trainer
 from tests.rewards.stored import write_run
 from tests.tiny_pipelines import PIXELS, pipeline_folder
@@ -38,7 +38,7 @@ def run_beside(folder: Path, checkpoint: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("exif", slow_after(1, ["apply", "ignore"]))
+@pytest.mark.parametrize("exif", rotated_after(1, ["apply", "ignore"]))
 def test_training_checkpoint_and_folder_agree_on_exif(own: Path, exif: Any, tmp_path: Path) -> None:
     module, run = lrm(), trainer(max_steps=1)
     assert module.model.exif == "apply"
@@ -77,7 +77,7 @@ def test_what_earlier_versions_wrote_scores_as_it_did(tmp_path: Path) -> None:
         RewardModel.from_pretrained(tmp_path / "folder", base=pipeline_folder("sd15"))
 
 
-@pytest.mark.parametrize("value", slow_after(1, ["perhaps", None, ["apply"], torch.zeros(2)]), ids=str)
+@pytest.mark.parametrize("value", rotated_after(1, ["perhaps", None, ["apply"], torch.zeros(2)]), ids=str)
 def test_another_value_in_a_checkpoint_is_refused(value: Any, tmp_path: Path) -> None:
     write_run(tmp_path / "run", "lrm", "sd15")
     checkpoint = tmp_path / "run" / "reward.ckpt"

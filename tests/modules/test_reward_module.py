@@ -26,7 +26,7 @@ from latentreward.losses import (
 from latentreward.modules import RewardModule, ScoredPairs, WarmupSchedule
 from latentreward.modules.pair_noise import PairDraws
 from latentreward.noise import ConstantSigma, UniformSigma
-from tests.marks import slow_after
+from tests.marks import rotated_after
 from tests.modules.batches import (
     MODULES,
     dina,
@@ -94,7 +94,7 @@ def test_epoch_redraws_in_training(kind: str) -> None:
     assert (first != later).all()
 
 
-@pytest.mark.parametrize("loss", slow_after(2, LOSSES))
+@pytest.mark.parametrize("loss", rotated_after(2, LOSSES))
 @pytest.mark.parametrize("kind", MODULES)
 def test_exchanging_all_sides_changes_no_loss(kind: str, loss: str) -> None:
     module, batch = MODULES[kind](loss=LOSSES[loss], timestep_per_image="lrm" in loss), pixel_batch()
@@ -169,7 +169,7 @@ def test_one_forward_pass_for_both_images() -> None:
 # any head with any loss
 
 
-@pytest.mark.parametrize("loss", slow_after(2, LOSSES))
+@pytest.mark.parametrize("loss", rotated_after(2, LOSSES))
 @pytest.mark.parametrize(
     ("backbone", "head"), [("sd15", dina_head), ("sd35", CLIPProjectionHead)], ids=["dina on unet", "lrm on dit"]
 )
@@ -273,7 +273,7 @@ def names_of(levels: list[str], extra: list[str] = ()) -> set[str]:
 
 @pytest.mark.parametrize(
     ("kind", "expected"),
-    slow_after(
+    rotated_after(
         1,
         [
             ("lrm", names_of(["_t1", "_t251", "_t501", "_t801"])),
@@ -367,7 +367,7 @@ TRAINED: dict[str, Callable[..., RewardModule]] = {
 
 @pytest.mark.parametrize(
     ("name", "precision"),
-    slow_after(
+    rotated_after(
         1,
         [
             ("lrm", "32-true"),

@@ -19,7 +19,7 @@ from latentreward.errors import InputError
 from latentreward.scoring import RewardModel
 from tests.cache.written_caches import spec, write_cache
 from tests.data.rotated import photograph, write_jsonl
-from tests.marks import slow_after
+from tests.marks import rotated_after
 from tests.modules.batches import MODULES
 from tests.modules.test_reward_module import lrm, trainer
 from tests.rewards.stored import write_run
@@ -51,7 +51,7 @@ def trained(folder: Path, method: str, name: str, data: Any) -> Path:
 
 @pytest.mark.parametrize(
     ("method", "name", "resize"),
-    slow_after(1, [("lrm", "sd15", "center_crop"), ("lrm", "sd15", "stretch"), ("dina", "sd35", "stretch")]),
+    rotated_after(1, [("lrm", "sd15", "center_crop"), ("lrm", "sd15", "stretch"), ("dina", "sd35", "stretch")]),
 )
 def test_scores_are_those_of_images_resized_as_in_training(
     method: str, name: str, resize: Any, own: Path, tmp_path: Path

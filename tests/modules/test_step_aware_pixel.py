@@ -19,7 +19,7 @@ from latentreward.losses import LRMLoss
 from latentreward.modules import ScoredPairs, StepAwarePixelModule
 from latentreward.modules.pair_noise import PairDraws
 from latentreward.scorers import StepAwareScorer
-from tests.marks import slow_after
+from tests.marks import rotated_after
 from tests.modules.batches import exchanged, latent_batch, loaded_pairs, pixel_batch, rows, scores_of
 from tests.policies.alignment import tiny_source
 from tests.scorers.tiny_clip import write_clip
@@ -45,7 +45,7 @@ def loader() -> DataLoader:
     return DataLoader(loaded_pairs(6), batch_size=6, collate_fn=collate_pairs)
 
 
-@pytest.mark.parametrize("guidance_scale", slow_after(1, [1.0, 5.0]))
+@pytest.mark.parametrize("guidance_scale", rotated_after(1, [1.0, 5.0]))
 @torch.no_grad()
 def test_the_scorer_sees_what_diffusers_own_step_predicts(clip: str, guidance_scale: float) -> None:
     module, batch = spm(clip, guidance_scale=guidance_scale), pixel_batch(3)
@@ -92,7 +92,7 @@ def test_scores_across_the_batch_hold_the_pairs_own(clip: str) -> None:
     assert module.loss(scores).isfinite()
 
 
-@pytest.mark.parametrize("pipeline", slow_after(1, ["sd15", "sdxl", "sd3"]))
+@pytest.mark.parametrize("pipeline", rotated_after(1, ["sd15", "sdxl", "sd3"]))
 def test_everything_of_the_scorer_trains_and_nothing_of_the_generator(clip: str, pipeline: str) -> None:
     module = spm(clip, pipeline)
     before = {name: value.clone() for name, value in module.state_dict().items()}

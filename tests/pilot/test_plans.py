@@ -15,7 +15,7 @@ from latentreward.pilot.needs import ALLOWANCE, CONTEXT, training_needs
 from latentreward.pilot.plans import BESIDE, STAGES, Pilot, all_pilots, find_pilot, read_pilot
 from latentreward.steps.tasks import load_yaml
 from latentreward.storage.json_files import read_config
-from tests.marks import release_after, slow_after
+from tests.marks import release_after, rotated_after
 
 ROOT = Path(__file__).resolve().parents[2]
 PILOTS = all_pilots()
@@ -93,7 +93,7 @@ def test_another_folder_of_a_source_starts_again_but_is_the_same_setting(monkeyp
 
 @pytest.mark.parametrize(
     ("name", "stage"),
-    slow_after(1, [(pilot.name, stage) for pilot in FULL for stage in reversed(pilot.stages)], release=3),
+    rotated_after(1, [(pilot.name, stage) for pilot in FULL for stage in reversed(pilot.stages)], release=3),
 )
 def test_commands_parse(name: str, stage: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     task = PILOTS[name].tasks(100, 0, quick=True)[stage]

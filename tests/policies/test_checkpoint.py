@@ -12,7 +12,7 @@ from latentreward.backbones.tuning import LoRA
 from latentreward.errors import InputError
 from latentreward.policies import POLICY, PolicySource, load_policy
 from latentreward.policies.checkpoint import SOURCE, read_policy_adapter
-from tests.marks import slow_after
+from tests.marks import rotated_after
 from tests.policies.alignment import Matching, prediction, tiny_source
 
 
@@ -34,7 +34,7 @@ def trained(folder: Path, name: str, trainable_only: bool = True) -> tuple[Match
     return module, folder / "last.ckpt"
 
 
-@pytest.mark.parametrize("trainable_only", slow_after(1, [True, False]))
+@pytest.mark.parametrize("trainable_only", rotated_after(1, [True, False]))
 def test_policy_of_a_checkpoint_predicts_as_the_trained_one(trainable_only: bool, tmp_path: Path) -> None:
     module, path = trained(tmp_path, "sd15", trainable_only)
     policy = load_policy(path)

@@ -13,7 +13,7 @@ from latentreward.backbones.tuning import LoRA
 from latentreward.contracts import Conditioning
 from latentreward.errors import InputError
 from latentreward.policies import POLICY, Policy, PolicySource
-from tests.marks import slow_after
+from tests.marks import rotated_after
 from tests.policies.alignment import perturbed, prediction, tiny_source
 from tests.tiny_pipelines import pipeline_folder
 
@@ -55,7 +55,7 @@ def recorded(name: str, **options: Any) -> list[tuple[Tensor, Tensor, Tensor]]:
     return recorder.calls
 
 
-@pytest.mark.parametrize("name", slow_after(2, FAMILIES))
+@pytest.mark.parametrize("name", rotated_after(2, FAMILIES))
 def test_guided_prediction_is_that_of_the_diffusers_pipeline(name: str) -> None:
     """Text encoders, empty prompts, SDXL's sizes and zeros, SD3's towers with and without T5: all at once."""
     policy = tiny_source(name, t5_length=6).load()
@@ -86,7 +86,7 @@ def test_repeated_prompts_are_encoded_once_and_in_order() -> None:
         torch.testing.assert_close(encoded.prompt_embeds[row], policy.encode_prompts([prompt]).prompt_embeds[0])
 
 
-@pytest.mark.parametrize("name", slow_after(1, ["sd15", "sd35_no_t5"]))
+@pytest.mark.parametrize("name", rotated_after(1, ["sd15", "sd35_no_t5"]))
 def test_adapter_starts_as_no_change_and_depends_on_the_seed_alone(name: str) -> None:
     first = tiny_source(name).load(seed=1)
     torch.manual_seed(77)
@@ -127,7 +127,7 @@ def test_dropout_is_the_adapters_and_of_training_alone() -> None:
     assert not torch.equal(prediction(policy), prediction(policy))
 
 
-@pytest.mark.parametrize("name", slow_after(1, ["sdxl", "sd35"]))
+@pytest.mark.parametrize("name", rotated_after(1, ["sdxl", "sd35"]))
 def test_frozen_weights_in_bfloat16_leave_the_adapter_in_float32(name: str) -> None:
     full, half = (perturbed(tiny_source(name, frozen_dtype=kind).load()) for kind in ("float32", "bfloat16"))
     assert {str(p.dtype) for p in half.network.parameters() if not p.requires_grad} == {"torch.bfloat16"}

@@ -8,7 +8,7 @@ from torch.utils.checkpoint import CheckpointError
 
 from latentreward.backbones.tuning import LoRA
 from latentreward.policies import POLICY, Policy, PolicySource, surrogate
-from tests.marks import slow_after
+from tests.marks import rotated_after
 from tests.tiny_pipelines import pipeline_folder
 
 REWARD = "reward"
@@ -46,7 +46,7 @@ def gradients(policy: Policy, staged: bool) -> dict[str, Tensor]:
     return {**grads, "mean": mean.detach()}
 
 
-@pytest.mark.parametrize("name", slow_after(1, ["sd15", "sd35_no_t5"]))
+@pytest.mark.parametrize("name", rotated_after(1, ["sd15", "sd35_no_t5"]))
 def test_surrogate_gradients_give_the_gradients_of_one_pass(name: str) -> None:
     expected = gradients(two_adapters(name, checkpointing=False), staged=False)
     assert {key.split(".")[-2] for key in expected if key != "mean"} == {POLICY}

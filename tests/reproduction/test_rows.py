@@ -10,7 +10,7 @@ from latentreward.errors import InputError
 from latentreward.reproduction.results import read_results
 from latentreward.reproduction.rows import Row, Side, all_rows, choose_rows, read_row, shared_steps
 from latentreward.steps.tasks import Task, _file_digest
-from tests.marks import slow_after
+from tests.marks import rotated_after
 from tests.steps.forked_steps import ForkedSteps
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -84,7 +84,7 @@ def test_rows_have_the_rates_that_were_chosen(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", slow_after(1, [name for name in ROWS if not name.startswith(("tiny", "tuning"))], release=3)
+    "name", rotated_after(1, [name for name in ROWS if not name.startswith(("tiny", "tuning"))], release=3)
 )
 def test_commands_of_all_arms_parse(name: str, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     fits = [task for task in tasks(ROWS[name]).values() if task.arguments[0] == "fit"]

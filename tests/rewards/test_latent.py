@@ -16,7 +16,7 @@ from latentreward.policies import PolicySource
 from latentreward.rewards import LatentReward
 from latentreward.rewards.conversion import convert_states
 from latentreward.scoring import RewardModel, ScoringNoise
-from tests.marks import slow_after
+from tests.marks import rotated_after
 from tests.rewards.stored import PROMPTS, scores_by, states_of, tiny_policy, write_run
 from tests.scoring.test_published import write_dina, write_lrm
 from tests.tiny_pipelines import LATENTS, pipeline_folder
@@ -28,7 +28,7 @@ frozen_policy = cache(tiny_policy)
 
 
 @pytest.mark.parametrize(
-    ("method", "name", "options"), slow_after(2, RUNS), ids=lambda value: value if isinstance(value, str) else ""
+    ("method", "name", "options"), rotated_after(2, RUNS), ids=lambda value: value if isinstance(value, str) else ""
 )
 @pytest.mark.parametrize("whole", [False, True])
 def test_scores_are_those_of_training(method: str, name: str, options: dict, whole: bool, tmp_path: Path) -> None:
@@ -123,7 +123,7 @@ def test_a_reward_of_another_noise_process_sees_converted_states(
 
 
 @pytest.mark.parametrize(
-    ("method", "name", "options"), slow_after(1, RUNS), ids=lambda value: value if isinstance(value, str) else ""
+    ("method", "name", "options"), rotated_after(1, RUNS), ids=lambda value: value if isinstance(value, str) else ""
 )
 def test_gradients_reach_the_latents_in_batches_of_any_size(
     method: str, name: str, options: dict, tmp_path: Path

@@ -15,7 +15,7 @@ from latentreward.policies import Policy
 from latentreward.policies.surrogate_gradient import surrogate
 from latentreward.rewards import LatentReward, RewardMixture
 from latentreward.rewards.latent import LatentScorer
-from tests.marks import slow_after
+from tests.marks import rotated_after
 from tests.rewards.stored import PROMPTS, states_of, tiny_policy, write_run
 from tests.scoring.test_published import write_dina
 
@@ -60,7 +60,7 @@ def gradient(reward: LatentScorer, policy: Policy) -> Tensor:
     return torch.autograd.grad(total, latents)[0]
 
 
-@pytest.mark.parametrize("case", slow_after(1, SHARED))
+@pytest.mark.parametrize("case", rotated_after(1, SHARED))
 def test_scores_and_policy_are_as_with_two_networks(case: str, tmp_path: Path) -> None:
     method, name, options = SHARED[case]
     write_run(tmp_path, method, name, **options)
@@ -125,7 +125,7 @@ def test_the_published_layout_of_dina_lrm_shares_too(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("reason", "method", "name", "options", "change"),
-    slow_after(
+    rotated_after(
         1,
         [
             ("full training", "lrm", "sd15", FROZEN_TEXT, None),

@@ -21,7 +21,7 @@ from latentreward.rollout import (
     sample_trajectories,
 )
 from tests.generation.toy_rewards import MeanLatent
-from tests.marks import slow_after
+from tests.marks import rotated_after
 from tests.policies.alignment import tiny_source
 from tests.rewards.stored import write_run
 
@@ -66,7 +66,7 @@ def test_a_trained_reward_on_the_policys_own_network_guides_alike(method: str, n
     assert not torch.allclose(found[0], sample_latents(policy, PROMPTS, sampling, 2.0, seed=0), atol=1e-2)
 
 
-@pytest.mark.parametrize("source", slow_after(1, ["sd35_tiny", "sd_tiny"]))
+@pytest.mark.parametrize("source", rotated_after(1, ["sd35_tiny", "sd_tiny"]))
 def test_guided_samples_score_higher_in_the_window(source: str) -> None:
     policy, sampling = PolicySource(source).load().eval(), Sampling(5).with_noise()
     sampler = sampling.sampler(policy.family)

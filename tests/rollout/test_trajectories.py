@@ -11,7 +11,7 @@ from latentreward.contracts import PromptBatch
 from latentreward.errors import InputError
 from latentreward.policies import Policy, PolicySource
 from latentreward.rollout import DDIMSampler, RolloutDraws, Sampling, sample_latents, sample_trajectories
-from tests.marks import slow_after
+from tests.marks import rotated_after
 from tests.rollout.tiny_rollout import PROMPTS, tiny_policy
 
 STEPS = Sampling(num_inference_steps=5).with_noise()
@@ -40,7 +40,7 @@ def diffusers_latents(name: str, initial: Tensor, guidance_scale: float, steps: 
 
 
 @both_families
-@pytest.mark.parametrize("guidance_scale", slow_after(1, [1.0, 3.0]))
+@pytest.mark.parametrize("guidance_scale", rotated_after(1, [1.0, 3.0]))
 def test_without_noise_samples_are_those_of_diffusers(name: str, guidance_scale: float) -> None:
     policy, still = tiny_policy(name), Sampling(5, eta=0.0, noise_level=0.0)
     found = sample_latents(policy, PROMPTS, still, guidance_scale, seed=0)

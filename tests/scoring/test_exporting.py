@@ -14,7 +14,7 @@ from latentreward.data.image_sizes import OneSize
 from latentreward.errors import InputError
 from latentreward.scoring import PublishedSettings, RewardModel, ScoringNoise
 from latentreward.scoring.layouts.exporting import export_reward
-from tests.marks import slow_after
+from tests.marks import rotated_after
 from tests.rewards.stored import write_run
 from tests.scoring.models import PROMPTS, pictures
 from tests.scoring.test_published import write_dina, write_lrm
@@ -61,7 +61,7 @@ RUNS: list[tuple[str, str, str, dict[str, Any]]] = [
 ]
 
 
-@pytest.mark.parametrize(("layout", "method", "name", "options"), slow_after(2, RUNS))
+@pytest.mark.parametrize(("layout", "method", "name", "options"), rotated_after(2, RUNS))
 def test_a_run_loads_again_to_its_scores(
     layout: str, method: str, name: str, options: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -139,7 +139,7 @@ PROBLEMS: list[tuple[str, str, dict[str, Any], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("method", "name", "options", "message"), slow_after(2, PROBLEMS))
+@pytest.mark.parametrize(("method", "name", "options", "message"), rotated_after(2, PROBLEMS))
 def test_a_part_that_the_layout_has_no_place_for(
     method: str, name: str, options: dict[str, Any], message: str, tmp_path: Path
 ) -> None:

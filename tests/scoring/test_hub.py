@@ -13,7 +13,7 @@ from latentreward.errors import InputError
 from latentreward.scoring import RewardModel
 from latentreward.scoring.layouts.card import Card
 from latentreward.storage.hub import TIMEOUT
-from tests.marks import slow_after
+from tests.marks import rotated_after
 from tests.rewards.stored import write_run
 from tests.scoring.stub_hub import StubHub, running_hub, set_hub
 from tests.scoring.test_pretrained import scores
@@ -90,7 +90,7 @@ def test_no_such_repository(hub: StubHub) -> None:
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("name", slow_after(2, ["nothing", "./owner/name", "/none/at/all", "x.ckpt", "~/reward"]))
+@pytest.mark.parametrize("name", rotated_after(2, ["nothing", "./owner/name", "/none/at/all", "x.ckpt", "~/reward"]))
 def test_names_that_are_no_hub_ids_ask_nobody(name: str, hub: StubHub) -> None:
     with pytest.raises(InputError, match=f"reward model '{name}' does not exist"):
         RewardModel.from_pretrained(name)

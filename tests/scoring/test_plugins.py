@@ -17,7 +17,7 @@ from latentreward.scoring import RewardModel
 from latentreward.scoring.layouts.model_folder import adapter_folders
 from latentreward.scoring.layouts.recipe import ModelPart, ModelRecipe, backbone_part, head_part, own_parts
 from latentreward.scoring.layouts.saving import check_adapter_folders, paths_here
-from tests.marks import slow_after
+from tests.marks import rotated_after
 from tests.scoring import plugin_backbone
 from tests.tiny_pipelines import pipeline_folder
 
@@ -99,7 +99,7 @@ def publish(tmp_path: Path, *options: str) -> None:
 
 @pytest.mark.parametrize(
     ("drawn", "message"),
-    slow_after(
+    rotated_after(
         1,
         [
             (

@@ -31,7 +31,7 @@ from latentreward.scoring.layouts import saving
 from latentreward.scoring.layouts.card import Card
 from latentreward.scoring.layouts.find import find_reward
 from latentreward.scoring.layouts.recipe import ModelPart, ModelRecipe, recipe_in_python
-from tests.marks import slow_after
+from tests.marks import rotated_after
 from tests.rewards.stored import scores_by, states_of, tiny_policy, write_run
 from tests.scoring.test_published import write_dina, write_lrm
 from tests.tiny_pipelines import LATENTS, pipeline_folder
@@ -76,7 +76,7 @@ def saved_run(folder: Path, method: str = "dina", name: str = "sd35", **options:
     return folder / "saved"
 
 
-@pytest.mark.parametrize("kind", slow_after(3, RUNS))
+@pytest.mark.parametrize("kind", rotated_after(3, RUNS))
 def test_a_run_is_saved_bit_for_bit(kind: str, tmp_path: Path) -> None:
     method, name, options = RUNS[kind]
     module = write_run(tmp_path / "run", method, name, **options)
@@ -102,7 +102,7 @@ def call_of(model: RewardModel, states: Any) -> tuple[Any, ...]:
     return states.latents, states.timesteps, conditioning.select(states.rows), uncond
 
 
-@pytest.mark.parametrize("layout", slow_after(1, ["sd15", "sdxl", "dina"]))
+@pytest.mark.parametrize("layout", rotated_after(1, ["sd15", "sdxl", "dina"]))
 def test_a_published_layout_is_saved_bit_for_bit(layout: str, tmp_path: Path) -> None:
     write_dina(tmp_path / "published") if layout == "dina" else write_lrm(tmp_path / "published", layout)
     base = None if layout == "dina" else pipeline_folder(layout)
@@ -137,7 +137,7 @@ def names(folder: Path) -> set[str]:
 
 @pytest.mark.parametrize(
     ("name", "part", "family", "folder"),
-    slow_after(
+    rotated_after(
         1,
         [
             ("sd35", "transformer", SD3Transformer2DModel, "adapter"),
@@ -205,7 +205,7 @@ def changed_base(name: str, part: str, folder: Path, factor: float = 1.1) -> str
 
 @pytest.mark.parametrize(
     ("method", "name", "part", "options"),
-    slow_after(
+    rotated_after(
         1,
         [
             ("dina", "sd35", "transformer", {"lora": LORA}),
@@ -265,7 +265,7 @@ def test_the_name_of_a_shipped_pipeline_is_a_base(tmp_path: Path) -> None:
     assert torch.equal(again.score("a cat", pictures(1)), model.score("a cat", pictures(1)))
 
 
-@pytest.mark.parametrize("name", slow_after(1, ["sd35", "sd15"]))
+@pytest.mark.parametrize("name", rotated_after(1, ["sd35", "sd15"]))
 @pytest.mark.parametrize("text", ["frozen", "lora"])
 def test_a_saved_adapter_runs_on_the_policys_network(name: str, text: str, tmp_path: Path) -> None:
     saved = saved_run(tmp_path, "dina", name, tuning="lora", text_encoder_tuning=text, lora=LORA)

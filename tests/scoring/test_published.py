@@ -15,7 +15,7 @@ from latentreward.errors import InputError
 from latentreward.heads import CLIPProjectionHead, GatedQFormerHead
 from latentreward.scoring import RewardModel, ScoringNoise, load_dina_lrm, load_lrm
 from tests.backbones.networks import tiny_backbone
-from tests.marks import slow_after
+from tests.marks import rotated_after
 from tests.tiny_pipelines import LATENTS, pipeline_folder
 
 PROMPTS = ["a cat", "a dog"]
@@ -119,7 +119,7 @@ def remove(part: str, name: str) -> Callable[[dict[str, Any]], object]:
 
 @pytest.mark.parametrize(
     ("damage", "message"),
-    slow_after(
+    rotated_after(
         2,
         [
             (lambda state: state.pop("visual_projection"), "missing entry visual_projection"),
@@ -239,7 +239,7 @@ LORA = "base_model.model.transformer_blocks.0.attn.to_q.lora_A.weight"
 
 @pytest.mark.parametrize(
     ("damage", "message"),
-    slow_after(
+    rotated_after(
         2,
         [
             (lambda f: (f / "config.json").unlink(), "lacks config.json"),

@@ -19,7 +19,7 @@ from latentreward.scoring import PublishedSettings, RewardModel, load_lrm
 from latentreward.scoring.scored_table import read_scores
 from latentreward.settings.functions import parse_function
 from tests.backbones.networks import tiny_backbone
-from tests.marks import slow_after
+from tests.marks import rotated_after
 from tests.rewards.stored import states_of, tiny_policy, write_run
 from tests.scoring.models import PROMPTS, pictures
 from tests.scoring.test_published import write_dina, write_lrm
@@ -79,7 +79,7 @@ def test_settings_of_dina_lrm(tmp_path: Path) -> None:
     assert (scores_of(model) - scores_of(default)).abs().max() > 0
 
 
-@pytest.mark.parametrize("name", slow_after(1, ["sd15", "sdxl"]))
+@pytest.mark.parametrize("name", rotated_after(1, ["sd15", "sdxl"]))
 def test_a_checkpoint_of_the_mid_block_alone(name: str, tmp_path: Path) -> None:
     expected, base = write_single_scale(tmp_path / "single", name), pipeline_folder(name)
     for model in (RewardModel.from_pretrained(tmp_path / "single", base=base), load_lrm(tmp_path / "single", base)):
@@ -92,7 +92,7 @@ def test_a_checkpoint_of_the_mid_block_alone(name: str, tmp_path: Path) -> None:
         load_lrm(tmp_path / "wide", base, multi_scale="single")
 
 
-@pytest.mark.parametrize("name", slow_after(1, ["sd15", "sdxl"]))
+@pytest.mark.parametrize("name", rotated_after(1, ["sd15", "sdxl"]))
 def test_text_encoders_frozen_in_training_are_the_base_s(name: str, tmp_path: Path) -> None:
     expected, folder, base = (
         write_lrm(tmp_path / "published", name).eval(),
@@ -173,7 +173,7 @@ def test_score_notes_them_and_does_not_go_on_with_others(tmp_path: Path, capsys:
     assert torch.equal(score(), own)  # of a version before the setting, which had the defaults
 
 
-@pytest.mark.parametrize("share", slow_after(1, ["auto", "never"]))
+@pytest.mark.parametrize("share", rotated_after(1, ["auto", "never"]))
 def test_latent_reward_takes_and_tells_them(share: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     write_dina(tmp_path)
     policy, prompts = tiny_policy("sd35", t5_length=256), ["a cat", "two dogs"]

@@ -7,7 +7,7 @@ from latentreward.errors import InputError
 from latentreward.heads import CLIPProjectionHead, GatedQFormerHead
 from latentreward.scoring import RewardModel, ScoringNoise, normalise_score
 from tests.backbones.networks import tiny_backbone
-from tests.marks import slow_after
+from tests.marks import rotated_after
 from tests.tiny_pipelines import LATENTS, PIXELS
 
 PROMPTS = ["a cat", "", "a dog"]
@@ -39,7 +39,7 @@ def test_one_level_is_noising_reading_and_scoring(name: str, head: str) -> None:
     torch.testing.assert_close(model(noisy, timestep.repeat(3), conditioning, uncond), expected)
 
 
-@pytest.mark.parametrize(("name", "head"), slow_after(2, CASES))
+@pytest.mark.parametrize(("name", "head"), rotated_after(2, CASES))
 def test_score_does_not_depend_on_company(name: str, head: str) -> None:
     model = model_of(name, head)
     latents, noise = latents_and_noise()

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from latentreward.scoring import ScoringNoise
-from tests.marks import slow_after
+from tests.marks import rotated_after
 from tests.scoring.models import pictures, scoring_model
 from tests.tiny_pipelines import LATENTS, PIXELS
 
@@ -13,7 +13,7 @@ PROMPTS = ["a cat", "a dog"]
 
 @pytest.mark.parametrize("sigmas", [(0.5,), (0.2, 0.7)])
 @pytest.mark.parametrize("of", ["latents", "pixels"])
-@pytest.mark.parametrize("name", slow_after(2, ["sd15", "sd35"]))
+@pytest.mark.parametrize("name", rotated_after(2, ["sd15", "sd35"]))
 def test_gradients_equal_finite_differences(name: str, of: str, sigmas: tuple[float, ...]) -> None:
     """Along a random direction, in float64; heads compute norms and means in float32."""
     model, noise = scoring_model(name), ScoringNoise(sigmas=sigmas)

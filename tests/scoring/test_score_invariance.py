@@ -11,7 +11,7 @@ from torch import nn
 
 from latentreward.errors import InputError
 from latentreward.scoring import RewardModel, ScoringNoise
-from tests.marks import slow_after
+from tests.marks import rotated_after
 from tests.scoring.models import PROMPTS, pictures, scoring_model
 from tests.tiny_pipelines import LATENTS
 
@@ -25,12 +25,12 @@ def prompts_of(count: int) -> list[str]:
     return [PROMPTS[row % len(PROMPTS)] for row in range(count)]
 
 
-@pytest.fixture(scope="module", params=slow_after(2, ["sd15", "sd35", "sdxl"]))
+@pytest.fixture(scope="module", params=rotated_after(2, ["sd15", "sd35", "sdxl"]))
 def model(request: pytest.FixtureRequest) -> RewardModel:
     return scoring_model(request.param)
 
 
-@pytest.mark.parametrize("mixed", slow_after(1, [True, False]), ids=["mixed shapes", "one shape"])
+@pytest.mark.parametrize("mixed", rotated_after(1, [True, False]), ids=["mixed shapes", "one shape"])
 def test_batch_size_does_not_matter(model: RewardModel, mixed: bool) -> None:
     images, prompts = pictures(COUNT, mixed), prompts_of(COUNT)
     expected = model.score(prompts, images, batch_size=8)
@@ -38,7 +38,7 @@ def test_batch_size_does_not_matter(model: RewardModel, mixed: bool) -> None:
         torch.testing.assert_close(model.score(prompts, images, batch_size=size), expected, **CLOSE)
 
 
-@pytest.mark.parametrize("size", slow_after(2, [2, 3, 5, 8, 11, 24]))
+@pytest.mark.parametrize("size", rotated_after(2, [2, 3, 5, 8, 11, 24]))
 def test_a_row_of_a_batch_is_like_any_other(model: RewardModel, size: int) -> None:
     """Batches that are no multiple of 4, too: the same image is scored alike wherever it stands."""
     latents = torch.randn(1, 4, LATENTS, LATENTS).repeat(size, 1, 1, 1)
@@ -51,7 +51,7 @@ def test_a_row_of_a_batch_is_like_any_other(model: RewardModel, size: int) -> No
         torch.testing.assert_close(scores[:1], scores[-1:], **CLOSE)
 
 
-@pytest.mark.parametrize("mixed", slow_after(1, [True, False]), ids=["mixed shapes", "one shape"])
+@pytest.mark.parametrize("mixed", rotated_after(1, [True, False]), ids=["mixed shapes", "one shape"])
 def test_repeats_and_any_order_give_the_same_bits(model: RewardModel, mixed: bool) -> None:
     images, prompts = pictures(COUNT, mixed), prompts_of(COUNT)
     expected = model.score(prompts, images, batch_size=8)

@@ -8,7 +8,7 @@ import yaml
 from PIL import Image
 
 from latentreward.cli import main
-from tests.marks import slow_after
+from tests.marks import rotated_after
 
 STACK = ("lrm_tiny", "model"), ("tinyworld_pickapic", "data"), ("cpu", "trainer")
 FIT = ["fit", *(f"--config=configs/{folder}/{name}.yaml" for name, folder in STACK)]
@@ -37,7 +37,7 @@ def refusal_of(text: str, capsys: pytest.CaptureFixture[str]) -> str:
 
 @pytest.mark.parametrize(
     ("text", "field"),
-    slow_after(
+    rotated_after(
         2,
         [
             ("trainer: {accelerator: null}", "trainer.accelerator"),
@@ -66,7 +66,7 @@ def test_null_is_refused_where_the_type_does_not_allow_it(text: str, field: str,
 
 @pytest.mark.parametrize(
     "option",
-    slow_after(
+    rotated_after(
         1,
         [
             "--model.head.init_args.text_projection_source",
@@ -91,7 +91,7 @@ def test_null_on_the_command_line_is_none(option: str, equals: bool, capsys) -> 
 
 
 @pytest.mark.parametrize(
-    "value", slow_after(2, ["null", "${trainer.max_time}", "${oc.env:NO_NUMBER,null}", "~", "${oc.decode:null}"])
+    "value", rotated_after(2, ["null", "${trainer.max_time}", "${oc.env:NO_NUMBER,null}", "~", "${oc.decode:null}"])
 )
 def test_null_on_the_command_line_is_refused_where_the_type_does_not_allow_it(value: str, capsys) -> None:
     assert refusal(capsys, *FIT, f"--data.batch_size={value}").startswith("data.batch_size: expected int, got null")
@@ -123,7 +123,7 @@ def test_aliases_that_multiply_are_refused_before_they_are_built(capsys) -> None
 
 @pytest.mark.parametrize(
     ("text", "field"),
-    slow_after(
+    rotated_after(
         8,
         [
             ("model: {init_args: {optimizer: {init_args: {lr: .inf}}}}", "model.optimizer.lr: inf"),
@@ -205,7 +205,7 @@ def test_callbacks_that_lightning_cannot_tell_apart(capsys) -> None:
 
 @pytest.mark.parametrize(
     ("setting", "line"),
-    slow_after(
+    rotated_after(
         4,
         [
             ("--model.optimizer.lr=abc", "model.optimizer.lr: expected float, got 'abc'"),

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from latentreward.cli import main
-from tests.marks import slow_after
+from tests.marks import rotated_after
 
 DINA = "configs/model/dina_lrm_tiny.yaml"
 RANK_16 = {"rank": 16, "alpha": 32.0, "dropout": 0.0, "target_modules": None}
@@ -89,7 +89,7 @@ def test_saved_settings_of_a_run_as_the_earlier_file(model) -> None:
     assert model("config.yaml", DINA)["init_args"]["backbone"]["init_args"]["lora"] == RANK_16
 
 
-@pytest.mark.parametrize("head", slow_after(1, ["pavrm", "drm", "layer_mix"]))
+@pytest.mark.parametrize("head", rotated_after(1, ["pavrm", "drm", "layer_mix"]))
 def test_shipped_heads_after_the_recipe_of_dina_lrm(head: str, model, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HPDV3_ROOT", "/data")
     found = model("configs/recipes/dina_lrm_sd35.yaml", f"configs/model/{head}_sd35.yaml")

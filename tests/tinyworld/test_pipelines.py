@@ -20,7 +20,7 @@ from latentreward.tinyworld.pretraining.vae import (
 )
 from latentreward.tinyworld.sampling import PIPELINE_FOLDERS, load_pipeline, sample_pictures
 from latentreward.tinyworld.tokenizer import build_tokenizer
-from tests.marks import slow_after
+from tests.marks import rotated_after
 
 PROMPT = "a red circle left of a blue square on a white background"
 
@@ -83,7 +83,7 @@ def test_sampling_is_seeded() -> None:
     assert not np.array_equal(one, other)
 
 
-@pytest.mark.parametrize("name", slow_after(1, PIPELINE_FOLDERS))
+@pytest.mark.parametrize("name", rotated_after(1, PIPELINE_FOLDERS))
 def test_pipelines_draw_what_they_are_asked_for(name: str) -> None:
     captions = held_out_captions(24, seed=1)
     pictures = sample_pictures(load_pipeline(PIPELINE_FOLDERS[name]), captions, seed=1, num_inference_steps=10)
