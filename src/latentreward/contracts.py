@@ -565,7 +565,7 @@ class RenoisedSamples(SampledStates):
     advantage: Tensor
 
 
-StepRecord = TypeVar("StepRecord", StepPairs, StepSamples, RenoisedSamples)
+StepRecord = TypeVar("StepRecord", bound=SampledStates)
 
 
 def take_rows(record: StepRecord, index: Sequence[int]) -> StepRecord:

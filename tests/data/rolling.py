@@ -1,6 +1,7 @@
 """A module of a few milliseconds whose data are its own rollouts."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ class RollingModule(LightningModule):
     """Rolls out states that depend on its weight; keeps a pair of about every second."""
 
     rollout_statistics: RolloutStatistics | None = None
+    experience: type[StepPairs] = StepPairs
 
     def __init__(self, keep: float = 0.5, eta: float = 1.0) -> None:
         super().__init__()
@@ -46,7 +48,7 @@ class RollingModule(LightningModule):
             kept.view(shape),
         )
         states = draws[:, :2] * self.weight.detach()
-        pairs = StepPairs(
+        pairs = self.experience(
             tuple(key for _, key in names),
             tuple(prompt for prompt, _ in names),
             states,
@@ -79,6 +81,27 @@ class RollingModule(LightningModule):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.AdamW(self.parameters(), 0.01)
+
+
+@dataclass(frozen=True)
+class OwnRows(StepPairs):
+    """A record that the package does not know, with a field that is given at times."""
+
+    bonus: Tensor | None = None
+
+
+class OwnRolling(RollingModule):
+    """The same with rows of its own."""
+
+    experience = OwnRows
+
+    def roll_out(self, prompts: PromptBatch) -> OwnRows | None:
+        rows = super().roll_out(prompts)
+        return rows and replace(rows, bonus=rows.gap + 1)
+
+    def training_step(self, batch: OwnRows, batch_idx: int) -> Tensor:
+        assert torch.equal(batch.bonus, batch.gap + 1)
+        return super().training_step(batch, batch_idx)
 
 
 def make_trainer(folder: Path, callbacks: Sequence[Callback] = (), strategy: Any = "auto", **options: Any) -> Trainer:

@@ -1,5 +1,6 @@
 """Rollouts behind Lightning's loop: steps stay steps, nothing is lost, every checkpoint leads to the same end."""
 
+import sys
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -8,10 +9,11 @@ import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from latentreward.contracts import StepPairs
 from latentreward.data.alignment.experience import ExperienceSampler, as_plain, from_plain
 from latentreward.data.alignment.prompts import PromptOrder
 from latentreward.errors import InputError
-from tests.data.rolling import PROMPTS, STEPS, RollingModule, SaveAlways, fit, make_trainer
+from tests.data.rolling import PROMPTS, STEPS, OwnRolling, RollingModule, SaveAlways, fit, make_trainer
 from tests.marks import slow_after
 
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -20,22 +22,24 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "long accumulation": {"accumulate_grad_batches": 4},
     "limited epochs": {"limit_train_batches": 3, "accumulate_grad_batches": 2},
     "by steps": {"max_steps": 8, "max_epochs": None},
+    "own rows": {},
 }
+MODULES: dict[str, type[RollingModule]] = {"own rows": OwnRolling}
 
 
 def keys(module: RollingModule) -> list[str]:
     return [key for _, batch in module.seen for key in batch]
 
 
-@pytest.mark.parametrize("name", slow_after(1, SETTINGS))
+@pytest.mark.parametrize("name", [*slow_after(1, [name for name in SETTINGS if name != "own rows"]), "own rows"])
 def test_every_checkpoint_leads_to_the_same_end(name: str, tmp_path: Path) -> None:
-    saver = SaveAlways(tmp_path)
+    saver, make_module = SaveAlways(tmp_path), MODULES.get(name, RollingModule)
     whole = make_trainer(tmp_path, [saver], **SETTINGS[name])
-    module = fit(whole)
+    module = fit(whole, module=make_module())
     assert len(set(keys(module))) == len(keys(module))
     for path, seen in saver.paths:
         resumed = make_trainer(tmp_path, **SETTINGS[name])
-        again = fit(resumed, path)
+        again = fit(resumed, path, make_module())
         assert resumed.global_step == whole.global_step
         assert torch.equal(again.weight, module.weight), path
         taken = len(module.seen) - len(again.seen)
@@ -148,11 +152,22 @@ def test_records_survive_a_checkpoint(tmp_path: Path) -> None:
     pairs = module.roll_out(PromptOrder(PROMPTS, 0).__getitems__([0, 1]))
     for record in (pairs, module.rollout_statistics, None):
         torch.save(as_plain(record), tmp_path / "record.pt")
-        again = from_plain(torch.load(tmp_path / "record.pt", weights_only=True))
+        again = from_plain(torch.load(tmp_path / "record.pt", weights_only=True), type(record))
         assert type(again) is type(record)
         if record is not None:
             assert as_plain(again).keys() == as_plain(record).keys()
             assert all(map(_equal, as_plain(again).values(), as_plain(record).values()))
+
+
+@pytest.mark.parametrize(
+    "changed", [{"record": "my_rows.MyRows"}, {"added": 1}, {"gap": None}], ids=["class", "field too much", "lacks one"]
+)
+def test_rows_of_another_class_or_form_are_refused_and_nothing_is_imported(changed: dict[str, Any]) -> None:
+    plain = as_plain(RollingModule(keep=1.0).roll_out(PromptOrder(PROMPTS, 0).__getitems__([0, 1])))
+    plain = {name: value for name, value in {**plain, **changed}.items() if value is not None}
+    with pytest.raises(InputError, match=r"rows left of its rollouts \((my_rows\.MyRows|StepPairs): .*another method"):
+        from_plain(plain, StepPairs)
+    assert "my_rows" not in sys.modules
 
 
 def _equal(first: Any, second: Any) -> bool:

@@ -81,7 +81,7 @@ def test_every_setting_learns_from_its_rows(name: str, setting: str) -> None:
     reward = OtherChannelsReward if setting == "uncertain" else FirstChannelReward
     module = trajectory(name, source_of_reward=reward, **options)
     samples = module.roll_out(BATCH)
-    again = from_plain(as_plain(samples))
+    again = from_plain(as_plain(samples), StepSamples)
     for field in fields(StepSamples):
         value, stored = getattr(samples, field.name), getattr(again, field.name)
         assert torch.equal(value, stored) if isinstance(value, Tensor) else value == stored

@@ -7,12 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from latentreward.backbones import LoRA
 from latentreward.contracts import NoisyStates, PromptBatch, StepPairs, take_rows
 from latentreward.data.image_sizes import OneSize
 from latentreward.errors import InputError
+from latentreward.losses import StepDPO, StepDPOResult, StepPairLoss
 from latentreward.modules import LPOModule, SPOModule
 from latentreward.policies import PolicySource
 from latentreward.rewards import LatentReward
@@ -247,3 +248,25 @@ def test_a_reward_of_another_size_is_said(size: Any, warned: bool, tmp_path: Pat
         "model.reward: trained on images of 8x24 center-cropped, but the policy samples 16x16; set "
         "model.sampling.height and width, or train a reward at this size"
     ]
+
+
+class Hinge(StepPairLoss):
+    """A loss of one's own."""
+
+    def forward(self, chosen: Tensor, rejected: Tensor, ref_chosen: Tensor, ref_rejected: Tensor) -> StepDPOResult:
+        margin = chosen - ref_chosen - rejected + ref_rejected
+        return StepDPOResult((1 - margin).relu().mean(), (margin > 0).float().mean(), margin.mean(), margin.new_zeros(()))
+
+
+@pytest.mark.parametrize(
+    ("loss", "beta", "equal"),
+    [(StepDPO(500.0), 7.0, True), (Hinge(), 500.0, False)],
+    ids=["default", "own"],
+)
+def test_the_loss_can_be_replaced(
+    loss: StepPairLoss, beta: float, equal: bool, module: LPOModule, pairs: StepPairs
+) -> None:
+    other = moved(lpo(loss=loss, beta=beta))
+    found = other.compare(pairs)[0].loss
+    assert torch.equal(found, module.compare(pairs)[0].loss) is equal
+    assert any(gradient.any() for gradient in gradients(other, found))

@@ -76,7 +76,7 @@ def unread_module(
     arguments = settings.model.init_args
     sources.replace(arguments)
     if isinstance(policy := arguments.get("policy"), Namespace):
-        replace_rewards(arguments, PolicySource(policy.source, policy.revision), sources)
+        replace_rewards(arguments, PolicySource(**vars(policy)), sources)
     with torch.device("meta"):
         module = build(settings)
     told = logging.getLogger("lightning.pytorch")

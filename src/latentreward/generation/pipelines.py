@@ -44,22 +44,26 @@ class LoadedPipeline:
         return [state[name].detach().cpu() for name in names]
 
 
-def policy_of(pipeline: DiffusionPipeline) -> Policy:
-    """Wrap a pipeline of a known family as a policy.
+def policy_of(pipeline: DiffusionPipeline, family: str | None = None) -> Policy:
+    """Wrap a pipeline as a policy.
 
     Network and VAE are shared with the pipeline, and the pipeline's active LoRAs stay active. The policy has no text
     encoder: the pipeline encodes the prompts.
 
+    Args:
+        pipeline: The pipeline.
+        family: Import path of a family of one's own; None finds the family among those of this package.
+
     Raises:
-        InputError: If the pipeline is of no known family.
+        InputError: If the pipeline is of no known family, or ``family`` cannot be imported.
     """
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    family = find_family(LoadedPipeline(pipeline))
-    network = getattr(pipeline, family.part)
+    found = find_family(LoadedPipeline(pipeline), family)
+    network = getattr(pipeline, found.part)
     layers = [module for module in network.modules() if isinstance(module, BaseTunerLayer)]
     active = list(dict.fromkeys(name for layer in layers for name in layer.active_adapters))
-    policy = Policy(network, family, vae=family.wrap_vae(pipeline.vae))
+    policy = Policy(network, found, vae=found.wrap_vae(pipeline.vae))
     if active:
         policy.adapters = AdapterSwitch(network, active)
     policy.source = type(pipeline).__name__

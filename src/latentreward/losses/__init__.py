@@ -11,7 +11,7 @@ from latentreward.losses.matching import MatchingLoss, MatchingResult, velocity_
 from latentreward.losses.nft import NFTLoss, NFTResult
 from latentreward.losses.outcome_process import OutcomeProcessLoss
 from latentreward.losses.refl import RewardLoss, prediction_drift
-from latentreward.losses.step_dpo import StepDPO, StepDPOResult, clamped_log_ratio
+from latentreward.losses.step_dpo import StepDPO, StepDPOResult, StepPairLoss, clamped_log_ratio
 from latentreward.losses.targets import (
     LabelLoss,
     RankingDistillation,
@@ -73,6 +73,7 @@ __all__ = [
     "StepDPO",
     "StepDPOResult",
     "StepDrift",
+    "StepPairLoss",
     "TargetLoss",
     "ThurstoneLoss",
     "TieLoss",

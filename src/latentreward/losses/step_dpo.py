@@ -8,6 +8,7 @@ LPO (arXiv:2502.01051) and SPO (arXiv:2406.04314), after DPO (arXiv:2305.18290, 
 """
 
 import math
+from abc import ABC, abstractmethod
 from typing import NamedTuple
 
 import torch
@@ -49,7 +50,22 @@ class StepDPOResult(NamedTuple):
     clamped: Tensor
 
 
-class StepDPO(SetLoss):
+class StepPairLoss(SetLoss, ABC):
+    """Base class of losses of pairs of next states, from their log-probabilities under policy and reference."""
+
+    @abstractmethod
+    def forward(self, chosen: Tensor, rejected: Tensor, ref_chosen: Tensor, ref_rejected: Tensor) -> StepDPOResult:
+        """Compute the loss of B pairs.
+
+        Args:
+            chosen: ``(B,)`` log-probability of the better next state under the policy.
+            rejected: ``(B,)`` log-probability of the worse next state under the policy.
+            ref_chosen: ``(B,)`` log-probability of the better next state under the reference, without gradient.
+            ref_rejected: ``(B,)`` log-probability of the worse next state under the reference, without gradient.
+        """
+
+
+class StepDPO(StepPairLoss):
     """Step-level DPO with clamped ratios.
 
     The loss is computed in float64: a log-ratio of some 1e-4 is the difference of two numbers near 1, and β magnifies
@@ -76,14 +92,7 @@ class StepDPO(SetLoss):
         self.beta, self.clip_range = beta, clip_range
 
     def forward(self, chosen: Tensor, rejected: Tensor, ref_chosen: Tensor, ref_rejected: Tensor) -> StepDPOResult:
-        """Compute the loss of B pairs.
-
-        Args:
-            chosen: ``(B,)`` log-probability of the better next state under the policy.
-            rejected: ``(B,)`` log-probability of the worse next state under the policy.
-            ref_chosen: ``(B,)`` log-probability of the better next state under the reference, without gradient.
-            ref_rejected: ``(B,)`` log-probability of the worse next state under the reference, without gradient.
-        """
+        """See :meth:`StepPairLoss.forward`."""
         if chosen.device.type == "mps":  # has no float64
             chosen, rejected, ref_chosen, ref_rejected = (x.cpu() for x in (chosen, rejected, ref_chosen, ref_rejected))
         win = clamped_log_ratio(chosen, ref_chosen, self.clip_range)

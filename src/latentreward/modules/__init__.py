@@ -1,9 +1,10 @@
 """LightningModules that train reward models and align policies."""
 
+from latentreward.modules.alignment import AlignmentModule, RewardedModule, RolloutModule
 from latentreward.modules.diffusion_dpo import DiffusionDPOModule
 from latentreward.modules.dina_lrm import DiNaLRMModule
-from latentreward.modules.forward_process import AWMModule, DiffusionNFTModule
-from latentreward.modules.grpo import StepwiseGRPOModule, TrajectoryGRPOModule
+from latentreward.modules.forward_process import AWMModule, DiffusionNFTModule, ForwardProcessModule
+from latentreward.modules.grpo import GRPOModule, StepwiseGRPOModule, TrajectoryGRPOModule, group_statistics
 from latentreward.modules.lpo import LPOModule, StepRatios
 from latentreward.modules.lrm import LRMModule
 from latentreward.modules.pairs import ScoredPairs
@@ -15,13 +16,18 @@ from latentreward.modules.step_aware_pixel import StepAwarePixelModule
 
 __all__ = [
     "AWMModule",
+    "AlignmentModule",
     "DiNaLRMModule",
     "DiffusionDPOModule",
     "DiffusionNFTModule",
+    "ForwardProcessModule",
+    "GRPOModule",
     "LPOModule",
     "LRMModule",
     "ReFLModule",
     "RewardModule",
+    "RewardedModule",
+    "RolloutModule",
     "SPOModule",
     "ScoredPairs",
     "StepAwarePixelModule",
@@ -29,4 +35,5 @@ __all__ = [
     "StepwiseGRPOModule",
     "TrajectoryGRPOModule",
     "WarmupSchedule",
+    "group_statistics",
 ]

@@ -15,12 +15,10 @@ from latentreward.contracts import (
     Conditioning,
     NoisyStates,
     PromptBatch,
-    RenoisedSamples,
     RolloutStatistics,
-    StepPairs,
-    StepSamples,
-    TensorRecord,
+    SampledStates,
 )
+from latentreward.data.alignment.experience import other_rows
 from latentreward.errors import InputError
 from latentreward.modules.based import BasedModule, unseen_settings
 from latentreward.modules.sharding import shard_policy, shard_reward
@@ -41,7 +39,7 @@ from latentreward.rollout import (
     gap_quantiles,
 )
 
-Experience = TypeVar("Experience", StepPairs, StepSamples, RenoisedSamples)
+Experience = TypeVar("Experience", bound=SampledStates)
 
 
 class AlignmentModule(BasedModule):
@@ -202,13 +200,23 @@ class RolloutModule(RewardedModule, Generic[Experience]):
     Attributes:
         rollout_statistics: Statistics of the last rollout, for callbacks: of this rank until the first batch of the
             rollout's rows, of all ranks from then on.
-        experience: Class of the rows, by which rows of a checkpoint are checked; None checks nothing.
+        experience: Class of the rows, which a derived class sets: a frozen dataclass with
+            :class:`~latentreward.contracts.SampledStates` as its base, whose fields are tensors ``(N, ...)``, tuples
+            of N values, or None. Rows of a checkpoint are made of it.
+
+    Raises:
+        InputError: If ``experience`` is not set.
     """
 
     rollout_statistics: RolloutStatistics | None = None
-    experience: type[TensorRecord] | None = None
+    experience: type[SampledStates]
 
     def __init__(self, *args: Any, **options: Any) -> None:
+        if not issubclass(getattr(self, "experience", object), SampledStates):
+            raise InputError(
+                f"{type(self).__name__}: set experience to the class of the rows that make_experience returns, a "
+                "dataclass derived from latentreward.contracts.SampledStates"
+            )
         super().__init__(*args, **options)
         self._began = self._rollout_seconds = 0.0
         self._times: dict[str, float] = {}
@@ -270,27 +278,20 @@ class RolloutModule(RewardedModule, Generic[Experience]):
         start = self.trainer.global_rank * count if len(every) > count else 0
         return every[start : start + count]
 
-    def optional_fields(self) -> set[str]:
-        """Return the fields of the rows that are None with other settings and are given with these."""
-        return set()
+    def optional_fields(self) -> set[str] | None:
+        """Return the fields of the rows that are None with other settings and given with these; None checks nothing."""
+        return None
 
-    def check_experience(self, rows: TensorRecord) -> None:
+    def check_experience(self, rows: SampledStates) -> None:
         """Check rows that a checkpoint has left over.
 
         Raises:
             InputError: If they are of another class, or lack a field that these settings need, or have one too much.
         """
-        if self.experience is None:
-            return
-        given = {field.name for field in fields(rows) if getattr(rows, field.name) is not None}  # type: ignore[arg-type]
-        if type(rows) is self.experience:
-            always = {field.name for field in fields(rows) if field.default is MISSING}  # type: ignore[arg-type]
-            if given - always == self.optional_fields():
-                return
-        raise InputError(
-            f"the checkpoint has rows left of its rollouts ({type(rows).__name__}: {', '.join(sorted(given))}), which "
-            "another method, loss, credit or trust_region made than the model's; resume with these, or start a new run"
-        )
+        given = {field.name for field in fields(rows) if getattr(rows, field.name) is not None}
+        always = {field.name for field in fields(rows) if field.default is MISSING}
+        if type(rows) is not self.experience or self.optional_fields() not in (None, given - always):
+            raise other_rows(type(rows).__name__, given)
 
     def rollout_settings(self) -> dict[str, Any]:
         """Return the settings that rows in store depend on, as plain values by the names of their fields."""
@@ -308,6 +309,7 @@ class RolloutModule(RewardedModule, Generic[Experience]):
         """Call :meth:`make_experience` in evaluation mode without gradients, with autocast, and measure its time.
 
         Raises:
+            InputError: If the rows are not of the class :attr:`experience`.
             RemoteError: If a reward server fails; a rollout can then be made again from the same state.
         """
         wall, process = time.perf_counter(), time.process_time()
@@ -322,6 +324,11 @@ class RolloutModule(RewardedModule, Generic[Experience]):
             if (means := self.reward.take_means()) is not None:
                 every = self.of_all_ranks(means[None].to(self.device, torch.float32))
                 self._part_means = every.mean(dim=0).tolist()
+        if found is not None and type(found) is not self.experience:
+            raise InputError(
+                f"{type(self).__name__}: make_experience returned a {type(found).__name__}, but experience is "
+                f"{self.experience.__name__}; set experience to the class of the rows"
+            )
         seconds = time.perf_counter() - wall
         self._rollout_seconds += seconds
         self._times = {"seconds": seconds, "process_seconds": time.process_time() - process}

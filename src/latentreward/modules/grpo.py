@@ -124,6 +124,10 @@ class GRPOModule(RolloutModule[StepSamples]):
         self.sampling, self.sampler, self.loss = sampling, sampler, loss or ClippedPolicyLoss()
         self.trust_region: Sequence[TrustRegion] = ()
 
+    def optional_fields(self) -> set[str]:
+        """See :meth:`RolloutModule.optional_fields`."""
+        return set()
+
     def training_step(self, batch: StepSamples, batch_idx: int) -> Tensor:
         """Return the loss of a batch of states with K sampled steps each."""
         penalty = next((rule for rule in self.trust_region if isinstance(rule, Penalty)), None)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from latentreward.contracts import PromptBatch, RolloutStatistics, StepPairs, join_rows
-from latentreward.losses import StepDPO, StepDPOResult
+from latentreward.losses import StepDPO, StepDPOResult, StepPairLoss
 from latentreward.modules.alignment import RolloutModule
 from latentreward.policies import PolicySource
 from latentreward.rewards import RewardSource
@@ -38,10 +38,9 @@ class LPOModule(RolloutModule[StepPairs]):
     """Latent Preference Optimisation (arXiv:2502.01051), for any policy and any reward.
 
     A rollout samples K candidates for the next state at each step inside a window of timesteps. The best and the worst
-    candidate become a training pair if their scores differ enough. The loss is
-    :class:`~latentreward.losses.StepDPO`. The two states of a pair follow the same state, timestep and prompt, so one
-    evaluation of the policy and one of the reference give all four log-probabilities (the released code evaluates each
-    network twice).
+    candidate become a training pair if their scores differ enough. The two states of a pair follow the same state,
+    timestep and prompt, so one evaluation of the policy and one of the reference give all four log-probabilities (the
+    released code evaluates each network twice).
 
     Logs ``train/loss``, ``train/implicit_accuracy``, ``train/margin``, ``train/clamped``.
 
@@ -52,8 +51,9 @@ class LPOModule(RolloutModule[StepPairs]):
         sampling: Sampler settings of the rollouts, also used in training; None takes LPO's 20 DDIM steps with eta 1.
         candidates: Number of candidates, window, and the candidate with which rollouts go on; None takes LPO's 4
             candidates at every step.
-        beta: β of the loss.
-        clip_range: ε of the loss.
+        beta: β of LPO's loss, :class:`~latentreward.losses.StepDPO`.
+        clip_range: ε of LPO's loss.
+        loss: Another loss of the pairs, to which ``beta`` and ``clip_range`` do not apply; None takes LPO's.
         options: See :class:`~latentreward.modules.alignment.AlignmentModule`.
 
     Raises:
@@ -72,10 +72,11 @@ class LPOModule(RolloutModule[StepPairs]):
         candidates: Branching | None = None,
         beta: float = 500.0,
         clip_range: float = 0.1,
+        loss: StepPairLoss | None = None,
         **options: Any,
     ) -> None:
         sampling, candidates = (sampling or Sampling()).with_noise(), candidates or Branching()
-        loss, sampler = StepDPO(beta, clip_range), sampling.sampler(policy.resolve_family())
+        loss, sampler = loss or StepDPO(beta, clip_range), sampling.sampler(policy.resolve_family())
         candidates.training_steps(sampler)
         super().__init__(policy, reward, **options)
         self.loss, self.sampler, self.selection = loss, sampler, selection or SigmaThreshold(0.35, 0.5)

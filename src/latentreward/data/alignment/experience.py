@@ -5,8 +5,8 @@ are unchanged: a step is an optimiser step, and gradient accumulation, clipping,
 as in any training.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import fields
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import MISSING, fields
 from typing import Any, Protocol
 
 import torch
@@ -15,10 +15,8 @@ from torch.utils.data import Dataset
 
 from latentreward.contracts import (
     PromptBatch,
-    RenoisedSamples,
     RolloutStatistics,
-    StepPairs,
-    StepSamples,
+    SampledStates,
     TensorRecord,
     join_rows,
     take_rows,
@@ -27,12 +25,6 @@ from latentreward.data.loading import CountedBatches
 from latentreward.errors import InputError
 from latentreward.seeding import pair_generator
 
-Experience = StepPairs | StepSamples
-RECORDS: dict[str, type[Any]] = {
-    kind.__name__: kind for kind in (StepPairs, StepSamples, RenoisedSamples, RolloutStatistics)
-}
-"""Class name → class of the records that a checkpoint may hold."""
-
 
 class Learner(Protocol):
     """Interface of a module that learns from its own rollouts; every method is called on all ranks at the same time.
@@ -40,11 +32,13 @@ class Learner(Protocol):
     Attributes:
         rollout_statistics: Statistics of the last rollout. :meth:`roll_out` sets those of this rank; the sampler then
             replaces them by those of all ranks.
+        experience: Class of the rows. Rows of a checkpoint are made of it; what the checkpoint names is not imported.
     """
 
     rollout_statistics: RolloutStatistics | None
+    experience: type[SampledStates]
 
-    def roll_out(self, prompts: PromptBatch) -> Experience | None:
+    def roll_out(self, prompts: PromptBatch) -> SampledStates | None:
         """Sample from this rank's prompts and return the rows to learn from, on the CPU; None if there are none.
 
         Args:
@@ -204,7 +198,7 @@ class ExperienceSampler(CountedBatches):
             InputError: If there are unused rows, and the model's settings do not suit them.
         """
         super().load_state_dict(state_dict)
-        self.rows.record, self.cursor = from_plain(state_dict["rows"]), 0
+        self.rows.record, self.cursor = from_plain(state_dict["rows"], self.learner.experience), 0
         if self.rows.record is not None:
             self.learner.check_experience(self.rows.record)
             now = self.learner.rollout_settings()
@@ -216,7 +210,7 @@ class ExperienceSampler(CountedBatches):
                     f"apply: {', '.join(f'{name}={now[name]} (was {before.get(name)})' for name in changed)}; "
                     "resume with the earlier values, or start a new run"
                 )
-        self.learner.rollout_statistics = from_plain(state_dict["statistics"])
+        self.learner.rollout_statistics = from_plain(state_dict["statistics"], RolloutStatistics)
         for name in ("prompts_used", "rollouts", "empty_rollouts"):
             setattr(self, name, state_dict[name])
         self._prepared = False
@@ -261,10 +255,25 @@ def as_plain(record: TensorRecord | None) -> dict[str, Any] | None:
     return {"record": type(record).__name__, **plain}
 
 
-def from_plain(values: dict[str, Any] | None) -> Any:
-    """Rebuild a record from the dict that :func:`as_plain` made; tensors are copied."""
+def from_plain(values: dict[str, Any] | None, kind: type[Any]) -> Any:
+    """Rebuild a record of class ``kind`` from the dict that :func:`as_plain` made; tensors are copied.
+
+    Raises:
+        InputError: If the dict is that of a record of another class, or with other fields.
+    """
     if values is None:
         return None
+    given = {name: value for name, value in values.items() if name != "record"}
+    known = {field.name: field.default is MISSING for field in fields(kind)}
+    if values["record"] != kind.__name__ or given.keys() - known or {n for n in known if known[n]} - given.keys():
+        raise other_rows(values["record"], given)
     kinds = {Tensor: Tensor.clone, list: tuple}
-    own = {name: kinds[type(value)](value) if type(value) in kinds else value for name, value in values.items()}
-    return RECORDS[values["record"]](**{name: value for name, value in own.items() if name != "record"})
+    return kind(**{name: kinds[type(v)](v) if type(v) in kinds else v for name, v in given.items()})
+
+
+def other_rows(kind: str, names: Iterable[str]) -> InputError:
+    """Return the error for rows of a checkpoint, a record ``kind`` with fields ``names``, that do not fit the model."""
+    return InputError(
+        f"the checkpoint has rows left of its rollouts ({kind}: {', '.join(sorted(names))}), which "
+        "another method, loss, credit or trust_region made than the model's; resume with these, or start a new run"
+    )
