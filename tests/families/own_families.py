@@ -1,8 +1,8 @@
 """Families outside the package, as their authors would write them, each with a tiny pipeline.
 
-Chroma is a flow with T5 alone, whose padding tokens take part, the first one as the prompt's own do: the pipeline adds
-its mask of zeros and ones to the attention's logits. The mask is another input of the network. SANA is a flow with linear
-attention and a deterministic VAE of another class, which divides sides by 32. PixArt-Sigma predicts noise.
+Chroma is a flow with T5 alone, whose padding tokens take part: the pipeline adds its mask of zeros and ones to the
+attention's logits. SANA is a flow with linear attention and a deterministic VAE that divides sides by 32. PixArt-Sigma
+predicts noise.
 """
 
 from functools import cached_property
@@ -277,7 +277,7 @@ def pixart_pipeline() -> DiffusionPipeline:
         num_attention_heads=2, attention_head_dim=16, num_layers=4, cross_attention_dim=32, sample_size=32,
         caption_channels=32,
     )  # fmt: skip
-    return PixArtSigmaPipeline(t5_tokenizer(), t5(), vae(0.13025), network, DDIMScheduler())
+    return PixArtSigmaPipeline(t5_tokenizer(), t5(), vae(0.13025), network, DDIMScheduler(clip_sample=False))
 
 
 @register_backbone

@@ -255,7 +255,9 @@ class Hinge(StepPairLoss):
 
     def forward(self, chosen: Tensor, rejected: Tensor, ref_chosen: Tensor, ref_rejected: Tensor) -> StepDPOResult:
         margin = chosen - ref_chosen - rejected + ref_rejected
-        return StepDPOResult((1 - margin).relu().mean(), (margin > 0).float().mean(), margin.mean(), margin.new_zeros(()))
+        return StepDPOResult(
+            (1 - margin).relu().mean(), (margin > 0).float().mean(), margin.mean(), margin.new_zeros(())
+        )
 
 
 @pytest.mark.parametrize(
