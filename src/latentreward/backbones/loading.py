@@ -12,12 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from latentreward.backbones.quantization import Quantization, check_quantization, quantize
+from latentreward.backbones.single_file import find_configs
 from latentreward.backbones.tuning import LoRA, StorageDtype, Tuning, tune
 from latentreward.backbones.weights import from_config, load_weights, map_model, settle
 from latentreward.contracts import LatentSpace
 from latentreward.errors import InputError, first_line
 from latentreward.noise import DDPM_SCHEDULERS, FLOW_SCHEDULERS, NoiseProcess, process_from_scheduler
-from latentreward.storage.hub import hub_answers
+from latentreward.storage.hub import hub_answers, silence
 from latentreward.storage.json_files import entry, read_config
 from latentreward.storage.weight_files import find_weights, map_weights
 
@@ -56,15 +57,20 @@ class PipelineSource:
     Weights are read from safetensors files only, never from pickles. Under ``torch.device("meta")`` only configs are
     read: the parts then have shapes but no weights, and no weights are downloaded.
 
-    A folder that has ``unet/`` or ``transformer/`` but no ``model_index.json`` counts as a pipeline without encoders.
+    A folder that has ``unet/`` or ``transformer/`` but no ``model_index.json`` counts as a pipeline without encoders. A
+    single-file checkpoint is read with configs from elsewhere (:mod:`~latentreward.backbones.single_file`).
 
     Args:
-        source: Folder, hub id, or name of a shipped pipeline (:data:`SHIPPED`).
+        source: Folder, hub id, safetensors file, or name of a shipped pipeline (:data:`SHIPPED`).
         revision: Branch, tag or commit of a hub id.
         variant: File variant of the weights, such as ``fp16``.
 
     Raises:
-        InputError: If ``source`` looks like a path but does not exist, or is not a diffusers pipeline.
+        InputError: If ``source`` looks like a path but does not exist, or is not a diffusers pipeline, or ``revision``
+            or ``variant`` is set for a file.
+
+    Attributes:
+        configs: Folder or hub id with configs and tokenizers; ``source`` but for a file.
     """
 
     def __init__(self, source: str, revision: str | None = None, variant: str | None = None) -> None:
@@ -75,6 +81,10 @@ class PipelineSource:
         looks_local = folder.is_absolute() or self.source.startswith((".", "~")) or self.source.count("/") > 1
         if not folder.exists() and looks_local:
             raise InputError(f"source={self.source!r} does not exist; give a diffusers pipeline folder or a hub id")
+        self.checkpoint = folder if folder.is_file() else None
+        self.configs = self.source if self.checkpoint is None else find_configs(self.checkpoint)
+        if self.checkpoint is not None and (revision or variant):
+            raise InputError(f"source={self.source!r} is a file, which has no revision or variant; leave them out")
         if folder.is_dir() and not (folder / "model_index.json").is_file():
             self.index = {part: ["diffusers", ""] for part in ("unet", "transformer") if (folder / part).is_dir()}
             if not self.index:
@@ -97,17 +107,23 @@ class PipelineSource:
         return self.source if self.revision is None else f"{self.source}@{self.revision}"
 
     def _file(self, name: str) -> Path:
-        if Path(self.source).exists():
-            return Path(self.source) / name
+        if Path(self.configs).exists():
+            return Path(self.configs) / name
         from huggingface_hub import hf_hub_download
         from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
         try:
             if self._offline is None:
-                self._offline = not hub_answers(self.source, name, self.revision)
-            return Path(hf_hub_download(self.source, name, revision=self.revision, local_files_only=self._offline))
+                self._offline = not hub_answers(self.configs, name, self.revision)
+            return Path(hf_hub_download(self.configs, name, revision=self.revision, local_files_only=self._offline))
         except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-            reason = "the hub does not answer" if self._offline else type(error).__name__
+            reason = silence() if self._offline else type(error).__name__
+            if self.checkpoint is not None:
+                raise InputError(
+                    f"source={self.source!r} is a file without configs, and those of {self.configs} cannot be fetched "
+                    f"from the hub ({reason}); once you have access, run `hf download {self.configs} --include "
+                    f"'*.json' '*.txt' '*.model' --local-dir {self.checkpoint.with_suffix('')}`"
+                ) from error
             raise InputError(
                 f"source={self.source!r} is not a local folder and cannot be fetched from the hub ({reason}); check "
                 "the name, the network and your access, or give a local folder; for the base of a published model give "
@@ -149,10 +165,11 @@ class PipelineSource:
 
     def _load(self, family: type[Any], part: str, pretrained: bool = True, mapped: bool = False) -> Any:
         self._require(part)
-        place = {"subfolder": part, "revision": self.revision}
+        place: dict[str, Any] = {"subfolder": part, "revision": self.revision}
         if not pretrained:
-            return from_config(family, self.source, torch.float32, **place)
-        return (map_model if mapped else load_weights)(family, self.source, variant=self.variant, **place)
+            return from_config(family, self.configs, torch.float32, **place)
+        place |= {"variant": self.variant, "checkpoint": self.checkpoint}
+        return (map_model if mapped else load_weights)(family, self.configs, **place)
 
     def load(self, kind: type[Any], part: str, pretrained: bool = True) -> Any:
         """Load ``part`` as the class ``kind``; without ``pretrained`` with initial weights.
@@ -169,7 +186,7 @@ class PipelineSource:
         """
         self._require(part)
         place = {"subfolder": part, "revision": self.revision, "variant": self.variant}
-        weights = map_weights(find_weights(self.source, "diffusion_pytorch_model", **place))
+        weights = map_weights(find_weights(self.configs, "diffusion_pytorch_model", **place))
         found = [weights.read(name) for name in names]
         for name, tensor in zip(names, found, strict=True):
             if tensor is None:
@@ -247,7 +264,7 @@ class PipelineSource:
                 "transformers; save it as one of transformers' own"
             )
         try:
-            tokenizer = family.from_pretrained(self.source, subfolder=part, revision=self.revision)
+            tokenizer = family.from_pretrained(self.configs, subfolder=part, revision=self.revision)
         except Exception as error:  # files that do not fit the class end in errors of any kind
             raise InputError(f"source={self.source!r}: cannot load {part}: {first_line(error)}") from error
         encoder = part.replace("tokenizer", "text_encoder")

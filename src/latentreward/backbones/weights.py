@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, Self
 import torch
 from torch import Tensor, nn
 
+from latentreward.backbones.single_file import weights_of_part
 from latentreward.errors import InputError, first_line
 from latentreward.storage.json_files import read_config
 from latentreward.storage.shared_weights import processes_here, shared
@@ -129,6 +130,7 @@ def map_model(
     refused: Sequence[str] = REFUSED,
     *,
     variant: str | None = None,
+    checkpoint: Path | None = None,
     **place: Any,
 ) -> Any:
     """Build a model whose weights are mapped from its files, in the files' own types; :func:`settle` must follow.
@@ -138,6 +140,7 @@ def map_model(
         source: Folder or hub id.
         refused: See :func:`load_weights`.
         variant: File variant of the weights, such as ``fp16``.
+        checkpoint: Single-file checkpoint whose weights take the place of those in ``source``, if it has this model's.
         place: ``subfolder``, ``revision`` and ``local_files_only``.
 
     Raises:
@@ -149,7 +152,11 @@ def map_model(
     of_diffusers = hasattr(family, "load_config")
     config = network_config(family, source, **place) if of_diffusers else encoder_config(family, source, **place)
     stem = "diffusion_pytorch_model" if of_diffusers else "model"
-    weights = map_weights(find_weights(source, stem, variant=variant, **place))
+    weights = None
+    if checkpoint is not None:
+        weights = weights_of_part(checkpoint, family, config, source, place["subfolder"])
+        where = where if weights is None else f"{place['subfolder']} of {checkpoint}"
+    weights = weights or map_weights(find_weights(source, stem, variant=variant, **place))
     for name, tensor in weights.tensors.items():
         if not tensor.is_floating_point() and not name.endswith(COUNTED):
             raise InputError(

@@ -28,6 +28,13 @@ def hub_answers(repository: str, name: str, revision: str | None = None) -> bool
     return _asked_once(lambda: get_hf_file_metadata(url, timeout=TIMEOUT)) is not None
 
 
+def silence() -> str:
+    """Say why the hub does not answer."""
+    from huggingface_hub import constants
+
+    return "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "the hub does not answer"
+
+
 @cache
 def read_locally(source: str, revision: str | None = None) -> bool:
     """Tell whether ``source`` is to be read without the hub: a folder, or a hub id while the hub does not answer.
