@@ -253,12 +253,13 @@ def notes(config: dict) -> list[str]:
 
 
 def error_line(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
-    """The last line on stderr; only Lightning's notes on seed and devices may stand before it."""
+    """The last line on stderr; before it only Lightning's notes on seed and devices, and that of an earlier run."""
     with pytest.raises(SystemExit) as stop:
         main(arguments)
     *notes, line = capsys.readouterr().err.splitlines()
     assert stop.value.code == 2
-    assert all(note.removeprefix("INFO: ").startswith(("Seed", "GPU", "TPU")) for note in notes if note), notes
+    notes = [note.removeprefix("INFO: ") for note in notes if note and "holds an earlier run" not in note]
+    assert all(note.startswith(("Seed", "GPU", "TPU", "trainer.logger: the run's folder")) for note in notes), notes
     assert line.startswith("latentreward: error: ")
     return line.removeprefix("latentreward: error: ")
 
@@ -528,6 +529,8 @@ def test_a_resumed_fit_prints_what_tells_a_user_something(
         "settings are in plain/config_1.yaml: config.yaml is an earlier run's",
         "train 4/6 steps  …  …",
         "train 6/6 steps  …, epoch=2  …",
+        "optimiser step 6, the run's folder is plain",
+        "  checkpoint: plain/checkpoints/last.ckpt",
     ]
     assert printed.out == ""
     assert [str(one.message) for one in recwarn if "jsonargparse" not in str(one.message).lower()] == []

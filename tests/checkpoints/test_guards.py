@@ -63,7 +63,7 @@ def test_no_last_checkpoint_is_one_line_but_for_fit(
     said = refusal(capsys, command, tmp_path, "--ckpt_path=last")
     assert said == (
         f"ckpt_path: last: the run in {tmp_path / 'run'} has no checkpoint of that name; choose the run by "
-        "trainer.logger.name or trainer.default_root_dir, or give the checkpoint's path"
+        "trainer.default_root_dir, or give the checkpoint's path"
     )
     run("fit", tmp_path, "--trainer.max_steps=1", *EACH_STEP)
     run("validate", tmp_path, "--ckpt_path=last", *EACH_STEP)
@@ -76,11 +76,11 @@ def test_no_last_checkpoint_is_one_line_but_for_fit(
 def test_no_hpc_checkpoint_is_one_line(command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     said = refusal(capsys, command, tmp_path, "--trainer.max_steps=2", "--ckpt_path=hpc")
     assert said == (
-        f"ckpt_path: hpc: there is no hpc_ckpt_*.ckpt in {tmp_path} (trainer.default_root_dir); give last, or the "
-        "checkpoint's path"
+        f"ckpt_path: hpc: there is no hpc_ckpt_*.ckpt in {tmp_path / 'run'} (trainer.default_root_dir); give "
+        "last, or the checkpoint's path"
     )
     run("fit", tmp_path, "--trainer.max_steps=1", *EACH_STEP)
-    (tmp_path / "run" / "checkpoints" / "last.ckpt").rename(tmp_path / "hpc_ckpt_1.ckpt")
+    (tmp_path / "run" / "checkpoints" / "last.ckpt").rename(tmp_path / "run" / "hpc_ckpt_1.ckpt")
     run(command, tmp_path, "--trainer.max_steps=2", "--ckpt_path=hpc")
 
 

@@ -18,7 +18,7 @@ from tests.processes import start
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "tutorial.md"
 SHORTER = {
     '("train", "train", 4000), ("val", "validation", 500)': '("train", "train", 96), ("val", "validation", 32)',
-    "--trainer.logger.name first": "--trainer.logger.name first --trainer.max_steps 3",
+    "--trainer.default_root_dir runs/first": "--trainer.default_root_dir runs/first --trainer.max_steps 3",
     "--trainer.default_root_dir runs/aligned": "--trainer.default_root_dir runs/aligned --trainer.max_steps 2",
     "--config configs/evaluate/tiny.yaml": "--config configs/evaluate/tiny.yaml --num_prompts 4",
     "--data my_pairs --model": "--levels [0.4] --draws 1 --data my_pairs --model",

@@ -1,7 +1,6 @@
 """The subcommands that run a Lightning trainer: fit, validate, test, predict."""
 
 import os
-import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -26,7 +25,6 @@ from lightning.pytorch.callbacks import (
     LearningRateMonitor,
     ModelCheckpoint,
     ModelSummary,
-    OnExceptionCheckpoint,
     ProgressBar,
 )
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
@@ -49,16 +47,22 @@ from latentreward.callbacks import (
     RunProgress,
     TensorBoardCharts,
 )
-from latentreward.callbacks.graceful_stop import fallback_folder
 from latentreward.checkpoints.files import (
     DurableCheckpointIO,
     checkpoint_problem,
     fetched,
     holds_weights_alone,
-    newest_intact,
     without_password,
 )
 from latentreward.checkpoints.shards import check_weights, damaged, newest_first, read_sharded
+from latentreward.commands.run_folder import (
+    FOLDER,
+    last_checkpoint,
+    result_lines,
+    run_folder,
+    settle_folder,
+    tell_earlier_run,
+)
 from latentreward.data import PairReader
 from latentreward.data.datamodules import PairLoaders
 from latentreward.data.readers.base import DATA_ON_ERROR, OWN_ON_ERROR
@@ -293,6 +297,7 @@ class TrainingCLI(LightningCLI):
         if self.command == "fit":
             self.estimates = self.config[self.command].pop("estimate")  # not a setting of the run
         check_ranges(self.config[self.command])
+        settle_folder(self.config[self.command]["trainer"], args)
         self.config[self.command] = without_repeated_callbacks(self.config[self.command])
 
     @override
@@ -311,6 +316,8 @@ class TrainingCLI(LightningCLI):
             settings["ckpt_path"] = given  # the address without its password, which config.yaml records
         if settings.get("weights_only") is False:
             raise InputError("weights_only: false would let a checkpoint run code; leave it out")
+        if local is None and self.command == "fit" and not (restarted() or settings["trainer"]["fast_dev_run"]):
+            tell_earlier_run(settings["trainer"])
         if local not in (None, "last", "hpc"):  # Lightning resolves these two words
             check_checkpoint(local, given)
             if self.command == "fit":
@@ -332,9 +339,12 @@ class TrainingCLI(LightningCLI):
 
         ``test`` gets an :class:`AccuracyInterval`, and ``fit`` with a logger of TensorBoard :class:`TensorBoardCharts`,
         unless the settings name one. Without a logger,
-        ``LearningRateMonitor`` is left out.
+        ``LearningRateMonitor`` is left out. ``default_root_dir`` becomes the run's folder, where Lightning looks for
+        ``hpc`` and :class:`GracefulStop` saves without a ``ModelCheckpoint``: another folder may be another run's.
         """
         settings = self.config_init[self.command]["trainer"]
+        if (folder := run_folder(self.config[self.command]["trainer"])) is not None:
+            kwargs["default_root_dir"] = str(folder)
         given = settings["callbacks"] or []
         given = given if isinstance(given, list) else [given]
         added: list[Callback] = []
@@ -376,23 +386,21 @@ class TrainingCLI(LightningCLI):
         """Prepare ``fit``: lock the run folder when all ranks have started, and find the checkpoint to resume from.
 
         A job that SLURM restarted resumes from ``last`` if ``ckpt_path`` is not set. Lightning's warning about a
-        non-empty checkpoint folder is suppressed for a resumed run, and for a folder that holds no checkpoint.
+        non-empty checkpoint folder is suppressed: :func:`tell_earlier_run` has told of it.
         """
         self.trainer.strategy.setup_environment = partial(lock_run, self.trainer, self.held)  # type: ignore[method-assign]
         settings = self.config_init[self.command]
-        if settings["ckpt_path"] is None and int(os.environ.get("SLURM_RESTART_COUNT") or 0):
+        if settings["ckpt_path"] is None and restarted():
             settings["ckpt_path"] = "last"
         self._find_checkpoint()
         if path := settings["ckpt_path"]:
             check_resumable(path, path)
-        callbacks = self.trainer.checkpoint_callbacks
-        folders = [Path(given) for saving in callbacks if (given := getattr(saving, "dirpath", None))]
-        known = [folder for folder in folders if not any(folder.glob("*.ckpt"))]
-        if path := settings["ckpt_path"]:  # a resumed run writes to the folder that it resumes from
-            known.append(Path(path).resolve().parent)
-        for folder in known:
-            either = "|".join(re.escape(str(name)) for name in (folder, os.path.relpath(folder)))
-            warnings.filterwarnings("ignore", message=f"Checkpoint directory ({either}) exists and is not empty")
+        warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
+
+    def after_fit(self) -> None:
+        """Say what the run has written, and where."""
+        if self.trainer.is_global_zero and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
+            print("\n".join(result_lines(self.trainer)), file=sys.stderr)
 
     def _find_checkpoint(self) -> None:
         """Replace ``ckpt_path: last`` by the path of the newest ``last`` checkpoint, if there is one; ``hpc`` likewise.
@@ -406,7 +414,7 @@ class TrainingCLI(LightningCLI):
             if chosen is None:
                 raise InputError(
                     f"ckpt_path: hpc: there is no hpc_ckpt_*.ckpt in {self.trainer.default_root_dir} "
-                    "(trainer.default_root_dir); give last, or the checkpoint's path"
+                    f"({FOLDER}); give last, or the checkpoint's path"
                 )
             check_checkpoint(chosen, chosen)
         if settings["ckpt_path"] == "last" and (path := last_checkpoint(self.trainer)):
@@ -423,10 +431,15 @@ class TrainingCLI(LightningCLI):
             folder = Path(self.trainer.log_dir or ".")
             raise InputError(
                 f"ckpt_path: last: the run in {folder} has no checkpoint of that name; choose the run by "
-                "trainer.logger.name or trainer.default_root_dir, or give the checkpoint's path"
+                f"{FOLDER}, or give the checkpoint's path"
             )
 
     before_validate = before_test = before_predict = _require_last
+
+
+def restarted() -> bool:
+    """Tell whether SLURM has restarted this job."""
+    return bool(int(os.environ.get("SLURM_RESTART_COUNT") or 0))
 
 
 def ranks_per_machine(trainer: Namespace) -> int:
@@ -553,20 +566,6 @@ def with_on_error(reader: Namespace, on_error: str) -> Namespace:
     return reader
 
 
-def last_checkpoint(trainer: Trainer) -> Path | None:
-    """Return the newest checkpoint called ``last`` in the run's checkpoint folders; None if there is none.
-
-    If the newest is damaged, :func:`newest_intact` chooses another checkpoint.
-    """
-    candidates = [fallback_folder(trainer) / "last.ckpt"]
-    for callback in trainer.checkpoint_callbacks:
-        if isinstance(callback, ModelCheckpoint):
-            candidates += map(Path, callback._find_last_checkpoints(trainer))
-        elif isinstance(callback, OnExceptionCheckpoint):
-            candidates.append(Path(callback.ckpt_path))
-    return newest_intact(candidates)
-
-
 def guard_loading(trainer: Trainer, model: LightningModule) -> None:
     """Make ``trainer`` check every checkpoint that it loads, and compare its weights with those of ``model``.
 
@@ -576,7 +575,7 @@ def guard_loading(trainer: Trainer, model: LightningModule) -> None:
     strategy = trainer.strategy
     strategy.load_checkpoint = partial(load_checked, strategy.load_checkpoint)  # type: ignore[method-assign]
     if not strategy.restore_checkpoint_after_setup:  # otherwise FSDP2Strategy compares them, already sharded
-        model.register_load_state_dict_pre_hook(partial(compare_weights, trainer))
+        model.register_load_state_dict_pre_hook(compare_weights)
 
 
 def load_checked(load: Callable[..., dict[str, Any]], path: str | Path, weights_only: bool | None = None) -> Any:
@@ -588,12 +587,13 @@ def load_checked(load: Callable[..., dict[str, Any]], path: str | Path, weights_
     return content
 
 
-def compare_weights(trainer: Trainer, model: LightningModule, state_dict: Mapping[str, Any], *_: Any) -> None:
+def compare_weights(model: LightningModule, state_dict: Mapping[str, Any], *_: Any) -> None:
     """Compare a checkpoint's weights with the model's before ``load_state_dict``; a hook.
 
-    Raises a short InputError if they differ. PyTorch's own error would list every weight of a wrong model.
+    Raises a short InputError if they differ. PyTorch's own error would list every weight of a wrong model. The hook
+    does not hold the trainer, because callbacks may copy the model.
     """
-    with errors_at(f"ckpt_path: {trainer.ckpt_path}: "):
+    with errors_at(f"ckpt_path: {model.trainer.ckpt_path}: "):
         shapes = {name: getattr(value, "shape", ()) for name, value in state_dict.items()}
         check_weights(model, shapes, model.strict_loading)
 

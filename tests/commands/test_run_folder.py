@@ -1,0 +1,99 @@
+"""The folder of a run: the setting that names it, what ``last`` and ``hpc`` find there, and what fit says at its end."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from latentreward.cli import main
+from tests.marks import slow_after
+from tests.small_user import RUNS, SEEN, run
+
+LAST = (
+    "--trainer.callbacks+=LastCheckpoint",
+    "--trainer.max_steps=2",
+)
+SHIPPED = (
+    "--config=configs/trainer/cpu.yaml",
+    "--model=tests.small_user.SmallUserModule",
+    "--data=tests.small_user.SmallUserData",
+    "--trainer.callbacks=null",
+    "--trainer.callbacks+=LastCheckpoint",
+    "--trainer.enable_progress_bar=false",
+    "--trainer.enable_model_summary=false",
+)
+
+
+def fit(*settings: str) -> int:
+    """Fit with the shipped trainer file; return the number of optimiser steps of this process."""
+    main(["fit", *SHIPPED, *settings])
+    return len(SEEN)
+
+
+@pytest.fixture
+def left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder where a run without a logger has left ``checkpoints/last.ckpt`` and ``hpc_ckpt_1.ckpt``."""
+    monkeypatch.chdir(tmp_path)
+    fit("--trainer.max_steps=2", "--trainer.logger=false")
+    shutil.copy(tmp_path / "checkpoints/last.ckpt", tmp_path / "hpc_ckpt_1.ckpt")
+    return tmp_path
+
+
+def test_last_and_hpc_are_those_of_this_run(
+    left: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    named = "--trainer.logger.name=new"
+    assert fit(named, "--trainer.max_steps=1", "--ckpt_path=last") == 1
+    main(["validate", *SHIPPED, named, "--ckpt_path=last"])
+    for word in ("last", "hpc"):
+        with pytest.raises(SystemExit):
+            main(["validate", *SHIPPED, "--trainer.logger.name=other", f"--ckpt_path={word}"])
+        assert f"ckpt_path: {word}: " in capsys.readouterr().err
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    without = "--trainer.enable_checkpointing=false"
+    assert fit("--trainer.logger.name=third", "--trainer.callbacks=null", without, "--trainer.max_steps=3") == 3
+    assert fit("--trainer.logger=false", "--trainer.max_steps=3") == 1
+
+
+@pytest.mark.parametrize(
+    ("settings", "folder"),
+    slow_after(
+        2,
+        [
+            (("--trainer.default_root_dir=runs/a",), "runs/a"),
+            (("--trainer.logger.name=a",), "runs/a"),
+            (("--trainer.logger.save_dir=b",), "b/run"),
+            (("--trainer.default_root_dir=b", "--trainer.logger.save_dir=b", "--trainer.logger.name=a"), "b/a"),
+            (("--trainer.default_root_dir=b", "--trainer.logger.name=a"), "b"),
+        ],
+    ),
+)
+def test_one_setting_names_the_folder(
+    settings: tuple[str, ...], folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    fit(*settings, "--trainer.max_steps=1")
+    assert (tmp_path / folder / "config.yaml").is_file()
+    assert (tmp_path / folder / "checkpoints/last.ckpt").is_file()
+    told = capsys.readouterr().err
+    assert (f": the run's folder is {folder}" in told) == any(".logger." in setting for setting in settings)
+    assert f"  checkpoint: {folder}/checkpoints/last.ckpt\n" in told
+    assert f"  log: {folder} (tensorboard --logdir {folder})" in told
+    main(["fit", f"--config={folder}/config.yaml", "--trainer.default_root_dir=again"])
+    assert (tmp_path / "again/config.yaml").is_file()
+
+
+def test_a_second_fit_in_a_folder_says_what_it_does_before_it_loads(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run("fit", tmp_path, *LAST)
+    assert "holds an earlier run" not in capsys.readouterr().err
+    made = len(RUNS)
+    with pytest.raises(SystemExit):  # of the model, which is not made
+        run("fit", tmp_path, *LAST, "--model.width=-1")
+    told = capsys.readouterr().err
+    assert len(RUNS) == made
+    assert f"{tmp_path}/run/checkpoints holds an earlier run (last.ckpt): this run starts anew" in told
+    run("fit", tmp_path, *LAST, "--ckpt_path=last")
+    assert "holds an earlier run" not in capsys.readouterr().err
