@@ -1,4 +1,4 @@
-"""The folder of a run: the setting that names it, what ``last`` and ``hpc`` find there, and what fit says at its end."""
+"""The folder of a run: its name, what ``last`` and ``hpc`` find there, and what fit says at its end."""
 
 import shutil
 from pathlib import Path
@@ -69,7 +69,10 @@ def test_last_and_hpc_are_those_of_this_run(
     ),
 )
 def test_one_setting_names_the_folder(
-    settings: tuple[str, ...], folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    settings: tuple[str, ...],
+    folder: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)

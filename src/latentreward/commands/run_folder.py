@@ -1,6 +1,5 @@
 """The folder of a run: which setting names it, what an earlier run left there, and what a run has written."""
 
-import os
 import re
 import sys
 from collections.abc import Iterator, Sequence
@@ -38,7 +37,7 @@ def settle_folder(trainer: Namespace, arguments: Sequence[str]) -> None:
     if folder is None or logger is None:
         return
     by_logger = any(re.match(r"--trainer\.logger\.(init_args\.)?(name|save_dir)\b", one) for one in arguments)
-    if root is None or Path(os.path.abspath(folder)).is_relative_to(os.path.abspath(root)):
+    if root is None or folder.resolve().is_relative_to(Path(root).resolve()):
         if by_logger:
             tell(f"trainer.logger: the run's folder is {folder}; --{FOLDER} {folder} names it for every kind of run")
     elif any(one.startswith(f"--{FOLDER}") for one in arguments):
@@ -112,8 +111,8 @@ def result_lines(trainer: Trainer) -> Iterator[str]:
     yield f"optimiser step {trainer.global_step}, the run's folder is {folder}"
     for keeper in trainer.checkpoint_callbacks:
         if isinstance(keeper, ModelCheckpoint):
-            best = f"best {keeper.monitor}" if keeper.monitor else "checkpoint"
-            kept = {best: keeper.best_model_path, "checkpoint": keeper.last_model_path or keeper.best_model_path}
+            best = f"best {keeper.monitor}" if keeper.monitor else "newest checkpoint"
+            kept = {"checkpoint": keeper.last_model_path, best: keeper.best_model_path}
             yield from (f"  {word}: {Path(path)}" for word, path in kept.items() if path)
     lora = next((one.folder for one in trainer.callbacks if isinstance(one, PolicyLoRA)), None)  # type: ignore[attr-defined]
     for word, name in PRODUCTS.items():

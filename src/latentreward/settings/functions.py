@@ -28,7 +28,7 @@ from latentreward.errors import InputError
 from latentreward.programs import RESTRICTED, allow_only, find_modules_here
 from latentreward.settings.errors import CLASS_MODULES, NAMED_IN, UNSET, summarise, unknown_setting_hint
 from latentreward.settings.ranges import check_ranges, leaves
-from latentreward.settings.rewriting import find_config, rewrite_arguments, rewrite_settings, show_secrets
+from latentreward.settings.rewriting import expand_paths, find_config, rewrite_arguments, rewrite_settings, show_secrets
 from latentreward.settings.yaml_text import check_yaml
 
 MODE = "omegaconf+"
@@ -63,7 +63,8 @@ VALIDATING = ContextVar("VALIDATING", default=False)
 class SettingsParser(ArgumentParser):
     """Parser of settings with one-line errors that suggest the closest name.
 
-    A null is checked against the setting's type like any other value. A flag without a value is true.
+    A null is checked against the setting's type like any other value. A flag without a value is true. In paths, ``~``
+    and environment variables are expanded.
     """
 
     @override
@@ -75,7 +76,7 @@ class SettingsParser(ArgumentParser):
             args = [re.sub(r"=None$", "=null", argument) for argument in args]
         elif args is not None and self._subcommands_action is None:
             self._check_values(args)
-        return super().parse_args(args, *more, **options)
+        return expand_paths(super().parse_args(args, *more, **options))
 
     def _check_values(self, args: Sequence[str]) -> None:
         """Raise InputError for an argument of a nested class without a value.

@@ -4,11 +4,15 @@ These are plain functions on mappings and argument lists. They import neither to
 """
 
 import json
+import os
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
 from typing import Any
+
+from jsonargparse import Namespace
 
 from latentreward.errors import InputError, did_you_mean
 
@@ -25,9 +29,48 @@ SECRET = re.compile(r"\$\{\s*oc\.env\s*:(?=\s*['\"]?\w*(TOKEN|KEY|SECRET|PASSWOR
 """Start of an interpolation of an environment variable whose value must not be written into a config.yaml."""
 
 
+VARIABLE = re.compile(r"\$([A-Za-z_]\w*)")
+"""An environment variable in a path, as shells write it; the form ``${NAME}`` is that of an interpolation."""
+
+
 def hide_secrets(text: str) -> str:
-    """Rename ``${oc.env:NAME}`` of secret variables to ``${secret:NAME}``, which OmegaConf leaves as text."""
-    return SECRET.sub("${secret:", text)
+    """Rename ``${oc.env:NAME}`` of secret variables to ``${secret:NAME}``, which OmegaConf leaves as text.
+
+    ``${NAME}`` in capitals, which no setting has, becomes ``${oc.env:NAME}`` before.
+    """
+    return SECRET.sub("${secret:", re.sub(r"\$\{([A-Z][A-Z0-9_]*)\}", r"${oc.env:\1}", text))
+
+
+def expand_paths(settings: Any) -> Any:
+    """Copy parsed settings with ``~`` and environment variables such as ``$HOME`` in their paths expanded.
+
+    A path is a text that begins with ``~/`` or ``~USER/``, has a slash, or is a variable alone. Texts with blanks that
+    name a variable which is not set stay as they are: they may be prompts.
+
+    Raises:
+        InputError: If a path without blanks names a variable that is not set.
+    """
+    if isinstance(settings, Namespace):
+        return Namespace({name: expand_paths(value) for name, value in vars(settings).items()})
+    if isinstance(settings, dict):
+        return {name: expand_paths(value) for name, value in settings.items()}
+    if isinstance(settings, list | tuple) and type(settings) in (list, tuple):
+        return type(settings)(map(expand_paths, settings))
+    if type(settings) not in (str, type(Path())):
+        return settings
+    text = str(settings)
+    with suppress(RuntimeError):  # no such user
+        text = str(Path(text).expanduser()) if re.match(r"~[\w.-]*(/|$)", text) else text
+    if "/" in text or VARIABLE.fullmatch(text):
+        text = VARIABLE.sub(_value_of_variable, text)
+    return type(settings)(text)
+
+
+def _value_of_variable(found: re.Match[str]) -> str:
+    name = found[1]
+    if name not in os.environ and not re.search(r"\s", found.string):
+        raise InputError(f"{found.string}: the environment variable {name} is not set; set it, or write the path")
+    return os.environ.get(name, found[0])
 
 
 def show_secrets(text: str) -> str:
@@ -140,6 +183,7 @@ def find_config(name: str) -> str:
     Raises:
         InputError: If the file does not exist.
     """
+    name = expand_paths(name)
     if Path(name).is_file() or any(mark in name for mark in (":", "{", "\n")):
         return name
     ours = {f"configs/{one}": path for one, path in shipped_configs().items()}
