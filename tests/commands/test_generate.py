@@ -97,6 +97,14 @@ def test_pictures_grid_and_table(generate: Callable[..., Any], tmp_path: Path) -
 
 
 @pytest.mark.slow
+def test_a_prompt_that_is_repeated_gets_as_many_pictures(generate: Callable[..., Any], tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_text("a red circle\n\na blue cross\na red circle\n")
+    rows = generate("--sampling.num_inference_steps=1")
+    assert [row["prompt"] for row in rows] == ["a red circle", "a blue cross", "a red circle"]
+    first, _, last = pictures(tmp_path / "out").values()
+    assert np.abs(first.astype(int) - last).max() > 8
+
+
 def test_a_run_that_was_stopped_goes_on(
     generate: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -84,6 +84,34 @@ def test_rows_labels_prompts_and_images(jpeg) -> None:
     assert contents.hashes[4].tolist() == [0, 0]
 
 
+def test_doubtful_rows_are_named(jpeg) -> None:
+    first, second, third = (jpeg((90 * n, 9, 9)) for n in range(3))
+    reader = Pairs(
+        ("a", first, second, 1.0),
+        ("a", first, first, 0.5),
+        ("A ", second, first, 0.2),
+        ("a", second, first, 0.9),
+        ("a", first, second, 0.5),
+        ("b", first, second, 0.0),
+        ("a", first, third, None),
+        ("a", third, first, 1.0),
+        ("a", b"", b"", 1.0),
+        ("a", b"", b"", 0.0),
+    )
+    for census in (ImageCensus(), ImageCensus(hash_bytes=False)):
+        counts, _ = inspect_reader("train", reader, census)
+        told = counts.images.first_doubtful
+        assert told[:4] == [
+            "row 1, pair 1: same image on both sides",
+            "row 2, pair 2: pair of an earlier row (0)",
+            "row 3, pair 3: other winner than an earlier row (0)",
+            "row 4, pair 4: pair of an earlier row (0)",
+        ]
+        assert told[4].startswith("row 7, pair 7: pair of an earlier row (6)")
+    text = Report("data", [counts]).to_text()
+    assert "train, row 3, pair 3: other winner than an earlier row (0)" in text
+
+
 def test_latents_with_a_time_axis_are_whole() -> None:
     census, images = ImageCensus(), []
     for shape in ((4, 32, 48), (4, 1, 32, 48), (32, 48)):

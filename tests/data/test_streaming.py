@@ -74,6 +74,16 @@ def test_parts_hold_every_row_once(write, files, shuffle_buffer) -> None:
     assert (names(stream, 1, 4, seed=1) != parts[1]) == (shuffle_buffer > 1)
 
 
+def test_the_first_pass_of_all_lanes_holds_every_row_though_files_do_not_divide(write) -> None:
+    for files, lanes in ((3, 2), (6, 4)):
+        stream = PairStream(write(files), shuffle_buffer=4)
+        pairs = StreamedPairs(stream, PixelLoader(8, 8), lanes=lanes, batch_size=2, batches_per_epoch=12)
+        seen = [item.pair.pair_id for n in range(12) for item in pairs.__getitems__([n])]
+        assert sorted(seen) == NAMES
+        for file in Path(stream._place).glob("*.parquet"):
+            file.unlink()
+
+
 def test_pairs_hold_the_bytes_of_the_file(write, jpeg) -> None:
     source = write()
     for place in (source, load_dataset("parquet", data_dir=source, split="train", streaming=True)):
@@ -226,7 +236,10 @@ def test_what_a_stream_cannot_do_is_one_line(write, tmp_path) -> None:
         (lambda: PairStream(source, columns={"prompt": "text"}), r"columns\.prompt: no column 'text'"),
         (lambda: PairStream(source, columns={"chosen": "pair_id"}), "column pair_id holds '00', not an image's bytes"),
         (lambda: PairStream(elsewhere(tmp_path)), r"column chosen holds \{.*'hf://a/b.jpg'.*, not an image's bytes"),
-        (lambda: PairStream(Dataset.from_dict({"x": [1]}).to_iterable_dataset()), r"the first row needs prompt"),
+        (
+            lambda: PairStream(Dataset.from_dict({"x": [1]}).to_iterable_dataset()),
+            r"no column prompt \(it has x\); name it",
+        ),
         (lambda: PairStream(IterableDataset.from_generator(lambda: iter(()))), "has no rows"),
     ]
     for call, message in cases:
@@ -235,5 +248,7 @@ def test_what_a_stream_cannot_do_is_one_line(write, tmp_path) -> None:
         assert "\n" not in str(error.value)
     first = next(Path(source).glob("train-00000*"))
     first.write_bytes(first.read_bytes()[:300])
-    with pytest.raises(InputError, match=r"source: .* cannot be (read on|streamed) \("):
+    with pytest.raises(InputError, match=r"train-00000.*: not a whole parquet file \("):
         PairStream(source)
+    with pytest.raises(InputError, match=r"source: .* cannot be read on \("):
+        names(stream)

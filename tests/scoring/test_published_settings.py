@@ -16,6 +16,7 @@ from latentreward.heads import CLIPProjectionHead
 from latentreward.rewards import LatentReward
 from latentreward.scorers import RewardModelScorer
 from latentreward.scoring import PublishedSettings, RewardModel, load_lrm
+from latentreward.scoring.layouts.find import find_reward
 from latentreward.scoring.scored_table import read_scores
 from latentreward.settings.functions import parse_function
 from tests.backbones.networks import tiny_backbone
@@ -119,6 +120,15 @@ def test_a_saved_folder_keeps_the_settings_and_takes_no_others(tmp_path: Path) -
     assert torch.equal(scores_of(again), scores_of(model))
     with pytest.raises(InputError, match=r"published is set, but reward model .* has neither published layout"):
         RewardModel.from_pretrained(tmp_path / "saved", base=BASE, published=settings)
+
+
+@pytest.mark.parametrize("published", [None, PublishedSettings(rms_eps=1e-7)])
+def test_what_the_training_of_diffusion_rm_writes_is_named(tmp_path: Path, published: PublishedSettings | None) -> None:
+    write_dina(tmp_path / "dina")
+    (tmp_path / "dina" / "checkpoints").mkdir()
+    (tmp_path / "dina" / "checkpoint").rename(tmp_path / "dina" / "checkpoints" / "epoch_001")
+    with pytest.raises(InputError, match=r"holds checkpoints/epoch_001/rm_head.pt, which the .* in checkpoint/ beside"):
+        find_reward(str(tmp_path / "dina"), published=published)
 
 
 def test_settings_of_another_layout_are_refused(tmp_path: Path) -> None:

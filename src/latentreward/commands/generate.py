@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from latentreward.contracts import PromptBatch
-from latentreward.data.alignment.prompt_files import read_prompts
+from latentreward.data.alignment.prompt_files import read_prompt_rows
 from latentreward.errors import InputError
 from latentreward.generation import Candidates, Population, best_of_n, search_latents, search_population
 from latentreward.generation.image_folder import ImageFolder, Row
@@ -63,7 +63,8 @@ def generate(
     prompt's position in the file, the number of the picture, the seed and the settings.
 
     Args:
-        prompts: Text file with a prompt per line; or .json, .jsonl, .csv, .parquet with a column ``prompt``.
+        prompts: Text file with a prompt per line; or .json, .jsonl, .csv, .tsv, .parquet with a column ``prompt``. A
+            prompt that is repeated gets as many pictures.
         output_dir: Folder for pictures, ``grid.png`` and ``images.csv``.
         policy: Generator; by default the one recorded in the checkpoint.
         checkpoint: Checkpoint of an alignment run, whose adapter is loaded.
@@ -110,7 +111,7 @@ def generate(
             **{name: value for name, value in later.items() if value is not None},
         }
     )
-    texts = read_prompts(prompts, "prompts", max_prompt_chars)
+    texts = [row.prompt for row in read_prompt_rows(prompts, "prompts", max_prompt_chars)]
     named = [name for name, value in {"step_search": step_search, **later}.items() if value is not None]
     if reward is None and (best_of > 1 or named):
         raise InputError(f"{', '.join(named) or 'best_of'}: needs a reward to choose by; set reward")

@@ -15,8 +15,9 @@ class StreamedPreferenceDataModule(PreferenceDataModule):
 
     Nothing is copied to this machine. In return the order is random only within ``shuffle_buffer`` rows and the order
     of the files; an epoch is a number of batches, and goes on where the last one ended; the stream is divided among
-    the ranks and their loader processes, by files if it has enough of them, else every process reads all rows. A run
-    that goes on reads the stream again from its start up to its place, without decoding images, and must have as many
+    the ranks and their loader processes by files; all of them read the files left over, fewer than there are processes,
+    and each takes its share of their rows. Files of unlike lengths end a process's pass before others'. A run that goes
+    on reads the stream again from its start up to its place, without decoding images, and must have as many
     ranks and ``num_workers`` and the same ``batch_size``, ``shuffle_buffer`` and seed; the same pairs then follow.
 
     Rows whose prompt is in ``val`` or ``test`` are left out, unless ``shared_prompts`` is ``"keep"``.

@@ -19,10 +19,11 @@ from latentreward.data.image_sizes import OneSize
 from latentreward.data.images import ExifOrientation, ImageError, PixelLoader
 from latentreward.data.loading import CountedBatches, check_same_order
 from latentreward.data.readers.base import DATA_ON_ERROR, OnError, count_text, normalise_prompt
-from latentreward.data.readers.dataset_pairs import KEYS, name_columns, without_other_images
+from latentreward.data.readers.dataset_pairs import KEYS, choose_columns
 from latentreward.data.readers.hub import is_hub_id
-from latentreward.data.readers.json_rows import short
+from latentreward.data.readers.json_rows import edit_remark, find_edit_source, short
 from latentreward.data.readers.pair_rows import BY_LABEL, INDEX, WINNER_FIRST, PairRowReader
+from latentreward.data.readers.parquet_store import plain_features
 from latentreward.data.readers.tables import (
     DAMAGE,
     Source,
@@ -86,14 +87,20 @@ class PairStream(PairRowReader):
         self.shuffle_buffer, self._files = shuffle_buffer, not isinstance(source, str)
         self._place = source_name(source)
         rows = self._open(source, split, revision, config)
-        if told := self.skipped + self.remarks:  # `report` would need the number of rows
-            logger.warning("%s %s: %s", self._place, split, count_text(told))
         first = next(self._guarded(rows), None)
         if first is None:
             raise InputError(f"split: {split!r} of {self._place} has no rows; check the files")
-        self._columns, self._fields = self._choose(first, columns or {})
+        told = self.skipped + self.remarks
+        if (edited := find_edit_source(first)) is not None:
+            told[edit_remark(edited)] += 1
+        if told:  # `report` would need the number of rows
+            logger.warning("%s %s: %s", self._place, split, count_text(told))
+        # Without types, the names alone choose the columns.
+        schema = rows.features.arrow_schema if rows.features else pa.schema(dict.fromkeys(first, pa.string()))
+        self._columns = choose_columns(schema, columns or {}, self._place)
+        self._fields = WINNER_FIRST if WINNER_FIRST[0] in self._columns else BY_LABEL
+        self._check_first(first)
         self._rows = rows.select_columns(sorted({*self._columns.values()}))
-        schema = self._rows.features.arrow_schema if self._rows.features else pa.schema([])
         self._classes = class_names(schema, self._columns.get("label", ""))
 
     def __len__(self) -> NoReturn:
@@ -115,8 +122,8 @@ class PairStream(PairRowReader):
     def pairs(self, part: int, parts: int, seed: int, counted: Callable[[str], None]) -> Iterator[PreferencePair]:
         """Yield the labelled pairs of one of several parts of the stream, once, in a random order.
 
-        With at least as many files as parts, a part is some of the files. Otherwise it is every ``parts``-th row, for
-        which all rows are read.
+        A part is as many whole files as every part can have, and every ``parts``-th row of the files that are left
+        over, which all parts read. With fewer files than parts these are all files.
 
         Args:
             part: Number of the part.
@@ -124,12 +131,7 @@ class PairStream(PairRowReader):
             seed: Seed of the order.
             counted: Called with one of ``COUNTED`` for every row that is not yielded.
         """
-        by_file = self.num_files() >= parts
-        rows = self._rows.shard(parts, part, contiguous=False) if by_file else self._rows
-        if self.shuffle_buffer > 1:
-            rows = rows.shuffle(seed=seed, buffer_size=self.shuffle_buffer)
-        found = self._guarded(rows)
-        for row in found if by_file else islice(found, part, None, parts):
+        for row in self._rows_of(part, parts, seed):
             pair = self._read(row)
             if pair is None:
                 counted(COUNTED[0])
@@ -138,6 +140,19 @@ class PairStream(PairRowReader):
             else:
                 yield pair
 
+    def _rows_of(self, part: int, parts: int, seed: int) -> Iterator[dict[str, Any]]:
+        """Yield the rows of a part's own files, then its rows of the files left over; see :meth:`pairs`."""
+        from datasets import concatenate_datasets  # slow to import
+
+        files = self.num_files()
+        shared = files // parts * parts
+        for numbers, first, step in ((range(part, shared, parts), 0, 1), (range(shared, files), part, parts)):
+            if numbers:
+                rows = concatenate_datasets([self._rows.shard(files, number) for number in numbers])
+                if self.shuffle_buffer > 1:
+                    rows = rows.shuffle(seed=seed, buffer_size=self.shuffle_buffer)
+                yield from islice(self._guarded(rows), first, None, step)
+
     def find_images(self, row: int, paths: tuple[str | None, str | None]) -> NoReturn:
         """Raise InputError, as :meth:`__len__`."""
         self.__len__()
@@ -145,27 +160,17 @@ class PairStream(PairRowReader):
     def check_images(self, name: str, row: dict[str, Any], fields: tuple[str, str]) -> None:
         """Check nothing: bytes are checked when they are decoded."""
 
-    def _choose(self, first: Mapping[str, Any], named: Mapping[str, str]) -> tuple[dict[str, str], tuple[str, str]]:
-        """Choose the columns by the first row: field → column, and the two fields of images."""
-        found = name_columns(first, named, self._place)
-        pairs = [pair for pair in (WINNER_FIRST, BY_LABEL) if all(field in found for field in pair)]
-        pairs = [pair for pair in pairs if any(field in named for field in pair)] or pairs
-        if "prompt" not in found or len(pairs) != 1:
-            raise InputError(
-                f"{self._place}: the first row needs prompt, and either chosen and rejected or image_a and image_b (it "
-                f"has {', '.join(first)}); name them in columns, e.g. {{prompt: caption, image_a: jpg_0, image_b: "
-                "jpg_1, label: label_0}}"
-            )
-        for field in pairs[0]:
-            value = first[found[field]]
+    def _check_first(self, first: Mapping[str, Any]) -> None:
+        """Raise InputError if the first row holds no bytes in its columns of images."""
+        for column in (self._columns[field] for field in self._fields):
+            value = first[column]
             held = value.get("bytes", value) if isinstance(value, dict) else value
             elsewhere = isinstance(value, dict) and held is None and value.get("path") and not self._files
             if not isinstance(held, bytes | None) or elsewhere:
                 raise InputError(
-                    f"{self._place}: column {found[field]} holds {short(value)}, not an image's bytes; give the column "
+                    f"{self._place}: column {column} holds {short(value)}, not an image's bytes; give the column "
                     "the feature Image, or name another one in columns"
                 )
-        return without_other_images(found, pairs[0]), pairs[0]
 
     def _read(self, content: Mapping[str, Any]) -> PreferencePair | None:
         """Check a row, applying ``on_error``, and return its pair; None leaves it out."""
@@ -209,8 +214,9 @@ class PairStream(PairRowReader):
         else:
             settings: dict[str, Any] = {"path": source, "name": config, "revision": revision}
             if Path(source).exists() or not is_hub_id(source):
-                files = [str(part.path) for part in find_all_parts(self, source, split, config=config)]
-                settings = {"path": "parquet", "data_files": {split: files}}
+                parts = find_all_parts(self, source, split, config=config)
+                files = [str(part.path) for part in parts]
+                settings = {"path": "parquet", "data_files": {split: files}, "features": plain_features(parts[0])}
             try:
                 rows = load_dataset(**settings, split=split, streaming=True)
             except (OSError, ValueError, RuntimeError, pa.ArrowException) as error:

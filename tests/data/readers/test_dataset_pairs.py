@@ -1,6 +1,7 @@
 """Pairs in tables of one's own: objects and folders of `datasets`, plain parquet, columns of other names."""
 
 import pickle
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value, disable_progress_bars
 from PIL import Image as Pictures
 
-from latentreward.data import DatasetPairReader, PairDataset, PickAPicReader, PixelLoader
+from latentreward.data import DatasetPairReader, PairDataset, PairStream, PickAPicReader, PixelLoader
 from latentreward.data.format_detection import recognise
 from latentreward.data.images import ImageError
 from latentreward.errors import InputError
@@ -132,6 +133,68 @@ def test_files_of_other_types_are_read_together_or_named(dataset, tmp_path) -> N
     table.add_column("label", ["a"] * 5).to_parquet(tmp_path / "train-00002-of-00003.parquet")
     with pytest.raises(InputError, match=r"no types as in the other files \(.*\); give every file .* same columns"):
         DatasetPairReader(str(tmp_path))
+
+
+def as_views(table: pa.Table) -> pa.Table:
+    views = {
+        "prompt": pa.string_view(),
+        "image_a": pa.binary_view(),
+        "image_b": pa.binary_view(),
+        "label": pa.float64(),
+    }
+    return table.cast(pa.schema(views))
+
+
+def as_dictionaries(table: pa.Table) -> pa.Table:
+    return pa.table({name: table.column(name).combine_chunks().dictionary_encode() for name in table.column_names})
+
+
+def as_structs(table: pa.Table) -> pa.Table:
+    kind = pa.struct({"bytes": pa.binary_view(), "path": pa.string_view()})
+    for place, name in ((1, "image_a"), (2, "image_b")):
+        values = [{"bytes": data, "path": None} for data in table.column(name).to_pylist()]
+        table = table.set_column(place, name, pa.array(values, kind))
+    return table
+
+
+def as_lists(table: pa.Table) -> pa.Table:
+    values = [[*data] for data in table.column("image_a").to_pylist()]
+    return table.set_column(1, "image_a", pa.array(values, pa.list_(pa.uint8())))
+
+
+@pytest.mark.parametrize("change", [as_views, as_dictionaries, as_structs, as_lists])
+def test_columns_count_by_what_they_hold_in_every_reader(rows, tmp_path, change) -> None:
+    columns = {
+        "prompt": rows["prompt"],
+        "image_a": rows["chosen"],
+        "image_b": rows["rejected"],
+        "label": [1, 0, 0.5, 1, 0],
+    }
+    pq.write_table(change(pa.table(columns)), file := str(tmp_path / "train.parquet"))
+    expected = [*zip(*columns.values(), strict=True)]
+    openers = [DatasetPairReader, partial(DatasetPairReader, memory_map=True), partial(PairStream, shuffle_buffer=1)]
+    for opener in openers:
+        if change is as_lists:
+            with pytest.raises(InputError, match=r"paths \(image_a is list<\w+: uint8>\) chosen and rejected"):
+                opener(file)
+            continue
+        reader = opener(file)
+        pairs = reader.pairs(0, 1, 0, print) if isinstance(reader, PairStream) else (reader[n] for n in range(5))
+        assert [(pair.prompt, pair.image_a.data, pair.image_b.data, pair.label_a) for pair in pairs] == expected
+
+
+def test_columns_that_are_not_read_are_told_if_they_matter(dataset, caplog) -> None:
+    table = (
+        dataset.add_column("source_image", ["a.png"] * 5).add_column("label", [0] * 5).add_column("source", ["x"] * 5)
+    )
+    remarks = {
+        "edit of 'source_image', a picture that is not read": 5,
+        "label not read (chosen and rejected say who won)": 5,
+        "confidence not readable": 2,
+    }
+    assert dict(DatasetPairReader(table).remarks) == remarks
+    PairStream(table.to_iterable_dataset())
+    assert "1 edit of 'source_image', a picture that is not read" in caplog.messages[-1]
 
 
 def test_a_path_beside_bytes_is_refused_before_bytes_are_read(dataset) -> None:

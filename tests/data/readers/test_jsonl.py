@@ -99,6 +99,7 @@ def test_other_keys_of_unlabelled_rows_are_named(write) -> None:
     reader = JSONLPairReader(write(counted, {**counted, "votes": [3, 1], "winner": "a"}, bare, {**PLAIN, "model": "x"}))
     (remark,) = reader.remarks
     assert reader.remarks[remark] == 3
+    assert reader.named == {remark: ["own.jsonl:1", "own.jsonl:2", "own.jsonl:3"]}
     assert remark == (
         "unlabelled (a label is read from 'label', or from 'chosen' and 'rejected', not from 'votes_a' (2 rows), "
         "'votes_b' (2 rows), 'votes' (1 rows), 1 other keys)"
@@ -126,6 +127,7 @@ def test_odd_lines_follow_on_error(write, line, reason) -> None:
         JSONLPairReader(file)
     reader = JSONLPairReader(file, on_error="skip")
     assert (reader.pair_ids(), dict(reader.skipped)) == (["first", "own.jsonl:3"], {reason: 1})
+    assert reader.named == {reason: ["own.jsonl:2"]}
     reader = JSONLPairReader(file, on_error="placeholder")
     assert reader.labelled().tolist() == [True, False, True]
     assert (reader[1].label_a, reader[1].pair_id, dict(reader.remarks)) == (None, "own.jsonl:2", {reason: 1})

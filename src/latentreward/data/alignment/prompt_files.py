@@ -75,9 +75,9 @@ def read_prompt_rows(path: str, setting: str = "prompts", max_prompt_chars: int 
     if not file.is_file():
         raise InputError(f"{name} does not exist; give a text file with one prompt per line")
     try:
-        rows = [row for row in _rows(_read(file)) if row.prompt.strip()]
-    except InputError as error:
-        raise InputError(f"{name}: {error}") from error
+        rows = [row for row in _rows(_read(file, name), name) if row.prompt.strip()]
+    except InputError:
+        raise
     except (ValueError, KeyError, TypeError, csv.Error, RecursionError, pa.ArrowException) as error:
         raise InputError(
             f"{name} has no texts in a column 'prompt' or 'caption' ({first_line(error)}); rename the column to one of "
@@ -130,21 +130,21 @@ def read_prompt_set(path: str, max_prompt_chars: int = MAX_PROMPT_CHARS) -> list
     ]
 
 
-def _read(file: Path) -> Iterable[str | Row]:
+def _read(file: Path, name: str) -> Iterable[str | Row]:
     suffix = file.suffix.lower()
     if suffix == ".parquet":
         return _parquet(file)
-    text = decode_text(file.read_bytes(), "the file")
+    text = decode_text(file.read_bytes(), name)
     if suffix == ".txt":
         return [line.strip() for line in text.split("\n")]
     if suffix in (".csv", ".tsv"):
         return read_table(text, suffix)
     if suffix == ".json":
-        return _json_list(json.loads(text))
+        return _json_list(json.loads(text), name)
     return (json.loads(line) for line in text.split("\n") if line.strip())
 
 
-def _json_list(content: Any) -> list[Any]:
+def _json_list(content: Any, name: str) -> list[Any]:
     """Return the rows of a JSON file; an object counts by ``prompts``, or by its values if each one has a prompt."""
     if isinstance(content, dict):
         if isinstance(prompts := content.get("prompts"), list):
@@ -152,7 +152,7 @@ def _json_list(content: Any) -> list[Any]:
         if content and all(isinstance(row, dict) and not row.keys().isdisjoint(COLUMNS) for row in content.values()):
             return [*content.values()]
         keys = ", ".join(map(short, [*content][:3]))
-        raise InputError(f"it is an object with the keys {keys}, …; give a list of prompts, or one as 'prompts'")
+        raise InputError(f"{name} is an object with the keys {keys}, …; give a list of prompts, or one as 'prompts'")
     if not isinstance(content, list):
         raise ValueError(f"it holds {short(content)}, not a list")
     return content
@@ -164,13 +164,13 @@ def _parquet(file: Path) -> Iterator[Row]:
     yield from pq.read_table(file, columns=kept).to_pylist() if kept else [{}]
 
 
-def _rows(rows: Iterable[str | Row]) -> Iterator[PromptRow]:
+def _rows(rows: Iterable[str | Row], name: str) -> Iterator[PromptRow]:
     for number, row in enumerate(rows, start=1):
         named: Row = {COLUMNS[0]: row} if isinstance(row, str) else row
         if (source := find_edit_source(named)) is not None:
             raise InputError(
-                f"row {number} is an edit of a picture, in {short(source)}, and edits are not made; leave the column "
-                "out to draw from the texts alone"
+                f"{name}: row {number} is an edit of a picture, in {short(source)}, and edits are not made; leave the "
+                "column out to draw from the texts alone"
             )
         column = next((name for name in COLUMNS if name in named), COLUMNS[0])
         text = named[column]

@@ -15,12 +15,18 @@ from latentreward.data.images import CLIP, ExifOrientation, ImageError, check_sc
 from latentreward.data.latents import decode_latents
 from latentreward.data.readers import PairReader
 from latentreward.data.splits import normalise_prompt
-from latentreward.errors import InputError
+from latentreward.errors import InputError, quoted
 from latentreward.storage.progress import Progress
 
 LATENT_PIXELS = 8
 MOST_UNREADABLE = 5
-"""Unreadable images of a split to name; the others are counted."""
+"""Unreadable images of a split, and doubtful rows of a kind, to name; the others are counted."""
+SELF_PAIR, REPEATED, CONTRADICTORY = (
+    "same image on both sides",
+    "pair of an earlier row",
+    "other winner than an earlier row",
+)
+"""Kinds of doubtful rows; two pairs are equal if their prompts and both images are, in any order."""
 QUANTILES = {"min": 0.0, "25%": 0.25, "median": 0.5, "75%": 0.75, "95%": 0.95, "max": 1.0}
 NO_BUCKET = "no bucket of this aspect ratio"
 ROTATED = {
@@ -47,6 +53,8 @@ class ImageCounts:
         unreadable_rows: Number of rows with an unreadable image, by the problem of the row's first such image.
         unreadable: Number of unreadable images.
         first_unreadable: Row (counted from 0), pair and error of the first few unreadable images.
+        doubtful: Number of rows by kind: ``SELF_PAIR``, ``REPEATED`` or ``CONTRADICTORY``.
+        first_doubtful: Row, pair and kind of the first few rows of each kind.
     """
 
     rows: int = 0
@@ -59,6 +67,8 @@ class ImageCounts:
     unreadable_rows: Counter[str] = field(default_factory=Counter)
     unreadable: int = 0
     first_unreadable: list[str] = field(default_factory=list)
+    doubtful: Counter[str] = field(default_factory=Counter)
+    first_doubtful: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -75,6 +85,7 @@ class SplitCounts:
         images: Counts of images; None if the reader has no images or no rows were to be examined.
         skipped: Number of rows that the reader left out, by reason.
         remarks: Number of rows that the reader kept with a remark, e.g. without their label, by reason.
+        named: Pairs of the first few rows left out or kept with a remark, by reason, as far as the reader names them.
         complete: False if an interrupt ended the count early.
     """
 
@@ -87,6 +98,7 @@ class SplitCounts:
     images: ImageCounts | None
     skipped: Counter[str]
     remarks: Counter[str]
+    named: dict[str, list[str]] = field(default_factory=dict)
     complete: bool = True
 
 
@@ -156,10 +168,12 @@ class ImageCensus:
         self.keys: list[tuple[str, str]] = []
         self.hashes: list[tuple[int, int]] = []
         self._seen: dict[str, Seen] = {}
+        self._pairs: dict[tuple[str, ...], tuple[int, float]] = {}
 
     def add(self, pair: PreferencePair) -> None:
         """Count a row, and those of its images that occurred in no earlier row."""
         seen = [self._look_at(image, pair.pair_id) for image in (pair.image_a, pair.image_b)]
+        self._compare(pair, (seen[0][1], seen[1][1]))
         self.counts.rows += 1
         self.keys.append((pair.image_a.image_key, pair.image_b.image_key))
         self.hashes.append((seen[0][1], seen[1][1]))
@@ -168,6 +182,27 @@ class ImageCensus:
             self.counts.unreadable_rows[problems[0]] += 1
         elif len({self._bucket(size) for size, _ in seen if isinstance(size, tuple)}) > 1:
             self.counts.mixed_rows += 1
+
+    def _compare(self, pair: PreferencePair, hashes: tuple[int, int]) -> None:
+        """Count a row with one image on both sides, or with the pair of an earlier row."""
+        images = zip(hashes, (pair.image_a, pair.image_b), strict=True)
+        first, second = (str(number or image.image_key) for number, image in images)
+        if not first or not second:
+            return
+        label = math.nan if pair.label_a is None else pair.label_a
+        if first > second:
+            first, second, label = second, first, 1 - label
+        place = self.counts.rows, label
+        row, before = self._pairs.setdefault((normalise_prompt(pair.prompt), first, second), place)
+        if first == second:
+            kind, told = SELF_PAIR, ""
+        elif row == self.counts.rows:
+            return
+        else:
+            kind, told = CONTRADICTORY if (before - 0.5) * (label - 0.5) < 0 else REPEATED, f" ({row})"
+        self.counts.doubtful[kind] += 1
+        if self.counts.doubtful[kind] <= MOST_UNREADABLE:
+            self.counts.first_doubtful.append(f"row {self.counts.rows}, pair {quoted(pair.pair_id)}: {kind}{told}")
 
     def _look_at(self, image: ImageRef, pair_id: str) -> Seen:
         if image.image_key in self._seen and image.image_key:
@@ -279,6 +314,7 @@ def inspect_reader(
         images=census.counts if total else None,
         skipped=Counter(reader.skipped),
         remarks=Counter(reader.remarks),
+        named=dict(reader.named),
         complete=census.interrupt is None,
     )
     normalised = [normalise_prompt(prompt) for prompt in prompts]

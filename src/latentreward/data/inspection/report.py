@@ -85,6 +85,8 @@ class Report:
             self._odd(),
             self._table("Rows left out", self._by(lambda split: split.skipped)) or "Rows left out: none",
             self._table("Rows kept with a remark", self._by(lambda split: split.remarks)),
+            self._named(),
+            self._doubtful(),
             self._unreadable(),
             self._first_unreadable(),
             _leakage_table(self.leakage),
@@ -120,6 +122,16 @@ class Report:
         how = "all were decoded" if self.decoded else "by their headers; --decode also finds truncated ones"
         title = f"Rows with unreadable images ({how})"
         return self._table(title, self._by(lambda split: _images(split).unreadable_rows)) or f"{title}: none"
+
+    def _named(self) -> str:
+        rows = [(split.name, *named) for split in self.splits for named in split.named.items()]
+        lines = [f"{split}, {reason}: {', '.join(names)}" for split, reason, names in rows]
+        return "\n".join(["The first of these rows", *lines]) if lines else ""
+
+    def _doubtful(self) -> str:
+        counted = self._table("Doubtful rows", self._by(lambda split: _images(split).doubtful))
+        lines = [f"{split.name}, {line}" for split in self.splits for line in _images(split).first_doubtful]
+        return "\n".join([counted, "", "The first of them (rows count from 0)", *lines]) if lines else ""
 
     def _first_unreadable(self) -> str:
         lines = []

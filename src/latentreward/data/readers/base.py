@@ -23,6 +23,8 @@ MAX_PROMPT_CHARS, MAX_VOTES = 10_000, 10**9
 """Largest number of characters in a prompt, and of votes for an image; rows with more fall under ``on_error``."""
 OWN_ON_ERROR, DATA_ON_ERROR = "the reader's on_error", "data.on_error (or the reader's own, which wins)"
 """Names of the setting in messages: for a reader used alone, and for one in a data module."""
+MOST_NAMED = 5
+"""Rows of a reason whose names a reader keeps."""
 ON_ERROR_REMEDY = f"correct the row, or set {OWN_ON_ERROR} to skip or placeholder"
 
 
@@ -54,6 +56,7 @@ class PairReader(ABC):
         own_on_error: ``on_error`` as given to the constructor; may be None.
         skipped: Number of rows left out, by reason.
         remarks: Number of rows kept with a remark, e.g. without their label, by reason.
+        named: Names of the first few rows of a reason, where they are known.
     """
 
     holds: Contents = "images"
@@ -71,6 +74,7 @@ class PairReader(ABC):
             self.exif = exif
         self.skipped: Counter[str] = Counter()
         self.remarks: Counter[str] = Counter()
+        self.named: dict[str, list[str]] = {}
 
     @abstractmethod
     def __len__(self) -> int:
@@ -144,6 +148,17 @@ class PairReader(ABC):
             others = f" (and {rows - 1} more such rows)" if rows > 1 else ""
             raise InputError(f"{quoted(pair_id)}: {problem}{others}; {ON_ERROR_REMEDY}")
         (self.skipped if self.on_error == "skip" else self.remarks)[reason] += rows
+        self._name(pair_id, reason)
+
+    def remark(self, pair_id: str, reason: str) -> None:
+        """Count a row that is kept, by the reason for a remark on it."""
+        self.remarks[reason] += 1
+        self._name(pair_id, reason)
+
+    def _name(self, pair_id: str, reason: str) -> None:
+        names = self.named.setdefault(reason, [])
+        if len(names) < MOST_NAMED:
+            names.append(quoted(pair_id))
 
     def refuse_long_prompt(self, pair_id: str, length: int, rows: int = 1) -> None:
         """Apply ``on_error`` to rows whose prompt is too long.

@@ -10,8 +10,9 @@ import pyarrow as pa
 from latentreward.contracts import ImageRef
 from latentreward.data.images import NO_IMAGE
 from latentreward.data.readers.groups import file_image
-from latentreward.data.readers.json_rows import short
+from latentreward.data.readers.json_rows import edit_remark, find_edit_source, short
 from latentreward.data.readers.pair_rows import BY_LABEL, MODELS, NO_LABEL, ROWS, WINNER_FIRST, PairRowReader
+from latentreward.data.readers.parquet_store import plain_type
 from latentreward.data.readers.tables import (
     Source,
     class_names,
@@ -21,7 +22,7 @@ from latentreward.data.readers.tables import (
     source_name,
     warn_row_groups,
 )
-from latentreward.errors import InputError, did_you_mean
+from latentreward.errors import InputError, did_you_mean, quoted
 
 OPTIONAL = ("label", "votes", "confidence", "weight", "pair_id", "group_id", *MODELS)
 KEYS = ("key_a", "key_b")
@@ -96,7 +97,11 @@ class DatasetPairReader(PairRowReader):
             raise InputError(f"split: {split!r} of {name} has no rows left; check the files")
         if self.remarks[NO_LABEL] and "label" not in chosen:
             told = f"no column label among {', '.join(schema.names)}; name it in columns"
-            self.remarks[f"unlabelled ({told})"] = self.remarks.pop(NO_LABEL)
+            self.rename_no_label(told)
+        unread = (field for field in schema if field.name not in {*read.values(), *images})
+        edited = find_edit_source({field.name: b"x" if holds_images(field.type) else "x" for field in unread})
+        if edited is not None:
+            self.remarks[edit_remark(edited)] += len(self)
         if self._embedded and not memory_map:
             warn_row_groups(self._rows, images, f"{name} {split}")
         self.report(f"{name} {split}")
@@ -151,19 +156,23 @@ def choose_columns(schema: pa.Schema, named: Mapping[str, str], place: str) -> d
         InputError: If a name is wrong, or the prompt or the images are missing or could be several columns.
     """
     found = name_columns(schema.names, named, place)
-    there = f"it has {', '.join(schema.names)}"
+    there = f"it has {quoted(', '.join(schema.names))}"
     if "prompt" not in found:
         raise InputError(f"{place}: no column prompt ({there}); name it, e.g. columns: {{prompt: caption}}")
-    pairs = [pair for pair in (WINNER_FIRST, BY_LABEL) if all(_may_be_image(schema, found.get(one)) for one in pair)]
+    odd = {field: schema.field(found[field]).type for field in (*WINNER_FIRST, *BY_LABEL) if field in found}
+    odd = {field: kind for field, kind in odd.items() if not _may_be_image(kind)}
+    pairs = [pair for pair in (WINNER_FIRST, BY_LABEL) if all(one in found and one not in odd for one in pair)]
     asked = [pair for pair in pairs if any(field in named for field in pair)]
     if len(asked or pairs) != 1:
-        what = "no columns of images or paths" if not pairs else "both"
+        types = ", ".join(f"{found[field]} is {kind}" for field, kind in odd.items())
+        what = "no columns of images or paths" + (f" ({types})" if types else "") if not pairs else "both"
         raise InputError(
             f"{place}: {what} chosen and rejected, or image_a and image_b ({there}); name one pair of them, e.g. "
             "columns: {image_a: jpg_0, image_b: jpg_1, label: label_0}"
         )
     (images,) = asked or pairs
-    return without_other_images(found, images)
+    unused = {*WINNER_FIRST, *BY_LABEL} - {*images}
+    return {field: column for field, column in found.items() if field not in unused}
 
 
 def name_columns(present: Collection[str], named: Mapping[str, str], place: str) -> dict[str, str]:
@@ -185,17 +194,9 @@ def name_columns(present: Collection[str], named: Mapping[str, str], place: str)
     return {field: named.get(field, field) for field in FIELDS if named.get(field, field) in present}
 
 
-def without_other_images(columns: Mapping[str, str], images: tuple[str, str]) -> dict[str, str]:
-    """Leave out the fields of images other than the two given ones."""
-    unused = {*WINNER_FIRST, *BY_LABEL} - {*images}
-    return {field: column for field, column in columns.items() if field not in unused}
-
-
-def _may_be_image(schema: pa.Schema, column: str | None) -> bool:
-    if column is None:
-        return False
-    kind = schema.field(column).type
-    return holds_images(kind) or pa.types.is_string(kind) or pa.types.is_large_string(kind)
+def _may_be_image(kind: pa.DataType) -> bool:
+    plain = plain_type(kind)
+    return holds_images(kind) or pa.types.is_string(plain) or pa.types.is_large_string(plain)
 
 
 def _folder_of(source: Source) -> Path | None:

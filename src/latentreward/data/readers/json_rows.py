@@ -42,10 +42,10 @@ class JSONReader(SideExchangingReader):
             self.refuse(pair_id, f"the row is {short(row)}, not an object", "row is no object")
             return {}, False
         if (source := find_edit_source(row)) is not None:
-            self.remarks[edit_remark(source)] += 1
+            self.remark(pair_id, edit_remark(source))
         prompt = row.get("prompt")
         if prompt is None:
-            self.remarks["null prompt read as empty"] += 1
+            self.remark(pair_id, "null prompt read as empty")
         elif not isinstance(prompt, str):
             self.refuse(pair_id, f"prompt is {short(prompt)}, not text", "prompt is no text")
             return {**row, "prompt": None}, False

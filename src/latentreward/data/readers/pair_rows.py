@@ -39,6 +39,7 @@ TEXTS = (*MODELS, "group_id", "split")
 NOT_LABELS = (*WINNER_FIRST, *BY_LABEL, *TEXTS, "prompt", "label", "confidence", "weight", "pair_id")
 """Keys under which nobody looks for a label, beside the keys of labels themselves."""
 NO_LABEL = "unlabelled (no label)"
+LABEL_BESIDE = "label not read (chosen and rejected say who won)"
 ROWS = 1 << 14
 """Rows that are Python's objects at one time, before they are packed into a part of the table."""
 MOST_KEYS = 3
@@ -162,7 +163,7 @@ class PairRowReader(JSONReader):
         sound, weight = self._parse_weight(name, row.get("weight"), sound)
         votes = parse_votes(row.get("votes"))
         if sound and votes is None and row.get("votes") is not None:
-            self.remarks["votes not readable"] += 1
+            self.remark(name, "votes not readable")
         sound = sound and self.check_votes(name, "votes", votes)
         if not sound and self.on_error == "skip":
             return None
@@ -178,12 +179,14 @@ class PairRowReader(JSONReader):
         self, name: str, row: dict[str, Any], fields: tuple[str, str], sound: bool
     ) -> tuple[bool, float | None]:
         """Return whether the row has broken no rule so far, and the label of its first image; None if unlabelled."""
+        if fields == WINNER_FIRST and row.get("label") is not None:
+            self.remark(name, LABEL_BESIDE)
         if not sound or fields == WINNER_FIRST:
             return sound, 1.0
         value = row.get("label")
         label = WORDS[value] if isinstance(value, str) and value in WORDS else parse_number(value)
         if value is None:
-            self.remarks[NO_LABEL] += 1
+            self.remark(name, NO_LABEL)
             self._other_keys.update(key for key in row if key not in NOT_LABELS)
         elif label is None or not 0 <= label <= 1:
             problem = f"label is {short(value)}, neither in [0, 1] nor a, b or tie"
@@ -197,7 +200,12 @@ class PairRowReader(JSONReader):
             keys = [f"{short(key)} ({rows} rows)" for key, rows in self._other_keys.most_common(MOST_KEYS)]
             keys += [f"{more} other keys"] if (more := len(self._other_keys) - MOST_KEYS) > 0 else []
             told = f"a label is read from 'label', or from 'chosen' and 'rejected', not from {', '.join(keys)}"
-            self.remarks[f"unlabelled ({told})"] = self.remarks.pop(NO_LABEL)
+            self.rename_no_label(told)
+
+    def rename_no_label(self, told: str) -> None:
+        """Put what is known of the label of unlabelled rows into the remark on them."""
+        for noted in (self.remarks, self.named):
+            noted[f"unlabelled ({told})"] = noted.pop(NO_LABEL)  # type: ignore[attr-defined]
 
     def _parse_weight(self, name: str, value: Any, sound: bool) -> tuple[bool, float]:
         """Return whether the row has broken no rule so far, and its weight, 1 by default."""

@@ -23,6 +23,7 @@ from latentreward.errors import InputError, first_line
 from latentreward.storage.ignored_files import find_files, is_ignored
 
 MAX_OPEN_FILES = 32
+VIEWS = {pa.binary_view(): pa.large_binary(), pa.string_view(): pa.large_string()}
 KEPT_BYTES = 64 * 2**20
 """Decoded row groups that :class:`RowGroupColumns` keeps, in bytes; at least the last one is kept."""
 
@@ -126,6 +127,27 @@ def open_part(part: ParquetPart) -> pq.ParquetFile:
             "without it"
         ) from error
     return file
+
+
+def plain_type(kind: pa.DataType) -> pa.DataType:
+    """Return the type of the same values without the dictionaries and views that few libraries read."""
+    if pa.types.is_dictionary(kind):
+        return plain_type(kind.value_type)
+    if pa.types.is_struct(kind):
+        return pa.struct([field.with_type(plain_type(field.type)) for field in kind])
+    return VIEWS.get(kind, kind)
+
+
+def plain_features(part: ParquetPart, columns: Sequence[str] | None = None) -> Any:
+    """Return the ``Features`` by which ``datasets`` reads a file, or only ``columns`` of it, as plain types."""
+    from datasets import Features  # slow to import
+
+    with open_part(part) as file:
+        schema = file.schema_arrow
+    found = Features.from_arrow_schema(
+        pa.schema([field.with_type(plain_type(field.type)) for field in schema], metadata=schema.metadata)
+    )
+    return Features({name: found[name] for name in columns or schema.names})
 
 
 def read_index(
@@ -326,9 +348,9 @@ class ArrowColumns:
         from datasets import load_dataset  # slow to import
 
         self.parts, self.columns, self.starts = list(parts), list(columns), starts
-        files = [str(part.path) for part in parts]
-        self._rows = load_dataset("parquet", data_files=files, split="train", columns=self.columns)
-        self._rows = self._rows.with_format("arrow")
+        files, features = [str(part.path) for part in parts], plain_features(parts[0], self.columns)
+        rows = load_dataset("parquet", data_files=files, split="train", columns=self.columns, features=features)
+        self._rows = rows.with_format("arrow")
 
     def read(self, part: int, row: int, columns: Sequence[str] | None = None) -> tuple[Any, ...]:
         """Return the values of ``columns`` (all by default) in row ``row`` of part number ``part``."""

@@ -24,6 +24,7 @@ from latentreward.data.readers.parquet_store import (
     locate,
     missing_parts,
     open_part,
+    plain_type,
 )
 from latentreward.data.readers.parquet_store import read_index as read_parquet
 from latentreward.errors import InputError, first_line
@@ -354,6 +355,7 @@ def embedded_image(value: Any, key: str | None = None, files: bool = False) -> I
 
 def holds_images(kind: pa.DataType) -> bool:
     """Tell whether a column's type is bytes, or a struct with bytes such as ``datasets`` writes for images."""
+    kind = plain_type(kind)
     if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0:
         kind = kind.field("bytes").type
     return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)

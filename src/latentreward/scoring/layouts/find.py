@@ -59,6 +59,12 @@ def find_reward(
             "or of a run"
         )
     layout = published_layout(place, base, published)
+    heads = (head for depth in ("", "*/", "*/*/") for head in place.glob(f"{depth}rm_head.pt"))
+    if layout is None and (head := next(heads, None)) is not None:  # what diffusion-rm's training writes
+        raise InputError(
+            f"reward model {path!r} holds {head.relative_to(place)}, which the published layout has in checkpoint/ "
+            "beside config.json, with backbone_lora/; arrange a folder so"
+        )
     if layout is None and published is not None:
         raise InputError(
             f"published is set, but reward model {path!r} has neither published layout and holds its settings itself; "
