@@ -17,6 +17,7 @@ from latentreward.backbones import create_backbone
 from latentreward.backbones.loading import PipelineSource, load_weights
 from latentreward.contracts import LatentSpace
 from latentreward.errors import InputError
+from latentreward.policies import PolicySource
 from tests.backbones.networks import FACTORIES, inputs_of, tiny_backbone
 from tests.tiny_pipelines import pipeline_folder
 
@@ -67,14 +68,19 @@ def test_pipeline_of_another_family(factory: str, folder: str, message: str) -> 
     refused(factory, pipeline_folder(folder), message)
 
 
-def test_path_that_is_no_pipeline(tmp_path: Path) -> None:
+def test_path_that_is_no_pipeline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     refused(
         "sd15", tmp_path / "nowhere", "source='.*nowhere' does not exist; give a diffusers pipeline folder or a hub id"
     )
     refused("sd15", tmp_path, "is not a diffusers pipeline: .* give the folder that holds them")
     (tmp_path / "model.safetensors").write_bytes(b"")
     refused("sd15", tmp_path / "model.safetensors", r"cannot load .*model.safetensors: its header has no valid length")
-    refused("sd15", "not a/hub id", "is not a local folder and cannot be fetched from the hub")
+    refused("sd15", "not a/hub id", "is not here and cannot be fetched from the hub")
+    (tmp_path / "models").mkdir()
+    monkeypatch.chdir(tmp_path)
+    refused("sd15", "models/sd15", r"does not exist: models holds no sd15, and .*HF_HUB_OFFLINE.*; check the path")
+    (tmp_path / "models" / "dream.safetensors").write_bytes(b"")
+    refused("sd15", str(tmp_path / "models"), r"or the file of a whole model \(dream.safetensors\)")
 
 
 @pytest.mark.slow
@@ -86,7 +92,7 @@ def test_hub_id_without_network_fails_fast() -> None:
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=300, check=False
     )
     last = done.stderr.strip().splitlines()[-1]
-    assert "InputError: source='nobody/nothing' is not a local folder and cannot be fetched from the hub" in last
+    assert "InputError: source='nobody/nothing' is not here and cannot be fetched from the hub" in last
     assert "Retrying" not in done.stderr
 
 
@@ -225,9 +231,59 @@ def test_variant_selects_its_files(copied: Callable[[str], Path]) -> None:
     folder = copied("sd15")
     for path in folder.rglob("*.safetensors"):
         path.rename(path.with_name(f"{path.stem}.fp16.safetensors"))
-    refused("sd15", folder, "cannot load")
+    refused("sd15", folder, "weights are of the variant fp16; set variant: fp16, or rename them without it")
     backbone = create_backbone("sd15", source=str(folder), variant="fp16")
     torch.testing.assert_close(backbone.unet.conv_in.weight, tiny_backbone("sd15").unet.conv_in.weight)
+
+
+def test_each_cause_of_missing_weights_has_its_remedy(copied: Callable[[str], Path]) -> None:
+    folder = copied("sd15")
+    unet = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    with pytest.raises(InputError, match=r"its weights have no variant fp16; leave variant out"):
+        create_backbone("sd15", source=str(folder), variant="fp16")
+    whole = Path(shutil.move(unet, folder / "dream.safetensors"))
+    refused("sd15", folder, r"if dream.safetensors in .* holds the whole model, give this file in place of the folder")
+    unet.with_name("diffusion_pytorch_model.fp16-00001-of-00002.safetensors").touch()
+    refused("sd15", folder, "set variant: fp16")
+    unet.with_name("diffusion_pytorch_model.fp16-00001-of-00002.safetensors").rename(unet.with_suffix(".bin"))
+    refused(
+        "sd15", folder, r"it has diffusion_pytorch_model.bin, but only safetensors .*; load the model in the library"
+    )
+    unet.with_suffix(".bin").unlink(), whole.unlink()
+    refused("sd15", folder, "get the files again")
+
+
+def test_parts_of_other_models_are_named_as_such(copied: Callable[[str], Path]) -> None:
+    """Kolors has a ChatGLM in the place of CLIP, LCM a U-Net that takes the guidance scale."""
+    folder = copied("sd15")
+    path = folder / "text_encoder" / "model.safetensors"
+    save_file({f"encoder.{name}": tensor for name, tensor in load_file(path).items()}, path)
+    edit_json(folder / "text_encoder" / "config.json", architectures=["ChatGLMModel"])
+    refused("sd15", folder, "its config is of a ChatGLMModel, not a CLIPTextModel; give a pipeline of the family")
+    edit_json(folder / "model_index.json", _class_name="KolorsPipeline")
+    with pytest.raises(InputError, match="is a KolorsPipeline: its text encoder is a ChatGLM; give a pipeline of"):
+        PolicySource(str(folder)).resolve_family()
+    edit_json(folder / "model_index.json", _class_name="StableDiffusionPipeline")
+    edit_json(folder / "unet" / "config.json", time_cond_proj_dim=8)
+    for use in (PolicySource(str(folder)).resolve_family, lambda: create_backbone("sd15", source=str(folder))):
+        with pytest.raises(
+            InputError, match=r"time_cond_proj_dim, distilled to few steps .* give the model that it was"
+        ):
+            use()
+
+
+def test_plain_values_of_an_index_are_no_parts(copied: Callable[[str], Path]) -> None:
+    folder = copied("sdxl")
+    values = {
+        "requires_aesthetics_score": True,
+        "is_distilled": False,
+        "boundary_ratio": 0.9,
+        "expand_timesteps": [1, 2],
+    }
+    edit_json(folder / "model_index.json", force_zeros_for_empty_prompt=True, **values)
+    message = refused("sd35", folder, "is a StableDiffusionXLPipeline without a transformer")
+    assert "unet" in message and not any(name in message for name in (*values, "force_zeros"))
+    assert PolicySource(str(folder)).resolve_family().model == "SDXL"
 
 
 def test_bare_network_folder_is_a_pipeline_without_encoders(copied: Callable[[str], Path]) -> None:

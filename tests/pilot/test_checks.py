@@ -79,7 +79,9 @@ def test_a_gated_model_needs_a_token_and_a_folder_needs_none(
 def test_a_hub_that_does_not_answer_is_named(pilot: Pilot, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     missing = {name: source for name, source in downloads(pilot).items() if not source.gated}
-    with pytest.raises(InputError, match=r"DINA_PUBLISHED: the hub does not answer .*; set DINA_PUBLISHED to a folder"):
+    with pytest.raises(
+        InputError, match=r"DINA_PUBLISHED: HF_HUB_OFFLINE keeps the hub .*; set DINA_PUBLISHED to a folder"
+    ):
         check_access(pilot, missing)
 
 

@@ -85,7 +85,7 @@ def test_a_folder_of_a_repository(hub: StubHub, tmp_path: Path) -> None:
 
 
 def test_no_such_repository(hub: StubHub) -> None:
-    with pytest.raises(InputError, match=r"'owner/none' is not a local path .*hub .RepositoryNotFoundError.") as caught:
+    with pytest.raises(InputError, match=r"'owner/none' is not here .*hub .RepositoryNotFoundError.") as caught:
         RewardModel.from_pretrained("owner/none")
     assert "\n" not in str(caught.value)
 
@@ -104,7 +104,7 @@ def test_without_a_network_the_cache_will_do(hub: StubHub, monkeypatch: pytest.M
     RewardModel.from_pretrained("owner/reward")
     set_hub(monkeypatch, "http://127.0.0.1:9", tmp_path / "cache")  # nobody listens there
     assert torch.equal(scores(RewardModel.from_pretrained("owner/reward")), scores(model))
-    with pytest.raises(InputError, match=r"'owner/other' .*the hub does not answer, and the local cache does not have"):
+    with pytest.raises(InputError, match=r"'owner/other' .*is not here and cannot be fetched .the hub does not answer"):
         RewardModel.from_pretrained("owner/other")
     with pytest.raises(InputError, match="'owner/reward': the hub does not answer") as caught:
         model.push_to_hub("owner/reward", token="hf_secret")

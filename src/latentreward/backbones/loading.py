@@ -18,7 +18,7 @@ from latentreward.backbones.weights import from_config, load_weights, map_model,
 from latentreward.contracts import LatentSpace
 from latentreward.errors import InputError, first_line
 from latentreward.noise import DDPM_SCHEDULERS, FLOW_SCHEDULERS, NoiseProcess, process_from_scheduler
-from latentreward.storage.hub import hub_answers, silence
+from latentreward.storage.hub import hub_answers, not_found, silence
 from latentreward.storage.json_files import entry, read_config
 from latentreward.storage.weight_files import find_weights, map_weights
 
@@ -88,9 +88,11 @@ class PipelineSource:
         if folder.is_dir() and not (folder / "model_index.json").is_file():
             self.index = {part: ["diffusers", ""] for part in ("unet", "transformer") if (folder / part).is_dir()}
             if not self.index:
+                single = ", ".join(path.name for path in sorted(folder.glob("*.safetensors"))[:3])
                 raise InputError(
                     f"source={self.source!r} is not a diffusers pipeline: it has neither model_index.json nor unet/ "
                     "nor transformer/; give the folder that holds them"
+                    + (f", or the file of a whole model ({single})" if single else "")
                 )
             self.index["scheduler"] = ["diffusers", ""]
         else:
@@ -125,9 +127,8 @@ class PipelineSource:
                     f"'*.json' '*.txt' '*.model' --local-dir {self.checkpoint.with_suffix('')}`"
                 ) from error
             raise InputError(
-                f"source={self.source!r} is not a local folder and cannot be fetched from the hub ({reason}); check "
-                "the name, the network and your access, or give a local folder; for the base of a published model give "
-                "your copy as --base FOLDER"
+                f"source={self.source!r} {not_found(self.source, reason)}, or give a local folder; for the base of a "
+                "published model give your copy as --base FOLDER"
             ) from error
 
     def _json(self, name: str) -> dict[str, Any]:
@@ -147,7 +148,8 @@ class PipelineSource:
 
     def has(self, part: str) -> bool:
         """Tell whether the pipeline has ``part``."""
-        return bool(self.index.get(part) and self.index[part][0])
+        named = self.index.get(part)  # other entries of model_index.json are values of any kind
+        return _names_class(named) and bool(named[0])
 
     def _require(self, part: str) -> None:
         if not self.has(part):

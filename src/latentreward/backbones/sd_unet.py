@@ -222,6 +222,7 @@ def load_sd_unet(
             f"source={source!r} holds a {found} U-Net (cross_attention_dim {config.get('cross_attention_dim')}), but "
             f"this backbone is {family}; choose the backbone of that family or another source"
         )
+    check_undistilled(source, config)
     check_channels(source, "U-Net", config, pipeline.latent_space())
     load_prompts = pipeline.sdxl_prompts if found == "SDXL" else pipeline.clip_prompts
     text_encoder = load_prompts(pretrained, mapped=True)
@@ -273,6 +274,15 @@ def cut_sd_unet(
     )
     backbone.source = str(pipeline)
     return finish(backbone, backbone.unet, (), tuning=tuning, text_encoder_tuning=text_encoder_tuning, **options)
+
+
+def check_undistilled(source: str, config: Mapping[str, Any]) -> None:
+    """Raise InputError if a U-Net takes the guidance scale as an input, as distilled ones do (LCM)."""
+    if config.get("time_cond_proj_dim") is not None:
+        raise InputError(
+            f"source={source!r} holds a U-Net with time_cond_proj_dim, distilled to few steps with guidance inside "
+            "(LCM); give the model that it was distilled from"
+        )
 
 
 def unet_family(config: dict[str, Any]) -> str:

@@ -174,9 +174,11 @@ def map_model(
         spare = {SPARE} if kind == "unexpected" else set()
         names = sorted(name for name in report[kind] - spare if not name.endswith(COUNTED))
         if names:
-            raise InputError(
-                f"cannot load {where}: {kind} tensor {names[0]} ({len(names)} in all); get the files again"
-            )
+            remedy = "get the files again" if checkpoint is None else f"its configs, of {source}, are of another model"
+            named = [config.get("_class_name")] if of_diffusers else config.architectures or []
+            if named and named[0] and family.__name__ not in named:
+                remedy = f"its config is of a {named[0]}, not a {family.__name__}; give a pipeline of the family"
+            raise InputError(f"cannot load {where}: {kind} tensor {names[0]} ({len(names)} in all); {remedy}")
     if of_diffusers:
         model.register_to_config(_name_or_path=source)
     setattr(model, PLACES, weights.places)

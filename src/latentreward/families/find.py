@@ -13,11 +13,8 @@ from latentreward.errors import InputError, first_line
 from latentreward.families.base import Family, PipelineConfigs
 from latentreward.programs import check_import, find_modules_here
 
-UNSUPPORTED: Mapping[str, str] = {
-    "SanaPipeline": "SANA is not supported",
-    "SanaSprintPipeline": "SANA is not supported",
-    "SanaTransformer2DModel": "SANA is not supported",
-}
+_SANA = "no family here has its VAE (AutoencoderDC) and prompts; give a class of your own as family (docs/families.md)"
+UNSUPPORTED: Mapping[str, str] = dict.fromkeys(("SanaPipeline", "SanaSprintPipeline", "SanaTransformer2DModel"), _SANA)
 """Class of a pipeline or network in diffusers that belongs to no family → why it is refused."""
 
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from latentreward.backbones.loading import SHIPPED, check_channels
-from latentreward.backbones.sd_unet import unet_family
+from latentreward.backbones.sd_unet import check_undistilled, unet_family
 from latentreward.contracts import Conditioning
 from latentreward.encoders.prompts import PromptEncoder
 from latentreward.errors import InputError
@@ -26,6 +26,9 @@ class StableDiffusion(Family):
     part = "unet"
     network_class = "UNet2DConditionModel"
     block_classes = ("CrossAttnDownBlock2D", "DownBlock2D", "UNetMidBlock2DCrossAttn")
+    refused: ClassVar[Mapping[str, str]] = {
+        "KolorsPipeline": "its text encoder is a ChatGLM; give a pipeline of SD1.5, SD2.1 or SDXL with CLIP",
+    }
     text_layers = ("CLIPEncoderLayer",)
     flow = False
 
@@ -42,6 +45,7 @@ class StableDiffusion(Family):
                 f"source={self.pipeline.source!r} has a {found} as unet; this family needs a {self.network_class}, as "
                 "SD1.5, SD2.1 and SDXL have it"
             )
+        check_undistilled(self.pipeline.source, self.config)
         check_channels(self.pipeline.source, "unet", self.config, self.latent_space)
 
     @property

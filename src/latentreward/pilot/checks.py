@@ -7,7 +7,7 @@ from pathlib import Path
 
 from latentreward.errors import InputError, first_line
 from latentreward.pilot.plans import Pilot, Source
-from latentreward.storage.hub import cached_files, model_info
+from latentreward.storage.hub import cached_files, model_info, silence
 
 GB = 10**9
 SPARE = 5 * GB
@@ -82,7 +82,7 @@ def check_access(pilot: Pilot, missing: Mapping[str, Source]) -> None:
             remedy = terms if source.gated else "check the name"
             raise InputError(f"{name}: the hub refuses {repository} ({first_line(error)}); {remedy}") from error
         if info is None:
-            raise InputError(f"{name}: the hub does not answer for {repository}; set {name} to a folder of the model")
+            raise InputError(f"{name}: {silence()}, and {repository} is not here; set {name} to a folder of the model")
 
 
 def check_disk(needed: Mapping[Path, int]) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 
 from latentreward.errors import InputError, first_line
-from latentreward.storage.hub import TIMEOUT, model_info
+from latentreward.storage.hub import TIMEOUT, model_info, not_found, silence
 
 MARKS = ("head.safetensors", "state_dict.pt", "checkpoint/rm_head.pt")
 """Path of a file that identifies each layout: model folder, LRM, DiNa-LRM."""
@@ -43,15 +43,10 @@ def downloaded(name: str, revision: str | None = None) -> Path:
             local_files_only=not online,
         )
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = type(error).__name__ if online or isinstance(error, HfHubHTTPError | HFValidationError) else SILENT
-        raise InputError(
-            f"reward model {name!r} is not a local path and cannot be fetched from the hub{at} ({reason}); check the "
-            "name, the network and your access"
-        ) from error
+        told = online or isinstance(error, HfHubHTTPError | HFValidationError)
+        reason = type(error).__name__ if told else silence()
+        raise InputError(f"reward model {name!r}{at} {not_found(name, reason)}") from error
     return Path(root) / folder
-
-
-SILENT = "the hub does not answer, and the local cache does not have it"
 
 
 def check_folder(name: str, folder: str, files: Iterable[str]) -> None:

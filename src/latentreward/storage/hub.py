@@ -32,7 +32,20 @@ def silence() -> str:
     """Say why the hub does not answer."""
     from huggingface_hub import constants
 
-    return "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "the hub does not answer"
+    return "HF_HUB_OFFLINE keeps the hub from being asked" if constants.HF_HUB_OFFLINE else "the hub does not answer"
+
+
+def not_found(name: str, reason: str) -> str:
+    """Describe a name that is no path here and that the hub does not give, with the remedy, for messages.
+
+    Args:
+        name: Path or hub id.
+        reason: Why the hub does not give it.
+    """
+    folder, _, last = name.rpartition("/")
+    if folder and Path(folder).is_dir():
+        return f"does not exist: {folder} holds no {last}, and the hub does not give it ({reason}); check the path"
+    return f"is not here and cannot be fetched from the hub ({reason}); check the name, the network and your access"
 
 
 @cache

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from latentreward.errors import InputError, first_line
-from latentreward.storage.hub import read_locally
+from latentreward.storage.hub import cached_files, model_info, read_locally, silence
 from latentreward.storage.json_files import read_config
 from latentreward.storage.safetensors_header import read_header
+
+if TYPE_CHECKING:
+    from huggingface_hub import ModelInfo
 
 ALIGNMENT = 64
 """Bytes to which PyTorch aligns its own memory; CPU kernels round differently at other addresses."""
@@ -138,11 +142,46 @@ def find_weights(
     if path := file(single):
         return (path,)
     if (path := file(index)) is None:
-        raise InputError(f"cannot load {where}: no file named {single} or {index}; get the files again")
+        remedy = _remedy(source, place, stem, variant, None if local_files_only else model_info(source, revision))
+        raise InputError(f"cannot load {where}: no file named {single} or {index}; {remedy}")
     shards = tuple(file(name) for name in shard_names(path))
     if None in shards:
         raise InputError(f"cannot load {where}: a shard that {index} names is missing; get the files again")
     return shards  # type: ignore[return-value]
+
+
+def _remedy(source: str, place: str, stem: str, variant: str | None, told: ModelInfo | None) -> str:
+    """Return what to do about weights that are not where they were looked for, by the files that are there.
+
+    Args:
+        source: Folder or hub id.
+        place: Folder inside ``source`` with a slash, or an empty text.
+        stem: See :func:`find_weights`.
+        variant: See :func:`find_weights`.
+        told: The hub's information about ``source``; None reads the folder, or the local cache.
+    """
+    folder = (Path(source) if Path(source).is_dir() else cached_files(source) or Path(source)) / place
+    listed = folder.iterdir() if folder.is_dir() else ()
+    names = sorted(
+        (path.name for path in listed)
+        if told is None
+        else (file.rfilename.removeprefix(place) for file in told.siblings or () if file.rfilename.startswith(place))
+    )
+    weights = [re.fullmatch(rf"{stem}(?:\.(\w+))?(?:-\d+-of-\d+)?\.safetensors", name) for name in names]
+    others = {found[1] for found in weights if found} - {variant}
+    if None in others:
+        return f"its weights have no variant {variant}; leave variant out"
+    if others:
+        other = sorted(map(str, others))[0]
+        return f"its weights are of the variant {other}; set variant: {other}, or rename them without it"
+    if pickles := [name for name in names if name.endswith((".bin", ".ckpt", ".pt", ".pth", ".h5", ".msgpack"))]:
+        return (
+            f"it has {pickles[0]}, but only safetensors files are read, because pickles can run code; load the model "
+            "in the library that wrote it and call save_pretrained"
+        )
+    if whole := sorted(Path(source).glob("*.safetensors")) if place and Path(source).is_dir() else []:
+        return f"if {whole[0].name} in {source} holds the whole model, give this file in place of the folder"
+    return "get the files again"
 
 
 def shard_names(index: Path) -> list[str]:
@@ -180,7 +219,7 @@ def stored_file(source: str, name: str, revision: str | None, local_files_only: 
     except LocalEntryNotFoundError:  # a subclass of EntryNotFoundError
         if local_files_only:
             return None
-        raise InputError(f"cannot load {source}: the hub does not answer for {name}; check the network") from None
+        raise InputError(f"cannot load {source}: {silence()}, and {name} is not in the local cache") from None
     except EntryNotFoundError:
         return None
     except (HfHubHTTPError, HFValidationError, OSError) as error:

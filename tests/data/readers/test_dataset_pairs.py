@@ -224,13 +224,19 @@ def test_sources_that_have_no_such_rows(dataset, tmp_path) -> None:
     DatasetDict(train=dataset).save_to_disk(tmp_path / "splits")
     dataset.to_parquet(tmp_path / "train.parquet")
     dataset.to_parquet(tmp_path / "train-00000-of-00001.parquet")
+    table = tmp_path / "table.csv"
+    table.write_text("prompt,image_a\na cat,b\n")
     cases = [
         (dataset.to_iterable_dataset(), "source is an IterableDataset, whose rows have no numbers"),
         (None, "source is a NoneType; give a folder"),
         ([{"prompt": "x"}], "source is a list; give a folder"),
         (DatasetDict(val=dataset), "split: no 'train' in the DatasetDict; it has val"),
         (str(tmp_path / "nowhere"), "source: no folder"),
-        (str(tmp_path / "nowhere.parquet"), "not a whole parquet file"),
+        (
+            str(table),
+            "table.csv: not a parquet file; write the table as parquet .* or as JSON lines for JSONLPairReader",
+        ),
+        (str(tmp_path / "nowhere.parquet"), "nowhere.parquet: does not exist; check the path"),
         (str(tmp_path), "has train.parquet and train-00000-of-00001.parquet; set source to one file"),
         (dataset.select([]), "has no rows left"),
     ]

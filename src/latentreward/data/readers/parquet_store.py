@@ -246,6 +246,13 @@ def damage_named(part: ParquetPart) -> Iterator[None]:
     try:
         yield
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        if not part.path.exists():
+            raise ImageError(f"{part.path}: does not exist; check the path") from error
+        if not part.name.endswith(".parquet"):
+            raise ImageError(
+                f"{part.path}: not a parquet file; write the table as parquet (pandas' read_csv and to_parquet), or as "
+                "JSON lines for JSONLPairReader"
+            ) from error
         raise ImageError(f"{part.path}: not a whole parquet file ({first_line(error)}); download it again") from error
 
 
