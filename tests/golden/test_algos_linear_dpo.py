@@ -9,6 +9,9 @@ from latentreward.losses.linear_dpo import LinearDPO
 from tests.golden.catalogue import Case, cases
 from tests.golden.closeness import assert_within
 
+FLOAT32 = 3e-4
+"""The golden numbers were computed in float32: of two nearly equal errors, their difference is off by up to 1.3e-4."""
+
 
 @pytest.mark.parametrize("case", cases("algos/linear_dpo"), ids=lambda case: case.name)
 def test_loss(case: Case) -> None:
@@ -19,11 +22,11 @@ def test_loss(case: Case) -> None:
         if options["linear"]:
             result = LinearDPO(options["eta"])(prediction, reference, target, options["beta"])
             margin, loss = result.margin, result.per_pair.mean()
-            assert_within(result.weight, data[f"{variant}.weight"], f"{variant}.weight", 1e-4)
+            assert_within(result.weight, data[f"{variant}.weight"], f"{variant}.weight", FLOAT32)
         else:
             won, lost = implicit_rewards(prediction, reference, target, options["beta"]).chunk(2)
             margin = won - lost
             loss = -logsigmoid(margin).mean()
         (grad,) = torch.autograd.grad(loss, prediction)
         for name, value in {"inside_term": margin, "loss": loss, "grad_pred": grad}.items():
-            assert_within(value, data[f"{variant}.{name}"], f"{variant}.{name}", 1e-4)
+            assert_within(value, data[f"{variant}.{name}"], f"{variant}.{name}", FLOAT32)

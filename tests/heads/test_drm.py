@@ -46,3 +46,11 @@ def test_refuses_sizes_that_do_not_fit(settings: dict, named: str) -> None:
 def test_refuses_a_backbone_without_the_map() -> None:
     with pytest.raises(InputError, match="output_map: true"):
         DRMHead(DIT_SPEC)
+
+
+def test_the_mlp_reads_the_mean_over_the_last_stages_pixels() -> None:
+    head, given = DRMHead(SPEC, widths=(8,), groups=4, hidden=8).eval(), features(4, 4)
+    pixels = head.stages(given.output)
+    assert pixels.shape == (3, 8, 2, 2)
+    expected = sum(pixels[:, :, row, column] for row in range(2) for column in range(2)) / 4
+    torch.testing.assert_close(head(given), head.mlp(expected).squeeze(1))

@@ -8,7 +8,7 @@ from torch import nn
 
 from latentreward.errors import InputError
 from latentreward.heads import GatedQFormerHead, LogisticSquash
-from latentreward.heads.gated_qformer import RMSNorm
+from latentreward.heads.gated_qformer import FiLMAdapter, RMSNorm
 from tests.heads.features import DIT_SPEC, SPECS, UNET_SPEC, random_features
 
 
@@ -150,3 +150,14 @@ def test_refusals() -> None:
     for grid in ("middle", (4,), (0, 4), (1, 2, 3)):
         with pytest.raises(InputError, match=r"grid=.* must be 'smallest', 'largest' or 2 positive whole numbers"):
             GatedQFormerHead(UNET_SPEC, grid=grid)
+
+
+@pytest.mark.parametrize("in_dim", [6, 4])
+def test_film_scales_by_one_plus_gamma_and_adds_beta(in_dim: int) -> None:
+    """γ is the first half of the MLP's output, β the second."""
+    film = FiLMAdapter(in_dim, 6, 3, 5, use_proj_in=False)
+    tokens, temb = torch.randn(2, 7, in_dim), torch.randn(2, 5)
+    with torch.no_grad():
+        film.cond_mlp[2].bias.copy_(torch.tensor([0.5] * 6 + [-2.0] * 6))  # its weight is 0: γ = 0.5, β = −2
+    inside = tokens if in_dim == 6 else film.proj_in(tokens)
+    torch.testing.assert_close(film.modulate(tokens, temb), 1.5 * inside - 2.0 + film.layer_embed)

@@ -41,3 +41,14 @@ def test_a_row_scores_as_it_does_alone() -> None:
 def test_refuses_sizes_that_do_not_fit(settings: dict, named: str) -> None:
     with pytest.raises(InputError, match=named):
         PAVRMHead(DIT_SPEC, **settings)
+
+
+@pytest.mark.parametrize("add_query", [True, False])
+def test_the_query_is_added_to_what_it_attended_to(add_query: bool) -> None:
+    """Of equal tokens, attention returns out(value(token)), whatever its weights."""
+    head, given = PAVRMHead(DIT_SPEC, num_queries=2, add_query=add_query), random_features(DIT_SPEC)
+    token = given.visual[-1][:, :1]
+    attention, width = head.attention, head.queries.shape[1]
+    value = token @ attention.in_proj_weight[2 * width :].T + attention.in_proj_bias[2 * width :]
+    expected = attention.out_proj(value).squeeze(1) + (head.queries.mean(dim=0) if add_query else 0)
+    torch.testing.assert_close(head.pool(token.expand(-1, 16, -1)), expected)

@@ -185,3 +185,16 @@ def test_what_is_out_of_range_is_refused() -> None:
         NormGuard(0.0)
     with pytest.raises(InputError, match="threshold=-1 must be at least 0"):
         FlowDPPO(-1.0)
+
+
+def test_the_guards_objective_is_divided_by_the_square_of_the_mean_length() -> None:
+    """Two steps of spread 0.3, 0.5 and √Δ 0.2, 0.6: s̄ = 0.4 · 0.4, and the objective is −A ρ / 0.4²."""
+    mean = normal(2, 1, 2, 2)
+    spread, length = torch.tensor([0.3, 0.5]), torch.tensor([0.2, 0.6])
+    drift = StepDrift.between(mean, mean - 0.1, spread * length, spread)
+    log_ratio, advantage = torch.tensor([0.01, -0.02]), torch.tensor([1.0, -2.0])
+    rows, ratio, _ = GRPOGuard().objective(log_ratio, advantage, 10.0, drift)
+    scale = 0.4 * 0.4
+    expected = ((log_ratio.double() + 0.01 / (2 * scale**2)) * scale).exp()
+    torch.testing.assert_close(ratio.double(), expected, rtol=1e-5, atol=0)
+    torch.testing.assert_close(rows.double(), -advantage.double() * expected / 0.4**2, rtol=1e-5, atol=0)

@@ -5,9 +5,10 @@ from statistics import NormalDist
 
 import numpy as np
 import pytest
+from mpmath import betainc
 
 from latentreward.errors import InputError
-from latentreward.metrics.bootstrap import crossed_interval, student_interval
+from latentreward.metrics.bootstrap import STUDENT, crossed_interval, student_interval
 from latentreward.reproduction.measuring import Values
 from latentreward.reproduction.verdicts import judge
 
@@ -94,3 +95,18 @@ def test_bits_are_small() -> None:
 def test_values_that_do_not_fit_are_refused(value: float) -> None:
     with pytest.raises(InputError, match=r"values from \S+ to \S+: give finite ones below 32\.7"):
         Values("ab", np.array([0.5, value])).packed()
+
+
+def test_students_quantiles_have_975_of_1000_below_them() -> None:
+    """P(|T| > t) with ν degrees of freedom is the regularised incomplete beta function of ν/2, ½ at ν / (ν + t²)."""
+    for degrees, quantile in enumerate(STUDENT, start=1):
+        outside = betainc(degrees / 2, 0.5, 0, degrees / (degrees + quantile**2), regularized=True)
+        assert float(outside) == pytest.approx(0.05, abs=5e-5)
+
+
+@pytest.mark.parametrize("runs", range(2, 11))
+def test_the_interval_of_any_number_of_runs(runs: int) -> None:
+    means = [float(n) for n in range(runs)]
+    half = STUDENT[runs - 2] * (runs * (runs + 1) / 12) ** 0.5 / runs**0.5  # variance of 0 … n − 1 is n (n + 1) / 12
+    middle = (runs - 1) / 2
+    assert student_interval(means)[:3] == pytest.approx((middle, middle - half, middle + half))

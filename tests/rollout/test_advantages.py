@@ -1,9 +1,11 @@
 """Rewards relative to those of the same group (golden case 10 holds more)."""
 
+from typing import Literal
+
 import pytest
 import torch
 
-from latentreward.rollout import GDPO, group_advantages, tracked_advantages
+from latentreward.rollout import GDPO, GroupAdvantage, group_advantages, tracked_advantages
 
 SCORES = torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
 
@@ -62,3 +64,9 @@ def test_gdpo_of_a_group_of_one_is_0() -> None:
     torch.testing.assert_close(advantages.std(correction=0), torch.tensor(1.0))
     assert not GDPO()(rewards, torch.arange(4)).any()
     assert not GDPO()(rewards[:1], alone[:1]).any()
+
+
+@pytest.mark.parametrize(("ddof", "spread"), [(0, (8 / 3) ** 0.5), (1, 2.0)])
+def test_ddof_divides_by_n_or_by_one_less(ddof: Literal[0, 1], spread: float) -> None:
+    advantages = GroupAdvantage(ddof=ddof)(torch.tensor([1.0, 3.0, 5.0]), torch.zeros(3, dtype=torch.int64))
+    assert advantages.tolist() == pytest.approx([-2 / (spread + 1e-4), 0, 2 / (spread + 1e-4)])

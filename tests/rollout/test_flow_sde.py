@@ -94,3 +94,19 @@ def test_refused(config: dict[str, Any], steps: int, message: str) -> None:
 def test_deterministic_samplers_have_no_log_probability() -> None:
     with pytest.raises(InputError, match=r"sampling.noise_level=0 none of the 10 steps adds noise"):
         FlowSDESampler(*static_levels(CONFIG, 10), 0.0).require_noise()
+
+
+@pytest.mark.parametrize("noise_level", [0.0, 0.5, 1.0])
+def test_a_step_of_cps_is_its_formula(noise_level: float) -> None:
+    """x̂_0 = x − σ v and ε̂ = x + (1 − σ) v: the velocity is ε − x_0."""
+    timesteps, sigmas = static_levels(CONFIG, 4)
+    sampler = FlowSDESampler(timesteps, sigmas, noise_level, "cps")
+    latents, velocity = (torch.randn(SHAPE, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
+    for step in range(4):
+        sigma, after = sigmas[step].item(), sigmas[step + 1].item()
+        spread = after * math.sin(noise_level * math.pi / 2)
+        clean, noise = latents - sigma * velocity, latents + (1 - sigma) * velocity
+        found = sampler.transition(latents, velocity, timesteps[step].expand(2))
+        mean = (1 - after) * clean + math.sqrt(max(after**2 - spread**2, 0)) * noise
+        torch.testing.assert_close(found.mean, mean, rtol=1e-4, atol=1e-4)
+        assert found.std.tolist() == pytest.approx([spread] * 2, abs=1e-6)

@@ -9,7 +9,7 @@ import torch
 
 from latentreward.errors import InputError
 from latentreward.evaluation.benchmark.calibration import calibration_result, cross_fitted_probability
-from latentreward.evaluation.benchmark.four_benchmarks import FOUR_BENCHMARKS, with_averages
+from latentreward.evaluation.benchmark.four_benchmarks import FOUR_BENCHMARKS, PUBLISHED_AVERAGES, with_averages
 from latentreward.evaluation.benchmark.model_agreement import agreement_result, correlation_results
 from latentreward.evaluation.benchmark.protocols import PROTOCOLS, judge, protocol_result
 from latentreward.evaluation.benchmark.published_numbers import PUBLISHED, published_for
@@ -197,10 +197,25 @@ def test_mean_of_four_benchmarks_is_unweighted_and_of_all_four_alone() -> None:
     assert average.scorer == "dina"
     spread = 0.01 * 30**0.5 / 4
     assert average.estimate == pytest.approx((0.71485, 0.71485 - spread, 0.71485 + 0.01, 10))
-    assert [number.value for number in found.published] == [0.7149, 0.7068, 0.6493, 0.7027]
+    means = {number.model: number.value for number in found.published}
+    assert list(means.values()) == [0.7149, 0.7248, 0.6173, 0.7484, 0.7051, 0.7281, 0.7068, 0.6493, 0.7027]
+    assert means["DiNa-LRM"] - means["LRM-SDXL"] == pytest.approx(0.0976)  # the gain that the paper states
     assert any(section.title == "Mean of four benchmarks" for section in sections(found))
     without = replace(report, protocols=report.protocols[4:])
     assert with_averages(without) == without
+
+
+def test_published_averages_are_those_of_the_published_cells() -> None:
+    """Of a model with all four cells; the paper's averages are rounded to two digits."""
+    cells: dict[str, list[float]] = {}
+    for protocol in FOUR_BENCHMARKS.values():
+        for number in published_for((protocol,)):
+            if number.source.startswith("DiNa-LRM"):
+                cells.setdefault(number.model, []).append(number.value)
+    whole = {model: sum(values) / 4 for model, values in cells.items() if len(values) == 4}
+    means = {number.model: number.value for number in PUBLISHED_AVERAGES}
+    assert len(whole) == 6
+    assert {model: means[model] for model in whole} == pytest.approx(whole, abs=6e-5)
 
 
 def test_one_long_prompt_costs_no_more_than_itself() -> None:

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from latentreward.evaluation.benchmark.published_numbers import DINA
+from latentreward.evaluation.benchmark.published_numbers import DINA, DINA_CLEAN, DINA_CONSTANT, DINA_FROZEN
 from latentreward.evaluation.benchmark.results import AverageResult, BenchmarkReport, PublishedNumber
 from latentreward.metrics.bootstrap import Interval
 
@@ -22,9 +22,14 @@ PUBLISHED_AVERAGES = tuple(
     PublishedNumber(KEY, model, value, DINA)
     for model, value in {
         "DiNa-LRM": 0.7149,
-        "DiNa-LRM, constant variance": 0.7068,
-        "DiNa-LRM, trained at t = 0 alone": 0.6493,
-        "DiNa-LRM, frozen backbone": 0.7027,
+        "DiNa-LRM (ensemble)": 0.7248,
+        "LRM-SDXL": 0.6173,
+        "HPSv3": 0.7484,
+        "MPS": 0.7051,
+        "UnifiedReward": 0.7281,
+        DINA_CONSTANT: 0.7068,
+        DINA_CLEAN: 0.6493,
+        DINA_FROZEN: 0.7027,
     }.items()
 )
 

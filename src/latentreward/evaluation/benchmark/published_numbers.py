@@ -17,6 +17,10 @@ HPSV3 = "HPSv3's README (arXiv:2508.03789), measured by its authors"
 PICKSCORE = "PickScore (arXiv:2305.01569), measured by its authors"
 DINA = "DiNa-LRM (arXiv:2602.11146), measured by its authors; evaluation code not released"
 DINA_GENAI = f"{DINA}; which GenAI-Bench is not stated, TIGER's very likely"
+DINA_CONSTANT = "DiNa-LRM, constant variance"
+DINA_CLEAN = "DiNa-LRM, trained at t = 0 alone"
+DINA_FROZEN = "DiNa-LRM, frozen backbone"
+"""The ablations of which the paper's table 2 has cells beside the average."""
 HPSV3_PICKAPIC = "HPSv3 (arXiv:2508.03789), measured by its authors; treatment of ties not stated"
 
 PERCENT: dict[tuple[str, str], Mapping[str, float]] = {
@@ -80,14 +84,39 @@ PERCENT: dict[tuple[str, str], Mapping[str, float]] = {
         "LRM-SDXL": 60.35,
         "HPSv3": 67.03,
         "MPS": 66.37,
+        "UnifiedReward": 63.82,
     },
-    ("hpdv2/micro", DINA): {"DiNa-LRM": 82.13, "DiNa-LRM (ensemble)": 84.31, "LRM-SDXL": 71.19, "HPSv3": 85.36},
-    ("hpdv3", DINA): {"DiNa-LRM": 75.04, "DiNa-LRM (ensemble)": 74.86, "LRM-SDXL": 53.80, "HPSv3": 76.03},
+    ("hpdv2/micro", DINA): {
+        "DiNa-LRM": 82.13,
+        "DiNa-LRM (ensemble)": 84.31,
+        "LRM-SDXL": 71.19,
+        "HPSv3": 85.36,
+        "MPS": 83.27,
+        "UnifiedReward": 83.10,
+        DINA_CONSTANT: 78.72,
+        DINA_CLEAN: 59.20,
+    },
+    ("hpdv3", DINA): {
+        "DiNa-LRM": 75.04,
+        "DiNa-LRM (ensemble)": 74.86,
+        "LRM-SDXL": 53.80,
+        "HPSv3": 76.03,
+        "MPS": 64.33,
+        "UnifiedReward": 71.96,
+        DINA_CONSTANT: 75.11,
+        DINA_CLEAN: 74.37,
+        DINA_FROZEN: 73.52,
+    },
     ("genai_bench_tiger/no_tie", DINA_GENAI): {
         "DiNa-LRM": 68.43,
         "DiNa-LRM (ensemble)": 68.98,
         "LRM-SDXL": 61.58,
         "HPSv3": 70.95,
+        "MPS": 68.08,
+        "UnifiedReward": 72.38,
+        DINA_CONSTANT: 68.01,
+        DINA_CLEAN: 67.55,
+        DINA_FROZEN: 67.09,
     },
     ("genai_bench_tiger/no_tie", UNIFIED_REWARD): {
         "PickScore": 67.2,
