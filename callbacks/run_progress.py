@@ -14,7 +14,8 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from latentreward.errors import InputError
-from latentreward.storage.progress import Progress
+from latentreward.modules.alignment import RolloutModule
+from latentreward.storage.progress import INTERVAL, Progress
 
 
 class RunProgress(ProgressBar):
@@ -22,7 +23,8 @@ class RunProgress(ProgressBar):
 
     On a terminal the callback shows a bar; otherwise it prints a line at the start, every ``every_s`` seconds and at
     the end. Only global rank 0 shows progress. Epoch and metrics logged with ``prog_bar=True`` are shown too.
-    Validation, test and prediction have a bar of their own, or lines if they take longer than ``every_s``.
+    Validation, test and prediction have a bar of their own, or lines if they take longer than ``every_s``. So has each
+    rollout of an alignment, with lines after 10 s, which count the sampling steps of all its batches.
 
     The time left assumes that the run ends by ``max_steps``, ``max_epochs`` or ``max_time``, whichever comes first; it
     does not foresee other ends, such as ``EarlyStopping`` or ``data.max_prompts``. It is computed from the mean time of
@@ -78,6 +80,8 @@ class RunProgress(ProgressBar):
             logging.captureWarnings(True)
             self._redirected.callback(logging.captureWarnings, False)
         self._shown_step = trainer.global_step
+        if isinstance(pl_module, RolloutModule):
+            pl_module.rollout_progress = self._rollout
         timers = [one for one in trainer.callbacks if isinstance(one, Timer) and one.time_remaining() is not None]  # type: ignore[attr-defined]
         self._run = Progress(
             "train",
@@ -155,6 +159,12 @@ class RunProgress(ProgressBar):
             total = sum(batches)
             known = int(total) if math.isfinite(total) else None
             self._evaluation = Progress(name, known, "batches", interval=self.every_s, delay=self.every_s)
+
+    def _rollout(self, steps: int, batches: int) -> Progress:
+        """Begin the display of a rollout of so many sampling steps in so many batches."""
+        name = "rollout" if batches == 1 else f"rollout of {batches} batches"
+        first = min(self.every_s, INTERVAL)  # the first rollout is also the first sign of life
+        return Progress(name, steps * batches, "steps", interval=self.every_s, delay=first)
 
     def _values(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
         return {"epoch": trainer.current_epoch, **self.get_metrics(trainer, pl_module)}

@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from latentreward.callbacks import RunProgress
+from lightning.pytorch import Callback, Trainer
 from torch import Tensor, nn
 
 from latentreward.backbones import LoRA
@@ -189,6 +191,38 @@ def test_a_checkpoint_in_mid_rollout_leads_to_the_same_weights(accumulated: int,
     for path in paths[: -1 : 2 // accumulated]:
         again = weights(run(tmp_path / "again", path, **options))
         assert all(torch.equal(again[name], value) for name, value in whole.items()), path
+
+
+class Slopes(Callback):
+    """Norm of all gradients at each optimiser step, and what was logged last."""
+
+    def __init__(self) -> None:
+        self.norms: list[float] = []
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: Any, optimizer: Any) -> None:
+        squares = [p.grad.square().sum() for p in pl_module.parameters() if p.grad is not None]
+        self.norms.append(torch.stack(squares).sum().sqrt().item())
+
+
+def test_the_progress_line_begins_with_the_score_and_rollouts_show_their_own(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    slopes, shown = Slopes(), RunProgress(every_s=1e-6)
+    options = {"max_steps": 1, "log_every_n_steps": 1, "enable_progress_bar": True, "gradient_clip_val": 1e-4}
+    trainer = make_trainer(tmp_path, callbacks=[slopes, shown], **options)
+    module = lpo(threshold=0.0)
+    trainer.fit(module, datamodule=loaders(prompts_per_rollout=2))
+    lines, logged = capsys.readouterr().err.splitlines(), trainer.callback_metrics
+    told = [line.split()[:2] for line in lines if line.startswith("rollout") and " left" in line]
+    assert told[:3] == [["rollout", f"{step}/3"] for step in (1, 2, 3)]
+    statistics = module.rollout_statistics
+    assert statistics is not None
+    assert f", rollout/score={statistics.scores.mean().item():.3g}, train/loss=" in lines[-1]
+    assert logged["train/grad_norm"].item() == pytest.approx(slopes.norms[0], rel=1e-5)  # before clipping
+    assert logged["train/lr"] == pytest.approx(1e-3)
+    assert logged["rollout/score_std"].item() == pytest.approx(statistics.scores.std(1, correction=0).mean().item())
+    speed = statistics.scores.numel() / logged["rollout/seconds"].item()  # 3 candidates of 2 prompts at 3 steps
+    assert logged["rollout/samples_per_second"].item() == pytest.approx(speed)
 
 
 def test_a_run_that_keeps_no_pair_says_which_gaps_there_were(tmp_path: Path) -> None:

@@ -1,8 +1,9 @@
 """Base classes of the alignment modules: loading, optimiser, checkpoints and rollouts of a policy; no formula."""
 
+import math
 import time
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import MISSING, asdict, fields
 from typing import Any, Generic, TypeVar
@@ -37,7 +38,9 @@ from latentreward.rollout import (
     candidate_steps,
     check_values,
     gap_quantiles,
+    telling_steps,
 )
+from latentreward.storage.progress import Progress
 
 Experience = TypeVar("Experience", bound=SampledStates)
 
@@ -203,6 +206,9 @@ class RolloutModule(RewardedModule, Generic[Experience]):
         experience: Class of the rows, which a derived class sets: a frozen dataclass with
             :class:`~latentreward.contracts.SampledStates` as its base, whose fields are tensors ``(N, ...)``, tuples
             of N values, or None. Rows of a checkpoint are made of it.
+        prompts_at_once: Prompts of a rollout that are sampled at once; None samples all of them.
+        rollout_progress: Function that makes the display of a rollout of so many steps in so many batches; None shows
+            nothing.
 
     Raises:
         InputError: If ``experience`` is not set.
@@ -210,6 +216,8 @@ class RolloutModule(RewardedModule, Generic[Experience]):
 
     rollout_statistics: RolloutStatistics | None = None
     experience: type[SampledStates]
+    prompts_at_once: int | None = None
+    rollout_progress: Callable[[int, int], Progress] | None = None
 
     def __init__(self, *args: Any, **options: Any) -> None:
         if not issubclass(getattr(self, "experience", object), SampledStates):
@@ -313,7 +321,8 @@ class RolloutModule(RewardedModule, Generic[Experience]):
             RemoteError: If a reward server fails; a rollout can then be made again from the same state.
         """
         wall, process = time.perf_counter(), time.process_time()
-        with evaluating(self), torch.no_grad(), self.compute_precision(), self.failing_together():
+        shown = self._shown(len(prompts))
+        with evaluating(self), torch.no_grad(), self.compute_precision(), self.failing_together(), shown:
             self.reward.take_means()
             statistics = self.rollout_statistics
             try:
@@ -333,6 +342,16 @@ class RolloutModule(RewardedModule, Generic[Experience]):
         self._rollout_seconds += seconds
         self._times = {"seconds": seconds, "process_seconds": time.process_time() - process}
         return found
+
+    @contextmanager
+    def _shown(self, prompts: int) -> Iterator[None]:
+        """Show the progress of a rollout of so many prompts."""
+        if self.rollout_progress is None:
+            yield
+            return
+        batches = math.ceil(prompts / (self.prompts_at_once or prompts))
+        with self.rollout_progress(self.sampling.num_inference_steps, batches) as shown, telling_steps(shown.add):
+            yield
 
     def prepare_prompts(self, prompts: Sequence[str]) -> None:
         """Encode the prompts of the next batches, and keep the result in CPU memory in place of the previous one.
@@ -360,16 +379,21 @@ class RolloutModule(RewardedModule, Generic[Experience]):
         self._began, self._rollout_seconds = time.perf_counter(), 0.0
 
     def on_train_batch_start(self, batch: Experience, batch_idx: int) -> None:
-        """Log the last rollout: time, share of the run's time in rollouts, mean score, mean gap, share of rows kept.
+        """Log the last rollout: time, speed, share of the run's time in rollouts, scores, mean gap, share of rows kept.
 
-        Of a mixture also the mean score of each reward, as it is before normalisation.
+        Of a mixture also the mean score of each reward, as it is before normalisation. The progress line shows the mean
+        score.
         """
         values = dict(self._times)
         if values:
             values["time_share"] = self._rollout_seconds / (time.perf_counter() - self._began)
         if (statistics := self.rollout_statistics) is not None and statistics.gap.numel():
-            means = {"score": statistics.scores, "gap": statistics.gap, "kept_share": statistics.kept}
+            self.log("rollout/score", statistics.scores.float().mean().item(), prog_bar=True, batch_size=len(batch))
+            spread = statistics.scores.float().std(dim=1, correction=0)
+            means = {"score_std": spread, "gap": statistics.gap, "kept_share": statistics.kept}
             values |= {name: value.float().mean().item() for name, value in means.items()}
+            if values.get("seconds"):
+                values["samples_per_second"] = statistics.scores.numel() / values["seconds"]
         values |= {f"reward_{number}": mean for number, mean in enumerate(self._part_means, 1)}
         self.log_dict({f"rollout/{name}": value for name, value in values.items()}, batch_size=len(batch))
 

@@ -1,14 +1,17 @@
 """Base class of all modules: trainable weights stay float32, and checkpoints record which base model they belong to."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Self
 
+import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.strategies import FSDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
-from torch import nn
-from torch.optim import AdamW
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.nn.utils import get_total_norm
+from torch.optim import AdamW, Optimizer
 
 from latentreward.checkpoints.base_weights import BaseSample, quantized_names
 from latentreward.checkpoints.shards import check_weights, frozen_names
@@ -35,6 +38,15 @@ def unseen_settings(place: str, given: Mapping[str, Any], encoder: PromptEncoder
     if encoder is not None:  # encoders whose tokens are T5's alone have no number of their own for T5
         found[f"{place}.t5_length"] = getattr(encoder, "t5_length", encoder.num_tokens)
     return found
+
+
+def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
+    """Return the norm of all gradients; a collective call of all ranks if FSDP2 shards some of them."""
+    gradients = [one.grad for one in parameters if one.grad is not None]
+    groups = ([one for one in gradients if isinstance(one, DTensor) is sharded] for sharded in (False, True))
+    norms = (get_total_norm(group) for group in groups if group)
+    whole = [one.full_tensor() if isinstance(one, DTensor) else one for one in norms]
+    return torch.stack(whole).norm() if whole else torch.zeros(())
 
 
 class BasedModule(LightningModule):
@@ -154,6 +166,17 @@ class BasedModule(LightningModule):
         """Build one optimiser over the trainable parameters, and its schedule, stepped after each optimiser step."""
         self._configured_lr = self.lr
         return single_optimizer(self.parameters(), self.optimizer, self.lr_scheduler, self.decay_vectors, self.lr)
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Log the learning rate and the norm of all gradients, before clipping, at the steps that are logged.
+
+        FSDP1 shards gradients without their shapes, so the norm is not logged there.
+        """
+        if not self.trainer._logger_connector.should_update_logs:  # as LearningRateMonitor asks
+            return
+        self.log("train/lr", optimizer.param_groups[0]["lr"])
+        if not isinstance(self.trainer.strategy, FSDPStrategy):
+            self.log("train/grad_norm", gradient_norm(self.parameters()))
 
     def on_fit_start(self) -> None:
         """Rebuild the optimiser and its schedule if the callback ``LearningRateFinder`` has found a learning rate.

@@ -104,6 +104,7 @@ class DiffusionDPOModule(AlignmentModule):
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Let the moving average follow the policy, before the policy's own step, as the released code does."""
+        super().on_before_optimizer_step(optimizer)
         if self.average is not None:
             self.average.follow(self.trainer.global_step)
 

@@ -8,7 +8,7 @@ from latentreward.rollout.advantages import (
     group_advantages,
     tracked_advantages,
 )
-from latentreward.rollout.base import StepSampler
+from latentreward.rollout.base import StepSampler, telling_steps
 from latentreward.rollout.candidates import Branching, CandidateStep, candidate_steps
 from latentreward.rollout.credit import Credit, GainCredit, StateCredit, TurningPointCredit
 from latentreward.rollout.ddim import DDIMSampler
@@ -103,5 +103,6 @@ __all__ = [
     "score_finished",
     "score_states",
     "step_pairs",
+    "telling_steps",
     "tracked_advantages",
 ]

@@ -1,6 +1,9 @@
 """Interface of the samplers that rollouts use, for every noise process."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 
 import torch
 from torch import Tensor
@@ -11,6 +14,18 @@ from latentreward.rollout.transition import Transition
 
 TIMESTEP_TOLERANCE = 1e-2
 """Largest difference, from rounding, at which two timesteps count as equal; neighbours lie further apart."""
+
+_TOLD: ContextVar[Callable[[], None] | None] = ContextVar("told", default=None)
+
+
+@contextmanager
+def telling_steps(tell: Callable[[], None]) -> Iterator[None]:
+    """Call ``tell`` after each step of all sampling inside the block, to show progress."""
+    token = _TOLD.set(tell)
+    try:
+        yield
+    finally:
+        _TOLD.reset(token)
 
 
 class StepSampler(ABC):
@@ -31,6 +46,13 @@ class StepSampler(ABC):
     def __len__(self) -> int:
         """Number of steps T."""
         return len(self.timesteps)
+
+    def steps(self) -> Iterator[tuple[int, float]]:
+        """Iterate over index and timestep of the steps of a sampling."""
+        for step in enumerate(self.timesteps.tolist()):
+            yield step
+            if (tell := _TOLD.get()) is not None:
+                tell()
 
     @abstractmethod
     def transition(self, latents: Tensor, model_output: Tensor, timesteps: Tensor) -> Transition:

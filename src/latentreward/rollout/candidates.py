@@ -146,7 +146,7 @@ def candidate_steps(
     shape, rows = sampling.latent_shape(policy.family), torch.arange(len(prompts))
     latents = draws.initial(shape).to(network.device)
     output: Tensor | None = None
-    for index, timestep in enumerate(sampler.timesteps.tolist()):
+    for index, timestep in sampler.steps():
         with torch.no_grad():  # left before each yield, so that the caller's gradient mode is unchanged
             if output is None:
                 output = network(latents, timestep)

@@ -84,7 +84,7 @@ def sample_trajectories(
     shape = sampling.latent_shape(policy.family)
     means: list[Tensor] = []
     states, log_probs, stochastic = [draws.initial(shape).to(network.device)], [], sampler.noise_std > 0
-    for index, timestep in enumerate(sampler.timesteps.tolist()):
+    for index, timestep in sampler.steps():
         output = network(states[-1], timestep)
         transition = sampler.transition(states[-1], output, torch.full((len(output),), timestep))
         if keep_means:
