@@ -1,6 +1,7 @@
 """The whole way in the tiny world: from rated pictures to a reward, an aligned generator, and their page."""
 
 import json
+import re
 import time
 import urllib.request
 from collections.abc import Callable
@@ -102,7 +103,8 @@ def test_memory_is_estimated_without_any_step(tmp_path: Path, taste: Callable[..
     told = taste(str(folder), *SHORT, "--align", "--estimate", "--size=32", f"--work={tmp_path}/work")
     assert "note: train is computed at the base's own size, not 32, until the pictures are cached" in told
     assert "peak in the passes of a batch" in told and "memory: train " in told and ", align " in told
-    assert told.endswith(" (counted: the peak and 2.0 GB for the program itself)\n")
+    assert " (counted: the peak and 2.0 GB for the program itself); to lower it: take --tuning frozen" in told
+    assert re.search(r"^hours: train \S+, align \S+ \(computed, at --tflops 30", told, re.MULTILINE)
     assert not [*(tmp_path / "work").glob(f"*/{RECORD}")]
 
 
@@ -110,8 +112,7 @@ def test_memory_is_estimated_without_any_step(tmp_path: Path, taste: Callable[..
 def test_memory_for_a_gpu_elsewhere_is_told_and_not_compared(tmp_path: Path, taste: Callable[..., str]) -> None:
     folder = tiny_folder(tmp_path / "mine", 24)
     told = taste(str(folder), "--base=sd_tiny", "--device=gpu", "--estimate", f"--work={tmp_path}/work")
-    assert "memory: train 1.0 GB (counted for the GPU: the peak, 10% more and 1.0 GB for CUDA)" in told
-    assert "is not known here" in told
+    assert "memory: train 1.0 GB of GPU memory (counted: the peak, 10% more and 1.0 GB for CUDA; no GPU is here" in told
 
 
 def test_the_command_serves_the_page_until_it_is_stopped(tmp_path: Path) -> None:

@@ -86,6 +86,11 @@ from latentreward.storage.shared_weights import sharing_between
 if TYPE_CHECKING:
     from latentreward.estimate.settings import Estimate
 
+CARD = (
+    ("card_gb", None, "Memory of the card that --estimate compares with, in GB; null takes the GPU here."),
+    ("tflops", 30.0, "Operations per second that the device sustains, in 10¹², for the hours of --estimate."),
+)
+"""Name, default and help of what describes the card of an estimate."""
 CONFIG, SAVED = "config.yaml", "config*.yaml"
 LOADERS = {"fit": "train", "validate": "val"}
 """Subcommand -> prefix of Lightning's ``*_dataloader`` method, where the prefix differs from the subcommand."""
@@ -218,11 +223,13 @@ class TrainingCLI(LightningCLI):
 
     Attributes:
         estimated: Memory and computation of the run, under ``--estimate``.
+        card: Values of :data:`CARD`.
     """
 
     def __init__(self, command: str, arguments: Sequence[str], folder: Path, held: ExitStack) -> None:
         self.command, self.folder, self.held, self.estimates = command, folder, held, False
         self.estimated: Estimate | None = None
+        self.card: Sequence[Any] = ()
         super().__init__(
             save_config_callback=SaveConfig,
             seed_everything_default=0,
@@ -287,6 +294,8 @@ class TrainingCLI(LightningCLI):
                 default=False,
                 help="Compute the memory and computation that the run needs, print them, and end; from configs alone.",
             )
+            for name, default, what in CARD:
+                parser.add_argument(f"--{name}", type=PositiveFloat | None, default=default, help=what)
 
     @override
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
@@ -295,7 +304,8 @@ class TrainingCLI(LightningCLI):
         except OmegaConfBaseException as error:
             raise InputError(summarise(str(error))) from error
         if self.command == "fit":
-            self.estimates = self.config[self.command].pop("estimate")  # not a setting of the run
+            self.estimates = self.config[self.command].pop("estimate")  # these are no settings of the run
+            self.card = [self.config[self.command].pop(name) for name, *_ in CARD]
         check_ranges(self.config[self.command])
         settle_folder(self.config[self.command]["trainer"], args)
         self.config[self.command] = without_repeated_callbacks(self.config[self.command])
@@ -648,8 +658,14 @@ def run(command: str, arguments: Sequence[str]) -> None:
         InputError: If a setting is wrong, or a constructor raises an error because of a setting.
         SystemExit: With the status of :class:`GracefulStop`, 143 after SIGTERM (Lightning itself would exit with 0).
     """
-    if (found := _run(command, arguments)) is not None:
-        print(found.as_text())
+    found, card = _run(command, arguments)
+    if found is not None:
+        from latentreward.pilot.needs import Card, check_hours, check_memory, training_needs
+
+        needs = {"fit": training_needs(found)}
+        compared = Card(found.settings.trainer.accelerator != "cpu", *card)
+        print(found.as_text(), check_hours(needs, compared), sep="\n", flush=True)
+        print(check_memory(needs, compared, found.remedy()))
 
 
 def estimate_fit(arguments: Sequence[str]) -> "Estimate":
@@ -658,12 +674,12 @@ def estimate_fit(arguments: Sequence[str]) -> "Estimate":
     Raises:
         InputError: If a setting is wrong, or a model's configs are not found on this machine.
     """
-    found = _run("fit", [*arguments, "--estimate"])
+    found, _ = _run("fit", [*arguments, "--estimate"])
     assert found is not None
     return found
 
 
-def _run(command: str, arguments: Sequence[str]) -> "Estimate | None":
+def _run(command: str, arguments: Sequence[str]) -> "tuple[Estimate | None, Sequence[float]]":
     settings = prepare(arguments)
     try:
         with TemporaryDirectory(prefix="latentreward-") as folder, ExitStack() as held:
@@ -673,7 +689,8 @@ def _run(command: str, arguments: Sequence[str]) -> "Estimate | None":
 
                 held.enter_context(unset_variables())
             with naming_variables():
-                return TrainingCLI(command, rewritten, Path(folder), held).estimated
+                done = TrainingCLI(command, rewritten, Path(folder), held)
+                return done.estimated, done.card
     except MisconfigurationException as error:
         raise InputError(str(error)) from error
     except SIGTERMException as stop:

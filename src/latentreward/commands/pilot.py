@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from latentreward.errors import InputError, check_at_least_one, errors_at
 from latentreward.interrupts import interrupts_told
@@ -15,6 +16,14 @@ from latentreward.steps.tasks import Task
 from latentreward.storage.durable import write_file
 from latentreward.storage.locks import locked
 
+if TYPE_CHECKING:
+    from latentreward.pilot.needs import Card
+
+REMEDY = (
+    "take a machine with more, or a copy of the pilot's file with a smaller --data.batch_size and more "
+    "--trainer.accumulate_grad_batches"
+)
+"""What to do about too little memory for a pilot."""
 RESULTS = Path("pilots")
 """Folder of the results in a clone."""
 
@@ -28,6 +37,7 @@ def pilot(
     quick: bool = False,
     hours: float = 72.0,
     tflops: float = 30.0,
+    card_gb: float | None = None,
     weights: str | None = None,
     page: Path | None = None,
     output: Path | None = None,
@@ -51,6 +61,7 @@ def pilot(
         quick: Whether to only try all stages, with a few pairs, steps and pictures.
         hours: Most hours that the two trainings may take by the computed operations; a longer pilot is refused.
         tflops: Operations per second that the device sustains, in 10¹²; 30 is some 40 % of an RTX 3090's peak.
+        card_gb: Memory of the card to check against, in GB, with --check; by default that of the GPU here.
         weights: Hub id under which the trained reward was published, owner/name; it gets a row in the table of models.
         page: Markdown page of the table of models to write from all files in ``results``.
         output: File of the result; ``NAME-DIGEST.json`` in ``results`` by default.
@@ -61,6 +72,8 @@ def pilot(
         InputError: If something that is needed is missing, or a stage fails.
     """
     check_at_least_one(pairs=pairs)
+    if card_gb is not None and not check:
+        raise InputError(f"card_gb: {card_gb} is for --check; leave it out, since the pilot runs on the GPU here")
     if weights is not None and (name is None or not is_hub_id(weights)):
         raise InputError(f"weights is {weights!r}; give a pilot's name and the hub id of its reward, owner/name")
     if name is not None:
@@ -71,7 +84,10 @@ def pilot(
         lacking: list[str] = []
         fetched = check_inputs(found, folder, lacking)
         if check or not lacking:
-            check_trainings(found, tasks, folder, settings["pairs"], (tflops, hours), fetched, lacking)
+            from latentreward.pilot.needs import Card
+
+            card = Card(found.device == "gpu", card_gb, tflops)
+            check_trainings(found, tasks, folder, settings["pairs"], (card, hours), fetched, lacking)
         if lacking:
             raise InputError("; ".join(lacking))
         if check:
@@ -134,7 +150,7 @@ def check_trainings(
     tasks: Mapping[str, Task],
     folder: Path,
     pairs: int,
-    pace: tuple[float, float],
+    limits: tuple["Card", float],
     fetched: Mapping[Path, int],
     lacking: list[str],
 ) -> None:
@@ -145,7 +161,7 @@ def check_trainings(
         tasks: Its stages.
         folder: Folder of the stages' outputs.
         pairs: Number of pairs to train on.
-        pace: Operations per second in 10¹², and most hours.
+        limits: Device of the trainings, and most hours.
         fetched: Folder → bytes that will be downloaded there.
         lacking: List that gets a line about each thing that is missing.
     """
@@ -154,7 +170,8 @@ def check_trainings(
     from latentreward.pilot.needs import check_gpu, check_hours, check_memory, training_needs
     from latentreward.pilot.running import unfinished, workshop
 
-    if found.device == "gpu":
+    card, most = limits
+    if card.gpu and card.gb is None:
         with collected(lacking):
             check_gpu()
     left = {task.name: task for task in unfinished(tasks, workshop(folder))}
@@ -168,9 +185,9 @@ def check_trainings(
     written = sum(one.disk for one in needs.values()) + (2 * pairs * found.image_bytes if CUT in left else 0)
     if needs:
         with collected(lacking):
-            print("hours, computed without encoding, benchmark and pictures:", check_hours(needs, *pace))
+            print(check_hours(needs, card, most))
         with collected(lacking):
-            print("memory:", check_memory(needs, found.device == "gpu"))
+            print(check_memory(needs, card, REMEDY))
     with collected(lacking):
         print("disk:", check_disk({**fetched, folder: written}), flush=True)
 

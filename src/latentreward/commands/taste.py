@@ -13,6 +13,7 @@ from latentreward.storage.locks import locked
 
 if TYPE_CHECKING:
     from latentreward.backbones.tuning import Tuning
+    from latentreward.pilot.needs import Card
     from latentreward.taste.plan import Plan
 
 LARGEST = 4096
@@ -27,6 +28,8 @@ def taste(
     rate: bool = False,
     align: bool = False,
     estimate: bool = False,
+    card_gb: float | None = None,
+    tflops: float = 30.0,
     base: str = SD15,
     tuning: Literal["auto", "frozen", "lora", "full"] = "auto",
     pairing: Literal["auto", "names", "all"] = "auto",
@@ -63,8 +66,10 @@ def taste(
         folder: Folder of pictures; only ``ratings.jsonl`` and a hidden lock file are written there, by --rate.
         rate: Whether to serve the page to rate pictures, until Ctrl-C; answers are kept at once, and continued.
         align: Whether to align the base with the reward, if the reward has learned something.
-        estimate: Whether to only compute the memory that the trainings need, from configs, and compare it with what is
-            here.
+        estimate: Whether to only compute the memory and hours that the trainings need, from configs, and compare the
+            memory with what is here.
+        card_gb: Memory of the card to compare with, in GB; by default that of the GPU here.
+        tflops: Operations per second that the device sustains, in 10¹², for the hours.
         base: Pipeline that the reward reads and that is aligned: a folder or hub id of SD1.5, SDXL or SD3.5, or
             ``sd_tiny``, ``sd35_tiny``.
         tuning: Weights that train besides the head: ``frozen`` (none), ``lora`` (adapters) or ``full`` (all); ``auto``
@@ -108,6 +113,7 @@ def taste(
     import torch
 
     from latentreward.devices import find_device
+    from latentreward.pilot.needs import Card
     from latentreward.taste.pairs import LEAST, collect
     from latentreward.taste.plan import CACHE, FROZEN_BELOW, REWARD, Plan, find_base
     from latentreward.taste.preparing import prompts_of, write_pairs, write_prompts
@@ -157,7 +163,7 @@ def taste(
         if estimate:
             if size is not None and not tasks[CACHE].output(output).exists():
                 tell([f"{REWARD} is computed at the base's own size, not {size}, until the pictures are cached"])
-            tell_memory(tasks, output, counts[TRAIN], plan.gpu)
+            tell_needs(tasks, output, counts[TRAIN], Card(plan.gpu, card_gb, tflops))
             return
         run_steps(tasks, plan, output, parts.how, always=align_always)
 
@@ -195,19 +201,14 @@ def rate_pictures(folder: Path, port: int, seed: int) -> None:
             serve_ratings(ratings, bound)
 
 
-def tell_memory(tasks: Mapping[str, Task], output: Path, pairs: int, gpu: bool) -> None:
-    """Print the memory that the trainings need, and compare it with what is here.
-
-    For a GPU that is not here, nothing is compared.
+def tell_needs(tasks: Mapping[str, Task], output: Path, pairs: int, card: "Card") -> None:
+    """Print the memory and hours that the trainings need, and compare the memory with the card.
 
     Raises:
         InputError: If it does not suffice.
     """
-    import torch
-
     from latentreward.commands.fit import estimate_fit
-    from latentreward.pilot.checks import GB
-    from latentreward.pilot.needs import ALLOWANCE, CONTEXT, IMPORTS, check_memory, training_needs
+    from latentreward.pilot.needs import check_hours, check_memory, training_needs
 
     needs = {}
     for name, task in tasks.items():
@@ -216,14 +217,8 @@ def tell_memory(tasks: Mapping[str, Task], output: Path, pairs: int, gpu: bool) 
             found = estimate_fit(arguments)
             print(f"{name}\n{found.as_text()}\n", flush=True)
             needs[name] = training_needs(found, pairs)
-    card = f"counted for the GPU: the peak, {ALLOWANCE - 1:.0%} more and {CONTEXT / GB:.1f} GB for CUDA"
-    if gpu and not torch.cuda.is_available():
-        wanted = [f"{name} {(one.memory * ALLOWANCE + CONTEXT) / GB:.1f} GB" for name, one in needs.items()]
-        print(f"memory: {', '.join(wanted)} ({card}); how much a GPU has is not known here, where there is none")
-        return
-    host = f"counted: the {'weights' if gpu else 'peak'} and {IMPORTS / GB:.1f} GB for the program itself"
-    added = f"{host}; {card}" if gpu else host
-    print(f"memory: {check_memory(needs, gpu, f'{added}; {REMEDY}')} ({added})")
+    print(check_hours(needs, card))
+    print(check_memory(needs, card, REMEDY))
 
 
 def run_steps(tasks: Mapping[str, Task], plan: "Plan", output: Path, how: str, always: bool) -> None:

@@ -56,6 +56,7 @@ def rows_of_rollout(module: RolloutModule[Any], data: Namespace, shapes: ShapesO
     """Make a rollout of ``prompts_per_rollout`` prompts, and return a batch of its rows."""
     prompts = prompt_batch(data.init_args.prompts_per_rollout)
     rows: Any = module.roll_out(prompts)
+    shapes.rollout_rows = len(rows)
     index = [number % len(rows) for number in range(batch_size(data))]
     batch = take_rows(rows, index)
     module.prepare_prompts(prompts.prompts)

@@ -81,6 +81,7 @@ class StepCosts:
         backward: Computation of the backward pass of one batch, with the blocks that checkpointing recomputes.
         rollout: Computation of a rollout; in ReFL, of the sampling steps before the first step with a graph.
         freed: Size of weights that are in memory before the first step, and freed then.
+        rollout_rows: Rows to learn from of a rollout if all are kept; 0 without rollouts.
     """
 
     parts: tuple[PartCosts, ...]
@@ -95,6 +96,7 @@ class StepCosts:
     backward: int
     rollout: int
     freed: int = 0
+    rollout_rows: int = 0
 
     @property
     def weights(self) -> int:
@@ -257,6 +259,7 @@ def step_costs(module: LightningModule, data: Namespace, accumulated: int = 1, g
         forward=forward,
         backward=backward,
         rollout=rollout,
+        rollout_rows=shapes.rollout_rows,
     )
 
 

@@ -41,6 +41,18 @@ class Estimate:
         """Number of batches per optimiser step."""
         return self.settings.trainer.accumulate_grad_batches
 
+    def remedy(self) -> str:
+        """Name the settings that lower the peak, of whatever takes most of it."""
+        costs = self.costs
+        if costs.peak == costs.rollout_peak:
+            at_once = " or --model.prompts_at_once" if "prompts_at_once" in self.settings.model.init_args else ""
+            return f"take a smaller --data.prompts_per_rollout{at_once}"
+        if costs.peak == costs.batch_peak and costs.saved > costs.peak / 4:
+            return (
+                "take a smaller --data.batch_size and more --trainer.accumulate_grad_batches, or gradient_checkpointing"
+            )
+        return "store frozen weights in bfloat16 (frozen_dtype) or quantised (quantization), or train a lora"
+
     def as_text(self) -> str:
         """Format the estimate as tables."""
         return as_text(self.costs, self.accumulated, list(self.notes))

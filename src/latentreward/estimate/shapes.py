@@ -72,13 +72,14 @@ class ShapesOnly(TorchDispatchMode):
     Attributes:
         live: Counter of the bytes of live stand-ins.
         flops: FLOPs of all operations on stand-ins so far.
+        rollout_rows: Rows of the rollout that was made, with all candidates kept; 0 without one.
     """
 
     def __init__(self) -> None:
         super().__init__()
         count_cpu_attention()
         self._fake = FakeTensorMode(allow_non_fake_inputs=True)
-        self.live, self.flops = LiveBytes(), 0
+        self.live, self.flops, self.rollout_rows = LiveBytes(), 0, 0
 
     def stand_in(self, shape: Iterable[int], dtype: torch.dtype = torch.float32) -> Tensor:
         """Return a new stand-in tensor."""

@@ -16,6 +16,8 @@ IMPORTS = 2 * GB
 """Memory of a process with all its imports and data loaders."""
 KEPT_ROWS = 0.5
 """Share of a rollout's rows that pass the threshold of LPO; a guess, since it depends on the reward."""
+TFLOPS = 30.0
+"""Operations per second in 10¹² that estimates of time assume: some 40 % of an RTX 3090's peak."""
 CHECKPOINTS = 3
 """Most copies of weights and optimiser state on disk at a time: best, last, and the one being written."""
 
@@ -28,35 +30,43 @@ class TrainingNeeds:
         memory: Peak memory in bytes, of the GPU or of the CPU.
         weights: Size of all weights in bytes.
         disk: Bytes of checkpoints.
-        flops: Operations of all steps and rollouts.
+        flops: Operations of all steps and rollouts, or of 1,000 steps.
+        whole: Whether ``flops`` are those of the whole training.
     """
 
     memory: int
     weights: int
     disk: int
     flops: float
+    whole: bool = True
 
 
-def training_needs(found: Estimate, pairs: int) -> TrainingNeeds:
+def training_needs(found: Estimate, pairs: int | None = None) -> TrainingNeeds:
     """Compute the needs of a training.
 
     Args:
         found: Estimate of the run.
-        pairs: Number of training pairs, which is the length of an epoch where the trainer counts epochs.
+        pairs: Number of training pairs, which is the length of an epoch where the trainer counts epochs; None if it is
+            not known.
     """
     costs, trainer, data = found.costs, found.settings.trainer, found.settings.data.init_args
-    rows = data.batch_size * found.accumulated
-    epochs = max(trainer.max_epochs or 1, 1)
-    steps = trainer.max_steps if trainer.max_steps > 0 else math.ceil(pairs / rows) * epochs
+    rows, whole = (data.get("batch_size") or 1) * found.accumulated, True
+    if trainer.max_steps > 0:
+        steps = trainer.max_steps
+    elif pairs is not None:
+        steps = math.ceil(pairs / rows) * max(trainer.max_epochs or 1, 1)
+    else:
+        steps, whole = 1000, False
     rollouts = steps * found.accumulated  # of ReFL: the sampling of each batch
-    if costs.rollout_peak:
-        stops = found.settings.model.init_args.sampling.num_inference_steps
-        rollouts = math.ceil(steps * rows / (data.prompts_per_rollout * stops * KEPT_ROWS))
+    if costs.rollout_rows:
+        kept = KEPT_ROWS if "selection" in found.settings.model.init_args else 1.0
+        rollouts = math.ceil(steps * rows / (costs.rollout_rows * kept))
     return TrainingNeeds(
         memory=costs.peak,
         weights=costs.weights,
         disk=CHECKPOINTS * (costs.gradients + costs.state),
         flops=float(steps * found.accumulated * (costs.forward + costs.backward) + rollouts * costs.rollout),
+        whole=whole,
     )
 
 
@@ -66,55 +76,86 @@ def check_gpu() -> None:
         raise InputError("device: PyTorch finds no GPU here; run the pilot on a machine with one of 24 GB")
 
 
-REMEDY = (
-    "take a machine with more, or a copy of the pilot's file with a smaller --data.batch_size and more "
-    "--trainer.accumulate_grad_batches"
-)
-"""What to do about too little memory for a pilot."""
+@dataclass(frozen=True)
+class Card:
+    """Device that the needs of trainings are compared with.
+
+    Attributes:
+        gpu: Whether the trainings run on a GPU.
+        gb: Memory of the GPU in GB; None takes the GPU of this machine, and this machine's own memory.
+        tflops: Operations per second that the device sustains, in 10¹².
+    """
+
+    gpu: bool
+    gb: float | None = None
+    tflops: float = TFLOPS
+
+    def __post_init__(self) -> None:
+        for name in ("gb", "tflops"):
+            if (value := getattr(self, name)) is not None and not 0 < value < math.inf:
+                raise InputError(f"{'card_gb' if name == 'gb' else name}: {value} is not above 0; give the card's own")
+
+    def memory(self) -> tuple[int, str] | None:
+        """Return bytes and name of the GPU's memory; None if there is no GPU here and none is given."""
+        if self.gb is not None:
+            return int(self.gb * GB), "of GPU memory"
+        if not torch.cuda.is_available():
+            return None
+        found = torch.cuda.get_device_properties(0)
+        return found.total_memory, f"of GPU memory ({found.name})"
 
 
-def check_memory(needs: Mapping[str, TrainingNeeds], gpu: bool, remedy: str = REMEDY) -> str:
-    """Check the memory of the GPU or of the machine; return a line that describes it.
+def check_memory(needs: Mapping[str, TrainingNeeds], card: Card, remedy: str) -> str:
+    """Check the memory of the GPU and of the machine; return a line that describes it.
+
+    For a GPU that is not here nothing is compared, unless its memory is given.
 
     Args:
         needs: Name of a training → its needs.
-        gpu: Whether the trainings run on a GPU.
-        remedy: What to do about too little, for the message.
+        card: Device of the trainings.
+        remedy: Settings that lower the need.
 
     Raises:
         InputError: If it is too small.
     """
-    told, lacking = [], []
-    card = torch.cuda.get_device_properties(0).total_memory if gpu and torch.cuda.is_available() else 0
+    told, lacking, gpu = [], [], card.memory() if card.gpu else None
+    found = "given" if card.gb else "here"
     for name, one in needs.items():
-        host = IMPORTS + (one.weights if gpu else one.memory)
-        wanted = [("of memory", host, free_memory())]
-        if gpu:
-            wanted.append(("of GPU memory", int(one.memory * ALLOWANCE) + CONTEXT, card))
-        for what, size, here in wanted:
+        wanted = [(IMPORTS + (one.weights if card.gpu else one.memory), free_memory(), "of memory")]
+        if card.gpu:
+            size = int(one.memory * ALLOWANCE) + CONTEXT
+            wanted = [(size, *gpu), *([] if card.gb else wanted)] if gpu else []
+            told += [] if gpu else [f"{name} {size / GB:.1f} GB of GPU memory"]
+        for size, here, what in wanted:
             told.append(f"{name} {size / GB:.1f} of {here / GB:.1f} GB {what}")
             if size > here:
-                lacking.append(f"{name} needs {size / GB:.1f} GB {what}, {here / GB:.1f} GB are here")
+                lacking.append(f"{name} needs {size / GB:.1f} GB {what}, {here / GB:.1f} GB are {found}")
+    counted = f"the peak, {ALLOWANCE - 1:.0%} more and {CONTEXT / GB:.1f} GB for CUDA" if card.gpu else "the peak"
     if lacking:
-        raise InputError(f"memory: {', '.join(lacking)}; {remedy}")
-    return ", ".join(told)
+        raise InputError(f"memory: {', '.join(lacking)} (counted: {counted}); {remedy}")
+    if card.gpu and not gpu:
+        counted += "; no GPU is here to compare with, --card_gb 24 takes a card of 24 GB"
+    elif not card.gb:
+        counted += f"{'; the weights' if card.gpu else ''} and {IMPORTS / GB:.1f} GB for the program itself"
+    return f"memory: {', '.join(told)} (counted: {counted}); to lower it: {remedy}"
 
 
-def check_hours(needs: Mapping[str, TrainingNeeds], tflops: float, most: float) -> str:
+def check_hours(needs: Mapping[str, TrainingNeeds], card: Card, most: float = math.inf) -> str:
     """Check the time of the trainings; return a line that describes it.
 
     Args:
         needs: Name of a training → its needs.
-        tflops: Operations per second that the device sustains, in 10¹².
+        card: Device of the trainings.
         most: Hours that the trainings may take together.
 
     Raises:
         InputError: If they need more.
     """
-    hours = {name: one.flops / (tflops * 1e12) / 3600 for name, one in needs.items()}
+    hours = {name: one.flops / (card.tflops * 1e12) / 3600 for name, one in needs.items()}
     if sum(hours.values()) > most:
         raise InputError(
-            f"hours: the trainings need about {sum(hours.values()):.0f} hours at {tflops:g} TFLOP/s, more than "
+            f"hours: the trainings need about {sum(hours.values()):.0f} hours at {card.tflops:g} TFLOP/s, more than "
             f"hours={most:g}; set --hours higher, --pairs lower, or --tflops to what your card sustains"
         )
-    return ", ".join(f"{name} {one:.1f}" for name, one in hours.items())
+    told = [f"{name} {one:.3g}{'' if needs[name].whole else ' per 1,000 steps'}" for name, one in hours.items()]
+    return f"hours: {', '.join(told)} (computed, at --tflops {card.tflops:g}; without data, validation and pictures)"
