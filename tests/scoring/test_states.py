@@ -1,5 +1,6 @@
 """Whole trajectories in one call: each state scored as alone, with its own prompt and timestep."""
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -77,6 +78,7 @@ def test_no_trajectory_gives_no_score(model: RewardModel) -> None:
     [
         ({"latents": torch.zeros(3, 4, 8)}, "give floating point (N, S, C, ...)"),
         ({"latents": torch.zeros(3, 4, 4, 8, 8, dtype=torch.int64)}, "give floating point"),
+        ({"latents": torch.zeros(3, 4, 4, 8, 8).numpy()}, "latents is of type ndarray; give a tensor (N, S, C, ...)"),
         ({"timesteps": TIMES[:3]}, "timesteps have shape (3,) for 3 trajectories of 4 states"),
         ({"timesteps": torch.tensor([1.0, 2.0, 3.0, 1001.0])}, "timestep 1001 is out of range"),
         ({"timesteps": torch.tensor([1.0, 2.0, 3.0, float("nan")])}, "timestep nan is out of range"),
@@ -91,6 +93,30 @@ def test_wrong_input(model: RewardModel, change: dict[str, Any], message: str) -
     with pytest.raises(InputError) as caught:
         model.score_states(given.pop("prompts"), given.pop("latents"), given.pop("timesteps"), **given)
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("scale", "times", "message"),
+    [
+        (1.0, TIMES / 1000, r"all timesteps lie in \[0, 1\], .* give 1000 times the level"),
+        (14.6, TIMES, r"have standard deviation 14\.\d, where .* divide .* by √\(σ² \+ 1\)"),
+        (1.0, TIMES, None),
+        (1.0, torch.tensor([1.0, 0.0, 1.0, 0.0]), None),
+    ],
+)
+def test_states_of_another_scale_are_doubted(
+    scale: float, times: Tensor, message: str | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    scoring_model("sd15").score_states(["a cat"] * 3, scale * states(), times)
+    assert len(caplog.messages) == (message is not None)
+    assert message is None or re.search(message, caplog.text)
+
+
+def test_latents_that_are_no_canonical_tensor_are_refused(model: RewardModel) -> None:
+    with pytest.raises(InputError, match=r"latents is of type ndarray; give a tensor \(N, C, \.\.\.\)"):
+        model.score_latents(PROMPTS, states()[:, 0].numpy())
+    with pytest.raises(InputError, match=r"shape \(1, 16, 64\), which is that of packed tokens, .*; unpack"):
+        model.score_latents(PROMPTS, torch.zeros(3, 16, 64))
 
 
 def test_a_memory_keeps_encoded_prompts_between_calls(model: RewardModel, monkeypatch: pytest.MonkeyPatch) -> None:

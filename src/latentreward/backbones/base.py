@@ -121,9 +121,12 @@ class DiffusionBackbone(nn.Module, ABC):
             InputError: If the latents do not have the number of channels that the network takes.
         """
         if latents.shape[1] != self.latent_space.channels:
+            found, remedy = f"{latents.shape[1]} channels", "encode the images with the VAE of its own pipeline"
+            if latents.ndim == 3:  # as pipelines of FLUX and Qwen-Image return them
+                found = f"shape {tuple(latents.shape)}, which is that of packed tokens"
+                remedy = "unpack them by the pipeline's _unpack_latents"
             raise InputError(
-                f"latents have {latents.shape[1]} channels, but this backbone takes latents of the space "
-                f"[{self.latent_space}]; encode the images with the VAE of its own pipeline"
+                f"latents have {found}, but this backbone takes latents of the space [{self.latent_space}]; {remedy}"
             )
         timesteps = timesteps.to(latents.device)
         if uncond is None:

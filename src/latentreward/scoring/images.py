@@ -140,6 +140,17 @@ def check_frames(images: Images, sizes: ImageSizes | None, space: LatentSpace) -
         raise InputError(f"{made} are given, but the model was trained on {trained}; give {form}, or another model")
 
 
+def check_floating(name: str, tensor: Tensor, axes: int, form: str) -> None:
+    """Raise InputError if an argument is no tensor of floating point numbers with at least so many axes."""
+    if not isinstance(tensor, Tensor):
+        raise InputError(
+            f"{name} is of type {type(tensor).__name__}; give a tensor {form}, as torch.as_tensor makes it"
+        )
+    if tensor.ndim < axes or not tensor.is_floating_point():
+        shape = tuple(tensor.shape)
+        raise InputError(f"{name} are a {tensor.dtype} tensor of shape {shape}; give floating point {form}")
+
+
 def doubts_of_pixels(pixels: Tensor, sizes: ImageSizes | None, range_given: bool) -> dict[str, str]:
     """Return warnings about a tensor that should hold pixels in [-1, 1]; an empty mapping if there is no doubt.
 

@@ -23,11 +23,14 @@ from latentreward.scoring.batched_scoring import (
     score_images,
 )
 from latentreward.scoring.hub import upload
-from latentreward.scoring.images import ImageInput, Images, as_images, check_frames, doubts_of_pixels
+from latentreward.scoring.images import ImageInput, Images, as_images, check_floating, check_frames, doubts_of_pixels
 from latentreward.scoring.layouts.card import Card
 from latentreward.scoring.layouts.published import PUBLISHED_RMS_EPS, PublishedDiNaLRM, PublishedLRM, PublishedSettings
 from latentreward.scoring.network import RewardNetwork
 from latentreward.scoring.scoring_noise import ScoringNoise, check_noise
+
+MOSTLY_NOISE, WIDEST_NOISE = 0.9, 3.0
+"""Noise level from which states have about the spread of noise, and the largest such spread without a warning."""
 
 
 class RewardModel(RewardNetwork):
@@ -218,6 +221,20 @@ class RewardModel(RewardNetwork):
         if axes and not self.axes:
             raise InputError(f"axes=True, but {type(self.head).__name__} has no two axes; train it with `axes` set")
 
+    def _doubt_states(self, states: Tensor, timesteps: Tensor, sigmas: Tensor) -> None:
+        if timesteps.numel() and timesteps.max() <= 1 and timesteps.frac().any():
+            self.warn_once(
+                "timesteps",
+                "all timesteps lie in [0, 1], as noise levels do; in flow matching give 1000 times the level",
+            )
+        noisy = states[sigmas >= MOSTLY_NOISE]
+        if noisy.numel() and (spread := noisy.float().std().item()) > WIDEST_NOISE:
+            self.warn_once(
+                "states",
+                f"states that are mostly noise have standard deviation {spread:.1f}, where this noise process has 1; "
+                "divide states of diffusers' Euler schedulers (x + σ·ε) by √(σ² + 1), as their scale_model_input does",
+            )
+
     def _doubt_empty(self, prompts: Sequence[str]) -> None:
         if empty := sum(not prompt.strip() for prompt in prompts):
             text = "the score then says nothing of how well an image fits a text"
@@ -258,9 +275,7 @@ class RewardModel(RewardNetwork):
         self._check_axes(axes)
         if noise is not None:
             check_noise(noise)
-        if latents.ndim < 3 or not latents.is_floating_point():
-            shape = tuple(latents.shape)
-            raise InputError(f"latents are a {latents.dtype} tensor of shape {shape}; give floating point (N, C, ...)")
+        check_floating("latents", latents, 3, "(N, C, ...)")
         if draws is not None and draws.shape != latents.shape:
             shapes = f"{tuple(draws.shape)}, but latents {tuple(latents.shape)}"
             raise InputError(f"draws have shape {shapes}; give as many numbers as the latents have")
@@ -304,11 +319,8 @@ class RewardModel(RewardNetwork):
         """
         check_at_least_one(batch_size=batch_size)
         self._check_axes(axes)
-        if latents.ndim < 4 or not latents.is_floating_point():
-            shape = tuple(latents.shape)
-            raise InputError(
-                f"latents are a {latents.dtype} tensor of shape {shape}; give floating point (N, S, C, ...)"
-            )
+        check_floating("latents", latents, 4, "(N, S, C, ...)")
+        timesteps = torch.as_tensor(timesteps)
         count, steps = latents.shape[:2]
         if tuple(timesteps.shape) not in ((steps,), (count, steps)):
             raise InputError(
@@ -316,7 +328,8 @@ class RewardModel(RewardNetwork):
                 f"({steps},) for all of them, or ({count}, {steps})"
             )
         times = timesteps.to(torch.float32).expand(count, steps)
-        self.backbone.noise_process.sigma(times.flatten())  # raises for a timestep out of range
+        sigmas = self.backbone.noise_process.sigma(times.flatten())  # raises for a timestep out of range
+        self._doubt_states(latents.detach().flatten(0, 1), times, sigmas.to(latents.device))
         texts = self._check_conditioning(prompts, count, conditioning)
         size = batch_size or max(count * steps, 1)
         outputs = score_given_states(self, texts, latents, times, conditioning, size)
