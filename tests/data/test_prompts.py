@@ -55,6 +55,11 @@ def test_every_format_gives_the_distinct_prompts_in_order(suffix: str, tmp_path:
             b'{"prompt": "make it red", "source_image": "a.png"}',
             "row 1 is an edit of a picture, in 'sour",
         ),
+        (
+            "edit.json",
+            b'[{"prompt": "a"}, {"prompt": "b", "reference_image": "a.png"}]',
+            "row 2 is an edit of a picture",
+        ),
         ("edit.csv", b"prompt,source\nmake it red,in/a.PNG\n", "row 1 is an edit of a picture, in 'source'"),
         ("surrogate.json", b'["\\ud800"]', "no texts in a column 'prompt'"),
         ("broken.parquet", b"PAR1", "no texts in a column 'prompt'"),
@@ -79,6 +84,16 @@ def test_a_json_object_counts_by_its_list_or_by_values_that_have_prompts(tmp_pat
     ):
         file.write_text(json.dumps(content))
         assert PromptDataModule(str(file)).prompts == ("a cat", "a dog")
+
+
+def test_pictures_to_edit_in_parquet_are_refused_and_other_columns_are_not(tmp_path: Path) -> None:
+    file = tmp_path / "prompts.parquet"
+    rows = {"prompt": ["a cat"], "image_source": ["laion"], "reference_image": [b"\x89PNG"]}
+    pq.write_table(pa.table(rows), file)
+    assert PromptDataModule(str(file)).prompts == ("a cat",)
+    pq.write_table(pa.table({**rows, "input_images": [[b"\x89PNG"]]}), file)
+    with pytest.raises(InputError, match=r"row 1 is an edit of a picture, in 'input_images'"):
+        PromptDataModule(str(file))
 
 
 def test_a_table_is_cut_where_lines_end_alone(tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ from latentreward.data.images import (
     TOO_LARGE,
     UNKNOWN,
     PixelLoader,
+    check_pixels,
     image_error,
     open_source,
 )
@@ -144,7 +145,7 @@ class ClipLoader(PixelLoader):
     def load(self, image: ImageRef) -> Clip:
         """Decode a clip, and count the frames that are not used; see :meth:`__call__`."""
         with _opened(image, self.max_pixels) as source:
-            _check_pixels(image, source.size, self.max_pixels)
+            check_pixels(image, source.size[::-1], self.max_pixels)
             taken: list[Tensor] = []
             size = 0, 0
             for frame in self._shown(image, source):
@@ -172,7 +173,7 @@ class ClipLoader(PixelLoader):
             decoded += 1
             if decoded > MAX_DECODED:
                 raise image_error(image, TOO_LARGE, f"more than {MAX_DECODED} frames in {taken / self.fps:g} s")
-            _check_pixels(image, frame.size, self.max_pixels)
+            check_pixels(image, frame.size[::-1], self.max_pixels)
             pixels += math.prod(frame.size)
             if pixels > MAX_DECODED_PIXELS:
                 detail = (
@@ -210,7 +211,7 @@ def read_clip_header(image: ImageRef) -> ClipHeader:
         InputError: If PyAV is missing.
     """
     with _opened(image, MAX_PIXELS) as source:
-        _check_pixels(image, source.size, MAX_PIXELS)
+        check_pixels(image, source.size[::-1], MAX_PIXELS)
         rate = float(source.total / (source.length * source.tick)) if source.length else None
         return ClipHeader(*source.size, source.total, rate)
 
@@ -255,12 +256,6 @@ def _av() -> Any:
     except ImportError as error:
         raise InputError("clips need PyAV; install latentreward[video], or av") from error
     return av
-
-
-def _check_pixels(image: ImageRef, size: tuple[int, int], max_pixels: int) -> None:
-    height, width = size
-    if width * height > max_pixels:
-        raise image_error(image, TOO_LARGE, f"{width}×{height} exceeds max_pixels={max_pixels}")
 
 
 @contextmanager

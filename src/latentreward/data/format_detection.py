@@ -16,7 +16,7 @@ from latentreward.data.readers.folders import CAPTIONS_FILE
 from latentreward.data.readers.img2dataset import is_img2dataset
 from latentreward.data.readers.parquet_store import ParquetPart, nested_pattern, open_part
 from latentreward.data.readers.tables import SAVED, SAVED_SPLITS, saved_splits
-from latentreward.errors import InputError, did_you_mean
+from latentreward.errors import InputError, did_you_mean, quoted
 from latentreward.storage.ignored_files import find_files
 
 Splits = dict[str, Callable[..., PairReader]]
@@ -57,7 +57,7 @@ def recognise(data: str) -> Splits:
             "data set it was written from"
         )
     if columns := _columns_of_tables(path):
-        named = ", ".join(sorted(columns)[:NAMED_COLUMNS])
+        named = quoted(", ".join(sorted(columns)[:NAMED_COLUMNS]))
         raise InputError(
             f"data: {data} is a table whose columns no reader knows: {named}; name those of a pair by --reader "
             f"DatasetPairReader --reader.source {shlex.quote(data)} --reader.columns '{{prompt: COLUMN, ...}}'"

@@ -172,7 +172,7 @@ def convert_image(
     ref = ImageRef(name)
     if not image.width * image.height:
         raise image_error(ref, EMPTY, f"{image.width}×{image.height} pixels")
-    _check_pixels(ref, image, max_pixels)
+    check_pixels(ref, image.size, max_pixels)
     try:
         return _to_rgb(image, exif)
     except BROKEN_FILE as error:
@@ -250,7 +250,7 @@ def _opened(image: ImageRef, max_pixels: int) -> Iterator[Image.Image]:
     source = open_source(image)
     try:
         with Image.open(drop_long_texts(source), formats=FORMATS) as opened:
-            _check_pixels(image, opened, max_pixels)
+            check_pixels(image, opened.size, max_pixels)
             yield opened
     except ImageError:
         raise
@@ -272,8 +272,9 @@ def _is_clip(source: BytesIO | Path) -> bool:
     return start[4:8] in MP4_BOXES and start[8:] not in STILL_BRANDS
 
 
-def _check_pixels(image: ImageRef, opened: Image.Image, max_pixels: int) -> None:
-    width, height = opened.size
+def check_pixels(image: ImageRef, size: tuple[int, int], max_pixels: int) -> None:
+    """Raise ImageError for an image or frame of a size (width, height) beyond ``max_pixels``."""
+    width, height = size
     if width * height > max_pixels:
         raise image_error(image, TOO_LARGE, f"{width}×{height} exceeds max_pixels={max_pixels}")
 

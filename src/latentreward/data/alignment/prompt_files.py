@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from latentreward.data.readers.base import MAX_PROMPT_CHARS
-from latentreward.data.readers.json_rows import EDIT_SOURCES, find_edit_source, short
+from latentreward.data.readers.json_rows import EDIT_SOURCE, find_edit_source, short
 from latentreward.errors import InputError, first_line
 from latentreward.storage.ignored_files import is_ignored
 from latentreward.storage.texts import decode_text, read_table
@@ -160,13 +160,16 @@ def _json_list(content: Any, name: str) -> list[Any]:
 
 def _parquet(file: Path) -> Iterator[Row]:
     names = pq.read_schema(file).names  # other columns, such as Pick-a-Pic's images, are not read
-    kept = [name for name in names if name in (*COLUMNS, *GROUPS) or name.lower() in EDIT_SOURCES]
-    yield from pq.read_table(file, columns=kept).to_pylist() if kept else [{}]
+    kept = [name for name in (*COLUMNS, *GROUPS) if name in names]
+    edited = {name: True for name in names if EDIT_SOURCE.fullmatch(name)}
+    yield from ({**row, **edited} for row in (pq.read_table(file, columns=kept).to_pylist() if kept else [{}]))
 
 
 def _rows(rows: Iterable[str | Row], name: str) -> Iterator[PromptRow]:
     for number, row in enumerate(rows, start=1):
         named: Row = {COLUMNS[0]: row} if isinstance(row, str) else row
+        if not isinstance(named, Mapping):
+            raise ValueError(f"row {number} holds {type(row).__name__}")
         if (source := find_edit_source(named)) is not None:
             raise InputError(
                 f"{name}: row {number} is an edit of a picture, in {short(source)}, and edits are not made; leave the "

@@ -148,14 +148,14 @@ class PairReader(ABC):
             others = f" (and {rows - 1} more such rows)" if rows > 1 else ""
             raise InputError(f"{quoted(pair_id)}: {problem}{others}; {ON_ERROR_REMEDY}")
         (self.skipped if self.on_error == "skip" else self.remarks)[reason] += rows
-        self._name(pair_id, reason)
+        self._note_name(pair_id, reason)
 
     def remark(self, pair_id: str, reason: str) -> None:
         """Count a row that is kept, by the reason for a remark on it."""
         self.remarks[reason] += 1
-        self._name(pair_id, reason)
+        self._note_name(pair_id, reason)
 
-    def _name(self, pair_id: str, reason: str) -> None:
+    def _note_name(self, pair_id: str, reason: str) -> None:
         names = self.named.setdefault(reason, [])
         if len(names) < MOST_NAMED:
             names.append(quoted(pair_id))

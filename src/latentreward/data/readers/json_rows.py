@@ -13,13 +13,14 @@ from latentreward.data.readers.base import MAX_VOTES, SideExchangingReader
 from latentreward.errors import InputError
 from latentreward.storage.texts import UnreadableTextError, decode_text
 
-EDIT_SOURCES = (
-    *("source_image", "source_images", "source_img", "src_img", "path_src", "input_image", "input_images", "input_img"),
-    *("image_source", "original_image", "reference_image", "reference_images", "condition_image", "condition_images"),
-    *("conditioning_image", "control_image", "prompt_images", "source_path", "image_src"),
+EDIT_SOURCE = re.compile(
+    r"(source|src|input|condition|conditioning)_(image|img)s?|path_src|prompt_images", re.IGNORECASE
 )
-"""Names in lower case, in public data sets, of columns with the picture that a row's images are edits of."""
-AMBIGUOUS_SOURCES = ("source", "src", "input", "reference", "original", "image_before")
+"""Names, in public data sets, of the column with the picture that a row's images are edits of."""
+MAYBE_SOURCE = re.compile(
+    r"source|src|input|reference|original|image_(before|source|src)|(reference|original|control)_(image|img)s?",
+    re.IGNORECASE,
+)
 """Names that mean such a picture only if the value is one; ``source`` may also be the name of a data set."""
 PICTURE_FILE = re.compile(r"\.(jpe?g|png|webp|gif|bmp)$", re.IGNORECASE)
 ARRAY_REMEDY = "give the published file, one JSON list of objects"
@@ -163,12 +164,11 @@ def parse_text(value: Any) -> str | None:
 def find_edit_source(row: Mapping[str, Any]) -> str | None:
     """Return the name of a row's field with the picture that its images are edits of; None without one."""
     for name, value in row.items():
-        lower = name.lower() if isinstance(name, str) else ""
-        if value and lower in EDIT_SOURCES:
+        if value and EDIT_SOURCE.fullmatch(str(name)):
             return name
-        if lower in AMBIGUOUS_SOURCES:
+        if value and MAYBE_SOURCE.fullmatch(str(name)):
             held = (value.get("bytes") or value.get("path")) if isinstance(value, dict) else value
-            if held and (isinstance(held, bytes) or (isinstance(held, str) and PICTURE_FILE.search(held))):
+            if isinstance(held, bytes) or (isinstance(held, str) and PICTURE_FILE.search(held)):
                 return name
     return None
 

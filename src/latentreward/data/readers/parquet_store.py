@@ -203,7 +203,7 @@ def cast_columns(table: pa.Table, columns: dict[str, pa.DataType | None], place:
                 f"{place}: column {name} is damaged ({first_line(error)}); write it again, texts in UTF-8"
             ) from error
         try:
-            table = table.set_column(number, name, found if kind is None else found.cast(kind))
+            table = table.set_column(number, name, found.cast(plain_type(found.type) if kind is None else kind))
         except pa.ArrowException as error:
             raise InputError(f"{place}: column {name} is {found.type}, not {kind}; {hint}") from error
     return table

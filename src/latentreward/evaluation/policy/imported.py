@@ -17,6 +17,7 @@ from latentreward.data.alignment.prompt_files import PromptRow
 from latentreward.data.images import ImageError, decode_image, resolve_inside
 from latentreward.errors import InputError, first_line
 from latentreward.scorers.tools import JudgedPicture
+from latentreward.storage.ignored_files import find_files
 from latentreward.storage.texts import read_table, read_text
 
 TABLES = ("images.csv", "images.jsonl", "images.parquet")
@@ -207,7 +208,7 @@ def _whole(row: dict[str, Any], column: str, path: Path) -> int | None:
 
 
 def _of_layout(folder: Path) -> Iterator[FoundPicture]:
-    for path in sorted(folder.rglob("*")):
+    for path in find_files(folder, "**/*"):
         parts = path.relative_to(folder).parts
         if path.suffix.lower() not in ENDINGS or not path.is_file():
             continue
