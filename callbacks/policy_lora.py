@@ -14,9 +14,9 @@ class PolicyLoRA(Callback):
     """Callback that writes the policy's adapter as a LoRA with each checkpoint and at the end of training.
 
     The folder ``lora`` of the run's log folder holds the newest LoRA; ``pipeline.load_lora_weights`` of diffusers
-    loads it. The file is replaced at once, so a reader always finds a complete one. The LoRA holds the trained weights,
-    not the average of ``TrainableEMA``; for the average, run ``latentreward consolidate --average=true`` and then
-    ``latentreward export``.
+    loads it, or peft where diffusers has no LoRA loader for the family. The file is replaced at once, so a reader
+    always finds a complete one. The LoRA holds the trained weights, not the average of ``TrainableEMA``; for
+    the average, run ``latentreward consolidate --average=true`` and then ``latentreward export``.
 
     Args:
         folder: Folder to write to; None takes ``lora`` in the run's log folder.
@@ -46,7 +46,7 @@ class PolicyLoRA(Callback):
         with errors_at(f"optimiser step {trainer.global_step}: "):
             lora = TrainedLoRA.of_policy(pl_module.policy)
         if trainer.is_global_zero:
-            lora.write_diffusers(folder)
+            lora.write(folder)
         self._written = trainer.global_step
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:

@@ -106,6 +106,114 @@ def test_what_is_no_lora_is_told_before_a_policy_is_loaded(tmp_path: Path) -> No
         check_lora(tmp_path)
 
 
+def renamed(tensors: dict[str, torch.Tensor], old: str, new: str) -> dict[str, torch.Tensor]:
+    return {name.replace(old, new): tensor for name, tensor in tensors.items()}
+
+
+def first(tensors: dict[str, torch.Tensor], end: str) -> str:
+    return next(name for name in tensors if name.endswith(end))
+
+
+CHANGES = {
+    "torch.compile": lambda t: renamed(t, "transformer.", "transformer._orig_mod."),
+    "peft in memory": lambda t: renamed(t, ".weight", ".default.weight"),
+    "other blocks": lambda t: renamed(t, "blocks.1.", "blocks.7."),
+    "other layers": lambda t: renamed(t, "to_q", "to_query"),
+    "A alone": lambda t: {name: tensor for name, tensor in t.items() if "lora_A" in name},
+    "B alone": lambda t: {name: tensor for name, tensor in t.items() if "lora_B" in name},
+    "A of one layer missing": lambda t: {
+        name: tensor for name, tensor in t.items() if name != first(t, "lora_A.weight")
+    },
+    "narrower": lambda t: {name: tensor[:, :1].clone() if "lora_A" in name else tensor for name, tensor in t.items()},
+    "fewer outputs": lambda t: {name: tensor[:1].clone() if "lora_B" in name else tensor for name, tensor in t.items()},
+    "no rank": lambda t: {n: x[:0].clone() if "lora_A" in n else x[:, :0].clone() for n, x in t.items()},
+    "DoRA of kohya": lambda t: t | {first(t, "lora_A.weight").replace("lora_A.weight", "dora_scale"): torch.ones(24)},
+    "a difference": lambda t: t | {first(t, "lora_A.weight").replace("lora_A.weight", "diff_b"): torch.ones(24)},
+    "LoHa": lambda t: t | {"transformer.transformer_blocks.0.attn.to_q.hada_w1_a": torch.ones(24, 2)},
+    "two adapters": lambda t: t | renamed({n: x.clone() for n, x in t.items()}, ".weight", ".default.weight"),
+}
+USED = ("torch.compile", "peft in memory")
+"""Changes after which the file is still wholly usable, if it tells alpha."""
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Policy, dict[str, torch.Tensor], dict[str, str]]:
+    """A trained policy, and the tensors and metadata of its LoRA file."""
+    policy = trained("sd35_tiny")
+    file = TrainedLoRA.of_policy(policy).write_diffusers(tmp_path_factory.mktemp("exported"))
+    with safe_open(file, "pt") as opened:
+        return policy, load_file(file), opened.metadata()
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_every_tensor_is_used_or_the_file_is_refused(change: str, exported: tuple, tmp_path: Path) -> None:
+    policy, tensors, metadata = exported
+    save_file(changed := CHANGES[change](tensors), tmp_path / "lora.safetensors", metadata)
+    fresh = load("sd35_tiny", rank=2)
+    if change in USED:
+        load_lora(fresh, tmp_path)
+        torch.testing.assert_close(predict(fresh), predict(policy), atol=1e-4, rtol=1e-4)
+        save_file(changed, tmp_path / "lora.safetensors")
+        with pytest.raises(InputError, match=r"has names as in memory, such as .*, and tells no alpha; save it by"):
+            load_lora(load("sd35_tiny"), tmp_path)
+        return
+    before = predict(fresh)
+    with pytest.raises(
+        InputError, match=r"^lora: .*(without a place in the network|cannot be used|several)"
+    ) as refused:
+        load_lora(fresh, tmp_path)
+    assert "\n" not in str(refused.value) and len(str(refused.value)) < 600
+    torch.testing.assert_close(predict(fresh), before, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"r": 10**8}, "rank 100000000 does not fit the stored weights"),
+        ({"alpha_pattern": {"(a+)+(b+)+(c+)+$": 3}}, "alpha_pattern holds .*; write names of layers"),
+        ({"alpha_pattern": ["to_q"]}, "alpha_pattern is .*; write a mapping"),
+        ({"lora_alpha": "16"}, "alpha is '16'; write a finite number"),
+        ({"lora_alpha": float("inf")}, "alpha is inf; write a finite number"),
+        ({"rank_pattern": {"to_q": 10**8}}, None),
+        ({"rank_pattern": {"(.*a.*)*(.*a.*)*(.*a.*)*b": 4}, "target_modules": "(.*a.*)*(.*a.*)*(.*a.*)*b"}, None),
+        ({"lora_dropout": 0.9, "bias": "all", "layers_to_transform": [0], "modules_to_save": ["proj_out"]}, None),
+    ],
+)
+def test_settings_of_a_stranger_cost_nothing(
+    settings: dict[str, object], message: str | None, exported: tuple, tmp_path: Path
+) -> None:
+    policy, tensors, metadata = exported
+    noted = json.loads(metadata["lora_adapter_metadata"]) | {f"transformer.{k}": v for k, v in settings.items()}
+    save_file(tensors, tmp_path / "lora.safetensors", {"lora_adapter_metadata": json.dumps(noted)})
+    fresh = load("sd35_tiny", rank=2)
+    if message:
+        with pytest.raises(InputError, match=message):
+            load_lora(fresh, tmp_path)
+        return
+    load_lora(fresh, tmp_path)  # ranks and layers are those of the tensors, and there is no dropout
+    torch.testing.assert_close(predict(fresh), predict(policy), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("options", [{"lora_bias": True}, {"use_dora": True}, {"use_rslora": True}])
+def test_options_of_peft_are_loaded_as_diffusers_loads_them(options: dict[str, bool], tmp_path: Path) -> None:
+    from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
+    from peft import LoraConfig, get_peft_model_state_dict
+
+    source = PolicySource("sd35_tiny").pipeline()
+    network = source.load(SD3Transformer2DModel, "transformer").float()
+    config = LoraConfig(r=2, lora_alpha=6, target_modules=["to_q", "ff.net.2"], init_lora_weights=False, **options)
+    network.add_adapter(config)
+    noted = {name: sorted(v) if isinstance(v, set) else v for name, v in config.to_dict().items() if v is not None}
+    StableDiffusion3Pipeline.save_lora_weights(
+        tmp_path, get_peft_model_state_dict(network), transformer_lora_adapter_metadata=noted
+    )
+    loaded = load("sd35_tiny")
+    load_lora(loaded, tmp_path)
+    found = predict(loaded)
+    loaded.network = network.eval()
+    torch.testing.assert_close(found, predict(loaded), rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.slow
 def test_nothing_is_said_while_one_is_loaded(tmp_path: Path) -> None:
     TrainedLoRA.of_policy(trained("sd_tiny")).write_diffusers(tmp_path)

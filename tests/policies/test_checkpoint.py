@@ -45,12 +45,47 @@ def test_policy_of_a_checkpoint_predicts_as_the_trained_one(trainable_only: bool
     assert not policy.training
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"rank": 100_000}, "lora.rank=100000 is not the rank of its weights"),
+        ({"rank": "2"}, "lora.rank='2' is not the rank of its weights"),
+        ({"alpha": "4"}, "lora: alpha is '4'; write a finite number"),
+        ({"alpha": float("nan")}, "lora: alpha is nan; write a finite number"),
+    ],
+)
+def test_settings_that_do_not_fit_the_weights_are_refused_before_any_layer_is_made(
+    change: dict[str, object], message: str, tmp_path: Path
+) -> None:
+    record = {"source": "sd_tiny", "lora": {"rank": 2, "alpha": 4.0} | change}
+    state = {f"policy.network.layer.lora_A.{POLICY}.weight": torch.zeros(2, 2)}
+    torch.save({"state_dict": state, SOURCE: record}, tmp_path / "last.ckpt")
+    with pytest.raises(InputError, match=message):
+        read_policy_adapter(tmp_path / "last.ckpt")
+
+
+def test_narrow_tensors_of_a_large_rank_make_no_layer(tmp_path: Path) -> None:
+    rank = 10**8  # a layer of this rank would take gigabytes, the tensors here take none
+    name = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q.lora_{}.policy.weight"
+    state = {
+        f"policy.network.{name.format('A')}": torch.zeros(rank, 0),
+        f"policy.network.{name.format('B')}": torch.zeros(0, rank),
+    }
+    torch.save({"state_dict": state, SOURCE: {"source": "sd_tiny", "lora": {"rank": rank}}}, tmp_path / "last.ckpt")
+    with pytest.raises(InputError, match="the trained adapter has 2 of 2 tensors without a place in the network"):
+        load_policy(tmp_path / "last.ckpt")
+
+
 @pytest.mark.slow
 def test_another_adapter_or_another_file_is_refused(tmp_path: Path) -> None:
     _, path = trained(tmp_path, "sd15")
-    with pytest.raises(InputError, match=r"lora_A\.policy.*rank"):
+    with pytest.raises(
+        InputError, match=r"last\.ckpt, trained on .*sd15: lora\.rank=3 is over 2, the rank of the trained adapter"
+    ):
         load_policy(path, tiny_source("sd15", lora=LoRA(3, 3.0)))
-    with pytest.raises(InputError, match=r"belongs to the base .*sd15, whose network"):
+    with pytest.raises(
+        InputError, match=r"trained on .*sd15: the trained adapter has 16 of 64 tensors without a place"
+    ):
         load_policy(path, tiny_source("sd21"))
     content = torch.load(path, weights_only=True)
     content["state_dict"] = {name: value for name, value in content["state_dict"].items() if POLICY not in name}

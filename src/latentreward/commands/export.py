@@ -13,7 +13,7 @@ from latentreward.scoring.layouts.find import find_reward
 from latentreward.scoring.layouts.model_folder import is_model_folder
 from latentreward.settings.functions import run_plain_function
 
-PolicyFormat = Literal["diffusers", "kohya", "merged"]
+PolicyFormat = Literal["diffusers", "kohya", "peft", "merged"]
 Format = Literal[PolicyFormat, RewardFormat]
 
 
@@ -37,9 +37,9 @@ def export(
             of a run, model folder, or hub id.
         output: Folder to write.
         format: Policy: ``diffusers`` writes a LoRA for ``load_lora_weights``; ``kohya`` a LoRA for ComfyUI and other
-            programs that read kohya's names; ``merged`` a whole pipeline with the LoRA merged into its weights, and
-            prints the call that loads it. Reward: ``diffusion-rm`` is the layout of DiNa-LRM's authors, ``lpo`` that
-            of LRM's authors.
+            programs that read kohya's names; ``peft`` a folder for ``PeftModel.from_pretrained``; ``merged`` a whole
+            pipeline with the LoRA merged into its weights, and prints the call that loads it. Reward:
+            ``diffusion-rm`` is the layout of DiNa-LRM's authors, ``lpo`` that of LRM's authors.
         dtype: Policy: precision of the written weights. A reward is written in float32.
         overwrite: Whether to replace ``output`` if it exists.
         base: Reward: pipeline with the frozen base weights, a folder or hub id; by default the one that the model
@@ -100,7 +100,8 @@ def export_policy(
     if format == "merged":
         return write_merged(TrainedLoRA.of_checkpoint(saved), saved.source.pipeline(), output, precision)
     lora = TrainedLoRA.of_checkpoint(saved, precision)
-    return lora.write_diffusers(output) if format == "diffusers" else write_kohya(lora, output)
+    write = {"diffusers": lora.write_diffusers, "peft": lora.write_peft, "kohya": partial(write_kohya, lora)}[format]
+    return write(output)
 
 
 def is_reward(place: Path) -> bool:

@@ -17,23 +17,18 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from latentreward.export.lora import TrainedLoRA
+from latentreward.families.base import Pair
 from latentreward.storage.durable import replacing
 
 FILE = "kohya_lora.safetensors"
 """Name of the exported file."""
 PREFIX = "lora_unet_"
 """Beginning of every key in the exported file."""
-DOWN, UP = ".lora_A.weight", ".lora_B.weight"
-"""Endings of the names of A and B in peft."""
-Pair = tuple[Tensor, Tensor]
-"""A ``(rank, in)`` and B ``(out, rank)`` of a layer."""
 
 
 def kohya_weights(lora: TrainedLoRA) -> dict[str, Tensor]:
     """Return the weights of ``lora`` under kohya's names, and an alpha for each layer."""
-    layers = [name.removesuffix(DOWN) for name in lora.weights if name.endswith(DOWN)]
-    pairs = {layer: (lora.weights[layer + DOWN], lora.weights[layer + UP]) for layer in layers}
-    named = lora.family.kohya_layers(pairs)
+    named = lora.family.kohya_layers(lora.pairs)
     renamed: dict[str, Tensor] = {}
     for name, parts in named.items():
         key, (down, up) = PREFIX + name.replace(".", "_"), join(parts)

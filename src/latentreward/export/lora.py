@@ -1,23 +1,31 @@
-"""Export of a trained adapter as a LoRA for ``load_lora_weights`` of diffusers."""
+"""Export of a trained adapter as a LoRA for ``load_lora_weights`` of diffusers, or for peft."""
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
+from latentreward.backbones.stored_adapters import CONFIG, PREFIX, WEIGHTS
 from latentreward.backbones.tuning import LoRA
 from latentreward.checkpoints.shards import require_finite, whole_tensor
+from latentreward.errors import InputError
 from latentreward.families import Family
+from latentreward.families.base import Pair
 from latentreward.policies import POLICY, Policy
-from latentreward.policies.checkpoint import ADAPTER, SavedAdapter
-from latentreward.storage.durable import replacing
+from latentreward.policies.checkpoint import ADAPTER, SavedAdapter, network_name
+from latentreward.storage.durable import replacing, write_file
 
 FILE = "pytorch_lora_weights.safetensors"
 """File name that diffusers looks for in a folder."""
+DOWN, UP = ".lora_A.weight", ".lora_B.weight"
+"""Endings of the names of A and B in peft."""
 
 
 @dataclass(frozen=True)
@@ -59,20 +67,48 @@ class TrainedLoRA:
         weights = {network_name(name): weight.to(dtype) for name, weight in saved.weights.items()}
         return cls(weights, saved.source.lora, saved.source.resolve_family())
 
+    @cached_property
+    def pairs(self) -> dict[str, Pair]:
+        """A and B of each layer."""
+        layers = [name.removesuffix(DOWN) for name in self.weights if name.endswith(DOWN)]
+        return {layer: (self.weights[layer + DOWN], self.weights[layer + UP]) for layer in layers}
+
+    @property
+    def scale(self) -> float:
+        """Factor of B A in a layer's weight: alpha / rank."""
+        return float(self.settings.alpha) / self.settings.rank
+
+    @property
+    def scaled(self) -> dict[str, Tensor]:
+        """The weights with B times :attr:`scale`, so that alpha = rank: right also for programs that read no alpha.
+
+        The product is exact if the scale is a power of two, and otherwise rounded to the weights' type.
+        """
+        return {name: tensor * self.scale if name.endswith(UP) else tensor for name, tensor in self.weights.items()}
+
+    def write(self, folder: Path) -> Path:
+        """Write the LoRA in diffusers' format, or in PEFT's if diffusers cannot read LoRAs of the family."""
+        return self.write_diffusers(folder) if self.family.lora_loader else self.write_peft(folder)
+
     def write_diffusers(self, folder: Path) -> Path:
         """Write :data:`FILE` into ``folder`` atomically, and return its path.
 
-        The metadata hold rank and alpha, since diffusers otherwise assumes alpha = rank. Only a few of peft's settings
-        are written, so that other versions of peft can read the file.
+        B is multiplied by alpha / rank, see :attr:`scaled`. The metadata hold only a few of peft's settings, so that
+        other versions of peft can read the file.
+
+        Raises:
+            InputError: If diffusers cannot read LoRAs of the family.
         """
         from diffusers import loaders  # importing the pipeline classes takes seconds and prints warnings
 
+        if self.family.lora_loader is None:
+            raise InputError(f"format=diffusers: diffusers has no LoRA loader for {self.family.title}; use format=peft")
         used = self.settings
         targets = self.family.lora_targets if used.target_modules is None else used.target_modules
-        metadata: dict[str, Any] = {"r": used.rank, "lora_alpha": used.alpha, "lora_dropout": used.dropout}
+        metadata: dict[str, Any] = {"r": used.rank, "lora_alpha": used.rank, "lora_dropout": used.dropout}
         metadata |= {"target_modules": list(targets), "rank_pattern": {}, "alpha_pattern": {}}
         layers = {
-            f"{self.family.part}_lora_layers": self.weights,
+            f"{self.family.part}_lora_layers": self.scaled,
             f"{self.family.part}_lora_adapter_metadata": metadata,
         }
         with replacing(folder / FILE) as partial:
@@ -81,7 +117,15 @@ class TrainedLoRA:
             )
         return folder / FILE
 
+    def write_peft(self, folder: Path) -> Path:
+        """Write the adapter as ``PeftModel.from_pretrained(network, folder)`` reads it, and return ``folder``.
 
-def network_name(name: str) -> str:
-    """Convert a parameter's name in a :class:`Policy` to its name in a LoRA file, without prefix and adapter name."""
-    return name.removeprefix("network.").replace(ADAPTER, ".")
+        B is multiplied by alpha / rank, see :attr:`scaled`.
+        """
+        rank = self.settings.rank
+        config = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "lora_dropout": self.settings.dropout}
+        config |= {"target_modules": [*self.pairs], "bias": "none", "inference_mode": True}
+        write_file(folder / CONFIG, json.dumps(config, indent=2) + "\n")
+        with replacing(folder / WEIGHTS) as partial:
+            save_file({PREFIX + name: tensor for name, tensor in self.scaled.items()}, partial, {"format": "pt"})
+        return folder

@@ -11,7 +11,7 @@ from latentreward.backbones.loading import PipelineSource
 from latentreward.backbones.weights import encoder_config, no_progress_bar
 from latentreward.errors import InputError, first_line
 from latentreward.export.lora import TrainedLoRA
-from latentreward.storage.durable import discard, replacing
+from latentreward.storage.durable import replacing
 
 LIBRARIES = ("diffusers", "transformers", "stable_diffusion")
 """Libraries allowed in ``model_index.json``; ``stable_diffusion`` is the entry of diffusers' safety checker."""
@@ -19,7 +19,7 @@ LIBRARIES = ("diffusers", "transformers", "stable_diffusion")
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Silence diffusers' progress bars, and its warnings about text encoders for which the LoRA has no weights."""
+    """Silence diffusers' warnings and progress bars."""
     from diffusers.utils import logging
 
     before = logging.get_verbosity()
@@ -98,10 +98,10 @@ def write_merged(lora: TrainedLoRA, base: PipelineSource, folder: Path, dtype: t
     except (OSError, ValueError) as error:
         raise InputError(f"source={base.source!r} cannot be loaded as a whole: {first_line(error)}") from error
     with replacing(folder) as partial:
-        pipeline.load_lora_weights(file := lora.write_diffusers(partial), weight_name=file.name)
-        pipeline.fuse_lora(components=[lora.family.part])
-        pipeline.unload_lora_weights()
-        discard(partial)
+        network = getattr(pipeline, lora.family.part)
+        for layer, (down, up) in lora.pairs.items():
+            weight = network.get_submodule(layer).weight.data
+            weight += lora.scale * (up.flatten(1) @ down.flatten(1)).reshape(weight.shape)
         if dtype != torch.float32:
             pipeline.to(dtype=dtype)
         pipeline.save_pretrained(partial)

@@ -84,7 +84,7 @@ class Family(ABC):
         idle: Names of layers whose output never reaches the network's, so that an adapter would not train.
         float32_parts: Parts of the names of the network's weights that are float32 also where frozen weights are
             stored in another type, as diffusers loads them.
-        lora_loader: Class in ``diffusers.loaders`` that reads and writes LoRA files of the family.
+        lora_loader: Class in ``diffusers.loaders`` that reads and writes LoRA files of the family, or None.
         published: Configs of the family's published pipelines, for estimates without a download.
         kohya_module: Name of the network module of kohya's scripts, for the metadata of their format.
     """
@@ -122,6 +122,24 @@ class Family(ABC):
         Raises:
             InputError: With the reason if not.
         """
+
+    def check_names(self) -> None:
+        """Check that what the class of a family of one's own names is there, before anything is loaded or trained.
+
+        Raises:
+            InputError: If a name is that of nothing.
+        """
+        import diffusers
+        from diffusers import loaders
+
+        if self.lora_loader is not None:
+            self._check_name("lora_loader", self.lora_loader, loaders, "diffusers.loaders")
+        if type(self).load_latent_encoder is Family.load_latent_encoder:
+            self._check_name("vae_class", self.vae_class, diffusers, "diffusers")
+
+    def _check_name(self, field: str, name: str, where: Any, place: str) -> None:
+        if not hasattr(where, name):
+            raise InputError(f"family: {type(self).__name__}.{field} names {name!r:.80}, which is not in {place}")
 
     def assumption(self) -> str | None:
         """Return what is assumed about the variant where the configs do not tell, for a line of the run's output."""
@@ -330,9 +348,9 @@ class Family(ABC):
     # Adapters
 
     @property
-    @abstractmethod
-    def lora_loader(self) -> str:
-        """Class in ``diffusers.loaders`` that reads and writes LoRA files of the family."""
+    def lora_loader(self) -> str | None:
+        """Class in ``diffusers.loaders`` that reads and writes LoRA files of the family; None if there is none."""
+        return None
 
     def kohya_layers(self, layers: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, list[Pair | None]]:
         """Group adapters by the layers' names in the programs that read kohya's format.
@@ -344,11 +362,11 @@ class Family(ABC):
             For each layer the A and B of its parts in order; a part without a trained adapter is None.
 
         Raises:
-            InputError: If these programs read diffusers' own names, so that the format does not exist.
+            InputError: If the format has no names for the family.
         """
         raise InputError(
-            f"format=kohya: ComfyUI and other programs read LoRAs of {self.title} in diffusers' own names; use "
-            "format=diffusers"
+            f"format=kohya has no names for {self.title}; use format=diffusers or merged; docs/families.md tells which "
+            "programs read them"
         )
 
     # Search inside diffusers' pipelines

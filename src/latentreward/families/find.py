@@ -42,6 +42,7 @@ def find_family(pipeline: PipelineConfigs, own: str | None = None) -> Family:
     """
     if own is not None:
         family = import_family(own)(pipeline)
+        family.check_names()
         family.check()
         return family
     names = [str(pipeline.index.get("_class_name"))]

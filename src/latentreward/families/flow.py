@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -76,6 +77,22 @@ class FlowFamily(Family):
     def recognises(cls, pipeline: PipelineConfigs) -> bool:
         """See :meth:`Family.recognises`."""
         return pipeline.has(cls.part) and pipeline.config(cls.part).get("_class_name") == cls.network_class
+
+    def check_names(self) -> None:
+        """See :meth:`Family.check_names`; blocks must be where the network's module can find their classes."""
+        import diffusers
+
+        super().check_names()
+        if self.text_field != FlowFamily.text_field and self.text_field not in self.config:
+            raise InputError(
+                f"family: {type(self).__name__}.text_field names {self.text_field!r:.80}, which is not in "
+                f"{self.named(self.part)}"
+            )
+        if type(self).load_network is FlowFamily.load_network:
+            self._check_name("network_class", self.network_class, diffusers, "diffusers")
+            module = getattr(diffusers, self.network_class).__module__
+            for name in self.block_classes:
+                self._check_name("block_classes", name, sys.modules[module], module)
 
     def check(self) -> None:
         """See :meth:`Family.check`."""
@@ -200,7 +217,10 @@ class FlowFamily(Family):
         """See :meth:`Family.load_network`."""
         import diffusers
 
-        return self.pipeline.load(getattr(diffusers, self.network_class), self.part, pretrained)
+        network = self.pipeline.load(getattr(diffusers, self.network_class), self.part, pretrained)
+        for name in self.lists:
+            self._check_name("lists", name, network, f"the {self.network_class}")
+        return network
 
     def predict(
         self, network: Any, latents: Tensor, timesteps: Tensor, conditioning: Conditioning, guidance: float | None

@@ -2,18 +2,38 @@
 
 from __future__ import annotations
 
+import json
+import re
+import warnings
+from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from latentreward.backbones.tuning import PEFT_SETTINGS
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from latentreward.backbones.stored_adapters import (
+    CONFIG,
+    PREFIX,
+    check_patterns,
+    check_ranks,
+    plain_name,
+    stored_ranks,
+)
 from latentreward.errors import InputError, first_line
+from latentreward.families import Family
 from latentreward.policies import POLICY, AdapterSwitch, Policy
+from latentreward.storage.json_files import read_config
 
 LOADED = "lora"
 """Name in peft of an adapter loaded from a file."""
 WEIGHTS = (".safetensors", ".bin")
 REWARD_HEAD = "head.safetensors"
 """File by which the folder of a published reward model is recognised."""
+SCALES = ("r", "lora_alpha", "alpha_pattern", "use_rslora")
+"""Settings of peft that a LoRA is loaded with. The tensors tell all others, and some of those make peft run code."""
 
 
 def check_lora(path: Path) -> None:
@@ -32,40 +52,143 @@ def check_lora(path: Path) -> None:
 
 
 def load_lora(policy: Policy, path: Path) -> None:
-    """Load a LoRA into ``policy`` and activate it, in place of the trainable adapter.
+    """Load a LoRA into ``policy`` and activate it, in place of the trainable adapter, without dropout.
 
     Args:
         policy: Policy as returned by :meth:`PolicySource.load <latentreward.policies.PolicySource.load>`.
         path: ``.safetensors`` file, or a folder with one. The names of the weights may follow any convention that
-            diffusers reads; for SD3 only diffusers' own.
+            diffusers reads, for SD3 only diffusers' own; or those of peft, beside an ``adapter_config.json``.
 
     Raises:
-        InputError: If there is no LoRA at ``path``, the LoRA belongs to another network, or it changes text encoders.
+        InputError: If there is no LoRA at ``path``, the LoRA belongs to another network, it changes text encoders, or
+            a tensor of it would not be used.
     """
-    from diffusers import loaders  # importing the pipeline classes would load image processors and print warnings
+    from peft import LoraConfig, inject_adapter_in_model
+    from peft.tuners.tuners_utils import BaseTunerLayer
 
     check_lora(path)
-    network: Any = policy.network
-    loader, part = getattr(loaders, policy.family.lora_loader), policy.family.part
+    network = policy.network
     try:
-        # Name the only file of a folder: offline, diffusers before 0.40 demands a weight_name.
-        file = files[0] if len(files := [*path.glob("*.safetensors")]) == 1 else path
-        known = {"weight_name": file.name if file.is_file() else None, "unet_config": network.config}
-        weights, *rest = loader.lora_state_dict(str(file), return_lora_metadata=True, **known)
-        alphas, metadata = rest if len(rest) == 2 else (None, *rest)
-        if others := sorted({name.split(".")[0] for name in weights} - {part}):
-            raise InputError(
-                f"lora: {path} holds {others[0]}, which is no weight of the {part}; give a LoRA of the {part} alone, "
-                "in diffusers' naming, or merge it into a pipeline"
-            )
-        # Drop other fields of the metadata: some of them make peft import modules.
-        metadata = {name: value for name, value in (metadata or {}).items() if name.split(".")[-1] in PEFT_SETTINGS}
-        network.delete_adapters(POLICY)
-        network.load_lora_adapter(weights, part, adapter_name=LOADED, network_alphas=alphas, metadata=metadata or None)
-    except InputError:
-        raise
-    except (ValueError, KeyError, RuntimeError, OSError, TypeError, ImportError) as error:
+        tensors, settings = read_tensors(path, policy.family.part)
+        weights = weights_by_layer(tensors, policy.family, path, "lora_alpha" in settings)
+        shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+        ranks = stored_ranks(network, shapes, f"lora: {path}")
+        config = LoraConfig(**adapter_settings(ranks, weights, settings, f"lora: {path}"))
+        for layer in network.modules():
+            if isinstance(layer, BaseTunerLayer):
+                layer.delete_adapter(POLICY)
+        getattr(network, "peft_config", {}).pop(POLICY, None)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")
+            inject_adapter_in_model(config, network, LOADED, state_dict=weights)
+        own = {plain_name(name): weight for name, weight in network.named_parameters() if f".{LOADED}." in name}
+        if odd := [name for name in own | weights if getattr(own.get(name), "shape", 0) != shapes.get(name)]:
+            raise InputError(f"lora: {path} does not fit {policy.source} in {', '.join(odd)[:200]}; give one of it")
+        with torch.no_grad():
+            for name, weight in own.items():
+                weight.copy_(weights[name])
+    except (ValueError, KeyError, RuntimeError, OSError, TypeError, ImportError, SafetensorError) as error:
+        if isinstance(error, InputError):
+            raise
         raise InputError(f"lora: {path} is no LoRA for {policy.source} ({first_line(error)})") from error
-    if LOADED not in getattr(network, "peft_config", {}):
-        raise InputError(f"lora: {path} holds no weight of a LoRA for the {part} of {policy.source}")
     policy.adapters = AdapterSwitch(network, LOADED)
+
+
+def read_tensors(path: Path, part: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read the tensors of a LoRA file by name, and the settings of peft that it or its folder holds for ``part``."""
+    files = [path] if path.is_file() else [*path.glob("*.safetensors")] or [*path.glob("*.bin")]
+    usual = [file for file in files if file.stem == "pytorch_lora_weights"]
+    file = files[0] if len(files) == 1 else (usual or [path / "pytorch_lora_weights.safetensors"])[0]
+    if file.suffix != ".safetensors":
+        return dict(torch.load(file, map_location="cpu", weights_only=True)), {}
+    with safe_open(file, "pt") as opened:
+        tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - not a dict
+        metadata = json.loads((opened.metadata() or {}).get("lora_adapter_metadata", "{}"))
+    if (file.parent / CONFIG).is_file() and all(name.startswith(PREFIX) for name in tensors):
+        tensors = {f"{part}.{name.removeprefix(PREFIX)}": tensor for name, tensor in tensors.items()}
+        return tensors, read_config(file.parent / CONFIG)
+    return tensors, {name.removeprefix(f"{part}."): v for name, v in metadata.items() if name.startswith(f"{part}.")}
+
+
+def weights_by_layer(
+    tensors: Mapping[str, Tensor], family: Family, path: Path, scaled: bool = False
+) -> dict[str, Tensor]:
+    """Return A and B of each layer by the names ``LAYER.lora_A.weight``, B multiplied by alpha / rank of the tensors.
+
+    Args:
+        tensors: Tensors of a LoRA file by name.
+        family: Family of the policy.
+        path: LoRA file, for messages.
+        scaled: Whether alpha stands in the file's settings.
+
+    Raises:
+        InputError: If the file has tensors of other parts than the family's network, two of one name, or some that
+            diffusers leaves out while it converts the names, or names as in memory without an alpha.
+    """
+    from diffusers import loaders  # importing the pipeline classes would load image processors and print warnings
+    from diffusers.utils import convert_unet_state_dict_to_peft
+
+    plain = {plain_name(name): tensor for name, tensor in tensors.items()}
+    if len(plain) < len(tensors):
+        raise InputError(f"lora: {path} holds several adapters; give a file of one")
+    loader = getattr(loaders, family.lora_loader) if family.lora_loader else None
+    sources = {
+        name: tensor.detach().requires_grad_()
+        for name, tensor in plain.items()
+        if tensor.is_floating_point() and not name.endswith(".alpha")
+    }
+    alphas: dict[str, Any] = {}
+    # A tensor that diffusers dropped has no gradient.
+    with torch.inference_mode(False), torch.enable_grad():
+        weights = plain | {name: tensor.clone() for name, tensor in sources.items()}
+        if loader is not None:
+            weights, *rest = loader.lora_state_dict(weights, return_lora_metadata=True, unet_config=family.config)
+            alphas = rest[0] or {} if len(rest) == 2 else {}
+        outputs = [tensor for tensor in weights.values() if tensor.requires_grad]
+        zeros = [torch.zeros_like(tensor) for tensor in outputs]
+        used = torch.autograd.grad(outputs, [*sources.values()], zeros, allow_unused=True) if outputs else ()
+    if lost := [name for name, gradient in zip(sources, used, strict=False) if gradient is None]:
+        raise InputError(f"lora: {path}: {len(lost)} of its tensors cannot be used: {', '.join(lost)[:200]}")
+    if others := sorted({name.split(".")[0] for name in weights} - {family.part}):
+        raise InputError(
+            f"lora: {path} holds {others[0]}, which is no weight of the {family.part}; give a LoRA of the "
+            f"{family.part} alone, in diffusers' naming, or merge it into a pipeline"
+        )
+    alphas |= {name: weights.pop(name) for name in [*weights] if name.endswith(".alpha")}
+    if plain.keys() != tensors.keys() and not alphas and not scaled:
+        raise InputError(
+            f"lora: {path} has names as in memory, such as {min(tensors.keys() - plain.keys()):.100}, and tells no "
+            "alpha; save it by diffusers' save_lora_weights with the adapter's metadata"
+        )
+    start = f"{family.part}."
+    weights = {name.removeprefix(start): w.detach() for name, w in convert_unet_state_dict_to_peft(weights).items()}
+    alphas = {name.removeprefix(start).removesuffix(".alpha"): float(alpha) for name, alpha in alphas.items()}
+    for name, alpha in convert_unet_state_dict_to_peft(alphas).items():
+        layer = name.rpartition(".lora_")[0] or name
+        scale = alpha / len(weights[f"{layer}.lora_A.weight"])
+        weights[f"{layer}.lora_B.weight"] = weights[f"{layer}.lora_B.weight"] * scale
+    return weights
+
+
+def adapter_settings(
+    ranks: Mapping[str, int], weights: Mapping[str, Tensor], stored: Mapping[str, Any], origin: str
+) -> dict[str, Any]:
+    """Return peft's settings for an adapter: the scale as stored, all others from the tensors themselves.
+
+    Raises:
+        InputError: If a stored setting has the wrong type, or a rank that no tensor has.
+    """
+    settings = {name: stored[name] for name in SCALES if stored.get(name) is not None}
+    check_patterns(settings, origin)
+    check_ranks([settings.get("r", 1)], ranks.values(), origin)
+    rank = Counter(ranks.values()).most_common(1)[0][0]
+    others = {f"^{re.escape(layer)}": own for layer, own in ranks.items() if own != rank}
+    scale = {} if "lora_alpha" in settings else {"lora_alpha": rank, "alpha_pattern": others}
+    tensors = {
+        "r": rank,
+        "rank_pattern": others,
+        "target_modules": [*ranks],
+        "lora_bias": any(name.endswith(".lora_B.bias") for name in weights),
+        "use_dora": any(".lora_magnitude_vector." in name for name in weights),
+    }
+    return settings | scale | tensors

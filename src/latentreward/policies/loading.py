@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor
 
 from latentreward.backbones.loading import PipelineSource, set_execution
 from latentreward.backbones.quantization import Quantization, check_quantization
+from latentreward.backbones.stored_adapters import stored_ranks
 from latentreward.backbones.tuning import LoRA, StorageDtype, shown_as_float32
 from latentreward.backbones.weights import settle
 from latentreward.contracts import LatentSpace
@@ -86,15 +88,17 @@ class PolicySource:
         """Return the latent space of the pipeline's VAE, read without loading the VAE."""
         return self.resolve_family().latent_space
 
-    def load(self, seed: int = 0) -> Policy:
+    def load(self, seed: int = 0, stored: Mapping[str, Tensor] | None = None) -> Policy:
         """Load network, text encoders and VAE frozen, and add the trainable adapter.
 
         Args:
             seed: Seed of the adapter's initial values.
+            stored: Tensors of the adapter by plain names, which will be loaded into it. They are compared with the
+                network and with ``lora.rank`` before the adapter takes memory.
 
         Raises:
-            InputError: If the source is not a supported text-to-image pipeline, ``t5_length`` is negative, or no layer
-                matches ``lora.target_modules``.
+            InputError: If the source is not a supported text-to-image pipeline, ``t5_length`` is negative, no layer
+                matches ``lora.target_modules``, or ``stored`` does not fit.
         """
         if self.t5_length is not None and self.t5_length < 0:
             raise InputError(f"t5_length={self.t5_length} must be at least 0")
@@ -105,6 +109,14 @@ class PolicySource:
         text_encoder = family.load_prompt_encoder(self.t5_length, self.load_t5)
         network = family.load_network()
         network.requires_grad_(False)
+        if stored is not None:
+            shapes = {name: tuple(tensor.shape) for name, tensor in stored.items()}
+            largest = max(stored_ranks(network, shapes, "the trained adapter").values())
+            if self.lora.rank > largest:
+                raise InputError(
+                    f"lora.rank={self.lora.rank} is over {largest}, the rank of the trained adapter; give the lora "
+                    "(rank, target_modules) that it was trained with"
+                )
         add_lora(network, self.lora, POLICY, seed, family)
         text_encoder.requires_grad_(False)
         dtype = getattr(torch, self.frozen_dtype)
@@ -117,7 +129,7 @@ class PolicySource:
         return policy
 
 
-def add_lora(network: nn.Module, lora: LoRA, name: str, seed: int, family: Family) -> None:
+def add_lora(network: Any, lora: LoRA, name: str, seed: int, family: Family) -> None:
     """Add an adapter ``name`` to ``network``; the network's output stays the same until the adapter is trained.
 
     A is drawn from N(0, 1 / rank²) and B is zero, as with peft's ``init_lora_weights="gaussian"``. Unlike peft's, the
@@ -133,7 +145,7 @@ def add_lora(network: nn.Module, lora: LoRA, name: str, seed: int, family: Famil
     Raises:
         InputError: If no layer matches ``lora.target_modules``.
     """
-    from peft import LoraConfig
+    from peft import LoraConfig, inject_adapter_in_model
 
     config: dict[str, Any] = {"r": lora.rank, "lora_alpha": lora.alpha, "lora_dropout": lora.dropout}
     endings = list(family.lora_targets if lora.target_modules is None else lora.target_modules)
@@ -141,7 +153,9 @@ def add_lora(network: nn.Module, lora: LoRA, name: str, seed: int, family: Famil
         config["exclude_modules"] = list(family.idle)
     try:
         with shown_as_float32(network):
-            network.add_adapter(LoraConfig(**config, target_modules=endings, init_lora_weights="gaussian"), name)
+            config["init_lora_weights"] = "gaussian"
+            inject_adapter_in_model(LoraConfig(**config, target_modules=endings), network, name)
+            network._hf_peft_config_loaded = True  # diffusers' own methods for adapters ask this
     except ValueError as error:
         raise InputError(f"lora.target_modules={endings}: {first_line(error)}") from error
     for parameter, weight in network.named_parameters():

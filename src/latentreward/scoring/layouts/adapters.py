@@ -6,7 +6,6 @@ import json
 import re
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,19 +13,23 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from latentreward.backbones.stored_adapters import (
+    CONFIG,
+    PREFIX,
+    WEIGHTS,
+    check_patterns,
+    check_ranks,
+    ranks_in,
+    stored_ranks,
+)
 from latentreward.backbones.tuning import PEFT_SETTINGS
 from latentreward.errors import InputError
 from latentreward.scoring.files import compare_tensors, existing_folder, read_safetensors
 from latentreward.storage.json_files import read_config
 from latentreward.storage.safetensors_header import read_header
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-PREFIX = "base_model.model."
-"""Prefix that PEFT adds to the names of the network's tensors in its file."""
 ADAPTER = "default"
 """Name of the adapter in the network's LoRA layers."""
-NAME_PATTERN = re.compile(r"[\w.\\^$-]*")
-"""Regular expressions that PEFT may match with names of layers: without repetition, which can take for ever."""
 
 
 def lora_layers(network: nn.Module) -> dict[str, Any]:
@@ -100,8 +103,10 @@ def inject_adapter(network: nn.Module, folder: Path) -> None:
     path = existing_folder(folder, CONFIG, WEIGHTS) / CONFIG
     settings = read_config(path)
     known = {name: settings[name] for name in PEFT_SETTINGS if settings.get(name) is not None}
-    check_patterns(known, path)
-    check_ranks(ranks_in(known), shapes_in(folder / WEIGHTS).values(), path)
+    origin = f"cannot load {path}"
+    check_patterns(known, origin)
+    shapes = {name.removeprefix(PREFIX): shape for name, shape in shapes_in(folder / WEIGHTS).items()}
+    check_ranks(ranks_in(known), stored_ranks(network, shapes, f"cannot load {folder / WEIGHTS}: it").values(), origin)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")
@@ -112,51 +117,6 @@ def inject_adapter(network: nn.Module, folder: Path) -> None:
     for name in names_in_file(network).values():
         weight = network.get_parameter(name)
         weight.data = weight.data.float()
-
-
-def check_patterns(settings: Mapping[str, Any], path: Path) -> None:
-    """Check the regular expressions in the settings of an adapter, which PEFT matches with the names of all layers.
-
-    Args:
-        settings: Settings by name, see :data:`PEFT_SETTINGS`.
-        path: File that held the settings, for messages.
-
-    Raises:
-        InputError: If an expression is not a name with dots and escapes, or a setting has another type.
-    """
-    for name in ("target_modules", "exclude_modules", "layers_pattern"):
-        value = settings.get(name, [])
-        if value != "all-linear" and not isinstance(value, list):
-            raise InputError(f"cannot load {path}: {name} is {value!r}; write a list of names of layers")
-    for name in ("rank_pattern", "alpha_pattern"):
-        if not isinstance(settings.get(name, {}), Mapping):
-            raise InputError(f"cannot load {path}: {name} is {settings[name]!r}; write a mapping of names of layers")
-    for name in ("rank_pattern", "alpha_pattern", "layers_pattern"):
-        for pattern in settings.get(name, ()):
-            if not isinstance(pattern, str) or not NAME_PATTERN.fullmatch(pattern):
-                raise InputError(f"cannot load {path}: {name} holds {pattern!r}; write names of layers")
-
-
-def ranks_in(settings: Mapping[str, Any]) -> list[Any]:
-    """List the ranks that the settings of an adapter name."""
-    return [settings.get("r", 1), *settings.get("rank_pattern", {}).values()]
-
-
-def check_ranks(ranks: Iterable[Any], shapes: Iterable[tuple[int, ...]], path: Path) -> None:
-    """Check before layers are made that an adapter's ranks are not larger than its stored tensors.
-
-    Args:
-        ranks: Ranks of the settings.
-        shapes: Shapes of the stored tensors.
-        path: File that held the ranks, for messages.
-
-    Raises:
-        InputError: If a rank is not a whole number from 1 to the longest side of the tensors.
-    """
-    longest = max((max(shape, default=1) for shape in shapes), default=1)
-    for rank in ranks:
-        if type(rank) is not int or not 1 <= rank <= longest:
-            raise InputError(f"cannot load {path}: rank {rank!r} does not fit the stored weights; get the files again")
 
 
 def shapes_in(path: Path) -> dict[str, tuple[int, ...]]:

@@ -15,6 +15,7 @@ import yaml
 from torch import Tensor, nn
 
 from latentreward.backbones import DiffusionBackbone, backbone_names
+from latentreward.backbones.stored_adapters import check_ranks
 from latentreward.backbones.weights import assign, settling_later
 from latentreward.checkpoints.base_weights import (
     BaseSample,
@@ -30,7 +31,6 @@ from latentreward.errors import InputError, errors_at, first_line
 from latentreward.heads import RewardHead
 from latentreward.heads.axes import AXES
 from latentreward.scoring.files import not_dense
-from latentreward.scoring.layouts.adapters import check_ranks
 from latentreward.scoring.layouts.base import SharingReward
 from latentreward.scoring.layouts.config import exif_of, sizes_of
 from latentreward.scoring.layouts.recipe import (
@@ -193,7 +193,8 @@ class TrainedReward(SharingReward):
         state, base = self._content.weights, self._content.base
         lora = self._parts["backbone"].init_args.get("lora")
         if is_ours(self._parts["backbone"]) and isinstance(lora, Mapping) and "rank" in lora:
-            check_ranks([lora["rank"]], (tuple(tensor.shape) for tensor in state.values()), self.config)
+            stored = [len(tensor) for name, tensor in state.items() if ".lora_A." in name]
+            check_ranks([lora["rank"]], stored, f"cannot load {self.config}")
         with settling_later():
             with torch.random.fork_rng(devices=[]):  # initial values are random but overwritten below
                 model, as_trained = self._fitting(self._backbone())

@@ -1,0 +1,117 @@
+"""Checks of a stored adapter before its layers are made: a file must neither hang a command nor fill memory."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch import nn
+
+from latentreward.errors import InputError
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+"""Files of an adapter in PEFT's format."""
+PREFIX = "base_model.model."
+"""Prefix that PEFT adds to the names of the network's tensors in its file."""
+NAME_PATTERN = re.compile(r"[\w.\\^$-]*")
+"""Regular expressions that PEFT may match with names of layers: without repetition, which can take for ever."""
+PARTS = {"A.weight", "B.weight", "B.bias", "magnitude_vector.weight"}
+"""Tensors of a layer's adapter by what follows ``LAYER.lora_`` in their names; the last one is DoRA's."""
+
+
+def plain_name(name: str) -> str:
+    """Return the name of an adapter's tensor without what torch.compile and peft add to it in memory.
+
+    ``_orig_mod.to_q.lora_A.default.weight`` becomes ``to_q.lora_A.weight``.
+    """
+    name = re.sub(r"\b(lora_unet_)?_orig_mod[._]", r"\1", name)
+    name = re.sub(r"\.(lora_A|lora_B|lora_magnitude_vector)\.[^.]+\.(weight|bias)$", r".\1.\2", name)
+    return f"{name}.weight" if name.endswith(".lora_magnitude_vector") else name
+
+
+def stored_ranks(network: nn.Module, shapes: Mapping[str, tuple[int, ...]], origin: str) -> dict[str, int]:
+    """Return the rank of each layer of a stored adapter, whose tensors must all have a place in ``network``.
+
+    Args:
+        network: Network that the adapter is for; adapters that it already has do not matter.
+        shapes: Shape of each stored tensor by its :func:`plain_name`, ``LAYER.lora_A.weight`` or such.
+        origin: Source of the tensors, for messages.
+
+    Raises:
+        InputError: If a tensor is of no linear layer or convolution of ``network``, is of a kind other than
+            :data:`PARTS`, has another width than its layer, or A is there without B.
+    """
+    sizes = {
+        name.removesuffix(".base_layer"): (
+            (layer.out_features, layer.in_features) if isinstance(layer, nn.Linear) else tuple(layer.weight.shape)
+        )
+        for name, layer in network.named_modules()
+        if isinstance(layer, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d)
+    }
+    parts: dict[str, dict[str, tuple[int, ...]]] = {}
+    for name, shape in shapes.items():
+        layer, _, part = name.rpartition(".lora_")
+        parts.setdefault(layer, {})[part] = shape
+    ranks = {}
+    for layer, found in parts.items():
+        size, down, up = sizes.get(layer, ()), found.get("A.weight", (0,)), found.get("B.weight")
+        if size and up and down[0] and down[1:] == size[1:] and up[:2] == (size[0], down[0]) and found.keys() <= PARTS:
+            ranks[layer] = down[0]
+    if odd := [name for name in shapes if name.rpartition(".lora_")[0] not in ranks]:
+        raise InputError(
+            f"{origin} has {len(odd)} of {len(shapes)} tensors without a place in the network (no such layer, another "
+            f"width, A or B alone, or no LoRA): {', '.join(odd)[:200]}; give an adapter of this network"
+        )
+    if not ranks:
+        raise InputError(f"{origin} holds no weight of an adapter; give one of this network")
+    return ranks
+
+
+def check_patterns(settings: Mapping[str, Any], origin: str) -> None:
+    """Check the regular expressions in the settings of an adapter, which PEFT matches with the names of all layers.
+
+    Args:
+        settings: Settings by name, see :data:`~latentreward.backbones.tuning.PEFT_SETTINGS`.
+        origin: Source of the settings, for messages.
+
+    Raises:
+        InputError: If an expression is not a name with dots and escapes, or a setting has another type.
+    """
+    for name in ("target_modules", "exclude_modules", "layers_pattern"):
+        value = settings.get(name, [])
+        if value != "all-linear" and not isinstance(value, list):
+            raise InputError(f"{origin}: {name} is {value!r:.200}; write a list of names of layers")
+    for name in ("rank_pattern", "alpha_pattern"):
+        if not isinstance(settings.get(name, {}), Mapping):
+            raise InputError(f"{origin}: {name} is {settings[name]!r:.200}; write a mapping of names of layers")
+    for name in ("rank_pattern", "alpha_pattern", "layers_pattern"):
+        for pattern in settings.get(name, ()):
+            if not isinstance(pattern, str) or not NAME_PATTERN.fullmatch(pattern):
+                raise InputError(f"{origin}: {name} holds {pattern!r:.200}; write names of layers")
+    for alpha in (settings.get("lora_alpha", 1), *settings.get("alpha_pattern", {}).values()):
+        if type(alpha) not in (int, float) or not math.isfinite(alpha):
+            raise InputError(f"{origin}: alpha is {alpha!r:.200}; write a finite number")
+
+
+def ranks_in(settings: Mapping[str, Any]) -> list[Any]:
+    """List the ranks that the settings of an adapter name."""
+    return [settings.get("r", 1), *settings.get("rank_pattern", {}).values()]
+
+
+def check_ranks(ranks: Iterable[Any], stored: Iterable[int], origin: str) -> None:
+    """Check before layers are made that an adapter's ranks are not larger than those of its stored tensors.
+
+    Args:
+        ranks: Ranks of the settings.
+        stored: Ranks of the stored tensors.
+        origin: Source of the ranks, for messages.
+
+    Raises:
+        InputError: If a rank is not a whole number from 1 to the largest stored one.
+    """
+    largest = max(stored, default=1)
+    for rank in ranks:
+        if type(rank) is not int or not 1 <= rank <= largest:
+            raise InputError(f"{origin}: rank {rank!r:.200} does not fit the stored weights; get the files again")
