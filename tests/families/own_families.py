@@ -201,7 +201,6 @@ class PixArt(FlowFamily):
     network_class = "PixArtTransformer2DModel"
     block_classes = ("BasicTransformerBlock",)
     lists = ("transformer_blocks",)
-    lora_loader = "StableDiffusionLoraLoaderMixin"
     lora_targets = ("to_q", "to_k", "to_v")
     text_field, default_guidance, constant_text = "caption_channels", 4.5, True
 

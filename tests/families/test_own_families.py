@@ -7,15 +7,23 @@ from typing import Any
 import pytest
 import torch
 from diffusers import DiffusionPipeline
+from peft import PeftModel
+from safetensors.torch import load_file
 
 from latentreward.backbones.loading import PipelineSource
+from latentreward.backbones.tuning import LoRA
 from latentreward.backbones.weights import settle
 from latentreward.contracts import PromptBatch
+from latentreward.errors import InputError
+from latentreward.export import TrainedLoRA, write_merged
 from latentreward.families import find_family
-from latentreward.generation import policy_of
+from latentreward.generation import load_lora, policy_of
+from latentreward.policies import PolicySource
 from latentreward.rollout import Sampling, sample_latents
 from tests.families import own_families
+from tests.families.made_configs import MadeConfigs
 from tests.families.twins import PROMPTS, GivenNoise, noise_for
+from tests.policies.alignment import perturbed
 from tests.tiny_pipelines import randomise
 
 SANA = {"complex_human_instruction": None, "use_resolution_binning": False}
@@ -50,3 +58,60 @@ def test_own_family_samples_as_its_pipeline(name: str, tmp_path: Path) -> None:
         theirs = pipeline(prompt=[prompt], latents=latents, output_type="latent", **settings).images
         theirs = family.unpack(theirs, family.token_grid(given)) if packed else theirs
         torch.testing.assert_close(ours[row], theirs[0], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_a_network_without_a_lora_loader_in_diffusers_is_trained_exported_and_merged(tmp_path: Path) -> None:
+    build, _, _ = FAMILIES["PixArt"]
+    pipeline, path = build(), f"{own_families.__name__}.PixArt"
+    pipeline.save_pretrained(tmp_path / "base")
+    source = PolicySource(str(tmp_path / "base"), family=path, lora=LoRA(2, 4.0))
+    lora = TrainedLoRA.of_policy(perturbed(source.load()))
+    with pytest.raises(InputError, match="diffusers has no LoRA loader for PixArt-Sigma; use format=peft"):
+        lora.write_diffusers(tmp_path)
+    folder = lora.write(tmp_path / "lora")
+    assert sorted(file.name for file in folder.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+    policy = source.load()
+    load_lora(policy, folder)
+    read = PeftModel.from_pretrained(pipeline.transformer, folder)
+    merged = load_file(
+        next((write_merged(lora, source.pipeline(), tmp_path / "merged") / "transformer").glob("*.safet*"))
+    )
+    plain = load_file(next((tmp_path / "base" / "transformer").glob("*.safetensors")))
+    for layer, (down, up) in lora.pairs.items():
+        want = 2 * up @ down
+        for network in (policy.network, read.base_model.model):
+            found = network.get_submodule(layer)
+            torch.testing.assert_close(found.get_delta_weight(found.active_adapters[0]), want, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(merged[f"{layer}.weight"] - plain[f"{layer}.weight"], want, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "place"),
+    [
+        ("lora_loader", "PixArtLoraLoaderMixin", "diffusers.loaders"),
+        ("vae_class", "AutoencoderNone", "diffusers"),
+        ("network_class", "PixArtTransformer4DModel", "diffusers"),
+        ("block_classes", ("PixArtBlock",), "diffusers.models.transformers.pixart_transformer_2d"),
+        ("text_field", "caption_chanels", "source='made configs': transformer"),
+    ],
+)
+def test_a_wrong_name_of_a_family_is_told_before_anything_is_loaded(
+    field: str, value: Any, place: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(own_families.PixArt, field, value)
+    configs = MadeConfigs({"transformer": {"caption_channels": 8, "in_channels": 4}, "vae": {"latent_channels": 4}})
+    with pytest.raises(InputError, match=r"^family: PixArt") as refused:
+        find_family(configs, f"{own_families.__name__}.PixArt")
+    assert str(refused.value) == f"family: PixArt.{field} is {value!r}, which is not in {place}"
+
+
+def test_a_wrong_list_of_blocks_is_told_when_the_network_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own_families.pixart_pipeline().save_pretrained(tmp_path)
+    monkeypatch.setattr(own_families.PixArt, "lists", ("blocks",))
+    with pytest.raises(
+        InputError, match=r"PixArt.lists is \('blocks',\), which is not in the PixArtTransformer2DModel"
+    ):
+        PolicySource(str(tmp_path), family=f"{own_families.__name__}.PixArt").load()

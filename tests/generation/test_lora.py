@@ -174,8 +174,9 @@ def test_every_tensor_is_used_or_the_file_is_refused(change: str, exported: tupl
         ({"alpha_pattern": ["to_q"]}, "alpha_pattern is .*; write a mapping"),
         ({"lora_alpha": "16"}, "alpha is '16'; write a finite number"),
         ({"lora_alpha": float("inf")}, "alpha is inf; write a finite number"),
-        ({"rank_pattern": {"to_q": 10**8}}, None),
-        ({"rank_pattern": {"(.*a.*)*(.*a.*)*(.*a.*)*b": 4}, "target_modules": "(.*a.*)*(.*a.*)*(.*a.*)*b"}, None),
+        ({"rank_pattern": {"to_q": 10**8}}, "rank 100000000 does not fit the stored weights"),
+        ({"rank_pattern": {"(.*a.*)*(.*a.*)*(.*a.*)*b": 4}}, "rank_pattern holds .*; write names of layers"),
+        ({"target_modules": "(.*a.*)*(.*a.*)*(.*a.*)*b"}, None),
         ({"lora_dropout": 0.9, "bias": "all", "layers_to_transform": [0], "modules_to_save": ["proj_out"]}, None),
     ],
 )

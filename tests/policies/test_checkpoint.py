@@ -48,8 +48,8 @@ def test_policy_of_a_checkpoint_predicts_as_the_trained_one(trainable_only: bool
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"rank": 100_000}, "lora.rank=100000 is not the rank of its weights"),
-        ({"rank": "2"}, "lora.rank='2' is not the rank of its weights"),
+        ({"rank": 100_000}, "policy_source.lora: rank 100000 does not fit the stored weights"),
+        ({"rank": "2"}, "policy_source.lora: rank '2' does not fit the stored weights"),
         ({"alpha": "4"}, "lora: alpha is '4'; write a finite number"),
         ({"alpha": float("nan")}, "lora: alpha is nan; write a finite number"),
     ],
@@ -72,20 +72,16 @@ def test_narrow_tensors_of_a_large_rank_make_no_layer(tmp_path: Path) -> None:
         f"policy.network.{name.format('B')}": torch.zeros(0, rank),
     }
     torch.save({"state_dict": state, SOURCE: {"source": "sd_tiny", "lora": {"rank": rank}}}, tmp_path / "last.ckpt")
-    with pytest.raises(InputError, match="the trained adapter has 2 of 2 tensors without a place in the network"):
+    with pytest.raises(InputError, match="trained on sd_tiny, has 2 of 2 tensors without a place in the network"):
         load_policy(tmp_path / "last.ckpt")
 
 
 @pytest.mark.slow
 def test_another_adapter_or_another_file_is_refused(tmp_path: Path) -> None:
     _, path = trained(tmp_path, "sd15")
-    with pytest.raises(
-        InputError, match=r"last\.ckpt, trained on .*sd15: lora\.rank=3 is over 2, the rank of the trained adapter"
-    ):
+    with pytest.raises(InputError, match=r"lora_A\.policy.*rank"):
         load_policy(path, tiny_source("sd15", lora=LoRA(3, 3.0)))
-    with pytest.raises(
-        InputError, match=r"trained on .*sd15: the trained adapter has 16 of 64 tensors without a place"
-    ):
+    with pytest.raises(InputError, match=r"trained on .*sd15, has 16 of 64 tensors without a place"):
         load_policy(path, tiny_source("sd21"))
     content = torch.load(path, weights_only=True)
     content["state_dict"] = {name: value for name, value in content["state_dict"].items() if POLICY not in name}

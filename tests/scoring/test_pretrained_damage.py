@@ -237,7 +237,6 @@ def test_a_foreign_head_needs_trust(tmp_path: Path) -> None:
         (lambda c: c.update(target_modules=["nothing"]), "adapter_config.json"),
         (lambda c: c.update(r="two"), "adapter_config.json"),
         (lambda c: c.update(r=3), "adapter_config.json: rank 3 does not fit"),
-        (lambda c: c.update(r=1), r"has shape \(2, 24\), expected \(1, 24\)"),
         (lambda c: c.update(rank_pattern={"(": 2}), "adapter_config.json"),
     ],
 )

@@ -69,15 +69,17 @@ def stored_ranks(network: nn.Module, shapes: Mapping[str, tuple[int, ...]], orig
     return ranks
 
 
-def check_patterns(settings: Mapping[str, Any], origin: str) -> None:
-    """Check the regular expressions in the settings of an adapter, which PEFT matches with the names of all layers.
+def check_settings(settings: Mapping[str, Any], stored: Iterable[int], origin: str) -> None:
+    """Check the settings of a stored adapter, whose patterns PEFT matches with the names of all layers.
 
     Args:
         settings: Settings by name, see :data:`~latentreward.backbones.tuning.PEFT_SETTINGS`.
+        stored: Ranks of the stored tensors.
         origin: Source of the settings, for messages.
 
     Raises:
-        InputError: If an expression is not a name with dots and escapes, or a setting has another type.
+        InputError: If an expression is not a name with dots and escapes, a setting has another type, alpha is not
+            finite, or the ranks are not those of the stored tensors.
     """
     for name in ("target_modules", "exclude_modules", "layers_pattern"):
         value = settings.get(name, [])
@@ -93,25 +95,8 @@ def check_patterns(settings: Mapping[str, Any], origin: str) -> None:
     for alpha in (settings.get("lora_alpha", 1), *settings.get("alpha_pattern", {}).values()):
         if type(alpha) not in (int, float) or not math.isfinite(alpha):
             raise InputError(f"{origin}: alpha is {alpha!r:.200}; write a finite number")
-
-
-def ranks_in(settings: Mapping[str, Any]) -> list[Any]:
-    """List the ranks that the settings of an adapter name."""
-    return [settings.get("r", 1), *settings.get("rank_pattern", {}).values()]
-
-
-def check_ranks(ranks: Iterable[Any], stored: Iterable[int], origin: str) -> None:
-    """Check before layers are made that an adapter's ranks are not larger than those of its stored tensors.
-
-    Args:
-        ranks: Ranks of the settings.
-        stored: Ranks of the stored tensors.
-        origin: Source of the ranks, for messages.
-
-    Raises:
-        InputError: If a rank is not a whole number from 1 to the largest stored one.
-    """
-    largest = max(stored, default=1)
-    for rank in ranks:
-        if type(rank) is not int or not 1 <= rank <= largest:
-            raise InputError(f"{origin}: rank {rank!r:.200} does not fit the stored weights; get the files again")
+    known = {*stored}
+    named = [settings["r"], *settings.get("rank_pattern", {}).values()] if "r" in settings else [*known]
+    wrong = [rank for rank in named if type(rank) is not int or not 1 <= rank <= max(known, default=1)]
+    if wrong or (wrong := [named[0] for rank in known if rank not in named]):
+        raise InputError(f"{origin}: rank {wrong[0]!r:.200} does not fit the stored weights; get the files again")

@@ -132,14 +132,16 @@ class Family(ABC):
         import diffusers
         from diffusers import loaders
 
-        if self.lora_loader is not None:
-            self._check_name("lora_loader", self.lora_loader, loaders, "diffusers.loaders")
+        self._require(
+            "lora_loader", self.lora_loader is None or hasattr(loaders, self.lora_loader), "diffusers.loaders"
+        )
         if type(self).load_latent_encoder is Family.load_latent_encoder:
-            self._check_name("vae_class", self.vae_class, diffusers, "diffusers")
+            self._require("vae_class", hasattr(diffusers, self.vae_class), "diffusers")
 
-    def _check_name(self, field: str, name: str, where: Any, place: str) -> None:
-        if not hasattr(where, name):
-            raise InputError(f"family: {type(self).__name__}.{field} names {name!r:.80}, which is not in {place}")
+    def _require(self, field: str, found: bool, place: str) -> None:
+        if not found:
+            value = getattr(self, field)
+            raise InputError(f"family: {type(self).__name__}.{field} is {value!r:.200}, which is not in {place}")
 
     def assumption(self) -> str | None:
         """Return what is assumed about the variant where the configs do not tell, for a line of the run's output."""

@@ -83,16 +83,13 @@ class FlowFamily(Family):
         import diffusers
 
         super().check_names()
-        if self.text_field != FlowFamily.text_field and self.text_field not in self.config:
-            raise InputError(
-                f"family: {type(self).__name__}.text_field names {self.text_field!r:.80}, which is not in "
-                f"{self.named(self.part)}"
-            )
+        found = self.text_field == FlowFamily.text_field or self.text_field in self.config
+        self._require("text_field", found, self.named(self.part))
         if type(self).load_network is FlowFamily.load_network:
-            self._check_name("network_class", self.network_class, diffusers, "diffusers")
+            self._require("network_class", hasattr(diffusers, self.network_class), "diffusers")
             module = getattr(diffusers, self.network_class).__module__
-            for name in self.block_classes:
-                self._check_name("block_classes", name, sys.modules[module], module)
+            known = [hasattr(sys.modules[module], name) for name in self.block_classes]
+            self._require("block_classes", all(known), module)
 
     def check(self) -> None:
         """See :meth:`Family.check`."""
@@ -218,8 +215,7 @@ class FlowFamily(Family):
         import diffusers
 
         network = self.pipeline.load(getattr(diffusers, self.network_class), self.part, pretrained)
-        for name in self.lists:
-            self._check_name("lists", name, network, f"the {self.network_class}")
+        self._require("lists", all(hasattr(network, name) for name in self.lists), f"the {self.network_class}")
         return network
 
     def predict(

@@ -14,14 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from latentreward.backbones.stored_adapters import (
-    CONFIG,
-    PREFIX,
-    check_patterns,
-    check_ranks,
-    plain_name,
-    stored_ranks,
-)
+from latentreward.backbones.stored_adapters import CONFIG, PREFIX, check_settings, plain_name, stored_ranks
 from latentreward.errors import InputError, first_line
 from latentreward.families import Family
 from latentreward.policies import POLICY, AdapterSwitch, Policy
@@ -32,8 +25,8 @@ LOADED = "lora"
 WEIGHTS = (".safetensors", ".bin")
 REWARD_HEAD = "head.safetensors"
 """File by which the folder of a published reward model is recognised."""
-SCALES = ("r", "lora_alpha", "alpha_pattern", "use_rslora")
-"""Settings of peft that a LoRA is loaded with. The tensors tell all others, and some of those make peft run code."""
+SCALES = ("r", "rank_pattern", "lora_alpha", "alpha_pattern", "use_rslora")
+"""Settings of peft that are read. The tensors tell all others, and some of those make peft run code."""
 
 
 def check_lora(path: Path) -> None:
@@ -73,7 +66,15 @@ def load_lora(policy: Policy, path: Path) -> None:
         weights = weights_by_layer(tensors, policy.family, path, "lora_alpha" in settings)
         shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
         ranks = stored_ranks(network, shapes, f"lora: {path}")
-        config = LoraConfig(**adapter_settings(ranks, weights, settings, f"lora: {path}"))
+        settings = {name: settings[name] for name in SCALES if settings.get(name) is not None}
+        check_settings(settings, ranks.values(), f"lora: {path}")
+        rank = Counter(ranks.values()).most_common(1)[0][0]
+        others = {f"^{re.escape(layer)}": own for layer, own in ranks.items() if own != rank}
+        if "lora_alpha" not in settings:
+            settings |= {"lora_alpha": rank, "alpha_pattern": others}
+        options = {"lora_bias": ".lora_B.bias", "use_dora": ".lora_magnitude_vector.weight"}
+        settings |= {name: any(key.endswith(end) for key in weights) for name, end in options.items()}
+        config = LoraConfig(**settings | {"r": rank, "rank_pattern": others, "target_modules": [*ranks]})
         for layer in network.modules():
             if isinstance(layer, BaseTunerLayer):
                 layer.delete_adapter(POLICY)
@@ -110,19 +111,13 @@ def read_tensors(path: Path, part: str) -> tuple[dict[str, Tensor], dict[str, An
     return tensors, {name.removeprefix(f"{part}."): v for name, v in metadata.items() if name.startswith(f"{part}.")}
 
 
-def weights_by_layer(
-    tensors: Mapping[str, Tensor], family: Family, path: Path, scaled: bool = False
-) -> dict[str, Tensor]:
-    """Return A and B of each layer by the names ``LAYER.lora_A.weight``, B multiplied by alpha / rank of the tensors.
+def weights_by_layer(tensors: Mapping[str, Tensor], family: Family, path: Path, scaled: bool) -> dict[str, Tensor]:
+    """Return A and B of each layer by the names ``LAYER.lora_A.weight``.
 
-    Args:
-        tensors: Tensors of a LoRA file by name.
-        family: Family of the policy.
-        path: LoRA file, for messages.
-        scaled: Whether alpha stands in the file's settings.
+    Unless the file's settings tell alpha (``scaled``), B is multiplied by alpha / rank where a tensor tells alpha.
 
     Raises:
-        InputError: If the file has tensors of other parts than the family's network, two of one name, or some that
+        InputError: If the file has several adapters, tensors of other parts than the family's network or some that
             diffusers leaves out while it converts the names, or names as in memory without an alpha.
     """
     from diffusers import loaders  # importing the pipeline classes would load image processors and print warnings
@@ -163,32 +158,8 @@ def weights_by_layer(
     start = f"{family.part}."
     weights = {name.removeprefix(start): w.detach() for name, w in convert_unet_state_dict_to_peft(weights).items()}
     alphas = {name.removeprefix(start).removesuffix(".alpha"): float(alpha) for name, alpha in alphas.items()}
-    for name, alpha in convert_unet_state_dict_to_peft(alphas).items():
+    for name, alpha in convert_unet_state_dict_to_peft({} if scaled else alphas).items():
         layer = name.rpartition(".lora_")[0] or name
         scale = alpha / len(weights[f"{layer}.lora_A.weight"])
         weights[f"{layer}.lora_B.weight"] = weights[f"{layer}.lora_B.weight"] * scale
     return weights
-
-
-def adapter_settings(
-    ranks: Mapping[str, int], weights: Mapping[str, Tensor], stored: Mapping[str, Any], origin: str
-) -> dict[str, Any]:
-    """Return peft's settings for an adapter: the scale as stored, all others from the tensors themselves.
-
-    Raises:
-        InputError: If a stored setting has the wrong type, or a rank that no tensor has.
-    """
-    settings = {name: stored[name] for name in SCALES if stored.get(name) is not None}
-    check_patterns(settings, origin)
-    check_ranks([settings.get("r", 1)], ranks.values(), origin)
-    rank = Counter(ranks.values()).most_common(1)[0][0]
-    others = {f"^{re.escape(layer)}": own for layer, own in ranks.items() if own != rank}
-    scale = {} if "lora_alpha" in settings else {"lora_alpha": rank, "alpha_pattern": others}
-    tensors = {
-        "r": rank,
-        "rank_pattern": others,
-        "target_modules": [*ranks],
-        "lora_bias": any(name.endswith(".lora_B.bias") for name in weights),
-        "use_dora": any(".lora_magnitude_vector." in name for name in weights),
-    }
-    return settings | scale | tensors

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from latentreward.backbones.stored_adapters import check_patterns, plain_name
+from latentreward.backbones.stored_adapters import check_settings, plain_name, stored_ranks
 from latentreward.backbones.tuning import LoRA
 from latentreward.checkpoints.base_weights import BaseSample
 from latentreward.checkpoints.shards import read_checkpoint
-from latentreward.errors import InputError, errors_at, first_line
+from latentreward.errors import InputError, first_line
 from latentreward.families import is_foreign
 from latentreward.policies.loading import PolicySource
 from latentreward.policies.policy import POLICY, Policy
@@ -62,13 +62,9 @@ def read_policy_adapter(checkpoint: Path | str, trusted: bool = False) -> SavedA
         source = PolicySource(**record, lora=LoRA(**content[SOURCE]["lora"]))
     except (TypeError, AttributeError, KeyError) as error:
         raise InputError(f"checkpoint: {checkpoint}: {SOURCE} is of another version ({first_line(error)})") from error
-    ranks = {tuple(tensor.shape[:1]) for name, tensor in weights.items() if ".lora_A." in name}
-    if ranks != {(source.lora.rank,)}:
-        raise InputError(
-            f"checkpoint: {checkpoint}: {SOURCE}.lora.rank={source.lora.rank!r:.80} is not the rank of its weights; "
-            "get it again"
-        )
-    check_patterns({"lora_alpha": source.lora.alpha}, f"checkpoint: {checkpoint}: {SOURCE}.lora")
+    ranks = [len(tensor) for name, tensor in weights.items() if ".lora_A." in name]
+    settings = {"r": source.lora.rank, "lora_alpha": source.lora.alpha}
+    check_settings(settings, ranks, f"checkpoint: {checkpoint}: {SOURCE}.lora")
     if not isinstance(source.family, str | None):
         raise InputError(
             f"checkpoint: {checkpoint} has family={source.family!r:.80}, which is no import path; get it again"
@@ -101,9 +97,12 @@ def load_policy(checkpoint: Path | str, source: PolicySource | None = None) -> P
             that run, or the adapter does not fit ``source``.
     """
     saved = read_policy_adapter(checkpoint, trusted=source is not None)
-    stored = {network_name(name): tensor for name, tensor in saved.weights.items()}
-    with errors_at(f"checkpoint: {checkpoint}, trained on {saved.source.source}: "):
-        policy = (source or saved.source).load(stored=stored)
+    shapes = {network_name(name): tuple(tensor.shape) for name, tensor in saved.weights.items()}
+    source = source or saved.source
+    with torch.device("meta"):  # before layers of a stranger's ranks take memory
+        network = source.resolve_family().load_network(pretrained=False)
+    stored_ranks(network, shapes, f"checkpoint: {checkpoint}, trained on {saved.source.source},")
+    policy = source.load()
     if saved.base is not None:
         BaseSample.of(policy, policy.source).check(saved.base)
     load_adapter(policy, saved.weights, str(checkpoint))

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from latentreward.backbones.loading import PipelineSource, set_execution
 from latentreward.backbones.quantization import Quantization, check_quantization
-from latentreward.backbones.stored_adapters import stored_ranks
 from latentreward.backbones.tuning import LoRA, StorageDtype, shown_as_float32
 from latentreward.backbones.weights import settle
 from latentreward.contracts import LatentSpace
@@ -88,17 +85,15 @@ class PolicySource:
         """Return the latent space of the pipeline's VAE, read without loading the VAE."""
         return self.resolve_family().latent_space
 
-    def load(self, seed: int = 0, stored: Mapping[str, Tensor] | None = None) -> Policy:
+    def load(self, seed: int = 0) -> Policy:
         """Load network, text encoders and VAE frozen, and add the trainable adapter.
 
         Args:
             seed: Seed of the adapter's initial values.
-            stored: Tensors of the adapter by plain names, which will be loaded into it. They are compared with the
-                network and with ``lora.rank`` before the adapter takes memory.
 
         Raises:
-            InputError: If the source is not a supported text-to-image pipeline, ``t5_length`` is negative, no layer
-                matches ``lora.target_modules``, or ``stored`` does not fit.
+            InputError: If the source is not a supported text-to-image pipeline, ``t5_length`` is negative, or no layer
+                matches ``lora.target_modules``.
         """
         if self.t5_length is not None and self.t5_length < 0:
             raise InputError(f"t5_length={self.t5_length} must be at least 0")
@@ -109,14 +104,6 @@ class PolicySource:
         text_encoder = family.load_prompt_encoder(self.t5_length, self.load_t5)
         network = family.load_network()
         network.requires_grad_(False)
-        if stored is not None:
-            shapes = {name: tuple(tensor.shape) for name, tensor in stored.items()}
-            largest = max(stored_ranks(network, shapes, "the trained adapter").values())
-            if self.lora.rank > largest:
-                raise InputError(
-                    f"lora.rank={self.lora.rank} is over {largest}, the rank of the trained adapter; give the lora "
-                    "(rank, target_modules) that it was trained with"
-                )
         add_lora(network, self.lora, POLICY, seed, family)
         text_encoder.requires_grad_(False)
         dtype = getattr(torch, self.frozen_dtype)

@@ -13,15 +13,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from latentreward.backbones.stored_adapters import (
-    CONFIG,
-    PREFIX,
-    WEIGHTS,
-    check_patterns,
-    check_ranks,
-    ranks_in,
-    stored_ranks,
-)
+from latentreward.backbones.stored_adapters import CONFIG, PREFIX, WEIGHTS, check_settings, stored_ranks
 from latentreward.backbones.tuning import PEFT_SETTINGS
 from latentreward.errors import InputError
 from latentreward.scoring.files import compare_tensors, existing_folder, read_safetensors
@@ -103,10 +95,9 @@ def inject_adapter(network: nn.Module, folder: Path) -> None:
     path = existing_folder(folder, CONFIG, WEIGHTS) / CONFIG
     settings = read_config(path)
     known = {name: settings[name] for name in PEFT_SETTINGS if settings.get(name) is not None}
-    origin = f"cannot load {path}"
-    check_patterns(known, origin)
     shapes = {name.removeprefix(PREFIX): shape for name, shape in shapes_in(folder / WEIGHTS).items()}
-    check_ranks(ranks_in(known), stored_ranks(network, shapes, f"cannot load {folder / WEIGHTS}: it").values(), origin)
+    ranks = stored_ranks(network, shapes, f"cannot load {folder / WEIGHTS}: it")
+    check_settings(known, ranks.values(), f"cannot load {path}")
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")

@@ -15,7 +15,7 @@ import yaml
 from torch import Tensor, nn
 
 from latentreward.backbones import DiffusionBackbone, backbone_names
-from latentreward.backbones.stored_adapters import check_ranks
+from latentreward.backbones.stored_adapters import check_settings
 from latentreward.backbones.weights import assign, settling_later
 from latentreward.checkpoints.base_weights import (
     BaseSample,
@@ -194,7 +194,7 @@ class TrainedReward(SharingReward):
         lora = self._parts["backbone"].init_args.get("lora")
         if is_ours(self._parts["backbone"]) and isinstance(lora, Mapping) and "rank" in lora:
             stored = [len(tensor) for name, tensor in state.items() if ".lora_A." in name]
-            check_ranks([lora["rank"]], stored, f"cannot load {self.config}")
+            check_settings({"r": lora["rank"]}, stored, f"cannot load {self.config}")
         with settling_later():
             with torch.random.fork_rng(devices=[]):  # initial values are random but overwritten below
                 model, as_trained = self._fitting(self._backbone())
