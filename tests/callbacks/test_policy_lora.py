@@ -14,7 +14,6 @@ from torch.utils.data import DataLoader
 from latentreward.errors import InputError
 from tests.policies.alignment import Matching, tiny_source
 
-
 SCALE = 2.0
 """alpha / rank of the runs here, by which B is multiplied in the LoRA file."""
 
