@@ -9,11 +9,12 @@ from inspect import signature
 from pathlib import Path
 from typing import Any, Literal
 
+from latentreward.callbacks.run_progress import total_steps
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+from torch.optim.lr_scheduler import CyclicLR, LRScheduler, OneCycleLR, ReduceLROnPlateau
 
 from latentreward.errors import InputError
 
@@ -22,6 +23,8 @@ logger = logging.getLogger(__name__)
 TUNER_FILES = (".lr_find_", ".scale_batch_size_")
 """Prefixes of the files from which Lightning's tuner restores the state before its search, which is not a resume."""
 SAME_SCHEDULE = "give the model.lr_scheduler that it was trained with, or --resume_override=[schedule]"
+OWN_RATES = (OneCycleLR, CyclicLR)
+"""Schedules whose own settings give the learning rates, whatever the optimiser's is."""
 SCHEDULE_VALUES = {"initial_lr", "max_lr", "min_lr", "max_momentum", "base_momentum"}
 """Entries that schedules add to an optimiser's parameter groups."""
 
@@ -44,7 +47,8 @@ class ResumedSettings(Callback):
 
     Raises:
         InputError: If the checkpoint's schedule or optimiser is of another class than the given one, or its optimiser
-            has other parameters, or ``override`` names ``lr`` alone while the schedules differ.
+            has other parameters; ``override`` names ``lr`` alone while the schedules differ; a OneCycleLR is shorter
+            than the run.
 
     Example:
         ``--resume_override=[lr,schedule]`` on the command line; ``Trainer(callbacks=[ResumedSettings(["lr"])])``.
@@ -100,14 +104,26 @@ class ResumedSettings(Callback):
             raise InputError("the checkpoint's optimiser has other parameters; tuning and head must be as in training")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Compare the settings with the restored state, report differences, and apply the overrides."""
-        if self._saved_schedules is None:
-            return
-        self._compare_optimizers(trainer)
-        if "schedule" not in self.override:
-            self._restore_schedules(trainer, self._saved_schedules)
-        if self.override & {"lr", "schedule"}:
-            self._replay(trainer, self._saved_schedules)
+        """Compare the settings with the restored state, report differences, and apply the overrides.
+
+        Raises:
+            InputError: If a OneCycleLR ends before the run.
+        """
+        if self._saved_schedules is not None:
+            self._compare_optimizers(trainer)
+            if "schedule" not in self.override:
+                self._restore_schedules(trainer, self._saved_schedules)
+            if self.override & {"lr", "schedule"}:
+                self._replay(trainer, self._saved_schedules)
+        end = total_steps(trainer) or 0
+        for scheduler in (config.scheduler for config in trainer.lr_scheduler_configs if config.interval == "step"):
+            if isinstance(scheduler, OneCycleLR) and scheduler.total_steps < end:
+                remedy = f"give --model.lr_scheduler.total_steps {end}"
+                raise InputError(
+                    f"model.lr_scheduler: OneCycleLR ends at total_steps={scheduler.total_steps}, before the run's "
+                    f"{end} optimiser steps; {remedy}"
+                    + ("" if self._saved_schedules is None else " and --resume_override=[schedule]")
+                )
         self._saved_schedules, self._saved_groups, self._saved_optimizers = None, [], []
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -193,12 +209,16 @@ class ResumedSettings(Callback):
 
         Stepping works for every class of schedule: many compute a learning rate from the previous one.
         """
+        own = any(isinstance(config.scheduler, OWN_RATES) for config in trainer.lr_scheduler_configs)
         for optimizer, groups in zip(trainer.optimizers, self._groups, strict=True):
             for group, given in zip(optimizer.param_groups, groups, strict=True):
-                base = base_rate(given if "lr" in self.override else group)
+                base = base_rate(given if own or "lr" in self.override else group)
                 factor = plain(given["lr"]) / plain(base_rate(given)) if plain(base_rate(given)) else 1.0
+                cycled = {"betas", "momentum"} if "max_momentum" in group else set()
+                for name in SCHEDULE_VALUES:
+                    group.pop(name, None)
+                group |= {name: given[name] for name in given.keys() & (SCHEDULE_VALUES | cycled)}
                 group["lr"] = base * factor  # as the schedule's constructor left it
-                group.pop("initial_lr", None)
                 if "initial_lr" in given:
                     group["initial_lr"] = base
         for number, (config, fresh) in enumerate(zip(trainer.lr_scheduler_configs, self._schedules, strict=True)):

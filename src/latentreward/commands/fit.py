@@ -11,6 +11,7 @@ from itertools import chain, count
 from pathlib import Path
 from pydoc import locate
 from tempfile import TemporaryDirectory
+from traceback import walk_tb
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -26,7 +27,10 @@ from lightning.pytorch.callbacks import (
     ModelCheckpoint,
     ModelSummary,
     ProgressBar,
+    StochasticWeightAveraging,
+    WeightAveraging,
 )
+from lightning.pytorch.callbacks.early_stopping import EarlyStoppingReason
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
@@ -62,6 +66,7 @@ from latentreward.commands.run_folder import (
     run_folder,
     settle_folder,
     tell_earlier_run,
+    without_slashes,
 )
 from latentreward.data import PairReader
 from latentreward.data.datamodules import PairLoaders
@@ -332,6 +337,7 @@ class TrainingCLI(LightningCLI):
             check_checkpoint(local, given)
             if self.command == "fit":
                 check_resumable(local, given)
+        refuse_averaging(settings["trainer"])
         with constructor_errors(), sharing_between(ranks_per_machine(settings["trainer"])):
             super().instantiate_classes()
         if type(self.trainer.strategy.checkpoint_io) is TorchCheckpointIO:
@@ -369,6 +375,9 @@ class TrainingCLI(LightningCLI):
         if self.command == "test" and not any(isinstance(callback, AccuracyInterval) for callback in given):
             added.append(AccuracyInterval())
         trainer = super().instantiate_trainer(**kwargs)
+        for keeper in trainer.checkpoint_callbacks:
+            if isinstance(keeper, ModelCheckpoint):
+                without_slashes(keeper)
         charted = any(isinstance(log, TensorBoardLogger) for log in trainer.loggers)
         if self.command == "fit" and charted and not any(isinstance(one, TensorBoardCharts) for one in given):
             added.append(TensorBoardCharts())
@@ -411,6 +420,12 @@ class TrainingCLI(LightningCLI):
         """Say what the run has written, and where."""
         if self.trainer.is_global_zero and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
             print("\n".join(result_lines(self.trainer)), file=sys.stderr)
+        for stop in self.trainer.early_stopping_callbacks:
+            if stop.stopping_reason == EarlyStoppingReason.NON_FINITE_METRIC:
+                raise InputError(
+                    f"trainer.callbacks: EarlyStopping ended the run, because {stop.monitor} is not finite; a "
+                    "validation split of ties alone has no accuracy; monitor another metric"
+                )
 
     def _find_checkpoint(self) -> None:
         """Replace ``ckpt_path: last`` by the path of the newest ``last`` checkpoint, if there is one; ``hpc`` likewise.
@@ -484,6 +499,20 @@ def constructor_errors() -> Iterator[None]:
             "trainer.callbacks: of two alike the states cannot be told apart; for two ModelCheckpoint, let "
             "monitor, mode, every_n_train_steps or every_n_epochs differ"
         ) from error
+
+
+def refuse_averaging(trainer: Namespace) -> None:
+    """Raise InputError for Lightning's callbacks that average weights.
+
+    They copy the frozen network too. ``StochasticWeightAveraging`` puts its average into no checkpoint.
+    """
+    for one in trainer.get("callbacks") or []:
+        kind: Any = locate(one.class_path) if isinstance(one, Namespace) else None
+        if isinstance(kind, type) and issubclass(kind, WeightAveraging | StochasticWeightAveraging):
+            raise InputError(
+                f"trainer.callbacks: {kind.__name__} copies the frozen network too; use "
+                "latentreward.callbacks.TrainableEMA, whose average is resumed, validated, and written by consolidate"
+            )
 
 
 def check_data(command: str, settings: Namespace) -> None:
@@ -693,5 +722,10 @@ def _run(command: str, arguments: Sequence[str]) -> "tuple[Estimate | None, Sequ
                 return done.estimated, done.card
     except MisconfigurationException as error:
         raise InputError(str(error)) from error
+    except ValueError as error:
+        *_, (frame, _) = walk_tb(error.__traceback__)
+        if not str(frame.f_globals.get("__name__")).startswith(("lightning.pytorch.", "torch.optim.")):
+            raise
+        raise InputError(summarise(str(error))) from error  # such as a val_check_interval above an epoch
     except SIGTERMException as stop:
         sys.exit(stop.code or TERMINATED)

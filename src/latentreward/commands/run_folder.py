@@ -105,6 +105,13 @@ def last_checkpoint(trainer: Trainer) -> Path | None:
     return newest_intact(candidates)
 
 
+def without_slashes(keeper: ModelCheckpoint) -> None:
+    """Let ``{val/accuracy}`` in a checkpoint's name become ``val_accuracy=0.71``; a slash would make a folder."""
+    if keeper.auto_insert_metric_name and re.search(r"\{[^}]*/", keeper.filename or ""):
+        named = re.sub(r"\{([^}:]+)", lambda found: f"{found[1].replace('/', '_')}={found[0]}", keeper.filename or "")
+        keeper.filename, keeper.auto_insert_metric_name = named, False
+
+
 def result_lines(trainer: Trainer) -> Iterator[str]:
     """Yield lines that name what a run of ``fit`` has written: checkpoints, LoRA, pictures, log."""
     folder = Path(trainer.log_dir or trainer.default_root_dir)
@@ -119,6 +126,9 @@ def result_lines(trainer: Trainer) -> Iterator[str]:
         path = (lora if word == "LoRA" else None) or folder / name
         if path.exists():
             yield f"  {word}: {path}"
+    for stop in trainer.early_stopping_callbacks:
+        if stop.stopping_reason_message:
+            yield f"  ended by EarlyStopping: {stop.stopping_reason_message.partition(' Signaling')[0]}"
     if trainer.loggers:
         shows = any(isinstance(logger, TensorBoardLogger) for logger in trainer.loggers)
         yield f"  log: {folder}" + (f" (tensorboard --logdir {folder})" if shows else "")

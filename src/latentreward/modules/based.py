@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, Self
 
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.strategies import FSDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
@@ -20,6 +20,7 @@ from latentreward.errors import InputError
 from latentreward.modules.frozen import refuse_quantized, share_frozen
 from latentreward.modules.fsdp1 import FSDP1Precision
 from latentreward.modules.optimizers import single_optimizer
+from latentreward.modules.schedules import PlateauSteps
 from latentreward.seeding import run_seed
 
 UNSEEN = ("quantization", "family")
@@ -177,6 +178,10 @@ class BasedModule(LightningModule):
         self.log("train/lr", optimizer.param_groups[0]["lr"])
         if not isinstance(self.trainer.strategy, FSDPStrategy):
             self.log("train/grad_norm", gradient_norm(self.parameters()))
+
+    def configure_callbacks(self) -> list[Callback]:
+        """Return the callback that steps a schedule which follows a metric."""
+        return [PlateauSteps()]
 
     def on_fit_start(self) -> None:
         """Rebuild the optimiser and its schedule if the callback ``LearningRateFinder`` has found a learning rate.

@@ -5,8 +5,10 @@ from typing import Any
 
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import nn
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from latentreward.errors import InputError
+from latentreward.modules.schedules import NEVER
 
 
 def single_optimizer(
@@ -26,7 +28,7 @@ def single_optimizer(
         lr: Learning rate before any schedule; None keeps the optimiser's own.
 
     Raises:
-        InputError: If the optimiser refuses its settings.
+        InputError: If the optimiser refuses its settings, or a ReduceLROnPlateau has no ``monitor``.
     """
     trained = [parameter for parameter in parameters if parameter.requires_grad]
     groups: list[dict[str, Any]] = [
@@ -44,4 +46,12 @@ def single_optimizer(
         group["lr"] = group["lr"] if lr is None else lr
     if lr_scheduler is None:
         return built
-    return {"optimizer": built, "lr_scheduler": {"scheduler": lr_scheduler(built), "interval": "step"}}
+    schedule: dict[str, Any] = {"scheduler": lr_scheduler(built), "interval": "step"}
+    if isinstance(schedule["scheduler"], ReduceLROnPlateau):
+        if not hasattr(schedule["scheduler"], "monitor"):
+            raise InputError(
+                "model.lr_scheduler: ReduceLROnPlateau of torch has no monitor; take "
+                "lightning.pytorch.cli.ReduceLROnPlateau, with monitor: val/accuracy and mode: max, for example"
+            )
+        schedule |= {"monitor": schedule["scheduler"].monitor, "interval": "epoch", "frequency": NEVER}
+    return {"optimizer": built, "lr_scheduler": schedule}

@@ -3,11 +3,15 @@
 import math
 from typing import Literal, get_args
 
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from latentreward.errors import InputError, did_you_mean
 
+NEVER = 2**62
+"""Frequency, in epochs, at which Lightning steps a ReduceLROnPlateau: :class:`PlateauSteps` does it instead."""
 Decay = Literal["none", "linear", "cosine"]
 
 
@@ -55,3 +59,27 @@ class WarmupSchedule(LambdaLR):
             return 1.0
         left = max(0.0, 1.0 - (step - self.warmup_steps) / (self.total_steps - self.warmup_steps))
         return left if self.decay == "linear" else 0.5 * (1.0 - math.cos(math.pi * left))
+
+
+class PlateauSteps(Callback):
+    """Callback that steps a ReduceLROnPlateau with its metric after each validation, before checkpoints are saved.
+
+    Lightning steps it after the checkpoint of an epoch's end, so that a resumed run would lack that step.
+
+    Raises:
+        InputError: If the validation logs no metric of that name.
+    """
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Step the schedules that follow a metric; a sanity check only looks for the metric."""
+        if trainer.state.fn != TrainerFn.FITTING:
+            return
+        for config in trainer.lr_scheduler_configs:
+            if config.reduce_on_plateau:
+                if (metric := trainer.callback_metrics.get(str(config.monitor))) is None:
+                    known = ", ".join(sorted(trainer.callback_metrics))
+                    raise InputError(
+                        f"model.lr_scheduler.monitor: {config.monitor} is not one of the validation's metrics: {known}"
+                    )
+                if not trainer.sanity_checking:
+                    config.scheduler.step(metric)
