@@ -148,7 +148,7 @@ class PipelineSource:
 
     def has(self, part: str) -> bool:
         """Tell whether the pipeline has ``part``."""
-        named = self.index.get(part)  # other entries of model_index.json are values of any kind
+        named: Any = self.index.get(part)  # other entries of model_index.json are values of any kind
         return _names_class(named) and bool(named[0])
 
     def _require(self, part: str) -> None:
@@ -214,11 +214,7 @@ class PipelineSource:
         return self._load(SD3Transformer2DModel, "transformer", pretrained, mapped)
 
     def noise_process(self) -> NoiseProcess:
-        """Return the forward noise process that the pipeline's scheduler config describes.
-
-        Raises:
-            InputError: If the scheduler is of an unknown class, or of a flow beside a U-Net, or of DDPM beside SD3.
-        """
+        """Return the forward noise process that the pipeline's scheduler config describes, if it fits the network."""
         config = self.config("scheduler")
         if self.has("unet"):
             return process_from_scheduler(config, DDPM_SCHEDULERS)

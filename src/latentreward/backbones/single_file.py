@@ -9,18 +9,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from latentreward.errors import InputError, first_line
 from latentreward.storage.weight_files import MappedWeights, map_weights
 
 
 def find_configs(path: Path) -> str:
-    """Return the folder, or the hub id, with the configs of a single-file checkpoint.
-
-    Args:
-        path: The checkpoint; ``model.safetensors`` has its configs in ``model/``, or those of the published pipeline
-            that diffusers recognises by names and shapes of its tensors.
+    """Return the folder beside a checkpoint, or the hub id, with the configs of its kind, as diffusers recognises it.
 
     Raises:
         InputError: If the file is no safetensors file, or its tensors are those of no pipeline.
@@ -60,7 +54,7 @@ def weights_of_part(path: Path, family: type[Any], config: Any, source: str, par
     from diffusers.loaders import single_file_model, single_file_utils
 
     stored = map_weights([path])
-    tensors: dict[str, Tensor] = dict(stored.tensors)
+    tensors = dict(stored.tensors)  # the converters take tensors out
     try:
         if rules := single_file_model.SINGLE_FILE_LOADABLE_CLASSES.get(family.__name__):
             found = rules["checkpoint_mapping_fn"](checkpoint=tensors, config=config)

@@ -12,25 +12,12 @@ from latentreward.storage.json_files import entry
 EULER = "FlowMatchEulerDiscreteScheduler"
 FLOW_SCHEDULERS = (EULER, "FlowMatchHeunDiscreteScheduler")
 """Schedulers of a rectified flow with a fixed shift."""
-DDPM_SCHEDULERS = (
-    "DDIMScheduler",
-    "DDIMParallelScheduler",
-    "DDPMScheduler",
-    "DDPMParallelScheduler",
-    "DEISMultistepScheduler",
-    "DPMSolverMultistepScheduler",
-    "DPMSolverSDEScheduler",
-    "DPMSolverSinglestepScheduler",
-    "EulerAncestralDiscreteScheduler",
-    "EulerDiscreteScheduler",
-    "HeunDiscreteScheduler",
-    "KDPM2AncestralDiscreteScheduler",
-    "KDPM2DiscreteScheduler",
-    "LMSDiscreteScheduler",
-    "PNDMScheduler",
-    "SASolverScheduler",
-    "UniPCMultistepScheduler",
+_SAMPLERS = (
+    "DDIM DDIMParallel DDPM DDPMParallel DEISMultistep DPMSolverMultistep DPMSolverSDE DPMSolverSinglestep "
+    "EulerAncestralDiscrete EulerDiscrete HeunDiscrete KDPM2AncestralDiscrete KDPM2Discrete LMSDiscrete PNDM SASolver "
+    "UniPCMultistep"
 )
+DDPM_SCHEDULERS = tuple(f"{name}Scheduler" for name in _SAMPLERS.split())
 """Schedulers that differ only in their sampler: networks for one of them are sampled by DDIM with its config too."""
 DISTILLED = ("LCMScheduler", "TCDScheduler", "FlowMatchLCMScheduler", "SCMScheduler", "CMStochasticIterativeScheduler")
 """Schedulers of networks that were distilled to few steps, whose predictions are no steps of a noise process."""

@@ -36,12 +36,7 @@ def silence() -> str:
 
 
 def not_found(name: str, reason: str) -> str:
-    """Describe a name that is no path here and that the hub does not give, with the remedy, for messages.
-
-    Args:
-        name: Path or hub id.
-        reason: Why the hub does not give it.
-    """
+    """Describe a name that is no path here and that the hub does not give for ``reason``, with the remedy."""
     folder, _, last = name.rpartition("/")
     if folder and Path(folder).is_dir():
         return f"does not exist: {folder} holds no {last}, and the hub does not give it ({reason}); check the path"

@@ -151,15 +151,7 @@ def find_weights(
 
 
 def _remedy(source: str, place: str, stem: str, variant: str | None, told: ModelInfo | None) -> str:
-    """Return what to do about weights that are not where they were looked for, by the files that are there.
-
-    Args:
-        source: Folder or hub id.
-        place: Folder inside ``source`` with a slash, or an empty text.
-        stem: See :func:`find_weights`.
-        variant: See :func:`find_weights`.
-        told: The hub's information about ``source``; None reads the folder, or the local cache.
-    """
+    """Return what to do about weights that are not there, by the other files; ``told`` is the hub's list of them."""
     folder = (Path(source) if Path(source).is_dir() else cached_files(source) or Path(source)) / place
     listed = folder.iterdir() if folder.is_dir() else ()
     names = sorted(
