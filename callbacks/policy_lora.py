@@ -37,9 +37,26 @@ class PolicyLoRA(Callback):
         self._written: int | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Raise InputError for a module that trains no policy."""
+        """Write the LoRA after each checkpoint, so that a kill leaves none that is ahead of the checkpoints.
+
+        Lightning has no hook after a checkpoint, so the strategy's method that writes it is wrapped.
+
+        Raises:
+            InputError: If the module trains no policy.
+        """
         if not isinstance(pl_module, AlignmentModule):
             raise InputError(f"PolicyLoRA: a {type(pl_module).__name__} has no policy; use it in alignment alone")
+        save = trainer.strategy.save_checkpoint
+
+        def save_both(*args: Any, **options: Any) -> None:
+            save(*args, **options)
+            self._write(trainer, pl_module)
+
+        trainer.strategy.save_checkpoint = save_both  # type: ignore[method-assign]
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Give the strategy its own method back."""
+        vars(trainer.strategy).pop("save_checkpoint", None)
 
     def _write(self, trainer: Trainer, pl_module: LightningModule) -> None:
         folder = self.folder or Path(trainer.log_dir or ".") / "lora"  # collective, as of_policy is
@@ -49,11 +66,12 @@ class PolicyLoRA(Callback):
             lora.write(folder)
         self._written = trainer.global_step
 
-    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Write the LoRA of the weights that the checkpoint gets."""
-        self._write(trainer, pl_module)
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write the LoRA of the checkpoint that a run is resumed from, which a kill may have left without its own."""
+        if trainer.ckpt_path:
+            self._write(trainer, pl_module)
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write the LoRA at the end of training, unless a checkpoint of the same optimiser step has."""
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write the LoRA at the end, also of a run that was complete, unless one of this optimiser step is written."""
         if self._written != trainer.global_step:
             self._write(trainer, pl_module)

@@ -1,10 +1,13 @@
 """The LoRA that a run leaves for diffusers."""
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from latentreward.callbacks import PolicyLoRA
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.demos.boring_classes import BoringModel
@@ -12,10 +15,19 @@ from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 
 from latentreward.errors import InputError
+from latentreward.export.kohya import write_kohya
+from latentreward.export.lora import FILE, TrainedLoRA
 from tests.policies.alignment import Matching, tiny_source
 
 SCALE = 2.0
 """alpha / rank of the runs here, by which B is multiplied in the LoRA file."""
+
+
+class Fault(Callback):
+    """Ends a resumed run in its first step."""
+
+    def on_train_batch_start(self, *args: object) -> None:
+        raise KeyError("a fault")
 
 
 class StopAfter(Callback):
@@ -26,9 +38,21 @@ class StopAfter(Callback):
             raise KeyError("a fault")
 
 
-def fit(folder: Path, *callbacks: Callback) -> Matching:
+class Watched(TorchCheckpointIO):
+    """Notes at each checkpoint whether a LoRA is there, which belongs to the checkpoint before."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        self.lora, self.before = folder / "lora" / FILE, []
+
+    def save_checkpoint(self, *args: Any, **options: Any) -> None:
+        self.before.append(self.lora.exists())
+        super().save_checkpoint(*args, **options)
+
+
+def fit(folder: Path, *callbacks: Callback, ckpt_path: Path | None = None, io: Watched | None = None) -> Matching:
     module = Matching(tiny_source("sd35_no_t5"))
-    saver = ModelCheckpoint(folder, every_n_train_steps=2, save_top_k=-1)
+    saver = ModelCheckpoint(folder, filename="{step}", every_n_train_steps=1, save_top_k=-1)
     trainer = Trainer(
         accelerator="cpu",
         max_steps=3,
@@ -37,8 +61,9 @@ def fit(folder: Path, *callbacks: Callback) -> Matching:
         enable_model_summary=False,
         callbacks=[saver, *callbacks],
         default_root_dir=folder,
+        plugins=[io] if io else None,
     )
-    trainer.fit(module, DataLoader(["a cat", "two dogs", "a tree"], batch_size=1))
+    trainer.fit(module, DataLoader(["a cat", "two dogs", "a tree"], batch_size=1), ckpt_path=ckpt_path)
     return module
 
 
@@ -58,8 +83,8 @@ def test_lora_is_the_one_of_the_end_of_training(tmp_path: Path) -> None:
 def test_lora_of_the_last_checkpoint_outlives_a_fault(tmp_path: Path) -> None:
     with pytest.raises(KeyError):
         fit(tmp_path, PolicyLoRA(tmp_path / "mine"), StopAfter())
-    (checkpoint,) = tmp_path.glob("*.ckpt")
-    saved = torch.load(checkpoint, weights_only=True)["state_dict"]
+    assert sorted(path.name for path in tmp_path.glob("*.ckpt")) == ["step=1.ckpt", "step=2.ckpt"]
+    saved = torch.load(tmp_path / "step=2.ckpt", weights_only=True)["state_dict"]
     written = lora_b(load_file(tmp_path / "mine" / "pytorch_lora_weights.safetensors"), "transformer.")
     # The checkpoint, from which a run resumes, holds B as it is trained.
     torch.testing.assert_close(written, SCALE * lora_b(saved, "policy.network."), rtol=0, atol=0)
@@ -68,3 +93,26 @@ def test_lora_of_the_last_checkpoint_outlives_a_fault(tmp_path: Path) -> None:
 def test_module_without_a_policy_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="BoringModel has no policy"):
         Trainer(fast_dev_run=1, logger=False, callbacks=[PolicyLoRA()], default_root_dir=tmp_path).fit(BoringModel())
+
+
+@pytest.mark.slow
+def test_a_lora_is_never_ahead_of_its_checkpoint_and_is_written_again_on_resuming(tmp_path: Path) -> None:
+    watched = Watched(tmp_path)
+    fit(tmp_path, PolicyLoRA(), io=watched)
+    assert watched.before == [False, True, True]
+    whole = watched.lora.read_bytes()
+    watched.lora.unlink()
+    fit(tmp_path, PolicyLoRA(), ckpt_path=tmp_path / "step=3.ckpt")  # nothing to train
+    assert watched.lora.read_bytes() == whole
+    with pytest.raises(KeyError):
+        fit(tmp_path, Fault(), PolicyLoRA(tmp_path / "second"), ckpt_path=tmp_path / "step=2.ckpt")
+    saved = torch.load(tmp_path / "step=2.ckpt", weights_only=True)["state_dict"]
+    written = lora_b(load_file(tmp_path / "second" / FILE), "transformer.")
+    torch.testing.assert_close(written, SCALE * lora_b(saved, "policy.network."), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("write", [TrainedLoRA.write_diffusers, write_kohya])
+def test_equal_weights_give_equal_bytes(write: Callable[[TrainedLoRA, Path], Path], tmp_path: Path) -> None:
+    lora = TrainedLoRA.of_policy(tiny_source("sd35_no_t5").load())
+    assert len({write(lora, tmp_path).read_bytes() for _ in range(8)}) == 1
+    assert load_file(next(tmp_path.iterdir())).keys()

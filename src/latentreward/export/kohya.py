@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from latentreward.export.lora import TrainedLoRA
+from latentreward.export.lora import TrainedLoRA, sort_metadata
 from latentreward.families.base import Pair
 from latentreward.storage.durable import replacing
 
@@ -58,4 +58,5 @@ def write_kohya(lora: TrainedLoRA, folder: Path) -> Path:
     }
     with replacing(folder / FILE) as partial:
         save_file(kohya_weights(lora), partial, metadata)
+        sort_metadata(partial)
     return folder / FILE

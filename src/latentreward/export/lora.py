@@ -115,6 +115,7 @@ class TrainedLoRA:
             getattr(loaders, self.family.lora_loader).save_lora_weights(
                 partial.parent, weight_name=partial.name, **layers
             )
+            sort_metadata(partial)
         return folder / FILE
 
     def write_peft(self, folder: Path) -> Path:
@@ -129,3 +130,13 @@ class TrainedLoRA:
         with replacing(folder / WEIGHTS) as partial:
             save_file({PREFIX + name: tensor for name, tensor in self.scaled.items()}, partial, {"format": "pt"})
         return folder
+
+
+def sort_metadata(path: Path) -> None:
+    """Sort the metadata of a safetensors file, which are written in an order that varies, so that its bytes do not."""
+    with path.open("r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        file.seek(8)
+        file.write(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(size))
