@@ -95,8 +95,8 @@ MAY_IMPORT = {
     "steps": BASE | {"settings", "evaluation"},
     "reproduction": BASE | {"metrics", "reports", "settings", "evaluation", "steps"},
     "pilot": BASE | {"estimate", "evaluation", "metrics", "reports", "settings", "steps"},
-    "taste": BASE | {"backbones", "data", "evaluation", "metrics", "reports", "steps"},
-    "serving": BASE | {"data", "noise", "scoring"},
+    "taste": BASE | {"backbones", "families", "data", "evaluation", "metrics", "reports", "steps"},
+    "serving": BASE | {"data", "noise", "programs", "scoring"},
     "tinyworld": BASE | {"data", "scorers", "metrics", "settings"},
 }
 """Room -> what it may import of latentreward; the command line's modules may import anything."""

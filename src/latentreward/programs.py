@@ -8,12 +8,16 @@ import os
 import shutil
 import sys
 from collections.abc import Iterable, Sequence
+from importlib import import_module
 from importlib.machinery import PathFinder
 from importlib.util import find_spec
+from inspect import isabstract
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from latentreward.errors import InputError
+from latentreward.errors import InputError, first_line
+
+Kind = TypeVar("Kind")
 
 RESTRICTED: list[tuple[str, ...]] = []
 """Modules named in ``--restrict-imports``, in the last entry; the list is empty without the option."""
@@ -54,6 +58,41 @@ def check_import(setting: str, path: str) -> None:
             f"{setting}: --restrict-imports does not allow {path!r}; if you trust it, say "
             f"--restrict-imports={path.partition('.')[0]}"
         )
+
+
+def import_class(setting: str, path: str, base: type[Kind]) -> type[Kind]:
+    """Import a class by the path that a setting gives, such as ``my_module.MyClass``.
+
+    The module may lie in the current folder. Only a path that the user gave may be passed: importing runs the module.
+
+    Args:
+        setting: Name of the setting.
+        path: Import path of the class.
+        base: Class that it must be derived from.
+
+    Raises:
+        InputError: If there is no such class, it is abstract or not derived from ``base``, or ``--restrict-imports``
+            does not allow it.
+    """
+    if "." in path and not path.startswith("latentreward."):
+        check_import(setting, path)
+        find_modules_here([path])
+    module, _, name = path.rpartition(".")
+    if module.startswith("."):
+        raise InputError(f"{setting}={path!r} is relative; give the whole path of a class")
+    try:
+        kind = getattr(import_module(module), name)
+    except (ImportError, ValueError, AttributeError) as error:
+        raise InputError(
+            f"{setting}={path!r} cannot be imported ({first_line(error)}); give the path of a class"
+        ) from error
+    if not (isinstance(kind, type) and issubclass(kind, base)):
+        wanted = f"{base.__module__.rpartition('.')[0]}.{base.__name__}"
+        raise InputError(f"{setting}={path!r} is not a subclass of {wanted}; give the path of a class derived from it")
+    if isabstract(kind):
+        missing = ", ".join(sorted(kind.__abstractmethods__))
+        raise InputError(f"{setting}={path!r} is abstract; give a class that implements {missing}")
+    return kind
 
 
 def allow_only(programs: Sequence[str]) -> None:

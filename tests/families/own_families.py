@@ -173,12 +173,12 @@ class Sana(FlowFamily):
         return static_levels(self.pipeline.config("scheduler"), num_inference_steps)
 
     def velocity(self, network, latents, sigma, conditioning, guidance):
-        dtype = network.proj_out.weight.dtype
+        dtype = network.patch_embed.proj.weight.dtype
         given = conditioning.prompt_embeds.to(dtype), sigma.to(dtype) * 1000
         return network(latents.to(dtype), *given, encoder_attention_mask=conditioning.prompt_mask).sample
 
     def begin(self, network, latents, sigma, conditioning):
-        dtype, mask = network.proj_out.weight.dtype, conditioning.prompt_mask
+        dtype, mask = network.patch_embed.proj.weight.dtype, conditioning.prompt_mask
         visual = network.patch_embed(latents.to(dtype))
         time, temb = network.time_embed(sigma.to(dtype) * 1000, batch_size=len(latents), hidden_dtype=dtype)
         text = network.caption_norm(network.caption_projection(conditioning.prompt_embeds.to(dtype)))
@@ -213,7 +213,7 @@ class PixArt(FlowFamily):
         return self.fitting(T5Prompts(text, self.pipeline.tokenizer("tokenizer"), t5_length or 300))
 
     def velocity(self, network, latents, sigma, conditioning, guidance):
-        dtype = network.proj_out.weight.dtype
+        dtype = network.pos_embed.proj.weight.dtype
         made = network(
             latents.to(dtype), conditioning.prompt_embeds.to(dtype), sigma * 1000,
             {"resolution": None, "aspect_ratio": None}, encoder_attention_mask=conditioning.prompt_mask,
@@ -221,7 +221,7 @@ class PixArt(FlowFamily):
         return made.chunk(2, dim=1)[0]
 
     def begin(self, network, latents, sigma, conditioning):
-        dtype, mask = network.proj_out.weight.dtype, conditioning.prompt_mask
+        dtype, mask = network.pos_embed.proj.weight.dtype, conditioning.prompt_mask
         given = {"batch_size": len(latents), "hidden_dtype": dtype}
         time, temb = network.adaln_single(sigma * 1000, {"resolution": None, "aspect_ratio": None}, **given)
         text = network.caption_projection(conditioning.prompt_embeds.to(dtype))
@@ -258,7 +258,7 @@ def sana_pipeline() -> DiffusionPipeline:
         num_cross_attention_heads=2, cross_attention_head_dim=16, cross_attention_dim=32, caption_channels=32,
         sample_size=32,
     )  # fmt: skip
-    side = {"block_types": "ResBlock", "block_out_channels": (8,) * 6, "layers_per_block": (1,) * 6}
+    side = {"block_types": "ResBlock", "block_out_channels": (8, 8, 8, 8, 32, 32), "layers_per_block": (1,) * 6}
     sides = {f"{part}_{name}": value for part in ("encoder", "decoder") for name, value in side.items()}
     code = AutoencoderDC(
         **sides, encoder_qkv_multiscales=((),) * 6, decoder_qkv_multiscales=((),) * 6, scaling_factor=0.41407

@@ -5,9 +5,15 @@ from typing import Any
 
 import httpx
 import pytest
+from fastapi import Request
+from fastapi.responses import JSONResponse
 from PIL import Image
 
+from latentreward.errors import InputError
+from latentreward.serving.app import routes_of
+from latentreward.serving.dialects import Dialect
 from latentreward.serving.resources import Resources
+from latentreward.serving.routes import Route
 from latentreward.serving.served import ServedModel
 from latentreward.serving.service import ScoringService
 from latentreward.serving.settings import RewardToServe, ServiceSettings
@@ -15,12 +21,30 @@ from tests.scoring.models import pictures
 from tests.serving.framework_clients import FlowFactoryClient, UniRLClient, encoded
 from tests.serving.servers import started, tiny_reward
 
+
+class Names(Dialect):
+    """A wire format of one's own."""
+
+    def routes(self) -> list[Route]:
+        return [Route("GET", "/names", self.names, "The names of the rewards")]
+
+    async def names(self, request: Request) -> JSONResponse:
+        return JSONResponse([*self.service.models])
+
+
+class Taken(Dialect):
+    """A wire format with a route of another."""
+
+    def routes(self) -> list[Route]:
+        return [Route("POST", "/score", self.routes, "UniRL's")]
+
+
 PROMPTS = ["a cat", "two dogs", "a cat"]
 
 
 @pytest.fixture(scope="module")
 def service() -> ScoringService:
-    resources = Resources(ServiceSettings(batch_size=4, max_wait_ms=1, queue=8))
+    resources = Resources(ServiceSettings(batch_size=4, max_wait_ms=1, queue=8, dialects=(f"{__name__}.Names",)))
     models = [
         ServedModel(tiny_reward("sd35", "dina"), resources, name="taste"),
         ServedModel(tiny_reward("sd15", "lrm"), resources, name="lrm-1.5"),
@@ -32,6 +56,26 @@ def service() -> ScoringService:
 def address(service: ScoringService) -> Iterator[str]:
     with started(service) as address:
         yield address
+
+
+def test_a_dialect_of_ones_own_answers_beside_the_others(address: str) -> None:
+    assert httpx.get(f"{address}/names").json() == ["taste", "lrm-1.5"]
+    assert "/names" in httpx.get(f"{address}/openapi.json").json()["paths"]
+
+
+@pytest.mark.parametrize(
+    ("path", "reason"),
+    [
+        ("nowhere.Dialect", r"dialects='nowhere\.Dialect' cannot be imported"),
+        (f"{__name__}.Route", "is not a subclass of latentreward.serving.dialects.Dialect; give"),
+        ("latentreward.serving.dialects.Dialect", "is abstract; give a class that implements routes"),
+        (f"{__name__}.Taken", "there are two routes POST /score; give one another path"),
+    ],
+)
+def test_a_wrong_dialect_is_refused(path: str, reason: str, service: ScoringService) -> None:
+    resources = Resources(ServiceSettings(dialects=(path,)))
+    with pytest.raises(InputError, match=reason):
+        routes_of(ScoringService([ServedModel(service.default.reward, resources)], resources))
 
 
 def test_unirls_client_gets_the_mean_of_the_rewards_it_names(address: str, service: ScoringService) -> None:

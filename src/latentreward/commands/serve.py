@@ -74,12 +74,16 @@ def serve(
     if missing := [module for module in modules if find_spec(module) is None]:
         raise InputError(f"serve needs {missing[0]}, which is not installed; pip install 'latentreward[serve]'")
     from latentreward.devices import find_device
+    from latentreward.programs import import_class
     from latentreward.serving.addresses import bind, is_loopback
+    from latentreward.serving.dialects import Dialect
     from latentreward.serving.resources import Resources
     from latentreward.serving.server import serve as serve_until_stopped
     from latentreward.serving.service import ScoringService
 
     settings = ServiceSettings(token=_token(token_file), **limits)
+    for path in settings.dialects:  # before the models are loaded
+        import_class("dialects", path, Dialect)
     single = {"device": device, "dtype": dtype, "base": base, "run_config": run_config, "revision": revision}
     chosen = _rewards(model, name, rewards, single | {"published": published})
     for one in chosen.values():

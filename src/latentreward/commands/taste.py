@@ -31,6 +31,7 @@ def taste(
     card_gb: float | None = None,
     tflops: float = 30.0,
     base: str = SD15,
+    family: str | None = None,
     tuning: Literal["auto", "frozen", "lora", "full"] = "auto",
     pairing: Literal["auto", "names", "all"] = "auto",
     pairs: int = 500,
@@ -71,7 +72,9 @@ def taste(
         card_gb: Memory of the card to compare with, in GB; by default that of the GPU here.
         tflops: Operations per second that the device sustains, in 10¹², for the hours.
         base: Pipeline that the reward reads and that is aligned: a folder or hub id of SD1.5, SDXL or SD3.5, or
-            ``sd_tiny``, ``sd35_tiny``.
+            ``sd_tiny``, ``sd35_tiny``; with ``family`` any of that family.
+        family: Import path of the base's family, for a family of your own; its module is imported by all steps. Set the
+            blocks that the reward reads by ``train_settings``.
         tuning: Weights that train besides the head: ``frozen`` (none), ``lora`` (adapters) or ``full`` (all); ``auto``
             takes frozen below 300 training pairs, else lora.
         pairing: Pairs of ``chosen/`` and ``rejected/``: ``names`` takes files of equal names, ``all`` compares each
@@ -130,9 +133,9 @@ def taste(
     counts = {name: len(some) for name, some in parts.parts.items()}
     print(f"split {parts.how}: {', '.join(f'{number} {name}' for name, number in counts.items())}", flush=True)
     told = prompts_of(parts, prompts) if align else None
-    find_base(base)
+    find_base(base, family)
     if size is not None:
-        check_size(size, base)
+        check_size(size, base, family)
     chosen: Tuning = ("frozen" if counts[TRAIN] < FROZEN_BELOW else "lora") if tuning == "auto" else tuning
     with locked(output, "work"), interrupts_told(lambda: f"what is done is kept in {output}: the same command goes on"):
         prompt_folder = None
@@ -157,6 +160,7 @@ def taste(
             ],
             align=[*([] if align_steps is None else [f"--trainer.max_steps={align_steps}"]), *align_settings],
             pictures=num_prompts,
+            family=family,
         )
         print(f"base {base}, tuning {chosen}, {'GPU' if plan.gpu else 'CPU'}", flush=True)
         tasks = plan.tasks(seed)
@@ -168,15 +172,15 @@ def taste(
         run_steps(tasks, plan, output, parts.how, always=align_always)
 
 
-def check_size(size: int, source: str) -> None:
+def check_size(size: int, source: str, family: str | None) -> None:
     """Raise InputError if a base does not take images of so many pixels a side; only its configs are read."""
     from latentreward.backbones.loading import PipelineSource
     from latentreward.families.find import find_family
 
-    family = find_family(PipelineSource(source))
-    check_multiples("size", [size], family.side_multiple)
+    found = find_family(PipelineSource(source), family)
+    check_multiples("size", [size], found.side_multiple)
     with errors_at("size: "):
-        family.latent_shape(size, size)  # some networks have positions for so many pixels only
+        found.latent_shape(size, size)  # some networks have positions for so many pixels only
 
 
 def tell(remarks: Sequence[str]) -> None:

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import cache
 from importlib import import_module
-from inspect import isabstract
 from pathlib import Path
 from typing import Any
 
-from latentreward.errors import InputError, first_line
+from latentreward.errors import InputError
 from latentreward.families.base import Family, PipelineConfigs
-from latentreward.programs import check_import, find_modules_here
+from latentreward.programs import import_class
 
 _SANA = "no family here has its VAE (AutoencoderDC) and prompts; give a class of your own as family (docs/families.md)"
 UNSUPPORTED: Mapping[str, str] = dict.fromkeys(("SanaPipeline", "SanaSprintPipeline", "SanaTransformer2DModel"), _SANA)
@@ -72,28 +71,8 @@ def is_foreign(path: Any) -> bool:
 
 
 def import_family(path: str) -> type[Family]:
-    """Import a family by the import path of its class, such as ``my_module.MyFamily``.
+    """Import a family by the import path of its class; see :func:`~latentreward.programs.import_class`.
 
-    The module may lie in the current folder. Whoever reads ``path`` from a file of others must ask :func:`is_foreign`
-    first.
-
-    Raises:
-        InputError: If there is no such class, it is no family or abstract, or ``--restrict-imports`` does not allow it.
+    Whoever reads ``path`` from a file of others must ask :func:`is_foreign` first.
     """
-    if is_foreign(path):
-        check_import("family", path)
-        find_modules_here([path])
-    module, _, name = path.rpartition(".")
-    if module.startswith("."):
-        raise InputError(f"family={path!r} is relative; give the whole path of a class")
-    try:
-        kind = getattr(import_module(module), name)
-    except (ImportError, ValueError, AttributeError) as error:
-        raise InputError(
-            f"family={path!r} cannot be imported ({first_line(error)}); give the path of a class"
-        ) from error
-    if not (isinstance(kind, type) and issubclass(kind, Family)):
-        raise InputError(f"family={path!r} is not a subclass of latentreward.families.Family")
-    if isabstract(kind):
-        raise InputError(f"family={path!r} is abstract; give a class that implements all of a family")
-    return kind
+    return import_class("family", path, Family)

@@ -15,9 +15,11 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from latentreward.errors import printable
+from latentreward.errors import InputError, printable
+from latentreward.programs import import_class
 from latentreward.serving import protocol
 from latentreward.serving.addresses import is_loopback, names_this_machine
+from latentreward.serving.dialects import Dialect
 from latentreward.serving.dialects.flow_factory import FlowFactory
 from latentreward.serving.dialects.unirl import UniRL
 from latentreward.serving.errors import RequestError
@@ -63,15 +65,23 @@ def create_app(service: ScoringService) -> FastAPI:
 
 
 def routes_of(service: ScoringService) -> list[Route]:
-    """Return all routes of a server."""
+    """Return all routes of a server.
+
+    Raises:
+        InputError: If two dialects have one route.
+    """
     scorer = ImageScorer(service.resources)
+    own = [import_class("dialects", path, Dialect) for path in service.settings.dialects]
+    dialects = [kind(service, scorer) for kind in (UniRL, FlowFactory, *own)]
     routes = [
         *Endpoints(service).routes(),
         *ImageRoutes(service, scorer).routes(),
         *PromptedLatents(service).routes(),
-        *UniRL(service, scorer).routes(),
-        *FlowFactory(service, scorer).routes(),
+        *(route for dialect in dialects for route in dialect.routes()),
     ]
+    for number, route in enumerate(routes):
+        if any((route.method, route.path) == (one.method, one.path) for one in routes[:number]):
+            raise InputError(f"dialects: there are two routes {route.method} {route.path}; give one another path")
     return [*routes, *Description(routes, list(service.models)).routes]
 
 

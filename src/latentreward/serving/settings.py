@@ -33,6 +33,8 @@ class ServiceSettings:
         prompts_kept: Number of encoded prompts that a reward keeps for later requests; one of SD3 takes 5 MB on the
             reward's device.
         fresh_noise: Whether latents of a request without a seed get new noise each time; otherwise their seed is 0.
+        dialects: Import paths of classes of one's own, derived from ``latentreward.serving.dialects.Dialect``, which
+            answer clients of other frameworks.
         token: Token that requests must give as ``Authorization: Bearer TOKEN``; None allows requests without a token.
 
     Raises:
@@ -50,6 +52,7 @@ class ServiceSettings:
     passes_per_device: int = 1
     prompts_kept: int = 128
     fresh_noise: bool = False
+    dialects: tuple[str, ...] = ()
     token: str | None = None
 
     def __post_init__(self) -> None:

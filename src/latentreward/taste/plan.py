@@ -8,6 +8,7 @@ from pathlib import Path
 from latentreward.backbones.loading import SHIPPED, PipelineSource
 from latentreward.backbones.tuning import Tuning
 from latentreward.errors import InputError, errors_at
+from latentreward.families.find import find_family
 from latentreward.steps.tasks import Step, Task, resolve
 from latentreward.taste.splitting import HELD_OUT, STOP, TRAIN
 
@@ -37,13 +38,13 @@ class Base:
     Attributes:
         backbone: Name of the backbone.
         size: Native side of an image in pixels.
-        guidance: Guidance scale of alignment and pictures.
+        guidance: Guidance scale of alignment and pictures; None for networks without guidance.
         tiny: Whether it is a shipped pipeline, whose few weights need larger learning rates.
     """
 
     backbone: str
     size: int
-    guidance: float
+    guidance: float | None
     tiny: bool = False
 
     @property
@@ -66,20 +67,27 @@ BASES = {
 """Class of a pipeline in diffusers → base; the LPO recipes' guidance for SD1.5 and SDXL, the pipeline's for SD3.5."""
 
 
-def find_base(source: str) -> Base:
+def find_base(source: str, family: str | None = None) -> Base:
     """Return the settings for a pipeline: a folder, hub id, ``sd_tiny`` or ``sd35_tiny``.
+
+    Args:
+        source: The pipeline.
+        family: Import path of a family of one's own; the settings are then the family's.
 
     Raises:
         InputError: If it cannot be read, or is of another kind.
     """
-    if source in TINY_BASES:
+    if source in TINY_BASES and family is None:
         return TINY_BASES[source]
     with errors_at("base: "):
+        if family is not None:
+            own = find_family(PipelineSource(source), family)
+            return Base("latentreward.families.load_family_backbone", min(own.native_size), own.default_guidance)
         kind = str(PipelineSource(source).index.get("_class_name"))
     if kind not in BASES:
         raise InputError(
-            f"base: {source!r} is a {kind}; taste takes {', '.join(BASES)}, or {', '.join(TINY_BASES)}; for others see "
-            "docs/data.md, which does the same by hand"
+            f"base: {source!r} is a {kind}; taste takes {', '.join(BASES)}, or {', '.join(TINY_BASES)}; give "
+            "family for one of your own; for others see docs/data.md, which does the same by hand"
         )
     return BASES[kind]
 
@@ -101,6 +109,7 @@ class Plan:
         train: Arguments of the reward's training, after those of this module.
         align: Arguments of the alignment, after those of this module.
         pictures: Most prompts with pictures before and after.
+        family: Import path of the base's family, if it is one of one's own.
     """
 
     base: str
@@ -115,10 +124,11 @@ class Plan:
     train: Sequence[str]
     align: Sequence[str]
     pictures: int
+    family: str | None = None
 
     def tasks(self, seed: int) -> dict[str, Task]:
         """Return the tasks of all steps by name, in their order; without prompts, those of the reward."""
-        found = find_base(self.base)
+        found = find_base(self.base, self.family)
         commands = {CACHE: self._cache(found), REWARD: self._train(found), SCORES: self._scores()}
         if self.prompts is not None:
             commands |= {ALIGN: self._align(found, self.prompts), PICTURES: self._pictures(found, self.prompts)}
@@ -129,6 +139,13 @@ class Plan:
         mixed = ["--trainer.precision=bf16-mixed"] if self.gpu and precision else []
         return [f"--trainer.accelerator={'gpu' if self.gpu else 'cpu'}", *mixed]
 
+    def _family(self, *settings: str) -> list[str]:
+        """Return ``settings`` with the family of one's own, and with trust in its module; nothing without one."""
+        if self.family is None:
+            return []
+        values = {"family": self.family, "trust_remote_code": "true"}
+        return [f"--{setting}={values[setting.rpartition('.')[2]]}" for setting in settings]
+
     def _size(self, found: Base) -> int:
         return self.size or found.size
 
@@ -136,6 +153,7 @@ class Plan:
         return [
             *("cache", "{out}", "--config=configs/taste/cache.yaml"),
             *(f"--reader.file={self.pairs / PREFERENCES}", f"--reader.root={self.folder}"),
+            *self._family("encoder.family"),
             *(f"--encoder.source={self.base}", f"--images.size={self._size(found)}", "--seed={seed}"),
             *(["--dtype=float32"] if found.tiny else []),
             *self._device(precision=False),
@@ -144,6 +162,7 @@ class Plan:
     def _train(self, found: Base) -> list[str]:
         backbone = [f"--model.backbone={found.backbone}", "--model.backbone.text_taps=[]"]
         backbone += [] if found.tiny else [f"--model.backbone.source={self.base}"]
+        backbone += self._family("model.backbone.family")
         backbone += [f"--model.backbone.tuning={self.tuning}", "--model.backbone.text_encoder_tuning=frozen"]
         backbone += ["--model.backbone.lora={rank: 8, alpha: 8}"] if self.tuning == "lora" else []
         backbone += ["--model.backbone.frozen_dtype=bfloat16"] if self.gpu and self.tuning != "full" else []
@@ -174,6 +193,7 @@ class Plan:
         return [
             *("fit", "--config=configs/taste/align.yaml", f"--model.policy.source={self.base}"),
             *(f"--model.reward.path={{train}}/{BEST}", *given, f"--model.guidance_scale={self._guidance(found)}"),
+            *self._family("model.policy.family", "model.reward.trust_remote_code"),
             *(["--model.policy.frozen_dtype=bfloat16"] if self.gpu else []),
             *(f"--data.prompts={prompts / PROMPTS}", *found.alignment),
             *("--trainer.default_root_dir={out}", "--seed_everything={seed}", "--ckpt_path=last"),
@@ -181,16 +201,20 @@ class Plan:
             *self.align,
         ]
 
-    def _guidance(self, found: Base) -> float:
-        return found.guidance if self.guidance is None else self.guidance
+    def _guidance(self, found: Base) -> float | str:
+        guidance = found.guidance if self.guidance is None else self.guidance
+        return "null" if guidance is None else guidance
 
     def _pictures(self, found: Base, prompts: Path) -> list[str]:
         given = [] if self.size is None else [f"--sampling.{side}={self.size}" for side in ("height", "width")]
+        whole = "" if self.family is None else ".source"  # a text cannot have a family beside it
         return [
             *("evaluate-policy", "{out}", f"--prompts={prompts / JUDGED}", f"--num_prompts={self.pictures}"),
-            *(f"--policy.pipeline={self.base}", "--policy.name=after", "--policy.lora={align}/lora"),
-            *(f"--against.pipeline={self.base}", "--against.name=before", "--seed={seed}", "--batch_size=4"),
+            *(f"--policy.pipeline{whole}={self.base}", "--policy.name=after", "--policy.lora={align}/lora"),
+            *(f"--against.pipeline{whole}={self.base}", "--against.name=before", "--seed={seed}", "--batch_size=4"),
             *(f"--guidance_scale={self._guidance(found)}", *given),
+            *self._family("policy.pipeline.family", "against.pipeline.family"),
             *("--scorers+=RewardModelScorer", f"--scorers.path={{train}}/{BEST}", "--scorers.name=own_reward"),
+            *self._family("scorers.trust_remote_code"),
             *([] if self.gpu else ["--device=cpu", "--scorers.device=cpu"]),
         ]

@@ -17,13 +17,12 @@ from fastapi import Request
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 
+from latentreward.serving.dialects.base import Dialect
 from latentreward.serving.errors import RequestError
 from latentreward.serving.image_requests import EncodedImages, parsing_bytes
-from latentreward.serving.image_scoring import ImageScorer
 from latentreward.serving.json_bodies import from_base64, read_json
 from latentreward.serving.protocol import LARGER_QUEUE, check_limit
 from latentreward.serving.routes import JSON, NUMBERS, TEXT, Route, check_type, fields, listed
-from latentreward.serving.service import ScoringService
 
 TEXTS = 8
 """Greatest number of texts, and of signs between them, per image; a body has two texts and four signs."""
@@ -42,16 +41,8 @@ class ComputeRequest(BaseModel, strict=True):
     kwargs: Any = None
 
 
-class FlowFactory:
-    """Handler of the route.
-
-    Args:
-        service: Service that scores.
-        scorer: Scorer of images.
-    """
-
-    def __init__(self, service: ScoringService, scorer: ImageScorer) -> None:
-        self.service, self._scorer = service, scorer
+class FlowFactory(Dialect):
+    """Handler of the route."""
 
     def routes(self) -> list[Route]:
         """Return the route."""
@@ -66,7 +57,7 @@ class FlowFactory:
         async with resources.bodies.read(request) as body:
             with resources.memory.hold(parsing_bytes(body, JSON), len(body)):
                 images = await asyncio.to_thread(parse_images, body, model.settings.queue)
-            scores = await self._scorer.score(request, model, images, len(body))
+            scores = await self.scorer.score(request, model, images, len(body))
         return JSONResponse({"rewards": [score for score, *_ in scores]})
 
 

@@ -24,14 +24,13 @@ from fastapi import Request
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 
+from latentreward.serving.dialects.base import Dialect
 from latentreward.serving.errors import RequestError, ScoringError
 from latentreward.serving.image_requests import EncodedImages, parsing_bytes
-from latentreward.serving.image_scoring import ImageScorer
 from latentreward.serving.json_bodies import from_base64, read_json
 from latentreward.serving.protocol import LARGER_QUEUE, check_limit
 from latentreward.serving.routes import JSON, TEXT, Route, check_type, fields, listed
 from latentreward.serving.served import Scores
-from latentreward.serving.service import ScoringService
 
 VERSION = "1"
 TEXTS = 256
@@ -81,16 +80,8 @@ class ScoreRequest(BaseModel, strict=True):
     call_id: str | None = None
 
 
-class UniRL:
-    """Handlers of the routes.
-
-    Args:
-        service: Service that scores.
-        scorer: Scorer of images.
-    """
-
-    def __init__(self, service: ScoringService, scorer: ImageScorer) -> None:
-        self.service, self._scorer = service, scorer
+class UniRL(Dialect):
+    """Handlers of the routes."""
 
     def routes(self) -> list[Route]:
         """Return the routes; Flow-Factory's client asks for the same ``/health`` and reads its status only."""
@@ -152,7 +143,7 @@ class UniRL:
         """Return the scores of images by name of the score, or the message of a reward that cannot score them."""
         model = self.service.named(name)
         try:
-            scores: Sequence[Scores] = await self._scorer.score(request, model, images, beside)
+            scores: Sequence[Scores] = await self.scorer.score(request, model, images, beside)
         except ScoringError as error:
             return " ".join(str(error).split())
         return [dict(zip((SCORE, *model.reward.axes), row, strict=True)) for row in scores]

@@ -1,0 +1,23 @@
+"""Base class of the wire formats."""
+
+from abc import ABC, abstractmethod
+
+from latentreward.serving.image_scoring import ImageScorer
+from latentreward.serving.routes import Route
+from latentreward.serving.service import ScoringService
+
+
+class Dialect(ABC):
+    """Base class of a wire format: the handlers of its routes.
+
+    Args:
+        service: Service that scores.
+        scorer: Scorer of images.
+    """
+
+    def __init__(self, service: ScoringService, scorer: ImageScorer) -> None:
+        self.service, self.scorer = service, scorer
+
+    @abstractmethod
+    def routes(self) -> list[Route]:
+        """Return the routes."""
