@@ -6,10 +6,14 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
 
+from latentreward.data import PairDataset, PixelLoader
+from latentreward.errors import InputError
+from latentreward.serving.dialects import Dialect
 from tests.processes import finish
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "own_parts.md"
@@ -47,6 +51,29 @@ def test_parts_of_a_file_outside_the_package_run_through_yaml_alone(tmp_path: Pa
     assert {"train/loss", "val/accuracy_sigma0.3", "val/LargestMargin_sigma0.3", "val/LargestMargin"} <= logged
     assert "equal weights and scores" in printed[4]
     assert "8 rows kept; left out: 8 brightness gap too low" in printed[2]
+
+
+def block(name: str) -> dict[str, Any]:
+    """What a file of the page defines."""
+    text = re.search(rf"<!-- {re.escape(name)} -->\n```\w+\n(.*?)```", PAGE.read_text(), flags=re.DOTALL)[1]
+    made: dict[str, Any] = {"__name__": name}
+    exec(text, made)
+    return made
+
+
+def test_a_reader_of_ones_own(tmp_path: Path) -> None:
+    write_pairs(tmp_path, "train", 1)
+    (tmp_path / "votes.txt").write_text("train0a.png train0b.png b A cat on a mat\nnothing\n")
+    reader = block("my_reader.py")["VoteReader"]
+    with pytest.raises(InputError, match=r"line 2'?: is not FILE FILE VOTE PROMPT"):
+        reader(str(tmp_path / "votes.txt"))
+    pairs = PairDataset(reader(str(tmp_path / "votes.txt"), on_error="skip"), PixelLoader(32, 32))
+    assert len(pairs) == 1 and pairs[0].pair.label_a == 0.0 and pairs[0].pair.prompt == "A cat on a mat"
+
+
+def test_a_dialect_of_ones_own() -> None:
+    dialect = block("my_dialect.py")["Lines"]
+    assert issubclass(dialect, Dialect) and [route.path for route in dialect(None, None).routes()] == ["/lines"]
 
 
 def test_rules_of_alignment_run_through_yaml_alone(tmp_path: Path) -> None:

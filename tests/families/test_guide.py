@@ -61,8 +61,9 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_its_check_finds_rounding_alone(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     runpy.run_path(str(folder / "check_aura_flow.py"))
-    found = [line.rsplit(": ", 1) for line in capsys.readouterr().out.splitlines() if re.match("latents|block", line)]
-    assert [name for name, _ in found] == [*(f"latents of {prompt!r}" for prompt in PROMPTS), *BLOCKS]
+    printed = capsys.readouterr().out.splitlines()
+    found = [line.rsplit(": ", 1) for line in printed if re.match("latents|block|output", line)]
+    assert [name for name, _ in found] == [*(f"latents of {prompt!r}" for prompt in PROMPTS), *BLOCKS, "output"]
     assert all(float(difference) <= 1e-5 for _, difference in found)
 
 

@@ -196,7 +196,10 @@ def find_settings(reward: Namespace, sources: ConfigSources) -> Unread:
         name = f"model/{reward.usual}.yaml"
         shipped = shipped_configs()  # not find_config, which prefers a file of the current folder
         if name not in shipped:
-            raise InputError(f"usual={reward.usual!r} is not a model file of the package")
+            raise InputError(
+                f"path={path!r}: no reward lies there, and the package has no configs/{name} to count in its place; "
+                "train the reward, or give the path of another"
+            )
         run = UsualReward(shipped[name], base or reward.usual_base)
         sources.used[path] = f"configs/{name}"
     for part in run.parts:

@@ -47,6 +47,9 @@ class Tokens:
 class FlowFamily(Family):
     """Family of transformers that predict the velocity ε − x_0 of a rectified flow.
 
+    Also the base of transformers of a DDPM process, whose family sets ``flow`` to False, gives the process as
+    ``noise_process``, and returns ε or v from :meth:`velocity`, where ``sigma`` is then the timestep divided by 1000.
+
     A derived class implements :meth:`velocity`, one pass of the whole network as the pipeline makes it, and
     :meth:`begin` and :meth:`step`, the same pass block by block, for backbones that read features.
 
@@ -278,8 +281,20 @@ class FlowFamily(Family):
         """Run block ``number``, counted from 1 over all lists, and return its visual and text tokens."""
 
     def output(self, network: Any, tokens: Tokens) -> Tensor:
-        """Apply the network's output layers to visual tokens after any block: ``(B, C, ...)``, as :meth:`velocity`."""
-        return self.unpack(network.proj_out(network.norm_out(tokens.visual, tokens.temb)), tokens.grid)
+        """Apply the network's output layers to visual tokens after any block: ``(B, C, ...)``, as :meth:`velocity`.
+
+        Raises:
+            InputError: If the layers are not those of this default, so that the family needs a method of its own.
+        """
+        try:
+            return self.unpack(network.proj_out(network.norm_out(tokens.visual, tokens.temb)), tokens.grid)
+        except torch.OutOfMemoryError:
+            raise
+        except (AttributeError, TypeError, RuntimeError) as error:
+            raise InputError(
+                f"output_map: the output layers of {self.title} are not proj_out(norm_out(tokens, temb)) of packed "
+                f"tokens ({first_line(error)}); give {type(self).__name__} a method output(network, tokens)"
+            ) from error
 
     @property
     def width(self) -> int:
