@@ -27,13 +27,15 @@ def test_each_format_lands_in_its_folder(checkpoint: Path, tmp_path: Path, capsy
     main(["export", str(checkpoint), str(tmp_path / "lora")])
     main(["export", str(checkpoint), "--format=kohya", f"--output={tmp_path / 'kohya'}", "--dtype=bfloat16"])
     main(["export", str(checkpoint), "--format=merged", f"--output={tmp_path / 'merged'}"])
+    main(["export", str(checkpoint), "--format=peft", f"--output={tmp_path / 'peft'}"])
     diffusers = load_file(tmp_path / "lora" / "pytorch_lora_weights.safetensors")
     kohya = load_file(tmp_path / "kohya" / "kohya_lora.safetensors")
     assert len(kohya) == len(diffusers) / 2 * 3
     assert {value.dtype for value in kohya.values()} == {torch.bfloat16}
     printed = capsys.readouterr().out.splitlines()
-    assert all("MB" in line for line in printed[:-1])
-    assert printed[-1] == f"load it by DiffusionPipeline.from_pretrained('{tmp_path / 'merged'}')"
+    assert all("MB" in line for line in [*printed[:-2], printed[-1]])
+    assert len(load_file(tmp_path / "peft" / "adapter_model.safetensors")) == len(diffusers)
+    assert printed[-2] == f"load it by DiffusionPipeline.from_pretrained('{tmp_path / 'merged'}')"
     policy, merged = load_policy(checkpoint), tiny_source("sd15", source=str(tmp_path / "merged")).load()
     torch.testing.assert_close(prediction(merged), prediction(policy))
 

@@ -19,13 +19,13 @@ from tests.marks import rotated_after
 from tests.tiny_pipelines import pipeline_folder
 
 
-def load(name: str, rank: int = 4) -> Policy:
+def load(name: str, rank: int = 4, layers: list[str] | None = None) -> Policy:
     source = name if name.endswith("_tiny") else pipeline_folder(name)
-    return PolicySource(source, lora=LoRA(rank=rank, alpha=2.0)).load().eval()
+    return PolicySource(source, lora=LoRA(rank=rank, alpha=2.0, target_modules=layers)).load().eval()
 
 
-def trained(name: str) -> Policy:
-    policy, generator = load(name), torch.Generator().manual_seed(0)
+def trained(name: str, layers: list[str] | None = None) -> Policy:
+    policy, generator = load(name, layers=layers), torch.Generator().manual_seed(0)
     with torch.no_grad():
         for place, weight in policy.named_parameters():
             if f".{POLICY}." in place:
@@ -64,6 +64,18 @@ def test_an_exported_lora_does_what_it_did(name: str, style: str, tmp_path: Path
     torch.testing.assert_close(predict(fresh), predict(policy), atol=1e-4, rtol=1e-4)
     with fresh.reference():
         torch.testing.assert_close(predict(fresh), before)
+
+
+@pytest.mark.slow
+def test_kohyas_names_of_sdxls_original_layers_are_read(tmp_path: Path) -> None:
+    """As most SDXL LoRAs have them; diffusers asks the network's config for the numbers of the blocks."""
+    policy = trained("sdxl", ["mid_block.attentions.0.transformer_blocks.0.attn1.to_q"])
+    file = write_kohya(TrainedLoRA.of_policy(policy), tmp_path)
+    renamed = {name.replace("mid_block_attentions_0", "middle_block_1"): t for name, t in load_file(file).items()}
+    save_file(renamed, file)
+    fresh = load("sdxl")
+    load_lora(fresh, tmp_path)
+    torch.testing.assert_close(predict(fresh), predict(policy), atol=1e-4, rtol=1e-4)
 
 
 def test_a_lora_of_another_network_is_refused(tmp_path: Path) -> None:

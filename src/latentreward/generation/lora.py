@@ -16,7 +16,6 @@ from torch import Tensor
 
 from latentreward.backbones.stored_adapters import CONFIG, PREFIX, check_settings, plain_name, stored_ranks
 from latentreward.errors import InputError, first_line
-from latentreward.families import Family
 from latentreward.policies import POLICY, AdapterSwitch, Policy
 from latentreward.storage.json_files import read_config
 
@@ -61,9 +60,10 @@ def load_lora(policy: Policy, path: Path) -> None:
 
     check_lora(path)
     network = policy.network
+    unfit = (ValueError, LookupError, AttributeError, RuntimeError, OSError, TypeError, ImportError, SafetensorError)
     try:
         tensors, settings = read_tensors(path, policy.family.part)
-        weights = weights_by_layer(tensors, policy.family, path, "lora_alpha" in settings)
+        weights = weights_by_layer(tensors, policy, path, "lora_alpha" in settings)
         shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
         ranks = stored_ranks(network, shapes, f"lora: {path}")
         settings = {name: settings[name] for name in SCALES if settings.get(name) is not None}
@@ -88,7 +88,7 @@ def load_lora(policy: Policy, path: Path) -> None:
         with torch.no_grad():
             for name, weight in own.items():
                 weight.copy_(weights[name])
-    except (ValueError, KeyError, RuntimeError, OSError, TypeError, ImportError, SafetensorError) as error:
+    except unfit as error:
         if isinstance(error, InputError):
             raise
         raise InputError(f"lora: {path} is no LoRA for {policy.source} ({first_line(error)})") from error
@@ -111,7 +111,7 @@ def read_tensors(path: Path, part: str) -> tuple[dict[str, Tensor], dict[str, An
     return tensors, {name.removeprefix(f"{part}."): v for name, v in metadata.items() if name.startswith(f"{part}.")}
 
 
-def weights_by_layer(tensors: Mapping[str, Tensor], family: Family, path: Path, scaled: bool) -> dict[str, Tensor]:
+def weights_by_layer(tensors: Mapping[str, Tensor], policy: Policy, path: Path, scaled: bool) -> dict[str, Tensor]:
     """Return A and B of each layer by the names ``LAYER.lora_A.weight``.
 
     Unless the file's settings tell alpha (``scaled``), B is multiplied by alpha / rank where a tensor tells alpha.
@@ -123,6 +123,7 @@ def weights_by_layer(tensors: Mapping[str, Tensor], family: Family, path: Path, 
     from diffusers import loaders  # importing the pipeline classes would load image processors and print warnings
     from diffusers.utils import convert_unet_state_dict_to_peft
 
+    family, config = policy.family, getattr(policy.network, "config", None)
     plain = {plain_name(name): tensor for name, tensor in tensors.items()}
     if len(plain) < len(tensors):
         raise InputError(f"lora: {path} holds several adapters; give a file of one")
@@ -137,7 +138,7 @@ def weights_by_layer(tensors: Mapping[str, Tensor], family: Family, path: Path, 
     with torch.inference_mode(False), torch.enable_grad():
         weights = plain | {name: tensor.clone() for name, tensor in sources.items()}
         if loader is not None:
-            weights, *rest = loader.lora_state_dict(weights, return_lora_metadata=True, unet_config=family.config)
+            weights, *rest = loader.lora_state_dict(weights, return_lora_metadata=True, unet_config=config)
             alphas = rest[0] or {} if len(rest) == 2 else {}
         outputs = [tensor for tensor in weights.values() if tensor.requires_grad]
         zeros = [torch.zeros_like(tensor) for tensor in outputs]
