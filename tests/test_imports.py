@@ -13,11 +13,12 @@ from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCE = ROOT / "src" / "latentreward"
-BASE = {"", "construction", "contracts", "errors", "interrupts", "seeding", "storage", "devices"}
+BASE = {"", "construction", "contracts", "errors", "interrupts", "promises", "seeding", "storage", "devices"}
 MAY_IMPORT = {
     "construction": set(),
-    "contracts": {"errors"},
+    "contracts": {"errors", "promises"},
     "errors": set(),
+    "promises": {"errors"},
     "interrupts": set(),
     "seeding": set(),
     "devices": {"errors"},

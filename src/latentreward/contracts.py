@@ -5,6 +5,7 @@ Training of a reward: ``PreferencePair`` (readers) → ``PreferenceBatch`` (coll
 (prompts) → ``NoisyStates`` (candidates to score) → ``StepPairs`` or ``StepSamples`` (training samples) → loss.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from latentreward.errors import InputError
+from latentreward.promises import wrong_tensor
 
 
 def map_tensors(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
@@ -234,6 +236,14 @@ class PreferenceBatch(TensorRecord):
     conditioning: "Conditioning | None" = None
     uncond: "Conditioning | None" = None
     targets: "PairTargets | None" = None
+
+    def __post_init__(self) -> None:
+        """Raise InputError if labels or weights are out of range."""
+        if self.label.device.type != "cpu":  # an accelerator would be waited for; batches are made on the CPU
+            return
+        for name, low, high in (("label", 0.0, 1.0), ("weight", 0.0, math.inf)):
+            if problem := wrong_tensor(getattr(self, name), (len(self),), low=low, high=high):
+                raise InputError(f"PreferenceBatch: {name} is {problem}")
 
     def __len__(self) -> int:
         """Return the number of pairs."""

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from latentreward.backbones import sd_tiny
-from latentreward.backbones.base import check_features
+from latentreward.backbones.base import features_problem
 from latentreward.contracts import Features, FeatureSpec, TapSpec
 from latentreward.errors import InputError
 from latentreward.heads import CLIPProjectionHead
@@ -25,25 +25,26 @@ FEATURES = Features(
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"visual": (torch.zeros(2, 6, 9),)}, "visual tap 0 with 9 features per token, but feature_spec says 8"),
-        ({"visual": ()}, "gives 0 visual taps, but feature_spec has 1"),
-        ({"visual_grids": ((3, 3),)}, r"visual tap 0 has 6 tokens for the grid \(3, 3\)"),
-        ({"text": (torch.zeros(2, 4, 6),)}, "text tap 0 with 6 features per token"),
-        ({"temb": torch.zeros(2, 1)}, "temb with 1 features, but feature_spec says 6"),
-        ({"pooled_text": torch.zeros(2, 1)}, "pooled_text with 1 features, but feature_spec says 7"),
+        ({"visual": (torch.zeros(2, 6, 9),)}, "visual tap 0 (2, 6, 9); it must be a tensor (2, 6, 8) as feature_spec"),
+        ({"visual": ()}, "0 visual taps; it must be the 1 of feature_spec"),
+        ({"visual_grids": ((3, 3),)}, "visual tap 0 (2, 6, 8); it must be a tensor (2, 9, 8)"),
+        ({"visual_grids": ()}, "0 visual_grids; it must be one for each of 1 taps"),
+        ({"text": (torch.zeros(2, 4, 6),)}, "text tap 0 (2, 4, 6); it must be a tensor (2, any, 5)"),
+        ({"temb": torch.zeros(2, 1)}, "temb (2, 1); it must be a tensor (2, 6)"),
+        ({"pooled_text": torch.zeros(1, 7)}, "pooled_text (1, 7); it must be a tensor (2, 7)"),
+        ({"output": torch.zeros(2, 4, 6, 6)}, "an output map of 4 channels; it must be as feature_spec says, None"),
     ],
 )
 def test_what_differs_is_named(wrong: dict[str, object], message: str) -> None:
-    check_features(FEATURES, SPEC, "Net")
-    with pytest.raises(InputError, match=f"^Net: .*{message}"):
-        check_features(replace(FEATURES, **wrong), SPEC, "Net")
+    assert features_problem(FEATURES, SPEC, rows=2) is None
+    assert str(features_problem(replace(FEATURES, **wrong), SPEC, rows=2)).startswith(message)
 
 
 def test_a_backbone_is_compared_when_it_first_reads(monkeypatch: pytest.MonkeyPatch) -> None:
     backbone = sd_tiny(tuning="frozen")
     spec = backbone.feature_spec
     monkeypatch.setattr(type(backbone), "feature_spec", replace(spec, temb_dim=spec.temb_dim + 1))
-    with pytest.raises(InputError, match="SDUNetBackbone: read gives temb"):
+    with pytest.raises(InputError, match=r"SDUNetBackbone\.read returned temb"):
         backbone(torch.zeros(1, 4, 8, 8), torch.ones(1), backbone.encode_prompts(["a cat"]))
 
 

@@ -284,9 +284,9 @@ class TooShort(GainCredit):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"advantage": WrongShape()}, r"advantage: WrongShape returned \(3,\); it must return a tensor \(\d+,\)"),
-        ({"credit": NotFinite()}, "credit: NotFinite returned nan; it must return finite numbers"),
-        ({"credit": TooShort()}, r"credit: TooShort returned \(\d+, 1\); it must return a tensor \(\d+, \d\)"),
+        ({"advantage": WrongShape()}, r"WrongShape\.__call__ returned \(3,\); it must be a tensor \(\d+,\)"),
+        ({"credit": NotFinite()}, r"NotFinite\.__call__ returned nan; it must be finite numbers"),
+        ({"credit": TooShort()}, r"TooShort\.__call__ returned \(\d+, 1\); it must be a tensor \(\d+, \d\)"),
     ],
     ids=["advantage", "nan", "credit"],
 )
@@ -302,7 +302,7 @@ def test_rules_that_nothing_calls_are_refused() -> None:
         trajectory("sd35_tiny", trust_region=Unknown(), loss=KL)
     module = trajectory("sd35_tiny", trust_region=Sides())
     rows = module.roll_out(BATCH)
-    with pytest.raises(InputError, match=r"Sides\.penalty returned \(\d+,\); it must return a scalar"):
+    with pytest.raises(InputError, match=r"Sides\.penalty returned \(\d+,\); it must be a scalar tensor"):
         module.training_step(rows, 0)
 
 

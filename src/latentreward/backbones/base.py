@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Self
@@ -16,13 +16,56 @@ from latentreward.construction import Construction
 from latentreward.contracts import Conditioning, Features, FeatureSpec, LatentSpace, map_tensors
 from latentreward.errors import InputError
 from latentreward.noise import NoiseProcess
+from latentreward.promises import Part, returns, shown, wrong_tensor
 
 if TYPE_CHECKING:
     from latentreward.encoders.prompts import PromptEncoder
     from latentreward.encoders.vae import LatentEncoder
 
 
-class DiffusionBackbone(nn.Module, ABC):
+def wrong_features(
+    found: Features, backbone: DiffusionBackbone, latents: Tensor, timesteps: Tensor, conditioning: Conditioning
+) -> str | None:
+    """Return what is wrong with features, see :func:`~latentreward.promises.returns`: taps, widths, tokens or rows."""
+    if not isinstance(found, Features):
+        return f"{shown(found)}; it must be Features"
+    spec = getattr(backbone, "feature_spec", None)  # a backbone without a text encoder may not know its widths
+    return None if spec is None else features_problem(found, spec, len(latents))
+
+
+def features_problem(features: Features, spec: FeatureSpec, rows: int) -> str | None:
+    """Return the first difference of features from the ``spec`` that a head was built from; None without one.
+
+    Args:
+        features: Features that a backbone returned.
+        spec: The backbone's ``feature_spec``.
+        rows: Number of latents.
+    """
+    promised: dict[str, tuple[Tensor, tuple[int, ...]]] = {}
+    for kind, taps, specs in (("visual", features.visual, spec.visual), ("text", features.text, spec.text)):
+        if len(taps) != len(specs):
+            return f"{len(taps)} {kind} taps; it must be the {len(specs)} of feature_spec"
+        promised |= {f"{kind} tap {n}": (tap, (rows, -1, specs[n].width)) for n, tap in enumerate(taps)}
+    if len(features.visual_grids) != len(features.visual):
+        return f"{len(features.visual_grids)} visual_grids; it must be one for each of {len(features.visual)} taps"
+    for number, grid in enumerate(features.visual_grids):
+        name = f"visual tap {number}"
+        promised[name] = features.visual[number], (rows, math.prod(grid), spec.visual[number].width)
+    for name, tensor, width in (
+        ("temb", features.temb, spec.temb_dim),
+        ("pooled_text", features.pooled_text, spec.pooled_text_dim),
+    ):
+        promised[name] = tensor, (rows, width)
+    for name, (tensor, shape) in promised.items():
+        if problem := wrong_tensor(tensor, shape):
+            return f"{name} {problem} as feature_spec and visual_grids say"
+    channels = None if features.output is None else features.output.shape[1]
+    if channels != (None if spec.output is None else spec.output.width):
+        return f"an output map of {channels} channels; it must be as feature_spec says, {spec.output}"
+    return None
+
+
+class DiffusionBackbone(nn.Module, Part):
     """Part of a diffusion network that computes features for a reward head, with its encoders and noise process.
 
     A feature is read at a *tap*: the output of one block of the network. A subclass implements :meth:`read`,
@@ -57,7 +100,6 @@ class DiffusionBackbone(nn.Module, ABC):
     max_prompt: int | None = None
     lora_targets: Sequence[str] = ATTENTION
     built_by: Construction | None = None
-    _compared: bool = False
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
         """Record the arguments in :attr:`built_by`, which a registered factory replaces by its own call."""
@@ -97,6 +139,7 @@ class DiffusionBackbone(nn.Module, ABC):
         return self.latent_space.downscale
 
     @abstractmethod
+    @returns(wrong_features)
     def read(self, latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Features:
         """Compute the features of ``latents`` ``(B, C, ...)`` at ``timesteps`` ``(B,)``, with ``uncond`` None."""
 
@@ -130,20 +173,11 @@ class DiffusionBackbone(nn.Module, ABC):
             )
         timesteps = timesteps.to(latents.device)
         if uncond is None:
-            return self._as_promised(self.read(latents, timesteps, conditioning))
+            return self.read(latents, timesteps, conditioning)
         size = len(latents)
         prompts = Conditioning.join([conditioning, uncond.select([0] * size)])
-        both = self._as_promised(self.read(torch.cat([latents, latents]), torch.cat([timesteps, timesteps]), prompts))
+        both = self.read(torch.cat([latents, latents]), torch.cat([timesteps, timesteps]), prompts)
         return replace(rows_of(both, slice(size)), uncond=rows_of(both, slice(size, None)))
-
-    def _as_promised(self, features: Features) -> Features:
-        """Return ``features`` unchanged; in the first call, check them against :attr:`feature_spec`."""
-        if not self._compared:
-            spec = getattr(self, "feature_spec", None)  # a backbone without a text encoder may not know its widths
-            if spec is not None:
-                check_features(features, spec, type(self).__name__)
-            self._compared = True
-        return features
 
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
         """Encode B prompts to B rows; repeated prompts are encoded once.
@@ -190,48 +224,6 @@ class DiffusionBackbone(nn.Module, ABC):
 def rows_of(features: Features, rows: slice) -> Features:
     """Return the given rows of a batch of features."""
     return map_tensors(features, lambda tensor: tensor[rows])
-
-
-def check_features(features: Features, spec: FeatureSpec, backbone: str) -> None:
-    """Check that features have the taps, widths and grids that ``spec`` states.
-
-    Args:
-        features: Features that a backbone returned.
-        spec: The backbone's ``feature_spec``, from which the head was built.
-        backbone: Name of the backbone for messages.
-
-    Raises:
-        InputError: If the number of taps, a width or a number of tokens differs; names the first difference.
-    """
-    for kind, taps, promised in (("visual", features.visual, spec.visual), ("text", features.text, spec.text)):
-        if len(taps) != len(promised):
-            raise InputError(
-                f"{backbone}: read gives {len(taps)} {kind} taps, but feature_spec has {len(promised)}; let them agree"
-            )
-        for index, (tap, expected) in enumerate(zip(taps, promised, strict=True)):
-            if tap.shape[-1] != expected.width:
-                raise InputError(
-                    f"{backbone}: read gives {kind} tap {index} with {tap.shape[-1]} features per token, but "
-                    f"feature_spec says {expected.width}; let them agree"
-                )
-    for index, (tap, grid) in enumerate(zip(features.visual, features.visual_grids, strict=True)):
-        if tap.shape[1] != math.prod(grid):
-            raise InputError(f"{backbone}: visual tap {index} has {tap.shape[1]} tokens for the grid {tuple(grid)}")
-    channels = None if features.output is None else features.output.shape[1]
-    if channels != (None if spec.output is None else spec.output.width):
-        raise InputError(
-            f"{backbone}: read gives an output map of {channels} channels, but feature_spec says {spec.output}; let "
-            "them agree"
-        )
-    for name, vector, width in (
-        ("temb", features.temb, spec.temb_dim),
-        ("pooled_text", features.pooled_text, spec.pooled_text_dim),
-    ):
-        if vector.shape[-1] != width:
-            raise InputError(
-                f"{backbone}: read gives {name} with {vector.shape[-1]} features, but feature_spec says {width}; let "
-                "them agree"
-            )
 
 
 def check_taps(name: str, taps: Sequence[int], last: int, least: int = 0) -> tuple[int, ...]:

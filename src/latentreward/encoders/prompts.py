@@ -1,7 +1,7 @@
 """Base class of all prompt encoders."""
 
 import logging
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,11 +10,19 @@ from torch import Tensor, nn
 
 from latentreward.contracts import Conditioning
 from latentreward.errors import InputError
+from latentreward.promises import Part, keep_promise, returns, shown, wrong_tensor
 
 logger = logging.getLogger(__name__)
 
 
-class PromptEncoder(nn.Module, ABC):
+def wrong_ids(found: tuple[Tensor, ...], encoder: "PromptEncoder", prompts: Sequence[str]) -> str | None:
+    """Return what is wrong with token ids, see :func:`~latentreward.promises.returns`."""
+    if not isinstance(found, tuple) or not all(isinstance(ids, Tensor) and len(ids) == len(prompts) for ids in found):
+        return f"{shown(found)}; it must be a tuple of tensors with {len(prompts)} rows"
+    return None
+
+
+class PromptEncoder(nn.Module, Part):
     """Encoder of prompts into token embeddings and a pooled vector, as one diffusion network takes them.
 
     Tokenising and encoding are separate methods, so that token ids can be stored or come from elsewhere.
@@ -23,8 +31,10 @@ class PromptEncoder(nn.Module, ABC):
         num_tokens: Number of token embeddings per prompt.
         token_dim: Width of a token embedding.
         pooled_dim: Width of the pooled vector; 0 for families without one.
-        masked: Whether encoded prompts have a mask. Then ``num_tokens`` is the greatest number of tokens, the tokens of
-            a prompt come first, and a batch is as long as its longest prompt.
+        masked: Whether encoded prompts have a mask of the tokens that the network attends to. Then ``num_tokens`` is
+            their greatest number, they come first, and tokens after the longest prompt of a batch may be cut off.
+            Padding that the network attends to counts: set it true in the mask, and let :meth:`count_tokens` count it.
+            If the network attends to all padding, give no mask; then each prompt has ``num_tokens``.
         pools_tokens: Whether the pooled vector is the mean of the prompt's own tokens, which the network does not take.
         dropped_tokens: Number of tokens before the prompt's own whose embeddings a masked encoder drops.
         tokens_in_fingerprint: Whether the encoder's fingerprint covers the tokens of fixed prompts. Encoders of SD and
@@ -34,6 +44,7 @@ class PromptEncoder(nn.Module, ABC):
         tokens_only: Names of submodules that the token embeddings depend on, but not the pooled vector.
     """
 
+    needs = ("num_tokens", "token_dim", "pooled_dim")
     num_tokens: int
     token_dim: int
     pooled_dim: int
@@ -46,6 +57,7 @@ class PromptEncoder(nn.Module, ABC):
     _told_cut: bool = False
 
     @abstractmethod
+    @returns(wrong_ids)
     def tokenize(self, prompts: Sequence[str]) -> tuple[Tensor, ...]:
         """Return token ids on the CPU, one tensor ``(B, length)`` per text encoder; longer prompts are truncated.
 
@@ -83,11 +95,44 @@ class PromptEncoder(nn.Module, ABC):
 
     def forward(self, prompts: Sequence[str]) -> Conditioning:
         """Tokenise and encode ``prompts``; builds no autograd graph if no parameter is trainable."""
-        device = next(self.parameters()).device
+        device = next(self.parameters(), torch.empty(0)).device
         ids = [tensor.to(device) for tensor in self.tokenize(prompts)]
         trains = any(parameter.requires_grad for parameter in self.parameters())
         with torch.set_grad_enabled(trains and torch.is_grad_enabled()):
-            return self.encode_ids(*ids)
+            encoded = self.encode_ids(*ids)
+        keep_promise(self, "encode_ids", lambda: self.wrong_conditioning(encoded, prompts))
+        return encoded
+
+    def wrong_conditioning(self, encoded: Conditioning, prompts: Sequence[str]) -> str | None:
+        """Return what is wrong with encoded prompts, see :func:`~latentreward.promises.returns`."""
+        if not isinstance(encoded, Conditioning):
+            return f"{shown(encoded)}; it must be a Conditioning"
+        tokens, pooled, mask = encoded.prompt_embeds, encoded.pooled_prompt_embeds, encoded.prompt_mask
+        length = -1 if self.masked else self.num_tokens
+        if problem := wrong_tensor(tokens, (len(prompts), length, self.token_dim)):
+            return f"prompt_embeds {problem}, as num_tokens and token_dim say"
+        wanted = (pooled is not None or self.pooled_dim > 0) and (len(prompts), self.pooled_dim)
+        if wanted and (problem := wrong_tensor(pooled, wanted)):
+            return f"pooled_prompt_embeds {problem}, as pooled_dim says"
+        return self.wrong_mask(mask, tokens, prompts)
+
+    def wrong_mask(self, mask: Tensor | None, tokens: Tensor, prompts: Sequence[str]) -> str | None:
+        """Return what is wrong with a mask of encoded prompts, see :func:`~latentreward.promises.returns`."""
+        if (mask is not None) != self.masked:
+            return (
+                f"{'no' if mask is None else 'a'} prompt_mask, but masked is {self.masked}; it must be a mask of the "
+                "tokens that the network attends to with masked = True, or none with masked = False, where all count"
+            )
+        if mask is None:
+            return None
+        if problem := wrong_tensor(mask, tokens.shape[:2], "bool"):
+            return f"prompt_mask {problem}"
+        counts = mask.sum(dim=1)
+        if mask.shape[1] > self.num_tokens or not (mask.cummin(dim=1).values == mask).all() or not counts.all():
+            return f"prompt_mask with {counts.tolist()} tokens; it must be 1 to {self.num_tokens} that come first"
+        if counts.tolist() != (told := self.count_tokens(prompts)):
+            return f"prompt_mask with {counts.tolist()} tokens; it must be as count_tokens says, {told}"
+        return None
 
 
 def token_ids(tokenizer: Any, prompts: Sequence[str], length: int) -> Tensor:

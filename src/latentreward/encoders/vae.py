@@ -9,13 +9,28 @@ from torch.nn import functional as F
 
 from latentreward.contracts import LatentSpace
 from latentreward.errors import InputError
+from latentreward.promises import Part, returns, wrong_tensor
 from latentreward.storage.json_files import entries, entry
 
 SD_SCALING_FACTOR = 0.18215
 """Scaling factor of the VAE of SD1.5 and SD2.1, diffusers' default."""
 
 
-class LatentEncoder(nn.Module):
+def wrong_latents(
+    found: Tensor, vae: "LatentEncoder", pixels: Tensor, noise: Tensor | None = None, **options: bool
+) -> str | None:
+    """Return what is wrong with encoded pixels, see :func:`~latentreward.promises.returns`."""
+    return wrong_tensor(found, (len(pixels), *vae.latent_shape(pixels)))
+
+
+def wrong_pixels(found: Tensor, vae: "LatentEncoder", latents: Tensor) -> str | None:
+    """Return what is wrong with decoded latents, see :func:`~latentreward.promises.returns`."""
+    height, width = (side * vae.space.downscale for side in latents.shape[-2:])
+    frames = (-1,) * (isinstance(found, Tensor) and found.ndim == 5)
+    return wrong_tensor(found, (len(latents), 3, *frames, height, width))
+
+
+class LatentEncoder(nn.Module, Part):
     """Frozen VAE that returns and takes scaled latents ``z = (posterior sample − shift) · scale``.
 
     Derived classes have other codecs, see :class:`~latentreward.contracts.LatentSpace`.
@@ -64,6 +79,7 @@ class LatentEncoder(nn.Module):
         """Return the shape of the latents of one row of ``pixels`` ``(B, 3, H, W)`` or ``(B, 3, F, H, W)``."""
         return self.space.shape(pixels.shape[-2], pixels.shape[-1], pixels.shape[2] if pixels.ndim == 5 else 1)
 
+    @returns(wrong_latents)
     def encode(self, pixels: Tensor, noise: Tensor | None = None, *, differentiable: bool = False) -> Tensor:
         """Encode pixels into scaled latents ``(B, C, ...)`` in float32 or a wider type.
 
@@ -82,6 +98,7 @@ class LatentEncoder(nn.Module):
                 sample = sample + posterior.std.to(sample) * self.unpacked(noise).to(sample)
             return self.scale(sample)
 
+    @returns(wrong_pixels)
     def decode(self, latents: Tensor) -> Tensor:
         """Decode scaled latents ``(B, C, ...)`` into float32 pixels, differentiably.
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -14,15 +14,13 @@ from torch import Tensor, nn
 from latentreward.backbones.tuning import ATTENTION, StorageDtype
 from latentreward.backbones.weights import settle
 from latentreward.contracts import Conditioning, LatentSpace
+from latentreward.encoders.prompts import PromptEncoder
 from latentreward.encoders.vae import LatentEncoder
 from latentreward.errors import InputError
 from latentreward.families.published import Published
-from latentreward.noise import NoiseProcess
+from latentreward.noise import DDPM, NoiseProcess
+from latentreward.promises import Part, of_class, returns, shown, tensor, wrong_tensor
 from latentreward.storage.json_files import Kind, entry
-
-if TYPE_CHECKING:
-    from latentreward.encoders.prompts import PromptEncoder
-
 
 Pair = tuple[Tensor, Tensor]
 """A ``(rank, in)`` and B ``(out, rank)`` of a layer's adapter."""
@@ -52,7 +50,23 @@ class PipelineConfigs(Protocol):
         ...
 
 
-class Family(ABC):
+def wrong_prediction(found: Tensor, family: Family, network: Any, latents: Tensor, *given: Any) -> str | None:
+    """Return what is wrong with a prediction, see :func:`~latentreward.promises.returns`."""
+    if family.flow and isinstance(family.noise_process, DDPM):
+        return "a prediction with flow = True, but noise_process is DDPM; it must be FlowMatching, or flow = False"
+    if family.clips and family.latent_space.frame_downscale is None:
+        return "a prediction of clips (clips = True), but latent_space has no time axis; it must have a frame_downscale"
+    return wrong_tensor(found, latents.shape) if latents.isfinite().all() else None
+
+
+def wrong_levels(found: tuple[Tensor, Tensor], family: Family, steps: int, shape: Sequence[int]) -> str | None:
+    """Return what is wrong with the levels of a sampler, see :func:`~latentreward.promises.returns`."""
+    if not isinstance(found, tuple) or len(found) != 2:
+        return f"{shown(found)}; it must be two tensors, timesteps and noise levels"
+    return wrong_tensor(found[0], (steps,), low=0, high=1000) or wrong_tensor(found[1], (steps + 1,), low=0, high=1)
+
+
+class Family(Part):
     """Conventions of one family of generators: latents, text, noise levels, guidance, network, adapters.
 
     Backbones, policies, caches, export, generation and the server ask this object. Outside a family there are latents
@@ -116,7 +130,7 @@ class Family(ABC):
     def recognises(cls, pipeline: PipelineConfigs) -> bool:
         """Tell whether a pipeline's network is of this family, from its configs."""
 
-    def check(self) -> None:  # noqa: B027 - most families have nothing to refuse
+    def check(self) -> None:
         """Check that this variant of the family is supported, and that network and VAE belong together.
 
         Raises:
@@ -247,6 +261,7 @@ class Family(ABC):
     # Text
 
     @abstractmethod
+    @returns(of_class(PromptEncoder))
     def load_prompt_encoder(
         self, t5_length: int | None = None, load_t5: bool = True, pretrained: bool = True
     ) -> PromptEncoder:
@@ -276,6 +291,7 @@ class Family(ABC):
     def noise_process(self) -> NoiseProcess:
         """Forward process of the network."""
 
+    @returns(wrong_levels)
     def levels(self, num_inference_steps: int, shape: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Return the timesteps ``(n,)`` and noise levels ``(n + 1,)`` of the pipeline's sampler, for flows.
 
@@ -319,6 +335,7 @@ class Family(ABC):
         """Tell whether a prediction with this checked ``guidance_scale`` needs the encoded empty prompt."""
         return scale is not None and scale != self.no_guidance
 
+    @returns(tensor(lambda family, with_prompt, *given: with_prompt.shape))
     def guide(self, with_prompt: Tensor, without: Tensor, scale: float) -> Tensor:
         """Combine the predictions with and without the prompt: u + s·(c − u)."""
         return without + scale * (with_prompt - without)
@@ -326,10 +343,12 @@ class Family(ABC):
     # Network
 
     @abstractmethod
+    @returns(of_class(nn.Module))
     def load_network(self, pretrained: bool = True) -> Any:
         """Load the network, whose weights stay unread for ``settle``; initial weights without ``pretrained``."""
 
     @abstractmethod
+    @returns(wrong_prediction)
     def predict(
         self, network: Any, latents: Tensor, timesteps: Tensor, conditioning: Conditioning, guidance: float | None
     ) -> Tensor:

@@ -1,6 +1,6 @@
 """Base classes of all reward heads."""
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Any, Self
 
@@ -8,15 +8,39 @@ from torch import Tensor, nn
 
 from latentreward.construction import Construction
 from latentreward.contracts import Features
+from latentreward.heads.axes import AXES
+from latentreward.promises import Part, returns, shown, tensor, wrong_tensor
 
 
-class RewardHead(nn.Module, ABC):
+def wrong_scores(found: Tensor, head: "RewardHead", features: Features) -> str | None:
+    """Return what is wrong with a head's scores, see :func:`~latentreward.promises.returns`."""
+    rows, outputs = len(features.visual[0]), head.outputs if head.axis_weights is None else len(AXES)
+    problem = wrong_tensor(found, (rows,) if outputs == 1 else (rows, outputs))
+    if problem and isinstance(found, Tensor) and found.ndim == 2:
+        single = found.shape[1] == 1
+        problem += "; drop the last axis by squeeze(-1)" if single else ", or set the head's attribute outputs"
+    return problem
+
+
+def wrong_embeddings(found: tuple[Tensor, Tensor], head: "EmbeddingHead", features: Features) -> str | None:
+    """Return what is wrong with a pair of embeddings, see :func:`~latentreward.promises.returns`."""
+    if not isinstance(found, tuple) or len(found) != 2:
+        return f"{shown(found)}; it must be two tensors, of images and of texts"
+    width = found[0].shape[-1] if isinstance(found[0], Tensor) and found[0].ndim else -1
+    return wrong_tensor(found[0], (len(features.visual[0]), -1)) or wrong_tensor(
+        found[1], (len(features.visual[0]), width)
+    )
+
+
+class RewardHead(nn.Module, Part):
     """Network that computes a score per image from a backbone's features; a higher score is better.
 
     The first parameter of a subclass's constructor is a :class:`~latentreward.contracts.FeatureSpec`, which holds the
     widths of the features. YAML sets only the other parameters, so that no width is written twice.
 
     Attributes:
+        outputs: Number of scores of an image, 1 for most heads. Losses average over several; commands and alignment
+            take one. Without effect if there are ``axis_weights``.
         needs_uncond: Whether ``forward`` needs ``features.uncond``, the features for the empty prompt.
         reads_text: Whether ``forward`` uses ``features.text``. If False, backbone parameters that only text taps need
             are frozen.
@@ -28,6 +52,7 @@ class RewardHead(nn.Module, ABC):
         built_by: Record of the constructor call; None if a setting cannot be written as JSON.
     """
 
+    outputs: int = 1
     needs_uncond: bool = False
     reads_text: bool = True
     reads_temb: bool = True
@@ -43,8 +68,9 @@ class RewardHead(nn.Module, ABC):
         return head
 
     @abstractmethod
+    @returns(wrong_scores)
     def forward(self, features: Features) -> Tensor:
-        """Compute scores ``(B,)``, or ``(B, out_dim)`` for a head with several outputs."""
+        """Compute scores ``(B,)``, or ``(B, out_dim)`` for a head with several :attr:`outputs`."""
 
     def total(self, outputs: Tensor) -> Tensor:
         """Return the scores of outputs: the weighted sum of two axes, ``(..., 2)`` → ``(...)``, else the outputs."""
@@ -53,6 +79,7 @@ class RewardHead(nn.Module, ABC):
         # not a matrix product, which autocast would round to bfloat16
         return (outputs * outputs.new_tensor(self.axis_weights)).sum(dim=-1)
 
+    @returns(lambda found, head, levels: wrong_scores(found, head, levels[0]))
     def score_ensemble(self, levels: Sequence[Features]) -> Tensor:
         """Compute one score per image from features at several noise levels; the base class averages the scores.
 
@@ -69,14 +96,17 @@ class EmbeddingHead(RewardHead):
     """
 
     @abstractmethod
+    @returns(wrong_embeddings)
     def embed(self, features: Features) -> tuple[Tensor, Tensor]:
         """Compute image and text embeddings, each ``(B, D)`` and not normalised."""
 
     @abstractmethod
+    @returns(tensor(lambda head, images, texts: (len(images),)))
     def similarity(self, image_embeds: Tensor, text_embeds: Tensor) -> Tensor:
         """Compute the score of each image for the prompt of the same row: ``(N, D)``, ``(N, D)`` → ``(N,)``."""
 
     @abstractmethod
+    @returns(tensor(lambda head, texts, images: (len(texts), len(images))))
     def similarity_matrix(self, text_embeds: Tensor, image_embeds: Tensor) -> Tensor:
         """Compute the score of every image for every prompt: texts ``(N, D)``, images ``(M, D)`` → ``(N, M)``."""
 

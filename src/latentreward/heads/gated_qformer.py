@@ -224,6 +224,7 @@ class GatedQFormerHead(RewardHead):
         self.norm_ff = RMSNorm(width, rms_eps)
         self.ff = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
         self.axis_weights = check_axes(axes)
+        self.outputs = out_dim
         self.head = nn.Linear(width, out_dim if self.axis_weights is None else len(AXES))
         self.logistic = LogisticSquash() if use_logistic else None
 

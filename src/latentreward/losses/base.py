@@ -1,11 +1,12 @@
 """Base class of preference losses, and helpers for weighted means and for heads with several outputs."""
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 
 import torch
 from torch import Tensor, nn
 
 from latentreward.contracts import PairScores
+from latentreward.promises import Part, returns, wrong_tensor
 
 
 def beside(values: Tensor, margin: Tensor) -> Tensor:
@@ -37,7 +38,7 @@ def wide(values: Tensor) -> Tensor:
     return (values.cpu() if values.device.type == "mps" else values).double()
 
 
-class SetLoss(nn.Module):
+class SetLoss(nn.Module, Part):
     """Base class of losses that show their settings in ``print(model)``."""
 
     def extra_repr(self) -> str:
@@ -46,7 +47,17 @@ class SetLoss(nn.Module):
         return ", ".join(f"{name}={value}" for name, value in settings.items() if not isinstance(value, bool))
 
 
-class PreferenceLoss(SetLoss, ABC):
+def wrong_losses(losses: Tensor, loss: "PreferenceLoss", scores: PairScores) -> str | None:
+    """Return what is wrong with the losses of pairs, see :func:`~latentreward.promises.returns`."""
+    return wrong_tensor(losses, scores.label.shape) if scores.margin.isfinite().all() else None
+
+
+def wrong_probabilities(found: Tensor, loss: "PreferenceLoss", scores: PairScores) -> str | None:
+    """Return what is wrong with probabilities of pairs, see :func:`~latentreward.promises.returns`."""
+    return wrong_tensor(found, scores.chosen.shape, low=0.0, high=1.0) if scores.margin.isfinite().all() else None
+
+
+class PreferenceLoss(SetLoss):
     """Base class of losses over preference pairs.
 
     ``forward`` takes its input for the whole batch: under several processes, gather the pairs of all ranks with
@@ -64,13 +75,16 @@ class PreferenceLoss(SetLoss, ABC):
     needs_cross_scores: bool = False
 
     @abstractmethod
+    @returns(wrong_losses)
     def per_pair(self, scores: PairScores) -> Tensor:
         """Compute the unweighted loss of each pair, averaged over the outputs of the head: ``(B,)``, float64."""
 
     @abstractmethod
+    @returns(wrong_probabilities)
     def win_probability(self, scores: PairScores) -> Tensor:
         """Predict the probability that chosen wins, by this loss's model: shape of the scores, float32."""
 
+    @returns(lambda found, loss, scores: wrong_tensor(found, ()) if scores.margin.isfinite().all() else None)
     def forward(self, scores: PairScores) -> Tensor:
         """Compute the weighted mean of :meth:`per_pair`.
 

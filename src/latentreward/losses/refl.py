@@ -16,6 +16,7 @@ from torch.nn.functional import relu
 from latentreward.errors import InputError
 from latentreward.losses.base import SetLoss
 from latentreward.losses.diffusion_dpo import denoising_error
+from latentreward.promises import returns, tensor
 
 
 def prediction_drift(prediction: Tensor, reference: Tensor) -> Tensor:
@@ -54,6 +55,7 @@ class RewardLoss(SetLoss):
             raise InputError(f"ceiling = {ceiling} must be finite; null sets no ceiling")
         self.scale, self.ceiling, self.sigmoid = scale, ceiling, sigmoid
 
+    @returns(tensor(lambda loss, rewards: ()))
     def forward(self, rewards: Tensor) -> Tensor:
         """Compute the mean loss of rewards ``(B,)``: a scalar, float32."""
         rewards = rewards.float().sigmoid() if self.sigmoid else rewards.float()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -13,9 +13,10 @@ from torch import Tensor
 from latentreward.errors import InputError
 from latentreward.losses.base import wide
 from latentreward.losses.clipped_policy import clipped_objective
+from latentreward.promises import Part, returns, shown, tensor, wrong_tensor
 
 
-class TrustRegion(ABC):
+class TrustRegion(Part):
     """Base of all rules: :class:`RatioRule`, :class:`KLGate` and :class:`Penalty`, from which a rule derives.
 
     A module takes one or a list of them, at most one of each kind.
@@ -69,12 +70,23 @@ class StepDrift:
         return cls(squares, std, spread, *every.transpose(-2, -1).reshape(-1, 2).mean(dim=0))
 
 
+def wrong_objective(found: tuple[Tensor, ...], rule: RatioRule, log_ratio: Tensor, *given: object) -> str | None:
+    """Return what is wrong with an objective, see :func:`~latentreward.promises.returns`."""
+    if not isinstance(found, tuple) or len(found) != 3:
+        return f"{shown(found)}; it must be three tensors: objective, ratios, and which steps were held back"
+    objective, ratio, held = found
+    ratio = ratio.nan_to_num() if isinstance(ratio, Tensor) else ratio  # infinite where a step is left out
+    shape = log_ratio.shape
+    return wrong_tensor(objective, shape) or wrong_tensor(ratio, shape) or wrong_tensor(held, shape, "bool")
+
+
 class RatioRule(TrustRegion):
     """Rule that takes the place of PPO's clipping."""
 
     kind = "ratio"
 
     @abstractmethod
+    @returns(wrong_objective)
     def objective(
         self, log_ratio: Tensor, advantage: Tensor, clip_range: float, drift: StepDrift
     ) -> tuple[Tensor, Tensor, Tensor]:
@@ -161,6 +173,7 @@ class Penalty(TrustRegion):
     kind = "penalty"
 
     @abstractmethod
+    @returns(tensor(lambda rule, prediction, reference: ()))
     def penalty(self, prediction: Tensor, reference: Tensor) -> Tensor:
         """Compute the penalty of predictions ``(N, C, ...)``, a scalar.
 
@@ -170,16 +183,8 @@ class Penalty(TrustRegion):
         """
 
     def __call__(self, prediction: Tensor, reference: Tensor) -> Tensor:
-        """Call :meth:`penalty` and check the result.
-
-        Raises:
-            InputError: If it is no scalar.
-        """
-        found = self.penalty(prediction, reference)
-        if not isinstance(found, Tensor) or found.ndim:
-            shape = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
-            raise InputError(f"trust_region: {type(self).__name__}.penalty returned {shape}; it must return a scalar")
-        return found
+        """Call :meth:`penalty`."""
+        return self.penalty(prediction, reference)
 
 
 class NormGuard(Penalty):
@@ -223,6 +228,7 @@ class KLGate(TrustRegion):
     takes: Literal["rewards", "levels", "parts"] = "rewards"
 
     @abstractmethod
+    @returns(tensor(lambda gate, values: values.shape[:2], "bool"), each=True)
     def opens(self, values: Tensor) -> Tensor:
         """Tell on which samples of a rollout, of all ranks, the KL term acts: bool ``(P, K)``.
 

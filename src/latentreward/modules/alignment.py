@@ -36,7 +36,6 @@ from latentreward.rollout import (
     Sampling,
     Transition,
     candidate_steps,
-    check_values,
     gap_quantiles,
     telling_steps,
 )
@@ -272,9 +271,6 @@ class RolloutModule(RewardedModule, Generic[Experience]):
         groups = torch.arange(len(every), device=every.device).repeat_interleave(every.shape[1])
         given = (self.of_all_ranks(features).flatten(0, 1),) if rule.takes_features and features is not None else ()
         advantages = rule(flat, groups, *given)
-        check_values(
-            f"advantage: {type(rule).__name__}", advantages, flat.shape[:1] if rule.takes_parts else flat.shape
-        )
         return self.of_this_rank(advantages.unflatten(0, every.shape[:2]), len(rewards))
 
     def of_all_ranks(self, values: Tensor) -> Tensor:

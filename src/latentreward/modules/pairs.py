@@ -3,6 +3,7 @@
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from inspect import signature
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
@@ -18,6 +19,7 @@ from latentreward.metrics.pairwise import Equal
 from latentreward.modules.based import BasedModule
 from latentreward.modules.pair_noise import PairDraws
 from latentreward.noise import LevelSampler, NoiseProcess
+from latentreward.promises import shown
 
 if TYPE_CHECKING:
     from latentreward.encoders.vae import LatentEncoder
@@ -76,6 +78,13 @@ class LevelMetrics(nn.Module):
             name = type(metric).__name__
             if name in self.pair_metrics:
                 raise InputError(f"metrics: {name} is given twice; derive a class of another name from it")
+            try:
+                signature(metric.update).bind(None, None, None)
+            except TypeError as error:
+                raise InputError(
+                    f"metrics: {name}.update({', '.join(signature(metric.update).parameters)}) must take chosen "
+                    "rewards, rejected rewards and labels"
+                ) from error
             self.pair_metrics[name] = metric.clone()
         self.calibration = PairCalibration()
 
@@ -95,8 +104,12 @@ class LevelMetrics(nn.Module):
         """Compute each metric by name, and reset all metrics."""
         metrics = {**self.pair_metrics, "calibration": self.calibration}
         values = {name: metric.compute() for name, metric in metrics.items()}
-        for metric in metrics.values():
+        for name, metric in metrics.items():
             metric.reset()
+            if not isinstance(values[name], Tensor) or values[name].numel() != 1:
+                raise InputError(
+                    f"{type(metric).__name__}.compute returned {shown(values[name])}; it must be a scalar tensor"
+                )
         return values
 
 

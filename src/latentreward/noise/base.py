@@ -1,6 +1,6 @@
 """Interface of the forward processes, which mix latents with noise."""
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Mapping
 from typing import Any
 
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from latentreward.errors import InputError
+from latentreward.promises import Part, returns, wrong_tensor
 
 
 def per_sample(values: Tensor, like: Tensor) -> Tensor:
@@ -15,7 +16,18 @@ def per_sample(values: Tensor, like: Tensor) -> Tensor:
     return values.to(like.device).view(-1, *[1] * (like.ndim - 1))
 
 
-class NoiseProcess(ABC):
+def wrong_latents(found: Tensor, process: "NoiseProcess", latents: Tensor, other: Tensor, at: Tensor) -> str | None:
+    """Return what is wrong with latents or a target, see :func:`~latentreward.promises.returns`."""
+    for name, low, high in (("timesteps", 0.0, 1000.0), ("sigmas", 0.0, 1.0)):
+        table = getattr(process, name)
+        if problem := wrong_tensor(table, (len(process.sigmas),), low=low, high=high):
+            return f"latents by a table {name} that is {problem}"
+        if (table.diff() > 0).any():
+            return f"latents by a table {name} that ascends; it must be descending"
+    return wrong_tensor(found, latents.shape) if latents.isfinite().all() and other.isfinite().all() else None
+
+
+class NoiseProcess(Part):
     """Table of noise levels, and the rule that mixes latents with noise.
 
     The noise level ``sigma`` is the standard deviation of the noise in the mixture, in [0, 1] for both families: σ in
@@ -26,6 +38,7 @@ class NoiseProcess(ABC):
         sigmas: ``(T,)`` float32, descending: the noise level at each timestep.
     """
 
+    needs = ("timesteps", "sigmas")
     timesteps: Tensor
     sigmas: Tensor
 
@@ -35,14 +48,17 @@ class NoiseProcess(ABC):
         """Build the process from a diffusers scheduler's config."""
 
     @abstractmethod
+    @returns(wrong_latents)
     def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """Mix ``latents`` and ``noise`` ``(B, C, ...)`` to noisy latents at ``timesteps`` ``(B,)``."""
 
     @abstractmethod
+    @returns(wrong_latents)
     def target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """Return the network's training target for the noisy latents ``add_noise(latents, noise, timesteps)``."""
 
     @abstractmethod
+    @returns(wrong_latents)
     def clean(self, noisy: Tensor, output: Tensor, timesteps: Tensor) -> Tensor:
         """Predict clean latents x̂_0 from ``noisy`` latents and the network's ``output`` at ``timesteps`` ``(B,)``."""
 

@@ -4,19 +4,24 @@ A sampler draws from the pair's own generator alone, so that a pair's timestep d
 """
 
 import math
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 
 import torch
 from torch import Generator, Tensor
 
 from latentreward.errors import InputError
 from latentreward.noise.base import NoiseProcess
+from latentreward.promises import Part, returns, tensor, wrong_tensor
 
 
-class LevelSampler(ABC):
+class LevelSampler(Part):
     """Sampler of the timestep of one pair, or of one image where the two images of a pair get different timesteps."""
 
     @abstractmethod
+    @returns(
+        lambda found, sampler, generator, process: wrong_tensor(found, (1,), high=float(process.timesteps[0]), low=0.0),
+        each=True,
+    )
     def draw(self, generator: Generator, process: NoiseProcess) -> Tensor:
         """Draw one timestep of ``process``, ``(1,)`` float32, with random numbers from ``generator`` alone."""
 
@@ -29,6 +34,7 @@ class TargetSigma(LevelSampler):
     """
 
     @abstractmethod
+    @returns(tensor(lambda sampler, uniform, normal: uniform.shape, low=0.0, high=1.0), each=True)
     def transform(self, uniform: Tensor, normal: Tensor) -> Tensor:
         """Compute target sigmas from random numbers: uniform in [0, 1) and standard normal, of equal shape."""
 

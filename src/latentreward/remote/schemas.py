@@ -1,21 +1,23 @@
 """Forms in which servers take images or latents with prompts, and return scores."""
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from latentreward.errors import InputError, printable
+from latentreward.promises import Part, of_class, returns
 from latentreward.storage.digests import digest
 
 
-class Schema(ABC):
+class Schema(Part):
     """Form of requests and replies of a server.
 
     Attributes:
         path: Path of requests.
     """
 
+    needs = ("path",)
     path: str
 
 
@@ -26,6 +28,7 @@ class ImageSchema(Schema):
     """
 
     @abstractmethod
+    @returns(of_class(dict))
     def request(self, prompts: Sequence[str], images: Sequence[str]) -> dict[str, Any]:
         """Return the JSON of a request for B images.
 
@@ -35,6 +38,7 @@ class ImageSchema(Schema):
         """
 
     @abstractmethod
+    @returns(of_class(Sequence))
     def scores(self, reply: Mapping[str, Any], request: Mapping[str, Any]) -> Sequence[Any]:
         """Return the scores of a reply, in the order of the images; a higher score is better.
 

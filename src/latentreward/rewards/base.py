@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -11,12 +11,13 @@ from torch import Tensor, nn
 
 from latentreward.contracts import LatentSpace, NoisyStates
 from latentreward.errors import InputError
+from latentreward.promises import Part, of_class, returns, tensor
 
 if TYPE_CHECKING:
     from latentreward.policies import Policy, PolicySource
 
 
-class Reward(nn.Module, ABC):
+class Reward(nn.Module, Part):
     """A loaded, frozen reward that scores sampling states; a higher score is better.
 
     A reward must not register modules of the policy as its own submodules.
@@ -56,6 +57,7 @@ class Reward(nn.Module, ABC):
             Scores ``(N,)``, float32.
         """
 
+    @returns(tensor(lambda reward, latents, *given: (len(latents),)))
     def score_clean(
         self, latents: Tensor, rows: Tensor, encoded: Any, noise: Tensor | None = None, sigmas: Sequence[float] = ()
     ) -> Tensor:
@@ -75,6 +77,7 @@ class Reward(nn.Module, ABC):
         """
         return self(NoisyStates(latents, torch.zeros(len(latents), device=latents.device), rows, latents), encoded)
 
+    @returns(tensor(lambda reward, latents, *given: (len(latents), -1)))
     def score_parts(
         self, latents: Tensor, rows: Tensor, encoded: Any, noise: Tensor | None = None, sigmas: Sequence[float] = ()
     ) -> Tensor:
@@ -109,17 +112,18 @@ class Reward(nn.Module, ABC):
         Raises:
             InputError: If the scores are not a tensor ``(N,)``, or a score is not finite.
         """
-        return self.checked(self.score(states, encoded), states.timesteps)
+        return self.checked(self.score(states, encoded), states.timesteps, states.latents)
 
-    def checked(self, scores: Tensor, timesteps: Tensor) -> Tensor:
+    def checked(self, scores: Tensor, timesteps: Tensor, latents: Tensor) -> Tensor:
         """Check ``scores`` and return them in float32.
 
         Args:
             scores: Result of a scoring method.
             timesteps: ``(N,)`` timestep of each state, for the error message.
+            latents: ``(N, C, ...)`` what was scored.
 
         Raises:
-            InputError: If the scores are not a tensor ``(N,)``, or a score is not finite.
+            InputError: If the scores are not a tensor ``(N,)``, or a score or what was scored is not finite.
         """
         count, name = len(timesteps), self.name or type(self).__name__
         if not isinstance(scores, Tensor) or scores.shape != (count,):
@@ -127,6 +131,11 @@ class Reward(nn.Module, ABC):
             raise InputError(f"reward {name} returned {shape} for {count} states; it must return a tensor ({count},)")
         if not scores.isfinite().all():
             bad = scores[~scores.isfinite()][0].item()
+            if not latents.isfinite().all():
+                raise InputError(
+                    "the policy's sampler gave latents that are not finite, before any reward; lower the learning "
+                    "rate, or compute the policy in bfloat16 or float32"
+                )
             raise InputError(
                 f"reward {name} returned {bad} at timestep {timesteps[~scores.isfinite()][0].item():g}; look at its "
                 "weights, or compute it in float32"
@@ -134,7 +143,18 @@ class Reward(nn.Module, ABC):
         return scores.float()
 
 
-class RewardSource(ABC):
+def wrong_reward(found: Reward, source: RewardSource, policy: Policy) -> str | None:
+    """Return what is wrong with a loaded reward, see :func:`~latentreward.promises.returns`."""
+    if problem := of_class(Reward)(found):
+        return problem
+    if found.needs_clean and source.scores_states():
+        return "a reward with needs_clean, but scores_states is true; it must be one or the other"
+    if source.parts != len(source.part_weights):
+        return f"a reward of parts={source.parts}, but {len(source.part_weights)} part_weights; it must be one for each"
+    return None
+
+
+class RewardSource(Part):
     """Settings of a reward, as given in YAML. Weights are loaded by :meth:`load` only.
 
     Attributes:
@@ -156,6 +176,7 @@ class RewardSource(ABC):
         return False
 
     @abstractmethod
+    @returns(of_class(LatentSpace, also_none=True))
     def latent_space(self) -> LatentSpace | None:
         """Read the latent space that the reward takes from its configs; None if any policy's latents will do."""
 
@@ -222,6 +243,7 @@ class RewardSource(ABC):
             )
 
     @abstractmethod
+    @returns(wrong_reward)
     def load(self, policy: Policy) -> Reward:
         """Load the reward, frozen, to score states of ``policy``.
 

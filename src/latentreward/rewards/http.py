@@ -12,6 +12,7 @@ from torch import Tensor
 
 from latentreward.contracts import Conditioning, LatentSpace, NoisyStates
 from latentreward.errors import InputError, check_at_least_one
+from latentreward.promises import check_needs
 from latentreward.remote import ImageSchema, PlainJSON, RemoteError, RemoteServer, Schema, ServedImages, ServedLatents
 from latentreward.remote.errors import raise_together
 from latentreward.remote.images import RemoteImages
@@ -68,6 +69,7 @@ class HTTPReward(RewardSource):
                 f"reward.schema: {type(schema).__name__} is neither an ImageSchema nor ServedLatents; derive it from "
                 "ImageSchema"
             )
+        check_needs(self.schema)
         self.batch_size, self.decode_batch_size = batch_size, decode_batch_size
 
     @property
@@ -162,7 +164,7 @@ class RemoteReward(Reward):
             failure = error
         raise_together(failure, self.agree)
         mean = torch.tensor(levels, dtype=torch.float64).mean(dim=0)
-        return self.checked(mean.to(torch.float32), torch.zeros(len(like))).to(like.device)
+        return self.checked(mean.to(torch.float32), torch.zeros(len(like)), like).to(like.device)
 
 
 class RemoteImageReward(RemoteReward, DecodingReward):

@@ -180,7 +180,7 @@ class LatentScorer(Reward):
             head = self.model.head
             return head.total(head(levels[0]) if len(levels) == 1 else head.score_ensemble(levels))
 
-        return self.checked(self._by_rows(latents, read), timesteps[:1].expand(len(latents)))
+        return self.checked(self._by_rows(latents, read), timesteps[:1].expand(len(latents)), latents)
 
     def levels_at(self, timesteps: Tensor) -> Tensor:
         """Return the model's noise levels ``(N,)`` for states at ``timesteps`` ``(N,)`` of the policy."""

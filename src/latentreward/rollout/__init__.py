@@ -15,7 +15,6 @@ from latentreward.rollout.ddim import DDIMSampler
 from latentreward.rollout.finished import (
     begin_finished,
     check_sigmas,
-    check_values,
     rows_of,
     score_finished,
     score_states,
@@ -91,7 +90,6 @@ __all__ = [
     "begin_finished",
     "candidate_steps",
     "check_sigmas",
-    "check_values",
     "gap_quantiles",
     "group_advantages",
     "require_gradient",

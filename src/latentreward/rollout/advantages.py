@@ -1,7 +1,7 @@
 """Group-relative advantages (GRPO): rewards normalised within the samples of one state or prompt."""
 
 import math
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Sequence
 from copy import copy
 from typing import Literal, Self
@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from latentreward.errors import InputError
+from latentreward.promises import Part, returns, tensor
 
 
-class Advantage(ABC):
+class Advantage(Part):
     """Rule that turns the rewards of a rollout into advantages.
 
     Attributes:
@@ -34,6 +35,7 @@ class Advantage(ABC):
         return self
 
     @abstractmethod
+    @returns(tensor(lambda rule, rewards, *given: rewards.shape[:1] if rule.takes_parts else rewards.shape), each=True)
     def __call__(self, rewards: Tensor, groups: Tensor) -> Tensor:
         """Compute advantages.
 

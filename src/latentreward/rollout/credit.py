@@ -1,7 +1,7 @@
 """Credit: a reward of each step of a trajectory, from a reward of each of its states."""
 
 import math
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Literal
 
@@ -9,13 +9,14 @@ import torch
 from torch import Tensor
 
 from latentreward.errors import InputError
-from latentreward.rollout.finished import check_values
+from latentreward.promises import Part, returns, tensor
 
 
-class Credit(ABC):
+class Credit(Part):
     """Rule that turns the rewards of a trajectory's states into one reward for each step."""
 
     @abstractmethod
+    @returns(tensor(lambda rule, rewards: rewards[:, 1:].shape), each=True)
     def __call__(self, rewards: Tensor) -> Tensor:
         """Compute the steps' rewards ``(N, S)``, float64.
 
@@ -23,11 +24,10 @@ class Credit(ABC):
             rewards: ``(N, S + 1)``: reward r_k of the state before each of S steps, and of the state after the last.
         """
 
+    @returns(tensor(lambda rule, rewards, steps: (len(rewards), len(steps))), each=True)
     def of_steps(self, rewards: Tensor, steps: Sequence[int]) -> Tensor:
         """Compute the rewards ``(N, len(steps))`` of the steps that are trained on, of all S steps."""
-        credit = self(rewards)
-        check_values(f"credit: {type(self).__name__}", credit, rewards[:, 1:].shape)
-        return credit[:, list(steps)]
+        return self(rewards)[:, list(steps)]
 
 
 class GainCredit(Credit):

@@ -12,19 +12,6 @@ from latentreward.rewards.base import Reward
 from latentreward.seeding import pair_generator
 
 
-def check_values(name: str, values: Any, shape: Sequence[int]) -> None:
-    """Check what a rule of a user's, such as an advantage or a credit, has returned.
-
-    Raises:
-        InputError: If ``values`` is not a finite tensor of the given shape.
-    """
-    if not isinstance(values, Tensor) or values.shape != tuple(shape):
-        found = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
-        raise InputError(f"{name} returned {found}; it must return a tensor {tuple(shape)}")
-    if not values.isfinite().all():
-        raise InputError(f"{name} returned {values[~values.isfinite()][0].item()}; it must return finite numbers")
-
-
 def check_sigmas(reward_sigmas: Sequence[float]) -> None:
     """Raise InputError if there are no noise levels, or one lies outside [0, 1]."""
     if not reward_sigmas or not all(0.0 <= sigma <= 1.0 for sigma in reward_sigmas):

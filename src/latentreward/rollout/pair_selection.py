@@ -1,6 +1,6 @@
 """Selection of training pairs among the candidates of a step."""
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -10,6 +10,7 @@ from torch import Tensor
 from latentreward.contracts import PromptBatch, StepPairs
 from latentreward.errors import InputError
 from latentreward.losses.gather import gather_with_grad
+from latentreward.promises import Part, of_class, returns, shown, tensor
 from latentreward.rollout.base import StepSampler
 from latentreward.rollout.candidates import CandidateStep
 
@@ -35,9 +36,10 @@ class SelectedPairs:
     kept: Tensor
 
 
-class PairSelection(ABC):
+class PairSelection(Part):
     """Base class of rules that pair the best with the worst candidate, and keep pairs with a large score gap."""
 
+    @returns(of_class(SelectedPairs))
     def select(self, step: CandidateStep, sampler: StepSampler) -> SelectedPairs:
         """Select the pairs of one step; every rank must call this at the same steps, with equally many prompts."""
         best, worst = step.scores.float().max(dim=0), step.scores.float().min(dim=0)
@@ -45,8 +47,15 @@ class PairSelection(ABC):
         return SelectedPairs(best.indices, worst.indices, gap, self.keep(gap, step.index, sampler))
 
     @abstractmethod
+    @returns(tensor(lambda rule, gap, *given: gap.shape, "bool"), each=True)
     def keep(self, gap: Tensor, index: int, sampler: StepSampler) -> Tensor:
         """Tell which of the gaps ``(B,)`` at step ``index`` are large enough to keep: ``(B,)`` bool."""
+
+
+def wrong_threshold(found: float, *given: object) -> str | None:
+    """Return what is wrong with a threshold, see :func:`~latentreward.promises.returns`."""
+    right = isinstance(found, int | float) and 0 <= found <= 1
+    return None if right else f"{shown(found)}; it must be a number from 0 to 1"
 
 
 class ThresholdSelection(PairSelection):
@@ -57,6 +66,7 @@ class ThresholdSelection(PairSelection):
         return gap > self.threshold(index, sampler)
 
     @abstractmethod
+    @returns(wrong_threshold, each=True)
     def threshold(self, index: int, sampler: StepSampler) -> float:
         """Return the threshold of step ``index``, in [0, 1]."""
 
@@ -107,6 +117,7 @@ class ScheduledThreshold(ThresholdSelection):
         return self._low + fraction * (self._high - self._low)
 
     @abstractmethod
+    @returns(tensor(lambda rule, sampler: (len(sampler),)))
     def quantity(self, sampler: StepSampler) -> Tensor:
         """Return the quantity of each step in which the threshold is linear, ``(T,)``."""
 

@@ -1,17 +1,28 @@
 """Choice of the sampler's noise levels at which a finished sample is trained on."""
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 
 import torch
 from torch import Tensor
 
 from latentreward.errors import InputError
+from latentreward.promises import Part, returns, wrong_tensor
 
 
-class StepChoice(ABC):
+def wrong_choice(found: Tensor, rule: "StepChoice", steps: int, generator: torch.Generator) -> str | None:
+    """Return what is wrong with chosen steps, see :func:`~latentreward.promises.returns`."""
+    if problem := wrong_tensor(found, (-1,), "indices", 0, steps - 1):
+        return problem
+    if 0 < len(found) == len(found.unique()):
+        return None
+    return f"steps {found.tolist()}; it must be one or more, each once"
+
+
+class StepChoice(Part):
     """Rule that picks steps of a sampler for one finished sample."""
 
     @abstractmethod
+    @returns(wrong_choice, each=True)
     def choose(self, steps: int, generator: torch.Generator) -> Tensor:
         """Return the indices of distinct steps among ``steps``, int64.
 

@@ -1,26 +1,36 @@
 """Windows of steps with noise: the other steps of a rollout are deterministic and not trained on."""
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 
 import torch
 from torch import Tensor
 
 from latentreward.errors import InputError
 from latentreward.noise.base import per_sample
+from latentreward.promises import Part, check_needs, returns, shown
 from latentreward.rollout.base import StepSampler
 from latentreward.rollout.transition import Transition
 
 
-class Window(ABC):
+def wrong_start(found: int, window: "Window", steps: int, *given: object) -> str | None:
+    """Return what is wrong with the first step of a window, see :func:`~latentreward.promises.returns`."""
+    if type(found) is int and 0 <= found <= steps - window.size:
+        return None
+    return f"{shown(found)}; it must be a whole number from 0 to {steps - window.size}, steps minus size"
+
+
+class Window(Part):
     """Rule that chooses the steps with noise of one rollout, the same for all its trajectories.
 
     Attributes:
         size: Number of steps in a window.
     """
 
+    needs = ("size",)
     size: int
 
     @abstractmethod
+    @returns(wrong_start, each=True)
     def start(self, steps: int, iteration: int, generator: torch.Generator) -> int:
         """Return the index of the window's first step, at most ``steps`` − ``size``.
 
@@ -32,9 +42,10 @@ class Window(ABC):
 
     def check(self, steps: int) -> None:
         """Raise InputError if the window is larger than the ``steps`` that may be trained on."""
-        if not 1 <= self.size <= steps:
+        check_needs(self)
+        if type(self.size) is not int or not 1 <= self.size <= steps:
             raise InputError(
-                f"window.size={self.size} must lie between 1 and {steps}, the number of steps with noise between low "
+                f"window.size={self.size!r} must lie between 1 and {steps}, the number of steps with noise between low "
                 "and high; lower it, or raise sampling.num_inference_steps"
             )
 

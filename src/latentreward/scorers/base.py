@@ -1,7 +1,7 @@
 """Base classes of scorers: those that score pixels, and those that look up known scores."""
 
 import re
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Sequence
 
 import numpy as np
@@ -11,9 +11,10 @@ from torch import Tensor
 
 from latentreward.contracts import PreferencePair
 from latentreward.errors import InputError, printable
+from latentreward.promises import Part, of_class, returns, shown
 
 
-class Scorer(ABC):
+class Scorer(Part):
     """Base class of all scorers.
 
     Args:
@@ -37,6 +38,7 @@ class Scorer(ABC):
         return (self.name,)
 
     @abstractmethod
+    @returns(of_class(str))
     def identity(self) -> str:
         """Return one line that names everything the scores depend on; a run can be resumed only with the same line."""
 
@@ -126,10 +128,19 @@ class ImageScorer(Scorer):
         return scores
 
 
+def wrong_table(found: np.ndarray, scorer: "TableScorer", pairs: Sequence[PreferencePair]) -> str | None:
+    """Return what is wrong with scores of pairs, see :func:`~latentreward.promises.returns`."""
+    if isinstance(found, np.ndarray) and found.shape == (len(pairs), 2) and found.dtype == np.float64:
+        return None
+    got = f"{found.dtype} {found.shape}" if isinstance(found, np.ndarray) else shown(found)
+    return f"{got}; it must be a float64 array ({len(pairs)}, 2)"
+
+
 class TableScorer(Scorer):
     """Base class of scorers that look up scores computed elsewhere."""
 
     @abstractmethod
+    @returns(wrong_table, each=True)
     def lookup(self, pairs: Sequence[PreferencePair]) -> np.ndarray:
         """Look up the scores of N pairs: ``(N, 2)`` float64 for images a and b, NaN where there is no score."""
 

@@ -7,6 +7,7 @@ from PIL import Image
 from torch import Tensor
 
 from latentreward.errors import check_at_least_one
+from latentreward.promises import check_needs
 from latentreward.remote import ImageSchema, PlainJSON, RemoteServer
 from latentreward.remote.images import RemoteImages
 from latentreward.scorers.base import ImageScorer
@@ -45,6 +46,7 @@ class HTTPScorer(ImageScorer):
         check_at_least_one(batch_size=batch_size)
         super().__init__(name, batch_size * server.parallel)
         self.server, self.schema, self.request_size = server, schema or PlainJSON(), batch_size
+        check_needs(self.schema)
         self._images: RemoteImages | None = None
 
     def identity(self) -> str:

@@ -6,11 +6,13 @@ The original messages list all alternatives of a type over many lines. An unknow
 import inspect
 import re
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from pydoc import locate
 from textwrap import dedent
 
 from latentreward.backbones.registry import backbone_names
 from latentreward.errors import LIGHTNING_NO_GPU, NO_GPU, did_you_mean
+from latentreward.promises import lacks
 
 TAKEN_FROM = {
     "latentreward.modules": "model",
@@ -34,7 +36,7 @@ CLASS_MODULES = {name: module for module, names in TAKEN_FROM.items() for name i
 
 WRAPPERS = (
     r'Parser key "(?P<key>[^"]+)"[^:\n]*:(?P<inner>.*)',
-    r"Problem with given class_path '[^']+':(?P<inner>.*)",
+    r"Problem with given class_path '(?P<kind>[^']+)':(?P<inner>.*)",
     r"- Expected a path but .*? either not accessible or invalid\n- (?P<inner>.*)",
     r"Type .*? expects a function or a callable class: (?P<inner>.*)"
     r"\. Got value: .*",
@@ -50,6 +52,8 @@ UNKNOWN_SETTING = re.compile(
     r"(?:Subcommand '\w+' does not accept option|Option) '(?P<key>.+?)'|unrecognized arguments: --(?P<option>[^=\s]+)"
 )
 
+MISSING = r"the following arguments are required: (?:\w+\.)?([^\s,]+)"
+"""Start of the message about a missing setting."""
 INTERPOLATED = r" full_key: (?:(?:fit|validate|test|predict)\.)?(\S+).*"
 """End of OmegaConf's messages, with the setting's name, which follows the subcommand for a trainer's settings."""
 UNSET = "is not set; name a setting in full, e.g. ${data.init_args.batch_size}, or a variable, ${oc.env:NAME}"
@@ -66,13 +70,16 @@ NAMED_IN: dict[str, str] = {}
 
 def summarise(message: str) -> str:
     """Reword a message of jsonargparse or OmegaConf to one line."""
-    keys, text = [], dedent(message).strip()
+    keys, kind, text = [], "", dedent(message).strip()
     while wrapper := _unwrap(text):
         parts = wrapper.groupdict()
         keys += [parts["key"]] if "key" in parts else []
+        kind = parts.get("kind", kind)
         text = dedent(_telling_alternative(wrapper) if "errors" in parts else parts["inner"]).strip()
     text, *key = re.split(INTERPOLATED, " ".join(text.split()), maxsplit=1)
     setting = ".".join([*keys, *key[:1]])
+    if (missing := re.match(MISSING, text)) and (place := _in_list(message, keys[-1:], kind, missing[1])):
+        return f"{setting}{place}: {missing[1]} is missing; write it under the init_args of this class"
     for pattern, reword in REWORDINGS.items():
         if match := re.match(pattern, text):
             text = match.expand(reword) if isinstance(reword, str) else reword(match, setting)
@@ -177,6 +184,31 @@ def _unset_variable(match: re.Match[str], setting: str) -> str:
     return f"the environment variable {match[1]}{place} is not set; say {match[1]}=VALUE latentreward ..., or export it"
 
 
+def _in_list(message: str, key: Sequence[str], kind: str, name: str) -> str:
+    """Return index and class of the item of a list of classes that lacks a setting; empty outside a list.
+
+    Args:
+        message: Message of jsonargparse, which holds the whole value.
+        key: Last part of the list's dotted name, if there is one.
+        kind: Class path of the item.
+        name: Name of the setting.
+    """
+    begin = re.search(rf"(?:Given value: |\b{''.join(key).rpartition('.')[2]}=)\[(?=Namespace)", message)
+    item = rf"class_path='{re.escape(kind)}', init_args=Namespace\((?:[^()]|\([^()]*\))*?\b{name}=None"
+    found = begin and re.compile(item).search(message, begin.end())
+    if begin is None or not found:
+        return ""
+    depth = index = 0
+    for character in message[begin.end() : found.start()]:
+        depth += (character in "([{") - (character in ")]}")
+        index += character == "," and not depth
+    return f"[{index}] ({kind})"
+
+
+def _abstract(match: re.Match[str], setting: str) -> str:
+    return lacks(locate(match[1]))  # type: ignore[arg-type]  # jsonargparse has imported the class
+
+
 def _missing(match: re.Match[str], setting: str) -> str:
     place = f"{setting}{setting and '.'}{match[1]}"
     choices = did_you_mean("", backbone_names()) if match[1] == "backbone" else ""
@@ -187,7 +219,8 @@ REWORDINGS: dict[str, str | Callable[[re.Match[str], str], str]] = {
     r"Expected an? (?P<types>.+)\. Got value: (?P<value>.*)": _wrong_type,
     r"(?:Expected a dot import path string|Unexpected import path format): (\S+)": _unknown_name,
     r"Expected an import path or a subclass spec, but got (.*)": _no_class,
-    r"the following arguments are required: (?:\w+\.)?([^\s,]+)": _missing,
+    MISSING: _missing,
+    r"Expected an instantiatable class, but (\S+) is abstract": _abstract,
     "import of callbacks halted": "no module 'callbacks'; say latentreward.callbacks",
     r"Importing ('(\w+).*?') is not allowed": (
         r"--restrict-imports does not allow \1; if you trust it, say --restrict-imports=\2"

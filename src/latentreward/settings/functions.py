@@ -15,6 +15,7 @@ from functools import wraps
 from itertools import zip_longest
 from pathlib import Path
 from pydoc import locate
+from traceback import extract_tb
 from typing import Any, NoReturn
 
 import yaml
@@ -24,7 +25,7 @@ from omegaconf.errors import OmegaConfBaseException
 from typing_extensions import override
 
 from latentreward.backbones.registry import backbone_names
-from latentreward.errors import InputError
+from latentreward.errors import InputError, one_line
 from latentreward.programs import RESTRICTED, allow_only, find_modules_here
 from latentreward.settings.errors import CLASS_MODULES, NAMED_IN, UNSET, summarise, unknown_setting_hint
 from latentreward.settings.ranges import check_ranges, leaves
@@ -58,6 +59,33 @@ class ConfigFile(ActionConfigFile):
 
 VALIDATING = ContextVar("VALIDATING", default=False)
 """True while a parser validates: a parser of a nested class or section then skips the checks of the outer one."""
+
+
+INSTANTIATED: ContextVar[Namespace | None] = ContextVar("INSTANTIATED", default=None)
+"""All settings while their classes are constructed."""
+
+
+def constructed(kind: Callable[..., Any], *args: Any, **options: Any) -> Any:
+    """Construct a class among the settings.
+
+    Raises:
+        InputError: If the constructor of a user's own class fails; names setting, error, file and line.
+    """
+    try:
+        return kind(*args, **options)
+    except Exception as error:
+        path = f"{kind.__module__}.{kind.__qualname__}"
+        if isinstance(error, InputError) or path.startswith(tuple(f"{module}." for module in TRUSTED)):
+            raise
+        settings = INSTANTIATED.get()
+        named = (name for name, value in leaves(settings) if value == path and name.endswith(".class_path"))
+        place = re.sub(TRAINER_COMMAND, "", next(named, "").removesuffix(".class_path"))
+        frames = [frame for frame in extract_tb(error.__traceback__) if frame.filename == inspect.getsourcefile(kind)]
+        line = f", {Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else ""
+        raise InputError(
+            f"{place}{place and ': '}{path} stopped with {type(error).__name__}: {one_line(error)}{line}; --debug shows"
+            " the traceback"
+        ) from error
 
 
 class SettingsParser(ArgumentParser):
@@ -137,7 +165,14 @@ class SettingsParser(ArgumentParser):
 
     @override
     def instantiate(self, namespace: Namespace, *more: Any, **options: Any) -> Any:
-        return super().instantiate(with_secrets(namespace), *more, **options)
+        if INSTANTIATED.get() is not None:  # by the parser of a class among the settings
+            return super().instantiate(with_secrets(namespace), *more, **options)
+        token = INSTANTIATED.set(namespace)
+        options["instantiators"] = [*options.get("instantiators", ()), (constructed, object, True)]
+        try:
+            return super().instantiate(with_secrets(namespace), *more, **options)
+        finally:
+            INSTANTIATED.reset(token)
 
     @override
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:

@@ -1,17 +1,19 @@
 """Base classes of readers of preference pairs: access to rows by number, and treatment of bad rows."""
 
 import logging
+import sys
 import unicodedata
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections import Counter
 from typing import Any, Literal
 
 import numpy as np
 import torch
 
-from latentreward.contracts import PreferencePair
+from latentreward.contracts import ImageRef, PreferencePair
 from latentreward.data.images import ExifOrientation
 from latentreward.errors import InputError, check_at_least_one, printable, quoted
+from latentreward.promises import Part, returns, shown
 from latentreward.seeding import pair_generator
 from latentreward.storage.digests import digest
 
@@ -21,6 +23,8 @@ OnError = Literal["raise", "skip", "placeholder"]
 Contents = Literal["images", "latents", "nothing"]
 MAX_PROMPT_CHARS, MAX_VOTES = 10_000, 10**9
 """Largest number of characters in a prompt, and of votes for an image; rows with more fall under ``on_error``."""
+NAMES_KEPT = 512
+"""Number of rows of a reader whose names are compared with each other."""
 OWN_ON_ERROR, DATA_ON_ERROR = "the reader's on_error", "data.on_error (or the reader's own, which wins)"
 """Names of the setting in messages: for a reader used alone, and for one in a data module."""
 MOST_NAMED = 5
@@ -28,7 +32,36 @@ MOST_NAMED = 5
 ON_ERROR_REMEDY = f"correct the row, or set {OWN_ON_ERROR} to skip or placeholder"
 
 
-class PairReader(ABC):
+def wrong_pair(found: PreferencePair, reader: "PairReader", index: int) -> str | None:
+    """Return what is wrong with a row, see :func:`~latentreward.promises.returns`."""
+    if not isinstance(found, PreferencePair):
+        return f"{shown(found)} for row {index}; it must be a PreferencePair"
+    if not isinstance(found.pair_id, str) or not isinstance(found.prompt, str):
+        return f"pair_id={found.pair_id!r:.60} and prompt={found.prompt!r:.60} of row {index}; it must be texts"
+    images, holds = (found.image_a, found.image_b), {"images": "image"}.get(reader.holds, reader.holds)
+    if not all(isinstance(image, ImageRef) and holds in (image.holds, "nothing") for image in images):
+        return (
+            f"row {found.pair_id!r:.60} with other images; it must be ImageRef with the reader's holds={reader.holds}"
+        )
+    for name, value, most in (("label_a", found.label_a, 1.0), ("weight", found.weight, sys.float_info.max)):
+        if value is not None and not (isinstance(value, float | int | np.number) and 0 <= value <= most):
+            bounds = "a number from 0 to 1, or None" if name == "label_a" else "finite and at least 0"
+            return f"{name}={value!r:.60} of row {found.pair_id!r:.60}; it must be {bounds}"
+    names = vars(reader).setdefault("_first_rows", {})
+    if len(names) < NAMES_KEPT and index >= 0:
+        names.setdefault(found.pair_id, int(index))
+    if index >= 0 and (first := names.get(found.pair_id, index)) != index:
+        return f"pair_id={found.pair_id!r:.60} for rows {first} and {index}; it must be a name for each row"
+    return None
+
+
+def wrong_length(found: int, reader: "PairReader") -> str | None:
+    """Return what is wrong with a number of rows, see :func:`~latentreward.promises.returns`."""
+    right = isinstance(found, int | np.integer) and found >= 0
+    return None if right else f"{shown(found)}; it must be a whole number of at least 0"
+
+
+class PairReader(Part):
     """Reader of the rows of one split of a preference data set; images are read only when a row is accessed.
 
     Subclass :class:`PairReader` to read a data set of your own. A reader must be picklable, since worker processes get
@@ -59,6 +92,7 @@ class PairReader(ABC):
         named: Names of the first few rows of a reason, where they are known.
     """
 
+    needs = ("on_error",)
     holds: Contents = "images"
     exif: ExifOrientation = "apply"
 
@@ -77,10 +111,12 @@ class PairReader(ABC):
         self.named: dict[str, list[str]] = {}
 
     @abstractmethod
+    @returns(wrong_length)
     def __len__(self) -> int:
         """Return the number of rows."""
 
     @abstractmethod
+    @returns(wrong_pair, each=True)
     def __getitem__(self, index: int) -> PreferencePair:
         """Return row ``index``; images a and b are in the order of the file, or exchanged at random by the reader."""
 

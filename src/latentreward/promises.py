@@ -1,0 +1,194 @@
+"""What the methods of a part must return: stated at its base class, compared wherever a derived class is called."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC
+from collections.abc import Callable, Sequence
+from functools import wraps
+from inspect import isfunction
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Self, TypeVar
+
+import torch
+from torch import Tensor
+
+from latentreward.errors import InputError
+
+Method = TypeVar("Method", bound=Callable[..., Any])
+Check = Callable[..., str | None]
+"""Function of a result, the part and the method's arguments. Returns what is wrong, as "GOT; it must be WANTED"."""
+Kind = Literal["numbers", "indices", "bool"]
+KINDS = {"numbers": "finite numbers", "indices": "whole numbers (int64)", "bool": "bool"}
+KEPT = "_promises_kept"
+"""Attribute of a part with the names of the methods that were compared."""
+
+
+class Part(ABC):  # noqa: B024 - derived classes have the methods
+    """Base of the classes from which users derive their own, and which YAML files name.
+
+    A base class marks its methods by :func:`returns`. What an overriding method returns is then compared in its first
+    call, so that later steps cost nothing and never wait for an accelerator.
+
+    Attributes:
+        needs: Names of attributes that a derived class must set.
+    """
+
+    needs: ClassVar[Sequence[str]] = ()
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        promises = [
+            (name, *method.promise)
+            for base in cls.__mro__
+            for name, method in vars(base).items()
+            if isfunction(method) and hasattr(method, "promise")
+        ]
+        for name, *promise in promises:
+            if isfunction(method := getattr(cls, name)) and not hasattr(method, "promise"):
+                setattr(cls, name, compared(method, name, *promise))
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        """Create the part; raise InputError if the class lacks methods of its base class."""
+        if cls.__abstractmethods__:
+            raise InputError(lacks(cls))
+        part: Self = super().__new__(cls)
+        return part
+
+
+def lacks(cls: type) -> str:
+    """Return the message about a class without some methods of its base class."""
+    names = sorted(getattr(cls, "__abstractmethods__", ()))
+    bases = dict.fromkeys(
+        base.__name__
+        for base in cls.__mro__
+        for name in names
+        if getattr(vars(base).get(name), "__isabstractmethod__", False)
+    )
+    return f"{cls.__name__} lacks {', '.join(names)} of {' and '.join(bases)}; define what is missing"
+
+
+def returns(check: Check, each: bool = False) -> Callable[[Method], Method]:
+    """Mark a method of a base class with what it and methods that override it must be.
+
+    A method that a derived class calls through ``super()`` is not compared: its result is not the part's.
+
+    Args:
+        check: Compares a result.
+        each: Whether each call is compared; for results on the CPU, and for rules that are called once in a rollout.
+    """
+    return lambda method: compared(method, method.__name__, check, each)
+
+
+def compared(method: Method, name: str, check: Check, each: bool) -> Method:
+    """Return a method whose result is compared by ``check``; see :func:`returns`. ``name`` is that in the class."""
+
+    @wraps(method)
+    def comparing(self: Any, *args: Any, **kwargs: Any) -> Any:
+        result = method(self, *args, **kwargs)
+        if getattr(type(self), name) is comparing:
+            keep_promise(self, name, lambda: check(result, self, *args, **kwargs), each)
+        return result
+
+    comparing.promise = check, each  # type: ignore[attr-defined]
+    return comparing  # type: ignore[return-value]
+
+
+def keep_promise(part: Any, method: str, problem: Callable[[], str | None], each: bool = False) -> None:
+    """Compare what a part's method returned, in its first call or in ``each``.
+
+    Args:
+        part: The part.
+        method: Name of the method.
+        problem: Returns what is wrong, see :data:`Check`; None if nothing is.
+        each: Whether earlier calls do not count.
+
+    Raises:
+        InputError: If something is wrong, or an attribute is missing that the part :attr:`~Part.needs`.
+    """
+    kept = vars(part).setdefault(KEPT, set())
+    if method in kept and not each:
+        return
+    check_needs(part)
+    if found := problem():
+        raise InputError(f"{type(part).__name__}.{method} returned {found}{place_of(getattr(type(part), method))}")
+    kept.add(method)
+
+
+def check_needs(part: Part) -> None:
+    """Raise InputError if an attribute is missing that the part :attr:`~Part.needs`."""
+    for name in part.needs:
+        if not hasattr(part, name):
+            base = next(base.__name__ for base in type(part).__mro__ if "needs" in vars(base))
+            raise InputError(
+                f"{type(part).__name__} lacks {name}, an attribute of {base}; set it, or call super().__init__()"
+            )
+
+
+def place_of(function: Any) -> str:
+    """Return file and line of a function that is not this package's, in brackets; empty for others."""
+    code = getattr(getattr(function, "__wrapped__", function), "__code__", None)
+    if code is None or str(getattr(function, "__module__", "")).startswith("latentreward."):
+        return ""
+    return f" ({Path(code.co_filename).name}:{code.co_firstlineno})"
+
+
+def tensor(
+    shape: Callable[..., Sequence[int]], kind: Kind = "numbers", low: float = -math.inf, high: float = math.inf
+) -> Check:
+    """Return the check of a tensor; see :func:`wrong_tensor`. ``shape`` is a function of part and arguments."""
+    return lambda found, *given, **named: wrong_tensor(found, shape(*given, **named), kind, low, high)
+
+
+def wrong_tensor(
+    found: Any, shape: Sequence[int], kind: Kind = "numbers", low: float = -math.inf, high: float = math.inf
+) -> str | None:
+    """Return what is wrong with what should be a tensor, see :data:`Check`; None if nothing is.
+
+    Args:
+        found: What was returned.
+        shape: Shape that is wanted; −1 for a side of any length.
+        kind: Finite numbers of any floating type, whole numbers, or bool.
+        low: Least number allowed.
+        high: Greatest number allowed.
+    """
+    sides = tuple(shape)
+    wanted = f"a tensor {sides}" if sides else "a scalar tensor"
+    if -1 in sides:
+        wanted = f"a tensor ({', '.join('any' if side < 0 else str(side) for side in sides)})"
+    if not isinstance(found, Tensor) or not same_shape(found.shape, sides):
+        return f"{shown(found)}; it must be {wanted}"
+    sound = {"numbers": found.is_floating_point(), "indices": found.dtype == torch.int64}
+    if not sound.get(kind, found.dtype == torch.bool):
+        return f"a tensor of {str(found.dtype).removeprefix('torch.')}; it must be {KINDS[kind]}"
+    values = found.detach().flatten()
+    if kind == "bool" or values.is_meta or not len(values):
+        return None
+    bad = values[~(values.isfinite() & (values >= low) & (values <= high))]
+    if not len(bad):
+        return None
+    if (low, high) == (-math.inf, math.inf):
+        return f"{bad[0].item()}; it must be {KINDS[kind]}"
+    return f"{bad[0].item():g}; it must be numbers from {low:g} to {high:g}"
+
+
+def same_shape(found: Sequence[int], wanted: Sequence[int]) -> bool:
+    """Tell whether two shapes agree; −1 agrees with a side of any length."""
+    return len(found) == len(wanted) and all(b in (-1, a) for a, b in zip(found, wanted, strict=True))
+
+
+def shown(found: Any) -> str:
+    """Describe a result in a message: shape of a tensor, else type or a short value."""
+    if isinstance(found, Tensor):
+        return str(tuple(found.shape))
+    return repr(found) if isinstance(found, int | float | bool | None) else type(found).__name__
+
+
+def of_class(kind: type, also_none: bool = False) -> Check:
+    """Return the check of an object of a class, or None under ``also_none``."""
+
+    def check(found: Any, *given: Any, **named: Any) -> str | None:
+        right = isinstance(found, kind) or (also_none and found is None)
+        return None if right else f"{shown(found)}; it must be a {kind.__name__}{' or None' * also_none}"
+
+    return check

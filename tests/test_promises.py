@@ -1,0 +1,571 @@
+"""Faulty parts of a user's own: each is refused in one line that names class and method, and the sound ones are not."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torchmetrics import Metric
+
+from latentreward.backbones import DiffusionBackbone
+from latentreward.contracts import Conditioning, ImageRef, LatentSpace, NoisyStates, PairScores, PreferencePair
+from latentreward.data import PairReader
+from latentreward.encoders.prompts import PromptEncoder
+from latentreward.encoders.vae import LatentEncoder
+from latentreward.errors import InputError
+from latentreward.families import Family
+from latentreward.heads import EmbeddingHead, RewardHead
+from latentreward.losses import KLGate, Penalty, PreferenceLoss, RatioRule, RewardLoss, StepDrift
+from latentreward.modules.pairs import LevelMetrics
+from latentreward.noise import DDPM, FlowMatching, LevelSampler, NoiseProcess, TargetSigma
+from latentreward.remote import ImageSchema, RemoteServer
+from latentreward.rewards import Reward, RewardSource
+from latentreward.rollout import Advantage, Credit, PairSelection, StepChoice, Window
+from latentreward.rollout.pair_selection import ScheduledThreshold
+from latentreward.scorers import HTTPScorer
+from latentreward.scorers.base import ImageScorer, TableScorer
+from tests.heads.features import DIT_SPEC, random_features
+
+NAN = float("nan")
+FLOW = FlowMatching()
+FEATURES = random_features(DIT_SPEC, batch=3)
+ONES = torch.ones(3)
+SCORES = PairScores(ONES, 0 * ONES, ONES, ONES, ONES, ONES)
+DRIFT = StepDrift(ONES, ONES, ONES, torch.tensor(1.0), torch.tensor(1.0))
+PROMPTS = ["a cat", "a dog"]
+SPACE = LatentSpace(4, 8)
+PAIR = PreferencePair("0", "a cat", ImageRef("a", b"a"), ImageRef("b", b"b"), label_a=1.0)
+MASK = torch.tensor([[True, True, False], [True, True, True]])
+IMAGES = [Image.new("RGB", (8, 8))] * 2
+
+
+@dataclass
+class Kind:
+    """A base class, a sound part of it, its use as in a program, and faults: what a method or attribute is instead."""
+
+    base: type
+    sound: dict[str, Any]
+    use: Callable[[Any], Any]
+    faults: list[tuple[str, Any]]
+    args: tuple[Any, ...] = ()
+    also: dict[str, Any] = field(default_factory=dict)
+
+
+def returning(value: Any) -> Callable[..., Any]:
+    return lambda self, *given, **named: value
+
+
+def made(kind: Kind, name: str = "", instead: Any = None) -> Any:
+    """An object of a class ``Mine``, with a method that returns ``instead``, or with this attribute."""
+    methods = {method: value if callable(value) else returning(value) for method, value in kind.sound.items()}
+    changed = methods | kind.also
+    if name in methods:
+        changed[name] = instead if callable(instead) and not isinstance(instead, type) else returning(instead)
+    elif name:
+        changed[name] = instead
+    return type("Mine", (kind.base,), {key: value for key, value in changed.items() if value is not DROPPED})(
+        *kind.args
+    )
+
+
+DROPPED = object()
+"""An attribute that a class lacks."""
+
+
+def rows(pairs: Sequence[Any]) -> Callable[..., Any]:
+    return lambda self, index: pairs[index]
+
+
+def read_all(reader: PairReader) -> list[Any]:
+    return [reader[index] for index in range(len(reader))]
+
+
+def labelled(**changes: Any) -> Callable[..., Any]:
+    return rows([PAIR, replace(PAIR, **({"pair_id": "1"} | changes))])
+
+
+def conditioning(*shape: int, pooled: int | None = 6, mask: Tensor | None = None) -> Conditioning:
+    return Conditioning(torch.zeros(*shape), None if pooled is None else torch.zeros(2, pooled), mask)
+
+
+def wrong_features(**changes: Any) -> Any:
+    return replace(FEATURES, **changes)
+
+
+def without_super(self: Any) -> None:
+    """A constructor that forgets the base class's."""
+
+
+def noise_of(process: NoiseProcess) -> Any:
+    return process.add_noise(torch.zeros(3, 4, 2, 2), torch.ones(3, 4, 2, 2), ONES)
+
+
+def predicted(family: Family) -> Any:
+    latents = torch.zeros(2, 4, 2, 2)
+    family.predict(None, latents, torch.ones(2), None, None)
+    family.levels(2, (4, 2, 2))
+    family.load_prompt_encoder()
+    family.load_network()
+    return family.guide(latents, latents, 2.0)
+
+
+def metric_of(metric: Metric) -> Any:
+    metrics = LevelMetrics("wrong", [metric])
+    metrics.update(SCORES, ONES)
+    return metrics.values()
+
+
+class Scoring(Reward):
+    def encode_prompts(self, prompts: Any) -> None:
+        return None
+
+    def score(self, states: NoisyStates, encoded: Any) -> Tensor:
+        return torch.zeros(len(states.latents))
+
+
+STATES = NoisyStates(torch.zeros(3, 4, 2, 2), ONES, torch.zeros(3, dtype=torch.int64))
+
+
+def both(loss: PreferenceLoss) -> None:
+    loss(SCORES)
+    loss.win_probability(SCORES)
+
+
+def embedded(head: EmbeddingHead) -> None:
+    image, text = head.embed(FEATURES)
+    head.similarity(image, text)
+    head.similarity_matrix(text, image)
+    head(FEATURES)
+
+
+def chosen(rule: Any) -> None:
+    rule.threshold(0, SAMPLER)
+
+
+class Steps:
+    """What a selection reads of a sampler."""
+
+    noise_std = torch.ones(4)
+
+    def __len__(self) -> int:
+        return 4
+
+
+SAMPLER = Steps()
+LENGTH = {"num_tokens": 3, "token_dim": 5, "pooled_dim": 6}
+MASKED = LENGTH | {"masked": True, "count_tokens": returning([2, 3])}
+SPEC = property(lambda self: DIT_SPEC)
+
+HEAD = Kind(
+    RewardHead,
+    {"forward": ONES},
+    lambda head: head(FEATURES),
+    [
+        ("forward", bad)
+        for bad in (
+            ONES[:, None],
+            torch.ones(3, 64),
+            torch.ones(()),
+            ONES[:2],
+            NAN * ONES,
+            [1.0] * 3,
+            1.0,
+            ONES.long(),
+            (ONES,),
+            None,
+        )
+    ]
+    + [("outputs", 2), ("axis_weights", (0.5, 0.5))],
+)
+EMBEDDING = Kind(
+    EmbeddingHead,
+    {
+        "embed": (torch.ones(3, 2), torch.ones(3, 2)),
+        "similarity": ONES,
+        "similarity_matrix": torch.ones(3, 3),
+        "forward": ONES,
+    },
+    embedded,
+    [
+        ("embed", torch.ones(3, 2)),
+        ("embed", (torch.ones(2, 2), torch.ones(3, 2))),
+        ("embed", (torch.ones(3, 2), torch.ones(3, 4))),
+        ("similarity", ONES[:, None]),
+        ("similarity_matrix", ONES),
+    ],
+)
+LOSS = Kind(
+    PreferenceLoss,
+    {"per_pair": ONES.double(), "win_probability": ONES / 2},
+    both,
+    [
+        ("per_pair", bad)
+        for bad in (ONES[:, None], torch.tensor(1.0), NAN * ONES, ONES.long(), None, ONES[:2], [1.0] * 3)
+    ]
+    + [("win_probability", bad) for bad in (1.5 * ONES, -0.1 * ONES, ONES[:, None], NAN * ONES, ONES > 0, None)],
+)
+REWARD_LOSS = Kind(
+    RewardLoss,
+    {"forward": torch.tensor(1.0)},
+    lambda loss: loss(ONES),
+    [("forward", bad) for bad in (ONES, torch.tensor(NAN), 1.0, ONES[:1])],
+)
+LEVELS = Kind(
+    LevelSampler,
+    {"draw": ONES[:1]},
+    lambda levels: levels.draw(torch.Generator(), FLOW),
+    [
+        ("draw", bad)
+        for bad in (torch.tensor(1.0), ONES[:2], NAN * ONES[:1], 2000 * ONES[:1], -ONES[:1], ONES[:1].long(), 1.0)
+    ],
+)
+SIGMAS = Kind(
+    TargetSigma,
+    {"transform": ONES[:1]},
+    lambda levels: levels.draw(torch.Generator(), FLOW),
+    [("transform", bad) for bad in (1.7 * ONES[:1], -0.2 * ONES[:1], ONES, NAN * ONES[:1], 0.5)],
+)
+METRIC = Kind(
+    Metric,
+    {"update": lambda self, chosen, rejected, label: None, "compute": torch.tensor(1.0)},
+    metric_of,
+    [
+        ("update", lambda self, scores: None),
+        ("update", lambda self, a, b, c, d: None),
+        ("compute", ONES),
+        ("compute", {"a": 1}),
+    ],
+)
+READER = Kind(
+    PairReader,
+    {"__len__": 2, "__getitem__": labelled()},
+    read_all,
+    [
+        ("__getitem__", bad)
+        for bad in (
+            *(labelled(label_a=label) for label in (2, -1, NAN, "1")),
+            *(labelled(weight=w) for w in (-1.0, NAN, float("inf"), "x")),
+            labelled(pair_id="0"),
+            labelled(pair_id=7),
+            labelled(prompt=None),
+            labelled(image_a="a.png"),
+            labelled(image_b=replace(PAIR.image_b, holds="latents")),
+            (PAIR, 1.0),
+            None,
+        )
+    ]
+    + [("__len__", -1), ("__len__", "2"), ("__init__", without_super)],
+)
+ENCODER = Kind(
+    PromptEncoder,
+    {"tokenize": (torch.ones(2, 3),), "encode_ids": conditioning(2, 3, 5)},
+    lambda encoder: encoder(PROMPTS),
+    [
+        ("encode_ids", bad)
+        for bad in (
+            (torch.zeros(2, 3, 5),),
+            conditioning(2, 5),
+            conditioning(2, 3, 4),
+            conditioning(1, 3, 5),
+            conditioning(2, 4, 5),
+            conditioning(2, 3, 5, pooled=4),
+            conditioning(2, 3, 5, pooled=None),
+            conditioning(2, 3, 5, mask=MASK),
+            Conditioning(NAN * torch.zeros(2, 3, 5), torch.zeros(2, 6)),
+        )
+    ]
+    + [
+        ("pooled_dim", 0),
+        ("masked", True),
+        ("tokenize", torch.ones(2, 3)),
+        ("tokenize", (torch.ones(1, 3),)),
+        ("token_dim", DROPPED),
+    ],
+    also=LENGTH,
+)
+MASKED_ENCODER = Kind(
+    PromptEncoder,
+    {"tokenize": (torch.ones(2, 3),), "encode_ids": conditioning(2, 3, 5, mask=MASK)},
+    lambda encoder: encoder(PROMPTS),
+    [
+        ("encode_ids", conditioning(2, 3, 5, mask=mask))
+        for mask in (None, MASK[:, :2], MASK.float(), MASK & False, MASK.flip(1))
+    ]
+    + [("count_tokens", returning([3, 3])), ("num_tokens", 2), ("masked", False)],
+    also=MASKED,
+)
+VAE = Kind(
+    LatentEncoder,
+    {"encode": torch.zeros(2, 4, 2, 2), "decode": torch.zeros(2, 3, 16, 16)},
+    lambda vae: vae.decode(vae.encode(torch.zeros(2, 3, 16, 16))),
+    [
+        ("encode", bad)
+        for bad in (torch.zeros(2, 5, 2, 2), NAN * torch.zeros(2, 4, 2, 2), [0.0], torch.zeros(2, 4, 4, 4))
+    ]
+    + [("decode", bad) for bad in (torch.zeros(2, 3, 8, 8), torch.zeros(2, 16, 16), None)],
+    args=(nn.Linear(1, 1), SPACE),
+)
+BACKBONE = Kind(
+    DiffusionBackbone,
+    {"read": FEATURES, "blocks": ()},
+    lambda backbone: backbone(torch.zeros(3, 4, 2, 2), ONES, None),
+    [
+        ("read", bad)
+        for bad in (
+            (ONES,),
+            wrong_features(visual=()),
+            wrong_features(visual=(torch.zeros(3, 16, 15),) * 3),
+            wrong_features(visual_grids=((3, 3),) * 3),
+            wrong_features(temb=NAN * FEATURES.temb),
+            wrong_features(pooled_text=FEATURES.pooled_text[:1]),
+            wrong_features(text=()),
+            wrong_features(output=torch.zeros(3, 4, 2, 2)),
+            wrong_features(temb=None),
+        )
+    ],
+    args=(FLOW, SPACE),
+    also={"feature_spec": SPEC},
+)
+NOISE = Kind(
+    NoiseProcess,
+    {"add_noise": torch.zeros(3, 4, 2, 2), "target": torch.zeros(3, 4, 2, 2), "clean": torch.zeros(3, 4, 2, 2)},
+    noise_of,
+    [("add_noise", torch.zeros(3, 4)), ("add_noise", torch.full((3, 4, 2, 2), NAN)), ("add_noise", None)]
+    + [("sigmas", bad) for bad in (torch.tensor([1.5, 0.0]), torch.tensor([0.0, 1.0]), torch.zeros(3), DROPPED)],
+    also={
+        "timesteps": torch.tensor([1000.0, 0.0]),
+        "sigmas": torch.tensor([1.0, 0.0]),
+        "from_config": classmethod(lambda *_: None),
+    },
+)
+LATENTS = torch.zeros(2, 4, 2, 2)
+FAMILY = Kind(
+    Family,
+    {
+        "predict": LATENTS,
+        "levels": (torch.tensor([1000.0, 500.0]), torch.tensor([1.0, 0.5, 0.0])),
+        "blocks": (),
+        "load_prompt_encoder": lambda self: made(ENCODER),
+        "load_network": lambda self: nn.Linear(1, 1),
+        "guide": LATENTS,
+    },
+    predicted,
+    [("predict", bad) for bad in (torch.zeros(2, 4, 2), NAN * LATENTS, (LATENTS,), LATENTS[:1])]
+    + [("levels", bad) for bad in (ONES, (ONES, ONES), (ONES[:2], 1.2 * ONES), (5000 * ONES[:2], ONES))]
+    + [("load_prompt_encoder", lambda self: None), ("load_network", lambda self: None), ("guide", LATENTS[:1])]
+    + [("noise_process", DDPM(torch.linspace(0.9, 0.1, 1000))), ("clips", True)],
+    args=(None,),
+    also={
+        "recognises": classmethod(lambda *_: True),
+        "native_size": (8, 8),
+        "noise_process": FLOW,
+        "default_guidance": None,
+        "lora_loader": "",
+        "latent_space": SPACE,
+    },
+)
+GROUPS = torch.zeros(3, dtype=torch.int64)
+ADVANTAGE = Kind(
+    Advantage,
+    {"__call__": ONES},
+    lambda rule: rule(ONES, GROUPS),
+    [("__call__", bad) for bad in (ONES[:, None], NAN * ONES, [1.0] * 3, None, ONES[:1], ONES.long())],
+)
+PARTS = Kind(
+    Advantage,
+    {"__call__": ONES},
+    lambda rule: rule(torch.ones(3, 2), GROUPS),
+    [("__call__", torch.ones(3, 2)), ("takes_parts", False)],
+    also={"takes_parts": True},
+)
+CREDIT = Kind(
+    Credit,
+    {"__call__": torch.ones(3, 2)},
+    lambda rule: rule.of_steps(torch.ones(3, 3), [0, 1]),
+    [("__call__", bad) for bad in (torch.ones(3, 3), NAN * torch.ones(3, 2), None, ONES, torch.ones(3, 2).long())]
+    + [("of_steps", returning(torch.ones(3, 3)))],
+)
+WINDOW = Kind(
+    Window,
+    {"start": 2},
+    lambda window: (window.check(4), window.start(4, 0, torch.Generator())),
+    [("start", bad) for bad in (-1, 3, 2.0, None, torch.tensor(2), True)]
+    + [("size", bad) for bad in (DROPPED, 0, 5, "2", 2.0)],
+    also={"size": 2},
+)
+RATIO = Kind(
+    RatioRule,
+    {"objective": (ONES, ONES, ONES > 0)},
+    lambda rule: rule.objective(ONES, ONES, 0.2, DRIFT),
+    [
+        ("objective", bad)
+        for bad in (
+            ONES,
+            (ONES, ONES),
+            (ONES[:, None], ONES, ONES > 0),
+            (NAN * ONES, ONES, ONES > 0),
+            (ONES, ONES, ONES),
+            (ONES, 1, ONES > 0),
+        )
+    ],
+)
+GATE = Kind(
+    KLGate,
+    {"opens": torch.ones(3, 2) > 0},
+    lambda rule: rule.opens(torch.ones(3, 2)),
+    [("opens", bad) for bad in (torch.ones(3, 2), ONES > 0, [True], None, torch.ones(3, 2).long())],
+)
+PENALTY = Kind(
+    Penalty,
+    {"penalty": torch.tensor(1.0)},
+    lambda rule: rule(ONES, ONES),
+    [("penalty", bad) for bad in (ONES, torch.tensor(NAN), 1.0, None, torch.tensor(1))],
+)
+CHOICE = Kind(
+    StepChoice,
+    {"choose": torch.tensor([0, 2])},
+    lambda rule: rule.choose(4, torch.Generator()),
+    [
+        ("choose", bad)
+        for bad in (
+            torch.tensor([1, 1]),
+            torch.tensor([0, 4]),
+            torch.tensor([-1]),
+            ONES,
+            [0],
+            torch.zeros(0, dtype=torch.int64),
+        )
+    ],
+)
+SELECTION = Kind(
+    PairSelection,
+    {"keep": ONES > 0},
+    lambda rule: rule.keep(ONES, 0, SAMPLER),
+    [("keep", bad) for bad in (ONES, ONES[:1] > 0, None, True)],
+)
+THRESHOLD = Kind(
+    ScheduledThreshold,
+    {"threshold": 0.5, "quantity": torch.ones(4)},
+    chosen,
+    [("threshold", bad) for bad in (2.0, NAN, None, -0.1)],
+    args=(0.1, 0.2),
+)
+QUANTITY = Kind(
+    ScheduledThreshold,
+    {"quantity": torch.ones(4)},
+    chosen,
+    [("quantity", ONES), ("quantity", None)],
+    args=(0.1, 0.2),
+)
+REWARD = Kind(
+    Reward,
+    {"encode_prompts": None, "score": ONES, "score_clean": ONES},
+    lambda reward: (reward(STATES, None), reward.score_clean(STATES.latents, STATES.rows, None)),
+    [("score", bad) for bad in (ONES[:, None], torch.tensor(1.0), NAN * ONES, [1.0] * 3, 1.0)]
+    + [("score_clean", bad) for bad in (ONES[:, None], None, NAN * ONES)],
+)
+SOURCE = Kind(
+    RewardSource,
+    {"load": lambda self, policy: Scoring(), "latent_space": None, "scores_states": True},
+    lambda source: (source.latent_space(), source.load(None)),
+    [
+        ("load", bad)
+        for bad in (
+            lambda self, policy: None,
+            lambda self, policy: made(REWARD, "needs_clean", True),
+            lambda self, policy: nn.Linear(1, 1),
+        )
+    ]
+    + [("latent_space", 4), ("parts", 2)],
+)
+SCORER = Kind(
+    ImageScorer,
+    {"identity": "mine", "score": ONES[:2]},
+    lambda scorer: (scorer.identity(), scorer(PROMPTS, IMAGES)),
+    [("identity", None), *(("score", bad) for bad in (ONES[:2, None], NAN * ONES[:2], [1.0, 1.0], ONES))],
+    args=("Mine",),
+)
+TABLE = Kind(
+    TableScorer,
+    {"identity": "mine", "lookup": np.zeros((1, 2))},
+    lambda scorer: scorer.lookup([PAIR]),
+    [("lookup", bad) for bad in (np.zeros(2), [(0.0, 0.0)], None, np.zeros((1, 2), int))],
+    args=("Mine",),
+)
+SCHEMA = Kind(
+    ImageSchema,
+    {"request": {"a": 1}, "scores": [1.0, 2.0]},
+    lambda schema: (
+        HTTPScorer(RemoteServer("http://localhost:1"), schema),
+        schema.request(PROMPTS, ["", ""]),
+        schema.scores({}, {}),
+    ),
+    [("path", DROPPED), ("request", ["a"]), ("request", None), ("scores", 1.0), ("scores", None)],
+    also={"path": "/score"},
+)
+KINDS = [
+    HEAD,
+    EMBEDDING,
+    LOSS,
+    REWARD_LOSS,
+    LEVELS,
+    SIGMAS,
+    METRIC,
+    READER,
+    ENCODER,
+    MASKED_ENCODER,
+    VAE,
+    BACKBONE,
+    NOISE,
+    FAMILY,
+    ADVANTAGE,
+    PARTS,
+    CREDIT,
+    WINDOW,
+    RATIO,
+    GATE,
+    PENALTY,
+    CHOICE,
+    SELECTION,
+    THRESHOLD,
+    QUANTITY,
+    REWARD,
+    SOURCE,
+    SCORER,
+    TABLE,
+    SCHEMA,
+]
+FAULTS = [
+    pytest.param(kind, *fault, id=f"{kind.base.__name__}-{fault[0]}-{number}")
+    for kind in KINDS
+    for number, fault in enumerate(kind.faults)
+]
+
+
+@pytest.mark.parametrize(("kind", "name", "instead"), FAULTS)
+def test_a_faulty_part_is_named_in_one_line(kind: Kind, name: str, instead: Any) -> None:
+    with pytest.raises(InputError) as caught:
+        kind.use(made(kind, name, instead))
+    line = str(caught.value)
+    assert ("Mine" in line or "window.size" in line) and "\n" not in line and len(line) < 300, line
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.base.__name__)
+def test_a_sound_part_is_taken(kind: Kind) -> None:
+    kind.use(made(kind))
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind.base not in (Metric, RewardLoss, LatentEncoder)])
+def test_a_missing_method_is_named_with_its_base(kind: Kind) -> None:
+    half = type("Half", (kind.base,), {})
+    with pytest.raises(InputError, match="^Half lacks .* of ") as caught:
+        half(*kind.args)
+    assert all(name in str(caught.value) for name in half.__abstractmethods__)
+
+
+def test_there_are_enough_faults() -> None:
+    assert len(FAULTS) >= 104
