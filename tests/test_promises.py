@@ -562,7 +562,7 @@ def test_a_sound_part_is_taken(kind: Kind) -> None:
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind.base not in (Metric, RewardLoss, LatentEncoder)])
 def test_a_missing_method_is_named_with_its_base(kind: Kind) -> None:
     half = type("Half", (kind.base,), {})
-    with pytest.raises(InputError, match="^Half lacks .* of ") as caught:
+    with pytest.raises(InputError, match=r"^Half lacks .* of ") as caught:
         half(*kind.args)
     assert all(name in str(caught.value) for name in half.__abstractmethods__)
 
