@@ -191,9 +191,6 @@ EMBEDDING = Kind(
     },
     embedded,
     [
-        ("embed", torch.ones(3, 2)),
-        ("embed", (torch.ones(2, 2), torch.ones(3, 2))),
-        ("embed", (torch.ones(3, 2), torch.ones(3, 4))),
         ("similarity", ONES[:, None]),
         ("similarity_matrix", ONES),
     ],
@@ -565,6 +562,20 @@ def test_a_missing_method_is_named_with_its_base(kind: Kind) -> None:
     with pytest.raises(InputError, match=r"^Half lacks .* of ") as caught:
         half(*kind.args)
     assert all(name in str(caught.value) for name in half.__abstractmethods__)
+
+
+def test_states_that_are_not_finite_are_the_policys() -> None:
+    with pytest.raises(InputError, match="the policy's sampler gave latents that are not finite, before any reward"):
+        made(REWARD, "score", NAN * ONES)(replace(STATES, latents=NAN * STATES.latents), None)
+
+
+def test_only_the_first_call_is_compared_and_no_call_through_super() -> None:
+    results = [ONES, ONES[:, None]]
+    head = made(HEAD, "forward", lambda self, features: results.pop(0))
+    assert head(FEATURES).shape == (3,) and head(FEATURES).shape == (3, 1)
+    inner = type(made(HEAD, "forward", ONES[:, None]))
+    outer = type("Outer", (inner,), {"forward": lambda self, features: inner.forward(self, features).squeeze(-1)})
+    assert outer()(FEATURES).shape == (3,)
 
 
 def test_there_are_enough_faults() -> None:

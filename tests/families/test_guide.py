@@ -62,8 +62,9 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_its_check_finds_rounding_alone(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     runpy.run_path(str(folder / "check_aura_flow.py"))
     printed = capsys.readouterr().out.splitlines()
-    found = [line.rsplit(": ", 1) for line in printed if re.match("latents|block|output", line)]
-    assert [name for name, _ in found] == [*(f"latents of {prompt!r}" for prompt in PROMPTS), *BLOCKS, "output"]
+    found = [line.rsplit(": ", 1) for line in printed if re.match("latents|block|output|trimmed", line)]
+    wanted = [*(f"latents of {prompt!r}" for prompt in PROMPTS), *BLOCKS, "output", "trimmed prompt"]
+    assert [name for name, _ in found] == wanted
     assert all(float(difference) <= 1e-5 for _, difference in found)
 
 

@@ -453,3 +453,12 @@ def test_seed_is_the_runs_unless_stated(monkeypatch: pytest.MonkeyPatch) -> None
     )
     assert make(None).seed == 17
     assert make(3).seed == 3
+
+
+@pytest.mark.parametrize(("levels", "told"), [(ConstantSigma(0.8), True), (ConstantSigma(0.0), False)])
+def test_scores_at_levels_that_training_does_not_draw_are_told(
+    levels: ConstantSigma, told: bool, recwarn: pytest.WarningsRecorder
+) -> None:
+    lrm(levels=levels).on_fit_start()
+    found = [str(warning.message) for warning in recwarn if "scores are by default at t 1" in str(warning.message)]
+    assert len(found) == told and all("score with --noise.sigmas [0.8]" in text for text in found)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from latentreward.construction import Construction
 from latentreward.contracts import Features
 from latentreward.heads.axes import AXES
-from latentreward.promises import Part, returns, shown, tensor, wrong_tensor
+from latentreward.promises import Part, returns, tensor, wrong_tensor
 
 
 def wrong_scores(found: Tensor, head: "RewardHead", features: Features) -> str | None:
@@ -20,16 +20,6 @@ def wrong_scores(found: Tensor, head: "RewardHead", features: Features) -> str |
         single = found.shape[1] == 1
         problem += "; drop the last axis by squeeze(-1)" if single else ", or set the head's attribute outputs"
     return problem
-
-
-def wrong_embeddings(found: tuple[Tensor, Tensor], head: "EmbeddingHead", features: Features) -> str | None:
-    """Return what is wrong with a pair of embeddings, see :func:`~latentreward.promises.returns`."""
-    if not isinstance(found, tuple) or len(found) != 2:
-        return f"{shown(found)}; it must be two tensors, of images and of texts"
-    width = found[0].shape[-1] if isinstance(found[0], Tensor) and found[0].ndim else -1
-    return wrong_tensor(found[0], (len(features.visual[0]), -1)) or wrong_tensor(
-        found[1], (len(features.visual[0]), width)
-    )
 
 
 class RewardHead(nn.Module, Part):
@@ -96,7 +86,6 @@ class EmbeddingHead(RewardHead):
     """
 
     @abstractmethod
-    @returns(wrong_embeddings)
     def embed(self, features: Features) -> tuple[Tensor, Tensor]:
         """Compute image and text embeddings, each ``(B, D)`` and not normalised."""
 

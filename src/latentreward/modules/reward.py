@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch.cli import SaveConfigCallback
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.utils.data import Subset
 
@@ -27,8 +28,12 @@ from latentreward.scoring import RewardModel
 from latentreward.scoring.layouts.config import exif_of, sizes_of, sizes_record
 from latentreward.scoring.layouts.recipe import recipe_in_python
 from latentreward.scoring.layouts.run import SETTINGS
+from latentreward.scoring.scoring_noise import timesteps_of
 
 logger = logging.getLogger(__name__)
+
+LEVEL_DISTANCE = 0.1
+"""Distance from the noise levels of the training at which a default level of scores is told."""
 
 SIZE_SETTINGS = "data.size and data.resize, or the cache's images,"
 """Names of the settings that decide the size of images, for messages."""
@@ -93,6 +98,18 @@ class RewardModule(PairModule):
         self.model.exif = exif_of(checkpoint.get("exif", "ignore"))
         self._trained_sizes = sizes_of(checkpoint.get("image_sizes"))
         self.model.image_sizes = self._trained_sizes or self.model.image_sizes
+
+    def on_fit_start(self) -> None:
+        """Warn if scores are by default computed at noise levels that the training does not draw."""
+        super().on_fit_start()
+        process, generator = self.noise_process, torch.Generator().manual_seed(0)
+        drawn = process.sigma(torch.cat([self.levels.draw(generator, process) for _ in range(64)]))
+        scored = process.sigma(timesteps_of(self.model.noise, process))
+        if scored.min() < drawn.min() - LEVEL_DISTANCE or scored.max() > drawn.max() + LEVEL_DISTANCE:
+            rank_zero_warn(
+                f"model.levels draws noise levels {drawn.min():.2g} to {drawn.max():.2g}, but scores are by default at "
+                f"{self.model.noise}; score with --noise.sigmas [{drawn.median():.2g}], or train at that level too"
+            )
 
     def on_train_start(self) -> None:
         """Record how the training data turn and resize images; warn if a resumed run changes that.

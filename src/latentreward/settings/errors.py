@@ -121,7 +121,9 @@ def _telling_alternative(union: re.Match[str]) -> str:
     if not telling:
         return f"Expected a {union['types']}. Got value: {union['value']}"
     name = re.match(r"(?:\{'class_path': ')?([\w.]+)", union["value"])
-    return re.sub(r"^Import path(?= does not)", f"Import path {name[1]}" if name else "Import path", telling[0])
+    if not name:
+        return telling[0]
+    return re.sub(r"^(Import path|Expected .* but)(?= does not| is abstract)", rf"\1 {name[1]}", telling[0])
 
 
 def _wrong_type(match: re.Match[str], setting: str) -> str:
