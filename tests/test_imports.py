@@ -126,7 +126,7 @@ def imported_rooms(path: Path) -> set[str]:
 
 def test_every_room_is_listed() -> None:
     rooms = {path.stem for path in SOURCE.iterdir() if path.suffix in ("", ".py") and "__" not in path.stem}
-    assert rooms - MAY_IMPORT.keys() == {"cli", "commands", "moved"}
+    assert rooms - MAY_IMPORT.keys() == {"cli", "commands"}
 
 
 @pytest.mark.parametrize("room", MAY_IMPORT)

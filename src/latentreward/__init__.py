@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-import latentreward.moved  # noqa: F401  makes import paths of earlier releases work
 from latentreward.settings.library_messages import silence_libraries
 
 __version__ = "0.2.0"
