@@ -60,6 +60,8 @@ def test_every_format_gives_the_distinct_prompts_in_order(suffix: str, tmp_path:
             b'[{"prompt": "a"}, {"prompt": "b", "reference_image": "a.png"}]',
             "row 2 is an edit of a picture",
         ),
+        ("numbers.json", b"[3]", "row 1 holds int"),
+        ("lists.jsonl", b'["prompt"]', "row 1 holds list"),
         ("edit.csv", b"prompt,source\nmake it red,in/a.PNG\n", "row 1 is an edit of a picture, in 'source'"),
         ("surrogate.json", b'["\\ud800"]', "no texts in a column 'prompt'"),
         ("broken.parquet", b"PAR1", "no texts in a column 'prompt'"),

@@ -73,6 +73,7 @@ class Report:
 
     def to_text(self) -> str:
         """Return the report as text tables with one column per split."""
+        how = "all were decoded" if self.decoded else "by their headers; --decode also finds truncated ones"
         sections = [
             f"{self.data} ({', '.join(dict.fromkeys(split.reader for split in self.splits))})",
             *(f"also found, not read: {reader}; read it with {flags}" for reader, flags in self.others.items()),
@@ -82,12 +83,13 @@ class Report:
             self._table("Sizes (height x width, most frequent)", self._by(_most_frequent_sizes)),
             self._table(BUCKETS, self._by(lambda split: _images(split).buckets)),
             self._table("Clips (by their headers)", self._by(lambda split: _images(split).clips)),
-            self._odd(),
+            self._of_images("Odd images", lambda images: images.odd),
             self._table("Rows left out", self._by(lambda split: split.skipped)) or "Rows left out: none",
             self._table("Rows kept with a remark", self._by(lambda split: split.remarks)),
             self._named(),
-            self._doubtful(),
-            self._unreadable(),
+            self._of_images("Doubtful rows", lambda images: images.doubtful),
+            self._first_doubtful(),
+            self._of_images(f"Rows with unreadable images ({how})", lambda images: images.unreadable_rows),
             self._first_unreadable(),
             _leakage_table(self.leakage),
             _dropped_table(self.leakage, {split.name: split.rows for split in self.splits}),
@@ -110,28 +112,19 @@ class Report:
         ordered = sorted(reasons, key=lambda reason: (reason.endswith(OTHER_SIZES), -totals[reason]))
         return {reason: [str(counts.get(reason, 0)) for counts in found] for reason in ordered}
 
-    def _odd(self) -> str:
+    def _of_images(self, title: str, counts_of: Callable[[ImageCounts], Mapping[str, int]]) -> str:
+        """Return a table about images, or a line that there are none; empty if no images were looked at."""
         if all(split.images is None for split in self.splits):
             return ""
-        title = "Odd images"
-        return self._table(title, self._by(lambda split: _images(split).odd)) or f"{title}: none"
-
-    def _unreadable(self) -> str:
-        if all(split.images is None for split in self.splits):
-            return ""
-        how = "all were decoded" if self.decoded else "by their headers; --decode also finds truncated ones"
-        title = f"Rows with unreadable images ({how})"
-        return self._table(title, self._by(lambda split: _images(split).unreadable_rows)) or f"{title}: none"
+        return self._table(title, self._by(lambda split: counts_of(_images(split)))) or f"{title}: none"
 
     def _named(self) -> str:
         rows = [(split.name, *named) for split in self.splits for named in split.named.items()]
-        lines = [f"{split}, {reason}: {', '.join(names)}" for split, reason, names in rows]
-        return "\n".join(["The first of these rows", *lines]) if lines else ""
+        return _lines("The first of these rows", [f"{name}, {why}: {', '.join(names)}" for name, why, names in rows])
 
-    def _doubtful(self) -> str:
-        counted = self._table("Doubtful rows", self._by(lambda split: _images(split).doubtful))
+    def _first_doubtful(self) -> str:
         lines = [f"{split.name}, {line}" for split in self.splits for line in _images(split).first_doubtful]
-        return "\n".join([counted, "", "The first of them (rows count from 0)", *lines]) if lines else ""
+        return _lines("Doubtful rows (rows count from 0)", lines)
 
     def _first_unreadable(self) -> str:
         lines = []
@@ -140,7 +133,7 @@ class Report:
             lines += [f"{split.name}, {line}" for line in images.first_unreadable]
             if rest := images.unreadable - len(images.first_unreadable):
                 lines.append(f"{split.name}: and {rest} more images")
-        return "\n".join(["Unreadable images (rows count from 0)", *lines]) if lines else ""
+        return _lines("Unreadable images (rows count from 0)", lines)
 
     def _trained_test_prompts(self) -> str:
         """Return a line on test prompts that training would use, for readers whose YAML file sets no test split."""
@@ -161,6 +154,10 @@ class Report:
                     f"leaves their rows out: {flags}"
                 )
         return "\n".join(lines)
+
+
+def _lines(title: str, lines: Sequence[str]) -> str:
+    return "\n".join([title, *lines]) if lines else ""
 
 
 def _plain(value: Any) -> Any:

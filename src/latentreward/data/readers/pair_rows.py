@@ -204,8 +204,9 @@ class PairRowReader(JSONReader):
 
     def rename_no_label(self, told: str) -> None:
         """Put what is known of the label of unlabelled rows into the remark on them."""
-        for noted in (self.remarks, self.named):
-            noted[f"unlabelled ({told})"] = noted.pop(NO_LABEL)  # type: ignore[attr-defined]
+        reason = f"unlabelled ({told})"
+        self.remarks[reason] = self.remarks.pop(NO_LABEL)
+        self.named[reason] = self.named.pop(NO_LABEL)
 
     def _parse_weight(self, name: str, value: Any, sound: bool) -> tuple[bool, float]:
         """Return whether the row has broken no rule so far, and its weight, 1 by default."""
