@@ -9,12 +9,21 @@ import torch
 from latentreward.backbones.loading import tiny_pipeline
 from latentreward.cli import main
 from latentreward.estimate.sources import ConfigSources
+from latentreward.families.sd3 import StableDiffusion3
 from latentreward.scoring import RewardModel
 from latentreward.scoring.calibration import Calibration
 from tests.cache.written_caches import spec, write_cache
 from tests.hub_cache import cached_sd35
 from tests.marks import release_after, rotated_after
 from tests.rewards.stored import write_run
+from tests.tiny_pipelines import pipeline_folder
+
+
+class OwnFamily(StableDiffusion3):
+    """A family of one's own."""
+
+    usual_reward = "dina_lrm_of_ones_own"  # type: ignore[assignment]
+
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 VARIABLES = (
@@ -198,3 +207,13 @@ def test_a_reward_server_is_not_asked(capsys: pytest.CaptureFixture[str], schema
     reward = f"{{class_path: HTTPReward, init_args: {{server: {{url: 'http://127.0.0.1:9'}}, schema: {schema}}}}}"
     text = shown(capsys, f"--config={config}", f"--model.reward={reward}", "--data.batch_size=4")
     assert "Not counted: the work of the reward server http://127.0.0.1:9." in text
+
+
+@pytest.mark.slow
+def test_a_family_of_ones_own_is_asked_for_its_reward(capsys: pytest.CaptureFixture[str]) -> None:
+    own = ["--model.policy.source", pipeline_folder("sd35"), "--model.policy.family", f"{__name__}.OwnFamily"]
+    given = ["--config", str(CONFIGS / "align" / "lpo_sd35_tiny.yaml"), "--data.batch_size=4", *own]
+    with pytest.raises(SystemExit):
+        shown(capsys, *given)
+    assert "path='runs/" in (said := capsys.readouterr().err)
+    assert "no reward lies there, and the package has no configs/model/dina_lrm_of_ones_own.yaml" in said

@@ -9,16 +9,24 @@ import torch
 
 from latentreward.cli import main
 from latentreward.errors import InputError
+from latentreward.families.sd3 import StableDiffusion3
 from latentreward.taste.pairs import RatedPair, collect
 from latentreward.taste.pictures import Picture
 from latentreward.taste.plan import ALIGN, CACHE, JUDGED, PICTURES, PROMPTS, REWARD, SCORES, Plan, find_base
 from latentreward.taste.preparing import prompts_of, write_pairs, write_prompts
 from latentreward.taste.splitting import Split, split
 from tests.taste.folders import sorted_folder
+from tests.tiny_pipelines import pipeline_folder
 
 PLAN = Plan(
     "sd_tiny", Path("/a b"), Path("/p"), None, "frozen", None, False, 10, None, ["--trainer.max_epochs=3"], [], 4
 )
+
+
+class OwnFamily(StableDiffusion3):
+    """A family of one's own."""
+
+    default_guidance = 2.5  # type: ignore[assignment]
 
 
 def keys(plan: Plan, seed: int = 0) -> dict[str, str]:
@@ -70,6 +78,27 @@ def test_a_pipeline_is_told_by_its_class(tmp_path: Path) -> None:
     command = plan.tasks(0)[REWARD].command(Path("/w"))
     for argument in ("sd35_medium", "--model.backbone.source=" + str(tmp_path), "--trainer.precision=bf16-mixed"):
         assert any(argument in one for one in command)
+
+
+def test_a_family_of_ones_own_reaches_every_step() -> None:
+    source, family = pipeline_folder("sd35"), f"{__name__}.OwnFamily"
+    found = find_base(source, family)
+    assert (found.size, found.guidance) == (16, 2.5)
+    plan = replace(PLAN, base=source, prompts=Path("/q"), family=family)
+    commands = {name: task.command(Path("/w")) for name, task in plan.tasks(0).items()}
+    named = {
+        CACHE: {"encoder.family"},
+        REWARD: {"model.backbone.family"},
+        ALIGN: {"model.policy.family"},
+        PICTURES: {"policy.pipeline.family", "against.pipeline.family"},
+    }
+    for name, settings in named.items():
+        assert {f"--{setting}={family}" for setting in settings} <= {*commands[name]}
+    assert "--model.backbone=latentreward.families.load_family_backbone" in commands[REWARD]
+    assert (
+        "--model.reward.trust_remote_code=true" in commands[ALIGN] and "--model.guidance_scale=2.5" in commands[ALIGN]
+    )
+    assert "--scorers.trust_remote_code=true" in commands[PICTURES]
 
 
 def test_equal_pairs_are_written_once_and_prompts_are_kept_apart(tmp_path: Path) -> None:
