@@ -417,9 +417,10 @@ class TrainingCLI(LightningCLI):
         warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
 
     def after_fit(self) -> None:
-        """Say what the run has written, and where."""
+        """Say what the run has written, and where; raise InputError if a metric that is not finite has ended it."""
+        lines = list(result_lines(self.trainer))  # a collective call
         if self.trainer.is_global_zero and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
-            print("\n".join(result_lines(self.trainer)), file=sys.stderr)
+            print("\n".join(lines), file=sys.stderr)
         for stop in self.trainer.early_stopping_callbacks:
             if stop.stopping_reason == EarlyStoppingReason.NON_FINITE_METRIC:
                 raise InputError(
@@ -632,7 +633,7 @@ def compare_weights(model: LightningModule, state_dict: Mapping[str, Any], *_: A
     Raises a short InputError if they differ. PyTorch's own error would list every weight of a wrong model. The hook
     does not hold the trainer, because callbacks may copy the model.
     """
-    with errors_at(f"ckpt_path: {model.trainer.ckpt_path}: "):
+    with errors_at(f"ckpt_path: {getattr(model._trainer, 'ckpt_path', None)}: "):
         shapes = {name: getattr(value, "shape", ()) for name, value in state_dict.items()}
         check_weights(model, shapes, model.strict_loading)
 

@@ -113,8 +113,8 @@ def without_slashes(keeper: ModelCheckpoint) -> None:
 
 
 def result_lines(trainer: Trainer) -> Iterator[str]:
-    """Yield lines that name what a run of ``fit`` has written: checkpoints, LoRA, pictures, log."""
-    folder = Path(trainer.log_dir or trainer.default_root_dir)
+    """Yield lines that name what a run of ``fit`` has written: checkpoints, LoRA, pictures, log; on every rank."""
+    folder = Path(trainer.log_dir or trainer.default_root_dir)  # log_dir is a collective call
     yield f"optimiser step {trainer.global_step}, the run's folder is {folder}"
     for keeper in trainer.checkpoint_callbacks:
         if isinstance(keeper, ModelCheckpoint):
