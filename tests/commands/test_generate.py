@@ -105,6 +105,7 @@ def test_a_prompt_that_is_repeated_gets_as_many_pictures(generate: Callable[...,
     assert np.abs(first.astype(int) - last).max() > 8
 
 
+@pytest.mark.slow
 def test_a_run_that_was_stopped_goes_on(
     generate: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
