@@ -118,8 +118,8 @@ def result_lines(trainer: Trainer) -> Iterator[str]:
     yield f"optimiser step {trainer.global_step}, the run's folder is {folder}"
     for keeper in trainer.checkpoint_callbacks:
         if isinstance(keeper, ModelCheckpoint):
-            best = f"best {keeper.monitor}" if keeper.monitor else "newest checkpoint"
-            kept = {"checkpoint": keeper.last_model_path, best: keeper.best_model_path}
+            kept = {"checkpoint": keeper.last_model_path or ("" if keeper.monitor else keeper.best_model_path)}
+            kept |= {f"best {keeper.monitor}": keeper.best_model_path if keeper.monitor else ""}
             yield from (f"  {word}: {Path(path)}" for word, path in kept.items() if path)
     lora = next((one.folder for one in trainer.callbacks if isinstance(one, PolicyLoRA)), None)  # type: ignore[attr-defined]
     for word, name in PRODUCTS.items():
