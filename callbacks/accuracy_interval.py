@@ -24,7 +24,7 @@ class AccuracyInterval(Callback):
 
     def __init__(self) -> None:
         self._sums: dict[str, np.ndarray] = {}
-        self._pairs = 0
+        self._pairs = self._levels = 0
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Forget the pairs of an earlier test."""
@@ -46,6 +46,7 @@ class AccuracyInterval(Callback):
         margin = preferred_margin(outputs.chosen[counts], outputs.rejected[counts], outputs.label[counts])
         credit = pl_module.metrics["all"].pair_metrics["accuracy"].credit(margin).tolist()  # type: ignore[operator, union-attr, index]
         prompts = [normalise_prompt(prompt) for prompt in batch.prompts]
+        self._levels = len(pl_module.eval_levels)
         scores_per_row = outputs.chosen[0].numel()
         rows = counts.nonzero().flatten().repeat_interleave(scores_per_row).tolist()
         for row, one in zip(rows, credit, strict=True):
@@ -71,5 +72,5 @@ class AccuracyInterval(Callback):
         pairs = sum(number for _, number in ranks)
         rank_zero_info(
             f"test: accuracy in %, with 95 % interval over prompts: {with_interval(estimate)}; {pairs} pairs of "
-            f"{len(total)} prompts"
+            f"{len(total)} prompts, mean over {self._levels} noise levels"
         )

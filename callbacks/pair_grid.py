@@ -145,7 +145,8 @@ class ScoredPairGrid(Callback):
             colour = RIGHT if right else WRONG
             words = ("preferred", "" if right else f"errs by {other - preferred:.3f}")
         captions = [f"{score:+.3f} {word}" for score, word in zip(pair.scores, words, strict=True)]
-        return draw_pair(images, captions, pair.prompt, colour)
+        level = next(iter(pl_module.eval_levels)).replace("sigma", "σ ").replace("t", "t ")  # type: ignore[arg-type]
+        return draw_pair(images, captions, f"[{level}] {pair.prompt}", colour)
 
 
 class FoundPair(NamedTuple):

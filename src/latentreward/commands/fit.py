@@ -261,6 +261,8 @@ class TrainingCLI(LightningCLI):
         super().setup_parser(*args)
         if self.command == "predict":  # the writer holds the scores, so the trainer need not keep them in memory
             self._subcommand_parsers["predict"].set_defaults(return_predictions=False)
+        if self.command in ("validate", "test"):  # Lightning's table has 16 decimals
+            self._subcommand_parsers[self.command].set_defaults(verbose=False)
 
     @override
     def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -461,6 +463,14 @@ class TrainingCLI(LightningCLI):
             )
 
     before_validate = before_test = before_predict = _require_last
+
+    def _tell_metrics(self) -> None:
+        """Print the metrics of a validation or test."""
+        if self.trainer.is_global_zero:
+            for name, value in sorted(self.trainer.callback_metrics.items()):
+                print(f"{name:<40}{value.item():>10.4f}")
+
+    after_validate = after_test = _tell_metrics
 
 
 def restarted() -> bool:

@@ -1,6 +1,7 @@
 """``latentreward publish``: write a reward model as a folder with calibration and model card; upload it to the hub."""
 
 import json
+import re
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -62,7 +63,11 @@ class Reference:
         Raises:
             InputError: If there are no images, or fewer than a calibration needs.
         """
-        found = read_images(self.images, self.prompt, allow_outside=self.allow_outside)
+        try:
+            found = read_images(self.images, self.prompt, allow_outside=self.allow_outside)
+        except InputError as error:  # whose remedies are the flags of `score`
+            text = re.sub(r"name it with --\w+", "rename it so", str(error)).replace("--prompt", "--reference.prompt")
+            raise InputError(f"reference.{text}" if text.startswith("images:") else text) from error
         require_some(found)
         rows = [row for row in found.rows if row.problem is None]
         if len(rows) < FEWEST:

@@ -135,7 +135,7 @@ def check_memory(needs: Mapping[str, TrainingNeeds], card: Card, remedy: str) ->
         raise InputError(f"memory: {', '.join(lacking)} (counted: {counted}); {remedy}")
     if card.gpu and not gpu:
         counted += "; no GPU is here to compare with, --card_gb 24 takes a card of 24 GB"
-    elif not card.gb:
+    elif not (card.gpu and card.gb):
         counted += f"{'; the weights' if card.gpu else ''} and {IMPORTS / GB:.1f} GB for the program itself"
     return f"memory: {', '.join(told)} (counted: {counted}); to lower it: {remedy}"
 

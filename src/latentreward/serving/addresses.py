@@ -25,7 +25,8 @@ def bind(host: str, port: int) -> socket.socket:
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         bound.bind(address)
     except OSError as error:
-        raise InputError(f"cannot serve at {host}:{port} ({error}); choose another --port or --host") from error
+        remedy = "--port" if is_loopback(host) else "--port or --host"
+        raise InputError(f"cannot serve at {host}:{port} ({error}); choose another {remedy}") from error
     return bound
 
 

@@ -3,6 +3,7 @@
 import asyncio
 import base64
 import hmac
+import json
 import re
 import time
 from collections.abc import AsyncIterator
@@ -22,7 +23,7 @@ from latentreward.serving.addresses import is_loopback, names_this_machine
 from latentreward.serving.dialects import Dialect
 from latentreward.serving.dialects.flow_factory import FlowFactory
 from latentreward.serving.dialects.unirl import UniRL
-from latentreward.serving.errors import RequestError
+from latentreward.serving.errors import RefusalLog, RequestError
 from latentreward.serving.image_scoring import ImageRoutes, ImageScorer
 from latentreward.serving.openapi import Description
 from latentreward.serving.prompted_latents import PromptedLatents
@@ -39,6 +40,8 @@ HEALTH_PATHS = (OPEN_PATH, "/health")
 """Paths that are answered also when too many requests are in progress."""
 OF_REWARD = re.compile(r"^/rewards/[^/]+(?=/)")
 """Start of the path of a route of one reward."""
+
+LOG = RefusalLog()
 
 
 def create_app(service: ScoringService) -> FastAPI:
@@ -172,7 +175,8 @@ class AuthMiddleware:
             status = message.get("status", status)
             await send(message)
 
-        refusal = self._refusal(scope)
+        if refusal := self._refusal(scope):
+            LOG.tell(refusal.status_code, json.loads(bytes(refusal.body))["error"])
         self._under_way += refusal is None
         try:
             await (refusal or self.app)(scope, receive, send_counted)
@@ -250,13 +254,16 @@ def _token_of(authorization: bytes) -> bytes:
 async def _request_error(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, RequestError)
     headers = None if error.retry_after is None else {"Retry-After": str(error.retry_after)}
-    return JSONResponse({"error": " ".join(str(error).split())}, error.status, headers)
+    text = " ".join(str(error).split())
+    LOG.tell(error.status, text)
+    return JSONResponse({"error": text}, error.status, headers)
 
 
 async def _http_error(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, HTTPException)
-    detail = str(error.detail) or HTTPStatus(error.status_code).phrase
-    return JSONResponse({"error": " ".join(detail.split())}, error.status_code, error.headers)
+    detail = " ".join((str(error.detail) or HTTPStatus(error.status_code).phrase).split())
+    LOG.tell(error.status_code, f"{request.method} {request.url.path}: {detail}")
+    return JSONResponse({"error": detail}, error.status_code, error.headers)
 
 
 async def _unforeseen_error(request: Request, error: Exception) -> JSONResponse:

@@ -1,6 +1,14 @@
 """Errors that a server answers with an HTTP status and a message."""
 
+import sys
+import time
+
 from latentreward.errors import InputError, printable
+
+LOGGED_EVERY_S = 60.0
+"""Seconds after which a refusal of the same kind is printed again."""
+MOST_KINDS = 100
+"""Kinds of refusals that are told apart; of further ones, only the status counts."""
 
 
 class RequestError(InputError):
@@ -19,3 +27,27 @@ class RequestError(InputError):
 
 class ScoringError(RequestError):
     """An error of a reward with rows that could be read; other rewards may score them."""
+
+
+class RefusalLog:
+    """Lines on stderr about refused requests, of which some clients never show the answer.
+
+    A kind is a status with the start of the message, up to a colon; one line of a kind is printed in
+    :data:`LOGGED_EVERY_S`, with the number of those that were not.
+    """
+
+    def __init__(self) -> None:
+        self._told: dict[tuple[int, str], tuple[float, int]] = {}
+
+    def tell(self, status: int, message: str) -> None:
+        """Print a line about a refusal, unless one of its kind was printed shortly before."""
+        kind = status, message.partition(":")[0][:60]
+        if kind not in self._told and len(self._told) >= MOST_KINDS:
+            kind = status, ""
+        last, unsaid = self._told.get(kind, (float("-inf"), 0))
+        if time.monotonic() - last < LOGGED_EVERY_S:
+            self._told[kind] = last, unsaid + 1
+            return
+        self._told[kind] = time.monotonic(), 0
+        more = f" (and {unsaid} like it before)" if unsaid else ""
+        print(f"refused with {status}{more}: {printable(message)[:300]}", file=sys.stderr, flush=True)

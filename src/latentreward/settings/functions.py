@@ -120,6 +120,11 @@ class SettingsParser(ArgumentParser):
                 raise InputError(f"{option} has no value; write {option}={value}")
 
     @override
+    def format_help(self, *args: Any, **options: Any) -> str:
+        """Return the help without the marks of Sphinx, in which docstrings are written."""
+        return re.sub(r"(?::\w+(?::\w+)?:)?`+~?([^`\n]+)`+", r"\1", super().format_help(*args, **options))
+
+    @override
     def _check_value_key(self, action: Any, value: Any, *more: Any, **options: Any) -> Any:
         """Check a copy of a value.
 

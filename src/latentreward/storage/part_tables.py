@@ -219,7 +219,9 @@ def _difference(name: str, before: Any, now: Any) -> str:
         entry = next(entry for entry in now if before[entry] != now[entry])
         return _difference(f"{name}.{entry}", before[entry], now[entry])
     old, new = _short(before), _short(now)
-    return f"{name} {old}, whose contents have changed" if old == new else f"{name} {old}, now it is {new}"
+    if old != new:
+        return f"{name} {old}, now it is {new}"
+    return f"{name} {old}, whose contents (files, prompts or weights behind that name) have changed"
 
 
 def _short(value: Any) -> str:

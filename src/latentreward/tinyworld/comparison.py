@@ -5,7 +5,9 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from PIL.Image import Resampling
 
+from latentreward.reports.drawing import RIGHT, WRONG, draw_pair, tile
 from latentreward.tinyworld.captions import judged_captions
 from latentreward.tinyworld.oracle import mean_verdict, utility_scores
 from latentreward.tinyworld.sampling import PIPELINE_FOLDERS, load_pipeline, quiet_libraries, sample_pictures
@@ -48,13 +50,17 @@ def judge_policy(pipeline: str, lora: Path | None, guidance_scale: float) -> Jud
 
 
 def before_and_after(before: Judged, after: Judged) -> Image.Image:
-    """Show 12 captions in two rows of pictures with equal noise: before alignment above, after alignment below.
+    """Show 12 captions, each with its picture before and after the alignment, from equal noise, and the utility of both.
 
     The captions are evenly spaced in the order of their change in utility, so that none is picked by hand.
     """
     order = np.argsort(after.utility - before.utility, kind="stable")
-    shown = order[np.linspace(0, len(order) - 1, 12).round().astype(int)]
-    rows = [np.concatenate(list(judged.pictures[shown]), axis=1) for judged in (before, after)]
-    gap = np.full((2, rows[0].shape[1], 3), 255, np.uint8)
-    picture = Image.fromarray(np.concatenate([rows[0], gap, rows[1]]))
-    return picture.resize((picture.width * 2, picture.height * 2), Image.Resampling.NEAREST)
+    cells = []
+    for place in order[np.linspace(0, len(order) - 1, 12).round().astype(int)]:
+        pictures = [
+            Image.fromarray(judged.pictures[place]).resize((128, 128), Resampling.NEAREST) for judged in (before, after)
+        ]
+        told = [f"{name} {judged.utility[place]:.2f}" for name, judged in (("before", before), ("after", after))]
+        gained = after.utility[place] > before.utility[place]
+        cells.append(draw_pair(pictures, told, before.captions[place], RIGHT if gained else WRONG))
+    return tile(cells, 3)

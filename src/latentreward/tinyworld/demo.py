@@ -105,10 +105,13 @@ def train(trainings: Sequence[Training], output: Path, options: list[str]) -> No
                 training.command(output, options), stdout=log, stderr=subprocess.STDOUT, env=environment
             )
     started = time.monotonic()
+    told, every_s = "", 5 if sys.stdout.isatty() else 60
     while any(process.poll() is None for process in running.values()):
         time.sleep(5)
         parts = [progress(training, output, process.poll() is not None) for training, process in running.items()]
-        print(f"  {time.monotonic() - started:4.0f} s  " + "  |  ".join(parts), flush=True)
+        ended = all(process.poll() is not None for process in running.values())
+        if (line := "  |  ".join(parts)) != told and (ended or (time.monotonic() - started) % every_s < 5):
+            print(f"  {time.monotonic() - started:4.0f} s  {(told := line)}", flush=True)
         if any(process.returncode not in (None, 0) for process in running.values()):
             break
     for training, process in running.items():
@@ -156,7 +159,7 @@ def report_policy(output: Path, before: Judged) -> None:
     print(f"    change    {change:+.3f}  [{low:+.3f}, {high:+.3f}]  (95 % interval over captions)")
     for name in ("alignment", "quality"):
         print(f"    {name:<9} {before.verdict[name]:.3f} -> {after.verdict[name]:.3f}")
-    print(f"  before above, after below  {picture}")
+    print(f"  before and after           {picture}")
     print(f"  LoRA for diffusers         {output / LPO.name / 'lora'}")
 
 
