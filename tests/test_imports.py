@@ -98,7 +98,7 @@ MAY_IMPORT = {
     "pilot": BASE | {"estimate", "evaluation", "metrics", "reports", "settings", "steps"},
     "taste": BASE | {"backbones", "families", "data", "evaluation", "metrics", "reports", "steps"},
     "serving": BASE | {"data", "noise", "programs", "scoring"},
-    "tinyworld": BASE | {"data", "scorers", "metrics", "settings"},
+    "tinyworld": BASE | {"data", "scorers", "metrics", "settings", "reports"},
 }
 """Room -> what it may import of latentreward; the command line's modules may import anything."""
 

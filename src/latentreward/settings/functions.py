@@ -122,7 +122,9 @@ class SettingsParser(ArgumentParser):
     @override
     def format_help(self, *args: Any, **options: Any) -> str:
         """Return the help without the marks of Sphinx, in which docstrings are written."""
-        return re.sub(r"(?::\w+(?::\w+)?:)?`+~?([^`\n]+)`+", r"\1", super().format_help(*args, **options))
+        text = super().format_help(*args, **options)
+        text = re.sub(r":\w+:`~?([^`]+)`", lambda role: re.sub(r"\n\s+", "", role[1]), text)  # it may break a long one
+        return re.sub(r"``([^`]+)``", r"\1", text)
 
     @override
     def _check_value_key(self, action: Any, value: Any, *more: Any, **options: Any) -> Any:

@@ -7,10 +7,13 @@ import numpy as np
 from PIL import Image
 from PIL.Image import Resampling
 
-from latentreward.reports.drawing import RIGHT, WRONG, draw_pair, tile
+from latentreward.reports.drawing import PLAIN, RIGHT, WRONG, draw_pair, tile
 from latentreward.tinyworld.captions import judged_captions
 from latentreward.tinyworld.oracle import mean_verdict, utility_scores
 from latentreward.tinyworld.sampling import PIPELINE_FOLDERS, load_pipeline, quiet_libraries, sample_pictures
+
+SIDE = 128
+"""Side in pixels of a picture before and after the alignment."""
 
 
 @dataclass(frozen=True)
@@ -50,17 +53,17 @@ def judge_policy(pipeline: str, lora: Path | None, guidance_scale: float) -> Jud
 
 
 def before_and_after(before: Judged, after: Judged) -> Image.Image:
-    """Show 12 captions, each with its picture before and after the alignment, from equal noise, and the utility of both.
+    """Show 12 captions with their pictures before and after the alignment, from equal noise, and the utility of both.
 
     The captions are evenly spaced in the order of their change in utility, so that none is picked by hand.
     """
     order = np.argsort(after.utility - before.utility, kind="stable")
     cells = []
     for place in order[np.linspace(0, len(order) - 1, 12).round().astype(int)]:
-        pictures = [
-            Image.fromarray(judged.pictures[place]).resize((128, 128), Resampling.NEAREST) for judged in (before, after)
-        ]
-        told = [f"{name} {judged.utility[place]:.2f}" for name, judged in (("before", before), ("after", after))]
-        gained = after.utility[place] > before.utility[place]
-        cells.append(draw_pair(pictures, told, before.captions[place], RIGHT if gained else WRONG))
+        pairs = [(judged.pictures[place], judged.utility[place]) for judged in (before, after)]
+        pictures = [Image.fromarray(pixels).resize((SIDE, SIDE), Resampling.NEAREST) for pixels, _ in pairs]
+        told = [f"{name} {utility:.2f}" for name, (_, utility) in zip(("before", "after"), pairs, strict=True)]
+        change = round(float(pairs[1][1] - pairs[0][1]), 2)
+        colour = PLAIN if change == 0 else RIGHT if change > 0 else WRONG
+        cells.append(draw_pair(pictures, told, before.captions[place], colour))
     return tile(cells, 3)
