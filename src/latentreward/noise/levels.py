@@ -118,6 +118,8 @@ class ModeSigma(TargetSigma):
 class PowerSigma(TargetSigma):
     """Sampler of target sigmas u = U^power, U uniform: a power above 1 favours low noise, below 1 high noise.
 
+    Of a table of levels, all u below its lowest level become that level, which therefore has a share of its own.
+
     Args:
         power: Exponent, > 0.
     """
