@@ -158,8 +158,8 @@ def lock_run(trainer: Trainer, held: ExitStack) -> None:
     refusal: str | None = None
     if trainer.is_global_zero:
         try:
-            named = any(log.name for log in trainer.loggers)
-            chosen_by = "trainer.logger.name" if named else "trainer.default_root_dir"
+            by_logger = "name" if any(log.name for log in trainer.loggers) else "save_dir"
+            chosen_by = f"trainer.logger.{by_logger}" if trainer.loggers else "trainer.default_root_dir"
             held.enter_context(locked(Path(folder), chosen_by))
         except InputError as error:
             refusal = str(error)
