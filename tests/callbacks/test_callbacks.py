@@ -80,10 +80,9 @@ def test_a_test_prints_its_accuracy_with_interval_and_pairs(module, batches, loa
         caplog.clear()
         trainer.test(module, loader(batches), verbose=False)
         (line,) = [record.message for record in caplog.records if record.message.startswith("test: ")]
-        found = re.search(
-            r"prompts: ([\d.]+) \[([\d.]+), ([\d.]+)\] \(4 groups\); (\d+) pairs of 4 prompts, mean over 2 noise levels$",
-            line,
-        )
+        number, pairs_told = r"([\d.]+)", r"(\d+) pairs of 4 prompts, mean over 2 noise levels$"
+        told = rf"prompts: {number} \[{number}, {number}\] \(4 groups\); {pairs_told}"
+        found = re.search(told, line)
         value, low, high, pairs = map(float, found.groups())
         expected = clustered_accuracy(np.array([sums[prompt] for prompt in sorted(sums)]))
         assert (value, low, high) == pytest.approx([100 * end for end in expected[:3]], abs=0.051)
