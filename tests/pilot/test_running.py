@@ -15,7 +15,7 @@ import pytest
 from latentreward.errors import InputError
 from latentreward.pilot.plans import all_pilots, find_pilot
 from latentreward.pilot.results import collect, holds, read_result, read_results, write_result
-from latentreward.pilot.running import run_stages, starts, unfinished, workshop
+from latentreward.pilot.running import progress, run_stages, starts, unfinished, workshop
 from latentreward.steps.tasks import Step, Task, resolve
 from latentreward.steps.workshop import INPUTS, LOG, RECORD
 from tests.marks import release_after
@@ -157,3 +157,12 @@ def test_the_whole_path_in_the_tiny_world(name: str, tmp_path: Path, monkeypatch
         read_results(tmp_path / "results")
     write_result(tmp_path / "results" / "one.json", replace(result, settings={**result.settings, "quick": False}))
     assert len(read_results(tmp_path / "results")) == 1
+
+
+def test_the_progress_of_a_stage_is_the_last_line_of_its_log_with_the_time_left(tmp_path: Path) -> None:
+    log = tmp_path / LOG
+    assert progress(log) == ""
+    log.write_text(
+        "train 1/9 steps   2.0 steps/s  00:04 left\n train 2/9 steps   2.1 steps/s  00:03 left\nnote: nothing\n"
+    )
+    assert progress(log) == "train 2/9 steps   2.1 steps/s  00:03 left"

@@ -1,11 +1,14 @@
 """Running of a pilot's stages, one process after the other; a stage that was stopped goes on where it was."""
 
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 
 from latentreward.steps.tasks import Task
 from latentreward.steps.workshop import LOG, START, Workshop
+
+TOLD_EVERY_S = 15.0
+"""Seconds between lines about the progress of a stage."""
 
 
 def workshop(folder: Path) -> Workshop:
@@ -34,9 +37,20 @@ def run_stages(tasks: Mapping[str, Task], shop: Workshop) -> None:
                     print(f"{name}: done before", flush=True)
                     continue
                 print(f"{name}: {'goes on' if shop.goes_on(task) else 'starts'}; its log is {log}", flush=True)
-                pool.submit(shop.run, task).result()
+                running, told = pool.submit(shop.run, task), progress(log)
+                while not wait([running], TOLD_EVERY_S).done:
+                    if (line := progress(log)) != told:
+                        print(f"{name}: {line}", flush=True)
+                        told = line
+                running.result()
         finally:
             shop.close()
+
+
+def progress(log: Path) -> str:
+    """Return the last line about progress, with rate and time left, that a stage's process has written to its log."""
+    text = log.read_text(errors="replace") if log.is_file() else ""
+    return next((line.strip() for line in reversed(text.splitlines()) if line.endswith(" left")), "")
 
 
 def starts(log: Path) -> int:
