@@ -90,7 +90,7 @@ def import_class(setting: str, path: str, base: type[Kind]) -> type[Kind]:
         wanted = f"{base.__module__.rpartition('.')[0]}.{base.__name__}"
         raise InputError(f"{setting}={path!r} is not a subclass of {wanted}; give the path of a class derived from it")
     if isabstract(kind):
-        missing = ", ".join(sorted(kind.__abstractmethods__))
+        missing = ", ".join(sorted(kind.__abstractmethods__))  # type: ignore[attr-defined]
         raise InputError(f"{setting}={path!r} is abstract; give a class that implements {missing}")
     return kind
 
