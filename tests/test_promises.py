@@ -461,7 +461,7 @@ QUANTITY = Kind(
 REWARD = Kind(
     Reward,
     {"encode_prompts": None, "score": ONES, "score_clean": ONES},
-    lambda reward: (reward(STATES, None), reward.score_clean(STATES.latents, STATES.rows, None)),
+    lambda reward: (reward(STATES, None), reward.score_clean(STATES.latents, rows=STATES.rows, encoded=None)),
     [("score", bad) for bad in (ONES[:, None], torch.tensor(1.0), NAN * ONES, [1.0] * 3, 1.0)]
     + [("score_clean", bad) for bad in (ONES[:, None], None, NAN * ONES)],
 )

@@ -17,7 +17,7 @@ from latentreward.errors import InputError
 
 Method = TypeVar("Method", bound=Callable[..., Any])
 Check = Callable[..., str | None]
-"""Function of a result, the part and the method's arguments. Returns what is wrong, as "GOT; it must be WANTED"."""
+"""Function of a result, the part and the method's arguments. Returns what is wrong, "GOT; it must be WANTED", or None."""
 Kind = Literal["numbers", "indices", "bool"]
 KINDS = {"numbers": "finite numbers", "indices": "whole numbers (int64)", "bool": "bool"}
 KEPT = "_promises_kept"
@@ -69,9 +69,9 @@ def lacks(cls: type) -> str:
 
 
 def returns(check: Check, each: bool = False) -> Callable[[Method], Method]:
-    """Mark a method of a base class with what it and methods that override it must be.
+    """Mark a method of a base class with what it, and methods that override it, must return.
 
-    A method that a derived class calls through ``super()`` is not compared: its result is not the part's.
+    Results of ``super().method()`` are not compared: they are not the part's.
 
     Args:
         check: Compares a result.
@@ -87,7 +87,7 @@ def compared(method: Method, name: str, check: Check, each: bool) -> Method:
     def comparing(self: Any, *args: Any, **kwargs: Any) -> Any:
         result = method(self, *args, **kwargs)
         if getattr(type(self), name) is comparing:
-            keep_promise(self, name, lambda: check(result, self, *args, **kwargs), each)
+            keep_promise(self, name, lambda: check(result, self, *args, *kwargs.values()), each)
         return result
 
     comparing.promise = check, each  # type: ignore[attr-defined]
@@ -95,17 +95,7 @@ def compared(method: Method, name: str, check: Check, each: bool) -> Method:
 
 
 def keep_promise(part: Any, method: str, problem: Callable[[], str | None], each: bool = False) -> None:
-    """Compare what a part's method returned, in its first call or in ``each``.
-
-    Args:
-        part: The part.
-        method: Name of the method.
-        problem: Returns what is wrong, see :data:`Check`; None if nothing is.
-        each: Whether earlier calls do not count.
-
-    Raises:
-        InputError: If something is wrong, or an attribute is missing that the part :attr:`~Part.needs`.
-    """
+    """Raise InputError if ``problem()`` tells one of what a part's method returned, in its first call or ``each``."""
     kept = vars(part).setdefault(KEPT, set())
     if method in kept and not each:
         return
@@ -137,26 +127,20 @@ def tensor(
     shape: Callable[..., Sequence[int]], kind: Kind = "numbers", low: float = -math.inf, high: float = math.inf
 ) -> Check:
     """Return the check of a tensor; see :func:`wrong_tensor`. ``shape`` is a function of part and arguments."""
-    return lambda found, *given, **named: wrong_tensor(found, shape(*given, **named), kind, low, high)
+    return lambda found, *given: wrong_tensor(found, shape(*given), kind, low, high)
 
 
 def wrong_tensor(
     found: Any, shape: Sequence[int], kind: Kind = "numbers", low: float = -math.inf, high: float = math.inf
 ) -> str | None:
-    """Return what is wrong with what should be a tensor, see :data:`Check`; None if nothing is.
+    """Return what is wrong with what should be a tensor of a ``shape``, see :data:`Check`; −1 is a side of any length.
 
-    Args:
-        found: What was returned.
-        shape: Shape that is wanted; −1 for a side of any length.
-        kind: Finite numbers of any floating type, whole numbers, or bool.
-        low: Least number allowed.
-        high: Greatest number allowed.
+    Numbers are of a floating type, finite and from ``low`` to ``high``.
     """
     sides = tuple(shape)
-    wanted = f"a tensor {sides}" if sides else "a scalar tensor"
-    if -1 in sides:
-        wanted = f"a tensor ({', '.join('any' if side < 0 else str(side) for side in sides)})"
-    if not isinstance(found, Tensor) or not same_shape(found.shape, sides):
+    same = isinstance(found, Tensor) and found.ndim == len(sides)
+    if not same or any(side not in (-1, length) for side, length in zip(sides, found.shape, strict=True)):
+        wanted = f"a tensor {sides}".replace("-1", "any") if sides else "a scalar tensor"
         return f"{shown(found)}; it must be {wanted}"
     sound = {"numbers": found.is_floating_point(), "indices": found.dtype == torch.int64}
     if not sound.get(kind, found.dtype == torch.bool):
@@ -172,11 +156,6 @@ def wrong_tensor(
     return f"{bad[0].item():g}; it must be numbers from {low:g} to {high:g}"
 
 
-def same_shape(found: Sequence[int], wanted: Sequence[int]) -> bool:
-    """Tell whether two shapes agree; −1 agrees with a side of any length."""
-    return len(found) == len(wanted) and all(b in (-1, a) for a, b in zip(found, wanted, strict=True))
-
-
 def shown(found: Any) -> str:
     """Describe a result in a message: shape of a tensor, else type or a short value."""
     if isinstance(found, Tensor):
@@ -187,7 +166,7 @@ def shown(found: Any) -> str:
 def of_class(kind: type, also_none: bool = False) -> Check:
     """Return the check of an object of a class, or None under ``also_none``."""
 
-    def check(found: Any, *given: Any, **named: Any) -> str | None:
+    def check(found: Any, *given: Any) -> str | None:
         right = isinstance(found, kind) or (also_none and found is None)
         return None if right else f"{shown(found)}; it must be a {kind.__name__}{' or None' * also_none}"
 

@@ -23,10 +23,9 @@ if TYPE_CHECKING:
     from latentreward.encoders.vae import LatentEncoder
 
 
-def wrong_features(
+def _wrong_features(
     found: Features, backbone: DiffusionBackbone, latents: Tensor, timesteps: Tensor, conditioning: Conditioning
 ) -> str | None:
-    """Return what is wrong with features, see :func:`~latentreward.promises.returns`: taps, widths, tokens or rows."""
     if not isinstance(found, Features):
         return f"{shown(found)}; it must be Features"
     spec = getattr(backbone, "feature_spec", None)  # a backbone without a text encoder may not know its widths
@@ -139,7 +138,7 @@ class DiffusionBackbone(nn.Module, Part):
         return self.latent_space.downscale
 
     @abstractmethod
-    @returns(wrong_features)
+    @returns(_wrong_features)
     def read(self, latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Features:
         """Compute the features of ``latents`` ``(B, C, ...)`` at ``timesteps`` ``(B,)``, with ``uncond`` None."""
 

@@ -15,8 +15,7 @@ from latentreward.promises import Part, keep_promise, returns, shown, wrong_tens
 logger = logging.getLogger(__name__)
 
 
-def wrong_ids(found: tuple[Tensor, ...], encoder: "PromptEncoder", prompts: Sequence[str]) -> str | None:
-    """Return what is wrong with token ids, see :func:`~latentreward.promises.returns`."""
+def _wrong_ids(found: tuple[Tensor, ...], encoder: "PromptEncoder", prompts: Sequence[str]) -> str | None:
     if not isinstance(found, tuple) or not all(isinstance(ids, Tensor) and len(ids) == len(prompts) for ids in found):
         return f"{shown(found)}; it must be a tuple of tensors with {len(prompts)} rows"
     return None
@@ -57,7 +56,7 @@ class PromptEncoder(nn.Module, Part):
     _told_cut: bool = False
 
     @abstractmethod
-    @returns(wrong_ids)
+    @returns(_wrong_ids)
     def tokenize(self, prompts: Sequence[str]) -> tuple[Tensor, ...]:
         """Return token ids on the CPU, one tensor ``(B, length)`` per text encoder; longer prompts are truncated.
 

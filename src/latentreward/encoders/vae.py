@@ -16,15 +16,11 @@ SD_SCALING_FACTOR = 0.18215
 """Scaling factor of the VAE of SD1.5 and SD2.1, diffusers' default."""
 
 
-def wrong_latents(
-    found: Tensor, vae: "LatentEncoder", pixels: Tensor, noise: Tensor | None = None, **options: bool
-) -> str | None:
-    """Return what is wrong with encoded pixels, see :func:`~latentreward.promises.returns`."""
+def _wrong_latents(found: Tensor, vae: "LatentEncoder", pixels: Tensor, *given: Any) -> str | None:
     return wrong_tensor(found, (len(pixels), *vae.latent_shape(pixels)))
 
 
-def wrong_pixels(found: Tensor, vae: "LatentEncoder", latents: Tensor) -> str | None:
-    """Return what is wrong with decoded latents, see :func:`~latentreward.promises.returns`."""
+def _wrong_pixels(found: Tensor, vae: "LatentEncoder", latents: Tensor) -> str | None:
     height, width = (side * vae.space.downscale for side in latents.shape[-2:])
     frames = (-1,) * (isinstance(found, Tensor) and found.ndim == 5)
     return wrong_tensor(found, (len(latents), 3, *frames, height, width))
@@ -79,7 +75,7 @@ class LatentEncoder(nn.Module, Part):
         """Return the shape of the latents of one row of ``pixels`` ``(B, 3, H, W)`` or ``(B, 3, F, H, W)``."""
         return self.space.shape(pixels.shape[-2], pixels.shape[-1], pixels.shape[2] if pixels.ndim == 5 else 1)
 
-    @returns(wrong_latents)
+    @returns(_wrong_latents)
     def encode(self, pixels: Tensor, noise: Tensor | None = None, *, differentiable: bool = False) -> Tensor:
         """Encode pixels into scaled latents ``(B, C, ...)`` in float32 or a wider type.
 
@@ -98,7 +94,7 @@ class LatentEncoder(nn.Module, Part):
                 sample = sample + posterior.std.to(sample) * self.unpacked(noise).to(sample)
             return self.scale(sample)
 
-    @returns(wrong_pixels)
+    @returns(_wrong_pixels)
     def decode(self, latents: Tensor) -> Tensor:
         """Decode scaled latents ``(B, C, ...)`` into float32 pixels, differentiably.
 

@@ -50,8 +50,7 @@ class PipelineConfigs(Protocol):
         ...
 
 
-def wrong_prediction(found: Tensor, family: Family, network: Any, latents: Tensor, *given: Any) -> str | None:
-    """Return what is wrong with a prediction, see :func:`~latentreward.promises.returns`."""
+def _wrong_prediction(found: Tensor, family: Family, network: Any, latents: Tensor, *given: Any) -> str | None:
     if family.flow and isinstance(family.noise_process, DDPM):
         return "a prediction with flow = True, but noise_process is DDPM; it must be FlowMatching, or flow = False"
     if family.clips and family.latent_space.frame_downscale is None:
@@ -59,8 +58,7 @@ def wrong_prediction(found: Tensor, family: Family, network: Any, latents: Tenso
     return wrong_tensor(found, latents.shape) if latents.isfinite().all() else None
 
 
-def wrong_levels(found: tuple[Tensor, Tensor], family: Family, steps: int, shape: Sequence[int]) -> str | None:
-    """Return what is wrong with the levels of a sampler, see :func:`~latentreward.promises.returns`."""
+def _wrong_levels(found: tuple[Tensor, Tensor], family: Family, steps: int, shape: Sequence[int]) -> str | None:
     if not isinstance(found, tuple) or len(found) != 2:
         return f"{shown(found)}; it must be two tensors, timesteps and noise levels"
     return wrong_tensor(found[0], (steps,), low=0, high=1000) or wrong_tensor(found[1], (steps + 1,), low=0, high=1)
@@ -291,7 +289,7 @@ class Family(Part):
     def noise_process(self) -> NoiseProcess:
         """Forward process of the network."""
 
-    @returns(wrong_levels)
+    @returns(_wrong_levels)
     def levels(self, num_inference_steps: int, shape: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Return the timesteps ``(n,)`` and noise levels ``(n + 1,)`` of the pipeline's sampler, for flows.
 
@@ -348,7 +346,7 @@ class Family(Part):
         """Load the network, whose weights stay unread for ``settle``; initial weights without ``pretrained``."""
 
     @abstractmethod
-    @returns(wrong_prediction)
+    @returns(_wrong_prediction)
     def predict(
         self, network: Any, latents: Tensor, timesteps: Tensor, conditioning: Conditioning, guidance: float | None
     ) -> Tensor:

@@ -12,8 +12,7 @@ from latentreward.heads.axes import AXES
 from latentreward.promises import Part, returns, tensor, wrong_tensor
 
 
-def wrong_scores(found: Tensor, head: "RewardHead", features: Features) -> str | None:
-    """Return what is wrong with a head's scores, see :func:`~latentreward.promises.returns`."""
+def _wrong_scores(found: Tensor, head: "RewardHead", features: Features) -> str | None:
     rows, outputs = len(features.visual[0]), head.outputs if head.axis_weights is None else len(AXES)
     problem = wrong_tensor(found, (rows,) if outputs == 1 else (rows, outputs))
     if problem and isinstance(found, Tensor) and found.ndim == 2:
@@ -58,7 +57,7 @@ class RewardHead(nn.Module, Part):
         return head
 
     @abstractmethod
-    @returns(wrong_scores)
+    @returns(_wrong_scores)
     def forward(self, features: Features) -> Tensor:
         """Compute scores ``(B,)``, or ``(B, out_dim)`` for a head with several :attr:`outputs`."""
 
@@ -69,7 +68,7 @@ class RewardHead(nn.Module, Part):
         # not a matrix product, which autocast would round to bfloat16
         return (outputs * outputs.new_tensor(self.axis_weights)).sum(dim=-1)
 
-    @returns(lambda found, head, levels: wrong_scores(found, head, levels[0]))
+    @returns(lambda found, head, levels: _wrong_scores(found, head, levels[0]))
     def score_ensemble(self, levels: Sequence[Features]) -> Tensor:
         """Compute one score per image from features at several noise levels; the base class averages the scores.
 

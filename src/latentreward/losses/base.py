@@ -47,13 +47,11 @@ class SetLoss(nn.Module, Part):
         return ", ".join(f"{name}={value}" for name, value in settings.items() if not isinstance(value, bool))
 
 
-def wrong_losses(losses: Tensor, loss: "PreferenceLoss", scores: PairScores) -> str | None:
-    """Return what is wrong with the losses of pairs, see :func:`~latentreward.promises.returns`."""
+def _wrong_losses(losses: Tensor, loss: "PreferenceLoss", scores: PairScores) -> str | None:
     return wrong_tensor(losses, scores.label.shape) if scores.margin.isfinite().all() else None
 
 
-def wrong_probabilities(found: Tensor, loss: "PreferenceLoss", scores: PairScores) -> str | None:
-    """Return what is wrong with probabilities of pairs, see :func:`~latentreward.promises.returns`."""
+def _wrong_probabilities(found: Tensor, loss: "PreferenceLoss", scores: PairScores) -> str | None:
     return wrong_tensor(found, scores.chosen.shape, low=0.0, high=1.0) if scores.margin.isfinite().all() else None
 
 
@@ -75,12 +73,12 @@ class PreferenceLoss(SetLoss):
     needs_cross_scores: bool = False
 
     @abstractmethod
-    @returns(wrong_losses)
+    @returns(_wrong_losses)
     def per_pair(self, scores: PairScores) -> Tensor:
         """Compute the unweighted loss of each pair, averaged over the outputs of the head: ``(B,)``, float64."""
 
     @abstractmethod
-    @returns(wrong_probabilities)
+    @returns(_wrong_probabilities)
     def win_probability(self, scores: PairScores) -> Tensor:
         """Predict the probability that chosen wins, by this loss's model: shape of the scores, float32."""
 

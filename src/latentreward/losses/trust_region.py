@@ -70,8 +70,7 @@ class StepDrift:
         return cls(squares, std, spread, *every.transpose(-2, -1).reshape(-1, 2).mean(dim=0))
 
 
-def wrong_objective(found: tuple[Tensor, ...], rule: RatioRule, log_ratio: Tensor, *given: object) -> str | None:
-    """Return what is wrong with an objective, see :func:`~latentreward.promises.returns`."""
+def _wrong_objective(found: tuple[Tensor, ...], rule: RatioRule, log_ratio: Tensor, *given: object) -> str | None:
     if not isinstance(found, tuple) or len(found) != 3:
         return f"{shown(found)}; it must be three tensors: objective, ratios, and which steps were held back"
     objective, ratio, held = found
@@ -86,7 +85,7 @@ class RatioRule(TrustRegion):
     kind = "ratio"
 
     @abstractmethod
-    @returns(wrong_objective)
+    @returns(_wrong_objective)
     def objective(
         self, log_ratio: Tensor, advantage: Tensor, clip_range: float, drift: StepDrift
     ) -> tuple[Tensor, Tensor, Tensor]:

@@ -16,8 +16,7 @@ def per_sample(values: Tensor, like: Tensor) -> Tensor:
     return values.to(like.device).view(-1, *[1] * (like.ndim - 1))
 
 
-def wrong_latents(found: Tensor, process: "NoiseProcess", latents: Tensor, other: Tensor, at: Tensor) -> str | None:
-    """Return what is wrong with latents or a target, see :func:`~latentreward.promises.returns`."""
+def _wrong_latents(found: Tensor, process: "NoiseProcess", latents: Tensor, other: Tensor, at: Tensor) -> str | None:
     for name, low, high in (("timesteps", 0.0, 1000.0), ("sigmas", 0.0, 1.0)):
         table = getattr(process, name)
         if problem := wrong_tensor(table, (len(process.sigmas),), low=low, high=high):
@@ -48,17 +47,17 @@ class NoiseProcess(Part):
         """Build the process from a diffusers scheduler's config."""
 
     @abstractmethod
-    @returns(wrong_latents)
+    @returns(_wrong_latents)
     def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """Mix ``latents`` and ``noise`` ``(B, C, ...)`` to noisy latents at ``timesteps`` ``(B,)``."""
 
     @abstractmethod
-    @returns(wrong_latents)
+    @returns(_wrong_latents)
     def target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """Return the network's training target for the noisy latents ``add_noise(latents, noise, timesteps)``."""
 
     @abstractmethod
-    @returns(wrong_latents)
+    @returns(_wrong_latents)
     def clean(self, noisy: Tensor, output: Tensor, timesteps: Tensor) -> Tensor:
         """Predict clean latents x̂_0 from ``noisy`` latents and the network's ``output`` at ``timesteps`` ``(B,)``."""
 

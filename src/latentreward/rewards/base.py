@@ -143,8 +143,7 @@ class Reward(nn.Module, Part):
         return scores.float()
 
 
-def wrong_reward(found: Reward, source: RewardSource, policy: Policy) -> str | None:
-    """Return what is wrong with a loaded reward, see :func:`~latentreward.promises.returns`."""
+def _wrong_reward(found: Reward, source: RewardSource, policy: Policy) -> str | None:
     if problem := of_class(Reward)(found):
         return problem
     if found.needs_clean and source.scores_states():
@@ -243,7 +242,7 @@ class RewardSource(Part):
             )
 
     @abstractmethod
-    @returns(wrong_reward)
+    @returns(_wrong_reward)
     def load(self, policy: Policy) -> Reward:
         """Load the reward, frozen, to score states of ``policy``.
 

@@ -52,8 +52,7 @@ class PairSelection(Part):
         """Tell which of the gaps ``(B,)`` at step ``index`` are large enough to keep: ``(B,)`` bool."""
 
 
-def wrong_threshold(found: float, *given: object) -> str | None:
-    """Return what is wrong with a threshold, see :func:`~latentreward.promises.returns`."""
+def _wrong_threshold(found: float, *given: object) -> str | None:
     right = isinstance(found, int | float) and 0 <= found <= 1
     return None if right else f"{shown(found)}; it must be a number from 0 to 1"
 
@@ -66,7 +65,7 @@ class ThresholdSelection(PairSelection):
         return gap > self.threshold(index, sampler)
 
     @abstractmethod
-    @returns(wrong_threshold, each=True)
+    @returns(_wrong_threshold, each=True)
     def threshold(self, index: int, sampler: StepSampler) -> float:
         """Return the threshold of step ``index``, in [0, 1]."""
 

@@ -9,8 +9,7 @@ from latentreward.errors import InputError
 from latentreward.promises import Part, returns, wrong_tensor
 
 
-def wrong_choice(found: Tensor, rule: "StepChoice", steps: int, generator: torch.Generator) -> str | None:
-    """Return what is wrong with chosen steps, see :func:`~latentreward.promises.returns`."""
+def _wrong_choice(found: Tensor, rule: "StepChoice", steps: int, generator: torch.Generator) -> str | None:
     if problem := wrong_tensor(found, (-1,), "indices", 0, steps - 1):
         return problem
     if 0 < len(found) == len(found.unique()):
@@ -22,7 +21,7 @@ class StepChoice(Part):
     """Rule that picks steps of a sampler for one finished sample."""
 
     @abstractmethod
-    @returns(wrong_choice, each=True)
+    @returns(_wrong_choice, each=True)
     def choose(self, steps: int, generator: torch.Generator) -> Tensor:
         """Return the indices of distinct steps among ``steps``, int64.
 

@@ -12,8 +12,7 @@ from latentreward.rollout.base import StepSampler
 from latentreward.rollout.transition import Transition
 
 
-def wrong_start(found: int, window: "Window", steps: int, *given: object) -> str | None:
-    """Return what is wrong with the first step of a window, see :func:`~latentreward.promises.returns`."""
+def _wrong_start(found: int, window: "Window", steps: int, *given: object) -> str | None:
     if type(found) is int and 0 <= found <= steps - window.size:
         return None
     return f"{shown(found)}; it must be a whole number from 0 to {steps - window.size}, steps minus size"
@@ -30,7 +29,7 @@ class Window(Part):
     size: int
 
     @abstractmethod
-    @returns(wrong_start, each=True)
+    @returns(_wrong_start, each=True)
     def start(self, steps: int, iteration: int, generator: torch.Generator) -> int:
         """Return the index of the window's first step, at most ``steps`` − ``size``.
 

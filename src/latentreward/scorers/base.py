@@ -128,8 +128,7 @@ class ImageScorer(Scorer):
         return scores
 
 
-def wrong_table(found: np.ndarray, scorer: "TableScorer", pairs: Sequence[PreferencePair]) -> str | None:
-    """Return what is wrong with scores of pairs, see :func:`~latentreward.promises.returns`."""
+def _wrong_table(found: np.ndarray, scorer: "TableScorer", pairs: Sequence[PreferencePair]) -> str | None:
     if isinstance(found, np.ndarray) and found.shape == (len(pairs), 2) and found.dtype == np.float64:
         return None
     got = f"{found.dtype} {found.shape}" if isinstance(found, np.ndarray) else shown(found)
@@ -140,7 +139,7 @@ class TableScorer(Scorer):
     """Base class of scorers that look up scores computed elsewhere."""
 
     @abstractmethod
-    @returns(wrong_table, each=True)
+    @returns(_wrong_table, each=True)
     def lookup(self, pairs: Sequence[PreferencePair]) -> np.ndarray:
         """Look up the scores of N pairs: ``(N, 2)`` float64 for images a and b, NaN where there is no score."""
 

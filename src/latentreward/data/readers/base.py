@@ -32,8 +32,7 @@ MOST_NAMED = 5
 ON_ERROR_REMEDY = f"correct the row, or set {OWN_ON_ERROR} to skip or placeholder"
 
 
-def wrong_pair(found: PreferencePair, reader: "PairReader", index: int) -> str | None:
-    """Return what is wrong with a row, see :func:`~latentreward.promises.returns`."""
+def _wrong_pair(found: PreferencePair, reader: "PairReader", index: int) -> str | None:
     if not isinstance(found, PreferencePair):
         return f"{shown(found)} for row {index}; it must be a PreferencePair"
     if not isinstance(found.pair_id, str) or not isinstance(found.prompt, str):
@@ -55,8 +54,7 @@ def wrong_pair(found: PreferencePair, reader: "PairReader", index: int) -> str |
     return None
 
 
-def wrong_length(found: int, reader: "PairReader") -> str | None:
-    """Return what is wrong with a number of rows, see :func:`~latentreward.promises.returns`."""
+def _wrong_length(found: int, reader: "PairReader") -> str | None:
     right = isinstance(found, int | np.integer) and found >= 0
     return None if right else f"{shown(found)}; it must be a whole number of at least 0"
 
@@ -111,12 +109,12 @@ class PairReader(Part):
         self.named: dict[str, list[str]] = {}
 
     @abstractmethod
-    @returns(wrong_length)
+    @returns(_wrong_length)
     def __len__(self) -> int:
         """Return the number of rows."""
 
     @abstractmethod
-    @returns(wrong_pair, each=True)
+    @returns(_wrong_pair, each=True)
     def __getitem__(self, index: int) -> PreferencePair:
         """Return row ``index``; images a and b are in the order of the file, or exchanged at random by the reader."""
 
