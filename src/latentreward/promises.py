@@ -17,7 +17,7 @@ from latentreward.errors import InputError
 
 Method = TypeVar("Method", bound=Callable[..., Any])
 Check = Callable[..., str | None]
-"""Function of a result, the part and the method's arguments. Returns what is wrong, "GOT; it must be WANTED", or None."""
+"""Function of a result, part and arguments of the method. Returns what is wrong, "GOT; it must be WANTED", or None."""
 Kind = Literal["numbers", "indices", "bool"]
 KINDS = {"numbers": "finite numbers", "indices": "whole numbers (int64)", "bool": "bool"}
 KEPT = "_promises_kept"
