@@ -473,7 +473,6 @@ SOURCE = Kind(
         ("load", bad)
         for bad in (
             lambda self, policy: None,
-            lambda self, policy: made(REWARD, "needs_clean", True),
             lambda self, policy: nn.Linear(1, 1),
         )
     ]

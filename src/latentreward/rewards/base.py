@@ -146,8 +146,6 @@ class Reward(nn.Module, Part):
 def _wrong_reward(found: Reward, source: RewardSource, policy: Policy) -> str | None:
     if problem := of_class(Reward)(found):
         return problem
-    if found.needs_clean and source.scores_states():
-        return "a reward with needs_clean, but scores_states is true; it must be one or the other"
     if source.parts != len(source.part_weights):
         return f"a reward of parts={source.parts}, but {len(source.part_weights)} part_weights; it must be one for each"
     return None
