@@ -99,7 +99,6 @@ class PolicySource:
             raise InputError(f"t5_length={self.t5_length} must be at least 0")
         check_quantization(self.quantization, "lora")
         family = self.resolve_family()
-        _ = family.noise_process  # a scheduler of another process is refused before weights are read
         family.report_assumption("policy")
         text_encoder = family.load_prompt_encoder(self.t5_length, self.load_t5)
         network = family.load_network()
