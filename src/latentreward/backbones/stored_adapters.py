@@ -31,13 +31,13 @@ def plain_name(name: str) -> str:
     return f"{name}.weight" if name.endswith(".lora_magnitude_vector") else name
 
 
-def stored_ranks(network: nn.Module, shapes: Mapping[str, tuple[int, ...]], origin: str) -> dict[str, int]:
+def stored_ranks(network: nn.Module, shapes: Mapping[str, tuple[int, ...]], origin: str | None) -> dict[str, int]:
     """Return the rank of each layer of a stored adapter, whose tensors must all have a place in ``network``.
 
     Args:
         network: Network that the adapter is for; adapters that it already has do not matter.
         shapes: Shape of each stored tensor by its :func:`plain_name`, ``LAYER.lora_A.weight`` or such.
-        origin: Source of the tensors, for messages.
+        origin: Source of the tensors, for messages; None leaves tensors without a place out.
 
     Raises:
         InputError: If a tensor is of no linear layer or convolution of ``network``, is of a kind other than
@@ -59,12 +59,13 @@ def stored_ranks(network: nn.Module, shapes: Mapping[str, tuple[int, ...]], orig
         size, down, up = sizes.get(layer, ()), found.get("A.weight", (0,)), found.get("B.weight")
         if size and up and down[0] and down[1:] == size[1:] and up[:2] == (size[0], down[0]) and found.keys() <= PARTS:
             ranks[layer] = down[0]
-    if odd := [name for name in shapes if name.rpartition(".lora_")[0] not in ranks]:
+    odd = [name for name in shapes if name.rpartition(".lora_")[0] not in ranks]
+    if odd and origin:
         raise InputError(
             f"{origin} has {len(odd)} of {len(shapes)} tensors without a place in the network (no such layer, another "
             f"width, A or B alone, or no LoRA): {', '.join(odd)[:200]}; give an adapter of this network"
         )
-    if not ranks:
+    if not ranks and origin:
         raise InputError(f"{origin} holds no weight of an adapter; give one of this network")
     return ranks
 

@@ -96,7 +96,7 @@ def inject_adapter(network: nn.Module, folder: Path) -> None:
     settings = read_config(path)
     known = {name: settings[name] for name in PEFT_SETTINGS if settings.get(name) is not None}
     shapes = {name.removeprefix(PREFIX): shape for name, shape in shapes_in(folder / WEIGHTS).items()}
-    ranks = stored_ranks(network, shapes, f"cannot load {folder / WEIGHTS}: it")
+    ranks = stored_ranks(network, shapes, None)  # read_lora names those that do not fit
     check_settings(known, ranks.values(), f"cannot load {path}")
     try:
         with warnings.catch_warnings():
