@@ -79,7 +79,9 @@ class PairScoreWriter(BasePredictionWriter):
         with write_errors_named(self._path):
             if self._writer is None:
                 partial = self._open.enter_context(replacing(self._path))
-                self._writer = self._open.enter_context(parquet.ParquetWriter(partial, table.schema))
+                self._writer = self._open.enter_context(
+                    parquet.ParquetWriter(partial, table.schema, write_page_checksum=True)
+                )
             self._writer.write_table(table)
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

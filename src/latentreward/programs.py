@@ -6,8 +6,10 @@ it names, and the programs of ``--allow-programs``.
 
 import os
 import shutil
+import site
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from importlib import import_module
 from importlib.machinery import PathFinder
 from importlib.util import find_spec
@@ -25,6 +27,12 @@ _ALLOWED: list[frozenset[str]] = []
 """Absolute paths of the programs that may start, in the last entry; an empty list allows any program."""
 STARTING = ("subprocess.Popen", "os.exec", "os.posix_spawn", "os.spawn", "os.system", "pty.spawn")
 """Names of Python's audit events (PEP 578) that announce the start of a program, by whatever library."""
+CODE_FILE = {"ctypes.dlopen": 0, "import": 1, "exec": 0}
+"""Audit event of code that is loaded from a file -> index of the argument that has the file's path."""
+_CONSTRUCTING: list[bool] = []
+"""Not empty while the classes that settings name are instantiated."""
+_INSTALLED: list[str] = []
+"""Folders, with a slash at the end, whose code the classes that settings name may load."""
 
 
 def find_modules_here(settings: Iterable[Any]) -> None:
@@ -107,8 +115,25 @@ def allow_only(programs: Sequence[str]) -> None:
         if os.path.realpath(program) != program:
             raise InputError(f"--allow-programs: {program} is a link; give {os.path.realpath(program)}")
     if not _ALLOWED:
+        places = [sys.prefix, sys.base_prefix, *sys.path, *site.getsitepackages(), str(Path(__file__).parents[1])]
+        places = [os.path.realpath(place) for place in places if place]
+        _INSTALLED.extend(f"{place}/" for place in places if place != str(Path.cwd()))
         sys.addaudithook(_refuse_others)
     _ALLOWED.append(frozenset(programs))
+
+
+@contextmanager
+def constructing() -> Iterator[None]:
+    """Mark that classes that settings name are instantiated: after :func:`allow_only`, they load no code of others.
+
+    Refused are unpickling, and code in other files than those of the Python installation. Libraries of the system may
+    be loaded by their names.
+    """
+    _CONSTRUCTING.append(True)
+    try:
+        yield
+    finally:
+        _CONSTRUCTING.pop()
 
 
 def check_program(program: str | os.PathLike[str]) -> None:
@@ -132,8 +157,11 @@ def check_program(program: str | os.PathLike[str]) -> None:
 def _refuse_others(event: str, arguments: tuple[Any, ...]) -> None:
     """Audit hook: raise PermissionError for a program that may not start, whichever library starts it.
 
-    PermissionError is an OSError, which libraries expect when a program cannot start.
+    PermissionError is an OSError, which libraries expect when a program cannot start. While classes are instantiated,
+    code of others is refused in the same way, see :func:`constructing`.
     """
+    if _CONSTRUCTING and (event in CODE_FILE or event == "pickle.find_class"):
+        _refuse_code(event, arguments)
     if event not in STARTING:
         return
     program = arguments[1 if event == "os.spawn" else 0]
@@ -145,6 +173,19 @@ def _refuse_others(event: str, arguments: tuple[Any, ...]) -> None:
         check_program(os.fsdecode(program))
     except InputError as error:
         raise PermissionError(str(error)) from error
+
+
+def _refuse_code(event: str, arguments: tuple[Any, ...]) -> None:
+    if event == "pickle.find_class":
+        raise PermissionError(f"--restrict-imports does not let a setting's class unpickle {'.'.join(arguments)}")
+    path = arguments[CODE_FILE[event]]
+    path = getattr(path, "co_filename", path)
+    if not isinstance(path, str | bytes) or not Path(os.fsdecode(path)).is_file():  # text, or a library of the system
+        return
+    path = os.path.realpath(os.fsdecode(path))
+    own = any(RESTRICTED[-1:]) and event != "ctypes.dlopen" and path.startswith(f"{Path.cwd()}/")
+    if not path.startswith(tuple(_INSTALLED)) and not own:
+        raise PermissionError(f"--restrict-imports does not let a setting's class load {path}")
 
 
 def _starts_another_rank(command: Any) -> bool:

@@ -7,7 +7,6 @@ diffusers.
 import re
 from pathlib import Path
 
-import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from safetensors.torch import save_file
 from torch import Tensor
@@ -82,5 +81,4 @@ def write_sd15(path: Path, unet: UNet2DConditionModel, vae: AutoencoderKL, text:
     every = {f"model.diffusion_model.{name}": tensor for name, tensor in unet_tensors(unet).items()}
     every |= {f"first_stage_model.{name}": tensor for name, tensor in vae_tensors(vae).items()} | words
     every["betas"] = every["model.diffusion_model.out.2.bias"].clone()
-    every[f"{prefix}embeddings.position_ids"] = torch.arange(text.config.max_position_embeddings)[None]
     save_file({name: tensor.contiguous() for name, tensor in every.items()}, path)

@@ -11,15 +11,10 @@ from safetensors.torch import load_file, save_file
 
 from latentreward.backbones import create_backbone
 from latentreward.backbones.loading import PipelineSource
-from latentreward.backbones.tuning import LoRA
 from latentreward.errors import InputError
-from latentreward.export import TrainedLoRA, write_merged
-from latentreward.policies import PolicySource
 from tests.backbones.ldm_names import write_sd15
-from tests.policies.alignment import perturbed
 from tests.tiny_pipelines import pipeline_folder, sd_unet
 
-UNET = "unet/diffusion_pytorch_model.safetensors"
 HUB = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 
 
@@ -87,20 +82,6 @@ def test_parts_that_a_checkpoint_lacks_are_those_of_the_folder(pipeline: Path, t
     (tmp_path / "dream" / "text_encoder" / "model.safetensors").unlink()
     with pytest.raises(InputError, match=r"dream/text_encoder: no file named model.safetensors"):
         create_backbone("sd15", source=str(path))
-
-
-@pytest.mark.slow
-def test_a_policy_on_a_checkpoint_is_exported_as_a_whole_pipeline(pipeline: Path, tmp_path: Path) -> None:
-    path = checkpoint(pipeline, tmp_path)
-    copy_configs(pipeline, tmp_path / "dream")
-    lora = TrainedLoRA.of_policy(perturbed(PolicySource(str(path), lora=LoRA(2)).load()))
-    found, wanted = (
-        load_file(write_merged(lora, PipelineSource(str(base)), tmp_path / name) / UNET)
-        for name, base in (("file", path), ("folder", pipeline))
-    )
-    before = load_file(pipeline / UNET)
-    assert all(torch.equal(tensor, wanted[name]) for name, tensor in found.items())
-    assert any(not torch.equal(tensor, before[name]) for name, tensor in found.items())
 
 
 @pytest.mark.parametrize(

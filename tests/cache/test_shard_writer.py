@@ -6,7 +6,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from latentreward.cache.shard_writer import ShardWriter, file_hash
+from latentreward.cache.shard_writer import ShardWriter
+from latentreward.storage.digests import file_hash
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])

@@ -39,6 +39,10 @@ def test_what_is_left_over_is_kept_until_the_work_is_done(tmp_path: Path) -> Non
         (TrainerSettings("cpu", 2), "cpu", "device is 'cpu', and trainer is set too; leave device out"),
         (TrainerSettings("cpu", 2, strategy="fsdp"), "auto", "trainer.strategy is 'fsdp'; each process holds a whole"),
         (TrainerSettings("cpu", 0), "auto", "trainer: "),
+        *(
+            (TrainerSettings("cpu", odd), "auto", "trainer.devices is .*; give a number")
+            for odd in ("1/2", "nan", "-3", "")
+        ),
         (TrainerSettings("abacus"), "auto", "trainer: .*abacus"),
         pytest.param(
             TrainerSettings("gpu"),

@@ -150,6 +150,44 @@ def test_no_payload_runs_from_shards(
     assert not canary.exists()
 
 
+def set_on(owner: bytes, **attributes: object) -> bytes:
+    """A pickle that sets attributes of what has this name, by pickle's operation BUILD."""
+    return b"\x80\x04c" + owner + b"\n" + pickle.dumps((None, attributes), 2)[2:-1] + b"b."
+
+
+@pytest.mark.parametrize(
+    "owner",
+    [
+        b"pathlib\nPosixPath",
+        b"torch.serialization\n_get_layout",
+        b"torch\nfloat32",
+        b"torch.distributed.checkpoint.metadata\nMetadata",
+    ],
+)
+def test_an_index_of_shards_sets_no_attribute_of_a_class_or_function(owner: bytes, tmp_path: Path) -> None:
+    folder = tmp_path / "shards.ckpt"
+    distributed_checkpoint.save({"state_dict": {"net": torch.ones(2)}}, checkpoint_id=folder, no_dist=True)
+    torch.save({}, folder / REST)
+    assert torch.equal(read_checkpoint(folder)["state_dict"]["net"], torch.ones(2))
+    (folder / INDEX).write_bytes(set_on(owner, name="", evil=1))
+    with pytest.raises(InputError, match=r"is damaged.*\(the index sets attributes of"):
+        read_checkpoint(folder)
+    assert not hasattr(Path, "evil")
+
+
+@pytest.mark.parametrize("name", ["../other/__0_0.distcp", "/x", "..", "", Path("__0_0.distcp"), 7])
+def test_an_index_of_shards_names_files_beside_it(name: object, tmp_path: Path) -> None:
+    folder = tmp_path / "shards.ckpt"
+    distributed_checkpoint.save({"state_dict": {"net": torch.ones(2)}}, checkpoint_id=folder, no_dist=True)
+    torch.save({}, folder / REST)
+    index = pickle.loads((folder / INDEX).read_bytes())
+    for info in index.storage_data.values():
+        info.relative_path = name
+    (folder / INDEX).write_bytes(pickle.dumps(index))
+    with pytest.raises(InputError, match="which lies elsewhere"):
+        read_checkpoint(folder)
+
+
 @pytest.mark.slow
 def test_no_payload_runs_from_a_checkpoint_that_lightning_chooses(
     canary: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch

@@ -96,6 +96,20 @@ def malicious(folder: Path) -> dict[str, tuple[list[str], dict]]:
         "class_path": "torch.hub.load",
         "init_args": {"repo_or_dir": str(hub), "model": "entry", "source": "local"},
     }
+    library = class_of(
+        "torch.cuda.memory.CUDAPluggableAllocator", path_to_so_file="x.so", alloc_fn_name="a", free_fn_name="b"
+    )
+    untyped = {
+        "strategy": class_of("lightning.pytorch.strategies.DDPStrategy", ddp_comm_state=library),
+        "profiler": class_of("lightning.pytorch.profilers.PyTorchProfiler", table_kwargs={"x": [{"y": library}]}),
+        "logger": class_of("lightning.pytorch.loggers.CSVLogger", save_dir=".", version=library),
+        "callbacks": [class_of("lightning.pytorch.callbacks.RichProgressBar", console_kwargs={"x": library})],
+        "plugins": [
+            class_of("lightning.pytorch.plugins.MixedPrecision", precision="bf16-mixed", device="cpu", scaler=library)
+        ],
+    }
+    loaders = {f"library in {name}": {"trainer": {name: value}} for name, value in untyped.items()}
+    loaders["class as function"] = setup("torch.nn.ReLU")
     fits = {
         "hub as head": {"model": {"init_args": {"head": hub_load}}},
         "hub as backbone": {"model": {"init_args": {"backbone": hub_load}}},
@@ -113,6 +127,7 @@ def malicious(folder: Path) -> dict[str, tuple[list[str], dict]]:
         "own family": {"model": {"init_args": {"backbone": class_of("lumina2", source="sd_tiny", family="evil.Head")}}},
         "import as function": setup(class_of("latentreward.scoring.layouts.recipe.imported", path="evil.Head")),
         "function by its path": setup("torch.fx.graph_module._exec_with_source"),
+        **loaders,
         "resolver": {"trainer": {"default_root_dir": f"${{os.system:{touch}}}"}},
         "tag": {"trainer": {"default_root_dir": "TAG"}},
     }

@@ -4,6 +4,7 @@ import asyncio
 import base64
 import io
 import json
+import math
 import socket
 import threading
 import time
@@ -26,7 +27,7 @@ from latentreward.scoring.images import pixel_batches
 from latentreward.scoring.scoring_noise import ScoringNoise
 from latentreward.serving import app, bodies, image_requests, server
 from latentreward.serving.protocol import Accepted, parse_request
-from latentreward.serving.served import ServedModel
+from latentreward.serving.served import ServedModel, own_shape
 from tests.data.rotated import photograph, upright
 from tests.serving.latent_requests import HEADERS, tensors_of
 from tests.serving.servers import raw, serving, tiny_reward
@@ -53,17 +54,17 @@ EARLIER = {
         '{"model":"CLIPProjectionHead, on sd15, at t 1, images 16x16, exif apply, float32","latent_space":{"channels"'
         ':4,"downscale":2,"scaling_factor":0.18215,"shift_factor":0.0},"prompt_embeds_width":16,'
         '"pooled_prompt_embeds_width":16,"noise":"t 1","u":[U],"fresh_noise":false,"calibrated":false,"batch_size":8,'
-        '"max_body_bytes":67108864,"max_latent_pixels":16384,"max_rows":64}'
+        '"max_body_bytes":67108864,"max_latent_pixels":P,"max_rows":64}'
     ),
     ("sd35", "dina"): (
         '{"model":"GatedQFormerHead, on sd35, at sigma 0.4, images 4x4 8x8 16x12 12x16 20x12 12x20 16x16 20x16 16x20 '
         '24x12 12x24, exif apply, float32","latent_space":{"channels":4,"downscale":2,"scaling_factor":1.5305,'
         '"shift_factor":0.0609},"prompt_embeds_width":48,"pooled_prompt_embeds_width":32,"noise":"sigma 0.4","u":[U],'
-        '"fresh_noise":false,"calibrated":false,"batch_size":8,"max_body_bytes":67108864,"max_latent_pixels":16384,'
+        '"fresh_noise":false,"calibrated":false,"batch_size":8,"max_body_bytes":67108864,"max_latent_pixels":P,'
         '"max_rows":64}'
     ),
 }
-"""Answers of ``/v1/model`` before other families were served (commit bb3c5ab), with U for the noise level."""
+"""Answers of ``/v1/model`` before other families were served (commit bb3c5ab), with U for a level, P for pixels."""
 
 
 class Gated:
@@ -400,7 +401,8 @@ def test_answers_on_sd_and_sd3_are_those_of_earlier_versions(model: tuple[str, s
     with serving(reward) as (address, service):
         told = httpx.get(f"{address}/v1/model")
         level = json.dumps(told.json()["u"][0])
-        assert told.text == EARLIER[model].replace("U", level)
+        pixels = f'"max_latent_pixels":{4 * math.prod(own_shape(reward)[1:])}'
+        assert told.text == EARLIER[model].replace("U", level).replace('"max_latent_pixels":P', pixels)
         tensors = tensors_of(service.accepted, rows=2, tokens=service.accepted.tokens or 5)
         reply = ask(address, save(tensors))
         scores = json.dumps(reply.json()["raw_scores"], separators=(",", ":"))
@@ -448,6 +450,12 @@ def test_a_token_is_asked_for_everywhere_but_at_healthz() -> None:
         ({"host": "127.0.0.1.rebound.example"}, 403),
         ({"host": "192.168.0.1"}, 403),
         ({"host": "[::1"}, 403),
+        ({"host": "evil@localhost"}, 403),
+        ({"host": "evil:1@localhost:8000"}, 403),
+        ({"host": "localhost/evil"}, 403),
+        ({"host": "localhost:8000?evil"}, 403),
+        ({"host": "localhost#evil"}, 403),
+        ({"host": "localhost:x"}, 403),
         ({"origin": "https://page.example"}, 403),
         ({"origin": "null"}, 403),
     ],
@@ -644,6 +652,21 @@ def test_a_client_that_reads_no_answers_is_cut_off(monkeypatch: pytest.MonkeyPat
                 while True:
                     connection.sendall(b"GET /openapi.json HTTP/1.1\r\nhost: localhost\r\n\r\n")
         assert httpx.get(f"{address}/v1/model").status_code == 200
+
+
+def test_a_body_of_tiny_chunks_is_cut_off_and_one_of_larger_chunks_is_read(address: str) -> None:
+    head = HEAD + b"transfer-encoding: chunked\r\n\r\n"
+    tiny = raw(address, head, b"1\r\nx\r\n" * 150_000, pause=0.1)
+    assert tiny == b""
+    assert b'{"error"' in raw(address, head, b"100\r\n" + bytes(256) + b"\r\n", b"0\r\n\r\n", pause=0.1)
+    assert httpx.get(f"{address}/healthz").status_code == 200
+
+
+def test_requests_ahead_of_their_answers_are_few(address: str) -> None:
+    one = b"GET /healthz HTTP/1.1\r\nhost: localhost\r\n\r\n"
+    few = raw(address, one * 9 + one.replace(b"host", b"connection: close\r\nhost", 1))
+    assert few.count(b"HTTP/1.1 200") == 10
+    assert raw(address, one * 3000).count(b"HTTP/1.1 200") < 100
 
 
 def test_decoding_ends_at_the_timeout(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -151,7 +151,32 @@ def test_a_short_request_starts_within_two_passes_of_three_long_ones(groups: str
     run(scenario, Model(seconds=0.002), queue=200, max_pass=0.004)
 
 
-def test_a_stream_of_short_requests_does_not_starve_a_long_one() -> None:
+def seconds_of(monkeypatch: pytest.MonkeyPatch, model: Model, **seconds: float) -> None:
+    """Tell the batcher how long a row of each group takes; how long it does depends on what else the machine does."""
+    told = property(lambda batcher: sum(seconds.get(row.group, 0.1) for row in model.batches[-1]))
+    monkeypatch.setattr(MicroBatcher, "busy_seconds", told)
+
+
+def test_clients_share_the_model_by_seconds_not_by_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Model()
+    seconds_of(monkeypatch, model, large=1.0)
+
+    async def scenario(batcher: MicroBatcher[Number, float], model: Model) -> None:
+        for group in ("large", "small"):  # measured
+            await batcher.score([Number(0, group)], "first")
+        await asyncio.gather(
+            batcher.score([Number(0, "large")] * 5, "large"), batcher.score([Number(0, "small")] * 20, "small")
+        )
+
+    groups = [batch[0].group for batch in run(scenario, model, batch_size=1, queue=30).batches[2:]]
+    assert groups.index("large") >= 10  # as many rows later as a large one takes longer
+    assert groups[:20].count("small") >= 18
+
+
+def test_a_stream_of_short_requests_does_not_starve_a_long_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Model()
+    seconds_of(monkeypatch, model)
+
     async def scenario(batcher: MicroBatcher[Number, float], model: Model) -> None:
         async def keep_asking(group: str) -> None:
             while not long.done():
@@ -160,7 +185,7 @@ def test_a_stream_of_short_requests_does_not_starve_a_long_one() -> None:
         long = asyncio.create_task(batcher.score([Number(1, "long")] * 8, "long"))
         await asyncio.gather(long, *(keep_asking(group) for group in "abcd"))
 
-    rows = [row.group for batch in run(scenario, batch_size=1, queue=20).batches for row in batch]
+    rows = [row.group for batch in run(scenario, model, batch_size=1, queue=20).batches for row in batch]
     last = max(number for number, group in enumerate(rows) if group == "long")
     assert last < 8 * 5 + 10  # as if five clients were served at once, and some
 

@@ -48,6 +48,24 @@ def test_a_secret_is_used_and_not_saved(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize(
+    "name", ["hf_token", "DB_PASS", "MYSQL_PWD", "GH_PAT", "AWS_CREDENTIALS", "AUTH", "Cookie", "session_id"]
+)
+def test_every_name_of_a_secret(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(name, "s3cr3t")
+    monkeypatch.setenv("PLAIN", name)
+    prepare_parsing([])
+    for text in (f"${{oc.env:{name}}}", "${oc.env:${oc.env:PLAIN}}", "${oc.env:${oc.env:PLAIN},x}"):
+        kept = OmegaConf.to_container(OmegaConf.create([hide_secrets(text)]), resolve=True)[0]
+        assert "s3cr3t" not in kept
+        assert with_secrets(kept) == "s3cr3t"
+
+
+@pytest.mark.parametrize("name", ["SD35_PATH", "PATTERN", "DATA_ROOT"])
+def test_other_variables_are_written(name: str) -> None:
+    assert hide_secrets(f"${{oc.env:{name}}}") == f"${{oc.env:{name}}}"
+
+
+@pytest.mark.parametrize(
     ("text", "value"),
     [
         ("${oc.env:MY_TOKEN}", "s3cr3t"),

@@ -12,8 +12,8 @@ import pyarrow.parquet as pq
 from latentreward.cache import layout
 from latentreward.cache.layout import CachePlan, ShardManifest, manifest_name, read_manifest, read_plan
 from latentreward.cache.shard_reader import TensorBlock, read_header, read_lengths
-from latentreward.cache.shard_writer import file_hash
 from latentreward.errors import InputError
+from latentreward.storage.digests import file_hash
 
 THREADS = 4
 """Number of threads that hash shards; hashing waits for the disk and releases the interpreter lock."""

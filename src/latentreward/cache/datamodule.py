@@ -136,6 +136,11 @@ class CachedPreferenceDataModule(PairLoaders):
             given_values = None if values is None else values[rows]
             self.datasets[name] = CachedPairDataset(reader.index, reader.rows[rows], self.cached_text, given_values)
 
+    def prepare_data(self) -> None:
+        """Compare the caches' shards with their checksums, in one process per machine."""
+        for index in {id(dataset.index): dataset.index for dataset in self.datasets.values()}.values():
+            index.check_shards()
+
     def setup(self, stage: str) -> None:
         """Check that the caches fit the module's backbone or policy.
 

@@ -1,6 +1,7 @@
 """The tables of a cache in memory: its pairs, and the shard and row of their latents and embeddings."""
 
 import logging
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -11,12 +12,13 @@ import pyarrow as pa
 from pyarrow import parquet
 
 from latentreward.cache import layout
-from latentreward.cache.check import Shard, shapes_with_lengths
+from latentreward.cache.check import THREADS, Shard, shapes_with_lengths
 from latentreward.cache.layout import CacheSpec, manifest_name, read_manifest, read_plan
 from latentreward.cache.shard_reader import REMEDY, ShardStore, read_lengths
 from latentreward.contracts import ImageRef, PreferencePair
 from latentreward.data.readers import PairReader
 from latentreward.errors import InputError
+from latentreward.storage.digests import check_hash
 
 logger = logging.getLogger(__name__)
 
@@ -124,7 +126,7 @@ class CacheIndex:
     def _table(self, name: str, columns: list[str]) -> pa.Table:
         path = self.folder / name
         try:
-            return parquet.read_table(path, columns=columns)
+            return parquet.read_table(check_hash(path, self.plan.tables.get(name), REMEDY), columns=columns)
         except FileNotFoundError as error:
             raise InputError(f"{path} is missing; {REMEDY}") from error
         except (pa.ArrowException, OSError) as error:
@@ -148,6 +150,7 @@ class CacheIndex:
         written = [shard for shard, there in zip(shards, present, strict=True) if there]
         self.store = ShardStore([self.folder / shard["name"] for shard in written])
         self.token_ends: dict[int, np.ndarray] = {}
+        self._sha256: list[str] = []
         unreadable, text = [], self.spec.text
         for number, shard in enumerate(written):
             manifest = read_manifest(self.folder / manifest_name(shard["name"]))
@@ -160,8 +163,18 @@ class CacheIndex:
             if text is not None and text.masked and shard["kind"] == "text":
                 self.token_ends[number] = read_lengths(path, blocks, text.num_tokens).cumsum()
             unreadable += [(number, row) for row in manifest.unreadable]
+            self._sha256.append(manifest.sha256)
         file_of_shard = np.where(present, np.cumsum(present) - 1, -1)
         return file_of_shard, np.array(unreadable, dtype=np.int64).reshape(-1, 2)
+
+    def check_shards(self) -> None:
+        """Compare every shard with the checksum in its manifest, which reads the whole cache once.
+
+        Raises:
+            InputError: If a shard is damaged.
+        """
+        with ThreadPoolExecutor(THREADS) as pool:
+            list(pool.map(lambda path, sha256: check_hash(path, sha256, REMEDY), self.store.paths, self._sha256))
 
     def tokens(self, prompts: np.ndarray) -> list[tuple[int, int, int]]:
         """Return the file, the first token in it and the number of tokens of each of the prompts ``prompts``.

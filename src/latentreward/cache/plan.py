@@ -17,12 +17,13 @@ import pyarrow.parquet as pq
 from latentreward.cache import layout
 from latentreward.cache.layout import CachePlan, CacheSpec, digest
 from latentreward.cache.scan import ScannedRow
-from latentreward.cache.shard_writer import KEPT, file_hash
+from latentreward.cache.shard_writer import KEPT
 from latentreward.cache.sizing import ImageSettings
 from latentreward.data.buckets import Bucket
 from latentreward.data.clips import FPS
 from latentreward.data.readers import PairReader
 from latentreward.errors import InputError
+from latentreward.storage.digests import file_hash
 from latentreward.storage.durable import replacing, write_file
 
 ROWS_PER_GROUP = 4096

@@ -27,12 +27,6 @@ def remove_temporary(folder: Path) -> None:
             path.unlink(missing_ok=True)
 
 
-def file_hash(path: Path) -> str:
-    """Compute the SHA-256 of a file."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
 def stored_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
     """Return the dtype of the tensor ``name`` in a cache that stores latents and embeddings in ``dtype``."""
     return torch.int32 if name == PROMPT_LENGTHS else dtype

@@ -12,8 +12,9 @@ from fsspec.implementations.local import LocalFileSystem
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from typing_extensions import override
 
-from latentreward.checkpoints.shards import INDEX, REST, UNREADABLE, newest_first, read_sharded
+from latentreward.checkpoints.shards import INDEX, REST, UNREADABLE, damaged, newest_first, read_sharded
 from latentreward.errors import InputError, first_line
+from latentreward.storage.digests import check_records
 from latentreward.storage.durable import replacing
 
 logger = logging.getLogger(__name__)
@@ -57,6 +58,8 @@ class DurableCheckpointIO(TorchCheckpointIO):
             return read_sharded(Path(path))
         if "://" in str(path):
             return super().load_checkpoint(path, map_location, weights_only=True)
+        if problem := checkpoint_problem(Path(path)):
+            raise InputError(damaged(path, problem))
         # Mapped into memory, so that evaluation does not read the optimiser's state.
         content = torch.load(path, map_location, weights_only=True, mmap=True)
         if isinstance(content, dict) and {"optimizer_states", "state_dict"} <= content.keys():
@@ -105,12 +108,16 @@ def without_password(address: str) -> str:
 
 
 def checkpoint_problem(path: Path) -> str | None:
-    """Describe in one line why a checkpoint cannot be read, or return None; the tensors' values are not read."""
-    if path.is_dir():
-        missing = [name for name in SHARD_FILES if not (path / name).is_file()]
-        return f"{missing[0]} is missing" if missing else None
+    """Describe in one line why a checkpoint cannot be read, or return None; tensors are compared with checksums."""
+    missing = [name for name in SHARD_FILES if path.is_dir() and not (path / name).is_file()]
+    if missing:
+        return f"{missing[0]} is missing"
     try:
-        torch.load(path, map_location="meta", weights_only=True, mmap=True)
+        if path.is_dir():
+            read_sharded(path, with_tensors=False)
+        else:
+            torch.load(path, map_location="meta", weights_only=True, mmap=True)
+            check_records(path)
     except (*UNREADABLE, OSError) as error:
         return first_line(error)
     return None

@@ -17,6 +17,8 @@ from typing_extensions import override
 
 from latentreward.checkpoints.files import KEPT
 from latentreward.checkpoints.shards import (
+    INDEX,
+    INDEX_HASH,
     UNREADABLE,
     check_weights,
     damaged,
@@ -27,6 +29,7 @@ from latentreward.checkpoints.shards import (
     shard_index,
 )
 from latentreward.errors import InputError, errors_at, first_line
+from latentreward.storage.digests import check_records, file_hash
 from latentreward.storage.durable import discard, put_in_place, temporary_name, write_errors_named
 
 
@@ -95,6 +98,7 @@ class FSDP2Strategy(ModelParallelStrategy):
                 super().save_checkpoint(checkpoint, partial, storage_options)
                 self.barrier()
                 if self.is_global_zero:
+                    (partial / INDEX_HASH).write_text(file_hash(partial / INDEX))
                     put_in_place(partial, target)
                 self.barrier()
         finally:
@@ -115,6 +119,7 @@ class FSDP2Strategy(ModelParallelStrategy):
             read_sharded(path, with_tensors=False)  # checked first: Lightning's own reader unpickles and could run code
             return super().load_checkpoint(path, weights_only=True)
         try:
+            check_records(path)
             checkpoint = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
         except UNREADABLE as error:
             raise InputError(damaged(path, first_line(error))) from error

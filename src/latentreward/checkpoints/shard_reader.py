@@ -1,9 +1,11 @@
 """Reader of PyTorch's shards that runs no code; a file of its own because its imports take a second."""
 
 # Why our own reader: torch.distributed.checkpoint unpickles its metadata, which can run code.
+import os
 import pickle
+from dataclasses import is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader
@@ -25,8 +27,20 @@ INDEX_NAMES = {
 """Module → names that PyTorch's index of shards takes from it; none of them can run code given in the pickle."""
 
 
-class IndexUnpickler(pickle.Unpickler):
-    """Unpickler of the index of shards that allows the names of ``INDEX_NAMES`` alone, so that no code runs."""
+class IndexUnpickler(pickle._Unpickler):  # the unpickler in C has no method per operation
+    """Unpickler of the index of shards that allows the names of ``INDEX_NAMES`` alone, so that no code runs.
+
+    Attributes are set on records of the index alone. On a class they would change it for the whole process.
+    """
+
+    def load_build(self) -> None:
+        """Set attributes of a record, in place of pickle's own operation."""
+        record = self.stack[-2]  # type: ignore[attr-defined]
+        if isinstance(record, type) or not is_dataclass(record):
+            raise pickle.UnpicklingError(f"the index sets attributes of {record!r:.80}")
+        super().load_build()  # type: ignore[misc]
+
+    dispatch: ClassVar[dict[int, Any]] = {**pickle._Unpickler.dispatch, pickle.BUILD[0]: load_build}
 
     @override
     def find_class(self, module: str, name: str) -> Any:
@@ -43,8 +57,9 @@ class ShardReader(FileSystemReader):
         with (Path(self.path) / ".metadata").open("rb") as file:
             index = IndexUnpickler(file).load()
         names = {info.relative_path for info in index.storage_data.values()}
-        if elsewhere := next((name for name in names if Path(name).name != name), None):
-            raise pickle.UnpicklingError(f"the index names {elsewhere!r}, which lies elsewhere")
+        for name in names:
+            if not isinstance(name, str) or name != os.path.basename(name) or name in ("", os.curdir, os.pardir):  # noqa: PTH119 - a text
+                raise pickle.UnpicklingError(f"the index names {name!r:.80}, which lies elsewhere")
         return index
 
 

@@ -20,12 +20,15 @@ from torch.optim import Optimizer
 
 from latentreward.checkpoints.base_weights import is_quantized, quantized_names
 from latentreward.errors import InputError, first_line
+from latentreward.storage.digests import check_hash, check_records
 
 if TYPE_CHECKING:
     from torch.distributed.checkpoint.metadata import Metadata
 
 INDEX, REST = ".metadata", "meta.pt"
 """Files of a sharded checkpoint: the index of tensors, and the values that are not sharded."""
+INDEX_HASH = ".metadata.sha256"
+"""File with the SHA-256 of the index; sharded checkpoints of earlier versions have none."""
 UNREADABLE = (
     RuntimeError, EOFError, ValueError, LookupError, AttributeError, TypeError, AssertionError, OverflowError,
     MemoryError, pickle.UnpicklingError, struct.error,
@@ -54,8 +57,27 @@ def shard_index(path: Path) -> Metadata:
     from latentreward.checkpoints.shard_reader import ShardReader
 
     try:
+        if (path / INDEX_HASH).is_file():  # the index has no checksum of its own
+            check_hash(path / INDEX, (path / INDEX_HASH).read_text(), "give another checkpoint")
         return ShardReader(path).read_metadata()
     except UNREADABLE as error:
+        raise InputError(damaged(path, first_line(error))) from error
+
+
+def check_shards(path: Path, index: Metadata) -> None:
+    """Compare the shards and the other values of a sharded checkpoint with their checksums.
+
+    Raises:
+        InputError: If a file is damaged or missing.
+    """
+    places: dict[str, set[tuple[int, int]]] = {}
+    for entry in index.storage_data.values():
+        places.setdefault(entry.relative_path, set()).add((entry.offset, entry.length))
+    try:
+        for name, found in places.items():
+            check_records(path / name, found)
+        check_records(path / REST)
+    except (*UNREADABLE, OSError) as error:
         raise InputError(damaged(path, first_line(error))) from error
 
 
@@ -76,6 +98,7 @@ def read_sharded(path: Path, with_tensors: bool = True) -> dict[str, Any]:
     from latentreward.checkpoints.shard_reader import PlainValues, ShardReader
 
     index = shard_index(path)
+    check_shards(path, index)
     flat: dict[str, Any] = {}
     nested: dict[str, Any] = {}
     try:
@@ -120,6 +143,8 @@ def read_checkpoint(path: Path, with_tensors: bool = True) -> dict[str, Any]:
         if path.is_dir():
             content = read_sharded(path, with_tensors)
         else:
+            if with_tensors:
+                check_records(path)
             # Mapped into memory, so that the optimiser's state is not read.
             content = torch.load(path, "cpu" if with_tensors else "meta", weights_only=True, mmap=True)
     except (*UNREADABLE, OSError) as error:

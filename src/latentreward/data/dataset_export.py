@@ -100,7 +100,7 @@ def _keep_spec(file: Path, spec: Mapping[str, Any], output: Path, split: str) ->
 
 def _write_rows(reader: PairReader, rows: range, file: Path) -> None:
     schema = _features().arrow_schema
-    with pq.ParquetWriter(file, schema) as writer:
+    with pq.ParquetWriter(file, schema, write_page_checksum=True) as writer:
         kept: list[dict[str, Any]] = []
         for row in rows:
             if (values := _values(reader, reader[row])) is not None:

@@ -280,7 +280,9 @@ def check_pixels(image: ImageRef, size: tuple[int, int], max_pixels: int) -> Non
 
 
 def _check_scans(image: ImageRef, opened: Image.Image) -> None:
-    """Refuse a JPEG of a few kilobytes that would take minutes to decode."""
+    """Refuse a JPEG or BMP of a few kilobytes that would take seconds to minutes to decode."""
+    if opened.format == "BMP" and any("rle" in str(tile) for tile in opened.tile):  # type: ignore[attr-defined]
+        raise image_error(image, UNKNOWN, "a BMP of runs; save it as PNG")
     if opened.format not in ("JPEG", "MPO"):
         return
     file = opened.fp  # type: ignore[attr-defined]

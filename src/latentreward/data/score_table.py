@@ -234,7 +234,7 @@ def read_table(path: Path) -> pa.Table:
         raise InputError(f"no table of scores {path}; give the path of the file")
     try:
         if path.suffix == ".parquet":
-            table = pq.read_table(path)
+            table = pq.read_table(path, page_checksum_verification=True)
         else:
             text = pa_csv.ConvertOptions(column_types={PAIR_ID: pa.string()})
             lines = pa_csv.ParseOptions(newlines_in_values=True)

@@ -47,7 +47,7 @@ def check_classes(base: PipelineSource) -> None:
 
     parts = {name: entry for name, entry in base.index.items() if isinstance(entry, list) and base.has(name)}
     strange = [f"{name}: {library}" for name, (library, *_) in parts.items() if library not in LIBRARIES]
-    strange += map(str, Path(base.configs).rglob("*.py"))
+    strange += map(str, Path(base.source).rglob("*.py"))
     if not hasattr(diffusers, str(base.index.get("_class_name"))) or strange:
         named = strange[0] if strange else f"_class_name: {base.index.get('_class_name')}"
         raise InputError(
@@ -55,7 +55,7 @@ def check_classes(base: PipelineSource) -> None:
         )
     for name, (_, kind) in parts.items():
         if name.startswith("text_encoder"):
-            encoder_config(getattr(transformers, kind), base.configs, subfolder=name, revision=base.revision)
+            encoder_config(getattr(transformers, kind), base.source, subfolder=name, revision=base.revision)
 
 
 def loading_call(folder: Path) -> str:
@@ -87,18 +87,15 @@ def write_merged(lora: TrainedLoRA, base: PipelineSource, folder: Path, dtype: t
     Raises:
         InputError: If diffusers cannot load ``base`` as a whole, or loading ``base`` could run foreign code.
     """
-    import diffusers
+    from diffusers import DiffusionPipeline
 
     check_classes(base)
     absent = {part: None for part, entry in base.index.items() if isinstance(entry, list) and not base.has(part)}
-    place = {"revision": base.revision, "variant": base.variant}
     try:
-        if base.checkpoint is None:
-            pipeline = diffusers.DiffusionPipeline.from_pretrained(base.source, use_safetensors=True, **place, **absent)
-        else:
-            family = getattr(diffusers, base.index["_class_name"])
-            pipeline = family.from_single_file(str(base.checkpoint), config=base.configs, **absent)
-    except Exception as error:  # diffusers raises errors of many types
+        pipeline = DiffusionPipeline.from_pretrained(
+            base.source, revision=base.revision, variant=base.variant, use_safetensors=True, **absent
+        )
+    except (OSError, ValueError) as error:
         raise InputError(f"source={base.source!r} cannot be loaded as a whole: {first_line(error)}") from error
     with replacing(folder) as partial:
         network = getattr(pipeline, lora.family.part)

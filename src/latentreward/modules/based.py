@@ -112,8 +112,10 @@ class BasedModule(LightningModule):
     def load_from_checkpoint(cls, checkpoint_path: Any, weights_only: bool = True, **kwargs: Any) -> Self:  # type: ignore[override]
         """Build a module from ``kwargs`` and load a checkpoint's weights; see ``LightningModule``.
 
-        By default only tensors and plain values are read, whereas Lightning would unpickle any object.
+        By default only tensors and plain values are read, whereas Lightning would unpickle any object. The function
+        that a checkpoint names as ``_instantiator`` is not used, because Lightning would import it.
         """
+        kwargs["_instantiator"] = None  # has precedence over the checkpoint's
         return super().load_from_checkpoint(checkpoint_path, weights_only=weights_only, **kwargs)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import sys
 import traceback
@@ -359,6 +360,8 @@ def _fabric(trainer: TrainerSettings) -> Fabric:
 
     if trainer.strategy not in ("auto", "ddp"):
         raise InputError(f"trainer.strategy is {trainer.strategy!r}; each process holds a whole model: leave it out")
+    if not re.fullmatch(r"auto|-1|\d+(,\d*)*|\[\d+(, ?\d+)*\]", str(trainer.devices)):
+        raise InputError(f"trainer.devices is {trainer.devices!r}; give a number, a list of device numbers, or auto")
     with trainer_errors():
         return Fabric(
             accelerator=trainer.accelerator,

@@ -1,5 +1,6 @@
 """Addresses of a server: binding of its socket, and whether a host is this machine."""
 
+import re
 import socket
 from ipaddress import ip_address
 from urllib.parse import urlsplit
@@ -47,6 +48,8 @@ def names_this_machine(place: str) -> bool:
     Args:
         place: Value of a header ``Host``, or of ``Origin`` after its scheme.
     """
+    if not re.fullmatch(r"[\w.-]+(:\d+)?|\[[\w:.%-]+\](:\d+)?", place):  # a user, a path or a blank
+        return False
     try:
         host = urlsplit(f"//{place}").hostname or ""
     except ValueError:  # brackets without an IPv6 address

@@ -34,12 +34,27 @@ Row = TypeVar("Row", bound=GroupedRow)
 Score = TypeVar("Score")
 
 
+@dataclass(frozen=True, eq=False)
+class _Request:
+    """What the finishing time of a request depends on.
+
+    Attributes:
+        begun: Seconds that each client had been served when the request came.
+        shapes: Number of rows by shape.
+        among: Number of requests of its client, with this one.
+    """
+
+    begun: float
+    shapes: Counter[Hashable]
+    among: int
+
+
 @dataclass(frozen=True)
 class _Waiting(Generic[Row, Score]):
     future: asyncio.Future[Score]
     row: Row
     group: Hashable
-    turn: float
+    request: _Request
     since: float
 
 
@@ -50,8 +65,10 @@ class MicroBatcher(Generic[Row, Score]):
     ``max_wait`` seconds.
 
     The order of requests is fair queueing (Demers, Keshav and Shenker 1989). Each request gets a finishing time,
-    counted in rows: the time at which it would be finished if all clients were served simultaneously at equal rates,
-    and the requests of each client at equal rates too. The request with the earliest finishing time is scored first,
+    the time at which it would be finished if all clients were served simultaneously at equal rates, and the requests
+    of each client at equal rates too. It is counted in seconds of the worker, as estimated from the last batch of rows
+    of equal shape, so that few large rows count as much as many small ones. The request with the earliest finishing
+    time is scored first,
     and other rows of its group fill its batch. Short requests therefore overtake long ones, and a long request is
     finished no later than under simultaneous service.
 
@@ -137,8 +154,8 @@ class MicroBatcher(Generic[Row, Score]):
         """
         self.require_room(len(rows))
         self._requests[client] += 1
-        turn = self._served + len(rows) * self._requests[client]
-        futures = [self._enqueue(row, turn) for row in rows]
+        request = _Request(self._served, Counter(row.shape for row in rows), self._requests[client])
+        futures = [self._enqueue(row, request) for row in rows]
         try:
             return list(await asyncio.gather(*futures))
         finally:
@@ -147,9 +164,9 @@ class MicroBatcher(Generic[Row, Score]):
                 self._waiting.pop(future, None)
             self._requests -= Counter([client])  # subtraction of Counters removes entries of 0
 
-    def _enqueue(self, row: Row, turn: float) -> asyncio.Future[Score]:
+    def _enqueue(self, row: Row, request: _Request) -> asyncio.Future[Score]:
         future: asyncio.Future[Score] = asyncio.get_running_loop().create_future()
-        self._waiting[future] = _Waiting(future, row, row.group, turn, time.monotonic())
+        self._waiting[future] = _Waiting(future, row, row.group, request, time.monotonic())
         self._arrived.set()
         return future
 
@@ -158,7 +175,6 @@ class MicroBatcher(Generic[Row, Score]):
             await self._until_due()
             async with self._turns:
                 rows = self._next_pass()  # chosen now: clients may have come or left while another reward computed
-                self._served += len(rows) / max(1, len(self._requests))
                 try:
                     await self._score_pass(rows)
                 except Exception as error:
@@ -183,9 +199,20 @@ class MicroBatcher(Generic[Row, Score]):
     def _groups(self) -> list[list[_Waiting[Row, Score]]]:
         """Return the waiting rows by group, both sorted by finishing time."""
         groups: dict[Hashable, list[_Waiting[Row, Score]]] = defaultdict(list)
-        for waiting in sorted(self._waiting.values(), key=lambda waiting: waiting.turn):
+        turns = {request: self._finishing(request) for request in {one.request for one in self._waiting.values()}}
+        for waiting in sorted(self._waiting.values(), key=lambda waiting: turns[waiting.request]):
             groups[waiting.group].append(waiting)
         return list(groups.values())
+
+    def _finishing(self, request: _Request) -> float:
+        """Return the finishing time of a request; a row of a shape that was not measured counts as the mean of others.
+
+        Without any measurement, a row counts as a second.
+        """
+        known = self._seconds_per_row
+        other = sum(known.values()) / len(known) if known else 1.0
+        seconds = sum(count * known.get(shape, other) for shape, count in request.shapes.items())
+        return request.begun + seconds * request.among
 
     def _due(self, rows: Sequence[_Waiting[Row, Score]]) -> float:
         """Return the time from which a group's rows may be scored: at once if they fill a batch, else after a wait."""
@@ -221,6 +248,7 @@ class MicroBatcher(Generic[Row, Score]):
             for waiting, score in zip(rows, scores, strict=True):
                 _settle(waiting.future, score)
         finally:
+            self._served += self.busy_seconds / max(1, len(self._requests))
             self._busy_since = None
 
     def _measure(self, shape: Hashable, seconds: float) -> None:

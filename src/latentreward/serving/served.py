@@ -23,6 +23,8 @@ from latentreward.serving.settings import ServiceSettings
 
 Scores = tuple[float, ...]
 """Score of a row and, of a model with two axes, fidelity and aesthetics after it."""
+OWN_SIZES = 4
+"""Largest latents that are accepted by default, as a multiple of the network's native size."""
 CLIENT_GONE = 499
 """Status under which the metrics count a request whose client disconnected before the answer."""
 
@@ -187,7 +189,7 @@ def accepted_by(reward: RewardModel, settings: ServiceSettings) -> Accepted:
         max_side=backbone.max_side,
         max_prompt=backbone.max_prompt,
         tokens=empty.prompt_embeds.shape[1] if reward.head.needs_uncond and not masked else None,
-        max_pixels=settings.max_latent_pixels,
+        max_pixels=settings.max_latent_pixels or OWN_SIZES * math.prod((*time, *own_shape(reward)[-2:])),
         max_rows=min(ROWS, settings.queue),
         masked=masked,
         frames=time[0] if time else None,
@@ -195,11 +197,16 @@ def accepted_by(reward: RewardModel, settings: ServiceSettings) -> Accepted:
     )
 
 
+def own_shape(reward: RewardModel) -> tuple[int, ...]:
+    """Return the shape ``(C, [T,] h, w)`` of latents of the network's native size."""
+    space = reward.backbone.latent_space
+    return space.shape(*(reward.backbone.native_size or (8 * space.downscale, 8 * space.downscale)))
+
+
 def _blank_row(reward: RewardModel, accepted: Accepted) -> LatentRow:
     """Return a row of latents that are 0, in the network's native size, with the empty prompt."""
-    empty, space = reward.backbone.encode_prompts([""]).trimmed().to("cpu", torch.float32), reward.backbone.latent_space
-    height, width = reward.backbone.native_size or (8 * space.downscale, 8 * space.downscale)
-    latents, pooled = torch.zeros(space.shape(height, width)), empty.pooled_prompt_embeds
+    empty = reward.backbone.encode_prompts([""]).trimmed().to("cpu", torch.float32)
+    latents, pooled = torch.zeros(own_shape(reward)), empty.pooled_prompt_embeds
     vector = None if pooled is None else pooled[0]
     return LatentRow(latents, empty.prompt_embeds[0], vector, u=0.5, seed=0, prompt="", masked=accepted.masked)
 

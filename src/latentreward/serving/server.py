@@ -19,6 +19,10 @@ HEADER_SECONDS = 10.0
 """Seconds that a client may take to send the headers of a request, or leave a connection idle."""
 STALL_SECONDS = 5.0
 """Seconds that a client may take to read what uvicorn keeps at most of answers for it, 64 KiB."""
+PIPELINED = 4096
+"""Bytes of further requests that a client may send before it has read an answer."""
+CHUNKS, CHUNK_BYTES = 512, 64
+"""Number of chunks in one read of a connection from which on they must have so many bytes on average."""
 CONNECTIONS_PER_REQUEST = 2
 """Limit on open connections, as a multiple of the limit on requests in progress."""
 
@@ -29,6 +33,8 @@ class IdleTimeoutProtocol(H11Protocol):
     Uvicorn itself waits without a limit for the headers of a request, and for a client that does not read its answers.
     Its ``limit_concurrency`` would not help: it counts idle connections too and, once reached, refuses all requests,
     those to /healthz included. Here a new connection beyond the limit closes the connection that has been idle longest.
+    A client that sends many requests ahead of their answers, or a body in tiny chunks, is cut off: each request and
+    each chunk takes time of the event loop, in which nobody else is served.
     """
 
     max_connections: int
@@ -44,6 +50,14 @@ class IdleTimeoutProtocol(H11Protocol):
         if len(still_open) > self.max_connections:
             idle = [connection for connection in still_open if connection.idle and connection is not self]
             min(idle, key=lambda connection: connection._deadline.when(), default=self)._close()
+
+    def data_received(self, data: bytes) -> None:
+        """Refuse a body in tiny chunks, each of which has two line breaks."""
+        chunked = str(self.conn.their_state) == "SEND_BODY" and (b"transfer-encoding", b"chunked") in self.headers
+        if chunked and (lines := data.count(b"\r\n")) > 2 * CHUNKS and len(data) < lines // 2 * CHUNK_BYTES:
+            self.transport.abort()
+            return
+        super().data_received(data)
 
     def pause_writing(self) -> None:
         """Give the client a limited time to read its answers."""
@@ -62,7 +76,10 @@ class IdleTimeoutProtocol(H11Protocol):
         return self.cycle is None or self.cycle.response_complete
 
     def on_response_complete(self) -> None:
-        """Restart the idle timeout, for the next request."""
+        """Restart the idle timeout, for the next request; close a connection whose answers are not read."""
+        waiting = len(self.conn.trailing_data[0])
+        if waiting > PIPELINED or (waiting and self.transport.get_write_buffer_size()):
+            self._close()
         super().on_response_complete()
         self._restart()
 

@@ -25,7 +25,8 @@ class ServiceSettings:
         queue: Greatest number of waiting rows; requests beyond it are answered 503 with Retry-After.
         timeout: Seconds after which a request is answered 504, or 408 if its body has not arrived.
         max_body_mb: Largest body, in MiB.
-        max_latent_pixels: Largest h · w of latents, or T · h · w with a time axis, in latent pixels.
+        max_latent_pixels: Largest h · w of latents, or T · h · w with a time axis, in latent pixels. None takes four
+            times the model's own size.
         concurrency: Greatest number of requests of a reward in progress; requests beyond it are answered 503 with
             Retry-After. None sets no limit beside ``queue``.
         passes_per_device: Greatest number of forward passes at the same time on one device, of all rewards there. A
@@ -47,7 +48,7 @@ class ServiceSettings:
     queue: int = 256
     timeout: float = 60.0
     max_body_mb: float = 64.0
-    max_latent_pixels: int = 128 * 128
+    max_latent_pixels: int | None = None
     concurrency: int | None = None
     passes_per_device: int = 1
     prompts_kept: int = 128

@@ -14,7 +14,6 @@ from contextvars import ContextVar
 from functools import wraps
 from itertools import zip_longest
 from pathlib import Path
-from pydoc import locate
 from traceback import extract_tb
 from typing import Any, NoReturn
 
@@ -26,20 +25,22 @@ from typing_extensions import override
 
 from latentreward.backbones.registry import backbone_names
 from latentreward.errors import InputError, one_line
-from latentreward.programs import RESTRICTED, allow_only, find_modules_here
+from latentreward.programs import RESTRICTED, constructing, find_modules_here
 from latentreward.settings.errors import CLASS_MODULES, NAMED_IN, UNSET, summarise, unknown_setting_hint
 from latentreward.settings.ranges import check_ranges, leaves
+from latentreward.settings.restrictions import (
+    TRAINER_COMMAND,
+    TRUSTED,
+    check_classes,
+    check_functions,
+    restrict_imports,
+)
 from latentreward.settings.rewriting import expand_paths, find_config, rewrite_arguments, rewrite_settings, show_secrets
 from latentreward.settings.yaml_text import check_yaml
 
 MODE = "omegaconf+"
-TRUSTED = ("latentreward", "torch", "lightning", "torchmetrics")
-UNTRUSTED = ("torch.hub", "torch.jit", "torch.ops", "torch.package", "torch.serialization", "torch.utils.cpp_extension")
-"""Modules of trusted packages that can run code from files or other packages; never allowed in settings."""
 FLAGS = "{true,false", "\b[="
 """Starts of the metavars of options that need no value: flags, and ``--print_config``."""
-TRAINER_COMMAND = r"^(fit|validate|test|predict)\."
-"""Subcommand that Lightning's command line puts before the name of each setting, as a regular expression."""
 
 
 class ConfigFile(ActionConfigFile):
@@ -135,7 +136,28 @@ class SettingsParser(ArgumentParser):
         Merged with the later file's, which still has both, it would be neither form, and refused.
         """
         value = value.clone() if isinstance(value, Namespace) else value
-        return super()._check_value_key(action, value, *more, **options)
+        value = super()._check_value_key(action, value, *more, **options)
+        if hasattr(action, "_typehint"):
+            check_classes(action.dest, action._typehint, action.default, value)
+        return value
+
+    @override
+    def _apply_actions(self, cfg: Any, *more: Any, **options: Any) -> Any:
+        if not more and not options.get("parent_key"):
+            self._refuse_empty(cfg)
+        return super()._apply_actions(cfg, *more, **options)
+
+    def _refuse_empty(self, settings: Any, place: str = "") -> None:
+        """Raise InputError for an empty mapping under a name that no setting has, which jsonargparse would drop."""
+        names = [option.removeprefix("--") for option in self._option_string_actions]
+        for key, value in (vars(settings) if isinstance(settings, Namespace) else settings).items():
+            name = f"{place}{key}"
+            inner = any(one.startswith(f"{name}.") and not one.endswith(".help") for one in names)
+            if not isinstance(value, dict | Namespace) or (name in names and not inner):
+                continue
+            if not value and not inner:
+                raise InputError(f"{name}: no setting has this name; remove it")
+            self._refuse_empty(value, f"{name}.")
 
     @override
     def validate(self, namespace: Namespace, *more: Any, **options: Any) -> None:
@@ -177,7 +199,8 @@ class SettingsParser(ArgumentParser):
         token = INSTANTIATED.set(namespace)
         options["instantiators"] = [*options.get("instantiators", ()), (constructed, object, True)]
         try:
-            return super().instantiate(with_secrets(namespace), *more, **options)
+            with constructing():
+                return super().instantiate(with_secrets(namespace), *more, **options)
         finally:
             INSTANTIATED.reset(token)
 
@@ -284,49 +307,6 @@ def resolve_setting(key: str, *, _root_: DictConfig) -> Any:
 def kept_secret(*variable: Any) -> str:
     """Return the interpolation itself; resolver of ``${secret:NAME,default}``, which :func:`hide_secrets` writes."""
     return f"${{secret:{','.join('null' if part is None else str(part) for part in variable)}}}"
-
-
-def restrict_imports(modules: Sequence[str], programs: Sequence[str]) -> None:
-    """Restrict the modules that settings may name and the programs that may be started, for the rest of the process.
-
-    Args:
-        modules: Modules that settings may name beside those in ``TRUSTED``.
-        programs: Absolute paths of the programs that may be started.
-
-    Raises:
-        InputError: If a name in ``modules`` is invalid, or a program is not the absolute path of a file.
-    """
-    try:
-        set_parsing_settings(import_path_denylist=["*", *UNTRUSTED], import_path_allowlist=[*TRUSTED, *modules])
-    except ValueError as error:
-        raise InputError(f"--restrict-imports={','.join(modules)}: {error}") from error
-    RESTRICTED.append((*modules,))
-    allow_only(programs)
-
-
-def check_functions(settings: Any) -> None:
-    """Raise InputError under ``--restrict-imports`` for a function among the settings that is not allowed.
-
-    Allowed are registered backbones, and functions in the modules that ``--restrict-imports`` names. Classes need no
-    such check, because a setting's type limits them. But a setting that takes any callable would also take a function
-    that unpickles a file or imports a module.
-
-    Raises:
-        InputError: If there is such a function.
-    """
-    if not RESTRICTED:
-        return
-    allowed = tuple(f"{module}." for module in RESTRICTED[-1])
-    for name, value in leaves(settings):
-        place = re.sub(TRAINER_COMMAND, "", name).removesuffix("class_path").removesuffix(".")
-        trusted = str(value).startswith(tuple(f"{module}." for module in TRUSTED))  # others are refused
-        found = locate(value) if name.endswith("class_path") and trusted else value
-        path = f"{found.__module__}.{found.__qualname__}" if inspect.isroutine(found) else ""
-        if path and path not in backbone_names().values() and not f"{path}.".startswith(allowed):
-            raise InputError(
-                f"{place}: --restrict-imports does not allow the function {path!r}; if you trust it, say "
-                f"--restrict-imports={path}"
-            )
 
 
 def values_of(option: str, arguments: Sequence[str]) -> list[str] | None:

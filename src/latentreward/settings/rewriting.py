@@ -25,8 +25,15 @@ CLEARED: tuple[Any, ...] = (None, [])
 ABSOLUTE = re.compile(r"\$\{([a-zA-Z][\w.\[\]]*)\}")
 """An interpolation with the full name of a setting, e.g. ``${data.root}``; neither ``${.x}`` nor ``${oc.env:X}``."""
 
-SECRET = re.compile(r"\$\{\s*oc\.env\s*:(?=\s*['\"]?\w*(TOKEN|KEY|SECRET|PASSWORD))")
-"""Start of an interpolation of an environment variable whose value must not be written into a config.yaml."""
+SECRET = re.compile(
+    r"\$\{\s*oc\.env\s*:(?=\s*['\"]?(\w*(TOKEN|KEY|SECRET|PASS|PWD|CRED|AUTH|BEARER|JWT|COOKIE|SESSION|PRIVATE|WEBHOOK"
+    r"|PAT(?![a-z]))|[^,}]*\$\{))",
+    re.IGNORECASE,
+)
+"""Start of an interpolation of an environment variable whose value must not be written into a config.yaml.
+
+A variable whose name is an interpolation itself counts, because it could be any.
+"""
 
 
 VARIABLE = re.compile(r"\$([A-Za-z_]\w*)")
@@ -111,6 +118,8 @@ def _expand_short_names(node: Any, short_names: Mapping[str, str], place: str = 
         return hide_secrets(node)
     if not isinstance(node, dict):
         return node
+    for key in node:
+        refuse_internal(key, f"{place}{key}")
     if not isinstance(name := node.get("class_path", "x"), str) or not name:
         raise InputError(f"{place}class_path: expected the name of a class, got {as_text(name)}")
     if not isinstance(given := node.get("init_args", {}), dict):
@@ -121,6 +130,12 @@ def _expand_short_names(node: Any, short_names: Mapping[str, str], place: str = 
         else _expand_short_names(value, short_names, f"{place}{key}.")
         for key, value in node.items()
     }
+
+
+def refuse_internal(key: Any, setting: str) -> None:
+    """Raise InputError for a key that jsonargparse keeps for itself, such as ``__path__``, and would ignore."""
+    if re.fullmatch(r"__\w+__", str(key)):
+        raise InputError(f"{setting}: no setting has this name; remove it")
 
 
 def as_text(value: Any) -> str:
@@ -153,13 +168,15 @@ def rewrite_arguments(arguments: Sequence[str], short_names: Mapping[str, str], 
         root: Prefix of setting names in interpolations: the subcommand with a dot, e.g. ``fit.``, or empty.
 
     Raises:
-        InputError: For ``--trainer FILE``, because the file's callbacks would replace earlier ones.
+        InputError: For ``--trainer FILE``, because the file's callbacks would replace earlier ones, or for a key that
+            jsonargparse keeps for itself.
     """
     rewritten: list[str] = []
     arguments = list(arguments)
     while arguments:
         argument = ABSOLUTE.sub(rf"${{setting:{root}\1}}", hide_secrets(arguments.pop(0)))
         option, equals, value = argument.partition("=")
+        refuse_internal(option.removeprefix("--").rpartition(".")[2], option)
         if not re.fullmatch(r"--(trainer(\.callbacks)?|(.+\.)?backbone(\.class_path)?)", option):
             rewritten.append(argument)
             continue

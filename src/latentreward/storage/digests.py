@@ -1,8 +1,14 @@
-"""BLAKE2b digest of texts and buffers."""
+"""Digest of texts and buffers, and checksums by which damage of stored files is noticed before they are used."""
 
+import io
+import zipfile
 from collections.abc import Iterable
-from hashlib import blake2b
+from functools import cache
+from hashlib import blake2b, file_digest
+from pathlib import Path
 from typing import Any
+
+from latentreward.errors import InputError
 
 
 def digest(parts: Iterable[Any], size: int = 16) -> str:
@@ -16,3 +22,71 @@ def digest(parts: Iterable[Any], size: int = 16) -> str:
     for part in parts:
         state.update(part.encode("utf-8", "replace") if isinstance(part, str) else part)
     return state.hexdigest()
+
+
+def file_hash(path: Path) -> str:
+    """Compute the SHA-256 of a file."""
+    with path.open("rb") as stream:
+        return file_digest(stream, "sha256").hexdigest()
+
+
+def check_hash(path: Path, sha256: str | None, remedy: str) -> Path:
+    """Compare a file with its recorded SHA-256, and return its path; None checks nothing.
+
+    A file that does not change is read once per process.
+
+    Raises:
+        InputError: If the file was changed or damaged.
+    """
+    if sha256 is not None and _hash_of(path, *_state(path)) != sha256:
+        raise InputError(f"{path} is damaged: its SHA-256 is not the one recorded when it was written; {remedy}")
+    return path
+
+
+def check_records(path: Path, places: Iterable[tuple[int, int]] | None = None) -> None:
+    """Compare the records that ``torch.save`` wrote with their checksums, which ``torch.load`` ignores.
+
+    A file that does not change is read once per process.
+
+    Args:
+        path: File of ``torch.save``; one without checksums, of the format before PyTorch 1.6, is accepted.
+        places: Offset and bytes of each part, for a file of several; None for a file that is one.
+
+    Raises:
+        ValueError: If a record is damaged.
+    """
+    if name := _damaged_record(path, None if places is None else tuple(sorted(places)), *_state(path)):
+        raise ValueError(f"{name} in {path.name} does not fit its checksum")
+
+
+def _state(path: Path) -> tuple[int, int]:
+    found = path.stat()
+    return found.st_mtime_ns, found.st_size
+
+
+@cache
+def _hash_of(path: Path, modified: int, size: int) -> str:
+    return file_hash(path)
+
+
+@cache
+def _damaged_record(path: Path, places: tuple[tuple[int, int], ...] | None, modified: int, size: int) -> str | None:
+    with path.open("rb") as file:
+        if places is None:
+            return _first_damaged(file)
+        for offset, length in places:
+            file.seek(offset)
+            part = io.BytesIO(file.read(length))
+            if name := _first_damaged(part) if zipfile.is_zipfile(part) else f"the part at byte {offset}":
+                return name
+    return None
+
+
+def _first_damaged(file: Any) -> str | None:
+    if not zipfile.is_zipfile(file):
+        return None
+    try:
+        with zipfile.ZipFile(file) as records:
+            return records.testzip()
+    except (zipfile.BadZipFile, EOFError, ValueError, NotImplementedError) as error:
+        return f"a record ({error})"

@@ -5,6 +5,7 @@ import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -116,7 +117,7 @@ class PartFiles:
         """Write a part with the given rows; after the return, the part survives a kill and a power loss."""
         path = self.folder / f"rows_{rows.start:09d}_{rows.stop:09d}.parquet"
         with interrupts_held(), replacing(path, self._kept) as partial:
-            pq.write_table(table, partial)
+            pq.write_table(table, partial, write_page_checksum=True)
 
     def read(self) -> Iterator[tuple[range, pa.Table]]:
         """Yield each part's range of rows and table, by ascending rows.
@@ -127,7 +128,7 @@ class PartFiles:
         first: tuple[Path, list[str]] | None = None
         for rows, path in self.parts().items():
             try:
-                table = pq.read_table(path)
+                table = pq.read_table(path, page_checksum_verification=True)
             except (pa.ArrowException, OSError) as error:
                 raise InputError(
                     f"{path}: damaged ({first_line(error)}); delete it, and its rows are made anew"
@@ -192,7 +193,7 @@ class JSONLinesWriter:
 
 
 WRITERS: dict[str, Callable[[Path, pa.Schema], Any]] = {
-    ".parquet": pq.ParquetWriter,
+    ".parquet": partial(pq.ParquetWriter, write_page_checksum=True),
     ".csv": pa_csv.CSVWriter,
     ".jsonl": JSONLinesWriter,
 }

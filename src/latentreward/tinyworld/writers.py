@@ -180,7 +180,11 @@ def _make_folder(root: Path | str, spec: dict[str, Any], fill: Callable[[Path], 
         fresh.mkdir()
         names = ("pair_id", "key_a", "key_b", *(f"{part}_{side}" for part in PARTS for side in "ab"))
         columns = zip(*fill(fresh), strict=True)
-        pq.write_table(pa.table(dict(zip(names, map(list, columns), strict=True))), fresh / "oracle.parquet")
+        pq.write_table(
+            pa.table(dict(zip(names, map(list, columns), strict=True))),
+            fresh / "oracle.parquet",
+            write_page_checksum=True,
+        )
         (fresh / "tinyworld.json").write_text(json.dumps(spec, indent=1, sort_keys=True))
     _holds(root, spec)  # if another process was faster, its settings must be equal
     return root
@@ -208,7 +212,7 @@ def _write_pickapic_split(folder: Path, split: str, pairs: Sequence[Pair], rng: 
         uids = digest((row["image_0_uid"] for row in rows[part]), 8)
         name = f"{split}-{file_number:05d}-of-{len(starts):05d}-{uids}.parquet"
         table = pa.Table.from_pylist(rows[part], schema=PICKAPIC_SCHEMA)
-        pq.write_table(table, folder / "data" / name, row_group_size=256)
+        pq.write_table(table, folder / "data" / name, row_group_size=256, write_page_checksum=True)
         oracle += [
             (f"{name}:{row}", pair.first.uid, pair.second.uid, *_worth(pair.first, pair.second))
             for row, pair in enumerate(pairs[part])

@@ -162,7 +162,8 @@ def _parquet(file: Path) -> Iterator[Row]:
     names = pq.read_schema(file).names  # other columns, such as Pick-a-Pic's images, are not read
     kept = [name for name in (*COLUMNS, *GROUPS) if name in names]
     edited = {name: True for name in names if EDIT_SOURCE.fullmatch(name)}
-    yield from ({**row, **edited} for row in (pq.read_table(file, columns=kept).to_pylist() if kept else [{}]))
+    rows = pq.read_table(file, columns=kept, page_checksum_verification=True).to_pylist() if kept else [{}]
+    yield from ({**row, **edited} for row in rows)
 
 
 def _rows(rows: Iterable[str | Row], name: str) -> Iterator[PromptRow]:

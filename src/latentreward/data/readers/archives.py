@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any, cast
 
 from latentreward.contracts import ImageRef
-from latentreward.data.images import ImageError
+from latentreward.data.images import TOO_LARGE, ImageError
 from latentreward.errors import InputError
 
 BITE = 64
+MOST_BYTES = 2**29
+"""Largest member of a zip file that is read: an image of ``images.MAX_PIXELS`` with 16 bits per channel."""
 DAMAGE = (zipfile.BadZipFile, zlib.error, EOFError, OSError, NotImplementedError, RuntimeError)
 """Exceptions that ``zipfile`` raises on a member that is damaged, encrypted or compressed by an unknown method."""
 
@@ -58,7 +60,7 @@ class ImageArchives:
         """
         place, name = self.parts[part], f"{part}.json"
         try:
-            data = (place / name).read_bytes() if place.is_dir() else self._open(part).read(name)
+            data = (place / name).read_bytes() if place.is_dir() else self._member(part, name)
         except (KeyError, *DAMAGE) as error:
             raise InputError(f"{place}: no readable {name} in it; download it again") from error
         return data, f"{place}/{name}"
@@ -86,9 +88,15 @@ class ImageArchives:
 
     def _read(self, part: str, name: str) -> bytes:
         try:
-            return self._open(part).read(name)
+            return self._member(part, name)
         except DAMAGE:
             return self._salvage(part, name)
+
+    def _member(self, part: str, name: str) -> bytes:
+        archive = self._open(part)
+        if (size := archive.getinfo(name).file_size) > MOST_BYTES:
+            raise ImageError(f"{self.parts[part]}/{name}: {size} bytes; at most {MOST_BYTES} are read", TOO_LARGE)
+        return archive.read(name)
 
     def _salvage(self, part: str, name: str) -> bytes:
         """Read a damaged member up to the damage, in small chunks, since the damaged chunk is lost as a whole."""

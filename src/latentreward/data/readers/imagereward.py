@@ -127,7 +127,7 @@ class ImageRewardDBReader(GroupReader):
     def _read_metadata(self, file: Path, parts: Sequence[int] | None) -> Iterator[tuple[str, str | None, Any]]:
         """Yield (name for messages, part, row) of every row of the metadata that belongs to the parts to read."""
         with damage_named(ParquetPart(file.name, file)):
-            table = pq.read_table(file)
+            table = pq.read_table(file, page_checksum_verification=True)
         if missing := [name for name in COLUMNS if name not in table.column_names]:
             raise InputError(f"{file}: no column {', '.join(missing)}; remove it to read the JSON files of the parts")
         rows = table.select(list(COLUMNS)).to_pylist()

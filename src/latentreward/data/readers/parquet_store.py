@@ -5,7 +5,7 @@ import json
 import os
 import re
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +24,8 @@ from latentreward.storage.ignored_files import find_files, is_ignored
 
 MAX_OPEN_FILES = 32
 VIEWS = {pa.binary_view(): pa.large_binary(), pa.string_view(): pa.large_string()}
+LEAST_LIMIT, EXPANSION = 2**30, 20
+"""Bytes of values that are read at once from a file of any size, and how many more for each byte of the file."""
 KEPT_BYTES = 64 * 2**20
 """Decoded row groups that :class:`RowGroupColumns` keeps, in bytes; at least the last one is kept."""
 
@@ -114,7 +116,7 @@ def open_part(part: ParquetPart) -> pq.ParquetFile:
         InputError: If two columns have one name, or the field ``huggingface``, which ``datasets`` writes, is no JSON.
     """
     with damage_named(part):
-        file = pq.ParquetFile(part.path)
+        file = pq.ParquetFile(part.path, page_checksum_verification=True)
         schema = file.schema_arrow
         names = Counter(schema.names)
     if twice := [name for name, count in names.items() if count > 1]:
@@ -173,7 +175,7 @@ def read_index(
             if missing := [name for name in columns if name not in file.schema_arrow.names]:
                 raise InputError(f"{part.path}: no column {', '.join(missing)}; {hint}")
             with damage_named(part):
-                table = file.read(columns=list(columns)).select(list(columns))
+                table = read_groups(file, part, columns, range(file.num_row_groups)).select(list(columns))
         tables.append(cast_columns(table, columns, part.path, hint))
     starts = np.cumsum([0, *(table.num_rows for table in tables)])[:-1]
     try:
@@ -224,6 +226,24 @@ def row_group_bytes(file: pq.ParquetFile, number: int, columns: Sequence[str]) -
     group = file.metadata.row_group(number)
     chunks = [group.column(n) for n in range(group.num_columns)]
     return sum(c.total_uncompressed_size for c in chunks if c.path_in_schema.split(".")[0] in columns)
+
+
+def read_groups(file: pq.ParquetFile, part: ParquetPart, columns: Iterable[str], groups: Sequence[int]) -> pa.Table:
+    """Read columns of row groups.
+
+    Raises:
+        ImageError: If the values take far more memory than the file has bytes: one long value may stand in every row.
+    """
+    names, most = list(columns), LEAST_LIMIT + EXPANSION * part.path.stat().st_size
+    largest = max([row_group_bytes(file, number, names) for number in groups], default=0)
+    rows = min(2**16, max(1, LEAST_LIMIT // max(1, largest)))
+    batches, size = [], 0
+    for batch in file.iter_batches(rows, row_groups=groups, columns=names, use_threads=False):
+        size += batch.nbytes
+        if size > most:
+            raise ImageError(f"{part.path}: over {most} bytes of values in a file of far fewer; get it again")
+        batches.append(batch)
+    return pa.Table.from_batches(batches) if batches else file.read_row_groups([], names)
 
 
 def locate(starts: np.ndarray, row: int) -> tuple[int, int]:
@@ -334,7 +354,7 @@ class RowGroupColumns:
             # Frees the memory of old groups before the new one is decoded.
             while self._groups and size + sum(table.nbytes for table in self._groups.values()) > KEPT_BYTES:
                 self._groups.popitem(last=False)
-            self._groups[place] = file.read_row_group(number, columns=self.columns, use_threads=False)
+            self._groups[place] = read_groups(file, self.parts[part], self.columns, [number])
             self.row_groups_read += 1
         self._groups.move_to_end(place)
         return self._groups[place]

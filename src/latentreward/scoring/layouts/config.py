@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from typing import Any, Self, get_args
 
@@ -40,6 +40,8 @@ class FolderConfig:
         trained_on: Base pipeline that the model was trained on, with its revision; for messages.
         exif: Whether images are turned upright by their EXIF orientation. Folders of earlier versions have no such
             entry and mean ``ignore``.
+        sha256: Path of each file of weights in the folder → its SHA-256. Folders of earlier versions have no such
+            entry, and their weights are not checked.
     """
 
     recipe: ModelRecipe
@@ -49,6 +51,7 @@ class FolderConfig:
     calibration: Calibration | None = None
     trained_on: str = ""
     exif: ExifOrientation = "ignore"
+    sha256: Mapping[str, str] = field(default_factory=dict)
 
     def record(self) -> dict[str, Any]:
         """Return the contents as values for JSON; the inverse of :meth:`of_record`."""
@@ -65,6 +68,7 @@ class FolderConfig:
             "exif": self.exif,
             "calibration": None if self.calibration is None else self.calibration.record(),
             "training": self.recipe.training,
+            "sha256": dict(self.sha256),
             "versions": {"latentreward": __version__} | {package: version(package) for package in PACKAGES},
         }
 
@@ -103,6 +107,7 @@ class FolderConfig:
             None if calibration is None else Calibration.of_record(calibration),
             str(record["base"]),
             exif_of(record.get("exif", "ignore")),
+            hashes if isinstance(hashes := record.get("sha256"), dict) else {},
         )
 
 

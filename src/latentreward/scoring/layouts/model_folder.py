@@ -33,12 +33,14 @@ from latentreward.heads import RewardHead
 from latentreward.heads.axes import AXES
 from latentreward.scoring.calibration import Calibration
 from latentreward.scoring.files import compare_tensors, existing_folder, load_exactly, read_safetensors
+from latentreward.scoring.layouts.adapters import WEIGHTS as ADAPTER_WEIGHTS
 from latentreward.scoring.layouts.adapters import fill_adapter, inject_adapter, lora_layers, names_in_file, read_lora
 from latentreward.scoring.layouts.base import SharingReward
 from latentreward.scoring.layouts.config import FORMAT, FolderConfig
 from latentreward.scoring.layouts.recipe import ONLY_IN_TRAINING, build_backbone, build_head, is_ours
 from latentreward.scoring.layouts.trust import check_class, check_family
 from latentreward.scoring.network import RewardNetwork
+from latentreward.storage.digests import check_hash
 from latentreward.storage.json_files import read_config
 from latentreward.storage.weight_files import map_weights
 
@@ -84,13 +86,17 @@ class PretrainedReward(SharingReward):
             raise InputError(str(error) if str(path) in str(error) else f"{path}: {error}") from error
         adapters = {*adapter_folders(self.config.adapters).values()}
         for name in sorted(adapters):
-            existing_folder(folder / name, "adapter_config.json", "adapter_model.safetensors")
+            existing_folder(folder / name, "adapter_config.json", ADAPTER_WEIGHTS)
         if self.config.recipe.own:
             existing_folder(folder, BACKBONE)
         wanted = adapters | ({BACKBONE} if self.config.recipe.own else set())
         extra = {path.name for pattern in ("adapter*", BACKBONE) for path in folder.glob(pattern)} - wanted
         if extra:
             raise InputError(f"{path} does not name {min(extra)}, which lies beside it; download the folder again")
+
+    def _intact(self, name: str) -> Path:
+        """Return the path of a file of weights, after comparing it with the checksum in ``config.json``."""
+        return check_hash(self.folder / name, self.config.sha256.get(name), "download it again")
 
     @property
     def exif(self) -> ExifOrientation:
@@ -150,7 +156,7 @@ class PretrainedReward(SharingReward):
 
     def _head(self, backbone: DiffusionBackbone) -> RewardHead:
         """Load the trained head for ``backbone``, whose text taps must not be dropped yet."""
-        stored = read_safetensors(self.folder / HEAD)
+        stored = read_safetensors(self._intact(HEAD))
         with errors_at(f"{self.folder / CONFIG}: "):
             head = build_head(self.config.recipe.head, backbone.feature_spec, self.folder, stored)
         load_exactly(head, stored, self.folder / HEAD)
@@ -163,12 +169,12 @@ class PretrainedReward(SharingReward):
             backbone = self._backbone()
             model = RewardNetwork(backbone, self._head(backbone))
             if self.config.recipe.own:
-                weights = map_weights([path := self.folder / BACKBONE])
+                weights = map_weights([path := self._intact(BACKBONE)])
                 compare_tensors(dict(own_weights(backbone, self.config.recipe.own)), weights.tensors, path)
                 fill(backbone, weights)
         self._check_base(backbone)
         for name, place in adapter_folders(self.config.adapters).items():
-            fill_adapter(self.folder / place, backbone.get_submodule(name))
+            fill_adapter(self._intact(f"{place}/{ADAPTER_WEIGHTS}").parent, backbone.get_submodule(name))
         if not model.head.reads_text:
             backbone.drop_text_taps()
         model.recipe, model.calibration = self.config.recipe, self._calibration(model)
@@ -193,7 +199,7 @@ class PretrainedReward(SharingReward):
         Raises:
             InputError: If a weight is missing, unexpected or differs.
         """
-        recorded, path = read_safetensors(self.folder / BASE), self.folder / BASE
+        recorded, path = read_safetensors(self._intact(BASE)), self.folder / BASE
         ours, factory = dict(base_samples(backbone, self.config.recipe.own)), self.config.recipe.backbone
         random = "" if is_ours(factory) else f", unless {factory.name} draws it at random at each start"
         for kind, names in (("lacks", recorded.keys() - ours), ("has another weight,", ours.keys() - recorded.keys())):
@@ -222,11 +228,13 @@ class PretrainedReward(SharingReward):
         """See :meth:`StoredReward.adapter`."""
         name = self.on_meta_device.network_name
         place = adapter_folders(self.config.adapters).get(name)
-        return {} if place is None else read_lora(self.folder / place, self.on_meta_device.get_submodule(name))
+        if place is None:
+            return {}
+        return read_lora(self._intact(f"{place}/{ADAPTER_WEIGHTS}").parent, self.on_meta_device.get_submodule(name))
 
     def same_base(self, part: str, weights: Mapping[str, Tensor], source: str) -> bool:
         """See :meth:`StoredReward.same_base`; a few values of each weight are compared."""
-        recorded, prefix = read_safetensors(self.folder / BASE), f"{part}."
+        recorded, prefix = read_safetensors(self._intact(BASE)), f"{part}."
         theirs = {name.removeprefix(prefix): value for name, value in recorded.items() if name.startswith(prefix)}
         return all(name in theirs and same_values(sample(weight), theirs[name]) for name, weight in weights.items())
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from inspect import Parameter, signature
 from pathlib import Path
 
@@ -32,6 +33,7 @@ from latentreward.scoring.layouts.model_folder import (
 from latentreward.scoring.layouts.recipe import ModelRecipe, imported, is_ours, own_parts, recipe_in_python
 from latentreward.scoring.network import RewardNetwork, name_of
 from latentreward.settings.ranges import leaves
+from latentreward.storage.digests import file_hash
 from latentreward.storage.durable import (
     contents,
     discard,
@@ -97,6 +99,8 @@ def write_model(model: RewardNetwork, folder: Path, card: Card, base: str | None
     config = config_of(model, base)
     require_finite(dict(model.named_parameters()), "the reward model")
     write_weights(model, config, folder)
+    weights = sorted(folder.rglob("*.safetensors"))
+    config = replace(config, sha256={path.relative_to(folder).as_posix(): file_hash(path) for path in weights})
     (folder / README).write_text(model_card(config, card, name), encoding="utf-8")
     (folder / CONFIG).write_text(config.text(), encoding="utf-8")
 

@@ -1,0 +1,60 @@
+"""A file of a few kilobytes that would become gigabytes, or take seconds of decoding, is refused with one line."""
+
+import io
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from latentreward.contracts import ImageRef
+from latentreward.data.images import UNKNOWN, ImageError, decode_image
+from latentreward.data.readers import archives, parquet_store
+from latentreward.data.readers.archives import ImageArchives
+from latentreward.data.readers.parquet_store import ParquetPart, RowGroupColumns, read_index
+
+
+def test_a_member_of_a_zip_file_is_no_larger_than_an_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(archives, "MOST_BYTES", 2**20)
+    with zipfile.ZipFile(tmp_path / "train_1.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        for name in ("a.png", "train_1.json"):
+            archive.writestr(name, bytes(2**20 + 1))
+    parts = ImageArchives([tmp_path / "train_1.zip"])
+    for read in (lambda: parts.image("train_1", "a.png"), lambda: parts.read_rows("train_1")):
+        with pytest.raises(ImageError, match=r"1048577 bytes; at most 1048576 are read"):
+            read()
+
+
+def test_a_value_that_stands_in_every_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parquet_store, "LEAST_LIMIT", 2**24)
+    part = ParquetPart("train.parquet", tmp_path / "train.parquet")
+    long = pa.DictionaryArray.from_arrays(pa.array(np.zeros(1200, np.int32)), pa.array(["x" * 2_000_000]))
+    pq.write_table(pa.table({"prompt": long}), part.path, compression="zstd", store_schema=False)
+    assert part.path.stat().st_size < 10_000
+    for read in (
+        lambda: read_index([part], {"prompt": None}, ""),
+        lambda: RowGroupColumns([part], ["prompt"]).read(0, 5),
+    ):
+        with pytest.raises(ImageError, match=r"over \d+ bytes of values in a file of far fewer"):
+            read()
+
+
+def test_rows_are_read_as_before(tmp_path: Path) -> None:
+    part = ParquetPart("train.parquet", tmp_path / "train.parquet")
+    table = pa.table({"b": [{"x": n} for n in range(9)], "a": [f"{n % 2}" for n in range(9)], "c": [b"1"] * 9})
+    pq.write_table(table, part.path, row_group_size=4)
+    assert read_index([part], {"a": None, "c": None}, "")[0].to_pylist() == table.select(["a", "c"]).to_pylist()
+    assert RowGroupColumns([part], ["a", "b"]).read(0, 6) == ("0", {"x": 6})
+
+
+def test_a_bmp_of_runs_is_refused() -> None:
+    side, runs = 4096, b"\xff\x01" * 16 + b"\x10\x01\x00\x00"
+    pixels = runs * 4 + b"\x00\x01"
+    head = np.array([40, side, side], "<i4").tobytes() + np.array([1, 8], "<i2").tobytes()
+    head += np.array([1, len(pixels), 0, 0, 256, 0], "<i4").tobytes() + bytes(1024)
+    data = b"BM" + np.array([14 + len(head) + len(pixels), 0, 14 + len(head)], "<i4").tobytes() + head + pixels
+    with pytest.raises(ImageError, match="a BMP of runs; save it as PNG") as error:
+        decode_image(ImageRef("x", io.BytesIO(data).getvalue()))
+    assert error.value.problem == UNKNOWN
