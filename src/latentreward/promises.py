@@ -142,15 +142,16 @@ def wrong_tensor(
     if not same or any(side not in (-1, length) for side, length in zip(sides, found.shape, strict=True)):
         wanted = f"a tensor {sides}".replace("-1", "any") if sides else "a scalar tensor"
         return f"{shown(found)}; it must be {wanted}"
-    sound = {"numbers": found.is_floating_point(), "indices": found.dtype == torch.int64}
-    if not sound.get(kind, found.dtype == torch.bool):
+    right = {"numbers": found.is_floating_point(), "indices": found.dtype == torch.int64}
+    if not right.get(kind, found.dtype == torch.bool):
         return f"a tensor of {str(found.dtype).removeprefix('torch.')}; it must be {KINDS[kind]}"
     values = found.detach().flatten()
     if kind == "bool" or values.is_meta or not len(values):
         return None
-    bad = values[~(values.isfinite() & (values >= low) & (values <= high))]
-    if not len(bad):
+    sound = values.isfinite() & (values >= low) & (values <= high)
+    if sound.all():  # also of an estimate's stand-ins, which have no values and whose booleans are true
         return None
+    bad = values[~sound]
     if (low, high) == (-math.inf, math.inf):
         return f"{bad[0].item()}; it must be {KINDS[kind]}"
     return f"{bad[0].item():g}; it must be numbers from {low:g} to {high:g}"
