@@ -54,10 +54,6 @@ def find_modules_here(settings: Iterable[Any]) -> None:
 def check_import(setting: str, path: str) -> None:
     """Check that ``--restrict-imports`` lets a setting name a class that is not of this package.
 
-    Args:
-        setting: Name of the setting.
-        path: Import path of the class.
-
     Raises:
         InputError: If the option is given and names no module around ``path``.
     """
@@ -72,11 +68,6 @@ def import_class(setting: str, path: str, base: type[Kind]) -> type[Kind]:
     """Import a class by the path that a setting gives, such as ``my_module.MyClass``.
 
     The module may lie in the current folder. Only a path that the user gave may be passed: importing runs the module.
-
-    Args:
-        setting: Name of the setting.
-        path: Import path of the class.
-        base: Class that it must be derived from.
 
     Raises:
         InputError: If there is no such class, it is abstract or not derived from ``base``, or ``--restrict-imports``

@@ -122,10 +122,7 @@ def collected(lacking: list[str]) -> Iterator[None]:
 def check_inputs(found: Pilot, folder: Path, lacking: list[str]) -> dict[Path, int]:
     """Print the licences; check that data and models are here or can be downloaded.
 
-    Args:
-        found: Pilot.
-        folder: Folder of the stages' outputs.
-        lacking: List that gets a line about each thing that is missing.
+    ``lacking`` gets a line about each thing that is missing.
 
     Returns:
         Folder → bytes that will be downloaded there.
@@ -156,14 +153,7 @@ def check_trainings(
 ) -> None:
     """Print and check the time, memory and disk that the trainings need which have not finished.
 
-    Args:
-        found: Pilot.
-        tasks: Its stages.
-        folder: Folder of the stages' outputs.
-        pairs: Number of pairs to train on.
-        limits: Device of the trainings, and most hours.
-        fetched: Folder → bytes that will be downloaded there.
-        lacking: List that gets a line about each thing that is missing.
+    ``fetched`` holds the bytes that will be downloaded, by folder; ``lacking`` gets a line about each missing thing.
     """
     # These import Lightning and diffusers.
     from latentreward.commands.fit import estimate_fit

@@ -28,10 +28,6 @@ def settle_folder(trainer: Namespace, arguments: Sequence[str]) -> None:
 
     A logger's folder inside ``default_root_dir`` stays. So does every other folder of a logger, if only files set
     ``default_root_dir``; a line then names the folder.
-
-    Args:
-        trainer: Settings of the trainer, which are changed.
-        arguments: Arguments of the command line.
     """
     root, folder, logger = trainer.get("default_root_dir"), run_folder(trainer), first_logger(trainer)
     if folder is None or logger is None:

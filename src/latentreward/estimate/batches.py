@@ -28,10 +28,7 @@ from latentreward.modules.reward import RewardModule
 def make_batch(module: LightningModule, data: Namespace, shapes: ShapesOnly) -> Any:
     """Make a training batch for ``module``; a module that learns from rollouts makes a rollout first.
 
-    Args:
-        module: Module whose weights are stand-in tensors. ReFL's ``stop_range`` is set to the latest stop.
-        data: Class and settings of the data module.
-        shapes: Mode that makes the stand-in tensors.
+    ReFL's ``stop_range`` is set to the latest stop.
 
     Raises:
         InputError: If the module's class is not supported by ``--estimate``, or the settings have no batch size.
@@ -65,11 +62,6 @@ def rows_of_rollout(module: RolloutModule[Any], data: Namespace, shapes: ShapesO
 
 def pair_batch(network: Any, data: Namespace, shapes: ShapesOnly) -> PreferenceBatch:
     """Make a batch of pairs as the data module ``data`` would: images or cached latents, each pair with its own prompt.
-
-    Args:
-        network: Backbone or policy that takes the batch.
-        data: Class and settings of the data module.
-        shapes: Mode that makes the stand-in tensors.
 
     Raises:
         InputError: If the settings have no batch size, or the network does not take clips of so many frames.
@@ -161,11 +153,7 @@ def largest_batch(
 ) -> tuple[tuple[int, int], int]:
     """Return the size whose batches hold the most pixels, and their number of pairs.
 
-    Args:
-        data: Class and settings of a data module of cached latents.
-        sizes: (height, width) of the images.
-        frames: Number of frames of clips; 1 for images.
-        space: Space of the latents.
+    Clips have ``frames`` above 1.
     """
 
     def pairs(size: tuple[int, int]) -> int:

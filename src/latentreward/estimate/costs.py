@@ -149,11 +149,7 @@ class RepeatedCalls:
     def watch(self, owner: Any, method: str, state: Callable[[], Any] = tuple) -> None:
         """Replace ``owner.method`` by a version that skips repeated calls without gradients.
 
-        Args:
-            owner: Object whose method is replaced.
-            method: Name of the method.
-            state: Function of the owner's state on which the costs depend, e.g. whether the adapter is on. A call is
-                skipped only if this state is equal too.
+        A call is skipped only if ``state()`` is equal too, such as whether the adapter is on.
         """
         original, shapes, live = getattr(owner, method), self.shapes, self.shapes.live
 
@@ -201,11 +197,8 @@ def layout_of(value: Any) -> Any:
 def step_costs(module: LightningModule, data: Namespace, accumulated: int = 1, gpu: bool = True) -> StepCosts:
     """Run one training step of ``module`` on stand-in tensors, and return its memory and computation.
 
-    Args:
-        module: Module on the meta device, with a CPU trainer attached. It cannot be used afterwards.
-        data: Class and settings of the data module.
-        accumulated: Batches per optimiser step.
-        gpu: Whether autocast and optimiser count with the memory that they need on a GPU; otherwise on the CPU.
+    The module is on the meta device, has a CPU trainer attached, and cannot be used afterwards. ``gpu`` says whether
+    autocast and optimiser count with the memory that they need on a GPU.
 
     Raises:
         InputError: If the module's class is not supported by ``--estimate``, or the module has not one optimiser.

@@ -12,10 +12,7 @@ ASSUMED = (
 def as_text(costs: StepCosts, accumulated: int, notes: list[str]) -> str:
     """Return an estimate as tables of weights, memory and computation.
 
-    Args:
-        costs: Memory and computation of a training step.
-        accumulated: Batches per optimiser step.
-        notes: Lines to print below the tables.
+    ``accumulated`` is the number of batches per optimiser step; ``notes`` are printed below the tables.
     """
     lines = [f"{'weights':<38}{'million':>10}{'trained':>10}{'GB':>10}"]
     for part in costs.parts:

@@ -150,12 +150,8 @@ class UnaskedReward(HTTPReward):
 def replace_rewards(settings: Namespace, policy: PolicySource, sources: ConfigSources) -> None:
     """Replace each :class:`LatentReward` in a module's settings by :class:`UnreadReward`.
 
-    :class:`HTTPReward` is replaced by :class:`UnaskedReward`. ``StepAwareScorer`` loses its file of weights.
-
-    Args:
-        settings: Settings of the module; changed in place.
-        policy: Source of the module's policy.
-        sources: Finder of the models' configs, which records where each was found.
+    :class:`HTTPReward` is replaced by :class:`UnaskedReward`. ``StepAwareScorer`` loses its file of weights. The
+    settings are changed in place; ``sources`` records where each config was found.
     """
     kind = str(settings.get("class_path")).rpartition(".")[2]
     if kind == "StepAwareScorer":

@@ -61,9 +61,7 @@ class Estimate:
 def estimate(settings: Namespace, build: Callable[[Namespace], LightningModule]) -> Estimate:
     """Compute the memory and computation that a run of ``fit`` needs.
 
-    Args:
-        settings: Settings of the run; ``model`` is changed in place.
-        build: Function that makes the module from settings.
+    ``settings.model`` is changed in place; ``build`` makes the module from settings.
 
     Raises:
         InputError: If a model's configs are not found on this machine, or the module's class is not supported.

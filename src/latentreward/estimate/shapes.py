@@ -127,9 +127,7 @@ class ShapesOnly(TorchDispatchMode):
 def replace_tensors(module: nn.Module, make: Callable[[str, Tensor], Tensor]) -> None:
     """Replace all parameters and buffers of a module; one that modules share gets one shared replacement.
 
-    Args:
-        module: Module, changed in place.
-        make: Function from a tensor's own name, such as ``weight``, and the tensor to its replacement.
+    ``make`` gets a tensor's own name, such as ``weight``, and the tensor.
     """
     made: dict[int, Any] = {}
     for part in module.modules():

@@ -70,11 +70,7 @@ class RewardHead(nn.Module, Part):
 
     @returns(lambda found, head, levels: _wrong_scores(found, head, levels[0]))
     def score_ensemble(self, levels: Sequence[Features]) -> Tensor:
-        """Compute one score per image from features at several noise levels; the base class averages the scores.
-
-        Args:
-            levels: Features of the same images at K noise levels.
-        """
+        """Compute one score per image from features at several noise levels; the base class averages the scores."""
         return sum(self(features) for features in levels) / len(levels)
 
 

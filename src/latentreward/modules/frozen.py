@@ -23,11 +23,8 @@ def share_frozen(module: LightningModule, trainer: Trainer) -> None:
     """Check that all ranks have loaded the same frozen weights, and keep DDP from sending them.
 
     At its start DDP writes the weights of rank 0 into those of the other ranks. Of weights that are mapped from a file,
-    each process would then get a copy of its own. A digest is compared instead.
-
-    Args:
-        module: Module that is not yet wrapped or sharded.
-        trainer: Trainer whose processes can communicate.
+    each process would then get a copy of its own. A digest is compared instead. The module must not be wrapped or
+    sharded yet.
 
     Raises:
         InputError: On all ranks, if a rank has other frozen weights than rank 0.

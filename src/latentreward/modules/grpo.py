@@ -150,13 +150,7 @@ class GRPOModule(RolloutModule[StepSamples]):
         return loss
 
     def policy_loss(self, batch: StepSamples, prediction: Tensor, reference: Tensor | None) -> ClippedPolicyResult:
-        """Compute the loss of a batch from the outputs ``(N, C, ...)`` of the policy and, for a KL term, the reference.
-
-        Args:
-            batch: N states with K steps each.
-            prediction: Output of the policy.
-            reference: Output of the reference; None if it is not needed.
-        """
+        """Compute the loss of a batch from the outputs ``(N, C, ...)`` of the policy and, for a KL term, reference."""
         transition = self.sampler.transition(batch.latents, prediction, batch.timesteps)
         log_prob = transition.log_prob(batch.next_latents.transpose(0, 1)).T
         weights, options = self.loss.step_weights(transition.std, transition.spread), {}

@@ -91,9 +91,7 @@ class LevelMetrics(nn.Module):
     def update(self, scores: PairScores, win_probability: Tensor) -> None:
         """Add pairs of one noise level, without those of weight 0 (unlabelled, or in place of unusable rows).
 
-        Args:
-            scores: Rewards and labels of B pairs.
-            win_probability: The loss's prediction that chosen wins, in the shape of the rewards.
+        ``win_probability`` is the loss's prediction that chosen wins, in the shape of the rewards.
         """
         counts = scores.weight > 0
         for metric in self.pair_metrics.values():

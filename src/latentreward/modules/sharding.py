@@ -37,12 +37,8 @@ STEPS = ("training_step", "validation_step", "test_step", "predict_step")
 def shard(module: nn.Module, backbone: DiffusionBackbone, mesh: DeviceMesh) -> None:
     """Apply ``fully_shard`` to a reward module, in place; a second call changes nothing.
 
-    The module is built whole first, so each process needs CPU memory for the whole module once.
-
-    Args:
-        module: Module on any device; all ranks must hold the same weights.
-        backbone: Backbone inside ``module``, whose blocks become groups of their own.
-        mesh: Device mesh with one axis, over which weights are sharded.
+    The module is built whole first, so each process needs CPU memory for the whole module once. The blocks of
+    ``backbone`` become groups of their own. All ranks must hold the same weights.
 
     Raises:
         InputError: If a parameter is a scalar, which has no axis to shard.
@@ -62,11 +58,7 @@ def shard_policy(policy: Policy, mesh: DeviceMesh) -> None:
     """Apply ``fully_shard`` to a policy, in place; a second call changes nothing.
 
     Afterwards network, text encoder and VAE can be called separately; parts of the network can too, once the whole
-    network has been called. All ranks must call each equally often.
-
-    Args:
-        policy: Policy on any device; all ranks must hold the same weights.
-        mesh: Device mesh with one axis, over which weights are sharded.
+    network has been called. All ranks must hold the same weights and call each equally often.
     """
     if isinstance(policy.network, FSDPModule):
         return
@@ -94,10 +86,6 @@ def shard_reward(reward: Reward, mesh: DeviceMesh) -> None:
     """Shard the large modules that belong to a reward and not to the policy: blocks of networks, and text encoders.
 
     The reward's other modules are frozen, and stay whole on every rank.
-
-    Args:
-        reward: Reward that is not yet sharded; it may combine several rewards.
-        mesh: Device mesh with one axis, over which weights are sharded.
     """
     own = set(reward.modules())
     for scorer in [part for part in own if isinstance(part, LatentScorer)]:
@@ -151,9 +139,6 @@ def wrapped_by_fsdp1() -> frozenset[str]:
 def wraps_block(module: nn.Module, recurse: bool, nonwrapped_numel: int) -> bool:
     """Tell FSDP1's auto-wrap whether ``module`` becomes a unit of its own: one unit per block, as in :func:`shard`.
 
-    Args:
-        module: Module to decide on.
-        recurse: True if FSDP1 asks whether to descend into the module's children, which is always answered with yes.
-        nonwrapped_numel: Number of parameters not wrapped yet; not used.
+    FSDP1 also asks, by ``recurse``, whether to descend into the module's children: always.
     """
     return recurse or type(module).__name__ in wrapped_by_fsdp1()

@@ -44,10 +44,7 @@ class TrainingNeeds:
 def training_needs(found: Estimate, pairs: int | None = None) -> TrainingNeeds:
     """Compute the needs of a training.
 
-    Args:
-        found: Estimate of the run.
-        pairs: Number of training pairs, which is the length of an epoch where the trainer counts epochs; None if it is
-            not known.
+    ``pairs`` is the length of an epoch where the trainer counts epochs; None if it is not known.
     """
     costs, trainer, data = found.costs, found.settings.trainer, found.settings.data.init_args
     rows, whole = (data.get("batch_size") or 1) * found.accumulated, True
@@ -108,12 +105,8 @@ class Card:
 def check_memory(needs: Mapping[str, TrainingNeeds], card: Card, remedy: str) -> str:
     """Check the memory of the GPU and of the machine; return a line that describes it.
 
-    For a GPU that is not here nothing is compared, unless its memory is given.
-
-    Args:
-        needs: Name of a training → its needs.
-        card: Device of the trainings.
-        remedy: Settings that lower the need.
+    For a GPU that is not here nothing is compared, unless its memory is given. ``needs`` are by the trainings' names;
+    ``remedy`` names settings that lower the need.
 
     Raises:
         InputError: If it is too small.
@@ -143,10 +136,7 @@ def check_memory(needs: Mapping[str, TrainingNeeds], card: Card, remedy: str) ->
 def check_hours(needs: Mapping[str, TrainingNeeds], card: Card, most: float = math.inf) -> str:
     """Check the time of the trainings; return a line that describes it.
 
-    Args:
-        needs: Name of a training → its needs.
-        card: Device of the trainings.
-        most: Hours that the trainings may take together.
+    ``most`` is the largest number of hours that the trainings may take together.
 
     Raises:
         InputError: If they need more.

@@ -30,9 +30,7 @@ TITLES["genai_bench_tiger test"] = "GenAI-Bench"
 def page(pilots: Iterable[Pilot], results: Sequence[PilotResult]) -> str:
     """Return the page as Markdown; equal pilots and results give equal text.
 
-    Args:
-        pilots: Pilots of full size, each of which gets its rows whether or not it was run.
-        results: Results of all pilots.
+    Each of the ``pilots`` gets its rows whether or not it was run.
     """
     pilots = tuple(pilots)
     weights = weights_table([(pilot.name, pilot.reward) for pilot in pilots], results)

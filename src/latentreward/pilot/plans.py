@@ -76,11 +76,6 @@ class Pilot:
         """Resolve all stages, each after those that it reads.
 
         Their keys depend on the settings and on the folders and hub ids of the sources.
-
-        Args:
-            pairs: Number of pairs to train on.
-            seed: Seed of the cut, of the trainings and of the pictures.
-            quick: Whether to add the arguments of a trial.
         """
         return self._tasks(pairs, seed, quick, [f"{name}={value}" for name, value in sorted(self.values().items())])
 

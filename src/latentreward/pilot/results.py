@@ -85,11 +85,7 @@ class PilotResult:
 def collect(pilot: Pilot, tasks: Mapping[str, Task], shop: Workshop, settings: Mapping[str, Any]) -> PilotResult:
     """Read the result of a pilot from the outputs of its finished stages.
 
-    Args:
-        pilot: Pilot.
-        tasks: Its stages.
-        shop: Folder of the outputs.
-        settings: Number of pairs, seed, and whether the run was a trial.
+    ``settings`` are the number of pairs, the seed, and whether the run was a trial.
     """
     outputs = {name: task.output(shop.folder) for name, task in tasks.items()}
     names = parquet.read_table(outputs[CUT] / "pairs.parquet", columns=["pair_id"])["pair_id"].to_pylist()

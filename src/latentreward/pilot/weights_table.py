@@ -86,9 +86,7 @@ LOADABLE = (
 def weights_table(rewards: Sequence[tuple[str, str]], results: Sequence[PilotResult]) -> Table:
     """Return one row for all weights that exist; a pilot's reward has one if its result names published weights.
 
-    Args:
-        rewards: Names of pilots of full size with the names of their rewards.
-        results: Results of all pilots.
+    ``rewards`` are the names of pilots of full size with those of their rewards.
     """
     rows = []
     for one in LOADABLE:

@@ -49,13 +49,8 @@ def same_frozen(
 ) -> bool:
     """Tell whether the reward was trained on frozen weights equal to the policy's, for one part of the model.
 
-    Args:
-        stored: The reward; samples of its frozen weights are recorded in its files.
-        part: Name of the part in the reward, ``text_encoder`` or the name of the network.
-        theirs: The reward's part, on the meta device and so without values.
-        ours: The policy's part, with weights.
-        source: Folder or hub id of the policy's weights.
-        adapters: Whether ``theirs`` may have trained adapters.
+    The reward's part ``theirs`` is on the meta device, so without values, and may have trained ``adapters``. Samples of
+    its frozen weights are recorded in the ``stored`` reward.
     """
     if any(p.requires_grad and not (adapters and ".lora_" in name) for name, p in theirs.named_parameters()):
         return False

@@ -120,16 +120,7 @@ def candidate_steps(
     Steps outside the window sample one next state and score nothing. A reward with ``needs_clean`` also gets the
     policy's x̂_0 of each candidate; candidates of the last step are clean already. The network's output for the
     candidate with which the rollout goes on is reused in the next step, so that the policy evaluates each state once.
-
-    Args:
-        policy: Generator; the caller sets ``policy.eval()`` and autocast.
-        sampler: ``sampling.sampler(policy.family)``.
-        reward: Reward that scores candidates.
-        prompts: B prompts.
-        branching: Number of candidates, window, and the candidate with which to go on.
-        sampling: Settings of ``sampler``; size and number of frames are read here.
-        guidance_scale: Scale as checked by :meth:`Family.guidance`.
-        draws: Random numbers for initial latents, noise of the steps, and choices among candidates.
+    The caller sets ``policy.eval()`` and autocast. ``guidance_scale`` is as checked by :meth:`Family.guidance`.
 
     Yields:
         A :class:`CandidateStep` for each step of the window, in order.

@@ -118,13 +118,7 @@ def require_gradient(reward: Reward) -> None:
 
 
 def reward_gradient(reward: Reward, states: NoisyStates, encoded: Any) -> Tensor:
-    """Compute the gradient ``(N, C, ...)`` of each state's reward with respect to the state, float32.
-
-    Args:
-        reward: Differentiable reward of noisy states.
-        states: N states.
-        encoded: Result of :meth:`Reward.encode_prompts`.
-    """
+    """Compute the gradient ``(N, C, ...)`` of each state's reward with respect to the state, float32."""
     leaf = states.latents.detach().float().requires_grad_()
     with torch.enable_grad():
         total = reward(NoisyStates(leaf, states.timesteps, states.rows), encoded).sum()
@@ -178,14 +172,7 @@ def sample_guided(
 ) -> Tensor:
     """Sample finished latents ``(B, C, ...)``, float32, with steps that are guided by ``reward``.
 
-    Args:
-        policy: Policy in evaluation mode.
-        reward: Differentiable reward of noisy states.
-        prompts: B prompts.
-        guidance: Strength and window.
-        sampling: Steps, noise and size; a noise of None is 0.
-        guidance_scale: Scale of classifier-free guidance as checked by :meth:`Family.guidance`.
-        seed: Seed of all random numbers.
+    The policy is in evaluation mode; see :func:`sample_trajectories`.
 
     Raises:
         InputError: If no step of the window has noise, or the reward has no gradient.

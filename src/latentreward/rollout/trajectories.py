@@ -70,15 +70,8 @@ def sample_trajectories(
 ) -> Trajectories:
     """Sample from noise to the finished latents, and keep every state.
 
-    Args:
-        policy: Generator; the caller sets ``policy.eval()`` and autocast.
-        sampler: ``sampling.sampler(policy.family)``.
-        prompts: B prompts.
-        sampling: Settings of ``sampler``; size and number of frames are read here.
-        guidance_scale: Scale as checked by :meth:`Family.guidance`.
-        seed: Seed of all random numbers.
-        draws: Random numbers to use in place of those from ``seed``.
-        keep_means: Whether to keep the mean of each step.
+    The caller sets ``policy.eval()`` and autocast. ``guidance_scale`` is as checked by :meth:`Family.guidance`;
+    ``draws`` replace the random numbers from ``seed``; ``keep_means`` keeps the mean of each step.
     """
     network, draws = PromptedPolicy.of(policy, prompts, guidance_scale), draws or RolloutDraws(seed, prompts.keys)
     shape = sampling.latent_shape(policy.family)
@@ -112,14 +105,7 @@ def sample_latents(
 ) -> Tensor:
     """Sample finished latents ``(B, C, ...)``, float32; with noise 0 or None, only the initial noise is random.
 
-    Args:
-        policy: Generator; the caller sets ``policy.eval()`` and autocast.
-        prompts: B prompts.
-        sampling: Steps, noise and size.
-        guidance_scale: Scale as checked by :meth:`Family.guidance`.
-        seed: Seed of all random numbers.
-        reference: Sample from the network as it was before alignment.
-        draws: Random numbers to use in place of those from ``seed``.
+    See :func:`sample_trajectories`; ``reference`` takes the network as it was before alignment.
     """
     sampler = sampling.sampler(policy.family)
     with policy.reference() if reference else nullcontext():

@@ -20,10 +20,6 @@ def check_types(target: Callable[..., Any], settings: Mapping[str, Any]) -> None
     Numbers, texts, literals and lists of these are checked; other types, and names without a parameter, are not. A
     whole number is accepted as a float, a list as a tuple. JSON has NaN and infinity, which no parameter accepts.
 
-    Args:
-        target: Class or function.
-        settings: Arguments of the call, by name.
-
     Raises:
         InputError: If a value has another type; names the first one.
     """

@@ -88,12 +88,7 @@ def summarise(message: str) -> str:
 
 
 def unknown_setting_hint(message: str, settings: Iterable[str]) -> str:
-    """Suggest a setting for a message about an unknown setting; empty for any other message.
-
-    Args:
-        message: Message of jsonargparse.
-        settings: Names of the settings that exist.
-    """
+    """Suggest a setting for a message about an unknown setting; empty for any other message."""
     match = UNKNOWN_SETTING.match(message)
     if match is None or "did you mean" in message:
         return ""
@@ -189,11 +184,7 @@ def _unset_variable(match: re.Match[str], setting: str) -> str:
 def _in_list(message: str, key: Sequence[str], kind: str, name: str) -> str:
     """Return index and class of the item of a list of classes that lacks a setting; empty outside a list.
 
-    Args:
-        message: Message of jsonargparse, which holds the whole value.
-        key: Last part of the list's dotted name, if there is one.
-        kind: Class path of the item.
-        name: Name of the setting.
+    ``key`` is the last part of the list's dotted name, ``kind`` the item's class path, ``name`` the setting's name.
     """
     begin = re.search(rf"(?:Given value: |\b{''.join(key).rpartition('.')[2]}=)\[(?=Namespace)", message)
     item = rf"class_path='{re.escape(kind)}', init_args=Namespace\((?:[^()]|\([^()]*\))*?\b{name}=None"

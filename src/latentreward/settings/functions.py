@@ -221,10 +221,6 @@ def with_secrets(value: Any, place: str = "") -> Any:
 
     Only constructors get this copy. Saved files keep the variables' names.
 
-    Args:
-        value: Settings, possibly nested.
-        place: Dotted name of ``value``, for messages.
-
     Raises:
         InputError: If a variable is not set.
     """
@@ -272,9 +268,7 @@ def naming_variables() -> Iterator[None]:
 def install_loader(short_names: Mapping[str, str], modules_here: bool) -> None:
     """Make jsonargparse check and rewrite every YAML text that it loads, see :func:`rewrite_settings`.
 
-    Args:
-        short_names: Short name of a backbone -> dotted path.
-        modules_here: Whether settings may name modules of the current folder.
+    ``modules_here`` says whether settings may name modules of the current folder.
     """
     ArgumentParser(parser_mode=MODE).parse_string("{}")  # jsonargparse registers this mode's own loader on first use
     load = getattr(get_loader(MODE), "__wrapped__", get_loader(MODE))
@@ -383,12 +377,8 @@ def parse_function(
 def name_bare_values(arguments: Sequence[str], names: Sequence[str], parser: ArgumentParser) -> list[str]:
     """Write arguments that are neither options nor values of options as ``--NAME=VALUE``.
 
-    An argument after an option without ``=`` is the option's value; after a flag only if it is true or false.
-
-    Args:
-        arguments: Arguments of the command line.
-        names: Names to be used, in this order; a name whose option is among the arguments is left out.
-        parser: Parser of the arguments, which tells flags from other options.
+    An argument after an option without ``=`` is the option's value; after a flag only if it is true or false. A name
+    whose option is among the arguments is left out.
     """
     options = [argument.partition("=")[0] for argument in arguments]
     free = iter([name for name in names if f"--{name}" not in options])
@@ -440,13 +430,7 @@ def prepare(arguments: Sequence[str]) -> list[str]:
 def run_function(function: Callable[..., None], command: str, arguments: Sequence[str], bare: int = 1) -> None:
     """Run a subcommand that is a plain function; its typed arguments are the settings, its docstring is the help.
 
-    Settings may name this package's classes without their modules.
-
-    Args:
-        function: Function whose arguments are the settings.
-        command: Name of the subcommand, for the usage message.
-        arguments: Arguments of the command line after the subcommand.
-        bare: See :func:`parse_function`.
+    Settings may name this package's classes without their modules. See :func:`parse_function`.
 
     Raises:
         InputError: If a setting is wrong or a constructor refuses it.

@@ -50,10 +50,6 @@ MISSING = object()
 def check_ranges(settings: Any, place: str = "") -> None:
     """Check that every number among the settings is finite and in the range of its setting.
 
-    Args:
-        settings: Settings, possibly nested.
-        place: Dotted name of ``settings``, for messages; empty for all settings of a command.
-
     Raises:
         InputError: If a number is not finite or out of range.
     """

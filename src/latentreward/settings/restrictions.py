@@ -26,9 +26,7 @@ GENERAL = ("builtins", "collections", "collections.abc", "types", "typing")
 def restrict_imports(modules: Sequence[str], programs: Sequence[str]) -> None:
     """Restrict the modules that settings may name and the programs that may be started, for the rest of the process.
 
-    Args:
-        modules: Modules that settings may name beside those in ``TRUSTED``.
-        programs: Absolute paths of the programs that may be started.
+    ``modules`` are allowed beside :data:`TRUSTED`; programs are given by their absolute paths.
 
     Raises:
         InputError: If a name in ``modules`` is invalid, or a program is not the absolute path of a file.
@@ -80,13 +78,7 @@ def check_classes(setting: str, kind: Any, default: Any, value: Any) -> None:
     """Raise InputError under ``--restrict-imports`` for a class in a setting whose type names no class around it.
 
     Settings of type ``Any``, ``dict[str, Any]`` or ``Callable`` would take any class of the trusted packages, some of
-    which load libraries.
-
-    Args:
-        setting: Name of the setting.
-        kind: Type of the setting.
-        default: Default of the setting, which is allowed.
-        value: Parsed value of the setting.
+    which load libraries. The default is allowed.
 
     Raises:
         InputError: If there is such a class.

@@ -92,10 +92,6 @@ def rewrite_settings(settings: Any, short_names: Mapping[str, str]) -> Any:
     so that a later file adds callbacks to those of earlier files; ``null`` and ``[]`` still drop earlier callbacks.
     Interpolations of secret variables are renamed, see :func:`hide_secrets`.
 
-    Args:
-        settings: Content of the YAML text. Values other than mappings, lists and texts are returned unchanged.
-        short_names: Short name of a backbone -> dotted path.
-
     Raises:
         InputError: If ``trainer`` is the path of a file, whose callbacks would replace earlier ones; if a section is
             not a mapping; or if a ``class_path``, ``init_args`` or list item has the wrong form.

@@ -39,9 +39,7 @@ def depth(text: str) -> int:
 def _size(node: yaml.Node, sizes: dict[int, int]) -> int:
     """Count the values of ``node`` after its aliases are expanded.
 
-    Args:
-        node: Node to count.
-        sizes: ``id`` of each node seen before -> its count, or 0 while the node is being counted.
+    ``sizes`` holds the counts by ``id``; 0 while a node is being counted.
 
     Raises:
         yaml.YAMLError: If there are too many values, a tag or a bad key, or an alias inside its own anchor.

@@ -38,11 +38,7 @@ def main() -> None:
 
 
 def end_with(parent: int) -> None:
-    """Send this process SIGTERM once ``parent`` has died by a kill: the next command would run the same step beside it.
-
-    Args:
-        parent: ID of the process that waits for this one.
-    """
+    """Send this process SIGTERM once ``parent`` was killed: the next command would run the same step beside it."""
     while os.getppid() == parent:
         time.sleep(0.5)
     os.kill(os.getpid(), signal.SIGTERM)

@@ -88,13 +88,8 @@ def resolve(
 ) -> Task:
     """Resolve a step and the steps that its arguments name.
 
-    Args:
-        steps: All steps by name.
-        name: Name of the step.
-        seed: Number that ``{seed}`` stands for.
-        added: Name of a step → arguments added to it.
-        quick: Whether to add the arguments of a trial of two steps.
-        context: Further texts that the outputs depend on, such as paths that the commands read from the environment.
+    ``added`` holds arguments by the names of steps; ``quick`` adds those of a trial of two steps. The outputs depend on
+    the texts of ``context`` too, such as paths that the commands read from the environment.
     """
     found = steps[name]
     options = shlex.split(added.get(name, ""))
@@ -111,10 +106,7 @@ def resolve(
 def check_steps(place: str, steps: Mapping[str, Step], also: Collection[str] = ()) -> None:
     """Check steps that come from a file: their names become names of folders.
 
-    Args:
-        place: Name of the place in the file, for messages.
-        steps: Steps by name.
-        also: Placeholders beyond the names of steps, ``{out}`` and ``{seed}``.
+    ``also`` are placeholders beyond the names of steps, ``{out}`` and ``{seed}``.
 
     Raises:
         InputError: If a name holds more than letters, digits and ``_``, a command is not a text, has an open quote or a
