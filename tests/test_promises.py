@@ -577,5 +577,10 @@ def test_only_the_first_call_is_compared_and_no_call_through_super() -> None:
     assert outer()(FEATURES).shape == (3,)
 
 
+def test_checks_get_arguments_in_the_order_of_the_parameters() -> None:
+    window = made(WINDOW, "start", lambda self, first, iteration, generator: first - self.size)
+    assert window.start(generator=torch.Generator(), iteration=9, first=4) == 4 - window.size
+
+
 def test_there_are_enough_faults() -> None:
     assert len(FAULTS) >= 104

@@ -117,3 +117,15 @@ def first_line(error: BaseException) -> str:
         name = re.search(r"GLOBAL (\S+)", text)
         return f"it names {name[1]}" if name else "it holds more than tensors and plain values"
     return text.splitlines()[0] if text else type(error).__name__
+
+
+def lacks(cls: type) -> str:
+    """Return the message about a class without some methods of its base class."""
+    names = sorted(getattr(cls, "__abstractmethods__", ()))
+    bases = dict.fromkeys(
+        base.__name__
+        for base in cls.__mro__
+        for name in names
+        if getattr(vars(base).get(name), "__isabstractmethod__", False)
+    )
+    return f"{cls.__name__} lacks {', '.join(names)} of {' and '.join(bases)}; define what is missing"

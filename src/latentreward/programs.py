@@ -17,7 +17,7 @@ from inspect import isabstract
 from pathlib import Path
 from typing import Any, TypeVar
 
-from latentreward.errors import InputError, first_line
+from latentreward.errors import InputError, first_line, lacks
 
 Kind = TypeVar("Kind")
 
@@ -89,8 +89,7 @@ def import_class(setting: str, path: str, base: type[Kind]) -> type[Kind]:
         wanted = f"{base.__module__.rpartition('.')[0]}.{base.__name__}"
         raise InputError(f"{setting}={path!r} is not a subclass of {wanted}; give the path of a class derived from it")
     if isabstract(kind):
-        missing = ", ".join(sorted(kind.__abstractmethods__))  # type: ignore[attr-defined]
-        raise InputError(f"{setting}={path!r} is abstract; give a class that implements {missing}")
+        raise InputError(f"{setting}={path!r}: {lacks(kind)}")
     return kind
 
 

@@ -6,14 +6,14 @@ import math
 from abc import ABC
 from collections.abc import Callable, Sequence
 from functools import wraps
-from inspect import isfunction
+from inspect import BoundArguments, isfunction, signature
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self, TypeVar
 
 import torch
 from torch import Tensor
 
-from latentreward.errors import InputError
+from latentreward.errors import InputError, lacks
 
 Method = TypeVar("Method", bound=Callable[..., Any])
 Check = Callable[..., str | None]
@@ -56,18 +56,6 @@ class Part(ABC):  # noqa: B024 - derived classes have the methods
         return part
 
 
-def lacks(cls: type) -> str:
-    """Return the message about a class without some methods of its base class."""
-    names = sorted(getattr(cls, "__abstractmethods__", ()))
-    bases = dict.fromkeys(
-        base.__name__
-        for base in cls.__mro__
-        for name in names
-        if getattr(vars(base).get(name), "__isabstractmethod__", False)
-    )
-    return f"{cls.__name__} lacks {', '.join(names)} of {' and '.join(bases)}; define what is missing"
-
-
 def returns(check: Check, each: bool = False) -> Callable[[Method], Method]:
     """Mark a method of a base class with what it, and methods that override it, must return.
 
@@ -83,11 +71,16 @@ def returns(check: Check, each: bool = False) -> Callable[[Method], Method]:
 def compared(method: Method, name: str, check: Check, each: bool) -> Method:
     """Return a method whose result is compared by ``check``; see :func:`returns`. ``name`` is that in the class."""
 
+    bind = signature(method).bind
+
+    def problem_of(result: Any, given: BoundArguments) -> str | None:  # in the order of the parameters, not of the call
+        return check(result, *given.args, *given.kwargs.values())
+
     @wraps(method)
     def comparing(self: Any, *args: Any, **kwargs: Any) -> Any:
         result = method(self, *args, **kwargs)
         if getattr(type(self), name) is comparing:
-            keep_promise(self, name, lambda: check(result, self, *args, *kwargs.values()), each)
+            keep_promise(self, name, lambda: problem_of(result, bind(self, *args, **kwargs)), each)
         return result
 
     comparing.promise = check, each  # type: ignore[attr-defined]

@@ -101,7 +101,7 @@ def test_a_family_of_ones_own_by_its_import_path() -> None:
     assert type(source.resolve_family()) is OwnFamily
     for wrong, reason in (("nowhere.Family", "cannot be imported"), ("Family", "cannot be imported"),
                           (f"{__name__}.Path", "not a subclass"),
-                          ("latentreward.families.flow.FlowFamily", "is abstract; give a class that implements .*step"),
+                          ("latentreward.families.flow.FlowFamily", ": FlowFamily lacks .*step.* of .*Family; define"),
                           (".flow.FlowFamily", "is relative; give the whole path")):  # fmt: skip
         with pytest.raises(InputError, match=reason):
             import_family(wrong)

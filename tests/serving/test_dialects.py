@@ -68,7 +68,7 @@ def test_a_dialect_of_ones_own_answers_beside_the_others(address: str) -> None:
     [
         ("nowhere.Dialect", r"dialects='nowhere\.Dialect' cannot be imported"),
         (f"{__name__}.Route", "is not a subclass of latentreward.serving.dialects.Dialect; give"),
-        ("latentreward.serving.dialects.Dialect", "is abstract; give a class that implements routes"),
+        ("latentreward.serving.dialects.Dialect", ": Dialect lacks routes of Dialect; define what is missing"),
         (f"{__name__}.Taken", "there are two routes POST /score; give one another path"),
     ],
 )

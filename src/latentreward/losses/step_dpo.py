@@ -8,7 +8,7 @@ LPO (arXiv:2502.01051) and SPO (arXiv:2406.04314), after DPO (arXiv:2305.18290, 
 """
 
 import math
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from typing import NamedTuple
 
 import torch
@@ -50,7 +50,7 @@ class StepDPOResult(NamedTuple):
     clamped: Tensor
 
 
-class StepPairLoss(SetLoss, ABC):
+class StepPairLoss(SetLoss):
     """Base class of losses of pairs of next states, from their log-probabilities under policy and reference."""
 
     @abstractmethod

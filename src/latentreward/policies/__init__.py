@@ -6,10 +6,4 @@ from latentreward.policies.loading import PolicySource
 from latentreward.policies.policy import POLICY, Policy
 from latentreward.policies.surrogate_gradient import surrogate
 
-UNetPolicy = DiTPolicy = Policy
-"""Names that earlier releases exported, when each network had a policy class of its own.
-
-They stay for code that imports them. No config or checkpoint names a policy's class.
-"""
-
 __all__ = ["POLICY", "AdapterSwitch", "Policy", "PolicySource", "load_policy", "surrogate"]

@@ -11,8 +11,7 @@ from pydoc import locate
 from textwrap import dedent
 
 from latentreward.backbones.registry import backbone_names
-from latentreward.errors import LIGHTNING_NO_GPU, NO_GPU, did_you_mean
-from latentreward.promises import lacks
+from latentreward.errors import LIGHTNING_NO_GPU, NO_GPU, did_you_mean, lacks
 
 TAKEN_FROM = {
     "latentreward.modules": "model",
