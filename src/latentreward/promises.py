@@ -70,7 +70,6 @@ def returns(check: Check, each: bool = False) -> Callable[[Method], Method]:
 
 def compared(method: Method, name: str, check: Check, each: bool) -> Method:
     """Return a method whose result is compared by ``check``; see :func:`returns`. ``name`` is that in the class."""
-
     bind = signature(method).bind
 
     def problem_of(result: Any, given: BoundArguments) -> str | None:  # in the order of the parameters, not of the call
