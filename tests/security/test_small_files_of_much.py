@@ -41,6 +41,20 @@ def test_a_value_that_stands_in_every_row(tmp_path: Path, monkeypatch: pytest.Mo
             read()
 
 
+def test_images_in_a_dictionary_count_as_often_as_rows_hold_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(parquet_store, "LEAST_LIMIT", 2**20)
+    part = ParquetPart("train.parquet", tmp_path / "train.parquet")
+    images = pa.array([np.random.default_rng(seed).bytes(100_000) for seed in range(60)])
+    pq.write_table(pa.table({"image": images.dictionary_encode()}), part.path)
+    assert RowGroupColumns([part], ["image"]).read(0, 5) == (images[5].as_py(),)
+    repeated = pa.DictionaryArray.from_arrays(pa.array(np.zeros(2000, np.int32)), images[:1])
+    pq.write_table(pa.table({"image": repeated}), part.path)
+    with pytest.raises(ImageError, match=r"over \d+ bytes of values in a file of far fewer"):
+        RowGroupColumns([part], ["image"]).read(0, 5)
+
+
 def test_rows_are_read_as_before(tmp_path: Path) -> None:
     part = ParquetPart("train.parquet", tmp_path / "train.parquet")
     table = pa.table({"b": [{"x": n} for n in range(9)], "a": [f"{n % 2}" for n in range(9)], "c": [b"1"] * 9})

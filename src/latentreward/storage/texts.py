@@ -2,7 +2,7 @@
 
 import codecs
 import csv
-import io
+import re
 from pathlib import Path
 
 from latentreward.errors import InputError
@@ -61,7 +61,7 @@ def read_table(text: str, suffix: str) -> "csv.DictReader[str]":
         text: Whole table, its first line with the names of the columns.
         suffix: ``.csv``; or ``.tsv``, in which quotation marks are part of the text (as in PartiPrompts).
     """
-    lines = io.StringIO(text, newline="\n")
+    lines = (found[0] for found in re.finditer(r"[^\n]*\n|[^\n]+", text))  # io.StringIO takes four times the memory
     if suffix == ".tsv":
         return csv.DictReader(lines, delimiter="\t", quoting=csv.QUOTE_NONE)
     return csv.DictReader(lines)

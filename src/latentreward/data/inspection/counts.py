@@ -168,7 +168,7 @@ class ImageCensus:
         self.keys: list[tuple[str, str]] = []
         self.hashes: list[tuple[int, int]] = []
         self._seen: dict[str, Seen] = {}
-        self._pairs: dict[tuple[str, ...], tuple[int, float]] = {}
+        self._pairs: dict[int, tuple[int, float]] = {}
 
     def add(self, pair: PreferencePair) -> None:
         """Count a row, and those of its images that occurred in no earlier row."""
@@ -193,7 +193,8 @@ class ImageCensus:
         if first > second:
             first, second, label = second, first, 1 - label
         place = self.counts.rows, label
-        row, before = self._pairs.setdefault((normalise_prompt(pair.prompt), first, second), place)
+        named = hash((normalise_prompt(pair.prompt), first, second))  # the texts of a million rows take a gigabyte
+        row, before = self._pairs.setdefault(named, place)
         if first == second:
             kind, told = SELF_PAIR, ""
         elif row == self.counts.rows:

@@ -5,6 +5,7 @@ import math
 import os
 import re
 from collections.abc import Mapping
+from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -164,13 +165,21 @@ def parse_text(value: Any) -> str | None:
 def find_edit_source(row: Mapping[str, Any]) -> str | None:
     """Return the name of a row's field with the picture that its images are edits of; None without one."""
     for name, value in row.items():
-        if value and EDIT_SOURCE.fullmatch(str(name)):
+        certain = _means_source(name)
+        if certain is None or not value:
+            continue
+        held = (value.get("bytes") or value.get("path")) if isinstance(value, dict) else value
+        if certain or isinstance(held, bytes) or (isinstance(held, str) and PICTURE_FILE.search(held)):
             return name
-        if value and MAYBE_SOURCE.fullmatch(str(name)):
-            held = (value.get("bytes") or value.get("path")) if isinstance(value, dict) else value
-            if isinstance(held, bytes) or (isinstance(held, str) and PICTURE_FILE.search(held)):
-                return name
     return None
+
+
+@lru_cache
+def _means_source(name: object) -> bool | None:
+    """Tell whether a name surely means the picture of an edit; None if it does not."""
+    if EDIT_SOURCE.fullmatch(str(name)):
+        return True
+    return False if MAYBE_SOURCE.fullmatch(str(name)) else None
 
 
 def relative_path(path: str, folder: Path) -> str:

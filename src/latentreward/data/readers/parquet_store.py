@@ -235,15 +235,26 @@ def read_groups(file: pq.ParquetFile, part: ParquetPart, columns: Iterable[str],
         ImageError: If the values take far more memory than the file has bytes: one long value may stand in every row.
     """
     names, most = list(columns), LEAST_LIMIT + EXPANSION * part.path.stat().st_size
-    largest = max([row_group_bytes(file, number, names) for number in groups], default=0)
+    # Every batch repeats the values of a dictionary, which are no more than the row group holds.
+    repeating = [name for name in names if not pa.types.is_dictionary(file.schema_arrow.field(name).type)]
+    largest = max([row_group_bytes(file, number, repeating) for number in groups], default=0)
     rows = min(2**16, max(1, LEAST_LIMIT // max(1, largest)))
     batches, size = [], 0
     for batch in file.iter_batches(rows, row_groups=groups, columns=names, use_threads=False):
-        size += batch.nbytes
+        size += sum(map(plain_bytes, batch.columns))
         if size > most:
             raise ImageError(f"{part.path}: over {most} bytes of values in a file of far fewer; get it again")
         batches.append(batch)
     return pa.Table.from_batches(batches) if batches else file.read_row_groups([], names)
+
+
+def plain_bytes(values: pa.Array) -> int:
+    """Return the bytes of values, each one of a dictionary counted as often as it stands in a row."""
+    if not pa.types.is_dictionary(values.type):
+        return values.nbytes
+    if pa.types.is_primitive(values.type.value_type):
+        return values.indices.nbytes
+    return pc.sum(pc.binary_length(values.dictionary).take(values.indices)).as_py() or 0
 
 
 def locate(starts: np.ndarray, row: int) -> tuple[int, int]:
