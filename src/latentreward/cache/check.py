@@ -81,9 +81,6 @@ def shard_states(folder: Path, plan: CachePlan, shards: list[Shard]) -> Iterator
 def check_cache(folder: Path) -> tuple[CachePlan, list[str], Counter[str]]:
     """Verify every hash and count of a cache, and the tables against each other.
 
-    Args:
-        folder: Folder of the cache.
-
     Returns:
         The plan; one line per problem; and the number of images that could not be read when the cache was written,
         by reason.
@@ -142,13 +139,7 @@ def shapes_with_lengths(
 
 
 def tensor_shapes(plan: CachePlan, shard: Shard, tokens: int = 0) -> dict[str, tuple[int, ...]]:
-    """Return the name and the shape of each tensor that a shard must hold.
-
-    Args:
-        plan: Plan of the cache.
-        shard: The shard.
-        tokens: Number of tokens of all prompts in a text shard, if the text encoder has a mask.
-    """
+    """Return the name and shape of each tensor that a shard must hold; ``tokens`` are those of all prompts in it."""
     if shard.height is not None and shard.width is not None:
         shape = plan.spec.latent_space.shape(shard.height, shard.width, plan.spec.frames)
         return {layout.LATENTS: (shard.count, *shape)}

@@ -22,10 +22,6 @@ def check_caches(specs: Mapping[Path, CacheSpec], with_text: bool) -> CacheSpec:
 
     Different handling of EXIF orientation is only logged as a warning.
 
-    Args:
-        specs: Settings of each cache by its folder, at least one.
-        with_text: Whether prompt embeddings are read from the caches too.
-
     Raises:
         InputError: If two caches hold latents of different VAEs, clips of different lengths or frame rates, or
             embeddings of different text encoders.
@@ -64,11 +60,6 @@ def check_backbone(spec: CacheSpec, backbone: "DiffusionBackbone | Policy", with
     """Check that a cache was encoded as the backbone of a reward model, or a policy, encodes images and prompts.
 
     If the backbone has no VAE, or the cache does not record one, only the latent spaces are compared.
-
-    Args:
-        spec: Settings of the cache.
-        backbone: Backbone of the reward model, or the policy.
-        with_text: Whether prompt embeddings are read from the cache too.
 
     Raises:
         InputError: If the latent space, the VAE or the text encoder differs, if embeddings are cached while the model

@@ -80,11 +80,6 @@ def _block(name: str, entry: dict[str, Any], start: int) -> TensorBlock:
 def read_lengths(path: Path, blocks: Mapping[str, TensorBlock], most: int) -> np.ndarray:
     """Read the number of tokens ``(N,)`` of each prompt of a text shard.
 
-    Args:
-        path: Shard.
-        blocks: Header of the shard, see :func:`read_header`.
-        most: Greatest number of tokens of a prompt.
-
     Returns:
         The numbers; an empty array if the shard has none, or one lies outside 1…``most``.
     """
@@ -150,12 +145,6 @@ class ShardStore:
 
     def read_span(self, name: str, file: int, row: int, out: Tensor) -> None:
         """Read consecutive rows of the tensor ``name`` of one file, from ``row`` on, into ``out``.
-
-        Args:
-            name: Name of the tensor.
-            file: Index of the file.
-            row: Index of the first row.
-            out: As for :meth:`read`, at least one row.
 
         Raises:
             InputError: As for :meth:`read`.

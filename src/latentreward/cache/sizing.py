@@ -88,11 +88,8 @@ class ImageSettings:
     def check(self, multiple: int) -> None:
         """Check that the model takes all sizes.
 
-        Args:
-            multiple: Number of pixels of which both sides of an image must be multiples.
-
         Raises:
-            InputError: If a side is not such a multiple.
+            InputError: If a side is not a multiple of ``multiple`` pixels.
         """
         sizes = self.bucket_sizes() if self.size is None else (self.one_size(),)
         for bucket in sizes:
@@ -127,10 +124,6 @@ class ImageSettings:
         """Return the sizes of a pair whose images are stored as latents, or the reason why the pair is left out.
 
         Latents are not resized, so that both must have the same size: ``size``, or the size of a bucket.
-
-        Args:
-            a: Height and width in pixels of the first image.
-            b: Height and width in pixels of the second image.
         """
         if a != b:
             return OTHER_SHAPE

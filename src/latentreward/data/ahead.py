@@ -12,14 +12,7 @@ Result = TypeVar("Result")
 def map_ahead(
     function: Callable[[Item], Result], items: Iterable[Item], ahead: int, threads: int = 1
 ) -> Generator[Result, None, None]:
-    """Yield ``function(item)`` of each item in order, computed in threads ahead of its use.
-
-    Args:
-        function: Called in a worker thread, e.g. to decode an image.
-        items: Arguments of ``function``; the calling thread iterates over them.
-        ahead: Results to compute beyond the one that the caller waits for.
-        threads: Number of worker threads.
-    """
+    """Yield ``function(item)`` of each item in order, computed in threads ahead of its use."""
     with ThreadPoolExecutor(threads) as pool:
         pending: deque[Future[Result]] = deque()
         try:

@@ -102,15 +102,10 @@ def assign_bucket(
 
 
 def nearest_bucket(height: int, width: int, buckets: Sequence[Bucket] = PUBLISHED_BUCKETS) -> Bucket:
-    """Find a bucket for any image, also one for which :func:`assign_bucket` finds none.
+    """Find one of ``buckets``, by ascending area, for any image, also where :func:`assign_bucket` finds none.
 
     If :func:`assign_bucket` (without a least size) finds none, the bucket nearest in log aspect ratio is taken; of
     equally near buckets, the one nearest in log area.
-
-    Args:
-        height: Height of the image in pixels.
-        width: Width of the image in pixels.
-        buckets: Candidates by ascending area.
     """
     assigned = assign_bucket(height, width, buckets, min_pixels=0)
     if assigned is not None:

@@ -219,11 +219,6 @@ def read_clip_header(image: ImageRef) -> ClipHeader:
 def check_clips(place: str, frames: int, fps: float) -> None:
     """Check the settings of clips.
 
-    Args:
-        place: Prefix of the settings' names in messages, such as ``data.``.
-        frames: Number of frames; 1 for images.
-        fps: Frames per second.
-
     Raises:
         InputError: If a value is out of range.
     """

@@ -40,9 +40,6 @@ EXPECTED = (
 def recognise(data: str) -> Splits:
     """Find the readers for a folder or file, by split, in the order train…, val…, test…, others.
 
-    Args:
-        data: Folder of a data set, or one of its files.
-
     Raises:
         InputError: If ``data`` does not exist or has no known format.
     """

@@ -80,10 +80,6 @@ class MPCF:
 def select_consistent(gaps: PairGaps, rule: MPCF) -> tuple[np.ndarray, Counter[str]]:
     """Select the pairs that a rule keeps.
 
-    Args:
-        gaps: Gaps of N pairs.
-        rule: Floors, and treatment of ties.
-
     Returns:
         ``(N,)`` bool, true for kept pairs; and the number of dropped pairs by reason, each pair counted under the
         first reason that applies.

@@ -70,9 +70,6 @@ def text_fingerprint(encoder: "PromptEncoder") -> str:
 
     Weights are rounded to bfloat16 before they are hashed. A frozen text encoder therefore has one hash, whether
     training stores it in float32 or in bfloat16, and cached embeddings of one are used for the other.
-
-    Args:
-        encoder: Text encoders with their tokenizers, on any device.
     """
     tokenizers = [getattr(encoder, f"tokenizer{number}", None) for number in ("", "_2", "_3")]
     config = {

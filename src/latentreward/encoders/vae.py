@@ -46,10 +46,6 @@ class LatentEncoder(nn.Module, Part):
     def space_of(cls, vae_config: Mapping[str, Any], name: str = "the VAE's config") -> LatentSpace:
         """Return the latent space that a config of the VAE describes.
 
-        Args:
-            vae_config: The config.
-            name: Name of the config in messages.
-
         Raises:
             InputError: If an entry is missing or wrong, latents would be scaled by 0, or the config has a mean or
                 standard deviation of each channel (Playground v2.5), which this encoder does not apply.

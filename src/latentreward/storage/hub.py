@@ -48,11 +48,6 @@ def read_locally(source: str, revision: str | None = None) -> bool:
     """Tell whether ``source`` is to be read without the hub: a folder, or a hub id while the hub does not answer.
 
     The answer is kept for the whole process.
-
-
-    Args:
-        source: Folder or hub id.
-        revision: Branch, tag or commit of a hub id.
     """
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
@@ -89,11 +84,8 @@ def _asked_once(question: Callable[[], Any]) -> Any:
 def commit_on_hub(name: str, revision: str | None = None) -> str | None:
     """Return the commit that a hub id and revision stand for; the answer is kept for the whole process.
 
-    As for loading, the hub is asked first. The local cache is read if the hub does not answer.
-
-    Args:
-        name: Hub id, or a hub id followed by a folder in the repository.
-        revision: Branch, tag or commit.
+    The hub id may be followed by a folder in the repository. As for loading, the hub is asked first. The local cache is
+    read if the hub does not answer.
 
     Returns:
         The commit; None if neither the hub nor the local cache knows it.
@@ -112,12 +104,7 @@ def commit_on_hub(name: str, revision: str | None = None) -> str | None:
 
 
 def cached_files(name: str, revision: str | None = None) -> Path | None:
-    """Folder of what the local cache has of a hub id, or of a folder in it; None if that is nothing.
-
-    Args:
-        name: Hub id.
-        revision: Branch, tag or commit.
-    """
+    """Folder of what the local cache has of a hub id, or of a folder in it; None if that is nothing."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 

@@ -17,11 +17,6 @@ Kind = TypeVar("Kind", bool, int, float)
 def read_config(path: Path, name: str | None = None, remedy: str = "download it again") -> dict[str, Any]:
     """Read a JSON file that holds an object.
 
-    Args:
-        path: File.
-        name: Name of the file in messages; None takes its path.
-        remedy: What to do about a damaged file, for messages.
-
     Raises:
         InputError: If the file is not valid JSON, or does not hold an object.
     """

@@ -34,10 +34,6 @@ def locked(folder: Path, setting: str) -> Iterator[None]:
     Processes that only read take no lock. The operating system frees the lock when the process ends, also after a
     kill, which leaves the lock file behind. On a file system without locks, the block runs unlocked, with a warning.
 
-    Args:
-        folder: Folder to write to.
-        setting: Name of the setting that chose the folder, for the error message.
-
     Raises:
         InputError: If another process holds the lock, or the folder cannot be written to.
     """

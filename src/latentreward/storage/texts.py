@@ -30,10 +30,6 @@ class UnreadableTextError(InputError):
 def decode_text(data: bytes, name: str) -> str:
     """Decode a text in UTF-8, with or without a byte order mark, or in UTF-16 with one; line ends stay.
 
-    Args:
-        data: Bytes of the whole text.
-        name: Name of the text in messages.
-
     Raises:
         UnreadableTextError: If the text is in another encoding, or holds a null character, as UTF-16 without a mark
             and UTF-32 do.

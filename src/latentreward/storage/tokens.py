@@ -7,11 +7,7 @@ from latentreward.storage.texts import read_text
 
 
 def token_of_file(file: str | Path, setting: str) -> str:
-    """Read a token from a file, without the white space around it.
-
-    Args:
-        file: Text file; ``~`` is the home folder.
-        setting: Name of the setting that names the file, for messages.
+    """Read a token from a file (``~`` is the home folder), without the white space around it.
 
     Raises:
         InputError: If the file cannot be read, or holds no token.

@@ -84,9 +84,6 @@ class MappedWeights:
 def map_weights(paths: Iterable[Path]) -> MappedWeights:
     """Map safetensors files into memory.
 
-    Args:
-        paths: Files of one model.
-
     Raises:
         InputError: If a file is missing or damaged.
     """

@@ -49,11 +49,6 @@ def prompts_of(found: Split, file: Path | None) -> tuple[str, ...]:
 def write_prompts(work: Path, prompts: Sequence[str], seed: int) -> tuple[Path, str]:
     """Write the prompts to align with, and those to draw pictures for.
 
-    Args:
-        work: Folder of all outputs.
-        prompts: Distinct prompts.
-        seed: Seed of the choice.
-
     Returns:
         Folder of the two files, and a line on the choice.
     """

@@ -48,10 +48,6 @@ def pairs_to_show(pictures: Sequence[Picture], seed: int) -> list[Shown]:
 
     Pictures of the same caption are compared; those whose caption no other picture has are compared with each other,
     without a caption. Blocks have up to :data:`BLOCK` pictures. Order and sides are random.
-
-    Args:
-        pictures: Pictures of different content.
-        seed: Seed of blocks, order and sides.
     """
     rng = np.random.default_rng(seed)
     captions = [normalise_prompt(picture.caption) for picture in pictures]

@@ -82,10 +82,6 @@ class Measured:
 def measure(scores: Path, data: Path) -> Measured:
     """Compute the accuracy from the scores of ``predict``.
 
-    Args:
-        scores: Folder with the file of scores.
-        data: Folder with the file of pairs.
-
     Raises:
         InputError: If no held-out pair besides ties has a score.
     """

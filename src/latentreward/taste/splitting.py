@@ -48,11 +48,6 @@ def split(found: Collection, most: int, seed: int) -> Split:
     :data:`ENOUGH_PROMPTS` prompts, or too few pictures of each prompt for all parts, the pictures of a prompt stay
     together.
 
-    Args:
-        found: What the folder holds.
-        most: Most pairs in all; more are drawn from.
-        seed: Seed of the assignment and of the drawing.
-
     Raises:
         InputError: If a part gets fewer than :data:`LEAST_PAIRS` pairs besides ties.
     """

@@ -89,13 +89,7 @@ def read_prompt_rows(path: str, setting: str = "prompts", max_prompt_chars: int 
 
 
 def check_lengths(rows: list[PromptRow], name: str, max_prompt_chars: int) -> list[PromptRow]:
-    """Return the rows; raise InputError if a prompt is longer than ``max_prompt_chars``.
-
-    Args:
-        rows: Rows to check.
-        name: Source of the rows, for messages.
-        max_prompt_chars: Largest number of characters in a prompt.
-    """
+    """Return the rows; raise InputError if a prompt is longer than ``max_prompt_chars``."""
     if long := next((row.prompt for row in rows if len(row.prompt) > max_prompt_chars), None):
         problem = f"a prompt of {len(long)} characters, more than max_prompt_chars={max_prompt_chars}: {short(long)}"
         raise InputError(f"{name} holds {problem}; shorten it, or set a higher limit")

@@ -69,11 +69,7 @@ class ScoreCounts:
 
 
 def inspect_scores(gaps: PairGaps) -> ScoreCounts:
-    """Count how each scorer agrees with the labels, and how many pairs each MPCF strategy keeps.
-
-    Args:
-        gaps: Gaps of the rows of one split.
-    """
+    """Count how each scorer agrees with the labels, and how many pairs each MPCF strategy keeps."""
     problems = {reason: int(rows.sum()) for reason, rows in gaps.problems.items() if rows.any()}
     sound = np.ones(len(gaps), dtype=bool)
     for rows in gaps.problems.values():

@@ -195,22 +195,12 @@ class PairReader(Part):
             names.append(quoted(pair_id))
 
     def refuse_long_prompt(self, pair_id: str, length: int, rows: int = 1) -> None:
-        """Apply ``on_error`` to rows whose prompt is too long.
-
-        Args:
-            pair_id: Name of the first such row.
-            length: Number of characters in the first such row's prompt.
-            rows: Number of such rows.
-        """
+        """Apply ``on_error`` to rows whose prompt is too long."""
         problem = f"prompt has {length} characters, more than max_prompt_chars={self.max_prompt_chars}"
         self.refuse(pair_id, problem, "prompt too long", rows)
 
     def report(self, name: str) -> None:
-        """Log one line with the numbers of rows left out and kept with a remark, if there are any.
-
-        Args:
-            name: Name of the data set or file in the log line.
-        """
+        """Log one line with the numbers of rows left out and kept with a remark, if there are any."""
         counts = {"left out": self.skipped, "kept with a remark": self.remarks}
         if told := [f"{what}: {count_text(count)}" for what, count in counts.items() if count]:
             logger.warning("%s: %d rows kept; %s", printable(name), len(self), printable("; ".join(told)))

@@ -143,11 +143,6 @@ class DatasetPairReader(PairRowReader):
 def choose_columns(schema: pa.Schema, named: Mapping[str, str], place: str) -> dict[str, str]:
     """Choose the columns of a table's fields.
 
-    Args:
-        schema: Columns of the table.
-        named: Field → column, as the user named them.
-        place: Name of the table in messages.
-
     Returns:
         Field, one of ``FIELDS`` → column. Of the fields of images it has ``chosen`` and ``rejected``, or ``image_a``
         and ``image_b``.
@@ -177,11 +172,6 @@ def choose_columns(schema: pa.Schema, named: Mapping[str, str], place: str) -> d
 
 def name_columns(present: Collection[str], named: Mapping[str, str], place: str) -> dict[str, str]:
     """Return the column of every field that a table has: the one that the user named, or the one with its name.
-
-    Args:
-        present: Columns of the table.
-        named: Field → column, as the user named them.
-        place: Name of the table in messages.
 
     Raises:
         InputError: If there is no such field or column.

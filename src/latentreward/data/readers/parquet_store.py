@@ -258,12 +258,7 @@ def plain_bytes(values: pa.Array) -> int:
 
 
 def locate(starts: np.ndarray, row: int) -> tuple[int, int]:
-    """Return the number of the part that holds a row of the split, and the row's number in the part.
-
-    Args:
-        starts: Number of rows before each part, ``(parts,)``, from :func:`read_index`.
-        row: Row number in the split.
-    """
+    """Return the part that holds a row, and its number there, by the rows before each part, ``starts`` ``(parts,)``."""
     part = int(np.searchsorted(starts, row, side="right")) - 1
     return part, row - int(starts[part])
 

@@ -63,10 +63,6 @@ class SplitTable(ABC):
     def read_index(self, columns: dict[str, pa.DataType | None], hint: str) -> pa.Table:
         """Read whole columns without images into one table, in the order of ``columns``.
 
-        Args:
-            columns: Column → type to cast to; None keeps the type that the column has.
-            hint: Remedy in the message about a column that is missing or has another type.
-
         Raises:
             InputError: If a column is missing or cannot be cast, or a file is damaged.
         """
@@ -239,16 +235,7 @@ class TablePairReader(PairReader):
         hint: str,
         config: str | None = None,
     ) -> pa.Table:
-        """Find the table of a split and read columns from it.
-
-        Args:
-            source: See :func:`open_table`.
-            split: Name of the split.
-            revision: Revision on the hub.
-            columns: Column → Arrow type to cast to; None keeps the type that the column has.
-            hint: Remedy in the message about a column that is missing or has another type.
-            config: Configuration of the data set on the hub.
-        """
+        """Find the table of a split and read columns from it."""
         self.split, self._table = split, open_table(self, source, split, revision, config)
         return self._table.read_index(columns, hint)
 
@@ -300,13 +287,7 @@ def find_all_parts(
 
 
 def warn_row_groups(table: SplitTable, columns: Sequence[str], name: str) -> None:
-    """Log a warning if a row in random order costs a large row group.
-
-    Args:
-        table: Table of the split.
-        columns: Columns of images.
-        name: Name of the data set and its split.
-    """
+    """Log a warning if a row in random order costs a large row group."""
     if (largest := table.largest_row_group(columns)) > LARGE_ROW_GROUP:
         text = "%s: a random row costs its row group, %d MiB; set memory_map to true to copy the images once"
         logger.warning(text, name, largest >> 20)
@@ -373,9 +354,7 @@ def class_names(schema: pa.Schema, column: str) -> list[str] | None:
 def name_class(classes: Sequence[str] | None, value: Any) -> Any:
     """Return the name of a class in place of its number; None for a number without class, such as −1 for no label.
 
-    Args:
-        classes: Names of the classes; None leaves every value as it is.
-        value: Value in the column.
+    Without classes, every value is returned as it is.
     """
     if classes is None or not isinstance(value, int):
         return value

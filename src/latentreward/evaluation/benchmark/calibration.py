@@ -18,10 +18,6 @@ def calibration_result(key: str, pairs: BenchmarkPairs) -> CalibrationResult:
     :class:`~latentreward.metrics.calibration.PairCalibration`. The interval resamples prompt groups and does not refit
     the temperatures; it is centred on the error, because resampling inflates the error. With finitely many pairs the
     error is positive even for a calibrated scorer.
-
-    Args:
-        key: Key of the protocol under which the result is reported.
-        pairs: Scored pairs of one scorer.
     """
     known = ~(np.isnan(pairs.labels) | np.isnan(pairs.first) | np.isnan(pairs.second))
     gap, label = (pairs.first - pairs.second)[known], pairs.labels[known]

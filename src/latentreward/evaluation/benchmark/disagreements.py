@@ -14,11 +14,6 @@ def most_disputed(benchmark: str, scored: Sequence[BenchmarkPairs], count: int) 
     scorers, pairs are ranked by min(max g, −min g) over the scorers, which is positive where two scorers prefer
     different images. With one scorer, pairs are ranked by its gap in favour of the image that people did not prefer.
     At most one pair of each prompt group is returned.
-
-    Args:
-        benchmark: Name of data set and split.
-        scored: Scores of the same pairs, one item per scorer.
-        count: Most pairs to return.
     """
     gaps = np.stack([_unit_gaps(pairs) for pairs in scored])
     first = scored[0]

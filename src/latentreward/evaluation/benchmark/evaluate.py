@@ -75,12 +75,7 @@ class BenchmarkScores:
 
 
 def evaluate(scores: BenchmarkScores, shown: int) -> BenchmarkReport:
-    """Compute the report on one benchmark.
-
-    Args:
-        scores: Scores of all scorers.
-        shown: Most pairs per split to show on which scorers disagree.
-    """
+    """Compute the report on one benchmark."""
     report = BenchmarkReport(
         scorers={scorer.name: public_identity(scorer) for scorer in scores.scorers},
         protocols=tuple(

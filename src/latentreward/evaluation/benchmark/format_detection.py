@@ -21,9 +21,6 @@ def recognise_benchmark(data: str) -> Benchmark:
     :class:`~latentreward.evaluation.benchmark.PairsBenchmark`. The first split of ``EVALUATED`` that exists is
     evaluated, else the first split found.
 
-    Args:
-        data: Folder of a data set, or one of its files.
-
     Raises:
         InputError: If the layout is not recognised, or the data set holds latents instead of images.
     """

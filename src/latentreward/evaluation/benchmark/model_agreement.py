@@ -19,11 +19,6 @@ def agreement_result(benchmark: str, pairs: BenchmarkPairs, others: BenchmarkPai
     Labels are not used. If the pairs have image keys, an image that recurs with the same prompt counts once in the
     correlations, in the prompt group of the first pair that contains it.
 
-    Args:
-        benchmark: Name of data set and split.
-        pairs: Scored pairs of one scorer.
-        others: The same pairs, scored by the other scorer.
-
     Raises:
         InputError: If the two scorers scored different pairs.
     """

@@ -29,12 +29,7 @@ Pictures = Mapping[tuple[str, int], tuple[Image.Image | None, Image.Image | None
 
 
 def disagreement_pictures(report: BenchmarkReport, readers: Mapping[str, PairReader]) -> Pictures:
-    """Read the images of the pairs in ``report.telling``.
-
-    Args:
-        report: Report with the pairs on which scorers disagree most.
-        readers: Name of data set and split, as in the report → reader.
-    """
+    """Read the images of the pairs in ``report.telling``."""
     pictures = {}
     for one in report.telling:
         reader = readers[one.benchmark]
@@ -44,13 +39,7 @@ def disagreement_pictures(report: BenchmarkReport, readers: Mapping[str, PairRea
 
 
 def write_benchmark_page(path: Path, report: BenchmarkReport, pictures: Pictures) -> None:
-    """Write the benchmark report as an HTML page.
-
-    Args:
-        path: HTML file to write.
-        report: Report to show.
-        pictures: Images of the pairs on which scorers disagree most (``report.telling``).
-    """
+    """Write the benchmark report as an HTML page."""
     parts = list(sections(report))
     figures: dict[str, list[dict[str, str]]] = {part.key: [] for part in parts}
     for key, (figure, alt) in _figures(report):

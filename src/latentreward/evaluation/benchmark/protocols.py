@@ -57,12 +57,7 @@ class Protocol:
 
 
 def judge(key: str, pairs: BenchmarkPairs, fitting: BenchmarkPairs | None = None) -> Judgement:
-    """Judge every pair by a protocol.
-
-    Args:
-        key: Key of ``PROTOCOLS``.
-        pairs: Scored pairs of the split that is evaluated.
-        fitting: Scored pairs of the same scorer on the protocol's ``fitting_split``, if the protocol has one.
+    """Judge every pair by a protocol; ``fitting`` are the scorer's pairs of the protocol's ``fitting_split``.
 
     Raises:
         InputError: If there is no such protocol, or the protocol needs ``fitting`` and it is None.

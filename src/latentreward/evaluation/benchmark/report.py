@@ -21,11 +21,6 @@ def write_report(folder: Path, report: BenchmarkReport, pictures: Pictures) -> N
     """Write ``report.json``, ``report.md`` and ``report.html``; each file is replaced only by a complete new one.
 
     The files hold no date, time or path of the machine, so equal results give equal files.
-
-    Args:
-        folder: Folder to write to.
-        report: Report to write.
-        pictures: Images of the pairs on which scorers disagree most (``report.telling``).
     """
     write_file(folder / JSON, json_report(report))
     write_file(folder / MARKDOWN, markdown(report))

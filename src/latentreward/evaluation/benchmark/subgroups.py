@@ -63,11 +63,6 @@ def _subgroup(
 def paired_difference(key: str, first: Judged, second: Judged) -> DifferenceResult:
     """Compute the difference of two scorers on the pairs that count for both, with the interval of the difference.
 
-    Args:
-        key: Key of the protocol.
-        first: Pairs and judgement of the first scorer.
-        second: The same pairs scored by the second scorer, and their judgement.
-
     Raises:
         InputError: If the two scorers scored different pairs.
     """

@@ -25,13 +25,8 @@ INTRODUCTION = (
 def write_report(folder: Path, report: PolicyReport, scored: Sequence[ScoredPictures], cards: int) -> None:
     """Write ``report.json``, ``report.md``, ``report.html`` and ``scores.csv``.
 
-    Each file is replaced only by a complete new one.
-
-    Args:
-        folder: Folder to write to.
-        report: Report to write.
-        scored: Scored pictures of each policy, paired by :func:`~latentreward.evaluation.policy.statistics.in_common`.
-        cards: Most pictures of each policy on the HTML page.
+    Each file is replaced only by a complete new one. Pictures of policies are paired as by
+    :func:`~latentreward.evaluation.policy.statistics.in_common`; the page shows ``cards`` pictures of each at most.
     """
     write_file(folder / JSON, json_report(report))
     write_file(folder / MARKDOWN, markdown(report))

@@ -65,10 +65,6 @@ class ScoreStore:
     def add(self, scores: Mapping[str, Scores], model: str | None = None) -> None:
         """Add scores and rewrite the file; the old file stays until the new one is complete.
 
-        Args:
-            scores: Scores by key.
-            model: Model that a server named with them.
-
         Raises:
             InputError: If that is not the model of the kept scores.
         """
