@@ -153,20 +153,12 @@ class ResumedSettings(Callback):
             logger.warning("resume: %s", line)
 
     def _check_classes(self, optimizers: Sequence[Optimizer]) -> None:
-        """Raise InputError if the checkpoint's optimisers are of other classes.
-
-        Checkpoints of earlier versions hold no classes; there the names of the settings tell.
-        """
+        """Raise InputError if the checkpoint's optimisers are of other classes."""
         ours = [type(optimizer).__name__ for optimizer in optimizers]
-        if self._saved_optimizers:
-            others = self._saved_optimizers != ours
-        else:
-            others = any(map(of_another_class, self._saved_groups, optimizers))
-        if others:
-            theirs = ", ".join(self._saved_optimizers or ["another class"])
+        if self._saved_optimizers not in ([], ours):
             raise InputError(
-                f"model.optimizer is {', '.join(ours)}, but the checkpoint holds the state of {theirs}; give the "
-                "model.optimizer that it was trained with, or start a new run"
+                f"model.optimizer is {', '.join(ours)}, but the checkpoint holds the state of "
+                f"{', '.join(self._saved_optimizers)}; give the model.optimizer that it was trained with, or start anew"
             )
 
     def _compare_optimizers(self, trainer: Trainer) -> None:
@@ -234,16 +226,6 @@ class ResumedSettings(Callback):
                     config.scheduler.step()
         if trainer.is_global_zero and "schedule" in self.override:
             logger.warning("resume: model.lr_scheduler is the given one, placed at step %d", trainer.global_step)
-
-
-def of_another_class(saved: Sequence[Mapping[str, Any]], optimizer: Optimizer) -> bool:
-    """Tell whether the names of settings in saved parameter groups show another class than that of ``optimizer``.
-
-    One class has different names in different versions of PyTorch, but one of the versions has all names of the other.
-    """
-    theirs = {name for group in saved for name in group} - SCHEDULE_VALUES
-    ours = {name for group in optimizer.param_groups for name in group} - SCHEDULE_VALUES
-    return not (theirs <= ours or ours <= theirs)
 
 
 def batch_size(trainer: Trainer) -> int | None:

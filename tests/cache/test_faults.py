@@ -63,7 +63,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
     "table flipped": (lambda cache: flip(cache / IMAGES), "images.parquet is damaged"),
     "table missing": (lambda cache: (cache / IMAGES).unlink(), "images.parquet is missing"),
     "interrupted rename": (
-        lambda cache: first_shard(cache).rename(f"{first_shard(cache)}.0123abcd.tmp"),
+        lambda cache: first_shard(cache).rename(first_shard(cache).parent / ".00000.0123abcd-1-0123abcd.partial"),
         "is missing",
     ),
 }

@@ -42,8 +42,6 @@ LATENTS_FOLDER, TEXT_FOLDER = "latents", "text"
 LATENTS, PROMPT_EMBEDS, POOLED_PROMPT_EMBEDS = "latents", "prompt_embeds", "pooled_prompt_embeds"
 PROMPT_LENGTHS = "prompt_lengths"
 """Names of the tensors in a shard."""
-TEMPORARY = ".tmp"
-"""Extension by which an earlier version named unfinished files."""
 
 CacheDtype = Literal["float16", "bfloat16", "float32"]
 

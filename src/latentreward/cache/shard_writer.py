@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from latentreward.cache.layout import PROMPT_LENGTHS, TEMPORARY
+from latentreward.cache.layout import PROMPT_LENGTHS
 from latentreward.storage.durable import TEMPORARY_NAME, replacing
 
 KEPT = "finished shards are kept: free some space and resume with the same command"
@@ -21,9 +21,9 @@ DTYPE_NAMES = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32
 
 
 def remove_temporary(folder: Path) -> None:
-    """Delete unfinished files of killed runs, also those of an earlier version, named ``*.tmp``."""
+    """Delete unfinished files of killed runs."""
     for path in folder.rglob("*"):
-        if TEMPORARY_NAME.fullmatch(path.name) or path.suffix == TEMPORARY:
+        if TEMPORARY_NAME.fullmatch(path.name):
             path.unlink(missing_ok=True)
 
 

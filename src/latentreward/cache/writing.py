@@ -160,8 +160,7 @@ class EncodingDataModule(LightningDataModule):
 
         Tables that a killed run wrote before its plan are allowed.
         """
-        ours = ("lock", PLAN, *SCHEMAS)  # "lock" is the lock file of an earlier version
-        strangers = [name for name in contents(self.folder) if not name.startswith(ours)]
+        strangers = [name for name in contents(self.folder) if not name.startswith((PLAN, *SCHEMAS))]
         if strangers:
             raise InputError(
                 f"output={str(self.folder)!r} has no {PLAN} but holds {strangers[0]} ({len(strangers)} such files); "

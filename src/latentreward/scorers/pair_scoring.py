@@ -92,7 +92,7 @@ class PairScoring:
             "reader": f"{type(self.reader).__name__} with {len(self.reader)} rows, {rows}",
             "scorers": {scorer.name: scorer.identity() for scorer in self.scorers},
             "max_pixels": self.max_pixels,
-            "exif": None if self.reader.exif == "ignore" else self.reader.exif,  # null as in tables of older versions
+            "exif": None if self.reader.exif == "ignore" else self.reader.exif,
         }
 
     def prepare(self) -> None:
