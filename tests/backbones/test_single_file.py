@@ -90,6 +90,9 @@ def test_parts_that_a_checkpoint_lacks_are_those_of_the_folder(pipeline: Path, t
         ("missing", r"unet of .*dream.safetensors: missing tensor conv_in.weight \(1 in all\)"),
         ("other", "cannot load unet of .*dream.safetensors.* give the configs of this model"),
         ("lora", "has tensors of no pipeline that diffusers knows as a single file"),
+        ("shape", "has tensors of no pipeline that diffusers knows as a single file"),
+        ("v_pred", "has the tensor v_pred, so that the scheduler config of .* may be wrong for it; put the configs of"),
+        ("v2", r"is of SD2, whose networks predict noise \(base\) or v \(768\), so that .* into .*/dream/"),
         ("pickle", "is no safetensors file, and files of other kinds are not read: pickles could run code"),
         ("variant", "is a file, which has no revision or variant; leave them out"),
     ],
@@ -97,7 +100,7 @@ def test_parts_that_a_checkpoint_lacks_are_those_of_the_folder(pipeline: Path, t
 def test_what_cannot_be_read_is_refused_in_one_line(pipeline: Path, tmp_path: Path, damage: str, message: str) -> None:
     path, variant = checkpoint(pipeline, tmp_path), None
     tensors = load_file(path)
-    if damage != "lora":
+    if damage not in ("lora", "shape", "v_pred", "v2"):
         copy_configs(pipeline, tmp_path / "dream")
     if damage == "missing":
         del tensors["model.diffusion_model.input_blocks.0.0.weight"]
@@ -108,6 +111,19 @@ def test_what_cannot_be_read_is_refused_in_one_line(pipeline: Path, tmp_path: Pa
         )
     elif damage == "lora":
         save_file({"lora_unet_down_blocks_0.lora_down.weight": torch.zeros(4, 8)}, path)
+    elif damage == "shape":  # SD3's key with a table of positions that no published model has
+        save_file(
+            {
+                "model.diffusion_model.joint_blocks.0.context_block.adaLN_modulation.1.bias": torch.zeros(9216),
+                "model.diffusion_model.pos_embed": torch.zeros(1, 4, 8),
+            },
+            path,
+        )
+    elif damage == "v_pred":
+        save_file({**tensors, "v_pred": torch.zeros(1)}, path)
+    elif damage == "v2":
+        key = "model.diffusion_model.input_blocks.2.1.transformer_blocks.0.attn2.to_k.weight"
+        save_file({**tensors, key: torch.zeros(8, 1024)}, path)
     elif damage == "pickle":
         torch.save(tensors, path := tmp_path / "dream.ckpt")
     else:

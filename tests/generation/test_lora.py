@@ -15,6 +15,7 @@ from latentreward.export import TrainedLoRA, write_kohya
 from latentreward.generation import load_lora
 from latentreward.generation.lora import check_lora
 from latentreward.policies import POLICY, Policy, PolicySource
+from tests.families.twins import TWINS
 from tests.marks import rotated_after
 from tests.tiny_pipelines import pipeline_folder
 
@@ -76,6 +77,20 @@ def test_kohyas_names_of_sdxls_original_layers_are_read(tmp_path: Path) -> None:
     fresh = load("sdxl")
     load_lora(fresh, tmp_path)
     torch.testing.assert_close(predict(fresh), predict(policy), atol=1e-4, rtol=1e-4)
+
+
+def test_alphas_beside_diffusers_names_of_flux_count(tmp_path: Path) -> None:
+    """As in TheLastBen/Jon_Snow_Flux_LoRA; asked for metadata alone, diffusers drops them without a word."""
+    source = TWINS["flux1_schnell"].source()
+    tensors = load_file(TrainedLoRA.of_policy(source.load()).write_diffusers(tmp_path))
+    tensors = {name: torch.full_like(tensor, 2.0) for name, tensor in tensors.items()}
+    half = torch.tensor(len(tensors[first(tensors, "lora_A.weight")]) / 2)
+    alphas = {name.replace("lora_A.weight", "alpha"): half for name in tensors if name.endswith("lora_A.weight")}
+    save_file(tensors | {name: alpha.clone() for name, alpha in alphas.items()}, tmp_path / "flux.safetensors")
+    fresh = source.load()
+    load_lora(fresh, tmp_path / "flux.safetensors")
+    found = [weight for name, weight in fresh.network.named_parameters() if ".lora_B.lora." in name]
+    assert len(found) == len(alphas) and all((weight == 1).all() for weight in found)
 
 
 def test_a_lora_of_another_network_is_refused(tmp_path: Path) -> None:

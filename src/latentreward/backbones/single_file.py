@@ -12,6 +12,10 @@ from typing import Any
 from latentreward.errors import InputError, first_line
 from latentreward.storage.weight_files import MappedWeights, map_weights
 
+ANOTHER_PROCESS = ("v_pred", "ztsnr", "edm_vpred.sigma_max")
+"""Tensors by which checkpoints of SDXL say that their noise process is not SDXL's, as ComfyUI's ``supported_models.py``
+reads them: NoobAI's v prediction, its levels up to pure noise, CosXL."""
+
 
 def find_configs(path: Path) -> str:
     """Return the folder beside a checkpoint, or the hub id, with the configs of its kind, as diffusers recognises it.
@@ -29,24 +33,28 @@ def find_configs(path: Path) -> str:
     if (path.with_suffix("") / "model_index.json").is_file():
         return str(path.with_suffix(""))
     tensors = map_weights([path]).tensors
-    kind = single_file_utils.infer_diffusers_model_type(tensors)
-    if kind == "v1" and single_file_utils.CHECKPOINT_KEY_NAMES["v1"] not in tensors:  # what diffusers takes others for
+    try:
+        kind = single_file_utils.infer_diffusers_model_type(tensors)
+        configs = str(single_file_utils.DIFFUSERS_DEFAULT_PIPELINE_PATHS[kind]["pretrained_model_name_or_path"])
+    except (LookupError, NameError, ValueError):  # of shapes that diffusers does not know
+        kind, configs = "", ""
+    if not configs or (kind == "v1" and single_file_utils.CHECKPOINT_KEY_NAMES["v1"] not in tensors):  # its last guess
         raise InputError(
             f"source={str(path)!r} has tensors of no pipeline that diffusers knows as a single file (such as "
             f"{next(iter(tensors), 'none')}); give a checkpoint of a whole model, or a diffusers pipeline folder"
         )
-    return str(single_file_utils.DIFFUSERS_DEFAULT_PIPELINE_PATHS[kind]["pretrained_model_name_or_path"])
+    unlike = next((name for name in ANOTHER_PROCESS if name in tensors), None)
+    if unlike or kind == "v2":
+        reason = f"has the tensor {unlike}" if unlike else "is of SD2, whose networks predict noise (base) or v (768)"
+        raise InputError(
+            f"source={str(path)!r} {reason}, so that the scheduler config of {configs} may be wrong for it; put the "
+            f"configs of its own pipeline into {path.with_suffix('')}/"
+        )
+    return configs
 
 
 def weights_of_part(path: Path, family: type[Any], config: Any, source: str, part: str) -> MappedWeights | None:
     """Map the weights of one part of a single-file checkpoint, renamed as in diffusers; None if it has none of them.
-
-    Args:
-        path: The checkpoint.
-        family: diffusers or transformers model class.
-        config: The part's config.
-        source: Folder or hub id of the configs.
-        part: Name of the part, such as ``text_encoder_2``.
 
     Raises:
         InputError: If the file is damaged, or diffusers cannot convert it.

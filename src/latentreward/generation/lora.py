@@ -138,7 +138,9 @@ def weights_by_layer(tensors: Mapping[str, Tensor], policy: Policy, path: Path, 
     with torch.inference_mode(False), torch.enable_grad():
         weights = plain | {name: tensor.clone() for name, tensor in sources.items()}
         if loader is not None:
-            weights, *rest = loader.lora_state_dict(weights, return_lora_metadata=True, unet_config=config)
+            # FLUX.1's loader drops alphas unless asked; others return them always, or leave them among the weights.
+            options = {"return_alphas": True, "return_lora_metadata": True, "unet_config": config}
+            weights, *rest = loader.lora_state_dict(weights, **options)
             alphas = rest[0] or {} if len(rest) == 2 else {}
         outputs = [tensor for tensor in weights.values() if tensor.requires_grad]
         zeros = [torch.zeros_like(tensor) for tensor in outputs]
