@@ -33,13 +33,7 @@ def _wrong_features(
 
 
 def features_problem(features: Features, spec: FeatureSpec, rows: int) -> str | None:
-    """Return the first difference of features from the ``spec`` that a head was built from; None without one.
-
-    Args:
-        features: Features that a backbone returned.
-        spec: The backbone's ``feature_spec``.
-        rows: Number of latents.
-    """
+    """Return the first difference of features from the ``spec`` that a head was built from; None without one."""
     promised: dict[str, tuple[Tensor, tuple[int, ...]]] = {}
     for kind, taps, specs in (("visual", features.visual, spec.visual), ("text", features.text, spec.text)):
         if len(taps) != len(specs):
@@ -227,12 +221,6 @@ def rows_of(features: Features, rows: slice) -> Features:
 
 def check_taps(name: str, taps: Sequence[int], last: int, least: int = 0) -> tuple[int, ...]:
     """Check block numbers to read features at, and return them as a tuple.
-
-    Args:
-        name: Name of the setting, for messages.
-        taps: Block numbers in ascending order, from 0 (before the first block) to ``last``.
-        last: Number of the last block.
-        least: Smallest number of taps.
 
     Raises:
         InputError: If there are fewer than ``least`` taps, they do not ascend, or one is not in 0..``last``.

@@ -343,14 +343,7 @@ def check_sample_size(size: Any) -> None:
 
 
 def check_tokenizer(tokenizer: Any, rows: int, name: str, remedy: str) -> None:
-    """Raise InputError if the tokenizer's vocabulary does not fit a text encoder with ``rows`` token embeddings.
-
-    Args:
-        tokenizer: Tokenizer of transformers.
-        rows: Rows of the text encoder's embedding table.
-        name: Name of the tokenizer, with which the message begins.
-        remedy: End of the message.
-    """
+    """Raise InputError if the tokenizer's vocabulary does not fit a text encoder with ``rows`` token embeddings."""
     if not rows // 2 <= len(tokenizer) <= rows:  # transformers 5 returns an empty tokenizer if its files are missing
         raise InputError(f"{name} has {len(tokenizer)} tokens, but its text encoder has {rows}; {remedy}")
 
@@ -360,12 +353,7 @@ def check_channels(
 ) -> None:
     """Raise InputError if a network's number of input channels differs from that of its pipeline's latents.
 
-    Args:
-        source: Pipeline, for the message.
-        network: Name of the network, for the message.
-        config: Config of the network.
-        space: Latent space of the pipeline's VAE.
-        positions: Number of positions of the latents whose channels the network takes as those of one token.
+    A token of the network may join the channels of several ``positions`` of the latents.
     """
     taken = entry(config, "in_channels", int, f"source={source!r}: {network}")
     if taken != positions * space.channels:

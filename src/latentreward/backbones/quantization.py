@@ -26,10 +26,6 @@ def check_quantization(kind: str | None, tuning: str) -> None:
 
     On the meta device, where costs are estimated, this machine needs neither a GPU nor the library.
 
-    Args:
-        kind: ``int8``, ``bnb_int8``, ``nf4`` or None.
-        tuning: Weights that train: ``lora``, ``frozen`` or ``full``.
-
     Raises:
         InputError: If the kind is unknown, its library or a GPU that it needs is missing, or the weights train.
     """
@@ -61,10 +57,6 @@ def quantize(blocks: Iterable[nn.Module], kind: str | None) -> None:
 
     Adapters, norms and the layers outside the blocks keep their types. On the meta device layers only get
     :data:`PLANNED`.
-
-    Args:
-        blocks: Blocks of the network, whose adapters are in place.
-        kind: A setting that :func:`check_quantization` has passed.
     """
     if kind is not None:
         held = list(blocks)

@@ -73,11 +73,6 @@ def stored_ranks(network: nn.Module, shapes: Mapping[str, tuple[int, ...]], orig
 def check_settings(settings: Mapping[str, Any], stored: Iterable[int], origin: str) -> None:
     """Check the settings of a stored adapter, whose patterns PEFT matches with the names of all layers.
 
-    Args:
-        settings: Settings by name, see :data:`~latentreward.backbones.tuning.PEFT_SETTINGS`.
-        stored: Ranks of the stored tensors.
-        origin: Source of the settings, for messages.
-
     Raises:
         InputError: If an expression is not a name with dots and escapes, a setting has another type, alpha is not
             finite, or the ranks are not those of the stored tensors.

@@ -30,12 +30,6 @@ class TransformerBackbone(DiffusionBackbone):
     ) -> int:
         """Check and set the taps, and return the number of blocks to keep.
 
-        Args:
-            depth: Number of blocks of the network.
-            num_layers: Number of blocks to keep; None keeps the blocks up to the last tap.
-            visual_taps: See :attr:`visual_taps`.
-            text_taps: See :attr:`text_taps`.
-
         Raises:
             InputError: If the network has fewer blocks, or a tap is not one of those that are kept.
         """

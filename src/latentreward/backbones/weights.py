@@ -381,13 +381,7 @@ def assign(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
 
 
 def from_config(family: type[Any], source: str, dtype: torch.dtype | None, **place: Any) -> Any:
-    """Build a model with initial weights from the config in ``source``.
-
-    Args:
-        family: diffusers or transformers model class.
-        source: Folder or hub id.
-        dtype: Type of the weights; None leaves float32.
-        place: ``subfolder``, ``revision`` and ``local_files_only``.
+    """Build a model with initial weights from the config in ``source``, in float32 without a ``dtype``.
 
     Raises:
         InputError: If the config cannot be read, or the class rejects it.
@@ -411,11 +405,6 @@ def from_config(family: type[Any], source: str, dtype: torch.dtype | None, **pla
 
 def network_config(family: type[Any], source: str, **place: Any) -> dict[str, Any]:
     """Read the config of a diffusers model.
-
-    Args:
-        family: diffusers model class.
-        source: Folder or hub id.
-        place: ``subfolder``, ``revision`` and ``local_files_only``.
 
     Raises:
         InputError: If the config cannot be read, names too many layers, or is of quantised weights.
@@ -463,10 +452,6 @@ def numbers_in(value: Any) -> Iterator[float]:
 def check_unquantized(config: Mapping[str, Any], where: str) -> None:
     """Refuse the config of quantised weights, before the files are downloaded or a library asks for its own.
 
-    Args:
-        config: Config of a diffusers or transformers model.
-        where: Place of the config, for the message.
-
     Raises:
         InputError: If the config has an entry ``quantization_config``.
     """
@@ -481,11 +466,6 @@ def check_unquantized(config: Mapping[str, Any], where: str) -> None:
 
 def encoder_config(family: type[Any], source: str, **place: Any) -> Any:
     """Read the config of a transformers model, and refuse an ``attn_implementation`` whose code would be downloaded.
-
-    Args:
-        family: transformers model class.
-        source: Folder or hub id.
-        place: ``subfolder``, ``revision`` and ``local_files_only``.
 
     Raises:
         InputError: If the config cannot be read, is of quantised weights, or names an attention that is not in

@@ -97,22 +97,24 @@ def generate(
     source = trained.source()
     family = source.resolve_family()
     guidance_scale = family.guidance(guidance_scale)
-    later = {"population_search": population_search, "reward_guidance": reward_guidance}
+    searches = {
+        "step_search": step_search,
+        "population_search": population_search,
+        "reward_guidance": reward_guidance,
+    }
     settings = trained.identity() | plain(
         {
             "reward": reward,
             "sampling": sampling,
             "guidance_scale": guidance_scale,
             "best_of": best_of,
-            "step_search": step_search,
             "score_sigmas": list(score_sigmas),
             "seed": seed,
-            # left out where unused: folders of earlier versions go on
-            **{name: value for name, value in later.items() if value is not None},
+            **searches,
         }
     )
     texts = [row.prompt for row in read_prompt_rows(prompts, "prompts", max_prompt_chars)]
-    named = [name for name, value in {"step_search": step_search, **later}.items() if value is not None]
+    named = [name for name, value in searches.items() if value is not None]
     if reward is None and (best_of > 1 or named):
         raise InputError(f"{', '.join(named) or 'best_of'}: needs a reward to choose by; set reward")
     if len(named) > 1:

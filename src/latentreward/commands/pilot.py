@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING
 
 from latentreward.errors import InputError, check_at_least_one, errors_at
 from latentreward.interrupts import interrupts_told
-from latentreward.pilot.checks import GB, check_access, check_disk, check_sources, downloads, hub_cache, is_hub_id
+from latentreward.pilot.checks import GB, check_access, check_disk, check_sources, downloads, hub_cache
 from latentreward.pilot.plans import ALIGNED, BESIDE, CUT, JUDGED, MEASURED, Pilot, all_pilots, find_pilot
 from latentreward.settings.functions import run_plain_function
 from latentreward.steps.tasks import Task
 from latentreward.storage.durable import write_file
+from latentreward.storage.hub import is_hub_id
 from latentreward.storage.locks import locked
 
 if TYPE_CHECKING:

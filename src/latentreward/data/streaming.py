@@ -20,7 +20,6 @@ from latentreward.data.images import ExifOrientation, ImageError, PixelLoader
 from latentreward.data.loading import CountedBatches, check_same_order
 from latentreward.data.readers.base import DATA_ON_ERROR, OnError, count_text, normalise_prompt
 from latentreward.data.readers.dataset_pairs import KEYS, choose_columns
-from latentreward.data.readers.hub import is_hub_id
 from latentreward.data.readers.json_rows import edit_remark, find_edit_source, short
 from latentreward.data.readers.pair_rows import BY_LABEL, INDEX, WINNER_FIRST, PairRowReader
 from latentreward.data.readers.parquet_store import plain_features
@@ -35,6 +34,7 @@ from latentreward.data.readers.tables import (
 )
 from latentreward.errors import InputError, check_at_least_one, first_line
 from latentreward.storage.digests import digest
+from latentreward.storage.hub import is_hub_id
 
 if TYPE_CHECKING:
     from datasets import IterableDataset

@@ -17,7 +17,7 @@ from latentreward.backbones import loading
 from latentreward.errors import InputError
 from latentreward.estimate.pipelines import CLIP_MODELS, HUB_IDS, PIPELINES, write_pipelines
 from latentreward.scorers import clip
-from latentreward.storage.hub import cached_files
+from latentreward.storage.hub import cached_files, is_hub_id
 
 SOURCES = ("source", "processor", "text_projection_source", "base")
 """Names of settings whose value is a model: a folder or a hub id."""
@@ -58,7 +58,7 @@ class ConfigSources:
         """
         if source in self._found:
             return source
-        if Path(source).exists() or source.count("/") != 1 or source.startswith((".", "/", "~")):
+        if Path(source).exists() or not is_hub_id(source):
             if Path(source).exists():
                 self.used[source] = "its folder"
             elif "/" not in source and source not in (*loading.SHIPPED, *clip.SHIPPED):  # an old hub id, such as gpt2

@@ -374,9 +374,6 @@ class Family(Part):
     def kohya_layers(self, layers: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, list[Pair | None]]:
         """Group adapters by the layers' names in the programs that read kohya's format.
 
-        Args:
-            layers: A and B by the layers' names in diffusers.
-
         Returns:
             For each layer the A and B of its parts in order; a part without a trained adapter is None.
 

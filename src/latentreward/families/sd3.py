@@ -177,9 +177,6 @@ class StableDiffusion3(Family):
 def mmdit_parts(pairs: Mapping[str, Pair]) -> dict[str, list[Pair | None]]:
     """Group the adapters of diffusers' SD3 transformer by the layers of sd-scripts' MMDiT.
 
-    Args:
-        pairs: A and B by the layers' names in diffusers' SD3 transformer.
-
     Returns:
         For each MMDiT layer the A and B of its parts, in order: three parts (query, key, value) for a joined layer,
         else one. A part without a trained adapter is None.

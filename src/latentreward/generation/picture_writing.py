@@ -57,12 +57,6 @@ def picture_batches(
 
     Wanted images are cut, and then those that are there are left out: a run that goes on samples a batch together with
     the images that a run without a stop would sample it with, to the last bit.
-
-    Args:
-        wanted: All images.
-        missing: Images to make.
-        texts: All prompts.
-        batch_size: Most images in a batch.
     """
     left = {*missing}
     cut = (wanted[start : start + batch_size] for start in range(0, len(wanted), batch_size))
@@ -71,14 +65,7 @@ def picture_batches(
 
 
 def make_pictures(crew: Crew, task: str, batches: Sequence[list[list[Any]]], folder: ImageFolder) -> None:
-    """Let the processes of a command make images, and add them to the folder's table.
-
-    Args:
-        crew: The processes.
-        task: Name of the task, whose work is :meth:`PictureWriting.write`.
-        batches: See :func:`picture_batches`.
-        folder: Folder of the images.
-    """
+    """Let the processes of a command make images, and add them to the folder's table."""
 
     def keep(found: Sequence[tuple[Any, list[Row]]]) -> None:
         folder.record([row for _, rows in found for row in rows])

@@ -86,12 +86,6 @@ def offload_text_encoders(policy: Policy, reward: Reward | None, prompts: Sequen
     """Keep the text encoders of a policy and its latent rewards in CPU memory, except while they encode.
 
     Nothing is done if ``device`` is the CPU.
-
-    Args:
-        policy: Policy on ``device``.
-        reward: Reward on ``device``, which may share the policy's text encoder.
-        prompts: Prompts of the run, in order.
-        device: Device of the networks.
     """
     if device.type == "cpu":
         return

@@ -46,10 +46,6 @@ def process_from_scheduler(
 ) -> NoiseProcess:
     """Build the noise process of a saved diffusers scheduler config: flow matching or DDPM, by its class name.
 
-    Args:
-        config: The saved config, with ``_class_name``.
-        taken: Classes of schedulers that the network takes.
-
     Raises:
         InputError: If the config has no ``_class_name`` (the ``config`` of a scheduler object has none) or one that is
             not in ``taken``, or its ``prediction_type`` or ``beta_schedule`` is unknown.

@@ -29,10 +29,6 @@ NAME = "the scheduler config"
 def check_scheduler(config: Mapping[str, Any], taken: Sequence[str]) -> None:
     """Refuse a scheduler from which a network's noise process cannot be told.
 
-    Args:
-        config: The pipeline's saved scheduler config.
-        taken: Classes of diffusers that the network takes.
-
     Raises:
         InputError: If the class is none of ``taken``, or the config has a setting of :data:`OTHER_PROCESS` and the
             network is no flow.
@@ -58,13 +54,7 @@ def check_scheduler(config: Mapping[str, Any], taken: Sequence[str]) -> None:
 
 
 def make_scheduler(family: Any, config: Mapping[str, Any], num_inference_steps: int, **options: Any) -> Any:
-    """Make a diffusers scheduler on the CPU, and set its timesteps.
-
-    Args:
-        family: Class of the scheduler.
-        config: The pipeline's saved scheduler config, of this class or a related one.
-        num_inference_steps: Number of steps.
-        options: Further arguments of the scheduler's ``set_timesteps``.
+    """Make a diffusers scheduler on the CPU, and set its timesteps, with ``options`` of its ``set_timesteps``.
 
     Raises:
         InputError: If the scheduler refuses the config, or cannot make ``num_inference_steps`` steps, such as a single
@@ -108,10 +98,6 @@ def check_levels(sigmas: Tensor) -> None:
 
 def static_levels(config: Mapping[str, Any], num_inference_steps: int) -> tuple[Tensor, Tensor]:
     """Return the levels that a ``FlowMatchEulerDiscreteScheduler`` makes by itself, as SD3's pipeline asks for them.
-
-    Args:
-        config: The pipeline's saved scheduler config.
-        num_inference_steps: Number of steps n.
 
     Returns:
         Timesteps ``(n,)`` and noise levels ``(n + 1,)``, the last one 0; float32.

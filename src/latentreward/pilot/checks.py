@@ -7,7 +7,7 @@ from pathlib import Path
 
 from latentreward.errors import InputError, first_line
 from latentreward.pilot.plans import Pilot, Source
-from latentreward.storage.hub import cached_files, model_info, silence
+from latentreward.storage.hub import cached_files, is_hub_id, model_info, silence, split_id
 
 GB = 10**9
 SPARE = 5 * GB
@@ -26,13 +26,8 @@ def check_sources(pilot: Pilot) -> None:
         raise InputError(f"{', '.join(unset)}: not set; export each variable as the folder of its data set")
     for name, value in values.items():
         what = pilot.sources[name].data or "the model"
-        if not Path(value).exists() and (pilot.sources[name].data or not is_hub_id(value)):
+        if not Path(value).exists() and (pilot.sources[name].data or not is_hub_id(value, folders=True)):
             raise InputError(f"{name}: {value} does not exist; set it to the folder of {what}")
-
-
-def is_hub_id(value: str) -> bool:
-    """Tell whether a value has the form of a hub id, ``owner/name`` or ``owner/name/folder``."""
-    return "/" in value and not value.startswith(("/", ".", "~"))
 
 
 def downloads(pilot: Pilot) -> dict[str, Source]:
@@ -69,7 +64,7 @@ def check_access(pilot: Pilot, missing: Mapping[str, Source]) -> None:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     for name, source in missing.items():
-        repository = "/".join(pilot.values()[name].split("/")[:2])
+        repository, _ = split_id(pilot.values()[name])
         terms = f"accept its terms ({source.licence}) at https://huggingface.co/{repository}"
         if source.gated and not get_token():
             raise InputError(

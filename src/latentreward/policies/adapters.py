@@ -70,11 +70,6 @@ def add_frozen_adapter(network: nn.Module, config: Any, name: str) -> dict[str, 
 
     Call :meth:`AdapterSwitch.refresh` afterwards.
 
-    Args:
-        network: Network that has an adapter.
-        config: ``peft.LoraConfig`` of the new adapter.
-        name: Name of the new adapter.
-
     Returns:
         The new adapter's parameters by their names in ``network``, frozen, with peft's initial values, in the types of
         the layers' weights.

@@ -110,12 +110,7 @@ def load_policy(checkpoint: Path | str, source: PolicySource | None = None) -> P
 
 
 def load_adapter(policy: Policy, weights: Mapping[str, Tensor], origin: str) -> None:
-    """Copy ``weights`` into the trainable adapter of ``policy``.
-
-    Args:
-        policy: Policy that is not sharded.
-        weights: Tensors by their parameter names in ``policy``: all weights of the adapter, and no others.
-        origin: Source of the weights, for error messages.
+    """Copy ``weights``, all those of the adapter by their names, into the trainable adapter of an unsharded ``policy``.
 
     Raises:
         InputError: If a weight is missing, unknown or of another shape.

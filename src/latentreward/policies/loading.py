@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -16,9 +16,6 @@ from latentreward.errors import InputError, first_line
 from latentreward.families import Family, find_family
 from latentreward.policies.policy import POLICY, Policy
 from latentreward.seeding import pair_generator
-
-LATER = ("quantization", "family")
-"""Fields of a :class:`PolicySource` that records of earlier versions lack."""
 
 
 @dataclass
@@ -72,14 +69,9 @@ class PolicySource:
         return find_family(self.pipeline(), self.family)
 
     def record(self) -> dict[str, Any]:
-        """Return the fields as earlier versions recorded them, so that equal sources stay equal to their records.
-
-        The adapter's target modules are named, and fields that came later are left out if None.
-        """
+        """Return the fields, with the adapter's target modules named, so that equal sources have equal records."""
         targets = self.resolve_family().lora_targets if self.lora.target_modules is None else self.lora.target_modules
-        values = {one.name: getattr(self, one.name) for one in fields(self)}
-        values["lora"] = replace(self.lora, target_modules=tuple(targets))
-        return {name: value for name, value in values.items() if value is not None or name not in LATER}
+        return vars(self) | {"lora": replace(self.lora, target_modules=tuple(targets))}
 
     def latent_space(self) -> LatentSpace:
         """Return the latent space of the pipeline's VAE, read without loading the VAE."""
@@ -87,9 +79,6 @@ class PolicySource:
 
     def load(self, seed: int = 0) -> Policy:
         """Load network, text encoders and VAE frozen, and add the trainable adapter.
-
-        Args:
-            seed: Seed of the adapter's initial values.
 
         Raises:
             InputError: If the source is not a supported text-to-image pipeline, ``t5_length`` is negative, or no layer
@@ -120,13 +109,6 @@ def add_lora(network: Any, lora: LoRA, name: str, seed: int, family: Family) -> 
 
     A is drawn from N(0, 1 / rank²) and B is zero, as with peft's ``init_lora_weights="gaussian"``. Unlike peft's, the
     random numbers depend only on ``seed`` and the names of the parameters.
-
-    Args:
-        network: diffusers network.
-        lora: Settings; without ``target_modules`` the family's own.
-        name: Name of the adapter.
-        seed: Seed of A.
-        family: Family of the network.
 
     Raises:
         InputError: If no layer matches ``lora.target_modules``.

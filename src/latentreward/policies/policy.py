@@ -80,14 +80,7 @@ class Policy(nn.Module):
     def predict(
         self, latents: Tensor, timesteps: Tensor, conditioning: Conditioning, guidance: float | None = None
     ) -> Tensor:
-        """Predict noise, v or velocity ``(B, C, ...)``, as the network was trained to, at ``timesteps`` ``(B,)``.
-
-        Args:
-            latents: ``(B, C, ...)``.
-            timesteps: ``(B,)``.
-            conditioning: Encoded prompts, B rows.
-            guidance: ``guidance_scale`` for networks that take it as an input (FLUX.1-dev); None takes the family's.
-        """
+        """Predict noise, v or velocity ``(B, C, ...)`` as :meth:`Family.predict`, by default with its own guidance."""
         return self.family.predict(self.network, latents, timesteps, conditioning, guidance)
 
     def predict_guided(

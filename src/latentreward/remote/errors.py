@@ -20,11 +20,6 @@ class RemoteError(InputError):
 
 
 def raise_together(failure: RemoteError | None, agree: Callable[[bool], bool]) -> None:
-    """Raise RemoteError on all ranks if one of them has met a ``failure``.
-
-    Args:
-        failure: Error of this rank; None without one.
-        agree: Function that tells whether a decision is true on all ranks, called on all of them.
-    """
+    """Raise RemoteError on all ranks if one of them has met a ``failure``; all ranks call ``agree``."""
     if not agree(failure is None):
         raise failure or RemoteError("the reward server of another rank gave no scores; see that rank's message")

@@ -97,11 +97,6 @@ class RemoteLatents:
 def check_widths(server: RemoteServer, model: Mapping[str, Any], encoded: Conditioning) -> None:
     """Check that a served model takes embeddings of the policy's text encoders.
 
-    Args:
-        server: The server.
-        model: Description of the model, see :func:`~latentreward.remote.served.describe`.
-        encoded: Prompt encoded by the policy.
-
     Raises:
         InputError: If widths differ, or one has a pooled vector and the other has not.
     """

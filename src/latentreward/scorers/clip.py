@@ -15,7 +15,7 @@ from latentreward.backbones.loading import check_tokenizer, load_weights
 from latentreward.devices import find_device
 from latentreward.errors import InputError, errors_at, first_line
 from latentreward.scorers.base import ImageScorer
-from latentreward.storage.hub import read_locally
+from latentreward.storage.hub import is_hub_id, read_locally
 
 Dtype = Literal["float32", "float16", "bfloat16"]
 Scale = Literal["cosine", "clip_score"]
@@ -199,7 +199,7 @@ def _check_source(name: str, source: str, file: str) -> None:
     if folder.is_dir():
         if not (folder / file).is_file():
             raise InputError(f"source of {name}: no {file} in {folder}; give a folder saved from a CLIPModel")
-    elif folder.is_absolute() or source.startswith((".", "~")) or source.count("/") != 1:
+    elif not is_hub_id(source):
         raise InputError(f"source of {name}: {source!r} is neither a folder nor a hub id; give one of them")
 
 

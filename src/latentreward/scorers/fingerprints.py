@@ -11,7 +11,6 @@ fingerprint.
 
 import hashlib
 import os
-import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from latentreward.scorers.base import Scorer
 from latentreward.scorers.clip import model_source
 from latentreward.scoring.layouts.find import published_layout
 from latentreward.scoring.network import name_of
-from latentreward.storage.hub import commit_on_hub
+from latentreward.storage.hub import commit_on_hub, is_hub_id
 
 PLACES = (
     *("path", "weights", "source", "processor", "tokenizer"),
@@ -32,7 +31,6 @@ PLACES = (
 """Names of the attributes of scorers that hold files, folders or hub ids."""
 POLICY = "{policy}"
 """Placeholder in paths for the name of the policy."""
-HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)+")
 MODEL_MARKS = ("model_index.json", "config.json", "head.safetensors")
 """Files by which a folder is recognised as a model and not as a run, even if it holds checkpoints."""
 TABLES = (".csv", ".json", ".jsonl", ".parquet", ".txt", ".yaml")
@@ -87,8 +85,9 @@ def fingerprint(place: str | Path, revision: str | None = None) -> str:
     """
     path = Path(place)
     if not path.exists():
-        at = commit_on_hub(str(place), revision) if _is_hub_id(str(place)) else None
-        return f"{place} at {at or revision or 'an unknown commit'}" if _is_hub_id(str(place)) else str(place)
+        if not is_hub_id(str(place), folders=True):
+            return str(place)
+        return f"{place} at {commit_on_hub(str(place), revision) or revision or 'an unknown commit'}"
     digest, root = hashlib.blake2b(digest_size=16), path if path.is_dir() else path.parent
     for name, file in sorted((os.path.relpath(file, root), file) for file in files_of(path)):
         digest.update(f"{name if path.is_dir() or file != path else ''}\0{file.stat().st_size}\0".encode())
@@ -129,10 +128,6 @@ def _settings_beside(checkpoints: Iterable[Path]) -> Iterable[Path]:
 def _matters(name: Path) -> bool:
     hidden = any(part.startswith(".") for part in name.parts)
     return not hidden and name.name != "README.md" and name.suffix.lower() not in PICTURES
-
-
-def _is_hub_id(name: str) -> bool:
-    return HUB_ID.fullmatch(name) is not None and not name.endswith(".ckpt")
 
 
 def _add_content(digest: hashlib.blake2b, file: Path) -> None:

@@ -174,14 +174,6 @@ def score_given_states(
 ) -> Tensor:
     """Score the S noisy states of N trajectories; see :meth:`RewardModel.score_states`.
 
-    Args:
-        model: Reward model.
-        prompts: N prompts.
-        latents: ``(N, S, C, ...)`` noisy, scaled latents.
-        timesteps: ``(N, S)`` timesteps of the model's noise process.
-        conditioning: Encoded prompts, N rows, and the encoded empty prompt; None encodes them here.
-        batch_size: Largest number of states per forward pass.
-
     Returns:
         ``(N, S)``, or ``(N, S, out_dim)`` for a head with several outputs, at least float32.
     """
@@ -309,13 +301,7 @@ def prompt_of_each(prompts: str | Sequence[str], count: int) -> Sequence[str]:
 
 
 def check_finite(scores: Tensor, prompts: Sequence[str], rows: Sequence[int]) -> None:
-    """Raise InputError if a score is NaN or infinite; names the first such image.
-
-    Args:
-        scores: ``(B,)`` or ``(B, ...)``.
-        prompts: B prompts, for the message.
-        rows: B numbers of the images, for the message.
-    """
+    """Raise InputError if a score is NaN or infinite; names the first such image."""
     finite = scores.detach().isfinite().flatten(1).all(dim=1) if scores.ndim > 1 else scores.detach().isfinite()
     if not finite.all():
         first = int((~finite).nonzero()[0])

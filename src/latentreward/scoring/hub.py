@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 
 from latentreward.errors import InputError, first_line
-from latentreward.storage.hub import TIMEOUT, model_info, not_found, silence
+from latentreward.storage.hub import TIMEOUT, is_hub_id, model_info, not_found, silence, split_id
 
 MARKS = ("head.safetensors", "state_dict.pt", "checkpoint/rm_head.pt")
 """Path of a file that identifies each layout: model folder, LRM, DiNa-LRM."""
@@ -22,13 +22,12 @@ def downloaded(name: str, revision: str | None = None) -> Path:
     Raises:
         InputError: If ``name`` does not look like a hub id, or neither hub nor cache has the model.
     """
-    parts = name.rstrip("/").split("/")
-    if Path(name).is_absolute() or name.startswith((".", "~")) or name.endswith(".ckpt") or len(parts) < 2:
+    if not is_hub_id(name := name.rstrip("/"), folders=True):
         raise InputError(f"reward model {name!r} does not exist; give a model folder, a run, a checkpoint or a hub id")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    repository, folder = "/".join(parts[:2]), "/".join(parts[2:])
+    repository, folder = split_id(name)
     at = "" if revision is None else f" at revision {revision!r}"
     online = False
     try:
@@ -51,11 +50,6 @@ def downloaded(name: str, revision: str | None = None) -> Path:
 
 def check_folder(name: str, folder: str, files: Iterable[str]) -> None:
     """Check, before gigabytes are downloaded, that a repository has a model in ``folder``.
-
-    Args:
-        name: Name that the user gave, for messages.
-        folder: Folder in the repository; empty for its root.
-        files: Paths of all files in the repository.
 
     Raises:
         InputError: If the folder does not exist, or holds no model while other folders do.

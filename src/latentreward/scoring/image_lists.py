@@ -120,9 +120,6 @@ class ListedScoring:
         """Score the parts one by one; yield each part's range of rows with its table, see :meth:`table`.
 
         After a Ctrl-C, the rows of the current part that are finished are yielded before KeyboardInterrupt is raised.
-
-        Args:
-            parts: Ranges of row indices.
         """
         listed = (self.rows[index] for index in chain.from_iterable(parts))
         ahead = 2 * self.batch_size + self.decode_threads

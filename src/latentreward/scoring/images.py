@@ -120,11 +120,6 @@ def as_pixels(images: Tensor, value_range: tuple[float, float] | None) -> Tensor
 def check_frames(images: Images, sizes: ImageSizes | None, space: LatentSpace) -> None:
     """Check that a model trained on images gets images, and one trained on clips gets clips of as many frames.
 
-    Args:
-        images: Images, or a tensor of pixels.
-        sizes: The model's rule for image sizes; None skips the check of the number of frames.
-        space: The model's latent space.
-
     Raises:
         InputError: If it does not, or if pixels have a time axis and the model's latents have none.
     """
@@ -226,11 +221,6 @@ def _joined(batch: list[tuple[int, Tensor, bool]], step: int) -> Iterator[PixelB
 
 def decode_any(image: Any, row: int, exif: ExifOrientation) -> Image.Image:
     """Decode one image of any type in :data:`ImageInput` to 8-bit RGB.
-
-    Args:
-        image: The image.
-        row: Index of the image, for messages.
-        exif: Whether the image is turned upright by its EXIF orientation.
 
     Raises:
         ImageError: If the image cannot be decoded.

@@ -45,9 +45,6 @@ def halve_products(network: nn.Module) -> None:
 
     Hooks cast the input of each converted layer to bfloat16 and its output to float32. Layers with names in
     :data:`EXACT` stay float32. Attention is computed in float32 on a CPU, and in bfloat16 on an accelerator.
-
-    Args:
-        network: Network, on any device; call once.
     """
     halved = product_weights(network)
     for tensor in (*network.parameters(), *network.buffers()):

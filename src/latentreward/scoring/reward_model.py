@@ -189,14 +189,7 @@ class RewardModel(RewardNetwork):
 
         Each image is encoded only once for all settings. Without images the result is empty, ``(0, K)``.
 
-        Args:
-            prompts: As in :meth:`score`.
-            images: As in :meth:`score`.
-            levels: K noise settings.
-            batch_size: As in :meth:`score`.
-            value_range: As in :meth:`score`.
-            axes: As in :meth:`score`; the result is ``(N, K, 2)``.
-            memory: As in :meth:`score`.
+        Arguments are those of :meth:`score`, with K settings ``levels``; ``axes`` gives ``(N, K, 2)``.
 
         Raises:
             InputError: As in :meth:`score`, or if ``levels`` is empty.

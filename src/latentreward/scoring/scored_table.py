@@ -48,12 +48,7 @@ def _read_csv(path: Path) -> pa.Table:
 
 
 def summarise(listed: ImageList, table: pa.Table) -> str:
-    """Return a text for the user: number and range of scores, reasons and names of images without one, and remarks.
-
-    Args:
-        listed: Images that were to be scored.
-        table: Their scores, with a row for each image.
-    """
+    """Return a text for the user: number and range of scores, reasons and names of images without one, and remarks."""
     problems = [(row, problem) for row, problem in enumerate(table["problem"].to_pylist()) if problem is not None]
     good = len(listed.rows) - len(problems)
     text = f"{good} of {len(listed.rows)} images have a score"

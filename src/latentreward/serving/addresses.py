@@ -9,11 +9,7 @@ from latentreward.errors import InputError
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """Bind a socket to an address; connections are accepted only after ``listen``.
-
-    Args:
-        host: Host name or IP address of this machine.
-        port: Port, 0 for any free one.
+    """Bind a socket to an address, with port 0 to any free port; connections are accepted only after ``listen``.
 
     Raises:
         InputError: If the port is in use or out of range, or the address is not one of this machine.
@@ -44,9 +40,6 @@ def names_this_machine(place: str) -> bool:
     """Tell whether ``place``, with or without a port, is ``localhost``, a loopback address, or this machine's own name.
 
     Other names may lead to this machine too, by the will of whoever owns them.
-
-    Args:
-        place: Value of a header ``Host``, or of ``Origin`` after its scheme.
     """
     if not re.fullmatch(r"[\w.-]+(:\d+)?|\[[\w:.%-]+\](:\d+)?", place):  # a user, a path or a blank
         return False

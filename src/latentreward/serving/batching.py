@@ -144,10 +144,6 @@ class MicroBatcher(Generic[Row, Score]):
     async def score(self, rows: Sequence[Row], client: Hashable = None) -> list[Score]:
         """Score the rows of one request by ``client``; cancelling the call drops the rows that still wait.
 
-        Args:
-            rows: Rows of any groups.
-            client: Key of the client, for fair queueing.
-
         Raises:
             RequestError: With status 503 if the queue has no room for the rows.
             Exception: The model's error if it fails on one of the rows.

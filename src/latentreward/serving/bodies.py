@@ -69,11 +69,7 @@ class BodyReader:
         self._arriving: dict[asyncio.Timeout, tuple[float, bytearray]] = {}
 
     def make_room(self, besides: asyncio.Timeout | None = None) -> bool:
-        """Give up the body that arrives most slowly, if it has had :data:`SLOW_S`; return whether there is one.
-
-        Args:
-            besides: Limit of the body that needs the room.
-        """
+        """Give up the body that arrives most slowly, if it has had :data:`SLOW_S`; return whether there is one."""
         now = asyncio.get_running_loop().time()
         rates = {
             limit: len(body) / (now - began)

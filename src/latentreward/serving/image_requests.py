@@ -108,10 +108,6 @@ class ImagesAsJSON(BaseModel, extra="forbid", strict=True):
 def images_of_json(body: bytes | bytearray, max_images: int) -> EncodedImages:
     """Parse images from JSON with the fields of :class:`ImagesAsJSON`: ``{"prompt": text, "images": [base64, ...]}``.
 
-    Args:
-        body: JSON.
-        max_images: Greatest number of images.
-
     Raises:
         RequestError: If the body is not such an object, an image is not base64, or there are too many images.
     """
@@ -126,11 +122,6 @@ def images_of_json(body: bytes | bytearray, max_images: int) -> EncodedImages:
 
 async def images_of_form(request: Request, body: bytearray, max_images: int) -> EncodedImages:
     """Parse images from a form with files ``image``, and one text ``prompt`` for all or one per image, in order.
-
-    Args:
-        request: Request, for its headers.
-        body: Body of the request.
-        max_images: Greatest number of images.
 
     Raises:
         RequestError: If the form has other fields, or the numbers of prompts and images do not fit together; with
@@ -178,10 +169,6 @@ def parsing_bytes(body: bytes | bytearray, kind: str) -> int:
 
     The bound includes the resulting images. JSON is decoded to one text, of up to 4 bytes per character if not all
     characters are ASCII, and then to many texts. A form is copied and read into files.
-
-    Args:
-        body: Body of the request.
-        kind: Content type.
     """
     return (3 if kind == "application/json" and body.isascii() else 6) * len(body)
 

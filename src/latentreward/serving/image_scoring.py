@@ -35,12 +35,6 @@ class ImageScorer:
     async def score(self, request: Request, model: ServedModel, images: EncodedImages, beside: int) -> list[Scores]:
         """Score images with a reward.
 
-        Args:
-            request: Request that they came with.
-            model: Reward.
-            images: Encoded images.
-            beside: Bytes of memory that the request has already.
-
         Raises:
             RequestError: If an image is damaged or too large, with status 504 if decoding is not done after the
                 timeout, or as :meth:`ServedModel.score`.

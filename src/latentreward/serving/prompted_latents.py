@@ -161,12 +161,6 @@ def parse_states(
 ) -> tuple[list[StateRow], int]:
     """Parse the body of a request of ``/v1/score_states`` into rows to score, trajectory by trajectory.
 
-    Args:
-        body: Safetensors bytes.
-        accepted: Shapes that the server accepts.
-        process: Noise process of the model.
-        most: Greatest number of states.
-
     Returns:
         N · S rows, and S.
 

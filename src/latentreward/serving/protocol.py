@@ -107,9 +107,6 @@ class Accepted:
     def check(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
         """Check the shapes of a request's tensors.
 
-        Args:
-            shapes: Shape of each tensor by its name in the protocol.
-
         Raises:
             RequestError: With status 413 if a limit of the server is exceeded; with status 422 if a shape does not fit
                 the model or the other tensors.
@@ -185,9 +182,6 @@ def check_version(version: str | None) -> None:
 
 def read_prompt(values: Sequence[str]) -> str:
     """Decode the prompt of a request from its header ``x-prompt``.
-
-    Args:
-        values: Values of the header; empty if the request does not have it.
 
     Returns:
         The prompt; empty without the header.

@@ -125,10 +125,6 @@ def serve(service: ScoringService, bound: socket.socket) -> None:
 
     Prints ``serving MODEL at URL`` once clients can connect, with the names of several rewards for the model, and under
     ``fresh_noise`` the first seed of each.
-
-    Args:
-        service: Service that scores.
-        bound: Socket bound to the server's address, see :func:`~latentreward.serving.addresses.bind`.
     """
     host, port = bound.getsockname()[:2]
     bound.listen()

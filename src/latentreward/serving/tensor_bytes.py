@@ -80,11 +80,6 @@ def read_described(
 
     Format (README of safetensors): 8 bytes of little-endian length, JSON of that length, data.
 
-    Args:
-        body: Bytes of the body.
-        expected: Requirements on each tensor, by name.
-        most: Greatest length of the header, in bytes.
-
     Returns:
         Descriptions of the tensors by name, the data after the header, and the texts of ``__metadata__``. The tensors
         cover the data exactly.

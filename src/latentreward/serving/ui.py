@@ -34,11 +34,6 @@ button.primary { background: #c2410c !important; color: #ffffff !important; tran
 def score_sheet(reward: RewardModel, prompt: str, images: Sequence[str | Path]) -> tuple[list[list[Any]], Figure]:
     """Score images for one prompt, and return a table and a plot.
 
-    Args:
-        reward: Reward model; all images get the same noise.
-        prompt: Prompt of all images.
-        images: Image files, 1 to :data:`MOST_IMAGES`.
-
     Returns:
         Rows with the columns :data:`COLUMNS`, highest score first, and a plot of the scores by noise level. Without a
         calibration z-scores and quantiles are None.

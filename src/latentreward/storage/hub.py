@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -12,6 +13,19 @@ if TYPE_CHECKING:
 
 TIMEOUT = 10.0
 """Seconds to wait for an answer of the hub."""
+HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+
+
+def is_hub_id(name: str, folders: bool = False) -> bool:
+    """Tell whether ``name`` has the form ``owner/name`` of a hub id, or with ``folders`` also ``owner/name/folder``."""
+    repository, _ = split_id(name)
+    return HUB_ID.fullmatch(repository) is not None and (folders or name == repository) and not name.endswith(".ckpt")
+
+
+def split_id(name: str) -> tuple[str, str]:
+    """Return the repository ``owner/name`` of a hub id, and the folder in it (empty for its root)."""
+    parts = name.split("/")
+    return "/".join(parts[:2]), "/".join(parts[2:])
 
 
 def hub_answers(repository: str, name: str, revision: str | None = None) -> bool:
@@ -93,7 +107,7 @@ def commit_on_hub(name: str, revision: str | None = None) -> str | None:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    repository = "/".join(name.split("/")[:2])
+    repository, _ = split_id(name)
     try:
         info = model_info(repository, revision)
         if info is not None:
@@ -108,7 +122,7 @@ def cached_files(name: str, revision: str | None = None) -> Path | None:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
-    repository, folder = "/".join(name.split("/")[:2]), "/".join(name.split("/")[2:])
+    repository, folder = split_id(name)
     try:
         found = Path(snapshot_download(repository, revision=revision, local_files_only=True)) / folder
     except (LocalEntryNotFoundError, HFValidationError, OSError):

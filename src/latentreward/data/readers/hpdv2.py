@@ -8,9 +8,10 @@ import numpy as np
 
 from latentreward.contracts import ImageRef
 from latentreward.data.readers.groups import UNRANKED, GroupReader, ImageGroup, file_image
-from latentreward.data.readers.hub import fetch_files, is_hub_id
+from latentreward.data.readers.hub import fetch_files
 from latentreward.data.readers.json_rows import load_rows, parse_number, parse_text, short
 from latentreward.errors import InputError
+from latentreward.storage.hub import is_hub_id
 
 CHOICES = {(1.0, 0.0), (0.0, 1.0), (0.5, 0.5)}
 

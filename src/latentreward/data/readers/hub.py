@@ -1,17 +1,11 @@
 """Download of single files of a hub data set through the download cache of ``datasets``."""
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
 
 from latentreward.errors import InputError, first_line
 
 LOCATION = "hf://datasets/{}@{}"
-
-
-def is_hub_id(source: str) -> bool:
-    """Tell whether a source has the form ``owner/name`` of a hub id."""
-    return re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", source) is not None
 
 
 def fetch_files(source: str, names: Sequence[str], revision: str | None = None, extract: bool = False) -> list[Path]:

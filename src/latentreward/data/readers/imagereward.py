@@ -12,10 +12,11 @@ from latentreward.contracts import ImageRef
 from latentreward.data.images import NO_IMAGE
 from latentreward.data.readers.archives import ImageArchives
 from latentreward.data.readers.groups import UNRANKED, GroupReader, ImageGroup, file_image
-from latentreward.data.readers.hub import fetch_files, is_hub_id
+from latentreward.data.readers.hub import fetch_files
 from latentreward.data.readers.json_rows import load_rows, parse_rows, parse_text, short
 from latentreward.data.readers.parquet_store import ParquetPart, damage_named
 from latentreward.errors import InputError
+from latentreward.storage.hub import is_hub_id
 
 PARTS = {"train": 32, "validation": 2, "test": 2}
 """Number of zip files of each published split."""

@@ -18,8 +18,9 @@ import pyarrow.parquet as pq
 
 from latentreward.data.images import ImageError
 from latentreward.data.readers.base import PairReader
-from latentreward.data.readers.hub import fetch_split, is_hub_id
+from latentreward.data.readers.hub import fetch_split
 from latentreward.errors import InputError, first_line
+from latentreward.storage.hub import is_hub_id
 from latentreward.storage.ignored_files import find_files, is_ignored
 
 MAX_OPEN_FILES = 32

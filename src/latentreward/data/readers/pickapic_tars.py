@@ -9,9 +9,10 @@ import numpy as np
 
 from latentreward.contracts import ImageRef, PreferencePair
 from latentreward.data.readers.base import PairReader, content_key
-from latentreward.data.readers.hub import fetch_split, is_hub_id
+from latentreward.data.readers.hub import fetch_split
 from latentreward.data.readers.tars import ABSENT, Extent, Sample, read_extent, read_samples
 from latentreward.errors import InputError
+from latentreward.storage.hub import is_hub_id
 from latentreward.storage.ignored_files import find_files
 
 IMAGES = ("jpg_0.jpg", "jpg_1.jpg")

@@ -42,13 +42,7 @@ def names_in_file(network: nn.Module) -> dict[str, str]:
 
 
 def write_adapter(network: nn.Module, folder: Path, base: str) -> None:
-    """Write the adapter of ``network`` in the format that PEFT's ``from_pretrained`` reads.
-
-    Args:
-        network: Network with an adapter.
-        folder: Folder to create for the two files.
-        base: Name of the base model, for people who read the config.
-    """
+    """Write the adapter of ``network`` in the format that PEFT's ``from_pretrained`` reads."""
     folder.mkdir(parents=True)
     state = {
         name: network.get_parameter(own).detach().cpu().contiguous() for name, own in names_in_file(network).items()
@@ -125,10 +119,6 @@ def shapes_in(path: Path) -> dict[str, tuple[int, ...]]:
 
 def read_lora(folder: Path, network: nn.Module) -> dict[str, Tensor]:
     """Read the tensors of the adapter in ``folder``, by their names in ``network``.
-
-    Args:
-        folder: Folder in PEFT's format.
-        network: Network to which :func:`inject_adapter` added the adapter.
 
     Raises:
         InputError: If the file is missing or damaged, or a tensor is missing, unexpected or has the wrong shape.

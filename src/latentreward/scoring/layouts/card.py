@@ -18,10 +18,10 @@ from latentreward.reports.markdown import markdown_table, plain
 from latentreward.reports.tables import Table
 from latentreward.scoring.layouts.config import FolderConfig
 from latentreward.scoring.licences import AS_OF, LICENCES
+from latentreward.storage.hub import is_hub_id
 
 logger = logging.getLogger(__name__)
 
-HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 LICENCE_ID = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9.+-]*")
 """Pattern of a licence that is treated as an identifier of the hub, not as a text."""
 TAGS = ("reward-model", "latent-reward", "text-to-image", "human-preference")
@@ -62,13 +62,7 @@ class Card:
 
 
 def model_card(config: FolderConfig, card: Card, name: str) -> str:
-    """Return the text of ``README.md``.
-
-    Args:
-        config: Config of the model folder.
-        card: Contents that the config does not have.
-        name: Title if ``card`` has none.
-    """
+    """Return the text of ``README.md``."""
     title = card.name or name
     sections = [
         f"# {plain(title)}",
@@ -76,7 +70,7 @@ def model_card(config: FolderConfig, card: Card, name: str) -> str:
         f"A latent reward model: it scores how good an image is for a prompt, as its training data say, from noisy "
         f"latents in {plain(base_name(config))}'s own latent space. Higher is better. Written by "
         f"latentreward {__version__}.",
-        usage(title if HUB_ID.fullmatch(title) else f"path/to/{Path(title).name}", config),
+        usage(title if is_hub_id(title) else f"path/to/{Path(title).name}", config),
         section("Scores", score_rows(config)),
         section("Training", training_rows(config, card)),
         metrics_section(card),
@@ -95,14 +89,14 @@ def front_matter(config: FolderConfig, card: Card) -> str:
         library_name="latentreward",
         tags=list(TAGS),
         base_model=base_on_hub(config),
-        datasets=[name for name in card.datasets if HUB_ID.fullmatch(name)] or None,
+        datasets=[name for name in card.datasets if is_hub_id(name)] or None,
     ).to_yaml()
 
 
 def base_on_hub(config: FolderConfig) -> str | None:
     """Return the hub id of the base pipeline; None if the base is a local folder or unnamed."""
     source = config.recipe.backbone.init_args.get("source")
-    is_id = isinstance(source, str) and HUB_ID.fullmatch(source) and not Path(source).exists()
+    is_id = isinstance(source, str) and is_hub_id(source) and not Path(source).exists()
     return str(source) if is_id else None
 
 

@@ -140,11 +140,6 @@ def exif_of(value: Any) -> ExifOrientation:
 def names(entry: str, value: Any, pattern: str) -> tuple[str, ...]:
     """Check and return an entry that holds a list of names.
 
-    Args:
-        entry: Name of the entry, for messages.
-        value: Value of the entry.
-        pattern: Regular expression that each name must match.
-
     Raises:
         InputError: If the value is not a list of different names that match ``pattern``.
     """
@@ -203,11 +198,6 @@ def frozen(value: Any) -> Any:
 
 def settings_of(entry: str, kind: Any, settings: Any) -> Any:
     """Call ``kind`` with the settings of an entry, and turn any error about the settings into an InputError.
-
-    Args:
-        entry: Name of the entry, for messages.
-        kind: Class or function.
-        settings: Value of the entry.
 
     Raises:
         InputError: If the value is not a mapping, or ``kind`` rejects the settings.

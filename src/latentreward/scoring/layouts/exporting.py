@@ -87,13 +87,7 @@ def base_of(model: RewardNetwork, recipe: ModelRecipe) -> PipelineSource:
 
 
 def not_held(model: RewardNetwork, settings: Mapping[str, Any], unheld: Mapping[str, Any]) -> Iterator[str]:
-    """Yield a text for each setting of the model that the layout does not hold and that differs after loading.
-
-    Args:
-        model: The model.
-        settings: Settings of its backbone.
-        unheld: Settings that the layout does not hold → the values that they have after the layout is loaded.
-    """
+    """Yield a text for each setting of the model that the layout does not hold and that differs after loading."""
     default = RewardNetwork(model.backbone, model.head)
     if model.noise != default.noise:
         yield f"noise {model.noise} (will be {default.noise})"

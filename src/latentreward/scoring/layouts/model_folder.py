@@ -243,9 +243,6 @@ def adapter_folders(parts: Sequence[str]) -> dict[str, str]:
     """Return the folder name of each module's adapter.
 
     It is ``adapter`` for the first of the backbone's own modules, and ``adapter_NAME`` for others.
-
-    Args:
-        parts: Names of modules of the backbone, from :func:`adapters_of`.
     """
     networks = [part for part in parts if "." not in part]
     return {part: "adapter" if part in networks[:1] else f"adapter_{part.rpartition('.')[2]}" for part in parts}
@@ -260,21 +257,11 @@ def adapters_of(backbone: DiffusionBackbone) -> tuple[str, ...]:
 
 
 def own_weights(backbone: DiffusionBackbone, own: tuple[str, ...]) -> Iterator[tuple[str, Tensor]]:
-    """Yield parameters and persistent buffers that the model stores in full, by their names in the backbone.
-
-    Args:
-        backbone: The backbone.
-        own: Names of modules; see :attr:`ModelRecipe.own`.
-    """
+    """Yield parameters and persistent buffers that the model stores in full, by their names in the backbone."""
     return (item for item in backbone.state_dict().items() if item[0].partition(".")[0] in own)
 
 
 def base_samples(backbone: DiffusionBackbone, own: tuple[str, ...]) -> Iterator[tuple[str, Tensor]]:
-    """Yield samples of the parameters that come from the base pipeline, by their names without adapters.
-
-    Args:
-        backbone: The backbone.
-        own: Names of modules that do not come from the base; see :attr:`ModelRecipe.own`.
-    """
+    """Yield samples of the parameters that come from the base pipeline, by their names without adapters."""
     names = [name for name, _ in backbone.named_parameters() if name.partition(".")[0] not in own]
     return without_adapters((name, sample_in(backbone, name)) for name in names)

@@ -57,10 +57,6 @@ class ModelPart:
     def of_record(cls, name: str, record: Any) -> Self:
         """Build a part from an entry of a model folder's ``config.json``.
 
-        Args:
-            name: Name of the entry, for messages.
-            record: Value of the entry.
-
         Raises:
             InputError: If the value does not have the form that :meth:`record` returns.
         """
@@ -118,13 +114,7 @@ class ModelRecipe:
 
 
 def backbone_part(class_path: str, init_args: Mapping[str, Any], own: tuple[str, ...]) -> ModelPart:
-    """Return factory and settings that rebuild a trained backbone for scoring.
-
-    Args:
-        class_path: Import path of the factory that built the backbone for training.
-        init_args: Settings of that call.
-        own: See :attr:`ModelRecipe.own`.
-    """
+    """Return factory and settings that rebuild a trained backbone for scoring."""
     factory = imported(class_path)
     path = f"{factory.__module__}.{factory.__qualname__}"
     # A plug-in's short name is known only after its module was imported; its path works in any process.
@@ -157,10 +147,6 @@ def recipe_in_python(backbone: DiffusionBackbone, head: RewardHead) -> ModelReci
 
 def built_from_plain_values(part: str, module: DiffusionBackbone | RewardHead) -> Construction:
     """Return the recorded call that built a backbone or head.
-
-    Args:
-        part: ``backbone`` or ``head``, for messages.
-        module: The backbone or head.
 
     Raises:
         InputError: If there is no record, or the class or function cannot be imported by name.
@@ -285,11 +271,6 @@ def build_errors(place: str = "") -> Iterator[None]:
 
 def instantiated(kind: Any, part: ModelPart, folder: Path | None) -> Any:
     """Import and build a class that is not registered, with jsonargparse, as from a run's ``config.yaml``.
-
-    Args:
-        kind: Type that the object must have.
-        part: Import path and settings.
-        folder: Model folder, from which nothing may be imported.
 
     Raises:
         InputError: If the class lies in ``folder`` or the hub's cache, or rejects the settings.

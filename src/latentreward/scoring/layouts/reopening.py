@@ -61,11 +61,6 @@ class Probe:
     def compare(self, folder: Path, device: torch.device, trusted: bool) -> None:
         """Load ``folder`` as another user would, but on this machine's copy of the base; compare weights and scores.
 
-        Args:
-            folder: Model folder.
-            device: Device on which the first scores were computed.
-            trusted: Whether classes that are not registered may be imported.
-
         Raises:
             InputError: If the folder does not load, or a weight or a score differs.
         """

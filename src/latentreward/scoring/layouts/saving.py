@@ -86,13 +86,6 @@ def new_folder(folder: Path) -> Iterator[Path]:
 def write_model(model: RewardNetwork, folder: Path, card: Card, base: str | None, name: str) -> None:
     """Write the files of ``model`` into the empty ``folder``.
 
-    Args:
-        model: The model.
-        folder: Existing, empty folder.
-        card: Contents of the model card that the model itself does not know.
-        base: Name under which others find the base; see :meth:`RewardModel.save_pretrained`.
-        name: Title of the model card if ``card`` has none.
-
     Raises:
         InputError: As in :func:`config_of`, or if a weight is not finite.
     """
@@ -107,10 +100,6 @@ def write_model(model: RewardNetwork, folder: Path, card: Card, base: str | None
 
 def config_of(model: RewardNetwork, base: str | None = None) -> FolderConfig:
     """Build the contents of ``config.json`` for ``model``.
-
-    Args:
-        model: The model.
-        base: Name under which others find the base; see :meth:`RewardModel.save_pretrained`.
 
     Raises:
         InputError: If the model cannot be rebuilt from files, has no VAE or text encoder, or was loaded in bfloat16.
@@ -168,11 +157,7 @@ def check_takes_source(recipe: ModelRecipe) -> None:
 
 
 def check_adapter_folders(adapters: Sequence[str]) -> None:
-    """Raise InputError if the adapters of two modules would be written into one folder.
-
-    Args:
-        adapters: Names of the backbone's modules that have adapters.
-    """
+    """Raise InputError if the adapters of two modules would be written into one folder."""
     owner: dict[str, str] = {}
     for part, place in adapter_folders(adapters).items():
         if place in owner:

@@ -42,21 +42,12 @@ def registered_heads() -> dict[str, type[RewardHead]]:
 
 
 def known_names(kind: str) -> Mapping[str, Any]:
-    """Return the registered names of backbones or heads, as the keys of a mapping.
-
-    Args:
-        kind: ``backbone`` or ``head``.
-    """
+    """Return the registered names of backbones or heads, as the keys of a mapping."""
     return backbone_names() if kind == "backbone" else registered_heads()
 
 
 def registered_name(kind: str, class_path: str) -> str:
-    """Return the registered name for an import path of a registered class; any other path is returned unchanged.
-
-    Args:
-        kind: ``backbone`` or ``head``.
-        class_path: Import path, from the package or the module of the class.
-    """
+    """Return the registered name for an import path of a registered class; any other path is returned unchanged."""
     known = known_names(kind)
     ours = REEXPORTED.fullmatch(class_path)
     if ours and ours[1] in known:
@@ -66,11 +57,6 @@ def registered_name(kind: str, class_path: str) -> str:
 
 def check_class(kind: str, name: str, trusted: bool) -> None:
     """Check that a class may be used, without importing anything.
-
-    Args:
-        kind: ``backbone`` or ``head``.
-        name: Registered name or import path.
-        trusted: Whether classes that are not registered are allowed.
 
     Raises:
         InputError: If ``name`` is neither registered nor an import path, or is an import path and ``trusted`` is False.
@@ -86,10 +72,6 @@ def check_class(kind: str, name: str, trusted: bool) -> None:
 
 def check_family(settings: Mapping[str, Any], trusted: bool) -> None:
     """Check that settings of a backbone name no family outside this package, without importing anything.
-
-    Args:
-        settings: Settings of the factory.
-        trusted: Whether such a family is allowed.
 
     Raises:
         InputError: If there is one and ``trusted`` is False, or the family is not a text.

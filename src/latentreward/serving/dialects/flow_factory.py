@@ -64,10 +64,6 @@ class FlowFactory(Dialect):
 def parse_images(body: bytes | bytearray, most: int) -> EncodedImages:
     """Parse the body of a request.
 
-    Args:
-        body: JSON.
-        most: Greatest number of images.
-
     Raises:
         RequestError: If the body is no such JSON, has other media than images, or too many.
     """

@@ -152,10 +152,6 @@ class UniRL(Dialect):
 def parse_samples(body: bytes | bytearray, most: int) -> list[Sample]:
     """Parse the body of a request into samples.
 
-    Args:
-        body: JSON.
-        most: Greatest number of samples.
-
     Raises:
         RequestError: If the body is no such JSON, or asks for what is not served.
     """
@@ -213,13 +209,7 @@ def _selected(images: Sequence[tuple[str, bytes]], rows: Sequence[int]) -> Encod
 def reply(
     samples: Sequence[Sample], wanted: dict[str, list[int]], outcomes: dict[str, list[dict[str, float]] | str]
 ) -> dict[str, Any]:
-    """Return the reply to a request.
-
-    Args:
-        samples: Samples of the request.
-        wanted: Name of a reward → numbers of its samples.
-        outcomes: Name of a reward → its scores of these samples by name of the score, or a message.
-    """
+    """Return the reply to a request."""
     results: list[dict[str, dict[str, float]]] = [{} for _ in samples]
     errors: list[dict[str, str]] = [{} for _ in samples]
     for name, rows in wanted.items():
