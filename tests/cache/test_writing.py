@@ -21,7 +21,6 @@ from latentreward.cache.layout import (
     PROMPTS,
     SCHEMAS,
     SHARDS,
-    TEMPORARY,
     canonical_json,
     digest,
     manifest_name,
@@ -34,6 +33,7 @@ from latentreward.contracts import ImageRef
 from latentreward.data import HPDv3Reader, PixelLoader
 from latentreward.errors import InputError
 from latentreward.seeding import pair_generator
+from latentreward.storage.durable import TEMPORARY_NAME
 from latentreward.storage.progress import Progress
 from tests.cache.writing import (
     LARGE,
@@ -249,7 +249,7 @@ def test_ctrl_c_keeps_finished_shards(
     kept = f"finished shards are kept in {tmp_path / 'cache'}: the same command goes on there"
     assert f"latentreward: stopped by Ctrl-C; {kept}\n" in capsys.readouterr().err
     assert list((tmp_path / "cache").rglob("*.json"))
-    assert not list((tmp_path / "cache").rglob(f"*{TEMPORARY}"))
+    assert not [path for path in (tmp_path / "cache").rglob("*") if TEMPORARY_NAME.fullmatch(path.name)]
     run_cache(tmp_path / "cache", data, *settings)
     assert contents(tmp_path / "cache") == contents(cache)
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from latentreward.errors import InputError
-from latentreward.storage.ignored_files import find_files, is_ignored
+from latentreward.storage.ignored_files import find_files, is_ignored, match_files
 from latentreward.storage.texts import decode_text, read_table
 from latentreward.storage.tokens import token_of_file
 
@@ -56,4 +56,6 @@ def test_files_of_operating_systems_are_ignored(tmp_path: Path) -> None:
         (tmp_path / name).touch()
     found = find_files(tmp_path, "**/*.png")
     assert [path.relative_to(tmp_path).as_posix() for path in found] == sorted(ours)
+    assert match_files(f"{tmp_path}/**/*.png") == [path for path in found if path.name != ".e.png"]
+    assert match_files(f"{tmp_path}/@eaDir/*.png") == [tmp_path / "@eaDir/a.png"]
     assert all(map(is_ignored, (*theirs, ".DS_Store", "Thumbs.db", "b/desktop.ini")))

@@ -19,6 +19,7 @@ from latentreward.contracts import ImageRef, PreferencePair
 from latentreward.data.readers import PairReader
 from latentreward.errors import InputError
 from latentreward.storage.digests import check_hash
+from latentreward.storage.progress import Progress
 
 logger = logging.getLogger(__name__)
 
@@ -173,8 +174,10 @@ class CacheIndex:
         Raises:
             InputError: If a shard is damaged.
         """
-        with ThreadPoolExecutor(THREADS) as pool:
-            list(pool.map(lambda path, sha256: check_hash(path, sha256, REMEDY), self.store.paths, self._sha256))
+        paths = self.store.paths
+        with ThreadPoolExecutor(THREADS) as pool, Progress("cache: checksums", len(paths), "shards") as progress:
+            for _ in pool.map(lambda path, sha256: check_hash(path, sha256, REMEDY), paths, self._sha256):
+                progress.add()
 
     def tokens(self, prompts: np.ndarray) -> list[tuple[int, int, int]]:
         """Return the file, the first token in it and the number of tokens of each of the prompts ``prompts``.

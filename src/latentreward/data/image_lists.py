@@ -15,7 +15,7 @@ from latentreward.data.readers.base import MAX_PROMPT_CHARS
 from latentreward.data.readers.folders import SUFFIXES, read_caption
 from latentreward.data.readers.json_rows import edit_remark, find_edit_source, parse_text, short
 from latentreward.errors import InputError
-from latentreward.storage.ignored_files import is_ignored
+from latentreward.storage.ignored_files import is_ignored, match_files
 from latentreward.storage.texts import UnreadableTextError
 
 LISTS = (".jsonl", ".csv", ".tsv", ".json")
@@ -189,8 +189,7 @@ def _pictures(source: str) -> tuple[Path, list[Path], list[str]]:
         return place, sorted(files), remarks
     if os.path.lexists(place):
         return place.parent, [place], []
-    matches = map(Path, glob.glob(source, recursive=True))  # noqa: PTH207 - patterns may be absolute
-    files = sorted(file for file in matches if _is_picture(file) and not file.is_dir())
+    files = [file for file in match_files(source) if _is_picture(file) and not file.is_dir()]
     if not files:
         raise InputError(
             f"images: {source!r} is neither a folder, a file, nor a pattern that matches a picture; give a folder, a "

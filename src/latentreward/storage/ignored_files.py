@@ -1,5 +1,6 @@
 """Files that operating systems and programs write into any folder, and that are no data of the user."""
 
+import glob
 from pathlib import Path
 
 IGNORED = frozenset(
@@ -18,3 +19,13 @@ def is_ignored(path: str) -> bool:
 def find_files(folder: Path, pattern: str) -> list[Path]:
     """Return the paths below a folder that match a pattern, without ignored ones, in the order of their names."""
     return sorted(path for path in folder.glob(pattern) if not is_ignored(path.relative_to(folder).as_posix()))
+
+
+def match_files(pattern: str) -> list[Path]:
+    """Return the paths that a pattern (``**`` is any subfolders) matches, without ignored ones, in order.
+
+    Parts of the pattern itself are not ignored.
+    """
+    named = {*Path(pattern).parts}
+    found = map(Path, glob.glob(pattern, recursive=True))  # noqa: PTH207 - patterns may be absolute
+    return sorted(path for path in found if not any(is_ignored(part) for part in path.parts if part not in named))

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 from latentreward.data.readers.base import MAX_PROMPT_CHARS
 from latentreward.data.readers.json_rows import EDIT_SOURCE, find_edit_source, short
 from latentreward.errors import InputError, first_line
-from latentreward.storage.ignored_files import is_ignored
+from latentreward.storage.ignored_files import match_files
 from latentreward.storage.texts import decode_text, read_table
 
 COLUMNS = ("prompt", "caption", "Prompt")
@@ -113,14 +113,13 @@ def read_prompt_set(path: str, max_prompt_chars: int = MAX_PROMPT_CHARS) -> list
     """
     if Path(path).exists() or not glob.has_magic(path):
         return read_prompt_rows(path, max_prompt_chars=max_prompt_chars)
-    found = glob.glob(path)  # noqa: PTH207, Path.glob refuses absolute patterns
-    files = sorted(file for file in found if not is_ignored(Path(file).name))
+    files = match_files(path)
     if not files:
         raise InputError(f"prompts: no file matches {path}; give a file of prompts, or a pattern that matches some")
     return [
-        PromptRow(row.prompt, row.group or Path(file).stem.removesuffix("_val"), row.fields)
+        PromptRow(row.prompt, row.group or file.stem.removesuffix("_val"), row.fields)
         for file in files
-        for row in read_prompt_rows(file, max_prompt_chars=max_prompt_chars)
+        for row in read_prompt_rows(str(file), max_prompt_chars=max_prompt_chars)
     ]
 
 

@@ -21,7 +21,7 @@ from latentreward.data.readers.base import PairReader
 from latentreward.data.readers.hub import fetch_split
 from latentreward.errors import InputError, first_line
 from latentreward.storage.hub import is_hub_id
-from latentreward.storage.ignored_files import find_files, is_ignored
+from latentreward.storage.ignored_files import find_files, match_files
 
 MAX_OPEN_FILES = 32
 VIEWS = {pa.binary_view(): pa.large_binary(), pa.string_view(): pa.large_string()}
@@ -91,8 +91,7 @@ def nested_pattern(folder: Path) -> str:
 
 def _matching_parts(pattern: str) -> list[ParquetPart]:
     """Return the files that a pattern matches; rows are named by their file's name, which must therefore differ."""
-    found = map(Path, glob.glob(pattern, recursive=True))  # noqa: PTH207 - patterns may be absolute
-    paths = sorted(path for path in found if not is_ignored(path.name))
+    paths = match_files(pattern)
     if not paths:
         raise InputError(f"source: no file matches {pattern}; give a pattern such as data/*.parquet")
     if twice := next((name for name, files in Counter(path.name for path in paths).items() if files > 1), None):
