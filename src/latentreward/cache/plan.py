@@ -192,14 +192,6 @@ def write_plan(
 ) -> CachePlan:
     """Plan all ``rows``, write the tables, and write ``plan.json`` last.
 
-    Args:
-        folder: Folder of the cache.
-        spec: Settings of the cache.
-        images: Settings for the sizes of images, which ``spec`` was made from.
-        data: Description of the data, see :func:`describe_data`.
-        rows: Rows of the reader, in their order.
-        progress: Function that is called with 1 after each row.
-
     Raises:
         InputError: If no row can be cached.
     """

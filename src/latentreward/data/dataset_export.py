@@ -52,13 +52,6 @@ def export_split(
     ``placeholder`` writes it without label and without that image. The columns are those of
     :class:`~latentreward.data.readers.dataset_pairs.DatasetPairReader`.
 
-    Args:
-        reader: Reader of images.
-        output: Folder of the data set, which may hold other splits.
-        split: Name of the split.
-        spec: JSON-compatible description of the reader's data; files that were begun with another one are refused.
-        rows_per_file: Rows of the reader per file.
-
     Raises:
         InputError: If a setting is wrong, an image cannot be read under ``on_error: raise``, or ``output`` holds the
             split of other data.

@@ -160,12 +160,6 @@ def convert_image(
 ) -> Image.Image:
     """Convert an image that Pillow has opened to 8-bit RGB by the rules of :func:`decode_image`.
 
-    Args:
-        image: Image of any mode.
-        name: Name of the image in messages.
-        max_pixels: Limit on width × height.
-        exif: ``"apply"`` turns the image upright by its EXIF orientation; ``"ignore"`` does not.
-
     Raises:
         ImageError: If the image has no pixels or more than ``max_pixels``, or its file is damaged.
     """

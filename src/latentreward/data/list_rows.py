@@ -70,13 +70,9 @@ def find_columns(
     asked: Sequence[str | None],
     with_prompts: bool = True,
 ) -> tuple[str, str]:
-    """Choose the columns with paths and with prompts.
+    """Choose the columns with paths and with prompts: those ``asked`` for, else the first of the usual names.
 
-    Args:
-        file: The list, for messages.
-        lines: Lines of the list, see :func:`read_rows`.
-        asked: Names that the user gave for the two columns; None takes the first of the usual names that is a column.
-        with_prompts: Whether a column with prompts is needed; without it the second name is empty.
+    The second name is empty if no column ``with_prompts`` is needed.
 
     Raises:
         InputError: If a column is missing.

@@ -209,13 +209,7 @@ class ScoreTable:
 
 
 def oriented_gap(first: np.ndarray, second: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Return the gap of scores ``(N,)``: winner minus loser, ``|a - b|`` for label ½, NaN for label NaN.
-
-    Args:
-        first: Scores of image a, ``(N,)``.
-        second: Scores of image b, ``(N,)``.
-        labels: ``label_a``, ``(N,)``; above ½ image a is the winner.
-    """
+    """Return the gap of scores ``(N,)``: winner minus loser, ``|a - b|`` for label ½, NaN for label NaN."""
     gap = np.where(labels > 0.5, first - second, second - first)
     gap = np.where(labels == 0.5, np.abs(gap), gap)
     return np.where(np.isnan(labels), np.nan, gap)

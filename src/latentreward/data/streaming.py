@@ -138,13 +138,8 @@ class PairStream(PairRowReader):
         """Yield the labelled pairs of one of several parts of the stream, once, in a random order.
 
         A part is as many whole files as every part can have, and every ``parts``-th row of the files that are left
-        over, which all parts read. With fewer files than parts these are all files.
-
-        Args:
-            part: Number of the part.
-            parts: Number of parts.
-            seed: Seed of the order.
-            counted: Called with one of ``COUNTED`` for every row that is not yielded.
+        over, which all parts read. With fewer files than parts these are all files. ``counted`` is called with one of
+        ``COUNTED`` for every row that is not yielded.
         """
         for row in self._rows_of(part, parts, seed):
             pair = self._read(row)

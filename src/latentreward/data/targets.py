@@ -128,11 +128,6 @@ def label_remedy(targets: ScoreTargets | None) -> str:
 def check_targets(module: Any, datasets: Mapping[str, Any], stage: str | None) -> None:
     """Check, before the first batch, that the splits of a stage hold the values that the module's loss needs.
 
-    Args:
-        module: Module whose ``loss`` may have a method ``check_targets``; see :mod:`latentreward.losses.targets`.
-        datasets: Split → data set, whose ``targets`` are :meth:`ScoreTargets.values` or None.
-        stage: Lightning's stage.
-
     Raises:
         InputError: If a split lacks values, or has some that the loss does not take.
     """

@@ -23,15 +23,7 @@ BEFORE_AFTER = {"before": "against", "after": "policy"}
 
 
 def write_result(output: Path, plan: Plan, measured: Measured, how: str, judged: Path | None) -> Path:
-    """Write ``taste.json`` and ``taste.html``; return the path of the page.
-
-    Args:
-        output: Folder of all outputs.
-        plan: Settings of the run.
-        measured: Accuracy, and the scores of the held-out pairs.
-        how: Line on the split.
-        judged: Output of ``evaluate-policy`` with the pictures before and after; None without an alignment.
-    """
+    """Write ``taste.json`` and ``taste.html``; return the path of the page."""
     told = {"base": plan.base, "tuning": plan.tuning, "split": how}
     change = {} if judged is None else read_config(judged / "report.json")["comparisons"][0]["difference"]
     write_file(output / JSON, record(measured, {**told, "change": change} if change else told))

@@ -40,13 +40,11 @@ def check_folder(folder: Path) -> None:
 
 
 def read_pictures(folder: Path, below: str = "") -> tuple[dict[str, Picture], list[str]]:
-    """Find and decode all pictures of a folder and its subfolders, in the order of their names.
+    """Find and decode all pictures of the subfolder ``below`` and its own, in the order of their names.
+
+    Paths are relative to ``folder``. Pictures outside it, behind links, are not opened.
 
     Hidden files and folders are left out. Orientations by EXIF are applied later, as in training.
-
-    Args:
-        folder: Folder that paths are relative to. Pictures outside it, behind links, are not opened.
-        below: Subfolder to look in.
 
     Returns:
         Name, which is the path below ``below`` without its ending → picture; and one line about each kind of file that

@@ -44,12 +44,9 @@ class PromptRow:
 def read_prompts(path: str, setting: str = "data.prompts", max_prompt_chars: int = MAX_PROMPT_CHARS) -> tuple[str, ...]:
     """Read the distinct prompts of a file, in the file's order, without blank ones.
 
-    Args:
-        path: Text with one prompt per line; or JSON lines, a JSON list, CSV, TSV or parquet with a column ``prompt``,
-            ``caption`` or ``Prompt``. A JSON object counts by its list ``prompts``, or, as in MJHQ-30K, by its values
-            if all are objects with such a field.
-        setting: Name of the setting, for messages.
-        max_prompt_chars: Largest number of characters in a prompt.
+    A text holds one prompt per line. JSON lines, a JSON list, CSV, TSV and parquet have a column ``prompt``,
+    ``caption`` or ``Prompt``. A JSON object counts by its list ``prompts``, or, as in MJHQ-30K, by its values if all
+    are objects with such a field. ``setting`` names the file's setting in messages.
 
     Raises:
         InputError: If the file does not exist, has another format, is not UTF-8, has a prompt that is too long, names
@@ -59,12 +56,9 @@ def read_prompts(path: str, setting: str = "data.prompts", max_prompt_chars: int
 
 
 def read_prompt_rows(path: str, setting: str = "prompts", max_prompt_chars: int = MAX_PROMPT_CHARS) -> list[PromptRow]:
-    """Read all prompts of a file with their groups, repeated prompts included, without blank ones.
+    """Read all prompts of a file, see :func:`read_prompts`, with their groups; repeated ones included, no blank ones.
 
-    Args:
-        path: As for :func:`read_prompts`. A column ``tag`` (GenEval) or ``Category`` (PartiPrompts) is the group.
-        setting: Name of the setting, for messages.
-        max_prompt_chars: Largest number of characters in a prompt.
+    A column ``tag`` (GenEval) or ``Category`` (PartiPrompts) is the group.
 
     Raises:
         InputError: As :func:`read_prompts`.
@@ -103,10 +97,6 @@ def read_prompt_set(path: str, max_prompt_chars: int = MAX_PROMPT_CHARS) -> list
     For T2I-CompBench++ the pattern is ``examples/dataset/*_val.txt``, with groups ``color``, ``shape``, ...; for the
     benchmark of HPSv2 it is ``benchmark/[!d]*.json``, with groups ``anime``, ``concept-art``, ``paintings`` and
     ``photo``.
-
-    Args:
-        path: File, or a pattern with ``*``, ``?`` or ``[]``; files are read in the order of their names.
-        max_prompt_chars: Largest number of characters in a prompt.
 
     Raises:
         InputError: As :func:`read_prompts`, and if the pattern matches no file.

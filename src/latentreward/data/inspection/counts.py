@@ -282,13 +282,8 @@ def inspect_reader(
 ) -> tuple[SplitCounts, SplitContents]:
     """Count labels, prompts and images of a split.
 
-    Ctrl-C or SIGTERM ends counting and keeps the counts so far.
-
-    Args:
-        name: Name of the split.
-        reader: Reader of the split.
-        census: Counter of images; give a new one for each split.
-        limit: Examine only the images of the first ``limit`` rows; 0 for none, None for all.
+    Images are those of the first ``limit`` rows; None takes all. Ctrl-C or SIGTERM ends counting and keeps the counts
+    so far. Each split needs a ``census`` of its own.
 
     Raises:
         InputError: If ``limit`` is negative.

@@ -236,12 +236,7 @@ class SideExchangingReader(PairReader):
 
 
 def exchange_sides(facts: dict[str, list[Any]], exchanged: np.ndarray) -> dict[str, list[Any]]:
-    """Exchange the values of ``NAME_a`` and ``NAME_b`` in some rows; other names keep their values.
-
-    Args:
-        facts: Name → list with one value per row; each ``NAME_a`` has its ``NAME_b``.
-        exchanged: Whether to exchange, for every row, ``(len,)`` bool.
-    """
+    """Exchange the values of ``NAME_a`` and ``NAME_b`` in the rows where ``exchanged`` ``(len,)`` is true."""
     swapped = {}
     for name, values in facts.items():
         other = {"_a": f"{name[:-2]}_b", "_b": f"{name[:-2]}_a"}.get(name[-2:], name)

@@ -172,11 +172,7 @@ class GroupReader(JSONReader):
     def parse_ranked(self, name: str, row: Any, fields: tuple[str, str], folder: Path) -> ImageGroup | None:
         """Check a row of a JSON file and make a group of ranked images from it.
 
-        Args:
-            name: Name of the group.
-            row: Row of the file; a JSON object, unless the file is damaged.
-            fields: Names of the row's fields with the list of paths and with the list of ranks.
-            folder: Folder that the paths are relative to.
+        The row has the list of paths, relative to ``folder``, and that of ranks in its two ``fields``.
 
         Returns:
             The group; None if ``on_error`` leaves it out.
@@ -225,13 +221,7 @@ class GroupReader(JSONReader):
 
 
 def file_image(folder: Path, path: str | None, prefix: str = "") -> ImageRef:
-    """Return a reference to an image file that must lie inside ``folder``.
-
-    Args:
-        folder: Folder that holds the file.
-        path: Path of the file, relative to ``folder`` or absolute; empty or None for an image that is missing.
-        prefix: Text before the path in ``image_key``.
-    """
+    """Return a reference to an image file inside ``folder``, whose ``image_key`` begins with ``prefix``."""
     if not path:
         return ImageRef("")
     path = relative_path(path, folder)

@@ -11,11 +11,7 @@ LOCATION = "hf://datasets/{}@{}"
 def fetch_files(source: str, names: Sequence[str], revision: str | None = None, extract: bool = False) -> list[Path]:
     """Download files of a hub data set, or find them in the cache; return their local paths.
 
-    Args:
-        source: Id of the data set.
-        names: Paths of the files in the data set's repository.
-        revision: Commit, tag or branch; ``main`` by default.
-        extract: Unpack archives and return the folders with their contents.
+    With ``extract``, archives are unpacked, and the folders with their contents are returned.
 
     Raises:
         InputError: If the data set or a file does not exist, or the hub cannot be reached.
@@ -35,13 +31,6 @@ def fetch_split(
     source: str, split: str, ending: str, revision: str | None = None, config: str | None = None
 ) -> list[tuple[str, Path]]:
     """Download all files of a split of a hub data set.
-
-    Args:
-        source: Id of the data set.
-        split: Name of the split.
-        ending: Suffix that all files of the split must have, e.g. ``".parquet"``.
-        revision: Commit, tag or branch.
-        config: Name of the configuration, if the data set has several.
 
     Returns:
         (published file name, local path) of each file, ordered by URL; the download cache renames files.

@@ -53,12 +53,7 @@ def subgroup_columns(prompts: Sequence[str], labels: np.ndarray, facts: dict[str
 
 
 def band(value: float, bands: dict[Any, str]) -> str:
-    """Return the name of the band that holds a value.
-
-    Args:
-        value: Value to look up; a value below the first key falls into the first band.
-        bands: Lowest value of each band, inclusive and ascending → name.
-    """
+    """Return the name of the band, by its lowest value, that holds a value; lower values are in the first band."""
     return list(bands.values())[max(0, bisect_right(list(bands), value) - 1)]
 
 

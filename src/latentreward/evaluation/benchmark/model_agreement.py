@@ -45,10 +45,6 @@ def correlation_results(result: AgreementResult, identities: Mapping[str, str]) 
     The LRM paper (arXiv:2502.01051) names both numbers without defining them. The three variants here are our own and
     cannot be compared with the paper's figures. Closest to the paper are the split ``validation_unique`` of Pick-a-Pic
     and an LRM at timestep 1.
-
-    Args:
-        result: Agreement of two scorers on the same pairs.
-        identities: Name of a scorer → identity, whose first word is the class name.
     """
     found = []
     for scorer, reference in ((result.first, result.second), (result.second, result.first)):

@@ -112,13 +112,8 @@ def import_pictures(
 
     Pictures are matched by the text of their prompt. Pictures without a text are matched by group and by number of the
     prompt within the group. If a prompt occurs k times in the set, its pictures are cut into k runs of equal length,
-    the first for the first occurrence. Damaged pictures are left out and counted in ``problems``.
-
-    Args:
-        folder: Folder of the pictures.
-        found: Pictures from :func:`find_pictures`.
-        rows: Set of prompts.
-        wanted: (index in ``rows``, number of the picture of that prompt) of each wanted picture.
+    the first for the first occurrence. Damaged pictures are left out and counted in ``problems``. ``wanted`` pictures
+    are told by their prompt's index in ``rows`` and their number among its pictures.
     """
     matched, left_aside = _match(found, rows)
     asked = set(wanted)
