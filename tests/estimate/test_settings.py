@@ -68,6 +68,21 @@ def test_the_peak_is_compared_with_a_card_and_what_lowers_it_is_named(capsys: py
     )
 
 
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--card_gb=24"], "card_gb: 24.0 is for --estimate; add it, or leave card_gb out"),
+        (["--estimate", "--tflops=null"], "tflops: "),
+    ],
+)
+def test_a_card_is_for_an_estimate_and_has_a_speed(
+    options: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["fit", f"--config={CONFIGS}/align/lpo_tiny.yaml", *options])
+    assert said in capsys.readouterr().err.splitlines()[-1]
+
+
 CALLBACK = "--trainer.callbacks+=EncodeOnce"
 
 

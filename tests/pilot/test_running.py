@@ -1,6 +1,5 @@
 """Stages run once, go on where they were, and start again when a setting changes; the whole path in the tiny world."""
 
-import json
 import os
 import shutil
 import signal
@@ -17,7 +16,7 @@ from latentreward.pilot.plans import all_pilots, find_pilot
 from latentreward.pilot.results import collect, holds, read_result, read_results, write_result
 from latentreward.pilot.running import progress, run_stages, starts, unfinished, workshop
 from latentreward.steps.tasks import Step, Task, resolve
-from latentreward.steps.workshop import INPUTS, LOG, RECORD
+from latentreward.steps.workshop import LOG, RECORD
 from tests.marks import release_after
 from tests.processes import start
 from tests.steps.forked_steps import ForkedSteps
@@ -80,27 +79,6 @@ def test_a_stage_whose_input_was_made_again_starts_anew(
     assert "scores: starts;" in capsys.readouterr().out
     assert not (scores / "out" / "left").exists()
     assert starts(scores / LOG) == 1
-
-
-def test_outputs_of_earlier_versions_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Their records name inputs by the digest of source files, and only records tell the inputs."""
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(ROOT / "src")]))
-    shop, tasks = workshop(tmp_path), toy("2.0")
-    run_stages(tasks, workshop(tmp_path))
-    pairs, scores = outputs(tasks, tmp_path)
-    old = {folder: json.loads((folder / RECORD).read_text()) for folder in (pairs, scores)}
-    old[scores]["inputs"] = {tasks["pairs"].key: old[pairs]["source"]}
-    for folder, content in old.items():
-        (folder / INPUTS).unlink()
-        (folder / RECORD).write_text(json.dumps({name: one for name, one in content.items() if name != "identity"}))
-    assert unfinished(tasks, shop) == []
-    (scores / RECORD).rename(tmp_path / RECORD)  # as if it had been stopped
-    assert shop.goes_on(tasks["scores"])
-    (tmp_path / RECORD).rename(scores / RECORD)
-    (pairs / RECORD).unlink()
-    shop.run(tasks["pairs"])
-    assert unfinished(tasks, shop) == [tasks["scores"]]
-    assert not shop.goes_on(tasks["scores"])
 
 
 @pytest.mark.slow

@@ -92,10 +92,15 @@ if TYPE_CHECKING:
     from latentreward.estimate.settings import Estimate
 
 CARD = (
-    ("card_gb", None, "Memory of the card that --estimate compares with, in GB; null takes the GPU here."),
-    ("tflops", 30.0, "Operations per second that the device sustains, in 10¹², for the hours of --estimate."),
+    (
+        "card_gb",
+        PositiveFloat | None,
+        None,
+        "Memory of the card for --estimate, in GB; null takes the GPU here.",
+    ),
+    ("tflops", PositiveFloat, 30.0, "Operations per second that the device sustains, in 10¹², for --estimate's hours."),
 )
-"""Name, default and help of what describes the card of an estimate."""
+"""Name, type, default and help of what describes the card of an estimate."""
 CONFIG, SAVED = "config.yaml", "config*.yaml"
 LOADERS = {"fit": "train", "validate": "val"}
 """Subcommand -> prefix of Lightning's ``*_dataloader`` method, where the prefix differs from the subcommand."""
@@ -301,8 +306,8 @@ class TrainingCLI(LightningCLI):
                 default=False,
                 help="Compute the memory and computation that the run needs, print them, and end; from configs alone.",
             )
-            for name, default, what in CARD:
-                parser.add_argument(f"--{name}", type=PositiveFloat | None, default=default, help=what)
+            for name, kind, default, what in CARD:
+                parser.add_argument(f"--{name}", type=kind, default=default, help=what)
 
     @override
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
@@ -313,6 +318,9 @@ class TrainingCLI(LightningCLI):
         if self.command == "fit":
             self.estimates = self.config[self.command].pop("estimate")  # these are no settings of the run
             self.card = [self.config[self.command].pop(name) for name, *_ in CARD]
+            for (name, _, default, _), value in zip(CARD, self.card, strict=True):
+                if value != default and not self.estimates:
+                    raise InputError(f"{name}: {value} is for --estimate; add it, or leave {name} out")
         check_ranges(self.config[self.command])
         settle_folder(self.config[self.command]["trainer"], args)
         self.config[self.command] = without_repeated_callbacks(self.config[self.command])
@@ -356,9 +364,9 @@ class TrainingCLI(LightningCLI):
         """Make the trainer, with :class:`RunProgress` and :class:`ParameterSummary` in place of Lightning's own.
 
         ``test`` gets an :class:`AccuracyInterval`, and ``fit`` with a logger of TensorBoard :class:`TensorBoardCharts`,
-        unless the settings name one. Without a logger,
-        ``LearningRateMonitor`` is left out. ``default_root_dir`` becomes the run's folder, where Lightning looks for
-        ``hpc`` and :class:`GracefulStop` saves without a ``ModelCheckpoint``: another folder may be another run's.
+        unless the settings name one. Without a logger, ``LearningRateMonitor`` is left out. ``default_root_dir``
+        becomes the run's folder, where Lightning looks for ``hpc`` and :class:`GracefulStop` saves without a
+        ``ModelCheckpoint``: another folder may be another run's.
         """
         settings = self.config_init[self.command]["trainer"]
         if (folder := run_folder(self.config[self.command]["trainer"])) is not None:

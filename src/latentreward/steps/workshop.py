@@ -31,24 +31,19 @@ class Done:
         cpu_seconds: Processor time of its process.
         modules: Modules of this package that its process imported.
         source: Digest of their source files at that time.
-        inputs: Key of an input → its ``output``.
+        inputs: Key of an input → its ``identity``.
         seconds: Time of its last process by the clock.
         gpu_bytes: Peak memory that PyTorch allocated on a GPU in its last process.
-        identity: Random name of this output; empty in records of earlier versions.
+        identity: Random name of this output, by which other tasks' records tell it from one that was made again.
     """
 
     cpu_seconds: float
     modules: tuple[str, ...]
     source: str
     inputs: dict[str, str | None]
-    seconds: float = 0.0
-    gpu_bytes: int = 0
-    identity: str = ""
-
-    @property
-    def output(self) -> str:
-        """Name by which other tasks' records tell this output from one that was made again."""
-        return self.identity or self.source
+    seconds: float
+    gpu_bytes: int
+    identity: str
 
 
 @dataclass
@@ -82,11 +77,10 @@ class Workshop:
         folder = task.output(self.folder).parent
         if not self.resumes or not folder.exists():
             return False
-        current = self._inputs(task)
-        if (folder / INPUTS).is_file():
-            return bool(read_config(folder / INPUTS, remedy=f"remove {folder} to start anew") == current)
-        found = self._record(task)  # earlier versions kept the inputs only at the end
-        return found is None or found.inputs == current
+        inputs = folder / INPUTS
+        if not inputs.is_file():
+            return True
+        return bool(read_config(inputs, remedy=f"remove {folder} to start anew") == self._inputs(task))
 
     def _record(self, task: Task) -> Done | None:
         path = task.output(self.folder).parent / RECORD
@@ -98,8 +92,8 @@ class Workshop:
             return None
 
     def _inputs(self, task: Task) -> dict[str, str | None]:
-        """Return key of an input → its output's name; None if it has not finished."""
-        return {one.key: found.output if (found := self.done(one)) else None for one in task.inputs.values()}
+        """Return key of an input → its identity; None if it has not finished."""
+        return {one.key: found.identity if (found := self.done(one)) else None for one in task.inputs.values()}
 
     def run(self, task: Task) -> None:
         """Run a task's process; what it prints is in ``log.txt`` beside the task's output.
