@@ -40,9 +40,6 @@ def find_modules_here(settings: Iterable[Any]) -> None:
 
     Otherwise ``sys.path`` stays unchanged. Libraries try to import optional packages, and would otherwise import a
     file of that name that somebody put beside a downloaded model or data set.
-
-    Args:
-        settings: Values of settings; only texts such as ``my_module.MyClass`` matter.
     """
     here = str(Path.cwd())
     for package, _, rest in {value.partition(".") for value in settings if isinstance(value, str) and len(value) < 999}:

@@ -659,9 +659,7 @@ def compare_weights(model: LightningModule, state_dict: Mapping[str, Any], *_: A
 def check_checkpoint(path: str | Path, given: str | Path) -> None:
     """Check a checkpoint before anything is loaded from it.
 
-    Args:
-        path: File or folder.
-        given: Name of the checkpoint in messages, for example the address from which it was fetched.
+    ``given`` is its name in messages, such as the address from which it was fetched.
 
     Raises:
         InputError: If the checkpoint is missing, damaged, or holds objects that could run code when loaded.

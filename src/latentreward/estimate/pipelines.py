@@ -175,11 +175,6 @@ def write_pipelines(
 ) -> dict[str, str]:
     """Write folders of pipelines and CLIP models in the layout of the hub, without weights.
 
-    Args:
-        root: Folder in which a folder for each name is made.
-        pipelines: Name → part → content of the part's config.
-        clip_models: Keys of :data:`CLIP_MODELS`.
-
     Returns:
         Name → path of its folder.
     """

@@ -33,10 +33,6 @@ def resample_tokens(tokens: Tensor, grid: tuple[int, ...], target: tuple[int, ..
 def common_grid(grids: Sequence[tuple[int, ...]], choice: str | Sequence[int] = "smallest") -> tuple[int, ...]:
     """Return the grid to which all taps are resampled.
 
-    Args:
-        grids: Grid of each tap.
-        choice: ``smallest`` or ``largest`` of ``grids``, or the grid itself.
-
     Raises:
         InputError: If ``choice`` is another text, or a grid with the wrong number of axes or a side below 1.
     """

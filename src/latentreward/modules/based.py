@@ -30,10 +30,7 @@ UNSEEN = ("quantization", "family")
 def unseen_settings(place: str, given: Mapping[str, Any], encoder: PromptEncoder | None) -> dict[str, Any]:
     """Return the settings of a base that are not seen in the samples of its weights, for ``base_settings``.
 
-    Args:
-        place: Name of the base in the run's settings, such as ``policy``.
-        given: The base's settings by name.
-        encoder: Prompt encoder of the base, which knows the ``t5_length`` that null stands for; None if it has none.
+    ``place`` is the name of the base in the run's settings; ``encoder`` knows the ``t5_length`` that null stands for.
     """
     found = {f"{place}.{name}": given.get(name) for name in UNSEEN}
     if encoder is not None:  # encoders whose tokens are T5's alone have no number of their own for T5

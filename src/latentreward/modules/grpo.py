@@ -425,10 +425,8 @@ class TrajectoryGRPOModule(GRPOModule):
     ) -> FinishedScores:
         """Score finished latents, in the forms that advantages and gate need.
 
-        Args:
-            latents: ``(P·K, C, ...)``.
-            prompts: P prompts.
-            asked: Results of :func:`~latentreward.rollout.begin_finished`, which together are those of ``latents``.
+        Latents are ``(P·K, C, ...)`` of P prompts. ``asked`` are results of
+        :func:`~latentreward.rollout.begin_finished`, which together are those of the latents.
         """
         levels, takes = None, self.gate and self.gate.takes
         if takes == "levels":  # beside the rewards: a head's score of several levels may be no mean
@@ -534,13 +532,7 @@ def trajectory_samples(
 ) -> list[StepSamples]:
     """Make a training record of each step in ``steps``, on the CPU.
 
-    Args:
-        trajectories: B trajectories.
-        steps: S steps.
-        prompts: Prompts of the trajectories.
-        advantage: ``(B, S)`` advantages of the steps.
-        process: ``(B, S)`` second advantages; see :class:`StepSamples`.
-        held: ``(B, S)`` bool: whether the KL term acts.
+    ``advantage``, ``process`` (see :class:`StepSamples`) and ``held`` are ``(B, S)``, for B trajectories and S steps.
     """
     return [
         StepSamples(

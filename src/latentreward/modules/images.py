@@ -25,12 +25,7 @@ def latents_of(
 ) -> Tensor:
     """Return the latents of ``sides`` of a batch, one side after the other: ``(len(sides) · B, C, ...)`` float32.
 
-    Args:
-        network: Policy or backbone that will take the latents; its VAE encodes pixels.
-        batch: B pairs.
-        draws: Random numbers of the batch.
-        posterior: Whether to take a ``sample`` of the VAE's posterior or its ``mode``.
-        sides: Images to encode: ``chosen``, ``rejected`` or both.
+    The VAE of ``network`` encodes pixels, to a sample of its posterior or to the mode.
 
     Raises:
         InputError: If the batch holds latents of another space than the network's, or pixels without a VAE.

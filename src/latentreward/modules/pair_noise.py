@@ -38,10 +38,7 @@ class PairDraws:
     def normal(self, purpose: str, shape: Sequence[int], per_image: bool) -> Tensor:
         """Draw standard normal numbers ``(2B, *shape)`` on the CPU, chosen images first.
 
-        Args:
-            purpose: Name of the use, e.g. ``"noise"``; numbers for different purposes are independent.
-            shape: Shape of one image's numbers.
-            per_image: True for different numbers for the two images of a pair, false for the same.
+        Numbers for different purposes are independent. With ``per_image`` the two images of a pair get different ones.
         """
         sides = [
             torch.stack([torch.randn(*shape, generator=generator) for generator in self._generators(purpose, keys)])

@@ -220,10 +220,8 @@ class ReFLModule(RewardedModule):
     ) -> tuple[Tensor, Tensor]:
         """Return the reward's loss, with a gradient to ``latents``, and the rewards ``(B,)``, detached.
 
-        Args:
-            prompts: B prompts.
-            latents: ``(B, C, ...)`` finished latents, or states at ``timestep``.
-            timestep: Timestep of the states; None for finished latents, which a latent reward noises itself.
+        Latents are ``(B, C, ...)``, states at ``timestep``; None stands for finished latents, which a latent reward
+        noises itself.
         """
         rewards = []
 

@@ -83,8 +83,7 @@ def check_access(pilot: Pilot, missing: Mapping[str, Source]) -> None:
 def check_disk(needed: Mapping[Path, int]) -> str:
     """Check the free space of file systems; return a line that describes it.
 
-    Args:
-        needed: Folder, which need not exist → bytes that will be written there.
+    ``needed`` holds the bytes that will be written, by folder; a folder need not exist.
 
     Raises:
         InputError: If a file system has too little free space.

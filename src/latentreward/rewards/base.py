@@ -117,10 +117,8 @@ class Reward(nn.Module, Part):
     def checked(self, scores: Tensor, timesteps: Tensor, latents: Tensor) -> Tensor:
         """Check ``scores`` and return them in float32.
 
-        Args:
-            scores: Result of a scoring method.
-            timesteps: ``(N,)`` timestep of each state, for the error message.
-            latents: ``(N, C, ...)`` what was scored.
+        What was scored, ``latents`` ``(N, C, ...)`` at ``timesteps`` ``(N,)``, tells the cause of a score that is not
+        finite.
 
         Raises:
             InputError: If the scores are not a tensor ``(N,)``, or a score or what was scored is not finite.

@@ -51,13 +51,7 @@ def convert_states(
     flow-matching state ``x / (√ᾱ + √(1 − ᾱ))`` at ``σ = √(1 − ᾱ) / (√ᾱ + √(1 − ᾱ))``. A flow-matching state x becomes
     the diffusion state ``x / √((1 − σ)² + σ²)`` at ``√(1 − ᾱ) = σ / √((1 − σ)² + σ²)``. The result is the state that
     ``target`` makes of the same clean latents and noise, except that its timestep is rounded to the table of
-    ``target``.
-
-    Args:
-        latents: States ``(N, C, ...)``.
-        timesteps: ``(N,)`` timesteps of ``source``.
-        source: Process that the states belong to.
-        target: Process to convert to.
+    ``target``. States ``(N, C, ...)`` are at ``timesteps`` ``(N,)`` of ``source``.
 
     Returns:
         Rescaled states, with their graph, and the nearest timesteps in the table of ``target``. Both are returned

@@ -197,11 +197,8 @@ class LatentScorer(Reward):
         """Score ``latents`` in batches, with a gradient to ``latents`` if they require one.
 
         The score of a row depends on that row alone. Therefore the gradient of the sum of all scores holds in each row
-        the gradient of this row's score.
-
-        Args:
-            latents: ``(N, C, ...)``.
-            read: Function of the latents of some rows, and the slice of these rows, to their scores.
+        the gradient of this row's score. ``read`` scores the latents of some rows, and gets the slice of these rows
+        too.
         """
         wanted = torch.is_grad_enabled() and latents.requires_grad
         size = self.batch_size or max(len(latents), 1)

@@ -71,12 +71,8 @@ def share_adapter(policy: Policy, network: nn.Module, weights: Mapping[str, Tens
     """Add the adapter of a reward, frozen, to the policy's network.
 
     The set of trainable parameters and the active adapter do not change. The new weights are left out of the policy's
-    ``state_dict()``, and loading a state dict does not report them as missing.
-
-    Args:
-        policy: The policy.
-        network: The reward's network with its adapter, possibly on the meta device.
-        weights: Tensors of the adapter by their names in ``network``.
+    ``state_dict()``, and loading a state dict does not report them as missing. The reward's ``network`` may be on the
+    meta device; ``weights`` are by their names in it.
 
     Returns:
         Name of the adapter in the policy's network; None if ``network`` has no adapter.

@@ -23,13 +23,8 @@ def score_states(
 ) -> Tensor:
     """Score states that are all at one timestep: ``(N,)``, float32.
 
-    Args:
-        reward: Reward that scores the states.
-        encoded: Result of :meth:`Reward.encode_prompts`.
-        latents: ``(N, C, ...)`` states.
-        rows: ``(N,)`` int64 index of each state's prompt in ``encoded``.
-        timestep: Timestep of the policy's noise process that the reward is told.
-        clean: ``(N, C, ...)`` predicted clean latents, for rewards with ``needs_clean``.
+    States are ``(N, C, ...)`` at ``timestep`` of the policy; ``rows`` ``(N,)`` are the indices of their prompts in
+    ``encoded``; rewards with ``needs_clean`` get the predicted ``clean`` latents.
 
     Raises:
         InputError: If a score has the wrong shape or is not finite.
@@ -42,15 +37,9 @@ def score_states(
 def score_finished(reward: Reward, latents: Tensor, prompts: PromptBatch, seed: int, sigmas: Sequence[float]) -> Tensor:
     """Score finished latents: ``(N,)``, float32.
 
-    A reward that scores noisy latents adds noise at the levels ``sigmas``. All samples of a prompt share that noise, so
-    that their scores differ only because of the samples.
-
-    Args:
-        reward: Reward that scores the latents.
-        latents: ``(N, C, ...)``, first the N / P samples of the first prompt, then those of the second, and so on.
-        prompts: P prompts.
-        seed: Seed of the noise.
-        sigmas: Noise levels for a latent reward; without effect on rewards of pixels.
+    A reward that scores noisy latents adds noise at the levels ``sigmas``. All samples of a prompt share that noise,
+    so that their scores differ only because of the samples. Latents are ``(N, C, ...)``, first the N / P samples of
+    the first of P prompts. ``seed`` is that of the noise.
     """
     return reward.score_clean(*_asked(reward, latents, prompts, seed), sigmas).float()
 

@@ -184,9 +184,7 @@ def step_pairs(step: CandidateStep, selected: SelectedPairs, prompts: PromptBatc
 def gap_quantiles(gaps: Iterable[tuple[float, Tensor]], levels: tuple[float, ...] = (0.1, 0.5, 0.9)) -> str:
     """Summarise quantiles of score gaps at some of the timesteps in one line, for messages.
 
-    Args:
-        gaps: Pairs of timestep and gaps ``(n,)``, for any number of rollout steps.
-        levels: Quantiles to show.
+    ``gaps`` are pairs of a timestep and its gaps ``(n,)``.
     """
     by_timestep: dict[float, list[Tensor]] = {}
     for timestep, values in gaps:

@@ -35,9 +35,7 @@ class RolloutDraws:
     def resampled(self, index: int, weights: Sequence[Tensor]) -> list[Tensor]:
         """Draw with replacement, in proportion to n weights, n indices per prompt after step ``index``.
 
-        Args:
-            index: Index of the step.
-            weights: Weights ``(n,)`` on the CPU for each of the B prompts; n may differ.
+        ``weights`` has ``(n,)`` on the CPU for each of the B prompts; n may differ.
 
         Returns:
             int64 indices ``(n,)`` for each prompt.

@@ -312,9 +312,7 @@ def values_of(option: str, arguments: Sequence[str]) -> list[str] | None:
 def prepare_parsing(arguments: Sequence[str], classes: bool = False) -> list[str]:
     """Set up jsonargparse and OmegaConf for parsing settings; to be called before any parser of settings is made.
 
-    Args:
-        arguments: Arguments of the command line.
-        classes: Whether settings may name the user's own classes, in modules of the current folder.
+    With ``classes``, settings may name the user's own classes, in modules of the current folder.
 
     Returns:
         The arguments without ``--restrict-imports`` and ``--allow-programs``, which are applied here.

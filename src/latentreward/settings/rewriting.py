@@ -156,12 +156,8 @@ def rewrite_arguments(arguments: Sequence[str], short_names: Mapping[str, str], 
 
     Option and value may be separated by a blank or ``=``. Interpolations such as ``${data.root}`` become
     ``${setting:fit.data.root}``, because jsonargparse keeps a trainer command's settings under the subcommand, and
-    would look up a plain name relative to the class whose argument contains it.
-
-    Args:
-        arguments: Arguments of the command line.
-        short_names: Short name of a backbone -> dotted path.
-        root: Prefix of setting names in interpolations: the subcommand with a dot, e.g. ``fit.``, or empty.
+    would look up a plain name relative to the class whose argument contains it. ``root`` comes before setting names in
+    interpolations: the subcommand with a dot, such as ``fit.``, or nothing.
 
     Raises:
         InputError: For ``--trainer FILE``, because the file's callbacks would replace earlier ones, or for a key that
