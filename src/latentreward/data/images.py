@@ -192,10 +192,7 @@ class ImageHeader(NamedTuple):
 def read_header(image: ImageRef, max_pixels: int = MAX_PIXELS, exif: ExifOrientation = "ignore") -> ImageHeader:
     """Read the header of an image without decoding it; the rest of the file may still be damaged.
 
-    Args:
-        image: Reference to the image's bytes or file.
-        max_pixels: Limit on width × height.
-        exif: ``"apply"`` exchanges height and width if the EXIF orientation asks for it.
+    ``exif="apply"`` exchanges height and width if the EXIF orientation asks for it.
 
     Raises:
         ImageError: As :func:`decode_image`, except for damage behind the header.

@@ -108,11 +108,9 @@ class SplitTable(ABC):
                     raise InputError(f"{place}: column {name} is {schema.field(name).type}, not images; {hint}")
 
     def image(self, value: Any, key: str | None = None) -> ImageRef:
-        """Return a reference to an image of a row.
+        """Return a reference to an image of a row: bytes, or a struct of ``bytes`` and ``path``; None if it is missing.
 
-        Args:
-            value: Bytes, or a struct with ``bytes`` and ``path``; None for an image that is missing.
-            key: Name of the image; None names it by a hash of its bytes.
+        Without a ``key``, a hash of its bytes names the image.
         """
         return embedded_image(value, key, self.files)
 
@@ -256,13 +254,8 @@ def open_table(
 ) -> SplitTable:
     """Find the table of a split; missing parquet parts fall under the reader's ``on_error``.
 
-    Args:
-        reader: Reader with ``on_error``.
-        source: ``Dataset``, or ``DatasetDict`` with the split; folder that ``save_to_disk`` wrote; folder, file or hub
-            id of parquet files, see :func:`~latentreward.data.readers.parquet_store.find_parts`.
-        split: Name of the split.
-        revision: Commit, tag or branch of the hub data set.
-        config: Name of the configuration, where the hub data set has several.
+    A ``source`` is a ``Dataset``, a ``DatasetDict`` with the split, a folder that ``save_to_disk`` wrote, or what
+    :func:`~latentreward.data.readers.parquet_store.find_parts` takes.
 
     Raises:
         InputError: If there is no such source or split, or a folder is damaged.

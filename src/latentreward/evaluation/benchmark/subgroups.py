@@ -27,12 +27,7 @@ def subgroup_results(
 ) -> list[SubgroupResult]:
     """Compute the protocol's number on each sub-group, larger sub-groups of a column first.
 
-    Args:
-        key: Key of the protocol.
-        pairs: Scored pairs of one scorer.
-        judgement: Result of :func:`~latentreward.evaluation.benchmark.protocols.judge` for all pairs.
-        columns: Columns whose values define the sub-groups; columns that the pairs lack are skipped.
-        least: Least number of counted pairs of a sub-group; smaller sub-groups are left out.
+    Sub-groups with fewer than ``least`` counted pairs, and columns that the pairs lack, are left out.
     """
     results = []
     for column in (name for name in columns if name in pairs.columns):
@@ -77,12 +72,7 @@ def paired_difference(key: str, first: Judged, second: Judged) -> DifferenceResu
 
 
 def level_results(key: str, levels: Iterable[tuple[float, float, BenchmarkPairs]]) -> list[LevelResult]:
-    """Compute the protocol's number at each noise level.
-
-    Args:
-        key: Key of the protocol.
-        levels: For each level its σ in [0, 1], its timestep, and the pairs scored at the level.
-    """
+    """Compute the protocol's number at each noise level: σ in [0, 1], timestep, and the pairs scored there."""
     results = []
     for sigma, timestep, pairs in levels:
         estimate = clustered_accuracy(credit_sums(key, pairs, judge(key, pairs).credit))

@@ -26,16 +26,10 @@ def write_policy_page(
     scored: Sequence[ScoredPictures],
     cards: int,
 ) -> None:
-    """Write the page.
+    """Write the page on one policy, or on two policies with pictures of the same prompts and numbers.
 
-    Args:
-        path: HTML file to write.
-        report: Report with the names of the policies and notes.
-        introduction: Text above the sections.
-        sections: Sections with the report's tables.
-        scored: One policy, or two policies with pictures of the same prompts and numbers.
-        cards: Largest number of pictures of each policy on the page. Pictures are chosen at evenly spaced ranks of the
-            difference of the two policies' first score (with one policy, of the first score).
+    At most ``cards`` pictures of each policy are chosen, at evenly spaced ranks of the difference of the two policies'
+    first score (with one policy, of the first score).
     """
     names = list(scored[0].scores)
     rows = shown_rows(scored, cards)

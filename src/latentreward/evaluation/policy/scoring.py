@@ -109,11 +109,6 @@ def scoring_task(
 ) -> Callable[[dict[str, Any]], dict[str, Any]]:
     """Load the scorers of images, and return the function that scores a chunk of pictures.
 
-    Args:
-        scorers: Scorers that passed :func:`score_names`.
-        prepare: Function that loads those of images.
-        chunks: See :meth:`PictureScoring.chunks`.
-
     Returns:
         Function from a chunk to ``scores``, by name of the scorer, and ``models`` that servers named with them.
     """
