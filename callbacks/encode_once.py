@@ -136,11 +136,8 @@ def encoder_of(owner: Policy | LatentScorer) -> PromptEncoder | None:
 def encoded(owner: Policy | LatentScorer, prompts: Sequence[str], path: Path, trainer: Trainer) -> Conditioning:
     """Encode ``prompts`` one by one, each rank of a machine its share, into files that all its ranks map.
 
-    Args:
-        owner: Owner of the text encoder, which may be sharded over all ranks: they call it equally often.
-        prompts: Distinct prompts.
-        path: Start of the files' names, the same for all ranks of the machine.
-        trainer: Trainer of the run.
+    All ranks that shard the owner's text encoder call it equally often. ``path`` is the start of the files' names, the
+    same for all ranks of the machine.
 
     Returns:
         The encoded prompts on the CPU, in the order of ``prompts``.

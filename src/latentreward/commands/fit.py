@@ -553,12 +553,8 @@ def open_readers(command: str, data: Namespace) -> Namespace:
 
     Other splits are set to None. ``fit`` and ``validate`` also open ``test``, whose prompts are kept out of their own
     splits (see ``shared_prompts``). If ``test`` cannot be opened, they warn and go on, except under
-    ``shared_prompts: raise``.
-
-    Args:
-        command: Subcommand.
-        data: Settings of any data module. Settings of classes other than :class:`PairLoaders` stay unchanged. A
-            subclass that overrides the loaders of ``val`` or ``test`` gets all its readers.
+    ``shared_prompts: raise``. Settings of classes other than :class:`PairLoaders` stay unchanged. A subclass that
+    overrides the loaders of ``val`` or ``test`` gets all its readers.
 
     Raises:
         InputError: If the subcommand's own split is not set, or a split that it needs cannot be opened.

@@ -267,9 +267,6 @@ class GatedQFormerHead(RewardHead):
 
         With ``ensemble="tokens"`` each level's tokens are modulated by their timestep, then concatenated along the
         token axis.
-
-        Args:
-            levels: Features of the same images at K noise levels.
         """
         if self.ensemble == "scores":
             return super().score_ensemble(levels)

@@ -258,10 +258,8 @@ class RolloutModule(RewardedModule, Generic[Experience]):
     def advantages(self, rewards: Tensor, rule: Advantage, features: Tensor | None = None) -> Tensor:
         """Compute advantages of this rank's rewards for K samples of P prompts, among those of all ranks.
 
-        Args:
-            rewards: ``(P, K)``; ``(P, K, S)`` for rewards of S steps; ``(P, K, R)`` for a rule that takes R rewards.
-            rule: Rule that turns rewards into advantages.
-            features: ``(P, K, F)`` features of the samples, for a rule that takes them.
+        Rewards are ``(P, K)``, ``(P, K, S)`` of S steps, or ``(P, K, R)`` for a rule that takes R rewards; features
+        ``(P, K, F)``.
 
         Returns:
             ``(P, K)``, or ``(P, K, S)``.

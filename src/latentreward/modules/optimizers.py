@@ -20,12 +20,8 @@ def single_optimizer(
 ) -> Any:
     """Build one optimiser over the trainable parameters and its schedule, as ``configure_optimizers`` returns them.
 
-    Args:
-        parameters: Parameters of the module; those that require no gradient are left out.
-        optimizer: Function that makes the optimiser from parameter groups.
-        lr_scheduler: Function that makes the schedule, stepped after each optimiser step; None for a constant rate.
-        decay_vectors: Whether vectors and scalars (biases, norms) get the optimiser's weight decay too.
-        lr: Learning rate before any schedule; None keeps the optimiser's own.
+    The schedule is stepped after each optimiser step. With ``decay_vectors``, vectors and scalars (biases, norms) get
+    the optimiser's weight decay too. ``lr`` is the learning rate before any schedule; None keeps the optimiser's own.
 
     Raises:
         InputError: If the optimiser refuses its settings, or a ReduceLROnPlateau has no ``monitor``.

@@ -225,9 +225,7 @@ class MixedReward(Reward):
 def standardise(scores: Tensor, groups: Tensor) -> Tensor:
     """Shift and scale scores to mean 0 and standard deviation 1 within each group.
 
-    Args:
-        scores: ``(N,)``.
-        groups: ``(N,)`` int64 number of the group of each score.
+    ``groups`` ``(N,)`` int64 are the numbers of the groups of scores ``(N,)``.
 
     Returns:
         ``(N,)``; no gradient flows into means and standard deviations.

@@ -338,13 +338,8 @@ def parse_function(
 ) -> dict[str, Any]:
     """Parse the values of a function's typed arguments from ``--config`` files and the command line.
 
-    Classes among the settings are instantiated in the order of the function's arguments.
-
-    Args:
-        function: Function whose arguments are the settings.
-        command: Name of the subcommand, for the usage message.
-        settings: Arguments of the command line after the subcommand, see :func:`prepare_parsing`.
-        bare: Number of the function's first arguments whose values may be given without ``--NAME``, in this order.
+    Classes among the settings are instantiated in the order of the function's arguments. Values of the function's
+    first ``bare`` arguments may be given without ``--NAME``, in this order.
 
     Returns:
         Argument name -> value.
