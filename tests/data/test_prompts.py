@@ -42,11 +42,11 @@ def test_every_format_gives_the_distinct_prompts_in_order(suffix: str, tmp_path:
         ("empty.txt", b"\n \n", "holds no prompt"),
         ("latin.txt", "Fuß".encode("latin-1"), "is not UTF-8 at byte 3"),
         ("latin.csv", "prompt\nFuß".encode("latin-1"), "is not UTF-8"),
-        ("column.csv", b"text\na cat\n", "no texts in a column 'prompt'"),
-        ("column.jsonl", b'{"text": "a cat"}\n', "no texts in a column 'prompt'"),
-        ("number.json", b'[{"prompt": 3}]', "row 1 holds int"),
-        ("broken.json", b"[", "no texts in a column 'prompt'"),
-        ("scalar.json", b"3", "no texts in a column 'prompt'"),
+        ("column.csv", b"text,id\na cat,1\n", "row 1 has no column 'prompt' or 'caption' .it has: 'text', 'id'"),
+        ("column.jsonl", b'{"text": "a cat"}\n', "it has: 'text'"),
+        ("number.json", b'[{"prompt": 3}]', "row 1 holds 3 as prompt, not text"),
+        ("broken.json", b"[", "cannot be read .Expecting value: line 1"),
+        ("scalar.json", b"3", "it holds 3, not a list"),
         ("text.json", b'"a cat"', "it holds 'a cat', not a list"),
         ("keys.json", b'{"0": "a cat", "1": "a dog"}', "an object with the keys '0', '1', …; give a list"),
         ("mixed.json", b'{"0": {"prompt": "a cat"}, "name": "mine"}', "an object with the keys '0', 'name'"),
@@ -60,11 +60,18 @@ def test_every_format_gives_the_distinct_prompts_in_order(suffix: str, tmp_path:
             b'[{"prompt": "a"}, {"prompt": "b", "reference_image": "a.png"}]',
             "row 2 is an edit of a picture",
         ),
-        ("numbers.json", b"[3]", "row 1 holds int"),
-        ("lists.jsonl", b'["prompt"]', "row 1 holds list"),
+        ("numbers.json", b"[3]", "row 1 holds 3, neither a text nor"),
+        ("lists.jsonl", b'["prompt"]', r"row 1 holds \['prompt'\], neither"),
         ("edit.csv", b"prompt,source\nmake it red,in/a.PNG\n", "row 1 is an edit of a picture, in 'source'"),
-        ("surrogate.json", b'["\\ud800"]', "no texts in a column 'prompt'"),
-        ("broken.parquet", b"PAR1", "no texts in a column 'prompt'"),
+        ("surrogate.json", b'["\\ud800"]', "surrogates not allowed"),
+        ("broken.parquet", b"PAR1", "cannot be read .Parquet file size"),
+        ("line.jsonl", b'{"prompt": "a cat"}\n\n{bad\n', "line 3, character 2: Expecting property name"),
+        ("comma.csv", b"id,prompt\n1,a cat, a dog\n", "row 1 has more fields than the header; put texts"),
+        ("short.csv", b"id,prompt\n1\n", "row 1 holds None as prompt"),
+        ("open.csv", b'prompt\n"a cat\na dog\n', "unexpected end of data"),
+        ("backslash.csv", b'prompt\n"a \\"red\\" cat"\na dog\n', "',' expected after"),
+        ("twice.csv", b"prompt,prompt\na cat,a dog\n", "two columns have the name 'prompt'"),
+        ("twice.tsv", b"prompt\tprompt\na cat\ta dog\n", "two columns have the name 'prompt'"),
         ("prompts.docx", b"", "is none of .txt"),
     ],
 )
@@ -74,6 +81,21 @@ def test_bad_files_are_refused_in_one_line(name: str, content: bytes, message: s
         PromptDataModule(str(tmp_path / name))
     assert "\n" not in str(caught.value)
     assert name in str(caught.value)
+
+
+def test_a_text_has_a_prompt_a_line_whatever_ends_it(tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_bytes(b"a cat\ra dog\r\n\r\n2\xe2\x80\xa8birds\n")
+    assert [row.prompt for row in read_prompt_set(str(tmp_path / "prompts.txt"))] == [
+        "a cat",
+        "a dog",
+        "2\u2028birds",
+    ]
+
+
+def test_a_parquet_file_without_prompts_tells_its_columns(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"text": ["a cat"], "tag": ["colors"]}), tmp_path / "prompts.parquet")
+    with pytest.raises(InputError, match="it has: 'text', 'tag'"):
+        read_prompt_set(str(tmp_path / "prompts.parquet"))
 
 
 def test_a_json_object_counts_by_its_list_or_by_values_that_have_prompts(tmp_path: Path) -> None:

@@ -101,7 +101,7 @@ def test_a_lora_of_another_network_is_refused(tmp_path: Path) -> None:
 
 def test_names_that_diffusers_does_not_read_are_refused(tmp_path: Path) -> None:
     write_kohya(TrainedLoRA.of_policy(trained("sd35_tiny")), tmp_path)
-    with pytest.raises(InputError, match="in diffusers' naming"):
+    with pytest.raises(InputError, match="with diffusers' names"):
         load_lora(load("sd35_tiny"), tmp_path)
 
 
@@ -110,8 +110,27 @@ def test_a_lora_of_text_encoders_is_refused(tmp_path: Path) -> None:
     weights = load_file(path)
     name = next(iter(weights))
     save_file({**weights, name.replace("unet", "text_encoder"): weights[name].clone()}, path)
-    with pytest.raises(InputError, match="holds text_encoder, which is no weight of the unet"):
+    with pytest.raises(InputError, match="holds weights of text_encoder, not of unet, by their names"):
         load_lora(load("sd_tiny"), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("end", "value", "message"),
+    [
+        ("lora_up.weight", None, r"cannot be converted: 'lora_unet_\w+\.lora_up\.weight'; get the file again"),
+        ("lora_down.weight", None, r"cannot be converted: .* not been correctly renamed: lora_unet_\w+\.alpha"),
+        ("alpha", float("nan"), r"lora_B\.weight or its alpha is not finite"),
+    ],
+)
+def test_a_damaged_kohya_file_is_told_by_a_tensor(
+    end: str, value: float | None, message: str, kohya: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
+    name = first(kohya, end)
+    changed = {other: tensor for other, tensor in kohya.items() if other != name}
+    save_file(changed if value is None else changed | {name: torch.tensor(value)}, tmp_path / "lora.safetensors")
+    with pytest.raises(InputError, match=message) as refused:
+        load_lora(load("sd_tiny"), tmp_path)
+    assert "\n" not in str(refused.value)
 
 
 @pytest.mark.slow
@@ -141,6 +160,11 @@ def first(tensors: dict[str, torch.Tensor], end: str) -> str:
     return next(name for name in tensors if name.endswith(end))
 
 
+@pytest.fixture(scope="module")
+def kohya(tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
+    return load_file(write_kohya(TrainedLoRA.of_policy(trained("sd_tiny")), tmp_path_factory.mktemp("kohya")))
+
+
 CHANGES = {
     "torch.compile": lambda t: renamed(t, "transformer.", "transformer._orig_mod."),
     "peft in memory": lambda t: renamed(t, ".weight", ".default.weight"),
@@ -157,6 +181,7 @@ CHANGES = {
     "DoRA of kohya": lambda t: t | {first(t, "lora_A.weight").replace("lora_A.weight", "dora_scale"): torch.ones(24)},
     "a difference": lambda t: t | {first(t, "lora_A.weight").replace("lora_A.weight", "diff_b"): torch.ones(24)},
     "LoHa": lambda t: t | {"transformer.transformer_blocks.0.attn.to_q.hada_w1_a": torch.ones(24, 2)},
+    "a NaN": lambda t: t | {first(t, "lora_B.weight"): t[first(t, "lora_B.weight")] * float("nan")},
     "two adapters": lambda t: t | renamed({n: x.clone() for n, x in t.items()}, ".weight", ".default.weight"),
 }
 USED = ("torch.compile", "peft in memory")
@@ -186,7 +211,7 @@ def test_every_tensor_is_used_or_the_file_is_refused(change: str, exported: tupl
         return
     before = predict(fresh)
     with pytest.raises(
-        InputError, match=r"^lora: .*(without a place in the network|cannot be used|several)"
+        InputError, match=r"^lora: .*(without a place in the network|cannot be used|several|is not finite)"
     ) as refused:
         load_lora(fresh, tmp_path)
     assert "\n" not in str(refused.value) and len(str(refused.value)) < 600

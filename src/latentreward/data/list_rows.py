@@ -56,12 +56,14 @@ def _text(file: Path) -> str:
 
 
 def _table_lines(file: Path, suffix: str) -> Iterator[Line]:
-    reader = read_table(_text(file), suffix)
+    line = 0
     try:
+        reader = read_table(_text(file), suffix)
         for row in reader:
-            yield reader.line_num, row if None not in row else f"more fields than the header's {len(row) - 1}"
+            line = reader.line_num
+            yield line, row if None not in row else f"more fields than the header's {len(row) - 1}"
     except csv.Error as error:
-        raise InputError(f"images: {file}, after line {reader.line_num}: {error}; correct it") from error
+        raise InputError(f"images: {file}, after line {line}: {error}; correct it") from error
 
 
 def find_columns(

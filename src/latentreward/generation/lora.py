@@ -64,6 +64,8 @@ def load_lora(policy: Policy, path: Path) -> None:
     try:
         tensors, settings = read_tensors(path, policy.family.part)
         weights = weights_by_layer(tensors, policy, path, "lora_alpha" in settings)
+        if broken := next((name for name, tensor in weights.items() if not tensor.float().isfinite().all()), None):
+            raise InputError(f"lora: {path}: {broken} or its alpha is not finite; give a LoRA of a sound training")
         shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
         ranks = stored_ranks(network, shapes, f"lora: {path}")
         settings = {name: settings[name] for name in SCALES if settings.get(name) is not None}
@@ -140,7 +142,11 @@ def weights_by_layer(tensors: Mapping[str, Tensor], policy: Policy, path: Path, 
         if loader is not None:
             # FLUX.1's loader drops alphas unless asked; others return them always, or leave them among the weights.
             options = {"return_alphas": True, "return_lora_metadata": True, "unet_config": config}
-            weights, *rest = loader.lora_state_dict(weights, **options)
+            try:
+                weights, *rest = loader.lora_state_dict(weights, **options)
+            except (KeyError, ValueError) as error:
+                reason = " ".join(str(error).split())  # of several lines, the names of tensors in the last
+                raise InputError(f"lora: {path} cannot be converted: {reason:.200}; get the file again") from error
             alphas = rest[0] or {} if len(rest) == 2 else {}
         outputs = [tensor for tensor in weights.values() if tensor.requires_grad]
         zeros = [torch.zeros_like(tensor) for tensor in outputs]
@@ -149,8 +155,8 @@ def weights_by_layer(tensors: Mapping[str, Tensor], policy: Policy, path: Path, 
         raise InputError(f"lora: {path}: {len(lost)} of its tensors cannot be used: {', '.join(lost)[:200]}")
     if others := sorted({name.split(".")[0] for name in weights} - {family.part}):
         raise InputError(
-            f"lora: {path} holds {others[0]}, which is no weight of the {family.part}; give a LoRA of the "
-            f"{family.part} alone, in diffusers' naming, or merge it into a pipeline"
+            f"lora: {path} holds weights of {others[0]:.100}, not of {family.part}, by their names; give a LoRA of the "
+            f"{family.part} alone, with diffusers' names or in peft's folder, or merge it into a pipeline"
         )
     alphas |= {name: weights.pop(name) for name in [*weights] if name.endswith(".alpha")}
     if plain.keys() != tensors.keys() and not alphas and not scaled:

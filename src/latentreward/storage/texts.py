@@ -56,8 +56,16 @@ def read_table(text: str, suffix: str) -> "csv.DictReader[str]":
     Args:
         text: Whole table, its first line with the names of the columns.
         suffix: ``.csv``; or ``.tsv``, in which quotation marks are part of the text (as in PartiPrompts).
+
+    Raises:
+        csv.Error: If two columns have one name; while rows are read, if a quotation mark is not closed.
     """
     lines = (found[0] for found in re.finditer(r"[^\n]*\n|[^\n]+", text))  # io.StringIO takes four times the memory
     if suffix == ".tsv":
-        return csv.DictReader(lines, delimiter="\t", quoting=csv.QUOTE_NONE)
-    return csv.DictReader(lines)
+        table = csv.DictReader(lines, delimiter="\t", quoting=csv.QUOTE_NONE)
+    else:
+        table = csv.DictReader(lines, strict=True)
+    names = [name for name in table.fieldnames or () if name]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise csv.Error(f"two columns have the name {twice!r:.60}")
+    return table

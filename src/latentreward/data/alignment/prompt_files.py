@@ -3,6 +3,7 @@
 import csv
 import glob
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +22,7 @@ COLUMNS = ("prompt", "caption", "Prompt")
 """Names of the prompt column in order of preference: this project's, that of Pick-a-Pic and LPO, PartiPrompts'."""
 GROUPS = ("tag", "Category")
 """Names of the column with the group of a prompt: GenEval's and PartiPrompts'."""
+LINE_END = re.compile(r"\r\n?|\n")
 FORMATS = (".txt", ".json", ".jsonl", ".csv", ".tsv", ".parquet")
 
 Row = Mapping[str, Any]
@@ -73,10 +75,7 @@ def read_prompt_rows(path: str, setting: str = "prompts", max_prompt_chars: int 
     except InputError:
         raise
     except (ValueError, KeyError, TypeError, csv.Error, RecursionError, pa.ArrowException) as error:
-        raise InputError(
-            f"{name} has no texts in a column 'prompt' or 'caption' ({first_line(error)}); rename the column to one of "
-            "these"
-        ) from error
+        raise InputError(f"{name} cannot be read ({first_line(error)}); correct it") from error
     if not rows:
         raise InputError(f"{name} holds no prompt; write one per line")
     return check_lengths(rows, name, max_prompt_chars)
@@ -119,12 +118,21 @@ def _read(file: Path, name: str) -> Iterable[str | Row]:
         return _parquet(file)
     text = decode_text(file.read_bytes(), name)
     if suffix == ".txt":
-        return [line.strip() for line in text.split("\n")]
+        return [line.strip() for line in LINE_END.split(text)]
     if suffix in (".csv", ".tsv"):
         return read_table(text, suffix)
     if suffix == ".json":
         return _json_list(json.loads(text), name)
-    return (json.loads(line) for line in text.split("\n") if line.strip())
+    return _json_lines(text)
+
+
+def _json_lines(text: str) -> Iterator[Any]:
+    for number, line in enumerate(text.split("\n"), start=1):
+        try:
+            if line.strip():
+                yield json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"line {number}, character {error.pos + 1}: {error.msg}") from error
 
 
 def _json_list(content: Any, name: str) -> list[Any]:
@@ -145,7 +153,9 @@ def _parquet(file: Path) -> Iterator[Row]:
     names = pq.read_schema(file).names  # other columns, such as Pick-a-Pic's images, are not read
     kept = [name for name in (*COLUMNS, *GROUPS) if name in names]
     edited = {name: True for name in names if EDIT_SOURCE.fullmatch(name)}
-    rows = pq.read_table(file, columns=kept, page_checksum_verification=True).to_pylist() if kept else [{}]
+    if not any(name in COLUMNS for name in kept):
+        yield dict.fromkeys(names) | edited  # the caller tells that no column has a prompt, and which there are
+    rows = pq.read_table(file, columns=kept, page_checksum_verification=True).to_pylist()
     yield from ({**row, **edited} for row in rows)
 
 
@@ -153,16 +163,23 @@ def _rows(rows: Iterable[str | Row], name: str) -> Iterator[PromptRow]:
     for number, row in enumerate(rows, start=1):
         named: Row = {COLUMNS[0]: row} if isinstance(row, str) else row
         if not isinstance(named, Mapping):
-            raise ValueError(f"row {number} holds {type(row).__name__}")
+            raise ValueError(f"row {number} holds {short(row)}, neither a text nor an object with a text 'prompt'")
+        if None in named:
+            raise ValueError(f"row {number} has more fields than the header; put texts with commas in quotation marks")
         if (source := find_edit_source(named)) is not None:
             raise InputError(
                 f"{name}: row {number} is an edit of a picture, in {short(source)}, and edits are not made; leave the "
                 "column out to draw from the texts alone"
             )
-        column = next((name for name in COLUMNS if name in named), COLUMNS[0])
+        column = next((name for name in COLUMNS if name in named), None)
+        if column is None:
+            there = ", ".join(map(short, [*named][:12]))
+            raise InputError(
+                f"{name}: row {number} has no column 'prompt' or 'caption' (it has: {there}); rename that of the texts"
+            )
         text = named[column]
         if not isinstance(text, str):
-            raise ValueError(f"row {number} holds {type(text).__name__}")
+            raise ValueError(f"row {number} holds {short(text)} as {column}, not text")
         text.encode()  # raises UnicodeEncodeError (a ValueError) for a lone surrogate, which tokenizers refuse
         group = next((str(named[name]) for name in GROUPS if named.get(name)), "")
         yield PromptRow(text, group, {} if isinstance(row, str) else named)
