@@ -249,8 +249,8 @@ def test_shipped_config(folder: Path, here: Path, monkeypatch: pytest.MonkeyPatc
     ("source", "message"),
     [
         ("torch.full((len(images),), torch.nan)", "scorer 'mine' returned nan for the prompt"),
-        ("torch.zeros(len(images), 1)", "scorer 'mine' returned shape (8, 1) for 8 images; it must be (8,)"),
-        ("None", "scorer 'mine' returned NoneType; it must return a tensor"),
+        ("torch.zeros(len(images), 1)", "scorer 'mine' returned (8, 1) for 8 images; it must be a tensor (8,)"),
+        ("None", "scorer 'mine' returned None for 8 images; it must be a tensor (8,)"),
     ],
 )
 def test_nonsense_of_a_scorer_is_one_line(

@@ -108,6 +108,8 @@ def test_too_little_memory_and_too_many_hours_are_refused() -> None:
     assert told.startswith("memory: train 2.0 of ") and told.endswith("; to lower it: take less")
     with pytest.raises(InputError, match=r"memory: train needs 10000002.0 GB of memory, .* GB are here .*; take less"):
         check_memory({"train": large}, Card(False), "take less")
+    with pytest.raises(InputError, match=r"GB of memory, .* GB are here"):  # a card says nothing of a run on the CPU
+        check_memory({"train": large}, Card(False, gb=24), "take less")
     card = Card(True, gb=24, tflops=10)
     assert check_memory({"train": small}, card, "").startswith("memory: train 1.0 of 24.0 GB of GPU memory (counted")
     with pytest.raises(InputError, match=r"train needs 11000001.0 GB of GPU memory, 24.0 GB are given"):

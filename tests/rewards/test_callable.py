@@ -54,7 +54,7 @@ def test_it_may_ask_for_the_prediction_of_the_finished_latents(policy: Policy) -
     ("function", "message"),
     [
         (lambda latents, timesteps, prompts: latents.mean(), r"returned \(\) for 4 states"),
-        (lambda latents, timesteps, prompts: 1.0, "returned float for 4 states"),
+        (lambda latents, timesteps, prompts: 1.0, "returned 1.0 for 4 states"),
         (lambda latents, timesteps, prompts: latents[:, 0, 0, 0].log() * float("nan"), "returned nan at timestep"),
     ],
 )

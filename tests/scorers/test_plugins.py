@@ -53,11 +53,11 @@ def test_identities() -> None:
 @pytest.mark.parametrize(
     ("returned", "message"),
     [
-        (lambda n: torch.zeros(n, 1), r"returned shape \(2, 1\) for 2 images; it must be \(2,\)"),
-        (lambda n: torch.zeros(1), r"returned shape \(1,\) for 2 images"),
+        (lambda n: torch.zeros(n, 1), r"returned \(2, 1\) for 2 images; it must be a tensor \(2,\)"),
+        (lambda n: torch.zeros(1), r"returned \(1,\) for 2 images"),
         (lambda n: torch.tensor([0.0, torch.nan]), "returned nan for the prompt 'second' and an image of 40×33"),
         (lambda n: torch.tensor([torch.inf, 0.0]), "returned inf for the prompt 'first'"),
-        (lambda n: [0.0] * n, "returned list; it must return a tensor"),
+        (lambda n: [0.0] * n, "returned list for 2 images; it must be a tensor"),
     ],
 )
 def test_nonsense_is_one_line(pictures, returned, message: str) -> None:

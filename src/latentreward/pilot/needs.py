@@ -112,7 +112,7 @@ def check_memory(needs: Mapping[str, TrainingNeeds], card: Card, remedy: str) ->
         InputError: If it is too small.
     """
     told, lacking, gpu = [], [], card.memory() if card.gpu else None
-    found = "given" if card.gb else "here"
+    found = "given" if card.gpu and card.gb else "here"
     for name, one in needs.items():
         wanted = [(IMPORTS + (one.weights if card.gpu else one.memory), free_memory(), "of memory")]
         if card.gpu:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from latentreward.contracts import LatentSpace, NoisyStates
 from latentreward.errors import InputError
-from latentreward.promises import Part, of_class, returns, tensor
+from latentreward.promises import Part, of_class, returns, shown, tensor
 
 if TYPE_CHECKING:
     from latentreward.policies import Policy, PolicySource
@@ -125,8 +125,9 @@ class Reward(nn.Module, Part):
         """
         count, name = len(timesteps), self.name or type(self).__name__
         if not isinstance(scores, Tensor) or scores.shape != (count,):
-            shape = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
-            raise InputError(f"reward {name} returned {shape} for {count} states; it must return a tensor ({count},)")
+            raise InputError(
+                f"reward {name} returned {shown(scores)} for {count} states; it must be a tensor ({count},)"
+            )
         if not scores.isfinite().all():
             bad = scores[~scores.isfinite()][0].item()
             if not latents.isfinite().all():

@@ -110,13 +110,9 @@ class ImageScorer(Scorer):
 
     def _checked(self, prompts: Sequence[str], images: Sequence[Image.Image]) -> Tensor:
         scores = self.score(prompts, images)
-        if not isinstance(scores, Tensor):
-            raise InputError(f"scorer {self.name!r} returned {type(scores).__name__}; it must return a tensor")
-        if scores.shape != (wanted := self._shape(len(images))):
-            shape = tuple(scores.shape)
-            raise InputError(
-                f"scorer {self.name!r} returned shape {shape} for {len(images)} images; it must be {wanted}"
-            )
+        if not isinstance(scores, Tensor) or scores.shape != self._shape(len(images)):
+            found = f"{shown(scores)} for {len(images)} images"
+            raise InputError(f"scorer {self.name!r} returned {found}; it must be a tensor {self._shape(len(images))}")
         scores = scores.detach().float().cpu()
         if not scores.isfinite().all():
             first, *column = (~scores.isfinite()).nonzero()[0].tolist()
