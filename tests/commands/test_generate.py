@@ -16,6 +16,7 @@ from PIL import Image
 from latentreward.cli import main
 from latentreward.commands import generate as command
 from latentreward.export import TrainedLoRA
+from latentreward.families.sd import StableDiffusion
 from latentreward.generation.image_folder import file_name
 from latentreward.interrupts import interrupts_held
 from latentreward.policies import POLICY, PolicySource
@@ -25,42 +26,6 @@ from tests.policies.alignment import perturbed
 
 PROMPTS = ["a large red circle on a white background", "two blue crosss on a gray background", 'a «"/\\: ü, \t|?*']
 FAST = ["--policy.source=sd_tiny", "--sampling.num_inference_steps=3", "--guidance_scale=1", "--device=cpu"]
-EARLIER = {
-    "policy": {
-        "class": "PolicySource",
-        "source": "sd_tiny",
-        "revision": None,
-        "variant": None,
-        "lora": {
-            "class": "LoRA",
-            "rank": 4,
-            "alpha": 4.0,
-            "dropout": 0.0,
-            "target_modules": [
-                "to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out",
-            ],
-        },
-        "gradient_checkpointing": False,
-        "attention_backend": None,
-        "frozen_dtype": "float32",
-        "vae_dtype": "float32",
-        "load_t5": True,
-        "t5_length": None,
-        "compile_blocks": False,
-    },
-    "checkpoint": None,
-    "lora": None,
-    "reward": None,
-    "sampling": {
-        "class": "Sampling", "num_inference_steps": 3, "eta": 0.0, "noise_level": 0.0, "height": None, "width": None,
-    },
-    "guidance_scale": 1.0,
-    "best_of": 1,
-    "step_search": None,
-    "score_sigmas": [0.2],
-    "seed": 0,
-}  # fmt: skip
-"""``generate.json`` of :data:`FAST` as written before policies had families and quantisation (commit bb3c5ab)."""
 REWARD = "--reward=tests.generation.toy_rewards.MeanLatentSource"
 
 
@@ -287,14 +252,13 @@ def test_other_settings_and_other_files_are_refused(
     assert "holds other files" in capsys.readouterr().err
 
 
-def test_a_folder_of_an_earlier_version_goes_on(
-    generate: Callable[..., Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_a_folder_goes_on_with_the_same_layers_of_the_adapter_alone(
+    generate: Callable[..., Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
     generate()
-    (tmp_path / "out" / "generate.json").write_text(json.dumps(EARLIER, indent=1))
-    generate()
+    targets = json.dumps([*StableDiffusion.lora_targets])
+    generate(f"--policy.lora.target_modules={targets}")
     assert "3 of 3 pictures are there already" in capsys.readouterr().out
-    assert json.loads((tmp_path / "out" / "generate.json").read_text()) == EARLIER
     with pytest.raises(SystemExit):
         generate("--policy.lora.target_modules=[to_q]")
     assert "made with another policy; choose another folder" in capsys.readouterr().err

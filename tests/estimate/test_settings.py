@@ -5,13 +5,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 
 from latentreward.backbones.loading import tiny_pipeline
 from latentreward.cli import main
-from latentreward.estimate.sources import ConfigSources
+from latentreward.estimate.sources import ConfigSources, unset_variables
 from latentreward.families.sd3 import StableDiffusion3
 from latentreward.scoring import RewardModel
 from latentreward.scoring.calibration import Calibration
+from latentreward.settings.rewriting import expand_paths
 from tests.cache.written_caches import spec, write_cache
 from tests.hub_cache import cached_sd35
 from tests.marks import release_after, rotated_after
@@ -106,6 +108,12 @@ def test_tiny_alignment_needs_no_trained_reward(capsys: pytest.CaptureFixture[st
     assert start == pytest.approx(number(text, "weights"), abs=1e-3)
     assert number(once, "peak") == pytest.approx(max(start, number(text, "peak") - float(encoders[1])), abs=2e-3)
     assert f"EncodeOnce frees text encoders of {float(encoders[1]):.2f} GB before the first step." in once
+
+
+def test_a_path_with_a_variable_that_is_not_set_is_left_alone() -> None:
+    with unset_variables():
+        found = OmegaConf.to_container(OmegaConf.create(["${oc.env:PROMPTS}", "${oc.env:PROMPTS}/a.txt"]), resolve=True)
+    assert expand_paths(found) == ["<PROMPTS>", "<PROMPTS>/a.txt"]
 
 
 @pytest.mark.slow

@@ -85,8 +85,10 @@ class ConfigSources:
 
 
 def value_or_name(name: str, *default: Any) -> Any:
-    """Return an environment variable as ``oc.env`` does, or ``$NAME`` if it is not set and has no default."""
-    return oc.env(name, *default) if default or name in os.environ else f"${name}"
+    """Return an environment variable as ``oc.env`` does, or ``<NAME>`` if it is not set and has no default."""
+    if default or name in os.environ:
+        return oc.env(name, *default)
+    return f"<{name}>"  # not $NAME, which is expanded in paths
 
 
 @contextmanager

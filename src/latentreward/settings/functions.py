@@ -66,7 +66,7 @@ INSTANTIATED: ContextVar[Namespace | None] = ContextVar("INSTANTIATED", default=
 """All settings while their classes are constructed."""
 
 
-def constructed(kind: Callable[..., Any], *args: Any, **options: Any) -> Any:
+def constructed(kind: Callable[..., Any], /, *args: Any, **options: Any) -> Any:
     """Construct a class among the settings.
 
     Raises:
