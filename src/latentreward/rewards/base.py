@@ -224,10 +224,7 @@ class RewardSource(Part):
             )
 
     def require_step_scores(self, field: str) -> None:
-        """Check, before any weight is loaded, that the reward scores noisy states for a setting that needs it.
-
-        Args:
-            field: Name and value of the setting, for the message.
+        """Check, before any weight is loaded, that the reward scores noisy states, for the setting ``field``.
 
         Raises:
             InputError: If the reward needs clean latents, as rewards of pixels do.

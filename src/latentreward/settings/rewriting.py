@@ -185,9 +185,8 @@ def rewrite_arguments(arguments: Sequence[str], short_names: Mapping[str, str], 
 def find_config(name: str) -> str:
     """Resolve the value of ``--config`` to a path that can be read.
 
-    Args:
-        name: Path of a file, or a URL or YAML text, which are returned unchanged. ``configs/...`` may also name a file
-            that was installed with the package; a file in the current folder has priority.
+    A URL or a YAML text is returned unchanged. ``configs/...`` may also name a file that was installed with the
+    package; a file in the current folder has priority.
 
     Raises:
         InputError: If the file does not exist.
