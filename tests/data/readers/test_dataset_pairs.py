@@ -1,6 +1,7 @@
 """Pairs in tables of one's own: objects and folders of `datasets`, plain parquet, columns of other names."""
 
 import pickle
+from decimal import Decimal
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -120,6 +121,17 @@ def test_a_label_of_a_class_counts_by_its_name(dataset, tmp_path) -> None:
     other = table.cast_column("label", ClassLabel(names=["left", "right", "both"]))
     with pytest.raises(InputError, match=r"train:0: label is 'left', neither in \[0, 1\] nor a, b or tie"):
         DatasetPairReader(other)
+
+
+def test_decimal_labels_are_numbers_and_a_split_without_rows_tells_why(dataset, tmp_path) -> None:
+    table = dataset.rename_columns({"chosen": "image_a", "rejected": "image_b"}).data.table
+    decimals = [Decimal(text) for text in ("1.0", "0.0", "0.5", "0.25", "0.75")]
+    pq.write_table(table.append_column("label", pa.array(decimals)), tmp_path / "train.parquet")
+    reader = DatasetPairReader(str(tmp_path / "train.parquet"), randomise_sides=False)
+    assert reader.labels().tolist() == [1.0, 0.0, 0.5, 0.25, 0.75]
+    pq.write_table(table.append_column("label", pa.array([True] * 5)), tmp_path / "train.parquet")
+    with pytest.raises(InputError, match=r"has no rows left \(5 label not readable left out\); check the files"):
+        DatasetPairReader(str(tmp_path / "train.parquet"), on_error="skip")
 
 
 def test_files_of_other_types_are_read_together_or_named(dataset, tmp_path) -> None:

@@ -9,6 +9,7 @@ import pyarrow as pa
 
 from latentreward.contracts import ImageRef
 from latentreward.data.images import NO_IMAGE
+from latentreward.data.readers.base import count_text
 from latentreward.data.readers.groups import file_image
 from latentreward.data.readers.json_rows import edit_remark, find_edit_source, short
 from latentreward.data.readers.pair_rows import BY_LABEL, MODELS, NO_LABEL, ROWS, WINNER_FIRST, PairRowReader
@@ -94,7 +95,8 @@ class DatasetPairReader(PairRowReader):
         self._images = self._rows.images(images, memory_map) if self._embedded else None
         self.fill(self._read_rows(index, read))
         if not len(self):
-            raise InputError(f"split: {split!r} of {name} has no rows left; check the files")
+            told = f" ({count_text(self.skipped)} left out)" if self.skipped else ""
+            raise InputError(f"split: {split!r} of {name} has no rows left{told}; check the files")
         if self.remarks[NO_LABEL] and "label" not in chosen:
             told = f"no column label among {', '.join(schema.names)}; name it in columns"
             self.rename_no_label(told)

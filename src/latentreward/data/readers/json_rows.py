@@ -5,6 +5,7 @@ import math
 import os
 import re
 from collections.abc import Mapping
+from decimal import Decimal
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -137,8 +138,8 @@ def parse_json(text: str, otherwise: Any) -> Any:
 
 
 def parse_number(value: Any) -> float | None:
-    """Convert a finite number, or a text with one, to float; None for anything else."""
-    if isinstance(value, bool) or not isinstance(value, int | float | str):
+    """Convert a finite number, or a text with one, to float; None for anything else. Tables may hold decimals."""
+    if isinstance(value, bool) or not isinstance(value, int | float | str | Decimal):
         return None
     try:
         number = float(value)
