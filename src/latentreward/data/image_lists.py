@@ -19,9 +19,7 @@ from latentreward.storage.ignored_files import is_ignored, match_files
 from latentreward.storage.texts import UnreadableTextError
 
 LISTS = (".jsonl", ".csv", ".tsv", ".json")
-READ = (*SUFFIXES, ".jfif")
-"""Suffixes of image files that can be decoded."""
-PICTURES = (*READ, ".tif", ".tiff", ".avif", ".heic")
+PICTURES = (*SUFFIXES, ".tif", ".tiff", ".avif", ".heic")
 """Suffixes of image files to look for in a folder; files that cannot be decoded are reported as such later."""
 FOLDER_TABLES = ("metadata.jsonl", "metadata.csv", "captions.jsonl")
 GENERATED = "generate.json"
@@ -185,7 +183,7 @@ def _pictures(source: str) -> tuple[Path, list[Path], list[str]]:
     if place.is_dir():
         files = [file for file in _walk(place, remarks) if _is_picture(file)]
         if not files:
-            raise InputError(f"images: no picture in {source} ({', '.join(READ)}); give a folder that holds some")
+            raise InputError(f"images: no picture in {source} ({', '.join(SUFFIXES)}); give a folder that holds some")
         return place, sorted(files), remarks
     if os.path.lexists(place):
         return place.parent, [place], []

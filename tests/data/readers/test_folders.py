@@ -28,7 +28,7 @@ def write(tmp_path: Path, jpeg):
     return write_files
 
 
-PAIRS = ("chosen/2.jpg", "rejected/2.PNG", "chosen/cats/1.webp", "rejected/cats/1.jpg")
+PAIRS = ("chosen/2.jpg", "rejected/2.PNG", "chosen/cats/1.webp", "rejected/cats/1.jfif")
 
 
 def test_names_in_common_are_rows(write) -> None:
@@ -38,7 +38,7 @@ def test_names_in_common_are_rows(write) -> None:
     assert reader.prompts() == [" two\nlines", "a cat"]
     pair = reader[1]
     assert (pair.label_a, pair.prompt, pair.pair_id, pair.split) == (1.0, "a cat", "cats/1", "")
-    assert (pair.image_a.image_key, pair.image_b.image_key) == ("chosen/cats/1.webp", "rejected/cats/1.jpg")
+    assert (pair.image_a.image_key, pair.image_b.image_key) == ("chosen/cats/1.webp", "rejected/cats/1.jfif")
     assert isinstance(PairDataset(reader, PixelLoader(8, 8))[1], LoadedPair)
     assert pickle.loads(pickle.dumps(reader))[0] == reader[0]
 

@@ -15,7 +15,8 @@ from latentreward.storage.ignored_files import find_files
 from latentreward.storage.texts import UTF_16, UnreadableTextError, read_text
 
 SIDES = ("chosen", "rejected")
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
+SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".gif", ".bmp")
+"""Suffixes of image files that can be decoded."""
 CAPTIONS = "captions"
 CAPTIONS_FILE = "captions.jsonl"
 
