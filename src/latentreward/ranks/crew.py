@@ -124,10 +124,8 @@ class Crew:
     def do(self, tasks: Mapping[str, Task], settings: Mapping[str, Any]) -> bool:
         """Learn the tasks; return False on the first process, which goes on, and True on another after its work.
 
-        Args:
-            tasks: Task by name. It is called at the first shard of a stage, so that a process without a shard loads
-                nothing.
-            settings: Settings and fingerprints of files on which the results depend, which JSON can hold, by name.
+        A task is called at the first shard of a stage, so that a process without a shard loads nothing. ``settings``
+        are those on which the results depend, and fingerprints of files; JSON must be able to hold them.
 
         Raises:
             InputError: On another process than the first one, if its settings or files differ from those of the first.
@@ -150,14 +148,10 @@ class Crew:
         keep: Callable[[Sequence[tuple[Shard, Result]]], None],
         told: Callable[[Shard], None] = lambda shard: None,
     ) -> None:
-        """Do all shards, on the first process; the others take part.
+        """Do all shards of the task ``name``, on the first process; the others take part.
 
-        Args:
-            name: Name of the task.
-            shards: What is to be done.
-            keep: Function that gets shards with their results: one after another if this process is alone, otherwise
-                all at once, also after an error.
-            told: Function that gets each shard that this process has done, for a display of progress.
+        ``keep`` gets shards with their results: one after another if this process is alone, otherwise all at once, also
+        after an error. ``told`` gets each shard that this process has done, for a display of progress.
         """
         if not shards:
             return
@@ -221,11 +215,9 @@ class Crew:
         self._agree(uuid4().hex)
 
     def _agree(self, run: str | None) -> None:
-        """Tell all processes the run, as the first one has it.
+        """Tell all processes the run, as the first one has it; the other processes' own value is not used.
 
-        Args:
-            run: Name of the run's folder, which the first process makes; an empty text if nothing is to be done, None
-                after an error. The other processes' own value is not used.
+        The name of the run's folder is an empty text if nothing is to be done, and None after an error.
 
         Raises:
             InputError: If a process has ended already, or cannot use the folder.

@@ -53,11 +53,9 @@ class RemoteLatents:
         self._scores: RemoteScores[LatentRow] = RemoteScores(self.connection, self._ask, batch_size, model["model"])
 
     def begin(self, rows: Sequence[LatentRow], texts: Sequence[str]) -> PendingScores[LatentRow]:
-        """Ask for the scores of N rows, and return before they are there.
+        """Ask for the scores of N rows with latents of one shape, and return before they are there.
 
-        Args:
-            rows: N rows with latents of one shape.
-            texts: Text of each row's prompt.
+        ``texts`` are the rows' prompts.
         """
         pairs = zip(rows, texts, strict=True)
         keys = [

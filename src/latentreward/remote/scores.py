@@ -77,9 +77,7 @@ class RemoteScores(Generic[Row]):
     def begin(self, rows: Sequence[Row], keys: Sequence[str]) -> PendingScores[Row]:
         """Ask for the scores of N rows, and return before they are there.
 
-        Args:
-            rows: N rows.
-            keys: N keys; rows with the same content have the same key.
+        Rows with the same content have the same key.
         """
         known = {key: self._known[key] for key in keys if key in self._known}
         new = {key: row for key, row in zip(keys, rows, strict=True) if key not in known}

@@ -12,11 +12,8 @@ from latentreward.remote.server import Connection
 def describe(connection: Connection, schema: Schema, ended: Event | None = None) -> Mapping[str, Any]:
     """Ask ``latentreward serve`` for the description of a reward.
 
-    Args:
-        connection: Connection to the server.
-        schema: Schema of the requests, beside whose path the description lies: ``/rewards/NAME/v1/score`` of a reward
-            by name has the description ``/rewards/NAME/v1/model``.
-        ended: See :meth:`Connection.ask`.
+    The description lies beside the path of the schema: ``/rewards/NAME/v1/score`` of a reward by name has the
+    description ``/rewards/NAME/v1/model``.
 
     Raises:
         RemoteError: If the server gives none.

@@ -143,12 +143,8 @@ class Connection:
     ) -> Any:
         """Send a request, again if need be, and return the JSON of the answer.
 
-        Args:
-            method: HTTP method.
-            path: Path, added to the server's address.
-            content: Body of the request.
-            headers: Headers beside the token's.
-            ended: Set by another thread when the answer is not needed any more.
+        The token's header is added to ``headers``. Another thread sets ``ended`` when it does not need the answer any
+        more.
 
         Raises:
             RemoteError: If there is no answer in time, the server refuses the request, or the answer is no JSON; also

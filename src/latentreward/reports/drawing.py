@@ -47,10 +47,7 @@ def strip(frames: Sequence[Image.Image]) -> Image.Image:
 def animate(frames: Sequence[Image.Image], fps: float = CLIP_FPS, **options: Any) -> bytes:
     """Return an animated WebP that shows the frames again and again.
 
-    Args:
-        frames: Frames of a clip.
-        fps: Frames per second.
-        options: Settings of Pillow's encoder, such as ``lossless``.
+    ``options`` are settings of Pillow's encoder, such as ``lossless``.
     """
     ends = [round(1000 * number / fps) for number in range(len(frames) + 1)]
     durations = [end - start for start, end in pairwise(ends)]

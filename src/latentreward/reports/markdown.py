@@ -12,11 +12,8 @@ MARKUP = re.compile(r"([\\`*_{}\[\]<>#|!~&$])")
 def markdown_report(title: str, notes: Iterable[str], introduction: str, sections: Iterable[Section]) -> str:
     """Convert a report to Markdown text.
 
-    Args:
-        title: Heading of the report.
-        notes: Remarks shown in bold before the introduction.
-        introduction: Markdown text, not escaped.
-        sections: Sections; their texts are Markdown too, titles and tables are escaped.
+    ``notes`` are shown in bold before the introduction. Introduction and texts of sections are Markdown and are not
+    escaped; titles and tables are.
     """
     parts = [f"# {plain(title)}", *(f"> **{plain(note)}**" for note in notes), introduction]
     for section in sections:

@@ -83,10 +83,7 @@ def _text(values: np.ndarray) -> str:
 def measure(metric: Metric, scores: Path, pairs: Path | None) -> Values:
     """Compute a metric's value of each item.
 
-    Args:
-        metric: Quantity to compute.
-        scores: Output folder of the step that wrote the scores.
-        pairs: Output folder of the step that wrote the scored pairs; None for pictures.
+    ``scores`` and ``pairs`` are the output folders of the steps that wrote them; ``pairs`` is None for pictures.
     """
     if pairs is None:
         return _pictures(metric, scores / PICTURES)
@@ -112,11 +109,8 @@ def _predicted(
 ) -> dict[str, float]:
     """Read margins, first minus second image, of predicted pairs; summed over the levels nearest to the metric's.
 
-    Args:
-        metric: Metric with the levels.
-        path: Table of ``predict``.
-        truth: Pair → row of the oracle's table, which tells which image is the first.
-        first: Whether to read the first level of the table instead.
+    ``path`` is a table of ``predict``; the oracle's row in ``truth`` tells which image of a pair is the first.
+    ``first`` reads the first level of the table instead.
     """
     rows = parquet.read_table(path).to_pylist()
     column = "timestep" if metric.timestep else "sigma"

@@ -67,9 +67,7 @@ def plot_name(paper: str) -> str:
 def page(rows: Sequence[Row], found: Mapping[str, Sequence[Result]]) -> str:
     """Return the page as Markdown; equal rows and results give equal text.
 
-    Args:
-        rows: All rows.
-        found: Name of a row → results of its seeds.
+    ``found`` holds the results of a row's seeds, by name of the row.
     """
     parts = ["# Claims in miniature", INTRODUCTION.rstrip(), _summary(rows, found)]
     for paper in get_args(Paper):

@@ -115,14 +115,7 @@ class Row:
         return {task.key for table in tables for task in table.needed() if task.name in self.rewards}
 
     def task(self, arm: str, step: str, seed: int, quick: bool = False) -> Task:
-        """Resolve a step of an arm for a seed.
-
-        Args:
-            arm: Name of the arm.
-            step: Name of the step.
-            seed: Number of the seed.
-            quick: Whether to add the arguments of a trial of two steps.
-        """
+        """Resolve a step of an arm for a seed; ``quick`` adds the arguments of a trial of two steps."""
         return resolve(self.all_steps, step, seed, self.arms[arm], quick)
 
     def tables(self, seed: int, quick: bool = False) -> dict[tuple[str, str], tuple[Task, Task | None]]:

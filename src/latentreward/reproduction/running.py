@@ -50,13 +50,9 @@ def missing(rows: Iterable[Row], output: Path, stale: bool) -> list[Job]:
 
 
 def run_jobs(jobs: Sequence[Job], output: Path, work: Path, processes: int) -> None:
-    """Run what jobs lack, in the order of the jobs as far as possible, and write the result of each.
+    """Run what jobs lack, in the order of the jobs as far as possible, and write the result of each to ``output``.
 
-    Args:
-        jobs: Rows and seeds.
-        output: Folder of the results.
-        work: Folder of the tasks' outputs, which later calls use again.
-        processes: Number of processes at a time.
+    ``work`` holds the tasks' outputs, which later calls use again.
 
     Raises:
         InputError: At the end, if a process failed; what does not depend on it is done all the same.

@@ -60,9 +60,7 @@ def judge_claim(claim: Claim, results: Sequence[Result], row: Row) -> Verdict:
 def judge(differences: np.ndarray, more_than: float = 0.0) -> Verdict:
     """Judge whether a mean difference exceeds ``more_than``.
 
-    Args:
-        differences: ``(seeds, items)`` differences of the side that should be higher minus the other.
-        more_than: Difference that should be exceeded.
+    ``differences`` ``(seeds, items)`` are those of the side that should be higher minus the other.
     """
     intervals = crossed_interval(differences), student_interval(differences.mean(axis=1).tolist())
     word: Word = "undecided"

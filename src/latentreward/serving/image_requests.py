@@ -65,11 +65,9 @@ class EncodedImages:
         return sum(map(len, self.images)) + sum(decoded) + max(extra)
 
     def decode(self, exif: ExifOrientation, until: float) -> list[ImageRow]:
-        """Decode the images into rows to score.
+        """Decode the images into rows to score, turned upright by their EXIF orientation if ``exif`` is ``apply``.
 
-        Args:
-            exif: ``apply`` turns images upright by their EXIF orientation; ``ignore`` takes the pixels as stored.
-            until: Time of the monotonic clock after which no further image is decoded.
+        No further image is decoded after the time ``until`` of the monotonic clock.
 
         Raises:
             RequestError: If an image is damaged.

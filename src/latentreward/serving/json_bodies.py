@@ -20,13 +20,7 @@ Content = TypeVar("Content", bound=BaseModel)
 
 
 def read_json(body: bytes | bytearray, kind: type[Content], most: int, form: str) -> Content:
-    """Parse JSON into a pydantic model.
-
-    Args:
-        body: JSON.
-        kind: Class of the model.
-        most: Greatest number of texts, and of other values and signs, see :func:`check_structure`.
-        form: Example of the JSON, for messages.
+    """Parse JSON into a pydantic model; ``most`` and ``form`` are those of :func:`check_structure`.
 
     Raises:
         RequestError: If the body is no such JSON. With status 413 if it is too long in parts.
@@ -43,13 +37,8 @@ def read_json(body: bytes | bytearray, kind: type[Content], most: int, form: str
 def check_structure(body: bytes | bytearray, most: int, form: str) -> None:
     """Refuse, before parsing, JSON that would become many objects, or long texts of several bytes per character.
 
-    The body is split at unescaped quotes, with a limit on the number of pieces, so that time and memory are bounded
-    for any content.
-
-    Args:
-        body: JSON.
-        most: Greatest number of texts, and of bytes outside of texts.
-        form: Example of the JSON, for messages.
+    The body is split at unescaped quotes, with a limit on the number of pieces, so that time and memory are bounded for
+    any content. ``most`` limits the number of texts, and of bytes outside of texts. Messages show ``form``, an example.
 
     Raises:
         RequestError: If the body has too many escapes, texts or values, or a text that is too long for a prompt and is

@@ -122,12 +122,9 @@ class PromptedLatents:
 
 
 def parse_latents(body: bytes | bytearray, accepted: Accepted, seeds: Iterator[int]) -> list[PromptedRow]:
-    """Parse the body of a request of ``/v1/score_latents`` into rows to score.
+    """Parse the safetensors body of a request of ``/v1/score_latents`` into rows to score.
 
-    Args:
-        body: Safetensors bytes.
-        accepted: Shapes that the server accepts.
-        seeds: Source of seeds for requests with ``u`` and without ``seeds``, one per row.
+    Requests with ``u`` and without ``seeds`` take a seed per row from ``seeds``.
 
     Raises:
         RequestError: If the bytes are no such body, or do not fit the model.
@@ -159,10 +156,7 @@ def parse_latents(body: bytes | bytearray, accepted: Accepted, seeds: Iterator[i
 def parse_states(
     body: bytes | bytearray, accepted: Accepted, process: NoiseProcess, most: int
 ) -> tuple[list[StateRow], int]:
-    """Parse the body of a request of ``/v1/score_states`` into rows to score, trajectory by trajectory.
-
-    Returns:
-        N · S rows, and S.
+    """Parse the body of a request of ``/v1/score_states`` into N · S rows, trajectory by trajectory; return S too.
 
     Raises:
         RequestError: If the bytes are no such body, or do not fit the model.

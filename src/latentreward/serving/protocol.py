@@ -181,10 +181,7 @@ def check_version(version: str | None) -> None:
 
 
 def read_prompt(values: Sequence[str]) -> str:
-    """Decode the prompt of a request from its header ``x-prompt``.
-
-    Returns:
-        The prompt; empty without the header.
+    """Decode the prompt of a request from its header ``x-prompt``; empty without the header.
 
     Raises:
         RequestError: If the header occurs more than once, is too long, or is not base64 of UTF-8.
@@ -207,13 +204,9 @@ def read_prompt(values: Sequence[str]) -> str:
 def parse_request(
     body: bytes | bytearray, accepted: Accepted, prompt: str = "", seeds: Iterable[int] = repeat(DEFAULT_SEED)
 ) -> list[LatentRow]:
-    """Parse the body of a request into rows to score.
+    """Parse the safetensors body of a request into rows to score, whose noise is drawn for ``prompt``.
 
-    Args:
-        body: Safetensors bytes.
-        accepted: Shapes that the server accepts.
-        prompt: Prompt that the noise of all rows is drawn for.
-        seeds: Source of seeds for requests without the tensor ``seeds``, one per row.
+    Requests without the tensor ``seeds`` take a seed per row from ``seeds``.
 
     Raises:
         RequestError: If the bytes do not follow the protocol, or do not fit the model.

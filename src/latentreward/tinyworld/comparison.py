@@ -36,10 +36,8 @@ class Judged:
 def judge_policy(pipeline: str, lora: Path | None, guidance_scale: float) -> Judged:
     """Sample one picture for each of 192 held-out captions with diffusers, and judge the pictures.
 
-    Args:
-        pipeline: ``sd_tiny`` or ``sd35_tiny``.
-        lora: Folder of a LoRA adapter for ``load_lora_weights``; None for the pipeline without an adapter.
-        guidance_scale: Scale of classifier-free guidance; 1 switches guidance off.
+    The pipeline is ``sd_tiny`` or ``sd35_tiny``; ``lora`` is a folder for ``load_lora_weights``. A guidance scale of 1
+    switches guidance off.
     """
     loaded = load_pipeline(PIPELINE_FOLDERS[pipeline])
     if lora is not None:

@@ -23,11 +23,8 @@ def draw_scene(
 ) -> Scene:
     """Draw a random scene for a caption, with random mutations and nuisances.
 
-    Args:
-        caption: Caption to draw for.
-        rng: Random number generator.
-        mutation_shares: Probability of 0, 1, 2, ... mutations: attributes of the caption that the scene gets wrong.
-        clean_share: Probability of a scene without nuisances.
+    ``mutation_shares`` are the probabilities of 0, 1, 2, ... mutations: attributes of the caption that the scene gets
+    wrong. ``clean_share`` is the probability of a scene without nuisances.
     """
     names = _mutations(caption)
     number = int(rng.choice(len(mutation_shares), p=list(mutation_shares)))

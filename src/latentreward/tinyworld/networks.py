@@ -22,8 +22,7 @@ WIDTH = 64
 def build_sd(vae: AutoencoderKL) -> StableDiffusionPipeline:
     """Build a tiny Stable Diffusion 1.5: a U-Net of four levels, three with cross-attention, and one CLIP text encoder.
 
-    Args:
-        vae: Trained autoencoder with 8x8 latents of 4 channels.
+    The trained ``vae`` has 8x8 latents of 4 channels.
     """
     from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
     from transformers import CLIPTextModel
@@ -59,8 +58,7 @@ def build_sd(vae: AutoencoderKL) -> StableDiffusionPipeline:
 def build_sd35(vae: AutoencoderKL) -> StableDiffusion3Pipeline:
     """Build a tiny Stable Diffusion 3.5 Medium: four joint blocks, dual attention in the first two, no T5.
 
-    Args:
-        vae: Trained autoencoder with 8x8 latents of 4 channels.
+    The trained ``vae`` has 8x8 latents of 4 channels.
     """
     from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
     from transformers import CLIPTextModelWithProjection
@@ -117,11 +115,8 @@ def save_pipeline(pipeline: StableDiffusionPipeline | StableDiffusion3Pipeline, 
 
     transformers loads a model in the dtype it was saved in, and diffusers loads models in float32, so that a plain
     ``from_pretrained`` gives float32 throughout. Local paths that components were loaded from are removed from the
-    configs. The folder is written atomically.
-
-    Args:
-        pipeline: Float32 pipeline. Its autoencoder and denoiser are rounded to float16 in place and kept as float32.
-        folder: Folder to write, replaced if it exists.
+    configs. The folder is written atomically, and replaced if it exists. Autoencoder and denoiser of the float32
+    ``pipeline`` are rounded to float16 in place and kept as float32.
     """
     denoiser = pipeline.unet if hasattr(pipeline, "unet") else pipeline.transformer
     for model in (pipeline.vae, denoiser):

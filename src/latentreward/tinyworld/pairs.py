@@ -150,13 +150,7 @@ def generate_pairs(number: int, seed: int, num_inference_steps: int = 20, prompt
     For each caption, each pipeline samples two pictures, with guidance scales 1.5 and 3. Because the shipped pipelines
     rarely make mistakes, half of the pictures with guidance 1.5 are sampled for a caption with one attribute changed.
     All two pictures of a caption whose utilities differ by more than :data:`GENERATED_GAP` make a pair; which picture
-    comes first is random.
-
-    Args:
-        number: Number of pairs; a caption gives about four.
-        seed: Seed of captions, noise and order.
-        num_inference_steps: Number of sampling steps.
-        prompts_per_round: Number of captions sampled together.
+    comes first is random. A caption gives about four pairs; ``prompts_per_round`` captions are sampled together.
     """
     pipelines = {name: load_pipeline(folder) for name, folder in PIPELINE_FOLDERS.items()}
     rng = np.random.default_rng([seed, 7])

@@ -56,11 +56,7 @@ def shape_coverage(shape: str, x: float, y: float, radius: float) -> np.ndarray:
 
 
 def render(scene: Scene) -> np.ndarray:
-    """Render a scene.
-
-    Returns:
-        RGB picture ``(32, 32, 3)``, uint8.
-    """
+    """Render a scene as an RGB picture ``(32, 32, 3)``, uint8."""
     nuisances = scene.nuisances
     canvas = _background(scene.background, nuisances)[..., None].repeat(3, axis=-1)
     strength = 1.0 - MAX_FADE * nuisances.contrast

@@ -68,12 +68,7 @@ def sample_pictures(
 ) -> np.ndarray:
     """Sample one picture per prompt; the initial noise depends on the seed and the index in ``prompts`` alone.
 
-    Args:
-        pipeline: Tiny Stable Diffusion or Stable Diffusion 3 pipeline.
-        prompts: N captions.
-        seed: Seed of the initial noise.
-        num_inference_steps: Number of sampling steps.
-        guidance_scale: Scale of classifier-free guidance; 1 switches guidance off.
+    A guidance scale of 1 switches guidance off.
 
     Returns:
         Pictures ``(N, 32, 32, 3)``, uint8.

@@ -73,13 +73,9 @@ def picture_utility(alignment: float, quality: float) -> float:
 def alignment_checks(caption: Caption, background: str, items: Sequence[Item]) -> dict[str, bool]:
     """Check which attributes of a caption a picture gets right.
 
-    The items are matched to the caption's shapes in the order with the most correct attributes. If two shapes have
-    exchanged their positions, only the relation is wrong; if they have exchanged their colours, both colours are wrong.
-
-    Args:
-        caption: Caption to check.
-        background: The picture's background.
-        items: The picture's shapes, in any order.
+    The items, in any order, are matched to the caption's shapes in the order with the most correct attributes. If two
+    shapes have exchanged their positions, only the relation is wrong; if they have exchanged their colours, both
+    colours are wrong.
 
     Returns:
         Name of an attribute → whether the picture gets it right; four to seven entries.
@@ -135,11 +131,6 @@ def draw_label(utility_a: float, utility_b: float, rng: np.random.Generator) -> 
     """Draw a noisy label from the Bradley-Terry model with log-odds of 2 per unit of utility.
 
     A utility gap below 0.15 gives a tie.
-
-    Args:
-        utility_a: Utility of the first picture.
-        utility_b: Utility of the second picture.
-        rng: Random number generator.
 
     Returns:
         1.0 if the first picture is preferred, 0.0 if the second, 0.5 for a tie.

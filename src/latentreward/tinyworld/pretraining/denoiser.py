@@ -45,10 +45,7 @@ class CaptionedLatents:
 def sd_loss(pipeline: StableDiffusionPipeline, latents: Tensor, tokens: Tensor) -> Tensor:
     """Compute the mean squared error of the predicted noise with min-SNR weights (arXiv:2303.09556).
 
-    Args:
-        pipeline: Pipeline with a noise-predicting U-Net.
-        latents: Scaled latents ``(B, 4, 8, 8)``.
-        tokens: Token IDs ``(B, 16)``.
+    ``latents`` ``(B, 4, 8, 8)`` are scaled; ``tokens`` are ``(B, 16)``.
     """
     timesteps = (stratified_uniform(len(latents)) * pipeline.scheduler.config.num_train_timesteps).long()
     noise = torch.randn_like(latents)
@@ -63,10 +60,7 @@ def sd_loss(pipeline: StableDiffusionPipeline, latents: Tensor, tokens: Tensor) 
 def sd35_loss(pipeline: StableDiffusion3Pipeline, latents: Tensor, tokens: Tensor) -> Tensor:
     """Compute the mean squared error of the predicted velocity.
 
-    Args:
-        pipeline: Pipeline with a transformer that predicts velocities.
-        latents: Scaled latents ``(B, 4, 8, 8)``.
-        tokens: Token IDs ``(B, 16)``.
+    ``latents`` ``(B, 4, 8, 8)`` are scaled; ``tokens`` are ``(B, 16)``.
     """
     sigmas = stratified_uniform(len(latents))
     sigmas = TRAINING_SHIFT * sigmas / (1 + (TRAINING_SHIFT - 1) * sigmas)
@@ -101,19 +95,10 @@ def train_denoiser(
     lr: float,
     name: str,
 ) -> None:
-    """Train a pipeline's denoiser and text encoders, and set their averaged weights at the end.
+    """Train a pipeline's denoiser and text encoders in place, and set their averaged weights at the end.
 
-    Training uses AdamW, 200 steps of warm-up, linear decay to zero, gradients clipped at norm 1, and an exponential
-    moving average of the weights with decay 0.999.
-
-    Args:
-        pipeline: Pipeline to train in place.
-        data: Latents and captions.
-        seed: Seed of batches and noise.
-        steps: Number of updates.
-        batch_size: Pictures per update.
-        lr: Peak learning rate.
-        name: Label of the progress lines.
+    Training uses AdamW, 200 steps of warm-up to ``lr``, linear decay to zero, gradients clipped at norm 1, and an
+    exponential moving average of the weights with decay 0.999. ``name`` labels the progress lines.
     """
     torch.manual_seed(seed)
     rng = np.random.default_rng([seed, 2])
@@ -138,15 +123,9 @@ def train_averaged(
 ) -> None:
     """Train with AdamW, warm-up and linear decay to zero, and set the model's averaged weights at the end.
 
-    Args:
-        model: Model to train in place; parameters that require gradients are trained.
-        losses: Iterator over the loss of each step.
-        steps: Number of updates.
-        lr: Peak learning rate.
-        name: Label of the progress lines.
-        warmup: Number of warm-up steps.
-        decay: Decay of the exponential moving average of the weights.
-        adamw: Further settings of the optimiser.
+    Parameters that require gradients are trained in place, one step per loss, with the peak learning rate ``lr``.
+    ``decay`` is that of the exponential moving average; ``name`` labels the progress lines; ``adamw`` holds further
+    settings of the optimiser.
     """
     averaged = deepcopy(model).requires_grad_(False)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]

@@ -151,10 +151,7 @@ def prepare_latents(recipe: Recipe, folder: Path, vae: AutoencoderKL | None = No
 def pretrain_denoiser(name: str, recipe: Recipe, output: Path) -> None:
     """Train the denoiser of one pipeline, save the pipeline in ``output / name``, and evaluate the pipeline.
 
-    Args:
-        name: ``sd_tiny`` or ``sd35_tiny``.
-        recipe: Training settings.
-        output: Folder whose subfolder ``pretraining`` was written by :func:`prepare_latents`.
+    :func:`prepare_latents` must have written the subfolder ``pretraining`` of ``output``.
     """
     from diffusers import AutoencoderKL
 

@@ -189,12 +189,8 @@ def score_margin(scorer: StepAwareCLIP, pixels: Tensor, timesteps: Tensor, token
 def predict_pictures(pairs: PairTable, recipe: Recipe, timesteps: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Predict clean pictures from noised pictures with ``sd_tiny``, as in SPO's training of its scorer.
 
-    Both pictures of a pair get equal noise.
-
-    Args:
-        pairs: Pairs whose pictures are noised.
-        recipe: Settings with seed and guidance scales.
-        timesteps: ``(N,)`` timesteps, one per pair; None draws uniformly from 0 to 999.
+    Both pictures of a pair get equal noise. ``timesteps`` ``(N,)``, one per pair, are drawn uniformly from 0 to 999 if
+    None.
 
     Returns:
         Decoded predictions ``(N, 2, 3, 32, 32)`` and timesteps ``(N,)``.

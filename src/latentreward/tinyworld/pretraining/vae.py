@@ -29,11 +29,7 @@ def draw_training_pictures(
 ) -> tuple[Tensor, list[str]]:
     """Draw random captions, and render a picture without mutations for each.
 
-    Args:
-        number: Number of pictures.
-        rng: Random number generator.
-        split: Split of the captions.
-        clean_share: Probability that a picture has no nuisances.
+    ``clean_share`` is the probability that a picture has no nuisances.
 
     Returns:
         Pictures ``(number, 3, 32, 32)``, uint8, and their captions.
@@ -70,11 +66,7 @@ def build_vae() -> AutoencoderKL:
 def train_vae(seed: int, number: int, steps: int, decoder_steps: int) -> AutoencoderKL:
     """Train encoder and decoder, standardise the latents, then train the decoder alone.
 
-    Args:
-        seed: Seed of pictures, initial weights and noise.
-        number: Number of training pictures.
-        steps: Updates of encoder and decoder.
-        decoder_steps: Further updates of the decoder alone, on slightly noisy latents like those from samplers.
+    ``number`` pictures are drawn. The ``decoder_steps`` are on slightly noisy latents like those from samplers.
     """
     torch.manual_seed(seed)
     rng = np.random.default_rng([seed, 0])
@@ -129,10 +121,8 @@ def _fit(
 def standardize_latents(vae: AutoencoderKL, pictures: Tensor) -> None:
     """Standardise latents by changing the 1x1 convolutions around them; reconstructions do not change.
 
-    Args:
-        vae: Autoencoder with ``quant_conv`` and ``post_quant_conv``, changed in place.
-        pictures: Normalised pictures ``(B, 3, 32, 32)``, whose posterior means get mean 0 and standard deviation
-            :data:`LATENT_STD` per channel.
+    The posterior means of normalised ``pictures`` ``(B, 3, 32, 32)`` get mean 0 and standard deviation
+    :data:`LATENT_STD` per channel.
     """
     latents = torch.cat([vae.encode(part).latent_dist.mean for part in pictures.split(256)])
     mean = latents.mean(dim=(0, 2, 3))
@@ -150,11 +140,7 @@ def standardize_latents(vae: AutoencoderKL, pictures: Tensor) -> None:
 
 @torch.no_grad()
 def encode_pictures(vae: AutoencoderKL, pictures: Tensor) -> Tensor:
-    """Encode pictures to scaled posterior means, the input of the denoisers.
-
-    Args:
-        vae: Trained autoencoder.
-        pictures: ``(N, 3, 32, 32)``, uint8.
+    """Encode pictures ``(N, 3, 32, 32)``, uint8, to scaled posterior means, the input of the denoisers.
 
     Returns:
         Scaled latents ``(N, 4, 8, 8)``, float32, about unit variance.
