@@ -42,14 +42,9 @@ class Levels:
     def ancestral(self, latents: Tensor, next_latents: Tensor, eta: float) -> Transition:
         """Return the distribution of the next state under the stochastic step with the same marginals.
 
-        The network's prediction is recovered from the states before and after a first-order deterministic step:
-        x = a x̂_0 + s ε̂ and x' = a' x̂_0 + s' ε̂ are two equations for x̂_0 and ε̂. The noise has the variance of
-        :func:`~latentreward.noise.predictions.ancestral_variance`.
-
-        Args:
-            latents: State x before the step, ``(B, C, ...)``.
-            next_latents: State x' after the scheduler's deterministic step, ``(B, C, ...)``.
-            eta: Scale η of the noise in [0, 1], as in DDIM.
+        The network's prediction is recovered from the states ``(B, C, ...)`` before and after a first-order
+        deterministic step: x = a x̂_0 + s ε̂ and x' = a' x̂_0 + s' ε̂ are two equations for x̂_0 and ε̂. The noise has
+        the variance of :func:`~latentreward.noise.predictions.ancestral_variance` for ``eta`` in [0, 1], as in DDIM.
         """
         determinant = self.signal * self.next_noise - self.next_signal * self.noise
         level, following = (self.signal**2, self.noise**2), (self.next_signal**2, self.next_noise**2)
@@ -64,10 +59,8 @@ class Levels:
     def clean(self, next_latents: Tensor, model_output: Tensor, prediction_type: str) -> Tensor:
         """Return the clean latents x̂_0 that the network predicts for the next states, float32.
 
-        Args:
-            next_latents: Next states ``(B, C, ...)``, already multiplied by :attr:`next_scale`.
-            model_output: Output of the network for these states, ``(B, C, ...)``.
-            prediction_type: ``epsilon``, ``v_prediction`` or ``flow``.
+        States, already multiplied by :attr:`next_scale`, and the network's output for them are ``(B, C, ...)``. The
+        prediction type is ``epsilon``, ``v_prediction`` or ``flow``.
         """
         signal, noise = self.next_signal * self.next_scale, self.next_noise * self.next_scale
         return predicted_clean(prediction_type, next_latents.float(), model_output.float(), signal, noise)

@@ -156,13 +156,9 @@ def write_images(
 ) -> list[Row]:
     """Write B images as PNG files, or B clips as animated WebP without loss, and return their rows of the table.
 
-    Args:
-        folder: Folder of the files.
-        names: Index of the prompt and number of the image, for each image.
-        prompts: B prompts.
-        pixels: ``(B, 3, H, W)``, or ``(B, 3, F, H, W)`` for clips, in [-1, 1].
-        scores: ``(N, B)`` scores of the N samples from which each image was chosen as the best, if any.
-        seed: Seed of the run.
+    ``names`` holds the index of the prompt and the number of each image. ``pixels`` are ``(B, 3, H, W)``, or
+    ``(B, 3, F, H, W)`` for clips, in [-1, 1]. ``scores`` ``(N, B)`` are those of the N samples from which each image
+    was chosen as the best, if any.
     """
     rows: list[Row] = []
     for column, ((place, image), prompt) in enumerate(zip(names, prompts, strict=True)):

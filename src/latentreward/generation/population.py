@@ -76,10 +76,8 @@ class Population:
 def survivors(weights: Tensor, cumulative: Tensor, drawn: Tensor) -> tuple[Tensor, Tensor]:
     """Return the indices of the members that were drawn, in order and each once, and their sums of weights.
 
-    Args:
-        weights: ``(n,)`` weights of the members now.
-        cumulative: ``(n,)`` sums of their earlier weights.
-        drawn: ``(n,)`` int64 indices that were drawn with replacement.
+    Members have ``weights`` ``(n,)`` now and ``cumulative`` ``(n,)`` sums of earlier weights; ``drawn`` ``(n,)`` int64
+    are indices that were drawn with replacement.
     """
     kept = drawn.unique()
     return kept, (cumulative + weights)[kept]

@@ -74,11 +74,7 @@ def group_codes(groups: Sequence[str] | np.ndarray) -> np.ndarray:
 
 
 def group_sums(groups: Sequence[str] | np.ndarray, *columns: np.ndarray) -> np.ndarray:
-    """Sum columns over the rows of each group.
-
-    Args:
-        groups: N names of groups.
-        columns: K arrays ``(N,)``.
+    """Sum K columns ``(N,)`` over the rows of each group, named by ``groups``.
 
     Returns:
         ``(G, K)`` float64, groups in the order of their names.
@@ -124,10 +120,8 @@ def clustered_accuracy(sums: np.ndarray) -> Interval:
     """Compute the share of right answers and its 95 % interval over groups.
 
     The interval is that of :func:`clustered_interval`, unless all groups have the same share, e.g. all answers are
-    right. Resampling equal groups shows no spread, so the ends are then those of :func:`wilson_ends`.
-
-    Args:
-        sums: ``(G, 2)`` sums of credit, from 0 to 1 for each answer, and of answers.
+    right. Resampling equal groups shows no spread, so the ends are then those of :func:`wilson_ends`. ``sums``
+    ``(G, 2)`` are those of credit, from 0 to 1 for each answer, and of answers.
     """
     estimate = clustered_interval(sums)
     if len(sums) < 2 or np.ptp(ratio(sums)) > 0:
@@ -165,13 +159,7 @@ def percentile_ends(values: np.ndarray) -> tuple[float, float]:
 def resample_sums(sums: np.ndarray, resamples: int = RESAMPLES, seed: int = 0) -> np.ndarray:
     """Draw G of G groups with replacement, repeatedly, and return the total sums of each resample.
 
-    Args:
-        sums: ``(G, K)`` sums of each group.
-        resamples: Number of resamples.
-        seed: Seed of the resampling.
-
-    Returns:
-        ``(resamples, K)`` float64.
+    ``sums`` ``(G, K)`` are those of each group; the result is ``(resamples, K)`` float64.
     """
     rng = np.random.default_rng(seed)
     sums = np.asarray(sums, dtype=np.float64)
@@ -196,12 +184,7 @@ def _draw(sums: np.ndarray, resamples: int, rng: np.random.Generator) -> np.ndar
 
 
 def clustered_mean(values: np.ndarray, groups: Sequence[str] | np.ndarray) -> Interval:
-    """Compute the mean of ``(N,)`` values and its interval by resampling groups; NaN values are left out.
-
-    Args:
-        values: ``(N,)`` values.
-        groups: N names of the values' groups.
-    """
+    """Compute the mean of ``(N,)`` values and its interval by resampling groups; NaN values are left out."""
     known = ~np.isnan(values)
     sums = group_sums(group_codes(groups)[known], values[known], np.ones(known.sum()))
     return clustered_interval(sums)
@@ -210,8 +193,7 @@ def clustered_mean(values: np.ndarray, groups: Sequence[str] | np.ndarray) -> In
 def bootstrap_interval(differences: Sequence[np.ndarray]) -> Interval:
     """Compute the mean of paired differences and its 95 % interval by resampling runs, and prompts within each run.
 
-    Args:
-        differences: One ``(N,)`` array of differences per run (training seed); with one run only prompts are resampled.
+    There is one ``(N,)`` array per run (training seed); with one run only prompts are resampled.
     """
     rng = np.random.default_rng(0)
     runs = np.stack(differences)
@@ -227,10 +209,8 @@ def crossed_interval(differences: np.ndarray) -> Interval:
     """Compute the mean of paired differences and its 95 % interval by resampling runs and items, independently.
 
     Every run is measured on the same items, so one draw of items serves all runs of a resample (unlike
-    :func:`bootstrap_interval`, which draws items anew within each run).
-
-    Args:
-        differences: ``(runs, items)`` differences; with one run only items are resampled.
+    :func:`bootstrap_interval`, which draws items anew within each run). ``differences`` are ``(runs, items)``; with one
+    run only items are resampled.
     """
     runs, items = differences.shape
     # The number of drawn items is counted, because bundles of items may differ in size.
@@ -244,8 +224,7 @@ def crossed_interval(differences: np.ndarray) -> Interval:
 def student_interval(means: Sequence[float]) -> Interval:
     """Compute the mean over runs and its 95 % interval by Student's t, which includes the variation between trainings.
 
-    Args:
-        means: Mean of each run, for 1 to 10 runs. The ends are NaN with one run.
+    There is one mean per run; the ends are NaN with one run.
 
     Raises:
         ValueError: If there are more than 10 runs.

@@ -8,12 +8,9 @@ from latentreward.metrics.bootstrap import Interval, group_codes, wilson_ends
 
 
 def shared_groups(links: Sequence[Sequence[str]]) -> np.ndarray:
-    """Number the groups of rows that hang together by common names.
+    """Number the groups of rows that hang together by common names, such as the two pictures of a pair.
 
     Two rows are in one group if they have a name in common, or if further rows link them.
-
-    Args:
-        links: Names of each of N rows, such as the two pictures of a pair.
 
     Returns:
         ``(N,)`` int64 numbers from 0 on, in the order of each group's first row.

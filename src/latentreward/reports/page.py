@@ -31,16 +31,12 @@ _environment = environment(PackageLoader("latentreward.reports"))
 
 
 def render_page(template: str, *, served: bool = False, **values: Any) -> str:
-    """Render the template ``templates/NAME.html.j2`` to HTML.
+    """Render the template ``templates/NAME.html.j2``, which must extend ``base.html.j2``, to HTML.
 
     The page's content security policy allows only embedded images, inline styles, and the scripts of the template, by
     their hashes. Injected markup could therefore not run scripts. A script in a template must be constant text, for the
-    hash; it should read its values from attributes or from a block of JSON.
-
-    Args:
-        template: Name of the template without ``.html.j2``; the template must extend ``base.html.j2``.
-        served: Whether a server gives the page out, from which it may fetch pictures and answers.
-        values: Values that the template inserts.
+    hash; it should read its values from attributes or from a block of JSON. A page that is ``served`` may fetch
+    pictures and answers from its server.
     """
     name = f"{template}.html.j2"
     digests = (base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in _scripts(name))

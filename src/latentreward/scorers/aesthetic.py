@@ -72,12 +72,10 @@ class AestheticScorer(CLIPImageScorer):
 
 
 def linear_chain(path: Path, tensors: Mapping[str, Tensor]) -> nn.Sequential:
-    """Build a chain of linear layers from a state dict.
+    """Build a chain of linear layers from a state dict; error messages name its file ``path``.
 
-    Args:
-        path: File of the state dict, for error messages.
-        tensors: Tensors by the names ``layers.0.weight``, ``layers.0.bias``, ``layers.2.weight``, …, or ``weight`` and
-            ``bias`` for a single layer.
+    Tensors have the names ``layers.0.weight``, ``layers.0.bias``, ``layers.2.weight``, …, or ``weight`` and ``bias``
+    for a single layer.
 
     Raises:
         InputError: If the widths do not fit together, a tensor has another name, or the last layer has several outputs.

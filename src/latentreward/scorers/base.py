@@ -141,16 +141,10 @@ class TableScorer(Scorer):
 
 
 def one_model(scorer: str, kept: str | None, now: str | None, remedy: str) -> str | None:
-    """Return the model of kept and new scores; None where no server has named one.
-
-    Args:
-        scorer: Name of the scorer.
-        kept: Model that a server named with the kept scores.
-        now: Model that it names now.
-        remedy: What to do if they differ.
+    """Return the model that a server named with kept and new scores; None where no server has named one.
 
     Raises:
-        InputError: If they differ.
+        InputError: If they differ; the message ends with ``remedy``.
     """
     if None not in (kept, now) and kept != now:
         raise InputError(

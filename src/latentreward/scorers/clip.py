@@ -204,12 +204,7 @@ def _check_source(name: str, source: str, file: str) -> None:
 
 
 def load_part(family: Any, source: str, revision: str | None) -> Any:
-    """Load a tokenizer or an image preprocessing.
-
-    Args:
-        family: Class of transformers to load.
-        source: Folder or hub id.
-        revision: Branch, tag or commit of a hub id.
+    """Load a tokenizer or an image preprocessing, of the class ``family`` of transformers, from a folder or hub id.
 
     Raises:
         InputError: If the files cannot be loaded.
@@ -223,11 +218,8 @@ def load_part(family: Any, source: str, revision: str | None) -> Any:
 def load_clip(source: str, processor: str, revision: str | None, dtype: torch.dtype) -> tuple[Any, Any, Any]:
     """Load a ``CLIPModel`` without gradients, its tokenizer and its image preprocessing.
 
-    Args:
-        source: Folder or hub id of the model; only safetensors files are read.
-        processor: Folder or hub id of tokenizer and preprocessing.
-        revision: Branch, tag or commit of ``source``; also of ``processor`` if both are the same.
-        dtype: Dtype of the weights.
+    Only safetensors files of the model are read. ``source`` and ``processor`` are folders or hub ids; ``revision`` is
+    that of ``source``, and also of ``processor`` if both are the same.
 
     Raises:
         InputError: If a part cannot be loaded, or a tensor is missing or of another shape.

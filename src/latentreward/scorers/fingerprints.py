@@ -42,10 +42,8 @@ WHOLE, BLOCKS, BLOCK = 1 << 24, 64, 1 << 16
 def scorer_fingerprints(scorer: Scorer, policy: str = "") -> dict[str, str]:
     """Return the fingerprints of all files that a scorer names, by attribute.
 
-    Args:
-        scorer: Scorer, or a scorer that wraps another one in its attribute ``scorer``. The files are those named by the
-            attributes in ``PLACES``, and the words of ``command`` that are files.
-        policy: Name of the policy, put in place of ``{policy}`` in paths.
+    A scorer may wrap another one in its attribute ``scorer``. The files are those named by the attributes in
+    ``PLACES``, with ``policy`` in place of ``{policy}``, and the words of ``command`` that are files.
     """
     inner = getattr(scorer, "scorer", None)
     if isinstance(inner, Scorer):
@@ -79,9 +77,7 @@ def public_identity(scorer: Scorer) -> str:
 def fingerprint(place: str | Path, revision: str | None = None) -> str:
     """Return one line with the name of a file or folder and a hash of its contents, or a hub id and its commit.
 
-    Args:
-        place: File, folder or hub id; other text is returned unchanged.
-        revision: Branch, tag or commit of a hub id, named if the commit is not known.
+    Other text is returned unchanged. The revision of a hub id is named if the commit is not known.
     """
     path = Path(place)
     if not path.exists():

@@ -38,14 +38,9 @@ IN_BLOCK = re.compile(r"(visual\.)?transformer\.resblocks\.(\d+)\.(.+)")
 def clip_model(tensors: Mapping[str, Tensor], origin: str, heads: int, dtype: torch.dtype) -> Any:
     """Build a ``CLIPModel`` from OpenCLIP weights, in evaluation mode and without gradients.
 
-    All sizes but the number of heads are read from the weights. The conversion is exact for OpenCLIP models with GELU
-    (not QuickGELU), a class token, and text pooled at the end token, such as ViT-H-14 of LAION-2B and HPSv2.
-
-    Args:
-        tensors: Tensors by OpenCLIP's names.
-        origin: Source of the weights, for error messages.
-        heads: Attention heads of both towers.
-        dtype: Dtype of the weights.
+    All sizes but the number of heads, equal in both towers, are read from the weights. The conversion is exact for
+    OpenCLIP models with GELU (not QuickGELU), a class token, and text pooled at the end token, such as ViT-H-14 of
+    LAION-2B and HPSv2. Error messages name ``origin``, the source of the weights.
 
     Raises:
         InputError: If a tensor is missing, unknown or of another shape.

@@ -126,7 +126,7 @@ class PairScoring:
         return pairs
 
     def tables(self, parts: Sequence[range]) -> Iterator[tuple[range, pa.Table]]:
-        """Yield each part's range of rows with its table of scores.
+        """Yield each part's range of rows of the reader with its table of scores.
 
         On Ctrl-C the first rows of the current part whose images have all been scored are yielded before
         KeyboardInterrupt is raised.
@@ -135,9 +135,6 @@ class PairScoring:
         column name of each scorer ``NAME_a``, ``NAME_b`` and ``NAME_gap`` (winner minus loser; absolute difference for
         ties; NaN without label); and ``problem_a``, ``problem_b``, the reason why an image could not be read. Scores of
         such an image are NaN.
-
-        Args:
-            parts: Ranges of rows of the reader.
         """
         for rows in parts:
             pairs = self.read(rows)
@@ -249,10 +246,7 @@ class PairScoring:
 def require_images(name: str, reader: PairReader, rows: int) -> None:
     """Check that some image of a split can be read, so that a wrong folder is refused before a model is loaded.
 
-    Args:
-        name: Name of the split in messages.
-        reader: Reader of the split.
-        rows: Number of rows that are going to be scored; up to ``TRIED_PAIRS`` of them are tried.
+    Up to ``TRIED_PAIRS`` of the ``rows`` that are going to be scored are tried. Messages call the split ``name``.
 
     Raises:
         InputError: If the split has no pair, or none of the tried images can be read, such as where they are clips.

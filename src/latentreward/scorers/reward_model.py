@@ -30,11 +30,8 @@ def reward_name(path: str, folders: int = 1) -> str:
     """Derive the name of a reward model's scores in tables from its path.
 
     The name is that of the run or model folder, or the last part of a hub id. The name of a checkpoint is added unless
-    it is one of :data:`PLAIN_CHECKPOINTS`: ``runs/first/checkpoints/step=200.ckpt`` becomes ``first_step_200``.
-
-    Args:
-        path: Path or hub id as for ``RewardModel.from_pretrained``.
-        folders: Number of folders of the path to keep, counted from the end.
+    it is one of :data:`PLAIN_CHECKPOINTS`: ``runs/first/checkpoints/step=200.ckpt`` becomes ``first_step_200``. The
+    last ``folders`` folders of the path are kept.
     """
     place = Path(path).resolve() if Path(path).exists() else Path(path)
     stem = [place.stem] if place.suffix == ".ckpt" and place.stem not in PLAIN_CHECKPOINTS else []

@@ -126,8 +126,7 @@ def load_step_aware(
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """Read the weights of a :class:`StepAwareCLIP` from a file.
 
-    Args:
-        path: Safetensors file, checkpoint of ``StepAwarePixelModule``, or the file that SPO released.
+    The file is in safetensors format, a checkpoint of ``StepAwarePixelModule``, or the file that SPO released.
 
     Raises:
         InputError: If the file cannot be read, or holds more than tensors.
@@ -141,11 +140,6 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 def put_weights(network: StepAwareCLIP, tensors: Mapping[str, Tensor], path: Path) -> None:
     """Load ``tensors`` into ``network``; weights of the CLIP model that are not among them stay as they are.
-
-    Args:
-        network: Network to change.
-        tensors: Tensors by their names in ``network``.
-        path: File of the tensors, for error messages.
 
     Raises:
         InputError: If a tensor beyond CLIP's is missing, or a tensor is unknown or of another shape.

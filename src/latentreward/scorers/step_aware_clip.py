@@ -83,11 +83,9 @@ class StepAwareCLIP(nn.Module):
             mlp_gate.fill_(1.0)
 
     def embed_images(self, pixels: Tensor, timesteps: Tensor) -> Tensor:
-        """Return image embeddings ``(B, width)``, float32, of norm 1.
+        """Return embeddings ``(B, width)``, float32, of norm 1, of images ``(B, 3, H, W)``, about [-1, 1].
 
-        Args:
-            pixels: ``(B, 3, H, W)``, about [-1, 1].
-            timesteps: ``(B,)`` timesteps at which the images were predicted; 0 for finished images.
+        ``timesteps`` ``(B,)`` are those at which the images were predicted; 0 for finished images.
         """
         vision = self.clip.vision_model
         pixels = prepare_pixels(pixels, vision.config.image_size, self.mean, self.std)
@@ -110,12 +108,9 @@ class StepAwareCLIP(nn.Module):
         ).input_ids
 
     def embed_tokens(self, input_ids: Tensor) -> Tensor:
-        """Return prompt embeddings ``(B, width)``, float32, of norm 1.
+        """Return prompt embeddings ``(B, width)``, float32, of norm 1, for IDs ``(B, length)`` from :meth:`tokenize`.
 
         Padding needs no mask: attention is causal, and the embedding is read at the end token.
-
-        Args:
-            input_ids: ``(B, length)`` from :meth:`tokenize`.
         """
         pooled = self.clip.text_model(input_ids=input_ids.to(self.mean.device)).pooler_output
         return normalize(self.clip.text_projection(pooled).float(), dim=-1)
@@ -145,15 +140,9 @@ class StepAwareCLIP(nn.Module):
 
 
 def modulated_layer(layer: nn.Module, hidden: Tensor, modulation: Tensor) -> Tensor:
-    """Apply a CLIP vision block with adaLN modulation.
+    """Apply a CLIP vision block with adaLN modulation to ``hidden`` ``(B, N, width)``; the shape stays.
 
-    Args:
-        layer: Vision block.
-        hidden: ``(B, N, width)``.
-        modulation: Shifts, scales and gates of attention and MLP, ``(B, 6·width)``.
-
-    Returns:
-        ``(B, N, width)``.
+    ``modulation`` ``(B, 6·width)`` holds shifts, scales and gates of attention and MLP.
     """
     shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = modulation.unsqueeze(1).chunk(6, dim=-1)
     attended, _ = layer.self_attn(hidden_states=layer.layer_norm1(hidden) * (1 + scale) + shift, attention_mask=None)
@@ -169,13 +158,8 @@ def embed_timesteps(timesteps: Tensor) -> Tensor:
 def prepare_pixels(images: Tensor, size: int, mean: Tensor, std: Tensor) -> Tensor:
     """Convert decoded pixels to the vision tower's input ``(B, 3, size, size)``; differentiable.
 
-    The shorter side is resized to ``size`` (bicubic without antialiasing), and the centre square is cropped.
-
-    Args:
-        images: ``(B, 3, H, W)``, about [-1, 1].
-        size: Side of the square, in pixels.
-        mean: Mean ``(3,)`` of CLIP's preprocessing.
-        std: Standard deviation ``(3,)`` of CLIP's preprocessing.
+    The shorter side of ``images`` ``(B, 3, H, W)``, about [-1, 1], is resized to ``size`` pixels (bicubic without
+    antialiasing), and the centre square is cropped. ``mean`` and ``std`` ``(3,)`` are those of CLIP's preprocessing.
 
     Note:
         SPO preprocesses images in this way when it scores them. When SPO trains its preference model, it resizes both

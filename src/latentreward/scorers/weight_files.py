@@ -12,11 +12,8 @@ from latentreward.errors import InputError, first_line
 def read_state_dict(path: Path, model: str) -> dict[str, Tensor]:
     """Read tensors by name from a safetensors file, or from a file of ``torch.save``.
 
-    A file of ``torch.save`` may hold the tensors directly or under the key ``state_dict``.
-
-    Args:
-        path: Weight file.
-        model: Name of the model that the file should hold, for error messages.
+    A file of ``torch.save`` may hold the tensors directly or under the key ``state_dict``. Error messages name
+    ``model``, which the file should hold.
 
     Raises:
         InputError: If the file does not exist, is damaged, or holds more than tensors and so could run code.

@@ -111,11 +111,8 @@ def collect(folder: Path, pairing: Pairing = "auto") -> Collection:
     """Read the pairs of a folder: ``ratings.jsonl`` if it is there, else ``chosen/`` and ``rejected/``.
 
     Files that cannot be read, pairs of a picture with itself, and names on one side only are left out, with a remark.
-
-    Args:
-        folder: Folder of pictures.
-        pairing: ``names`` pairs files of equal names; ``all`` lets each chosen picture win against each rejected one;
-            ``auto`` takes names if at least half of them are on both sides.
+    The pairing ``names`` pairs files of equal names; ``all`` lets each chosen picture win against each rejected one;
+    ``auto`` takes names if at least half of them are on both sides.
 
     Raises:
         InputError: If the folder has no pictures, is not sorted or rated, or gives fewer than :data:`LEAST` pairs.

@@ -70,12 +70,10 @@ BASES = {
 def find_base(source: str, family: str | None = None) -> Base:
     """Return the settings for a pipeline: a folder, hub id, ``sd_tiny`` or ``sd35_tiny``.
 
-    Args:
-        source: The pipeline.
-        family: Import path of a family of one's own; the settings are then the family's.
+    With the import path of a family of one's own the settings are the family's.
 
     Raises:
-        InputError: If it cannot be read, or is of another kind.
+        InputError: If the pipeline cannot be read, or is of another kind.
     """
     if source in TINY_BASES and family is None:
         return TINY_BASES[source]

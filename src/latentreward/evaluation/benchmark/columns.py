@@ -21,14 +21,11 @@ CONFIDENCES = {0.0: "below 0.8", 0.8: "0.8 to 0.9", 0.9: "0.9 to 0.95", 0.95: "0
 
 
 def subgroup_columns(prompts: Sequence[str], labels: np.ndarray, facts: dict[str, list[Any]]) -> dict[str, Texts]:
-    """Compute the ``columns`` of :class:`~latentreward.evaluation.benchmark.results.BenchmarkPairs`.
+    """Compute the ``columns`` of :class:`~latentreward.evaluation.benchmark.results.BenchmarkPairs` for N pairs.
 
-    A column without a value for any pair is left out.
-
-    Args:
-        prompts: N raw prompts.
-        labels: ``(N,)`` probability that image a is preferred, NaN without a label.
-        facts: Published facts from :meth:`~latentreward.data.PairReader.facts`: name → N values.
+    A column without a value for any pair is left out. ``labels`` ``(N,)`` are probabilities that image a is preferred,
+    NaN without a label. ``facts`` are published facts from :meth:`~latentreward.data.PairReader.facts`: name → N
+    values.
 
     Returns:
         Name → N values: ``models`` (names of both models in alphabetical order), ``model`` (one line per model),

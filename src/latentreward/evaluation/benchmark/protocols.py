@@ -111,11 +111,8 @@ def _credit_sums(pairs: BenchmarkPairs, credit: np.ndarray, macro: bool) -> np.n
 def leave_out(pairs: BenchmarkPairs, *rules: tuple[str, np.ndarray]) -> np.ndarray:
     """Return ``(N,)`` reasons why pairs do not count; the reason is empty for a pair that counts.
 
-    A pair that lacks a score never counts; ``columns["problem"]`` holds the reason.
-
-    Args:
-        pairs: Scored pairs.
-        rules: (reason, ``(N,)`` bool of the pairs to leave out); of several reasons for a pair the first is kept.
+    A pair that lacks a score never counts; ``columns["problem"]`` holds the reason. A rule is a reason and ``(N,)``
+    bool of the pairs to leave out; of several reasons for a pair the first is kept.
     """
     unscored = np.isnan(pairs.first) | np.isnan(pairs.second)
     problems = pairs.columns.get("problem", (None,) * len(unscored))

@@ -67,8 +67,7 @@ class SplitScores:
     def complete(self, progress: Callable[[int], None]) -> None:
         """Score the missing pairs; call the scorer's ``prepare`` first.
 
-        Args:
-            progress: Function called with the number of newly scored pairs after each part.
+        ``progress`` gets the number of newly scored pairs after each part.
         """
         with self._files as files:
             if files.finished():

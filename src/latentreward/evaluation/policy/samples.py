@@ -145,11 +145,7 @@ def sampling_task(
 ) -> Callable[[list[list[Any]]], list[Row]]:
     """Load a generator, and return the function that samples a batch of pictures into ``folder``.
 
-    Args:
-        policy: Policy with a generator.
-        plan: Settings for sampling.
-        folder: Folder of the pictures.
-        batches: See :func:`~latentreward.generation.picture_writing.picture_batches`.
+    The batches are those of :func:`~latentreward.generation.picture_writing.picture_batches`.
     """
     generator = policy.trained.load(plan.device)
     shown = [prompt for batch in batches for _, _, prompt in batch]

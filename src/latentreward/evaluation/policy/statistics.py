@@ -11,11 +11,9 @@ from latentreward.metrics.bootstrap import Interval, clustered_interval, cluster
 def policy_scores(scored: ScoredPictures, headlines: Mapping[str, str], parts: int = 1) -> list[PolicyScore]:
     """Compute the means of each score of a policy.
 
-    Args:
-        scored: Scored pictures of the policy.
-        headlines: Name of a score → ``mean`` or ``mean_of_groups``, as in :class:`PolicyScore`.
-        parts: Number of consecutive parts into which the prompts of each group are cut; the standard deviation of the
-            parts' means is reported. HPSv2 reports ten parts of 80 prompts.
+    ``headlines`` are ``mean`` or ``mean_of_groups`` by name of a score, as in :class:`PolicyScore`. The prompts of each
+    group are cut into ``parts`` consecutive parts, and the standard deviation of the parts' means is reported. HPSv2
+    reports ten parts of 80 prompts.
     """
     prompts, groups = prompt_numbers(scored), np.array([picture.group for picture in scored.pictures])
     places = np.array([picture.place for picture in scored.pictures])
@@ -59,12 +57,8 @@ def _group_mean(group: str, values: np.ndarray, prompts: np.ndarray, places: np.
 def mean_of_groups(values: np.ndarray, prompts: np.ndarray, groups: np.ndarray) -> Interval:
     """Compute the mean of the groups' means, as GenEval reports it, with an interval by resampling prompts.
 
-    A resample without prompts of some group averages the other groups.
-
-    Args:
-        values: ``(N,)`` score of each picture.
-        prompts: ``(N,)`` number of each picture's prompt; prompts are resampled.
-        groups: ``(N,)`` name of the prompt's group.
+    A resample without prompts of some group averages the other groups. All arguments are ``(N,)``, one entry per
+    picture: its score, the number of its prompt, and the name of the prompt's group.
     """
     members = [groups == kind for kind in np.unique(groups)]
     columns = [column for member in members for column in (np.where(member, values, 0.0), member.astype(float))]

@@ -104,12 +104,7 @@ def lay_out(pictures: Sequence[JudgedPicture], folder: Path) -> None:
 
 
 def read_results(name: str, path: Path, pictures: Sequence[JudgedPicture]) -> np.ndarray:
-    """Read the verdicts on N images from a ``results.jsonl``.
-
-    Args:
-        name: Name of the scorer, for error messages.
-        path: File that GenEval wrote.
-        pictures: N images.
+    """Read the verdicts on N images from a ``results.jsonl`` that GenEval wrote.
 
     Returns:
         ``(N,)`` float64, 1 for correct and 0 for wrong.

@@ -23,14 +23,9 @@ TAIL = 2000
 
 
 def run_tool(name: str, command: Sequence[str], folder: Path, log: Path, timeout_s: float) -> None:
-    """Run a program to its end, and write its output to ``log``.
+    """Run a program to its end in the working directory ``folder``, and write its stdout and stderr to ``log``.
 
-    Args:
-        name: Name of the program in error messages.
-        command: Program and arguments.
-        folder: Working directory.
-        log: File for the program's stdout and stderr.
-        timeout_s: Seconds after which the program and all processes that it started are killed.
+    The program and all processes that it started are killed after ``timeout_s`` seconds. Error messages name ``name``.
 
     Raises:
         InputError: If the program is not allowed (``--restrict-imports``), cannot be started, fails or takes too long.
@@ -73,11 +68,7 @@ def _said(log: Path) -> str:
 
 
 def interpreter(name: str, python: Path | None) -> str:
-    """Find the Python interpreter of a program's environment, on PATH or as a file.
-
-    Args:
-        name: Name of the scorer, for error messages.
-        python: Interpreter as given in the settings.
+    """Find the Python interpreter of the environment of the scorer ``name``, on PATH or as a file.
 
     Raises:
         InputError: If ``python`` is None or does not exist.
@@ -96,13 +87,8 @@ def interpreter(name: str, python: Path | None) -> str:
 def package_versions(name: str, python: str, packages: Sequence[str]) -> str:
     """Return the versions of packages in the environment of another Python interpreter, in one line.
 
-    Args:
-        name: Name of the scorer, for error messages.
-        python: Interpreter of the environment.
-        packages: Names of the packages.
-
     Raises:
-        InputError: If a package is not installed.
+        InputError: If a package is not installed; the message names the scorer ``name``.
     """
     environment = {key: value for key, value in os.environ.items() if key not in FOREIGN}
     found = subprocess.run(

@@ -47,13 +47,7 @@ class ScoreFile(ToolScorer):
 
 
 def look_up(name: str, path: Path, column: str, pictures: Sequence[JudgedPicture]) -> np.ndarray:
-    """Look up the scores ``(N,)`` float64 of N images in a table.
-
-    Args:
-        name: Name of the scorer, for error messages.
-        path: Table in the format of :class:`ScoreFile`.
-        column: Column of the scores.
-        pictures: N images.
+    """Look up the scores ``(N,)`` float64 of N images in the column of a table in the format of :class:`ScoreFile`.
 
     Raises:
         InputError: See :class:`ScoreFile`.
