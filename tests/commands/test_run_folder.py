@@ -55,6 +55,18 @@ def test_last_and_hpc_are_those_of_this_run(
     assert fit("--trainer.logger=false", "--trainer.max_steps=3") == 1
 
 
+def test_last_is_refused_where_the_logger_gives_each_start_a_new_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Without a logger in the settings, Lightning's own writes to version_0, version_1, …"""
+    monkeypatch.chdir(tmp_path)
+    plain = (*SHIPPED[1:], "--trainer.accelerator=cpu", "--ckpt_path=last")
+    main(["fit", *plain, "--trainer.max_steps=1"])  # the first start has nothing to go on with
+    with pytest.raises(SystemExit):
+        main(["fit", *plain, "--trainer.max_steps=2"])
+    assert "lightning_logs/version_0/checkpoints/last.ckpt, or name one folder" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("settings", "folder"),
     slow_after(

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from diffusers import StableDiffusionPipeline
 
 from latentreward.backbones import LoRA, create_backbone
@@ -101,6 +102,15 @@ def test_kinds_of_flow_noise_are_for_flows() -> None:
     sampling.sampler(PolicySource("sd35_tiny").resolve_family())
     with pytest.raises(InputError, match=r"flow_noise=dance: Stable Diffusion .* is no flow; leave it out"):
         sampling.sampler(PolicySource("sd_tiny").resolve_family())
+
+
+def test_levels_of_an_estimate_have_values() -> None:
+    """An estimate builds modules on the meta device; a family's own ``levels`` may make tensors where it likes."""
+    family = PolicySource("sd35_tiny").resolve_family()
+    family.levels = lambda steps, shape: (torch.linspace(1000, 0, steps + 1)[:-1], torch.linspace(1, 0, steps + 1))
+    with torch.device("meta"):
+        sampler = Sampling(num_inference_steps=4).sampler(family)
+    assert sampler.timesteps.tolist() == [1000, 750, 500, 250]
 
 
 def test_too_many_steps_for_the_scheduler() -> None:

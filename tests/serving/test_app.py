@@ -736,7 +736,7 @@ class Observed:
 
 
 def test_one_row_starts_within_two_passes_of_three_requests_of_64_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    with serving(tiny_reward("sd15", "lrm"), max_pass_s=0.25) as (address, service):
+    with serving(tiny_reward("sd15", "lrm"), max_pass_s=0.25, max_latent_pixels=128 * 128) as (address, service):
         observed = Observed(service.reward, 0.1)
         monkeypatch.setattr(service.reward, "score_latents", observed, raising=False)
         tokens = service.accepted.tokens

@@ -62,6 +62,7 @@ from latentreward.checkpoints.shards import check_weights, damaged, newest_first
 from latentreward.commands.run_folder import (
     FOLDER,
     last_checkpoint,
+    last_of_earlier_version,
     result_lines,
     run_folder,
     settle_folder,
@@ -442,7 +443,8 @@ class TrainingCLI(LightningCLI):
         """Replace ``ckpt_path: last`` by the path of the newest ``last`` checkpoint, if there is one; ``hpc`` likewise.
 
         Raises:
-            InputError: If there is none for ``hpc``, or it is damaged or could run code.
+            InputError: If there is none for ``hpc``, it is damaged or could run code, or the run cannot find its own,
+                because the logger gives each start a new folder.
         """
         settings = self.config_init[self.command]
         if settings["ckpt_path"] == "hpc":
@@ -453,8 +455,15 @@ class TrainingCLI(LightningCLI):
                     f"({FOLDER}); give last, or the checkpoint's path"
                 )
             check_checkpoint(chosen, chosen)
-        if settings["ckpt_path"] == "last" and (path := last_checkpoint(self.trainer)):
-            settings["ckpt_path"] = str(path)
+        if settings["ckpt_path"] == "last":
+            if path := last_checkpoint(self.trainer):
+                settings["ckpt_path"] = str(path)
+            elif found := last_of_earlier_version(self.trainer):
+                raise InputError(
+                    "ckpt_path: last: the logger gives each start a folder of its own, and this one is new; "
+                    f"give {found}, "
+                    "or name one folder for all starts by trainer.logger=TensorBoardLogger with name and version: ''"
+                )
 
     def _require_last(self) -> None:
         """Find ``ckpt_path: last``; without it Lightning would evaluate the model as it was made, untrained.

@@ -101,6 +101,15 @@ def last_checkpoint(trainer: Trainer) -> Path | None:
     return newest_intact(candidates)
 
 
+def last_of_earlier_version(trainer: Trainer) -> Path | None:
+    """Return the newest ``last`` checkpoint in folders ``version_N`` beside the run's own; None if there is none."""
+    folder = Path(trainer.log_dir or ".")  # a collective call
+    if not re.fullmatch(r"version_\d+", folder.name):
+        return None
+    found = folder.parent.glob("version_*/checkpoints/last*.ckpt")
+    return max(found, key=lambda path: path.stat().st_mtime, default=None)
+
+
 def without_slashes(keeper: ModelCheckpoint) -> None:
     """Let ``{val/accuracy}`` in a checkpoint's name become ``val_accuracy=0.71``; a slash would make a folder."""
     if keeper.auto_insert_metric_name and re.search(r"\{[^}]*/", keeper.filename or ""):

@@ -3,6 +3,8 @@
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Self
 
+import torch
+
 from latentreward.errors import InputError
 from latentreward.families import Family
 from latentreward.rollout.base import StepSampler
@@ -76,7 +78,8 @@ class Sampling:
         """
         shape = self.latent_shape(family)
         if family.flow:
-            levels = family.levels(self.num_inference_steps, shape)
+            with torch.device("cpu"):  # an estimate builds modules on the meta device, whose levels have no values
+                levels = family.levels(self.num_inference_steps, shape)
             return FlowSDESampler(*levels, self.noise_level or 0.0, self.flow_noise)
         if self.flow_noise != "flow":
             raise InputError(
