@@ -1,6 +1,7 @@
 """Sharded checkpoints are read whole without running code; optimiser states pass between names and numbers."""
 
 import pickle
+import re
 from pathlib import Path
 from typing import Any
 
@@ -102,13 +103,30 @@ def test_incomplete_and_damaged_shards_are_one_line(tmp_path: Path) -> None:
         read_sharded(folder)
 
 
-def test_a_folder_of_a_run_in_place_of_its_checkpoint_is_refused_with_the_name_of_one(tmp_path: Path) -> None:
-    last = tmp_path / "checkpoints" / "last.ckpt"
-    last.parent.mkdir()
-    last.touch()
-    (last.parent / "moved.ckpt").symlink_to(tmp_path / "gone.ckpt")
-    with pytest.raises(InputError, match=f"^checkpoint: .* give one of those in it, such as {last}$"):
-        read_checkpoint(tmp_path)
+@pytest.mark.parametrize(
+    ("files", "reason"),
+    [
+        (
+            ["checkpoints/last.ckpt", "lora/pytorch_lora_weights.safetensors"],
+            "is the folder of a run; give a checkpoint in it, such as .*/run/checkpoints/last.ckpt$",
+        ),
+        (["pytorch_lora_weights.safetensors"], "holds a LoRA; give the checkpoint of the run that wrote it"),
+        (["adapter_model.safetensors", "adapter_config.json"], "holds a LoRA; give the checkpoint of the run"),
+    ],
+)
+@pytest.mark.parametrize("command", [["generate", "--checkpoint"], ["export"], ["consolidate"]], ids=" ".join)
+def test_a_folder_in_place_of_its_checkpoint_is_refused_by_what_it_holds(
+    tmp_path: Path, command: list[str], files: list[str], reason: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in files:
+        (tmp_path / "run" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "run" / name).touch()
+    (tmp_path / "run" / "moved.ckpt").symlink_to(tmp_path / "gone.ckpt")
+    (tmp_path / "prompts.txt").write_text("a cat")
+    told = ["--prompts", str(tmp_path / "prompts.txt"), "--output_dir"] if command[0] == "generate" else []
+    with pytest.raises(SystemExit):
+        main([*command, str(tmp_path / "run"), *told, str(tmp_path / "out")])
+    assert re.search(f"checkpoint: {tmp_path}/run {reason}", capsys.readouterr().err.strip())
 
 
 def test_weights_are_compared_by_name() -> None:

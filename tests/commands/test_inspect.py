@@ -261,3 +261,15 @@ def test_ctrl_c_prints_what_was_counted(tmp_path) -> None:
     assert errors == "latentreward: stopped by Ctrl-C\n"
     assert "Interrupted: the counts above are those of the rows looked at so far." in output
     assert any(line.split()[-2:] == ["at", "3"] for line in output.splitlines())
+
+
+def test_pictures_of_kinds_that_are_not_read_are_told(tmp_path, capsys, caplog) -> None:
+    for name in ("chosen/1.png", "chosen/2.heic", "rejected/1.png"):
+        (tmp_path / "pairs" / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / "pairs" / name, "PNG")
+    (tmp_path / "pairs/chosen/1.txt").write_text("one")
+    inspect(tmp_path, str(tmp_path / "pairs"))
+    (told,) = caplog.messages
+    assert told.endswith(
+        "chosen/: 1 .heic file is left out: this kind of picture is not read; convert them to JPEG or PNG"
+    )

@@ -48,14 +48,23 @@ def test_a_token_may_begin_with_a_mark(tmp_path: Path) -> None:
         token_of_file(tmp_path / "token", "token_file")
 
 
-def test_files_of_operating_systems_are_ignored(tmp_path: Path) -> None:
-    ours = ["a.png", "b/c.png", "thumbs.png", "_d.png", ".e.png"]
-    theirs = ["._a.png", "b/._c.png", "__MACOSX/a.png", "@eaDir/a.png", "b/.ipynb_checkpoints/c.png"]
+def test_hidden_files_and_those_of_operating_systems_are_ignored(tmp_path: Path) -> None:
+    ours = ["a.png", "b/c.png", "thumbs.png", "_d.png"]
+    theirs = [
+        ".e.png",
+        ".git/z.png",
+        "._a.png",
+        "b/._c.png",
+        "__MACOSX/a.png",
+        "@eaDir/a.png",
+        "b/.ipynb_checkpoints/c.png",
+    ]
     for name in (*ours, *theirs, ".DS_Store", "Thumbs.db", "b/desktop.ini"):
         (tmp_path / name).parent.mkdir(exist_ok=True, parents=True)
         (tmp_path / name).touch()
     found = find_files(tmp_path, "**/*.png")
     assert [path.relative_to(tmp_path).as_posix() for path in found] == sorted(ours)
-    assert match_files(f"{tmp_path}/**/*.png") == [path for path in found if path.name != ".e.png"]
+    assert match_files(f"{tmp_path}/**/*.png") == found
     assert match_files(f"{tmp_path}/@eaDir/*.png") == [tmp_path / "@eaDir/a.png"]
+    assert not any(map(is_ignored, (*ours, "./a.png", "../b/a.png")))
     assert all(map(is_ignored, (*theirs, ".DS_Store", "Thumbs.db", "b/desktop.ini")))

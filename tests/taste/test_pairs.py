@@ -11,6 +11,7 @@ from latentreward.data import JSONLPairReader
 from latentreward.errors import InputError
 from latentreward.taste.pairs import RATINGS, Pool, collect, lines
 from latentreward.taste.pictures import Picture
+from latentreward.taste.ratings import Ratings
 from tests.taste.folders import draw, sorted_folder, unsorted_folder
 
 
@@ -204,6 +205,27 @@ def test_an_empty_side_is_named(tmp_path: Path) -> None:
         match=r"rejected has no pictures that can be read; left out, cannot be read: 20: .* 17 more; put the rejected",
     ):
         collect(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("names", "told"),
+    [
+        (["chosen/a.heic"], ["chosen/: 1 .heic file is left out: "]),
+        (["chosen/a.heic", "rejected/b.nef", "rejected/.c.png", ".git/d.heic"], ["chosen/: 1", "rejected/: 1 .nef"]),
+    ],
+)
+def test_pictures_of_kinds_that_are_not_read_are_told(tmp_path: Path, names: list[str], told: list[str]) -> None:
+    only = tmp_path / "only"
+    for folder in (sorted_folder(tmp_path / "mine", 20), only):
+        for name in names:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).touch()
+    found = collect(tmp_path / "mine")
+    assert [remark.startswith(part) for remark, part in zip(found.remarks, told, strict=True)] == [True] * len(told)
+    with pytest.raises(InputError, match=r"has no pictures.*; 1 .heic|has no pictures.*; chosen/: 1 .heic"):
+        collect(only)
+    with pytest.raises(InputError, match=r"has no different pictures; 1 .heic"):
+        Ratings(only)
 
 
 def test_written_lines_are_what_the_reader_takes(tmp_path: Path) -> None:

@@ -29,6 +29,8 @@ INDEX, REST = ".metadata", "meta.pt"
 """Files of a sharded checkpoint: the index of tensors, and the values that are not sharded."""
 INDEX_HASH = ".metadata.sha256"
 """File with the SHA-256 of the index; sharded checkpoints of earlier versions have none."""
+LORAS = ("*lora*.safetensors", "adapter_config.json")
+"""Names of files by which the folder of a LoRA of diffusers or PEFT is recognised."""
 UNREADABLE = (
     RuntimeError, EOFError, ValueError, LookupError, AttributeError, TypeError, AssertionError, OverflowError,
     MemoryError, pickle.UnpicklingError, struct.error,
@@ -48,12 +50,14 @@ def shard_index(path: Path) -> Metadata:
         InputError: If ``path`` is not a complete sharded checkpoint, or its index is damaged or could run code.
     """
     if not is_sharded(path):
-        inside = newest_first(found for found in path.rglob("*.ckpt") if found.exists())  # of a run's folder
-        remedy = f"one of those in it, such as {inside[0]}" if inside else "a file, or all files of the shards"
-        raise InputError(
-            f"checkpoint: {path} is a folder without {INDEX} and {REST}: not a complete sharded checkpoint; "
-            f"give {remedy}"
-        )
+        if inside := newest_first(found for found in path.rglob("*.ckpt") if found.exists()):
+            problem = f"is the folder of a run; give a checkpoint in it, such as {inside[0]}"
+        elif any(next(path.glob(name), None) for name in LORAS):
+            problem = "holds a LoRA; give the checkpoint of the run that wrote it (generate takes a LoRA as --lora)"
+        else:
+            problem = f"is a folder without {INDEX} and {REST}: not a complete sharded checkpoint; "
+            problem += "give a file, or all files of the shards"
+        raise InputError(f"checkpoint: {path} {problem}")
     from latentreward.checkpoints.shard_reader import ShardReader
 
     try:

@@ -112,7 +112,7 @@ def _find_sources(
 
 
 def _build(name: str, found: PairReader | Callable[[], PairReader], report: Report, only: bool) -> PairReader | None:
-    logger = logging.getLogger("latentreward.data.readers")
+    logger = logging.getLogger("latentreward.data.readers.base")
     level = logger.level
     logger.setLevel(logging.ERROR)  # the report repeats the readers' warnings about rows
     try:

@@ -12,14 +12,14 @@ from latentreward.contracts import ImageRef
 from latentreward.data.images import NO_IMAGE
 from latentreward.data.list_rows import find_columns, read_rows
 from latentreward.data.readers.base import MAX_PROMPT_CHARS
-from latentreward.data.readers.folders import SUFFIXES, read_caption
+from latentreward.data.readers.folders import SUFFIXES, UNREAD, read_caption, tell_unread
 from latentreward.data.readers.json_rows import edit_remark, find_edit_source, parse_text, short
 from latentreward.errors import InputError
 from latentreward.storage.ignored_files import is_ignored, match_files
 from latentreward.storage.texts import UnreadableTextError
 
 LISTS = (".jsonl", ".csv", ".tsv", ".json")
-PICTURES = (*SUFFIXES, ".tif", ".tiff", ".avif", ".heic")
+PICTURES = (*SUFFIXES, *UNREAD)
 """Suffixes of image files to look for in a folder; files that cannot be decoded are reported as such later."""
 FOLDER_TABLES = ("metadata.jsonl", "metadata.csv", "captions.jsonl")
 GENERATED = "generate.json"
@@ -174,17 +174,18 @@ def _pictures(source: str) -> tuple[Path, list[Path], list[str]]:
     """Find the pictures of a folder, pattern or file name.
 
     Returns:
-        The folder that names are relative to, the sorted files, and messages about folders that could not be read.
+        The folder that names are relative to, the sorted files, and messages about folders and files that are not read.
 
     Raises:
-        InputError: If there are no pictures.
+        InputError: If there are no pictures of kinds that are read.
     """
     place, remarks = Path(source), list[str]()
     if place.is_dir():
         files = [file for file in _walk(place, remarks) if _is_picture(file)]
-        if not files:
-            raise InputError(f"images: no picture in {source} ({', '.join(SUFFIXES)}); give a folder that holds some")
-        return place, sorted(files), remarks
+        if not any(file.suffix.lower() in SUFFIXES for file in files):
+            problem = "; ".join([f"images: no picture in {source} ({', '.join(SUFFIXES)})", *tell_unread(files)])
+            raise InputError(f"{problem}; give a folder that holds some")
+        return place, sorted(files), remarks + tell_unread(files)
     if os.path.lexists(place):
         return place.parent, [place], []
     files = [file for file in match_files(source) if _is_picture(file) and not file.is_dir()]
@@ -193,7 +194,7 @@ def _pictures(source: str) -> tuple[Path, list[Path], list[str]]:
             f"images: {source!r} is neither a folder, a file, nor a pattern that matches a picture; give a folder, a "
             f"pattern such as 'pics/**/*.png', or a list that ends in {', '.join(LISTS)}"
         )
-    return Path(*takewhile(lambda part: not glob.has_magic(part), place.parts[:-1])), files, []
+    return Path(*takewhile(lambda part: not glob.has_magic(part), place.parts[:-1])), files, tell_unread(files)
 
 
 def _walk(root: Path, remarks: list[str]) -> Iterator[Path]:

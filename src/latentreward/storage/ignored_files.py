@@ -1,19 +1,16 @@
-"""Files that operating systems and programs write into any folder, and that are no data of the user."""
+"""Hidden files, and files that operating systems write into any folder: they are no data of the user."""
 
 import glob
 from pathlib import Path
 
-IGNORED = frozenset(
-    (".ds_store", "thumbs.db", "ehthumbs.db", "desktop.ini", "__macosx", "@eadir", ".ipynb_checkpoints", "$recycle.bin")
-)
-"""Names in lower case: of macOS, Windows, Synology's file server and Jupyter."""
-COMPANION = "._"
-"""Start of the names of files that macOS writes beside others on foreign file systems and in archives."""
+IGNORED = frozenset(("thumbs.db", "ehthumbs.db", "desktop.ini", "__macosx", "@eadir", "$recycle.bin"))
+"""Names in lower case: of macOS, Windows and Synology's file server."""
 
 
 def is_ignored(path: str) -> bool:
-    """Tell whether a part of a path with ``/`` is in ``IGNORED`` or begins as companions do."""
-    return any(part.startswith(COMPANION) or part.lower() in IGNORED for part in path.split("/"))
+    """Tell whether a part of a path with ``/`` is in ``IGNORED`` or hidden, as ``.git`` and macOS's ``._1.png`` are."""
+    parts = (part for part in path.split("/") if part not in (".", ".."))
+    return any(part.startswith(".") or part.lower() in IGNORED for part in parts)
 
 
 def find_files(folder: Path, pattern: str) -> list[Path]:

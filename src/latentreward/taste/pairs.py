@@ -134,9 +134,11 @@ def collect(folder: Path, pairing: Pairing = "auto") -> Collection:
 
 
 def _unsorted(folder: Path) -> str:
-    pictures = sum(map(len, find_images(folder).values()))
+    images, unread = find_images(folder)
+    pictures = sum(map(len, images.values()))
     if not pictures:
-        return f"folder: {folder} has no pictures; give a folder with chosen/ and rejected/, or pictures to rate"
+        problem = "; ".join([f"folder: {folder} has no pictures", *unread])
+        return f"{problem}; give a folder with chosen/ and rejected/, or pictures to rate"
     missing = [side for side in SIDES if not (folder / side).is_dir()]
     if len(missing) == 1:
         (there,) = {*SIDES} - {*missing}

@@ -51,13 +51,11 @@ def read_pictures(folder: Path, below: str = "") -> tuple[dict[str, Picture], li
         was left out.
     """
     found: dict[str, Picture] = {}
+    images, unread = find_images(folder / below)
     unreadable, twice, uncaptioned = [], [], dict[str, list[str]]()
-    place = folder / below
-    for name, files in find_images(place).items():
-        if any(part.startswith(".") for part in Path(files[0]).parts[1:]):
-            continue
+    for name, files in images.items():
         for number, file in enumerate(files):
-            path = Path(file).relative_to(place.name).as_posix() if not below else file
+            path = Path(file).relative_to(folder.name).as_posix() if not below else file
             if (told := parse_text(path)) != path:  # no file of pairs could name it
                 unreadable.append(f"{told} (its name is not UTF-8)")
                 continue
@@ -75,7 +73,8 @@ def read_pictures(folder: Path, below: str = "") -> tuple[dict[str, Picture], li
             if problem:
                 uncaptioned.setdefault(problem, []).append(path)
             found[name] = Picture(path, digest([reference.path.read_bytes()]), caption)
-    remarks = [f"left out, cannot be read: {listed(unreadable)}"] if unreadable else []
+    remarks = [f"{below}/: {remark}" if below else remark for remark in unread]
+    remarks += [f"left out, cannot be read: {listed(unreadable)}"] if unreadable else []
     if twice:
         remarks.append(f"left out, another picture has the same name with another ending: {listed(twice)}")
     remarks += [f"no caption, since it {problem}: {listed(paths)}" for problem, paths in uncaptioned.items()]

@@ -144,3 +144,41 @@ def test_links_out_of_the_folder_are_not_followed(write, tmp_path, jpeg) -> None
     dataset = PairDataset(FolderPairReader(root, on_error="skip"), PixelLoader(8, 8))
     assert isinstance(dataset[1], SkippedPair)
     assert dict(dataset.skipped()) == {"path outside the root": 1}
+
+
+NOT_READ = "left out: this kind of picture is not read; convert them to JPEG or PNG"
+
+
+@pytest.mark.parametrize(
+    ("files", "options", "error", "told"),
+    [
+        (
+            ["chosen/1.heic", "chosen/3.HEIC", "rejected/1.heic"],
+            {},
+            f"^root: no pairs in .*; chosen/: 2 .heic files are {NOT_READ}; rejected/: 1 .heic file is {NOT_READ}",
+            "",
+        ),
+        (["chosen/4.jpg", "rejected/4.jpg"], {"on_error": "skip"}, r"no pairs in .*; 1 no caption left out; give", ""),
+        (
+            ["chosen/4.heic", "rejected/4.jpg"],
+            {},
+            f"^4: no image of this name in chosen/; chosen/: 1 .heic file is {NOT_READ}",
+            "",
+        ),
+        (
+            [*PAIRS[:2], "chosen/a/4.dng", "chosen/5.dng", "chosen/5.tiff", "chosen/.git/6.heic"],
+            {},
+            None,
+            f"pairs: chosen/: 2 .dng and 1 .tiff files are {NOT_READ}",
+        ),
+        ([*PAIRS[:2], "chosen/.4.jpg", "chosen/2.doc"], {}, None, ""),
+    ],
+)
+def test_pictures_of_kinds_that_are_not_read_are_told(write, caplog, files, options, error, told) -> None:
+    root = write(*files, **{"captions__2.txt": "two"})
+    if error:
+        with pytest.raises(InputError, match=error):
+            FolderPairReader(root, **options)
+    else:
+        assert FolderPairReader(root).pair_ids() == ["2"]
+    assert [line.endswith(told) for line in caplog.messages] == [True] * bool(told)

@@ -1,6 +1,8 @@
 """Reader of folders ``chosen/`` and ``rejected/`` with images of equal names, and a caption for each name."""
 
-from collections.abc import Iterator
+import logging
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -8,15 +10,23 @@ import numpy as np
 
 from latentreward.contracts import PreferencePair
 from latentreward.data.images import OUTSIDE, resolve_inside
+from latentreward.data.readers.base import count_text
 from latentreward.data.readers.groups import file_image
 from latentreward.data.readers.json_rows import JSONReader, parse_line, parse_text
-from latentreward.errors import InputError
+from latentreward.errors import InputError, printable
 from latentreward.storage.ignored_files import find_files
 from latentreward.storage.texts import UTF_16, UnreadableTextError, read_text
+
+logger = logging.getLogger(__name__)
 
 SIDES = ("chosen", "rejected")
 SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".gif", ".bmp")
 """Suffixes of image files that can be decoded."""
+UNREAD = (
+    ".tif", ".tiff", ".avif", ".heic", ".heif", ".jxl", ".jp2", ".svg", ".psd", ".xcf", ".tga", ".exr", ".dng", ".cr2",
+    ".cr3", ".nef", ".nrw", ".arw", ".raf", ".orf", ".rw2", ".pef", ".srw", ".raw",
+)  # fmt: skip
+"""Suffixes of image files that are not decoded: they are counted, so that none is left out without a word."""
 CAPTIONS = "captions"
 CAPTIONS_FILE = "captions.jsonl"
 
@@ -25,8 +35,8 @@ class FolderPairReader(JSONReader):
     """Reader of pairs of image files, one row per name that occurs in both ``chosen/`` and ``rejected/``.
 
     A name is the path below ``chosen/`` or ``rejected/`` without suffix: ``chosen/cats/1.jpg`` and
-    ``rejected/cats/1.png`` are the pair ``cats/1``. Files that are not images are ignored. The caption of ``cats/1``
-    comes from
+    ``rejected/cats/1.png`` are the pair ``cats/1``. Files that are not images are ignored; images of ``UNREAD`` kinds
+    are counted in a warning. The caption of ``cats/1`` comes from
 
     1. ``captions.jsonl`` with lines ``{"name": "cats/1", "prompt": "a cat"}``; if it exists, 2 and 3 are ignored;
     2. ``captions/cats/1.txt``;
@@ -55,14 +65,21 @@ class FolderPairReader(JSONReader):
                 raise InputError(
                     f"root: no folder {self._folder / side}; put the images of pairs into chosen/ and rejected/"
                 )
-        files = {side: find_images(self._folder / side) for side in SIDES}
+        files, self._unread = {}, list[str]()
+        for side in SIDES:
+            files[side], told = find_images(self._folder / side)
+            self._unread += [f"{side}/: {remark}" for remark in told]
         captions = self._read_captions_file() if (self._folder / CAPTIONS_FILE).is_file() else None
         rows = [
             self._check(name, files, captions) for name in sorted({name for side in files.values() for name in side})
         ]
         self._rows = [row for row in rows if row is not None]
         if not self._rows:
-            raise InputError(f"root: no pairs in {self._folder}; give chosen/ and rejected/ images of equal names")
+            reasons = [f"{count_text(self.skipped)} left out"] if self.skipped else []
+            problem = "; ".join([f"root: no pairs in {self._folder}", *reasons, *self._unread])
+            raise InputError(f"{problem}; give chosen/ and rejected/ images of equal names, with captions")
+        if self._unread:
+            logger.warning("%s: %s", printable(str(self._folder)), "; ".join(self._unread))
         self.report(str(self._folder))
 
     def __len__(self) -> int:
@@ -125,7 +142,8 @@ class FolderPairReader(JSONReader):
             if sound and len(found) != 1:
                 sound = False
                 what = "several images" if found else "no image"
-                self.refuse(name, f"{what} of this name in {side}/", f"{what} in {side}/")
+                problem = "; ".join([f"{what} of this name in {side}/", *self._unread])
+                self.refuse(name, problem, f"{what} in {side}/")
         try:
             prompt = self._find_caption(name) if captions is None else captions.get(name)
         except UnreadableTextError as error:
@@ -189,11 +207,25 @@ def read_lines(file: Path) -> Iterator[tuple[int, bytes]]:
         raise InputError(f"{file}: {error.strerror}; give a file of one JSON object per line") from error
 
 
-def find_images(folder: Path) -> dict[str, list[str]]:
-    """Find the images in a folder and its subfolders: name → paths relative to the folder's parent."""
+def find_images(folder: Path) -> tuple[dict[str, list[str]], list[str]]:
+    """Find the images in a folder and its subfolders.
+
+    Returns:
+        Name → paths relative to the folder's parent; and :func:`tell_unread` of all files.
+    """
     found: dict[str, list[str]] = {}
-    for path in find_files(folder, "**/*"):
+    files = find_files(folder, "**/*")
+    for path in files:
         if path.suffix.lower() in SUFFIXES and not path.is_dir():
             name = path.relative_to(folder).with_suffix("").as_posix()
             found.setdefault(name, []).append(path.relative_to(folder.parent).as_posix())
-    return found
+    return found, tell_unread(files)
+
+
+def tell_unread(files: Iterable[Path]) -> list[str]:
+    """Return a line with the number of files of each suffix in ``UNREAD``, and the remedy; empty without such files."""
+    counts = Counter(suffix for file in files if (suffix := file.suffix.lower()) in UNREAD)
+    named = " and ".join(f"{number} {suffix}" for suffix, number in counts.most_common())
+    are = "file is" if counts.total() == 1 else "files are"
+    told = f"{named} {are} left out: this kind of picture is not read; convert them to JPEG or PNG"
+    return [told] if counts else []

@@ -110,7 +110,7 @@ def checkpoint_of(place: Path) -> Path:
         )
     if place.is_file() or is_sharded(place):
         return place
-    found = [path for path in place.rglob("*.ckpt") if not any(is_sharded(parent) for parent in path.parents)]
+    found = [path for path in place.rglob("*.ckpt") if path.exists() and not any(map(is_sharded, path.parents))]
     if not found:
         raise InputError(
             f"reward model {str(place)!r} holds no checkpoint (*.ckpt), no head.safetensors, and neither published "
