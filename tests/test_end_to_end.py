@@ -62,7 +62,9 @@ def test_fit_validate_test_and_predict(
         caplog.clear()
         main([command, f"--config={run / 'config.yaml'}", checkpoint])
         (*_, line) = ["", *(record.message for record in caplog.records if record.message.startswith("test: "))]
-        assert bool(re.search(r"\]( \(\d+ groups\))?; \d+ pairs of \d+ prompts$", line)) == (command == "test")
+        assert bool(
+            re.search(r"\]( \(\d+ groups\))?; \d+ pairs of \d+ prompts, mean over \d+ noise levels$", line)
+        ) == (command == "test")
     scores = f"--predictions.output_dir={tmp_path / 'scores'}"
     main(["predict", f"--config={run / 'config.yaml'}", checkpoint, scores])
     table = parquet.read_table(tmp_path / "scores" / "scores_rank0.parquet").to_pydict()

@@ -12,7 +12,7 @@ import select
 import signal
 import sys
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from io import TextIOWrapper
 
 from latentreward import __version__
@@ -161,7 +161,8 @@ def take_any_character() -> None:
     """Let stdout and stderr escape characters that their encoding lacks, as in the C locale, instead of an error."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):  # not so in a notebook
-            stream.reconfigure(errors="backslashreplace")
+            with suppress(OSError):  # of a pipe in the place of a file that was open already
+                stream.reconfigure(errors="backslashreplace")
 
 
 def unread() -> bool:

@@ -300,11 +300,11 @@ def test_a_full_disk_keeps_what_was_scored(
     expected = score("pics", "expected.parquet", lrm, *options)
     write, writes = pq.write_table, []
 
-    def write_until_full(*arguments: Any) -> None:
+    def write_until_full(*arguments: Any, **settings: Any) -> None:
         writes.append(arguments)
         if len(writes) > 3:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        write(*arguments)
+        write(*arguments, **settings)
 
     with monkeypatch.context() as patch:
         patch.setattr(part_tables.pq, "write_table", write_until_full)
@@ -412,9 +412,8 @@ def test_a_resumed_run_wants_the_same_settings_and_minds_no_logs(
     assert "was begun with run_config " in refusal(capsys, "pics", "s.csv", "run")
     with Path("other.yaml").open("a") as file:
         file.write("# another\n")
-    assert 'run_config "other.yaml", whose contents have changed; choose' in refusal(
-        capsys, "pics", "s.csv", "run", "--run_config=other.yaml"
-    )
+    line = refusal(capsys, "pics", "s.csv", "run", "--run_config=other.yaml")
+    assert 'run_config "other.yaml", whose contents (files, prompts or weights behind that name) have changed;' in line
 
 
 def test_a_complete_table_is_not_made_again(
@@ -506,11 +505,11 @@ def test_a_run_that_goes_on_tells_a_model_at_fault_from_images_at_fault(
     assert [row for row, problem in enumerate(expected["problem"].to_pylist()) if problem] == [2, 3]
     write, writes = pq.write_table, []
 
-    def write_once(*arguments: Any) -> None:
+    def write_once(*arguments: Any, **settings: Any) -> None:
         writes.append(arguments)
         if len(writes) > 1:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        write(*arguments)
+        write(*arguments, **settings)
 
     with monkeypatch.context() as patch:
         patch.setattr(part_tables.pq, "write_table", write_once)

@@ -82,7 +82,8 @@ def test_scorers_of_whole_sets_are_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    ("scorer", "message"), [(TooFew, r"shape \(\d, 2\) for \d images; .* be \(\d, 3\)"), (Infinite, "returned inf")]
+    ("scorer", "message"),
+    [(TooFew, r"returned \((\d), 2\) for \1 images; it must be a tensor \(\1, 3\)"), (Infinite, "returned inf")],
 )
 def test_nonsense_in_a_column_is_refused(scorer: type[ImageScorer], message: str) -> None:
     scoring = PairScoring(reader(), [scorer("wrong")])

@@ -30,7 +30,7 @@ class ForeignHead(CLIPProjectionHead):
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Two model folders: one with an adapter, one trained as a whole."""
+    """Two model folders, one with an adapter, one trained as a whole; no checksums, which would speak first."""
     folders = {}
     for kind, (method, name, options) in {
         "lora": ("dina", "sd35", {"lora": LORA}),
@@ -40,6 +40,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         write_run(place / "run", method, name, **options)
         RewardModel.from_pretrained(place / "run").save_pretrained(place / "model")
         folders[kind] = place / "model"
+        edit_json(place / "model/config.json", lambda config: config.pop("sha256"))
     return folders
 
 

@@ -71,7 +71,7 @@ def test_a_value_too_many_is_refused(capsys) -> None:
 
 def test_help_of_a_class_inside_a_class(capsys) -> None:
     asked = "--data.train.help", "JSONLPairReader"
-    assert "``image_b``" in printed(capsys, "fit", "--data", "PreferenceDataModule", *asked)
+    assert "image_b" in printed(capsys, "fit", "--data", "PreferenceDataModule", *asked)
     assert "--data CLASS --data.train.help JSONLPairReader" in refusal(capsys, "fit", *asked)
     line = refusal(capsys, "fit", "--config=configs/data/jsonl.yaml", asked[0])
     assert line == "--data.train.help has no value; write --data.train.help=CLASS"

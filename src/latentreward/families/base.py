@@ -55,7 +55,7 @@ def _wrong_prediction(found: Tensor, family: Family, network: Any, latents: Tens
         return "a prediction with flow = True, but noise_process is DDPM; it must be FlowMatching, or flow = False"
     if family.clips and family.latent_space.frame_downscale is None:
         return "a prediction of clips (clips = True), but latent_space has no time axis; it must have a frame_downscale"
-    return wrong_tensor(found, latents.shape) if latents.isfinite().all() else None
+    return wrong_tensor(found, latents.shape) if latents.is_meta or latents.isfinite().all() else None
 
 
 def _wrong_levels(found: tuple[Tensor, Tensor], family: Family, steps: int, shape: Sequence[int]) -> str | None:

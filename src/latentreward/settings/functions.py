@@ -143,7 +143,7 @@ class SettingsParser(ArgumentParser):
 
     @override
     def _apply_actions(self, cfg: Any, *more: Any, **options: Any) -> Any:
-        if not more and not options.get("parent_key"):
+        if not more and not options.get("parent_key") and not self._subcommands_action:  # those have parsers of theirs
             self._refuse_empty(cfg)
         return super()._apply_actions(cfg, *more, **options)
 
