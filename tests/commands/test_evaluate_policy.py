@@ -134,7 +134,7 @@ def test_a_checkpoint_tells_the_shape_of_its_adapter_and_a_start_that_failed_lea
         weights = perturbed(source.load()).named_parameters()
         adapter = {f"policy.{key}": weight for key, weight in weights if f".{POLICY}." in key}
         torch.save({"state_dict": adapter, SOURCE: asdict(source)}, tmp_path / f"{name}.ckpt")
-    assert "does not fit" in refused(SD_TINY, f"--policy.checkpoint={tmp_path / 'other.ckpt'}")
+    assert "give an adapter of this network" in refused(SD_TINY, f"--policy.checkpoint={tmp_path / 'other.ckpt'}")
     report = evaluate(SD_TINY, f"--policy.checkpoint={tmp_path / 'run.ckpt'}")
     assert len(report["scores"]) == 1
 
