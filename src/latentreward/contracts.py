@@ -321,13 +321,14 @@ class Conditioning(TensorRecord):
     def pooled(self) -> Tensor:
         """Return the pooled vectors ``(B, P)``; without them the mean ``(B, D)`` of the tokens.
 
-        Padding does not count: tokens outside the mask, or without a mask those that are 0 (Wan).
+        Padding does not count: tokens outside the mask, or without a mask those that are 0 (Wan). Of a prompt without
+        tokens the mean is 0.
         """
         if self.pooled_prompt_embeds is not None:
             return self.pooled_prompt_embeds
         used = (self.prompt_embeds != 0).any(dim=-1) if self.prompt_mask is None else self.prompt_mask
         weights = used.unsqueeze(-1).float()
-        mean = (self.prompt_embeds * weights).sum(dim=1) / weights.sum(dim=1)
+        mean = (self.prompt_embeds * weights).sum(dim=1) / weights.sum(dim=1).clamp(min=1)
         return mean.to(self.prompt_embeds)
 
 

@@ -119,7 +119,7 @@ def test_on_error_of_the_data_holds_for_readers_without_their_own(root, caplog, 
     write(root / "train.jsonl", "one", "two", "three", "four", more="no object")
     write(root / "val.jsonl", "five", "six", more="no object")
     line = refusal(capsys, "fit")
-    assert line.startswith("data.train: train.jsonl:5: the row is 'no object', not an object")
+    assert line.startswith("data.train: train.jsonl:5: no JSON at character 1; correct the row")
     assert "set data.on_error (or the reader's own, which wins) to skip" in line
     assert refusal(capsys, "fit", "--data.train.on_error=skip").startswith("data.val: val.jsonl:3")
     assert refusal(capsys, "fit", "--data.on_error=skip", "--data.val.on_error=raise").startswith("data.val: ")
@@ -137,7 +137,7 @@ def test_on_error_reaches_a_reader_inside_another(root, capsys) -> None:
     inner = "{class_path: JSONLPairReader, init_args: {file: train.jsonl, randomise_sides: false}}"
     rule = f"reader: {inner}, scores: scores.csv, floors: {{clip: 0}}, ties: keep"
     filtered = f"{{class_path: FilteredReader, init_args: {{{rule}}}}}"
-    assert refusal(capsys, "fit", f"--data.train={filtered}").startswith("data.train: train.jsonl:3: the row is")
+    assert refusal(capsys, "fit", f"--data.train={filtered}").startswith("data.train: train.jsonl:3: no JSON")
     run("fit", f"--data.train={filtered}", "--data.on_error=skip", "--trainer.fast_dev_run=true")
 
 

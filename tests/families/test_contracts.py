@@ -40,6 +40,7 @@ def test_pooled_is_the_vector_or_the_mean_of_the_prompts_own_tokens() -> None:
     given = Conditioning(torch.zeros(1, 2, 3), torch.ones(1, 4))
     assert torch.equal(given.pooled(), torch.ones(1, 4))
     assert not given.zeros().pooled().any()
+    assert torch.equal(Conditioning(torch.zeros(1, 2, 3)).pooled(), torch.zeros(1, 3))  # no tokens: not 0 / 0
 
 
 def test_a_mask_stays_a_mask_in_another_precision() -> None:

@@ -64,7 +64,7 @@ def test_a_branch(hub: StubHub, tmp_path: Path) -> None:
     again = RewardModel.from_pretrained("owner/reward", revision="v2")
     assert again.source == "owner/reward@v2"
     assert "GET /api/models/owner/reward/revision/v2" in hub.requests
-    with pytest.raises(InputError, match=r"'owner/reward' is .*hub at revision 'v3' .RevisionNotFoundError.") as caught:
+    with pytest.raises(InputError, match=r"'owner/reward' at revision 'v3' is .*hub .RevisionNotFoundError.") as caught:
         RewardModel.from_pretrained("owner/reward", revision="v3")
     assert "\n" not in str(caught.value)
 
@@ -104,7 +104,7 @@ def test_without_a_network_the_cache_will_do(hub: StubHub, monkeypatch: pytest.M
     RewardModel.from_pretrained("owner/reward")
     set_hub(monkeypatch, "http://127.0.0.1:9", tmp_path / "cache")  # nobody listens there
     assert torch.equal(scores(RewardModel.from_pretrained("owner/reward")), scores(model))
-    with pytest.raises(InputError, match=r"'owner/other' .*is not here and cannot be fetched .the hub does not answer"):
+    with pytest.raises(InputError, match=r"'owner/other' is not here and cannot be .* .the hub does not answer"):
         RewardModel.from_pretrained("owner/other")
     with pytest.raises(InputError, match="'owner/reward': the hub does not answer") as caught:
         model.push_to_hub("owner/reward", token="hf_secret")

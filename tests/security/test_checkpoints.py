@@ -194,7 +194,7 @@ def test_no_payload_runs_from_a_checkpoint_that_lightning_chooses(
 ) -> None:
     monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
-    for path in (tmp_path / "hpc_ckpt_1.ckpt", tmp_path / "run" / "checkpoints" / "last.ckpt"):
+    for path in (tmp_path / "run" / "hpc_ckpt_1.ckpt", tmp_path / "run" / "checkpoints" / "last.ckpt"):
         torch.save({"state_dict": Call(Path.touch, canary)}, path)
     for name in ("hpc", "last"):
         for command in COMMANDS:
