@@ -18,8 +18,13 @@ from latentreward.errors import InputError, lacks
 Method = TypeVar("Method", bound=Callable[..., Any])
 Check = Callable[..., str | None]
 """Function of a result, part and arguments of the method. Returns what is wrong, "GOT; it must be WANTED", or None."""
-Kind = Literal["numbers", "indices", "bool"]
-KINDS = {"numbers": "finite numbers", "indices": "whole numbers (int64)", "bool": "bool"}
+Kind = Literal["numbers", "floats", "indices", "bool"]
+KINDS = {
+    "numbers": "finite numbers",
+    "floats": "floating-point numbers",
+    "indices": "whole numbers (int64)",
+    "bool": "bool",
+}
 KEPT = "_promises_kept"
 """Attribute of a part with the names of the methods that were compared."""
 
@@ -127,18 +132,18 @@ def wrong_tensor(
 ) -> str | None:
     """Return what is wrong with what should be a tensor of a ``shape``, see :data:`Check`; −1 is a side of any length.
 
-    Numbers are of a floating type, finite and from ``low`` to ``high``.
+    Numbers are of a floating type, finite and from ``low`` to ``high``; ``floats`` may be infinite or NaN.
     """
     sides = tuple(shape)
     same = isinstance(found, Tensor) and found.ndim == len(sides)
     if not same or any(side not in (-1, length) for side, length in zip(sides, found.shape, strict=True)):
         wanted = f"a tensor {sides}".replace("-1", "any") if sides else "a scalar tensor"
         return f"{shown(found)}; it must be {wanted}"
-    right = {"numbers": found.is_floating_point(), "indices": found.dtype == torch.int64}
-    if not right.get(kind, found.dtype == torch.bool):
+    right = {"indices": found.dtype == torch.int64, "bool": found.dtype == torch.bool}
+    if not right.get(kind, found.is_floating_point()):
         return f"a tensor of {str(found.dtype).removeprefix('torch.')}; it must be {KINDS[kind]}"
     values = found.detach().flatten()
-    if kind == "bool" or values.is_meta or not len(values):
+    if kind in ("bool", "floats") or values.is_meta or not len(values):
         return None
     sound = values.isfinite() & (values >= low) & (values <= high)
     if sound.all():  # also of an estimate's stand-ins, which have no values and whose booleans are true

@@ -16,7 +16,7 @@ from latentreward.construction import Construction
 from latentreward.contracts import Conditioning, Features, FeatureSpec, LatentSpace, map_tensors
 from latentreward.errors import InputError
 from latentreward.noise import NoiseProcess
-from latentreward.promises import Part, returns, shown, wrong_tensor
+from latentreward.promises import Kind, Part, returns, shown, wrong_tensor
 
 if TYPE_CHECKING:
     from latentreward.encoders.prompts import PromptEncoder
@@ -29,10 +29,12 @@ def _wrong_features(
     if not isinstance(found, Features):
         return f"{shown(found)}; it must be Features"
     spec = getattr(backbone, "feature_spec", None)  # a backbone without a text encoder may not know its widths
-    return None if spec is None else features_problem(found, spec, len(latents))
+    # of networks of this package, training and scoring name the rows that are not finite
+    kind: Kind = "floats" if type(backbone).__module__.startswith("latentreward.") else "numbers"
+    return None if spec is None else features_problem(found, spec, len(latents), kind)
 
 
-def features_problem(features: Features, spec: FeatureSpec, rows: int) -> str | None:
+def features_problem(features: Features, spec: FeatureSpec, rows: int, values: Kind = "numbers") -> str | None:
     """Return the first difference of features from the ``spec`` that a head was built from; None without one."""
     promised: dict[str, tuple[Tensor, tuple[int, ...]]] = {}
     for kind, taps, specs in (("visual", features.visual, spec.visual), ("text", features.text, spec.text)):
@@ -50,7 +52,7 @@ def features_problem(features: Features, spec: FeatureSpec, rows: int) -> str | 
     ):
         promised[name] = tensor, (rows, width)
     for name, (tensor, shape) in promised.items():
-        if problem := wrong_tensor(tensor, shape):
+        if problem := wrong_tensor(tensor, shape, values):
             return f"{name} {problem} as feature_spec and visual_grids say"
     channels = None if features.output is None else features.output.shape[1]
     if channels != (None if spec.output is None else spec.output.width):
