@@ -154,6 +154,11 @@ def wrong_tensor(
     return f"{bad[0].item():g}; it must be numbers from {low:g} to {high:g}"
 
 
+def values_of(part: Any) -> Kind:
+    """Return ``floats`` for parts of this package: scoring and training name the rows of theirs that are not finite."""
+    return "floats" if type(part).__module__.startswith("latentreward.") else "numbers"
+
+
 def shown(found: Any) -> str:
     """Describe a result in a message: shape of a tensor, else type or a short value."""
     if isinstance(found, Tensor):

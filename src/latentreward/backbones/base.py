@@ -16,7 +16,7 @@ from latentreward.construction import Construction
 from latentreward.contracts import Conditioning, Features, FeatureSpec, LatentSpace, map_tensors
 from latentreward.errors import InputError
 from latentreward.noise import NoiseProcess
-from latentreward.promises import Kind, Part, returns, shown, wrong_tensor
+from latentreward.promises import Kind, Part, returns, shown, values_of, wrong_tensor
 
 if TYPE_CHECKING:
     from latentreward.encoders.prompts import PromptEncoder
@@ -29,9 +29,7 @@ def _wrong_features(
     if not isinstance(found, Features):
         return f"{shown(found)}; it must be Features"
     spec = getattr(backbone, "feature_spec", None)  # a backbone without a text encoder may not know its widths
-    # of networks of this package, training and scoring name the rows that are not finite
-    kind: Kind = "floats" if type(backbone).__module__.startswith("latentreward.") else "numbers"
-    return None if spec is None else features_problem(found, spec, len(latents), kind)
+    return None if spec is None else features_problem(found, spec, len(latents), values_of(backbone))
 
 
 def features_problem(features: Features, spec: FeatureSpec, rows: int, values: Kind = "numbers") -> str | None:

@@ -9,23 +9,16 @@ from torch import Tensor, nn
 from latentreward.construction import Construction
 from latentreward.contracts import Features
 from latentreward.heads.axes import AXES
-from latentreward.promises import Check, Part, returns, tensor, wrong_tensor
+from latentreward.promises import Part, returns, values_of, wrong_tensor
 
 
 def _wrong_scores(found: Tensor, head: "RewardHead", features: Features) -> str | None:
     rows, outputs = len(features.visual[0]), head.outputs if head.axis_weights is None else len(AXES)
-    problem = wrong_tensor(found, (rows,) if outputs == 1 else (rows, outputs))
+    problem = wrong_tensor(found, (rows,) if outputs == 1 else (rows, outputs), values_of(head))
     if problem and isinstance(found, Tensor) and found.ndim == 2:
         single = found.shape[1] == 1
         problem += "; drop the last axis by squeeze(-1)" if single else ", or set the head's attribute outputs"
     return problem
-
-
-def _of_others(check: Check) -> Check:
-    """Return a check of heads of others; of this package's, training and scoring name the rows that are not finite."""
-    return lambda found, head, *given: (
-        None if type(head).__module__.startswith("latentreward.") else check(found, head, *given)
-    )
 
 
 class RewardHead(nn.Module, Part):
@@ -64,7 +57,7 @@ class RewardHead(nn.Module, Part):
         return head
 
     @abstractmethod
-    @returns(_of_others(_wrong_scores))
+    @returns(_wrong_scores)
     def forward(self, features: Features) -> Tensor:
         """Compute scores ``(B,)``, or ``(B, out_dim)`` for a head with several :attr:`outputs`."""
 
@@ -75,7 +68,7 @@ class RewardHead(nn.Module, Part):
         # not a matrix product, which autocast would round to bfloat16
         return (outputs * outputs.new_tensor(self.axis_weights)).sum(dim=-1)
 
-    @returns(_of_others(lambda found, head, levels: _wrong_scores(found, head, levels[0])))
+    @returns(lambda found, head, levels: _wrong_scores(found, head, levels[0]))
     def score_ensemble(self, levels: Sequence[Features]) -> Tensor:
         """Compute one score per image from features at several noise levels; the base class averages the scores."""
         return sum(self(features) for features in levels) / len(levels)
@@ -92,12 +85,12 @@ class EmbeddingHead(RewardHead):
         """Compute image and text embeddings, each ``(B, D)`` and not normalised."""
 
     @abstractmethod
-    @returns(_of_others(tensor(lambda head, images, texts: (len(images),))))
+    @returns(lambda found, head, images, texts: wrong_tensor(found, (len(images),), values_of(head)))
     def similarity(self, image_embeds: Tensor, text_embeds: Tensor) -> Tensor:
         """Compute the score of each image for the prompt of the same row: ``(N, D)``, ``(N, D)`` → ``(N,)``."""
 
     @abstractmethod
-    @returns(_of_others(tensor(lambda head, texts, images: (len(texts), len(images)))))
+    @returns(lambda found, head, *given: wrong_tensor(found, [*map(len, given)], values_of(head)))
     def similarity_matrix(self, text_embeds: Tensor, image_embeds: Tensor) -> Tensor:
         """Compute the score of every image for every prompt: texts ``(N, D)``, images ``(M, D)`` → ``(N, M)``."""
 
