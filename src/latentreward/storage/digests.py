@@ -1,14 +1,21 @@
 """Digest of texts and buffers, and checksums by which damage of stored files is noticed before they are used."""
 
 import io
+import os
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import cache
 from hashlib import blake2b, file_digest
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 from latentreward.errors import InputError
+
+THREADS = min(4, os.cpu_count() or 1)
+"""Threads that compute checksums; hashlib and zlib let other threads run meanwhile."""
 
 
 def digest(parts: Iterable[Any], size: int = 16) -> str:
@@ -43,6 +50,22 @@ def check_hash(path: Path, sha256: str | None, remedy: str) -> Path:
     return path
 
 
+@contextmanager
+def hashed_meanwhile(paths: Iterable[Path]) -> Iterator[None]:
+    """Compute the SHA-256 of files in threads while the block runs; :func:`check_hash` waits for that of its file.
+
+    Loading a model builds its networks first, which takes longer than the checksums of its files.
+    """
+    pool = ThreadPoolExecutor(THREADS)
+    try:
+        for path in paths:
+            if path.is_file():
+                pool.submit(_hash_of, path, *_state(path))
+        yield
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
 def check_records(path: Path, places: Iterable[tuple[int, int]] | None = None) -> None:
     """Compare the records that ``torch.save`` wrote with their checksums, which ``torch.load`` ignores.
 
@@ -65,7 +88,17 @@ def _state(path: Path) -> tuple[int, int]:
 
 
 @cache
+def _lock_of(path: Path) -> Lock:
+    return Lock()
+
+
 def _hash_of(path: Path, modified: int, size: int) -> str:
+    with _lock_of(path):  # whoever comes second finds the hash in the cache
+        return _hash_once(path, modified, size)
+
+
+@cache
+def _hash_once(path: Path, modified: int, size: int) -> str:
     return file_hash(path)
 
 
@@ -86,7 +119,18 @@ def _first_damaged(file: Any) -> str | None:
     if not zipfile.is_zipfile(file):
         return None
     try:
-        with zipfile.ZipFile(file) as records:
-            return records.testzip()
+        with zipfile.ZipFile(file) as records, ThreadPoolExecutor(THREADS) as pool:
+            damaged = pool.map(lambda name: name if _is_damaged(records, name) else None, records.namelist())
+            return next(filter(None, damaged), None)
     except (zipfile.BadZipFile, EOFError, ValueError, NotImplementedError) as error:
         return f"a record ({error})"
+
+
+def _is_damaged(records: zipfile.ZipFile, name: str) -> bool:
+    try:
+        with records.open(name) as record:
+            while record.read(2**20):  # at its end the checksum is compared
+                pass
+    except zipfile.BadZipFile:
+        return True
+    return False

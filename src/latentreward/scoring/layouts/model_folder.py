@@ -40,7 +40,7 @@ from latentreward.scoring.layouts.config import FORMAT, FolderConfig
 from latentreward.scoring.layouts.recipe import ONLY_IN_TRAINING, build_backbone, build_head, is_ours
 from latentreward.scoring.layouts.trust import check_class, check_family
 from latentreward.scoring.network import RewardNetwork
-from latentreward.storage.digests import check_hash
+from latentreward.storage.digests import check_hash, hashed_meanwhile
 from latentreward.storage.json_files import read_config
 from latentreward.storage.weight_files import map_weights
 
@@ -164,6 +164,12 @@ class PretrainedReward(SharingReward):
 
     def load(self) -> RewardNetwork:
         """See :meth:`StoredReward.load`."""
+        adapters = (f"{place}/{ADAPTER_WEIGHTS}" for place in adapter_folders(self.config.adapters).values())
+        read = {HEAD, BASE, BACKBONE, *adapters} & {*self.config.sha256}  # no other file that a stranger's config names
+        with hashed_meanwhile(self.folder / name for name in read):
+            return self._load()
+
+    def _load(self) -> RewardNetwork:
         # Initial values are random but overwritten below.
         with torch.random.fork_rng(devices=[]), settling_later(undrawn=self._stores_networks):
             backbone = self._backbone()
