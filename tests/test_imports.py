@@ -94,7 +94,7 @@ MAY_IMPORT = {
     | {"encoders", "backbones", "families", "heads", "data", "cache", "scoring", "scorers", "settings"}
     | {"policies", "rewards", "modules"},
     "steps": BASE | {"settings", "evaluation"},
-    "reproduction": BASE | {"metrics", "reports", "settings", "evaluation", "steps"},
+    "reproduction": BASE,
     "pilot": BASE | {"estimate", "evaluation", "metrics", "reports", "settings", "steps"},
     "taste": BASE | {"backbones", "families", "data", "evaluation", "metrics", "reports", "steps"},
     "serving": BASE | {"data", "noise", "programs", "scoring"},
@@ -138,14 +138,16 @@ def test_imports_point_one_way(room: str) -> None:
 
 
 def module_name(path: Path) -> str:
-    """Dotted name of a file; callbacks/ is installed as ``latentreward.callbacks``."""
+    """Dotted name of a file; callbacks/ is installed as ``latentreward.callbacks``, and tools/ is not installed."""
     top = SOURCE.parent if path.is_relative_to(SOURCE) else ROOT
     parts = path.relative_to(top).with_suffix("").parts
-    parts = parts if parts[0] == "latentreward" else ("latentreward", *parts)
+    parts = parts if parts[0] in ("latentreward", "tools") else ("latentreward", *parts)
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-FILES = {module_name(path): path for folder in (SOURCE, ROOT / "callbacks") for path in folder.rglob("*.py")}
+FILES = {
+    module_name(path): path for folder in (SOURCE, ROOT / "callbacks", ROOT / "tools") for path in folder.rglob("*.py")
+}
 
 
 def statements(node: ast.AST) -> Iterator[ast.AST]:
@@ -169,6 +171,12 @@ def imported_files(path: Path) -> set[str]:
             below = [f"{node.module}.{alias.name}" for alias in node.names]
             names |= {name if name in FILES else str(node.module) for name in below}
     return names & FILES.keys()
+
+
+def test_the_package_imports_nothing_that_is_not_installed() -> None:
+    for name, path in FILES.items():
+        named = {module for node in ast.walk(ast.parse(path.read_text())) for module in modules_named(node)}
+        assert name.startswith("tools") or not {one for one in named if one.split(".")[0] == "tools"}, name
 
 
 def test_no_file_imports_itself_in_a_circle() -> None:
@@ -208,7 +216,9 @@ def test_what_is_imported_is_required() -> None:
             continue
         for node in statements(ast.parse(path.read_text())):
             for module in (
-                {name.split(".")[0] for name in modules_named(node)} - sys.stdlib_module_names - {"latentreward"}
+                {name.split(".")[0] for name in modules_named(node)}
+                - sys.stdlib_module_names
+                - {"latentreward", "tools"}
             ):
                 name = PROMISED_BY.get(module, OTHER_NAMES.get(module, module))
                 assert canonicalize_name(name) in required, f"{path.relative_to(ROOT)} imports {module}"

@@ -9,7 +9,7 @@ from latentreward.cli import COMMANDS
 ROOT = Path(__file__).resolve().parents[1]
 MOST = 8
 SUBCOMMANDS = {name.replace("-", "_") for name in COMMANDS}
-FILES = [*(ROOT / "src").rglob("*.py"), *(ROOT / "callbacks").rglob("*.py")]
+FILES = [*(ROOT / "src").rglob("*.py"), *(ROOT / "callbacks").rglob("*.py"), *(ROOT / "tools").rglob("*.py")]
 NODES = {path: [*ast.walk(ast.parse(path.read_text()))] for path in FILES}
 
 

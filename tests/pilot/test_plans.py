@@ -147,10 +147,9 @@ def test_a_wrong_file_is_refused(change: dict[str, object], message: str, tmp_pa
     ("arguments", "message"),
     [
         (["sd_15"], "name: there is neither a pilot nor a YAML file 'sd_15'; did you mean 'sd15'?"),
-        ([], "name is missing; give a pilot: sd15, sd35_tiny, sd35m, sd_tiny"),
+        ([], "name is missing; give it"),
         (["sd_tiny", "--hours=0"], "hours"),
         (["sd_tiny", "--pairs=0"], "pairs is 0; it must be at least 1"),
-        (["--page=page.md", "--results=typo"], "results=typo does not exist"),
         (["nowhere.yaml"], "there is neither a pilot nor a YAML file 'nowhere.yaml'"),
     ],
 )

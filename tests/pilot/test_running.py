@@ -13,7 +13,7 @@ import pytest
 
 from latentreward.errors import InputError
 from latentreward.pilot.plans import all_pilots, find_pilot
-from latentreward.pilot.results import collect, holds, read_result, read_results, write_result
+from latentreward.pilot.results import collect, holds, read_result, write_result
 from latentreward.pilot.running import progress, run_stages, starts, unfinished, workshop
 from latentreward.steps.tasks import Step, Task, resolve
 from latentreward.steps.workshop import LOG, RECORD
@@ -22,7 +22,7 @@ from tests.processes import start
 from tests.steps.forked_steps import ForkedSteps
 
 ROOT = Path(__file__).resolve().parents[2]
-MODULE = "tests.reproduction.toy_step"
+MODULE = "tests.steps.toy_step"
 
 
 def toy(skill: str) -> dict[str, Task]:
@@ -131,10 +131,6 @@ def test_the_whole_path_in_the_tiny_world(name: str, tmp_path: Path, monkeypatch
     assert result.stages["train"]["starts"] == 2
     assert (tasks["align"].output(work) / "lora").is_dir()
     assert (tasks["judged"].output(work) / "report.html").is_file()
-    with pytest.raises(InputError, match=r"it is of a trial"):
-        read_results(tmp_path / "results")
-    write_result(tmp_path / "results" / "one.json", replace(result, settings={**result.settings, "quick": False}))
-    assert len(read_results(tmp_path / "results")) == 1
 
 
 def test_the_progress_of_a_stage_is_the_last_line_of_its_log_with_the_time_left(tmp_path: Path) -> None:

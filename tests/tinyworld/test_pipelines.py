@@ -1,6 +1,5 @@
 """The shipped pipelines: plain loading, sampling, size; and that their pretraining runs."""
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -10,17 +9,13 @@ from diffusers import StableDiffusion3Pipeline, StableDiffusionPipeline
 
 from latentreward.tinyworld.captions import all_captions, held_out_captions
 from latentreward.tinyworld.oracle import mean_verdict
-from latentreward.tinyworld.pretraining.pipelines import main
-from latentreward.tinyworld.pretraining.vae import (
-    LATENT_STD,
-    build_vae,
-    draw_training_pictures,
-    normalize_pictures,
-    standardize_latents,
-)
 from latentreward.tinyworld.sampling import PIPELINE_FOLDERS, load_pipeline, sample_pictures
 from latentreward.tinyworld.tokenizer import build_tokenizer
 from tests.marks import rotated_after
+from tools.pretraining.vae import (
+    draw_training_pictures,
+    normalize_pictures,
+)
 
 PROMPT = "a red circle left of a blue square on a white background"
 
@@ -91,29 +86,5 @@ def test_pipelines_draw_what_they_are_asked_for(name: str) -> None:
 
 
 def test_a_missing_pipeline_says_how_to_make_one(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"latentreward\.tinyworld\.pretrain"):
+    with pytest.raises(FileNotFoundError, match="make tinyworld"):
         load_pipeline(tmp_path)
-
-
-def test_standardising_keeps_reconstructions() -> None:
-    torch.manual_seed(0)
-    vae = build_vae().eval()
-    pictures = normalize_pictures(draw_training_pictures(32, np.random.default_rng(5))[0])
-    with torch.no_grad():
-        before = vae.decode(vae.encode(pictures).latent_dist.mean).sample
-        standardize_latents(vae, pictures)
-        latents = vae.encode(pictures).latent_dist.mean
-        after = vae.decode(latents).sample
-    torch.testing.assert_close(after, before, atol=1e-4, rtol=1e-3)
-    torch.testing.assert_close(latents.std(dim=(0, 2, 3)), torch.full((4,), LATENT_STD), atol=0.01, rtol=0.01)
-
-
-@pytest.mark.slow
-@pytest.mark.release
-def test_pretraining_makes_pipelines(tmp_path: Path) -> None:
-    main(["--output", str(tmp_path), "--scale", "0.001"])
-    for name in PIPELINE_FOLDERS:
-        load_pipeline(tmp_path / name)
-        assert json.loads((tmp_path / name / "recipe.json").read_text())["recipe"]["seed"] == 0
-        assert (tmp_path / name / "README.md").is_file()
-    assert not (tmp_path / "pretraining").exists()

@@ -10,10 +10,9 @@ from typing import TYPE_CHECKING
 from latentreward.errors import InputError, check_at_least_one, errors_at
 from latentreward.interrupts import interrupts_told
 from latentreward.pilot.checks import GB, check_access, check_disk, check_sources, downloads, hub_cache
-from latentreward.pilot.plans import ALIGNED, BESIDE, CUT, JUDGED, MEASURED, Pilot, all_pilots, find_pilot
+from latentreward.pilot.plans import ALIGNED, BESIDE, CUT, JUDGED, MEASURED, Pilot, find_pilot
 from latentreward.settings.functions import run_plain_function
 from latentreward.steps.tasks import Task
-from latentreward.storage.durable import write_file
 from latentreward.storage.hub import is_hub_id
 from latentreward.storage.locks import locked
 
@@ -25,12 +24,10 @@ REMEDY = (
     "--trainer.accumulate_grad_batches"
 )
 """What to do about too little memory for a pilot."""
-RESULTS = Path("pilots")
-"""Folder of the results in a clone."""
 
 
 def pilot(
-    name: str | None = None,
+    name: str,
     *,
     pairs: int | None = None,
     seed: int = 0,
@@ -40,9 +37,8 @@ def pilot(
     tflops: float = 30.0,
     card_gb: float | None = None,
     weights: str | None = None,
-    page: Path | None = None,
     output: Path | None = None,
-    results: Path = RESULTS,
+    results: Path = Path("pilots"),
     work: Path = Path("runs/pilot"),
 ) -> None:
     """Cache a cut of a data set, train a reward, benchmark it, align a generator with it, compare before and after.
@@ -64,7 +60,6 @@ def pilot(
         tflops: Operations per second that the device sustains, in 10¹²; 30 is some 40 % of an RTX 3090's peak.
         card_gb: Memory of the card to check against, in GB, with --check; by default that of the GPU here.
         weights: Hub id under which the trained reward was published, owner/name; it gets a row in the table of models.
-        page: Markdown page of the table of models to write from all files in ``results``.
         output: File of the result; ``NAME-DIGEST.json`` in ``results`` by default.
         results: Folder of the results.
         work: Folder of the stages' outputs.
@@ -75,40 +70,28 @@ def pilot(
     check_at_least_one(pairs=pairs)
     if card_gb is not None and not check:
         raise InputError(f"card_gb: {card_gb} is for --check; leave it out, since the pilot runs on the GPU here")
-    if weights is not None and (name is None or not is_hub_id(weights)):
-        raise InputError(f"weights is {weights!r}; give a pilot's name and the hub id of its reward, owner/name")
-    if name is not None:
-        found = find_pilot(name)
-        settings = {"pairs": pairs or found.pairs, "seed": seed, "quick": quick}
-        tasks = found.tasks(**settings)
-        folder = work.resolve()
-        lacking: list[str] = []
-        fetched = check_inputs(found, folder, lacking)
-        if check or not lacking:
-            from latentreward.pilot.needs import Card
+    if weights is not None and not is_hub_id(weights):
+        raise InputError(f"weights is {weights!r}; give the hub id of the pilot's reward, owner/name")
+    found = find_pilot(name)
+    settings = {"pairs": pairs or found.pairs, "seed": seed, "quick": quick}
+    tasks = found.tasks(**settings)
+    folder = work.resolve()
+    lacking: list[str] = []
+    fetched = check_inputs(found, folder, lacking)
+    if check or not lacking:
+        from latentreward.pilot.needs import Card
 
-            card = Card(found.device == "gpu", card_gb, tflops)
-            check_trainings(found, tasks, folder, settings["pairs"], (card, hours), fetched, lacking)
-        if lacking:
-            raise InputError("; ".join(lacking))
-        if check:
-            return
-        name_of_result = f"{found.name}-{found.digest(**settings)[:8]}.json"
-        path = output or (work / "quick" if quick else results) / name_of_result  # nobody should send a trial's
-        kept = f"what is done is kept in {work}: the same command goes on"
-        with locked(folder, "work"), interrupts_told(lambda: kept):
-            run_all(found, tasks, folder, settings, path, weights)
-    elif page is None:
-        raise InputError(f"name is missing; give a pilot: {', '.join(all_pilots())}")
-    if page is not None:
-        if results != RESULTS and not results.is_dir():
-            raise InputError(f"results={results} does not exist; give the folder that holds the results")
-        from latentreward.pilot.page import page as page_text
-        from latentreward.pilot.results import read_results
-
-        full = [one for one in all_pilots().values() if one.device == "gpu"]
-        write_file(page, page_text(full, read_results(results)))
-        print(f"{page} is written")
+        card = Card(found.device == "gpu", card_gb, tflops)
+        check_trainings(found, tasks, folder, settings["pairs"], (card, hours), fetched, lacking)
+    if lacking:
+        raise InputError("; ".join(lacking))
+    if check:
+        return
+    name_of_result = f"{found.name}-{found.digest(**settings)[:8]}.json"
+    path = output or (work / "quick" if quick else results) / name_of_result  # nobody should send a trial's
+    kept = f"what is done is kept in {work}: the same command goes on"
+    with locked(folder, "work"), interrupts_told(lambda: kept):
+        run_all(found, tasks, folder, settings, path, weights)
 
 
 @contextmanager

@@ -8,11 +8,10 @@ from typing import Any, Literal, get_args
 
 from latentreward.errors import InputError, did_you_mean
 from latentreward.settings.rewriting import shipped_configs
-from latentreward.steps.process import OURS
 from latentreward.steps.tasks import Step, Task, check_steps, load_yaml, record, resolve
 from latentreward.storage.digests import digest
 
-FOLDER = "pilot/"
+FOLDER, OURS = "pilot/", "latentreward."
 CUT, TRAINED, BESIDE, MEASURED, ALIGNED, JUDGED = STAGES = (
     "cache", "train", "published", "benchmark", "align", "judged",
 )  # fmt: skip

@@ -204,16 +204,3 @@ def is_of(value: Any, kind: type) -> bool:
     if kind is float:
         return type(value) in (int, float) and abs(value) <= sys.float_info.max  # compares whole numbers of any length
     return type(value) is kind and (kind is not int or value >= 0)
-
-
-def read_results(folder: Path) -> list[PilotResult]:
-    """Read all results of a folder, in the order of their file names.
-
-    Raises:
-        InputError: As :func:`read_result`; or if a file is of a trial.
-    """
-    found = {path: read_result(path) for path in sorted(folder.glob("*.json"))}
-    for path, result in found.items():
-        if result.settings["quick"]:
-            raise InputError(f"{path}: it is of a trial (--quick); give the result of a whole run")
-    return list(found.values())

@@ -1,1 +1,1 @@
-"""Claims and ablations of the papers, repeated in the tiny world: rows, their runs, results and verdicts."""
+"""Parts that the runs of ``latentreward reproduce`` name in their settings."""

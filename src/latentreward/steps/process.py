@@ -13,8 +13,8 @@ import time
 from pathlib import Path
 from threading import Thread
 
-OURS = "latentreward."
-"""Beginning of the names of this package's modules."""
+OURS = ("latentreward", "tools")
+"""Packages whose modules are recorded; ``tools`` is in a clone alone."""
 
 
 def main() -> None:
@@ -32,7 +32,7 @@ def main() -> None:
     told = {"cpu_seconds": round(times.user + times.system + times.children_user + times.children_system, 1)}
     told |= {"seconds": round(time.monotonic() - began, 1), "gpu_bytes": gpu_bytes()}
     found = {name for name, one in sys.modules.items() if _is_ours(name, getattr(one, "__file__", None))}
-    if module.startswith(OURS):  # it ran under the name __main__
+    if module.split(".")[0] in OURS:  # it ran under the name __main__
         found.add(module)
     Path(record).write_text(json.dumps({**told, "modules": sorted(found)}))
 
@@ -51,7 +51,7 @@ def gpu_bytes() -> int:
 
 
 def _is_ours(name: str, file: str | None) -> bool:
-    return name.split(".", maxsplit=1)[0] == "latentreward" and file is not None and file.endswith(".py")
+    return name.split(".", maxsplit=1)[0] in OURS and file is not None and file.endswith(".py")
 
 
 if __name__ == "__main__":

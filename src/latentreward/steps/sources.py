@@ -16,6 +16,8 @@ from latentreward.evaluation.benchmark.report import versions
 from latentreward.storage.digests import digest
 
 PACKAGE = Path(latentreward.__file__).parent
+CLONE = PACKAGE.parents[1]
+"""Folder of the repository if the package is installed from a clone."""
 WEIGHTS = PACKAGE / "tinyworld"
 """Folder of the shipped tiny networks, on which all results depend beside source files."""
 RUNNER = tuple(f"latentreward.steps.{name}" for name in ("process", "sources"))
@@ -58,13 +60,15 @@ def _digest_as_of(path: Path, changed: int) -> str:
 
 def _file_of(name: str) -> Path | None:
     """Find a module's source file without importing the module."""
-    folders, origin = list(latentreward.__path__), latentreward.__file__
-    for part in name.split(".")[1:]:
+    folders, origin, parts = [str(CLONE)], None, name.split(".")
+    if parts[0] == "latentreward":
+        folders, origin, parts = list(latentreward.__path__), latentreward.__file__, parts[1:]
+    for part in parts:
         spec = PathFinder.find_spec(part, folders)
-        if spec is None or spec.origin is None:
+        if spec is None:
             return None
         folders, origin = list(spec.submodule_search_locations or ()), spec.origin
-    return Path(origin)
+    return Path(origin) if origin else None
 
 
 def code_digest(text: str) -> str:
@@ -97,18 +101,17 @@ def weights_digest() -> str:
 
 def commit() -> str:
     """Return the commit of the checkout that holds the package, with ``+`` if its files differ; empty without one."""
-    root = PACKAGE.parents[1]
-    if not (root / ".git").exists():
+    if not (CLONE / ".git").exists():
         return ""
     try:
-        head = _git(root, "rev-parse", "--short=10", "HEAD")
-        return head + ("+" if _git(root, "status", "--porcelain", "--", "src", "callbacks", "configs") else "")
+        head = _git("rev-parse", "--short=10", "HEAD")
+        return head + ("+" if _git("status", "--porcelain", "--", "src", "callbacks", "configs", "tools") else "")
     except (OSError, subprocess.CalledProcessError):
         return ""
 
 
-def _git(root: Path, *arguments: str) -> str:
-    return subprocess.run(["git", *arguments], cwd=root, check=True, capture_output=True, text=True).stdout.strip()
+def _git(*arguments: str) -> str:
+    return subprocess.run(["git", *arguments], cwd=CLONE, check=True, capture_output=True, text=True).stdout.strip()
 
 
 def machine() -> dict[str, str | int | None]:

@@ -24,7 +24,7 @@ def load_pipeline(folder: Path) -> StableDiffusionPipeline | StableDiffusion3Pip
         FileNotFoundError: If ``folder`` holds no pipeline.
     """
     if not (folder / "model_index.json").is_file():
-        raise FileNotFoundError(f"no pipeline in {folder}; make one with `python -m latentreward.tinyworld.pretrain`")
+        raise FileNotFoundError(f"no pipeline in {folder}; make one with `make tinyworld` in a clone")
     with quiet_libraries():
         from diffusers import StableDiffusion3Pipeline, StableDiffusionPipeline
 

@@ -1,5 +1,6 @@
 """Running of rows: steps that rows share run once, and results are written when complete."""
 
+import os
 import sys
 from collections.abc import Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
@@ -8,15 +9,21 @@ from graphlib import TopologicalSorter
 from pathlib import Path
 
 from latentreward.errors import InputError
-from latentreward.reproduction.measuring import measure
-from latentreward.reproduction.results import Result, read_results, result_path, write_result
-from latentreward.reproduction.rows import Row
-from latentreward.steps.sources import commit, computed_with, grouped_modules, machine, source_digest
+from latentreward.steps.sources import CLONE, commit, computed_with, grouped_modules, machine, source_digest
 from latentreward.steps.tasks import Task
-from latentreward.steps.workshop import Workshop
+from latentreward.steps.workshop import ONE_THREAD, Workshop
+from tools.reproduction.measuring import measure
+from tools.reproduction.results import Result, read_results, result_path, write_result
+from tools.reproduction.rows import Row
 
-MEASURING = "latentreward.reproduction.measuring"
+MEASURING = "tools.reproduction.measuring"
 """Module that turns scores into values of items: results depend on it beside the modules of their processes."""
+
+
+def workshop(folder: Path) -> Workshop:
+    """Return the folder of all outputs, whose processes also find the modules of ``tools``, wherever they start."""
+    path = os.pathsep.join([str(CLONE), *filter(None, [os.environ.get("PYTHONPATH")])])
+    return Workshop(folder, environment={**ONE_THREAD, "PYTHONPATH": path})
 
 
 @dataclass(frozen=True)
@@ -57,7 +64,7 @@ def run_jobs(jobs: Sequence[Job], output: Path, work: Path, processes: int) -> N
     Raises:
         InputError: At the end, if a process failed; what does not depend on it is done all the same.
     """
-    shop = Workshop(work)
+    shop = workshop(work)
     by_name = {job.name: job for job in jobs}
     tasks = {key: task for job in jobs for key, task in job.tasks().items()}
     known = {key for key, task in tasks.items() if shop.done(task)}

@@ -14,15 +14,15 @@ from typing import Any
 import pytest
 
 from latentreward.errors import InputError
-from latentreward.reproduction.page import status_table
-from latentreward.reproduction.results import read_results, result_path, write_result
-from latentreward.reproduction.rows import Row, read_row
-from latentreward.reproduction.running import missing, run_jobs
-from latentreward.reproduction.verdicts import judge_claim
 from latentreward.steps.workshop import Workshop
+from tools.reproduction.page import status_table
+from tools.reproduction.results import read_results, result_path, write_result
+from tools.reproduction.rows import Row, read_row
+from tools.reproduction.running import missing, run_jobs
+from tools.reproduction.verdicts import judge_claim
 
-ROOT = Path(__file__).resolve().parents[2]
-MODULE = "tests.reproduction.toy_step"
+ROOT = Path(__file__).resolve().parents[3]
+MODULE = "tests.steps.toy_step"
 TOY: dict[str, Any] = {
     "title": "A better reward ranks better",
     "paper": "LRM",
@@ -140,9 +140,9 @@ INTERRUPTED = """
 import sys
 from pathlib import Path
 from latentreward.interrupts import sigterm_interrupts
-from latentreward.reproduction.rows import read_row
-from latentreward.reproduction.running import missing, run_jobs
-from tests.reproduction.test_running import TOY
+from tools.reproduction.rows import read_row
+from tools.reproduction.running import missing, run_jobs
+from tests.tools.reproduction.test_running import TOY
 folder = Path(sys.argv[1])
 waiting = {**TOY["steps"], "toy_scores": {**TOY["steps"]["toy_scores"], "run": "wait {out} {toy_pairs} {seed}"}}
 row = read_row("toy", {**TOY, "steps": waiting})

@@ -13,13 +13,13 @@ import numpy as np
 import pytest
 
 from latentreward.errors import InputError
-from latentreward.reproduction.measuring import Values
-from latentreward.reproduction.page import page, plot_name, write_page
-from latentreward.reproduction.results import Result, read_results, result_path, write_result
-from latentreward.reproduction.rows import Paper, Row, all_rows, read_row
-from tests.reproduction.test_rows import TOY
+from tests.tools.reproduction.test_rows import TOY
+from tools.reproduction.measuring import Values
+from tools.reproduction.page import page, plot_name, write_page
+from tools.reproduction.results import Result, read_results, result_path, write_result
+from tools.reproduction.rows import Paper, Row, all_rows, read_row
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 ROWS = list(all_rows().values())
 DECIMALS = re.compile(r"[+-]?\d\.\d{3}\b")
 """Numbers with three decimals. Ends of intervals vary with NumPy's release: ``multinomial`` of 2.5 draws otherwise."""

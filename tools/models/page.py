@@ -1,19 +1,23 @@
-"""Table of models at full size, written from the results of pilots."""
+"""Table of models at full size, written from the results of pilots: ``python -m tools.models.page``."""
 
+import argparse
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+from latentreward.errors import InputError
 from latentreward.evaluation.benchmark.four_benchmarks import FOUR_BENCHMARKS, PUBLISHED_AVERAGES
 from latentreward.evaluation.benchmark.published_numbers import PUBLISHED
 from latentreward.metrics.bootstrap import Interval
-from latentreward.pilot.plans import BESIDE, Pilot
-from latentreward.pilot.results import PilotResult
-from latentreward.pilot.weights_table import NOT_MEASURED, weights_table
+from latentreward.pilot.plans import BESIDE, Pilot, all_pilots
+from latentreward.pilot.results import PilotResult, read_result
 from latentreward.reports.markdown import markdown_table, plain
 from latentreward.reports.tables import NOTHING, Table, percent, with_interval
+from latentreward.storage.durable import write_file
+from tools.models.weights_table import NOT_MEASURED, weights_table
 
 INTRODUCTION = """\
-`latentreward pilot --page docs/models.md` writes this page from the files in `pilots/`; do not edit it by hand. Each
+`python -m tools.models.page` writes this page from the files in `pilots/`; do not edit it by hand. Each
 file is the result of one run of a [pilot](pilot.md), on the machine of the person who sent it.
 
 "Measured" says whether this program measured those weights. [Licences](licences.md) has the terms in full.
@@ -110,3 +114,31 @@ def _runs(found: Sequence[PilotResult]) -> list[tuple[str, ...]]:
 
 def _again(stage: Mapping[str, Any]) -> str:
     return f" (last of {stage['starts']} starts)" if stage["starts"] > 1 else ""
+
+
+def read_results(folder: Path) -> list[PilotResult]:
+    """Read all results of a folder, in the order of their file names.
+
+    Raises:
+        InputError: As :func:`read_result`; or if a file is of a trial.
+    """
+    found = {path: read_result(path) for path in sorted(folder.glob("*.json"))}
+    for path, result in found.items():
+        if result.settings["quick"]:
+            raise InputError(f"{path}: it is of a trial (--quick); give the result of a whole run")
+    return list(found.values())
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Write the page; None takes the arguments of the process."""
+    parser = argparse.ArgumentParser(prog="python -m tools.models.page", description=__doc__)
+    parser.add_argument("--page", type=Path, default=Path("docs/models.md"), help="page to write")
+    parser.add_argument("--results", type=Path, default=Path("pilots"), help="folder of the pilots' results")
+    given = parser.parse_args(arguments)
+    full = [pilot for pilot in all_pilots().values() if pilot.device == "gpu"]
+    write_file(given.page, page(full, read_results(given.results)))
+    print(f"{given.page} is written")
+
+
+if __name__ == "__main__":
+    main()

@@ -8,9 +8,9 @@ import numpy as np
 
 from latentreward.errors import InputError
 from latentreward.metrics.bootstrap import Interval, crossed_interval, student_interval
-from latentreward.reproduction.measuring import Values
-from latentreward.reproduction.results import Result
-from latentreward.reproduction.rows import Claim, Row
+from tools.reproduction.measuring import Values
+from tools.reproduction.results import Result
+from tools.reproduction.rows import Claim, Row
 
 Word = Literal["holds", "does not hold", "undecided", "not measured"]
 

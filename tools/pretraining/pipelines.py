@@ -1,4 +1,4 @@
-"""Pretrain the two tiny pipelines from scratch: ``python -m latentreward.tinyworld.pretrain --output DIR``.
+"""Pretrain the two tiny pipelines from scratch: ``python -m tools.pretraining.pipelines --output DIR``.
 
 First, the common autoencoder is trained on two threads. Then the two denoisers are trained in parallel, each in a
 process with one thread, which is faster than in sequence on two threads. It takes less than an hour on two cores.
@@ -22,11 +22,11 @@ import torch
 from latentreward.tinyworld.captions import held_out_captions
 from latentreward.tinyworld.networks import build_sd, build_sd35, save_pipeline
 from latentreward.tinyworld.oracle import mean_verdict
-from latentreward.tinyworld.pretraining.denoiser import CaptionedLatents, train_denoiser
-from latentreward.tinyworld.pretraining.recipes import TrainingRecipe
-from latentreward.tinyworld.pretraining.vae import draw_training_pictures, encode_pictures, train_vae
 from latentreward.tinyworld.sampling import PIPELINE_FOLDERS, load_pipeline, sample_pictures
 from latentreward.tinyworld.tokenizer import tokenize
+from tools.pretraining.denoiser import CaptionedLatents, train_denoiser
+from tools.pretraining.recipes import TrainingRecipe
+from tools.pretraining.vae import draw_training_pictures, encode_pictures, train_vae
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 PIPELINES = {"sd_tiny": build_sd, "sd35_tiny": build_sd35}
 README = """# {name}
 
-{what}, pretrained on drawn 32x32 pictures of coloured shapes by `python -m latentreward.tinyworld.pretrain`
+{what}, pretrained on drawn 32x32 pictures of coloured shapes by `python -m tools.pretraining.pipelines`
 (`recipe.json` has the numbers). For tests, tutorials and experiments on a CPU; it knows no other pictures or words.
 
 ```python
@@ -97,7 +97,7 @@ class Recipe(TrainingRecipe):
 
 def main(args: Sequence[str] | None = None) -> None:
     """Run the command with ``args``; None takes the arguments of the process."""
-    parser = argparse.ArgumentParser(prog="python -m latentreward.tinyworld.pretrain", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m tools.pretraining.pipelines", description=__doc__)
     parser.add_argument("--output", type=Path, required=True, help="folder for sd_tiny/ and sd35_tiny/")
     parser.add_argument("--seed", type=int, default=Recipe.seed)
     parser.add_argument("--scale", type=float, default=1.0, help="factor on steps, pictures, prompts (quick trials)")
@@ -117,7 +117,7 @@ def main(args: Sequence[str] | None = None) -> None:
         return
     torch.set_num_threads(2)
     prepare_latents(recipe, options.output / "pretraining")
-    command = [sys.executable, "-m", "latentreward.tinyworld.pretrain", "--output", str(options.output)]
+    command = [sys.executable, "-m", "tools.pretraining.pipelines", "--output", str(options.output)]
     command += ["--seed", str(options.seed), "--scale", str(options.scale)]
     trainings = [subprocess.Popen([*command, "--only", name]) for name in PIPELINES]
     codes = [training.wait() for training in trainings]

@@ -1,4 +1,4 @@
-"""Train the two small pixel scorers of the tiny world: ``python -m latentreward.tinyworld.pixel_scorers_pretraining``.
+"""Train the two small pixel scorers of the tiny world: ``python -m tools.pretraining.pixel_scorers``.
 
 ``spm_tiny`` is SPO's step-aware preference model: it scores the clean pictures that ``sd_tiny`` predicts at a timestep.
 ``held_out_tiny`` is a plain CLIP scorer of finished pictures, trained on other pairs, as a second reward that shows
@@ -27,11 +27,11 @@ from latentreward.scorers.step_aware_clip import STEP_FILE, StepAwareCLIP
 from latentreward.storage.progress import Progress
 from latentreward.tinyworld.networks import text_config
 from latentreward.tinyworld.pairs import Pair, draw_pairs, generate_pairs
-from latentreward.tinyworld.pretraining.denoiser import train_averaged
-from latentreward.tinyworld.pretraining.recipes import TrainingRecipe
-from latentreward.tinyworld.pretraining.vae import draw_training_pictures, normalize_pictures
 from latentreward.tinyworld.sampling import PIPELINE_FOLDERS, load_pipeline
 from latentreward.tinyworld.tokenizer import build_tokenizer, tokenize
+from tools.pretraining.denoiser import train_averaged
+from tools.pretraining.recipes import TrainingRecipe
+from tools.pretraining.vae import draw_training_pictures, normalize_pictures
 
 CLEAR_GAP = 0.3
 """Utility gap above which pairs count in the accuracy against the oracle."""
@@ -40,7 +40,7 @@ EVALUATION_SEED = 1000
 README = """# {name}
 
 {what}, trained on drawn 32x32 pictures of coloured shapes by
-`python -m latentreward.tinyworld.pixel_scorers_pretraining`, on pairs that no other reward learns from (`recipe.json`
+`python -m tools.pretraining.pixel_scorers`, on pairs that no other reward learns from (`recipe.json`
 has the numbers). For experiments on a CPU: it knows no other pictures or words.
 
 ```yaml
@@ -281,7 +281,7 @@ def save_scorer(scorer: StepAwareCLIP, folder: Path, recipe: Recipe, figures: di
 
 def main(args: Sequence[str] | None = None) -> None:
     """Run the command with ``args``; None takes the arguments of the process."""
-    command = "python -m latentreward.tinyworld.pixel_scorers_pretraining"
+    command = "python -m tools.pretraining.pixel_scorers"
     parser = argparse.ArgumentParser(prog=command, description=__doc__)
     parser.add_argument("--output", type=Path, required=True, help="folder for spm_tiny/ and held_out_tiny/")
     parser.add_argument("--scale", type=float, default=1.0, help="factor on steps, pictures, pairs (quick trials)")

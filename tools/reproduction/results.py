@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from latentreward.errors import InputError, first_line
-from latentreward.reproduction.measuring import Values
-from latentreward.reproduction.rows import Row, Side
 from latentreward.steps.sources import module_names, source_digest
 from latentreward.storage.durable import write_file
 from latentreward.storage.json_files import read_config
+from tools.reproduction.measuring import Values
+from tools.reproduction.rows import Row, Side
 
 COMMIT = re.compile(r"[0-9a-f]*\+?")
 

@@ -9,8 +9,8 @@ from mpmath import betainc
 
 from latentreward.errors import InputError
 from latentreward.metrics.bootstrap import STUDENT, crossed_interval, student_interval
-from latentreward.reproduction.measuring import Values
-from latentreward.reproduction.verdicts import judge
+from tools.reproduction.measuring import Values
+from tools.reproduction.verdicts import judge
 
 Z = NormalDist().inv_cdf(0.975)
 

@@ -17,7 +17,7 @@ from latentreward.policies import PolicySource
 from latentreward.rewards import PixelReward
 from latentreward.scorers import CLIPScorer, PickScorer, StepAwareScorer
 from latentreward.tinyworld.pairs import draw_pairs
-from latentreward.tinyworld.pretraining.pixel_scorers import (
+from tools.pretraining.pixel_scorers import (
     CLEAR_GAP,
     RECIPES,
     PairTable,
@@ -25,7 +25,7 @@ from latentreward.tinyworld.pretraining.pixel_scorers import (
     main,
     predict_pictures,
 )
-from latentreward.tinyworld.pretraining.vae import normalize_pictures
+from tools.pretraining.vae import normalize_pictures
 
 SCORERS = Path(str(files("latentreward.tinyworld"))) / "scorers"
 SLACK = 0.08

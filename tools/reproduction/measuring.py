@@ -11,8 +11,8 @@ import numpy as np
 from pyarrow import csv, parquet
 
 from latentreward.errors import InputError
-from latentreward.reproduction.rows import Metric
 from latentreward.storage.digests import digest
+from tools.reproduction.rows import Metric
 
 LEAST_GAP = 0.3
 """Difference of utilities above which a pair counts as clearly different."""

@@ -7,13 +7,13 @@ import pytest
 
 from latentreward.cli import main
 from latentreward.errors import InputError
-from latentreward.reproduction.results import read_results
-from latentreward.reproduction.rows import Row, Side, all_rows, choose_rows, read_row, shared_steps
 from latentreward.steps.tasks import Task, _file_digest
 from tests.marks import rotated_after
 from tests.steps.forked_steps import ForkedSteps
+from tools.reproduction.results import read_results
+from tools.reproduction.rows import Row, Side, all_rows, choose_rows, read_row, shared_steps
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 ROWS = all_rows()
 EIGHT_HOURS = 8 * 3600
 TOY = {

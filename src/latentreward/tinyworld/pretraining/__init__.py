@@ -1,1 +1,0 @@
-"""Training of the tiny world's pipelines and pixel scorers from scratch."""
