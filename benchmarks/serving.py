@@ -26,19 +26,19 @@ import torch
 from measuring import MIB, Goal, Spread, ratio, table
 from safetensors.torch import save
 from scoring import random_model
-from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from latentreward.contracts import Conditioning
 from latentreward.scoring import RewardModel, ScoringNoise
 from latentreward.serving.addresses import bind
-from latentreward.serving.protocol import Accepted, parse_request
+from latentreward.serving.protocol import parse_request
 from latentreward.serving.resources import Resources
 from latentreward.serving.served import ServedModel, accepted_by
 from latentreward.serving.server import serve
 from latentreward.serving.service import ScoringService
 from latentreward.serving.settings import ServiceSettings
+from latentreward.serving.tensors import Accepted
 from tests.serving.latent_requests import tensors_of
 from tests.serving.mutated_bodies import FuzzedRoute, fuzz_route, routes
 from tests.serving.processes import Answers, fuzz, in_one_session, load, server_process
@@ -100,17 +100,9 @@ def in_process(model: RewardModel, bodies: list[bytes], accepted: Accepted, coun
             [row.prompt for row in batch],
             torch.stack([row.latents for row in batch]),
             noise=ScoringNoise(sigmas=(0.4,)),
-            conditioning=(
-                conditioning([row.prompt_embeds for row in batch], [row.pooled_prompt_embeds for row in batch]),
-                None,
-            ),
+            conditioning=(Conditioning.join([row.encoded for row in batch]), None),
         )
     return time.perf_counter() - start
-
-
-def conditioning(embeds: list[Tensor], pooled: list[Tensor]) -> Conditioning:
-    """Stack the encoded prompts of several rows."""
-    return Conditioning(torch.stack(embeds), torch.stack(pooled))
 
 
 # --- trajectories --------------------------------------------------------------------------------------------------

@@ -73,7 +73,7 @@ def test_a_reader_of_ones_own(tmp_path: Path) -> None:
 
 def test_a_dialect_of_ones_own() -> None:
     dialect = block("my_dialect.py")["Lines"]
-    assert issubclass(dialect, Dialect) and [route.path for route in dialect(None, None).routes()] == ["/lines"]
+    assert issubclass(dialect, Dialect) and [route.path for route in dialect(None).routes()] == ["/lines"]
 
 
 def test_rules_of_alignment_run_through_yaml_alone(tmp_path: Path) -> None:

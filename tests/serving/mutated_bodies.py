@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load, save
 
-from latentreward.serving.protocol import Accepted
+from latentreward.serving.tensors import Accepted
 from tests.serving import latent_requests
 from tests.serving.framework_clients import FlowFactoryClient, UniRLClient, encoded
 from tests.serving.processes import Answers, in_one_session

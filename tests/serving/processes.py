@@ -16,7 +16,7 @@ from typing import Any
 
 import aiohttp
 
-from latentreward.serving.protocol import Accepted
+from latentreward.serving.tensors import Accepted
 from tests.processes import Forked, start
 from tests.serving.latent_requests import HEADERS, mutated
 

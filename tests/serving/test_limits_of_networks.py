@@ -49,4 +49,6 @@ def test_clips_have_the_number_of_frames_of_the_training(name: str, frames: int,
             tensors = good | {"latents": torch.zeros(1, service.accepted.channels, number, 8, 8)}
             reply = httpx.post(f"{address}/v1/score", content=save(tensors), headers=HEADERS, timeout=300)
             assert reply.status_code == (200 if number == taken else 422), reply.text
-            assert number == taken or f"latents: T {number} does not fit this model, which takes {taken}" in reply.text
+            assert (
+                number == taken or f"latents: T of (B, C, T, h, w) is {number}, but {taken} in this model" in reply.text
+            )

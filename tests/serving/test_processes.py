@@ -13,9 +13,9 @@ import yaml
 from safetensors.torch import save
 from torch import Tensor
 
-from latentreward.serving.protocol import Accepted
 from latentreward.serving.served import accepted_by
 from latentreward.serving.settings import ServiceSettings
+from latentreward.serving.tensors import Accepted
 from tests.rewards.stored import write_run
 from tests.serving.latent_requests import HEADERS, tensors_of
 from tests.serving.processes import ServerProcess, forked_server, fuzz, load

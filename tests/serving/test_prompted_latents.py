@@ -111,17 +111,22 @@ def test_bad_latents(served: tuple[str, ServedModel]) -> None:
     cases: list[tuple[dict[str, torch.Tensor], Any, int, str]] = [
         ({"latents": good["latents"].double()}, "a", 400, "latents: dtype must be F32 or F16 or BF16, not 'F64'"),
         ({"latents": nan}, "a", 422, "latents holds NaN or infinity"),
-        ({"latents": wrong}, "a", 422, f"latents: channels {model.accepted.channels + 1} does not fit this model"),
+        (
+            {"latents": wrong},
+            "a",
+            422,
+            f"latents: C of (B, C, h, w) is {model.accepted.channels + 1}, but {model.accepted.channels}",
+        ),
         ({"latents": good["latents"][0]}, "a", 400, "latents: shape must be (B, C, h, w), whole numbers from 1 on"),
         ({"latents": torch.zeros(65, model.accepted.channels, 8, 8)}, "a", 413, "latents: rows 65 is over"),
-        (good | {"u": u[:1]}, "a", 422, "u has 1 rows, but latents has 2"),
+        (good | {"u": u[:1]}, "a", 422, "u: B of (B) is 1, but 2 in this model or other tensors; give B = 2"),
         (good | {"u": u + 1}, "a", 422, "u holds 1.5; noise levels lie in [0, 1]"),
         (good | {"u": u * torch.nan}, "a", 422, "u holds NaN"),
         (good | {"seeds": torch.tensor([1, 2])}, "a", 422, "seeds are given without u"),
         (good | {"x": u}, "a", 400, "unknown tensor 'x'"),
         (good, ["a"], 422, "1 prompts for 2 rows of latents"),
         (good, ["a", "b" * 10_001], 422, "prompt 1 has 10001 characters"),
-        (good, ["a", "\ud800"], 422, "prompt 1 holds half a character"),
+        (good, ["a", "\ud800"], 400, "__metadata__.prompts: Invalid JSON: unexpected end of hex escape"),
     ]
     for tensors, prompts, status, message in cases:
         reply = ask(address, "score_latents", body_of(tensors, prompts))
@@ -133,11 +138,11 @@ def test_bad_latents(served: tuple[str, ServedModel]) -> None:
     [
         (None, "give __metadata__ one of prompt"),
         ({"prompt": "a", "prompts": "[]"}, "give __metadata__ one of prompt"),
-        ({"prompts": "a cat"}, "prompts in __metadata__ cannot be read"),
-        ({"prompts": "[" * 20_000}, "prompts in __metadata__ cannot be read (RecursionError)"),
-        ({"prompts": '["a", 1]'}, "must be a JSON list of texts"),
-        ({"prompts": '{"a": "b"}'}, "must be a JSON list of texts"),
-        ({"prompt": "a", "promt": "b"}, "__metadata__ holds 'promt'"),
+        ({"prompts": "a cat"}, "__metadata__.prompts: Invalid JSON: expected value"),
+        ({"prompts": "[" * 20_000}, "__metadata__.prompts: Invalid JSON: recursion limit"),
+        ({"prompts": '["a", 1]'}, "__metadata__.prompts.1: Input should be a valid string; give a JSON object"),
+        ({"prompts": '{"a": "b"}'}, "__metadata__.prompts: Input should be a valid array"),
+        ({"prompt": "a", "promt": "b"}, "__metadata__.promt: Extra inputs are not permitted; give a JSON object"),
     ],
 )
 def test_bad_prompts(served: tuple[str, ServedModel], texts: dict[str, str] | None, message: str) -> None:
@@ -150,8 +155,8 @@ def test_bad_states(served: tuple[str, ServedModel]) -> None:
     address, model = served
     states, channels = latents_of(model.accepted, 2, 3), model.accepted.channels
     cases: list[tuple[dict[str, torch.Tensor], int, str]] = [
-        ({"latents": states, "timesteps": TIMES[:2]}, 422, "timesteps have the shape (2,) for 2 trajectories of 3"),
-        ({"latents": states, "timesteps": TIMES.expand(3, 3)}, 422, "timesteps have the shape (3, 3)"),
+        ({"latents": states, "timesteps": TIMES[:2]}, 422, "timesteps: S of (S) is 2, but 3 in"),
+        ({"latents": states, "timesteps": TIMES.expand(3, 3)}, 422, "timesteps: N of (N, S) is 3, but 2 in"),
         ({"latents": states, "timesteps": TIMES * 2}, 422, "timestep 1800 is out of range"),
         ({"latents": states, "timesteps": -TIMES}, 422, "timestep -900 is out of range"),
         ({"latents": states, "timesteps": TIMES * torch.nan}, 422, "timesteps holds NaN or infinity"),

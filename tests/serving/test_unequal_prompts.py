@@ -17,8 +17,9 @@ from latentreward.scoring import RewardModel, ScoringNoise
 from latentreward.scoring.images import pixel_batches
 from latentreward.serving.batch_scorer import LatentRow, RowScorer
 from latentreward.serving.errors import RequestError
-from latentreward.serving.protocol import Accepted, parse_request, parsing_bytes
+from latentreward.serving.protocol import parse_request
 from latentreward.serving.served import ServedModel
+from latentreward.serving.tensors import Accepted, memory_bytes
 from tests.serving.latent_requests import HEADERS, mutated, tensors_of
 from tests.serving.servers import served_model, serving, tiny_reward
 from tests.unequal_prompts import SPACE, clip_reward, letter_states
@@ -63,11 +64,13 @@ def test_rows_are_cut_to_their_tokens(dtype: torch.dtype) -> None:
     rows = parse_request(save(tensors), ACCEPTED)
     for number, row in enumerate(rows):
         assert torch.equal(row.latents, tensors["latents"][number]) and row.latents.shape == (4, 1, 8, 8)
-        assert torch.equal(row.prompt_embeds, tensors["prompt_embeds"][number, : 5 - number])
-        assert row.pooled_prompt_embeds is None
+        assert torch.equal(row.encoded.prompt_embeds[0], tensors["prompt_embeds"][number, : 5 - number])
+        assert row.encoded.pooled_prompt_embeds is None and row.tokens == 64
     padded = {"prompt_embeds": torch.ones(2, 7, 6), "prompt_mask": torch.arange(7).expand(2, 7) < 6}
     assert len(parse_request(save(tensors | padded), ACCEPTED)) == 2  # padding does not count
-    assert parsing_bytes(save(tensors), ACCEPTED) >= sum(row.latents.nbytes + row.prompt_embeds.nbytes for row in rows)
+    needed = sum(row.latents.nbytes + row.encoded.prompt_embeds.nbytes for row in rows)
+    assert memory_bytes(save(tensors)) == len(save(tensors)) >= needed
+    assert memory_bytes(save(tensors | {"latents": tensors["latents"].half()})) >= needed
 
 
 def masks(*rows: list[int]) -> torch.Tensor:
@@ -88,8 +91,8 @@ def masks(*rows: list[int]) -> torch.Tensor:
             r"prompt_mask: shape must be \(B, L\), whole",
             400,
         ),
-        (changed(prompt_mask=masks([1] * 4, [1] * 4)), "prompt_mask has 4 tokens, but prompt_embeds has 5", 422),
-        (changed(prompt_mask=masks([1] * 5)), "prompt_mask has 1 rows", 422),
+        (changed(prompt_mask=masks([1] * 4, [1] * 4)), r"prompt_mask: L of \(B, L\) is 4, but 5 in this model", 422),
+        (changed(prompt_mask=masks([1] * 5)), r"prompt_mask: B of \(B, L\) is 1, but 2 in", 422),
         (changed(prompt_mask=masks([1] * 5, [0] * 5)), "prompt_mask: row 1 must begin with a 1", 422),
         (changed(prompt_mask=masks([0, 1, 1, 1, 1], [1] * 5)), "prompt_mask: row 0 must begin with a 1", 422),
         (changed(prompt_mask=masks([1] * 5, [1, 0, 1, 0, 0])), "prompt_mask: row 1 .* hold no 1 after a 0", 422),
@@ -105,9 +108,9 @@ def masks(*rows: list[int]) -> torch.Tensor:
             r"latents: shape must be \(B, C, h, w\) or \(B, C, T, h, w\), whole numbers",
             400,
         ),
-        (changed(latents=torch.zeros(2, 3, 1, 8, 8)), "channels 3 does not fit", 422),
+        (changed(latents=torch.zeros(2, 3, 1, 8, 8)), r"latents: C of \(B, C, T, h, w\) is 3, but 4 in", 422),
         (changed(latents=torch.zeros(2, 4, 1, 7, 8)), "7 × 8 must have sides divisible by 2", 422),
-        (changed(latents=torch.zeros(2, 4, 3, 8, 8)), "latents: T 3 does not fit this model, which takes 1", 422),
+        (changed(latents=torch.zeros(2, 4, 3, 8, 8)), r"latents: T of \(B, C, T, h, w\) is 3, but 1 in", 422),
         (
             changed(prompt_embeds=torch.ones(2, 7, 6), prompt_mask=masks([1] * 7, [1] * 7)),
             "prompt_embeds: a prompt of 7 tokens is over 6, the limit of this network",
@@ -144,9 +147,10 @@ def test_models_that_pool_tokens_take_a_mask_in_place_of_the_pooled_vector() -> 
     mask = masks([0, 0, 1, 1, 1], [1, 1, 0, 0, 0])
     rows, plain = (parse_request(save(body), accepted) for body in (without | {"prompt_mask": mask}, given))
     for row, other in zip(rows, plain, strict=True):
-        assert torch.equal(row.prompt_embeds, other.prompt_embeds) and not row.masked
-    torch.testing.assert_close(rows[0].pooled_prompt_embeds, given["prompt_embeds"][0, 2:].float().mean(dim=0))
-    assert torch.equal(plain[1].pooled_prompt_embeds, given["pooled_prompt_embeds"][1].float())
+        assert torch.equal(row.encoded.prompt_embeds, other.encoded.prompt_embeds) and row.encoded.prompt_mask is None
+    mean = given["prompt_embeds"][0, 2:].float().mean(dim=0)
+    torch.testing.assert_close(rows[0].encoded.pooled_prompt_embeds[0], mean)
+    assert torch.equal(plain[1].encoded.pooled_prompt_embeds[0], given["pooled_prompt_embeds"][1].float())
     for tensors, message, status in (
         (without, "pooled_prompt_embeds and prompt_mask are missing; give one of them", 400),
         (without | {"prompt_mask": masks([1] * 5, [0] * 5)}, "prompt_mask: row 1 holds no 1", 422),
@@ -219,9 +223,9 @@ def test_rows_of_unequal_length_share_a_batch_and_leave_each_other_alone(reward:
 
 def row_of(text: str, seed: int, tokens: int | None = None, masked: bool = True) -> LatentRow:
     generator = torch.Generator().manual_seed(seed)
-    embeds = letter_states()([text]).prompt_embeds[0]
-    embeds = embeds if tokens is None else torch.zeros(tokens, 6)
-    return LatentRow(torch.randn(4, 1, 8, 8, generator=generator), embeds, None, 0.4, seed, "", masked)
+    embeds = letter_states()([text]).prompt_embeds if tokens is None else torch.zeros(1, tokens, 6)
+    mask = torch.ones(embeds.shape[:2], dtype=torch.bool) if masked else None
+    return LatentRow("", torch.randn(4, 1, 8, 8, generator=generator), 0.4, seed, Conditioning(embeds, None, mask))
 
 
 def test_a_prompt_in_a_header_gets_the_score_of_its_image(reward: RewardModel, served: tuple[str, ServedModel]) -> None:

@@ -18,16 +18,16 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from latentreward.errors import InputError, printable
 from latentreward.programs import import_class
-from latentreward.serving import protocol
 from latentreward.serving.addresses import is_loopback, names_this_machine
 from latentreward.serving.dialects import Dialect
 from latentreward.serving.dialects.flow_factory import FlowFactory
 from latentreward.serving.dialects.unirl import UniRL
 from latentreward.serving.errors import RefusalLog, RequestError
-from latentreward.serving.image_scoring import ImageRoutes, ImageScorer
+from latentreward.serving.image_requests import ImageRequests
 from latentreward.serving.openapi import Description
 from latentreward.serving.prompted_latents import PromptedLatents
-from latentreward.serving.routes import BINARY, NUMBERS, SAFETENSORS, TEXT, Route, check_type, fields
+from latentreward.serving.protocol import VerlOmni
+from latentreward.serving.routes import Route
 from latentreward.serving.service import ScoringService
 
 HEADER_BYTES = 16 * 1024
@@ -73,61 +73,27 @@ def routes_of(service: ScoringService) -> list[Route]:
     Raises:
         InputError: If two dialects have one route.
     """
-    scorer = ImageScorer(service.resources)
     own = [import_class("dialects", path, Dialect) for path in service.settings.dialects]
-    dialects = [kind(service, scorer) for kind in (UniRL, FlowFactory, *own)]
-    routes = [
-        *Endpoints(service).routes(),
-        *ImageRoutes(service, scorer).routes(),
-        *PromptedLatents(service).routes(),
-        *(route for dialect in dialects for route in dialect.routes()),
-    ]
+    kinds = (VerlOmni, About, ImageRequests, PromptedLatents, UniRL, FlowFactory, *own)
+    routes = [route for kind in kinds for route in kind(service).routes()]
     for number, route in enumerate(routes):
         if any((route.method, route.path) == (one.method, one.path) for one in routes[:number]):
             raise InputError(f"dialects: there are two routes {route.method} {route.path}; give one another path")
     return [*routes, *Description(routes, list(service.models)).routes]
 
 
-class Endpoints:
-    """Handlers of verl-omni's protocol, and of what a server tells of itself.
-
-    Args:
-        service: Service that scores the rows of requests.
-    """
-
-    def __init__(self, service: ScoringService) -> None:
-        self.service = service
+class About(Dialect):
+    """Handlers of what a server tells of itself."""
 
     def routes(self) -> list[Route]:
         """Return the routes."""
         about = {"type": "object"}
-        headers = {
-            protocol.VERSION_HEADER: f"version of the protocol, {protocol.VERSION}",
-            protocol.PROMPT_HEADER: "prompt that the noise also depends on, as base64 of UTF-8; optional",
-        }
-        summary = "verl-omni's latent-reward protocol: score latents with prompt embeddings"
-        answer = fields(protocol_version=TEXT, raw_scores=NUMBERS)
-        bodies = {SAFETENSORS: BINARY}
         return [
-            Route("POST", "/v1/score", self.score, summary, bodies, answer, headers, of_reward=True),
             Route("GET", "/v1/model", self.model, "What a reward takes", answer=about, of_reward=True),
             Route("GET", "/v1/rewards", self.rewards, "The rewards, their devices and limits", answer=about),
             Route("GET", "/healthz", self.health, "Whether the server is ready; needs no token", answer=about),
             Route("GET", "/metrics", self.metrics, "Metrics for Prometheus"),
         ]
-
-    async def score(self, request: Request) -> JSONResponse:
-        """Score latents by the latent-reward protocol; see :mod:`latentreward.serving.protocol`."""
-        model, resources = self.service.model_of(request), self.service.resources
-        protocol.check_version(request.headers.get(protocol.VERSION_HEADER))
-        prompt = protocol.read_prompt(request.headers.getlist(protocol.PROMPT_HEADER))
-        check_type(request, SAFETENSORS)
-        async with resources.bodies.read(request) as body:
-            with resources.memory.hold(protocol.parsing_bytes(body, model.accepted), len(body)):
-                rows = await asyncio.to_thread(protocol.parse_request, body, model.accepted, prompt, model.seeds)
-                scores = await model.score(request, rows)
-        totals, axes = model.columns(scores)
-        return JSONResponse({"protocol_version": protocol.VERSION, "raw_scores": totals, **axes})
 
     async def model(self, request: Request) -> JSONResponse:
         """Answer with a description of a reward and the server's limits."""

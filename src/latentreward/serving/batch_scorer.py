@@ -18,127 +18,88 @@ TOKENS = 64
 
 
 @dataclass(frozen=True, eq=False)
-class LatentRow:
-    """Clean latents with an encoded prompt, all float32.
-
-    Attributes:
-        latents: ``(C, h, w)`` or ``(C, T, h, w)``, scaled.
-        prompt_embeds: ``(L, D)``, without padding if ``masked``.
-        pooled_prompt_embeds: ``(P,)``; None if the model takes none.
-        u: Noise level in [0, 1].
-        seed: Seed of the noise.
-        prompt: Text that the noise also depends on; the network gets the embeddings only.
-        masked: Whether the prompt is padded in a batch, with a mask.
-    """
-
-    latents: Tensor
-    prompt_embeds: Tensor
-    pooled_prompt_embeds: Tensor | None
-    u: float
-    seed: int
-    prompt: str
-    masked: bool = False
-
-    @property
-    def tokens(self) -> int:
-        """Number of tokens in a batch, which for a padded prompt does not depend on the other rows."""
-        count = len(self.prompt_embeds)
-        return -(-count // TOKENS) * TOKENS if self.masked else count
-
-    @property
-    def shape(self) -> Hashable:
-        """Key of rows that take the same time: shape of the latents, number of tokens."""
-        return self.latents.shape, self.tokens
-
-    @property
-    def conditioning(self) -> Conditioning:
-        """Encoded prompt in one row, padded for a batch."""
-        pooled = self.pooled_prompt_embeds
-        encoded = Conditioning(self.prompt_embeds[None], None if pooled is None else pooled[None])
-        return encoded.padded(self.tokens) if self.masked else encoded
-
-    @property
-    def group(self) -> Hashable:
-        """Key of rows that can share a batch: :attr:`shape` and noise level."""
-        return self.shape, self.u
-
-
-@dataclass(frozen=True, eq=False)
-class ImageRow:
-    """An image with its prompt.
+class Row:
+    """A row of a request.
 
     Attributes:
         prompt: Raw text.
-        image: 8-bit RGB image.
     """
 
     prompt: str
-    image: Image.Image
 
     @property
     def shape(self) -> Hashable:
-        """Key of rows that take the same time: one for all images, which are resized to the model's size."""
-        return "images"
+        """Key of rows that take the same time."""
+        return type(self).__name__
 
     @property
     def group(self) -> Hashable:
-        """Key of rows that can share a batch: one for all images."""
+        """Key of rows that can share a batch; rows of equal groups have equal shapes."""
         return self.shape
 
 
 @dataclass(frozen=True, eq=False)
-class PromptedRow:
-    """Clean latents with a raw prompt.
+class ImageRow(Row):
+    """An image with its prompt; all have one shape, since images are resized to the model's size.
 
     Attributes:
-        prompt: Raw text.
-        latents: ``(C, h, w)`` or ``(C, T, h, w)``, scaled, float32.
-        u: Noise level in [0, 1]; None takes the model's own levels and seeds.
-        seed: Seed of the noise at ``u``.
+        image: 8-bit RGB image.
     """
 
-    prompt: str
-    latents: Tensor
-    u: float | None = None
-    seed: int = 0
-
-    @property
-    def shape(self) -> Hashable:
-        """Key of rows that take the same time: kind and shape of the latents, whether the levels are the model's."""
-        return "prompted", self.latents.shape, self.u is None
-
-    @property
-    def group(self) -> Hashable:
-        """Key of rows that can share a batch: :attr:`shape` and noise level."""
-        return self.shape, self.u
+    image: Image.Image
 
 
 @dataclass(frozen=True, eq=False)
-class StateRow:
-    """A noisy state of a trajectory with a raw prompt.
+class LatentRow(Row):
+    """Clean latents with a prompt, all float32.
 
     Attributes:
-        prompt: Raw text.
+        latents: ``(C, h, w)`` or ``(C, T, h, w)``, scaled.
+        u: Noise level in [0, 1]; None takes the model's own levels and seeds.
+        seed: Seed of the noise at ``u``, which also depends on the raw prompt.
+        encoded: Prompt as the network gets it, one row without padding; None if the model encodes the raw prompt.
+    """
+
+    latents: Tensor
+    u: float | None = None
+    seed: int = 0
+    encoded: Conditioning | None = None
+
+    @property
+    def tokens(self) -> int | None:
+        """Number of tokens in a batch, which for a prompt with a mask does not depend on the other rows."""
+        if self.encoded is None:
+            return None
+        count = self.encoded.prompt_embeds.shape[1]
+        return count if self.encoded.prompt_mask is None else -(-count // TOKENS) * TOKENS
+
+    @property
+    def shape(self) -> Hashable:
+        """Key of rows that take the same time: shape of the latents, number of tokens, whose noise levels."""
+        return self.latents.shape, self.tokens, self.u is None
+
+    @property
+    def group(self) -> Hashable:
+        """Key of rows that can share a batch: :attr:`shape`, whether there is a mask, and noise level."""
+        return self.shape, self.encoded is None or self.encoded.prompt_mask is None, self.u
+
+
+@dataclass(frozen=True, eq=False)
+class StateRow(Row):
+    """A noisy state of a trajectory with a raw prompt; states at any timesteps share a batch.
+
+    Attributes:
         latents: ``(C, h, w)`` or ``(C, T, h, w)``, scaled, float32.
         timestep: Timestep of the model's noise process.
     """
 
-    prompt: str
     latents: Tensor
     timestep: float
 
     @property
     def shape(self) -> Hashable:
         """Key of rows that take the same time: kind and shape of the latents."""
-        return "state", self.latents.shape
-
-    @property
-    def group(self) -> Hashable:
-        """Key of rows that can share a batch: :attr:`shape`, at any timesteps."""
-        return self.shape
-
-
-AnyRow = LatentRow | ImageRow | PromptedRow | StateRow
+        return type(self).__name__, self.latents.shape
 
 
 class RowScorer:
@@ -165,7 +126,7 @@ class RowScorer:
         self._axes = bool(reward.axes)
         self._memory = reward.prompt_memory(max(prompts_kept, batch_size))
 
-    def __call__(self, rows: Sequence[AnyRow]) -> list[tuple[float, ...]]:
+    def __call__(self, rows: Sequence[Row]) -> list[tuple[float, ...]]:
         """Return the raw score of each row and, of a model with two axes, fidelity and aesthetics after it.
 
         The score of a row does not depend on other rows.
@@ -181,47 +142,30 @@ class RowScorer:
         columns = [scores, *(outputs.unbind(dim=1) if self._axes else ())]
         return [*zip(*(column.tolist() for column in columns), strict=True)]
 
-    def _score(self, rows: Sequence[AnyRow]) -> Tensor:
-        encoded = [row for row in rows if isinstance(row, LatentRow)]
-        if encoded:
-            conditioning = Conditioning.join([row.conditioning for row in encoded])
-            return self._score_latents(encoded, encoded[0].u, conditioning)
-        prompts = list(dict.fromkeys(row.prompt for row in rows))
-        kept = sum(prompt in self._memory for prompt in prompts)
-        self._observe(kept, len(prompts) - kept)
+    def _score(self, rows: Sequence[Any]) -> Tensor:
+        prompts, first = [row.prompt for row in rows], rows[0]
         options: dict[str, Any] = {"batch_size": self.batch_size, "axes": self._axes}
-        images = [row for row in rows if isinstance(row, ImageRow)]
-        if images:
-            texts = [row.prompt for row in images]
-            return self.reward.score(texts, [row.image for row in images], memory=self._memory, **options)
-        conditioning = self._memory.encode([row.prompt for row in rows])
-        states = [row for row in rows if isinstance(row, StateRow)]
-        if states:
-            latents = torch.stack([row.latents for row in states])[:, None]
-            timesteps = torch.tensor([[row.timestep] for row in states])
-            options["conditioning"] = conditioning, self._memory.uncond
-            return self.reward.score_states([row.prompt for row in states], latents, timesteps, **options)[:, 0]
-        prompted = [row for row in rows if isinstance(row, PromptedRow)]
-        return self._score_latents(prompted, prompted[0].u, conditioning)
-
-    def _score_latents(
-        self, rows: Sequence[LatentRow] | Sequence[PromptedRow], u: float | None, conditioning: Conditioning
-    ) -> Tensor:
-        """Score clean latents at the level ``u`` with noise from each row's seed, or at the model's own levels."""
-        noise, draws = self.reward.noise, None
-        if u is not None:
-            noise, process = ScoringNoise(sigmas=(u,)), self.reward.backbone.noise_process
-            sigma = process.sigma(timesteps_of(noise, process)).item()
-            draws = torch.cat([draw_noise([row.prompt], None, row.seed, sigma, row.latents.shape) for row in rows])
-        return self.reward.score_latents(
-            [row.prompt for row in rows],
-            torch.stack([row.latents for row in rows]),
-            noise=noise,
-            draws=draws,
-            conditioning=(conditioning, self._memory.uncond),
-            batch_size=self.batch_size,
-            axes=self._axes,
-        )
+        if isinstance(first, LatentRow) and first.encoded is not None:
+            parts = [row.encoded if row.encoded.prompt_mask is None else row.encoded.padded(row.tokens) for row in rows]
+            conditioning = Conditioning.join(parts)
+        else:
+            new = {*prompts}
+            kept = sum(prompt in self._memory for prompt in new)
+            self._observe(kept, len(new) - kept)
+            if isinstance(first, ImageRow):
+                return self.reward.score(prompts, [row.image for row in rows], memory=self._memory, **options)
+            conditioning = self._memory.encode(prompts)
+        latents = torch.stack([row.latents for row in rows])
+        options["conditioning"] = conditioning, self._memory.uncond
+        if isinstance(first, StateRow):
+            timesteps = torch.tensor([[row.timestep] for row in rows])
+            return self.reward.score_states(prompts, latents[:, None], timesteps, **options)[:, 0]
+        if first.u is None:
+            return self.reward.score_latents(prompts, latents, noise=self.reward.noise, **options)
+        noise, process = ScoringNoise(sigmas=(first.u,)), self.reward.backbone.noise_process
+        sigma = process.sigma(timesteps_of(noise, process)).item()
+        draws = torch.cat([draw_noise([row.prompt], None, row.seed, sigma, row.latents.shape) for row in rows])
+        return self.reward.score_latents(prompts, latents, noise=noise, draws=draws, **options)
 
 
 def standing(reward: RewardModel, scores: Tensor) -> tuple[list[float], list[float]] | None:

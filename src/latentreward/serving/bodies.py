@@ -84,19 +84,21 @@ class BodyReader:
         return True
 
     @asynccontextmanager
-    async def read(self, request: Request) -> AsyncIterator[bytearray]:
+    async def read(self, request: Request) -> AsyncIterator[bytes]:
         """Read the body; its bytes count against the memory budget until the context ends.
 
         Raises:
             RequestError: With status 413 if the body is too long, 408 if it arrives too slowly, 400 if the connection
                 ends too early, 503 if memory is used up, also by the faster bodies of others.
         """
-        body = bytearray()
+        arrived, body = bytearray(), b""
         try:
-            await self._collect(request, body)
+            await self._collect(request, arrived)
+            body = bytes(arrived)  # what parsers of other libraries take
+            arrived.clear()
             yield body
         finally:
-            self.memory.held -= len(body)
+            self.memory.held -= len(body) + len(arrived)
 
     async def _collect(self, request: Request, body: bytearray) -> None:
         if int(request.headers.get("content-length", "0")) > self.max_bytes:

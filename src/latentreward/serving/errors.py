@@ -7,6 +7,10 @@ from latentreward.errors import InputError, printable
 
 LOGGED_EVERY_S = 60.0
 """Seconds after which a refusal of the same kind is printed again."""
+ROWS = 64
+"""Greatest number of rows of a request, if the queue is not shorter."""
+LARGER_QUEUE = "send several requests, or raise the server's --queue"
+"""Remedy of requests with more rows than the queue."""
 MOST_KINDS = 100
 """Kinds of refusals that are told apart; of further ones, only the status counts."""
 
@@ -27,6 +31,17 @@ class RequestError(InputError):
 
 class ScoringError(RequestError):
     """An error of a reward with rows that could be read; other rewards may score them."""
+
+
+def check_limit(name: str, found: int, most: int, remedy: str = LARGER_QUEUE) -> None:
+    """Raise RequestError with status 413 and a remedy if ``found`` is over a limit of the server."""
+    if found > most:
+        raise RequestError(f"{name} {found} is over this server's limit of {most}; {remedy}", 413)
+
+
+def fewer_rows(most: int) -> str:
+    """Return the remedy of a request with more rows than ``most``, which is :data:`ROWS` or a shorter queue."""
+    return LARGER_QUEUE if most < ROWS else "send several requests"
 
 
 class RefusalLog:

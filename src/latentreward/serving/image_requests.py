@@ -1,90 +1,52 @@
-"""Parsing of requests with images and prompts, as JSON or as a form."""
+"""The route ``POST /v1/score_images``: images and prompts, as JSON or as a form."""
 
-import time
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+import asyncio
+from collections.abc import Iterable
 
+import torch
 from fastapi import Request
+from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 from python_multipart.multipart import parse_options_header
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 from starlette.types import Message
 
-from latentreward.contracts import ImageRef
-from latentreward.data.images import ExifOrientation, ImageError, decode_image, decoding_bytes
-from latentreward.serving.batch_scorer import ImageRow
-from latentreward.serving.errors import RequestError
-from latentreward.serving.json_bodies import PROMPT_LENGTH, from_base64, read_json
-from latentreward.serving.protocol import check_limit, fewer_rows
+from latentreward.serving.batch_scorer import standing
+from latentreward.serving.dialects.base import Dialect
+from latentreward.serving.errors import RequestError, check_limit, fewer_rows
+from latentreward.serving.images import EncodedImages, score_images
+from latentreward.serving.json_bodies import from_base64, read_json
+from latentreward.serving.routes import BINARY, FORM, JSON, NUMBERS, TEXT, Route, fields, listed
 
-MAX_PIXELS = 16 * 1024 * 1024
-"""Greatest number of pixels of an image; checked in the image's header, before decoding."""
-FORM = '{"prompt": TEXT or "prompts": [TEXT, ...], "images": [BASE64, ...]}'
+EXAMPLE = '{"prompt": TEXT or "prompts": [TEXT, ...], "images": [BASE64, ...]}'
 """JSON of a request, for messages."""
 
 
-@dataclass(frozen=True)
-class EncodedImages:
-    """Encoded images of a request, with a prompt each.
+class ImageRequests(Dialect):
+    """Handler of the route."""
 
-    Attributes:
-        prompts: One prompt per image.
-        images: Bytes of image files, such as PNG or JPEG.
+    def routes(self) -> list[Route]:
+        """Return the route."""
+        as_json = fields(prompt=TEXT, prompts=listed(TEXT), image=TEXT, images=listed(TEXT))
+        as_form = fields(prompt=TEXT, image=listed(BINARY))
+        answer = fields(scores=NUMBERS, z_scores=NUMBERS, quantiles=NUMBERS, noise=TEXT, model=TEXT)
+        summary = "Score images for prompts: a form with files, or JSON with images in base64"
+        bodies = {JSON: as_json, FORM: as_form}
+        return [Route("POST", "/v1/score_images", self.score_images, summary, bodies, answer, of_reward=True)]
 
-    Raises:
-        RequestError: If there is no image, the numbers of prompts and images differ, or a prompt is too long.
-    """
-
-    prompts: Sequence[str]
-    images: Sequence[bytes]
-
-    def __post_init__(self) -> None:
-        if not self.images:
-            raise RequestError("the request holds no image; give at least one", 422)
-        if len(self.prompts) != len(self.images):
-            raise RequestError(
-                f"{len(self.prompts)} prompts for {len(self.images)} images; give one prompt for all, or one each", 422
-            )
-        longest = max(map(len, self.prompts))
-        if longest > PROMPT_LENGTH:
-            raise RequestError(f"a prompt has {longest} characters; at most {PROMPT_LENGTH} are taken", 422)
-
-    def memory_bytes(self) -> int:
-        """Estimate the memory in bytes that the images take until they are scored.
-
-        The sum of the encoded images, the decoded images, and the extra memory of decoding the most demanding one.
-
-        Raises:
-            RequestError: If a file is not an image, or has too many pixels.
-        """
-        try:
-            decoded, extra = zip(*(decoding_bytes(ref, MAX_PIXELS) for ref in self._refs()), strict=True)
-        except ImageError as error:
-            raise RequestError(str(error), 422) from error
-        return sum(map(len, self.images)) + sum(decoded) + max(extra)
-
-    def decode(self, exif: ExifOrientation, until: float) -> list[ImageRow]:
-        """Decode the images into rows to score, turned upright by their EXIF orientation if ``exif`` is ``apply``.
-
-        No further image is decoded after the time ``until`` of the monotonic clock.
-
-        Raises:
-            RequestError: If an image is damaged.
-            TimeoutError: If there is no time left.
-        """
-        rows = []
-        for prompt, ref in zip(self.prompts, self._refs(), strict=True):
-            if time.monotonic() > until:
-                raise TimeoutError
-            try:
-                rows.append(ImageRow(prompt, decode_image(ref, MAX_PIXELS, exif)))
-            except ImageError as error:
-                raise RequestError(str(error), 422) from error
-        return rows
-
-    def _refs(self) -> list[ImageRef]:
-        return [ImageRef(str(number), data=data) for number, data in enumerate(self.images)]
+    async def score_images(self, request: Request) -> JSONResponse:
+        """Score images for prompts."""
+        model = self.service.model_of(request)
+        reward, most = model.reward, model.accepted.max_rows
+        formats = {
+            JSON: lambda body: asyncio.to_thread(images_of_json, body, most),
+            FORM: lambda body: images_of_form(request, body, most),
+        }
+        totals, axes = model.columns(await score_images(model, request, formats))
+        z_scores, quantiles = standing(reward, torch.tensor(totals)) or (None, None)
+        told = {"z_scores": z_scores, "quantiles": quantiles, "noise": str(reward.noise), "model": reward.identity}
+        return JSONResponse({"scores": totals, **axes, **told})
 
 
 class ImagesAsJSON(BaseModel, extra="forbid", strict=True):
@@ -103,13 +65,13 @@ class ImagesAsJSON(BaseModel, extra="forbid", strict=True):
     images: list[str] | None = None
 
 
-def images_of_json(body: bytes | bytearray, max_images: int) -> EncodedImages:
+def images_of_json(body: bytes, max_images: int) -> EncodedImages:
     """Parse images from JSON with the fields of :class:`ImagesAsJSON`: ``{"prompt": text, "images": [base64, ...]}``.
 
     Raises:
         RequestError: If the body is not such an object, an image is not base64, or there are too many images.
     """
-    content = read_json(body, ImagesAsJSON, 8 * (max_images + 8), FORM)
+    content = read_json(body, ImagesAsJSON, 8 * (max_images + 8), EXAMPLE)
     images = _one_or_several("image", content.image, content.images)
     prompts = _one_or_several("prompt", content.prompt, content.prompts)
     check_limit("images:", len(images), max_images, fewer_rows(max_images))
@@ -118,7 +80,7 @@ def images_of_json(body: bytes | bytearray, max_images: int) -> EncodedImages:
     return EncodedImages(prompts, [from_base64(f"image {number}", text) for number, text in enumerate(images)])
 
 
-async def images_of_form(request: Request, body: bytearray, max_images: int) -> EncodedImages:
+async def images_of_form(request: Request, body: bytes, max_images: int) -> EncodedImages:
     """Parse images from a form with files ``image``, and one text ``prompt`` for all or one per image, in order.
 
     Raises:
@@ -155,20 +117,11 @@ def _fields(form: Iterable[str]) -> str:
     return f"the fields {names}" if names else "no field"
 
 
-def _replay(request: Request, body: bytearray) -> Request:
+def _replay(request: Request, body: bytes) -> Request:
     async def receive() -> Message:
-        return {"type": "http.request", "body": bytes(body), "more_body": False}
+        return {"type": "http.request", "body": body, "more_body": False}
 
     return Request(request.scope, receive)
-
-
-def parsing_bytes(body: bytes | bytearray, kind: str) -> int:
-    """Return an upper bound, in bytes, on the memory that parsing a body takes in addition to the body.
-
-    The bound includes the resulting images. JSON is decoded to one text, of up to 4 bytes per character if not all
-    characters are ASCII, and then to many texts. A form is copied and read into files.
-    """
-    return (3 if kind == "application/json" and body.isascii() else 6) * len(body)
 
 
 def _one_or_several(name: str, single: str | None, several: list[str] | None) -> list[str]:

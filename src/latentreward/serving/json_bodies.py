@@ -19,22 +19,27 @@ DEPTH = 8
 Content = TypeVar("Content", bound=BaseModel)
 
 
-def read_json(body: bytes | bytearray, kind: type[Content], most: int, form: str) -> Content:
+def read_json(body: bytes, kind: type[Content], most: int, form: str) -> Content:
     """Parse JSON into a pydantic model; ``most`` and ``form`` are those of :func:`check_structure`.
 
     Raises:
         RequestError: If the body is no such JSON. With status 413 if it is too long in parts.
     """
     check_structure(body, most, form)
+    return parse_json(body, kind, form)
+
+
+def parse_json(text: bytes, kind: type[Content], form: str) -> Content:
+    """Parse JSON of bounded structure into a pydantic model; raise RequestError with ``form`` if it is no such."""
     try:
-        return kind.model_validate_json(body)
+        return kind.model_validate_json(text)
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False, include_input=False)[0]
         where = ".".join(map(str, first["loc"]))[:60] or "the body"
         raise RequestError(f"{where}: {first['msg']}; give a JSON object {form}") from error
 
 
-def check_structure(body: bytes | bytearray, most: int, form: str) -> None:
+def check_structure(body: bytes, most: int, form: str) -> None:
     """Refuse, before parsing, JSON that would become many objects, or long texts of several bytes per character.
 
     The body is split at unescaped quotes, with a limit on the number of pieces, so that time and memory are bounded for

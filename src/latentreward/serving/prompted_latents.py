@@ -21,107 +21,83 @@ JSON list with a text for each row. ``POST /v1/score_latents`` takes
 """
 
 import asyncio
-import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from itertools import islice
-from typing import Any, TypeVar
 
+import torch
 from fastapi import Request
 from fastapi.responses import JSONResponse
-from torch import Tensor
+from pydantic import BaseModel, Field, Json
 
 from latentreward.errors import InputError
 from latentreward.noise import NoiseProcess
-from latentreward.serving.batch_scorer import PromptedRow, StateRow
-from latentreward.serving.errors import RequestError
-from latentreward.serving.json_bodies import PROMPT_LENGTH
-from latentreward.serving.protocol import LARGER_QUEUE, Accepted, check_levels, check_limit, fewer_rows
-from latentreward.serving.routes import BINARY, NUMBERS, SAFETENSORS, TEXT, Route, check_type, fields, listed
-from latentreward.serving.served import Scores, ServedModel
-from latentreward.serving.service import ScoringService
-from latentreward.serving.tensor_bytes import Entry, Expected, read_described, read_floats, read_tensor
+from latentreward.serving.batch_scorer import LatentRow, StateRow
+from latentreward.serving.dialects.base import Dialect
+from latentreward.serving.errors import RequestError, check_limit, fewer_rows
+from latentreward.serving.json_bodies import PROMPT_LENGTH, parse_json
+from latentreward.serving.routes import BINARY, NUMBERS, SAFETENSORS, TEXT, Route, fields, listed
+from latentreward.serving.tensors import Accepted, Expected, check_levels, read_tensors, safetensors_body
 
 HEADER_BYTES = 2**20
 """Greatest length of a safetensors header with prompts, in bytes."""
-FLOAT32_BYTES = 2
-"""Bytes of parsed rows per byte of a body, at most: latents of half precision become float32."""
-Rows = TypeVar("Rows", list[PromptedRow], list[StateRow])
+FORM = '{"__metadata__": {"prompt": TEXT for all rows or "prompts": JSON of [TEXT, ...]}}'
+"""Prompts in a safetensors header, for messages."""
 
 
-class PromptedLatents:
-    """Handlers of the routes.
+class Prompts(BaseModel, extra="forbid"):
+    """Prompts of a request: one for all rows, or one for each."""
 
-    Args:
-        service: Service that scores.
-    """
+    prompt: str | None = None
+    prompts: Json[list[str]] | None = None
+    format: str | None = None
 
-    def __init__(self, service: ScoringService) -> None:
-        self.service = service
+
+class Header(BaseModel):
+    """Safetensors header with prompts."""
+
+    texts: Prompts = Field(Prompts(), alias="__metadata__")
+
+
+class PromptedLatents(Dialect):
+    """Handlers of the routes."""
 
     def routes(self) -> list[Route]:
         """Return the routes."""
-        axes = {"fidelity": NUMBERS, "aesthetics": NUMBERS}
-        axes_of_states = {name: listed(numbers) for name, numbers in axes.items()}
+        bodies, axes = {SAFETENSORS: BINARY}, {"fidelity": NUMBERS, "aesthetics": NUMBERS}
+        latents = fields(scores=NUMBERS, noise=TEXT, model=TEXT, **axes)
+        states = fields(scores=listed(NUMBERS), model=TEXT, **{name: listed(NUMBERS) for name in axes})
+        about_latents = "Score clean latents for raw prompts, which the server encodes"
+        about_states = "Score the noisy states of trajectories at their timesteps, for raw prompts"
         return [
-            Route(
-                "POST",
-                "/v1/score_latents",
-                self.score_latents,
-                "Score clean latents for raw prompts, which the server encodes",
-                {SAFETENSORS: BINARY},
-                fields(scores=NUMBERS, noise=TEXT, model=TEXT, **axes),
-                of_reward=True,
-            ),
-            Route(
-                "POST",
-                "/v1/score_states",
-                self.score_states,
-                "Score the noisy states of trajectories at their timesteps, for raw prompts",
-                {SAFETENSORS: BINARY},
-                fields(scores=listed(NUMBERS), model=TEXT, **axes_of_states),
-                of_reward=True,
-            ),
+            Route("POST", "/v1/score_latents", self.score_latents, about_latents, bodies, latents, of_reward=True),
+            Route("POST", "/v1/score_states", self.score_states, about_states, bodies, states, of_reward=True),
         ]
 
     async def score_latents(self, request: Request) -> JSONResponse:
         """Score clean latents."""
         model = self.service.model_of(request)
-
-        def parse(body: bytearray) -> list[PromptedRow]:
-            return parse_latents(body, model.accepted, model.seeds)
-
-        rows, scores = await self._scored(request, model, parse)
-        totals, axes = model.columns(scores)
+        async with safetensors_body(request, model.resources) as body:
+            rows = await asyncio.to_thread(parse_latents, body, model.accepted, model.seeds)
+            totals, axes = model.columns(await model.score(request, rows))
         noise = str(model.reward.noise) if rows[0].u is None else "u"
         return JSONResponse({"scores": totals, **axes, "noise": noise, "model": model.reward.identity})
 
     async def score_states(self, request: Request) -> JSONResponse:
         """Score the states of trajectories."""
-        model, steps = self.service.model_of(request), 1
-
-        def parse(body: bytearray) -> list[StateRow]:
-            nonlocal steps
-            rows, steps = parse_states(body, model.accepted, model.reward.backbone.noise_process, model.settings.queue)
-            return rows
-
-        _, scores = await self._scored(request, model, parse)
-        totals, axes = model.columns(scores)
-        by_trajectory = {name: _parted(numbers, steps) for name, numbers in {"scores": totals, **axes}.items()}
-        return JSONResponse({**by_trajectory, "model": model.reward.identity})
-
-    async def _scored(
-        self, request: Request, model: ServedModel, parse: Callable[[bytearray], Rows]
-    ) -> tuple[Rows, list[Scores]]:
-        """Read the body of a request, and return its rows and their scores."""
-        check_type(request, SAFETENSORS)
-        resources = self.service.resources
-        async with resources.bodies.read(request) as body:
-            with resources.memory.hold(FLOAT32_BYTES * len(body), len(body)):
-                rows = await asyncio.to_thread(parse, body)
-                return rows, await model.score(request, rows)
+        model = self.service.model_of(request)
+        process, most = model.reward.backbone.noise_process, model.settings.queue
+        async with safetensors_body(request, model.resources) as body:
+            rows, steps = await asyncio.to_thread(parse_states, body, model.accepted, process, most)
+            totals, axes = model.columns(await model.score(request, rows))
+        trajectories = range(0, len(rows), steps)
+        parted = {
+            name: [numbers[start : start + steps] for start in trajectories]
+            for name, numbers in {"scores": totals, **axes}.items()
+        }
+        return JSONResponse({**parted, "model": model.reward.identity})
 
 
-def parse_latents(body: bytes | bytearray, accepted: Accepted, seeds: Iterator[int]) -> list[PromptedRow]:
+def parse_latents(body: bytes, accepted: Accepted, seeds: Iterator[int]) -> list[LatentRow]:
     """Parse the safetensors body of a request of ``/v1/score_latents`` into rows to score.
 
     Requests with ``u`` and without ``seeds`` take a seed per row from ``seeds``.
@@ -130,105 +106,64 @@ def parse_latents(body: bytes | bytearray, accepted: Accepted, seeds: Iterator[i
         RequestError: If the bytes are no such body, or do not fit the model.
     """
     expected = {
-        "latents": Expected(("B C h w" if accepted.frames is None else "B C T h w",)),
+        "latents": Expected((f"B {accepted.axes}",)),
         "u": Expected(("B",), ("F32",), required=False),
         "seeds": Expected(("B",), ("I64",), required=False),
     }
-    entries, data, texts = read_described(body, expected, HEADER_BYTES)
-    count, *shape = entries["latents"].shape
-    accepted.check_latents(shape)
+    tensors = read_tensors(body, expected, accepted.sizes, HEADER_BYTES)
+    latents, u = tensors["latents"], tensors.get("u")
+    count = len(latents)
+    accepted.check_sides(latents)
     check_limit("latents: rows", count, accepted.max_rows, fewer_rows(accepted.max_rows))
-    for name, entry in entries.items():
-        if entry.shape[0] != count:
-            raise RequestError(f"{name} has {entry.shape[0]} rows, but latents has {count}; give one row each", 422)
-    if "seeds" in entries and "u" not in entries:
-        raise RequestError("seeds are given without u; give the noise level u too, or neither", 422)
-    prompts = read_prompts(texts, count)
-    latents = read_floats("latents", entries["latents"], data)
-    if "u" not in entries:
-        return [PromptedRow(prompt, row) for prompt, row in zip(prompts, latents, strict=True)]
-    u = read_floats("u", entries["u"], data)
+    prompts = read_prompts(body, count)
+    if u is None:
+        if "seeds" in tensors:
+            raise RequestError("seeds are given without u; give the noise level u too, or neither", 422)
+        return [LatentRow(*row) for row in zip(prompts, latents, strict=True)]
     check_levels(u)
-    used = read_tensor(entries["seeds"], data).tolist() if "seeds" in entries else islice(seeds, count)
-    return [PromptedRow(*row) for row in zip(prompts, latents, u.tolist(), used, strict=True)]
+    used = tensors["seeds"].tolist() if "seeds" in tensors else islice(seeds, count)
+    return [LatentRow(*row) for row in zip(prompts, latents, u.tolist(), used, strict=True)]
 
 
-def parse_states(
-    body: bytes | bytearray, accepted: Accepted, process: NoiseProcess, most: int
-) -> tuple[list[StateRow], int]:
+def parse_states(body: bytes, accepted: Accepted, process: NoiseProcess, most: int) -> tuple[list[StateRow], int]:
     """Parse the body of a request of ``/v1/score_states`` into N · S rows, trajectory by trajectory; return S too.
 
     Raises:
         RequestError: If the bytes are no such body, or do not fit the model.
     """
     expected = {
-        "latents": Expected(("N S C h w" if accepted.frames is None else "N S C T h w",)),
+        "latents": Expected((f"N S {accepted.axes}",)),
         "timesteps": Expected(("S", "N S"), ("F32", "I64")),
     }
-    entries, data, texts = read_described(body, expected, HEADER_BYTES)
-    count, steps, *shape = entries["latents"].shape
-    accepted.check_latents(shape)
-    check_limit("latents: N · S", count * steps, most, LARGER_QUEUE)
-    if entries["timesteps"].shape not in ((steps,), (count, steps)):
-        found = entries["timesteps"].shape
-        raise RequestError(
-            f"timesteps have the shape {found} for {count} trajectories of {steps} states; give ({steps},) for all, or "
-            f"({count}, {steps}); send trajectories of other lengths or shapes as requests of their own",
-            422,
-        )
-    times = read_timesteps(entries["timesteps"], data, process).expand(count, steps)
-    prompts = read_prompts(texts, count)
-    latents = read_floats("latents", entries["latents"], data)
-    rows = [
-        StateRow(prompt, state, timestep)
-        for prompt, states, timesteps in zip(prompts, latents, times.tolist(), strict=True)
-        for state, timestep in zip(states, timesteps, strict=True)
-    ]
-    return rows, steps
-
-
-def read_timesteps(entry: Entry, data: memoryview, process: NoiseProcess) -> Tensor:
-    """Read timesteps; raise RequestError with status 422 if one lies outside the noise process."""
-    times = read_floats("timesteps", entry, data)
+    tensors = read_tensors(body, expected, accepted.sizes, HEADER_BYTES)
+    latents = tensors["latents"]
+    count, steps = latents.shape[:2]
+    accepted.check_sides(latents)
+    check_limit("latents: N · S", count * steps, most)
+    timesteps = tensors["timesteps"].to(torch.float32)
     try:
-        process.sigma(times.flatten())
+        process.sigma(timesteps.flatten())
     except InputError as error:
         raise RequestError(f"timesteps: {error}", 422) from error
-    return times
+    prompts = [prompt for prompt in read_prompts(body, count) for _ in range(steps)]
+    times = timesteps.expand(count, steps).flatten().tolist()
+    return [StateRow(*row) for row in zip(prompts, latents.flatten(0, 1), times, strict=True)], steps
 
 
-def read_prompts(texts: Mapping[str, str], count: int) -> list[str]:
-    """Read the prompts of ``count`` rows from the ``__metadata__`` of a body.
+def read_prompts(body: bytes, count: int) -> list[str]:
+    """Read the prompts of ``count`` rows from the ``__metadata__`` of a safetensors body.
 
     Raises:
         RequestError: If neither or both of ``prompt`` and ``prompts`` are given, the list is none or of another length,
-            or a prompt is too long or no text of Unicode.
+            or a prompt is too long.
     """
-    unknown = [name for name in texts if name not in ("prompt", "prompts", "format")]
-    if unknown:
-        raise RequestError(f"__metadata__ holds {unknown[0][:40]!r}; give prompt or prompts")
-    if ("prompt" in texts) == ("prompts" in texts):
+    texts = parse_json(body[8 : 8 + int.from_bytes(body[:8], "little")], Header, FORM).texts
+    prompts = texts.prompts if texts.prompt is None else [texts.prompt] * count
+    if prompts is None or None not in (texts.prompt, texts.prompts):
         raise RequestError("give __metadata__ one of prompt, a text for all rows, and prompts, a JSON list of texts")
-    prompts = [texts["prompt"]] * count if "prompt" in texts else _listed(texts["prompts"])
     if len(prompts) != count:
         raise RequestError(f"{len(prompts)} prompts for {count} rows of latents; give one each", 422)
     for number, prompt in enumerate(prompts):
         if len(prompt) > PROMPT_LENGTH:
             raise RequestError(f"prompt {number} has {len(prompt)} characters; at most {PROMPT_LENGTH} are taken", 422)
-        if not prompt.isascii() and any("\ud800" <= letter <= "\udfff" for letter in prompt):
-            raise RequestError(f"prompt {number} holds half a character; send UTF-8", 422)
     return prompts
-
-
-def _listed(text: str) -> list[str]:
-    try:
-        prompts: Any = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise RequestError(f"prompts in __metadata__ cannot be read ({type(error).__name__}); give JSON") from error
-    if not isinstance(prompts, list) or not all(isinstance(prompt, str) for prompt in prompts):
-        raise RequestError("prompts in __metadata__ must be a JSON list of texts")
-    return prompts
-
-
-def _parted(numbers: list[float], size: int) -> list[list[float]]:
-    return [numbers[start : start + size] for start in range(0, len(numbers), size)]

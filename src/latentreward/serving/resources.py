@@ -12,6 +12,8 @@ BODIES_AT_ONCE = 16
 """Number of bodies of the greatest length for which the memory budget has room."""
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
 """Bucket bounds of the histogram of answer times, in seconds."""
+DECODERS = 4
+"""Number of requests whose images are decoded at the same time."""
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 """Bucket bounds of the histogram of batch sizes, in rows."""
 
@@ -74,12 +76,14 @@ class Resources:
         metrics: Metrics of all requests and rewards.
         memory: Budget for the bodies of requests and what they become.
         bodies: Reader of bodies within the budget.
+        decoders: Turns of requests whose images are decoded.
     """
 
     def __init__(self, settings: ServiceSettings) -> None:
         self.settings, self.metrics = settings, ServerMetrics()
         self.memory = MemoryBudget(BODIES_AT_ONCE * settings.max_body)
         self.bodies = BodyReader(settings.max_body, settings.timeout, self.memory)
+        self.decoders = asyncio.Semaphore(DECODERS)
         self._turns: dict[torch.device, asyncio.Semaphore] = {}
 
     def turns(self, device: torch.device) -> asyncio.Semaphore:

@@ -14,12 +14,12 @@ from fastapi import Request
 from latentreward.errors import InputError, one_line
 from latentreward.scoring import RewardModel
 from latentreward.scoring.scoring_noise import timesteps_of
-from latentreward.serving.batch_scorer import AnyRow, LatentRow, RowScorer, standing
+from latentreward.serving.batch_scorer import LatentRow, Row, RowScorer, standing
 from latentreward.serving.batching import MicroBatcher
-from latentreward.serving.errors import RequestError, ScoringError
-from latentreward.serving.protocol import DEFAULT_SEED, ROWS, Accepted
+from latentreward.serving.errors import ROWS, RequestError, ScoringError
 from latentreward.serving.resources import Resources
 from latentreward.serving.settings import ServiceSettings
+from latentreward.serving.tensors import Accepted
 
 Scores = tuple[float, ...]
 """Score of a row and, of a model with two axes, fidelity and aesthetics after it."""
@@ -60,10 +60,11 @@ class ServedModel:
         self.settings = settings = settings or resources.settings
         self.accepted = accepted_by(reward, settings)
         self.first_seed = secrets.randbits(62) if settings.fresh_noise else None
-        self.seeds: Iterator[int] = repeat(DEFAULT_SEED) if self.first_seed is None else count(self.first_seed)
+        self.seeds: Iterator[int] = repeat(0) if self.first_seed is None else count(self.first_seed)
         scorer = RowScorer(reward, settings.batch_size, settings.prompts_kept, self._count_prompts)
-        scorer([_blank_row(reward, self.accepted)])
-        self.batcher: MicroBatcher[AnyRow, Scores] = MicroBatcher(
+        encoded = reward.backbone.encode_prompts([""]).trimmed().to("cpu", torch.float32)
+        scorer([LatentRow("", torch.zeros(own_shape(reward)), u=0.5, encoded=encoded)])
+        self.batcher: MicroBatcher[Row, Scores] = MicroBatcher(
             scorer,
             settings.batch_size,
             settings.max_wait_ms / 1000,
@@ -95,7 +96,7 @@ class ServedModel:
             self.resources.metrics.count_refused(self.name)
             raise
 
-    async def score(self, request: Request, rows: Sequence[AnyRow]) -> list[Scores]:
+    async def score(self, request: Request, rows: Sequence[Row]) -> list[Scores]:
         """Score the rows of ``request``; rows still in the queue are dropped if the client disconnects.
 
         Raises:
@@ -114,7 +115,7 @@ class ServedModel:
         finally:
             self._under_way -= 1
 
-    async def _score(self, request: Request, rows: Sequence[AnyRow]) -> list[Scores]:
+    async def _score(self, request: Request, rows: Sequence[Row]) -> list[Scores]:
         client = request.client and request.client.host
         scoring = asyncio.ensure_future(self.batcher.score(rows, client))
         gone = asyncio.ensure_future(_disconnected(request))
@@ -201,14 +202,6 @@ def own_shape(reward: RewardModel) -> tuple[int, ...]:
     """Return the shape ``(C, [T,] h, w)`` of latents of the network's native size."""
     space = reward.backbone.latent_space
     return space.shape(*(reward.backbone.native_size or (8 * space.downscale, 8 * space.downscale)))
-
-
-def _blank_row(reward: RewardModel, accepted: Accepted) -> LatentRow:
-    """Return a row of latents that are 0, in the network's native size, with the empty prompt."""
-    empty = reward.backbone.encode_prompts([""]).trimmed().to("cpu", torch.float32)
-    latents, pooled = torch.zeros(own_shape(reward)), empty.pooled_prompt_embeds
-    vector = None if pooled is None else pooled[0]
-    return LatentRow(latents, empty.prompt_embeds[0], vector, u=0.5, seed=0, prompt="", masked=accepted.masked)
 
 
 async def _disconnected(request: Request) -> None:

@@ -2,7 +2,6 @@
 
 from abc import ABC, abstractmethod
 
-from latentreward.serving.image_scoring import ImageScorer
 from latentreward.serving.routes import Route
 from latentreward.serving.service import ScoringService
 
@@ -12,11 +11,10 @@ class Dialect(ABC):
 
     Args:
         service: Service that scores.
-        scorer: Scorer of images.
     """
 
-    def __init__(self, service: ScoringService, scorer: ImageScorer) -> None:
-        self.service, self.scorer = service, scorer
+    def __init__(self, service: ScoringService) -> None:
+        self.service = service
 
     @abstractmethod
     def routes(self) -> list[Route]:

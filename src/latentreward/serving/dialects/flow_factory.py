@@ -18,11 +18,10 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 
 from latentreward.serving.dialects.base import Dialect
-from latentreward.serving.errors import RequestError
-from latentreward.serving.image_requests import EncodedImages, parsing_bytes
+from latentreward.serving.errors import RequestError, check_limit
+from latentreward.serving.images import EncodedImages, score_images
 from latentreward.serving.json_bodies import from_base64, read_json
-from latentreward.serving.protocol import LARGER_QUEUE, check_limit
-from latentreward.serving.routes import JSON, NUMBERS, TEXT, Route, check_type, fields, listed
+from latentreward.serving.routes import JSON, NUMBERS, TEXT, Route, fields, listed
 
 TEXTS = 8
 """Greatest number of texts, and of signs between them, per image; a body has two texts and four signs."""
@@ -52,16 +51,13 @@ class FlowFactory(Dialect):
 
     async def compute(self, request: Request) -> JSONResponse:
         """Score the images of a request."""
-        model, resources = self.service.model_of(request), self.service.resources
-        check_type(request, JSON)
-        async with resources.bodies.read(request) as body:
-            with resources.memory.hold(parsing_bytes(body, JSON), len(body)):
-                images = await asyncio.to_thread(parse_images, body, model.settings.queue)
-            scores = await self.scorer.score(request, model, images, len(body))
+        model = self.service.model_of(request)
+        formats = {JSON: lambda body: asyncio.to_thread(parse_images, body, model.settings.queue)}
+        scores = await score_images(model, request, formats)
         return JSONResponse({"rewards": [score for score, *_ in scores]})
 
 
-def parse_images(body: bytes | bytearray, most: int) -> EncodedImages:
+def parse_images(body: bytes, most: int) -> EncodedImages:
     """Parse the body of a request.
 
     Raises:
@@ -72,5 +68,5 @@ def parse_images(body: bytes | bytearray, most: int) -> EncodedImages:
         if getattr(content, name):
             raise RequestError(f"{name} is given; this server scores a prompt and an image, nothing else", 422)
     images = content.image or []
-    check_limit("image: images", len(images), most, LARGER_QUEUE)
+    check_limit("image: images", len(images), most)
     return EncodedImages(content.prompt, [from_base64(f"image {number}", text) for number, text in enumerate(images)])

@@ -17,7 +17,7 @@ tensors in GPU memory and gradients are refused. Unknown fields and ``metadata``
 """
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fastapi import Request
@@ -25,12 +25,11 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 
 from latentreward.serving.dialects.base import Dialect
-from latentreward.serving.errors import RequestError, ScoringError
-from latentreward.serving.image_requests import EncodedImages, parsing_bytes
+from latentreward.serving.errors import RequestError, ScoringError, check_limit
+from latentreward.serving.images import EncodedImages, score_images_by_reward
 from latentreward.serving.json_bodies import from_base64, read_json
-from latentreward.serving.protocol import LARGER_QUEUE, check_limit
-from latentreward.serving.routes import JSON, TEXT, Route, check_type, fields, listed
-from latentreward.serving.served import Scores
+from latentreward.serving.routes import JSON, TEXT, Route, fields, listed
+from latentreward.serving.served import Scores, ServedModel
 
 VERSION = "1"
 TEXTS = 256
@@ -113,43 +112,25 @@ class UniRL(Dialect):
 
     async def score(self, request: Request) -> JSONResponse:
         """Score the samples of a request."""
-        check_type(request, JSON)
-        resources = self.service.resources
-        most = max(model.settings.queue for model in self.service.models.values())
-        async with resources.bodies.read(request) as body:
-            with resources.memory.hold(parsing_bytes(body, JSON), len(body)):
-                samples = await asyncio.to_thread(parse_samples, body, most)
-                wanted = rewards_of(samples)
-                for name, rows in wanted.items():
-                    limit = self.service.named(name).settings.queue
-                    check_limit(f"requests: samples for {name}", len(rows), limit, LARGER_QUEUE)
-                for name, rows in wanted.items():  # now: scores of one reward would be lost if another then refuses
-                    self.service.named(name).require_room(len(rows))
-                images = await asyncio.to_thread(take_images, samples)
-            parts = {name: _selected(images, rows) for name, rows in wanted.items()}
-            needs = await asyncio.to_thread(lambda: {name: part.memory_bytes() for name, part in parts.items()})
-            # Each reward holds its own decoded images: if together they are too large for ever, 413 says so, not 503.
-            held = len(body) + sum(needs.values())
-            scoring = [self._scores(request, name, part, held - needs[name]) for name, part in parts.items()]
-            outcomes = await asyncio.gather(*scoring, return_exceptions=True)
-        for outcome in outcomes:  # raised after all have ended, since gather does not stop the others
-            if isinstance(outcome, BaseException):
-                raise outcome
-        return JSONResponse(reply(samples, wanted, dict(zip(wanted, outcomes, strict=True))))
+        samples: list[Sample] = []
 
-    async def _scores(
-        self, request: Request, name: str, images: EncodedImages, beside: int
-    ) -> list[dict[str, float]] | str:
-        """Return the scores of images by name of the score, or the message of a reward that cannot score them."""
-        model = self.service.named(name)
-        try:
-            scores: Sequence[Scores] = await self.scorer.score(request, model, images, beside)
-        except ScoringError as error:
-            return " ".join(str(error).split())
-        return [dict(zip((SCORE, *model.reward.axes), row, strict=True)) for row in scores]
+        async def parse(body: bytes) -> dict[ServedModel, EncodedImages]:
+            most = max(model.settings.queue for model in self.service.models.values())
+            samples.extend(await asyncio.to_thread(parse_samples, body, most))
+            wanted = {self.service.named(name): rows for name, rows in rewards_of(samples).items()}
+            for model, rows in wanted.items():
+                check_limit(f"requests: samples for {model.name}", len(rows), model.settings.queue)
+            images = await asyncio.to_thread(take_images, samples)
+            return {
+                model: EncodedImages(*zip(*(images[row] for row in rows), strict=True))
+                for model, rows in wanted.items()
+            }
+
+        outcomes = await score_images_by_reward(self.service.resources, request, {JSON: parse})
+        return JSONResponse(reply(samples, outcomes))
 
 
-def parse_samples(body: bytes | bytearray, most: int) -> list[Sample]:
+def parse_samples(body: bytes, most: int) -> list[Sample]:
     """Parse the body of a request into samples.
 
     Raises:
@@ -161,7 +142,7 @@ def parse_samples(body: bytes | bytearray, most: int) -> list[Sample]:
         raise RequestError(f"protocol_version is {found!r}; this server speaks version {VERSION}")
     if content.grad_mode:
         raise RequestError("grad_mode is true; this server gives no gradients", 422)
-    check_limit("requests: samples", len(content.requests), most, LARGER_QUEUE)
+    check_limit("requests: samples", len(content.requests), most)
     for number, sample in enumerate(content.requests):
         if not sample.history:
             raise RequestError(f"requests.{number}.history is empty; give a turn with text and image_b64", 422)
@@ -201,23 +182,16 @@ def take_images(samples: Sequence[Sample]) -> list[tuple[str, bytes]]:
     return images
 
 
-def _selected(images: Sequence[tuple[str, bytes]], rows: Sequence[int]) -> EncodedImages:
-    prompts, files = zip(*(images[row] for row in rows), strict=True)
-    return EncodedImages(prompts, files)
-
-
-def reply(
-    samples: Sequence[Sample], wanted: dict[str, list[int]], outcomes: dict[str, list[dict[str, float]] | str]
-) -> dict[str, Any]:
+def reply(samples: Sequence[Sample], outcomes: Mapping[ServedModel, list[Scores] | ScoringError]) -> dict[str, Any]:
     """Return the reply to a request."""
     results: list[dict[str, dict[str, float]]] = [{} for _ in samples]
     errors: list[dict[str, str]] = [{} for _ in samples]
-    for name, rows in wanted.items():
-        outcome = outcomes[name]
-        for place, row in enumerate(rows):
-            if isinstance(outcome, str):
-                errors[row][name] = outcome
+    rows = rewards_of(samples)
+    for model, outcome in outcomes.items():
+        for place, row in enumerate(rows[model.name]):
+            if isinstance(outcome, ScoringError):
+                errors[row][model.name] = " ".join(str(outcome).split())
             else:
-                results[row][name] = outcome[place]
+                results[row][model.name] = dict(zip((SCORE, *model.reward.axes), outcome[place], strict=True))
     identities = [sample.model_dump(include=set(Identity.model_fields)) for sample in samples]
     return {"protocol_version": VERSION, "results": results, "errors": errors, "identities": identities}

@@ -1,0 +1,169 @@
+"""Images of requests: reading of a body in any wire format, decoding within the server's memory, scores by reward."""
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+from fastapi import Request
+
+from latentreward.contracts import ImageRef
+from latentreward.data.images import ExifOrientation, ImageError, decode_image, decoding_bytes
+from latentreward.serving.batch_scorer import ImageRow
+from latentreward.serving.errors import RequestError, ScoringError
+from latentreward.serving.json_bodies import PROMPT_LENGTH
+from latentreward.serving.resources import Resources
+from latentreward.serving.routes import JSON, check_type
+from latentreward.serving.served import Scores, ServedModel
+
+MAX_PIXELS = 16 * 1024 * 1024
+"""Greatest number of pixels of an image; checked in the image's header, before decoding."""
+
+
+@dataclass(frozen=True)
+class EncodedImages:
+    """Encoded images of a request, with a prompt each.
+
+    Attributes:
+        prompts: One prompt per image.
+        images: Bytes of image files, such as PNG or JPEG.
+
+    Raises:
+        RequestError: If there is no image, the numbers of prompts and images differ, or a prompt is too long.
+    """
+
+    prompts: Sequence[str]
+    images: Sequence[bytes]
+
+    def __post_init__(self) -> None:
+        if not self.images:
+            raise RequestError("the request holds no image; give at least one", 422)
+        if len(self.prompts) != len(self.images):
+            raise RequestError(
+                f"{len(self.prompts)} prompts for {len(self.images)} images; give one prompt for all, or one each", 422
+            )
+        longest = max(map(len, self.prompts))
+        if longest > PROMPT_LENGTH:
+            raise RequestError(f"a prompt has {longest} characters; at most {PROMPT_LENGTH} are taken", 422)
+
+    def memory_bytes(self) -> int:
+        """Estimate the memory in bytes that the images take until they are scored.
+
+        The sum of the encoded images, the decoded images, and the extra memory of decoding the most demanding one.
+
+        Raises:
+            RequestError: If a file is not an image, or has too many pixels.
+        """
+        try:
+            decoded, extra = zip(*(decoding_bytes(ref, MAX_PIXELS) for ref in self._refs()), strict=True)
+        except ImageError as error:
+            raise RequestError(str(error), 422) from error
+        return sum(map(len, self.images)) + sum(decoded) + max(extra)
+
+    def decode(self, exif: ExifOrientation, until: float) -> list[ImageRow]:
+        """Decode the images into rows to score, turned upright by their EXIF orientation if ``exif`` is ``apply``.
+
+        No further image is decoded after the time ``until`` of the monotonic clock.
+
+        Raises:
+            RequestError: If an image is damaged.
+            TimeoutError: If there is no time left.
+        """
+        rows = []
+        for prompt, ref in zip(self.prompts, self._refs(), strict=True):
+            if time.monotonic() > until:
+                raise TimeoutError
+            try:
+                rows.append(ImageRow(prompt, decode_image(ref, MAX_PIXELS, exif)))
+            except ImageError as error:
+                raise RequestError(str(error), 422) from error
+        return rows
+
+    def _refs(self) -> list[ImageRef]:
+        return [ImageRef(str(number), data=data) for number, data in enumerate(self.images)]
+
+
+Parse = Callable[[bytes], Awaitable[EncodedImages]]
+"""Function from a body to its images."""
+ParseByReward = Callable[[bytes], Awaitable[Mapping[ServedModel, EncodedImages]]]
+"""Function from a body to the images that each reward is to score."""
+
+
+async def score_images(model: ServedModel, request: Request, formats: Mapping[str, Parse]) -> list[Scores]:
+    """Read the body of a request, and have one reward score its images; see :func:`score_images_by_reward`."""
+
+    async def parsed(body: bytes, parse: Parse) -> dict[ServedModel, EncodedImages]:
+        return {model: await parse(body)}
+
+    by_type = {kind: partial(parsed, parse=parse) for kind, parse in formats.items()}
+    outcome = (await score_images_by_reward(model.resources, request, by_type))[model]
+    if isinstance(outcome, ScoringError):
+        raise outcome
+    return outcome
+
+
+async def score_images_by_reward(
+    resources: Resources, request: Request, formats: Mapping[str, ParseByReward]
+) -> dict[ServedModel, list[Scores] | ScoringError]:
+    """Read the body of a request, and have rewards score its images.
+
+    Args:
+        resources: Resources of the server.
+        request: The request.
+        formats: Content type → function that parses such a body.
+
+    Returns:
+        Reward → scores of its images, or the error of a reward that cannot score them.
+
+    Raises:
+        RequestError: If the body is of another type, too long or cannot be parsed, an image is damaged or too large, a
+            reward has no room, or decoding or scoring takes longer than the timeout.
+    """
+    kind = check_type(request, *formats)
+    async with resources.bodies.read(request) as body:
+        with resources.memory.hold(parsing_bytes(body, kind), len(body)):
+            parts = await formats[kind](body)
+        for model, images in parts.items():  # now: scores of one reward would be lost if another then refuses
+            model.require_room(len(images.images))
+        needs = await asyncio.to_thread(lambda: {model: images.memory_bytes() for model, images in parts.items()})
+        # Each reward holds its own decoded images: if together they are too large for ever, 413 says so, not 503.
+        held = len(body) + sum(needs.values())
+
+        async def scored(model: ServedModel, images: EncodedImages) -> list[Scores]:
+            with resources.memory.hold(needs[model], held - needs[model]):
+                return await model.score(request, await _decoded(model, images))
+
+        outcomes = await asyncio.gather(*(scored(*part) for part in parts.items()), return_exceptions=True)
+    for outcome in outcomes:  # raised after all have ended, since gather does not stop the others
+        if isinstance(outcome, BaseException) and not isinstance(outcome, ScoringError):
+            raise outcome
+    return dict(zip(parts, outcomes, strict=True))  # type: ignore[arg-type]
+
+
+async def _decoded(model: ServedModel, images: EncodedImages) -> list[ImageRow]:
+    """Decode images for a reward, in their turn, which ends when the thread does, also after the timeout."""
+    turns, seconds = model.resources.decoders, model.resources.settings.timeout
+
+    def end_turn(decoding: asyncio.Future[list[ImageRow]]) -> None:
+        turns.release()
+        decoding.cancelled() or decoding.exception()  # else asyncio complains of an error that nobody waited for
+
+    until = time.monotonic() + seconds
+    try:
+        async with asyncio.timeout(seconds):
+            await turns.acquire()
+            decoding = asyncio.ensure_future(asyncio.to_thread(images.decode, model.reward.exif, until))
+            decoding.add_done_callback(end_turn)
+            return await asyncio.shield(decoding)
+    except TimeoutError as error:
+        raise RequestError(f"images not decoded within {seconds:g} seconds; send fewer", 504) from error
+
+
+def parsing_bytes(body: bytes, kind: str) -> int:
+    """Return an upper bound, in bytes, on the memory that parsing a body takes in addition to the body.
+
+    The bound includes the resulting images. JSON is decoded to one text, of up to 4 bytes per character if not all
+    characters are ASCII, and then to many texts. A form is copied and read into files.
+    """
+    return (3 if kind == JSON and body.isascii() else 6) * len(body)
