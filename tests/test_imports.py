@@ -93,7 +93,7 @@ MAY_IMPORT = {
     "estimate": BASE
     | {"encoders", "backbones", "families", "heads", "data", "cache", "scoring", "scorers", "settings"}
     | {"policies", "rewards", "modules"},
-    "steps": BASE | {"settings", "evaluation"},
+    "steps": BASE | {"settings", "reports"},
     "reproduction": BASE,
     "pilot": BASE | {"estimate", "evaluation", "metrics", "reports", "settings", "steps"},
     "taste": BASE | {"backbones", "families", "data", "evaluation", "metrics", "reports", "steps"},

@@ -20,8 +20,9 @@ from latentreward.evaluation.benchmark.base import Benchmark
 from latentreward.evaluation.benchmark.format_detection import recognise_benchmark
 from latentreward.evaluation.benchmark.four_way import VOTES
 from latentreward.evaluation.benchmark.protocols import PROTOCOLS, protocol_result
-from latentreward.evaluation.benchmark.results import BenchmarkPairs, ProtocolResult
+from latentreward.evaluation.benchmark.results import BenchmarkPairs
 from latentreward.evaluation.benchmark.sets import PickAPicBenchmark
+from latentreward.reports.tables import Row
 from latentreward.scorers import CallableScorer
 from latentreward.scorers.pair_scoring import PairScoring
 from tests.formats.conftest import COMMITTED, write_hpdv3, write_pickapic
@@ -47,7 +48,7 @@ def scores(benchmark: Benchmark, temperature: float | None = None) -> dict[str, 
     return scored
 
 
-def results(benchmark: Benchmark, scored: dict[str, BenchmarkPairs]) -> dict[tuple[str, str], ProtocolResult]:
+def results(benchmark: Benchmark, scored: dict[str, BenchmarkPairs]) -> dict[tuple[str, str], Row]:
     return {
         (item.protocol, item.split): protocol_result(item.protocol, scored[item.split], item.judge(scored))
         for item in benchmark.evaluations
@@ -71,10 +72,13 @@ class Found:
         result, expected = self.results[protocol, split], self.metrics[name]
         lost = unread(result)
         if "luminance_scorer" in self.expected or not lost:
-            values = [result.estimate.value, *(result.details[other] for other in others if result.equal_scores)]
+            values = [
+                result["estimate"].value,
+                *(result["details"][other] for other in others if result["equal_scores"]),
+            ]
             assert any(value == pytest.approx(expected, abs=1e-9) for value in values)
         elif not PROTOCOLS[protocol].macro:
-            hits, total = result.estimate.value * result.pairs, result.pairs + lost
+            hits, total = result["estimate"].value * result["pairs"], result["pairs"] + lost
             assert hits / total <= expected + 1e-9
             assert expected <= (hits + lost) / total + 1e-9
 
@@ -83,8 +87,8 @@ class Found:
         assert value == self.expected[name]
 
 
-def unread(result: ProtocolResult) -> int:
-    return sum(number for reason, number in result.excluded.items() if reason not in ("tie", "no label", "no vote"))
+def unread(result: Row) -> int:
+    return sum(number for reason, number in result["excluded"].items() if reason not in ("tie", "no label", "no vote"))
 
 
 def test_imagereward() -> None:
@@ -92,8 +96,8 @@ def test_imagereward() -> None:
     found.check("imagereward/micro", "test", "micro_acc")
     found.check("imagereward/macro", "test", "macro_acc_excl_all_tie")
     result = found.results["imagereward/micro", "test"]
-    found.count("strict_pairs", result.pairs + unread(result) - _unread_ties(found.scored["test"]))
-    found.count("all_pairs", result.pairs + sum(result.excluded.values()))
+    found.count("strict_pairs", result["pairs"] + unread(result) - _unread_ties(found.scored["test"]))
+    found.count("all_pairs", result["pairs"] + sum(result["excluded"].values()))
     per_prompt = [value for value in found.metrics["per_prompt"] if value is not None and not np.isnan(value)]
     for value, (accuracy, whole) in zip(per_prompt, _per_prompt(found.scored["test"]), strict=True):
         assert not whole or accuracy == pytest.approx(value)
@@ -120,7 +124,7 @@ def test_imagereward_db() -> None:
     if found.metrics:  # the layout states none
         found.check("imagereward/micro", "test", "micro_acc")
     result = found.results["imagereward/micro", "test"]
-    found.count("strict_pairs", result.pairs + unread(result) - _unread_ties(found.scored["test"]))
+    found.count("strict_pairs", result["pairs"] + unread(result) - _unread_ties(found.scored["test"]))
 
 
 def test_hpdv2() -> None:
@@ -128,22 +132,22 @@ def test_hpdv2() -> None:
     found.check("hpdv2/micro", "test", "micro_acc")
     found.check("hpdv2/macro", "test", "macro_inversion_score", "equal_scores_agree")
     result = found.results["hpdv2/macro", "test"]
-    found.count("test_pairs", result.pairs + sum(result.excluded.values()))
+    found.count("test_pairs", result["pairs"] + sum(result["excluded"].values()))
 
 
 def test_hpdv3() -> None:
     found = Found("hpdv3")
     found.check("hpdv3", "test", "acc")
     result = found.results["hpdv3", "test"]
-    assert result.equal_scores == found.metrics["equal"]
-    assert result.estimate.value * result.pairs == pytest.approx(found.metrics["correct"])
+    assert result["equal_scores"] == found.metrics["equal"]
+    assert result["estimate"].value * result["pairs"] == pytest.approx(found.metrics["correct"])
 
 
 def test_pickapic() -> None:
     found = Found("pickapic_v1")
     found.check("pickapic/pickscore", "test_unique", "pickscore_test_acc")
     found.check("pickapic/lrm", "test_unique", "lrm_style_test_acc")
-    details = found.results["pickapic/pickscore", "test_unique"].details
+    details = found.results["pickapic/pickscore", "test_unique"]["details"]
     for name, key in {"threshold": "best_threshold", "credit_without_threshold": "pickscore_test_acc_thr0"}.items():
         assert details[name] == pytest.approx(found.metrics[key])
     assert details["credit_by_threshold"] == pytest.approx(found.metrics["val_scores_by_threshold"])
@@ -152,18 +156,18 @@ def test_pickapic() -> None:
 def test_genai_bench_tiger() -> None:
     found = Found("genai_bench")
     found.check("genai_bench_tiger/no_tie", "test", "acc_without_ties")
-    found.count("strict_decodable", found.results["genai_bench_tiger/no_tie", "test"].pairs)
+    found.count("strict_decodable", found.results["genai_bench_tiger/no_tie", "test"]["pairs"])
     votes = found.results["genai_bench_tiger/4way", "test"]
-    assert votes.pairs + unread(votes) == sum(found.expected["votes"].get(kind, 0) for kind in VOTES)
-    assert votes.estimate.value <= 1
+    assert votes["pairs"] + unread(votes) == sum(found.expected["votes"].get(kind, 0) for kind in VOTES)
+    assert votes["estimate"].value <= 1
 
 
 def test_genai_bench_cmu() -> None:
     found = Found("genai_bench_cmu")
     found.check("genai_bench_cmu", "train", "acc")
     result = found.results["genai_bench_cmu", "train"]
-    found.count("strict", result.pairs + unread(result) - _unread_ties(found.scored["train"]))
-    found.count("pairs", result.pairs + sum(result.excluded.values()))
+    found.count("strict", result["pairs"] + unread(result) - _unread_ties(found.scored["train"]))
+    found.count("pairs", result["pairs"] + sum(result["excluded"].values()))
 
 
 @pytest.fixture(scope="module")
@@ -180,12 +184,12 @@ def test_odd_rows_are_left_out_and_counted(odd_rows, name) -> None:
     benchmark = recognise_benchmark(str(odd_rows / name))
     scored = scores(benchmark)
     for (_, split), result in results(benchmark, scored).items():
-        assert result.pairs > 0
-        assert 0 <= result.estimate.value <= 1
-        assert result.pairs + sum(result.excluded.values()) == len(scored[split].pair_ids)
+        assert result["pairs"] > 0
+        assert 0 <= result["estimate"].value <= 1
+        assert result["pairs"] + sum(result["excluded"].values()) == len(scored[split].pair_ids)
         unreadable = int(np.isnan(scored[split].first + scored[split].second).sum())
         assert unread(result) == unreadable
-        assert "no score" not in result.excluded
+        assert "no score" not in result["excluded"]
     assert {item.protocol for item in benchmark.evaluations} <= set(PROTOCOLS)
 
 
@@ -194,5 +198,5 @@ def test_every_published_row_of_pickapic_counts_by_pickscore(odd_rows) -> None:
     benchmark = PickAPicBenchmark(str(odd_rows / "pickapic_v1"), "train")
     scored = scores(benchmark)
     found = results(benchmark, scored)
-    assert set(found["pickapic/pickscore", "train"].excluded) == set(scored["train"].columns["problem"]) - {None}
-    assert found["pickapic/lrm", "train"].excluded["no label"] > 0
+    assert set(found["pickapic/pickscore", "train"]["excluded"]) == set(scored["train"].columns["problem"]) - {None}
+    assert found["pickapic/lrm", "train"]["excluded"]["no label"] > 0

@@ -7,16 +7,15 @@ from typing import Any
 
 from latentreward.errors import InputError, check_at_least_one
 from latentreward.evaluation.benchmark.base import Benchmark
-from latentreward.evaluation.benchmark.evaluate import evaluate, merged
+from latentreward.evaluation.benchmark.disagreement_cards import disagreement_pictures
+from latentreward.evaluation.benchmark.evaluate import evaluate
 from latentreward.evaluation.benchmark.format_detection import recognise_benchmark
-from latentreward.evaluation.benchmark.four_benchmarks import with_averages
 from latentreward.evaluation.benchmark.noise_columns import NoiseColumns
-from latentreward.evaluation.benchmark.page import disagreement_pictures
-from latentreward.evaluation.benchmark.plan import ScoringPlan
-from latentreward.evaluation.benchmark.report import HTML, JSON, MARKDOWN, versions, write_report
 from latentreward.evaluation.benchmark.results import BenchmarkReport
-from latentreward.evaluation.benchmark.tables import count_list
-from latentreward.reports.tables import Table, as_text, interval, percent
+from latentreward.evaluation.benchmark.scoring import complete, open_scores
+from latentreward.evaluation.benchmark.sections import INTRODUCTION, TITLE, sections
+from latentreward.reports.report import HTML, JSON, MARKDOWN, versions, write_report
+from latentreward.reports.tables import Table, as_text, cell, interval, percent
 from latentreward.scorers import RewardModelScorer, Scorer
 from latentreward.scorers.reward_model import reward_names
 from latentreward.settings.functions import run_function
@@ -81,17 +80,26 @@ def benchmark(
     sets = _with_more("benchmarks", "data", benchmarks, [] if data is None else [recognise_benchmark(data)])
     given = _with_more("scorers", "model", scorers, _named_rewards(model, trust_remote_code))
     models = [NoiseColumns(one, levels, draws) if isinstance(one, RewardModelScorer) else one for one in given]
-    plan = ScoringPlan(
-        output_dir / "scores", sets, models, limit, flush_every=flush_every, decode_threads=decode_threads
-    )
-    plan.complete()
-    scores = plan.scores()
-    introduction = _introduction(limit, levels, draws, sets)
-    report = with_averages(merged([introduction, *(evaluate(one, telling_pairs) for one in scores)]))
-    readers = {one.name(split): reader for one in scores for split, reader in one.benchmark.readers().items()}
-    write_report(output_dir, report, disagreement_pictures(report, readers))
+    options = {"flush_every": flush_every, "decode_threads": decode_threads}
+    scored = open_scores(output_dir / "scores", sets, models, limit, **options)
+    seconds = complete(scored)
+    report = evaluate(scored, telling_pairs)
+    report.settings = {
+        "data sets": ", ".join(one.name for one in sets),
+        "pairs per split": "all" if limit is None else f"the first {limit}",
+        "noise levels": ", ".join(f"{level:g}" for level in levels) or "none",
+        "draws of noise": draws,
+        **{f"version of {name}": number for name, number in versions().items()},
+    }
+    if limit is not None:
+        report.notes.append(
+            f"A first look: only the first {limit} pairs of each split were scored. Do not quote these numbers."
+        )
+    readers = {f"{one.name} {split}": reader for one in sets for split, reader in one.readers().items()}
+    parts = list(sections(report, disagreement_pictures(report.telling, readers)))
+    write_report(output_dir, report, TITLE, INTRODUCTION, parts, "benchmark")
     print(_summary(report))
-    costs = ", ".join(f"{name} {spent:.1f} s" for name, spent in plan.seconds().items())
+    costs = ", ".join(f"{name} {spent:.1f} s" for name, spent in seconds.items())
     print(f"time: {costs or 'all was scored before'}")
     print(f"{output_dir / HTML}, {MARKDOWN} and {JSON} show everything")
 
@@ -124,34 +132,21 @@ def _with_more(name: str, single: str, several: list[Any] | None, more: Sequence
     return found
 
 
-def _introduction(limit: int | None, levels: Sequence[float], draws: int, sets: list[Benchmark]) -> BenchmarkReport:
-    settings = {
-        "data sets": ", ".join(one.name for one in sets),
-        "pairs per split": "all" if limit is None else f"the first {limit}",
-        "noise levels": ", ".join(f"{level:g}" for level in levels) or "none",
-        "draws of noise": draws,
-        **{f"version of {name}": number for name, number in versions().items()},
-    }
-    note = f"A first look: only the first {limit} pairs of each split were scored. Do not quote these numbers."
-    return BenchmarkReport(scorers={}, settings=settings, notes=() if limit is None else (note,))
-
-
 def _summary(report: BenchmarkReport) -> str:
     """Return the notes, a line for each split with unreadable images, and a table row per protocol and model."""
     rows = [
         (
-            f"{result.benchmark}: {result.protocol}",
-            result.scorer,
-            f"{percent(result.estimate.value)} %",
-            interval(result.estimate),
-            f"{result.pairs} pairs",
+            f"{row['benchmark']}: {row['protocol']}",
+            row["scorer"],
+            f"{percent(row['estimate'].value)} %",
+            interval(row["estimate"]),
+            f"{row['pairs']} pairs",
         )
-        for result in report.protocols
+        for row in report.protocols
     ]
     left_out = [
-        f"{name}: {pairs} {'pair' if pairs == 1 else 'pairs'} left out: {count_list(counts['unreadable_images'])}"
+        f"{name}: {pairs} {'pair' if pairs == 1 else 'pairs'} left out: {cell(counts['unreadable_images'])}"
         for name, counts in report.data.items()
         if (pairs := counts["pairs_without_an_image"])
     ]
-    table = Table(rows[0], tuple(rows[1:]))
-    return "\n".join([*(f"note: {note}" for note in report.notes), *left_out, as_text(table)])
+    return "\n".join([*(f"note: {note}" for note in report.notes), *left_out, as_text(Table(rows[0], tuple(rows[1:])))])

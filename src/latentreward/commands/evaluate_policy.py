@@ -10,11 +10,10 @@ from typing import Any, Literal
 
 from latentreward.data.alignment.prompt_files import PromptRow, check_lengths, read_prompt_set
 from latentreward.errors import InputError
-from latentreward.evaluation.benchmark.report import HTML, versions
 from latentreward.evaluation.policy.imported import FoundPicture, pictures_per_prompt, prompts_of
+from latentreward.evaluation.policy.page import side_by_side
 from latentreward.evaluation.policy.published_numbers import Protocol, published_scores
-from latentreward.evaluation.policy.report import write_report
-from latentreward.evaluation.policy.results import PolicyReport
+from latentreward.evaluation.policy.results import PolicyReport, scores_csv
 from latentreward.evaluation.policy.samples import (
     JudgedPolicy,
     SamplingPlan,
@@ -31,13 +30,14 @@ from latentreward.evaluation.policy.scoring import (
     scores_of,
     scoring_task,
 )
+from latentreward.evaluation.policy.sections import INTRODUCTION, score_table, sections
 from latentreward.evaluation.policy.statistics import compare, in_common, policy_scores
-from latentreward.evaluation.policy.tables import score_table
 from latentreward.generation.picture_writing import DETERMINISTIC
 from latentreward.generation.trained_policy import plain
 from latentreward.interrupts import interrupts_told
 from latentreward.ranks.crew import SHARDS, Crew, Task
 from latentreward.ranks.settings import TrainerSettings
+from latentreward.reports.report import HTML, versions, write_report
 from latentreward.reports.tables import as_text
 from latentreward.rollout import Sampling
 from latentreward.scorers import ImageScorer, Scorer
@@ -49,6 +49,8 @@ from latentreward.storage.durable import contents, write_file
 from latentreward.storage.locks import locked
 from latentreward.tinyworld.captions import judged_captions, tuning_captions
 
+SCORES = "scores.csv"
+"""File with every score of every picture."""
 MARKER = "evaluate.json"
 """File by which an output folder of an earlier evaluation is recognised; it holds the settings."""
 SLOTS, NAMES = ("policy", "against"), ("policy", "baseline")
@@ -197,13 +199,15 @@ def evaluate_policy(
             report = PolicyReport(
                 {name: judged.describe() for name, judged in policies.items()},
                 {scorer.name: public_identity(scorer) for scorer in scorers},
-                tuple(score for one in scored for score in policy_scores(one, headlines, parts)),
-                tuple(compare(*scored)) if len(scored) > 1 else (),
-                tuple(one for one in (published_scores(published) if published else ()) if one.score in names),
+                [score for one in scored for score in policy_scores(one, headlines, parts)],
+                compare(*scored) if len(scored) > 1 else [],
+                [one for one in (published_scores(published) if published else []) if one["score"] in names],
                 {**settings, "versions": versions()},
                 notes,
             )
-            write_report(output_dir, report, scored, cards)
+            write_file(output_dir / SCORES, scores_csv(scored))
+            title, page = " against ".join(policies), side_by_side(scored, cards)
+            write_report(output_dir, report, title, INTRODUCTION, sections(report), "policy", **page)
             print(as_text(score_table(report)))
             print(f"{output_dir / HTML}: {len(scored[0].pictures)} pictures of each policy")
 

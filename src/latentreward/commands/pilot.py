@@ -175,9 +175,9 @@ def run_all(
     weights: str | None,
 ) -> None:
     """Run the stages that have not finished, and write the result; it keeps its weights if ``weights`` is None."""
-    from latentreward.evaluation.benchmark.report import HTML
     from latentreward.pilot.results import collect, holds, published_as, write_result
     from latentreward.pilot.running import run_stages, unfinished, workshop
+    from latentreward.reports.report import HTML
 
     shop = workshop(folder)
     if unfinished(tasks, shop):

@@ -11,10 +11,10 @@ import torch
 from pyarrow import parquet
 
 from latentreward.errors import InputError
-from latentreward.evaluation.benchmark.report import JSON
 from latentreward.pilot.checks import GB
 from latentreward.pilot.plans import BESIDE, CUT, JUDGED, MEASURED, Pilot
 from latentreward.pilot.running import starts
+from latentreward.reports.report import JSON
 from latentreward.steps.sources import commit, computed_with, machine
 from latentreward.steps.tasks import Task
 from latentreward.steps.workshop import LOG, Workshop

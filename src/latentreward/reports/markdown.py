@@ -27,8 +27,8 @@ def plain(text: str) -> str:
 
 
 def markdown_table(table: Table) -> str:
-    """Convert a table to a Markdown pipe table, with the caption as heading."""
-    lines = [[plain(cell) for cell in row] for row in (table.header, *table.rows)]
-    lines.insert(1, ["---"] * len(table.header))
+    """Convert a table to a Markdown pipe table, with its notes as heading."""
+    lines = [[plain(cell) for cell in row] for row in (table.columns, *table.rows)]
+    lines.insert(1, ["---"] * len(table.columns))
     rows = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
-    return f"### {plain(table.caption)}\n\n{rows}" if table.caption else rows
+    return f"### {plain(table.notes)}\n\n{rows}" if table.notes else rows

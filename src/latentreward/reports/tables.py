@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # importing metrics loads torchmetrics and transformers, which model cards do not need
+    from matplotlib.figure import Figure
+
     from latentreward.metrics.bootstrap import Interval
 
 NOTHING = "–"
 """Text of a cell whose value is not known."""
-Result = TypeVar("Result", bound=Any)
+Row = Mapping[str, Any]
+"""Result of an evaluation, as in ``report.json``: name → text, number, Interval, or counts by reason."""
+Column = tuple[str, str | Callable[[Row], str]]
+"""Heading, and the name of the value in each row or a function from the row to the text of the cell."""
 
 
 @dataclass(frozen=True)
@@ -21,16 +26,22 @@ class Table:
     """A table whose cells are text.
 
     Attributes:
-        header: Names of the columns.
+        columns: Headings of the columns.
         rows: Rows with one cell per column.
-        caption: Heading of the table; may be empty.
+        notes: What the table shows, written above it; may be empty.
         theirs: Whether the numbers were measured by others, such as the authors of a paper.
     """
 
-    header: tuple[str, ...]
+    columns: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
-    caption: str = ""
+    notes: str = ""
     theirs: bool = False
+
+    @classmethod
+    def of(cls, rows: Iterable[Row], *columns: Column, notes: str = "", theirs: bool = False) -> Table:
+        """Build a table from results; values are formatted by :func:`cell`."""
+        cells = tuple(tuple(cell(row[how]) if isinstance(how, str) else how(row) for _, how in columns) for row in rows)
+        return cls(tuple(heading for heading, _ in columns), cells, notes, theirs)
 
 
 @dataclass(frozen=True)
@@ -38,16 +49,30 @@ class Section:
     """A section of a report.
 
     Attributes:
-        key: Name of the section in links, and key of its figures.
         title: Heading.
         text: Explanation of the section's numbers; may be empty.
         tables: Tables of the section.
+        figures: Figures of the HTML page, each with a sentence of alternative text.
+        cards: Pictures that the HTML page shows in place of the tables: heading → values for the template.
     """
 
-    key: str
     title: str
     text: str
-    tables: tuple[Table, ...]
+    tables: Sequence[Table]
+    figures: Sequence[tuple[Figure, str]] = ()
+    cards: Mapping[str, Sequence[Any]] | None = None
+
+
+def cell(value: Any) -> str:
+    """Format a value: an Interval in percent, counts by reason as ``3 truncated, 1 missing file``, a float as ``0.4``.
+
+    Counts that are all 0 become ``0``.
+    """
+    if isinstance(value, tuple):  # the only tuple among results is an Interval
+        return with_interval(value)  # type: ignore[arg-type]
+    if isinstance(value, Mapping):
+        return ", ".join(f"{number} {reason}" for reason, number in sorted(value.items()) if number) or "0"
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def percent(value: float) -> str:
@@ -75,17 +100,17 @@ def without_unset(identity: str) -> str:
     return re.sub(r" \w+ None\b", "", identity)
 
 
-def grouped(results: Iterable[Result], *names: str) -> dict[tuple[Any, ...], list[Result]]:
-    """Group results by the values of the attributes ``names``; groups and results keep their order."""
-    groups: dict[tuple[Any, ...], list[Result]] = {}
+def grouped(results: Iterable[Row], *names: str) -> dict[tuple[Any, ...], list[Row]]:
+    """Group results by the values ``names``, None where a result lacks one; groups and results keep their order."""
+    groups: dict[tuple[Any, ...], list[Row]] = {}
     for result in results:
-        groups.setdefault(tuple(getattr(result, name) for name in names), []).append(result)
+        groups.setdefault(tuple(map(result.get, names)), []).append(result)
     return groups
 
 
 def as_text(table: Table) -> str:
-    """Format a table for the terminal, with aligned columns and without caption."""
-    lines = (table.header, *table.rows)
+    """Format a table for the terminal, with aligned columns and without its notes."""
+    lines = (table.columns, *table.rows)
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join(
         "  ".join(f"{cell:{width}}" for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines

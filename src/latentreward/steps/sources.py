@@ -12,7 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import latentreward
-from latentreward.evaluation.benchmark.report import versions
+from latentreward.reports.report import versions
 from latentreward.storage.digests import digest
 
 PACKAGE = Path(latentreward.__file__).parent

@@ -64,8 +64,8 @@ def test_own_pairs_from_a_file_and_a_folder(own_pairs) -> None:
         benchmark = recognise_benchmark(str(data))
         assert benchmark.protocols == ("pairs/strict", "pairs/soft")
         found = results(benchmark, scores(benchmark))
-        assert {item.pairs for item in found.values()} == {2}
-        assert [item.excluded for item in found.values()] == [{"missing file": 1}] * 2
+        assert {item["pairs"] for item in found.values()} == {2}
+        assert [item["excluded"] for item in found.values()] == [{"missing file": 1}] * 2
     folder = own_pairs.parent / "folder"
     for side, name in {"chosen": "light.jpg", "rejected": "dark.jpg"}.items():
         (folder / side).mkdir(parents=True)
@@ -85,8 +85,8 @@ def test_missing_images_are_left_out_and_counted(tmp_path) -> None:
     lost = np.isnan(pairs.first + pairs.second)
     np.testing.assert_array_equal((pairs.first - pairs.second)[~lost], (whole.first - whole.second)[~lost])
     result = protocol_result("hpdv3", pairs, benchmark.evaluations[0].judge({"test": pairs}))
-    assert sum(result.excluded.values()) == lost.sum() >= 1
-    assert set(result.excluded) <= {"missing file", "unknown image format"}
+    assert sum(result["excluded"].values()) == lost.sum() >= 1
+    assert set(result["excluded"]) <= {"missing file", "unknown image format"}
     with pytest.raises(InputError, match=r"no file .*test\.json"):
         sets.HPDv3Benchmark(str(tmp_path)).readers()
 

@@ -9,11 +9,11 @@ import torch
 
 from latentreward.errors import InputError
 from latentreward.evaluation.benchmark.calibration import calibration_result, cross_fitted_probability
-from latentreward.evaluation.benchmark.four_benchmarks import FOUR_BENCHMARKS, PUBLISHED_AVERAGES, with_averages
+from latentreward.evaluation.benchmark.four_benchmarks import FOUR_BENCHMARKS, PUBLISHED_AVERAGES, add_averages
 from latentreward.evaluation.benchmark.model_agreement import agreement_result, correlation_results
 from latentreward.evaluation.benchmark.protocols import PROTOCOLS, judge, protocol_result
 from latentreward.evaluation.benchmark.published_numbers import PUBLISHED, published_for
-from latentreward.evaluation.benchmark.results import BenchmarkReport, ProtocolResult
+from latentreward.evaluation.benchmark.results import BenchmarkReport
 from latentreward.evaluation.benchmark.sections import sections
 from latentreward.evaluation.benchmark.subgroups import (
     level_results,
@@ -31,28 +31,28 @@ def test_subgroups_are_the_protocol_on_their_rows() -> None:
     )
     pairs = drawn(300, columns={"models": models, "vote": models})
     found = subgroup_results("imagereward/macro", pairs, judge("imagereward/macro", pairs))
-    assert {item.value for item in found} == set(models)
-    assert [item.pairs for item in found] == sorted((item.pairs for item in found), reverse=True)
-    assert {item.column for item in found} == {"models"}
+    assert {item["value"] for item in found} == set(models)
+    assert [item["pairs"] for item in found] == sorted((item["pairs"] for item in found), reverse=True)
+    assert {item["column"] for item in found} == {"models"}
     for item in found:
-        rows = np.array(models) == item.value
+        rows = np.array(models) == item["value"]
         groups = [pairs.groups[row] for row in np.flatnonzero(rows)]
         part = scored(pairs.first[rows], pairs.second[rows], pairs.labels[rows], groups)
         alone = protocol_result("imagereward/macro", part, judge("imagereward/macro", part))
-        assert (item.estimate, item.pairs) == (alone.estimate, alone.pairs)
+        assert (item["estimate"], item["pairs"]) == (alone["estimate"], alone["pairs"])
 
 
 def test_a_value_of_several_lines_counts_for_each() -> None:
     pairs = scored([1, -1, 1], 0.0, [1, 1, 1], columns={"skill": ("basic\nscene", "advanced\nscene", None)})
     found = subgroup_results("pairs/strict", pairs, judge("pairs/strict", pairs))
-    assert [(item.value, item.pairs, item.estimate.value) for item in found] == [
+    assert [(item["value"], item["pairs"], item["estimate"].value) for item in found] == [
         ("scene", 2, 0.5),
         ("advanced", 1, 0),
         ("basic", 1, 1),
     ]
-    assert [item.value for item in subgroup_results("pairs/strict", pairs, judge("pairs/strict", pairs), least=2)] == [
-        "scene"
-    ]
+    assert [
+        item["value"] for item in subgroup_results("pairs/strict", pairs, judge("pairs/strict", pairs), least=2)
+    ] == ["scene"]
 
 
 def test_paired_difference_counts_what_both_scored() -> None:
@@ -63,19 +63,19 @@ def test_paired_difference_counts_what_both_scored() -> None:
     judged = [(item, judge("pairs/strict", item)) for item in (pairs, other)]
     found = paired_difference("pairs/strict", *judged)
     both = ~np.isnan(judged[1][1].credit)
-    assert found.pairs == both.sum()
-    assert found.estimate.value == pytest.approx(judged[0][1].credit[both].mean() - judged[1][1].credit[both].mean())
-    assert found.estimate.low < found.estimate.value < found.estimate.high
-    same = paired_difference("pairs/strict", judged[0], judged[0]).estimate
+    assert found["pairs"] == both.sum()
+    assert found["estimate"].value == pytest.approx(judged[0][1].credit[both].mean() - judged[1][1].credit[both].mean())
+    assert found["estimate"].low < found["estimate"].value < found["estimate"].high
+    same = paired_difference("pairs/strict", judged[0], judged[0])["estimate"]
     assert (same.value, same.low, same.high) == (0, 0, 0)
 
 
-@pytest.mark.parametrize("function", [agreement_result, lambda _, a, b: paired_difference("hpdv3", a, b)])
-def test_scores_of_other_pairs_are_refused(function) -> None:
+def test_scores_of_other_pairs_are_refused() -> None:
     pairs, fewer = drawn(30), drawn(27)
-    given = (pairs, fewer) if function is agreement_result else [(p, judge("hpdv3", p)) for p in (pairs, fewer)]
     with pytest.raises(InputError, match="scored other pairs; score both on the same split"):
-        function("hpdv3", *given)
+        agreement_result(pairs, fewer)
+    with pytest.raises(InputError, match="scored other pairs; score both on the same split"):
+        paired_difference("hpdv3", *((item, judge("hpdv3", item)) for item in (pairs, fewer)))
 
 
 def test_levels_are_the_protocol_at_each() -> None:
@@ -86,9 +86,9 @@ def test_levels_are_the_protocol_at_each() -> None:
         first, second = (pairs.first, pairs.second) + 4 * sigma * noise
         levels.append((sigma, 1000 * sigma, replace(pairs, first=first, second=second)))
     found = level_results("hpdv3", levels)
-    assert [(item.sigma, item.timestep) for item in found] == [(0, 0), (0.5, 500), (1, 1000)]
-    assert found[0].estimate == protocol_result("hpdv3", pairs, judge("hpdv3", pairs)).estimate
-    assert found[0].estimate.value > found[1].estimate.value > found[2].estimate.value
+    assert [(item["sigma"], item["timestep"]) for item in found] == [(0, 0), (0.5, 500), (1, 1000)]
+    assert found[0]["estimate"] == protocol_result("hpdv3", pairs, judge("hpdv3", pairs))["estimate"]
+    assert found[0]["estimate"].value > found[1]["estimate"].value > found[2]["estimate"].value
 
 
 def answered(number: int, temperature: float, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -102,18 +102,18 @@ def test_calibrated_scores_of_any_scale_have_little_error() -> None:
     gap, labels = answered(2500, 0.7)
     for scale in (1, 50):
         found = calibration_result("hpdv3", scored(scale * gap, 0.0, labels))
-        assert found.temperature == pytest.approx(0.7 * scale, rel=0.15)
-        assert found.error.value < 0.03
-        assert found.error.low <= found.error.value <= found.error.high
-        assert sum(count for count, _, _ in found.curve) == 2500
+        assert found["temperature"] == pytest.approx(0.7 * scale, rel=0.15)
+        assert found["error"].value < 0.03
+        assert found["error"].low <= found["error"].value <= found["error"].high
+        assert sum(count for count, _, _ in found["curve"]) == 2500
 
 
 def test_gaps_whose_size_tells_nothing_are_not_calibrated() -> None:
     gap, labels = answered(2000, 0.7)
     odd = np.sign(gap) * np.random.default_rng(1).lognormal(0, 2, 2000)
-    assert calibration_result("hpdv3", scored(odd, 0.0, labels)).error.low > 0.05
+    assert calibration_result("hpdv3", scored(odd, 0.0, labels))["error"].low > 0.05
     useless = calibration_result("hpdv3", scored(gap, 0.0, 1 - labels))
-    assert (useless.temperature, useless.curve[0][1]) == (np.inf, 0.5)
+    assert (useless["temperature"], useless["curve"][0][1]) == (np.inf, 0.5)
 
 
 def test_calibration_is_that_of_the_metric_on_cross_fitted_probabilities() -> None:
@@ -121,7 +121,7 @@ def test_calibration_is_that_of_the_metric_on_cross_fitted_probabilities() -> No
     probability = cross_fitted_probability(pairs.first - pairs.second, pairs.labels, np.array(pairs.groups))
     metric = PairCalibration()
     metric.update(torch.from_numpy(probability), torch.from_numpy(pairs.labels))
-    assert calibration_result("hpdv3", pairs).error.value == pytest.approx(metric.compute().item(), abs=1e-6)
+    assert calibration_result("hpdv3", pairs)["error"].value == pytest.approx(metric.compute().item(), abs=1e-6)
     with_gaps = scored(
         [*pairs.first, NAN, 1], [*pairs.second, 0, 0], [*pairs.labels, 1, NAN], [*pairs.groups, "x", "y"]
     )
@@ -141,24 +141,24 @@ def test_a_half_does_not_see_its_own_labels() -> None:
 def test_agreement_by_hand_and_by_torchmetrics() -> None:
     pairs = drawn(90)
     other = replace(drawn(90, 1), scorer="other")
-    found = agreement_result("set", pairs, other)
+    found = agreement_result(pairs, other)
     alike = (pairs.first > pairs.second) == (other.first > other.second)
-    assert (found.pairs, found.pair.value) == (90, pytest.approx(alike.mean()))
+    assert (found["pairs"], found["pair"].value) == (90, pytest.approx(alike.mean()))
     for kind in ("spearman", "pearson"):
         metric = ScoreCorrelation(kind)
         for side in ("first", "second"):
             metric.update(*(torch.tensor(getattr(item, side)) for item in (pairs, other)))
-        assert getattr(found, kind).value == pytest.approx(metric.compute().item(), abs=1e-6)
+        assert found[kind].value == pytest.approx(metric.compute().item(), abs=1e-6)
 
 
 def test_agreement_with_clip_and_aesthetic_scores_is_named() -> None:
-    found = agreement_result("set", drawn(90), replace(drawn(90, 1), scorer="other"))
+    found = agreement_result(drawn(90), replace(drawn(90, 1), scorer="other"))
     for identity, stem in {"CLIPScorer of x": "clip_corr", "AestheticScorer y": "aes_corr"}.items():
         named = correlation_results(found, {"model": "RewardModelScorer z", "other": identity})
-        assert {item.name: item.estimate for item in named} == {
-            f"{stem}_{kind}": getattr(found, kind) for kind in ("spearman", "pearson", "pair")
+        assert {item["name"]: item["estimate"] for item in named} == {
+            f"{stem}_{kind}": found[kind] for kind in ("spearman", "pearson", "pair")
         }
-        assert {(item.scorer, item.reference) for item in named} == {("model", "other")}
+        assert {(item["scorer"], item["reference"]) for item in named} == {("model", "other")}
     assert correlation_results(found, {"model": "RewardModelScorer z", "other": "PickScorer"}) == []
 
 
@@ -169,7 +169,7 @@ def test_an_image_that_recurs_counts_once() -> None:
     pairs = scored([1, 1, 2, 9], [2, 4, 4, 7], [1, 1, 1, 1], groups, **keys)
     other = scored([5, 5, 3, 1], [3, 8, 8, 2], [1, 1, 1, 1], groups, **keys)
     expected = np.corrcoef([1, 2, 4, 9, 7], [5, 3, 8, 1, 2])[0, 1]
-    assert agreement_result("set", pairs, other).pearson.value == pytest.approx(expected)
+    assert agreement_result(pairs, other)["pearson"].value == pytest.approx(expected)
 
 
 def test_published_numbers_belong_to_protocols_and_name_their_source() -> None:
@@ -182,27 +182,30 @@ def test_published_numbers_belong_to_protocols_and_name_their_source() -> None:
 
 def test_mean_of_four_benchmarks_is_unweighted_and_of_all_four_alone() -> None:
     published = {"imagereward": 0.6034, "hpdv2": 0.8213, "hpdv3": 0.7504, "genai_bench_tiger": 0.6843}  # DiNa-LRM's
-    dina = []
+    rows = []
     for n, (name, value) in enumerate(published.items(), start=1):
         interval, data = Interval(value, value - 0.01 * n, value + 0.02, 10 * n), f"{name} test"
-        dina.append(ProtocolResult(FOUR_BENCHMARKS[data], "dina", interval, n, n, 0, {}, benchmark=data))
+        counts = {"pairs": n, "groups": n, "equal_scores": 0, "excluded": {}, "details": {}}
+        protocol = FOUR_BENCHMARKS[data]
+        rows.append({"protocol": protocol, "scorer": "dina", "estimate": interval, **counts, "benchmark": data})
     elsewhere = [
-        replace(dina[0], benchmark="imagerewarddb test"),
-        replace(dina[3], benchmark="genai_bench_tiger test_v1"),
+        {**rows[0], "benchmark": "imagerewarddb test"},
+        {**rows[3], "benchmark": "genai_bench_tiger test_v1"},
     ]
-    three = [replace(one, scorer="three") for one in dina[:3]]
-    report = BenchmarkReport({"dina": "", "three": ""}, (*dina, *three, *elsewhere))
-    found = with_averages(report)
+    three = [{**row, "scorer": "three"} for row in rows[:3]]
+    found = BenchmarkReport({"dina": "", "three": ""}, [*rows, *three, *elsewhere])
+    add_averages(found)
     (average,) = found.averages
-    assert average.scorer == "dina"
+    assert average["scorer"] == "dina"
     spread = 0.01 * 30**0.5 / 4
-    assert average.estimate == pytest.approx((0.71485, 0.71485 - spread, 0.71485 + 0.01, 10))
-    means = {number.model: number.value for number in found.published}
+    assert average["estimate"] == pytest.approx((0.71485, 0.71485 - spread, 0.71485 + 0.01, 10))
+    means = {row["model"]: row["value"] for row in found.published}
     assert list(means.values()) == [0.7149, 0.7248, 0.6173, 0.7484, 0.7051, 0.7281, 0.7068, 0.6493, 0.7027]
     assert means["DiNa-LRM"] - means["LRM-SDXL"] == pytest.approx(0.0976)  # the gain that the paper states
     assert any(section.title == "Mean of four benchmarks" for section in sections(found))
-    without = replace(report, protocols=report.protocols[4:])
-    assert with_averages(without) == without
+    without = BenchmarkReport({"dina": "", "three": ""}, found.protocols[4:])
+    add_averages(without)
+    assert without.averages == without.published == []
 
 
 def test_published_averages_are_those_of_the_published_cells() -> None:
@@ -223,7 +226,7 @@ def test_one_long_prompt_costs_no_more_than_itself() -> None:
     ours = replace(plain, groups=("x" * 100_000, *plain.groups[1:]))
     tracemalloc.start()
     found = [protocol_result("imagereward/micro", ours, judge("imagereward/micro", ours))]
-    agreement_result("set", ours, ours)
+    agreement_result(ours, ours)
     calibration_result("pairs/strict", ours)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
@@ -234,6 +237,6 @@ def test_one_long_prompt_costs_no_more_than_itself() -> None:
 
 def test_numbers_and_ends_stay_as_they_were() -> None:
     pairs = drawn(400)
-    estimate = protocol_result("imagereward/micro", pairs, judge("imagereward/micro", pairs)).estimate
+    estimate = protocol_result("imagereward/micro", pairs, judge("imagereward/micro", pairs))["estimate"]
     expected = (0.710691823899371, 0.659375, 0.7605200058840835)
     assert (estimate.value, estimate.low, estimate.high) == pytest.approx(expected, rel=1e-12)

@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from latentreward.evaluation.policy.page import shown_rows
-from latentreward.evaluation.policy.report import write_report
+from latentreward.evaluation.policy.page import shown_rows, side_by_side
 from latentreward.evaluation.policy.results import PolicyReport, ScoredPictures
+from latentreward.evaluation.policy.sections import INTRODUCTION, sections
 from latentreward.evaluation.policy.statistics import compare, policy_scores
+from latentreward.reports.report import write_report
 from latentreward.scorers.tools import JudgedPicture
 from tests.accessibility import PHONE, faults
 
@@ -34,11 +35,12 @@ def write(folder: Path, *scored: ScoredPictures) -> Path:
     report = PolicyReport(
         {one.policy: HOSTILE for one in scored},
         {"pickscore": HOSTILE, "aesthetic": "AestheticScorer"},
-        tuple(score for one in scored for score in policy_scores(one, headlines)),
-        tuple(compare(*scored)) if len(scored) > 1 else (),
+        [score for one in scored for score in policy_scores(one, headlines)],
+        compare(*scored) if len(scored) > 1 else [],
         notes=(HOSTILE,),
     )
-    write_report(folder, report, scored, cards=10)
+    title = " against ".join(report.policies)
+    write_report(folder, report, title, INTRODUCTION, sections(report), "policy", **side_by_side(scored, 10))
     return folder / "report.html"
 
 

@@ -140,6 +140,7 @@ class Benchmark(ABC):
                 first=nothing,
                 second=nothing,
                 columns=self.columns(reader),
+                benchmark=f"{self.name} {split}",
                 split=split,
             )
         return self._unscored[split]

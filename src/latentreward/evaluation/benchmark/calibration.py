@@ -3,14 +3,15 @@
 import numpy as np
 import torch
 
-from latentreward.evaluation.benchmark.results import BenchmarkPairs, CalibrationResult
+from latentreward.evaluation.benchmark.results import BenchmarkPairs
 from latentreward.metrics.bootstrap import clustered_interval, group_sums
 from latentreward.metrics.calibration import PairCalibration, bin_by_confidence, fit_temperature, two_folds
+from latentreward.reports.tables import Row
 
 BINS = 10
 
 
-def calibration_result(key: str, pairs: BenchmarkPairs) -> CalibrationResult:
+def calibration_result(key: str, pairs: BenchmarkPairs) -> Row:
     """Compute the expected calibration error over all pairs with a label and two scores, ties included.
 
     The prompt groups are cut into two halves. The temperature for one half is fitted on the other half by maximum
@@ -30,13 +31,14 @@ def calibration_result(key: str, pairs: BenchmarkPairs) -> CalibrationResult:
     sums = group_sums(groups, np.ones(len(gap)), *columns)
     error = clustered_interval(sums, lambda sums: np.abs(sums[..., 1:]).sum(-1) / sums[..., 0], centred=True)
     curve = zip(*(values.tolist() for values in metric.curve()), strict=True)
-    return CalibrationResult(
-        protocol=key,
-        scorer=pairs.scorer,
-        temperature=fit_temperature(gap, label),
-        error=error._replace(low=max(error.low, 0.0)),
-        curve=tuple((int(count), mean, share) for count, mean, share in curve if count),
-    )
+    return {
+        "protocol": key,
+        "scorer": pairs.scorer,
+        "temperature": fit_temperature(gap, label),
+        "error": error._replace(low=max(error.low, 0.0)),
+        "curve": [(int(count), mean, share) for count, mean, share in curve if count],
+        "benchmark": pairs.benchmark,
+    }
 
 
 def cross_fitted_probability(gap: np.ndarray, label: np.ndarray, groups: np.ndarray) -> np.ndarray:

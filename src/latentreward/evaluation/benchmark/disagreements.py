@@ -4,10 +4,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from latentreward.evaluation.benchmark.results import BenchmarkPairs, Disagreement
+from latentreward.evaluation.benchmark.results import BenchmarkPairs
+from latentreward.reports.tables import Row
 
 
-def most_disputed(benchmark: str, scored: Sequence[BenchmarkPairs], count: int) -> list[Disagreement]:
+def most_disputed(scored: Sequence[BenchmarkPairs], count: int) -> list[Row]:
     """Return the pairs on which two scorers disagree most; with one scorer, the pairs on which it errs most.
 
     A gap g is the score of image a minus that of image b, in units of the scorer's root mean square gap. With several
@@ -28,7 +29,7 @@ def most_disputed(benchmark: str, scored: Sequence[BenchmarkPairs], count: int) 
         if len(rows) == count or tells[row] <= 0:
             break
         rows.setdefault(first.groups[row], row)
-    return [_disagreement(benchmark, scored, gaps, row) for row in rows.values()]
+    return [_disagreement(scored, gaps, row) for row in rows.values()]
 
 
 def _unit_gaps(pairs: BenchmarkPairs) -> np.ndarray:
@@ -37,16 +38,16 @@ def _unit_gaps(pairs: BenchmarkPairs) -> np.ndarray:
     return gaps / typical if typical > 0 else gaps
 
 
-def _disagreement(benchmark: str, scored: Sequence[BenchmarkPairs], gaps: np.ndarray, row: int) -> Disagreement:
+def _disagreement(scored: Sequence[BenchmarkPairs], gaps: np.ndarray, row: int) -> Row:
     first = scored[0]
     label = float(first.labels[row])
     finite = [(number, pairs) for number, pairs in enumerate(scored) if np.isfinite(gaps[number, row])]
-    return Disagreement(
-        benchmark=benchmark,
-        row=row,
-        pair_id=first.pair_ids[row],
-        prompt=first.prompts[row],
-        label=None if np.isnan(label) else label,
-        scores={pairs.scorer: (float(pairs.first[row]), float(pairs.second[row])) for _, pairs in finite},
-        gaps={pairs.scorer: float(gaps[number, row]) for number, pairs in finite},
-    )
+    return {
+        "benchmark": first.benchmark,
+        "row": row,
+        "pair_id": first.pair_ids[row],
+        "prompt": first.prompts[row],
+        "label": None if np.isnan(label) else label,
+        "scores": {pairs.scorer: (float(pairs.first[row]), float(pairs.second[row])) for _, pairs in finite},
+        "gaps": {pairs.scorer: float(gaps[number, row]) for number, pairs in finite},
+    }

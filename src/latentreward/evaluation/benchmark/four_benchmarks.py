@@ -1,13 +1,19 @@
 """Mean accuracy over four benchmarks, the number that DiNa-LRM's ablations report (arXiv:2602.11146)."""
 
 from collections.abc import Iterator
-from dataclasses import replace
 
 import numpy as np
 
-from latentreward.evaluation.benchmark.published_numbers import DINA, DINA_CLEAN, DINA_CONSTANT, DINA_FROZEN
-from latentreward.evaluation.benchmark.results import AverageResult, BenchmarkReport, PublishedNumber
+from latentreward.evaluation.benchmark.published_numbers import (
+    DINA,
+    DINA_CLEAN,
+    DINA_CONSTANT,
+    DINA_FROZEN,
+    PublishedNumber,
+)
+from latentreward.evaluation.benchmark.results import BenchmarkReport
 from latentreward.metrics.bootstrap import Interval
+from latentreward.reports.tables import Row
 
 FOUR_BENCHMARKS = {
     "imagereward test": "imagereward/micro",
@@ -34,15 +40,14 @@ PUBLISHED_AVERAGES = tuple(
 )
 
 
-def with_averages(report: BenchmarkReport) -> BenchmarkReport:
-    """Add the mean accuracy of every scorer that was evaluated on all four benchmarks; otherwise return ``report``."""
-    averages = tuple(_averages(report))
-    if not averages:
-        return report
-    return replace(report, averages=averages, published=(*report.published, *PUBLISHED_AVERAGES))
+def add_averages(report: BenchmarkReport) -> None:
+    """Add the mean accuracy of every scorer that was evaluated on all four benchmarks, and published ones beside it."""
+    report.averages += _averages(report)
+    if report.averages:
+        report.published += [one._asdict() for one in PUBLISHED_AVERAGES]
 
 
-def _averages(report: BenchmarkReport) -> Iterator[AverageResult]:
+def _averages(report: BenchmarkReport) -> Iterator[Row]:
     """Yield unweighted means of four accuracies.
 
     Intervals assume that the four accuracies are independent: the squared distances of their ends from the accuracies
@@ -50,13 +55,14 @@ def _averages(report: BenchmarkReport) -> Iterator[AverageResult]:
     """
     for scorer in report.scorers:
         found = [
-            result.estimate
-            for result in report.protocols
-            if result.scorer == scorer and FOUR_BENCHMARKS.get(result.benchmark) == result.protocol
+            row["estimate"]
+            for row in report.protocols
+            if row["scorer"] == scorer and FOUR_BENCHMARKS.get(row["benchmark"]) == row["protocol"]
         ]
         if len(found) == len(FOUR_BENCHMARKS):
             values, lows, highs = np.array([one[:3] for one in found]).T
             groups = min((one.groups for one in found if one.groups is not None), default=None)
             value = values.mean()
             below, above = (np.linalg.norm(ends - values) / len(found) for ends in (lows, highs))
-            yield AverageResult(scorer, Interval(float(value), float(value - below), float(value + above), groups))
+            estimate = Interval(float(value), float(value - below), float(value + above), groups)
+            yield {"scorer": scorer, "estimate": estimate}

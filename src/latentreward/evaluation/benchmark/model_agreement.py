@@ -1,19 +1,21 @@
 """Agreement of two scorers on the same images; with CLIP or aesthetic scorers, LRM's CLIP-Corr and Aes-Corr."""
 
 from collections.abc import Mapping
+from itertools import permutations
 
 import numpy as np
 
 from latentreward.errors import InputError
-from latentreward.evaluation.benchmark.results import AgreementResult, BenchmarkPairs, CorrelationResult
+from latentreward.evaluation.benchmark.results import BenchmarkPairs
 from latentreward.metrics.bootstrap import clustered_mean
 from latentreward.metrics.rank_correlation import clustered_correlation, same_order
+from latentreward.reports.tables import Row
 
 REFERENCES = {"CLIPScorer": "clip_corr", "AestheticScorer": "aes_corr"}
 """Class name of a scorer → prefix of the names under which agreement with that scorer is reported."""
 
 
-def agreement_result(benchmark: str, pairs: BenchmarkPairs, others: BenchmarkPairs) -> AgreementResult:
+def agreement_result(pairs: BenchmarkPairs, others: BenchmarkPairs) -> Row:
     """Compute the share of pairs with score gaps of the same sign, and the correlations of the scores of all images.
 
     Labels are not used. If the pairs have image keys, an image that recurs with the same prompt counts once in the
@@ -28,30 +30,30 @@ def agreement_result(benchmark: str, pairs: BenchmarkPairs, others: BenchmarkPai
     rows = _distinct_images(pairs)
     x, y = (np.concatenate([item.first, item.second])[rows] for item in (pairs, others))
     groups = np.tile(pairs.group_codes, 2)[rows]
-    return AgreementResult(
-        benchmark=benchmark,
-        first=pairs.scorer,
-        second=others.scorer,
-        pairs=int((~np.isnan(alike)).sum()),
-        pair=clustered_mean(alike, pairs.group_codes),
-        spearman=clustered_correlation(x, y, groups, "spearman"),
-        pearson=clustered_correlation(x, y, groups, "pearson"),
-    )
+    return {
+        "benchmark": pairs.benchmark,
+        "first": pairs.scorer,
+        "second": others.scorer,
+        "pairs": int((~np.isnan(alike)).sum()),
+        "pair": clustered_mean(alike, pairs.group_codes),
+        "spearman": clustered_correlation(x, y, groups, "spearman"),
+        "pearson": clustered_correlation(x, y, groups, "pearson"),
+    }
 
 
-def correlation_results(result: AgreementResult, identities: Mapping[str, str]) -> list[CorrelationResult]:
+def correlation_results(result: Row, identities: Mapping[str, str]) -> list[Row]:
     """Return CLIP-Corr and Aes-Corr of a reward; the list is empty if neither scorer is one of ``REFERENCES``.
 
     The LRM paper (arXiv:2502.01051) names both numbers without defining them. The three variants here are our own and
     cannot be compared with the paper's figures. Closest to the paper are the split ``validation_unique`` of Pick-a-Pic
     and an LRM at timestep 1.
     """
-    found = []
-    for scorer, reference in ((result.first, result.second), (result.second, result.first)):
+    found: list[Row] = []
+    for scorer, reference in permutations((result["first"], result["second"])):
         stem = REFERENCES.get(identities[reference].split(" ")[0])
         for kind in ("pearson", "spearman", "pair") if stem else ():
-            estimate = getattr(result, kind)
-            found.append(CorrelationResult(result.benchmark, f"{stem}_{kind}", scorer, reference, estimate))
+            named = {"name": f"{stem}_{kind}", "scorer": scorer, "reference": reference}
+            found.append({"benchmark": result["benchmark"], **named, "estimate": result[kind]})
     return found
 
 

@@ -17,8 +17,9 @@ import numpy as np
 from latentreward.errors import InputError, did_you_mean
 from latentreward.evaluation.benchmark.four_way import VOTES, four_way_credit
 from latentreward.evaluation.benchmark.pickscore import pickscore_credit
-from latentreward.evaluation.benchmark.results import BenchmarkPairs, ProtocolResult
+from latentreward.evaluation.benchmark.results import BenchmarkPairs
 from latentreward.metrics.bootstrap import clustered_accuracy, group_sums, ratio
+from latentreward.reports.tables import Row
 
 NO_SCORE, NO_LABEL, TIE, NO_VOTE = "no score", "no label", "tie", "no vote"
 
@@ -72,21 +73,22 @@ def judge(key: str, pairs: BenchmarkPairs, fitting: BenchmarkPairs | None = None
     return protocol.judge(pairs, fitting)
 
 
-def protocol_result(key: str, pairs: BenchmarkPairs, judgement: Judgement) -> ProtocolResult:
-    """Compute the protocol's number, its interval and counts from the judgement of :func:`judge`."""
+def protocol_result(key: str, pairs: BenchmarkPairs, judgement: Judgement) -> Row:
+    """Compute a row of :attr:`BenchmarkReport.protocols` from the judgement of :func:`judge`."""
     counted = ~np.isnan(judgement.credit)
     sums = credit_sums(key, pairs, judgement.credit)
-    return ProtocolResult(
-        protocol=key,
-        scorer=pairs.scorer,
-        estimate=clustered_accuracy(sums),
-        pairs=int(counted.sum()),
-        groups=len(sums),
-        equal_scores=int((pairs.first == pairs.second)[counted].sum()),
-        excluded=judgement.excluded,
-        details=judgement.details,
-        split=pairs.split,
-    )
+    return {
+        "protocol": key,
+        "scorer": pairs.scorer,
+        "estimate": clustered_accuracy(sums),
+        "pairs": int(counted.sum()),
+        "groups": len(sums),
+        "equal_scores": int((pairs.first == pairs.second)[counted].sum()),
+        "excluded": judgement.excluded,
+        "details": judgement.details,
+        "split": pairs.split,
+        "benchmark": pairs.benchmark,
+    }
 
 
 def credit_sums(key: str, pairs: BenchmarkPairs, credit: np.ndarray) -> np.ndarray:

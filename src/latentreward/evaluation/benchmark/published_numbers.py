@@ -5,8 +5,24 @@ are treated differently. Where a paper does not state its protocol, the source s
 """
 
 from collections.abc import Mapping
+from typing import NamedTuple
 
-from latentreward.evaluation.benchmark.results import PublishedNumber
+
+class PublishedNumber(NamedTuple):
+    """Accuracy published by others.
+
+    Attributes:
+        protocol: Key of the protocol that the accuracy is comparable with.
+        model: Name of the model.
+        value: Accuracy in [0, 1].
+        source: Publication, and who measured the number.
+    """
+
+    protocol: str
+    model: str
+    value: float
+    source: str
+
 
 HPSV2 = "HPSv2's README (arXiv:2306.09341), measured by its authors"
 MPS = "MPS's README (github.com/Kwai-Kolors/MPS, arXiv:2405.14705), measured by its authors"

@@ -1,10 +1,14 @@
-"""Scoring of a split's pairs into one table per scorer; a stopped run resumes, and finished tables are reused."""
+"""Scoring of the pairs of all splits into one table per split and scorer.
+
+A stopped run resumes, and finished tables are reused.
+"""
 
 import json
 import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -13,11 +17,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from latentreward.data.readers import PairReader
+from latentreward.evaluation.benchmark.base import Benchmark, Evaluation
 from latentreward.evaluation.benchmark.noise_columns import NoiseColumns
-from latentreward.scorers import Scorer
+from latentreward.evaluation.benchmark.results import BenchmarkPairs
+from latentreward.evaluation.benchmark.subgroups import Judged
+from latentreward.scorers import ImageScorer, Scorer
 from latentreward.scorers.fingerprints import scorer_fingerprints
-from latentreward.scorers.pair_scoring import PairScoring
+from latentreward.scorers.pair_scoring import PairScoring, require_images
 from latentreward.storage.part_tables import PartFiles
+from latentreward.storage.progress import Progress
 
 TIMESTEPS = b"timesteps"
 
@@ -81,8 +89,9 @@ class SplitScores:
                 files.finish()
         self.seconds.update(self._scoring.seconds)
 
+    @cached_property
     def table(self) -> pa.Table:
-        """Return the table's rows up to the limit; call :meth:`complete` first."""
+        """Rows of the table up to the limit; call :meth:`complete` first."""
         if self._files.finished():
             return pq.read_table(self._files.output).slice(0, self.rows)
         return pa.concat_tables(table for _, table in self._files.read()).slice(0, self.rows)
@@ -97,6 +106,79 @@ class SplitScores:
         if isinstance(self.scorer, NoiseColumns):
             table = table.replace_schema_metadata({TIMESTEPS: json.dumps(self.scorer.timesteps())})
         return table
+
+
+@dataclass(frozen=True)
+class BenchmarkScores:
+    """Scores of one benchmark by all scorers.
+
+    Attributes:
+        benchmark: The benchmark.
+        scorers: Scorers of its pairs.
+        tables: (split, name of the scorer) → table of scores.
+    """
+
+    benchmark: Benchmark
+    scorers: Sequence[Scorer]
+    tables: Mapping[tuple[str, str], SplitScores]
+
+    def pairs(self, split: str, scorer: Scorer, column: str | None = None) -> BenchmarkPairs:
+        """Return the pairs of a split with a scorer's scores.
+
+        ``column`` selects another column of the scorer's table, e.g. that of one noise level; results still carry the
+        scorer's name.
+        """
+        table = self.tables[split, scorer.name].table
+        return self.benchmark.scored(split, table, column or scorer.name, scorer=scorer.name)
+
+    def judge(self, evaluation: Evaluation, scorer: Scorer, column: str | None = None) -> Judged:
+        """Return the pairs of the evaluation's split and the protocol's judgement of each; see :meth:`pairs`."""
+        splits = [evaluation.split, *([evaluation.fitting] if evaluation.fitting else [])]
+        scored = {split: self.pairs(split, scorer, column) for split in splits}
+        return scored[evaluation.split], evaluation.judge(scored)
+
+
+def open_scores(
+    folder: Path, benchmarks: Sequence[Benchmark], scorers: Sequence[Scorer], limit: int | None, **options: int
+) -> list[BenchmarkScores]:
+    """Open all data sets and tables, so that wrong folders and settings are refused before any model is loaded.
+
+    Args:
+        folder: Folder of the tables of scores.
+        benchmarks: Benchmarks with distinct names.
+        scorers: Scorers with distinct names.
+        limit: Number of pairs to score at the start of each split; None scores all.
+        options: Further settings of :class:`SplitScores`.
+
+    Raises:
+        InputError: If a split or its images cannot be read, or a table belongs to other pairs or another scorer.
+    """
+    opened = []
+    for one in benchmarks:
+        tables = {}
+        for split, reader in one.readers().items():
+            name = f"{one.name} {split}"
+            require_images(name, reader, min(len(reader), limit or len(reader)))
+            for scorer in scorers:
+                tables[split, scorer.name] = SplitScores(folder / folder_name(name), reader, scorer, limit, **options)
+        opened.append(BenchmarkScores(one, scorers, tables))
+    return opened
+
+
+def complete(scored: Sequence[BenchmarkScores]) -> Counter[str]:
+    """Score the pairs that are missing in the tables; all models needed for that are loaded first.
+
+    Returns:
+        Seconds that this process spent on scoring, by model, and on reading images.
+    """
+    tables = {f"{one.benchmark.name} {' '.join(key)}": table for one in scored for key, table in one.tables.items()}
+    for scorer in {table.scorer.name: table.scorer for table in tables.values() if table.missing}.values():
+        if isinstance(scorer, ImageScorer):
+            scorer.prepare()
+    for name, table in tables.items():
+        with Progress(name, table.missing, "pairs") as progress:
+            table.complete(progress.add)
+    return sum((table.seconds for table in tables.values()), Counter())
 
 
 def table_timesteps(table: pa.Table) -> list[float]:

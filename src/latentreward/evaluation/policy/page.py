@@ -1,32 +1,22 @@
-"""Writer of the HTML page that shows the pictures of both policies side by side."""
+"""Pictures of both policies side by side, for the HTML page."""
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from latentreward.contracts import ImageRef
 from latentreward.data.images import decode_image
-from latentreward.evaluation.policy.results import PolicyReport, ScoredPictures
-from latentreward.evaluation.policy.tables import number, signed
-from latentreward.reports import picture_uri, write_page
-from latentreward.reports.tables import Section
-from latentreward.scorers.tools import JudgedPicture
+from latentreward.evaluation.policy.results import ScoredPictures
+from latentreward.evaluation.policy.sections import number, signed
+from latentreward.reports import picture_uri
 
 SIDE = 256
 """Longest side of a picture on the page, in pixels."""
 
 
-def write_policy_page(
-    path: Path,
-    report: PolicyReport,
-    introduction: str,
-    sections: Sequence[Section],
-    scored: Sequence[ScoredPictures],
-    cards: int,
-) -> None:
-    """Write the page on one policy, or on two policies with pictures of the same prompts and numbers.
+def side_by_side(scored: Sequence[ScoredPictures], cards: int) -> dict[str, Any]:
+    """Return the values of the page's template for one policy, or two with pictures of the same prompts and numbers.
 
     At most ``cards`` pictures of each policy are chosen, at evenly spaced ranks of the difference of the two policies'
     first score (with one policy, of the first score).
@@ -34,19 +24,13 @@ def write_policy_page(
     names = list(scored[0].scores)
     rows = shown_rows(scored, cards)
     groups = sorted({scored[0].pictures[row].group for row in rows} - {""})
-    write_page(
-        path,
-        "policy",
-        title=" against ".join(report.policies),
-        introduction=introduction,
-        notes=report.notes,
-        sections=sections,
-        policies=list(report.policies),
-        scores=names,
-        groups=groups,
-        cards=[_card(row, scored, names, groups) for row in rows],
-        pictures=len(scored[0].pictures),
-    )
+    return {
+        "policies": [policy.policy for policy in scored],
+        "scores": names,
+        "groups": groups,
+        "cards": [_card(row, scored, names, groups) for row in rows],
+        "pictures": len(scored[0].pictures),
+    }
 
 
 def shown_rows(scored: Sequence[ScoredPictures], cards: int) -> list[int]:
@@ -71,8 +55,9 @@ def _card(row: int, scored: Sequence[ScoredPictures], names: Sequence[str], grou
         "group_number": groups.index(picture.group) if picture.group else -1,
         "number": f"{picture.place} / {picture.image}",
         "pictures": [
-            {"policy": policy.policy, "uri": _uri(policy.pictures[row]), "file": policy.pictures[row].file}
+            {"policy": policy.policy, "uri": picture_uri(decode_image(ImageRef(file.file, path=file.path)), SIDE)}
             for policy in scored
+            for file in [policy.pictures[row]]
         ],
         "rows": [_score_row(row, name, scored) for name in names],
         "sort": [f"{_sort_values(scored, name)[row]:.8g}" for name in names],
@@ -87,7 +72,3 @@ def _score_row(row: int, name: str, scored: Sequence[ScoredPictures]) -> dict[st
         "gap": signed(gap) if len(scored) > 1 else "",
         "verdict": ("good" if gap > 0 else "bad" if gap < 0 else "") if len(scored) > 1 else "",
     }
-
-
-def _uri(picture: JudgedPicture) -> str:
-    return picture_uri(decode_image(ImageRef(picture.file, path=picture.path)), SIDE)

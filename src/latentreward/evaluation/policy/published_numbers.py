@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from latentreward.evaluation.policy.results import PublishedScore
+from latentreward.reports.tables import Row
 
 Protocol = Literal["lpo_sd15", "lpo_sdxl"]
 SOURCE = "arXiv:2502.01051 (LPO), measured by its authors"
@@ -22,10 +22,10 @@ NUMBERS: dict[Protocol, dict[str, tuple[float, ...]]] = {
 }
 
 
-def published_scores(protocol: Protocol) -> tuple[PublishedScore, ...]:
-    """Return all published scores for the protocol of one base model."""
-    return tuple(
-        PublishedScore(model, score, value, SOURCE)
+def published_scores(protocol: Protocol) -> list[Row]:
+    """Return all published scores for the protocol of one base model, as in :attr:`PolicyReport.published`."""
+    return [
+        {"model": model, "score": score, "value": value, "source": SOURCE}
         for model, values in NUMBERS[protocol].items()
         for score, value in zip(SCORES, values, strict=True)
-    )
+    ]

@@ -1,11 +1,14 @@
-"""Results of an evaluation of generators as dataclasses, from which JSON, Markdown and HTML reports are written."""
+"""Scored pictures of generators, and the results from which JSON, Markdown and HTML reports are written."""
 
+import csv
+import io
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from latentreward.metrics.bootstrap import Interval
+from latentreward.reports.tables import Row
 from latentreward.scorers.tools import JudgedPicture
 
 
@@ -24,86 +27,18 @@ class ScoredPictures:
     scores: dict[str, np.ndarray]
 
 
-@dataclass(frozen=True)
-class GroupMean:
-    """Mean score over the prompts of one group.
-
-    Attributes:
-        group: Name of the group.
-        prompts: Number of prompts.
-        estimate: Mean over the group's pictures, with an interval over prompts.
-        parts_sd: Standard deviation of the means of consecutive parts of the group's prompts; NaN with one part.
-    """
-
-    group: str
-    prompts: int
-    estimate: Interval
-    parts_sd: float
-
-
-@dataclass(frozen=True)
-class PolicyScore:
-    """Result of one policy by one score.
-
-    Attributes:
-        policy: Name of the policy.
-        score: Name of the score.
-        headline: Attribute that the score's own protocol reports: ``mean`` or ``mean_of_groups``.
-        mean: Mean over all pictures, with an interval over prompts.
-        mean_of_groups: Mean of the groups' means; None with one group.
-        groups: Result of each group; empty with one group that is not cut into parts.
-        pictures: Number of pictures.
-        prompts: Number of prompts.
-    """
-
-    policy: str
-    score: str
-    headline: str
-    mean: Interval
-    mean_of_groups: Interval | None
-    groups: tuple[GroupMean, ...]
-    pictures: int
-    prompts: int
-
-    @property
-    def estimate(self) -> Interval:
-        """Number that the score's own protocol reports: ``mean_of_groups`` or ``mean``."""
-        return self.mean_of_groups if self.headline == "mean_of_groups" and self.mean_of_groups else self.mean
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """Comparison of two policies by one score, over pairs of pictures with the same prompt and number.
-
-    Attributes:
-        score: Name of the score.
-        group: Name of the group of prompts; empty for all prompts.
-        win_rate: Share of pairs in which the first policy scores higher; ties count ½.
-        difference: Mean of the first policy's score minus the second's.
-        wins: Number of pairs in which the first policy scores higher.
-        ties: Number of pairs with equal scores.
-        losses: Number of pairs in which the second policy scores higher.
-        prompts: Number of prompts.
-    """
-
-    score: str
-    group: str
-    win_rate: Interval
-    difference: Interval
-    wins: int
-    ties: int
-    losses: int
-    prompts: int
-
-
-@dataclass(frozen=True)
-class PublishedScore:
-    """Score published by others, shown beside ours."""
-
-    model: str
-    score: str
-    value: float
-    source: str
+def scores_csv(scored: Sequence[ScoredPictures]) -> str:
+    """Return the text of ``scores.csv``: a line for each picture with all its scores."""
+    names = list(scored[0].scores)
+    text = io.StringIO(newline="")
+    writer = csv.writer(text)
+    writer.writerow(["policy", "place", "image", "group", "file", "prompt", *names])
+    for policy in scored:
+        for row, picture in enumerate(policy.pictures):
+            values = [f"{policy.scores[name][row]:.8g}" for name in names]
+            own = [picture.place, picture.image, picture.group, picture.file, picture.prompt]
+            writer.writerow([policy.policy, *own, *values])
+    return text.getvalue()
 
 
 @dataclass(frozen=True)
@@ -113,17 +48,26 @@ class PolicyReport:
     Attributes:
         policies: Name of a policy → description in one line.
         scorers: Name of a scorer → identity in one line.
-        scores: All scores of all policies.
-        comparisons: Comparisons of the two policies; empty with one policy.
-        published: Scores published by the authors of the protocol.
+        scores: Rows with the result of one ``policy`` by one ``score``. ``headline``: name of the value that the
+            score's own protocol reports. ``mean``: Interval of the mean over all pictures, by resampling prompts.
+            ``mean_of_groups``: that of the mean of the groups' means; None with one group. ``groups``: rows with the
+            result of each ``group`` of prompts; empty with one group that is not cut into parts. ``pictures`` and
+            ``prompts``: their numbers. The row of a group has ``prompts``, ``estimate`` (mean over the group's
+            pictures) and ``parts_sd``, the standard deviation of the means of consecutive parts of the group's prompts,
+            NaN with one part.
+        comparisons: Rows that compare the two policies by one ``score``, over pairs of pictures with the same prompt
+            and number; empty with one policy. ``group``: group of prompts, empty for all. ``win_rate``: share of pairs
+            in which the first policy scores higher; ties count ½. ``difference``: mean of the first policy's score
+            minus the second's. ``wins``, ``ties``, ``losses`` and ``prompts``: their numbers.
+        published: Scores published by the authors of the protocol: ``model``, ``score``, ``value``, ``source``.
         settings: Settings of the run, and versions of the packages that computed it.
         notes: Remarks shown before all numbers.
     """
 
     policies: dict[str, str]
     scorers: dict[str, str]
-    scores: tuple[PolicyScore, ...]
-    comparisons: tuple[Comparison, ...] = ()
-    published: tuple[PublishedScore, ...] = ()
+    scores: Sequence[Row]
+    comparisons: Sequence[Row] = ()
+    published: Sequence[Row] = ()
     settings: dict[str, Any] = field(default_factory=dict)
-    notes: tuple[str, ...] = ()
+    notes: Sequence[str] = ()

@@ -4,38 +4,45 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from latentreward.evaluation.policy.results import Comparison, GroupMean, PolicyScore, ScoredPictures
+from latentreward.evaluation.policy.results import ScoredPictures
 from latentreward.metrics.bootstrap import Interval, clustered_interval, clustered_mean, group_sums
+from latentreward.reports.tables import Row
 
 
-def policy_scores(scored: ScoredPictures, headlines: Mapping[str, str], parts: int = 1) -> list[PolicyScore]:
-    """Compute the means of each score of a policy.
+def policy_scores(scored: ScoredPictures, headlines: Mapping[str, str], parts: int = 1) -> list[Row]:
+    """Compute the means of each score of a policy, rows of :attr:`PolicyReport.scores`.
 
-    ``headlines`` are ``mean`` or ``mean_of_groups`` by name of a score, as in :class:`PolicyScore`. The prompts of each
+    ``headlines`` are ``mean`` or ``mean_of_groups`` by name of a score. The prompts of each
     group are cut into ``parts`` consecutive parts, and the standard deviation of the parts' means is reported. HPSv2
     reports ten parts of 80 prompts.
     """
     prompts, groups = prompt_numbers(scored), np.array([picture.group for picture in scored.pictures])
     places = np.array([picture.place for picture in scored.pictures])
     chosen = {kind: groups == kind for kind in dict.fromkeys(groups.tolist())}
-    several, found = len(chosen) > 1, []
+    several, found = len(chosen) > 1, list[Row]()
     for name, values in scored.scores.items():
         by_group = [
             _group_mean(kind, values[rows], prompts[rows], places[rows], parts) for kind, rows in chosen.items()
         ]
         found.append(
-            PolicyScore(
-                scored.policy,
-                name,
-                headlines[name],
-                clustered_mean(values, prompts),
-                mean_of_groups(values, prompts, groups) if several else None,
-                tuple(by_group) if several or parts > 1 else (),
-                len(values),
-                len(set(places.tolist())),
-            )
+            {
+                "policy": scored.policy,
+                "score": name,
+                "headline": headlines[name],
+                "mean": clustered_mean(values, prompts),
+                "mean_of_groups": mean_of_groups(values, prompts, groups) if several else None,
+                "groups": by_group if several or parts > 1 else [],
+                "pictures": len(values),
+                "prompts": len(set(places.tolist())),
+            }
         )
     return found
+
+
+def headline(score: Row) -> Interval:
+    """Return the number that the score's own protocol reports: the mean of groups' means, or the mean."""
+    of_groups = score["headline"] == "mean_of_groups" and score["mean_of_groups"]
+    return score["mean_of_groups"] if of_groups else score["mean"]
 
 
 def prompt_numbers(scored: ScoredPictures) -> np.ndarray:
@@ -47,11 +54,12 @@ def prompt_numbers(scored: ScoredPictures) -> np.ndarray:
     return np.array([numbers.setdefault(picture.prompt, len(numbers)) for picture in scored.pictures])
 
 
-def _group_mean(group: str, values: np.ndarray, prompts: np.ndarray, places: np.ndarray, parts: int) -> GroupMean:
+def _group_mean(group: str, values: np.ndarray, prompts: np.ndarray, places: np.ndarray, parts: int) -> Row:
     order = np.unique(places)
     means = [values[np.isin(places, part)].mean() for part in np.array_split(order, min(parts, len(order)))]
     spread = float(np.std(means)) if parts > 1 else np.nan
-    return GroupMean(group, len(order), clustered_mean(values, prompts), spread)
+    estimate = clustered_mean(values, prompts)
+    return {"group": group, "prompts": len(order), "estimate": estimate, "parts_sd": spread}
 
 
 def mean_of_groups(values: np.ndarray, prompts: np.ndarray, groups: np.ndarray) -> Interval:
@@ -72,8 +80,8 @@ def _mean_of_ratios(sums: np.ndarray) -> np.ndarray:
     return means.sum(axis=-1) / present.sum(axis=-1)
 
 
-def compare(first: ScoredPictures, second: ScoredPictures) -> list[Comparison]:
-    """Compare two policies by each score, over all prompts and over each group.
+def compare(first: ScoredPictures, second: ScoredPictures) -> list[Row]:
+    """Compare two policies by each score, over all prompts and over each group; rows of ``PolicyReport.comparisons``.
 
     The two arguments should come from :func:`in_common`, so that equal rows hold pictures of one prompt and number.
     """
@@ -87,18 +95,18 @@ def compare(first: ScoredPictures, second: ScoredPictures) -> list[Comparison]:
     ]
 
 
-def _comparison(score: str, group: str, gaps: np.ndarray, prompts: np.ndarray) -> Comparison:
+def _comparison(score: str, group: str, gaps: np.ndarray, prompts: np.ndarray) -> Row:
     wins, ties = gaps > 0, gaps == 0
-    return Comparison(
-        score,
-        group,
-        clustered_mean(wins + 0.5 * ties, prompts),
-        clustered_mean(gaps, prompts),
-        int(wins.sum()),
-        int(ties.sum()),
-        int((gaps < 0).sum()),
-        len(set(prompts.tolist())),
-    )
+    return {
+        "score": score,
+        "group": group,
+        "win_rate": clustered_mean(wins + 0.5 * ties, prompts),
+        "difference": clustered_mean(gaps, prompts),
+        "wins": int(wins.sum()),
+        "ties": int(ties.sum()),
+        "losses": int((gaps < 0).sum()),
+        "prompts": len(set(prompts.tolist())),
+    }
 
 
 def in_common(policies: Sequence[ScoredPictures]) -> list[ScoredPictures]:
