@@ -21,8 +21,9 @@ from latentreward.data.loading import CountedBatches, check_same_order
 from latentreward.data.readers.base import DATA_ON_ERROR, OnError, count_text, normalise_prompt
 from latentreward.data.readers.dataset_pairs import KEYS, choose_columns
 from latentreward.data.readers.json_rows import edit_remark, find_edit_source, short
-from latentreward.data.readers.pair_rows import BY_LABEL, INDEX, WINNER_FIRST, PairRowReader
+from latentreward.data.readers.pair_rows import BY_LABEL, WINNER_FIRST, PairRowParser
 from latentreward.data.readers.parquet_store import plain_features
+from latentreward.data.readers.rows import RowReader
 from latentreward.data.readers.tables import (
     DAMAGE,
     Source,
@@ -59,7 +60,7 @@ def files_between(rows: Any, start: int, stop: int) -> list[Any]:
     return files_between(first, start, stop) + files_between(second, start - middle, stop - middle)
 
 
-class PairStream(PairRowReader):
+class PairStream(RowReader):
     """Source of pairs for :class:`StreamedPreferenceDataModule`, read in their order and never by number.
 
     The columns are those of :class:`~latentreward.data.readers.dataset_pairs.DatasetPairReader`, but images must be
@@ -79,7 +80,7 @@ class PairStream(PairRowReader):
         columns: Names of the columns where they differ, see ``DatasetPairReader``.
         shuffle_buffer: Rows, with their images' bytes, that each loader process keeps in memory to draw the next row
             from at random; files are drawn in a random order too. 1 keeps the order of the source.
-        options: See :class:`~latentreward.data.readers.base.SideExchangingReader`.
+        options: See :class:`~latentreward.data.readers.rows.RowReader`.
 
     Raises:
         InputError: If the source cannot be opened, or its first row lacks a column or has another type.
@@ -117,6 +118,7 @@ class PairStream(PairRowReader):
         self._check_first(first)
         self._rows = rows.select_columns(sorted({*self._columns.values()}))
         self._classes = class_names(schema, self._columns.get("label", ""))
+        self._parser = PairRowParser(self)
 
     def __len__(self) -> NoReturn:
         """Raise InputError: a stream has no number of rows."""
@@ -126,7 +128,7 @@ class PairStream(PairRowReader):
         )
 
     @property
-    def _table(self) -> NoReturn:
+    def table(self) -> NoReturn:  # type: ignore[override]
         """Raise InputError: all methods of the base class that need all rows at once read this table."""
         self.__len__()
 
@@ -164,12 +166,10 @@ class PairStream(PairRowReader):
                     rows = rows.shuffle(seed=seed, buffer_size=self.shuffle_buffer)
                 yield from islice(self._guarded(rows), first, None, step)
 
-    def find_images(self, row: int, paths: tuple[str | None, str | None]) -> NoReturn:
-        """Raise InputError, as :meth:`__len__`."""
-        self.__len__()
-
-    def check_images(self, name: str, row: dict[str, Any], fields: tuple[str, str]) -> None:
-        """Check nothing: bytes are checked when they are decoded."""
+    def find_images(self, row: dict[str, Any]) -> tuple[ImageRef, ImageRef]:
+        """Return the images of a row that was read."""
+        first, second = row["images"]
+        return first, second
 
     def _check_first(self, first: Mapping[str, Any]) -> None:
         """Raise InputError if the first row holds no bytes in its columns of images."""
@@ -192,11 +192,9 @@ class PairStream(PairRowReader):
         values = [row.pop(field) for field in self._fields]
         images: list[ImageRef] = [embedded_image(v, k, self._files) for v, k in zip(values, keys, strict=True)]
         name = digest([str(row["prompt"]), *(image.data or image.image_key for image in images)])
-        parsed = self.parse(name, 0, {**row, **dict.fromkeys(self._fields)})
-        self._seen.clear()  # a stream may repeat a pair, and all names would be kept for ever
-        if parsed is None:
-            return None
-        return self.make_pair(dict(zip(INDEX.names, parsed, strict=True)), (images[0], images[1]))
+        # A stream may repeat a pair, and the names of all pairs would be kept for ever.
+        parsed = self._parser.parse(name, 0, {**row, **dict.fromkeys(self._fields)}, stream=True)
+        return None if parsed is None else self.make_pair({**parsed, "images": images})
 
     def _guarded(self, rows: "IterableDataset") -> Iterator[dict[str, Any]]:
         """Yield the rows of a stream; an error about a damaged file becomes one line.

@@ -182,3 +182,12 @@ def test_pictures_of_kinds_that_are_not_read_are_told(write, caplog, files, opti
     else:
         assert FolderPairReader(root).pair_ids() == ["2"]
     assert [line.endswith(told) for line in caplog.messages] == [True] * bool(told)
+
+
+def test_names_that_are_not_utf_8(write) -> None:
+    root = Path(write("chosen/1.jpg", "rejected/1.jpg", **{"chosen__1.txt": "a cat"}))
+    for name in ("chosen/1.jpg", "rejected/1.jpg", "chosen/1.txt"):
+        (root / name).rename(root / name.replace("1", "\udcff"))
+    reader = FolderPairReader(str(root), randomise_sides=False)
+    assert (reader.pair_ids(), reader.prompts()) == (["\\udcff"], ["a cat"])
+    assert isinstance(PairDataset(reader, PixelLoader(8, 8))[0], LoadedPair)

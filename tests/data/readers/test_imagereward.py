@@ -102,6 +102,11 @@ def test_rows_of_a_prompt_give_all_pairs(write_db, metadata) -> None:
     assert pair.image_a.data.startswith(b"\x89PNG")
 
 
+def test_an_id_with_a_lone_surrogate_names_a_prompt(write_db) -> None:
+    root = write_db([db_row(1, rank, prompt_id="\ud800x") for rank in (1, 2)], metadata=False)
+    assert ImageRewardDBReader(root, "train").pair_ids() == ["?x:0-1"]
+
+
 def test_parts_can_be_chosen(write_db) -> None:
     root = write_db([db_row(n, rank, part=n) for n in (1, 2, 3) for rank in (1, 2)])
     assert ImageRewardDBReader(root, "train", parts=[3, 1]).pair_ids() == ["000001:0-1", "000003:0-1"]

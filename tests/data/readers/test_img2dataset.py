@@ -258,7 +258,7 @@ def test_many_images_keep_a_compact_index(tmp_path) -> None:
     reader = Img2DatasetReader(str(tmp_path), rating="score")
     kept, most = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert (reader.num_groups, reader.num_images) == (shards * 50, shards * 100)
+    assert len(reader) == len(set(reader.groups())) == shards * 50
     assert kept / (shards * size) < 25 and most / (shards * size) < 250  # bytes outside of Arrow's pool
     assert reader[len(reader) - 1].image_b.image_key == "00019/000190491"
 

@@ -188,3 +188,9 @@ def test_root_of_its_own_and_files_that_are_not_there(write, tmp_path) -> None:
 def test_byte_order_mark_and_surrogates(write) -> None:
     file = write('\ufeff{"prompt": "\\ud800x", "image_a": "a", "image_b": "b", "label": 1}')
     assert JSONLPairReader(file).prompts() == ["?x"]
+
+
+def test_a_placeholder_has_a_name_of_its_own(write) -> None:
+    first = {**PLAIN, "pair_id": "first"}
+    reader = JSONLPairReader(write(first, {**first, "prompt": 3}), on_error="placeholder")
+    assert [reader[row].pair_id for row in range(2)] == reader.pair_ids() == ["first", "own.jsonl:2"]

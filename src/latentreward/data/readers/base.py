@@ -1,4 +1,4 @@
-"""Base classes of readers of preference pairs: access to rows by number, and treatment of bad rows."""
+"""Base class of readers of preference pairs: access to rows by number, and treatment of bad rows."""
 
 import logging
 import sys
@@ -8,13 +8,11 @@ from collections import Counter
 from typing import Any, Literal
 
 import numpy as np
-import torch
 
 from latentreward.contracts import ImageRef, PreferencePair
 from latentreward.data.images import ExifOrientation
 from latentreward.errors import InputError, check_at_least_one, printable, quoted
 from latentreward.promises import Part, returns, shown
-from latentreward.seeding import pair_generator
 from latentreward.storage.digests import digest
 
 logger = logging.getLogger(__name__)
@@ -204,45 +202,6 @@ class PairReader(Part):
         counts = {"left out": self.skipped, "kept with a remark": self.remarks}
         if told := [f"{what}: {count_text(count)}" for what, count in counts.items() if count]:
             logger.warning("%s: %d rows kept; %s", printable(name), len(self), printable("; ".join(told)))
-
-
-class SideExchangingReader(PairReader):
-    """Base class of readers that exchange images a and b at random, because a file's order may reveal the winner.
-
-    Args:
-        randomise_sides: Exchange images a and b of each row with probability ½, by a random number that depends on
-            ``seed`` and the row's ``pair_id``. Without it, the image that the file names first is always a. In files
-            that name the preferred image first, a model that always prefers a would then always be right.
-        seed: Seed of the random exchange.
-        options: ``on_error``, ``max_prompt_chars`` and ``exif``, see :class:`PairReader`.
-    """
-
-    def __init__(self, *, randomise_sides: bool = True, seed: int = 0, **options: Any) -> None:
-        super().__init__(**options)
-        self.randomise_sides, self.seed = randomise_sides, seed
-        self._exchanged: np.ndarray | None = None
-
-    def is_exchanged(self, pair_id: str) -> bool:
-        """Tell whether the image that the file names first becomes b, and the other image a."""
-        if not self.randomise_sides:
-            return False
-        return bool(torch.randint(2, (), generator=pair_generator(self.seed, "side", 0, pair_id)))
-
-    def exchanged(self) -> np.ndarray:
-        """Return :meth:`is_exchanged` of every row, ``(len,)`` bool; a million rows take 6 s, once."""
-        if self._exchanged is None:
-            self._exchanged = np.array([self.is_exchanged(name) for name in self.pair_ids()], dtype=bool)
-        return self._exchanged
-
-
-def exchange_sides(facts: dict[str, list[Any]], exchanged: np.ndarray) -> dict[str, list[Any]]:
-    """Exchange the values of ``NAME_a`` and ``NAME_b`` in the rows where ``exchanged`` ``(len,)`` is true."""
-    swapped = {}
-    for name, values in facts.items():
-        other = {"_a": f"{name[:-2]}_b", "_b": f"{name[:-2]}_a"}.get(name[-2:], name)
-        both = zip(exchanged.tolist(), values, facts[other], strict=True)
-        swapped[name] = [theirs if exchange else own for exchange, own, theirs in both]
-    return swapped
 
 
 def normalise_prompt(prompt: str) -> str:

@@ -11,9 +11,10 @@ from latentreward.contracts import ImageRef
 from latentreward.data.images import NO_IMAGE
 from latentreward.data.readers.base import count_text
 from latentreward.data.readers.groups import file_image
-from latentreward.data.readers.json_rows import edit_remark, find_edit_source, short
-from latentreward.data.readers.pair_rows import BY_LABEL, MODELS, NO_LABEL, ROWS, WINNER_FIRST, PairRowReader
+from latentreward.data.readers.json_rows import check_path, edit_remark, find_edit_source, short
+from latentreward.data.readers.pair_rows import BY_LABEL, MODELS, NO_LABEL, WINNER_FIRST, PairRowParser
 from latentreward.data.readers.parquet_store import plain_type
+from latentreward.data.readers.rows import ROWS_AT_ONCE, RowReader
 from latentreward.data.readers.tables import (
     Source,
     class_names,
@@ -31,7 +32,7 @@ KEYS = ("key_a", "key_b")
 FIELDS = ("prompt", *WINNER_FIRST, *BY_LABEL, *OPTIONAL, *KEYS)
 
 
-class DatasetPairReader(PairRowReader):
+class DatasetPairReader(RowReader):
     """Reader of a table with columns ``prompt`` and ``chosen``, ``rejected`` or ``image_a``, ``image_b``, ``label``.
 
     The columns mean what the keys of :class:`~latentreward.data.readers.jsonl.JSONLPairReader` mean, and are checked by
@@ -56,7 +57,7 @@ class DatasetPairReader(PairRowReader):
             ``source``. Paths in a ``Dataset`` may lead anywhere if ``root`` is not given.
         memory_map: Copy the images of parquet files once into the cache of ``datasets``. Reading a row in random order
             then reads only this row, not its row group.
-        options: See :class:`~latentreward.data.readers.base.SideExchangingReader`. Rows with ``chosen`` and
+        options: See :class:`~latentreward.data.readers.rows.RowReader`. Rows with ``chosen`` and
             ``rejected`` change sides at random; rows with ``image_a`` and ``image_b`` stay as written.
 
     Raises:
@@ -93,13 +94,13 @@ class DatasetPairReader(PairRowReader):
         read = {field: column for field, column in chosen.items() if not (self._embedded and field in self._fields)}
         index = self._rows.read_index(dict.fromkeys(read.values()), "give every file of the split the same columns")
         self._images = self._rows.images(images, memory_map) if self._embedded else None
-        self.fill(self._read_rows(index, read))
+        parser = PairRowParser(self, None if self._embedded else self._check_path)
+        self.table = parser.table(self._read_rows(index, read))
         if not len(self):
             told = f" ({count_text(self.skipped)} left out)" if self.skipped else ""
             raise InputError(f"split: {split!r} of {name} has no rows left{told}; check the files")
         if self.remarks[NO_LABEL] and "label" not in chosen:
-            told = f"no column label among {', '.join(schema.names)}; name it in columns"
-            self.rename_no_label(told)
+            parser.rename_no_label(f"no column label among {', '.join(schema.names)}; name it in columns")
         unread = (field for field in schema if field.name not in {*read.values(), *images})
         edited = find_edit_source({field.name: b"x" if holds_images(field.type) else "x" for field in unread})
         if edited is not None:
@@ -108,29 +109,28 @@ class DatasetPairReader(PairRowReader):
             warn_row_groups(self._rows, images, f"{name} {split}")
         self.report(f"{name} {split}")
 
-    def find_images(self, row: int, paths: tuple[str | None, str | None]) -> tuple[ImageRef, ImageRef]:
+    def find_images(self, row: dict[str, Any]) -> tuple[ImageRef, ImageRef]:
         """Return the images of a row with their bytes, or references to their files."""
+        texts = row["image_a"], row["image_b"]
         if self._images is not None:
-            values = self._images.read(*self._rows.locate(row))
-            first, second = (self._rows.image(value, key) for value, key in zip(values, paths, strict=True))
+            values = self._images.read(*self._rows.locate(row["row"]))
+            first, second = (self._rows.image(value, key) for value, key in zip(values, texts, strict=True))
         elif self._root is not None:
-            first, second = (file_image(self._root, path) for path in paths)
+            first, second = (file_image(self._root, path) for path in texts)
         else:
-            first, second = (ImageRef(path or "", path=Path(path) if path else None) for path in paths)
+            first, second = (ImageRef(path or "", path=Path(path) if path else None) for path in texts)
         return first, second
 
-    def check_images(self, name: str, row: dict[str, Any], fields: tuple[str, str]) -> None:
-        """Check the paths of a row, applying ``on_error``; bytes are checked when they are decoded."""
-        for field in fields if self._images is None else ():
-            if self._root is not None:
-                self.check_path(name, field, row.get(field), self._root)
-            elif self.on_error == "raise" and not row.get(field):
-                self.refuse(name, f"{field} is {short(row.get(field))}, not a path", NO_IMAGE)
+    def _check_path(self, name: str, field: str, path: Any) -> None:
+        if self._root is not None:
+            check_path(self, name, field, path, self._root)
+        elif self.on_error == "raise" and not path:
+            self.refuse(name, f"{field} is {short(path)}, not a path", NO_IMAGE)
 
     def _read_rows(self, index: pa.Table, read: Mapping[str, str]) -> Iterator[tuple[str, int, dict[str, Any]]]:
         """Yield name, number and fields of every row; the fields of images in bytes hold the images' names."""
-        number = 0
-        for batch in index.to_batches(max_chunksize=ROWS):
+        names, number = self._rows.row_names(), 0
+        for batch in index.to_batches(max_chunksize=ROWS_AT_ONCE):
             for values in zip(*(batch.column(column).to_pylist() for column in read.values()), strict=True):
                 row = dict(zip(read, values, strict=True))
                 keys = [row.pop(key, None) for key in KEYS]
@@ -138,7 +138,7 @@ class DatasetPairReader(PairRowReader):
                     row |= dict(zip(self._fields, keys, strict=True))
                 if self._classes is not None:
                     row["label"] = name_class(self._classes, row["label"])
-                yield self._rows.row_name(number), number, row
+                yield names[number].as_py(), number, row
                 number += 1
 
 

@@ -7,11 +7,13 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, NamedTuple
 
 import numpy as np
+import pyarrow as pa
 
-from latentreward.contracts import ImageRef, PreferencePair
+from latentreward.contracts import ImageRef
 from latentreward.data.buckets import PUBLISHED_BUCKETS, Bucket, sort_buckets
-from latentreward.data.readers.base import MAX_VOTES, Contents, SideExchangingReader
+from latentreward.data.readers.base import MAX_VOTES, Contents
 from latentreward.data.readers.parquet_store import ParquetPart, RowGroupColumns, damage_named, open_part
+from latentreward.data.readers.rows import RowReader
 from latentreward.errors import InputError
 from latentreward.storage.ignored_files import find_files
 from latentreward.storage.texts import read_table, read_text
@@ -54,7 +56,7 @@ class _Part(NamedTuple):
     shapes: list[tuple[Any, Any]] | None
 
 
-class DiffusionRMReader(SideExchangingReader):
+class DiffusionRMReader(RowReader):
     """Reader of pairs of latents, (posterior sample − shift) · scale of SD3's VAE, stored as ``np.save`` bytes.
 
     The rows hold latents, not images; to train on them, import them first with ``latentreward cache``. ``latent1`` is
@@ -73,7 +75,7 @@ class DiffusionRMReader(SideExchangingReader):
         index: Name of the index file in ``root``; null reads every row of every parquet file, of any size.
         split: Name of the split.
         buckets: (height, width) in pixels of the accepted sizes; by default the 13 published buckets.
-        options: See :class:`~latentreward.data.readers.base.SideExchangingReader`.
+        options: See :class:`~latentreward.data.readers.rows.RowReader`.
 
     Raises:
         InputError: If a file or column is missing, no row is left, or a row breaks a rule above under
@@ -92,8 +94,7 @@ class DiffusionRMReader(SideExchangingReader):
         buckets: list[tuple[int, int]] | None = None,
         **options: Any,
     ) -> None:
-        super().__init__(**options)
-        self.split = split
+        super().__init__("diffusion_rm", split, **options)
         files = _find_files(Path(root), index)
         self._names = [file.name for file in files]
         parts = [ParquetPart(file.name, file) for file in files]
@@ -109,64 +110,37 @@ class DiffusionRMReader(SideExchangingReader):
         entries.sort(key=lambda entry: (entry.part == NOWHERE, entry.part, entry.row))
         if not entries:
             raise InputError(f"root: {root} has no rows left; check the parquet files and the index")
-        self._ids = [entry.pair_id for entry in entries]
-        self._places = np.array([(entry.part, entry.row) for entry in entries], dtype=np.int64)
-        prompts = [tables[self._names[part]].prompts[row] if part != NOWHERE else "" for part, row in self._places]
+        self.table = pa.Table.from_pylist([entry._asdict() for entry in entries])
+        prompts = [tables[self._names[part]].prompts[row] if part != NOWHERE else "" for _, part, row in entries]
+        labels = [None if entry.part == NOWHERE else 1.0 for entry in entries]
+        self.table = self.table.append_column("prompt", pa.array(prompts, pa.large_string()))
+        self.table = self.table.append_column("label", pa.array(labels, pa.float64()))
         if nulls := prompts.count(None):
             self.remarks["null prompt read as empty"] += nulls
-        self._prompts = [prompt or "" for prompt in prompts]
         stated = [name for name in DETAILS if all(name in table.columns for table in tables.values())]
         self._columns = RowGroupColumns(parts, [*LATENTS, *stated])
         self.report(f"{root} {index or ''}".rstrip())
 
-    def __len__(self) -> int:
-        return len(self._ids)
+    def read_row(self, index: int) -> dict[str, Any]:
+        """Return the values of row ``index`` by column, with those of the parquet file unless it is a placeholder."""
+        row = super().read_row(index)
+        if row["part"] == NOWHERE:
+            return row
+        stored = self._columns.read(row["part"], row["row"])
+        row |= dict(zip(self._columns.columns, stored, strict=True))
+        row["model_a"], row["model_b"] = row.get("model1"), row.get("model2")
+        return row | _parse_details(row.get("detailed_results"))
 
-    def __getitem__(self, index: int) -> PreferencePair:
-        part, number = self._places[index].tolist()
-        row: dict[str, Any] = {}
-        if part != NOWHERE:
-            row = dict(zip(self._columns.columns, self._columns.read(part, number), strict=True))
-        votes, confidence = _parse_details(row.get("detailed_results"))
-        pair = PreferencePair(
-            pair_id=self._ids[index],
-            prompt=self._prompts[index],
-            image_a=self._latents(part, number, "latent1", row),
-            image_b=self._latents(part, number, "latent2", row),
-            label_a=1.0 if row else None,
-            votes=votes,
-            confidence=confidence,
-            model_a=row.get("model1"),
-            model_b=row.get("model2"),
-            source="diffusion_rm",
-            split=self.split,
-        )
-        return pair.swapped() if self.is_exchanged(pair.pair_id) else pair
-
-    def labels(self) -> np.ndarray:
-        """Return ``label_a`` of every row, ``(len,)`` float64: 1 if a is chosen, 0 if b is, NaN for placeholders."""
-        return np.where(self.labelled(), 1.0 - self.exchanged(), np.nan)
-
-    def labelled(self) -> np.ndarray:
-        """Return whether each row has a label, ``(len,)`` bool; false only for placeholders of bad rows."""
-        return self._places[:, 0] != NOWHERE
-
-    def prompts(self) -> list[str]:
-        """Return the raw prompt of every row."""
-        return list(self._prompts)
-
-    def pair_ids(self) -> list[str]:
-        """Return the ``pair_id`` of every row: ``INDEX:global_id`` with an index, else ``FILE:ROW``."""
-        return list(self._ids)
-
-    def _latents(self, part: int, number: int, column: str, row: dict[str, Any]) -> ImageRef:
-        """Return a reference to one latent, named ``FILE:ROW:COLUMN``.
+    def find_images(self, row: dict[str, Any]) -> tuple[ImageRef, ImageRef]:
+        """Return references to both latents of a row, named ``FILE:ROW:COLUMN``.
 
         The name is not a hash: an image may occur twice with other latents, sampled again or in another size.
         """
-        if not row:
-            return ImageRef("", holds="latents")
-        return ImageRef(f"{self._names[part]}:{number}:{column}", row[column], holds="latents")
+        if row["part"] == NOWHERE:
+            return ImageRef("", holds="latents"), ImageRef("", holds="latents")
+        place = f"{self._names[row['part']]}:{row['row']}"
+        first, second = (ImageRef(f"{place}:{column}", row[column], holds="latents") for column in LATENTS)
+        return first, second
 
     def _follow(self, index: Path, tables: dict[str, _Part]) -> Iterator[_Entry]:
         """Yield an entry for every row of the index; bad rows become placeholders or are left out, by ``on_error``."""
@@ -269,20 +243,24 @@ def _integer(text: str) -> int | None:
     return int(number) if number >= 0 and number.is_integer() else None
 
 
-def _parse_details(text: str | None) -> tuple[tuple[int, int] | None, float | None]:
-    """Parse votes (chosen, rejected) and confidence from the text of ``detailed_results``.
+def _parse_details(text: str | None) -> dict[str, Any]:
+    """Parse votes for the chosen and the rejected image, and confidence, from the text of ``detailed_results``.
 
-    The text is a Python dict literal, not JSON, with ``votes_chosen``, ``votes_rejected`` and ``confidence``. Both
-    results are None if there are no usable votes or both votes are 0.
+    The text is a Python dict literal, not JSON, with ``votes_chosen``, ``votes_rejected`` and ``confidence``. The
+    result is empty if there are no usable votes or both votes are 0.
     """
     try:
         details = ast.literal_eval(text or "{}")
     except (ValueError, SyntaxError, RecursionError, MemoryError):
-        return None, None
+        return {}
     if not isinstance(details, dict):
-        return None, None
+        return {}
     counts = [details.get(name) for name in ("votes_chosen", "votes_rejected")]
     if not all(isinstance(count, int) and 0 <= count <= MAX_VOTES for count in counts) or not any(counts):
-        return None, None
+        return {}
     confidence = details.get("confidence")
-    return (int(counts[0]), int(counts[1])), float(confidence) if isinstance(confidence, int | float) else None
+    return {
+        "votes_a": int(counts[0]),
+        "votes_b": int(counts[1]),
+        "confidence": float(confidence) if isinstance(confidence, int | float) else None,
+    }

@@ -1,18 +1,20 @@
 """Reader of folders ``chosen/`` and ``rejected/`` with images of equal names, and a caption for each name."""
 
 import logging
+import os
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+import pyarrow as pa
 
-from latentreward.contracts import PreferencePair
+from latentreward.contracts import ImageRef
 from latentreward.data.images import OUTSIDE, resolve_inside
 from latentreward.data.readers.base import count_text
 from latentreward.data.readers.groups import file_image
-from latentreward.data.readers.json_rows import JSONReader, parse_line, parse_text
+from latentreward.data.readers.json_rows import encodable, parse_line, parse_text
+from latentreward.data.readers.rows import RowReader, pack
 from latentreward.errors import InputError, printable
 from latentreward.storage.ignored_files import find_files
 from latentreward.storage.texts import UTF_16, UnreadableTextError, read_text
@@ -27,11 +29,18 @@ UNREAD = (
     ".cr3", ".nef", ".nrw", ".arw", ".raf", ".orf", ".rw2", ".pef", ".srw", ".raw",
 )  # fmt: skip
 """Suffixes of image files that are not decoded: they are counted, so that none is left out without a word."""
+INDEX = pa.schema(
+    {
+        **dict.fromkeys(("pair_id", "prompt"), pa.large_string()),
+        **dict.fromkeys(SIDES, pa.large_binary()),  # names of files need not be UTF-8
+        "label": pa.float64(),
+    }
+)
 CAPTIONS = "captions"
 CAPTIONS_FILE = "captions.jsonl"
 
 
-class FolderPairReader(JSONReader):
+class FolderPairReader(RowReader):
     """Reader of pairs of image files, one row per name that occurs in both ``chosen/`` and ``rejected/``.
 
     A name is the path below ``chosen/`` or ``rejected/`` without suffix: ``chosen/cats/1.jpg`` and
@@ -50,15 +59,14 @@ class FolderPairReader(JSONReader):
         root: Folder with ``chosen/`` and ``rejected/``, or with one subfolder per split that holds both. Images outside
             it are not opened.
         split: Name of the split's subfolder; null if ``root`` itself holds ``chosen/`` and ``rejected/``.
-        options: See :class:`~latentreward.data.readers.base.SideExchangingReader`.
+        options: See :class:`~latentreward.data.readers.rows.RowReader`.
 
     Raises:
         InputError: If a folder is missing, no row is left, or a row breaks a rule above under ``on_error: raise``.
     """
 
     def __init__(self, root: str, split: str | None = None, **options: Any) -> None:
-        super().__init__(**options)
-        self.split = split or ""
+        super().__init__("folder", split or "", **options)
         self._folder = Path(root, split) if split else Path(root)
         for side in SIDES:
             if not (self._folder / side).is_dir():
@@ -70,11 +78,9 @@ class FolderPairReader(JSONReader):
             files[side], told = find_images(self._folder / side)
             self._unread += [f"{side}/: {remark}" for remark in told]
         captions = self._read_captions_file() if (self._folder / CAPTIONS_FILE).is_file() else None
-        rows = [
-            self._check(name, files, captions) for name in sorted({name for side in files.values() for name in side})
-        ]
-        self._rows = [row for row in rows if row is not None]
-        if not self._rows:
+        names = sorted({name for side in files.values() for name in side})
+        self.table = pack((self._check(name, files, captions) for name in names), INDEX)
+        if not len(self):
             reasons = [f"{count_text(self.skipped)} left out"] if self.skipped else []
             problem = "; ".join([f"root: no pairs in {self._folder}", *reasons, *self._unread])
             raise InputError(f"{problem}; give chosen/ and rejected/ images of equal names, with captions")
@@ -82,37 +88,10 @@ class FolderPairReader(JSONReader):
             logger.warning("%s: %s", printable(str(self._folder)), "; ".join(self._unread))
         self.report(str(self._folder))
 
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def __getitem__(self, index: int) -> PreferencePair:
-        name, prompt, chosen, rejected, sound = self._rows[index]
-        pair = PreferencePair(
-            pair_id=self._pair_id(name),
-            prompt=prompt,
-            image_a=file_image(self._folder, chosen),
-            image_b=file_image(self._folder, rejected),
-            label_a=1.0 if sound else None,
-            source="folder",
-            split=self.split,
-        )
-        return pair.swapped() if self.is_exchanged(pair.pair_id) else pair
-
-    def labels(self) -> np.ndarray:
-        """Return ``label_a`` of every row, ``(len,)`` float64: 1 if a is chosen, 0 if b is, NaN for placeholders."""
-        sound = [row[4] for row in self._rows]
-        return np.where(sound, 1.0 - self.exchanged(), np.nan)
-
-    def prompts(self) -> list[str]:
-        """Return the caption of every row."""
-        return [row[1] for row in self._rows]
-
-    def pair_ids(self) -> list[str]:
-        """Return the ``pair_id`` of every row: ``SPLIT/NAME``, or ``NAME`` without a split."""
-        return [self._pair_id(row[0]) for row in self._rows]
-
-    def _pair_id(self, name: str) -> str:
-        return f"{self.split}/{name}" if self.split else name
+    def find_images(self, row: dict[str, Any]) -> tuple[ImageRef, ImageRef]:
+        """Return references to the files of a name, the chosen one first."""
+        first, second = (file_image(self._folder, os.fsdecode(row[side])) for side in SIDES)
+        return first, second
 
     def _read_captions_file(self) -> dict[str, str]:
         captions: dict[str, str] = {}
@@ -128,40 +107,32 @@ class FolderPairReader(JSONReader):
 
     def _check(
         self, name: str, files: dict[str, dict[str, list[str]]], captions: dict[str, str] | None
-    ) -> tuple[str, str, str, str, bool] | None:
-        """Check one name, applying ``on_error``.
-
-        Returns:
-            Name, caption, path of the chosen image, path of the rejected image, and whether no rule was broken; None if
-            the row is left out.
-        """
-        sound, paths = True, []
-        for side in SIDES:
-            found = files[side].get(name, [])
-            paths.append(found[0] if found else "")
-            if sound and len(found) != 1:
-                sound = False
-                what = "several images" if found else "no image"
+    ) -> dict[str, Any] | None:
+        """Return the row of a name, which is ``SPLIT/NAME`` with a split; None if ``on_error`` leaves it out."""
+        found = {side: files[side].get(name, []) for side in SIDES}
+        prompt, problem, reason = None, "", ""
+        for side, paths in found.items():
+            if not reason and len(paths) != 1:
+                what = "several images" if paths else "no image"
+                reason = f"{what} in {side}/"
                 problem = "; ".join([f"{what} of this name in {side}/", *self._unread])
-                self.refuse(name, problem, f"{what} in {side}/")
         try:
             prompt = self._find_caption(name) if captions is None else captions.get(name)
         except UnreadableTextError as error:
-            prompt = None
-            if sound:
-                self.refuse(name, str(error), "caption not readable")
-            sound = False
-        if sound and prompt is None:
-            sound = False
-            self.refuse(
-                name, f"no caption in {CAPTIONS_FILE}, {CAPTIONS}/{name}.txt or chosen/{name}.txt", "no caption"
-            )
-        if sound and prompt is not None and len(prompt) > self.max_prompt_chars:
-            self.refuse_long_prompt(name, len(prompt))
-            sound, prompt = False, None
-        if not sound and self.on_error == "skip":
+            problem, reason = (problem, reason) if reason else (str(error), "caption not readable")
+        if not reason and prompt is None:
+            problem = f"no caption in {CAPTIONS_FILE}, {CAPTIONS}/{name}.txt or chosen/{name}.txt"
+            reason = "no caption"
+        if reason:
+            self.refuse(name, problem, reason)
+        elif len(prompt or "") > self.max_prompt_chars:
+            self.refuse_long_prompt(name, len(prompt or ""))
+            prompt, reason = None, "prompt too long"
+        if reason and self.on_error == "skip":
             return None
-        return name, prompt or "", paths[0], paths[1], sound
+        pair_id = encodable(f"{self.split}/{name}" if self.split else name)
+        images = {side: os.fsencode(paths[0] if paths else "") for side, paths in found.items()}
+        return {"pair_id": pair_id, "prompt": prompt, "label": None if reason else 1.0, **images}
 
     def _find_caption(self, name: str) -> str | None:
         for folder in (CAPTIONS, SIDES[0]):

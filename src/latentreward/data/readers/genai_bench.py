@@ -4,10 +4,11 @@ from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
-from latentreward.contracts import PreferencePair
-from latentreward.data.readers.parquet_store import empty_long_prompts
-from latentreward.data.readers.tables import Source, TablePairReader, source_name
+from latentreward.contracts import ImageRef
+from latentreward.data.readers.rows import RowReader
+from latentreward.data.readers.tables import Source, empty_long_prompts, open_table, source_name
 from latentreward.errors import InputError
 
 VOTES = {"leftvote": 1.0, "rightvote": 0.0, "tievote": 0.5, "bothbad_vote": 0.5}
@@ -16,7 +17,7 @@ IMAGES = ("left_image", "right_image")
 HINT = "give the published files of image_generation, or write a PairReader for your own"
 
 
-class GenAIBenchReader(TablePairReader):
+class GenAIBenchReader(RowReader):
     """Reader of TIGER-Lab's GenAI-Bench, votes on pairs of generated images; the left image is a, the right one b.
 
     A row is unlabelled if its ``vote_type`` is null or not a known vote. A null prompt is read as an empty prompt, and
@@ -52,48 +53,41 @@ class GenAIBenchReader(TablePairReader):
         both_bad: Literal["tie", "unlabelled"] = "tie",
         **options: Any,
     ) -> None:
-        super().__init__(**options)
-        table = self.open_split(source, split, revision, COLUMNS, HINT, "image_generation")
-        self._table.check_images(IMAGES, HINT)
-        prompts, long = empty_long_prompts(self, table.column("prompt"), self._table.row_name)
-        self._rows = np.flatnonzero(~long) if self.on_error == "skip" else np.arange(len(long))
-        self._index = table.set_column(0, "prompt", prompts).take(self._rows)
-        self._images = self._table.images(IMAGES)
+        super().__init__("genai_bench_tiger", split, randomise_sides=False, seed=0, **options)
+        self._rows = open_table(self, source, split, revision, "image_generation")
+        index = self._rows.read_index(COLUMNS, HINT)
+        self._rows.check_images(IMAGES, HINT)
+        names = self._rows.row_names()
+        prompts, long = empty_long_prompts(self, index.column("prompt"), names)
         labels = {kind: label for kind, label in VOTES.items() if both_bad == "tie" or kind != "bothbad_vote"}
-        self._labels = np.array([labels.get(vote, np.nan) for vote in self.vote_types()], dtype=np.float64)
-        self._labels[long[self._rows]] = np.nan
+        votes = index.column("vote_type").combine_chunks()
+        label = pa.array([*labels.values()]).take(pc.index_in(votes, pa.array([*labels])))
+        table = pa.table(
+            {
+                "pair_id": names,
+                "prompt": prompts,
+                "label": pc.if_else(pa.array(long), None, label),
+                "vote": votes,
+                "model_a": index.column("left_model"),
+                "model_b": index.column("right_model"),
+                "row": np.arange(len(long)),
+            }
+        )
+        self.table = table.filter(pa.array(~long)) if self.on_error == "skip" else table
+        self._images = self._rows.images(IMAGES)
         if not len(self):
             raise InputError(f"split: {split!r} of {source_name(source)} has no rows; check the files")
-        if unlabelled := int(np.isnan(self._labels).sum()):
+        if unlabelled := self.table.column("label").null_count:
             self.remarks[f"unlabelled (vote_type is none of {', '.join(labels)})"] += unlabelled
-        if nulls := self._index.column("prompt").null_count:
+        if nulls := self.table.column("prompt").null_count:
             self.remarks["null prompt read as empty"] += nulls
         self.report(f"{source_name(source)} {split}")
 
-    def __getitem__(self, index: int) -> PreferencePair:
-        row, label = {name: self._index.column(name)[index].as_py() for name in COLUMNS}, float(self._labels[index])
-        left, right = self._images.read(*self._table.locate(int(self._rows[index])))
-        return PreferencePair(
-            pair_id=self._table.row_name(int(self._rows[index])),
-            prompt=row["prompt"] or "",
-            image_a=self._table.image(left),
-            image_b=self._table.image(right),
-            label_a=None if np.isnan(label) else label,
-            model_a=row["left_model"],
-            model_b=row["right_model"],
-            source="genai_bench_tiger",
-            split=self.split,
-        )
-
-    def facts(self) -> dict[str, list[Any]]:
-        """Return models and the published ``vote_type`` of every row, see :meth:`PairReader.facts`."""
-        names = {"model_a": "left_model", "model_b": "right_model", "vote": "vote_type"}
-        return {name: self._index.column(column).to_pylist() for name, column in names.items()}
+    def find_images(self, row: dict[str, Any]) -> tuple[ImageRef, ImageRef]:
+        """Return the left and the right image of a row with their bytes."""
+        left, right = self._images.read(*self._rows.locate(row["row"]))
+        return self._rows.image(left), self._rows.image(right)
 
     def vote_types(self) -> list[str | None]:
         """Return the published ``vote_type`` of every row, for protocols that distinguish good from bad ties."""
-        return self._index.column("vote_type").to_pylist()
-
-    def prompts(self) -> list[str]:
-        """Return the raw prompt of every row."""
-        return [prompt or "" for prompt in self._index.column("prompt").to_pylist()]
+        return self.table.column("vote").to_pylist()

@@ -8,9 +8,10 @@ import numpy as np
 import pyarrow as pa
 
 from latentreward.contracts import ImageRef
-from latentreward.data.readers.groups import UNRANKED, GroupReader, ImageGroup
+from latentreward.data.readers.groups import UNRANKED, ImageGroup, pair_images
 from latentreward.data.readers.json_rows import parse_json, parse_number, short
 from latentreward.data.readers.parquet_store import ParquetPart
+from latentreward.data.readers.rows import RowReader
 from latentreward.data.readers.tables import ParquetTable, Source, SplitTable, open_table, source_name
 from latentreward.errors import InputError
 
@@ -21,7 +22,7 @@ LOWEST, HIGHEST = 1, 5
 SKILLS = ("basic", "advanced")
 
 
-class GenAIBenchCMUReader(GroupReader):
+class GenAIBenchCMUReader(RowReader):
     """Reader of CMU's GenAI-Bench: pairs of images of several models for a prompt, compared by mean human rating.
 
     A row with n models (six as published) gives n (n − 1) / 2 pairs, in the order of the models' names, with the row's
@@ -42,7 +43,7 @@ class GenAIBenchCMUReader(GroupReader):
         revision: Commit, tag or branch of the hub data set; give one, so that the data cannot change.
         memory_map: Copy the images once into the cache of ``datasets``. Reading a row in random order then reads only
             this row.
-        options: See :class:`~latentreward.data.readers.base.SideExchangingReader`. Under ``skip`` and ``placeholder`` a
+        options: See :class:`~latentreward.data.readers.rows.RowReader`. Under ``skip`` and ``placeholder`` a
             split with missing files is read without them.
 
     Raises:
@@ -66,35 +67,35 @@ class GenAIBenchCMUReader(GroupReader):
         (place, schema), *_ = self._table.schemas()
         self.models, columns = _columns(place, schema)
         self._table.check_images(self.models, HINT)
+        kept: list[int] = []
+        tags: list[list[str]] = []
         index = self._table.read_index(columns, HINT)
-        self._rows, self._tags = list[int](), list[list[str]]()
-        self.fill(self._parse(index))
+        pairs = pair_images(self._parse(index, kept, tags))
+        numbers = {side: pairs.column(f"number_{side}").to_numpy() for side in "ab"}
+        group = numbers["a"] // len(self.models)
+        models = {f"model_{side}": pa.array(self.models).take(numbers[side] % len(self.models)) for side in "ab"}
+        shown = {"tags": pa.array(tags, pa.list_(pa.string())).take(group), "row": np.array(kept, np.int64)[group]}
+        self.table = pa.table({**dict(zip(pairs.column_names, pairs.columns, strict=True)), **models, **shown})
         if not len(self):
             raise InputError(f"split: {split!r} of {source_name(source)} has no pairs left; check the files")
         self._images = self._table.images(self.models, memory_map)
         self.report(f"{source_name(source)} {split}")
 
-    def find_image(self, group: int, position: int) -> ImageRef:
-        """Return a reference to an image with its bytes from the parquet file."""
-        (image,) = self._images.read(*self._table.locate(self._rows[group]), [self.models[position]])
-        return self._table.image(image)
-
-    def facts(self) -> dict[str, list[Any]]:
-        """Return models and ``tags`` of every row; tags are the skills that the prompt needs, a list of texts."""
-        return {**super().facts(), "tags": [self._tags[group] for group in self._index.group]}
-
-    def find_model(self, position: int) -> str | None:
-        """Return the name of the model of the images at ``position``."""
-        return self.models[position]
+    def find_images(self, row: dict[str, Any]) -> tuple[ImageRef, ImageRef]:
+        """Return references to two images with their bytes from the parquet file."""
+        models = [row["model_a"], row["model_b"]]
+        first, second = map(self._table.image, self._images.read(*self._table.locate(row["row"]), models))
+        return first, second
 
     def _open(self, source: Source, split: str, revision: str | None) -> SplitTable:
         if isinstance(source, str) and (older := Path(source, OLDER_FILE)).is_file():
             return ParquetTable([ParquetPart(OLDER_FILE, older)])
         return open_table(self, source, split, revision)
 
-    def _parse(self, index: pa.Table) -> Iterator[ImageGroup]:
-        for number, row in enumerate(index.to_pylist()):
-            name = self._table.row_name(number)
+    def _parse(self, index: pa.Table, kept: list[int], tags: list[list[str]]) -> Iterator[ImageGroup]:
+        """Yield a group for every row, and add its number to ``kept`` and the skills of its prompt to ``tags``."""
+        names = self._table.row_names().to_pylist()
+        for number, (name, row) in enumerate(zip(names, index.to_pylist(), strict=True)):
             row_id, prompt, ratings = _fields(row, self.models)
             if prompt is None:
                 self.remarks["null prompt read as empty"] += 1
@@ -113,8 +114,8 @@ class GenAIBenchCMUReader(GroupReader):
                 means = [UNRANKED] * len(means)
             if missing := int(np.isnan(means).sum()):
                 self.remarks["image without ratings"] += missing
-            self._rows.append(number)
-            self._tags.append(_parse_tags(row))
+            kept.append(number)
+            tags.append(_parse_tags(row))
             ranks = [-mean for mean in means if mean is not None]
             yield ImageGroup(name, prompt or "", [None] * len(ranks), ranks, row_id)
 

@@ -5,18 +5,28 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
 from latentreward.contracts import ImageRef
-from latentreward.data.readers.groups import UNRANKED, GroupReader, ImageGroup, file_image
+from latentreward.data.readers.groups import (
+    UNRANKED,
+    ImageGroup,
+    check_paths,
+    check_ranks,
+    file_image,
+    pair_images,
+    parse_ranked,
+)
 from latentreward.data.readers.hub import fetch_files
-from latentreward.data.readers.json_rows import load_rows, parse_number, parse_text, short
+from latentreward.data.readers.json_rows import check_row, load_rows, parse_number, parse_text, short
+from latentreward.data.readers.rows import RowReader
 from latentreward.errors import InputError
 from latentreward.storage.hub import is_hub_id
 
 CHOICES = {(1.0, 0.0), (0.0, 1.0), (0.5, 0.5)}
 
 
-class HPDv2Reader(GroupReader):
+class HPDv2Reader(RowReader):
     """Reader of one split of HPDv2; images a and b keep the order of the file, which does not reveal the winner.
 
     ``train.json`` holds pairs, each with a choice such as (1, 0). ``test.json`` holds groups of images with a rank for
@@ -62,33 +72,27 @@ class HPDv2Reader(GroupReader):
         file, folder = _locate(root, split, revision)
         self._folder = Path(images) if images else folder
         self._name, self._prefix = f"{split}.json", f"{Path(images).name if images else split}/"
-        self._rankings: list[np.ndarray | None] = []
         rows = load_rows(file)
-        self._ranked = any(isinstance(row, dict) and "image_path" in row for row in rows)
-        self.fill(self._parse_groups(rows) if self._ranked else self._parse_pairs(rows))
+        if any(isinstance(row, dict) and "image_path" in row for row in rows):
+            votes: list[tuple[int, int] | tuple[None, None]] = []
+            self.table = pair_images(self._parse_groups(rows, votes))
+            for name, counts in zip(("votes_a", "votes_b"), zip(*votes, strict=True), strict=False):
+                self.table = self.table.append_column(name, pa.array(counts, pa.int64()))
+        else:
+            self.table = pair_images(self._parse_pairs(rows), named_by_group=True)
         if not len(self):
             raise InputError(f"split: {file} has no pairs left; give the published file")
         self.report(str(file))
 
-    def find_image(self, group: int, position: int) -> ImageRef:
-        """Return a reference to the file of the image at ``position`` of a group."""
-        return file_image(self._folder, self._index.image(group, position), self._prefix)
-
-    def name_pair(self, name: str, a: int, b: int) -> str:
-        """Return ``FILE:ROW`` for a pair of ``train.json``, and ``FILE:ROW:A-B`` for positions a and b of a group."""
-        return super().name_pair(name, a, b) if self._ranked else name
-
-    def count_votes(self, group: int, a: int, b: int) -> tuple[int, int] | None:
-        """Count the annotators who rank image a above b, and b above a; None if the file gives no rankings."""
-        rankings = self._rankings[group] if self._ranked else None
-        if rankings is None:
-            return None
-        return int((rankings[:, a] < rankings[:, b]).sum()), int((rankings[:, a] > rankings[:, b]).sum())
+    def find_images(self, row: dict[str, Any]) -> tuple[ImageRef, ImageRef]:
+        """Return references to the files of two images."""
+        first, second = (file_image(self._folder, row[name], self._prefix) for name in ("image_a", "image_b"))
+        return first, second
 
     def _parse_pairs(self, rows: list[Any]) -> Iterator[ImageGroup]:
         for number, content in enumerate(rows):
             name = f"{self._name}:{number}"
-            row, sound = self.check_row(name, content)
+            row, sound = check_row(self, name, content)
             paths = row.get("file_path")
             paired = isinstance(paths, list) and len(paths) == 2
             if sound and not paired:
@@ -96,12 +100,12 @@ class HPDv2Reader(GroupReader):
             ranks = self._parse_choice(name, row.get("human_preference")) if sound and paired else None
             if ranks is None and self.on_error == "skip":
                 continue
-            images = self.check_paths(name, "file_path", paths, self._folder) if paired else [None, None]
+            images = check_paths(self, name, "file_path", paths, self._folder) if paired else [None, None]
             yield ImageGroup(name, parse_text(row.get("prompt")) or "", images, ranks or [UNRANKED] * 2)
 
     def _parse_choice(self, name: str, value: Any) -> list[float] | None:
         """Convert the choice between two images to ranks; None if it is unreadable, after applying ``on_error``."""
-        choice = self.check_ranks(name, "human_preference", value, 2)
+        choice = check_ranks(self, name, "human_preference", value, 2)
         if choice is None or np.isnan(choice).any():
             return choice
         if tuple(choice) not in CHOICES:
@@ -109,25 +113,32 @@ class HPDv2Reader(GroupReader):
             return [UNRANKED] * 2
         return [-share for share in choice]
 
-    def _parse_groups(self, rows: list[Any]) -> Iterator[ImageGroup]:
+    def _parse_groups(self, rows: list[Any], votes: list[tuple[int, int] | tuple[None, None]]) -> Iterator[ImageGroup]:
+        """Yield the groups, and add the votes on each pair of a group to ``votes``."""
         for number, row in enumerate(rows):
-            group = self.parse_ranked(f"{self._name}:{number}", row, ("image_path", "rank"), self._folder)
+            group = parse_ranked(self, f"{self._name}:{number}", row, ("image_path", "rank"), self._folder)
             if group is not None:
                 annotations = row.get("raw_annotations") if isinstance(row, dict) else None
-                self._rankings.append(self._parse_rankings(annotations, len(group.images)))
+                votes += self._count_votes(annotations, len(group.images))
                 yield group
 
-    def _parse_rankings(self, value: Any, count: int) -> np.ndarray | None:
-        """Return the annotators' ranks, ``(annotators, count)`` float64; None if there are none that can be read."""
-        if value is None:
-            return None
-        items = value if isinstance(value, list) else [value]
+    def _count_votes(self, value: Any, count: int) -> list[tuple[int, int]] | list[tuple[None, None]]:
+        """Count the annotators who rank image a above b, and b above a, for each pair of ``count`` images.
+
+        Both counts are None if there are no rankings that can be read.
+        """
+        items = value if isinstance(value, list) else [] if value is None else [value]
         rankings = [item.get("rank") if isinstance(item, dict) else None for item in items]
         sound = [ranks for ranks in rankings if isinstance(ranks, list) and len(ranks) == count]
         numbers = [ranks for ranks in ([parse_number(rank) for rank in ranks] for ranks in sound) if None not in ranks]
         if len(numbers) < len(rankings):
             self.remarks["raw_annotations not readable"] += 1
-        return np.array(numbers, dtype=np.float64) if numbers else None
+        first, second = np.triu_indices(count, 1)
+        if not numbers:
+            return [(None, None)] * len(first)
+        ranks = np.array(numbers, dtype=np.float64)
+        above, below = ranks[:, first] < ranks[:, second], ranks[:, first] > ranks[:, second]
+        return list(zip(above.sum(axis=0).tolist(), below.sum(axis=0).tolist(), strict=True))
 
 
 def _locate(root: str, split: str, revision: str | None) -> tuple[Path, Path]:

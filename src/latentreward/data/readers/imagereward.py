@@ -11,10 +11,18 @@ import pyarrow.parquet as pq
 from latentreward.contracts import ImageRef
 from latentreward.data.images import NO_IMAGE
 from latentreward.data.readers.archives import ImageArchives
-from latentreward.data.readers.groups import UNRANKED, GroupReader, ImageGroup, file_image
+from latentreward.data.readers.groups import (
+    UNRANKED,
+    ImageGroup,
+    check_ranks,
+    file_image,
+    pair_images,
+    parse_ranked,
+)
 from latentreward.data.readers.hub import fetch_files
-from latentreward.data.readers.json_rows import load_rows, parse_rows, parse_text, short
+from latentreward.data.readers.json_rows import check_row, load_rows, parse_rows, parse_text, short
 from latentreward.data.readers.parquet_store import ParquetPart, damage_named
+from latentreward.data.readers.rows import RowReader
 from latentreward.errors import InputError
 from latentreward.storage.hub import is_hub_id
 
@@ -23,7 +31,7 @@ PARTS = {"train": 32, "validation": 2, "test": 2}
 COLUMNS = ("image_path", "prompt_id", "prompt", "rank")
 
 
-class ImageRewardReader(GroupReader):
+class ImageRewardReader(RowReader):
     """Reader of pairs from ImageReward's test set, with 4 to 9 ranked images for each prompt.
 
     A row of the file gives all pairs of its images, with the row's ``id`` as ``group_id``. Equal ranks are a tie (½)
@@ -36,7 +44,7 @@ class ImageRewardReader(GroupReader):
     Args:
         root: Folder that holds ``test.json`` and ``test_images/``, directly or in ``data/`` as in the repository;
             images outside ``test_images/`` are not opened.
-        options: See :class:`~latentreward.data.readers.base.SideExchangingReader`.
+        options: See :class:`~latentreward.data.readers.rows.RowReader`.
 
     Raises:
         InputError: If the file is missing, is not a JSON list, has no pairs left, or breaks a rule above under
@@ -50,24 +58,24 @@ class ImageRewardReader(GroupReader):
         inner = Path(root, "data")
         file = (inner if (inner / "test.json").is_file() else Path(root)) / "test.json"
         self._folder = file.parent / "test_images"
-        self.fill(self._parse(load_rows(file)))
+        self.table = pair_images(self._parse(load_rows(file)))
         if not len(self):
             raise InputError(f"root: {file} has no pairs left; give the published file")
         self.report(str(file))
 
-    def find_image(self, group: int, position: int) -> ImageRef:
-        """Return a reference to the file of the image at ``position`` of a group."""
-        return file_image(self._folder, self._index.image(group, position))
+    def find_images(self, row: dict[str, Any]) -> tuple[ImageRef, ImageRef]:
+        """Return references to the files of two images."""
+        return file_image(self._folder, row["image_a"]), file_image(self._folder, row["image_b"])
 
     def _parse(self, rows: list[Any]) -> Iterator[ImageGroup]:
         for number, row in enumerate(rows):
-            group = self.parse_ranked(f"test.json:{number}", row, ("generations", "ranking"), self._folder)
+            group = parse_ranked(self, f"test.json:{number}", row, ("generations", "ranking"), self._folder)
             if group is not None:
                 named = row.get("id") if isinstance(row, dict) else None
-                yield group if named is None else replace(group, group_id=str(named))
+                yield group if named is None else replace(group, group_id=parse_text(str(named)))
 
 
-class ImageRewardDBReader(GroupReader):
+class ImageRewardDBReader(RowReader):
     """Reader of one split of ImageRewardDB: all pairs of a prompt's images, compared by their ``rank``.
 
     Rows come from ``metadata-{split}.parquet``; without this file, from the JSON file in each zip file ("part"). The
@@ -85,7 +93,7 @@ class ImageRewardDBReader(GroupReader):
         parts: Numbers of the parts to read, e.g. ``[1, 2]`` of train's 1 to 32 for a smaller training set. By default
             all parts are read, and parts that the metadata name but the folder lacks fall under ``on_error``.
         revision: Commit, tag or branch of the hub data set; give one, so that the data cannot change.
-        options: See :class:`~latentreward.data.readers.base.SideExchangingReader`.
+        options: See :class:`~latentreward.data.readers.rows.RowReader`.
 
     Raises:
         InputError: If the split or a part cannot be found or opened, no pairs are left, or a rule above is broken under
@@ -112,14 +120,17 @@ class ImageRewardDBReader(GroupReader):
             for number, row in enumerate(parse_rows(*self._archives.read_rows(part)))
         )
         rows = self._read_metadata(metadata, parts) if metadata.is_file() else rows_of_parts
-        self.fill(self._parse(rows))
+        self.table = pair_images(self._parse(rows))
         if not len(self):
             raise InputError(f"split: {split!r} of {source} has no pairs left; check the files and parts")
         self.report(f"{source} {split}")
 
-    def find_image(self, group: int, position: int) -> ImageRef:
-        """Return a reference to an image, with its bytes from a zip file or its path in an unpacked folder."""
-        name = self._index.image(group, position)
+    def find_images(self, row: dict[str, Any]) -> tuple[ImageRef, ImageRef]:
+        """Return references to two images, with their bytes from a zip file or their paths in an unpacked folder."""
+        first, second = (self._find(row[name]) for name in ("image_a", "image_b"))
+        return first, second
+
+    def _find(self, name: str | None) -> ImageRef:
         if name is None:
             return ImageRef("")
         part, _, file = name.partition("/")
@@ -146,18 +157,18 @@ class ImageRewardDBReader(GroupReader):
         groups: dict[str, list[tuple[dict[str, Any], str | None]]] = {}
         refused: set[str] = set()
         for name, part, content in rows:
-            row, sound = self.check_row(name, content)
-            prompt_id = row.get("prompt_id")
+            row, sound = check_row(self, name, content)
+            prompt_id = None if row.get("prompt_id") is None else parse_text(str(row["prompt_id"]))
             if sound and prompt_id is None:
                 self.refuse(name, "prompt_id is null or missing", "row without prompt_id")
             if prompt_id is None:
                 continue
-            groups.setdefault(str(prompt_id), []).append((row, self._name_image(name, part, row.get("image_path"))))
+            groups.setdefault(prompt_id, []).append((row, self._name_image(name, part, row.get("image_path"))))
             if not sound:
-                refused.add(str(prompt_id))
+                refused.add(prompt_id)
         for prompt_id, members in groups.items():
             values = [row.get("rank") for row, _ in members]
-            ranks = None if prompt_id in refused else self.check_ranks(prompt_id, "rank", values, len(values))
+            ranks = None if prompt_id in refused else check_ranks(self, prompt_id, "rank", values, len(values))
             if ranks is None and self.on_error == "skip":
                 continue
             images, prompt = [image for _, image in members], parse_text(members[0][0].get("prompt")) or ""

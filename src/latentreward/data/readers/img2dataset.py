@@ -12,9 +12,10 @@ import pyarrow as pa
 
 from latentreward.contracts import ImageRef
 from latentreward.data.readers.folders import read_caption
-from latentreward.data.readers.groups import UNRANKED, GroupReader, ImageGroup, file_image
+from latentreward.data.readers.groups import UNRANKED, ImageGroup, file_image, pair_images
 from latentreward.data.readers.json_rows import parse_json, parse_number, parse_text, short
 from latentreward.data.readers.parquet_store import ParquetPart, RowGroupColumns, open_part, read_index
+from latentreward.data.readers.rows import RowReader
 from latentreward.data.readers.tables import holds_images
 from latentreward.data.readers.tars import read_extent, read_samples
 from latentreward.errors import InputError, did_you_mean
@@ -70,7 +71,7 @@ class _Image:
     size: int
 
 
-class Img2DatasetReader(GroupReader):
+class Img2DatasetReader(RowReader):
     """Reader of a folder that img2dataset wrote, in its formats ``webdataset``, ``files`` or ``parquet``.
 
     Such a folder holds single images. Images of one caption, or of one value of the column ``group``, are a group, and
@@ -126,17 +127,21 @@ class Img2DatasetReader(GroupReader):
                 raise InputError(f"{setting}: no image of {root} has the column {column!r}{hint}")
         images = self._grouped(images)
         kept = np.zeros(len(images), bool)
-        self.fill(self._make_groups(images, kept))
+        self.table = pair_images(self._make_groups(images, kept))
         places = [images[name].to_numpy()[kept] for name in ("shard", "offset", "size")]
         self._places = np.stack(places, axis=1)
         if not len(self):
             raise InputError(f"root: no two images of {root} share a {group}; set group to a column that they share")
         self.report(root)
 
-    def find_image(self, group: int, position: int) -> ImageRef:
-        """Return a reference to an image: with its bytes from a tar or parquet file, or with its path."""
-        shard, *place = self._places[int(self._index.starts[group]) + position].tolist()
-        path, name = self._shards[shard], self._index.image(group, position)
+    def find_images(self, row: dict[str, Any]) -> tuple[ImageRef, ImageRef]:
+        """Return references to two images: with their bytes from a tar or parquet file, or with their paths."""
+        first, second = (self._find(row[f"number_{side}"], row[f"image_{side}"]) for side in "ab")
+        return first, second
+
+    def _find(self, number: int, name: str | None) -> ImageRef:
+        shard, *place = self._places[number].tolist()
+        path = self._shards[shard]
         if self._columns is not None:
             (value,) = self._columns.read(shard, place[0])
             return ImageRef(name or "", value.get("bytes") if isinstance(value, dict) else value)

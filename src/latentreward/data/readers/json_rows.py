@@ -1,4 +1,4 @@
-"""Reading of JSON files with a list of objects, and checks of the objects' texts, numbers and paths."""
+"""Reading of JSON, and checks of the texts, numbers and paths of its objects by a reader's ``on_error``."""
 
 import json
 import math
@@ -11,7 +11,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from latentreward.data.images import BASE64, NO_IMAGE, OUTSIDE
-from latentreward.data.readers.base import MAX_VOTES, SideExchangingReader
+from latentreward.data.readers.base import PairReader
 from latentreward.errors import InputError
 from latentreward.storage.texts import UnreadableTextError, decode_text
 
@@ -25,59 +25,51 @@ MAYBE_SOURCE = re.compile(
 )
 """Names that mean such a picture only if the value is one; ``source`` may also be the name of a data set."""
 PICTURE_FILE = re.compile(r"\.(jpe?g|png|webp|gif|bmp)$", re.IGNORECASE)
+NO_OBJECT = "row is no object"
 ARRAY_REMEDY = "give the published file, one JSON list of objects"
 
 
-class JSONReader(SideExchangingReader):
-    """Base of readers of JSON objects, with checks of prompts, votes and paths that all formats share."""
+def check_row(reader: PairReader, pair_id: str, row: Any) -> tuple[dict[str, Any], bool]:
+    """Check that a row is an object with a sound ``prompt``.
 
-    def check_row(self, pair_id: str, row: Any) -> tuple[dict[str, Any], bool]:
-        """Check that a row is an object with a sound ``prompt``.
+    A row falls under ``on_error`` if it is not an object, or if its ``prompt`` is not text or too long. A null or
+    missing prompt only counts as a remark.
 
-        A row falls under ``on_error`` if it is not an object, or if its ``prompt`` is not text or too long. A null or
-        missing prompt only counts as a remark.
+    Returns:
+        The row, with a bad ``prompt`` set to None, or an empty dict if it is not an object; and whether no rule was
+        broken.
+    """
+    if not isinstance(row, dict):
+        reader.refuse(pair_id, f"the row is {short(row)}, not an object", NO_OBJECT)
+        return {}, False
+    if (source := find_edit_source(row)) is not None:
+        reader.remark(pair_id, edit_remark(source))
+    prompt = row.get("prompt")
+    if prompt is None:
+        reader.remark(pair_id, "null prompt read as empty")
+    elif not isinstance(prompt, str):
+        reader.refuse(pair_id, f"prompt is {short(prompt)}, not text", "prompt is no text")
+        return {**row, "prompt": None}, False
+    elif len(prompt) > reader.max_prompt_chars:
+        reader.refuse_long_prompt(pair_id, len(prompt))
+        return {**row, "prompt": None}, False
+    return row, True
 
-        Returns:
-            The row, with a bad ``prompt`` set to None, or an empty dict if it is not an object; and whether no rule was
-            broken.
-        """
-        if not isinstance(row, dict):
-            self.refuse(pair_id, f"the row is {short(row)}, not an object", "row is no object")
-            return {}, False
-        if (source := find_edit_source(row)) is not None:
-            self.remark(pair_id, edit_remark(source))
-        prompt = row.get("prompt")
-        if prompt is None:
-            self.remark(pair_id, "null prompt read as empty")
-        elif not isinstance(prompt, str):
-            self.refuse(pair_id, f"prompt is {short(prompt)}, not text", "prompt is no text")
-            return {**row, "prompt": None}, False
-        elif len(prompt) > self.max_prompt_chars:
-            self.refuse_long_prompt(pair_id, len(prompt))
-            return {**row, "prompt": None}, False
-        return row, True
 
-    def check_votes(self, pair_id: str, field: str, votes: tuple[int, int] | None) -> bool:
-        """Tell whether no image has more than ``MAX_VOTES`` votes; a row with more falls under ``on_error``."""
-        if votes is None or max(votes) <= MAX_VOTES:
-            return True
-        self.refuse(pair_id, f"{field} is {short(list(votes))}, more than {MAX_VOTES} for an image", "too many votes")
-        return False
+def check_path(reader: PairReader, pair_id: str, field: str, path: Any, folder: Path) -> None:
+    """Raise InputError for a path that is not text, is empty, or leads out of ``folder``, if ``on_error`` is raise.
 
-    def check_path(self, pair_id: str, field: str, path: Any, folder: Path) -> None:
-        """Raise InputError for a path that is not text, is empty, or leads out of ``folder``, if ``on_error`` is raise.
-
-        Under other values of ``on_error`` nothing happens here: such an image is counted when it is decoded.
-        """
-        if self.on_error != "raise":
-            return
-        if not isinstance(path, str) or not path:
-            self.refuse(pair_id, f"{field} is {short(path)}, not a path", NO_IMAGE)
-        elif BASE64.fullmatch(path):
-            problem = f"{field} is {short(path)}, base64 text, not a path; write the image to a file"
-            self.refuse(pair_id, problem, NO_IMAGE)
-        elif escapes(relative_path(path, folder)):
-            self.refuse(pair_id, f"{field} {short(path)} leads out of {folder}", OUTSIDE)
+    Under other values of ``on_error`` nothing happens here: such an image is counted when it is decoded.
+    """
+    if reader.on_error != "raise":
+        return
+    if not isinstance(path, str) or not path:
+        reader.refuse(pair_id, f"{field} is {short(path)}, not a path", NO_IMAGE)
+    elif BASE64.fullmatch(path):
+        problem = f"{field} is {short(path)}, base64 text, not a path; write the image to a file"
+        reader.refuse(pair_id, problem, NO_IMAGE)
+    elif escapes(relative_path(path, folder)):
+        reader.refuse(pair_id, f"{field} {short(path)} leads out of {folder}", OUTSIDE)
 
 
 def edit_remark(source: str) -> str:
@@ -161,6 +153,11 @@ def parse_text(value: Any) -> str | None:
     if not isinstance(value, str):
         return None
     return value if value.isascii() else value.encode("utf-8", "replace").decode()
+
+
+def encodable(text: str) -> str:
+    """Return a text whose lone surrogates, as in names of files that are not UTF-8, are written as escapes."""
+    return text if text.isascii() else text.encode("utf-8", "backslashreplace").decode()
 
 
 def find_edit_source(row: Mapping[str, Any]) -> str | None:

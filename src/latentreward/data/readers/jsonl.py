@@ -1,17 +1,19 @@
 """Reader of JSON lines: pairs of image files of your own, one object per line."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from latentreward.contracts import ImageRef
 from latentreward.data.readers.folders import read_lines
 from latentreward.data.readers.groups import file_image
-from latentreward.data.readers.json_rows import parse_line
-from latentreward.data.readers.pair_rows import PairRowReader
+from latentreward.data.readers.json_rows import check_path, parse_line
+from latentreward.data.readers.pair_rows import PairRowParser
+from latentreward.data.readers.rows import RowReader
 from latentreward.errors import InputError
 
 
-class JSONLPairReader(PairRowReader):
+class JSONLPairReader(RowReader):
     """Reader of pairs of image files from a file of JSON lines.
 
     A line has a ``prompt`` and either ``chosen`` and ``rejected``, or ``image_a``, ``image_b`` and ``label``::
@@ -39,7 +41,7 @@ class JSONLPairReader(PairRowReader):
             ``model_a``, ``model_b``.
         root: Folder that paths are relative to and that all images must lie in; by default the file's folder.
         split: Name of the split of lines without their own.
-        options: See :class:`~latentreward.data.readers.base.SideExchangingReader`. In lines with ``chosen`` and
+        options: See :class:`~latentreward.data.readers.rows.RowReader`. In lines with ``chosen`` and
             ``rejected``, the chosen image is a or b at random; lines with ``image_a`` and ``image_b`` stay as written.
 
     Raises:
@@ -49,26 +51,13 @@ class JSONLPairReader(PairRowReader):
     def __init__(self, file: str, root: str | None = None, split: str = "train", **options: Any) -> None:
         super().__init__(Path(file).name, split, **options)
         self._root = Path(root) if root else Path(file).parent
-        lines = read_lines(Path(file))
-        name = self.source
-        self.fill((f"{name}:{number}", number, parse_line(line)) for number, line in lines)
+        rows = PairRowParser(self, partial(check_path, self, folder=self._root))
+        lines = ((f"{self.source}:{number}", number, parse_line(line)) for number, line in read_lines(Path(file)))
+        self.table = rows.table(lines)
         if not len(self):
             raise InputError(f"file: {file} has no lines left; give one JSON object per line")
         self.report(str(file))
 
-    def find_images(self, row: int, paths: tuple[str | None, str | None]) -> tuple[ImageRef, ImageRef]:
+    def find_images(self, row: dict[str, Any]) -> tuple[ImageRef, ImageRef]:
         """Return references to the files of a line."""
-        first, second = (file_image(self._root, path) for path in paths)
-        return first, second
-
-    def check_row(self, pair_id: str, row: Any) -> tuple[dict[str, Any], bool]:
-        """Check a line, of which :func:`parse_line` gave the object or what is wrong with it."""
-        if isinstance(row, str):
-            self.refuse(pair_id, row, "row is no object")
-            return {}, False
-        return super().check_row(pair_id, row)
-
-    def check_images(self, name: str, row: dict[str, Any], fields: tuple[str, str]) -> None:
-        """Check that the paths of a line are texts and lead into ``root``, applying ``on_error``."""
-        for field in fields:
-            self.check_path(name, field, row.get(field), self._root)
+        return file_image(self._root, row["image_a"]), file_image(self._root, row["image_b"])

@@ -5,7 +5,7 @@ import json
 import os
 import re
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +17,6 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from latentreward.data.images import ImageError
-from latentreward.data.readers.base import PairReader
 from latentreward.data.readers.hub import fetch_split
 from latentreward.errors import InputError, first_line
 from latentreward.storage.hub import is_hub_id
@@ -280,28 +279,6 @@ def damage_named(part: ParquetPart) -> Iterator[None]:
                 "JSON lines for JSONLPairReader"
             ) from error
         raise ImageError(f"{part.path}: not a whole parquet file ({first_line(error)}); download it again") from error
-
-
-def empty_long_prompts(
-    reader: PairReader, prompts: pa.ChunkedArray, name_of: Callable[[int], str]
-) -> tuple[pa.Array, np.ndarray]:
-    """Apply the reader's ``on_error`` to prompts that are too long, and empty these prompts.
-
-    Args:
-        reader: Reader with ``on_error`` and ``max_prompt_chars``.
-        prompts: Prompt of every row.
-        name_of: Function that returns the ``pair_id`` of a row number.
-
-    Returns:
-        All prompts, with the long ones empty; and ``(rows,)`` bool, true for the long ones.
-    """
-    texts = prompts.combine_chunks()
-    lengths = pc.utf8_length(texts).fill_null(0).to_numpy(zero_copy_only=False)
-    long = lengths > reader.max_prompt_chars
-    if long.any():
-        first = int(np.flatnonzero(long)[0])
-        reader.refuse_long_prompt(name_of(first), int(lengths[first]), int(long.sum()))
-    return pc.if_else(pa.array(long), pa.scalar("", texts.type), texts), long
 
 
 class RowGroupColumns:

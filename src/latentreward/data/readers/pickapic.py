@@ -6,9 +6,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from latentreward.contracts import PreferencePair
-from latentreward.data.readers.parquet_store import ArrowColumns, RowGroupColumns, empty_long_prompts
-from latentreward.data.readers.tables import DatasetColumns, Source, TablePairReader, source_name, warn_row_groups
+from latentreward.contracts import ImageRef
+from latentreward.data.readers.rows import RowReader
+from latentreward.data.readers.tables import Source, empty_long_prompts, open_table, source_name, warn_row_groups
 from latentreward.errors import InputError
 
 IMAGES = ("jpg_0", "jpg_1")
@@ -25,6 +25,14 @@ COLUMNS = {
     "model_0": pa.string(),
     "model_1": pa.string(),
 }
+PUBLISHED = {
+    "uid_0": "image_0_uid",
+    "uid_1": "image_1_uid",
+    "model_a": "model_0",
+    "model_b": "model_1",
+    "label_0": "label_0",
+}
+"""Column of a reader's table → published column."""
 TOLERANCE = 1e-6
 WITHOUT_IMAGES = (
     "this is the copy without images: take the copy with images, or set images to none for prompts and labels"
@@ -32,7 +40,7 @@ WITHOUT_IMAGES = (
 SCHEMA_HINT = "give the published parquet files, or write a PairReader for your own"
 
 
-class PickAPicReader(TablePairReader):
+class PickAPicReader(RowReader):
     """Reader of one split of Pick-a-Pic; image 0 is a, image 1 is b.
 
     The label is ``label_0`` (1, 0, or ½ for a tie; ties are kept). A row is unlabelled, and ignored in training and
@@ -81,75 +89,69 @@ class PickAPicReader(TablePairReader):
         images: Literal["read", "none"] = "read",
         **options: Any,
     ) -> None:
-        super().__init__(**options)
-        self.weight = weight
+        super().__init__("pickapic", split, randomise_sides=False, seed=0, **options)
         self.holds = "images" if images == "read" else "nothing"
-        table = self.open_split(source, split, revision, COLUMNS, SCHEMA_HINT)
-        self._index = {name: table.column(name).combine_chunks() for name in COLUMNS}
+        self._rows = open_table(self, source, split, revision)
+        index = self._rows.read_index(COLUMNS, SCHEMA_HINT)
         if images == "read":
-            self._table.check_images(IMAGES, SCHEMA_HINT, WITHOUT_IMAGES)
-        self._index["caption"], long = empty_long_prompts(self, table.column("caption"), self._table.row_name)
-        labels, keep = self._judge_labels(long)
+            self._rows.check_images(IMAGES, SCHEMA_HINT, WITHOUT_IMAGES)
+        columns = {name: index.column(name).combine_chunks() for name in COLUMNS}
+        names = self._rows.row_names()
+        columns["caption"], long = empty_long_prompts(self, columns["caption"], names)
+        labels, keep = self._judge_labels(columns, names, long)
         if drop_identical:
-            keep &= self._find_different(keep)
-        self._rows, self._labels = np.flatnonzero(keep), labels[keep]
-        self._remark("null caption read as empty", _is_null(self._index["caption"])[keep])
+            keep &= self._find_different(columns, keep)
+        table = pa.table(
+            {
+                "pair_id": names,
+                "prompt": columns["caption"],
+                "label": pa.array(labels, from_pandas=True),
+                "row": np.arange(len(labels)),
+                **{name: columns[published] for name, published in PUBLISHED.items()},
+            }
+        )
+        if weight == "per_prompt":
+            examples = columns["num_example_per_prompt"].cast(pa.float64())
+            weights = pc.if_else(pc.greater(examples, 0).fill_null(False), pc.divide(1.0, examples), 1.0)
+            table = table.append_column("weight", weights)
+        self.table = table.filter(pa.array(keep))
+        self._remark("null caption read as empty", _is_null(columns["caption"])[keep])
         if not len(self):
             raise InputError(
                 f"split: {split!r} of {source_name(source)} has no rows left; check the files and drop_identical"
             )
-        self._images: ArrowColumns | RowGroupColumns | DatasetColumns | None = None
-        if images == "read":
-            self._images = self._table.images(IMAGES, memory_map)
+        self._images = self._rows.images(IMAGES, memory_map) if images == "read" else None
         if images == "read" and not memory_map:
-            warn_row_groups(self._table, IMAGES, f"{source_name(source)} {split}")
+            warn_row_groups(self._rows, IMAGES, f"{source_name(source)} {split}")
         self.report(f"{source_name(source)} {split}")
 
-    def __getitem__(self, index: int) -> PreferencePair:
-        row, label = int(self._rows[index]), self._labels[index]
-        jpg_0, jpg_1 = (None, None) if self._images is None else self._images.read(*self._table.locate(row))
-        examples = self._value("num_example_per_prompt", row) if self.weight == "per_prompt" else None
-        return PreferencePair(
-            pair_id=self._table.row_name(row),
-            prompt=self._value("caption", row) or "",
-            image_a=self._table.image(jpg_0, self._value("image_0_uid", row)),
-            image_b=self._table.image(jpg_1, self._value("image_1_uid", row)),
-            label_a=None if np.isnan(label) else float(label),
-            weight=1.0 / examples if examples is not None and examples > 0 else 1.0,
-            model_a=self._value("model_0", row),
-            model_b=self._value("model_1", row),
-            source="pickapic",
-            split=self.split,
-        )
+    def find_images(self, row: dict[str, Any]) -> tuple[ImageRef, ImageRef]:
+        """Return both images of a row with their bytes, or their names alone."""
+        values = (None, None) if self._images is None else self._images.read(*self._rows.locate(row["row"]))
+        return self._rows.image(values[0], row["uid_0"]), self._rows.image(values[1], row["uid_1"])
 
-    def prompts(self) -> list[str]:
-        """Return the raw prompt of every row."""
-        return [prompt or "" for prompt in self._index["caption"].take(pa.array(self._rows)).to_pylist()]
-
-    def facts(self) -> dict[str, list[Any]]:
-        """Return models and the published ``label_0`` of every row, unlabelled rows included."""
-        names = {"model_a": "model_0", "model_b": "model_1", "label_0": "label_0"}
-        rows = pa.array(self._rows)
-        return {name: self._index[column].take(rows).to_pylist() for name, column in names.items()}
-
-    def _judge_labels(self, refused: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def _judge_labels(
+        self, columns: dict[str, pa.Array], names: pa.Array, refused: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
         """Check labels, applying ``on_error``.
 
         Args:
+            columns: Columns of all rows.
+            names: Name of every row.
             refused: Rows to which ``on_error`` was applied before, ``(rows,)`` bool; rows with bad labels are added.
 
         Returns:
             Label of image 0, NaN for unlabelled rows, and whether to keep each row; both ``(rows,)``.
         """
-        has_label = _flags(self._index["has_label"], null=False)
-        null = _is_null(self._index["label_0"]) | _is_null(self._index["label_1"])
-        label_0, label_1 = (self._index[name].fill_null(0.5).to_numpy() for name in LABELS)
+        has_label = _flags(columns["has_label"], null=False)
+        null = _is_null(columns["label_0"]) | _is_null(columns["label_1"])
+        label_0, label_1 = (columns[name].fill_null(0.5).to_numpy() for name in LABELS)
         for name, values in zip(LABELS, (label_0, label_1), strict=True):
             bad = has_label & ~refused & ~((values >= 0) & (values <= 1))
             if bad.any():
                 first = int(np.flatnonzero(bad)[0])
                 problem = f"{name} is {values[first]}, not in [0, 1]"
-                self.refuse(self._table.row_name(first), problem, "label outside [0, 1] or NaN", int(bad.sum()))
+                self.refuse(names[first].as_py(), problem, "label outside [0, 1] or NaN", int(bad.sum()))
             refused |= bad
         candidates = has_label & ~refused
         unequal = np.abs(label_0 + label_1 - 1) > TOLERANCE
@@ -159,10 +161,10 @@ class PickAPicReader(TablePairReader):
         labels = np.where(candidates & ~null & ~unequal, label_0, np.nan)
         return labels, ~refused if self.on_error == "skip" else np.ones_like(refused)
 
-    def _find_different(self, keep: np.ndarray) -> np.ndarray:
+    def _find_different(self, columns: dict[str, pa.Array], keep: np.ndarray) -> np.ndarray:
         """Return which rows have two different images, ``(rows,)`` bool; count the others among the rows ``keep``."""
-        same_uid = _flags(pc.equal(self._index["image_0_uid"], self._index["image_1_uid"]), null=False)
-        different = _flags(self._index["are_different"], null=True) & ~same_uid
+        same_uid = _flags(pc.equal(columns["image_0_uid"], columns["image_1_uid"]), null=False)
+        different = _flags(columns["are_different"], null=True) & ~same_uid
         if dropped := int((keep & ~different).sum()):
             self.skipped["identical images"] += dropped
         return different
@@ -170,9 +172,6 @@ class PickAPicReader(TablePairReader):
     def _remark(self, reason: str, rows: np.ndarray) -> None:
         if rows.any():
             self.remarks[reason] += int(rows.sum())
-
-    def _value(self, name: str, row: int) -> Any:
-        return self._index[name][row].as_py()
 
 
 def _is_null(column: pa.Array) -> np.ndarray:

@@ -2,14 +2,17 @@
 
 import math
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
+import pyarrow as pa
 
-from latentreward.contracts import ImageRef, PreferencePair
-from latentreward.data.readers.base import PairReader, content_key
+from latentreward.contracts import ImageRef
+from latentreward.data.readers.base import content_key
 from latentreward.data.readers.hub import fetch_split
+from latentreward.data.readers.json_rows import encodable
+from latentreward.data.readers.rows import RowReader, pack
 from latentreward.data.readers.tars import ABSENT, Extent, Sample, read_extent, read_samples
 from latentreward.errors import InputError
 from latentreward.storage.hub import is_hub_id
@@ -20,9 +23,17 @@ LABELS = ("label_0.txt", "label_1.txt")
 PROMPT = "original_prompt.txt"
 MEMBERS = (*IMAGES, *LABELS, PROMPT)
 TOLERANCE = 1e-6
+INDEX = pa.schema(
+    {
+        **dict.fromkeys(("pair_id", "prompt"), pa.large_string()),
+        "label": pa.float64(),
+        "tar": pa.int32(),
+        **dict.fromkeys(IMAGES, pa.list_(pa.int64(), 2)),
+    }
+)
 
 
-class PickAPicTarReader(PairReader):
+class PickAPicTarReader(RowReader):
     """Reader of Pick-a-Pic tars; image 0 is a, image 1 is b.
 
     A sample consists of consecutive members with one file name up to the first dot; members with suffixes other than
@@ -61,66 +72,40 @@ class PickAPicTarReader(PairReader):
         weight: Literal["per_prompt", "equal"] = "per_prompt",
         **options: Any,
     ) -> None:
-        super().__init__(**options)
-        self.root, self.split = Path(root), split
-        found = _find_tars(self.root, split, revision)
-        self._names, self._tars = [name for name, _ in found], [path for _, path in found]
-        self._keys: list[tuple[int, str]] = []
-        self._prompts: list[str] = []
-        labels: list[float] = []
-        extents: list[tuple[Extent, Extent]] = []
-        for number, tar in enumerate(self._tars):
-            for sample in self._read_samples(tar):
-                label = self._judge(tar, sample)
-                images = tuple(sample.images.get(name, ABSENT) for name in IMAGES)
-                if label is None or (drop_identical and self._is_identical(tar, images)):
-                    continue
-                self._keys.append((number, sample.key))
-                prompt = sample.texts.get(PROMPT, "")
-                self._prompts.append(prompt if len(prompt) <= self.max_prompt_chars else "")
-                labels.append(label)
-                extents.append(images)
-        if not self._keys:
+        super().__init__("pickapic", split, randomise_sides=False, seed=0, **options)
+        found = _find_tars(Path(root), split, revision)
+        self._tars = [path for _, path in found]
+        self.table = pack(self._read_rows(found, drop_identical), INDEX)
+        if not len(self):
             raise InputError(f"root: no samples with {', '.join(MEMBERS)} in the tars of {root}; check the folder")
-        self._labels, self._extents = np.array(labels), np.array(extents, dtype=np.int64)
-        rows_of = Counter(self._prompts if weight == "per_prompt" else ())
-        self._weights = np.array([1 / max(1, rows_of[prompt]) for prompt in self._prompts])
+        if weight == "per_prompt":
+            prompts = self.prompts()
+            rows_of = Counter(prompts)
+            self.table = self.table.append_column("weight", pa.array([1 / rows_of[prompt] for prompt in prompts]))
         self.report(f"{root} {split}")
 
-    def __len__(self) -> int:
-        return len(self._keys)
+    def find_images(self, row: dict[str, Any]) -> tuple[ImageRef, ImageRef]:
+        """Return references to the images of a sample, with their bytes."""
+        with self._tars[row["tar"]].open("rb", buffering=0) as tar:
+            first, second = (read_extent(tar, row[name]) for name in IMAGES)
+        return ImageRef(content_key(first), first), ImageRef(content_key(second), second)
 
-    def __getitem__(self, index: int) -> PreferencePair:
-        number, _ = self._keys[index]
-        with self._tars[number].open("rb", buffering=0) as tar:
-            image_0, image_1 = (read_extent(tar, extent) for extent in self._extents[index].tolist())
-        label = float(self._labels[index])
-        return PreferencePair(
-            pair_id=self._pair_id(index),
-            prompt=self._prompts[index],
-            image_a=ImageRef(content_key(image_0), image_0),
-            image_b=ImageRef(content_key(image_1), image_1),
-            label_a=None if math.isnan(label) else label,
-            weight=float(self._weights[index]),
-            source="pickapic",
-            split=self.split,
-        )
-
-    def labels(self) -> np.ndarray:
-        """Return the label of image 0 of every row, ``(len,)`` float64, NaN for unlabelled rows."""
-        return self._labels.copy()
-
-    def prompts(self) -> list[str]:
-        """Return the raw prompt of every row."""
-        return list(self._prompts)
-
-    def pair_ids(self) -> list[str]:
-        """Return the ``pair_id`` of every row, ``TAR:KEY``."""
-        return [self._pair_id(index) for index in range(len(self))]
-
-    def _pair_id(self, index: int) -> str:
-        number, key = self._keys[index]
-        return f"{self._names[number]}:{key}"
+    def _read_rows(self, tars: list[tuple[str, Path]], drop_identical: bool) -> Iterator[dict[str, Any]]:
+        """Yield the rows of all tars, by column of ``INDEX``."""
+        for number, (name, tar) in enumerate(tars):
+            for sample in self._read_samples(tar):
+                label = self._judge(tar, sample)
+                images = {image: sample.images.get(image, ABSENT) for image in IMAGES}
+                if label is None or (drop_identical and self._is_identical(tar, *images.values())):
+                    continue
+                prompt = sample.texts.get(PROMPT, "")
+                yield {
+                    "pair_id": encodable(f"{name}:{sample.key}"),
+                    "prompt": prompt if len(prompt) <= self.max_prompt_chars else "",
+                    "label": None if math.isnan(label) else label,
+                    "tar": number,
+                    **images,
+                }
 
     def _read_samples(self, tar: Path) -> list[Sample]:
         """Read the samples of one tar; the last sample of a truncated tar is left out unless it is whole."""
@@ -158,9 +143,8 @@ class PickAPicTarReader(PairReader):
             return math.nan
         return label_0
 
-    def _is_identical(self, tar: Path, images: tuple[Extent, ...]) -> bool:
-        first, second = images
-        if first[1] != second[1] or ABSENT in images:
+    def _is_identical(self, tar: Path, first: Extent, second: Extent) -> bool:
+        if first[1] != second[1] or ABSENT in (first, second):
             return False
         with tar.open("rb", buffering=0) as file:
             identical = read_extent(file, first) == read_extent(file, second)

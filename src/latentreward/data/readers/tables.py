@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from latentreward.contracts import ImageRef
 from latentreward.data.readers.base import PairReader, content_key
@@ -81,8 +82,8 @@ class SplitTable(ABC):
         """Return the number of the file that holds a row, and the row's number in the file."""
 
     @abstractmethod
-    def row_name(self, row: int) -> str:
-        """Return the name of a row, which does not depend on where the table lies."""
+    def row_names(self) -> pa.Array:
+        """Return the names of all rows, which do not depend on where the table lies; after :meth:`read_index`."""
 
     def largest_row_group(self, columns: Sequence[str]) -> int:
         """Return the bytes that are decoded for a row of ``columns`` beside the row itself; 0 if there are none."""
@@ -124,7 +125,7 @@ class ParquetTable(SplitTable):
 
     def __init__(self, parts: Sequence[ParquetPart]) -> None:
         self.parts = list(parts)
-        self._starts = np.zeros(1, dtype=np.int64)
+        self._starts, self._rows = np.zeros(1, dtype=np.int64), 0
 
     def schemas(self) -> list[tuple[str, pa.Schema]]:
         """See :meth:`SplitTable.schemas`; only the footers are read."""
@@ -137,6 +138,7 @@ class ParquetTable(SplitTable):
     def read_index(self, columns: dict[str, pa.DataType | None], hint: str) -> pa.Table:
         """See :meth:`SplitTable.read_index`."""
         table, self._starts = read_parquet(self.parts, columns, hint)
+        self._rows = len(table)
         return table
 
     def images(self, columns: Sequence[str], memory_map: bool = False) -> ArrowColumns | RowGroupColumns:
@@ -147,10 +149,10 @@ class ParquetTable(SplitTable):
         """See :meth:`SplitTable.locate`; to be called after :meth:`read_index`."""
         return locate(self._starts, row)
 
-    def row_name(self, row: int) -> str:
-        """Return ``FILE:ROW``."""
-        part, inner = self.locate(row)
-        return f"{self.parts[part].name}:{inner}"
+    def row_names(self) -> pa.Array:
+        """Return ``FILE:ROW`` of every row."""
+        rows = np.diff([*self._starts, self._rows]).tolist()
+        return pa.concat_arrays([number_rows(part.name, count) for part, count in zip(self.parts, rows, strict=True)])
 
     def largest_row_group(self, columns: Sequence[str]) -> int:
         """Return the decompressed size in bytes of ``columns`` in the largest row group."""
@@ -192,9 +194,9 @@ class DatasetTable(SplitTable):
         """Return 0 and the row."""
         return 0, row
 
-    def row_name(self, row: int) -> str:
-        """Return ``SPLIT:ROW``."""
-        return f"{self._split}:{row}"
+    def row_names(self) -> pa.Array:
+        """Return ``SPLIT:ROW`` of every row."""
+        return number_rows(self._split, len(self._rows))
 
 
 class DatasetColumns:
@@ -212,41 +214,6 @@ class DatasetColumns:
         """Return the values of ``columns`` (all by default) in a row; ``part`` is 0."""
         table = self._rows[row]
         return tuple(table.column(name)[0].as_py() for name in columns or self.columns)
-
-
-class TablePairReader(PairReader):
-    """Base of readers of the rows of a table; a ``pair_id`` is ``FILE:ROW``, or ``SPLIT:ROW`` of a ``Dataset``.
-
-    A subclass calls :meth:`open_split` in its constructor and sets ``_rows``, the row numbers to use, and ``_labels``,
-    their labels.
-    """
-
-    _rows: np.ndarray
-    _labels: np.ndarray
-
-    def open_split(
-        self,
-        source: Source,
-        split: str,
-        revision: str | None,
-        columns: dict[str, Any],
-        hint: str,
-        config: str | None = None,
-    ) -> pa.Table:
-        """Find the table of a split and read columns from it."""
-        self.split, self._table = split, open_table(self, source, split, revision, config)
-        return self._table.read_index(columns, hint)
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def labels(self) -> np.ndarray:
-        """Return the label of image a of every row, ``(len,)`` float64, NaN for unlabelled rows."""
-        return self._labels.copy()
-
-    def pair_ids(self) -> list[str]:
-        """Return the ``pair_id`` of every row."""
-        return [self._table.row_name(int(row)) for row in self._rows]
 
 
 def open_table(
@@ -277,6 +244,36 @@ def find_all_parts(
         problem = f"{split} lacks {len(missing)} of its parquet parts ({names}); download them"
         reader.refuse(source, problem, "parquet part missing", len(missing))
     return parts
+
+
+def number_rows(place: str, rows: int) -> pa.Array:
+    """Return the names ``PLACE:ROW`` of rows that are counted from 0."""
+    texts = pa.large_string()
+    return pc.binary_join_element_wise(
+        pa.scalar(place, texts), pa.array(np.arange(rows)).cast(texts), pa.scalar(":", texts)
+    )
+
+
+def empty_long_prompts(
+    reader: PairReader, prompts: pa.Array | pa.ChunkedArray, names: pa.Array
+) -> tuple[pa.Array, np.ndarray]:
+    """Apply the reader's ``on_error`` to prompts that are too long, and empty these prompts.
+
+    Args:
+        reader: Reader with ``on_error`` and ``max_prompt_chars``.
+        prompts: Prompt of every row.
+        names: Name of every row.
+
+    Returns:
+        All prompts, with the long ones empty; and ``(rows,)`` bool, true for the long ones.
+    """
+    texts = prompts.combine_chunks() if isinstance(prompts, pa.ChunkedArray) else prompts
+    lengths = pc.utf8_length(texts).fill_null(0).to_numpy(zero_copy_only=False)
+    long = lengths > reader.max_prompt_chars
+    if long.any():
+        first = int(np.flatnonzero(long)[0])
+        reader.refuse_long_prompt(names[first].as_py(), int(lengths[first]), int(long.sum()))
+    return pc.if_else(pa.array(long), pa.scalar("", texts.type), texts), long
 
 
 def warn_row_groups(table: SplitTable, columns: Sequence[str], name: str) -> None:

@@ -1,0 +1,139 @@
+"""Base class of the readers of this package: a table with a row per pair, whose images are found row by row."""
+
+from abc import abstractmethod
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from latentreward.contracts import ImageRef, PreferencePair
+from latentreward.data.readers.base import PairReader
+from latentreward.seeding import pair_generator
+
+FACTS = ("model_a", "model_b", "votes_a", "votes_b", "confidence", "vote", "label_0", "tags")
+"""Columns of a reader's table that :meth:`PairReader.facts` returns."""
+ROWS_AT_ONCE = 1 << 14
+"""Rows that are Python's objects at one time: as such they take ten times the memory of a table."""
+
+
+class RowReader(PairReader):
+    """Base of readers that keep a table with a row per pair; a subclass sets it and finds the images of a row.
+
+    The table has the columns ``pair_id``, ``prompt`` (null for an empty one) and ``label``, the probability that the
+    image that the file names first is preferred (null without label). Further columns as they are published:
+    ``weight`` (null for 1), ``group_id``, ``split`` of single rows, those of ``FACTS``, ``group``, if rows depend on
+    each other by more than their prompt, and what :meth:`find_images` needs.
+
+    Args:
+        source: Name of the data set.
+        split: Name of the split.
+        randomise_sides: Exchange images a and b of each row with probability ½, by a random number that depends on
+            ``seed`` and the row's ``pair_id``. Without it, the image that the file names first is always a. In files
+            that name the preferred image first, a model that always prefers a would then always be right. A column
+            ``winner_first`` limits the exchange to rows where it is true.
+        seed: Seed of the random exchange.
+        options: ``on_error``, ``max_prompt_chars`` and ``exif``, see :class:`PairReader`.
+    """
+
+    table: pa.Table
+    _exchanged: np.ndarray | None = None
+
+    def __init__(self, source: str, split: str, *, randomise_sides: bool = True, seed: int = 0, **options: Any) -> None:
+        super().__init__(**options)
+        self.source, self.split, self.randomise_sides, self.seed = source, split, randomise_sides, seed
+
+    @abstractmethod
+    def find_images(self, row: dict[str, Any]) -> tuple[ImageRef, ImageRef]:
+        """Return references to the two images of a row, in the order of the file; ``row`` is column → value."""
+
+    def read_row(self, index: int) -> dict[str, Any]:
+        """Return the values of row ``index`` by column."""
+        columns = zip(self.table.column_names, self.table.columns, strict=True)
+        return {name: column[index].as_py() for name, column in columns}
+
+    def make_pair(self, row: dict[str, Any]) -> PreferencePair:
+        """Return the pair of a row, with its images exchanged or not."""
+        image_a, image_b = self.find_images(row)
+        votes_a, votes_b, weight = row.get("votes_a"), row.get("votes_b"), row.get("weight")
+        pair = PreferencePair(
+            pair_id=row["pair_id"],
+            prompt=row["prompt"] or "",
+            image_a=image_a,
+            image_b=image_b,
+            label_a=row["label"],
+            weight=1.0 if weight is None else weight,
+            group_id=row.get("group_id"),
+            votes=None if votes_a is None or votes_b is None else (votes_a, votes_b),
+            confidence=row.get("confidence"),
+            model_a=row.get("model_a"),
+            model_b=row.get("model_b"),
+            source=self.source,
+            split=row.get("split") or self.split,
+        )
+        return pair.swapped() if row.get("winner_first", True) and self.is_exchanged(pair.pair_id) else pair
+
+    def __len__(self) -> int:
+        return self.table.num_rows
+
+    def __getitem__(self, index: int) -> PreferencePair:
+        return self.make_pair(self.read_row(index))
+
+    def labels(self) -> np.ndarray:
+        """Return ``label_a`` of every row after any exchange of images, ``(len,)`` float64, NaN for unlabelled rows."""
+        labels = self.table.column("label").to_numpy()
+        return np.where(self.exchanged(), 1.0 - labels, labels)
+
+    def labelled(self) -> np.ndarray:
+        """Return whether each row has a label, ``(len,)`` bool."""
+        return self.table.column("label").is_valid().to_numpy()
+
+    def prompts(self) -> list[str]:
+        """Return the raw prompt of every row."""
+        return [prompt or "" for prompt in self.table.column("prompt").to_pylist()]
+
+    def pair_ids(self) -> list[str]:
+        """Return the ``pair_id`` of every row."""
+        return self.table.column("pair_id").to_pylist()
+
+    def groups(self) -> list[str]:
+        """Return the group of every row: that of the table, else the normalised prompt."""
+        return self.table.column("group").to_pylist() if "group" in self.table.column_names else super().groups()
+
+    def facts(self) -> dict[str, list[Any]]:
+        """Return the columns of ``FACTS`` that the table has, after any exchange of images."""
+        facts = {name: self.table.column(name).to_pylist() for name in FACTS if name in self.table.column_names}
+        others = {f"{name}_{side}": f"{name}_{other}" for name in ("model", "votes") for side, other in ("ab", "ba")}
+        exchanged = self.exchanged().tolist()
+        return {
+            name: [
+                b if turn else a for turn, a, b in zip(exchanged, values, facts[others.get(name, name)], strict=True)
+            ]
+            for name, values in facts.items()
+        }
+
+    def is_exchanged(self, pair_id: str) -> bool:
+        """Tell whether the image that the file names first becomes b, and the other image a."""
+        if not self.randomise_sides:
+            return False
+        return bool(torch.randint(2, (), generator=pair_generator(self.seed, "side", 0, pair_id)))
+
+    def exchanged(self) -> np.ndarray:
+        """Return for every row whether its images are exchanged, ``(len,)`` bool; a million rows take 6 s, once."""
+        if self._exchanged is None:
+            exchanged = np.array([self.is_exchanged(name) for name in self.pair_ids()], dtype=bool)
+            if "winner_first" in self.table.column_names:
+                exchanged &= self.table.column("winner_first").to_numpy()
+            self._exchanged = exchanged
+        return self._exchanged
+
+
+def pack(rows: Iterable[dict[str, Any] | None], schema: pa.Schema) -> pa.Table:
+    """Pack rows into a table with the columns of ``schema``; a missing value is null, and None is left out."""
+    kept: Iterator[dict[str, Any]] = filter(None, rows)
+    parts = [schema.empty_table()]
+    while some := list(islice(kept, ROWS_AT_ONCE)):
+        parts.append(pa.Table.from_pylist(some, schema))
+    return pa.concat_tables(parts)
