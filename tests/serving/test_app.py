@@ -415,6 +415,8 @@ def test_answers_on_sd_and_sd3_are_those_of_earlier_versions(model: tuple[str, s
 
 def test_health_model_and_metrics(address: str) -> None:
     assert httpx.get(f"{address}/healthz").json() == {"live": True, "ready": True}
+    head = httpx.head(f"{address}/healthz")
+    assert head.status_code == 200 and not head.content and httpx.head(f"{address}/v1/score").status_code == 405
     model = httpx.get(f"{address}/v1/model").json()
     assert model["u"] == pytest.approx([0.4], abs=1e-3)
     assert model["model"] == tiny_reward().identity and model["latent_space"]["channels"] == 4

@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 
-from latentreward.serving.app import routes_of
-from latentreward.serving.openapi import describe, page_of
+from latentreward.serving.app import create_app
 from latentreward.serving.resources import Resources
+from latentreward.serving.routes import page_of
 from latentreward.serving.served import ServedModel
 from latentreward.serving.service import ScoringService
 from latentreward.serving.settings import ServiceSettings
@@ -20,5 +20,5 @@ from tests.serving.servers import tiny_reward
 def test_keyboard_contrast_and_width(tmp_path: Path, browser_page: Any, width: int, dark: bool) -> None:
     resources = Resources(ServiceSettings())
     service = ScoringService([ServedModel(tiny_reward(), resources, name="first")], resources)
-    (tmp_path / "docs.html").write_text(page_of(describe(routes_of(service), ["first"])), encoding="utf-8")
+    (tmp_path / "docs.html").write_text(page_of(create_app(service).openapi()), encoding="utf-8")
     assert faults(browser_page(tmp_path / "docs.html", width=width, dark=dark)) == []

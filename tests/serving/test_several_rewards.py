@@ -167,12 +167,17 @@ def test_a_reward_refuses_more_requests_than_its_limit(monkeypatch: pytest.Monke
 
 def test_the_description_names_every_route(address: str, service: ScoringService) -> None:
     document = httpx.get(f"{address}/openapi.json").json()
-    assert document["openapi"] == "3.1.0"
+    assert document["openapi"] == "3.1.0" and document["components"]["securitySchemes"]
     for route in routes_of(service):
         operation = document["paths"][route.path][route.method.lower()]
         assert operation["summary"] == route.summary
         assert set(operation.get("requestBody", {}).get("content", {})) == set(route.bodies)
         assert (f"/rewards/{{reward}}{route.path}" in document["paths"]) is route.of_reward
+    turn = document["paths"]["/score"]["post"]["requestBody"]["content"]["application/json"]["schema"]
+    assert "text" in turn["properties"]["requests"]["items"]["properties"]["history"]["items"]["properties"]
+    (name,) = document["paths"]["/rewards/{reward}/v1/model"]["get"]["parameters"]
+    assert (name["in"], name["name"], name["description"]) == ("path", "reward", "one of first, second")
+    assert {one["name"] for one in document["paths"]["/v1/score"]["post"]["parameters"]} >= {"x-prompt"}
     page = httpx.get(f"{address}/docs")
     assert "default-src 'none'" in page.headers["content-security-policy"]
     assert all(path in page.text for path in document["paths"])

@@ -9,13 +9,16 @@ import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from http import HTTPStatus
+from typing import Any
 
-from fastapi import FastAPI, Request
+from fastapi import FastAPI, Request, Security
 from fastapi.responses import JSONResponse, Response
-from prometheus_client import CONTENT_TYPE_LATEST
+from fastapi.security import HTTPBearer
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from latentreward import __version__
 from latentreward.errors import InputError, printable
 from latentreward.programs import import_class
 from latentreward.serving.addresses import is_loopback, names_this_machine
@@ -24,10 +27,9 @@ from latentreward.serving.dialects.flow_factory import FlowFactory
 from latentreward.serving.dialects.unirl import UniRL
 from latentreward.serving.errors import RefusalLog, RequestError
 from latentreward.serving.image_requests import ImageRequests
-from latentreward.serving.openapi import Description
 from latentreward.serving.prompted_latents import PromptedLatents
 from latentreward.serving.protocol import VerlOmni
-from latentreward.serving.routes import Route
+from latentreward.serving.routes import Route, add_routes
 from latentreward.serving.service import ScoringService
 
 HEADER_BYTES = 16 * 1024
@@ -38,6 +40,7 @@ OPEN_PATH = "/healthz"
 """Path that needs no token."""
 HEALTH_PATHS = (OPEN_PATH, "/health")
 """Paths that are answered also when too many requests are in progress."""
+DESCRIPTIONS = {"/docs", "/openapi.json"}
 OF_REWARD = re.compile(r"^/rewards/[^/]+(?=/)")
 """Start of the path of a route of one reward."""
 
@@ -54,16 +57,16 @@ def create_app(service: ScoringService) -> FastAPI:
         yield
         await asyncio.gather(*(model.batcher.stop() for model in service.models.values()))
 
-    app = FastAPI(lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
+    title, secured = "latentreward serve", Security(HTTPBearer(auto_error=False))  # for the description
+    app = FastAPI(
+        title=title, version=__version__, dependencies=[secured], lifespan=lifespan, docs_url=None, redoc_url=None
+    )
     routes = routes_of(service)
-    for route in routes:
-        app.add_route(route.path, route.handler, methods=[route.method])
-        if route.of_reward:
-            app.add_route(f"/rewards/{{reward}}{route.path}", route.handler, methods=[route.method])
+    add_routes(app, routes, list(service.models))
     app.add_exception_handler(RequestError, _request_error)
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(Exception, _unforeseen_error)
-    app.add_middleware(AuthMiddleware, service=service, paths={route.path for route in routes})
+    app.add_middleware(AuthMiddleware, service=service, paths={route.path for route in routes} | DESCRIPTIONS)
     return app
 
 
@@ -79,7 +82,7 @@ def routes_of(service: ScoringService) -> list[Route]:
     for number, route in enumerate(routes):
         if any((route.method, route.path) == (one.method, one.path) for one in routes[:number]):
             raise InputError(f"dialects: there are two routes {route.method} {route.path}; give one another path")
-    return [*routes, *Description(routes, list(service.models)).routes]
+    return routes
 
 
 class About(Dialect):
@@ -87,7 +90,7 @@ class About(Dialect):
 
     def routes(self) -> list[Route]:
         """Return the routes."""
-        about = {"type": "object"}
+        about = dict[str, Any]
         return [
             Route("GET", "/v1/model", self.model, "What a reward takes", answer=about, of_reward=True),
             Route("GET", "/v1/rewards", self.rewards, "The rewards, their devices and limits", answer=about),
@@ -110,7 +113,7 @@ class About(Dialect):
 
     async def metrics(self, request: Request) -> Response:
         """Answer with the metrics in Prometheus' text format."""
-        return Response(self.service.resources.metrics.text(), media_type=CONTENT_TYPE_LATEST)
+        return Response(generate_latest(self.service.resources.metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
 
 class AuthMiddleware:
@@ -144,13 +147,17 @@ class AuthMiddleware:
         if refusal := self._refusal(scope):
             LOG.tell(refusal.status_code, json.loads(bytes(refusal.body))["error"])
         self._under_way += refusal is None
+        if scope["method"] == "HEAD":  # answered as GET; uvicorn leaves the body out
+            scope = {**scope, "method": "GET"}
         try:
             await (refusal or self.app)(scope, receive, send_counted)
         finally:
             self._under_way -= refusal is None
             path = OF_REWARD.sub("", scope["path"])
             path = path if path in self.paths else "other"
-            self.service.resources.metrics.count_request(path, status, time.monotonic() - start)
+            metrics = self.service.resources.metrics
+            metrics.requests.labels(path, status).inc()
+            metrics.seconds.labels(path).observe(time.monotonic() - start)
 
     def _refusal(self, scope: Scope) -> JSONResponse | None:
         headers, is_open = scope["headers"], scope["path"] == OPEN_PATH

@@ -17,7 +17,7 @@ from latentreward.serving.dialects.base import Dialect
 from latentreward.serving.errors import RequestError, check_limit, fewer_rows
 from latentreward.serving.images import EncodedImages, score_images
 from latentreward.serving.json_bodies import from_base64, read_json
-from latentreward.serving.routes import BINARY, FORM, JSON, NUMBERS, TEXT, Route, fields, listed
+from latentreward.serving.routes import FORM, JSON, Route, fields
 
 EXAMPLE = '{"prompt": TEXT or "prompts": [TEXT, ...], "images": [BASE64, ...]}'
 """JSON of a request, for messages."""
@@ -28,11 +28,10 @@ class ImageRequests(Dialect):
 
     def routes(self) -> list[Route]:
         """Return the route."""
-        as_json = fields(prompt=TEXT, prompts=listed(TEXT), image=TEXT, images=listed(TEXT))
-        as_form = fields(prompt=TEXT, image=listed(BINARY))
-        answer = fields(scores=NUMBERS, z_scores=NUMBERS, quantiles=NUMBERS, noise=TEXT, model=TEXT)
+        numbers = list[float]
+        answer = fields(scores=numbers, z_scores=numbers, quantiles=numbers, noise=str, model=str)
         summary = "Score images for prompts: a form with files, or JSON with images in base64"
-        bodies = {JSON: as_json, FORM: as_form}
+        bodies = {JSON: ImagesAsJSON, FORM: fields(prompt=str, image=list[bytes])}
         return [Route("POST", "/v1/score_images", self.score_images, summary, bodies, answer, of_reward=True)]
 
     async def score_images(self, request: Request) -> JSONResponse:

@@ -35,7 +35,7 @@ from latentreward.serving.batch_scorer import LatentRow, StateRow
 from latentreward.serving.dialects.base import Dialect
 from latentreward.serving.errors import RequestError, check_limit, fewer_rows
 from latentreward.serving.json_bodies import PROMPT_LENGTH, parse_json
-from latentreward.serving.routes import BINARY, NUMBERS, SAFETENSORS, TEXT, Route, fields, listed
+from latentreward.serving.routes import SAFETENSORS, Route, fields
 from latentreward.serving.tensors import Accepted, Expected, check_levels, read_tensors, safetensors_body
 
 HEADER_BYTES = 2**20
@@ -63,9 +63,9 @@ class PromptedLatents(Dialect):
 
     def routes(self) -> list[Route]:
         """Return the routes."""
-        bodies, axes = {SAFETENSORS: BINARY}, {"fidelity": NUMBERS, "aesthetics": NUMBERS}
-        latents = fields(scores=NUMBERS, noise=TEXT, model=TEXT, **axes)
-        states = fields(scores=listed(NUMBERS), model=TEXT, **{name: listed(NUMBERS) for name in axes})
+        bodies, one, many = {SAFETENSORS: bytes}, list[float], list[list[float]]
+        latents = fields(scores=one, fidelity=one, aesthetics=one, noise=str, model=str)
+        states = fields(scores=many, fidelity=many, aesthetics=many, model=str)
         about_latents = "Score clean latents for raw prompts, which the server encodes"
         about_states = "Score the noisy states of trajectories at their timesteps, for raw prompts"
         return [

@@ -41,7 +41,7 @@ from latentreward.contracts import Conditioning
 from latentreward.serving.batch_scorer import LatentRow
 from latentreward.serving.dialects.base import Dialect
 from latentreward.serving.errors import RequestError, check_limit, fewer_rows
-from latentreward.serving.routes import BINARY, NUMBERS, SAFETENSORS, TEXT, Route, fields
+from latentreward.serving.routes import SAFETENSORS, Route, fields
 from latentreward.serving.tensors import Accepted, Expected, check_levels, read_tensors, safetensors_body
 
 VERSION = "1"
@@ -61,8 +61,8 @@ class VerlOmni(Dialect):
             PROMPT_HEADER: "prompt that the noise also depends on, as base64 of UTF-8; optional",
         }
         summary = "verl-omni's latent-reward protocol: score latents with prompt embeddings"
-        answer = fields(protocol_version=TEXT, raw_scores=NUMBERS)
-        return [Route("POST", "/v1/score", self.score, summary, {SAFETENSORS: BINARY}, answer, headers, of_reward=True)]
+        answer = fields(protocol_version=str, raw_scores=list[float])
+        return [Route("POST", "/v1/score", self.score, summary, {SAFETENSORS: bytes}, answer, headers, of_reward=True)]
 
     async def score(self, request: Request) -> JSONResponse:
         """Score latents with prompt embeddings."""

@@ -3,7 +3,7 @@
 import asyncio
 
 import torch
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from latentreward.serving.bodies import BodyReader, MemoryBudget
 from latentreward.serving.settings import ServiceSettings
@@ -27,23 +27,18 @@ class ServerMetrics:
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
         about = {"namespace": "latentreward", "registry": self.registry}
-        self._requests = Counter("requests", "Requests answered.", ["path", "status"], **about)
-        self._seconds = Histogram("request_seconds", "Seconds to an answer.", ["path"], buckets=SECONDS, **about)
+        self.requests = Counter("requests", "Requests answered.", ["path", "status"], **about)
+        self.seconds = Histogram("request_seconds", "Seconds to an answer.", ["path"], buckets=SECONDS, **about)
         self._batch_rows = Histogram("batch_rows", "Rows of a pass of the model.", buckets=ROWS, **about)
         self.queue_rows = Gauge("queue_rows", "Rows that wait.", **about)
         self._passes = Counter("reward_passes", "Passes of a reward.", ["reward"], **about)
         self._rows = Counter("reward_rows", "Rows scored by a reward.", ["reward"], **about)
-        self._refused = Counter("reward_refused", "Requests that a reward had no room for.", ["reward"], **about)
+        self.refused = Counter("reward_refused", "Requests that a reward had no room for.", ["reward"], **about)
         self._prompts = Counter("reward_prompts", "Prompts of passes, kept or encoded.", ["reward", "from"], **about)
         self.reward_queue_rows = Gauge("reward_queue_rows", "Rows that wait for a reward.", ["reward"], **about)
         self.reward_requests_now = Gauge(
             "reward_requests_now", "Requests of a reward in progress.", ["reward"], **about
         )
-
-    def count_request(self, path: str, status: int, seconds: float) -> None:
-        """Count an answered request, and add its time."""
-        self._requests.labels(path, status).inc()
-        self._seconds.labels(path).observe(seconds)
 
     def count_pass(self, reward: str, rows: int) -> None:
         """Count a pass of a reward and its rows."""
@@ -51,18 +46,10 @@ class ServerMetrics:
         self._passes.labels(reward).inc()
         self._rows.labels(reward).inc(rows)
 
-    def count_refused(self, reward: str) -> None:
-        """Count a request that was refused because a reward had no room for it."""
-        self._refused.labels(reward).inc()
-
     def count_prompts(self, reward: str, kept: int, encoded: int) -> None:
         """Count the prompts of a pass: those whose embeddings were kept, and those that were encoded."""
         self._prompts.labels(reward, "kept").inc(kept)
         self._prompts.labels(reward, "encoded").inc(encoded)
-
-    def text(self) -> bytes:
-        """Return all metrics in Prometheus' text format."""
-        return generate_latest(self.registry)
 
 
 class Resources:

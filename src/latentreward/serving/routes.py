@@ -1,11 +1,13 @@
-"""Description of a route: its handler, and what its OpenAPI entry says."""
+"""Routes of the server, and their description: as OpenAPI, and as a page that loads nothing from elsewhere."""
 
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from html import escape
+from typing import Annotated, Any
 
-from fastapi import Request
-from fastapi.responses import Response
+from fastapi import APIRouter, Depends, FastAPI, Path, Request
+from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
+from pydantic import BaseModel, TypeAdapter, create_model
 
 from latentreward.serving.errors import RequestError
 
@@ -13,6 +15,26 @@ Handler = Callable[[Request], Awaitable[Response]]
 JSON = "application/json"
 FORM = "multipart/form-data"
 SAFETENSORS = "application/octet-stream"
+ERRORS = {
+    400: "the request cannot be read",
+    401: "the token is missing or wrong",
+    404: "no such address, or no such reward",
+    413: "over a limit of the server",
+    415: "wrong content type",
+    422: "does not fit the reward",
+    503: "no room just now; try again after Retry-After seconds",
+    504: "no score in time",
+}
+"""Status of an error → what it says; all have the same JSON."""
+STYLE = """
+:root { color-scheme: light dark }
+body { font: 1rem/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem }
+h2 { margin: 2rem 0 0; font-size: 1.1rem; overflow-wrap: anywhere }
+pre { overflow-x: auto; padding: .6rem; border: 1px solid }
+"""
+"""Style of the page."""
+HEADERS = {"Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; frame-ancestors 'none'"}
+"""Headers of the page: a browser loads and runs nothing."""
 
 
 @dataclass(frozen=True)
@@ -24,8 +46,8 @@ class Route:
         path: Path.
         handler: Function that answers a request.
         summary: One line on what the route does.
-        bodies: Content type → JSON schema of a request's body; empty for a route without one.
-        answer: JSON schema of the answer with status 200; None for an answer that is no JSON.
+        bodies: Content type → type of a request's body, such as a pydantic model; empty for a route without one.
+        answer: Type of the JSON of an answer with status 200; None for an answer that is no JSON.
         headers: Header → what it says, for headers that a request may have.
         of_reward: Whether the route is one of a single reward, so that ``/rewards/NAME`` may stand before its path.
     """
@@ -34,10 +56,21 @@ class Route:
     path: str
     handler: Handler
     summary: str
-    bodies: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    answer: Mapping[str, Any] | None = None
+    bodies: Mapping[str, Any] = field(default_factory=dict)
+    answer: Any = None
     headers: Mapping[str, str] = field(default_factory=dict)
     of_reward: bool = False
+
+
+class Refusal(BaseModel):
+    """JSON of an error."""
+
+    error: str
+
+
+def fields(**types: Any) -> type[BaseModel]:
+    """Return the type of a JSON object with fields of these types."""
+    return create_model("Fields", **{name: (kind, ...) for name, kind in types.items()})
 
 
 def check_type(request: Request, *types: str) -> str:
@@ -48,16 +81,95 @@ def check_type(request: Request, *types: str) -> str:
     return found
 
 
-def listed(of: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the JSON schema of a list."""
-    return {"type": "array", "items": dict(of)}
+def add_routes(app: FastAPI, routes: Sequence[Route], names: Sequence[str]) -> None:
+    """Add routes to an application, those of a reward also below ``/rewards/NAME``, and the page ``/docs``."""
+
+    async def named(reward: Annotated[str, Path(description=f"one of {', '.join(names)}")]) -> None:
+        """Describe the name in the path; handlers read it."""
+
+    async def page(request: Request) -> HTMLResponse:
+        return HTMLResponse(page_of(app.openapi()), headers=HEADERS)
+
+    general, of_reward = APIRouter(), APIRouter()
+    for route in routes:
+        statuses = ERRORS if route.method == "POST" else [401]
+        answers: dict[int | str, Any] = {
+            status: {"description": ERRORS[status], "model": Refusal} for status in statuses
+        }
+        if route.answer is not None:
+            answers[200] = {"content": contents({JSON: route.answer})}
+        headers = [
+            {"name": name, "in": "header", "description": text, "schema": {"type": "string"}}
+            for name, text in route.headers.items()
+        ]
+        body = {"requestBody": {"required": True, "content": contents(route.bodies)}} if route.bodies else {}
+        (of_reward if route.of_reward else general).add_api_route(
+            route.path,
+            route.handler,
+            methods=[route.method],
+            summary=route.summary,
+            response_model=None,
+            response_class=PlainTextResponse if route.answer is None else JSONResponse,
+            responses=answers,
+            openapi_extra={"parameters": headers, **body},
+        )
+    app.include_router(general)
+    app.include_router(of_reward)
+    app.include_router(of_reward, prefix="/rewards/{reward}", dependencies=[Depends(named)])
+    app.add_route("/docs", page)
 
 
-def fields(**schemas: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the JSON schema of an object with the given fields."""
-    return {"type": "object", "properties": {name: dict(schema) for name, schema in schemas.items()}}
+def contents(types: Mapping[str, Any]) -> dict[str, Any]:
+    """Return OpenAPI's description of bodies by content type, with definitions in place of references to them."""
+
+    def filled(schema: Any, definitions: Mapping[str, Any]) -> Any:
+        if isinstance(schema, list):
+            return [filled(part, definitions) for part in schema]
+        if not isinstance(schema, dict):
+            return schema
+        if "$ref" in schema:
+            return filled(definitions[schema["$ref"].rpartition("/")[2]], definitions)
+        return {name: filled(part, definitions) for name, part in schema.items() if name != "$defs"}
+
+    schemas = {kind: TypeAdapter(of).json_schema() for kind, of in types.items()}
+    return {kind: {"schema": filled(schema, schema.get("$defs", {}))} for kind, schema in schemas.items()}
 
 
-NUMBERS = listed({"type": "number"})
-TEXT = {"type": "string"}
-BINARY = {"type": "string", "format": "binary"}
+def page_of(document: dict[str, Any]) -> str:
+    """Return a page of HTML that shows an OpenAPI document, without scripts."""
+    parts = []
+    for path, operations in document["paths"].items():
+        for method, operation in operations.items():
+            parts.append(f"<h2><code>{method.upper()} {escape(path)}</code></h2><p>{escape(operation['summary'])}</p>")
+            for given in operation.get("parameters", []):
+                parts.append(
+                    f"<p>{given['in']} <code>{escape(given['name'])}</code>: {escape(given['description'])}</p>"
+                )
+            bodies = operation.get("requestBody", {}).get("content", {})
+            answers = operation["responses"]["200"]["content"]
+            for title, shown in (("request", bodies), ("answer", answers)):
+                for kind, content in shown.items():
+                    example = escape(_example(content["schema"]))
+                    parts.append(f'<p>{title}, <code>{escape(kind)}</code></p><pre tabindex="0">{example}</pre>')
+    errors = "".join(f"<li>{status}: {escape(text)}</li>" for status, text in ERRORS.items())
+    title = escape(f"{document['info']['title']} {document['info']['version']}")
+    head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{title}</title>'
+    return (
+        f'<!doctype html><html lang="en"><head>{head}<style>{STYLE}</style></head><body><main><h1>{title}</h1>'
+        f'<p>As JSON: <a href="openapi.json">openapi.json</a>. An error is <code>{{"error": TEXT}}</code>:</p>'
+        f"<ul>{errors}</ul>{''.join(parts)}</main></body></html>"
+    )
+
+
+def _example(schema: dict[str, Any]) -> str:
+    """Write a JSON schema as an example of the JSON with types for values."""
+    schema = next(iter(schema.get("anyOf", [])), schema)  # of an optional value the type, not null
+    kind = schema.get("type")
+    if kind == "array":
+        return f"[{_example(schema['items'])}, ...]"
+    if kind == "object":
+        named = [f'"{name}": {_example(value)}' for name, value in schema.get("properties", {}).items()]
+        if isinstance(schema.get("additionalProperties"), dict):
+            named.append(f"NAME: {_example(schema['additionalProperties'])}")
+        return "{" + ", ".join(named) + "}"
+    return schema.get("format") or kind or "text, number or null"

@@ -5,6 +5,7 @@ import math
 import secrets
 import sys
 from collections.abc import Iterator, Sequence
+from functools import partial
 from itertools import chain, count, repeat
 from typing import Any
 
@@ -61,7 +62,8 @@ class ServedModel:
         self.accepted = accepted_by(reward, settings)
         self.first_seed = secrets.randbits(62) if settings.fresh_noise else None
         self.seeds: Iterator[int] = repeat(0) if self.first_seed is None else count(self.first_seed)
-        scorer = RowScorer(reward, settings.batch_size, settings.prompts_kept, self._count_prompts)
+        metrics = resources.metrics
+        scorer = RowScorer(reward, settings.batch_size, settings.prompts_kept, partial(metrics.count_prompts, name))
         encoded = reward.backbone.encode_prompts([""]).trimmed().to("cpu", torch.float32)
         scorer([LatentRow("", torch.zeros(own_shape(reward)), u=0.5, encoded=encoded)])
         self.batcher: MicroBatcher[Row, Scores] = MicroBatcher(
@@ -70,15 +72,12 @@ class ServedModel:
             settings.max_wait_ms / 1000,
             settings.queue,
             settings.max_pass_s,
-            lambda rows: resources.metrics.count_pass(name, rows),
+            partial(metrics.count_pass, name),
             resources.turns(reward.device),
         )
         self._under_way = 0
-        resources.metrics.reward_queue_rows.labels(name).set_function(lambda: self.batcher.waiting)
-        resources.metrics.reward_requests_now.labels(name).set_function(lambda: self._under_way)
-
-    def _count_prompts(self, kept: int, encoded: int) -> None:
-        self.resources.metrics.count_prompts(self.name, kept, encoded)
+        metrics.reward_queue_rows.labels(name).set_function(lambda: self.batcher.waiting)
+        metrics.reward_requests_now.labels(name).set_function(lambda: self._under_way)
 
     @property
     def ready(self) -> bool:
@@ -93,7 +92,7 @@ class ServedModel:
                 raise RequestError(f"{limit} requests of the reward {self.name!r} are under way; try later", 503, 1)
             self.batcher.require_room(rows)
         except RequestError:
-            self.resources.metrics.count_refused(self.name)
+            self.resources.metrics.refused.labels(self.name).inc()
             raise
 
     async def score(self, request: Request, rows: Sequence[Row]) -> list[Scores]:
@@ -110,7 +109,7 @@ class ServedModel:
             return await self._score(request, rows)
         except RequestError as error:
             if error.status == 503:
-                self.resources.metrics.count_refused(self.name)
+                self.resources.metrics.refused.labels(self.name).inc()
             raise
         finally:
             self._under_way -= 1

@@ -21,7 +21,7 @@ from latentreward.serving.dialects.base import Dialect
 from latentreward.serving.errors import RequestError, check_limit
 from latentreward.serving.images import EncodedImages, score_images
 from latentreward.serving.json_bodies import from_base64, read_json
-from latentreward.serving.routes import JSON, NUMBERS, TEXT, Route, fields, listed
+from latentreward.serving.routes import JSON, Route, fields
 
 TEXTS = 8
 """Greatest number of texts, and of signs between them, per image; a body has two texts and four signs."""
@@ -45,9 +45,8 @@ class FlowFactory(Dialect):
 
     def routes(self) -> list[Route]:
         """Return the route."""
-        body, answer = fields(prompt=listed(TEXT), image=listed(TEXT)), fields(rewards=NUMBERS)
-        summary = "Flow-Factory's clients: score images for prompts; pixels only"
-        return [Route("POST", "/compute", self.compute, summary, {JSON: body}, answer, of_reward=True)]
+        summary, answer = "Flow-Factory's clients: score images for prompts; pixels only", fields(rewards=list[float])
+        return [Route("POST", "/compute", self.compute, summary, {JSON: ComputeRequest}, answer, of_reward=True)]
 
     async def compute(self, request: Request) -> JSONResponse:
         """Score the images of a request."""

@@ -28,7 +28,7 @@ from latentreward.serving.dialects.base import Dialect
 from latentreward.serving.errors import RequestError, ScoringError, check_limit
 from latentreward.serving.images import EncodedImages, score_images_by_reward
 from latentreward.serving.json_bodies import from_base64, read_json
-from latentreward.serving.routes import JSON, TEXT, Route, fields, listed
+from latentreward.serving.routes import JSON, Route, fields
 from latentreward.serving.served import Scores, ServedModel
 
 VERSION = "1"
@@ -84,20 +84,14 @@ class UniRL(Dialect):
 
     def routes(self) -> list[Route]:
         """Return the routes; Flow-Factory's client asks for the same ``/health`` and reads its status only."""
-        turn = fields(text=TEXT, image_b64=TEXT)
-        sample = fields(history=listed(turn), required_rewards=listed(TEXT), metadata={"type": "object"})
-        sample["properties"].update({name: {} for name in Identity.model_fields})
-        body = fields(protocol_version=TEXT, requests=listed(sample))
-        by_name = {"type": "object", "additionalProperties": {"type": "object"}}
-        errors = {"type": "object", "additionalProperties": TEXT}
-        identities = listed(Identity.model_json_schema())
-        answer = fields(results=listed(by_name), errors=listed(errors), identities=identities, protocol_version=TEXT)
-        health = fields(status=TEXT, rewards={"type": "object", "additionalProperties": listed(TEXT)})
+        by_name, errors, identities = list[dict[str, dict[str, float]]], list[dict[str, str]], list[Identity]
+        answer = fields(results=by_name, errors=errors, identities=identities, protocol_version=str)
+        health = fields(status=str, rewards=dict[str, list[str]])
         about_health = "UniRL's and Flow-Factory's clients: health, rewards"
         summary = "UniRL's clients: score images for prompts with several rewards; pixels only"
         return [
             Route("GET", "/health", self.health, about_health, answer=health, of_reward=True),
-            Route("POST", "/score", self.score, summary, {JSON: body}, answer),
+            Route("POST", "/score", self.score, summary, {JSON: ScoreRequest}, answer),
         ]
 
     async def health(self, request: Request) -> JSONResponse:
