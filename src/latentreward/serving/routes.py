@@ -70,7 +70,8 @@ class Refusal(BaseModel):
 
 def fields(**types: Any) -> type[BaseModel]:
     """Return the type of a JSON object with fields of these types."""
-    return create_model("Fields", **{name: (kind, ...) for name, kind in types.items()})
+    required: dict[str, Any] = {name: (kind, ...) for name, kind in types.items()}
+    return create_model("Fields", **required)
 
 
 def check_type(request: Request, *types: str) -> str:
