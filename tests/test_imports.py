@@ -1,6 +1,7 @@
 """Imports point one way, and every package folder ships."""
 
 import ast
+import subprocess
 import sys
 from collections.abc import Iterator
 from configparser import ConfigParser
@@ -157,18 +158,28 @@ def statements(node: ast.AST) -> Iterator[ast.AST]:
         yield from () if for_types else (child, *statements(child))
 
 
+def public_places(package: str) -> dict[str, str]:
+    """Name that a package exports on first use -> module that defines it, as the ``__init__.pyi`` says."""
+    stub = FILES[package].with_suffix(".pyi")
+    nodes = ast.walk(ast.parse(stub.read_text())) if stub.is_file() else ()
+    froms = [node for node in nodes if isinstance(node, ast.ImportFrom)]
+    return {alias.name: f"{package}.{node.module}" for node in froms for alias in node.names}
+
+
 def imported_files(path: Path) -> set[str]:
     """Modules of ours that a file names in its imports.
 
-    ``from latentreward.heads import RewardHead`` names the ``__init__`` of ``heads``, ``latentreward.heads.base`` that
-    file alone. Python also runs the ``__init__`` of every package above a file, which would make a package a circle.
+    ``from latentreward.losses import LRMLoss`` names the file of that class, where ``losses`` exports it on first use.
+    Elsewhere such an import names the package's ``__init__``, and the path of a file that file alone: Python also runs
+    the ``__init__`` of every package above a file, which would make a package a circle.
     """
     names = set()
     for node in statements(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            below = [f"{node.module}.{alias.name}" for alias in node.names]
+            places = public_places(str(node.module)) if node.module in FILES else {}
+            below = [places.get(alias.name, f"{node.module}.{alias.name}") for alias in node.names]
             names |= {name if name in FILES else str(node.module) for name in below}
     return names & FILES.keys()
 
@@ -232,3 +243,14 @@ def test_each_lower_bound_is_among_the_floors() -> None:
         bound = next(one.version for one in requirement.specifier if one.operator == ">=")
         assert f"{pinned[name]}.".startswith(f"{bound}."), name
         assert requirement.specifier.contains(pinned[name]), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("module", "most"), [("lrm", 19_000), ("lpo", 20_500)])
+def test_a_method_loads_little_beside_its_own_science(module: str, most: int) -> None:
+    code = (
+        f"import sys, latentreward.modules.{module}\n"
+        "print(*(one.__file__ for name, one in sys.modules.items() if name.startswith('latentreward.')), sep='\\n')"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert sum(len(Path(file).read_text().splitlines()) for file in run.stdout.split()) <= most

@@ -157,6 +157,19 @@ def main(args: Sequence[str] | None = None) -> None:
         sys.exit(TERMINATED if isinstance(stop, Terminated) else INTERRUPTED)
 
 
+def load_public_names() -> None:
+    """Import all that the packages in use export: settings may name their classes without the module.
+
+    jsonargparse finds such a class, and lists them in messages, only if it is imported.
+    """
+    done = set[str]()
+    while found := {name for name in sys.modules if name.startswith("latentreward.")} - done:
+        done |= found
+        for package in (sys.modules[name] for name in found if hasattr(sys.modules[name], "__path__")):
+            for name in getattr(package, "__all__", ()):
+                getattr(package, name)
+
+
 def take_any_character() -> None:
     """Let stdout and stderr escape characters that their encoding lacks, as in the C locale, instead of an error."""
     for stream in (sys.stdout, sys.stderr):
@@ -193,6 +206,7 @@ def _dispatch(arguments: list[str], alone: bool) -> None:
     try:
         with exit_while_importing():
             run = getattr(importlib.import_module(module), function)
+            load_public_names()
         if alone:
             gc.freeze()  # nor do later collections look through them: up to a second before the first step
             atexit.register(gc.unfreeze)  # libraries complain of objects that the collection at the exit misses

@@ -1,0 +1,69 @@
+from .alignment.prompts import PromptDataModule
+from .alignment.prompts_and_images import PromptsAndImages
+from .collate import collate_pairs
+from .cut import CutReader
+from .datamodules import PreferenceDataModule
+from .dataset import LoadedPair, PairDataset, SkippedPair
+from .images import ImageError, PixelLoader, decode_image
+from .mpcf import MPCF, FilteredReader, select_consistent
+from .readers.base import OnError, PairReader, count_text
+from .readers.dataset_pairs import DatasetPairReader
+from .readers.diffusion_rm import DiffusionRMReader
+from .readers.folders import FolderPairReader
+from .readers.genai_bench import GenAIBenchReader
+from .readers.genai_bench_cmu import GenAIBenchCMUReader
+from .readers.hpdv2 import HPDv2Reader
+from .readers.hpdv3 import HPDv3Reader
+from .readers.imagereward import ImageRewardDBReader, ImageRewardReader
+from .readers.img2dataset import Img2DatasetReader
+from .readers.jsonl import JSONLPairReader
+from .readers.pickapic import PickAPicReader
+from .readers.pickapic_tars import PickAPicTarReader
+from .sampling import PairBatchSampler, PairSampler
+from .score_table import PairGaps, ScoreTable
+from .splits import normalise_prompt, select_rows
+from .streamed_module import StreamedPreferenceDataModule
+from .streaming import PairStream
+from .targets import ScoreTargets
+
+__all__ = [
+    "MPCF",
+    "CutReader",
+    "DatasetPairReader",
+    "DiffusionRMReader",
+    "FilteredReader",
+    "FolderPairReader",
+    "GenAIBenchCMUReader",
+    "GenAIBenchReader",
+    "HPDv2Reader",
+    "HPDv3Reader",
+    "ImageError",
+    "ImageRewardDBReader",
+    "ImageRewardReader",
+    "Img2DatasetReader",
+    "JSONLPairReader",
+    "LoadedPair",
+    "OnError",
+    "PairBatchSampler",
+    "PairDataset",
+    "PairGaps",
+    "PairReader",
+    "PairSampler",
+    "PairStream",
+    "PickAPicReader",
+    "PickAPicTarReader",
+    "PixelLoader",
+    "PreferenceDataModule",
+    "PromptDataModule",
+    "PromptsAndImages",
+    "ScoreTable",
+    "ScoreTargets",
+    "SkippedPair",
+    "StreamedPreferenceDataModule",
+    "collate_pairs",
+    "count_text",
+    "decode_image",
+    "normalise_prompt",
+    "select_consistent",
+    "select_rows",
+]

@@ -1,0 +1,102 @@
+from .base import PreferenceLoss, weighted_mean
+from .bradley_terry import BradleyTerryLoss, bradley_terry_nll
+from .clipped_policy import ClippedPolicyLoss, ClippedPolicyResult, gaussian_step_kl, held_weights
+from .diffusion_dpo import denoising_error, implicit_rewards
+from .gather import gather_pair_scores, gather_with_grad
+from .linear_dpo import LinearDPO, LinearDPOResult
+from .lrm import LRMLoss, lrm_batch_loss, lrm_pair_loss
+from .matching import MatchingLoss, MatchingResult, velocity_divergence
+from .nft import NFTLoss, NFTResult
+from .outcome_process import OutcomeProcessLoss
+from .refl import RewardLoss, prediction_drift
+from .step_dpo import StepDPO, StepDPOResult, StepPairLoss, clamped_log_ratio
+from .targets import (
+    LabelLoss,
+    RankingDistillation,
+    RegressionDistillation,
+    TargetLoss,
+    gaussian_nll,
+    label_nll,
+    teacher_preference,
+)
+from .thurstone import (
+    ConstantVarianceThurstoneLoss,
+    ThurstoneLoss,
+    bhattacharyya_fidelity,
+    comparison_std,
+    log_ndtr,
+    mixture_fidelity,
+    thurstone_log_probability,
+    thurstone_nll,
+)
+from .ties import TieLoss
+from .trust_region import (
+    FlowDPPO,
+    GRPOGuard,
+    KLGate,
+    NormGuard,
+    Penalty,
+    RankGate,
+    RatioRule,
+    StepDrift,
+    TrustRegion,
+    UncertaintyGate,
+)
+
+__all__ = [
+    "BradleyTerryLoss",
+    "ClippedPolicyLoss",
+    "ClippedPolicyResult",
+    "ConstantVarianceThurstoneLoss",
+    "FlowDPPO",
+    "GRPOGuard",
+    "KLGate",
+    "LRMLoss",
+    "LabelLoss",
+    "LinearDPO",
+    "LinearDPOResult",
+    "MatchingLoss",
+    "MatchingResult",
+    "NFTLoss",
+    "NFTResult",
+    "NormGuard",
+    "OutcomeProcessLoss",
+    "Penalty",
+    "PreferenceLoss",
+    "RankGate",
+    "RankingDistillation",
+    "RatioRule",
+    "RegressionDistillation",
+    "RewardLoss",
+    "StepDPO",
+    "StepDPOResult",
+    "StepDrift",
+    "StepPairLoss",
+    "TargetLoss",
+    "ThurstoneLoss",
+    "TieLoss",
+    "TrustRegion",
+    "UncertaintyGate",
+    "bhattacharyya_fidelity",
+    "bradley_terry_nll",
+    "clamped_log_ratio",
+    "comparison_std",
+    "denoising_error",
+    "gather_pair_scores",
+    "gather_with_grad",
+    "gaussian_nll",
+    "gaussian_step_kl",
+    "held_weights",
+    "implicit_rewards",
+    "label_nll",
+    "log_ndtr",
+    "lrm_batch_loss",
+    "lrm_pair_loss",
+    "mixture_fidelity",
+    "prediction_drift",
+    "teacher_preference",
+    "thurstone_log_probability",
+    "thurstone_nll",
+    "velocity_divergence",
+    "weighted_mean",
+]

@@ -1,0 +1,37 @@
+from .alignment import AlignmentModule, RewardedModule, RolloutModule
+from .diffusion_dpo import DiffusionDPOModule
+from .dina_lrm import DiNaLRMModule
+from .forward_process import AWMModule, DiffusionNFTModule, ForwardProcessModule
+from .grpo import GRPOModule, StepwiseGRPOModule, TrajectoryGRPOModule, group_statistics
+from .lpo import LPOModule, StepRatios
+from .lrm import LRMModule
+from .pairs import ScoredPairs
+from .refl import ReFLModule
+from .reward import RewardModule
+from .schedules import WarmupSchedule
+from .spo import SPOModule
+from .step_aware_pixel import StepAwarePixelModule
+
+__all__ = [
+    "AWMModule",
+    "AlignmentModule",
+    "DiNaLRMModule",
+    "DiffusionDPOModule",
+    "DiffusionNFTModule",
+    "ForwardProcessModule",
+    "GRPOModule",
+    "LPOModule",
+    "LRMModule",
+    "ReFLModule",
+    "RewardModule",
+    "RewardedModule",
+    "RolloutModule",
+    "SPOModule",
+    "ScoredPairs",
+    "StepAwarePixelModule",
+    "StepRatios",
+    "StepwiseGRPOModule",
+    "TrajectoryGRPOModule",
+    "WarmupSchedule",
+    "group_statistics",
+]

@@ -1,0 +1,91 @@
+from .advantages import GDPO, Advantage, DiversityAdvantage, GroupAdvantage, group_advantages, tracked_advantages
+from .base import StepSampler, telling_steps
+from .candidates import Branching, CandidateStep, candidate_steps
+from .credit import Credit, GainCredit, StateCredit, TurningPointCredit
+from .ddim import DDIMSampler
+from .finished import begin_finished, check_sigmas, rows_of, score_finished, score_states
+from .flow_sde import FlowSDESampler
+from .pair_selection import (
+    FixedThreshold,
+    LinearThreshold,
+    PairSelection,
+    QuantileThreshold,
+    ScheduledThreshold,
+    SelectedPairs,
+    SigmaThreshold,
+    ThresholdSelection,
+    VarianceThreshold,
+    gap_quantiles,
+    step_pairs,
+)
+from .prompted import PromptedPolicy
+from .reward_guidance import (
+    GuidedSampler,
+    GuidedTransition,
+    RewardGuidance,
+    require_gradient,
+    reward_gradient,
+    sample_guided,
+)
+from .rollout_noise import RolloutDraws
+from .settings import Sampling
+from .step_choice import RandomSteps, StepChoice, StratifiedSteps
+from .trajectories import Trajectories, sample_latents, sample_trajectories
+from .transition import Transition
+from .window import MovingWindow, RandomWindow, Window, WindowedSampler
+
+__all__ = [
+    "GDPO",
+    "Advantage",
+    "Branching",
+    "CandidateStep",
+    "Credit",
+    "DDIMSampler",
+    "DiversityAdvantage",
+    "FixedThreshold",
+    "FlowSDESampler",
+    "GainCredit",
+    "GroupAdvantage",
+    "GuidedSampler",
+    "GuidedTransition",
+    "LinearThreshold",
+    "MovingWindow",
+    "PairSelection",
+    "PromptedPolicy",
+    "QuantileThreshold",
+    "RandomSteps",
+    "RandomWindow",
+    "RewardGuidance",
+    "RolloutDraws",
+    "Sampling",
+    "ScheduledThreshold",
+    "SelectedPairs",
+    "SigmaThreshold",
+    "StateCredit",
+    "StepChoice",
+    "StepSampler",
+    "StratifiedSteps",
+    "ThresholdSelection",
+    "Trajectories",
+    "Transition",
+    "TurningPointCredit",
+    "VarianceThreshold",
+    "Window",
+    "WindowedSampler",
+    "begin_finished",
+    "candidate_steps",
+    "check_sigmas",
+    "gap_quantiles",
+    "group_advantages",
+    "require_gradient",
+    "reward_gradient",
+    "rows_of",
+    "sample_guided",
+    "sample_latents",
+    "sample_trajectories",
+    "score_finished",
+    "score_states",
+    "step_pairs",
+    "telling_steps",
+    "tracked_advantages",
+]
