@@ -183,5 +183,6 @@ def _picture(array: np.ndarray) -> Image.Image:
 
 def _png(image: Image.Image) -> bytes:
     stream = io.BytesIO()
-    image.convert("RGB").save(stream, "png", compress_level=1)
+    # With its orientation, by which the server turns the image as its reward was trained.
+    image.convert("RGB").save(stream, "png", compress_level=1, exif=image.getexif())
     return stream.getvalue()

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import EulerDiscreteScheduler, StableDiffusion3Pipeline
+from PIL import ExifTags, Image
 from safetensors.torch import load as load_tensors
 
 from latentreward.serving.errors import RequestError
@@ -59,6 +60,16 @@ def test_images_of_every_kind(client: Any, running: tuple[str, ServedModel]) -> 
     tensor = torch.from_numpy(arrays).permute(0, 3, 1, 2) / 255
     for given in (images, arrays, tensor):
         torch.testing.assert_close(client.score_images(PROMPTS, given), wanted, atol=2e-5, rtol=0)
+
+
+def test_the_orientation_of_a_photograph_arrives(client: Any, running: tuple[str, ServedModel], tmp_path: Path) -> None:
+    (image,), exif = pictures(1), Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    image.save(tmp_path / "turned.jpg", quality=95, exif=exif)
+    with Image.open(tmp_path / "turned.jpg") as photograph:
+        wanted = running[1].reward.score("a cat", [photograph])
+        torch.testing.assert_close(client.score_images("a cat", [photograph]), wanted, atol=2e-5, rtol=0)
+        assert abs(wanted - running[1].reward.score("a cat", [Image.fromarray(np.asarray(photograph))])) > 1e-4
 
 
 def test_a_single_image_is_one(client: Any) -> None:

@@ -14,7 +14,7 @@ import torch
 from latentreward.commands.score import NoiseSettings
 from latentreward.data.image_lists import ImageList, read_images
 from latentreward.devices import find_device
-from latentreward.errors import InputError
+from latentreward.errors import InputError, printable
 from latentreward.interrupts import interrupts_told
 from latentreward.scoring import Calibration, Card, PublishedSettings, RewardModel
 from latentreward.scoring.calibration import FEWEST
@@ -195,14 +195,17 @@ def calibrate(model: RewardModel, reference: Reference, listed: ImageList, batch
     """
     scoring = ListedScoring(model, listed.rows, {"score": model.noise}, batch_size, DECODE_THREADS)
     tables = [table for _, table in scoring.tables([range(len(listed.rows))])]
-    scores = torch.cat([torch.tensor(table["score"].drop_null().to_pylist()) for table in tables])
-    problems = [text for table in tables for text in table["problem"].drop_null().to_pylist()]
-    if problems:
-        first = f"{len(problems)} of {len(listed.rows)} reference images are left out, the first: {problems[0]}"
-        print(first, file=sys.stderr)
-    different = len({row.path for row in listed.rows})
+    found = [score for table in tables for score in table["score"].to_pylist()]
+    problems = [problem for table in tables for problem in table["problem"].to_pylist()]
+    if bad := [(row.name, problem) for row, problem in zip(listed.rows, problems, strict=True) if problem is not None]:
+        name, problem = bad[0]
+        line = f"{len(bad)} of {len(listed.rows)} reference images are left out, the first: {name}: {problem}"
+        print(printable(line), file=sys.stderr)
+    scored = [(row, score) for row, score in zip(listed.rows, found, strict=True) if score is not None]
+    scores = torch.tensor([score for _, score in scored])
+    different = len({row.path for row, _ in scored})
     if different < FEW:
-        thin = f"reference.images: {different} different images in {len(listed.rows)} rows"
+        thin = f"reference.images: {different} different images in {len(scored)} rows"
         print(f"{thin}; z_score and quantile are rough below {FEW}", file=sys.stderr)
     name = reference.name or Path(reference.images).name
     return Calibration.fit(scores, name, model.noise, reference.seed, model.head.axis_weights)

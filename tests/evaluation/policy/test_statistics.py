@@ -46,6 +46,12 @@ def test_a_repeated_prompt_is_one_prompt_for_the_interval() -> None:
     assert (double.low, double.high) == pytest.approx((single.low, single.high))
 
 
+def test_a_win_rate_without_spread_between_prompts_has_wilsons_interval() -> None:
+    better, worse = scored(np.ones((3, 2))), scored(np.zeros((3, 2)), policy="b")
+    (result,) = compare(worse, better)
+    assert result["win_rate"] == pytest.approx((0.0, 0.0, 0.5615, 3), abs=1e-4)  # 1.96² / (3 + 1.96²)
+
+
 def test_wins_ties_and_losses_count_one_a_half_and_nothing() -> None:
     first = scored(np.array([[1.0, 2.0], [3.0, 0.0]]))
     second = scored(np.array([[0.0, 2.0], [4.0, 0.0]]), policy="b")

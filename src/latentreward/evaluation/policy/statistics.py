@@ -5,7 +5,14 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from latentreward.evaluation.policy.results import ScoredPictures
-from latentreward.metrics.bootstrap import Interval, clustered_interval, clustered_mean, group_sums
+from latentreward.metrics.bootstrap import (
+    Interval,
+    clustered_accuracy,
+    clustered_interval,
+    clustered_mean,
+    group_codes,
+    group_sums,
+)
 from latentreward.reports.tables import Row
 
 
@@ -97,10 +104,11 @@ def compare(first: ScoredPictures, second: ScoredPictures) -> list[Row]:
 
 def _comparison(score: str, group: str, gaps: np.ndarray, prompts: np.ndarray) -> Row:
     wins, ties = gaps > 0, gaps == 0
+    credits = group_sums(group_codes(prompts), wins + 0.5 * ties, np.ones(len(gaps)))
     return {
         "score": score,
         "group": group,
-        "win_rate": clustered_mean(wins + 0.5 * ties, prompts),
+        "win_rate": clustered_accuracy(credits),
         "difference": clustered_mean(gaps, prompts),
         "wins": int(wins.sum()),
         "ties": int(ties.sum()),
