@@ -30,8 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from latentreward.contracts import Conditioning
 from latentreward.remote import RemoteServer, ServedImages, ServedLatents
 from latentreward.remote.images import RemoteImages
-from latentreward.remote.latents import LatentRow, RemoteLatents
-from latentreward.remote.served import describe
+from latentreward.remote.latents import LatentRow, RemoteLatents, describe
 from latentreward.remote.server import Connection
 from latentreward.serving.addresses import bind
 from latentreward.serving.resources import Resources
@@ -86,7 +85,7 @@ def latents_step(server: RemoteServer, size: str, rows: int, batch_size: int) ->
         prompt = Conditioning(
             torch.randn(1, TOKENS, widths[0], generator=generator), torch.randn(1, widths[1], generator=generator)
         )
-        remote.begin([LatentRow(one, prompt, 0.4, 0) for one in latents], ["a cat"] * rows).result()
+        remote.begin([LatentRow(one, prompt, 0.4, 0) for one in latents], ["a cat"] * rows)()
 
     return step
 
@@ -100,7 +99,7 @@ def pictures_step(server: RemoteServer, size: str, rows: int, batch_size: int) -
         generator = torch.Generator().manual_seed(seed)
         small = torch.randint(256, (rows, height // 8, width // 8, 3), generator=generator, dtype=torch.uint8)
         images = [Image.fromarray(one.numpy()).resize((width, height), Image.Resampling.BICUBIC) for one in small]
-        remote.begin(["a cat"] * rows, images).result()
+        remote.begin(["a cat"] * rows, images)()
 
     return step
 

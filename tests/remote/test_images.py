@@ -29,18 +29,18 @@ def images(url: str, schema: ImageSchema | None = None, batch_size: int = 2, **s
 )
 def test_both_forms_give_the_judges_scores_in_order(answer, schema: ImageSchema) -> None:
     with judging(answer) as judge:
-        assert images(judge.url, schema).begin(PROMPTS, IMAGES).result() == pytest.approx(EXPECTED)
+        assert images(judge.url, schema).begin(PROMPTS, IMAGES)() == pytest.approx(EXPECTED)
         assert sorted(judge.sizes) == [1, 2, 2]
 
 
 def test_equal_rows_are_asked_once_and_remembered() -> None:
     with judging() as judge:
         source = images(judge.url, batch_size=8)
-        twice = source.begin(PROMPTS * 2, [image.copy() for image in IMAGES * 2]).result()
+        twice = source.begin(PROMPTS * 2, [image.copy() for image in IMAGES * 2])()
         assert twice == pytest.approx(EXPECTED * 2)
         assert judge.sizes == [5]
-        assert source.begin(PROMPTS, IMAGES).result() == twice[:5]
-        source.begin(["another prompt"], IMAGES[:1]).result()
+        assert source.begin(PROMPTS, IMAGES)() == twice[:5]
+        source.begin(["another prompt"], IMAGES[:1])()
         assert judge.sizes == [5, 1]
 
 
@@ -48,10 +48,10 @@ def test_the_cache_has_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("latentreward.remote.scores.CACHED", 2)
     with judging() as judge:
         source = images(judge.url, batch_size=8)
-        assert source.begin(PROMPTS, IMAGES).result() == pytest.approx(EXPECTED)
-        source.begin(PROMPTS[-2:], IMAGES[-2:]).result()
+        assert source.begin(PROMPTS, IMAGES)() == pytest.approx(EXPECTED)
+        source.begin(PROMPTS[-2:], IMAGES[-2:])()
         assert judge.sizes == [5]
-        assert source.begin(PROMPTS, IMAGES).result() == pytest.approx(EXPECTED)
+        assert source.begin(PROMPTS, IMAGES)() == pytest.approx(EXPECTED)
         assert judge.sizes == [5, 3]
 
 
@@ -60,7 +60,7 @@ def test_no_more_requests_at_a_time_than_set(parallel: int, least: float) -> Non
     with judging() as judge:
         judge.delay_s = 0.2
         began = time.monotonic()
-        assert images(judge.url, parallel=parallel).begin(PROMPTS, IMAGES).result() == pytest.approx(EXPECTED)
+        assert images(judge.url, parallel=parallel).begin(PROMPTS, IMAGES)() == pytest.approx(EXPECTED)
         assert time.monotonic() - began >= least
         ends = sorted([(begin, 1) for begin, _ in judge.times] + [(end, -1) for _, end in judge.times])
         running = [sum(step for _, step in ends[: place + 1]) for place in range(len(ends))]
@@ -75,8 +75,8 @@ def test_no_more_threads_than_requests_at_a_time() -> None:
         pending = source.begin([str(number) for number in range(6)], IMAGES[:1] * 6)
         started = {*threading.enumerate()} - before
         assert [thread.name for thread in started].count("reward request") == 2
-        assert len(pending.result()) == 6
-        assert source.begin(PROMPTS, IMAGES).result() == pytest.approx(EXPECTED)
+        assert len(pending()) == 6
+        assert source.begin(PROMPTS, IMAGES)() == pytest.approx(EXPECTED)
 
 
 def test_scores_are_asked_for_before_they_are_waited_for() -> None:
@@ -86,7 +86,7 @@ def test_scores_are_asked_for_before_they_are_waited_for() -> None:
         while not judge.times and time.monotonic() < until:
             time.sleep(0.01)
         assert judge.sizes == [5]
-        assert pending.result() == pytest.approx(EXPECTED)
+        assert pending() == pytest.approx(EXPECTED)
 
 
 @pytest.mark.parametrize(
@@ -94,29 +94,33 @@ def test_scores_are_asked_for_before_they_are_waited_for() -> None:
     [
         (PlainJSON(), {"scores": [0.5]}, "1 scores came for 2 rows"),
         (PlainJSON(), {"scores": [0.5, 0.5, 0.5]}, "3 scores came for 2 rows"),
-        (PlainJSON(), b'{"scores": [0.5, NaN]}', "a score is nan"),
-        (PlainJSON(), b'{"scores": [0.5, 1e39]}', r"a score is 1e\+39"),
-        (PlainJSON(), b'{"scores": [0.5, 1' + b"0" * 400 + b"]}", "a score is"),
-        (PlainJSON(), {"scores": [0.5, "0.5"]}, "a score is \"'0.5'\"|a score is '0.5', not a number"),
-        (PlainJSON(), {"scores": [0.5, None]}, "a score is None, not a number"),
-        (PlainJSON(), {"scores": [0.5, True]}, "a score is True, not a number"),
-        (PlainJSON(), {"scores": {"a": 1}}, "the answer has no list 'scores', but {'a': 1}"),
-        (PlainJSON(), {"rewards": [0.5, 0.5]}, r"the answer has no list 'scores', but \['rewards'\]"),
+        (PlainJSON(), b'{"scores": [0.5, NaN]}', "score 1: Input should be a finite number, not nan"),
+        (PlainJSON(), b'{"scores": [0.5, 1e39]}', r"score 1: Input should be less than or equal to .*, not 1e\+39"),
+        (PlainJSON(), b'{"scores": [0.5, 1' + b"0" * 400 + b"]}", "score 1: "),
+        (PlainJSON(), {"scores": [0.5, "0.5"]}, "score 1: Input should be a valid number, not '0.5'"),
+        (PlainJSON(), {"scores": [0.5, None]}, "score 1: Input should be a valid number, not None"),
+        (PlainJSON(), {"scores": [0.5, True]}, "score 1: Input should be a valid number, not True"),
+        (PlainJSON(), {"scores": {"a": 1}}, "scores: Input should be a valid list, not {'a': 1}; look at the schema"),
+        (PlainJSON(), {"rewards": [0.5, 0.5]}, r"scores: Field required, not {'rewards': \[0.5, 0.5\]}"),
         (PlainJSON(), [0.5, 0.5], "the answer is no JSON object"),
         (UniRL("r"), {"results": [{"r": {"s": 1.0}}]}, "1 scores came for 2 rows"),
         (UniRL("r"), {"results": [{"r": {"s": 1.0}}, {"q": {"s": 1.0}}]}, "a result has no 'r', but {'q'"),
         (UniRL("r"), {"results": [{"r": {"s": 1.0, "t": 2.0}}] * 2}, "r has the metrics s, t; set schema.metric"),
         (UniRL("r", "u"), {"results": [{"r": {"s": 1.0}}] * 2}, "r has no metric 'u', but s"),
         (UniRL("r"), {"results": [{}, {}], "errors": [{}, {"r": "out of memory"}]}, "could not be scored: .*memory"),
-        (UniRL("r"), {"results": [], "protocol_version": "2"}, "protocol_version is 2"),
+        (UniRL("r"), {"results": [], "protocol_version": "2"}, "protocol_version: Input should be '1', not '2'"),
         (UniRL("r"), {"results": [{"r": {"s": 1}}] * 2, "identities": [{"request_id": "x"}] * 2}, "identities are not"),
-        (UniRL("r"), {"results": [{"r": {"s": 1}}] * 2, "identities": 3}, "identities are not"),
-        (UniRL("r"), {"results": [3, 4]}, "a result has no 'r', but 3"),
+        (
+            UniRL("r"),
+            {"results": [{"r": {"s": 1}}] * 2, "identities": 3},
+            "identities: Input should be a valid list, not 3",
+        ),
+        (UniRL("r"), {"results": [3, 4]}, "results.0: Input should be a valid dictionary, not 3"),
     ],
 )
 def test_a_wrong_reply_is_told_in_one_line(schema: ImageSchema, reply: Any, told: str) -> None:
     with judging(faults=[says(200, reply)]) as judge, pytest.raises(RemoteError, match=told) as raised:
-        images(judge.url, schema).begin(PROMPTS[:2], IMAGES[:2]).result()
+        images(judge.url, schema).begin(PROMPTS[:2], IMAGES[:2])()
     assert str(raised.value).startswith(f"reward server {judge.url}: ")
     assert str(raised.value).isprintable()
     assert len(judge.headers) == 1
@@ -127,8 +131,8 @@ def test_a_failed_request_leaves_the_others_scores_and_gives_up_what_waits() -> 
     with judging(faults=[says(200, {"scores": []})]) as judge:
         source = images(judge.url, parallel=1)
         with pytest.raises(RemoteError, match="0 scores came for"):
-            source.begin(PROMPTS, IMAGES).result()
-        assert source.begin(PROMPTS, IMAGES).result() == pytest.approx(EXPECTED)
+            source.begin(PROMPTS, IMAGES)()
+        assert source.begin(PROMPTS, IMAGES)() == pytest.approx(EXPECTED)
 
 
 def test_a_signal_ends_the_wait_for_a_try_under_way() -> None:
@@ -139,7 +143,7 @@ def test_a_signal_ends_the_wait_for_a_try_under_way() -> None:
         timer.start()
         try:
             with pytest.raises(RemoteError, match="a signal ended the wait for its answer"):
-                pending.result()
+                pending()
         finally:
             timer.join()
             stop_asked.clear()
@@ -150,9 +154,9 @@ def test_another_model_behind_the_same_address_is_noticed() -> None:
     names = iter(["first", "first", "second"])
     with judging(lambda request: {**plain(request), "model": next(names)}) as judge:
         source = images(judge.url, parallel=1)
-        source.begin(PROMPTS[:3], IMAGES[:3]).result()
+        source.begin(PROMPTS[:3], IMAGES[:3])()
         with pytest.raises(RemoteError, match="the model is now second, but was first before"):
-            source.begin(PROMPTS[3:], IMAGES[3:]).result()
+            source.begin(PROMPTS[3:], IMAGES[3:])()
 
 
 def test_a_schema_of_ones_own() -> None:
@@ -163,7 +167,7 @@ def test_a_schema_of_ones_own() -> None:
             return [sum(one) for one in reply["answers"]]
 
     with judging(lambda request: {"answers": [[1, 2], [3, 4]]}) as judge:
-        assert images(judge.url, Sums()).begin(PROMPTS[:2], IMAGES[:2]).result() == [3, 7]
+        assert images(judge.url, Sums()).begin(PROMPTS[:2], IMAGES[:2])() == [3, 7]
 
 
 @pytest.mark.parametrize(
@@ -185,5 +189,5 @@ def test_an_error_of_a_schema_of_ones_own_is_a_refusal(reply: dict[str, Any], to
             return reply["judge"].name if "judge" in reply else None
 
     with judging(faults=[says(200, reply)]) as judge, pytest.raises(RemoteError, match=told) as raised:
-        images(judge.url, Best()).begin(PROMPTS[:2], IMAGES[:2]).result()
+        images(judge.url, Best()).begin(PROMPTS[:2], IMAGES[:2])()
     assert str(raised.value).startswith(f"reward server {judge.url}: ")

@@ -195,7 +195,7 @@ def test_a_token_that_the_server_repeats_is_not_shown(
     with judging(faults=[says(status, body)] * 9) as judge:
         server = RemoteServer(judge.url, token_env="JUDGE_TOKEN", retry_s=0.1)
         with pytest.raises(RemoteError) as raised:
-            RemoteImages(server, PlainJSON(), 1).begin(["a cat"], [Image.new("RGB", (8, 8))]).result()
+            RemoteImages(server, PlainJSON(), 1).begin(["a cat"], [Image.new("RGB", (8, 8))])()
     told = f"{raised.value}{caplog.text}"
     assert "ab/cd" not in told and "secret" not in told
 

@@ -70,7 +70,7 @@ def serve(
     Raises:
         InputError: If a setting is wrong, the port is taken, or a model cannot be loaded.
     """
-    modules = ("fastapi", "prometheus_client", "pydantic", "python_multipart", "uvicorn")
+    modules = ("fastapi", "prometheus_client", "python_multipart", "uvicorn")
     if missing := [module for module in modules if find_spec(module) is None]:
         raise InputError(f"serve needs {missing[0]}, which is not installed; pip install 'latentreward[serve]'")
     from latentreward.devices import find_device

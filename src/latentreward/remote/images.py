@@ -12,7 +12,7 @@ from PIL import Image
 from latentreward.errors import InputError, one_line
 from latentreward.remote.schemas import ImageSchema, shown
 from latentreward.remote.scores import PendingScores, RemoteScores
-from latentreward.remote.server import Connection, RemoteServer
+from latentreward.remote.server import RemoteServer
 from latentreward.storage.digests import digest
 
 ImageRow = tuple[str, Image.Image]
@@ -21,35 +21,27 @@ PNG_LEVEL = 1
 """Effort of zlib in 0 … 9: higher levels take longer than they save on a fast network."""
 
 
-class RemoteImages:
+class RemoteImages(RemoteScores[ImageRow]):
     """Scores of images from a server.
 
     Args:
         server: The server.
         schema: Form of its requests and replies.
         batch_size: Images of a request.
-
-    Raises:
-        InputError: If ``batch_size`` is below 1.
     """
 
     def __init__(self, server: RemoteServer, schema: ImageSchema, batch_size: int) -> None:
-        self.schema, self.connection = schema, Connection(server)
-        self._scores: RemoteScores[ImageRow] = RemoteScores(self.connection, self._ask, batch_size)
+        super().__init__(server, batch_size)
+        self.schema = schema
 
-    @property
-    def model(self) -> str | None:
-        """Model that the server has named so far; None if it has named none."""
-        return self._scores.model
-
-    def begin(self, prompts: Sequence[str], images: Sequence[Image.Image]) -> PendingScores[ImageRow]:
+    def begin(self, prompts: Sequence[str], images: Sequence[Image.Image]) -> PendingScores:
         """Ask for the scores of N RGB images, each for its prompt, and return before they are there."""
         rows = [*zip(prompts, images, strict=True)]
         keys = [digest([prompt, f"\n{image.mode} {image.size}\n", image.tobytes()]) for prompt, image in rows]
-        return self._scores.begin(rows, keys)
+        return self.begin_rows(rows, keys)
 
-    def _ask(self, rows: Sequence[ImageRow], ended: Event) -> tuple[Sequence[Any], str | None]:
-        """Ask for the scores of a batch, in a thread."""
+    def ask(self, rows: Sequence[ImageRow], ended: Event) -> tuple[Sequence[Any], str | None]:
+        """See :meth:`RemoteScores.ask`."""
         prompts, images = zip(*rows, strict=True)
         request = self.schema.request(prompts, [png_text(image) for image in images])
         content, headers = json.dumps(request).encode(), {"content-type": "application/json"}

@@ -1,20 +1,20 @@
 """Latents with encoded prompts as rows that ``latentreward serve`` scores, by verl-omni's protocol."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from threading import Event
 from typing import Any
 
 import torch
+from pydantic import BaseModel
 from safetensors.torch import save
 from torch import Tensor
 
 from latentreward.contracts import Conditioning, LatentSpace
 from latentreward.errors import InputError
-from latentreward.remote.schemas import ServedLatents, listed, shown
+from latentreward.remote.schemas import Schema, ServedLatents, checked, shown
 from latentreward.remote.scores import PendingScores, RemoteScores
-from latentreward.remote.served import describe
-from latentreward.remote.server import Connection, RemoteServer, without_token
+from latentreward.remote.server import Connection, RemoteServer
 from latentreward.storage.digests import digest
 
 HEADERS = {"content-type": "application/octet-stream", "x-drm-protocol-version": "1"}
@@ -38,75 +38,126 @@ class LatentRow:
     seed: int
 
 
-class RemoteLatents:
+class ServedReward(BaseModel):
+    """What ``latentreward serve`` tells of a reward.
+
+    Attributes:
+        model: Name of the model.
+        latent_space: Record of its latent space.
+        prompt_embeds_width: Width of a token's embedding.
+        pooled_prompt_embeds_width: Width of the pooled embedding; None if the model takes none.
+        prompt_mask: Whether the model needs a mask of the prompts' tokens.
+        pools_tokens: Whether a mask may stand in for the pooled embedding.
+        max_rows: Greatest number of rows of a request.
+    """
+
+    model: str
+    latent_space: dict[str, Any]
+    prompt_embeds_width: int | None = None
+    pooled_prompt_embeds_width: int | None = None
+    prompt_mask: bool = False
+    pools_tokens: bool = False
+    max_rows: int | None = None
+
+
+class LatentsReply(BaseModel):
+    """JSON of a reply of verl-omni's protocol."""
+
+    raw_scores: list[Any]
+
+
+class RemoteLatents(RemoteScores[LatentRow]):
     """Scores of clean latents from ``latentreward serve``.
 
     Args:
         server: The server.
         schema: Path of requests.
         batch_size: Latents of a request.
-        model: Description of the served model, see :func:`~latentreward.remote.served.describe`.
+        reward: The served reward, see :func:`describe`.
     """
 
-    def __init__(self, server: RemoteServer, schema: ServedLatents, batch_size: int, model: Mapping[str, Any]) -> None:
-        self.schema, self.connection, self.model = schema, Connection(server), model
-        self._scores: RemoteScores[LatentRow] = RemoteScores(self.connection, self._ask, batch_size, model["model"])
+    def __init__(self, server: RemoteServer, schema: ServedLatents, batch_size: int, reward: ServedReward) -> None:
+        super().__init__(server, batch_size, reward.model)
+        self.schema, self.reward = schema, reward
 
-    def begin(self, rows: Sequence[LatentRow], texts: Sequence[str]) -> PendingScores[LatentRow]:
+    def begin(self, rows: Sequence[LatentRow], texts: Sequence[str]) -> PendingScores:
         """Ask for the scores of N rows with latents of one shape, and return before they are there.
 
         ``texts`` are the rows' prompts.
         """
-        pairs = zip(rows, texts, strict=True)
         keys = [
             digest([text, f"\n{row.sigma} {row.seed} {tuple(row.latents.shape)}\n", row.latents.numpy()])
-            for row, text in pairs
+            for row, text in zip(rows, texts, strict=True)
         ]
-        return self._scores.begin(rows, keys)
+        return self.begin_rows(rows, keys)
 
-    def _ask(self, rows: Sequence[LatentRow], ended: Event) -> tuple[Sequence[Any], str | None]:
-        """Ask for the scores of a batch, in a thread; and then for the model, which the protocol's reply does not name.
+    def ask(self, rows: Sequence[LatentRow], ended: Event) -> tuple[Sequence[Any], str | None]:
+        """See :meth:`RemoteScores.ask`; the model is asked for after the scores, whose reply does not name it.
 
         A server that was started again in the meantime may have another one.
         """
-        reply = self.connection.ask("POST", self.schema.path, save(self._tensors(rows)), HEADERS, ended)
-        try:
-            if not isinstance(reply, dict):
-                raise InputError("the answer is no JSON object; is this latentreward serve?")
-            return listed(reply, "raw_scores"), describe(self.connection, self.schema, ended)["model"]
-        except InputError as error:
-            self.connection.refuse(str(error), error)
-
-    def _tensors(self, rows: Sequence[LatentRow]) -> dict[str, Tensor]:
-        prompts = Conditioning.join([row.prompt for row in rows]).trimmed()
+        prompts, takes = Conditioning.join([row.prompt for row in rows]).trimmed(), self.reward
         tensors = {
             "latents": torch.stack([row.latents for row in rows]),
             "prompt_embeds": prompts.prompt_embeds,
             "u": torch.tensor([row.sigma for row in rows]),
             "seeds": torch.tensor([row.seed for row in rows]),
         }
-        if prompts.pooled_prompt_embeds is not None and self.model.get("pooled_prompt_embeds_width") is not None:
+        if prompts.pooled_prompt_embeds is not None and takes.pooled_prompt_embeds_width is not None:
             tensors["pooled_prompt_embeds"] = prompts.pooled_prompt_embeds
-        if prompts.prompt_mask is not None and (self.model.get("prompt_mask") or self.model.get("pools_tokens")):
+        if prompts.prompt_mask is not None and (takes.prompt_mask or takes.pools_tokens):
             tensors["prompt_mask"] = prompts.prompt_mask
-        return {name: tensor.contiguous() for name, tensor in tensors.items()}
+        body = save({name: tensor.contiguous() for name, tensor in tensors.items()})
+        reply = self.connection.ask("POST", self.schema.path, body, HEADERS, ended)
+        try:
+            scores = checked(LatentsReply, reply).raw_scores
+        except InputError as error:
+            self.connection.refuse(str(error), error)
+        return scores, describe(self.connection, self.schema, ended).model
 
 
-def check_widths(server: RemoteServer, model: Mapping[str, Any], encoded: Conditioning) -> None:
-    """Check that a served model takes embeddings of the policy's text encoders.
+def describe(connection: Connection, schema: Schema, ended: Event | None = None) -> ServedReward:
+    """Ask ``latentreward serve`` for the description of a reward.
+
+    The description lies beside the path of the schema: ``/rewards/NAME/v1/score`` of a reward by name has the
+    description ``/rewards/NAME/v1/model``.
+
+    Raises:
+        RemoteError: If the server gives none.
+    """
+    path = f"{schema.path.rpartition('/')[0]}/model"
+    told = connection.ask("GET", path, ended=ended)
+    try:
+        return checked(ServedReward, told)
+    except InputError as error:
+        connection.refuse(
+            f"{path} answers {shown(told)}; schema: {type(schema).__name__} is for latentreward serve", error
+        )
+
+
+def check_rows(server: RemoteServer, reward: ServedReward, batch_size: int) -> None:
+    """Raise InputError if ``batch_size`` is over the server's limit of rows in a request."""
+    if batch_size > (reward.max_rows or batch_size):
+        raise InputError(
+            f"reward.batch_size={batch_size} is over {reward.max_rows}, the most rows that the reward server "
+            f"{server.url} takes in a request"
+        )
+
+
+def check_widths(server: RemoteServer, reward: ServedReward, encoded: Conditioning) -> None:
+    """Check that a served reward takes embeddings of the policy's text encoders.
 
     Raises:
         InputError: If widths differ, or one has a pooled vector and the other has not.
     """
     pooled = encoded.pooled_prompt_embeds
     ours = encoded.prompt_embeds.shape[-1], None if pooled is None else pooled.shape[-1]
-    theirs = model.get("prompt_embeds_width"), model.get("pooled_prompt_embeds_width")
-    pools = theirs[1] is None or model.get("pools_tokens")
+    theirs = reward.prompt_embeds_width, reward.pooled_prompt_embeds_width
+    pools = theirs[1] is None or reward.pools_tokens
     if ours[0] != theirs[0] or not (pools or ours[1] == theirs[1]):
-        taken = without_token(shown(theirs), server.token)
         raise InputError(
-            f"reward server {server.url} takes prompts embedded in widths {taken}, but the policy's text encoders give "
-            f"{ours}; take schema: ServedImages, for which the server encodes prompts"
+            f"reward server {server.url} takes prompts embedded in widths {theirs}, but the policy's text encoders "
+            f"give {ours}; take schema: ServedImages, for which the server encodes prompts"
         )
 
 
@@ -117,7 +168,7 @@ def latent_space(server: RemoteServer, schema: ServedLatents) -> LatentSpace:
         RemoteError: If the server gives none.
     """
     connection = Connection(server)
-    told = describe(connection, schema)["latent_space"]
+    told = describe(connection, schema).latent_space
     try:
         return LatentSpace.from_record(told)
     except TypeError as error:

@@ -3,7 +3,9 @@
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, TypeVar
+
+from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from latentreward.errors import InputError, printable
 from latentreward.promises import Part, of_class, returns
@@ -58,6 +60,12 @@ class ImageSchema(Schema):
         return name if isinstance(name, str) else None
 
 
+class PlainReply(BaseModel):
+    """JSON of a reply with scores."""
+
+    scores: list[Any]
+
+
 @dataclass(frozen=True)
 class PlainJSON(ImageSchema):
     """The plainest form, for a judge of one's own: ``{"prompts", "images"}`` → ``{"scores"}``.
@@ -77,7 +85,7 @@ class PlainJSON(ImageSchema):
 
     def scores(self, reply: Mapping[str, Any], request: Mapping[str, Any]) -> Sequence[Any]:
         """See :meth:`ImageSchema.scores`."""
-        return listed(reply, "scores")
+        return checked(PlainReply, reply).scores
 
 
 @dataclass(frozen=True)
@@ -122,23 +130,18 @@ class UniRL(ImageSchema):
 
     def scores(self, reply: Mapping[str, Any], request: Mapping[str, Any]) -> Sequence[Any]:
         """See :meth:`ImageSchema.scores`; an error of a single request is one of all."""
-        version = reply.get("protocol_version", "1")
-        if version != "1":
-            raise InputError(f"protocol_version is {shown(version)}; version 1 is understood")
-        results = listed(reply, "results")
-        errors = reply.get("errors") or []
-        for failed in errors if isinstance(errors, list) else [errors]:
+        told = checked(UniRLReply, reply)
+        for failed in told.errors or ():
             if failed:
                 raise InputError(f"an image could not be scored: {shown(failed)}")
-        if identities := reply.get("identities"):  # a service may leave them out
-            told = identities if isinstance(identities, list) else []
-            if [*map(_request_id, told)] != [*map(_request_id, request["requests"])]:
-                raise InputError("identities are not those of the request, in its order")
-        return [self._score(result) for result in results]
+        asked = [one["request_id"] for one in request["requests"]]
+        if told.identities and [one.get("request_id") for one in told.identities] != asked:
+            raise InputError("identities are not those of the request, in its order")
+        return [self._score(result) for result in told.results]
 
-    def _score(self, result: Any) -> Any:
-        metrics = result.get(self.reward) if isinstance(result, dict) else None
-        if not isinstance(metrics, dict) or not metrics:
+    def _score(self, result: Mapping[str, Mapping[str, Any]]) -> Any:
+        metrics = result.get(self.reward)
+        if not metrics:
             raise InputError(f"a result has no {self.reward!r}, but {shown(result)}; set schema.reward")
         if self.metric is None and len(metrics) > 1:
             raise InputError(f"{self.reward} has the metrics {shown(', '.join(metrics))}; set schema.metric to one")
@@ -146,6 +149,15 @@ class UniRL(ImageSchema):
         if metric not in metrics:
             raise InputError(f"{self.reward} has no metric {metric!r}, but {shown(', '.join(metrics))}")
         return metrics[metric]
+
+
+class UniRLReply(BaseModel):
+    """JSON of a reply of UniRL's reward service; a service may leave errors and identities out."""
+
+    protocol_version: Literal["1"] = "1"
+    results: list[dict[str, dict[str, Any]]]
+    errors: list[Any] | None = None
+    identities: list[dict[str, Any]] | None = None
 
 
 @dataclass(frozen=True)
@@ -174,23 +186,24 @@ class ServedLatents(Schema):
             raise InputError(f"schema.sigma={self.sigma:g} must lie in [0, 1]")
 
 
-def listed(reply: Mapping[str, Any], name: str) -> list[Any]:
-    """Return the list ``name`` of a reply.
+Content = TypeVar("Content")
+
+
+def checked(kind: type[Content] | TypeAdapter[Content], value: Any, place: str = "") -> Content:
+    """Check a value from a server against a type, such as a pydantic model, and return it as that type.
 
     Raises:
-        InputError: If there is none.
+        InputError: If it is none, with place, fault and value of the first fault.
     """
-    values = reply.get(name)
-    if not isinstance(values, list):
-        raise InputError(f"the answer has no list {name!r}, but {shown(values if name in reply else list(reply))}")
-    return values
+    try:
+        return (kind if isinstance(kind, TypeAdapter) else TypeAdapter(kind)).validate_python(value)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        place += ".".join(map(str, first["loc"])) or "the answer"
+        raise InputError(f"{place}: {first['msg']}, not {shown(repr(first['input']))}; look at the schema") from error
 
 
 def shown(value: Any) -> str:
     """Show the beginning of a value from a server, in one printable line."""
     text = printable(" ".join(str(value).split()))
     return text if len(text) <= 100 else f"{text[:100]}…"
-
-
-def _request_id(identity: Any) -> Any:
-    return identity.get("request_id") if isinstance(identity, dict) else None

@@ -1,80 +1,64 @@
 """Scores of many rows from a server: batches, requests at the same time, and a cache by content."""
 
+from abc import ABC, abstractmethod
 from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, wait
 from threading import Event, Lock, Thread
-from typing import Any, Generic, TypeVar
+from typing import Annotated, Any, Generic, TypeVar
+
+from pydantic import Field, TypeAdapter
 
 from latentreward.errors import InputError
 from latentreward.interrupts import stop_asked
-from latentreward.remote.schemas import shown
-from latentreward.remote.server import LOOK_S, Connection
+from latentreward.remote.schemas import checked, shown
+from latentreward.remote.server import LOOK_S, Connection, RemoteServer
 
 CACHED = 65536
 """Number of scores that a process remembers; a score takes about 150 bytes."""
 LARGEST = 3.4028235e38
 """Largest float32."""
+SCORES = TypeAdapter(list[Annotated[float, Field(strict=True, allow_inf_nan=False, ge=-LARGEST, le=LARGEST)]])
+"""Scores of a reply: finite numbers in the range of float32; a truth value or a text is none."""
 
 Row = TypeVar("Row")
-Ask = Callable[[Sequence[Row], Event], tuple[Sequence[Any], str | None]]
-"""Function that asks for the scores of some rows: their scores, unchecked, and the model that the server names."""
+PendingScores = Callable[[], list[float]]
+"""Function that waits for the scores of rows that have been asked for, and returns one for each row.
+
+It raises RemoteError if a request fails, or a signal asks the run to stop; requests under way are then given up.
+"""
 
 
-class PendingScores(Generic[Row]):
-    """Scores that have been asked for.
-
-    Args:
-        source: Source that asked.
-        keys: Key of each row.
-        known: Scores by key that are there already.
-        asked: Keys of each request, and the future of its scores.
-    """
-
-    def __init__(
-        self,
-        source: "RemoteScores[Row]",
-        keys: Sequence[str],
-        known: dict[str, float],
-        asked: Sequence[tuple[Sequence[str], Future[Any]]],
-    ) -> None:
-        self.source, self.keys, self.known, self.asked = source, keys, known, asked
-
-    def result(self) -> list[float]:
-        """Wait for the scores, one for each row.
-
-        Raises:
-            RemoteError: If a request fails, or a signal asks the run to stop; requests that are under way are then
-                given up.
-        """
-        found = self.known | self.source.collect(self.asked)
-        return [found[key] for key in self.keys]
-
-
-class RemoteScores(Generic[Row]):
-    """Source of scores from a server.
+class RemoteScores(ABC, Generic[Row]):
+    """Base class of sources of scores from a server.
 
     Rows with equal keys are asked for once. A score is remembered, so that a row gets the same score again. Only one
-    thread may call the methods.
+    thread may call the methods, but for :meth:`ask`.
 
     Args:
-        connection: Connection to the server.
-        ask: Function that asks for the scores of a batch; threads call it.
+        server: The server.
         batch_size: Rows of a request.
         model: Model that the server has named before; None if it has not.
 
     Attributes:
+        connection: Connection to the server.
         model: Model that the server has named so far.
     """
 
-    def __init__(self, connection: Connection, ask: Ask[Row], batch_size: int, model: str | None = None) -> None:
-        self.connection, self.ask, self.batch_size = connection, ask, batch_size
+    def __init__(self, server: RemoteServer, batch_size: int, model: str | None = None) -> None:
+        self.connection, self.batch_size, self.model = Connection(server), batch_size, model
         self._known: OrderedDict[str, float] = OrderedDict()
         self._lock, self._ended = Lock(), Event()
         self._threads, self._waiting = 0, deque[tuple[Sequence[Row], Future[Any], Event]]()
-        self.model = model
 
-    def begin(self, rows: Sequence[Row], keys: Sequence[str]) -> PendingScores[Row]:
+    @abstractmethod
+    def ask(self, rows: Sequence[Row], ended: Event) -> tuple[Sequence[Any], str | None]:
+        """Ask for the scores of a batch, in a thread; return them, unchecked, and the model that the server names.
+
+        Another thread sets ``ended`` when it does not need the scores any more.
+        """
+
+    def begin_rows(self, rows: Sequence[Row], keys: Sequence[str]) -> PendingScores:
         """Ask for the scores of N rows, and return before they are there.
 
         Rows with the same content have the same key.
@@ -86,9 +70,14 @@ class RemoteScores(Generic[Row]):
         asked = [(batch, self._ask_later([new[key] for key in batch])) for batch in batches]
         for key in known:
             self._known.move_to_end(key)
-        return PendingScores(self, keys, known, asked)
 
-    def collect(self, asked: Sequence[tuple[Sequence[str], Future[Any]]]) -> dict[str, float]:
+        def result() -> list[float]:
+            found = known | self._collect(asked)
+            return [found[key] for key in keys]
+
+        return result
+
+    def _collect(self, asked: Sequence[tuple[Sequence[str], Future[Any]]]) -> dict[str, float]:
         """Wait for the answers to requests, check and remember them, and return the scores by key."""
         found: dict[str, float] = {}
         try:
@@ -145,12 +134,8 @@ class RemoteScores(Generic[Row]):
                 raise InputError(f"{len(scores)} scores came for {count} rows")
             if model is not None and self.model not in (None, model):
                 raise InputError(f"the model is now {shown(model)}, but was {shown(self.model)} before")
-            for score in scores:
-                if isinstance(score, bool) or not isinstance(score, int | float):
-                    raise InputError(f"a score is {shown(repr(score))}, not a number")
-                if not abs(score) <= LARGEST:  # NaN too
-                    raise InputError(f"a score is {shown(score)}, not a finite float32; look at the server's model")
+            numbers = checked(SCORES, [*scores], "score ")
         except InputError as error:
             self.connection.refuse(str(error), error)
         self.model = model or self.model
-        return [float(score) for score in scores]
+        return numbers

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -16,9 +16,16 @@ from latentreward.promises import check_needs
 from latentreward.remote import ImageSchema, PlainJSON, RemoteError, RemoteServer, Schema, ServedImages, ServedLatents
 from latentreward.remote.errors import raise_together
 from latentreward.remote.images import RemoteImages
-from latentreward.remote.latents import LatentRow, RemoteLatents, check_widths, latent_space
+from latentreward.remote.latents import (
+    LatentRow,
+    RemoteLatents,
+    ServedReward,
+    check_rows,
+    check_widths,
+    describe,
+    latent_space,
+)
 from latentreward.remote.scores import PendingScores
-from latentreward.remote.served import check_rows, describe
 from latentreward.remote.server import Connection
 from latentreward.reports.drawing import to_image
 from latentreward.rewards.base import Reward, RewardSource
@@ -96,16 +103,14 @@ class HTTPReward(RewardSource):
             InputError: If the policy has no VAE to make pictures with, its text encoders do not fit the server, or
                 ``batch_size`` is over the limit of ``latentreward serve``.
         """
-        model: Mapping[str, Any] = {}
         if isinstance(self.schema, ServedImages | ServedLatents):
-            connection = Connection(self.server)
-            model = describe(connection, self.schema)
-            check_rows(connection, model, self.batch_size)
+            served = describe(Connection(self.server), self.schema)
+            check_rows(self.server, served, self.batch_size)
         if isinstance(self.schema, ImageSchema):
             return RemoteImageReward(self, policy)
         with torch.no_grad():
-            check_widths(self.server, model, policy.encode_prompts([""]))
-        return RemoteLatentReward(self, self.schema, policy, model)
+            check_widths(self.server, served, policy.encode_prompts([""]))
+        return RemoteLatentReward(self, self.schema, policy, served)
 
 
 def alone(fine: bool) -> bool:
@@ -130,7 +135,7 @@ class RemoteReward(Reward):
     @abstractmethod
     def begin(
         self, clean: Tensor | None, rows: Tensor, encoded: Any, sigmas: Sequence[float]
-    ) -> Sequence[PendingScores[Any]]:
+    ) -> Sequence[PendingScores]:
         """Ask for the scores of clean latents ``(N, C, ...)``; the score is the mean of those that come."""
 
     def score(self, states: NoisyStates, encoded: Any) -> Tensor:
@@ -150,7 +155,7 @@ class RemoteReward(Reward):
         asked = self.begin(latents, rows, encoded, sigmas)
         return lambda: self._finish(asked, latents)[:, None]
 
-    def _finish(self, asked: Sequence[PendingScores[Any]], like: Tensor) -> Tensor:
+    def _finish(self, asked: Sequence[PendingScores], like: Tensor) -> Tensor:
         """Wait for scores ``(N,)``, and place them on the device of ``like``.
 
         Raises:
@@ -159,7 +164,7 @@ class RemoteReward(Reward):
         levels: list[list[float]] = []
         failure: RemoteError | None = None
         try:
-            levels = [pending.result() for pending in asked]
+            levels = [pending() for pending in asked]
         except RemoteError as error:
             failure = error
         raise_together(failure, self.agree)
@@ -187,7 +192,7 @@ class RemoteImageReward(RemoteReward, DecodingReward):
     @torch.no_grad()
     def begin(
         self, clean: Tensor | None, rows: Tensor, encoded: tuple[str, ...], sigmas: Sequence[float]
-    ) -> Sequence[PendingScores[Any]]:
+    ) -> Sequence[PendingScores]:
         """See :meth:`RemoteReward.begin`; pictures have no noise levels."""
         if self._images is None:  # not earlier: it has locks, which cannot be copied to another process
             self._images = RemoteImages(self.source.server, self.source.schema, self.source.batch_size)
@@ -220,12 +225,12 @@ class RemoteLatentReward(RemoteReward):
         source: Settings.
         schema: Form of requests and replies.
         policy: The policy, whose text encoders embed the prompts.
-        model: Description of the served model, as the server gave it before the run.
+        served: The served reward, as the server described it before the run.
     """
 
-    def __init__(self, source: HTTPReward, schema: ServedLatents, policy: Policy, model: Mapping[str, Any]) -> None:
+    def __init__(self, source: HTTPReward, schema: ServedLatents, policy: Policy, served: ServedReward) -> None:
         super().__init__()
-        self.source, self.schema, self.model = source, schema, model
+        self.source, self.schema, self.served = source, schema, served
         self.__dict__["policy"] = policy  # not as a submodule: the LightningModule registers the policy already
         self._latents: RemoteLatents | None = None
 
@@ -237,12 +242,12 @@ class RemoteLatentReward(RemoteReward):
 
     def begin(
         self, clean: Tensor | None, rows: Tensor, encoded: SentPrompts, sigmas: Sequence[float]
-    ) -> Sequence[PendingScores[Any]]:
+    ) -> Sequence[PendingScores]:
         """See :meth:`RemoteReward.begin`; asks for each of ``sigmas``, or for the schema's."""
         if clean is None:
             raise InputError("a reward on a server needs the policy's prediction of the clean latents, and got none")
         if self._latents is None:  # not earlier: it has locks, which cannot be copied to another process
-            self._latents = RemoteLatents(self.source.server, self.schema, self.source.batch_size, self.model)
+            self._latents = RemoteLatents(self.source.server, self.schema, self.source.batch_size, self.served)
         latents, prompts = clean.detach().to("cpu", torch.float32).contiguous(), rows.tolist()
         texts = [encoded.texts[row] for row in prompts]
         pending = []

@@ -66,4 +66,4 @@ class HTTPScorer(ImageScorer):
         """
         if self._images is None:  # not earlier: it has locks, which cannot be copied to another process
             self._images = RemoteImages(self.server, self.schema, self.request_size)
-        return torch.tensor(self._images.begin(prompts, images).result())
+        return torch.tensor(self._images.begin(prompts, images)())
