@@ -2,7 +2,7 @@
 
 Usage: ``python benchmarks/bit_equal.py OLD_PYTHON NEW_PYTHON``: the Python interpreters of two checkouts, each with its
 own editable installation and with equal versions of torch and all dependencies. Takes about two minutes on one core;
-the exit status is 1 if anything differs. Both versions make the files of ``tests/compatibility/make.py`` (LRM, DiNa-LRM
+the exit status is 1 if anything differs. Both versions make the files of ``bit_equal_runs.py`` (LRM, DiNa-LRM
 from a cache, LPO, published folders), resume its interrupted runs, and train, evaluate and score with the shipped tiny
 configs.
 """
@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 
 ROOT = Path(__file__).resolve().parents[1]
 RUNS = ("lrm", "dina", "lpo")
-"""Runs of ``tests/compatibility/make.py``."""
+"""Runs of ``bit_equal_runs.py``."""
 TINY = {
     "lrm_tiny": "pickapic",
     "dina_lrm_tiny": "hpdv3",
@@ -42,8 +42,8 @@ def run(folder: Path) -> None:
     sys.path.insert(0, str(ROOT))
     torch.set_num_threads(1)
     os.chdir(folder)
+    from benchmarks.bit_equal_runs import make
     from latentreward.cli import main as latentreward
-    from tests.compatibility.make import make
 
     make()
     for name in RUNS:

@@ -71,7 +71,7 @@ def write_reward(folder: Path) -> None:
     state, base = module.state_dict(), BaseSample.of(module, source)
     saved = {name: state[name] for name in state.keys() - frozen_names(module)}
     run.mkdir(exist_ok=True)
-    torch.save({"state_dict": saved, "base": base.record(saved)}, run / "reward.ckpt")
+    torch.save({"state_dict": saved, "base": base.record(saved), "exif": "ignore"}, run / "reward.ckpt")
     backbone = {"class_path": "sd15", "init_args": {"source": source}}
     head = {"class_path": "CLIPProjectionHead"}
     settings = {"class_path": "LRMModule", "init_args": {"backbone": backbone, "head": head}}

@@ -302,16 +302,15 @@ def test_settings_and_caches_are_looked_at_in_the_constructor(tmp_path: Path) ->
 
 
 def test_caches_that_treat_exif_differently_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """A cache of an earlier version says nothing, and ignored it."""
     pairs, sizes = [{"image_a": 0, "image_b": 1}], [(16, 16)] * 2
     caches = {
         exif: CachedSplit(str(write_cache(tmp_path / str(exif), pairs, sizes, spec=spec(exif=exif))))
-        for exif in ("apply", "ignore", None)
+        for exif in ("apply", "ignore")
     }
-    data = CachedPreferenceDataModule(train=caches["ignore"], predict=caches[None])
+    data = CachedPreferenceDataModule(train=caches["ignore"], predict=caches["ignore"])
     assert (data.datasets["train"].exif, data.datasets["predict"].exif) == ("ignore", "ignore")
     assert not caplog.records
-    data = CachedPreferenceDataModule(train=caches["apply"], predict=caches[None])
+    data = CachedPreferenceDataModule(train=caches["apply"], predict=caches["ignore"])
     assert data.datasets["train"].exif == "apply"
     [record] = caplog.records
     assert record.message.endswith("treat EXIF orientation differently (exif: apply and ignore)")

@@ -93,7 +93,7 @@ def test_shards_hold_the_tokens_of_the_prompts_and_nothing_else(written: tuple[P
         torch.testing.assert_close(found, encoder([prompt["prompt"]]).prompt_embeds[0], rtol=1e-5, atol=1e-6)
         starts[name] += count
     assert starts == {name: len(load_file(cache / name)["prompt_embeds"]) for name in starts}
-    assert read_plan(cache).spec.text.record()["masked"] is True
+    assert read_plan(cache).spec.text.masked
 
 
 def test_latents_have_a_time_axis_and_are_the_encoder_s_own(written: tuple[Path, Path]) -> None:
@@ -287,7 +287,7 @@ def test_text_is_a_word_or_a_truth_value(tmp_path: Path, settings: tuple[str, ..
     run_cache(output, data, "--encoder.source=sd35_tiny", *settings)
     text = read_plan(output).spec.text
     assert (None if text is None else text.num_tokens) == tokens
-    assert text is None or "masked" not in text.record()
+    assert text is None or not text.masked
 
 
 def test_text_in_yaml_is_a_word_or_a_truth_value(tmp_path: Path) -> None:

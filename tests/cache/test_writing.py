@@ -17,12 +17,9 @@ from latentreward.cache.encoding import ShardEncoder
 from latentreward.cache.layout import (
     IMAGES,
     PAIRS,
-    PLAN,
     PROMPTS,
     SCHEMAS,
     SHARDS,
-    canonical_json,
-    digest,
     manifest_name,
     read_manifest,
     read_plan,
@@ -321,20 +318,6 @@ def own_cache(output: Path, file: Path, *settings: str) -> None:
     main(["cache", str(output), *SETTINGS[2:], *reader, "--dtype=float32", *settings])
 
 
-def as_earlier_versions_wrote(cache: Path) -> None:
-    """Take the record of EXIF out of a cache, and put in the hashes that it then had."""
-    values = json.loads((cache / PLAN).read_text())
-    del values["spec"]["exif"]
-    plan = {name: value for name, value in values.items() if name not in ("spec_hash", "plan_hash")}
-    values["spec_hash"], hashed = digest(plan["spec"]), {k: v for k, v in plan.items() if k != "dropped"}
-    values["plan_hash"] = digest(hashed)
-    (cache / PLAN).write_text(canonical_json(values))
-    for shard in table(cache, SHARDS):
-        path = cache / manifest_name(shard["name"])
-        manifest = json.loads(path.read_text())
-        path.write_text(canonical_json({**manifest, **{k: values[k] for k in ("spec_hash", "plan_hash")}}))
-
-
 def test_photographs_are_cached_upright_and_the_cache_says_so(tmp_path: Path) -> None:
     file = write_jsonl(tmp_path)
     for exif, shape in (("apply", TALL), ("ignore", WIDE)):
@@ -351,14 +334,10 @@ def test_photographs_are_cached_upright_and_the_cache_says_so(tmp_path: Path) ->
     torch.testing.assert_close(latents(tmp_path / "apply", image), encoder.encode(pixels[None], noise[None])[0])
 
 
-def test_a_cache_of_before_is_read_and_goes_on_where_exif_was_ignored(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_cache_goes_on_only_with_its_own_exif(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = write_jsonl(tmp_path)
     own_cache(tmp_path / "cache", file, "--reader.exif=ignore")
-    as_earlier_versions_wrote(tmp_path / "cache")
     before = contents(tmp_path / "cache")
-    assert read_plan(tmp_path / "cache").spec.exif is None
     main(["cache", str(tmp_path / "cache"), "--check"])
     shard = next(iter(table(tmp_path / "cache", SHARDS)))["name"]
     for path in (manifest_name(shard), PAIRS):  # encodes one shard again, and plans again

@@ -195,16 +195,6 @@ def test_an_optimiser_of_other_parameters_is_one_line(tmp_path: Path, capsys: py
     assert said.startswith("the checkpoint's optimiser has other parameters")
 
 
-def test_a_checkpoint_from_before_takes_the_given_batch_size(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    checkpoint, before = start(tmp_path)
-    content = torch.load(checkpoint, weights_only=True)
-    del content["batch_size"]
-    torch.save(content, checkpoint)
-    resume(tmp_path, checkpoint, "--data.batch_size=4", steps=8)
-    assert sorted(row for batch in before + SEEN for row in batch) == list(range(ROWS))
-    assert lines(caplog) == []
-
-
 def test_only_known_names_are_overridden(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert refusal(capsys, "fit", tmp_path, "--resume_override=[rate]").startswith("resume_override")
 

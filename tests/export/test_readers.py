@@ -115,7 +115,7 @@ def test_kohyas_file_adds_the_same_update_by_its_own_rule(twin: Twin, alpha: flo
 
 
 @pytest.mark.parametrize("alpha", [4.0, 1.0])
-def test_a_file_of_earlier_versions_whose_alpha_stands_in_the_metadata_alone_has_its_strength(
+def test_a_file_of_diffusers_whose_alpha_stands_in_the_metadata_alone_has_its_strength(
     alpha: float, tmp_path: Path
 ) -> None:
     from diffusers.loaders import SD3LoraLoaderMixin

@@ -61,7 +61,7 @@ def test_spaces_survive_their_record(space: LatentSpace, codec: str) -> None:
     assert hash(space) == hash(LatentSpace.from_record(record))
 
 
-def test_the_record_of_a_scalar_space_is_that_of_earlier_versions() -> None:
+def test_the_record_of_a_scalar_space_has_no_more_than_its_fields() -> None:
     assert SCALAR.record() == {"channels": 16, "downscale": 8, "scaling_factor": 0.3611, "shift_factor": 0.1159}
 
 

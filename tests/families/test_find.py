@@ -31,7 +31,7 @@ def test_twins_are_recognised_by_their_configs(twin: Twin) -> None:
 
 
 @pytest.mark.parametrize("name", ["sd15", "sd21", "sdxl", "sd3", "sd35"])
-def test_pipelines_of_before_are_recognised(name: str) -> None:
+def test_stable_diffusion_is_recognised(name: str) -> None:
     family = PolicySource(pipeline_folder(name)).resolve_family()
     assert family.name == ("sd3" if name.startswith("sd3") else "sd")
     assert family.model == {"sd15": "SD1.5", "sd21": "SD2.1", "sdxl": "SDXL", "sd3": "SD3", "sd35": "SD3.5"}[name]

@@ -65,7 +65,7 @@ def stored(trained: DiNaLRMModule, tmp_path_factory: pytest.TempPathFactory) -> 
     for name in ("run", "notes"):
         (folder / name).mkdir()
         noted = {"reward_settings": {"training": {}, **settings}} if name == "notes" else {}
-        torch.save({"state_dict": state, **noted}, folder / name / "reward.ckpt")
+        torch.save({"state_dict": state, "exif": "apply", **noted}, folder / name / "reward.ckpt")
     run = {"model": {"class_path": "latentreward.modules.DiNaLRMModule", "init_args": settings}}
     (folder / "run" / "config.yaml").write_text(yaml.safe_dump(run))
     return folder

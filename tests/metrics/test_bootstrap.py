@@ -202,7 +202,7 @@ def test_many_groups_are_resampled_in_bundles_with_the_same_spread() -> None:
 
 
 def test_totals_of_resamples_are_those_of_plain_draws() -> None:
-    """The order of the random numbers is promised: reports of earlier versions keep their intervals."""
+    """The order of the random numbers is promised, so that intervals can be computed again elsewhere."""
     sums = np.random.default_rng(10).normal(size=(700, 3))
     drawn = np.random.default_rng(4).integers(700, size=(200, 700))
     np.testing.assert_allclose(resample_sums(sums, 200, seed=4), sums[drawn].sum(axis=1), atol=1e-10)

@@ -61,20 +61,15 @@ def photograph_as_stored() -> Any:
     return Image.fromarray(np.array(Image.open(io.BytesIO(photograph()))))
 
 
-def test_what_earlier_versions_wrote_scores_as_it_did(tmp_path: Path) -> None:
-    """Neither their checkpoints nor their folders say anything of EXIF, which was ignored."""
+def test_a_folder_without_a_known_value_is_refused(tmp_path: Path) -> None:
     write_run(tmp_path / "run", "lrm", "sd15")
-    model = RewardModel.from_pretrained(tmp_path / "run")
-    assert model.exif == "ignore"
-    assert torch.equal(model.score("a cat", photograph()), model.score("a cat", photograph_as_stored()))
-    model.save_pretrained(tmp_path / "folder")
+    RewardModel.from_pretrained(tmp_path / "run").save_pretrained(tmp_path / "folder")
     config = json.loads((tmp_path / "folder" / "config.json").read_text())
     del config["exif"]
-    (tmp_path / "folder" / "config.json").write_text(json.dumps(config))
-    assert RewardModel.from_pretrained(tmp_path / "folder", base=pipeline_folder("sd15")).exif == "ignore"
-    (tmp_path / "folder" / "config.json").write_text(json.dumps({**config, "exif": "perhaps"}))
-    with pytest.raises(InputError, match="exif is 'perhaps', neither apply nor ignore"):
-        RewardModel.from_pretrained(tmp_path / "folder", base=pipeline_folder("sd15"))
+    for changed, told in ((config, "exif is missing"), ({**config, "exif": "perhaps"}, "exif is 'perhaps', neither")):
+        (tmp_path / "folder" / "config.json").write_text(json.dumps(changed))
+        with pytest.raises(InputError, match=told):
+            RewardModel.from_pretrained(tmp_path / "folder", base=pipeline_folder("sd15"))
 
 
 @pytest.mark.parametrize("value", rotated_after(1, ["perhaps", None, ["apply"], torch.zeros(2)]), ids=str)

@@ -1,6 +1,5 @@
 """A reward remembers the size to which its training images were resized, and scores images at that size."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ from tests.marks import rotated_after
 from tests.modules.batches import MODULES
 from tests.modules.test_reward_module import lrm, trainer
 from tests.rewards.stored import write_run
-from tests.tiny_pipelines import PIXELS, pipeline_folder
+from tests.tiny_pipelines import pipeline_folder
 
 SIZE = (16, 24)
 
@@ -66,18 +65,6 @@ def test_scores_are_those_of_images_resized_as_in_training(
     assert torch.equal(model.score("a cat", photograph()), seen)
     card = (tmp_path / "folder" / "README.md").read_text()
     assert f"16x24{'' if resize == 'stretch' else ' center-cropped'} |" in card
-
-
-def test_folders_of_earlier_versions_stretch(tmp_path: Path) -> None:
-    write_run(tmp_path / "run", "lrm", "sd15")
-    model = RewardModel.from_pretrained(tmp_path / "run")
-    assert model.image_sizes == OneSize(PIXELS, PIXELS)
-    model.save_pretrained(tmp_path / "folder")
-    config = json.loads((tmp_path / "folder" / "config.json").read_text())
-    del config["image_sizes"]["init_args"]["resize"]
-    (tmp_path / "folder" / "config.json").write_text(json.dumps(config))
-    again = RewardModel.from_pretrained(tmp_path / "folder", base=pipeline_folder("sd15"))
-    assert again.image_sizes == OneSize(PIXELS, PIXELS, "stretch")
 
 
 @pytest.mark.parametrize(
@@ -126,19 +113,6 @@ def test_a_part_of_a_data_set_has_its_sizes(own: Path) -> None:
     source.setup("fit")
     part = Subset(source.datasets["train"], [0, 1])
     trainer(max_steps=1).fit(module, DataLoader(part, batch_size=2, collate_fn=collate_pairs))
-    assert module.model.image_sizes == OneSize(*SIZE, "center_crop")
-
-
-def test_a_run_of_an_earlier_version_goes_on_without_a_warning(own: Path, tmp_path: Path, caplog: Any) -> None:
-    run = trainer(max_steps=1)
-    run.fit(lrm(), data(own))
-    run.save_checkpoint(tmp_path / "new.ckpt")
-    content = torch.load(tmp_path / "new.ckpt", weights_only=True)
-    del content["image_sizes"]
-    torch.save(content, tmp_path / "old.ckpt")
-    module = lrm()
-    trainer(max_steps=2, max_epochs=9).fit(module, data(own), ckpt_path=tmp_path / "old.ckpt")
-    assert not said(caplog)
     assert module.model.image_sizes == OneSize(*SIZE, "center_crop")
 
 

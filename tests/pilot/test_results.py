@@ -50,10 +50,8 @@ def test_weights_that_nobody_can_load_are_refused() -> None:
         command.pilot("sd_tiny", weights="my_reward")
 
 
-def test_a_result_from_before_weights_were_named_is_read(tmp_path: Path) -> None:
-    content = {name: value for name, value in vars(result("sd15")).items() if name != "weights"}
-    (tmp_path / "one.json").write_text(json.dumps(content))
-    assert read_result(tmp_path / "one.json") == result("sd15")
+def test_no_result_names_no_weights(tmp_path: Path) -> None:
+    write_result(tmp_path / "one.json", result("sd15"))
     assert published_as(tmp_path / "one.json") == published_as(tmp_path / "none.json") == ""
 
 

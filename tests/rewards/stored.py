@@ -73,7 +73,8 @@ def write_run(
         callbacks["TrainableEMA"] = {"average": trained, "updates": 7}
         state |= {name: torch.zeros_like(value) for name, value in trained.items()}
     folder.mkdir(parents=True, exist_ok=True)
-    torch.save({"state_dict": state, "base": base, "callbacks": callbacks}, folder / "reward.ckpt")
+    content = {"state_dict": state, "base": base, "callbacks": callbacks, "exif": "ignore"}
+    torch.save(content, folder / "reward.ckpt")
     backbone = {"class_path": FACTORIES[name], "init_args": backbone_options(name, **options)}
     settings = {"class_path": type(module).__name__, "init_args": {"backbone": backbone, "head": HEADS[method]}}
     (folder / "config.yaml").write_text(yaml.safe_dump({"seed_everything": 0, "model": settings}))

@@ -35,6 +35,6 @@ def test_one_size_fits_all() -> None:
     assert sizes.fits(1, 1000)
 
 
-def test_a_bucket_named_twice_in_a_folder_of_before_counts_once() -> None:
+def test_a_bucket_named_twice_counts_once() -> None:
     loader = NearestBucket(((16, 16), (16, 32), (16, 16))).loader(50, 50)
     assert (loader.height, loader.width) == (16, 16)

@@ -49,7 +49,7 @@ def accepted(running: tuple[str, ServedModel]) -> Accepted:
     return running[1].accepted
 
 
-EARLIER = {
+ANSWERS = {
     ("sd15", "lrm"): (
         '{"model":"CLIPProjectionHead, on sd15, at t 1, images 16x16, exif apply, float32","latent_space":{"channels"'
         ':4,"downscale":2,"scaling_factor":0.18215,"shift_factor":0.0},"prompt_embeds_width":16,'
@@ -394,14 +394,14 @@ def test_an_unknown_field_of_a_form_is_named(address: str) -> None:
     assert reply.json()["error"].startswith("the form has the fields 'image', 'prompt', 'promt'; give the text prompt")
 
 
-@pytest.mark.parametrize("model", EARLIER, ids=lambda model: model[0])
-def test_answers_on_sd_and_sd3_are_those_of_earlier_versions(model: tuple[str, str]) -> None:
+@pytest.mark.parametrize("model", ANSWERS, ids=lambda model: model[0])
+def test_answers_on_sd_and_sd3_to_the_byte(model: tuple[str, str]) -> None:
     reward = tiny_reward(*model)
     with serving(reward) as (address, service):
         told = httpx.get(f"{address}/v1/model")
         level = json.dumps(told.json()["u"][0])
         pixels = f'"max_latent_pixels":{4 * math.prod(own_shape(reward)[1:])}'
-        assert told.text == EARLIER[model].replace("U", level).replace('"max_latent_pixels":P', pixels)
+        assert told.text == ANSWERS[model].replace("U", level).replace('"max_latent_pixels":P', pixels)
         tensors = tensors_of(service.accepted, rows=2, tokens=service.accepted.tokens or 5)
         reply = ask(address, save(tensors))
         scores = json.dumps(reply.json()["raw_scores"], separators=(",", ":"))

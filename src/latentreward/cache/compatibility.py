@@ -40,13 +40,13 @@ def check_caches(specs: Mapping[Path, CacheSpec], with_text: bool) -> CacheSpec:
                 f"caches {first} and {folder} hold embeddings of different text encoders; write one of them again, or "
                 "set data.cached_text: false"
             )
-        if (other.exif or "ignore") != (spec.exif or "ignore"):
+        if other.exif != spec.exif:
             logger.warning(
                 "caches %s and %s treat EXIF orientation differently (exif: %s and %s)",
                 first,
                 folder,
-                spec.exif or "ignore",
-                other.exif or "ignore",
+                spec.exif,
+                other.exif,
             )
     return spec
 

@@ -50,7 +50,7 @@ class CachedPairDataset(Dataset[PreferenceBatch]):
     @property
     def exif(self) -> ExifOrientation:
         """Whether the images were turned upright by their EXIF orientation."""
-        return self.index.spec.exif or "ignore"
+        return self.index.spec.exif
 
     @property
     def image_sizes(self) -> ImageSizes | None:

@@ -141,10 +141,6 @@ class TextSpec:
     prompts_per_shard: int
     masked: bool = False
 
-    def record(self) -> dict[str, Any]:
-        """Return the fields as plain values, without ``masked`` if False: earlier versions' hashes stay valid."""
-        return {name: value for name, value in asdict(self).items() if name != "masked" or value}
-
 
 @dataclass(frozen=True)
 class CacheSpec:
@@ -168,8 +164,8 @@ class CacheSpec:
         batch_size: Number of images encoded together.
         images_per_shard: Largest number of images in a shard.
         text: Settings of the text embeddings; None if prompts are not cached.
-        exif: ``apply`` if images were turned upright by their EXIF orientation, else ``ignore``. None for copied
-            latents and for caches of earlier versions, which ignored the orientation.
+        exif: ``apply`` if images were turned upright by their EXIF orientation; ``ignore`` if not, and for copied
+            latents.
         frames: Number of frames of clips; 1 for images.
         fps: Frames per second of clips.
     """
@@ -189,7 +185,7 @@ class CacheSpec:
     batch_size: int
     images_per_shard: int
     text: TextSpec | None = None
-    exif: ExifOrientation | None = None
+    exif: ExifOrientation = "ignore"
     frames: int = 1
     fps: float = FPS
 
@@ -199,14 +195,8 @@ class CacheSpec:
         return digest(self.record())
 
     def record(self) -> dict[str, Any]:
-        """Return the fields as plain values, without those that earlier versions lacked where they say nothing.
-
-        Those are ``exif`` if None, and ``frames`` and ``fps`` for images: hashes of earlier versions stay valid.
-        """
-        text = None if self.text is None else self.text.record()
-        values = {**asdict(self), "latent_space": self.latent_space.record(), "text": text}
-        absent = {"exif": self.exif is None, "frames": self.frames == 1, "fps": self.frames == 1}
-        return {name: value for name, value in values.items() if not absent.get(name)}
+        """Return the fields as plain values."""
+        return {**asdict(self), "latent_space": self.latent_space.record()}
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Self:

@@ -20,7 +20,6 @@ from latentreward.cache.scan import ScannedRow
 from latentreward.cache.shard_writer import KEPT
 from latentreward.cache.sizing import ImageSettings
 from latentreward.data.buckets import Bucket
-from latentreward.data.clips import FPS
 from latentreward.data.readers import PairReader
 from latentreward.errors import InputError
 from latentreward.storage.digests import file_hash
@@ -34,8 +33,6 @@ GROUPS = {
     **dict.fromkeys(("origin", "vae", "vae_dtype", "latent_space", "posterior", "batch_size", "text"), "encoder"),
 }
 """Field of a spec → group of the command's settings that the field comes from."""
-UNRECORDED = {"exif": "ignore", "frames": 1, "fps": FPS}
-"""Value of each field that earlier versions did not record."""
 
 
 class TableWriter:
@@ -245,9 +242,8 @@ def check_same(folder: Path, plan: CachePlan, spec: CacheSpec, data: dict[str, A
     Raises:
         InputError: If a field differs; the message names the first such field.
     """
-    old = {"spec": UNRECORDED | plan.spec.record(), "data": plan.data}
-    new = {"spec": UNRECORDED | spec.record(), "data": data}
-    if difference := _first_difference(old, new):
+    old, new = plan.spec.record(), spec.record()
+    if difference := _first_difference({"spec": old, "data": plan.data}, {"spec": new, "data": data}):
         name, before, now = difference
         raise InputError(
             f"{folder} was begun with {_setting(name)}={before!r}, but now it is {now!r}; set it back, or choose "

@@ -96,7 +96,6 @@ class EncodingDataModule(LightningDataModule):
             if begun:
                 plan = read_plan(self.folder)
                 check_same(self.folder, plan, self.spec, data)
-                self.spec = plan.spec  # a plan of an earlier version lacks newer fields
                 self._restore_tables(plan, data)
             else:
                 plan = self._plan(data)

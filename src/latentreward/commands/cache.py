@@ -134,7 +134,7 @@ def make_spec(
         batch_size=encoder.batch_size,
         images_per_shard=per_shard,
         text=encoders.text_spec,
-        exif=exif if encodes else None,
+        exif=exif if encodes else "ignore",
         frames=images.frames,
         fps=images.fps,
     )

@@ -248,11 +248,10 @@ class ResumableLoader(WorkerLoader):
 def check_same_order(state_dict: Mapping[str, Any], **settings: Any) -> None:
     """Raise InputError if a batch sampler's state was saved under another ``seed`` or ``shuffle`` than the given ones.
 
-    In another order, the rest of the epoch would repeat some pairs and skip others. States of earlier versions hold
-    neither setting and pass.
+    In another order, the rest of the epoch would repeat some pairs and skip others.
     """
     for name, value in settings.items():
-        if (saved := state_dict.get(name, value)) != value:
+        if (saved := state_dict[name]) != value:
             field = "seed_everything (or data.seed)" if name == "seed" else f"data.{name}"
             raise InputError(
                 f"{field} is {value}, but {saved} in the checkpoint, so its epoch would go on in another order; "

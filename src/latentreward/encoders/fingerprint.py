@@ -35,7 +35,7 @@ VAE_FIELDS = (
 OTHER_VAE_FIELDS = ("z_dim", "base_dim", "dim_mult", "num_res_blocks", "latents_mean", "latents_std", "batch_norm_eps")
 """Entries that the other VAEs of :data:`LISTED_VAES` set."""
 LISTED_VAES = ("AutoencoderKL", "AutoencoderKLFlux2", "AutoencoderKLWan", "AutoencoderKLQwenImage")
-"""VAEs of which the listed entries count, as in caches of earlier versions; of others, the whole config counts."""
+"""VAEs of which the listed entries count; of others, the whole config counts."""
 DECODING = ("decoder", "post_quant_conv")
 """Names of the parts of a VAE on which its latents do not depend."""
 PROBES = ("", "A café\u2019s <b>3</b> cats &amp; one dog, 100 % red")

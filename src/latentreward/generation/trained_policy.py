@@ -17,7 +17,6 @@ from latentreward.policies import Policy, PolicySource, load_policy
 from latentreward.policies.checkpoint import read_policy_adapter
 from latentreward.rewards import Reward
 from latentreward.rewards.latent import LatentScorer
-from latentreward.rollout import Sampling
 
 
 @dataclass(frozen=True)
@@ -127,5 +126,5 @@ def plain(value: Any) -> Any:
         return f"{value.__module__}.{value.__qualname__}"
     fields = dataclasses.fields(value) if dataclasses.is_dataclass(value) else ()
     attributes = {field.name: getattr(value, field.name) for field in fields} or getattr(value, "__dict__", {})
-    attributes = value.record() if isinstance(value, Sampling | PolicySource) else attributes
+    attributes = value.record() if isinstance(value, PolicySource) else attributes
     return {"class": type(value).__qualname__, **plain(attributes)}

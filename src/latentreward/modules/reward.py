@@ -89,13 +89,9 @@ class RewardModule(PairModule):
             self._add_metrics("ensemble")
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restore how the training images were turned and resized.
-
-        Checkpoints of earlier versions do not say: they ignored EXIF, and the rule for image sizes stays the
-        backbone's.
-        """
+        """Restore how the training images were turned and resized."""
         super().on_load_checkpoint(checkpoint)
-        self.model.exif = exif_of(checkpoint.get("exif", "ignore"))
+        self.model.exif = exif_of(checkpoint.get("exif"))
         self._trained_sizes = sizes_of(checkpoint.get("image_sizes"))
         self.model.image_sizes = self._trained_sizes or self.model.image_sizes
 

@@ -173,7 +173,7 @@ def read_result(path: Path) -> PilotResult:
     Raises:
         InputError: If the file is damaged, lacks an entry, or has another version.
     """
-    content = {"weights": "", **read_config(path)}  # results of 0.1.0 have no such entry
+    content = read_config(path)
     if type(content.get("version")) is not int or content["version"] != VERSION:
         raise InputError(f"{path}: its version is {content.get('version')!r}; this program reads {VERSION}")
     if (names := {field.name for field in fields(PilotResult)}) != content.keys():

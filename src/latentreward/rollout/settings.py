@@ -1,7 +1,7 @@
 """Sampler settings."""
 
-from dataclasses import asdict, dataclass, replace
-from typing import Any, Self
+from dataclasses import dataclass, replace
+from typing import Self
 
 import torch
 
@@ -55,11 +55,6 @@ class Sampling:
         """Return a copy for rollouts, with ``eta`` 1 (LPO) and the noise of :data:`ROLLOUT_NOISE` in place of None."""
         noise_level = ROLLOUT_NOISE[self.flow_noise] if self.noise_level is None else self.noise_level
         return replace(self, eta=1.0 if self.eta is None else self.eta, noise_level=noise_level)
-
-    def record(self) -> dict[str, Any]:
-        """Return the fields as plain values, without those of later versions at their defaults: records stay equal."""
-        later = {"frames": 1, "flow_noise": "flow"}
-        return {name: value for name, value in asdict(self).items() if name not in later or value != later[name]}
 
     def latent_shape(self, family: Family) -> tuple[int, ...]:
         """Return the shape of one sample's latents; see :meth:`Family.latent_shape`."""

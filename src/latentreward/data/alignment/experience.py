@@ -202,7 +202,7 @@ class ExperienceSampler(CountedBatches):
         if self.rows.record is not None:
             self.learner.check_experience(self.rows.record)
             now = self.learner.rollout_settings()
-            before = state_dict.get("settings", now)  # checkpoints of version 0.1 have none
+            before = state_dict["settings"]
             changed = [name for name in now if before.get(name) != now[name]]
             if changed:
                 raise InputError(

@@ -24,7 +24,10 @@ VERSION = 1
 PACKAGES = ("torch", "diffusers", "transformers", "peft")
 """Packages whose versions ``config.json`` records beside ours."""
 IMAGE_SIZES: dict[str, type[ImageSizes]] = {"OneSize": OneSize, "NearestBucket": NearestBucket}
-NEEDED = ("backbone", "head", "own_weights", "adapters", "base", "noise", "image_sizes", "calibration", "training")
+NEEDED = (
+    "backbone", "head", "own_weights", "adapters", "base", "noise", "image_sizes", "exif", "calibration", "training",
+    "sha256",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -38,10 +41,8 @@ class FolderConfig:
         image_sizes: Rule by which images are resized; None takes the backbone's default.
         calibration: Mean and quantiles of scores on a reference set; None if the model was not calibrated.
         trained_on: Base pipeline that the model was trained on, with its revision; for messages.
-        exif: Whether images are turned upright by their EXIF orientation. Folders of earlier versions have no such
-            entry and mean ``ignore``.
-        sha256: Path of each file of weights in the folder → its SHA-256. Folders of earlier versions have no such
-            entry, and their weights are not checked.
+        exif: Whether images are turned upright by their EXIF orientation.
+        sha256: Path of each file of weights in the folder → its SHA-256.
     """
 
     recipe: ModelRecipe
@@ -99,6 +100,8 @@ class FolderConfig:
             record["training"] if isinstance(record["training"], dict) else {},
         )
         noise, calibration = record["noise"], record["calibration"]
+        if not isinstance(record["sha256"], dict):
+            raise InputError(f"sha256 is {record['sha256']!r}, not a mapping of files; download it again")
         return cls(
             recipe if base is None else recipe.on(base),
             names("adapters", record["adapters"], r"\w+(\.\w+)?"),
@@ -106,8 +109,8 @@ class FolderConfig:
             sizes_of(record["image_sizes"]),
             None if calibration is None else Calibration.of_record(calibration),
             str(record["base"]),
-            exif_of(record.get("exif", "ignore")),
-            hashes if isinstance(hashes := record.get("sha256"), dict) else {},
+            exif_of(record["exif"]),
+            record["sha256"],
         )
 
 
@@ -162,8 +165,6 @@ def sizes_record(sizes: ImageSizes | None) -> dict[str, Any] | None:
             f"image_sizes={sizes} is not a {' or '.join(IMAGE_SIZES)} and cannot be saved; set one of them"
         )
     settings = asdict(sizes)  # type: ignore[call-overload]
-    if sizes.frames == 1:  # as earlier versions wrote it
-        settings = {name: value for name, value in settings.items() if name not in ("frames", "fps")}
     record = ModelPart(type(sizes).__name__, settings).record()
     sizes_of(record)
     return record

@@ -155,13 +155,13 @@ class TrainedReward(SharingReward):
 
     @property
     def exif(self) -> ExifOrientation:
-        """See :attr:`StoredReward.exif`; earlier versions, which recorded nothing, ignored it. No tensor is read."""
+        """See :attr:`StoredReward.exif`. No tensor is read."""
         with errors_at(f"{self.checkpoint}: "):
-            return exif_of(self._recorded.get("exif", "ignore"))
+            return exif_of(self._recorded.get("exif"))
 
     @property
     def image_sizes(self) -> ImageSizes | None:
-        """See :attr:`StoredReward.image_sizes`; earlier versions recorded nothing. No tensor is read."""
+        """See :attr:`StoredReward.image_sizes`. No tensor is read."""
         with errors_at(f"{self.checkpoint}: "):
             return sizes_of(self._recorded.get("image_sizes"))
 
