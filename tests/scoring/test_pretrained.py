@@ -29,7 +29,7 @@ from latentreward.scoring import RewardModel, ScoringNoise
 from latentreward.scoring.calibration import Calibration
 from latentreward.scoring.layouts import saving
 from latentreward.scoring.layouts.card import Card
-from latentreward.scoring.layouts.find import find_reward
+from latentreward.scoring.layouts.find import ModelSource, find_reward
 from latentreward.scoring.layouts.recipe import ModelPart, ModelRecipe, recipe_in_python
 from tests.marks import rotated_after
 from tests.rewards.stored import scores_by, states_of, tiny_policy, write_run
@@ -287,14 +287,14 @@ def policy_network(name: str) -> str:
 @pytest.mark.slow
 def test_a_saved_adapter_on_another_base_has_a_network_of_its_own(tmp_path: Path) -> None:
     saved = saved_run(tmp_path, lora=LORA)
-    network = find_reward(str(saved)).on_meta_device.transformer
+    network = find_reward(ModelSource(str(saved))).on_meta_device.transformer
     weights = dict(tiny_policy("sd35").network.named_parameters())
     wanted = [name.replace(".base_layer.", ".") for name, _ in network.named_parameters() if ".lora_" not in name]
     plain = {name.replace(".base_layer.", "."): weight for name, weight in weights.items()}
     ours = {name: plain[name].detach() for name in wanted}
-    assert find_reward(str(saved)).same_base("transformer", ours, "anything")
+    assert find_reward(ModelSource(str(saved))).same_base("transformer", ours, "anything")
     ours[wanted[3]] = ours[wanted[3]] * 1.1
-    assert not find_reward(str(saved)).same_base("transformer", ours, "anything")
+    assert not find_reward(ModelSource(str(saved))).same_base("transformer", ours, "anything")
 
 
 @pytest.mark.slow

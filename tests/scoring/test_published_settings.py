@@ -16,7 +16,7 @@ from latentreward.heads import CLIPProjectionHead
 from latentreward.rewards import LatentReward
 from latentreward.scorers import RewardModelScorer
 from latentreward.scoring import PublishedSettings, RewardModel, load_lrm
-from latentreward.scoring.layouts.find import find_reward
+from latentreward.scoring.layouts.find import ModelSource, find_reward
 from latentreward.scoring.scored_table import read_scores
 from latentreward.settings.functions import parse_function
 from tests.backbones.networks import tiny_backbone
@@ -128,7 +128,7 @@ def test_what_the_training_of_diffusion_rm_writes_is_named(tmp_path: Path, publi
     (tmp_path / "dina" / "checkpoints").mkdir()
     (tmp_path / "dina" / "checkpoint").rename(tmp_path / "dina" / "checkpoints" / "epoch_001")
     with pytest.raises(InputError, match=r"holds checkpoints/epoch_001/rm_head.pt, which the .* in checkpoint/ beside"):
-        find_reward(str(tmp_path / "dina"), published=published)
+        find_reward(ModelSource(str(tmp_path / "dina"), published=published))
 
 
 def test_settings_of_another_layout_are_refused(tmp_path: Path) -> None:
@@ -211,12 +211,12 @@ def test_yaml_and_flags(tmp_path: Path) -> None:
         "--reward.published.t5_length=8",
     ]
     reward = parse_function(take, "take", flags)["reward"]
-    assert reward._find.keywords["published"] == PublishedSettings(guidance=1.0, t5_length=8)
+    assert reward.found_at.published == PublishedSettings(guidance=1.0, t5_length=8)
     (tmp_path / "c.yaml").write_text(
         "reward: {class_path: LatentReward, init_args: {path: x, published: {multi_scale: single}}}"
     )
     reward = parse_function(take, "take", [f"--config={tmp_path / 'c.yaml'}"])["reward"]
-    assert reward._find.keywords["published"] == PublishedSettings(multi_scale="single")
+    assert reward.found_at.published == PublishedSettings(multi_scale="single")
 
 
 def test_a_scorer_takes_them_and_is_another_one_then(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from typing import Any, Literal, cast, get_args
 import torch
 
 from latentreward.errors import InputError
-from latentreward.scoring import RewardModel
+from latentreward.scoring import ModelSource, RewardModel
 from latentreward.scoring.layouts.exporting import RewardFormat, export_reward
 from latentreward.scoring.layouts.find import find_reward
 from latentreward.scoring.layouts.model_folder import is_model_folder
@@ -23,11 +23,10 @@ def export(
     format: Format = "diffusers",
     dtype: Literal["float32", "bfloat16", "float16"] = "float32",
     overwrite: bool = False,
-    base: str | None = None,
     base_name: str | None = None,
     run_config: str | None = None,
-    revision: str | None = None,
     trust_remote_code: bool = False,
+    **loading: Any,
 ) -> None:
     """Write a policy trained by an alignment run, or a reward model, in the format of another program.
 
@@ -42,14 +41,12 @@ def export(
             ``diffusion-rm`` is the layout of DiNa-LRM's authors, ``lpo`` that of LRM's authors.
         dtype: Policy: precision of the written weights. A reward is written in float32.
         overwrite: Whether to replace ``output`` if it exists.
-        base: Reward: pipeline with the frozen base weights, a folder or hub id; by default the one that the model
-            names.
         base_name: Reward: name of the base that is written to diffusion-rm's config.json, e.g. a hub id; by default the
             hub id of the base, or the name of its folder.
         run_config: Reward: config file of its training run; by default the one beside the checkpoint.
-        revision: Reward: branch, tag or commit of a hub id.
         trust_remote_code: Whether to import classes outside this package that the reward's settings or the policy's
             checkpoint name; importing runs their code.
+        loading: Reward: see :class:`~latentreward.scoring.ModelSource`.
 
     Raises:
         InputError: If the checkpoint is damaged or of the wrong kind for ``format``, the format cannot hold the reward,
@@ -57,16 +54,16 @@ def export(
     """
     if output.exists() and not overwrite:
         raise InputError(f"output: {output} exists; set overwrite: true or choose another name")
+    source = ModelSource(str(checkpoint), config=run_config, trust_remote_code=trust_remote_code, **loading)
     if format in get_args(RewardFormat):
         if dtype != "float32":
             raise InputError(f"dtype={dtype} is for policies; a reward is written in float32: leave it out")
         if base_name is not None and format == "lpo":
             raise InputError("base_name is for diffusion-rm; lpo names no base: leave it out")
-        loading: dict[str, Any] = {"base": base, "config": run_config, "revision": revision}
-        model = RewardModel.from_pretrained(str(checkpoint), trust_remote_code=trust_remote_code, **loading)
+        model = RewardModel.from_pretrained(source)
         lines, written = export_reward(model, output, cast(RewardFormat, format), base_name), output
     else:
-        settings = {"base": base, "base_name": base_name, "run_config": run_config, "revision": revision}
+        settings = {"base_name": base_name, "run_config": run_config, **loading}
         if given := [name for name, value in settings.items() if value is not None]:
             raise InputError(f"{given[0]} is for rewards, but format={format} is for policies; leave it out")
         from latentreward.export import loading_call
@@ -108,7 +105,7 @@ def is_reward(place: Path) -> bool:
     """Tell whether a path holds a reward; only small files are read."""
     try:
         # find_reward refuses a folder that names classes outside this package, but it is a reward all the same
-        return place.exists() and (is_model_folder(place) or find_reward(str(place)) is not None)
+        return place.exists() and (is_model_folder(place) or find_reward(ModelSource(str(place))) is not None)
     except InputError:
         return False
 

@@ -16,7 +16,7 @@ from latentreward.data.image_lists import ImageList, read_images
 from latentreward.devices import find_device
 from latentreward.errors import InputError, printable
 from latentreward.interrupts import interrupts_told
-from latentreward.scoring import Calibration, Card, PublishedSettings, RewardModel
+from latentreward.scoring import Calibration, Card, ModelSource, RewardModel
 from latentreward.scoring.calibration import FEWEST
 from latentreward.scoring.hub import upload
 from latentreward.scoring.image_lists import ListedScoring
@@ -91,17 +91,14 @@ def publish(
     description: str = "",
     metrics: Path | None = None,
     name: str = "",
-    base: str | None = None,
     base_name: str | None = None,
     run_config: str | None = None,
-    revision: str | None = None,
-    trust_remote_code: bool = False,
-    published: PublishedSettings | None = None,
     push_to_hub: str | None = None,
     branch: str | None = None,
     private: bool | None = None,
     batch_size: int = 8,
     device: str = "auto",
+    **loading: Any,
 ) -> None:
     """Write a reward model as a folder that RewardModel.from_pretrained loads to the same scores, bit for bit.
 
@@ -120,19 +117,15 @@ def publish(
         description: Markdown for the model card, or path of a .md file.
         metrics: JSON file with numbers for the model card, e.g. of latentreward benchmark.
         name: Title of the model card; by default the hub id, or the folder's name.
-        base: Pipeline with the frozen base weights, a folder or hub id; by default the one that the model names.
         base_name: Name under which others find the base, e.g. owner/name@revision, if the model was trained on a local
             copy. By default the name of the copy's folder is written, and base must be given to load the model.
         run_config: Config file of the model's training run; by default the one beside the checkpoint.
-        revision: Branch, tag or commit, if model is a hub id.
-        trust_remote_code: Whether to import classes that the model's settings name and that are not registered;
-            importing runs their code.
-        published: Settings that the files of a published layout do not hold, e.g. --published.guidance 1.
         push_to_hub: Hub id owner/name to upload to, with the token of this machine's login or of HF_TOKEN.
         branch: Branch to upload to; by default the main branch.
         private: Whether the repository is private if the upload creates it; by default the owner's setting.
         batch_size: Images per forward pass.
         device: Device that scores the reference, e.g. cuda:1; auto takes an accelerator if there is one.
+        loading: See :class:`~latentreward.scoring.ModelSource`.
 
     Raises:
         InputError: If a setting is wrong, the model cannot be saved, or the reference cannot be scored.
@@ -141,9 +134,8 @@ def publish(
     title = name or push_to_hub or ""
     card = Card(title, licence, text_of(description), tuple(datasets or ()), metrics=read_metrics(metrics))
     listed = None if reference is None else reference.listed()
-    loading: dict[str, Any] = {"base": base, "config": run_config, "revision": revision, "published": published}
-    target = find_device(device)
-    loaded = RewardModel.from_pretrained(model, device=target, trust_remote_code=trust_remote_code, **loading)
+    source, target = ModelSource(model, config=run_config, **loading), find_device(device)
+    loaded = RewardModel.from_pretrained(source, device=target)
     config_of(loaded, base_name)  # refuses a model that cannot be saved before the reference is scored
     if noise is not None:
         loaded.noise = noise.over(loaded.noise)
@@ -156,7 +148,7 @@ def publish(
         write_model(loaded, partial, card, base_name, output.resolve().name)
         probe = Probe.of(loaded)
         del loaded  # frees memory before the written model is loaded
-        probe.compare(partial, target, trust_remote_code)
+        probe.compare(partial, target, source.trust_remote_code)
     for setting, path in paths_here(probe.recipe).items():
         print(f"{setting} is {path}, a path on this machine; config.json publishes it", file=sys.stderr)
     if replaced:

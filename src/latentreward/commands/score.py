@@ -17,7 +17,7 @@ from latentreward.errors import InputError, first_line
 from latentreward.ranks.crew import SHARDS, Crew
 from latentreward.ranks.settings import TrainerSettings
 from latentreward.scorers.fingerprints import fingerprint
-from latentreward.scoring import PublishedSettings, RewardModel, ScoringNoise
+from latentreward.scoring import ModelSource, PublishedSettings, RewardModel, ScoringNoise
 from latentreward.scoring.gallery import Gallery
 from latentreward.scoring.image_lists import ListedScoring
 from latentreward.scoring.layouts.find import find_reward
@@ -77,11 +77,7 @@ def score(
     prompt_column: str | None = None,
     allow_outside: bool = False,
     max_prompt_chars: int = 10_000,
-    base: str | None = None,
     run_config: str | None = None,
-    revision: str | None = None,
-    trust_remote_code: bool = False,
-    published: PublishedSettings | None = None,
     batch_size: int = 8,
     decode_threads: int = 4,
     flush_every: int = 512,
@@ -90,6 +86,7 @@ def score(
     dtype: Literal["float32", "bfloat16"] = "float32",
     device: str = "auto",
     trainer: TrainerSettings | None = None,
+    **loading: Any,
 ) -> None:
     """Score images or clips for their prompts, and write a table and, with --gallery, an HTML page sorted by score.
 
@@ -113,12 +110,7 @@ def score(
         prompt_column: Column of a list with the prompts; by default prompt, caption or text.
         allow_outside: Whether a list may name images outside its folder.
         max_prompt_chars: Most characters of a prompt; an image with a longer prompt gets no score.
-        base: Pipeline with the frozen base weights, a folder or hub id; by default the one that the model names.
         run_config: Config file of the model's training run; by default the one beside the checkpoint.
-        revision: Branch, tag or commit of a hub id.
-        trust_remote_code: Whether to import classes that the model's settings name and that are not registered;
-            importing runs their code.
-        published: Settings that the files of a published layout do not hold, e.g. --published.guidance 1.
         batch_size: Images per forward pass.
         decode_threads: Threads that decode images ahead of the model.
         flush_every: Images per part of the table: a killed process loses at most one part. Ctrl-C loses no score of a
@@ -129,33 +121,26 @@ def score(
         dtype: Precision of the model's backbone.
         device: Device, e.g. cuda:1; auto takes an accelerator if there is one.
         trainer: Settings of several processes that share the work, on many GPUs or machines; by default one process.
+        loading: See :class:`~latentreward.scoring.ModelSource`.
 
     Raises:
         InputError: If a setting is wrong, the output belongs to another run, or no image can be scored.
     """
     page = None if gallery is None else Gallery(gallery, gallery_images, decode_threads, max_pixels)
     with Crew(trainer, device, output.parent / f".{output.name}{SHARDS}") as crew:
-        loading: dict[str, Any] = {
-            "base": base,
-            "config": run_config,
-            "revision": revision,
-            "trust_remote_code": trust_remote_code,
-            "device": crew.device,
-            "dtype": getattr(torch, dtype),
-            "published": published,
-        }
+        source = ModelSource(model, config=run_config, **loading)
         listed = read_images(images, prompt, image_column, prompt_column, allow_outside, max_prompt_chars)
-        load = partial(RewardModel.from_pretrained, model, **loading)
+        load = partial(RewardModel.from_pretrained, source, device=crew.device, dtype=getattr(torch, dtype))
         reading = {"batch_size": batch_size, "decode_threads": decode_threads, "max_pixels": max_pixels}
         scoring = PartScoring(output, listed, partial(_scoring, load, listed, noise, each_level, exif, reading), crew)
         spec = {
             "images": images_identity(listed),
-            "model": fingerprint(model, revision),
-            "base": None if base is None else fingerprint(base),
+            "model": fingerprint(model, source.revision),
+            "base": None if source.base is None else fingerprint(source.base),
             "run_config": None if run_config is None else fingerprint(run_config),
-            "revision": revision,
-            "trust_remote_code": trust_remote_code,
-            "published": None if published in (None, PublishedSettings()) else dataclasses.asdict(published),
+            "revision": source.revision,
+            "trust_remote_code": source.trust_remote_code,
+            "published": dataclasses.asdict(source.published or PublishedSettings()),
             "noise": {name: list(v) if isinstance(v, tuple) else v for name, v in dataclasses.asdict(noise).items()},
             "each_level": each_level,
             "max_pixels": max_pixels,
@@ -164,7 +149,7 @@ def score(
         }
         if crew.do({PARTS: scoring.task}, {**spec, "images": listing_identity(listed), "batch_size": batch_size}):
             return
-        find = cache(partial(find_reward, model, run_config, base, revision=revision, trusted=trust_remote_code))
+        find = cache(partial(find_reward, source))
         notes: list[str] = []
         with PartFiles(output, spec, len(listed.rows)) as files:
             if files.finished():

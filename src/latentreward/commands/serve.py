@@ -122,21 +122,13 @@ def _load(one: RewardToServe, name: str, resources: Resources, trusted: bool) ->
     import torch
 
     from latentreward.devices import find_device
-    from latentreward.scoring import RewardModel
+    from latentreward.scoring import ModelSource, RewardModel
     from latentreward.serving.served import ServedModel
 
     target = find_device(one.device)
     print(f"loading {one.model} on {target}", flush=True)
-    reward = RewardModel.from_pretrained(
-        one.model,
-        revision=one.revision,
-        base=one.base,
-        config=one.run_config,
-        device=target,
-        dtype=getattr(torch, one.dtype),
-        trust_remote_code=trusted,
-        published=one.published,
-    )
+    source = ModelSource(one.model, one.run_config, one.base, one.revision, trusted, one.published)
+    reward = RewardModel.from_pretrained(source, device=target, dtype=getattr(torch, one.dtype))
     reward.require_images("serve")
     return ServedModel(reward, resources, one.limits(resources.settings), name)
 

@@ -6,34 +6,27 @@ from importlib.util import find_spec
 from typing import Any, Literal
 
 from latentreward.errors import InputError
-from latentreward.scoring import PublishedSettings
+from latentreward.scoring import ModelSource
 from latentreward.settings.functions import run_plain_function
 
 
 def ui(
     model: str,
     port: int = 7860,
-    base: str | None = None,
     run_config: str | None = None,
-    revision: str | None = None,
-    trust_remote_code: bool = False,
-    published: PublishedSettings | None = None,
     dtype: Literal["float32", "bfloat16"] = "float32",
     device: str = "auto",
+    **loading: Any,
 ) -> None:
     """Serve a web page that scores images for a prompt at all noise levels; only this machine can open the page.
 
     Args:
         model: Folder or hub id of a reward model, or a checkpoint, or the folder of a run.
         port: Port to listen on; 0 takes a free port and prints it.
-        base: Pipeline with the frozen base weights, a folder or hub id; by default the one that the model names.
         run_config: Config file of the model's training run; by default the one beside the checkpoint.
-        revision: Branch, tag or commit of a hub id.
-        trust_remote_code: Whether to import classes that the model's settings name and that are not registered;
-            importing runs their code.
-        published: Settings that the files of a published layout do not hold, e.g. --published.guidance 1.
         dtype: Precision of the model's backbone.
         device: Device, e.g. cuda:1; auto takes an accelerator if there is one.
+        loading: See :class:`~latentreward.scoring.ModelSource`.
 
     Raises:
         InputError: If a setting is wrong, the port is taken, or the model cannot be loaded.
@@ -53,14 +46,8 @@ def ui(
     with bind("127.0.0.1", port) as bound:
         free_port = bound.getsockname()[1]
     print(f"loading {model} on {target}", flush=True)
-    loading: dict[str, Any] = {
-        "revision": revision,
-        "base": base,
-        "config": run_config,
-        "trust_remote_code": trust_remote_code,
-    }
-    loading |= {"device": target, "dtype": getattr(torch, dtype), "published": published}
-    reward = RewardModel.from_pretrained(model, **loading)
+    source = ModelSource(model, config=run_config, **loading)
+    reward = RewardModel.from_pretrained(source, device=target, dtype=getattr(torch, dtype))
     reward.require_images("ui")
     launch(reward, free_port)
 

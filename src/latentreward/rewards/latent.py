@@ -19,8 +19,7 @@ from latentreward.policies.surrogate_gradient import gradient_carrier
 from latentreward.rewards.base import Reward, RewardSource
 from latentreward.rewards.conversion import convert_states, describe_conversion
 from latentreward.rewards.shared_base import share_adapter, shares_network, shares_text
-from latentreward.scoring.layouts.find import StoredReward, find_reward
-from latentreward.scoring.layouts.published import PublishedSettings
+from latentreward.scoring.layouts.find import ModelSource, StoredReward, find_reward
 from latentreward.scoring.network import RewardNetwork
 from latentreward.storage.shared_weights import processes_here, sharing_between
 
@@ -226,18 +225,12 @@ class LatentReward(RewardSource):
             the newest ``last*.ckpt``, else the newest checkpoint); a model folder (``RewardModel.save_pretrained``,
             ``latentreward publish``); a folder in the published layout of ``casiatao/LRM`` or
             ``liuhuohuo/DiNa-LRM-SD35M-12layers``. Folders may also be given as hub ids.
-        config: Settings file of the training run; None takes the ``config.yaml`` beside the checkpoint.
-        base: Pipeline with the frozen base weights, a folder or hub id; by default the one that the model names. The
-            layout of ``casiatao/LRM`` names none.
         share: ``auto`` runs the reward on the policy's network if the reward is an adapter on the same base weights,
             which saves memory; ``never`` loads a second network.
         average: Whether to load the moving average of ``TrainableEMA`` in place of the last weights, if the checkpoint
             has one.
         batch_size: States per forward pass, to bound memory; None takes all at once.
-        revision: Branch, tag or commit of a hub id.
-        trust_remote_code: Whether to import classes that the model's settings name and that are not registered;
-            importing runs their code.
-        published: Settings that the files of a published layout do not hold, such as ``guidance: 1``.
+        loading: See :class:`~latentreward.scoring.ModelSource`. The layout of ``casiatao/LRM`` names no base.
 
     Example:
         .. code-block:: yaml
@@ -252,27 +245,22 @@ class LatentReward(RewardSource):
     def __init__(
         self,
         path: str,
-        config: str | None = None,
-        base: str | None = None,
         share: Share = "auto",
         average: bool = True,
         batch_size: int | None = None,
-        revision: str | None = None,
-        trust_remote_code: bool = False,
-        published: PublishedSettings | None = None,
+        **loading: Any,
     ) -> None:
         if batch_size is not None and batch_size < 1:
             raise InputError(f"reward.batch_size={batch_size} must be at least 1")
-        self.path, self.share, self.batch_size = path, share, batch_size
-        trust = {"trusted": trust_remote_code, "published": published}
-        self._find = partial(find_reward, path, config, base, average, revision=revision, **trust)
+        self.path, self.share, self.average, self.batch_size = path, share, average, batch_size
+        self.found_at = ModelSource(path, **loading)
         self._stored: StoredReward | None = None
 
     @property
     def stored(self) -> StoredReward:
         """Description of the model at ``path``, without weights; read at the first use."""
         if self._stored is None:
-            self._stored = self._find()
+            self._stored = find_reward(self.found_at, self.average)
         return self._stored
 
     def latent_space(self) -> LatentSpace:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from PIL import Image
@@ -14,9 +14,10 @@ from torch import Tensor
 
 from latentreward.devices import find_device
 from latentreward.scorers.base import ImageScorer
+from latentreward.scoring.layouts.find import ModelSource, find_reward
 
 if TYPE_CHECKING:
-    from latentreward.scoring import PublishedSettings, RewardModel, ScoringNoise
+    from latentreward.scoring import RewardModel, ScoringNoise
 
 PLAIN_CHECKPOINTS = ("reward", "last", "best", "model")
 """File names of checkpoints, without ending, that are left out of a model's name."""
@@ -55,19 +56,13 @@ class RewardModelScorer(ImageScorer):
     """A scorer of images by an LRM, DiNa-LRM or other reward model of latentreward.
 
     Args:
-        path: Path or hub id as for ``RewardModel.from_pretrained``: a folder or hub id of a published model, a
-            checkpoint, or the folder of a run.
+        path: Path or hub id of the model, see :class:`~latentreward.scoring.ModelSource`.
         name: Name of the scores in tables; :func:`reward_name` of ``path`` by default.
         noise: Noise levels and seeds; those of the model by default.
-        base: Pipeline with the frozen base weights, a folder or hub id; by default the one that the model names.
-        config: Settings file of the run; by default the ``config.yaml`` beside the checkpoint.
         device: Device such as ``cuda:1``; ``auto`` takes the accelerator if there is one.
         dtype: Dtype of the backbone; VAE, head and score are float32.
         batch_size: Images per forward pass.
-        revision: Branch, tag or commit of a hub id.
-        trust_remote_code: Whether to import classes that the model's settings name and that are not registered;
-            importing runs their code.
-        published: Settings that the files of a published layout do not hold, such as ``guidance: 1``.
+        loading: See :class:`~latentreward.scoring.ModelSource`.
     """
 
     def __init__(
@@ -76,35 +71,28 @@ class RewardModelScorer(ImageScorer):
         name: str | None = None,
         *,
         noise: ScoringNoise | None = None,
-        base: str | None = None,
-        config: str | None = None,
         device: str = "auto",
         dtype: Literal["float32", "bfloat16"] = "float32",
         batch_size: int = 8,
-        revision: str | None = None,
-        trust_remote_code: bool = False,
-        published: PublishedSettings | None = None,
+        **loading: Any,
     ) -> None:
         super().__init__(reward_name(path) if name is None else name, batch_size)
-        self.path, self.noise, self.base, self.config = path, noise, base, config
-        self.revision, self.trust_remote_code, self.published = revision, trust_remote_code, published
-        self.device, self.dtype = find_device(device), dtype
+        self.found_at = found_at = ModelSource(path, **loading)
+        # Files whose contents tell whether kept scores are still those of the model.
+        self.path, self.base, self.config, self.revision = path, found_at.base, found_at.config, found_at.revision
+        self.noise, self.device, self.dtype = noise, find_device(device), dtype
 
     def identity(self) -> str:
         """See :meth:`Scorer.identity`: class, path, revision, base, published settings, noise and dtype."""
         base = "" if self.base is None else f" base {self.base}"
-        revision = "" if self.revision is None else f"@{self.revision}"
-        own = "" if self.published is None else f" {self.published}"
+        own = "" if self.found_at.published is None else f" {self.found_at.published}"
         noise = self.noise or "of the model"
-        return f"{type(self).__name__} {self.path}{revision}{base}{own} noise {noise} {self.dtype}"
+        return f"{type(self).__name__} {self.found_at}{base}{own} noise {noise} {self.dtype}"
 
     @cached_property
     def axes(self) -> tuple[str, ...]:
         """Names of the two axes of the model's head, from its settings; empty for a model with one score."""
-        from latentreward.scoring.layouts.find import find_reward
-
-        settings = {"trusted": self.trust_remote_code, "published": self.published}
-        return find_reward(self.path, self.config, self.base, revision=self.revision, **settings).axes
+        return find_reward(self.found_at).axes
 
     def prepare(self) -> None:
         """Load the model."""
@@ -119,16 +107,7 @@ class RewardModelScorer(ImageScorer):
         """
         from latentreward.scoring import RewardModel
 
-        model = RewardModel.from_pretrained(
-            self.path,
-            revision=self.revision,
-            base=self.base,
-            config=self.config,
-            device=self.device,
-            dtype=getattr(torch, self.dtype),
-            trust_remote_code=self.trust_remote_code,
-            published=self.published,
-        )
+        model = RewardModel.from_pretrained(self.found_at, device=self.device, dtype=getattr(torch, self.dtype))
         model.require_images(type(self).__name__)
         return model
 

@@ -1,5 +1,6 @@
 from .calibration import Calibration
 from .layouts.card import Card
+from .layouts.find import ModelSource
 from .layouts.published import PublishedSettings
 from .reward_model import RewardModel, load_dina_lrm, load_lrm, normalise_score
 from .scoring_noise import ScoringNoise
@@ -7,6 +8,7 @@ from .scoring_noise import ScoringNoise
 __all__ = [
     "Calibration",
     "Card",
+    "ModelSource",
     "PublishedSettings",
     "RewardModel",
     "ScoringNoise",

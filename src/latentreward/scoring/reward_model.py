@@ -25,6 +25,7 @@ from latentreward.scoring.batched_scoring import (
 from latentreward.scoring.hub import upload
 from latentreward.scoring.images import ImageInput, Images, as_images, check_floating, check_frames, doubts_of_pixels
 from latentreward.scoring.layouts.card import Card
+from latentreward.scoring.layouts.find import ModelSource, find_reward
 from latentreward.scoring.layouts.published import PUBLISHED_RMS_EPS, PublishedDiNaLRM, PublishedLRM, PublishedSettings
 from latentreward.scoring.network import RewardNetwork
 from latentreward.scoring.scoring_noise import ScoringNoise, check_noise
@@ -50,44 +51,30 @@ class RewardModel(RewardNetwork):
     @classmethod
     def from_pretrained(
         cls,
-        source: str | Path,
+        source: str | Path | ModelSource,
         *,
-        revision: str | None = None,
-        base: str | None = None,
-        config: str | None = None,
         device: str | torch.device = "cpu",
         dtype: torch.dtype = torch.float32,
-        trust_remote_code: bool = False,
-        published: PublishedSettings | None = None,
+        **options: Any,
     ) -> Self:
         """Load a reward model, frozen and in evaluation mode.
 
         Args:
-            source: One of: folder or hub id of a model that :meth:`save_pretrained` wrote; folder or hub id of a
-                published layout (``casiatao/LRM``, ``liuhuohuo/DiNa-LRM-SD35M-12layers``); checkpoint or folder of a
-                training run. A hub id may be followed by a folder in the repository: ``owner/name/folder``.
-            revision: Branch, tag or commit of a hub id.
-            base: Pipeline with the frozen base weights, a folder or hub id; by default the one that the model names.
-            config: ``config.yaml`` of a training run; None looks for it beside the checkpoint.
+            source: Path or hub id of the model, as for :class:`~latentreward.scoring.ModelSource`, or that record.
             device: Device of the model, e.g. ``cuda``; ``auto`` takes an accelerator if there is one.
             dtype: Precision of the backbone; head and scores are always float32.
-            trust_remote_code: Whether to import classes that the model's settings name and that are not registered;
-                importing runs their code. See :mod:`~latentreward.scoring.layouts.trust`.
-            published: Settings that the files of a published layout do not hold; None takes the defaults. The values in
-                use are logged, and appear in :attr:`published` and :attr:`identity`.
+            options: ``config``, ``base``, ``revision``, ``trust_remote_code`` and ``published``: see
+                :class:`~latentreward.scoring.ModelSource`. Values of ``published`` in use are logged, and appear in
+                :attr:`published` and :attr:`identity`.
 
         Raises:
             InputError: If a file is missing or damaged, weights do not fit, the hub cannot provide the files, or the
                 device does not exist.
         """
-        from latentreward.scoring.layouts.find import find_reward
-
         target = find_device(device)
-        stored = find_reward(
-            str(source), config, base, revision=revision, trusted=trust_remote_code, published=published
-        )
-        model = cls.of(stored.load()).to(target).set_precision(dtype)
-        model.source = str(source) if revision is None else f"{source}@{revision}"
+        source = source if isinstance(source, ModelSource) else ModelSource(str(source), **options)
+        model = cls.of(find_reward(source).load()).to(target).set_precision(dtype)
+        model.source = str(source)
         return model
 
     def save_pretrained(self, folder: str | Path, card: Card | None = None, *, base: str | None = None) -> None:

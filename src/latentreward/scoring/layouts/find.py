@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+from dataclasses import dataclass
 from pathlib import Path
 
 from latentreward.checkpoints.shards import is_sharded, newest_first
@@ -16,7 +17,7 @@ from latentreward.scoring.layouts.run import TrainedReward
 
 logger = logging.getLogger(__name__)
 
-__all__ = ["PublishedDiNaLRM", "PublishedLRM", "StoredReward", "checkpoint_of", "find_reward"]
+__all__ = ["ModelSource", "PublishedDiNaLRM", "PublishedLRM", "StoredReward", "checkpoint_of", "find_reward"]
 
 PREFERRED = (r"reward(-v\d+)?\.ckpt", r"last(-v\d+)?\.ckpt")
 """Names of checkpoints that are preferred over all others of a run, in this order; Lightning numbers a later run's."""
@@ -24,31 +25,47 @@ NO_CHECKPOINT = (".yaml", ".yml", ".json", ".safetensors", ".md", ".txt")
 """Endings of files that are not checkpoints."""
 
 
-def find_reward(
-    path: str,
-    config: str | None = None,
-    base: str | None = None,
-    average: bool = True,
-    *,
-    revision: str | None = None,
-    trusted: bool = False,
-    published: PublishedSettings | None = None,
-) -> StoredReward:
-    """Detect the layout of the reward model at ``path``, a local path or a hub id; weights are not read yet.
+@dataclass(frozen=True)
+class ModelSource:
+    """Where a reward model comes from, and what its files do not say; fields are options of commands and classes.
+
+    Attributes:
+        path: Checkpoint or folder of a training run; folder or hub id of a model that ``publish`` or
+            ``RewardModel.save_pretrained`` wrote; folder or hub id of a published layout (``casiatao/LRM``,
+            ``liuhuohuo/DiNa-LRM-SD35M-12layers``). A hub id may be followed by a folder in the repository:
+            ``owner/name/folder``.
+        config: ``config.yaml`` of a training run; by default the one beside the checkpoint.
+        base: Pipeline with the frozen base weights, a folder or hub id; by default the one that the model names.
+        revision: Branch, tag or commit of a hub id.
+        trust_remote_code: Whether to import classes that the model's settings name and that are not registered;
+            importing runs their code.
+        published: Settings that the files of a published layout do not hold, such as ``guidance: 1``.
+    """
+
+    path: str
+    config: str | None = None
+    base: str | None = None
+    revision: str | None = None
+    trust_remote_code: bool = False
+    published: PublishedSettings | None = None
+
+    def __str__(self) -> str:
+        """Return the path, with the revision of a hub id as ``owner/name@revision``."""
+        return self.path if self.revision is None else f"{self.path}@{self.revision}"
+
+
+def find_reward(source: ModelSource, average: bool = True) -> StoredReward:
+    """Detect the layout of the reward model at ``source``; weights are not read yet.
 
     Args:
-        path: Checkpoint, folder of a training run, model folder, folder of a published layout, or hub id.
-        config: ``config.yaml`` of a training run; None looks for it beside the checkpoint.
-        base: Pipeline with the frozen base weights, a folder or hub id; by default the one that the model names.
+        source: Path or hub id of the model, and how to load it.
         average: Whether to take the weights that the callback ``TrainableEMA`` averaged, if a checkpoint has them.
-        revision: Branch, tag or commit of a hub id.
-        trusted: Whether the model may name classes that are not registered; see :mod:`.trust`.
-        published: Settings that the files of a published layout do not hold; None takes the defaults.
 
     Raises:
         InputError: If no layout is found, ``path`` is a diffusers pipeline, or ``config``, ``revision`` or
             ``published`` does not apply to the layout.
     """
+    path, config, base, revision = source.path, source.config, source.base, source.revision
     here = Path(path).exists()
     if here and revision is not None:
         raise InputError(f"revision={revision!r} is for hub ids, but reward model {path!r} lies here; leave it out")
@@ -58,20 +75,20 @@ def find_reward(
             f"reward model {path!r} is a diffusers pipeline, not a reward; give a checkpoint, or the folder of a model "
             "or of a run"
         )
-    layout = published_layout(place, base, published)
+    layout = published_layout(place, base, source.published)
     heads = (head for depth in ("", "*/", "*/*/") for head in place.glob(f"{depth}rm_head.pt"))
     if layout is None and (head := next(heads, None)) is not None:  # what diffusion-rm's training writes
         raise InputError(
             f"reward model {path!r} holds {head.relative_to(place)}, which the published layout has in checkpoint/ "
             "beside config.json, with backbone_lora/; arrange a folder so"
         )
-    if layout is None and published is not None:
+    if layout is None and source.published is not None:
         raise InputError(
             f"published is set, but reward model {path!r} has neither published layout and holds its settings itself; "
             "leave it out"
         )
     if layout is None and is_model_folder(place):
-        layout = PretrainedReward(place, base, trusted)
+        layout = PretrainedReward(place, base, source.trust_remote_code)
     if layout is not None:
         if config is not None:
             raise InputError(f"config is set, but reward model {path!r} is not a run and needs none; leave it out")
@@ -79,7 +96,7 @@ def find_reward(
     if config is not None and not Path(config).is_file():
         raise InputError(f"config={config!r} does not exist; give the config.yaml of the reward's run")
     settings = None if config is None else Path(config)
-    return TrainedReward(checkpoint_of(place), settings, average, base, trusted)
+    return TrainedReward(checkpoint_of(place), settings, average, base, source.trust_remote_code)
 
 
 def published_layout(place: Path, base: str | None, settings: PublishedSettings | None = None) -> StoredReward | None:
