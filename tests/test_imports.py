@@ -19,7 +19,7 @@ MAY_IMPORT = {
     "construction": set(),
     "contracts": {"errors", "promises"},
     "errors": set(),
-    "promises": {"errors"},
+    "promises": {"errors", "programs"},
     "interrupts": set(),
     "seeding": set(),
     "devices": {"errors"},

@@ -35,6 +35,11 @@ _INSTALLED: list[str] = []
 """Folders, with a slash at the end, whose code the classes that settings name may load."""
 
 
+def of_this_package(path: str | None) -> bool:
+    """Tell whether an import path, such as ``latentreward.heads.DRMHead``, or a module's name is of this package."""
+    return str(path).startswith("latentreward.")
+
+
 def find_modules_here(settings: Iterable[Any]) -> None:
     """Append the current folder to ``sys.path`` if a class path in ``settings`` names a module in that folder.
 
@@ -70,7 +75,7 @@ def import_class(setting: str, path: str, base: type[Kind]) -> type[Kind]:
         InputError: If there is no such class, it is abstract or not derived from ``base``, or ``--restrict-imports``
             does not allow it.
     """
-    if "." in path and not path.startswith("latentreward."):
+    if "." in path and not of_this_package(path):
         check_import(setting, path)
         find_modules_here([path])
     module, _, name = path.rpartition(".")

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from latentreward.errors import InputError, lacks
+from latentreward.programs import of_this_package
 
 Method = TypeVar("Method", bound=Callable[..., Any])
 Check = Callable[..., str | None]
@@ -115,7 +116,7 @@ def check_needs(part: Part) -> None:
 def place_of(function: Any) -> str:
     """Return file and line of a function that is not this package's, in brackets; empty for others."""
     code = getattr(getattr(function, "__wrapped__", function), "__code__", None)
-    if code is None or str(getattr(function, "__module__", "")).startswith("latentreward."):
+    if code is None or of_this_package(getattr(function, "__module__", None)):
         return ""
     return f" ({Path(code.co_filename).name}:{code.co_firstlineno})"
 
@@ -156,7 +157,7 @@ def wrong_tensor(
 
 def values_of(part: Any) -> Kind:
     """Return ``floats`` for parts of this package: scoring and training name the rows of theirs that are not finite."""
-    return "floats" if type(part).__module__.startswith("latentreward.") else "numbers"
+    return "floats" if of_this_package(type(part).__module__) else "numbers"
 
 
 def shown(found: Any) -> str:

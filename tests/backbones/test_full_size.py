@@ -7,7 +7,8 @@ from torch import nn
 
 from latentreward.backbones import SD3DiTBackbone, SDUNetBackbone
 from latentreward.contracts import LatentSpace
-from latentreward.estimate.pipelines import SD15, SD35_MEDIUM, SDXL
+from latentreward.families.sd import SD15, SDXL
+from latentreward.families.sd3 import SD35_MEDIUM
 from latentreward.heads import CLIPProjectionHead
 from latentreward.noise import FlowMatching, process_from_scheduler
 

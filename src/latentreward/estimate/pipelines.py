@@ -1,4 +1,4 @@
-"""Configs of the published pipelines, copied from the hub, and functions that write them as pipeline folders.
+"""Functions that write the configs of published pipelines, which the families hold, as pipeline folders.
 
 Only fields that set shapes are kept; diffusers and transformers fill in defaults. The folders have no weights. Their
 tokenizers are stand-ins with the published vocabulary size.
@@ -16,75 +16,8 @@ from transformers import CLIPTokenizer, GemmaTokenizer, PreTrainedTokenizerBase,
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from latentreward.families import families
-from latentreward.families.published import CLIP_L, T5_XXL
+from latentreward.families.published import CLIP_H, CLIP_L
 
-SD15 = {
-    "sample_size": 64,
-    "in_channels": 4,
-    "block_out_channels": (320, 640, 1280, 1280),
-    "cross_attention_dim": 768,
-    "attention_head_dim": 8,
-}
-SDXL = {
-    "sample_size": 128,
-    "in_channels": 4,
-    "block_out_channels": (320, 640, 1280),
-    "cross_attention_dim": 2048,
-    "attention_head_dim": (5, 10, 20),
-    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-    "transformer_layers_per_block": (1, 2, 10),
-    "use_linear_projection": True,
-    "addition_embed_type": "text_time",
-    "addition_time_embed_dim": 256,
-    "projection_class_embeddings_input_dim": 2816,
-}
-SD35_MEDIUM = {
-    "sample_size": 128,
-    "in_channels": 16,
-    "num_layers": 24,
-    "attention_head_dim": 64,
-    "num_attention_heads": 24,
-    "joint_attention_dim": 4096,
-    "caption_projection_dim": 1536,
-    "pooled_projection_dim": 2048,
-    "pos_embed_max_size": 384,
-    "dual_attention_layers": tuple(range(13)),
-    "qk_norm": "rms_norm",
-}
-SD3_MEDIUM = {**SD35_MEDIUM, "pos_embed_max_size": 192, "dual_attention_layers": (), "qk_norm": None}
-SD35_LARGE = {
-    **SD3_MEDIUM,
-    "num_layers": 38,
-    "num_attention_heads": 38,
-    "caption_projection_dim": 2432,
-    "qk_norm": "rms_norm",
-}
-SD21 = {
-    **SD15,
-    "sample_size": 96,
-    "cross_attention_dim": 1024,
-    "attention_head_dim": (5, 10, 20, 20),
-    "use_linear_projection": True,
-}
-CLIP_G = {
-    **CLIP_L,
-    "hidden_size": 1280,
-    "intermediate_size": 5120,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 20,
-    "projection_dim": 1280,
-    "hidden_act": "gelu",
-}
-CLIP_H = {
-    **CLIP_L,
-    "hidden_size": 1024,
-    "intermediate_size": 4096,
-    "num_hidden_layers": 24,
-    "num_attention_heads": 16,
-    "projection_dim": 1024,
-    "hidden_act": "gelu",
-}
 CLIP_H_VISION = {
     "hidden_size": 1280,
     "intermediate_size": 5120,
@@ -95,79 +28,22 @@ CLIP_H_VISION = {
     "projection_dim": 1024,
     "hidden_act": "gelu",
 }
-_VAE = {
-    "_class_name": "AutoencoderKL",
-    "block_out_channels": (128, 256, 512, 512),
-    "down_block_types": ("DownEncoderBlock2D",) * 4,
-    "up_block_types": ("UpDecoderBlock2D",) * 4,
-    "layers_per_block": 2,
-}
-_BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000}
-_V_PREDICTION = {"_class_name": "DDIMScheduler", "prediction_type": "v_prediction", **_BETAS}
-_FLOW = {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": 3.0}
-_SD3_PARTS: dict[str, Mapping[str, Any]] = {
-    "vae": {**_VAE, "latent_channels": 16, "scaling_factor": 1.5305, "shift_factor": 0.0609, "use_quant_conv": False},
-    "scheduler": _FLOW,
-    "text_encoder": CLIP_L,
-    "text_encoder_2": CLIP_G,
-    "text_encoder_3": T5_XXL,
-}
-PIPELINES: dict[str, dict[str, Mapping[str, Any]]] = {
-    "sd15": {
-        "unet": {"_class_name": "UNet2DConditionModel", **SD15},
-        "vae": {**_VAE, "latent_channels": 4, "scaling_factor": 0.18215},
-        "scheduler": {"_class_name": "PNDMScheduler", **_BETAS},
-        "text_encoder": CLIP_L,
-    },
-    "sd21": {
-        "unet": {"_class_name": "UNet2DConditionModel", **SD21},
-        "vae": {**_VAE, "latent_channels": 4, "scaling_factor": 0.18215},
-        "scheduler": _V_PREDICTION,
-        "text_encoder": {**CLIP_H, "num_hidden_layers": 23},  # Stability AI left out the last layer
-    },
-    "sd21_base": {
-        "unet": {"_class_name": "UNet2DConditionModel", **SD21, "sample_size": 64},
-        "vae": {**_VAE, "latent_channels": 4, "scaling_factor": 0.18215},
-        "scheduler": {"_class_name": "PNDMScheduler", **_BETAS},
-        "text_encoder": {**CLIP_H, "num_hidden_layers": 23},
-    },
-    "sdxl": {
-        "unet": {"_class_name": "UNet2DConditionModel", **SDXL},
-        "vae": {**_VAE, "latent_channels": 4, "scaling_factor": 0.13025},
-        "scheduler": {"_class_name": "EulerDiscreteScheduler", **_BETAS},
-        "text_encoder": CLIP_L,
-        "text_encoder_2": CLIP_G,
-    },
-    "sd3": {"transformer": {"_class_name": "SD3Transformer2DModel", **SD3_MEDIUM}, **_SD3_PARTS},
-    "sd35": {"transformer": {"_class_name": "SD3Transformer2DModel", **SD35_MEDIUM}, **_SD3_PARTS},
-    "sd35_large": {"transformer": {"_class_name": "SD3Transformer2DModel", **SD35_LARGE}, **_SD3_PARTS},
-}
-"""Family of pipelines → part of the pipeline → content of the part's config.json."""
 CLIP_MODELS: dict[str, dict[str, Any]] = {
     "clip_l": {"model_type": "clip", "projection_dim": 768, "text_config": CLIP_L},
     "clip_h": {"model_type": "clip", "projection_dim": 1024, "text_config": CLIP_H, "vision_config": CLIP_H_VISION},
 }
 """Name → content of config.json, for CLIP models outside of pipelines."""
+PUBLISHED = {one.key: one for kind in families().values() for one in kind.published}
+"""Short name of a published pipeline → its configs."""
 HUB_IDS = {
-    "stable-diffusion-v1-5/stable-diffusion-v1-5": "sd15",
-    "stabilityai/stable-diffusion-2-1": "sd21",
-    "stabilityai/stable-diffusion-2-1-base": "sd21_base",
-    "stabilityai/stable-diffusion-xl-base-1.0": "sdxl",
-    "stabilityai/stable-diffusion-3-medium-diffusers": "sd3",
-    "stabilityai/stable-diffusion-3.5-medium": "sd35",
-    "stabilityai/stable-diffusion-3.5-large": "sd35_large",
+    **{one.model: key for key, one in PUBLISHED.items()},
     "openai/clip-vit-large-patch14": "clip_l",
     "yuvalkirstain/PickScore_v1": "clip_h",
     "laion/CLIP-ViT-H-14-laion2B-s32B-b79K": "clip_h",
 }
-"""Hub id from which configs were copied → key of :data:`PIPELINES` or :data:`CLIP_MODELS`."""
-
-
-INDICES: dict[str, Mapping[str, Any]] = {}
-"""Key of :data:`PIPELINES` → entries of its ``model_index.json`` besides the parts."""
-for _one in (one for kind in families().values() for one in kind.published):
-    _name = _one.model.rpartition("/")[2].lower()
-    PIPELINES[_name], HUB_IDS[_one.model], INDICES[_name] = dict(_one.parts), _name, _one.index
+"""Hub id from which configs were copied → key of :data:`PUBLISHED` or :data:`CLIP_MODELS`."""
+PIPELINES: dict[str, Mapping[str, Mapping[str, Any]]] = {key: one.parts for key, one in PUBLISHED.items()}
+"""Short name of a published pipeline → part of the pipeline → content of the part's config.json."""
 
 
 def write_pipelines(
@@ -188,7 +64,8 @@ def write_pipelines(
         return made[kind]
 
     for name, parts in pipelines.items():
-        index: dict[str, Any] = {"_class_name": "DiffusionPipeline", **INDICES.get(name, {})}
+        index: dict[str, Any] = {"_class_name": "DiffusionPipeline"}
+        index |= PUBLISHED[name].index if name in PUBLISHED else {}
         for part, config in parts.items():
             index[part] = ["library", "class"]  # loaders check only whether the part is listed
             write_json(root / name / part / ("scheduler_config.json" if part == "scheduler" else "config.json"), config)

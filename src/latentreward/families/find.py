@@ -10,7 +10,7 @@ from typing import Any
 
 from latentreward.errors import InputError
 from latentreward.families.base import Family, PipelineConfigs
-from latentreward.programs import import_class
+from latentreward.programs import import_class, of_this_package
 
 _SANA = "no family here has its VAE (AutoencoderDC) and prompts; give a class of your own as family (docs/families.md)"
 UNSUPPORTED: Mapping[str, str] = dict.fromkeys(("SanaPipeline", "SanaSprintPipeline", "SanaTransformer2DModel"), _SANA)
@@ -67,7 +67,7 @@ def find_family(pipeline: PipelineConfigs, own: str | None = None) -> Family:
 
 def is_foreign(path: Any) -> bool:
     """Tell whether a setting ``family`` names a class outside this package, whose module would be imported."""
-    return isinstance(path, str) and "." in path and not path.startswith(f"{__package__}.")
+    return isinstance(path, str) and "." in path and not of_this_package(path)
 
 
 def import_family(path: str) -> type[Family]:

@@ -18,11 +18,18 @@ class Published:
         model: Hub id.
         parts: Part of the pipeline → content of the part's config.
         index: Entries of ``model_index.json`` besides the parts.
+        short: Short name; by default the last part of the hub id in lower case.
     """
 
     model: str
     parts: Mapping[str, Mapping[str, Any]]
     index: Mapping[str, Any] = field(default_factory=dict)
+    short: str = ""
+
+    @property
+    def key(self) -> str:
+        """Name of the pipeline's folder in an estimate."""
+        return self.short or self.model.rpartition("/")[2].lower()
 
 
 T5_XXL: Mapping[str, Any] = {
@@ -44,6 +51,24 @@ CLIP_L: Mapping[str, Any] = {
     "num_attention_heads": 12,
     "projection_dim": 768,
     "vocab_size": 49408,
+}
+CLIP_G: Mapping[str, Any] = {
+    **CLIP_L,
+    "hidden_size": 1280,
+    "intermediate_size": 5120,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 20,
+    "projection_dim": 1280,
+    "hidden_act": "gelu",
+}
+CLIP_H: Mapping[str, Any] = {
+    **CLIP_L,
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "projection_dim": 1024,
+    "hidden_act": "gelu",
 }
 QWEN3_4B: Mapping[str, Any] = {
     "model_type": "qwen3",
@@ -76,12 +101,15 @@ QWEN25_VL_7B: Mapping[str, Any] = {
     "vision_config": {"model_type": "qwen2_5_vl_vision", "hidden_size": 1280, "out_hidden_size": 3584},
 }
 GEMMA2_2B: Mapping[str, Any] = {"model_type": "gemma2", "vocab_size": 256000}  # other sizes are the class's defaults
-FLUX_VAE: Mapping[str, Any] = {
+SD_VAE: Mapping[str, Any] = {
     "_class_name": "AutoencoderKL",
     "block_out_channels": (128, 256, 512, 512),
     "down_block_types": ("DownEncoderBlock2D",) * 4,
     "up_block_types": ("UpDecoderBlock2D",) * 4,
     "layers_per_block": 2,
+}
+FLUX_VAE: Mapping[str, Any] = {
+    **SD_VAE,
     "latent_channels": 16,
     "scaling_factor": 0.3611,
     "shift_factor": 0.1159,

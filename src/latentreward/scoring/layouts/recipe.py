@@ -22,7 +22,7 @@ from latentreward.contracts import FeatureSpec
 from latentreward.errors import InputError, errors_at, first_line
 from latentreward.families import import_family, is_foreign
 from latentreward.heads import RewardHead
-from latentreward.programs import find_modules_here
+from latentreward.programs import find_modules_here, of_this_package
 from latentreward.scoring.layouts.trust import guarded_imports, registered_heads, registered_name
 from latentreward.settings.argument_types import check_types
 from latentreward.settings.errors import summarise
@@ -118,7 +118,7 @@ def backbone_part(class_path: str, init_args: Mapping[str, Any], own: tuple[str,
     factory = imported(class_path)
     path = f"{factory.__module__}.{factory.__qualname__}"
     # A plug-in's short name is known only after its module was imported; its path works in any process.
-    name = registered_name("backbone", path) if path.startswith("latentreward.") else path
+    name = registered_name("backbone", path) if of_this_package(path) else path
     part = ModelPart(name, dict(init_args))
     return replace(part, init_args=without_training(init_args, own)) if is_ours(part) else part
 
@@ -171,7 +171,7 @@ def head_part(head: RewardHead, init_args: Mapping[str, Any]) -> ModelPart:
 
 def is_ours(backbone: ModelPart) -> bool:
     """Tell whether a backbone's factory belongs to this package, so that its settings are known here."""
-    return backbone_names().get(backbone.name, "").startswith("latentreward.")
+    return of_this_package(backbone_names().get(backbone.name))
 
 
 def own_parts(backbone: DiffusionBackbone, untrained: bool = False) -> tuple[str, ...]:
