@@ -105,8 +105,6 @@ def test_state_of_another_order_is_refused(other: dict[str, int], message: str) 
     resumed = PairBatchSampler(50, 4, **other)
     with pytest.raises(InputError, match=message):
         resumed.load_state_dict(state)
-    resumed.load_state_dict({name: state[name] for name in ("epoch", "used", "rows")})  # of an earlier version
-    assert resumed.used == 8
 
 
 def test_ranks_run_equally_many_evaluation_batches() -> None:

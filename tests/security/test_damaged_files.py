@@ -120,3 +120,9 @@ def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(
     damaged.write_bytes(flipped(damaged.read_bytes()))
     assert newest_intact([tmp_path / "last.ckpt"]) == tmp_path / "epoch=1.ckpt"
     assert "last.ckpt is damaged" in caplog.text
+
+
+def test_shards_of_lightnings_own_strategies_load(stored: Path, tmp_path: Path) -> None:
+    shutil.copytree(stored / "shards", tmp_path / "shards")
+    (tmp_path / "shards" / INDEX_HASH).unlink()
+    read_checkpoint(tmp_path / "shards")

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 INDEX, REST = ".metadata", "meta.pt"
 """Files of a sharded checkpoint: the index of tensors, and the values that are not sharded."""
 INDEX_HASH = ".metadata.sha256"
-"""File with the SHA-256 of the index, which has no checksum of its own."""
+"""File with the SHA-256 of the index; shards that Lightning's own strategies wrote have none."""
 LORAS = ("*lora*.safetensors", "adapter_config.json")
 """Names of files by which the folder of a LoRA of diffusers or PEFT is recognised."""
 UNREADABLE = (
@@ -40,7 +40,7 @@ UNREADABLE = (
 
 def is_sharded(path: Path) -> bool:
     """Tell whether ``path`` is the folder of a sharded checkpoint."""
-    return all((path / name).is_file() for name in (INDEX, INDEX_HASH, REST))
+    return (path / INDEX).is_file() and (path / REST).is_file()
 
 
 def shard_index(path: Path) -> Metadata:
@@ -55,13 +55,14 @@ def shard_index(path: Path) -> Metadata:
         elif any(next(path.glob(name), None) for name in LORAS):
             problem = "holds a LoRA; give the checkpoint of the run that wrote it (generate takes a LoRA as --lora)"
         else:
-            problem = f"is a folder without {INDEX}, {INDEX_HASH} and {REST}: not a complete sharded checkpoint; "
+            problem = f"is a folder without {INDEX} and {REST}: not a complete sharded checkpoint; "
             problem += "give a file, or all files of the shards"
         raise InputError(f"checkpoint: {path} {problem}")
     from latentreward.checkpoints.shard_reader import ShardReader
 
     try:
-        check_hash(path / INDEX, (path / INDEX_HASH).read_text(), "give another checkpoint")
+        if (path / INDEX_HASH).is_file():  # the index has no checksum of its own
+            check_hash(path / INDEX, (path / INDEX_HASH).read_text(), "give another checkpoint")
         return ShardReader(path).read_metadata()
     except UNREADABLE as error:
         raise InputError(damaged(path, first_line(error))) from error
