@@ -10,15 +10,21 @@ from typing import Any, Literal
 
 from latentreward.data.alignment.prompt_files import PromptRow, check_lengths, read_prompt_set
 from latentreward.errors import InputError
-from latentreward.evaluation.policy.imported import FoundPicture, pictures_per_prompt, prompts_of
+from latentreward.evaluation.policy.imported import (
+    FoundPicture,
+    find_pictures,
+    import_pictures,
+    pictures_per_prompt,
+    prompts_of,
+)
 from latentreward.evaluation.policy.page import side_by_side
 from latentreward.evaluation.policy.published_numbers import Protocol, published_scores
 from latentreward.evaluation.policy.results import PolicyReport, scores_csv
 from latentreward.evaluation.policy.samples import (
     JudgedPolicy,
+    SampledPictures,
     SamplingPlan,
     complete_or_refuse,
-    make_source,
     pictures_of,
     planned,
     sampling_task,
@@ -127,10 +133,9 @@ def evaluate_policy(
         InputError: If a setting or a file is wrong.
     """
     names, policies = score_names(scorers), _named(policy, against)
-    found = {name: judged.found() for name, judged in policies.items()}
+    found = {name: find_pictures(one.images, one.table) for name, one in policies.items() if one.images is not None}
     rows = _prompt_rows(prompts, max_prompt_chars, policies, found)[:num_prompts]
-    counts = (pictures_per_prompt(pictures, rows) for pictures in found.values() if pictures is not None)
-    count = images_per_prompt or max(counts, default=1)
+    count = images_per_prompt or max((pictures_per_prompt(pictures, rows) for pictures in found.values()), default=1)
     wanted = [(place, image) for place in range(len(rows)) for image in range(1 if images_scored == "first" else count)]
 
     @cache
@@ -161,13 +166,14 @@ def evaluate_policy(
             return sampling_task(judged, plan, folder, batches)
 
         tasks: dict[str, Task] = {}
-        for slot, (name, judged) in zip(SLOTS, policies.items(), strict=False):
-            if found[name] is None:
-                tasks[pictures_of(slot)] = partial(sample, judged, output_dir / "pictures" / slot)
+        slots = dict(zip(policies, SLOTS, strict=False))
+        for name, slot in slots.items():
+            if name not in found:
+                tasks[pictures_of(slot)] = partial(sample, policies[name], output_dir / "pictures" / slot)
             tasks[scores_of(slot)] = partial(scoring_task, scorers, prepare)
-        made = {name: judged.trained.identity() for name, judged in policies.items() if found[name] is None}
+        generators = {name: judged.trained.identity() for name, judged in policies.items() if name not in found}
         identities = {scorer.name: scorer.identity() for scorer in scorers}
-        if crew.do(tasks, {**settings, "policies": made, "scorers": identities, "batch_size": batch_size}):
+        if crew.do(tasks, {**settings, "policies": generators, "scorers": identities, "batch_size": batch_size}):
             return
         with locked(output_dir, "output_dir"):
             _claim(output_dir, settings)
@@ -175,23 +181,28 @@ def evaluate_policy(
                 if isinstance(scorer, ToolScorer):
                     scorer.check(planned(rows, wanted))
                     scorer.prepare()
-            sources = {
-                name: make_source(policies[name], found[name], plan, rows, wanted, output_dir / "pictures" / slot, crew)
-                for name, slot in zip(policies, SLOTS, strict=False)
+            folders = {
+                name: import_pictures(one.images, found[name], rows, wanted)
+                for name, one in policies.items()
+                if one.images is not None
+            }
+            sampled = {
+                name: SampledPictures(policies[name], plan, rows, wanted, output_dir / "pictures" / slot, crew)
+                for name, slot in slots.items()
+                if name not in found
             }
             notes = (
-                *complete_or_refuse(sources, wanted, missing),
+                *complete_or_refuse(folders, wanted, missing),
                 *_notes(rows, images_scored, count, policies, sampling),
             )
             for note in notes:
                 print(f"note: {note}", file=sys.stderr, flush=True)
             with interrupts_told(lambda: f"what is done is kept in {output_dir}: the same command goes on there"):
-                for source in sources.values():
-                    source.make()
-                folder = output_dir / "scores"
+                made = {name: source.make() for name, source in sampled.items()}
+                made |= {name: source.pictures for name, source in folders.items()}
                 scorings = [
-                    PictureScoring(name, list(source.pictures().values()), scorers, folder / slot, crew)
-                    for (name, source), slot in zip(sources.items(), SLOTS, strict=False)
+                    PictureScoring(name, list(made[name].values()), scorers, output_dir / "scores" / slot, crew)
+                    for name, slot in slots.items()
                 ]
                 scored = in_common([scoring.score() for scoring in scorings])
                 require_one_model(scorings)
@@ -224,15 +235,14 @@ def _prompt_rows(
     prompts: str | None,
     max_prompt_chars: int,
     policies: Mapping[str, JudgedPolicy],
-    found: Mapping[str, list[FoundPicture] | None],
+    found: Mapping[str, list[FoundPicture]],
 ) -> list[PromptRow]:
     if prompts in TINY_WORLD:
         return [PromptRow(text) for text in TINY_WORLD[prompts]()]
     if prompts is not None:
         return read_prompt_set(prompts, max_prompt_chars=max_prompt_chars)
     for name, pictures in found.items():
-        folder = policies[name].images
-        if pictures is not None and folder is not None:
+        if (folder := policies[name].images) is not None:
             return check_lengths(prompts_of(pictures, folder), f"images: {folder}", max_prompt_chars)
     raise InputError("there are no prompts; set prompts to a file of them")
 

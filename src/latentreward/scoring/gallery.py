@@ -64,17 +64,19 @@ class Gallery:
             sizes: The model's rule for image sizes; that of clips makes thumbnails that play.
         """
         scores = table["score"].to_numpy()
-        order = np.argsort(-scores, kind="stable")[: int(np.isfinite(scores).sum())]
-        shown, best = self._chosen(order)
-        ranks = [*range(1, best + 1), *range(len(order) - (len(shown) - best) + 1, len(order) + 1)]
-        columns = {name: table[name].to_pylist() for name in table.column_names}
+        order = np.argsort(-scores, kind="stable")[: int(np.isfinite(scores).sum())].tolist()
+        best = len(order) if len(order) <= self.limit else (self.limit + 1) // 2
+        places = [*range(best), *range(max(best, len(order) - self.limit + best), len(order))]
+        rows = table.to_pylist()
         with ThreadPoolExecutor(self.threads) as pool:
-            pictures = pool.map(partial(self._picture, exif=exif, sizes=sizes), [listed.rows[row] for row in shown])
+            shown = [listed.rows[order[place]] for place in places]
+            pictures = pool.map(partial(self._picture, exif=exif, sizes=sizes), shown)
             cards = [
-                self._card(listed.rows[row], {name: values[row] for name, values in columns.items()}, rank, picture)
-                for rank, row, picture in zip(ranks, shown, pictures, strict=True)
+                self._card(row, rows[order[place]], place + 1, picture)
+                for place, row, picture in zip(places, shown, pictures, strict=True)
             ]
-        without = [row for row, problem in enumerate(columns["problem"]) if problem is not None]
+        told = ((one.name, row["problem"]) for one, row in zip(listed.rows, rows, strict=True))
+        without = [(name, problem) for name, problem in told if problem is not None]
         write_page(
             self.path,
             "gallery",
@@ -82,33 +84,23 @@ class Gallery:
             model=name_of(model),
             total=len(listed.rows),
             scored=len(order),
-            mean=f"{np.nanmean(scores):.4f}" if len(order) else "",
+            mean=f"{np.nanmean(scores):.4f}" if order else "",
             best=best,
             cards=cards,
-            calibrated=table["z_score"].null_count < len(table),
-            without=[(listed.rows[row].name, columns["problem"][row]) for row in without[:LISTED]],
+            without=without[:LISTED],
             more_without=max(len(without) - LISTED, 0),
         )
-        return len(shown)
-
-    def _chosen(self, order: np.ndarray) -> tuple[list[int], int]:
-        """Return the rows to show, best first, and how many of them belong to the best; the others are the worst."""
-        if len(order) <= self.limit:
-            return order.tolist(), len(order)
-        best = (self.limit + 1) // 2
-        return [*order[:best].tolist(), *order[len(order) - (self.limit - best) :].tolist()], best
+        return len(places)
 
     def _card(self, row: ListedImage, values: dict[str, Any], rank: int, picture: str | None) -> dict[str, Any]:
         levels = {name.removeprefix(LEVEL): value for name, value in values.items() if name.startswith(LEVEL)}
         return {
+            **{name: values[name] for name in ("score", "z_score", "quantile")},
             "rank": rank,
             "name": row.name,
             "prompt": row.prompt,
             "href": quote_from_bytes(os.fsencode(os.path.relpath(row.path, self.path.parent))),
             "picture": picture,
-            "score": values["score"],
-            "z_score": values["z_score"],
-            "quantile": values["quantile"],
             "levels": [(name.replace("_", " "), value) for name, value in levels.items() if value is not None],
             "size": f"{values['width']} × {values['height']}",
         }

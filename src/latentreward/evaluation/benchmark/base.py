@@ -1,8 +1,9 @@
 """Base class of benchmarks: it opens readers, lists protocols, and joins labels and scores for the protocols."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -35,7 +36,7 @@ class Evaluation:
 
 
 class Benchmark(ABC):
-    """Base class of preference data sets with their evaluation protocols.
+    """Base class of preference data sets with their evaluation protocols; by default, all are computed on one split.
 
     Images that cannot be read are left out and counted by reason. Rows that break a rule of the file format are left
     out and counted too, or raise InputError if ``on_error`` is ``"raise"``.
@@ -46,9 +47,14 @@ class Benchmark(ABC):
 
     Attributes:
         name: Name of the data set in reports.
+        reader: Class of the reader that opens a split, and its further ``settings``.
+        split: Split on which the protocols are computed.
     """
 
     name: str
+    reader: Callable[..., PairReader]
+    settings: Mapping[str, Any] = {}
+    split = "test"
 
     def __init__(self, root: str, *, on_error: OnError = "skip") -> None:
         self.root, self.on_error = root, on_error
@@ -57,15 +63,20 @@ class Benchmark(ABC):
 
     @property
     @abstractmethod
+    def keys(self) -> tuple[str, ...]:
+        """Keys of the protocols."""
+
+    @property
     def evaluations(self) -> tuple[Evaluation, ...]:
         """Protocols to compute, each with its splits."""
+        return tuple(Evaluation(key, self.split) for key in self.keys)
 
-    @abstractmethod
     def open(self, split: str) -> PairReader:
         """Open the reader of a split.
 
         The reader should assign the sides a and b by chance or by the order in the file, never by the label.
         """
+        return self.reader(self.root, split, on_error=self.on_error, **self.settings)
 
     @property
     def splits(self) -> tuple[str, ...]:

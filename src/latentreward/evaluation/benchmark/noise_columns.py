@@ -24,6 +24,10 @@ class NoiseColumns(ImageScorer):
         levels: Noise levels in [0, 1]; each is scored with the seeds of the reward's own noise.
         draws: Number of noise draws at the reward's own noise levels, at least 1; the first one gives its own score.
 
+    Attributes:
+        draw_columns: Names of the scores with the second and further noise draws.
+        level_columns: Names of the scores at the single noise levels.
+
     Raises:
         InputError: If a level is out of range or given twice, or ``draws`` is below 1.
     """
@@ -36,16 +40,8 @@ class NoiseColumns(ImageScorer):
         self.scorer, self.levels, self.draws = scorer, tuple(levels), draws
         for level in levels:
             ScoringNoise(sigmas=(level,))
-
-    @property
-    def draw_columns(self) -> tuple[str, ...]:
-        """Names of the scores with the second and further noise draws."""
-        return tuple(f"{self.name} draw {draw}" for draw in range(1, self.draws))
-
-    @property
-    def level_columns(self) -> tuple[str, ...]:
-        """Names of the scores at the single noise levels."""
-        return tuple(f"{self.name} sigma {level:g}" for level in self.levels)
+        self.draw_columns = tuple(f"{self.name} draw {draw}" for draw in range(1, draws))
+        self.level_columns = tuple(f"{self.name} sigma {level:g}" for level in levels)
 
     @property
     def axis_columns(self) -> dict[str, str]:
@@ -72,15 +68,12 @@ class NoiseColumns(ImageScorer):
 
     def score(self, prompts: Sequence[str], images: Sequence[Image.Image]) -> Tensor:
         """Score B images: ``(B, K)`` for K columns, or ``(B,)`` for one; see :meth:`ImageScorer.score`."""
-        if self.axis_columns:
-            outputs = self.scorer.score_levels(prompts, images, self._settings(), axes=True)
-            return torch.cat([self.scorer.model.head.total(outputs), outputs[:, 0]], dim=1)
-        scores = self.scorer.score_levels(prompts, images, self._settings())
-        return scores if len(self.columns) > 1 else scores[:, 0]
-
-    def _settings(self) -> list[ScoringNoise]:
         own = self.scorer.noise or self.scorer.model.noise
-        step = max(own.seeds) - min(own.seeds) + 1
-        seeds = [tuple(seed + draw * step for seed in own.seeds) for draw in range(self.draws)]
-        at_levels = (replace(own, sigmas=(level,), timesteps=()) for level in self.levels)
-        return [*(replace(own, seeds=draw) for draw in seeds), *at_levels]
+        step = max(own.seeds) - min(own.seeds) + 1  # so that no two draws share a seed
+        noises = [replace(own, seeds=tuple(seed + draw * step for seed in own.seeds)) for draw in range(self.draws)]
+        noises += [replace(own, sigmas=(level,), timesteps=()) for level in self.levels]
+        if self.axis_columns:
+            outputs = self.scorer.score_levels(prompts, images, noises, axes=True)
+            return torch.cat([self.scorer.model.head.total(outputs), outputs[:, 0]], dim=1)
+        scores = self.scorer.score_levels(prompts, images, noises)
+        return scores if len(self.columns) > 1 else scores[:, 0]

@@ -152,10 +152,7 @@ KINDS = {
 
 
 def sections(report: BenchmarkReport, pictures: Pictures | None = None) -> Iterator[Section]:
-    """Yield all sections that are not empty, in the order of the report.
-
-    ``pictures`` are those of the pairs in ``report.telling``.
-    """
+    """Yield all sections that are not empty, in the order of the report, with ``pictures`` of ``report.telling``."""
     if len(report.protocols) > 1:
         text = "Accuracy in %, with 95 % intervals. Protocols treat ties differently; each is explained below."
         rows = _side_by_side(report.protocols, "benchmark", "protocol")
@@ -181,9 +178,13 @@ def sections(report: BenchmarkReport, pictures: Pictures | None = None) -> Itera
 
 def protocol_table(results: Sequence[Row]) -> Table:
     """Build the table of all models by one protocol."""
-    counts: tuple[Column, ...] = (("pairs", "pairs"), ("prompts", "groups"), ("equal scores", "equal_scores"))
-    others: tuple[Column, ...] = (("pairs left out", "excluded"), ("more", lambda row: _details(row["details"])))
-    return Table.of(results, MODEL, *ACCURACY, *counts, *others, notes="Measured in this run")
+    return Table.of(
+        results,
+        *(MODEL, *ACCURACY, ("pairs", "pairs"), ("prompts", "groups"), ("equal scores", "equal_scores")),
+        ("pairs left out", "excluded"),
+        ("more", lambda row: _details(row["details"])),
+        notes="Measured in this run",
+    )
 
 
 def _accuracy(title: str, results: Sequence[Row], theirs: Sequence[Row]) -> Section:
@@ -195,8 +196,9 @@ def _accuracy(title: str, results: Sequence[Row], theirs: Sequence[Row]) -> Sect
 
 
 def _published(theirs: Sequence[Row]) -> Table:
-    columns: tuple[Column, ...] = (("model", "model"), ("accuracy %", lambda row: percent(row["value"])))
-    return Table.of(theirs, *columns, ("source", "source"), notes="Published by others", theirs=True)
+    accuracy: Column = ("accuracy %", lambda row: percent(row["value"]))
+    columns = ("model", "model"), accuracy, ("source", "source")
+    return Table.of(theirs, *columns, notes="Published by others", theirs=True)
 
 
 def _subgroups(report: BenchmarkReport) -> Iterator[Table]:
@@ -204,8 +206,8 @@ def _subgroups(report: BenchmarkReport) -> Iterator[Table]:
     for (benchmark, protocol, column), results in grouped(report.subgroups, "benchmark", "protocol", "column").items():
         scorers = dict.fromkeys(result["scorer"] for result in results)
         rows = _side_by_side(results, "value")[:LARGEST]
-        columns: tuple[Column, ...] = ((column, "value"), ("pairs", "pairs"))
-        yield Table.of(rows, *columns, *map(_of_scorer, scorers), notes=f"{benchmark}: {protocol} by {column}")
+        notes = f"{benchmark}: {protocol} by {column}"
+        yield Table.of(rows, (column, "value"), ("pairs", "pairs"), *map(_of_scorer, scorers), notes=notes)
 
 
 def _side_by_side(results: Sequence[Row], *keys: str) -> list[Row]:
@@ -230,14 +232,14 @@ def _origin(report: BenchmarkReport) -> Iterator[Section]:
         "Pairs and images that were scored. Pairs with an image that cannot be read are left out of every number. Rows "
         "left out are rows that break a rule of their file format."
     )
-    counts = [{"benchmark": name, **counts} for name, counts in report.data.items()]
-    columns: tuple[Column, ...] = (
+    counts = Table.of(
+        [{"benchmark": name, **counts} for name, counts in report.data.items()],
+        DATA,
         ("pairs scored", lambda row: f"{row['pairs']} of {row['pairs_in_file']}"),
         *(("prompts", "prompts"), ("images", "images"), ("unreadable images", "unreadable_images")),
-        ("pairs without image", "pairs_without_an_image"),
-        ("rows left out", "rows_left_out_by_the_reader"),
+        *(("pairs without image", "pairs_without_an_image"), ("rows left out", "rows_left_out_by_the_reader")),
     )
-    yield Section("Data", text, [Table.of(counts, DATA, *columns)])
+    yield Section("Data", text, [counts])
     text = "Models, with the files and settings that determine their scores."
     models = tuple((name, without_unset(identity)) for name, identity in report.scorers.items())
     yield Section("Models", text, [Table(("model", "what it is"), models)])

@@ -1,10 +1,9 @@
 """Benchmarks of published data sets and of your own pairs: for each, its reader, splits and protocols."""
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 from latentreward.data import readers
 from latentreward.data.readers import OnError, PairReader
@@ -13,32 +12,7 @@ from latentreward.evaluation.benchmark.base import Benchmark, Evaluation
 from latentreward.evaluation.benchmark.columns import Texts
 
 
-class _PublishedBenchmark(Benchmark):
-    """Published data set whose protocols are all computed on one split.
-
-    Attributes:
-        keys: Keys of the protocols.
-        reader: Class of the reader that opens a split.
-        settings: Further settings of the reader.
-        split: Name of the split.
-    """
-
-    keys: tuple[str, ...]
-    reader: Callable[..., PairReader]
-    settings: Mapping[str, Any] = {}
-    split = "test"
-
-    @property
-    def evaluations(self) -> tuple[Evaluation, ...]:
-        """Every protocol on the one split."""
-        return tuple(Evaluation(key, self.split) for key in self.keys)
-
-    def open(self, split: str) -> PairReader:
-        """Open the reader of a split."""
-        return self.reader(self.root, split, on_error=self.on_error, **self.settings)
-
-
-class ImageRewardBenchmark(_PublishedBenchmark):
+class ImageRewardBenchmark(Benchmark):
     """ImageReward's test set, 466 prompts of 4 to 9 ranked images: ``imagereward/micro`` and ``imagereward/macro``.
 
     Args:
@@ -54,7 +28,7 @@ class ImageRewardBenchmark(_PublishedBenchmark):
         return readers.ImageRewardReader(self.root, on_error=self.on_error)
 
 
-class ImageRewardDBBenchmark(_PublishedBenchmark):
+class ImageRewardDBBenchmark(Benchmark):
     """A split of ImageRewardDB, evaluated by ``imagereward/micro`` and ``imagereward/macro``.
 
     Args:
@@ -73,7 +47,7 @@ class ImageRewardDBBenchmark(_PublishedBenchmark):
         self.split, self.settings = split, {"parts": parts}
 
 
-class HPDv2Benchmark(_PublishedBenchmark):
+class HPDv2Benchmark(Benchmark):
     """HPDv2's test set, 400 groups of 9 or 10 ranked images: ``hpdv2/macro`` and ``hpdv2/micro``.
 
     Prompts listed in one of the files ``benchmark/{anime,concept-art,…}.json`` get the file's name as sub-group
@@ -104,7 +78,7 @@ class HPDv2Benchmark(_PublishedBenchmark):
         return styles
 
 
-class HPDv3Benchmark(_PublishedBenchmark):
+class HPDv3Benchmark(Benchmark):
     """HPDv3's test set: ``hpdv3``.
 
     Args:
@@ -124,7 +98,7 @@ class HPDv3Benchmark(_PublishedBenchmark):
         self.split, self.settings = split, {"min_confidence": min_confidence}
 
 
-class PickAPicBenchmark(_PublishedBenchmark):
+class PickAPicBenchmark(Benchmark):
     """Pick-a-Pic v1 or v2: ``pickapic/pickscore``, ``pickapic/lrm``, ``pickapic/strict``.
 
     Args:
@@ -150,8 +124,7 @@ class PickAPicBenchmark(_PublishedBenchmark):
         on_error: OnError = "skip",
     ) -> None:
         super().__init__(root, on_error=on_error)
-        self.split, self.fitting_split = split, fitting_split
-        self.temperatures = temperatures or {}
+        self.split, self.fitting_split, self.temperatures = split, fitting_split, temperatures or {}
         for scorer, value in self.temperatures.items():
             if value is not None and not value > 0:
                 raise InputError(f"temperatures: {scorer} has {value}; give a number above 0, or null to fit it")
@@ -168,7 +141,7 @@ class PickAPicBenchmark(_PublishedBenchmark):
         return self.temperatures.get(scorer, self.temperatures.get("others", 1.0))
 
 
-class GenAIBenchTigerBenchmark(_PublishedBenchmark):
+class GenAIBenchTigerBenchmark(Benchmark):
     """GenAI-Bench of TIGER-Lab: ``genai_bench_tiger/no_tie`` and ``genai_bench_tiger/4way`` on each split.
 
     Args:
@@ -193,7 +166,7 @@ class GenAIBenchTigerBenchmark(_PublishedBenchmark):
         return tuple(Evaluation(key, split) for split in self._names for key in self.keys)
 
 
-class GenAIBenchCMUBenchmark(_PublishedBenchmark):
+class GenAIBenchCMUBenchmark(Benchmark):
     """GenAI-Bench of CMU, 1,600 prompts of six rated images: ``genai_bench_cmu``.
 
     Args:
@@ -216,19 +189,12 @@ class PairsBenchmark(Benchmark):
         name: Name in reports.
     """
 
+    keys = "pairs/strict", "pairs/soft"
+
     def __init__(self, reader: PairReader, name: str = "pairs") -> None:
         super().__init__("", on_error=reader.on_error)
-        self.reader, self.name = reader, name
-
-    @property
-    def evaluations(self) -> tuple[Evaluation, ...]:
-        """Accuracy without ties (``pairs/strict``) and mean label (``pairs/soft``) on the reader's split."""
-        return Evaluation("pairs/strict", self._split), Evaluation("pairs/soft", self._split)
+        self.pair_reader, self.name, self.split = reader, name, getattr(reader, "split", "") or "all"
 
     def open(self, split: str) -> PairReader:
         """Return the reader given to the constructor."""
-        return self.reader
-
-    @property
-    def _split(self) -> str:
-        return getattr(self.reader, "split", "") or "all"
+        return self.pair_reader

@@ -50,12 +50,14 @@ class ImportedPictures:
     """Pictures of a folder, matched with a set of prompts.
 
     Attributes:
+        folder: The folder.
         pictures: (index of the prompt, number of the picture of that prompt) → picture.
         left_aside: Number of pictures that are not wanted, because their prompt is not in the set or because the prompt
             has more pictures than are wanted.
         problems: Reason → number of wanted pictures that could not be read.
     """
 
+    folder: Path
     pictures: dict[tuple[int, int], JudgedPicture]
     left_aside: int
     problems: dict[str, int]
@@ -130,7 +132,7 @@ def import_pictures(
         pictures[place, image] = JudgedPicture(
             place, image, file, folder / file, row.prompt, row.group, dict(row.fields)
         )
-    return ImportedPictures(pictures, left_aside, dict(problems))
+    return ImportedPictures(folder, pictures, left_aside, dict(problems))
 
 
 def _match(found: Iterable[FoundPicture], rows: Sequence[PromptRow]) -> tuple[dict[tuple[int, int], str], int]:
@@ -142,8 +144,13 @@ def _match(found: Iterable[FoundPicture], rows: Sequence[PromptRow]) -> tuple[di
     aside = 0
     for (group, key), pictures in kept.items():
         places = _places(group, key, rows)
-        aside += 0 if places else len(pictures)
-        for place, own in zip(places, _shares(pictures, len(places)), strict=False):
+        if not places:
+            aside += len(pictures)
+            continue
+        pictures.sort(key=lambda picture: (picture.place or 0, picture.image or 0))
+        size = -(-len(pictures) // len(places))
+        runs = (pictures[start : start + size] for start in range(0, len(pictures), size))
+        for place, own in zip(places, runs, strict=False):
             numbers = [picture.image for picture in own]
             told = None not in numbers and len(set(numbers)) == len(numbers)
             for order, picture in enumerate(own):
@@ -163,19 +170,19 @@ def _places(group: str, key: str | int | None, rows: Sequence[PromptRow]) -> lis
     return [place for place in places if rows[place].group == group] or places
 
 
-def _shares(pictures: list[FoundPicture], number: int) -> list[list[FoundPicture]]:
-    """Sort the pictures of one prompt, and cut them into ``number`` runs of equal length."""
-    pictures = sorted(pictures, key=lambda picture: (picture.place or 0, picture.image or 0))
-    size = -(-len(pictures) // max(number, 1))
-    return [pictures[start : start + size] for start in range(0, len(pictures), size)]
-
-
 def _of_table(path: Path) -> Iterator[FoundPicture]:
     for number, row in enumerate(_read(path), start=1):
         file, prompt = row.get("file"), row.get("prompt")
         if not isinstance(file, str) or not file or not isinstance(prompt, str):
             raise InputError(f"table: row {number} of {path} has no file and prompt; write both columns")
-        yield FoundPicture(file, prompt, _whole(row, "place", path), _whole(row, "image", path), row.get("group") or "")
+        numbers = {name: row[name] for name in ("place", "image") if row.get(name) not in (None, "")}
+        for name, value in numbers.items():
+            try:
+                numbers[name] = int(value)
+            except (TypeError, ValueError) as error:
+                problem = f"{name} {value!r} in {path} is not a whole number"
+                raise InputError(f"table: {problem}; write numbers from 0") from error
+        yield FoundPicture(file, prompt, group=row.get("group") or "", **numbers)
 
 
 def _read(path: Path) -> list[dict[str, Any]]:
@@ -190,16 +197,6 @@ def _read(path: Path) -> list[dict[str, Any]]:
         return [json.loads(line) for line in text.split("\n") if line.strip()]
     except (ValueError, TypeError, csv.Error, pa.ArrowException) as error:
         raise InputError(f"table: {path} cannot be read ({first_line(error)}); write it again") from error
-
-
-def _whole(row: dict[str, Any], column: str, path: Path) -> int | None:
-    value = row.get(column)
-    if value in (None, ""):
-        return None
-    try:
-        return int(value)  # type: ignore[arg-type]
-    except (TypeError, ValueError) as error:
-        raise InputError(f"table: {column} {value!r} in {path} is not a whole number; write numbers from 0") from error
 
 
 def _of_layout(folder: Path) -> Iterator[FoundPicture]:

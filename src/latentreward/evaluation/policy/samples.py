@@ -14,7 +14,7 @@ from latentreward.contracts import PromptBatch
 from latentreward.data.alignment.prompt_files import PromptRow
 from latentreward.data.readers import count_text
 from latentreward.errors import InputError
-from latentreward.evaluation.policy.imported import FoundPicture, find_pictures, import_pictures
+from latentreward.evaluation.policy.imported import ImportedPictures
 from latentreward.generation.image_folder import ImageFolder, Row
 from latentreward.generation.picture_writing import (
     Name,
@@ -82,10 +82,6 @@ class JudgedPolicy:
             if self.checkpoint is not None:  # the checkpoint records the shape of its adapter
                 source = replace(source, lora=read_policy_adapter(self.checkpoint).source.lora)
         return TrainedPolicy(source, self.checkpoint, self.lora)
-
-    def found(self) -> list[FoundPicture] | None:
-        """List the pictures of the folder; None for a generator."""
-        return None if self.images is None else find_pictures(self.images, self.table)
 
     def start(self, sampling: Sampling) -> str:
         """Describe size and space of a generator's latents and its noise process, as read from its config files.
@@ -198,15 +194,12 @@ class SampledPictures:
         self._folder = ImageFolder(folder, identity, "csv", left_over_rows(crew, self._task))
         self.missing = [name for name in wanted if not self._folder.has(*name, rows[name[0]].prompt)]
 
-    def make(self) -> None:
-        """Sample the missing pictures by :func:`sampling_task`; does nothing if none is missing."""
+    def make(self) -> dict[Name, JudgedPicture]:
+        """Sample the missing pictures by :func:`sampling_task`, and return all wanted ones."""
         if self.missing:
             texts = [row.prompt for row in self._rows]
             batches = picture_batches(self._wanted, self.missing, texts, self._plan.batch_size)
             make_pictures(self._crew, self._task, batches, self._folder)
-
-    def pictures(self) -> dict[Name, JudgedPicture]:
-        """Return (index of the prompt, number of the picture) → picture; call :meth:`make` first."""
         files = {name: str(self._folder.rows[name]["file"]) for name in self._wanted}
         return {
             (place, image): _judged(place, image, file, self._folder.folder / file, self._rows[place])
@@ -214,88 +207,32 @@ class SampledPictures:
         }
 
 
-class FolderPictures:
-    """Existing pictures in a folder, with the interface of :class:`SampledPictures`.
-
-    Args:
-        policy: Policy with a folder ``images``.
-        found: All pictures of the folder.
-        rows: Set of prompts.
-        wanted: (index in ``rows``, number of the picture of that prompt) of each wanted picture.
-    """
-
-    def __init__(
-        self, policy: JudgedPolicy, found: Sequence[FoundPicture], rows: Sequence[PromptRow], wanted: Sequence[Name]
-    ) -> None:
-        assert policy.images is not None
-        self.missing: list[Name] = []
-        self.folder, self.imported = policy.images, import_pictures(policy.images, found, rows, wanted)
-
-    def make(self) -> None:
-        """Do nothing: the pictures exist already."""
-
-    def pictures(self) -> dict[Name, JudgedPicture]:
-        """Return (index of the prompt, number of the picture) → picture, for wanted pictures that can be read."""
-        return self.imported.pictures
-
-
-Source = SampledPictures | FolderPictures
-
-
-def make_source(
-    policy: JudgedPolicy,
-    found: Sequence[FoundPicture] | None,
-    plan: SamplingPlan,
-    rows: Sequence[PromptRow],
-    wanted: Sequence[Name],
-    folder: Path,
-    crew: Crew,
-) -> Source:
-    """Return the source of a policy's pictures; a generator, for which ``found`` is None, writes to ``folder``."""
-    if found is None:
-        return SampledPictures(policy, plan, rows, wanted, folder, crew)
-    return FolderPictures(policy, found, rows, wanted)
-
-
 def complete_or_refuse(
-    sources: Mapping[str, Source], wanted: Sequence[Name], missing: Literal["refuse", "leave_out"]
+    folders: Mapping[str, ImportedPictures], wanted: Sequence[Name], missing: Literal["refuse", "leave_out"]
 ) -> list[str]:
-    """Check the pictures that were read from folders; return one note per problem.
+    """Check the pictures that were read from folders, by name of the policy; return one note per problem.
 
     Raises:
         InputError: If pictures are missing and ``missing`` is ``"refuse"``, or if no picture is left that all policies
             have.
     """
     notes, left = [], set(wanted)
-    for name, source in sources.items():
-        if isinstance(source, FolderPictures):
-            notes += _folder_notes(name, source, len(wanted))
-            lacking = [place for place in wanted if place not in source.imported.pictures]
-            if lacking and missing == "refuse":
+    for name, found in folders.items():
+        because = f" ({count_text(Counter(found.problems))})" if found.problems else ""
+        lacking = [place for place in wanted if place not in found.pictures]
+        if lacking:
+            lacks = f"lacks {len(lacking)} of {len(wanted)} pictures"
+            notes.append(f"{name} {lacks}{because}; they are left out for all policies.")
+            if missing == "refuse":
                 place, image = lacking[0]
-                raise InputError(
-                    f"images: {source.folder} lacks {len(lacking)} of {len(wanted)} pictures, first number {image} of "
-                    f"prompt {place}{_because(source)}; add them, or set images_per_prompt or missing=leave_out"
-                )
-            left -= set(lacking)
+                first = f"first number {image} of prompt {place}{because}"
+                remedy = "add them, or set images_per_prompt or missing=leave_out"
+                raise InputError(f"images: {found.folder} {lacks}, {first}; {remedy}")
+        if found.left_aside:
+            notes.append(f"{name} has {found.left_aside} more pictures, of other prompts or numbers; they are ignored.")
+        left -= set(lacking)
     if not left:
         raise InputError("no picture is left that all policies have; compare folders for the same prompts")
-    return notes
-
-
-def _because(source: FolderPictures) -> str:
-    counts = Counter(source.imported.problems)
-    return f" ({count_text(counts)})" if counts else ""
-
-
-def _folder_notes(name: str, source: FolderPictures, wanted: int) -> list[str]:
-    imported, notes = source.imported, []
-    if lacking := wanted - len(imported.pictures):
-        notes.append(
-            f"{name} lacks {lacking} of {wanted} pictures{_because(source)}; they are left out for all policies."
-        )
-    if imported.left_aside:
-        notes.append(f"{name} has {imported.left_aside} more pictures, of other prompts or numbers; they are ignored.")
     return notes
 
 

@@ -149,7 +149,7 @@ class PictureScoring:
         self._crew, self._task = crew, scores_of(folder.name)
         self._keys = [picture_key(picture) for picture in pictures]
         self._stores = {
-            scorer.name: ScoreStore(folder / f"{scorer.name}.jsonl", told_apart(scorer, policy), self._keys)
+            scorer.name: ScoreStore(folder / f"{scorer.name}.jsonl", identity_with_files(scorer, policy), self._keys)
             for scorer in scorers
         }
         self._keep(crew.left_over(self._task))
@@ -257,7 +257,7 @@ def again(paths: Sequence[Path]) -> str:
     return f"delete {either}, and the same command scores those pictures again, or serve the model of the kept scores"
 
 
-def told_apart(scorer: Scorer, policy: str) -> str:
+def identity_with_files(scorer: Scorer, policy: str) -> str:
     """Return a scorer's identity with fingerprints of its files, so that changed files invalidate kept scores."""
     files = scorer_fingerprints(scorer, policy)
     return f"{scorer.identity()}, files {json.dumps(files)}" if files else scorer.identity()
