@@ -205,7 +205,7 @@ def test_random_access_over_parts_gives_the_row_asked_for(
 
 def test_random_access_reads_single_row_groups(write_pickapic, pickapic_rows) -> None:
     reader = PickAPicReader(write_pickapic([pickapic_rows(n % 20) for n in range(400)], row_group_size=4), "train")
-    store = reader._images
+    store = reader._rows._groups
     assert store.row_groups_read == 0, "construction touches no image"
     reader.prompts(), reader.labelled()
     assert store.row_groups_read == 0

@@ -93,7 +93,8 @@ class DatasetPairReader(RowReader):
             raise InputError(f"root: {place} holds paths in {images[0]}; set root to the folder of the image files")
         read = {field: column for field, column in chosen.items() if not (self._embedded and field in self._fields)}
         index = self._rows.read_index(dict.fromkeys(read.values()), "give every file of the split the same columns")
-        self._images = self._rows.images(images, memory_map) if self._embedded else None
+        if self._embedded:
+            self._rows.open_images(images, memory_map)
         parser = PairRowParser(self, None if self._embedded else self._check_path)
         self.table = parser.table(self._read_rows(index, read))
         if not len(self):
@@ -112,8 +113,8 @@ class DatasetPairReader(RowReader):
     def find_images(self, row: dict[str, Any]) -> tuple[ImageRef, ImageRef]:
         """Return the images of a row with their bytes, or references to their files."""
         texts = row["image_a"], row["image_b"]
-        if self._images is not None:
-            values = self._images.read(*self._rows.locate(row["row"]))
+        if self._embedded:
+            values = self._rows.read(row["row"])
             first, second = (self._rows.image(value, key) for value, key in zip(values, texts, strict=True))
         elif self._root is not None:
             first, second = (file_image(self._root, path) for path in texts)

@@ -74,7 +74,7 @@ class GenAIBenchReader(RowReader):
             }
         )
         self.table = table.filter(pa.array(~long)) if self.on_error == "skip" else table
-        self._images = self._rows.images(IMAGES)
+        self._rows.open_images(IMAGES)
         if not len(self):
             raise InputError(f"split: {split!r} of {source_name(source)} has no rows; check the files")
         if unlabelled := self.table.column("label").null_count:
@@ -85,7 +85,7 @@ class GenAIBenchReader(RowReader):
 
     def find_images(self, row: dict[str, Any]) -> tuple[ImageRef, ImageRef]:
         """Return the left and the right image of a row with their bytes."""
-        left, right = self._images.read(*self._rows.locate(row["row"]))
+        left, right = self._rows.read(row["row"])
         return self._rows.image(left), self._rows.image(right)
 
     def vote_types(self) -> list[str | None]:

@@ -78,13 +78,13 @@ class GenAIBenchCMUReader(RowReader):
         self.table = pa.table({**dict(zip(pairs.column_names, pairs.columns, strict=True)), **models, **shown})
         if not len(self):
             raise InputError(f"split: {split!r} of {source_name(source)} has no pairs left; check the files")
-        self._images = self._table.images(self.models, memory_map)
+        self._table.open_images(self.models, memory_map)
         self.report(f"{source_name(source)} {split}")
 
     def find_images(self, row: dict[str, Any]) -> tuple[ImageRef, ImageRef]:
         """Return references to two images with their bytes from the parquet file."""
         models = [row["model_a"], row["model_b"]]
-        first, second = map(self._table.image, self._images.read(*self._table.locate(row["row"]), models))
+        first, second = map(self._table.image, self._table.read(row["row"], models))
         return first, second
 
     def _open(self, source: Source, split: str, revision: str | None) -> SplitTable:

@@ -256,12 +256,6 @@ def plain_bytes(values: pa.Array) -> int:
     return pc.sum(pc.binary_length(values.dictionary).take(values.indices)).as_py() or 0
 
 
-def locate(starts: np.ndarray, row: int) -> tuple[int, int]:
-    """Return the part that holds a row, and its number there, by the rows before each part, ``starts`` ``(parts,)``."""
-    part = int(np.searchsorted(starts, row, side="right")) - 1
-    return part, row - int(starts[part])
-
-
 @contextmanager
 def damage_named(part: ParquetPart) -> Iterator[None]:
     """Turn pyarrow's errors about a damaged file into an ImageError of one line that names the file.
@@ -343,27 +337,12 @@ class RowGroupColumns:
         return self._groups[place]
 
 
-class ArrowColumns:
-    """Random access to columns of parquet files, copied once into the memory-mapped cache of ``datasets``.
+def copy_columns(parts: Sequence[ParquetPart], columns: Sequence[str]) -> Any:
+    """Copy columns of parquet files once into the memory-mapped cache of ``datasets``; return the ``Dataset``.
 
-    Reading a row then reads only this row, not its row group.
-
-    Args:
-        parts: Files with equal columns.
-        columns: Columns to copy; the copy takes as much disk space as these columns.
-        starts: Number of rows before each part, ``(parts,)``.
+    The copy takes as much disk space as these columns. Reading a row then reads only this row, not its row group.
     """
+    from datasets import load_dataset  # slow to import
 
-    def __init__(self, parts: Sequence[ParquetPart], columns: Sequence[str], starts: np.ndarray) -> None:
-        from datasets import load_dataset  # slow to import
-
-        self.parts, self.columns, self.starts = list(parts), list(columns), starts
-        files, features = [str(part.path) for part in parts], plain_features(parts[0], self.columns)
-        rows = load_dataset("parquet", data_files=files, split="train", columns=self.columns, features=features)
-        self._rows = rows.with_format("arrow")
-
-    def read(self, part: int, row: int, columns: Sequence[str] | None = None) -> tuple[Any, ...]:
-        """Return the values of ``columns`` (all by default) in row ``row`` of part number ``part``."""
-        table = self._rows[int(self.starts[part]) + row]
-        with damage_named(self.parts[part]):
-            return tuple(table.column(name)[0].as_py() for name in columns or self.columns)
+    files, features = [str(part.path) for part in parts], plain_features(parts[0], columns)
+    return load_dataset("parquet", data_files=files, split="train", columns=list(columns), features=features)

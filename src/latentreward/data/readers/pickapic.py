@@ -120,14 +120,15 @@ class PickAPicReader(RowReader):
             raise InputError(
                 f"split: {split!r} of {source_name(source)} has no rows left; check the files and drop_identical"
             )
-        self._images = self._rows.images(IMAGES, memory_map) if images == "read" else None
+        if images == "read":
+            self._rows.open_images(IMAGES, memory_map)
         if images == "read" and not memory_map:
             warn_row_groups(self._rows, IMAGES, f"{source_name(source)} {split}")
         self.report(f"{source_name(source)} {split}")
 
     def find_images(self, row: dict[str, Any]) -> tuple[ImageRef, ImageRef]:
         """Return both images of a row with their bytes, or their names alone."""
-        values = (None, None) if self._images is None else self._images.read(*self._rows.locate(row["row"]))
+        values = self._rows.read(row["row"]) if self.holds == "images" else (None, None)
         return self._rows.image(values[0], row["uid_0"]), self._rows.image(values[1], row["uid_1"])
 
     def _judge_labels(

@@ -16,13 +16,13 @@ from latentreward.contracts import ImageRef
 from latentreward.data.readers.base import PairReader, content_key
 from latentreward.data.readers.json_rows import escapes
 from latentreward.data.readers.parquet_store import (
-    ArrowColumns,
     ParquetPart,
     RowGroupColumns,
     cast_columns,
+    copy_columns,
+    damage_named,
     find_parts,
     largest_row_group,
-    locate,
     missing_parts,
     open_part,
     plain_type,
@@ -48,7 +48,7 @@ DAMAGE = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionErr
 
 
 class SplitTable(ABC):
-    """Rows of one split, with columns of images that are read row by row.
+    """Rows of one split, in the order of their numbers; images are read row by row.
 
     Attributes:
         files: Whether images may be files anywhere on this machine, because the table was made in this process.
@@ -62,15 +62,19 @@ class SplitTable(ABC):
 
     @abstractmethod
     def read_index(self, columns: dict[str, pa.DataType | None], hint: str) -> pa.Table:
-        """Read whole columns without images into one table, in the order of ``columns``.
+        """Read whole columns without images into one table, in the order of ``columns``; to be called once.
 
         Raises:
             InputError: If a column is missing or cannot be cast, or a file is damaged.
         """
 
     @abstractmethod
-    def images(self, columns: Sequence[str], memory_map: bool = False) -> Any:
-        """Return the reader of columns of images, whose ``read`` takes what :meth:`locate` returns.
+    def row_names(self) -> pa.Array:
+        """Return the names of all rows, which do not depend on where the table lies; after :meth:`read_index`."""
+
+    @abstractmethod
+    def open_images(self, columns: Sequence[str], memory_map: bool = False) -> None:
+        """Prepare :meth:`read` for columns of images; to be called after :meth:`read_index`.
 
         Args:
             columns: Names of the columns.
@@ -78,12 +82,8 @@ class SplitTable(ABC):
         """
 
     @abstractmethod
-    def locate(self, row: int) -> tuple[int, int]:
-        """Return the number of the file that holds a row, and the row's number in the file."""
-
-    @abstractmethod
-    def row_names(self) -> pa.Array:
-        """Return the names of all rows, which do not depend on where the table lies; after :meth:`read_index`."""
+    def read(self, row: int, columns: Sequence[str] | None = None) -> tuple[Any, ...]:
+        """Return the values of ``columns`` (by default all of :meth:`open_images`) in a row."""
 
     def largest_row_group(self, columns: Sequence[str]) -> int:
         """Return the bytes that are decoded for a row of ``columns`` beside the row itself; 0 if there are none."""
@@ -116,51 +116,8 @@ class SplitTable(ABC):
         return embedded_image(value, key, self.files)
 
 
-class ParquetTable(SplitTable):
-    """Table of the parquet files of a split.
-
-    Args:
-        parts: Files, in the order of the rows.
-    """
-
-    def __init__(self, parts: Sequence[ParquetPart]) -> None:
-        self.parts = list(parts)
-        self._starts, self._rows = np.zeros(1, dtype=np.int64), 0
-
-    def schemas(self) -> list[tuple[str, pa.Schema]]:
-        """See :meth:`SplitTable.schemas`; only the footers are read."""
-        found = []
-        for part in self.parts:
-            with open_part(part) as file:
-                found.append((str(part.path), file.schema_arrow))
-        return found
-
-    def read_index(self, columns: dict[str, pa.DataType | None], hint: str) -> pa.Table:
-        """See :meth:`SplitTable.read_index`."""
-        table, self._starts = read_parquet(self.parts, columns, hint)
-        self._rows = len(table)
-        return table
-
-    def images(self, columns: Sequence[str], memory_map: bool = False) -> ArrowColumns | RowGroupColumns:
-        """See :meth:`SplitTable.images`; to be called after :meth:`read_index`."""
-        return ArrowColumns(self.parts, columns, self._starts) if memory_map else RowGroupColumns(self.parts, columns)
-
-    def locate(self, row: int) -> tuple[int, int]:
-        """See :meth:`SplitTable.locate`; to be called after :meth:`read_index`."""
-        return locate(self._starts, row)
-
-    def row_names(self) -> pa.Array:
-        """Return ``FILE:ROW`` of every row."""
-        rows = np.diff([*self._starts, self._rows]).tolist()
-        return pa.concat_arrays([number_rows(part.name, count) for part, count in zip(self.parts, rows, strict=True)])
-
-    def largest_row_group(self, columns: Sequence[str]) -> int:
-        """Return the decompressed size in bytes of ``columns`` in the largest row group."""
-        return largest_row_group(self.parts, columns)
-
-
 class DatasetTable(SplitTable):
-    """Table of a ``Dataset``, whose rows stay on disk if they are mapped from there.
+    """Table of a ``Dataset``, whose rows stay on disk if they are mapped from there: a row costs only this row.
 
     Args:
         dataset: Data set; its format and transform are not applied.
@@ -186,34 +143,67 @@ class DatasetTable(SplitTable):
             raise InputError(f"{self._place}: damaged ({first_line(error)}); {SAVE_AGAIN}") from error
         return cast_columns(table, columns, self._place, hint).combine_chunks()
 
-    def images(self, columns: Sequence[str], memory_map: bool = False) -> "DatasetColumns":
-        """See :meth:`SplitTable.images`; nothing is copied, since a row costs only this row already."""
-        return DatasetColumns(self._rows.select_columns(list(columns)), columns)
-
-    def locate(self, row: int) -> tuple[int, int]:
-        """Return 0 and the row."""
-        return 0, row
-
     def row_names(self) -> pa.Array:
         """Return ``SPLIT:ROW`` of every row."""
         return number_rows(self._split, len(self._rows))
 
+    def open_images(self, columns: Sequence[str], memory_map: bool = False) -> None:
+        """See :meth:`SplitTable.open_images`."""
+        self._images = self._rows.select_columns(list(columns))
 
-class DatasetColumns:
-    """Random access to columns of a ``Dataset``.
+    def read(self, row: int, columns: Sequence[str] | None = None) -> tuple[Any, ...]:
+        """See :meth:`SplitTable.read`."""
+        table = self._images[row]
+        return tuple(table.column(name)[0].as_py() for name in columns or self._images.column_names)
+
+
+class ParquetTable(SplitTable):
+    """Table of the parquet files of a split.
 
     Args:
-        rows: Data set in the format ``arrow``.
-        columns: Columns to read.
+        parts: Files, in the order of the rows.
     """
 
-    def __init__(self, rows: "Dataset", columns: Sequence[str]) -> None:
-        self._rows, self.columns = rows, list(columns)
+    def __init__(self, parts: Sequence[ParquetPart]) -> None:
+        self.parts = list(parts)
 
-    def read(self, part: int, row: int, columns: Sequence[str] | None = None) -> tuple[Any, ...]:
-        """Return the values of ``columns`` (all by default) in a row; ``part`` is 0."""
-        table = self._rows[row]
-        return tuple(table.column(name)[0].as_py() for name in columns or self.columns)
+    def schemas(self) -> list[tuple[str, pa.Schema]]:
+        """See :meth:`SplitTable.schemas`; only the footers are read."""
+        found = []
+        for part in self.parts:
+            with open_part(part) as file:
+                found.append((str(part.path), file.schema_arrow))
+        return found
+
+    def read_index(self, columns: dict[str, pa.DataType | None], hint: str) -> pa.Table:
+        """See :meth:`SplitTable.read_index`."""
+        table, self._starts = read_parquet(self.parts, columns, hint)
+        self._rows = len(table)
+        return table
+
+    def row_names(self) -> pa.Array:
+        """Return ``FILE:ROW`` of every row."""
+        rows = np.diff([*self._starts, self._rows]).tolist()
+        return pa.concat_arrays([number_rows(part.name, count) for part, count in zip(self.parts, rows, strict=True)])
+
+    def open_images(self, columns: Sequence[str], memory_map: bool = False) -> None:
+        """See :meth:`SplitTable.open_images`."""
+        self._groups = RowGroupColumns(self.parts, columns)
+        self._copy = DatasetTable(copy_columns(self.parts, columns), "", "") if memory_map else None
+        if self._copy is not None:
+            self._copy.open_images(columns)
+
+    def read(self, row: int, columns: Sequence[str] | None = None) -> tuple[Any, ...]:
+        """See :meth:`SplitTable.read`."""
+        part = int(np.searchsorted(self._starts, row, side="right")) - 1
+        if self._copy is None:
+            return self._groups.read(part, row - int(self._starts[part]), columns)
+        with damage_named(self.parts[part]):
+            return self._copy.read(row, columns)
+
+    def largest_row_group(self, columns: Sequence[str]) -> int:
+        """Return the decompressed size in bytes of ``columns`` in the largest row group."""
+        return largest_row_group(self.parts, columns)
 
 
 def open_table(
