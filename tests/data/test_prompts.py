@@ -31,6 +31,13 @@ def write(path: Path) -> Path:
     return path
 
 
+@pytest.mark.parametrize("suffix", ["txt", "json", "jsonl", "csv"])
+def test_texts_in_utf_16_are_read(suffix: str, tmp_path: Path) -> None:
+    file = write(tmp_path / f"prompts.{suffix}")
+    file.write_text(file.read_text(encoding="utf-8-sig"), encoding="utf-16")
+    assert PromptDataModule(str(file)).prompts == WANTED
+
+
 @pytest.mark.parametrize("suffix", ["txt", "json", "jsonl", "csv", "parquet"])
 def test_every_format_gives_the_distinct_prompts_in_order(suffix: str, tmp_path: Path) -> None:
     assert PromptDataModule(str(write(tmp_path / f"prompts.{suffix}"))).prompts == WANTED
@@ -45,11 +52,11 @@ def test_every_format_gives_the_distinct_prompts_in_order(suffix: str, tmp_path:
         ("column.csv", b"text,id\na cat,1\n", "row 1 has no column 'prompt' or 'caption' .it has: 'text', 'id'"),
         ("column.jsonl", b'{"text": "a cat"}\n', "it has: 'text'"),
         ("number.json", b'[{"prompt": 3}]', "row 1 holds 3 as prompt, not text"),
-        ("broken.json", b"[", "cannot be read .Expecting value: line 1"),
-        ("scalar.json", b"3", "it holds 3, not a list"),
-        ("text.json", b'"a cat"', "it holds 'a cat', not a list"),
-        ("keys.json", b'{"0": "a cat", "1": "a dog"}', "an object with the keys '0', '1', …; give a list"),
-        ("mixed.json", b'{"0": {"prompt": "a cat"}, "name": "mine"}', "an object with the keys '0', 'name'"),
+        ("broken.json", b"[", "not JSON .Expecting value: line 1"),
+        ("scalar.json", b"3", "scalar.json: holds 3; give a list of prompts"),
+        ("text.json", b'"a cat"', "holds 'a cat'; give a list"),
+        ("keys.json", b'{"0": "a cat", "1": "a dog"}', "holds {'0': 'a cat', '1': 'a dog'}; give a list"),
+        ("mixed.json", b'{"0": {"prompt": "a cat"}, "name": "mine"}', "holds {'0': {'prompt': 'a cat'}, 'name': 'mine'}; give"),
         (
             "edit.jsonl",
             b'{"prompt": "make it red", "source_image": "a.png"}',
@@ -65,8 +72,8 @@ def test_every_format_gives_the_distinct_prompts_in_order(suffix: str, tmp_path:
         ("edit.csv", b"prompt,source\nmake it red,in/a.PNG\n", "row 1 is an edit of a picture, in 'source'"),
         ("surrogate.json", b'["\\ud800"]', "surrogates not allowed"),
         ("broken.parquet", b"PAR1", "cannot be read .Parquet file size"),
-        ("line.jsonl", b'{"prompt": "a cat"}\n\n{bad\n', "line 3, character 2: Expecting property name"),
-        ("comma.csv", b"id,prompt\n1,a cat, a dog\n", "row 1 has more fields than the header; put texts"),
+        ("line.jsonl", b'{"prompt": "a cat"}\n\n{bad\n', "line 3: no JSON at character 2; correct it"),
+        ("comma.csv", b"id,prompt\n1,a cat, a dog\n", "line 2: more fields than the header's 2; put texts with commas"),
         ("short.csv", b"id,prompt\n1\n", "row 1 holds None as prompt"),
         ("open.csv", b'prompt\n"a cat\na dog\n', "unexpected end of data"),
         ("backslash.csv", b'prompt\n"a \\"red\\" cat"\na dog\n', "',' expected after"),

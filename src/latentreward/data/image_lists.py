@@ -10,7 +10,7 @@ from typing import Any
 
 from latentreward.contracts import ImageRef
 from latentreward.data.images import NO_IMAGE
-from latentreward.data.list_rows import find_columns, read_rows
+from latentreward.data.list_rows import find_columns, read_objects
 from latentreward.data.readers.base import MAX_PROMPT_CHARS
 from latentreward.data.readers.folders import SUFFIXES, UNREAD, read_caption, tell_unread
 from latentreward.data.readers.json_rows import edit_remark, find_edit_source, parse_text, short
@@ -142,7 +142,7 @@ def _read(source: str, prompt: str | None, columns: tuple[str | None, str | None
 def _read_list(
     source: str, file: Path, prompt: str | None, columns: Sequence[str | None], allow_outside: bool
 ) -> ImageList:
-    lines = read_rows(file)
+    lines = read_objects(file)
     image, text = find_columns(file, lines, columns, with_prompts=prompt is None)
     root = "" if allow_outside else str(file.parent)
     rows = [_listed(file, line, row, image, text, prompt, root) for line, row in lines]
@@ -273,7 +273,7 @@ class _Captions:
     def _read(self, folder: Path) -> Iterator[tuple[str, str]]:
         """Yield (path relative to ``folder``, prompt) for every usable line of the tables in ``folder``."""
         for file in (folder / name for name in FOLDER_TABLES if (folder / name).is_file()):
-            lines = read_rows(file)
+            lines = read_objects(file)
             image, text = find_columns(file, lines, self.columns)
             for line, row in lines:
                 listed = _listed(file, line, row, image, text, None, "")

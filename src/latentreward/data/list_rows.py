@@ -1,13 +1,13 @@
-"""Reading of lists of images in JSON, CSV or TSV, and choice of the columns with paths and prompts."""
+"""Reading of rows of prompts or images from JSON lines, a JSON list, CSV or TSV, and choice of their columns."""
 
 import csv
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from latentreward.data.readers.folders import read_lines
-from latentreward.data.readers.json_rows import parse_line, parse_rows, short
-from latentreward.errors import InputError, did_you_mean
+from latentreward.data.readers.json_rows import as_object, parse_rows, parse_value, short
+from latentreward.errors import InputError, did_you_mean, errors_at
 from latentreward.storage.texts import read_table, read_text
 
 IMAGE_COLUMNS = ("file_name", "file", "path", "image", "name")
@@ -22,48 +22,49 @@ Line = tuple[int, dict[str, Any] | str]
 the problem."""
 
 
-def read_rows(file: Path) -> list[Line]:
-    """Read every line that is not blank, as its number with its row or a description of the problem.
+def read_rows(file: Path, remedy: str, as_list: Callable[[Any], Any] | None = None) -> Iterator[tuple[int, Any, str]]:
+    """Yield the rows of a ``.jsonl``, ``.json``, ``.csv`` or ``.tsv`` file; of JSON, a list that ``as_list`` makes.
+
+    Yields:
+        Number of the line, or of the list's item from 1; its value, a dict in tables; and what is wrong with it, empty
+        if nothing is.
+
+    Raises:
+        InputError: If the file as a whole cannot be read; ``remedy`` tells what to do about JSON that is no list.
+    """
+    suffix, number = file.suffix.lower(), 0
+    if suffix == ".jsonl":
+        yield from ((number, *parse_value(line)) for number, line in read_lines(file))
+    elif suffix == ".json":
+        items = parse_rows(read_text(file), str(file), remedy, as_list)
+        yield from ((number, item, "") for number, item in enumerate(items, start=1))
+    else:
+        try:
+            for row in (table := read_table(read_text(file), suffix)):
+                number, more = table.line_num, f"more fields than the header's {len(row) - 1}; put texts with commas "
+                yield number, row, f"{more}in quotation marks" if None in row else ""
+        except csv.Error as error:
+            raise InputError(f"{file}, after line {number}: {error}; correct it") from error
+
+
+def read_objects(file: Path) -> list[Line]:
+    """Read every line of a list of images that is not blank, as its number with its row or what is wrong with it.
 
     Raises:
         InputError: If the file does not exist, is empty, or has no readable line.
     """
-    suffix = file.suffix.lower()
-    lines: list[Line]
-    if suffix == ".jsonl":
-        lines = [(number, parse_line(line)) for number, line in read_lines(file)]
-    elif suffix == ".json":
-        items = parse_rows(_text(file).encode(), f"images: {file}", "give a list of images as one JSON list of objects")
-        lines = [
-            (number, row if isinstance(row, dict) else f"{short(row)} is no JSON object")
-            for number, row in enumerate(items, start=1)
-        ]
-    else:
-        lines = list(_table_lines(file, suffix))
-    if not lines:
-        raise InputError(f"images: {file} holds no row; give a list with a row per image")
-    if all(isinstance(row, str) for _, row in lines):
-        number, problem = lines[0]
-        raise InputError(f"images: no row of {file} can be read; line {number}: {problem}; correct it")
+    with errors_at("images: "):
+        try:
+            rows = read_rows(file, "give a list of images as one JSON list of objects")
+            lines = [(number, as_object(value, problem)) for number, value, problem in rows]
+        except OSError as error:
+            raise InputError(f"{file}: {error.strerror}; give a list of images") from error
+        if not lines:
+            raise InputError(f"{file} holds no row; give a list with a row per image")
+        if all(isinstance(row, str) for _, row in lines):
+            number, problem = lines[0]
+            raise InputError(f"no row of {file} can be read; line {number}: {problem}; correct it")
     return lines
-
-
-def _text(file: Path) -> str:
-    try:
-        return read_text(file)
-    except OSError as error:
-        raise InputError(f"images: {file}: {error.strerror}; give a list of images") from error
-
-
-def _table_lines(file: Path, suffix: str) -> Iterator[Line]:
-    line = 0
-    try:
-        reader = read_table(_text(file), suffix)
-        for row in reader:
-            line = reader.line_num
-            yield line, row if None not in row else f"more fields than the header's {len(row) - 1}"
-    except csv.Error as error:
-        raise InputError(f"images: {file}, after line {line}: {error}; correct it") from error
 
 
 def find_columns(

@@ -188,6 +188,8 @@ def test_root_of_its_own_and_files_that_are_not_there(write, tmp_path) -> None:
 def test_byte_order_mark_and_surrogates(write) -> None:
     file = write('\ufeff{"prompt": "\\ud800x", "image_a": "a", "image_b": "b", "label": 1}')
     assert JSONLPairReader(file).prompts() == ["?x"]
+    Path(file).write_text(json.dumps({**PLAIN, "prompt": "Füße"}, ensure_ascii=False), encoding="utf-16")
+    assert JSONLPairReader(file).prompts() == ["Füße"]
 
 
 def test_a_placeholder_has_a_name_of_its_own(write) -> None:

@@ -1,10 +1,8 @@
 """Reading of prompt files, and of sets of prompt files with groups for evaluation."""
 
-import csv
 import glob
-import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,11 +10,12 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from latentreward.data.list_rows import read_rows
 from latentreward.data.readers.base import MAX_PROMPT_CHARS
 from latentreward.data.readers.json_rows import EDIT_SOURCE, find_edit_source, short
-from latentreward.errors import InputError, first_line
+from latentreward.errors import InputError, errors_at, first_line
 from latentreward.storage.ignored_files import match_files
-from latentreward.storage.texts import decode_text, read_table
+from latentreward.storage.texts import read_text
 
 COLUMNS = ("prompt", "caption", "Prompt")
 """Names of the prompt column in order of preference: this project's, that of Pick-a-Pic and LPO, PartiPrompts'."""
@@ -65,20 +64,22 @@ def read_prompt_rows(path: str, setting: str = "prompts", max_prompt_chars: int 
     Raises:
         InputError: As :func:`read_prompts`.
     """
-    file, name = Path(path), f"{setting}: {path}"
-    if file.suffix.lower() not in FORMATS:
-        raise InputError(f"{name} is none of {', '.join(FORMATS)}; give a text file with one prompt per line")
-    if not file.is_file():
-        raise InputError(f"{name} does not exist; give a text file with one prompt per line")
-    try:
-        rows = [row for row in _rows(_read(file, name), name) if row.prompt.strip()]
-    except InputError:
-        raise
-    except (ValueError, KeyError, TypeError, csv.Error, RecursionError, pa.ArrowException) as error:
-        raise InputError(f"{name} cannot be read ({first_line(error)}); correct it") from error
-    if not rows:
-        raise InputError(f"{name} holds no prompt; write one per line")
-    return check_lengths(rows, name, max_prompt_chars)
+    file = Path(path)
+    with errors_at(f"{setting}: "):
+        if file.suffix.lower() not in FORMATS:
+            raise InputError(f"{path} is none of {', '.join(FORMATS)}; give a text file with one prompt per line")
+        if not file.is_file():
+            raise InputError(f"{path} does not exist; give a text file with one prompt per line")
+        try:
+            rows = [_parse(number, value, path) for number, value in enumerate(_read(file), start=1)]
+        except InputError:
+            raise
+        except (OSError, ValueError, TypeError, pa.ArrowException) as error:
+            raise InputError(f"{path} cannot be read ({first_line(error)}); correct it") from error
+        rows = [row for row in rows if row.prompt.strip()]
+        if not rows:
+            raise InputError(f"{path} holds no prompt; write one per line")
+        return check_lengths(rows, path, max_prompt_chars)
 
 
 def check_lengths(rows: list[PromptRow], name: str, max_prompt_chars: int) -> list[PromptRow]:
@@ -112,40 +113,27 @@ def read_prompt_set(path: str, max_prompt_chars: int = MAX_PROMPT_CHARS) -> list
     ]
 
 
-def _read(file: Path, name: str) -> Iterable[str | Row]:
+def _read(file: Path) -> Iterator[Any]:
+    """Yield the values of a file's rows that are not blank."""
     suffix = file.suffix.lower()
     if suffix == ".parquet":
-        return _parquet(file)
-    text = decode_text(file.read_bytes(), name)
-    if suffix == ".txt":
-        return [line.strip() for line in LINE_END.split(text)]
-    if suffix in (".csv", ".tsv"):
-        return read_table(text, suffix)
-    if suffix == ".json":
-        return _json_list(json.loads(text), name)
-    return _json_lines(text)
+        yield from _parquet(file)
+    elif suffix == ".txt":
+        yield from (line.strip() for line in LINE_END.split(read_text(file)))
+    else:
+        for number, value, problem in read_rows(file, "give a list of prompts, or one as 'prompts'", _as_list):
+            if problem:
+                raise InputError(f"{file}: line {number}: {problem}; correct it")
+            yield value
 
 
-def _json_lines(text: str) -> Iterator[Any]:
-    for number, line in enumerate(text.split("\n"), start=1):
-        try:
-            if line.strip():
-                yield json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"line {number}, character {error.pos + 1}: {error.msg}") from error
-
-
-def _json_list(content: Any, name: str) -> list[Any]:
-    """Return the rows of a JSON file; an object counts by ``prompts``, or by its values if each one has a prompt."""
+def _as_list(content: Any) -> Any:
+    """Return an object's list ``prompts``, or its values if each one has a prompt; anything else as it is."""
     if isinstance(content, dict):
         if isinstance(prompts := content.get("prompts"), list):
             return prompts
         if content and all(isinstance(row, dict) and not row.keys().isdisjoint(COLUMNS) for row in content.values()):
             return [*content.values()]
-        keys = ", ".join(map(short, [*content][:3]))
-        raise InputError(f"{name} is an object with the keys {keys}, …; give a list of prompts, or one as 'prompts'")
-    if not isinstance(content, list):
-        raise ValueError(f"it holds {short(content)}, not a list")
     return content
 
 
@@ -159,27 +147,25 @@ def _parquet(file: Path) -> Iterator[Row]:
     yield from ({**row, **edited} for row in rows)
 
 
-def _rows(rows: Iterable[str | Row], name: str) -> Iterator[PromptRow]:
-    for number, row in enumerate(rows, start=1):
-        named: Row = {COLUMNS[0]: row} if isinstance(row, str) else row
-        if not isinstance(named, Mapping):
-            raise ValueError(f"row {number} holds {short(row)}, neither a text nor an object with a text 'prompt'")
-        if None in named:
-            raise ValueError(f"row {number} has more fields than the header; put texts with commas in quotation marks")
-        if (source := find_edit_source(named)) is not None:
-            raise InputError(
-                f"{name}: row {number} is an edit of a picture, in {short(source)}, and edits are not made; leave the "
-                "column out to draw from the texts alone"
-            )
-        column = next((name for name in COLUMNS if name in named), None)
-        if column is None:
-            there = ", ".join(map(short, [*named][:12]))
-            raise InputError(
-                f"{name}: row {number} has no column 'prompt' or 'caption' (it has: {there}); rename that of the texts"
-            )
-        text = named[column]
-        if not isinstance(text, str):
-            raise ValueError(f"row {number} holds {short(text)} as {column}, not text")
-        text.encode()  # raises UnicodeEncodeError (a ValueError) for a lone surrogate, which tokenizers refuse
-        group = next((str(named[name]) for name in GROUPS if named.get(name)), "")
-        yield PromptRow(text, group, {} if isinstance(row, str) else named)
+def _parse(number: int, row: Any, path: str) -> PromptRow:
+    """Return the prompt of a row, a text or an object; ``number`` counts the rows that are not blank."""
+    named: Row = {COLUMNS[0]: row} if isinstance(row, str) else row
+    if not isinstance(named, Mapping):
+        raise ValueError(f"row {number} holds {short(row)}, neither a text nor an object with a text 'prompt'")
+    if (source := find_edit_source(named)) is not None:
+        raise InputError(
+            f"{path}: row {number} is an edit of a picture, in {short(source)}, and edits are not made; leave the "
+            "column out to draw from the texts alone"
+        )
+    column = next((name for name in COLUMNS if name in named), None)
+    if column is None:
+        there = ", ".join(map(short, [*named][:12]))
+        raise InputError(
+            f"{path}: row {number} has no column 'prompt' or 'caption' (it has: {there}); rename that of the texts"
+        )
+    text = named[column]
+    if not isinstance(text, str):
+        raise ValueError(f"row {number} holds {short(text)} as {column}, not text")
+    text.encode()  # raises UnicodeEncodeError (a ValueError) for a lone surrogate, which tokenizers refuse
+    group = next((str(named[name]) for name in GROUPS if named.get(name)), "")
+    return PromptRow(text, group, {} if isinstance(row, str) else named)

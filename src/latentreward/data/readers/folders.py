@@ -4,6 +4,7 @@ import logging
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +76,7 @@ class FolderPairReader(RowReader):
                 )
         files, self._unread = {}, list[str]()
         for side in SIDES:
-            files[side], told = find_images(self._folder / side)
+            files[side], told = find_pictures(self._folder / side)
             self._unread += [f"{side}/: {remark}" for remark in told]
         captions = self._read_captions_file() if (self._folder / CAPTIONS_FILE).is_file() else None
         names = sorted({name for side in files.values() for name in side})
@@ -165,20 +166,20 @@ def read_lines(file: Path) -> Iterator[tuple[int, bytes]]:
     """Yield (line number from 1, bytes) of every line that is not blank, for :func:`parse_line`.
 
     Raises:
-        InputError: If the file cannot be opened, or is in UTF-16, which JSON lines must not be.
+        InputError: If the file cannot be opened.
     """
     try:
         with file.open("rb") as stream:
-            for number, line in enumerate(stream, start=1):
-                if number == 1 and line.startswith(UTF_16):
-                    raise UnreadableTextError(str(file), "in UTF-16")
+            marked = stream.read(2) in UTF_16
+            stream.seek(0)
+            for number, line in enumerate(BytesIO(read_text(file).encode()) if marked else stream, start=1):
                 if line.strip():
                     yield number, line
     except OSError as error:
         raise InputError(f"{file}: {error.strerror}; give a file of one JSON object per line") from error
 
 
-def find_images(folder: Path) -> tuple[dict[str, list[str]], list[str]]:
+def find_pictures(folder: Path) -> tuple[dict[str, list[str]], list[str]]:
     """Find the images in a folder and its subfolders.
 
     Returns:

@@ -4,7 +4,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from decimal import Decimal
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
@@ -88,37 +88,50 @@ def load_rows(file: Path) -> list[Any]:
     return parse_rows(file.read_bytes(), str(file))
 
 
-def parse_rows(data: bytes, name: str, remedy: str = ARRAY_REMEDY) -> list[Any]:
-    """Parse JSON bytes that hold a list; ``name`` names the file in messages.
+def parse_rows(
+    data: bytes | str, name: str, remedy: str = ARRAY_REMEDY, as_list: Callable[[Any], Any] | None = None
+) -> list[Any]:
+    """Parse JSON that holds a list, or of which ``as_list`` makes one; ``name`` names the file in messages.
 
     Raises:
-        InputError: If the bytes do not hold a JSON list.
+        InputError: If there is no such list.
     """
     try:
         rows = json.loads(data)
     except (ValueError, RecursionError) as error:
         raise InputError(f"{name}: not JSON ({error}); {remedy}") from error
+    rows = rows if as_list is None else as_list(rows)
     if not isinstance(rows, list):
         raise InputError(f"{name}: holds {short(rows)}; {remedy}")
     return rows
 
 
-def parse_line(line: bytes) -> dict[str, Any] | str:
-    """Parse a line; return its JSON object, or a few words on why it holds none."""
+def parse_value(line: bytes) -> tuple[Any, str]:
+    """Parse a line of JSON; return its value, and a few words on why it holds none, empty if it does."""
     try:
         text = decode_text(line, "the line").strip()
-        value = json.loads(text)
+        return json.loads(text), ""
     except UnreadableTextError as error:
-        return error.problem
+        return None, error.problem
     except json.JSONDecodeError as error:
-        if error.pos >= len(text) or error.msg.startswith("Unterminated string"):
-            return "cut off"
-        return f"no JSON at character {error.pos + 1}"
+        cut_off = error.pos >= len(text) or error.msg.startswith("Unterminated string")
+        return None, "cut off" if cut_off else f"no JSON at character {error.pos + 1}"
     except RecursionError:
-        return "nested too deeply"
+        return None, "nested too deeply"
     except ValueError:  # Python converts 4300 digits at most
-        return "a number is too long"
-    return value if isinstance(value, dict) else f"{short(value)} is no JSON object"
+        return None, "a number is too long"
+
+
+def parse_line(line: bytes) -> dict[str, Any] | str:
+    """Parse a line; return its JSON object, or a few words on why it holds none."""
+    return as_object(*parse_value(line))
+
+
+def as_object(value: Any, problem: str) -> dict[str, Any] | str:
+    """Return a value that is an object; of any other one, or one with a problem, a few words on why it is none."""
+    if problem or isinstance(value, dict):
+        return problem or value
+    return f"{short(value)} is no JSON object"
 
 
 def parse_json(text: str, otherwise: Any) -> Any:
