@@ -56,7 +56,7 @@ def test_every_format_gives_the_distinct_prompts_in_order(suffix: str, tmp_path:
         ("scalar.json", b"3", "scalar.json: holds 3; give a list of prompts"),
         ("text.json", b'"a cat"', "holds 'a cat'; give a list"),
         ("keys.json", b'{"0": "a cat", "1": "a dog"}', "holds {'0': 'a cat', '1': 'a dog'}; give a list"),
-        ("mixed.json", b'{"0": {"prompt": "a cat"}, "name": "mine"}', "holds {'0': {'prompt': 'a cat'}, 'name': 'mine'}; give"),
+        ("mixed.json", b'{"0": {"prompt": "a cat"}, "name": "mine"}', "'name': 'mine'}; give a list"),
         (
             "edit.jsonl",
             b'{"prompt": "make it red", "source_image": "a.png"}',

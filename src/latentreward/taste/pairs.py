@@ -11,7 +11,7 @@ import numpy as np
 
 from latentreward.data.images import ImageError, decode_image
 from latentreward.data.readers.base import normalise_prompt
-from latentreward.data.readers.folders import SIDES, find_images
+from latentreward.data.readers.folders import SIDES, find_pictures
 from latentreward.errors import InputError
 from latentreward.storage.digests import digest
 from latentreward.taste.pictures import Picture, check_folder, listed, number_of, read_pictures, same_contents
@@ -134,7 +134,7 @@ def collect(folder: Path, pairing: Pairing = "auto") -> Collection:
 
 
 def _unsorted(folder: Path) -> str:
-    images, unread = find_images(folder)
+    images, unread = find_pictures(folder)
     pictures = sum(map(len, images.values()))
     if not pictures:
         problem = "; ".join([f"folder: {folder} has no pictures", *unread])

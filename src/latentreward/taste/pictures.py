@@ -7,7 +7,7 @@ from pathlib import Path
 
 from latentreward.data.images import ImageError, decode_image
 from latentreward.data.readers.base import MAX_PROMPT_CHARS
-from latentreward.data.readers.folders import find_images, read_caption
+from latentreward.data.readers.folders import find_pictures, read_caption
 from latentreward.data.readers.groups import file_image
 from latentreward.data.readers.json_rows import parse_text
 from latentreward.errors import InputError
@@ -51,7 +51,7 @@ def read_pictures(folder: Path, below: str = "") -> tuple[dict[str, Picture], li
         was left out.
     """
     found: dict[str, Picture] = {}
-    images, unread = find_images(folder / below)
+    images, unread = find_pictures(folder / below)
     unreadable, twice, uncaptioned = [], [], dict[str, list[str]]()
     for name, files in images.items():
         for number, file in enumerate(files):
