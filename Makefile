@@ -9,7 +9,7 @@ PARALLEL = --numprocesses=auto --maxprocesses=4
 
 .PHONY: demo test lint types docs tinyworld reproduce bench bench-gpu fullsize
 
-demo: .venv/.test ; $(VENV_PYTHON) -m latentreward.tinyworld.demo
+demo: .venv/.test ; $(VENV_PYTHON) -m tools.demo
 test: .venv/.test ; $(VENV_PYTHON) -m pytest -m "not slow and not gpu and not browser" $(PARALLEL)
 lint: .venv/.dev ; $(VENV_PYTHON) -m ruff check . && $(VENV_PYTHON) -m ruff format --check .
 types: .venv/.dev ; $(VENV_PYTHON) -m mypy

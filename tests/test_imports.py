@@ -96,7 +96,7 @@ MAY_IMPORT = {
     | {"policies", "rewards", "modules"},
     "steps": BASE | {"settings", "reports"},
     "reproduction": BASE,
-    "pilot": BASE | {"estimate", "evaluation", "metrics", "reports", "settings", "steps"},
+    "pilot": BASE | {"reports", "settings", "steps"},
     "taste": BASE | {"backbones", "families", "data", "evaluation", "metrics", "reports", "steps"},
     "serving": BASE | {"data", "noise", "programs", "scoring"},
     "tinyworld": BASE | {"data", "scorers", "metrics", "settings", "reports"},
@@ -203,7 +203,7 @@ def test_every_package_folder_is_listed_in_setup_cfg() -> None:
     assert set(config["options"]["packages"].split()) == packages
 
 
-PROMISED_BY = {"aiohttp": "fsspec", "markupsafe": "jinja2", "starlette": "fastapi"}
+PROMISED_BY = {"aiohttp": "fsspec", "lightning_utilities": "lightning", "markupsafe": "jinja2", "starlette": "fastapi"}
 """Modules that come with a requirement which promises them."""
 OTHER_NAMES = {"PIL": "pillow", "yaml": "pyyaml"}
 DRIVERS = SOURCE / "scorers" / "tools" / "drivers"

@@ -11,7 +11,7 @@ from latentreward.settings.functions import run_plain_function
 from latentreward.storage.locks import locked
 from tools.reproduction.page import status_table, write_page
 from tools.reproduction.rows import all_rows, choose_rows
-from tools.reproduction.running import Job, missing, run_jobs
+from tools.reproduction.running import measure_rows, missing
 
 
 def run(command: str, arguments: Sequence[str]) -> None:
@@ -59,7 +59,7 @@ def reproduce(
     check_at_least_one(jobs=jobs)
     rows = choose_rows(names or [])
     output = work / "quick" / "reproduction" if quick else output
-    wanted = [Job(row, 0, quick=True) for row in rows] if quick else missing(rows, output, stale)
+    wanted = [(row, 0) for row in rows] if quick else missing(rows, output, stale)
     if not quick:
         print(status_table(rows, output))
     if wanted and not status:
@@ -68,7 +68,7 @@ def reproduce(
             locked(folder, "work"),
             interrupts_told(lambda: f"what is done is kept in {work} and {output}: the same command goes on"),
         ):
-            run_jobs(wanted, output, folder, jobs)
+            measure_rows(wanted, output, folder, jobs, quick)
     if page is not None:
         write_page(page, list(all_rows().values()), output)
         print(f"{page} is written")

@@ -10,8 +10,8 @@ import yaml
 from latentreward.cli import main
 from latentreward.commands.fit import estimate_fit
 from latentreward.errors import InputError
+from latentreward.estimate.needs import ALLOWANCE, CONTEXT, training_needs
 from latentreward.evaluation.benchmark.four_benchmarks import FOUR_BENCHMARKS
-from latentreward.pilot.needs import ALLOWANCE, CONTEXT, training_needs
 from latentreward.pilot.plans import BESIDE, STAGES, Pilot, all_pilots, find_pilot, read_pilot
 from latentreward.steps.tasks import load_yaml
 from latentreward.storage.json_files import read_config
@@ -37,7 +37,7 @@ def _nothing_is_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def files_of(pilot: Pilot) -> list[Path]:
-    commands = " ".join(step.run for step in pilot.stages.values())
+    commands = " ".join(argument for step in pilot.stages.values() for argument in step.run)
     return [ROOT / name for name in re.findall(r"--config=(configs/\S+)", commands)]
 
 
@@ -166,7 +166,7 @@ def test_a_wrong_command_is_refused(arguments: list[str], message: str, capsys: 
         ({"stages": {"../../up": {"run": "fit"}}}, r"stages: '../../up' is not a name"),
         ({"stages": {"evil": {"run": "-s 'import os'", "module": "timeit"}}}, r"stages.evil.module is 'timeit'"),
         ({"stages": {"evil": {"run": "fit 'open"}}}, r"stages.evil: No closing quotation"),
-        ({"stages": {"evil": {"run": 1}}}, r"stages.evil: expected texts"),
+        ({"stages": {"evil": {"run": 1}}}, r"stages.evil: expected a text, got 1"),
         ({"stages": {"a": {"run": "fit {b}"}, "b": {"run": "fit {a}"}}}, r"stages: . needs . needs ."),
         ({"stages": None}, r"stages: expected a mapping, got None"),
         ({"sources": [1]}, r"sources: expected a mapping, got \[1\]"),

@@ -5,12 +5,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from latentreward.steps import process
-from latentreward.steps.workshop import Workshop
+from latentreward.steps.running import TaskRunner
 from tests.processes import Forked
 
 
-class ForkedSteps(Workshop):
-    """A workshop whose processes are forked from one that has imported torch and Lightning."""
+class ForkedSteps(TaskRunner):
+    """A runner whose processes are forked from one that has imported torch and Lightning."""
 
     def _call(self, command: Sequence[str], log: int) -> int:
         printed = Path(f"/proc/self/fd/{log}").readlink()

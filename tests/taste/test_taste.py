@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from latentreward.cli import main
-from latentreward.steps.workshop import RECORD
+from latentreward.steps.running import RECORD
 from latentreward.taste.page import HTML, JSON
 from latentreward.taste.pairs import RATINGS
 from latentreward.tinyworld.pairs import draw_pairs
@@ -42,9 +42,7 @@ def tiny_folder(folder: Path, pairs: int) -> Path:
 @pytest.fixture
 def taste(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
     """The command, whose steps are forked from a process that has imported everything; what it prints."""
-    monkeypatch.setattr(
-        "latentreward.pilot.running.workshop", lambda folder: ForkedSteps(folder, resumes=True, environment={})
-    )
+    monkeypatch.setattr("latentreward.steps.running.TaskRunner", ForkedSteps)
 
     def run(*arguments: str) -> str:
         main(["taste", *arguments])

@@ -5,6 +5,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from latentreward.errors import InputError
 from latentreward.evaluation.benchmark.four_benchmarks import FOUR_BENCHMARKS, PUBLISHED_AVERAGES
 from latentreward.evaluation.benchmark.published_numbers import PUBLISHED
@@ -14,8 +16,10 @@ from latentreward.pilot.results import PilotResult, read_result
 from latentreward.reports.markdown import markdown_table, plain
 from latentreward.reports.tables import NOTHING, Table, percent, with_interval
 from latentreward.storage.durable import write_file
-from tools.models.weights_table import NOT_MEASURED, weights_table
 
+NOT_MEASURED = "not measured"
+AGAIN = " (last of {starts} starts)"
+HEADER = ("model", "weights", "trained on", "licence", "command", "measured")
 INTRODUCTION = """\
 `python -m tools.models.page` writes this page from the files in `pilots/`; do not edit it by hand. Each
 file is the result of one run of a [pilot](pilot.md), on the machine of the person who sent it.
@@ -37,7 +41,7 @@ def page(pilots: Iterable[Pilot], results: Sequence[PilotResult]) -> str:
     Each of the ``pilots`` gets its rows whether or not it was run.
     """
     pilots = tuple(pilots)
-    weights = weights_table([(pilot.name, pilot.reward) for pilot in pilots], results)
+    weights = Table(HEADER, (*_published(results), *(row for pilot in pilots for row in _trained(pilot, results))))
     parts = ["# Models", INTRODUCTION.rstrip(), "## Weights to load", markdown_table(weights)]
     parts += ["## Measured at full size", NUMBERS.rstrip()]
     for pilot in pilots:
@@ -50,6 +54,33 @@ def page(pilots: Iterable[Pilot], results: Sequence[PilotResult]) -> str:
         header = ("run", "machine", "hours by stage", "peak GPU memory, GB", "versions", "commit", "settings")
         parts.append(markdown_table(Table(header, tuple(_runs(found) or [(NOT_MEASURED, *[NOTHING] * 6)]))))
     return "\n\n".join(parts) + "\n"
+
+
+def _published(results: Sequence[PilotResult]) -> list[tuple[str, ...]]:
+    """Return the rows of the weights in ``weights.yaml``."""
+    run = {result.pilot: f"yes, by the runs of pilot {result.pilot} below" for result in results}
+    rows = yaml.safe_load(Path(__file__).with_name("weights.yaml").read_text(encoding="utf-8"))
+    columns = ("model", "weights", "data", "licence", "command")
+    return [
+        (*(row[name] for name in columns), row.get("measured", run.get(row.get("pilot"), NOT_MEASURED))) for row in rows
+    ]
+
+
+def _trained(pilot: Pilot, results: Sequence[PilotResult]) -> list[tuple[str, ...]]:
+    """Return a row for each run of a pilot whose result names published weights."""
+    found = [result for result in results if result.pilot == pilot.name]
+    return [
+        (
+            f"{pilot.reward}, run {number} below",
+            result.weights,
+            f"{result.cut['pairs']} pairs, as configs/pilot/{pilot.name}.yaml says",
+            "see its model card",
+            f"latentreward score pictures scores.csv --model {result.weights}",
+            f"yes, as run {number} below",
+        )
+        for number, result in enumerate(found, start=1)
+        if result.weights
+    ]
 
 
 def _rewards(pilot: Pilot, found: Sequence[PilotResult]) -> list[tuple[str, ...]]:
@@ -102,7 +133,10 @@ def _runs(found: Sequence[PilotResult]) -> list[tuple[str, ...]]:
         (
             str(number),
             result.machine.get("gpu") or result.machine["processor"],
-            ", ".join(f"{name} {one['seconds'] / 3600:.1f}{_again(one)}" for name, one in result.stages.items()),
+            ", ".join(
+                f"{name} {one['seconds'] / 3600:.1f}{AGAIN.format(**one) if one['starts'] > 1 else ''}"
+                for name, one in result.stages.items()
+            ),
             f"{max(one['gpu_gb'] for one in result.stages.values()):.1f}",
             ", ".join(f"{name} {result.versions[name]}" for name in ("latentreward", "torch", "diffusers")),
             result.commit or NOTHING,
@@ -110,10 +144,6 @@ def _runs(found: Sequence[PilotResult]) -> list[tuple[str, ...]]:
         )
         for number, result in enumerate(found, start=1)
     ]
-
-
-def _again(stage: Mapping[str, Any]) -> str:
-    return f" (last of {stage['starts']} starts)" if stage["starts"] > 1 else ""
 
 
 def read_results(folder: Path) -> list[PilotResult]:

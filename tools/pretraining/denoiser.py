@@ -23,23 +23,13 @@ TRAINING_SHIFT = 2.0
 """Timestep shift of the noise levels in the training of the rectified-flow network."""
 
 
-class CaptionedLatents:
-    """Latents with the token IDs of their captions, for random batches.
-
-    Args:
-        latents: Scaled latents ``(N, 4, 8, 8)``.
-        tokens: Token IDs ``(N, 16)``.
-        empty: Token IDs of the empty caption ``(16,)``.
-    """
-
-    def __init__(self, latents: Tensor, tokens: Tensor, empty: Tensor) -> None:
-        self.latents, self.tokens, self.empty = latents, tokens, empty
-
-    def draw(self, batch_size: int, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
-        """Draw a batch of latents ``(B, 4, 8, 8)`` and token IDs ``(B, 16)``, some of them of the empty caption."""
-        rows = rng.integers(len(self.latents), size=batch_size)
-        dropped = torch.from_numpy(rng.random(batch_size) < CAPTION_DROPOUT)
-        return self.latents[rows], torch.where(dropped[:, None], self.empty, self.tokens[rows])
+def draw_batch(
+    stored: dict[str, Tensor], empty: Tensor, batch_size: int, rng: np.random.Generator
+) -> tuple[Tensor, Tensor]:
+    """Draw a batch of ``latents`` ``(B, 4, 8, 8)`` and ``tokens`` ``(B, 16)``, some of them of the empty caption."""
+    rows = rng.integers(len(stored["latents"]), size=batch_size)
+    dropped = torch.from_numpy(rng.random(batch_size) < CAPTION_DROPOUT)
+    return stored["latents"][rows], torch.where(dropped[:, None], empty, stored["tokens"][rows])
 
 
 def sd_loss(pipeline: StableDiffusionPipeline, latents: Tensor, tokens: Tensor) -> Tensor:
@@ -87,7 +77,8 @@ def stratified_uniform(number: int) -> Tensor:
 
 def train_denoiser(
     pipeline: StableDiffusionPipeline | StableDiffusion3Pipeline,
-    data: CaptionedLatents,
+    stored: dict[str, Tensor],
+    empty: Tensor,
     *,
     seed: int,
     steps: int,
@@ -98,13 +89,16 @@ def train_denoiser(
     """Train a pipeline's denoiser and text encoders in place, and set their averaged weights at the end.
 
     Training uses AdamW, 200 steps of warm-up to ``lr``, linear decay to zero, gradients clipped at norm 1, and an
-    exponential moving average of the weights with decay 0.999. ``name`` labels the progress lines.
+    exponential moving average of the weights with decay 0.999. ``stored`` and ``empty`` are those of
+    :func:`draw_batch`; ``name`` labels the progress lines.
     """
     torch.manual_seed(seed)
     rng = np.random.default_rng([seed, 2])
-    trained = trained_modules(pipeline).train()
+    names = ("unet", "transformer", "text_encoder", "text_encoder_2")
+    trained = nn.ModuleList(getattr(pipeline, name) for name in names if getattr(pipeline, name, None) is not None)
+    trained.train()
     loss_function = sd_loss if hasattr(pipeline, "unet") else sd35_loss
-    losses = (loss_function(pipeline, *data.draw(batch_size, rng)) for _ in range(steps))
+    losses = (loss_function(pipeline, *draw_batch(stored, empty, batch_size, rng)) for _ in range(steps))
     adamw = {"weight_decay": 0.01, "fused": True}
     train_averaged(trained, losses, steps=steps, lr=lr, name=name, warmup=200, decay=0.999, **adamw)
     trained.eval()
@@ -142,9 +136,3 @@ def train_averaged(
         torch._foreach_lerp_(list(averaged.parameters()), current, 1 - min(decay, (step + 1) / (step + 10)))
         progress.add(loss=loss.item())
     model.load_state_dict(averaged.state_dict())
-
-
-def trained_modules(pipeline: StableDiffusionPipeline | StableDiffusion3Pipeline) -> nn.ModuleList:
-    """Return the modules of a pipeline that are trained: denoiser and text encoders, without the autoencoder."""
-    names = ("unet", "transformer", "text_encoder", "text_encoder_2")
-    return nn.ModuleList(getattr(pipeline, name) for name in names if getattr(pipeline, name, None) is not None)

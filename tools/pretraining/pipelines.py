@@ -14,49 +14,21 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from diffusers import AutoencoderKL
 
 from latentreward.tinyworld.captions import held_out_captions
 from latentreward.tinyworld.networks import build_sd, build_sd35, save_pipeline
 from latentreward.tinyworld.oracle import mean_verdict
 from latentreward.tinyworld.sampling import PIPELINE_FOLDERS, load_pipeline, sample_pictures
 from latentreward.tinyworld.tokenizer import tokenize
-from tools.pretraining.denoiser import CaptionedLatents, train_denoiser
-from tools.pretraining.recipes import TrainingRecipe
+from tools.pretraining.denoiser import train_denoiser
+from tools.pretraining.recipes import TrainingRecipe, readme
 from tools.pretraining.vae import draw_training_pictures, encode_pictures, train_vae
 
-if TYPE_CHECKING:
-    from diffusers import AutoencoderKL
-
 PIPELINES = {"sd_tiny": build_sd, "sd35_tiny": build_sd35}
-README = """# {name}
-
-{what}, pretrained on drawn 32x32 pictures of coloured shapes by `python -m tools.pretraining.pipelines`
-(`recipe.json` has the numbers). For tests, tutorials and experiments on a CPU; it knows no other pictures or words.
-
-```python
-{how}
-picture = pipeline("a red circle left of a blue square on a white background", {call}).images[0]
-```
-
-`latentreward.tinyworld.oracle` judges what comes out, on {prompts} captions held out from training:
-align {alignment:.3f}, all right {all_right:.3f}, quality {quality:.3f}.
-"""
-DESCRIPTIONS = {
-    "sd_tiny": {
-        "what": "A Stable Diffusion pipeline shaped like version 1.5, with 3 million parameters",
-        "how": "pipeline = StableDiffusionPipeline.from_pretrained(folder)",
-        "call": "num_inference_steps=20, guidance_scale=3.0",
-    },
-    "sd35_tiny": {
-        "what": "A Stable Diffusion 3 pipeline shaped like 3.5 Medium, without T5, with 3 million parameters",
-        "how": "pipeline = StableDiffusion3Pipeline.from_pretrained(folder, text_encoder_3=None, tokenizer_3=None)",
-        "call": "num_inference_steps=20, guidance_scale=3.0, max_sequence_length=0",
-    },
-}
 
 
 @dataclass(frozen=True)
@@ -107,7 +79,8 @@ def main(args: Sequence[str] | None = None) -> None:
     recipe = Recipe(seed=options.seed).scaled(options.scale)
     if options.same_vae:
         torch.set_num_threads(1)
-        prepare_latents(recipe, options.output / "pretraining", shipped_vae())
+        vae = AutoencoderKL.from_pretrained(PIPELINE_FOLDERS["sd_tiny"] / "vae")
+        prepare_latents(recipe, options.output / "pretraining", vae)
         pretrain_denoiser(options.same_vae, recipe, options.output)
         shutil.rmtree(options.output / "pretraining")
         return
@@ -124,13 +97,6 @@ def main(args: Sequence[str] | None = None) -> None:
     if any(codes):
         raise SystemExit("a denoiser's pretraining failed; its error is above")
     shutil.rmtree(options.output / "pretraining")
-
-
-def shipped_vae() -> AutoencoderKL:
-    """Load the autoencoder of the shipped pipelines, to pretrain a generator with the same latent space."""
-    from diffusers import AutoencoderKL
-
-    return AutoencoderKL.from_pretrained(PIPELINE_FOLDERS["sd_tiny"] / "vae")
 
 
 def prepare_latents(recipe: Recipe, folder: Path, vae: AutoencoderKL | None = None) -> None:
@@ -153,8 +119,6 @@ def pretrain_denoiser(name: str, recipe: Recipe, output: Path) -> None:
 
     :func:`prepare_latents` must have written the subfolder ``pretraining`` of ``output``.
     """
-    from diffusers import AutoencoderKL
-
     vae = AutoencoderKL.from_pretrained(output / "pretraining" / "vae")
     torch.manual_seed(recipe.seed)
     pipeline = PIPELINES[name](vae)
@@ -164,9 +128,8 @@ def pretrain_denoiser(name: str, recipe: Recipe, output: Path) -> None:
         ("finishing", recipe.finishing_steps, recipe.finishing_lr),
     ):
         stored = torch.load(output / "pretraining" / f"{phase}.pt", weights_only=True)
-        data = CaptionedLatents(stored["latents"], stored["tokens"], empty)
         settings = {"seed": recipe.seed, "steps": steps, "batch_size": recipe.batch_size, "lr": lr}
-        train_denoiser(pipeline, data, name=f"{name} {phase}", **settings)
+        train_denoiser(pipeline, stored, empty, name=f"{name} {phase}", **settings)
     save_pipeline(pipeline, output / name)
     describe_pipeline(output / name, recipe)
 
@@ -180,8 +143,8 @@ def describe_pipeline(folder: Path, recipe: Recipe) -> None:
     sampling = {"prompts": recipe.prompts, "num_inference_steps": 20, "guidance_scale": 3.0, "seed": 0}
     content = {"recipe": asdict(recipe), "figures": figures, "sampling": sampling}
     (folder / "recipe.json").write_text(json.dumps(content, indent=1))
-    text = README.format(name=folder.name, prompts=recipe.prompts, **DESCRIPTIONS[folder.name], **figures)
-    (folder / "README.md").write_text(text)
+    shown = {name: f"{value:.3f}" for name, value in figures.items()}
+    (folder / "README.md").write_text(readme(folder.name, prompts=recipe.prompts, **shown))
 
 
 if __name__ == "__main__":

@@ -30,37 +30,13 @@ from latentreward.tinyworld.pairs import Pair, draw_pairs, generate_pairs
 from latentreward.tinyworld.sampling import PIPELINE_FOLDERS, load_pipeline
 from latentreward.tinyworld.tokenizer import build_tokenizer, tokenize
 from tools.pretraining.denoiser import train_averaged
-from tools.pretraining.recipes import TrainingRecipe
+from tools.pretraining.recipes import TrainingRecipe, readme
 from tools.pretraining.vae import draw_training_pictures, normalize_pictures
 
 CLEAR_GAP = 0.3
 """Utility gap above which pairs count in the accuracy against the oracle."""
 EVALUATION_TIMESTEPS = (1, 251, 501, 801)
 EVALUATION_SEED = 1000
-README = """# {name}
-
-{what}, trained on drawn 32x32 pictures of coloured shapes by
-`python -m tools.pretraining.pixel_scorers`, on pairs that no other reward learns from (`recipe.json`
-has the numbers). For experiments on a CPU: it knows no other pictures or words.
-
-```yaml
-{how}
-```
-
-It orders pairs as the oracle does, where their utilities are more than {gap} apart:
-{figures}.
-"""
-DESCRIPTIONS = {
-    "spm_tiny": {
-        "what": "SPO's step-aware preference model in small",
-        "how": "reward: {class_path: PixelReward, init_args: {scorer: {class_path: StepAwareScorer, "
-        "init_args: {source: spm_tiny}}}}",
-    },
-    "held_out_tiny": {
-        "what": "A small CLIP scorer of finished pictures",
-        "how": "held_out: {class_path: PickScorer, init_args: {source: held_out_tiny}}",
-    },
-}
 
 
 @dataclass(frozen=True)
@@ -275,8 +251,7 @@ def save_scorer(scorer: StepAwareCLIP, folder: Path, recipe: Recipe, figures: di
     content = {"recipe": asdict(recipe), "figures": figures}
     (folder / "recipe.json").write_text(json.dumps(content, indent=1) + "\n")
     shown = ", ".join(f"{name} {value:.3f}" for name, value in figures.items() if name != "cpu_seconds")
-    text = README.format(name=folder.name, gap=CLEAR_GAP, figures=shown, **DESCRIPTIONS[folder.name])
-    (folder / "README.md").write_text(text)
+    (folder / "README.md").write_text(readme(folder.name, gap=CLEAR_GAP, figures=shown))
 
 
 def main(args: Sequence[str] | None = None) -> None:

@@ -2,7 +2,7 @@
 
 import base64
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,11 +46,11 @@ class Values:
         """
         shape = {"items": self.items, "number": len(self.values), "mean": round(float(self.values.mean()), DECIMALS)}
         if np.isin(self.values, (0, 1)).all():
-            return shape | {"bits": _text(np.packbits(self.values.astype(bool)))}
+            return shape | {"bits": base64.b64encode(np.packbits(self.values.astype(bool))).decode()}
         thousandths = np.round(self.values * SCALE)
         if not (np.abs(thousandths) < 2**15).all():  # NaN is not
             raise InputError(f"values from {self.values.min():g} to {self.values.max():g}: give finite ones below 32.7")
-        return shape | {"thousandths": _text(thousandths.astype("<i2"))}
+        return shape | {"thousandths": base64.b64encode(thousandths.astype("<i2")).decode()}
 
     @classmethod
     def unpacked(cls, entries: Mapping[str, Any]) -> "Values":
@@ -74,10 +74,6 @@ class Values:
         if not abs(values.mean() - mean) < rounded + 10.0**-DECIMALS:  # NaN is not
             raise ValueError(f"mean is {mean}, that of the values {values.mean():.{DECIMALS}f}")
         return cls(entries["items"], values)
-
-
-def _text(values: np.ndarray) -> str:
-    return base64.b64encode(values.tobytes()).decode()
 
 
 def measure(metric: Metric, scores: Path, pairs: Path | None) -> Values:
@@ -115,17 +111,14 @@ def _predicted(
     rows = parquet.read_table(path).to_pylist()
     column = "timestep" if metric.timestep else "sigma"
     known = list(dict.fromkeys(row[column] for row in rows))
-    wanted = known[:1] if first else [_nearest(known, level) for level in metric.timestep or metric.sigma]
+    levels = metric.timestep or metric.sigma
+    wanted = known[:1] if first else [min(known, key=lambda one: abs(one - level)) for level in levels]
     sums = {row["pair_id"]: 0.0 for row in rows}
     for row in rows:
         if row[column] in wanted:
             sign = 1 if row["chosen_key"] == truth[row["pair_id"]]["key_a"] else -1
             sums[row["pair_id"]] += sign * row["margin"]
     return sums
-
-
-def _nearest(known: Sequence[float], level: float) -> float:
-    return min(known, key=lambda value: abs(value - level))
 
 
 def _scored(metric: Metric, path: Path) -> dict[str, float]:

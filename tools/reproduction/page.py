@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from math import fsum  # the same digits in every Python; from 3.12 on `sum` rounds otherwise
 from pathlib import Path
-from typing import Any, get_args
+from typing import get_args
 
 import numpy as np
 from matplotlib import rc_context
@@ -14,7 +14,7 @@ from latentreward.reports.tables import NOTHING, Table, as_text, interval
 from latentreward.storage.durable import write_file
 from tools.reproduction.results import Result, read_results
 from tools.reproduction.rows import Claim, Paper, Row, Side
-from tools.reproduction.verdicts import Verdict, judge_claim
+from tools.reproduction.verdicts import judge_claim
 
 INTRODUCTION = """\
 `latentreward reproduce` writes this page from the files in `reproduction/`; do not edit it by hand. `make reproduce`
@@ -34,6 +34,7 @@ equal terms, which their papers do not; rows named `tuning_…` chose its learni
   differ in it; they stand for the papers' correlations with CLIP and aesthetic scores.
 - Utility, alignment and quality of sampled pictures are measured by the tiny world's judge, which is never a reward.
 """
+SIGNED = "{:+.3f}".format
 COLOURS = {"holds": "#009E73", "does not hold": "#D55E00", "undecided": "#767676"}
 
 
@@ -130,16 +131,12 @@ def _claim(claim: Claim, results: Sequence[Result], row: Row) -> tuple[str, ...]
     compared = " > ".join(sides) + (f" by more than {claim.more_than:g}" if claim.more_than else "")
     if verdict.word == "not measured":
         return claim.says, compared, NOTHING, NOTHING, verdict.word
-    difference = f"{_signed(verdict.difference.value)} {interval(verdict.difference, _signed)}"
-    return claim.says, compared, difference, interval(verdict.over_seeds._replace(groups=None), _signed), verdict.word
+    difference = f"{verdict.difference.value:+.3f} {interval(verdict.difference, SIGNED)}"
+    return claim.says, compared, difference, interval(verdict.over_seeds._replace(groups=None), SIGNED), verdict.word
 
 
 def _side(side: Side, other: Side | None = None) -> str:
     return side.arm if other is not None and other.metric == side.metric else f"{side.arm} ({side.metric})"
-
-
-def _signed(value: float) -> str:
-    return f"{value:+.3f}"
 
 
 def _cell(results: Sequence[Result], side: Side) -> str:
@@ -164,7 +161,12 @@ def claims_figure(rows: Sequence[Row], found: Mapping[str, Sequence[Result]]) ->
     figure = Figure(figsize=(7.5, 0.9 + 0.3 * len(drawn)), layout="constrained")
     axes = figure.add_subplot()
     for place, (claim, verdict) in enumerate(drawn):
-        _draw(axes, place, verdict, claim.more_than)
+        colour = COLOURS[verdict.word]
+        for one, width in ((verdict.over_seeds, 1), (verdict.difference, 3)):
+            axes.plot(
+                [one.low - claim.more_than, one.high - claim.more_than], [place] * 2, color=colour, linewidth=width
+            )
+        axes.plot(verdict.difference.value - claim.more_than, place, "o", color=colour, markersize=5)
     axes.axvline(0, color="black", linewidth=0.8)
     axes.set_yticks(range(len(drawn)), [claim.says for claim, _ in drawn], fontsize=8)
     axes.set_ylim(len(drawn) - 0.5, -0.5)
@@ -176,10 +178,3 @@ def claims_figure(rows: Sequence[Row], found: Mapping[str, Sequence[Result]]) ->
     for side in ("top", "right", "left"):
         axes.spines[side].set_visible(False)
     return figure
-
-
-def _draw(axes: Any, place: int, verdict: Verdict, more_than: float) -> None:
-    colour = COLOURS[verdict.word]
-    for one, width in ((verdict.over_seeds, 1), (verdict.difference, 3)):
-        axes.plot([one.low - more_than, one.high - more_than], [place] * 2, color=colour, linewidth=width)
-    axes.plot(verdict.difference.value - more_than, place, "o", color=colour, markersize=5)

@@ -3,7 +3,7 @@
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -85,10 +85,14 @@ def read_results(folder: Path, row: Row) -> dict[int, Result]:
 def _check(result: Result, row: Row, path: Path) -> None:
     """Check what the page and the verdicts read of a result, which may have been sent by somebody else."""
     try:
-        _check_names("arms", result.measured, row.arms)
-        for arm, metrics in result.measured.items():
-            _check_names(f"metrics of {arm}", metrics, row.metrics)
-            for metric in metrics:
+        for what, found, known in (
+            ("arms", result.measured, row.arms),
+            *((f"metrics of {arm}", metrics, row.metrics) for arm, metrics in result.measured.items()),
+        ):
+            if differing := found.keys() ^ {*known}:
+                raise ValueError(f"{what}: {', '.join(sorted(differing))} are missing or unknown")
+        for arm in row.arms:
+            for metric in row.metrics:
                 result.values(Side(arm, metric))
         for task, seconds in result.tasks.items():
             if type(seconds) is not float or not 0 <= seconds < math.inf:
@@ -98,8 +102,3 @@ def _check(result: Result, row: Row, path: Path) -> None:
             raise ValueError(f"commit is {result.commit!r}")
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise InputError(f"{path} is damaged ({first_line(error)}); remove it to measure again") from error
-
-
-def _check_names(what: str, found: Mapping[str, Any], known: Iterable[str]) -> None:
-    if differing := found.keys() ^ {*known}:
-        raise ValueError(f"{what}: {', '.join(sorted(differing))} are missing or unknown")

@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args
 
 from latentreward.errors import InputError, did_you_mean
 from latentreward.settings.rewriting import shipped_configs
-from latentreward.steps.tasks import Step, Task, check_steps, load_yaml, record, resolve
+from latentreward.steps.tasks import Step, Task, check_steps, load_yaml, read_steps, record, resolve, split_arguments
 from latentreward.storage.digests import digest
 
 FOLDER, SHARED = "reproduce/", "reproduce/shared/steps.yaml"
@@ -90,7 +90,7 @@ class Row:
     paper: Paper
     source: str
     metrics: Mapping[str, Metric]
-    arms: Mapping[str, Mapping[str, str]]
+    arms: Mapping[str, Mapping[str, Sequence[str]]]
     cpu_seconds: float
     claims: Sequence[Claim] = ()
     instead: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
@@ -129,6 +129,11 @@ class Row:
                 found[arm, metric.of] = (self.task(arm, step, seed, quick), scored)
         return found
 
+    def tasks(self, seed: int, quick: bool = False) -> dict[str, Task]:
+        """Return all tasks of a seed by key, dependencies first."""
+        lasts = (last for pair in self.tables(seed, quick).values() for last in pair if last)
+        return {task.key: task for last in lasts for task in last.needed()}
+
     def config_digest(self, seed: int) -> str:
         """Digest everything but source files that the numbers of a seed depend on; wording and claims do not count."""
         tables = {place: [task and task.key for task in tasks] for place, tasks in self.tables(seed).items()}
@@ -138,7 +143,7 @@ class Row:
 @cache
 def shared_steps() -> dict[str, Step]:
     """Read the steps that all rows may use."""
-    return {name: record(Step, f"{SHARED}: {name}", value) for name, value in load_yaml(f"configs/{SHARED}").items()}
+    return read_steps(SHARED, load_yaml(f"configs/{SHARED}"))
 
 
 def all_rows() -> dict[str, Row]:
@@ -173,8 +178,11 @@ def read_row(name: str, content: Mapping[str, Any]) -> Row:
             key: record(Metric, f"{name}: metrics.{key}", _listed(one)) for key, one in value.items()
         },
         "claims": lambda value: [_claim(f"{name}: claims[{index}]", one) for index, one in enumerate(value)],
-        "steps": lambda value: {key: record(Step, f"{name}: steps.{key}", one) for key, one in value.items()},
-        "arms": lambda value: {str(key): one or {} for key, one in value.items()},
+        "steps": lambda value: read_steps(f"{name}: steps", value),
+        "arms": lambda value: {
+            str(arm): {step: split_arguments(f"{name}: arms.{arm}.{step}", text) for step, text in (one or {}).items()}
+            for arm, one in value.items()
+        },
     }
     for key, convert in records.items():
         if key in given:
@@ -193,7 +201,7 @@ def _check(row: Row) -> None:
     for arm, options in row.arms.items():
         _known(f"{row.name}: arms.{arm}", options, row.all_steps)
         changed = {
-            one: replace(row.all_steps[one], run=f"{row.all_steps[one].run} {text}") for one, text in options.items()
+            one: replace(row.all_steps[one], run=(*row.all_steps[one].run, *more)) for one, more in options.items()
         }
         check_steps(f"{row.name}: arms.{arm}", {**row.all_steps, **changed})
     for arm, steps in row.instead.items():

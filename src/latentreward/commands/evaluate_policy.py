@@ -1,13 +1,13 @@
 """``latentreward evaluate-policy``: score pictures of one or two generators, made from the same prompts and noise."""
 
 import json
-import sys
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal
 
+from latentreward.commands.notes import tell
 from latentreward.data.alignment.prompt_files import PromptRow, check_lengths, read_prompt_set
 from latentreward.errors import InputError
 from latentreward.evaluation.policy.imported import (
@@ -196,7 +196,7 @@ def evaluate_policy(
                 *_notes(rows, images_scored, count, policies, sampling),
             )
             for note in notes:
-                print(f"note: {note}", file=sys.stderr, flush=True)
+                tell(note)
             with interrupts_told(lambda: f"what is done is kept in {output_dir}: the same command goes on there"):
                 made = {name: source.make() for name, source in sampled.items()}
                 made |= {name: source.pictures for name, source in folders.items()}

@@ -711,7 +711,7 @@ def run(command: str, arguments: Sequence[str]) -> None:
     """
     found, card = _run(command, arguments)
     if found is not None:
-        from latentreward.pilot.needs import Card, check_hours, check_memory, training_needs
+        from latentreward.estimate.needs import Card, check_hours, check_memory, training_needs
 
         needs = {"fit": training_needs(found)}
         compared = Card(found.settings.trainer.accelerator != "cpu", *card)

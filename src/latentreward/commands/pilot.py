@@ -17,7 +17,7 @@ from latentreward.storage.hub import is_hub_id
 from latentreward.storage.locks import locked
 
 if TYPE_CHECKING:
-    from latentreward.pilot.needs import Card
+    from latentreward.estimate.needs import Card
 
 REMEDY = (
     "take a machine with more, or a copy of the pilot's file with a smaller --data.batch_size and more "
@@ -79,7 +79,7 @@ def pilot(
     lacking: list[str] = []
     fetched = check_inputs(found, folder, lacking)
     if check or not lacking:
-        from latentreward.pilot.needs import Card
+        from latentreward.estimate.needs import Card
 
         card = Card(found.device == "gpu", card_gb, tflops)
         check_trainings(found, tasks, folder, settings["pairs"], (card, hours), fetched, lacking)
@@ -141,14 +141,15 @@ def check_trainings(
     """
     # These import Lightning and diffusers.
     from latentreward.commands.fit import estimate_fit
-    from latentreward.pilot.needs import check_gpu, check_hours, check_memory, training_needs
-    from latentreward.pilot.running import unfinished, workshop
+    from latentreward.estimate.needs import check_gpu, check_hours, check_memory, training_needs
+    from latentreward.steps.running import TaskRunner
 
     card, most = limits
     if card.gpu and card.gb is None:
         with collected(lacking):
             check_gpu()
-    left = {task.name: task for task in unfinished(tasks, workshop(folder))}
+    runner = TaskRunner(folder)
+    left = {name: task for name, task in tasks.items() if runner.done(task) is None}
     needs = {}
     for task in left.values():
         if task.arguments[0] == "fit":
@@ -176,13 +177,13 @@ def run_all(
 ) -> None:
     """Run the stages that have not finished, and write the result; it keeps its weights if ``weights`` is None."""
     from latentreward.pilot.results import collect, holds, published_as, write_result
-    from latentreward.pilot.running import run_stages, unfinished, workshop
     from latentreward.reports.report import HTML
+    from latentreward.steps.running import TaskRunner, run_tasks
 
-    shop = workshop(folder)
-    if unfinished(tasks, shop):
-        run_stages(tasks, shop)
-    result = replace(collect(found, tasks, shop, settings), weights=weights or published_as(output))
+    runner = TaskRunner(folder)
+    if not all(map(runner.done, tasks.values())):
+        run_tasks(tasks.values(), runner)
+    result = replace(collect(found, tasks, runner, settings), weights=weights or published_as(output))
     if not holds(output, result):
         write_result(output, result)
     for title, stage, file in (

@@ -1,7 +1,6 @@
 """The folder of a run: which setting names it, what an earlier run left there, and what a run has written."""
 
 import re
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from pydoc import locate
@@ -11,11 +10,11 @@ from jsonargparse import Namespace
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from latentreward.callbacks import PolicyLoRA
 from latentreward.callbacks.graceful_stop import fallback_folder
 from latentreward.checkpoints.files import newest_intact
+from latentreward.commands.notes import tell
 
 FOLDER = "trainer.default_root_dir"
 """Setting that names the folder of a run."""
@@ -76,12 +75,6 @@ def tell_earlier_run(trainer: Namespace) -> None:
                 f"--ckpt_path last goes on with that run, another {FOLDER} keeps the two apart"
             )
             return
-
-
-def tell(line: str) -> None:
-    """Print a line to standard error, on global rank 0."""
-    if not getattr(rank_zero_only, "rank", 0):
-        print(line, file=sys.stderr)
 
 
 def last_checkpoint(trainer: Trainer) -> Path | None:

@@ -1,11 +1,12 @@
 """``latentreward taste``: train a reward on pictures of one's own, and align a generator with it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from latentreward.errors import InputError, check_at_least_one, check_multiples, errors_at, printable
+from latentreward.commands.notes import tell
+from latentreward.errors import InputError, check_at_least_one, check_multiples, errors_at
 from latentreward.interrupts import interrupts_told
 from latentreward.settings.functions import run_plain_function
 from latentreward.steps.tasks import Task
@@ -13,7 +14,7 @@ from latentreward.storage.locks import locked
 
 if TYPE_CHECKING:
     from latentreward.backbones.tuning import Tuning
-    from latentreward.pilot.needs import Card
+    from latentreward.estimate.needs import Card
     from latentreward.taste.plan import Plan
 
 LARGEST = 4096
@@ -118,7 +119,7 @@ def taste(
     import torch
 
     from latentreward.devices import find_device
-    from latentreward.pilot.needs import Card
+    from latentreward.estimate.needs import Card
     from latentreward.taste.pairs import LEAST, collect
     from latentreward.taste.plan import CACHE, FROZEN_BELOW, REWARD, Plan, find_base
     from latentreward.taste.preparing import prompts_of, write_pairs, write_prompts
@@ -130,7 +131,8 @@ def taste(
         find_device("cuda")
     found = collect(folder, pairing)
     print(found.how)
-    tell(found.remarks)
+    for remark in found.remarks:
+        tell(remark)
     parts = split(found, pairs, seed)
     counts = {name: len(some) for name, some in parts.parts.items()}
     print(f"split {parts.how}: {', '.join(f'{number} {name}' for name, number in counts.items())}", flush=True)
@@ -168,7 +170,7 @@ def taste(
         tasks = plan.tasks(seed)
         if estimate:
             if size is not None and not tasks[CACHE].output(output).exists():
-                tell([f"{REWARD} is computed at the base's own size, not {size}, until the pictures are cached"])
+                tell(f"{REWARD} is computed at the base's own size, not {size}, until the pictures are cached")
             tell_needs(tasks, output, counts[TRAIN], Card(plan.gpu, card_gb, tflops))
             return
         run_steps(tasks, plan, output, parts.how, always=align_always)
@@ -185,12 +187,6 @@ def check_size(size: int, source: str, family: str | None) -> None:
         found.latent_shape(size, size)  # some networks have positions for so many pixels only
 
 
-def tell(remarks: Sequence[str]) -> None:
-    """Print remarks, in which names of files stay texts for the terminal."""
-    for remark in remarks:
-        print(f"note: {printable(remark)}", flush=True)
-
-
 def rate_pictures(folder: Path, port: int, seed: int) -> None:
     """Serve the page to rate pictures until Ctrl-C or SIGTERM, after which the same command continues."""
     from latentreward.serving.addresses import bind
@@ -201,7 +197,8 @@ def rate_pictures(folder: Path, port: int, seed: int) -> None:
     check_folder(folder)  # the lock would create it
     with bind(HOST, port) as bound, locked(folder, "folder"):
         ratings = Ratings(folder, seed)
-        tell(ratings.remarks)
+        for remark in ratings.remarks:
+            tell(remark)
         kept = f"ratings are kept in {ratings.file}: the same command goes on"
         with interrupts_told(lambda: kept):
             serve_ratings(ratings, bound)
@@ -214,7 +211,7 @@ def tell_needs(tasks: Mapping[str, Task], output: Path, pairs: int, card: "Card"
         InputError: If it does not suffice.
     """
     from latentreward.commands.fit import estimate_fit
-    from latentreward.pilot.needs import check_hours, check_memory, training_needs
+    from latentreward.estimate.needs import check_hours, check_memory, training_needs
 
     needs = {}
     for name, task in tasks.items():
@@ -229,18 +226,18 @@ def tell_needs(tasks: Mapping[str, Task], output: Path, pairs: int, card: "Card"
 
 def run_steps(tasks: Mapping[str, Task], plan: "Plan", output: Path, how: str, always: bool) -> None:
     """Run the steps that have not finished, print the accuracy, and write the page."""
-    from latentreward.pilot.running import run_stages, workshop
+    from latentreward.steps.running import TaskRunner, run_tasks
     from latentreward.taste.page import write_result
     from latentreward.taste.plan import ALIGN, BEST, CACHE, PICTURES, REWARD, SCORES
     from latentreward.taste.results import measure
 
     places = {name: task.output(output) for name, task in tasks.items()}
-    run_stages({name: tasks[name] for name in (CACHE, REWARD, SCORES)}, workshop(output))
+    run_tasks([tasks[name] for name in (CACHE, REWARD, SCORES)], TaskRunner(output))
     measured = measure(places[SCORES], plan.pairs)
     print(f"{measured.line()}\n{measured.verdict()}", flush=True)
     aligns = ALIGN in tasks and (measured.learned or always)
     if aligns:
-        run_stages({name: tasks[name] for name in (ALIGN, PICTURES)}, workshop(output))
+        run_tasks([tasks[name] for name in (ALIGN, PICTURES)], TaskRunner(output))
     elif ALIGN in tasks:
         print("align: left out, since the reward may be no better than a coin; --align_always true aligns anyway")
     page = write_result(output, plan, measured, how, places[PICTURES] if aligns else None)

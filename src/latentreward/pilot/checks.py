@@ -1,6 +1,5 @@
 """Checks of what a pilot needs, made before anything is downloaded or the libraries of models are imported."""
 
-import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -110,13 +109,3 @@ def check_disk(needed: Mapping[Path, int]) -> str:
 
 def _existing(path: Path) -> Path:
     return next(one for one in (path.resolve(), *path.resolve().parents) if one.exists())
-
-
-def free_memory() -> int:
-    """Return the bytes of memory that are available, or of all memory where the system does not tell."""
-    told = Path("/proc/meminfo")
-    lines = told.read_text().splitlines() if told.is_file() else []
-    for line in lines:
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args
 
 from latentreward.errors import InputError, did_you_mean
 from latentreward.settings.rewriting import shipped_configs
-from latentreward.steps.tasks import Step, Task, check_steps, load_yaml, record, resolve
+from latentreward.steps.tasks import Step, Task, check_steps, load_yaml, read_steps, record, resolve
 from latentreward.storage.digests import digest
 
 FOLDER, OURS = "pilot/", "latentreward."
@@ -84,8 +84,11 @@ class Pilot:
         return digest([repr(sorted((name, task.key) for name, task in tasks.items()))])
 
     def _tasks(self, pairs: int, seed: int, quick: bool, context: Sequence[str]) -> dict[str, Task]:
-        steps = {name: replace(step, run=step.run.replace("{pairs}", str(pairs))) for name, step in self.stages.items()}
-        last = [resolve(steps, name, seed, {}, quick, context) for name in steps]
+        steps = {
+            name: replace(step, run=tuple(argument.replace("{pairs}", str(pairs)) for argument in step.run))
+            for name, step in self.stages.items()
+        }
+        last = [resolve(steps, name, seed, quick=quick, context=context) for name in steps]
         return {task.name: task for one in last for task in one.needed()}
 
 
@@ -121,10 +124,10 @@ def read_pilot(path: str) -> Pilot:
     if "name" in content:
         raise InputError(f"{path}: name is that of the file; remove it")
     given: dict[str, Any] = {"name": name, **content}
-    for key, kind in (("stages", Step), ("sources", Source)):
-        if not isinstance(entries := given.get(key), Mapping):
-            raise InputError(f"{name}: {key}: expected a mapping, got {entries!r}")
-        given[key] = {str(one): record(kind, f"{name}: {key}.{one}", value) for one, value in entries.items()}
+    given["stages"] = read_steps(f"{name}: stages", given.get("stages"))
+    if not isinstance(sources := given.get("sources"), Mapping):
+        raise InputError(f"{name}: sources: expected a mapping, got {sources!r:.200}")
+    given["sources"] = {str(one): record(Source, f"{name}: sources.{one}", value) for one, value in sources.items()}
     pilot: Pilot = record(Pilot, name, given)
     check_steps(f"{name}: stages", pilot.stages, also=["pairs"])
     _check(pilot)

@@ -13,11 +13,10 @@ from pyarrow import parquet
 from latentreward.errors import InputError
 from latentreward.pilot.checks import GB
 from latentreward.pilot.plans import BESIDE, CUT, JUDGED, MEASURED, Pilot
-from latentreward.pilot.running import starts
 from latentreward.reports.report import JSON
+from latentreward.steps.running import TaskRunner, starts
 from latentreward.steps.sources import commit, computed_with, machine
 from latentreward.steps.tasks import Task
-from latentreward.steps.workshop import LOG, Workshop
 from latentreward.storage.digests import digest
 from latentreward.storage.durable import write_file
 from latentreward.storage.json_files import read_config
@@ -82,12 +81,12 @@ class PilotResult:
     weights: str = ""
 
 
-def collect(pilot: Pilot, tasks: Mapping[str, Task], shop: Workshop, settings: Mapping[str, Any]) -> PilotResult:
+def collect(pilot: Pilot, tasks: Mapping[str, Task], runner: TaskRunner, settings: Mapping[str, Any]) -> PilotResult:
     """Read the result of a pilot from the outputs of its finished stages.
 
     ``settings`` are the number of pairs, the seed, and whether the run was a trial.
     """
-    outputs = {name: task.output(shop.folder) for name, task in tasks.items()}
+    outputs = {name: task.output(runner.folder) for name, task in tasks.items()}
     names = parquet.read_table(outputs[CUT] / "pairs.parquet", columns=["pair_id"])["pair_id"].to_pylist()
     reports = [read_config(outputs[stage] / JSON) for stage in (BESIDE, MEASURED)]
     return PilotResult(
@@ -100,7 +99,7 @@ def collect(pilot: Pilot, tasks: Mapping[str, Task], shop: Workshop, settings: M
             {"model": one["scorer"], "estimate": one["estimate"]} for report in reports for one in report["averages"]
         ],
         pictures=_pictures(read_config(outputs[JUDGED] / JSON)),
-        stages={name: _stage(task, shop) for name, task in tasks.items()},
+        stages={name: _stage(task, runner) for name, task in tasks.items()},
         machine={**machine(), **_gpu()},
         versions=computed_with(),
         commit=commit(),
@@ -126,12 +125,12 @@ def _pictures(report: Mapping[str, Any]) -> list[dict[str, Any]]:
     ]
 
 
-def _stage(task: Task, shop: Workshop) -> dict[str, Any]:
-    done = shop.done(task)
+def _stage(task: Task, runner: TaskRunner) -> dict[str, Any]:
+    done = runner.done(task)
     assert done is not None
     return {
         "key": task.key,
-        "starts": starts(task.output(shop.folder).parent / LOG),
+        "starts": starts(runner.log(task)),
         "seconds": done.seconds,
         "cpu_seconds": done.cpu_seconds,
         "gpu_gb": round(done.gpu_bytes / GB, 2),

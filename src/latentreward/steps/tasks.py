@@ -3,10 +3,11 @@
 import re
 import shlex
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import cache
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import yaml
@@ -35,9 +36,9 @@ class Step:
         pairs: Name of the step that wrote the pairs which the step scores; empty if it scores no pairs.
     """
 
-    run: str
+    run: tuple[str, ...]
     module: str = ""
-    quick: str = ""
+    quick: tuple[str, ...] = ()
     pairs: str = ""
 
 
@@ -82,7 +83,7 @@ def resolve(
     steps: Mapping[str, Step],
     name: str,
     seed: int,
-    added: Mapping[str, str],
+    added: Mapping[str, Sequence[str]] = MappingProxyType({}),
     quick: bool = False,
     context: Sequence[str] = (),
 ) -> Task:
@@ -92,8 +93,7 @@ def resolve(
     the texts of ``context`` too, such as paths that the commands read from the environment.
     """
     found = steps[name]
-    options = shlex.split(added.get(name, ""))
-    arguments = [*shlex.split(found.run), *options, *(shlex.split(found.quick) if quick else ())]
+    arguments = [*found.run, *added.get(name, ()), *(found.quick if quick else ())]
     names = {place for text in arguments for place in PLACEHOLDER.findall(text)} & steps.keys()
     inputs = {one: resolve(steps, one, seed, added, quick, context) for one in sorted(names)}
     known = {one: task.key for one, task in inputs.items()} | {"seed": str(seed)}
@@ -103,26 +103,44 @@ def resolve(
     return Task(name, found.module, tuple(arguments), inputs, seed, key)
 
 
+def split_arguments(place: str, text: Any) -> tuple[str, ...]:
+    """Split arguments that a file holds as one text, with a shell's quotes."""
+    if not isinstance(text, str):
+        raise InputError(f"{place}: expected a text, got {text!r:.200}")
+    try:
+        return tuple(shlex.split(text))
+    except ValueError as error:
+        raise InputError(f"{place}: {error}") from error
+
+
+def read_steps(place: str, value: Any) -> dict[str, Step]:
+    """Read steps from a file, in which ``run`` and ``quick`` are texts."""
+    if not isinstance(value, Mapping):
+        raise InputError(f"{place}: expected a mapping, got {value!r:.200}")
+    found = {}
+    for name, one in value.items():
+        step = record(Step, f"{place}.{name}", one)
+        run, quick = (split_arguments(f"{place}.{name}", text) for text in (step.run, step.quick or ""))
+        found[str(name)] = replace(step, run=run, quick=quick)
+    return found
+
+
 def check_steps(place: str, steps: Mapping[str, Step], also: Collection[str] = ()) -> None:
     """Check steps that come from a file: their names become names of folders.
 
     ``also`` are placeholders beyond the names of steps, ``{out}`` and ``{seed}``.
 
     Raises:
-        InputError: If a name holds more than letters, digits and ``_``, a command is not a text, has an open quote or a
-            placeholder that names nothing, or steps need each other.
+        InputError: If a name holds more than letters, digits and ``_``, an argument has a placeholder that names
+            nothing, or steps need each other.
     """
     needs, known = {}, {*steps, "out", "seed", *also}
     for name, step in steps.items():
         if not re.fullmatch(r"\w+", name):
             raise InputError(f"{place}: {name!r} is not a name; use letters, digits and _")
-        if not all(isinstance(value, str) for value in vars(step).values()):
-            raise InputError(f"{place}.{name}: expected texts, got {vars(step)}")
-        try:
-            texts = shlex.split(step.run) + shlex.split(step.quick)
-        except ValueError as error:
-            raise InputError(f"{place}.{name}: {error}") from error
-        named = {found for text in texts for found in PLACEHOLDER.findall(text)}
+        if not isinstance(step.module, str) or not isinstance(step.pairs, str):
+            raise InputError(f"{place}.{name}: expected texts, got {step.module!r:.200} and {step.pairs!r:.200}")
+        named = {found for text in (*step.run, *step.quick) for found in PLACEHOLDER.findall(text)}
         for one in sorted(named - known):
             raise InputError(f"{place}.{name}: {{{one}}} names no step{did_you_mean(one, known)}")
         needs[name] = named & steps.keys()

@@ -1,6 +1,5 @@
 """Settings by base and by number of pairs, and the commands of the steps."""
 
-import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -130,8 +129,8 @@ class Plan:
         commands = {CACHE: self._cache(found), REWARD: self._train(found), SCORES: self._scores()}
         if self.prompts is not None:
             commands |= {ALIGN: self._align(found, self.prompts), PICTURES: self._pictures(found, self.prompts)}
-        steps = {name: Step(shlex.join(arguments)) for name, arguments in commands.items()}
-        return {name: resolve(steps, name, seed, {}) for name in steps}
+        steps = {name: Step(tuple(arguments)) for name, arguments in commands.items()}
+        return {name: resolve(steps, name, seed) for name in steps}
 
     def _device(self, precision: bool = True) -> list[str]:
         mixed = ["--trainer.precision=bf16-mixed"] if self.gpu and precision else []

@@ -9,8 +9,7 @@ from latentreward.errors import InputError
 from latentreward.pilot.plans import all_pilots
 from latentreward.pilot.results import write_result
 from tests.pilot.test_results import result
-from tools.models.page import main, page, read_results
-from tools.models.weights_table import NOT_MEASURED
+from tools.models.page import NOT_MEASURED, main, page, read_results
 
 ROOT = Path(__file__).resolve().parents[3]
 FULL = [one for one in all_pilots().values() if one.device == "gpu"]

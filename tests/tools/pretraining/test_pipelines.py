@@ -9,6 +9,7 @@ import torch
 
 from latentreward.tinyworld.sampling import PIPELINE_FOLDERS, load_pipeline
 from tools.pretraining.pipelines import main
+from tools.pretraining.recipes import readme
 from tools.pretraining.vae import LATENT_STD, build_vae, draw_training_pictures, normalize_pictures, standardize_latents
 
 
@@ -34,3 +35,11 @@ def test_pretraining_makes_pipelines(tmp_path: Path) -> None:
         assert json.loads((tmp_path / name / "recipe.json").read_text())["recipe"]["seed"] == 0
         assert (tmp_path / name / "README.md").is_file()
     assert not (tmp_path / "pretraining").exists()
+
+
+@pytest.mark.parametrize("name", PIPELINE_FOLDERS)
+def test_the_readmes_of_the_shipped_pipelines_have_their_figures(name: str) -> None:
+    recipe = json.loads((PIPELINE_FOLDERS[name] / "recipe.json").read_text())
+    figures = {figure: f"{value:.3f}" for figure, value in recipe["figures"].items()}
+    expected = readme(name, prompts=recipe["recipe"]["prompts"], **figures)
+    assert (PIPELINE_FOLDERS[name] / "README.md").read_text() == expected

@@ -7,7 +7,7 @@ import pytest
 
 from latentreward.cli import main
 from latentreward.errors import InputError
-from latentreward.steps.tasks import Task, _file_digest
+from latentreward.steps.tasks import _file_digest
 from tests.marks import rotated_after
 from tests.steps.forked_steps import ForkedSteps
 from tools.reproduction.results import read_results
@@ -25,18 +25,6 @@ TOY = {
     "metrics": {"t 1": {"of": "lrm_drawn", "kind": "accuracy", "timestep": 1}},
     "claims": [{"says": "one beats the other", "higher": "one", "lower": "other", "by": "t 1"}],
 }
-
-
-def tasks(*rows: Row) -> dict[str, Task]:
-    """All steps of the rows' arms with seed 0, each once, inputs first."""
-    return {
-        task.key: task
-        for row in rows
-        for pair in row.tables(0, quick=True).values()
-        for last in pair
-        if last is not None
-        for task in last.needed()
-    }
 
 
 def test_every_ablation_has_a_row() -> None:
@@ -58,10 +46,8 @@ def test_all_rows_fit_into_their_budgets() -> None:
 
 def rates_of(row: Row) -> dict[str, set[str]]:
     """Learning rates that a row's arms set, by the arm's name."""
-    return {
-        arm: {*re.findall(r"--model\.optimizer\.lr=(\S+)", " ".join(options.values()))}
-        for arm, options in row.arms.items()
-    }
+    texts = {arm: " ".join(" ".join(more) for more in options.values()) for arm, options in row.arms.items()}
+    return {arm: {*re.findall(r"--model\.optimizer\.lr=(\S+)", text)} for arm, text in texts.items()}
 
 
 @pytest.mark.parametrize("name", [name for name in ROWS if name.startswith("tuning_")])
@@ -87,7 +73,7 @@ def test_rows_have_the_rates_that_were_chosen(name: str) -> None:
     "name", rotated_after(1, [name for name in ROWS if not name.startswith(("tiny", "tuning"))], release=3)
 )
 def test_commands_of_all_arms_parse(name: str, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    fits = [task for task in tasks(ROWS[name]).values() if task.arguments[0] == "fit"]
+    fits = [task for task in ROWS[name].tasks(0, quick=True).values() if task.arguments[0] == "fit"]
     for task in fits:
         with pytest.raises(SystemExit) as ended:
             main([*task.command(tmp_path), "--print_config"])
@@ -102,7 +88,7 @@ def test_every_step_runs(tmp_path: Path) -> None:
     """Two training steps, a few pairs or pictures; of arms that share a step, the first."""
     shop, seen = ForkedSteps(tmp_path), set[str]()
     for row in ROWS.values():
-        for task in tasks(row).values():
+        for task in row.tasks(0, quick=True).values():
             if task.name in seen:
                 continue
             seen.add(task.name)

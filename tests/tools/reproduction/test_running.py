@@ -14,11 +14,11 @@ from typing import Any
 import pytest
 
 from latentreward.errors import InputError
-from latentreward.steps.workshop import Workshop
+from latentreward.steps.running import TaskRunner
 from tools.reproduction.page import status_table
 from tools.reproduction.results import read_results, result_path, write_result
 from tools.reproduction.rows import Row, read_row
-from tools.reproduction.running import missing, run_jobs
+from tools.reproduction.running import measure_rows, missing
 from tools.reproduction.verdicts import judge_claim
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -49,7 +49,7 @@ def _modules_of_the_tests(monkeypatch: pytest.MonkeyPatch) -> None:
 def measure(folder: Path, *rows: Row, stale: bool = False) -> set[str]:
     """Measure what is missing; return the folders of the steps that ran."""
     begun = time.time_ns()
-    run_jobs(missing(rows, folder / "results", stale), folder / "results", folder / "work", 2)
+    measure_rows(missing(rows, folder / "results", stale), folder / "results", folder / "work", 2)
     return {path.parent.name for path in folder.glob("work/*/log.txt") if path.stat().st_mtime_ns >= begun}
 
 
@@ -98,31 +98,31 @@ def test_stale_results_are_shown_and_measured_again_only_if_asked(folder: Path) 
     write_result(result_path(results, row, 1), old)
     assert "source has changed since 0123456789; --stale measures again" in status_table([row], results)
     assert missing([row], results, stale=False) == []
-    assert [job.seed for job in missing([row], results, stale=True)] == [1]
+    assert [seed for _, seed in missing([row], results, stale=True)] == [1]
     measure(folder, row, stale=True)
     assert not read_results(results, row)[1].stale
 
 
 def test_a_step_whose_source_or_input_has_changed_runs_again(folder: Path) -> None:
-    shop, task = Workshop(folder / "work"), read_row("toy", TOY).task("good", "toy_scores", 0)
-    assert shop.done(task) is not None
+    runner, task = TaskRunner(folder / "work", resumes=False), read_row("toy", TOY).task("good", "toy_scores", 0)
+    assert runner.done(task) is not None
     record = task.inputs["toy_pairs"].output(folder / "work").parent / "record.json"
     content = json.loads(record.read_text())
     record.write_text(json.dumps({**content, "source": "0"}))
-    assert shop.done(task.inputs["toy_pairs"]) is None
-    assert shop.done(task) is None
+    assert runner.done(task.inputs["toy_pairs"]) is None
+    assert runner.done(task) is None
     record.write_text(json.dumps(content))
-    assert shop.done(task) is not None
+    assert runner.done(task) is not None
     own = task.output(folder / "work").parent / "record.json"
     own.write_text(json.dumps({**json.loads(own.read_text()), "inputs": {task.inputs["toy_pairs"].key: "0"}}))
-    assert shop.done(task) is None
+    assert runner.done(task) is None
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"source": 1}', "[" * 100_000], ids=["cut", "list", "other", "deep"])
 def test_a_damaged_record_counts_as_none(content: str, folder: Path) -> None:
-    shop, task = Workshop(folder / "work"), read_row("toy", TOY).task("good", "toy_scores", 0)
+    runner, task = TaskRunner(folder / "work", resumes=False), read_row("toy", TOY).task("good", "toy_scores", 0)
     (task.output(folder / "work").parent / "record.json").write_text(content)
-    assert shop.done(task) is None
+    assert runner.done(task) is None
 
 
 def test_a_failed_step_is_named_and_other_rows_are_measured(folder: Path) -> None:
@@ -141,13 +141,13 @@ import sys
 from pathlib import Path
 from latentreward.interrupts import sigterm_interrupts
 from tools.reproduction.rows import read_row
-from tools.reproduction.running import missing, run_jobs
+from tools.reproduction.running import measure_rows, missing
 from tests.tools.reproduction.test_running import TOY
 folder = Path(sys.argv[1])
 waiting = {**TOY["steps"], "toy_scores": {**TOY["steps"]["toy_scores"], "run": "wait {out} {toy_pairs} {seed}"}}
 row = read_row("toy", {**TOY, "steps": waiting})
 with sigterm_interrupts():
-    run_jobs(missing([row], folder / "results", False), folder / "results", folder / "work", 1)
+    measure_rows(missing([row], folder / "results", False), folder / "results", folder / "work", 1)
 """
 
 

@@ -1,15 +1,17 @@
-"""Memory, disk and time that the trainings of a pilot need, from estimates of ``fit --estimate``."""
+"""Memory, disk and time that trainings need, from estimates of ``fit --estimate``, against what a machine has."""
 
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
 from latentreward.errors import InputError
 from latentreward.estimate.settings import Estimate
-from latentreward.pilot.checks import GB, free_memory
 
+GB = 10**9
 ALLOWANCE, CONTEXT = 1.1, GB
 """Factor for what the allocator holds beyond tensors, and bytes of a CUDA context and kernels' work space."""
 IMPORTS = 2 * GB
@@ -70,7 +72,7 @@ def training_needs(found: Estimate, pairs: int | None = None) -> TrainingNeeds:
 def check_gpu() -> None:
     """Raise InputError if PyTorch finds no GPU."""
     if not torch.cuda.is_available():
-        raise InputError("device: PyTorch finds no GPU here; run the pilot on a machine with one of 24 GB")
+        raise InputError("device: PyTorch finds no GPU here; run it on a machine with one")
 
 
 @dataclass(frozen=True)
@@ -100,6 +102,16 @@ class Card:
             return None
         found = torch.cuda.get_device_properties(0)
         return found.total_memory, f"of GPU memory ({found.name})"
+
+
+def free_memory() -> int:
+    """Return the bytes of memory that are available, or of all memory where the system does not tell."""
+    told = Path("/proc/meminfo")
+    lines = told.read_text().splitlines() if told.is_file() else []
+    for line in lines:
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def check_memory(needs: Mapping[str, TrainingNeeds], card: Card, remedy: str) -> str:

@@ -18,8 +18,6 @@ from latentreward.tinyworld.comparison import Judged, before_and_after, judge_po
 
 CEILING = 0.870
 """Accuracy of the true utility against the noisy labels, which no model can exceed."""
-
-
 GUIDANCE = 1.0
 """Guidance scale in alignment and for the pictures before and after."""
 
@@ -94,32 +92,30 @@ def train(trainings: Sequence[Training], output: Path, options: list[str]) -> No
     Raises:
         SystemExit: If a training fails; its output is in ``train.log`` of its folder.
     """
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     running = {}
     for training in trainings:
-        folder = output / training.name
+        folder, command = output / training.name, training.command(output, options)
         folder.mkdir(parents=True, exist_ok=True)
-        print("$", " ".join(training.command(output, options)).replace(sys.executable, "python"), flush=True)
+        for earlier in folder.glob("events.out.tfevents.*"):  # its figures would be shown as those of this run
+            earlier.unlink()
+        print("$", " ".join(command).replace(sys.executable, "python"), flush=True)
         with (folder / "train.log").open("w") as log:
-            running[training] = subprocess.Popen(
-                training.command(output, options), stdout=log, stderr=subprocess.STDOUT, env=environment
-            )
-    started = time.monotonic()
-    told, every_s = "", 5 if sys.stdout.isatty() else 60
-    while any(process.poll() is None for process in running.values()):
+            environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+            running[training] = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
+    started, told, every_s, ended = time.monotonic(), "", 5 if sys.stdout.isatty() else 60, False
+    while not ended:
         time.sleep(5)
-        parts = [progress(training, output, process.poll() is not None) for training, process in running.items()]
-        ended = all(process.poll() is not None for process in running.values())
-        if (line := "  |  ".join(parts)) != told and (ended or (time.monotonic() - started) % every_s < 5):
-            print(f"  {time.monotonic() - started:4.0f} s  {(told := line)}", flush=True)
-        if any(process.returncode not in (None, 0) for process in running.values()):
-            break
-    for training, process in running.items():
-        if process.poll() not in (None, 0):
-            for other in running.values():
-                other.terminate()
-            path = output / training.name / "train.log"
-            sys.exit(f"{training.name} failed; the end of {path}:\n{path.read_text()[-2000:]}")
+        codes = {training: process.poll() for training, process in running.items()}
+        ended = any(codes.values()) or None not in codes.values()
+        line = "  |  ".join(progress(training, output, code is not None) for training, code in codes.items())
+        if line != told and (ended or (time.monotonic() - started) % every_s < 5):
+            print(f"  {time.monotonic() - started:4.0f} s  {line}", flush=True)
+            told = line
+    for training in [training for training, code in codes.items() if code]:
+        for other in running.values():
+            other.terminate()
+        path = output / training.name / "train.log"
+        sys.exit(f"{training.name} failed; the end of {path}:\n{path.read_text()[-2000:]}")
 
 
 def progress(training: Training, output: Path, ended: bool) -> str:
@@ -165,7 +161,7 @@ def report_policy(output: Path, before: Judged) -> None:
 
 def main() -> None:
     """Run the demo."""
-    parser = argparse.ArgumentParser(prog="python -m latentreward.tinyworld.demo", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m tools.demo", description=__doc__)
     parser.add_argument("--output", type=Path, default=Path("demo"), help="folder of all results (default: demo)")
     arguments, options = parser.parse_known_args()
     silence_libraries()
