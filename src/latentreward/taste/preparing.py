@@ -1,7 +1,7 @@
 """Files that the steps read: pairs and prompts, in folders named by their content."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -23,10 +23,15 @@ ENOUGH = 16
 
 def write_pairs(work: Path, found: Split) -> Path:
     """Write the pairs of all parts; return their folder. Equal pairs give the same folder, and nothing is written."""
-    text = lines(found.parts)
-    folder = work / f"pairs-{digest([text])[:16]}"
-    if not (folder / PREFERENCES).is_file():
-        write_file(folder / PREFERENCES, text)
+    return write_once(work / "pairs", {PREFERENCES: lines(found.parts)})
+
+
+def write_once(beginning: Path, texts: Mapping[str, str]) -> Path:
+    """Write files, by their names, into a folder named by ``beginning`` and by what they hold; return the folder."""
+    folder = beginning.with_name(f"{beginning.name}-{digest(texts.values())[:16]}")
+    for name, text in texts.items():
+        if not (folder / name).is_file():
+            write_file(folder / name, text)
     return folder
 
 
@@ -55,16 +60,12 @@ def write_prompts(work: Path, prompts: Sequence[str], seed: int) -> tuple[Path, 
     order = np.random.default_rng(seed).permutation(len(prompts))
     kept = len(prompts) // JUDGED_SHARE if len(prompts) >= ENOUGH else 0
     judged, others = ([prompts[place] for place in some] for some in (order[:kept], order[kept:]))
-    texts = {PROMPTS: _json_lines(others), JUDGED: _json_lines(judged or others)}
-    folder = work / f"prompts-{digest(texts.values())[:16]}"
-    for name, text in texts.items():
-        if not (folder / name).is_file():
-            write_file(folder / name, text)
+    texts = {
+        name: "".join(json.dumps({"prompt": prompt}, ensure_ascii=False) + "\n" for prompt in some)
+        for name, some in ((PROMPTS, others), (JUDGED, judged or others))
+    }
+    folder = write_once(work / "prompts", texts)
     if kept:
         return folder, f"{len(others)} prompts to align with, {kept} others for the pictures before and after"
     told = f"{number_of(len(others), 'prompt')} to align with, and the same for the pictures"
     return folder, f"{told}: give {ENOUGH} to keep some apart"
-
-
-def _json_lines(prompts: Sequence[str]) -> str:
-    return "".join(json.dumps({"prompt": prompt}, ensure_ascii=False) + "\n" for prompt in prompts)

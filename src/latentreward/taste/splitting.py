@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 
@@ -9,7 +10,7 @@ from latentreward.data.readers.base import normalise_prompt
 from latentreward.errors import InputError
 from latentreward.metrics.shared_pictures import shared_groups
 from latentreward.taste.pairs import Collection, Pool, RatedPair
-from latentreward.taste.pictures import number_of
+from latentreward.taste.pictures import Picture, number_of
 
 TRAIN, STOP, HELD_OUT = PARTS = ("train", "stop", "held_out")
 """Parts: to train on, to stop early by, and to measure the accuracy with."""
@@ -22,6 +23,7 @@ LEAST_PAIRS = 3
 """Fewest pairs of a part, besides ties: they have no right order to measure."""
 TRIALS = 200
 """Random assignments of pictures to parts from which the one that keeps most pairs is taken."""
+Item = TypeVar("Item", Picture, Pool)
 
 
 @dataclass(frozen=True)
@@ -129,7 +131,8 @@ def _pooled(pools: Sequence[Pool], most: int, rng: np.random.Generator) -> Split
     if not by_prompt:
         parts = _drawn([part for pool in pools for part in _cut(pool, rng)], most, rng)
     if by_prompt or (len(pools) > len(PARTS) and min(map(len, parts.values())) < LEAST_PAIRS):
-        by_prompt, parts = True, _drawn(_by_pool(pools, rng), most, rng)
+        divided = [(name, pool) for name, some in _dealt(pools, rng).items() for pool in some]
+        by_prompt, parts = True, _drawn(divided, most, rng)
     drawn = sum(map(len, parts.values()))
     whole = sum(len(pool.chosen) * len(pool.rejected) for pool in pools)
     by = f"by prompt, of {len(pools)}, and by picture" if by_prompt else "by picture"
@@ -161,18 +164,14 @@ def _cut(pool: Pool, rng: np.random.Generator) -> list[tuple[str, Pool]]:
     """Divide the pictures of both sides over the parts; a picture that occurs twice stays in one part."""
     sides = []
     for side in (pool.chosen, pool.rejected):
-        contents = sorted({picture.content for picture in side})
-        cuts = np.round(np.cumsum(SHARES)[:-1] * len(contents)).astype(int)
-        place = {contents[one]: number for number, one in enumerate(rng.permutation(len(contents)))}
         first = {picture.content: picture for picture in side}
-        parts = np.searchsorted(cuts, [place[content] for content in contents], side="right")
-        sides.append(
-            [[first[content] for content, own in zip(contents, parts, strict=True) if own == n] for n in range(3)]
-        )
-    return [(name, Pool(pool.prompt, sides[0][n], sides[1][n])) for n, name in enumerate(PARTS)]
+        dealt = _dealt([first[content] for content in sorted(first)], rng)
+        sides.append({name: sorted(some, key=lambda one: one.content) for name, some in dealt.items()})
+    return [(name, Pool(pool.prompt, sides[0][name], sides[1][name])) for name in PARTS]
 
 
-def _by_pool(pools: Sequence[Pool], rng: np.random.Generator) -> list[tuple[str, Pool]]:
-    cuts = np.round(np.cumsum(SHARES)[:-1] * len(pools)).astype(int)
-    order = rng.permutation(len(pools))
-    return [(PARTS[int(np.searchsorted(cuts, place, side="right"))], pools[one]) for place, one in enumerate(order)]
+def _dealt(items: Sequence[Item], rng: np.random.Generator) -> dict[str, list[Item]]:
+    """Divide items over the parts at random, by their shares."""
+    ends = [0, *np.round(np.cumsum(SHARES) * len(items)).astype(int)]
+    order = rng.permutation(len(items))
+    return {name: [items[one] for one in order[ends[n] : ends[n + 1]]] for n, name in enumerate(PARTS)}
