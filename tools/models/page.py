@@ -8,8 +8,8 @@ from typing import Any
 import yaml
 
 from latentreward.errors import InputError
-from latentreward.evaluation.benchmark.four_benchmarks import FOUR_BENCHMARKS, PUBLISHED_AVERAGES
-from latentreward.evaluation.benchmark.published_numbers import PUBLISHED
+from latentreward.evaluation.benchmark.four_benchmarks import FOUR_BENCHMARKS
+from latentreward.evaluation.benchmark.published_numbers import AVERAGE, PUBLISHED
 from latentreward.metrics.bootstrap import Interval
 from latentreward.pilot.plans import BESIDE, Pilot, all_pilots
 from latentreward.pilot.results import PilotResult, read_result
@@ -95,8 +95,8 @@ def _rewards(pilot: Pilot, found: Sequence[PilotResult]) -> list[tuple[str, ...]
     if not papers:
         rows.append((f"{pilot.reward}, the paper", *["not published"] * 5, NOTHING))
     for model in sorted(papers):
-        numbers = {(one.protocol, one.model): one.value for one in (*PUBLISHED, *PUBLISHED_AVERAGES)}
-        keys = (*FOUR_BENCHMARKS.values(), PUBLISHED_AVERAGES[0].protocol)
+        numbers = {(one.protocol, one.model): one.value for one in PUBLISHED}
+        keys = (*FOUR_BENCHMARKS.values(), AVERAGE)
         cells = [f"{100 * numbers[key, model]:.2f}" if (key, model) in numbers else NOTHING for key in keys]
         rows.append((f"{model}, the paper", *cells, "all of the training set"))
     return rows

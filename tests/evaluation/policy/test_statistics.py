@@ -7,6 +7,7 @@ import pytest
 
 from latentreward.evaluation.policy.results import ScoredPictures
 from latentreward.evaluation.policy.statistics import compare, headline, in_common, policy_scores
+from latentreward.metrics.bootstrap import wilson_ends
 from latentreward.reports.tables import Row
 from latentreward.scorers.tools import JudgedPicture
 
@@ -70,9 +71,10 @@ def test_wins_ties_and_losses_count_one_a_half_and_nothing() -> None:
 def test_a_policy_against_itself_is_at_one_half_and_a_better_one_at_one() -> None:
     values = np.random.default_rng(0).normal(size=(30, 2))
     (same,) = compare(scored(values), scored(values, policy="b"))
-    assert (same["win_rate"].value, same["win_rate"].low, same["win_rate"].high) == (0.5, 0.5, 0.5)
+    low, high = wilson_ends(0.5, 30)
+    assert same["win_rate"] == pytest.approx((0.5, low, high, 30))
     (better,) = compare(scored(values + 0.1), scored(values, policy="b"))
-    assert (better["win_rate"].value, better["win_rate"].low) == (1.0, 1.0)
+    assert better["win_rate"] == pytest.approx((1.0, 30 / (30 + 1.96**2), 1.0, 30), abs=1e-5)
     assert (better["difference"].value, better["difference"].low, better["difference"].high) == pytest.approx(
         (0.1, 0.1, 0.1)
     )

@@ -4,13 +4,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from latentreward.evaluation.benchmark.published_numbers import (
-    DINA,
-    DINA_CLEAN,
-    DINA_CONSTANT,
-    DINA_FROZEN,
-    PublishedNumber,
-)
+from latentreward.evaluation.benchmark.published_numbers import AVERAGE, published_for
 from latentreward.evaluation.benchmark.results import BenchmarkReport
 from latentreward.metrics.bootstrap import Interval
 from latentreward.reports.tables import Row
@@ -22,29 +16,13 @@ FOUR_BENCHMARKS = {
     "genai_bench_tiger test": "genai_bench_tiger/no_tie",
 }
 """Data set and split → key of the protocol whose accuracy is averaged."""
-KEY = "four_benchmarks"
-"""Key of published averages, in the place of a protocol's key."""
-PUBLISHED_AVERAGES = tuple(
-    PublishedNumber(KEY, model, value, DINA)
-    for model, value in {
-        "DiNa-LRM": 0.7149,
-        "DiNa-LRM (ensemble)": 0.7248,
-        "LRM-SDXL": 0.6173,
-        "HPSv3": 0.7484,
-        "MPS": 0.7051,
-        "UnifiedReward": 0.7281,
-        DINA_CONSTANT: 0.7068,
-        DINA_CLEAN: 0.6493,
-        DINA_FROZEN: 0.7027,
-    }.items()
-)
 
 
 def add_averages(report: BenchmarkReport) -> None:
     """Add the mean accuracy of every scorer that was evaluated on all four benchmarks, and published ones beside it."""
     report.averages += _averages(report)
     if report.averages:
-        report.published += [one._asdict() for one in PUBLISHED_AVERAGES]
+        report.published += [one._asdict() for one in published_for((AVERAGE,))]
 
 
 def _averages(report: BenchmarkReport) -> Iterator[Row]:

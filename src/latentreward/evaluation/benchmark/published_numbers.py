@@ -24,133 +24,99 @@ class PublishedNumber(NamedTuple):
     source: str
 
 
+AVERAGE = "four_benchmarks"
+"""Key of averages over four benchmarks, in the place of a protocol's key."""
 HPSV2 = "HPSv2's README (arXiv:2306.09341), measured by its authors"
 MPS = "MPS's README (github.com/Kwai-Kolors/MPS, arXiv:2405.14705), measured by its authors"
-UNIFIED_REWARD = (
-    "UnifiedReward's card (huggingface.co/CodeGoat24/UnifiedReward-7b-v1.5, arXiv:2503.05236), measured by its authors"
-)
 HPSV3 = "HPSv3's README (arXiv:2508.03789), measured by its authors"
+HPSV3_PICKAPIC = "HPSv3 (arXiv:2508.03789), measured by its authors; treatment of ties not stated"
 PICKSCORE = "PickScore (arXiv:2305.01569), measured by its authors"
 DINA = "DiNa-LRM (arXiv:2602.11146), measured by its authors; evaluation code not released"
 DINA_GENAI = f"{DINA}; which GenAI-Bench is not stated, TIGER's very likely"
-DINA_CONSTANT = "DiNa-LRM, constant variance"
-DINA_CLEAN = "DiNa-LRM, trained at t = 0 alone"
-DINA_FROZEN = "DiNa-LRM, frozen backbone"
-"""The ablations of which the paper's table 2 has cells beside the average."""
-HPSV3_PICKAPIC = "HPSv3 (arXiv:2508.03789), measured by its authors; treatment of ties not stated"
-
-PERCENT: dict[tuple[str, str], Mapping[str, float]] = {
-    ("imagereward/macro", HPSV2): {
-        "Aesthetic": 57.4,
-        "ImageReward": 65.1,
-        "HPS": 61.2,
-        "PickScore": 62.9,
-        "HPSv2": 65.7,
-        "HPSv2.1": 66.8,
-        "single human": 65.3,
-    },
-    ("hpdv2/macro", HPSV2): {
-        "Aesthetic": 76.8,
-        "ImageReward": 74.0,
-        "HPS": 77.6,
-        "PickScore": 79.8,
-        "HPSv2": 83.3,
-        "HPSv2.1": 84.1,
-        "single human": 78.1,
-    },
-    ("imagereward/micro", MPS): {
-        "CLIP": 54.3,
-        "Aesthetic": 57.4,
-        "ImageReward": 65.1,
-        "HPS": 61.2,
-        "PickScore": 62.9,
-        "HPSv2": 65.7,
-        "MPS": 67.5,
-    },
-    ("hpdv2/macro", MPS): {
-        "CLIP": 71.2,
-        "Aesthetic": 72.6,
-        "ImageReward": 70.6,
-        "HPS": 73.1,
-        "PickScore": 79.8,
-        "HPSv2": 83.3,
-        "MPS": 83.5,
-    },
-    ("imagereward/micro", HPSV3): {"PickScore": 61.6, "HPSv3": 66.8},
-    ("hpdv2/micro", HPSV3): {"HPSv3": 85.4},
-    ("hpdv3", HPSV3): {
-        "CLIP ViT-H/14": 48.6,
-        "Aesthetic": 59.9,
-        "ImageReward": 58.6,
-        "PickScore": 65.6,
-        "HPSv2": 65.3,
-        "MPS": 64.3,
-        "HPSv3": 76.9,
-    },
-    ("pickapic/pickscore", PICKSCORE): {
-        "CLIP ViT-H/14": 60.8,
-        "Aesthetic": 56.8,
-        "PickScore": 70.5,
-        "single human": 68.0,
-    },
-    ("pickapic/strict", HPSV3_PICKAPIC): {"HPSv3": 72.8},
-    ("imagereward/micro", DINA): {
-        "DiNa-LRM": 60.34,
-        "DiNa-LRM (ensemble)": 61.75,
-        "LRM-SDXL": 60.35,
-        "HPSv3": 67.03,
-        "MPS": 66.37,
-        "UnifiedReward": 63.82,
-    },
-    ("hpdv2/micro", DINA): {
-        "DiNa-LRM": 82.13,
-        "DiNa-LRM (ensemble)": 84.31,
-        "LRM-SDXL": 71.19,
-        "HPSv3": 85.36,
-        "MPS": 83.27,
-        "UnifiedReward": 83.10,
-        DINA_CONSTANT: 78.72,
-        DINA_CLEAN: 59.20,
-    },
-    ("hpdv3", DINA): {
-        "DiNa-LRM": 75.04,
-        "DiNa-LRM (ensemble)": 74.86,
-        "LRM-SDXL": 53.80,
-        "HPSv3": 76.03,
-        "MPS": 64.33,
-        "UnifiedReward": 71.96,
-        DINA_CONSTANT: 75.11,
-        DINA_CLEAN: 74.37,
-        DINA_FROZEN: 73.52,
-    },
-    ("genai_bench_tiger/no_tie", DINA_GENAI): {
-        "DiNa-LRM": 68.43,
-        "DiNa-LRM (ensemble)": 68.98,
-        "LRM-SDXL": 61.58,
-        "HPSv3": 70.95,
-        "MPS": 68.08,
-        "UnifiedReward": 72.38,
-        DINA_CONSTANT: 68.01,
-        DINA_CLEAN: 67.55,
-        DINA_FROZEN: 67.09,
-    },
-    ("genai_bench_tiger/no_tie", UNIFIED_REWARD): {
-        "PickScore": 67.2,
-        "HPSv2": 68.4,
-        "ImageReward": 65.0,
-        "VisionReward": 66.4,
-        "UnifiedReward": 70.9,
-        "UnifiedReward 1.5": 72.4,
-    },
-    ("genai_bench_tiger/4way", "chance: four equally likely answers"): {"random": 25.0},
-}
-"""(key of the protocol, source) → name of the model → accuracy in per cent."""
-
-
+UNIFIED_REWARD = (
+    "UnifiedReward's card (huggingface.co/CodeGoat24/UnifiedReward-7b-v1.5, arXiv:2503.05236), measured by its authors"
+)
+TABLES: tuple[tuple[Mapping[str, str], Mapping[str, tuple[float | None, ...]]], ...] = (
+    (
+        {"imagereward/macro": HPSV2, "hpdv2/macro": HPSV2},
+        {
+            "Aesthetic": (57.4, 76.8),
+            "ImageReward": (65.1, 74.0),
+            "HPS": (61.2, 77.6),
+            "PickScore": (62.9, 79.8),
+            "HPSv2": (65.7, 83.3),
+            "HPSv2.1": (66.8, 84.1),
+            "single human": (65.3, 78.1),
+        },
+    ),
+    (
+        {"imagereward/micro": MPS, "hpdv2/macro": MPS},
+        {
+            "CLIP": (54.3, 71.2),
+            "Aesthetic": (57.4, 72.6),
+            "ImageReward": (65.1, 70.6),
+            "HPS": (61.2, 73.1),
+            "PickScore": (62.9, 79.8),
+            "HPSv2": (65.7, 83.3),
+            "MPS": (67.5, 83.5),
+        },
+    ),
+    (
+        {"imagereward/micro": HPSV3, "hpdv2/micro": HPSV3, "hpdv3": HPSV3, "pickapic/strict": HPSV3_PICKAPIC},
+        {
+            "CLIP ViT-H/14": (None, None, 48.6, None),
+            "Aesthetic": (None, None, 59.9, None),
+            "ImageReward": (None, None, 58.6, None),
+            "PickScore": (61.6, None, 65.6, None),
+            "HPSv2": (None, None, 65.3, None),
+            "MPS": (None, None, 64.3, None),
+            "HPSv3": (66.8, 85.4, 76.9, 72.8),
+        },
+    ),
+    (
+        {"pickapic/pickscore": PICKSCORE},
+        {"CLIP ViT-H/14": (60.8,), "Aesthetic": (56.8,), "PickScore": (70.5,), "single human": (68.0,)},
+    ),
+    (  # the last three rows are the ablations of the paper's table 2, of which not all have cells beside the average
+        {
+            "imagereward/micro": DINA,
+            "hpdv2/micro": DINA,
+            "hpdv3": DINA,
+            "genai_bench_tiger/no_tie": DINA_GENAI,
+            AVERAGE: DINA,
+        },
+        {
+            "DiNa-LRM": (60.34, 82.13, 75.04, 68.43, 71.49),
+            "DiNa-LRM (ensemble)": (61.75, 84.31, 74.86, 68.98, 72.48),
+            "LRM-SDXL": (60.35, 71.19, 53.80, 61.58, 61.73),
+            "HPSv3": (67.03, 85.36, 76.03, 70.95, 74.84),
+            "MPS": (66.37, 83.27, 64.33, 68.08, 70.51),
+            "UnifiedReward": (63.82, 83.10, 71.96, 72.38, 72.81),
+            "DiNa-LRM, constant variance": (None, 78.72, 75.11, 68.01, 70.68),
+            "DiNa-LRM, trained at t = 0 alone": (None, 59.20, 74.37, 67.55, 64.93),
+            "DiNa-LRM, frozen backbone": (None, None, 73.52, 67.09, 70.27),
+        },
+    ),
+    (
+        {"genai_bench_tiger/no_tie": UNIFIED_REWARD},
+        {
+            "PickScore": (67.2,),
+            "HPSv2": (68.4,),
+            "ImageReward": (65.0,),
+            "VisionReward": (66.4,),
+            "UnifiedReward": (70.9,),
+            "UnifiedReward 1.5": (72.4,),
+        },
+    ),
+    ({"genai_bench_tiger/4way": "chance: four equally likely answers"}, {"random": (25.0,)}),
+)
+"""Tables of publications: key of the protocol → source, for each column; model → accuracies in per cent."""
 PUBLISHED = tuple(
-    PublishedNumber(protocol, model, round(value / 100, 6), source)
-    for (protocol, source), models in PERCENT.items()
-    for model, value in models.items()
+    PublishedNumber(protocol, model, round(cells[column] / 100, 6), source)
+    for columns, models in TABLES
+    for column, (protocol, source) in enumerate(columns.items())
+    for model, cells in models.items()
+    if cells[column] is not None
 )
 
 

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from functools import partial
 
 from latentreward.evaluation.benchmark.disagreement_cards import Pictures, disagreement_card, preferred
-from latentreward.evaluation.benchmark.four_benchmarks import KEY
 from latentreward.evaluation.benchmark.plots import (
     Drawn,
     accuracy_figure,
@@ -15,6 +14,7 @@ from latentreward.evaluation.benchmark.plots import (
     level_figure,
 )
 from latentreward.evaluation.benchmark.protocols import PROTOCOLS
+from latentreward.evaluation.benchmark.published_numbers import AVERAGE
 from latentreward.evaluation.benchmark.results import BenchmarkReport
 from latentreward.reports.tables import (
     NOTHING,
@@ -160,7 +160,7 @@ def sections(report: BenchmarkReport, pictures: Pictures | None = None) -> Itera
     published = grouped(report.published, "protocol")
     if report.averages:
         columns = (MODEL, ("mean accuracy %", ACCURACY[0][1]), ACCURACY[1])
-        tables = [Table.of(report.averages, *columns, notes="Measured in this run"), _published(published[KEY,])]
+        tables = [Table.of(report.averages, *columns, notes="Measured in this run"), _published(published[AVERAGE,])]
         yield Section("Mean of four benchmarks", FOUR + PUBLISHED, tables)
     for (protocol, benchmark), rows in grouped(report.protocols, "protocol", "benchmark").items():
         yield _accuracy(f"{benchmark}: {protocol}", rows, published.get((protocol,), []))

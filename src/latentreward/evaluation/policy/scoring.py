@@ -40,26 +40,23 @@ class ScoreStore:
         order: Keys in the order in which their scores are written; others come before them.
 
     Attributes:
+        scores: Scores of a picture, by its :func:`picture_key`.
         model: Model that a server named with the scores; None without a server, or if it named none.
     """
 
     def __init__(self, path: Path, identity: str, order: Sequence[str] = ()) -> None:
         self.path, self.identity = path, identity
         self._places = {key: place for place, key in enumerate(order)}
-        self._known: dict[str, Scores] = {}
+        self.scores: dict[str, Scores] = {}
         self.model: str | None = None
         try:
             head, *lines = path.read_text(encoding="utf-8").splitlines()
             told = json.loads(head)
             if told["scorer"] == identity:
-                self._known = {row["picture"]: tuple(row["scores"]) for row in map(json.loads, lines)}
+                self.scores = {row["picture"]: tuple(row["scores"]) for row in map(json.loads, lines)}
                 self.model = told.get("model")
         except (OSError, ValueError, KeyError, TypeError):
-            self._known = {}
-
-    def get(self, key: str) -> Scores | None:
-        """Return the scores of a picture, by its :func:`picture_key`; None if the picture has not been scored."""
-        return self._known.get(key)
+            self.scores = {}
 
     @interrupts_held()
     def add(self, scores: Mapping[str, Scores], model: str | None = None) -> None:
@@ -69,10 +66,9 @@ class ScoreStore:
             InputError: If that is not the model of the kept scores.
         """
         self.model = one_model(self.path.stem, self.model, model, again([self.path]))
-        self._known |= scores
-        self._known = dict(sorted(self._known.items(), key=lambda item: self._places.get(item[0], -1)))
+        self.scores = dict(sorted((self.scores | scores).items(), key=lambda item: self._places.get(item[0], -1)))
         head = {"scorer": self.identity} | ({} if self.model is None else {"model": self.model})
-        rows = [head, *({"picture": key, "scores": row} for key, row in self._known.items())]
+        rows = [head, *({"picture": key, "scores": row} for key, row in self.scores.items())]
         write_file(self.path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
@@ -148,16 +144,16 @@ class PictureScoring:
         self.policy, self.pictures, self.scorers, self.folder = policy, tuple(pictures), list(scorers), folder
         self._crew, self._task = crew, scores_of(folder.name)
         self._keys = [picture_key(picture) for picture in pictures]
-        self._stores = {
-            scorer.name: ScoreStore(folder / f"{scorer.name}.jsonl", identity_with_files(scorer, policy), self._keys)
-            for scorer in scorers
-        }
+        self.stores: dict[str, ScoreStore] = {}
+        for scorer in scorers:
+            files = scorer_fingerprints(scorer, policy)  # so that changed files invalidate kept scores
+            identity = f"{scorer.identity()}, files {json.dumps(files)}" if files else scorer.identity()
+            self.stores[scorer.name] = ScoreStore(folder / f"{scorer.name}.jsonl", identity, self._keys)
         self._keep(crew.left_over(self._task))
 
     def missing(self, scorer: Scorer) -> list[int]:
         """Return the rows of the pictures that a scorer has not scored yet."""
-        store = self._stores[scorer.name]
-        return [row for row, key in enumerate(self._keys) if store.get(key) is None]
+        return [row for row, key in enumerate(self._keys) if key not in self.stores[scorer.name].scores]
 
     def chunks(self) -> list[dict[str, Any]]:
         """List what scorers of images have to do, by chunks of pictures.
@@ -182,7 +178,7 @@ class PictureScoring:
                         "pictures": [[p.file, str(p.path), p.prompt] for p in (self.pictures[row] for row in rows)],
                         "keys": [self._keys[row] for row in rows],
                         "wanted": wanted,
-                        "identities": {name: self._stores[name].identity for name in wanted},
+                        "identities": {name: self.stores[name].identity for name in wanted},
                     }
                 )
         return found
@@ -201,15 +197,15 @@ class PictureScoring:
         for scorer in self.scorers:
             if isinstance(scorer, ToolScorer) and self.missing(scorer):
                 self._score_set(scorer)
-        return ScoredPictures(self.policy, self.pictures, self._all())
-
-    def models(self) -> dict[Path, str]:
-        """Return the models that servers named with the kept scores, by file of a scorer's scores."""
-        return {store.path: store.model for store in self._stores.values() if store.model is not None}
+        found: dict[str, np.ndarray] = {}
+        for scorer in self.scorers:
+            rows = np.array([self.stores[scorer.name].scores[key] for key in self._keys], dtype=np.float64)
+            found |= dict(zip(scorer.columns, rows.T, strict=True))
+        return ScoredPictures(self.policy, self.pictures, found)
 
     def _keep(self, found: Sequence[tuple[dict[str, Any], dict[str, Any]]]) -> None:
         """Store the scores of chunks, but for those that a scorer with other settings gave in an earlier run."""
-        for name, store in self._stores.items():
+        for name, store in self.stores.items():
             by_model: dict[str | None, dict[str, Scores]] = {}
             for chunk, result in found:
                 if chunk["identities"].get(name) == store.identity:
@@ -227,14 +223,7 @@ class PictureScoring:
         scores = scorer.score_pictures(self.pictures, self.policy, work)
         if scores.shape != (len(self.pictures),) or not np.isfinite(scores).all():
             raise InputError(f"scorer {scorer.name!r} gave no finite number for each of {len(self.pictures)} pictures")
-        self._stores[scorer.name].add({key: (float(score),) for key, score in zip(self._keys, scores, strict=True)})
-
-    def _all(self) -> dict[str, np.ndarray]:
-        found: dict[str, np.ndarray] = {}
-        for scorer in self.scorers:
-            rows = np.array([self._stores[scorer.name].get(key) for key in self._keys], dtype=np.float64)
-            found |= dict(zip(scorer.columns, rows.T, strict=True))
-        return found
+        self.stores[scorer.name].add({key: (float(score),) for key, score in zip(self._keys, scores, strict=True)})
 
 
 def require_one_model(scorings: Sequence[PictureScoring]) -> None:
@@ -245,19 +234,14 @@ def require_one_model(scorings: Sequence[PictureScoring]) -> None:
     """
     known: dict[str, tuple[str, list[Path]]] = {}
     for scoring in scorings:
-        for path, model in scoring.models().items():
-            before, paths = known.setdefault(path.stem, (model, []))
-            one_model(path.stem, before, model, again([*paths, path]))
-            paths.append(path)
+        for name, store in scoring.stores.items():
+            if store.model is not None:
+                before, paths = known.setdefault(name, (store.model, []))
+                one_model(name, before, store.model, again([*paths, store.path]))
+                paths.append(store.path)
 
 
 def again(paths: Sequence[Path]) -> str:
     """Return what to do for scores of one model."""
     either = " or ".join(map(str, paths))
     return f"delete {either}, and the same command scores those pictures again, or serve the model of the kept scores"
-
-
-def identity_with_files(scorer: Scorer, policy: str) -> str:
-    """Return a scorer's identity with fingerprints of its files, so that changed files invalidate kept scores."""
-    files = scorer_fingerprints(scorer, policy)
-    return f"{scorer.identity()}, files {json.dumps(files)}" if files else scorer.identity()
