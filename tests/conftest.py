@@ -4,6 +4,7 @@ import gc
 import os
 import signal
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # for what tests start: idle thre
 import pytest
 import torch
 
+from tests.budget import cpu_budget
 from tests.marks import in_turn
 
 if TYPE_CHECKING:
@@ -67,8 +69,14 @@ LONGEST = [
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Let `.ci/run` name the commit whose turn it is."""
+    """Let `.ci/run` name the commit whose turn it is, and a developer limit the processor time of fast cases."""
     parser.addoption("--rotation", metavar="COMMIT", help="of rotated cases run only a third, another one per COMMIT")
+    parser.addoption(
+        "--cpu-budget",
+        metavar="SECONDS",
+        type=float,
+        help="fail cases whose call, fixtures aside, takes longer on the processor and that are not slow, gpu, browser",
+    )
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -103,6 +111,33 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
             return "golden" if nodeid.startswith("tests/golden/") else nodeid.split("::", maxsplit=1)[0]
 
     return ByFile(config, log)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
+    """Hold fast cases to ``--cpu-budget``, where it is given: seconds depend on the machine.
+
+    Golden ones replay whole recordings, and are counted together, so that none of them is slow.
+    """
+    limit = item.config.getoption("--cpu-budget")
+    marked = any(map(item.get_closest_marker, ("slow", "gpu", "browser")))
+    free = limit is None or marked or item.nodeid.startswith("tests/golden/")
+    with nullcontext() if free else cpu_budget(limit):
+        return (yield)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _first_uses(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Under ``--cpu-budget``, train a tiny reward: what libraries load at first use is no case's own time."""
+    if request.config.getoption("--cpu-budget") is not None:
+        from latentreward.cli import main
+
+        folder = tmp_path_factory.mktemp("first_uses")
+        files = [
+            f"--config=configs/{name}.yaml" for name in ("model/lrm_tiny", "data/tinyworld_pickapic", "trainer/cpu")
+        ]
+        small = ["--data.train_pairs=8", "--data.val_pairs=4", "--data.batch_size=4", "--trainer.max_steps=1"]
+        main(["fit", *files, *small, f"--data.root={folder / 'pairs'}", f"--trainer.logger.save_dir={folder}"])
 
 
 @pytest.fixture(autouse=True)

@@ -30,11 +30,13 @@ def _paths(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", rotated_after(2, FILES, release=5))
 def test_parses(name: str) -> None:
     parse(f"configs/align/{name}")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", rotated_after(1, ["diffusion_dpo_sd15", "diffusion_dpo_sd35"]))
 def test_builds_at_full_size(name: str) -> None:
     with torch.device("meta"):

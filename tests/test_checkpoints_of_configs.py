@@ -238,6 +238,7 @@ def _place(path: Path) -> tuple[bool, bool, Path]:
 FILES = [*(CONFIGS / "model").glob("*.yaml"), *(CONFIGS / "align").glob("*.yaml"), *RECIPES]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "path",
     rotated_after(len(QUICK), sorted(FILES, key=_place), release=sum(path.stem in {*QUICK, *IN_CI} for path in FILES)),
@@ -261,6 +262,7 @@ def test_last_ckpt_is_of_the_last_step_written_once_and_without_frozen_weights(p
         assert not frozen & kept["state_dict"].keys(), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "file", rotated_after(1, ["model/lrm_tiny", "align/lpo_sd35_tiny", "align/diffusion_dpo_sd15", "recipes/lrm_sd15"])
 )

@@ -421,6 +421,7 @@ def test_packaged_trainers_are_found_from_any_folder_and_keep_last_ckpt(
 # ---- runs
 
 
+@pytest.mark.slow
 def test_saved_config_reproduces_the_run(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     main(
         [*FIT, "--trainer.callbacks=plugin.Note", "--trainer.callbacks.text=option", "--trainer.default_root_dir=first"]
@@ -461,6 +462,7 @@ def test_a_full_disk_is_one_line_and_the_last_checkpoint_stays(
     assert not list((folder / "full").rglob("*.partial"))
 
 
+@pytest.mark.slow
 def test_one_fit_in_a_folder_at_a_time(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with locked(folder / "taken", "output_dir"):
         before = sorted((folder / "taken").iterdir())
@@ -507,6 +509,7 @@ def test_other_subcommands_take_the_saved_config_of_fit(command: str, folder: Pa
 SHOWN = ["--trainer.enable_progress_bar=null", "--trainer.enable_model_summary=null"]
 
 
+@pytest.mark.slow
 def test_a_resumed_fit_prints_what_tells_a_user_something(
     capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture, recwarn: pytest.WarningsRecorder
 ) -> None:

@@ -50,6 +50,7 @@ def options(model: str, layout: str, pairs: dict[str, Path], folder: Path) -> li
 EACH = [(model, ("pickapic", "hpdv3")[place % 2]) for place, model in enumerate(TINY)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("model", "layout"), rotated_after(1, EACH, release=5))
 def test_fit_validate_test_and_predict(
     model: str, layout: str, pairs: dict[str, Path], tmp_path: Path, caplog: Any
@@ -86,6 +87,7 @@ def test_the_saved_config_trains_the_same_weights(pairs: dict[str, Path], tmp_pa
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", rotated_after(1, FULL_SIZE, release=4))
 def test_full_size_configs_parse(
     model: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -135,6 +137,7 @@ REAL_DATA = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "words"),
     rotated_after(

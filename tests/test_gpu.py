@@ -82,6 +82,7 @@ def test_training_ends_near_that_of_the_cpu(kind: str, device: str, tmp_path: Pa
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("device", DEVICES)
 def test_training_in_bfloat16_keeps_what_trains_in_float32(device: str, tmp_path: Path) -> None:
     options = {"frozen_dtype": "bfloat16", "vae_dtype": "bfloat16", "gradient_checkpointing": True}
@@ -112,6 +113,7 @@ def test_compiled_blocks_give_the_features_and_gradients_of_plain_ones(checkpoin
         torch.testing.assert_close(found, expected, rtol=1e-2, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("device", DEVICES)
 def test_attention_kernels_agree(device: str) -> None:
     twin, found = TWINS["klein_base"], {}  # heads of 16 channels: some kernels need a multiple of 8
@@ -135,6 +137,7 @@ def test_attention_kernels_agree(device: str) -> None:
         assert other_norm.item() == pytest.approx(norm.item(), rel=0.05), kernel
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("device", DEVICES)
 def test_a_resumed_run_ends_with_the_bits_of_the_uninterrupted_one(device: str, tmp_path: Path) -> None:
     options = {**on(device), "deterministic": "warn"}

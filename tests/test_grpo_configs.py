@@ -11,7 +11,7 @@ from latentreward.cli import main
 from latentreward.estimate.pipelines import write_pipelines
 from latentreward.modules import AWMModule, DiffusionNFTModule, StepwiseGRPOModule, TrajectoryGRPOModule
 from tests.families.twins import TWINS
-from tests.marks import release_after, rotated_after
+from tests.marks import release_after, rotated_after, slow_after
 from tests.test_recipes import parse
 
 FOLDER = Path(__file__).parents[1] / "configs" / "align"
@@ -32,6 +32,7 @@ def _paths(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", rotated_after(1, FILES, release=4))
 def test_parses_and_keeps_its_runs_apart(name: str) -> None:
     assert parse(f"configs/align/{name}.yaml").config["fit"]["trainer"].default_root_dir == f"runs/{name}"
@@ -46,7 +47,7 @@ MIXTURE = (
 READOUT = '--model.reward={"class_path": "RandomReward", "init_args": {"kind": "readout"}}'
 
 
-@pytest.mark.parametrize("name", CHANGES)
+@pytest.mark.parametrize("name", rotated_after(2, CHANGES))
 def test_a_change_of_grpo_is_given_after_a_run(name: str) -> None:
     base, change = "configs/align/grpo_trajectory_sd35.yaml", f"configs/grpo/{name}.yaml"
     plain, changed = parse(base).config["fit"], parse(base, change).config["fit"]
@@ -60,7 +61,7 @@ def test_a_change_of_grpo_is_given_after_a_run(name: str) -> None:
 REWARDS = sorted(path.stem for path in (FOLDER.parent / "reward").glob("*.yaml"))
 
 
-@pytest.mark.parametrize("name", REWARDS)
+@pytest.mark.parametrize("name", rotated_after(1, REWARDS))
 def test_a_reward_on_a_server_is_given_after_a_run(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for variable in ("JUDGE_URL", "UNIRL_URL", "REWARD_URL"):
         monkeypatch.setenv(variable, f"http://{variable.lower().replace('_', '-')}:8000")
@@ -72,6 +73,7 @@ def test_a_reward_on_a_server_is_given_after_a_run(name: str, monkeypatch: pytes
     assert settings["reward"]["init_args"]["server"]["url"].startswith("http://")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", rotated_after(2, CHANGES, release=6))
 def test_a_change_of_grpo_trains_the_tiny_run(name: str, tmp_path: Path) -> None:
     small = ("--data.batch_size=4", "--data.prompts_per_rollout=2", "--model.sampling.num_inference_steps=6",
@@ -97,7 +99,7 @@ KINDS = {
 }
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", slow_after(1, METHODS))
 @pytest.mark.parametrize("name", rotated_after(1, FAMILIES, release=2))
 def test_one_option_changes_the_method(name: str, method: str) -> None:
     lpo, other = (

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from configparser import ConfigParser
+from functools import cache
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -104,17 +105,37 @@ MAY_IMPORT = {
 """Room -> what it may import of latentreward; the command line's modules may import anything."""
 
 
-def modules_named(node: ast.AST) -> list[str]:
+def modules_named(node: ast.Import | ast.ImportFrom) -> list[str]:
     """Modules that a statement imports, or imports from."""
-    if isinstance(node, ast.Import):
-        return [alias.name for alias in node.names]
-    return [str(node.module)] if isinstance(node, ast.ImportFrom) else []
+    return [alias.name for alias in node.names] if isinstance(node, ast.Import) else [str(node.module)]
+
+
+@cache
+def parsed(path: Path) -> ast.Module:
+    return ast.parse(path.read_text())
+
+
+@cache
+def imports(path: Path, for_types: bool = True) -> list[ast.Import | ast.ImportFrom]:
+    """Import statements of a file, in functions too, with or without those below ``if TYPE_CHECKING``."""
+    nodes = statements(parsed(path), for_types)
+    return [node for node in nodes if isinstance(node, ast.Import | ast.ImportFrom)]
+
+
+def statements(node: ast.AST, for_types: bool) -> Iterator[ast.stmt]:
+    """Statements below a node, those of functions and classes included."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.stmt | ast.excepthandler | ast.match_case) and (
+            for_types or not (isinstance(child, ast.If) and ast.unparse(child.test).endswith("TYPE_CHECKING"))
+        ):
+            yield child
+            yield from statements(child, for_types)
 
 
 def imported_rooms(path: Path) -> set[str]:
     """First part below ``latentreward`` of all imports in a file, lazy ones and those for types included."""
     rooms = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in imports(path):
         names = modules_named(node)
         if isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative import"
@@ -151,18 +172,17 @@ FILES = {
 }
 
 
-def statements(node: ast.AST) -> Iterator[ast.AST]:
-    """Everything below a node, functions included, but for what is imported for types alone."""
-    for child in ast.iter_child_nodes(node):
-        for_types = isinstance(child, ast.If) and ast.unparse(child.test).endswith("TYPE_CHECKING")
-        yield from () if for_types else (child, *statements(child))
+@pytest.fixture(scope="module", autouse=True)
+def _all_parsed() -> None:
+    """Parse every file once, which takes a second."""
+    for path in FILES.values():
+        parsed(path)
 
 
 def public_places(package: str) -> dict[str, str]:
     """Name that a package exports on first use -> module that defines it, as the ``__init__.pyi`` says."""
     stub = FILES[package].with_suffix(".pyi")
-    nodes = ast.walk(ast.parse(stub.read_text())) if stub.is_file() else ()
-    froms = [node for node in nodes if isinstance(node, ast.ImportFrom)]
+    froms = [node for node in imports(stub) if isinstance(node, ast.ImportFrom)] if stub.is_file() else []
     return {alias.name: f"{package}.{node.module}" for node in froms for alias in node.names}
 
 
@@ -174,10 +194,10 @@ def imported_files(path: Path) -> set[str]:
     the ``__init__`` of every package above a file, which would make a package a circle.
     """
     names = set()
-    for node in statements(ast.parse(path.read_text())):
+    for node in imports(path, for_types=False):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
+        else:
             places = public_places(str(node.module)) if node.module in FILES else {}
             below = [places.get(alias.name, f"{node.module}.{alias.name}") for alias in node.names]
             names |= {name if name in FILES else str(node.module) for name in below}
@@ -186,7 +206,7 @@ def imported_files(path: Path) -> set[str]:
 
 def test_the_package_imports_nothing_that_is_not_installed() -> None:
     for name, path in FILES.items():
-        named = {module for node in ast.walk(ast.parse(path.read_text())) for module in modules_named(node)}
+        named = {module for node in imports(path) for module in modules_named(node)}
         assert name.startswith("tools") or not {one for one in named if one.split(".")[0] == "tools"}, name
 
 
@@ -225,7 +245,7 @@ def test_what_is_imported_is_required() -> None:
     for path in FILES.values():
         if path.parent == DRIVERS:
             continue
-        for node in statements(ast.parse(path.read_text())):
+        for node in imports(path, for_types=False):
             for module in (
                 {name.split(".")[0] for name in modules_named(node)}
                 - sys.stdlib_module_names

@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import pytest
-import wandb
 from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 
 from latentreward.cli import main
@@ -13,6 +12,7 @@ CONFIGS = Path(__file__).parents[1] / "configs"
 WANDB = "configs/logger/wandb.yaml"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("base", ["configs/trainer/one_gpu.yaml", "configs/trainer/slurm.yaml"])
 def test_it_is_given_after_a_trainer(base: str) -> None:
     logger = parse("configs/model/lrm_tiny.yaml", "configs/data/tinyworld_pickapic.yaml", base, WANDB).config["fit"]
@@ -20,7 +20,10 @@ def test_it_is_given_after_a_trainer(base: str) -> None:
     assert kinds == [TensorBoardLogger.__name__, WandbLogger.__name__]
 
 
+@pytest.mark.slow
 def test_a_run_logs_to_weights_and_biases_without_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import wandb  # takes seconds, and this test alone needs it
+
     for name, value in (("MODE", "offline"), ("RUN_ID", "one"), ("SILENT", "true"), ("CONFIG_DIR", str(tmp_path))):
         monkeypatch.setenv(f"WANDB_{name}", value)
     files = [f"--config={CONFIGS / file}.yaml" for file in ("align/diffusion_dpo_tiny", "logger/wandb")]

@@ -30,7 +30,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", rotated_after(1, LOSSES))
 def test_a_loss_is_given_after_a_model_and_its_data(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for variable in ("TRAIN_SCORES", "VAL_SCORES", "TRAIN_LABELS", "VAL_LABELS", "PICKAPIC_ROOT"):
         monkeypatch.setenv(variable, "somewhere")
@@ -44,6 +45,7 @@ def test_a_loss_is_given_after_a_model_and_its_data(name: str, monkeypatch: pyte
         assert before[setting] == after[setting]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", rotated_after(1, LOSSES))
 @pytest.mark.parametrize(
     "model", rotated_after(1, ["layer_mix_tiny", "dina_lrm_tiny", "pavrm_dit_tiny", "drm_tiny"], release=2)
@@ -62,7 +64,7 @@ def test_a_tiny_reward_trains_with_every_loss(
     assert (tmp_path / "reward.ckpt").is_file()
 
 
-@pytest.mark.parametrize("base", ["diffusion_dpo_sd15", "diffusion_dpo_sd35", "diffusion_dpo_tiny"])
+@pytest.mark.parametrize("base", rotated_after(1, ["diffusion_dpo_sd15", "diffusion_dpo_sd35", "diffusion_dpo_tiny"]))
 def test_linear_dpo_is_given_after_diffusion_dpo(base: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for variable in ("PICKAPIC_ROOT", "CACHE_ROOT", "PROMPTS"):
         monkeypatch.setenv(variable, "somewhere")
@@ -72,6 +74,7 @@ def test_linear_dpo_is_given_after_diffusion_dpo(base: str, monkeypatch: pytest.
     assert changed["trainer"].default_root_dir == "runs/linear_dpo"
 
 
+@pytest.mark.slow
 def test_a_tiny_policy_trains_by_linear_dpo(world: Path, tmp_path: Path) -> None:
     files = [f"--config={CONFIGS / file}.yaml" for file in ("align/diffusion_dpo_tiny", "dpo/linear")]
     quick = [f"--data.root={world}", "--data.train_pairs=32", "--data.val_pairs=8", "--data.batch_size=4",

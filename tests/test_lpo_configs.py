@@ -41,6 +41,7 @@ def parsed(name: str, *options: str) -> ParsedCLI:
     return parse(f"configs/align/{name}.yaml", options=options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", rotated_after(2, FILES, release=5))
 def test_parses_and_keeps_its_runs_apart(name: str) -> None:
     settings = parsed(name).config["fit"]["trainer"]
@@ -62,6 +63,7 @@ def test_builds_at_full_size(name: str) -> None:
         assert module.selection.threshold(0, module.sampler) == pytest.approx(0.5)
 
 
+@pytest.mark.slow
 def test_files_of_prompts_load() -> None:
     data = parse("configs/align/lpo_sd15.yaml", "configs/data/prompts.yaml").build("data")
     assert isinstance(data, PromptDataModule)
@@ -72,6 +74,7 @@ def test_files_of_prompts_load() -> None:
     assert len(captions.prompts) == 1024
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", rotated_after(1, ["lpo_tiny", "spo_tiny", "lpo_sd35_tiny"]))
 def test_tiny_ones_train(name: str, tmp_path: Path) -> None:
     """With a reward that is a formula: what configs/model/lrm_tiny.yaml trains takes a minute."""

@@ -2,7 +2,11 @@
 
 import ast
 import re
+from collections.abc import Iterable
+from itertools import chain
 from pathlib import Path
+
+import pytest
 
 from latentreward.cli import COMMANDS
 
@@ -10,15 +14,19 @@ ROOT = Path(__file__).resolve().parents[1]
 MOST = 8
 SUBCOMMANDS = {name.replace("-", "_") for name in COMMANDS}
 FILES = [*(ROOT / "src").rglob("*.py"), *(ROOT / "callbacks").rglob("*.py"), *(ROOT / "tools").rglob("*.py")]
-NODES = {path: [*ast.walk(ast.parse(path.read_text()))] for path in FILES}
 
 
-def named_in_yaml() -> set[str]:
+@pytest.fixture(scope="module")
+def nodes_of_files() -> dict[Path, list[ast.AST]]:
+    return {path: [*ast.walk(ast.parse(path.read_text()))] for path in FILES}
+
+
+def named_in_yaml(nodes: Iterable[ast.AST]) -> set[str]:
     """Classes that a shipped YAML or one in the docs names, and the classes of ours that they are derived from."""
     texts = [path.read_text() for path in [*(ROOT / "configs").rglob("*.yaml"), *(ROOT / "docs").rglob("*.md")]]
     value = re.compile(r"\w+: (?:[\w.]+\.)?([A-Z]\w+)(?=,|\s*$)", re.MULTILINE)
     found = {name for text in texts for name in value.findall(text)}
-    classes = [node for nodes in NODES.values() for node in nodes if isinstance(node, ast.ClassDef)]
+    classes = [node for node in nodes if isinstance(node, ast.ClassDef)]
     bases = {node.name: {ast.unparse(base).split("[")[0] for base in node.bases} for node in classes}
     while above := {base for name in found for base in bases.get(name, ())} - found:
         found |= above
@@ -31,10 +39,10 @@ def parameters(function: ast.FunctionDef | ast.AsyncFunctionDef) -> list[str]:
     return [name for name in named if name not in ("self", "cls")]
 
 
-def test_only_what_yaml_or_the_command_line_sets_has_many_parameters() -> None:
+def test_only_what_yaml_or_the_command_line_sets_has_many_parameters(nodes_of_files: dict[Path, list[ast.AST]]) -> None:
     """Class paths in YAML call constructors; the command line calls subcommands."""
-    long, configured = [], named_in_yaml()
-    for path, nodes in NODES.items():
+    long, configured = [], named_in_yaml(chain.from_iterable(nodes_of_files.values()))
+    for path, nodes in nodes_of_files.items():
         constructors = {
             id(node)
             for kind in nodes

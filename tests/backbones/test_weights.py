@@ -164,6 +164,7 @@ def test_attention_of_old_vaes(tmp_path: Path) -> None:
     assert equal(ours, AutoencoderKL.from_pretrained(pipeline_folder("sd15"), subfolder="vae"))
 
 
+@pytest.mark.slow
 def test_a_file_without_alignment_is_read(tmp_path: Path) -> None:
     """Headers of other programs may have any length."""
     copied("sd15", "unet", tmp_path, torch.float32)

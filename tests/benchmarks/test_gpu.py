@@ -44,6 +44,7 @@ def cells(path: Path) -> tuple[dict[str, Any], list[list[Any]]]:
     return found, table["rows"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", release_after(1, ["rewards", *(name for name in ROWS if name != "rewards")]))
 def test_a_block_writes_its_rows(blocks: ModuleType, tmp_path: Path, name: str) -> None:
     blocks.measure(name, tmp_path / "block.json", "cpu", tiny=True)
@@ -54,6 +55,7 @@ def test_a_block_writes_its_rows(blocks: ModuleType, tmp_path: Path, name: str) 
     assert {"processor", "torch", "diffusers", "lightning", "commit", "load"} <= found.keys()
 
 
+@pytest.mark.slow
 def test_a_family_holds_one_network_at_a_time(blocks: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[weakref.ref[Any]] = []
     kind = sys.modules[blocks.family_rows.__module__].RandomModel
@@ -137,6 +139,7 @@ def test_a_trial_leaves_measured_blocks_alone(tmp_path: Path) -> None:
     assert (tmp_path / "out" / "vlm.json").read_text() == before
 
 
+@pytest.mark.slow
 def test_a_missing_gpu_is_told_before_any_block(tmp_path: Path) -> None:
     refused = run(tmp_path)
     assert refused.returncode == 2

@@ -36,6 +36,7 @@ def measure(runner: ModuleType, folder: Path, monkeypatch: pytest.MonkeyPatch, c
     return folder / "out.json"
 
 
+@pytest.mark.slow
 def test_figures_are_numbers_with_median_range_and_goal(
     runner: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -9,6 +9,7 @@ from latentreward.cache.layout import read_plan
 from latentreward.cli import main
 from tests.cache.writing import write_data
 from tests.families.twins import TWINS
+from tests.marks import rotated_after
 
 ROOT = Path(__file__).parents[2]
 BUCKETS = ("--images.buckets=[[32,32],[48,32],[32,48]]", "--images.min_pixels=0")
@@ -23,7 +24,9 @@ SMALLER = {
 }
 
 
-@pytest.mark.parametrize("config", sorted((ROOT / "configs" / "cache").glob("*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "config", rotated_after(4, sorted((ROOT / "configs" / "cache").glob("*.yaml"))), ids=lambda path: path.stem
+)
 def test_config_runs(config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data = write_data(tmp_path / "data")
     monkeypatch.setenv("HPDV3_ROOT", str(data))

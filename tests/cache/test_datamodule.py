@@ -89,6 +89,7 @@ def cached(folder: Path, **options: Any) -> CachedPreferenceDataModule:
     return CachedPreferenceDataModule(train=CachedSplit(str(folder)), **settings)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("folder", "options", "tolerance"),
     rotated_after(
@@ -137,6 +138,7 @@ def test_text_encoders_are_freed_where_prompts_are_cached(method: str, world: Pa
         RewardModel.of(modules[1].model).save_pretrained(tmp_path / "folder")
 
 
+@pytest.mark.slow
 def test_a_head_that_asks_for_the_empty_prompt_takes_it_from_the_cache(world: Path) -> None:
     module = LRMModule(
         sd_tiny(text_encoder_tuning="frozen"), CLIPProjectionHead, LRMLoss(), eval_timesteps=[1], posterior="mode"

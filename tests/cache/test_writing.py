@@ -205,6 +205,7 @@ def test_an_image_without_header_is_dropped_in_planning(tmp_path: Path) -> None:
         run_cache(tmp_path / "other", data)
 
 
+@pytest.mark.slow
 def test_workers_and_threads_do_not_change_a_byte(written: tuple[Path, Path], tmp_path: Path) -> None:
     data, cache = written
     settings = ("--encoder.text=true", "--encoder.prompts_per_shard=4", "--dtype=float32")

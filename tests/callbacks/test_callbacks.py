@@ -58,6 +58,7 @@ def test_nan_guard_names_step_and_pairs_and_saves_the_weights(module, batches, l
     assert all(torch.equal(after[name], seen[-1][name]) for name in after)
 
 
+@pytest.mark.slow
 def test_a_test_prints_its_accuracy_with_interval_and_pairs(module, batches, loader, make_trainer, caplog):
     caplog.set_level("INFO")
     batches = [
@@ -120,6 +121,7 @@ def test_noise_bands_are_logged_in_training_too(module, batches, loader, make_tr
     assert 0 <= trainer.callback_metrics["train/accuracy_sigma_0_1"].item() <= 1
 
 
+@pytest.mark.slow
 def test_checkpoint_holds_what_trains_and_resumes_exactly(module, batches, loader, make_trainer, tmp_path):
     saver = ModelCheckpoint(dirpath=tmp_path, filename="small")
     trainer = make_trainer(callbacks=[TrainableCheckpoint(), saver], enable_checkpointing=True)
@@ -136,6 +138,7 @@ def test_checkpoint_holds_what_trains_and_resumes_exactly(module, batches, loade
     assert all(torch.equal(before[name], value) for name, value in trained(module).items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "message"), slow_after(1, [("drop", "lacks model.head"), ("add", "unknown weight model.extra")])
 )
@@ -154,7 +157,7 @@ def test_checkpoint_of_another_model_is_refused(module, batches, loader, make_tr
         )
 
 
-@pytest.mark.parametrize("warm_up", [True, False])
+@pytest.mark.parametrize("warm_up", slow_after(1, [True, False]))
 def test_ema_is_the_average_by_formula_and_serves_validation_alone(warm_up, module, batches, loader, make_trainer):
     ema, history, validated = TrainableEMA(0.5, warm_up), [trained(module)], []
 
@@ -235,6 +238,7 @@ def test_grid_goes_to_tensorboard_and_to_a_png(module, batches, loader, make_tra
     assert log.Tags()["images"] == ["val/pairs"]
 
 
+@pytest.mark.slow
 def test_the_worst_pairs_come_first_and_say_by_how_much(module, batches, loader, make_trainer, tmp_path, monkeypatch):
     drawn = []
 
@@ -258,6 +262,7 @@ def test_the_worst_pairs_come_first_and_say_by_how_much(module, batches, loader,
     assert (tmp_path / "worst_pairs.png").exists() and not (tmp_path / "scored_pairs.png").exists()
 
 
+@pytest.mark.slow
 def test_every_chart_in_tensorboard_has_curves(module, batches, loader, make_trainer, tmp_path):
     logger = TensorBoardLogger(tmp_path, name="run", version="")
     trainer = make_trainer(callbacks=[NoiseBandAccuracy(), TensorBoardCharts()], logger=logger, log_every_n_steps=1)

@@ -41,6 +41,7 @@ def rewarded(folder: Path) -> LPOModule:
     return module
 
 
+@pytest.mark.slow
 def test_the_run_is_the_same_and_the_encoders_are_gone(tmp_path: Path) -> None:
     expected, module = rewarded(tmp_path), rewarded(tmp_path)
     run(tmp_path / "a", expected, [])
@@ -58,6 +59,7 @@ def test_the_run_is_the_same_and_the_encoders_are_gone(tmp_path: Path) -> None:
         module.policy.encode_prompts(["a purple cow"])
 
 
+@pytest.mark.slow
 def test_a_resumed_run_equals_the_uninterrupted_one(tmp_path: Path) -> None:
     whole, rest = lpo(), lpo()
     saver = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=2, save_top_k=-1, enable_version_counter=False)
@@ -124,6 +126,7 @@ def test_the_training_of_a_reward_is_referred_to_the_cache(tmp_path: Path) -> No
         EncodeOnce().setup(make_trainer(tmp_path), module, "fit")
 
 
+@pytest.mark.slow
 def test_a_second_run_in_the_folder_writes_files_of_its_own(tmp_path: Path) -> None:
     module, begun = lpo(), False
     encode = module.policy.encode_prompts

@@ -54,6 +54,7 @@ def run_saving_always(folder: Path, **options: Any) -> tuple[Trainer, SmallModul
     return trainer, fit(trainer), saver
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", slow_after(2, SETTINGS))
 def test_every_checkpoint_leads_to_the_same_end(name: str, tmp_path: Path) -> None:
     whole, module, saver = run_saving_always(tmp_path, **SETTINGS[name])

@@ -77,6 +77,7 @@ def test_a_resumed_run_saves_no_accumulated_gradients(tmp_path: Path) -> None:
     assert fit(tmp_path, 2, 6, batches=20, accumulate_grad_batches=2, resumed=file) == [6]
 
 
+@pytest.mark.slow
 def test_a_run_with_a_raised_limit_takes_the_batches_that_it_would_have_taken_at_once(tmp_path: Path) -> None:
     folders = {"at once": tmp_path / "at_once", "in turns": tmp_path / "in_turns"}
     seen: dict[str, list[list[int]]] = {"at once": [], "in turns": []}

@@ -137,6 +137,7 @@ def test_paired_change_by_hand():
     assert (same.in_standard_errors, same.rises) == (0.0, False)
 
 
+@pytest.mark.slow
 def test_hacking_stops_the_run_with_a_checkpoint_that_has_all(make_trainer, tmp_path, caplog):
     monitor, average = HackingMonitor(PROMPTS, FallingScorer(), every_n_steps=2), TrainableEMA(0.9)
     trainer = make_trainer(callbacks=[monitor, average], max_epochs=-1, max_steps=8)
@@ -154,6 +155,7 @@ def test_hacking_stops_the_run_with_a_checkpoint_that_has_all(make_trainer, tmp_
     )
 
 
+@pytest.mark.slow
 def test_hacking_stops_a_run_whose_last_checkpoint_is_written_once(make_trainer, tmp_path):
     saved: list[int] = []
     saves = LambdaCallback(on_save_checkpoint=lambda trainer, *_: saved.append(trainer.global_step))
@@ -186,6 +188,7 @@ def test_hacking_may_only_be_told(make_trainer, tmp_path, caplog):
     assert not (tmp_path / "checkpoints").exists()
 
 
+@pytest.mark.slow
 def test_a_held_out_score_that_falls_with_the_reward_is_no_hacking(make_trainer, caplog):
     module = grpo(lr=0.0)  # the reward does not rise
     monitor = HackingMonitor(PROMPTS, FallingScorer(), every_n_steps=1)

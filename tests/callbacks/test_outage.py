@@ -113,6 +113,7 @@ def judge_that_is_killed(requests: int, away_s: float) -> Iterator[str]:
         assert len(processes) == 2, "the judge was not killed and started again"
 
 
+@pytest.mark.slow
 def test_a_server_killed_and_started_again_costs_a_waiting_run_nothing(
     undisturbed: TrainableState, tmp_path: Path
 ) -> None:
@@ -121,6 +122,7 @@ def test_a_server_killed_and_started_again_costs_a_waiting_run_nothing(
     assert not list(tmp_path.rglob("*.ckpt"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("requests", "fault", "step"),
     slow_after(1, [(3, hangs_up, 2), (1, says(200, {"scores": [float("nan")] * 3}), 0), (4, says(503), 2)]),

@@ -37,6 +37,7 @@ def saved(folder: Path, number: int = 1) -> dict:
     return yaml.safe_load((folder / "run" / f"config_{number}.yaml").read_text())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "schedule", slow_after(1, [[], [*COSINE, "--model.lr_scheduler.T_max=20"]]), ids=["constant", "cosine"]
 )
@@ -52,6 +53,7 @@ def test_a_plain_resume_says_nothing_and_is_the_rest_of_the_run(
     assert lines(caplog) == []
 
 
+@pytest.mark.slow
 def test_the_checkpoints_settings_win_and_the_saved_config_states_them(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -96,6 +98,7 @@ def test_a_run_that_is_over_says_what_to_raise(
     assert line == f"nothing to train: {place}; raise it to go on"
 
 
+@pytest.mark.slow
 def test_another_class_of_optimiser_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     checkpoint, _ = start(tmp_path, "--model.optimizer=AdamW", "--model.optimizer.lr=0.1", steps=1)
     settings = ("--trainer.max_steps=3", f"--ckpt_path={checkpoint}", "--model.optimizer.lr=0.1")
@@ -113,6 +116,7 @@ def test_settings_that_were_left_to_their_defaults_are_stated_too(tmp_path: Path
     assert saved(tmp_path)["model"]["init_args"]["optimizer"]["init_args"]["lr"] == 0.1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "schedule",
     slow_after(
@@ -168,6 +172,7 @@ def test_a_schedule_begins_where_the_checkpoint_had_none(tmp_path: Path) -> None
     assert rate(resumed) == pytest.approx(rate(whole), rel=1e-12)
 
 
+@pytest.mark.slow
 def test_a_rate_alone_does_not_change_under_another_schedule(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

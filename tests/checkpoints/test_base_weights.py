@@ -56,6 +56,7 @@ def trainer(folder: Path, *callbacks: ModelCheckpoint) -> Trainer:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("weights_only", slow_after(1, [False, True]))
 def test_a_run_refuses_the_checkpoint_of_another_base(weights_only: bool, tmp_path: Path) -> None:
     data = DataLoader(loaded_pairs(2), 2, collate_fn=collate_pairs)

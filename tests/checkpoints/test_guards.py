@@ -41,6 +41,7 @@ def test_another_models_checkpoint_is_one_line(
     assert said == f"ckpt_path: {path}: the checkpoint does not fit: {names}; {same}"
 
 
+@pytest.mark.slow
 def test_fit_refuses_weights_alone_before_the_model_is_loaded(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -55,6 +56,7 @@ def test_fit_refuses_weights_alone_before_the_model_is_loaded(
     run("validate", tmp_path, f"--ckpt_path={path}")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", slow_after(1, ["test", "validate", "predict"]))
 def test_no_last_checkpoint_is_one_line_but_for_fit(
     command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]

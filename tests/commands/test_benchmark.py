@@ -171,6 +171,7 @@ def test_a_latent_reward_beside_another_model(here: Path, reward: str) -> None:
     assert telling <= splits
 
 
+@pytest.mark.slow
 def test_one_scorer_shows_its_surest_mistakes(here: Path) -> None:
     report = run(benchmarks=sets("imagereward"), scorers=[function("luminance")])
     assert report["agreement"] == report["differences"] == report["levels"] == []
@@ -226,6 +227,7 @@ def test_running_again_writes_the_same_bytes(here: Path, reward: str) -> None:
     assert {name: Path("out", name).read_bytes() for name in FILES} == first
 
 
+@pytest.mark.slow
 def test_a_folder_is_enough(here: Path, reward: str) -> None:
     report = run("--draws=1", "--levels=[]", data=str(COMMITTED / "hpdv3"), model=reward)
     assert [one["protocol"] for one in report["protocols"]] == ["hpdv3"]

@@ -182,6 +182,7 @@ def test_shared_noise_is_the_same_for_all_prompts(evaluate: Run, tmp_path: Path)
     assert own["notes"] == ["1 prompts repeat an earlier prompt; each one gets its own pictures."]
 
 
+@pytest.mark.slow
 def test_nothing_is_done_twice(evaluate: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = evaluate(SD_TINY)
     monkeypatch.setattr(TrainedPolicy, "load", lambda *_: pytest.fail("loaded"))
@@ -196,6 +197,7 @@ def test_nothing_is_done_twice(evaluate: Run, tmp_path: Path, monkeypatch: pytes
     }
 
 
+@pytest.mark.slow
 def test_scores_of_another_model_behind_the_same_address_are_not_mixed(
     evaluate: Run, refused: Callable[..., str], tmp_path: Path
 ) -> None:

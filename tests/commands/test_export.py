@@ -23,6 +23,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_each_format_lands_in_its_folder(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     main(["export", str(checkpoint), str(tmp_path / "lora")])
     main(["export", str(checkpoint), "--format=kohya", f"--output={tmp_path / 'kohya'}", "--dtype=bfloat16"])

@@ -56,6 +56,7 @@ def test_json_lines(root, caplog) -> None:
     assert "left out" not in caplog.text
 
 
+@pytest.mark.slow
 def test_labels_under_unknown_keys_are_named(root, capsys) -> None:
     row = {"image_a": "a.jpg", "image_b": "b.jpg", "votes_a": 3, "votes_b": 1}
     (root / "train.jsonl").write_text("\n".join(json.dumps({"prompt": f"p{n}", **row}) for n in range(5)))
@@ -97,6 +98,7 @@ def test_only_the_readers_of_the_command_are_opened(root, caplog, capsys) -> Non
     assert refusal(capsys, "fit", "--data.val.file=absent.jsonl").startswith("data.val: absent.jsonl: No such file")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", rotated_after(1, ["fit", "validate", "fit --estimate"]))
 @pytest.mark.parametrize(
     ("size", "message", "nearest"),

@@ -51,6 +51,7 @@ def pictures(folder: Path) -> dict[str, np.ndarray]:
     return {path.name: np.asarray(Image.open(path)) for path in sorted(folder.glob("0*.png"))}
 
 
+@pytest.mark.slow
 def test_pictures_grid_and_table(generate: Callable[..., Any], tmp_path: Path) -> None:
     rows = generate("--images_per_prompt=2")
     assert [row["prompt"] for row in rows] == [prompt for prompt in PROMPTS for _ in range(2)]
@@ -125,6 +126,7 @@ def test_neither_batch_nor_later_prompts_change_a_picture(generate: Callable[...
     assert all(np.abs(one[name].astype(int) - out[name]).max() <= 1 for name in one)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     rotated_after(
@@ -234,6 +236,7 @@ def test_bad_prompt_files_are_one_line(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_other_settings_and_other_files_are_refused(
     generate: Callable[..., Any], tmp_path: Path, prompts: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -252,6 +255,7 @@ def test_other_settings_and_other_files_are_refused(
     assert "holds other files" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_folder_goes_on_with_the_same_layers_of_the_adapter_alone(
     generate: Callable[..., Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -273,7 +277,7 @@ def test_names_hold_on_every_file_system() -> None:
 GENERATE = Path(__file__).resolve().parents[2] / "configs" / "generate"
 
 
-@pytest.mark.parametrize("name", sorted(path.name for path in GENERATE.glob("*.yaml")))
+@pytest.mark.parametrize("name", rotated_after(1, sorted(path.name for path in GENERATE.glob("*.yaml"))))
 def test_shipped_configs_run(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SD35_PATH", "sd35_tiny")
     monkeypatch.setenv("DINA_PATH", "unused")

@@ -39,6 +39,7 @@ def told_places(*files: Path) -> list[tuple[str, bytes]]:
     return [(file.name, place) for file in files for place in PLACES if place in file.read_bytes()]
 
 
+@pytest.mark.slow
 def test_a_model_folder(home: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
     main(["publish", str(home / "run"), str(home / "model"), "--device=cpu"])
@@ -83,6 +84,7 @@ def test_a_benchmark(home: Path) -> None:
     assert "RewardModelScorer run noise of the model" in (home / "bench/report.json").read_text()
 
 
+@pytest.mark.slow
 def test_an_evaluation_of_a_policy(home: Path) -> None:
     shutil.copytree(pipeline_folder("sd15"), home / "generator")
     arguments = {"path": f"{home}/run", "device": "cpu"}

@@ -68,6 +68,7 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: Any) -> str:
     return message
 
 
+@pytest.mark.slow
 def test_a_run_is_published_calibrated(run: Path, pictures: Path, tmp_path: Path, capsys: Any) -> None:
     (tmp_path / "card.md").write_text("# About\n\nScores **tiny** pictures.")
     (tmp_path / "metrics.json").write_text(json.dumps({"hpdv2": {"accuracy": 0.8125, "pairs": 4}, "ids": [1, 2]}))
@@ -138,6 +139,7 @@ DATA = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", slow_after(2, DATA))
 def test_the_card_names_the_runs_readers_and_no_paths(run: Path, tmp_path: Path, name: str) -> None:
     data, told = DATA[name]
@@ -196,6 +198,7 @@ def test_published_again_at_other_noise_it_loses_its_calibration(
     assert RewardModel.from_pretrained(tmp_path / "other").noise == ScoringNoise(sigmas=(0.8,))
 
 
+@pytest.mark.slow
 def test_to_the_hub(run: Path, hub: StubHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     publish(run, tmp_path / "model", "--push_to_hub=owner/reward", "--private=true", "--branch=v1")
@@ -227,6 +230,7 @@ def test_ctrl_c_leaves_a_whole_folder_or_none(
         RewardModel.from_pretrained(tmp_path / "model")
 
 
+@pytest.mark.slow
 def test_without_a_hub_the_folder_stays(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:

@@ -39,6 +39,7 @@ def left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow
 def test_last_and_hpc_are_those_of_this_run(
     left: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -99,6 +100,7 @@ def test_one_setting_names_the_folder(
     assert (tmp_path / "again/config.yaml").is_file()
 
 
+@pytest.mark.slow
 def test_a_second_fit_in_a_folder_says_what_it_does_before_it_loads(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

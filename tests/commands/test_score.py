@@ -89,6 +89,7 @@ def refusal(capsys: pytest.CaptureFixture[str], images: str, output: str, model:
     return lines[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("suffix", slow_after(1, ["csv", "jsonl", "parquet"]))
 def test_scores_are_the_model_s_own(here: Path, dina: str, suffix: str, capsys: pytest.CaptureFixture[str]) -> None:
     pictures = write_pictures(here / "pics", 13)
@@ -343,6 +344,7 @@ def test_stopped_half_way_it_goes_on(
     assert "4 images scored in" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("call", "sent", "name"),
     slow_after(1, [(1, signal.SIGINT, "Ctrl-C"), (3, signal.SIGTERM, "SIGTERM"), (3, signal.SIGINT, "Ctrl-C")]),
@@ -559,6 +561,7 @@ def write_photographs(folder: Path) -> list[bytes]:
     return data
 
 
+@pytest.mark.slow
 def test_photographs_are_turned_as_in_training_or_as_told(
     here: Path, lrm: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -592,6 +595,7 @@ def tall_thumbnails(page: str) -> int:
     return sum(height > width for width, height in sizes)
 
 
+@pytest.mark.slow
 def test_images_that_no_training_size_fits_are_counted_over_the_whole_run(
     here: Path, dina: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -19,6 +19,7 @@ def cycle(steps: int, total: int) -> tuple[str, ...]:
     return (*ONE_CYCLE, f"--model.lr_scheduler.total_steps={total}", f"--trainer.max_steps={steps}", LAST)
 
 
+@pytest.mark.slow
 def test_one_cycle_shorter_than_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     short = "model.lr_scheduler: OneCycleLR ends at total_steps=4, before the run's 6 optimiser steps; give --model.lr_"
     assert refusal(capsys, "fit", tmp_path, *cycle(6, 4)).startswith(short)
@@ -27,6 +28,7 @@ def test_one_cycle_shorter_than_the_run(tmp_path: Path, capsys: pytest.CaptureFi
     assert refusal(capsys, "fit", tmp_path, *cycle(6, 6), "--ckpt_path=last").endswith("--resume_override=[schedule]")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("before", [cycle(4, 4), ("--trainer.max_steps=4", LAST)])
 def test_one_cycle_replaces_a_schedule(before: tuple[str, ...], tmp_path: Path) -> None:
     run("fit", tmp_path, *before)
@@ -99,6 +101,7 @@ def test_a_metric_with_a_slash_makes_no_folder(tmp_path: Path) -> None:
     assert path.name.endswith("-x.ckpt")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("interval", ["null", "6"])
 def test_reduce_on_plateau(interval: str, tmp_path: Path) -> None:
     """Stepped at each validation, and resumed exactly."""

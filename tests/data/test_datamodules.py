@@ -60,6 +60,7 @@ def readers(write_pickapic, pickapic_rows) -> dict[str, PickAPicReader]:
     return {split: PickAPicReader(source, split, on_error="skip") for split in ("train", "val", "test")}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_workers", rotated_after(1, [0, 2]))
 def test_fit_sees_labelled_rows_in_a_new_order_each_epoch(readers, num_workers) -> None:
     data = PreferenceDataModule(8, **readers, batch_size=3, num_workers=num_workers)

@@ -31,6 +31,7 @@ def keys(module: RollingModule) -> list[str]:
     return [key for _, batch in module.seen for key in batch]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [*slow_after(1, [name for name in SETTINGS if name != "own rows"]), "own rows"])
 def test_every_checkpoint_leads_to_the_same_end(name: str, tmp_path: Path) -> None:
     saver, make_module = SaveAlways(tmp_path), MODULES.get(name, RollingModule)

@@ -183,6 +183,7 @@ def test_parts_that_are_missing_follow_on_error(write, caplog) -> None:
     assert caplog.messages == [f"{source} train: 1 parquet part missing"]
 
 
+@pytest.mark.slow
 def test_worker_processes_read_their_own_lanes(write) -> None:
     source = write()
     with_workers = batches(module(source, num_workers=2, batches_per_epoch=5), epochs=2)

@@ -279,6 +279,7 @@ def test_a_loss_says_before_the_first_batch_what_it_cannot_take(
         check_targets(module, datasets, "fit")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loss", ["RegressionDistillation", "RankingDistillation"])
 def test_a_run_learns_from_a_table(
     loss: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -133,6 +133,7 @@ def test_without_room_each_process_has_its_own(tmp_path: Path, monkeypatch: pyte
     assert [path.suffix for path in own_folder().iterdir()] in ([".lock"], [])
 
 
+@pytest.mark.slow
 def test_a_program_without_a_trainer_leaves_no_file(tmp_path: Path) -> None:
     """Nor does a run that fails before training; what a killed process has left is removed by the next one."""
     save_file({"a": torch.randn(9)}, tmp_path / "x.safetensors")

@@ -34,6 +34,7 @@ from latentreward.policies import PolicySource
 from latentreward.rewards import LatentReward, PixelReward, RewardSource
 from latentreward.rollout import Branching, QuantileThreshold, Sampling
 from latentreward.scorers import StepAwareScorer
+from tests.marks import rotated_after
 from tests.modules import batches
 from tests.rewards.stored import write_run
 from tests.tiny_pipelines import PIXELS, source_of
@@ -127,15 +128,18 @@ def stepwise_grpo(name: str, reward: RewardSource) -> StepwiseGRPOModule:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("build", "name"),
-    [
-        (lpo, "sd15"),
-        (lpo, "sd35"),
-        (refl, "sd15"),
-        (refl, "sd35"),
-        (grpo, "sd15"),
-        (grpo, "sd35"),
-        (stepwise_grpo, "sd15"),
-    ],
+    rotated_after(
+        3,
+        [
+            (lpo, "sd35"),
+            (refl, "sd15"),
+            (grpo, "sd35"),
+            (lpo, "sd15"),
+            (refl, "sd35"),
+            (grpo, "sd15"),
+            (stepwise_grpo, "sd15"),
+        ],
+    ),
 )
 def test_alignment(build: Any, name: str, tmp_path: Path) -> None:
     """On SD3.5 the reward is an adapter of the policy's own network, of which blocks are computed again."""
@@ -154,7 +158,7 @@ def test_diffusion_dpo() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("checkpointing", rotated_after(1, [True, False]))
 def test_quantised_layers(checkpointing: bool) -> None:
     """Smaller weights, which torchao unpacks for each product; without checkpointing autograd keeps the copies."""
 

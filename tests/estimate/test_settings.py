@@ -86,6 +86,7 @@ def test_a_card_is_for_an_estimate_and_has_a_speed(
 
 
 CALLBACK = "--trainer.callbacks+=EncodeOnce"
+FEW_STEPS = "--model.sampling.num_inference_steps=5"
 
 
 def number(text: str, name: str) -> float:
@@ -96,12 +97,13 @@ def number(text: str, name: str) -> float:
 
 @pytest.mark.slow
 def test_tiny_alignment_needs_no_trained_reward(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    text = shown(capsys, "--config", str(CONFIGS / "align" / "lpo_tiny.yaml"), "--data.batch_size=4")
+    tiny = (f"--config={CONFIGS}/align/lpo_tiny.yaml", "--data.batch_size=4", FEW_STEPS)
+    text = shown(capsys, *tiny)
     assert "Configs of runs/lrm_tiny: configs/model/lrm_tiny.yaml." in text
     assert number(text, "rollout") > 0
     assert number(text, "peak") >= number(text, "peak in the passes of a batch") > number(text, "weights")
     assert not [*tmp_path.iterdir()]
-    once = shown(capsys, "--config", str(CONFIGS / "align" / "lpo_tiny.yaml"), "--data.batch_size=4", CALLBACK)
+    once = shown(capsys, *tiny, CALLBACK)
     encoders = re.search(r"^  text encoders .* (\S+)$", text, flags=re.MULTILINE)
     assert encoders is not None and "text encoders  " not in once
     start = number(once, "weights before the first step")
@@ -124,12 +126,13 @@ def test_the_usual_reward_is_built_on_an_own_generator(
     """The tiny pipeline in another place is of SD1.5's family, but not of its widths."""
     options = [f"--config={CONFIGS / 'align' / config}.yaml", f"--model.policy.source={tiny_pipeline('sd_tiny')}"]
     reward = tmp_path / "reward"
-    text = shown(capsys, *options, f"--model.reward.path={reward}", "--data.batch_size=4")
+    text = shown(capsys, *options, f"--model.reward.path={reward}", "--data.batch_size=4", FEW_STEPS)
     assert f"Configs of {reward}: configs/model/lrm_sd15.yaml." in text
     assert "Configs of openai/clip-vit-large-patch14" not in text
     assert number(text, "weights") < 0.1
 
 
+@pytest.mark.slow
 def test_a_usual_reward_that_does_not_fit_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     options = [f"--config={CONFIGS / 'align' / 'lpo_sd35_tiny'}.yaml", "--model.reward.path=runs/mine"]
     with pytest.raises(SystemExit):
@@ -153,7 +156,7 @@ def test_alignment_with_a_published_calibrated_reward(capsys: pytest.CaptureFixt
     assert "the base 'sd15' is the name of a folder of whoever published the model; give your copy" in last
 
     options += ["--model.reward.base=sd_tiny", "--model.sampling.height=64", "--model.sampling.width=96"]
-    text = shown(capsys, *options, "--data.batch_size=4")
+    text = shown(capsys, *options, "--data.batch_size=4", FEW_STEPS)
     assert "Batch size per process 4, images of 64 x 96." in text
     assert f"Configs of {tmp_path / 'reward'}: its own settings." in text
 
@@ -173,6 +176,7 @@ def test_full_size_from_configs_in_the_package(
     assert "Configs of stable-diffusion-v1-5/stable-diffusion-v1-5: configs kept in the package." in text
 
 
+@pytest.mark.slow
 def test_a_cache_tells_sizes_and_whether_prompts_are_encoded(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
@@ -219,7 +223,7 @@ def test_configs_come_from_the_cache_of_the_hub_first(tmp_path: Path) -> None:
 def test_a_scorer_of_finished_images_is_named_as_not_counted(capsys: pytest.CaptureFixture[str]) -> None:
     config = CONFIGS / "align" / "grpo_trajectory_tiny.yaml"
     reward = "{class_path: PixelReward, init_args: {scorer: {class_path: PickScorer}}}"
-    text = shown(capsys, f"--config={config}", f"--model.reward={reward}", "--data.batch_size=4")
+    text = shown(capsys, f"--config={config}", f"--model.reward={reward}", "--data.batch_size=4", FEW_STEPS)
     assert "Not counted: weights and computation of PickScorer;" in text
 
 
@@ -228,7 +232,7 @@ def test_a_scorer_of_finished_images_is_named_as_not_counted(capsys: pytest.Capt
 def test_a_reward_server_is_not_asked(capsys: pytest.CaptureFixture[str], schema: str) -> None:
     config = CONFIGS / "align" / "grpo_trajectory_tiny.yaml"
     reward = f"{{class_path: HTTPReward, init_args: {{server: {{url: 'http://127.0.0.1:9'}}, schema: {schema}}}}}"
-    text = shown(capsys, f"--config={config}", f"--model.reward={reward}", "--data.batch_size=4")
+    text = shown(capsys, f"--config={config}", f"--model.reward={reward}", "--data.batch_size=4", FEW_STEPS)
     assert "Not counted: the work of the reward server http://127.0.0.1:9." in text
 
 

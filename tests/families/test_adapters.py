@@ -40,6 +40,7 @@ def test_every_adapter_has_a_gradient(twin: Twin) -> None:
             assert weight.grad is None, name
 
 
+@pytest.mark.slow
 @every_network
 def test_gradient_checkpointing_changes_no_gradient(twin: Twin) -> None:
     gradients = []

@@ -14,9 +14,10 @@ from latentreward.errors import InputError
 from latentreward.heads import CLIPProjectionHead, GatedQFormerHead, RewardHead
 from latentreward.scoring import RewardModel
 from tests.families.twins import PROMPTS, TWINS, Twin, every_network, every_twin, noise_for, one_per_family
-from tests.marks import release_after
+from tests.marks import release_after, rotated_after
 
-every_head = pytest.mark.parametrize("kind", ["q_former", "projection"])
+HEADS = ["q_former", "projection"]
+every_head = pytest.mark.parametrize("kind", HEADS)
 
 
 class Scorer(nn.Module):
@@ -60,7 +61,7 @@ def inputs(twin: Twin) -> tuple[Tensor, Tensor]:
     return noise_for(twin.source().resolve_family().latent_shape(*twin.size)), torch.tensor([0.3, 0.7])
 
 
-@every_head
+@pytest.mark.parametrize("kind", rotated_after(1, HEADS))
 @every_twin
 def test_a_score_does_not_depend_on_other_rows(twin: Twin, kind: str) -> None:
     model, (latents, sigmas) = Scorer(twin, kind).eval(), inputs(twin)
@@ -71,9 +72,11 @@ def test_a_score_does_not_depend_on_other_rows(twin: Twin, kind: str) -> None:
     assert together[0] != together[1]
 
 
-@every_head
 @every_network
-@pytest.mark.parametrize("tuning", ["lora", "full"])
+@pytest.mark.parametrize(
+    ("kind", "tuning"),
+    rotated_after(2, [("q_former", "lora"), ("projection", "full"), ("q_former", "full"), ("projection", "lora")]),
+)
 def test_all_that_trains_has_a_gradient(twin: Twin, kind: str, tuning: str) -> None:
     """Else DDP would stop at its second step."""
     model, (latents, sigmas) = Scorer(twin, kind, tuning=tuning).train(), inputs(twin)
@@ -90,6 +93,7 @@ def early_taps(twin: Twin) -> list[dict[str, Any]]:
     return [{"visual_taps": [visual], "text_taps": text} for visual, text in [*pairs, (twin.layers, [])]]
 
 
+@pytest.mark.slow
 @every_head  # but SD3's: T5 has no part in its pooled vector, which alone is read at tap 0
 @pytest.mark.parametrize("twin", release_after(1, one_per_family(without="sd3")), ids=lambda twin: twin.family)
 def test_all_that_trains_has_a_gradient_at_every_tap(twin: Twin, kind: str) -> None:

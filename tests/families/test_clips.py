@@ -39,6 +39,7 @@ from tests.evaluation.policy.toy_scorers import redness
 from tests.families.test_every_command import QUIET, run
 from tests.families.test_methods import METHODS
 from tests.families.twins import PROMPTS, TWINS
+from tests.marks import rotated_after
 from tests.modules.lpo_runs import make_trainer
 
 WAN = TWINS["wan21"]
@@ -62,6 +63,7 @@ def write_cache(folder: Path, file: str) -> None:
     cache(str(folder), JSONLPairReader(file), encoder, images, "float32", num_workers=0, trainer=one)
 
 
+@pytest.mark.slow
 def test_a_reward_trains_alike_on_clips_and_on_their_cache(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file, module = pairs(tmp_path), reward_module()
     write_cache(tmp_path / "cache", file)
@@ -80,7 +82,7 @@ def test_a_reward_trains_alike_on_clips_and_on_their_cache(tmp_path: Path, capsy
     assert module.model.image_sizes == OneSize(SIZE, SIZE, "stretch", FRAMES)
 
 
-@pytest.mark.parametrize("method", ["lpo", "grpo_stepwise", "grpo_trajectory", "refl"])
+@pytest.mark.parametrize("method", rotated_after(1, ["lpo", "grpo_stepwise", "grpo_trajectory", "refl"]))
 def test_methods_take_two_steps_on_clips(method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tests.families.test_methods.sampling", lambda twin: SAMPLING)
     module = METHODS[method](WAN, WAN.source())

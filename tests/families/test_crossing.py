@@ -42,6 +42,7 @@ def test_a_cache_of_another_space_is_refused() -> None:
         check_backbone(written, backbone, with_text=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("rewarded", "steered"), [("z_image", "flux1"), ("wan21", "qwen_image")])
 def test_a_reward_scores_states_of_another_familys_policy(rewarded: str, steered: str, tmp_path: Path) -> None:
     source = reward_of(BY_FAMILY[rewarded], tmp_path)

@@ -74,6 +74,7 @@ def test_pipelines_for_other_tasks_are_refused_with_the_reason(index: Any, parts
         find_family(MadeConfigs({"transformer": parts, "vae": VAE}, _class_name=index))
 
 
+@pytest.mark.slow
 def test_each_pipeline_of_diffusers_with_a_known_network_is_refused_or_has_the_network_of_text_to_image() -> None:
     taken = {"FluxPipeline", "FluxImg2ImgPipeline", "FluxInpaintPipeline", "ZImagePipeline", "ZImageImg2ImgPipeline",
              "ZImageInpaintPipeline", "QwenImagePipeline", "QwenImageImg2ImgPipeline", "QwenImageInpaintPipeline",

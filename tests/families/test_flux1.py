@@ -69,6 +69,7 @@ def test_guidance_is_an_input_of_dev() -> None:
         schnell.guidance(3.5)
 
 
+@pytest.mark.slow
 def test_other_guidance_equals_the_pipelines() -> None:
     twin = replace(TWINS["flux1_dev"], call={"guidance_scale": 8.0}, guidance=8.0)
     noise = noise_for(twin.source().resolve_family().latent_shape(*twin.size))

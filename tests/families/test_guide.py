@@ -68,6 +68,7 @@ def test_its_check_finds_rounding_alone(folder: Path, capsys: pytest.CaptureFixt
     assert all(float(difference) <= 1e-5 for _, difference in found)
 
 
+@pytest.mark.slow
 def test_an_lrm_on_flux1_is_built(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FLUX1_PATH", TWINS["flux1_dev"].folder)
     prepare([])

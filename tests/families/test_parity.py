@@ -1,17 +1,33 @@
 """Sampling equals diffusers' own pipelines: text, levels, guidance, network, latents and pictures at once."""
 
+from functools import cache
+
 import numpy as np
 import torch
 
 from latentreward.contracts import PromptBatch
+from latentreward.policies import Policy
 from latentreward.rollout import Sampling, sample_latents
-from tests.families.twins import PROMPTS, GivenNoise, Twin, every_network, every_twin, noise_for
+from tests.families.twins import PROMPTS, TWINS, GivenNoise, Twin, every_network, every_twin, noise_for
 
 STEPS = 4
 
 
-def ours(twin: Twin, prompts: tuple[str, ...], noise: torch.Tensor) -> torch.Tensor:
-    policy = twin.source().load().eval()
+@cache
+def policy_of(name: str) -> Policy:
+    return TWINS[name].source().load().eval()
+
+
+@cache
+def noise_of(name: str) -> torch.Tensor:
+    return noise_for(policy_of(name).latent_shape(*TWINS[name].size))
+
+
+@cache
+def ours(name: str, prompts: tuple[str, ...] = PROMPTS, row: int | None = None) -> torch.Tensor:
+    """Latents of prompts from the noise of all rows, or of one."""
+    twin, policy = TWINS[name], policy_of(name)
+    noise = noise_of(name) if row is None else noise_of(name)[[row]]
     height, width = twin.size
     sampling = Sampling(STEPS, noise_level=0.0, height=height, width=width)
     scale = policy.family.guidance(twin.guidance)
@@ -27,27 +43,22 @@ def assert_near(found: torch.Tensor, want: torch.Tensor) -> None:
 
 @every_twin
 def test_latents_after_four_steps(twin: Twin) -> None:
-    noise = noise_for(twin.source().resolve_family().latent_shape(*twin.size))
-    want = twin.sample(twin.pipeline(), PROMPTS, noise, STEPS)
-    assert_near(ours(twin, PROMPTS, noise), want)
+    want = twin.sample(twin.pipeline(), PROMPTS, noise_of(twin.name), STEPS)
+    assert_near(ours(twin.name), want)
 
 
 @every_twin
 def test_prompts_of_unequal_length_in_a_batch_equal_single_ones(twin: Twin) -> None:
-    noise = noise_for(twin.source().resolve_family().latent_shape(*twin.size))
-    together = ours(twin, PROMPTS, noise)
     for row, prompt in enumerate(PROMPTS):
-        assert_near(together[row : row + 1], ours(twin, (prompt,), noise[row : row + 1]))
+        assert_near(ours(twin.name)[[row]], ours(twin.name, (prompt,), row))
 
 
 @every_network
 def test_decoded_pictures(twin: Twin) -> None:
-    policy = twin.source().load().eval()
-    noise = noise_for(policy.latent_shape(*twin.size))
-    want = np.asarray(twin.sample(twin.pipeline(), PROMPTS, noise, STEPS, "np"))
+    want = np.asarray(twin.sample(twin.pipeline(), PROMPTS, noise_of(twin.name), STEPS, "np"))
     want = (want.reshape(len(PROMPTS), *want.shape[-3:]) * 255).round()
     with torch.no_grad():
-        pixels = policy.vae.decode(ours(twin, PROMPTS, noise))
+        pixels = policy_of(twin.name).vae.decode(ours(twin.name))
     found = ((pixels.clamp(-1, 1) / 2 + 0.5) * 255).round().permute(0, 2, 3, 1).numpy()
     assert np.abs(found - want).max() <= 1
     assert (found == want).mean() >= 0.999

@@ -163,6 +163,7 @@ def test_stable_diffusion_is_refused_before_its_weights_are_read(name: str, tmp_
         create_backbone(name, source=str(folder), tuning="full", quantization="int8")
 
 
+@pytest.mark.slow
 def test_a_run_is_saved_and_its_policy_loaded_again(tmp_path: Path) -> None:
     from latentreward.modules import LPOModule
     from latentreward.policies import load_policy
@@ -266,6 +267,7 @@ def scores(model: RewardModel, twin: Twin) -> torch.Tensor:
         return model.score_latents([*PROMPTS, *PROMPTS], latents)
 
 
+@pytest.mark.slow
 def test_a_trained_reward_is_saved_published_and_resumed(tmp_path: Path) -> None:
     twin = FAMILIES[0]
     module = reward_module(twin)

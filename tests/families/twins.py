@@ -133,14 +133,19 @@ def _find() -> dict[str, Twin]:
 TWINS: dict[str, Twin] = _find()
 
 
+QUICK = ("flux1_dev", "sd35_large", "z_image")
+"""Twins that `make test` has of a grid: two streams and then one, two streams, one stream. `.ci/run` has the others."""
+
+
 def _cases(twins: Iterable[Twin]) -> list[ParameterSet]:
-    return [pytest.param(twin, id=twin.name, marks=[pytest.mark.slow] * twin.same_network) for twin in twins]
+    slow = [pytest.mark.slow]
+    return [pytest.param(twin, id=twin.name, marks=slow * (twin.name not in QUICK)) for twin in twins]
 
 
 every_twin = pytest.mark.parametrize("twin", _cases(TWINS.values()))
-"""Runs a test on every twin; in `.ci/run` alone on those whose network an earlier one has."""
+"""Runs a test on every twin, in `make test` on :data:`QUICK`."""
 every_network = pytest.mark.parametrize("twin", _cases(twin for twin in TWINS.values() if not twin.same_network))
-"""Runs a test on every twin with a network of its own."""
+"""Runs a test on every twin with a network of its own, in `make test` on :data:`QUICK`."""
 
 
 def one_per_family(without: str | None = None) -> list[Twin]:

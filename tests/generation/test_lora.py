@@ -16,7 +16,7 @@ from latentreward.generation import load_lora
 from latentreward.generation.lora import check_lora
 from latentreward.policies import POLICY, Policy, PolicySource
 from tests.families.twins import TWINS
-from tests.marks import rotated_after
+from tests.marks import rotated_after, slow_after
 from tests.tiny_pipelines import pipeline_folder
 
 
@@ -42,6 +42,7 @@ def predict(policy: Policy) -> torch.Tensor:
     return policy.predict(latents, torch.tensor([501.0]), conditioning)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "style"),
     rotated_after(
@@ -105,6 +106,7 @@ def test_names_that_diffusers_does_not_read_are_refused(tmp_path: Path) -> None:
         load_lora(load("sd35_tiny"), tmp_path)
 
 
+@pytest.mark.slow
 def test_a_lora_of_text_encoders_is_refused(tmp_path: Path) -> None:
     path = TrainedLoRA.of_policy(trained("sd_tiny")).write_diffusers(tmp_path)
     weights = load_file(path)
@@ -197,7 +199,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Policy, dict[str
         return policy, load_file(file), opened.metadata()
 
 
-@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("change", slow_after(8, CHANGES))
 def test_every_tensor_is_used_or_the_file_is_refused(change: str, exported: tuple, tmp_path: Path) -> None:
     policy, tensors, metadata = exported
     save_file(changed := CHANGES[change](tensors), tmp_path / "lora.safetensors", metadata)
@@ -280,6 +282,7 @@ def test_nothing_is_said_while_one_is_loaded(tmp_path: Path) -> None:
     assert done.stdout + done.stderr == ""
 
 
+@pytest.mark.slow
 def test_metadata_import_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A field of peft's config names a module; so does the folder that such a file may come in."""
     policy = trained("sd_tiny")

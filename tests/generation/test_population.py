@@ -55,6 +55,7 @@ def test_members_are_scored_at_their_own_noise_level_until_one_is_left(policy: P
     assert all(count != 1 for later in sizes for count in later)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("eta", rotated_after(1, [0.0, 1.0]))
 def test_a_prompt_is_searched_alike_in_any_batch(eta: float) -> None:
     policy, sampling = PolicySource("sd_tiny").load().eval(), Sampling(4, eta=eta)
@@ -66,6 +67,7 @@ def test_a_prompt_is_searched_alike_in_any_batch(eta: float) -> None:
     assert not torch.allclose(other, one, atol=0.1)
 
 
+@pytest.mark.slow
 def test_equal_rewards_are_no_trouble() -> None:
     class Equal(MeanLatent):
         def score(self, states: NoisyStates, encoded: Any) -> Tensor:

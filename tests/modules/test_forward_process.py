@@ -23,7 +23,7 @@ from latentreward.policies import Policy, PolicySource
 from latentreward.policies.moving import AVERAGE, OLD, DecayRamp
 from latentreward.rewards import Reward
 from latentreward.rollout import GDPO, GroupAdvantage, RandomSteps, Sampling, StratifiedSteps, sample_latents
-from tests.marks import rotated_after
+from tests.marks import rotated_after, slow_after
 from tests.modules.lpo_runs import make_trainer
 from tests.modules.simple_reward import FirstChannel, FirstChannelReward
 from tests.modules.test_grpo import attached
@@ -102,12 +102,13 @@ def test_nft_has_no_gradient_where_nothing_is_better() -> None:
 
 def test_awm_has_the_gradient_of_the_advantages_before_the_first_step() -> None:
     """At ratio 1 the gradient is −A ∇ℓ, whatever the range of the ratio."""
-    grads = []
-    for clip_range in (1.0, 1e-6):
-        module = attached(make("awm", loss=MatchingLoss(clip_range=clip_range, kl_weight=0.0, average_weight=0.0)))
-        moved(module)
-        module.copies[0].follow(0)
-        samples = module.roll_out(BATCH)
+    grads, losses = [], [MatchingLoss(clip_range=one, kl_weight=0.0, average_weight=0.0) for one in (1.0, 1e-6)]
+    module = attached(make("awm", loss=losses[0]))
+    moved(module)
+    module.copies[0].follow(0)
+    samples = module.roll_out(BATCH)
+    for module.loss in losses:
+        module.zero_grad()
         module.training_step(samples, 0).backward()
         grads.append({name: weight.grad.clone() for name, weight in adapter(module).items()})
     module.zero_grad()
@@ -135,14 +136,17 @@ def test_only_the_policy_gets_a_gradient(kind: str) -> None:
     )
 
 
+@pytest.mark.slow
 @every_kind
 def test_the_norm_guard_adds_its_penalty(kind: str) -> None:
     """A loss with the guard is the one without it plus the penalty of the velocities, and has another gradient."""
     losses, slopes = [], []
-    for guard in (None, NormGuard(50.0)):
-        module = attached(make(kind, trust_region=guard))
-        moved(module)
-        samples = module.roll_out(BATCH)
+    module = attached(make(kind, trust_region=NormGuard(50.0)))
+    moved(module)
+    samples = module.roll_out(BATCH)
+    for guard in (None, module.guard):
+        module.guard = guard
+        module.zero_grad()
         loss = module.training_step(samples, 0)
         loss.backward()
         losses.append(loss.item())
@@ -154,7 +158,7 @@ def test_the_norm_guard_adds_its_penalty(kind: str) -> None:
     assert not torch.allclose(*slopes)
 
 
-@pytest.mark.parametrize(("rows", "warns"), [(6, False), (9, False), (36, False), (4, True)])
+@pytest.mark.parametrize(("rows", "warns"), slow_after(2, [(6, False), (4, True), (9, False), (36, False)]))
 def test_rows_that_would_meet_a_newer_copy_are_warned_of(rows: int, warns: bool, tmp_path: Path) -> None:
     """A rollout has 2 prompts · 3 samples · 3 levels = 18 rows."""
     with warnings.catch_warnings(record=True) as caught:
@@ -193,6 +197,7 @@ def loaders(**options: Any) -> PromptLoaders:
     return PromptLoaders(PROMPTS, **settings)
 
 
+@pytest.mark.slow
 @every_kind
 def test_copies_follow_the_policy_before_each_rollout(kind: str, tmp_path: Path) -> None:
     ramp = DecayRamp(0.1, 0.5)
@@ -207,7 +212,8 @@ def test_copies_follow_the_policy_before_each_rollout(kind: str, tmp_path: Path)
         return found
 
     module.make_experience = watched
-    make_trainer(tmp_path, max_steps=7).fit(module, datamodule=loaders())
+    rows = {"nft": 18, "awm": 12}[kind]  # of a rollout, one for each step
+    make_trainer(tmp_path, max_steps=3).fit(module, datamodule=loaders(batch_size=rows))
     assert len(seen) > 2
     name = OLD if kind == "nft" else AVERAGE
     want = seen[0][1]
@@ -224,6 +230,7 @@ def clones(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: weight.detach().clone() for name, weight in weights.items()}
 
 
+@pytest.mark.slow
 @every_kind
 def test_a_resumed_run_equals_the_whole_one(kind: str, tmp_path: Path) -> None:
     results = []
@@ -242,6 +249,7 @@ def test_a_resumed_run_equals_the_whole_one(kind: str, tmp_path: Path) -> None:
     assert any(f".{OLD}." in key for key in saved)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_without_the_copy_is_refused(tmp_path: Path) -> None:
     source = PolicySource(source_of("sd35_tiny"), lora=LoRA(rank=4, alpha=4))
     other = TrajectoryGRPOModule(source, FirstChannelReward(10.0), Sampling(4), num_trajectories=3, guidance_scale=1.0)
@@ -252,6 +260,7 @@ def test_a_checkpoint_without_the_copy_is_refused(tmp_path: Path) -> None:
         make_trainer(tmp_path, max_steps=2).fit(make("nft"), datamodule=loaders(), ckpt_path=tmp_path / "other.ckpt")
 
 
+@pytest.mark.slow
 def test_a_checkpoint_without_the_moving_average_is_refused(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, max_steps=1)
     trainer.fit(make("awm", loss=MatchingLoss(average_weight=0.0)), datamodule=loaders())
@@ -283,6 +292,7 @@ def test_wrong_settings_are_refused_before_anything_is_loaded(
         make("nft", **options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "options"),
     rotated_after(

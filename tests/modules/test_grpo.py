@@ -97,6 +97,7 @@ def test_trajectory_advantages_are_those_of_the_finished_latents(global_std: boo
     torch.testing.assert_close(samples.advantage[:, 0], expected.repeat(steps), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", rotated_after(1, ["sd35_tiny", "sd15"]))
 def test_guided_rollouts_score_higher_and_are_learned_from_without_guidance(name: str) -> None:
     """At the first optimiser step all ratios are 1, although the samples are not the policy's own."""
@@ -204,6 +205,7 @@ def mean_reward(module, steps: int) -> float:
     return 10 * finished[:, 0].mean().item()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", rotated_after(1, ["sd35_tiny", "sd_tiny"]))
 @pytest.mark.parametrize("make", rotated_after(1, [stepwise, trajectory]))
 def test_the_reward_rises(make, name: str, tmp_path) -> None:

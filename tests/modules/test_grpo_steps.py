@@ -43,7 +43,7 @@ from latentreward.rollout import (
     StateCredit,
     TurningPointCredit,
 )
-from tests.marks import rotated_after
+from tests.marks import rotated_after, slow_after
 from tests.modules.batches import lrm
 from tests.modules.lpo_runs import make_trainer
 from tests.modules.simple_reward import FirstChannelReward, OtherChannelsReward
@@ -53,12 +53,12 @@ KL = ClippedPolicyLoss(kl_weight=0.1)
 MIXED = RewardMixture([FirstChannelReward(10.0), FirstChannelReward(-3.0)], normalise="none")
 SETTINGS: dict[str, dict[str, Any]] = {
     "gains": {"credit": GainCredit(0.5)},
+    "dppo": {"trust_region": [FlowDPPO(), NormGuard(0.1)], "loss": ClippedPolicyLoss(max_advantage=None)},
+    "process": {"credit": StateCredit(), "loss": OutcomeProcessLoss(kl_weight=0.1)},
+    "uncertain": {"trust_region": UncertaintyGate(), "loss": KL, "reward_sigmas": (0.3, 0.6)},
     "turning": {"credit": TurningPointCredit()},
     "window": {"window": MovingWindow(2, every=1)},
     "guard": {"trust_region": GRPOGuard()},
-    "dppo": {"trust_region": [FlowDPPO(), NormGuard(0.1)], "loss": ClippedPolicyLoss(max_advantage=None)},
-    "uncertain": {"trust_region": UncertaintyGate(), "loss": KL, "reward_sigmas": (0.3, 0.6)},
-    "process": {"credit": StateCredit(), "loss": OutcomeProcessLoss(kl_weight=0.1)},
     "diverse": {"advantage": DiversityAdvantage()},
     "tempflow": {"loss": ClippedPolicyLoss(kl_weight=0.1, step_weight="noise")},
     "cps": {"sampling": Sampling(4, flow_noise="cps")},
@@ -69,10 +69,17 @@ def mixture(**options: Any) -> TrajectoryGRPOModule:
     return trajectory("sd35_tiny", source_of_reward=lambda scale: MIXED, **options)
 
 
+@pytest.fixture(scope="module")
+def plain() -> tuple[TrajectoryGRPOModule, StepSamples]:
+    """Module without further settings, and rows of one of its rollouts."""
+    module = trajectory("sd35_tiny")
+    return module, module.roll_out(BATCH)
+
+
 @pytest.mark.parametrize(
     ("name", "setting"),
     [
-        *(("sd35_tiny", setting) for setting in SETTINGS),
+        *rotated_after(4, [("sd35_tiny", setting) for setting in SETTINGS]),
         *rotated_after(0, [("sd15", setting) for setting in SETTINGS if setting != "cps"]),  # CPS is a rule of flows
     ],
 )
@@ -158,21 +165,21 @@ def test_gains_change_nothing_among_candidates_of_one_state() -> None:
         StepwiseGRPOModule(source("sd15"), FirstChannelReward(), credit=GainCredit())
 
 
-def test_a_window_has_noise_in_its_steps_alone() -> None:
-    whole, windowed = trajectory("sd35_tiny"), trajectory("sd35_tiny", window=MovingWindow(2))
-    samples = windowed.roll_out(BATCH)
+def test_a_window_has_noise_in_its_steps_alone(plain: tuple[TrajectoryGRPOModule, StepSamples]) -> None:
+    whole, rows = plain
+    samples = trajectory("sd35_tiny", window=MovingWindow(2)).roll_out(BATCH)
     assert len(samples) == 2 * 6
     assert sorted(set(samples.timesteps.tolist()), reverse=True) == whole.sampler.timesteps[:2].tolist()
-    assert len(whole.roll_out(BATCH)) == 4 * 6
+    assert len(rows) == 4 * 6
 
 
-def test_the_guard_starts_as_plain_grpo_up_to_its_scale() -> None:
-    plain, guarded = trajectory("sd35_tiny"), trajectory("sd35_tiny", trust_region=GRPOGuard(per_step=True))
-    samples, guarded_samples = plain.roll_out(BATCH), guarded.roll_out(BATCH)
+def test_the_guard_starts_as_plain_grpo_up_to_its_scale(plain: tuple[TrajectoryGRPOModule, StepSamples]) -> None:
+    (module, samples), guarded = plain, trajectory("sd35_tiny", trust_region=GRPOGuard(per_step=True))
+    guarded_samples = guarded.roll_out(BATCH)
     assert torch.equal(samples.advantage, guarded_samples.advantage)
     transition = guarded.transition(guarded_samples)
     torch.testing.assert_close(transition.mean, guarded_samples.old_mean, atol=1e-5, rtol=1e-5)
-    losses = [module.training_step(rows, 0) for module, rows in ((plain, samples), (guarded, guarded_samples))]
+    losses = [one.training_step(rows, 0) for one, rows in ((module, samples), (guarded, guarded_samples))]
     torch.testing.assert_close(*losses, atol=1e-4, rtol=1e-3)
 
 
@@ -185,12 +192,10 @@ def test_the_gate_holds_whole_trajectories() -> None:
     assert (held == held[0]).all()
 
 
-def test_rows_of_other_settings_are_not_joined() -> None:
-    plain, guarded = (
-        trajectory("sd35_tiny", **options).roll_out(BATCH) for options in ({}, {"trust_region": GRPOGuard()})
-    )
+def test_rows_of_other_settings_are_not_joined(plain: tuple[TrajectoryGRPOModule, StepSamples]) -> None:
+    guarded = trajectory("sd35_tiny", trust_region=GRPOGuard()).roll_out(BATCH)
     with pytest.raises(InputError, match="made with another loss or trust_region"):
-        join_rows([plain, guarded])
+        join_rows([plain[1], guarded])
 
 
 def test_a_mixture_is_recorded_as_before() -> None:
@@ -210,6 +215,7 @@ def weighed(*weights: float, **options: Any) -> TrajectoryGRPOModule:
     return trajectory("sd35_tiny", source_of_reward=lambda scale: source_of_reward, **options)
 
 
+@pytest.mark.slow
 def test_a_penalty_of_a_mixture_stays_one_under_gdpo() -> None:
     """GDPO weighs the rewards as the mixture does, unless it has weights of its own."""
     found = {weights: weighed(*weights, advantage=GDPO()).roll_out(BATCH).advantage for weights in ((1, 2), (1, -2))}
@@ -258,6 +264,7 @@ class Unknown(Never):
     takes = "scores"
 
 
+@pytest.mark.slow
 def test_rules_of_a_users_own_act() -> None:
     plain, pulled = (trajectory("sd35_tiny", trust_region=rule) for rule in (None, Pull()))
     rows = plain.roll_out(BATCH)
@@ -309,11 +316,14 @@ def test_rules_that_nothing_calls_are_refused() -> None:
 
 @pytest.mark.parametrize(
     "options",
-    [
-        {"advantage": GDPO()},
-        {"trust_region": RankGate(), "loss": KL},
-        {"advantage": GDPO(), "trust_region": RankGate(), "loss": KL},
-    ],
+    slow_after(
+        1,
+        [
+            {"advantage": GDPO()},
+            {"trust_region": RankGate(), "loss": KL},
+            {"advantage": GDPO(), "trust_region": RankGate(), "loss": KL},
+        ],
+    ),
     ids=["gdpo", "rank gate", "both"],
 )
 def test_finished_samples_are_scored_once_by_each_reward(options: dict[str, Any]) -> None:
@@ -344,6 +354,7 @@ def test_a_gate_of_levels_goes_with_advantages_of_several_rewards() -> None:
     assert samples.held.any() and not samples.held.all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "other", [{"trust_region": GRPOGuard()}, {"loss": OutcomeProcessLoss(), "credit": StateCredit()}]
 )
@@ -369,6 +380,7 @@ def test_step_wise_grpo_has_one_advantage() -> None:
         stepwise("sd35_tiny", loss=OutcomeProcessLoss())
 
 
+@pytest.mark.slow
 def test_the_rank_gate_is_in_the_checkpoint(tmp_path: Path) -> None:
     module = mixture(trust_region=RankGate(), loss=KL)
     del module.log, module.log_dict
@@ -383,6 +395,7 @@ def test_the_rank_gate_is_in_the_checkpoint(tmp_path: Path) -> None:
     assert other.gate.state() == module.gate.state()
 
 
+@pytest.mark.slow
 def test_a_resumed_run_equals_the_whole_one(tmp_path: Path) -> None:
     """With a gate that adapts and a window that moves, stopped in the middle of a rollout's rows."""
     results = []

@@ -54,6 +54,7 @@ def lrm_data() -> dict[str, Any]:
     return {"train_dataloaders": DataLoader([pixel_batch(2)] * 40, batch_size=None)}  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("as_callback", rotated_after(1, [False, True]))
 @pytest.mark.parametrize(
     ("make", "data"), rotated_after(1, [(lrm, lrm_data), (lpo, lambda: {"datamodule": loaders()})]), ids=["lrm", "lpo"]

@@ -73,6 +73,7 @@ def copy_of(module):
     return [weight for name, weight in module.policy.network.named_parameters() if f".{AVERAGE}." in name]
 
 
+@pytest.mark.slow
 def test_the_average_follows_before_each_step_and_is_resumed(tmp_path: Path) -> None:
     whole = run(tmp_path, 4)
     assert len(whole.moves) == 4
@@ -86,6 +87,7 @@ def test_the_average_follows_before_each_step_and_is_resumed(tmp_path: Path) -> 
     assert any(not torch.equal(one, other) for one, other in zip(adapter(whole), copy_of(whole), strict=True))
 
 
+@pytest.mark.slow
 def test_a_checkpoint_without_the_average_is_refused(tmp_path: Path) -> None:
     data = DataLoader([weighted_batch(2)] * 2, batch_size=None)
     plain, moving = dpo(moved=0.0), dpo(moved=0.0, linear=LinearDPO(), reference=DecayRamp())

@@ -259,6 +259,7 @@ def test_spo_is_lpo_with_other_settings() -> None:
     assert module.candidates.score_at == "candidate"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("size", "warned"), rotated_after(1, [((8, 24), True), ((16, 16), False), (None, False)]))
 def test_a_reward_of_another_size_is_said(size: Any, warned: bool, tmp_path: Path) -> None:
     write_run(tmp_path / "run", "lrm", "sd15")

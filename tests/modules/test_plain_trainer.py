@@ -74,6 +74,7 @@ def scores(model: RewardModel) -> Tensor:
     return model.eval().score_latents(["a cat", "two dogs"], latents).detach()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("make", "small"), rotated_after(1, [(lrm, True), (lrm_whole, False), (dina, False), (own_head, True)])
 )
@@ -92,6 +93,7 @@ def test_its_reward_is_saved_loaded_and_published(make: Any, small: bool, tmp_pa
     assert torch.equal(scores(RewardModel.from_pretrained(tmp_path / "published", **base, **trust)), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("small", rotated_after(1, [True, False]))
 def test_load_from_checkpoint(small: bool, tmp_path: Path) -> None:
     """Frozen weights that the checkpoint leaves out come from the backbone given, which must be the same base."""
@@ -157,6 +159,7 @@ def test_load_from_checkpoint_runs_nothing(tmp_path: Path) -> None:
     assert not trap.exists()
 
 
+@pytest.mark.slow
 def test_load_from_checkpoint_imports_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Lightning imports the function that a checkpoint names; before 2.6.4 it imports any."""
     (tmp_path / "trap_module.py").write_text("import pathlib\npathlib.Path('ran').touch()\ndef make(*_): ...\n")

@@ -115,7 +115,7 @@ PRFL = {"scored": "state", "stop_range": (2, 4), "loss": RewardLoss(0.1, 2.0, si
 @pytest.mark.parametrize(
     "options", [{}, {"gradient_steps": 3, "kl_weight": 0.7}, PRFL], ids=["refl", "draft_k", "prfl"]
 )
-@pytest.mark.parametrize("name", rotated_after(2, POLICIES))
+@pytest.mark.parametrize("name", rotated_after(1, POLICIES))
 def test_gradient_equals_that_of_one_graph(name: str, options: dict[str, Any]) -> None:
     module = refl(name, guidance_scale=2.0, reward_sigmas=(0.2, 0.6), **options)
     stop = module.stop_index(0)
@@ -125,6 +125,7 @@ def test_gradient_equals_that_of_one_graph(name: str, options: dict[str, Any]) -
     torch.testing.assert_close(gradient(module, loss), gradient(module, expected), rtol=1e-4, atol=1e-7)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("gradient_steps", rotated_after(1, [2, 1, 3]))
 def test_gradient_is_the_slope_of_the_loss(gradient_steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Central differences in float64; the first step with a graph is the very first one, so that nothing is cut off."""
@@ -152,6 +153,7 @@ def test_gradient_is_the_slope_of_the_loss(gradient_steps: int, monkeypatch: pyt
     assert slopes == pytest.approx(differences, rel=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", rotated_after(1, ["sd15", "sd35"]))
 def test_checkpointing_changes_no_gradient(name: str) -> None:
     options = {"gradient_steps": 2, "kl_weight": 0.3, "guidance_scale": 2.0}
@@ -246,6 +248,7 @@ def test_a_prompt_is_sampled_alike_in_any_batch() -> None:
 # the state as it is
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", rotated_after(1, ["sd35", "sd15"]))
 def test_any_step_is_learned_from_at_its_own_noise_level(name: str) -> None:
     """m is uniform over {0, ..., N - 2}; the reward is told the timestep of the state after step m."""
@@ -299,6 +302,7 @@ def test_hinge_on_the_logistic_function_never_switches_off() -> None:
     torch.testing.assert_close(rewards.grad, -0.1 * chance * (1 - chance) / 3)
 
 
+@pytest.mark.slow
 def test_pretraining_steps_alternate_with_steps_of_the_reward(monkeypatch: pytest.MonkeyPatch) -> None:
     module = refl(pretraining_weight=2.0, alternate_pretraining=True)
     batch = {"prompts": PROMPTS, "images": collate_pairs(loaded_pairs(3))}
@@ -366,6 +370,7 @@ def trainer(**options: Any) -> Trainer:
     return Trainer(**{"accelerator": "cpu", "max_epochs": 1, **quiet, "enable_model_summary": False, **options})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", rotated_after(1, ["sd15", "sd35"]))
 def test_training_raises_the_reward_and_touches_the_adapter_alone(name: str) -> None:
     optimizer = lambda groups: torch.optim.AdamW(groups, lr=5e-3)  # noqa: E731
@@ -397,6 +402,7 @@ class Pairs(LightningDataModule):
         return ResumableLoader(loaded_pairs(8), places, collate_fn=collate_pairs)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_with_steps_of_its_own_for_images_equals_the_whole_one(tmp_path: Path) -> None:
     """Resumed in the middle of an epoch, after a step of the reward: the next one is one of the images."""
     results: list[dict[str, Tensor]] = []

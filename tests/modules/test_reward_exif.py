@@ -38,6 +38,7 @@ def run_beside(folder: Path, checkpoint: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("exif", rotated_after(1, ["apply", "ignore"]))
 def test_training_checkpoint_and_folder_agree_on_exif(own: Path, exif: Any, tmp_path: Path) -> None:
     module, run = lrm(), trainer(max_steps=1)

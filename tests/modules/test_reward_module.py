@@ -365,6 +365,7 @@ TRAINED: dict[str, Callable[..., RewardModule]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "precision"),
     rotated_after(
@@ -421,6 +422,7 @@ def test_clipping_takes_effect() -> None:
     assert movement(None) > 2e-3
 
 
+@pytest.mark.slow
 def test_accumulated_batches_are_their_mean() -> None:
     def weights(batch_size: int, accumulate: int) -> list[Tensor]:
         module = dina(optimizer=lambda groups: SGD(groups, lr=0.1))

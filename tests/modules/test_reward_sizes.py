@@ -48,6 +48,7 @@ def trained(folder: Path, method: str, name: str, data: Any) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "name", "resize"),
     rotated_after(1, [("lrm", "sd15", "center_crop"), ("lrm", "sd15", "stretch"), ("dina", "sd35", "stretch")]),

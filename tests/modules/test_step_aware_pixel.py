@@ -111,6 +111,7 @@ def test_training_lowers_the_loss(clip: str) -> None:
         assert module.loss(scores_of(module, batch)) < before - 0.01
 
 
+@pytest.mark.slow
 def test_validation_logs_by_timestep_and_repeats_itself(clip: str) -> None:
     module, run = spm(clip, eval_timesteps=[1, 501]), trainer()
     values = run.validate(module, loader(), verbose=False)[0]

@@ -100,6 +100,7 @@ def test_a_full_disk_is_refused_for_the_sum_of_a_file_system(tmp_path: Path) -> 
         check_disk({tmp_path / "work": free // 2, tmp_path / "hub": free // 2})
 
 
+@pytest.mark.slow
 def test_it_is_refused_before_libraries_are_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("HPDV3_ROOT", raising=False)
     command = [sys.executable, "-c", REFUSED, "sd15"]

@@ -34,6 +34,7 @@ def trained(folder: Path, name: str, trainable_only: bool = True) -> tuple[Match
     return module, folder / "last.ckpt"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("trainable_only", rotated_after(1, [True, False]))
 def test_policy_of_a_checkpoint_predicts_as_the_trained_one(trainable_only: bool, tmp_path: Path) -> None:
     module, path = trained(tmp_path, "sd15", trainable_only)

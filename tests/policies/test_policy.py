@@ -86,6 +86,7 @@ def test_repeated_prompts_are_encoded_once_and_in_order() -> None:
         torch.testing.assert_close(encoded.prompt_embeds[row], policy.encode_prompts([prompt]).prompt_embeds[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", rotated_after(1, ["sd15", "sd35_no_t5"]))
 def test_adapter_starts_as_no_change_and_depends_on_the_seed_alone(name: str) -> None:
     first = tiny_source(name).load(seed=1)

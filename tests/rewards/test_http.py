@@ -147,6 +147,7 @@ def trajectories(url: str, at_once: int | None, **server: float) -> TrajectoryGR
     return attached(TrajectoryGRPOModule(source("sd35_tiny"), reward, prompts_at_once=at_once, **options))
 
 
+@pytest.mark.slow
 def test_prompts_are_scored_while_the_next_are_sampled_and_learned_from_afterwards(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -16,7 +16,7 @@ from latentreward.policies import PolicySource
 from latentreward.rewards import LatentReward
 from latentreward.rewards.conversion import convert_states
 from latentreward.scoring import RewardModel, ScoringNoise
-from tests.marks import rotated_after
+from tests.marks import rotated_after, slow_after
 from tests.rewards.stored import PROMPTS, scores_by, states_of, tiny_policy, write_run
 from tests.scoring.test_published import write_dina, write_lrm
 from tests.tiny_pipelines import LATENTS, pipeline_folder
@@ -30,7 +30,7 @@ frozen_policy = cache(tiny_policy)
 @pytest.mark.parametrize(
     ("method", "name", "options"), rotated_after(2, RUNS), ids=lambda value: value if isinstance(value, str) else ""
 )
-@pytest.mark.parametrize("whole", [False, True])
+@pytest.mark.parametrize("whole", slow_after(1, [False, True]))
 def test_scores_are_those_of_training(method: str, name: str, options: dict, whole: bool, tmp_path: Path) -> None:
     module, policy = write_run(tmp_path, method, name, whole, **options), frozen_policy(name)
     reward = LatentReward(str(tmp_path / "reward.ckpt"), share="never").load(policy)
@@ -107,6 +107,7 @@ def test_a_heterogeneous_reward_reads_the_raw_prompt_itself(tmp_path: Path) -> N
     torch.testing.assert_close(reward(states, encoded), scores_by(module, states), rtol=0, atol=0)
 
 
+@pytest.mark.slow
 def test_a_reward_of_another_noise_process_sees_converted_states(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -122,6 +123,7 @@ def test_a_reward_of_another_noise_process_sees_converted_states(
     torch.testing.assert_close(reward(states, reward.encode_prompts(PROMPTS)), expected, rtol=0, atol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "name", "options"), rotated_after(1, RUNS), ids=lambda value: value if isinstance(value, str) else ""
 )
@@ -146,7 +148,7 @@ def test_gradients_reach_the_latents_in_batches_of_any_size(
             assert not reward(NoisyStates(latents, states.timesteps, states.rows), encoded).requires_grad
 
 
-@pytest.mark.parametrize("sigmas", [(0.4,), (0.2, 0.5, 0.7)])
+@pytest.mark.parametrize("sigmas", slow_after(1, [((0.4,),), ((0.2, 0.5, 0.7),)]))
 def test_finished_latents_are_noised_and_scored_as_the_model_does(sigmas: tuple[float, ...], tmp_path: Path) -> None:
     module, policy = write_run(tmp_path, "dina", "sd35"), frozen_policy("sd35")
     latents, noise = torch.randn(2, 2, 4, LATENTS, LATENTS)
@@ -176,6 +178,7 @@ def test_the_published_layout_of_lrm(name: str, tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.slow
 def test_latent_spaces_of_published_layouts_need_no_base(tmp_path: Path) -> None:
     write_lrm(tmp_path / "lrm", "sdxl")
     assert LatentReward(str(tmp_path / "lrm")).latent_space().scaling_factor == 0.13025
@@ -257,6 +260,7 @@ def test_bad_settings_are_named(settings: str, message: str, tmp_path: Path) -> 
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.slow
 def test_bad_checkpoints_are_named(tmp_path: Path) -> None:
     policy = frozen_policy("sd15")
     write_run(tmp_path, "lrm", "sd15")
@@ -282,6 +286,7 @@ def test_bad_checkpoints_are_named(tmp_path: Path) -> None:
         LatentReward(str(tmp_path)).load(policy)
 
 
+@pytest.mark.slow
 def test_a_small_checkpoint_goes_with_no_other_base(tmp_path: Path) -> None:
     write_run(tmp_path / "run", "dina", "sd35")
     content = torch.load(tmp_path / "run" / "reward.ckpt", weights_only=True)

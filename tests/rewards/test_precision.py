@@ -45,6 +45,7 @@ def published(folder: Path) -> str:
     return str(folder / "reward")
 
 
+@pytest.mark.slow
 def test_weights_are_read_once_and_straight_in_their_precision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path, read, places = published(tmp_path), StoredTensor.read, Counter[StoredTensor]()
 
@@ -64,6 +65,7 @@ def test_weights_are_read_once_and_straight_in_their_precision(tmp_path: Path, m
         assert torch.equal(value, expected[name]), name
 
 
+@pytest.mark.slow
 def test_weights_given_before_the_first_use_stay(tmp_path: Path) -> None:
     rewards = [LatentReward(published(tmp_path), base=source_of("sd15")).load(tiny_policy("sd15")) for _ in range(2)]
     given = {name: value + 0.1 for name, value in rewards[0].state_dict().items() if value.is_floating_point()}
@@ -74,11 +76,13 @@ def test_weights_given_before_the_first_use_stay(tmp_path: Path) -> None:
             assert torch.equal(value, given[key]), name
 
 
+@pytest.mark.slow
 def test_a_type_given_before_the_first_use_stays(tmp_path: Path) -> None:
     reward = LatentReward(published(tmp_path), base=source_of("sd15")).load(tiny_policy("sd15")).to(torch.float64)
     assert {weight.dtype for weight in reward.model.head.parameters()} == {torch.float64}
 
 
+@pytest.mark.slow
 def test_gradients_reach_the_latents(tmp_path: Path) -> None:
     write_run(tmp_path, "dina", "sd35", **SMALL)
     policy = tiny_policy("sd35")
@@ -92,6 +96,7 @@ def test_gradients_reach_the_latents(tmp_path: Path) -> None:
     assert torch.nn.functional.cosine_similarity(*(slope.flatten() for slope in slopes), dim=0) > 0.99
 
 
+@pytest.mark.slow
 def test_what_the_policy_shares_keeps_its_precision(tmp_path: Path) -> None:
     write_run(tmp_path, "dina", "sd35", **SMALL)
     policy = tiny_policy("sd35")
@@ -105,6 +110,7 @@ def test_what_the_policy_shares_keeps_its_precision(tmp_path: Path) -> None:
     assert {weight.dtype for weight in policy.parameters()} == {torch.float32}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("precision", "dtype"), [("bf16-mixed", torch.bfloat16), ("32-true", torch.float32)])
 def test_the_trainer_s_precision_sets_that_of_the_reward(precision: str, dtype: torch.dtype, tmp_path: Path) -> None:
     write_run(tmp_path, "lrm", "sd15")

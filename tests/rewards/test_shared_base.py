@@ -60,6 +60,7 @@ def gradient(reward: LatentScorer, policy: Policy) -> Tensor:
     return torch.autograd.grad(total, latents)[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", rotated_after(1, SHARED))
 def test_scores_and_policy_are_as_with_two_networks(case: str, tmp_path: Path) -> None:
     method, name, options = SHARED[case]

@@ -71,6 +71,7 @@ def test_stable_diffusion_is_sampled_with_the_offset_that_its_pipeline_sets(tmp_
     assert StableDiffusion(xl).scheduler_config["steps_offset"] == 0
 
 
+@pytest.mark.slow
 def test_a_unet_with_a_scheduler_of_another_process_is_refused(tmp_path: Path) -> None:
     folder = tiny_copy(tmp_path, _class_name="FlowMatchEulerDiscreteScheduler")
     for use in (

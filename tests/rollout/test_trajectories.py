@@ -11,11 +11,11 @@ from latentreward.contracts import PromptBatch
 from latentreward.errors import InputError
 from latentreward.policies import Policy, PolicySource
 from latentreward.rollout import DDIMSampler, RolloutDraws, Sampling, sample_latents, sample_trajectories
-from tests.marks import rotated_after
+from tests.marks import rotated_after, slow_after
 from tests.rollout.tiny_rollout import PROMPTS, tiny_policy
 
 STEPS = Sampling(num_inference_steps=5).with_noise()
-both_families = pytest.mark.parametrize("name", ["sd_tiny", "sd35_tiny"])
+both_families = pytest.mark.parametrize("name", slow_after(1, ["sd35_tiny", "sd_tiny"]))
 
 
 def diffusers_latents(name: str, initial: Tensor, guidance_scale: float, steps: int) -> Tensor:

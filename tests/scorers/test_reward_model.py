@@ -23,6 +23,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_it_scores_as_the_model_does(folder: Path) -> None:
     scorer = RewardModelScorer(str(folder), base=pipeline_folder("sd15"), device="cpu", batch_size=2)
     assert isinstance(scorer, ImageScorer)
@@ -36,6 +37,7 @@ def test_it_scores_as_the_model_does(folder: Path) -> None:
     assert scorer.model.score("a cat", images).shape == (3,)
 
 
+@pytest.mark.slow
 def test_settings_reach_the_model_and_its_identity(folder: Path) -> None:
     noise = ScoringNoise(timesteps=(501,))
     base = pipeline_folder("sd15")

@@ -300,6 +300,7 @@ def compbench(tmp_path: Path) -> Path:
     return repository
 
 
+@pytest.mark.slow
 def test_t2i_compbench_runs_the_right_programs(compbench: Path, tmp_path: Path) -> None:
     groups = ["color", "spatial", "3d_spatial", "numeracy", "non_spatial", "complex", "complex", "complex"]
     prompts = ["a red cup", "b", "c", "d", "e", "the red cup on a mat.", "The boy kicks a big ball.", "both of them."]

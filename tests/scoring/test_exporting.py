@@ -61,6 +61,7 @@ RUNS: list[tuple[str, str, str, dict[str, Any]]] = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("layout", "method", "name", "options"), rotated_after(2, RUNS))
 def test_a_run_loads_again_to_its_scores(
     layout: str, method: str, name: str, options: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -112,6 +113,7 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: Any) -> str:
     return message
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_run(tmp_path / "lrm", "lrm", "sd15")
     write_run(tmp_path / "dina", "dina", "sd35", **SMALL, text_encoder_tuning="frozen")

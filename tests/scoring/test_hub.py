@@ -36,6 +36,7 @@ def trained(folder: Path) -> RewardModel:
     return RewardModel.from_pretrained(folder / "run")
 
 
+@pytest.mark.slow
 def test_push_and_fetch(hub: StubHub, tmp_path: Path) -> None:
     model = trained(tmp_path)
     card = Card(licence="apache-2.0", datasets=("owner/pairs",))
@@ -121,6 +122,7 @@ def test_a_hub_that_says_nothing_is_given_up_in_time(monkeypatch: pytest.MonkeyP
         assert time.monotonic() - start < 2 * TIMEOUT + 3  # connecting and reading have it each
 
 
+@pytest.mark.slow
 def test_names_and_tokens_that_the_hub_refuses(monkeypatch: pytest.MonkeyPatch, hub: StubHub, tmp_path: Path) -> None:
     model = trained(tmp_path)
     with pytest.raises(InputError, match=r"'no/hub/id' is not a hub id .*; give owner/name"):

@@ -17,7 +17,7 @@ from latentreward.scoring import RewardModel
 from latentreward.scoring.layouts.model_folder import adapter_folders
 from latentreward.scoring.layouts.recipe import ModelPart, ModelRecipe, backbone_part, head_part, own_parts
 from latentreward.scoring.layouts.saving import check_adapter_folders, paths_here
-from tests.marks import rotated_after
+from tests.marks import rotated_after, slow_after
 from tests.scoring import plugin_backbone
 from tests.tiny_pipelines import pipeline_folder
 
@@ -50,11 +50,14 @@ def scores(model: RewardModel) -> Tensor:
 
 @pytest.mark.parametrize(
     ("settings", "own", "adapters"),
-    [
-        ({}, ["gain", "mixer"], ["denoiser"]),
-        ({"tuning": "full"}, ["denoiser", "gain", "mixer"], []),
-        ({"tuning": "frozen"}, ["gain", "mixer"], []),
-    ],
+    slow_after(
+        1,
+        [
+            ({}, ["gain", "mixer"], ["denoiser"]),
+            ({"tuning": "full"}, ["denoiser", "gain", "mixer"], []),
+            ({"tuning": "frozen"}, ["gain", "mixer"], []),
+        ],
+    ),
 )
 def test_what_trains_is_saved_under_its_own_names(
     settings: dict[str, Any], own: list[str], adapters: list[str], tmp_path: Path
@@ -97,6 +100,7 @@ def publish(tmp_path: Path, *options: str) -> None:
     main(["publish", str(tmp_path / "saved"), str(tmp_path / "out"), "--trust_remote_code=true", *options])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("drawn", "message"),
     rotated_after(

@@ -31,7 +31,7 @@ from latentreward.scoring.layouts import saving
 from latentreward.scoring.layouts.card import Card
 from latentreward.scoring.layouts.find import ModelSource, find_reward
 from latentreward.scoring.layouts.recipe import ModelPart, ModelRecipe, recipe_in_python
-from tests.marks import rotated_after
+from tests.marks import rotated_after, slow_after
 from tests.rewards.stored import scores_by, states_of, tiny_policy, write_run
 from tests.scoring.test_published import write_dina, write_lrm
 from tests.tiny_pipelines import LATENTS, pipeline_folder
@@ -76,6 +76,7 @@ def saved_run(folder: Path, method: str = "dina", name: str = "sd35", **options:
     return folder / "saved"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", rotated_after(3, RUNS))
 def test_a_run_is_saved_bit_for_bit(kind: str, tmp_path: Path) -> None:
     method, name, options = RUNS[kind]
@@ -135,6 +136,7 @@ def names(folder: Path) -> set[str]:
     return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "part", "family", "folder"),
     rotated_after(
@@ -203,6 +205,7 @@ def changed_base(name: str, part: str, folder: Path, factor: float = 1.1) -> str
     return str(folder)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "name", "part", "options"),
     rotated_after(
@@ -265,6 +268,7 @@ def test_the_name_of_a_shipped_pipeline_is_a_base(tmp_path: Path) -> None:
     assert torch.equal(again.score("a cat", pictures(1)), model.score("a cat", pictures(1)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", rotated_after(1, ["sd35", "sd15"]))
 @pytest.mark.parametrize("text", ["frozen", "lora"])
 def test_a_saved_adapter_runs_on_the_policys_network(name: str, text: str, tmp_path: Path) -> None:
@@ -332,7 +336,7 @@ def backbone_of_a_plugin(width: int = 1, adapted: bool = True) -> SD3DiTBackbone
     return sd35_medium(pipeline_folder("sd35"), tuning="lora" if adapted else "frozen", lora=lora, **options)
 
 
-@pytest.mark.parametrize("adapted", [True, False])
+@pytest.mark.parametrize("adapted", slow_after(1, [True, False]))
 def test_a_registered_backbone_of_a_plugin(adapted: bool, tmp_path: Path) -> None:
     backbone = backbone_of_a_plugin(width=2, adapted=adapted)
     model = RewardModel(backbone, GatedQFormerHead(backbone.feature_spec, num_heads=2)).eval()
@@ -349,6 +353,7 @@ def test_a_registered_backbone_of_a_plugin(adapted: bool, tmp_path: Path) -> Non
     assert torch.equal(scores(RewardModel.from_pretrained(tmp_path / "saved")), scores(model))
 
 
+@pytest.mark.slow
 def test_models_that_cannot_be_saved(tmp_path: Path) -> None:
     write_lrm(tmp_path / "published", "sd15")
     model = RewardModel.from_pretrained(tmp_path / "published")

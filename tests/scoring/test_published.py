@@ -283,6 +283,7 @@ def test_damaged_dina(tmp_path: Path, damage: Callable[[Path], object], message:
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.slow
 def test_logistic_constants_are_not_in_the_file_and_may_be(tmp_path: Path) -> None:
     write_dina(tmp_path)
     edit_config(tmp_path, lambda model: model.update(use_logistic=True))

@@ -80,6 +80,7 @@ def test_settings_of_dina_lrm(tmp_path: Path) -> None:
     assert (scores_of(model) - scores_of(default)).abs().max() > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", rotated_after(1, ["sd15", "sdxl"]))
 def test_a_checkpoint_of_the_mid_block_alone(name: str, tmp_path: Path) -> None:
     expected, base = write_single_scale(tmp_path / "single", name), pipeline_folder(name)
@@ -183,6 +184,7 @@ def test_score_notes_them_and_does_not_go_on_with_others(tmp_path: Path, capsys:
     assert torch.equal(score(), own)  # of a version before the setting, which had the defaults
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("share", rotated_after(1, ["auto", "never"]))
 def test_latent_reward_takes_and_tells_them(share: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     write_dina(tmp_path)

@@ -11,7 +11,7 @@ from torch import nn
 
 from latentreward.errors import InputError
 from latentreward.scoring import RewardModel, ScoringNoise
-from tests.marks import rotated_after
+from tests.marks import rotated_after, slow_after
 from tests.scoring.models import PROMPTS, pictures, scoring_model
 from tests.tiny_pipelines import LATENTS
 
@@ -25,11 +25,12 @@ def prompts_of(count: int) -> list[str]:
     return [PROMPTS[row % len(PROMPTS)] for row in range(count)]
 
 
-@pytest.fixture(scope="module", params=rotated_after(2, ["sd15", "sd35", "sdxl"]))
+@pytest.fixture(scope="module", params=[*slow_after(1, ["sd15", "sd35"]), *rotated_after(0, ["sdxl"])])
 def model(request: pytest.FixtureRequest) -> RewardModel:
     return scoring_model(request.param)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mixed", rotated_after(1, [True, False]), ids=["mixed shapes", "one shape"])
 def test_batch_size_does_not_matter(model: RewardModel, mixed: bool) -> None:
     images, prompts = pictures(COUNT, mixed), prompts_of(COUNT)
@@ -63,6 +64,7 @@ def test_repeats_and_any_order_give_the_same_bits(model: RewardModel, mixed: boo
         assert torch.equal(shuffled, expected[order])
 
 
+@pytest.mark.slow
 def test_ensembles_seeds_and_noise_by_image_do_not_matter_either(model: RewardModel) -> None:
     levels = [ScoringNoise(sigmas=(0.2, 0.5), seeds=(0, 5)), ScoringNoise(sigmas=(0.7,), noise_key="image")]
     images, prompts = pictures(8), prompts_of(8)

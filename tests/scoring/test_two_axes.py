@@ -90,6 +90,7 @@ def test_the_weights_are_in_the_config_and_the_card(model: RewardModel, tmp_path
     assert torch.equal(again.score(PROMPTS, pictures(3), axes=True), model.score(PROMPTS, pictures(3), axes=True))
 
 
+@pytest.mark.slow
 def test_other_weights_leave_the_calibration_out(
     model: RewardModel, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -163,6 +164,7 @@ def test_the_server_answers_with_both(model: RewardModel) -> None:
         assert httpx.get(f"{address}/health").json()["rewards"] == {"reward": ["score", "fidelity", "aesthetics"]}
 
 
+@pytest.mark.slow
 def test_the_benchmark_reports_both(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     sets = [{"class_path": "HPDv3Benchmark", "init_args": {"root": str(COMMITTED / "hpdv3")}}]

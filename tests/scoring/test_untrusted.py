@@ -153,6 +153,7 @@ def test_trust_allows_all_and_nothing_else_does(
         RewardModel.from_pretrained(source, trust_remote_code=True)
 
 
+@pytest.mark.slow
 def test_variables_that_no_model_reads_need_no_trust(tmp_path: Path) -> None:
     write_run(tmp_path, "dina", "sd35")
     path = tmp_path / "config.yaml"
@@ -173,6 +174,7 @@ def test_a_setting_that_leads_to_a_variable_is_not_resolved(monkeypatch: pytest.
     refused(tmp_path, r"'a/\$\{name\}' would be resolved.*trust_remote_code=True")
 
 
+@pytest.mark.slow
 def test_what_was_downloaded_imports_nothing_of_its_own(
     hub: StubHub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -191,6 +193,7 @@ def test_what_was_downloaded_imports_nothing_of_its_own(
     assert "beside" not in sys.modules
 
 
+@pytest.mark.slow
 def test_settings_of_training_are_left_out_of_a_run(hub: StubHub, tmp_path: Path) -> None:
     write_run(tmp_path, "dina", "sd35")
     options = {"attention_backend": "flash_hub", "compile_blocks": True, "gradient_checkpointing": True}
@@ -198,6 +201,7 @@ def test_settings_of_training_are_left_out_of_a_run(hub: StubHub, tmp_path: Path
     RewardModel.from_pretrained(upload(hub, tmp_path))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "value"),
     slow_after(

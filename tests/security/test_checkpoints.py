@@ -229,6 +229,7 @@ def test_strategies_that_unpickle_by_themselves_never_see_an_unchecked_file(cana
     assert not canary.exists()
 
 
+@pytest.mark.slow
 def test_a_checkpoint_at_an_address_is_resumed_from_and_evaluated(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -279,6 +280,7 @@ def test_what_cannot_be_fetched_is_one_line(
         Silent.stop.set()
 
 
+@pytest.mark.slow
 def test_every_torch_load_of_ours_takes_tensors_and_plain_values_alone() -> None:
     root = Path(__file__).resolve().parents[2]
     calls = [

@@ -376,6 +376,7 @@ def test_runs_are_refused(name: str, good: Path, canary: Path) -> None:
         assert all("trust_remote_code" in message for message in messages)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", slow_after(2, list(UNREAD)))
 def test_what_no_reward_reads_is_not_run(name: str, good: Path, canary: Path) -> None:
     assert refusals(spoilt(good / "run", UNREAD[name], canary), canary) == []
@@ -389,6 +390,7 @@ def test_models_are_refused(name: str, good: Path, canary: Path) -> None:
     assert len(refusals(spoilt(good / layout, change, canary), canary)) == len(DOORS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", slow_after(3, list(BASES)))
 def test_bases_run_nothing(name: str, good: Path, canary: Path) -> None:
     base = spoilt(Path(pipeline_folder("sd35")), BASES[name], canary)

@@ -200,6 +200,7 @@ def test_fresh_noise_differs_each_time_but_for_requests_with_seeds() -> None:
         assert ask(address, save(again)).json()["raw_scores"][0] == pytest.approx(fresh[1], abs=1e-6)
 
 
+@pytest.mark.slow
 def test_a_score_does_not_depend_on_what_it_shares_a_batch_with(address: str, accepted: Accepted) -> None:
     bodies = [save(tensors_of(accepted, rows=1 + seed % 3, seed=seed, side=(8, 12)[seed % 2])) for seed in range(24)]
     alone = [scores_of(tiny_reward(), body, accepted) for body in bodies]

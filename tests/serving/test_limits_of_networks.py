@@ -24,6 +24,7 @@ def reward(name: str, frames: int = 1) -> RewardModel:
     return model.eval().requires_grad_(False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "longest"), [("lumina2", 299), ("z_image", 992)])
 def test_prompts_and_sides_without_positions(name: str, longest: int) -> None:
     with serving(reward(name)) as (address, service):

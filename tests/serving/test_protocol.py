@@ -177,6 +177,7 @@ def test_hostile_headers_are_refused_in_one_short_line_and_little_memory(body: b
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 48 * 1024  # KiB
 
 
+@pytest.mark.slow
 def test_2_000_mutated_requests_are_judged_as_safetensors_and_the_protocol_judge_them() -> None:
     rng, verdicts = random.Random(0), {True: 0, False: 0}
     for number in range(2_000):

@@ -20,6 +20,7 @@ from latentreward.serving.resources import Resources
 from latentreward.serving.served import ServedModel
 from latentreward.serving.service import ScoringService
 from latentreward.serving.settings import RewardToServe, ServiceSettings, check_name
+from tests.marks import slow_after
 from tests.serving.latent_requests import HEADERS, tensors_of
 from tests.serving.prompted_requests import body_of, latents_of
 from tests.serving.servers import started, tiny_reward
@@ -77,6 +78,7 @@ def test_metrics_name_the_reward(address: str, service: ScoringService) -> None:
     assert 'latentreward_requests_total{path="/v1/score",status="200"}' in text and "/rewards/" not in text
 
 
+@pytest.mark.slow
 def test_a_token_in_the_address_is_taken_from_every_client(address: str, service: ScoringService) -> None:
     bare = address.replace("user:s3cret@", "")
     for route in routes_of(service):
@@ -132,7 +134,7 @@ def watched(service: ScoringService, monkeypatch: pytest.MonkeyPatch) -> Iterato
         yield watch
 
 
-@pytest.mark.parametrize("passes", [1, 2])
+@pytest.mark.parametrize("passes", slow_after(1, [1, 2]))
 def test_rewards_on_one_device_take_turns(monkeypatch: pytest.MonkeyPatch, passes: int) -> None:
     service = two(ServiceSettings(max_wait_ms=0, passes_per_device=passes))
     with started(service) as address, watched(service, monkeypatch) as watch, ThreadPoolExecutor(8) as pool:

@@ -9,6 +9,7 @@ from jsonargparse import ArgumentError, ArgumentParser
 
 from latentreward.backbones import backbone_names
 from latentreward.cli import main
+from tests.marks import rotated_after
 from tests.settings.test_refusals import FIT, refusal, refusal_of
 
 MONITOR = """
@@ -31,6 +32,7 @@ def printed(*arguments: str, capsys: pytest.CaptureFixture[str]) -> str:
     return capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_settings_that_are_handed_on_are_printed(capsys) -> None:
     Path("monitor.yaml").write_text(MONITOR % "every_n_steps: 3")
     settings = yaml.safe_load(printed(*FIT, "--config=monitor.yaml", "--print_config", capsys=capsys))
@@ -66,7 +68,10 @@ def test_unknown_keys_beside_them_are_refused_by_name(capsys) -> None:
 
 @pytest.mark.parametrize(
     ("option", "wrong"),
-    [("tuning", "halff"), ("lora", "{rank: many}"), ("quantization", "int3"), ("gradient_checkpointing", "often")],
+    rotated_after(
+        1,
+        [("tuning", "halff"), ("lora", "{rank: many}"), ("quantization", "int3"), ("gradient_checkpointing", "often")],
+    ),
 )
 @pytest.mark.parametrize("name", [name for name, path in backbone_names().items() if path.startswith("latentreward.")])
 def test_every_backbone_knows_the_types_of_what_it_hands_on(name: str, option: str, wrong: str) -> None:

@@ -129,7 +129,7 @@ def test_aliases_that_multiply_are_refused_before_they_are_built(capsys) -> None
 @pytest.mark.parametrize(
     ("text", "field"),
     rotated_after(
-        8,
+        3,
         [
             ("model: {init_args: {optimizer: {init_args: {lr: .inf}}}}", "model.optimizer.lr: inf"),
             ("model: {init_args: {optimizer: {init_args: {lr: 1.0e18}}}}", "model.optimizer.lr: 1e+18"),
@@ -203,6 +203,7 @@ def test_so_is_one_in_a_command_without_classes(monkeypatch: pytest.MonkeyPatch,
     assert line.endswith("or set the environment variable REWARD")
 
 
+@pytest.mark.slow
 def test_callbacks_that_lightning_cannot_tell_apart(capsys) -> None:
     text = "trainer: {callbacks: [{class_path: ModelCheckpoint, init_args: {save_last: false}}, ModelCheckpoint]}"
     assert "every_n_train_steps or every_n_epochs differ" in refusal_of(FEW_PAIRS + text, capsys)

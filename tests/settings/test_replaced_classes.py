@@ -43,12 +43,15 @@ def another(name: str, **backbone: Any) -> str:
 
 @pytest.mark.parametrize(
     ("lora", "expected"),
-    [
-        ({}, RANK_16),
-        ({"lora": {"rank": 5}}, {**RANK_16, "rank": 5}),
-        ({"lora": {"class_path": LORA, "init_args": {"alpha": 7}}}, {**RANK_16, "alpha": 7.0}),
-        ({"lora": None}, None),
-    ],
+    rotated_after(
+        1,
+        [
+            ({}, RANK_16),
+            ({"lora": {"rank": 5}}, {**RANK_16, "rank": 5}),
+            ({"lora": {"class_path": LORA, "init_args": {"alpha": 7}}}, {**RANK_16, "alpha": 7.0}),
+            ({"lora": None}, None),
+        ],
+    ),
     ids=["none", "mapping", "class_path", "null"],
 )
 def test_adapters_of_the_earlier_module_and_of_the_later_one(lora: dict[str, Any], expected: Any, model) -> None:
@@ -60,7 +63,14 @@ def test_adapters_of_the_earlier_module_and_of_the_later_one(lora: dict[str, Any
 
 @pytest.mark.parametrize(
     ("lora", "rest"),
-    [({"rank": 5, "dropout": 0.5}, {"dropout": 0.5}), ({"class_path": LORA, "init_args": {"rank": 5}}, {}), (None, {})],
+    rotated_after(
+        1,
+        [
+            ({"rank": 5, "dropout": 0.5}, {"dropout": 0.5}),
+            ({"class_path": LORA, "init_args": {"rank": 5}}, {}),
+            (None, {}),
+        ],
+    ),
     ids=["mapping", "class_path", "null"],
 )
 def test_adapters_of_the_later_module(lora: Any, rest: dict[str, float], model) -> None:
@@ -71,17 +81,21 @@ def test_adapters_of_the_later_module(lora: Any, rest: dict[str, float], model) 
 
 @pytest.mark.parametrize(
     ("option", "expected"),
-    [
-        ("--model.backbone.lora.rank=3", {**RANK_16, "rank": 3}),
-        ("--model.backbone.lora={rank: 3}", {**RANK_16, "rank": 3}),
-        ("--model.backbone.lora=null", None),
-    ],
+    rotated_after(
+        1,
+        [
+            ("--model.backbone.lora.rank=3", {**RANK_16, "rank": 3}),
+            ("--model.backbone.lora={rank: 3}", {**RANK_16, "rank": 3}),
+            ("--model.backbone.lora=null", None),
+        ],
+    ),
 )
 def test_adapters_on_the_command_line_after_both(option: str, expected: Any, model) -> None:
     found = model(DINA, another("second.yaml"), option)
     assert found["init_args"]["backbone"]["init_args"]["lora"] == expected
 
 
+@pytest.mark.slow
 def test_saved_settings_of_a_run_as_the_earlier_file(model) -> None:
     first = model(DINA, another("second.yaml", lora={"rank": 5}))
     Path("config.yaml").write_text(yaml.safe_dump({"model": first}))
@@ -89,6 +103,7 @@ def test_saved_settings_of_a_run_as_the_earlier_file(model) -> None:
     assert model("config.yaml", DINA)["init_args"]["backbone"]["init_args"]["lora"] == RANK_16
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("head", rotated_after(1, ["pavrm", "drm", "layer_mix"]))
 def test_shipped_heads_after_the_recipe_of_dina_lrm(head: str, model, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HPDV3_ROOT", "/data")

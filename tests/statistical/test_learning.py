@@ -30,6 +30,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SEED = 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("training", slow_after(1, TRAININGS))
 def test_it_learns(training: str) -> None:
     trained = TRAININGS[training](SEED)

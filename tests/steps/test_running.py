@@ -30,6 +30,7 @@ def unfinished(tasks: Mapping[str, Task], runner: TaskRunner) -> list[str]:
     return [name for name, task in tasks.items() if runner.done(task) is None]
 
 
+@pytest.mark.slow
 def test_finished_stages_stay_and_stopped_ones_go_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -57,6 +58,7 @@ def outputs(tasks: Mapping[str, Task], folder: Path) -> Iterator[Path]:
     return (task.output(folder).parent for task in tasks.values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("skill", ["2.0", "high"], ids=["finished", "stopped"])
 def test_a_stage_whose_input_was_made_again_starts_anew(
     skill: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

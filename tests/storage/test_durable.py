@@ -156,6 +156,7 @@ def test_only_what_dead_processes_left_is_removed(tmp_path: Path) -> None:
     assert {path.name for path in tmp_path.iterdir()} == {"target", ".target.partial", alive.name}
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux exchanges two folders in one step")
 def test_a_kill_while_a_folder_is_replaced_leaves_the_old_or_the_new_one(tmp_path: Path) -> None:
     target, line, found = folder_with(tmp_path / "target", "old"), 0, set()

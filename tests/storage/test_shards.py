@@ -131,6 +131,7 @@ def test_locks_that_do_not_reach_a_machine_tell_it_nothing_of_the_first_process(
     assert plan.results() == [(0, "drawn")]
 
 
+@pytest.mark.slow
 def test_neighbours_on_a_machine_that_locks_do_not_reach_are_not_taken_for_the_first_process(
     first: ShardFolder,
 ) -> None:

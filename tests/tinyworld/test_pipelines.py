@@ -59,6 +59,7 @@ def test_both_pipelines_share_the_autoencoder() -> None:
     assert all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
 
 
+@pytest.mark.slow
 def test_latents_have_unit_variance_and_decode_back() -> None:
     vae = load_pipeline(PIPELINE_FOLDERS["sd_tiny"]).vae
     pictures = normalize_pictures(draw_training_pictures(64, np.random.default_rng(5), "test")[0])
@@ -78,6 +79,7 @@ def test_sampling_is_seeded() -> None:
     assert not np.array_equal(one, other)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", rotated_after(1, PIPELINE_FOLDERS))
 def test_pipelines_draw_what_they_are_asked_for(name: str) -> None:
     captions = held_out_captions(24, seed=1)

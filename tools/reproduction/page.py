@@ -14,7 +14,7 @@ from latentreward.reports.tables import NOTHING, Table, as_text, interval
 from latentreward.storage.durable import write_file
 from tools.reproduction.results import Result, read_results
 from tools.reproduction.rows import Claim, Paper, Row, Side
-from tools.reproduction.verdicts import judge_claim
+from tools.reproduction.verdicts import Verdict, judge_claim
 
 INTRODUCTION = """\
 `latentreward reproduce` writes this page from the files in `reproduction/`; do not edit it by hand. `make reproduce`
@@ -70,7 +70,9 @@ def page(rows: Sequence[Row], found: Mapping[str, Sequence[Result]]) -> str:
 
     ``found`` holds the results of a row's seeds, by name of the row.
     """
-    parts = ["# Claims in miniature", INTRODUCTION.rstrip(), _summary(rows, found)]
+    judged = {row.name: [judge_claim(claim, found[row.name], row) for claim in row.claims] for row in rows}
+    words = [verdict.word for verdicts in judged.values() for verdict in verdicts]
+    parts = ["# Claims in miniature", INTRODUCTION.rstrip(), _summary(words, found)]
     for paper in get_args(Paper):
         of_paper = [row for row in rows if row.paper == paper]
         if not of_paper:
@@ -79,12 +81,11 @@ def page(rows: Sequence[Row], found: Mapping[str, Sequence[Result]]) -> str:
         if any(row.claims and len(found[row.name]) > 1 for row in of_paper):
             text = "difference of each claim with its interval over seeds"
             parts.append(f"![{paper}: {text}; the tables below have all numbers](images/{plot_name(paper)})")
-        parts += [part for row in of_paper for part in _row(row, found[row.name])]
+        parts += [part for row in of_paper for part in _row(row, found[row.name], judged[row.name])]
     return "\n\n".join(parts) + "\n"
 
 
-def _summary(rows: Sequence[Row], found: Mapping[str, Sequence[Result]]) -> str:
-    words = [judge_claim(claim, found[row.name], row).word for row in rows for claim in row.claims]
+def _summary(words: Sequence[str], found: Mapping[str, Sequence[Result]]) -> str:
     counts = ", ".join(f"{words.count(word)} {word}" for word in dict.fromkeys([*COLOURS, "not measured"]))
     seconds = {key: spent for results in found.values() for one in results for key, spent in one.tasks.items()}
     return (
@@ -92,7 +93,7 @@ def _summary(rows: Sequence[Row], found: Mapping[str, Sequence[Result]]) -> str:
     )
 
 
-def _row(row: Row, results: Sequence[Result]) -> list[str]:
+def _row(row: Row, results: Sequence[Result], verdicts: Sequence[Verdict]) -> list[str]:
     parts = [f"### {plain(row.title)}", f"Row `{row.name}`. {row.source}.{' ' + row.note if row.note else ''}"]
     if row.miniature_of:
         parts.append("At full size: " + ", ".join(f"`{name}`" for name in row.miniature_of) + ".")
@@ -100,7 +101,7 @@ def _row(row: Row, results: Sequence[Result]) -> list[str]:
         return [*parts, f"Not measured yet; expected processor time {row.cpu_seconds:.0f} s without shared steps."]
     if row.claims:
         header = ("claim", "compared", "difference [95 %]", "95 % over seeds", "verdict")
-        parts.append(markdown_table(Table(header, tuple(_claim(claim, results, row) for claim in row.claims))))
+        parts.append(markdown_table(Table(header, tuple(map(_claim, row.claims, verdicts)))))
     seconds = {key: spent for one in results for key, spent in one.tasks.items()}
     parts.append(markdown_table(_means(row, results, seconds)))
     commits = ", ".join(dict.fromkeys(f"`{one.commit or 'unknown'}`" for one in results))
@@ -125,8 +126,7 @@ def _means(row: Row, results: Sequence[Result], seconds: Mapping[str, float]) ->
     return Table(header, tuple(lines))
 
 
-def _claim(claim: Claim, results: Sequence[Result], row: Row) -> tuple[str, ...]:
-    verdict = judge_claim(claim, results, row)
+def _claim(claim: Claim, verdict: Verdict) -> tuple[str, ...]:
     sides = [_side(claim.higher), *([_side(claim.lower, claim.higher)] if claim.lower else [])]
     compared = " > ".join(sides) + (f" by more than {claim.more_than:g}" if claim.more_than else "")
     if verdict.word == "not measured":

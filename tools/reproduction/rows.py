@@ -146,7 +146,8 @@ def shared_steps() -> dict[str, Step]:
     return read_steps(SHARED, load_yaml(f"configs/{SHARED}"))
 
 
-def all_rows() -> dict[str, Row]:
+@cache
+def all_rows() -> Mapping[str, Row]:
     """Read all shipped rows by name."""
     names = [name for name in shipped_configs() if name.startswith(FOLDER) and name.count("/") == 1]
     rows = [read_row(Path(name).stem, load_yaml(f"configs/{name}")) for name in names]

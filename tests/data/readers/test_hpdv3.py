@@ -61,6 +61,7 @@ def test_confidence_threshold_keeps_what_has_none(write_hpdv3, hpdv3_rows) -> No
     assert dict(reader.skipped) == {"confidence below the threshold": 3}
 
 
+@pytest.mark.slow
 def test_sides_are_randomised_by_name_and_seed(write_hpdv3, hpdv3_rows) -> None:
     root = write_hpdv3([hpdv3_rows(n) for n in range(200)], images=False)
     plain = HPDv3Reader(root, "train", randomise_sides=False)

@@ -33,6 +33,7 @@ def result(row: Row, seed: int, means: dict[str, float]) -> Result:
     return Result(config=row.config_digest(seed), measured=measured, tasks={f"t{seed}": 10.0}, **facts)
 
 
+@pytest.mark.slow
 def test_the_committed_page_is_what_the_results_give() -> None:
     found = {row.name: list(read_results(ROOT / "reproduction", row).values()) for row in ROWS}
     expected = page(ROWS, found)

@@ -69,6 +69,7 @@ def test_rows_have_the_rates_that_were_chosen(name: str) -> None:
         assert all(rates <= {chosen} for rates in set_there), (method, chosen)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", rotated_after(1, [name for name in ROWS if not name.startswith(("tiny", "tuning"))], release=3)
 )

@@ -84,6 +84,7 @@ def test_each_seed_is_measured_once_and_equal_steps_run_once(measured: tuple[Pat
     assert missing([row], folder / "results", stale=True) == []
 
 
+@pytest.mark.slow
 def test_changed_settings_are_measured_again_with_the_steps_that_stay(folder: Path) -> None:
     changed = read_row("toy", {**TOY, "arms": {**TOY["arms"], "bad": {"toy_scores": "0.1"}}})
     assert len(missing([changed], folder / "results", stale=False)) == 3
