@@ -47,7 +47,7 @@ def test_plugin_registers_and_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_factory_notes_how_it_was_called() -> None:
     """Positional arguments too, those of ``**options``, tuples and dataclasses; as JSON reads them."""
     backbone = sd_tiny(None, visual_taps=(1, 2), tuning="lora", lora=LoRA(rank=2))
-    assert backbone.built_by.class_path == "latentreward.backbones.sd_unet.sd_tiny"
+    assert backbone.built_by.class_path == "latentreward.families.sd.sd_tiny"
     assert backbone.built_by.init_args["source"] is None
     assert backbone.built_by.init_args["visual_taps"] == [1, 2]
     assert backbone.built_by.init_args["lora"]["rank"] == 2
@@ -56,9 +56,7 @@ def test_a_factory_notes_how_it_was_called() -> None:
 def test_taken_name_is_refused() -> None:
     def sd15() -> None: ...
 
-    with pytest.raises(
-        InputError, match=r"backbone name 'sd15' is taken by latentreward.backbones.sd_unet.sd15; rename"
-    ):
+    with pytest.raises(InputError, match=r"backbone name 'sd15' is taken by latentreward.families.sd.sd15; rename"):
         register_backbone(sd15)
 
 

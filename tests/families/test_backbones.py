@@ -169,5 +169,5 @@ def test_a_backbone_of_another_family_is_refused() -> None:
     twins = {twin.family: twin for twin in TWINS.values()}
     names = [*twins]
     for name, other in pairwise(names):
-        with pytest.raises(InputError, match="choose the backbone of that family or another source"):
+        with pytest.raises(InputError, match="choose the backbone of that model, or another source"):
             create_backbone(twins[name].backbone, source=twins[other].folder)

@@ -1,7 +1,9 @@
+import typing
+
 from .base import DiffusionBackbone, check_taps
 from .registry import backbone_names, create_backbone, register_backbone
-from .sd3_dit import SD3DiTBackbone, sd3_medium, sd35_large, sd35_medium, sd35_tiny
-from .sd_unet import SDUNetBackbone, sd15, sd21, sd_tiny, sdxl
+from .sd3_dit import SD3DiTBackbone
+from .sd_unet import SDUNetBackbone
 from .tuning import LoRA
 
 __all__ = [
@@ -13,12 +15,6 @@ __all__ = [
     "check_taps",
     "create_backbone",
     "register_backbone",
-    "sd3_medium",
-    "sd15",
-    "sd21",
-    "sd35_large",
-    "sd35_medium",
-    "sd35_tiny",
-    "sd_tiny",
-    "sdxl",
 ]
+
+def __getattr__(name: str) -> typing.Any: ...

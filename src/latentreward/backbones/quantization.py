@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from importlib.util import find_spec
 from math import ceil
 from typing import Any, Literal
@@ -41,15 +41,6 @@ def check_quantization(kind: str | None, tuning: str) -> None:
         raise InputError(f"quantization={kind} needs {LIBRARIES[kind]}; pip install latentreward[quant]")
     if LIBRARIES[kind] == "bitsandbytes" and not torch.cuda.is_available():
         raise InputError(f"quantization={kind} (bitsandbytes) needs a GPU; use int8 (torchao) on a CPU")
-
-
-def check_options(options: Mapping[str, Any], tuning: str) -> None:
-    """Check the ``quantization`` among a factory's options, whose ``tuning`` has the default ``tuning``.
-
-    A factory hands its options over whole: jsonargparse loses the type of an option that the factory reads with
-    ``get``, and then takes any value for it.
-    """
-    check_quantization(options.get("quantization"), options.get("tuning", tuning))
 
 
 def quantize(blocks: Iterable[nn.Module], kind: str | None) -> None:

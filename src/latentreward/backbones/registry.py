@@ -16,14 +16,6 @@ from latentreward.errors import InputError, did_you_mean
 
 Factory = TypeVar("Factory", bound=Callable[..., Any])
 
-_PATHS: dict[str, str] = {
-    name: f"latentreward.backbones.{module}.{name}"
-    for module, names in (
-        ("sd_unet", ("sd15", "sd21", "sdxl", "sd_tiny")),
-        ("sd3_dit", ("sd3_medium", "sd35_medium", "sd35_large", "sd35_tiny")),
-    )
-    for name in names
-}
 _DEFINED = re.compile(r"^@register_backbone\ndef (\w+)\(", re.MULTILINE)
 
 
@@ -37,7 +29,7 @@ def _of_families() -> dict[str, str]:
     }
 
 
-_PATHS |= _of_families()
+_PATHS = _of_families()
 
 
 def register_backbone(factory: Factory) -> Factory:
@@ -68,8 +60,8 @@ def backbone_names() -> dict[str, str]:
     return dict(_PATHS)
 
 
-def create_backbone(name: str, /, **options: Any) -> Any:
-    """Build a backbone with the factory registered as ``name``.
+def factory_of(name: str) -> Any:
+    """Import and return the factory registered as ``name``.
 
     Raises:
         InputError: If no factory is registered under ``name``.
@@ -79,4 +71,9 @@ def create_backbone(name: str, /, **options: Any) -> Any:
     if name not in _PATHS:
         raise InputError(f"unknown backbone {name!r}{did_you_mean(name, _PATHS)}")
     module, function = _PATHS[name].rsplit(".", 1)
-    return getattr(import_module(module), function)(**options)
+    return getattr(import_module(module), function)
+
+
+def create_backbone(name: str, /, **options: Any) -> Any:
+    """Build a backbone with the factory registered as ``name``; raise InputError if there is none."""
+    return factory_of(name)(**options)

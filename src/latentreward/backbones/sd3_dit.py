@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from latentreward.backbones.loading import PipelineSource, check_channels, check_sample_size, finish, tiny_pipeline
-from latentreward.backbones.quantization import check_options
-from latentreward.backbones.registry import register_backbone
+from latentreward.backbones.loading import check_sample_size
 from latentreward.backbones.transformer import TransformerBackbone
-from latentreward.backbones.tuning import StorageDtype
 from latentreward.contracts import Conditioning, Features, FeatureSpec, LatentSpace, TapSpec
 from latentreward.errors import InputError
 from latentreward.noise import NoiseProcess
@@ -188,166 +185,3 @@ class SD3DiTBackbone(TransformerBackbone):
     def blocks(self) -> Iterator[nn.Module]:
         """See :meth:`DiffusionBackbone.blocks`."""
         yield from self.transformer.transformer_blocks
-
-
-def load_sd3_dit(
-    source: str,
-    family: str = "any",
-    revision: str | None = None,
-    variant: str | None = None,
-    load_t5: bool = True,
-    t5_length: int = 256,
-    pretrained: bool = True,
-    vae_dtype: StorageDtype = "float32",
-    **options: Any,
-) -> SD3DiTBackbone:
-    """Load a transformer backbone from a Stable Diffusion 3 or 3.5 pipeline.
-
-    Args:
-        source: Diffusers pipeline folder, or hub id.
-        family: Family that the pipeline must belong to: ``SD3``, ``SD3.5`` or ``any``.
-        revision: Branch, tag or commit of a hub id.
-        variant: File variant of the weights, such as ``fp16``.
-        load_t5: False leaves T5 out, which saves 9.5 GB in bfloat16 and loses detail of long prompts.
-        t5_length: Number of T5 tokens per prompt; without T5 the number of zero tokens in their place.
-        pretrained: False initialises the transformer at random, as a control.
-        vae_dtype: Precision of the VAE.
-        options: See :func:`cut_sd3_dit`.
-
-    Raises:
-        InputError: If the source is not a pipeline of that family, its parts do not fit together, or a tap is not one
-            of the network's blocks.
-    """
-    check_options(options, "lora")
-    pipeline = PipelineSource(source, revision, variant)
-    config = pipeline.config("transformer")
-    kind = config.get("_class_name", "SD3Transformer2DModel")
-    found = kind if kind != "SD3Transformer2DModel" else "SD3.5" if config.get("qk_norm") else "SD3"
-    taken = ("SD3", "SD3.5") if family == "any" else (family,)
-    if found not in taken:
-        raise InputError(
-            f"source={source!r} holds a {found} transformer, but this backbone is {' or '.join(taken)}; choose the "
-            "backbone of that family or another source"
-        )
-    check_channels(source, "transformer", config, pipeline.latent_space())
-    text_encoder = pipeline.sd3_prompts(config["joint_attention_dim"], t5_length, load_t5, mapped=True)
-    if text_encoder.pooled_dim != config["pooled_projection_dim"]:
-        raise InputError(
-            f"source={source!r}: the text encoders' pooled vector is {text_encoder.pooled_dim} wide, but the "
-            f"transformer takes {config['pooled_projection_dim']}; network and text encoders must come from one "
-            "pipeline"
-        )
-    transformer = pipeline.transformer(pretrained, mapped=True)
-    encoders = {"text_encoder": text_encoder, "vae": pipeline.latent_encoder(vae_dtype)}
-    return cut_sd3_dit(pipeline, transformer, encoders, **options)
-
-
-def cut_sd3_dit(
-    pipeline: PipelineSource,
-    transformer: SD3Transformer2DModel,
-    encoders: Mapping[str, Any],
-    num_layers: int | None = None,
-    visual_taps: Sequence[int] = (4, 8, 12),
-    text_taps: Sequence[int] = (4, 8, 12),
-    pooled_text: Literal["clip", "t5"] = "clip",
-    output_map: bool = False,
-    **options: Any,
-) -> SD3DiTBackbone:
-    """Build a backbone from the first blocks of a pipeline's transformer and from its encoders.
-
-    Args:
-        pipeline: Stable Diffusion 3 or 3.5.
-        transformer: Transformer of the pipeline.
-        encoders: ``text_encoder`` and ``vae`` of the pipeline.
-        num_layers: Number of blocks to keep; None keeps the blocks up to the last tap.
-        visual_taps: Numbers of the blocks whose visual tokens are read; 0 is before the first block.
-        text_taps: Numbers of the blocks whose text tokens are read; may be empty.
-        pooled_text: Pooled text vector for heads: ``clip`` or ``t5``; see :class:`SD3DiTBackbone`.
-        output_map: Whether to return the network's output after the last tapped block too, for a head that reads it.
-        options: See :func:`~latentreward.backbones.loading.finish`.
-
-    Raises:
-        InputError: If a tap is not one of the network's blocks.
-    """
-    backbone = SD3DiTBackbone(
-        transformer,
-        pipeline.noise_process(),
-        pipeline.latent_space(),
-        num_layers,
-        visual_taps,
-        text_taps,
-        pooled_text,
-        output_map=output_map,
-        **encoders,
-    )
-    backbone.source = str(pipeline)
-    return finish(backbone, backbone.transformer, backbone.unread(), **options)
-
-
-@register_backbone
-def sd3_medium(source: str, **options: Any) -> SD3DiTBackbone:
-    """Load Stable Diffusion 3 Medium (Stability AI Community License): 24 blocks without QK normalisation.
-
-    Args:
-        source: Diffusers pipeline folder, or hub id.
-        options: See :func:`load_sd3_dit`.
-    """
-    return load_sd3_dit(source, "SD3", **options)
-
-
-@register_backbone
-def sd35_medium(source: str, **options: Any) -> SD3DiTBackbone:
-    """Load Stable Diffusion 3.5 Medium (Stability AI Community License); DiNa-LRM uses 12 of its 24 blocks.
-
-    Args:
-        source: Diffusers pipeline folder, or hub id.
-        options: See :func:`load_sd3_dit`.
-    """
-    return load_sd3_dit(source, "SD3.5", **options)
-
-
-@register_backbone
-def sd35_large(
-    source: str,
-    visual_taps: Sequence[int] = (6, 13, 19),
-    text_taps: Sequence[int] = (6, 13, 19),
-    **options: Any,
-) -> SD3DiTBackbone:
-    """Load Stable Diffusion 3.5 Large (Stability AI Community License): half of its 38 blocks, as DiNa-LRM of Medium's.
-
-    Args:
-        source: Diffusers pipeline folder, or hub id.
-        visual_taps: Numbers of the blocks whose visual tokens are read; by default thirds of the first 19 blocks.
-        text_taps: Numbers of the blocks whose text tokens are read; may be empty.
-        options: See :func:`load_sd3_dit`.
-    """
-    return load_sd3_dit(source, "SD3.5", visual_taps=visual_taps, text_taps=text_taps, **options)
-
-
-@register_backbone
-def sd35_tiny(
-    source: str | None = None,
-    num_layers: int | None = 3,
-    visual_taps: Sequence[int] = (1, 2, 3),
-    text_taps: Sequence[int] = (1, 2, 3),
-    t5_length: int = 0,
-    **options: Any,
-) -> SD3DiTBackbone:
-    """Load the tiny SD3.5-like pipeline that is shipped with the package for tests and tutorials: 4 blocks, no T5.
-
-    Args:
-        source: Pipeline folder; None takes the shipped one.
-        num_layers: Number of blocks to keep; None keeps the blocks up to the last tap.
-        visual_taps: Numbers of the blocks whose visual tokens are read; 0 is before the first block.
-        text_taps: Numbers of the blocks whose text tokens are read; may be empty.
-        t5_length: Number of zero tokens in the place of T5's; the shipped pipeline was trained with none.
-        options: See :func:`load_sd3_dit`.
-    """
-    return load_sd3_dit(
-        source or tiny_pipeline("sd35_tiny"),
-        num_layers=num_layers,
-        visual_taps=visual_taps,
-        text_taps=text_taps,
-        t5_length=t5_length,
-        **options,
-    )

@@ -8,10 +8,8 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from latentreward.backbones.base import DiffusionBackbone, check_taps
-from latentreward.backbones.loading import PipelineSource, check_channels, check_sample_size, finish, tiny_pipeline
-from latentreward.backbones.quantization import check_options
-from latentreward.backbones.registry import register_backbone
-from latentreward.backbones.tuning import StorageDtype, Tuning, freeze
+from latentreward.backbones.loading import check_sample_size
+from latentreward.backbones.tuning import freeze
 from latentreward.contracts import Conditioning, Features, FeatureSpec, LatentSpace, TapSpec
 from latentreward.errors import InputError
 from latentreward.noise import NoiseProcess
@@ -189,93 +187,6 @@ def cut_unet(unet: UNet2DConditionModel, last_tap: int) -> UNet2DConditionModel:
     return unet
 
 
-def load_sd_unet(
-    source: str,
-    family: str = "any",
-    revision: str | None = None,
-    variant: str | None = None,
-    pretrained: bool = True,
-    vae_dtype: StorageDtype = "float32",
-    **options: Any,
-) -> SDUNetBackbone:
-    """Load a U-Net backbone from a Stable Diffusion pipeline.
-
-    Args:
-        source: Diffusers pipeline folder, or hub id.
-        family: Family that the pipeline must belong to: ``SD1.5``, ``SD2.1``, ``SDXL`` or ``any``.
-        revision: Branch, tag or commit of a hub id.
-        variant: File variant of the weights, such as ``fp16``.
-        pretrained: False initialises network and text encoder at random, as a control.
-        vae_dtype: Precision of the VAE.
-        options: See :func:`cut_sd_unet`.
-
-    Raises:
-        InputError: If the source is not a pipeline of that family, its parts do not fit together, or a tap is not one
-            of the network's blocks.
-    """
-    check_options(options, "full")
-    pipeline = PipelineSource(source, revision, variant)
-    config = pipeline.config("unet")
-    found = unet_family(config)
-    if family not in ("any", found):
-        raise InputError(
-            f"source={source!r} holds a {found} U-Net (cross_attention_dim {config.get('cross_attention_dim')}), but "
-            f"this backbone is {family}; choose the backbone of that family or another source"
-        )
-    check_undistilled(source, config)
-    check_channels(source, "U-Net", config, pipeline.latent_space())
-    load_prompts = pipeline.sdxl_prompts if found == "SDXL" else pipeline.clip_prompts
-    text_encoder = load_prompts(pretrained, mapped=True)
-    if text_encoder.token_dim != config["cross_attention_dim"]:
-        raise InputError(
-            f"source={source!r}: the text encoder is {text_encoder.token_dim} wide, but the U-Net takes "
-            f"{config['cross_attention_dim']}; network and text encoder must come from one pipeline"
-        )
-    unet = pipeline.unet(pretrained, mapped=True)
-    encoders = {"text_encoder": text_encoder, "vae": pipeline.latent_encoder(vae_dtype)}
-    return cut_sd_unet(pipeline, unet, encoders, **options)
-
-
-def cut_sd_unet(
-    pipeline: PipelineSource,
-    unet: UNet2DConditionModel,
-    encoders: Mapping[str, Any],
-    visual_taps: Sequence[int] | None = None,
-    text_taps: Sequence[int] = (0,),
-    tuning: Tuning = "full",
-    text_encoder_tuning: Tuning = "full",
-    output_map: bool = False,
-    **options: Any,
-) -> SDUNetBackbone:
-    """Build a backbone from a pipeline's U-Net and encoders.
-
-    Args:
-        pipeline: Stable Diffusion 1.5, 2.1 or XL.
-        unet: U-Net of the pipeline.
-        encoders: ``text_encoder`` and ``vae`` of the pipeline.
-        visual_taps: Numbers of the blocks to read; None reads all down blocks and the mid block.
-        text_taps: ``[0]`` reads the prompt embeddings; ``[]`` reads no text.
-        tuning: Weights of the U-Net that train: ``full`` (all), ``lora`` (adapters) or ``frozen`` (none).
-        text_encoder_tuning: Weights of the text encoder that train: ``full``, ``lora`` or ``frozen``.
-        output_map: Whether to run the whole U-Net and return its output too, for a head that reads it.
-        options: See :func:`~latentreward.backbones.loading.finish`.
-
-    Raises:
-        InputError: If a tap is not one of the network's blocks.
-    """
-    backbone = SDUNetBackbone(
-        unet,
-        pipeline.noise_process(),
-        pipeline.latent_space(),
-        visual_taps,
-        text_taps,
-        output_map=output_map,
-        **encoders,
-    )
-    backbone.source = str(pipeline)
-    return finish(backbone, backbone.unet, (), tuning=tuning, text_encoder_tuning=text_encoder_tuning, **options)
-
-
 def check_undistilled(source: str, config: Mapping[str, Any]) -> None:
     """Raise InputError if a U-Net takes the guidance scale as an input, as distilled ones do (LCM)."""
     if config.get("time_cond_proj_dim") is not None:
@@ -290,51 +201,3 @@ def unet_family(config: dict[str, Any]) -> str:
     if config.get("addition_embed_type") == "text_time":
         return "SDXL"
     return "SD2.1" if config.get("cross_attention_dim") == 1024 else "SD1.5"
-
-
-@register_backbone
-def sd15(source: str, **options: Any) -> SDUNetBackbone:
-    """Load Stable Diffusion 1.5 (CreativeML OpenRAIL-M), the backbone of LRM-SD1.5.
-
-    Args:
-        source: Diffusers pipeline folder, or hub id.
-        options: See :func:`load_sd_unet`.
-    """
-    return load_sd_unet(source, "SD1.5", **options)
-
-
-@register_backbone
-def sd21(source: str, **options: Any) -> SDUNetBackbone:
-    """Load Stable Diffusion 2.1 (CreativeML OpenRAIL++-M) with its OpenCLIP-H text encoder; v- or ε-prediction.
-
-    Args:
-        source: Diffusers pipeline folder, or hub id.
-        options: See :func:`load_sd_unet`.
-
-    Note:
-        LPO's published SD2.1 runs use the reward trained on SD1.5, which has the same VAE; this factory is for a reward
-        trained on SD2.1 itself.
-    """
-    return load_sd_unet(source, "SD2.1", **options)
-
-
-@register_backbone
-def sdxl(source: str, **options: Any) -> SDUNetBackbone:
-    """Load Stable Diffusion XL base (CreativeML OpenRAIL++-M), the backbone of LRM-SDXL.
-
-    Args:
-        source: Diffusers pipeline folder, or hub id.
-        options: See :func:`load_sd_unet`.
-    """
-    return load_sd_unet(source, "SDXL", **options)
-
-
-@register_backbone
-def sd_tiny(source: str | None = None, **options: Any) -> SDUNetBackbone:
-    """Load the tiny Stable Diffusion that is shipped with the package for tests and tutorials.
-
-    Args:
-        source: Pipeline folder; None takes the shipped one.
-        options: See :func:`load_sd_unet`.
-    """
-    return load_sd_unet(source or tiny_pipeline("sd_tiny"), **options)

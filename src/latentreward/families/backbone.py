@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from latentreward.backbones.loading import PipelineSource, finish
-from latentreward.backbones.quantization import check_options
+from latentreward.backbones.loading import Backbone, PipelineSource, finish
+from latentreward.backbones.quantization import Quantization, check_quantization
 from latentreward.backbones.transformer import TransformerBackbone
-from latentreward.backbones.tuning import StorageDtype, freeze
+from latentreward.backbones.tuning import LoRA, StorageDtype, Tuning, freeze
 from latentreward.contracts import Conditioning, Features, FeatureSpec, TapSpec
 from latentreward.errors import InputError
+from latentreward.families.base import Family
 from latentreward.families.find import find_family
 from latentreward.families.flow import FlowFamily
 
@@ -175,85 +177,140 @@ def cut_network(transformer: Any, family: FlowFamily, num_layers: int, keep_tail
             setattr(transformer, name, nn.Identity())
 
 
+@dataclass(frozen=True)
+class BackboneOptions:
+    """Options that the factories of all families share: what is loaded, what trains, and how it runs.
+
+    Attributes:
+        revision: Branch, tag or commit of a hub id.
+        variant: File variant of the weights, such as ``fp16``.
+        pretrained: False initialises the network at random, as a control, and of Stable Diffusion the text encoder too.
+        vae_dtype: Precision of the VAE.
+        tuning: Weights of the network that train: ``full`` (all), ``lora`` (adapters) or ``frozen`` (none).
+        lora: Adapter settings for ``tuning: lora``; the default is DiNa-LRM's rank 64, alpha 128.
+        text_encoder_tuning: Weights of the text encoders that train: ``full``, ``lora`` or ``frozen``.
+        frozen_dtype: Type in which frozen weights are stored; use ``bfloat16`` with ``precision: bf16-mixed``.
+        gradient_checkpointing: Recompute block activations in the backward pass: less memory, about a third slower.
+        attention_backend: Name of a diffusers attention backend, such as ``flash``; None keeps PyTorch's own. Networks
+            that call PyTorch's attention themselves (U-Nets, SD3) have no other.
+        compile_blocks: Compile each block with ``torch.compile``.
+        quantization: Storage of the frozen linear layers of the blocks: ``int8`` (torchao), ``bnb_int8`` or ``nf4``
+            (bitsandbytes, on a GPU). None keeps ``frozen_dtype``.
+
+    Raises:
+        InputError: If the quantisation does not suit the tuning or this machine.
+    """
+
+    revision: str | None = None
+    variant: str | None = None
+    pretrained: bool = True
+    vae_dtype: StorageDtype = "float32"
+    tuning: Tuning = "lora"
+    lora: LoRA | None = None
+    text_encoder_tuning: Tuning = "frozen"
+    frozen_dtype: StorageDtype = "float32"
+    gradient_checkpointing: bool = False
+    attention_backend: str | None = None
+    compile_blocks: bool = False
+    quantization: Quantization | None = None
+
+    def __post_init__(self) -> None:
+        check_quantization(self.quantization, self.tuning)
+
+    def family(self, source: str, name: str | None, model: str | None = None, own: str | None = None) -> Family:
+        """Return the family of the pipeline at ``source``; no weight is loaded.
+
+        Args:
+            source: Diffusers pipeline folder, or hub id.
+            name: Name of the family that it must be of; None takes any.
+            model: Beginning of the model's name within the family, such as ``SD3.5``; None takes any.
+            own: Import path of a family of one's own; None finds the family among those of this package.
+
+        Raises:
+            InputError: If the source is of another family or model.
+        """
+        found = find_family(PipelineSource(source, self.revision, self.variant), own)
+        if (name is not None and found.name != name) or (model is not None and found.model.split()[0] != model):
+            raise InputError(
+                f"source={source!r} is {found.model}, but this backbone is of {model or name}; choose the backbone of "
+                "that model, or another source"
+            )
+        found.report_assumption("backbone")
+        return found
+
+    def parts(self, family: Family, **text: Any) -> tuple[Any, dict[str, Any]]:
+        """Load the network of a family's pipeline, and its encoders by the names of a backbone's arguments.
+
+        ``text`` are arguments of :meth:`Family.load_prompt_encoder`.
+        """
+        text_encoder = family.load_prompt_encoder(**text)
+        network = family.load_network(self.pretrained)
+        return network, {"text_encoder": text_encoder, "vae": family.load_latent_encoder(self.vae_dtype)}
+
+    def finish(self, backbone: Backbone, family: Family, unread: tuple[str, ...] = ()) -> Backbone:
+        """Apply these options to a new backbone of a family, and return it; see :func:`.loading.finish`."""
+        backbone.source = str(family.pipeline)
+        network = backbone.get_submodule(backbone.network_name)
+        shared = {name: getattr(self, name) for name in FINISHING}
+        return finish(backbone, network, unread, float32_parts=family.float32_parts, **shared)
+
+
+@dataclass(frozen=True)
+class TransformerOptions(BackboneOptions):
+    """Options of the factories of transformers, some of whose text encoders are T5.
+
+    Attributes:
+        load_t5: False leaves T5 out, for families that allow it; saves 9.5 GB in bfloat16 and loses detail of long
+            prompts.
+        t5_length: Number of T5 tokens per prompt, for families with T5; None takes the pipeline's own. Without T5 the
+            number of SD3's zero tokens in their place.
+    """
+
+    load_t5: bool = True
+    t5_length: int | None = None
+
+    def parts(self, family: Family, **text: Any) -> tuple[Any, dict[str, Any]]:
+        """See :meth:`BackboneOptions.parts`."""
+        return super().parts(family, t5_length=self.t5_length, load_t5=self.load_t5, **text)
+
+
+FINISHING = (
+    *("tuning", "lora", "text_encoder_tuning", "frozen_dtype"),
+    *("gradient_checkpointing", "attention_backend", "compile_blocks", "quantization"),
+)
+"""Fields of :class:`BackboneOptions` that apply to a backbone once it is built."""
+
+
 def load_family_backbone(
     source: str,
     name: str | None = None,
     family: str | None = None,
-    revision: str | None = None,
-    variant: str | None = None,
-    t5_length: int | None = None,
-    load_t5: bool = True,
+    num_layers: int | None = None,
+    visual_taps: Sequence[int] = (4, 8, 12),
+    text_taps: Sequence[int] = (4, 8, 12),
+    output_map: bool = False,
     **options: Any,
 ) -> FamilyBackbone:
-    """Load a backbone from a pipeline of a rectified-flow transformer.
+    """Load a backbone from the first blocks of a pipeline's rectified-flow transformer.
 
     Args:
         source: Diffusers pipeline folder, or hub id.
         name: Name of the family that the pipeline must belong to; None takes any.
         family: Import path of a family of one's own; None finds the family among those of this package.
-        revision: Branch, tag or commit of a hub id.
-        variant: File variant of the weights, such as ``fp16``.
-        t5_length: Number of T5 tokens per prompt, for families with T5; None takes the pipeline's own.
-        load_t5: False leaves T5 out, for families that allow it.
-        options: See :func:`cut_family_backbone`.
+        num_layers: Number of blocks to keep; None keeps the blocks up to the last tap.
+        visual_taps: Numbers of the blocks whose visual tokens are read; 0 is before the first block.
+        text_taps: Numbers of the blocks whose text tokens are read; may be empty.
+        output_map: Whether to return the network's output after the last tapped block too, for a head that reads it.
+        options: See :class:`TransformerOptions` and :class:`BackboneOptions`.
 
     Raises:
         InputError: If the source is not a pipeline of that family, its parts do not fit together, or a tap is not one
             of the network's blocks.
     """
-    check_options(options, "lora")
-    pipeline = PipelineSource(source, revision, variant)
-    found = find_family(pipeline, family)
-    if not isinstance(found, FlowFamily) or (name is not None and found.name != name):
-        raise InputError(
-            f"source={source!r} is a pipeline of {found.title}; choose the backbone of that family or another source"
-        )
-    return cut_family_backbone(found, found.load_prompt_encoder(t5_length, load_t5), **options)
-
-
-def cut_family_backbone(
-    family: FlowFamily,
-    text_encoder: PromptEncoder,
-    pretrained: bool = True,
-    num_layers: int | None = None,
-    visual_taps: Sequence[int] = (4, 8, 12),
-    text_taps: Sequence[int] = (4, 8, 12),
-    vae_dtype: StorageDtype = "float32",
-    output_map: bool = False,
-    **options: Any,
-) -> FamilyBackbone:
-    """Load a pipeline's transformer and VAE, and build a backbone from the transformer's first blocks.
-
-    Args:
-        family: Family of the pipeline.
-        text_encoder: Prompt encoder of the pipeline.
-        pretrained: False initialises the transformer at random, as a control.
-        num_layers: Number of blocks to keep; None keeps the blocks up to the last tap.
-        visual_taps: Numbers of the blocks whose visual tokens are read; 0 is before the first block.
-        text_taps: Numbers of the blocks whose text tokens are read; may be empty.
-        vae_dtype: Precision of the VAE.
-        output_map: Whether to return the network's output after the last tapped block too, for a head that reads it.
-        options: See :func:`~latentreward.backbones.loading.finish`.
-
-    Raises:
-        InputError: If a tap is not one of the network's blocks.
-    """
-    family.report_assumption("backbone")
-    backbone = FamilyBackbone(
-        family.load_network(pretrained),
-        family,
-        num_layers,
-        visual_taps,
-        text_taps,
-        output_map=output_map,
-        text_encoder=text_encoder,
-        vae=family.load_latent_encoder(vae_dtype),
-    )
-    backbone.source = str(family.pipeline)
-    return finish(
-        backbone,
-        backbone.transformer,
-        backbone.unread(),
-        float32_parts=family.float32_parts,
-        **options,
-    )
+    chosen = TransformerOptions(**options)
+    found = chosen.family(source, name, own=family)
+    if not isinstance(found, FlowFamily):
+        raise InputError(f"source={source!r} is a pipeline of {found.title}; choose a backbone of that family")
+    (network, encoders), taps = chosen.parts(found), (num_layers, visual_taps, text_taps)
+    backbone = FamilyBackbone(network, found, *taps, output_map=output_map, **encoders)
+    return chosen.finish(backbone, found, backbone.unread())

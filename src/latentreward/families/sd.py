@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from latentreward.backbones.loading import SHIPPED, check_channels
-from latentreward.backbones.sd_unet import check_undistilled, unet_family
+from latentreward.backbones.loading import SHIPPED, check_channels, tiny_pipeline
+from latentreward.backbones.registry import register_backbone
+from latentreward.backbones.sd_unet import SDUNetBackbone, check_undistilled, unet_family
+from latentreward.backbones.tuning import Tuning
 from latentreward.contracts import Conditioning
 from latentreward.encoders.prompts import PromptEncoder
 from latentreward.errors import InputError
+from latentreward.families.backbone import BackboneOptions
 from latentreward.families.base import Family, Pair, PipelineConfigs
 from latentreward.families.published import CLIP_G, CLIP_H, CLIP_L, SD_VAE, Published
 from latentreward.noise import DDPM_SCHEDULERS, NoiseProcess, process_from_scheduler
@@ -141,6 +145,11 @@ class StableDiffusion(Family):
         """See :meth:`Family.load_prompt_encoder`."""
         two = self.pipeline.has("text_encoder_2")
         encoder: PromptEncoder = (self.pipeline.sdxl_prompts if two else self.pipeline.clip_prompts)(pretrained, True)
+        if encoder.token_dim != (taken := self.config["cross_attention_dim"]):
+            raise InputError(
+                f"source={self.pipeline.source!r}: the text encoder is {encoder.token_dim} wide, but the U-Net takes "
+                f"{taken}; network and text encoder must come from one pipeline"
+            )
         return encoder
 
     def encode_uncond(self, encoder: PromptEncoder) -> Conditioning:
@@ -210,3 +219,94 @@ class StableDiffusion(Family):
         """See :meth:`Family.search_conditioning`."""
         tokens = inputs["prompt_embeds"]
         return Conditioning(tokens, inputs.get("add_text_embeds", tokens[:, 0]))
+
+
+@dataclass(frozen=True)
+class UNetOptions(BackboneOptions):
+    """Options of the factories of U-Nets, which by default train all weights, as LRM does.
+
+    Attributes:
+        tuning: Weights of the U-Net that train: ``full`` (all), ``lora`` (adapters) or ``frozen`` (none).
+        text_encoder_tuning: Weights of the text encoder that train: ``full``, ``lora`` or ``frozen``.
+    """
+
+    tuning: Tuning = "full"
+    text_encoder_tuning: Tuning = "full"
+
+
+def load_sd(
+    source: str,
+    model: str | None = None,
+    visual_taps: Sequence[int] | None = None,
+    text_taps: Sequence[int] = (0,),
+    output_map: bool = False,
+    **options: Any,
+) -> SDUNetBackbone:
+    """Load a backbone from the U-Net of a Stable Diffusion pipeline.
+
+    Args:
+        source: Diffusers pipeline folder, or hub id.
+        model: ``SD1.5``, ``SD2.1`` or ``SDXL``, which the pipeline must be; None takes all.
+        visual_taps: Numbers of the blocks to read; None reads all down blocks and the mid block.
+        text_taps: ``[0]`` reads the prompt embeddings; ``[]`` reads no text.
+        output_map: Whether to run the whole U-Net and return its output too, for a head that reads it.
+        options: See :class:`UNetOptions` and :class:`~latentreward.families.backbone.BackboneOptions`.
+
+    Raises:
+        InputError: If the source is not a pipeline of that model, its parts do not fit together, or a tap is not one
+            of the network's blocks.
+    """
+    chosen = UNetOptions(**options)
+    family = chosen.family(source, "sd", model)
+    network, encoders = chosen.parts(family, pretrained=chosen.pretrained)
+    space, taps = (family.noise_process, family.latent_space), (visual_taps, text_taps)
+    backbone = SDUNetBackbone(network, *space, *taps, output_map=output_map, **encoders)
+    return chosen.finish(backbone, family)
+
+
+@register_backbone
+def sd15(source: str, **options: Any) -> SDUNetBackbone:
+    """Load Stable Diffusion 1.5 (CreativeML OpenRAIL-M), the backbone of LRM-SD1.5.
+
+    Args:
+        source: Diffusers pipeline folder, or hub id.
+        options: See :func:`load_sd`.
+    """
+    return load_sd(source, "SD1.5", **options)
+
+
+@register_backbone
+def sd21(source: str, **options: Any) -> SDUNetBackbone:
+    """Load Stable Diffusion 2.1 (CreativeML OpenRAIL++-M) with its OpenCLIP-H text encoder; v- or ε-prediction.
+
+    Args:
+        source: Diffusers pipeline folder, or hub id.
+        options: See :func:`load_sd`.
+
+    Note:
+        LPO's published SD2.1 runs use the reward trained on SD1.5, which has the same VAE; this factory is for a reward
+        trained on SD2.1 itself.
+    """
+    return load_sd(source, "SD2.1", **options)
+
+
+@register_backbone
+def sdxl(source: str, **options: Any) -> SDUNetBackbone:
+    """Load Stable Diffusion XL base (CreativeML OpenRAIL++-M), the backbone of LRM-SDXL.
+
+    Args:
+        source: Diffusers pipeline folder, or hub id.
+        options: See :func:`load_sd`.
+    """
+    return load_sd(source, "SDXL", **options)
+
+
+@register_backbone
+def sd_tiny(source: str | None = None, **options: Any) -> SDUNetBackbone:
+    """Load the tiny Stable Diffusion that is shipped with the package for tests and tutorials.
+
+    Args:
+        source: Pipeline folder; None takes the shipped one.
+        options: See :func:`load_sd`.
+    """
+    return load_sd(source or tiny_pipeline("sd_tiny"), **options)

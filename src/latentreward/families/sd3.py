@@ -10,14 +10,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from latentreward.backbones.loading import SHIPPED, check_channels
+from latentreward.backbones.loading import SHIPPED, check_channels, tiny_pipeline
+from latentreward.backbones.registry import register_backbone
+from latentreward.backbones.sd3_dit import SD3DiTBackbone
 from latentreward.contracts import Conditioning
 from latentreward.encoders.prompts import PromptEncoder
+from latentreward.errors import InputError
+from latentreward.families.backbone import TransformerOptions
 from latentreward.families.base import Family, Pair, PipelineConfigs
 from latentreward.families.published import CLIP_G, CLIP_L, SD_VAE, T5_XXL, Published
 from latentreward.noise import FLOW_SCHEDULERS, NoiseProcess, process_from_scheduler
@@ -162,6 +166,11 @@ class StableDiffusion3(Family):
         encoder: PromptEncoder = self.pipeline.sd3_prompts(
             self.entry(self.part, "joint_attention_dim", int), length, load_t5, mapped=True
         )
+        if encoder.pooled_dim != (taken := self.entry(self.part, "pooled_projection_dim", int)):
+            raise InputError(
+                f"source={self.pipeline.source!r}: the text encoders' pooled vector is {encoder.pooled_dim} wide, but "
+                f"the transformer takes {taken}; network and text encoders must come from one pipeline"
+            )
         return encoder
 
     @cached_property
@@ -235,3 +244,106 @@ def mmdit_parts(pairs: Mapping[str, Pair]) -> dict[str, list[Pair | None]]:
             layers = JOINED[joined]
             found.setdefault(block + joined, [None] * len(layers))[layers.index(rest)] = pair
     return found
+
+
+def load_sd3(
+    source: str,
+    model: str | None = None,
+    num_layers: int | None = None,
+    visual_taps: Sequence[int] = (4, 8, 12),
+    text_taps: Sequence[int] = (4, 8, 12),
+    pooled_text: Literal["clip", "t5"] = "clip",
+    output_map: bool = False,
+    **options: Any,
+) -> SD3DiTBackbone:
+    """Load a backbone from the first blocks of the transformer of a Stable Diffusion 3 or 3.5 pipeline.
+
+    Args:
+        source: Diffusers pipeline folder, or hub id.
+        model: ``SD3`` or ``SD3.5``, which the pipeline must be; None takes both.
+        num_layers: Number of blocks to keep; None keeps the blocks up to the last tap.
+        visual_taps: Numbers of the blocks whose visual tokens are read; 0 is before the first block.
+        text_taps: Numbers of the blocks whose text tokens are read; may be empty.
+        pooled_text: Pooled text vector for heads: ``clip`` or ``t5``; see :class:`SD3DiTBackbone`.
+        output_map: Whether to return the network's output after the last tapped block too, for a head that reads it.
+        options: See :class:`~latentreward.families.backbone.TransformerOptions`.
+
+    Raises:
+        InputError: If the source is not a pipeline of that model, its parts do not fit together, or a tap is not one
+            of the network's blocks.
+    """
+    chosen = TransformerOptions(**options)
+    family = chosen.family(source, "sd3", model)
+    (network, encoders), taps = chosen.parts(family), (num_layers, visual_taps, text_taps)
+    space = family.noise_process, family.latent_space
+    backbone = SD3DiTBackbone(network, *space, *taps, pooled_text, output_map=output_map, **encoders)
+    return chosen.finish(backbone, family, backbone.unread())
+
+
+@register_backbone
+def sd3_medium(source: str, **options: Any) -> SD3DiTBackbone:
+    """Load Stable Diffusion 3 Medium (Stability AI Community License): 24 blocks without QK normalisation.
+
+    Args:
+        source: Diffusers pipeline folder, or hub id.
+        options: See :func:`load_sd3`.
+    """
+    return load_sd3(source, "SD3", **options)
+
+
+@register_backbone
+def sd35_medium(source: str, **options: Any) -> SD3DiTBackbone:
+    """Load Stable Diffusion 3.5 Medium (Stability AI Community License); DiNa-LRM uses 12 of its 24 blocks.
+
+    Args:
+        source: Diffusers pipeline folder, or hub id.
+        options: See :func:`load_sd3`.
+    """
+    return load_sd3(source, "SD3.5", **options)
+
+
+@register_backbone
+def sd35_large(
+    source: str,
+    visual_taps: Sequence[int] = (6, 13, 19),
+    text_taps: Sequence[int] = (6, 13, 19),
+    **options: Any,
+) -> SD3DiTBackbone:
+    """Load Stable Diffusion 3.5 Large (Stability AI Community License): half of its 38 blocks, as DiNa-LRM of Medium's.
+
+    Args:
+        source: Diffusers pipeline folder, or hub id.
+        visual_taps: Numbers of the blocks whose visual tokens are read; by default thirds of the first 19 blocks.
+        text_taps: Numbers of the blocks whose text tokens are read; may be empty.
+        options: See :func:`load_sd3`.
+    """
+    return load_sd3(source, "SD3.5", visual_taps=visual_taps, text_taps=text_taps, **options)
+
+
+@register_backbone
+def sd35_tiny(
+    source: str | None = None,
+    num_layers: int | None = 3,
+    visual_taps: Sequence[int] = (1, 2, 3),
+    text_taps: Sequence[int] = (1, 2, 3),
+    t5_length: int = 0,
+    **options: Any,
+) -> SD3DiTBackbone:
+    """Load the tiny SD3.5-like pipeline that is shipped with the package for tests and tutorials: 4 blocks, no T5.
+
+    Args:
+        source: Pipeline folder; None takes the shipped one.
+        num_layers: Number of blocks to keep; None keeps the blocks up to the last tap.
+        visual_taps: Numbers of the blocks whose visual tokens are read; 0 is before the first block.
+        text_taps: Numbers of the blocks whose text tokens are read; may be empty.
+        t5_length: Number of zero tokens in the place of T5's; the shipped pipeline was trained with none.
+        options: See :func:`load_sd3`.
+    """
+    return load_sd3(
+        source or tiny_pipeline("sd35_tiny"),
+        num_layers=num_layers,
+        visual_taps=visual_taps,
+        text_taps=text_taps,
+        t5_length=t5_length,
+        **options,
+    )

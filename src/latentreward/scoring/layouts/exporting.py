@@ -210,7 +210,8 @@ def diffusion_rm_config(model: RewardNetwork, base: str) -> dict[str, Any]:
 def t5_length(model: RewardNetwork, recipe: ModelRecipe) -> int:
     """Return the number of T5 tokens per prompt, from the text encoder or else from the recipe."""
     encoder: Any = model.backbone.text_encoder
-    return recipe.backbone.init_args.get("t5_length", 256) if encoder is None else encoder.t5_length
+    given = recipe.backbone.init_args.get("t5_length") if encoder is None else encoder.t5_length
+    return 256 if given is None else given
 
 
 def write_lpo(model: RewardNetwork, base: PipelineSource, folder: Path) -> None:
