@@ -266,7 +266,7 @@ def test_each_lower_bound_is_among_the_floors() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("module", "most"), [("lrm", 19_000), ("lpo", 20_500)])
+@pytest.mark.parametrize(("module", "most"), [("lrm", 14_000), ("lpo", 20_500)])
 def test_a_method_loads_little_beside_its_own_science(module: str, most: int) -> None:
     code = (
         f"import sys, latentreward.modules.{module}\n"

@@ -22,7 +22,8 @@ from latentreward.contracts import (
 from latentreward.data.alignment.experience import other_rows
 from latentreward.errors import InputError
 from latentreward.modules.based import BasedModule, unseen_settings
-from latentreward.modules.sharding import shard_policy, shard_reward
+from latentreward.modules.reward_sharding import shard_reward
+from latentreward.modules.sharding import shard_policy
 from latentreward.policies import PolicySource
 from latentreward.policies.checkpoint import SOURCE
 from latentreward.remote import RemoteError

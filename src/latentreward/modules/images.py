@@ -1,7 +1,9 @@
 """Latents of a batch's images: from pixels through the VAE, or from a cache."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
@@ -10,7 +12,9 @@ from latentreward.backbones.base import DiffusionBackbone
 from latentreward.contracts import PreferenceBatch
 from latentreward.errors import InputError
 from latentreward.modules.pair_noise import PairDraws
-from latentreward.policies import Policy
+
+if TYPE_CHECKING:
+    from latentreward.policies import Policy
 
 Posterior = Literal["sample", "mode"]
 Side = Literal["chosen", "rejected"]
@@ -32,7 +36,7 @@ def latents_of(
     """
     # In float32 before `cat`, which raises for float16 under bfloat16 autocast on a CPU.
     images = torch.cat([getattr(batch, side).float() for side in sides])
-    kind = "policy" if isinstance(network, Policy) else "backbone"
+    kind = "backbone" if isinstance(network, DiffusionBackbone) else "policy"
     if batch.latent_space is not None:
         if batch.latent_space != network.latent_space:
             raise InputError(

@@ -26,8 +26,7 @@ from latentreward.modules.sharding import shard
 from latentreward.noise import LevelSampler
 from latentreward.scoring import RewardModel
 from latentreward.scoring.layouts.config import exif_of, sizes_of, sizes_record
-from latentreward.scoring.layouts.recipe import recipe_in_python
-from latentreward.scoring.layouts.run import SETTINGS
+from latentreward.scoring.layouts.recipe import SETTINGS, recipe_in_python
 from latentreward.scoring.scoring_noise import timesteps_of
 
 logger = logging.getLogger(__name__)

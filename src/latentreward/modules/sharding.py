@@ -22,8 +22,6 @@ from latentreward.backbones.base import DiffusionBackbone
 from latentreward.errors import InputError
 from latentreward.families import families
 from latentreward.modules.frozen import refuse_quantized
-from latentreward.rewards import Reward
-from latentreward.rewards.latent import LatentScorer
 
 if TYPE_CHECKING:
     from latentreward.encoders.prompts import PromptEncoder
@@ -80,20 +78,6 @@ def called_parts(network: nn.Module) -> Iterator[nn.Module]:
             yield from called_parts(child)
         else:
             yield child
-
-
-def shard_reward(reward: Reward, mesh: DeviceMesh) -> None:
-    """Shard the large modules that belong to a reward and not to the policy: blocks of networks, and text encoders.
-
-    The reward's other modules are frozen, and stay whole on every rank.
-    """
-    own = set(reward.modules())
-    for scorer in [part for part in own if isinstance(part, LatentScorer)]:
-        backbone = scorer.model.backbone
-        for block in backbone.blocks():
-            if block in own:  # called by itself, it would stay whole without reshard_after_forward
-                fully_shard(block, mesh=mesh, reshard_after_forward=True)
-        shard_encoders(backbone.text_encoder if backbone.text_encoder in own else None, None, mesh)
 
 
 def shard_encoders(text_encoder: PromptEncoder | None, vae: LatentEncoder | None, mesh: DeviceMesh) -> None:

@@ -2,7 +2,8 @@ from .calibration import Calibration
 from .layouts.card import Card
 from .layouts.find import ModelSource
 from .layouts.published import PublishedSettings
-from .reward_model import RewardModel, load_dina_lrm, load_lrm, normalise_score
+from .released import load_dina_lrm, load_lrm
+from .reward_model import RewardModel, normalise_score
 from .scoring_noise import ScoringNoise
 
 __all__ = [

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor
@@ -14,7 +12,6 @@ from torch import Tensor
 from latentreward.contracts import Conditioning
 from latentreward.devices import find_device
 from latentreward.errors import InputError, check_at_least_one
-from latentreward.heads.clip_projection import MultiScale
 from latentreward.scoring.batched_scoring import (
     PromptMemory,
     prompt_of_each,
@@ -22,13 +19,13 @@ from latentreward.scoring.batched_scoring import (
     score_given_states,
     score_images,
 )
-from latentreward.scoring.hub import upload
 from latentreward.scoring.images import ImageInput, Images, as_images, check_floating, check_frames, doubts_of_pixels
-from latentreward.scoring.layouts.card import Card
-from latentreward.scoring.layouts.find import ModelSource, find_reward
-from latentreward.scoring.layouts.published import PUBLISHED_RMS_EPS, PublishedDiNaLRM, PublishedLRM, PublishedSettings
 from latentreward.scoring.network import RewardNetwork
 from latentreward.scoring.scoring_noise import ScoringNoise, check_noise
+
+if TYPE_CHECKING:
+    from latentreward.scoring.layouts.card import Card
+    from latentreward.scoring.layouts.find import ModelSource
 
 MOSTLY_NOISE, WIDEST_NOISE = 0.9, 3.0
 """Noise level from which states have about the spread of noise, and the largest such spread without a warning."""
@@ -43,10 +40,9 @@ class RewardModel(RewardNetwork):
     @classmethod
     def of(cls, network: RewardNetwork) -> Self:
         """Build a reward model from a loaded network; the two share backbone, head and settings."""
-        model = cls(network.backbone, network.head)
-        for name in ("noise", "image_sizes", "exif", "source", "dtype", "calibration", "recipe", "published"):
-            setattr(model, name, getattr(network, name))
-        return model.train(network.training)
+        model = cls.__new__(cls)  # whose constructor would put the defaults in place of the network's settings
+        vars(model).update(vars(network), _warned=set())
+        return model
 
     @classmethod
     def from_pretrained(
@@ -71,6 +67,8 @@ class RewardModel(RewardNetwork):
             InputError: If a file is missing or damaged, weights do not fit, the hub cannot provide the files, or the
                 device does not exist.
         """
+        from latentreward.scoring.layouts.find import ModelSource, find_reward
+
         target = find_device(device)
         source = source if isinstance(source, ModelSource) else ModelSource(str(source), **options)
         model = cls.of(find_reward(source).load()).to(target).set_precision(dtype)
@@ -96,7 +94,7 @@ class RewardModel(RewardNetwork):
         """
         from latentreward.scoring.layouts.saving import save_pretrained
 
-        save_pretrained(self, Path(folder), card or Card(), base)
+        save_pretrained(self, Path(folder), card, base)
 
     def push_to_hub(self, repo_id: str, card: Card | None = None, *, base: str | None = None, **options: Any) -> str:
         """Upload the files that :meth:`save_pretrained` writes to the hub as one commit; return the commit's URL.
@@ -111,11 +109,9 @@ class RewardModel(RewardNetwork):
         Raises:
             InputError: As :meth:`save_pretrained`, or if the hub does not answer or rejects the upload.
         """
-        card = card or Card()
-        with TemporaryDirectory() as place:
-            folder = Path(place) / repo_id.rpartition("/")[2]
-            self.save_pretrained(folder, replace(card, name=card.name or repo_id), base=base)
-            return upload(folder, repo_id, **options)
+        from latentreward.scoring.layouts.saving import upload_model
+
+        return upload_model(self, repo_id, card, base, **options)
 
     def score(
         self,
@@ -336,56 +332,6 @@ class RewardModel(RewardNetwork):
         """
         check_at_least_one(count=count)
         return PromptMemory(self, count)
-
-
-def load_lrm(
-    folder: str | Path,
-    base: str | None = None,
-    guidance: float = 7.5,
-    multi_scale: MultiScale | None = None,
-) -> RewardModel:
-    """Load an LRM checkpoint in the layout of ``casiatao/LRM`` (MIT), frozen and in evaluation mode.
-
-    The layout has ``unet/``, ``text_encoder/`` (SDXL: ``text_encoder_2/`` too) and ``state_dict.pt``. Tokenizers, VAE,
-    scheduler, and text encoders that were frozen in training come from the base pipeline.
-
-    Args:
-        folder: Folder of the checkpoint.
-        base: Diffusers pipeline folder or hub id of the base model. With None the model has neither tokenizers nor a
-            VAE, and takes only token ids and latents.
-        guidance: See :class:`~latentreward.scoring.PublishedSettings`.
-        multi_scale: See :class:`~latentreward.scoring.PublishedSettings`.
-
-    Raises:
-        InputError: If a file is missing, or a tensor is missing, unexpected or has the wrong shape.
-    """
-    settings = PublishedSettings(guidance=guidance, multi_scale=multi_scale)
-    return RewardModel.of(PublishedLRM(folder, base, settings).network())
-
-
-def load_dina_lrm(
-    folder: str | Path,
-    base: str | None = None,
-    rms_eps: float = PUBLISHED_RMS_EPS,
-    t5_length: int = 256,
-) -> RewardModel:
-    """Load a DiNa-LRM checkpoint in the layout of ``liuhuohuo/DiNa-LRM-SD35M-12layers`` (Apache-2.0), frozen.
-
-    The layout has ``config.json``, ``checkpoint/backbone_lora/`` (peft) and ``checkpoint/rm_head.pt``.
-
-    Args:
-        folder: Folder of the checkpoint.
-        base: Diffusers folder or hub id of the base model; None takes the one that ``config.json`` names. A folder
-            with only ``transformer/`` and ``scheduler/`` is enough to score latents with encoded prompts.
-        rms_eps: See :class:`~latentreward.scoring.PublishedSettings`.
-        t5_length: See :class:`~latentreward.scoring.PublishedSettings`.
-
-    Raises:
-        InputError: If a file is missing, a tensor is missing, unexpected or has the wrong shape, or ``config.json`` has
-            a value that this loader does not support.
-    """
-    settings = PublishedSettings(rms_eps=rms_eps, t5_length=t5_length)
-    return RewardModel.of(PublishedDiNaLRM(folder, base, settings).network())
 
 
 def normalise_score(raw: Tensor) -> Tensor:

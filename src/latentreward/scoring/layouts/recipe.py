@@ -33,6 +33,8 @@ ONLY_IN_TRAINING = ("lora", "gradient_checkpointing", "attention_backend", "comp
 """Settings of this package's factories that do not change the features of a trained backbone."""
 BUILD_ERRORS = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RuntimeError, ImportError, OSError)
 """Errors by which constructors reject settings."""
+SETTINGS = "reward_settings"
+"""Key of a checkpoint with the settings of backbone and head, for runs without a ``config.yaml``."""
 SMALL = 10_000_000
 """Number of weights up to which a head is built whatever its file holds; comparing names and shapes refuses it."""
 

@@ -35,6 +35,7 @@ from latentreward.scoring.layouts.base import SharingReward
 from latentreward.scoring.layouts.config import exif_of, sizes_of
 from latentreward.scoring.layouts.recipe import (
     ONLY_IN_TRAINING,
+    SETTINGS,
     ModelPart,
     ModelRecipe,
     backbone_part,
@@ -51,8 +52,6 @@ from latentreward.settings.yaml_text import check_yaml
 
 PARTS = ("backbone", "head")
 """Names of the settings of a run that describe the reward model."""
-SETTINGS = "reward_settings"
-"""Key of a checkpoint under which the training module stores these settings, for runs without a ``config.yaml``."""
 
 
 @dataclass(frozen=True)
