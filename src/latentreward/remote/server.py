@@ -7,6 +7,7 @@ import logging
 import math
 import os
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
@@ -21,7 +22,9 @@ from latentreward.remote.errors import RemoteError
 from latentreward.storage.tokens import checked_token, token_of_file
 
 if TYPE_CHECKING:
-    import httpx
+    import httpcore
+
+    from latentreward.remote.transport import TimedNetwork
 
 logger = logging.getLogger(__name__)
 
@@ -130,8 +133,8 @@ class Connection:
 
     def __init__(self, server: RemoteServer) -> None:
         self.server = server
-        self._lock, self._owner, self._told = Lock(), 0, False
-        self._client: httpx.Client | None = None
+        self._lock, self._owner, self._failing = Lock(), 0, False
+        self._pool: tuple[httpcore.ConnectionPool, TimedNetwork] | None = None
 
     def ask(
         self,
@@ -163,11 +166,10 @@ class Connection:
                 left = began + self.server.limit_s - now
                 if left <= 0 or (error.pause_s or 0.0) > left:
                     self._give_up(error, tries, now - began)
-                self._tell(f"{error}")
+                self._tell(True, ": %s; tries again for up to %g seconds", error, self.server.limit_s)
                 self._wait(min(pause, left), ended, f"{error}")
             else:
-                if began:
-                    self._told_that_it_answers(time.monotonic() - began)
+                self._tell(False, " answers again after %.0f seconds", time.monotonic() - began)
                 return answer
 
     def _try(self, method: str, url: str, content: bytes, headers: dict[str, str]) -> Any:
@@ -178,12 +180,20 @@ class Connection:
             RemoteError: If not.
         """
         import httpcore
+        import httpx
 
-        limit = self.server.timeout_s
+        limit, (pool, network) = self.server.timeout_s, self._connections()
+        address, token = httpx.URL(url), self.server.token
+        target = httpcore.URL(
+            scheme=address.raw_scheme, host=address.raw_host, port=address.port, target=address.raw_path
+        )
+        headers = {"accept-encoding": "identity", "user-agent": "latentreward", **headers}
+        headers |= {} if token is None else {"authorization": f"Bearer {token}"}
+        network.start(limit)
         try:
-            with self._clients().stream(method, url, content=content, headers=headers, timeout=limit) as reply:
+            with pool.stream(method, target, headers=headers, content=content) as reply:
                 body = bytearray()
-                for part in reply.iter_raw():
+                for part in reply.iter_stream():
                     body += part
                     if len(body) > LARGEST_REPLY:
                         self.refuse(f"the answer is longer than {LARGEST_REPLY // 2**20} MiB; is this a reward server?")
@@ -191,19 +201,20 @@ class Connection:
             raise Unavailable(f"no answer within timeout_s={limit:g} seconds") from error
         except (httpcore.NetworkError, httpcore.ProtocolError) as error:
             raise Unavailable(printable(first_line(error))[:SHOWN]) from error
-        return self._content(reply, bytes(body))
+        told = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in reply.headers}
+        return self._content(reply.status, told, bytes(body))
 
-    def _content(self, reply: httpx.Response, body: bytes) -> Any:
+    def _content(self, status: int, headers: Mapping[str, str], body: bytes) -> Any:
         """Return the JSON of a complete answer."""
-        packed = reply.headers.get("content-encoding", "identity") != "identity"
+        packed = headers.get("content-encoding", "identity") != "identity"
         body = b"(compressed)" if packed else body
-        status, words = reply.status_code, partial(words_of, body, self.server.token)
+        words = partial(words_of, body, self.server.token)
         if status in RETRIED:
-            raise Unavailable(f"HTTP {status}: {words()}", seconds_of(reply.headers.get("retry-after")))
+            raise Unavailable(f"HTTP {status}: {words()}", seconds_of(headers.get("retry-after")))
         if status != 200:
             remedy = {401: "; set token_file or token_env", 404: "; look at server.url and the schema"}.get(status, "")
             if 300 <= status < 400:  # with a redirect, the token would go to another server
-                place = words_of(reply.headers.get("location", "").encode(), self.server.token)
+                place = words_of(headers.get("location", "").encode(), self.server.token)
                 remedy = f"; redirects are not followed: set server.url to the final address; it leads to {place}"
             self.refuse(f"HTTP {status}: {words()}{remedy}")
         if packed:
@@ -213,21 +224,25 @@ class Connection:
         except (ValueError, RecursionError) as error:
             self.refuse(f"the answer is no JSON ({type(error).__name__}): {words()}", error)
 
-    def _clients(self) -> httpx.Client:
-        """Return the client of this process; one that a fork has copied would share its sockets."""
+    def _connections(self) -> tuple[httpcore.ConnectionPool, TimedNetwork]:
+        """Return the connections of this process; those that a fork has copied would share their sockets."""
+        import httpcore
         import httpx
 
-        from latentreward.remote.transport import TimedTransport
+        from latentreward.remote.transport import TimedNetwork
 
         with self._lock:
-            if self._client is None or self._owner != os.getpid():
-                token = self.server.token
-                headers = {"accept-encoding": "identity"}
-                headers |= {} if token is None else {"authorization": f"Bearer {token}"}
-                transport = TimedTransport(urlsplit(self.server.url).scheme == "https", self.server.parallel)
-                self._client = httpx.Client(headers=headers, transport=transport, trust_env=False)
-                self._owner = os.getpid()
-            return self._client
+            if self._pool is None or self._owner != os.getpid():
+                network, secure = TimedNetwork(), urlsplit(self.server.url).scheme == "https"
+                pool = httpcore.ConnectionPool(
+                    ssl_context=httpx.create_ssl_context(trust_env=False) if secure else None,
+                    max_connections=None,
+                    max_keepalive_connections=self.server.parallel,
+                    keepalive_expiry=5.0,
+                    network_backend=network,
+                )
+                self._pool, self._owner = (pool, network), os.getpid()
+            return self._pool
 
     def refuse(self, problem: str, cause: BaseException | None = None) -> NoReturn:
         """Raise RemoteError that names the server and the ``problem`` of its answer, without the token."""
@@ -259,19 +274,12 @@ class Connection:
                 self.refuse(f"a signal ended the wait for it; the last try: {reason}")
             time.sleep(min(left, LOOK_S))
 
-    def _tell(self, reason: str) -> None:
-        """Log the first failed try of an outage."""
+    def _tell(self, failing: bool, message: str, *given: object) -> None:
+        """Log the beginning or the end of an outage, once for all threads."""
         with self._lock:
-            first, self._told = not self._told, True
-        if first:
-            url, limit = self.server.url, self.server.limit_s
-            logger.warning("reward server %s: %s; tries again for up to %g seconds", url, reason, limit)
-
-    def _told_that_it_answers(self, seconds: float) -> None:
-        with self._lock:
-            was_told, self._told = self._told, False
-        if was_told:
-            logger.warning("reward server %s answers again after %.0f seconds", self.server.url, seconds)
+            new, self._failing = self._failing != failing, failing
+        if new:
+            logger.warning(f"reward server %s{message}", self.server.url, *given)
 
 
 def words_of(body: bytes, token: str | None = None) -> str:
