@@ -34,9 +34,8 @@ from latentreward.remote.latents import LatentRow, RemoteLatents, describe
 from latentreward.remote.server import Connection
 from latentreward.serving.addresses import bind
 from latentreward.serving.resources import Resources
-from latentreward.serving.served import ServedModel
+from latentreward.serving.served import ScoringService, ServedModel
 from latentreward.serving.server import serve
-from latentreward.serving.service import ScoringService
 from latentreward.serving.settings import ServiceSettings
 from tests.serving.processes import server_process
 

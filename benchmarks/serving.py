@@ -34,9 +34,8 @@ from latentreward.scoring import RewardModel, ScoringNoise
 from latentreward.serving.addresses import bind
 from latentreward.serving.protocol import parse_request
 from latentreward.serving.resources import Resources
-from latentreward.serving.served import ServedModel, accepted_by
+from latentreward.serving.served import ScoringService, ServedModel, accepted_by
 from latentreward.serving.server import serve
-from latentreward.serving.service import ScoringService
 from latentreward.serving.settings import ServiceSettings
 from latentreward.serving.tensors import Accepted
 from tests.serving.latent_requests import tensors_of

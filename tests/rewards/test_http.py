@@ -17,8 +17,7 @@ from latentreward.rollout import Branching, Sampling, begin_finished, score_fini
 from latentreward.scorers import CallableScorer
 from latentreward.scoring.scoring_noise import ScoringNoise, draw_noise, timesteps_of
 from latentreward.serving.resources import Resources
-from latentreward.serving.served import ServedModel
-from latentreward.serving.service import ScoringService
+from latentreward.serving.served import ScoringService, ServedModel
 from latentreward.serving.settings import ServiceSettings
 from tests.modules.simple_reward import FirstChannelReward
 from tests.modules.test_grpo import attached, source

@@ -13,9 +13,8 @@ import uvicorn
 from latentreward.scoring import RewardModel
 from latentreward.serving.addresses import bind
 from latentreward.serving.resources import Resources
-from latentreward.serving.served import ServedModel
+from latentreward.serving.served import ScoringService, ServedModel
 from latentreward.serving.server import configuration
-from latentreward.serving.service import ScoringService
 from latentreward.serving.settings import ServiceSettings
 from tests.modules.batches import MODULES
 

@@ -43,9 +43,7 @@ class Model:
         return [2 * row.value for row in rows]
 
 
-def run(
-    scenario: Callable[[MicroBatcher[Number, float], Model], Awaitable[Any]], model: Model | None = None, **options: Any
-) -> Model:
+def run(scenario: Callable[[MicroBatcher, Model], Awaitable[Any]], model: Model | None = None, **options: Any) -> Model:
     """Run a scenario on a started batcher."""
     model = model or Model()
 
@@ -62,7 +60,7 @@ def run(
     return model
 
 
-async def busy(batcher: MicroBatcher[Number, float], model: Model) -> "asyncio.Task[list[float]]":
+async def busy(batcher: MicroBatcher, model: Model) -> "asyncio.Task[list[float]]":
     """Occupy the worker until ``model.free`` is set."""
     model.free.clear()
     task = asyncio.create_task(batcher.score([Number(1)]))
@@ -72,7 +70,7 @@ async def busy(batcher: MicroBatcher[Number, float], model: Model) -> "asyncio.T
 
 
 def test_scores_come_back_to_whom_they_belong() -> None:
-    async def scenario(batcher: MicroBatcher[Number, float], model: Model) -> None:
+    async def scenario(batcher: MicroBatcher, model: Model) -> None:
         asked = [[Number(i), Number(10 + i, "b")] for i in range(5)]
         scores = await asyncio.gather(*(batcher.score(rows) for rows in asked))
         assert scores == [[2 * i, 20 + 2 * i] for i in range(5)]
@@ -83,7 +81,7 @@ def test_scores_come_back_to_whom_they_belong() -> None:
 
 
 def test_what_arrives_while_the_model_is_busy_becomes_one_batch() -> None:
-    async def scenario(batcher: MicroBatcher[Number, float], model: Model) -> None:
+    async def scenario(batcher: MicroBatcher, model: Model) -> None:
         first = await busy(batcher, model)
         others = [asyncio.create_task(batcher.score([Number(i)])) for i in range(6)]
         await asyncio.sleep(0.01)
@@ -95,7 +93,7 @@ def test_what_arrives_while_the_model_is_busy_becomes_one_batch() -> None:
 
 
 def test_a_lone_row_waits_for_company_only_so_long() -> None:
-    async def scenario(batcher: MicroBatcher[Number, float], model: Model) -> None:
+    async def scenario(batcher: MicroBatcher, model: Model) -> None:
         await batcher.score([Number(0)])
         start = time.monotonic()
         assert await batcher.score([Number(3)]) == [6]
@@ -105,7 +103,7 @@ def test_a_lone_row_waits_for_company_only_so_long() -> None:
 
 
 def test_a_full_batch_does_not_wait() -> None:
-    async def scenario(batcher: MicroBatcher[Number, float], model: Model) -> None:
+    async def scenario(batcher: MicroBatcher, model: Model) -> None:
         await asyncio.wait_for(batcher.score([Number(0)]), 5)  # now the shape is measured
         await asyncio.wait_for(batcher.score([Number(i) for i in range(4)]), 5)
 
@@ -122,7 +120,7 @@ def test_a_pass_holds_what_its_time_limit_allows(
     model = Model()
     monkeypatch.setattr(MicroBatcher, "busy_seconds", property(lambda batcher: 0.1 * len(model.batches[-1])))
 
-    async def scenario(batcher: MicroBatcher[Number, float], model: Model) -> None:
+    async def scenario(batcher: MicroBatcher, model: Model) -> None:
         assert await batcher.score([Number(i) for i in range(7)]) == [2 * i for i in range(7)]
 
     assert list(map(len, run(scenario, model, max_pass=max_pass).batches)) == sizes
@@ -132,7 +130,7 @@ def test_a_pass_holds_what_its_time_limit_allows(
 @pytest.mark.parametrize("client", ["first", "second"])
 @pytest.mark.parametrize("served", slow_after(1, [1, 40]))
 def test_a_short_request_starts_within_two_passes_of_three_long_ones(groups: str, client: str, served: int) -> None:
-    async def scenario(batcher: MicroBatcher[Number, float], model: Model) -> None:
+    async def scenario(batcher: MicroBatcher, model: Model) -> None:
         long = [asyncio.create_task(batcher.score([Number(1, group)] * 64, "first")) for group in groups[:3]]
         while len(model.batches) < served:
             await asyncio.sleep(0.001)
@@ -161,7 +159,7 @@ def test_clients_share_the_model_by_seconds_not_by_rows(monkeypatch: pytest.Monk
     model = Model()
     seconds_of(monkeypatch, model, large=1.0)
 
-    async def scenario(batcher: MicroBatcher[Number, float], model: Model) -> None:
+    async def scenario(batcher: MicroBatcher, model: Model) -> None:
         for group in ("large", "small"):  # measured
             await batcher.score([Number(0, group)], "first")
         await asyncio.gather(
@@ -177,7 +175,7 @@ def test_a_stream_of_short_requests_does_not_starve_a_long_one(monkeypatch: pyte
     model = Model()
     seconds_of(monkeypatch, model)
 
-    async def scenario(batcher: MicroBatcher[Number, float], model: Model) -> None:
+    async def scenario(batcher: MicroBatcher, model: Model) -> None:
         async def keep_asking(group: str) -> None:
             while not long.done():
                 await batcher.score([Number(0, group)], group)
@@ -191,7 +189,7 @@ def test_a_stream_of_short_requests_does_not_starve_a_long_one(monkeypatch: pyte
 
 
 def test_a_client_of_many_requests_leaves_others_their_turn() -> None:
-    async def scenario(batcher: MicroBatcher[Number, float], model: Model) -> None:
+    async def scenario(batcher: MicroBatcher, model: Model) -> None:
         first = await busy(batcher, model)
         many = [asyncio.create_task(batcher.score([Number(i, str(i))], "greedy")) for i in range(50)]
         await asyncio.sleep(0.06)
@@ -205,7 +203,7 @@ def test_a_client_of_many_requests_leaves_others_their_turn() -> None:
 
 
 def test_a_full_queue_refuses_with_a_time_to_come_back() -> None:
-    async def scenario(batcher: MicroBatcher[Number, float], model: Model) -> None:
+    async def scenario(batcher: MicroBatcher, model: Model) -> None:
         first = await busy(batcher, model)
         waiting = asyncio.create_task(batcher.score([Number(i) for i in range(9)]))
         await asyncio.sleep(0.01)
@@ -220,7 +218,7 @@ def test_a_full_queue_refuses_with_a_time_to_come_back() -> None:
 
 
 def test_cancelled_rows_are_never_scored_and_leave_the_queue() -> None:
-    async def scenario(batcher: MicroBatcher[Number, float], model: Model) -> None:
+    async def scenario(batcher: MicroBatcher, model: Model) -> None:
         first = await busy(batcher, model)
         with pytest.raises(TimeoutError):
             await asyncio.wait_for(batcher.score([Number(8), Number(9, "b")]), 0.02)
@@ -233,7 +231,7 @@ def test_cancelled_rows_are_never_scored_and_leave_the_queue() -> None:
 
 
 def test_a_bad_row_spoils_no_other() -> None:
-    async def scenario(batcher: MicroBatcher[Number, float], model: Model) -> None:
+    async def scenario(batcher: MicroBatcher, model: Model) -> None:
         first = await busy(batcher, model)
         good = asyncio.create_task(batcher.score([Number(2)]))
         bad = asyncio.create_task(batcher.score([Number(4), Number(-1)]))
@@ -248,7 +246,7 @@ def test_a_bad_row_spoils_no_other() -> None:
 
 
 def test_rows_of_a_failed_batch_that_nobody_waits_for_are_not_tried_again() -> None:
-    async def scenario(batcher: MicroBatcher[Number, float], model: Model) -> None:
+    async def scenario(batcher: MicroBatcher, model: Model) -> None:
         await batcher.score([Number(1)])
         model.free.clear()
         gone = asyncio.create_task(batcher.score([Number(2), Number(3)]))
@@ -274,7 +272,7 @@ class OneScoreTooFew(Model):
 
 
 def test_a_model_that_forgets_a_row_fails_its_batch_but_not_the_worker() -> None:
-    async def scenario(batcher: MicroBatcher[Number, float], model: Model) -> None:
+    async def scenario(batcher: MicroBatcher, model: Model) -> None:
         for rows in ([Number(1)], [Number(1), Number(2), Number(3)]):
             with pytest.raises(ValueError, match="0 scores for 1 rows"):
                 await asyncio.wait_for(batcher.score(rows), 5)
@@ -289,7 +287,7 @@ def test_an_observer_that_raises_fails_its_batch_but_not_the_worker() -> None:
         if size == 2:
             raise KeyError(size)
 
-    async def scenario(batcher: MicroBatcher[Number, float], model: Model) -> None:
+    async def scenario(batcher: MicroBatcher, model: Model) -> None:
         await batcher.score([Number(0)])
         with pytest.raises(KeyError):
             await asyncio.wait_for(batcher.score([Number(1), Number(2)]), 5)
@@ -304,7 +302,7 @@ class Exits(Model):
 
 
 def test_a_batcher_that_is_not_started_or_dead_is_not_running() -> None:
-    async def scenario(batcher: MicroBatcher[Number, float], model: Model) -> None:
+    async def scenario(batcher: MicroBatcher, model: Model) -> None:
         with pytest.raises(TimeoutError):
             await asyncio.wait_for(batcher.score([Number(1)]), 0.5)
         assert not batcher.running

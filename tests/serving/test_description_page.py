@@ -8,8 +8,7 @@ import pytest
 from latentreward.serving.app import create_app
 from latentreward.serving.resources import Resources
 from latentreward.serving.routes import page_of
-from latentreward.serving.served import ServedModel
-from latentreward.serving.service import ScoringService
+from latentreward.serving.served import ScoringService, ServedModel
 from latentreward.serving.settings import ServiceSettings
 from tests.accessibility import PHONE, faults
 from tests.serving.servers import tiny_reward

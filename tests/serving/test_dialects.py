@@ -14,8 +14,7 @@ from latentreward.serving.app import routes_of
 from latentreward.serving.dialects import Dialect
 from latentreward.serving.resources import Resources
 from latentreward.serving.routes import Route
-from latentreward.serving.served import ServedModel
-from latentreward.serving.service import ScoringService
+from latentreward.serving.served import ScoringService, ServedModel
 from latentreward.serving.settings import RewardToServe, ServiceSettings
 from tests.scoring.models import pictures
 from tests.serving.framework_clients import FlowFactoryClient, UniRLClient, encoded

@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 
 from latentreward.serving.errors import RequestError
-from latentreward.serving.image_requests import images_of_json
-from latentreward.serving.images import EncodedImages, parsing_bytes
+from latentreward.serving.images import EncodedImages, images_of_json, parsing_bytes
 from tests.data.test_images import encode
 
 MIB = 2**20

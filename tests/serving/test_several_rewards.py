@@ -17,8 +17,7 @@ from latentreward.errors import InputError
 from latentreward.scoring import RewardModel
 from latentreward.serving.app import routes_of
 from latentreward.serving.resources import Resources
-from latentreward.serving.served import ServedModel
-from latentreward.serving.service import ScoringService
+from latentreward.serving.served import ScoringService, ServedModel
 from latentreward.serving.settings import RewardToServe, ServiceSettings, check_name
 from tests.marks import slow_after
 from tests.serving.latent_requests import HEADERS, tensors_of

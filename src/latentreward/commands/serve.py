@@ -78,8 +78,8 @@ def serve(
     from latentreward.serving.addresses import bind, is_loopback
     from latentreward.serving.dialects import Dialect
     from latentreward.serving.resources import Resources
+    from latentreward.serving.served import ScoringService
     from latentreward.serving.server import serve as serve_until_stopped
-    from latentreward.serving.service import ScoringService
 
     settings = ServiceSettings(token=_token(token_file), **limits)
     for path in settings.dialects:  # before the models are loaded

@@ -183,15 +183,12 @@ class Connection:
         import httpx
 
         limit, (pool, network) = self.server.timeout_s, self._connections()
-        address, token = httpx.URL(url), self.server.token
-        target = httpcore.URL(
-            scheme=address.raw_scheme, host=address.raw_host, port=address.port, target=address.raw_path
-        )
+        token, address = self.server.token, str(httpx.URL(url))  # in ASCII
         headers = {"accept-encoding": "identity", "user-agent": "latentreward", **headers}
         headers |= {} if token is None else {"authorization": f"Bearer {token}"}
         network.start(limit)
         try:
-            with pool.stream(method, target, headers=headers, content=content) as reply:
+            with pool.stream(method, address, headers=headers, content=content) as reply:
                 body = bytearray()
                 for part in reply.iter_stream():
                     body += part

@@ -3,7 +3,6 @@
 import asyncio
 import base64
 import hmac
-import json
 import re
 import time
 from collections.abc import AsyncIterator
@@ -26,11 +25,11 @@ from latentreward.serving.dialects import Dialect
 from latentreward.serving.dialects.flow_factory import FlowFactory
 from latentreward.serving.dialects.unirl import UniRL
 from latentreward.serving.errors import RefusalLog, RequestError
-from latentreward.serving.image_requests import ImageRequests
+from latentreward.serving.images import Images
 from latentreward.serving.prompted_latents import PromptedLatents
 from latentreward.serving.protocol import VerlOmni
 from latentreward.serving.routes import Route, add_routes
-from latentreward.serving.service import ScoringService
+from latentreward.serving.served import ScoringService
 
 HEADER_BYTES = 16 * 1024
 """Greatest total length of a request's headers, in bytes."""
@@ -77,7 +76,7 @@ def routes_of(service: ScoringService) -> list[Route]:
         InputError: If two dialects have one route.
     """
     own = [import_class("dialects", path, Dialect) for path in service.settings.dialects]
-    kinds = (VerlOmni, About, ImageRequests, PromptedLatents, UniRL, FlowFactory, *own)
+    kinds = (VerlOmni, About, Images, PromptedLatents, UniRL, FlowFactory, *own)
     routes = [route for kind in kinds for route in kind(service).routes()]
     for number, route in enumerate(routes):
         if any((route.method, route.path) == (one.method, one.path) for one in routes[:number]):
@@ -144,8 +143,7 @@ class AuthMiddleware:
             status = message.get("status", status)
             await send(message)
 
-        if refusal := self._refusal(scope):
-            LOG.tell(refusal.status_code, json.loads(bytes(refusal.body))["error"])
+        refusal = self._refusal(scope)
         self._under_way += refusal is None
         if scope["method"] == "HEAD":  # answered as GET; uvicorn leaves the body out
             scope = {**scope, "method": "GET"}
@@ -164,24 +162,24 @@ class AuthMiddleware:
         is_health = OF_REWARD.sub("", scope["path"]) in HEALTH_PATHS
         if {b"transfer-encoding", b"content-length"} <= {name for name, _ in headers}:
             error = "give either Transfer-Encoding or Content-Length; a request with both may hide another"
-            return JSONResponse({"error": error}, 400, {"Connection": "close"})
+            return _answer(error, 400, {"Connection": "close"})
         if sum(len(name) + len(value) for name, value in headers) > HEADER_BYTES:
-            return JSONResponse({"error": f"the headers are longer than {HEADER_BYTES} bytes"}, 431)
+            return _answer(f"the headers are longer than {HEADER_BYTES} bytes", 431)
         token, given = self.service.settings.token, dict(headers).get(b"authorization", b"")
         if token is None and not is_open and (foreign := _foreign(scope)):
             error = (
                 f"{foreign}; without a token this server answers only localhost, loopback addresses and the machine's "
                 "own name: set token_file or LATENTREWARD_TOKEN, or let a proxy send Host: localhost and no Origin"
             )
-            return JSONResponse({"error": error}, 403)
+            return _answer(error, 403)
         if not (is_open or token is None or hmac.compare_digest(_token_of(given), token.encode())):
             error = "give this server's token in the header Authorization: Bearer TOKEN, or as password in the URL"
-            return JSONResponse({"error": error}, 401, {"WWW-Authenticate": 'Bearer, Basic realm="latentreward"'})
+            return _answer(error, 401, {"WWW-Authenticate": 'Bearer, Basic realm="latentreward"'})
         # Last: a request that is refused for another reason takes nobody's place.
         full = self._under_way >= self._max_requests and not is_health
         if full and not self.service.resources.bodies.make_room():
             error = f"{self._max_requests} requests are under way; try later"
-            return JSONResponse({"error": error}, 503, {"Retry-After": "1"})
+            return _answer(error, 503, {"Retry-After": "1"})
         return None
 
 
@@ -224,12 +222,16 @@ def _token_of(authorization: bytes) -> bytes:
         return b""
 
 
+def _answer(error: str, status: int, headers: dict[str, str] | None = None) -> JSONResponse:
+    """Return the answer to a request that is refused, and print a line about it."""
+    LOG.tell(status, error)
+    return JSONResponse({"error": error}, status, headers)
+
+
 async def _request_error(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, RequestError)
     headers = None if error.retry_after is None else {"Retry-After": str(error.retry_after)}
-    text = " ".join(str(error).split())
-    LOG.tell(error.status, text)
-    return JSONResponse({"error": text}, error.status, headers)
+    return _answer(" ".join(str(error).split()), error.status, headers)
 
 
 async def _http_error(request: Request, error: Exception) -> JSONResponse:

@@ -102,6 +102,10 @@ class StateRow(Row):
         return type(self).__name__, self.latents.shape
 
 
+Scores = tuple[float, ...]
+"""Score of a row and, of a model with two axes, fidelity and aesthetics after it."""
+
+
 class RowScorer:
     """Scorer of batches of rows with a reward model.
 
@@ -126,7 +130,7 @@ class RowScorer:
         self._axes = bool(reward.axes)
         self._memory = reward.prompt_memory(max(prompts_kept, batch_size))
 
-    def __call__(self, rows: Sequence[Row]) -> list[tuple[float, ...]]:
+    def __call__(self, rows: Sequence[Row]) -> list[Scores]:
         """Return the raw score of each row and, of a model with two axes, fidelity and aesthetics after it.
 
         The score of a row does not depend on other rows.

@@ -10,28 +10,12 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import Generic, Protocol, TypeVar
 
+from latentreward.serving.batch_scorer import Row, Scores
 from latentreward.serving.errors import RequestError
 
 SHAPES_KEPT = 1024
 """Number of shapes for which the seconds per row are remembered."""
-
-
-class GroupedRow(Protocol):
-    """A row that can share a batch with other rows of its group."""
-
-    @property
-    def shape(self) -> Hashable:
-        """Key of rows that take the same time to score."""
-
-    @property
-    def group(self) -> Hashable:
-        """Key of rows that can share a batch; rows of equal groups have equal shapes."""
-
-
-Row = TypeVar("Row", bound=GroupedRow)
-Score = TypeVar("Score")
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,15 +34,15 @@ class _Request:
 
 
 @dataclass(frozen=True)
-class _Waiting(Generic[Row, Score]):
-    future: asyncio.Future[Score]
+class _Waiting:
+    future: asyncio.Future[Scores]
     row: Row
     group: Hashable
     request: _Request
     since: float
 
 
-class MicroBatcher(Generic[Row, Score]):
+class MicroBatcher:
     """Collects rows of requests into batches, and scores the batches in one worker thread.
 
     A batch starts when the worker is free and some group either fills a batch or has a row that has waited
@@ -88,7 +72,7 @@ class MicroBatcher(Generic[Row, Score]):
 
     def __init__(
         self,
-        score: Callable[[Sequence[Row]], Sequence[Score]],
+        score: Callable[[Sequence[Row]], Sequence[Scores]],
         batch_size: int,
         max_wait: float,
         queue: int,
@@ -99,7 +83,7 @@ class MicroBatcher(Generic[Row, Score]):
         self.batch_size, self.max_wait, self.queue, self.max_pass = batch_size, max_wait, queue, max_pass
         self._score, self._observe = score, observe
         self._turns = turns or asyncio.Semaphore()
-        self._waiting: dict[asyncio.Future[Score], _Waiting[Row, Score]] = {}
+        self._waiting: dict[asyncio.Future[Scores], _Waiting] = {}
         self._requests: Counter[Hashable] = Counter()
         self._served = 0.0
         self._seconds_per_row: dict[Hashable, float] = {}
@@ -141,7 +125,7 @@ class MicroBatcher(Generic[Row, Score]):
             message = f"{self.waiting} of {self.queue} places in the queue are taken; try later"
             raise RequestError(message, 503, max(1, math.ceil(seconds)))
 
-    async def score(self, rows: Sequence[Row], client: Hashable = None) -> list[Score]:
+    async def score(self, rows: Sequence[Row], client: Hashable = None) -> list[Scores]:
         """Score the rows of one request by ``client``; cancelling the call drops the rows that still wait.
 
         Raises:
@@ -151,7 +135,11 @@ class MicroBatcher(Generic[Row, Score]):
         self.require_room(len(rows))
         self._requests[client] += 1
         request = _Request(self._served, Counter(row.shape for row in rows), self._requests[client])
-        futures = [self._enqueue(row, request) for row in rows]
+        loop, now = asyncio.get_running_loop(), time.monotonic()
+        futures = [loop.create_future() for _ in rows]
+        for future, row in zip(futures, rows, strict=True):
+            self._waiting[future] = _Waiting(future, row, row.group, request, now)
+        self._arrived.set()
         try:
             return list(await asyncio.gather(*futures))
         finally:
@@ -159,12 +147,6 @@ class MicroBatcher(Generic[Row, Score]):
                 future.cancel()
                 self._waiting.pop(future, None)
             self._requests -= Counter([client])  # subtraction of Counters removes entries of 0
-
-    def _enqueue(self, row: Row, request: _Request) -> asyncio.Future[Score]:
-        future: asyncio.Future[Score] = asyncio.get_running_loop().create_future()
-        self._waiting[future] = _Waiting(future, row, row.group, request, time.monotonic())
-        self._arrived.set()
-        return future
 
     async def _run(self) -> None:
         while True:
@@ -187,14 +169,14 @@ class MicroBatcher(Generic[Row, Score]):
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._arrived.wait(), None if left == math.inf else left)
 
-    def _next_pass(self) -> list[_Waiting[Row, Score]]:
+    def _next_pass(self) -> list[_Waiting]:
         """Return the rows of the next batch, sorted by finishing time; none if no row waits."""
         rows = next(iter(self._groups()), [])
         return rows[: self._capacity(rows[0].row)] if rows else []
 
-    def _groups(self) -> list[list[_Waiting[Row, Score]]]:
+    def _groups(self) -> list[list[_Waiting]]:
         """Return the waiting rows by group, both sorted by finishing time."""
-        groups: dict[Hashable, list[_Waiting[Row, Score]]] = defaultdict(list)
+        groups: dict[Hashable, list[_Waiting]] = defaultdict(list)
         turns = {request: self._finishing(request) for request in {one.request for one in self._waiting.values()}}
         for waiting in sorted(self._waiting.values(), key=lambda waiting: turns[waiting.request]):
             groups[waiting.group].append(waiting)
@@ -210,7 +192,7 @@ class MicroBatcher(Generic[Row, Score]):
         seconds = sum(count * known.get(shape, other) for shape, count in request.shapes.items())
         return request.begun + seconds * request.among
 
-    def _due(self, rows: Sequence[_Waiting[Row, Score]]) -> float:
+    def _due(self, rows: Sequence[_Waiting]) -> float:
         """Return the time from which a group's rows may be scored: at once if they fill a batch, else after a wait."""
         since = min(waiting.since for waiting in rows)
         return since if len(rows) >= self._capacity(rows[0].row) else since + self.max_wait
@@ -220,7 +202,7 @@ class MicroBatcher(Generic[Row, Score]):
         seconds = self._seconds_per_row.get(row.shape, math.inf)
         return max(1, min(self.batch_size, int(self.max_pass / seconds)))
 
-    async def _score_pass(self, rows: Sequence[_Waiting[Row, Score]]) -> None:
+    async def _score_pass(self, rows: Sequence[_Waiting]) -> None:
         """Score a batch; if scoring fails, put each row back as a batch of its own, so that only bad rows fail."""
         if not rows:
             return
@@ -240,21 +222,19 @@ class MicroBatcher(Generic[Row, Score]):
                 if not waiting.future.done():
                     self._waiting[waiting.future] = replace(waiting, group=waiting.future)
         else:
-            self._measure(rows[0].row.shape, self.busy_seconds / len(rows))
+            known, shape = self._seconds_per_row, rows[0].row.shape
+            known.pop(shape, None)  # the shapes of the last batches stay
+            known[shape] = max(self.busy_seconds / len(rows), 1e-6)
+            if len(known) > SHAPES_KEPT:
+                del known[next(iter(known))]
             for waiting, score in zip(rows, scores, strict=True):
                 _settle(waiting.future, score)
         finally:
             self._served += self.busy_seconds / max(1, len(self._requests))
             self._busy_since = None
 
-    def _measure(self, shape: Hashable, seconds: float) -> None:
-        self._seconds_per_row.pop(shape, None)
-        self._seconds_per_row[shape] = max(seconds, 1e-6)
-        if len(self._seconds_per_row) > SHAPES_KEPT:
-            del self._seconds_per_row[next(iter(self._seconds_per_row))]
 
-
-def _settle(future: asyncio.Future[Score], result: Score | Exception) -> None:
+def _settle(future: asyncio.Future[Scores], result: Scores | Exception) -> None:
     if future.done():  # its request was cancelled
         return
     if isinstance(result, Exception):

@@ -9,10 +9,21 @@ from starlette.requests import ClientDisconnect
 
 from latentreward.serving.errors import RequestError
 
+JSON = "application/json"
+FORM = "multipart/form-data"
+SAFETENSORS = "application/octet-stream"
 SLOW_S = 2.0
 """Seconds after which a body may have to make room for others."""
 YIELD_S = 0.05
 """Seconds in which a request that was given up frees its memory."""
+
+
+def check_type(request: Request, *types: str) -> str:
+    """Return the content type of a request; raise RequestError with status 415 if it is not one of ``types``."""
+    found = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if found not in types:
+        raise RequestError(f"content-type is {found[:40]!r}; send {' or '.join(types)}", 415)
+    return found
 
 
 class MemoryBudget:

@@ -1,23 +1,8 @@
 """Routes that take raw prompts with latents: clean latents of images, and the noisy states of trajectories.
 
 The server encodes the prompts with the reward's own text encoders, and keeps encoded prompts for later requests. A
-body is a safetensors file. The prompts stand in its ``__metadata__``: ``prompt`` is a text for all rows, ``prompts`` a
-JSON list with a text for each row. ``POST /v1/score_latents`` takes
-
-===========  ============================================  ==================================================
-``latents``  ``(B, C, h, w)`` or ``(B, C, T, h, w)``       clean and scaled; float32, float16 or bfloat16
-``u``        ``(B,)`` float32                              optional: noise level in [0, 1]; without it the reward's
-                                                           own levels and seeds are used
-``seeds``    ``(B,)`` int64                                optional, with ``u`` only: seed of the noise
-===========  ============================================  ==================================================
-
-``POST /v1/score_states`` takes N trajectories of S states, to which no noise is added:
-
-=============  ==========================================  ==================================================
-``latents``    ``(N, S, C, h, w)`` or with T before h      noisy and scaled; as above
-``timesteps``  ``(S,)`` or ``(N, S)``, float32 or int64    of the reward's noise process; in flow matching 1000
-                                                           times the noise level
-=============  ==========================================  ==================================================
+body is a safetensors file; docs/serve.md has its tensors. The prompts stand in its ``__metadata__``: ``prompt`` is a
+text for all rows, ``prompts`` a JSON list with a text for each row.
 """
 
 import asyncio
@@ -32,10 +17,11 @@ from pydantic import BaseModel, Field, Json
 from latentreward.errors import InputError
 from latentreward.noise import NoiseProcess
 from latentreward.serving.batch_scorer import LatentRow, StateRow
+from latentreward.serving.bodies import SAFETENSORS
 from latentreward.serving.dialects.base import Dialect
 from latentreward.serving.errors import RequestError, check_limit, fewer_rows
 from latentreward.serving.json_bodies import PROMPT_LENGTH, parse_json
-from latentreward.serving.routes import SAFETENSORS, Route, fields
+from latentreward.serving.routes import Route, fields
 from latentreward.serving.tensors import Accepted, Expected, check_levels, read_tensors, safetensors_body
 
 HEADER_BYTES = 2**20

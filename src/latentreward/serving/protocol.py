@@ -1,26 +1,9 @@
 """Version 1 of verl-omni's latent-reward protocol, ``POST /v1/score``.
 
 Source: verl-omni's client, ``verl_omni/utils/reward_score/latent_http_scorer_client.py`` (Apache-2.0). A request is
-a POST with the header ``x-drm-protocol-version: 1``. Its body is a safetensors file with the tensors
-
-==========================  =================  ====================================================
-``latents``                 ``(B, C, h, w)``   clean and scaled; float32, float16 or bfloat16
-``prompt_embeds``           ``(B, L, D)``      float32, float16 or bfloat16
-``pooled_prompt_embeds``    ``(B, P)``         float32, float16 or bfloat16; see below
-``prompt_mask``             ``(B, L)``         bool, or uint8 of 0 and 1; see below
-``u``                       ``(B,)`` float32   noise level in [0, 1]; the nearest of the model is used
-``seeds``                   ``(B,)`` int64     optional; seed of the noise
-==========================  =================  ====================================================
-
-and the reply is ``{"protocol_version": "1", "raw_scores": [...]}``. verl-omni's client sends one row; the server
-accepts several.
-
-The served model decides on some tensors. ``pooled_prompt_embeds`` must be given if its text encoder has a pooled
-vector, and ``prompt_mask`` if its prompts have unequal numbers of tokens; otherwise they must be left out. The mask is
-1 for the tokens of a row's prompt, which come first, and 0 for padding, which has no effect on the score. For a model
-whose pooled vector is the mean of the tokens (FLUX.2-klein) one of the two must be given. ``latents``
-are ``(B, C, T, h, w)`` if the model's latent space has a time axis, with the T that the model was trained on: 1 for
-images.
+a POST with the header ``x-drm-protocol-version: 1``, whose body is a safetensors file; docs/serve.md has its tensors,
+and which model takes which. The reply is ``{"protocol_version": "1", "raw_scores": [...]}``. verl-omni's client sends
+one row; the server accepts several.
 
 The noise of a row depends on its seed, its noise level, the shape of its latents and the prompt in the header
 ``x-prompt``, not on other rows. The header is optional, and verl-omni's client does not send it; without it the prompt
@@ -39,9 +22,10 @@ from torch import Tensor
 
 from latentreward.contracts import Conditioning
 from latentreward.serving.batch_scorer import LatentRow
+from latentreward.serving.bodies import SAFETENSORS
 from latentreward.serving.dialects.base import Dialect
 from latentreward.serving.errors import RequestError, check_limit, fewer_rows
-from latentreward.serving.routes import SAFETENSORS, Route, fields
+from latentreward.serving.routes import Route, fields
 from latentreward.serving.tensors import Accepted, Expected, check_levels, read_tensors, safetensors_body
 
 VERSION = "1"

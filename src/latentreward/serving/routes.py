@@ -9,12 +9,9 @@ from fastapi import APIRouter, Depends, FastAPI, Path, Request
 from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
 from pydantic import BaseModel, TypeAdapter, create_model
 
-from latentreward.serving.errors import RequestError
+from latentreward.serving.bodies import JSON
 
 Handler = Callable[[Request], Awaitable[Response]]
-JSON = "application/json"
-FORM = "multipart/form-data"
-SAFETENSORS = "application/octet-stream"
 ERRORS = {
     400: "the request cannot be read",
     401: "the token is missing or wrong",
@@ -72,14 +69,6 @@ def fields(**types: Any) -> type[BaseModel]:
     """Return the type of a JSON object with fields of these types."""
     required: dict[str, Any] = {name: (kind, ...) for name, kind in types.items()}
     return create_model("Fields", **required)
-
-
-def check_type(request: Request, *types: str) -> str:
-    """Return the content type of a request; raise RequestError with status 415 if it is not one of ``types``."""
-    found = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if found not in types:
-        raise RequestError(f"content-type is {found[:40]!r}; send {' or '.join(types)}", 415)
-    return found
 
 
 def add_routes(app: FastAPI, routes: Sequence[Route], names: Sequence[str]) -> None:

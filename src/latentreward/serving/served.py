@@ -1,4 +1,4 @@
-"""One reward of a server: the model on its device, its queue, its limits and its memory of encoded prompts."""
+"""Rewards of a server: each a model on its device with its queue, its limits and its memory of encoded prompts."""
 
 import asyncio
 import math
@@ -15,15 +15,13 @@ from fastapi import Request
 from latentreward.errors import InputError, one_line
 from latentreward.scoring import RewardModel
 from latentreward.scoring.scoring_noise import timesteps_of
-from latentreward.serving.batch_scorer import LatentRow, Row, RowScorer, standing
+from latentreward.serving.batch_scorer import LatentRow, Row, RowScorer, Scores, standing
 from latentreward.serving.batching import MicroBatcher
 from latentreward.serving.errors import ROWS, RequestError, ScoringError
 from latentreward.serving.resources import Resources
 from latentreward.serving.settings import ServiceSettings
 from latentreward.serving.tensors import Accepted
 
-Scores = tuple[float, ...]
-"""Score of a row and, of a model with two axes, fidelity and aesthetics after it."""
 OWN_SIZES = 4
 """Largest latents that are accepted by default, as a multiple of the network's native size."""
 CLIENT_GONE = 499
@@ -66,7 +64,7 @@ class ServedModel:
         scorer = RowScorer(reward, settings.batch_size, settings.prompts_kept, partial(metrics.count_prompts, name))
         encoded = reward.backbone.encode_prompts([""]).trimmed().to("cpu", torch.float32)
         scorer([LatentRow("", torch.zeros(own_shape(reward)), u=0.5, encoded=encoded)])
-        self.batcher: MicroBatcher[Row, Scores] = MicroBatcher(
+        self.batcher = MicroBatcher(
             scorer,
             settings.batch_size,
             settings.max_wait_ms / 1000,
@@ -105,16 +103,6 @@ class ServedModel:
         """
         self.require_room(len(rows))
         self._under_way += 1
-        try:
-            return await self._score(request, rows)
-        except RequestError as error:
-            if error.status == 503:
-                self.resources.metrics.refused.labels(self.name).inc()
-            raise
-        finally:
-            self._under_way -= 1
-
-    async def _score(self, request: Request, rows: Sequence[Row]) -> list[Scores]:
         client = request.client and request.client.host
         scoring = asyncio.ensure_future(self.batcher.score(rows, client))
         gone = asyncio.ensure_future(_disconnected(request))
@@ -125,9 +113,14 @@ class ServedModel:
             if gone.done():
                 raise RequestError("the client left", CLIENT_GONE)
             raise RequestError(f"no score within {self.settings.timeout:g} seconds; send fewer rows, or try later", 504)
+        except RequestError as error:
+            if error.status == 503:
+                self.resources.metrics.refused.labels(self.name).inc()
+            raise
         finally:
             scoring.cancel()
             gone.cancel()
+            self._under_way -= 1
 
     def columns(self, scores: Sequence[Scores]) -> tuple[list[float], dict[str, list[float]]]:
         """Return the scores of all rows, and those of each axis of a model with two by name."""
@@ -172,6 +165,57 @@ class ServedModel:
             "prompts_kept": settings.prompts_kept,
             "timeout": settings.timeout,
         }
+
+
+class ScoringService:
+    """Rewards of a server by name; the first one scores requests that name none.
+
+    Args:
+        models: At least one reward.
+        resources: What the rewards share.
+
+    Raises:
+        InputError: If there is no reward, or two have the same name.
+    """
+
+    def __init__(self, models: Sequence[ServedModel], resources: Resources) -> None:
+        self.resources = resources
+        self.models = {model.name: model for model in models}
+        if not models or len(self.models) < len(models):
+            raise InputError(
+                f"{len(models)} rewards with {len(self.models)} names; give at least one, each its own name"
+            )
+        self.settings = resources.settings
+        resources.metrics.queue_rows.set_function(lambda: sum(model.batcher.waiting for model in models))
+
+    @property
+    def default(self) -> ServedModel:
+        """Reward of requests that name none."""
+        return next(iter(self.models.values()))
+
+    @property
+    def ready(self) -> bool:
+        """Whether all rewards are ready."""
+        return all(model.ready for model in self.models.values())
+
+    def model_of(self, request: Request) -> ServedModel:
+        """Return the reward that the address of a request names by ``/rewards/NAME/…``; else the first one.
+
+        Raises:
+            RequestError: With status 404 if there is no such reward.
+        """
+        return self.named(request.path_params.get("reward", self.default.name), 404)
+
+    def named(self, name: str, status: int = 400) -> ServedModel:
+        """Return the reward of a name.
+
+        Raises:
+            RequestError: With ``status`` if there is no such reward.
+        """
+        if name not in self.models:
+            known = ", ".join(self.models)[:200]
+            raise RequestError(f"no reward {name[:40]!r} is served here; this server has {known}", status)
+        return self.models[name]
 
 
 def accepted_by(reward: RewardModel, settings: ServiceSettings) -> Accepted:

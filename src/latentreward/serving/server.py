@@ -13,7 +13,7 @@ import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from latentreward.serving.app import HEADER_BYTES, create_app, requests_at_once
-from latentreward.serving.service import ScoringService
+from latentreward.serving.served import ScoringService
 
 HEADER_SECONDS = 10.0
 """Seconds that a client may take to send the headers of a request, or leave a connection idle."""

@@ -11,9 +11,9 @@ from safetensors import SafetensorError, deserialize
 from torch import Tensor
 
 from latentreward.errors import one_line, quoted
+from latentreward.serving.bodies import SAFETENSORS, check_type
 from latentreward.serving.errors import ROWS, RequestError, check_limit
 from latentreward.serving.resources import Resources
-from latentreward.serving.routes import SAFETENSORS, check_type
 
 HEADER_BYTES = 16 * 1024
 """Greatest length of a safetensors header without prompts, in bytes; five tensors need less than 500."""

@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 
 from latentreward.serving.routes import Route
-from latentreward.serving.service import ScoringService
+from latentreward.serving.served import ScoringService
 
 
 class Dialect(ABC):

@@ -24,11 +24,12 @@ from fastapi import Request
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 
+from latentreward.serving.bodies import JSON
 from latentreward.serving.dialects.base import Dialect
 from latentreward.serving.errors import RequestError, ScoringError, check_limit
 from latentreward.serving.images import EncodedImages, score_images_by_reward
 from latentreward.serving.json_bodies import from_base64, read_json
-from latentreward.serving.routes import JSON, Route, fields
+from latentreward.serving.routes import Route, fields
 from latentreward.serving.served import Scores, ServedModel
 
 VERSION = "1"
