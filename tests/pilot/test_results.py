@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 from latentreward.commands import pilot as command
 from latentreward.errors import InputError
 from latentreward.evaluation.benchmark.four_benchmarks import FOUR_BENCHMARKS
-from latentreward.pilot.results import PilotResult, published_as, read_result, write_result
+from latentreward.pilot.results import PilotResult, read_result, write_result
 
 
 def estimate(value: float) -> dict[str, Any]:
@@ -50,9 +51,18 @@ def test_weights_that_nobody_can_load_are_refused() -> None:
         command.pilot("sd_tiny", weights="my_reward")
 
 
-def test_no_result_names_no_weights(tmp_path: Path) -> None:
-    write_result(tmp_path / "one.json", result("sd15"))
-    assert published_as(tmp_path / "one.json") == published_as(tmp_path / "none.json") == ""
+def test_a_file_keeps_its_weights_and_the_machine_that_measured_the_same_numbers(tmp_path: Path) -> None:
+    path, measured = tmp_path / "one.json", result("sd15")
+    write_result(path, replace(measured, weights="owner/name"))
+    write_result(path, replace(measured, machine={**measured.machine, "gpu": "Another"}, commit="another"))
+    assert read_result(path) == replace(measured, weights="owner/name")
+    write_result(path, other := replace(measured, cut={**measured.cut, "pairs": 4}, commit="another"))
+    assert read_result(path) == replace(other, weights="owner/name")
+    write_result(path, replace(other, weights="owner/other"))
+    assert read_result(path) == replace(other, weights="owner/other")
+    path.write_text('{"half')
+    write_result(path, measured)
+    assert read_result(path) == measured
 
 
 @pytest.mark.parametrize(

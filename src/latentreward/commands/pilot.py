@@ -176,16 +176,14 @@ def run_all(
     weights: str | None,
 ) -> None:
     """Run the stages that have not finished, and write the result; it keeps its weights if ``weights`` is None."""
-    from latentreward.pilot.results import collect, holds, published_as, write_result
+    from latentreward.pilot.results import collect, write_result
     from latentreward.reports.report import HTML
     from latentreward.steps.running import TaskRunner, run_tasks
 
     runner = TaskRunner(folder)
     if not all(map(runner.done, tasks.values())):
         run_tasks(tasks.values(), runner)
-    result = replace(collect(found, tasks, runner, settings), weights=weights or published_as(output))
-    if not holds(output, result):
-        write_result(output, result)
+    write_result(output, replace(collect(found, tasks, runner, settings), weights=weights or ""))
     for title, stage, file in (
         ("published checkpoint", BESIDE, HTML),
         ("reward", MEASURED, HTML),

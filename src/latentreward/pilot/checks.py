@@ -87,7 +87,9 @@ def check_disk(needed: Mapping[Path, int]) -> str:
     Raises:
         InputError: If a file system has too little free space.
     """
-    places = {folder: _existing(folder) for folder in needed}
+    places = {
+        folder: next(one for one in (folder.resolve(), *folder.resolve().parents) if one.exists()) for folder in needed
+    }
     totals: dict[int, int] = {}
     for folder, place in places.items():
         device = place.stat().st_dev
@@ -105,7 +107,3 @@ def check_disk(needed: Mapping[Path, int]) -> str:
             )
         lines.append(f"{size / GB:.1f} GB to write where {folder} is, {free / GB:.1f} GB free")
     return "; ".join(lines)
-
-
-def _existing(path: Path) -> Path:
-    return next(one for one in (path.resolve(), *path.resolve().parents) if one.exists())

@@ -94,7 +94,11 @@ def collect(pilot: Pilot, tasks: Mapping[str, Task], runner: TaskRunner, setting
         pilot=pilot.name,
         settings={"digest": pilot.digest(**settings), **settings},
         cut={"pairs": len(names), "digest": digest(["\n".join(names)])},
-        accuracy=[_accuracy(one) for report in reports for one in report["protocols"]],
+        accuracy=[
+            {"model": one["scorer"], **{key: one[key] for key in ("benchmark", "protocol", "estimate", "pairs")}}
+            for report in reports
+            for one in report["protocols"]
+        ],
         averages=[
             {"model": one["scorer"], "estimate": one["estimate"]} for report in reports for one in report["averages"]
         ],
@@ -104,10 +108,6 @@ def collect(pilot: Pilot, tasks: Mapping[str, Task], runner: TaskRunner, setting
         versions=computed_with(),
         commit=commit(),
     )
-
-
-def _accuracy(one: Mapping[str, Any]) -> dict[str, Any]:
-    return {"model": one["scorer"], **{key: one[key] for key in ("benchmark", "protocol", "estimate", "pairs")}}
 
 
 def _pictures(report: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -145,25 +145,19 @@ def _gpu() -> dict[str, Any]:
 
 
 def write_result(path: Path, result: PilotResult) -> None:
-    """Write a result atomically."""
-    write_file(path, json.dumps(vars(result), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+    """Write a result atomically; a file keeps the weights that it names unless the result names others.
 
-
-def published_as(path: Path) -> str:
-    """Return the hub id of the weights that a file of a result names; empty if it names none or cannot be read."""
-    try:
-        return read_result(path).weights
-    except (InputError, OSError):
-        return ""
-
-
-def holds(path: Path, result: PilotResult) -> bool:
-    """Tell whether a file has the result already, whatever machine and versions it names: those were the run's."""
+    A file that has the result already stays, whatever machine and versions it names: those were the run's.
+    """
     try:
         found = read_result(path)
-    except (InputError, OSError):
-        return False
-    return replace(found, machine=result.machine, versions=result.versions, commit=result.commit) == result
+    except (InputError, OSError):  # damaged or missing
+        found = None
+    if found is not None:
+        result = replace(result, weights=result.weights or found.weights)
+        if replace(found, machine=result.machine, versions=result.versions, commit=result.commit) == result:
+            return
+    write_file(path, json.dumps(vars(result), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def read_result(path: Path) -> PilotResult:

@@ -31,10 +31,9 @@ def main() -> None:
     times = os.times()
     told = {"cpu_seconds": round(times.user + times.system + times.children_user + times.children_system, 1)}
     told |= {"seconds": round(time.monotonic() - began, 1), "gpu_bytes": gpu_bytes()}
-    found = {name for name, one in sys.modules.items() if _is_ours(name, getattr(one, "__file__", None))}
-    if module.split(".")[0] in OURS:  # it ran under the name __main__
-        found.add(module)
-    Path(record).write_text(json.dumps({**told, "modules": sorted(found)}))
+    loaded = {name for name, one in sys.modules.items() if (getattr(one, "__file__", None) or "").endswith(".py")}
+    ours = {name for name in loaded | {module} if name.partition(".")[0] in OURS}  # `module` was named __main__
+    Path(record).write_text(json.dumps({**told, "modules": sorted(ours)}))
 
 
 def end_with(parent: int) -> None:
@@ -48,10 +47,6 @@ def gpu_bytes() -> int:
     """Return the peak memory that PyTorch allocated on the first GPU; 0 if the process used none."""
     torch = sys.modules.get("torch")
     return torch.cuda.max_memory_allocated() if torch is not None and torch.cuda.is_initialized() else 0
-
-
-def _is_ours(name: str, file: str | None) -> bool:
-    return name.split(".", maxsplit=1)[0] in OURS and file is not None and file.endswith(".py")
 
 
 if __name__ == "__main__":

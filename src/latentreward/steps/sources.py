@@ -43,14 +43,9 @@ def source_digest(names: Iterable[str]) -> str:
 
     A module whose file is gone counts with an empty file.
     """
-    parts = (f"{name} {module_digest(name)}\n" for name in sorted(set(names) - set(RUNNER)))
-    return digest([*parts, weights_digest()])
-
-
-def module_digest(name: str) -> str:
-    """Digest the source of a module of this package; an empty text if its file is gone."""
-    path = _file_of(name)
-    return _digest_as_of(path, path.stat().st_mtime_ns) if path else ""
+    files = {name: _file_of(name) for name in sorted(set(names) - set(RUNNER))}
+    digests = {name: _digest_as_of(path, path.stat().st_mtime_ns) if path else "" for name, path in files.items()}
+    return digest([*(f"{name} {found}\n" for name, found in digests.items()), weights_digest()])
 
 
 @cache

@@ -1,6 +1,5 @@
 """Pictures of a folder of one's own: those that can be read, each content once."""
 
-from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -118,8 +117,3 @@ def first_of(names: list[str], joint: str) -> str:
 def number_of(number: int, noun: str) -> str:
     """Return a number with its noun, such as ``no pictures``, ``1 picture`` or ``2 pictures``."""
     return f"{number or 'no'} {noun}{'' if number == 1 else 's'}"
-
-
-def counted(prompts: Iterable[str]) -> Counter[str]:
-    """Count texts that are not empty."""
-    return Counter(prompt for prompt in prompts if prompt)

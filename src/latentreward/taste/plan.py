@@ -143,15 +143,12 @@ class Plan:
         values = {"family": self.family, "trust_remote_code": "true"}
         return [f"--{setting}={values[setting.rpartition('.')[2]]}" for setting in settings]
 
-    def _size(self, found: Base) -> int:
-        return self.size or found.size
-
     def _cache(self, found: Base) -> list[str]:
         return [
             *("cache", "{out}", "--config=configs/taste/cache.yaml"),
             *(f"--reader.file={self.pairs / PREFERENCES}", f"--reader.root={self.folder}"),
             *self._family("encoder.family"),
-            *(f"--encoder.source={self.base}", f"--images.size={self._size(found)}", "--seed={seed}"),
+            *(f"--encoder.source={self.base}", f"--images.size={self.size or found.size}", "--seed={seed}"),
             *(["--dtype=float32"] if found.tiny else []),
             *self._device(precision=False),
         ]

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -18,7 +19,7 @@ from latentreward.errors import InputError
 from latentreward.storage.digests import digest
 from latentreward.storage.durable import write_errors_named, write_file
 from latentreward.taste.pairs import FEWEST
-from latentreward.taste.pictures import Picture, counted, listed, number_of, read_pictures, same_contents
+from latentreward.taste.pictures import Picture, listed, number_of, read_pictures, same_contents
 from latentreward.taste.rating_lines import RATINGS
 
 BLOCK = 8
@@ -51,7 +52,7 @@ def pairs_to_show(pictures: Sequence[Picture], seed: int) -> list[Shown]:
     """
     rng = np.random.default_rng(seed)
     captions = [normalise_prompt(picture.caption) for picture in pictures]
-    common = {caption for caption, number in counted(captions).items() if number > 1}
+    common = {caption for caption, number in Counter(captions).items() if caption and number > 1}
     groups: dict[str, list[Picture]] = {}
     for picture, caption in zip(pictures, captions, strict=True):
         groups.setdefault(caption if caption in common else "", []).append(picture)
