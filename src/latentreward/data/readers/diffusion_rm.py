@@ -13,7 +13,7 @@ from latentreward.contracts import ImageRef
 from latentreward.data.buckets import PUBLISHED_BUCKETS, Bucket, sort_buckets
 from latentreward.data.readers.base import MAX_VOTES, Contents
 from latentreward.data.readers.parquet_store import ParquetPart, RowGroupColumns, damage_named, open_part
-from latentreward.data.readers.rows import RowReader
+from latentreward.data.readers.rows import RowReader, pack
 from latentreward.errors import InputError
 from latentreward.storage.ignored_files import find_files
 from latentreward.storage.texts import read_table, read_text
@@ -23,21 +23,14 @@ SHAPES = ("latent1_shape", "latent2_shape")
 DETAILS = ("model1", "model2", "detailed_results")
 INDEX_COLUMNS = ("global_id", "parquet_path", "row_group", "row_index", "width", "height")
 DOWNSCALE = 8
-NOWHERE = -1
-
-
-class _Entry(NamedTuple):
-    """Position of one row to read.
-
-    Attributes:
-        pair_id: Name of the row.
-        part: Number of its parquet file; ``NOWHERE`` for the placeholder of a bad row.
-        row: Row number in the parquet file.
-    """
-
-    pair_id: str
-    part: int
-    row: int
+INDEX = pa.schema(
+    {
+        **dict.fromkeys(("pair_id", "prompt"), pa.large_string()),
+        "label": pa.float64(),
+        "part": pa.int32(),  # number of the parquet file; null for the placeholder of a bad row
+        "row": pa.int64(),  # number of the row in that file
+    }
+)
 
 
 class _Part(NamedTuple):
@@ -100,22 +93,16 @@ class DiffusionRMReader(RowReader):
         parts = [ParquetPart(file.name, file) for file in files]
         tables = {part.name: _read_part(part) for part in parts}
         self._buckets = set(PUBLISHED_BUCKETS if buckets is None else sort_buckets(buckets))
-        every_row = (
-            _Entry(f"{name}:{row}", number, row)
-            for number, (name, table) in enumerate(tables.items())
-            for row in range(len(table.prompts))
-        )
-        rows = every_row if index is None else self._follow(Path(root) / index, tables)
-        entries = [entry for row in rows if (entry := self._without_long_prompt(row, tables)) is not None]
-        entries.sort(key=lambda entry: (entry.part == NOWHERE, entry.part, entry.row))
-        if not entries:
+        if index is None:
+            counts = enumerate(len(table.prompts) for table in tables.values())
+            places = ((f"{self._names[n]}:{row}", (n, row)) for n, rows in counts for row in range(rows))
+        else:
+            places = self._follow(Path(root) / index, tables)
+        rows = pack((self._read(name, place, tables) for name, place in places), INDEX)
+        self.table = rows.sort_by([("part", "ascending"), ("row", "ascending")])
+        if not len(self):
             raise InputError(f"root: {root} has no rows left; check the parquet files and the index")
-        self.table = pa.Table.from_pylist([entry._asdict() for entry in entries])
-        prompts = [tables[self._names[part]].prompts[row] if part != NOWHERE else "" for _, part, row in entries]
-        labels = [None if entry.part == NOWHERE else 1.0 for entry in entries]
-        self.table = self.table.append_column("prompt", pa.array(prompts, pa.large_string()))
-        self.table = self.table.append_column("label", pa.array(labels, pa.float64()))
-        if nulls := prompts.count(None):
+        if nulls := self.table.filter(self.table.column("part").is_valid()).column("prompt").null_count:
             self.remarks["null prompt read as empty"] += nulls
         stated = [name for name in DETAILS if all(name in table.columns for table in tables.values())]
         self._columns = RowGroupColumns(parts, [*LATENTS, *stated])
@@ -124,7 +111,7 @@ class DiffusionRMReader(RowReader):
     def read_row(self, index: int) -> dict[str, Any]:
         """Return the values of row ``index`` by column, with those of the parquet file unless it is a placeholder."""
         row = super().read_row(index)
-        if row["part"] == NOWHERE:
+        if row["part"] is None:
             return row
         stored = self._columns.read(row["part"], row["row"])
         row |= dict(zip(self._columns.columns, stored, strict=True))
@@ -136,32 +123,30 @@ class DiffusionRMReader(RowReader):
 
         The name is not a hash: an image may occur twice with other latents, sampled again or in another size.
         """
-        if row["part"] == NOWHERE:
+        if row["part"] is None:
             return ImageRef("", holds="latents"), ImageRef("", holds="latents")
         place = f"{self._names[row['part']]}:{row['row']}"
         first, second = (ImageRef(f"{place}:{column}", row[column], holds="latents") for column in LATENTS)
         return first, second
 
-    def _follow(self, index: Path, tables: dict[str, _Part]) -> Iterator[_Entry]:
-        """Yield an entry for every row of the index; bad rows become placeholders or are left out, by ``on_error``."""
+    def _read(self, pair_id: str, place: tuple[int, int] | None, tables: dict[str, _Part]) -> dict[str, Any] | None:
+        """Return the row at a place, by column of ``INDEX``; one without a place is a placeholder or, by skip, None."""
+        prompt = None if place is None else tables[self._names[place[0]]].prompts[place[1]]
+        if len(prompt or "") > self.max_prompt_chars:
+            self.refuse_long_prompt(pair_id, len(prompt or ""))
+            prompt = place = None
+        if place is not None:
+            return {"pair_id": pair_id, "prompt": prompt, "label": 1.0, "part": place[0], "row": place[1]}
+        return None if self.on_error == "skip" else {"pair_id": pair_id}
+
+    def _follow(self, index: Path, tables: dict[str, _Part]) -> Iterator[tuple[str, tuple[int, int] | None]]:
+        """Yield name and place of every row of the index; None for a row that breaks a rule, after ``on_error``."""
         seen: set[str] = set()
         for line, row in _read_index(index):
             name = row["global_id"]
             pair_id = f"{index.name}:{name}" if name and name not in seen else f"{index.name}:line {line}"
             seen.add(name)
-            place = self._locate(pair_id, row, tables)
-            if place is not None:
-                yield _Entry(pair_id, *place)
-            elif self.on_error == "placeholder":
-                yield _Entry(pair_id, NOWHERE, 0)
-
-    def _without_long_prompt(self, entry: _Entry, tables: dict[str, _Part]) -> _Entry | None:
-        """Return the entry; if its prompt is too long, a placeholder or, if ``on_error`` leaves it out, None."""
-        prompt = None if entry.part == NOWHERE else tables[self._names[entry.part]].prompts[entry.row]
-        if len(prompt or "") <= self.max_prompt_chars:
-            return entry
-        self.refuse_long_prompt(entry.pair_id, len(prompt or ""))
-        return None if self.on_error == "skip" else _Entry(entry.pair_id, NOWHERE, 0)
+            yield pair_id, self._locate(pair_id, row, tables)
 
     def _locate(self, pair_id: str, row: dict[str, str], tables: dict[str, _Part]) -> tuple[int, int] | None:
         """Return part and row number of an index row; None if it breaks a rule, after applying ``on_error``."""

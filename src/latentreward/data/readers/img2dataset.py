@@ -1,9 +1,9 @@
 """Reader of folders that img2dataset writes: single images with captions and further columns, compared by a column."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,7 +15,7 @@ from latentreward.data.readers.folders import read_caption
 from latentreward.data.readers.groups import UNRANKED, ImageGroup, file_image, pair_images
 from latentreward.data.readers.json_rows import parse_json, parse_number, parse_text, short
 from latentreward.data.readers.parquet_store import ParquetPart, RowGroupColumns, open_part, read_index
-from latentreward.data.readers.rows import RowReader
+from latentreward.data.readers.rows import ROWS_AT_ONCE, RowReader, pack
 from latentreward.data.readers.tables import holds_images
 from latentreward.data.readers.tars import read_extent, read_samples
 from latentreward.errors import InputError, did_you_mean
@@ -32,43 +32,19 @@ HINT = "give the folder that img2dataset wrote"
 NAMED_KEYS = 12
 RATING_HINT = "the reader's setting rating names its column"
 UNREADABLE = "txt or json not readable"
-
-
 COLUMNS = pa.schema(
     {
-        **dict.fromkeys(("name", "caption", "group", "unreadable"), pa.large_string()),
-        **dict.fromkeys(("shard", "offset", "size"), pa.int64()),
-        "rating": pa.float64(),
+        "name": pa.large_string(),  # SHARD/KEY
+        "caption": pa.large_string(),
+        "group": pa.large_string(),  # value that it shares with the other images of its group
+        "rating": pa.float64(),  # number by which it is compared with them
+        "unreadable": pa.large_string(),  # rating that is no number, for messages
+        **dict.fromkeys(("shard", "offset", "size"), pa.int64()),  # where the image lies
     }
 )
-"""Table of all images, a column for each attribute of ``_Image``; Python's objects would take many times the memory."""
-ROWS_AT_ONCE = 10_000
-"""Rows of the table of images that are Python's objects at a time."""
-
-
-@dataclass(frozen=True)
-class _Image:
-    """One image of a shard.
-
-    Attributes:
-        name: ``SHARD/KEY``.
-        caption: Raw text; None if the image has none.
-        group: Value that it shares with the other images of its group; None if it has none.
-        rating: Number by which it is compared with them; None if it has none.
-        unreadable: Rating that is no number, for messages; None if there is nothing wrong.
-        shard: Number of the shard.
-        offset: With ``size``, where the format finds the image in its shard.
-        size: See ``offset``.
-    """
-
-    name: str
-    caption: str | None
-    group: str | None
-    rating: float | None
-    unreadable: str | None
-    shard: int
-    offset: int
-    size: int
+"""Table of all images; Python's objects would take many times the memory."""
+Image = dict[str, Any]
+"""Row of the table by column; a missing value is null."""
 
 
 class Img2DatasetReader(RowReader):
@@ -119,7 +95,8 @@ class Img2DatasetReader(RowReader):
         self._columns: RowGroupColumns | None = None
         self._shards, read = self._find_shards()
         self._keys: set[str] = set()
-        images = pa.concat_tables(self._read(shard, read) for shard in range(len(self._shards)))
+        shards = (pack(self._with_group(read(shard)), COLUMNS) for shard in range(len(self._shards)))
+        images = pa.concat_tables(shards)
         for setting, column in (("rating", rating), ("group", None if group == CAPTION else group)):
             if column is not None and column not in self._keys:
                 known = ", ".join(sorted(self._keys)[:NAMED_KEYS]) or "none"
@@ -150,7 +127,7 @@ class Img2DatasetReader(RowReader):
         with path.open("rb", buffering=0) as tar:
             return ImageRef(name or "", read_extent(tar, place))
 
-    def _find_shards(self) -> tuple[list[Path], Callable[[int], Iterator[_Image]]]:
+    def _find_shards(self) -> tuple[list[Path], Callable[[int], Iterator[Image]]]:
         """Return the shards in the order of their names, and the function that reads one."""
         if not self._root.is_dir():
             raise InputError(f"root: no folder {self._root}; {HINT}")
@@ -164,15 +141,12 @@ class Img2DatasetReader(RowReader):
             return folders, self._read_folder
         raise InputError(f"root: no *.tar, no folder of images and no parquet with images in {self._root}; {HINT}")
 
-    def _read(self, shard: int, read: Callable[[int], Iterator[_Image]]) -> pa.Table:
-        """Read the images of a shard that have a group."""
-        rows = []
-        for image in read(shard):
-            if image.group is None:
+    def _with_group(self, images: Iterable[Image]) -> Iterator[Image]:
+        for image in images:
+            if image["group"] is None:
                 self.skipped[f"no {self._group}"] += 1
             else:
-                rows.append(vars(image))
-        return pa.Table.from_pylist(rows, COLUMNS)
+                yield image
 
     def _grouped(self, images: pa.Table) -> pa.Table:
         """Leave out groups of one image, and put the images of each other group behind its first one."""
@@ -183,7 +157,7 @@ class Img2DatasetReader(RowReader):
         order = np.argsort(groups, kind="stable")
         return images.take(order[sizes[groups[order]] > 1])
 
-    def _read_tar(self, shard: int) -> Iterator[_Image]:
+    def _read_tar(self, shard: int) -> Iterator[Image]:
         tar = self._shards[shard]
         samples, problem = read_samples(tar, ENCODED, (TEXT, META))
         if problem is not None:
@@ -196,7 +170,7 @@ class Img2DatasetReader(RowReader):
                 if (facts := self._parse(name, sample.texts.get(META))) is not None:
                     yield self._image(name, sample.texts.get(TEXT), facts, (shard, *extent))
 
-    def _read_folder(self, shard: int) -> Iterator[_Image]:
+    def _read_folder(self, shard: int) -> Iterator[Image]:
         folder = self._shards[shard]
         for picture in _pictures(folder):
             name = f"{folder.name}/{picture.name}"
@@ -208,7 +182,7 @@ class Img2DatasetReader(RowReader):
             if (facts := self._parse(name, meta)) is not None:
                 yield self._image(name, text, facts, (shard, 0, 0))
 
-    def _read_parquet(self, shard: int) -> Iterator[_Image]:
+    def _read_parquet(self, shard: int) -> Iterator[Image]:
         file = self._shards[shard]
         part = ParquetPart(file.name, file)
         with open_part(part) as opened:
@@ -240,14 +214,15 @@ class Img2DatasetReader(RowReader):
             self.skipped[UNREADABLE] += self.remarks.pop(UNREADABLE)
         return bool(problems)
 
-    def _image(self, name: str, text: Any, facts: dict[str, Any], place: tuple[int, int, int]) -> _Image:
+    def _image(self, name: str, text: Any, facts: dict[str, Any], place: tuple[int, int, int]) -> Image:
         caption = parse_text(text) or parse_text(facts.get(CAPTION))
         value = caption if self._group == CAPTION else facts.get(self._group)
         group = None if _is_null(value) or not str(value).strip() else parse_text(str(value))
         given = facts.get(self._rating) if self._rating else None
         rating = parse_number(given)
         unreadable = short(given) if rating is None and not _is_null(given) else None
-        return _Image(parse_text(name) or "", caption, group, rating, parse_text(unreadable), *place)
+        values = (parse_text(name), caption, group, rating, parse_text(unreadable), *place)
+        return dict(zip(COLUMNS.names, values, strict=True))
 
     def _make_groups(self, images: pa.Table, kept: np.ndarray) -> Iterator[ImageGroup]:
         """Yield the groups of a table in which the images of each group follow one another.
@@ -256,24 +231,24 @@ class Img2DatasetReader(RowReader):
             images: Table of images.
             kept: Array of bool, ``(images,)``, that is made true for the images of the groups.
         """
-        rows = (_Image(**row) for batch in images.to_batches(ROWS_AT_ONCE) for row in batch.to_pylist())
+        rows = (row for batch in images.to_batches(ROWS_AT_ONCE) for row in batch.to_pylist())
         first = 0
-        for value, group in groupby(rows, lambda image: image.group or ""):
+        for value, group in groupby(rows, itemgetter("group")):
             members, start = list(group), first
             first += len(members)
             ranks = self._rank(value, members)
             if ranks is None and self.on_error == "skip":
                 continue
-            names = [one.name for one in members[: self._max_group]]  # fewer only as a placeholder, of too many rows
-            prompt = members[0].caption or ""
+            names = [one["name"] for one in members[: self._max_group]]  # fewer only as a placeholder, of too many rows
+            prompt = members[0]["caption"] or ""
             if len(prompt) > self.max_prompt_chars:
                 prompt = ""
             kept[start : start + len(names)] = True
             yield ImageGroup(names[0], prompt, names, ranks or [UNRANKED] * len(names), value)
 
-    def _rank(self, value: str, members: list[_Image]) -> list[float] | None:
+    def _rank(self, value: str, members: list[Image]) -> list[float] | None:
         """Return the rank of every image of a group; None if the group breaks a rule, after applying ``on_error``."""
-        name, captions = members[0].name, {member.caption or "" for member in members}
+        name, captions = members[0]["name"], {member["caption"] or "" for member in members}
         longest = max(map(len, captions))
         if len(members) > self._max_group:
             problem = f"{len(members)} images with {self._group} {short(value)}, more than max_group={self._max_group}"
@@ -286,13 +261,13 @@ class Img2DatasetReader(RowReader):
             self.refuse_long_prompt(name, longest)
             return None
         for member in members:
-            if member.unreadable is not None:
-                self.refuse(member.name, f"{self._rating} is {member.unreadable}, not a number", "rating not readable")
+            if (found := member["unreadable"]) is not None:
+                self.refuse(member["name"], f"{self._rating} is {found}, not a number", "rating not readable")
                 return None
-            if member.rating is None:
+            if member["rating"] is None:
                 self.remarks[f"image without {self._rating or 'a rating'} ({RATING_HINT})"] += 1
         sign = -1 if self._best == "highest" else 1
-        return [UNRANKED if member.rating is None else sign * member.rating for member in members]
+        return [UNRANKED if member["rating"] is None else sign * member["rating"] for member in members]
 
 
 def _is_null(value: Any) -> bool:
