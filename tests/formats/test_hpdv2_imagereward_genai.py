@@ -178,7 +178,7 @@ def test_genai_bench(sets) -> None:
     root, expected = sets[0] / "genai_bench", sets[1]["genai_bench"]
     reader = GenAIBenchReader(str(root), "test", on_error="skip")
     assert len(reader) + reader.skipped.total() == expected["test_rows"]
-    votes = Counter(reader.vote_types())
+    votes = Counter(reader.facts()["vote"])
     for kind in ("leftvote", "rightvote", "tievote", "bothbad_vote"):
         assert votes[kind] == expected["votes"].get(kind, 0)
     assert counts(reader) == (votes["tievote"] + votes["bothbad_vote"], votes["leftvote"] + votes["rightvote"])

@@ -37,10 +37,7 @@ class Bucket(NamedTuple):
 
 
 def sort_buckets(sizes: Sequence[tuple[int, int]]) -> tuple[Bucket, ...]:
-    """Return buckets sorted by ascending area; buckets of equal area keep their given order.
-
-    Args:
-        sizes: (height, width) of each bucket, in pixels.
+    """Return buckets of (height, width) in pixels by ascending area; those of equal area keep their order.
 
     Raises:
         InputError: If ``sizes`` is empty, a size is not positive, or a size occurs twice.
@@ -83,16 +80,9 @@ def assign_bucket(
 ) -> Bucket | None:
     """Find the bucket to resize an image to: among buckets with its aspect ratio, the one nearest in log area.
 
-    Aspect ratios count as equal if their natural logarithms differ by at most ``ASPECT_TOLERANCE``.
-
-    Args:
-        height: Height of the image in pixels.
-        width: Width of the image in pixels.
-        buckets: Candidates by ascending area; of two equally near buckets the first is taken.
-        min_pixels: Least height × width; a smaller image has no bucket.
-
-    Returns:
-        The bucket; None if no bucket has the image's aspect ratio or the image is too small.
+    Aspect ratios count as equal if their natural logarithms differ by at most ``ASPECT_TOLERANCE``. Buckets are given
+    by ascending area; of two equally near ones the first is taken. The result is None if no bucket has the image's
+    aspect ratio, or the image has less than ``min_pixels``.
     """
     if min(height, width) < 1 or height * width < min_pixels:
         return None

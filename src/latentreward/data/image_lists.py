@@ -171,10 +171,9 @@ def _listed(
 
 
 def _pictures(source: str) -> tuple[Path, list[Path], list[str]]:
-    """Find the pictures of a folder, pattern or file name.
+    """Find the pictures of a folder, pattern or file name: the folder that names are relative to, and sorted files.
 
-    Returns:
-        The folder that names are relative to, the sorted files, and messages about folders and files that are not read.
+    The third result are messages about folders and files that are not read.
 
     Raises:
         InputError: If there are no pictures of kinds that are read.

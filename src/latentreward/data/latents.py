@@ -11,15 +11,9 @@ DTYPES = ("float16", "float32")
 
 
 def decode_latents(image: ImageRef, clip: bool | None = False) -> np.ndarray:
-    """Decode the latents of one image.
+    """Decode the latents of one image, float16 or float32, with the scale and shift that the cache's writer applied.
 
-    Args:
-        image: Reference with ``holds="latents"``.
-        clip: Whether the latents have a time axis; None takes both.
-
-    Returns:
-        Latents ``(C, h, w)``, or ``(C, T, h, w)`` with a time axis, float16 or float32, with the scale and shift that
-        the cache's writer applied.
+    They are ``(C, h, w)``, or ``(C, T, h, w)`` of a ``clip``; None takes both.
 
     Raises:
         ImageError: If the bytes are missing or not such an array, or if a value is not finite.

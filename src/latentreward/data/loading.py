@@ -55,11 +55,7 @@ class ResumableBatchSampler(Protocol):
         """Return the batches per rank that an iteration started now yields, from 0 to ``len(self)``."""
 
     def state_dict(self, batches: int) -> dict[str, Any]:
-        """Return the state after each rank has received ``batches`` batches of the current iteration.
-
-        Args:
-            batches: From 0 to :meth:`remaining`.
-        """
+        """Return the state after ``batches`` (0 to :meth:`remaining`) batches of this iteration on each rank."""
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore a state; the next iteration yields the remaining batches of the state's epoch."""
@@ -232,11 +228,7 @@ class ResumableLoader(WorkerLoader):
         return self._delivered if self._delivered_epoch == self.places.epoch else 0
 
     def state_dict(self, undo: int = 0) -> dict[str, Any]:
-        """Return the position in the epoch, which is equal on all ranks.
-
-        Args:
-            undo: Number of batches to go back from the current position; at most :meth:`delivered`.
-        """
+        """Return the position in the epoch, equal on all ranks, ``undo`` (at most :meth:`delivered`) batches ago."""
         return self.places.state_dict(self.delivered() - undo)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

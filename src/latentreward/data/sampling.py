@@ -123,12 +123,7 @@ def even_batch_size(rows: int, num_replicas: int, batch_size: int) -> int:
 
     Numbers of pairs per rank differ by at most one. The extra pair makes an extra batch only if the other ranks' pairs
     fill their batches exactly. A rank with an extra batch would wait forever in that batch's first collective call.
-    Sizes below ``batch_size`` are tried first.
-
-    Args:
-        rows: Number of pairs over all ranks.
-        num_replicas: World size.
-        batch_size: Wanted pairs per batch and rank.
+    Sizes below ``batch_size`` are tried first. ``rows`` counts the pairs of all ranks.
     """
     share, extra = divmod(rows, num_replicas)
     if not extra or share % batch_size:

@@ -74,7 +74,7 @@ def write_ratings(tmp_path, jpeg):
 def test_votes_become_labels(write_votes) -> None:
     reader = GenAIBenchReader(write_votes())
     assert [pair.label_a for pair in reader] == [1, 0, 0.5, 0.5, None, None]
-    assert reader.vote_types() == list(VOTES)
+    assert reader.facts()["vote"] == list(VOTES)
     assert dict(reader.remarks) == {
         "unlabelled (vote_type is none of leftvote, rightvote, tievote, bothbad_vote)": 2,
     }

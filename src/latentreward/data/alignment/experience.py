@@ -39,18 +39,10 @@ class Learner(Protocol):
     experience: type[SampledStates]
 
     def roll_out(self, prompts: PromptBatch) -> SampledStates | None:
-        """Sample from this rank's prompts and return the rows to learn from, on the CPU; None if there are none.
-
-        Args:
-            prompts: Prompts of this rank; every rank gets equally many.
-        """
+        """Sample from this rank's prompts, equally many on all ranks, and return rows on the CPU; None for no rows."""
 
     def prepare_prompts(self, prompts: Sequence[str]) -> None:
-        """Encode all ``prompts`` on this rank, and keep the result in place of that of the last call.
-
-        Args:
-            prompts: Distinct prompts of all rows that are in store and not yet used; the same list on every rank.
-        """
+        """Encode the distinct prompts of all unused rows, the same on every rank, in place of those before."""
 
     def check_experience(self, rows: Any) -> None:
         """Raise InputError if ``rows`` of a checkpoint are of another form than those of this module's rollouts."""

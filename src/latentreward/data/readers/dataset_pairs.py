@@ -144,11 +144,7 @@ class DatasetPairReader(RowReader):
 
 
 def choose_columns(schema: pa.Schema, named: Mapping[str, str], place: str) -> dict[str, str]:
-    """Choose the columns of a table's fields.
-
-    Returns:
-        Field, one of ``FIELDS`` → column. Of the fields of images it has ``chosen`` and ``rejected``, or ``image_a``
-        and ``image_b``.
+    """Choose the column of each of ``FIELDS``; of images, ``chosen`` and ``rejected``, or ``image_a`` and ``image_b``.
 
     Raises:
         InputError: If a name is wrong, or the prompt or the images are missing or could be several columns.

@@ -143,17 +143,10 @@ class FolderPairReader(RowReader):
 
 
 def read_caption(file: Path, root: Path | None = None) -> str | None:
-    """Read a text file whole, without one line break at its end.
-
-    Args:
-        file: File.
-        root: Folder that the file must lie in after links are followed; None for no such limit.
-
-    Returns:
-        The text; None if there is no such file.
+    """Read a text file whole, without one line break at its end; return None if there is no such file.
 
     Raises:
-        UnreadableTextError: If the file is not text, or lies outside ``root``.
+        UnreadableTextError: If the file is not text, or lies outside ``root`` after links are followed.
     """
     if not file.is_file():
         return None
@@ -180,11 +173,7 @@ def read_lines(file: Path) -> Iterator[tuple[int, bytes]]:
 
 
 def find_pictures(folder: Path) -> tuple[dict[str, list[str]], list[str]]:
-    """Find the images in a folder and its subfolders.
-
-    Returns:
-        Name → paths relative to the folder's parent; and :func:`tell_unread` of all files.
-    """
+    """Find the images below a folder: name → paths relative to its parent; and :func:`tell_unread` of all files."""
     found: dict[str, list[str]] = {}
     files = find_files(folder, "**/*")
     for path in files:

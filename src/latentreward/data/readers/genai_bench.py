@@ -34,7 +34,7 @@ class GenAIBenchReader(RowReader):
         split: ``test`` or ``test_v1``.
         revision: Commit, tag or branch of the hub data set; give one, so that the data cannot change.
         both_bad: Label for the vote ``bothbad_vote``: ``tie`` gives ½, as for ``tievote``; ``unlabelled`` gives no
-            label. :meth:`vote_types` returns the votes themselves.
+            label. :meth:`facts` returns the votes themselves.
         options: ``on_error``, ``max_prompt_chars`` and ``exif``, see :class:`PairReader`. Under ``skip`` and
             ``placeholder`` a split with missing files is read without them.
 
@@ -87,7 +87,3 @@ class GenAIBenchReader(RowReader):
         """Return the left and the right image of a row with their bytes."""
         left, right = self._rows.read(row["row"])
         return self._rows.image(left), self._rows.image(right)
-
-    def vote_types(self) -> list[str | None]:
-        """Return the published ``vote_type`` of every row, for protocols that distinguish good from bad ties."""
-        return self.table.column("vote").to_pylist()

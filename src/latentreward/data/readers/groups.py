@@ -42,18 +42,12 @@ class ImageGroup:
 
 
 def pair_images(groups: Iterable[ImageGroup], named_by_group: bool = False) -> pa.Table:
-    """Make a row of each pair of images (positions i < j) of each group, group by group.
+    """Make a table for ``RowReader``, with a row of each pair of images (positions i < j) of each group.
 
-    The image with the lower rank is preferred; equal ranks are a tie (label ½).
-
-    Args:
-        groups: Groups; one of n images gives n (n − 1) / 2 rows.
-        named_by_group: Whether the name of a group of two images is that of its pair, without positions.
-
-    Returns:
-        Table for :class:`~latentreward.data.readers.rows.RowReader` with the columns ``image_a``, ``image_b``, and
-        ``number_a``, ``number_b``: the numbers of the images, counted over all groups. Texts that rows share are stored
-        once.
+    A group of n images gives n (n − 1) / 2 rows. The image with the lower rank is preferred; equal ranks are a tie
+    (label ½). Of groups of two, the group's name may be that of the pair (``named_by_group``), without positions. The
+    table also has ``image_a``, ``image_b``, and ``number_a``, ``number_b``: the numbers of the images, counted over all
+    groups. Texts that rows share are stored once.
     """
     names, prompts, ids, sizes = [], [], [], []
     images: list[str | None] = []
@@ -89,12 +83,9 @@ def pair_images(groups: Iterable[ImageGroup], named_by_group: bool = False) -> p
 
 
 def parse_ranked(reader: PairReader, name: str, row: Any, fields: tuple[str, str], folder: Path) -> ImageGroup | None:
-    """Check a row of a JSON file, applying the reader's ``on_error``, and make a group of ranked images from it.
+    """Check a row of a JSON file and make a group of ranked images from it; None if ``on_error`` leaves it out.
 
     The row has the list of paths, relative to ``folder``, and that of ranks in its two ``fields``.
-
-    Returns:
-        The group; None if ``on_error`` leaves it out.
     """
     row, sound = check_row(reader, name, row)
     paths = row.get(fields[0])
@@ -121,11 +112,9 @@ def check_paths(reader: PairReader, name: str, field: str, paths: list[Any], fol
 
 
 def check_ranks(reader: PairReader, name: str, field: str, value: Any, count: int) -> list[float] | None:
-    """Check the ranks of ``count`` images and return them.
+    """Return the ranks of ``count`` images; ``UNRANKED`` (NaN) for all if the value or all ranks are null.
 
-    Returns:
-        ``UNRANKED`` (NaN) for all images if the value or all ranks are null. None if the value is not one number
-        for each image, after applying ``on_error``.
+    None if the value is not one number for each image, after applying ``on_error``.
     """
     if value is None or (value and value == [None] * count):
         reader.remarks[f"unlabelled (no {field})"] += 1

@@ -30,10 +30,7 @@ def fetch_files(source: str, names: Sequence[str], revision: str | None = None, 
 def fetch_split(
     source: str, split: str, ending: str, revision: str | None = None, config: str | None = None
 ) -> list[tuple[str, Path]]:
-    """Download all files of a split of a hub data set.
-
-    Returns:
-        (published file name, local path) of each file, ordered by URL; the download cache renames files.
+    """Download all files of a split of a hub data set; return (published file name, local path) of each, by URL.
 
     Raises:
         InputError: If the data set or split does not exist, a file has another suffix, or the hub cannot be reached.

@@ -227,9 +227,7 @@ class Img2DatasetReader(RowReader):
     def _make_groups(self, images: pa.Table, kept: np.ndarray) -> Iterator[ImageGroup]:
         """Yield the groups of a table in which the images of each group follow one another.
 
-        Args:
-            images: Table of images.
-            kept: Array of bool, ``(images,)``, that is made true for the images of the groups.
+        ``kept``, ``(images,)`` bool, is made true for the images of the groups.
         """
         rows = (row for batch in images.to_batches(ROWS_AT_ONCE) for row in batch.to_pylist())
         first = 0

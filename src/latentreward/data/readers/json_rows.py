@@ -33,11 +33,8 @@ def check_row(reader: PairReader, pair_id: str, row: Any) -> tuple[dict[str, Any
     """Check that a row is an object with a sound ``prompt``.
 
     A row falls under ``on_error`` if it is not an object, or if its ``prompt`` is not text or too long. A null or
-    missing prompt only counts as a remark.
-
-    Returns:
-        The row, with a bad ``prompt`` set to None, or an empty dict if it is not an object; and whether no rule was
-        broken.
+    missing prompt only counts as a remark. Returned are the row, with a bad ``prompt`` set to None, or an empty dict if
+    it is not an object; and whether no rule was broken.
     """
     if not isinstance(row, dict):
         reader.refuse(pair_id, f"the row is {short(row)}, not an object", NO_OBJECT)

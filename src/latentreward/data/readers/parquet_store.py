@@ -46,13 +46,9 @@ class ParquetPart:
 def find_parts(source: str, split: str, revision: str | None = None, config: str | None = None) -> list[ParquetPart]:
     """Find the parquet files of a split, in the order of their names.
 
-    Args:
-        source: Folder that holds ``{split}-*.parquet`` or ``{split}.parquet``, directly or in its subfolder ``data/``
-            (or the subfolder ``config``, if given); or one parquet file, or a pattern of files with ``*``, ``?`` or
-            ``[]``; otherwise the id of a hub data set, whose files of this split are downloaded.
-        split: Name of the split.
-        revision: Commit, tag or branch of the hub data set.
-        config: Name of the configuration, where the hub data set has several.
+    A ``source`` is a folder that holds ``{split}-*.parquet`` or ``{split}.parquet``, directly or in its subfolder
+    ``data/`` (or the subfolder ``config``, if given); or one parquet file, or a pattern of files with ``*``, ``?`` or
+    ``[]``; otherwise the id of a hub data set, whose files of this split are downloaded.
 
     Raises:
         InputError: If the folder, data set or split does not exist, or the split is in the folder in both forms.
@@ -154,15 +150,10 @@ def plain_features(part: ParquetPart, columns: Sequence[str] | None = None) -> A
 def read_index(
     parts: Sequence[ParquetPart], columns: dict[str, pa.DataType | None], hint: str
 ) -> tuple[pa.Table, np.ndarray]:
-    """Read columns without images from all parts, into one table in the order of ``columns``.
+    """Read columns without images from all parts into one table; also return the rows before each part, ``(parts,)``.
 
-    Args:
-        parts: Files of a split.
-        columns: Column → type to cast to; None keeps the files' type, of several the one that holds all values.
-        hint: Remedy in the message about a file that lacks a column or has another type.
-
-    Returns:
-        The table, and the number of rows before each part, ``(parts,)``.
+    ``columns`` are types to cast to by name, in the order of the result; None keeps the files' type, of several the one
+    that holds all values. ``hint`` is the remedy if a file lacks a column or has another type.
 
     Raises:
         ImageError: If a part is not a whole parquet file.
@@ -184,13 +175,7 @@ def read_index(
 
 
 def cast_columns(table: pa.Table, columns: dict[str, pa.DataType | None], place: str, hint: str) -> pa.Table:
-    """Cast the columns of a table.
-
-    Args:
-        table: Table whose columns are those of ``columns``, in their order.
-        columns: Column → type to cast to; None keeps the type.
-        place: File or data set, for the message.
-        hint: Remedy in the message.
+    """Cast the columns of a table, which are those of ``columns`` in their order; see :func:`read_index`.
 
     Raises:
         InputError: If a column cannot be cast, or holds text that is not UTF-8.

@@ -134,15 +134,9 @@ class PickAPicReader(RowReader):
     def _judge_labels(
         self, columns: dict[str, pa.Array], names: pa.Array, refused: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Check labels, applying ``on_error``.
+        """Return the label of image 0, NaN for unlabelled rows, and whether to keep each row; both ``(rows,)``.
 
-        Args:
-            columns: Columns of all rows.
-            names: Name of every row.
-            refused: Rows to which ``on_error`` was applied before, ``(rows,)`` bool; rows with bad labels are added.
-
-        Returns:
-            Label of image 0, NaN for unlabelled rows, and whether to keep each row; both ``(rows,)``.
+        Rows with bad labels fall under ``on_error``, and are added to those that did before, ``refused`` ``(rows,)``.
         """
         has_label = _flags(columns["has_label"], null=False)
         null = _is_null(columns["label_0"]) | _is_null(columns["label_1"])

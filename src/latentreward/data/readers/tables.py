@@ -76,9 +76,7 @@ class SplitTable(ABC):
     def open_images(self, columns: Sequence[str], memory_map: bool = False) -> None:
         """Prepare :meth:`read` for columns of images; to be called after :meth:`read_index`.
 
-        Args:
-            columns: Names of the columns.
-            memory_map: Copy the columns once into the cache of ``datasets``, so that a row costs only this row.
+        With ``memory_map``, they are copied once into the cache of ``datasets``, so that a row costs only this row.
         """
 
     @abstractmethod
@@ -92,13 +90,8 @@ class SplitTable(ABC):
     def check_images(self, columns: Sequence[str], hint: str, absent: str = "") -> None:
         """Check that the columns of images hold bytes, or the structs that ``datasets`` writes.
 
-        Args:
-            columns: Names of the columns of images.
-            hint: Remedy at the end of the message.
-            absent: Remedy if all the columns are missing; ``hint`` if empty.
-
         Raises:
-            InputError: If a column is missing or does not hold images.
+            InputError: If a column does not, or is missing, with the remedy ``hint``, or ``absent`` if all are missing.
         """
         for place, schema in self.schemas():
             if missing := [name for name in columns if name not in schema.names]:
@@ -247,16 +240,7 @@ def number_rows(place: str, rows: int) -> pa.Array:
 def empty_long_prompts(
     reader: PairReader, prompts: pa.Array | pa.ChunkedArray, names: pa.Array
 ) -> tuple[pa.Array, np.ndarray]:
-    """Apply the reader's ``on_error`` to prompts that are too long, and empty these prompts.
-
-    Args:
-        reader: Reader with ``on_error`` and ``max_prompt_chars``.
-        prompts: Prompt of every row.
-        names: Name of every row.
-
-    Returns:
-        All prompts, with the long ones empty; and ``(rows,)`` bool, true for the long ones.
-    """
+    """Apply ``on_error`` to too long prompts; return all prompts, these empty, and which these are, ``(rows,)``."""
     texts = prompts.combine_chunks() if isinstance(prompts, pa.ChunkedArray) else prompts
     lengths = pc.utf8_length(texts).fill_null(0).to_numpy(zero_copy_only=False)
     long = lengths > reader.max_prompt_chars

@@ -49,16 +49,10 @@ class Sample:
 
 
 def read_samples(tar: Path, images: Collection[str], texts: Collection[str]) -> tuple[list[Sample], str | None]:
-    """Read the headers and texts of a tar.
+    """Read the headers and texts of an uncompressed tar; also return a description of its damage, None for none.
 
-    Args:
-        tar: Uncompressed tar.
-        images: Rests of the file names of images; other members but the texts are ignored.
-        texts: Rests of the file names of texts.
-
-    Returns:
-        The samples, of which the last one may not be whole if the tar is damaged; and a description of the damage, None
-        if there is none.
+    Members whose file names end with one of ``images`` or ``texts`` after the first dot are read, others are ignored.
+    The last sample of a damaged tar may not be whole.
     """
     members, problem = _scan(tar)
     samples: list[Sample] = []
