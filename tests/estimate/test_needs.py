@@ -15,13 +15,13 @@ def test_too_little_memory_and_too_many_hours_are_refused() -> None:
     with pytest.raises(InputError, match=r"memory: train needs 10000002.0 GB of memory, .* GB are here .*; take less"):
         check_memory({"train": large}, Card(False), "take less")
     with pytest.raises(InputError, match=r"GB of memory, .* GB are here"):  # a card says nothing of a run on the CPU
-        check_memory({"train": large}, Card(False, gb=24), "take less")
-    card = Card(True, gb=24, tflops=10)
+        check_memory({"train": large}, Card(False, card_gb=24), "take less")
+    card = Card(True, card_gb=24, tflops=10)
     assert check_memory({"train": small}, card, "").startswith("memory: train 1.0 of 24.0 GB of GPU memory (counted")
     with pytest.raises(InputError, match=r"train needs 11000001.0 GB of GPU memory, 24.0 GB are given"):
         check_memory({"train": large}, card, "take less")
     with pytest.raises(InputError, match=r"card_gb: 0 is not above 0"):
-        Card(True, gb=0)
+        Card(True, card_gb=0)
     assert check_hours({"train": small, "align": large}, card, 12).startswith("hours: train 1, align 10 (computed, at")
     assert "train 1 per 1,000 steps" in check_hours({"train": replace(small, whole=False)}, card)
     with pytest.raises(InputError, match=r"hours: the trainings need about 11 hours at 10 TFLOP/s, more than hours=5;"):

@@ -74,6 +74,7 @@ from latentreward.data.datamodules import PairLoaders
 from latentreward.data.readers.base import DATA_ON_ERROR, OWN_ON_ERROR
 from latentreward.data.splits import tell_unopened
 from latentreward.errors import InputError, errors_at
+from latentreward.estimate.card import Card
 from latentreward.interrupts import TERMINATED
 from latentreward.settings.errors import summarise
 from latentreward.settings.functions import (
@@ -92,16 +93,6 @@ from latentreward.storage.shared_weights import sharing_between
 if TYPE_CHECKING:
     from latentreward.estimate.settings import Estimate
 
-CARD = (
-    (
-        "card_gb",
-        PositiveFloat | None,
-        None,
-        "Memory of the card for --estimate, in GB; null takes the GPU here.",
-    ),
-    ("tflops", PositiveFloat, 30.0, "Operations per second that the device sustains, in 10¹², for --estimate's hours."),
-)
-"""Name, type, default and help of what describes the card of an estimate."""
 CONFIG, SAVED = "config.yaml", "config*.yaml"
 LOADERS = {"fit": "train", "validate": "val"}
 """Subcommand -> prefix of Lightning's ``*_dataloader`` method, where the prefix differs from the subcommand."""
@@ -234,13 +225,13 @@ class TrainingCLI(LightningCLI):
 
     Attributes:
         estimated: Memory and computation of the run, under ``--estimate``.
-        card: Values of :data:`CARD`.
+        card: Device that the estimate is compared with.
     """
 
     def __init__(self, command: str, arguments: Sequence[str], folder: Path, held: ExitStack) -> None:
         self.command, self.folder, self.held, self.estimates = command, folder, held, False
         self.estimated: Estimate | None = None
-        self.card: Sequence[Any] = ()
+        self.card = Card(gpu=False)
         super().__init__(
             save_config_callback=SaveConfig,
             seed_everything_default=0,
@@ -307,8 +298,7 @@ class TrainingCLI(LightningCLI):
                 default=False,
                 help="Compute the memory and computation that the run needs, print them, and end; from configs alone.",
             )
-            for name, kind, default, what in CARD:
-                parser.add_argument(f"--{name}", type=kind, default=default, help=what)
+            parser.add_class_arguments(Card, skip={"gpu"}, instantiate=False)
 
     @override
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
@@ -318,9 +308,11 @@ class TrainingCLI(LightningCLI):
             raise InputError(summarise(str(error))) from error
         if self.command == "fit":
             self.estimates = self.config[self.command].pop("estimate")  # these are no settings of the run
-            self.card = [self.config[self.command].pop(name) for name, *_ in CARD]
-            for (name, _, default, _), value in zip(CARD, self.card, strict=True):
-                if value != default and not self.estimates:
+            gpu = self.config[self.command]["trainer"]["accelerator"] != "cpu"
+            given = {name: self.config[self.command].pop(name) for name in ("card_gb", "tflops")}
+            self.card = Card(gpu, **given)
+            for name, value in given.items():
+                if value != getattr(Card, name) and not self.estimates:
                     raise InputError(f"{name}: {value} is for --estimate; add it, or leave {name} out")
         check_ranges(self.config[self.command])
         settle_folder(self.config[self.command]["trainer"], args)
@@ -711,12 +703,11 @@ def run(command: str, arguments: Sequence[str]) -> None:
     """
     found, card = _run(command, arguments)
     if found is not None:
-        from latentreward.estimate.needs import Card, check_hours, check_memory, training_needs
+        from latentreward.estimate.needs import check_hours, check_memory, training_needs
 
         needs = {"fit": training_needs(found)}
-        compared = Card(found.settings.trainer.accelerator != "cpu", *card)
-        print(found.as_text(), check_hours(needs, compared), sep="\n", flush=True)
-        print(check_memory(needs, compared, found.remedy()))
+        print(found.as_text(), check_hours(needs, card), sep="\n", flush=True)
+        print(check_memory(needs, card, found.remedy()))
 
 
 def estimate_fit(arguments: Sequence[str]) -> "Estimate":
@@ -730,7 +721,7 @@ def estimate_fit(arguments: Sequence[str]) -> "Estimate":
     return found
 
 
-def _run(command: str, arguments: Sequence[str]) -> "tuple[Estimate | None, Sequence[float]]":
+def _run(command: str, arguments: Sequence[str]) -> "tuple[Estimate | None, Card]":
     settings = prepare(arguments)
     try:
         with TemporaryDirectory(prefix="latentreward-") as folder, ExitStack() as held:

@@ -5,9 +5,10 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 from latentreward.errors import InputError, check_at_least_one, errors_at
+from latentreward.estimate.card import Card
 from latentreward.interrupts import interrupts_told
 from latentreward.pilot.checks import GB, check_access, check_disk, check_sources, downloads, hub_cache
 from latentreward.pilot.plans import ALIGNED, BESIDE, CUT, JUDGED, MEASURED, Pilot, find_pilot
@@ -15,9 +16,6 @@ from latentreward.settings.functions import run_plain_function
 from latentreward.steps.tasks import Task
 from latentreward.storage.hub import is_hub_id
 from latentreward.storage.locks import locked
-
-if TYPE_CHECKING:
-    from latentreward.estimate.needs import Card
 
 REMEDY = (
     "take a machine with more, or a copy of the pilot's file with a smaller --data.batch_size and more "
@@ -34,12 +32,11 @@ def pilot(
     check: bool = False,
     quick: bool = False,
     hours: float = 72.0,
-    tflops: float = 30.0,
-    card_gb: float | None = None,
     weights: str | None = None,
     output: Path | None = None,
     results: Path = Path("pilots"),
     work: Path = Path("runs/pilot"),
+    **card: Any,
 ) -> None:
     """Cache a cut of a data set, train a reward, benchmark it, align a generator with it, compare before and after.
 
@@ -57,32 +54,31 @@ def pilot(
         check: Whether to end after the checks.
         quick: Whether to only try all stages, with a few pairs, steps and pictures.
         hours: Most hours that the two trainings may take by the computed operations; a longer pilot is refused.
-        tflops: Operations per second that the device sustains, in 10¹²; 30 is some 40 % of an RTX 3090's peak.
-        card_gb: Memory of the card to check against, in GB, with --check; by default that of the GPU here.
         weights: Hub id under which the trained reward was published, owner/name; it gets a row in the table of models.
         output: File of the result; ``NAME-DIGEST.json`` in ``results`` by default.
         results: Folder of the results.
         work: Folder of the stages' outputs.
+        card: See :class:`~latentreward.estimate.card.Card`; ``card_gb`` is for ``--check``.
 
     Raises:
         InputError: If something that is needed is missing, or a stage fails.
     """
     check_at_least_one(pairs=pairs)
-    if card_gb is not None and not check:
-        raise InputError(f"card_gb: {card_gb} is for --check; leave it out, since the pilot runs on the GPU here")
     if weights is not None and not is_hub_id(weights):
         raise InputError(f"weights is {weights!r}; give the hub id of the pilot's reward, owner/name")
     found = find_pilot(name)
+    compared = Card(found.device == "gpu", **card)
+    if compared.card_gb is not None and not check:
+        raise InputError(
+            f"card_gb: {compared.card_gb} is for --check; leave it out, since the pilot runs on the GPU here"
+        )
     settings = {"pairs": pairs or found.pairs, "seed": seed, "quick": quick}
     tasks = found.tasks(**settings)
     folder = work.resolve()
     lacking: list[str] = []
     fetched = check_inputs(found, folder, lacking)
     if check or not lacking:
-        from latentreward.estimate.needs import Card
-
-        card = Card(found.device == "gpu", card_gb, tflops)
-        check_trainings(found, tasks, folder, settings["pairs"], (card, hours), fetched, lacking)
+        check_trainings(found, tasks, folder, settings["pairs"], (compared, hours), fetched, lacking)
     if lacking:
         raise InputError("; ".join(lacking))
     if check:
@@ -131,7 +127,7 @@ def check_trainings(
     tasks: Mapping[str, Task],
     folder: Path,
     pairs: int,
-    limits: tuple["Card", float],
+    limits: tuple[Card, float],
     fetched: Mapping[Path, int],
     lacking: list[str],
 ) -> None:
@@ -145,7 +141,7 @@ def check_trainings(
     from latentreward.steps.running import TaskRunner
 
     card, most = limits
-    if card.gpu and card.gb is None:
+    if card.gpu and card.card_gb is None:
         with collected(lacking):
             check_gpu()
     runner = TaskRunner(folder)

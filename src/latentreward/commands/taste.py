@@ -3,10 +3,11 @@
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from latentreward.commands.notes import tell
 from latentreward.errors import InputError, check_at_least_one, check_multiples, errors_at
+from latentreward.estimate.card import Card
 from latentreward.interrupts import interrupts_told
 from latentreward.settings.functions import run_plain_function
 from latentreward.steps.tasks import Task
@@ -14,7 +15,6 @@ from latentreward.storage.locks import locked
 
 if TYPE_CHECKING:
     from latentreward.backbones.tuning import Tuning
-    from latentreward.estimate.needs import Card
     from latentreward.taste.plan import Plan
 
 LARGEST = 4096
@@ -29,8 +29,6 @@ def taste(
     rate: bool = False,
     align: bool = False,
     estimate: bool = False,
-    card_gb: float | None = None,
-    tflops: float = 30.0,
     base: str = SD15,
     family: str | None = None,
     tuning: Literal["auto", "frozen", "lora", "full"] = "auto",
@@ -53,6 +51,7 @@ def taste(
     seed: int = 0,
     port: int = 7861,
     work: Path | None = None,
+    **card: Any,
 ) -> None:
     """Train a reward on pairs of your own pictures, say how far it can be trusted, and align with it.
 
@@ -72,8 +71,6 @@ def taste(
         align: Whether to align the base with the reward, if the reward has learned something.
         estimate: Whether to only compute the memory and hours that the trainings need, from configs, and compare the
             memory with what is here.
-        card_gb: Memory of the card to compare with, in GB; by default that of the GPU here.
-        tflops: Operations per second that the device sustains, in 10¹², for the hours.
         base: Pipeline that the reward reads and that is aligned: a folder or hub id of SD1.5, SDXL or SD3.5, or
             ``sd_tiny``, ``sd35_tiny``; with ``family`` any of that family.
         family: Import path of the base's family, for a family of your own; its module is imported by all steps. Set the
@@ -101,6 +98,7 @@ def taste(
         port: Port of the page to rate; 0 takes a free one and prints it.
         work: Folder of all outputs, outside the folder of pictures; ``runs/taste/`` and the name of the folder by
             default.
+        card: See :class:`~latentreward.estimate.card.Card`.
 
     Raises:
         InputError: If the folder gives too few pairs, a setting is wrong, or a step fails.
@@ -119,7 +117,6 @@ def taste(
     import torch
 
     from latentreward.devices import find_device
-    from latentreward.estimate.needs import Card
     from latentreward.taste.pairs import LEAST, collect
     from latentreward.taste.plan import CACHE, FROZEN_BELOW, REWARD, Plan, find_base
     from latentreward.taste.preparing import prompts_of, write_pairs, write_prompts
@@ -171,7 +168,7 @@ def taste(
         if estimate:
             if size is not None and not tasks[CACHE].output(output).exists():
                 tell(f"{REWARD} is computed at the base's own size, not {size}, until the pictures are cached")
-            tell_needs(tasks, output, counts[TRAIN], Card(plan.gpu, card_gb, tflops))
+            tell_needs(tasks, output, counts[TRAIN], Card(plan.gpu, **card))
             return
         run_steps(tasks, plan, output, parts.how, always=align_always)
 
@@ -204,7 +201,7 @@ def rate_pictures(folder: Path, port: int, seed: int) -> None:
             serve_ratings(ratings, bound)
 
 
-def tell_needs(tasks: Mapping[str, Task], output: Path, pairs: int, card: "Card") -> None:
+def tell_needs(tasks: Mapping[str, Task], output: Path, pairs: int, card: Card) -> None:
     """Print the memory and hours that the trainings need, and compare the memory with the card.
 
     Raises:

@@ -9,17 +9,15 @@ from pathlib import Path
 import torch
 
 from latentreward.errors import InputError
+from latentreward.estimate.card import GB, Card
 from latentreward.estimate.settings import Estimate
 
-GB = 10**9
 ALLOWANCE, CONTEXT = 1.1, GB
 """Factor for what the allocator holds beyond tensors, and bytes of a CUDA context and kernels' work space."""
 IMPORTS = 2 * GB
 """Memory of a process with all its imports and data loaders."""
 KEPT_ROWS = 0.5
 """Share of a rollout's rows that pass the threshold of LPO; a guess, since it depends on the reward."""
-TFLOPS = 30.0
-"""Operations per second in 10¹² that estimates of time assume: some 40 % of an RTX 3090's peak."""
 CHECKPOINTS = 3
 """Most copies of weights and optimiser state on disk at a time: best, last, and the one being written."""
 
@@ -75,35 +73,6 @@ def check_gpu() -> None:
         raise InputError("device: PyTorch finds no GPU here; run it on a machine with one")
 
 
-@dataclass(frozen=True)
-class Card:
-    """Device that the needs of trainings are compared with.
-
-    Attributes:
-        gpu: Whether the trainings run on a GPU.
-        gb: Memory of the GPU in GB; None takes the GPU of this machine, and this machine's own memory.
-        tflops: Operations per second that the device sustains, in 10¹².
-    """
-
-    gpu: bool
-    gb: float | None = None
-    tflops: float = TFLOPS
-
-    def __post_init__(self) -> None:
-        for name in ("gb", "tflops"):
-            if (value := getattr(self, name)) is not None and not 0 < value < math.inf:
-                raise InputError(f"{'card_gb' if name == 'gb' else name}: {value} is not above 0; give the card's own")
-
-    def memory(self) -> tuple[int, str] | None:
-        """Return bytes and name of the GPU's memory; None if there is no GPU here and none is given."""
-        if self.gb is not None:
-            return int(self.gb * GB), "of GPU memory"
-        if not torch.cuda.is_available():
-            return None
-        found = torch.cuda.get_device_properties(0)
-        return found.total_memory, f"of GPU memory ({found.name})"
-
-
 def free_memory() -> int:
     """Return the bytes of memory that are available, or of all memory where the system does not tell."""
     told = Path("/proc/meminfo")
@@ -124,12 +93,12 @@ def check_memory(needs: Mapping[str, TrainingNeeds], card: Card, remedy: str) ->
         InputError: If it is too small.
     """
     told, lacking, gpu = [], [], card.memory() if card.gpu else None
-    found = "given" if card.gpu and card.gb else "here"
+    found = "given" if card.gpu and card.card_gb else "here"
     for name, one in needs.items():
         wanted = [(IMPORTS + (one.weights if card.gpu else one.memory), free_memory(), "of memory")]
         if card.gpu:
             size = int(one.memory * ALLOWANCE) + CONTEXT
-            wanted = [(size, *gpu), *([] if card.gb else wanted)] if gpu else []
+            wanted = [(size, *gpu), *([] if card.card_gb else wanted)] if gpu else []
             told += [] if gpu else [f"{name} {size / GB:.1f} GB of GPU memory"]
         for size, here, what in wanted:
             told.append(f"{name} {size / GB:.1f} of {here / GB:.1f} GB {what}")
@@ -140,7 +109,7 @@ def check_memory(needs: Mapping[str, TrainingNeeds], card: Card, remedy: str) ->
         raise InputError(f"memory: {', '.join(lacking)} (counted: {counted}); {remedy}")
     if card.gpu and not gpu:
         counted += "; no GPU is here to compare with, --card_gb 24 takes a card of 24 GB"
-    elif not (card.gpu and card.gb):
+    elif not (card.gpu and card.card_gb):
         counted += f"{'; the weights' if card.gpu else ''} and {IMPORTS / GB:.1f} GB for the program itself"
     return f"memory: {', '.join(told)} (counted: {counted}); to lower it: {remedy}"
 
