@@ -17,16 +17,25 @@ from latentreward.data import PairReader
 from latentreward.encoders.prompts import PromptEncoder
 from latentreward.encoders.vae import LatentEncoder
 from latentreward.errors import InputError
-from latentreward.families import Family
+from latentreward.families import Family, FlowFamily, Tokens
 from latentreward.heads import EmbeddingHead, RewardHead
-from latentreward.losses import KLGate, Penalty, PreferenceLoss, RatioRule, RewardLoss, StepDrift
+from latentreward.losses import (
+    KLGate,
+    Penalty,
+    PreferenceLoss,
+    RatioRule,
+    RewardLoss,
+    StepDPOResult,
+    StepDrift,
+    StepPairLoss,
+)
 from latentreward.modules.pairs import LevelMetrics
 from latentreward.noise import DDPM, FlowMatching, LevelSampler, NoiseProcess, TargetSigma
 from latentreward.remote import ImageSchema, RemoteServer
-from latentreward.rewards import Reward, RewardSource
+from latentreward.rewards import CallableReward, Reward, RewardSource
 from latentreward.rollout import Advantage, Credit, PairSelection, StepChoice, Window
 from latentreward.rollout.pair_selection import ScheduledThreshold
-from latentreward.scorers import HTTPScorer
+from latentreward.scorers import CallableScorer, HTTPScorer
 from latentreward.scorers.base import ImageScorer, TableScorer
 from tests.heads.features import DIT_SPEC, random_features
 
@@ -100,6 +109,11 @@ def without_super(self: Any) -> None:
     """A constructor that forgets the base class's."""
 
 
+def early(self: Any) -> None:
+    """A constructor that sets a module before it calls the base class's."""
+    self.layer = nn.Linear(1, 1)
+
+
 def noise_of(process: NoiseProcess) -> Any:
     return process.add_noise(torch.zeros(3, 4, 2, 2), torch.ones(3, 4, 2, 2), ONES)
 
@@ -111,6 +125,12 @@ def predicted(family: Family) -> Any:
     family.load_prompt_encoder()
     family.load_network()
     return family.guide(latents, latents, 2.0)
+
+
+def run(family: FlowFamily) -> Any:
+    latents = torch.zeros(2, 4, 2, 2)
+    family.velocity(None, latents, ONES[:2], None, None)
+    return family.step(None, family.begin(None, latents, ONES[:2], None), 1)
 
 
 def metric_of(metric: Metric) -> Any:
@@ -127,6 +147,7 @@ class Scoring(Reward):
         return torch.zeros(len(states.latents))
 
 
+LEAF = torch.zeros(3, 4, 2, 2, requires_grad=True)
 STATES = NoisyStates(torch.zeros(3, 4, 2, 2), ONES, torch.zeros(3, dtype=torch.int64))
 
 
@@ -204,6 +225,12 @@ LOSS = Kind(
         for bad in (ONES[:, None], torch.tensor(1.0), NAN * ONES, ONES.long(), None, ONES[:2], [1.0] * 3)
     ]
     + [("win_probability", bad) for bad in (1.5 * ONES, -0.1 * ONES, ONES[:, None], NAN * ONES, ONES > 0, None)],
+)
+STEP_LOSS = Kind(
+    StepPairLoss,
+    {"forward": StepDPOResult(*ONES, ONES[0])},
+    lambda loss: loss(ONES, ONES, ONES, ONES),
+    [("forward", bad) for bad in (ONES[0], StepDPOResult(ONES, *ONES), None)],
 )
 REWARD_LOSS = Kind(
     RewardLoss,
@@ -346,14 +373,26 @@ FAMILY = Kind(
         "predict": LATENTS,
         "levels": (torch.tensor([1000.0, 500.0]), torch.tensor([1.0, 0.5, 0.0])),
         "blocks": (),
-        "load_prompt_encoder": lambda self: made(ENCODER),
-        "load_network": lambda self: nn.Linear(1, 1),
+        "load_prompt_encoder": lambda self, *given, **named: made(ENCODER),
+        "load_network": lambda self, *given, **named: nn.Linear(1, 1),
         "guide": LATENTS,
     },
     predicted,
     [("predict", bad) for bad in (torch.zeros(2, 4, 2), NAN * LATENTS, (LATENTS,), LATENTS[:1])]
     + [("levels", bad) for bad in (ONES, (ONES, ONES), (ONES[:2], 1.2 * ONES), (5000 * ONES[:2], ONES))]
-    + [("load_prompt_encoder", lambda self: None), ("load_network", lambda self: None), ("guide", LATENTS[:1])]
+    + [
+        ("levels", (torch.tensor(timesteps), torch.tensor(sigmas)))
+        for timesteps, sigmas in (
+            ([500.0, 1000.0], [0.5, 1.0, 0.0]),
+            ([1000.0, 500.0], [1.0, 0.5, 0.2]),
+            ([1.0, 0.5], [1.0, 0.5, 0.0]),
+        )
+    ]
+    + [("load_prompt_encoder", None), ("load_network", None), ("guide", LATENTS[:1])]
+    + [
+        ("load_prompt_encoder", lambda self, *given, bad=bad, **named: made(ENCODER, "__init__", bad))
+        for bad in (without_super, early)
+    ]
     + [("noise_process", DDPM(torch.linspace(0.9, 0.1, 1000))), ("clips", True)],
     args=(None,),
     also={
@@ -363,7 +402,42 @@ FAMILY = Kind(
         "default_guidance": None,
         "lora_loader": "",
         "latent_space": SPACE,
+        "network_class": "",
     },
+)
+TOKENS = {"visual": torch.zeros(2, 1, 6), "text": torch.zeros(2, 3, 5), "temb": torch.zeros(2, 6), "grid": (1, 1)}
+FLOW_FAMILY = Kind(
+    FlowFamily,
+    {
+        "velocity": LATENTS,
+        "begin": lambda self, *given: Tokens(**TOKENS),
+        "step": (torch.zeros(2, 1, 6), torch.zeros(2, 3, 5)),
+        "load_prompt_encoder": None,
+    },
+    run,
+    [("velocity", bad) for bad in (torch.zeros(2, 4, 2), NAN * LATENTS, None)]
+    + [
+        ("begin", returning(bad))
+        for bad in (
+            TOKENS,
+            Tokens(**TOKENS | {"visual": torch.zeros(2, 2, 6)}),
+            Tokens(**TOKENS | {"grid": (2, 2)}),
+            Tokens(**TOKENS | {"visual": NAN * TOKENS["visual"]}),
+            Tokens(**TOKENS | {"temb": torch.zeros(2, 7)}),
+            Tokens(**TOKENS | {"text": torch.zeros(3, 5)}),
+        )
+    ]
+    + [
+        ("step", bad)
+        for bad in (
+            TOKENS["visual"],
+            (TOKENS["text"], TOKENS["visual"]),
+            (NAN * TOKENS["visual"], TOKENS["text"]),
+            (TOKENS["visual"], None),
+        )
+    ],
+    args=(None,),
+    also={"network_class": "", "lists": (), "default_guidance": 1.0, "width": 6, "temb_dim": 6},
 )
 GROUPS = torch.zeros(3, dtype=torch.int64)
 ADVANTAGE = Kind(
@@ -507,6 +581,7 @@ KINDS = [
     HEAD,
     EMBEDDING,
     LOSS,
+    STEP_LOSS,
     REWARD_LOSS,
     LEVELS,
     SIGMAS,
@@ -518,6 +593,7 @@ KINDS = [
     BACKBONE,
     NOISE,
     FAMILY,
+    FLOW_FAMILY,
     ADVANTAGE,
     PARTS,
     CREDIT,
@@ -568,13 +644,124 @@ def test_states_that_are_not_finite_are_the_policys() -> None:
         made(REWARD, "score", NAN * ONES)(replace(STATES, latents=NAN * STATES.latents), None)
 
 
-def test_only_the_first_call_is_compared_and_no_call_through_super() -> None:
-    results = [ONES, ONES[:, None]]
+def test_values_are_compared_in_the_first_call_shapes_in_each_and_none_through_super() -> None:
+    results = [ONES, NAN * ONES, ONES[:, None]]
     head = made(HEAD, "forward", lambda self, features: results.pop(0))
-    assert head(FEATURES).shape == (3,) and head(FEATURES).shape == (3, 1)
+    assert head(FEATURES).shape == (3,) and head(FEATURES).isnan().all()
+    with pytest.raises(InputError, match=r"^Mine.forward returned \(3, 1\)"):
+        head(FEATURES)
     inner = type(made(HEAD, "forward", ONES[:, None]))
     outer = type("Outer", (inner,), {"forward": lambda self, features: inner.forward(self, features).squeeze(-1)})
     assert outer()(FEATURES).shape == (3,)
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "method", "wanted"),
+    [
+        (HEAD, "forward", lambda self, features, timesteps: ONES, "self, features"),
+        (LOSS, "forward", lambda self, chosen, rejected: ONES, "self, scores"),
+        (LEVELS, "draw", lambda self, process: ONES, "self, generator, process"),
+        (FAMILY, "guide", lambda self, with_prompt, without: None, "self, with_prompt, without, scale"),
+        (FAMILY, "load_prompt_encoder", lambda self: None, "self, t5_length, load_t5, pretrained"),
+        (FAMILY, "load_network", lambda self: None, "self, pretrained"),
+        (FAMILY, "load_network", lambda self, *given: nn.Linear(1, 1), None),
+        (FLOW_FAMILY, "velocity", lambda self, network, latents: None, "self, network, latents, sigma, .*, guidance"),
+        (FAMILY, "mu", lambda self, steps: None, None),
+        (ADVANTAGE, "__call__", lambda self, rewards: None, "self, rewards, groups"),
+        (REWARD, "score_clean", lambda self, latents: None, "self, latents, rows, encoded, noise, sigmas"),
+        (METRIC, "update", lambda self, one, two: None, "chosen_rewards, rejected_rewards, label"),
+    ],
+)
+def test_a_method_that_takes_other_arguments_is_named(kind: Kind, name: str, method: Any, wanted: str | None) -> None:
+    changed = Kind(kind.base, kind.sound | {name: method}, kind.use, [], kind.args, kind.also)
+    if wanted is None:  # no method of this base
+        kind.use(made(changed))
+        return
+    with pytest.raises(InputError, match=rf"Mine\.{name}\([^)]*\) must take \({wanted}\) \(test_promises.py:\d+\)$"):
+        kind.use(made(changed))
+
+
+def test_a_function_that_takes_other_arguments_is_named() -> None:
+    def clean(latents: Tensor, timesteps: Tensor, prompts: list[str], clean: Tensor) -> Tensor:
+        return latents
+
+    CallableReward(lambda latents, timesteps, prompts, scale=1.0: latents)
+    CallableReward(lambda *given, **named: given[0], needs_clean=True)
+    CallableReward(clean, needs_clean=True)
+    CallableReward(min)
+    with pytest.raises(
+        InputError, match=r"^clean\(latents, timesteps, prompts, clean\) must take \(latents, timesteps"
+    ):
+        CallableReward(clean)
+    with pytest.raises(InputError, match=r"must take \(latents, timesteps, prompts, clean\) \(test_promises.py:\d+\)$"):
+        CallableReward(lambda latents, timesteps, prompts: latents, needs_clean=True)
+    with pytest.raises(InputError, match=r"^<lambda>\(prompts\) must take \(prompts, images\)"):
+        CallableScorer(lambda prompts: ONES, "mine")
+
+
+def with_gradient(margin: Tensor) -> PairScores:
+    return replace(SCORES, chosen=margin)
+
+
+MARGIN = torch.ones(3, requires_grad=True)
+DETACHED: list[tuple[Kind, str, Any, Callable[[Any], Any]]] = [
+    (HEAD, "forward", lambda self, _: ONES, lambda head: head(replace(FEATURES, visual=(MARGIN,) * 3))),
+    (LOSS, "per_pair", lambda self, s: s.margin.detach(), lambda loss: loss(with_gradient(MARGIN))),
+    (LOSS, "forward", lambda self, s: s.margin.detach().mean(), lambda loss: loss(with_gradient(MARGIN))),
+    (REWARD_LOSS, "forward", lambda self, r: r.detach().mean(), lambda loss: loss(MARGIN)),
+    (
+        STEP_LOSS,
+        "forward",
+        lambda self, *r: StepDPOResult(*ONES, ONES[0]),
+        lambda loss: loss(MARGIN.mean(), *[ONES[0]] * 3),
+    ),
+    (PENALTY, "penalty", lambda self, p, r: p.detach().mean(), lambda rule: rule(MARGIN, ONES)),
+    (RATIO, "objective", lambda self, r, *_: (ONES, ONES, ONES > 0), lambda r: r.objective(MARGIN, ONES, 0.2, DRIFT)),
+    (REWARD, "score", lambda self, *_: ONES, lambda reward: reward(replace(STATES, latents=LEAF), None)),
+    (REWARD, "score_clean", returning(ONES), lambda reward: reward.score_clean(LEAF, STATES.rows, None)),
+]
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "method", "use"), DETACHED, ids=[f"{k.base.__name__}-{n}" for k, n, *_ in DETACHED]
+)
+def test_a_result_without_a_gradient_is_named(kind: Kind, name: str, method: Any, use: Callable[[Any], Any]) -> None:
+    also = kind.also | {"differentiable": True}
+    part = made(Kind(kind.base, kind.sound | {name: method}, kind.use, [], kind.args, also))
+    with torch.no_grad():
+        use(part)
+    with pytest.raises(
+        InputError, match=r"Mine\b.* returned a tensor without a gradient; it must be computed by torch"
+    ):
+        use(part)
+
+
+def test_a_function_without_a_gradient_is_named() -> None:
+    reward = CallableReward(lambda latents, *_: latents.detach().flatten(1).mean(1), differentiable=True).load(None)
+    with pytest.raises(InputError, match=r"^reward CallableReward \(test_promises.py:\d+\) with differentiable = True"):
+        reward(replace(STATES, latents=LEAF), ["a cat"])
+
+
+def test_a_family_lacks_its_noise_process() -> None:
+    changed = Kind(Family, FAMILY.sound, FAMILY.use, [], (None,), {**FAMILY.also, "noise_process": DROPPED})
+    with pytest.raises(InputError, match=r"^Mine lacks noise_process of Family; define what is missing$"):
+        made(changed)
+
+
+def test_whole_numbers_as_scores_are_told_to_be_floating_point_numbers() -> None:
+    with pytest.raises(InputError, match=r"returned a tensor of int64; it must be floating-point numbers"):
+        made(HEAD, "forward", ONES.long())(FEATURES)
+
+
+def test_a_later_batch_of_prompts_is_compared_by_shape() -> None:
+    encoder = made(ENCODER, "encode_ids", lambda self, *ids: conditioning(1, 3, 5, pooled=None))
+    encoder.tokenize = lambda prompts: (torch.ones(len(prompts), 3),)
+    encoder.pooled_dim = 0
+    encoder(PROMPTS[:1])
+    with pytest.raises(
+        InputError, match=r"^Mine.encode_ids returned prompt_embeds \(1, 3, 5\); it must be .*\(2, 3, 5\)"
+    ):
+        encoder(PROMPTS)
 
 
 def test_checks_get_arguments_in_the_order_of_the_parameters() -> None:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import math
 from abc import ABC
 from collections.abc import Callable, Sequence
-from functools import wraps
-from inspect import BoundArguments, isfunction, signature
+from contextvars import ContextVar
+from functools import cache, wraps
+from inspect import BoundArguments, Parameter, getattr_static, isfunction, signature
 from pathlib import Path
+from traceback import walk_tb
 from typing import Any, ClassVar, Literal, Self, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from latentreward.errors import InputError, lacks
 from latentreward.programs import of_this_package
@@ -28,13 +30,15 @@ KINDS = {
 }
 KEPT = "_promises_kept"
 """Attribute of a part with the names of the methods that were compared."""
+VALUES: ContextVar[bool] = ContextVar("VALUES", default=True)
+"""Whether checks look at values, for which they wait for an accelerator; else at shapes and types alone."""
 
 
 class Part(ABC):  # noqa: B024 - derived classes have the methods
     """Base of the classes from which users derive their own, and which YAML files name.
 
     A base class marks its methods by :func:`returns`. What an overriding method returns is then compared in its first
-    call, so that later steps cost nothing and never wait for an accelerator.
+    call. Of a user's class later calls are compared by shape and type alone, which never waits for an accelerator.
 
     Attributes:
         needs: Names of attributes that a derived class must set.
@@ -55,9 +59,10 @@ class Part(ABC):  # noqa: B024 - derived classes have the methods
                 setattr(cls, name, compared(method, name, *promise))
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
-        """Create the part; raise InputError if the class lacks methods of its base class."""
+        """Create the part; raise InputError if methods of its base class are missing or take other arguments."""
         if cls.__abstractmethods__:
             raise InputError(lacks(cls))
+        check_methods(cls)
         part: Self = super().__new__(cls)
         return part
 
@@ -69,7 +74,8 @@ def returns(check: Check, each: bool = False) -> Callable[[Method], Method]:
 
     Args:
         check: Compares a result.
-        each: Whether each call is compared; for results on the CPU, and for rules that are called once in a rollout.
+        each: Whether values of each call are compared; for results on the CPU, and for rules that are called once in a
+            rollout.
     """
     return lambda method: compared(method, method.__name__, check, each)
 
@@ -83,7 +89,16 @@ def compared(method: Method, name: str, check: Check, each: bool) -> Method:
 
     @wraps(method)
     def comparing(self: Any, *args: Any, **kwargs: Any) -> Any:
-        result = method(self, *args, **kwargs)
+        try:
+            result = method(self, *args, **kwargs)
+        except AttributeError as error:
+            if "before Module.__init__() call" not in str(error):
+                raise
+            *_, (caller, line), _ = walk_tb(error.__traceback__)  # the last one is torch's
+            place = f"{Path(caller.f_code.co_filename).name}:{line}"
+            raise InputError(
+                f"{type(self).__name__}.{name}: {error}; call super().__init__() first ({place})"
+            ) from error
         if getattr(type(self), name) is comparing:
             keep_promise(self, name, lambda: problem_of(result, bind(self, *args, **kwargs)), each)
         return result
@@ -93,18 +108,55 @@ def compared(method: Method, name: str, check: Check, each: bool) -> Method:
 
 
 def keep_promise(part: Any, method: str, problem: Callable[[], str | None], each: bool = False) -> None:
-    """Raise InputError if ``problem()`` tells one of what a part's method returned, in its first call or ``each``."""
+    """Raise InputError if ``problem()`` tells one of what a part's method returned; see :func:`returns`."""
     kept = vars(part).setdefault(KEPT, set())
-    if method in kept and not each:
+    first = each or method not in kept
+    if not first and of_this_package(type(part).__module__):
         return
     check_needs(part)
-    if found := problem():
+    token = VALUES.set(first)
+    try:
+        found = problem()
+    finally:
+        VALUES.reset(token)
+    if found:
         raise InputError(f"{type(part).__name__}.{method} returned {found}{place_of(getattr(type(part), method))}")
     kept.add(method)
 
 
+@cache
+def check_methods(cls: type[Part]) -> None:
+    """Raise InputError for a user's method that does not take the arguments of the method that it overrides."""
+    for base in cls.__mro__:
+        for name, wanted in vars(base).items() if of_this_package(base.__module__) else ():
+            method = getattr_static(cls, name)
+            named = not name.startswith("_") or name in ("__call__", "__getitem__")
+            if named and isfunction(wanted) and isfunction(method) and not of_this_package(method.__module__):
+                check_takes(f"{cls.__name__}.{name}", method, wanted)
+
+
+def check_takes(name: str, function: Callable[..., Any], wanted: Callable[..., Any]) -> None:
+    """Raise InputError if a user's function, ``name`` in messages, does not take the arguments of ``wanted``."""
+    try:
+        taken, needed = signature(function), signature(wanted).parameters
+    except ValueError:  # of functions in C
+        return
+    kinds = {name: one.kind for name, one in needed.items()}
+    by_place = [name for name, kind in kinds.items() if kind is Parameter.POSITIONAL_OR_KEYWORD]
+    by_name = {name: None for name, kind in kinds.items() if kind is Parameter.KEYWORD_ONLY}
+    try:
+        if Parameter.VAR_POSITIONAL not in kinds.values():
+            taken.bind(*by_place, **by_name)
+    except TypeError as error:
+        names = [", ".join(parameters) for parameters in (taken.parameters, needed)]
+        raise InputError(f"{name}({names[0]}) must take ({names[1]}){place_of(function)}") from error
+
+
 def check_needs(part: Part) -> None:
     """Raise InputError if an attribute is missing that the part :attr:`~Part.needs`."""
+    if isinstance(part, nn.Module) and "_modules" not in vars(part):
+        place = place_of(type(part).__init__)
+        raise InputError(f"{type(part).__name__} is not initialised; call super().__init__() in its __init__{place}")
     for name in part.needs:
         if not hasattr(part, name):
             base = next(base.__name__ for base in type(part).__mro__ if "needs" in vars(base))
@@ -142,9 +194,10 @@ def wrong_tensor(
         return f"{shown(found)}; it must be {wanted}"
     right = {"indices": found.dtype == torch.int64, "bool": found.dtype == torch.bool}
     if not right.get(kind, found.is_floating_point()):
-        return f"a tensor of {str(found.dtype).removeprefix('torch.')}; it must be {KINDS[kind]}"
+        wanted = KINDS["floats" if kind == "numbers" else kind]
+        return f"a tensor of {str(found.dtype).removeprefix('torch.')}; it must be {wanted}"
     values = found.detach().flatten()
-    if kind in ("bool", "floats") or values.is_meta or not len(values):
+    if kind in ("bool", "floats") or values.is_meta or not len(values) or not VALUES.get():
         return None
     sound = values.isfinite() & (values >= low) & (values <= high)
     if sound.all():  # also of an estimate's stand-ins, which have no values and whose booleans are true
@@ -160,6 +213,18 @@ def values_of(part: Any) -> Kind:
     return "floats" if of_this_package(type(part).__module__) else "numbers"
 
 
+def finite(*given: Tensor) -> bool:
+    """Tell whether numbers are finite, so that results must be, too; true where checks do not look at values."""
+    return not VALUES.get() or all(values.is_meta or bool(values.isfinite().all()) for values in given)
+
+
+def detached(found: Tensor, given: Tensor) -> str | None:
+    """Return what is wrong with a result without a gradient to what it is computed from, see :data:`Check`."""
+    if found.requires_grad or not (given.requires_grad and torch.is_grad_enabled()):
+        return None
+    return "a tensor without a gradient; it must be computed by torch operations, without detach, item or no_grad"
+
+
 def shown(found: Any) -> str:
     """Describe a result in a message: shape of a tensor, else type or a short value."""
     if isinstance(found, Tensor):
@@ -172,6 +237,8 @@ def of_class(kind: type, also_none: bool = False) -> Check:
 
     def check(found: Any, *given: Any) -> str | None:
         right = isinstance(found, kind) or (also_none and found is None)
+        if right and isinstance(found, Part):
+            check_needs(found)
         return None if right else f"{shown(found)}; it must be a {kind.__name__}{' or None' * also_none}"
 
     return check

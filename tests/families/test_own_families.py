@@ -87,31 +87,71 @@ def test_a_network_without_a_lora_loader_in_diffusers_is_trained_exported_and_me
 
 
 @pytest.mark.parametrize(
-    ("field", "value", "place"),
+    ("field", "value", "fault"),
     [
-        ("lora_loader", "PixArtLoraLoaderMixin", "diffusers.loaders"),
-        ("vae_class", "AutoencoderNone", "diffusers"),
-        ("network_class", "PixArtTransformer4DModel", "diffusers"),
-        ("block_classes", ("PixArtBlock",), "diffusers.models.transformers.pixart_transformer_2d"),
-        ("text_field", "caption_chanels", "source='made configs': transformer"),
+        ("lora_loader", "PixArtLoraLoaderMixin", "is not in diffusers.loaders"),
+        ("vae_class", "AutoencoderNone", "is not in diffusers"),
+        ("network_class", "PixArtTransformer4DModel", "is not in diffusers"),
+        ("block_classes", ("PixArtBlock",), "is not in diffusers.models.transformers.pixart_transformer_2d"),
+        ("text_field", "caption_chanels", "is not in source='made configs': transformer"),
+        ("title", "", "must be a text"),
+        ("name", None, "must be a text"),
+        ("native_size", 128, "must be (height, width) in pixels"),
+        ("native_size", (128, 128.0), "must be (height, width) in pixels"),
+        ("default_guidance", "3.5", "must be a number or None"),
+        ("lora_targets", "to_q", "must be a tuple of names"),
+        ("lists", "transformer_blocks", "must be a tuple of names"),
+        ("lists", (), "must name the network's lists of blocks"),
     ],
 )
 def test_a_wrong_name_of_a_family_is_told_before_anything_is_loaded(
-    field: str, value: Any, place: str, monkeypatch: pytest.MonkeyPatch
+    field: str, value: Any, fault: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(own_families.PixArt, field, value)
     configs = MadeConfigs({"transformer": {"caption_channels": 8, "in_channels": 4}, "vae": {"latent_channels": 4}})
     with pytest.raises(InputError, match=r"^family: PixArt") as refused:
         find_family(configs, f"{own_families.__name__}.PixArt")
-    assert str(refused.value) == f"family: PixArt.{field} is {value!r}, which is not in {place}"
+    assert str(refused.value) == f"family: PixArt.{field} is {value!r}, which {fault}"
 
 
-def test_a_wrong_list_of_blocks_is_told_when_the_network_is_loaded(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("name", ["sd15", "flux1", "sd"])
+def test_the_name_of_a_family_of_this_package_is_taken(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(own_families.PixArt, "name", name)
+    configs = MadeConfigs({"transformer": {"caption_channels": 8, "in_channels": 4}, "vae": {"latent_channels": 4}})
+    with pytest.raises(InputError, match=rf"^family: PixArt.name is '{name}', a name of this package; give another$"):
+        find_family(configs, f"{own_families.__name__}.PixArt")
+
+
+@pytest.fixture(scope="module")
+def pixart(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("pixart")
+    own_families.pixart_pipeline().save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("lists", ("blocks",), "PixArt.lists names 'blocks', which is not in PixArtTransformer2DModel"),
+        ("idle", ("attn.nothing",), "PixArt.idle names 'attn.nothing', which is not in PixArtTransformer2DModel"),
+        ("lora_targets", ("to_quary",), r"PixArt.lora_targets=\['to_quary'\]: Target modules"),
+    ],
+)
+def test_a_name_that_is_not_in_the_network_is_told_when_it_is_loaded(
+    field: str, value: Any, message: str, pixart: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    own_families.pixart_pipeline().save_pretrained(tmp_path)
-    monkeypatch.setattr(own_families.PixArt, "lists", ("blocks",))
-    with pytest.raises(
-        InputError, match=r"PixArt.lists is \('blocks',\), which is not in the PixArtTransformer2DModel"
-    ):
-        PolicySource(str(tmp_path), family=f"{own_families.__name__}.PixArt").load()
+    monkeypatch.setattr(own_families.PixArt, field, value)
+    with pytest.raises(InputError, match=f"^family: {message}"):
+        PolicySource(pixart, family=f"{own_families.__name__}.PixArt").load()
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("unread", lambda self, *given: ("attn.nothing",)), ("tail", ("norm",)), ("time_embedding", ("time",))],
+)
+def test_a_name_that_is_not_in_the_network_is_told_when_a_reward_is_built(
+    field: str, value: Any, pixart: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(own_families.PixArt, field, value)
+    with pytest.raises(InputError, match=rf"^family: PixArt.{field} names '\S+', which is not in "):
+        own_families.own_pixart(pixart, visual_taps=[2], text_taps=[])

@@ -24,6 +24,10 @@ def first(latents: Tensor, timesteps: Tensor, prompts: Sequence[str]) -> Tensor:
     return latents[:, 0, 0, 0]
 
 
+def of_clean(latents: Tensor, timesteps: Tensor, prompts: Sequence[str], clean: Tensor) -> Tensor:
+    return clean[:, 0, 0, 0]
+
+
 def second(latents: Tensor, timesteps: Tensor, prompts: Sequence[str]) -> Tensor:
     return 100 + 50 * latents[:, 1, 0, 0]
 
@@ -102,8 +106,8 @@ def test_gradients_go_through_the_scores_alone(normalise: Normalise) -> None:
 def test_weights_and_needs() -> None:
     half = mixed(mixture(None, "none"), states())
     torch.testing.assert_close(half, mixed(mixture((0.5, 0.5), "none"), states()))
-    rewards: list[RewardSource] = [CallableReward(first, needs_clean=True), RandomReward("readout")]
-    loaded = [CallableReward(first, needs_clean=True).load(None), CallableReward(first, differentiable=True).load(None)]
+    rewards: list[RewardSource] = [CallableReward(of_clean, needs_clean=True), RandomReward("readout")]
+    loaded = [source.load(None) for source in (rewards[0], CallableReward(first, differentiable=True))]
     both = MixedReward(loaded, (1.0, 1.0), "none")
     assert both.needs_clean
     assert not both.differentiable

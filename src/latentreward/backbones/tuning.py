@@ -69,7 +69,9 @@ def tune(network: nn.Module, tuning: Tuning, lora: LoRA, unread: Sequence[str] =
             and not any(name == skipped or name.startswith(f"{skipped}.") for skipped in unread)
         ]
         if not targets:
-            raise InputError(f"lora.target_modules={list(endings)} matches no linear layer of the network")
+            raise InputError(
+                f"lora.target_modules={list(endings)} matches no linear layer; see the family's lora_targets"
+            )
         config = LoraConfig(
             r=lora.rank,
             lora_alpha=lora.alpha,

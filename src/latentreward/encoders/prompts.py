@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from latentreward.contracts import Conditioning
 from latentreward.errors import InputError
-from latentreward.promises import Part, keep_promise, returns, shown, wrong_tensor
+from latentreward.promises import VALUES, Part, keep_promise, returns, shown, wrong_tensor
 
 logger = logging.getLogger(__name__)
 
@@ -124,8 +124,9 @@ class PromptEncoder(nn.Module, Part):
             )
         if mask is None:
             return None
-        if problem := wrong_tensor(mask, tokens.shape[:2], "bool"):
-            return f"prompt_mask {problem}"
+        problem = wrong_tensor(mask, tokens.shape[:2], "bool")
+        if problem or not VALUES.get():
+            return problem and f"prompt_mask {problem}"
         counts = mask.sum(dim=1)
         if mask.shape[1] > self.num_tokens or not (mask.cummin(dim=1).values == mask).all() or not counts.all():
             return f"prompt_mask with {counts.tolist()} tokens; it must be 1 to {self.num_tokens} that come first"

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from latentreward.contracts import LatentSpace
 from latentreward.errors import InputError
-from latentreward.promises import Kind, Part, returns, wrong_tensor
+from latentreward.promises import Kind, Part, finite, returns, wrong_tensor
 from latentreward.storage.json_files import entries, entry
 
 SD_SCALING_FACTOR = 0.18215
@@ -23,7 +23,7 @@ def _wrong_latents(found: Tensor, vae: "LatentEncoder", pixels: Tensor, *given: 
 def _wrong_pixels(found: Tensor, vae: "LatentEncoder", latents: Tensor) -> str | None:
     height, width = (side * vae.space.downscale for side in latents.shape[-2:])
     frames = (-1,) * (isinstance(found, Tensor) and found.ndim == 5)
-    values: Kind = "numbers" if latents.is_meta or latents.isfinite().all() else "floats"
+    values: Kind = "numbers" if finite(latents) else "floats"
     return wrong_tensor(found, (len(latents), 3, *frames, height, width), values)
 
 

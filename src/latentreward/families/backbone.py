@@ -65,6 +65,8 @@ class FamilyBackbone(TransformerBackbone):
                 f"text_taps={list(self.text_taps)} lie after the last of visual_taps, but {family.title} has the same "
                 "text in all blocks; name earlier blocks"
             )
+        for names in ("tail", "time_embedding"):
+            family.require_parts(names, getattr(family, names), transformer)
         self.transformer = transformer
         if cut:
             cut_network(transformer, family, num_layers, keep_tail=self.output_map)
@@ -86,7 +88,9 @@ class FamilyBackbone(TransformerBackbone):
         reads = last in self.visual_taps or self.output_map, last in self.text_taps
         if last:
             name, index = numbered[last - 1]
-            names += [f"{name}.{index}.{part}" for part in family.unread(last, *reads)]
+            parts = family.unread(last, *reads)
+            family.require_parts("unread", parts, getattr(self.transformer, name)[index])
+            names += [f"{name}.{index}.{part}" for part in parts]
         return [*names, *family.unread_outside(last, *reads)]
 
     def drop_text_taps(self) -> None:

@@ -19,7 +19,8 @@ from latentreward.encoders.vae import LatentEncoder
 from latentreward.errors import InputError
 from latentreward.families.published import Published
 from latentreward.noise import DDPM, NoiseProcess
-from latentreward.promises import Part, of_class, returns, shown, tensor, wrong_tensor
+from latentreward.programs import of_this_package
+from latentreward.promises import Part, finite, of_class, returns, shown, tensor, wrong_tensor
 from latentreward.storage.json_files import Kind, entry
 
 Pair = tuple[Tensor, Tensor]
@@ -50,18 +51,36 @@ class PipelineConfigs(Protocol):
         ...
 
 
-def _wrong_prediction(found: Tensor, family: Family, network: Any, latents: Tensor, *given: Any) -> str | None:
+def wrong_prediction(found: Tensor, family: Family, network: Any, latents: Tensor, *given: Any) -> str | None:
+    """Return what is wrong with a prediction for ``latents``, see :data:`~latentreward.promises.Check`."""
     if family.flow and isinstance(family.noise_process, DDPM):
         return "a prediction with flow = True, but noise_process is DDPM; it must be FlowMatching, or flow = False"
     if family.clips and family.latent_space.frame_downscale is None:
         return "a prediction of clips (clips = True), but latent_space has no time axis; it must have a frame_downscale"
-    return wrong_tensor(found, latents.shape) if latents.is_meta or latents.isfinite().all() else None
+    return wrong_tensor(found, latents.shape) if finite(latents) else None
 
 
 def _wrong_levels(found: tuple[Tensor, Tensor], family: Family, steps: int, shape: Sequence[int]) -> str | None:
     if not isinstance(found, tuple) or len(found) != 2:
         return f"{shown(found)}; it must be two tensors, timesteps and noise levels"
-    return wrong_tensor(found[0], (steps,), low=0, high=1000) or wrong_tensor(found[1], (steps + 1,), low=0, high=1)
+    timesteps, sigmas = found
+    problem = wrong_tensor(timesteps, (steps,), low=0, high=1000) or wrong_tensor(sigmas, (steps + 1,), low=0, high=1)
+    if problem:
+        return problem
+    if sigmas[-1] or (sigmas.diff() > 0).any():
+        return f"noise levels from {sigmas[0]:g} to {sigmas[-1]:g}; they must fall, the last one to 0"
+    error = (family.noise_process.sigma(timesteps) - sigmas[:-1]).abs()
+    if error.max() <= 0.01:  # rounded to whole timesteps
+        return None
+    timestep, sigma = timesteps[error.argmax()], sigmas[error.argmax()]
+    return f"timestep {timestep:g} for the noise level {sigma:g}; it must be that of noise_process, as 1000 times it is"
+
+
+def _wrong_network(found: nn.Module, family: Family, pretrained: bool = True) -> str | None:
+    problem = of_class(nn.Module)(found)
+    for names in ("lists", "idle") if problem is None else ():
+        family.require_parts(names, getattr(family, names, ()), found)
+    return problem
 
 
 class Family(Part):
@@ -104,7 +123,7 @@ class Family(Part):
     name: ClassVar[str] = ""
     title: ClassVar[str] = ""
     part: ClassVar[str] = "transformer"
-    network_class: ClassVar[str]
+    network_class: ClassVar[str] = ""
     block_classes: ClassVar[Sequence[str]] = ()
     refused: ClassVar[Mapping[str, str]] = {}
     text_layers: ClassVar[Sequence[str]] = ()
@@ -136,24 +155,44 @@ class Family(Part):
         """
 
     def check_names(self) -> None:
-        """Check that what the class of a family of one's own names is there, before anything is loaded or trained.
+        """Check attributes of a family of one's own, and that what it names is there, before anything is loaded.
 
         Raises:
-            InputError: If a name is that of nothing.
+            InputError: If an attribute is missing or of another type, or a name is that of nothing.
         """
         import diffusers
         from diffusers import loaders
 
-        self._require(
-            "lora_loader", self.lora_loader is None or hasattr(loaders, self.lora_loader), "diffusers.loaders"
-        )
+        for field in ("name", "title", "network_class"):
+            self._require(field, isinstance(value := getattr(self, field), str) and value, "must be a text")
+        for field in (
+            "block_classes", "text_layers", "lora_targets", "idle", "float32_parts", "lists", "tail", "time_embedding",
+        ):  # fmt: skip
+            names = getattr(self, field, ())
+            right = isinstance(names, list | tuple) and all(isinstance(name, str) for name in names)
+            self._require(field, right, "must be a tuple of names")
+        guidance = type(self.default_guidance) in (int, float, type(None))
+        self._require("default_guidance", guidance, "must be a number or None")
+        known = self.lora_loader is None or hasattr(loaders, self.lora_loader)
+        self._require("lora_loader", known, "is not in diffusers.loaders")
         if type(self).load_latent_encoder is Family.load_latent_encoder:
-            self._require("vae_class", hasattr(diffusers, self.vae_class), "diffusers")
+            self._require("vae_class", hasattr(diffusers, self.vae_class), "is not in diffusers")
+        size = self.native_size
+        right = isinstance(size, list | tuple) and [type(side) for side in size] == [int, int]
+        self._require("native_size", right, "must be (height, width) in pixels")
 
-    def _require(self, field: str, found: bool, place: str) -> None:
-        if not found:
+    def require_parts(self, field: str, names: Sequence[str], module: nn.Module) -> None:
+        """Check that modules or weights have the ``names`` (endings) that a family of one's own gives as ``field``."""
+        known = [name for name, _ in (*module.named_modules(), *module.named_parameters())]
+        for name in () if of_this_package(type(self).__module__) else names:
+            if not any(f".{one}".endswith(f".{name}") for one in known):
+                place = type(module).__name__
+                raise InputError(f"family: {type(self).__name__}.{field} names {name!r:.200}, which is not in {place}")
+
+    def _require(self, field: str, right: Any, wanted: str) -> None:
+        if not right:
             value = getattr(self, field)
-            raise InputError(f"family: {type(self).__name__}.{field} is {value!r:.200}, which is not in {place}")
+            raise InputError(f"family: {type(self).__name__}.{field} is {value!r:.200}, which {wanted}")
 
     def assumption(self) -> str | None:
         """Return what is assumed about the variant where the configs do not tell, for a line of the run's output."""
@@ -284,12 +323,12 @@ class Family(Part):
         config: dict[str, Any] = self.pipeline.config("scheduler")
         return config
 
-    @cached_property
+    @property
     @abstractmethod
     def noise_process(self) -> NoiseProcess:
         """Forward process of the network."""
 
-    @returns(_wrong_levels)
+    @returns(_wrong_levels, each=True)
     def levels(self, num_inference_steps: int, shape: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Return the timesteps ``(n,)`` and noise levels ``(n + 1,)`` of the pipeline's sampler, for flows.
 
@@ -341,12 +380,12 @@ class Family(Part):
     # Network
 
     @abstractmethod
-    @returns(of_class(nn.Module))
+    @returns(_wrong_network)
     def load_network(self, pretrained: bool = True) -> Any:
         """Load the network, whose weights stay unread for ``settle``; initial weights without ``pretrained``."""
 
     @abstractmethod
-    @returns(_wrong_prediction)
+    @returns(wrong_prediction)
     def predict(
         self, network: Any, latents: Tensor, timesteps: Tensor, conditioning: Conditioning, guidance: float | None
     ) -> Tensor:

@@ -8,6 +8,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from latentreward.backbones.registry import backbone_names
 from latentreward.errors import InputError
 from latentreward.families.base import Family, PipelineConfigs
 from latentreward.programs import import_class, of_this_package
@@ -42,6 +43,10 @@ def find_family(pipeline: PipelineConfigs, own: str | None = None) -> Family:
     if own is not None:
         family = import_family(own)(pipeline)
         family.check_names()
+        theirs = next(base for base in type(family).__mro__ if "name" in vars(base))
+        taken = backbone_names() | {name: kind.__module__ for name, kind in families().items()}
+        if not of_this_package(theirs.__module__) and of_this_package(taken.get(family.name)):
+            raise InputError(f"family: {theirs.__name__}.name is {family.name!r}, a name of this package; give another")
         family.check()
         return family
     names = [str(pipeline.index.get("_class_name"))]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
@@ -17,9 +18,10 @@ from latentreward.backbones.loading import check_channels
 from latentreward.contracts import Conditioning
 from latentreward.encoders.prompts import PromptEncoder
 from latentreward.errors import InputError, first_line
-from latentreward.families.base import Family, PipelineConfigs
+from latentreward.families.base import Family, PipelineConfigs, wrong_prediction
 from latentreward.noise import ContinuousFlow, NoiseProcess
 from latentreward.noise.schedules import shifted_levels
+from latentreward.promises import finite, of_class, returns, shown, values_of, wrong_tensor
 from latentreward.storage.json_files import entries
 
 
@@ -44,6 +46,32 @@ class Tokens:
     others: dict[str, Any] = field(default_factory=dict)
 
 
+def _wrong_tokens(found: Tokens, family: FlowFamily, network: Any, latents: Tensor, *given: Any) -> str | None:
+    if problem := of_class(Tokens)(found):
+        return problem
+    rows, kind = len(latents), values_of(family) if finite(latents) else "floats"
+    for name, tensor, shape in (
+        ("visual", found.visual, (rows, math.prod(found.grid), family.width)),
+        ("text", found.text, (rows, -1, -1)),
+        ("temb", found.temb, (rows, family.temb_dim)),
+    ):
+        if problem := wrong_tensor(tensor, shape, kind):
+            return f"{name} {problem}, as the latents, grid, width and temb_dim say"
+    return None
+
+
+def _wrong_step(
+    found: tuple[Tensor, Tensor], family: FlowFamily, block: Any, tokens: Tokens, number: int
+) -> str | None:
+    if not isinstance(found, tuple) or len(found) != 2:
+        return f"{shown(found)}; it must be two tensors, visual and text tokens"
+    kind = values_of(family) if finite(tokens.visual, tokens.text) else "floats"
+    if problem := wrong_tensor(found[0], tokens.visual.shape, kind):
+        return f"visual tokens {problem} after block {number}"
+    problem = wrong_tensor(found[1], (len(tokens.text), -1, -1), kind)
+    return problem and f"text tokens {problem} after block {number}"
+
+
 class FlowFamily(Family):
     """Family of transformers that predict the velocity ε − x_0 of a rectified flow.
 
@@ -66,7 +94,7 @@ class FlowFamily(Family):
         text_field: Field of the network's config with the width of the text encoder's tokens.
     """
 
-    lists: ClassVar[Sequence[str]]
+    lists: ClassVar[Sequence[str]] = ()
     tail: ClassVar[Sequence[str]] = ("norm_out", "proj_out")
     packing: ClassVar[int] = 2
     positions: ClassVar[int] = 1
@@ -86,13 +114,14 @@ class FlowFamily(Family):
         import diffusers
 
         super().check_names()
+        self._require("lists", self.lists, "must name the network's lists of blocks")
         found = self.text_field == FlowFamily.text_field or self.text_field in self.config
-        self._require("text_field", found, self.named(self.part))
+        self._require("text_field", found, f"is not in {self.named(self.part)}")
         if type(self).load_network is FlowFamily.load_network:
-            self._require("network_class", hasattr(diffusers, self.network_class), "diffusers")
+            self._require("network_class", hasattr(diffusers, self.network_class), "is not in diffusers")
             module = getattr(diffusers, self.network_class).__module__
             known = [hasattr(sys.modules[module], name) for name in self.block_classes]
-            self._require("block_classes", all(known), module)
+            self._require("block_classes", all(known), f"is not in {module}")
 
     def check(self) -> None:
         """See :meth:`Family.check`."""
@@ -217,9 +246,7 @@ class FlowFamily(Family):
         """See :meth:`Family.load_network`."""
         import diffusers
 
-        network = self.pipeline.load(getattr(diffusers, self.network_class), self.part, pretrained)
-        self._require("lists", all(hasattr(network, name) for name in self.lists), f"the {self.network_class}")
-        return network
+        return self.pipeline.load(getattr(diffusers, self.network_class), self.part, pretrained)
 
     def predict(
         self, network: Any, latents: Tensor, timesteps: Tensor, conditioning: Conditioning, guidance: float | None
@@ -230,6 +257,7 @@ class FlowFamily(Family):
         return self.velocity(network, latents, sigma, conditioning, scale)
 
     @abstractmethod
+    @returns(wrong_prediction)
     def velocity(
         self, network: Any, latents: Tensor, sigma: Tensor, conditioning: Conditioning, guidance: float | None
     ) -> Tensor:
@@ -270,6 +298,7 @@ class FlowFamily(Family):
     # Features
 
     @abstractmethod
+    @returns(_wrong_tokens)
     def begin(self, network: Any, latents: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tokens:
         """Return the tokens before the first block; arguments as in :meth:`velocity`.
 
@@ -277,6 +306,7 @@ class FlowFamily(Family):
         """
 
     @abstractmethod
+    @returns(_wrong_step)
     def step(self, block: nn.Module, tokens: Tokens, number: int) -> tuple[Tensor, Tensor]:
         """Run block ``number``, counted from 1 over all lists, and return its visual and text tokens."""
 

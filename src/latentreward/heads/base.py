@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from latentreward.construction import Construction
 from latentreward.contracts import Features
 from latentreward.heads.axes import AXES
-from latentreward.promises import Part, returns, values_of, wrong_tensor
+from latentreward.promises import Part, detached, returns, values_of, wrong_tensor
 
 
 def _wrong_scores(found: Tensor, head: "RewardHead", features: Features) -> str | None:
@@ -18,7 +18,8 @@ def _wrong_scores(found: Tensor, head: "RewardHead", features: Features) -> str 
     if problem and isinstance(found, Tensor) and found.ndim == 2:
         single = found.shape[1] == 1
         problem += "; drop the last axis by squeeze(-1)" if single else ", or set the head's attribute outputs"
-    return problem
+    weights = (weight for weight in head.parameters() if weight.requires_grad)
+    return problem or detached(found, next(weights, features.visual[0]))
 
 
 class RewardHead(nn.Module, Part):

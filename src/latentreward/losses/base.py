@@ -1,12 +1,13 @@
 """Base class of preference losses, and helpers for weighted means and for heads with several outputs."""
 
 from abc import abstractmethod
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
 from latentreward.contracts import PairScores
-from latentreward.promises import Part, returns, wrong_tensor
+from latentreward.promises import Part, detached, finite, returns, wrong_tensor
 
 
 def beside(values: Tensor, margin: Tensor) -> Tensor:
@@ -47,12 +48,13 @@ class SetLoss(nn.Module, Part):
         return ", ".join(f"{name}={value}" for name, value in settings.items() if not isinstance(value, bool))
 
 
-def _wrong_losses(losses: Tensor, loss: "PreferenceLoss", scores: PairScores) -> str | None:
-    return wrong_tensor(losses, scores.label.shape) if scores.margin.isfinite().all() else None
+def _wrong_losses(losses: Tensor, scores: PairScores, shape: Sequence[int]) -> str | None:
+    problem = wrong_tensor(losses, shape) if finite(scores.margin) else None
+    return problem or detached(losses, scores.margin)
 
 
 def _wrong_probabilities(found: Tensor, loss: "PreferenceLoss", scores: PairScores) -> str | None:
-    return wrong_tensor(found, scores.chosen.shape, low=0.0, high=1.0) if scores.margin.isfinite().all() else None
+    return wrong_tensor(found, scores.chosen.shape, low=0.0, high=1.0) if finite(scores.margin) else None
 
 
 class PreferenceLoss(SetLoss):
@@ -73,7 +75,7 @@ class PreferenceLoss(SetLoss):
     needs_cross_scores: bool = False
 
     @abstractmethod
-    @returns(_wrong_losses)
+    @returns(lambda found, loss, scores: _wrong_losses(found, scores, scores.label.shape))
     def per_pair(self, scores: PairScores) -> Tensor:
         """Compute the unweighted loss of each pair, averaged over the outputs of the head: ``(B,)``, float64."""
 
@@ -82,7 +84,7 @@ class PreferenceLoss(SetLoss):
     def win_probability(self, scores: PairScores) -> Tensor:
         """Predict the probability that chosen wins, by this loss's model: shape of the scores, float32."""
 
-    @returns(lambda found, loss, scores: wrong_tensor(found, ()) if scores.margin.isfinite().all() else None)
+    @returns(lambda found, loss, scores: _wrong_losses(found, scores, ()))
     def forward(self, scores: PairScores) -> Tensor:
         """Compute the weighted mean of :meth:`per_pair`.
 

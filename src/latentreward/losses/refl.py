@@ -16,7 +16,7 @@ from torch.nn.functional import relu
 from latentreward.errors import InputError
 from latentreward.losses.base import SetLoss
 from latentreward.losses.diffusion_dpo import denoising_error
-from latentreward.promises import returns, tensor
+from latentreward.promises import detached, returns, wrong_tensor
 
 
 def prediction_drift(prediction: Tensor, reference: Tensor) -> Tensor:
@@ -55,7 +55,7 @@ class RewardLoss(SetLoss):
             raise InputError(f"ceiling = {ceiling} must be finite; null sets no ceiling")
         self.scale, self.ceiling, self.sigmoid = scale, ceiling, sigmoid
 
-    @returns(tensor(lambda loss, rewards: ()))
+    @returns(lambda found, loss, rewards: wrong_tensor(found, ()) or detached(found, rewards))
     def forward(self, rewards: Tensor) -> Tensor:
         """Compute the mean loss of rewards ``(B,)``: a scalar, float32."""
         rewards = rewards.float().sigmoid() if self.sigmoid else rewards.float()

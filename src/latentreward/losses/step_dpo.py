@@ -17,6 +17,7 @@ from torch.nn.functional import logsigmoid
 
 from latentreward.errors import InputError
 from latentreward.losses.base import SetLoss
+from latentreward.promises import detached, of_class, returns, wrong_tensor
 
 
 def clamped_log_ratio(log_prob: Tensor, reference: Tensor, clip_range: float) -> Tensor:
@@ -54,6 +55,11 @@ class StepPairLoss(SetLoss):
     """Base class of losses of pairs of next states, from their log-probabilities under policy and reference."""
 
     @abstractmethod
+    @returns(
+        lambda found, loss, chosen, *given: (
+            of_class(StepDPOResult)(found) or wrong_tensor(found.loss, (), "floats") or detached(found.loss, chosen)
+        )
+    )
     def forward(self, chosen: Tensor, rejected: Tensor, ref_chosen: Tensor, ref_rejected: Tensor) -> StepDPOResult:
         """Compute the loss of B pairs.
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from latentreward.errors import InputError
 from latentreward.losses.base import wide
 from latentreward.losses.clipped_policy import clipped_objective
-from latentreward.promises import Part, returns, shown, tensor, wrong_tensor
+from latentreward.promises import Part, detached, returns, shown, tensor, wrong_tensor
 
 
 class TrustRegion(Part):
@@ -76,7 +76,8 @@ def _wrong_objective(found: tuple[Tensor, ...], rule: RatioRule, log_ratio: Tens
     objective, ratio, held = found
     ratio = ratio.nan_to_num() if isinstance(ratio, Tensor) else ratio  # infinite where a step is left out
     shape = log_ratio.shape
-    return wrong_tensor(objective, shape) or wrong_tensor(ratio, shape) or wrong_tensor(held, shape, "bool")
+    problem = wrong_tensor(objective, shape) or wrong_tensor(ratio, shape) or wrong_tensor(held, shape, "bool")
+    return problem or detached(objective, log_ratio)
 
 
 class RatioRule(TrustRegion):
@@ -172,7 +173,7 @@ class Penalty(TrustRegion):
     kind = "penalty"
 
     @abstractmethod
-    @returns(tensor(lambda rule, prediction, reference: ()))
+    @returns(lambda found, rule, prediction, reference: wrong_tensor(found, ()) or detached(found, prediction))
     def penalty(self, prediction: Tensor, reference: Tensor) -> Tensor:
         """Compute the penalty of predictions ``(N, C, ...)``, a scalar.
 

@@ -3,7 +3,6 @@
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from inspect import signature
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
@@ -19,7 +18,7 @@ from latentreward.metrics.pairwise import Equal
 from latentreward.modules.based import BasedModule
 from latentreward.modules.pair_noise import PairDraws
 from latentreward.noise import LevelSampler, NoiseProcess
-from latentreward.promises import shown
+from latentreward.promises import check_takes, shown
 
 if TYPE_CHECKING:
     from latentreward.encoders.vae import LatentEncoder
@@ -78,13 +77,7 @@ class LevelMetrics(nn.Module):
             name = type(metric).__name__
             if name in self.pair_metrics:
                 raise InputError(f"metrics: {name} is given twice; derive a class of another name from it")
-            try:
-                signature(metric.update).bind(None, None, None)
-            except TypeError as error:
-                raise InputError(
-                    f"metrics: {name}.update({', '.join(signature(metric.update).parameters)}) must take chosen "
-                    "rewards, rejected rewards and labels"
-                ) from error
+            check_takes(f"metrics: {name}.update", metric.update, lambda chosen_rewards, rejected_rewards, label: None)
             self.pair_metrics[name] = metric.clone()
         self.calibration = PairCalibration()
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from latentreward.errors import InputError
-from latentreward.promises import Part, returns, wrong_tensor
+from latentreward.promises import Part, finite, returns, wrong_tensor
 
 
 def per_sample(values: Tensor, like: Tensor) -> Tensor:
@@ -23,7 +23,7 @@ def _wrong_latents(found: Tensor, process: "NoiseProcess", latents: Tensor, othe
             return f"latents by a table {name} that is {problem}"
         if (table.diff() > 0).any():
             return f"latents by a table {name} that ascends; it must be descending"
-    return wrong_tensor(found, latents.shape) if latents.isfinite().all() and other.isfinite().all() else None
+    return wrong_tensor(found, latents.shape) if finite(latents, other) else None
 
 
 class NoiseProcess(Part):

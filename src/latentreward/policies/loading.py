@@ -125,7 +125,8 @@ def add_lora(network: Any, lora: LoRA, name: str, seed: int, family: Family) -> 
             inject_adapter_in_model(LoraConfig(**config, target_modules=endings), network, name)
             network._hf_peft_config_loaded = True  # diffusers' own methods for adapters ask this
     except ValueError as error:
-        raise InputError(f"lora.target_modules={endings}: {first_line(error)}") from error
+        field = "lora.target_modules" if lora.target_modules else f"family: {type(family).__name__}.lora_targets"
+        raise InputError(f"{field}={endings}: {first_line(error)}") from error
     for parameter, weight in network.named_parameters():
         if parameter.endswith(f".lora_A.{name}.weight"):
             with torch.device("cpu"):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from latentreward.contracts import LatentSpace, NoisyStates
 from latentreward.errors import InputError
-from latentreward.promises import Part, of_class, returns, shown, tensor
+from latentreward.promises import Part, detached, of_class, returns, shown, tensor, wrong_tensor
 
 if TYPE_CHECKING:
     from latentreward.policies import Policy, PolicySource
@@ -57,7 +57,11 @@ class Reward(nn.Module, Part):
             Scores ``(N,)``, float32.
         """
 
-    @returns(tensor(lambda reward, latents, *given: (len(latents),)))
+    @returns(
+        lambda found, reward, latents, *given: (
+            wrong_tensor(found, (len(latents),)) or ((reward.differentiable or None) and detached(found, latents))
+        )
+    )
     def score_clean(
         self, latents: Tensor, rows: Tensor, encoded: Any, noise: Tensor | None = None, sigmas: Sequence[float] = ()
     ) -> Tensor:
@@ -128,6 +132,8 @@ class Reward(nn.Module, Part):
             raise InputError(
                 f"reward {name} returned {shown(scores)} for {count} states; it must be a tensor ({count},)"
             )
+        if self.differentiable and (problem := detached(scores, latents)):
+            raise InputError(f"reward {name} with differentiable = True returned {problem}")
         if not scores.isfinite().all():
             bad = scores[~scores.isfinite()][0].item()
             if not latents.isfinite().all():

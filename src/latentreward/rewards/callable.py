@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from latentreward.contracts import NoisyStates
 from latentreward.errors import InputError
+from latentreward.promises import check_takes, place_of
 from latentreward.rewards.base import Reward, RewardSource
 from latentreward.seeding import pair_generator
 from latentreward.storage.digests import digest
@@ -39,6 +40,10 @@ class CallableReward(RewardSource):
     """
 
     def __init__(self, function: Callable[..., Any], needs_clean: bool = False, differentiable: bool = False) -> None:
+        wanted = (
+            (lambda latents, timesteps, prompts, *, clean: 0) if needs_clean else lambda latents, timesteps, prompts: 0
+        )
+        check_takes(getattr(function, "__name__", "function"), function, wanted)
         self.function, self.needs_clean, self.differentiable = function, needs_clean, differentiable
 
     def has_gradient(self) -> bool:
@@ -54,7 +59,8 @@ class CallableReward(RewardSource):
 
     def load(self, policy: Policy) -> FunctionReward:
         """See :meth:`RewardSource.load`."""
-        return FunctionReward(self.function, self.needs_clean, self.differentiable, type(self).__name__)
+        name = f"{type(self).__name__}{place_of(self.function)}"
+        return FunctionReward(self.function, self.needs_clean, self.differentiable, name)
 
 
 class FunctionReward(Reward):

@@ -12,6 +12,7 @@ from torch import Tensor
 from latentreward.contracts import PreferencePair
 from latentreward.data.score_table import PAIR_ID, SIDES, numbers, read_table
 from latentreward.errors import InputError
+from latentreward.promises import check_takes
 from latentreward.scorers.base import ImageScorer, TableScorer
 
 IMAGE_KEY, PROMPT = "image_key", "prompt"
@@ -38,6 +39,7 @@ class CallableScorer(ImageScorer):
         super().__init__(name, batch_size)
         if not callable(function):
             raise InputError(f"function of {name} is {function!r}; give something that can be called")
+        check_takes(getattr(function, "__name__", "function"), function, lambda prompts, images: 0)
         self.function, self.uses_prompt = function, uses_prompt
 
     def identity(self) -> str:
