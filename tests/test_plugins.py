@@ -76,17 +76,22 @@ def test_a_dialect_of_ones_own() -> None:
     assert issubclass(dialect, Dialect) and [route.path for route in dialect(None).routes()] == ["/lines"]
 
 
-def test_rules_of_alignment_run_through_yaml_alone(tmp_path: Path) -> None:
-    for name in ("my_rules.py", "rules.yaml"):
+def fit(tmp_path: Path, config: str, files: tuple[str, str], *options: str) -> None:
+    """Take one step of a shipped alignment with two files of the page."""
+    for name in files:
         text = re.search(rf"<!-- {re.escape(name)} -->\n```\w+\n(.*?)```", PAGE.read_text(), flags=re.DOTALL)[1]
         (tmp_path / name).write_text(text)
-    run = finish(
-        [
-            *("fit", "--config", "configs/align/grpo_trajectory_tiny.yaml", "--config", "rules.yaml"),
-            *("--model.reward", "RandomReward", "--model.reward.kind=readout", "--trainer.callbacks=null"),
-            *("--trainer.max_steps=1", "--data.prompts_per_rollout=2", "--data.batch_size=4"),
-            *("--model.num_trajectories=2", "--model.sampling.num_inference_steps=4", "--trainer.logger=false"),
-        ],
-        cwd=tmp_path,
-    )
+    given = ["fit", "--config", f"configs/align/{config}.yaml", "--config", files[1], "--trainer.callbacks=null"]
+    given += ["--trainer.max_steps=1", "--trainer.logger=false", "--data.batch_size=4", *options]
+    run = finish([*given, "--model.sampling.num_inference_steps=4"], cwd=tmp_path)
     assert run.returncode == 0, run.stderr[-3000:]
+
+
+def test_rewards_of_alignment_run_through_yaml_alone(tmp_path: Path) -> None:
+    fit(tmp_path, "refl_tiny", ("my_rewards.py", "rewards.yaml"), "--model.stop_range=[1, 2]")
+
+
+def test_rules_of_alignment_run_through_yaml_alone(tmp_path: Path) -> None:
+    rewards = ["--model.reward", "RandomReward", "--model.reward.kind=readout"]
+    shorter = ["--data.prompts_per_rollout=2", "--model.num_trajectories=2"]
+    fit(tmp_path, "grpo_trajectory_tiny", ("my_rules.py", "rules.yaml"), *rewards, *shorter)

@@ -15,11 +15,14 @@ from transformers import LlamaTokenizerFast, UMT5Config, UMT5EncoderModel
 from latentreward.cache.layout import read_plan
 from latentreward.cli import main
 from latentreward.commands.fit import Parser
+from latentreward.contracts import PromptBatch
+from latentreward.policies import PolicySource
+from latentreward.rollout import Sampling, sample_latents
 from latentreward.settings.functions import MODE, prepare
 from tests.cache.writing import SETTINGS, SQUARE, write_data
-from tests.families.twins import PROMPTS, TWINS
+from tests.families.twins import PROMPTS, TWINS, GivenNoise, noise_for
 from tests.processes import finish
-from tests.tiny_pipelines import randomise, vae
+from tests.tiny_pipelines import pipeline_folder, randomise, vae
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "families.md"
 BLOCKS = [f"block {number}" for number in range(1, 5)]
@@ -87,6 +90,16 @@ def test_its_latents_and_prompts_are_cached(folder: Path, monkeypatch: pytest.Mo
     spec = read_plan(folder / "cache").spec
     assert spec.text is not None and (spec.text.num_tokens, spec.text.token_dim) == (256, 32)
     assert spec.latent_space.channels == 4
+
+
+def test_a_plain_unet_samples_as_stable_diffusion(folder: Path) -> None:
+    sources = [PolicySource(pipeline_folder("sd15"), family=path) for path in ("plain_unet.PlainUNet", None)]
+    policies = [source.load().eval() for source in sources]
+    noise = noise_for(policies[0].latent_shape(32, 32))
+    drawn = (PromptBatch(PROMPTS, keys=PROMPTS), Sampling(3, height=32, width=32), 5.0, 0)
+    found, wanted = (sample_latents(policy, *drawn, draws=GivenNoise(noise)) for policy in policies)
+    torch.testing.assert_close(found, wanted)
+    assert policies[0].family.noise_process.sigmas.equal(policies[1].family.noise_process.sigmas)
 
 
 @pytest.mark.slow
