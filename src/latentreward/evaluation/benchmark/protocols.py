@@ -76,7 +76,7 @@ def judge(key: str, pairs: BenchmarkPairs, fitting: BenchmarkPairs | None = None
 def protocol_result(key: str, pairs: BenchmarkPairs, judgement: Judgement) -> Row:
     """Compute a row of :attr:`BenchmarkReport.protocols` from the judgement of :func:`judge`."""
     counted = ~np.isnan(judgement.credit)
-    sums = credit_sums(key, pairs, judgement.credit)
+    sums = credit_sums(pairs, judgement.credit, PROTOCOLS[key].macro)
     return {
         "protocol": key,
         "scorer": pairs.scorer,
@@ -91,23 +91,20 @@ def protocol_result(key: str, pairs: BenchmarkPairs, judgement: Judgement) -> Ro
     }
 
 
-def credit_sums(key: str, pairs: BenchmarkPairs, credit: np.ndarray) -> np.ndarray:
+def credit_sums(pairs: BenchmarkPairs, credit: np.ndarray, macro: bool) -> np.ndarray:
     """Return ``(groups, 2)``: sums of credit and weight of each prompt group that has a pair that counts.
 
-    The protocol's number is the credit of all groups divided by the weight of all groups.
+    The protocol's number is the credit of all groups divided by the weight of all groups. ``macro`` is that of
+    :class:`Protocol`.
     """
-    return _credit_sums(pairs, credit, PROTOCOLS[key].macro)
+    counted = ~np.isnan(credit)
+    sums = group_sums(pairs.group_codes[counted], credit[counted], np.ones(int(counted.sum())))
+    return sums / sums[:, 1:] if macro else sums
 
 
 def protocol_value(key: str, pairs: BenchmarkPairs, judgement: Judgement) -> float:
     """Compute the protocol's number without its interval."""
-    return float(ratio(_credit_sums(pairs, judgement.credit, PROTOCOLS[key].macro).sum(axis=0)))
-
-
-def _credit_sums(pairs: BenchmarkPairs, credit: np.ndarray, macro: bool) -> np.ndarray:
-    counted = ~np.isnan(credit)
-    sums = group_sums(pairs.group_codes[counted], credit[counted], np.ones(int(counted.sum())))
-    return sums / sums[:, 1:] if macro else sums
+    return float(ratio(credit_sums(pairs, judgement.credit, PROTOCOLS[key].macro).sum(axis=0)))
 
 
 def leave_out(pairs: BenchmarkPairs, *rules: tuple[str, np.ndarray]) -> np.ndarray:
@@ -154,7 +151,7 @@ def judge_inversions(pairs: BenchmarkPairs, _: BenchmarkPairs | None = None) -> 
     reasons = leave_out(pairs, (NO_LABEL, np.isnan(pairs.labels)))
     agreeing = _agreement(pairs) >= 0
     by_chance = (pairs.first == pairs.second) & (pairs.labels != 0.5)
-    sums = _credit_sums(pairs, np.where(reasons == "", agreeing, np.nan), macro=True)
+    sums = credit_sums(pairs, np.where(reasons == "", agreeing, np.nan), macro=True)
     details = {"equal_scores_agree": float(ratio(sums.sum(axis=0)))}
     return _judged(np.where(by_chance, 0.5, agreeing), reasons, details)
 

@@ -7,7 +7,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
@@ -60,10 +60,10 @@ class SplitScores:
     limit: int | None = None
     flush_every: int = 256
     decode_threads: int = 4
-    seconds: Counter[str] = field(default_factory=Counter)
 
     def __post_init__(self) -> None:
         self._scoring = PairScoring(self.reader, [self.scorer], self.decode_threads)
+        self.seconds: Mapping[str, float] = self._scoring.seconds
         self.folder.mkdir(parents=True, exist_ok=True)
         output = self.folder / f"{self.scorer.name}.parquet"
         spec = {**self._scoring.spec(), "files": scorer_fingerprints(self.scorer)}
@@ -83,11 +83,12 @@ class SplitScores:
             for rows, table in files.read():
                 self._scoring.recall(rows, table)
             for rows, table in self._scoring.tables(self._missing(files)):
-                files.write(rows, self._with_timesteps(table))
+                if isinstance(self.scorer, NoiseColumns):
+                    table = table.replace_schema_metadata({TIMESTEPS: json.dumps(self.scorer.timesteps())})  # noqa: PLW2901
+                files.write(rows, table)
                 progress(len(rows))
             if not files.missing(self.flush_every):
                 files.finish()
-        self.seconds.update(self._scoring.seconds)
 
     @cached_property
     def table(self) -> pa.Table:
@@ -101,11 +102,6 @@ class SplitScores:
             return []
         runs = files.missing(self.flush_every)
         return [range(rows.start, min(rows.stop, self.rows)) for rows in runs if rows.start < self.rows]
-
-    def _with_timesteps(self, table: pa.Table) -> pa.Table:
-        if isinstance(self.scorer, NoiseColumns):
-            table = table.replace_schema_metadata({TIMESTEPS: json.dumps(self.scorer.timesteps())})
-        return table
 
 
 @dataclass(frozen=True)
@@ -159,13 +155,14 @@ def open_scores(
         for split, reader in one.readers().items():
             name = f"{one.name} {split}"
             require_images(name, reader, min(len(reader), limit or len(reader)))
+            own = folder / (re.sub(r"[^\w.-]+", "_", name).strip(".") or "_")  # a name that every file system takes
             for scorer in scorers:
-                tables[split, scorer.name] = SplitScores(folder / folder_name(name), reader, scorer, limit, **options)
+                tables[split, scorer.name] = SplitScores(own, reader, scorer, limit, **options)
         opened.append(BenchmarkScores(one, scorers, tables))
     return opened
 
 
-def complete(scored: Sequence[BenchmarkScores]) -> Counter[str]:
+def complete(scored: Sequence[BenchmarkScores]) -> Mapping[str, float]:
     """Score the pairs that are missing in the tables; all models needed for that are loaded first.
 
     Returns:
@@ -178,7 +175,10 @@ def complete(scored: Sequence[BenchmarkScores]) -> Counter[str]:
     for name, table in tables.items():
         with Progress(name, table.missing, "pairs") as progress:
             table.complete(progress.add)
-    return sum((table.seconds for table in tables.values()), Counter())
+    seconds: dict[str, float] = {}
+    for name, spent in chain.from_iterable(table.seconds.items() for table in tables.values()):
+        seconds[name] = seconds.get(name, 0.0) + spent
+    return seconds
 
 
 def table_timesteps(table: pa.Table) -> list[float]:
@@ -201,8 +201,3 @@ def data_counts(table: pa.Table, reader: PairReader) -> dict[str, Any]:
         "rows_left_out_by_the_reader": dict(sorted(reader.skipped.items())),
         "remarks_of_the_reader": dict(sorted(reader.remarks.items())),
     }
-
-
-def folder_name(split: str) -> str:
-    """Return the name of a split with characters that are unsafe in file names replaced by ``_``."""
-    return re.sub(r"[^\w.-]+", "_", split).strip(".") or "_"
