@@ -126,7 +126,7 @@ def test_builds_at_full_size(name: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name in FILES if name.endswith("_tiny")])
+@pytest.mark.parametrize("name", rotated_after(2, [name for name in FILES if name.endswith("_tiny")]))
 def test_tiny_ones_train_under_guard(name: str, tmp_path: Path) -> None:
     small = ("--data.batch_size=4", "--data.prompts_per_rollout=2", "--model.sampling.num_inference_steps=3")
     quick = ("--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false", "--trainer.max_steps=2")

@@ -49,7 +49,7 @@ def test_parses_and_keeps_its_runs_apart(name: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["lpo_sd15", "lpo_sd3", "lpo_sdxl"])
+@pytest.mark.parametrize("name", rotated_after(1, ["lpo_sd15", "lpo_sd3", "lpo_sdxl"]))
 def test_builds_at_full_size(name: str) -> None:
     with torch.device("meta"):
         module = parsed(name, TOY).build("model")

@@ -120,7 +120,7 @@ def test_builds_at_full_size_as_its_head_comment_says(path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["lrm_sd15", "lrm_sdxl", "lrm_sd3", "dina_lrm_sd35"])
+@pytest.mark.parametrize("name", rotated_after(1, ["lrm_sd15", "lrm_sdxl", "lrm_sd3", "dina_lrm_sd35"]))
 def test_recipe_has_the_model_of_its_model_file(name: str) -> None:
     files = [f"configs/{room}/{name}.yaml" for room in ("recipes", "model")]
     spelt_out, left_out = (parse(file).config["fit"]["model"].clone() for file in files)
@@ -211,13 +211,16 @@ def test_without_enhancement_the_empty_prompt_is_not_read() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "low", "high"),
-    [
-        ("lrm_sd15", 1, 951),
-        ("dina_levels_constant", 399, 401),
-        ("lrm_timesteps_from_751", 751, 951),
-        ("lrm_timestep_1", 1, 1),
-        ("dina_clean", 2.99, 3.0),
-    ],
+    rotated_after(
+        1,
+        [
+            ("lrm_sd15", 1, 951),
+            ("dina_levels_constant", 399, 401),
+            ("lrm_timesteps_from_751", 751, 951),
+            ("lrm_timestep_1", 1, 1),
+            ("dina_clean", 2.99, 3.0),
+        ],
+    ),
 )
 def test_levels_stay_in_their_range(name: str, low: float, high: float) -> None:
     module = on_meta(*recipe(name))
@@ -262,19 +265,22 @@ def test_cached_data_replaces_the_images() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "pipeline", "options"),
-    [
-        (
-            "dina_lrm_sd35",
-            "sd35",
-            [
-                "--model.backbone.num_layers=4",
-                "--model.backbone.visual_taps=[1, 3]",
-                "--model.backbone.text_taps=[1, 3]",
-                "--model.head.num_heads=2",
-            ],
-        ),
-        ("lrm_hpdv2", "sd15", ["--model.head.text_projection_source=null"]),
-    ],
+    rotated_after(
+        1,
+        [
+            (
+                "dina_lrm_sd35",
+                "sd35",
+                [
+                    "--model.backbone.num_layers=4",
+                    "--model.backbone.visual_taps=[1, 3]",
+                    "--model.backbone.text_taps=[1, 3]",
+                    "--model.head.num_heads=2",
+                ],
+            ),
+            ("lrm_hpdv2", "sd15", ["--model.head.text_projection_source=null"]),
+        ],
+    ),
 )
 def test_recipe_trains_where_only_its_size_is_another(
     name: str, pipeline: str, options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -109,7 +109,8 @@ def test_training_from_the_cache_gives_the_losses_of_training_from_images(
     torch.testing.assert_close(torch.tensor(got.values), torch.tensor(wanted.values), rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize("method", [pytest.param("lrm", marks=pytest.mark.slow), "dina"])
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["lrm", "dina"])
 def test_text_encoders_are_freed_where_prompts_are_cached(method: str, world: Path, tmp_path: Path) -> None:
     def reward() -> DiNaLRMModule | LRMModule:
         seed_everything(0)

@@ -428,7 +428,7 @@ PRESETS = Path(__file__).resolve().parents[2] / "configs" / "evaluate"
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "preset", sorted(path.name for path in PRESETS.glob("*.yaml") if "_published" not in path.name)
+    "preset", rotated_after(2, sorted(path.name for path in PRESETS.glob("*.yaml") if "_published" not in path.name))
 )
 def test_every_preset_runs(preset: str, evaluate: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, source in (("prompts/evaluation_metadata.jsonl", "geneval_metadata.jsonl"),):

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.accessibility import PHONE, contrast_faults, keyboard_faults, width_faults
+from tests.marks import rotated_after
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.browser
@@ -62,12 +63,18 @@ def pages(site: Path) -> list[str]:
     return [name for name in found if not name.startswith("api/")] + ["api/losses", "api/scoring", "api/callbacks"]
 
 
-@pytest.mark.parametrize("dark", [False, True])
-def test_pages_fetch_nothing_and_can_be_read_on_a_phone(browser_page, site: Path, address: str, dark: bool) -> None:
+@pytest.mark.parametrize(
+    ("dark", "part"),
+    rotated_after(1, [(False, slice(None)), *((True, slice(start, None, 3)) for start in range(3))]),
+    ids=["all", "dark 1 of 3", "dark 2 of 3", "dark 3 of 3"],
+)
+def test_pages_fetch_nothing_and_can_be_read_on_a_phone(
+    browser_page, site: Path, address: str, dark: bool, part: slice
+) -> None:
     names, faults = pages(site), {}
     assert {".", "tutorial", "data", "alignment", "methods/lpo", "changelog", "contributing"} <= set(names)
     page = browser_page(address, width=PHONE, dark=dark)
-    for name in names:
+    for name in names[part]:
         page.goto(f"{address}/{name}/")
         assert page.locator("h1").first.inner_text().strip(), name
         assert page.evaluate("[...document.images].every(image => image.complete && image.naturalWidth > 0)"), name

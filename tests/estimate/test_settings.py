@@ -57,10 +57,11 @@ def shown(capsys: pytest.CaptureFixture[str], *options: str) -> str:
 
 @pytest.mark.slow
 def test_the_peak_is_compared_with_a_card_and_what_lowers_it_is_named(capsys: pytest.CaptureFixture[str]) -> None:
-    tiny = f"--config={CONFIGS}/align/lpo_tiny.yaml", "--trainer.accelerator=auto"
+    steps = "--model.sampling.num_inference_steps=10"
+    tiny = f"--config={CONFIGS}/align/lpo_tiny.yaml", "--trainer.accelerator=auto", steps
     text = shown(capsys, *tiny, "--card_gb=4", "--tflops=1e-3", "--data.prompts_per_rollout=64")
-    # 24 steps of 64 rows, of which 20 steps of 64 prompts with half of their pairs kept give 640 at a rollout
-    flops = 24 * number(text, r"optimiser step of 1 batch, rollouts aside") + 3 * number(text, "rollout")
+    # 24 steps of 64 rows, of which 10 steps of 64 prompts with half of their pairs kept give 320 at a rollout
+    flops = 24 * number(text, r"optimiser step of 1 batch, rollouts aside") + 5 * number(text, "rollout")
     assert float(re.search(r"^hours: fit (\S+) ", text, re.MULTILINE)[1]) == pytest.approx(flops * 1e3 / 3600, rel=0.02)
     assert re.search(r"^memory: fit 1\.\d of 4\.0 GB of GPU memory .*; to lower it: take a smaller --data", text, re.M)
     with pytest.raises(SystemExit, match="2"):

@@ -205,13 +205,16 @@ SMALL = {"tuning": "lora", "lora": {"rank": 2, "alpha": 4.0}, "text_encoder_tuni
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "name", "options"),
-    [
-        ("lrm", "sd15", {"reward_sigmas": (0.3,)}),
-        ("dina", "sd35", {"reward_sigmas": (0.2, 0.5, 0.7)}),
-        ("dina", "sd35", {"reward_sigmas": (0.4,)}),
-        ("lrm", "sd15", PRFL),
-        ("dina", "sd35", PRFL),
-    ],
+    rotated_after(
+        2,
+        [
+            ("lrm", "sd15", {"reward_sigmas": (0.3,)}),
+            ("dina", "sd35", {"reward_sigmas": (0.2, 0.5, 0.7)}),
+            ("dina", "sd35", {"reward_sigmas": (0.4,)}),
+            ("lrm", "sd15", PRFL),
+            ("dina", "sd35", PRFL),
+        ],
+    ),
 )
 def test_a_reward_on_the_policys_own_network_under_checkpointing(
     method: str, name: str, options: dict[str, Any], tmp_path: Path
