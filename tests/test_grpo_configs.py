@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from jsonargparse import Namespace
 from safetensors.torch import load_file
 
 from latentreward.cli import main
@@ -38,6 +39,7 @@ def test_parses_and_keeps_its_runs_apart(name: str) -> None:
     assert parse(f"configs/align/{name}.yaml").config["fit"]["trainer"].default_root_dir == f"runs/{name}"
 
 
+RUN = "configs/align/grpo_trajectory_sd35.yaml"
 CHANGES = sorted(path.stem for path in (FOLDER.parent / "grpo").glob("*.yaml"))
 MIXTURE = (
     '--model.reward={"class_path": "RewardMixture", "init_args": {"rewards": '
@@ -47,10 +49,15 @@ MIXTURE = (
 READOUT = '--model.reward={"class_path": "RandomReward", "init_args": {"kind": "readout"}}'
 
 
+@pytest.fixture(scope="module")
+def plain(_paths: None) -> Namespace:
+    """Settings of a run that further files change."""
+    return parse(RUN).config["fit"]
+
+
 @pytest.mark.parametrize("name", rotated_after(2, CHANGES))
-def test_a_change_of_grpo_is_given_after_a_run(name: str) -> None:
-    base, change = "configs/align/grpo_trajectory_sd35.yaml", f"configs/grpo/{name}.yaml"
-    plain, changed = parse(base).config["fit"], parse(base, change).config["fit"]
+def test_a_change_of_grpo_is_given_after_a_run(name: str, plain: Namespace) -> None:
+    changed = parse(RUN, f"configs/grpo/{name}.yaml").config["fit"]
     assert changed["trainer"].default_root_dir == f"runs/grpo_{name}"
     before, after = plain["model"]["init_args"], changed["model"]["init_args"]
     assert before != after
@@ -65,7 +72,7 @@ REWARDS = sorted(path.stem for path in (FOLDER.parent / "reward").glob("*.yaml")
 def test_a_reward_on_a_server_is_given_after_a_run(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for variable in ("JUDGE_URL", "UNIRL_URL", "REWARD_URL"):
         monkeypatch.setenv(variable, f"http://{variable.lower().replace('_', '-')}:8000")
-    changed = parse("configs/align/grpo_trajectory_sd35.yaml", f"configs/reward/{name}.yaml").config["fit"]
+    changed = parse(RUN, f"configs/reward/{name}.yaml").config["fit"]
     assert changed["trainer"].default_root_dir == f"runs/reward_{name}"
     settings = changed["model"]["init_args"]
     assert settings["prompts_at_once"] == 1
@@ -99,6 +106,7 @@ KINDS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", slow_after(1, METHODS))
 @pytest.mark.parametrize("name", rotated_after(1, FAMILIES, release=2))
 def test_one_option_changes_the_method(name: str, method: str) -> None:
