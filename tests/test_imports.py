@@ -99,7 +99,7 @@ MAY_IMPORT = {
     "reproduction": BASE,
     "pilot": BASE | {"reports", "settings", "steps"},
     "taste": BASE | {"backbones", "families", "data", "evaluation", "metrics", "reports", "steps"},
-    "serving": BASE | {"data", "noise", "programs", "scoring"},
+    "serving": BASE | {"data", "noise", "programs", "scoring", "reports"},
     "tinyworld": BASE | {"data", "scorers", "metrics", "settings", "reports"},
 }
 """Room -> what it may import of latentreward; the command line's modules may import anything."""

@@ -2,13 +2,13 @@
 
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from html import escape
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, FastAPI, Path, Request
 from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
 from pydantic import BaseModel, TypeAdapter, create_model
 
+from latentreward.reports import render_page
 from latentreward.serving.bodies import JSON
 
 Handler = Callable[[Request], Awaitable[Response]]
@@ -23,13 +23,6 @@ ERRORS = {
     504: "no score in time",
 }
 """Status of an error → what it says; all have the same JSON."""
-STYLE = """
-:root { color-scheme: light dark }
-body { font: 1rem/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem }
-h2 { margin: 2rem 0 0; font-size: 1.1rem; overflow-wrap: anywhere }
-pre { overflow-x: auto; padding: .6rem; border: 1px solid }
-"""
-"""Style of the page."""
 HEADERS = {"Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; frame-ancestors 'none'"}
 """Headers of the page: a browser loads and runs nothing."""
 
@@ -78,7 +71,10 @@ def add_routes(app: FastAPI, routes: Sequence[Route], names: Sequence[str]) -> N
         """Describe the name in the path; handlers read it."""
 
     async def page(request: Request) -> HTMLResponse:
-        return HTMLResponse(page_of(app.openapi()), headers=HEADERS)
+        paths, title = app.openapi()["paths"], f"{app.title} {app.version}"
+        return HTMLResponse(
+            render_page("routes", title=title, errors=ERRORS, paths=paths, example=example), 200, HEADERS
+        )
 
     general, of_reward = APIRouter(), APIRouter()
     for route in routes:
@@ -125,41 +121,15 @@ def contents(types: Mapping[str, Any]) -> dict[str, Any]:
     return {kind: {"schema": filled(schema, schema.get("$defs", {}))} for kind, schema in schemas.items()}
 
 
-def page_of(document: dict[str, Any]) -> str:
-    """Return a page of HTML that shows an OpenAPI document, without scripts."""
-    parts = []
-    for path, operations in document["paths"].items():
-        for method, operation in operations.items():
-            parts.append(f"<h2><code>{method.upper()} {escape(path)}</code></h2><p>{escape(operation['summary'])}</p>")
-            for given in operation.get("parameters", []):
-                parts.append(
-                    f"<p>{given['in']} <code>{escape(given['name'])}</code>: {escape(given['description'])}</p>"
-                )
-            bodies = operation.get("requestBody", {}).get("content", {})
-            answers = operation["responses"]["200"]["content"]
-            for title, shown in (("request", bodies), ("answer", answers)):
-                for kind, content in shown.items():
-                    example = escape(_example(content["schema"]))
-                    parts.append(f'<p>{title}, <code>{escape(kind)}</code></p><pre tabindex="0">{example}</pre>')
-    errors = "".join(f"<li>{status}: {escape(text)}</li>" for status, text in ERRORS.items())
-    title = escape(f"{document['info']['title']} {document['info']['version']}")
-    head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{title}</title>'
-    return (
-        f'<!doctype html><html lang="en"><head>{head}<style>{STYLE}</style></head><body><main><h1>{title}</h1>'
-        f'<p>As JSON: <a href="openapi.json">openapi.json</a>. An error is <code>{{"error": TEXT}}</code>:</p>'
-        f"<ul>{errors}</ul>{''.join(parts)}</main></body></html>"
-    )
-
-
-def _example(schema: dict[str, Any]) -> str:
+def example(schema: dict[str, Any]) -> str:
     """Write a JSON schema as an example of the JSON with types for values."""
     schema = next(iter(schema.get("anyOf", [])), schema)  # of an optional value the type, not null
     kind = schema.get("type")
     if kind == "array":
-        return f"[{_example(schema['items'])}, ...]"
+        return f"[{example(schema['items'])}, ...]"
     if kind == "object":
-        named = [f'"{name}": {_example(value)}' for name, value in schema.get("properties", {}).items()]
+        named = [f'"{name}": {example(value)}' for name, value in schema.get("properties", {}).items()]
         if isinstance(schema.get("additionalProperties"), dict):
-            named.append(f"NAME: {_example(schema['additionalProperties'])}")
+            named.append(f"NAME: {example(schema['additionalProperties'])}")
         return "{" + ", ".join(named) + "}"
     return schema.get("format") or kind or "text, number or null"

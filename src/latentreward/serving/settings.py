@@ -57,19 +57,10 @@ class ServiceSettings:
     token: str | None = None
 
     def __post_init__(self) -> None:
-        for name in (
-            "batch_size",
-            "max_pass_s",
-            "queue",
-            "timeout",
-            "max_body_mb",
-            "max_latent_pixels",
-            "concurrency",
-            "passes_per_device",
-            "prompts_kept",
-        ):
-            if getattr(self, name) is not None and not 0 < getattr(self, name) < math.inf:
-                raise InputError(f"{name}={getattr(self, name):g} must be a finite number greater than 0")
+        numbers = {name: value for name, value in vars(self).items() if type(value) in (int, float)}
+        for name in numbers.keys() - {"max_wait_ms"}:
+            if not 0 < numbers[name] < math.inf:
+                raise InputError(f"{name}={numbers[name]:g} must be a finite number greater than 0")
         if not 0 <= self.max_wait_ms < math.inf:
             raise InputError(f"max_wait_ms={self.max_wait_ms:g} must be a finite number from 0 on")
 
