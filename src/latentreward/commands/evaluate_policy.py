@@ -275,15 +275,12 @@ def _notes(
         notes.append(
             "Pictures from a folder are paired by prompt and number; whether their noise was equal is unknown."
         )
-    return notes if len(policies) == 1 else [*notes, *_noise_notes(policies, sampling)]
-
-
-def _noise_notes(policies: Mapping[str, JudgedPolicy], sampling: Sampling) -> list[str]:
     starts = {name: start for name, judged in policies.items() if (start := judged.start(sampling))}
-    if len(set(starts.values())) < 2:
-        return []
-    told = "; ".join(f"{name}: {start}" for name, start in starts.items())
-    return [f"The policies differ in latents or noise process ({told}), so their pictures share prompts but not noise."]
+    if len(set(starts.values())) > 1:
+        told = "; ".join(f"{name}: {start}" for name, start in starts.items())
+        differ = f"The policies differ in latents or noise process ({told})"
+        notes.append(f"{differ}, so their pictures share prompts but not noise.")
+    return notes
 
 
 run = partial(run_function, evaluate_policy)
