@@ -154,7 +154,7 @@ class Calibration:
 
     def record(self) -> dict[str, Any]:
         """Return the calibration as values for JSON; the inverse of :meth:`of_record`."""
-        return {name: value for name, value in asdict(self).items() if name != "axes" or value is not None}
+        return asdict(self)
 
     @classmethod
     def of_record(cls, record: Mapping[str, Any]) -> Self:
@@ -164,14 +164,14 @@ class Calibration:
             InputError: If an entry is missing or unknown, or has a value of the wrong type.
         """
         names = {field.name for field in fields(cls)}
-        if not isinstance(record, Mapping) or not names - {"axes"} <= set(record) <= names:
+        if not isinstance(record, Mapping) or set(record) != names:
             raise InputError(f"calibration: expected the entries {', '.join(sorted(names))}")
         try:
             noise = ScoringNoise(**record["noise"])
             quantiles = tuple(float(value) for value in record["quantiles"])
             numbers = {"mean": float(record["mean"]), "std": float(record["std"])}
             counts = {"number": int(record["number"]), "seed": int(record["seed"])}
-            axes = None if record.get("axes") is None else tuple(float(weight) for weight in record["axes"])
+            axes = None if record["axes"] is None else tuple(float(weight) for weight in record["axes"])
         except (TypeError, ValueError) as error:
             raise InputError(f"calibration: {error}") from error
         name = str(record["reference"])
