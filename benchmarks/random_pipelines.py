@@ -26,8 +26,11 @@ from latentreward.backbones import SD3DiTBackbone, SDUNetBackbone
 from latentreward.backbones.loading import PipelineSource
 from latentreward.backbones.tuning import LoRA
 from latentreward.contracts import Conditioning, LatentSpace
-from latentreward.estimate import pipelines as published
+from latentreward.estimate.pipelines import PIPELINES, write_pipelines
 from latentreward.estimate.shapes import replace_tensors
+from latentreward.families.published import CLIP_G, CLIP_L, T5_XXL
+from latentreward.families.sd import SD15
+from latentreward.families.sd3 import SD35_MEDIUM
 from latentreward.heads import CLIPProjectionHead, GatedQFormerHead
 from latentreward.policies import Policy, PolicySource
 from latentreward.policies.loading import add_lora
@@ -41,15 +44,15 @@ _LEVELS = {
     "down_block_types": ("DownEncoderBlock2D",) * 3,
     "up_block_types": ("UpDecoderBlock2D",) * 3,
 }
-_SMALL_TEXT = {**published.CLIP_L, "num_hidden_layers": 1}
-_SMALL_T5 = {**published.T5_XXL, "num_layers": 1}
+_SMALL_TEXT = {**CLIP_L, "num_hidden_layers": 1}
+_SMALL_T5 = {**T5_XXL, "num_layers": 1}
 SIZES = {
-    **published.PIPELINES,
+    **PIPELINES,
     "mid": {
-        **published.PIPELINES["sd15"],
+        **PIPELINES["sd15"],
         "unet": {
             "_class_name": "UNet2DConditionModel",
-            **published.SD15,
+            **SD15,
             "sample_size": 32,
             "block_out_channels": (96, 192, 384, 384),
         },
@@ -57,19 +60,19 @@ SIZES = {
         "text_encoder": _SMALL_TEXT,
     },
     "sd15_side32": {
-        **published.PIPELINES["sd15"],
-        "unet": {"_class_name": "UNet2DConditionModel", **published.SD15, "sample_size": 32},
+        **PIPELINES["sd15"],
+        "unet": {"_class_name": "UNet2DConditionModel", **SD15, "sample_size": 32},
         "text_encoder": _SMALL_TEXT,
     },
     "mid_sd35": {
-        **published.PIPELINES["sd35"],
+        **PIPELINES["sd35"],
         "vae": {**_VAE, **_LEVELS, "block_out_channels": (64, 128, 256), "latent_channels": 16},
         "text_encoder": _SMALL_TEXT,
-        "text_encoder_2": {**published.CLIP_G, "num_hidden_layers": 1},
+        "text_encoder_2": {**CLIP_G, "num_hidden_layers": 1},
         "text_encoder_3": _SMALL_T5,
         "transformer": {
             "_class_name": "SD3Transformer2DModel",
-            **published.SD35_MEDIUM,
+            **SD35_MEDIUM,
             "sample_size": 32,
             "num_layers": 13,
             "num_attention_heads": 8,
@@ -78,10 +81,10 @@ SIZES = {
         },
     },
     "toy": {
-        **published.PIPELINES["sd15"],
+        **PIPELINES["sd15"],
         "unet": {
             "_class_name": "UNet2DConditionModel",
-            **published.SD15,
+            **SD15,
             "sample_size": 8,
             "block_out_channels": (32, 32, 32, 32),
         },
@@ -89,14 +92,14 @@ SIZES = {
         "text_encoder": _SMALL_TEXT,
     },
     "toy_sd35": {
-        **published.PIPELINES["sd35"],
+        **PIPELINES["sd35"],
         "vae": {**_VAE, **_LEVELS, "block_out_channels": (32, 32, 32), "latent_channels": 16},
         "text_encoder": _SMALL_TEXT,
-        "text_encoder_2": {**published.CLIP_G, "num_hidden_layers": 1},
+        "text_encoder_2": {**CLIP_G, "num_hidden_layers": 1},
         "text_encoder_3": _SMALL_T5,
         "transformer": {
             "_class_name": "SD3Transformer2DModel",
-            **published.SD35_MEDIUM,
+            **SD35_MEDIUM,
             "sample_size": 16,
             "num_layers": 13,
             "attention_head_dim": 16,
@@ -116,7 +119,7 @@ _STORE = tempfile.TemporaryDirectory(prefix="random_pipelines_")
 @cache
 def pipeline_folders() -> dict[str, str]:
     """Write a folder with configs and stand-in tokenizers for every size; return the folders by name of the size."""
-    return published.write_pipelines(Path(_STORE.name), SIZES)
+    return write_pipelines(Path(_STORE.name), SIZES)
 
 
 def pipeline_folder(size: str) -> str:
