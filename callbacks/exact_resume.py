@@ -8,7 +8,9 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loops.loop import _Loop
 from lightning.pytorch.trainer.states import TrainerFn
+from torch import nn
 
+from latentreward.checkpoints.files import check_states
 from latentreward.data.loading import ResumableLoader
 from latentreward.seeding import pair_generator, run_seed
 
@@ -30,6 +32,7 @@ class ExactResume(Callback):
     - Last batch of an epoch: after a checkpoint written there, the next epoch is counted. Lightning would not count it,
       and checkpoints of the resumed run would resume at the wrong batch.
     - Other batch size or world size: Lightning's batch counter is converted to batches of the new size.
+    - Classes of the user's own, whose state no checkpoint could give back, are refused before the first step.
 
     Training needs a :class:`~latentreward.data.loading.ResumableLoader`. The command line adds this callback to every
     fit.
@@ -42,7 +45,12 @@ class ExactResume(Callback):
         self.seed = run_seed(seed)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Load the loader's state, set the epoch's counters, and count used batches in the present batch size."""
+        """Load the loader's state, set the epoch's counters, and count used batches in the present batch size.
+
+        Raises:
+            InputError: If the state of a class of the user's own cannot be resumed from a checkpoint.
+        """
+        check_states(own_states(trainer, pl_module))
         # Lightning calls this hook from _FitLoop.on_run_start. By then loaders have their state, and reset() has
         # derived from the saved counters where the checkpoint was written; advance() has not yet acted on that.
         load_dropped_state(trainer.fit_loop)
@@ -83,6 +91,17 @@ class ExactResume(Callback):
             undo_accumulation(trainer, saved)
         elif batches.completed < batches.processed and loop.epoch_loop._should_check_val_fx(loop._data_fetcher):
             expect_validation(saved)
+
+
+def own_states(trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
+    """Return the states of callbacks, data module and networks of other packages than this and Lightning, by name."""
+    parts = [*trainer.callbacks, *filter(None, [trainer.datamodule])]  # type: ignore[attr-defined]
+    own = [part for part in parts if not type(part).__module__.startswith(("latentreward.", "lightning."))]
+    nets = pl_module.named_modules()
+    extra = {name: net for name, net in nets if type(net).get_extra_state != nn.Module.get_extra_state}
+    return {type(part).__qualname__: part.state_dict() for part in own} | {
+        f"{name} (get_extra_state)": net.get_extra_state() for name, net in extra.items()
+    }
 
 
 def batch_progress(trainer: Trainer) -> Any:

@@ -7,10 +7,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from torch import nn
 
-from tests.callbacks.small_run import SmallModule, assert_same_state, fit, make_trainer
+from latentreward.checkpoints.files import DurableCheckpointIO
+from latentreward.errors import InputError
+from tests.callbacks.small_run import SmallModule, assert_same_state, fit, make_trainer, train_loader
 from tests.marks import slow_after
 
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -46,6 +49,52 @@ class SaveAlways(Callback):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.save(trainer, pl_module, "epoch")
+
+
+class Box:
+    """A class of the user's own."""
+
+
+class Remembering(Callback):
+    """A callback whose state is what it was made with, from a step on."""
+
+    def __init__(self, state: Any, step: int = 0) -> None:
+        self.state, self.step, self.now = state, step, 0
+
+    def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
+        self.now = trainer.global_step
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"box": self.state} if self.now >= self.step else {}
+
+
+@pytest.mark.parametrize("state", [Box(), lambda: 1, np.float64(1.0), {"a": [Path("a")]}])
+@pytest.mark.parametrize("step", [0, 1])
+def test_a_state_that_cannot_be_resumed_is_refused_before_training_or_as_it_is_saved(
+    state: Any, step: int, tmp_path: Path
+) -> None:
+    saver, module = ModelCheckpoint(tmp_path, every_n_train_steps=2), SmallModule()
+    trainer = make_trainer(tmp_path, [Remembering(state, step), saver], plugins=[DurableCheckpointIO()])
+    with pytest.raises(
+        InputError, match=r"^the state of Remembering cannot be resumed .*; let it hold tensors and plain"
+    ):
+        trainer.fit(module, train_loader())
+    assert len(module.seen) == 2 * step and not list(tmp_path.glob("*.ckpt"))
+
+
+def test_states_of_networks_and_data_modules_are_checked_and_plain_ones_are_taken(tmp_path: Path) -> None:
+    plain = {"tensor": torch.ones(2), "list": [1, 2.0, None, "a", (True, {3})]}
+    trainer = make_trainer(tmp_path, [Remembering(plain), ModelCheckpoint(tmp_path)], max_epochs=1)
+    fit(trainer)
+    module, data = SmallModule(), LightningDataModule()
+    data.train_dataloader = train_loader
+    data.state_dict = lambda: {"box": Box()}
+    data.__class__ = type("Mine", (LightningDataModule,), {})
+    with pytest.raises(InputError, match="state of Mine "):
+        make_trainer(tmp_path).fit(module, data)
+    module.net[0] = type("Linear", (nn.Linear,), {"get_extra_state": lambda self: Box()})(4, 8)
+    with pytest.raises(InputError, match=r"state of net.0 \(get_extra_state\) .*test_exact_resume.Box"):
+        make_trainer(tmp_path).fit(module, train_loader())
 
 
 def run_saving_always(folder: Path, **options: Any) -> tuple[Trainer, SmallModule, SaveAlways]:

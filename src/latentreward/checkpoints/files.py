@@ -3,6 +3,7 @@
 import logging
 import re
 from collections.abc import Iterable, Mapping
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+from torch.utils._pytree import tree_map_only
 from typing_extensions import override
 
 from latentreward.checkpoints.shards import INDEX, REST, UNREADABLE, damaged, newest_first, read_sharded
@@ -41,7 +43,12 @@ class DurableCheckpointIO(TorchCheckpointIO):
 
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
-        """Write ``checkpoint`` to ``path``; Lightning's own code writes to a URL, such as ``s3://``."""
+        """Write ``checkpoint`` to ``path``; Lightning's own code writes to a URL, such as ``s3://``.
+
+        Raises:
+            InputError: If a state in it could not be resumed from, see :func:`check_states`.
+        """
+        check_states(checkpoint)
         if "://" in str(path) or storage_options is not None:
             super().save_checkpoint(checkpoint, path, storage_options)
             return
@@ -67,6 +74,25 @@ class DurableCheckpointIO(TorchCheckpointIO):
             # optimiser goes on with the mapped tensors of its state, which would keep the weights' pages in memory too.
             content["state_dict"] = torch.load(path, map_location, weights_only=True, mmap=True)["state_dict"]
         return content
+
+
+def check_states(checkpoint: Mapping[str, Any]) -> None:
+    """Save and load all states of a checkpoint in memory, without their tensors.
+
+    Raises:
+        InputError: For the first state, by its name, that cannot be saved, or not be loaded without running code.
+    """
+    for name, state in {**checkpoint, **checkpoint.get("callbacks", {})}.items():
+        stream = BytesIO()
+        try:
+            torch.save(tree_map_only(torch.Tensor, lambda _: None, state) if name != "callbacks" else None, stream)
+            stream.seek(0)
+            torch.load(stream, weights_only=True)
+        except Exception as error:  # whatever a class of the user's raises as it is pickled
+            raise InputError(
+                f"the state of {name} cannot be resumed from a checkpoint ({first_line(error)}); let it hold tensors "
+                "and plain values: numbers, texts, lists, dictionaries"
+            ) from error
 
 
 def fetched(address: str, folder: Path) -> Path:

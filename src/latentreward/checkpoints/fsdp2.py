@@ -15,7 +15,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from latentreward.checkpoints.files import KEPT
+from latentreward.checkpoints.files import KEPT, check_states
 from latentreward.checkpoints.shards import (
     INDEX,
     INDEX_HASH,
@@ -90,6 +90,7 @@ class FSDP2Strategy(ModelParallelStrategy):
         if not self._save_distributed_checkpoint:
             super().save_checkpoint(checkpoint, filepath, storage_options)
             return
+        check_states(checkpoint)
         # A temporary folder first: Lightning would overwrite an older checkpoint's shards file by file.
         target = Path(self.broadcast(filepath))
         partial = Path(self.broadcast(temporary_name(target)))
