@@ -16,7 +16,7 @@ from contextlib import nullcontext, suppress
 from io import TextIOWrapper
 
 from latentreward import __version__
-from latentreward.errors import InputError, did_you_mean, one_line
+from latentreward.errors import InputError, did_you_mean, one_line, where
 from latentreward.interrupts import (
     INTERRUPTED,
     TERMINATED,
@@ -108,7 +108,8 @@ examples:
 
 A later file or setting overrides an earlier one; lists of trainer.callbacks are joined (null or [] clears the list).
 A file configs/... that is not in the current folder is read from the installed package; `latentreward configs` lists
-these files. Class paths may name your own modules in the current folder.
+these files. Class paths may name your own modules in the current folder or beside
+a --config file.
 
 options, at any position:
   --help, --version       `COMMAND --help` lists all settings of COMMAND
@@ -145,7 +146,7 @@ def main(args: Sequence[str] | None = None) -> None:
             sys.exit(UNREAD)
         if debug:
             raise
-        print(f"latentreward: error: {one_line(error)}", file=sys.stderr)
+        print(f"latentreward: error: {one_line(error)}{where(error)}", file=sys.stderr)
         sys.exit(2)
     except (KeyboardInterrupt, SystemExit) as error:
         stop = interrupt_behind(error)

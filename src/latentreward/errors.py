@@ -1,10 +1,14 @@
 """Errors that a user can correct: the command line shows them as one line without a traceback."""
 
 import difflib
+import os
 import re
+import sys
 import unicodedata
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from traceback import walk_tb
 
 LONGEST_LIST = 30
 """Number of valid names up to which an error message lists all of them."""
@@ -15,6 +19,8 @@ NO_GPU = "torch finds no GPU on this machine; set --trainer.accelerator cpu or a
 
 LONGEST_QUOTE = 200
 """Number of characters up to which an error message quotes a file's name or what a file holds."""
+SEARCHED = "in the current folder, beside the --config file, or installed"
+"""Where a module that settings name may lie."""
 UNSEEN = ("Cc", "Cf", "Cs")
 """Unicode categories of characters that a terminal does not draw but may obey."""
 
@@ -94,6 +100,28 @@ def one_line(error: BaseException) -> str:
     if re.match(r"Caught \w+ in DataLoader worker", text):  # torch puts the worker's traceback before the message
         text = text.rstrip().splitlines()[-1].partition(": ")[2]
     return printable(" ".join(text.split())) or type(error).__name__
+
+
+def where(error: BaseException | None) -> str:
+    """Return class and place of an error in the user's own code, in brackets, for the end of a message about it.
+
+    The place is the innermost line of a file that is neither installed nor of this package, also in a DataLoader's
+    worker process. The result is empty without such a file, and behind an InputError, which says enough.
+    """
+    installed: tuple[str, ...] = str(Path(os.__file__).parent), str(Path(__file__).parent)
+    installed += (*getattr(sys.modules.get("latentreward.callbacks"), "__path__", ()),)
+    place = ""
+    while error is not None and not isinstance(error, InputError):
+        lines = [(frame.f_code.co_filename, line) for frame, line in walk_tb(error.__traceback__)]
+        for file, line in [*lines, *re.findall(r'File "(.+)", line (\d+), in', str(error))]:
+            if (
+                file.endswith(".py")
+                and not file.startswith(installed)
+                and not re.search(r"(site|dist)-packages\b", file)
+            ):
+                place = f" ({type(error).__name__}, {Path(file).name}:{line}; --debug shows the traceback)"
+        error = error.__cause__ or error.__context__
+    return place
 
 
 def printable(text: str) -> str:

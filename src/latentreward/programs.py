@@ -17,7 +17,7 @@ from inspect import isabstract
 from pathlib import Path
 from typing import Any, TypeVar
 
-from latentreward.errors import InputError, first_line, lacks
+from latentreward.errors import SEARCHED, InputError, first_line, lacks, where
 
 Kind = TypeVar("Kind")
 
@@ -29,6 +29,8 @@ STARTING = ("subprocess.Popen", "os.exec", "os.posix_spawn", "os.spawn", "os.sys
 """Names of Python's audit events (PEP 578) that announce the start of a program, by whatever library."""
 CODE_FILE = {"ctypes.dlopen": 0, "import": 1, "exec": 0}
 """Audit event of code that is loaded from a file -> index of the argument that has the file's path."""
+MODULE_FOLDERS: list[str] = []
+"""The folder of the call and those of its ``--config`` files, in which modules that settings name are searched."""
 _CONSTRUCTING: list[bool] = []
 """Not empty while the classes that settings name are instantiated."""
 _INSTALLED: list[str] = []
@@ -41,16 +43,15 @@ def of_this_package(path: str | None) -> bool:
 
 
 def find_modules_here(settings: Iterable[Any]) -> None:
-    """Append the current folder to ``sys.path`` if a class path in ``settings`` names a module in that folder.
+    """Append the current folder, or that of a ``--config`` file, to ``sys.path`` if a class path names a module in it.
 
     Otherwise ``sys.path`` stays unchanged. Libraries try to import optional packages, and would otherwise import a
     file of that name that somebody put beside a downloaded model or data set.
     """
-    here = str(Path.cwd())
     for package, _, rest in {value.partition(".") for value in settings if isinstance(value, str) and len(value) < 999}:
-        named = rest and package.isidentifier() and package not in sys.modules and here not in sys.path
-        if named and find_spec(package) is None and PathFinder.find_spec(package, [here]):
-            sys.path.append(here)
+        if rest and package.isidentifier() and package not in sys.modules and find_spec(package) is None:
+            folders = (folder for folder in (*MODULE_FOLDERS, str(Path.cwd())) if folder not in sys.path)
+            sys.path += [folder for folder in folders if PathFinder.find_spec(package, [folder])][:1]
 
 
 def check_import(setting: str, path: str) -> None:
@@ -69,7 +70,8 @@ def check_import(setting: str, path: str) -> None:
 def import_class(setting: str, path: str, base: type[Kind]) -> type[Kind]:
     """Import a class by the path that a setting gives, such as ``my_module.MyClass``.
 
-    The module may lie in the current folder. Only a path that the user gave may be passed: importing runs the module.
+    The module may lie in the current folder or beside a ``--config`` file. Only a path that the user gave may be
+    passed: importing runs the module.
 
     Raises:
         InputError: If there is no such class, it is abstract or not derived from ``base``, or ``--restrict-imports``
@@ -85,7 +87,8 @@ def import_class(setting: str, path: str, base: type[Kind]) -> type[Kind]:
         kind = getattr(import_module(module), name)
     except (ImportError, ValueError, AttributeError) as error:
         raise InputError(
-            f"{setting}={path!r} cannot be imported ({first_line(error)}); give the path of a class"
+            f"{setting}={path!r} cannot be imported ({first_line(error)}){where(error)}; give the path of a class "
+            f"{SEARCHED}"
         ) from error
     if not (isinstance(kind, type) and issubclass(kind, base)):
         wanted = f"{base.__module__.rpartition('.')[0]}.{base.__name__}"

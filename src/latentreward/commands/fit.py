@@ -73,7 +73,7 @@ from latentreward.data import PairReader
 from latentreward.data.datamodules import PairLoaders
 from latentreward.data.readers.base import DATA_ON_ERROR, OWN_ON_ERROR
 from latentreward.data.splits import tell_unopened
-from latentreward.errors import InputError, errors_at
+from latentreward.errors import InputError, errors_at, where
 from latentreward.estimate.card import Card
 from latentreward.interrupts import TERMINATED
 from latentreward.settings.errors import summarise
@@ -81,9 +81,9 @@ from latentreward.settings.functions import (
     MODE,
     ConfigFile,
     SettingsParser,
-    input_error_behind,
     naming_variables,
     prepare,
+    reworded,
 )
 from latentreward.settings.ranges import check_ranges
 from latentreward.settings.rewriting import rewrite_arguments
@@ -509,7 +509,7 @@ def constructor_errors() -> Iterator[None]:
     try:
         yield
     except (ValueError, ImportError, OSError, MisconfigurationException) as error:
-        raise InputError(input_error_behind(error) or summarise(str(error))) from error
+        raise InputError(reworded(error)) from error
     except (RuntimeError, TypeError) as error:
         if str(error).startswith("`devices`"):
             raise InputError(f"trainer.devices: {summarise(str(error))}") from error
@@ -606,8 +606,7 @@ def open_reader(settings: Namespace, on_error: str) -> PairReader:
     try:
         return parser.instantiate(Namespace(reader=with_on_error(settings, on_error))).reader
     except (ValueError, ImportError, OSError) as error:
-        problem = input_error_behind(error) or summarise(str(error))
-        raise InputError(problem.replace(OWN_ON_ERROR, DATA_ON_ERROR)) from error
+        raise InputError(reworded(error).replace(OWN_ON_ERROR, DATA_ON_ERROR)) from error
 
 
 def with_on_error(reader: Namespace, on_error: str) -> Namespace:
@@ -734,11 +733,11 @@ def _run(command: str, arguments: Sequence[str]) -> "tuple[Estimate | None, Card
                 done = TrainingCLI(command, rewritten, Path(folder), held)
                 return done.estimated, done.card
     except MisconfigurationException as error:
-        raise InputError(str(error)) from error
+        raise InputError(f"{error}{where(error)}") from error
     except ValueError as error:
         *_, (frame, _) = walk_tb(error.__traceback__)
         if not str(frame.f_globals.get("__name__")).startswith(("lightning.pytorch.", "torch.optim.")):
             raise
-        raise InputError(summarise(str(error))) from error  # such as a val_check_interval above an epoch
+        raise InputError(summarise(str(error)) + where(error)) from error  # such as a val_check_interval above an epoch
     except SIGTERMException as stop:
         sys.exit(stop.code or TERMINATED)

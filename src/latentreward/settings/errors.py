@@ -11,7 +11,7 @@ from pydoc import locate
 from textwrap import dedent
 
 from latentreward.backbones.registry import backbone_names
-from latentreward.errors import LIGHTNING_NO_GPU, NO_GPU, did_you_mean, lacks
+from latentreward.errors import LIGHTNING_NO_GPU, NO_GPU, SEARCHED, did_you_mean, lacks
 
 TAKEN_FROM = {
     "latentreward.modules": "model",
@@ -213,6 +213,7 @@ REWORDINGS: dict[str, str | Callable[[re.Match[str], str], str]] = {
     r"Expected an import path or a subclass spec, but got (.*)": _no_class,
     MISSING: _missing,
     r"Expected an instantiatable class, but (\S+) is abstract": _abstract,
+    r"(No module named '[\w.]+')$": rf"\1 {SEARCHED}",
     "import of callbacks halted": "no module 'callbacks'; say latentreward.callbacks",
     r"Importing ('(\w+).*?') is not allowed": (
         r"--restrict-imports does not allow \1; if you trust it, say --restrict-imports=\2"

@@ -14,7 +14,6 @@ from contextvars import ContextVar
 from functools import wraps
 from itertools import zip_longest
 from pathlib import Path
-from traceback import extract_tb
 from typing import Any, NoReturn
 
 import yaml
@@ -24,8 +23,8 @@ from omegaconf.errors import OmegaConfBaseException
 from typing_extensions import override
 
 from latentreward.backbones.registry import backbone_names
-from latentreward.errors import InputError, one_line
-from latentreward.programs import RESTRICTED, constructing, find_modules_here
+from latentreward.errors import InputError, one_line, where
+from latentreward.programs import MODULE_FOLDERS, RESTRICTED, constructing, find_modules_here
 from latentreward.settings.errors import CLASS_MODULES, NAMED_IN, UNSET, summarise, unknown_setting_hint
 from latentreward.settings.ranges import check_ranges, leaves
 from latentreward.settings.restrictions import (
@@ -51,6 +50,7 @@ class ConfigFile(ActionConfigFile):
         path = find_config(values)
         if Path(path).is_file():
             text = Path(path).read_text(errors="replace")
+            MODULE_FOLDERS.append(str(Path(path).resolve().parent))
             NAMED_IN.update(dict.fromkeys(re.findall(r"\$\{\s*oc\.env\s*:\s*['\"]?(\w+)", text), values))
         try:
             super().__call__(parser, cfg, path, option_string)
@@ -81,12 +81,8 @@ def constructed(kind: Callable[..., Any], /, *args: Any, **options: Any) -> Any:
         settings = INSTANTIATED.get()
         named = (name for name, value in leaves(settings) if value == path and name.endswith(".class_path"))
         place = re.sub(TRAINER_COMMAND, "", next(named, "").removesuffix(".class_path"))
-        frames = [frame for frame in extract_tb(error.__traceback__) if frame.filename == inspect.getsourcefile(kind)]
-        line = f", {Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else ""
-        raise InputError(
-            f"{place}{place and ': '}{path} stopped with {type(error).__name__}: {one_line(error)}{line}; --debug shows"
-            " the traceback"
-        ) from error
+        at = where(error) or f" ({type(error).__name__}; --debug shows the traceback)"
+        raise InputError(f"{place}{place and ': '}{path} stopped: {one_line(error)}{at}") from error
 
 
 class SettingsParser(ArgumentParser):
@@ -213,7 +209,7 @@ class SettingsParser(ArgumentParser):
         )
         if not self.exit_on_error:  # parser of a nested class's arguments: its caller adds the setting's name
             super().error(message, ex)
-        raise InputError(summarise(message)) from ex
+        raise InputError(summarise(message) + where(ex)) from ex
 
 
 def with_secrets(value: Any, place: str = "") -> Any:
@@ -237,11 +233,12 @@ def with_secrets(value: Any, place: str = "") -> Any:
         raise InputError(f"{name}: {summarise(str(error)).partition(': ')[2]}") from error
 
 
-def input_error_behind(error: BaseException | None) -> str | None:
-    """Return the message of the InputError among the causes of ``error``; None if there is none."""
-    while error is not None and not isinstance(error, InputError):
-        error = error.__cause__ or error.__context__
-    return None if error is None else str(error)
+def reworded(error: BaseException) -> str:
+    """Return the message of the InputError among an error's causes; without one, its own in one line, with place."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, InputError):
+        cause = cause.__cause__ or cause.__context__
+    return str(cause or summarise(str(error)) + where(error))
 
 
 NULLS: list[str] = []
@@ -268,7 +265,7 @@ def naming_variables() -> Iterator[None]:
 def install_loader(short_names: Mapping[str, str], modules_here: bool) -> None:
     """Make jsonargparse check and rewrite every YAML text that it loads, see :func:`rewrite_settings`.
 
-    ``modules_here`` says whether settings may name modules of the current folder.
+    ``modules_here`` says whether settings may name modules of the current folder and of those of ``--config`` files.
     """
     ArgumentParser(parser_mode=MODE).parse_string("{}")  # jsonargparse registers this mode's own loader on first use
     load = getattr(get_loader(MODE), "__wrapped__", get_loader(MODE))
@@ -312,7 +309,7 @@ def values_of(option: str, arguments: Sequence[str]) -> list[str] | None:
 def prepare_parsing(arguments: Sequence[str], classes: bool = False) -> list[str]:
     """Set up jsonargparse and OmegaConf for parsing settings; to be called before any parser of settings is made.
 
-    With ``classes``, settings may name the user's own classes, in modules of the current folder.
+    With ``classes``, settings may name the user's own classes, in modules of the current folder or beside the settings.
 
     Returns:
         The arguments without ``--restrict-imports`` and ``--allow-programs``, which are applied here.
@@ -328,6 +325,7 @@ def prepare_parsing(arguments: Sequence[str], classes: bool = False) -> list[str
         restrict_imports(modules, programs or [])
     elif programs is not None:
         raise InputError("--allow-programs restricts nothing without --restrict-imports; give both")
+    MODULE_FOLDERS[:] = [str(Path.cwd())]  # jsonargparse changes it as it reads a file
     NULLS[:] = [argument for argument in arguments if "null" in argument]
     install_loader(backbone_names(), classes and (not RESTRICTED or bool(RESTRICTED[-1])))
     return [argument for argument in arguments if not re.match(r"--(restrict-imports|allow-programs)(=|$)", argument)]
@@ -363,7 +361,7 @@ def parse_function(
     try:
         values = parser.instantiate_classes(config)
     except (ValueError, ImportError, OSError) as error:
-        raise InputError(input_error_behind(error) or summarise(str(error))) from error
+        raise InputError(reworded(error)) from error
     return {name: value for name, value in vars(values).items() if name != "config"}
 
 
@@ -434,6 +432,6 @@ def run_function(function: Callable[..., None], command: str, arguments: Sequenc
     try:
         values = parse_function(function, command, settings, bare)
     except MisconfigurationException as error:
-        raise InputError(input_error_behind(error) or summarise(str(error))) from error
+        raise InputError(reworded(error)) from error
     with naming_variables():
         function(**values)

@@ -19,14 +19,13 @@ from latentreward.backbones import DiffusionBackbone, LoRA, backbone_names
 from latentreward.backbones.loading import SHIPPED
 from latentreward.construction import Construction
 from latentreward.contracts import FeatureSpec
-from latentreward.errors import InputError, errors_at, first_line
+from latentreward.errors import InputError, errors_at, first_line, where
 from latentreward.families import import_family, is_foreign
 from latentreward.heads import RewardHead
 from latentreward.programs import find_modules_here, of_this_package
 from latentreward.scoring.layouts.trust import guarded_imports, registered_heads, registered_name
 from latentreward.settings.argument_types import check_types
-from latentreward.settings.errors import summarise
-from latentreward.settings.functions import check_functions, input_error_behind
+from latentreward.settings.functions import check_functions, reworded
 from latentreward.settings.ranges import leaves
 
 ONLY_IN_TRAINING = ("lora", "gradient_checkpointing", "attention_backend", "compile_blocks", "quantization")
@@ -268,7 +267,7 @@ def build_errors(place: str = "") -> Iterator[None]:
     except InputError:
         raise
     except BUILD_ERRORS as error:
-        raise InputError(f"{place}{first_line(error)}") from error
+        raise InputError(f"{place}{first_line(error)}{where(error)}") from error
 
 
 def instantiated(kind: Any, part: ModelPart, folder: Path | None) -> Any:
@@ -289,7 +288,7 @@ def instantiated(kind: Any, part: ModelPart, folder: Path | None) -> Any:
             check_functions(parsed)
             return parser.instantiate(parsed)["part"]
     except (ArgumentError, ValueError, ImportError, OSError) as error:
-        raise InputError(input_error_behind(error) or summarise(str(error))) from error
+        raise InputError(reworded(error)) from error
 
 
 def imported(path: str) -> Any:
@@ -302,4 +301,4 @@ def imported(path: str) -> Any:
     try:
         return getattr(import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:
-        raise InputError(f"class path {path!r} cannot be imported ({first_line(error)})") from error
+        raise InputError(f"class path {path!r} cannot be imported ({first_line(error)}){where(error)}") from error
