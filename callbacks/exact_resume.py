@@ -45,11 +45,7 @@ class ExactResume(Callback):
         self.seed = run_seed(seed)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Load the loader's state, set the epoch's counters, and count used batches in the present batch size.
-
-        Raises:
-            InputError: If the state of a class of the user's own cannot be resumed from a checkpoint.
-        """
+        """Load the loader's state, set the epoch's counters, and count used batches in the present batch size."""
         check_states(own_states(trainer, pl_module))
         # Lightning calls this hook from _FitLoop.on_run_start. By then loaders have their state, and reset() has
         # derived from the saved counters where the checkpoint was written; advance() has not yet acted on that.
@@ -97,11 +93,9 @@ def own_states(trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
     """Return the states of callbacks, data module and networks of other packages than this and Lightning, by name."""
     parts = [*trainer.callbacks, *filter(None, [trainer.datamodule])]  # type: ignore[attr-defined]
     own = [part for part in parts if not type(part).__module__.startswith(("latentreward.", "lightning."))]
-    nets = pl_module.named_modules()
-    extra = {name: net for name, net in nets if type(net).get_extra_state != nn.Module.get_extra_state}
-    return {type(part).__qualname__: part.state_dict() for part in own} | {
-        f"{name} (get_extra_state)": net.get_extra_state() for name, net in extra.items()
-    }
+    nets = [named for named in pl_module.named_modules() if type(named[1]).get_extra_state != nn.Module.get_extra_state]
+    extra = {f"{name} (get_extra_state)": net.get_extra_state() for name, net in nets}
+    return {type(part).__qualname__: part.state_dict() for part in own} | extra
 
 
 def batch_progress(trainer: Trainer) -> Any:

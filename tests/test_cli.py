@@ -190,6 +190,8 @@ PLUGIN = """
             super().__init__(backbone, head)
             self.register_buffer("zeros", torch.zeros(100_000))
 """
+RAISING = next(number for number, line in enumerate(PLUGIN.splitlines(), 1) if "raise faults[" in line)
+"""Line of the plugin that raises an error."""
 MODEL = """
     model:
       class_path: plugin.Module
@@ -684,7 +686,10 @@ def test_ctrl_c_while_modules_are_imported(tmp_path: Path) -> None:
         ("--model.head=plugin.DepHead", "model.head: module 'plugin' has no attribute 'DepHead'"),
         ("--model.loss=x", "model: Option 'loss' is not accepted; choose from backbone, head, lr, metric, root"),
         ("--model.backbone=sd1.5", "model.backbone: unknown name 'sd1.5'; did you mean 'sd15'?"),
-        ("--model.backbone=plugins.X", "model.backbone: No module named 'plugins'"),
+        (
+            "--model.backbone=plugins.X",
+            "model.backbone: No module named 'plugins' in the current folder, beside the --config file, or installed",
+        ),
         ("--model.backbone=plugin.Note", NOTE),
         ("--model.backbone.width=99", "width: 99 is above 12; take fewer"),
         ("--model=latentreward.module.X", "model: module 'latentreward' has no attribute 'module'"),
@@ -708,7 +713,7 @@ def test_ctrl_c_while_modules_are_imported(tmp_path: Path) -> None:
         ("--config=rot.yaml", f"model.init_args.root: ${{data.rot}} {UNSET}"),
         ("--ckpt_path=nope.ckpt", "ckpt_path: nope.ckpt does not exist"),
         ("--data.fault=input", "data.root: no shards; run cache"),
-        ("--data.fault=file", "no train/"),
+        ("--data.fault=file", f"no train/ (FileNotFoundError, plugin.py:{RAISING}; --debug shows the traceback)"),
     ],
 )  # fmt: skip
 def test_bad_input_is_one_line(

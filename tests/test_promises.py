@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import count
 from typing import Any
 
 import numpy as np
@@ -37,6 +38,7 @@ from latentreward.rollout import Advantage, Credit, PairSelection, StepChoice, W
 from latentreward.rollout.pair_selection import ScheduledThreshold
 from latentreward.scorers import CallableScorer, HTTPScorer
 from latentreward.scorers.base import ImageScorer, TableScorer
+from latentreward.scoring.batched_scoring import check_apart
 from tests.heads.features import DIT_SPEC, random_features
 
 NAN = float("nan")
@@ -81,6 +83,8 @@ def made(kind: Kind, name: str = "", instead: Any = None) -> Any:
     )
 
 
+CALLS = count()
+"""Numbers of calls, for names that change."""
 DROPPED = object()
 """An attribute that a class lacks."""
 
@@ -90,7 +94,7 @@ def rows(pairs: Sequence[Any]) -> Callable[..., Any]:
 
 
 def read_all(reader: PairReader) -> list[Any]:
-    return [reader[index] for index in range(len(reader))]
+    return [reader[index] for index in [*range(len(reader)), 0]]  # the first one again, as a second pass would
 
 
 def labelled(**changes: Any) -> Callable[..., Any]:
@@ -278,6 +282,10 @@ READER = Kind(
             labelled(prompt=None),
             labelled(image_a="a.png"),
             labelled(image_b=replace(PAIR.image_b, holds="latents")),
+            labelled(image_a=ImageRef("a", data="text")),
+            labelled(image_a=ImageRef("a", path="a.png")),
+            labelled(image_b=ImageRef(7, data=b"b")),
+            lambda self, index: replace(PAIR, pair_id=str(next(CALLS))),
             (PAIR, 1.0),
             None,
         )
@@ -762,6 +770,24 @@ def test_a_later_batch_of_prompts_is_compared_by_shape() -> None:
         InputError, match=r"^Mine.encode_ids returned prompt_embeds \(1, 3, 5\); it must be .*\(2, 3, 5\)"
     ):
         encoder(PROMPTS)
+
+
+@pytest.mark.parametrize(
+    "forward",
+    [
+        lambda self, features: features.temb[:, 0] - features.temb[:, 0].mean(),
+        lambda self, features: features.temb[:, 0].softmax(dim=0),
+        lambda self, features: torch.rand(len(features.temb)),
+    ],
+)
+def test_a_head_whose_scores_depend_on_other_rows_is_refused_once_and_not_in_training(forward: Any) -> None:
+    head = made(HEAD, "forward", forward)
+    check_apart(head, FEATURES)
+    message = r"^Mine.forward .* up to [\d.]+ away from .* \(test_promises.py:\d+\); compute a score from its own"
+    with pytest.raises(InputError, match=message):
+        check_apart(head.eval(), FEATURES)
+    sound = made(HEAD, "forward", lambda self, features: features.temb[:, 0]).eval()
+    check_apart(sound, FEATURES)
 
 
 def test_checks_get_arguments_in_the_order_of_the_parameters() -> None:

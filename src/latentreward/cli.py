@@ -108,8 +108,7 @@ examples:
 
 A later file or setting overrides an earlier one; lists of trainer.callbacks are joined (null or [] clears the list).
 A file configs/... that is not in the current folder is read from the installed package; `latentreward configs` lists
-these files. Class paths may name your own modules in the current folder or beside
-a --config file.
+these files. Class paths may name your own modules in the current folder or beside a --config file.
 
 options, at any position:
   --help, --version       `COMMAND --help` lists all settings of COMMAND

@@ -114,11 +114,7 @@ def where(error: BaseException | None) -> str:
     while error is not None and not isinstance(error, InputError):
         lines = [(frame.f_code.co_filename, line) for frame, line in walk_tb(error.__traceback__)]
         for file, line in [*lines, *re.findall(r'File "(.+)", line (\d+), in', str(error))]:
-            if (
-                file.endswith(".py")
-                and not file.startswith(installed)
-                and not re.search(r"(site|dist)-packages\b", file)
-            ):
+            if file.endswith(".py") and not file.startswith(installed) and "-packages/" not in file:
                 place = f" ({type(error).__name__}, {Path(file).name}:{line}; --debug shows the traceback)"
         error = error.__cause__ or error.__context__
     return place

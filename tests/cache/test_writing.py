@@ -26,8 +26,8 @@ from latentreward.cache.layout import (
 )
 from latentreward.cache.sources import PipelineEncoders
 from latentreward.cli import main
-from latentreward.contracts import ImageRef
-from latentreward.data import HPDv3Reader, PixelLoader
+from latentreward.contracts import ImageRef, PreferencePair
+from latentreward.data import HPDv3Reader, PairReader, PixelLoader
 from latentreward.errors import InputError
 from latentreward.seeding import pair_generator
 from latentreward.storage.durable import TEMPORARY_NAME
@@ -437,3 +437,42 @@ def test_a_network_that_is_not_needed_may_be_missing_or_unknown(tmp_path: Path) 
     sana = with_other("sd35", tmp_path / "sana", transformer="SanaTransformer2DModel", vae="AutoencoderDC")
     with pytest.raises(InputError, match=r"no family here has its VAE .* give a class of your own as family"):
         PipelineEncoders(str(sana)).load()
+
+
+class SameKey(PairReader):
+    """A reader of a user's own, one of whose keys is of two rows' images."""
+
+    def __init__(self, root: str, given: str, other: str) -> None:
+        super().__init__()
+        self.root, self.given, self.names = Path(root), given, ["0a.jpg", "0b.jpg", "1a.jpg", other]
+
+    def __len__(self) -> int:
+        return 2
+
+    def __getitem__(self, index: int) -> PreferencePair:
+        files = [self.root / "images" / name for name in self.names[2 * index :][:2]]
+        keys = [f"{index}a", "key"]
+        refs = [
+            ImageRef(key, path=file) if self.given == "path" else ImageRef(key, data=file.read_bytes())
+            for key, file in zip(keys, files, strict=True)
+        ]
+        return PreferencePair(f"row {index}", "a cat", *refs, label_a=1.0)
+
+
+@pytest.mark.parametrize("given", ["path", "data"])
+def test_a_key_of_two_images_is_refused_and_one_of_equal_files_is_taken(
+    given: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data, cache = write_data(tmp_path / "data", pairs=2), tmp_path / "cache"
+    shutil.copy(data / "images" / "0b.jpg", data / "images" / "copy.jpg")
+    own = [f"--reader={__name__}.SameKey", f"--reader.root={data}", f"--reader.given={given}"]
+    settings = [*(one for one in SETTINGS if not one.startswith("--reader")), "--images.size=32", *own]
+    settings = [one for one in settings if not one.startswith(("--images.buckets", "--images.min_pixels"))]
+    main(["cache", str(cache), *settings, "--reader.other=copy.jpg"])
+    assert len(table(cache, IMAGES)) == 3
+    with pytest.raises(SystemExit):
+        main(["cache", str(tmp_path / "refused"), *settings, "--reader.other=1b.jpg"])
+    files = [f"{data}/images/{name}" if given == "path" else "bytes" for name in ("0b.jpg", "1b.jpg")]
+    expected = f"image_key='key' is of {files[0]} (row row 0) and of {files[1]} (row row 1); give each its own"
+    assert expected in capsys.readouterr().err
+    assert not list((tmp_path / "refused").glob("*.safetensors"))

@@ -9,8 +9,10 @@ import pytest
 import torch
 from torch import nn
 
+from latentreward.data.image_sizes import OneSize
 from latentreward.errors import InputError
 from latentreward.scoring import RewardModel, ScoringNoise
+from latentreward.scoring.layouts.reopening import scores_of
 from tests.marks import rotated_after, slow_after
 from tests.scoring.models import PROMPTS, pictures, scoring_model
 from tests.tiny_pipelines import LATENTS
@@ -50,6 +52,16 @@ def test_a_row_of_a_batch_is_like_any_other(model: RewardModel, size: int) -> No
         rest = scores[size - size % 4 :]
         assert torch.equal(rest, scores[-1:].expand_as(rest))
         torch.testing.assert_close(scores[:1], scores[-1:], **CLOSE)
+
+
+def test_a_head_that_reads_other_rows_is_refused_though_a_processor_scores_its_rows_one_by_one() -> None:
+    model = scoring_model("sd15")
+    own = type("Mine", (type(model.head),), {"forward": lambda head, features: features.temb[:, 0].cumsum(dim=0)})
+    model.head.__class__, model.image_sizes = own, OneSize(8 * LATENTS, 8 * LATENTS)
+    with pytest.raises(InputError, match=r"^Mine.forward returned .* compute a score from its own row alone"):
+        model.score_latents("a cat", torch.randn(8, 4, LATENTS, LATENTS))
+    with pytest.raises(InputError, match=r"^Mine.forward"):
+        scores_of(model)
 
 
 @pytest.mark.parametrize("mixed", rotated_after(1, [True, False]), ids=["mixed shapes", "one shape"])

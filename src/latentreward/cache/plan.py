@@ -4,9 +4,10 @@ The plan depends on the reader's rows and on the spec alone, not on the number o
 row; memory holds a hash and an index for each image and prompt.
 """
 
+from array import array
 from collections import Counter
-from collections.abc import Callable, Iterable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack, suppress
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -113,16 +114,20 @@ class Planner:
         spec: Settings of the cache.
         images: Settings for the sizes of images.
         tables: Writer of each table, by the table's file name.
+        reader: Reader of the rows, for images of one key.
 
     Attributes:
         dropped: Number of rows left out so far, by reason.
     """
 
-    def __init__(self, spec: CacheSpec, images: ImageSettings, tables: dict[str, TableWriter]) -> None:
-        self.spec, self.images, self.tables = spec, images, tables
+    def __init__(
+        self, spec: CacheSpec, images: ImageSettings, tables: dict[str, TableWriter], reader: PairReader
+    ) -> None:
+        self.spec, self.images, self.tables, self.reader = spec, images, tables, reader
         self.dropped: Counter[str] = Counter()
         self._shards = ShardNumbers()
         self._known: dict[bytes, int] = {}
+        self._marks, self._places = array("L"), array("Q")  # of each image; its place is 2 · row, plus 1 for image b
         if spec.text is not None:
             self._prompt("")
 
@@ -140,8 +145,8 @@ class Planner:
         self.tables[layout.PAIRS].add(
             pair.pair_id,
             self._prompt(pair.prompt),
-            self._image(pair.image_a.image_key, sizes[0], row.number, "a"),
-            self._image(pair.image_b.image_key, sizes[1], row.number, "b"),
+            self._image(pair.image_a.image_key, sizes[0], row, 0),
+            self._image(pair.image_b.image_key, sizes[1], row, 1),
             pair.label_a,
             pair.weight,
             pair.group_id,
@@ -162,13 +167,28 @@ class Planner:
             return self.images.sizes_of_latents(*row.sizes)
         return self.images.sizes_of_pair(*(row.sizes or (None, None)))
 
-    def _image(self, key: str, size: Bucket, reader_row: int, side: str) -> int:
-        name = _hash("image", key, *size)
+    def _image(self, key: str, size: Bucket, scanned: ScannedRow, side: int) -> int:
+        name, place = _hash("image", key, *size), 2 * scanned.number + side
         if name not in self._known:
             shard, row = self._shards.place(size, self.spec.images_per_shard)
-            self.tables[layout.SOURCES].add(reader_row, side)
+            self.tables[layout.SOURCES].add(scanned.number, "ab"[side])
             self._known[name] = self.tables[layout.IMAGES].add(key, *size, shard, row, row // self.spec.batch_size)
-        return self._known[name]
+            self._marks.append(scanned.marks[side])
+            self._places.append(place)
+        number = self._known[name]
+        if self._marks[number] != scanned.marks[side]:
+            self._refuse_others(key, (self._places[number], place))
+        return number
+
+    def _refuse_others(self, key: str, places: Sequence[int]) -> None:
+        """Raise InputError if two images with the same ``key`` are not equal byte by byte; else they are one image."""
+        pairs = [self.reader[place // 2] for place in places]
+        images = [pair.image_b if place % 2 else pair.image_a for pair, place in zip(pairs, places, strict=True)]
+        with suppress(OSError):  # of a file that is missing, which the reader's on_error decides about
+            first, second = (image.path.read_bytes() if image.data is None else image.data for image in images)
+            if first != second:
+                files = (f"{ref.path or 'bytes'} (row {pair.pair_id})" for ref, pair in zip(images, pairs, strict=True))
+                raise InputError(f"reader: image_key={key!r:.200} is of {' and of '.join(files)}; give each its own")
 
     def _prompt(self, prompt: str) -> int:
         name = _hash("prompt", prompt)
@@ -185,6 +205,7 @@ def write_plan(
     images: ImageSettings,
     data: dict[str, Any],
     rows: Iterable[ScannedRow],
+    reader: PairReader,
     progress: Callable[[int], None] = lambda number: None,
 ) -> CachePlan:
     """Plan all ``rows``, write the tables, and write ``plan.json`` last.
@@ -198,7 +219,7 @@ def write_plan(
             partial = stack.enter_context(replacing(folder / name, KEPT))
             tables[name] = TableWriter(stack.enter_context(partial.open("xb")), schema)
             stack.callback(tables[name].close)
-        planner = Planner(spec, images, tables)
+        planner = Planner(spec, images, tables, reader)
         for row in rows:
             planner.add(row)
             progress(1)

@@ -1,7 +1,9 @@
 """Scan of a reader for planning: the pair of each row, and the sizes of its images."""
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from zlib import crc32
 
 import torch
 from torch.utils.data import Dataset
@@ -26,12 +28,14 @@ class ScannedRow:
     Attributes:
         number: Index of the row in the reader.
         pair: Pair whose images have keys but no contents.
+        marks: Checksums of the paths or bytes of the two images, by which two images of one key are noticed.
         sizes: Height and width in pixels of the two images; None if sizes are not needed, or if there is a problem.
         problem: Why the row has to be left out; None if it can be cached.
     """
 
     number: int
     pair: PreferencePair
+    marks: tuple[int, int]
     sizes: tuple[Bucket, Bucket] | None = None
     problem: str | None = None
 
@@ -59,18 +63,20 @@ class RowScan(Dataset[ScannedRow]):
         """
         pair = self.reader[index]
         a, b = pair.image_a, pair.image_b
+        marks = _mark_of(a), _mark_of(b)
         bare = replace(pair, image_a=ImageRef(a.image_key), image_b=ImageRef(b.image_key))
         try:
             if a.holds == "latents":
-                return ScannedRow(index, bare, (self._latents_size(a), self._latents_size(b)))
+                return ScannedRow(index, bare, marks, (self._latents_size(a), self._latents_size(b)))
             if not self.images.needs_headers():
-                return ScannedRow(index, bare)
+                return ScannedRow(index, bare, marks)
             limit, exif = self.images.max_pixels, self.reader.exif
-            return ScannedRow(index, bare, (Bucket(*image_size(a, limit, exif)), Bucket(*image_size(b, limit, exif))))
+            sizes = Bucket(*image_size(a, limit, exif)), Bucket(*image_size(b, limit, exif))
+            return ScannedRow(index, bare, marks, sizes)
         except ImageError as error:
             if self.reader.on_error == "raise":
                 raise ImageError(f"{pair.pair_id}: {error}; {REMEDY}", error.problem) from error
-            return ScannedRow(index, bare, problem=error.problem)
+            return ScannedRow(index, bare, marks, problem=error.problem)
 
     def _latents_size(self, image: ImageRef) -> Bucket:
         *_, height, width = shape = decode_latents(image, self.space.frame_downscale is not None).shape
@@ -79,6 +85,11 @@ class RowScan(Dataset[ScannedRow]):
             problem = f"shape {shape}, but the latent space has [{self.space}]"
             raise ImageError(f"latents {image.image_key!r}: {problem}; correct encoder.latent_space", DAMAGED)
         return size
+
+
+def _mark_of(image: ImageRef) -> int:
+    data = image.data or b""
+    return crc32(bytes(data[-4096:]), len(data)) if image.path is None else crc32(os.fsencode(image.path))
 
 
 def scan_rows(scan: RowScan, num_workers: int) -> Iterator[ScannedRow]:

@@ -142,7 +142,7 @@ class EncodingDataModule(LightningDataModule):
     def _plan(self, data: dict[str, Any]) -> CachePlan:
         rows = scan_rows(RowScan(self.reader, self.images, self.spec.latent_space), self.num_workers)
         with Progress("cache: plan", len(self.reader), "rows") as progress:
-            return write_plan(self.folder, self.spec, self.images, data, rows, progress.add)
+            return write_plan(self.folder, self.spec, self.images, data, rows, self.reader, progress.add)
 
     def _restore_tables(self, plan: CachePlan, data: dict[str, Any]) -> None:
         """Plan again if a table is missing or damaged; raise InputError if the new plan differs from the old plan."""

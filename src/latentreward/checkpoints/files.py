@@ -43,11 +43,7 @@ class DurableCheckpointIO(TorchCheckpointIO):
 
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
-        """Write ``checkpoint`` to ``path``; Lightning's own code writes to a URL, such as ``s3://``.
-
-        Raises:
-            InputError: If a state in it could not be resumed from, see :func:`check_states`.
-        """
+        """Write ``checkpoint`` to ``path`` after :func:`check_states`; Lightning's own code writes to a URL (``s3://``)."""
         check_states(checkpoint)
         if "://" in str(path) or storage_options is not None:
             super().save_checkpoint(checkpoint, path, storage_options)
@@ -77,11 +73,7 @@ class DurableCheckpointIO(TorchCheckpointIO):
 
 
 def check_states(checkpoint: Mapping[str, Any]) -> None:
-    """Save and load all states of a checkpoint in memory, without their tensors.
-
-    Raises:
-        InputError: For the first state, by its name, that cannot be saved, or not be loaded without running code.
-    """
+    """Raise InputError for the first state that cannot be saved, or not be loaded again without running code."""
     for name, state in {**checkpoint, **checkpoint.get("callbacks", {})}.items():
         stream = BytesIO()
         try:
@@ -90,8 +82,7 @@ def check_states(checkpoint: Mapping[str, Any]) -> None:
             torch.load(stream, weights_only=True)
         except Exception as error:  # whatever a class of the user's raises as it is pickled
             raise InputError(
-                f"the state of {name} cannot be resumed from a checkpoint ({first_line(error)}); let it hold tensors "
-                "and plain values: numbers, texts, lists, dictionaries"
+                f"the state of {name} cannot be resumed ({first_line(error)}); let it hold tensors and plain values"
             ) from error
 
 

@@ -103,7 +103,7 @@ def publish(
     """Write a reward model as a folder that RewardModel.from_pretrained loads to the same scores, bit for bit.
 
     The folder holds the head, adapters, and other weights that training changed or added; the weights of the frozen
-    base are not copied. Before the folder gets its name, it is loaded again: its weights and the scores of two random
+    base are not copied. Before the folder gets its name, it is loaded again: its weights and the scores of four random
     latents must equal those of the model. An existing model folder is replaced only then.
 
     Args:

@@ -5,6 +5,7 @@ import sys
 import unicodedata
 from abc import abstractmethod
 from collections import Counter
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -30,25 +31,37 @@ MOST_NAMED = 5
 ON_ERROR_REMEDY = f"correct the row, or set {OWN_ON_ERROR} to skip or placeholder"
 
 
+def _is_sound(image: Any) -> bool:
+    known = isinstance(image, ImageRef) and isinstance(image.data, bytes | bytearray | memoryview | None)
+    return known and isinstance(image.path, Path | None) and isinstance(image.image_key, str)
+
+
 def _wrong_pair(found: PreferencePair, reader: "PairReader", index: int) -> str | None:
     if not isinstance(found, PreferencePair):
         return f"{shown(found)} for row {index}; it must be a PreferencePair"
     if not isinstance(found.pair_id, str) or not isinstance(found.prompt, str):
         return f"pair_id={found.pair_id!r:.60} and prompt={found.prompt!r:.60} of row {index}; it must be texts"
     images, holds = (found.image_a, found.image_b), {"images": "image"}.get(reader.holds, reader.holds)
-    if not all(isinstance(image, ImageRef) and holds in (image.holds, "nothing") for image in images):
+    if not all(_is_sound(image) and holds in (image.holds, "nothing") for image in images):
         return (
-            f"row {found.pair_id!r:.60} with other images; it must be ImageRef with the reader's holds={reader.holds}"
+            f"row {found.pair_id!r:.60} with other images; it must be ImageRef with the reader's holds={reader.holds}, "
+            "a text as image_key, and bytes as data or a Path as path"
         )
     for name, value, most in (("label_a", found.label_a, 1.0), ("weight", found.weight, sys.float_info.max)):
         if value is not None and not (isinstance(value, float | int | np.number) and 0 <= value <= most):
             bounds = "a number from 0 to 1, or None" if name == "label_a" else "finite and at least 0"
             return f"{name}={value!r:.60} of row {found.pair_id!r:.60}; it must be {bounds}"
+    return _wrong_name(found.pair_id, reader, index)
+
+
+def _wrong_name(name: str, reader: "PairReader", index: int) -> str | None:
+    if index == 0 and (before := vars(reader).setdefault("_first_name", name)) != name:
+        return f"pair_id={before!r:.60} and then {name!r:.60} for row 0; it must be the same in each call and run"
     names = vars(reader).setdefault("_first_rows", {})
     if len(names) < NAMES_KEPT and index >= 0:
-        names.setdefault(found.pair_id, int(index))
-    if index >= 0 and (first := names.get(found.pair_id, index)) != index:
-        return f"pair_id={found.pair_id!r:.60} for rows {first} and {index}; it must be a name for each row"
+        names.setdefault(name, int(index))
+    if index >= 0 and (first := names.get(name, index)) != index:
+        return f"pair_id={name!r:.60} for rows {first} and {index}; it must be a name for each row"
     return None
 
 

@@ -17,7 +17,7 @@ from latentreward.scoring.layouts.model_folder import PretrainedReward
 from latentreward.scoring.layouts.recipe import ModelPart, ModelRecipe, is_ours
 from latentreward.scoring.network import RewardNetwork
 
-PROMPTS = ("a red cube on a blue sphere", "")
+PROMPTS = ("a red cube on a blue sphere", "") * 2  # a CPU's batches have four rows or one, see ``ROWS``
 SIDE = 256
 """Side, in pixels, of the square images whose latent size the check uses."""
 OTHER_SEED = 1
@@ -28,12 +28,12 @@ RELATIVE, ABSOLUTE = 1e-4, 1e-5
 
 @dataclass(frozen=True)
 class Probe:
-    """Sampled weights and two scores of a model, small enough to keep after the model itself is freed.
+    """Sampled weights and four scores of a model, small enough to keep after the model itself is freed.
 
     Attributes:
         recipe: Recipe of the model, with the base that it was loaded on.
         weights: A few values of each parameter and buffer, by name.
-        scores: Scores of two random latents with a fixed seed; None if the model has no rule for image sizes.
+        scores: Scores of four random latents with a fixed seed; None if the model has no rule for image sizes.
     """
 
     recipe: ModelRecipe
@@ -95,10 +95,10 @@ class Probe:
 
 
 def scores_of(model: RewardNetwork) -> Tensor | None:
-    """Score two random latents with a fixed seed, in the size of a square image that the model has resized.
+    """Score four random latents with a fixed seed, in the size of a square image that the model has resized.
 
     Returns:
-        ``(2,)`` or ``(2, out_dim)``; None if the model has no rule for image sizes.
+        ``(4,)`` or ``(4, out_dim)``; None if the model has no rule for image sizes.
     """
     if model.image_sizes is None:
         return None
