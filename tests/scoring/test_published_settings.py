@@ -213,12 +213,12 @@ def test_yaml_and_flags(tmp_path: Path) -> None:
         "--reward.published.t5_length=8",
     ]
     reward = parse_function(take, "take", flags)["reward"]
-    assert reward.found_at.published == PublishedSettings(guidance=1.0, t5_length=8)
+    assert reward.model_source.published == PublishedSettings(guidance=1.0, t5_length=8)
     (tmp_path / "c.yaml").write_text(
         "reward: {class_path: LatentReward, init_args: {path: x, published: {multi_scale: single}}}"
     )
     reward = parse_function(take, "take", [f"--config={tmp_path / 'c.yaml'}"])["reward"]
-    assert reward.found_at.published == PublishedSettings(multi_scale="single")
+    assert reward.model_source.published == PublishedSettings(multi_scale="single")
 
 
 def test_a_scorer_takes_them_and_is_another_one_then(tmp_path: Path) -> None:

@@ -253,14 +253,14 @@ class LatentReward(RewardSource):
         if batch_size is not None and batch_size < 1:
             raise InputError(f"reward.batch_size={batch_size} must be at least 1")
         self.path, self.share, self.average, self.batch_size = path, share, average, batch_size
-        self.found_at = ModelSource(path, **loading)
+        self.model_source = ModelSource(path, **loading)
         self._stored: StoredReward | None = None
 
     @property
     def stored(self) -> StoredReward:
         """Description of the model at ``path``, without weights; read at the first use."""
         if self._stored is None:
-            self._stored = find_reward(self.found_at, self.average)
+            self._stored = find_reward(self.model_source, self.average)
         return self._stored
 
     def latent_space(self) -> LatentSpace:

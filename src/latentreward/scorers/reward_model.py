@@ -77,22 +77,22 @@ class RewardModelScorer(ImageScorer):
         **loading: Any,
     ) -> None:
         super().__init__(reward_name(path) if name is None else name, batch_size)
-        self.found_at = found_at = ModelSource(path, **loading)
+        self.model_source = source = ModelSource(path, **loading)
         # Files whose contents tell whether kept scores are still those of the model.
-        self.path, self.base, self.config, self.revision = path, found_at.base, found_at.config, found_at.revision
+        self.path, self.base, self.config, self.revision = path, source.base, source.config, source.revision
         self.noise, self.device, self.dtype = noise, find_device(device), dtype
 
     def identity(self) -> str:
         """See :meth:`Scorer.identity`: class, path, revision, base, published settings, noise and dtype."""
         base = "" if self.base is None else f" base {self.base}"
-        own = "" if self.found_at.published is None else f" {self.found_at.published}"
+        own = "" if self.model_source.published is None else f" {self.model_source.published}"
         noise = self.noise or "of the model"
-        return f"{type(self).__name__} {self.found_at}{base}{own} noise {noise} {self.dtype}"
+        return f"{type(self).__name__} {self.model_source}{base}{own} noise {noise} {self.dtype}"
 
     @cached_property
     def axes(self) -> tuple[str, ...]:
         """Names of the two axes of the model's head, from its settings; empty for a model with one score."""
-        return find_reward(self.found_at).axes
+        return find_reward(self.model_source).axes
 
     def prepare(self) -> None:
         """Load the model."""
@@ -107,7 +107,7 @@ class RewardModelScorer(ImageScorer):
         """
         from latentreward.scoring import RewardModel
 
-        model = RewardModel.from_pretrained(self.found_at, device=self.device, dtype=getattr(torch, self.dtype))
+        model = RewardModel.from_pretrained(self.model_source, device=self.device, dtype=getattr(torch, self.dtype))
         model.require_images(type(self).__name__)
         return model
 
