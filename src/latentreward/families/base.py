@@ -73,7 +73,7 @@ def _wrong_levels(found: tuple[Tensor, Tensor], family: Family, steps: int, shap
     if error.max() <= 0.01:  # rounded to whole timesteps
         return None
     timestep, sigma = timesteps[error.argmax()], sigmas[error.argmax()]
-    return f"timestep {timestep:g} for the noise level {sigma:g}; it must be that of noise_process, as 1000 times it is"
+    return f"timestep {timestep:g} for the noise level {sigma:g}; it must be 1000 times that, as in noise_process"
 
 
 def _wrong_network(found: nn.Module, family: Family, pretrained: bool = True) -> str | None:
