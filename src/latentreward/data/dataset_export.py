@@ -106,7 +106,7 @@ def _write_rows(reader: PairReader, rows: range, file: Path) -> None:
 
 
 def _values(reader: PairReader, pair: PreferencePair) -> dict[str, Any] | None:
-    """Return the columns of a pair; None if ``on_error`` leaves it out."""
+    """Return the columns of a pair, among others; None if ``on_error`` leaves it out."""
     images, sound = list[dict[str, Any] | None](), True
     for image in (pair.image_a, pair.image_b):
         try:
@@ -119,22 +119,10 @@ def _values(reader: PairReader, pair: PreferencePair) -> dict[str, Any] | None:
             sound = False
     if not sound and reader.on_error == "skip":
         return None
-    image_a, image_b = images
-    return {
-        "pair_id": pair.pair_id,
-        "prompt": pair.prompt,
-        "image_a": image_a,
-        "image_b": image_b,
-        "label": pair.label_a if sound else None,
-        "weight": pair.weight,
-        "votes": pair.votes,
-        "confidence": pair.confidence,
-        "model_a": pair.model_a,
-        "model_b": pair.model_b,
-        "group_id": pair.group_id,
-        "key_a": pair.image_a.image_key,
-        "key_b": pair.image_b.image_key,
-    }
+    keys = {"key_a": pair.image_a.image_key, "key_b": pair.image_b.image_key}
+    label = {} if sound else {"label_a": None}
+    row = vars(pair) | label | {"image_a": images[0], "image_b": images[1]} | keys
+    return row | {"label": row["label_a"]}
 
 
 def _read(image: ImageRef) -> bytes:

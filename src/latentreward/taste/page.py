@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from latentreward.data.images import ImageError, decode_image
-from latentreward.data.readers.groups import file_image
+from latentreward.data.readers.json_rows import file_image
 from latentreward.evaluation.policy.imported import find_pictures
 from latentreward.reports import picture_uri, write_page
 from latentreward.storage.durable import write_file

@@ -15,7 +15,7 @@ from typing import Any
 from PIL import Image
 
 from latentreward.data.images import ImageError, decode_image
-from latentreward.data.readers.groups import file_image
+from latentreward.data.readers.json_rows import file_image
 from latentreward.errors import InputError, one_line
 from latentreward.reports import render_page
 from latentreward.taste.ratings import Ratings

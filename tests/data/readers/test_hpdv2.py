@@ -74,7 +74,7 @@ def test_choices(write, choice, label, remark) -> None:
     ("split", "row", "problem"),
     [
         ("train", {**PAIR, "human_preference": [1]}, "human_preference is [1], not one number for each of 2 images"),
-        ("train", {**PAIR, "file_path": ["a.jpg"]}, "file_path is ['a.jpg'], not two paths"),
+        ("train", {**PAIR, "file_path": ["a.jpg"]}, "file_path is ['a.jpg'], not 2 paths"),
         ("train", {**PAIR, "prompt": 3}, "prompt is 3, not text"),
         ("train", 7, "the row is 7, not an object"),
         ("test", {**GROUP, "rank": [1, None, 2]}, "rank is [1, None, 2], not one number for each of 3 images"),

@@ -210,8 +210,14 @@ class PairReader(Part):
         problem = f"prompt has {length} characters, more than max_prompt_chars={self.max_prompt_chars}"
         self.refuse(pair_id, problem, "prompt too long", rows)
 
-    def report(self, name: str) -> None:
-        """Log one line with the numbers of rows left out and kept with a remark, if there are any."""
+    def report(self, name: str, empty: str = "") -> None:
+        """Log one line with the numbers of rows left out and kept with a remark, if there are any.
+
+        Raises:
+            InputError: If there is no row, with the message ``empty``, unless that is empty.
+        """
+        if empty and not len(self):
+            raise InputError(empty)
         counts = {"left out": self.skipped, "kept with a remark": self.remarks}
         if told := [f"{what}: {count_text(count)}" for what, count in counts.items() if count]:
             logger.warning("%s: %d rows kept; %s", printable(name), len(self), printable("; ".join(told)))

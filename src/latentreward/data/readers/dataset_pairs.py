@@ -10,8 +10,7 @@ import pyarrow as pa
 from latentreward.contracts import ImageRef
 from latentreward.data.images import NO_IMAGE
 from latentreward.data.readers.base import count_text
-from latentreward.data.readers.groups import file_image
-from latentreward.data.readers.json_rows import check_path, edit_remark, find_edit_source, short
+from latentreward.data.readers.json_rows import check_path, edit_remark, file_image, find_edit_source, short
 from latentreward.data.readers.pair_rows import BY_LABEL, MODELS, NO_LABEL, WINNER_FIRST, PairRowParser
 from latentreward.data.readers.parquet_store import plain_type
 from latentreward.data.readers.rows import ROWS_AT_ONCE, RowReader

@@ -100,13 +100,13 @@ class DiffusionRMReader(RowReader):
             places = self._follow(Path(root) / index, tables)
         rows = pack((self._read(name, place, tables) for name, place in places), INDEX)
         self.table = rows.sort_by([("part", "ascending"), ("row", "ascending")])
-        if not len(self):
-            raise InputError(f"root: {root} has no rows left; check the parquet files and the index")
         if nulls := self.table.filter(self.table.column("part").is_valid()).column("prompt").null_count:
             self.remarks["null prompt read as empty"] += nulls
         stated = [name for name in DETAILS if all(name in table.columns for table in tables.values())]
         self._columns = RowGroupColumns(parts, [*LATENTS, *stated])
-        self.report(f"{root} {index or ''}".rstrip())
+        self.report(
+            f"{root} {index or ''}".rstrip(), f"root: {root} has no rows left; check the parquet files and the index"
+        )
 
     def read_row(self, index: int) -> dict[str, Any]:
         """Return the values of row ``index`` by column, with those of the parquet file unless it is a placeholder."""

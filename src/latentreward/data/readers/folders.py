@@ -13,8 +13,7 @@ import pyarrow as pa
 from latentreward.contracts import ImageRef
 from latentreward.data.images import OUTSIDE, resolve_inside
 from latentreward.data.readers.base import count_text
-from latentreward.data.readers.groups import file_image
-from latentreward.data.readers.json_rows import encodable, parse_line, parse_text
+from latentreward.data.readers.json_rows import encodable, file_image, parse_line, parse_text
 from latentreward.data.readers.rows import RowReader, pack
 from latentreward.errors import InputError, printable
 from latentreward.storage.ignored_files import find_files

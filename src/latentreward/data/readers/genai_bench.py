@@ -9,7 +9,6 @@ import pyarrow.compute as pc
 from latentreward.contracts import ImageRef
 from latentreward.data.readers.rows import RowReader
 from latentreward.data.readers.tables import Source, empty_long_prompts, open_table, source_name
-from latentreward.errors import InputError
 
 VOTES = {"leftvote": 1.0, "rightvote": 0.0, "tievote": 0.5, "bothbad_vote": 0.5}
 COLUMNS = {"prompt": pa.large_string(), "left_model": pa.string(), "right_model": pa.string(), "vote_type": pa.string()}
@@ -75,13 +74,13 @@ class GenAIBenchReader(RowReader):
         )
         self.table = table.filter(pa.array(~long)) if self.on_error == "skip" else table
         self._rows.open_images(IMAGES)
-        if not len(self):
-            raise InputError(f"split: {split!r} of {source_name(source)} has no rows; check the files")
         if unlabelled := self.table.column("label").null_count:
             self.remarks[f"unlabelled (vote_type is none of {', '.join(labels)})"] += unlabelled
         if nulls := self.table.column("prompt").null_count:
             self.remarks["null prompt read as empty"] += nulls
-        self.report(f"{source_name(source)} {split}")
+        self.report(
+            f"{source_name(source)} {split}", f"split: {split!r} of {source_name(source)} has no rows; check the files"
+        )
 
     def find_images(self, row: dict[str, Any]) -> tuple[ImageRef, ImageRef]:
         """Return the left and the right image of a row with their bytes."""

@@ -76,10 +76,11 @@ class GenAIBenchCMUReader(RowReader):
         models = {f"model_{side}": pa.array(self.models).take(numbers[side] % len(self.models)) for side in "ab"}
         shown = {"tags": pa.array(tags, pa.list_(pa.string())).take(group), "row": np.array(kept, np.int64)[group]}
         self.table = pa.table({**dict(zip(pairs.column_names, pairs.columns, strict=True)), **models, **shown})
-        if not len(self):
-            raise InputError(f"split: {split!r} of {source_name(source)} has no pairs left; check the files")
         self._table.open_images(self.models, memory_map)
-        self.report(f"{source_name(source)} {split}")
+        self.report(
+            f"{source_name(source)} {split}",
+            f"split: {split!r} of {source_name(source)} has no pairs left; check the files",
+        )
 
     def find_images(self, row: dict[str, Any]) -> tuple[ImageRef, ImageRef]:
         """Return references to two images with their bytes from the parquet file."""

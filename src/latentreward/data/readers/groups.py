@@ -2,20 +2,18 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from latentreward.contracts import ImageRef
 from latentreward.data.readers.base import PairReader
 from latentreward.data.readers.json_rows import (
     check_path,
     check_row,
     parse_number,
     parse_text,
-    relative_path,
     short,
 )
 
@@ -82,33 +80,32 @@ def pair_images(groups: Iterable[ImageGroup], named_by_group: bool = False) -> p
     )
 
 
-def parse_ranked(reader: PairReader, name: str, row: Any, fields: tuple[str, str], folder: Path) -> ImageGroup | None:
+def parse_ranked(
+    reader: PairReader, name: str, row: Any, fields: tuple[str, str], folder: Path, count: int | None = None
+) -> ImageGroup | None:
     """Check a row of a JSON file and make a group of ranked images from it; None if ``on_error`` leaves it out.
 
-    The row has the list of paths, relative to ``folder``, and that of ranks in its two ``fields``.
-    """
-    row, sound = check_row(reader, name, row)
-    paths = row.get(fields[0])
-    ranks = None
-    if sound and isinstance(paths, list):
-        ranks = check_ranks(reader, name, fields[1], row.get(fields[1]), len(paths))
-    elif sound:
-        reader.refuse(name, f"{fields[0]} is {short(paths)}, not a list of paths", f"{fields[0]} not readable")
-    if ranks is None and reader.on_error == "skip":
-        return None
-    images = check_paths(reader, name, fields[0], paths if isinstance(paths, list) else [], folder)
-    return ImageGroup(name, parse_text(row.get("prompt")) or "", images, ranks or [UNRANKED] * len(images), name)
-
-
-def check_paths(reader: PairReader, name: str, field: str, paths: list[Any], folder: Path) -> list[str | None]:
-    """Check the paths of a group's images and return them; None replaces a path that is not text.
+    The row has the list of paths, ``count`` if given, relative to ``folder``, and that of ranks in its two ``fields``.
+    A path that is not text is replaced by None.
 
     Raises:
-        InputError: If ``on_error`` is ``"raise"`` and a path is missing or leads out of ``folder``.
+        InputError: If ``on_error`` is ``"raise"`` and the row breaks a rule, or a path is missing or leads out.
     """
-    for path in paths:
-        check_path(reader, name, field, path, folder)
-    return [parse_text(path) for path in paths]
+    row, sound = check_row(reader, name, row)
+    paths, ranks = row.get(fields[0]), None
+    listed = isinstance(paths, list) and count in (None, len(paths))
+    if sound and listed:
+        ranks = check_ranks(reader, name, fields[1], row.get(fields[1]), len(paths))
+    elif sound:
+        wanted = "a list of paths" if count is None else f"{count} paths"
+        reader.refuse(name, f"{fields[0]} is {short(paths)}, not {wanted}", f"{fields[0]} not readable")
+    if ranks is None and reader.on_error == "skip":
+        return None
+    images = paths if listed else [None] * (count or 0)
+    for path in images if listed else ():
+        check_path(reader, name, fields[0], path, folder)
+    prompt = parse_text(row.get("prompt")) or ""
+    return ImageGroup(name, prompt, [*map(parse_text, images)], ranks or [UNRANKED] * len(images), name)
 
 
 def check_ranks(reader: PairReader, name: str, field: str, value: Any, count: int) -> list[float] | None:
@@ -126,14 +123,6 @@ def check_ranks(reader: PairReader, name: str, field: str, value: Any, count: in
     problem = f"{field} is {short(value)}, not one number for each of {count} images"
     reader.refuse(name, problem, f"{field} not readable")
     return None
-
-
-def file_image(folder: Path, path: str | None, prefix: str = "") -> ImageRef:
-    """Return a reference to an image file inside ``folder``, whose ``image_key`` begins with ``prefix``."""
-    if not path:
-        return ImageRef("")
-    path = relative_path(path, folder)
-    return ImageRef(prefix + str(PurePosixPath(path)), path=folder / path, root=folder)
 
 
 def _all_pairs(sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -1,26 +1,22 @@
 """Reader of HPDv2: JSON files with compared pairs for training and ranked groups of images for testing."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from latentreward.contracts import ImageRef
 from latentreward.data.readers.groups import (
     UNRANKED,
     ImageGroup,
-    check_paths,
-    check_ranks,
-    file_image,
     pair_images,
     parse_ranked,
 )
 from latentreward.data.readers.hub import fetch_files
-from latentreward.data.readers.json_rows import check_row, load_rows, parse_number, parse_text, short
+from latentreward.data.readers.json_rows import load_rows, parse_number
 from latentreward.data.readers.rows import RowReader
-from latentreward.errors import InputError
 from latentreward.storage.hub import is_hub_id
 
 CHOICES = {(1.0, 0.0), (0.0, 1.0), (0.5, 0.5)}
@@ -70,8 +66,8 @@ class HPDv2Reader(RowReader):
     ) -> None:
         super().__init__("hpdv2", split, randomise_sides=False, seed=0, **options)
         file, folder = _locate(root, split, revision)
-        self._folder = Path(images) if images else folder
-        self._name, self._prefix = f"{split}.json", f"{Path(images).name if images else split}/"
+        self.folder = Path(images) if images else folder
+        self._name, self.prefix = f"{split}.json", f"{Path(images).name if images else split}/"
         rows = load_rows(file)
         if any(isinstance(row, dict) and "image_path" in row for row in rows):
             votes: list[tuple[int, int] | tuple[None, None]] = []
@@ -80,43 +76,23 @@ class HPDv2Reader(RowReader):
                 self.table = self.table.append_column(name, pa.array(counts, pa.int64()))
         else:
             self.table = pair_images(self._parse_pairs(rows), named_by_group=True)
-        if not len(self):
-            raise InputError(f"split: {file} has no pairs left; give the published file")
-        self.report(str(file))
-
-    def find_images(self, row: dict[str, Any]) -> tuple[ImageRef, ImageRef]:
-        """Return references to the files of two images."""
-        first, second = (file_image(self._folder, row[name], self._prefix) for name in ("image_a", "image_b"))
-        return first, second
+        self.report(str(file), f"split: {file} has no pairs left; give the published file")
 
     def _parse_pairs(self, rows: list[Any]) -> Iterator[ImageGroup]:
-        for number, content in enumerate(rows):
-            name = f"{self._name}:{number}"
-            row, sound = check_row(self, name, content)
-            paths = row.get("file_path")
-            paired = isinstance(paths, list) and len(paths) == 2
-            if sound and not paired:
-                self.refuse(name, f"file_path is {short(paths)}, not two paths", "file_path not readable")
-            ranks = self._parse_choice(name, row.get("human_preference")) if sound and paired else None
-            if ranks is None and self.on_error == "skip":
-                continue
-            images = check_paths(self, name, "file_path", paths, self._folder) if paired else [None, None]
-            yield ImageGroup(name, parse_text(row.get("prompt")) or "", images, ranks or [UNRANKED] * 2)
-
-    def _parse_choice(self, name: str, value: Any) -> list[float] | None:
-        """Convert the choice between two images to ranks; None if it is unreadable, after applying ``on_error``."""
-        choice = check_ranks(self, name, "human_preference", value, 2)
-        if choice is None or np.isnan(choice).any():
-            return choice
-        if tuple(choice) not in CHOICES:
-            self.remarks["unlabelled (human_preference is neither a choice nor a tie)"] += 1
-            return [UNRANKED] * 2
-        return [-share for share in choice]
+        for number, row in enumerate(rows):
+            fields = ("file_path", "human_preference")
+            pair = parse_ranked(self, f"{self._name}:{number}", row, fields, self.folder, count=2)
+            if pair is not None:
+                ranks = [-share for share in pair.ranks]
+                if not np.isnan(ranks).any() and tuple(pair.ranks) not in CHOICES:
+                    self.remarks["unlabelled (human_preference is neither a choice nor a tie)"] += 1
+                    ranks = [UNRANKED] * 2
+                yield replace(pair, ranks=ranks, group_id=None)
 
     def _parse_groups(self, rows: list[Any], votes: list[tuple[int, int] | tuple[None, None]]) -> Iterator[ImageGroup]:
         """Yield the groups, and add the votes on each pair of a group to ``votes``."""
         for number, row in enumerate(rows):
-            group = parse_ranked(self, f"{self._name}:{number}", row, ("image_path", "rank"), self._folder)
+            group = parse_ranked(self, f"{self._name}:{number}", row, ("image_path", "rank"), self.folder)
             if group is not None:
                 annotations = row.get("raw_annotations") if isinstance(row, dict) else None
                 votes += self._count_votes(annotations, len(group.images))

@@ -7,12 +7,9 @@ from typing import Any, Literal
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from latentreward.contracts import ImageRef
-from latentreward.data.readers.groups import file_image
 from latentreward.data.readers.json_rows import check_path, load_rows, parse_json, short
 from latentreward.data.readers.pair_rows import PairRowParser
 from latentreward.data.readers.rows import RowReader
-from latentreward.errors import InputError
 
 COLUMNS = {
     "prompt": "prompt",
@@ -67,9 +64,9 @@ class HPDv3Reader(RowReader):
         **options: Any,
     ) -> None:
         super().__init__("hpdv3", split, **options)
-        self._root = Path(root)
-        file = self._root / f"{split}.json"
-        rows = PairRowParser(self, partial(check_path, self, folder=self._root), COLUMNS)
+        self.folder = Path(root)
+        file = self.folder / f"{split}.json"
+        rows = PairRowParser(self, partial(check_path, self, folder=self.folder), COLUMNS)
         numbered = enumerate(load_rows(file))
         table = rows.table((f"{file.name}:{number}", number, _plain(row)) for number, row in numbered)
         if min_confidence is not None:
@@ -78,13 +75,7 @@ class HPDv3Reader(RowReader):
             if unsure := len(sure) - len(table):
                 self.skipped["confidence below the threshold"] += unsure
         self.table = _label_by_votes(table) if label == "votes" else table
-        if not len(self):
-            raise InputError(f"split: {file} has no rows left; check the file and min_confidence")
-        self.report(str(file))
-
-    def find_images(self, row: dict[str, Any]) -> tuple[ImageRef, ImageRef]:
-        """Return references to the files of a row."""
-        return file_image(self._root, row["image_a"]), file_image(self._root, row["image_b"])
+        self.report(str(file), f"split: {file} has no rows left; check the file and min_confidence")
 
 
 def _plain(row: Any) -> Any:

@@ -15,7 +15,6 @@ from latentreward.data.readers.groups import (
     UNRANKED,
     ImageGroup,
     check_ranks,
-    file_image,
     pair_images,
     parse_ranked,
 )
@@ -57,19 +56,13 @@ class ImageRewardReader(RowReader):
         super().__init__("imagereward", "test", **options)
         inner = Path(root, "data")
         file = (inner if (inner / "test.json").is_file() else Path(root)) / "test.json"
-        self._folder = file.parent / "test_images"
+        self.folder = file.parent / "test_images"
         self.table = pair_images(self._parse(load_rows(file)))
-        if not len(self):
-            raise InputError(f"root: {file} has no pairs left; give the published file")
-        self.report(str(file))
-
-    def find_images(self, row: dict[str, Any]) -> tuple[ImageRef, ImageRef]:
-        """Return references to the files of two images."""
-        return file_image(self._folder, row["image_a"]), file_image(self._folder, row["image_b"])
+        self.report(str(file), f"root: {file} has no pairs left; give the published file")
 
     def _parse(self, rows: list[Any]) -> Iterator[ImageGroup]:
         for number, row in enumerate(rows):
-            group = parse_ranked(self, f"test.json:{number}", row, ("generations", "ranking"), self._folder)
+            group = parse_ranked(self, f"test.json:{number}", row, ("generations", "ranking"), self.folder)
             if group is not None:
                 named = row.get("id") if isinstance(row, dict) else None
                 yield group if named is None else replace(group, group_id=parse_text(str(named)))
@@ -121,9 +114,7 @@ class ImageRewardDBReader(RowReader):
         )
         rows = self._read_metadata(metadata, parts) if metadata.is_file() else rows_of_parts
         self.table = pair_images(self._parse(rows))
-        if not len(self):
-            raise InputError(f"split: {split!r} of {source} has no pairs left; check the files and parts")
-        self.report(f"{source} {split}")
+        self.report(f"{source} {split}", f"split: {split!r} of {source} has no pairs left; check the files and parts")
 
     def find_images(self, row: dict[str, Any]) -> tuple[ImageRef, ImageRef]:
         """Return references to two images, with their bytes from a zip file or their paths in an unpacked folder."""

@@ -12,8 +12,8 @@ import pyarrow as pa
 
 from latentreward.contracts import ImageRef
 from latentreward.data.readers.folders import read_caption
-from latentreward.data.readers.groups import UNRANKED, ImageGroup, file_image, pair_images
-from latentreward.data.readers.json_rows import parse_json, parse_number, parse_text, short
+from latentreward.data.readers.groups import UNRANKED, ImageGroup, pair_images
+from latentreward.data.readers.json_rows import file_image, parse_json, parse_number, parse_text, short
 from latentreward.data.readers.parquet_store import ParquetPart, RowGroupColumns, open_part, read_index
 from latentreward.data.readers.rows import ROWS_AT_ONCE, RowReader, pack
 from latentreward.data.readers.tables import holds_images
@@ -107,9 +107,7 @@ class Img2DatasetReader(RowReader):
         self.table = pair_images(self._make_groups(images, kept))
         places = [images[name].to_numpy()[kept] for name in ("shard", "offset", "size")]
         self._places = np.stack(places, axis=1)
-        if not len(self):
-            raise InputError(f"root: no two images of {root} share a {group}; set group to a column that they share")
-        self.report(root)
+        self.report(root, f"root: no two images of {root} share a {group}; set group to a column that they share")
 
     def find_images(self, row: dict[str, Any]) -> tuple[ImageRef, ImageRef]:
         """Return references to two images: with their bytes from a tar or parquet file, or with their paths."""

@@ -10,6 +10,7 @@ from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from latentreward.contracts import ImageRef
 from latentreward.data.images import BASE64, NO_IMAGE, OUTSIDE
 from latentreward.data.readers.base import PairReader
 from latentreward.errors import InputError
@@ -203,6 +204,14 @@ def relative_path(path: str, folder: Path) -> str:
             if found.is_relative_to(root):
                 return str(found.relative_to(root))
     return path
+
+
+def file_image(folder: Path, path: str | None, prefix: str = "") -> ImageRef:
+    """Return a reference to an image file inside ``folder``, whose ``image_key`` begins with ``prefix``."""
+    if not path:
+        return ImageRef("")
+    path = relative_path(path, folder)
+    return ImageRef(prefix + str(PurePosixPath(path)), path=folder / path, root=folder)
 
 
 def escapes(path: str) -> bool:

@@ -4,13 +4,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from latentreward.contracts import ImageRef
 from latentreward.data.readers.folders import read_lines
-from latentreward.data.readers.groups import file_image
 from latentreward.data.readers.json_rows import check_path, parse_line
 from latentreward.data.readers.pair_rows import PairRowParser
 from latentreward.data.readers.rows import RowReader
-from latentreward.errors import InputError
 
 
 class JSONLPairReader(RowReader):
@@ -50,14 +47,8 @@ class JSONLPairReader(RowReader):
 
     def __init__(self, file: str, root: str | None = None, split: str = "train", **options: Any) -> None:
         super().__init__(Path(file).name, split, **options)
-        self._root = Path(root) if root else Path(file).parent
-        rows = PairRowParser(self, partial(check_path, self, folder=self._root))
+        self.folder = Path(root) if root else Path(file).parent
+        rows = PairRowParser(self, partial(check_path, self, folder=self.folder))
         lines = ((f"{self.source}:{number}", number, parse_line(line)) for number, line in read_lines(Path(file)))
         self.table = rows.table(lines)
-        if not len(self):
-            raise InputError(f"file: {file} has no lines left; give one JSON object per line")
-        self.report(str(file))
-
-    def find_images(self, row: dict[str, Any]) -> tuple[ImageRef, ImageRef]:
-        """Return references to the files of a line."""
-        return file_image(self._root, row["image_a"]), file_image(self._root, row["image_b"])
+        self.report(str(file), f"file: {file} has no lines left; give one JSON object per line")

@@ -9,7 +9,6 @@ import pyarrow.compute as pc
 from latentreward.contracts import ImageRef
 from latentreward.data.readers.rows import RowReader
 from latentreward.data.readers.tables import Source, empty_long_prompts, open_table, source_name, warn_row_groups
-from latentreward.errors import InputError
 
 IMAGES = ("jpg_0", "jpg_1")
 LABELS = ("label_0", "label_1")
@@ -116,15 +115,14 @@ class PickAPicReader(RowReader):
             table = table.append_column("weight", weights)
         self.table = table.filter(pa.array(keep))
         self._remark("null caption read as empty", _is_null(columns["caption"])[keep])
-        if not len(self):
-            raise InputError(
-                f"split: {split!r} of {source_name(source)} has no rows left; check the files and drop_identical"
-            )
         if images == "read":
             self._rows.open_images(IMAGES, memory_map)
         if images == "read" and not memory_map:
             warn_row_groups(self._rows, IMAGES, f"{source_name(source)} {split}")
-        self.report(f"{source_name(source)} {split}")
+        self.report(
+            f"{source_name(source)} {split}",
+            f"split: {split!r} of {source_name(source)} has no rows left; check the files and drop_identical",
+        )
 
     def find_images(self, row: dict[str, Any]) -> tuple[ImageRef, ImageRef]:
         """Return both images of a row with their bytes, or their names alone."""

@@ -76,13 +76,13 @@ class PickAPicTarReader(RowReader):
         found = _find_tars(Path(root), split, revision)
         self._tars = [path for _, path in found]
         self.table = pack(self._read_rows(found, drop_identical), INDEX)
-        if not len(self):
-            raise InputError(f"root: no samples with {', '.join(MEMBERS)} in the tars of {root}; check the folder")
         if weight == "per_prompt":
             prompts = self.prompts()
             rows_of = Counter(prompts)
             self.table = self.table.append_column("weight", pa.array([1 / rows_of[prompt] for prompt in prompts]))
-        self.report(f"{root} {split}")
+        self.report(
+            f"{root} {split}", f"root: no samples with {', '.join(MEMBERS)} in the tars of {root}; check the folder"
+        )
 
     def find_images(self, row: dict[str, Any]) -> tuple[ImageRef, ImageRef]:
         """Return references to the images of a sample, with their bytes."""

@@ -1,8 +1,8 @@
 """Base class of the readers of this package: a table with a row per pair, whose images are found row by row."""
 
-from abc import abstractmethod
 from collections.abc import Iterable, Iterator
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,6 +11,7 @@ import torch
 
 from latentreward.contracts import ImageRef, PreferencePair
 from latentreward.data.readers.base import PairReader
+from latentreward.data.readers.json_rows import file_image
 from latentreward.seeding import pair_generator
 
 FACTS = ("model_a", "model_b", "votes_a", "votes_b", "confidence", "vote", "label_0", "tags")
@@ -36,18 +37,28 @@ class RowReader(PairReader):
             ``winner_first`` limits the exchange to rows where it is true.
         seed: Seed of the random exchange.
         options: ``on_error``, ``max_prompt_chars`` and ``exif``, see :class:`PairReader`.
+
+    Attributes:
+        folder: Folder of the images of a reader of files.
+        prefix: Start of the names of these images.
     """
 
     table: pa.Table
+    folder: Path
+    prefix = ""
     _exchanged: np.ndarray | None = None
 
     def __init__(self, source: str, split: str, *, randomise_sides: bool = True, seed: int = 0, **options: Any) -> None:
         super().__init__(**options)
         self.source, self.split, self.randomise_sides, self.seed = source, split, randomise_sides, seed
 
-    @abstractmethod
     def find_images(self, row: dict[str, Any]) -> tuple[ImageRef, ImageRef]:
-        """Return references to the two images of a row, in the order of the file; ``row`` is column → value."""
+        """Return references to the two images of a row, in the order of the file; ``row`` is column → value.
+
+        By default they are files inside :attr:`folder`, with their paths in ``image_a`` and ``image_b``.
+        """
+        first, second = (file_image(self.folder, row[name], self.prefix) for name in ("image_a", "image_b"))
+        return first, second
 
     def read_row(self, index: int) -> dict[str, Any]:
         """Return the values of row ``index`` by column."""
