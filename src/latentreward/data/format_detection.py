@@ -53,7 +53,7 @@ def recognise(data: str) -> Splits:
             f"data: {data} is a cache of latents; verify it with `latentreward cache {data} --check`, and inspect the "
             "data set it was written from"
         )
-    if columns := _columns_of_tables(path):
+    if columns := set().union(*next(_tables(path), {}).values()):
         named = quoted(", ".join(sorted(columns)[:NAMED_COLUMNS]))
         raise InputError(
             f"data: {data} is a table whose columns no reader knows: {named}; name those of a pair by --reader "
@@ -86,7 +86,10 @@ def _found(path: Path) -> Iterator[Splits]:
     """Yield the splits of each format that fits ``path``, in the order train…, val…, test…, others."""
     for find in FORMATS:
         if splits := find(path):
-            yield {name: splits[name] for name in sorted(splits, key=_split_order)}
+            rank = [
+                [name for name in sorted(splits) if name.startswith(start)] for start in ("train", "val", "test", "")
+            ]
+            yield {name: splits[name] for names in rank for name in names}
 
 
 def choose_splits(splits: Splits, names: Iterable[str]) -> Splits:
@@ -101,11 +104,6 @@ def choose_splits(splits: Splits, names: Iterable[str]) -> Splits:
     return {name: splits[name] for name in names}
 
 
-def _split_order(name: str) -> tuple[int, str]:
-    order = ("train", "val", "test")
-    return next((n for n, start in enumerate(order) if name.startswith(start)), len(order)), name
-
-
 def _diffusion_rm(path: Path) -> Splits:
     if path.is_file() and path.suffix == ".parquet" and "latent1" in _columns(path):
         return {path.stem: partial(readers.DiffusionRMReader, str(path), None, split=path.stem)}
@@ -117,23 +115,22 @@ def _diffusion_rm(path: Path) -> Splits:
     return {"train": partial(readers.DiffusionRMReader, str(path), index)}
 
 
-def _saved(path: Path) -> Splits:
+def _tables(path: Path) -> Iterator[dict[str, set[str]]]:
+    """Yield the columns by split of what ``save_to_disk`` wrote, and of the parquet files in each folder with some."""
     if (path / SAVED_SPLITS).is_file():
-        folders = {split: path / split for split in saved_splits(path)}
-    else:
-        folders = {"train": path} if (path / SAVED).is_file() else {}
-    by_split = {split: _table_reader(_saved_columns(folder)) for split, folder in folders.items()}
-    return {name: partial(reader, str(path), name) for name, reader in by_split.items() if reader}
-
-
-def _parquet(path: Path) -> Splits:
-    if path.is_file() and path.suffix == ".parquet" and (reader := _table_reader(_columns(path))):
-        split = match[1] if (match := PART.fullmatch(path.name)) else path.stem
-        return {split: partial(reader, str(path), split)}
-    for folder in PARQUET_FOLDERS:
-        files = find_files(path / folder, "*.parquet")
+        yield {split: _saved_columns(path / split) for split in saved_splits(path)}
+    elif (path / SAVED).is_file():
+        yield {"train": _saved_columns(path)}
+    parquet = path.is_file() and path.suffix == ".parquet"
+    for files in [[path]] if parquet else [find_files(path / folder, "*.parquet") for folder in PARQUET_FOLDERS]:
         found = {match[1] if (match := PART.fullmatch(file.name)) else file.stem: file for file in files}
-        by_split = {split: _table_reader(_columns(file)) for split, file in found.items()}
+        if found:
+            yield {split: _columns(file) for split, file in found.items()}
+
+
+def _table(path: Path) -> Splits:
+    for found in _tables(path):
+        by_split = {split: _table_reader(columns) for split, columns in found.items()}
         splits: Splits = {name: partial(reader, str(path), name) for name, reader in by_split.items() if reader}
         if splits:
             return splits
@@ -228,20 +225,9 @@ def _saved_columns(folder: Path) -> set[str]:
         return set()
 
 
-def _columns_of_tables(path: Path) -> set[str]:
-    """Return the columns of a folder that ``save_to_disk`` wrote, or of parquet files; empty if ``path`` is neither."""
-    if (path / SAVED_SPLITS).is_file():
-        return set().union(*(_saved_columns(path / split) for split in saved_splits(path)))
-    if (path / SAVED).is_file():
-        return _saved_columns(path)
-    files = [path] if path.suffix == ".parquet" else []
-    files += [file for folder in PARQUET_FOLDERS for file in find_files(path / folder, "*.parquet")]
-    return _columns(min(files)) if files else set()
-
-
 def _columns(file: Path) -> set[str]:
     with open_part(ParquetPart(file.name, file)) as opened:
         return set(opened.schema_arrow.names)
 
 
-FORMATS = (_diffusion_rm, _saved, _img2dataset, _parquet, _imagereward_db, _json, _tars, _folders, _jsonl)
+FORMATS = (_diffusion_rm, _img2dataset, _table, _imagereward_db, _json, _tars, _folders, _jsonl)

@@ -132,10 +132,6 @@ class PairStream(RowReader):
         """Raise InputError: all methods of the base class that need all rows at once read this table."""
         self.__len__()
 
-    def num_files(self) -> int:
-        """Return the number of files that can be read independently of each other."""
-        return self._rows.num_shards
-
     def pairs(self, part: int, parts: int, seed: int, counted: Callable[[str], None]) -> Iterator[PreferencePair]:
         """Yield the labelled pairs of one of several parts of the stream, once, in a random order.
 
@@ -156,7 +152,7 @@ class PairStream(RowReader):
         """Yield the rows of a part's own files, then its rows of the files left over; see :meth:`pairs`."""
         from datasets import concatenate_datasets  # slow to import
 
-        files = self.num_files()
+        files = self._rows.num_shards  # that can be read independently of each other
         own = files // parts
         mine = files_between(self._rows.shard(parts, part, contiguous=False), 0, own) if own else []
         for found, first, step in ((mine, 0, 1), (files_between(self._rows, own * parts, files), part, parts)):

@@ -93,6 +93,7 @@ class DiffusionRMReader(RowReader):
         parts = [ParquetPart(file.name, file) for file in files]
         tables = {part.name: _read_part(part) for part in parts}
         self._buckets = set(PUBLISHED_BUCKETS if buckets is None else sort_buckets(buckets))
+        places: Iterator[tuple[str, tuple[int, int] | None]]
         if index is None:
             counts = enumerate(len(table.prompts) for table in tables.values())
             places = ((f"{self._names[n]}:{row}", (n, row)) for n, rows in counts for row in range(rows))

@@ -3,7 +3,6 @@
 import glob
 import json
 import os
-import re
 from collections import Counter, OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -96,13 +95,6 @@ def _matching_parts(pattern: str) -> list[ParquetPart]:
     return [ParquetPart(path.name, path) for path in paths]
 
 
-def missing_parts(parts: Sequence[ParquetPart]) -> list[str]:
-    """Return the parts, e.g. ``"00003-of-00012"``, that are missing according to the numbers in the other names."""
-    found = {match[0] for part in parts for match in re.finditer(r"\d{5}-of-\d{5}", part.name)}
-    totals = {name[-5:] for name in found}
-    return sorted({f"{n:05d}-of-{total}" for total in totals for n in range(int(total))} - found)
-
-
 def open_part(part: ParquetPart) -> pq.ParquetFile:
     """Open a parquet file; only its footer is read.
 
@@ -193,16 +185,6 @@ def cast_columns(table: pa.Table, columns: dict[str, pa.DataType | None], place:
         except pa.ArrowException as error:
             raise InputError(f"{place}: column {name} is {found.type}, not {kind}; {hint}") from error
     return table
-
-
-def largest_row_group(parts: Sequence[ParquetPart], columns: Sequence[str]) -> int:
-    """Return the decompressed size in bytes of ``columns`` in the largest row group of all parts."""
-    largest = 0
-    for part in parts:
-        with open_part(part) as file, damage_named(part):
-            sizes = (row_group_bytes(file, number, columns) for number in range(file.num_row_groups))
-            largest = max(largest, *sizes, 0)
-    return largest
 
 
 def row_group_bytes(file: pq.ParquetFile, number: int, columns: Sequence[str]) -> int:

@@ -136,7 +136,7 @@ class PickAPicReader(RowReader):
 
         Rows with bad labels fall under ``on_error``, and are added to those that did before, ``refused`` ``(rows,)``.
         """
-        has_label = _flags(columns["has_label"], null=False)
+        has_label = columns["has_label"].fill_null(False).to_numpy(zero_copy_only=False)
         null = _is_null(columns["label_0"]) | _is_null(columns["label_1"])
         label_0, label_1 = (columns[name].fill_null(0.5).to_numpy() for name in LABELS)
         for name, values in zip(LABELS, (label_0, label_1), strict=True):
@@ -156,8 +156,8 @@ class PickAPicReader(RowReader):
 
     def _find_different(self, columns: dict[str, pa.Array], keep: np.ndarray) -> np.ndarray:
         """Return which rows have two different images, ``(rows,)`` bool; count the others among the rows ``keep``."""
-        same_uid = _flags(pc.equal(columns["image_0_uid"], columns["image_1_uid"]), null=False)
-        different = _flags(columns["are_different"], null=True) & ~same_uid
+        other_uid = pc.not_equal(columns["image_0_uid"], columns["image_1_uid"]).fill_null(True)
+        different = pc.and_(columns["are_different"].fill_null(True), other_uid).to_numpy(zero_copy_only=False)
         if dropped := int((keep & ~different).sum()):
             self.skipped["identical images"] += dropped
         return different
@@ -169,7 +169,3 @@ class PickAPicReader(RowReader):
 
 def _is_null(column: pa.Array) -> np.ndarray:
     return column.is_null().to_numpy(zero_copy_only=False)
-
-
-def _flags(column: pa.Array, null: bool) -> np.ndarray:
-    return column.fill_null(null).to_numpy(zero_copy_only=False)

@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,10 +23,9 @@ from latentreward.data.readers.parquet_store import (
     copy_columns,
     damage_named,
     find_parts,
-    largest_row_group,
-    missing_parts,
     open_part,
     plain_type,
+    row_group_bytes,
 )
 from latentreward.data.readers.parquet_store import read_index as read_parquet
 from latentreward.errors import InputError, first_line
@@ -196,7 +196,11 @@ class ParquetTable(SplitTable):
 
     def largest_row_group(self, columns: Sequence[str]) -> int:
         """Return the decompressed size in bytes of ``columns`` in the largest row group."""
-        return largest_row_group(self.parts, columns)
+        sizes = [0]
+        for part in self.parts:
+            with open_part(part) as file, damage_named(part):
+                sizes += [row_group_bytes(file, number, columns) for number in range(file.num_row_groups)]
+        return max(sizes)
 
 
 def open_table(
@@ -222,7 +226,9 @@ def find_all_parts(
 ) -> list[ParquetPart]:
     """Find the parquet files of a split, see :func:`open_table`; missing ones fall under the reader's ``on_error``."""
     parts = find_parts(source, split, revision, config)
-    if missing := missing_parts(parts):
+    found = {match[0] for part in parts for match in re.finditer(r"\d{5}-of-\d{5}", part.name)}
+    totals = {name[-5:] for name in found}
+    if missing := sorted({f"{n:05d}-of-{total}" for total in totals for n in range(int(total))} - found):
         names = ", ".join(missing[:3]) + (", …" if len(missing) > 3 else "")
         problem = f"{split} lacks {len(missing)} of its parquet parts ({names}); download them"
         reader.refuse(source, problem, "parquet part missing", len(missing))
