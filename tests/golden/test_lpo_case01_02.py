@@ -2,6 +2,7 @@
 
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -69,6 +70,19 @@ def model_of(case: Case, variant: Variant, folder: Path) -> RewardModel:
     return model
 
 
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Case, Variant], RewardModel]:
+    """Function that loads the model of a variant once; tests do not change it."""
+    folder, models = tmp_path_factory.mktemp("checkpoints"), dict[tuple[str, Variant], RewardModel]()
+
+    def load(case: Case, variant: Variant) -> RewardModel:
+        if (case.name, variant) not in models:
+            models[case.name, variant] = model_of(case, variant, folder / case.name)
+        return models[case.name, variant]
+
+    return load
+
+
 def with_state(checkpoint: Path, state: dict, folder: Path) -> Path:
     """A copy of ``checkpoint`` with another ``state_dict.pt``."""
     shutil.copytree(checkpoint, folder, copy_function=shutil.copyfile)
@@ -112,10 +126,10 @@ def pooled_names(features: Features) -> dict[str, Tensor]:
 
 @every_case
 @torch.no_grad()
-def test_every_batch_and_variant(case: Case, tmp_path: Path) -> None:
+def test_every_batch_and_variant(case: Case, shared: Callable[[Case, Variant], RewardModel]) -> None:
     data = case.tensors()
     for name, batches in variants_of(data).items():
-        model = model_of(case, Variant.parse(name), tmp_path)
+        model = shared(case, Variant.parse(name))
         for batch in batches:
             features = read(model, data, batch)
             visual_input = model.head.visual_input(features)
@@ -135,11 +149,11 @@ def test_every_batch_and_variant(case: Case, tmp_path: Path) -> None:
 
 
 @every_case
-def test_scores_of_latents_by_timestep(case: Case, tmp_path: Path) -> None:
+def test_scores_of_latents_by_timestep(case: Case, shared: Callable[[Case, Variant], RewardModel]) -> None:
     """What was recorded is noisy already; of latents that much larger, with noise 0, the noise process makes it."""
     data = case.tensors()
     for name, batches in variants_of(data).items():
-        model = model_of(case, Variant.parse(name), tmp_path)
+        model = shared(case, Variant.parse(name))
         uncond = encode(model, data, "neg_") if model.head.needs_uncond else None
         for batch in batches:
             key = f"{batch}.{name}.score"
