@@ -57,3 +57,13 @@ def test_only_what_yaml_or_the_command_line_sets_has_many_parameters(nodes_of_fi
             if id(node) not in constructors and not subcommand:
                 long.append(f"{path.relative_to(ROOT)}:{node.lineno} {node.name}: {len(parameters(node))}")
     assert not long
+
+
+def test_a_reader_is_at_most_two_classes_below_the_public_one(nodes_of_files: dict[Path, list[ast.AST]]) -> None:
+    classes = [node for node in chain.from_iterable(nodes_of_files.values()) if isinstance(node, ast.ClassDef)]
+    bases = {node.name: [ast.unparse(base).split("[")[0] for base in node.bases] for node in classes}
+    below = {"PairReader"}
+    for _ in range(2):
+        below |= {name for name, above in bases.items() if below.intersection(above)}
+    assert {"RowReader", "HPDv3Reader", "CutReader"} <= below
+    assert not [name for name, above in bases.items() if name not in below and below.intersection(above)]

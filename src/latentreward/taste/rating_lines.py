@@ -2,14 +2,16 @@
 
 from pathlib import Path
 
-from latentreward.data.readers.jsonl import JSONLPairReader
-from latentreward.errors import InputError
+from latentreward.data.readers.folders import read_lines
+from latentreward.data.readers.json_rows import parse_line
+from latentreward.data.readers.pair_rows import PairRowParser
+from latentreward.data.readers.rows import RowReader
 from latentreward.taste.pictures import listed
 
 RATINGS = "ratings.jsonl"
 
 
-class RatingReader(JSONLPairReader):
+class RatingReader(RowReader):
     """Reader of ``ratings.jsonl`` that leaves lines out by number and reason; pictures are found out later.
 
     Args:
@@ -23,11 +25,12 @@ class RatingReader(JSONLPairReader):
     """
 
     def __init__(self, folder: Path) -> None:
-        self.left_out: list[str] = []
-        try:
-            super().__init__(str(folder / RATINGS), str(folder), randomise_sides=False, on_error="skip")
-        except InputError as error:
-            raise InputError("; ".join([str(error), *self.told()])) from error
+        super().__init__(RATINGS, "train", randomise_sides=False, on_error="skip")
+        self.folder, self.left_out = folder, list[str]()
+        lines = ((f"{RATINGS}:{number}", number, parse_line(line)) for number, line in read_lines(folder / RATINGS))
+        self.table = PairRowParser(self).table(lines)
+        empty = f"file: {folder / RATINGS} has no lines left; give one JSON object per line"
+        self.report(str(folder / RATINGS), "; ".join([empty, *self.told()]))
 
     def told(self) -> list[str]:
         """Return a line on what was left out, or nothing."""

@@ -196,3 +196,14 @@ def test_nothing_to_read_is_one_clear_line(write_hpdv3, hpdv3_rows, tmp_path) ->
 def test_images_are_not_touched_by_constructing(write_hpdv3, hpdv3_rows) -> None:
     reader = HPDv3Reader(write_hpdv3([hpdv3_rows(n) for n in range(5)], images=False), "train")
     assert len(reader.prompts()) == reader.labelled().sum() == 5
+
+
+@pytest.mark.parametrize("label", ["hard", "votes"])
+def test_labels_and_facts_need_no_rows(write_hpdv3, hpdv3_rows, monkeypatch, label) -> None:
+    votes = [[9, 3], [0, 0], None, [1, 4]]
+    root = write_hpdv3([hpdv3_rows(n, choice_dist=value) for n, value in enumerate(votes)], images=False)
+    reader = HPDv3Reader(root, "train", label=label)
+    pairs = [reader[n] for n in range(4)]
+    monkeypatch.setattr(HPDv3Reader, "read_row", None)
+    assert reader.labels().tolist() == [pair.label_a for pair in pairs]
+    assert reader.facts()["votes_a"] == [pair.votes and pair.votes[0] for pair in pairs]
