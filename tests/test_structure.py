@@ -59,8 +59,10 @@ def test_only_what_yaml_or_the_command_line_sets_has_many_parameters(nodes_of_fi
     assert not long
 
 
-def test_a_reader_is_at_most_two_classes_below_the_public_one(nodes_of_files: dict[Path, list[ast.AST]]) -> None:
-    classes = [node for node in chain.from_iterable(nodes_of_files.values()) if isinstance(node, ast.ClassDef)]
+def test_a_format_is_at_most_two_classes_below_the_public_reader(nodes_of_files: dict[Path, list[ast.AST]]) -> None:
+    """A reader with settings of its own, as that of the tiny world, may derive from a format's."""
+    nodes = (nodes for path, nodes in nodes_of_files.items() if "tinyworld" not in path.parts)
+    classes = [node for node in chain.from_iterable(nodes) if isinstance(node, ast.ClassDef)]
     bases = {node.name: [ast.unparse(base).split("[")[0] for base in node.bases] for node in classes}
     below = {"PairReader"}
     for _ in range(2):
