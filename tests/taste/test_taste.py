@@ -46,7 +46,7 @@ def taste(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -
 
     def run(*arguments: str) -> str:
         main(["taste", *arguments])
-        return capsys.readouterr().out
+        return "".join(capsys.readouterr())
 
     return run
 
