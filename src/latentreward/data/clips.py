@@ -57,53 +57,31 @@ class Clip(NamedTuple):
 
 
 class Frame(NamedTuple):
-    """Decoded frame; times are in ticks of the file's clock.
+    """Decoded frame; times are in ticks of the file's clock."""
 
-    Attributes:
-        start: Time from which the frame is shown.
-        end: Time until which the frame is shown, as far as known before the next one.
-        size: Height and width.
-        picture: Function that returns the frame as 8-bit RGB.
-    """
-
-    start: int
-    end: int
-    size: tuple[int, int]
-    picture: Callable[[], Image.Image]
+    start: int  # from which the frame is shown
+    end: int  # until which it is shown, as far as known before the next one
+    size: tuple[int, int]  # height and width
+    picture: Callable[[], Image.Image]  # returns the frame as 8-bit RGB
 
 
 class Source(NamedTuple):
-    """An opened file.
+    """An opened file; length, total and size are as the file says."""
 
-    Attributes:
-        frames: The frames in the order in which they are shown.
-        tick: Length of a tick in seconds.
-        length: Length of the clip in ticks, as the file says; None if it does not.
-        total: Number of frames, as the file says; 0 if it does not.
-        size: Height and width, as the file says.
-    """
-
-    frames: Iterator[Frame]
-    tick: Fraction
-    length: int | None
-    total: int
-    size: tuple[int, int]
+    frames: Iterator[Frame]  # in the order in which they are shown
+    tick: Fraction  # seconds
+    length: int | None  # ticks; None if the file does not say
+    total: int  # frames; 0 if the file does not say
+    size: tuple[int, int]  # height and width
 
 
 class ClipHeader(NamedTuple):
-    """What the header of a clip says.
-
-    Attributes:
-        height: Height in pixels.
-        width: Width in pixels.
-        frames: Number of frames; 0 if unknown.
-        fps: Mean number of frames per second; None if unknown.
-    """
+    """What the header of a clip says."""
 
     height: int
     width: int
-    frames: int
-    fps: float | None
+    frames: int  # 0 if unknown
+    fps: float | None  # mean frames per second; None if unknown
 
     def __str__(self) -> str:
         if not self.frames or self.fps is None:

@@ -27,19 +27,12 @@ KEPT = "finished files are kept: free some space and run the same command again"
 
 @dataclass(frozen=True)
 class ExportedSplit:
-    """Files of an exported split.
+    """Files of an exported split."""
 
-    Attributes:
-        files: Parquet files, in the order of the rows.
-        rows: Rows in all files.
-        written: Number of files that this call wrote; the others were there.
-        left_out: Number of rows of the reader without a readable image, which ``on_error: skip`` left out.
-    """
-
-    files: list[Path]
-    rows: int
-    written: int
-    left_out: int
+    files: list[Path]  # parquet files, in the order of the rows
+    rows: int  # in all files
+    written: int  # number of files that this call wrote; the others were there
+    left_out: int  # rows of the reader without a readable image, which ``on_error: skip`` left out
 
 
 def export_split(

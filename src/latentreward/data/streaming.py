@@ -233,15 +233,10 @@ class PairStream(RowReader):
 
 @dataclass
 class _Lane:
-    """One sequence of pairs, which one process reads.
+    """One sequence of pairs, which one process reads."""
 
-    Attributes:
-        pairs: Remaining pairs.
-        at: Number of pairs that were taken.
-    """
-
-    pairs: Iterator[PreferencePair]
-    at: int = 0
+    pairs: Iterator[PreferencePair]  # remaining ones
+    at: int = 0  # number of pairs that were taken
 
 
 class StreamedPairs(Dataset[list[LoadedPair | SkippedPair]]):

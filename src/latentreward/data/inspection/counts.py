@@ -40,81 +40,46 @@ Seen = tuple[tuple[int, int] | str | None, int]
 
 @dataclass
 class ImageCounts:
-    """Counts of the images of a split; an image that occurs in several pairs is counted once.
+    """Counts of the images of a split; an image that occurs in several pairs is counted once."""
 
-    Attributes:
-        rows: Rows whose images were examined.
-        distinct: Images with different names.
-        sizes: Number of images by (height, width) in pixels; a latent element counts as 8 × 8 pixels.
-        buckets: Number of images by bucket, or by the reason why they have no bucket.
-        clips: Number of clips by length and frame rate, as their headers say, or by the reason why no header was read.
-        odd: Number of images by unusual property found in the header, e.g. alpha or EXIF orientation.
-        mixed_rows: Rows whose two images have different buckets.
-        unreadable_rows: Number of rows with an unreadable image, by the problem of the row's first such image.
-        unreadable: Number of unreadable images.
-        first_unreadable: Row (counted from 0), pair and error of the first few unreadable images.
-        doubtful: Number of rows by kind: ``SELF_PAIR``, ``REPEATED`` or ``CONTRADICTORY``.
-        first_doubtful: Row, pair and kind of the first few rows of each kind.
-    """
-
-    rows: int = 0
-    distinct: int = 0
-    sizes: Counter[tuple[int, int]] = field(default_factory=Counter)
-    buckets: Counter[str] = field(default_factory=Counter)
-    clips: Counter[str] = field(default_factory=Counter)
-    odd: Counter[str] = field(default_factory=Counter)
-    mixed_rows: int = 0
-    unreadable_rows: Counter[str] = field(default_factory=Counter)
-    unreadable: int = 0
-    first_unreadable: list[str] = field(default_factory=list)
-    doubtful: Counter[str] = field(default_factory=Counter)
-    first_doubtful: list[str] = field(default_factory=list)
+    rows: int = 0  # rows whose images were examined
+    distinct: int = 0  # images with different names
+    sizes: Counter[tuple[int, int]] = field(default_factory=Counter)  # (height, width); a latent is 8 x 8 pixels
+    buckets: Counter[str] = field(default_factory=Counter)  # images by bucket, or by the reason why they have none
+    clips: Counter[str] = field(default_factory=Counter)  # by length and frame rate, or why no header was read
+    odd: Counter[str] = field(default_factory=Counter)  # images by unusual property, e.g. alpha or EXIF orientation
+    mixed_rows: int = 0  # rows whose two images have different buckets
+    unreadable_rows: Counter[str] = field(default_factory=Counter)  # by the problem of the row's first such image
+    unreadable: int = 0  # images
+    first_unreadable: list[str] = field(default_factory=list)  # row (from 0), pair and error of the first few
+    doubtful: Counter[str] = field(default_factory=Counter)  # rows that are SELF_PAIR, REPEATED or CONTRADICTORY
+    first_doubtful: list[str] = field(default_factory=list)  # row, pair and kind of the first few of each kind
 
 
 @dataclass
 class SplitCounts:
-    """Counts of one split.
-
-    Attributes:
-        name: Name of the split.
-        reader: Class name of its reader.
-        rows: Number of rows of the reader.
-        labels: Number of rows by winner: a, b, tie, or unlabelled.
-        distinct_prompts: Number of different prompts, compared as raw text.
-        prompt_lengths: Quantile → number of characters of a row's prompt.
-        images: Counts of images; None if the reader has no images or no rows were to be examined.
-        skipped: Number of rows that the reader left out, by reason.
-        remarks: Number of rows that the reader kept with a remark, e.g. without their label, by reason.
-        named: Pairs of the first few rows left out or kept with a remark, by reason, as far as the reader names them.
-        complete: False if an interrupt ended the count early.
-    """
+    """Counts of one split."""
 
     name: str
-    reader: str
+    reader: str  # name of its class
     rows: int
-    labels: dict[str, int]
-    distinct_prompts: int
-    prompt_lengths: dict[str, int]
-    images: ImageCounts | None
-    skipped: Counter[str]
-    remarks: Counter[str]
-    named: dict[str, list[str]] = field(default_factory=dict)
-    complete: bool = True
+    labels: dict[str, int]  # rows by winner: a, b, tie, or unlabelled
+    distinct_prompts: int  # compared as raw text
+    prompt_lengths: dict[str, int]  # quantile -> number of characters of a row's prompt
+    images: ImageCounts | None  # None if the reader has no images or no rows were to be examined
+    skipped: Counter[str]  # rows that the reader left out, by reason
+    remarks: Counter[str]  # rows that the reader kept with a remark, e.g. without their label, by reason
+    named: dict[str, list[str]] = field(default_factory=dict)  # pairs of the first few of these rows, by reason
+    complete: bool = True  # False if an interrupt ended the count early
 
 
 @dataclass
 class SplitContents:
-    """Prompts and images of a split, for comparison with other splits.
+    """Prompts and images of a split, for comparison with other splits."""
 
-    Attributes:
-        prompts: Normalised prompt of every row.
-        keys: ``image_key`` of images a and b of every examined row.
-        hashes: ``(examined rows, 2)`` int64, hashes of the bytes of images a and b; 0 if the bytes were not read.
-    """
-
-    prompts: list[str]
-    keys: list[tuple[str, str]]
-    hashes: np.ndarray
+    prompts: list[str]  # normalised prompt of every row
+    keys: list[tuple[str, str]]  # ``image_key`` of images a and b of every examined row
+    hashes: np.ndarray  # (examined rows, 2) int64, of the bytes of images a and b; 0 if the bytes were not read
 
 
 @dataclass(frozen=True)

@@ -13,59 +13,35 @@ from latentreward.errors import InputError
 
 @dataclass(frozen=True)
 class ScorerCounts:
-    """Agreement of one scorer with the labels.
+    """Agreement of one scorer with the labels."""
 
-    Attributes:
-        pairs: Decided pairs (not ties) that have a score gap.
-        below: Pairs of these whose chosen image scores below the rejected image.
-        equal: Pairs of these whose images have equal scores.
-        missing: Decided pairs and ties without a score.
-        share_below: ``below / pairs``; None if ``pairs`` is 0.
-    """
-
-    pairs: int
-    below: int
-    equal: int
-    missing: int
-    share_below: float | None
+    pairs: int  # decided pairs (not ties) that have a score gap
+    below: int  # pairs of these whose chosen image scores below the rejected image
+    equal: int  # pairs of these whose images have equal scores
+    missing: int  # decided pairs and ties without a score
+    share_below: float | None  # below / pairs; None if pairs is 0
 
 
 @dataclass(frozen=True)
 class StrategyCounts:
-    """Numbers of pairs that one filter keeps and drops, see :class:`~latentreward.data.mpcf.MPCF`.
+    """Numbers of pairs that one filter keeps and drops, see :class:`~latentreward.data.mpcf.MPCF`."""
 
-    Attributes:
-        strategy: Number of the published strategy.
-        comparison: ``code`` keeps gaps above the floors; ``paper`` also keeps gaps equal to the floors.
-        decided: Decided pairs (not ties) that are kept.
-        ties: Ties that are kept, by the limits of the released code.
-        dropped: Number of dropped pairs by reason.
-    """
-
-    strategy: int
-    comparison: str
-    decided: int
-    ties: int
-    dropped: Counter[str]
+    strategy: int  # number of the published strategy
+    comparison: str  # code keeps gaps above the floors; paper also keeps gaps equal to the floors
+    decided: int  # decided pairs (not ties) that are kept
+    ties: int  # ties that are kept, by the limits of the released code
+    dropped: Counter[str]  # dropped pairs by reason
 
 
 @dataclass
 class ScoreCounts:
-    """Counts over a score table for the rows of one split.
+    """Counts over a score table for the rows of one split."""
 
-    Attributes:
-        rows: Number of rows of the split.
-        problems: Number of rows for which the table has no usable gap, by reason.
-        scorers: Scorer → agreement with the labels.
-        strategies: Counts for each strategy and comparison; empty if the table lacks a scorer of the strategies.
-        note: Reason why ``strategies`` is empty.
-    """
-
-    rows: int
-    problems: dict[str, int]
+    rows: int  # of the split
+    problems: dict[str, int]  # rows for which the table has no usable gap, by reason
     scorers: dict[str, ScorerCounts]
-    strategies: list[StrategyCounts] = field(default_factory=list)
-    note: str = ""
+    strategies: list[StrategyCounts] = field(default_factory=list)  # empty if the table lacks one of their scorers
+    note: str = ""  # reason why strategies is empty
 
 
 def inspect_scores(gaps: PairGaps) -> ScoreCounts:

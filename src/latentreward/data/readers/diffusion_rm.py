@@ -34,19 +34,12 @@ INDEX = pa.schema(
 
 
 class _Part(NamedTuple):
-    """Content of a parquet file without latents.
+    """Content of a parquet file without latents."""
 
-    Attributes:
-        columns: Names of its columns.
-        starts: First row number of each row group, and the number of rows.
-        prompts: Prompt of every row.
-        shapes: Stated shapes of both latents of every row; None if the file does not state them.
-    """
-
-    columns: tuple[str, ...]
-    starts: np.ndarray
-    prompts: list[str | None]
-    shapes: list[tuple[Any, Any]] | None
+    columns: tuple[str, ...]  # names
+    starts: np.ndarray  # first row number of each row group, and the number of rows
+    prompts: list[str | None]  # of every row
+    shapes: list[tuple[Any, Any]] | None  # of both latents of every row; None if the file does not state them
 
 
 class DiffusionRMReader(RowReader):

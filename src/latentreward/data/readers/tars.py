@@ -33,19 +33,12 @@ Extent = tuple[int, int]
 
 @dataclass
 class Sample:
-    """One sample of a tar.
+    """One sample of a tar; its members are named by the rest of their file names, e.g. ``jpg_0.jpg``."""
 
-    Attributes:
-        key: Path of its members, up to the first dot of the file name.
-        images: Rest of the file name of each image, e.g. ``jpg_0.jpg`` → offset and length.
-        texts: Rest of the file name of each text, e.g. ``label_0.txt`` → text.
-        unreadable: Rest of the file name of each text that is not UTF-8 → what is wrong with it.
-    """
-
-    key: str
-    images: dict[str, Extent] = field(default_factory=dict)
+    key: str  # path of its members, up to the first dot of the file name
+    images: dict[str, Extent] = field(default_factory=dict)  # offset and length
     texts: dict[str, str] = field(default_factory=dict)
-    unreadable: dict[str, str] = field(default_factory=dict)
+    unreadable: dict[str, str] = field(default_factory=dict)  # what is wrong with a text that is not UTF-8
 
 
 def read_samples(tar: Path, images: Collection[str], texts: Collection[str]) -> tuple[list[Sample], str | None]:
