@@ -88,8 +88,8 @@ def main(args: Sequence[str] | None = None) -> None:
     given = parser.parse_args(args)
 
     torch.manual_seed(given.seed)  # of the head's initial weights
-    data = TinyWorldDataModule(str(given.output / "pairs"), train_pairs=given.pairs, val_pairs=given.pairs // 30, batch_size=32,
-                               num_workers=0, seed=given.seed)  # fmt: skip
+    pairs = {"train_pairs": given.pairs, "val_pairs": given.pairs // 30}
+    data = TinyWorldDataModule(str(given.output / "pairs"), **pairs, batch_size=32, num_workers=0, seed=given.seed)
     data.setup("fit")
     backbone = create_backbone("sd_tiny")  # with "sd15" and source=FOLDER the same code trains LRM-SD1.5
     model = RewardModel(backbone, CLIPProjectionHead(backbone.feature_spec, guidance=7.5)).train()
