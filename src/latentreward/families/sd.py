@@ -145,7 +145,8 @@ class StableDiffusion(Family):
         """See :meth:`Family.load_prompt_encoder`."""
         two = self.pipeline.has("text_encoder_2")
         encoder: PromptEncoder = (self.pipeline.sdxl_prompts if two else self.pipeline.clip_prompts)(pretrained, True)
-        if encoder.token_dim != (taken := self.config["cross_attention_dim"]):
+        has_unet = self.pipeline.has(self.part)  # a cache is written without one
+        if has_unet and encoder.token_dim != (taken := self.config["cross_attention_dim"]):
             raise InputError(
                 f"source={self.pipeline.source!r}: the text encoder is {encoder.token_dim} wide, but the U-Net takes "
                 f"{taken}; network and text encoder must come from one pipeline"

@@ -3,14 +3,14 @@
 import io
 import os
 import zipfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 from hashlib import blake2b, file_digest
 from pathlib import Path
 from threading import Lock
-from typing import Any
+from typing import IO, Any
 
 from latentreward.errors import InputError
 
@@ -104,33 +104,42 @@ def _hash_once(path: Path, modified: int, size: int) -> str:
 
 @cache
 def _damaged_record(path: Path, places: tuple[tuple[int, int], ...] | None, modified: int, size: int) -> str | None:
+    if places is None:
+        return _first_damaged(partial(path.open, "rb"))
     with path.open("rb") as file:
-        if places is None:
-            return _first_damaged(file)
         for offset, length in places:
             file.seek(offset)
-            part = io.BytesIO(file.read(length))
-            if name := _first_damaged(part) if zipfile.is_zipfile(part) else f"the part at byte {offset}":
+            part = partial(io.BytesIO, file.read(length))
+            if name := _first_damaged(part) if zipfile.is_zipfile(part()) else f"the part at byte {offset}":
                 return name
     return None
 
 
-def _first_damaged(file: Any) -> str | None:
-    if not zipfile.is_zipfile(file):
-        return None
+def _first_damaged(opened: Callable[[], IO[bytes]]) -> str | None:
+    """Return the first record of a zip file that does not fit its checksum; None for a file of another format."""
+    with opened() as file:
+        if not zipfile.is_zipfile(file):
+            return None
     try:
-        with zipfile.ZipFile(file) as records, ThreadPoolExecutor(THREADS) as pool:
-            damaged = pool.map(lambda name: name if _is_damaged(records, name) else None, records.namelist())
-            return next(filter(None, damaged), None)
+        with opened() as file, zipfile.ZipFile(file) as records:
+            names = records.namelist()
+        with ThreadPoolExecutor(THREADS) as pool:
+            parts = pool.map(partial(_damaged, opened), [names[place::THREADS] for place in range(THREADS)])
+            damaged = {name for part in parts for name in part}
+        return next((name for name in names if name in damaged), None)
     except (zipfile.BadZipFile, EOFError, ValueError, NotImplementedError) as error:
         return f"a record ({error})"
 
 
-def _is_damaged(records: zipfile.ZipFile, name: str) -> bool:
-    try:
-        with records.open(name) as record:
-            while record.read(2**20):  # at its end the checksum is compared
-                pass
-    except zipfile.BadZipFile:
-        return True
-    return False
+def _damaged(opened: Callable[[], IO[bytes]], names: Iterable[str]) -> list[str]:
+    """Return those of the records that do not fit; each thread opens the file, since a ZipFile is not for several."""
+    damaged = []
+    with opened() as file, zipfile.ZipFile(file) as records:
+        for name in names:
+            try:
+                with records.open(name) as record:
+                    while record.read(2**20):  # at its end the checksum is compared
+                        pass
+            except zipfile.BadZipFile:
+                damaged.append(name)
+    return damaged
