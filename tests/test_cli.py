@@ -260,7 +260,11 @@ def error_line(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         main(arguments)
     *notes, line = capsys.readouterr().err.splitlines()
     assert stop.value.code == 2
-    notes = [note.removeprefix("INFO: ") for note in notes if note and "holds an earlier run" not in note]
+    notes = [
+        note.removeprefix("INFO: ").removeprefix("note: ")
+        for note in notes
+        if note and "holds an earlier run" not in note
+    ]
     assert all(note.startswith(("Seed", "GPU", "TPU", "trainer.logger: the run's folder")) for note in notes), notes
     assert line.startswith("latentreward: error: ")
     return line.removeprefix("latentreward: error: ")

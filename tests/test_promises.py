@@ -433,6 +433,8 @@ FLOW_FAMILY = Kind(
             Tokens(**TOKENS | {"visual": NAN * TOKENS["visual"]}),
             Tokens(**TOKENS | {"temb": torch.zeros(2, 7)}),
             Tokens(**TOKENS | {"text": torch.zeros(3, 5)}),
+            Tokens(**TOKENS, text_mask=torch.ones(2, 4, dtype=torch.bool)),
+            Tokens(**TOKENS, text_mask=torch.ones(2, 3)),
         )
     ]
     + [
@@ -797,3 +799,10 @@ def test_checks_get_arguments_in_the_order_of_the_parameters() -> None:
 
 def test_there_are_enough_faults() -> None:
     assert len(FAULTS) >= 104
+
+
+def test_tokens_of_masked_prompts_have_a_mask() -> None:
+    family = made(FLOW_FAMILY)
+    prompts = Conditioning(torch.zeros(2, 3, 5), prompt_mask=torch.ones(2, 3, dtype=torch.bool))
+    with pytest.raises(InputError, match="begin returned no text_mask, but the prompts have a mask; it must say which"):
+        family.begin(None, torch.zeros(2, 4, 2, 2), ONES[:2], prompts)

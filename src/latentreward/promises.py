@@ -135,13 +135,18 @@ def check_methods(cls: type[Part]) -> None:
                 check_takes(f"{cls.__name__}.{name}", method, wanted)
 
 
-def check_takes(name: str, function: Callable[..., Any], wanted: Callable[..., Any]) -> None:
-    """Raise InputError if a user's function, ``name`` in messages, does not take the arguments of ``wanted``."""
+def check_takes(
+    name: str, function: Callable[..., Any], wanted: Callable[..., Any], with_defaults: bool = True
+) -> None:
+    """Raise InputError if a user's function, ``name`` in messages, does not take the arguments of ``wanted``.
+
+    ``with_defaults`` says whether it must take arguments that have a default in ``wanted``, too.
+    """
     try:
         taken, needed = signature(function), signature(wanted).parameters
     except ValueError:  # of functions in C
         return
-    kinds = {name: one.kind for name, one in needed.items()}
+    kinds = {name: one.kind for name, one in needed.items() if with_defaults or one.default is Parameter.empty}
     by_place = [name for name, kind in kinds.items() if kind is Parameter.POSITIONAL_OR_KEYWORD]
     by_name = {name: None for name, kind in kinds.items() if kind is Parameter.KEYWORD_ONLY}
     try:

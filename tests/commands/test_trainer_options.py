@@ -1,13 +1,18 @@
 """Options of Lightning's trainer and schedules of PyTorch: what works from the command line, and what is one line."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 from torch.optim import AdamW
 
+from latentreward.commands.fit import check_hooks
+from latentreward.errors import InputError
 from latentreward.modules.based import BasedModule
 from tests.small_user import RUNS, SEEN, SmallUserModule, refusal, run
 
@@ -143,3 +148,54 @@ def test_plateaus_that_have_no_metric(
     line = refusal(capsys, "fit", tmp_path, *settings, f"--model.lr_scheduler={scheduler[0]}", *scheduler[1:])
     assert line.startswith(said)
     assert not SEEN
+
+
+class NoLoss(Based):
+    """A module whose step forgets to return the loss."""
+
+    def training_step(self, rows: Tensor, index: int) -> Tensor:
+        super().training_step(rows, index)
+        return None  # type: ignore[return-value]
+
+
+class Detached(Based):
+    """A module whose loss has lost its gradient."""
+
+    def training_step(self, rows: Tensor, index: int) -> Tensor:
+        return super().training_step(rows, index).detach()
+
+
+class OtherHook(Callback):
+    """A callback with a hook that takes less than Lightning gives it."""
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:  # type: ignore[override]
+        raise AssertionError
+
+
+class ShortHook(Callback):
+    """A callback with a hook that leaves out an argument with a default."""
+
+    def on_validation_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:  # type: ignore[override]
+        pass
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        (NoLoss, "NoLoss.training_step returned None; it must return the loss"),
+        (Detached, "Detached.training_step returned a loss without a gradient; nothing that is computed"),
+    ],
+)
+def test_a_step_without_a_loss_is_one_line(
+    kind: type, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = (f"--model={__name__}.{kind.__name__}", "--trainer.max_steps=1")
+    assert refusal(capsys, "fit", tmp_path, *options).startswith(message)
+
+
+def test_a_hook_with_other_arguments_is_one_line() -> None:
+    with pytest.raises(
+        InputError, match=r"^OtherHook.on_train_batch_end\(self, trainer, pl_module\) must take \(self, tr"
+    ):
+        check_hooks([LearningRateMonitor(), OtherHook()])
+    check_hooks([ShortHook()])

@@ -17,7 +17,7 @@ from latentreward.families import find_family
 from latentreward.families.flux1 import Flux1
 from latentreward.noise.schedules import EULER
 from tests.families.made_configs import MadeConfigs
-from tests.families.test_parity import STEPS, assert_near, ours
+from tests.families.test_parity import STEPS, assert_near, sampled
 from tests.families.twins import PROMPTS, TWINS, noise_for
 
 VAE = {"latent_channels": 16, "block_out_channels": (128, 256, 512, 512), "scaling_factor": 0.3611,
@@ -73,9 +73,9 @@ def test_guidance_is_an_input_of_dev() -> None:
 def test_other_guidance_equals_the_pipelines() -> None:
     twin = replace(TWINS["flux1_dev"], call={"guidance_scale": 8.0}, guidance=8.0)
     noise = noise_for(twin.source().resolve_family().latent_shape(*twin.size))
-    found = ours(twin, PROMPTS, noise)
+    found = sampled(twin, PROMPTS, noise)
     assert_near(found, twin.sample(twin.pipeline(), PROMPTS, noise, STEPS))
-    assert (found - ours(replace(twin, guidance=3.5), PROMPTS, noise)).abs().max() > 1e-3
+    assert (found - sampled(replace(twin, guidance=3.5), PROMPTS, noise)).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize(("name", "length"), [("flux1_dev", 512), ("flux1_schnell", 256)])

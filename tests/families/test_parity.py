@@ -26,9 +26,12 @@ def noise_of(name: str) -> torch.Tensor:
 @cache
 def ours(name: str, prompts: tuple[str, ...] = PROMPTS, row: int | None = None) -> torch.Tensor:
     """Latents of prompts from the noise of all rows, or of one."""
-    twin, policy = TWINS[name], policy_of(name)
-    noise = noise_of(name) if row is None else noise_of(name)[[row]]
-    height, width = twin.size
+    return sampled(TWINS[name], prompts, noise_of(name) if row is None else noise_of(name)[[row]])
+
+
+def sampled(twin: Twin, prompts: tuple[str, ...], noise: torch.Tensor) -> torch.Tensor:
+    """Latents of prompts from given noise, at the twin's guidance."""
+    policy, (height, width) = policy_of(twin.name), twin.size
     sampling = Sampling(STEPS, noise_level=0.0, height=height, width=width)
     scale = policy.family.guidance(twin.guidance)
     batch = PromptBatch(prompts, prompts)

@@ -131,7 +131,7 @@ CASES: list[tuple[str, Change, str]] = [
     ("dina", published("reward_head", "num_queries", value=-1), "num_queries is -1"),
     ("lrm", of_json("unet/config.json", "block_out_channels", value=5), "cannot load .*unet"),
     ("lrm", of_json("unet/config.json", "layers_per_block", value=10**7), "more than 100 layers"),
-    ("lrm", of_json("text_encoder/config.json", "max_position_embeddings", value=3 * 10**8), "embeddings above 4096"),
+    ("lrm", of_json("text_encoder/config.json", "max_position_embeddings", value=3 * 10**8), "above 1048576"),
     ("lrm", of_json("unet/config.json", "sample_size", value=10**7), "sample_size is 10000000"),
     ("lrm", of_json("text_encoder/config.json", "hidden_size", value="x"), "cannot load .*text_encoder"),
     ("run", of_checkpoint(callbacks=[1], image_sizes={"class": "OneSize", "init_args": {"height": 8}}), "image_sizes:"),

@@ -266,6 +266,8 @@ class PipelineSource:
         except Exception as error:  # files that do not fit the class end in errors of any kind
             raise InputError(f"source={self.source!r}: cannot load {part}: {first_line(error)}") from error
         encoder = part.replace("tokenizer", "text_encoder")
+        if not self.has(encoder):  # a network that embeds tokens itself, as OmniGen's does
+            return tokenizer
         config = self.config(encoder)
         nested = config.get("text_config")
         config = {**config, **nested} if isinstance(nested, dict) else config

@@ -28,12 +28,12 @@ OWN_ATTENTION = (None, "eager", "sdpa")
 MOST_LAYERS = 100
 """Largest number of layers that a config may name; the deepest block of Stable Diffusion XL has 10, SD3 38."""
 MOST_POSITIONS = {
-    "max_position_embeddings": 4096,
+    "max_position_embeddings": 2**20,
     "pos_embed_max_size": 1024,
     "axes_lens": 65536,
     "rope_max_seq_len": 65536,
 }
-"""Largest values of a config; SD3.5 has 384 positions along a side, CLIP 77 tokens, Z-Image 1536, Wan 1024.
+"""Largest values of a config; SD3.5 has 384 positions a side, CLIP 77 tokens, OmniGen 131072, Z-Image 1536, Wan 1024.
 
 Rotary tables may be longer, as they take little memory: a long one lets the network make larger images.
 """

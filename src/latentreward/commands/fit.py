@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 from functools import partial
+from inspect import isfunction
 from itertools import chain, count
 from pathlib import Path
 from pydoc import locate
@@ -76,6 +77,7 @@ from latentreward.data.splits import tell_unopened
 from latentreward.errors import InputError, errors_at, where
 from latentreward.estimate.card import Card
 from latentreward.interrupts import TERMINATED
+from latentreward.promises import check_takes
 from latentreward.settings.errors import summarise
 from latentreward.settings.functions import (
     MODE,
@@ -378,6 +380,7 @@ class TrainingCLI(LightningCLI):
         if self.command == "test" and not any(isinstance(callback, AccuracyInterval) for callback in given):
             added.append(AccuracyInterval())
         trainer = super().instantiate_trainer(**kwargs)
+        check_hooks(trainer.callbacks)  # type: ignore[attr-defined]
         for keeper in trainer.checkpoint_callbacks:
             if isinstance(keeper, ModelCheckpoint):
                 without_slashes(keeper)
@@ -533,6 +536,21 @@ def refuse_averaging(trainer: Namespace) -> None:
                 f"trainer.callbacks: {kind.__name__} copies the frozen network too; use "
                 "latentreward.callbacks.TrainableEMA, whose average is resumed, validated, and written by consolidate"
             )
+
+
+def check_hooks(callbacks: Sequence[Callback]) -> None:
+    """Raise InputError for a hook of a user's callback that does not take what Lightning gives it."""
+    for callback in callbacks:
+        kind = type(callback)
+        for name, wanted in vars(Callback).items():
+            hook = getattr(kind, name)
+            if (
+                isfunction(wanted)
+                and isfunction(hook)
+                and not hook.__module__.startswith(("latentreward.", "lightning."))
+            ):
+                # Lightning gives dataloader_idx, which has a default, only where there are several loaders.
+                check_takes(f"{kind.__name__}.{name}", hook, wanted, with_defaults=False)
 
 
 def check_data(command: str, settings: Namespace) -> None:

@@ -419,8 +419,9 @@ class Family(Part):
         Raises:
             InputError: If the format has no names for the family.
         """
+        other = "peft" if self.lora_loader is None else "diffusers"
         raise InputError(
-            f"format=kohya has no names for {self.title}; use format=diffusers or merged; docs/families.md tells which "
+            f"format=kohya has no names for {self.title}; use format={other} or merged; docs/families.md tells which "
             "programs read them"
         )
 

@@ -57,6 +57,11 @@ def _wrong_tokens(found: Tokens, family: FlowFamily, network: Any, latents: Tens
     ):
         if problem := wrong_tensor(tensor, shape, kind):
             return f"{name} {problem}, as the latents, grid, width and temb_dim say"
+    if found.text_mask is not None and (problem := wrong_tensor(found.text_mask, found.text.shape[:2], "bool")):
+        return f"text_mask {problem}, as the text tokens say"
+    conditioning = next((one for one in given if isinstance(one, Conditioning)), None)
+    if found.text_mask is None and conditioning is not None and conditioning.prompt_mask is not None:
+        return "no text_mask, but the prompts have a mask; it must say which text tokens belong to the prompt"
     return None
 
 

@@ -167,6 +167,19 @@ class BasedModule(LightningModule):
         self._configured_lr = self.lr
         return single_optimizer(self.parameters(), self.optimizer, self.lr_scheduler, self.decay_vectors, self.lr)
 
+    def on_before_backward(self, loss: Tensor) -> None:
+        """Raise InputError for a loss without a gradient, of which PyTorch names no part."""
+        if not loss.requires_grad:
+            raise InputError(
+                f"{type(self).__name__}.training_step returned a loss without a gradient; nothing that is computed "
+                "from trained weights may be detached (in a family of your own: velocity, begin and step)"
+            )
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Raise InputError if a step returned no loss, for which Lightning skips the step without a word."""
+        if self.automatic_optimization and not outputs:
+            raise InputError(f"{type(self).__name__}.training_step returned None; it must return the loss")
+
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Log the learning rate and the norm of all gradients, before clipping, at the steps that are logged.
 
