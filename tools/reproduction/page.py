@@ -20,10 +20,11 @@ INTRODUCTION = """\
 `latentreward reproduce` writes this page from the files in `reproduction/`; do not edit it by hand. `make reproduce`
 measures what is missing.
 
-Each row repeats a claim or an ablation of a paper in miniature: the shipped tiny generators, drawn pictures and noisy
-labels, on a CPU. A row is one file of `configs/reproduce/`, which holds the commands of its arms. That a claim holds
-here does not show that it holds at full size, nor does the opposite. The section on later methods compares them on
-equal terms, which their papers do not; rows named `tuning_…` chose its learning rates, on captions that are not judged.
+Each row repeats a claim or an ablation of a paper in miniature: on a CPU, with the shipped tiny generators, drawn
+pictures and noisy labels. A row is one file of `configs/reproduce/`, which holds the arguments of its arms. A claim
+that holds in miniature may not hold at full size, and the reverse. The section on later methods compares them on equal
+terms, which their papers do not; the rows named `tuning_…` chose its learning rates, on captions that no other row
+measures.
 
 - **Verdict**: a claim *holds* if two 95 % intervals of the difference lie wholly on its side, *does not hold* if both
   lie wholly on the other side, and is *undecided* otherwise.
@@ -94,7 +95,9 @@ def _summary(words: Sequence[str], found: Mapping[str, Sequence[Result]]) -> str
 
 
 def _row(row: Row, results: Sequence[Result], verdicts: Sequence[Verdict]) -> list[str]:
-    parts = [f"### {plain(row.title)}", f"Row `{row.name}`. {row.source}.{' ' + row.note if row.note else ''}"]
+    texts = {"Claim": row.claim, "Run": row.run, "Result": row.result}
+    described = "\n".join(f"- **{name}**: {text}" for name, text in texts.items() if text)
+    parts = [f"### {plain(row.title)}", f"Row `{row.name}`:", described]
     if row.miniature_of:
         parts.append("At full size: " + ", ".join(f"`{name}`" for name in row.miniature_of) + ".")
     if not results:

@@ -72,14 +72,15 @@ class Row:
         name: Name of the YAML file.
         title: Heading on the page.
         paper: Paper that the claims are from; the page has a section for each.
-        source: Where the paper makes the claims: section, table; or that the comparison is ours.
+        claim: What is claimed, and where: paper and table, or that the comparison is ours.
+        run: What was run: what the arms are, and what differs from the paper.
         claims: Statements to test.
         metrics: Name → metric; measured for every arm.
         arms: Name of an arm → name of a step → arguments added to the step.
         instead: Name of an arm → name of a metric's step → name of the step that the arm has in its place.
         cpu_seconds: Expected processor time of all seeds, in seconds, without steps that other rows share.
         miniature_of: Full-size configs that the arms stand for.
-        note: Remark on the page: what differs from the paper, or why the result is as it is.
+        result: What came out, in words, and why if known; empty before the measurement.
         seeds: Number of seeds; without claims one is enough.
         rewards: Steps that train rewards; the page has their processor time in a column of its own.
         steps: Steps of this row alone, in addition to the shared ones.
@@ -88,14 +89,15 @@ class Row:
     name: str
     title: str
     paper: Paper
-    source: str
+    claim: str
+    run: str
     metrics: Mapping[str, Metric]
     arms: Mapping[str, Mapping[str, Sequence[str]]]
     cpu_seconds: float
     claims: Sequence[Claim] = ()
     instead: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     miniature_of: Sequence[str] = ()
-    note: str = ""
+    result: str = ""
     seeds: int = 3
     rewards: Sequence[str] = ()
     steps: Mapping[str, Step] = field(default_factory=dict)

@@ -97,6 +97,14 @@ def test_the_training_of_rewards_has_a_column() -> None:
     assert "training of rewards" not in page([read_row("toy", TOY)], {"toy": found})
 
 
+def test_claim_run_and_result_are_a_list() -> None:
+    """The result is left out before the measurement."""
+    texts = "- **Claim**: Ours: one beats the other.\n- **Run**: Two arms.\n"
+    assert f"Row `toy`:\n\n{texts}\n" in page([read_row("toy", TOY)], {"toy": []})
+    measured = read_row("toy", {**TOY, "result": "No difference could be shown."})
+    assert f"{texts}- **Result**: No difference could be shown.\n\n" in page([measured], {"toy": []})
+
+
 def test_a_row_without_results_is_named() -> None:
     assert "Not measured yet; expected processor time 1 s without shared steps." in page(
         [read_row("toy", TOY)], {"toy": []}

@@ -19,7 +19,8 @@ EIGHT_HOURS = 8 * 3600
 TOY = {
     "title": "Toy",
     "paper": "LRM",
-    "source": "Ours",
+    "claim": "Ours: one beats the other.",
+    "run": "Two arms.",
     "cpu_seconds": 1,
     "arms": {"one": {}, "other": {"lrm": "--model.head.guidance=3.0"}},
     "metrics": {"t 1": {"of": "lrm_drawn", "kind": "accuracy", "timestep": 1}},

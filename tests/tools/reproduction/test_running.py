@@ -26,7 +26,8 @@ MODULE = "tests.steps.toy_step"
 TOY: dict[str, Any] = {
     "title": "A better reward ranks better",
     "paper": "LRM",
-    "source": "Ours",
+    "claim": "Ours: one beats the other.",
+    "run": "Two arms.",
     "cpu_seconds": 3,
     "steps": {
         "toy_pairs": {"module": MODULE, "run": "pairs {out}"},
