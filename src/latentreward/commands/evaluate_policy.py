@@ -41,8 +41,8 @@ from latentreward.evaluation.policy.statistics import compare, in_common, policy
 from latentreward.generation.picture_writing import DETERMINISTIC
 from latentreward.generation.trained_policy import plain
 from latentreward.interrupts import interrupts_told
-from latentreward.ranks.crew import SHARDS, Crew, Task
 from latentreward.ranks.settings import TrainerSettings
+from latentreward.ranks.shared_work import SHARDS, SharedWork, Task
 from latentreward.reports.report import HTML, versions, write_report
 from latentreward.reports.tables import as_text
 from latentreward.rollout import Sampling
@@ -157,8 +157,8 @@ def evaluate_policy(
         "seed": seed,
         "parts": parts,
     }
-    with Crew(trainer, device, output_dir / SHARDS) as crew:
-        plan = SamplingPlan(sampling, guidance_scale, seed, shared_noise, batch_size, crew.device)
+    with SharedWork(trainer, device, output_dir / SHARDS) as work:
+        plan = SamplingPlan(sampling, guidance_scale, seed, shared_noise, batch_size, work.device)
         settings["guidance_scale"] = {name: plan.guidance_of(judged) for name, judged in policies.items()}
 
         def sample(judged: JudgedPolicy, folder: Path, batches: Sequence[Any]) -> Callable[[Any], Any]:
@@ -173,7 +173,9 @@ def evaluate_policy(
             tasks[scores_of(slot)] = partial(scoring_task, scorers, prepare)
         generators = {name: judged.trained.identity() for name, judged in policies.items() if name not in found}
         identities = {scorer.name: scorer.identity() for scorer in scorers}
-        if crew.do(tasks, {**settings, "policies": generators, "scorers": identities, "batch_size": batch_size}):
+        work.join(tasks, {**settings, "policies": generators, "scorers": identities, "batch_size": batch_size})
+        if not work.first:
+            work.serve()
             return
         with locked(output_dir, "output_dir"):
             _claim(output_dir, settings)
@@ -187,7 +189,7 @@ def evaluate_policy(
                 if one.images is not None
             }
             sampled = {
-                name: SampledPictures(policies[name], plan, rows, wanted, output_dir / "pictures" / slot, crew)
+                name: SampledPictures(policies[name], plan, rows, wanted, output_dir / "pictures" / slot, work)
                 for name, slot in slots.items()
                 if name not in found
             }
@@ -201,7 +203,7 @@ def evaluate_policy(
                 made = {name: source.make() for name, source in sampled.items()}
                 made |= {name: source.pictures for name, source in folders.items()}
                 scorings = [
-                    PictureScoring(name, list(made[name].values()), scorers, output_dir / "scores" / slot, crew)
+                    PictureScoring(name, list(made[name].values()), scorers, output_dir / "scores" / slot, work)
                     for name, slot in slots.items()
                 ]
                 scored = in_common([scoring.score() for scoring in scorings])

@@ -1,6 +1,6 @@
 """``latentreward generate``: sample pictures of prompts, optionally chosen by a reward (best of N, searches)."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -24,8 +24,8 @@ from latentreward.generation.picture_writing import (
 from latentreward.generation.trained_policy import TrainedPolicy, offload_text_encoders, plain
 from latentreward.interrupts import interrupts_told
 from latentreward.policies import Policy, PolicySource
-from latentreward.ranks.crew import SHARDS, Crew
 from latentreward.ranks.settings import TrainerSettings
+from latentreward.ranks.shared_work import SHARDS, SharedWork
 from latentreward.rewards import Reward, RewardSource
 from latentreward.rollout import RewardGuidance, Sampling, sample_guided, sample_latents
 from latentreward.settings.functions import run_function
@@ -114,11 +114,7 @@ def generate(
         }
     )
     texts = [row.prompt for row in read_prompt_rows(prompts, "prompts", max_prompt_chars)]
-    named = [name for name, value in searches.items() if value is not None]
-    if reward is None and (best_of > 1 or named):
-        raise InputError(f"{', '.join(named) or 'best_of'}: needs a reward to choose by; set reward")
-    if len(named) > 1:
-        raise InputError(f"{' and '.join(named)} are both set; leave one out")
+    _check_searches(searches, reward, best_of)
     if step_search is not None:
         step_search.branching().steps(sampling.sampler(family))
     if population_search is not None:
@@ -131,12 +127,12 @@ def generate(
 
     def pictures(batches: Sequence[list[list[Any]]]) -> Callable[[list[list[Any]]], list[Row]]:
         """Load generator and reward; return the function that makes a batch of pictures."""
-        generator = trained.load(crew.device)
-        scorer = None if reward is None else reward.load(generator).eval().to(crew.device)
+        generator = trained.load(work.device)
+        scorer = None if reward is None else reward.load(generator).eval().to(work.device)
         if scorer is not None:
             _try(scorer, generator, sampling, best_of, score_sigmas)
         shown = [prompt for batch in batches for _, _, prompt in batch]
-        offload_text_encoders(generator, scorer, shown, crew.device)
+        offload_text_encoders(generator, scorer, shown, work.device)
         how: dict[str, Any] = {"sampling": sampling, "guidance_scale": guidance_scale, "seed": seed}
         sample: Callable[[PromptBatch], Tensor] = partial(sample_latents, generator, **how)
         if step_search is not None and scorer is not None:
@@ -148,20 +144,31 @@ def generate(
         draw = partial(_draw, sample, scorer, best_of, seed, score_sigmas)
         return PictureWriting(output_dir, draw, partial(decode_latents, generator), seed).write
 
-    with Crew(trainer, device, output_dir / SHARDS) as crew:
-        if crew.do({PICTURES: pictures}, {**settings, "batch_size": batch_size}):
+    with SharedWork(trainer, device, output_dir / SHARDS) as work:
+        work.join({PICTURES: pictures}, {**settings, "batch_size": batch_size})
+        if not work.first:
+            work.serve()
             return
         with locked(output_dir, "output_dir"):
-            folder = ImageFolder(output_dir, settings, table, left_over_rows(crew, PICTURES))
+            folder = ImageFolder(output_dir, settings, table, left_over_rows(work, PICTURES))
             wanted = [(place, image) for place in range(len(texts)) for image in range(images_per_prompt)]
             missing = [(place, image) for place, image in wanted if not folder.has(place, image, texts[place])]
             print(f"{len(wanted) - len(missing)} of {len(wanted)} pictures are there already", flush=True)
             with interrupts_told(
                 lambda: f"{len(folder.rows)} pictures are kept in {output_dir}: the same command goes on there"
             ):
-                make_pictures(crew, PICTURES, picture_batches(wanted, missing, texts, batch_size), folder)
+                make_pictures(work, PICTURES, picture_batches(wanted, missing, texts, batch_size), folder)
             folder.write_grid(wanted)
             print(folder.summary(wanted))
+
+
+def _check_searches(searches: Mapping[str, Any], reward: RewardSource | None, best_of: int) -> None:
+    """Check that at most one search is set, and that a reward is set if pictures are chosen."""
+    named = [name for name, value in searches.items() if value is not None]
+    if reward is None and (best_of > 1 or named):
+        raise InputError(f"{', '.join(named) or 'best_of'}: needs a reward to choose by; set reward")
+    if len(named) > 1:
+        raise InputError(f"{' and '.join(named)} are both set; leave one out")
 
 
 def _check_reward(

@@ -14,8 +14,8 @@ from latentreward.data.image_lists import ImageList, read_images
 from latentreward.data.image_sizes import ImageSizes
 from latentreward.data.images import MAX_PIXELS, ExifOrientation
 from latentreward.errors import InputError, first_line
-from latentreward.ranks.crew import SHARDS, Crew
 from latentreward.ranks.settings import TrainerSettings
+from latentreward.ranks.shared_work import SHARDS, SharedWork
 from latentreward.scorers.fingerprints import fingerprint
 from latentreward.scoring import ModelSource, PublishedSettings, RewardModel, ScoringNoise
 from latentreward.scoring.gallery import Gallery
@@ -127,12 +127,12 @@ def score(
         InputError: If a setting is wrong, the output belongs to another run, or no image can be scored.
     """
     page = None if gallery is None else Gallery(gallery, gallery_images, decode_threads, max_pixels)
-    with Crew(trainer, device, output.parent / f".{output.name}{SHARDS}") as crew:
+    with SharedWork(trainer, device, output.parent / f".{output.name}{SHARDS}") as work:
         source = ModelSource(model, config=run_config, **loading)
         listed = read_images(images, prompt, image_column, prompt_column, allow_outside, max_prompt_chars)
-        load = partial(RewardModel.from_pretrained, source, device=crew.device, dtype=getattr(torch, dtype))
+        load = partial(RewardModel.from_pretrained, source, device=work.device, dtype=getattr(torch, dtype))
         reading = {"batch_size": batch_size, "decode_threads": decode_threads, "max_pixels": max_pixels}
-        scoring = PartScoring(output, listed, partial(_scoring, load, listed, noise, each_level, exif, reading), crew)
+        scoring = PartScoring(output, listed, partial(_scoring, load, listed, noise, each_level, exif, reading), work)
         spec = {
             "images": images_identity(listed),
             "model": fingerprint(model, source.revision),
@@ -147,7 +147,9 @@ def score(
             "exif": exif,
             "dtype": dtype,
         }
-        if crew.do({PARTS: scoring.task}, {**spec, "images": listing_identity(listed), "batch_size": batch_size}):
+        work.join({PARTS: scoring.task}, {**spec, "images": listing_identity(listed), "batch_size": batch_size})
+        if not work.first:
+            work.serve()
             return
         find = cache(partial(find_reward, source))
         notes: list[str] = []
@@ -180,7 +182,7 @@ class PartScoring:
         output: Table to write.
         listed: Images to score.
         load: Function that loads the model; the argument says whether to tell about it.
-        crew: The processes.
+        work: The processes.
         found: What the processes found in the images so far: ``rotated``, ``unused`` and the model's ``seconds``.
         model: Model of this process, once it has scored a part.
     """
@@ -188,7 +190,7 @@ class PartScoring:
     output: Path
     listed: ImageList
     load: Callable[[bool], ListedScoring]
-    crew: Crew
+    work: SharedWork
     found: dict[str, float] = field(default_factory=dict)
     model: RewardModel | None = None
 
@@ -204,8 +206,8 @@ class PartScoring:
                 self.found[name] = self.found.get(name, 0) + value
 
         self._begun = time.monotonic()
-        with Progress("score", files.rows, "images", kept, processes=self.crew.size) as self._progress:
-            self.crew.each(PARTS, [[part.start, part.stop] for part in parts], keep)
+        with Progress("score", files.rows, "images", kept, processes=self.work.size) as self._progress:
+            self.work.run(PARTS, [[part.start, part.stop] for part in parts], keep)
         seconds = time.monotonic() - self._begun
         speed = f"{total / seconds:.1f} images/s, {self.found['seconds']:.1f} s in the model"
         notes = [f"{total} images scored in {seconds:.1f} s ({speed})"]
@@ -218,9 +220,9 @@ class PartScoring:
 
         That function writes the part, and returns what it found.
         """
-        scoring, files = self.load(self.crew.first), PartFiles(self.output, {}, len(self.listed.rows))
+        scoring, files = self.load(self.work.first), PartFiles(self.output, {}, len(self.listed.rows))
         self.model = scoring.model
-        if self.crew.first:
+        if self.work.first:
             self._begun, scoring.progress = time.monotonic(), self._progress.add
 
         def score_part(part: list[int]) -> dict[str, float]:

@@ -12,7 +12,7 @@ from latentreward.contracts import PromptBatch
 from latentreward.errors import InputError
 from latentreward.generation.image_folder import ImageFolder, Row, write_images
 from latentreward.policies import Policy
-from latentreward.ranks.crew import Crew
+from latentreward.ranks.shared_work import SharedWork
 from latentreward.rollout import Sampling
 from latentreward.storage.progress import Progress
 
@@ -64,19 +64,19 @@ def picture_batches(
     return [batch for batch in batches if batch]
 
 
-def make_pictures(crew: Crew, task: str, batches: Sequence[list[list[Any]]], folder: ImageFolder) -> None:
+def make_pictures(work: SharedWork, task: str, batches: Sequence[list[list[Any]]], folder: ImageFolder) -> None:
     """Let the processes of a command make images, and add them to the folder's table."""
 
     def keep(found: Sequence[tuple[Any, list[Row]]]) -> None:
         folder.record([row for _, rows in found for row in rows])
 
-    with Progress(folder.folder.name, sum(map(len, batches)), "pictures", processes=crew.size) as progress:
-        crew.each(task, batches, keep, lambda batch: progress.add(len(batch)))
+    with Progress(folder.folder.name, sum(map(len, batches)), "pictures", processes=work.size) as progress:
+        work.run(task, batches, keep, lambda batch: progress.add(len(batch)))
 
 
-def left_over_rows(crew: Crew, task: str) -> list[Row]:
+def left_over_rows(work: SharedWork, task: str) -> list[Row]:
     """List the rows of images that a killed run made but did not add to the table."""
-    return [row for _, rows in crew.left_over(task) for row in rows]
+    return [row for _, rows in work.left_over(task) for row in rows]
 
 
 def decode_latents(policy: Policy, latents: Tensor) -> Tensor:

@@ -27,7 +27,7 @@ from latentreward.generation.picture_writing import (
 from latentreward.generation.trained_policy import TrainedPolicy, offload_text_encoders, plain
 from latentreward.policies import PolicySource
 from latentreward.policies.checkpoint import read_policy_adapter
-from latentreward.ranks.crew import Crew
+from latentreward.ranks.shared_work import SharedWork
 from latentreward.rollout import Sampling, sample_latents
 from latentreward.scorers.tools import JudgedPicture
 from latentreward.scoring.network import name_of
@@ -171,7 +171,7 @@ class SampledPictures:
         rows: Set of prompts.
         wanted: (index in ``rows``, number of the picture of that prompt) of each wanted picture.
         folder: Folder of the pictures; its name is that of the policy's folders.
-        crew: Processes that sample.
+        work: Processes that sample.
 
     Raises:
         InputError: If the folder holds pictures made with other settings.
@@ -184,14 +184,14 @@ class SampledPictures:
         rows: Sequence[PromptRow],
         wanted: Sequence[Name],
         folder: Path,
-        crew: Crew,
+        work: SharedWork,
     ) -> None:
-        self._plan, self._rows, self._wanted, self._crew = plan, rows, wanted, crew
+        self._plan, self._rows, self._wanted, self._work = plan, rows, wanted, work
         self._task = pictures_of(folder.name)
         settings: dict[str, Any] = {"sampling": plan.sampling, "guidance_scale": plan.guidance_of(policy)}
         settings |= {"seed": plan.seed, "shared_noise": plan.shared_noise}
         identity = policy.trained.identity() | plain(settings)
-        self._folder = ImageFolder(folder, identity, "csv", left_over_rows(crew, self._task))
+        self._folder = ImageFolder(folder, identity, "csv", left_over_rows(work, self._task))
         self.missing = [name for name in wanted if not self._folder.has(*name, rows[name[0]].prompt)]
 
     def make(self) -> dict[Name, JudgedPicture]:
@@ -199,7 +199,7 @@ class SampledPictures:
         if self.missing:
             texts = [row.prompt for row in self._rows]
             batches = picture_batches(self._wanted, self.missing, texts, self._plan.batch_size)
-            make_pictures(self._crew, self._task, batches, self._folder)
+            make_pictures(self._work, self._task, batches, self._folder)
         files = {name: str(self._folder.rows[name]["file"]) for name in self._wanted}
         return {
             (place, image): _judged(place, image, file, self._folder.folder / file, self._rows[place])

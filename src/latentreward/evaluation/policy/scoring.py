@@ -13,7 +13,7 @@ from latentreward.data.images import decode_image
 from latentreward.errors import InputError, did_you_mean
 from latentreward.evaluation.policy.results import ScoredPictures
 from latentreward.interrupts import interrupts_held
-from latentreward.ranks.crew import Crew
+from latentreward.ranks.shared_work import SharedWork
 from latentreward.scorers import ImageScorer, Scorer
 from latentreward.scorers.base import one_model
 from latentreward.scorers.fingerprints import scorer_fingerprints
@@ -135,21 +135,21 @@ class PictureScoring:
         scorers: Scorers that passed :func:`score_names`.
         folder: Folder of the files of scores, and of the working folders of whole-set scorers; its name is that of the
             policy's folders.
-        crew: Processes that score.
+        work: Processes that score.
     """
 
     def __init__(
-        self, policy: str, pictures: Sequence[JudgedPicture], scorers: Sequence[Scorer], folder: Path, crew: Crew
+        self, policy: str, pictures: Sequence[JudgedPicture], scorers: Sequence[Scorer], folder: Path, work: SharedWork
     ) -> None:
         self.policy, self.pictures, self.scorers, self.folder = policy, tuple(pictures), list(scorers), folder
-        self._crew, self._task = crew, scores_of(folder.name)
+        self._work, self._task = work, scores_of(folder.name)
         self._keys = [picture_key(picture) for picture in pictures]
         self.stores: dict[str, ScoreStore] = {}
         for scorer in scorers:
             files = scorer_fingerprints(scorer, policy)  # so that changed files invalidate kept scores
             identity = f"{scorer.identity()}, files {json.dumps(files)}" if files else scorer.identity()
             self.stores[scorer.name] = ScoreStore(folder / f"{scorer.name}.jsonl", identity, self._keys)
-        self._keep(crew.left_over(self._task))
+        self._keep(work.left_over(self._task))
 
     def missing(self, scorer: Scorer) -> list[int]:
         """Return the rows of the pictures that a scorer has not scored yet."""
@@ -192,8 +192,8 @@ class PictureScoring:
         chunks, total = self.chunks(), len(self.pictures)
         done = total - sum(len(chunk["keys"]) for chunk in chunks)
         name = f"scores of {self.policy}"
-        with Progress(name, total, "pictures", done, processes=self._crew.size) as progress:
-            self._crew.each(self._task, chunks, self._keep, lambda chunk: progress.add(len(chunk["keys"])))
+        with Progress(name, total, "pictures", done, processes=self._work.size) as progress:
+            self._work.run(self._task, chunks, self._keep, lambda chunk: progress.add(len(chunk["keys"])))
         for scorer in self.scorers:
             if isinstance(scorer, ToolScorer) and self.missing(scorer):
                 self._score_set(scorer)

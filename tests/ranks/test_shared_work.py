@@ -1,4 +1,4 @@
-"""A crew of one process, and settings of processes that are refused."""
+"""Work of one process, and settings of processes that are refused."""
 
 import json
 from pathlib import Path
@@ -8,15 +8,16 @@ import pytest
 import torch
 
 from latentreward.errors import InputError
-from latentreward.ranks.crew import Crew
 from latentreward.ranks.settings import TrainerSettings
+from latentreward.ranks.shared_work import SharedWork
 
 
 def test_one_process_does_shard_after_shard(tmp_path: Path) -> None:
     kept: list[Any] = []
-    with Crew(None, "cpu", tmp_path / "shards") as crew:
-        assert not crew.do({"double": lambda shards: lambda shard: 2 * shard}, {})
-        crew.each("double", [1, 2], kept.append, kept.append)
+    with SharedWork(None, "cpu", tmp_path / "shards") as work:
+        work.join({"double": lambda shards: lambda shard: 2 * shard}, {})
+        assert work.first
+        work.run("double", [1, 2], kept.append, kept.append)
     assert kept == [[(1, 2)], 1, [(2, 4)], 2]
     assert not (tmp_path / "shards").exists()
 
@@ -26,10 +27,10 @@ def test_what_is_left_over_is_kept_until_the_work_is_done(tmp_path: Path) -> Non
     stage.mkdir(parents=True)
     (stage / "plan.json").write_text(json.dumps({"task": "double", "shards": [1, 2]}))
     (stage / "000001.json").write_text("4")
-    with pytest.raises(RuntimeError), Crew(None, "cpu", tmp_path / "shards") as crew:
+    with pytest.raises(RuntimeError), SharedWork(None, "cpu", tmp_path / "shards") as work:
         raise RuntimeError
-    with Crew(None, "cpu", tmp_path / "shards") as crew:
-        assert crew.left_over("double") == [(2, 4)]
+    with SharedWork(None, "cpu", tmp_path / "shards") as work:
+        assert work.left_over("double") == [(2, 4)]
     assert not (tmp_path / "shards").exists()
 
 
@@ -54,7 +55,7 @@ def test_what_is_left_over_is_kept_until_the_work_is_done(tmp_path: Path) -> Non
 )
 def test_settings_that_do_not_fit(trainer: TrainerSettings, device: str, message: str, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=message) as error:
-        Crew(trainer, device, tmp_path)
+        SharedWork(trainer, device, tmp_path)
     assert "\n" not in str(error.value)
 
 
@@ -62,4 +63,4 @@ def test_processes_of_torchrun_need_the_setting(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(InputError, match=r"torchrun has started 2 processes; set trainer\.devices"):
-        Crew(None, "auto", tmp_path)
+        SharedWork(None, "auto", tmp_path)

@@ -1,4 +1,4 @@
-"""A crew: the processes of one command, of which the first leads and all do shards of the work."""
+"""Work that several processes of one command share: the first one splits it into shards, and all do shards."""
 
 from __future__ import annotations
 
@@ -47,16 +47,17 @@ Task = Callable[[Sequence[Shard]], Callable[[Shard], Result]]
 """Function that loads what the work on some shards needs, and returns the function that does one shard."""
 
 
-class Crew:
-    """Processes that do the work of one command; a context manager, in which they live.
+class SharedWork:
+    """Work of one command that is shared by several processes; a context manager around the work.
 
-    The first process leads: it checks the input, holds the lock of the output, calls :meth:`each` for the work that
-    can be split, and writes the output. The others only do shards. A process that is killed loses only the shard in
-    hand, which another one does again. An error in one process ends all. Without ``trainer`` this process is alone.
+    Every process calls :meth:`join`. The first process then checks the input, holds the lock of the output, calls
+    :meth:`run` for each list of shards, and writes the output. Every other process calls :meth:`serve`, which does
+    shards. If a process is killed, another one does its unfinished shard again. An error in one process ends all.
+    Without ``trainer``, this process does all shards.
 
     Args:
-        trainer: Settings of the processes; None for this process alone.
-        device: Name of this process's device if it is alone; otherwise ``auto``.
+        trainer: Settings of the processes; None for one process.
+        device: Name of the device of a single process; with ``trainer``, ``auto``.
         folder: Folder for shards and results, removed at the end; on a file system that all processes see.
 
     Attributes:
@@ -74,7 +75,7 @@ class Crew:
         self._tasks: dict[str, Task] = {}
         self._settings: Mapping[str, Any] = {}
         self._shared: ShardFolder | None = None
-        self._run: str | None = None
+        self._run_name: str | None = None
         self._launched = False
         self._started: list[Popen[bytes]] = []
         self._threads = torch.get_num_threads()
@@ -121,49 +122,60 @@ class Crew:
                 forget_children()
                 torch.set_num_threads(self._threads)
 
-    def do(self, tasks: Mapping[str, Task], settings: Mapping[str, Any]) -> bool:
-        """Learn the tasks; return False on the first process, which goes on, and True on another after its work.
+    def join(self, tasks: Mapping[str, Task], settings: Mapping[str, Any]) -> None:
+        """Set the tasks of this process, and compare its settings with those of the first process.
 
-        A task is called at the first shard of a stage, so that a process without a shard loads nothing. ``settings``
-        are those on which the results depend, and fingerprints of files; JSON must be able to hold them.
+        Args:
+            tasks: Function of each task by its name. It is called when this process begins its first shard of a list.
+            settings: Settings on which the results depend, and fingerprints of files; JSON must be able to hold them.
 
         Raises:
             InputError: On another process than the first one, if its settings or files differ from those of the first.
         """
         self._tasks, self._settings = {**tasks}, settings
-        if self.first:
-            return False
-        if self._shared is not None and (names := self._shared.other_settings(settings)):
+        if not self.first and self._shared is not None and (names := self._shared.other_settings(settings)):
             raise InputError(
                 f"{', '.join(names)}: not as in the first process; give all processes the same command, and do not "
                 "change its files until the end"
             )
-        self._serve()
-        return True
 
-    def each(
+    def serve(self) -> None:
+        """Do shards until the first process ends the work; for every other process."""
+        if self._run_name is None:
+            sys.exit(2)  # the first process prints the error
+        while self._shared is not None and (stage := self._shared.next(self._check)) is not None:
+            self._do_shards(stage, lambda shard: None)
+
+    def run(
         self,
-        name: str,
+        task: str,
         shards: Sequence[Shard],
         keep: Callable[[Sequence[tuple[Shard, Result]]], None],
-        told: Callable[[Shard], None] = lambda shard: None,
+        done: Callable[[Shard], None] = lambda shard: None,
     ) -> None:
-        """Do all shards of the task ``name``, on the first process; the others take part.
+        """Do all shards of a list by all processes, and return when they are done; for the first process.
 
-        ``keep`` gets shards with their results: one after another if this process is alone, otherwise all at once, also
-        after an error. ``told`` gets each shard that this process has done, for a display of progress.
+        Args:
+            task: Name of the task.
+            shards: Shards, each given to the task's function.
+            keep: Function that takes shards with their results: each shard by itself if there is one process, otherwise
+                all at once, also after an error.
+            done: Function that takes each shard that this process has done, for a display of progress.
         """
         if not shards:
             return
         if self.size == 1:
-            work = self._tasks[name](shards)
+            work = self._tasks[task](shards)
             for shard in shards:
                 keep([(shard, work(shard))])
-                told(shard)
+                done(shard)
             return
-        stage = self._joined().plan(name, shards)
+        if self._shared is None:
+            self._start()
+        assert self._shared is not None
+        stage = self._shared.plan(task, shards)
         try:
-            self._work(stage, told)
+            self._do_shards(stage, done)
         finally:
             keep(stage.results())
 
@@ -171,14 +183,8 @@ class Crew:
         """List the shards of a task that a killed run finished, each with its result."""
         return left_over(self.folder, name)
 
-    def _serve(self) -> None:
-        """Do shards until the first process ends the run."""
-        if self._run is None:
-            sys.exit(2)  # the first process has told why
-        while self._shared is not None and (stage := self._shared.next(self._check)) is not None:
-            self._work(stage, lambda shard: None)
-
-    def _work(self, stage: Stage, told: Callable[[Shard], None]) -> None:
+    def _do_shards(self, stage: Stage, done: Callable[[Shard], None]) -> None:
+        """Do shards of a list until none is left, beginning at a place of this process's own."""
         rank = 0 if self._fabric is None else self._fabric.global_rank
         work = None
         claims = stage.take(len(stage.shards) * rank // self.size, self._check)
@@ -187,17 +193,10 @@ class Crew:
                 if work is None:
                     work = self._tasks[stage.task](stage.shards)
                 stage.finish(number, work(stage.shards[number]))
-                told(stage.shards[number])
+                done(stage.shards[number])
         except Exception as error:
             self._note(error)  # while the shard is still claimed: another process would do it, and go on
             raise
-
-    def _joined(self) -> ShardFolder:
-        """Return the folder of the run, which is made and told to all processes at the first call."""
-        if self._shared is None:
-            self._start()
-        assert self._shared is not None
-        return self._shared
 
     def _start(self) -> None:
         """Start the other processes if Lightning does so, and agree on the folder of the run."""
@@ -231,8 +230,8 @@ class Crew:
             shared.tell_settings(self._settings)
             self._shared = shared
         try:
-            self._run = self._fabric.broadcast(run)
-            seen = not self._run or self._join(self.folder / self._run)
+            self._run_name = self._fabric.broadcast(run)
+            seen = not self._run_name or self._join(self.folder / self._run_name)
             # All join before one works: the first could end, and remove the folder, before another has looked for it.
             seen = self._fabric.strategy.reduce_boolean_decision(seen)
         except RuntimeError as error:
@@ -280,7 +279,8 @@ class Crew:
             raise InputError(f"the first process has ended before this one; {GOES_ON}")
         for child in [child for child in self._started if child.poll() is not None]:
             self._started.remove(child)
-            print(f"process {child.pid} has ended ({_end_of(child)}): the others do its part", file=sys.stderr)
+            end = f"signal {-child.returncode}" if child.returncode < 0 else f"status {child.returncode}"
+            print(f"process {child.pid} has ended ({end}): the others do its part", file=sys.stderr)
 
     def _tell(self, error: BaseException) -> None:
         """Leave a note of this process's error for the others, and end in silence if the first one prints it.
@@ -314,7 +314,7 @@ class Crew:
 
     def _end(self, error: BaseException | None) -> None:
         """Tell the others that the work is done, or that it has failed, and remove the folder if it is done."""
-        if self._waited_for():
+        if self._launched and self._shared is None:  # the others wait to hear whether there is anything to do
             with suppress(InputError):
                 self._agree("" if error is None else None)
         if error is not None:
@@ -328,10 +328,6 @@ class Crew:
         discard(self._shared.folder)
         with suppress(OSError):  # the lock of the output is free by now, so that another run may have begun
             self.folder.rmdir()
-
-    def _waited_for(self) -> bool:
-        """Tell whether the other processes run, but have not been told yet what to do."""
-        return self._fabric is not None and self._launched and self._shared is None
 
     def _end_children(self, kill: bool) -> None:
         from subprocess import TimeoutExpired
@@ -368,7 +364,3 @@ def _refuse_torchrun() -> None:
     size = os.environ.get("WORLD_SIZE", "1")
     if "TORCHELASTIC_RUN_ID" in os.environ and size != "1":
         raise InputError(f"torchrun has started {size} processes; set trainer.devices and trainer.num_nodes for them")
-
-
-def _end_of(child: Popen[bytes]) -> str:
-    return f"signal {-child.returncode}" if child.returncode < 0 else f"status {child.returncode}"
