@@ -348,7 +348,7 @@ def measure_rollout(size: str, batch: int, steps: int, repeats: int) -> None:
         shares = [f"{rollout / (rollout + kept * optimisation):.0%}" for kept in (1.0, 0.5, 0.25)]
         rows.append(["adapter" if share else "full LRM", f"{rollout:.3f}", f"{optimisation:.3f}", *shares])
     columns = ("reward", "rollout, s per state", "optimisation, s per pair")
-    kept = ("share of rollouts, all pairs kept", "half kept", "a quarter kept")
+    kept = ("share of rollouts, all pairs used", "half used", "a quarter used")
     table(f"LPO, {size} size, guidance 5, K = 4, {batch} prompts, {steps} steps", (*columns, *kept), rows)
 
 

@@ -150,6 +150,6 @@ if __name__ == "__main__":
     )
     table(
         f"LPO, {arguments.prompts} prompts, 19 steps with candidates",
-        ["reward", "precision", "pairs kept", "kept or dropped otherwise", "kept, with another best or worst"],
+        ["reward", "precision", "pairs above the threshold", "selection differs from float32", "other best or worst"],
         (row for path in rewards for row in kept_pairs(path, arguments.prompts)),
     )
