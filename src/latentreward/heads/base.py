@@ -29,8 +29,8 @@ class RewardHead(nn.Module, Part):
     widths of the features. YAML sets only the other parameters, so that no width is written twice.
 
     Attributes:
-        outputs: Number of scores of an image, 1 for most heads. Losses average over several; commands and alignment
-            take one. Without effect if there are ``axis_weights``.
+        outputs: Number of scores per image, 1 for most heads. Losses average over several; commands and alignment need
+            one. Ignored if there are ``axis_weights``.
         needs_uncond: Whether ``forward`` needs ``features.uncond``, the features for the empty prompt.
         reads_text: Whether ``forward`` uses ``features.text``. If False, backbone parameters that only text taps need
             are frozen.
@@ -63,7 +63,7 @@ class RewardHead(nn.Module, Part):
         """Compute scores ``(B,)``, or ``(B, out_dim)`` for a head with several :attr:`outputs`."""
 
     def total(self, outputs: Tensor) -> Tensor:
-        """Return the scores of outputs: the weighted sum of two axes, ``(..., 2)`` → ``(...)``, else the outputs."""
+        """Reduce outputs to scores: the weighted sum of two axes, ``(..., 2)`` → ``(...)``, else the outputs."""
         if self.axis_weights is None:
             return outputs
         # not a matrix product, which autocast would round to bfloat16

@@ -25,7 +25,7 @@ class CLIPProjectionHead(EmbeddingHead):
     .. math:: m = m_\text{uncond} + g\,(m_\text{cond} - m_\text{uncond})
 
     where uncond is the feature of the same latents for the empty prompt. On a DiT the last tapped block is the mid
-    feature, and the other tapped blocks take the place of the U-Net's down levels.
+    feature, and the other tapped blocks are used like the U-Net's down levels.
 
     Args:
         spec: Widths of the backbone's features.

@@ -92,7 +92,7 @@ class FiLMAdapter(nn.Module):
 
 
 class QueryAttention(nn.Module):
-    """Cross-attention of queries to visual tokens and, optionally, to text tokens with a softmax of its own.
+    """Cross-attention of queries to visual tokens and, optionally, to text tokens with a separate softmax.
 
     The results of the two attentions are added. With ``gated``, each token's value is multiplied by a gate: the sigmoid
     of an MLP on the normalised token, ½ at initialisation. The residual connection adds the queries before their norm.

@@ -12,7 +12,7 @@ from latentreward.heads.base import RewardHead, squeeze_single
 class LayerMixHead(RewardHead):
     """Head after DiT-Reward (arXiv:2606.23626): mean over image tokens per tap, concatenation, layer norm, MLP.
 
-    The prompt has its effect through the network's blocks, which let image tokens attend to text tokens.
+    The head does not read the prompt: in the network's blocks, image tokens attend to text tokens.
 
     Args:
         spec: Widths of the backbone's features.
@@ -24,7 +24,7 @@ class LayerMixHead(RewardHead):
 
     Note:
         The paper's abstract names text-conditioned image tokens of several layers, a light MLP and a frozen network; no
-        code is released, and pooling, sizes and layers are unknown. Those here are ours.
+        code is released, and pooling, sizes and layers are unknown. Those of this class are ours.
     """
 
     reads_text = False

@@ -17,15 +17,15 @@ class PAVRMHead(RewardHead):
 
     .. math:: o = \mathrm{MHA}(q, x, x), \qquad z = \mathrm{MLP}\bigl(\tfrac1Q \textstyle\sum_q (o + q)\bigr)
 
-    The score is the logit z, whose logistic function is the probability of a good sample under a loss on labels. The
-    head reads the last visual tap only, of a network whose later blocks are removed.
+    The score is the logit z; with a loss on labels, its logistic function is the probability of a good sample. The head
+    reads the last visual tap only; later blocks of the network are removed.
 
     Args:
         spec: Widths of the backbone's features.
         num_queries: Number Q of learned queries, over which the pooled tokens are averaged.
         num_heads: Number of attention heads; must divide the width of the last tap's tokens.
-        add_query: Whether to add the query to what it attended to.
-        normalise: Whether to apply a layer norm without weights to the tokens and to what the queries attended to.
+        add_query: Whether to add the query to the attention's output.
+        normalise: Whether to apply a layer norm without weights to the tokens and to the attention's output.
         widths: Widths of the MLP's hidden layers.
         dropout: Dropout probability of the attention weights.
         axes: Weights of fidelity and aesthetics in the score, for a head with these two outputs; None for one output.
@@ -34,8 +34,8 @@ class PAVRMHead(RewardHead):
         InputError: If a number is below 1, or ``num_heads`` does not divide the width of the tokens.
 
     Note:
-        The released code adds the query in a batch of one; with more rows its shapes would mix rows. Here each row is
-        what it is alone. Dropout is 0 in the released configs and 0.1 by default in the class.
+        The released code adds the query in a batch of one; in larger batches its shapes would mix examples. Here each
+        example is computed separately. Dropout is 0 in the released configs and 0.1 by default in the class.
     """
 
     reads_text = False

@@ -60,12 +60,12 @@ def _wrong_probabilities(found: Tensor, loss: "PreferenceLoss", scores: PairScor
 class PreferenceLoss(SetLoss):
     """Base class of losses over preference pairs.
 
-    ``forward`` takes its input for the whole batch: under several processes, gather the pairs of all ranks with
+    ``forward`` needs the pairs of the global batch: with several processes, gather those of all ranks with
     :func:`latentreward.losses.gather_pair_scores` first. Weights are then normalised over the pairs of all ranks, and
     the average of the ranks' gradients, as in DDP, equals the gradient of a single process with all pairs.
 
     The loss per pair is computed in float64, which costs little for B numbers: with soft labels the gradient is a
-    difference of nearly equal terms, of which float32 keeps few digits. The result is float32, also under autocast.
+    difference of nearly equal terms, imprecise in float32. The result is float32, also under autocast.
 
     Attributes:
         needs_cross_scores: Whether ``scores.cross`` must be given: scores of every image with every prompt of the
@@ -82,7 +82,7 @@ class PreferenceLoss(SetLoss):
     @abstractmethod
     @returns(_wrong_probabilities)
     def win_probability(self, scores: PairScores) -> Tensor:
-        """Predict the probability that chosen wins, by this loss's model: shape of the scores, float32."""
+        """Compute the probability that chosen wins under this loss's model: shape of the scores, float32."""
 
     @returns(lambda found, loss, scores: _wrong_losses(found, scores, ()))
     def forward(self, scores: PairScores) -> Tensor:

@@ -39,7 +39,7 @@ class BradleyTerryLoss(PreferenceLoss):
     and rejected changes nothing.
 
     Args:
-        margin: Margin m that a certain winner must lead by before its gradient fades, in reward units, at least 0.
+        margin: Margin m, in reward units, at least 0; the gradient of a pair with label 1 fades only once d exceeds m.
 
     Raises:
         InputError: If ``margin`` is negative or not finite.

@@ -37,7 +37,7 @@ def gaussian_step_kl(mean: Tensor, ref_mean: Tensor, spread: Tensor) -> Tensor:
 
 
 def clipped_objective(log_ratio: Tensor, advantage: Tensor, clip_range: float) -> tuple[Tensor, Tensor, Tensor]:
-    r"""Compute PPO's objective :math:`\max(-A \rho, -A\,\mathrm{clamp}(\rho, 1 \pm \epsilon))` of each row.
+    r"""Compute PPO's objective :math:`\max(-A \rho, -A\,\mathrm{clamp}(\rho, 1 \pm \epsilon))` of each step.
 
     Args:
         log_ratio: ``(B,)`` log ρ.
@@ -56,7 +56,7 @@ Objective = Callable[[Tensor, Tensor, float], tuple[Tensor, Tensor, Tensor]]
 """Function with the arguments and results of :func:`clipped_objective`."""
 
 TEMPFLOW = 2.25
-"""Factor on the noise that weighs a step's policy term in TempFlow-GRPO's released code."""
+"""Factor on the weight of a step's policy term in TempFlow-GRPO's released code."""
 
 
 class ClippedPolicyResult(NamedTuple):
@@ -115,16 +115,16 @@ class ClippedPolicyLoss(SetLoss):
 
     @property
     def needs_reference(self) -> bool:
-        """Tell whether :meth:`forward` must be given ``kl``."""
+        """Return whether :meth:`forward` needs ``kl``."""
         return self.kl_weight > 0
 
     def bounded(self, advantage: Tensor) -> Tensor:
-        """Return the advantages within ``max_advantage``, in float64."""
+        """Clamp advantages to [−``max_advantage``, ``max_advantage``]; float64."""
         bound = self.max_advantage
         return wide(advantage) if bound is None else wide(advantage).clamp(-bound, bound)
 
     def step_weights(self, std: Tensor, spread: Tensor) -> Tensor | None:
-        """Return the weight w of each step from its ``std`` and ``spread``; None if all weigh the same."""
+        """Return the weight w of each step from its ``std`` and ``spread``; None if all steps have weight 1."""
         return {"none": None, "noise": std, "spread": spread}[self.step_weight]
 
     def forward(
@@ -167,12 +167,12 @@ class ClippedPolicyLoss(SetLoss):
 
 
 def held_weights(held: Tensor, every: Tensor | None = None) -> Tensor:
-    """Return factors ``(B,)`` that make a mean over all rows one over the held rows; 0 if there are none.
+    """Return factors ``(B,)`` with which the mean over all rows is the mean over the held rows; 0 if no row is held.
 
     Args:
-        held: ``(B,)`` bool: the rows of this rank's batch that are held.
-        every: ``(ranks, B)`` the same of all ranks; None takes ``held``. With it, the mean over ranks of their losses
-            is the mean over the held rows of all ranks.
+        held: ``(B,)`` bool: whether each row of this rank's batch is held, that is, gets the KL term.
+        every: ``(ranks, B)`` ``held`` of all ranks; None for a single rank. With it, the mean of the ranks' losses is
+            the mean over the held rows of all ranks.
     """
     share = (held if every is None else every).float().mean()
     return held / share.where(share > 0, 1.0)

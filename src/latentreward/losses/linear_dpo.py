@@ -1,12 +1,12 @@
-r"""Linear-DPO (arXiv:2605.21123): Diffusion-DPO whose gradient does not vanish for pairs that are already in order.
+r"""Linear-DPO (arXiv:2605.21123): Diffusion-DPO whose gradient does not vanish for correctly ranked pairs.
 
 With the denoising errors e of the two images, Δ = e_w − e_l under the policy, and the margin m of implicit rewards
 (:mod:`latentreward.losses.diffusion_dpo`),
 
 .. math:: L = u\,\Delta, \qquad u = \mathrm{clip}\bigl(\tfrac12 - 0.4\,m,\; \eta,\; 1 - \eta\bigr).
 
-u has no gradient. Plain DPO's is σ(−m) β / 2, which falls exponentially where m is large; note that u lacks the factor
-β / 2, so that learning rates differ.
+u is detached. Plain DPO has σ(−m) β / 2 in place of u, which falls exponentially as m grows; u lacks the factor β / 2,
+so learning rates differ.
 """
 
 from typing import NamedTuple
@@ -26,7 +26,7 @@ class LinearDPOResult(NamedTuple):
 
     Attributes:
         per_pair: ``(B,)`` loss of each pair.
-        weight: ``(B,)`` u, without gradient; with labels y that of both orders, y u(m) − (1 − y) u(−m).
+        weight: ``(B,)`` u, without gradient; with labels y it is y u(m) − (1 − y) u(−m).
         margin: ``(B,)`` margin m, without gradient.
     """
 
@@ -36,11 +36,11 @@ class LinearDPOResult(NamedTuple):
 
 
 class LinearDPO(SetLoss):
-    """Linear-DPO's loss.
+    """Linear-DPO's loss: denoising errors weighted by a clipped linear function of the margin.
 
     Args:
-        eta: η in [0, ½): least weight of a pair, and distance of the largest one from 1. The released scripts have
-            1e-3 (SD1.5), 0 (SDXL) and 0.01.
+        eta: η in [0, ½): weights of pairs are clipped to [η, 1 − η]. The released scripts have 1e-3 (SD1.5), 0 (SDXL)
+            and 0.01.
 
     Raises:
         InputError: If ``eta`` is out of range.

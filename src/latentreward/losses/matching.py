@@ -37,7 +37,7 @@ def squared_error(velocity: Tensor, target: Tensor) -> Tensor:
 def matching_log_prob(
     velocity: Tensor, target: Tensor, sigmas: Tensor, weighting: Weighting = "ghuber", power: float = 0.25
 ) -> Tensor:
-    """Compute ℓ of each row: ``(B,)`` float64.
+    """Compute ℓ of each sample: ``(B,)`` float64.
 
     Args:
         velocity: ``(B, C, ...)`` velocity v.
@@ -66,7 +66,7 @@ def velocity_divergence(velocity: Tensor, other: Tensor, sigmas: Tensor, weight:
 
     Args:
         velocity: ``(B, C, ...)`` the policy's velocity v.
-        other: ``(B, C, ...)`` the other one, u, without gradient.
+        other: ``(B, C, ...)`` velocity u to compare with; no gradient flows to it.
         sigmas: ``(B,)`` noise levels σ.
         weight: ``uniform`` gives ⟨(v − u)²⟩; ``elbo`` divides by 2 s², s = 0.7 √(σ / (1 − min(σ, 0.99))).
     """
@@ -85,7 +85,7 @@ class MatchingResult(NamedTuple):
         policy: The clipped policy term.
         kl: Mean divergence from the reference; 0 if not given.
         average_kl: Mean divergence from the policy's moving average; 0 if not given.
-        clipped: Share of rows whose ratio lies outside 1 ± ``clip_range``.
+        clipped: Share of samples whose ratio lies outside 1 ± ``clip_range``.
         ratio: Mean ratio.
     """
 
@@ -98,7 +98,7 @@ class MatchingResult(NamedTuple):
 
 
 class MatchingLoss(SetLoss):
-    """AWM's loss.
+    """AWM's loss: a clipped policy term, and divergences from the reference and from a moving average.
 
     Args:
         weighting: Form of ℓ; see :func:`matching_log_prob`. The released configs have ``ghuber``.
@@ -107,9 +107,9 @@ class MatchingLoss(SetLoss):
             where the ratio is 1 and nothing is clipped.
         kl_weight: Weight of the divergence from the reference; 0 leaves it out.
         average_weight: Weight of the divergence from the policy's moving average; 0 leaves it out.
-        divergence: Weighting by noise level of both divergences; see :func:`velocity_divergence`.
+        divergence: Weight of both divergences by noise level; see :func:`velocity_divergence`.
         max_advantage: Bound: advantages are clamped to [−``max_advantage``, ``max_advantage``].
-        scale_to: Number that ``max_advantage`` is scaled to; None leaves the advantages as they are.
+        scale_to: Value to which an advantage of ``max_advantage`` is scaled; None does not scale.
 
     Raises:
         InputError: If an argument is out of range.

@@ -37,8 +37,8 @@ def optimality(advantage: Tensor, max_advantage: float = 5.0, signs: Signs = "al
     Args:
         advantage: ``(B,)`` advantages A.
         max_advantage: c: an advantage of c or more gives 1, of −c or less 0.
-        signs: ``all`` takes A, ``positive_only`` and ``negative_only`` take 0 in place of the others, ``one_only`` 1
-            where A is positive and else 0, ``binary`` the sign of A.
+        signs: ``all`` uses A; ``positive_only`` and ``negative_only`` set A of the other sign to 0; ``one_only`` uses 1
+            for positive A and 0 for others; ``binary`` uses the sign of A.
     """
     values = advantage.double()
     match signs:
@@ -58,9 +58,9 @@ class NFTResult(NamedTuple):
 
     Attributes:
         loss: ``policy + kl_weight · kl``, a scalar.
-        policy: Mean over rows of the two weighted errors, a scalar.
+        policy: Mean over samples of the two weighted errors, a scalar.
         kl: Mean squared difference from the reference, a scalar; 0 without a reference.
-        optimality: ``(B,)`` r of each row.
+        optimality: ``(B,)`` r of each sample.
         positive: ``(B,)`` weighted error of v⁺, before r and c / β.
         negative: ``(B,)`` weighted error of v⁻, before 1 − r and c / β.
     """
@@ -74,14 +74,14 @@ class NFTResult(NamedTuple):
 
 
 class NFTLoss(SetLoss):
-    """DiffusionNFT's loss on noised clean latents, computed in float64 (float32 where there is none).
+    """DiffusionNFT's loss on noised clean latents, computed in float64 (float32 on devices without it).
 
     Args:
         beta: β in (0, 1], share of the policy in v⁺ and v⁻. The released configs have 1, and 0.1 for text rendering and
             several rewards.
         kl_weight: λ, weight of the mean squared difference from the reference's velocity.
         max_advantage: c.
-        signs: Advantages that count; see :func:`optimality`.
+        signs: Use of positive and negative advantages; see :func:`optimality`.
         space: ``clean`` is the released code, ``velocity`` the paper's form, without c / β.
 
     Raises:
@@ -108,7 +108,7 @@ class NFTLoss(SetLoss):
 
     @property
     def needs_reference(self) -> bool:
-        """Tell whether :meth:`forward` must be given ``reference``."""
+        """Return whether :meth:`forward` needs ``reference``."""
         return self.kl_weight > 0
 
     def forward(
@@ -120,7 +120,7 @@ class NFTLoss(SetLoss):
         advantage: Tensor,
         reference: Tensor | None = None,
     ) -> NFTResult:
-        """Compute the loss of B rows.
+        """Compute the loss of B noised samples.
 
         Args:
             velocity: ``(B, C, ...)`` the policy's velocity v.

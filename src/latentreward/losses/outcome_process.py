@@ -4,7 +4,7 @@ r"""Clipped policy loss with two advantages: of the finished sample, and of the 
     + \beta\,\frac1B \sum_i \mathrm{KL}_i, \qquad
     l_{\mathrm{PPO}}(\rho, A) = \max\bigl(-A \rho,\; -A\,\mathrm{clamp}(\rho, 1 \pm \epsilon)\bigr)
 
-Each term is clipped by itself. Where the two advantages differ in sign, this is not PPO's loss of their sum.
+Each term is clipped separately. If the two advantages differ in sign, this is not PPO's loss of their sum.
 """
 
 import math

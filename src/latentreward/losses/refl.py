@@ -35,8 +35,7 @@ class RewardLoss(SetLoss):
         scale: λ, positive.
         ceiling: None gives φ(r) = −r, as in DRaFT. A number c, in reward units, gives φ(r) = max(0, c − r), as in
             ReFL's released code: samples that score above c then have no gradient.
-        sigmoid: Whether the logistic function of the reward, a number in (0, 1), takes the place of r. ``ceiling`` is
-            then in units of that number.
+        sigmoid: Whether to replace r by its logistic function σ(r) in (0, 1); ``ceiling`` is then compared with σ(r).
 
     Raises:
         InputError: If an argument is out of range.

@@ -23,8 +23,8 @@ from latentreward.promises import detached, of_class, returns, wrong_tensor
 def clamped_log_ratio(log_prob: Tensor, reference: Tensor, clip_range: float) -> Tensor:
     r"""Compute :math:`\log\mathrm{clamp}(\exp(\log p - \log p_{\mathrm{ref}}), 1 \pm \epsilon)`, ``(B,)`` float64.
 
-    The logarithm is clamped instead of the ratio: the result is the same, and exp cannot overflow. A clamped row has no
-    gradient.
+    The logarithm is clamped instead of the ratio: the result is the same, and exp cannot overflow. A clamped entry has
+    no gradient.
 
     Args:
         log_prob: ``(B,)`` log-probabilities under the policy.

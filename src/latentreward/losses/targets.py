@@ -1,6 +1,6 @@
 r"""Losses against given values of the images: labels of single images, and scores of a teacher (distillation).
 
-Values that are NaN, of images without one, leave a term out; a pair without any has loss 0.
+A value NaN means that the image has none: its term is left out. A pair without values has loss 0.
 """
 
 import math
@@ -52,8 +52,8 @@ def teacher_preference(targets: PairTargets, temperature: float = 1.0) -> Tensor
         \text{without uncertainties } \sigma\Bigl(\frac{s_a - s_b}{\tau}\Bigr)
 
     Args:
-        targets: The teacher's scores s and, if it states them, uncertainties u.
-        temperature: τ, positive; without effect if there are uncertainties.
+        targets: The teacher's scores s and, if it gives them, uncertainties u.
+        temperature: τ, positive; ignored if there are uncertainties.
 
     Returns:
         Probabilities in the shape of the scores, float64.
@@ -65,10 +65,10 @@ def teacher_preference(targets: PairTargets, temperature: float = 1.0) -> Tensor
 
 
 class TargetLoss(PreferenceLoss):
-    """Base class of the losses against given values, which compare column by column."""
+    """Base class of losses that compare each score of the head with a column of given values."""
 
     def targets_of(self, scores: PairScores) -> PairTargets:
-        """Return the given values.
+        """Return the given values of a batch.
 
         Raises:
             InputError: If there are none, or not one for each score.
@@ -130,7 +130,7 @@ class LabelLoss(TargetLoss):
 
 
 class RegressionDistillation(TargetLoss):
-    """Mean squared error of the scores against a teacher's; with its uncertainties the Gaussian likelihood.
+    """Mean squared error to a teacher's scores; with the teacher's uncertainties, the Gaussian likelihood.
 
     The loss of a pair is the mean over its images with a value; see :func:`gaussian_nll`. Give the teacher's scores
     z-scored (``data.targets.standardise``), so that a head's scores begin near them.
@@ -147,10 +147,10 @@ class RegressionDistillation(TargetLoss):
 
 
 class RankingDistillation(TargetLoss):
-    """Cross-entropy of the margin's logistic function against a teacher's preference, :func:`teacher_preference`.
+    """Cross-entropy of σ(margin) to the teacher's probability that chosen wins, :func:`teacher_preference`.
 
     Args:
-        temperature: τ of a teacher without uncertainties, in the units of its scores as given, positive.
+        temperature: τ, positive, in units of the given scores; used if the teacher gives no uncertainties.
 
     Raises:
         InputError: If ``temperature`` is not positive and finite.
@@ -204,6 +204,6 @@ def known(loss: Callable[..., Tensor], score: Tensor, target: Tensor, *std: Tens
 
 
 def mean_over_images(chosen: Tensor, rejected: Tensor) -> Tensor:
-    """Average the losses of the two images of a pair over those that are not NaN; 0 if both are."""
+    """Average the losses of a pair's two images, leaving NaN out; 0 if both are NaN."""
     both = torch.stack([chosen, rejected])
     return both.nan_to_num(0.0).sum(dim=0) / (~both.isnan()).sum(dim=0).clamp_min(1)

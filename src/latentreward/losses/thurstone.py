@@ -6,8 +6,8 @@ r"""Thurstone's model with noise-calibrated comparison variance (DiNa-LRM, arXiv
 With one timestep for both images the denominator is :math:`\sqrt{2\,\sigma_u^2(t)}`. All losses are computed from
 :math:`\log\Phi`. The released form :math:`1 - \sqrt{\Phi(z) + 10^{-6}}` loses half of its gradient at z ≈ -5 and all of
 the gradient at -14.5. In exact arithmetic too, the gradient of fidelity falls as exp(-z²/4) (1e-7 at z = -8), so that
-only ``nll`` (8.1 there) learns from the most wrongly ranked pairs. ``bhattacharyya`` pulls a tie's margin as weakly: by
-1e-21 at z = 14.
+only ``nll`` (8.1 there) learns from the most wrongly ranked pairs. A tie with a large
+margin has a tiny gradient in ``bhattacharyya`` too: 1e-21 at z = 14.
 """
 
 import math
@@ -59,7 +59,7 @@ def comparison_std(chosen_sigmas: Tensor, rejected_sigmas: Tensor, k: float = 2.
     Args:
         chosen_sigmas: Noise level of the chosen image, ``(B,)`` in [0, 1].
         rejected_sigmas: Noise level of the rejected image, ``(B,)``.
-        k: Growth of the variance with the noise variance.
+        k: Factor on the noise variance.
         sigma_u: Standard deviation of judging one clean image, in reward units.
 
     Returns:
@@ -158,7 +158,7 @@ class ThurstoneLoss(PreferenceLoss):
         objective: ``fidelity`` (the published recipe) or ``nll``, the negative log-likelihood.
         form: Form of the fidelity loss: ``mixture`` (the paper's, in which ties have no gradient) or ``bhattacharyya``
             (ties pull the margin to 0). Without effect on ``nll``.
-        k: Growth of the variance of judging one image with the noise variance, at least 0.
+        k: Factor on the noise variance σ(t)² in the variance of judging one image, at least 0.
         sigma_u: Standard deviation of judging one clean image, in reward units, positive.
 
     Raises:

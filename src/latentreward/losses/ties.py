@@ -18,8 +18,8 @@ class TieLoss(TargetLoss):
     .. math:: l = -(1-e)\log\sigma(d - m) - e\log\sigma(-d - m), \qquad
         l_{\mathrm{tie}} = -\log\sigma(d - m) - \log\sigma(-d - m)
 
-    The tie's loss is least, 2·softplus(m), at d = 0. A label y between ½ and 1 puts y(1 − e) + (1 − y)e in the place
-    of 1 − e. The mean is over all pairs, so that a kind's term counts as often as the kind occurs.
+    The loss of a tie is smallest at d = 0: 2·softplus(m). For a label y between ½ and 1 the weight of the first term is
+    y(1 − e) + (1 − y)e instead of 1 − e. The mean is over all pairs, winners and ties together.
 
     Args:
         margin: Margin m, in reward units, at least 0; 3 in the released configs.
@@ -32,8 +32,8 @@ class TieLoss(TargetLoss):
         InputError: If an argument is out of range.
 
     Note:
-        The released code takes the first image for the better one, also where the given qualities say the reverse; here
-        the data say which is better. Ties of two bad images count as ties, as released.
+        The released code takes the first image as the better one, even if the given qualities say the reverse; here
+        the label decides. Ties of two bad images count as ties, as released.
     """
 
     def __init__(

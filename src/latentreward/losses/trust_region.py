@@ -17,13 +17,13 @@ from latentreward.promises import Part, detached, returns, shown, tensor, wrong_
 
 
 class TrustRegion(Part):
-    """Base of all rules: :class:`RatioRule`, :class:`KLGate` and :class:`Penalty`, from which a rule derives.
+    """Base class of :class:`RatioRule`, :class:`KLGate` and :class:`Penalty`, from which rules derive.
 
-    A module takes one or a list of them, at most one of each kind.
+    A module takes one rule or a list, with at most one of each kind.
 
     Attributes:
-        kind: What the rule changes, of which there can be one at a time: ``ratio`` (takes the place of clipping),
-            ``gate`` (chooses the rows on which the KL term acts), ``penalty`` (adds a term).
+        kind: What the rule changes: ``ratio`` (replaces clipping), ``gate`` (selects the samples that get the KL term)
+            or ``penalty`` (adds a term).
     """
 
     @property
@@ -61,7 +61,7 @@ class StepDrift:
             old_mean: ``(N, C, ...)`` mean of the steps when they were sampled.
             std: ``(N,)`` s√Δ, positive.
             spread: ``(N,)`` s, positive.
-            every: ``(..., 2, N)`` spread and √Δ of the batches of all ranks; None takes those of this one.
+            every: ``(..., 2, N)`` spread and √Δ of the batches of all ranks; None for this rank's batch alone.
         """
         if every is None:
             every = torch.stack([spread, std / spread])
@@ -81,7 +81,7 @@ def _wrong_objective(found: tuple[Tensor, ...], rule: RatioRule, log_ratio: Tens
 
 
 class RatioRule(TrustRegion):
-    """Rule that takes the place of PPO's clipping."""
+    """Rule that replaces PPO's clipping."""
 
     kind = "ratio"
 
@@ -99,7 +99,7 @@ class RatioRule(TrustRegion):
             drift: Drift of the steps.
 
         Returns:
-            The objective ``(N,)``, the ratios ``(N,)``, and whether the rule held each step back ``(N,)``.
+            The objective ``(N,)``, the ratios ``(N,)``, and whether the rule clipped or left out each step ``(N,)``.
         """
 
 
@@ -188,7 +188,7 @@ class Penalty(TrustRegion):
 
 
 class NormGuard(Penalty):
-    r"""Penalty on predictions that grow.
+    r"""Penalty on predictions whose norm exceeds that of the reference's.
 
     .. math:: \lambda\,\mathrm{mean}_i\,\mathrm{relu}(\|v_i\| / \|v_{\mathrm{ref},i}\| - 1)^2
 
@@ -216,7 +216,7 @@ class NormGuard(Penalty):
 
 
 class KLGate(TrustRegion):
-    """Rule that chooses the trajectories on which the KL term acts; it is 0 for a batch without one.
+    """Rule that selects the samples that get the KL term; the term is 0 for a batch without such samples.
 
     Attributes:
         takes: Values of K samples of each of P prompts that :meth:`opens` takes: ``rewards`` ``(P, K)``; ``levels``
@@ -230,14 +230,14 @@ class KLGate(TrustRegion):
     @abstractmethod
     @returns(tensor(lambda gate, values: values.shape[:2], "bool"), each=True)
     def opens(self, values: Tensor) -> Tensor:
-        """Tell on which samples of a rollout, of all ranks, the KL term acts: bool ``(P, K)``.
+        """Return which samples of the rollout of all ranks get the KL term: bool ``(P, K)``.
 
         Args:
             values: See :attr:`takes`.
         """
 
     def state(self) -> dict[str, Any]:
-        """Return what a checkpoint holds of the gate; empty for a gate that does not adapt."""
+        """Return the gate's state for a checkpoint; empty for a gate that does not adapt."""
         return {}
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -245,7 +245,7 @@ class KLGate(TrustRegion):
 
 
 class UncertaintyGate(KLGate):
-    """Gate that opens where a latent reward is unsure: where its noise levels disagree.
+    """KL term on samples for which a latent reward is uncertain: its scores at several noise levels disagree.
 
     Ours, after GARDO (arXiv:2512.24138). The reward of each noise level is z-scored among the samples of a prompt; a
     sample's uncertainty u is the standard deviation of these values over the levels. The KL term acts on samples with
@@ -281,24 +281,24 @@ class UncertaintyGate(KLGate):
         return scores.std(dim=0, correction=0)
 
     def __call__(self, values: Tensor) -> Tensor:
-        """Tell which uncertainties ``values`` (any shape) lie above the quantile, bool of the same shape."""
+        """Return which uncertainties ``values`` (any shape) lie above the quantile, bool of the same shape."""
         return values > values.flatten().quantile(1 - self.share)
 
 
 class RankGate(KLGate):
-    """GARDO's gate (arXiv:2512.24138): open where a reward ranks a sample otherwise than the other rewards do.
+    """GARDO's gate (arXiv:2512.24138): KL term on samples that one reward ranks differently than the others do.
 
     u is the rank of a sample by the first reward of a mixture minus its mean rank by the others, rank 1 being the
-    highest reward of the rollout. As released, the gate opens on samples that the first reward ranks *below* the
-    others (u > 0); the paper's text asks for those that it ranks above them, which ``reversed`` gives.
+    highest reward of the rollout. As released, the gate selects samples that the first reward ranks *below* the
+    others (u > 0); the paper's text has those that it ranks above them, which ``reversed`` selects.
 
-    Only samples with u ≥ 0 count: the gate opens on about ``share`` of them. The share adapts: it grows by a tenth
-    where their mean u exceeds that of all of the last 20 rollouts, and shrinks by a tenth where it lies below all of
-    these. It stays in [0.02, 0.2].
+    The gate selects about ``share`` of the samples with u ≥ 0. The share adapts: it grows by a tenth if the mean of
+    these u exceeds the means of all of the last 20 rollouts, and shrinks by a tenth if it is below all of them. It
+    stays in [0.02, 0.2].
 
     Args:
         share: Share of samples at the start; 0.1 as released.
-        reversed: Open on samples that the first reward ranks above the others.
+        reversed: Select samples that the first reward ranks above the others.
 
     Raises:
         InputError: If ``share`` is out of range.
@@ -325,7 +325,7 @@ class RankGate(KLGate):
         return -difference if self.reversed else difference
 
     def __call__(self, values: Tensor) -> Tensor:
-        """Adapt the share, then tell on which of N samples the KL term acts, bool ``(N,)``.
+        """Adapt the share, then return which of N samples get the KL term, bool ``(N,)``.
 
         Args:
             values: ``(N, R)`` rewards; see :meth:`uncertainty`.

@@ -51,9 +51,9 @@ class FlowMatching(NoiseProcess):
 
 
 class ContinuousFlow(FlowMatching):
-    """Flow matching at any level in [0, 1]: timesteps are 1000·σ, without a table that they are rounded to.
+    """Flow matching at any level in [0, 1]: timesteps are 1000·σ, not rounded to a table.
 
-    For networks whose pipelines shift levels by image size or number of steps, so that no table holds them all. The
+    For networks whose pipelines shift the levels by image size or number of steps, so that no table has them all. The
     lowest level of :meth:`timesteps_at` and :meth:`snap` is 0.001: latents are never scored without any noise.
     """
 

@@ -15,7 +15,7 @@ from latentreward.promises import Part, returns, tensor, wrong_tensor
 
 
 class LevelSampler(Part):
-    """Sampler of the timestep of one pair, or of one image where the two images of a pair get different timesteps."""
+    """Sampler of the timestep of one pair, or of one image if the two images of a pair get different timesteps."""
 
     @abstractmethod
     @returns(
@@ -118,7 +118,7 @@ class ModeSigma(TargetSigma):
 class PowerSigma(TargetSigma):
     """Sampler of target sigmas u = U^power, U uniform: a power above 1 favours low noise, below 1 high noise.
 
-    Of a table of levels, all u below its lowest level become that level, which therefore has a share of its own.
+    If the process has a table of levels, every u below the lowest level gives that level.
 
     Args:
         power: Exponent, > 0.

@@ -20,14 +20,14 @@ _SAMPLERS = (
 DDPM_SCHEDULERS = tuple(f"{name}Scheduler" for name in _SAMPLERS.split())
 """Schedulers that differ only in their sampler: networks for one of them are sampled by DDIM with its config too."""
 DISTILLED = ("LCMScheduler", "TCDScheduler", "FlowMatchLCMScheduler", "SCMScheduler", "CMStochasticIterativeScheduler")
-"""Schedulers of networks that were distilled to few steps, whose predictions are no steps of a noise process."""
+"""Schedulers of networks that were distilled to few steps, whose predictions are not those of a noise process."""
 OTHER_PROCESS: Mapping[str, Any] = {"use_flow_sigmas": True, "timestep_type": "continuous"}
 """Settings by which some of :data:`DDPM_SCHEDULERS` get another noise process."""
 NAME = "the scheduler config"
 
 
 def check_scheduler(config: Mapping[str, Any], taken: Sequence[str]) -> None:
-    """Refuse a scheduler from which a network's noise process cannot be told.
+    """Raise InputError if a network's noise process does not follow from the scheduler's config.
 
     Raises:
         InputError: If the class is none of ``taken``, or the config has a setting of :data:`OTHER_PROCESS` and the
@@ -97,7 +97,7 @@ def check_levels(sigmas: Tensor) -> None:
 
 
 def static_levels(config: Mapping[str, Any], num_inference_steps: int) -> tuple[Tensor, Tensor]:
-    """Return the levels that a ``FlowMatchEulerDiscreteScheduler`` makes by itself, as SD3's pipeline asks for them.
+    """Return the default levels of a ``FlowMatchEulerDiscreteScheduler``, as SD3's pipeline uses them.
 
     Returns:
         Timesteps ``(n,)`` and noise levels ``(n + 1,)``, the last one 0; float32.
@@ -126,7 +126,7 @@ def shifted_levels(config: Mapping[str, Any], num_inference_steps: int, mu: floa
     Args:
         config: The pipeline's saved scheduler config.
         num_inference_steps: Number of steps n.
-        mu: Logarithm of the shift, which counts under ``use_dynamic_shifting``; None for pipelines with a static one.
+        mu: Logarithm of the shift, used with ``use_dynamic_shifting``; None for pipelines with a static shift.
 
     Returns:
         Timesteps ``(n,)``, 1000·σ, and noise levels ``(n + 1,)``, the last one 0; float32.
