@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
+import yaml
 
 from latentreward.cli import COMMANDS
 
@@ -41,3 +42,14 @@ def test_commands_and_configs_exist(page: Path) -> None:
             assert command in COMMANDS, f"latentreward {command}"
     for name in CONFIG.findall(text):
         assert (ROOT / name).is_file(), name
+
+
+def test_the_menu_of_the_site_has_every_page_in_few_groups() -> None:
+    def pages(entries: list[str | dict[str, str | list]]) -> list[str]:
+        values = [value for entry in entries for value in (entry.values() if isinstance(entry, dict) else [entry])]
+        return [page for value in values for page in (pages(value) if isinstance(value, list) else [value])]
+
+    menu = yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"]
+    assert len(menu) < 9  # docs/hooks/reference.py adds a group
+    docs = {str(path.relative_to(ROOT / "docs")) for path in (ROOT / "docs").rglob("*.md")}
+    assert sorted(pages(menu)) == sorted(docs | {"changelog.md", "contributing.md"})
