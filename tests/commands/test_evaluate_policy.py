@@ -406,7 +406,7 @@ def test_bad_prompts_and_folders_are_one_line(evaluate: Run, refused: Callable[.
     (tmp_path / "mine" / "thesis.txt").write_text("")
     assert "holds other files" in refused(SD_TINY, folder="mine")
     evaluate(SD_TINY)
-    assert "pictures made with another seed" in refused(SD_TINY, "--seed=3")
+    assert "was begun with seed 0, now it is 3" in refused(SD_TINY, "--seed=3")
     long = tmp_path / "long.txt"
     long.write_text("word " * 400 + "\n\na cat\n")
     assert "1 prompts have more than 75 words" in evaluate(SD_TINY, folder="long", file=long)["notes"][0]

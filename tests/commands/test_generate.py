@@ -243,7 +243,7 @@ def test_other_settings_and_other_files_are_refused(
     generate()
     with pytest.raises(SystemExit):
         generate("--seed=1")
-    assert "made with another seed; choose another folder" in capsys.readouterr().err
+    assert "was begun with seed 0, now it is 1; choose another output_dir" in capsys.readouterr().err
     prompts.write_text("something else")
     with pytest.raises(SystemExit):
         generate()
@@ -265,7 +265,7 @@ def test_a_folder_goes_on_with_the_same_layers_of_the_adapter_alone(
     assert "3 of 3 pictures are there already" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         generate("--policy.lora.target_modules=[to_q]")
-    assert "made with another policy; choose another folder" in capsys.readouterr().err
+    assert "was begun with policy.lora.target_modules " in capsys.readouterr().err
 
 
 def test_names_hold_on_every_file_system() -> None:

@@ -107,7 +107,7 @@ def test_methods_take_two_steps_on_clips(method: str, tmp_path: Path, monkeypatc
 def test_clips_are_written_as_animated_webp(tmp_path: Path) -> None:
     folder = ImageFolder(tmp_path / "made", {"seed": 0}, "csv")
     pixels = torch.rand(2, 3, FRAMES, 24, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    folder.record(write_images(folder.folder, [(0, 0), (1, 0)], ["a cat", "a dog"], pixels, None, 0))
+    folder.add([((), write_images(folder.folder, [(0, 0), (1, 0)], ["a cat", "a dog"], pixels, None, 0))])
     with Image.open(tmp_path / "made" / "00000_0_a-cat.webp") as clip:
         frames = [frame.convert("RGB") for frame in ImageSequence.Iterator(clip)]
         assert clip.n_frames == FRAMES and clip.is_animated and clip.info["loop"] == 0
@@ -115,7 +115,7 @@ def test_clips_are_written_as_animated_webp(tmp_path: Path) -> None:
     folder.write_grid([(0, 0), (1, 0)])
     assert Image.open(tmp_path / "made" / "grid.png").width > 2 * 4 * 32
     again = ImageFolder(tmp_path / "made", {"seed": 0}, "csv")
-    assert again.has(1, 0, "a dog")
+    assert again.missing([(0, 0), (1, 0)], ["a cat", "a dog"]) == []
 
 
 def test_grids_show_four_frames() -> None:

@@ -61,8 +61,9 @@ def test_a_file_keeps_its_weights_and_the_machine_that_measured_the_same_numbers
     write_result(path, replace(other, weights="owner/other"))
     assert read_result(path) == replace(other, weights="owner/other")
     path.write_text('{"half')
-    write_result(path, measured)
-    assert read_result(path) == measured
+    with pytest.raises(InputError, match=r"one\.json is damaged \(.*\); restore it, or remove it and run"):
+        write_result(path, measured)
+    assert path.read_text() == '{"half'
 
 
 @pytest.mark.parametrize(

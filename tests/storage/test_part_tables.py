@@ -90,7 +90,7 @@ def test_a_kill_between_any_two_steps_of_the_end(tmp_path: Path, monkeypatch: py
     """Each step of ``finish`` fails once; the next run ends with the same table."""
     fill(tmp_path / "expected.parquet", 6, 2)
     expected = (tmp_path / "expected.parquet").read_bytes()
-    steps = ("storage.durable.put_in_place", "storage.part_tables.write_file", "storage.part_tables.shutil.rmtree")
+    steps = ("storage.durable.put_in_place", "storage.run_folder.write_file", "storage.part_tables.shutil.rmtree")
     for number, step in enumerate(steps):
         output = tmp_path / f"{number}.parquet"
         with PartFiles(output, SPEC, 6) as files:
@@ -134,7 +134,9 @@ def test_a_spec_that_is_none_is_one_line_and_the_parts_stay(tmp_path: Path, cont
     with PartFiles(tmp_path / "scores.parquet", SPEC, 4) as files:
         files.write(range(2), table(range(2)))
     (files.folder / "spec.json").write_text(content)
-    with pytest.raises(InputError, match=r"spec\.json is damaged \(.*\); delete .*scores\.parquet\.parts") as error:
+    with pytest.raises(
+        InputError, match=r"spec\.json is damaged \(.*\); choose .*, or delete .*scores\.parquet\.parts"
+    ) as error:
         fill(tmp_path / "scores.parquet", 4, 2)
     assert "\n" not in str(error.value)
     assert [*files.parts()] == [range(2)]

@@ -1,6 +1,5 @@
 """``latentreward evaluate-policy``: score pictures of one or two generators, made from the same prompts and noise."""
 
-import json
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache, partial
@@ -22,9 +21,9 @@ from latentreward.evaluation.policy.published_numbers import Protocol, published
 from latentreward.evaluation.policy.results import PolicyReport, scores_csv
 from latentreward.evaluation.policy.samples import (
     JudgedPolicy,
-    SampledPictures,
     SamplingPlan,
     complete_or_refuse,
+    open_pictures,
     pictures_of,
     planned,
     sampling_task,
@@ -51,8 +50,9 @@ from latentreward.scorers.fingerprints import public_identity
 from latentreward.scorers.tools import ToolScorer
 from latentreward.scoring.network import name_of
 from latentreward.settings.functions import run_function
-from latentreward.storage.durable import contents, write_file
+from latentreward.storage.durable import write_file
 from latentreward.storage.locks import locked
+from latentreward.storage.run_folder import RunFolder
 from latentreward.tinyworld.captions import judged_captions, tuning_captions
 
 SCORES = "scores.csv"
@@ -178,7 +178,8 @@ def evaluate_policy(
             work.serve()
             return
         with locked(output_dir, "output_dir"):
-            _claim(output_dir, settings)
+            remedy = "choose an empty folder"
+            RunFolder(output_dir, output_dir / MARKER, settings, "output_dir", remedy).claim(made=False)
             for scorer in scorers:
                 if isinstance(scorer, ToolScorer):
                     scorer.check(planned(rows, wanted))
@@ -189,7 +190,7 @@ def evaluate_policy(
                 if one.images is not None
             }
             sampled = {
-                name: SampledPictures(policies[name], plan, rows, wanted, output_dir / "pictures" / slot, work)
+                name: open_pictures(policies[name], plan, rows, wanted, output_dir / "pictures" / slot, work)
                 for name, slot in slots.items()
                 if name not in found
             }
@@ -200,7 +201,7 @@ def evaluate_policy(
             for note in notes:
                 tell(note)
             with interrupts_told(lambda: f"what is done is kept in {output_dir}: the same command goes on there"):
-                made = {name: source.make() for name, source in sampled.items()}
+                made = {name: make() for name, make in sampled.items()}
                 made |= {name: source.pictures for name, source in folders.items()}
                 scorings = [
                     PictureScoring(name, list(made[name].values()), scorers, output_dir / "scores" / slot, work)
@@ -247,14 +248,6 @@ def _prompt_rows(
         if (folder := policies[name].images) is not None:
             return check_lengths(prompts_of(pictures, folder), f"images: {folder}", max_prompt_chars)
     raise InputError("there are no prompts; set prompts to a file of them")
-
-
-def _claim(output_dir: Path, settings: Mapping[str, Any]) -> None:
-    """Mark the output folder as an evaluation's; refuse a folder with other files."""
-    ours = (output_dir / MARKER).is_file()
-    if not ours and output_dir.exists() and (not output_dir.is_dir() or contents(output_dir)):
-        raise InputError(f"output_dir: {output_dir} holds other files; choose an empty folder")
-    write_file(output_dir / MARKER, json.dumps(settings, indent=1) + "\n")
 
 
 def _notes(

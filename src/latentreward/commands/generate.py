@@ -13,14 +13,7 @@ from latentreward.data.alignment.prompt_files import read_prompt_rows
 from latentreward.errors import InputError
 from latentreward.generation import Candidates, Population, best_of_n, search_latents, search_population
 from latentreward.generation.image_folder import ImageFolder, Row
-from latentreward.generation.picture_writing import (
-    DETERMINISTIC,
-    PictureWriting,
-    decode_latents,
-    left_over_rows,
-    make_pictures,
-    picture_batches,
-)
+from latentreward.generation.picture_writing import DETERMINISTIC, decode_latents, make_pictures, write_batch
 from latentreward.generation.trained_policy import TrainedPolicy, offload_text_encoders, plain
 from latentreward.interrupts import interrupts_told
 from latentreward.policies import Policy, PolicySource
@@ -142,7 +135,7 @@ def generate(
         if reward_guidance is not None and scorer is not None:
             sample = partial(sample_guided, generator, scorer, guidance=reward_guidance, **how)
         draw = partial(_draw, sample, scorer, best_of, seed, score_sigmas)
-        return PictureWriting(output_dir, draw, partial(decode_latents, generator), seed).write
+        return partial(write_batch, output_dir, draw, partial(decode_latents, generator), seed)
 
     with SharedWork(trainer, device, output_dir / SHARDS) as work:
         work.join({PICTURES: pictures}, {**settings, "batch_size": batch_size})
@@ -150,14 +143,14 @@ def generate(
             work.serve()
             return
         with locked(output_dir, "output_dir"):
-            folder = ImageFolder(output_dir, settings, table, left_over_rows(work, PICTURES))
+            folder = ImageFolder(output_dir, settings, table, work.left_over(PICTURES))
             wanted = [(place, image) for place in range(len(texts)) for image in range(images_per_prompt)]
-            missing = [(place, image) for place, image in wanted if not folder.has(place, image, texts[place])]
-            print(f"{len(wanted) - len(missing)} of {len(wanted)} pictures are there already", flush=True)
+            missing = len(folder.missing(wanted, texts))
+            print(f"{len(wanted) - missing} of {len(wanted)} pictures are there already", flush=True)
             with interrupts_told(
                 lambda: f"{len(folder.rows)} pictures are kept in {output_dir}: the same command goes on there"
             ):
-                make_pictures(work, PICTURES, picture_batches(wanted, missing, texts, batch_size), folder)
+                make_pictures(work, PICTURES, folder, wanted, texts, batch_size)
             folder.write_grid(wanted)
             print(folder.summary(wanted))
 

@@ -13,10 +13,11 @@ from typing import Any, Literal
 import torch
 from PIL import Image, ImageSequence
 
-from latentreward.errors import InputError
+from latentreward.errors import InputError, first_line
 from latentreward.interrupts import interrupts_held
 from latentreward.reports.drawing import PLAIN, SHOWN_FRAMES, animate, draw_pair, strip, tile, to_images
-from latentreward.storage.durable import contents, write_file
+from latentreward.storage.durable import write_file
+from latentreward.storage.run_folder import RunFolder
 
 SETTINGS = "generate.json"
 COLUMNS = ("file", "prompt", "place", "image", "seed", "score", "mean_score")
@@ -25,7 +26,12 @@ GRID_CELLS = 48
 GRID_SIDE = 256
 """Longest side of an image in ``grid.png``, in pixels."""
 
+KEPT = "pictures written before are kept: free some space and run it again"
 Row = dict[str, Any]
+Name = tuple[int, int]
+"""Index of a prompt, and number of an image of this prompt, both from 0."""
+Made = tuple[Any, Sequence[Row]]
+"""Batch of images, and its rows of the table."""
 
 
 def file_name(place: int, image: int, prompt: str, suffix: str = ".png") -> str:
@@ -55,57 +61,55 @@ class ImageFolder:
         folder: Folder; made if it does not exist.
         settings: Settings that the images depend on besides prompts, as plain values; written to ``generate.json``.
         table: Format of the table.
-        more: Rows of images that a killed run wrote, but not yet to the table.
+        left_over: Batches that a killed run made but did not add to the table, each with its rows.
 
     Raises:
-        InputError: If the folder holds other files, or images made with other settings.
+        InputError: If the folder holds other files, or images made with other settings; or if the table or the
+            settings are damaged.
     """
 
     def __init__(
-        self, folder: Path, settings: dict[str, Any], table: Literal["csv", "jsonl"], more: Sequence[Row] = ()
+        self, folder: Path, settings: dict[str, Any], table: Literal["csv", "jsonl"], left_over: Sequence[Made] = ()
     ) -> None:
         self.folder, self.table = folder, folder / f"images.{table}"
-        self.rows: dict[tuple[int, int], Row] = {}
-        if (folder / SETTINGS).is_file():
-            try:
-                found = json.loads((folder / SETTINGS).read_text())
-                self.rows = {(int(row["place"]), int(row["image"])): row for row in (*self._read_rows(), *more)}
-            except (ValueError, KeyError) as error:
-                raise InputError(f"output_dir: {folder} holds a damaged {SETTINGS} or table; choose another") from error
-            changed = [name for name in {**found, **settings} if found.get(name) != settings.get(name)]
-            if changed and self.rows:
-                raise InputError(
-                    f"output_dir: {folder} holds pictures made with another {', '.join(changed)}; choose another folder"
-                )
-        elif folder.exists() and (not folder.is_dir() or contents(folder)):
-            raise InputError(f"output_dir: {folder} holds other files; choose an empty folder")
-        _write(folder / SETTINGS, json.dumps(settings, indent=1, ensure_ascii=False).encode())
-        if more:
-            self.record(more)
+        self.rows: dict[Name, Row] = {}
+        try:
+            more = (row for _, rows in left_over for row in rows)
+            self.rows = {(int(row["place"]), int(row["image"])): row for row in (*self._read_rows(), *more)}
+        except (ValueError, LookupError, TypeError, RecursionError, csv.Error) as error:
+            raise InputError(
+                f"output_dir: {self.table} is damaged ({first_line(error)}); restore it, or choose another output_dir"
+            ) from error
+        remedy = "choose another output_dir"
+        RunFolder(folder, folder / SETTINGS, settings, "output_dir", remedy, KEPT).claim(made=bool(self.rows))
+        if left_over:
+            self.add(left_over)
 
-    def has(self, place: int, image: int, prompt: str) -> bool:
-        """Tell whether image number ``image`` of the prompt with index ``place`` has been written.
+    def missing(self, wanted: Sequence[Name], texts: Sequence[str]) -> list[Name]:
+        """List the images of ``wanted`` that have not been written; ``texts`` are the prompts by their index.
 
         Raises:
-            InputError: If this image was made for another prompt than ``prompt``.
+            InputError: If an image was made for another prompt.
         """
-        row = self.rows.get((place, image))
-        if row is None or not (self.folder / row["file"]).is_file():
-            return False
-        if row["prompt"] != prompt:
-            raise InputError(
-                f"output_dir: {self.folder / row['file']} shows {row['prompt']!r}, not {prompt!r}, which is there now; "
-                "choose another folder"
-            )
-        return True
+        found = []
+        for place, image in wanted:
+            row = self.rows.get((place, image))
+            if row is None or not (self.folder / row["file"]).is_file():
+                found.append((place, image))
+            elif row["prompt"] != texts[place]:
+                raise InputError(
+                    f"output_dir: {self.folder / row['file']} shows {row['prompt']!r}, not {texts[place]!r}, which is "
+                    "there now; choose another output_dir"
+                )
+        return found
 
     @interrupts_held()
-    def record(self, rows: Sequence[Row]) -> None:
-        """Add rows of images, as :func:`write_images` returns them, and write the table."""
-        self.rows |= {(row["place"], row["image"]): row for row in rows}
-        _write(self.table, "".join(self._lines()).encode())
+    def add(self, made: Sequence[Made]) -> None:
+        """Add batches with their rows, as :func:`write_images` returns them, and write the table."""
+        self.rows |= {(row["place"], row["image"]): row for _, rows in made for row in rows}
+        write_file(self.table, "".join(self._lines()).encode(), KEPT)
 
-    def write_grid(self, names: Sequence[tuple[int, int]]) -> None:
+    def write_grid(self, names: Sequence[Name]) -> None:
         """Write ``grid.png`` with the first :data:`GRID_CELLS` images of ``names``; of clips, some frames."""
         cells = []
         for row in [self.rows[name] for name in names[:GRID_CELLS]]:
@@ -119,9 +123,9 @@ class ImageFolder:
             cells.append(
                 draw_pair([picture], [f"{float(score):.3f}" if score not in (None, "") else ""], row["prompt"], PLAIN)
             )
-        _write(self.folder / "grid.png", png(tile(cells, math.ceil(math.sqrt(len(cells))))))
+        write_file(self.folder / "grid.png", png(tile(cells, math.ceil(math.sqrt(len(cells))))), KEPT)
 
-    def summary(self, names: Sequence[tuple[int, int]]) -> str:
+    def summary(self, names: Sequence[Name]) -> str:
         """Return one line for the terminal: the folder, the number of images and their mean score."""
         scores = [float(self.rows[name]["score"]) for name in names if self.rows[name].get("score") not in (None, "")]
         mean = f"; mean score {sum(scores) / len(scores):.4f}" if scores else ""
@@ -148,7 +152,7 @@ class ImageFolder:
 @interrupts_held()
 def write_images(
     folder: Path,
-    names: Sequence[tuple[int, int]],
+    names: Sequence[Name],
     prompts: Sequence[str],
     pixels: torch.Tensor,
     scores: torch.Tensor | None,
@@ -164,13 +168,9 @@ def write_images(
     for column, ((place, image), prompt) in enumerate(zip(names, prompts, strict=True)):
         frames, clip = to_images(pixels[column]), pixels.ndim == 5
         name = file_name(place, image, prompt, ".webp" if clip else ".png")
-        _write(folder / name, animate(frames, lossless=True) if clip else png(frames[0]))
+        write_file(folder / name, animate(frames, lossless=True) if clip else png(frames[0]), KEPT)
         row: Row = {"file": name, "prompt": prompt, "place": place, "image": image, "seed": seed}
         if scores is not None:
             row |= {"score": scores[:, column].max().item(), "mean_score": scores[:, column].mean().item()}
         rows.append(row)
     return rows
-
-
-def _write(path: Path, content: bytes) -> None:
-    write_file(path, content, "pictures written before are kept: free some space and run it again")

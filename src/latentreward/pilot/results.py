@@ -148,12 +148,12 @@ def write_result(path: Path, result: PilotResult) -> None:
     """Write a result atomically; a file keeps the weights that it names unless the result names others.
 
     A file that has the result already stays, whatever machine and versions it names: those were the run's.
+
+    Raises:
+        InputError: If there is a file that is damaged: the weights that it names would be lost.
     """
-    try:
+    if path.is_file():
         found = read_result(path)
-    except (InputError, OSError):  # damaged or missing
-        found = None
-    if found is not None:
         result = replace(result, weights=result.weights or found.weights)
         if replace(found, machine=result.machine, versions=result.versions, commit=result.commit) == result:
             return
@@ -166,7 +166,7 @@ def read_result(path: Path) -> PilotResult:
     Raises:
         InputError: If the file is damaged, lacks an entry, or has another version.
     """
-    content = read_config(path)
+    content = read_config(path, remedy="restore it, or remove it and run the pilot again")
     if type(content.get("version")) is not int or content["version"] != VERSION:
         raise InputError(f"{path}: its version is {content.get('version')!r}; this program reads {VERSION}")
     if (names := {field.name for field in fields(PilotResult)}) != content.keys():

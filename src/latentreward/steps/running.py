@@ -68,11 +68,19 @@ class TaskRunner:
     _closed: bool = False
 
     def done(self, task: Task) -> Done | None:
-        """Return a task's record; None if it is unfinished, ran with other source files, or an input was made again."""
-        try:
-            found = Done(**json.loads((task.output(self.folder).parent / RECORD).read_text()))
-        except (OSError, TypeError, ValueError, RecursionError):  # missing or damaged
+        """Return a task's record; None if it is unfinished, ran with other source files, or an input was made again.
+
+        Raises:
+            InputError: If the record is damaged.
+        """
+        folder = task.output(self.folder).parent
+        if not (folder / RECORD).is_file():
             return None
+        content = read_config(folder / RECORD, remedy=f"remove {folder} to run {task.name} again")
+        try:
+            found = Done(**content)
+        except TypeError as error:
+            raise InputError(f"{folder / RECORD} is damaged ({error}); remove {folder} to run it again") from error
         if not self.resumes and source_digest(found.modules) != found.source:
             return None
         current = self._inputs(task)

@@ -17,14 +17,12 @@ import pyarrow.parquet as pq
 
 from latentreward.errors import InputError, first_line
 from latentreward.interrupts import interrupts_held
-from latentreward.storage.durable import replacing, write_file
-from latentreward.storage.json_files import read_config
+from latentreward.storage.durable import replacing
 from latentreward.storage.locks import locked
+from latentreward.storage.run_folder import RunFolder, quoted
 
 SPEC = "spec.json"
 """File in the parts' folder that records the spec."""
-DIGEST = re.compile(r", [0-9a-f]{32}\b")
-"""Digest at the end of a fingerprint, which messages leave out."""
 
 
 class PartFiles:
@@ -46,10 +44,14 @@ class PartFiles:
     def __init__(self, output: Path, spec: Mapping[str, Any], rows: int) -> None:
         if output.suffix not in WRITERS:
             raise InputError(f"output is {output}; it must end in .parquet, .csv or .jsonl")
-        self.output, self.spec, self.rows = output, dict(spec), rows
+        self.output, self.rows = output, rows
         self.folder = output.with_name(f"{output.name}.parts")
-        self._note = output.with_name(f"{output.name}.json")
+        note = output.with_name(f"{output.name}.json")
         self._kept = f"what was scored is kept in {self.folder}: free some space and run the same command again"
+        remedy = "choose another output, or delete"
+        record = partial(RunFolder, output, spec=spec, option="output", kept=self._kept)
+        self._begun = record(record=self.folder / SPEC, remedy=f"{remedy} {self.folder}")
+        self._finished = record(record=note, remedy=f"{remedy} {output} and {note}")
         self._held = ExitStack()
 
     def __enter__(self) -> Self:
@@ -59,10 +61,7 @@ class PartFiles:
             raise InputError(f"output: {self.output} is there already; choose another file, or delete it")
         with ExitStack() as held:
             held.enter_context(locked(self.folder, "output"))
-            if (self.folder / SPEC).exists() and self.parts():
-                self._compare(self.folder / SPEC, f"delete {self.folder}")
-            else:
-                self._write_json(self.folder / SPEC)
+            self._begun.claim(made=bool(self.parts()))
             self._held = held.pop_all()
         return self
 
@@ -81,9 +80,9 @@ class PartFiles:
         Raises:
             InputError: If the table was made from another spec.
         """
-        if not (self.output.exists() and self._note.exists()):
+        if not (self.output.exists() and self._finished.record.exists()):
             return False
-        self._compare(self._note, f"delete {self.output} and {self._note}")
+        self._finished.compare()
         shutil.rmtree(self.folder, ignore_errors=True)  # a kill at the end of `finish` may have left the folder
         return True
 
@@ -138,7 +137,7 @@ class PartFiles:
             first = first or (path, table.column_names)
             if table.column_names != first[1]:
                 raise InputError(
-                    f"{path}: columns {_short(table.column_names)}, but {first[0].name} has {_short(first[1])}; delete "
+                    f"{path}: columns {quoted(table.column_names)}, but {first[0].name} has {quoted(first[1])}; delete "
                     "the one that is not of this table, and its rows are made anew"
                 )
             yield rows, table
@@ -152,20 +151,8 @@ class PartFiles:
             writer.write_table(first)
             for _, table in parts:
                 writer.write_table(table)
-        self._write_json(self._note)
+        self._finished.write()
         shutil.rmtree(self.folder)
-
-    def _write_json(self, path: Path) -> None:
-        write_file(path, json.dumps(self.spec, indent=1), self._kept)
-
-    def _compare(self, file: Path, remedy: str) -> None:
-        found = read_config(file, remedy=remedy)
-        for key in self.spec:
-            if found.get(key) != self.spec[key]:
-                raise InputError(
-                    f"output: {self.output} was begun with {_difference(key, found.get(key), self.spec[key])}; choose "
-                    f"another output, or {remedy}"
-                )
 
 
 class JSONLinesWriter:
@@ -207,24 +194,3 @@ def _json_values(column: pa.ChunkedArray) -> list[Any]:
         return values
     kind = column.type.to_pandas_dtype()
     return [None if value is None or not np.isfinite(value) else float(str(kind(value))) for value in values]
-
-
-def _difference(name: str, before: Any, now: Any) -> str:
-    """Describe the difference between two values of a spec's field ``name``.
-
-    For mappings, describe the first entry that differs. Fingerprints are shown without their digests.
-    """
-    if isinstance(before, Mapping) and isinstance(now, Mapping):
-        if before.keys() != now.keys():
-            return _difference(name, ", ".join(before), ", ".join(now))
-        entry = next(entry for entry in now if before[entry] != now[entry])
-        return _difference(f"{name}.{entry}", before[entry], now[entry])
-    old, new = _short(before), _short(now)
-    if old != new:
-        return f"{name} {old}, now it is {new}"
-    return f"{name} {old}, whose contents (files, prompts or weights behind that name) have changed"
-
-
-def _short(value: Any) -> str:
-    text = "none" if value is None else DIGEST.sub("", json.dumps(value))
-    return text if len(text) <= 80 else text[:77] + "..."

@@ -22,7 +22,7 @@ ENOUGH = 16
 
 
 def write_pairs(work: Path, found: Split) -> Path:
-    """Write the pairs of all parts; return their folder. Equal pairs give the same folder, and nothing is written."""
+    """Write the pairs of all parts; return their folder, the same for equal pairs."""
     return write_once(work / "pairs", {PREFERENCES: lines(found.parts)})
 
 
@@ -30,8 +30,7 @@ def write_once(beginning: Path, texts: Mapping[str, str]) -> Path:
     """Write files, by their names, into a folder named by ``beginning`` and by what they hold; return the folder."""
     folder = beginning.with_name(f"{beginning.name}-{digest(texts.values())[:16]}")
     for name, text in texts.items():
-        if not (folder / name).is_file():
-            write_file(folder / name, text)
+        write_file(folder / name, text)
     return folder
 
 

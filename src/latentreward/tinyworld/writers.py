@@ -20,8 +20,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from latentreward.errors import InputError
 from latentreward.storage.digests import digest
 from latentreward.storage.durable import replacing
+from latentreward.storage.run_folder import RunFolder
 from latentreward.tinyworld.pairs import Mixed, Pair, Picture, draw_pairs, generate_pairs
 
 PICKAPIC_SPLITS = ("train", "validation", "test", "validation_unique", "test_unique")
@@ -53,6 +55,8 @@ ROWS_PER_FILE = 2048
 FIRST_SECOND = 1_672_531_200
 """Unix time of the first pair's ``created_at``, 2023-01-01 00:00 UTC; each later pair is one minute later."""
 
+MARKER = "tinyworld.json"
+"""File with the settings of the pairs."""
 PARTS = ("utility", "alignment", "quality")
 OracleRows = list[tuple[Any, ...]]
 """Rows of ``oracle.parquet``: pair ID, image keys of the two pictures, and each of ``PARTS`` of the two pictures."""
@@ -74,7 +78,7 @@ def write_pickapic(
         ``root``.
 
     Raises:
-        ValueError: If a split is unknown or has less than one pair, a ``_unique`` split has too few captions, or
+        InputError: If a split is unknown or has less than one pair, a ``_unique`` split has too few captions, or
             ``root`` holds other files or pairs of other settings.
     """
     _check_splits(pairs_per_split, PICKAPIC_SPLITS)
@@ -109,7 +113,7 @@ def write_generated(root: Path | str, pairs: int = 1000, seed: int = 0, num_infe
         ``root``.
 
     Raises:
-        ValueError: If ``root`` holds other files or pairs of other settings.
+        InputError: If ``root`` holds other files or pairs of other settings.
     """
     spec = {"layout": "pickapic_v1", "pairs_per_split": {"test": pairs}, "seed": seed, "steps": num_inference_steps}
     spec["generated_by"] = "shipped pipelines"
@@ -136,7 +140,7 @@ def write_hpdv3(root: Path | str, pairs_per_split: Mapping[str, int], seed: int 
         ``root``.
 
     Raises:
-        ValueError: If a split is unknown or has less than one pair, or ``root`` holds other files or pairs of other
+        InputError: If a split is unknown or has less than one pair, or ``root`` holds other files or pairs of other
             settings.
     """
     _check_splits(pairs_per_split, ("train", "test"))
@@ -166,39 +170,25 @@ def write_hpdv3(root: Path | str, pairs_per_split: Mapping[str, int], seed: int 
 
 def _check_splits(pairs_per_split: Mapping[str, int], known: Sequence[str]) -> None:
     if unknown := set(pairs_per_split) - set(known):
-        raise ValueError(f"unknown splits {sorted(unknown)}; this layout has {', '.join(known)}")
+        raise InputError(f"unknown splits {sorted(unknown)}; this layout has {', '.join(known)}")
     if not pairs_per_split or min(pairs_per_split.values()) < 1:
-        raise ValueError(f"expected at least one pair in each split, got {dict(pairs_per_split)}")
+        raise InputError(f"expected at least one pair in each split, got {dict(pairs_per_split)}")
 
 
 def _make_folder(root: Path | str, spec: dict[str, Any], fill: Callable[[Path], OracleRows]) -> Path:
     """Let ``fill`` write to a temporary folder, add the oracle's table and the settings, and rename it to ``root``."""
     root = Path(root)
-    if _holds(root, spec):
-        return root
-    with replacing(root, over=False) as fresh:
-        fresh.mkdir()
-        names = ("pair_id", "key_a", "key_b", *(f"{part}_{side}" for part in PARTS for side in "ab"))
-        columns = zip(*fill(fresh), strict=True)
-        pq.write_table(
-            pa.table(dict(zip(names, map(list, columns), strict=True))),
-            fresh / "oracle.parquet",
-            write_page_checksum=True,
-        )
-        (fresh / "tinyworld.json").write_text(json.dumps(spec, indent=1, sort_keys=True))
-    _holds(root, spec)  # if another process was faster, its settings must be equal
+    recorded = RunFolder(root, root / MARKER, spec, "root", "delete it or choose another folder")
+    if not recorded.exists():
+        with replacing(root, over=False) as fresh:
+            fresh.mkdir()
+            names = ("pair_id", "key_a", "key_b", *(f"{part}_{side}" for part in PARTS for side in "ab"))
+            columns = zip(*fill(fresh), strict=True)
+            oracle = pa.table(dict(zip(names, map(list, columns), strict=True)))
+            pq.write_table(oracle, fresh / "oracle.parquet", write_page_checksum=True)
+            (fresh / MARKER).write_text(json.dumps(spec, indent=1, sort_keys=True))
+    recorded.compare()  # if another process was faster, its settings must be equal
     return root
-
-
-def _holds(root: Path, spec: dict[str, Any]) -> bool:
-    """Tell whether ``root`` holds pairs of the settings ``spec``; raise ValueError for other contents."""
-    if not root.exists() or not any(root.iterdir()):
-        return False
-    marker = root / "tinyworld.json"
-    found = json.loads(marker.read_text()) if marker.is_file() else None
-    if found != spec:
-        raise ValueError(f"{root} holds {found or 'other files'}, not {spec}: delete it or choose another folder")
-    return True
 
 
 def _write_pickapic_split(folder: Path, split: str, pairs: Sequence[Pair], rng: np.random.Generator) -> OracleRows:

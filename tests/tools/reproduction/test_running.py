@@ -121,10 +121,14 @@ def test_a_step_whose_source_or_input_has_changed_runs_again(folder: Path) -> No
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"source": 1}', "[" * 100_000], ids=["cut", "list", "other", "deep"])
-def test_a_damaged_record_counts_as_none(content: str, folder: Path) -> None:
+def test_a_damaged_record_is_refused_in_one_line(content: str, folder: Path) -> None:
     runner, task = TaskRunner(folder / "work", resumes=False), read_row("toy", TOY).task("good", "toy_scores", 0)
     (task.output(folder / "work").parent / "record.json").write_text(content)
-    assert runner.done(task) is None
+    with pytest.raises(
+        InputError, match=r"toy_scores-\w+/record\.json is damaged \(.*\); remove .*toy_scores-"
+    ) as error:
+        runner.done(task)
+    assert "\n" not in str(error.value)
 
 
 def test_a_failed_step_is_named_and_other_rows_are_measured(folder: Path) -> None:

@@ -15,15 +15,8 @@ from latentreward.data.alignment.prompt_files import PromptRow
 from latentreward.data.readers import count_text
 from latentreward.errors import InputError
 from latentreward.evaluation.policy.imported import ImportedPictures
-from latentreward.generation.image_folder import ImageFolder, Row
-from latentreward.generation.picture_writing import (
-    Name,
-    PictureWriting,
-    decode_latents,
-    left_over_rows,
-    make_pictures,
-    picture_batches,
-)
+from latentreward.generation.image_folder import ImageFolder, Name, Row
+from latentreward.generation.picture_writing import decode_latents, make_pictures, write_batch
 from latentreward.generation.trained_policy import TrainedPolicy, offload_text_encoders, plain
 from latentreward.policies import PolicySource
 from latentreward.policies.checkpoint import read_policy_adapter
@@ -141,7 +134,7 @@ def sampling_task(
 ) -> Callable[[list[list[Any]]], list[Row]]:
     """Load a generator, and return the function that samples a batch of pictures into ``folder``.
 
-    The batches are those of :func:`~latentreward.generation.picture_writing.picture_batches`.
+    The batches are those of :func:`~latentreward.generation.picture_writing.make_pictures`.
     """
     generator = policy.trained.load(plan.device)
     shown = [prompt for batch in batches for _, _, prompt in batch]
@@ -152,7 +145,7 @@ def sampling_task(
         return sample_latents(generator, prompts, plan.sampling, **how), None
 
     key = (SHARED if plan.shared_noise else PER_PROMPT).format
-    return PictureWriting(folder, draw, partial(decode_latents, generator), plan.seed, key).write
+    return partial(write_batch, folder, draw, partial(decode_latents, generator), plan.seed, key=key)
 
 
 def pictures_of(slot: str) -> str:
@@ -160,10 +153,17 @@ def pictures_of(slot: str) -> str:
     return f"pictures of {slot}"
 
 
-class SampledPictures:
-    """Pictures of a generator in a folder; pictures of an earlier run with equal settings are kept.
+def open_pictures(
+    policy: JudgedPolicy,
+    plan: SamplingPlan,
+    rows: Sequence[PromptRow],
+    wanted: Sequence[Name],
+    folder: Path,
+    work: SharedWork,
+) -> Callable[[], dict[Name, JudgedPicture]]:
+    """Open a generator's folder of pictures, and return the function that samples the missing ones.
 
-    The constructor compares the folder's settings and lists the missing pictures; :meth:`make` samples them.
+    Pictures of an earlier run with equal settings are kept. The function returns all wanted pictures.
 
     Args:
         policy: Policy with a generator.
@@ -171,40 +171,23 @@ class SampledPictures:
         rows: Set of prompts.
         wanted: (index in ``rows``, number of the picture of that prompt) of each wanted picture.
         folder: Folder of the pictures; its name is that of the policy's folders.
-        work: Processes that sample.
+        work: Processes that sample, by the task :func:`pictures_of` the folder's name.
 
     Raises:
-        InputError: If the folder holds pictures made with other settings.
+        InputError: If the folder holds pictures made with other settings or for other prompts.
     """
+    task, texts = pictures_of(folder.name), [row.prompt for row in rows]
+    settings: dict[str, Any] = {"sampling": plan.sampling, "guidance_scale": plan.guidance_of(policy)}
+    settings |= {"seed": plan.seed, "shared_noise": plan.shared_noise}
+    opened = ImageFolder(folder, policy.trained.identity() | plain(settings), "csv", work.left_over(task))
+    opened.missing(wanted, texts)  # refuses pictures of other prompts before any generator samples
 
-    def __init__(
-        self,
-        policy: JudgedPolicy,
-        plan: SamplingPlan,
-        rows: Sequence[PromptRow],
-        wanted: Sequence[Name],
-        folder: Path,
-        work: SharedWork,
-    ) -> None:
-        self._plan, self._rows, self._wanted, self._work = plan, rows, wanted, work
-        self._task = pictures_of(folder.name)
-        settings: dict[str, Any] = {"sampling": plan.sampling, "guidance_scale": plan.guidance_of(policy)}
-        settings |= {"seed": plan.seed, "shared_noise": plan.shared_noise}
-        identity = policy.trained.identity() | plain(settings)
-        self._folder = ImageFolder(folder, identity, "csv", left_over_rows(work, self._task))
-        self.missing = [name for name in wanted if not self._folder.has(*name, rows[name[0]].prompt)]
+    def make() -> dict[Name, JudgedPicture]:
+        make_pictures(work, task, opened, wanted, texts, plan.batch_size)
+        files = {name: str(opened.rows[name]["file"]) for name in wanted}
+        return {(n, image): _judged(n, image, file, folder / file, rows[n]) for (n, image), file in files.items()}
 
-    def make(self) -> dict[Name, JudgedPicture]:
-        """Sample the missing pictures by :func:`sampling_task`, and return all wanted ones."""
-        if self.missing:
-            texts = [row.prompt for row in self._rows]
-            batches = picture_batches(self._wanted, self.missing, texts, self._plan.batch_size)
-            make_pictures(self._work, self._task, batches, self._folder)
-        files = {name: str(self._folder.rows[name]["file"]) for name in self._wanted}
-        return {
-            (place, image): _judged(place, image, file, self._folder.folder / file, self._rows[place])
-            for (place, image), file in files.items()
-        }
+    return make
 
 
 def complete_or_refuse(

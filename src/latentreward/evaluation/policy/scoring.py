@@ -10,7 +10,7 @@ import numpy as np
 
 from latentreward.contracts import ImageRef
 from latentreward.data.images import decode_image
-from latentreward.errors import InputError, did_you_mean
+from latentreward.errors import InputError, did_you_mean, first_line
 from latentreward.evaluation.policy.results import ScoredPictures
 from latentreward.interrupts import interrupts_held
 from latentreward.ranks.shared_work import SharedWork
@@ -32,7 +32,7 @@ Scores = tuple[float, ...]
 class ScoreStore:
     """File of one scorer's scores for one policy, keyed by the content of a picture and its prompt.
 
-    A file that is damaged or was written by another scorer is ignored, and replaced at the next :meth:`add`.
+    A file of another scorer, or of other files of this one, is replaced at the next :meth:`add`.
 
     Args:
         path: File of JSON lines; the first line holds the identity of the scorer, and the model of its server.
@@ -42,6 +42,9 @@ class ScoreStore:
     Attributes:
         scores: Scores of a picture, by its :func:`picture_key`.
         model: Model that a server named with the scores; None without a server, or if it named none.
+
+    Raises:
+        InputError: If the file is damaged.
     """
 
     def __init__(self, path: Path, identity: str, order: Sequence[str] = ()) -> None:
@@ -49,14 +52,15 @@ class ScoreStore:
         self._places = {key: place for place, key in enumerate(order)}
         self.scores: dict[str, Scores] = {}
         self.model: str | None = None
+        if not path.is_file():
+            return
         try:
-            head, *lines = path.read_text(encoding="utf-8").splitlines()
-            told = json.loads(head)
-            if told["scorer"] == identity:
-                self.scores = {row["picture"]: tuple(row["scores"]) for row in map(json.loads, lines)}
-                self.model = told.get("model")
-        except (OSError, ValueError, KeyError, TypeError):
-            self.scores = {}
+            head, *rows = map(json.loads, path.read_text(encoding="utf-8").splitlines())
+            if head["scorer"] == identity:
+                self.scores = {row["picture"]: tuple(map(float, row["scores"])) for row in rows}
+                self.model = head.get("model")
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+            raise InputError(f"{path} is damaged ({first_line(error)}); {again([path])}") from error
 
     @interrupts_held()
     def add(self, scores: Mapping[str, Scores], model: str | None = None) -> None:
