@@ -183,13 +183,19 @@ def test_shared_noise_is_the_same_for_all_prompts(evaluate: Run, tmp_path: Path)
 
 
 @pytest.mark.slow
-def test_nothing_is_done_twice(evaluate: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_done_twice(
+    evaluate: Run, refused: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     before = evaluate(SD_TINY)
     monkeypatch.setattr(TrainedPolicy, "load", lambda *_: pytest.fail("loaded"))
     toy_scorers.CALLS.clear()
     assert evaluate(SD_TINY) == before
     assert toy_scorers.CALLS == []
-    (tmp_path / "out" / "scores" / "policy" / "red.jsonl").write_text("rubbish")
+    kept = tmp_path / "out" / "scores" / "policy" / "red.jsonl"
+    kept.write_text("rubbish")
+    assert "red.jsonl is damaged (" in refused(SD_TINY)
+    assert kept.read_text() == "rubbish"
+    kept.unlink()
     assert evaluate(SD_TINY) == before
     assert toy_scorers.CALLS == [3]
     assert "brightness" in {

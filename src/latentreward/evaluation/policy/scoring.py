@@ -60,7 +60,8 @@ class ScoreStore:
                 self.scores = {row["picture"]: tuple(map(float, row["scores"])) for row in rows}
                 self.model = head.get("model")
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-            raise InputError(f"{path} is damaged ({first_line(error)}); {again([path])}") from error
+            remedy = "delete it, and the same command scores those pictures again"
+            raise InputError(f"{path} is damaged ({first_line(error)}); {remedy}") from error
 
     @interrupts_held()
     def add(self, scores: Mapping[str, Scores], model: str | None = None) -> None:
