@@ -19,7 +19,7 @@ from PIL import Image
 from latentreward.evaluation.benchmark.base import Benchmark
 from latentreward.evaluation.benchmark.format_detection import recognise_benchmark
 from latentreward.evaluation.benchmark.four_way import VOTES
-from latentreward.evaluation.benchmark.protocols import PROTOCOLS, protocol_result
+from latentreward.evaluation.benchmark.protocols import PROTOCOLS, judge
 from latentreward.evaluation.benchmark.results import BenchmarkPairs
 from latentreward.evaluation.benchmark.sets import PickAPicBenchmark
 from latentreward.reports.tables import Row
@@ -50,7 +50,9 @@ def scores(benchmark: Benchmark, temperature: float | None = None) -> dict[str, 
 
 def results(benchmark: Benchmark, scored: dict[str, BenchmarkPairs]) -> dict[tuple[str, str], Row]:
     return {
-        (item.protocol, item.split): protocol_result(item.protocol, scored[item.split], item.judge(scored))
+        (item.protocol, item.split): judge(
+            item.protocol, scored[item.split], scored[item.fitting] if item.fitting else None
+        ).result()
         for item in benchmark.evaluations
     }
 

@@ -91,11 +91,11 @@ def _rewards(pilot: Pilot, found: Sequence[PilotResult]) -> list[tuple[str, ...]
         rows.append((f"published checkpoint, run {number}", *_accuracies(result, BESIDE), NOTHING))
     if not rows:
         rows = [(name, *[NOT_MEASURED] * 5, NOTHING) for name in (pilot.reward, "published checkpoint")]
-    papers = {one.model for one in PUBLISHED if one.model in (pilot.reward, f"{pilot.reward} (ensemble)")}
+    papers = {one["model"] for one in PUBLISHED} & {pilot.reward, f"{pilot.reward} (ensemble)"}
     if not papers:
         rows.append((f"{pilot.reward}, the paper", *["not published"] * 5, NOTHING))
     for model in sorted(papers):
-        numbers = {(one.protocol, one.model): one.value for one in PUBLISHED}
+        numbers = {(one["protocol"], one["model"]): one["value"] for one in PUBLISHED}
         keys = (*FOUR_BENCHMARKS.values(), AVERAGE)
         cells = [f"{100 * numbers[key, model]:.2f}" if (key, model) in numbers else NOTHING for key in keys]
         rows.append((f"{model}, the paper", *cells, "all of the training set"))

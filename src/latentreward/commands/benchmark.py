@@ -7,7 +7,7 @@ from typing import Any
 
 from latentreward.errors import InputError, check_at_least_one
 from latentreward.evaluation.benchmark.base import Benchmark
-from latentreward.evaluation.benchmark.disagreement_cards import disagreement_pictures
+from latentreward.evaluation.benchmark.disagreements import disagreement_pictures
 from latentreward.evaluation.benchmark.evaluate import evaluate
 from latentreward.evaluation.benchmark.format_detection import recognise_benchmark
 from latentreward.evaluation.benchmark.noise_columns import NoiseColumns

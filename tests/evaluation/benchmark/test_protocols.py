@@ -8,7 +8,7 @@ import pytest
 
 from latentreward.errors import InputError
 from latentreward.evaluation.benchmark.four_way import VOTES, answers, fit_thresholds
-from latentreward.evaluation.benchmark.protocols import PROTOCOLS, judge, protocol_result
+from latentreward.evaluation.benchmark.protocols import PROTOCOLS, judge
 from latentreward.evaluation.benchmark.results import BenchmarkPairs
 from latentreward.metrics.calibration import two_folds
 from tests.evaluation.benchmark.scored import LABELS, NAN, drawn, scored
@@ -31,7 +31,7 @@ SCORES = {"perfect": PERFECT, "constant": 0.0, "first": 1.0, "second": -1.0}
 
 def value(key: str, pairs: BenchmarkPairs, fitting: BenchmarkPairs | None = None) -> float:
     fitting = fitting or (pairs if PROTOCOLS[key].fitting_split else None)
-    return protocol_result(key, pairs, judge(key, pairs, fitting))["estimate"].value
+    return judge(key, pairs, fitting).result()["estimate"].value
 
 
 @pytest.mark.parametrize("key", [key for key in PROTOCOLS if key != "genai_bench_tiger/4way"])
@@ -71,7 +71,7 @@ def test_what_does_not_count_is_counted_by_reason(key) -> None:
     columns = {"problem": (None, "missing file", None, None, None, None)}
     columns["vote"] = ("leftvote", "leftvote", "tievote", None, "tievote", "rightvote")
     pairs = scored(first, 0.0, labels, columns=columns)
-    result = protocol_result(key, pairs, judge(key, pairs, pairs))
+    result = judge(key, pairs, pairs).result()
     assert (result["excluded"].pop("missing file"), result["excluded"].pop("no score")) == (1, 1)
     rest = {"no label": 1, "tie": 1}
     if key in ("hpdv2/macro", "pickapic/lrm", "pairs/soft"):
@@ -87,15 +87,15 @@ def test_what_does_not_count_is_counted_by_reason(key) -> None:
 @pytest.mark.parametrize("key", PROTOCOLS)
 def test_nothing_to_count_has_no_value(key) -> None:
     pairs = scored([NAN, NAN], 0.0, [1, 0], columns={"vote": ("leftvote", "rightvote")})
-    result = protocol_result(key, pairs, judge(key, pairs, pairs))
+    result = judge(key, pairs, pairs).result()
     assert (result["pairs"], result["groups"]) == (0, 0)
     assert np.isnan([result["estimate"].value, result["estimate"].low, result["estimate"].high]).all()
 
 
 def test_equal_scores_are_reported_apart() -> None:
     pairs = scored([1, 0, 0, 0, 0])
-    assert protocol_result("hpdv3", pairs, judge("hpdv3", pairs))["equal_scores"] == 3
-    assert protocol_result("hpdv3", pairs, judge("hpdv3", pairs))["estimate"].value == 1 / 4
+    assert judge("hpdv3", pairs).result()["equal_scores"] == 3
+    assert judge("hpdv3", pairs).result()["estimate"].value == 1 / 4
 
 
 def test_hpdv2_tells_what_mps_would_say_of_equal_scores() -> None:
@@ -205,9 +205,7 @@ def test_interval_of_a_protocol_resamples_prompts() -> None:
     pairs = drawn(600)
     wide = replace(pairs, groups=tuple(f"{n // 60}" for n in range(600)))
     narrow = replace(pairs, groups=tuple(map(str, range(600))))
-    estimates = [
-        protocol_result("pairs/strict", item, judge("pairs/strict", item))["estimate"] for item in (narrow, wide)
-    ]
+    estimates = [judge("pairs/strict", item).result()["estimate"] for item in (narrow, wide)]
     assert estimates[0].value == estimates[1].value
     half = 1.96 * np.sqrt(estimates[0].value * (1 - estimates[0].value) / 480)
     assert estimates[0].high - estimates[0].value == pytest.approx(half, rel=0.15)

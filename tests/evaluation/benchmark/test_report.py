@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from latentreward.evaluation.benchmark.disagreement_cards import Pictures
-from latentreward.evaluation.benchmark.disagreements import most_disputed
+from latentreward.evaluation.benchmark.disagreements import Pictures, most_disputed
 from latentreward.evaluation.benchmark.results import BenchmarkPairs, BenchmarkReport
 from latentreward.evaluation.benchmark.sections import INTRODUCTION, TITLE, protocol_table, sections
 from latentreward.reports.report import write_report

@@ -15,7 +15,7 @@ from latentreward.evaluation.benchmark import sets
 from latentreward.evaluation.benchmark.base import Benchmark
 from latentreward.evaluation.benchmark.columns import band, subgroup_columns
 from latentreward.evaluation.benchmark.format_detection import recognise_benchmark
-from latentreward.evaluation.benchmark.protocols import PROTOCOLS, protocol_result
+from latentreward.evaluation.benchmark.protocols import PROTOCOLS, judge
 from latentreward.scorers import CallableScorer
 from latentreward.scorers.pair_scoring import PairScoring
 from tests.formats.conftest import COMMITTED, encode
@@ -84,7 +84,7 @@ def test_missing_images_are_left_out_and_counted(tmp_path) -> None:
     pairs = scores(benchmark)["test"]
     lost = np.isnan(pairs.first + pairs.second)
     np.testing.assert_array_equal((pairs.first - pairs.second)[~lost], (whole.first - whole.second)[~lost])
-    result = protocol_result("hpdv3", pairs, benchmark.evaluations[0].judge({"test": pairs}))
+    result = judge("hpdv3", pairs).result()
     assert sum(result["excluded"].values()) == lost.sum() >= 1
     assert set(result["excluded"]) <= {"missing file", "unknown image format"}
     with pytest.raises(InputError, match=r"no file .*test\.json"):

@@ -11,7 +11,7 @@ from latentreward.errors import InputError
 from latentreward.evaluation.benchmark.calibration import calibration_result, cross_fitted_probability
 from latentreward.evaluation.benchmark.four_benchmarks import FOUR_BENCHMARKS, add_averages
 from latentreward.evaluation.benchmark.model_agreement import agreement_result, correlation_results
-from latentreward.evaluation.benchmark.protocols import PROTOCOLS, judge, protocol_result
+from latentreward.evaluation.benchmark.protocols import PROTOCOLS, judge
 from latentreward.evaluation.benchmark.published_numbers import AVERAGE, PUBLISHED, published_for
 from latentreward.evaluation.benchmark.results import BenchmarkReport
 from latentreward.evaluation.benchmark.sections import sections
@@ -30,7 +30,7 @@ def test_subgroups_are_the_protocol_on_their_rows() -> None:
         np.random.default_rng(0).choice(["A against B", "A against C", "B against C"], 300, p=[0.5, 0.3, 0.2])
     )
     pairs = drawn(300, columns={"models": models, "vote": models})
-    found = subgroup_results("imagereward/macro", pairs, judge("imagereward/macro", pairs))
+    found = subgroup_results(judge("imagereward/macro", pairs))
     assert {item["value"] for item in found} == set(models)
     assert [item["pairs"] for item in found] == sorted((item["pairs"] for item in found), reverse=True)
     assert {item["column"] for item in found} == {"models"}
@@ -38,13 +38,13 @@ def test_subgroups_are_the_protocol_on_their_rows() -> None:
         rows = np.array(models) == item["value"]
         groups = [pairs.groups[row] for row in np.flatnonzero(rows)]
         part = scored(pairs.first[rows], pairs.second[rows], pairs.labels[rows], groups)
-        alone = protocol_result("imagereward/macro", part, judge("imagereward/macro", part))
+        alone = judge("imagereward/macro", part).result()
         assert (item["estimate"], item["pairs"]) == (alone["estimate"], alone["pairs"])
 
 
 def test_a_value_of_several_lines_counts_for_each() -> None:
     pairs = scored([1, -1, 1], 0.0, [1, 1, 1], columns={"skill": ("basic\nscene", "advanced\nscene", None)})
-    found = subgroup_results("pairs/strict", pairs, judge("pairs/strict", pairs))
+    found = subgroup_results(judge("pairs/strict", pairs))
     assert [(item["value"], item["pairs"], item["estimate"].value) for item in found] == [
         ("scene", 2, 0.5),
         ("advanced", 1, 0),
@@ -57,13 +57,13 @@ def test_paired_difference_counts_what_both_scored() -> None:
     first = pairs.first.copy()
     first[:30] = NAN
     other = replace(drawn(300), scorer="other", first=first, second=pairs.second + 0.5)
-    judged = [(item, judge("pairs/strict", item)) for item in (pairs, other)]
-    found = paired_difference("pairs/strict", *judged)
-    both = ~np.isnan(judged[1][1].credit)
+    judged = [judge("pairs/strict", item) for item in (pairs, other)]
+    found = paired_difference(*judged)
+    both = ~np.isnan(judged[1].credit)
     assert found["pairs"] == both.sum()
-    assert found["estimate"].value == pytest.approx(judged[0][1].credit[both].mean() - judged[1][1].credit[both].mean())
+    assert found["estimate"].value == pytest.approx(judged[0].credit[both].mean() - judged[1].credit[both].mean())
     assert found["estimate"].low < found["estimate"].value < found["estimate"].high
-    same = paired_difference("pairs/strict", judged[0], judged[0])["estimate"]
+    same = paired_difference(judged[0], judged[0])["estimate"]
     assert (same.value, same.low, same.high) == (0, 0, 0)
 
 
@@ -72,7 +72,7 @@ def test_scores_of_other_pairs_are_refused() -> None:
     with pytest.raises(InputError, match="scored other pairs; score both on the same split"):
         agreement_result(pairs, fewer)
     with pytest.raises(InputError, match="scored other pairs; score both on the same split"):
-        paired_difference("hpdv3", *((item, judge("hpdv3", item)) for item in (pairs, fewer)))
+        paired_difference(*(judge("hpdv3", item) for item in (pairs, fewer)))
 
 
 def test_levels_are_the_protocol_at_each() -> None:
@@ -84,7 +84,7 @@ def test_levels_are_the_protocol_at_each() -> None:
         levels.append((sigma, 1000 * sigma, replace(pairs, first=first, second=second)))
     found = level_results("hpdv3", levels)
     assert [(item["sigma"], item["timestep"]) for item in found] == [(0, 0), (0.5, 500), (1, 1000)]
-    assert found[0]["estimate"] == protocol_result("hpdv3", pairs, judge("hpdv3", pairs))["estimate"]
+    assert found[0]["estimate"] == judge("hpdv3", pairs).result()["estimate"]
     assert found[0]["estimate"].value > found[1]["estimate"].value > found[2]["estimate"].value
 
 
@@ -170,10 +170,10 @@ def test_an_image_that_recurs_counts_once() -> None:
 
 
 def test_published_numbers_belong_to_protocols_and_name_their_source() -> None:
-    assert {number.protocol for number in PUBLISHED} <= {*PROTOCOLS, AVERAGE}
-    assert all(0.2 < number.value < 0.9 and len(number.source) > 20 for number in PUBLISHED)
-    assert len({(number.protocol, number.model, number.source) for number in PUBLISHED}) == len(PUBLISHED)
-    hpdv3 = {number.model: number.value for number in published_for(("hpdv3",))}
+    assert {number["protocol"] for number in PUBLISHED} <= {*PROTOCOLS, AVERAGE}
+    assert all(0.2 < number["value"] < 0.9 and len(number["source"]) > 20 for number in PUBLISHED)
+    assert len({(number["protocol"], number["model"], number["source"]) for number in PUBLISHED}) == len(PUBLISHED)
+    hpdv3 = {number["model"]: number["value"] for number in published_for(("hpdv3",))}
     assert (hpdv3["DiNa-LRM"], hpdv3["LRM-SDXL"], hpdv3["HPSv2"]) == (0.7504, 0.538, 0.653)
 
 
@@ -210,10 +210,10 @@ def test_published_averages_are_those_of_the_published_cells() -> None:
     cells: dict[str, list[float]] = {}
     for protocol in FOUR_BENCHMARKS.values():
         for number in published_for((protocol,)):
-            if number.source.startswith("DiNa-LRM"):
-                cells.setdefault(number.model, []).append(number.value)
+            if number["source"].startswith("DiNa-LRM"):
+                cells.setdefault(number["model"], []).append(number["value"])
     whole = {model: sum(values) / 4 for model, values in cells.items() if len(values) == 4}
-    means = {number.model: number.value for number in published_for((AVERAGE,))}
+    means = {number["model"]: number["value"] for number in published_for((AVERAGE,))}
     assert len(whole) == 6
     assert {model: means[model] for model in whole} == pytest.approx(whole, abs=6e-5)
 
@@ -222,18 +222,18 @@ def test_one_long_prompt_costs_no_more_than_itself() -> None:
     plain = drawn(3000)
     ours = replace(plain, groups=("x" * 100_000, *plain.groups[1:]))
     tracemalloc.start()
-    found = [protocol_result("imagereward/micro", ours, judge("imagereward/micro", ours))]
+    found = [judge("imagereward/micro", ours).result()]
     agreement_result(ours, ours)
     calibration_result("pairs/strict", ours)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 300e6  # as text of one width: 1.2 GB for the groups alone
     same = replace(plain, groups=("x", *plain.groups[1:]))
-    assert found == [protocol_result("imagereward/micro", same, judge("imagereward/micro", same))]
+    assert found == [judge("imagereward/micro", same).result()]
 
 
 def test_numbers_and_ends_stay_as_they_were() -> None:
     pairs = drawn(400)
-    estimate = protocol_result("imagereward/micro", pairs, judge("imagereward/micro", pairs))["estimate"]
+    estimate = judge("imagereward/micro", pairs).result()["estimate"]
     expected = (0.710691823899371, 0.659375, 0.7605200058840835)
     assert (estimate.value, estimate.low, estimate.high) == pytest.approx(expected, rel=1e-12)

@@ -12,7 +12,6 @@ from latentreward.data import PairReader
 from latentreward.data.readers import OnError
 from latentreward.errors import InputError
 from latentreward.evaluation.benchmark.columns import Texts, subgroup_columns
-from latentreward.evaluation.benchmark.protocols import Judgement, judge
 from latentreward.evaluation.benchmark.results import BenchmarkPairs
 
 
@@ -29,10 +28,6 @@ class Evaluation:
     protocol: str
     split: str
     fitting: str | None = None
-
-    def judge(self, splits: Mapping[str, BenchmarkPairs]) -> Judgement:
-        """Judge every pair of the split; ``splits`` maps names of splits to scored pairs of one scorer."""
-        return judge(self.protocol, splits[self.split], splits[self.fitting] if self.fitting else None)
 
 
 class Benchmark(ABC):

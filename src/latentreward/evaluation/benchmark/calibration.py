@@ -21,7 +21,7 @@ def calibration_result(key: str, pairs: BenchmarkPairs) -> Row:
     error is positive even for a calibrated scorer.
     """
     known = ~(np.isnan(pairs.labels) | np.isnan(pairs.first) | np.isnan(pairs.second))
-    gap, label = (pairs.first - pairs.second)[known], pairs.labels[known]
+    gap, label = pairs.gap[known], pairs.labels[known]
     groups = pairs.group_codes[known]
     probability = torch.from_numpy(cross_fitted_probability(gap, label, groups))
     metric = PairCalibration(BINS)

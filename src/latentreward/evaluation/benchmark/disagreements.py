@@ -1,11 +1,22 @@
-"""Pairs of images on which scorers disagree most."""
+"""Pairs of images on which scorers disagree most, and their pictures for the HTML page of a benchmark."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
+from PIL import Image
 
+from latentreward.contracts import ImageRef
+from latentreward.data.images import ExifOrientation, ImageError, decode_image
+from latentreward.data.readers import PairReader
 from latentreward.evaluation.benchmark.results import BenchmarkPairs
+from latentreward.reports import picture_uri
 from latentreward.reports.tables import Row
+
+LONGEST_PROMPT = 400
+"""Most characters of a prompt shown on the page."""
+Pictures = Mapping[tuple[str, int], tuple[Image.Image | None, Image.Image | None]]
+"""(data set and split, row) → the pair's two images, None for an image that cannot be read."""
 
 
 def most_disputed(scored: Sequence[BenchmarkPairs], count: int) -> list[Row]:
@@ -16,8 +27,11 @@ def most_disputed(scored: Sequence[BenchmarkPairs], count: int) -> list[Row]:
     different images. With one scorer, pairs are ranked by its gap in favour of the image that people did not prefer.
     At most one pair of each prompt group is returned.
     """
-    gaps = np.stack([_unit_gaps(pairs) for pairs in scored])
-    first = scored[0]
+    gaps, first = np.stack([pairs.gap for pairs in scored]), scored[0]
+    for number, own in enumerate(gaps):
+        finite = own[np.isfinite(own)]
+        typical = np.sqrt(np.mean(np.square(finite))) if len(finite) else 0.0
+        gaps[number] = own / typical if typical > 0 else own
     if len(scored) == 1:
         tells = -gaps[0] * np.sign(first.labels - 0.5)
     else:
@@ -30,12 +44,6 @@ def most_disputed(scored: Sequence[BenchmarkPairs], count: int) -> list[Row]:
             break
         rows.setdefault(first.groups[row], row)
     return [_disagreement(scored, gaps, row) for row in rows.values()]
-
-
-def _unit_gaps(pairs: BenchmarkPairs) -> np.ndarray:
-    gaps = pairs.first - pairs.second
-    typical = np.sqrt(np.mean(np.square(gaps[np.isfinite(gaps)]))) if np.isfinite(gaps).any() else 0.0
-    return gaps / typical if typical > 0 else gaps
 
 
 def _disagreement(scored: Sequence[BenchmarkPairs], gaps: np.ndarray, row: int) -> Row:
@@ -51,3 +59,59 @@ def _disagreement(scored: Sequence[BenchmarkPairs], gaps: np.ndarray, row: int) 
         "scores": {pairs.scorer: (float(pairs.first[row]), float(pairs.second[row])) for _, pairs in finite},
         "gaps": {pairs.scorer: float(gaps[number, row]) for number, pairs in finite},
     }
+
+
+def disagreement_pictures(telling: Iterable[Row], readers: Mapping[str, PairReader]) -> Pictures:
+    """Read the images of pairs; ``readers`` are those of data sets and splits."""
+    pictures = {}
+    for row in telling:
+        reader = readers[row["benchmark"]]
+        pair = reader[row["row"]]
+        pictures[row["benchmark"], row["row"]] = _decode(pair.image_a, reader.exif), _decode(pair.image_b, reader.exif)
+    return pictures
+
+
+def disagreement_card(pair: Row, pictures: Pictures) -> dict[str, Any]:
+    """Return the values of a pair's card: images, prompt, people's choice, and scores and gap of each model."""
+    label = 0.5 if pair["label"] is None else pair["label"]
+    sides = zip(("Left", "Right"), pictures.get((pair["benchmark"], pair["row"]), (None, None)), (1, -1), strict=True)
+    prompt = pair["prompt"]
+    return {
+        "pair_id": pair["pair_id"],
+        "prompt": f"{prompt[:LONGEST_PROMPT]}…" if len(prompt) > LONGEST_PROMPT else prompt,
+        "people": preferred(pair["label"]),
+        "pictures": [
+            {
+                "uri": None if image is None else picture_uri(image),
+                "alt": f"{side} image of the pair, for the prompt below",
+                "chosen": (label - 0.5) * sign > 0,
+            }
+            for side, image, sign in sides
+        ],
+        "rows": [
+            {
+                "scorer": scorer,
+                "scores": [f"{score:.4g}" for score in pair["scores"][scorer]],
+                "gap": f"{gap:+.2f}",
+                "right": None if label == 0.5 else bool(gap * (label - 0.5) > 0),
+            }
+            for scorer, gap in pair["gaps"].items()
+        ],
+    }
+
+
+def preferred(label: float | None) -> str:
+    """Return in words which image people preferred; ``label`` is the probability of the left image."""
+    if label is None:
+        return "no label"
+    if label == 0.5:
+        return "tie"
+    side = "left" if label > 0.5 else "right"
+    return side if label in (0, 1) else f"{side} ({max(label, 1 - label):.0%})"
+
+
+def _decode(image: ImageRef, exif: ExifOrientation) -> Image.Image | None:
+    try:
+        return decode_image(image, exif=exif)
+    except ImageError:
+        return None

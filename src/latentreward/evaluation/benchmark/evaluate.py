@@ -12,7 +12,6 @@ from latentreward.evaluation.benchmark.disagreements import most_disputed
 from latentreward.evaluation.benchmark.four_benchmarks import add_averages
 from latentreward.evaluation.benchmark.model_agreement import agreement_result, correlation_results
 from latentreward.evaluation.benchmark.noise_columns import NoiseColumns
-from latentreward.evaluation.benchmark.protocols import protocol_result, protocol_value
 from latentreward.evaluation.benchmark.published_numbers import published_for
 from latentreward.evaluation.benchmark.results import BenchmarkReport
 from latentreward.evaluation.benchmark.scoring import BenchmarkScores, data_counts, table_timesteps
@@ -39,7 +38,7 @@ def evaluate(scored: Sequence[BenchmarkScores], shown: int) -> BenchmarkReport:
     for scores in scored:
         evaluations = scores.benchmark.evaluations
         report.protocols += [_protocol(scores, one, scorer) for one in evaluations for scorer in scores.scorers]
-        published = (number._asdict() for number in published_for(scores.benchmark.protocols))
+        published = published_for(scores.benchmark.protocols)
         report.published += [number for number in published if number not in report.published]
         for split, reader in scores.benchmark.readers().items():
             table = scores.tables[split, scores.scorers[0].name].table
@@ -53,11 +52,10 @@ def evaluate(scored: Sequence[BenchmarkScores], shown: int) -> BenchmarkReport:
 
 def _protocol(scores: BenchmarkScores, evaluation: Evaluation, scorer: Scorer) -> Row:
     """Compute a protocol's result; of a latent reward also the numbers of its axes and of other draws of noise."""
-    result = protocol_result(evaluation.protocol, *scores.judge(evaluation, scorer))
-    details: dict[str, Any] = {}
+    result, details = scores.judge(evaluation, scorer).result(), dict[str, Any]()
 
     def value(column: str) -> float:
-        return protocol_value(evaluation.protocol, *scores.judge(evaluation, scorer, column))
+        return scores.judge(evaluation, scorer, column).value
 
     if isinstance(scorer, NoiseColumns) and scorer.axis_columns:
         details["axes"] = {axis: value(column) for axis, column in scorer.axis_columns.items()}
@@ -72,11 +70,11 @@ def _look_into(report: BenchmarkReport, scores: BenchmarkScores, evaluation: Eva
     """Add to the report what is computed for one protocol of a data set only."""
     protocol = evaluation.protocol
     judged = [scores.judge(evaluation, scorer) for scorer in scores.scorers]
-    pairs = [one for one, _ in judged]
+    pairs = [one.pairs for one in judged]
     identities = {scorer.name: scorer.identity() for scorer in scores.scorers}
     agreement = [agreement_result(*both) for both in combinations(pairs, 2)]
-    report.differences += [paired_difference(protocol, *both) for both in combinations(judged, 2)]
-    report.subgroups += [row for one in judged for row in subgroup_results(protocol, *one)]
+    report.differences += [paired_difference(*both) for both in combinations(judged, 2)]
+    report.subgroups += [row for one in judged for row in subgroup_results(one)]
     for scorer in scores.scorers:
         if isinstance(scorer, NoiseColumns) and scorer.levels:
             timesteps = table_timesteps(scores.tables[evaluation.split, scorer.name].table)

@@ -22,7 +22,7 @@ def add_averages(report: BenchmarkReport) -> None:
     """Add the mean accuracy of every scorer that was evaluated on all four benchmarks, and published ones beside it."""
     report.averages += _averages(report)
     if report.averages:
-        report.published += [one._asdict() for one in published_for((AVERAGE,))]
+        report.published += published_for((AVERAGE,))
 
 
 def _averages(report: BenchmarkReport) -> Iterator[Row]:

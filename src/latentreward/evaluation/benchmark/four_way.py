@@ -32,7 +32,7 @@ def four_way_credit(pairs: BenchmarkPairs, votes: np.ndarray, counted: np.ndarra
         ``(N,)`` credit, 1 or 0, and a dict of details: ``thresholds`` (τ, μ) of each half, ``votes`` (number of each
         kind), and ``most_frequent`` (share of the most frequent vote, which a constant answer would reach).
     """
-    gap, mean = pairs.first - pairs.second, (pairs.first + pairs.second) / 2
+    gap, mean = pairs.gap, (pairs.first + pairs.second) / 2
     classes = np.array([VOTES.index(vote) if vote in VOTES else -1 for vote in votes.tolist()], dtype=np.int64)
     credit, thresholds = np.zeros(len(gap)), []
     second_half = two_folds(pairs.group_codes)

@@ -26,7 +26,7 @@ def agreement_result(pairs: BenchmarkPairs, others: BenchmarkPairs) -> Row:
     """
     if pairs.pair_ids != others.pair_ids:
         raise InputError(f"{pairs.scorer} and {others.scorer} scored other pairs; score both on the same split")
-    alike = same_order(pairs.first - pairs.second, others.first - others.second)
+    alike = same_order(pairs.gap, others.gap)
     rows = _distinct_images(pairs)
     x, y = (np.concatenate([item.first, item.second])[rows] for item in (pairs, others))
     groups = np.tile(pairs.group_codes, 2)[rows]

@@ -30,15 +30,15 @@ def pickscore_credit(pairs: BenchmarkPairs, fitting: BenchmarkPairs) -> tuple[np
         ``(N,)`` credit, 0 for a pair without scores, and a dict of details: ``threshold``, ``temperature``,
         ``credit_by_threshold`` (on the fitting split) and ``credit_without_threshold`` (on the evaluated split).
     """
-    fitted = ~np.isnan(_gap(fitting))
+    fitted = ~np.isnan(fitting.gap)
     temperature = pairs.temperature
     if temperature is None:
-        temperature = fit_temperature(_gap(fitting)[fitted], fitting.labels[fitted])
+        temperature = fit_temperature(fitting.gap[fitted], fitting.labels[fitted])
     curve = (
         [float(credit_at(fitting, temperature, theta)[fitted].mean()) for theta in THRESHOLDS] if fitted.any() else []
     )
     threshold = float(THRESHOLDS[int(np.argmax(curve))]) if curve else 0.0
-    scored = ~np.isnan(_gap(pairs))
+    scored = ~np.isnan(pairs.gap)
     plain = credit_at(pairs, temperature, 0.0)[scored]
     details = {
         "threshold": threshold,
@@ -52,17 +52,9 @@ def pickscore_credit(pairs: BenchmarkPairs, fitting: BenchmarkPairs) -> tuple[np
 def credit_at(pairs: BenchmarkPairs, temperature: float, threshold: float) -> np.ndarray:
     """Return the ``(N,)`` credit with a given temperature and threshold."""
     with np.errstate(invalid="ignore"):
-        lead = np.tanh(_gap(pairs) / (2 * temperature))  # p0 - p1
+        lead = np.tanh(pairs.gap / (2 * temperature))  # p0 - p1
         answer = np.where(np.abs(lead) <= threshold, TIE, np.sign(lead))
-    people = _published_choice(pairs)
-    return np.where(answer == people, 1.0, np.where((answer == TIE) | (people == TIE), 0.5, 0.0))
-
-
-def _gap(pairs: BenchmarkPairs) -> np.ndarray:
-    return pairs.first - pairs.second
-
-
-def _published_choice(pairs: BenchmarkPairs) -> np.ndarray:
     published = pairs.columns.get("label_0")
     labels = pairs.labels if published is None else np.array([np.nan if x is None else float(x) for x in published])
-    return np.where(labels == 0.5, TIE, np.where(labels == 1, FIRST, SECOND))
+    people = np.where(labels == 0.5, TIE, np.where(labels == 1, FIRST, SECOND))
+    return np.where(answer == people, 1.0, np.where((answer == TIE) | (people == TIE), 0.5, 0.0))

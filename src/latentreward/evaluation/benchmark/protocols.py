@@ -9,7 +9,7 @@ counted by reason; PickScore's protocol counts pairs without a label. In no prot
 
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -26,17 +26,50 @@ NO_SCORE, NO_LABEL, TIE, NO_VOTE = "no score", "no label", "tie", "no vote"
 
 @dataclass(frozen=True)
 class Judgement:
-    """Judgement of a protocol on every pair.
+    """Judgement of a protocol on every pair of one scorer.
 
     Attributes:
+        protocol: Key of the protocol in :data:`PROTOCOLS`.
+        pairs: N pairs.
         credit: ``(N,)`` in [0, 1]; NaN for a pair that does not count.
         excluded: Reason → number of pairs that do not count.
         details: Further results of the protocol, e.g. a fitted threshold.
     """
 
+    protocol: str
+    pairs: BenchmarkPairs
     credit: np.ndarray
     excluded: dict[str, int]
-    details: dict[str, Any] = field(default_factory=dict)
+    details: dict[str, Any]
+
+    @property
+    def value(self) -> float:
+        """The protocol's number, without its interval."""
+        return float(ratio(self.sums(self.credit).sum(axis=0)))
+
+    def sums(self, credit: np.ndarray) -> np.ndarray:
+        """Return :func:`credit_sums` by this protocol of a ``credit`` ``(N,)`` of the same pairs."""
+        return credit_sums(self.pairs, credit, PROTOCOLS[self.protocol].macro)
+
+    def result(self) -> Row:
+        """Compute a row of :attr:`BenchmarkReport.protocols`."""
+        counted, sums = ~np.isnan(self.credit), self.sums(self.credit)
+        return {
+            "protocol": self.protocol,
+            "scorer": self.pairs.scorer,
+            "estimate": clustered_accuracy(sums),
+            "pairs": int(counted.sum()),
+            "groups": len(sums),
+            "equal_scores": int((self.pairs.first == self.pairs.second)[counted].sum()),
+            "excluded": self.excluded,
+            "details": self.details,
+            "split": self.pairs.split,
+            "benchmark": self.pairs.benchmark,
+        }
+
+
+Credit = tuple[np.ndarray, np.ndarray, dict[str, Any]]
+"""``(N,)`` credit, ``(N,)`` reasons of :func:`leave_out`, and details."""
 
 
 @dataclass(frozen=True)
@@ -46,13 +79,13 @@ class Protocol:
     Attributes:
         summary: One line for reports: which pairs count, how labelled ties and equal scores count, whose code the
             protocol follows.
-        judge: Function ``(pairs, fitting)`` that returns a judgement.
+        judge: Function ``(pairs, fitting)`` that returns credit, reasons and details.
         macro: Whether all prompt groups have the same weight; otherwise all pairs have the same weight.
         fitting_split: Name of the split on which the protocol fits a threshold; None if it fits none there.
     """
 
     summary: str
-    judge: Callable[[BenchmarkPairs, BenchmarkPairs | None], Judgement]
+    judge: Callable[[BenchmarkPairs, BenchmarkPairs | None], Credit]
     macro: bool = False
     fitting_split: str | None = None
 
@@ -70,25 +103,10 @@ def judge(key: str, pairs: BenchmarkPairs, fitting: BenchmarkPairs | None = None
         raise InputError(
             f"protocol {key} fits a threshold on {protocol.fitting_split}; score that split as well, or leave {key} out"
         )
-    return protocol.judge(pairs, fitting)
-
-
-def protocol_result(key: str, pairs: BenchmarkPairs, judgement: Judgement) -> Row:
-    """Compute a row of :attr:`BenchmarkReport.protocols` from the judgement of :func:`judge`."""
-    counted = ~np.isnan(judgement.credit)
-    sums = credit_sums(pairs, judgement.credit, PROTOCOLS[key].macro)
-    return {
-        "protocol": key,
-        "scorer": pairs.scorer,
-        "estimate": clustered_accuracy(sums),
-        "pairs": int(counted.sum()),
-        "groups": len(sums),
-        "equal_scores": int((pairs.first == pairs.second)[counted].sum()),
-        "excluded": judgement.excluded,
-        "details": judgement.details,
-        "split": pairs.split,
-        "benchmark": pairs.benchmark,
-    }
+    credit, reasons, details = protocol.judge(pairs, fitting)
+    counted = reasons == ""
+    excluded = Counter(reasons[~counted].tolist())
+    return Judgement(key, pairs, np.where(counted, credit, np.nan), dict(excluded.most_common()), details)
 
 
 def credit_sums(pairs: BenchmarkPairs, credit: np.ndarray, macro: bool) -> np.ndarray:
@@ -100,11 +118,6 @@ def credit_sums(pairs: BenchmarkPairs, credit: np.ndarray, macro: bool) -> np.nd
     counted = ~np.isnan(credit)
     sums = group_sums(pairs.group_codes[counted], credit[counted], np.ones(int(counted.sum())))
     return sums / sums[:, 1:] if macro else sums
-
-
-def protocol_value(key: str, pairs: BenchmarkPairs, judgement: Judgement) -> float:
-    """Compute the protocol's number without its interval."""
-    return float(ratio(credit_sums(pairs, judgement.credit, PROTOCOLS[key].macro).sum(axis=0)))
 
 
 def leave_out(pairs: BenchmarkPairs, *rules: tuple[str, np.ndarray]) -> np.ndarray:
@@ -122,26 +135,20 @@ def leave_out(pairs: BenchmarkPairs, *rules: tuple[str, np.ndarray]) -> np.ndarr
     return reasons
 
 
-def _judged(credit: np.ndarray, reasons: np.ndarray, details: dict[str, Any] | None = None) -> Judgement:
-    counted = reasons == ""
-    excluded = Counter(reasons[~counted].tolist())
-    return Judgement(np.where(counted, credit, np.nan), dict(excluded.most_common()), details or {})
-
-
-def judge_strict(pairs: BenchmarkPairs, _: BenchmarkPairs | None = None) -> Judgement:
+def judge_strict(pairs: BenchmarkPairs, _: BenchmarkPairs | None = None) -> Credit:
     """Give credit 1 if the preferred image scores higher, else 0; pairs labelled as ties are left out."""
     reasons = leave_out(pairs, (NO_LABEL, np.isnan(pairs.labels)), (TIE, pairs.labels == 0.5))
-    return _judged(_agreement(pairs) > 0, reasons)
+    return _agreement(pairs) > 0, reasons, {}
 
 
-def judge_soft(pairs: BenchmarkPairs, _: BenchmarkPairs | None = None) -> Judgement:
+def judge_soft(pairs: BenchmarkPairs, _: BenchmarkPairs | None = None) -> Credit:
     """Give the label of the image that scores higher as credit: ½ for a labelled tie; equal scores get 0."""
     reasons = leave_out(pairs, (NO_LABEL, np.isnan(pairs.labels)))
     chosen = np.where(pairs.first > pairs.second, pairs.labels, 1 - pairs.labels)
-    return _judged(np.where(pairs.first == pairs.second, 0, chosen), reasons)
+    return np.where(pairs.first == pairs.second, 0, chosen), reasons, {}
 
 
-def judge_inversions(pairs: BenchmarkPairs, _: BenchmarkPairs | None = None) -> Judgement:
+def judge_inversions(pairs: BenchmarkPairs, _: BenchmarkPairs | None = None) -> Credit:
     """Give credit 0 if label and scores order the two images in opposite ways, else 1; equal scores get ½.
 
     A labelled tie gets 1 with any scores, equal ones included. HPSv2 orders images by argsort, which leaves the order
@@ -153,27 +160,27 @@ def judge_inversions(pairs: BenchmarkPairs, _: BenchmarkPairs | None = None) -> 
     by_chance = (pairs.first == pairs.second) & (pairs.labels != 0.5)
     sums = credit_sums(pairs, np.where(reasons == "", agreeing, np.nan), macro=True)
     details = {"equal_scores_agree": float(ratio(sums.sum(axis=0)))}
-    return _judged(np.where(by_chance, 0.5, agreeing), reasons, details)
+    return np.where(by_chance, 0.5, agreeing), reasons, details
 
 
-def judge_pickscore(pairs: BenchmarkPairs, fitting: BenchmarkPairs | None) -> Judgement:
+def judge_pickscore(pairs: BenchmarkPairs, fitting: BenchmarkPairs | None) -> Credit:
     """Judge by :func:`~latentreward.evaluation.benchmark.pickscore.pickscore_credit`."""
     assert fitting is not None
     credit, details = pickscore_credit(pairs, fitting)
-    return _judged(credit, leave_out(pairs), details)
+    return credit, leave_out(pairs), details
 
 
-def judge_four_way(pairs: BenchmarkPairs, _: BenchmarkPairs | None = None) -> Judgement:
+def judge_four_way(pairs: BenchmarkPairs, _: BenchmarkPairs | None = None) -> Credit:
     """Judge by :func:`~latentreward.evaluation.benchmark.four_way.four_way_credit`."""
     votes = np.array(pairs.columns.get("vote", (None,) * len(pairs.pair_ids)), dtype=object)
     reasons = leave_out(pairs, (NO_VOTE, ~np.isin(votes, VOTES)))
     credit, details = four_way_credit(pairs, votes, reasons == "")
-    return _judged(credit, reasons, details)
+    return credit, reasons, details
 
 
 def _agreement(pairs: BenchmarkPairs) -> np.ndarray:
     """Return 1 where label and scores order two images alike, -1 where opposite, 0 where either one is a tie."""
-    return np.sign(pairs.first - pairs.second) * np.sign(pairs.labels - 0.5)
+    return np.sign(pairs.gap) * np.sign(pairs.labels - 0.5)
 
 
 WRONG = "equal scores are wrong"

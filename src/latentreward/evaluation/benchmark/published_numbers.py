@@ -5,24 +5,8 @@ are treated differently. Where a paper does not state its protocol, the source s
 """
 
 from collections.abc import Mapping
-from typing import NamedTuple
 
-
-class PublishedNumber(NamedTuple):
-    """Accuracy published by others.
-
-    Attributes:
-        protocol: Key of the protocol that the accuracy is comparable with.
-        model: Name of the model.
-        value: Accuracy in [0, 1].
-        source: Publication, and who measured the number.
-    """
-
-    protocol: str
-    model: str
-    value: float
-    source: str
-
+from latentreward.reports.tables import Row
 
 AVERAGE = "four_benchmarks"
 """Key of averages over four benchmarks, in the place of a protocol's key."""
@@ -111,15 +95,17 @@ TABLES: tuple[tuple[Mapping[str, str], Mapping[str, tuple[float | None, ...]]], 
     ({"genai_bench_tiger/4way": "chance: four equally likely answers"}, {"random": (25.0,)}),
 )
 """Tables of publications: key of the protocol → source, for each column; model → accuracies in per cent."""
-PUBLISHED = tuple(
-    PublishedNumber(protocol, model, round(cells[column] / 100, 6), source)
+PUBLISHED: tuple[Row, ...] = tuple(
+    {"protocol": protocol, "model": model, "value": round(cells[column] / 100, 6), "source": source}
     for columns, models in TABLES
     for column, (protocol, source) in enumerate(columns.items())
     for model, cells in models.items()
     if cells[column] is not None
 )
+"""Rows with an accuracy ``value`` in [0, 1], the key of the ``protocol`` that it is comparable with, the name of the
+``model``, and the ``source``: publication, and who measured it."""
 
 
-def published_for(protocols: tuple[str, ...]) -> tuple[PublishedNumber, ...]:
+def published_for(protocols: tuple[str, ...]) -> tuple[Row, ...]:
     """Return the published numbers of the given protocols, in the order of the protocols."""
-    return tuple(number for key in protocols for number in PUBLISHED if number.protocol == key)
+    return tuple(number for key in protocols for number in PUBLISHED if number["protocol"] == key)

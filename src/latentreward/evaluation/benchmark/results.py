@@ -47,6 +47,11 @@ class BenchmarkPairs:
     split: str = ""
     temperature: float | None = 1.0
 
+    @property
+    def gap(self) -> np.ndarray:
+        """``(N,)`` score of image a minus that of image b."""
+        return self.first - self.second
+
     @cached_property
     def group_codes(self) -> np.ndarray:
         """``(N,)`` int64 index of each pair's group among the sorted names of groups."""
@@ -85,8 +90,8 @@ class BenchmarkReport:
             scores of all images.
         correlations: Agreement of a reward with a ``reference``, a CLIP or aesthetic scorer. ``name``: ``clip_corr_``
             or ``aes_corr_`` followed by ``pearson``, ``spearman`` or ``pair``, as in ``agreement``.
-        published: Accuracies published by others, see
-            :class:`~latentreward.evaluation.benchmark.published_numbers.PublishedNumber`.
+        published: Accuracies published by others, rows of
+            :data:`~latentreward.evaluation.benchmark.published_numbers.PUBLISHED`.
         data: Data set and split → counts from :func:`~latentreward.evaluation.benchmark.scoring.data_counts`.
         telling: Pairs on which scorers disagree most; with one scorer, pairs on which it errs most. ``row``: row of the
             pair in the reader. ``label``: probability that image a is preferred; None without a label. ``scores``:

@@ -19,8 +19,8 @@ import pyarrow.parquet as pq
 from latentreward.data.readers import PairReader
 from latentreward.evaluation.benchmark.base import Benchmark, Evaluation
 from latentreward.evaluation.benchmark.noise_columns import NoiseColumns
+from latentreward.evaluation.benchmark.protocols import Judgement, judge
 from latentreward.evaluation.benchmark.results import BenchmarkPairs
-from latentreward.evaluation.benchmark.subgroups import Judged
 from latentreward.scorers import ImageScorer, Scorer
 from latentreward.scorers.fingerprints import scorer_fingerprints
 from latentreward.scorers.pair_scoring import PairScoring, require_images
@@ -127,11 +127,10 @@ class BenchmarkScores:
         table = self.tables[split, scorer.name].table
         return self.benchmark.scored(split, table, column or scorer.name, scorer=scorer.name)
 
-    def judge(self, evaluation: Evaluation, scorer: Scorer, column: str | None = None) -> Judged:
-        """Return the pairs of the evaluation's split and the protocol's judgement of each; see :meth:`pairs`."""
-        splits = [evaluation.split, *([evaluation.fitting] if evaluation.fitting else [])]
-        scored = {split: self.pairs(split, scorer, column) for split in splits}
-        return scored[evaluation.split], evaluation.judge(scored)
+    def judge(self, evaluation: Evaluation, scorer: Scorer, column: str | None = None) -> Judgement:
+        """Judge the pairs of the evaluation's split by its protocol; see :meth:`pairs`."""
+        fitting = None if evaluation.fitting is None else self.pairs(evaluation.fitting, scorer, column)
+        return judge(evaluation.protocol, self.pairs(evaluation.split, scorer, column), fitting)
 
 
 def open_scores(

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from latentreward.evaluation.benchmark.disagreement_cards import Pictures, disagreement_card, preferred
+from latentreward.evaluation.benchmark.disagreements import Pictures, disagreement_card, preferred
 from latentreward.evaluation.benchmark.plots import (
     Drawn,
     accuracy_figure,

@@ -6,21 +6,18 @@ import numpy as np
 
 from latentreward.errors import InputError
 from latentreward.evaluation.benchmark.columns import SUBGROUP_COLUMNS
-from latentreward.evaluation.benchmark.protocols import PROTOCOLS, Judgement, credit_sums, judge
+from latentreward.evaluation.benchmark.protocols import Judgement, judge
 from latentreward.evaluation.benchmark.results import BenchmarkPairs
 from latentreward.metrics.bootstrap import clustered_accuracy, clustered_interval, ratio_difference
 from latentreward.reports.tables import Row
 
-Judged = tuple[BenchmarkPairs, Judgement]
 
-
-def subgroup_results(key: str, pairs: BenchmarkPairs, judgement: Judgement) -> list[Row]:
+def subgroup_results(judgement: Judgement) -> list[Row]:
     """Compute the protocol's number on each sub-group with counted pairs, larger sub-groups of a column first.
 
     A pair whose value of a column has several lines belongs to the sub-group of each line.
     """
-    results: list[Row] = []
-    macro = PROTOCOLS[key].macro
+    results, pairs = list[Row](), judgement.pairs
     for column in SUBGROUP_COLUMNS:
         members: dict[str, list[int]] = {}
         for row, value in enumerate(pairs.columns.get(column, ())):
@@ -31,28 +28,28 @@ def subgroup_results(key: str, pairs: BenchmarkPairs, judgement: Judgement) -> l
             credit = np.full(len(judgement.credit), np.nan)
             credit[rows] = judgement.credit[rows]
             if number := int((~np.isnan(credit)).sum()):
-                group = {"protocol": key, "scorer": pairs.scorer, "column": column, "value": value, "pairs": number}
-                estimate = clustered_accuracy(credit_sums(pairs, credit, macro))
-                found.append({**group, "estimate": estimate, "split": pairs.split, "benchmark": pairs.benchmark})
+                group = {"protocol": judgement.protocol, "scorer": pairs.scorer, "column": column, "value": value}
+                estimate = clustered_accuracy(judgement.sums(credit))
+                found.append(
+                    {**group, "pairs": number, "estimate": estimate, "split": pairs.split, "benchmark": pairs.benchmark}
+                )
         results += sorted(found, key=lambda row: (-row["pairs"], row["value"]))
     return results
 
 
-def paired_difference(key: str, first: Judged, second: Judged) -> Row:
+def paired_difference(first: Judgement, second: Judgement) -> Row:
     """Compute the difference of two scorers on the pairs that count for both, with the interval of the difference.
 
     Raises:
         InputError: If the two scorers scored different pairs.
     """
-    (pairs, judgement), (others, other) = first, second
+    pairs, others = first.pairs, second.pairs
     if pairs.pair_ids != others.pair_ids:
         raise InputError(f"{pairs.scorer} and {others.scorer} scored other pairs; score both on the same split")
-    both = ~np.isnan(judgement.credit) & ~np.isnan(other.credit)
-    credits = (np.where(both, item.credit, np.nan) for item in (judgement, other))
-    macro = PROTOCOLS[key].macro
-    sums = np.concatenate([credit_sums(pairs, credit, macro) for credit in credits], axis=1)
+    both = ~np.isnan(first.credit) & ~np.isnan(second.credit)
+    sums = np.concatenate([first.sums(np.where(both, item.credit, np.nan)) for item in (first, second)], axis=1)
     estimate = clustered_interval(sums, ratio_difference)
-    compared = {"protocol": key, "first": pairs.scorer, "second": others.scorer, "pairs": int(both.sum())}
+    compared = {"protocol": first.protocol, "first": pairs.scorer, "second": others.scorer, "pairs": int(both.sum())}
     return compared | {"estimate": estimate, "split": pairs.split, "benchmark": pairs.benchmark}
 
 
@@ -60,7 +57,8 @@ def level_results(key: str, levels: Iterable[tuple[float, float, BenchmarkPairs]
     """Compute the protocol's number at each noise level: σ in [0, 1], timestep, and the pairs scored there."""
     results: list[Row] = []
     for sigma, timestep, pairs in levels:
-        estimate = clustered_accuracy(credit_sums(pairs, judge(key, pairs).credit, PROTOCOLS[key].macro))
+        judgement = judge(key, pairs)
+        estimate = clustered_accuracy(judgement.sums(judgement.credit))
         level = {"protocol": key, "scorer": pairs.scorer, "sigma": sigma, "timestep": timestep}
         results.append(level | {"estimate": estimate, "benchmark": pairs.benchmark})
     return results
