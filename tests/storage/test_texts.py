@@ -6,8 +6,7 @@ import pytest
 
 from latentreward.errors import InputError
 from latentreward.storage.ignored_files import find_files, is_ignored, match_files
-from latentreward.storage.texts import decode_text, read_table
-from latentreward.storage.tokens import token_of_file
+from latentreward.storage.texts import decode_text, read_table, token_of_file
 
 TEXT = "ein Fuß, 3 m\r\n🦊"
 

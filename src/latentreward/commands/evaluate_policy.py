@@ -20,19 +20,19 @@ from latentreward.evaluation.policy.page import side_by_side
 from latentreward.evaluation.policy.published_numbers import Protocol, published_scores
 from latentreward.evaluation.policy.results import PolicyReport, scores_csv
 from latentreward.evaluation.policy.samples import (
+    PICTURES_OF,
     JudgedPolicy,
     SamplingPlan,
     complete_or_refuse,
     open_pictures,
-    pictures_of,
     planned,
     sampling_task,
 )
 from latentreward.evaluation.policy.scoring import (
+    SCORES_OF,
     PictureScoring,
     require_one_model,
     score_names,
-    scores_of,
     scoring_task,
 )
 from latentreward.evaluation.policy.sections import INTRODUCTION, score_table, sections
@@ -169,8 +169,8 @@ def evaluate_policy(
         slots = dict(zip(policies, SLOTS, strict=False))
         for name, slot in slots.items():
             if name not in found:
-                tasks[pictures_of(slot)] = partial(sample, policies[name], output_dir / "pictures" / slot)
-            tasks[scores_of(slot)] = partial(scoring_task, scorers, prepare)
+                tasks[PICTURES_OF.format(slot)] = partial(sample, policies[name], output_dir / "pictures" / slot)
+            tasks[SCORES_OF.format(slot)] = partial(scoring_task, scorers, prepare)
         generators = {name: judged.trained.identity() for name, judged in policies.items() if name not in found}
         identities = {scorer.name: scorer.identity() for scorer in scorers}
         work.join(tasks, {**settings, "policies": generators, "scorers": identities, "batch_size": batch_size})

@@ -13,7 +13,7 @@ from latentreward.errors import InputError
 from latentreward.scoring import PublishedSettings
 from latentreward.serving.settings import RewardToServe, ServiceSettings, check_name
 from latentreward.settings.functions import run_plain_function
-from latentreward.storage.tokens import checked_token, token_of_file
+from latentreward.storage.texts import checked_token, token_of_file
 
 if TYPE_CHECKING:
     from latentreward.serving.resources import Resources

@@ -7,6 +7,7 @@ tokenizers are stand-ins with the published vocabulary size.
 import json
 import shutil
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -111,11 +112,6 @@ def t5_tokenizer(size: int = 32100) -> T5TokenizerFast:
     return T5TokenizerFast(vocab=pieces, extra_ids=0)
 
 
-def umt5_tokenizer() -> T5TokenizerFast:
-    """Make a stand-in for UMT5's tokenizer, as :func:`t5_tokenizer`."""
-    return t5_tokenizer(256300)
-
-
 def qwen_tokenizer() -> Qwen2Tokenizer:
     """Make a stand-in for Qwen's tokenizer: equal vocabulary size, bytes as words, and a chat template of its form."""
     symbols = list(bytes_to_unicode().values())
@@ -142,7 +138,7 @@ CHAT = (
 TOKENIZERS: dict[str, tuple[str, Callable[[], PreTrainedTokenizerBase]]] = {
     "clip_text_model": ("CLIPTokenizer", clip_tokenizer),
     "t5": ("T5TokenizerFast", t5_tokenizer),
-    "umt5": ("T5TokenizerFast", umt5_tokenizer),
+    "umt5": ("T5TokenizerFast", partial(t5_tokenizer, 256300)),
     "qwen3": ("Qwen2Tokenizer", qwen_tokenizer),
     "qwen2_5_vl": ("Qwen2Tokenizer", qwen_tokenizer),
     "gemma2": ("GemmaTokenizer", gemma_tokenizer),

@@ -77,13 +77,6 @@ class StepSearch:
         self._initial: Tensor | None = None
         self._latents: Tensor | None = None
 
-    @property
-    def tensor_inputs(self) -> list[str]:
-        """Names of tensors that the callback needs from the pipeline (``callback_on_step_end_tensor_inputs``)."""
-        if not self.reward.needs_clean:
-            return ["latents"]
-        return ["latents", *self.policy.family.search_inputs()]
-
     def pipeline_arguments(self, height: int | None = None, width: int | None = None) -> dict[str, Any]:
         """Return the arguments for the pipeline's call besides the prompts: initial latents, size and this callback.
 
@@ -98,12 +91,13 @@ class StepSearch:
         self._initial = torch.stack(
             [self._noise("initial", index, (1, *shape))[0] for index in range(len(self.prompts))]
         )
+        more = self.policy.family.search_inputs() if self.reward.needs_clean else ()
         return {
             "latents": self._initial.clone(),
             "height": shape[-2] * self.policy.latent_space.downscale,
             "width": shape[-1] * self.policy.latent_space.downscale,
             "callback_on_step_end": self,
-            "callback_on_step_end_tensor_inputs": self.tensor_inputs,
+            "callback_on_step_end_tensor_inputs": ["latents", *more],
         }
 
     @torch.no_grad()

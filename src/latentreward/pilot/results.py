@@ -87,6 +87,10 @@ def collect(pilot: Pilot, tasks: Mapping[str, Task], runner: TaskRunner, setting
     ``settings`` are the number of pairs, the seed, and whether the run was a trial.
     """
     outputs = {name: task.output(runner.folder) for name, task in tasks.items()}
+    gpu: dict[str, Any] = {}
+    if torch.cuda.is_available():
+        found = torch.cuda.get_device_properties(0)
+        gpu = {"gpu": found.name, "gpu_gb": round(found.total_memory / GB, 1)}
     names = parquet.read_table(outputs[CUT] / "pairs.parquet", columns=["pair_id"])["pair_id"].to_pylist()
     reports = [read_config(outputs[stage] / JSON) for stage in (BESIDE, MEASURED)]
     return PilotResult(
@@ -104,7 +108,7 @@ def collect(pilot: Pilot, tasks: Mapping[str, Task], runner: TaskRunner, setting
         ],
         pictures=_pictures(read_config(outputs[JUDGED] / JSON)),
         stages={name: _stage(task, runner) for name, task in tasks.items()},
-        machine={**machine(), **_gpu()},
+        machine={**machine(), **gpu},
         versions=computed_with(),
         commit=commit(),
     )
@@ -135,13 +139,6 @@ def _stage(task: Task, runner: TaskRunner) -> dict[str, Any]:
         "cpu_seconds": done.cpu_seconds,
         "gpu_gb": round(done.gpu_bytes / GB, 2),
     }
-
-
-def _gpu() -> dict[str, Any]:
-    if not torch.cuda.is_available():
-        return {}
-    found = torch.cuda.get_device_properties(0)
-    return {"gpu": found.name, "gpu_gb": round(found.total_memory / GB, 1)}
 
 
 def write_result(path: Path, result: PilotResult) -> None:

@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 from latentreward.errors import InputError, check_at_least_one, first_line, printable
 from latentreward.interrupts import stop_asked
 from latentreward.remote.errors import RemoteError
-from latentreward.storage.tokens import checked_token, token_of_file
+from latentreward.storage.texts import checked_token, token_of_file
 
 if TYPE_CHECKING:
     import httpcore

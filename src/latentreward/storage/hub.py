@@ -104,17 +104,17 @@ def commit_on_hub(name: str, revision: str | None = None) -> str | None:
     Returns:
         The commit; None if neither the hub nor the local cache knows it.
     """
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     repository, _ = split_id(name)
     try:
         info = model_info(repository, revision)
-        if info is not None:
-            return info.sha
-        return Path(snapshot_download(repository, revision=revision, local_files_only=True)).name
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError):
+    except (HfHubHTTPError, HFValidationError):
         return None
+    if info is not None:
+        return info.sha
+    found = cached_files(repository, revision)
+    return None if found is None else found.name
 
 
 def cached_files(name: str, revision: str | None = None) -> Path | None:

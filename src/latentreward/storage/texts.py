@@ -1,11 +1,11 @@
-"""Decoding of texts and tables of text that other programs wrote."""
+"""Decoding of texts, of tables of text and of tokens that other programs or people wrote."""
 
 import codecs
 import csv
 import re
 from pathlib import Path
 
-from latentreward.errors import InputError
+from latentreward.errors import InputError, first_line
 
 UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 """Byte order marks with which texts in UTF-16 begin."""
@@ -69,3 +69,24 @@ def read_table(text: str, suffix: str) -> "csv.DictReader[str]":
     if twice := next((name for name in names if names.count(name) > 1), None):
         raise csv.Error(f"two columns have the name {twice!r:.60}")
     return table
+
+
+def token_of_file(file: str | Path, setting: str) -> str:
+    """Read a token from a file (``~`` is the home folder), without the white space around it.
+
+    Raises:
+        InputError: If the file cannot be read, or holds no token.
+    """
+    source = f"{setting}={file}"
+    try:
+        text = read_text(Path(file).expanduser())
+    except (OSError, InputError) as error:
+        raise InputError(f"{source} cannot be read ({first_line(error)}); give a text file") from error
+    return checked_token(text.strip(), source)
+
+
+def checked_token(token: str, source: str) -> str:
+    """Return a token; raise InputError that names its ``source`` if it cannot stand in a header of HTTP."""
+    if not (token and token.isascii() and token.isprintable()):
+        raise InputError(f"{source} must hold a token of printable ASCII characters")
+    return token

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -141,7 +141,11 @@ def find_weights(
     if (path := file(index)) is None:
         remedy = _remedy(source, place, stem, variant, None if local_files_only else model_info(source, revision))
         raise InputError(f"cannot load {where}: no file named {single} or {index}; {remedy}")
-    shards = tuple(file(name) for name in shard_names(path))
+    places = read_config(path).get("weight_map")
+    named = [*places.values()] if isinstance(places, dict) else []
+    if not named or not all(isinstance(name, str) and name == Path(name).name for name in named):
+        raise InputError(f"cannot load {path}: its weight_map does not name files beside it; download it again")
+    shards = tuple(file(name) for name in sorted({*named}))
     if None in shards:
         raise InputError(f"cannot load {where}: a shard that {index} names is missing; get the files again")
     return shards  # type: ignore[return-value]
@@ -171,24 +175,6 @@ def _remedy(source: str, place: str, stem: str, variant: str | None, told: Model
     if whole := sorted(Path(source).glob("*.safetensors")) if place and Path(source).is_dir() else []:
         return f"if {whole[0].name} in {source} holds the whole model, give this file in place of the folder"
     return "get the files again"
-
-
-def shard_names(index: Path) -> list[str]:
-    """Read the names of a sharded model's files from its index.
-
-    Raises:
-        InputError: If the index is damaged, or names a file outside its folder.
-    """
-    places = read_config(index).get("weight_map")
-    names = {*places.values()} if isinstance(places, dict) and all(map(is_name, places.values())) else None
-    if not names:
-        raise InputError(f"cannot load {index}: its weight_map does not name files beside it; download it again")
-    return sorted(names)
-
-
-def is_name(value: Any) -> bool:
-    """Tell whether a value is the name of a file, without folders."""
-    return isinstance(value, str) and value == Path(value).name
 
 
 def stored_file(source: str, name: str, revision: str | None, local_files_only: bool) -> Path | None:

@@ -1,7 +1,7 @@
 """Settings by base and by number of pairs, and the commands of the steps."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from latentreward.backbones.loading import SHIPPED, PipelineSource
@@ -19,15 +19,6 @@ WATCHED = "val/loss_sigma0.3"
 """Loss at the middle one of the three levels of configs/taste/reward.yaml, by which the best weights are chosen too."""
 PREFERENCES, PROMPTS, JUDGED = "pairs.jsonl", "prompts.jsonl", "judged.jsonl"
 """Files of a collection: its pairs, the prompts of the alignment, and those of the pictures before and after."""
-LARGE: Mapping[Tuning, float] = {"frozen": 3e-4, "lora": 1e-4, "full": 1e-5}
-TINY: Mapping[Tuning, float] = {"frozen": 1e-3, "lora": 1e-3, "full": 5e-4}
-"""Learning rates of the reward."""
-ALIGN_LARGE = ("--model.optimizer.lr=6e-5", "--trainer.max_steps=100")
-ALIGN_TINY = (
-    *("--model.optimizer.lr=1e-3", "--trainer.max_steps=24"),
-    *("--data.batch_size=64", "--data.prompts_per_rollout=32"),
-)
-"""Rate and length of the alignment, and its batches where they are not those of configs/taste/align.yaml."""
 
 
 @dataclass(frozen=True)
@@ -39,25 +30,23 @@ class Base:
         size: Native side of an image in pixels.
         guidance: Guidance scale of alignment and pictures; None for networks without guidance.
         tiny: Whether it is a shipped pipeline, whose few weights need larger learning rates.
+        rates: Learning rate of the reward by tuning.
+        alignment: Rate and length of the alignment, and its batches where they are not those of
+            configs/taste/align.yaml.
     """
 
     backbone: str
     size: int
     guidance: float | None
     tiny: bool = False
-
-    @property
-    def rates(self) -> Mapping[Tuning, float]:
-        """Learning rate of the reward by tuning."""
-        return TINY if self.tiny else LARGE
-
-    @property
-    def alignment(self) -> tuple[str, ...]:
-        """Settings of the alignment."""
-        return ALIGN_TINY if self.tiny else ALIGN_LARGE
+    rates: Mapping[Tuning, float] = field(default_factory=lambda: {"frozen": 3e-4, "lora": 1e-4, "full": 1e-5})
+    alignment: Sequence[str] = ("--model.optimizer.lr=6e-5", "--trainer.max_steps=100")
 
 
-TINY_BASES = {name: Base(name, 32, 1.0, tiny=True) for name in SHIPPED}
+TINY_RATES: Mapping[Tuning, float] = {"frozen": 1e-3, "lora": 1e-3, "full": 5e-4}
+TINY_ALIGNMENT = ("--model.optimizer.lr=1e-3", "--trainer.max_steps=24")
+TINY_ALIGNMENT += ("--data.batch_size=64", "--data.prompts_per_rollout=32")
+TINY_BASES = {name: Base(name, 32, 1.0, True, TINY_RATES, TINY_ALIGNMENT) for name in SHIPPED}
 BASES = {
     "StableDiffusionPipeline": Base("sd15", 512, 5.0),
     "StableDiffusionXLPipeline": Base("sdxl", 1024, 5.0),

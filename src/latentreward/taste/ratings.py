@@ -18,9 +18,8 @@ from latentreward.data.readers.json_rows import parse_line
 from latentreward.errors import InputError
 from latentreward.storage.digests import digest
 from latentreward.storage.durable import write_errors_named, write_file
-from latentreward.taste.pairs import FEWEST
+from latentreward.taste.pairs import FEWEST, RATINGS
 from latentreward.taste.pictures import Picture, listed, number_of, read_pictures, same_contents
-from latentreward.taste.rating_lines import RATINGS
 
 BLOCK = 8
 """Pictures that are compared with each other only, so that the split finds parts without common pictures."""

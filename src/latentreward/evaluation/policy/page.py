@@ -48,27 +48,23 @@ def _sort_values(scored: Sequence[ScoredPictures], name: str) -> np.ndarray:
 
 
 def _card(row: int, scored: Sequence[ScoredPictures], names: Sequence[str], groups: Sequence[str]) -> dict[str, Any]:
-    picture = scored[0].pictures[row]
+    picture, rows, several = scored[0].pictures[row], [], len(scored) > 1
+    gaps = {name: _sort_values(scored, name)[row] for name in names}
+    for name, gap in gaps.items():
+        values = [number(policy.scores[name][row]) for policy in scored]
+        verdict = "good" if gap > 0 else "bad" if gap < 0 else ""
+        compared = {"gap": signed(gap), "verdict": verdict} if several else {"gap": "", "verdict": ""}
+        rows.append({"name": name, "values": values, **compared})
+    files = [(policy.policy, policy.pictures[row]) for policy in scored]
     return {
         "prompt": picture.prompt,
         "group": picture.group,
         "group_number": groups.index(picture.group) if picture.group else -1,
         "number": f"{picture.place} / {picture.image}",
         "pictures": [
-            {"policy": policy.policy, "uri": picture_uri(decode_image(ImageRef(file.file, path=file.path)), SIDE)}
-            for policy in scored
-            for file in [policy.pictures[row]]
+            {"policy": name, "uri": picture_uri(decode_image(ImageRef(file.file, path=file.path)), SIDE)}
+            for name, file in files
         ],
-        "rows": [_score_row(row, name, scored) for name in names],
-        "sort": [f"{_sort_values(scored, name)[row]:.8g}" for name in names],
-    }
-
-
-def _score_row(row: int, name: str, scored: Sequence[ScoredPictures]) -> dict[str, Any]:
-    gap = _sort_values(scored, name)[row]
-    return {
-        "name": name,
-        "values": [number(policy.scores[name][row]) for policy in scored],
-        "gap": signed(gap) if len(scored) > 1 else "",
-        "verdict": ("good" if gap > 0 else "bad" if gap < 0 else "") if len(scored) > 1 else "",
+        "rows": rows,
+        "sort": [f"{gap:.8g}" for gap in gaps.values()],
     }

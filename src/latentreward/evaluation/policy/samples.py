@@ -28,6 +28,8 @@ from latentreward.scoring.network import name_of
 NAME = re.compile(r"[\w .,+=-]{1,60}")
 PER_PROMPT, SHARED = "{}/{}", "{1}"
 """Formats of the name that seeds a picture's noise, from index of the prompt and number of the picture."""
+PICTURES_OF = "pictures of {}"
+"""Format of the name of the task that samples the pictures of a policy, from the name of the policy's folders."""
 
 
 @dataclass
@@ -148,11 +150,6 @@ def sampling_task(
     return partial(write_batch, folder, draw, partial(decode_latents, generator), plan.seed, key=key)
 
 
-def pictures_of(slot: str) -> str:
-    """Return the name of the task that samples the pictures of the policy with the folder ``slot``."""
-    return f"pictures of {slot}"
-
-
 def open_pictures(
     policy: JudgedPolicy,
     plan: SamplingPlan,
@@ -171,12 +168,12 @@ def open_pictures(
         rows: Set of prompts.
         wanted: (index in ``rows``, number of the picture of that prompt) of each wanted picture.
         folder: Folder of the pictures; its name is that of the policy's folders.
-        work: Processes that sample, by the task :func:`pictures_of` the folder's name.
+        work: Processes that sample, by the task :data:`PICTURES_OF` the folder's name.
 
     Raises:
         InputError: If the folder holds pictures made with other settings or for other prompts.
     """
-    task, texts = pictures_of(folder.name), [row.prompt for row in rows]
+    task, texts = PICTURES_OF.format(folder.name), [row.prompt for row in rows]
     settings: dict[str, Any] = {"sampling": plan.sampling, "guidance_scale": plan.guidance_of(policy)}
     settings |= {"seed": plan.seed, "shared_noise": plan.shared_noise}
     opened = ImageFolder(folder, policy.trained.identity() | plain(settings), "csv", work.left_over(task))

@@ -24,8 +24,8 @@ from latentreward.storage.progress import Progress
 
 CHUNK = 64
 """Number of pictures decoded at a time; a killed process loses the scores of at most this many pictures."""
-
-
+SCORES_OF = "scores of {}"
+"""Format of the name of the task that scores the pictures of a policy, from the name of the policy's folders."""
 Scores = tuple[float, ...]
 
 
@@ -100,11 +100,6 @@ def score_names(scorers: Sequence[Scorer]) -> list[str]:
     return names
 
 
-def scores_of(slot: str) -> str:
-    """Return the name of the task that scores the pictures of the policy with the folder ``slot``."""
-    return f"scores of {slot}"
-
-
 def scoring_task(
     scorers: Sequence[Scorer], prepare: Callable[[], None], chunks: Sequence[dict[str, Any]]
 ) -> Callable[[dict[str, Any]], dict[str, Any]]:
@@ -147,7 +142,7 @@ class PictureScoring:
         self, policy: str, pictures: Sequence[JudgedPicture], scorers: Sequence[Scorer], folder: Path, work: SharedWork
     ) -> None:
         self.policy, self.pictures, self.scorers, self.folder = policy, tuple(pictures), list(scorers), folder
-        self._work, self._task = work, scores_of(folder.name)
+        self._crew, self._task = crew, SCORES_OF.format(folder.name)
         self._keys = [picture_key(picture) for picture in pictures]
         self.stores: dict[str, ScoreStore] = {}
         for scorer in scorers:

@@ -119,13 +119,12 @@ def _comparison(score: str, group: str, gaps: np.ndarray, prompts: np.ndarray) -
 
 def in_common(policies: Sequence[ScoredPictures]) -> list[ScoredPictures]:
     """Keep the pictures whose prompt and number all policies have, in the same order for every policy."""
-    names = [{(picture.place, picture.image) for picture in scored.pictures} for scored in policies]
-    common = set.intersection(*names)
-    return [_only(scored, common) for scored in policies]
-
-
-def _only(scored: ScoredPictures, names: set[tuple[int, int]]) -> ScoredPictures:
-    places = {(picture.place, picture.image): row for row, picture in enumerate(scored.pictures)}
-    rows = [places[name] for name in sorted(names)]
-    scores = {name: values[rows] for name, values in scored.scores.items()}
-    return ScoredPictures(scored.policy, tuple(scored.pictures[row] for row in rows), scores)
+    rows_of = [
+        {(picture.place, picture.image): row for row, picture in enumerate(scored.pictures)} for scored in policies
+    ]
+    common, kept = sorted(set.intersection(*map(set, rows_of))), []
+    for scored, row_of in zip(policies, rows_of, strict=True):
+        rows = [row_of[name] for name in common]
+        scores = {name: values[rows] for name, values in scored.scores.items()}
+        kept.append(ScoredPictures(scored.policy, tuple(scored.pictures[row] for row in rows), scores))
+    return kept
