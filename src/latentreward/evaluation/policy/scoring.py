@@ -142,7 +142,7 @@ class PictureScoring:
         self, policy: str, pictures: Sequence[JudgedPicture], scorers: Sequence[Scorer], folder: Path, work: SharedWork
     ) -> None:
         self.policy, self.pictures, self.scorers, self.folder = policy, tuple(pictures), list(scorers), folder
-        self._crew, self._task = crew, SCORES_OF.format(folder.name)
+        self._work, self._task = work, SCORES_OF.format(folder.name)
         self._keys = [picture_key(picture) for picture in pictures]
         self.stores: dict[str, ScoreStore] = {}
         for scorer in scorers:
