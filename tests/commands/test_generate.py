@@ -94,16 +94,16 @@ def test_ctrl_c_keeps_the_batches_that_are_done(
     generate: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     generate("--batch_size=1", folder="whole")
-    calls, record = [], command.ImageFolder.record
+    calls, add = [], command.ImageFolder.add
 
     def interrupted(*arguments: Any) -> None:
         calls.append(arguments)
         if len(calls) == 2:  # in the midst of a write, which is done whole
             signal.raise_signal(signal.SIGINT)
-        record(*arguments)
+        add(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(command.ImageFolder, "record", interrupts_held()(interrupted))
+        patch.setattr(command.ImageFolder, "add", interrupts_held()(interrupted))
         capsys.readouterr()
         with pytest.raises(SystemExit) as stop:
             generate("--batch_size=1")
