@@ -1,6 +1,5 @@
 """Reports: self-contained HTML pages, which load nothing from other files or the network, and Markdown and JSON."""
 
-from latentreward.reports.page import render_page, write_page
-from latentreward.reports.pictures import clip_uri, figure_uri, picture_uri
+import lazy_loader
 
-__all__ = ["clip_uri", "figure_uri", "picture_uri", "render_page", "write_page"]
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -1,25 +1,5 @@
 """Preference benchmarks of reward models, evaluated by their published protocols."""
 
-from latentreward.evaluation.benchmark.base import Benchmark
-from latentreward.evaluation.benchmark.sets import (
-    GenAIBenchCMUBenchmark,
-    GenAIBenchTigerBenchmark,
-    HPDv2Benchmark,
-    HPDv3Benchmark,
-    ImageRewardBenchmark,
-    ImageRewardDBBenchmark,
-    PairsBenchmark,
-    PickAPicBenchmark,
-)
+import lazy_loader
 
-__all__ = [
-    "Benchmark",
-    "GenAIBenchCMUBenchmark",
-    "GenAIBenchTigerBenchmark",
-    "HPDv2Benchmark",
-    "HPDv3Benchmark",
-    "ImageRewardBenchmark",
-    "ImageRewardDBBenchmark",
-    "PairsBenchmark",
-    "PickAPicBenchmark",
-]
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
