@@ -717,6 +717,7 @@ def test_ctrl_c_while_modules_are_imported(tmp_path: Path) -> None:
         ("--config=rot.yaml", f"model.init_args.root: ${{data.rot}} {UNSET}"),
         ("--ckpt_path=nope.ckpt", "ckpt_path: nope.ckpt does not exist"),
         ("--data.fault=input", "data.root: no shards; run cache"),
+        ("--data.fault=bug", f"shapes differ (ValueError, plugin.py:{RAISING}; --debug shows the traceback)"),
         ("--data.fault=file", f"no train/ (FileNotFoundError, plugin.py:{RAISING}; --debug shows the traceback)"),
     ],
 )  # fmt: skip
@@ -748,11 +749,14 @@ def test_what_is_no_checkpoint_is_not_consolidated(folder: Path, capsys: pytest.
     assert not (folder / "one.ckpt").exists()
 
 
-def test_bugs_and_debug_keep_the_traceback() -> None:
+def test_bugs_and_debug_keep_the_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="shapes differ"):
-        main([*FIT, "--data.fault=bug"])
+        main([*FIT, "--data.fault=bug", "--debug"])
     with pytest.raises(InputError):
         main([*FIT, "--data.fault=input", "--debug"])
+    monkeypatch.setattr("latentreward.commands.configs.shipped_configs", None)
+    with pytest.raises(TypeError):
+        main(["configs"])
 
 
 @pytest.mark.slow

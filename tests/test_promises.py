@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 
 from latentreward.backbones import DiffusionBackbone
+from latentreward.backbones.base import rows_of
 from latentreward.contracts import Conditioning, ImageRef, LatentSpace, NoisyStates, PairScores, PreferencePair
 from latentreward.data import PairReader
 from latentreward.encoders.prompts import PromptEncoder
@@ -38,7 +39,7 @@ from latentreward.rollout import Advantage, Credit, PairSelection, StepChoice, W
 from latentreward.rollout.pair_selection import ScheduledThreshold
 from latentreward.scorers import CallableScorer, HTTPScorer
 from latentreward.scorers.base import ImageScorer, TableScorer
-from latentreward.scoring.batched_scoring import check_apart
+from latentreward.scoring.network import RewardNetwork
 from tests.heads.features import DIT_SPEC, random_features
 
 NAN = float("nan")
@@ -358,7 +359,8 @@ BACKBONE = Kind(
             wrong_features(output=torch.zeros(3, 4, 2, 2)),
             wrong_features(temb=None),
         )
-    ],
+    ]
+    + [("max_side", "64"), ("max_side", 0), ("max_prompt", 77.0), ("side_multiple", True)],
     args=(FLOW, SPACE),
     also={"feature_spec": SPEC},
 )
@@ -746,6 +748,13 @@ def test_a_result_without_a_gradient_is_named(kind: Kind, name: str, method: Any
         use(part)
 
 
+def test_a_block_whose_tokens_lose_their_gradient_is_named() -> None:
+    family = made(FLOW_FAMILY, "step", lambda self, block, tokens, number: (tokens.visual.detach(), tokens.text))
+    tokens = Tokens(**TOKENS | {"visual": torch.zeros(2, 1, 6, requires_grad=True)})
+    with pytest.raises(InputError, match=r"^Mine.step returned visual tokens after block 3, a tensor without a"):
+        family.step(None, tokens, 3)
+
+
 def test_a_function_without_a_gradient_is_named() -> None:
     reward = CallableReward(lambda latents, *_: latents.detach().flatten(1).mean(1), differentiable=True).load(None)
     with pytest.raises(InputError, match=r"^reward CallableReward \(test_promises.py:\d+\) with differentiable = True"):
@@ -774,6 +783,17 @@ def test_a_later_batch_of_prompts_is_compared_by_shape() -> None:
         encoder(PROMPTS)
 
 
+APART = r"^Mine.{} returned values of a row alone that are up to [\d.]+ .* \(test_promises.py:\d+\); compute each row"
+
+
+def reading(changed: Callable[[Any], Any] = lambda found: found) -> Any:
+    return made(BACKBONE, "read", lambda self, latents, *given: changed(rows_of(FEATURES, slice(len(latents)))))
+
+
+def features_by(backbone: Any, head: Any) -> None:
+    RewardNetwork(backbone, head).read(LATENTS, ONES[:2], conditioning(2, 3, 5))
+
+
 @pytest.mark.parametrize(
     "forward",
     [
@@ -782,14 +802,39 @@ def test_a_later_batch_of_prompts_is_compared_by_shape() -> None:
         lambda self, features: torch.rand(len(features.temb)),
     ],
 )
-def test_a_head_whose_scores_depend_on_other_rows_is_refused_once_and_not_in_training(forward: Any) -> None:
-    head = made(HEAD, "forward", forward)
-    check_apart(head, FEATURES)
-    message = r"^Mine.forward .* up to [\d.]+ away from .* \(test_promises.py:\d+\); compute a score from its own"
-    with pytest.raises(InputError, match=message):
-        check_apart(head.eval(), FEATURES)
-    sound = made(HEAD, "forward", lambda self, features: features.temb[:, 0]).eval()
-    check_apart(sound, FEATURES)
+def test_a_head_whose_scores_depend_on_other_rows_is_refused(forward: Any) -> None:
+    with pytest.raises(InputError, match=APART.format("forward")):
+        features_by(reading(), made(HEAD, "forward", forward))
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        lambda found: replace(found, temb=found.temb - found.temb.mean(dim=0)),
+        lambda found: replace(found, visual=tuple(tap + torch.rand(1) for tap in found.visual)),
+    ],
+)
+def test_a_backbone_whose_features_depend_on_other_rows_is_refused(changed: Any) -> None:
+    with pytest.raises(InputError, match=APART.format("read")):
+        features_by(reading(changed), made(HEAD))
+
+
+def test_rows_are_compared_once_in_evaluation_mode() -> None:
+    lengths: list[int] = []
+    backbone = reading(lambda found: lengths.append(len(found.temb)) or found)
+    head = made(HEAD, "forward", lambda self, found: found.temb[:, 0] + self.training * found.temb[:, 0].mean())
+    network = RewardNetwork(backbone, head).train()
+    for _ in range(2):
+        network.read(LATENTS, ONES[:2], conditioning(2, 3, 5))
+    assert lengths == [2, 1, 2, 2] and head.training and backbone.training
+
+
+def test_a_name_of_two_far_rows_is_named() -> None:
+    names = [str(index) for index in range(2000)]
+    names[1700] = names[900]
+    reader = made(READER, "__getitem__", lambda self, index: replace(PAIR, pair_id=names[index]))
+    with pytest.raises(InputError, match=r"pair_id='900' for rows 900 and 1700; it must be a name for each row"):
+        [reader[index] for index in range(2000)]
 
 
 def test_checks_get_arguments_in_the_order_of_the_parameters() -> None:

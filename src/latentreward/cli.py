@@ -140,12 +140,13 @@ def main(args: Sequence[str] | None = None) -> None:
     try:
         _dispatch(arguments, alone=args is None)
         sys.stdout.flush()  # at exit, a pipe without a reader would be a message of Python's
-    except (InputError, OSError) as error:
+    except Exception as error:
         if isinstance(error, BrokenPipeError) and unread():
             sys.exit(UNREAD)
-        if debug:
+        place = where(error)  # an error in the user's own code is no bug of this package
+        if debug or not (place or isinstance(error, InputError | OSError)):
             raise
-        print(f"latentreward: error: {one_line(error)}{where(error)}", file=sys.stderr)
+        print(f"latentreward: error: {one_line(error)}{place}", file=sys.stderr)
         sys.exit(2)
     except (KeyboardInterrupt, SystemExit) as error:
         stop = interrupt_behind(error)

@@ -29,8 +29,8 @@ class InputError(ValueError):
     """Bad input that the user can correct: a setting, a file or a column.
 
     The message should be one line that names the field, the value and the remedy. The command line prints that line and
-    exits with status 2. An OSError, or a ValueError that a constructor raises about a setting, ends in the same way.
-    Any other exception counts as a bug and keeps its traceback.
+    exits with status 2. An OSError, a ValueError that a constructor raises about a setting, or an error in the user's
+    own code ends in the same way. Any other exception counts as a bug and keeps its traceback.
     """
 
 

@@ -10,12 +10,12 @@ from functools import cache, wraps
 from inspect import BoundArguments, Parameter, getattr_static, isfunction, signature
 from pathlib import Path
 from traceback import walk_tb
-from typing import Any, ClassVar, Literal, Self, TypeVar
+from typing import Any, ClassVar, Literal, Self, SupportsIndex, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from latentreward.errors import InputError, lacks
+from latentreward.errors import InputError, lacks, where
 from latentreward.programs import of_this_package
 
 Method = TypeVar("Method", bound=Callable[..., Any])
@@ -28,6 +28,7 @@ KINDS = {
     "indices": "whole numbers (int64)",
     "bool": "bool",
 }
+COUNT = "must be a whole number of at least 1"
 KEPT = "_promises_kept"
 """Attribute of a part with the names of the methods that were compared."""
 VALUES: ContextVar[bool] = ContextVar("VALUES", default=True)
@@ -42,9 +43,11 @@ class Part(ABC):  # noqa: B024 - derived classes have the methods
 
     Attributes:
         needs: Names of attributes that a derived class must set.
+        counts: Names of attributes that are a whole number of at least 1, or None.
     """
 
     needs: ClassVar[Sequence[str]] = ()
+    counts: ClassVar[Sequence[str]] = ()
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
@@ -99,6 +102,12 @@ def compared(method: Method, name: str, check: Check, each: bool) -> Method:
             raise InputError(
                 f"{type(self).__name__}.{name}: {error}; call super().__init__() first ({place})"
             ) from error
+        except IndexError as error:  # for a row past the end, by which an iteration ends, or for one before it
+            index = args[0] if name == "__getitem__" and args and isinstance(args[0], SupportsIndex) else -1
+            if not 0 <= index < (length := len(self)):
+                raise
+            place = f"{type(self).__name__}.__getitem__({index}), although __len__ returned {length}"
+            raise InputError(f"{place}: {error}{where(error)}") from error
         if getattr(type(self), name) is comparing:
             keep_promise(self, name, lambda: problem_of(result, bind(self, *args, **kwargs)), each)
         return result
@@ -158,7 +167,7 @@ def check_takes(
 
 
 def check_needs(part: Part) -> None:
-    """Raise InputError if an attribute is missing that the part :attr:`~Part.needs`."""
+    """Raise InputError if an attribute that the part :attr:`~Part.needs` is missing, or one of its counts is none."""
     if isinstance(part, nn.Module) and "_modules" not in vars(part):
         place = place_of(type(part).__init__)
         raise InputError(f"{type(part).__name__} is not initialised; call super().__init__() in its __init__{place}")
@@ -168,6 +177,13 @@ def check_needs(part: Part) -> None:
             raise InputError(
                 f"{type(part).__name__} lacks {name}, an attribute of {base}; set it, or call super().__init__()"
             )
+    for name in [name for name in part.counts if not is_count(getattr(part, name))]:
+        raise InputError(f"{type(part).__name__}.{name} is {getattr(part, name)!r:.200}, which {COUNT}, or None")
+
+
+def is_count(value: Any) -> bool:
+    """Tell whether a value is a whole number of at least 1, or None."""
+    return value is None or (type(value) is int and value >= 1)
 
 
 def place_of(function: Any) -> str:

@@ -18,8 +18,10 @@ from latentreward.errors import InputError
 from latentreward.export import TrainedLoRA, write_merged
 from latentreward.families import find_family
 from latentreward.generation import load_lora, policy_of
+from latentreward.heads import CLIPProjectionHead
 from latentreward.policies import PolicySource
 from latentreward.rollout import Sampling, sample_latents
+from latentreward.scoring.network import RewardNetwork
 from tests.families import own_families
 from tests.families.made_configs import MadeConfigs
 from tests.families.twins import PROMPTS, GivenNoise, noise_for
@@ -102,6 +104,12 @@ def test_a_network_without_a_lora_loader_in_diffusers_is_trained_exported_and_me
         ("lora_targets", "to_q", "must be a tuple of names"),
         ("lists", "transformer_blocks", "must be a tuple of names"),
         ("lists", (), "must name the network's lists of blocks"),
+        ("packing", "2", "must be a whole number of at least 1"),
+        ("packing", 0, "must be a whole number of at least 1"),
+        ("max_side", 64.0, "must be a whole number of at least 1, or None"),
+        ("max_prompt", "77", "must be a whole number of at least 1, or None"),
+        ("unread_outside", ("caption_projection",), "must be a method"),
+        ("unread", None, "must be a method"),
     ],
 )
 def test_a_wrong_name_of_a_family_is_told_before_anything_is_loaded(
@@ -155,3 +163,22 @@ def test_a_name_that_is_not_in_the_network_is_told_when_a_reward_is_built(
     monkeypatch.setattr(own_families.PixArt, field, value)
     with pytest.raises(InputError, match=rf"^family: PixArt.{field} names '\S+', which is not in "):
         own_families.own_pixart(pixart, visual_taps=[2], text_taps=[])
+
+
+def test_a_family_whose_blocks_mix_rows_is_named_in_the_first_batch(
+    pixart: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backbone = own_families.own_pixart(pixart, visual_taps=[2], text_taps=[])
+    network = RewardNetwork(backbone, CLIPProjectionHead(backbone.feature_spec, embed_dim=8))
+    latents = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    states = latents, torch.full((2,), 500.0), *network.encode_prompts(PROMPTS)
+    network.read(*states)
+    step = own_families.PixArt.step
+
+    def mixing(self: Any, block: Any, tokens: Any, number: int) -> Any:
+        visual, text = step(self, block, tokens, number)
+        return visual - visual.mean(dim=0), text
+
+    monkeypatch.setattr(own_families.PixArt, "step", mixing)
+    with pytest.raises(InputError, match=r"^PixArt.step returned values of a row alone .*; compute each row"):
+        RewardNetwork(backbone, network.head).read(*states)

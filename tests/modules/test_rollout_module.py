@@ -1,10 +1,14 @@
 """What every module has that learns from its own rollouts."""
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from latentreward.contracts import PromptBatch, StepPairs
+from latentreward.errors import InputError
 from latentreward.modules import LPOModule
 from tests.modules.lpo_runs import PROMPTS, lpo, make_trainer
 
@@ -47,3 +51,33 @@ def test_stored_prompts_are_in_no_checkpoint(module: LPOModule) -> None:
     names = set(module.state_dict())
     module.prepare_prompts(PROMPTS)
     assert set(module.state_dict()) == names
+
+
+STATES, NUMBERS = torch.zeros(2, 4, 2, 2), torch.zeros(2)
+ROWS = StepPairs(("a/0", "a/1"), ("a", "a"), STATES, NUMBERS, STATES, STATES, NUMBERS)
+
+
+@pytest.mark.parametrize(
+    ("changed", "problem"),
+    [
+        (
+            {"gap": torch.zeros(3)},
+            r"fields of unequal length \(keys 2, prompts 2, latents 2, timesteps 2, chosen 2, rejected 2, gap 3\);",
+        ),
+        ({"prompts": ("a",)}, r"fields of unequal length \(keys 2, prompts 1, "),
+        ({"prompts": ["a", "a"]}, r"prompts as list; it must be a tensor \(N, ...\), a tuple of N values, or None"),
+        ({"gap": torch.tensor(1.0)}, r"gap as \(\); it must be a tensor"),
+        ({"keys": ("a", "a")}, r"key 'a' for several rows; each must be unique"),
+    ],
+)
+def test_rows_of_a_rollout_that_do_not_fit_together_are_named(
+    changed: dict[str, Any], problem: str, module: LPOModule, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows: Any = ROWS
+    monkeypatch.setattr(LPOModule, "make_experience", lambda self, prompts: rows)
+    prompts = PromptBatch(("a",), ("a",))
+    assert module.roll_out(prompts) is rows
+    rows = replace(ROWS, **changed)
+    message = rf"^LPOModule.make_experience returned StepPairs with {problem}.* \(test_rollout_module.py:\d+\)$"
+    with pytest.raises(InputError, match=message):
+        module.roll_out(prompts)

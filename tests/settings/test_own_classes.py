@@ -34,6 +34,13 @@ class Rows(PairReader):
         return [][index]
 
 
+class Counted(Rows):
+    """A reader whose rows are counted, but not read."""
+
+    def __getitem__(self, index: int) -> PreferencePair:
+        return int("no number")
+
+
 class Half(PreferenceLoss):
     def per_pair(self, scores: Any) -> Tensor:
         return scores.margin
@@ -95,7 +102,10 @@ def test_setting_class_and_line_are_named(text: str, message: str) -> None:
 
 @pytest.mark.parametrize(
     ("length", "message"),
-    [(1, r"list index out of range \(IndexError"), (0, r"invalid literal .* 'no number' \(ValueError")],
+    [
+        (1, r"Rows.__getitem__\(0\), although __len__ returned 1: list index out of range \(IndexError"),
+        (0, r"invalid literal .* 'no number' \(ValueError"),
+    ],
 )
 def test_class_and_line_of_an_error_in_a_reader_are_named(length: int, message: str) -> None:
     prepare([])
@@ -168,7 +178,15 @@ def test_modules_are_found_in_the_current_folder_and_beside_a_config_and_nowhere
 
 
 def test_line_of_an_error_in_a_loaders_worker_is_named() -> None:
-    with pytest.raises(IndexError) as caught:
-        next(iter(DataLoader(Rows(), num_workers=1)))
-    assert re.fullmatch(r" \(IndexError, test_own_classes.py:\d+; --debug shows the traceback\)", where(caught.value))
+    with pytest.raises(ValueError, match="invalid literal") as caught:
+        next(iter(DataLoader(Counted(), num_workers=1)))
+    assert re.fullmatch(r" \(ValueError, test_own_classes.py:\d+; --debug shows the traceback\)", where(caught.value))
     assert where(InputError("said already")) == where(None) == ""
+
+
+def test_a_length_beyond_the_rows_is_named() -> None:
+    message = r"^Rows.__getitem__\(2\), although __len__ returned 4: list index out of range \(IndexError, .*\)$"
+    with pytest.raises(InputError, match=message):
+        Rows(4)[2]
+    with pytest.raises(IndexError):
+        Rows(4)[4]  # ends an iteration

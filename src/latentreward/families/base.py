@@ -20,7 +20,7 @@ from latentreward.errors import InputError
 from latentreward.families.published import Published
 from latentreward.noise import DDPM, NoiseProcess
 from latentreward.programs import of_this_package
-from latentreward.promises import Part, finite, of_class, returns, shown, tensor, wrong_tensor
+from latentreward.promises import COUNT, Part, finite, is_count, of_class, returns, shown, tensor, wrong_tensor
 from latentreward.storage.json_files import Kind, entry
 
 Pair = tuple[Tensor, Tensor]
@@ -180,6 +180,11 @@ class Family(Part):
         size = self.native_size
         right = isinstance(size, list | tuple) and [type(side) for side in size] == [int, int]
         self._require("native_size", right, "must be (height, width) in pixels")
+        for field, default in {"packing": 1, "positions": 1, "max_side": None, "max_prompt": None}.items():
+            value = getattr(self, field, default)
+            self._require(field, is_count(value) and (value or not default), COUNT + ", or None" * (not default))
+        for field in ("unread", "unread_outside", "mu"):
+            self._require(field, callable(getattr(self, field, print)), "must be a method")
 
     def require_parts(self, field: str, names: Sequence[str], module: nn.Module) -> None:
         """Check that modules or weights have the ``names`` (endings) that a family of one's own gives as ``field``."""

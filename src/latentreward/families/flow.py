@@ -21,7 +21,7 @@ from latentreward.errors import InputError, first_line
 from latentreward.families.base import Family, PipelineConfigs, wrong_prediction
 from latentreward.noise import ContinuousFlow, NoiseProcess
 from latentreward.noise.schedules import shifted_levels
-from latentreward.promises import finite, of_class, returns, shown, values_of, wrong_tensor
+from latentreward.promises import detached, finite, of_class, returns, shown, values_of, wrong_tensor
 from latentreward.storage.json_files import entries
 
 
@@ -74,7 +74,9 @@ def _wrong_step(
     if problem := wrong_tensor(found[0], tokens.visual.shape, kind):
         return f"visual tokens {problem} after block {number}"
     problem = wrong_tensor(found[1], (len(tokens.text), -1, -1), kind)
-    return problem and f"text tokens {problem} after block {number}"
+    if problem:
+        return f"text tokens {problem} after block {number}"
+    return (problem := detached(found[0], tokens.visual)) and f"visual tokens after block {number}, {problem}"
 
 
 class FlowFamily(Family):

@@ -10,7 +10,7 @@ from typing import Any, Generic, TypeVar
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
-from torch import Tensor, nn
+from torch import Tensor
 
 from latentreward.contracts import (
     Conditioning,
@@ -19,13 +19,14 @@ from latentreward.contracts import (
     RolloutStatistics,
     SampledStates,
 )
-from latentreward.data.alignment.experience import other_rows
+from latentreward.data.alignment.experience import other_rows, wrong_rows
 from latentreward.errors import InputError
 from latentreward.modules.based import BasedModule, unseen_settings
 from latentreward.modules.reward_sharding import shard_reward
 from latentreward.modules.sharding import shard_policy
 from latentreward.policies import PolicySource
 from latentreward.policies.checkpoint import SOURCE
+from latentreward.promises import place_of
 from latentreward.remote import RemoteError
 from latentreward.rewards import RewardSource
 from latentreward.rewards.http import RemoteReward, alone
@@ -40,6 +41,7 @@ from latentreward.rollout import (
     gap_quantiles,
     telling_steps,
 )
+from latentreward.scoring.apart import evaluating
 from latentreward.storage.progress import Progress
 
 Experience = TypeVar("Experience", bound=SampledStates)
@@ -333,6 +335,12 @@ class RolloutModule(RewardedModule, Generic[Experience]):
                 f"{type(self).__name__}: make_experience returned a {type(found).__name__}, but experience is "
                 f"{self.experience.__name__}; set experience to the class of the rows"
             )
+        if found is not None and (problem := wrong_rows(found)):
+            kind = type(self)
+            raise InputError(
+                f"{kind.__name__}.make_experience returned {kind.experience.__name__} with {problem}"
+                f"{place_of(kind.make_experience)}"
+            )
         seconds = time.perf_counter() - wall
         self._rollout_seconds += seconds
         self._times = {"seconds": seconds, "process_seconds": time.process_time() - process}
@@ -391,15 +399,3 @@ class RolloutModule(RewardedModule, Generic[Experience]):
                 values["samples_per_second"] = statistics.scores.numel() / values["seconds"]
         values |= {f"reward_{number}": mean for number, mean in enumerate(self._part_means, 1)}
         self.log_dict({f"rollout/{name}": value for name, value in values.items()}, batch_size=len(batch))
-
-
-@contextmanager
-def evaluating(module: nn.Module) -> Iterator[None]:
-    """Run a block with ``module`` in evaluation mode; afterwards restore the mode of each submodule."""
-    training = [part for part in module.modules() if part.training]
-    module.eval()
-    try:
-        yield
-    finally:
-        for part in training:
-            part.training = True

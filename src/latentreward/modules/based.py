@@ -8,6 +8,7 @@ from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.strategies import FSDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import get_total_norm
@@ -47,6 +48,20 @@ def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
     return torch.stack(whole).norm() if whole else torch.zeros(())
 
 
+def warn_of_unreached(module: nn.Module) -> None:
+    """Warn in one line of trained weights to which a backward pass gave no gradient, not even zeros."""
+    trained = {name: one for name, one in module.named_parameters() if one.requires_grad}
+    places = [name.rpartition(".")[0] for name, one in trained.items() if one.grad is None]
+    if not places:
+        return
+    few = ", ".join(f"{name} ({type(module.get_submodule(name)).__name__})" for name in [*dict.fromkeys(places)][:3])
+    rank_zero_warn(
+        f"{type(module).__name__}: {len(places)} of {len(trained)} trained weights got no gradient in the first step, "
+        f"such as those of {few}: what is computed from them is not part of the loss, or detach, item or no_grad cut "
+        "it off; freeze weights that are not to train by requires_grad_(False)"
+    )
+
+
 class BasedModule(LightningModule):
     """LightningModule that trains weights on top of a frozen base model.
 
@@ -84,6 +99,7 @@ class BasedModule(LightningModule):
         self.lr: float | None = None
         self._configured_lr: float | None = None
         self._base: BaseSample | None = None
+        self._stepped = False
 
     def setup(self, stage: str) -> None:
         """Check that trainable weights stay float32, in which small updates are not lost.
@@ -183,8 +199,12 @@ class BasedModule(LightningModule):
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Log the learning rate and the norm of all gradients, before clipping, at the steps that are logged.
 
-        FSDP1 shards gradients without their shapes, so the norm is not logged there.
+        The first step warns of trained weights without a gradient. FSDP1, which shards gradients without their shapes,
+        has neither.
         """
+        if not self._stepped and not isinstance(self.trainer.strategy, FSDPStrategy):
+            self._stepped = True
+            warn_of_unreached(self)
         if not self.trainer._logger_connector.should_update_logs:  # as LearningRateMonitor asks
             return
         self.log("train/lr", optimizer.param_groups[0]["lr"])

@@ -9,7 +9,7 @@ from torch import Tensor
 from latentreward.contracts import PreferenceBatch, PromptBatch
 from latentreward.errors import InputError
 from latentreward.losses import RewardLoss, denoising_error, prediction_drift
-from latentreward.modules.alignment import RewardedModule, evaluating
+from latentreward.modules.alignment import RewardedModule
 from latentreward.modules.images import latents_of
 from latentreward.modules.pair_noise import PairDraws
 from latentreward.noise import TimestepGrid
@@ -19,6 +19,7 @@ from latentreward.rewards import RewardSource
 from latentreward.rollout import Sampling, check_sigmas, score_finished, score_states
 from latentreward.rollout.prompted import PromptedPolicy
 from latentreward.rollout.rollout_noise import RolloutDraws
+from latentreward.scoring.apart import evaluating
 from latentreward.seeding import pair_generator
 
 

@@ -12,8 +12,6 @@ from torch import Tensor
 from latentreward.backbones.base import rows_of
 from latentreward.contracts import Conditioning, Features
 from latentreward.errors import InputError
-from latentreward.heads import RewardHead
-from latentreward.promises import KEPT, place_of
 from latentreward.scoring.images import Images, check_sides, content_key, even_parts, pixel_batches
 from latentreward.scoring.network import RewardNetwork
 from latentreward.scoring.scoring_noise import ScoringNoise, draw_noise, timesteps_of
@@ -261,27 +259,8 @@ def _head_scores(model: RewardNetwork, levels: Sequence[Features], count: int) -
     """Score ``count`` rows from their features at each level, on a CPU one row at a time."""
     rows = even_parts(count, 1 if even_step(model) > 1 else count, 1)
     parts = [[rows_of(features, part) for features in levels] for part in rows]
-    if count > 1:
-        check_apart(model.head, levels[0])
     scores = torch.cat([model.head.score_ensemble(part) if len(part) > 1 else model.head(part[0]) for part in parts])
     return scores.to(torch.promote_types(scores.dtype, torch.float32))
-
-
-def check_apart(head: RewardHead, features: Features) -> None:
-    """Raise InputError if a user's own head scores two rows together otherwise than each alone; compared once."""
-    kept = vars(head).setdefault(KEPT, set())
-    if "apart" in kept or head.training or type(head).__module__.startswith("latentreward."):
-        return
-    first, second, both = (rows_of(features, rows) for rows in (slice(1), slice(1, 2), slice(2)))
-    with torch.no_grad():
-        together, alone = head(both), torch.cat([head(first), head(second)])
-    if not torch.allclose(together, alone, rtol=1e-3, atol=1e-4):
-        name, most = f"{type(head).__name__}.forward", (together - alone).abs().max()
-        raise InputError(
-            f"{name} returned scores of two rows that are up to {most:.3g} away from those of each row alone"
-            f"{place_of(type(head).forward)}; compute a score from its own row alone, and draw nothing at random"
-        )
-    kept.add("apart")
 
 
 def outputs_of(model: RewardNetwork) -> tuple[int, ...]:

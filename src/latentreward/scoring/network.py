@@ -68,6 +68,7 @@ class RewardNetwork(nn.Module):
         self.recipe: ModelRecipe | None = None
         self.published: dict[str, Any] = {}
         self._warned: set[str] = set()
+        self._compared = False
 
     @property
     def axes(self) -> tuple[str, ...]:
@@ -194,7 +195,15 @@ class RewardNetwork(nn.Module):
     def read(
         self, noisy_latents: Tensor, timesteps: Tensor, conditioning: Conditioning, uncond: Conditioning | None = None
     ) -> Features:
-        """Compute the features of ``noisy_latents`` ``(B, C, ...)`` at ``timesteps`` ``(B,)``."""
+        """Compute the features of ``noisy_latents`` ``(B, C, ...)`` at ``timesteps`` ``(B,)``.
+
+        The first batch is compared by :func:`~latentreward.scoring.apart.check_apart`.
+        """
+        if not self._compared and len(noisy_latents) > 1:
+            from latentreward.scoring.apart import check_apart  # only a model that runs needs it
+
+            self._compared = True
+            check_apart(self.backbone, self.head, noisy_latents, timesteps, conditioning, uncond)
         return self.backbone(noisy_latents, timesteps, conditioning, uncond)
 
     def forward(

@@ -5,6 +5,7 @@ are unchanged: a step is an optimiser step, and gradient accumulation, clipping,
 as in any training.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import MISSING, fields
 from typing import Any, Protocol
@@ -23,6 +24,7 @@ from latentreward.contracts import (
 )
 from latentreward.data.loading import CountedBatches
 from latentreward.errors import InputError
+from latentreward.promises import shown
 from latentreward.seeding import pair_generator
 
 
@@ -261,6 +263,20 @@ def from_plain(values: dict[str, Any] | None, kind: type[Any]) -> Any:
         raise other_rows(values["record"], given)
     kinds = {Tensor: Tensor.clone, list: tuple}
     return kind(**{name: kinds[type(v)](v) if type(v) in kinds else v for name, v in given.items()})
+
+
+def wrong_rows(record: SampledStates) -> str | None:
+    """Return what is wrong with rows of a rollout: every field holds a value for each key; None if nothing is."""
+    values = {field.name: getattr(record, field.name) for field in fields(record)}
+    given = {name: value for name, value in values.items() if value is not None}
+    for name, value in given.items():
+        if not (isinstance(value, tuple) or (isinstance(value, Tensor) and value.ndim)):
+            return f"{name} as {shown(value)}; it must be a tensor (N, ...), a tuple of N values, or None"
+    if len({len(value) for value in given.values()}) > 1:
+        lengths = ", ".join(f"{name} {len(value)}" for name, value in given.items())
+        return f"fields of unequal length ({lengths}); each must hold one value for each key"
+    twice = next((key for key, number in Counter(record.keys).items() if number > 1), None)
+    return twice and f"key {twice!r:.200} for several rows; each must be unique, as those of PromptBatch.times"
 
 
 def other_rows(kind: str, names: Iterable[str]) -> InputError:

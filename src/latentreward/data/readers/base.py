@@ -22,8 +22,8 @@ OnError = Literal["raise", "skip", "placeholder"]
 Contents = Literal["images", "latents", "nothing"]
 MAX_PROMPT_CHARS, MAX_VOTES = 10_000, 10**9
 """Largest number of characters in a prompt, and of votes for an image; rows with more fall under ``on_error``."""
-NAMES_KEPT = 512
-"""Number of rows of a reader whose names are compared with each other."""
+NAMES_KEPT, OWN_NAMES_KEPT = 512, 2**20
+"""Number of rows whose names are compared with each other: of a reader of this package, and of a user's own."""
 OWN_ON_ERROR, DATA_ON_ERROR = "the reader's on_error", "data.on_error (or the reader's own, which wins)"
 """Names of the setting in messages: for a reader used alone, and for one in a data module."""
 MOST_NAMED = 5
@@ -58,7 +58,8 @@ def _wrong_name(name: str, reader: "PairReader", index: int) -> str | None:
     if index == 0 and (before := vars(reader).setdefault("_first_name", name)) != name:
         return f"pair_id={before!r:.60} and then {name!r:.60} for row 0; it must be the same in each call and run"
     names = vars(reader).setdefault("_first_rows", {})
-    if len(names) < NAMES_KEPT and index >= 0:
+    ours = type(reader).__module__.startswith("latentreward.")
+    if len(names) < (NAMES_KEPT if ours else OWN_NAMES_KEPT) and index >= 0:
         names.setdefault(name, int(index))
     if index >= 0 and (first := names.get(name, index)) != index:
         return f"pair_id={name!r:.60} for rows {first} and {index}; it must be a name for each row"
