@@ -42,8 +42,8 @@ from latentreward.encoders.prompts import PromptEncoder
 from latentreward.estimate import costs as estimated_costs
 from latentreward.estimate import settings as estimated_settings
 from latentreward.estimate.costs import RepeatedCalls, StepCosts, layout_of
-from latentreward.modules import sharding
-from latentreward.modules.alignment import AlignmentModule, RewardedModule, RolloutModule
+from latentreward.modules import alignment, sharding
+from latentreward.modules.alignment import AlignmentModule, shard_reward
 from latentreward.modules.reward import RewardModule
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -328,6 +328,7 @@ def parts_of(options: list[str]) -> Parts:
     with ExitStack() as stack:
         for owner, name, replacement in (
             (sharding, "fully_shard", gathers.add),
+            (alignment, "fully_shard", gathers.add),
             (sharding, "register_fsdp_forward_method", gathers.add_method),
             (estimated_settings, "step_costs", watched),
             (estimated_costs, "RepeatedCalls", lambda shapes: found.setdefault("calls", CountedCalls(gathers, shapes))),
@@ -364,8 +365,8 @@ def count_gathers(module: LightningModule, gathers: Gathers) -> None:
         sharding.shard(module, module.model.backbone, mesh)
     if isinstance(module, AlignmentModule):
         sharding.shard_policy(module.policy, mesh)
-    if isinstance(module, RewardedModule):
-        sharding.shard_reward(module.reward, mesh)
+        if module.reward is not None:
+            shard_reward(module.reward, mesh)
 
 
 def watch_phases(module: Any, gathers: Gathers, found: dict[str, Any], stack: ExitStack) -> None:
@@ -385,7 +386,7 @@ def watch_phases(module: Any, gathers: Gathers, found: dict[str, Any], stack: Ex
 
     stack.enter_context(patch.object(estimated_costs, "make_batch", batch_of))
     module.training_step = step
-    if not isinstance(module, RolloutModule):
+    if not isinstance(module, AlignmentModule) or module.experience is None:
         return
     roll_out, prepare, uncond = module.roll_out, module.prepare_prompts, module.encode_uncond
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from latentreward.contracts import PromptBatch
 from latentreward.errors import InputError
-from latentreward.modules.alignment import AlignmentModule, RewardedModule
+from latentreward.modules.alignment import AlignmentModule
 from latentreward.remote.errors import RemoteError, raise_together
 from latentreward.reports.drawing import to_image
 from latentreward.rollout.finished import score_finished
@@ -135,7 +135,7 @@ class HackingMonitor(PromptMonitor):
     def _columns(self, pl_module: AlignmentModule, batch: PromptBatch, latents: Tensor, pixels: Tensor) -> Tensor:
         """Score a batch of pictures: ``(pictures, 1 or 2)``."""
         columns = [self.held_out(batch.prompts, list(map(to_image, pixels)))]
-        if isinstance(pl_module, RewardedModule):
+        if pl_module.reward is not None:
             columns.append(score_finished(pl_module.reward, latents, batch, SEED, self.reward_sigmas).cpu())
         return torch.stack(columns, dim=1)
 

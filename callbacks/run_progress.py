@@ -14,7 +14,7 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from latentreward.errors import InputError
-from latentreward.modules.alignment import RolloutModule
+from latentreward.modules.alignment import AlignmentModule
 from latentreward.storage.progress import INTERVAL, Progress
 
 
@@ -80,7 +80,7 @@ class RunProgress(ProgressBar):
             logging.captureWarnings(True)
             self._redirected.callback(logging.captureWarnings, False)
         self._shown_step = trainer.global_step
-        if isinstance(pl_module, RolloutModule):
+        if isinstance(pl_module, AlignmentModule):
             pl_module.rollout_progress = self._rollout
         timers = [one for one in trainer.callbacks if isinstance(one, Timer) and one.time_remaining() is not None]  # type: ignore[attr-defined]
         self._run = Progress(

@@ -9,7 +9,7 @@ from latentreward.callbacks.timestep_bands import TimestepBands
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 
-from latentreward.modules.alignment import RolloutModule
+from latentreward.modules.alignment import AlignmentModule
 from latentreward.modules.pairs import PairModule
 
 Charts = Iterable[tuple[str, str, bool]]
@@ -49,7 +49,8 @@ def chart_groups(trainer: Trainer, pl_module: LightningModule) -> dict[str, dict
     def has(kind: type[Callback]) -> bool:
         return any(isinstance(callback, kind) for callback in trainer.callbacks)  # type: ignore[attr-defined]
 
-    pairs, rollouts = isinstance(pl_module, PairModule), isinstance(pl_module, RolloutModule)
+    pairs = isinstance(pl_module, PairModule)
+    rollouts = isinstance(pl_module, AlignmentModule) and pl_module.experience is not None
     bands, steps, watched = has(NoiseBandAccuracy), has(TimestepBands), has(HackingMonitor)
     drift = has(ReferenceDrift)
     groups: dict[str, Charts] = {

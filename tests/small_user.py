@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import LightningDataModule, LightningModule
+from lightning.pytorch import Callback, LightningDataModule, LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 from latentreward.cli import main
 from latentreward.data import PairBatchSampler
 from latentreward.data.loading import ResumableLoader
-from latentreward.modules.optimizers import single_optimizer
+from latentreward.modules.optimizers import OptimizerSteps, single_optimizer
 
 ROWS = 24
 SEEN: list[list[int]] = []
@@ -60,6 +60,20 @@ class SmallUserModule(LightningModule):
 
     def configure_optimizers(self) -> Any:
         return single_optimizer(self.parameters(), self.optimizer, self.lr_scheduler)
+
+
+class SteppedUserModule(SmallUserModule):
+    """The same with the steps, schedules and learning rate finder of this package's modules."""
+
+    lr: float | None = None
+    configured_lr: float | None = None
+
+    def configure_optimizers(self) -> Any:
+        self.configured_lr = self.lr
+        return single_optimizer(self.parameters(), self.optimizer, self.lr_scheduler, lr=self.lr)
+
+    def configure_callbacks(self) -> list[Callback]:
+        return [OptimizerSteps()]
 
 
 class SmallUserData(LightningDataModule):

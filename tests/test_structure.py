@@ -69,3 +69,18 @@ def test_a_format_is_at_most_two_classes_below_the_public_reader(nodes_of_files:
         below |= {name for name, above in bases.items() if below.intersection(above)}
     assert {"RowReader", "HPDv3Reader", "CutReader"} <= below
     assert not [name for name, above in bases.items() if name not in below and below.intersection(above)]
+
+
+def test_a_module_is_at_most_three_classes_below_lightnings(nodes_of_files: dict[Path, list[ast.AST]]) -> None:
+    """A reader of a training step opens the method, its base and the base's base; the rest is functions and parts."""
+    classes = [node for node in chain.from_iterable(nodes_of_files.values()) if isinstance(node, ast.ClassDef)]
+    bases = {node.name: [ast.unparse(base).split("[")[0] for base in node.bases] for node in classes}
+
+    def levels(name: str) -> int:
+        """Count classes of ours from LightningModule down to a class; 0 for a class that is not derived from it."""
+        counts = [0 if base == "LightningModule" else levels(base) or -1 for base in bases.get(name, ())]
+        return max(counts, default=-1) + 1
+
+    found = {name: levels(name) for name in bases}
+    assert found["LRMModule"] == found["SPOModule"] == found["TrajectoryGRPOModule"] == 3
+    assert not {name: count for name, count in found.items() if count > 3}

@@ -7,14 +7,11 @@ import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import LearningRateMonitor
-from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
-from torch.optim import AdamW
 
 from latentreward.commands.fit import check_hooks
 from latentreward.errors import InputError
-from latentreward.modules.based import BasedModule
-from tests.small_user import RUNS, SEEN, SmallUserModule, refusal, run
+from tests.small_user import RUNS, SEEN, SmallUserModule, SteppedUserModule, refusal, run
 
 ONE_CYCLE = ("--model.lr_scheduler=torch.optim.lr_scheduler.OneCycleLR", "--model.lr_scheduler.max_lr=0.01")
 LAST = "--trainer.callbacks+=LastCheckpoint"
@@ -52,17 +49,8 @@ class WithoutWinner(SmallUserModule):
         self.log("val/loss", float("nan"))
 
 
-class Based(BasedModule):
+class Based(SteppedUserModule):
     """A module with schedules of this package, whose metric rises at each validation."""
-
-    def __init__(self, optimizer: OptimizerCallable = AdamW, lr_scheduler: LRSchedulerCallable | None = None) -> None:
-        super().__init__(optimizer, lr_scheduler)
-        self.net, self.seen = SmallUserModule(), 0
-        self.based_on = (self.net, "here")
-        RUNS.append(self)  # type: ignore[arg-type]
-
-    def training_step(self, rows: Tensor, index: int) -> Tensor:
-        return self.net.training_step(rows, index)
 
     def validation_step(self, rows: Tensor, index: int) -> None:
         self.log("val/loss", float(self.global_step))

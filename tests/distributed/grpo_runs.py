@@ -25,7 +25,7 @@ from latentreward.losses import (
     UncertaintyGate,
 )
 from latentreward.modules import AWMModule, DiffusionNFTModule, StepwiseGRPOModule, TrajectoryGRPOModule
-from latentreward.modules.alignment import RolloutModule
+from latentreward.modules.alignment import AlignmentModule
 from latentreward.modules.grpo import GRPOModule
 from latentreward.policies import PolicySource
 from latentreward.policies.moving import DecayRamp
@@ -107,7 +107,7 @@ def redness(prompts: Any, images: list[Image.Image]) -> Tensor:
     return torch.tensor([sum(image.getchannel("R").tobytes()) / 1e4 for image in images])
 
 
-def make_module(method: str, pipeline: str) -> RolloutModule:
+def make_module(method: str, pipeline: str) -> AlignmentModule:
     options: dict[str, Any] = {"sampling": Sampling(3), "seed": 1, "optimizer": partial(SGD, lr=0.05)}
     kind, own = KINDS[method]
     if issubclass(kind, GRPOModule):

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 from latentreward.checkpoints.fsdp2 import FSDP2Strategy
 from latentreward.checkpoints.shards import whole_tensor
 from latentreward.contracts import NoisyStates
-from latentreward.modules.alignment import RewardedModule
+from latentreward.modules.alignment import AlignmentModule
 from latentreward.policies import Policy, load_policy, surrogate
 from latentreward.rewards import RewardSource
 from latentreward.rewards.latent import LatentScorer
@@ -76,7 +76,7 @@ class SharedReward(OwnReward):
         return LatentScorer(model, policy.noise_process, batch_size=1, policy=policy, switch=policy.reference)
 
 
-class Rewarded(RewardedModule):
+class Rewarded(AlignmentModule):
     """A gradient through a reward."""
 
     def training_step(self, batch: Sequence[str], batch_idx: int) -> Tensor:

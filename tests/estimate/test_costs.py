@@ -28,7 +28,7 @@ from latentreward.modules import (
     StepwiseGRPOModule,
     TrajectoryGRPOModule,
 )
-from latentreward.modules.alignment import RolloutModule
+from latentreward.modules.alignment import AlignmentModule
 from latentreward.modules.frozen import stored_parts
 from latentreward.policies import PolicySource
 from latentreward.rewards import LatentReward, PixelReward, RewardSource
@@ -64,7 +64,7 @@ def measured(module: LightningModule, batch: Any) -> tuple[int, int]:
     ready(module)
     count_cpu_attention()
     with FlopCounterMode(display=False) as counter:
-        if isinstance(module, RolloutModule):
+        if isinstance(module, AlignmentModule) and module.experience:
             rows = module.roll_out(prompt_batch(2))
             module.prepare_prompts(list(dict.fromkeys(rows.prompts)))
             batch = take_rows(rows, range(4))

@@ -27,7 +27,7 @@ from latentreward.losses import (
     UncertaintyGate,
 )
 from latentreward.modules import StepwiseGRPOModule, TrajectoryGRPOModule
-from latentreward.modules.alignment import RewardedModule
+from latentreward.modules.alignment import AlignmentModule
 from latentreward.policies import Policy
 from latentreward.rewards import PixelReward, RewardMixture
 from latentreward.rewards.latent import LatentScorer
@@ -140,7 +140,7 @@ def test_finished_latents_that_are_noisier_than_the_last_state_are_warned_of(
     name: str, credit: Credit | None, sigmas: tuple[float, ...], last: float | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     module = trajectory(name, source_of_reward=OwnReward, credit=credit, reward_sigmas=sigmas)
-    monkeypatch.setattr(RewardedModule, "on_fit_start", lambda module: None)  # scores, for which this has no trainer
+    monkeypatch.setattr(AlignmentModule, "on_fit_start", lambda module: None)  # scores, for which this has no trainer
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         module.on_fit_start()

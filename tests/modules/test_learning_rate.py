@@ -6,21 +6,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from latentreward.callbacks import ResumedSettings
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import LearningRateFinder
 from lightning.pytorch.tuner import Tuner
-from torch import Tensor, nn
 from torch.optim import AdamW
 from torch.utils.data import DataLoader
 
 from latentreward.modules import WarmupSchedule
-from latentreward.modules.based import BasedModule
 from tests.marks import rotated_after
 from tests.modules.batches import lrm, pixel_batch
 from tests.modules.lpo_runs import loaders, lpo
-from tests.small_user import RUNS, run
+from tests.small_user import SteppedUserModule, run
 
 GIVEN = 1e-5
 SEARCH = {"min_lr": 1e-4, "max_lr": 1e-2, "early_stop_threshold": None}
@@ -37,19 +34,6 @@ class Rates(Callback):
         self.seen.append(trainer.optimizers[0].param_groups[0]["lr"])
 
 
-class SmallModule(BasedModule):
-    """A line through 24 points."""
-
-    def __init__(self, **options: Any) -> None:
-        super().__init__(**options)
-        self.net, self.table = nn.Linear(2, 1), torch.randn(24, 2, generator=torch.Generator().manual_seed(1))
-        self.based_on = (self, "")
-        RUNS.append(self)  # type: ignore[arg-type]
-
-    def training_step(self, rows: Tensor, index: int) -> Tensor:
-        return (self.net(self.table[rows]) - self.table[rows].sum(1, keepdim=True)).square().mean()
-
-
 def lrm_data() -> dict[str, Any]:
     return {"train_dataloaders": DataLoader([pixel_batch(2)] * 40, batch_size=None)}  # type: ignore[arg-type]
 
@@ -60,7 +44,7 @@ def lrm_data() -> dict[str, Any]:
     ("make", "data"), rotated_after(1, [(lrm, lrm_data), (lpo, lambda: {"datamodule": loaders()})]), ids=["lrm", "lpo"]
 )
 def test_a_found_rate_trains(
-    make: Callable[..., BasedModule], data: Callable[[], dict[str, Any]], as_callback: bool, tmp_path: Path
+    make: Callable[..., LightningModule], data: Callable[[], dict[str, Any]], as_callback: bool, tmp_path: Path
 ) -> None:
     schedule = partial(WarmupSchedule, warmup_steps=2)
     module, rates = make(optimizer=partial(AdamW, lr=GIVEN), lr_scheduler=schedule), Rates()
@@ -80,7 +64,7 @@ def test_a_found_rate_trains_under_the_command_line(tmp_path: Path) -> None:
     module = run(
         "fit",
         tmp_path,
-        "--model=tests.modules.test_learning_rate.SmallModule",
+        "--model=tests.small_user.SteppedUserModule",
         f"--model.optimizer.lr={GIVEN}",
         "--model.lr_scheduler=latentreward.modules.WarmupSchedule",
         "--model.lr_scheduler.warmup_steps=2",
@@ -98,5 +82,5 @@ def test_a_found_rate_trains_under_the_command_line(tmp_path: Path) -> None:
 
 
 def test_without_a_search_the_optimisers_own_rate_trains() -> None:
-    optimizer = SmallModule(optimizer=partial(AdamW, lr=GIVEN)).configure_optimizers()
+    optimizer = SteppedUserModule(optimizer=partial(AdamW, lr=GIVEN)).configure_optimizers()
     assert optimizer.param_groups[0]["lr"] == GIVEN

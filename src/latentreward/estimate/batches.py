@@ -21,7 +21,7 @@ from latentreward.encoders.prompts import PromptEncoder
 from latentreward.errors import InputError, check_multiples
 from latentreward.estimate.shapes import ShapesOnly, is_stand_in
 from latentreward.modules import DiffusionDPOModule, ReFLModule, StepAwarePixelModule
-from latentreward.modules.alignment import RolloutModule
+from latentreward.modules.alignment import AlignmentModule
 from latentreward.modules.reward import RewardModule
 
 
@@ -34,7 +34,7 @@ def make_batch(module: LightningModule, data: Namespace, shapes: ShapesOnly) -> 
         InputError: If the module's class is not supported by ``--estimate``, or the settings have no batch size.
     """
     prompts, images = prompts_and_images(data)
-    if isinstance(module, RolloutModule):
+    if isinstance(module, AlignmentModule) and module.experience:
         return rows_of_rollout(module, data, shapes)
     if isinstance(module, ReFLModule):
         module.stop_range = (module.stop_range[0],) * 2  # the latest stop, which takes the most steps
@@ -49,7 +49,7 @@ def make_batch(module: LightningModule, data: Namespace, shapes: ShapesOnly) -> 
     raise InputError(f"--estimate does not know what batches a {type(module).__name__} takes; it knows our own modules")
 
 
-def rows_of_rollout(module: RolloutModule[Any], data: Namespace, shapes: ShapesOnly) -> Any:
+def rows_of_rollout(module: AlignmentModule, data: Namespace, shapes: ShapesOnly) -> Any:
     """Make a rollout of ``prompts_per_rollout`` prompts, and return a batch of its rows."""
     prompts = prompt_batch(data.init_args.prompts_per_rollout)
     rows: Any = module.roll_out(prompts)

@@ -25,7 +25,7 @@ from latentreward.estimate.batches import make_batch
 from latentreward.estimate.shapes import CPU, SavedTensors, ShapesOnly, gpu_autocast, is_stand_in
 from latentreward.heads import RewardHead
 from latentreward.modules import ReFLModule
-from latentreward.modules.alignment import RolloutModule
+from latentreward.modules.alignment import AlignmentModule
 from latentreward.policies import Policy
 from latentreward.rewards import Reward
 from latentreward.rewards.http import RemoteImageReward, RemoteReward
@@ -248,7 +248,7 @@ def step_costs(module: LightningModule, data: Namespace, accumulated: int = 1, g
         saved=saved.bytes.peak,
         batch_peak=live.peak - packed,
         update_peak=update_peak - packed,
-        rollout_peak=rollout_peak - packed if isinstance(module, RolloutModule) else 0,
+        rollout_peak=rollout_peak - packed if isinstance(module, AlignmentModule) and module.experience else 0,
         forward=forward,
         backward=backward,
         rollout=rollout,

@@ -1,14 +1,14 @@
-from .alignment import AlignmentModule, RewardedModule, RolloutModule
+from .alignment import AlignmentModule
 from .diffusion_dpo import DiffusionDPOModule
 from .dina_lrm import DiNaLRMModule
 from .forward_process import AWMModule, DiffusionNFTModule, ForwardProcessModule
 from .grpo import GRPOModule, StepwiseGRPOModule, TrajectoryGRPOModule, group_statistics
 from .lpo import LPOModule, StepRatios
 from .lrm import LRMModule
+from .optimizers import WarmupSchedule
 from .pairs import ScoredPairs
 from .refl import ReFLModule
 from .reward import RewardModule
-from .schedules import WarmupSchedule
 from .spo import SPOModule
 from .step_aware_pixel import StepAwarePixelModule
 
@@ -24,8 +24,6 @@ __all__ = [
     "LRMModule",
     "ReFLModule",
     "RewardModule",
-    "RewardedModule",
-    "RolloutModule",
     "SPOModule",
     "ScoredPairs",
     "StepAwarePixelModule",

@@ -1,16 +1,20 @@
-"""Base classes of the alignment modules: loading, optimiser, checkpoints and rollouts of a policy; no formula."""
+"""Base class of the alignment modules: loading, optimiser, checkpoints and rollouts of a policy; no formula."""
 
 import math
 import time
-from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import MISSING, asdict, fields
-from typing import Any, Generic, TypeVar
+from typing import Any, Self, TypeVar
 
 import torch
+from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities import rank_zero_warn
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard
+from torch.optim import AdamW
 
 from latentreward.contracts import (
     Conditioning,
@@ -21,14 +25,14 @@ from latentreward.contracts import (
 )
 from latentreward.data.alignment.experience import other_rows, wrong_rows
 from latentreward.errors import InputError
-from latentreward.modules.based import BasedModule, unseen_settings
-from latentreward.modules.reward_sharding import shard_reward
-from latentreward.modules.sharding import shard_policy
+from latentreward.modules.based import FrozenBase, unseen_settings
+from latentreward.modules.optimizers import OptimizerSteps, single_optimizer
+from latentreward.modules.sharding import shard_encoders, shard_policy
 from latentreward.policies import PolicySource
 from latentreward.policies.checkpoint import SOURCE
 from latentreward.promises import place_of
 from latentreward.remote import RemoteError
-from latentreward.rewards import RewardSource
+from latentreward.rewards import Reward, RewardSource
 from latentreward.rewards.http import RemoteReward, alone
 from latentreward.rewards.latent import LatentScorer
 from latentreward.rollout import (
@@ -42,100 +46,139 @@ from latentreward.rollout import (
     telling_steps,
 )
 from latentreward.scoring.apart import evaluating
+from latentreward.seeding import run_seed
 from latentreward.storage.progress import Progress
 
-Experience = TypeVar("Experience", bound=SampledStates)
+Kind = TypeVar("Kind", bound=nn.Module)
 
 
-class AlignmentModule(BasedModule):
-    """Base module that trains a policy's adapter.
+class AlignmentModule(LightningModule):
+    """Base of the modules that train a policy's adapter: by given pairs, by a reward, or by a reward of own rollouts.
 
-    Args:
-        policy: The generator.
-        guidance_scale: Guidance scale in sampling and in training, as the pipeline of the policy's family takes it. SD
-            and SD3: at least 1, which switches guidance off. None takes the family's own: 5 for SD and SD3, none for
-            distilled networks.
-        options: See :class:`~latentreward.modules.based.BasedModule`.
-
-    Attributes:
-        policy: The loaded :class:`~latentreward.policies.Policy`.
-
-    Raises:
-        InputError: If ``guidance_scale`` is out of range for the family, or the policy cannot be loaded.
-    """
-
-    frozen_dtype = "policy.frozen_dtype"
-
-    def __init__(self, policy: PolicySource, guidance_scale: float | None = None, **options: Any) -> None:
-        super().__init__(**options)
-        self.guidance_scale = policy.resolve_family().guidance(guidance_scale)
-        self.policy_source, self.policy = policy, policy.load(self.seed)
-        self.based_on = (self.policy, self.policy.source)
-        self.base_settings = unseen_settings("policy", vars(policy), self.policy.text_encoder)
-
-    def configure_model(self) -> None:
-        """Shard the policy over the ranks under Lightning's ``ModelParallelStrategy`` (FSDP2); see :mod:`.sharding`."""
-        if self.device_mesh is not None:
-            shard_policy(self.policy, self.device_mesh["data_parallel"])
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Save where the policy was loaded from, so that the checkpoint alone is enough to load it again."""
-        super().on_save_checkpoint(checkpoint)
-        checkpoint[SOURCE] = asdict(self.policy_source)
-        checkpoint["base"] = self._base.record(())
-
-    def encode_uncond(self) -> Conditioning | None:
-        """Encode the empty prompt, one row; None without guidance."""
-        return self.policy.encode_uncond() if self.policy.family.needs_uncond(self.guidance_scale) else None
-
-
-class RewardedModule(AlignmentModule):
-    """Base module that trains a policy with a reward for its latents.
+    A method that learns from its own rollouts sets :attr:`experience` and implements :meth:`make_experience`.
+    ``PromptDataModule`` calls :meth:`roll_out` when fewer rows are left than the next optimiser step needs. The rows of
+    all ranks are then split into batches of equal size on every rank.
 
     The latent spaces of policy and reward are compared from their configs, before any weight is loaded.
 
     Args:
-        policy: See :class:`AlignmentModule`.
-        reward: Source of the reward, which scores latents of the policy.
-        options: See :class:`AlignmentModule`.
+        policy: The generator.
+        reward: Source of the reward, which scores latents of the policy; None for a method without a reward.
+        guidance_scale: Guidance scale in sampling and in training, as the pipeline of the policy's family takes it. SD
+            and SD3: at least 1, which switches guidance off. None takes the family's own: 5 for SD and SD3, none for
+            distilled networks.
+        optimizer: Optimiser of the adapter. Vectors and scalars get no weight decay.
+        lr_scheduler: Learning rate schedule, stepped after each optimiser step; None keeps the rate constant.
+        seed: Seed of all random numbers; None takes the run's ``seed_everything``.
 
     Attributes:
+        policy: The loaded :class:`~latentreward.policies.Policy`.
+        reward: The loaded :class:`~latentreward.rewards.Reward`; None without one.
         sampling: Settings of the sampler; a derived class sets its own.
+        lr: Learning rate that replaces the optimiser's own; None keeps the optimiser's. Lightning's learning rate
+            finder sets this attribute.
+        experience: Class of a rollout's rows: a frozen dataclass with :class:`~latentreward.contracts.SampledStates` as
+            its base, whose fields are tensors ``(N, ...)``, tuples of N values, or None. Rows of a checkpoint are made
+            of it. None for a method without rollouts.
+        rollout_statistics: Statistics of the last rollout, for callbacks: of this rank until the first batch of the
+            rollout's rows, of all ranks from then on.
+        prompts_at_once: Prompts of a rollout that are sampled at once; None samples all of them.
+        rollout_progress: Function that makes the display of a rollout of so many steps in so many batches; None shows
+            nothing.
 
     Raises:
-        InputError: If the reward takes latents of another space than the policy makes.
+        InputError: If ``guidance_scale`` is out of range for the family, the policy cannot be loaded, the reward takes
+            latents of another space than the policy makes, or a method with rollouts has no ``experience``.
     """
 
+    reward: Reward
     sampling = Sampling()
+    experience: type[SampledStates] | None = None
+    rollout_statistics: RolloutStatistics | None = None
+    prompts_at_once: int | None = None
+    rollout_progress: Callable[[int, int], Progress] | None = None
 
-    def __init__(self, policy: PolicySource, reward: RewardSource, **options: Any) -> None:
-        reward.require_latents_of(policy)
-        super().__init__(policy, **options)
-        self.reward = reward.load(self.policy)
+    def __init__(
+        self,
+        policy: PolicySource,
+        reward: RewardSource | None = None,
+        guidance_scale: float | None = None,
+        optimizer: OptimizerCallable = AdamW,
+        lr_scheduler: LRSchedulerCallable | None = None,
+        seed: int | None = None,
+    ) -> None:
+        rolls_out = type(self).make_experience is not AlignmentModule.make_experience
+        if rolls_out and not issubclass(self.experience or object, SampledStates):
+            raise InputError(
+                f"{type(self).__name__}: set experience to the class of the rows that make_experience returns, a "
+                "dataclass derived from latentreward.contracts.SampledStates"
+            )
+        if reward is not None:
+            reward.require_latents_of(policy)
+        super().__init__()
+        self.optimizer, self.lr_scheduler, self.seed = optimizer, lr_scheduler, run_seed(seed)
+        self.lr: float | None = None
+        self.configured_lr: float | None = None
+        self.guidance_scale = policy.resolve_family().guidance(guidance_scale)
+        self.policy_source, self.policy = policy, policy.load(self.seed)
+        unseen = unseen_settings("policy", vars(policy), self.policy.text_encoder)
+        self.frozen_base = FrozenBase(self.policy, self.policy.source, unseen, "policy.frozen_dtype")
+        self.reward = None if reward is None else reward.load(self.policy)  # type: ignore[assignment]
+        self._began = self._rollout_seconds = 0.0
+        self._times: dict[str, float] = {}
+        self._part_means: list[float] = []
+        self._rows: dict[str, int] = {}
+        self._encoded: tuple[Conditioning, Conditioning | None] | None = None
+
+    @classmethod
+    def load_from_checkpoint(cls, checkpoint_path: Any, weights_only: bool = True, **kwargs: Any) -> Self:  # type: ignore[override]
+        """Build a module from ``kwargs`` and load a checkpoint's weights; only tensors and plain values are read."""
+        kwargs["_instantiator"] = None  # else Lightning takes the function that the checkpoint names
+        return super().load_from_checkpoint(checkpoint_path, weights_only=weights_only, **kwargs)
 
     def setup(self, stage: str) -> None:
-        """Read the reward's weights, under bf16-mixed in bfloat16; see :meth:`Reward.set_precision`."""
-        if self.trainer.precision == "bf16-mixed":
+        """Read the reward's weights, under bf16-mixed in bfloat16, and check the trainer's precision.
+
+        See :meth:`Reward.set_precision` and :meth:`FrozenBase.prepare`.
+        """
+        if self.trainer.precision == "bf16-mixed" and self.reward is not None:
             self.reward.set_precision(torch.bfloat16)
-        for part in self.reward.modules():
-            if isinstance(part, LatentScorer):
-                part.read_weights()
-        super().setup(stage)
+        for scorer in self._reward_parts(LatentScorer):
+            scorer.read_weights()
+        self.frozen_base.prepare(self)
 
     def configure_model(self) -> None:
         """Under FSDP2, shard the policy, then the reward's blocks and text encoders that are not the policy's."""
-        super().configure_model()
         if self.device_mesh is not None:
-            shard_reward(self.reward, self.device_mesh["data_parallel"])
+            shard_policy(self.policy, self.device_mesh["data_parallel"])
+            if self.reward is not None:
+                shard_reward(self.reward, self.device_mesh["data_parallel"])
+
+    def configure_optimizers(self) -> Any:
+        """Build one optimiser over the adapter, and its schedule, stepped after each optimiser step."""
+        self.configured_lr = self.lr
+        return single_optimizer(self.parameters(), self.optimizer, self.lr_scheduler, lr=self.lr)
+
+    def configure_callbacks(self) -> list[Callback]:
+        """Return the callback that checks and logs optimiser steps."""
+        return [OptimizerSteps()]
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Save where the policy was loaded from, so that the checkpoint alone is enough to load it again."""
+        self.frozen_base.save(self, checkpoint, ())
+        checkpoint[SOURCE] = asdict(self.policy_source)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Check that a checkpoint belongs to this policy's base, and fill in the weights that it leaves out."""
+        self.frozen_base.check(self, checkpoint)
 
     def on_fit_start(self) -> None:
         """Let the reward score random latents at three noise levels, so that a faulty reward fails before training.
 
-        The reward's running statistics are restored afterwards, because a resumed run must find them unchanged. The
-        policy's network is called first: FSDP2 needs one call of the whole network before a reward that shares the
-        network calls its blocks.
+        The reward's running statistics are restored afterwards, because a resumed run must find them unchanged.
         """
-        super().on_fit_start()
+        if self.reward is None:
+            return
         shape = self.sampling.latent_shape(self.policy.family)
         self._compare_sizes(shape)
         noise = torch.randn(3, *shape, generator=torch.Generator().manual_seed(self.seed)).to(self.device)
@@ -143,15 +186,38 @@ class RewardedModule(AlignmentModule):
         timesteps = levels[[0, len(levels) // 2, -1]].to(self.device)
         before = self._changing_buffers()
         with torch.no_grad(), self.compute_precision(), self.failing_together():
+            # FSDP2 needs one call of the whole network before a reward that shares the network calls its blocks.
             self.policy.predict(noise, timesteps, self.policy.encode_prompts([""] * 3))
             encoded = self.reward.encode_prompts([""])
             self.reward(NoisyStates(noise, timesteps, torch.zeros(3, dtype=torch.int64), noise), encoded)
         for buffer, value in before:
             buffer.copy_(value)
 
+    def _compare_sizes(self, shape: tuple[int, ...]) -> None:
+        """Warn if the policy samples latents of a ``shape`` that a latent reward was not trained at."""
+        height, width = (side * self.policy.latent_space.downscale for side in shape[-2:])
+        for scorer in self._reward_parts(LatentScorer):
+            if (sizes := scorer.model.image_sizes) is None:
+                continue
+            loader = sizes.loader(height, width)
+            if sizes.frames != self.sampling.frames:
+                rank_zero_warn(
+                    f"model.reward: trained with frames={sizes.frames}, but the policy samples "
+                    f"frames={self.sampling.frames}; set model.sampling.frames, or train a reward on as many"
+                )
+            if (loader.height, loader.width) != (height, width):
+                rank_zero_warn(
+                    f"model.reward: trained on images of {sizes}, but the policy samples {height}x{width}; set "
+                    "model.sampling.height and width, or train a reward at this size"
+                )
+
+    def _reward_parts(self, kind: type[Kind]) -> list[Kind]:
+        """Return the modules of a class in the reward, itself included."""
+        return [] if self.reward is None else [part for part in self.reward.modules() if isinstance(part, kind)]
+
     def _changing_buffers(self) -> list[tuple[Tensor, Tensor]]:
         """Return the buffers of the reward that scoring changes, each with a copy of its present value."""
-        changing = [part for part in self.reward.modules() if getattr(part, "changes_buffers", False)]
+        changing = [part for part in self._reward_parts(nn.Module) if getattr(part, "changes_buffers", False)]
         return [(buffer, buffer.clone()) for part in changing for buffer in part.buffers(recurse=False)]
 
     @contextmanager
@@ -160,7 +226,7 @@ class RewardedModule(AlignmentModule):
 
         All ranks must ask for scores equally often. A checkpoint saved afterwards is that of before the block.
         """
-        remote = [part for part in self.reward.modules() if isinstance(part, RemoteReward)]
+        remote = self._reward_parts(RemoteReward)
         before = self._changing_buffers() if remote else []
         for part in remote:
             part.agree = self.trainer.strategy.reduce_boolean_decision  # type: ignore[assignment]
@@ -174,74 +240,18 @@ class RewardedModule(AlignmentModule):
             for part in remote:
                 part.agree = alone  # type: ignore[assignment]
 
-    def _compare_sizes(self, shape: tuple[int, ...]) -> None:
-        """Warn if the policy samples latents of a ``shape`` that a latent reward was not trained at."""
-        height, width = (side * self.policy.latent_space.downscale for side in shape[-2:])
-        for part in self.reward.modules():
-            if isinstance(part, LatentScorer) and (sizes := part.model.image_sizes) is not None:
-                loader = sizes.loader(height, width)
-                if sizes.frames != self.sampling.frames:
-                    rank_zero_warn(
-                        f"model.reward: trained with frames={sizes.frames}, but the policy samples "
-                        f"frames={self.sampling.frames}; set model.sampling.frames, or train a reward on as many"
-                    )
-                if (loader.height, loader.width) != (height, width):
-                    rank_zero_warn(
-                        f"model.reward: trained on images of {sizes}, but the policy samples {height}x{width}; set "
-                        "model.sampling.height and width, or train a reward at this size"
-                    )
-
     def compute_precision(self) -> AbstractContextManager[Any]:
         """Return the context of the trainer's precision (autocast), for work outside training steps."""
         return self.trainer.precision_plugin.forward_context()
 
-
-class RolloutModule(RewardedModule, Generic[Experience]):
-    """Base module of a policy that learns from its own rollouts.
-
-    ``PromptDataModule`` calls :meth:`roll_out` when fewer rows are left than the next optimiser step needs. The rows of
-    all ranks are then split into batches of equal size on every rank.
-
-    Attributes:
-        rollout_statistics: Statistics of the last rollout, for callbacks: of this rank until the first batch of the
-            rollout's rows, of all ranks from then on.
-        experience: Class of the rows, which a derived class sets: a frozen dataclass with
-            :class:`~latentreward.contracts.SampledStates` as its base, whose fields are tensors ``(N, ...)``, tuples
-            of N values, or None. Rows of a checkpoint are made of it.
-        prompts_at_once: Prompts of a rollout that are sampled at once; None samples all of them.
-        rollout_progress: Function that makes the display of a rollout of so many steps in so many batches; None shows
-            nothing.
-
-    Raises:
-        InputError: If ``experience`` is not set.
-    """
-
-    rollout_statistics: RolloutStatistics | None = None
-    experience: type[SampledStates]
-    prompts_at_once: int | None = None
-    rollout_progress: Callable[[int, int], Progress] | None = None
-
-    def __init__(self, *args: Any, **options: Any) -> None:
-        if not issubclass(getattr(self, "experience", object), SampledStates):
-            raise InputError(
-                f"{type(self).__name__}: set experience to the class of the rows that make_experience returns, a "
-                "dataclass derived from latentreward.contracts.SampledStates"
-            )
-        super().__init__(*args, **options)
-        self._began = self._rollout_seconds = 0.0
-        self._times: dict[str, float] = {}
-        self._part_means: list[float] = []
-        self._rows: dict[str, int] = {}
-        self._encoded: tuple[Conditioning, Conditioning | None] | None = None
-
-    @abstractmethod
-    def make_experience(self, prompts: PromptBatch) -> Experience | None:
+    def make_experience(self, prompts: PromptBatch) -> SampledStates | None:
         """Roll out this rank's ``prompts`` and return the rows to train on, on the CPU; None if no row is kept.
 
         Implementations also set :attr:`rollout_statistics`, on the CPU. :meth:`roll_out` calls this method on all ranks
         at once with equally many prompts, without gradients, in evaluation mode and in the trainer's precision. Under
         FSDP2 all ranks must call the networks equally often.
         """
+        raise NotImplementedError(f"{type(self).__name__} does not learn from rollouts")
 
     def candidate_steps(self, prompts: PromptBatch) -> Iterator[CandidateStep]:
         """Sample and score candidates, in derived classes that set ``sampler``, ``sampling`` and ``candidates``."""
@@ -249,11 +259,11 @@ class RolloutModule(RewardedModule, Generic[Experience]):
         settings = (self.candidates, self.sampling, self.guidance_scale)
         yield from candidate_steps(self.policy, self.sampler, self.reward, prompts, *settings, draws)
 
-    def transition(self, batch: Experience) -> Transition:
+    def transition(self, batch: Any) -> Transition:
         """Return the distribution of the next latents of a batch, under the adapter that is active now."""
         return self.sampler.transition(batch.latents, self.prediction(batch), batch.timesteps)
 
-    def prediction(self, batch: Experience) -> Tensor:
+    def prediction(self, batch: Any) -> Tensor:
         """Return the guided output of the network for the states of a batch, under the adapter that is active now."""
         conditioning, uncond = self.conditioning(batch.prompts)
         return self.policy.predict_guided(batch.latents, batch.timesteps, conditioning, uncond, self.guidance_scale)
@@ -310,7 +320,7 @@ class RolloutModule(RewardedModule, Generic[Experience]):
             () if statistics is None else zip(statistics.timesteps.tolist(), statistics.gap, strict=True)
         )
 
-    def roll_out(self, prompts: PromptBatch) -> Experience | None:
+    def roll_out(self, prompts: PromptBatch) -> SampledStates | None:
         """Call :meth:`make_experience` in evaluation mode without gradients, with autocast, and measure its time.
 
         Raises:
@@ -338,7 +348,7 @@ class RolloutModule(RewardedModule, Generic[Experience]):
         if found is not None and (problem := wrong_rows(found)):
             kind = type(self)
             raise InputError(
-                f"{kind.__name__}.make_experience returned {kind.experience.__name__} with {problem}"
+                f"{kind.__name__}.make_experience returned {type(found).__name__} with {problem}"
                 f"{place_of(kind.make_experience)}"
             )
         seconds = time.perf_counter() - wall
@@ -369,6 +379,10 @@ class RolloutModule(RewardedModule, Generic[Experience]):
         self._rows = {prompt: row for row, prompt in enumerate(prompts)}
         self._encoded = Conditioning.join(parts), uncond
 
+    def encode_uncond(self) -> Conditioning | None:
+        """Encode the empty prompt, one row; None without guidance."""
+        return self.policy.encode_uncond() if self.policy.family.needs_uncond(self.guidance_scale) else None
+
     def conditioning(self, prompts: Sequence[str]) -> tuple[Conditioning, Conditioning | None]:
         """Return the encoded prompts and, under guidance, the encoded empty prompt, on the module's device."""
         if self._encoded is None or not self._rows.keys() >= set(prompts):
@@ -381,7 +395,7 @@ class RolloutModule(RewardedModule, Generic[Experience]):
         """Start the clock from which the share of time spent in rollouts is computed."""
         self._began, self._rollout_seconds = time.perf_counter(), 0.0
 
-    def on_train_batch_start(self, batch: Experience, batch_idx: int) -> None:
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Log the last rollout: time, speed, share of the run's time in rollouts, scores, mean gap, share of rows kept.
 
         Of a mixture also the mean score of each reward, as it is before normalisation. The progress line shows the mean
@@ -399,3 +413,17 @@ class RolloutModule(RewardedModule, Generic[Experience]):
                 values["samples_per_second"] = statistics.scores.numel() / values["seconds"]
         values |= {f"reward_{number}": mean for number, mean in enumerate(self._part_means, 1)}
         self.log_dict({f"rollout/{name}": value for name, value in values.items()}, batch_size=len(batch))
+
+
+def shard_reward(reward: Reward, mesh: DeviceMesh) -> None:
+    """Shard the large modules that belong to a reward and not to the policy: blocks of networks, and text encoders.
+
+    The reward's other modules are frozen, and stay whole on every rank.
+    """
+    own = set(reward.modules())
+    for scorer in [part for part in own if isinstance(part, LatentScorer)]:
+        backbone = scorer.model.backbone
+        for block in backbone.blocks():
+            if block in own:  # called by itself, it would stay whole without reshard_after_forward
+                fully_shard(block, mesh=mesh, reshard_after_forward=True)
+        shard_encoders(backbone.text_encoder if backbone.text_encoder in own else None, None, mesh)

@@ -87,7 +87,7 @@ class DiffusionDPOModule(AlignmentModule):
             raise InputError(f"beta={beta:g} must be positive and finite; the paper uses 2000 (SD1.5) and 5000 (SDXL)")
         if not eval_timesteps:
             raise InputError("eval_timesteps is empty; name at least one timestep to validate at")
-        super().__init__(policy, **options)
+        super().__init__(policy, None, **options)
         self.beta, self.posterior = beta, posterior
         self.levels = levels or TimestepGrid(0, 999, 1)
         self.loss = BradleyTerryLoss()
@@ -97,14 +97,13 @@ class DiffusionDPOModule(AlignmentModule):
         self.average = None if reference is None else MovingCopy(self.policy, AVERAGE, reference)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Check that the checkpoint has the moving average, if this run has one; see :meth:`BasedModule`."""
+        """Check that the checkpoint has the moving average, if this run has one; see :class:`AlignmentModule`."""
         if self.average is not None:
             self.average.check(checkpoint["state_dict"])
         super().on_load_checkpoint(checkpoint)
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Let the moving average follow the policy, before the policy's own step, as the released code does."""
-        super().on_before_optimizer_step(optimizer)
         if self.average is not None:
             self.average.follow(self.trainer.global_step)
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from latentreward.contracts import PromptBatch, RenoisedSamples, join_rows
 from latentreward.errors import InputError, check_at_least_one
 from latentreward.losses import MatchingLoss, NFTLoss, Penalty, TrustRegion, velocity_divergence
-from latentreward.modules.alignment import RolloutModule
+from latentreward.modules.alignment import AlignmentModule
 from latentreward.modules.grpo import LEAST_ADVANTAGE, group_statistics
 from latentreward.policies import PolicySource
 from latentreward.policies.moving import AVERAGE, OLD, DecayRamp, MovingCopy
@@ -50,7 +50,7 @@ class Renoised(NamedTuple):
     sigmas: Tensor
 
 
-class ForwardProcessModule(RolloutModule[RenoisedSamples]):
+class ForwardProcessModule(AlignmentModule):
     """Base of the modules that learn from finished samples, with a copy of the adapter that samples.
 
     Args:
@@ -154,7 +154,7 @@ class ForwardProcessModule(RolloutModule[RenoisedSamples]):
         self.followed = checkpoint.get(FOLLOWED, 0)
 
     def make_experience(self, prompts: PromptBatch) -> RenoisedSamples | None:
-        """See :meth:`RolloutModule.make_experience`; the copies follow the policy first."""
+        """See :meth:`AlignmentModule.make_experience`; the copies follow the policy first."""
         if self.trainer.global_step != self.followed:  # a rollout that follows an empty one would move them twice
             self.followed = self.trainer.global_step
             for copy in self.copies:

@@ -30,7 +30,7 @@ from latentreward.losses import (
     gaussian_step_kl,
     held_weights,
 )
-from latentreward.modules.alignment import RolloutModule
+from latentreward.modules.alignment import AlignmentModule
 from latentreward.policies import PolicySource
 from latentreward.rewards import RewardSource
 from latentreward.rewards.latent import LatentScorer
@@ -87,7 +87,7 @@ class FinishedScores(NamedTuple):
     levels: Tensor | None = None
 
 
-class GRPOModule(RolloutModule[StepSamples]):
+class GRPOModule(AlignmentModule):
     """Base of both GRPO modules: the training step on sampled steps.
 
     Log-probabilities are means over latent elements, as in Flow-GRPO. All K steps from one state need one evaluation of
@@ -124,7 +124,7 @@ class GRPOModule(RolloutModule[StepSamples]):
         self.trust_region: Sequence[TrustRegion] = ()
 
     def optional_fields(self) -> set[str]:
-        """See :meth:`RolloutModule.optional_fields`."""
+        """See :meth:`AlignmentModule.optional_fields`."""
         return set()
 
     def training_step(self, batch: StepSamples, batch_idx: int) -> Tensor:
@@ -219,7 +219,7 @@ class StepwiseGRPOModule(GRPOModule):
         self.candidates.training_steps(self.sampler)
 
     def make_experience(self, prompts: PromptBatch) -> StepSamples | None:
-        """See :meth:`RolloutModule.make_experience`."""
+        """See :meth:`AlignmentModule.make_experience`."""
         samples, timesteps, scores = [], [], []
         for step in self.candidate_steps(prompts):
             timesteps.append(step.timestep)
@@ -338,13 +338,13 @@ class TrajectoryGRPOModule(GRPOModule):
         self.keeps_means = any(isinstance(rule, RatioRule) for rule in rules)
 
     def optional_fields(self) -> set[str]:
-        """See :meth:`RolloutModule.optional_fields`."""
+        """See :meth:`AlignmentModule.optional_fields`."""
         process = isinstance(self.loss, OutcomeProcessLoss)
         given = {"process": process, "old_mean": self.keeps_means, "held": self.gate is not None}
         return {name for name, there in given.items() if there}
 
     def on_fit_start(self) -> None:
-        """Warn if credit compares noise levels that are too far apart; see :meth:`RewardedModule.on_fit_start`."""
+        """Warn if credit compares noise levels that are too far apart; see :meth:`AlignmentModule.on_fit_start`."""
         super().on_fit_start()
         if self.credit is None or isinstance(self.credit, StateCredit):  # which reads no finished latents
             return
@@ -372,7 +372,7 @@ class TrajectoryGRPOModule(GRPOModule):
             self.gate.restore(checkpoint[GATE])
 
     def make_experience(self, prompts: PromptBatch) -> StepSamples | None:
-        """See :meth:`RolloutModule.make_experience`."""
+        """See :meth:`AlignmentModule.make_experience`."""
         sampler, steps = self._noisy_steps()
         sampled, asked = [], []
         for part in prompts.split(self.prompts_at_once):

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from latentreward.contracts import PromptBatch, RolloutStatistics, StepPairs, join_rows
 from latentreward.losses import StepDPO, StepDPOResult, StepPairLoss
-from latentreward.modules.alignment import RolloutModule
+from latentreward.modules.alignment import AlignmentModule
 from latentreward.policies import PolicySource
 from latentreward.rewards import RewardSource
 from latentreward.rollout import (
@@ -34,7 +34,7 @@ class StepRatios(NamedTuple):
     rejected: Tensor
 
 
-class LPOModule(RolloutModule[StepPairs]):
+class LPOModule(AlignmentModule):
     """Latent Preference Optimisation (arXiv:2502.01051), for any policy and any reward.
 
     A rollout samples K candidates for the next state at each step inside a window of timesteps. The best and the worst
@@ -83,7 +83,7 @@ class LPOModule(RolloutModule[StepPairs]):
         self.sampling, self.candidates = sampling, candidates
 
     def make_experience(self, prompts: PromptBatch) -> StepPairs | None:
-        """See :meth:`RolloutModule.make_experience`; returns the kept pairs of all steps."""
+        """See :meth:`AlignmentModule.make_experience`; returns the kept pairs of all steps."""
         found, seen = [], []
         for step in self.candidate_steps(prompts):
             selected = self.selection.select(step, self.sampler)

@@ -3,10 +3,13 @@
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self
 
 import torch
+from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
+from torch.optim import AdamW
 from torchmetrics import Metric
 
 from latentreward.contracts import Conditioning, PairScores, PreferenceBatch, TensorRecord
@@ -15,10 +18,12 @@ from latentreward.losses import PreferenceLoss, gather_pair_scores
 from latentreward.losses.base import mean_over_outputs
 from latentreward.metrics import MeanMargin, PairCalibration, PairwiseAccuracy
 from latentreward.metrics.pairwise import Equal
-from latentreward.modules.based import BasedModule
+from latentreward.modules.based import FrozenBase
+from latentreward.modules.optimizers import OptimizerSteps, single_optimizer
 from latentreward.modules.pair_noise import PairDraws
 from latentreward.noise import LevelSampler, NoiseProcess
 from latentreward.promises import check_takes, shown
+from latentreward.seeding import run_seed
 
 if TYPE_CHECKING:
     from latentreward.encoders.vae import LatentEncoder
@@ -104,7 +109,7 @@ class LevelMetrics(nn.Module):
         return values
 
 
-class PairModule(BasedModule):
+class PairModule(LightningModule):
     """Base module that trains a scorer of noised images with a preference loss.
 
     In training each pair gets a random noise level. Validation, test and prediction score each pair at every level of
@@ -129,7 +134,13 @@ class PairModule(BasedModule):
             is logged like the built-in metrics, under its class name.
         decay_vectors: Whether vectors and scalars (biases, norms, temperature) get weight decay too, as in the released
             code of LRM and DiNa-LRM.
-        options: See :class:`~latentreward.modules.based.BasedModule`.
+        optimizer: Optimiser of the trainable parameters.
+        lr_scheduler: Learning rate schedule, stepped after each optimiser step; None keeps the rate constant.
+        seed: Seed of all random numbers; None takes the run's ``seed_everything``.
+
+    Attributes:
+        lr: Learning rate that replaces the optimiser's own; None keeps the optimiser's. Lightning's learning rate
+            finder sets this attribute.
 
     Raises:
         InputError: If no evaluation level is given or one is out of range.
@@ -149,10 +160,15 @@ class PairModule(BasedModule):
         equal_scores: Equal = "wrong",
         metrics: Sequence[Metric] = (),
         decay_vectors: bool = False,
-        **options: Any,
+        optimizer: OptimizerCallable = AdamW,
+        lr_scheduler: LRSchedulerCallable | None = None,
+        seed: int | None = None,
     ) -> None:
-        super().__init__(**options)
-        self.based_on = (self, base)
+        super().__init__()
+        self.optimizer, self.lr_scheduler, self.seed = optimizer, lr_scheduler, run_seed(seed)
+        self.lr: float | None = None
+        self.configured_lr: float | None = None
+        self.frozen_base = FrozenBase(self, base, {})
         self.loss, self.levels, self.decay_vectors = loss, levels, decay_vectors
         self.noise_per_image, self.timestep_per_image, self.posterior = noise_per_image, timestep_per_image, posterior
         self.noise_process = process
@@ -202,10 +218,32 @@ class PairModule(BasedModule):
         """Tell whether scores with ``with_cross`` span the batches of all ranks or only this rank's."""
         return True
 
+    @classmethod
+    def load_from_checkpoint(cls, checkpoint_path: Any, weights_only: bool = True, **kwargs: Any) -> Self:  # type: ignore[override]
+        """Build a module from ``kwargs`` and load a checkpoint's weights; only tensors and plain values are read."""
+        kwargs["_instantiator"] = None  # else Lightning takes the function that the checkpoint names
+        return super().load_from_checkpoint(checkpoint_path, weights_only=weights_only, **kwargs)
+
+    def setup(self, stage: str) -> None:
+        """Check the trainer's precision, and share frozen weights; see :meth:`FrozenBase.prepare`."""
+        self.frozen_base.prepare(self)
+
+    def configure_optimizers(self) -> Any:
+        """Build one optimiser over the trainable parameters, and its schedule, stepped after each optimiser step."""
+        self.configured_lr = self.lr
+        return single_optimizer(self.parameters(), self.optimizer, self.lr_scheduler, self.decay_vectors, self.lr)
+
+    def configure_callbacks(self) -> list[Callback]:
+        """Return the callback that checks and logs optimiser steps."""
+        return [OptimizerSteps()]
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Save which base model the checkpoint's weights belong to, as far as frozen weights are left out."""
-        super().on_save_checkpoint(checkpoint)
-        checkpoint["base"] = self._base.record(checkpoint["state_dict"])
+        self.frozen_base.save(self, checkpoint, checkpoint["state_dict"])
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Check that a checkpoint belongs to this base, and fill in the weights that it leaves out."""
+        self.frozen_base.check(self, checkpoint)
 
     def summed(self, rewards: Tensor) -> Tensor:
         """Return rewards of which two axes are added up, as metrics and callbacks take them; others as they are."""

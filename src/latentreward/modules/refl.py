@@ -9,7 +9,7 @@ from torch import Tensor
 from latentreward.contracts import PreferenceBatch, PromptBatch
 from latentreward.errors import InputError
 from latentreward.losses import RewardLoss, denoising_error, prediction_drift
-from latentreward.modules.alignment import RewardedModule
+from latentreward.modules.alignment import AlignmentModule
 from latentreward.modules.images import latents_of
 from latentreward.modules.pair_noise import PairDraws
 from latentreward.noise import TimestepGrid
@@ -41,7 +41,7 @@ class LateSample(NamedTuple):
     step: int
 
 
-class ReFLModule(RewardedModule):
+class ReFLModule(AlignmentModule):
     r"""ReFL for latents: the graph covers the last sampling steps only, and a latent reward needs no VAE.
 
     For each batch of prompts the sampler stops at a random late step. The reward scores the finished latents that are

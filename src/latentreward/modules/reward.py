@@ -70,7 +70,7 @@ class RewardModule(PairModule):
         super().__init__(backbone.noise_process, backbone.source, loss, levels, **options)
         self.model = RewardModel(backbone, head(backbone.feature_spec))
         built = {} if backbone.built_by is None else backbone.built_by.init_args
-        self.base_settings = unseen_settings("backbone", built, backbone.text_encoder)
+        self.frozen_base.settings = unseen_settings("backbone", built, backbone.text_encoder)
         self._trained_sizes: ImageSizes | None = None
         if backbone.feature_spec.output is not None and not self.model.head.reads_output:
             name = type(self.model.head).__name__
@@ -96,7 +96,6 @@ class RewardModule(PairModule):
 
     def on_fit_start(self) -> None:
         """Warn if scores are by default computed at noise levels that the training does not draw."""
-        super().on_fit_start()
         process, generator = self.noise_process, torch.Generator().manual_seed(0)
         drawn = process.sigma(torch.cat([self.levels.draw(generator, process) for _ in range(64)]))
         scored = process.sigma(timesteps_of(self.model.noise, process))

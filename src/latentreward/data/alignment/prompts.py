@@ -158,7 +158,7 @@ class PromptLoaders(LightningDataModule):
             "seed": self.seed,
             **shares,
         }
-        if not hasattr(learner, "roll_out"):
+        if getattr(learner, "experience", None) is None:
             prompts = PromptSampler(**settings)
             return ResumableLoader(order, prompts, collate_fn=as_is)
         experience = ExperienceSampler(
