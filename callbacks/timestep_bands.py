@@ -9,7 +9,7 @@ from torch import Tensor
 
 from latentreward.contracts import RolloutStatistics
 from latentreward.errors import InputError
-from latentreward.losses.gather import gather_with_grad
+from latentreward.losses.base import gather_with_grad
 from latentreward.modules.lpo import StepRatios
 
 

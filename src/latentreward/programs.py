@@ -10,6 +10,7 @@ import site
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from importlib import import_module
 from importlib.machinery import PathFinder
 from importlib.util import find_spec
@@ -37,6 +38,7 @@ _INSTALLED: list[str] = []
 """Folders, with a slash at the end, whose code the classes that settings name may load."""
 
 
+@cache
 def of_this_package(path: str | None) -> bool:
     """Tell whether an import path, such as ``latentreward.heads.DRMHead``, or a module's name is of this package."""
     return str(path).startswith("latentreward.")

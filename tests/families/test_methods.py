@@ -26,7 +26,7 @@ from latentreward.modules import (
     TrajectoryGRPOModule,
 )
 from latentreward.modules.alignment import AlignmentModule
-from latentreward.modules.pair_noise import PairDraws
+from latentreward.modules.pairs import PairDraws
 from latentreward.policies import Policy, PolicySource
 from latentreward.rewards import Reward, RewardSource
 from latentreward.rollout import Branching, QuantileThreshold, Sampling

@@ -13,7 +13,7 @@ from latentreward.backbones import LoRA, create_backbone
 from latentreward.checkpoints.fsdp2 import FSDP2Strategy
 from latentreward.contracts import NoisyStates
 from latentreward.heads import GatedQFormerHead
-from latentreward.modules.reward_sharding import shard_reward
+from latentreward.modules.alignment import shard_reward
 from latentreward.modules.sharding import shard_policy
 from latentreward.policies import load_policy
 from latentreward.rewards import LatentReward

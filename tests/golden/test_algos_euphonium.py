@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from latentreward.losses import OutcomeProcessLoss, gaussian_step_kl
-from latentreward.noise.predictions import predicted_clean
+from latentreward.noise.base import predicted_clean
 from latentreward.rollout import GroupAdvantage, RewardGuidance, Transition
 from tests.golden.catalogue import Case, Tensors, cases
 from tests.golden.closeness import assert_within

@@ -111,7 +111,7 @@ MODULES = {"lrm": lrm, "dina": dina}
 
 def scores_of(module: PairModule, batch: PreferenceBatch, epoch: int = 0) -> Any:
     """What a training step scores, before the loss."""
-    from latentreward.modules.pair_noise import PairDraws
+    from latentreward.modules.pairs import PairDraws
 
     draws = PairDraws(batch, module.seed, epoch)
     timesteps = draws.timesteps(module.levels, module.noise_process, module.timestep_per_image)

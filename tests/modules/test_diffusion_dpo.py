@@ -15,7 +15,7 @@ from latentreward.data.collate import collate_pairs
 from latentreward.data.dataset import LoadedPair
 from latentreward.errors import InputError
 from latentreward.modules.diffusion_dpo import DiffusionDPOModule
-from latentreward.modules.pair_noise import PairDraws
+from latentreward.modules.pairs import PairDraws
 from latentreward.noise import ConstantSigma
 from tests.marks import rotated_after
 from tests.modules.batches import latent_batch, loaded_pairs, pixel_batch, rows

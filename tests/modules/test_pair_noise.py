@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from latentreward.contracts import PreferenceBatch
-from latentreward.modules.pair_noise import PairDraws
+from latentreward.modules.pairs import PairDraws
 from latentreward.noise import FlowMatching, TimestepGrid, UniformSigma
 from tests.modules.batches import exchanged, pixel_batch, rows
 

@@ -24,7 +24,7 @@ from latentreward.modules.refl import ReFLModule
 from latentreward.policies import PolicySource
 from latentreward.rewards import CallableReward, LatentReward, PixelReward, RewardMixture, RewardSource
 from latentreward.rollout import Sampling
-from latentreward.rollout.rollout_noise import RolloutDraws
+from latentreward.rollout.prompted import RolloutDraws
 from tests.marks import rotated_after
 from tests.modules.batches import loaded_pairs
 from tests.modules.lpo_runs import make_trainer

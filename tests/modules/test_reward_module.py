@@ -24,7 +24,7 @@ from latentreward.losses import (
     ThurstoneLoss,
 )
 from latentreward.modules import RewardModule, ScoredPairs, WarmupSchedule
-from latentreward.modules.pair_noise import PairDraws
+from latentreward.modules.pairs import PairDraws
 from latentreward.noise import ConstantSigma, UniformSigma
 from tests.marks import rotated_after
 from tests.modules.batches import (

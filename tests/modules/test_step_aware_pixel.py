@@ -17,7 +17,7 @@ from latentreward.data.collate import collate_pairs
 from latentreward.errors import InputError
 from latentreward.losses import LRMLoss
 from latentreward.modules import ScoredPairs, StepAwarePixelModule
-from latentreward.modules.pair_noise import PairDraws
+from latentreward.modules.pairs import PairDraws
 from latentreward.scorers import StepAwareScorer
 from tests.marks import rotated_after
 from tests.modules.batches import exchanged, latent_batch, loaded_pairs, pixel_batch, rows, scores_of

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from latentreward.errors import InputError
-from latentreward.noise.predictions import ancestral_variance, predicted_clean
+from latentreward.noise.base import ancestral_variance, predicted_clean
 from latentreward.rollout import Transition
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ class Levels:
 
         The network's prediction is recovered from the states ``(B, C, ...)`` before and after a first-order
         deterministic step: x = a x̂_0 + s ε̂ and x' = a' x̂_0 + s' ε̂ are two equations for x̂_0 and ε̂. The noise has
-        the variance of :func:`~latentreward.noise.predictions.ancestral_variance` for ``eta`` in [0, 1], as in DDIM.
+        the variance of :func:`~latentreward.noise.base.ancestral_variance` for ``eta`` in [0, 1], as in DDIM.
         """
         determinant = self.signal * self.next_noise - self.next_signal * self.noise
         level, following = (self.signal**2, self.noise**2), (self.next_signal**2, self.next_noise**2)

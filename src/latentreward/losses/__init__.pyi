@@ -1,8 +1,7 @@
-from .base import PreferenceLoss, weighted_mean
+from .base import PreferenceLoss, gather_pair_scores, gather_with_grad, weighted_mean
 from .bradley_terry import BradleyTerryLoss, bradley_terry_nll
 from .clipped_policy import ClippedPolicyLoss, ClippedPolicyResult, gaussian_step_kl, held_weights
 from .diffusion_dpo import denoising_error, implicit_rewards
-from .gather import gather_pair_scores, gather_with_grad
 from .linear_dpo import LinearDPO, LinearDPOResult
 from .lrm import LRMLoss, lrm_batch_loss, lrm_pair_loss
 from .matching import MatchingLoss, MatchingResult, velocity_divergence

@@ -16,7 +16,12 @@ import torch
 from torch import Tensor
 
 from latentreward.errors import InputError
-from latentreward.losses.base import SetLoss, wide
+from latentreward.losses.base import SetLoss
+
+
+def wide(values: Tensor) -> Tensor:
+    """Return ``values`` in float64, on the CPU if their device has no such type."""
+    return (values.cpu() if values.device.type == "mps" else values).double()
 
 
 def gaussian_step_kl(mean: Tensor, ref_mean: Tensor, spread: Tensor) -> Tensor:

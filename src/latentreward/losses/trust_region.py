@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from latentreward.errors import InputError
-from latentreward.losses.base import wide
-from latentreward.losses.clipped_policy import clipped_objective
+from latentreward.losses.clipped_policy import clipped_objective, wide
 from latentreward.promises import Part, detached, returns, shown, tensor, wrong_tensor
 
 

@@ -21,9 +21,7 @@ from latentreward.losses import (
 )
 from latentreward.metrics import MeanMargin, PairwiseAccuracy
 from latentreward.modules.alignment import AlignmentModule
-from latentreward.modules.images import Posterior, latents_of
-from latentreward.modules.pair_noise import PairDraws
-from latentreward.modules.pairs import snap_timesteps
+from latentreward.modules.pairs import PairDraws, Posterior, latents_of, snap_timesteps
 from latentreward.noise import LevelSampler, TimestepGrid
 from latentreward.policies import PolicySource
 from latentreward.policies.moving import AVERAGE, DecayRamp, MovingCopy

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self
 import torch
 from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 from torch.optim import AdamW
 from torchmetrics import Metric
 
+from latentreward.backbones.base import DiffusionBackbone
 from latentreward.contracts import Conditioning, PairScores, PreferenceBatch, TensorRecord
 from latentreward.errors import InputError, errors_at
 from latentreward.losses import PreferenceLoss, gather_pair_scores
@@ -20,13 +21,95 @@ from latentreward.metrics import MeanMargin, PairCalibration, PairwiseAccuracy
 from latentreward.metrics.pairwise import Equal
 from latentreward.modules.based import FrozenBase
 from latentreward.modules.optimizers import OptimizerSteps, single_optimizer
-from latentreward.modules.pair_noise import PairDraws
 from latentreward.noise import LevelSampler, NoiseProcess
 from latentreward.promises import check_takes, shown
-from latentreward.seeding import run_seed
+from latentreward.seeding import pair_generator, run_seed
 
 if TYPE_CHECKING:
     from latentreward.encoders.vae import LatentEncoder
+    from latentreward.policies import Policy
+
+Posterior = Literal["sample", "mode"]
+Side = Literal["chosen", "rejected"]
+
+
+class PairDraws:
+    """Random numbers for a batch of pairs that depend only on seed, epoch, purpose, pair and, if asked for, image.
+
+    Results therefore depend neither on the number of processes or workers nor on where a run was resumed.
+
+    Args:
+        batch: The pairs.
+        seed: Seed of the run.
+        epoch: Epoch number; validation uses 0.
+    """
+
+    def __init__(self, batch: PreferenceBatch, seed: int, epoch: int) -> None:
+        self.batch, self.seed, self.epoch = batch, seed, epoch
+
+    def _generators(self, purpose: str, keys: Sequence[str | None] | None) -> list[Generator]:
+        if keys is None:
+            keys = [None] * len(self.batch)
+        return [
+            pair_generator(self.seed, purpose, self.epoch, pair_id, key)
+            for pair_id, key in zip(self.batch.pair_ids, keys, strict=True)
+        ]
+
+    def _sides(self, per_image: bool) -> list[Sequence[str] | None]:
+        return [self.batch.chosen_keys, self.batch.rejected_keys] if per_image else [None]
+
+    def normal(self, purpose: str, shape: Sequence[int], per_image: bool) -> Tensor:
+        """Draw standard normal numbers ``(2B, *shape)`` on the CPU, chosen images first.
+
+        Numbers for different purposes are independent. With ``per_image`` the two images of a pair get different ones.
+        """
+        sides = [
+            torch.stack([torch.randn(*shape, generator=generator) for generator in self._generators(purpose, keys)])
+            for keys in self._sides(per_image)
+        ]
+        return torch.cat([sides[0], sides[-1]])
+
+    def timesteps(self, sampler: LevelSampler, process: NoiseProcess, per_image: bool) -> Tensor:
+        """Draw timesteps ``(2B,)`` on the CPU, chosen images first; ``per_image`` as in :meth:`normal`."""
+        sides = [
+            torch.cat([sampler.draw(generator, process) for generator in self._generators("timestep", keys)])
+            for keys in self._sides(per_image)
+        ]
+        return torch.cat([sides[0], sides[-1]])
+
+
+def latents_of(
+    network: "Policy | DiffusionBackbone",
+    batch: PreferenceBatch,
+    draws: PairDraws,
+    posterior: Posterior,
+    sides: Sequence[Side] = ("chosen", "rejected"),
+) -> Tensor:
+    """Return the latents of ``sides`` of a batch, one side after the other: ``(len(sides) · B, C, ...)`` float32.
+
+    The VAE of ``network`` encodes pixels, to a sample of its posterior or to the mode.
+
+    Raises:
+        InputError: If the batch holds latents of another space than the network's, or pixels without a VAE.
+    """
+    # In float32 before `cat`, which raises for float16 under bfloat16 autocast on a CPU.
+    images = torch.cat([getattr(batch, side).float() for side in sides])
+    kind = "backbone" if isinstance(network, DiffusionBackbone) else "policy"
+    if batch.latent_space is not None:
+        if batch.latent_space != network.latent_space:
+            raise InputError(
+                f"the data holds latents of the space [{batch.latent_space}], but the {kind} takes "
+                f"[{network.latent_space}]; encode the images with the {kind}'s own VAE"
+            )
+        return images
+    if network.vae is None:
+        raise InputError(f"the data holds pixels, but this {kind} has no VAE; load a full pipeline folder")
+    noise = None
+    if posterior == "sample":
+        both = draws.normal("posterior", network.vae.latent_shape(images), per_image=True)
+        chosen, rejected = both.chunk(2)
+        noise = torch.cat([{"chosen": chosen, "rejected": rejected}[side] for side in sides]).to(images.device)
+    return network.vae.encode(images, noise)
 
 
 class ScoredPairs(NamedTuple):
@@ -154,7 +237,7 @@ class PairModule(LightningModule):
         levels: LevelSampler,
         noise_per_image: bool = False,
         timestep_per_image: bool = False,
-        posterior: Literal["sample", "mode"] = "sample",
+        posterior: Posterior = "sample",
         eval_timesteps: Sequence[float] = (),
         eval_sigmas: Sequence[float] = (),
         equal_scores: Equal = "wrong",

@@ -10,15 +10,13 @@ from latentreward.contracts import PreferenceBatch, PromptBatch
 from latentreward.errors import InputError
 from latentreward.losses import RewardLoss, denoising_error, prediction_drift
 from latentreward.modules.alignment import AlignmentModule
-from latentreward.modules.images import latents_of
-from latentreward.modules.pair_noise import PairDraws
+from latentreward.modules.pairs import PairDraws, latents_of
 from latentreward.noise import TimestepGrid
 from latentreward.policies import PolicySource
 from latentreward.policies.surrogate_gradient import gradient_carrier, surrogate
 from latentreward.rewards import RewardSource
 from latentreward.rollout import Sampling, check_sigmas, score_finished, score_states
-from latentreward.rollout.prompted import PromptedPolicy
-from latentreward.rollout.rollout_noise import RolloutDraws
+from latentreward.rollout.prompted import PromptedPolicy, RolloutDraws
 from latentreward.scoring.apart import evaluating
 from latentreward.seeding import pair_generator
 

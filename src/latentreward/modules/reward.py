@@ -19,9 +19,7 @@ from latentreward.errors import InputError
 from latentreward.heads import EmbeddingHead, RewardHead
 from latentreward.losses import PreferenceLoss, gather_with_grad
 from latentreward.modules.based import unseen_settings
-from latentreward.modules.images import latents_of
-from latentreward.modules.pair_noise import PairDraws
-from latentreward.modules.pairs import EncodedPairs, PairModule, check_sigmas
+from latentreward.modules.pairs import EncodedPairs, PairDraws, PairModule, check_sigmas, latents_of
 from latentreward.modules.sharding import shard
 from latentreward.noise import LevelSampler
 from latentreward.scoring import RewardModel

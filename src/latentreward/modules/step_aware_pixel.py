@@ -9,9 +9,7 @@ from torch import Tensor
 from latentreward.contracts import CrossScores, PairScores, PreferenceBatch
 from latentreward.errors import InputError, check_at_least_one
 from latentreward.losses import LRMLoss, PreferenceLoss, gather_with_grad
-from latentreward.modules.images import latents_of
-from latentreward.modules.pair_noise import PairDraws
-from latentreward.modules.pairs import EncodedPairs, PairModule
+from latentreward.modules.pairs import EncodedPairs, PairDraws, PairModule, latents_of
 from latentreward.noise import LevelSampler, TimestepGrid
 from latentreward.policies import PolicySource
 from latentreward.scorers.clip import PICKSCORE

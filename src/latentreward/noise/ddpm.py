@@ -7,8 +7,7 @@ import torch
 from torch import Tensor
 
 from latentreward.errors import InputError
-from latentreward.noise.base import NoiseProcess, per_sample
-from latentreward.noise.predictions import predicted_clean
+from latentreward.noise.base import NoiseProcess, per_sample, predicted_clean
 from latentreward.noise.schedules import make_scheduler
 
 

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from latentreward.errors import InputError
-from latentreward.policies.adapters import add_frozen_adapter
-from latentreward.policies.policy import POLICY, Policy
+from latentreward.policies.policy import POLICY, Policy, add_frozen_adapter
 
 OLD, AVERAGE = "old", "average"
 """Names of copies: of the policy that samples, and of a moving average."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from latentreward.checkpoints.base_weights import is_quantized, without_adapters
-from latentreward.policies.adapters import add_frozen_adapter
+from latentreward.policies.policy import add_frozen_adapter
 
 if TYPE_CHECKING:
     from latentreward.policies import Policy

@@ -1,10 +1,7 @@
 from .advantages import GDPO, Advantage, DiversityAdvantage, GroupAdvantage, group_advantages, tracked_advantages
-from .base import StepSampler, telling_steps
 from .candidates import Branching, CandidateStep, candidate_steps
 from .credit import Credit, GainCredit, StateCredit, TurningPointCredit
-from .ddim import DDIMSampler
 from .finished import begin_finished, check_sigmas, rows_of, score_finished, score_states
-from .flow_sde import FlowSDESampler
 from .pair_selection import (
     FixedThreshold,
     LinearThreshold,
@@ -18,7 +15,7 @@ from .pair_selection import (
     gap_quantiles,
     step_pairs,
 )
-from .prompted import PromptedPolicy
+from .prompted import PromptedPolicy, RolloutDraws
 from .reward_guidance import (
     GuidedSampler,
     GuidedTransition,
@@ -27,11 +24,10 @@ from .reward_guidance import (
     reward_gradient,
     sample_guided,
 )
-from .rollout_noise import RolloutDraws
+from .samplers import DDIMSampler, FlowSDESampler, StepSampler, Transition, telling_steps
 from .settings import Sampling
 from .step_choice import RandomSteps, StepChoice, StratifiedSteps
 from .trajectories import Trajectories, sample_latents, sample_trajectories
-from .transition import Transition
 from .window import MovingWindow, RandomWindow, Window, WindowedSampler
 
 __all__ = [

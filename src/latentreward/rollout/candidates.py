@@ -13,10 +13,9 @@ from latentreward.contracts import PromptBatch
 from latentreward.errors import InputError
 from latentreward.policies import Policy
 from latentreward.rewards.base import Reward
-from latentreward.rollout.base import TIMESTEP_TOLERANCE, StepSampler
 from latentreward.rollout.finished import score_states
-from latentreward.rollout.prompted import PromptedPolicy
-from latentreward.rollout.rollout_noise import RolloutDraws
+from latentreward.rollout.prompted import PromptedPolicy, RolloutDraws
+from latentreward.rollout.samplers import TIMESTEP_TOLERANCE, StepSampler
 from latentreward.rollout.settings import Sampling
 
 

@@ -9,10 +9,10 @@ from torch import Tensor
 
 from latentreward.contracts import PromptBatch, StepPairs
 from latentreward.errors import InputError
-from latentreward.losses.gather import gather_with_grad
+from latentreward.losses.base import gather_with_grad
 from latentreward.promises import Part, of_class, returns, shown, tensor
-from latentreward.rollout.base import StepSampler
 from latentreward.rollout.candidates import CandidateStep
+from latentreward.rollout.samplers import StepSampler
 
 SHOWN_TIMESTEPS = 5
 """Number of timesteps that a message shows, spread evenly over all timesteps of a rollout."""

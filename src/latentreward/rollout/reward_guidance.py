@@ -14,10 +14,9 @@ from latentreward.errors import InputError
 from latentreward.noise.base import per_sample
 from latentreward.policies import Policy
 from latentreward.rewards.base import Reward
-from latentreward.rollout.base import TIMESTEP_TOLERANCE, StepSampler
+from latentreward.rollout.samplers import TIMESTEP_TOLERANCE, StepSampler, Transition
 from latentreward.rollout.settings import Sampling
 from latentreward.rollout.trajectories import sample_trajectories
-from latentreward.rollout.transition import Transition
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,9 +7,7 @@ import torch
 
 from latentreward.errors import InputError
 from latentreward.families import Family
-from latentreward.rollout.base import StepSampler
-from latentreward.rollout.ddim import DDIMSampler
-from latentreward.rollout.flow_sde import FlowNoise, FlowSDESampler, check_noise_level
+from latentreward.rollout.samplers import DDIMSampler, FlowNoise, FlowSDESampler, StepSampler, check_noise_level
 
 ROLLOUT_NOISE: dict[FlowNoise, float] = {"flow": 0.7, "dance": 0.3, "cps": 0.8}
 """Noise of a flow's step in rollouts, as Flow-GRPO, DanceGRPO and Flow-GRPO's CPS configurations set it."""

@@ -11,9 +11,8 @@ from torch import Tensor
 
 from latentreward.contracts import PromptBatch
 from latentreward.policies import Policy
-from latentreward.rollout.base import StepSampler
-from latentreward.rollout.prompted import PromptedPolicy
-from latentreward.rollout.rollout_noise import RolloutDraws
+from latentreward.rollout.prompted import PromptedPolicy, RolloutDraws
+from latentreward.rollout.samplers import StepSampler
 from latentreward.rollout.settings import Sampling
 
 

@@ -8,8 +8,7 @@ from torch import Tensor
 from latentreward.errors import InputError
 from latentreward.noise.base import per_sample
 from latentreward.promises import Part, check_needs, returns, shown
-from latentreward.rollout.base import StepSampler
-from latentreward.rollout.transition import Transition
+from latentreward.rollout.samplers import StepSampler, Transition
 
 
 def _wrong_start(found: int, window: "Window", steps: int, *given: object) -> str | None:
