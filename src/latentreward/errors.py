@@ -43,6 +43,13 @@ def errors_at(place: str) -> Iterator[None]:
         raise InputError(f"{place}{error}") from error
 
 
+def refuse(*problems: tuple[object, str]) -> None:
+    """Raise InputError with the message of the first problem that is there: (whether it is there, message)."""
+    for there, message in problems:
+        if there:
+            raise InputError(message)
+
+
 def check_at_least_one(place: str = "", /, **settings: float | None) -> None:
     """Raise InputError for the first setting below 1; None is accepted.
 

@@ -37,9 +37,11 @@ from .trust_region import (
     Penalty,
     RankGate,
     RatioRule,
+    RuleContext,
     StepDrift,
     TrustRegion,
     UncertaintyGate,
+    check_rules,
 )
 
 __all__ = [
@@ -67,6 +69,7 @@ __all__ = [
     "RatioRule",
     "RegressionDistillation",
     "RewardLoss",
+    "RuleContext",
     "StepDPO",
     "StepDPOResult",
     "StepDrift",
@@ -78,6 +81,7 @@ __all__ = [
     "UncertaintyGate",
     "bhattacharyya_fidelity",
     "bradley_terry_nll",
+    "check_rules",
     "clamped_log_ratio",
     "comparison_std",
     "denoising_error",

@@ -97,9 +97,14 @@ class ClippedPolicyLoss(SetLoss):
             the step, s√Δ (the paper); its ``spread`` s (recommended by the authors, with ``kl_weight`` ten times as
             large); or ``none``. The KL divergence is then that of a Gaussian of the same w.
 
+    Attributes:
+        takes_process: Whether :meth:`forward` takes the advantage of the step beside that of the finished sample.
+
     Raises:
         InputError: If an argument is out of range.
     """
+
+    takes_process = False
 
     def __init__(
         self,

@@ -29,6 +29,8 @@ class OutcomeProcessLoss(ClippedPolicyLoss):
         InputError: If an argument is out of range, or both weights are 0.
     """
 
+    takes_process = True
+
     def __init__(
         self,
         clip_range: float = 1e-4,

@@ -4,15 +4,44 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
-from latentreward.errors import InputError
+from latentreward.errors import InputError, refuse
 from latentreward.losses.clipped_policy import clipped_objective, wide
 from latentreward.promises import Part, detached, returns, shown, tensor, wrong_tensor
+
+Taken = Literal["rewards", "levels", "parts"]
+"""Values of a rollout's samples that a gate may take; see :class:`KLGate`."""
+
+
+@dataclass(frozen=True)
+class RuleContext:
+    """What a trust region is used with, known before anything is loaded.
+
+    Attributes:
+        num_samples: Samples K per prompt.
+        reward: Name of the reward's class, for messages.
+        num_rewards: Number of rewards in it: above 1 for a mixture.
+        uses_sigmas: Whether it scores finished latents at noise levels.
+        num_levels: Number of different noise levels at which it is to score them.
+        kl_weight: Weight of the loss's KL term.
+        takes_process: Whether the loss takes two advantages of a step.
+        gaussian: Whether log-probabilities of steps are those of Gaussians.
+    """
+
+    num_samples: int
+    reward: str
+    num_rewards: int
+    uses_sigmas: bool
+    num_levels: int
+    kl_weight: float
+    takes_process: bool
+    gaussian: bool
 
 
 class TrustRegion(Part):
@@ -29,6 +58,12 @@ class TrustRegion(Part):
     @abstractmethod
     def kind(self) -> str:  # abstract, so that the base class alone is refused
         """What the rule changes."""
+
+    def check(self, context: RuleContext) -> None:
+        """Raise InputError if the rule does not go with what it is used with; called before anything is loaded."""
+        if context.takes_process:
+            name = type(self).__name__
+            raise InputError(f"trust_region: {name} has no form for loss OutcomeProcessLoss; use ClippedPolicyLoss")
 
 
 @dataclass(frozen=True)
@@ -119,6 +154,15 @@ class GRPOGuard(RatioRule):
     def __init__(self, per_step: bool = False) -> None:
         self.per_step = per_step
 
+    def check(self, context: RuleContext) -> None:
+        """See :meth:`TrustRegion.check`."""
+        super().check(context)
+        if not context.gaussian:
+            raise InputError(
+                "trust_region: GRPOGuard corrects Gaussian log-probabilities, which sampling.flow_noise=cps does not "
+                "have; use flow or dance"
+            )
+
     def objective(
         self, log_ratio: Tensor, advantage: Tensor, clip_range: float, drift: StepDrift
     ) -> tuple[Tensor, Tensor, Tensor]:
@@ -170,6 +214,9 @@ class Penalty(TrustRegion):
     """Rule that adds a term to the loss."""
 
     kind = "penalty"
+
+    def check(self, context: RuleContext) -> None:
+        """Accept everything: a term goes with any loss and reward."""
 
     @abstractmethod
     @returns(lambda found, rule, prediction, reference: wrong_tensor(found, ()) or detached(found, prediction))
@@ -224,7 +271,35 @@ class KLGate(TrustRegion):
     """
 
     kind = "gate"
-    takes: Literal["rewards", "levels", "parts"] = "rewards"
+    takes: Taken = "rewards"
+
+    def check(self, context: RuleContext) -> None:
+        """See :meth:`TrustRegion.check`: the loss has a KL term, and the reward gives what the gate takes."""
+        super().check(context)
+        name, levels = type(self).__name__, self.takes == "levels"
+        refuse(
+            (
+                context.kl_weight == 0,
+                f"trust_region: {name} chooses where the KL term acts; set loss.kl_weight above 0",
+            ),
+            (
+                self.takes not in get_args(Taken),
+                f"trust_region: {name}.takes is {self.takes!r}; it must be rewards, levels or parts",
+            ),
+            (
+                levels and context.num_levels < 2,
+                f"trust_region: {name} compares noise levels; give reward_sigmas two or more",
+            ),
+            (
+                levels and not context.uses_sigmas,
+                f"trust_region: {name} compares noise levels, and {context.reward} does not score at levels; take a "
+                "LatentReward",
+            ),
+            (
+                self.takes == "parts" and context.num_rewards < 2,
+                f"trust_region: {name} compares rewards; take a RewardMixture of at least 2",
+            ),
+        )
 
     @abstractmethod
     @returns(tensor(lambda gate, values: values.shape[:2], "bool"), each=True)
@@ -263,6 +338,15 @@ class UncertaintyGate(KLGate):
         if not 0 < share < 1:
             raise InputError(f"share={share:g} must lie between 0 and 1; 0.2 lets the KL term act on a fifth")
         self.share = share
+
+    def check(self, context: RuleContext) -> None:
+        """See :meth:`TrustRegion.check`."""
+        super().check(context)
+        if context.num_samples < 3:
+            raise InputError(
+                f"num_trajectories={context.num_samples}: UncertaintyGate compares z-scores, and those of two samples "
+                "are ±1; use at least 3"
+            )
 
     def opens(self, values: Tensor) -> Tensor:
         """See :meth:`KLGate.opens`."""
@@ -350,3 +434,28 @@ class RankGate(KLGate):
     def restore(self, state: dict[str, Any]) -> None:
         """See :meth:`KLGate.restore`."""
         self.share, self.seen = float(state["share"]), [float(mean) for mean in state["seen"]]
+
+
+def check_rules(rules: Sequence[TrustRegion], context: RuleContext) -> dict[str, TrustRegion]:
+    """Check, before anything is loaded, that rules go with each other and with what they are used with.
+
+    Returns:
+        The rules by their kind.
+
+    Raises:
+        InputError: If they do not.
+    """
+    kinds: dict[str, TrustRegion] = {}
+    for rule in rules:
+        name = type(rule).__name__
+        if not isinstance(rule, RatioRule | KLGate | Penalty):
+            raise InputError(
+                f"trust_region: {name} is neither a RatioRule nor a KLGate nor a Penalty; derive it from one of these, "
+                "whose methods the module calls"
+            )
+        if rule.kind in kinds:
+            other = type(kinds[rule.kind]).__name__
+            raise InputError(f"trust_region: {other} and {name} exclude each other; leave one of them out")
+        rule.check(context)
+        kinds[rule.kind] = rule
+    return kinds

@@ -5,7 +5,7 @@ The reward scores each step by itself (:class:`StepwiseGRPOModule`) or the finis
 (:class:`TrajectoryGRPOModule`).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -15,18 +15,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from latentreward.contracts import PromptBatch, RolloutStatistics, StepSamples, join_rows, take_rows
-from latentreward.errors import InputError, check_at_least_one
+from latentreward.errors import InputError, check_at_least_one, refuse
 from latentreward.losses import (
     ClippedPolicyLoss,
     ClippedPolicyResult,
-    GRPOGuard,
-    KLGate,
-    OutcomeProcessLoss,
-    Penalty,
     RatioRule,
+    RuleContext,
     StepDrift,
     TrustRegion,
-    UncertaintyGate,
+    check_rules,
     gaussian_step_kl,
     held_weights,
 )
@@ -121,7 +118,7 @@ class GRPOModule(AlignmentModule):
         sampler.require_noise()
         super().__init__(policy, reward, **options)
         self.sampling, self.sampler, self.loss = sampling, sampler, loss or ClippedPolicyLoss()
-        self.trust_region: Sequence[TrustRegion] = ()
+        self.rules: Mapping[str, Any] = {}
 
     def optional_fields(self) -> set[str]:
         """See :meth:`AlignmentModule.optional_fields`."""
@@ -129,8 +126,7 @@ class GRPOModule(AlignmentModule):
 
     def training_step(self, batch: StepSamples, batch_idx: int) -> Tensor:
         """Return the loss of a batch of states with K sampled steps each."""
-        penalty = next((rule for rule in self.trust_region if isinstance(rule, Penalty)), None)
-        reference = None
+        penalty, reference = self.rules.get("penalty"), None
         if self.loss.needs_reference or penalty is not None:
             with torch.no_grad(), self.policy.reference():
                 reference = self.prediction(batch)
@@ -165,9 +161,8 @@ class GRPOModule(AlignmentModule):
             options["kl_weights"] = held_weights(held, self.all_gather(held))
         if batch.process is not None:
             return self.loss(log_prob, batch.log_prob, batch.advantage, batch.process, kl)
-        for rule in self.trust_region:
-            if isinstance(rule, RatioRule):
-                options["objective"] = self._objective(rule, batch, transition)
+        if (rule := self.rules.get("ratio")) is not None:
+            options["objective"] = self._objective(rule, batch, transition)
         return self.loss(log_prob, batch.log_prob, batch.advantage, kl, **options)
 
     def _objective(self, rule: RatioRule, batch: StepSamples, transition: Transition) -> Any:
@@ -209,7 +204,7 @@ class StepwiseGRPOModule(GRPOModule):
         loss: ClippedPolicyLoss | None = None,
         **options: Any,
     ) -> None:
-        if isinstance(loss, OutcomeProcessLoss):
+        if loss is not None and loss.takes_process:
             raise InputError(
                 "loss: OutcomeProcessLoss takes two advantages of a step, and StepwiseGRPOModule has one; take "
                 "ClippedPolicyLoss"
@@ -288,43 +283,47 @@ class TrajectoryGRPOModule(GRPOModule):
         prompts_at_once: int | None = None,
         **options: Any,
     ) -> None:
-        if num_trajectories < 2:
-            raise InputError(f"num_trajectories={num_trajectories} leaves nothing to compare; use at least 2")
         check_at_least_one(prompts_at_once=prompts_at_once)
         check_sigmas(reward_sigmas)
         loss = loss or ClippedPolicyLoss()
-        rules = [trust_region] if isinstance(trust_region, TrustRegion) else trust_region or []
-        check_rules(rules, loss, reward, reward_sigmas)
-        if num_trajectories < 3 and any(isinstance(rule, UncertaintyGate) for rule in rules):
-            raise InputError(
-                f"num_trajectories={num_trajectories}: UncertaintyGate compares z-scores, and those of two samples are "
-                "±1; use at least 3"
-            )
+        refuse(
+            (num_trajectories < 2, f"num_trajectories={num_trajectories} leaves nothing to compare; use at least 2"),
+            (
+                loss.takes_process and credit is None,
+                "loss: OutcomeProcessLoss takes the rewards of the steps too; set credit: StateCredit",
+            ),
+            (
+                advantage is not None and advantage.takes_parts and credit is not None,
+                f"advantage: {type(advantage).__name__} takes each reward of a mixture, and credit those of states; "
+                "leave one of them out",
+            ),
+            (
+                window is not None and reward_guidance is not None,
+                "window and reward_guidance both choose steps of a rollout; leave one of them out",
+            ),
+        )
+        cps = sampling is not None and sampling.flow_noise == "cps" and policy.resolve_family().flow
+        context = RuleContext(
+            num_trajectories,
+            type(reward).__name__,
+            reward.parts,
+            reward.uses_sigmas,
+            len(set(reward_sigmas)),
+            loss.kl_weight,
+            loss.takes_process,
+            gaussian=not cps,
+        )
+        rules = check_rules([trust_region] if isinstance(trust_region, TrustRegion) else trust_region or [], context)
         if advantage is not None:
             advantage.check(reward.parts)
-        if advantage is not None and advantage.takes_parts and credit is not None:
-            raise InputError(
-                f"advantage: {type(advantage).__name__} takes each reward of a mixture, and credit those of states; "
-                "leave one of them out"
-            )
-        cps = sampling is not None and sampling.flow_noise == "cps" and policy.resolve_family().flow
-        if cps and any(isinstance(rule, GRPOGuard) for rule in rules):
-            raise InputError(
-                "trust_region: GRPOGuard corrects Gaussian log-probabilities, which sampling.flow_noise=cps does not "
-                "have; use flow or dance"
-            )
-        if isinstance(loss, OutcomeProcessLoss) and credit is None:
-            raise InputError("loss: OutcomeProcessLoss takes the rewards of the steps too; set credit: StateCredit")
-        if window is not None and reward_guidance is not None:
-            raise InputError("window and reward_guidance both choose steps of a rollout; leave one of them out")
         if reward_guidance is not None:
             reward.require_guidance()
         if credit is not None:
             reward.require_step_scores("credit")
         super().__init__(policy, reward, sampling, loss, **options)
         self.num_trajectories, self.reward_sigmas = num_trajectories, tuple(reward_sigmas)
-        self.prompts_at_once = prompts_at_once
-        self.reward_guidance, self.credit, self.window, self.trust_region = reward_guidance, credit, window, rules
+        self.prompts_at_once, self.rules = prompts_at_once, rules
+        self.reward_guidance, self.credit, self.window = reward_guidance, credit, window
         self.advantage = (advantage or GroupAdvantage("all" if global_std else "group")).weighing(reward.part_weights)
         self.part_signs = torch.tensor([-1.0 if weight < 0 else 1.0 for weight in reward.part_weights])
         self.trained_steps = Branching(num_trajectories, low, high).training_steps(self.sampler)
@@ -334,13 +333,15 @@ class TrajectoryGRPOModule(GRPOModule):
         if reward_guidance is not None:
             reward_guidance.check(self.sampler)
             require_gradient(self.reward)
-        self.gate = next((rule for rule in rules if isinstance(rule, KLGate)), None)
-        self.keeps_means = any(isinstance(rule, RatioRule) for rule in rules)
+
+    @property
+    def gate(self) -> Any:
+        """The :class:`~latentreward.losses.KLGate` among the rules; None without one."""
+        return self.rules.get("gate")
 
     def optional_fields(self) -> set[str]:
         """See :meth:`AlignmentModule.optional_fields`."""
-        process = isinstance(self.loss, OutcomeProcessLoss)
-        given = {"process": process, "old_mean": self.keeps_means, "held": self.gate is not None}
+        given = {"process": self.loss.takes_process, "old_mean": "ratio" in self.rules, "held": self.gate is not None}
         return {name for name, there in given.items() if there}
 
     def on_fit_start(self) -> None:
@@ -394,7 +395,7 @@ class TrajectoryGRPOModule(GRPOModule):
             process = self.advantages(
                 self.of_this_rank(credit.unflatten(0, every.shape[:2]), len(prompts)), self.advantage, features
             )
-        if process is not None and not isinstance(self.loss, OutcomeProcessLoss):
+        if process is not None and not self.loss.takes_process:
             outcome, process = process, None
         per_step = {"advantage": outcome, "process": process, "held": self._held(scores, len(steps))}
         given_rows = {name: None if value is None else value.flatten(0, 1).cpu() for name, value in per_step.items()}
@@ -408,7 +409,7 @@ class TrajectoryGRPOModule(GRPOModule):
             encoded = self.reward.encode_prompts(repeated.prompts)
             sampler = GuidedSampler(sampler, self.reward_guidance, self.reward, encoded)
         settings = (self.sampling, self.guidance_scale, self.seed)
-        return sample_trajectories(self.policy, sampler, repeated, *settings, keep_means=self.keeps_means)
+        return sample_trajectories(self.policy, sampler, repeated, *settings, keep_means="ratio" in self.rules)
 
     def _noisy_steps(self) -> tuple[StepSampler, list[int]]:
         """Return the sampler of a rollout, and the steps to train on."""
@@ -461,46 +462,6 @@ class TrajectoryGRPOModule(GRPOModule):
             values = values * self.part_signs.to(values.device)
         every = self.of_all_ranks(values)
         return self.of_this_rank(self.gate.opens(every), len(scores.rewards))[..., None].expand(-1, -1, steps)
-
-
-def check_rules(
-    rules: Sequence[TrustRegion],
-    loss: ClippedPolicyLoss,
-    reward: RewardSource,
-    reward_sigmas: Sequence[float],
-) -> None:
-    """Check, before anything is loaded, that trust regions go with each other and with loss and reward.
-
-    Raises:
-        InputError: If not.
-    """
-    kinds: dict[str, str] = {}
-    for rule in rules:
-        name = type(rule).__name__
-        if not isinstance(rule, RatioRule | KLGate | Penalty):
-            raise InputError(
-                f"trust_region: {name} is neither a RatioRule nor a KLGate nor a Penalty; derive it from one of these, "
-                "whose methods the module calls"
-            )
-        if rule.kind in kinds:
-            raise InputError(f"trust_region: {kinds[rule.kind]} and {name} exclude each other; leave one of them out")
-        kinds[rule.kind] = name
-        if rule.kind != "penalty" and isinstance(loss, OutcomeProcessLoss):
-            raise InputError(f"trust_region: {name} has no form for loss OutcomeProcessLoss; use ClippedPolicyLoss")
-        if rule.kind == "gate" and not loss.needs_reference:
-            raise InputError(f"trust_region: {name} chooses where the KL term acts; set loss.kl_weight above 0")
-        takes = rule.takes if isinstance(rule, KLGate) else None
-        if takes not in (None, *FinishedScores._fields):
-            raise InputError(f"trust_region: {name}.takes is {takes!r}; it must be rewards, levels or parts")
-        if takes == "levels" and len(set(reward_sigmas)) < 2:
-            raise InputError(f"trust_region: {name} compares noise levels; give reward_sigmas two or more")
-        if takes == "levels" and not reward.uses_sigmas:
-            raise InputError(
-                f"trust_region: {name} compares noise levels, and {type(reward).__name__} does not score at levels; "
-                "take a LatentReward"
-            )
-        if takes == "parts" and reward.parts < 2:
-            raise InputError(f"trust_region: {name} compares rewards; take a RewardMixture of at least 2")
 
 
 def candidate_samples(step: CandidateStep, prompts: PromptBatch) -> StepSamples:
