@@ -48,6 +48,7 @@ class AccuracyInterval(Callback):
         prompts = [normalise_prompt(prompt) for prompt in batch.prompts]
         self._levels = len(pl_module.eval_levels)
         scores_per_row = outputs.chosen[0].numel()
+        # A head with several outputs has several comparisons of a pair, in the order of its rows.
         rows = counts.nonzero().flatten().repeat_interleave(scores_per_row).tolist()
         for row, one in zip(rows, credit, strict=True):
             sums = self._sums.setdefault(prompts[row % len(batch)], np.zeros(2))

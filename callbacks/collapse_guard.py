@@ -119,6 +119,7 @@ class CollapseGuard(PromptMonitor):
 
     def _measure(self, trainer: Trainer, pl_module: AlignmentModule, reference: bool) -> dict[str, float]:
         pixels = [made.clamp(-1, 1) for _, _, made in self.pictures(trainer, pl_module, reference)]
+        # In half precision: pictures of all ranks travel, and 11 bits are more than a picture has.
         return collapse_figures(self.gather(trainer, torch.cat(pixels).half()).float())
 
 

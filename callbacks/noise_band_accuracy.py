@@ -34,6 +34,7 @@ class NoiseBandAccuracy(Callback):
 
     def _update(self, stage: str, pl_module: LightningModule, scored: Any) -> None:
         sigmas = (scored.chosen_sigmas + scored.rejected_sigmas) / 2
+        # Lightning moves the module alone; metrics of a callback stay on the CPU.
         metric = self.metrics[stage].to(pl_module.device)
         metric.update(sigmas, scored.chosen, scored.rejected, scored.label)
 

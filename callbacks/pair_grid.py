@@ -110,6 +110,7 @@ class ScoredPairGrid(Callback):
             return
         folder = Path(trainer.log_dir or trainer.default_root_dir)  # log_dir is a collective call
         found, self._found = self._found, []
+        # Keys travel first: pictures of pairs that are not drawn stay on their rank.
         keys = sorted(key for rank in of_all_ranks([pair.key for pair in found]) for key in rank)[: self.num_pairs]
         mine = [(pair.key, self._cell(pair, pl_module)) for pair in found if pair.key <= keys[-1]]
         cells = sorted((pair for rank in of_all_ranks(mine) for pair in rank), key=itemgetter(0))[: self.num_pairs]

@@ -67,6 +67,7 @@ class ReferenceDrift(PromptMonitor):
                 noisy = policy.noise_process.add_noise(latents.float(), noise.to(latents.device), timesteps)
                 with policy.reference():
                     predicted = policy.predict(noisy, timesteps, policy.encode_prompts(batch.prompts))
+                # On the CPU: the states wait for hours and would take the memory of training.
                 self._states.append((batch, timesteps.cpu(), noisy.cpu(), predicted.float().cpu()))
 
     def look(self, trainer: Trainer, pl_module: AlignmentModule) -> None:

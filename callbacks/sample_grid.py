@@ -66,6 +66,7 @@ class SampleGrid(PromptMonitor):
     def look(self, trainer: Trainer, pl_module: AlignmentModule) -> None:
         """Sample the fixed prompts now, and write one picture of all samples beside the reference's."""
         folder = Path(trainer.log_dir or trainer.default_root_dir) / "samples"  # log_dir is a collective call
+        # All ranks sample, and rank 0 alone draws.
         after = self._draw(trainer, pl_module, reference=False)
         if not trainer.is_global_zero:
             return

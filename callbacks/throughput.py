@@ -46,6 +46,7 @@ class Throughput(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Count the time since the last batch ended as waiting for data."""
         now = perf_counter()
+        # Lightning fetches the next batch between these two hooks.
         self._waiting, self._since = self._waiting + now - self._since, now
 
     def on_train_batch_end(

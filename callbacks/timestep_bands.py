@@ -64,6 +64,7 @@ class TimestepBands(Callback):
         if not isinstance(ratios, StepRatios):
             return
         values = {}
+        # One collective call for both columns.
         pairs = torch.stack([ratios.timesteps.to(ratios.chosen), ratios.chosen - ratios.rejected], dim=1)
         timesteps, margins = gather_with_grad(pairs).unbind(dim=1)  # without gradient, as these have none
         for band, rows in self._bands(timesteps):

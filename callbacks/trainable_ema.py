@@ -97,6 +97,7 @@ class TrainableEMA(Callback):
         self.updates += 1
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates)) if self.warm_up else self.decay
         for name, weight in self._trained(pl_module).items():
+            # In float32: at decay 0.9999 a bfloat16 average would not move at all.
             self.average[name].lerp_(weight.float(), 1 - decay)
 
     @torch.no_grad()

@@ -40,6 +40,7 @@ def weighted_mean(values: Tensor, weight: Tensor) -> Tensor:
         A scalar in the dtype of ``values``.
     """
     weight = weight.to(values.dtype)
+    # The least positive number keeps a batch without weight at 0 / tiny = 0 instead of NaN.
     return (weight * values).sum() / weight.sum().clamp_min(torch.finfo(values.dtype).tiny)
 
 
@@ -130,6 +131,7 @@ class _GatherRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, sizes: list[int]) -> Tensor:
         ctx.sizes = sizes
+        # all_gather wants equal shapes, and ranks may have different numbers of rows.
         padded = rows.new_zeros(max(sizes), *rows.shape[1:])
         padded[: len(rows)] = rows
         blocks = [torch.empty_like(padded) for _ in sizes]
@@ -139,6 +141,7 @@ class _GatherRows(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None]:
+        # all_reduce works in place, and autograd may use the gradient elsewhere.
         total = grad_output.clone(memory_format=torch.contiguous_format)
         distributed.all_reduce(total)
         return total.split(ctx.sizes)[distributed.get_rank()], None
@@ -183,6 +186,7 @@ def gather_pair_scores(scores: PairScores) -> PairScores:
         given = [tensor for field in fields(PairTargets) if (tensor := getattr(scores.targets, field.name)) is not None]
         gathered = gather_with_grad(torch.stack([tensor.float() for tensor in given], dim=1)).unbind(dim=1)
         scores = replace(scores, targets=PairTargets(*gathered))
+    # One collective call for six columns: each costs a round trip.
     table = torch.cat([getattr(scores, name).float().reshape(len(scores.label), -1) for name in names], dim=1)
     rewards, rest = gather_with_grad(table).tensor_split([table.shape[1] - 4], dim=1)
     chosen, rejected = (half.reshape(-1, *scores.chosen.shape[1:]) for half in rewards.chunk(2, dim=1))

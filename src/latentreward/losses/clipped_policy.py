@@ -52,6 +52,7 @@ def clipped_objective(log_ratio: Tensor, advantage: Tensor, clip_range: float) -
     Returns:
         The objective ``(B,)``, the ratios ρ ``(B,)``, and whether each lies outside 1 ± ε ``(B,)``.
     """
+    # The pessimistic one of the two: a ratio that moved the wrong way keeps its gradient beyond the range.
     ratio = log_ratio.exp()
     bounded = ratio.clamp(1 - clip_range, 1 + clip_range)
     return torch.maximum(-advantage * ratio, -advantage * bounded), ratio, ratio != bounded
@@ -167,6 +168,7 @@ class ClippedPolicyLoss(SetLoss):
         log_prob, old_log_prob = wide(log_prob), wide(old_log_prob)
         kl, weights, kl_weights = (None if part is None else wide(part) for part in (kl, weights, kl_weights))
         rows, ratio, clipped = objective(log_prob - old_log_prob, self.bounded(advantage), self.clip_range)
+        # The weight multiplies the policy's term alone, as in TempFlow-GRPO's released code.
         policy = (rows if weights is None else TEMPFLOW * weights * rows).mean()
         divergence = policy.new_zeros(())
         if kl is not None:

@@ -35,5 +35,6 @@ def implicit_rewards(prediction: Tensor, reference: Tensor, target: Tensor, beta
         ``(N,)`` float32.
     """
     prediction, reference, target = prediction.float(), reference.float(), target.float()
+    # (f − r)(f + r − 2y) = (f − y)² − (r − y)², without the cancellation of two errors near 1.
     change = (prediction - reference) * (prediction + reference - 2 * target)
     return -0.5 * beta * change.flatten(1).mean(dim=1)

@@ -66,6 +66,7 @@ class LinearDPO(SetLoss):
                 and 1 − y times that of the pair in the other order.
         """
         chosen, rejected = denoising_error(prediction, target).chunk(2)
+        # Without gradient: the weight is a constant of the step, as released; only the errors are learned from.
         won, lost = implicit_rewards(prediction.detach(), reference, target, beta).chunk(2)
         margin = won - lost
         weight = self._weight(margin)

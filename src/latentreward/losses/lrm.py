@@ -59,6 +59,7 @@ def lrm_batch_loss(cross: CrossScores, label: Tensor) -> Tensor:
     image_to_text = -(
         label * chosen.log_softmax(dim=0).diagonal() + (1 - label) * rejected.log_softmax(dim=0).diagonal()
     )
+    # A prompt is compared with both images of every pair, its own rejected one included.
     over_images = torch.cat([chosen, rejected], dim=1).log_softmax(dim=1)
     of_chosen, of_rejected = over_images.chunk(2, dim=1)
     text_to_image = -(label * of_chosen.diagonal() + (1 - label) * of_rejected.diagonal()) + _tie_offset(label)

@@ -74,6 +74,7 @@ def velocity_divergence(velocity: Tensor, other: Tensor, sigmas: Tensor, weight:
     if weight == "uniform":
         return error
     level = sigmas.to(error)
+    # As released: at σ = 1 the weight would be 0, and the divergence without effect.
     return error * (1 - level.clamp(max=0.99)) / (2 * ELBO_NOISE**2 * level)
 
 

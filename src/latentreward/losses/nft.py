@@ -138,9 +138,11 @@ class NFTLoss(SetLoss):
         wide = torch.float32 if velocity.device.type == "mps" else torch.float64
         new, older, want = (tensor.to(wide) for tensor in (velocity, old.detach(), target))
         level = beside(sigmas.to(want), want)
+        # The older policy has no gradient: both mixtures move with the new one alone, in opposite directions.
         positive = self._error(level, want, self.beta * new + (1 - self.beta) * older)
         negative = self._error(level, want, (1 + self.beta) * older - self.beta * new)
         share = optimality(advantage, self.max_advantage, self.signs).to(want)
+        # Undoes the division by 2c in r and the β in v⁺ − v⁻, as the released code does.
         factor = self.max_advantage / self.beta if self.space == "clean" else 1.0
         policy = factor * (share * positive + (1 - share) * negative).mean()
         drift = policy.new_zeros(()) if reference is None else denoising_error(velocity, reference.detach()).mean()
@@ -157,4 +159,5 @@ class NFTLoss(SetLoss):
 
 def self_normaliser(error: Tensor) -> Tensor:
     """Compute the mean absolute error of each row of ``(B, E)``, at least :data:`LEAST_WEIGHT`, without gradient."""
+    # A scale, not a target: with a gradient the loss would fall by larger errors of the divisor.
     return error.detach().abs().mean(dim=1).clamp(min=LEAST_WEIGHT)

@@ -70,6 +70,7 @@ class OutcomeProcessLoss(ClippedPolicyLoss):
         def both(log_ratio: Tensor, advantage: Tensor, clip_range: float) -> tuple[Tensor, Tensor, Tensor]:
             """Add the process' clipped term to the outcome's."""
             rows, ratio, clipped = clipped_objective(log_ratio, advantage, clip_range)
+            # Clipped by itself: where the two advantages differ in sign, PPO of their sum would clip other steps.
             steps, _, _ = clipped_objective(log_ratio, self.bounded(process), clip_range)
             return self.outcome_weight * rows + self.process_weight * steps, ratio, clipped
 

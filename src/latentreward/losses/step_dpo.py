@@ -101,6 +101,7 @@ class StepDPO(StepPairLoss):
         """See :meth:`StepPairLoss.forward`."""
         if chosen.device.type == "mps":  # has no float64
             chosen, rejected, ref_chosen, ref_rejected = (x.cpu() for x in (chosen, rejected, ref_chosen, ref_rejected))
+        # The released code clamps the ratio in float32, where a difference of 1e-4 has three digits.
         win = clamped_log_ratio(chosen, ref_chosen, self.clip_range)
         lose = clamped_log_ratio(rejected, ref_rejected, self.clip_range)
         loss = -logsigmoid(self.beta * (win - lose)).mean()

@@ -199,6 +199,7 @@ def label_loss(scores: PairScores, targets: PairTargets, smoothing: float) -> Te
 def known(loss: Callable[..., Tensor], score: Tensor, target: Tensor, *std: Tensor | None) -> Tensor:
     """Compute ``loss(score, target, ...)``; NaN, without a gradient, where the target is NaN."""
     given = ~target.isnan()
+    # torch.where alone is not enough: NaN times 0 is NaN in the backward pass of the branch not taken.
     safe = [None if values is None else torch.where(given, values, 1.0) for values in (target, *std)]
     return torch.where(given, loss(score, *safe), torch.nan)
 

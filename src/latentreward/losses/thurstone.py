@@ -65,6 +65,7 @@ def comparison_std(chosen_sigmas: Tensor, rejected_sigmas: Tensor, k: float = 2.
     Returns:
         ``(B,)``, float64, in reward units.
     """
+    # Variances of the two judgements add up; the images may have different noise levels (LRM).
     variance = k * (chosen_sigmas.double() ** 2 + rejected_sigmas.double() ** 2) + 2 * sigma_u**2
     return variance.sqrt()
 
@@ -139,6 +140,7 @@ def bhattacharyya_fidelity(z: Tensor, label: Tensor) -> Tensor:
     Returns:
         Loss in [0, 1], in the shape of ``z``, float64.
     """
+    # In logarithms: Φ(z) underflows in float64 below z = −38.
     z, label = _towards_likelier_side(z.double(), label.double())
     agreement = torch.exp(0.5 * (torch.log(label) + log_ndtr(z)))
     return 1 - agreement - torch.exp(0.5 * (torch.log1p(-label) + log_ndtr(-z)))

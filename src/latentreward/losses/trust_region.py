@@ -167,6 +167,7 @@ class GRPOGuard(RatioRule):
         self, log_ratio: Tensor, advantage: Tensor, clip_range: float, drift: StepDrift
     ) -> tuple[Tensor, Tensor, Tensor]:
         """See :meth:`RatioRule.objective`."""
+        # verl-omni's code takes means over the batch, Flow-Factory's the step's own.
         scale = drift.std if self.per_step else drift.mean_spread * drift.mean_length
         bias = drift.squares / (2 * scale**2)
         rows, ratio, clipped = clipped_objective((log_ratio + bias) * scale, advantage, clip_range)
@@ -204,6 +205,7 @@ class FlowDPPO(RatioRule):
         """See :meth:`RatioRule.objective`."""
         ratio = log_ratio.exp()
         further = ((advantage > 0) & (log_ratio > 0)) | ((advantage < 0) & (log_ratio < 0))
+        # PPO clips by the ratio; here the divergence of the step decides, whatever the ratio.
         left_out = (self.divergence(drift) >= self.threshold) & further
         # the inner where keeps an infinite ratio out of the gradient
         kept = torch.where(left_out, 0.0, log_ratio).exp()

@@ -46,6 +46,7 @@ def fit_temperature(gap: np.ndarray, label: np.ndarray) -> float:
         return float("inf")
     scale = float(np.sqrt(np.mean(gap**2)))
     low, high = 0.0, 1 / RESOLUTION
+    # Bisection, not Newton: with separable pairs the maximum lies at infinity.
     for _ in range(80):
         middle = (low + high) / 2
         slope = gap @ (label - 0.5 - 0.5 * np.tanh(gap / scale * middle / 2))

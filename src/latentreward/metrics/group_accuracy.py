@@ -26,5 +26,6 @@ class GroupPairAccuracy(MeanMetric):
         first, second = torch.triu_indices(len(scores), len(scores), offset=1, device=scores.device)
         together = groups[first] == groups[second]
         by_score = torch.sign(scores[first] - scores[second])
+        # The lower rank is the better one, so the sides are exchanged.
         by_rank = torch.sign(ranks[second] - ranks[first])
         super().update((by_score * by_rank > 0)[together].float())

@@ -49,6 +49,7 @@ class ByNoiseLevel(WrapperMetric):
             columns: Arguments of the metric's ``update``, each ``(B, ...)``.
         """
         for (low, high), metric in zip(self.bands, self.metrics, strict=True):
+            # σ = 1 belongs to a band: training at pure noise happens.
             last = high == self.bands[-1][1]
             inside = (sigmas >= low) & ((sigmas <= high) if last else (sigmas < high))
             metric.update(*(column[inside] for column in columns))

@@ -42,6 +42,7 @@ class PairwiseAccuracy(MeanMetric):
     is_differentiable, higher_is_better = False, True  # type: ignore[assignment]  # None of all means
 
     def __init__(self, equal: Equal = "wrong", **kwargs: Any) -> None:
+        # torchmetrics would drop NaN with a warning in each batch, and wait for the device to find them.
         super().__init__(nan_strategy="disable", **kwargs)
         if equal not in get_args(Equal):
             raise InputError(f"equal = {equal!r} is not known{did_you_mean(str(equal), get_args(Equal))}")

@@ -49,6 +49,7 @@ def clustered_correlation(
     x, y = x[known].astype(np.float64), y[known].astype(np.float64)
     if kind == "spearman":
         x, y = average_ranks(x), average_ranks(y)
+    # Sums of squares of large means would cancel; r does not change by shift and scale.
     x, y = _standardise(x), _standardise(y)
     sums = group_sums(group_codes(groups)[known], np.ones(len(x)), x, y, x * x, y * y, x * y)
     return clustered_interval(sums, correlation)

@@ -113,6 +113,7 @@ class AlignmentModule(LightningModule):
                 f"{type(self).__name__}: set experience to the class of the rows that make_experience returns, a "
                 "dataclass derived from latentreward.contracts.SampledStates"
             )
+        # Before anything is loaded: a reward of another latent space would otherwise fail after minutes of loading.
         if reward is not None:
             reward.require_latents_of(policy)
         super().__init__()
@@ -145,6 +146,7 @@ class AlignmentModule(LightningModule):
             self.reward.set_precision(torch.bfloat16)
         for scorer in self._reward_parts(LatentScorer):
             scorer.read_weights()
+        # After the reward is in place: the digest of frozen weights that ranks compare covers it too.
         self.frozen_base.prepare(self)
 
     def configure_model(self) -> None:
@@ -184,6 +186,7 @@ class AlignmentModule(LightningModule):
         noise = torch.randn(3, *shape, generator=torch.Generator().manual_seed(self.seed)).to(self.device)
         levels = self.policy.noise_process.timesteps
         timesteps = levels[[0, len(levels) // 2, -1]].to(self.device)
+        # A mixture that normalises scores counts these random latents in its running statistics.
         before = self._changing_buffers()
         with torch.no_grad(), self.compute_precision(), self.failing_together():
             # FSDP2 needs one call of the whole network before a reward that shares the network calls its blocks.
@@ -226,6 +229,7 @@ class AlignmentModule(LightningModule):
 
         All ranks must ask for scores equally often. A checkpoint saved afterwards is that of before the block.
         """
+        # A rank whose server fails would leave the others waiting in a collective call until the timeout.
         remote = self._reward_parts(RemoteReward)
         before = self._changing_buffers() if remote else []
         for part in remote:
@@ -290,6 +294,7 @@ class AlignmentModule(LightningModule):
 
     def of_this_rank(self, every: Tensor, count: int) -> Tensor:
         """Return this rank's ``count`` rows of the rows of all ranks."""
+        # With one process all_gather adds no axis, and the rows are all this rank's.
         start = self.trainer.global_rank * count if len(every) > count else 0
         return every[start : start + count]
 
@@ -330,6 +335,7 @@ class AlignmentModule(LightningModule):
         wall, process = time.perf_counter(), time.process_time()
         shown = self._shown(len(prompts))
         with evaluating(self), torch.no_grad(), self.compute_precision(), self.failing_together(), shown:
+            # Means of what was scored outside rollouts, such as by callbacks, are not this rollout's.
             self.reward.take_means()
             statistics = self.rollout_statistics
             try:
@@ -376,6 +382,7 @@ class AlignmentModule(LightningModule):
             # One by one: the last bits can depend on the batch size, and a resumed run has fewer prompts left.
             parts = [self.policy.encode_prompts([prompt]).to("cpu") for prompt in prompts]
             uncond = self.encode_uncond()
+        # Rows are trained on for many batches; encoding T5 anew in each would cost more than the step.
         self._rows = {prompt: row for row, prompt in enumerate(prompts)}
         self._encoded = Conditioning.join(parts), uncond
 
@@ -388,6 +395,7 @@ class AlignmentModule(LightningModule):
         if self._encoded is None or not self._rows.keys() >= set(prompts):
             return self.policy.encode_prompts(prompts), self.encode_uncond()
         encoded, uncond = self._encoded
+        # Text is padded to the longest prompt of the rollout; attention over the rest of the padding is wasted.
         rows = encoded.select([self._rows[prompt] for prompt in prompts]).trimmed()
         return rows.to(self.device), uncond
 
@@ -402,6 +410,7 @@ class AlignmentModule(LightningModule):
         score.
         """
         values = dict(self._times)
+        # A resumed run begins with rows in store, before any rollout of its own.
         if values:
             values["time_share"] = self._rollout_seconds / (time.perf_counter() - self._began)
         if (statistics := self.rollout_statistics) is not None and statistics.gap.numel():

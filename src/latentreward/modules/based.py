@@ -67,9 +67,11 @@ class FrozenBase:
                 f"{self.dtype_setting}: bfloat16 for the frozen weights), 16-mixed or 32-true"
             )
         strategy = module.trainer.strategy
+        # Lightning's precision of FSDP1 converts frozen dataclasses, and does not clip by norm.
         if isinstance(strategy, FSDPStrategy):
             refuse_quantized(module, "FSDP1")
             strategy.precision_plugin = FSDP1Precision(strategy.precision_plugin, strategy)
+        # Once, in the first stage: afterwards weights are sharded, and a shard's values are no sample of the whole.
         if self._sample is None:
             self._sample = self.sample
             share_frozen(module, module.trainer)
@@ -79,6 +81,7 @@ class FrozenBase:
 
         Quantised layers are left out, because only their library can read them.
         """
+        # Popped first: what the checkpoint does not hold is recorded as a sample of the base below.
         for name in quantized_names(module):
             checkpoint["state_dict"].pop(name, None)
         checkpoint["base_settings"], checkpoint["base"] = dict(self.settings), self.sample.record(saved)

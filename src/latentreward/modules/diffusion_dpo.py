@@ -131,6 +131,7 @@ class DiffusionDPOModule(AlignmentModule):
             losses = self.linear(prediction, reference, target, self.beta, batch.label).per_pair
         chosen, rejected = implicit_rewards(prediction, reference, target, self.beta).chunk(2)
         sigmas = process.sigma(timesteps).to(chosen.device).chunk(2)
+        # As in the paper and its code, ties take no part.
         weight = batch.weight * (batch.label != 0.5)
         scores = PairScores(chosen, rejected, batch.label, weight, *sigmas)
         return ImplicitPairs(scores, prediction_drift(prediction.detach(), reference), losses)
@@ -147,6 +148,7 @@ class DiffusionDPOModule(AlignmentModule):
         draws = PairDraws(batch, self.seed, self.current_epoch)
         latents, conditioning = self.encode(batch, draws)
         noise = draws.normal("noise", latents.shape[1:], per_image=False).to(latents.device)
+        # The same timestep and noise for both images: their errors then differ by the images alone.
         timesteps = draws.timesteps(self.levels, self.policy.noise_process, per_image=False).to(latents.device)
         pairs = self.compare(batch, latents, conditioning, noise, timesteps)
         loss, scores = self.loss_of(pairs)

@@ -128,6 +128,7 @@ class ForwardProcessModule(AlignmentModule):
                 f"{type(self).__name__} does not learn; take a Penalty such as NormGuard, or TrajectoryGRPOModule"
             )
         steps.choose(sampling.num_inference_steps, torch.Generator())
+        # Made before weights are loaded, so that a scheduler that cannot make the steps is refused at once.
         sampler = sampling.sampler(family)
         super().__init__(policy, reward, guidance_scale=guidance_scale, **options)
         self.sampling, self.sampler, self.num_samples, self.steps = sampling, sampler, num_samples, steps
@@ -165,6 +166,7 @@ class ForwardProcessModule(AlignmentModule):
             settings = (part.times(self.num_samples), self.sampling, self.guidance_scale, self.seed)
             with self.policy.adapters.use(OLD):
                 sampled.append(sample_latents(self.policy, *settings))
+            # A reward on a server scores these samples while the next are drawn.
             asked.append(begin_finished(self.reward, sampled[-1], part, self.seed, self.reward_sigmas))
         latents = torch.cat(sampled)
         rewards = self.reward.mix(torch.cat([wait() for wait in asked]), rows_of(prompts, latents))
@@ -221,6 +223,7 @@ class ForwardProcessModule(AlignmentModule):
     def renoise(self, batch: RenoisedSamples) -> Renoised:
         """Noise the finished latents of a batch to its timesteps; the noise depends on seed and key alone."""
         process, shape = self.policy.noise_process, batch.latents.shape[1:]
+        # By key alone, not by epoch: a row that is trained on twice meets the same noise, as in a resumed run.
         generators = [pair_generator(self.seed, "forward noise", 0, key) for key in batch.keys]
         noise = torch.stack([torch.randn(shape, generator=one) for one in generators]).to(batch.latents)
         return Renoised(

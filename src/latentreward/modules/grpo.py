@@ -148,6 +148,7 @@ class GRPOModule(AlignmentModule):
     def policy_loss(self, batch: StepSamples, prediction: Tensor, reference: Tensor | None) -> ClippedPolicyResult:
         """Compute the loss of a batch from the outputs ``(N, C, ...)`` of the policy and, for a KL term, reference."""
         transition = self.sampler.transition(batch.latents, prediction, batch.timesteps)
+        # All K candidates follow one state: one pass of the network gives the density of each.
         log_prob = transition.log_prob(batch.next_latents.transpose(0, 1)).T
         weights, options = self.loss.step_weights(transition.std, transition.spread), {}
         kl = None
@@ -167,6 +168,7 @@ class GRPOModule(AlignmentModule):
 
     def _objective(self, rule: RatioRule, batch: StepSamples, transition: Transition) -> Any:
         """Return the objective of a rule for the steps of a batch; each state has one step."""
+        # Means over the batch of all ranks, so that the rule is the same for any number of ranks.
         every = self.all_gather(torch.stack([transition.spread, transition.std / transition.spread]))
         drift = StepDrift.between(transition.mean, batch.old_mean, transition.std, transition.spread, every)
 
@@ -390,11 +392,13 @@ class TrajectoryGRPOModule(GRPOModule):
         process = None
         if self.credit is not None:
             states = self._state_rewards(trajectories, prompts, steps[0]).unflatten(0, rewards.shape)
+            # TurningPointCredit balances bonuses among the samples of all ranks.
             every = self.of_all_ranks(states)
             credit = self.credit.of_steps(every.flatten(0, 1), [step - steps[0] for step in steps])
             process = self.advantages(
                 self.of_this_rank(credit.unflatten(0, every.shape[:2]), len(prompts)), self.advantage, features
             )
+        # Plain GRPO has one advantage of a step: credit takes the place of the finished sample's.
         if process is not None and not self.loss.takes_process:
             outcome, process = process, None
         per_step = {"advantage": outcome, "process": process, "held": self._held(scores, len(steps))}
@@ -415,6 +419,7 @@ class TrajectoryGRPOModule(GRPOModule):
         """Return the sampler of a rollout, and the steps to train on."""
         if self.window is None:
             return self.sampler, self.trained_steps
+        # All ranks draw the same window: the seed is the run's, and the optimiser step is equal on all.
         iteration = self.trainer.global_step
         generator = pair_generator(self.seed, "window", iteration, "")
         start = self.window.start(len(self.trained_steps), iteration, generator)
@@ -450,6 +455,7 @@ class TrajectoryGRPOModule(GRPOModule):
             score_states(self.reward, encoded, trajectories.latents[index], rows, timesteps[index])
             for index in range(first, len(timesteps))
         ]
+        # Finished latents have no noise level of their own; a latent reward noises them to the least one.
         finished = self._score(trajectories.finished, prompts, [min(self.reward_sigmas)])
         return torch.stack([*scores, finished.flatten()], dim=1)
 
@@ -459,6 +465,7 @@ class TrajectoryGRPOModule(GRPOModule):
             return None
         values = getattr(scores, self.gate.takes)
         if self.gate.takes == "parts":
+            # A gate compares ranks; a reward with a negative weight is better the lower it is.
             values = values * self.part_signs.to(values.device)
         every = self.of_all_ranks(values)
         return self.of_this_rank(self.gate.opens(every), len(scores.rewards))[..., None].expand(-1, -1, steps)

@@ -77,6 +77,7 @@ class LPOModule(AlignmentModule):
     ) -> None:
         sampling, candidates = (sampling or Sampling()).with_noise(), candidates or Branching()
         loss, sampler = loss or StepDPO(beta, clip_range), sampling.sampler(policy.resolve_family())
+        # Before weights are loaded: a window without noise leaves nothing to compare.
         candidates.training_steps(sampler)
         super().__init__(policy, reward, **options)
         self.loss, self.sampler, self.selection = loss, sampler, selection or SigmaThreshold(0.35, 0.5)
@@ -106,6 +107,7 @@ class LPOModule(AlignmentModule):
 
     def compare(self, batch: StepPairs) -> tuple[StepDPOResult, StepRatios]:
         """Compute the loss of a batch of pairs, and each pair's log-probability ratios of policy to reference."""
+        # The released code evaluates each network twice per pair; both states follow one Gaussian.
         policy, reference = self.transitions(batch)
         chosen, rejected = policy.log_prob(batch.chosen), policy.log_prob(batch.rejected)
         ref_chosen, ref_rejected = reference.log_prob(batch.chosen), reference.log_prob(batch.rejected)

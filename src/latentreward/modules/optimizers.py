@@ -39,6 +39,7 @@ def single_optimizer(
         InputError: If the optimiser refuses its settings, or a ReduceLROnPlateau has no ``monitor``.
     """
     trained = [parameter for parameter in parameters if parameter.requires_grad]
+    # AdamW decays every parameter of a group; norms, biases and a temperature have no reason to shrink to 0.
     groups: list[dict[str, Any]] = [
         {"params": [parameter for parameter in trained if parameter.ndim > 1 or decay_vectors]},
         {
@@ -61,6 +62,7 @@ def single_optimizer(
                 "model.lr_scheduler: ReduceLROnPlateau of torch has no monitor; take "
                 "lightning.pytorch.cli.ReduceLROnPlateau, with monitor: val/accuracy and mode: max, for example"
             )
+        # Lightning steps it after the checkpoint of an epoch is written; a resumed run would lack that step.
         schedule |= {"monitor": schedule["scheduler"].monitor, "interval": "epoch", "frequency": NEVER}
     return {"optimizer": built, "lr_scheduler": schedule}
 

@@ -260,6 +260,7 @@ class PairModule(LightningModule):
         check_sigmas(eval_sigmas=eval_sigmas)
         snapped = snap_timesteps(process, eval_timesteps)[:, None]
         self.eval_levels = {f"t{t:g}": level for t, level in zip(eval_timesteps, snapped, strict=True)}
+        # Where the process has its tables, also if the module is built under another default device.
         with torch.device("cpu"):
             self.eval_levels |= {f"sigma{s:g}": process.timesteps_at(torch.tensor([float(s)])) for s in eval_sigmas}
         self._metric_keys: dict[str, str] = {}
@@ -270,6 +271,7 @@ class PairModule(LightningModule):
 
     def _add_metrics(self, name: str) -> None:
         """Create the metrics of one more evaluation, logged under ``name``."""
+        # ModuleDict takes no dots in its keys, and levels such as sigma0.2 have one.
         self._metric_keys[name] = name.replace(".", "_")
         self.metrics[self._metric_keys[name]] = LevelMetrics(*self._metric_settings)
 
@@ -346,6 +348,7 @@ class PairModule(LightningModule):
         encoded = self.encode(batch, draws, self.noise_per_image)
         timesteps = draws.timesteps(self.levels, self.noise_process, self.timestep_per_image)
         scores = self.score(batch, encoded, timesteps, with_cross=self.loss.needs_cross_scores)
+        # Weights are normalised over the batches of all ranks, as a single process with all pairs would.
         of_all = gather_pair_scores(scores) if scores.cross is None or self.cross_spans_ranks else scores
         loss = self.loss(of_all)
         size, decided = len(of_all.label), of_all.label != 0.5
@@ -387,6 +390,7 @@ class PairModule(LightningModule):
             level = replace(level, targets=batch.targets)
             self._update(name, level)
             self._update("all", level)
+            # In-batch negatives need a collective call, and in evaluation ranks may have different numbers of batches.
             if not self.loss.needs_cross_scores:
                 self.log(f"{stage}/loss_{name}", self.loss(level), batch_size=len(batch), sync_dist=True)
         return self._summed(scored)

@@ -161,6 +161,7 @@ class ReFLModule(AlignmentModule):
     def stop_index(self, batch_idx: int) -> int:
         """Return the index of the step at which the sampler stops, equal on all ranks."""
         low, high = self.stop_range
+        # Equal on all ranks: under FSDP2 they call the network equally often.
         generator = pair_generator(self.seed, "stop", self.current_epoch, str(batch_idx))
         return len(self.sampler) - int(torch.randint(low, high + 1, (), generator=generator))
 
@@ -170,7 +171,9 @@ class ReFLModule(AlignmentModule):
         draws = RolloutDraws(self.seed, prompts.keys)
         shape = self.sampling.latent_shape(self.policy.family)
         latents = draws.initial(shape).to(self.device)
+        # DRaFT-K with K above the stopping step differentiates every step that there is.
         first = max(0, stop + 1 - self.gradient_steps)
+        # As in rollouts, the adapter's dropout is off where nothing is learned.
         with torch.no_grad(), evaluating(self.policy.network):
             for index in range(first):
                 latents = self._step(latents, network(latents, self._timestep(index)), index, draws)

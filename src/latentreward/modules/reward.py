@@ -73,6 +73,7 @@ class RewardModule(PairModule):
         if backbone.feature_spec.output is not None and not self.model.head.reads_output:
             name = type(self.model.head).__name__
             raise InputError(f"backbone.output_map is true, but {name} does not read the output map; set it to false")
+        # Parameters that get no gradient would fail DDP, and taps that no head reads cost memory.
         if not self.model.head.reads_text:
             backbone.drop_text_taps()
         if not self.model.head.reads_temb:
@@ -95,6 +96,7 @@ class RewardModule(PairModule):
     def on_fit_start(self) -> None:
         """Warn if scores are by default computed at noise levels that the training does not draw."""
         process, generator = self.noise_process, torch.Generator().manual_seed(0)
+        # 64 draws from a generator of its own: the run's random numbers stay as they are.
         drawn = process.sigma(torch.cat([self.levels.draw(generator, process) for _ in range(64)]))
         scored = process.sigma(timesteps_of(self.model.noise, process))
         if scored.min() < drawn.min() - LEVEL_DISTANCE or scored.max() > drawn.max() + LEVEL_DISTANCE:
@@ -184,6 +186,7 @@ class RewardModule(PairModule):
         """See :meth:`PairModule.score`; ``with_cross`` takes B forward passes with a head that has no embeddings."""
         noisy, head = self.add_noise(encoded, timesteps), self.model.head
         cross = None
+        # A head that embeds image and text apart needs one pass; others need one pass for each prompt.
         if with_cross and not isinstance(head, EmbeddingHead):
             cross = self._every_prompt_with_every_image(noisy, timesteps, encoded)
             rewards = torch.cat([cross.chosen.diagonal(), cross.rejected.diagonal()])
@@ -195,6 +198,7 @@ class RewardModule(PairModule):
                 cross = self._gathered_similarities(image_embeds, text_embeds)
             else:
                 rewards = head(features)
+        # Losses and metrics compare scores in float32; bfloat16 of autocast has 8 bits.
         chosen, rejected = rewards.float().chunk(2)
         chosen_sigmas, rejected_sigmas = self.noise_process.sigma(timesteps).to(rewards.device).chunk(2)
         pairs = batch.label, batch.weight, chosen_sigmas, rejected_sigmas

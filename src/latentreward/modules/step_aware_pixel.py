@@ -108,11 +108,13 @@ class StepAwarePixelModule(PairModule):
             Pixels ``(2B, 3, H, W)``, about [-1, 1].
         """
         noisy = self.add_noise(encoded, timesteps)
+        # SPO's scorer judges what the base model predicts, before any alignment.
         with self.generator.reference():
             output = self.generator.predict_guided(
                 noisy, timesteps.to(noisy.device), encoded.conditioning, encoded.uncond, self.guidance_scale
             )
         clean = self.noise_process.clean(noisy, output.float(), timesteps)
+        # In parts: decoded pictures take far more memory than their latents.
         return torch.cat([self.generator.vae.decode(part) for part in clean.split(self.decode_batch_size)])
 
     def score(

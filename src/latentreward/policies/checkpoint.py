@@ -69,6 +69,7 @@ def read_policy_adapter(checkpoint: Path | str, trusted: bool = False) -> SavedA
         raise InputError(
             f"checkpoint: {checkpoint} has family={source.family!r:.80}, which is no import path; get it again"
         )
+    # A family is code: loading a stranger's checkpoint must not import what it names.
     if not trusted and is_foreign(source.family):
         raise InputError(
             f"checkpoint: {checkpoint} names the family {source.family!r}, which would be imported; if you trust it, "

@@ -95,6 +95,7 @@ class PolicySource:
         add_lora(network, self.lora, POLICY, seed, family)
         text_encoder.requires_grad_(False)
         dtype = getattr(torch, self.frozen_dtype)
+        # What trains stays float32, in which an update of 1e-5 of a weight is not lost.
         settle(network, dtype, torch.float32, family.float32_parts)
         settle(text_encoder, dtype, torch.float32)
         policy = Policy(network, family, text_encoder, family.load_latent_encoder(self.vae_dtype)).train()

@@ -66,6 +66,7 @@ class MovingCopy:
     def __init__(self, policy: Policy, name: str, ramp: DecayRamp) -> None:
         self.policy, self.name, self.ramp = policy, name, ramp
         settings: Any = policy.network.peft_config
+        # A copy never trains, and peft would drop out its input in training mode.
         config = replace(settings[POLICY], lora_dropout=0.0)
         with torch.no_grad():
             for key, weight in add_frozen_adapter(policy.network, config, name).items():

@@ -69,6 +69,7 @@ class Policy(nn.Module):
 
     def train(self, mode: bool = True) -> Self:
         """Switch the dropout of the trainable adapter; frozen modules stay in evaluation mode (T5 has dropout)."""
+        # T5 has dropout, and Lightning sets every module to training.
         super().train(False)
         self.training = mode
         for name, module in self.network.named_modules():
@@ -113,6 +114,7 @@ class Policy(nn.Module):
                 f"guidance_scale={guidance_scale:g} needs the encoded empty prompt; give it, or set it to "
                 f"{self.family.no_guidance:g}"
             )
+        # One pass of 2·B rows: FSDP2 gathers each block once, and a GPU is filled better.
         both = Conditioning.join([uncond.select([0] * len(latents)), conditioning])
         output = self.predict(torch.cat([latents, latents]), torch.cat([timesteps, timesteps]), both)
         without, with_prompt = output.chunk(2)
@@ -125,6 +127,7 @@ class Policy(nn.Module):
             InputError: If the policy has no text encoder.
         """
         encoder = self.require_text_encoder()
+        # K samples of a prompt share its text; T5 would otherwise run K times.
         distinct = list(dict.fromkeys(prompts))
         row = {prompt: index for index, prompt in enumerate(distinct)}
         with torch.no_grad():
@@ -210,6 +213,7 @@ class AdapterSwitch:
             raise ValueError(
                 f"the network has no adapter {name!r}, only {sorted(self._names)}; call refresh() after adding"
             )
+        # Layer by layer: adapters of a reward may be active on some layers alone.
         before = [(layer, layer._active_adapter, layer._disable_adapters) for layer in self._layers]
         try:
             for layer in self._layers:

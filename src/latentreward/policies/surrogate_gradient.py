@@ -24,6 +24,7 @@ def surrogate(latents: Tensor, score: Callable[[Tensor], Tensor]) -> Tensor:
     leaf = latents.detach().requires_grad_()
     with torch.enable_grad():
         mean = score(leaf).float().mean()
+    # To the latents alone: weights of the reward, which may be the policy's network, get no gradient.
     (slope,) = torch.autograd.grad(mean, leaf)
     return mean.detach() + gradient_carrier(latents, slope).sum()
 

@@ -83,6 +83,7 @@ class GroupAdvantage(Advantage):
 
     def __call__(self, rewards: Tensor, groups: Tensor) -> Tensor:
         """See :meth:`Advantage.__call__`; the result has the shape of ``rewards``."""
+        # In float64: rewards of a group may differ in the last digits of float32 alone.
         values, advantages = rewards.double(), torch.zeros_like(rewards, dtype=torch.float64)
         overall = self._spread(self._kept(values))
         for group in groups.unique():
@@ -191,6 +192,7 @@ class DiversityAdvantage(Advantage):
             distance = 1 - directions[rows] @ directions[rows].T
             nearest = distance.fill_diagonal_(math.inf).min(dim=1).values.clamp(min=0)
             mean = nearest.mean()
+            # Equal samples have no diversity to divide by: all count the same.
             share = nearest / mean if mean > 0 else torch.ones_like(nearest)
             gain = values[rows] - values[rows].mean(dim=0)
             advantages[rows] = torch.where(gain < 0, gain, gain * share.view(-1, *[1] * (gain.ndim - 1)))

@@ -140,12 +140,15 @@ def candidate_steps(
         with torch.no_grad():  # left before each yield, so that the caller's gradient mode is unchanged
             if output is None:
                 output = network(latents, timestep)
+            # One Gaussian for all K candidates: the network is evaluated at the state before the step alone.
             transition = sampler.transition(latents, output, torch.full((len(prompts),), timestep))
             if index not in window:
                 latents, output = transition.sample(draws.noise(index, 1, shape)[0]), None
                 continue
             candidates = transition.sample(draws.noise(index, branching.num_candidates, shape))
+            # SPO's reward reads pictures, so the network is also evaluated at each candidate.
             clean, outputs = _finished(network, sampler, candidates, index) if reward.needs_clean else (None, None)
+            # LPO scores at the timestep of the state before, as released; SPO at that of the candidate.
             told = timestep if branching.score_at == "step" else sampler.next_timestep(index)
             scores = _score(reward, encoded, candidates, clean, told)
             log_prob = transition.log_prob(candidates)
@@ -155,6 +158,7 @@ def candidate_steps(
         else:
             choice = (scores.argmax(dim=0) if branching.continue_from == "best" else scores.argmin(dim=0)).cpu()
         latents = candidates[choice, rows]
+        # The pass that predicted x̂_0 of this candidate is the next step's: SPO would otherwise pay it twice.
         output = None if outputs is None else outputs[choice, rows]
     return latents
 

@@ -53,6 +53,7 @@ class GainCredit(Credit):
     def __call__(self, rewards: Tensor) -> Tensor:
         """See :meth:`Credit.__call__`."""
         credit = rewards.double().diff(dim=1)
+        # Backwards, so that each step adds the discounted sum of those after it.
         for step in range(credit.shape[1] - 2, -1, -1):
             credit[:, step] += self.gamma * credit[:, step + 1]
         return credit

@@ -58,6 +58,7 @@ def begin_finished(
 
 def _asked(reward: Reward, latents: Tensor, prompts: PromptBatch, seed: int) -> tuple[Tensor, Tensor, Any, Tensor]:
     """Return latents, rows, encoded prompts and noise, as :meth:`Reward.score_clean` takes them."""
+    # One noise for all samples of a prompt: it cancels in their comparison.
     generators = [pair_generator(seed, "reward noise", 0, key) for key in prompts.keys]
     noise = torch.stack([torch.randn(latents.shape[1:], generator=generator) for generator in generators])
     rows = rows_of(prompts, latents)

@@ -43,6 +43,7 @@ class PairSelection(Part):
     def select(self, step: CandidateStep, sampler: StepSampler) -> SelectedPairs:
         """Select the pairs of one step; every rank must call this at the same steps, with equally many prompts."""
         best, worst = step.scores.float().max(dim=0), step.scores.float().min(dim=0)
+        # The released code computes this as a difference of two softmax probabilities; it is tanh(Δ/2).
         gap = ((best.values - worst.values) / 2).tanh()
         return SelectedPairs(best.indices, worst.indices, gap, self.keep(gap, step.index, sampler))
 
@@ -110,6 +111,7 @@ class ScheduledThreshold(ThresholdSelection):
     def threshold(self, index: int, sampler: StepSampler) -> float:
         """See :meth:`ThresholdSelection.threshold`."""
         values = self.quantity(sampler)
+        # Steps without noise have no pairs; their quantity must not stretch the scale.
         seen = values[sampler.noise_std > 0]
         extent = (seen.max() - seen.min()).item()
         fraction = (values[index] - seen.min()).item() / extent if extent else 0.0
@@ -167,6 +169,7 @@ class QuantileThreshold(PairSelection):
 
     def keep(self, gap: Tensor, index: int, sampler: StepSampler) -> Tensor:
         """See :meth:`PairSelection.keep`."""
+        # Over all ranks: a rank with few prompts would have a quantile of its own.
         return (gap >= gather_with_grad(gap).quantile(self._quantile)) & (gap > 0)
 
 

@@ -49,6 +49,7 @@ class RolloutDraws:
         return [torch.multinomial(part, len(part), replacement=True, generator=g) for part, g in drawn]
 
     def _generators(self, purpose: str, index: int = 0) -> list[torch.Generator]:
+        # By key, never by place in a batch: a rollout is equal on any number of ranks, and after a resume.
         return [pair_generator(self._seed, purpose, 0, key, f"step {index}") for key in self._keys]
 
 

@@ -98,8 +98,10 @@ class RewardGuidance:
 
         The gradient is taken as a constant. A gradient of zeros moves nothing.
         """
+        # The policy's loss must not reach the reward's weights through the guidance.
         direction = gradient.detach().float()
         if self.normalise:
+            # Over the whole batch, as the released code does under this option.
             direction = direction / (direction.norm() + 1e-8)
         noisy = transition.std > 0
         spread = transition.spread.where(noisy, 1.0)

@@ -68,6 +68,7 @@ class Transition(TensorRecord):
         Returns:
             ``(B,)``, or ``(K, B)``.
         """
+        # Averaged over elements, where a density adds them up: sums of 16,384 elements would clip every ratio.
         density = -((next_latents.detach().to(self.mean) - self.mean) ** 2)
         if self.density == "normal":
             std = per_sample(self.std, self.mean)
@@ -140,6 +141,7 @@ class StepSampler(ABC):
         Raises:
             InputError: If a timestep is not one of this sampler's.
         """
+        # On the CPU, where the tables are: timesteps that lie there already cost no wait for the accelerator.
         values = timesteps.detach().to("cpu", torch.float32)
         distance, index = (self.timesteps - values[:, None]).abs().min(dim=1)
         foreign = values[distance > TIMESTEP_TOLERANCE]
@@ -185,6 +187,7 @@ class DDIMSampler(StepSampler):
     """
 
     def __init__(self, scheduler_config: Mapping[str, Any], num_inference_steps: int, eta: float = 1.0) -> None:
+        # Pipelines name PNDM or Euler; DDIM on their betas and spacing is what LPO's code samples with.
         check_scheduler({"_class_name": "DDIMScheduler", **scheduler_config}, DDPM_SCHEDULERS)
         self.prediction_type = scheduler_config.get("prediction_type", "epsilon")
         for name in ("clip_sample", "thresholding"):
@@ -201,11 +204,13 @@ class DDIMSampler(StepSampler):
                 "nothing at pure noise; use a v_prediction pipeline, or timestep_spacing 'leading'"
             )
         variance = ancestral_variance((alpha, 1 - alpha), (alpha_next, 1 - alpha_next), eta)
+        # Rounding may leave a tiny negative number at η = 1, where the term is 0.
         room = 1 - alpha_next - variance
         if not (room >= -1e-6).all():
             raise InputError(f"sampling.eta={eta:g} is more noise than a step of DDIM has room for; use at most 1")
         std, towards_noise = variance.sqrt(), room.clamp(min=0).sqrt()
         columns = [alpha.sqrt(), (1 - alpha).sqrt(), alpha_next.sqrt(), towards_noise, std]
+        # Computed in float64: near the last step 1 − ᾱ is a difference of numbers near 1.
         self._table = torch.stack(columns, dim=1).to(torch.float32)
         self.timesteps, self.noise_std = timesteps.to(torch.float32), std.to(torch.float32)
         self.noise_setting = f"eta={eta:g}"
@@ -290,8 +295,10 @@ class FlowSDESampler(StepSampler):
         else:
             spread = noise_level * torch.ones_like(sigma)
             if kind == "flow":
+                # Infinite at σ = 1, so the released code takes the level after the step there.
                 spread = spread * (sigma / (1 - torch.where(1 - sigma < -step / 2, after, sigma))).sqrt()
             self.noise_std = spread * (-step).sqrt()
+            # The released drift, first order in the step; the docstring says how far the marginals are off.
             growth = spread**2 / (2 * sigma)
             of_latents, of_velocity = 1 + growth * step, (1 + growth * (1 - sigma)) * step
         self._table = torch.stack([sigma, of_latents, of_velocity, self.noise_std, spread], dim=1)
@@ -300,6 +307,7 @@ class FlowSDESampler(StepSampler):
         """See :meth:`StepSampler.transition`."""
         _, of_latents, of_velocity, std, spread = self._columns(self._table, timesteps, latents)
         mean = of_latents * latents.float() + of_velocity * model_output.float()
+        # As in Flow-GRPO's code, the KL divergence takes s, not s√Δ.
         return Transition(mean, std.flatten(), spread.flatten(), "squares" if self.kind == "cps" else "normal")
 
     def clean(self, latents: Tensor, model_output: Tensor, timesteps: Tensor) -> Tensor:

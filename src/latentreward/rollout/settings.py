@@ -73,6 +73,7 @@ class Sampling:
         if family.flow:
             with torch.device("cpu"):  # an estimate builds modules on the meta device, whose levels have no values
                 levels = family.levels(self.num_inference_steps, shape)
+            # Flows sample at the levels of their own pipeline, whose shift may depend on the size.
             return FlowSDESampler(*levels, self.noise_level or 0.0, self.flow_noise)
         if self.flow_noise != "flow":
             raise InputError(

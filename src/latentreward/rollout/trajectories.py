@@ -81,6 +81,7 @@ def sample_trajectories(
         transition = sampler.transition(states[-1], output, torch.full((len(output),), timestep))
         if keep_means:
             means.append(transition.mean)
+        # A step without noise has no density, and the log of its standard deviation is −∞.
         if stochastic[index]:
             states.append(transition.sample(draws.noise(index, 1, shape)[0]))
             log_probs.append(transition.log_prob(states[-1]))
@@ -109,4 +110,5 @@ def sample_latents(
     sampler = sampling.sampler(policy.family)
     with policy.reference() if reference else nullcontext():
         sampled = (policy, sampler, prompts, sampling, guidance_scale, seed)
+        # A view would keep the states of all steps in memory.
         return sample_trajectories(*sampled, draws=draws).finished.clone()

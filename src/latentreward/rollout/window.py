@@ -114,6 +114,7 @@ class WindowedSampler(StepSampler):
 
     def transition(self, latents: Tensor, model_output: Tensor, timesteps: Tensor) -> Transition:
         """See :meth:`StepSampler.transition`."""
+        # Both are computed, for rows may be at different steps; they are cheap beside the network.
         noisy, plain = (one.transition(latents, model_output, timesteps) for one in (self.noisy, self.plain))
         inside = self.inside[self.step_index(timesteps)].to(latents.device)
         return Transition(
