@@ -13,32 +13,30 @@ own process.
 import argparse
 import io
 import json
-import logging
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from lightning.pytorch import Callback
 from measuring import MIB, Goal, Spread, ratio, table
 from memory import PeakMemory
 from PIL import Image
 
 from latentreward.backbones.loading import tiny_pipeline
-from latentreward.cache.encoding import ShardEncoder, ShardsToDisk
+from latentreward.cache.encoding import ShardEncoding
+from latentreward.cache.preparing import prepare_cache
 from latentreward.cache.sizing import ImageSettings
-from latentreward.cache.sources import PipelineEncoders, PublishedLatents
-from latentreward.cache.writing import EncodingDataModule, run_predict
-from latentreward.commands.cache import TrainerSettings, make_spec, make_trainer
+from latentreward.cache.sources import LatentSource, PipelineEncoders, PublishedLatents
+from latentreward.commands.cache import ENCODE, make_spec
 from latentreward.contracts import ImageRef, LatentSpace, PreferencePair
 from latentreward.data import PairReader
+from latentreward.ranks.shared_work import SharedWork
 
 SIDE = 128
 BATCH = 8
@@ -116,32 +114,22 @@ def write_pipeline(folder: Path) -> Path:
     return folder
 
 
-class Stopwatch(Callback):
-    """Callback that measures wall time and processor time of the loop over batches, in seconds."""
-
-    def on_predict_start(self, *_: object) -> None:
-        """Start the clock."""
-        self.begun = now()
-
-    def on_predict_end(self, *_: object) -> None:
-        """Stop the clock."""
-        self.seconds = now() - self.begun
-
-
 def now() -> np.ndarray:
     """Return wall time and this process's processor time, in seconds."""
     return np.array([time.perf_counter(), time.process_time()])
 
 
-def seconds_of_caching(output: Path, reader: PairReader, encoder: PipelineEncoders, workers: int) -> np.ndarray:
+def write_cache(output: Path, reader: PairReader, encoder: LatentSource, workers: int) -> np.ndarray:
     """Write a cache, and return wall and processor seconds from the first batch's fetch to the last manifest."""
     encoders, images = encoder.load(), ImageSettings(size=SIDE, resize="stretch")
     spec = make_spec(encoder, encoders, images, "float16", seed=0, per_shard=1024, exif=reader.exif)
-    data, watch = EncodingDataModule(output, reader, images, spec, workers), Stopwatch()
-    trainer = make_trainer(TrainerSettings("cpu", 1), [ShardsToDisk(output), watch])
-    run_predict(trainer, ShardEncoder(encoders, torch.float16), data)
-    data.release()
-    return watch.seconds
+    output.mkdir()
+    with SharedWork(None, "cpu", output / ".shards") as work:
+        work.join({ENCODE: ShardEncoding(output, reader, images.max_pixels, encoders, workers, work).task}, {})
+        todo = prepare_cache(output, reader, images, spec, workers)
+        begun = now()
+        work.run(ENCODE, [shard.number for shard in todo], lambda results: None)
+        return now() - begun
 
 
 def run_encode(pairs: int, workers: int, repeats: int) -> Iterator[list[Any]]:
@@ -160,7 +148,7 @@ def run_encode(pairs: int, workers: int, repeats: int) -> Iterator[list[Any]]:
             for _ in range(2 * pairs // BATCH):
                 vae.encode(pixels, noise)
             bare.append(now() - begun)
-            cached.append(seconds_of_caching(Path(folder) / f"cache{repeat}", reader, encoder, workers))
+            cached.append(write_cache(Path(folder) / f"cache{repeat}", reader, encoder, workers))
     for name, ours, theirs in zip(
         ("wall", "processor"), *(np.transpose(times).tolist() for times in (cached, bare)), strict=True
     ):
@@ -177,19 +165,14 @@ def run_scale(sizes: list[int]) -> Iterator[list[Any]]:
 
 def run_one(pairs: int) -> None:
     """Plan and write a cache of given latents, and print one row as JSON."""
-    encoder, images = PublishedLatents(SPACE, batch_size=64), ImageSettings(size=SIDE)
-    reader, encoders = ReadyLatents(pairs), encoder.load()
-    spec = make_spec(encoder, encoders, images, "float16", seed=0, per_shard=1024, exif=reader.exif)
+    reader = ReadyLatents(pairs)
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "cache"
-        data = EncodingDataModule(output, reader, images, spec, num_workers=0)
-        trainer = make_trainer(TrainerSettings("cpu", 1), [ShardsToDisk(output)])
         with PeakMemory() as memory:
             begun = time.perf_counter()
-            run_predict(trainer, ShardEncoder(encoders, torch.float16), data)
+            write_cache(output, reader, PublishedLatents(SPACE, batch_size=64), workers=0)
             seconds = time.perf_counter() - begun
         written = sum(path.stat().st_size for path in output.rglob("*.safetensors")) / MIB
-        data.release()
     peak = (memory.peak - memory.before) / MIB
     row = (f"{pairs:,}", f"{seconds:.1f}", f"{1000 * seconds / pairs:.2f}", f"{peak:.0f}", f"{written:.0f}")
     print(json.dumps(row), flush=True)
@@ -205,8 +188,6 @@ def main() -> None:
     parser.add_argument("--sizes", type=int, nargs="+", default=[1_000, 10_000, 100_000])
     options = parser.parse_args()
     torch.set_num_threads(1)
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", message=".*LeafSpec")
     if options.parts == ["one"]:
         run_one(options.pairs)
     if "encode" in options.parts:

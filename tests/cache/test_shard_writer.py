@@ -1,12 +1,13 @@
 """Files are whole or absent, and are what safetensors reads."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from latentreward.cache.shard_writer import ShardWriter
+from latentreward.cache.shard_writer import write_shard
 from latentreward.storage.digests import file_hash
 
 
@@ -14,12 +15,14 @@ from latentreward.storage.digests import file_hash
 def test_rows_written_in_batches_are_one_safetensors_file(tmp_path: Path, dtype: torch.dtype) -> None:
     tokens, pooled = torch.randn(5, 3, 7).to(dtype), torch.randn(5, 2).to(dtype)
     path = tmp_path / "text" / "0.safetensors"
-    writer = ShardWriter(path, {"tokens": (5, 3, 7), "pooled": (5, 2)}, dtype)
-    for first in (0, 2, 4):
-        rows = slice(first, first + 2)
-        writer.write(first, {"tokens": tokens[rows], "pooled": pooled[rows]})
-        assert not path.exists()
-    assert writer.finish() == file_hash(path)
+
+    def batches() -> Iterator[tuple[int, dict[str, torch.Tensor]]]:
+        for first in (0, 2, 4):
+            rows = slice(first, first + 2)
+            yield first, {"tokens": tokens[rows], "pooled": pooled[rows]}
+            assert not path.exists()
+
+    assert write_shard(path, {"tokens": (5, 3, 7), "pooled": (5, 2)}, dtype, batches()) == file_hash(path)
     read = load_file(path)
     assert torch.equal(read["tokens"], tokens)
     assert torch.equal(read["pooled"], pooled)
@@ -27,7 +30,8 @@ def test_rows_written_in_batches_are_one_safetensors_file(tmp_path: Path, dtype:
 
 
 def test_an_error_leaves_neither_file_nor_remains(tmp_path: Path) -> None:
-    writer = ShardWriter(tmp_path / "0.safetensors", {"latents": (2, 3)}, torch.float32)
     with pytest.raises(ValueError, match="planned"):
-        writer.write(0, {"latents": torch.zeros(1, 4)})
+        write_shard(
+            tmp_path / "0.safetensors", {"latents": (2, 3)}, torch.float32, [(0, {"latents": torch.zeros(1, 4)})]
+        )
     assert not list(tmp_path.iterdir())

@@ -15,10 +15,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from latentreward.cache import encoding
 from latentreward.cache.buffers import BufferPool, layout_bytes
 from latentreward.cache.datamodule import CachedPreferenceDataModule, CachedSplit
 from latentreward.cache.dataset import CachedPairDataset
-from latentreward.cache.encoding import ShardEncoder
 from latentreward.cache.index import CachedPairs, CacheIndex
 from latentreward.cache.layout import IMAGES, PROMPTS, SHARDS, manifest_name, read_plan
 from latentreward.cache.scan import RowScan
@@ -148,7 +148,7 @@ def test_a_resumed_run_and_workers_give_the_same_bytes(
     written: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data, cache = written
-    own, calls = ShardEncoder.predict_step, []
+    own, calls = encoding.encode_batch, []
 
     def interrupted(*given: Any) -> dict[str, torch.Tensor]:
         calls.append(given)
@@ -157,7 +157,7 @@ def test_a_resumed_run_and_workers_give_the_same_bytes(
         return own(*given)
 
     with monkeypatch.context() as patch:
-        patch.setattr(ShardEncoder, "predict_step", interrupted)
+        patch.setattr(encoding, "encode_batch", interrupted)
         with pytest.raises(SystemExit):
             main(arguments(tmp_path / "cache", data))
     assert not list((tmp_path / "cache").rglob("*.safetensors"))

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from latentreward.backbones.loading import PipelineSource, tiny_pipeline
-from latentreward.cache.encoding import ShardEncoder
+from latentreward.cache import encoding
 from latentreward.cache.layout import (
     IMAGES,
     PAIRS,
@@ -222,7 +222,7 @@ def test_ctrl_c_keeps_finished_shards(
 ) -> None:
     data, cache = written
     settings = ("--encoder.text=true", "--encoder.prompts_per_shard=4", "--dtype=float32")
-    own, calls = ShardEncoder.predict_step, []
+    own, calls = encoding.encode_batch, []
 
     def interrupted(*arguments: Any) -> dict[str, torch.Tensor]:
         calls.append(arguments)
@@ -233,7 +233,7 @@ def test_ctrl_c_keeps_finished_shards(
     threads = torch.get_num_threads()
     torch.set_num_threads(2)
     with monkeypatch.context() as patch:
-        patch.setattr(ShardEncoder, "predict_step", interrupted)
+        patch.setattr(encoding, "encode_batch", interrupted)
         with pytest.raises(SystemExit) as stop:
             run_cache(tmp_path / "cache", data, *settings)
     assert stop.value.code == 130
@@ -376,6 +376,7 @@ def test_a_row_that_changed_since_planning_is_found(
     [
         ([], "reader is missing"),
         ([*SETTINGS, "--reader.root={data}", "--images_per_shard=0"], "images_per_shard: 0 is outside"),
+        (["--encoder.source=sd_tiny"], "encoder: its class is not given; say --encoder PipelineEncoders or Published"),
         ([*SETTINGS, "--reader.root={data}", "--encoder.source=/nowhere"], "'/nowhere' does not exist"),
         (
             [*SETTINGS, "--reader.root={data}", "--encoder=PublishedLatents"],

@@ -1,32 +1,32 @@
-"""Encoding of planned images and prompts to rows of shards: data set, LightningModule, and callback that writes."""
+"""Encoding of planned images and prompts to shards, which several processes may share."""
 
-import time
-from collections.abc import Mapping, Sequence
+import multiprocessing
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from latentreward.cache import layout
-from latentreward.cache.check import Shard, tensor_shapes
+from latentreward.cache.check import Shard, read_shards, tensor_shapes
 from latentreward.cache.layout import CachePlan, ShardManifest, manifest_name, read_plan
-from latentreward.cache.shard_writer import KEPT, ShardWriter
+from latentreward.cache.shard_writer import KEPT, write_shard
 from latentreward.cache.sources import Encoders
 from latentreward.contracts import ImageRef, PreferencePair, TensorRecord
 from latentreward.data.clips import ClipLoader
 from latentreward.data.images import ImageError, PixelLoader
 from latentreward.data.latents import decode_latents
+from latentreward.data.loading import WorkerLoader
 from latentreward.data.readers import PairReader
 from latentreward.errors import InputError
+from latentreward.ranks.processes import end_after
+from latentreward.ranks.shared_work import SharedWork
 from latentreward.seeding import pair_generator
-from latentreward.storage.durable import write_errors_named, write_file
-from latentreward.storage.progress import Progress
+from latentreward.storage.durable import write_file
 
 
 @dataclass(frozen=True)
@@ -79,40 +79,32 @@ class PlannedRows:
 
 
 class EncodeBatches(Dataset[EncodeBatch]):
-    """Data set of the batches to encode for some shards, shard by shard.
+    """Data set of a cache's batches, by the number of their shard and the index of their first row in it.
 
     Args:
-        folder: Folder of the cache.
-        plan: Plan of the cache.
-        shards: Shards to encode.
+        folder: Folder of the cache, which holds a plan.
         reader: Reader of the images.
         max_pixels: Largest number of pixels of an image; larger images count as unreadable.
     """
 
-    def __init__(
-        self, folder: Path, plan: CachePlan, shards: Sequence[Shard], reader: PairReader, max_pixels: int
-    ) -> None:
-        self.plan, self.reader, self.max_pixels = plan, reader, max_pixels
-        self.planned = PlannedRows(folder)
-        self.batches = [
-            (shard, first, min(first + self._batch_size(shard), shard.count))
-            for shard in shards
-            for first in range(0, shard.count, self._batch_size(shard))
-        ]
+    def __init__(self, folder: Path, reader: PairReader, max_pixels: int) -> None:
+        self.plan, self.shards, self.planned = read_plan(folder), read_shards(folder), PlannedRows(folder)
+        self.reader, self.max_pixels = reader, max_pixels
         self._fetched: tuple[int, PreferencePair] | None = None
 
-    def __len__(self) -> int:
-        return len(self.batches)
+    def keys_of(self, shard: Shard) -> list[tuple[int, int]]:
+        """List the keys of a shard's batches, in the order of its rows."""
+        return [(shard.number, first) for first in range(0, shard.count, self._batch_size(shard))]
 
-    def __getitem__(self, index: int) -> EncodeBatch:
-        """Read and decode batch ``index``; an unreadable image becomes zeros and is listed in ``unreadable``.
+    def __getitem__(self, key: tuple[int, int]) -> EncodeBatch:
+        """Read and decode a batch; an unreadable image becomes zeros and is listed in ``unreadable``.
 
         Raises:
             ImageError: If an image cannot be read and the reader's ``on_error`` is ``"raise"``.
             InputError: If the reader's rows differ from those that were planned.
         """
-        shard, first, stop = self.batches[index]
-        rows = self.planned.rows(shard)[first:stop]
+        shard, first = self.shards[key[0]], key[1]
+        rows = self.planned.rows(shard)[first : first + self._batch_size(shard)]
         if shard.kind == "text":
             return EncodeBatch(shard, first, tuple(self.planned.prompts.take(rows).to_pylist()))
         shape = tensor_shapes(self.plan, shard)[layout.LATENTS][1:]
@@ -129,10 +121,14 @@ class EncodeBatches(Dataset[EncodeBatch]):
                 content.append(None)
                 unreadable[first + number] = error.problem
         ready = self.plan.spec.vae is None
-        loaded = torch.stack([self._blank(shard, shape) if item is None else item for item in content])
+        blank = torch.zeros(shape) if ready else self._loader(shard).blank()
+        loaded = torch.stack([blank if item is None else item for item in content])
         if ready:
             return EncodeBatch(shard, first, keys, latents=loaded, unreadable=unreadable)
-        noise = self._noise(keys, shape)
+        noise = None
+        if self.plan.spec.posterior == "sample":
+            generators = (pair_generator(self.plan.spec.seed, "posterior", 0, "", key) for key in keys)
+            noise = torch.stack([torch.randn(shape, generator=generator) for generator in generators])
         return EncodeBatch(shard, first, keys, loaded, noise, unreadable=unreadable, unused=self._unused)
 
     def _batch_size(self, shard: Shard) -> int:
@@ -169,180 +165,121 @@ class EncodeBatches(Dataset[EncodeBatch]):
         image = PixelLoader(shard.height, shard.width, spec.resize, self.max_pixels, self.reader.exif)  # type: ignore[arg-type]
         return image if spec.frames == 1 else ClipLoader(**vars(image), frames=spec.frames, fps=spec.fps)
 
-    def _blank(self, shard: Shard, shape: tuple[int, ...]) -> Tensor:
-        """Return what stands for an unreadable image, or for unreadable latents of ``shape``."""
-        return torch.zeros(shape) if self.plan.spec.vae is None else self._loader(shard).blank()
 
-    def _noise(self, keys: Sequence[str], shape: tuple[int, ...]) -> Tensor | None:
-        if self.plan.spec.posterior != "sample":
-            return None
-        seed = self.plan.spec.seed
-        return torch.stack([torch.randn(shape, generator=pair_generator(seed, "posterior", 0, "", k)) for k in keys])
+def encode_batch(batch: EncodeBatch, encoders: Encoders, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Encode a batch to the tensors of its shard in ``dtype``, ``len(batch)`` rows each.
 
+    Of prompts with a mask the tokens follow each other without padding.
 
-class ShardEncoder(LightningModule):
-    """LightningModule whose ``predict_step`` encodes batches to rows of shards.
-
-    Args:
-        encoders: VAE and text encoders.
-        dtype: Dtype in which latents and embeddings are stored.
+    Raises:
+        InputError: If a value is not finite, because the encoder or the stored dtype has overflowed.
     """
-
-    def __init__(self, encoders: Encoders, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.vae, self.text, self.storage = encoders.vae, encoders.text, dtype
-
-    def predict_step(self, batch: EncodeBatch, batch_idx: int) -> dict[str, Tensor]:
-        """Encode a batch to the tensors of its shard in the stored dtype, ``len(batch)`` rows each.
-
-        Of prompts with a mask the tokens follow each other without padding.
-
-        Raises:
-            InputError: If a value is not finite, because the encoder or the stored dtype has overflowed.
-        """
-        encoded, mask = self._encoded(batch)
-        rows = {name: tensor.to(self.storage) for name, tensor in encoded.items()}
-        for tensor in rows.values():
-            finite = tensor.isfinite().flatten(1).all(dim=1)
-            if not finite.all():
-                name = batch.names[int((~finite).nonzero()[0])]
-                raise InputError(
-                    f"{batch.shard.kind} of {name!r:.80} are not finite in {self.storage}; set dtype and the encoder's "
-                    "own to bfloat16 or float32"
-                )
-        if mask is not None:
-            rows[layout.PROMPT_EMBEDS] = rows[layout.PROMPT_EMBEDS][mask]
-            rows[layout.PROMPT_LENGTHS] = mask.sum(dim=1, dtype=torch.int32)
-        return rows
-
-    def _encoded(self, batch: EncodeBatch) -> tuple[dict[str, Tensor], Tensor | None]:
-        """Return the rows of each tensor, and the mask of prompts with unequal numbers of tokens."""
-        if batch.shard.kind == "text":
-            assert self.text is not None
-            text = self.text(batch.names)
-            rows = {layout.PROMPT_EMBEDS: text.prompt_embeds, layout.POOLED_PROMPT_EMBEDS: text.pooled_prompt_embeds}
-            return {name: tensor for name, tensor in rows.items() if tensor is not None}, text.prompt_mask
-        if batch.latents is not None:
-            return {layout.LATENTS: batch.latents}, None
-        assert self.vae is not None and batch.pixels is not None
-        latents = self.vae.encode(batch.pixels, batch.noise)
+    mask, encoded = None, {layout.LATENTS: batch.latents}
+    if batch.shard.kind == "text":
+        assert encoders.text is not None
+        text = encoders.text(batch.names)
+        encoded = {layout.PROMPT_EMBEDS: text.prompt_embeds, layout.POOLED_PROMPT_EMBEDS: text.pooled_prompt_embeds}
+        mask = text.prompt_mask
+    elif batch.pixels is not None:
+        assert encoders.vae is not None
+        latents = encoders.vae.encode(batch.pixels, batch.noise)
         for row in batch.unreadable or ():
             latents[row - batch.first] = 0
-        return {layout.LATENTS: latents}, None
+        encoded = {layout.LATENTS: latents}
+    rows = {name: tensor.to(dtype) for name, tensor in encoded.items() if tensor is not None}
+    for tensor in rows.values():
+        finite = tensor.isfinite().flatten(1).all(dim=1)
+        if not finite.all():
+            name = batch.names[int((~finite).nonzero()[0])]
+            raise InputError(
+                f"{batch.shard.kind} of {name!r:.80} are not finite in {dtype}; set dtype and the encoder's own to "
+                "bfloat16 or float32"
+            )
+    if mask is not None:
+        rows[layout.PROMPT_EMBEDS] = rows[layout.PROMPT_EMBEDS][mask]
+        rows[layout.PROMPT_LENGTHS] = mask.sum(dim=1, dtype=torch.int32)
+    return rows
 
 
-class ShardsToDisk(Callback):
-    """Callback that writes the rows from :class:`ShardEncoder` to shards, and a manifest after a shard's last row.
-
-    Prompts with a mask are held in memory until their shard is complete, because a file begins with its tensors' sizes.
-
-    Args:
-        folder: Folder of the cache, which must hold a plan when prediction starts.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self._writer: ShardWriter | None = None
-        self._unreadable: dict[int, str] = {}
-        self._held: list[dict[str, Tensor]] = []
-
-    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Read the plan of the cache."""
-        self.plan = read_plan(self.folder)
-
-    def on_predict_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: EncodeBatch, *_: Any
-    ) -> None:
-        """Write the rows of one batch, and the manifest after the last batch of a shard."""
-        with write_errors_named(self.folder, KEPT):
-            first, last = batch.first, batch.first + len(batch) == batch.shard.count
-            if layout.PROMPT_LENGTHS in outputs:
-                self._held.append({name: tensor.cpu() for name, tensor in outputs.items()})
-                if not last:
-                    return
-                outputs = {name: torch.cat([rows[name] for rows in self._held]) for name in outputs}
-                first, self._held = 0, []
-            if first == 0:
-                shapes = tensor_shapes(self.plan, batch.shard, len(outputs.get(layout.PROMPT_EMBEDS, ())))
-                dtype = getattr(torch, self.plan.spec.dtype)
-                self._writer, self._unreadable = ShardWriter(self.folder / batch.shard.name, shapes, dtype), {}
-            assert self._writer is not None
-            self._writer.write(first, outputs)
-            self._unreadable.update(batch.unreadable or {})
-            if last:
-                sha256, count, plan = self._writer.finish(), batch.shard.count, self.plan
-                self._writer = None
-                manifest = ShardManifest(count, sha256, plan.spec.hash, plan.hash, self._unreadable)
-                write_file(self.folder / manifest_name(batch.shard.name), manifest.to_json(), KEPT)
-
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Remove the unfinished shard."""
-        if self._writer is not None:
-            self._writer.abandon(exception)
-
-
-class OneThread(Callback):
-    """Callback that limits PyTorch to one thread per process while encoding.
-
-    On a CPU, the number of threads changes the last bits of the results, and so the files' bytes.
-    """
-
-    def __init__(self) -> None:
-        self._threads: int | None = None
-
-    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Set one thread, in place of Lightning's number, which depends on the number of processes."""
-        self._threads = torch.get_num_threads()
-        torch.set_num_threads(1)
-
-    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Restore the previous number of threads."""
-        if self._threads is not None:
-            torch.set_num_threads(self._threads)
-
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Restore the previous number of threads."""
-        self.on_predict_end(trainer, pl_module)
-
-
-class EncodingRate(Callback):
-    """Callback that shows progress and rate of encoding, in images and prompts.
+@dataclass
+class ShardEncoding:
+    """Encoding of the shards of a planned cache, which several processes may share.
 
     Attributes:
-        total: Number of images and prompts to encode, over all ranks.
-        done: Number that this rank has encoded.
-        seconds: Seconds since encoding began.
-        unused: Number of frames of this rank's clips that were not used.
+        folder: Folder of the cache.
+        reader: Reader of the images.
+        max_pixels: Largest number of pixels of an image; larger images count as unreadable.
+        encoders: VAE and text encoders.
+        num_workers: Number of processes per device that read and decode images.
+        work: The processes that encode.
+        progress: Function that takes the number of images and prompts in each batch that this process has encoded.
     """
 
-    def __init__(self) -> None:
-        self.total, self.done, self.seconds, self.unused = 0, 0, 0.0, 0
-        self._progress: Progress | None = None
+    folder: Path
+    reader: PairReader
+    max_pixels: int
+    encoders: Encoders
+    num_workers: int
+    work: SharedWork
+    progress: Callable[[int], object] = int
 
-    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start the clock and the progress display."""
-        self.total = trainer.datamodule.total  # type: ignore[attr-defined]
-        self._begun = time.monotonic()
-        total = self.total if trainer.is_global_zero else 0
-        self._progress = Progress("cache", total, "images and prompts", processes=trainer.world_size)
+    def task(self, numbers: Sequence[int]) -> Callable[[int], int]:
+        """Return the function that writes the shard of a number, and returns how many frames of clips are not used."""
+        device = self.work.device
+        for encoder in (self.encoders.vae, self.encoders.text):
+            if encoder is not None:
+                encoder.eval().to(device)
+        batches = EncodeBatches(self.folder, self.reader, self.max_pixels)
+        keys: list[tuple[int, int]] = []
+        loader = WorkerLoader(
+            batches,
+            batch_size=None,
+            sampler=keys,  # of one shard after the other, for which the same worker processes load
+            num_workers=self.num_workers,
+            persistent_workers=self.num_workers > 0,
+            pin_memory=device.type != "cpu",
+            # The process group runs threads, and a fork of a process with threads may hang (seen with Python 3.11).
+            multiprocessing_context="forkserver" if self.num_workers and self.work.size > 1 else None,
+            worker_init_fn=end_worker_with_rank,
+        )
 
-    def on_predict_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: EncodeBatch, *_: Any
-    ) -> None:
-        """Add the batch's images and prompts to ``done``; rank 0 shows its ``done`` times the number of ranks."""
-        self.done, self.seconds = self.done + len(batch), time.monotonic() - self._begun
-        self.unused += batch.unused
-        assert self._progress is not None
-        self._progress.add(len(batch))
+        def write(number: int) -> int:
+            keys[:] = batches.keys_of(batches.shards[number])
+            return self._write(batches.shards[number], batches.plan, loader)
 
-    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Stop the progress display."""
-        if self._progress is not None:
-            self._progress.close()
+        return write
 
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Stop the progress display, so that later displays of this process are not nested in it."""
-        self.on_predict_end(trainer, pl_module)
+    def _write(self, shard: Shard, plan: CachePlan, batches: Iterable[EncodeBatch]) -> int:
+        """Write a shard and, when it is complete, its manifest; return the number of frames that are not used."""
+        dtype, unused, tokens = getattr(torch, plan.spec.dtype), 0, 0
+        unreadable: dict[int, str] = {}
+
+        def encoded() -> Iterator[tuple[int, dict[str, Tensor]]]:
+            nonlocal unused
+            for batch in batches:
+                with torch.inference_mode():
+                    rows = encode_batch(batch.to(self.work.device), self.encoders, dtype)
+                yield batch.first, {name: tensor.cpu() for name, tensor in rows.items()}
+                unreadable.update(batch.unreadable or {})
+                unused += batch.unused
+                self.progress(len(batch))
+
+        rows: Iterable[tuple[int, dict[str, Tensor]]] = encoded()
+        if shard.kind == "text" and plan.spec.text is not None and plan.spec.text.masked:
+            held = [tensors for _, tensors in rows]  # a file begins with the sizes of its tensors
+            rows = [(0, {name: torch.cat([tensors[name] for tensors in held]) for name in held[0]})]
+            tokens = len(rows[0][1][layout.PROMPT_EMBEDS])
+        sha256 = write_shard(self.folder / shard.name, tensor_shapes(plan, shard, tokens), dtype, rows)
+        manifest = ShardManifest(shard.count, sha256, plan.spec.hash, plan.hash, unreadable)
+        write_file(self.folder / manifest_name(shard.name), manifest.to_json(), KEPT)
+        return unused
+
+
+def end_worker_with_rank(worker_id: int) -> None:
+    """Kill this loader worker when its rank ends; with a fork server, the rank is not the worker's parent process."""
+    rank = multiprocessing.parent_process()
+    assert rank is not None
+    end_after(rank.join)
 
 
 def _by_shard(shard: np.ndarray, row: np.ndarray) -> dict[int, np.ndarray]:

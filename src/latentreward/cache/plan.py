@@ -6,7 +6,7 @@ row; memory holds a hash and an index for each image and prompt.
 
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from hashlib import blake2b
 from pathlib import Path
@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 
 from latentreward.cache import layout
 from latentreward.cache.layout import CachePlan, CacheSpec, digest
-from latentreward.cache.scan import ScannedRow
+from latentreward.cache.scan import RowScan, ScannedRow, scan_rows
 from latentreward.cache.shard_writer import KEPT
 from latentreward.cache.sizing import ImageSettings
 from latentreward.data.buckets import Bucket
@@ -25,6 +25,7 @@ from latentreward.data.readers import PairReader
 from latentreward.errors import InputError
 from latentreward.storage.digests import file_hash
 from latentreward.storage.durable import replacing, write_file
+from latentreward.storage.progress import Progress
 
 ROWS_PER_GROUP = 4096
 SAMPLED_ROWS = 16
@@ -199,16 +200,8 @@ class Planner:
         return self._known[name]
 
 
-def write_plan(
-    folder: Path,
-    spec: CacheSpec,
-    images: ImageSettings,
-    data: dict[str, Any],
-    rows: Iterable[ScannedRow],
-    reader: PairReader,
-    progress: Callable[[int], None] = lambda number: None,
-) -> CachePlan:
-    """Plan all ``rows``, write the tables, and write ``plan.json`` last.
+def write_plan(folder: Path, spec: CacheSpec, images: ImageSettings, reader: PairReader, num_workers: int) -> CachePlan:
+    """Scan and plan all rows of a reader by ``num_workers`` processes, write the tables, and ``plan.json`` last.
 
     Raises:
         InputError: If no row can be cached.
@@ -220,16 +213,17 @@ def write_plan(
             tables[name] = TableWriter(stack.enter_context(partial.open("xb")), schema)
             stack.callback(tables[name].close)
         planner = Planner(spec, images, tables, reader)
-        for row in rows:
+        progress = stack.enter_context(Progress("cache: plan", len(reader), "rows"))
+        for row in scan_rows(RowScan(reader, images, spec.latent_space), num_workers):
             planner.add(row)
-            progress(1)
+            progress.add()
         if not tables[layout.PAIRS].count:
             reasons = ", ".join(f"{count} {reason}" for reason, count in planner.dropped.most_common())
             raise InputError(f"reader: none of its rows can be cached ({reasons or 'it has none'}); check images")
         planner.finish()
     plan = CachePlan(
         spec=spec,
-        data=data,
+        data=describe_data(reader),
         tables={name: file_hash(folder / name) for name in layout.SCHEMAS},
         pairs=tables[layout.PAIRS].count,
         images=tables[layout.IMAGES].count,

@@ -1,29 +1,32 @@
 """``latentreward cache``: encode the images, and optionally the prompts, of a data set once and store the results."""
 
 import sys
-import warnings
+import time
 from collections import Counter
 from functools import partial
 from pathlib import Path
 
 import pyarrow.parquet as pq
-import torch
-from lightning.pytorch import Callback, Trainer
 
 from latentreward.cache.check import check_cache, read_shards
-from latentreward.cache.encoding import EncodingRate, OneThread, ShardEncoder, ShardsToDisk
+from latentreward.cache.encoding import ShardEncoding
 from latentreward.cache.layout import IMAGES, PAIRS, CacheDtype, CacheSpec, manifest_name, read_manifest, read_plan
+from latentreward.cache.plan import describe_data
+from latentreward.cache.preparing import prepare_cache
 from latentreward.cache.sizing import ImageSettings
 from latentreward.cache.sources import Encoders, LatentSource
-from latentreward.cache.writing import EncodingDataModule, StopOnSigterm, run_predict
 from latentreward.data.images import ExifOrientation
 from latentreward.data.readers import PairReader, count_text
 from latentreward.errors import InputError, errors_at
 from latentreward.interrupts import interrupts_told
-from latentreward.ranks.processes import trainer_errors
 from latentreward.ranks.settings import TrainerSettings
+from latentreward.ranks.shared_work import SHARDS, SharedWork
 from latentreward.settings.functions import run_function
+from latentreward.storage.locks import locked
+from latentreward.storage.progress import Progress
 
+ENCODE = "encode"
+"""Name of the task that writes one shard."""
 LINES = 20
 """Most problems that ``--check`` prints one by one."""
 
@@ -73,37 +76,29 @@ def cache(
         remedy = {"images": "PipelineEncoders", "latents": "PublishedLatents"}.get(reader.holds, "a reader with images")
         raise InputError(f"encoder: {kind} takes {encoder.holds}, but the reader holds {reader.holds}; set {remedy}")
     kept = f"finished shards are kept in {folder}: the same command goes on there"
-    with interrupts_told(lambda: kept):
+    with interrupts_told(lambda: kept), SharedWork(trainer, "auto", folder / SHARDS) as work:
         encoders = encoder.load()
         images.check(encoders.side_multiple)
         with errors_at("images."):
             encoders.space.check_frames(images.frames)
         spec = make_spec(encoder, encoders, images, dtype, seed, images_per_shard, reader.exif)
-        data = EncodingDataModule(folder, reader, images, spec, num_workers, encoders.text)
-        rate = EncodingRate()
-        runner = make_trainer(trainer, [StopOnSigterm(), OneThread(), ShardsToDisk(folder), rate])
-        try:
-            run_predict(runner, ShardEncoder(encoders, getattr(torch, dtype)), data)
-            if runner.is_global_zero:
-                report(folder, rate, runner.world_size)
-        finally:
-            data.release()
-
-
-def make_trainer(settings: TrainerSettings, callbacks: list[Callback]) -> Trainer:
-    """Return a trainer for prediction alone; the trainer leaves precision to the encoders."""
-    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-    with trainer_errors():
-        return Trainer(
-            **vars(settings),
-            precision="32-true",
-            callbacks=callbacks,
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            use_distributed_sampler=False,
-        )
+        encoding = ShardEncoding(folder, reader, images.max_pixels, encoders, num_workers, work)
+        work.join({ENCODE: encoding.task}, {**spec.record(), "data": describe_data(reader)})
+        if not work.first:
+            work.serve()
+            return
+        with locked(folder, "output"):
+            todo = prepare_cache(folder, reader, images, spec, num_workers, encoders.text)
+            unused: list[int] = []
+            total, begun = sum(shard.count for shard in todo), time.monotonic()
+            with Progress("cache", total, "images and prompts", processes=work.size) as progress:
+                encoding.progress = progress.add
+                numbers = [shard.number for shard in todo]
+                work.run(ENCODE, numbers, lambda results: unused.extend(frames for _, frames in results))
+            rate = total / (time.monotonic() - begun)
+            report(folder, sum(unused))
+            if todo:
+                print(f"{rate:.1f} images and prompts per second with {work.size} processes")
 
 
 def make_spec(
@@ -159,25 +154,20 @@ def verify(folder: Path) -> None:
     print(f"{folder} is whole: {plan.pairs} pairs, {plan.images} images, {plan.prompts} prompts")
 
 
-def report(folder: Path, rate: EncodingRate, processes: int) -> None:
-    """Print what the cache holds, what was left out, and the encoding rate."""
+def report(folder: Path, unused: int) -> None:
+    """Print what the cache holds, what was left out, and the number of ``unused`` frames of clips."""
     plan, shards = read_plan(folder), read_shards(folder)
     size = sum((folder / shard.name).stat().st_size for shard in shards)
     manifests = {shard.number: read_manifest(folder / manifest_name(shard.name)) for shard in shards}
     unreadable = Counter(reason for manifest in manifests.values() for reason in manifest.unreadable.values())
     lost = {(number, row) for number, manifest in manifests.items() for row in manifest.unreadable}
-    print(f"{folder}: {plan.pairs} pairs, {plan.images} images, {plan.prompts} prompts, {len(shards)} shards")
+    content = f"{plan.pairs} pairs, {plan.images} images, {plan.prompts} prompts, {len(shards)} shards"
+    print(f"{folder}: {content}, {size / 2**20:.1f} MiB")
     print(f"dropped pairs: {count_text(Counter(plan.dropped))}")
     if lost:
         print(f"images not read: {count_text(unreadable)}; {pairs_with(folder, lost)} pairs have such an image")
-    if rate.unused:
-        by = " by this process" if processes > 1 else ""
-        print(f"clips longer than frames={plan.spec.frames}: {rate.unused} frames were not used{by}")
-    print(f"{size / 2**20:.1f} MiB", end="")
-    if rate.done:
-        done = min(rate.done * processes, rate.total)
-        print(f", {done / rate.seconds:.1f} images and prompts per second with {processes} processes", end="")
-    print()
+    if unused:
+        print(f"clips longer than frames={plan.spec.frames}: {unused} frames were not used")
 
 
 def pairs_with(folder: Path, lost: set[tuple[int, int]]) -> int:

@@ -198,7 +198,15 @@ def _in_list(message: str, key: Sequence[str], kind: str, name: str) -> str:
 
 
 def _abstract(match: re.Match[str], setting: str) -> str:
-    return lacks(locate(match[1]))  # type: ignore[arg-type]  # jsonargparse has imported the class
+    cls: type = locate(match[1])  # type: ignore[assignment]  # jsonargparse has imported the class
+    own = any(getattr(value, "__isabstractmethod__", False) for value in vars(cls).values())
+    kinds: list[type] = cls.__subclasses__() if own else []
+    names = sorted(
+        one.__name__ for one in kinds if one.__module__.startswith("latentreward.") and not inspect.isabstract(one)
+    )
+    if not names or not setting:
+        return lacks(cls)
+    return f"its class is not given; say --{setting} {' or '.join(names)}"  # settings of the base class alone are given
 
 
 def _missing(match: re.Match[str], setting: str) -> str:
