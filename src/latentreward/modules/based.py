@@ -93,7 +93,7 @@ class FrozenBase:
         is of a quantised run, or outside a Trainer, where ``load_from_checkpoint`` calls the hook.
 
         Raises:
-            InputError: If the checkpoint belongs to another base, or a resumed run has other :attr:`settings`.
+            InputError: If the checkpoint belongs to another base, or a resumed run has other ``settings``.
         """
         if "base" in checkpoint:
             self.sample.check(checkpoint["base"])
