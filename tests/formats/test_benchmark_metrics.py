@@ -17,11 +17,9 @@ import torch
 from PIL import Image
 
 from latentreward.evaluation.benchmark.base import Benchmark
-from latentreward.evaluation.benchmark.format_detection import recognise_benchmark
-from latentreward.evaluation.benchmark.four_way import VOTES
-from latentreward.evaluation.benchmark.protocols import PROTOCOLS, judge
+from latentreward.evaluation.benchmark.protocols import PROTOCOLS, VOTES, judge
 from latentreward.evaluation.benchmark.results import BenchmarkPairs
-from latentreward.evaluation.benchmark.sets import PickAPicBenchmark
+from latentreward.evaluation.benchmark.sets import PickAPicBenchmark, recognise_benchmark
 from latentreward.reports.tables import Row
 from latentreward.scorers import CallableScorer
 from latentreward.scorers.pair_scoring import PairScoring

@@ -11,7 +11,7 @@ from latentreward.cli import main
 from latentreward.commands.fit import estimate_fit
 from latentreward.errors import InputError
 from latentreward.estimate.needs import ALLOWANCE, CONTEXT, training_needs
-from latentreward.evaluation.benchmark.four_benchmarks import FOUR_BENCHMARKS
+from latentreward.evaluation.benchmark.published_numbers import FOUR_BENCHMARKS
 from latentreward.pilot.plans import BESIDE, STAGES, Pilot, all_pilots, find_pilot, read_pilot
 from latentreward.steps.tasks import load_yaml
 from latentreward.storage.json_files import read_config

@@ -10,7 +10,7 @@ import pytest
 
 from latentreward.commands import pilot as command
 from latentreward.errors import InputError
-from latentreward.evaluation.benchmark.four_benchmarks import FOUR_BENCHMARKS
+from latentreward.evaluation.benchmark.published_numbers import FOUR_BENCHMARKS
 from latentreward.pilot.results import PilotResult, read_result, write_result
 
 

@@ -13,7 +13,7 @@ from latentreward.backbones import LoRA, create_backbone
 from latentreward.backbones.loading import tiny_pipeline
 from latentreward.errors import InputError
 from latentreward.families.sd import StableDiffusion
-from latentreward.generation.picture_writing import DETERMINISTIC
+from latentreward.generation.image_folder import DETERMINISTIC
 from latentreward.modules import LPOModule
 from latentreward.policies import PolicySource
 from latentreward.rollout import DDIMSampler, FlowSDESampler, Sampling

@@ -13,8 +13,8 @@ import torch
 
 from latentreward.cli import main
 from latentreward.steps.running import RECORD
-from latentreward.taste.page import HTML, JSON
 from latentreward.taste.pairs import RATINGS
+from latentreward.taste.results import HTML, JSON
 from latentreward.tinyworld.pairs import draw_pairs
 from tests.processes import start
 from tests.serving.processes import forked_server

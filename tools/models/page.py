@@ -8,8 +8,7 @@ from typing import Any
 import yaml
 
 from latentreward.errors import InputError
-from latentreward.evaluation.benchmark.four_benchmarks import FOUR_BENCHMARKS
-from latentreward.evaluation.benchmark.published_numbers import AVERAGE, PUBLISHED
+from latentreward.evaluation.benchmark.published_numbers import AVERAGE, FOUR_BENCHMARKS, PUBLISHED
 from latentreward.metrics.bootstrap import Interval
 from latentreward.pilot.plans import BESIDE, Pilot, all_pilots
 from latentreward.pilot.results import PilotResult, read_result

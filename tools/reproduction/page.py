@@ -12,9 +12,8 @@ from matplotlib.figure import Figure
 from latentreward.reports.markdown import markdown_table, plain
 from latentreward.reports.tables import NOTHING, Table, as_text, interval
 from latentreward.storage.durable import write_file
-from tools.reproduction.results import Result, read_results
+from tools.reproduction.results import Result, Verdict, judge_claim, read_results
 from tools.reproduction.rows import Claim, Paper, Row, Side
-from tools.reproduction.verdicts import Verdict, judge_claim
 
 INTRODUCTION = """\
 `latentreward reproduce` writes this page from the files in `reproduction/`; do not edit it by hand. `make reproduce`

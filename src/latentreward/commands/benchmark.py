@@ -9,11 +9,11 @@ from latentreward.errors import InputError, check_at_least_one
 from latentreward.evaluation.benchmark.base import Benchmark
 from latentreward.evaluation.benchmark.disagreements import disagreement_pictures
 from latentreward.evaluation.benchmark.evaluate import evaluate
-from latentreward.evaluation.benchmark.format_detection import recognise_benchmark
 from latentreward.evaluation.benchmark.noise_columns import NoiseColumns
 from latentreward.evaluation.benchmark.results import BenchmarkReport
 from latentreward.evaluation.benchmark.scoring import complete, open_scores
 from latentreward.evaluation.benchmark.sections import INTRODUCTION, TITLE, sections
+from latentreward.evaluation.benchmark.sets import recognise_benchmark
 from latentreward.reports.report import HTML, JSON, MARKDOWN, versions, write_report
 from latentreward.reports.tables import Table, as_text, cell, interval, percent
 from latentreward.scorers import RewardModelScorer, Scorer

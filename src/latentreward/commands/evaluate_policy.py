@@ -37,7 +37,7 @@ from latentreward.evaluation.policy.scoring import (
 )
 from latentreward.evaluation.policy.sections import INTRODUCTION, score_table, sections
 from latentreward.evaluation.policy.statistics import compare, in_common, policy_scores
-from latentreward.generation.picture_writing import DETERMINISTIC
+from latentreward.generation.image_folder import DETERMINISTIC
 from latentreward.generation.trained_policy import plain
 from latentreward.interrupts import interrupts_told
 from latentreward.ranks.settings import TrainerSettings

@@ -12,8 +12,14 @@ from latentreward.contracts import PromptBatch
 from latentreward.data.alignment.prompt_files import read_prompt_rows
 from latentreward.errors import InputError
 from latentreward.generation import Candidates, Population, best_of_n, search_latents, search_population
-from latentreward.generation.image_folder import ImageFolder, Row
-from latentreward.generation.picture_writing import DETERMINISTIC, decode_latents, make_pictures, write_batch
+from latentreward.generation.image_folder import (
+    DETERMINISTIC,
+    ImageFolder,
+    Row,
+    decode_latents,
+    make_pictures,
+    write_batch,
+)
 from latentreward.generation.trained_policy import TrainedPolicy, offload_text_encoders, plain
 from latentreward.interrupts import interrupts_told
 from latentreward.policies import Policy, PolicySource

@@ -224,9 +224,8 @@ def tell_needs(tasks: Mapping[str, Task], output: Path, pairs: int, card: Card) 
 def run_steps(tasks: Mapping[str, Task], plan: "Plan", output: Path, how: str, always: bool) -> None:
     """Run the steps that have not finished, print the accuracy, and write the page."""
     from latentreward.steps.running import TaskRunner, run_tasks
-    from latentreward.taste.page import write_result
     from latentreward.taste.plan import ALIGN, BEST, CACHE, PICTURES, REWARD, SCORES
-    from latentreward.taste.results import measure
+    from latentreward.taste.results import measure, write_result
 
     places = {name: task.output(output) for name, task in tasks.items()}
     run_tasks([tasks[name] for name in (CACHE, REWARD, SCORES)], TaskRunner(output))

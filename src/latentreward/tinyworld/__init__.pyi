@@ -1,5 +1,4 @@
-from .datamodule import TinyWorldDataModule
-from .prompts import TinyWorldPromptDataModule
+from .datamodule import TinyWorldDataModule, TinyWorldPromptDataModule
 
 __all__ = [
     "TinyWorldDataModule",

@@ -1,11 +1,15 @@
-"""Data module of the tiny world's preference pairs, which writes its own files."""
+"""Data modules of the tiny world: preference pairs, whose files it writes, and captions as prompts for alignment."""
 
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 from torch.utils.data import DataLoader
 
 from latentreward.data import HPDv3Reader, PairReader, PickAPicReader, PreferenceDataModule
+from latentreward.data.alignment.prompts import PromptLoaders
+from latentreward.errors import InputError
+from latentreward.tinyworld.captions import caption_splits, draw_caption
 from latentreward.tinyworld.writers import write_hpdv3, write_pickapic
 
 
@@ -50,3 +54,25 @@ class TinyWorldDataModule(PreferenceDataModule):
     def test_dataloader(self) -> DataLoader[Any]:
         """Return the validation pairs, which no setting of the tiny world was chosen on."""
         return self._evaluation_loader("val")
+
+
+class TinyWorldPromptDataModule(PromptLoaders):
+    """Data module of distinct captions of the tiny world's training split, drawn at random, as prompts.
+
+    Args:
+        captions: Number of captions.
+        data_seed: Seed of the choice of captions.
+        options: See :class:`~latentreward.data.alignment.prompts.PromptLoaders`.
+
+    Raises:
+        InputError: If ``captions`` is below 1 or above the number of captions in the training split.
+    """
+
+    def __init__(self, captions: int = 1024, data_seed: int = 0, **options: Any) -> None:
+        there_are = sum(map(len, caption_splits()["train"].values()))
+        if not 1 <= captions <= there_are:
+            raise InputError(f"data.captions={captions}: the training split has {there_are}, so use 1 to {there_are}")
+        rng, drawn = np.random.default_rng([data_seed, 5]), dict[str, None]()
+        while len(drawn) < captions:
+            drawn.setdefault(draw_caption(rng, "train").text)
+        super().__init__(tuple(drawn), **options)

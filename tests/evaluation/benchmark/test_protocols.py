@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 
 from latentreward.errors import InputError
-from latentreward.evaluation.benchmark.four_way import VOTES, answers, fit_thresholds
-from latentreward.evaluation.benchmark.protocols import PROTOCOLS, judge
+from latentreward.evaluation.benchmark.protocols import PROTOCOLS, VOTES, answers, fit_thresholds, judge
 from latentreward.evaluation.benchmark.results import BenchmarkPairs
 from latentreward.metrics.calibration import two_folds
 from tests.evaluation.benchmark.scored import LABELS, NAN, drawn, scored

@@ -14,8 +14,8 @@ from latentreward.errors import InputError
 from latentreward.evaluation.benchmark import sets
 from latentreward.evaluation.benchmark.base import Benchmark
 from latentreward.evaluation.benchmark.columns import band, subgroup_columns
-from latentreward.evaluation.benchmark.format_detection import recognise_benchmark
 from latentreward.evaluation.benchmark.protocols import PROTOCOLS, judge
+from latentreward.evaluation.benchmark.sets import recognise_benchmark
 from latentreward.scorers import CallableScorer
 from latentreward.scorers.pair_scoring import PairScoring
 from tests.formats.conftest import COMMITTED, encode

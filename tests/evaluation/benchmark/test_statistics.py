@@ -8,18 +8,20 @@ import pytest
 import torch
 
 from latentreward.errors import InputError
-from latentreward.evaluation.benchmark.calibration import calibration_result, cross_fitted_probability
-from latentreward.evaluation.benchmark.four_benchmarks import FOUR_BENCHMARKS, add_averages
-from latentreward.evaluation.benchmark.model_agreement import agreement_result, correlation_results
-from latentreward.evaluation.benchmark.protocols import PROTOCOLS, judge
-from latentreward.evaluation.benchmark.published_numbers import AVERAGE, PUBLISHED, published_for
-from latentreward.evaluation.benchmark.results import BenchmarkReport
-from latentreward.evaluation.benchmark.sections import sections
-from latentreward.evaluation.benchmark.subgroups import (
+from latentreward.evaluation.benchmark.evaluate import (
+    add_averages,
+    agreement_result,
+    calibration_result,
+    correlation_results,
+    cross_fitted_probability,
     level_results,
     paired_difference,
     subgroup_results,
 )
+from latentreward.evaluation.benchmark.protocols import PROTOCOLS, judge
+from latentreward.evaluation.benchmark.published_numbers import AVERAGE, FOUR_BENCHMARKS, PUBLISHED, published_for
+from latentreward.evaluation.benchmark.results import BenchmarkReport
+from latentreward.evaluation.benchmark.sections import sections
 from latentreward.metrics import PairCalibration, ScoreCorrelation
 from latentreward.metrics.bootstrap import Interval
 from tests.evaluation.benchmark.scored import NAN, drawn, scored

@@ -16,10 +16,9 @@ import pytest
 from latentreward.errors import InputError
 from latentreward.steps.running import TaskRunner
 from tools.reproduction.page import status_table
-from tools.reproduction.results import read_results, result_path, write_result
+from tools.reproduction.results import judge_claim, read_results, result_path, write_result
 from tools.reproduction.rows import Row, read_row
 from tools.reproduction.running import measure_rows, missing
-from tools.reproduction.verdicts import judge_claim
 
 ROOT = Path(__file__).resolve().parents[3]
 MODULE = "tests.steps.toy_step"

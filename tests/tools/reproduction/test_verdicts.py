@@ -10,7 +10,7 @@ from mpmath import betainc
 from latentreward.errors import InputError
 from latentreward.metrics.bootstrap import STUDENT, crossed_interval, student_interval
 from tools.reproduction.measuring import Values
-from tools.reproduction.verdicts import judge
+from tools.reproduction.results import judge
 
 Z = NormalDist().inv_cdf(0.975)
 

@@ -15,13 +15,16 @@ from typing import Any
 import numpy as np
 
 from latentreward.errors import InputError, did_you_mean
-from latentreward.evaluation.benchmark.four_way import VOTES, four_way_credit
-from latentreward.evaluation.benchmark.pickscore import pickscore_credit
 from latentreward.evaluation.benchmark.results import BenchmarkPairs
 from latentreward.metrics.bootstrap import clustered_accuracy, group_sums, ratio
+from latentreward.metrics.calibration import fit_temperature, two_folds
 from latentreward.reports.tables import Row
 
 NO_SCORE, NO_LABEL, TIE, NO_VOTE = "no score", "no label", "tie", "no vote"
+THRESHOLDS = np.arange(11) / 10
+VOTES = ("leftvote", "rightvote", "tievote", "bothbad_vote")
+LEFT, RIGHT, GOOD, BAD = range(4)
+GAP_QUANTILES = np.linspace(0, 1, 101)
 
 
 @dataclass(frozen=True)
@@ -163,24 +166,119 @@ def judge_inversions(pairs: BenchmarkPairs, _: BenchmarkPairs | None = None) -> 
     return np.where(by_chance, 0.5, agreeing), reasons, details
 
 
-def judge_pickscore(pairs: BenchmarkPairs, fitting: BenchmarkPairs | None) -> Credit:
-    """Judge by :func:`~latentreward.evaluation.benchmark.pickscore.pickscore_credit`."""
-    assert fitting is not None
-    credit, details = pickscore_credit(pairs, fitting)
-    return credit, leave_out(pairs), details
-
-
-def judge_four_way(pairs: BenchmarkPairs, _: BenchmarkPairs | None = None) -> Credit:
-    """Judge by :func:`~latentreward.evaluation.benchmark.four_way.four_way_credit`."""
-    votes = np.array(pairs.columns.get("vote", (None,) * len(pairs.pair_ids)), dtype=object)
-    reasons = leave_out(pairs, (NO_VOTE, ~np.isin(votes, VOTES)))
-    credit, details = four_way_credit(pairs, votes, reasons == "")
-    return credit, reasons, details
-
-
 def _agreement(pairs: BenchmarkPairs) -> np.ndarray:
     """Return 1 where label and scores order two images alike, -1 where opposite, 0 where either one is a tie."""
     return np.sign(pairs.gap) * np.sign(pairs.labels - 0.5)
+
+
+def judge_pickscore(pairs: BenchmarkPairs, fitting: BenchmarkPairs | None) -> Credit:
+    r"""Judge by the evaluation of PickScore's released code (arXiv:2305.01569).
+
+    With :math:`p = \mathrm{softmax}(s / T)` of a pair's two scores, the answer is a tie where
+    :math:`|p_0 - p_1| \le \theta`, else the image with the higher score. An answer gets credit 1 if it equals the
+    people's answer, ½ if exactly one of the two answers is a tie, else 0. The threshold θ is the first of 0, 0.1, … 1
+    with the highest mean credit on the fitting split. All rows count, as in the released code: ``label_0`` = ½ means a
+    tie, 1 the first image, and any other value, null included, the second image.
+
+    The details are ``threshold``, ``temperature``, ``credit_by_threshold`` (on the fitting split) and
+    ``credit_without_threshold`` (on the evaluated split).
+
+    Args:
+        pairs: Scored pairs of the split that is evaluated. ``columns["label_0"]`` holds the published labels; without
+            that column ``labels`` are used. ``temperature`` is T: 1 for scores that are logits, such as PickScore's;
+            None fits T on the fitting split.
+        fitting: Scored pairs of the fitting split.
+    """
+    assert fitting is not None
+    fitted = ~np.isnan(fitting.gap)
+    temperature = pairs.temperature
+    if temperature is None:
+        temperature = fit_temperature(fitting.gap[fitted], fitting.labels[fitted])
+    curve = (
+        [float(credit_at(fitting, temperature, theta)[fitted].mean()) for theta in THRESHOLDS] if fitted.any() else []
+    )
+    threshold = float(THRESHOLDS[int(np.argmax(curve))]) if curve else 0.0
+    scored = ~np.isnan(pairs.gap)
+    plain = credit_at(pairs, temperature, 0.0)[scored]
+    details = {
+        "threshold": threshold,
+        "temperature": temperature,
+        "credit_by_threshold": curve,
+        "credit_without_threshold": float(plain.mean()) if len(plain) else float("nan"),
+    }
+    return credit_at(pairs, temperature, threshold), leave_out(pairs), details
+
+
+def credit_at(pairs: BenchmarkPairs, temperature: float, threshold: float) -> np.ndarray:
+    """Return the ``(N,)`` credit with a given temperature and threshold; an answer is 1, 0 (tie) or -1."""
+    with np.errstate(invalid="ignore"):
+        lead = np.tanh(pairs.gap / (2 * temperature))  # p0 - p1
+        answer = np.where(np.abs(lead) <= threshold, 0, np.sign(lead))
+    published = pairs.columns.get("label_0")
+    labels = pairs.labels if published is None else np.array([np.nan if x is None else float(x) for x in published])
+    people = np.where(labels == 0.5, 0, np.where(labels == 1, 1, -1))
+    return np.where(answer == people, 1.0, np.where((answer == 0) | (people == 0), 0.5, 0.0))
+
+
+def judge_four_way(pairs: BenchmarkPairs, _: BenchmarkPairs | None = None) -> Credit:
+    r"""Judge by the four classes of GenAI-Bench's leaderboard (arXiv:2406.04485).
+
+    The leaderboard evaluates models that answer in words and publishes no rule for scores, so this rule is ours. With
+    gap :math:`d = s_a - s_b` and mean :math:`m = (s_a + s_b)/2`, the answer is left where :math:`d > \tau`, right where
+    :math:`d < -\tau`, and otherwise both good where :math:`m > \mu`, both bad elsewhere. The prompt groups are cut into
+    two halves; the thresholds τ ≥ 0 and μ for one half maximise the share of right answers on the other half, so no
+    threshold is fitted on a pair that it judges. Candidates for τ are 0 and the percentiles of |d|, candidates for μ
+    the midpoints between neighbouring means; among equally good candidates the smallest τ is taken, then the smallest
+    μ. One μ for all prompts assumes that scores are comparable across prompts.
+
+    The details are ``thresholds`` (τ, μ) of each half, ``votes`` (number of each kind), and ``most_frequent`` (share of
+    the most frequent vote, which a constant answer would reach).
+    """
+    votes = np.array(pairs.columns.get("vote", (None,) * len(pairs.pair_ids)), dtype=object)
+    reasons = leave_out(pairs, (NO_VOTE, ~np.isin(votes, VOTES)))
+    counted = reasons == ""
+    gap, mean = pairs.gap, (pairs.first + pairs.second) / 2
+    classes = np.array([VOTES.index(vote) if vote in VOTES else -1 for vote in votes.tolist()], dtype=np.int64)
+    credit, thresholds = np.zeros(len(gap)), []
+    second_half = two_folds(pairs.group_codes)
+    for half in (False, True):
+        rows, others = counted & (second_half == half), counted & (second_half != half)
+        tau, mu = fit_thresholds(gap[others], mean[others], classes[others])
+        credit[rows] = answers(gap[rows], mean[rows], tau, mu) == classes[rows]
+        thresholds.append((tau, mu))
+    counts = np.bincount(classes[counted], minlength=len(VOTES))
+    details = {
+        "thresholds": thresholds,
+        "votes": dict(zip(VOTES, counts.tolist(), strict=True)),
+        "most_frequent": float(counts.max() / counts.sum()) if counts.any() else float("nan"),
+    }
+    return credit, reasons, details
+
+
+def answers(gap: np.ndarray, mean: np.ndarray, tau: float, mu: float) -> np.ndarray:
+    """Return the ``(N,)`` index in ``VOTES`` of the answer to each pair."""
+    return np.where(gap > tau, LEFT, np.where(gap < -tau, RIGHT, np.where(mean > mu, GOOD, BAD)))
+
+
+def fit_thresholds(gap: np.ndarray, mean: np.ndarray, classes: np.ndarray) -> tuple[float, float]:
+    """Return the thresholds τ and μ that give the most right answers; 0 and -inf without pairs."""
+    if not len(gap):
+        return 0.0, -np.inf
+    order = np.argsort(mean, kind="stable")
+    gap, mean, classes = gap[order], mean[order], classes[order]
+    cuts = np.concatenate([[-np.inf], (mean[1:] + mean[:-1]) / 2, [np.inf]])
+    possible = np.concatenate([[True], mean[1:] > mean[:-1], [True]])
+    best = (-1.0, 0.0, -np.inf)
+    for tau in np.unique([0.0, *np.quantile(np.abs(gap), GAP_QUANTILES)]):
+        even = np.abs(gap) <= tau
+        decided = ((gap > tau) & (classes == LEFT)) | ((gap < -tau) & (classes == RIGHT))
+        bad_below = np.concatenate([[0], np.cumsum(even & (classes == BAD))])
+        good_below = np.concatenate([[0], np.cumsum(even & (classes == GOOD))])
+        right = np.where(possible, bad_below + good_below[-1] - good_below, -1)
+        cut = int(np.argmax(right))
+        if (hits := float(decided.sum() + right[cut])) > best[0]:
+            best = (hits, float(tau), float(cuts[cut]))
+    return best[1], best[2]
 
 
 WRONG = "equal scores are wrong"

@@ -9,7 +9,14 @@ from collections.abc import Mapping
 from latentreward.reports.tables import Row
 
 AVERAGE = "four_benchmarks"
-"""Key of averages over four benchmarks, in the place of a protocol's key."""
+"""Key of the mean accuracy over :data:`FOUR_BENCHMARKS`, in the place of a protocol's key."""
+FOUR_BENCHMARKS = {
+    "imagereward test": "imagereward/micro",
+    "hpdv2 test": "hpdv2/micro",
+    "hpdv3 test": "hpdv3",
+    "genai_bench_tiger test": "genai_bench_tiger/no_tie",
+}
+"""Data set and split → key of the protocol whose accuracy is averaged."""
 HPSV2 = "HPSv2's README (arXiv:2306.09341), measured by its authors"
 MPS = "MPS's README (github.com/Kwai-Kolors/MPS, arXiv:2405.14705), measured by its authors"
 HPSV3 = "HPSv3's README (arXiv:2508.03789), measured by its authors"

@@ -74,7 +74,7 @@ class BenchmarkReport:
             pairs left out (ties, no label, an image that could not be read). ``details``: further results of the
             protocol, e.g. the threshold that PickScore's protocol fits.
         averages: Mean accuracy of a scorer over the benchmarks of
-            :mod:`~latentreward.evaluation.benchmark.four_benchmarks`.
+            :data:`~latentreward.evaluation.benchmark.published_numbers.FOUR_BENCHMARKS`.
         differences: ``estimate`` of the first scorer minus that of the second, on the pairs that count for both, with
             the interval of the paired difference.
         subgroups: A protocol's number on the pairs with one ``value`` of a ``column``, e.g. ``flux against sdxl`` of

@@ -15,8 +15,7 @@ from latentreward.data.alignment.prompt_files import PromptRow
 from latentreward.data.readers import count_text
 from latentreward.errors import InputError
 from latentreward.evaluation.policy.imported import ImportedPictures
-from latentreward.generation.image_folder import ImageFolder, Name, Row
-from latentreward.generation.picture_writing import decode_latents, make_pictures, write_batch
+from latentreward.generation.image_folder import ImageFolder, Name, Row, decode_latents, make_pictures, write_batch
 from latentreward.generation.trained_policy import TrainedPolicy, offload_text_encoders, plain
 from latentreward.policies import PolicySource
 from latentreward.policies.checkpoint import read_policy_adapter
@@ -136,7 +135,7 @@ def sampling_task(
 ) -> Callable[[list[list[Any]]], list[Row]]:
     """Load a generator, and return the function that samples a batch of pictures into ``folder``.
 
-    The batches are those of :func:`~latentreward.generation.picture_writing.make_pictures`.
+    The batches are those of :func:`~latentreward.generation.image_folder.make_pictures`.
     """
     generator = policy.trained.load(plan.device)
     shown = [prompt for batch in batches for _, _, prompt in batch]
