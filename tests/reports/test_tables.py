@@ -5,8 +5,7 @@ from typing import Any
 import pytest
 
 from latentreward.metrics.bootstrap import Interval
-from latentreward.reports.markdown import markdown_table
-from latentreward.reports.tables import Table, as_text, cell, grouped, interval, with_interval
+from latentreward.reports.tables import Table, as_text, cell, grouped, interval, markdown_table, with_interval
 
 
 @pytest.mark.parametrize(

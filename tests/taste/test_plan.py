@@ -12,8 +12,20 @@ from latentreward.errors import InputError
 from latentreward.families.sd3 import StableDiffusion3
 from latentreward.taste.pairs import RatedPair, collect
 from latentreward.taste.pictures import Picture
-from latentreward.taste.plan import ALIGN, CACHE, JUDGED, PICTURES, PROMPTS, REWARD, SCORES, Plan, find_base
-from latentreward.taste.preparing import prompts_of, write_pairs, write_prompts
+from latentreward.taste.plan import (
+    ALIGN,
+    CACHE,
+    JUDGED,
+    PICTURES,
+    PROMPTS,
+    REWARD,
+    SCORES,
+    Plan,
+    find_base,
+    prompts_of,
+    write_pairs,
+    write_prompts,
+)
 from latentreward.taste.splitting import Split, split
 from tests.taste.folders import sorted_folder
 from tests.tiny_pipelines import pipeline_folder

@@ -12,8 +12,7 @@ from pyarrow import parquet
 from latentreward.errors import InputError
 from latentreward.metrics.bootstrap import Interval
 from latentreward.taste.pairs import collect
-from latentreward.taste.plan import PREFERENCES, Plan
-from latentreward.taste.preparing import write_pairs
+from latentreward.taste.plan import PREFERENCES, Plan, write_pairs
 from latentreward.taste.results import BEFORE_AFTER, HTML, JSON, SCORES, Measured, measure, spread, write_result
 from latentreward.taste.splitting import PARTS, Split
 from tests.accessibility import PHONE, faults

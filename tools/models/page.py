@@ -12,8 +12,7 @@ from latentreward.evaluation.benchmark.published_numbers import AVERAGE, FOUR_BE
 from latentreward.metrics.bootstrap import Interval
 from latentreward.pilot.plans import BESIDE, Pilot, all_pilots
 from latentreward.pilot.results import PilotResult, read_result
-from latentreward.reports.markdown import markdown_table, plain
-from latentreward.reports.tables import NOTHING, Table, percent, with_interval
+from latentreward.reports.tables import NOTHING, Table, markdown_table, percent, plain, with_interval
 from latentreward.storage.durable import write_file
 
 NOT_MEASURED = "not measured"

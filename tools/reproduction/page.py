@@ -9,8 +9,7 @@ import numpy as np
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
-from latentreward.reports.markdown import markdown_table, plain
-from latentreward.reports.tables import NOTHING, Table, as_text, interval
+from latentreward.reports.tables import NOTHING, Table, as_text, interval, markdown_table, plain
 from latentreward.storage.durable import write_file
 from tools.reproduction.results import Result, Verdict, judge_claim, read_results
 from tools.reproduction.rows import Claim, Paper, Row, Side

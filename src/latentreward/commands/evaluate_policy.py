@@ -16,7 +16,6 @@ from latentreward.evaluation.policy.imported import (
     pictures_per_prompt,
     prompts_of,
 )
-from latentreward.evaluation.policy.page import side_by_side
 from latentreward.evaluation.policy.published_numbers import Protocol, published_scores
 from latentreward.evaluation.policy.results import PolicyReport, scores_csv
 from latentreward.evaluation.policy.samples import (
@@ -35,7 +34,7 @@ from latentreward.evaluation.policy.scoring import (
     score_names,
     scoring_task,
 )
-from latentreward.evaluation.policy.sections import INTRODUCTION, score_table, sections
+from latentreward.evaluation.policy.sections import INTRODUCTION, score_table, sections, side_by_side
 from latentreward.evaluation.policy.statistics import compare, in_common, policy_scores
 from latentreward.generation.image_folder import DETERMINISTIC
 from latentreward.generation.trained_policy import plain

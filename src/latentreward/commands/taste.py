@@ -118,8 +118,16 @@ def taste(
 
     from latentreward.devices import find_device
     from latentreward.taste.pairs import LEAST, collect
-    from latentreward.taste.plan import CACHE, FROZEN_BELOW, REWARD, Plan, find_base
-    from latentreward.taste.preparing import prompts_of, write_pairs, write_prompts
+    from latentreward.taste.plan import (
+        CACHE,
+        FROZEN_BELOW,
+        REWARD,
+        Plan,
+        find_base,
+        prompts_of,
+        write_pairs,
+        write_prompts,
+    )
     from latentreward.taste.splitting import TRAIN, split
 
     if pairs < LEAST:

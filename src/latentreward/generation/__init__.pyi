@@ -1,8 +1,7 @@
-from .best_of import BestOf, best_of_n
 from .lora import load_lora
 from .pipelines import policy_of
 from .population import Population, search_population
-from .search import Candidates, search_latents
+from .search import BestOf, Candidates, best_of_n, search_latents
 from .step_search import StepSearch
 
 __all__ = [

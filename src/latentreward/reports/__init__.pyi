@@ -1,5 +1,5 @@
+from .drawing import clip_uri, figure_uri, picture_uri
 from .page import render_page, write_page
-from .pictures import clip_uri, figure_uri, picture_uri
 
 __all__ = [
     "clip_uri",

@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from latentreward import __version__
-from latentreward.reports.markdown import markdown_report
+from latentreward.reports.drawing import figure_uri
 from latentreward.reports.page import write_page
-from latentreward.reports.pictures import figure_uri
-from latentreward.reports.tables import Section
+from latentreward.reports.tables import Section, markdown_report
 from latentreward.storage.durable import write_file
 
 if TYPE_CHECKING:

@@ -1,4 +1,4 @@
-"""Tables and sections of a report as plain text, shared by the Markdown, HTML and terminal output."""
+"""Tables and sections of a report as plain text, for HTML, the terminal and Markdown, in which texts are escaped."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ if TYPE_CHECKING:  # importing metrics loads torchmetrics and transformers, whic
     from matplotlib.figure import Figure
 
     from latentreward.metrics.bootstrap import Interval
+
 
 NOTHING = "–"
 """Text of a cell whose value is not known."""
@@ -115,3 +116,32 @@ def as_text(table: Table) -> str:
     return "\n".join(
         "  ".join(f"{cell:{width}}" for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
     )
+
+
+MARKUP = re.compile(r"([\\`*_{}\[\]<>#|!~&$])")
+"""Pattern of the characters that are escaped."""
+
+
+def markdown_report(title: str, notes: Iterable[str], introduction: str, sections: Iterable[Section]) -> str:
+    """Convert a report to Markdown text.
+
+    ``notes`` are shown in bold before the introduction. Introduction and texts of sections are Markdown and are not
+    escaped; titles and tables are.
+    """
+    parts = [f"# {plain(title)}", *(f"> **{plain(note)}**" for note in notes), introduction]
+    for section in sections:
+        parts += [f"## {plain(section.title)}", section.text, *map(markdown_table, section.tables)]
+    return "\n\n".join(filter(None, parts)) + "\n"
+
+
+def plain(text: str) -> str:
+    """Escape characters that are markup in Markdown or HTML, and put the text on one line."""
+    return MARKUP.sub(r"\\\1", " ".join(text.split()))
+
+
+def markdown_table(table: Table) -> str:
+    """Convert a table to a Markdown pipe table, with its notes as heading."""
+    lines = [[plain(cell) for cell in row] for row in (table.columns, *table.rows)]
+    lines.insert(1, ["---"] * len(table.columns))
+    rows = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+    return f"### {plain(table.notes)}\n\n{rows}" if table.notes else rows

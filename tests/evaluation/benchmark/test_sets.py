@@ -12,8 +12,7 @@ from jsonargparse import ArgumentParser
 from latentreward.data.readers import JSONLPairReader
 from latentreward.errors import InputError
 from latentreward.evaluation.benchmark import sets
-from latentreward.evaluation.benchmark.base import Benchmark
-from latentreward.evaluation.benchmark.columns import band, subgroup_columns
+from latentreward.evaluation.benchmark.base import Benchmark, band, subgroup_columns
 from latentreward.evaluation.benchmark.protocols import PROTOCOLS, judge
 from latentreward.evaluation.benchmark.sets import recognise_benchmark
 from latentreward.scorers import CallableScorer

@@ -7,9 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from latentreward.evaluation.policy.page import shown_rows, side_by_side
 from latentreward.evaluation.policy.results import PolicyReport, ScoredPictures
-from latentreward.evaluation.policy.sections import INTRODUCTION, sections
+from latentreward.evaluation.policy.sections import INTRODUCTION, sections, shown_rows, side_by_side
 from latentreward.evaluation.policy.statistics import compare, policy_scores
 from latentreward.reports.report import write_report
 from latentreward.scorers.tools import JudgedPicture

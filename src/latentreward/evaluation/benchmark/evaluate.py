@@ -8,8 +8,7 @@ import numpy as np
 import torch
 
 from latentreward.errors import InputError
-from latentreward.evaluation.benchmark.base import Evaluation
-from latentreward.evaluation.benchmark.columns import SUBGROUP_COLUMNS
+from latentreward.evaluation.benchmark.base import SUBGROUP_COLUMNS, Evaluation
 from latentreward.evaluation.benchmark.disagreements import most_disputed
 from latentreward.evaluation.benchmark.noise_columns import NoiseColumns
 from latentreward.evaluation.benchmark.protocols import Judgement, judge

@@ -10,8 +10,7 @@ from latentreward.data import readers
 from latentreward.data.format_detection import Splits, recognise
 from latentreward.data.readers import OnError, PairReader
 from latentreward.errors import InputError
-from latentreward.evaluation.benchmark.base import Benchmark, Evaluation
-from latentreward.evaluation.benchmark.columns import Texts
+from latentreward.evaluation.benchmark.base import Benchmark, Evaluation, Texts
 
 
 class ImageRewardBenchmark(Benchmark):

@@ -14,8 +14,7 @@ from huggingface_hub import ModelCardData
 from latentreward import __version__
 from latentreward.errors import did_you_mean
 from latentreward.heads.axes import AXES
-from latentreward.reports.markdown import markdown_table, plain
-from latentreward.reports.tables import Table
+from latentreward.reports.tables import Table, markdown_table, plain
 from latentreward.scoring.layouts.config import FolderConfig
 from latentreward.scoring.licences import AS_OF, LICENCES
 from latentreward.storage.hub import is_hub_id
