@@ -72,7 +72,7 @@ def test_pairs_come_back_as_they_were(pairs, tmp_path, capsys, monkeypatch) -> N
         with pytest.raises(SystemExit) as stop:
             main(["export-pairs", str(out), *reader, *change])
         assert stop.value.code == 2
-        assert "holds train of other rows or settings; choose another folder" in capsys.readouterr().err
+        assert "was begun with " in (line := capsys.readouterr().err) and "; choose another folder, or delete " in line
 
 
 def test_published_readers_and_several_splits(tmp_path, write_pickapic, pickapic_rows, write_hpdv3, hpdv3_rows) -> None:

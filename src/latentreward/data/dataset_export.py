@@ -1,6 +1,5 @@
 """Writing of a reader's pairs as parquet files that the library ``datasets`` loads as one split."""
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,8 +14,9 @@ from latentreward.data.images import ImageError, open_source, read_header
 from latentreward.data.readers import PairReader
 from latentreward.data.readers.base import OWN_ON_ERROR
 from latentreward.errors import InputError, check_at_least_one
-from latentreward.storage.durable import replacing, write_file
+from latentreward.storage.durable import replacing
 from latentreward.storage.progress import Progress
+from latentreward.storage.run_folder import RunFolder
 
 SPLIT = r"\w+(\.\w+)*"
 """Pattern of the names of splits that ``datasets`` allows."""
@@ -54,7 +54,14 @@ def export_split(
         raise InputError(f"split is {split!r}; give a name of letters, digits and underscores")
     if reader.holds != "images":
         raise InputError(f"reader: {type(reader).__name__} holds {reader.holds}; only images can be exported")
-    _keep_spec(output / f"export_{split}.json", {**spec, "rows_per_file": rows_per_file}, output, split)
+    file, spec = output / f"export_{split}.json", {**spec, "rows_per_file": rows_per_file}
+    remedy = f"choose another folder, or delete {file} and the files of {split}"
+    record = RunFolder(output, file, spec, "output", remedy, KEPT)
+    if file.is_file():
+        record.compare()
+    elif any((output / "data").glob(f"{split}-*.parquet")):
+        raise InputError(f"output: {output} holds files of {split} that no export wrote; choose another folder")
+    record.write()
     total = -(-len(reader) // rows_per_file)
     files = [output / "data" / f"{split}-{number:05d}-of-{total:05d}.parquet" for number in range(total)]
     missing = [number for number, file in enumerate(files) if not file.is_file()]
@@ -66,22 +73,6 @@ def export_split(
             progress.add()
     rows = sum(pq.read_metadata(file).num_rows for file in files)
     return ExportedSplit(files, rows, len(missing), len(reader) - rows)
-
-
-def _keep_spec(file: Path, spec: Mapping[str, Any], output: Path, split: str) -> None:
-    """Record what a split is made from, or compare it with what an earlier export recorded."""
-    try:
-        found = json.loads(file.read_bytes()) if file.is_file() else None
-    except ValueError:
-        found = {}
-    if found is None and any((output / "data").glob(f"{split}-*.parquet")):
-        raise InputError(f"output: {output} holds files of {split} that no export wrote; choose another folder")
-    if found not in (None, dict(spec)):
-        raise InputError(
-            f"output: {output} holds {split} of other rows or settings; choose another folder, or delete {file} and "
-            f"the files of {split}"
-        )
-    write_file(file, json.dumps(spec, indent=1), KEPT)
 
 
 def _write_rows(reader: PairReader, rows: range, file: Path) -> None:

@@ -43,7 +43,11 @@ def locked(folder: Path, setting: str) -> Iterator[None]:
             lock = _taken(folder / LOCK)
             (folder / LOCK).write_text(f"process {os.getpid()} on {socket.gethostname()}")
     except Timeout as error:
-        problem = f"{setting}: {folder} is being written by another run ({_holder(folder)})"
+        try:  # the process ID and host that the lock's holder wrote into it
+            holder = (folder / LOCK).read_text(errors="replace") or "which has just begun"
+        except OSError:
+            holder = "unknown"
+        problem = f"{setting}: {folder} is being written by another run ({holder})"
         raise InputError(f"{problem}; wait for it, end it, or choose another {setting}") from error
     except OSError as error:
         if error.errno not in NO_LOCKS:
@@ -123,14 +127,6 @@ def _taken(path: Path) -> FileLock:
 def _give_back(lock: FileLock) -> None:
     Path(lock.lock_file).unlink(missing_ok=True)  # before the release: filelock takes no lock on a deleted file
     lock.release()
-
-
-def _holder(folder: Path) -> str:
-    """Read the process ID and host that the lock's holder wrote into the lock file."""
-    try:
-        return (folder / LOCK).read_text(errors="replace") or "which has just begun"
-    except OSError:
-        return "unknown"
 
 
 def lock_run(trainer: Trainer, held: ExitStack) -> None:

@@ -26,7 +26,9 @@ def draw_scene(
     ``mutation_shares`` are the probabilities of 0, 1, 2, ... mutations: attributes of the caption that the scene gets
     wrong. ``clean_share`` is the probability of a scene without nuisances.
     """
-    names = _mutations(caption)
+    names = ["color", "shape", "background", "count", *([] if caption.kind == "two" else ["detail"])]
+    if caption.kind == "relation":
+        names = ["color", "shape", "background", "detail", "count", "binding"]
     number = int(rng.choice(len(mutation_shares), p=list(mutation_shares)))
     chosen = [names[i] for i in rng.permutation(len(names))[:number]]
     depicted = caption
@@ -34,12 +36,6 @@ def draw_scene(
         depicted = _mutate(depicted, name, rng)
     items = _place_items(depicted, rng, miscounted="count" in chosen)
     return Scene(depicted.background, items, _draw_nuisances(items, rng, clean_share))
-
-
-def _mutations(caption: Caption) -> tuple[str, ...]:
-    if caption.kind == "relation":
-        return ("color", "shape", "background", "detail", "count", "binding")
-    return ("color", "shape", "background", "count") + (("detail",) if caption.kind != "two" else ())
 
 
 def _mutate(caption: Caption, name: str, rng: np.random.Generator) -> Caption:

@@ -123,13 +123,9 @@ def save_pipeline(pipeline: StableDiffusionPipeline | StableDiffusion3Pipeline, 
         model.to(torch.float16)
     with replacing(folder) as fresh:
         pipeline.save_pretrained(fresh)
-        _forget_origin(fresh)
+        for path in (fresh / "model_index.json", *fresh.glob("*/*config.json")):
+            config = json.loads(path.read_text())
+            if config.pop("_name_or_path", None) is not None:
+                path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     for model in (pipeline.vae, denoiser):
         model.to(torch.float32)
-
-
-def _forget_origin(folder: Path) -> None:
-    for path in (folder / "model_index.json", *folder.glob("*/*config.json")):
-        config = json.loads(path.read_text())
-        if config.pop("_name_or_path", None) is not None:
-            path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")

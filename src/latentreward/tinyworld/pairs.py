@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import uuid
-from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import combinations
 from operator import ne
@@ -171,7 +170,10 @@ def generate_pairs(number: int, seed: int, num_inference_steps: int = 20, prompt
                     ]
                 )
         for caption, *pictures in zip(captions, *made, strict=True):
-            pairs += _label_pictures(caption, pictures, rng)
+            for one, other in combinations(pictures, 2):
+                if abs(one.utility - other.utility) > GENERATED_GAP:
+                    first, second = (one, other) if rng.random() < 0.5 else (other, one)
+                    pairs.append(Pair(caption, first, second, float(first.utility > second.utility)))
     return pairs[:number]
 
 
@@ -180,10 +182,3 @@ def _near_miss(text: str, rng: np.random.Generator) -> str:
     parts = vars(parse_caption(text)).values()
     others = [c for c in all_captions().values() if sum(map(ne, parts, vars(c).values())) == 1]
     return others[int(rng.integers(len(others)))].text
-
-
-def _label_pictures(caption: str, pictures: list[Picture], rng: np.random.Generator) -> Iterator[Pair]:
-    for one, other in combinations(pictures, 2):
-        if abs(one.utility - other.utility) > GENERATED_GAP:
-            first, second = (one, other) if rng.random() < 0.5 else (other, one)
-            yield Pair(caption, first, second, float(first.utility > second.utility))

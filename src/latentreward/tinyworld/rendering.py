@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from latentreward.tinyworld.captions import SHAPES
-from latentreward.tinyworld.scenes import Nuisances, Scene
+from latentreward.tinyworld.scenes import Scene
 
 IMAGE_SIZE = 32
 """Height and width of every picture, in pixels."""
@@ -58,7 +58,11 @@ def shape_coverage(shape: str, x: float, y: float, radius: float) -> np.ndarray:
 def render(scene: Scene) -> np.ndarray:
     """Render a scene as an RGB picture ``(32, 32, 3)``, uint8."""
     nuisances = scene.nuisances
-    canvas = _background(scene.background, nuisances)[..., None].repeat(3, axis=-1)
+    grid_y, grid_x = (np.mgrid[:IMAGE_SIZE, :IMAGE_SIZE] + 0.5) / IMAGE_SIZE - 0.5
+    ramp = np.cos(nuisances.angle) * grid_x + np.sin(nuisances.angle) * grid_y
+    middle = {"black": 0.5, "gray": 0.0, "white": -0.5}[scene.background]  # a gradient lightens black, darkens white
+    level = BACKGROUND_LEVELS[scene.background] + MAX_GRADIENT * nuisances.gradient * (ramp + middle)
+    canvas = np.clip(level, 0.0, 1.0)[..., None].repeat(3, axis=-1)
     strength = 1.0 - MAX_FADE * nuisances.contrast
     for item in scene.items:
         coverage = strength * shape_coverage(item.shape, item.x, item.y, item.radius)[..., None]
@@ -67,11 +71,3 @@ def render(scene: Scene) -> np.ndarray:
         coverage = shape_coverage("circle", blob.x, blob.y, blob.radius)[..., None]
         canvas = canvas * (1 - coverage) + coverage * np.asarray(COLOR_VALUES[blob.color])
     return np.round(canvas * 255).astype(np.uint8)
-
-
-def _background(name: str, nuisances: Nuisances) -> np.ndarray:
-    """Compute the background's gray levels ``(32, 32)``; a gradient lightens black, darkens white, both for gray."""
-    grid_y, grid_x = (np.mgrid[:IMAGE_SIZE, :IMAGE_SIZE] + 0.5) / IMAGE_SIZE - 0.5
-    ramp = np.cos(nuisances.angle) * grid_x + np.sin(nuisances.angle) * grid_y
-    middle = {"black": 0.5, "gray": 0.0, "white": -0.5}[name]
-    return np.clip(BACKGROUND_LEVELS[name] + MAX_GRADIENT * nuisances.gradient * (ramp + middle), 0.0, 1.0)
