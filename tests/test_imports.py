@@ -29,7 +29,7 @@ MAY_IMPORT = {
     "noise": BASE,
     "ranks": BASE,
     "encoders": BASE,
-    "data": BASE,
+    "data": BASE | {"reports"},
     "heads": BASE,
     "losses": BASE,
     "metrics": BASE,

@@ -1,12 +1,13 @@
 """Report of a data set's inspection, as text tables and as JSON."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
 from latentreward.data.inspection.counts import ImageCounts, Leakage, SplitCounts
 from latentreward.data.inspection.score_tables import ScoreCounts
 from latentreward.data.mpcf import AESTHETIC_FLOORS
+from latentreward.reports.tables import NOTHING, Table, as_text
 
 MOST_SIZES = 8
 """Image sizes to list by themselves; the others are summed up."""
@@ -22,7 +23,6 @@ NO_TEST = {
     ),
 }
 """Reader of pairs of one's own → its YAML file, which sets no ``data.test``, and the flags that set it."""
-Cells = Mapping[str, Sequence[str]]
 
 SIDES = (
     "a and b are the two images of a row; %: of the split's rows. Readers of data that names the chosen image first "
@@ -74,86 +74,92 @@ class Report:
     def to_text(self) -> str:
         """Return the report as text tables with one column per split."""
         how = "all were decoded" if self.decoded else "by their headers; --decode also finds truncated ones"
+        names = [split.name for split in self.splits]
+        rows = {split.name: split.rows for split in self.splits}
+        images = {split.name: split.images or ImageCounts() for split in self.splits}
+        looked_at = any(split.images for split in self.splits)
+
+        def counts(title: str, counts_of: Callable[[str], Mapping[str, int]], none: bool = False) -> str:
+            """Format counts by reason of every split; with ``none``, say that there are none."""
+            found = [counts_of(name) for name in names]
+            return table(title, names, by_reason(found)) or (f"{title}: none" if none else "")
+
+        def of_images(title: str, field_name: str) -> str:
+            return counts(title, lambda name: getattr(images[name], field_name), none=True) if looked_at else ""
+
+        skipped, remarks = (
+            {split.name: getattr(split, kind) for split in self.splits} for kind in ("skipped", "remarks")
+        )
+        named = [(split.name, *named) for split in self.splits for named in split.named.items()]
+        unreadable = []
+        for name, found in images.items():
+            unreadable += [f"{name}, {line}" for line in found.first_unreadable]
+            if rest := found.unreadable - len(found.first_unreadable):
+                unreadable.append(f"{name}: and {rest} more images")
         sections = [
             f"{self.data} ({', '.join(dict.fromkeys(split.reader for split in self.splits))})",
             *(f"also found, not read: {reader}; read it with {flags}" for reader, flags in self.others.items()),
             *(f"split {name} was not read: {problem}" for name, problem in self.unread.items()),
-            self._table("", _overview(self.splits)),
+            table("", names, overview(self.splits)),
             SIDES,
-            self._table("Sizes (height x width, most frequent)", self._by(_most_frequent_sizes)),
-            self._table(BUCKETS, self._by(lambda split: _images(split).buckets)),
-            self._table("Clips (by their headers)", self._by(lambda split: _images(split).clips)),
-            self._of_images("Odd images", lambda images: images.odd),
-            self._table("Rows left out", self._by(lambda split: split.skipped)) or "Rows left out: none",
-            self._table("Rows kept with a remark", self._by(lambda split: split.remarks)),
-            self._named(),
-            self._of_images("Doubtful rows", lambda images: images.doubtful),
-            self._first_doubtful(),
-            self._of_images(f"Rows with unreadable images ({how})", lambda images: images.unreadable_rows),
-            self._first_unreadable(),
-            _leakage_table(self.leakage),
-            _dropped_table(self.leakage, {split.name: split.rows for split in self.splits}),
-            self._trained_test_prompts(),
-            *(_score_tables(name, counts) for name, counts in self.scores.items()),
+            counts("Sizes (height x width, most frequent)", lambda name: frequent_sizes(images[name])),
+            counts(BUCKETS, lambda name: images[name].buckets),
+            counts("Clips (by their headers)", lambda name: images[name].clips),
+            of_images("Odd images", "odd"),
+            counts("Rows left out", skipped.__getitem__, none=True),
+            counts("Rows kept with a remark", remarks.__getitem__),
+            _lines("The first of these rows", [f"{name}, {why}: {', '.join(pairs)}" for name, why, pairs in named]),
+            of_images("Doubtful rows", "doubtful"),
+            _lines(
+                "Doubtful rows (rows count from 0)",
+                [f"{name}, {line}" for name, found in images.items() for line in found.first_doubtful],
+            ),
+            of_images(f"Rows with unreadable images ({how})", "unreadable_rows"),
+            _lines("Unreadable images (rows count from 0)", unreadable),
+            table(
+                "Shared between splits",
+                ["shared", "rows of the first", "rows of the second"],
+                {
+                    f"{leak.first} and {leak.second}: {what}": [number, leak.first_rows[what], leak.second_rows[what]]
+                    for leak in self.leakage
+                    for what, number in leak.shared.items()
+                },
+            ),
+            table(DROPPED, ["rows"], dropped_rows(self.leakage, rows)),
+            *self._trained_test_prompts(),
+            *(part for name, found in self.scores.items() for part in score_tables(name, found)),
             *(f"split {name} has no scores: {note}" for name, note in self.scores_note.items()),
         ]
         if not self.complete:
             sections.append("Interrupted: the counts above are those of the rows looked at so far.")
         return "\n\n".join(section for section in sections if section)
 
-    def _table(self, title: str, rows: Cells) -> str:
-        return table(title, [split.name for split in self.splits], rows)
-
-    def _by(self, counts_of: Callable[[SplitCounts], Mapping[str, int]]) -> Cells:
-        """Return table rows of counts by reason, for every reason in any split: frequent first, other sizes last."""
-        found = [counts_of(split) for split in self.splits]
-        reasons = dict.fromkeys(reason for counts in found for reason in counts)
-        totals = {reason: sum(counts.get(reason, 0) for counts in found) for reason in reasons}
-        ordered = sorted(reasons, key=lambda reason: (reason.endswith(OTHER_SIZES), -totals[reason]))
-        return {reason: [str(counts.get(reason, 0)) for counts in found] for reason in ordered}
-
-    def _of_images(self, title: str, counts_of: Callable[[ImageCounts], Mapping[str, int]]) -> str:
-        """Return a table about images, or a line that there are none; empty if no images were looked at."""
-        if all(split.images is None for split in self.splits):
-            return ""
-        return self._table(title, self._by(lambda split: counts_of(_images(split)))) or f"{title}: none"
-
-    def _named(self) -> str:
-        rows = [(split.name, *named) for split in self.splits for named in split.named.items()]
-        return _lines("The first of these rows", [f"{name}, {why}: {', '.join(names)}" for name, why, names in rows])
-
-    def _first_doubtful(self) -> str:
-        lines = [f"{split.name}, {line}" for split in self.splits for line in _images(split).first_doubtful]
-        return _lines("Doubtful rows (rows count from 0)", lines)
-
-    def _first_unreadable(self) -> str:
-        lines = []
-        for split in self.splits:
-            images = _images(split)
-            lines += [f"{split.name}, {line}" for line in images.first_unreadable]
-            if rest := images.unreadable - len(images.first_unreadable):
-                lines.append(f"{split.name}: and {rest} more images")
-        return _lines("Unreadable images (rows count from 0)", lines)
-
-    def _trained_test_prompts(self) -> str:
-        """Return a line on test prompts that training would use, for readers whose YAML file sets no test split."""
+    def _trained_test_prompts(self) -> Iterator[str]:
+        """Yield a line on test prompts that training would use, for readers whose YAML file sets no test split."""
         readers = {split.name: split.reader for split in self.splits}
-        lines = []
         for leak in self.leakage:
             name, test = sorted((leak.first, leak.second), key=lambda split: split.startswith("test"))
-            if (
-                name.startswith("train")
-                and test.startswith("test")
-                and leak.shared["prompts"]
-                and readers[test] in NO_TEST
-            ):
+            apart = name.startswith("train") and test.startswith("test")
+            if apart and leak.shared["prompts"] and readers[test] in NO_TEST:
                 config, flags = NO_TEST[readers[test]]
-                lines.append(
+                yield (
                     f"{leak.shared['prompts']} prompts of {test} are also in {name}. {config} sets no data.test: fit "
                     f"then trains on these prompts, and numbers on {test} are too good. Set data.test, so that fit "
                     f"leaves their rows out: {flags}"
                 )
-        return "\n".join(lines)
+
+
+def table(title: str, columns: Sequence[str], rows: Mapping[str, Sequence[object]]) -> str:
+    """Format a table of named rows below its title; empty text if there are no rows."""
+    text = as_text(Table(("", *columns), tuple((name, *map(str, cells)) for name, cells in rows.items())))
+    return "\n".join(filter(None, [title, text])) if rows else ""
+
+
+def by_reason(found: Sequence[Mapping[str, int]]) -> dict[str, list[int]]:
+    """Return table rows of the counts of splits, for every reason in any of them: frequent first, other sizes last."""
+    reasons = dict.fromkeys(reason for counts in found for reason in counts)
+    rows = {reason: [counts.get(reason, 0) for counts in found] for reason in reasons}
+    return dict(sorted(rows.items(), key=lambda row: (row[0].endswith(OTHER_SIZES), -sum(row[1]))))
 
 
 def _lines(title: str, lines: Sequence[str]) -> str:
@@ -169,64 +175,36 @@ def _plain(value: Any) -> Any:
     return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
 
 
-def table(title: str, columns: Sequence[str], rows: Cells) -> str:
-    """Format a text table with a title and right-aligned columns; empty text if there are no rows."""
-    if not rows:
-        return ""
-    first = max(map(len, rows))
-    widths = [max(len(column), *(len(cells[n]) for cells in rows.values())) for n, column in enumerate(columns)]
-
-    def line(name: str, cells: Iterable[str]) -> str:
-        return "  ".join([f"{name:{first}}", *(f"{cell:>{width}}" for cell, width in zip(cells, widths, strict=True))])
-
-    head = line("", columns)
-    lines = [head.rstrip(), "-" * len(head), *(line(name, cells).rstrip() for name, cells in rows.items())]
-    return "\n".join([title, *lines] if title else lines)
-
-
-def _overview(splits: Sequence[SplitCounts]) -> Cells:
-    rows: dict[str, list[str]] = {"rows": [str(split.rows) for split in splits]}
+def overview(splits: Sequence[SplitCounts]) -> dict[str, list[object]]:
+    """Return the table rows of rows, labels, prompts and images of each split."""
+    rows: dict[str, list[object]] = {"rows": [split.rows for split in splits]}
     for label in splits[0].labels if splits else ():
         rows[f"  {label}"] = [_with_share(split.labels[label], split.rows) for split in splits]
-    rows["distinct prompts"] = [str(split.distinct_prompts) for split in splits]
+    rows["distinct prompts"] = [split.distinct_prompts for split in splits]
     for name in next((split.prompt_lengths for split in splits if split.prompt_lengths), ()):
-        rows[f"  characters, {name}"] = [str(split.prompt_lengths.get(name, "-")) for split in splits]
-    rows["rows whose images were looked at"] = [_of_images(split, lambda images: images.rows) for split in splits]
-    rows["distinct images"] = [_of_images(split, lambda images: images.distinct) for split in splits]
-    rows["rows with images of two buckets"] = [_of_images(split, lambda images: images.mixed_rows) for split in splits]
+        rows[f"  characters, {name}"] = [split.prompt_lengths.get(name, NOTHING) for split in splits]
+    for title, count in (
+        ("rows whose images were looked at", "rows"),
+        ("distinct images", "distinct"),
+        ("rows with images of two buckets", "mixed_rows"),
+    ):
+        rows[title] = [getattr(split.images, count, NOTHING) for split in splits]
     return rows
-
-
-def _of_images(split: SplitCounts, count: Callable[[ImageCounts], int]) -> str:
-    return "-" if split.images is None else str(count(split.images))
 
 
 def _with_share(number: int, total: int) -> str:
     return f"{number} ({100 * number / total:.1f} %)" if total else str(number)
 
 
-def _images(split: SplitCounts) -> ImageCounts:
-    return split.images or ImageCounts()
+def frequent_sizes(images: ImageCounts) -> dict[str, int]:
+    """Return the numbers of images of the most frequent sizes, and of all others."""
+    frequent = {f"{height}x{width}": count for (height, width), count in images.sizes.most_common(MOST_SIZES)}
+    rest = images.sizes.total() - sum(frequent.values())
+    return frequent | ({f"{len(images.sizes) - MOST_SIZES}{OTHER_SIZES}": rest} if rest else {})
 
 
-def _most_frequent_sizes(split: SplitCounts) -> dict[str, int]:
-    sizes = _images(split).sizes
-    frequent = {f"{height}x{width}": count for (height, width), count in sizes.most_common(MOST_SIZES)}
-    rest = sizes.total() - sum(frequent.values())
-    return frequent | ({f"{len(sizes) - MOST_SIZES}{OTHER_SIZES}": rest} if rest else {})
-
-
-def _leakage_table(leaks: Sequence[Leakage]) -> str:
-    rows = {}
-    for leak in leaks:
-        for what, number in leak.shared.items():
-            cells = [str(number), str(leak.first_rows[what]), str(leak.second_rows[what])]
-            rows[f"{leak.first} and {leak.second}: {what}"] = cells
-    return table("Shared between splits", ["shared", "rows of the first", "rows of the second"], rows)
-
-
-def _dropped_table(leaks: Sequence[Leakage], rows: Mapping[str, int]) -> str:
-    """Return the table of rows whose prompt a later split has, which training may leave out.
+def dropped_rows(leaks: Sequence[Leakage], rows: Mapping[str, int]) -> dict[str, list[str]]:
+    """Return the table rows of splits with prompts of a later split, which training may leave out.
 
     Pairs of splits whose order ``ORDER`` does not give are left out.
     """
@@ -237,31 +215,27 @@ def _dropped_table(leaks: Sequence[Leakage], rows: Mapping[str, int]) -> str:
         if len(set(places)) == len(sides) and leak.shared["prompts"]:
             (name, lost), (later, _) = sides if places == sorted(places) else sides[::-1]
             dropped[f"{name} beside {later}"] = [f"{lost} of {rows[name]}"]
-    return table(DROPPED, ["rows"], dropped)
+    return dropped
 
 
-def _score_tables(name: str, counts: ScoreCounts) -> str:
+def score_tables(name: str, counts: ScoreCounts) -> list[str]:
+    """Return the tables of a split's scores, of rows without scores, and of what each filter keeps."""
     scorers = {
-        scorer: [str(found.pairs), _with_share(found.below, found.pairs), str(found.equal), str(found.missing)]
+        scorer: [found.pairs, _with_share(found.below, found.pairs), found.equal, found.missing]
         for scorer, found in counts.scorers.items()
     }
-    columns = ["decided pairs", "chosen scores below rejected", "equal", "no score"]
     strategies = {
         f"strategy {kept.strategy}, {'>' if kept.comparison == 'code' else '≥'} as in the {kept.comparison}": [
             _with_share(kept.decided + kept.ties, counts.rows),
-            str(kept.decided),
-            str(kept.ties),
+            kept.decided,
+            kept.ties,
         ]
         for kept in counts.strategies
     }
-    parts = [
-        table(f"Scores of {name}", columns, scorers),
-        table(
-            f"Rows of {name} that the table says nothing of",
-            ["rows"],
-            {k: [str(n)] for k, n in counts.problems.items()},
-        ),
+    problems = {reason: [number] for reason, number in counts.problems.items()}
+    return [
+        table(f"Scores of {name}", ["decided pairs", "chosen scores below rejected", "equal", "no score"], scorers),
+        table(f"Rows of {name} that the table says nothing of", ["rows"], problems),
         table(f"Kept of {name} by {STRATEGIES}", ["rows", "decided", "ties"], strategies),
         f"Filter strategies were not tried: {counts.note}" if counts.note else "",
     ]
-    return "\n\n".join(part for part in parts if part)
