@@ -3,6 +3,7 @@ import pytest
 
 from latentreward.contracts import ImageRef, PreferencePair
 from latentreward.data import PairReader, normalise_prompt, select_rows
+from latentreward.data.splits import SharedPrompts
 from latentreward.errors import InputError
 
 
@@ -28,6 +29,14 @@ def test_prompts_that_differ_in_form_only_are_equal(other: str) -> None:
     assert normalise_prompt(other) == normalise_prompt("a red cat")
 
 
+def selected(splits: dict[str, PairReader], shared_prompts: SharedPrompts = "drop") -> dict[str, np.ndarray]:
+    """Rows of each split; the error of a split that has none left."""
+    rows, emptied = select_rows(splits, shared_prompts)
+    for problem in emptied.values():
+        raise InputError(problem)
+    return rows
+
+
 def test_prompts_that_differ_stay_different() -> None:
     assert normalise_prompt("a red cat.") != normalise_prompt("a red cat")
     assert normalise_prompt("été") == normalise_prompt("e\u0301te\u0301") != normalise_prompt("ete")
@@ -39,7 +48,7 @@ def test_earlier_splits_give_way(caplog) -> None:
         "val": Prompts("two", "four", "six"),
         "test": Prompts("four", "four"),
     }
-    rows = select_rows(splits)
+    rows = selected(splits)
     assert {name: indices.tolist() for name, indices in rows.items()} == {
         "train": [0, 2, 4, 5],
         "val": [0, 2],
@@ -53,12 +62,12 @@ def test_earlier_splits_give_way(caplog) -> None:
 
 def test_sharing_can_be_an_error() -> None:
     with pytest.raises(InputError, match=r"data\.train: 1 of 2 rows .* first 1 'B'; set data\.shared_prompts: drop"):
-        select_rows({"train": Prompts("a", "B"), "val": Prompts("b")}, "raise")
-    select_rows({"train": Prompts("a", "c"), "val": Prompts("b")}, "raise")
+        selected({"train": Prompts("a", "B"), "val": Prompts("b")}, "raise")
+    selected({"train": Prompts("a", "c"), "val": Prompts("b")}, "raise")
 
 
 def test_unlabelled_rows_are_left_out_but_their_prompts_count() -> None:
-    rows = select_rows({"train": Prompts("a", "b", "c", unlabelled=(1,)), "val": Prompts("c", "d", unlabelled=(0,))})
+    rows = selected({"train": Prompts("a", "b", "c", unlabelled=(1,)), "val": Prompts("c", "d", unlabelled=(0,))})
     assert np.array_equal(rows["train"], [0])
     assert np.array_equal(rows["val"], [1])
 
@@ -69,14 +78,14 @@ def test_nothing_left_is_an_error() -> None:
         match=r"data\.train: none of 2 rows left: 1 are unlabelled, 1 have a prompt that val has too; label rows, "
         r"set data\.shared_prompts: keep, or give other splits",
     ):
-        select_rows({"train": Prompts("a", "b", unlabelled=(1,)), "val": Prompts("a")})
+        selected({"train": Prompts("a", "b", unlabelled=(1,)), "val": Prompts("a")})
     with pytest.raises(InputError, match=r"none of 1 rows left: 1 are unlabelled; label rows, or give other splits"):
-        select_rows({"train": Prompts("a", unlabelled=(0,))})
+        selected({"train": Prompts("a", unlabelled=(0,))})
 
 
 def test_the_remedy_of_the_most_frequent_cause_comes_first() -> None:
     with pytest.raises(InputError, match=r"left: 2 have a prompt that val has too, 1 are unlabelled; set data\.shared"):
-        select_rows({"train": Prompts("a", "b", "c", unlabelled=(2,)), "val": Prompts("a", "b")})
+        selected({"train": Prompts("a", "b", "c", unlabelled=(2,)), "val": Prompts("a", "b")})
 
 
 def test_keeping_shared_prompts_is_proposed_only_if_rows_would_remain() -> None:
@@ -84,19 +93,19 @@ def test_keeping_shared_prompts_is_proposed_only_if_rows_would_remain() -> None:
     unlabelled.remarks["unlabelled (no label (at all))"] += 2
     unlabelled.remarks["null prompt read as empty"] += 1
     with pytest.raises(InputError) as caught:
-        select_rows({"train": unlabelled, "val": Prompts("a", "b")})
+        selected({"train": unlabelled, "val": Prompts("a", "b")})
     assert str(caught.value) == (
         "data.train: none of 2 rows left: 2 are unlabelled (no label (at all)); label rows, or give other splits"
     )
 
 
 def test_shared_prompts_may_be_kept(caplog) -> None:
-    rows = select_rows({"train": Prompts("a", "b", unlabelled=(1,)), "val": Prompts("a", "b")}, "keep")
+    rows = selected({"train": Prompts("a", "b", unlabelled=(1,)), "val": Prompts("a", "b")}, "keep")
     assert {name: indices.tolist() for name, indices in rows.items()} == {"train": [0], "val": [0, 1]}
     assert caplog.text == ""
 
 
 def test_a_small_loss_is_told_without_a_remedy(caplog) -> None:
-    select_rows({"train": Prompts("a", "b", "c", "d", "e"), "val": Prompts("a")})
+    selected({"train": Prompts("a", "b", "c", "d", "e"), "val": Prompts("a")})
     assert "data.train: 1 of 5 rows have a prompt that val has too; left out" in caplog.text
     assert "keep" not in caplog.text

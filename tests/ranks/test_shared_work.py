@@ -1,6 +1,7 @@
 """Work of one process, and settings of processes that are refused."""
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from latentreward.errors import InputError
 from latentreward.ranks.settings import TrainerSettings
 from latentreward.ranks.shared_work import SharedWork
+from latentreward.storage.shards import ShardFolder
 
 
 def test_one_process_does_shard_after_shard(tmp_path: Path) -> None:
@@ -32,6 +34,21 @@ def test_what_is_left_over_is_kept_until_the_work_is_done(tmp_path: Path) -> Non
     with SharedWork(None, "cpu", tmp_path / "shards") as work:
         assert work.left_over("double") == [(2, 4)]
     assert not (tmp_path / "shards").exists()
+
+
+@pytest.mark.parametrize(
+    ("own", "names"),
+    [
+        ({"seed": 1, "sizes": (8, 8), "model": "a"}, ""),
+        ({"seed": 2, "sizes": (8, 8), "base": None}, "seed, model: not as in the first process; give all processes"),
+    ],
+)
+def test_other_settings_are_named(own: dict[str, Any], names: str, tmp_path: Path) -> None:
+    with SharedWork(None, "cpu", tmp_path / "shards") as work:
+        work._shared = ShardFolder(tmp_path / "shards", 0)
+        work._settings = {"seed": 1, "sizes": [8, 8], "model": "a"}  # as the first process sent them
+        with pytest.raises(InputError, match=names) if names else nullcontext():
+            work.join({}, own)
 
 
 @pytest.mark.parametrize(

@@ -141,13 +141,6 @@ def test_neighbours_on_a_machine_that_locks_do_not_reach_are_not_taken_for_the_f
     assert [process.wait(60) for process in processes] == [0] * 4
 
 
-def test_other_settings_are_named(first: ShardFolder) -> None:
-    first.tell_settings({"seed": 1, "sizes": (8, 8), "model": "a"})
-    second = ShardFolder(first.folder, 1)
-    assert second.other_settings({"seed": 1, "sizes": [8, 8], "model": "a"}) == []
-    assert second.other_settings({"seed": 2, "sizes": (8, 8), "base": None}) == ["seed", "model"]
-
-
 def test_the_first_error_is_the_one_that_is_told(first: ShardFolder) -> None:
     assert first.error() is None
     first.note_error("the disk is full", told=False)

@@ -16,7 +16,7 @@ from latentreward.cache.index import CachedPairs, CacheIndex, OnMissing
 from latentreward.cache.sampling import BucketBatchSampler, EvaluationBatches, Sizing, SmallBuckets
 from latentreward.data.datamodules import PairLoaders
 from latentreward.data.loading import ResumableLoader, as_is, shares_of
-from latentreward.data.splits import SharedPrompts, select_or_explain, tell_unopened
+from latentreward.data.splits import SharedPrompts, select_rows, tell_unopened
 from latentreward.data.targets import ScoreTargets, check_targets, label_remedy
 from latentreward.errors import InputError, check_at_least_one
 
@@ -128,7 +128,7 @@ class CachedPreferenceDataModule(PairLoaders):
         for name, reader in pairs.items():
             reader.report(f"data.{name}")
         labelled = {name: reader for name, reader in pairs.items() if name != "predict"}
-        kept, self.emptied = select_or_explain(labelled, shared_prompts, label_remedy(targets))
+        kept, self.emptied = select_rows(labelled, shared_prompts, label_remedy(targets))
         self.datasets = {}
         for name, reader in pairs.items():
             rows = kept.get(name, np.arange(len(reader)))

@@ -18,7 +18,7 @@ from latentreward.data.loading import ResumableLoader, WorkerLoader, ignore_sign
 from latentreward.data.readers import PairReader, count_text
 from latentreward.data.readers.base import OnError
 from latentreward.data.sampling import PairBatchSampler, PairSampler, even_batch_size
-from latentreward.data.splits import SharedPrompts, select_or_explain
+from latentreward.data.splits import SharedPrompts, select_rows
 from latentreward.data.targets import ScoreTargets, check_targets, label_remedy
 from latentreward.errors import InputError, check_at_least_one, check_multiples
 from latentreward.seeding import run_seed
@@ -195,7 +195,7 @@ class PreferenceDataModule(PairLoaders):
         self.loader = loader
         readers = {"train": train, "val": val, "test": test}
         given = {name: reader for name, reader in readers.items() if reader is not None}
-        rows, self.emptied = select_or_explain(given, shared_prompts, label_remedy(targets))
+        rows, self.emptied = select_rows(given, shared_prompts, label_remedy(targets))
         given |= {} if predict is None else {"predict": predict}
         self.datasets = {
             name: PairDataset(

@@ -71,7 +71,10 @@ class ScoreTable:
         gaps = [name.removesuffix(GAP) for name in names if name.endswith(GAP)]
         first = [(name, side) for side in ("_a", "_chosen") for name in names if name.endswith(side)]
         scorers = [name.removesuffix(side) for name, side in first if name != "label_a"]
-        sides = [name for name in scorers if all(map(self._holds_numbers, self._columns(name)))]
+        kinds = dict(zip(names, self._table.schema.types, strict=True))
+        numeric = (pa.types.is_floating, pa.types.is_integer, pa.types.is_null)
+        held = {name for name, kind in kinds.items() if any(holds(kind) for holds in numeric)}
+        sides = [name for name in scorers if held.issuperset(self._columns(name))]
         self.scorers = tuple(dict.fromkeys([*gaps, *sides]))
         if not self.scorers:
             raise InputError(
@@ -85,18 +88,16 @@ class ScoreTable:
         """Return the number of rows."""
         return self._table.num_rows
 
-    def gaps(self, reader: PairReader | None = None) -> PairGaps:
-        """Return the gaps of every row of ``reader``; without a reader, of every row and gap column of the table.
+    def gaps(self, reader: PairReader) -> PairGaps:
+        """Return the gaps of every row of ``reader``.
 
         ``problems`` marks pairs that are not in the table, unlabelled pairs, and pairs whose ``different_flag``
         contradicts the reader's label (a sign that the table belongs to other rows).
 
         Raises:
-            InputError: If the table has no ``pair_id`` and not as many rows as the reader; if no pair of the reader is
-                in the table; or if ``reader`` is None and the table has no ``different_flag`` or no ``NAME_gap``.
+            InputError: If the table has no ``pair_id`` and not as many rows as the reader, or no pair of the reader is
+                in the table.
         """
-        if reader is None:
-            return self._own_gaps()
         rows, labels = self._rows_of(reader), reader.labels()
         found = rows >= 0
         decided, unlabelled = ~np.isnan(labels) & (labels != 0.5), np.isnan(labels)
@@ -104,7 +105,12 @@ class ScoreTable:
         if FLAG in self._table.column_names:
             flag = _take(numbers(self._table, FLAG, self.path), rows)
             problems[CONTRADICTED] = found & ~unlabelled & (flag != decided)
-        values = {name: self._gap(name, rows, labels) for name in self.scorers}
+        values = {}
+        for name in self.scorers:
+            if f"{name}{GAP}" in self._table.column_names:
+                values[name] = _take(numbers(self._table, f"{name}{GAP}", self.path), rows)
+            else:
+                values[name] = oriented_gap(*self._scores(name, rows, labels).T, labels)
         return PairGaps(decided, values, problems)
 
     def sides(self, name: str, reader: PairReader | None = None) -> np.ndarray:
@@ -155,27 +161,6 @@ class ScoreTable:
                     f"{self.path}: image_a of pair {pair.pair_id} is {first}, which is image b of the reader; make the "
                     "table by score-pairs, or name its columns NAME_chosen and NAME_rejected"
                 )
-
-    def _holds_numbers(self, name: str) -> bool:
-        kind = self._table.schema.field(name).type if name in self._table.column_names else pa.string()
-        return pa.types.is_floating(kind) or pa.types.is_integer(kind) or pa.types.is_null(kind)
-
-    def _own_gaps(self) -> PairGaps:
-        names = self._table.column_names
-        if FLAG not in names:
-            raise InputError(f"{self.path}: no column {FLAG}; give the reader whose labels belong to the table")
-        if not any(name.endswith(GAP) for name in names):
-            raise InputError(f"{self.path}: no column NAME{GAP}; give the reader whose labels turn scores into gaps")
-        flag = numbers(self._table, FLAG, self.path)
-        rows = np.arange(len(self))
-        values = {name: self._gap(name, rows, None) for name in self.scorers if f"{name}{GAP}" in names}
-        return PairGaps(flag == 1, values, {UNLABELLED: ~np.isin(flag, (0, 1))})
-
-    def _gap(self, name: str, rows: np.ndarray, labels: np.ndarray | None) -> np.ndarray:
-        if f"{name}{GAP}" in self._table.column_names or labels is None:
-            return _take(numbers(self._table, f"{name}{GAP}", self.path), rows)
-        first, second = self._scores(name, rows, labels).T
-        return oriented_gap(first, second, labels)
 
     def _rows_of(self, reader: PairReader) -> np.ndarray:
         """Return the table's row number of each of the reader's pairs, ``(len(reader),)``; -1 if not in the table."""

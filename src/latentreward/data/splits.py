@@ -19,22 +19,7 @@ MUCH = 0.2
 """Fraction of a split's labelled rows; if more are left out, the log line also says how to keep them."""
 
 
-def select_rows(splits: dict[str, PairReader], shared_prompts: SharedPrompts = "drop") -> dict[str, np.ndarray]:
-    """Select rows as :func:`select_or_explain` does, and require that each split has rows left.
-
-    Returns:
-        Ascending row numbers, ``(rows,)``, by split.
-
-    Raises:
-        InputError: If a prompt is shared and ``shared_prompts`` is ``"raise"``, or if a split has no rows left.
-    """
-    selected, emptied = select_or_explain(splits, shared_prompts)
-    for problem in emptied.values():
-        raise InputError(problem)
-    return selected
-
-
-def select_or_explain(
+def select_rows(
     splits: dict[str, PairReader], shared_prompts: SharedPrompts = "drop", remedy: str = "label rows"
 ) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     """Select the labelled rows of each split, by default only those whose prompt is not in a later split.

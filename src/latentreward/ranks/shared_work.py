@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -132,8 +133,9 @@ class SharedWork:
         Raises:
             InputError: On another process than the first one, if its settings or files differ from those of the first.
         """
-        self._tasks, self._settings = {**tasks}, settings
-        if not self.first and self._shared is not None and (names := self._shared.other_settings(settings)):
+        first, own = self._settings, json.loads(json.dumps(settings))
+        self._tasks, self._settings = {**tasks}, own
+        if self._shared is not None and (names := [one for one in {**first, **own} if first.get(one) != own.get(one)]):
             raise InputError(
                 f"{', '.join(names)}: not as in the first process; give all processes the same command, and do not "
                 "change its files until the end"
@@ -214,7 +216,7 @@ class SharedWork:
         self._agree(uuid4().hex)
 
     def _agree(self, run: str | None) -> None:
-        """Tell all processes the run, as the first one has it; the other processes' own value is not used.
+        """Send the first process's run and settings to all processes; the others' own values are not used.
 
         The name of the run's folder is an empty text if nothing is to be done, and None after an error.
 
@@ -226,11 +228,9 @@ class SharedWork:
         if self.first and run:
             for earlier in self.folder.glob("*"):  # processes that a killed run may have left end by this
                 discard(earlier)
-            shared = ShardFolder(self.folder / run, 0)
-            shared.tell_settings(self._settings)
-            self._shared = shared
+            self._shared = ShardFolder(self.folder / run, 0)
         try:
-            self._run_name = self._fabric.broadcast(run)
+            self._run_name, self._settings = self._fabric.broadcast((run, self._settings))
             seen = not self._run_name or self._join(self.folder / self._run_name)
             # All join before one works: the first could end, and remove the folder, before another has looked for it.
             seen = self._fabric.strategy.reduce_boolean_decision(seen)

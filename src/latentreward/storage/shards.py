@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from latentreward.storage.durable import write_file
 from latentreward.storage.json_files import read_config
 from latentreward.storage.locks import claimed, has_locks, is_held
 
-PLAN, END, ERROR, SETTINGS = "plan.json", "end", "error.json", "settings.json"
+PLAN, END, ERROR = "plan.json", "end", "error.json"
 POLL_S = 0.2
 """Seconds between two looks at the folder while a process waits for others."""
 LEAVE_S = 5.0
@@ -43,19 +43,6 @@ class ShardFolder:
         # The first process is there by now. On some network file systems, each machine has locks of its own.
         self._locks = has_locks(folder) and (rank == 0 or self._runs(0))
         self._present.enter_context(claimed(self._presence(rank)))
-
-    def tell_settings(self, settings: Mapping[str, Any]) -> None:
-        """Write what all processes must have in common, on the first process.
-
-        Args:
-            settings: What JSON can hold, by name.
-        """
-        write_file(self.folder / SETTINGS, json.dumps(settings), KEPT)
-
-    def other_settings(self, settings: Mapping[str, Any]) -> list[str]:
-        """List the names of the settings that differ from those of the first process."""
-        own, first = json.loads(json.dumps(settings)), _read_object(self.folder / SETTINGS)
-        return [name for name in {**first, **own} if first.get(name) != own.get(name)]
 
     def plan(self, name: str, shards: Sequence[Any]) -> Stage:
         """Write the plan of the next stage, on the first process.
