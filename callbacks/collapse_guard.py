@@ -9,7 +9,7 @@ from latentreward.callbacks.prompt_monitor import PromptMonitor, log_now
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
-from latentreward.contracts import RolloutStatistics
+from latentreward.contracts import PathText, RolloutStatistics
 from latentreward.errors import InputError
 from latentreward.modules.alignment import AlignmentModule
 from latentreward.rollout import Sampling
@@ -58,7 +58,7 @@ class CollapseGuard(PromptMonitor):
 
     def __init__(
         self,
-        prompts: Sequence[str] | str,
+        prompts: Sequence[str] | PathText,
         num_prompts: int = 8,
         every_n_steps: int = 500,
         least: float = 0.3,

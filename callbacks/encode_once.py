@@ -17,7 +17,7 @@ from lightning.pytorch.strategies import FSDPStrategy
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
-from latentreward.contracts import Conditioning
+from latentreward.contracts import Conditioning, PathText
 from latentreward.encoders.prompts import PromptEncoder
 from latentreward.encoders.stored_prompts import StoredPrompts
 from latentreward.errors import InputError
@@ -56,7 +56,7 @@ class EncodeOnce(Callback):
         ``--trainer.callbacks+=EncodeOnce``
     """
 
-    def __init__(self, folder: str | None = None) -> None:
+    def __init__(self, folder: PathText | None = None) -> None:
         self.folder = folder
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

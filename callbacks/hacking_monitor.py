@@ -14,7 +14,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from torch import Tensor
 
-from latentreward.contracts import PromptBatch
+from latentreward.contracts import PathText, PromptBatch
 from latentreward.errors import InputError
 from latentreward.modules.alignment import AlignmentModule
 from latentreward.remote.errors import RemoteError, raise_together
@@ -61,7 +61,7 @@ class HackingMonitor(PromptMonitor):
 
     def __init__(
         self,
-        prompts: Sequence[str] | str,
+        prompts: Sequence[str] | PathText,
         held_out: ImageScorer,
         num_prompts: int = 32,
         tolerance: float = 3.0,

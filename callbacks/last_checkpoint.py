@@ -6,6 +6,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from typing_extensions import override
 
+from latentreward.contracts import PathText
 from latentreward.errors import check_at_least_one
 
 
@@ -34,7 +35,7 @@ class LastCheckpoint(ModelCheckpoint):
                   init_args: {every_n_train_steps: 250}
     """
 
-    def __init__(self, every_n_train_steps: int = 100, dirpath: str | None = None) -> None:
+    def __init__(self, every_n_train_steps: int = 100, dirpath: PathText | None = None) -> None:
         check_at_least_one(every_n_train_steps=every_n_train_steps)
         super().__init__(dirpath, save_top_k=0, save_last=True, every_n_train_steps=every_n_train_steps)
 

@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
-from latentreward.contracts import PromptBatch
+from latentreward.contracts import PathText, PromptBatch
 from latentreward.data.alignment.prompt_files import read_prompts
 from latentreward.errors import InputError
 from latentreward.modules.alignment import AlignmentModule
@@ -44,7 +44,7 @@ class PromptMonitor(Callback, ABC):
 
     def __init__(
         self,
-        prompts: Sequence[str] | str,
+        prompts: Sequence[str] | PathText,
         num_prompts: int,
         every_n_steps: int = 500,
         images_per_prompt: int = 1,

@@ -8,7 +8,7 @@ from latentreward.callbacks.prompt_monitor import SEED, PromptMonitor, log_now
 from lightning.pytorch import Trainer
 from torch import Tensor
 
-from latentreward.contracts import PromptBatch
+from latentreward.contracts import PathText, PromptBatch
 from latentreward.errors import InputError
 from latentreward.modules.alignment import AlignmentModule
 from latentreward.seeding import pair_generator
@@ -44,7 +44,7 @@ class ReferenceDrift(PromptMonitor):
 
     def __init__(
         self,
-        prompts: Sequence[str] | str,
+        prompts: Sequence[str] | PathText,
         num_prompts: int = 8,
         every_n_steps: int = 100,
         sigmas: Sequence[float] = (0.2, 0.5, 0.8),

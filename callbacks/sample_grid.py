@@ -12,6 +12,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from PIL import Image
 from torch import Tensor
 
+from latentreward.contracts import PathText
 from latentreward.errors import InputError
 from latentreward.modules.alignment import AlignmentModule
 from latentreward.reports.drawing import PLAIN, draw_pair, strip, tile, to_images
@@ -47,7 +48,7 @@ class SampleGrid(PromptMonitor):
 
     def __init__(
         self,
-        prompts: Sequence[str] | str,
+        prompts: Sequence[str] | PathText,
         num_prompts: int = 9,
         image_size: int = 128,
         columns: int = 3,

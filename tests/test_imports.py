@@ -85,6 +85,7 @@ MAY_IMPORT = {
         "modules",
         "checkpoints",
         "scorers",
+        "programs",
         "remote",
         "reports",
     },

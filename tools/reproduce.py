@@ -7,7 +7,7 @@ from pathlib import Path
 
 from latentreward.errors import check_at_least_one
 from latentreward.interrupts import interrupts_told
-from latentreward.settings.functions import run_plain_function
+from latentreward.settings.functions import run_function
 from latentreward.storage.locks import locked
 from tools.reproduction.page import status_table, write_page
 from tools.reproduction.rows import all_rows, choose_rows
@@ -22,7 +22,7 @@ def run(command: str, arguments: Sequence[str]) -> None:
     """
     names = list(takewhile(lambda argument: not argument.startswith("-"), arguments))
     given = [f"--names={json.dumps(names)}"] if names else []
-    run_plain_function(reproduce, command, [*given, *arguments[len(names) :]], bare=0)
+    run_function(reproduce, command, [*given, *arguments[len(names) :]], bare=0, classes=False)
 
 
 def reproduce(

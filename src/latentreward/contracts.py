@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Literal, Self, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,6 +17,9 @@ from torch.nn import functional as F
 
 from latentreward.errors import InputError
 from latentreward.promises import wrong_tensor
+
+PathText = Annotated[str, "path"]
+"""Setting that is a file, a folder, or a name in place of one: ``~`` and environment variables are expanded in it."""
 
 
 def map_tensors(value: Any, function: Callable[[Tensor], Tensor]) -> Any:

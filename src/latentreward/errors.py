@@ -1,6 +1,7 @@
 """Errors that a user can correct: the command line shows them as one line without a traceback."""
 
 import difflib
+import math
 import os
 import re
 import sys
@@ -60,6 +61,18 @@ def check_at_least_one(place: str = "", /, **settings: float | None) -> None:
     for name, value in settings.items():
         if value is not None and not value >= 1:  # NaN too
             raise InputError(f"{place}{name} is {value:g}; it must be at least 1")
+
+
+def check_amounts(place: str = "", /, **settings: float | None) -> None:
+    """Raise InputError for the first setting that is not a finite number above 0; None is accepted.
+
+    Args:
+        place: Prefix of the setting's name in the message, e.g. ``"server."``.
+        settings: Values by name.
+    """
+    for name, value in settings.items():
+        if value is not None and not 0 < value < math.inf:
+            raise InputError(f"{place}{name}={value:g} must be a finite number greater than 0")
 
 
 def check_multiples(field: str, sides: Iterable[int], multiple: int) -> None:

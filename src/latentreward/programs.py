@@ -41,7 +41,12 @@ _INSTALLED: list[str] = []
 @cache
 def of_this_package(path: str | None) -> bool:
     """Tell whether an import path, such as ``latentreward.heads.DRMHead``, or a module's name is of this package."""
-    return str(path).startswith("latentreward.")
+    return within(path, ["latentreward"])
+
+
+def within(path: str | None, modules: Iterable[str]) -> bool:
+    """Tell whether an import path is that of one of the modules, or of something inside one."""
+    return f"{path}.".startswith(tuple(f"{module}." for module in modules))
 
 
 def find_modules_here(settings: Iterable[Any]) -> None:
@@ -62,7 +67,7 @@ def check_import(setting: str, path: str) -> None:
     Raises:
         InputError: If the option is given and names no module around ``path``.
     """
-    if RESTRICTED and not f"{path}.".startswith(tuple(f"{module}." for module in RESTRICTED[-1])):
+    if RESTRICTED and not within(path, RESTRICTED[-1]):
         raise InputError(
             f"{setting}: --restrict-imports does not allow {path!r}; if you trust it, say "
             f"--restrict-imports={path.partition('.')[0]}"

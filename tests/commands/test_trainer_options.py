@@ -5,12 +5,11 @@ from typing import Any
 
 import pytest
 import torch
+from jsonargparse import Namespace
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import LearningRateMonitor
 from torch import Tensor
 
-from latentreward.commands.fit import check_hooks
-from latentreward.errors import InputError
+from latentreward.commands.fit import check_callbacks
 from tests.small_user import RUNS, SEEN, SmallUserModule, SteppedUserModule, refusal, run
 
 ONE_CYCLE = ("--model.lr_scheduler=torch.optim.lr_scheduler.OneCycleLR", "--model.lr_scheduler.max_lr=0.01")
@@ -153,6 +152,13 @@ class Detached(Based):
         return super().training_step(rows, index).detach()
 
 
+class Unbuilt(SmallUserModule):
+    """A module that must not be built."""
+
+    def __init__(self) -> None:
+        raise AssertionError
+
+
 class OtherHook(Callback):
     """A callback with a hook that takes less than Lightning gives it."""
 
@@ -181,9 +187,18 @@ def test_a_step_without_a_loss_is_one_line(
     assert refusal(capsys, "fit", tmp_path, *options).startswith(message)
 
 
-def test_a_hook_with_other_arguments_is_one_line() -> None:
-    with pytest.raises(
-        InputError, match=r"^OtherHook.on_train_batch_end\(self, trainer, pl_module\) must take \(self, tr"
-    ):
-        check_hooks([LearningRateMonitor(), OtherHook()])
-    check_hooks([ShortHook()])
+def other_hook() -> OtherHook:
+    """A factory of callbacks."""
+    return OtherHook()
+
+
+@pytest.mark.parametrize("given", ["OtherHook", "other_hook"])
+def test_a_hook_with_other_arguments_is_one_line(given: str, tmp_path: Path, capsys) -> None:
+    """It is refused before the model is built."""
+    line = refusal(capsys, "fit", tmp_path, f"--trainer.callbacks+={__name__}.{given}", f"--model={__name__}.Unbuilt")
+    assert line.startswith("OtherHook.on_train_batch_end(self, trainer, pl_module) must take (self, tr")
+
+
+def test_a_hook_without_an_argument_that_has_a_default_is_accepted() -> None:
+    paths = (f"{__name__}.ShortHook", "lightning.pytorch.callbacks.LearningRateMonitor")
+    check_callbacks(Namespace(callbacks=[Namespace(class_path=path) for path in paths]))

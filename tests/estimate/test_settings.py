@@ -13,7 +13,7 @@ from latentreward.estimate.sources import ConfigSources, unset_variables
 from latentreward.families.sd3 import StableDiffusion3
 from latentreward.scoring import RewardModel
 from latentreward.scoring.calibration import Calibration
-from latentreward.settings.rewriting import expand_paths
+from latentreward.settings.rewriting import expanded
 from tests.cache.written_caches import spec, write_cache
 from tests.hub_cache import cached_sd35
 from tests.marks import release_after, rotated_after
@@ -116,7 +116,7 @@ def test_tiny_alignment_needs_no_trained_reward(capsys: pytest.CaptureFixture[st
 def test_a_path_with_a_variable_that_is_not_set_is_left_alone() -> None:
     with unset_variables():
         found = OmegaConf.to_container(OmegaConf.create(["${oc.env:PROMPTS}", "${oc.env:PROMPTS}/a.txt"]), resolve=True)
-    assert expand_paths(found) == ["<PROMPTS>", "<PROMPTS>/a.txt"]
+    assert [expanded(path) for path in found] == ["<PROMPTS>", "<PROMPTS>/a.txt"]
 
 
 @pytest.mark.slow

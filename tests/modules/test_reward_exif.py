@@ -67,7 +67,10 @@ def test_a_folder_without_a_known_value_is_refused(tmp_path: Path) -> None:
     RewardModel.from_pretrained(tmp_path / "run").save_pretrained(tmp_path / "folder")
     config = json.loads((tmp_path / "folder" / "config.json").read_text())
     del config["exif"]
-    for changed, told in ((config, "exif is missing"), ({**config, "exif": "perhaps"}, "exif is 'perhaps', neither")):
+    for changed, told in (
+        (config, "exif is missing"),
+        ({**config, "exif": "perhaps"}, "exif: it must be 'apply' or 'ignore'"),
+    ):
         (tmp_path / "folder" / "config.json").write_text(json.dumps(changed))
         with pytest.raises(InputError, match=told):
             RewardModel.from_pretrained(tmp_path / "folder", base=pipeline_folder("sd15"))
@@ -78,10 +81,10 @@ def test_another_value_in_a_checkpoint_is_refused(value: Any, tmp_path: Path) ->
     write_run(tmp_path / "run", "lrm", "sd15")
     checkpoint = tmp_path / "run" / "reward.ckpt"
     torch.save({**torch.load(checkpoint), "exif": value}, checkpoint)
-    with pytest.raises(InputError, match=f"{checkpoint.name}: exif is .*, neither apply nor ignore$") as error:
+    with pytest.raises(InputError, match=f"{checkpoint.name}: exif: it must be 'apply' or 'ignore', not .*$") as error:
         RewardModel.from_pretrained(tmp_path / "run")
     assert "\n" not in str(error.value)
-    with pytest.raises(InputError, match="neither apply nor ignore"):
+    with pytest.raises(InputError, match="it must be 'apply' or 'ignore'"):
         lrm().on_load_checkpoint(torch.load(checkpoint))
 
 

@@ -151,7 +151,7 @@ BOTH = (*FLOW_SCHEDULERS, *DDPM_SCHEDULERS)
         ({**DDIM, "timestep_type": "continuous"}, DDPM_SCHEDULERS, "timestep_type=continuous, for another noise"),
         ({**DDIM, "prediction_type": "flow_prediction"}, DDPM_SCHEDULERS, "prediction_type 'flow_prediction'"),
         ({**DDIM, "beta_schedule": "cubic"}, DDPM_SCHEDULERS, "cubic is not implemented .*; get the pipeline as"),
-        ({**EULER, "shift": "x"}, FLOW_SCHEDULERS, "shift='x', which must be a finite number"),
+        ({**EULER, "shift": "x"}, FLOW_SCHEDULERS, "shift: it must be a valid number, not 'x'"),
     ],
     ids=str,
 )

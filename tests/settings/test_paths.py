@@ -1,22 +1,62 @@
 """``~`` and environment variables in paths of settings."""
 
+import inspect
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from pydoc import locate
+from typing import Any
 
 import pytest
 
+from latentreward.backbones.registry import backbone_names
+from latentreward.contracts import PathText
 from latentreward.errors import InputError
-from latentreward.settings.functions import parse_function, prepare_parsing
+from latentreward.policies import PolicySource
+from latentreward.remote.server import RemoteServer
+from latentreward.scoring import ModelSource
+from latentreward.serving.settings import RewardToServe
+from latentreward.settings.errors import CLASS_MODULES
+from latentreward.settings.functions import parse_function, prepare, prepare_parsing
 from tests.small_user import run
 
 
-def command(output: Path, source: str = "", files: list[str] | None = None, text: dict[str, str] | None = None) -> None:
+@dataclass
+class Place:
+    """A place.
+
+    Attributes:
+        folder: A path.
+        title: A text.
+    """
+
+    folder: PathText | None = None
+    title: str = ""
+
+
+def command(
+    output: Path,
+    source: PathText = "",
+    files: list[PathText] | None = None,
+    tables: dict[str, PathText] | None = None,
+    text: str = "",
+    either: str | Path | None = None,
+    place: Place | None = None,
+    places: Sequence[Place] = (),
+) -> None:
     """A command.
 
     Args:
         output: A path.
         source: A path or a name.
         files: Paths.
-        text: Texts.
+        tables: Paths.
+        text: A text.
+        either: A path, as Lightning's classes annotate it.
+        place: A place.
+        places: Places.
     """
 
 
@@ -40,15 +80,26 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (["o", "--source=$DAY"], "source", "monday"),
         (["o", "--source=org/model~1"], "source", "org/model~1"),
         (["o", "--source=~no-such-user/x"], "source", "~no-such-user/x"),
-        (["o", "--source=either $DAY or $NIGHT/day"], "source", "either monday or $NIGHT/day"),
-        (["o", "--source=costs $DAY"], "source", "costs $DAY"),
+        (["o", "--source=https://host/$NIGHT?$DAY"], "source", "https://host/$NIGHT?monday"),
+        (["o", "--text=~/a $DAY and $NIGHT/day"], "text", "~/a $DAY and $NIGHT/day"),
+        (["o", "--text=https://host/$NIGHT"], "text", "https://host/$NIGHT"),
+        (["o", "--either=~/a"], "either", "HOME/a"),
         (["o", "--files=[~/a, b, $HOME/c]"], "files", ["HOME/a", "b", "HOME/c"]),
-        (["o", "--config=~/own_$DAY.yaml"], "text", {"k": "HOME/d", "prompt": "~ a $5 bill"}),
+        (["o", "--place.folder=~/a"], "place", Place("HOME/a")),
+        (["o", "--place.folder=${oc.env:OUT}"], "place", Place("HOME/out")),
+        (["o", "--place={folder: ~/a, title: ~/b}"], "place", Place("HOME/a", "~/b")),
+        (["o", "--places=[{folder: ~/a}]"], "places", [Place("HOME/a")]),
+        (["o", "--config=~/own_$DAY.yaml"], "tables", {"k": "HOME/d", "j": "HOME/out"}),
+        (["o", "--config=~/own_$DAY.yaml"], "place", Place("HOME/d", "~ a $5 bill")),
+        (["o", "--config=~/own_$DAY.yaml"], "places", [Place("HOME/out", "$5/a")]),
     ],
 )
 def test_paths_are_expanded(given: list[str], name: str, expected: object, home: Path) -> None:
     home.mkdir()
-    (home / "own_monday.yaml").write_text("text: {k: ~/d, prompt: '~ a $5 bill'}")
+    (home / "own_monday.yaml").write_text(
+        "tables: {k: ~/d, j: '${oc.env:OUT}'}\nplace: {folder: ~/d, title: '~ a $5 bill'}\n"
+        "places: [{folder: '${oc.env:OUT}', title: $5/a}]"
+    )
     found = parse_function(command, "command", prepare_parsing(given))[name]
     assert repr(str(found)) == repr(str(expected).replace("HOME", str(home)))
 
@@ -64,3 +115,30 @@ def test_a_runs_folder_and_its_checkpoints_are_expanded(home: Path, tmp_path: Pa
     assert (home / "root/run/config.yaml").is_file()
     assert (home / "kept/last.ckpt").is_file()
     assert [path.name for path in tmp_path.iterdir()] == ["home"]
+
+
+NAMES = {"base", "cache", "dirpath", "file", "folder", "model", "path", "processor", "root", "run_config", "source"}
+NO_PATHS = {"PlainJSON.path", "ServedImages.path", "ServedLatents.path", "UniRL.path"}
+
+
+def test_settings_of_shipped_classes_that_are_paths_say_so() -> None:
+    """A parameter of such a name that takes a text has the type PathText, or a type with Path."""
+    prepare([])
+    shipped = [found for module in set(CLASS_MODULES.values()) for found in public(module) if configured(found)]
+    factories = [locate(path) for path in backbone_names().values() if path.startswith("latentreward.")]
+    plain = {
+        f"{owner.__name__}.{name}"
+        for owner in (*shipped, *factories, ModelSource, PolicySource, RewardToServe, RemoteServer)
+        for name, parameter in inspect.signature(owner).parameters.items()
+        if name in NAMES and re.search(r"\bstr\b", kind := str(parameter.annotation)) and "ath" not in kind
+    }
+    assert plain == NO_PATHS
+
+
+def public(module: str) -> list[Any]:
+    named = vars(sys.modules[module]).values()
+    return [found for found in named if str(getattr(found, "__module__", "")).startswith("latentreward.")]
+
+
+def configured(found: Any) -> bool:
+    return inspect.isclass(found) and not issubclass(found, BaseException)

@@ -4,17 +4,31 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator
 
 from latentreward.errors import InputError, did_you_mean
 from latentreward.settings.rewriting import shipped_configs
-from latentreward.steps.tasks import Step, Task, check_steps, load_yaml, read_steps, record, resolve, split_arguments
+from latentreward.steps.tasks import Arguments, Step, Task, check_steps, load_yaml, resolve
 from latentreward.storage.digests import digest
+from latentreward.storage.json_files import STRICT, checked
 
 FOLDER, SHARED = "reproduce/", "reproduce/shared/steps.yaml"
 Kind = Literal["accuracy", "alignment", "quality", "turned", "column"]
 Paper = Literal["LRM", "LPO", "DiNa-LRM", "Later methods", "Tiny world"]
 MOST_SEEDS = 10
+
+
+def _several(given: Any) -> Any:
+    return tuple(given) if isinstance(given, list) else (given,)
+
+
+def _with_sides(given: Any) -> Any:
+    """Write a claim in full: ``by`` names the metric of sides that are given as the name of an arm."""
+    metric = given.pop("by", None)
+    sides = {name: given[name] for name in ("higher", "lower") if isinstance(given.get(name), str)}
+    return given | {name: {"arm": arm, "metric": metric} for name, arm in sides.items()}
 
 
 @dataclass(frozen=True)
@@ -32,17 +46,19 @@ class Metric:
         column: Column to read; of several, scores are averaged.
     """
 
+    __pydantic_config__ = STRICT
     of: str
     kind: Kind
-    timestep: tuple[float, ...] = ()
-    sigma: tuple[float, ...] = ()
-    column: tuple[str, ...] = ()
+    timestep: Annotated[tuple[int | float, ...], BeforeValidator(_several)] = ()
+    sigma: Annotated[tuple[int | float, ...], BeforeValidator(_several)] = ()
+    column: Annotated[tuple[str, ...], BeforeValidator(_several)] = ()
 
 
 @dataclass(frozen=True)
 class Side:
     """Arm and metric of one side of a claim."""
 
+    __pydantic_config__ = STRICT
     arm: str
     metric: str
 
@@ -58,6 +74,7 @@ class Claim:
         more_than: Difference that should be exceeded.
     """
 
+    __pydantic_config__ = STRICT
     says: str
     higher: Side
     lower: Side | None = None
@@ -86,15 +103,16 @@ class Row:
         steps: Steps of this row alone, in addition to the shared ones.
     """
 
+    __pydantic_config__ = STRICT
     name: str
     title: str
     paper: Paper
     claim: str
     run: str
     metrics: Mapping[str, Metric]
-    arms: Mapping[str, Mapping[str, Sequence[str]]]
+    arms: Mapping[str, Annotated[Mapping[str, Arguments], BeforeValidator(lambda given: given or {})]]
     cpu_seconds: float
-    claims: Sequence[Claim] = ()
+    claims: Sequence[Annotated[Claim, BeforeValidator(_with_sides)]] = ()
     instead: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     miniature_of: Sequence[str] = ()
     result: str = ""
@@ -145,7 +163,8 @@ class Row:
 @cache
 def shared_steps() -> dict[str, Step]:
     """Read the steps that all rows may use."""
-    return read_steps(SHARED, load_yaml(f"configs/{SHARED}"))
+    found: dict[str, Step] = checked(dict[str, Step], load_yaml(f"configs/{SHARED}"), SHARED)
+    return found
 
 
 @cache
@@ -175,29 +194,12 @@ def read_row(name: str, content: Mapping[str, Any]) -> Row:
     Raises:
         InputError: If a setting is unknown, missing or wrong, or a name that it uses does not exist.
     """
-    given = dict(content)
-    records = {
-        "metrics": lambda value: {
-            key: record(Metric, f"{name}: metrics.{key}", _listed(one)) for key, one in value.items()
-        },
-        "claims": lambda value: [_claim(f"{name}: claims[{index}]", one) for index, one in enumerate(value)],
-        "steps": lambda value: read_steps(f"{name}: steps", value),
-        "arms": lambda value: {
-            str(arm): {step: split_arguments(f"{name}: arms.{arm}.{step}", text) for step, text in (one or {}).items()}
-            for arm, one in value.items()
-        },
-    }
-    for key, convert in records.items():
-        if key in given:
-            given[key] = convert(given[key])
-    row = record(Row, name, {"name": name, **given})
+    row: Row = checked(Row, {"name": name, **content}, f"{name}: ")
     _check(row)
     return row
 
 
 def _check(row: Row) -> None:
-    if row.paper not in get_args(Paper):
-        raise InputError(f"{row.name}: paper is {row.paper!r}{did_you_mean(row.paper, get_args(Paper))}")
     least = 3 if row.claims else 1
     if not least <= row.seeds <= MOST_SEEDS:
         raise InputError(f"{row.name}: seeds={row.seeds}; use {least} to {MOST_SEEDS}, so that claims have intervals")
@@ -215,7 +217,6 @@ def _check(row: Row) -> None:
     _known(f"{row.name}: rewards", row.rewards, row.all_steps)
     for name, metric in row.metrics.items():
         _known(f"{row.name}: metrics.{name}.of", [metric.of], row.all_steps)
-        _known(f"{row.name}: metrics.{name}.kind", [metric.kind], get_args(Kind))
     for index, claim in enumerate(row.claims):
         for side in (claim.higher, *([claim.lower] if claim.lower else [])):
             _known(f"{row.name}: claims[{index}]", [side.arm], row.arms)
@@ -226,23 +227,3 @@ def _known(place: str, names: Collection[str], choices: Collection[str]) -> None
     for name in names:
         if name not in choices:
             raise InputError(f"{place}: there is no {name!r}{did_you_mean(str(name), map(str, choices))}")
-
-
-def _claim(place: str, value: Mapping[str, Any]) -> Claim:
-    """Read a claim; ``by`` names the metric of sides that are given as the name of an arm."""
-    given = dict(value)
-    metric = given.pop("by", None)
-    for name in ("higher", "lower"):
-        if name in given:
-            side = given[name]
-            side = side if isinstance(side, Mapping) else {"arm": str(side), "metric": metric}
-            given[name] = record(Side, f"{place}.{name}", side)
-    return record(Claim, place, given)
-
-
-def _listed(value: Mapping[str, Any]) -> dict[str, Any]:
-    """Turn levels and columns into tuples."""
-    return {
-        key: tuple(one) if isinstance(one, list) else (one,) if key in ("timestep", "sigma", "column") else one
-        for key, one in value.items()
-    }

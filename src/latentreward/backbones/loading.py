@@ -15,7 +15,7 @@ from latentreward.backbones.quantization import Quantization, check_quantization
 from latentreward.backbones.single_file import find_configs
 from latentreward.backbones.tuning import LoRA, StorageDtype, Tuning, tune
 from latentreward.backbones.weights import from_config, load_weights, map_model, settle
-from latentreward.contracts import LatentSpace
+from latentreward.contracts import LatentSpace, PathText
 from latentreward.errors import InputError, first_line
 from latentreward.noise import DDPM_SCHEDULERS, FLOW_SCHEDULERS, NoiseProcess, process_from_scheduler
 from latentreward.storage.hub import hub_answers, not_found, silence
@@ -73,7 +73,7 @@ class PipelineSource:
         configs: Folder or hub id with configs and tokenizers; ``source`` but for a file.
     """
 
-    def __init__(self, source: str, revision: str | None = None, variant: str | None = None) -> None:
+    def __init__(self, source: PathText, revision: str | None = None, variant: str | None = None) -> None:
         self.named, self.source = str(source), tiny_pipeline(source) if source in SHIPPED else str(source)
         self.revision, self.variant = revision, variant
         self._offline: bool | None = None

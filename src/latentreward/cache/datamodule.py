@@ -14,6 +14,7 @@ from latentreward.cache.compatibility import check_backbone, check_caches
 from latentreward.cache.dataset import CachedPairDataset
 from latentreward.cache.index import CachedPairs, CacheIndex, OnMissing
 from latentreward.cache.sampling import BucketBatchSampler, EvaluationBatches, Sizing, SmallBuckets
+from latentreward.contracts import PathText
 from latentreward.data.datamodules import PairLoaders
 from latentreward.data.loading import ResumableLoader, as_is, shares_of
 from latentreward.data.splits import SharedPrompts, select_rows, tell_unopened
@@ -35,7 +36,7 @@ class CachedSplit:
         split: Name of the split, as the reader named it when the cache was written; None takes all pairs.
     """
 
-    cache: str
+    cache: PathText
     split: str | None = None
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 
 from latentreward.cache.layout import CacheDtype, TextSpec
-from latentreward.contracts import LatentSpace
+from latentreward.contracts import LatentSpace, PathText
 from latentreward.data.readers.base import Contents
 from latentreward.errors import InputError, check_at_least_one
 
@@ -99,7 +99,7 @@ class PipelineEncoders(LatentSource):
 
     def __init__(
         self,
-        source: str,
+        source: PathText,
         revision: str | None = None,
         variant: str | None = None,
         vae_dtype: CacheDtype = "float32",

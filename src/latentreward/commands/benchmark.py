@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from latentreward.contracts import PathText
 from latentreward.errors import InputError, check_at_least_one
 from latentreward.evaluation.benchmark.base import Benchmark
 from latentreward.evaluation.benchmark.disagreements import disagreement_pictures
@@ -38,8 +39,8 @@ def benchmark(
     benchmarks: list[Benchmark] | None = None,
     scorers: list[Scorer] | None = None,
     *,
-    data: str | None = None,
-    model: list[str] | str | None = None,
+    data: PathText | None = None,
+    model: list[PathText] | PathText | None = None,
     levels: Sequence[float] = LEVELS,
     draws: int = 3,
     limit: int | None = None,

@@ -15,6 +15,7 @@ from latentreward.cache.plan import describe_data
 from latentreward.cache.preparing import prepare_cache
 from latentreward.cache.sizing import ImageSettings
 from latentreward.cache.sources import Encoders, LatentSource
+from latentreward.contracts import PathText
 from latentreward.data.images import ExifOrientation
 from latentreward.data.readers import PairReader, count_text
 from latentreward.errors import InputError, errors_at
@@ -32,7 +33,7 @@ LINES = 20
 
 
 def cache(
-    output: str,
+    output: PathText,
     reader: PairReader | None = None,
     encoder: LatentSource | None = None,
     images: ImageSettings = ImageSettings(),  # noqa: B008

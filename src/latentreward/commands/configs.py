@@ -6,7 +6,7 @@ from itertools import groupby, takewhile
 from pathlib import PurePosixPath
 
 from latentreward.errors import InputError, did_you_mean
-from latentreward.settings.functions import run_plain_function
+from latentreward.settings.functions import run_function
 from latentreward.settings.rewriting import shipped_configs
 
 LONGEST = 110
@@ -53,4 +53,4 @@ def summary(text: str) -> str:
     return sentence + (f" [{', '.join(variables)}]" if variables else "")
 
 
-run = partial(run_plain_function, configs)
+run = partial(run_function, configs, classes=False)

@@ -7,7 +7,7 @@ from typing import Any
 from latentreward.checkpoints.files import DurableCheckpointIO
 from latentreward.checkpoints.shards import read_checkpoint, require_finite
 from latentreward.errors import InputError
-from latentreward.settings.functions import run_plain_function
+from latentreward.settings.functions import run_function
 
 
 def consolidate(checkpoint: Path, output: Path, average: bool = False, overwrite: bool = False) -> None:
@@ -50,4 +50,4 @@ def averaged(content: dict[str, Any], path: Path) -> dict[str, Any]:
     return {**{name: value for name, value in content.items() if name not in dropped}, "state_dict": merged}
 
 
-run = partial(run_plain_function, consolidate, bare=2)
+run = partial(run_function, consolidate, bare=2, classes=False)

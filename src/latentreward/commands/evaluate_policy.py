@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from latentreward.commands.notes import tell
+from latentreward.contracts import PathText
 from latentreward.data.alignment.prompt_files import PromptRow, check_lengths, read_prompt_set
 from latentreward.errors import InputError
 from latentreward.evaluation.policy.imported import (
@@ -71,7 +72,7 @@ def evaluate_policy(
     scorers: list[Scorer],
     policy: JudgedPolicy,
     against: JudgedPolicy | None = None,
-    prompts: str | None = None,
+    prompts: PathText | None = None,
     *,
     num_prompts: int | None = None,
     max_prompt_chars: int = 10_000,

@@ -6,12 +6,13 @@ from typing import Any, Literal, cast, get_args
 
 import torch
 
+from latentreward.contracts import PathText
 from latentreward.errors import InputError
 from latentreward.scoring import ModelSource, RewardModel
 from latentreward.scoring.layouts.exporting import RewardFormat, export_reward
 from latentreward.scoring.layouts.find import find_reward
 from latentreward.scoring.layouts.model_folder import is_model_folder
-from latentreward.settings.functions import run_plain_function
+from latentreward.settings.functions import run_function
 
 PolicyFormat = Literal["diffusers", "kohya", "peft", "merged"]
 Format = Literal[PolicyFormat, RewardFormat]
@@ -24,7 +25,7 @@ def export(
     dtype: Literal["float32", "bfloat16", "float16"] = "float32",
     overwrite: bool = False,
     base_name: str | None = None,
-    run_config: str | None = None,
+    run_config: PathText | None = None,
     trust_remote_code: bool = False,
     **loading: Any,
 ) -> None:
@@ -110,4 +111,4 @@ def is_reward(place: Path) -> bool:
         return False
 
 
-run = partial(run_plain_function, export, bare=2)
+run = partial(run_function, export, bare=2, classes=False)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 from functools import partial
-from inspect import isfunction
+from inspect import isfunction, signature
 from itertools import chain, count
 from pathlib import Path
 from pydoc import locate
@@ -77,6 +77,7 @@ from latentreward.data.splits import tell_unopened
 from latentreward.errors import InputError, errors_at, where
 from latentreward.estimate.card import Card
 from latentreward.interrupts import TERMINATED
+from latentreward.programs import within
 from latentreward.promises import check_takes
 from latentreward.settings.errors import summarise
 from latentreward.settings.functions import (
@@ -96,6 +97,8 @@ if TYPE_CHECKING:
     from latentreward.estimate.settings import Estimate
 
 CONFIG, SAVED = "config.yaml", "config*.yaml"
+LEFT_OUT = ("#", "ckpt_path:")
+"""Starts of lines in which the settings of one run may differ between two files."""
 LOADERS = {"fit": "train", "validate": "val"}
 """Subcommand -> prefix of Lightning's ``*_dataloader`` method, where the prefix differs from the subcommand."""
 USED = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": ("predict",)}
@@ -182,37 +185,24 @@ class SaveConfig(SaveConfigCallback):
         folder.mkdir(parents=True, exist_ok=True)
         text = self.parser.dump(self.config, skip_none=False)
         files = newest_first(folder.glob(SAVED))
-        if files and same_run(files[0].read_text(encoding="utf-8"), text):
+        texts = (text, *(path.read_text(encoding="utf-8") for path in files[:1]))
+        new, *newest = ([line for line in one.splitlines() if not line.startswith(LEFT_OUT)] for one in texts)
+        if new in newest:
             return
-        self._written.append(folder / free_name(folder))
+        names = chain([CONFIG], (f"config_{number}.yaml" for number in count(1)))
+        self._written.append(next(folder / name for name in names if not (folder / name).exists()))
         self._written[-1].write_text(text, encoding="utf-8")
 
 
 def saved_nothing(keepers: Sequence[Checkpoint]) -> bool:
     """Tell whether a run whose callbacks save checkpoints has none yet and will save none because of an error."""
-    return bool(keepers) and all(
-        isinstance(keeper, ModelCheckpoint) and not (saved_files(keeper) or keeper.save_on_exception)
-        for keeper in keepers
-    )
-
-
-def saved_files(keeper: ModelCheckpoint) -> list[str]:
-    """List paths of checkpoints that a callback has saved; Lightning also sets the paths of those that it could not."""
-    paths = [keeper.best_model_path, keeper.last_model_path, keeper._last_checkpoint_saved]
-    return [path for path in paths if path and ("://" in path or Path(path).exists())]
-
-
-def same_run(one: str, other: str) -> bool:
-    """Tell whether two files of settings differ at most in comments and ``ckpt_path``."""
-    left_out = ("#", "ckpt_path:")
-    first, second = ([line for line in text.splitlines() if not line.startswith(left_out)] for text in (one, other))
-    return first == second
-
-
-def free_name(folder: Path) -> str:
-    """Return ``config.yaml``, or the first ``config_N.yaml`` that ``folder`` does not have yet."""
-    names = chain([CONFIG], (f"config_{number}.yaml" for number in count(1)))
-    return next(name for name in names if not (folder / name).exists())
+    for keeper in keepers:
+        if not isinstance(keeper, ModelCheckpoint) or keeper.save_on_exception:
+            return False
+        paths = [keeper.best_model_path, keeper.last_model_path, keeper._last_checkpoint_saved]
+        if any(path and ("://" in path or Path(path).exists()) for path in paths):  # Lightning also sets failed paths
+            return False
+    return bool(keepers)
 
 
 class TrainingCLI(LightningCLI):
@@ -342,7 +332,7 @@ class TrainingCLI(LightningCLI):
             check_checkpoint(local, given)
             if self.command == "fit":
                 check_resumable(local, given)
-        refuse_averaging(settings["trainer"])
+        check_callbacks(settings["trainer"])
         with constructor_errors(), sharing_between(ranks_per_machine(settings["trainer"])):
             super().instantiate_classes()
         if type(self.trainer.strategy.checkpoint_io) is TorchCheckpointIO:
@@ -380,7 +370,6 @@ class TrainingCLI(LightningCLI):
         if self.command == "test" and not any(isinstance(callback, AccuracyInterval) for callback in given):
             added.append(AccuracyInterval())
         trainer = super().instantiate_trainer(**kwargs)
-        check_hooks(trainer.callbacks)  # type: ignore[attr-defined]
         for keeper in trainer.checkpoint_callbacks:
             if isinstance(keeper, ModelCheckpoint):
                 without_slashes(keeper)
@@ -524,32 +513,28 @@ def constructor_errors() -> Iterator[None]:
         ) from error
 
 
-def refuse_averaging(trainer: Namespace) -> None:
-    """Raise InputError for Lightning's callbacks that average weights.
+def check_callbacks(trainer: Namespace) -> None:
+    """Check the classes of a trainer's callbacks, before anything is loaded.
 
-    They copy the frozen network too. ``StochasticWeightAveraging`` puts its average into no checkpoint.
+    Raises:
+        InputError: If one averages weights, since Lightning's average is of the frozen network too, and that of
+            ``StochasticWeightAveraging`` is in no checkpoint; or if a hook of a user's class does not take what
+            Lightning gives it.
     """
     for one in trainer.get("callbacks") or []:
         kind: Any = locate(one.class_path) if isinstance(one, Namespace) else None
-        if isinstance(kind, type) and issubclass(kind, WeightAveraging | StochasticWeightAveraging):
+        kind = signature(kind, eval_str=True).return_annotation if isfunction(kind) else kind
+        if not isinstance(kind, type):
+            continue
+        if issubclass(kind, WeightAveraging | StochasticWeightAveraging):
             raise InputError(
                 f"trainer.callbacks: {kind.__name__} copies the frozen network too; use "
                 "latentreward.callbacks.TrainableEMA, whose average is resumed, validated, and written by consolidate"
             )
-
-
-def check_hooks(callbacks: Sequence[Callback]) -> None:
-    """Raise InputError for a hook of a user's callback that does not take what Lightning gives it."""
-    for callback in callbacks:
-        kind = type(callback)
         for name, wanted in vars(Callback).items():
             hook = getattr(kind, name)
-            if (
-                isfunction(wanted)
-                and isfunction(hook)
-                and not hook.__module__.startswith(("latentreward.", "lightning."))
-            ):
-                # Lightning gives dataloader_idx, which has a default, only where there are several loaders.
+            own = isfunction(wanted) and isfunction(hook) and not within(hook.__module__, ("latentreward", "lightning"))
+            if own:  # Lightning gives dataloader_idx, which has a default, only where there are several loaders
                 check_takes(f"{kind.__name__}.{name}", hook, wanted, with_defaults=False)
 
 

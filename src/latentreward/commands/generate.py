@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from latentreward.contracts import PromptBatch
+from latentreward.contracts import PathText, PromptBatch
 from latentreward.data.alignment.prompt_files import read_prompt_rows
 from latentreward.errors import InputError
 from latentreward.generation import Candidates, Population, best_of_n, search_latents, search_population
@@ -35,7 +35,7 @@ PICTURES = "pictures"
 
 
 def generate(
-    prompts: str,
+    prompts: PathText,
     output_dir: Path,
     policy: PolicySource | None = None,
     checkpoint: Path | None = None,

@@ -7,6 +7,7 @@ from functools import partial
 from itertools import combinations
 from pathlib import Path
 
+from latentreward.contracts import PathText
 from latentreward.data.buckets import MIN_PIXELS, PUBLISHED_BUCKETS, sort_buckets
 from latentreward.data.format_detection import choose_splits, other_formats, recognise
 from latentreward.data.inspection.counts import ImageCensus, SplitContents, find_leakage, inspect_reader
@@ -20,7 +21,7 @@ from latentreward.storage.durable import write_file
 
 
 def inspect(
-    data: str | None = None,
+    data: PathText | None = None,
     reader: PairReader | list[PairReader] | None = None,
     *,
     splits: str | None = None,

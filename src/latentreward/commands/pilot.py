@@ -7,12 +7,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from latentreward.contracts import PathText
 from latentreward.errors import InputError, check_at_least_one, errors_at
 from latentreward.estimate.card import Card
 from latentreward.interrupts import interrupts_told
 from latentreward.pilot.checks import GB, check_access, check_disk, check_sources, downloads, hub_cache
 from latentreward.pilot.plans import ALIGNED, BESIDE, CUT, JUDGED, MEASURED, Pilot, find_pilot
-from latentreward.settings.functions import run_plain_function
+from latentreward.settings.functions import run_function
 from latentreward.steps.tasks import Task
 from latentreward.storage.hub import is_hub_id
 from latentreward.storage.locks import locked
@@ -25,7 +26,7 @@ REMEDY = (
 
 
 def pilot(
-    name: str,
+    name: PathText,
     *,
     pairs: int | None = None,
     seed: int = 0,
@@ -190,4 +191,4 @@ def run_all(
     print(f"result: {output}")
 
 
-run = partial(run_plain_function, pilot)
+run = partial(run_function, pilot, classes=False)

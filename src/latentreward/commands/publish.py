@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from latentreward.commands.score import NoiseSettings
+from latentreward.contracts import PathText
 from latentreward.data.image_lists import ImageList, read_images
 from latentreward.devices import find_device
 from latentreward.errors import InputError, printable
@@ -25,7 +26,8 @@ from latentreward.scoring.layouts.model_folder import CONFIG
 from latentreward.scoring.layouts.reopening import Probe
 from latentreward.scoring.layouts.saving import check_target, config_of, new_folder, paths_here, write_model
 from latentreward.scoring.score_inputs import require_some
-from latentreward.settings.functions import run_plain_function
+from latentreward.settings.functions import run_function
+from latentreward.settings.rewriting import expanded
 from latentreward.storage.json_files import read_config
 
 DECODE_THREADS = 4
@@ -46,7 +48,7 @@ class Reference:
         allow_outside: Whether a list may name images outside its folder.
     """
 
-    images: str
+    images: PathText
     name: str = ""
     limit: int = 2000
     seed: int = 0
@@ -82,7 +84,7 @@ class Reference:
 
 
 def publish(
-    model: str,
+    model: PathText,
     output: Path,
     reference: Reference | None = None,
     noise: NoiseSettings | None = None,
@@ -92,7 +94,7 @@ def publish(
     metrics: Path | None = None,
     name: str = "",
     base_name: str | None = None,
-    run_config: str | None = None,
+    run_config: PathText | None = None,
     push_to_hub: str | None = None,
     branch: str | None = None,
     private: bool | None = None,
@@ -220,7 +222,7 @@ def text_of(description: str) -> str:
     if not description.endswith(".md") or "\n" in description:
         return description
     try:
-        return Path(description).read_text(encoding="utf-8")
+        return Path(expanded(description)).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(
             f"description: {description} cannot be read ({error}); give a file .md, or the text"
@@ -244,4 +246,4 @@ def read_metrics(path: Path | None) -> Mapping[str, Any]:
     return values
 
 
-run = partial(run_plain_function, publish, bare=2)
+run = partial(run_function, publish, bare=2, classes=False)

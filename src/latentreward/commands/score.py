@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import torch
 
+from latentreward.contracts import PathText
 from latentreward.data.image_lists import ImageList, read_images
 from latentreward.data.image_sizes import ImageSizes
 from latentreward.data.images import MAX_PIXELS, ExifOrientation
@@ -24,7 +25,7 @@ from latentreward.scoring.layouts.find import find_reward
 from latentreward.scoring.score_inputs import images_identity, listing_identity, require_some
 from latentreward.scoring.scored_table import read_scores, summarise
 from latentreward.scoring.scoring_noise import NoiseKey
-from latentreward.settings.functions import run_plain_function
+from latentreward.settings.functions import run_function
 from latentreward.storage.part_tables import PartFiles
 from latentreward.storage.progress import Progress
 
@@ -65,9 +66,9 @@ class NoiseSettings:
 
 
 def score(
-    images: str,
+    images: PathText,
     output: Path,
-    model: str,
+    model: PathText,
     prompt: str | None = None,
     noise: NoiseSettings = NoiseSettings(),
     each_level: bool = False,
@@ -77,7 +78,7 @@ def score(
     prompt_column: str | None = None,
     allow_outside: bool = False,
     max_prompt_chars: int = 10_000,
-    run_config: str | None = None,
+    run_config: PathText | None = None,
     batch_size: int = 8,
     decode_threads: int = 4,
     flush_every: int = 512,
@@ -298,4 +299,4 @@ def _remarks_on_images(
     return remarks
 
 
-run = partial(run_plain_function, score, bare=2)
+run = partial(run_function, score, bare=2, classes=False)

@@ -9,10 +9,11 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from latentreward.contracts import PathText
 from latentreward.errors import InputError
 from latentreward.scoring import PublishedSettings
 from latentreward.serving.settings import RewardToServe, ServiceSettings, check_name
-from latentreward.settings.functions import run_plain_function
+from latentreward.settings.functions import run_function
 from latentreward.storage.texts import checked_token, token_of_file
 
 if TYPE_CHECKING:
@@ -23,11 +24,11 @@ TOKEN_VARIABLE = "LATENTREWARD_TOKEN"
 
 
 def serve(
-    model: str | None = None,
+    model: PathText | None = None,
     host: str = "127.0.0.1",
     port: int = 8000,
-    base: str | None = None,
-    run_config: str | None = None,
+    base: PathText | None = None,
+    run_config: PathText | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
     published: PublishedSettings | None = None,
@@ -140,4 +141,4 @@ def _token(file: Path | None) -> str | None:
     return None if token is None else checked_token(token, TOKEN_VARIABLE)
 
 
-run = partial(run_plain_function, serve)
+run = partial(run_function, serve, classes=False)

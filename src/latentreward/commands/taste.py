@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from latentreward.commands.notes import tell
+from latentreward.contracts import PathText
 from latentreward.errors import InputError, check_at_least_one, check_multiples, errors_at
 from latentreward.estimate.card import Card
 from latentreward.interrupts import interrupts_told
-from latentreward.settings.functions import run_plain_function
+from latentreward.settings.functions import run_function
 from latentreward.steps.tasks import Task
 from latentreward.storage.locks import locked
 
@@ -29,7 +30,7 @@ def taste(
     rate: bool = False,
     align: bool = False,
     estimate: bool = False,
-    base: str = SD15,
+    base: PathText = SD15,
     family: str | None = None,
     tuning: Literal["auto", "frozen", "lora", "full"] = "auto",
     pairing: Literal["auto", "names", "all"] = "auto",
@@ -251,4 +252,4 @@ def run_steps(tasks: Mapping[str, Task], plan: "Plan", output: Path, how: str, a
     print(f"page: {page}")
 
 
-run = partial(run_plain_function, taste)
+run = partial(run_function, taste, classes=False)

@@ -5,15 +5,16 @@ from functools import partial
 from importlib.util import find_spec
 from typing import Any, Literal
 
+from latentreward.contracts import PathText
 from latentreward.errors import InputError
 from latentreward.scoring import ModelSource
-from latentreward.settings.functions import run_plain_function
+from latentreward.settings.functions import run_function
 
 
 def ui(
-    model: str,
+    model: PathText,
     port: int = 7860,
-    run_config: str | None = None,
+    run_config: PathText | None = None,
     dtype: Literal["float32", "bfloat16"] = "float32",
     device: str = "auto",
     **loading: Any,
@@ -52,4 +53,4 @@ def ui(
     launch(reward, free_port)
 
 
-run = partial(run_plain_function, ui)
+run = partial(run_function, ui, classes=False)

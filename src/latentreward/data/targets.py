@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from latentreward.contracts import PathText
 from latentreward.data.readers import PairReader
 from latentreward.data.score_table import ScoreTable
 from latentreward.errors import InputError, did_you_mean, errors_at
@@ -37,7 +38,7 @@ class ScoreTargets:
         InputError: If no column or no table is named, or the numbers of columns and uncertainties differ.
     """
 
-    tables: Mapping[str, str]
+    tables: Mapping[str, PathText]
     columns: Sequence[str]
     uncertainties: Sequence[str] = ()
     standardise: bool = True

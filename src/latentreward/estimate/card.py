@@ -1,9 +1,8 @@
 """Device that the needs of trainings are compared with."""
 
-import math
 from dataclasses import dataclass
 
-from latentreward.errors import InputError
+from latentreward.errors import check_amounts
 
 GB = 10**9
 
@@ -26,9 +25,7 @@ class Card:
     tflops: float = 30.0
 
     def __post_init__(self) -> None:
-        for name in ("card_gb", "tflops"):
-            if (value := getattr(self, name)) is not None and not 0 < value < math.inf:
-                raise InputError(f"{name}: {value} is not above 0; give the card's own")
+        check_amounts(card_gb=self.card_gb, tflops=self.tflops)
 
     def memory(self) -> tuple[int, str] | None:
         """Return bytes and name of the GPU's memory; None if there is no GPU here and none is given."""

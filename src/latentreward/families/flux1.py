@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from latentreward.backbones.registry import register_backbone
 from latentreward.backbones.tuning import ATTENTION
-from latentreward.contracts import Conditioning
+from latentreward.contracts import Conditioning, PathText
 from latentreward.encoders.prompts import PromptEncoder, token_ids
 from latentreward.errors import InputError
 from latentreward.families.backbone import FamilyBackbone, load_family_backbone
@@ -267,7 +267,7 @@ def unread_of_dual(visual: bool, text: bool) -> tuple[str, ...]:
 
 
 @register_backbone
-def flux1(source: str, **options: Any) -> FamilyBackbone:
+def flux1(source: PathText, **options: Any) -> FamilyBackbone:
     """Load the first blocks of FLUX.1-dev (FLUX.1 [dev] Non-Commercial License) or FLUX.1-schnell (Apache-2.0).
 
     Args:

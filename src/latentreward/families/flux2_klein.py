@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from latentreward.backbones.registry import register_backbone
 from latentreward.backbones.tuning import ATTENTION
-from latentreward.contracts import Conditioning, LatentSpace
+from latentreward.contracts import Conditioning, LatentSpace, PathText
 from latentreward.encoders.prompts import PromptEncoder
 from latentreward.encoders.vae import PatchedLatentEncoder
 from latentreward.errors import InputError
@@ -292,7 +292,7 @@ def positions(length: int, latents: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @register_backbone
-def flux2_klein(source: str, **options: Any) -> FamilyBackbone:
+def flux2_klein(source: PathText, **options: Any) -> FamilyBackbone:
     """Load the first blocks of FLUX.2-klein: 4B (Apache-2.0) or 9B (FLUX Non-Commercial License).
 
     Args:

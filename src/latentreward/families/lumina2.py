@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from latentreward.backbones.registry import register_backbone
-from latentreward.contracts import Conditioning
+from latentreward.contracts import Conditioning, PathText
 from latentreward.encoders.language_model import LanguageModelEncoder, without_last_layer
 from latentreward.encoders.prompts import PromptEncoder
 from latentreward.families.backbone import FamilyBackbone, load_family_backbone
@@ -176,7 +176,7 @@ def masked(conditioning: Conditioning) -> tuple[Tensor, Tensor]:
 
 
 @register_backbone
-def lumina2(source: str, **options: Any) -> FamilyBackbone:
+def lumina2(source: PathText, **options: Any) -> FamilyBackbone:
     """Lumina-Image 2.0 (Alpha-VLLM, Apache-2.0; text encoder under Gemma's terms), 2.6 billion parameters in 26 blocks.
 
     Args:

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from latentreward.backbones.registry import register_backbone
 from latentreward.backbones.weights import part_of
-from latentreward.contracts import Conditioning
+from latentreward.contracts import Conditioning, PathText
 from latentreward.encoders.prompts import PromptEncoder
 from latentreward.encoders.vae import ChannelLatentEncoder
 from latentreward.errors import InputError
@@ -284,7 +284,7 @@ class QwenImagePromptEncoder(PromptEncoder):
 
 
 @register_backbone
-def qwen_image(source: str, **options: Any) -> FamilyBackbone:
+def qwen_image(source: PathText, **options: Any) -> FamilyBackbone:
     """Load Qwen-Image (Apache-2.0): 60 blocks.
 
     Args:

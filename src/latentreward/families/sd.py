@@ -14,7 +14,7 @@ from latentreward.backbones.loading import SHIPPED, check_channels, tiny_pipelin
 from latentreward.backbones.registry import register_backbone
 from latentreward.backbones.sd_unet import SDUNetBackbone, check_undistilled, unet_family
 from latentreward.backbones.tuning import Tuning
-from latentreward.contracts import Conditioning
+from latentreward.contracts import Conditioning, PathText
 from latentreward.encoders.prompts import PromptEncoder
 from latentreward.errors import InputError
 from latentreward.families.backbone import BackboneOptions
@@ -266,7 +266,7 @@ def load_sd(
 
 
 @register_backbone
-def sd15(source: str, **options: Any) -> SDUNetBackbone:
+def sd15(source: PathText, **options: Any) -> SDUNetBackbone:
     """Load Stable Diffusion 1.5 (CreativeML OpenRAIL-M), the backbone of LRM-SD1.5.
 
     Args:
@@ -277,7 +277,7 @@ def sd15(source: str, **options: Any) -> SDUNetBackbone:
 
 
 @register_backbone
-def sd21(source: str, **options: Any) -> SDUNetBackbone:
+def sd21(source: PathText, **options: Any) -> SDUNetBackbone:
     """Load Stable Diffusion 2.1 (CreativeML OpenRAIL++-M) with its OpenCLIP-H text encoder; v- or ε-prediction.
 
     Args:
@@ -292,7 +292,7 @@ def sd21(source: str, **options: Any) -> SDUNetBackbone:
 
 
 @register_backbone
-def sdxl(source: str, **options: Any) -> SDUNetBackbone:
+def sdxl(source: PathText, **options: Any) -> SDUNetBackbone:
     """Load Stable Diffusion XL base (CreativeML OpenRAIL++-M), the backbone of LRM-SDXL.
 
     Args:
@@ -303,7 +303,7 @@ def sdxl(source: str, **options: Any) -> SDUNetBackbone:
 
 
 @register_backbone
-def sd_tiny(source: str | None = None, **options: Any) -> SDUNetBackbone:
+def sd_tiny(source: PathText | None = None, **options: Any) -> SDUNetBackbone:
     """Load the tiny Stable Diffusion that is shipped with the package for tests and tutorials.
 
     Args:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from latentreward.backbones.loading import SHIPPED, check_channels, tiny_pipeline
 from latentreward.backbones.registry import register_backbone
 from latentreward.backbones.sd3_dit import SD3DiTBackbone
-from latentreward.contracts import Conditioning
+from latentreward.contracts import Conditioning, PathText
 from latentreward.encoders.prompts import PromptEncoder
 from latentreward.errors import InputError
 from latentreward.families.backbone import TransformerOptions
@@ -281,7 +281,7 @@ def load_sd3(
 
 
 @register_backbone
-def sd3_medium(source: str, **options: Any) -> SD3DiTBackbone:
+def sd3_medium(source: PathText, **options: Any) -> SD3DiTBackbone:
     """Load Stable Diffusion 3 Medium (Stability AI Community License): 24 blocks without QK normalisation.
 
     Args:
@@ -292,7 +292,7 @@ def sd3_medium(source: str, **options: Any) -> SD3DiTBackbone:
 
 
 @register_backbone
-def sd35_medium(source: str, **options: Any) -> SD3DiTBackbone:
+def sd35_medium(source: PathText, **options: Any) -> SD3DiTBackbone:
     """Load Stable Diffusion 3.5 Medium (Stability AI Community License); DiNa-LRM uses 12 of its 24 blocks.
 
     Args:
@@ -304,7 +304,7 @@ def sd35_medium(source: str, **options: Any) -> SD3DiTBackbone:
 
 @register_backbone
 def sd35_large(
-    source: str,
+    source: PathText,
     visual_taps: Sequence[int] = (6, 13, 19),
     text_taps: Sequence[int] = (6, 13, 19),
     **options: Any,
@@ -322,7 +322,7 @@ def sd35_large(
 
 @register_backbone
 def sd35_tiny(
-    source: str | None = None,
+    source: PathText | None = None,
     num_layers: int | None = 3,
     visual_taps: Sequence[int] = (1, 2, 3),
     text_taps: Sequence[int] = (1, 2, 3),

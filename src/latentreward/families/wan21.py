@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from latentreward.backbones.registry import register_backbone
-from latentreward.contracts import Conditioning
+from latentreward.contracts import Conditioning, PathText
 from latentreward.encoders.prompts import PromptEncoder
 from latentreward.encoders.vae import ChannelLatentEncoder
 from latentreward.errors import InputError
@@ -287,7 +287,7 @@ def cleaned(prompt: str) -> str:
 
 
 @register_backbone
-def wan21(source: str, **options: Any) -> FamilyBackbone:
+def wan21(source: PathText, **options: Any) -> FamilyBackbone:
     """Load Wan 2.1 text-to-video (Apache-2.0): 30 blocks (1.3B) or 40 (14B).
 
     Args:

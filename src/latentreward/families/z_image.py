@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from latentreward.backbones.registry import register_backbone
-from latentreward.contracts import Conditioning
+from latentreward.contracts import Conditioning, PathText
 from latentreward.encoders.language_model import LanguageModelEncoder, without_last_layer
 from latentreward.encoders.prompts import PromptEncoder
 from latentreward.errors import InputError
@@ -252,7 +252,7 @@ def run(network: Any, block: nn.Module, *inputs: Tensor | None) -> Tensor:
 
 
 @register_backbone
-def z_image(source: str, **options: Any) -> FamilyBackbone:
+def z_image(source: PathText, **options: Any) -> FamilyBackbone:
     """Z-Image or Z-Image-Turbo (Tongyi-MAI, Apache-2.0), 6 billion parameters in 30 blocks.
 
     Args:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from latentreward.contracts import Features, FeatureSpec
+from latentreward.contracts import Features, FeatureSpec, PathText
 from latentreward.errors import InputError, errors_at
 from latentreward.heads.base import EmbeddingHead
 from latentreward.storage.hub import read_locally
@@ -57,7 +57,7 @@ class CLIPProjectionHead(EmbeddingHead):
         enhance_first: bool = True,
         embed_dim: int | None = None,
         project_text: bool = True,
-        text_projection_source: str | None = None,
+        text_projection_source: PathText | None = None,
         logit_scale: float = 2.6592,
     ) -> None:
         super().__init__()

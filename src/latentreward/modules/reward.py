@@ -15,6 +15,7 @@ from torch.utils.data import Subset
 from latentreward.backbones.base import DiffusionBackbone
 from latentreward.contracts import CrossScores, FeatureSpec, PairScores, PreferenceBatch
 from latentreward.data.image_sizes import ImageSizes
+from latentreward.data.images import ExifOrientation
 from latentreward.errors import InputError
 from latentreward.heads import EmbeddingHead, RewardHead
 from latentreward.losses import PreferenceLoss, gather_with_grad
@@ -23,9 +24,10 @@ from latentreward.modules.pairs import EncodedPairs, PairDraws, PairModule, chec
 from latentreward.modules.sharding import shard
 from latentreward.noise import LevelSampler
 from latentreward.scoring import RewardModel
-from latentreward.scoring.layouts.config import exif_of, sizes_of, sizes_record
+from latentreward.scoring.layouts.config import sizes_of, sizes_record
 from latentreward.scoring.layouts.recipe import SETTINGS, recipe_in_python
 from latentreward.scoring.scoring_noise import timesteps_of
+from latentreward.storage.json_files import checked
 
 logger = logging.getLogger(__name__)
 
@@ -89,7 +91,7 @@ class RewardModule(PairModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Restore how the training images were turned and resized."""
         super().on_load_checkpoint(checkpoint)
-        self.model.exif = exif_of(checkpoint.get("exif"))
+        self.model.exif = checked(ExifOrientation, checkpoint.get("exif"), "exif")
         self._trained_sizes = sizes_of(checkpoint.get("image_sizes"))
         self.model.image_sizes = self._trained_sizes or self.model.image_sizes
 

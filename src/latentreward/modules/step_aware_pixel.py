@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from latentreward.contracts import CrossScores, PairScores, PreferenceBatch
+from latentreward.contracts import CrossScores, PairScores, PathText, PreferenceBatch
 from latentreward.errors import InputError, check_at_least_one
 from latentreward.losses import LRMLoss, PreferenceLoss, gather_with_grad
 from latentreward.modules.pairs import EncodedPairs, PairDraws, PairModule, latents_of
@@ -54,8 +54,8 @@ class StepAwarePixelModule(PairModule):
     def __init__(
         self,
         generator: PolicySource,
-        source: str = PICKSCORE,
-        processor: str | None = None,
+        source: PathText = PICKSCORE,
+        processor: PathText | None = None,
         revision: str | None = None,
         guidance_scale: float | None = None,
         decode_batch_size: int = 8,

@@ -4,19 +4,19 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Literal
 
 from latentreward.errors import InputError, did_you_mean
 from latentreward.settings.rewriting import shipped_configs
-from latentreward.steps.tasks import Step, Task, check_steps, load_yaml, read_steps, record, resolve
+from latentreward.steps.tasks import Step, Task, check_steps, load_yaml, resolve
 from latentreward.storage.digests import digest
+from latentreward.storage.json_files import STRICT, checked
 
 FOLDER, OURS = "pilot/", "latentreward."
 CUT, TRAINED, BESIDE, MEASURED, ALIGNED, JUDGED = STAGES = (
     "cache", "train", "published", "benchmark", "align", "judged",
 )  # fmt: skip
 """Stages that every pilot has; the result reads their outputs."""
-Device = Literal["gpu", "cpu"]
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,7 @@ class Source:
         reward: Whether the model is a published reward, whose hub id may need the name of a folder.
     """
 
+    __pydantic_config__ = STRICT
     licence: str
     hub: str = ""
     data: str = ""
@@ -56,13 +57,14 @@ class Pilot:
         sources: Environment variable → model or data set.
     """
 
+    __pydantic_config__ = STRICT
     name: str
     title: str
     reward: str
     policy: str
     pairs: int
     image_bytes: int
-    device: Device
+    device: Literal["gpu", "cpu"]
     stages: Mapping[str, Step]
     sources: Mapping[str, Source]
 
@@ -119,26 +121,10 @@ def read_pilot(path: str) -> Pilot:
         InputError: If a setting is unknown, missing or wrong, or a stage is missing.
     """
     content, name = load_yaml(path), Path(path).stem
-    if not isinstance(content, Mapping):
-        raise InputError(f"{path}: expected a mapping, got {content!r}")
-    if "name" in content:
+    if isinstance(content, Mapping) and "name" in content:
         raise InputError(f"{path}: name is that of the file; remove it")
-    given: dict[str, Any] = {"name": name, **content}
-    given["stages"] = read_steps(f"{name}: stages", given.get("stages"))
-    if not isinstance(sources := given.get("sources"), Mapping):
-        raise InputError(f"{name}: sources: expected a mapping, got {sources!r:.200}")
-    given["sources"] = {str(one): record(Source, f"{name}: sources.{one}", value) for one, value in sources.items()}
-    pilot: Pilot = record(Pilot, name, given)
+    pilot: Pilot = checked(Pilot, {"name": name, **content} if isinstance(content, Mapping) else content, f"{name}: ")
     check_steps(f"{name}: stages", pilot.stages, also=["pairs"])
-    _check(pilot)
-    return pilot
-
-
-def _check(pilot: Pilot) -> None:
-    if pilot.device not in get_args(Device):
-        raise InputError(f"{pilot.name}: device is {pilot.device!r}; choose from {', '.join(get_args(Device))}")
-    if not isinstance(pilot.pairs, int) or not isinstance(pilot.image_bytes, int):
-        raise InputError(f"{pilot.name}: pairs and image_bytes must be whole numbers")
     for name, step in pilot.stages.items():
         if step.module and not step.module.startswith(OURS):  # `timeit` would run whatever text the file gives it
             raise InputError(f"{pilot.name}: stages.{name}.module is {step.module!r}; a stage runs modules of {OURS}*")
@@ -147,3 +133,4 @@ def _check(pilot: Pilot) -> None:
     for name, source in pilot.sources.items():
         if bool(source.hub) == bool(source.data):
             raise InputError(f"{pilot.name}: sources.{name}: give either hub, for a model, or data")
+    return pilot

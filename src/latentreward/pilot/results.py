@@ -1,14 +1,15 @@
 """Results of pilots: JSON files that are small enough to be committed."""
 
 import json
-import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, NotRequired
 
 import torch
 from pyarrow import parquet
+from pydantic import Field, FiniteFloat
+from typing_extensions import TypedDict
 
 from latentreward.errors import InputError
 from latentreward.pilot.checks import GB
@@ -19,28 +20,37 @@ from latentreward.steps.sources import commit, computed_with, machine
 from latentreward.steps.tasks import Task
 from latentreward.storage.digests import digest
 from latentreward.storage.durable import write_file
-from latentreward.storage.json_files import read_config
+from latentreward.storage.json_files import STRICT, checked, read_config
 
 VERSION = 1
-ESTIMATE = {"value": float, "low": float, "high": float, "groups": int}
-ENTRIES = {
-    "pilot": str,
-    "settings": {"digest": str, "pairs": int, "seed": int, "quick": bool},
-    "cut": {"pairs": int, "digest": str},
-    "accuracy": [{"model": str, "benchmark": str, "protocol": str, "estimate": ESTIMATE, "pairs": int}],
-    "averages": [{"model": str, "estimate": ESTIMATE}],
+Count = Annotated[int, Field(ge=0)]
+
+
+class Estimate(TypedDict):
+    """Form of a measured number, which has no further entries."""
+
+    __pydantic_config__ = STRICT  # type: ignore[misc]
+    value: float
+    low: float
+    high: float
+    groups: Count | None
+
+
+ENTRIES: dict[str, Any] = {
+    "settings": {"digest": str, "pairs": Count, "seed": Count, "quick": bool},
+    "cut": {"pairs": Count, "digest": str},
+    "accuracy": [{"model": str, "benchmark": str, "protocol": str, "estimate": Estimate, "pairs": Count}],
+    "averages": [{"model": str, "estimate": Estimate}],
     "pictures": [
-        {"score": str, "prompts": int, **dict.fromkeys(("before", "after", "difference", "win_rate"), ESTIMATE)}
+        {"score": str, "prompts": Count, **dict.fromkeys(("before", "after", "difference", "win_rate"), Estimate)}
     ],
-    "stages": {...: {"key": str, "starts": int, "seconds": float, "cpu_seconds": float, "gpu_gb": float}},
-    "machine": {"processor": str, "gpu": str, "gpu_gb": float},
+    "stages": {
+        ...: {"key": str, "starts": Count, "seconds": FiniteFloat, "cpu_seconds": FiniteFloat, "gpu_gb": FiniteFloat}
+    },
+    "machine": {"processor": str, "gpu": NotRequired[str | None], "gpu_gb": NotRequired[FiniteFloat | None]},
     "versions": {"latentreward": str, "torch": str, "diffusers": str},
-    "commit": str,
-    "weights": str,
 }
 """Form of a result's entries: ``...`` stands for any name, and a mapping may have further ones."""
-OPTIONAL = ("machine.gpu", "machine.gpu_gb")
-"""Entries that a result from a machine without a GPU lacks."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +77,7 @@ class PilotResult:
         weights: Hub id under which the reward was published; empty if it was not.
     """
 
+    __pydantic_config__ = STRICT
     version: int
     pilot: str
     settings: Mapping[str, Any]
@@ -166,31 +177,17 @@ def read_result(path: Path) -> PilotResult:
     content = read_config(path, remedy="restore it, or remove it and run the pilot again")
     if type(content.get("version")) is not int or content["version"] != VERSION:
         raise InputError(f"{path}: its version is {content.get('version')!r}; this program reads {VERSION}")
-    if (names := {field.name for field in fields(PilotResult)}) != content.keys():
-        differing = ", ".join(sorted(names ^ content.keys()))
-        raise InputError(f"{path}: entries are missing or unknown: {differing}; give a file that `pilot` wrote")
-    if place := misfit(content, ENTRIES) or ("" if content["stages"] else "stages"):
-        raise InputError(f"{path}: {place} is missing or has another form; give a file that `pilot` wrote")
-    return PilotResult(**content)
+    result: PilotResult = checked(PilotResult, content, f"{path}: ", "give a file that `pilot` wrote")
+    checked(typed(ENTRIES), content, f"{path}: ", "give a file that `pilot` wrote")
+    return result
 
 
-def misfit(value: Any, form: Any, place: str = "") -> str | None:
-    """Return the place of the first part of a value from JSON that does not have a form like :data:`ENTRIES`."""
-    if not isinstance(form, dict | list):
-        unknown = value is None and (place.endswith(".groups") or place in OPTIONAL)
-        return None if unknown or is_of(value, form) else place
-    if not isinstance(value, type(form)) or (form is ESTIMATE and value.keys() != form.keys()):
-        return place
+def typed(form: Any) -> Any:
+    """Return the type of a form like :data:`ENTRIES`."""
     if isinstance(form, list):
-        parts = [(f"{place}[{index}]", one, form[0]) for index, one in enumerate(value)]
-    else:
-        forms = dict.fromkeys(value, form[...]) if ... in form else form
-        parts = [(f"{place}.{name}".lstrip("."), value.get(name), one) for name, one in forms.items()]
-    return next((found for inside, one, kind in parts if (found := misfit(one, kind, inside))), None)
-
-
-def is_of(value: Any, kind: type) -> bool:
-    """Tell whether a value from JSON is of a kind: numbers are finite, and whole numbers not negative."""
-    if kind is float:
-        return type(value) in (int, float) and abs(value) <= sys.float_info.max  # compares whole numbers of any length
-    return type(value) is kind and (kind is not int or value >= 0)
+        return list[typed(form[0])]  # type: ignore[misc]
+    if not isinstance(form, dict):
+        return form
+    if ... in form:
+        return Annotated[dict[str, typed(form[...])], Field(min_length=1)]  # type: ignore[misc]
+    return TypedDict("Entries", {name: typed(one) for name, one in form.items()})  # type: ignore[misc, operator]

@@ -11,7 +11,7 @@ from latentreward.backbones.loading import PipelineSource, set_execution
 from latentreward.backbones.quantization import Quantization, check_quantization
 from latentreward.backbones.tuning import LoRA, StorageDtype, shown_as_float32
 from latentreward.backbones.weights import settle
-from latentreward.contracts import LatentSpace
+from latentreward.contracts import LatentSpace, PathText
 from latentreward.errors import InputError, first_line
 from latentreward.families import Family, find_family
 from latentreward.policies.policy import POLICY, Policy
@@ -42,7 +42,7 @@ class PolicySource:
             finds it among those of this package.
     """
 
-    source: str = "sd_tiny"
+    source: PathText = "sd_tiny"
     revision: str | None = None
     variant: str | None = None
     lora: LoRA = field(default_factory=lambda: LoRA(rank=4, alpha=4.0))

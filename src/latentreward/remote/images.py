@@ -10,10 +10,11 @@ from typing import Any
 from PIL import Image
 
 from latentreward.errors import InputError, one_line
-from latentreward.remote.schemas import ImageSchema, shown
+from latentreward.remote.schemas import ImageSchema
 from latentreward.remote.scores import PendingScores, RemoteScores
 from latentreward.remote.server import RemoteServer
 from latentreward.storage.digests import digest
+from latentreward.storage.json_files import shown
 
 ImageRow = tuple[str, Image.Image]
 """A prompt and an RGB image."""

@@ -12,10 +12,11 @@ from torch import Tensor
 
 from latentreward.contracts import Conditioning, LatentSpace
 from latentreward.errors import InputError
-from latentreward.remote.schemas import Schema, ServedLatents, checked, shown
+from latentreward.remote.schemas import ANSWER, REMEDY, Schema, ServedLatents
 from latentreward.remote.scores import PendingScores, RemoteScores
 from latentreward.remote.server import Connection, RemoteServer
 from latentreward.storage.digests import digest
+from latentreward.storage.json_files import checked, shown
 
 HEADERS = {"content-type": "application/octet-stream", "x-drm-protocol-version": "1"}
 """Headers of a request."""
@@ -110,7 +111,7 @@ class RemoteLatents(RemoteScores[LatentRow]):
         body = save({name: tensor.contiguous() for name, tensor in tensors.items()})
         reply = self.connection.ask("POST", self.schema.path, body, HEADERS, ended)
         try:
-            scores = checked(LatentsReply, reply).raw_scores
+            scores = checked(LatentsReply, reply, ANSWER, REMEDY).raw_scores
         except InputError as error:
             self.connection.refuse(str(error), error)
         return scores, describe(self.connection, self.schema, ended).model
@@ -128,11 +129,12 @@ def describe(connection: Connection, schema: Schema, ended: Event | None = None)
     path = f"{schema.path.rpartition('/')[0]}/model"
     told = connection.ask("GET", path, ended=ended)
     try:
-        return checked(ServedReward, told)
+        served: ServedReward = checked(ServedReward, told, ANSWER, REMEDY)
     except InputError as error:
         connection.refuse(
             f"{path} answers {shown(told)}; schema: {type(schema).__name__} is for latentreward serve", error
         )
+    return served
 
 
 def check_rows(server: RemoteServer, reward: ServedReward, batch_size: int) -> None:

@@ -3,13 +3,17 @@
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
-from pydantic import BaseModel, TypeAdapter, ValidationError
+from pydantic import BaseModel
 
-from latentreward.errors import InputError, printable
+from latentreward.errors import InputError
 from latentreward.promises import Part, of_class, returns
 from latentreward.storage.digests import digest
+from latentreward.storage.json_files import checked, shown
+
+ANSWER, REMEDY = "the answer: ", "look at the schema"
+"""Name of a reply in messages, and what to do about one of another form."""
 
 
 class Schema(Part):
@@ -85,7 +89,7 @@ class PlainJSON(ImageSchema):
 
     def scores(self, reply: Mapping[str, Any], request: Mapping[str, Any]) -> Sequence[Any]:
         """See :meth:`ImageSchema.scores`."""
-        return checked(PlainReply, reply).scores
+        return list(checked(PlainReply, reply, ANSWER, REMEDY).scores)
 
 
 @dataclass(frozen=True)
@@ -130,7 +134,7 @@ class UniRL(ImageSchema):
 
     def scores(self, reply: Mapping[str, Any], request: Mapping[str, Any]) -> Sequence[Any]:
         """See :meth:`ImageSchema.scores`; an error of a single request is one of all."""
-        told = checked(UniRLReply, reply)
+        told = checked(UniRLReply, reply, ANSWER, REMEDY)
         for failed in told.errors or ():
             if failed:
                 raise InputError(f"an image could not be scored: {shown(failed)}")
@@ -184,26 +188,3 @@ class ServedLatents(Schema):
         """Check the noise level."""
         if not 0 <= self.sigma <= 1:
             raise InputError(f"schema.sigma={self.sigma:g} must lie in [0, 1]")
-
-
-Content = TypeVar("Content")
-
-
-def checked(kind: type[Content] | TypeAdapter[Content], value: Any, place: str = "") -> Content:
-    """Check a value from a server against a type, such as a pydantic model, and return it as that type.
-
-    Raises:
-        InputError: If it is none, with place, fault and value of the first fault.
-    """
-    try:
-        return (kind if isinstance(kind, TypeAdapter) else TypeAdapter(kind)).validate_python(value)
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        place += ".".join(map(str, first["loc"])) or "the answer"
-        raise InputError(f"{place}: {first['msg']}, not {shown(repr(first['input']))}; look at the schema") from error
-
-
-def shown(value: Any) -> str:
-    """Show the beginning of a value from a server, in one printable line."""
-    text = printable(" ".join(str(value).split()))
-    return text if len(text) <= 100 else f"{text[:100]}…"

@@ -7,18 +7,19 @@ from concurrent.futures import Future, wait
 from threading import Event, Lock, Thread
 from typing import Annotated, Any, Generic, TypeVar
 
-from pydantic import Field, TypeAdapter
+from pydantic import Field
 
 from latentreward.errors import InputError
 from latentreward.interrupts import stop_asked
-from latentreward.remote.schemas import checked, shown
+from latentreward.remote.schemas import REMEDY
 from latentreward.remote.server import LOOK_S, Connection, RemoteServer
+from latentreward.storage.json_files import checked, shown
 
 CACHED = 65536
 """Number of scores that a process remembers; a score takes about 150 bytes."""
 LARGEST = 3.4028235e38
 """Largest float32."""
-SCORES = TypeAdapter(list[Annotated[float, Field(strict=True, allow_inf_nan=False, ge=-LARGEST, le=LARGEST)]])
+SCORES = list[Annotated[float, Field(ge=-LARGEST, le=LARGEST)]]
 """Scores of a reply: finite numbers in the range of float32; a truth value or a text is none."""
 
 Row = TypeVar("Row")
@@ -134,7 +135,7 @@ class RemoteScores(ABC, Generic[Row]):
                 raise InputError(f"{len(scores)} scores came for {count} rows")
             if model is not None and self.model not in (None, model):
                 raise InputError(f"the model is now {shown(model)}, but was {shown(self.model)} before")
-            numbers = checked(SCORES, [*scores], "score ")
+            numbers = checked(SCORES, [*scores], "score ", REMEDY)
         except InputError as error:
             self.connection.refuse(str(error), error)
         self.model = model or self.model

@@ -16,7 +16,8 @@ from threading import Event, Lock
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
 from urllib.parse import urlsplit
 
-from latentreward.errors import InputError, check_at_least_one, first_line, printable
+from latentreward.contracts import PathText
+from latentreward.errors import InputError, check_amounts, check_at_least_one, first_line, printable
 from latentreward.interrupts import stop_asked
 from latentreward.remote.errors import RemoteError
 from latentreward.storage.texts import checked_token, token_of_file
@@ -68,7 +69,7 @@ class RemoteServer:
     """
 
     url: str
-    token_file: str | None = None
+    token_file: PathText | None = None
     token_env: str | None = None
     timeout_s: float = 300.0
     retry_s: float = 120.0
@@ -88,9 +89,7 @@ class RemoteServer:
             known = False
         if not known or not self.url.isprintable():
             raise InputError(f"server.url={self.url!r} is no HTTP address; give one such as http://127.0.0.1:8000")
-        for name in ("timeout_s", "wait_s"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise InputError(f"server.{name}={getattr(self, name):g} must be a finite number greater than 0")
+        check_amounts("server.", timeout_s=self.timeout_s, wait_s=self.wait_s)
         if not 0 <= self.retry_s < math.inf:
             raise InputError(f"server.retry_s={self.retry_s:g} must be a finite number from 0 on")
         check_at_least_one("server.", parallel=self.parallel)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from latentreward.backbones.weights import Reading, read_weights, reading_later
-from latentreward.contracts import Conditioning, LatentSpace, NoisyStates, TensorRecord
+from latentreward.contracts import Conditioning, LatentSpace, NoisyStates, PathText, TensorRecord
 from latentreward.errors import InputError
 from latentreward.noise import NoiseProcess
 from latentreward.policies.surrogate_gradient import gradient_carrier
@@ -244,7 +244,7 @@ class LatentReward(RewardSource):
 
     def __init__(
         self,
-        path: str,
+        path: PathText,
         share: Share = "auto",
         average: bool = True,
         batch_size: int | None = None,

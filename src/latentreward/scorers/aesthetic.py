@@ -8,6 +8,7 @@ from typing import Any
 from PIL import Image
 from torch import Tensor, nn
 
+from latentreward.contracts import PathText
 from latentreward.errors import InputError
 from latentreward.scorers.clip import CLIPImageScorer
 from latentreward.scorers.weight_files import read_state_dict
@@ -37,7 +38,7 @@ class AestheticScorer(CLIPImageScorer):
     def __init__(
         self,
         weights: str | Path,
-        source: str = "openai/clip-vit-large-patch14",
+        source: PathText = "openai/clip-vit-large-patch14",
         *,
         name: str = "aesthetic",
         **options: Any,

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from latentreward.backbones.loading import check_tokenizer, load_weights
+from latentreward.contracts import PathText
 from latentreward.devices import find_device
 from latentreward.errors import InputError, errors_at, first_line
 from latentreward.scorers.base import ImageScorer
@@ -97,8 +98,8 @@ class CLIPImageScorer(ImageScorer):
     def __init__(
         self,
         name: str,
-        source: str,
-        processor: str | None = None,
+        source: PathText,
+        processor: PathText | None = None,
         revision: str | None = None,
         dtype: Dtype = "float32",
         device: str = "auto",
@@ -138,7 +139,7 @@ class CLIPScorer(CLIPImageScorer):
 
     def __init__(
         self,
-        source: str = "openai/clip-vit-large-patch14",
+        source: PathText = "openai/clip-vit-large-patch14",
         *,
         name: str = "clipscore",
         scale: Scale = "cosine",
@@ -166,7 +167,7 @@ class PickScorer(CLIPImageScorer):
         options: See :class:`CLIPImageScorer`.
     """
 
-    def __init__(self, source: str = PICKSCORE, *, name: str = "pickscore", **options: Any) -> None:
+    def __init__(self, source: PathText = PICKSCORE, *, name: str = "pickscore", **options: Any) -> None:
         super().__init__(name, source, **options)
 
     def score(self, prompts: Sequence[str], images: Sequence[Image.Image]) -> Tensor:

@@ -11,6 +11,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from latentreward.backbones.loading import check_tokenizer
+from latentreward.contracts import PathText
 from latentreward.devices import find_device
 from latentreward.errors import InputError, first_line
 from latentreward.scorers.base import ImageScorer
@@ -58,11 +59,11 @@ class HPSv2Scorer(ImageScorer):
 
     def __init__(
         self,
-        weights: str = "v2.1",
+        weights: PathText = "v2.1",
         *,
         name: str = "hpsv2",
         scale: Literal["cosine", "percent"] = "cosine",
-        tokenizer: str = PICKSCORE_PROCESSOR,
+        tokenizer: PathText = PICKSCORE_PROCESSOR,
         dtype: Dtype = "float32",
         device: str = "auto",
         batch_size: int = 32,

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from latentreward.contracts import PathText
 from latentreward.devices import find_device
 from latentreward.scorers.base import ImageScorer
 from latentreward.scoring.layouts.find import ModelSource, find_reward
@@ -67,7 +68,7 @@ class RewardModelScorer(ImageScorer):
 
     def __init__(
         self,
-        path: str,
+        path: PathText,
         name: str | None = None,
         *,
         noise: ScoringNoise | None = None,

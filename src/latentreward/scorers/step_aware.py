@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from latentreward.contracts import PathText
 from latentreward.errors import InputError
 from latentreward.scorers.clip import (
     PICKSCORE,
@@ -45,7 +46,7 @@ class StepAwareScorer(CLIPImageScorer):
     """
 
     def __init__(
-        self, source: str = PICKSCORE, *, weights: str | None = None, name: str = "step_aware", **options: Any
+        self, source: PathText = PICKSCORE, *, weights: PathText | None = None, name: str = "step_aware", **options: Any
     ) -> None:
         super().__init__(name, source, **options)
         self.weights = weights

@@ -5,7 +5,8 @@ import re
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from latentreward.errors import InputError
+from latentreward.contracts import PathText
+from latentreward.errors import InputError, check_amounts
 from latentreward.scoring import PublishedSettings
 
 NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
@@ -58,9 +59,7 @@ class ServiceSettings:
 
     def __post_init__(self) -> None:
         numbers = {name: value for name, value in vars(self).items() if type(value) in (int, float)}
-        for name in numbers.keys() - {"max_wait_ms"}:
-            if not 0 < numbers[name] < math.inf:
-                raise InputError(f"{name}={numbers[name]:g} must be a finite number greater than 0")
+        check_amounts(**{name: value for name, value in numbers.items() if name != "max_wait_ms"})
         if not 0 <= self.max_wait_ms < math.inf:
             raise InputError(f"max_wait_ms={self.max_wait_ms:g} must be a finite number from 0 on")
 
@@ -87,11 +86,11 @@ class RewardToServe:
         concurrency: As the server's; None takes that.
     """
 
-    model: str
+    model: PathText
     device: str = "auto"
     dtype: Literal["float32", "bfloat16"] = "float32"
-    base: str | None = None
-    run_config: str | None = None
+    base: PathText | None = None
+    run_config: PathText | None = None
     revision: str | None = None
     published: PublishedSettings | None = None
     batch_size: int | None = None

@@ -24,7 +24,7 @@ from typing_extensions import override
 
 from latentreward.backbones.registry import backbone_names
 from latentreward.errors import InputError, one_line, where
-from latentreward.programs import MODULE_FOLDERS, RESTRICTED, constructing, find_modules_here
+from latentreward.programs import MODULE_FOLDERS, RESTRICTED, constructing, find_modules_here, within
 from latentreward.settings.errors import CLASS_MODULES, NAMED_IN, UNSET, summarise, unknown_setting_hint
 from latentreward.settings.ranges import check_ranges, leaves
 from latentreward.settings.restrictions import (
@@ -34,7 +34,13 @@ from latentreward.settings.restrictions import (
     check_functions,
     restrict_imports,
 )
-from latentreward.settings.rewriting import expand_paths, find_config, rewrite_arguments, rewrite_settings, show_secrets
+from latentreward.settings.rewriting import (
+    find_config,
+    rewrite_arguments,
+    rewrite_settings,
+    show_secrets,
+    with_paths,
+)
 from latentreward.settings.yaml_text import check_yaml
 
 MODE = "omegaconf+"
@@ -76,7 +82,7 @@ def constructed(kind: Callable[..., Any], /, *args: Any, **options: Any) -> Any:
         return kind(*args, **options)
     except Exception as error:
         path = f"{kind.__module__}.{kind.__qualname__}"
-        if isinstance(error, InputError) or path.startswith(tuple(f"{module}." for module in TRUSTED)):
+        if isinstance(error, InputError) or within(path, TRUSTED):
             raise
         settings = INSTANTIATED.get()
         named = (name for name, value in leaves(settings) if value == path and name.endswith(".class_path"))
@@ -88,8 +94,8 @@ def constructed(kind: Callable[..., Any], /, *args: Any, **options: Any) -> Any:
 class SettingsParser(ArgumentParser):
     """Parser of settings with one-line errors that suggest the closest name.
 
-    A null is checked against the setting's type like any other value. A flag without a value is true. In paths, ``~``
-    and environment variables are expanded.
+    A null is checked against the setting's type like any other value. A flag without a value is true. In settings whose
+    type is a path, ``~`` and environment variables are expanded.
     """
 
     @override
@@ -101,7 +107,7 @@ class SettingsParser(ArgumentParser):
             args = [re.sub(r"=None$", "=null", argument) for argument in args]
         elif args is not None and self._subcommands_action is None:
             self._check_values(args)
-        return expand_paths(super().parse_args(args, *more, **options))
+        return super().parse_args(args, *more, **options)
 
     def _check_values(self, args: Sequence[str]) -> None:
         """Raise InputError for an argument of a nested class without a value.
@@ -157,6 +163,9 @@ class SettingsParser(ArgumentParser):
 
     @override
     def validate(self, namespace: Namespace, *more: Any, **options: Any) -> None:
+        for action in self._actions:
+            if action.dest in namespace:
+                namespace[action.dest] = with_paths(namespace[action.dest], getattr(action, "_typehint", None))
         if VALIDATING.get():
             super().validate(namespace, *more, **options)
             return
@@ -359,8 +368,11 @@ def parse_function(
         raise InputError(summarise(str(error))) from error
     check_ranges(config)
     try:
-        values = parser.instantiate_classes(config)
-    except (ValueError, ImportError, OSError) as error:
+        values = parser.instantiate(config)
+    except Exception as error:  # Lightning's MisconfigurationException by its name: its import takes seconds
+        known = isinstance(error, ValueError | ImportError | OSError)
+        if not known and type(error).__name__ != "MisconfigurationException":
+            raise
         raise InputError(reworded(error)) from error
     return {name: value for name, value in vars(values).items() if name != "config"}
 
@@ -386,17 +398,6 @@ def name_bare_values(arguments: Sequence[str], names: Sequence[str], parser: Arg
     return named
 
 
-def run_plain_function(function: Callable[..., None], command: str, arguments: Sequence[str], bare: int = 1) -> None:
-    """Run a subcommand whose settings name no classes; Lightning is not imported. See :func:`parse_function`.
-
-    Raises:
-        InputError: If a setting is wrong.
-    """
-    settings = prepare_parsing(arguments)
-    with naming_variables():
-        function(**parse_function(function, command, settings, bare))
-
-
 def import_class_modules() -> None:
     """Import this package's classes, so that settings may name them without their modules."""
     importlib.import_module("latentreward.checkpoints.fsdp2")  # registers its short names
@@ -418,20 +419,17 @@ def prepare(arguments: Sequence[str]) -> list[str]:
     return prepare_parsing(arguments, classes=True)
 
 
-def run_function(function: Callable[..., None], command: str, arguments: Sequence[str], bare: int = 1) -> None:
+def run_function(
+    function: Callable[..., None], command: str, arguments: Sequence[str], bare: int = 1, classes: bool = True
+) -> None:
     """Run a subcommand that is a plain function; its typed arguments are the settings, its docstring is the help.
 
-    Settings may name this package's classes without their modules. See :func:`parse_function`.
+    With ``classes``, settings may name this package's classes without their modules; otherwise none, and Lightning is
+    not imported. See :func:`parse_function`.
 
     Raises:
         InputError: If a setting is wrong or a constructor refuses it.
     """
-    from lightning.fabric.utilities.exceptions import MisconfigurationException
-
-    settings = prepare(arguments)
-    try:
-        values = parse_function(function, command, settings, bare)
-    except MisconfigurationException as error:
-        raise InputError(reworded(error)) from error
+    settings = prepare(arguments) if classes else prepare_parsing(arguments)
     with naming_variables():
-        function(**values)
+        function(**parse_function(function, command, settings, bare))

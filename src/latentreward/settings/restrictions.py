@@ -11,7 +11,7 @@ from jsonargparse import Namespace, set_parsing_settings
 
 from latentreward.backbones.registry import backbone_names
 from latentreward.errors import InputError
-from latentreward.programs import RESTRICTED, allow_only
+from latentreward.programs import RESTRICTED, allow_only, within
 from latentreward.settings.ranges import leaves
 
 TRAINER_COMMAND = r"^(fit|validate|test|predict)\."
@@ -49,11 +49,6 @@ def refusal(what: str, path: str, where: str = "") -> InputError:
     return InputError(f"--restrict-imports does not allow {what} {path!r}{where}; {remedy}")
 
 
-def named(path: str) -> bool:
-    """Tell whether ``--restrict-imports`` names a module around ``path``, or ``path`` itself."""
-    return f"{path}.".startswith(tuple(f"{module}." for module in RESTRICTED[-1]))
-
-
 def check_functions(settings: Any) -> None:
     """Raise InputError under ``--restrict-imports`` for a function among the settings that is not allowed.
 
@@ -67,10 +62,10 @@ def check_functions(settings: Any) -> None:
         return
     for name, value in leaves(settings):
         place = re.sub(TRAINER_COMMAND, "", name).removesuffix("class_path").removesuffix(".")
-        trusted = str(value).startswith(tuple(f"{module}." for module in TRUSTED))  # others are refused
+        trusted = within(str(value), TRUSTED)  # others are refused
         found = locate(value) if name.endswith("class_path") and trusted else value
         path = f"{found.__module__}.{found.__qualname__}" if inspect.isroutine(found) else ""
-        if path and path not in backbone_names().values() and not named(path):
+        if path and path not in backbone_names().values() and not within(path, RESTRICTED[-1]):
             raise InputError(f"{place}: {refusal('the function', path)}")
 
 
@@ -90,7 +85,7 @@ def check_classes(setting: str, kind: Any, default: Any, value: Any) -> None:
         module, _, name = path.rpartition(".")
         found = getattr(sys.modules.get(module), name, None)  # parsing has imported what is allowed
         limited = inspect.isroutine(found) or (isinstance(found, type) and issubclass(found, limits))
-        if not limited and not named(path):
+        if not limited and not within(path, RESTRICTED[-1]):
             raise refusal("the class", path, f" in {setting}, whose type names no class around it")
 
 

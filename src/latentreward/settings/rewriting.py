@@ -10,9 +10,8 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
-from typing import Any
-
-from jsonargparse import Namespace
+from types import UnionType
+from typing import Any, Union, get_args, get_origin
 
 from latentreward.errors import InputError, did_you_mean
 
@@ -36,6 +35,8 @@ A variable whose name is an interpolation itself counts, because it could be any
 """
 
 
+PATH = "path"
+"""Mark by which an annotation such as :data:`~latentreward.contracts.PathText` says that a text is a path."""
 VARIABLE = re.compile(r"\$([A-Za-z_]\w*)")
 """An environment variable in a path, as shells write it; the form ``${NAME}`` is that of an interpolation."""
 
@@ -48,36 +49,33 @@ def hide_secrets(text: str) -> str:
     return SECRET.sub("${secret:", re.sub(r"\$\{([A-Z][A-Z0-9_]*)\}", r"${oc.env:\1}", text))
 
 
-def expand_paths(settings: Any) -> Any:
-    """Copy parsed settings with ``~`` and environment variables such as ``$HOME`` in their paths expanded.
-
-    A path is a text that begins with ``~/`` or ``~USER/``, has a slash, or is a variable alone. Texts with blanks that
-    name a variable which is not set stay as they are: they may be prompts.
+def expanded(path: str) -> str:
+    """Expand ``~`` and environment variables such as ``$HOME`` in a path.
 
     Raises:
-        InputError: If a path without blanks names a variable that is not set.
+        InputError: If the path names a variable that is not set. In an address, such as ``https://…``, it stays.
     """
-    if isinstance(settings, Namespace):
-        return Namespace({name: expand_paths(value) for name, value in vars(settings).items()})
-    if isinstance(settings, dict):
-        return {name: expand_paths(value) for name, value in settings.items()}
-    if isinstance(settings, list | tuple) and type(settings) in (list, tuple):
-        return type(settings)(map(expand_paths, settings))
-    if type(settings) not in (str, type(Path())):
-        return settings
-    text = str(settings)
     with suppress(RuntimeError):  # no such user
-        text = str(Path(text).expanduser()) if re.match(r"~[\w.-]*(/|$)", text) else text
-    if "/" in text or VARIABLE.fullmatch(text):
-        text = VARIABLE.sub(_value_of_variable, text)
-    return type(settings)(text)
+        path = str(Path(path).expanduser()) if path.startswith("~") else path
+    for name in VARIABLE.findall(path):
+        if name not in os.environ and "://" not in path:
+            raise InputError(f"{path}: the environment variable {name} is not set; set it, or write the path")
+    return VARIABLE.sub(lambda found: os.environ.get(found[1], found[0]), path)
 
 
-def _value_of_variable(found: re.Match[str]) -> str:
-    name = found[1]
-    if name not in os.environ and not re.search(r"\s", found.string):
-        raise InputError(f"{found.string}: the environment variable {name} is not set; set it, or write the path")
-    return os.environ.get(name, found[0])
+def with_paths(value: Any, kind: Any) -> Any:
+    """Apply :func:`expanded` to what is a path by the type of a setting: the value, or items of a list or mapping.
+
+    Paths are texts of type :data:`~latentreward.contracts.PathText`, and of any type that names ``Path``.
+    """
+    kinds = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
+    if isinstance(value, str | Path):
+        is_path = any(one is Path or PATH in getattr(one, "__metadata__", ()) for one in kinds)
+        return type(value)(expanded(str(value))) if is_path else value
+    items = next((get_args(one)[-1 if get_origin(one) is dict else 0] for one in kinds if get_args(one)), None)
+    if isinstance(value, dict):
+        return {name: with_paths(one, items) for name, one in value.items()}
+    return type(value)(with_paths(one, items) for one in value) if type(value) in (list, tuple) else value
 
 
 def show_secrets(text: str) -> str:
@@ -191,8 +189,9 @@ def find_config(name: str) -> str:
     Raises:
         InputError: If the file does not exist.
     """
-    name = expand_paths(name)
-    if Path(name).is_file() or any(mark in name for mark in (":", "{", "\n")):
+    if any(mark in name for mark in (":", "{", "\n")):
+        return name
+    if Path(name := expanded(name)).is_file():
         return name
     ours = {f"configs/{one}": path for one, path in shipped_configs().items()}
     if name in ours:

@@ -3,19 +3,21 @@
 import re
 import shlex
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field
 from functools import cache
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Annotated, Any
 
 import yaml
+from pydantic import BeforeValidator
 
 from latentreward.errors import InputError, did_you_mean, one_line
 from latentreward.settings.rewriting import find_config
 from latentreward.settings.yaml_text import check_yaml
 from latentreward.storage.digests import digest
+from latentreward.storage.json_files import STRICT
 
 CONFIG = "--config="
 PLACEHOLDER = re.compile(r"(?<!\$)\{(\w+)\}")
@@ -23,6 +25,17 @@ PLACEHOLDER = re.compile(r"(?<!\$)\{(\w+)\}")
 
 Braces around anything else, such as those of JSON or of ``${SD15_PATH}``, stay.
 """
+
+
+def split(given: Any) -> tuple[str, ...]:
+    """Split the arguments of a process, which a YAML file holds as one text, with a shell's quotes."""
+    if not isinstance(given, str):
+        raise ValueError("it must be a text")
+    return tuple(shlex.split(given))
+
+
+Arguments = Annotated[tuple[str, ...], BeforeValidator(split)]
+"""Arguments of a process."""
 
 
 @dataclass(frozen=True)
@@ -36,9 +49,10 @@ class Step:
         pairs: Name of the step that wrote the pairs which the step scores; empty if it scores no pairs.
     """
 
-    run: tuple[str, ...]
+    __pydantic_config__ = STRICT
+    run: Arguments
     module: str = ""
-    quick: tuple[str, ...] = ()
+    quick: Arguments = ()
     pairs: str = ""
 
 
@@ -103,28 +117,6 @@ def resolve(
     return Task(name, found.module, tuple(arguments), inputs, seed, key)
 
 
-def split_arguments(place: str, text: Any) -> tuple[str, ...]:
-    """Split arguments that a file holds as one text, with a shell's quotes."""
-    if not isinstance(text, str):
-        raise InputError(f"{place}: expected a text, got {text!r:.200}")
-    try:
-        return tuple(shlex.split(text))
-    except ValueError as error:
-        raise InputError(f"{place}: {error}") from error
-
-
-def read_steps(place: str, value: Any) -> dict[str, Step]:
-    """Read steps from a file, in which ``run`` and ``quick`` are texts."""
-    if not isinstance(value, Mapping):
-        raise InputError(f"{place}: expected a mapping, got {value!r:.200}")
-    found = {}
-    for name, one in value.items():
-        step = record(Step, f"{place}.{name}", one)
-        run, quick = (split_arguments(f"{place}.{name}", text) for text in (step.run, step.quick or ""))
-        found[str(name)] = replace(step, run=run, quick=quick)
-    return found
-
-
 def check_steps(place: str, steps: Mapping[str, Step], also: Collection[str] = ()) -> None:
     """Check steps that come from a file: their names become names of folders.
 
@@ -138,8 +130,6 @@ def check_steps(place: str, steps: Mapping[str, Step], also: Collection[str] = (
     for name, step in steps.items():
         if not re.fullmatch(r"\w+", name):
             raise InputError(f"{place}: {name!r} is not a name; use letters, digits and _")
-        if not isinstance(step.module, str) or not isinstance(step.pairs, str):
-            raise InputError(f"{place}.{name}: expected texts, got {step.module!r:.200} and {step.pairs!r:.200}")
         named = {found for text in (*step.run, *step.quick) for found in PLACEHOLDER.findall(text)}
         for one in sorted(named - known):
             raise InputError(f"{place}.{name}: {{{one}}} names no step{did_you_mean(one, known)}")
@@ -158,20 +148,6 @@ def config_digest(argument: str) -> str:
 @cache
 def _file_digest(path: str) -> str:
     return digest([repr(yaml.safe_load(Path(path).read_text(encoding="utf-8")))])
-
-
-def record(kind: type[Any], place: str, value: Any) -> Any:
-    """Make a dataclass from a mapping, whose keys are checked."""
-    if not isinstance(value, Mapping):
-        raise InputError(f"{place}: expected a mapping, got {value!r}")
-    known = {one.name for one in fields(kind)}
-    for name in value:
-        if name not in known:
-            raise InputError(f"{place}: there is no setting {name!r}{did_you_mean(str(name), known)}")
-    try:
-        return kind(**value)
-    except TypeError as error:
-        raise InputError(f"{place}: {str(error).partition('() ')[2]}") from error
 
 
 def load_yaml(path: str) -> Any:

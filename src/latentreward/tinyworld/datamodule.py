@@ -6,6 +6,7 @@ from typing import Any, Literal
 import numpy as np
 from torch.utils.data import DataLoader
 
+from latentreward.contracts import PathText
 from latentreward.data import HPDv3Reader, PairReader, PickAPicReader, PreferenceDataModule
 from latentreward.data.alignment.prompts import PromptLoaders
 from latentreward.errors import InputError
@@ -33,7 +34,7 @@ class TinyWorldDataModule(PreferenceDataModule):
 
     def __init__(
         self,
-        root: str = "runs/tinyworld/pickapic",
+        root: PathText = "runs/tinyworld/pickapic",
         layout: Literal["pickapic", "hpdv3"] = "pickapic",
         train_pairs: int = 6000,
         val_pairs: int = 1000,

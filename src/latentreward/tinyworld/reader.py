@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Literal
 
+from latentreward.contracts import PathText
 from latentreward.data import PickAPicReader
 from latentreward.tinyworld.pairs import Mixed
 from latentreward.tinyworld.writers import write_generated, write_pickapic
@@ -27,7 +28,7 @@ class TinyWorldReader(PickAPicReader):
 
     def __init__(
         self,
-        root: str = "runs/tinyworld/held_out",
+        root: PathText = "runs/tinyworld/held_out",
         pairs: int = 400,
         seed: int = 0,
         kind: Literal["drawn", "generated", "mixed"] = "drawn",

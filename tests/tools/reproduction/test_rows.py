@@ -156,17 +156,20 @@ def test_a_claim_may_compare_metrics_of_one_arm() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"paper": "LRN"}, "toy: paper is 'LRN'; did you mean 'LRM'?"),
+        ({"paper": "LRN"}, "toy: paper: it must be 'LRM', 'LPO'"),
         ({"seeds": 2}, "toy: seeds=2; use 3 to 10, so that claims have intervals"),
         ({"rewards": ["lrn"]}, "toy: rewards: there is no 'lrn'; did you mean 'lrm'?"),
-        ({"seedz": 3}, "toy: there is no setting 'seedz'; did you mean 'seeds'?"),
+        ({"seedz": 3}, "toy: seedz: no setting has this name; did you mean 'seeds'?"),
         ({"arms": {"one": {"lrn": ""}}}, "toy: arms.one: there is no 'lrn'; did you mean 'lrm'?"),
         (
             {"arms": {"one": {"lrm": "--data.root={pickpic}/pairs"}}},
             "{pickpic} names no step; did you mean 'pickapic'?",
         ),
         ({"metrics": {"m": {"of": "lrm_drwn", "kind": "accuracy"}}}, "did you mean 'lrm_drawn'?"),
-        ({"metrics": {"m": {"of": "lrm_drawn", "kind": "acuracy"}}}, "did you mean 'accuracy'?"),
+        (
+            {"metrics": {"m": {"of": "lrm_drawn", "kind": "acuracy"}}},
+            "m.kind: it must be 'accuracy', '",
+        ),
         ({"claims": [{"says": "", "higher": "two", "lower": "one", "by": "t 1"}]}, "claims[0]: there is no 'two'"),
         ({"claims": [{"says": "", "higher": "one", "lower": "one", "by": "t 2"}]}, "did you mean 't 1'?"),
     ],

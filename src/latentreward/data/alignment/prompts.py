@@ -7,7 +7,7 @@ import torch
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import Dataset
 
-from latentreward.contracts import PromptBatch
+from latentreward.contracts import PathText, PromptBatch
 from latentreward.data.alignment.experience import ExperienceSampler
 from latentreward.data.alignment.prompt_files import read_prompts
 from latentreward.data.loading import CountedBatches, ResumableLoader, as_is, shares_of
@@ -192,5 +192,5 @@ class PromptDataModule(PromptLoaders):
         InputError: If the file cannot be read or holds no prompt, or a setting is out of range.
     """
 
-    def __init__(self, prompts: str, max_prompt_chars: int = MAX_PROMPT_CHARS, **options: Any) -> None:
+    def __init__(self, prompts: PathText, max_prompt_chars: int = MAX_PROMPT_CHARS, **options: Any) -> None:
         super().__init__(read_prompts(prompts, max_prompt_chars=max_prompt_chars), **options)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from latentreward.contracts import ImageRef
+from latentreward.contracts import ImageRef, PathText
 from latentreward.data.images import NO_IMAGE
 from latentreward.data.readers.base import count_text
 from latentreward.data.readers.json_rows import check_path, edit_remark, file_image, find_edit_source, short
@@ -72,7 +72,7 @@ class DatasetPairReader(RowReader):
         revision: str | None = None,
         config: str | None = None,
         columns: Mapping[str, str] | None = None,
-        root: str | None = None,
+        root: PathText | None = None,
         memory_map: bool = False,
         **options: Any,
     ) -> None:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from latentreward.contracts import ImageRef
+from latentreward.contracts import ImageRef, PathText
 from latentreward.data.buckets import PUBLISHED_BUCKETS, Bucket, sort_buckets
 from latentreward.data.readers.base import MAX_VOTES, Contents
 from latentreward.data.readers.parquet_store import ParquetPart, RowGroupColumns, damage_named, open_part
@@ -73,7 +73,7 @@ class DiffusionRMReader(RowReader):
 
     def __init__(
         self,
-        root: str,
+        root: PathText,
         index: str | None = "bucket_index.csv",
         *,
         split: str = "train",

@@ -10,7 +10,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from latentreward.contracts import ImageRef
+from latentreward.contracts import ImageRef, PathText
 from latentreward.data.images import OUTSIDE, resolve_inside
 from latentreward.data.readers.base import count_text
 from latentreward.data.readers.json_rows import encodable, file_image, parse_line, parse_text
@@ -65,7 +65,7 @@ class FolderPairReader(RowReader):
         InputError: If a folder is missing, no row is left, or a row breaks a rule above under ``on_error: raise``.
     """
 
-    def __init__(self, root: str, split: str | None = None, **options: Any) -> None:
+    def __init__(self, root: PathText, split: str | None = None, **options: Any) -> None:
         super().__init__("folder", split or "", **options)
         self._folder = Path(root, split) if split else Path(root)
         for side in SIDES:

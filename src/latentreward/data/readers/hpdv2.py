@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from latentreward.contracts import PathText
 from latentreward.data.readers.groups import (
     UNRANKED,
     ImageGroup,
@@ -57,10 +58,10 @@ class HPDv2Reader(RowReader):
 
     def __init__(
         self,
-        root: str,
+        root: PathText,
         split: str,
         *,
-        images: str | None = None,
+        images: PathText | None = None,
         revision: str | None = None,
         **options: Any,
     ) -> None:

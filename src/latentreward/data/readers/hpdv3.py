@@ -7,6 +7,7 @@ from typing import Any, Literal
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from latentreward.contracts import PathText
 from latentreward.data.readers.json_rows import check_path, load_rows, parse_json, short
 from latentreward.data.readers.pair_rows import PairRowParser
 from latentreward.data.readers.rows import RowReader
@@ -56,7 +57,7 @@ class HPDv3Reader(RowReader):
 
     def __init__(
         self,
-        root: str,
+        root: PathText,
         split: str,
         *,
         min_confidence: float | None = None,

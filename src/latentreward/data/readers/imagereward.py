@@ -8,7 +8,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from latentreward.contracts import ImageRef
+from latentreward.contracts import ImageRef, PathText
 from latentreward.data.images import NO_IMAGE
 from latentreward.data.readers.archives import ImageArchives
 from latentreward.data.readers.groups import (
@@ -52,7 +52,7 @@ class ImageRewardReader(RowReader):
 
     exif = "ignore"
 
-    def __init__(self, root: str, **options: Any) -> None:
+    def __init__(self, root: PathText, **options: Any) -> None:
         super().__init__("imagereward", "test", **options)
         inner = Path(root, "data")
         file = (inner if (inner / "test.json").is_file() else Path(root)) / "test.json"
@@ -97,7 +97,7 @@ class ImageRewardDBReader(RowReader):
 
     def __init__(
         self,
-        source: str,
+        source: PathText,
         split: str,
         *,
         parts: Sequence[int] | None = None,

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import numpy as np
 import pyarrow as pa
 
-from latentreward.contracts import ImageRef
+from latentreward.contracts import ImageRef, PathText
 from latentreward.data.readers.folders import read_caption
 from latentreward.data.readers.groups import UNRANKED, ImageGroup, pair_images
 from latentreward.data.readers.json_rows import file_image, parse_json, parse_number, parse_text, short
@@ -80,7 +80,7 @@ class Img2DatasetReader(RowReader):
 
     def __init__(
         self,
-        root: str,
+        root: PathText,
         split: str = "train",
         *,
         rating: str | None = None,

@@ -4,6 +4,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from latentreward.contracts import PathText
 from latentreward.data.readers.folders import read_lines
 from latentreward.data.readers.json_rows import check_path, parse_line
 from latentreward.data.readers.pair_rows import PairRowParser
@@ -45,7 +46,7 @@ class JSONLPairReader(RowReader):
         InputError: If the file is missing, no line is left, or a line breaks a rule above under ``on_error: raise``.
     """
 
-    def __init__(self, file: str, root: str | None = None, split: str = "train", **options: Any) -> None:
+    def __init__(self, file: PathText, root: PathText | None = None, split: str = "train", **options: Any) -> None:
         super().__init__(Path(file).name, split, **options)
         self.folder = Path(root) if root else Path(file).parent
         rows = PairRowParser(self, partial(check_path, self, folder=self.folder))

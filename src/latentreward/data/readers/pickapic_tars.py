@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import pyarrow as pa
 
-from latentreward.contracts import ImageRef
+from latentreward.contracts import ImageRef, PathText
 from latentreward.data.readers.base import content_key
 from latentreward.data.readers.hub import fetch_split
 from latentreward.data.readers.json_rows import encodable
@@ -64,7 +64,7 @@ class PickAPicTarReader(RowReader):
 
     def __init__(
         self,
-        root: str,
+        root: PathText,
         split: str = "train",
         *,
         revision: str | None = None,

@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from latentreward.contracts import ImageRef, PreferencePair
+from latentreward.contracts import ImageRef, PathText, PreferencePair
 from latentreward.data.readers.base import PairReader
 from latentreward.data.readers.json_rows import file_image
 from latentreward.seeding import pair_generator
@@ -48,7 +48,9 @@ class RowReader(PairReader):
     prefix = ""
     _exchanged: np.ndarray | None = None
 
-    def __init__(self, source: str, split: str, *, randomise_sides: bool = True, seed: int = 0, **options: Any) -> None:
+    def __init__(
+        self, source: PathText, split: str, *, randomise_sides: bool = True, seed: int = 0, **options: Any
+    ) -> None:
         super().__init__(**options)
         self.source, self.split, self.randomise_sides, self.seed = source, split, randomise_sides, seed
 

@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from latentreward.contracts import ImageRef
+from latentreward.contracts import ImageRef, PathText
 from latentreward.data.readers.base import PairReader, content_key
 from latentreward.data.readers.json_rows import escapes
 from latentreward.data.readers.parquet_store import (
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-Source = str | Any
+Source = PathText | Any
 """Folder, file or hub id; from Python also a ``Dataset`` or ``DatasetDict`` of the library ``datasets``."""
 
 SAVED, SAVED_SPLITS = "state.json", "dataset_dict.json"

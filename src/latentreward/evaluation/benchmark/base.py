@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from latentreward.contracts import PathText
 from latentreward.data import PairReader
 from latentreward.data.readers import OnError
 from latentreward.errors import InputError
@@ -109,7 +110,7 @@ class Benchmark(ABC):
     settings: Mapping[str, Any] = {}
     split = "test"
 
-    def __init__(self, root: str, *, on_error: OnError = "skip") -> None:
+    def __init__(self, root: PathText, *, on_error: OnError = "skip") -> None:
         self.root, self.on_error = root, on_error
         self._opened: dict[str, PairReader] = {}
         self._unscored: dict[str, BenchmarkPairs] = {}

@@ -6,6 +6,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from latentreward.contracts import PathText
 from latentreward.data import readers
 from latentreward.data.format_detection import Splits, recognise
 from latentreward.data.readers import OnError, PairReader
@@ -42,7 +43,7 @@ class ImageRewardDBBenchmark(Benchmark):
     name, keys, reader = "imagerewarddb", ImageRewardBenchmark.keys, readers.ImageRewardDBReader
 
     def __init__(
-        self, root: str, split: str = "test", *, parts: Sequence[int] | None = None, on_error: OnError = "skip"
+        self, root: PathText, split: str = "test", *, parts: Sequence[int] | None = None, on_error: OnError = "skip"
     ) -> None:
         super().__init__(root, on_error=on_error)
         self.split, self.settings = split, {"parts": parts}
@@ -93,7 +94,7 @@ class HPDv3Benchmark(Benchmark):
     name, keys, reader = "hpdv3", ("hpdv3",), readers.HPDv3Reader
 
     def __init__(
-        self, root: str, split: str = "test", *, min_confidence: float | None = None, on_error: OnError = "skip"
+        self, root: PathText, split: str = "test", *, min_confidence: float | None = None, on_error: OnError = "skip"
     ) -> None:
         super().__init__(root, on_error=on_error)
         self.split, self.settings = split, {"min_confidence": min_confidence}
@@ -117,7 +118,7 @@ class PickAPicBenchmark(Benchmark):
 
     def __init__(
         self,
-        root: str,
+        root: PathText,
         split: str = "test_unique",
         *,
         fitting_split: str | None = "validation_unique",
@@ -155,7 +156,9 @@ class GenAIBenchTigerBenchmark(Benchmark):
     name, reader = "genai_bench_tiger", readers.GenAIBenchReader
     keys = "genai_bench_tiger/no_tie", "genai_bench_tiger/4way"
 
-    def __init__(self, root: str, splits: Sequence[str] = ("test", "test_v1"), *, on_error: OnError = "skip") -> None:
+    def __init__(
+        self, root: PathText, splits: Sequence[str] = ("test", "test_v1"), *, on_error: OnError = "skip"
+    ) -> None:
         super().__init__(root, on_error=on_error)
         self._names = tuple(splits)
         if not self._names:

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import torch
 
-from latentreward.contracts import PromptBatch
+from latentreward.contracts import PathText, PromptBatch
 from latentreward.data.alignment.prompt_files import PromptRow
 from latentreward.data.readers import count_text
 from latentreward.errors import InputError
@@ -48,7 +48,7 @@ class JudgedPolicy:
     """
 
     name: str | None = None
-    pipeline: PolicySource | str | None = None
+    pipeline: PolicySource | PathText | None = None
     checkpoint: Path | None = None
     lora: Path | None = None
     guidance_scale: float | None = None

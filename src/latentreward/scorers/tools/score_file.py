@@ -11,6 +11,7 @@ import pyarrow.csv as pa_csv
 import pyarrow.json as pa_json
 import pyarrow.parquet as pq
 
+from latentreward.contracts import PathText
 from latentreward.errors import InputError, first_line
 from latentreward.scorers.tools.base import JudgedPicture, ToolScorer
 
@@ -33,7 +34,7 @@ class ScoreFile(ToolScorer):
         InputError: If the file cannot be read, has no row for an image, or holds values other than finite numbers.
     """
 
-    def __init__(self, path: str, column: str = "score", *, name: str | None = None) -> None:
+    def __init__(self, path: PathText, column: str = "score", *, name: str | None = None) -> None:
         super().__init__(name or column)
         self.path, self.column = path, column
 

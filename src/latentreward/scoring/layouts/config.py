@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
-from typing import Any, Self, get_args
+from typing import Annotated, Any, Self
+
+from pydantic import Field
 
 from latentreward import __version__
 from latentreward.data.clips import check_clips
@@ -15,9 +16,9 @@ from latentreward.data.image_sizes import ImageSizes, NearestBucket, OneSize
 from latentreward.data.images import MAX_PIXELS, ExifOrientation
 from latentreward.errors import InputError, did_you_mean, errors_at
 from latentreward.scoring.calibration import Calibration
-from latentreward.scoring.layouts.recipe import ModelPart, ModelRecipe
+from latentreward.scoring.layouts.recipe import ModelPart, ModelRecipe, called
 from latentreward.scoring.scoring_noise import ScoringNoise
-from latentreward.settings.argument_types import check_types
+from latentreward.storage.json_files import checked
 
 FORMAT = "latentreward-reward-model"
 VERSION = 1
@@ -100,8 +101,6 @@ class FolderConfig:
             record["training"] if isinstance(record["training"], dict) else {},
         )
         noise, calibration = record["noise"], record["calibration"]
-        if not isinstance(record["sha256"], dict):
-            raise InputError(f"sha256 is {record['sha256']!r}, not a mapping of files; download it again")
         return cls(
             recipe if base is None else recipe.on(base),
             names("adapters", record["adapters"], r"\w+(\.\w+)?"),
@@ -109,8 +108,8 @@ class FolderConfig:
             sizes_of(record["image_sizes"]),
             None if calibration is None else Calibration.of_record(calibration),
             str(record["base"]),
-            exif_of(record["exif"]),
-            record["sha256"],
+            checked(ExifOrientation, record["exif"], "exif"),
+            checked(dict[str, str], record["sha256"], "sha256", "download it again"),
         )
 
 
@@ -129,27 +128,16 @@ def check_version(record: Mapping[str, Any]) -> None:
         )
 
 
-def exif_of(value: Any) -> ExifOrientation:
-    """Check and return the value of the entry ``exif`` of a ``config.json`` or of a training checkpoint.
-
-    Raises:
-        InputError: If the value is neither ``apply`` nor ``ignore``.
-    """
-    if value not in get_args(ExifOrientation):
-        raise InputError(f"exif is {value!r}, neither apply nor ignore")
-    return value
-
-
 def names(entry: str, value: Any, pattern: str) -> tuple[str, ...]:
     """Check and return an entry that holds a list of names.
 
     Raises:
         InputError: If the value is not a list of different names that match ``pattern``.
     """
-    known = isinstance(value, list) and all(isinstance(name, str) and re.fullmatch(pattern, name) for name in value)
-    if not known or len({*value}) < len(value):
+    found: tuple[str, ...] = checked(tuple[Annotated[str, Field(pattern=f"^({pattern})$")], ...], value, entry)
+    if len({*found}) < len(found):
         raise InputError(f"{entry} is {value!r}, not a list of names, each once")
-    return tuple(value)
+    return found
 
 
 def sizes_record(sizes: ImageSizes | None) -> dict[str, Any] | None:
@@ -206,8 +194,4 @@ def settings_of(entry: str, kind: Any, settings: Any) -> Any:
     if not isinstance(settings, Mapping):
         raise InputError(f"{entry} is {settings!r}, not a mapping of settings")
     with errors_at(f"{entry}: "):
-        check_types(kind, settings)
-    try:
-        return kind(**settings)
-    except (TypeError, ValueError, ArithmeticError) as error:
-        raise InputError(f"{entry}: {error}") from error
+        return called(kind, settings)

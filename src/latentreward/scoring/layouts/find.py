@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from latentreward.checkpoints.shards import is_sharded, newest_first
+from latentreward.contracts import PathText
 from latentreward.errors import InputError, printable
 from latentreward.scoring.hub import MARKS, downloaded
 from latentreward.scoring.layouts.base import StoredReward
@@ -42,9 +43,9 @@ class ModelSource:
         published: Settings that the files of a published layout do not hold, such as ``guidance: 1``.
     """
 
-    path: str
-    config: str | None = None
-    base: str | None = None
+    path: PathText
+    config: PathText | None = None
+    base: PathText | None = None
     revision: str | None = None
     trust_remote_code: bool = False
     published: PublishedSettings | None = None

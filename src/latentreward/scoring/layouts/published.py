@@ -33,8 +33,7 @@ from latentreward.scoring.layouts.recipe import (
     head_part,
 )
 from latentreward.scoring.network import RewardNetwork
-from latentreward.settings.argument_types import described, fits
-from latentreward.storage.json_files import read_config
+from latentreward.storage.json_files import checked, read_config
 
 if TYPE_CHECKING:
     from latentreward.encoders.prompts import PromptEncoder
@@ -409,6 +408,6 @@ def model_section(path: Path) -> dict[str, Any]:
     if lacks:
         raise InputError(f"{path} lacks model.{lacks[0]}; is this a DiNa-LRM checkpoint? Download it again")
     for key, kind in TYPES.items():
-        if key in config and not fits(config[key], kind):
-            raise InputError(f"{path}: model.{key} is not {described(kind)}; download it again")
+        if key in config:
+            checked(kind, config[key], f"{path}: model.{key}", "download it again")
     return config

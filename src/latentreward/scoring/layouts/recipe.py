@@ -24,9 +24,9 @@ from latentreward.families import import_family, is_foreign
 from latentreward.heads import RewardHead
 from latentreward.programs import find_modules_here, of_this_package
 from latentreward.scoring.layouts.trust import guarded_imports, registered_heads, registered_name
-from latentreward.settings.argument_types import check_types
 from latentreward.settings.functions import check_functions, reworded
 from latentreward.settings.ranges import leaves
+from latentreward.storage.json_files import check_arguments
 
 ONLY_IN_TRAINING = ("lora", "gradient_checkpointing", "attention_backend", "compile_blocks", "quantization")
 """Settings of this package's factories that do not change the features of a trained backbone."""
@@ -255,7 +255,7 @@ def build_head(
 def called(target: Callable[..., Any], settings: Mapping[str, Any]) -> Any:
     """Call ``target(**settings)``, and turn an error about the settings into a one-line InputError."""
     with build_errors():
-        check_types(target, settings)
+        check_arguments(target, settings)
         return target(**settings)
 
 

@@ -32,7 +32,7 @@ from latentreward.heads import RewardHead
 from latentreward.heads.axes import AXES
 from latentreward.scoring.files import not_dense
 from latentreward.scoring.layouts.base import SharingReward
-from latentreward.scoring.layouts.config import exif_of, sizes_of
+from latentreward.scoring.layouts.config import sizes_of
 from latentreward.scoring.layouts.recipe import (
     ONLY_IN_TRAINING,
     SETTINGS,
@@ -49,6 +49,7 @@ from latentreward.scoring.layouts.trust import check_class, check_family, check_
 from latentreward.scoring.network import RewardNetwork
 from latentreward.settings.rewriting import rewrite_settings
 from latentreward.settings.yaml_text import check_yaml
+from latentreward.storage.json_files import checked
 
 PARTS = ("backbone", "head")
 """Names of the settings of a run that describe the reward model."""
@@ -156,7 +157,7 @@ class TrainedReward(SharingReward):
     def exif(self) -> ExifOrientation:
         """See :attr:`StoredReward.exif`. No tensor is read."""
         with errors_at(f"{self.checkpoint}: "):
-            return exif_of(self._recorded.get("exif"))
+            return checked(ExifOrientation, self._recorded.get("exif"), "exif")  # type: ignore[no-any-return]
 
     @property
     def image_sizes(self) -> ImageSizes | None:
