@@ -21,7 +21,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from memory import proportional
 
-from latentreward.cli import COMMANDS, main
+from latentreward.cli import main, module_of
 
 USED = (
     "datasets",
@@ -70,7 +70,7 @@ def free_port() -> int:
 
 def run(result: Path, arguments: list[str]) -> None:
     """Import what the command needs, note the memory, and run the command."""
-    for name in (*USED, COMMANDS[arguments[0]][0].partition(":")[0]):
+    for name in (*USED, module_of(arguments[0])):
         importlib.import_module(name)
     found: dict[str, Any] = {"imports": proportional()}
     result.write_text(json.dumps(found))

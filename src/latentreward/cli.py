@@ -31,68 +31,31 @@ from latentreward.settings.library_messages import silence_libraries
 UNREAD = 128 + 13
 """Exit status of a command whose output nobody reads any more: that of other programs, which SIGPIPE ends."""
 COMMANDS = {
-    "fit": ("latentreward.commands.fit:run", "train a reward model, or align a generator; --ckpt_path resumes a run"),
-    "validate": ("latentreward.commands.fit:run", "compute the metrics of the validation split"),
-    "test": ("latentreward.commands.fit:run", "compute the metrics of the test split"),
-    "predict": ("latentreward.commands.fit:run", "score pairs of images and write the scores to parquet"),
-    "configs": ("latentreward.commands.configs:run", "list the YAML files of the package, or print one of them"),
-    "inspect": ("latentreward.commands.inspect:run", "report a data set's labels, image sizes, bad rows and leakage"),
-    "score-pairs": (
-        "latentreward.commands.score_pairs:run",
-        "score the images of pairs with pixel-space scorers, to filter pairs",
-    ),
-    "export-pairs": (
-        "latentreward.commands.export_pairs:run",
-        "write the pairs of any reader as a data set for the library datasets",
-    ),
-    "cache": (
-        "latentreward.commands.cache:run",
-        "write the latents of a data set's images, and prompt embeddings if set",
-    ),
-    "consolidate": (
-        "latentreward.commands.consolidate:run",
-        "turn a sharded checkpoint into one file, with EMA weights if set",
-    ),
-    "generate": (
-        "latentreward.commands.generate:run",
-        "sample pictures for prompts; a reward may choose the best of several",
-    ),
-    "reproduce": (
-        "latentreward.commands.reproduce:run",
-        "measure claims and ablations of the papers in the tiny world",
-    ),
-    "pilot": (
-        "latentreward.commands.pilot:run",
-        "train a reward on a cut of a data set, benchmark it, align with it: one card",
-    ),
-    "taste": (
-        "latentreward.commands.taste:run",
-        "train a reward on your own pictures, and align with it; --rate opens a page to rate",
-    ),
-    "evaluate-policy": (
-        "latentreward.commands.evaluate_policy:run",
-        "score the pictures of one generator, or compare two",
-    ),
-    "publish": (
-        "latentreward.commands.publish:run",
-        "write a reward model as a folder for others, or upload it to the hub",
-    ),
-    "export": (
-        "latentreward.commands.export:run",
-        "write an aligned generator's LoRA, or a reward, in other programs' formats",
-    ),
-    "score": ("latentreward.commands.score:run", "score a folder or list of images, and write a page sorted by score"),
-    "benchmark": (
-        "latentreward.commands.benchmark:run",
-        "compare reward models with people's choices, and write a report",
-    ),
-    "serve": ("latentreward.commands.serve:run", "answer HTTP requests for scores of latents or images"),
-    "ui": ("latentreward.commands.ui:run", "serve a page on this machine to try a reward model in the browser"),
+    "fit": "train a reward model, or align a generator; --ckpt_path resumes a run",
+    "validate": "compute the metrics of the validation split",
+    "test": "compute the metrics of the test split",
+    "predict": "score pairs of images and write the scores to parquet",
+    "configs": "list the YAML files of the package, or print one of them",
+    "inspect": "report a data set's labels, image sizes, bad rows and leakage",
+    "score-pairs": "score the images of pairs with pixel-space scorers, to filter pairs",
+    "export-pairs": "write the pairs of any reader as a data set for the library datasets",
+    "cache": "write the latents of a data set's images, and prompt embeddings if set",
+    "consolidate": "turn a sharded checkpoint into one file, with EMA weights if set",
+    "generate": "sample pictures for prompts; a reward may choose the best of several",
+    "reproduce": "measure claims and ablations of the papers in the tiny world",
+    "pilot": "train a reward on a cut of a data set, benchmark it, align with it: one card",
+    "taste": "train a reward on your own pictures, and align with it; --rate opens a page to rate",
+    "evaluate-policy": "score the pictures of one generator, or compare two",
+    "publish": "write a reward model as a folder for others, or upload it to the hub",
+    "export": "write an aligned generator's LoRA, or a reward, in other programs' formats",
+    "score": "score a folder or list of images, and write a page sorted by score",
+    "benchmark": "compare reward models with people's choices, and write a report",
+    "serve": "answer HTTP requests for scores of latents or images",
+    "ui": "serve a page on this machine to try a reward model in the browser",
 }
-"""Subcommand → (import path of the function that runs it, one line of help).
-
-The function is called with the name of the subcommand and the list of arguments after that name.
-"""
+"""Subcommand → one line of help."""
+TRAINER = ("fit", "validate", "test", "predict")
+"""Subcommands that run a Lightning trainer; one module has them all."""
 
 HELP = """\
 usage: latentreward COMMAND [--config FILE ...] [--SETTING=VALUE ...]
@@ -158,6 +121,11 @@ def main(args: Sequence[str] | None = None) -> None:
         sys.exit(TERMINATED if isinstance(stop, Terminated) else INTERRUPTED)
 
 
+def module_of(command: str) -> str:
+    """Return the name of the module whose function ``run`` takes a subcommand's name and the arguments after it."""
+    return f"latentreward.commands.{'fit' if command in TRAINER else command.replace('-', '_')}"
+
+
 def load_public_names() -> None:
     """Import all that the packages in use export: settings may name their classes without the module.
 
@@ -192,7 +160,7 @@ def _dispatch(arguments: list[str], alone: bool) -> None:
     """Run the subcommand that ``arguments`` name; ``alone`` says that the process does nothing else."""
     if arguments and arguments[0] in ("-h", "--help"):
         width = max(map(len, COMMANDS))
-        lines = (f"  {name:{width}}  {summary}" for name, (_, summary) in COMMANDS.items())
+        lines = (f"  {name:{width}}  {summary}" for name, summary in COMMANDS.items())
         print(HELP.format(commands="\n".join(lines)), end="")
         return
     if "--version" in arguments:
@@ -201,12 +169,11 @@ def _dispatch(arguments: list[str], alone: bool) -> None:
     if not arguments or arguments[0] not in COMMANDS:
         problem = f"unknown command {arguments[0]!r}" if arguments else "no command"
         raise InputError(f"{problem}{did_you_mean(arguments[0] if arguments else '', COMMANDS)}")
-    module, function = COMMANDS[arguments[0]][0].split(":")
     collects = gc.isenabled()
     gc.disable()  # imported objects stay alive, so that collections during the import free nothing and cost 10 % of it
     try:
         with exit_while_importing():
-            run = getattr(importlib.import_module(module), function)
+            run = importlib.import_module(module_of(arguments[0])).run
             load_public_names()
         if alone:
             gc.freeze()  # nor do later collections look through them: up to a second before the first step
@@ -215,6 +182,5 @@ def _dispatch(arguments: list[str], alone: bool) -> None:
         if collects:
             gc.enable()
     silence_libraries()
-    trains = COMMANDS[arguments[0]][0] == COMMANDS["fit"][0]  # Lightning and GracefulStop set SIGTERM handlers
-    with nullcontext() if trains else sigterm_interrupts():
+    with nullcontext() if arguments[0] in TRAINER else sigterm_interrupts():  # Lightning and GracefulStop set handlers
         run(arguments[0], arguments[1:])

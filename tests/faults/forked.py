@@ -15,7 +15,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from latentreward.cli import COMMANDS, main
+from latentreward.cli import COMMANDS, main, module_of
 from latentreward.settings.functions import import_class_modules
 from tests.processes import Forked
 
@@ -96,8 +96,8 @@ def _become(arguments: Sequence[str], folder: Path, errors: int, modules: int) -
 def import_everything() -> None:
     """Import what the subcommands need, so that children find it."""
     import_class_modules()
-    for place, _ in COMMANDS.values():
-        importlib.import_module(place.partition(":")[0])
+    for command in COMMANDS:
+        importlib.import_module(module_of(command))
 
 
 def outcomes(
