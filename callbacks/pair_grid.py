@@ -7,10 +7,9 @@ from operator import attrgetter, itemgetter
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
-import numpy as np
 import torch
+from latentreward.callbacks.sample_grid import show
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from PIL import Image
 from torch import Tensor
@@ -19,7 +18,6 @@ from latentreward.data.alignment.experience import of_all_ranks
 from latentreward.errors import InputError, did_you_mean
 from latentreward.modules.pairs import PairModule
 from latentreward.reports.drawing import PLAIN, RIGHT, WRONG, draw_pair, strip, tile, to_images
-from latentreward.storage.durable import replacing
 
 logger = logging.getLogger(__name__)
 
@@ -117,11 +115,7 @@ class ScoredPairGrid(Callback):
         if not cells or not trainer.is_global_zero:
             return
         picture, (name, file) = tile([cell for _, cell in cells], self.columns), NAMES[self.shown]
-        for log in trainer.loggers:
-            if isinstance(log, TensorBoardLogger):
-                log.experiment.add_image(name, np.asarray(picture), trainer.global_step, dataformats="HWC")
-        with replacing(folder / file) as partial:
-            picture.save(partial, "png")
+        show(trainer, name, picture, folder / file)
 
     def _key(self, trainer: Trainer, scores: list[float], label: float, pair_id: str) -> "tuple[float, str]":
         """Return the place of a pair among those of all ranks; the smallest are drawn."""

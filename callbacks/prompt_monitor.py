@@ -2,23 +2,21 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from torch import Tensor, nn
+from torch import Tensor
 
 from latentreward.contracts import PathText, PromptBatch
 from latentreward.data.alignment.prompt_files import read_prompts
-from latentreward.errors import InputError
+from latentreward.errors import InputError, check_at_least_one
 from latentreward.modules.alignment import AlignmentModule
 from latentreward.rollout import Sampling, sample_latents
+from latentreward.scoring.apart import evaluating
 
 SEED = 0
 """Seed of the initial and the sampler's noise, equal in every run so that pictures of two runs can be compared."""
-
-Row = TypeVar("Row")
 
 
 class PromptMonitor(Callback, ABC):
@@ -52,15 +50,8 @@ class PromptMonitor(Callback, ABC):
         sampling: Sampling | None = None,
     ) -> None:
         name = type(self).__name__
-        numbers = {
-            "num_prompts": num_prompts,
-            "every_n_steps": every_n_steps,
-            "images_per_prompt": images_per_prompt,
-            "batch_size": batch_size,
-        }
-        for setting, value in numbers.items():
-            if value < 1:
-                raise InputError(f"{setting}={value} of {name} must be at least 1")
+        numbers = {"num_prompts": num_prompts, "every_n_steps": every_n_steps}
+        check_at_least_one(f"{name}.", **numbers, images_per_prompt=images_per_prompt, batch_size=batch_size)
         texts = read_prompts(prompts, f"{name}.prompts") if isinstance(prompts, str) else tuple(prompts)
         if not texts:
             raise InputError(f"prompts of {name} is empty; give prompts, or a file of them")
@@ -82,7 +73,7 @@ class PromptMonitor(Callback, ABC):
         if not isinstance(pl_module, AlignmentModule):
             raise InputError(f"{type(self).__name__} watches the alignment of a policy, not {type(pl_module).__name__}")
         self._looked = trainer.global_step
-        with at_rest(trainer, pl_module):
+        with evaluating(pl_module), torch.no_grad(), pl_module.compute_precision():
             self.begin(trainer, pl_module)
 
     def on_train_batch_end(
@@ -92,7 +83,7 @@ class PromptMonitor(Callback, ABC):
         assert isinstance(pl_module, AlignmentModule)
         before, self._looked = self._looked, trainer.global_step
         if before // self.every_n_steps != self._looked // self.every_n_steps:
-            with at_rest(trainer, pl_module):
+            with evaluating(pl_module), torch.no_grad(), pl_module.compute_precision():
                 self.look(trainer, pl_module)
 
     def share(self, trainer: Trainer) -> list[PromptBatch]:
@@ -152,19 +143,6 @@ class PromptMonitor(Callback, ABC):
             rows = shares.transpose(0, 1).flatten(0, 1)
         count = len(self.prompts) * self.images_per_prompt
         return rows[:count].unflatten(0, (len(self.prompts), self.images_per_prompt)).cpu()
-
-
-@contextmanager
-def at_rest(trainer: Trainer, module: nn.Module) -> Iterator[None]:
-    """Run a block without gradients, in evaluation mode and the trainer's precision; restore modes afterwards."""
-    training = [part for part in module.modules() if part.training]
-    module.eval()
-    try:
-        with torch.no_grad(), trainer.precision_plugin.forward_context():
-            yield
-    finally:
-        for part in training:
-            part.training = True
 
 
 def log_now(trainer: Trainer, pl_module: LightningModule, values: Mapping[str, float]) -> None:

@@ -74,15 +74,20 @@ class SampleGrid(PromptMonitor):
         captions = ("before", f"step {trainer.global_step}")
         rows = zip(self._before, after, self.prompts, strict=True)
         picture = tile([draw_pair(pair, captions, prompt, PLAIN) for *pair, prompt in rows], self.columns)
-        for logger in trainer.loggers:
-            if isinstance(logger, TensorBoardLogger):
-                logger.experiment.add_image("samples", np.asarray(picture), trainer.global_step, dataformats="HWC")
-        with replacing(folder / f"step_{trainer.global_step:06d}.png") as partial:
-            picture.save(partial, "png")
+        show(trainer, "samples", picture, folder / f"step_{trainer.global_step:06d}.png")
 
     def _draw(self, trainer: Trainer, pl_module: AlignmentModule, reference: bool) -> list[Image.Image]:
         made = [to_bytes(pixels, self.image_size) for _, _, pixels in self.pictures(trainer, pl_module, reference)]
         return [Image.fromarray(array) for array in self.gather(trainer, torch.cat(made)).flatten(0, 1).numpy()]
+
+
+def show(trainer: Trainer, name: str, picture: Image.Image, path: Path) -> None:
+    """Write a picture as the image ``name`` of this optimiser step to TensorBoard, and to a file."""
+    for logger in trainer.loggers:
+        if isinstance(logger, TensorBoardLogger):
+            logger.experiment.add_image(name, np.asarray(picture), trainer.global_step, dataformats="HWC")
+    with replacing(path) as partial:
+        picture.save(partial, "png")
 
 
 def to_bytes(pixels: Tensor, size: int) -> Tensor:

@@ -2,12 +2,13 @@
 
     python -m tools.step_files [dina] [lpo] [grpo]
 
-trains on the tiny world for two optimiser steps and traces the second one: checks of results run in the first.
-``promises.py``, which wraps overridden methods for these checks, is left out. The files of rollouts follow.
+traces the second of two steps on the tiny world: results are checked in the first. ``promises.py`` is left out, which
+wraps methods for these checks.
 """
 
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -23,31 +24,25 @@ from latentreward.rollout import QuantileThreshold, Sampling
 from latentreward.tinyworld import TinyWorldDataModule, TinyWorldPromptDataModule
 
 PACKAGE = Path(latentreward.__file__).parent
-LEFT_OUT = ("promises.py", "__init__.py")
 
 
-def traced(function: Callable[..., Any], files: list[str]) -> Callable[..., Any]:
-    """Return a function that sets ``files`` to those that its last call has run through."""
+def traced(function: Callable[..., Any], files: list[str], *args: Any) -> Any:
+    """Call a function, and set ``files`` to those that it runs through."""
+    files.clear()
 
     def note(frame: Any, event: str, _: Any) -> None:
         path = Path(frame.f_code.co_filename)
-        if event == "call" and path.is_relative_to(PACKAGE) and path.name not in LEFT_OUT:
-            name = str(path.relative_to(PACKAGE))
-            files.extend([name] if name not in files else [])
+        if event == "call" and path.is_relative_to(PACKAGE) and path.name not in ("promises.py", "__init__.py"):
+            files.extend({str(path.relative_to(PACKAGE))} - {*files})
 
-    def run(*args: Any, **kwargs: Any) -> Any:
-        files.clear()
-        sys.setprofile(note)
-        try:
-            return function(*args, **kwargs)
-        finally:
-            sys.setprofile(None)
-
-    return run
+    sys.setprofile(note)
+    try:
+        return function(*args)
+    finally:
+        sys.setprofile(None)
 
 
-def main() -> None:
-    """Train each method named on the command line, or all of them, and print the files."""
+if __name__ == "__main__":
     options: dict[str, Any] = {"policy": PolicySource(), "reward": RandomReward("readout"), "guidance_scale": 1.0}
     methods: dict[str, Callable[[], Any]] = {
         "dina": lambda: modules.DiNaLRMModule(create_backbone("sd35_tiny")),
@@ -57,15 +52,11 @@ def main() -> None:
     for name in sys.argv[1:] or methods:
         module, files = methods[name](), {"training_step": list[str](), "roll_out": list[str]()}
         for method in [method for method in files if hasattr(module, method)]:
-            setattr(module, method, traced(getattr(module, method), files[method]))
+            setattr(module, method, partial(traced, getattr(module, method), files[method]))
         with TemporaryDirectory() as folder:
-            pairs = {"train_pairs": 8, "val_pairs": 4, "batch_size": 4, "num_workers": 0}
-            prompts = {"captions": 8, "batch_size": 4, "prompts_per_rollout": 2}
-            data = TinyWorldDataModule(folder, **pairs) if name == "dina" else TinyWorldPromptDataModule(**prompts)
-            Trainer(max_steps=2, limit_val_batches=0, logger=False, enable_checkpointing=False).fit(module, data)
+            pairs = TinyWorldDataModule(folder, train_pairs=8, val_pairs=4, batch_size=4, num_workers=0)
+            prompts = TinyWorldPromptDataModule(captions=8, batch_size=4, prompts_per_rollout=2)
+            trainer = Trainer(max_steps=2, limit_val_batches=0, logger=False, enable_checkpointing=False)
+            trainer.fit(module, pairs if name == "dina" else prompts)
         for method, found in files.items():
             print(f"{name}, {method}: {len(found)} files", *found, sep="\n  ")
-
-
-if __name__ == "__main__":
-    main()

@@ -27,7 +27,7 @@ from latentreward.errors import InputError
 from latentreward.heads import CLIPProjectionHead
 from latentreward.losses import LRMLoss
 from latentreward.modules import LRMModule
-from latentreward.modules.frozen import share_frozen
+from latentreward.modules.based import share_frozen
 from latentreward.scoring import RewardModel
 from latentreward.storage.shared_weights import own_folder, processes_here, release_shared, shared, sharing_between
 from latentreward.storage.weight_files import StoredTensor, map_weights

@@ -29,7 +29,7 @@ from latentreward.modules import (
     TrajectoryGRPOModule,
 )
 from latentreward.modules.alignment import AlignmentModule
-from latentreward.modules.frozen import stored_parts
+from latentreward.modules.based import stored_parts
 from latentreward.policies import PolicySource
 from latentreward.rewards import LatentReward, PixelReward, RewardSource
 from latentreward.rollout import Branching, QuantileThreshold, Sampling

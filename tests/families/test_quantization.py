@@ -23,7 +23,7 @@ from latentreward.cli import main
 from latentreward.errors import InputError
 from latentreward.heads import GatedQFormerHead
 from latentreward.modules import DiNaLRMModule
-from latentreward.modules.frozen import frozen_values
+from latentreward.modules.based import frozen_values
 from latentreward.modules.sharding import check_axes
 from latentreward.policies import Policy
 from latentreward.scoring import RewardModel

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from latentreward.losses import ClippedPolicyLoss, gaussian_step_kl
-from latentreward.rollout.advantages import group_advantages, tracked_advantages
+from latentreward.rollout.advantages import GroupAdvantage, group_advantages
 from tests.golden.catalogue import Case, Tensors, cases
 from tests.golden.closeness import assert_close
 
@@ -39,11 +39,12 @@ def test_advantages(case: Case) -> None:
         rewards, groups = data["rewards"], data["prompt_index"]
         for global_std in (True, False):
             name = f"advantages_global_std_{global_std}"
-            assert_close(tracked_advantages(rewards, groups, global_std, epsilon), data[name], name)
+            rule = GroupAdvantage("all" if global_std else "group", epsilon=epsilon)
+            assert_close(rule(rewards, groups), data[name], name)
         for prompt in groups.unique():
             rows = groups == prompt
             expected = data["advantages_global_std_False"][rows]
             assert_close(group_advantages(rewards[rows], epsilon), expected, "rows are candidates, columns states")
         everything = torch.zeros(rewards.numel(), dtype=torch.int64)
-        advantages = tracked_advantages(rewards.flatten(), everything, False, epsilon).view_as(rewards)
+        advantages = GroupAdvantage(epsilon=epsilon)(rewards.flatten(), everything).view_as(rewards)
         assert_close(advantages, data["advantages_no_tracking"], "advantages_no_tracking")

@@ -18,7 +18,6 @@ from latentreward.losses import (
     comparison_std,
     log_ndtr,
     mixture_fidelity,
-    thurstone_log_probability,
 )
 from tests.losses.pairs import scores_of
 from tests.oracles import preference_losses as oracle
@@ -104,7 +103,7 @@ def test_win_probability_matches_hand_value(margin: float, sigma: float, expecte
     scores = scores_of(torch.tensor([margin]), sigmas=sigma)
     torch.testing.assert_close(ThurstoneLoss().win_probability(scores), torch.tensor([expected]))
     std = comparison_std(scores.chosen_sigmas, scores.rejected_sigmas)
-    torch.testing.assert_close(thurstone_log_probability(scores.margin, std).exp().float(), torch.tensor([expected]))
+    torch.testing.assert_close(log_ndtr(scores.margin.double() / std).exp().float(), torch.tensor([expected]))
 
 
 def test_more_noise_means_less_certainty() -> None:

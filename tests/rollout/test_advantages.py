@@ -5,7 +5,7 @@ from typing import Literal
 import pytest
 import torch
 
-from latentreward.rollout import GDPO, GroupAdvantage, group_advantages, tracked_advantages
+from latentreward.rollout import GDPO, GroupAdvantage, group_advantages
 
 SCORES = torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
 
@@ -26,13 +26,13 @@ def test_tracking_by_prompt_is_the_same_sum_in_another_order() -> None:
     """Column b of the candidates' scores is the group of prompt b."""
     rows = torch.randperm(12, generator=torch.Generator().manual_seed(1))
     groups = torch.arange(3).repeat(4)[rows]
-    tracked = tracked_advantages(SCORES.flatten()[rows], groups)
+    tracked = GroupAdvantage()(SCORES.flatten()[rows], groups)
     torch.testing.assert_close(tracked, group_advantages(SCORES).flatten()[rows])
 
 
 def test_global_spread() -> None:
     groups = torch.arange(3).repeat(4)
-    tracked = tracked_advantages(SCORES.flatten(), groups, global_std=True)
+    tracked = GroupAdvantage("all")(SCORES.flatten(), groups)
     expected = (SCORES - SCORES.mean(dim=0)) / (SCORES.flatten().std(correction=0) + 1e-4)
     torch.testing.assert_close(tracked, expected.flatten())
 

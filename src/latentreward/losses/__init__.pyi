@@ -25,7 +25,6 @@ from .thurstone import (
     comparison_std,
     log_ndtr,
     mixture_fidelity,
-    thurstone_log_probability,
     thurstone_nll,
 )
 from .ties import TieLoss
@@ -98,7 +97,6 @@ __all__ = [
     "mixture_fidelity",
     "prediction_drift",
     "teacher_preference",
-    "thurstone_log_probability",
     "thurstone_nll",
     "velocity_divergence",
     "weighted_mean",

@@ -70,22 +70,6 @@ def comparison_std(chosen_sigmas: Tensor, rejected_sigmas: Tensor, k: float = 2.
     return variance.sqrt()
 
 
-def thurstone_log_probability(margin: Tensor, std: Tensor) -> Tensor:
-    r"""Compute the log-probability that the chosen image wins, :math:`\log\Phi(d / s)`.
-
-    Args:
-        margin: Chosen minus rejected reward d, ``(B,)`` or ``(B, out_dim)``.
-        std: Standard deviation s of the comparison, broadcastable to ``margin`` (:func:`comparison_std`).
-
-    Returns:
-        Log-probabilities in the shape of ``margin``, float64.
-
-    Note:
-        arXiv:2602.11146 gives sigma_u = 0.1 (variance 0.01); the released code uses variance 0.05, sigma_u = 0.2236.
-    """
-    return log_ndtr(margin.double() / std)
-
-
 def thurstone_nll(z: Tensor, label: Tensor) -> Tensor:
     r"""Compute the negative log-likelihood of a soft label, :math:`-y\log\Phi(z) - (1-y)\log\Phi(-z)`.
 

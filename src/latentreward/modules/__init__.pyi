@@ -3,13 +3,12 @@ from .diffusion_dpo import DiffusionDPOModule
 from .dina_lrm import DiNaLRMModule
 from .forward_process import AWMModule, DiffusionNFTModule, ForwardProcessModule
 from .grpo import GRPOModule, StepwiseGRPOModule, TrajectoryGRPOModule, group_statistics
-from .lpo import LPOModule, StepRatios
+from .lpo import LPOModule, SPOModule, StepRatios
 from .lrm import LRMModule
 from .optimizers import WarmupSchedule
 from .pairs import ScoredPairs
 from .refl import ReFLModule
 from .reward import RewardModule
-from .spo import SPOModule
 from .step_aware_pixel import StepAwarePixelModule
 
 __all__ = [

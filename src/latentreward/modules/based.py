@@ -1,19 +1,24 @@
-"""The frozen base model under a module's trained weights: checked before training, recorded in checkpoints."""
+"""The frozen base model under trained weights: checked and shared before training, recorded in checkpoints."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
-from lightning.pytorch import LightningModule
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.plugins.precision import FSDPPrecision
 from lightning.pytorch.strategies import FSDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
 
-from latentreward.checkpoints.base_weights import BaseSample, quantized_names
+from latentreward.checkpoints.base_weights import BaseSample, is_quantized, quantized_names
 from latentreward.checkpoints.shards import check_weights, frozen_names
 from latentreward.encoders.prompts import PromptEncoder
 from latentreward.errors import InputError
-from latentreward.modules.frozen import refuse_quantized, share_frozen
-from latentreward.modules.fsdp1 import FSDP1Precision
+from latentreward.storage.digests import digest
+from latentreward.storage.shared_weights import release_shared
 
 UNSEEN = ("quantization", "family")
 """Settings of a base that are not seen in the samples of its weights."""
@@ -125,3 +130,74 @@ def own_values(module: nn.Module, names: Collection[str]) -> dict[str, Any]:
     own = (*module.named_parameters(remove_duplicate=False), *module.named_buffers())
     state = module.state_dict()
     return {name: state[name] for name, _ in own if name in names and name in state}
+
+
+class FSDP1Precision(FSDPPrecision):
+    """Precision of FSDP1 that takes our batches, and clips gradients by their norm over all ranks.
+
+    Args:
+        plain: Lightning's precision of the run: 32-true, 16-mixed or bf16-mixed.
+        strategy: Strategy of the run, which wraps the module later.
+    """
+
+    def __init__(self, plain: FSDPPrecision, strategy: FSDPStrategy) -> None:
+        super().__init__(plain.precision, plain.scaler)
+        self._strategy = strategy
+
+    def convert_input(self, data: Any) -> Any:
+        """Return a batch as it is: Lightning writes into records, which ours refuse, only to make float32 of them."""
+        return data
+
+    def clip_grad_by_norm(self, optimizer: Optimizer, clip_val: float, *_: Any, **__: Any) -> None:
+        """Clip gradients by their norm over all ranks, which Lightning leaves to the user."""
+        assert isinstance(self._strategy.model, FullyShardedDataParallel)
+        self._strategy.model.clip_grad_norm_(clip_val)
+
+
+def share_frozen(module: LightningModule, trainer: Trainer) -> None:
+    """Check that all ranks have loaded the same frozen weights, and keep DDP from sending them.
+
+    At its start DDP writes the weights of rank 0 into those of the other ranks. Of weights that are mapped from a file,
+    each process would then get a copy of its own. A digest is compared instead. The module must not be wrapped or
+    sharded yet.
+
+    Raises:
+        InputError: On all ranks, if a rank has other frozen weights than rank 0.
+    """
+    if trainer.world_size == 1:
+        release_shared(remove=True)
+        return
+    names = frozen_names(module)
+    found = digest(frozen_values(module, names))
+    strategy = trainer.strategy
+    if not strategy.reduce_boolean_decision(found == strategy.broadcast(found), all=True):
+        raise InputError(
+            "the ranks have loaded different frozen weights; give all machines the same files of the base models"
+        )
+    release_shared(remove=trainer.local_rank == 0)
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, names)
+
+
+def refuse_quantized(module: nn.Module, strategy: str) -> None:
+    """Raise InputError if a parameter is quantised, which the named strategy cannot shard."""
+    for name, parameter in module.named_parameters():
+        if is_quantized(parameter):
+            raise InputError(
+                f"parameter {name} is quantised, which {strategy} cannot shard; use ddp, or no quantization"
+            )
+
+
+def frozen_values(module: nn.Module, names: set[str]) -> Iterator[memoryview | str]:
+    """Yield names and bytes of the named parameters and buffers of a module, in the module's order."""
+    tensors: list[tuple[str, Tensor]] = [*module.named_parameters(), *module.named_buffers()]
+    for name, tensor in tensors:
+        if name in names:
+            yield f"{name} {tensor.dtype} {tuple(tensor.shape)}"
+            for part in stored_parts(tensor.detach()):
+                yield memoryview(part.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+
+
+def stored_parts(tensor: Tensor) -> Iterator[Tensor]:
+    """Yield the plain tensors in which a tensor is stored: itself, or codes and scales of torchao's quantised ones."""
+    names = tensor.__tensor_flatten__()[0] if hasattr(tensor, "__tensor_flatten__") else ()
+    yield from [getattr(tensor, name) for name in names] or [tensor]

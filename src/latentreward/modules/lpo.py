@@ -1,4 +1,4 @@
-"""LPO: train a policy to prefer, at every sampler step, the next state that a reward scores higher."""
+"""LPO, and SPO before it: a policy learns to prefer, at each sampler step, the next state that scores higher."""
 
 from typing import Any, NamedTuple
 
@@ -12,6 +12,7 @@ from latentreward.policies import PolicySource
 from latentreward.rewards import RewardSource
 from latentreward.rollout import (
     Branching,
+    FixedThreshold,
     PairSelection,
     Sampling,
     SigmaThreshold,
@@ -120,3 +121,37 @@ class LPOModule(AlignmentModule):
         for name, value in result._asdict().items():
             self.log(f"train/{name}", value, prog_bar=name == "loss", batch_size=len(batch), sync_dist=True)
         return {"loss": result.loss, "ratios": ratios}
+
+
+class SPOModule(LPOModule):
+    """Step-aware Preference Optimisation (arXiv:2406.04314).
+
+    :class:`LPOModule` with SPO's settings: one threshold of 0.3 for all steps; candidates only at timesteps up to 751,
+    so that the first four of 20 DDIM steps sample a single state; rewards at the candidates' own timestep; and β = 10.
+    SPO's reward, the step-aware preference model, scores the decoded x̂_0 of each candidate
+    (:class:`~latentreward.rewards.PixelReward`).
+
+    Args:
+        policy: See :class:`LPOModule`.
+        reward: See :class:`LPOModule`.
+        selection: Rule that keeps pairs; None takes SPO's threshold.
+        candidates: See :class:`LPOModule`; None takes SPO's window and timestep of scoring.
+        beta: β of the loss.
+        options: See :class:`LPOModule`.
+
+    Note:
+        The paper says t ≤ 750; the first step with candidates in the released code starts from 751, as here.
+    """
+
+    def __init__(
+        self,
+        policy: PolicySource,
+        reward: RewardSource,
+        selection: PairSelection | None = None,
+        candidates: Branching | None = None,
+        beta: float = 10.0,
+        **options: Any,
+    ) -> None:
+        selection = selection or FixedThreshold(0.3)
+        candidates = candidates or Branching(high=751.0, score_at="candidate")
+        super().__init__(policy, reward, selection, candidates=candidates, beta=beta, **options)

@@ -21,7 +21,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forwar
 from latentreward.backbones.base import DiffusionBackbone
 from latentreward.errors import InputError
 from latentreward.families import families
-from latentreward.modules.frozen import refuse_quantized
+from latentreward.modules.based import refuse_quantized
 
 if TYPE_CHECKING:
     from latentreward.encoders.prompts import PromptEncoder

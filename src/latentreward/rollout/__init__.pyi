@@ -1,4 +1,4 @@
-from .advantages import GDPO, Advantage, DiversityAdvantage, GroupAdvantage, group_advantages, tracked_advantages
+from .advantages import GDPO, Advantage, DiversityAdvantage, GroupAdvantage, group_advantages
 from .candidates import Branching, CandidateStep, candidate_steps
 from .credit import Credit, GainCredit, StateCredit, TurningPointCredit
 from .finished import begin_finished, check_sigmas, rows_of, score_finished, score_states
@@ -83,5 +83,4 @@ __all__ = [
     "score_states",
     "step_pairs",
     "telling_steps",
-    "tracked_advantages",
 ]

@@ -212,18 +212,3 @@ def group_advantages(scores: Tensor, epsilon: float = 1e-4) -> Tensor:
     values = scores.double()
     std, mean = torch.std_mean(values, dim=0, correction=0)
     return ((values - mean) / (std + epsilon)).float()
-
-
-def tracked_advantages(rewards: Tensor, groups: Tensor, global_std: bool = False, epsilon: float = 1e-4) -> Tensor:
-    """Compute advantages among the samples of each prompt, in any order of the rows (arXiv:2505.05470).
-
-    Args:
-        rewards: ``(N,)`` or ``(N, T)``, one row per sample; columns are independent.
-        groups: ``(N,)`` int64: index of the prompt of each sample.
-        global_std: Divide by the standard deviation over all rows instead of the group's.
-        epsilon: ε, which gives groups of equal rewards the advantage 0 instead of 0 / 0.
-
-    Returns:
-        Advantages in the shape of ``rewards``, float32.
-    """
-    return GroupAdvantage("all" if global_std else "group", 0, epsilon)(rewards, groups)
