@@ -1,9 +1,7 @@
 """Print the package's files that a training step runs through, in the order of the first call.
 
-    python -m tools.step_files [dina] [lpo] [grpo]
-
-traces the second of two steps on the tiny world: results are checked in the first. ``promises.py`` is left out, which
-wraps methods for these checks.
+``python -m tools.step_files [dina] [lpo] [grpo]`` traces the second of two steps on the tiny world: results are checked
+in the first. ``promises.py``, which wraps methods for these checks, is left out.
 """
 
 import sys

@@ -19,7 +19,7 @@ from latentreward.contracts import PairScores, PairTargets
 from latentreward.promises import Part, detached, finite, returns, wrong_tensor
 
 
-def beside(values: Tensor, margin: Tensor) -> Tensor:
+def per_row(values: Tensor, margin: Tensor) -> Tensor:
     """Reshape one value per pair, ``(B,)``, to broadcast against a margin ``(B,)`` or ``(B, out_dim)``."""
     return values.reshape(-1, *(1,) * (margin.ndim - 1))
 

@@ -8,7 +8,7 @@ from torch.nn.functional import logsigmoid
 
 from latentreward.contracts import PairScores
 from latentreward.errors import InputError
-from latentreward.losses.base import PreferenceLoss, beside, mean_over_outputs
+from latentreward.losses.base import PreferenceLoss, mean_over_outputs, per_row
 
 
 def bradley_terry_nll(margin: Tensor, label: Tensor) -> Tensor:
@@ -54,7 +54,7 @@ class BradleyTerryLoss(PreferenceLoss):
     def per_pair(self, scores: PairScores) -> Tensor:
         """See :meth:`PreferenceLoss.per_pair`; the formula is in the class docstring."""
         margin = scores.margin.double()
-        label = beside(scores.label.double(), margin)
+        label = per_row(scores.label.double(), margin)
         return mean_over_outputs(bradley_terry_nll(margin - (2 * label - 1) * self.margin, label))
 
     def win_probability(self, scores: PairScores) -> Tensor:

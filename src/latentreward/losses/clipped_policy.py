@@ -19,7 +19,7 @@ from latentreward.errors import InputError
 from latentreward.losses.base import SetLoss
 
 
-def wide(values: Tensor) -> Tensor:
+def to_float64(values: Tensor) -> Tensor:
     """Return ``values`` in float64, on the CPU if their device has no such type."""
     return (values.cpu() if values.device.type == "mps" else values).double()
 
@@ -132,7 +132,7 @@ class ClippedPolicyLoss(SetLoss):
     def bounded(self, advantage: Tensor) -> Tensor:
         """Clamp advantages to [−``max_advantage``, ``max_advantage``]; float64."""
         bound = self.max_advantage
-        return wide(advantage) if bound is None else wide(advantage).clamp(-bound, bound)
+        return to_float64(advantage) if bound is None else to_float64(advantage).clamp(-bound, bound)
 
     def step_weights(self, std: Tensor, spread: Tensor) -> Tensor | None:
         """Return the weight w of each step from its ``std`` and ``spread``; None if all steps have weight 1."""
@@ -165,8 +165,8 @@ class ClippedPolicyLoss(SetLoss):
         """
         if self.needs_reference and kl is None:
             raise ValueError(f"kl_weight={self.kl_weight:g} needs kl")
-        log_prob, old_log_prob = wide(log_prob), wide(old_log_prob)
-        kl, weights, kl_weights = (None if part is None else wide(part) for part in (kl, weights, kl_weights))
+        log_prob, old_log_prob = to_float64(log_prob), to_float64(old_log_prob)
+        kl, weights, kl_weights = (None if part is None else to_float64(part) for part in (kl, weights, kl_weights))
         rows, ratio, clipped = objective(log_prob - old_log_prob, self.bounded(advantage), self.clip_range)
         # The weight multiplies the policy's term alone, as in TempFlow-GRPO's released code.
         policy = (rows if weights is None else TEMPFLOW * weights * rows).mean()

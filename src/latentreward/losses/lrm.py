@@ -12,7 +12,7 @@ from torch import Tensor
 
 from latentreward.contracts import CrossScores, PairScores
 from latentreward.errors import InputError, did_you_mean
-from latentreward.losses.base import PreferenceLoss, beside, mean_over_outputs
+from latentreward.losses.base import PreferenceLoss, mean_over_outputs, per_row
 from latentreward.losses.bradley_terry import bradley_terry_nll
 
 Mode = Literal["pair", "batch", "both"]
@@ -103,7 +103,7 @@ class LRMLoss(PreferenceLoss):
         factor = 1 + (self.aux_loss_coeff - 1) * differ
         if self.mode == "batch":
             return factor * lrm_batch_loss(self._cross_of(scores), scores.label)
-        pair = mean_over_outputs(lrm_pair_loss(scores.margin, beside(scores.label, scores.margin)))
+        pair = mean_over_outputs(lrm_pair_loss(scores.margin, per_row(scores.label, scores.margin)))
         if self.mode == "pair":
             return factor * pair
         return factor * (pair + self.batch_coeff * lrm_batch_loss(self._cross_of(scores), scores.label))

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from latentreward.errors import InputError
-from latentreward.losses.base import SetLoss, beside
+from latentreward.losses.base import SetLoss, per_row
 from latentreward.losses.diffusion_dpo import denoising_error
 
 LEAST_WEIGHT = 1e-5
@@ -137,7 +137,7 @@ class NFTLoss(SetLoss):
             raise ValueError(f"kl_weight={self.kl_weight:g} needs the reference's velocity")
         wide = torch.float32 if velocity.device.type == "mps" else torch.float64
         new, older, want = (tensor.to(wide) for tensor in (velocity, old.detach(), target))
-        level = beside(sigmas.to(want), want)
+        level = per_row(sigmas.to(want), want)
         # The older policy has no gradient: both mixtures move with the new one alone, in opposite directions.
         positive = self._error(level, want, self.beta * new + (1 - self.beta) * older)
         negative = self._error(level, want, (1 + self.beta) * older - self.beta * new)

@@ -143,7 +143,7 @@ class RegressionDistillation(TargetLoss):
             (scores.chosen, targets.chosen, targets.chosen_std),
             (scores.rejected, targets.rejected, targets.rejected_std),
         ]
-        return mean_over_outputs(mean_over_images(*(known(gaussian_nll, *side) for side in sides)))
+        return mean_over_outputs(mean_over_images(*(masked_loss(gaussian_nll, *side) for side in sides)))
 
 
 class RankingDistillation(TargetLoss):
@@ -165,7 +165,7 @@ class RankingDistillation(TargetLoss):
     def per_pair(self, scores: PairScores) -> Tensor:
         """See :meth:`PreferenceLoss.per_pair`."""
         preference = teacher_preference(self.targets_of(scores), self.temperature)
-        return mean_over_outputs(known(bradley_terry_nll, scores.margin, preference).nan_to_num(0.0))
+        return mean_over_outputs(masked_loss(bradley_terry_nll, scores.margin, preference).nan_to_num(0.0))
 
 
 def check_smoothing(label_smoothing: float) -> None:
@@ -193,10 +193,10 @@ def label_loss(scores: PairScores, targets: PairTargets, smoothing: float) -> Te
         check_labels(values)
     sides = (scores.chosen, targets.chosen), (scores.rejected, targets.rejected)
     smooth = ((score, label * (1 - smoothing) + smoothing / 2) for score, label in sides)
-    return mean_over_images(*(known(label_nll, *side) for side in smooth))
+    return mean_over_images(*(masked_loss(label_nll, *side) for side in smooth))
 
 
-def known(loss: Callable[..., Tensor], score: Tensor, target: Tensor, *std: Tensor | None) -> Tensor:
+def masked_loss(loss: Callable[..., Tensor], score: Tensor, target: Tensor, *std: Tensor | None) -> Tensor:
     """Compute ``loss(score, target, ...)``; NaN, without a gradient, where the target is NaN."""
     given = ~target.isnan()
     # torch.where alone is not enough: NaN times 0 is NaN in the backward pass of the branch not taken.

@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 
 from latentreward.contracts import PairScores
 from latentreward.errors import InputError, did_you_mean
-from latentreward.losses.base import PreferenceLoss, beside, mean_over_outputs
+from latentreward.losses.base import PreferenceLoss, mean_over_outputs, per_row
 
 Objective = Literal["fidelity", "nll"]
 FidelityForm = Literal["mixture", "bhattacharyya"]
@@ -170,11 +170,11 @@ class ThurstoneLoss(PreferenceLoss):
 
     def _z(self, scores: PairScores) -> Tensor:
         std = comparison_std(scores.chosen_sigmas, scores.rejected_sigmas, self.k, self.sigma_u)
-        return scores.margin.double() / beside(std, scores.margin)
+        return scores.margin.double() / per_row(std, scores.margin)
 
     def per_pair(self, scores: PairScores) -> Tensor:
         """See :func:`mixture_fidelity`, :func:`bhattacharyya_fidelity` and :func:`thurstone_nll`."""
-        z, label = self._z(scores), beside(scores.label, scores.margin)
+        z, label = self._z(scores), per_row(scores.label, scores.margin)
         if self.objective == "nll":
             return mean_over_outputs(thurstone_nll(z, label))
         fidelity = mixture_fidelity if self.form == "mixture" else bhattacharyya_fidelity

@@ -8,7 +8,7 @@ from torch.nn.functional import logsigmoid
 
 from latentreward.contracts import PairScores
 from latentreward.errors import InputError
-from latentreward.losses.base import beside, mean_over_outputs
+from latentreward.losses.base import mean_over_outputs, per_row
 from latentreward.losses.targets import TargetLoss, check_labels, check_smoothing, label_loss
 
 
@@ -57,7 +57,7 @@ class TieLoss(TargetLoss):
     def per_pair(self, scores: PairScores) -> Tensor:
         """See :meth:`PreferenceLoss.per_pair`; the formula is in the class docstring."""
         margin = scores.margin.double()
-        label = beside(scores.label.double(), margin)
+        label = per_row(scores.label.double(), margin)
         first = self.label_smoothing + (1 - 2 * self.label_smoothing) * label
         wins, loses = -logsigmoid(margin - self.margin), -logsigmoid(-margin - self.margin)
         factor = torch.where(label == 0.5, 2 * self.tie_weight, 1.0)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from latentreward.errors import InputError, refuse
-from latentreward.losses.clipped_policy import clipped_objective, wide
+from latentreward.losses.clipped_policy import clipped_objective, to_float64
 from latentreward.promises import Part, detached, returns, shown, tensor, wrong_tensor
 
 Taken = Literal["rewards", "levels", "parts"]
@@ -99,7 +99,7 @@ class StepDrift:
         """
         if every is None:
             every = torch.stack([spread, std / spread])
-        mean, old_mean, std, spread, every = map(wide, (mean, old_mean, std, spread, every))
+        mean, old_mean, std, spread, every = map(to_float64, (mean, old_mean, std, spread, every))
         squares = (mean - old_mean).square().flatten(1).mean(dim=1)
         return cls(squares, std, spread, *every.transpose(-2, -1).reshape(-1, 2).mean(dim=0))
 
@@ -257,7 +257,7 @@ class NormGuard(Penalty):
 
     def penalty(self, prediction: Tensor, reference: Tensor) -> Tensor:
         """See :meth:`Penalty.penalty`; computed in float64, returned in float32 unless predictions are float64."""
-        norm, ref_norm = (wide(value).flatten(1).norm(dim=1) for value in (prediction, reference.detach()))
+        norm, ref_norm = (to_float64(value).flatten(1).norm(dim=1) for value in (prediction, reference.detach()))
         excess = (norm / ref_norm.clamp(min=torch.finfo(torch.float32).tiny) - 1).relu()
         value = self.weight * excess.square().mean()
         return value.to(prediction.device, torch.promote_types(prediction.dtype, torch.float32))
@@ -360,7 +360,7 @@ class UncertaintyGate(KLGate):
         Args:
             rewards: ``(L, P, K)`` rewards of K samples of P prompts at L ≥ 2 noise levels.
         """
-        values = wide(rewards)
+        values = to_float64(rewards)
         std, mean = torch.std_mean(values, dim=2, correction=0, keepdim=True)
         scores = torch.where(std > 0, (values - mean) / std.where(std > 0, 1.0), 0.0)
         return scores.std(dim=0, correction=0)
@@ -403,7 +403,7 @@ class RankGate(KLGate):
 
     def uncertainty(self, rewards: Tensor) -> Tensor:
         """Compute u ``(N,)`` of N samples from rewards ``(N, R)``, R ≥ 2, the first column that of the main reward."""
-        values = wide(rewards)
+        values = to_float64(rewards)
         above = (values[None] > values[:, None]).sum(dim=1)
         ranks = above + ((values[None] == values[:, None]).sum(dim=1) - 1) / 2  # equal rewards share their mean rank
         difference = ranks[:, 0] - ranks[:, 1:].mean(dim=1)

@@ -43,7 +43,7 @@ from latentreward.rollout import (
     Transition,
     candidate_steps,
     gap_quantiles,
-    telling_steps,
+    reporting_steps,
 )
 from latentreward.scoring.apart import evaluating
 from latentreward.seeding import run_seed
@@ -369,7 +369,7 @@ class AlignmentModule(LightningModule):
             yield
             return
         batches = math.ceil(prompts / (self.prompts_at_once or prompts))
-        with self.rollout_progress(self.sampling.num_inference_steps, batches) as shown, telling_steps(shown.add):
+        with self.rollout_progress(self.sampling.num_inference_steps, batches) as shown, reporting_steps(shown.add):
             yield
 
     def prepare_prompts(self, prompts: Sequence[str]) -> None:

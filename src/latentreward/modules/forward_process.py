@@ -69,7 +69,7 @@ class ForwardProcessModule(AlignmentModule):
             classifier-free guidance.
 
     Raises:
-        InputError: If the policy is no flow, guidance or noise is asked for, a setting is out of range, or the reward
+        InputError: If the policy is no flow, guidance or noise is pending for, a setting is out of range, or the reward
             takes latents of another space.
     """
 
@@ -161,15 +161,15 @@ class ForwardProcessModule(AlignmentModule):
             for copy in self.copies:
                 copy.follow(self.followed)
         repeated = prompts.times(self.num_samples)
-        sampled, asked = [], []
+        sampled, pending = [], []
         for part in prompts.split(self.prompts_at_once):
             settings = (part.times(self.num_samples), self.sampling, self.guidance_scale, self.seed)
             with self.policy.adapters.use(OLD):
                 sampled.append(sample_latents(self.policy, *settings))
             # A reward on a server scores these samples while the next are drawn.
-            asked.append(begin_finished(self.reward, sampled[-1], part, self.seed, self.reward_sigmas))
+            pending.append(begin_finished(self.reward, sampled[-1], part, self.seed, self.reward_sigmas))
         latents = torch.cat(sampled)
-        rewards = self.reward.mix(torch.cat([wait() for wait in asked]), rows_of(prompts, latents))
+        rewards = self.reward.mix(torch.cat([wait() for wait in pending]), rows_of(prompts, latents))
         rewards = rewards.view(len(prompts), self.num_samples)
         self.rollout_statistics = group_statistics(torch.zeros(1), rewards.T[None].cpu())
         advantage = self.advantages(rewards, self.advantage)

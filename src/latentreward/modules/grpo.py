@@ -377,13 +377,13 @@ class TrajectoryGRPOModule(GRPOModule):
     def make_experience(self, prompts: PromptBatch) -> StepSamples | None:
         """See :meth:`AlignmentModule.make_experience`."""
         sampler, steps = self._noisy_steps()
-        sampled, asked = [], []
+        sampled, pending = [], []
         for part in prompts.split(self.prompts_at_once):
             sampled.append(self._sample(part, sampler))
-            asked.append(begin_finished(self.reward, sampled[-1].finished, part, self.seed, self.reward_sigmas))
+            pending.append(begin_finished(self.reward, sampled[-1].finished, part, self.seed, self.reward_sigmas))
         trajectories = Trajectories.join(sampled)
         latents = trajectories.finished
-        scores = self._finished_scores(latents, prompts, asked)
+        scores = self._finished_scores(latents, prompts, pending)
         rewards = scores.rewards
         self.rollout_statistics = group_statistics(torch.zeros(1), rewards.T[None].cpu())
         given = scores.parts if self.advantage.takes_parts else rewards
@@ -427,17 +427,17 @@ class TrajectoryGRPOModule(GRPOModule):
         return WindowedSampler(self.sampler, self.plain_sampler, steps), steps
 
     def _finished_scores(
-        self, latents: Tensor, prompts: PromptBatch, asked: Sequence[Callable[[], Tensor]]
+        self, latents: Tensor, prompts: PromptBatch, pending: Sequence[Callable[[], Tensor]]
     ) -> FinishedScores:
         """Score finished latents, in the forms that advantages and gate need.
 
-        Latents are ``(P·K, C, ...)`` of P prompts. ``asked`` are results of
+        Latents are ``(P·K, C, ...)`` of P prompts. ``pending`` are results of
         :func:`~latentreward.rollout.begin_finished`, which together are those of the latents.
         """
         levels, takes = None, self.gate and self.gate.takes
         if takes == "levels":  # beside the rewards: a head's score of several levels may be no mean
             levels = torch.stack([self._score(latents, prompts, [sigma]) for sigma in self.reward_sigmas], dim=-1)
-        parts, shape = torch.cat([wait() for wait in asked]), (len(prompts), self.num_trajectories)
+        parts, shape = torch.cat([wait() for wait in pending]), (len(prompts), self.num_trajectories)
         rewards = self.reward.mix(parts, rows_of(prompts, latents)).view(shape)
         taken = self.advantage.takes_parts or takes == "parts"
         return FinishedScores(rewards, parts.unflatten(0, shape) if taken else None, levels)

@@ -185,10 +185,10 @@ class ReFLModule(AlignmentModule):
                 drifts.append(self._drift(network, latents, timestep, output))
             if index < stop or self.scored == "state":
                 latents = self._step(latents, output, index, draws)
-        told = self.sampler.next_timestep(stop) if self.scored == "state" else None
-        if told is None:
+        scored_at = self.sampler.next_timestep(stop) if self.scored == "state" else None
+        if scored_at is None:
             latents = self.sampler.clean(latents, output, torch.full((len(prompts),), timestep))
-        return LateSample(latents, told, torch.stack(drifts).mean(dim=0) if drifts else None, stop)
+        return LateSample(latents, scored_at, torch.stack(drifts).mean(dim=0) if drifts else None, stop)
 
     def _drift(self, network: PromptedPolicy, latents: Tensor, timestep: float, output: Tensor) -> Tensor:
         """Return the mean squared difference ``(B,)`` of the policy's ``output`` from the reference's, with gradient.

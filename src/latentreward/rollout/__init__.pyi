@@ -24,7 +24,7 @@ from .reward_guidance import (
     reward_gradient,
     sample_guided,
 )
-from .samplers import DDIMSampler, FlowSDESampler, StepSampler, Transition, telling_steps
+from .samplers import DDIMSampler, FlowSDESampler, StepSampler, Transition, reporting_steps
 from .settings import Sampling
 from .step_choice import RandomSteps, StepChoice, StratifiedSteps
 from .trajectories import Trajectories, sample_latents, sample_trajectories
@@ -73,6 +73,7 @@ __all__ = [
     "check_sigmas",
     "gap_quantiles",
     "group_advantages",
+    "reporting_steps",
     "require_gradient",
     "reward_gradient",
     "rows_of",
@@ -82,5 +83,4 @@ __all__ = [
     "score_finished",
     "score_states",
     "step_pairs",
-    "telling_steps",
 ]

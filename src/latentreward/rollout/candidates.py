@@ -149,8 +149,8 @@ def candidate_steps(
             # SPO's reward reads pictures, so the network is also evaluated at each candidate.
             clean, outputs = _finished(network, sampler, candidates, index) if reward.needs_clean else (None, None)
             # LPO scores at the timestep of the state before, as released; SPO at that of the candidate.
-            told = timestep if branching.score_at == "step" else sampler.next_timestep(index)
-            scores = _score(reward, encoded, candidates, clean, told)
+            scored_at = timestep if branching.score_at == "step" else sampler.next_timestep(index)
+            scores = _score(reward, encoded, candidates, clean, scored_at)
             log_prob = transition.log_prob(candidates)
         yield CandidateStep(index, timestep, latents, candidates, scores, log_prob)
         if branching.continue_from == "random":

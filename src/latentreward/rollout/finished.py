@@ -41,7 +41,7 @@ def score_finished(reward: Reward, latents: Tensor, prompts: PromptBatch, seed: 
     so that their scores differ only because of the samples. Latents are ``(N, C, ...)``, first the N / P samples of
     the first of P prompts. ``seed`` is that of the noise.
     """
-    return reward.score_clean(*_asked(reward, latents, prompts, seed), sigmas).float()
+    return reward.score_clean(*_scoring_inputs(reward, latents, prompts, seed), sigmas).float()
 
 
 def begin_finished(
@@ -52,11 +52,13 @@ def begin_finished(
     Returns:
         Function that waits for the scores ``(N, R)``, float32; see :meth:`Reward.begin_parts`.
     """
-    begun = reward.begin_parts(*_asked(reward, latents, prompts, seed), sigmas)
+    begun = reward.begin_parts(*_scoring_inputs(reward, latents, prompts, seed), sigmas)
     return lambda: begun().float()
 
 
-def _asked(reward: Reward, latents: Tensor, prompts: PromptBatch, seed: int) -> tuple[Tensor, Tensor, Any, Tensor]:
+def _scoring_inputs(
+    reward: Reward, latents: Tensor, prompts: PromptBatch, seed: int
+) -> tuple[Tensor, Tensor, Any, Tensor]:
     """Return latents, rows, encoded prompts and noise, as :meth:`Reward.score_clean` takes them."""
     # One noise for all samples of a prompt: it cancels in their comparison.
     generators = [pair_generator(seed, "reward noise", 0, key) for key in prompts.keys]

@@ -21,17 +21,17 @@ TIMESTEP_TOLERANCE = 1e-2
 FlowNoise = Literal["flow", "dance", "cps"]
 """How a flow's step adds noise; see :class:`FlowSDESampler`."""
 
-_TOLD: ContextVar[Callable[[], None] | None] = ContextVar("told", default=None)
+_REPORT: ContextVar[Callable[[], None] | None] = ContextVar("report", default=None)
 
 
 @contextmanager
-def telling_steps(tell: Callable[[], None]) -> Iterator[None]:
-    """Call ``tell`` after each step of all sampling inside the block, to show progress."""
-    token = _TOLD.set(tell)
+def reporting_steps(report: Callable[[], None]) -> Iterator[None]:
+    """Call ``report`` after each step of all sampling inside the block, to show progress."""
+    token = _REPORT.set(report)
     try:
         yield
     finally:
-        _TOLD.reset(token)
+        _REPORT.reset(token)
 
 
 @dataclass(frozen=True)
@@ -99,8 +99,8 @@ class StepSampler(ABC):
         """Iterate over index and timestep of the steps of a sampling."""
         for step in enumerate(self.timesteps.tolist()):
             yield step
-            if (tell := _TOLD.get()) is not None:
-                tell()
+            if (report := _REPORT.get()) is not None:
+                report()
 
     @abstractmethod
     def transition(self, latents: Tensor, model_output: Tensor, timesteps: Tensor) -> Transition:
