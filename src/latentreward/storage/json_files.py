@@ -75,7 +75,10 @@ def checked(kind: type[Content] | Any, value: Any, place: str = "", remedy: str 
             fault = f"it is missing in {shown(first['input'])}"
         fault = fault.replace("Input should", "it must")
         inside = inside.removeprefix(".") if place[-1:] in ("", " ") else inside
-        raise InputError(f"{place}{inside}: {fault}{remedy and '; '}{remedy}".replace(": : ", ": ")) from error
+        at = f"{place}{inside}".removesuffix(": ")
+        raise InputError(f"{at}: {fault}{remedy and '; '}{remedy}") from error
+    except (TypeError, ValueError, RecursionError) as error:  # it has other keys than texts, or is inside itself
+        raise InputError(f"{place}: it is no plain value ({first_line(error)}){remedy and '; '}{remedy}") from error
 
 
 def shown(value: Any) -> str:
