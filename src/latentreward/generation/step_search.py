@@ -14,6 +14,7 @@ from latentreward.generation.ancestral import Levels, levels_of
 from latentreward.generation.search import Candidates
 from latentreward.policies import Policy
 from latentreward.rewards import Reward
+from latentreward.rollout.samplers import inside_window
 from latentreward.seeding import pair_generator
 
 if TYPE_CHECKING:
@@ -116,7 +117,8 @@ class StepSearch:
             self._latents = None if self._initial is None else self._initial.to(latents.device) * scale
             self._initial = None
         levels = levels_of(pipeline.scheduler, float(timestep))
-        inside = self.candidates.branching().inside(levels.timestep) and levels.next_noise > 0
+        window = self.candidates.branching()
+        inside = inside_window(levels.timestep, window.low, window.high) and levels.next_noise > 0
         if inside and self._latents is not None:
             latents = self._search(pipeline, levels, latents, callback_kwargs)
         self._latents = latents

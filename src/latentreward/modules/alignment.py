@@ -113,6 +113,8 @@ class AlignmentModule(LightningModule):
                 f"{type(self).__name__}: set experience to the class of the rows that make_experience returns, a "
                 "dataclass derived from latentreward.contracts.SampledStates"
             )
+        if self.experience is not None and not rolls_out:
+            raise InputError(f"{type(self).__name__} has experience, but no make_experience, which returns such rows")
         # Before anything is loaded: a reward of another latent space would otherwise fail after minutes of loading.
         if reward is not None:
             reward.require_latents_of(policy)

@@ -15,7 +15,7 @@ from latentreward.policies import Policy
 from latentreward.rewards.base import Reward
 from latentreward.rollout.finished import score_states
 from latentreward.rollout.prompted import PromptedPolicy, RolloutDraws
-from latentreward.rollout.samplers import TIMESTEP_TOLERANCE, StepSampler
+from latentreward.rollout.samplers import StepSampler, inside_window
 from latentreward.rollout.settings import Sampling
 
 
@@ -45,13 +45,6 @@ class Branching:
         if not self.low <= self.high:
             raise InputError(f"low={self.low:g} lies above high={self.high:g}; exchange them")
 
-    def inside(self, timesteps: Any) -> Any:
-        """Tell which of ``timesteps``, a tensor or a number, lie in the window [low, high], up to rounding.
-
-        Shifted levels are rounded, for example to 500.00006 for σ = 0.5.
-        """
-        return (timesteps >= self.low - TIMESTEP_TOLERANCE) & (timesteps <= self.high + TIMESTEP_TOLERANCE)
-
     def steps(self, sampler: StepSampler) -> list[int]:
         """Return the indices of the steps with candidates: inside the window [low, high], and with noise.
 
@@ -59,7 +52,7 @@ class Branching:
             InputError: If there is no such step.
         """
         sampler.require_noise()
-        inside = self.inside(sampler.timesteps) & (sampler.noise_std > 0)
+        inside = inside_window(sampler.timesteps, self.low, self.high) & (sampler.noise_std > 0)
         if not inside.any():
             raise InputError(
                 f"no step with noise lies in the window low={self.low:g}, high={self.high:g}; the {len(sampler)} "

@@ -14,7 +14,7 @@ from latentreward.errors import InputError
 from latentreward.noise.base import per_sample
 from latentreward.policies import Policy
 from latentreward.rewards.base import Reward
-from latentreward.rollout.samplers import TIMESTEP_TOLERANCE, StepSampler, Transition
+from latentreward.rollout.samplers import StepSampler, Transition, inside_window
 from latentreward.rollout.settings import Sampling
 from latentreward.rollout.trajectories import sample_trajectories
 
@@ -81,14 +81,10 @@ class RewardGuidance:
         if not self.low <= self.high:
             raise InputError(f"low={self.low:g} lies above high={self.high:g}; exchange them")
 
-    def inside(self, timesteps: Tensor) -> Tensor:
-        """Tell which of ``timesteps`` lie in the window, up to rounding, bool of the same shape."""
-        return (timesteps >= self.low - TIMESTEP_TOLERANCE) & (timesteps <= self.high + TIMESTEP_TOLERANCE)
-
     def check(self, sampler: StepSampler) -> None:
         """Raise InputError if no step of the window has noise."""
         sampler.require_noise()
-        if not (self.inside(sampler.timesteps) & (sampler.noise_std > 0)).any():
+        if not (inside_window(sampler.timesteps, self.low, self.high) & (sampler.noise_std > 0)).any():
             raise InputError(
                 f"no step with noise lies in the window low={self.low:g}, high={self.high:g} of the guidance; widen it"
             )
@@ -149,7 +145,7 @@ class GuidedSampler(StepSampler):
     def transition(self, latents: Tensor, model_output: Tensor, timesteps: Tensor) -> Transition:
         """See :meth:`StepSampler.transition`; steps outside the window are those of the sampler."""
         plain = self.sampler.transition(latents, model_output, timesteps)
-        inside = self.guidance.inside(timesteps)
+        inside = inside_window(timesteps, self.guidance.low, self.guidance.high)
         if not inside.any():
             return plain
         rows = torch.arange(len(latents), device=latents.device)

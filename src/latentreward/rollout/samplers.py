@@ -76,6 +76,14 @@ class Transition(TensorRecord):
         return density.flatten(1 - self.mean.ndim).mean(dim=-1)
 
 
+def inside_window(timesteps: Any, low: float, high: float) -> Any:
+    """Tell which of ``timesteps``, a tensor or a number, lie in [low, high], up to rounding.
+
+    Shifted levels are rounded, for example to 500.00006 for σ = 0.5.
+    """
+    return (timesteps >= low - TIMESTEP_TOLERANCE) & (timesteps <= high + TIMESTEP_TOLERANCE)
+
+
 class StepSampler(ABC):
     """Sampler on a diffusers scheduler's timesteps, whose steps are Gaussian transitions with a log-probability.
 
