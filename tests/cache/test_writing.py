@@ -279,21 +279,21 @@ def test_another_vae_is_refused_unless_only_its_decoder_differs(
         return
     with pytest.raises(SystemExit):
         run_cache(cache, written[0], *settings)
-    assert "was begun with encoder.vae=" in capsys.readouterr().err
+    assert 'was begun with encoder.vae "' in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("setting", "field"),
     [
-        ("--encoder.source=sd35_tiny", "encoder.text.fingerprint="),  # its VAE is the same
-        ("--images.resize=stretch", "images.resize='center_crop'"),
-        ("--images.buckets=[[32,32]]", "images.buckets="),
-        ("--seed=1", "seed=0, but now it is 1"),
-        ("--dtype=float16", "dtype='float32', but now it is 'float16'"),
-        ("--encoder.batch_size=2", "encoder.batch_size=4, but now it is 2"),
-        ("--encoder.text=false", "encoder.text="),
-        ("--reader.min_confidence=0.5", "data.sample"),
-        ("--reader.exif=apply", "reader.exif='ignore', but now it is 'apply'"),
+        ("--encoder.source=sd35_tiny", 'encoder.text.fingerprint "'),  # its VAE is the same
+        ("--images.resize=stretch", 'images.resize "center_crop", now it is "stretch"'),
+        ("--images.buckets=[[32,32]]", "images.buckets [["),
+        ("--seed=1", "seed 0, now it is 1"),
+        ("--dtype=float16", 'dtype "float32", now it is "float16"'),
+        ("--encoder.batch_size=2", "encoder.batch_size 4, now it is 2"),
+        ("--encoder.text=false", 'encoder.text {"'),
+        ("--reader.min_confidence=0.5", 'data.sample "'),
+        ("--reader.exif=apply", 'reader.exif "ignore", now it is "apply"'),
     ],
 )
 def test_other_settings_are_refused(
@@ -349,7 +349,7 @@ def test_a_cache_goes_on_only_with_its_own_exif(tmp_path: Path, capsys: pytest.C
     with pytest.raises(SystemExit):
         own_cache(tmp_path / "cache", file)
     [line] = capsys.readouterr().err.strip().splitlines()
-    assert "was begun with reader.exif='ignore', but now it is 'apply'; set it back" in line
+    assert 'was begun with reader.exif "ignore", now it is "apply"; set it back' in line
     assert contents(tmp_path / "cache") == before
 
 

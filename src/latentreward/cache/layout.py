@@ -32,6 +32,7 @@ from latentreward.data.clips import FPS
 from latentreward.data.images import ExifOrientation
 from latentreward.errors import InputError
 from latentreward.storage import digests
+from latentreward.storage.json_files import read_config
 
 VERSION = 1
 
@@ -284,7 +285,7 @@ def read_plan(folder: Path) -> CachePlan:
     path = folder / PLAN
     if not path.is_file():
         raise InputError(f"{folder} is not a cache: it has no {PLAN}; run `latentreward cache` or check the path")
-    values = _read_json(path)
+    values = read_config(path, remedy="write the cache again")
     if values.get("version") != VERSION:
         raise InputError(
             f"{path} has version {values.get('version')!r}, but this program reads version {VERSION}; write the cache "
@@ -306,21 +307,12 @@ def read_manifest(path: Path) -> ShardManifest:
     Raises:
         InputError: If the file is missing or damaged.
     """
+    remedy = "run `latentreward cache` again with the same settings"
     if not path.is_file():
-        raise InputError(f"{path} is missing; run `latentreward cache` again with the same settings")
+        raise InputError(f"{path} is missing; {remedy}")
     try:
-        values = _read_json(path)
+        values = read_config(path, remedy=remedy)
         values["unreadable"] = {int(row): str(reason) for row, reason in values["unreadable"].items()}
         return ShardManifest(**values)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise InputError(f"{path} is damaged; run `latentreward cache` again with the same settings") from error
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise InputError(f"{path} is damaged ({error}); run `latentreward cache` again") from error
-    if not isinstance(values, dict):
-        raise InputError(f"{path} is damaged: it holds no JSON object; run `latentreward cache` again")
-    return values
+        raise InputError(f"{path} is damaged; {remedy}") from error

@@ -26,6 +26,7 @@ from latentreward.errors import InputError
 from latentreward.storage.digests import file_hash
 from latentreward.storage.durable import replacing, write_file
 from latentreward.storage.progress import Progress
+from latentreward.storage.run_folder import first_difference
 
 ROWS_PER_GROUP = 4096
 SAMPLED_ROWS = 16
@@ -251,37 +252,18 @@ def describe_data(reader: PairReader) -> dict[str, Any]:
     }
 
 
-def check_same(folder: Path, plan: CachePlan, spec: CacheSpec, data: dict[str, Any]) -> None:
+def check_same(folder: Path, plan: CachePlan, spec: CacheSpec, reader: PairReader) -> None:
     """Check that a cache is resumed with the settings and the data that it was begun with.
 
     Raises:
-        InputError: If a field differs; the message names the first such field.
+        InputError: If a setting or the data differ; the message names the first setting that does.
     """
-    old, new = plan.spec.record(), spec.record()
-    if difference := _first_difference({"spec": old, "data": plan.data}, {"spec": new, "data": data}):
-        name, before, now = difference
-        raise InputError(
-            f"{folder} was begun with {_setting(name)}={before!r}, but now it is {now!r}; set it back, or choose "
-            "another output"
-        )
-
-
-def _first_difference(old: Any, new: Any, name: str = "") -> tuple[str, Any, Any] | None:
-    if isinstance(old, dict) and isinstance(new, dict):
-        for key in [*old, *(key for key in new if key not in old)]:
-            if found := _first_difference(old.get(key), new.get(key), f"{name}.{key}".lstrip(".")):
-                return found
-        return None
-    return (name, old, new) if digest(old) != digest(new) else None
-
-
-def _setting(name: str) -> str:
-    """Return the name of the setting that a field of the plan comes from: ``images.size`` for ``spec.size``."""
-    kind, _, field = name.partition(".")
-    if kind != "spec":
-        return name
-    group = GROUPS.get(field.partition(".")[0])
-    return f"{group}.{field}" if group else field
+    begun, now = (
+        {f"{GROUPS[name]}.{name}" if name in GROUPS else name: value for name, value in one.record().items()}
+        for one in (plan.spec, spec)
+    )
+    if difference := first_difference({**begun, "data": plan.data}, {**now, "data": describe_data(reader)}):
+        raise InputError(f"{folder} was begun with {difference}; set it back, or choose another output")
 
 
 def _hash(*parts: Any) -> bytes:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from latentreward.cache.check import Shard, read_shards, shard_states, table_problems
 from latentreward.cache.layout import PLAN, SCHEMAS, CachePlan, CacheSpec, manifest_name, read_plan
-from latentreward.cache.plan import check_same, describe_data, write_plan
+from latentreward.cache.plan import check_same, write_plan
 from latentreward.cache.shard_writer import KEPT, remove_temporary
 from latentreward.cache.sizing import ImageSettings
 from latentreward.cache.space import check_space, need_of
@@ -58,7 +58,7 @@ def prepare_cache(
         remove_temporary(folder)
         if begun:
             plan = read_plan(folder)
-            check_same(folder, plan, spec, describe_data(reader))
+            check_same(folder, plan, spec, reader)
             if problems := table_problems(folder, plan):
                 logger.warning("%s: %s; planning again", folder, "; ".join(problems))
                 if write_plan(folder, spec, images, reader, num_workers).hash != plan.hash:

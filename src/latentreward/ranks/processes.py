@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Any
 from latentreward.errors import LIGHTNING_NO_GPU, NO_GPU, InputError, first_line
 
 if TYPE_CHECKING:
-    from lightning.fabric.strategies import Strategy as FabricStrategy
-    from lightning.pytorch.strategies import Strategy
+    from lightning.fabric.strategies import Strategy
 
 PARENT = "LATENTREWARD_PARENT"
 """Environment variable with the ID of the process that started the ranks, valid even after that process has ended."""
@@ -33,13 +32,7 @@ def trainer_errors() -> Iterator[None]:
         raise InputError(f"trainer: {NO_GPU if problem.startswith(LIGHTNING_NO_GPU) else problem}") from error
 
 
-def started_outside(strategy: "Strategy | FabricStrategy") -> bool:
-    """Tell whether something else than Lightning, such as torchrun or SLURM, has started all processes."""
-    environment = getattr(strategy, "cluster_environment", None)
-    return bool(getattr(environment, "creates_processes_externally", False))
-
-
-def is_child(strategy: "Strategy | FabricStrategy") -> bool:
+def is_child(strategy: "Strategy") -> bool:
     """Tell whether this process is a rank that Lightning started from the first process of the machine."""
     from lightning.fabric.plugins.environments import LightningEnvironment
 
@@ -48,7 +41,7 @@ def is_child(strategy: "Strategy | FabricStrategy") -> bool:
     return ranked and os.environ.get(PARENT, own) != own  # its own ID is that of a rank started by something else
 
 
-def bind_to_parent(strategy: "Strategy | FabricStrategy") -> None:
+def bind_to_parent(strategy: "Strategy") -> None:
     """Let this process end with its parent if it is a child; otherwise let processes started later know their parent.
 
     A child ignores Ctrl-C, which the parent gets too, and which ends the children.

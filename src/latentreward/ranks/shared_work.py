@@ -21,7 +21,7 @@ import torch
 from latentreward.devices import find_device
 from latentreward.errors import InputError, first_line, one_line
 from latentreward.interrupts import Terminated, take_started_ranks
-from latentreward.ranks.processes import bind_to_parent, forget_children, is_child, started_outside, trainer_errors
+from latentreward.ranks.processes import bind_to_parent, forget_children, is_child, trainer_errors
 from latentreward.ranks.settings import TrainerSettings
 from latentreward.storage.durable import discard
 from latentreward.storage.shards import ShardFolder, Stage, left_over
@@ -77,7 +77,7 @@ class SharedWork:
         self._settings: Mapping[str, Any] = {}
         self._shared: ShardFolder | None = None
         self._run_name: str | None = None
-        self._launched = False
+        self._launched = self._outside = False
         self._started: list[Popen[bytes]] = []
         self._threads = torch.get_num_threads()
         if trainer is None:
@@ -90,6 +90,8 @@ class SharedWork:
             )
         self._fabric = _fabric(trainer)
         self.first, self.size = self._fabric.global_rank == 0, self._fabric.world_size
+        # Whether something else than Lightning, such as torchrun or SLURM, has started all processes.
+        self._outside = self._fabric.strategy.cluster_environment.creates_processes_externally
 
     @cached_property
     def device(self) -> torch.device:
@@ -103,7 +105,7 @@ class SharedWork:
     def __enter__(self) -> Self:
         if self._fabric is not None:
             self._set_device()
-            if not self.first or (self.size > 1 and started_outside(self._fabric.strategy)):
+            if not self.first or (self.size > 1 and self._outside):
                 self._start()
         return self
 
@@ -203,7 +205,6 @@ class SharedWork:
     def _start(self) -> None:
         """Start the other processes if Lightning does so, and agree on the folder of the run."""
         assert self._fabric is not None
-        outside = started_outside(self._fabric.strategy)
         if not self._launched:
             bind_to_parent(self._fabric.strategy)
             with trainer_errors():
@@ -211,7 +212,7 @@ class SharedWork:
             self._launched = True
             self._set_device()  # Lightning has set the number of threads
             self._started = take_started_ranks(self._fabric.strategy)
-            if self.first and outside:
+            if self.first and self._outside:
                 return  # the input is to be checked first
         self._agree(uuid4().hex)
 
@@ -231,8 +232,11 @@ class SharedWork:
             self._shared = ShardFolder(self.folder / run, 0)
         try:
             self._run_name, self._settings = self._fabric.broadcast((run, self._settings))
-            seen = not self._run_name or self._join(self.folder / self._run_name)
+            with suppress(OSError):  # without an answer, the others would wait for hours
+                if self._run_name and not self.first and (self.folder / self._run_name).is_dir():
+                    self._shared = ShardFolder(self.folder / self._run_name, self._fabric.global_rank)
             # All join before one works: the first could end, and remove the folder, before another has looked for it.
+            seen = not self._run_name or self._shared is not None
             seen = self._fabric.strategy.reduce_boolean_decision(seen)
         except RuntimeError as error:
             raise InputError(f"another process ended before the work began ({first_line(error)})") from error
@@ -242,16 +246,6 @@ class SharedWork:
             raise InputError(
                 f"{self.folder}: not all processes can use it; put the output on a file system that all machines share"
             )
-
-    def _join(self, folder: Path) -> bool:
-        """Take part in the run with the given folder; return False if this process cannot use it."""
-        assert self._fabric is not None
-        if self.first:
-            return True
-        with suppress(OSError):  # without an answer, the others would wait for hours
-            if folder.is_dir():
-                self._shared = ShardFolder(folder, self._fabric.global_rank)
-        return self._shared is not None
 
     def _set_device(self) -> None:
         """Take the device, and on a CPU one thread: their number changes the last bits of results."""

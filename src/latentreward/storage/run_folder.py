@@ -55,11 +55,8 @@ class RunFolder:
         Raises:
             InputError: If the record is damaged, or a setting differs; the message names the first one.
         """
-        found, spec = read_config(self.record, remedy=self.remedy), json.loads(json.dumps(self.spec))
-        for name in {**spec, **found}:
-            if found.get(name) != spec.get(name):
-                difference = _difference(name, found.get(name), spec.get(name))
-                raise InputError(f"{self.option}: {self.output} was begun with {difference}; {self.remedy}")
+        if difference := first_difference(read_config(self.record, remedy=self.remedy), self.spec):
+            raise InputError(f"{self.option}: {self.output} was begun with {difference}; {self.remedy}")
 
     def claim(self, made: bool = True) -> None:
         """Write the record, after a comparison with the record of an earlier run.
@@ -78,6 +75,15 @@ class RunFolder:
     def write(self) -> None:
         """Write the record."""
         write_file(self.record, json.dumps(self.spec, indent=1), self.kept)
+
+
+def first_difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
+    """Describe the first setting that differs between two runs; None if none does."""
+    before, now = (json.loads(json.dumps(settings)) for settings in (before, now))
+    for name in {**now, **before}:
+        if before.get(name) != now.get(name):
+            return _difference(name, before.get(name), now.get(name))
+    return None
 
 
 def _difference(name: str, before: Any, now: Any) -> str:
