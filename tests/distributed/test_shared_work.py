@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from latentreward.errors import InputError
-from latentreward.storage.shards import Stage
+from latentreward.storage.shards import ShardList
 from tests.commands.test_score import write_pictures
 from tests.processes import Forked, rank_environments, run_command, start
 from tests.rewards.stored import write_run
@@ -71,13 +71,13 @@ def finished(process: Forked, folder: Path) -> dict[str, str]:
 
 def at_first_result(what: Callable[[], None], arguments: Sequence[str]) -> None:
     """``latentreward`` that does ``what`` when its first shard is done, and its result not yet written."""
-    finish = Stage.finish
+    finish = ShardList.finish
 
-    def instead(stage: Stage, number: int, result: Any) -> None:
+    def instead(todo: ShardList, number: int, result: Any) -> None:
         what()
-        finish(stage, number, result)
+        finish(todo, number, result)
 
-    Stage.finish = instead  # type: ignore[method-assign]
+    ShardList.finish = instead  # type: ignore[method-assign]
     run_command(arguments)
 
 

@@ -25,10 +25,10 @@ def test_one_process_does_shard_after_shard(tmp_path: Path) -> None:
 
 
 def test_what_is_left_over_is_kept_until_the_work_is_done(tmp_path: Path) -> None:
-    stage = tmp_path / "shards" / "killed" / "0"
-    stage.mkdir(parents=True)
-    (stage / "plan.json").write_text(json.dumps({"task": "double", "shards": [1, 2]}))
-    (stage / "000001.json").write_text("4")
+    todo = tmp_path / "shards" / "killed" / "0"
+    todo.mkdir(parents=True)
+    (todo / "plan.json").write_text(json.dumps({"task": "double", "shards": [1, 2]}))
+    (todo / "000001.json").write_text("4")
     with pytest.raises(RuntimeError), SharedWork(None, "cpu", tmp_path / "shards") as work:
         raise RuntimeError
     with SharedWork(None, "cpu", tmp_path / "shards") as work:

@@ -9,7 +9,7 @@ import pytest
 
 from latentreward.errors import InputError
 from latentreward.storage.locks import claimed
-from latentreward.storage.shards import ERROR, PLAN, ShardFolder, Stage, left_over
+from latentreward.storage.shards import ERROR, PLAN, ShardFolder, ShardList, left_over
 
 COME_OFTEN = """
 import sys
@@ -36,10 +36,10 @@ def test_two_processes_share_the_shards_and_both_see_all_results(first: ShardFol
     second = ShardFolder(first.folder, 1).next(nothing)
     assert second is not None and (second.task, second.shards) == ("draw", plan.shards)
     one, other, order = plan.take(0, nothing), second.take(2, nothing), []
-    for claims, stage in ((one, plan), (other, second)) * 2:
+    for claims, todo in ((one, plan), (other, second)) * 2:
         number = next(claims)
         order.append(number)
-        stage.finish(number, number * 0.1)
+        todo.finish(number, number * 0.1)
     assert order == [0, 2, 1, 3]
     assert list(one) == list(other) == []
     assert plan.results() == second.results() == [(["a"], 0.0), (["b"], 0.1), (["c"], 0.2), (["d"], 0.1 * 3)]
@@ -125,9 +125,9 @@ def test_locks_that_do_not_reach_a_machine_tell_it_nothing_of_the_first_process(
     first.leave()
     second = ShardFolder(first.folder, 1)
     assert not second.lacks_first()
-    plan, stage = first.plan("draw", [0]), second.next(nothing)
-    assert stage is not None
-    stage.finish(0, "drawn")
+    plan, todo = first.plan("draw", [0]), second.next(nothing)
+    assert todo is not None
+    todo.finish(0, "drawn")
     assert plan.results() == [(0, "drawn")]
 
 
@@ -143,15 +143,15 @@ def test_neighbours_on_a_machine_that_locks_do_not_reach_are_not_taken_for_the_f
 
 def test_the_first_error_is_the_one_that_is_told(first: ShardFolder) -> None:
     assert first.error() is None
-    first.note_error("the disk is full", told=False)
-    first.note_error("another", told=True)
+    first.note_error("the disk is full", printed=False)
+    first.note_error("another", printed=True)
     assert first.error() == ("the disk is full", False)
     assert json.loads((first.folder / ERROR).read_text())["message"] == "the disk is full"
 
 
 def test_a_plan_is_read_as_it_was_written(tmp_path: Path) -> None:
     folder = ShardFolder(tmp_path, 0)
-    stage = folder.plan("draw", [[0, 1, 'a "cat" \ud800']])
-    assert isinstance(stage, Stage) and (stage.folder / PLAN).exists()
+    todo = folder.plan("draw", [[0, 1, 'a "cat" \ud800']])
+    assert isinstance(todo, ShardList) and (todo.folder / PLAN).exists()
     found = ShardFolder(tmp_path, 1).next(nothing)
-    assert found is not None and found.shards == stage.shards
+    assert found is not None and found.shards == todo.shards

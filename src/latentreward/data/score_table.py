@@ -110,7 +110,8 @@ class ScoreTable:
             if f"{name}{GAP}" in self._table.column_names:
                 values[name] = _take(numbers(self._table, f"{name}{GAP}", self.path), rows)
             else:
-                values[name] = oriented_gap(*self._scores(name, rows, labels).T, labels)
+                first, second = self._scores(name, rows, labels).T
+                values[name] = oriented_gap(first, second, labels)
         return PairGaps(decided, values, problems)
 
     def sides(self, name: str, reader: PairReader | None = None) -> np.ndarray:

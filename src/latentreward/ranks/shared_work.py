@@ -24,7 +24,7 @@ from latentreward.interrupts import Terminated, take_started_ranks
 from latentreward.ranks.processes import bind_to_parent, forget_children, is_child, trainer_errors
 from latentreward.ranks.settings import TrainerSettings
 from latentreward.storage.durable import discard
-from latentreward.storage.shards import ShardFolder, Stage, left_over
+from latentreward.storage.shards import ShardFolder, ShardList, left_over
 
 if TYPE_CHECKING:
     from subprocess import Popen
@@ -91,7 +91,8 @@ class SharedWork:
         self._fabric = _fabric(trainer)
         self.first, self.size = self._fabric.global_rank == 0, self._fabric.world_size
         # Whether something else than Lightning, such as torchrun or SLURM, has started all processes.
-        self._outside = self._fabric.strategy.cluster_environment.creates_processes_externally
+        environment = self._fabric.strategy.cluster_environment  # type: ignore[attr-defined]  # as DDPStrategy has it
+        self._outside = environment.creates_processes_externally
 
     @cached_property
     def device(self) -> torch.device:
@@ -147,8 +148,8 @@ class SharedWork:
         """Do shards until the first process ends the work; for every other process."""
         if self._run_name is None:
             sys.exit(2)  # the first process prints the error
-        while self._shared is not None and (stage := self._shared.next(self._check)) is not None:
-            self._do_shards(stage, lambda shard: None)
+        while self._shared is not None and (todo := self._shared.next(self._check)) is not None:
+            self._do_shards(todo, lambda shard: None)
 
     def run(
         self,
@@ -177,27 +178,27 @@ class SharedWork:
         if self._shared is None:
             self._start()
         assert self._shared is not None
-        stage = self._shared.plan(task, shards)
+        todo = self._shared.plan(task, shards)
         try:
-            self._do_shards(stage, done)
+            self._do_shards(todo, done)
         finally:
-            keep(stage.results())
+            keep(todo.results())
 
     def left_over(self, name: str) -> list[tuple[Shard, Result]]:
         """List the shards of a task that a killed run finished, each with its result."""
         return left_over(self.folder, name)
 
-    def _do_shards(self, stage: Stage, done: Callable[[Shard], None]) -> None:
+    def _do_shards(self, todo: ShardList, done: Callable[[Shard], None]) -> None:
         """Do shards of a list until none is left, beginning at a place of this process's own."""
         rank = 0 if self._fabric is None else self._fabric.global_rank
         work = None
-        claims = stage.take(len(stage.shards) * rank // self.size, self._check)
+        claims = todo.take(len(todo.shards) * rank // self.size, self._check)
         try:
             for number in claims:
                 if work is None:
-                    work = self._tasks[stage.task](stage.shards)
-                stage.finish(number, work(stage.shards[number]))
-                done(stage.shards[number])
+                    work = self._tasks[todo.task](todo.shards)
+                todo.finish(number, work(todo.shards[number]))
+                done(todo.shards[number])
         except Exception as error:
             self._note(error)  # while the shard is still claimed: another process would do it, and go on
             raise
@@ -263,8 +264,8 @@ class SharedWork:
         """
         assert self._shared is not None
         if (noted := self._shared.error()) is not None:
-            message, told = noted
-            if self.first and not told:
+            message, printed = noted
+            if self.first and not printed:
                 raise InputError(message)
             sys.exit(2)
         if not self.first and self._shared.ended():
@@ -290,7 +291,7 @@ class SharedWork:
             if child and isinstance(error, Terminated):
                 os.kill(os.getppid(), signal.SIGTERM)  # which ends all
                 sys.exit(0)
-            self._shared.note_error("a process was stopped", told=True)
+            self._shared.note_error("a process was stopped", printed=True)
             return
         self._note(error)
         if child:
@@ -304,7 +305,7 @@ class SharedWork:
             return
         line = one_line(error) if isinstance(error, InputError | OSError) else f"{type(error).__name__}: {error}"
         child = not self.first and is_child(self._fabric.strategy)
-        self._shared.note_error(f"{line} (process {self._fabric.global_rank})", told=not child)
+        self._shared.note_error(f"{line} (process {self._fabric.global_rank})", printed=not child)
 
     def _end(self, error: BaseException | None) -> None:
         """Tell the others that the work is done, or that it has failed, and remove the folder if it is done."""

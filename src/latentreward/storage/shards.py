@@ -36,7 +36,7 @@ class ShardFolder:
     """
 
     def __init__(self, folder: Path, rank: int) -> None:
-        self.folder, self.rank, self._stages = folder, rank, 0
+        self.folder, self.rank, self._lists = folder, rank, 0
         self._present = ExitStack()
         if rank == 0:
             folder.mkdir(parents=True, exist_ok=True)
@@ -44,32 +44,32 @@ class ShardFolder:
         self._locks = has_locks(folder) and (rank == 0 or self._runs(0))
         self._present.enter_context(claimed(self._presence(rank)))
 
-    def plan(self, name: str, shards: Sequence[Any]) -> Stage:
-        """Write the plan of the next stage, on the first process.
+    def plan(self, name: str, shards: Sequence[Any]) -> ShardList:
+        """Write the plan of the next list of shards, on the first process.
 
         Args:
             name: Name of the task.
             shards: What JSON can hold, one value for each shard.
         """
-        stage = Stage(self.folder / str(self._stages), name, shards)
-        write_file(stage.folder / PLAN, json.dumps({"task": name, "shards": stage.shards}), KEPT)
-        self._stages += 1
-        return stage
+        todo = ShardList(self.folder / str(self._lists), name, shards)
+        write_file(todo.folder / PLAN, json.dumps({"task": name, "shards": todo.shards}), KEPT)
+        self._lists += 1
+        return todo
 
-    def next(self, check: Callable[[], None]) -> Stage | None:
-        """Wait for the plan of the next stage; None if the first process has ended the run.
+    def next(self, check: Callable[[], None]) -> ShardList | None:
+        """Wait for the plan of the next list of shards; None if the first process has ended the run.
 
         Args:
             check: Function that is called while waiting, and may raise.
         """
-        folder = self.folder / str(self._stages)
+        folder = self.folder / str(self._lists)
         while not (folder / PLAN).exists():
             if self.ended():
                 return None
             check()
             time.sleep(POLL_S)
-        self._stages += 1
-        return read_stage(folder)
+        self._lists += 1
+        return read_list(folder)
 
     def ended(self) -> bool:
         """Tell whether the first process has ended the run, or another run has taken its place."""
@@ -93,21 +93,21 @@ class ShardFolder:
         while self._locks and time.monotonic() < until and any(self._runs(rank) for rank in range(1, count)):
             time.sleep(POLL_S / 10)
 
-    def note_error(self, message: str, told: bool) -> None:
+    def note_error(self, message: str, printed: bool) -> None:
         """Leave a note of an error, which stops the other processes; an earlier note stays.
 
         Args:
             message: One line for the user.
-            told: Whether this process prints the line itself.
+            printed: Whether this process prints the line itself.
         """
         if self.folder.exists() and not (self.folder / ERROR).exists():
-            write_file(self.folder / ERROR, json.dumps({"message": message, "told": told}))
+            write_file(self.folder / ERROR, json.dumps({"message": message, "printed": printed}))
 
     def error(self) -> tuple[str, bool] | None:
         """Return the message of the noted error, and whether its process prints it; None without an error."""
         path = self.folder / ERROR
-        note = _read_object(path, message=str, told=bool) if path.exists() else None
-        return None if note is None else (note["message"], note["told"])
+        note = _read_object(path, message=str, printed=bool) if path.exists() else None
+        return None if note is None else (note["message"], note["printed"])
 
     def _presence(self, rank: int) -> Path:
         return self.folder / f"process{rank}.lock"
@@ -116,11 +116,11 @@ class ShardFolder:
         return is_held(self._presence(rank))
 
 
-class Stage:
+class ShardList:
     """One list of shards that are done by the same task.
 
     Args:
-        folder: Folder of the stage.
+        folder: Folder of the list's plan and results.
         task: Name of the task.
         shards: What JSON can hold, one value for each shard.
     """
@@ -142,7 +142,8 @@ class Stage:
         Raises:
             InputError: If a result is damaged.
         """
-        return [(self.shards[number], _read(path)) for number, path in self._finished() if number < len(self.shards)]
+        done = sorted(int(path.stem) for path in self.folder.glob("*.json") if path.stem.isdecimal())
+        return [(self.shards[number], _read(self._result(number))) for number in done if number < len(self.shards)]
 
     def take(self, first: int, check: Callable[[], None]) -> Iterator[int]:
         """Claim shards one by one until all are done; yield the number of each one claimed.
@@ -173,18 +174,15 @@ class Stage:
     def _result(self, number: int) -> Path:
         return self.folder / f"{number:06d}.json"
 
-    def _finished(self) -> list[tuple[int, Path]]:
-        return sorted((int(path.stem), path) for path in self.folder.glob("*.json") if path.stem.isdecimal())
 
-
-def read_stage(folder: Path) -> Stage:
-    """Read the plan of a stage.
+def read_list(folder: Path) -> ShardList:
+    """Read the plan of a list of shards.
 
     Raises:
         InputError: If the plan is damaged.
     """
     plan = _read_object(folder / PLAN, task=str, shards=list)
-    return Stage(folder, plan["task"], plan["shards"])
+    return ShardList(folder, plan["task"], plan["shards"])
 
 
 def left_over(folder: Path, task: str) -> list[tuple[Any, Any]]:
@@ -194,8 +192,8 @@ def left_over(folder: Path, task: str) -> list[tuple[Any, Any]]:
         folder: Folder with the folders of the runs.
         task: Name of the task.
     """
-    stages = (read_stage(plan.parent) for plan in sorted(folder.glob(f"*/*/{PLAN}")))
-    return [found for stage in stages if stage.task == task for found in stage.results()]
+    lists = (read_list(plan.parent) for plan in sorted(folder.glob(f"*/*/{PLAN}")))
+    return [found for todo in lists if todo.task == task for found in todo.results()]
 
 
 def _read(path: Path) -> Any:

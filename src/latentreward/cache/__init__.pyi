@@ -1,0 +1,3 @@
+from .datamodule import CachedPreferenceDataModule, CachedSplit
+
+__all__ = ["CachedPreferenceDataModule", "CachedSplit"]
