@@ -28,11 +28,12 @@ from typing import Any
 import measuring
 
 import latentreward
-from latentreward.steps.sources import code_digest, source_digest
 from latentreward.storage.digests import digest
 from latentreward.storage.durable import write_file
 
 FOLDER = Path(__file__).resolve().parent
+sys.path.insert(0, str(FOLDER.parent))
+from tools.source_digests import code_digest, source_digest  # noqa: E402
 
 
 @dataclass(frozen=True)

@@ -63,16 +63,18 @@ def check_at_least_one(place: str = "", /, **settings: float | None) -> None:
             raise InputError(f"{place}{name} is {value:g}; it must be at least 1")
 
 
-def check_amounts(place: str = "", /, **settings: float | None) -> None:
+def check_amounts(place: str = "", zero: bool = False, /, **settings: float | None) -> None:
     """Raise InputError for the first setting that is not a finite number above 0; None is accepted.
 
     Args:
         place: Prefix of the setting's name in the message, e.g. ``"server."``.
+        zero: Whether 0 is accepted.
         settings: Values by name.
     """
     for name, value in settings.items():
-        if value is not None and not 0 < value < math.inf:
-            raise InputError(f"{place}{name}={value:g} must be a finite number greater than 0")
+        if value is not None and not (0 < value < math.inf or (zero and value == 0)):
+            least = "from 0 on" if zero else "greater than 0"
+            raise InputError(f"{place}{name}={value:g} must be a finite number {least}")
 
 
 def check_multiples(field: str, sides: Iterable[int], multiple: int) -> None:

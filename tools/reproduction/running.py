@@ -7,11 +7,12 @@ from pathlib import Path
 
 from latentreward.errors import InputError
 from latentreward.steps.running import TaskRunner, run_tasks
-from latentreward.steps.sources import CLONE, commit, computed_with, grouped_modules, machine, source_digest
+from latentreward.steps.sources import CLONE, commit, computed_with, machine
 from latentreward.steps.tasks import Task
 from tools.reproduction.measuring import measure
 from tools.reproduction.results import Result, read_results, result_path, write_result
 from tools.reproduction.rows import Row
+from tools.source_digests import grouped_modules, source_digest
 
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 MEASURING = "tools.reproduction.measuring"
@@ -40,7 +41,7 @@ def measure_rows(
         InputError: At the end, if a process failed; what does not depend on it is done all the same.
     """
     path = os.pathsep.join([str(CLONE), *filter(None, [os.environ.get("PYTHONPATH")])])  # steps run modules of tools
-    runner = TaskRunner(work, resumes=False, environment={**ONE_THREAD, "PYTHONPATH": path})
+    runner = TaskRunner(work, source_digest, environment={**ONE_THREAD, "PYTHONPATH": path})
     needs = [(row, seed, row.tasks(seed, quick)) for row, seed in wanted]
     tasks = {key: task for *_, needed in needs for key, task in needed.items()}
     left = {key: task for key, task in tasks.items() if not runner.done(task)}

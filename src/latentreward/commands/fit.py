@@ -713,12 +713,13 @@ def run(command: str, arguments: Sequence[str]) -> None:
 
 
 def estimate_fit(arguments: Sequence[str]) -> "Estimate":
-    """Compute the memory and computation that ``latentreward fit`` with these arguments needs.
+    """Compute the memory and computation that ``latentreward fit`` with these arguments needs; no checkpoint is read.
 
     Raises:
         InputError: If a setting is wrong, or a model's configs are not found on this machine.
     """
-    found, _ = _run("fit", [*arguments, "--estimate"])
+    kept = [argument for argument in arguments if not argument.startswith("--ckpt_path")]
+    found, _ = _run("fit", [*kept, "--estimate"])
     assert found is not None
     return found
 

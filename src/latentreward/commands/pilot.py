@@ -151,9 +151,8 @@ def check_trainings(
     for task in left.values():
         if task.arguments[0] == "fit":
             print(f"estimating {task.name}", flush=True)
-            arguments = [one for one in task.command(folder)[1:] if not one.startswith("--ckpt_path")]
             with collected(lacking), errors_at(f"estimate of {task.name}: "):
-                needs[task.name] = training_needs(estimate_fit(arguments), pairs)
+                needs[task.name] = training_needs(estimate_fit(task.command(folder)[1:]), pairs)
     written = sum(one.disk for one in needs.values()) + (2 * pairs * found.image_bytes if CUT in left else 0)
     if needs:
         with collected(lacking):

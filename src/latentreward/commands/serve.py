@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from latentreward.contracts import PathText
 from latentreward.errors import InputError
-from latentreward.scoring import PublishedSettings
+from latentreward.scoring import ModelSource, PublishedSettings
 from latentreward.serving.settings import RewardToServe, ServiceSettings, check_name
 from latentreward.settings.functions import run_function
 from latentreward.storage.texts import checked_token, token_of_file
 
 if TYPE_CHECKING:
+    from latentreward.scoring import RewardModel
     from latentreward.serving.resources import Resources
     from latentreward.serving.served import ServedModel
 
@@ -120,18 +121,25 @@ def _rewards(
 
 def _load(one: RewardToServe, name: str, resources: Resources, trusted: bool) -> ServedModel:
     """Load a reward and prepare it for requests."""
+    from latentreward.serving.served import ServedModel
+
+    source = ModelSource(one.model, one.run_config, one.base, one.revision, trusted, one.published)
+    reward = load_reward(source, one.device, one.dtype, "serve")
+    return ServedModel(reward, resources, one.limits(resources.settings), name)
+
+
+def load_reward(source: ModelSource, device: str, dtype: str, command: str) -> RewardModel:
+    """Load a reward for a server or page; raise InputError if it scores no images."""
     import torch
 
     from latentreward.devices import find_device
-    from latentreward.scoring import ModelSource, RewardModel
-    from latentreward.serving.served import ServedModel
+    from latentreward.scoring import RewardModel
 
-    target = find_device(one.device)
-    print(f"loading {one.model} on {target}", flush=True)
-    source = ModelSource(one.model, one.run_config, one.base, one.revision, trusted, one.published)
-    reward = RewardModel.from_pretrained(source, device=target, dtype=getattr(torch, one.dtype))
-    reward.require_images("serve")
-    return ServedModel(reward, resources, one.limits(resources.settings), name)
+    target = find_device(device)
+    print(f"loading {source.path} on {target}", flush=True)
+    reward = RewardModel.from_pretrained(source, device=target, dtype=getattr(torch, dtype))
+    reward.require_images(command)
+    return reward
 
 
 def _token(file: Path | None) -> str | None:

@@ -222,8 +222,7 @@ def tell_needs(tasks: Mapping[str, Task], output: Path, pairs: int, card: Card) 
     needs = {}
     for name, task in tasks.items():
         if task.arguments[0] == "fit":
-            arguments = [one for one in task.command(output)[1:] if not one.startswith("--ckpt_path")]
-            found = estimate_fit(arguments)
+            found = estimate_fit(task.command(output)[1:])
             print(f"{name}\n{found.as_text()}\n", flush=True)
             needs[name] = training_needs(found, pairs)
     print(check_hours(needs, card))

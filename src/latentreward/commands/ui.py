@@ -5,6 +5,7 @@ from functools import partial
 from importlib.util import find_spec
 from typing import Any, Literal
 
+from latentreward.commands.serve import load_reward
 from latentreward.contracts import PathText
 from latentreward.errors import InputError
 from latentreward.scoring import ModelSource
@@ -35,22 +36,13 @@ def ui(
     if find_spec("gradio") is None:
         raise InputError("ui needs gradio, which is not installed; pip install 'latentreward[ui]'")
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
-    import torch
-
-    from latentreward.devices import find_device
-    from latentreward.scoring import RewardModel
     from latentreward.serving.addresses import bind
     from latentreward.serving.ui import launch
 
-    target = find_device(device)
     # gradio binds only after the model is loaded, so this checks early that the port is free.
     with bind("127.0.0.1", port) as bound:
         free_port = bound.getsockname()[1]
-    print(f"loading {model} on {target}", flush=True)
-    source = ModelSource(model, config=run_config, **loading)
-    reward = RewardModel.from_pretrained(source, device=target, dtype=getattr(torch, dtype))
-    reward.require_images("ui")
-    launch(reward, free_port)
+    launch(load_reward(ModelSource(model, config=run_config, **loading), device, dtype, "ui"), free_port)
 
 
 run = partial(run_function, ui, classes=False)

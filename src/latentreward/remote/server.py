@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import os
 import time
 from collections.abc import Mapping
@@ -90,8 +89,7 @@ class RemoteServer:
         if not known or not self.url.isprintable():
             raise InputError(f"server.url={self.url!r} is no HTTP address; give one such as http://127.0.0.1:8000")
         check_amounts("server.", timeout_s=self.timeout_s, wait_s=self.wait_s)
-        if not 0 <= self.retry_s < math.inf:
-            raise InputError(f"server.retry_s={self.retry_s:g} must be a finite number from 0 on")
+        check_amounts("server.", True, retry_s=self.retry_s)
         check_at_least_one("server.", parallel=self.parallel)
         object.__setattr__(self, "token", self._read_token())
 

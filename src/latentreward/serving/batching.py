@@ -157,7 +157,7 @@ class MicroBatcher:
                     await self._score_pass(rows)
                 except Exception as error:
                     for waiting in rows:
-                        _settle(waiting.future, error)
+                        _finish(waiting.future, error)
 
     async def _until_due(self) -> None:
         """Wait until a group is due."""
@@ -217,7 +217,7 @@ class MicroBatcher:
                 raise ValueError(f"{len(scores)} scores for {len(rows)} rows")
         except Exception as error:
             if len(rows) == 1:
-                _settle(rows[0].future, error)
+                _finish(rows[0].future, error)
             for waiting in rows:
                 if not waiting.future.done():
                     self._waiting[waiting.future] = replace(waiting, group=waiting.future)
@@ -228,13 +228,13 @@ class MicroBatcher:
             if len(known) > SHAPES_KEPT:
                 del known[next(iter(known))]
             for waiting, score in zip(rows, scores, strict=True):
-                _settle(waiting.future, score)
+                _finish(waiting.future, score)
         finally:
             self._served += self.busy_seconds / max(1, len(self._requests))
             self._busy_since = None
 
 
-def _settle(future: asyncio.Future[Scores], result: Scores | Exception) -> None:
+def _finish(future: asyncio.Future[Scores], result: Scores | Exception) -> None:
     if future.done():  # its request was cancelled
         return
     if isinstance(result, Exception):

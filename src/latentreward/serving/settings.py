@@ -1,6 +1,5 @@
 """Settings of a server; this module can be imported without the extra ``serve``."""
 
-import math
 import re
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -60,8 +59,7 @@ class ServiceSettings:
     def __post_init__(self) -> None:
         numbers = {name: value for name, value in vars(self).items() if type(value) in (int, float)}
         check_amounts(**{name: value for name, value in numbers.items() if name != "max_wait_ms"})
-        if not 0 <= self.max_wait_ms < math.inf:
-            raise InputError(f"max_wait_ms={self.max_wait_ms:g} must be a finite number from 0 on")
+        check_amounts("", True, max_wait_ms=self.max_wait_ms)
 
     @property
     def max_body(self) -> int:

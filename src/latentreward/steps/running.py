@@ -13,7 +13,6 @@ from uuid import uuid4
 
 from latentreward.errors import InputError
 from latentreward.steps import process
-from latentreward.steps.sources import source_digest
 from latentreward.steps.tasks import Task
 from latentreward.storage.durable import discard, write_file
 from latentreward.storage.json_files import read_config
@@ -32,7 +31,7 @@ class Done:
     Attributes:
         cpu_seconds: Processor time of its process.
         modules: Modules of this package that its process imported.
-        source: Digest of their source files at that time.
+        source: Digest of their source files at that time; empty if the runner takes none.
         inputs: Key of an input → its ``identity``.
         seconds: Time of its last process by the clock.
         gpu_bytes: Peak memory that PyTorch allocated on a GPU in its last process.
@@ -54,14 +53,14 @@ class TaskRunner:
 
     Args:
         folder: Folder of all outputs.
-        resumes: Whether a command that was stopped goes on in the output that it left, unless an input was made again
-            since; and an output stays finished when source files change. Otherwise, the output is discarded and the
-            command starts again.
+        source_digest: Digest of the source files of modules. An output is discarded when it differs, and a command that
+            was stopped starts again. With None, an output stays finished when source files change, and a command goes
+            on in the output that it left, unless an input was made again since.
         environment: Variables of the processes beyond those here.
     """
 
     folder: Path
-    resumes: bool = True
+    source_digest: Callable[[Iterable[str]], str] | None = None
     environment: Mapping[str, str] = field(default_factory=dict)
     _running: set[subprocess.Popen[bytes]] = field(default_factory=set)
     _lock: Lock = field(default_factory=Lock)
@@ -81,7 +80,7 @@ class TaskRunner:
             found = Done(**content)
         except TypeError as error:
             raise InputError(f"{folder / RECORD} is damaged ({error}); remove {folder} to run it again") from error
-        if not self.resumes and source_digest(found.modules) != found.source:
+        if self.source_digest is not None and self.source_digest(found.modules) != found.source:
             return None
         current = self._inputs(task)
         return found if current == found.inputs and None not in current.values() else None
@@ -89,7 +88,7 @@ class TaskRunner:
     def goes_on(self, task: Task) -> bool:
         """Tell whether :meth:`run` goes on in the output that an earlier process left; otherwise it starts anew."""
         folder = task.output(self.folder).parent
-        if not self.resumes or not folder.exists():
+        if self.source_digest is not None or not folder.exists():
             return False
         inputs = folder / INPUTS
         if not inputs.is_file():
@@ -128,7 +127,8 @@ class TaskRunner:
             last = log.read_text(errors="replace").strip().splitlines()[-1]
             raise InputError(f"{task.name} failed: {last} (all of it is in {log})")
         told = json.loads((folder / "process.json").read_text())
-        found = Done(**told, source=source_digest(told["modules"]), inputs=inputs, identity=uuid4().hex)
+        source = "" if self.source_digest is None else self.source_digest(told["modules"])
+        found = Done(**told, source=source, inputs=inputs, identity=uuid4().hex)
         write_file(folder / RECORD, json.dumps(vars(found)))
 
     def _call(self, command: Sequence[str], log: int) -> int:

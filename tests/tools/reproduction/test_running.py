@@ -19,6 +19,7 @@ from tools.reproduction.page import status_table
 from tools.reproduction.results import judge_claim, read_results, result_path, write_result
 from tools.reproduction.rows import Row, read_row
 from tools.reproduction.running import measure_rows, missing
+from tools.source_digests import source_digest
 
 ROOT = Path(__file__).resolve().parents[3]
 MODULE = "tests.steps.toy_step"
@@ -105,7 +106,7 @@ def test_stale_results_are_shown_and_measured_again_only_if_asked(folder: Path) 
 
 
 def test_a_step_whose_source_or_input_has_changed_runs_again(folder: Path) -> None:
-    runner, task = TaskRunner(folder / "work", resumes=False), read_row("toy", TOY).task("good", "toy_scores", 0)
+    runner, task = TaskRunner(folder / "work", source_digest), read_row("toy", TOY).task("good", "toy_scores", 0)
     assert runner.done(task) is not None
     record = task.inputs["toy_pairs"].output(folder / "work").parent / "record.json"
     content = json.loads(record.read_text())
@@ -121,7 +122,7 @@ def test_a_step_whose_source_or_input_has_changed_runs_again(folder: Path) -> No
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"source": 1}', "[" * 100_000], ids=["cut", "list", "other", "deep"])
 def test_a_damaged_record_is_refused_in_one_line(content: str, folder: Path) -> None:
-    runner, task = TaskRunner(folder / "work", resumes=False), read_row("toy", TOY).task("good", "toy_scores", 0)
+    runner, task = TaskRunner(folder / "work", source_digest), read_row("toy", TOY).task("good", "toy_scores", 0)
     (task.output(folder / "work").parent / "record.json").write_text(content)
     with pytest.raises(
         InputError, match=r"toy_scores-\w+/record\.json is damaged \(.*\); remove .*toy_scores-"
@@ -147,6 +148,7 @@ from pathlib import Path
 from latentreward.interrupts import sigterm_interrupts
 from tools.reproduction.rows import read_row
 from tools.reproduction.running import measure_rows, missing
+from tools.source_digests import source_digest
 from tests.tools.reproduction.test_running import TOY
 folder = Path(sys.argv[1])
 waiting = {**TOY["steps"], "toy_scores": {**TOY["steps"]["toy_scores"], "run": "wait {out} {toy_pairs} {seed}"}}

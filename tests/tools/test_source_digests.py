@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 import latentreward
-from latentreward.steps.sources import code_digest, grouped_modules, module_names, source_digest
+from tools.source_digests import code_digest, grouped_modules, module_names, source_digest
 
 CODE = '''
 """Module."""
