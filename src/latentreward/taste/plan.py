@@ -52,8 +52,10 @@ class Base:
 
 
 TINY_RATES: Mapping[Tuning, float] = {"frozen": 1e-3, "lora": 1e-3, "full": 5e-4}
-TINY_ALIGNMENT = ("--model.optimizer.lr=1e-3", "--trainer.max_steps=24")
-TINY_ALIGNMENT += ("--data.batch_size=64", "--data.prompts_per_rollout=32")
+TINY_ALIGNMENT = (
+    *("--model.optimizer.lr=1e-3", "--trainer.max_steps=24"),
+    *("--data.batch_size=64", "--data.prompts_per_rollout=32"),
+)
 TINY_BASES = {name: Base(name, 32, 1.0, True, TINY_RATES, TINY_ALIGNMENT) for name in SHIPPED}
 BASES = {
     "StableDiffusionPipeline": Base("sd15", 512, 5.0),
