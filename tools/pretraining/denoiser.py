@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from copy import deepcopy
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
 from latentreward.storage.progress import Progress
 
@@ -125,14 +127,23 @@ def train_averaged(
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.99), **adamw)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min((step + 1) / warmup, 1 - step / steps))
+    for step in updates(optimizer, schedule, losses, steps, name):
+        current = [parameter.detach() for parameter in model.parameters()]
+        torch._foreach_lerp_(list(averaged.parameters()), current, 1 - min(decay, (step + 1) / (step + 10)))
+    model.load_state_dict(averaged.state_dict())
+
+
+def updates(
+    optimizer: Optimizer, schedule: LRScheduler, losses: Iterable[Tensor], steps: int, name: str
+) -> Iterator[int]:
+    """Update weights once per loss, with gradients clipped at norm 1; yield the number of each update, from 1."""
+    (group,) = optimizer.param_groups
     progress = Progress(name, steps, "steps")
     for step, loss in zip(range(1, steps + 1), losses, strict=False):
         optimizer.zero_grad()
         loss.backward()
-        nn.utils.clip_grad_norm_(parameters, 1.0)
+        nn.utils.clip_grad_norm_(group["params"], 1.0)
         optimizer.step()
         schedule.step()
-        current = [parameter.detach() for parameter in model.parameters()]
-        torch._foreach_lerp_(list(averaged.parameters()), current, 1 - min(decay, (step + 1) / (step + 10)))
+        yield step
         progress.add(loss=loss.item())
-    model.load_state_dict(averaged.state_dict())

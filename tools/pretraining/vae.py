@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import islice
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from latentreward.storage.progress import Progress
 from latentreward.tinyworld.captions import draw_caption
 from latentreward.tinyworld.drawing import draw_scene
 from latentreward.tinyworld.rendering import render
+from tools.pretraining.denoiser import updates
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
@@ -72,49 +71,31 @@ def train_vae(seed: int, number: int, steps: int, decoder_steps: int) -> Autoenc
     rng = np.random.default_rng([seed, 0])
     pictures = draw_training_pictures(number, rng)[0]
     vae = build_vae().to(memory_format=torch.channels_last)
-    batches = _draw_batches(pictures, rng)
-    _fit(vae, list(vae.parameters()), batches, steps=steps, lr=3e-3, name="vae")
+    _fit([*vae.parameters()], _losses(vae, pictures, rng), steps, 3e-3, "vae")
     standardize_latents(vae, normalize_pictures(pictures[:4096]))
     vae.encoder.requires_grad_(False)
     vae.quant_conv.requires_grad_(False)
     weights = [*vae.post_quant_conv.parameters(), *vae.decoder.parameters()]
-    noise = 0.05 * LATENT_STD
-    _fit(vae, weights, batches, steps=decoder_steps, lr=2e-3, name="decoder", noise=noise)
+    _fit(weights, _losses(vae, pictures, rng, noise=0.05 * LATENT_STD), decoder_steps, 2e-3, "decoder")
     return vae.requires_grad_(True).eval().to(memory_format=torch.contiguous_format)
 
 
-def _draw_batches(pictures: Tensor, rng: np.random.Generator) -> Iterator[Tensor]:
-    """Yield random batches of 32 normalised pictures, endlessly."""
+def _losses(vae: AutoencoderKL, pictures: Tensor, rng: np.random.Generator, noise: float = 0.0) -> Iterator[Tensor]:
+    """Yield the loss of random batches of 32 pictures, endlessly, with noise of a standard deviation on the latents."""
     while True:
         batch = normalize_pictures(pictures[rng.integers(len(pictures), size=32)])
-        yield batch.contiguous(memory_format=torch.channels_last)
-
-
-def _fit(
-    vae: AutoencoderKL,
-    parameters: list[torch.nn.Parameter],
-    batches: Iterator[Tensor],
-    *,
-    steps: int,
-    lr: float,
-    name: str,
-    noise: float = 0.0,
-) -> None:
-    optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.99), weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.05)
-    progress = Progress(name, steps, "steps")
-    for batch in islice(batches, steps):
+        batch = batch.contiguous(memory_format=torch.channels_last)
         posterior = vae.encode(batch).latent_dist
         latents = posterior.sample()
-        decoded = vae.decode(latents + noise * torch.randn_like(latents)).sample
-        error = decoded - batch
-        loss = error.abs().mean() + 2 * error.square().mean() + KL_WEIGHT * posterior.kl().mean()
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        schedule.step()
-        progress.add(loss=loss.item(), mse=error.square().mean().item())
+        error = vae.decode(latents + noise * torch.randn_like(latents)).sample - batch
+        yield error.abs().mean() + 2 * error.square().mean() + KL_WEIGHT * posterior.kl().mean()
+
+
+def _fit(parameters: list[torch.nn.Parameter], losses: Iterator[Tensor], steps: int, lr: float, name: str) -> None:
+    optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.99), weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.05)
+    for _ in updates(optimizer, schedule, losses, steps, name):
+        pass
 
 
 @torch.no_grad()

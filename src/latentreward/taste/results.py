@@ -1,7 +1,7 @@
 """Result of a run: accuracy on held-out pairs with its interval, what it says, and the page that shows it."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -121,14 +121,6 @@ def measure(scores: Path, data: Path) -> Measured:
     return Measured(sorted(pairs, key=lambda pair: -pair.margin), picture_accuracy(credit, links), unscored)
 
 
-def record(measured: Measured, told: Mapping[str, Any]) -> str:
-    """Return the result as JSON."""
-    names = ("value", "low", "high", "independent_pairs")
-    accuracy = dict(zip(names, measured.accuracy, strict=True))
-    content = {**told, "held_out": len(measured.pairs), "unscored": measured.unscored, "accuracy": accuracy}
-    return json.dumps({**content, "learned": measured.learned}, indent=1, ensure_ascii=False) + "\n"
-
-
 HTML, JSON = "taste.html", "taste.json"
 SHOWN = 24
 """Most held-out pairs on the page, at evenly spaced ranks of their margins."""
@@ -140,7 +132,16 @@ def write_result(output: Path, plan: Plan, measured: Measured, how: str, judged:
     """Write ``taste.json`` and ``taste.html``; return the path of the page."""
     told = {"base": plan.base, "tuning": plan.tuning, "split": how}
     change = {} if judged is None else read_config(judged / "report.json")["comparisons"][0]["difference"]
-    write_file(output / JSON, record(measured, {**told, "change": change} if change else told))
+    names = ("value", "low", "high", "independent_pairs")
+    content = {
+        **told,
+        **({"change": change} if change else {}),
+        "held_out": len(measured.pairs),
+        "unscored": measured.unscored,
+        "accuracy": dict(zip(names, measured.accuracy, strict=True)),
+        "learned": measured.learned,
+    }
+    write_file(output / JSON, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
     write_page(
         output / HTML,
         "taste",

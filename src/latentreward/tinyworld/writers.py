@@ -103,17 +103,7 @@ def write_generated(root: Path | str, pairs: int = 1000, seed: int = 0, num_infe
     The two tiny pipelines sample the pictures for held-out captions. The judge labels the pairs without noise, and the
     utilities of a pair's pictures differ by more than 0.3. A picture is in up to three pairs.
 
-    Args:
-        root: Folder to write. If the folder already holds pairs of equal settings, nothing is written.
-        pairs: Number of pairs.
-        seed: Seed of all random numbers.
-        num_inference_steps: Number of sampling steps.
-
-    Returns:
-        ``root``.
-
-    Raises:
-        InputError: If ``root`` holds other files or pairs of other settings.
+    ``pairs`` is their number. For ``root``, the seed, and what is returned or raised, see :func:`write_pickapic`.
     """
     spec = {"layout": "pickapic_v1", "pairs_per_split": {"test": pairs}, "seed": seed, "steps": num_inference_steps}
     spec["generated_by"] = "shipped pipelines"
@@ -131,17 +121,8 @@ def write_hpdv3(root: Path | str, pairs_per_split: Mapping[str, int], seed: int 
     The layout has no ties: pairs with a tie are replaced by other pairs. A tenth of the training rows has neither votes
     nor confidence, like the Midjourney rows of the real data set. Test rows never have these keys.
 
-    Args:
-        root: Folder to write. If the folder already holds pairs of equal settings, nothing is written.
-        pairs_per_split: Number of pairs for ``train`` and ``test``.
-        seed: Seed of all random numbers.
-
-    Returns:
-        ``root``.
-
-    Raises:
-        InputError: If a split is unknown or has less than one pair, or ``root`` holds other files or pairs of other
-            settings.
+    The splits are ``train`` and ``test``. For the arguments, and what is returned or raised, see
+    :func:`write_pickapic`.
     """
     _check_splits(pairs_per_split, ("train", "test"))
 
