@@ -117,7 +117,7 @@ def put_in_place(partial: Path, target: Path, over: bool = True) -> None:
     A kill leaves either the old or the new target. Only where a folder takes the place of something and
     :func:`exchange` is not available, a kill may leave neither under its name, but both beside it.
     """
-    settle(partial, target)
+    sync_files(partial, target)
     if over:
         while not _swapped(partial, target):
             pass
@@ -134,7 +134,7 @@ def put_in_place(partial: Path, target: Path, over: bool = True) -> None:
             discard(path)
 
 
-def settle(path: Path, target: Path) -> None:
+def sync_files(path: Path, target: Path) -> None:
     """Set the umask's default mode on a file, or on all files in a folder, and sync them to disk.
 
     The mode is set because safetensors makes its files readable by their owner alone, whatever the umask is.

@@ -41,8 +41,8 @@ from latentreward.storage.durable import (
     contents,
     discard,
     put_in_place,
-    settle,
     sync,
+    sync_files,
     temporary_name,
     write_errors_named,
 )
@@ -227,7 +227,7 @@ def target_problem(folder: Path) -> str | None:
 
 def fill(folder: Path, partial: Path) -> None:
     """Replace the files in ``folder`` by those in ``partial``, ``config.json`` last."""
-    settle(partial, folder)
+    sync_files(partial, folder)
     (folder / CONFIG).unlink(missing_ok=True)
     for path in folder.iterdir():
         discard(path)
