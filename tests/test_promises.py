@@ -505,7 +505,7 @@ GATE = Kind(
 PENALTY = Kind(
     Penalty,
     {"penalty": torch.tensor(1.0)},
-    lambda rule: rule(ONES, ONES),
+    lambda rule: rule.penalty(ONES, ONES),
     [("penalty", bad) for bad in (ONES, torch.tensor(NAN), 1.0, None, torch.tensor(1))],
 )
 CHOICE = Kind(
@@ -727,7 +727,7 @@ DETACHED: list[tuple[Kind, str, Any, Callable[[Any], Any]]] = [
         lambda self, *r: StepDPOResult(*ONES, ONES[0]),
         lambda loss: loss(MARGIN.mean(), *[ONES[0]] * 3),
     ),
-    (PENALTY, "penalty", lambda self, p, r: p.detach().mean(), lambda rule: rule(MARGIN, ONES)),
+    (PENALTY, "penalty", lambda self, p, r: p.detach().mean(), lambda rule: rule.penalty(MARGIN, ONES)),
     (RATIO, "objective", lambda self, r, *_: (ONES, ONES, ONES > 0), lambda r: r.objective(MARGIN, ONES, 0.2, DRIFT)),
     (REWARD, "score", lambda self, *_: ONES, lambda reward: reward(replace(STATES, latents=LEAF), None)),
     (REWARD, "score_clean", returning(ONES), lambda reward: reward.score_clean(LEAF, STATES.rows, None)),

@@ -185,7 +185,7 @@ def test_rank_gate(case: Case) -> None:
     for number, share in enumerate(case.options["gardo_beta"]):
         prefix = f"gardo.gate{number}"
         rewards = torch.stack([data[f"{prefix}.reward_{name}"] for name in "mab"], dim=1)
-        opened, values = gate(rewards), gate.uncertainty(rewards)
+        opened, values = gate.opens(rewards[None])[0], gate.uncertainty(rewards)
         assert gate.share == pytest.approx(share)
         assert_within(values.float(), data[f"{prefix}.uncertainty"], f"{prefix}.uncertainty", ADVANTAGES)
         threshold = values[values >= 0].quantile(1 - gate.share)

@@ -125,27 +125,27 @@ def test_the_uncertain_are_those_whose_levels_disagree() -> None:
     agreed[1, 0, [2, 7]] = agreed[1, 0, [7, 2]]
     uncertainty = gate.uncertainty(agreed)
     assert sorted(uncertainty[0].topk(2).indices.tolist()) == [2, 7]
-    opened = gate(uncertainty)
+    opened = gate.opens(agreed.permute(1, 2, 0))
     assert opened.shape == (2, 8)
     assert opened[0, [2, 7]].all()
     assert opened.sum() <= 0.2 * 16
     constant = gate.uncertainty(torch.ones(3, 2, 8))
     assert not constant.any()
-    assert not gate(constant).any()
+    assert not gate.opens(torch.ones(2, 8, 3)).any()
 
 
 def test_the_rank_gate_opens_where_rewards_disagree_and_continues_from_a_checkpoint() -> None:
     main = torch.arange(40.0)
     others = torch.stack([main, main], dim=1)
     others[3], others[36] = 100.0, -100.0
-    rewards = torch.cat([main[:, None], others], dim=1)
+    rewards = torch.cat([main[:, None], others], dim=1)[None]
     released, reverse = RankGate(), RankGate(reversed=True)
-    assert released(rewards)[3]
-    assert reverse(rewards)[36]
-    assert not released(rewards)[36]
+    assert released.opens(rewards)[0, 3]
+    assert reverse.opens(rewards)[0, 36]
+    assert not released.opens(rewards)[0, 36]
     again = RankGate()
     again.restore(released.state())
-    assert torch.equal(again(rewards), released(rewards))
+    assert torch.equal(again.opens(rewards), released.opens(rewards))
     assert again.state() == released.state()
 
 

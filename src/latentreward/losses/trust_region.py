@@ -230,10 +230,6 @@ class Penalty(TrustRegion):
             reference: ``(N, C, ...)`` output of the reference; no gradient flows to it.
         """
 
-    def __call__(self, prediction: Tensor, reference: Tensor) -> Tensor:
-        """Call :meth:`penalty`."""
-        return self.penalty(prediction, reference)
-
 
 class NormGuard(Penalty):
     r"""Penalty on predictions whose norm exceeds that of the reference's.
@@ -352,7 +348,8 @@ class UncertaintyGate(KLGate):
 
     def opens(self, values: Tensor) -> Tensor:
         """See :meth:`KLGate.opens`."""
-        return self(self.uncertainty(values.permute(2, 0, 1).contiguous()))
+        found = self.uncertainty(values.permute(2, 0, 1).contiguous())
+        return found > found.flatten().quantile(1 - self.share)
 
     def uncertainty(self, rewards: Tensor) -> Tensor:
         """Compute the uncertainty ``(P, K)``, float64.
@@ -364,10 +361,6 @@ class UncertaintyGate(KLGate):
         std, mean = torch.std_mean(values, dim=2, correction=0, keepdim=True)
         scores = torch.where(std > 0, (values - mean) / std.where(std > 0, 1.0), 0.0)
         return scores.std(dim=0, correction=0)
-
-    def __call__(self, values: Tensor) -> Tensor:
-        """Return which uncertainties ``values`` (any shape) lie above the quantile, bool of the same shape."""
-        return values > values.flatten().quantile(1 - self.share)
 
 
 class RankGate(KLGate):
@@ -399,7 +392,17 @@ class RankGate(KLGate):
 
     def opens(self, values: Tensor) -> Tensor:
         """See :meth:`KLGate.opens`; adapts the share."""
-        return self(values.flatten(0, 1)).unflatten(0, values.shape[:2])
+        found = self.uncertainty(values.flatten(0, 1)).unflatten(0, values.shape[:2])
+        above = found[found >= 0]
+        if not len(above):
+            return torch.zeros_like(found, dtype=torch.bool)
+        mean = above.mean().item()
+        if self.seen and mean > max(self.seen):
+            self.share = min(self.share * 1.1, 0.2)
+        elif self.seen and mean < min(self.seen):
+            self.share = max(self.share * 0.9, 0.02)
+        self.seen = [*self.seen, mean][-20:]
+        return found > above.quantile(1 - self.share)
 
     def uncertainty(self, rewards: Tensor) -> Tensor:
         """Compute u ``(N,)`` of N samples from rewards ``(N, R)``, R ≥ 2, the first column that of the main reward."""
@@ -408,26 +411,6 @@ class RankGate(KLGate):
         ranks = above + ((values[None] == values[:, None]).sum(dim=1) - 1) / 2  # equal rewards share their mean rank
         difference = ranks[:, 0] - ranks[:, 1:].mean(dim=1)
         return -difference if self.reversed else difference
-
-    def __call__(self, values: Tensor) -> Tensor:
-        """Adapt the share, then return which of N samples get the KL term, bool ``(N,)``.
-
-        Args:
-            values: ``(N, R)`` rewards; see :meth:`uncertainty`.
-        """
-        found = self.uncertainty(values)
-        above = found[found >= 0]
-        if not len(above):
-            return torch.zeros_like(found, dtype=torch.bool)
-        self._adapt(above.mean().item())
-        return found > above.quantile(1 - self.share)
-
-    def _adapt(self, mean: float) -> None:
-        if self.seen and mean > max(self.seen):
-            self.share = min(self.share * 1.1, 0.2)
-        elif self.seen and mean < min(self.seen):
-            self.share = max(self.share * 0.9, 0.02)
-        self.seen = [*self.seen, mean][-20:]
 
     def state(self) -> dict[str, Any]:
         """See :meth:`KLGate.state`."""

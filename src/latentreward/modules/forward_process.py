@@ -199,7 +199,7 @@ class ForwardProcessModule(AlignmentModule):
         """Add the penalty of ``trust_region``, if there is one, to a loss, and log it."""
         if self.guard is None or reference is None:
             return loss
-        penalty = self.guard(velocity, reference)
+        penalty = self.guard.penalty(velocity, reference)
         self.log("train/penalty", penalty.detach(), batch_size=len(velocity))
         return loss + penalty
 

@@ -139,7 +139,7 @@ class GRPOModule(AlignmentModule):
             self.log("train/kl", result.kl, batch_size=len(batch), sync_dist=True)
         loss = result.loss
         if penalty is not None and reference is not None:
-            values["penalty"] = added = penalty(prediction, reference)
+            values["penalty"] = added = penalty.penalty(prediction, reference)
             loss = loss + added
         self.log("train/loss", loss, prog_bar=True, batch_size=len(batch))
         self.log_dict({f"train/{name}": value.detach() for name, value in values.items()}, batch_size=len(batch))
