@@ -221,7 +221,7 @@ class ShardEncoding:
     encoders: Encoders
     num_workers: int
     work: SharedWork
-    progress: Callable[[int], object] = int
+    progress: Callable[[int], object] = lambda number: None
 
     def task(self, numbers: Sequence[int]) -> Callable[[int], int]:
         """Return the function that writes the shard of a number, and returns how many frames of clips are not used."""

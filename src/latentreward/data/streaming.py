@@ -162,10 +162,9 @@ class PairStream(RowReader):
                     rows = rows.shuffle(seed=seed, buffer_size=self.shuffle_buffer)
                 yield from islice(self._guarded(rows), first, None, step)
 
-    def find_images(self, row: dict[str, Any]) -> tuple[ImageRef, ImageRef]:
+    def find_images(self, row: dict[str, Any]) -> list[ImageRef]:
         """Return the images of a row that was read."""
-        first, second = row["images"]
-        return first, second
+        return row["images"]
 
     def _check_first(self, first: Mapping[str, Any]) -> None:
         """Raise InputError if the first row holds no bytes in its columns of images."""

@@ -109,17 +109,15 @@ class DatasetPairReader(RowReader):
             warn_row_groups(self._rows, images, f"{name} {split}")
         self.report(f"{name} {split}")
 
-    def find_images(self, row: dict[str, Any]) -> tuple[ImageRef, ImageRef]:
+    def find_images(self, row: dict[str, Any]) -> list[ImageRef]:
         """Return the images of a row with their bytes, or references to their files."""
         texts = row["image_a"], row["image_b"]
         if self._embedded:
             values = self._rows.read(row["row"])
-            first, second = (self._rows.image(value, key) for value, key in zip(values, texts, strict=True))
-        elif self._root is not None:
-            first, second = (file_image(self._root, path) for path in texts)
-        else:
-            first, second = (ImageRef(path or "", path=Path(path) if path else None) for path in texts)
-        return first, second
+            return [self._rows.image(value, key) for value, key in zip(values, texts, strict=True)]
+        if self._root is not None:
+            return [file_image(self._root, path) for path in texts]
+        return [ImageRef(path or "", path=Path(path) if path else None) for path in texts]
 
     def _check_path(self, name: str, field: str, path: Any) -> None:
         if self._root is not None:

@@ -112,16 +112,15 @@ class DiffusionRMReader(RowReader):
         row["model_a"], row["model_b"] = row.get("model1"), row.get("model2")
         return row | _parse_details(row.get("detailed_results"))
 
-    def find_images(self, row: dict[str, Any]) -> tuple[ImageRef, ImageRef]:
+    def find_images(self, row: dict[str, Any]) -> list[ImageRef]:
         """Return references to both latents of a row, named ``FILE:ROW:COLUMN``.
 
         The name is not a hash: an image may occur twice with other latents, sampled again or in another size.
         """
         if row["part"] is None:
-            return ImageRef("", holds="latents"), ImageRef("", holds="latents")
+            return [ImageRef("", holds="latents")] * 2
         place = f"{self._names[row['part']]}:{row['row']}"
-        first, second = (ImageRef(f"{place}:{column}", row[column], holds="latents") for column in LATENTS)
-        return first, second
+        return [ImageRef(f"{place}:{column}", row[column], holds="latents") for column in LATENTS]
 
     def _read(self, pair_id: str, place: tuple[int, int] | None, tables: dict[str, _Part]) -> dict[str, Any] | None:
         """Return the row at a place, by column of ``INDEX``; one without a place is a placeholder or, by skip, None."""

@@ -88,10 +88,9 @@ class FolderPairReader(RowReader):
             logger.warning("%s: %s", printable(str(self._folder)), "; ".join(self._unread))
         self.report(str(self._folder))
 
-    def find_images(self, row: dict[str, Any]) -> tuple[ImageRef, ImageRef]:
+    def find_images(self, row: dict[str, Any]) -> list[ImageRef]:
         """Return references to the files of a name, the chosen one first."""
-        first, second = (file_image(self._folder, os.fsdecode(row[side])) for side in SIDES)
-        return first, second
+        return [file_image(self._folder, os.fsdecode(row[side])) for side in SIDES]
 
     def _read_captions_file(self) -> dict[str, str]:
         captions: dict[str, str] = {}

@@ -82,7 +82,6 @@ class GenAIBenchReader(RowReader):
             f"{source_name(source)} {split}", f"split: {split!r} of {source_name(source)} has no rows; check the files"
         )
 
-    def find_images(self, row: dict[str, Any]) -> tuple[ImageRef, ImageRef]:
+    def find_images(self, row: dict[str, Any]) -> list[ImageRef]:
         """Return the left and the right image of a row with their bytes."""
-        left, right = self._rows.read(row["row"])
-        return self._rows.image(left), self._rows.image(right)
+        return [self._rows.image(value) for value in self._rows.read(row["row"])]

@@ -82,11 +82,10 @@ class GenAIBenchCMUReader(RowReader):
             f"split: {split!r} of {source_name(source)} has no pairs left; check the files",
         )
 
-    def find_images(self, row: dict[str, Any]) -> tuple[ImageRef, ImageRef]:
+    def find_images(self, row: dict[str, Any]) -> list[ImageRef]:
         """Return references to two images with their bytes from the parquet file."""
-        models = [row["model_a"], row["model_b"]]
-        first, second = map(self._table.image, self._table.read(row["row"], models))
-        return first, second
+        values = self._table.read(row["row"], [row["model_a"], row["model_b"]])
+        return [self._table.image(value) for value in values]
 
     def _open(self, source: Source, split: str, revision: str | None) -> SplitTable:
         if isinstance(source, str) and (older := Path(source, OLDER_FILE)).is_file():

@@ -116,10 +116,9 @@ class ImageRewardDBReader(RowReader):
         self.table = pair_images(self._parse(rows))
         self.report(f"{source} {split}", f"split: {split!r} of {source} has no pairs left; check the files and parts")
 
-    def find_images(self, row: dict[str, Any]) -> tuple[ImageRef, ImageRef]:
+    def find_images(self, row: dict[str, Any]) -> list[ImageRef]:
         """Return references to two images, with their bytes from a zip file or their paths in an unpacked folder."""
-        first, second = (self._find(row[name]) for name in ("image_a", "image_b"))
-        return first, second
+        return [self._find(row[name]) for name in ("image_a", "image_b")]
 
     def _find(self, name: str | None) -> ImageRef:
         if name is None:

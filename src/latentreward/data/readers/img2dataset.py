@@ -109,10 +109,9 @@ class Img2DatasetReader(RowReader):
         self._places = np.stack(places, axis=1)
         self.report(root, f"root: no two images of {root} share a {group}; set group to a column that they share")
 
-    def find_images(self, row: dict[str, Any]) -> tuple[ImageRef, ImageRef]:
+    def find_images(self, row: dict[str, Any]) -> list[ImageRef]:
         """Return references to two images: with their bytes from a tar or parquet file, or with their paths."""
-        first, second = (self._find(row[f"number_{side}"], row[f"image_{side}"]) for side in "ab")
-        return first, second
+        return [self._find(row[f"number_{side}"], row[f"image_{side}"]) for side in "ab"]
 
     def _find(self, number: int, name: str | None) -> ImageRef:
         shard, *place = self._places[number].tolist()

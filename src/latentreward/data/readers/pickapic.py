@@ -124,10 +124,10 @@ class PickAPicReader(RowReader):
             f"split: {split!r} of {source_name(source)} has no rows left; check the files and drop_identical",
         )
 
-    def find_images(self, row: dict[str, Any]) -> tuple[ImageRef, ImageRef]:
+    def find_images(self, row: dict[str, Any]) -> list[ImageRef]:
         """Return both images of a row with their bytes, or their names alone."""
         values = self._rows.read(row["row"]) if self.holds == "images" else (None, None)
-        return self._rows.image(values[0], row["uid_0"]), self._rows.image(values[1], row["uid_1"])
+        return [self._rows.image(value, row[name]) for value, name in zip(values, ("uid_0", "uid_1"), strict=True)]
 
     def _judge_labels(
         self, columns: dict[str, pa.Array], names: pa.Array, refused: np.ndarray

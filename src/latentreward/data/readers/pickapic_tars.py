@@ -84,11 +84,11 @@ class PickAPicTarReader(RowReader):
             f"{root} {split}", f"root: no samples with {', '.join(MEMBERS)} in the tars of {root}; check the folder"
         )
 
-    def find_images(self, row: dict[str, Any]) -> tuple[ImageRef, ImageRef]:
+    def find_images(self, row: dict[str, Any]) -> list[ImageRef]:
         """Return references to the images of a sample, with their bytes."""
         with self._tars[row["tar"]].open("rb", buffering=0) as tar:
-            first, second = (read_extent(tar, row[name]) for name in IMAGES)
-        return ImageRef(content_key(first), first), ImageRef(content_key(second), second)
+            contents = [read_extent(tar, row[name]) for name in IMAGES]
+        return [ImageRef(content_key(data), data) for data in contents]
 
     def _read_rows(self, tars: list[tuple[str, Path]], drop_identical: bool) -> Iterator[dict[str, Any]]:
         """Yield the rows of all tars, by column of ``INDEX``."""

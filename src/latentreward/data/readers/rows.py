@@ -54,13 +54,12 @@ class RowReader(PairReader):
         super().__init__(**options)
         self.source, self.split, self.randomise_sides, self.seed = source, split, randomise_sides, seed
 
-    def find_images(self, row: dict[str, Any]) -> tuple[ImageRef, ImageRef]:
+    def find_images(self, row: dict[str, Any]) -> list[ImageRef]:
         """Return references to the two images of a row, in the order of the file; ``row`` is column → value.
 
         By default they are files inside :attr:`folder`, with their paths in ``image_a`` and ``image_b``.
         """
-        first, second = (file_image(self.folder, row[name], self.prefix) for name in ("image_a", "image_b"))
-        return first, second
+        return [file_image(self.folder, row[name], self.prefix) for name in ("image_a", "image_b")]
 
     def read_row(self, index: int) -> dict[str, Any]:
         """Return the values of row ``index`` by column."""
