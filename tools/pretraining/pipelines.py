@@ -22,7 +22,7 @@ from diffusers import AutoencoderKL
 from latentreward.tinyworld.captions import held_out_captions
 from latentreward.tinyworld.networks import build_sd, build_sd35, save_pipeline
 from latentreward.tinyworld.oracle import mean_verdict
-from latentreward.tinyworld.sampling import load_pipeline, sample_pictures
+from latentreward.tinyworld.sampling import PIPELINE_FOLDERS, load_pipeline, sample_pictures
 from latentreward.tinyworld.tokenizer import tokenize
 from tools.pretraining.denoiser import train_denoiser
 from tools.pretraining.recipes import TrainingRecipe, readme
@@ -74,8 +74,16 @@ def main(args: Sequence[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=Recipe.seed)
     parser.add_argument("--scale", type=float, default=1.0, help="factor on steps, pictures, prompts (quick trials)")
     parser.add_argument("--only", choices=PIPELINES, help="train this denoiser on the latents in DIR/pretraining")
+    parser.add_argument("--same-vae", choices=PIPELINES, help="train only this denoiser, with the shipped autoencoder")
     options = parser.parse_args(args)
     recipe = Recipe(seed=options.seed).scaled(options.scale)
+    if options.same_vae:
+        torch.set_num_threads(1)
+        vae = AutoencoderKL.from_pretrained(PIPELINE_FOLDERS["sd_tiny"] / "vae")
+        prepare_latents(recipe, options.output / "pretraining", vae)
+        pretrain_denoiser(options.same_vae, recipe, options.output)
+        shutil.rmtree(options.output / "pretraining")
+        return
     if options.only:
         torch.set_num_threads(1)
         pretrain_denoiser(options.only, recipe, options.output)
@@ -91,10 +99,11 @@ def main(args: Sequence[str] | None = None) -> None:
     shutil.rmtree(options.output / "pretraining")
 
 
-def prepare_latents(recipe: Recipe, folder: Path) -> None:
-    """Train the autoencoder, encode the denoisers' training pictures, and save both in ``folder``."""
+def prepare_latents(recipe: Recipe, folder: Path, vae: AutoencoderKL | None = None) -> None:
+    """Train the autoencoder if none is given, encode the denoisers' training pictures, and save both in ``folder``."""
     folder.mkdir(parents=True, exist_ok=True)
-    vae = train_vae(recipe.seed, recipe.vae_pictures, recipe.vae_steps, recipe.decoder_steps)
+    if vae is None:
+        vae = train_vae(recipe.seed, recipe.vae_pictures, recipe.vae_steps, recipe.decoder_steps)
     vae.save_pretrained(folder / "vae")
     for phase, number, clean_share, stream in (
         ("main", recipe.pictures, 0.6, 1),
