@@ -20,11 +20,11 @@ import torch
 from diffusers import AutoencoderKL
 
 from latentreward.tinyworld.captions import held_out_captions
-from latentreward.tinyworld.networks import build_sd, build_sd35, save_pipeline
 from latentreward.tinyworld.oracle import mean_verdict
 from latentreward.tinyworld.sampling import PIPELINE_FOLDERS, load_pipeline, sample_pictures
 from latentreward.tinyworld.tokenizer import tokenize
 from tools.pretraining.denoiser import train_denoiser
+from tools.pretraining.networks import build_sd, build_sd35, save_pipeline
 from tools.pretraining.recipes import TrainingRecipe, readme
 from tools.pretraining.vae import draw_training_pictures, encode_pictures, train_vae
 

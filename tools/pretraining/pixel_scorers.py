@@ -25,11 +25,11 @@ from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 
 from latentreward.scorers.step_aware_clip import STEP_FILE, StepAwareCLIP
 from latentreward.storage.progress import Progress
-from latentreward.tinyworld.networks import text_config
 from latentreward.tinyworld.pairs import Pair, draw_pairs, generate_pairs
 from latentreward.tinyworld.sampling import PIPELINE_FOLDERS, load_pipeline
 from latentreward.tinyworld.tokenizer import build_tokenizer, tokenize
 from tools.pretraining.denoiser import train_averaged
+from tools.pretraining.networks import text_config
 from tools.pretraining.recipes import TrainingRecipe, readme
 from tools.pretraining.vae import draw_training_pictures, normalize_pictures
 

@@ -11,9 +11,10 @@ from typing import Any, Literal
 import numpy as np
 
 from latentreward.errors import InputError, first_line
-from latentreward.metrics.bootstrap import Interval, crossed_interval, student_interval
+from latentreward.metrics.bootstrap import Interval
 from latentreward.storage.durable import write_file
 from latentreward.storage.json_files import read_config
+from tools.reproduction.intervals import crossed_interval, student_interval
 from tools.reproduction.measuring import Values
 from tools.reproduction.rows import Claim, Row, Side
 from tools.source_digests import module_names, source_digest

@@ -148,7 +148,6 @@ from pathlib import Path
 from latentreward.interrupts import sigterm_interrupts
 from tools.reproduction.rows import read_row
 from tools.reproduction.running import measure_rows, missing
-from tools.source_digests import source_digest
 from tests.tools.reproduction.test_running import TOY
 folder = Path(sys.argv[1])
 waiting = {**TOY["steps"], "toy_scores": {**TOY["steps"]["toy_scores"], "run": "wait {out} {toy_pairs} {seed}"}}

@@ -8,7 +8,7 @@ import pytest
 from mpmath import betainc
 
 from latentreward.errors import InputError
-from latentreward.metrics.bootstrap import STUDENT, crossed_interval, student_interval
+from tools.reproduction.intervals import STUDENT, crossed_interval, student_interval
 from tools.reproduction.measuring import Values
 from tools.reproduction.results import judge
 
