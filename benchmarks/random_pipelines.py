@@ -130,8 +130,8 @@ def pipeline_folder(size: str) -> str:
 class RandomPipeline(PipelineSource):
     """Pipeline whose parts are built from their configs with random weights."""
 
-    def _load(self, family: type[Any], part: str, pretrained: bool = True, mapped: bool = False) -> Any:
-        return super()._load(family, part, pretrained=False)
+    def load(self, kind: type[Any], part: str, pretrained: bool = True, mapped: bool = True) -> Any:
+        return super().load(kind, part, pretrained=False)
 
 
 class RandomPolicy(PolicySource):

@@ -247,7 +247,7 @@ TABLE_WITHOUT_SCORES = (
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("scores.txt", b"", "ends in .csv or .parquet"),
+        ("scores.txt", b"", "ends in .csv, .jsonl or .parquet"),
         ("scores.parquet", b"PAR1 not", "not a whole parquet file"),
         ("scores.csv", b"", "not a whole csv file"),
         ("scores.csv", b"pair_id,score\nx,1\n", TABLE_WITHOUT_SCORES),

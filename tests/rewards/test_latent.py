@@ -206,7 +206,7 @@ def test_a_pipeline_in_place_of_a_reward_is_told_as_such(name: str, tmp_path: Pa
 def test_bad_input_is_named_before_any_weight_is_loaded(tmp_path: Path) -> None:
     write_run(tmp_path / "run", "lrm", "sd15")
     checkpoint, config = tmp_path / "run" / "reward.ckpt", tmp_path / "run" / "config.yaml"
-    with pytest.raises(InputError, match="batch_size=0 must be at least 1"):
+    with pytest.raises(InputError, match="batch_size is 0; it must be at least 1"):
         LatentReward(str(checkpoint), batch_size=0)
     with pytest.raises(InputError, match=r"reward model '.*none\.ckpt' does not exist"):
         LatentReward(str(tmp_path / "none.ckpt")).latent_space()

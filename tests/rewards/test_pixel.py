@@ -101,7 +101,7 @@ def test_finished_latents_are_scored_as_such(policy: Policy, network: StepAwareC
 
 def test_refusals(policy: Policy) -> None:
     scorer = CallableScorer(redness, "redness")
-    with pytest.raises(InputError, match="decode_batch_size=0 must be at least 1"):
+    with pytest.raises(InputError, match="decode_batch_size is 0; it must be at least 1"):
         PixelReward(scorer, decode_batch_size=0)
     reward = pixel_reward(scorer, policy)
     with pytest.raises(InputError, match="needs the policy's prediction of the finished latents, and got none"):

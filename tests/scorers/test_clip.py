@@ -122,7 +122,7 @@ def test_identities_differ_where_scores_do(clip_folder: str, aesthetic_file: str
         (lambda folder, path: CLIPScorer(folder, name="a b"), "name of a scorer is 'a b'"),
         (lambda folder, path: AestheticScorer(path / "absent.pth", folder), "weights: no file"),
         (lambda folder, path: AestheticScorer(path / "code.pth", folder), "could run code"),
-        (lambda folder, path: AestheticScorer(path / "list.pth", folder), "holds no named tensors"),
+        (lambda folder, path: AestheticScorer(path / "list.pth", folder), "not named tensors"),
         (lambda folder, path: AestheticScorer(path / "two.pth", folder), "no chain of linear layers with one output"),
         (lambda folder, path: AestheticScorer(path / "gap.pth", folder), "does not follow the layer before it"),
     ],

@@ -189,6 +189,6 @@ def test_weights_that_are_not_there_or_do_not_fit_are_refused(clip_folder: str, 
         with pytest.raises(InputError, match=message):
             StepAwareScorer(clip_folder, weights=str(path), device="cpu").load()
     torch.save(nn.Linear(1, 1), path)
-    with pytest.raises(InputError, match=r"x\.bin is damaged, or holds more than tensors"):
+    with pytest.raises(InputError, match=r"x\.bin: it is damaged, or holds more than tensors"):
         StepAwareScorer(clip_folder, weights=str(path), device="cpu").load()
     assert not (Path(clip_folder) / STEP_FILE).exists()

@@ -180,7 +180,7 @@ def test_a_table_of_scores(tmp_path: Path) -> None:
     (tmp_path / "base.csv").write_text("file,hpsv3\n1_1.png,4\n0_0.png,1\n0_1.png,2\n1_0.png,3\n")
     scorer = ScoreFile(str(tmp_path / "{policy}.csv"), "hpsv3")
     assert (scorer.name, scorer.score_pictures(items, "base", tmp_path).tolist()) == ("hpsv3", [1, 2, 3, 4])
-    assert "tuned.csv; write it with hpsv3's own program" in refusal(scorer, items, tmp_path, "tuned")
+    assert "hpsv3: no table of scores" in refusal(scorer, items, tmp_path, "tuned")
     rows = [{"place": place, "image": image, "s": place - image} for place in (1, 0) for image in (0, 1)]
     (tmp_path / "places.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     by_place = ScoreFile(str(tmp_path / "places.jsonl"), "s")
@@ -191,7 +191,7 @@ def test_a_table_of_scores(tmp_path: Path) -> None:
         "file,hpsv3\n0_0.png,bad\n": "holds 'bad' for '0_0.png'; it must be a number",
         "file,hpsv3\n0_0.png,inf\n": "it must be a finite number",
         "file,hpsv3\n0_0.png,1\n": "has no row for '0_1.png'",
-        "": "is no table",
+        "": "not a whole csv file",
     }.items():
         (tmp_path / "base.csv").write_text(content)
         assert message in refusal(scorer, items, tmp_path, "base")

@@ -45,7 +45,7 @@ DAMAGES: tuple[Callable[[bytes], bytes], ...] = (truncated, zeroed, flipped)
 
 
 def load_model(folder: Path) -> None:
-    PretrainedReward(folder, base=pipeline_folder("sd35" if "dina" in folder.name else "sd15")).load()
+    PretrainedReward(folder, pipeline_folder("sd35" if "dina" in folder.name else "sd15")).load(RewardModel)
 
 
 def prepare(folder: Path) -> None:

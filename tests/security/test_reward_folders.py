@@ -329,7 +329,7 @@ def load(path: Path) -> None:
 
 def as_reward(path: Path) -> None:
     LatentReward(str(path)).latent_space()
-    LatentReward(str(path)).stored.load()
+    LatentReward(str(path)).stored.load(RewardModel)
 
 
 def as_scorer(path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
+from copy import copy
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Self
 
@@ -76,8 +77,8 @@ class DiffusionBackbone(nn.Module, Part):
 
     Attributes:
         source: Folder or hub id of the weights, with the revision, as the user gave it; for messages.
-        network_name: Name of the attribute that holds the diffusers network; set where :meth:`with_network` is
-            implemented.
+        network_name: Name of the attribute that holds the diffusers network; empty if :meth:`with_network` is not
+            possible.
         takes_aspects: Whether the network was trained on images of several aspect ratios.
         max_side: Largest side of the latents for which the network has position embeddings; None for any.
         max_prompt: Largest number of tokens of a prompt for which the network has them; None for any.
@@ -200,15 +201,23 @@ class DiffusionBackbone(nn.Module, Part):
         The base class does nothing.
         """
 
-    def with_network(self, network: nn.Module, text_encoder: PromptEncoder | None) -> DiffusionBackbone | None:
-        """Return a backbone without a VAE that reads the taps of this one from ``network``; None if not possible.
+    def with_network(self, network: nn.Module, text_encoder: PromptEncoder | None) -> Self | None:
+        """Return a copy without a VAE that reads the taps of this backbone from ``network``; None if not possible.
+
+        A class whose attributes refer to the network besides :attr:`network_name` needs a method of its own.
 
         Args:
             network: Whole diffusers network with the config of this backbone's network. Other code uses it too, so that
-                no block is dropped.
+                no block is dropped; blocks after the last tap are not run.
             text_encoder: Prompt encoder of the new backbone.
         """
-        return None
+        if not self.network_name or type(network) is not type(getattr(self, self.network_name)):
+            return None
+        backbone = copy(self)
+        backbone._modules = {**self._modules}  # which copy shares
+        setattr(backbone, self.network_name, network)
+        backbone.text_encoder, backbone.vae, backbone.built_by = text_encoder, None, None
+        return backbone
 
     @abstractmethod
     def blocks(self) -> Iterator[nn.Module]:

@@ -165,20 +165,22 @@ class PipelineSource:
                 f"(it has {', '.join(parts)}); choose a backbone that fits it"
             )
 
-    def _load(self, family: type[Any], part: str, pretrained: bool = True, mapped: bool = False) -> Any:
+    def load(self, kind: type[Any], part: str, pretrained: bool = True, mapped: bool = True) -> Any:
+        """Load ``part`` as the class ``kind``.
+
+        Args:
+            kind: Class of diffusers or transformers.
+            part: Name of the part.
+            pretrained: False gives initial weights.
+            mapped: Whether to leave the weights in the files' type, unread, for
+                :func:`~latentreward.backbones.weights.settle`; otherwise they are float32.
+        """
         self._require(part)
         place: dict[str, Any] = {"subfolder": part, "revision": self.revision}
         if not pretrained:
-            return from_config(family, self.configs, torch.float32, **place)
+            return from_config(kind, self.configs, torch.float32, **place)
         place |= {"variant": self.variant, "checkpoint": self.checkpoint}
-        return (map_model if mapped else load_weights)(family, self.configs, **place)
-
-    def load(self, kind: type[Any], part: str, pretrained: bool = True) -> Any:
-        """Load ``part`` as the class ``kind``; without ``pretrained`` with initial weights.
-
-        The weights are left in the files' type, unread, for :func:`~latentreward.backbones.weights.settle`.
-        """
-        return self._load(kind, part, pretrained, mapped=True)
+        return (map_model if mapped else load_weights)(kind, self.configs, **place)
 
     def tensors(self, part: str, names: Sequence[str]) -> list[Tensor]:
         """Read single weights of ``part``.
@@ -196,22 +198,16 @@ class PipelineSource:
         return [tensor for tensor in found if tensor is not None]
 
     def unet(self, pretrained: bool = True, mapped: bool = False) -> UNet2DConditionModel:
-        """Load the U-Net.
-
-        Args:
-            pretrained: False gives initial weights.
-            mapped: Whether to leave the weights in the files' type, unread, for
-                :func:`~latentreward.backbones.weights.settle`; otherwise they are float32.
-        """
+        """Load the U-Net; for the arguments see :meth:`load`."""
         from diffusers import UNet2DConditionModel
 
-        return self._load(UNet2DConditionModel, "unet", pretrained, mapped)
+        return self.load(UNet2DConditionModel, "unet", pretrained, mapped)
 
     def transformer(self, pretrained: bool = True, mapped: bool = False) -> SD3Transformer2DModel:
-        """Load the SD3 transformer; for the arguments see :meth:`unet`."""
+        """Load the SD3 transformer; for the arguments see :meth:`load`."""
         from diffusers import SD3Transformer2DModel
 
-        return self._load(SD3Transformer2DModel, "transformer", pretrained, mapped)
+        return self.load(SD3Transformer2DModel, "transformer", pretrained, mapped)
 
     def noise_process(self) -> NoiseProcess:
         """Return the forward noise process that the pipeline's scheduler config describes, if it fits the network."""
@@ -234,7 +230,7 @@ class PipelineSource:
 
         from latentreward.encoders.vae import LatentEncoder
 
-        vae = self._load(AutoencoderKL, "vae", mapped=True)
+        vae = self.load(AutoencoderKL, "vae")
         settle(vae, getattr(torch, dtype))
         return LatentEncoder(vae)
 
@@ -277,23 +273,23 @@ class PipelineSource:
         return tokenizer
 
     def clip_prompts(self, pretrained: bool = True, mapped: bool = False) -> CLIPPromptEncoder:
-        """Load the prompt encoder of SD1.5 or SD2.1; for the arguments see :meth:`unet`."""
+        """Load the prompt encoder of SD1.5 or SD2.1; for the arguments see :meth:`load`."""
         from transformers import CLIPTextModel
 
         from latentreward.encoders.clip import CLIPPromptEncoder
 
-        text_encoder = self._load(CLIPTextModel, "text_encoder", pretrained, mapped)
+        text_encoder = self.load(CLIPTextModel, "text_encoder", pretrained, mapped)
         return CLIPPromptEncoder(text_encoder, self.tokenizer("tokenizer"))
 
     def sdxl_prompts(self, pretrained: bool = True, mapped: bool = False) -> SDXLPromptEncoder:
-        """Load the prompt encoder of SDXL; for the arguments see :meth:`unet`."""
+        """Load the prompt encoder of SDXL; for the arguments see :meth:`load`."""
         from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
         from latentreward.encoders.clip import SDXLPromptEncoder
 
         return SDXLPromptEncoder(
-            self._load(CLIPTextModel, "text_encoder", pretrained, mapped),
-            self._load(CLIPTextModelWithProjection, "text_encoder_2", pretrained, mapped),
+            self.load(CLIPTextModel, "text_encoder", pretrained, mapped),
+            self.load(CLIPTextModelWithProjection, "text_encoder_2", pretrained, mapped),
             self.tokenizer("tokenizer"),
             self.tokenizer("tokenizer_2"),
         )
@@ -307,7 +303,7 @@ class PipelineSource:
             token_dim: Width of the token embeddings that the transformer takes.
             t5_length: Number of T5 tokens per prompt; without T5 the number of zero tokens in their place.
             load_t5: Whether to load T5 if the pipeline has it.
-            mapped: See :meth:`unet`.
+            mapped: See :meth:`load`.
         """
         from transformers import CLIPTextModelWithProjection, T5EncoderModel
 
@@ -315,9 +311,9 @@ class PipelineSource:
 
         with_t5 = load_t5 and self.has("text_encoder_3")
         return SD3PromptEncoder(
-            self._load(CLIPTextModelWithProjection, "text_encoder", mapped=mapped),
-            self._load(CLIPTextModelWithProjection, "text_encoder_2", mapped=mapped),
-            self._load(T5EncoderModel, "text_encoder_3", mapped=mapped) if with_t5 else None,
+            self.load(CLIPTextModelWithProjection, "text_encoder", mapped=mapped),
+            self.load(CLIPTextModelWithProjection, "text_encoder_2", mapped=mapped),
+            self.load(T5EncoderModel, "text_encoder_3", mapped=mapped) if with_t5 else None,
             self.tokenizer("tokenizer"),
             self.tokenizer("tokenizer_2"),
             self.tokenizer("tokenizer_3") if with_t5 else None,

@@ -18,8 +18,6 @@ from latentreward.noise import NoiseProcess
 if TYPE_CHECKING:
     from diffusers import SD3Transformer2DModel
 
-    from latentreward.encoders.prompts import PromptEncoder
-
 
 _TEXT_OUTPUT = ("attn.add_q_proj", "attn.norm_added_q", "attn.to_add_out", "ff_context")
 _VISUAL_OUTPUT = ("attn.to_q", "attn.norm_q", "attn.to_out", "attn2", "ff")
@@ -42,8 +40,6 @@ class SD3DiTBackbone(TransformerBackbone):
         text_taps: Numbers of the blocks whose text tokens are read, ascending; may be empty.
         pooled_text: Pooled text vector in the features: ``clip`` is the pooled CLIP text, ``t5`` the mean of T5's
             tokens including padding.
-        cut: Whether to remove blocks from ``transformer``. Set False for a network that other code uses too; blocks
-            after the last tap are not run then.
         options: ``text_encoder``, ``vae`` and ``output_map``, see :class:`DiffusionBackbone`.
 
     Raises:
@@ -68,7 +64,6 @@ class SD3DiTBackbone(TransformerBackbone):
         visual_taps: Sequence[int] = (4, 8, 12),
         text_taps: Sequence[int] = (4, 8, 12),
         pooled_text: Literal["clip", "t5"] = "clip",
-        cut: bool = True,
         **options: Any,
     ) -> None:
         super().__init__(noise_process, latent_space, **options)
@@ -86,16 +81,7 @@ class SD3DiTBackbone(TransformerBackbone):
         self.pooled_text = pooled_text
         self.transformer = transformer
         self.max_side = transformer.config.pos_embed_max_size * transformer.config.patch_size
-        if cut:
-            transformer.transformer_blocks = transformer.transformer_blocks[:num_layers]
-
-    def with_network(self, network: nn.Module, text_encoder: PromptEncoder | None) -> SD3DiTBackbone | None:
-        """See :meth:`DiffusionBackbone.with_network`."""
-        if type(network) is not type(self.transformer):
-            return None
-        process, taps = (self.noise_process, self.latent_space), (None, self.visual_taps, self.text_taps)
-        options = {"cut": False, "output_map": self.output_map}
-        return SD3DiTBackbone(network, *process, *taps, self.pooled_text, **options, text_encoder=text_encoder)
+        transformer.transformer_blocks = transformer.transformer_blocks[:num_layers]
 
     def unread_names(self) -> list[str]:
         """See :meth:`TransformerBackbone.unread_names`.

@@ -17,8 +17,6 @@ from latentreward.noise import NoiseProcess
 if TYPE_CHECKING:
     from diffusers import UNet2DConditionModel
 
-    from latentreward.encoders.prompts import PromptEncoder
-
 
 class SDUNetBackbone(DiffusionBackbone):
     """Down path and mid block of a Stable Diffusion U-Net; the up path is dropped unless the output map is read.
@@ -33,8 +31,6 @@ class SDUNetBackbone(DiffusionBackbone):
         latent_space: See :class:`DiffusionBackbone`.
         visual_taps: Numbers of the blocks to read, ascending; None reads every down block and the mid block.
         text_taps: ``(0,)`` or empty.
-        cut: Whether to remove blocks from ``unet``. Set False for a network that other code uses too; blocks after the
-            last tap are not run then.
         options: ``text_encoder``, ``vae`` and ``output_map``, see :class:`DiffusionBackbone`.
 
     Raises:
@@ -50,7 +46,6 @@ class SDUNetBackbone(DiffusionBackbone):
         latent_space: LatentSpace,
         visual_taps: Sequence[int] | None = None,
         text_taps: Sequence[int] = (0,),
-        cut: bool = True,
         **options: Any,
     ) -> None:
         super().__init__(noise_process, latent_space, **options)
@@ -59,15 +54,7 @@ class SDUNetBackbone(DiffusionBackbone):
         taps = range(1, self._mid + 1) if visual_taps is None else visual_taps
         self.visual_taps = check_taps("visual_taps", taps, self._mid, least=1)
         self.text_taps = check_taps("text_taps", text_taps, 0)
-        self.unet = cut_unet(unet, self.visual_taps[-1]) if cut and not self.output_map else unet
-
-    def with_network(self, network: nn.Module, text_encoder: PromptEncoder | None) -> SDUNetBackbone | None:
-        """See :meth:`DiffusionBackbone.with_network`."""
-        if type(network) is not type(self.unet):
-            return None
-        process, taps = (self.noise_process, self.latent_space), (self.visual_taps, self.text_taps)
-        options = {"cut": False, "output_map": self.output_map}
-        return SDUNetBackbone(network, *process, *taps, **options, text_encoder=text_encoder)
+        self.unet = unet if self.output_map else cut_unet(unet, self.visual_taps[-1])
 
     @property
     def feature_spec(self) -> FeatureSpec:

@@ -156,7 +156,7 @@ def publish(
     if replaced:
         print(replaced)
     size = sum(path.stat().st_size for path in output.rglob("*") if path.is_file())
-    print(f"{output}: {size / 1e6:.1f} MB, loads again to {probe.told}; {calibration_text(calibration)}")
+    print(f"{output}: {size / 1e6:.1f} MB, loads again to {probe.summary}; {calibration_text(calibration)}")
     if push_to_hub is not None:
         again = f"latentreward publish {output} {output} --push_to_hub {push_to_hub}"
         written = f"the folder {output} is written: later run {again}"

@@ -8,6 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv as pa_csv
+import pyarrow.json as pa_json
 import pyarrow.parquet as pq
 
 from latentreward.data.readers import PairReader, count_text
@@ -44,7 +45,7 @@ class PairGaps:
 
 
 class ScoreTable:
-    """A CSV or parquet file with scores and one row per pair, such as ``latentreward score-pairs`` writes.
+    """A file (CSV, JSON lines, parquet) with scores and one row per pair, such as ``latentreward score-pairs`` writes.
 
     For each scorer NAME the file has a column ``NAME_gap`` (winner minus loser; for ties the absolute difference), or
     two columns: ``NAME_a`` and ``NAME_b`` with the scores of the *reader's* images a and b, which it may exchange,
@@ -58,7 +59,7 @@ class ScoreTable:
     columns ``different_flag, aesthetic_gap, clipscore_gap, vqascore_gap``.
 
     Args:
-        path: File that ends in ``.csv`` or ``.parquet``.
+        path: File that ends in ``.csv``, ``.jsonl`` or ``.parquet``.
 
     Raises:
         InputError: If the file is missing or not a table, has no score columns, or has two rows with one ``pair_id``.
@@ -202,19 +203,21 @@ def oriented_gap(first: np.ndarray, second: np.ndarray, labels: np.ndarray) -> n
 
 
 def read_table(path: Path) -> pa.Table:
-    """Read a CSV or parquet file; a column ``pair_id`` is read as text.
+    """Read a CSV file, JSON lines or a parquet file; a column ``pair_id`` is read as text.
 
     Raises:
-        InputError: If the file does not exist, does not end in ``.csv`` or ``.parquet``, is damaged, or has two columns
-            of one name.
+        InputError: If the file does not exist, does not end in ``.csv``, ``.jsonl`` or ``.parquet``, is damaged, or has
+            two columns of one name.
     """
-    if path.suffix not in (".csv", ".parquet"):
-        raise InputError(f"{path}: a table of scores ends in .csv or .parquet")
+    if path.suffix not in (".csv", ".jsonl", ".parquet"):
+        raise InputError(f"{path}: a table of scores ends in .csv, .jsonl or .parquet")
     if not path.is_file():
         raise InputError(f"no table of scores {path}; give the path of the file")
     try:
         if path.suffix == ".parquet":
             table = pq.read_table(path, page_checksum_verification=True)
+        elif path.suffix == ".jsonl":
+            table = pa_json.read_json(path)
         else:
             text = pa_csv.ConvertOptions(column_types={PAIR_ID: pa.string()})
             lines = pa_csv.ParseOptions(newlines_in_values=True)

@@ -10,7 +10,7 @@ import torch
 from jsonargparse import Namespace
 from torch import Tensor
 
-from latentreward.contracts import FeatureSpec
+from latentreward.backbones import DiffusionBackbone
 from latentreward.errors import InputError, errors_at
 from latentreward.estimate.sources import ConfigSources
 from latentreward.heads import RewardHead
@@ -18,44 +18,48 @@ from latentreward.policies import Policy, PolicySource
 from latentreward.rewards import HTTPReward, LatentReward
 from latentreward.rewards.http import RemoteLatentReward, RemoteReward
 from latentreward.rewards.latent import LatentScorer
-from latentreward.scoring.layouts.base import SharingReward
+from latentreward.scoring.layouts.base import Network, StoredReward
 from latentreward.scoring.layouts.find import checkpoint_of
 from latentreward.scoring.layouts.model_folder import PretrainedReward, is_model_folder
-from latentreward.scoring.layouts.recipe import ModelPart, build_head
-from latentreward.scoring.layouts.run import TrainedReward, settings_beside
-from latentreward.scoring.network import RewardNetwork
+from latentreward.scoring.layouts.recipe import ModelRecipe, build_head
+from latentreward.scoring.layouts.run import TrainedReward
 from latentreward.settings.rewriting import shipped_configs
 from latentreward.storage.hub import cached_files
 
+OWN = "its own settings"
+"""Origin of the settings of a stored reward, in words."""
 
-class Unread(SharingReward):
-    """Base class of stored rewards that are built on the meta device from settings; their weights are never read."""
 
-    def _part(self) -> ModelPart:
-        """Return class and settings of the head."""
-        raise NotImplementedError
+class Unread(StoredReward):
+    """Stored reward that is built on the meta device from its settings; its weights are never read.
 
-    def _new_head(self, spec: FeatureSpec) -> RewardHead:
+    Args:
+        stored: Reward in a model folder or a run.
+    """
+
+    recipe: ModelRecipe
+
+    def __init__(self, stored: PretrainedReward | TrainedReward) -> None:
+        self.stored, self.recipe = stored, stored.recipe
+
+    def backbone(self) -> DiffusionBackbone:
+        """See :meth:`StoredReward.backbone`."""
+        return self.stored.backbone()
+
+    def head(self, backbone: DiffusionBackbone) -> RewardHead:
+        """See :meth:`StoredReward.head`."""
         with torch.device("meta"):
-            return build_head(self._part(), spec).requires_grad_(False).eval()
+            return build_head(self.recipe.head, backbone.feature_spec)
 
-    @property
-    def image_sizes(self) -> None:
-        """Return None: no checkpoint is read."""
-
-    def load(self) -> RewardNetwork:
+    def load(self, kind: type[Network]) -> Network:
         """See :meth:`StoredReward.load`."""
         with torch.device("meta"):
-            backbone = self._backbone()
-        return RewardNetwork(backbone, self._new_head(backbone.feature_spec)).requires_grad_(False).eval()
+            backbone = self.backbone()
+        return kind(backbone, self.head(backbone)).requires_grad_(False).eval()
 
-    def head(self) -> RewardHead:
-        """See :meth:`StoredReward.head`."""
-        return self._new_head(self.on_meta_device.feature_spec)
-
-    def adapter(self) -> dict[str, Tensor]:
+    def adapter(self, backbone: DiffusionBackbone) -> dict[str, Tensor]:
         """See :meth:`StoredReward.adapter`."""
-        network = self.on_meta_device.get_submodule(self.on_meta_device.network_name)
+        network = backbone.get_submodule(backbone.network_name)
         return {name: weight for name, weight in network.named_parameters() if ".lora_" in name}
 
     def same_base(self, part: str, weights: Any, source: str) -> bool:
@@ -64,41 +68,6 @@ class Unread(SharingReward):
         :meth:`StoredReward.same_base` compares values of the weights; here only the two names are compared.
         """
         return source == self.on_meta_device.source
-
-
-class UnreadRun(Unread, TrainedReward):
-    """Reward built from the settings of a training run, or from a shipped model file."""
-
-    @property
-    def parts(self) -> tuple[ModelPart, ...]:
-        """Classes and settings of backbone and head."""
-        return (*self._parts.values(),)
-
-    def _part(self) -> ModelPart:
-        return self._parts["head"]
-
-
-class UsualReward(UnreadRun):
-    """Reward of a shipped model file, in the place of one that is not stored.
-
-    The head's text projection is not initialised from another model: only its shape counts, which is the same.
-
-    Args:
-        config: Shipped model file.
-        base: Pipeline to build it on; None takes the one that the file names.
-    """
-
-    def __init__(self, config: Path, base: str | None) -> None:
-        super().__init__(Path(), config, base=base, trusted=True)
-        arguments = self._parts["head"].init_args
-        arguments |= dict.fromkeys({"text_projection_source"} & arguments.keys())
-
-
-class UnreadFolder(Unread, PretrainedReward):
-    """Reward built from the settings in a model folder (``publish``)."""
-
-    def _part(self) -> ModelPart:
-        return self.config.recipe.head
 
 
 class UnreadReward(LatentReward):
@@ -114,10 +83,11 @@ class UnreadReward(LatentReward):
 
     def __init__(self, path: str, usual: str, usual_base: str | None, kept: str, **options: Any) -> None:
         super().__init__(path, **options)
+        sources = ConfigSources(Path(kept))
         settings = Namespace(path=path, usual=usual, usual_base=usual_base, **options)
-        self._stored = find_settings(settings, ConfigSources(Path(kept)))
+        self.__dict__["stored"] = find_settings(settings, sources)
         self._place = ""
-        if isinstance(self._stored, UsualReward):
+        if sources.used[path] != OWN:
             self._place = (
                 f"no reward lies at {path} (train it, or give the path of another), and configs/model/{usual}.yaml in "
                 "its place does not fit the policy: "
@@ -177,18 +147,16 @@ def find_settings(reward: Namespace, sources: ConfigSources) -> Unread:
     path, base = reward.path, reward.get("base")
     place = Path(path) if Path(path).exists() else cached_files(path, reward.get("revision"))
     trusted = bool(reward.get("trust_remote_code"))
-    sources.used[path] = "its own settings"
+    sources.used[path] = OWN
+    stored: PretrainedReward | TrainedReward | None = None
     if place is not None and is_model_folder(place):
-        folder = UnreadFolder(place, base, trusted)
-        folder.check_base_is_here()
-        sources.replace(folder.config.recipe.backbone.init_args)
-        return folder
-    run = None
-    if place is not None:
+        stored = PretrainedReward(place, base, trusted)
+        stored.check_base_is_here()
+    elif place is not None:
         with suppress(InputError):  # raised for the layouts of the papers' released files
-            checkpoint = checkpoint_of(place)
-            run = UnreadRun(checkpoint, Path(reward.get("config") or settings_beside(checkpoint)), True, base, trusted)
-    if run is None:
+            config = reward.get("config")
+            stored = TrainedReward(checkpoint_of(place), config and Path(config), True, base, trusted)
+    if stored is None:
         name = f"model/{reward.usual}.yaml"
         shipped = shipped_configs()  # not find_config, which prefers a file of the current folder
         if name not in shipped:
@@ -196,8 +164,10 @@ def find_settings(reward: Namespace, sources: ConfigSources) -> Unread:
                 f"path={path!r}: no reward lies there, and the package has no configs/{name} to count in its place; "
                 "train the reward, or give the path of another"
             )
-        run = UsualReward(shipped[name], base or reward.usual_base)
+        stored = TrainedReward(Path(), shipped[name], base=base or reward.usual_base, trusted=True)
+        head = stored.recipe.head.init_args  # of the text projection only the shape counts, which is the same without
+        head |= dict.fromkeys({"text_projection_source"} & head.keys())
         sources.used[path] = f"configs/{name}"
-    for part in run.parts:
+    for part in (stored.recipe.backbone, stored.recipe.head):
         sources.replace(part.init_args)
-    return run
+    return Unread(stored)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,9 +20,6 @@ from latentreward.families.base import Family
 from latentreward.families.find import find_family
 from latentreward.families.flow import FlowFamily
 
-if TYPE_CHECKING:
-    from latentreward.encoders.prompts import PromptEncoder
-
 
 class FamilyBackbone(TransformerBackbone):
     """First blocks of a transformer, with the conventions of its family.
@@ -36,7 +33,6 @@ class FamilyBackbone(TransformerBackbone):
         num_layers: Number of blocks to keep; None keeps the blocks up to the last tap.
         visual_taps: Numbers of the blocks whose visual tokens are read, ascending.
         text_taps: Numbers of the blocks whose text tokens are read, ascending; may be empty.
-        cut: Whether to remove blocks from ``transformer``. Set False for a network that other code uses too.
         options: ``text_encoder``, ``vae`` and ``output_map``, see :class:`DiffusionBackbone`.
 
     Raises:
@@ -52,7 +48,6 @@ class FamilyBackbone(TransformerBackbone):
         num_layers: int | None = None,
         visual_taps: Sequence[int] = (4, 8, 12),
         text_taps: Sequence[int] = (4, 8, 12),
-        cut: bool = True,
         **options: Any,
     ) -> None:
         super().__init__(family.noise_process, family.latent_space, **options)
@@ -68,16 +63,7 @@ class FamilyBackbone(TransformerBackbone):
         for names in ("tail", "time_embedding"):
             family.require_parts(names, getattr(family, names), transformer)
         self.transformer = transformer
-        if cut:
-            cut_network(transformer, family, num_layers, keep_tail=self.output_map)
-
-    def with_network(self, network: nn.Module, text_encoder: PromptEncoder | None) -> FamilyBackbone | None:
-        """See :meth:`DiffusionBackbone.with_network`."""
-        if type(network) is not type(self.transformer):
-            return None
-        taps = (None, self.visual_taps, self.text_taps)
-        options = {"cut": False, "output_map": self.output_map}
-        return FamilyBackbone(network, self.family, *taps, **options, text_encoder=text_encoder)
+        cut_network(transformer, family, num_layers, keep_tail=self.output_map)
 
     def unread_names(self) -> list[str]:
         """See :meth:`TransformerBackbone.unread_names`."""

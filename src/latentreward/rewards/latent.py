@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Container, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from latentreward.backbones.weights import Reading, read_weights, reading_later
 from latentreward.contracts import Conditioning, LatentSpace, NoisyStates, PathText, TensorRecord
-from latentreward.errors import InputError
+from latentreward.errors import InputError, check_at_least_one
 from latentreward.noise import NoiseProcess
 from latentreward.policies.surrogate_gradient import gradient_carrier
 from latentreward.rewards.base import Reward, RewardSource
@@ -184,8 +184,8 @@ class LatentScorer(Reward):
     def levels_at(self, timesteps: Tensor) -> Tensor:
         """Return the model's noise levels ``(N,)`` for states at ``timesteps`` ``(N,)`` of the policy."""
         process = self.model.backbone.noise_process
-        _, told = convert_states(torch.zeros(len(timesteps), 1), timesteps, self.noise_process, process)
-        return process.sigma(told)
+        _, nearest = convert_states(torch.zeros(len(timesteps), 1), timesteps, self.noise_process, process)
+        return process.sigma(nearest)
 
     def nearest_level(self, sigma: float) -> float:
         """Return the noise level at which :meth:`score_clean` scores finished latents for ``sigma``."""
@@ -250,18 +250,14 @@ class LatentReward(RewardSource):
         batch_size: int | None = None,
         **loading: Any,
     ) -> None:
-        if batch_size is not None and batch_size < 1:
-            raise InputError(f"reward.batch_size={batch_size} must be at least 1")
+        check_at_least_one("reward.", batch_size=batch_size)
         self.path, self.share, self.average, self.batch_size = path, share, average, batch_size
         self.model_source = ModelSource(path, **loading)
-        self._stored: StoredReward | None = None
 
-    @property
+    @cached_property
     def stored(self) -> StoredReward:
         """Description of the model at ``path``, without weights; read at the first use."""
-        if self._stored is None:
-            self._stored = find_reward(self.model_source, self.average)
-        return self._stored
+        return find_reward(self.model_source, self.average)
 
     def latent_space(self) -> LatentSpace:
         """See :meth:`RewardSource.latent_space`."""
@@ -269,7 +265,8 @@ class LatentReward(RewardSource):
 
     def load(self, policy: Policy) -> LatentScorer:
         """See :meth:`RewardSource.load`."""
-        stored, self._stored = self.stored, None  # free what it has read once the reward is loaded
+        stored = self.stored
+        del self.stored  # frees what it has read once the reward is loaded
         # Initialising weights, which are overwritten, must not change the RNG.
         with torch.random.fork_rng(devices=[]), reading_later() as unread:
             model, switch = self._loaded(stored, policy)
@@ -283,18 +280,18 @@ class LatentReward(RewardSource):
         """Load the model, and return it with the context in which a network shared with the policy is the reward's."""
         network, text = (self.share == "auto" and shares(stored, policy) for shares in (shares_network, shares_text))
         if not network:
-            model = stored.load()
+            model = stored.load(RewardNetwork)
             model.backbone.vae = None  # 84 million parameters that scoring of latents does not need
             if text:
                 model.backbone.text_encoder = policy.text_encoder
             return model, nullcontext
         outline = stored.on_meta_device
-        adapter = share_adapter(policy, outline.get_submodule(outline.network_name), stored.adapter())
+        adapter = share_adapter(policy, outline.get_submodule(outline.network_name), stored.adapter(outline))
         encoder, head = policy.text_encoder, None
         if text:
-            head = stored.head()
+            head = stored.head(outline).requires_grad_(False).eval()
         else:  # the text encoder can only be loaded with the whole model, whose network is then dropped
-            whole = stored.load()
+            whole = stored.load(RewardNetwork)
             encoder, head = whole.backbone.text_encoder, whole.head
         model = RewardNetwork(outline.with_network(policy.network, encoder), head)
         model.image_sizes = stored.image_sizes or model.image_sizes

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from latentreward.contracts import NoisyStates
-from latentreward.errors import InputError
+from latentreward.errors import InputError, check_at_least_one
 from latentreward.reports.drawing import to_image
 from latentreward.rewards.base import Reward, RewardSource
 from latentreward.scorers import ImageScorer, StepAwareScorer
@@ -35,8 +35,7 @@ class PixelReward(RewardSource):
     """
 
     def __init__(self, scorer: ImageScorer, decode_batch_size: int = 8) -> None:
-        if decode_batch_size < 1:
-            raise InputError(f"decode_batch_size={decode_batch_size} must be at least 1")
+        check_at_least_one(decode_batch_size=decode_batch_size)
         self.scorer, self.decode_batch_size = scorer, decode_batch_size
 
     def latent_space(self) -> None:

@@ -25,8 +25,10 @@ PROBES = ("", "a photo of two cats, 50 mm")
 
 def shares_network(stored: StoredReward, policy: Policy) -> bool:
     """Tell whether the reward's network has the same frozen weights as the policy's, with at most an adapter added."""
+    if not stored.shareable:
+        return False
     outline = stored.on_meta_device
-    if outline is None or outline.with_network(policy.network, policy.text_encoder) is None:
+    if outline.with_network(policy.network, policy.text_encoder) is None:
         return False
     network = outline.get_submodule(outline.network_name)
     if public(network.config) != public(policy.network.config):
@@ -36,7 +38,7 @@ def shares_network(stored: StoredReward, policy: Policy) -> bool:
 
 def shares_text(stored: StoredReward, policy: Policy) -> bool:
     """Tell whether the reward's tokenizers and text encoders are the same as the policy's."""
-    theirs, ours = None if stored.on_meta_device is None else stored.on_meta_device.text_encoder, policy.text_encoder
+    theirs, ours = stored.on_meta_device.text_encoder if stored.shareable else None, policy.text_encoder
     if theirs is None or ours is None or type(theirs) is not type(ours) or theirs.num_tokens != ours.num_tokens:
         return False
     if not all(map(torch.equal, theirs.tokenize(PROBES), ours.tokenize(PROBES))):

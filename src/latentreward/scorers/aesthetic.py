@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from latentreward.contracts import PathText
 from latentreward.errors import InputError
 from latentreward.scorers.clip import CLIPImageScorer
-from latentreward.scorers.weight_files import read_state_dict
+from latentreward.scoring.files import read_state_dict
 from latentreward.storage.digests import digest
 
 

@@ -21,6 +21,7 @@ from latentreward.checkpoints.shards import is_sharded
 from latentreward.scorers.base import Scorer
 from latentreward.scorers.clip import model_source
 from latentreward.scoring.layouts.find import published_layout
+from latentreward.scoring.layouts.run import configs_beside
 from latentreward.scoring.network import name_of
 from latentreward.storage.hub import commit_on_hub, is_hub_id
 
@@ -94,12 +95,12 @@ def fingerprint(place: str | Path, revision: str | None = None) -> str:
 def files_of(place: Path) -> set[Path]:
     """List the files at ``place`` that scores depend on; see the module's docstring."""
     if place.suffix == ".ckpt" or is_sharded(place):
-        return {*_files(place), *_settings_beside([place])}
+        return {*_files(place), *configs_beside(place)}
     if place.is_file():
         return {place}
     checkpoints = [*place.rglob("*.ckpt")]
-    if checkpoints and not any((place / name).exists() for name in MODEL_MARKS) and not published_layout(place, None):
-        return {file for path in checkpoints for file in _files(path)} | {*_settings_beside(checkpoints)}
+    if checkpoints and not any((place / name).exists() for name in MODEL_MARKS) and not published_layout(place):
+        return {file for path in checkpoints for file in (*_files(path), *configs_beside(path))}
     return {file for file in _files(place) if _matters(file.relative_to(place))}
 
 
@@ -112,13 +113,6 @@ def _is_file(word: Path) -> bool:
 
 def _files(place: Path) -> Iterable[Path]:
     return [place] if place.is_file() else [file for file in place.rglob("*") if file.is_file()]
-
-
-def _settings_beside(checkpoints: Iterable[Path]) -> Iterable[Path]:
-    """Yield the ``config*.yaml`` of each checkpoint from where loading reads them: beside it, else one folder up."""
-    for checkpoint in checkpoints:
-        folders = (checkpoint.absolute().parent, checkpoint.absolute().parent.parent)
-        yield from next(filter(None, (list(folder.glob("config*.yaml")) for folder in folders)), [])
 
 
 def _matters(name: Path) -> bool:

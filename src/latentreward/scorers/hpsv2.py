@@ -17,7 +17,7 @@ from latentreward.errors import InputError, first_line
 from latentreward.scorers.base import ImageScorer
 from latentreward.scorers.clip import PICKSCORE_PROCESSOR, CLIPTowers, Dtype, load_part
 from latentreward.scorers.open_clip_weights import clip_model
-from latentreward.scorers.weight_files import read_state_dict
+from latentreward.scoring.files import read_state_dict
 from latentreward.storage.hub import hub_answers
 
 REPOSITORY = "xswu/HPSv2"

@@ -55,12 +55,12 @@ class CallableScorer(ImageScorer):
 class TableColumn(TableScorer):
     """A scorer that reads scores computed elsewhere, e.g. VQA scores, from a table.
 
-    The file is CSV or parquet, with one row per pair or one row per image. A table of pairs has the columns
+    The file is CSV, JSON lines or parquet, with one row per pair or one row per image. A table of pairs has the columns
     ``pair_id``, ``COLUMN_a`` and ``COLUMN_b``. A table of images has the columns ``image_key`` and ``COLUMN``, and
     ``prompt`` if the score depends on the prompt.
 
     Args:
-        path: CSV or parquet file.
+        path: File that ends in ``.csv``, ``.jsonl`` or ``.parquet``.
         column: Name COLUMN of the score, without ``_a`` and ``_b``.
         name: Name of the scores in tables that are written; ``column`` by default.
 

@@ -20,7 +20,7 @@ from latentreward.scorers.clip import (
     load_clip,
     model_source,
 )
-from latentreward.scorers.weight_files import read_state_dict
+from latentreward.scoring.files import read_state_dict
 
 if TYPE_CHECKING:
     from latentreward.scorers.step_aware_clip import StepAwareCLIP

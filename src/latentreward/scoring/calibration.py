@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
-from typing import Any, Self
+from dataclasses import dataclass
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -151,28 +150,3 @@ class Calibration:
                 f"the model was calibrated at {self.noise}, but scored at {noise}; score at that level, or use raw "
                 "scores"
             )
-
-    def record(self) -> dict[str, Any]:
-        """Return the calibration as values for JSON; the inverse of :meth:`of_record`."""
-        return asdict(self)
-
-    @classmethod
-    def of_record(cls, record: Mapping[str, Any]) -> Self:
-        """Build a calibration from the values that :meth:`record` returned.
-
-        Raises:
-            InputError: If an entry is missing or unknown, or has a value of the wrong type.
-        """
-        names = {field.name for field in fields(cls)}
-        if not isinstance(record, Mapping) or set(record) != names:
-            raise InputError(f"calibration: expected the entries {', '.join(sorted(names))}")
-        try:
-            noise = ScoringNoise(**record["noise"])
-            quantiles = tuple(float(value) for value in record["quantiles"])
-            numbers = {"mean": float(record["mean"]), "std": float(record["std"])}
-            counts = {"number": int(record["number"]), "seed": int(record["seed"])}
-            axes = None if record["axes"] is None else tuple(float(weight) for weight in record["axes"])
-        except (TypeError, ValueError) as error:
-            raise InputError(f"calibration: {error}") from error
-        name = str(record["reference"])
-        return cls(**numbers, **counts, quantiles=quantiles, reference=name, noise=noise, axes=axes)

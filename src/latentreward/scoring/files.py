@@ -8,7 +8,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from latentreward.errors import InputError, first_line
+from latentreward.errors import InputError, errors_at, first_line
 
 POINTER = b"version https://git-lfs"
 """First bytes of a git-lfs pointer, which stands in place of a large file that was not downloaded."""
@@ -69,10 +69,31 @@ def read_tensors(path: Path) -> dict[str, Any]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # the unpickler raises errors of many types on damaged files
-        raise InputError(f"cannot load {path}: {first_line(error)}; download it again") from error
+        raise InputError(
+            f"cannot load {path}: it is damaged, or holds more than tensors and could run code ({first_line(error)}); "
+            "download it again"
+        ) from error
     if not isinstance(state, Mapping):
         raise InputError(f"cannot load {path}: it holds a {type(state).__name__}, not named tensors; download it again")
     return dict(state)
+
+
+def read_state_dict(path: Path, model: str) -> dict[str, Tensor]:
+    """Read tensors by name from a safetensors or ``torch.save`` file, where they may lie under ``state_dict``.
+
+    Error messages name ``model``, which the file should hold.
+
+    Raises:
+        InputError: If the file does not exist, is damaged, or holds more than tensors and so could run code.
+    """
+    if not path.is_file():
+        raise InputError(f"weights: no file {path}; give that of {model}")
+    with errors_at("weights: "):
+        loaded = read_safetensors(path) if path.suffix == ".safetensors" else read_tensors(path)
+    tensors = loaded.get("state_dict", loaded)
+    if not isinstance(tensors, Mapping) or not tensors or not all(isinstance(one, Tensor) for one in tensors.values()):
+        raise InputError(f"weights: {path} holds no named tensors; give the state dict of {model}")
+    return {str(name).removeprefix("module."): value for name, value in tensors.items()}
 
 
 def existing_folder(folder: str | Path, *files: str) -> Path:

@@ -42,8 +42,8 @@ def downloaded(name: str, revision: str | None = None) -> Path:
             local_files_only=not online,
         )
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        told = online or isinstance(error, HfHubHTTPError | HFValidationError)
-        reason = type(error).__name__ if told else silence()
+        answered = online or isinstance(error, HfHubHTTPError | HFValidationError)
+        reason = type(error).__name__ if answered else silence()
         raise InputError(f"reward model {name!r}{at} {not_found(name, reason)}") from error
     return Path(root) / folder
 
@@ -85,7 +85,7 @@ def upload(
     """Upload a model folder to the hub as one commit, and return the commit's URL.
 
     Args:
-        folder: Model folder that :func:`~latentreward.scoring.layouts.saving.save_pretrained` wrote.
+        folder: Model folder that :meth:`~latentreward.scoring.RewardModel.save_pretrained` wrote.
         repository: ``owner/name``; the repository is created if it does not exist.
         private: Whether a new repository is private; None takes the owner's default.
         token: Access token; None takes that of ``huggingface-cli login`` or ``HF_TOKEN``.

@@ -31,7 +31,7 @@ def load_lrm(
         InputError: If a file is missing, or a tensor is missing, unexpected or has the wrong shape.
     """
     settings = PublishedSettings(guidance=guidance, multi_scale=multi_scale)
-    return RewardModel.of(PublishedLRM(folder, base, settings).network())
+    return PublishedLRM(folder, base, settings).load(RewardModel)
 
 
 def load_dina_lrm(
@@ -56,4 +56,4 @@ def load_dina_lrm(
             a value that this loader does not support.
     """
     settings = PublishedSettings(rms_eps=rms_eps, t5_length=t5_length)
-    return RewardModel.of(PublishedDiNaLRM(folder, base, settings).network())
+    return PublishedDiNaLRM(folder, base, settings).load(RewardModel)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
@@ -39,7 +41,7 @@ class RewardModel(RewardNetwork):
 
     @classmethod
     def of(cls, network: RewardNetwork) -> Self:
-        """Build a reward model from a loaded network; the two share backbone, head and settings."""
+        """Build a reward model from a network, such as a training module's; the two share all parts and settings."""
         model = cls.__new__(cls)  # whose constructor would put the defaults in place of the network's settings
         vars(model).update(vars(network), _warned=set())
         return model
@@ -71,7 +73,7 @@ class RewardModel(RewardNetwork):
 
         target = find_device(device)
         source = source if isinstance(source, ModelSource) else ModelSource(str(source), **options)
-        model = cls.of(find_reward(source).load()).to(target).set_precision(dtype)
+        model = find_reward(source).load(cls).to(target).set_precision(dtype)
         model.source = str(source)
         return model
 
@@ -92,9 +94,11 @@ class RewardModel(RewardNetwork):
             InputError: If the model cannot be rebuilt from files, has no VAE or no text encoder, was loaded in
                 bfloat16, or has weights that are not finite; or if ``folder`` holds anything but a model.
         """
-        from latentreward.scoring.layouts.saving import save_pretrained
+        from latentreward.scoring.layouts.card import Card
+        from latentreward.scoring.layouts.saving import new_folder, write_model
 
-        save_pretrained(self, Path(folder), card, base)
+        with new_folder(Path(folder)) as partial:
+            write_model(self, partial, card or Card(), base, Path(folder).resolve().name)
 
     def push_to_hub(self, repo_id: str, card: Card | None = None, *, base: str | None = None, **options: Any) -> str:
         """Upload the files that :meth:`save_pretrained` writes to the hub as one commit; return the commit's URL.
@@ -109,9 +113,14 @@ class RewardModel(RewardNetwork):
         Raises:
             InputError: As :meth:`save_pretrained`, or if the hub does not answer or rejects the upload.
         """
-        from latentreward.scoring.layouts.saving import upload_model
+        from latentreward.scoring.hub import upload
+        from latentreward.scoring.layouts.card import Card
 
-        return upload_model(self, repo_id, card, base, **options)
+        card = card or Card()
+        with TemporaryDirectory() as place:
+            folder = Path(place) / repo_id.rpartition("/")[2]
+            self.save_pretrained(folder, replace(card, name=card.name or repo_id), base=base)
+            return upload(folder, repo_id, **options)
 
     def score(
         self,

@@ -6,16 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.csv as pa_csv
-import pyarrow.json as pa_json
-import pyarrow.parquet as pq
 
 from latentreward.contracts import PathText
-from latentreward.errors import InputError, first_line
+from latentreward.data.score_table import read_table
+from latentreward.errors import InputError, errors_at
 from latentreward.scorers.tools.base import JudgedPicture, ToolScorer
 
-READERS = {".csv": pa_csv.read_csv, ".jsonl": pa_json.read_json, ".parquet": pq.read_table}
 FILE, PLACE = ("file",), ("place", "image")
 
 
@@ -53,7 +49,8 @@ def look_up(name: str, path: Path, column: str, pictures: Sequence[JudgedPicture
     Raises:
         InputError: See :class:`ScoreFile`.
     """
-    table = _read(name, path)
+    with errors_at(f"{name}: "):
+        table = read_table(path)
     keys = next((keys for keys in (FILE, PLACE) if set(keys) <= set(table.column_names)), None)
     if keys is None or column not in table.column_names:
         wanted = f"{column!r}, and 'file' or 'place' and 'image'"
@@ -65,17 +62,6 @@ def look_up(name: str, path: Path, column: str, pictures: Sequence[JudgedPicture
             raise InputError(f"{name}: {path} has several rows for {key!r}; leave one")
         scores[key] = row[column]
     return np.array([_score(name, path, scores, picture) for picture in pictures], dtype=np.float64)
-
-
-def _read(name: str, path: Path) -> pa.Table:
-    if path.suffix not in READERS:
-        raise InputError(f"{name}: {path} is none of {', '.join(READERS)}; convert it")
-    if not path.is_file():
-        raise InputError(f"{name}: no file {path}; write it with {name}'s own program")
-    try:
-        return READERS[path.suffix](path)
-    except (pa.ArrowException, ValueError, OSError) as error:
-        raise InputError(f"{name}: {path} is no table ({first_line(error)}); write it again") from error
 
 
 def _score(name: str, path: Path, scores: Mapping[Any, Any], picture: JudgedPicture) -> float:

@@ -1,73 +1,93 @@
-"""Base classes of the layouts in which a trained reward model lies on disk."""
+"""Base class of the layouts in which a trained reward model lies on disk."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from functools import cached_property
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from latentreward.backbones import DiffusionBackbone
+from latentreward.checkpoints.base_weights import same_values, sample
 from latentreward.contracts import LatentSpace
 from latentreward.data.image_sizes import ImageSizes
 from latentreward.data.images import ExifOrientation
 from latentreward.heads import RewardHead
+from latentreward.heads.axes import AXES
+from latentreward.scoring.layouts.recipe import ModelRecipe
 from latentreward.scoring.network import RewardNetwork
+
+Network = TypeVar("Network", bound=RewardNetwork)
 
 
 class StoredReward(ABC):
-    """Trained reward model on disk; constructing an object reads only small files.
+    """Trained reward model on disk: a recipe of its parts, and the files with their weights.
 
-    In alignment, a reward that was trained as a LoRA adapter on the policy's base can run on the policy's own network.
-    :attr:`on_meta_device`, :meth:`same_base`, :meth:`head` and :meth:`adapter` serve that case: they show whether the
-    reward fits the policy, and load the reward's head and adapter without its base.
+    Constructing an object reads only small files. In alignment, a reward that was trained as a LoRA adapter on the
+    policy's base can run on the policy's own network. :attr:`on_meta_device`, :meth:`same_base`, :meth:`head` and
+    :meth:`adapter` serve that case: they tell whether the reward fits the policy, and load the reward's head and
+    adapter without its base.
+
+    Attributes:
+        recipe: Classes and settings of backbone and head; None in a published layout, where the weights decide on some.
+        exif: Handling of images' EXIF orientation in training, ``apply`` or ``ignore``; ``ignore`` in the published
+            layouts.
+        image_sizes: Rule by which the training images were resized; None if not recorded, as in the published layouts.
+        shareable: Whether the model may run on a policy's network, as an adapter can.
     """
 
-    on_meta_device: DiffusionBackbone | None = None
-    """Backbone on the meta device (shapes without weights); None if this layout cannot run on a policy's network."""
-
-    @property
-    def exif(self) -> ExifOrientation:
-        """Handling of images' EXIF orientation, ``apply`` or ``ignore``; ``ignore`` for the published layouts."""
-        return "ignore"
-
-    @property
-    def image_sizes(self) -> ImageSizes | None:
-        """Rule by which the training images were resized; None if not recorded, as in the published layouts."""
-        return None
-
-    @property
-    def axes(self) -> tuple[str, ...]:
-        """Names of the two outputs of a head with axes, from its settings; empty for a head with one score."""
-        return ()
+    recipe: ModelRecipe | None = None
+    exif: ExifOrientation = "ignore"
+    image_sizes: ImageSizes | None = None
+    shareable: bool = True
 
     @abstractmethod
-    def latent_space(self) -> LatentSpace:
-        """Return the latent space of the latents that the model scores, from config files alone."""
-
-    @abstractmethod
-    def load(self) -> RewardNetwork:
-        """Load the whole model, frozen and in evaluation mode.
+    def load(self, kind: type[Network]) -> Network:
+        """Load the whole model as an object of the class ``kind``, frozen and in evaluation mode.
 
         Raises:
             InputError: If a file is missing or damaged, or the weights do not fit.
         """
 
-    def head(self) -> RewardHead:
-        """Load only the trained head, built for the features of :attr:`on_meta_device`."""
-        raise NotImplementedError
+    @abstractmethod
+    def backbone(self) -> DiffusionBackbone:
+        """Build the backbone with initialised adapters; under ``torch.device("meta")`` it has shapes but no weights."""
 
-    def adapter(self) -> dict[str, Tensor]:
-        """Read only the trained LoRA tensors, by their names in the network of :attr:`on_meta_device`."""
-        raise NotImplementedError
+    @abstractmethod
+    def head(self, backbone: DiffusionBackbone) -> RewardHead:
+        """Load only the trained head, built for the features of ``backbone``, which may be :attr:`on_meta_device`."""
+
+    @cached_property
+    def on_meta_device(self) -> DiffusionBackbone:
+        """Backbone on the meta device, which has shapes but no weights."""
+        with torch.device("meta"):
+            return self.backbone()
+
+    def latent_space(self) -> LatentSpace:
+        """Return the latent space of the latents that the model scores, from config files alone."""
+        return self.on_meta_device.latent_space
+
+    @property
+    def axes(self) -> tuple[str, ...]:
+        """Names of the two outputs of a head with axes, from its settings; empty for a head with one score."""
+        return AXES if self.recipe is not None and self.recipe.head.init_args.get("axes") else ()
+
+    def adapter(self, backbone: DiffusionBackbone) -> dict[str, Tensor]:
+        """Read only the trained LoRA tensors of the network of ``backbone``, by their names in it."""
+        return {}
+
+    def base_values(self) -> Mapping[str, Tensor]:
+        """Read a few values of each weight as in training, by its name in the backbone without adapters.
+
+        The result is empty if no values were recorded.
+        """
+        return {}
 
     def same_base(self, part: str, weights: Mapping[str, Tensor], source: str) -> bool:
-        """Tell whether the model was trained on the given pretrained weights.
-
-        A few values of each weight are compared with the values that were recorded in training; the result is False if
-        none were recorded.
+        """Tell whether the model was trained on the given pretrained weights, from :meth:`base_values`.
 
         Args:
             part: Part of the backbone that ``weights`` belong to: ``text_encoder``, or the ``network_name`` of
@@ -76,22 +96,11 @@ class StoredReward(ABC):
             source: Folder or hub id of the weights. The published DiNa-LRM layout, which records no values, compares
                 this name instead.
         """
-        return False
+        theirs, ours = self.base_values(), {f"{part}.{name}": weight for name, weight in weights.items()}
+        return all(name in theirs and same_values(sample(weight), theirs[name]) for name, weight in ours.items())
 
-
-class SharingReward(StoredReward):
-    """Stored reward that can run on the network of a policy, with the reward's adapter added."""
-
-    @abstractmethod
-    def _backbone(self) -> DiffusionBackbone:
-        """Build the backbone with initialised adapters; under ``torch.device("meta")`` it has shapes but no weights."""
-
-    @cached_property
-    def on_meta_device(self) -> DiffusionBackbone:  # type: ignore[override]
-        """See :attr:`StoredReward.on_meta_device`."""
-        with torch.device("meta"):
-            return self._backbone()
-
-    def latent_space(self) -> LatentSpace:
-        """See :meth:`StoredReward.latent_space`."""
-        return self.on_meta_device.latent_space
+    def finished(self, model: Network, recipe: ModelRecipe | None) -> Network:
+        """Give a loaded model its recipe and the settings that its files record, and freeze it."""
+        model.recipe, model.exif = recipe, self.exif
+        model.image_sizes = self.image_sizes or model.image_sizes
+        return model.requires_grad_(False).eval()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from importlib.metadata import version
 from typing import Annotated, Any, Self
 
@@ -68,7 +68,7 @@ class FolderConfig:
             "noise": asdict(self.noise),
             "image_sizes": sizes_record(self.image_sizes),
             "exif": self.exif,
-            "calibration": None if self.calibration is None else self.calibration.record(),
+            "calibration": None if self.calibration is None else asdict(self.calibration),
             "training": self.recipe.training,
             "sha256": dict(self.sha256),
             "versions": {"latentreward": __version__} | {package: version(package) for package in PACKAGES},
@@ -100,13 +100,12 @@ class FolderConfig:
             names("own_weights", record["own_weights"], r"\w+"),
             record["training"] if isinstance(record["training"], dict) else {},
         )
-        noise, calibration = record["noise"], record["calibration"]
         return cls(
             recipe if base is None else recipe.on(base),
             names("adapters", record["adapters"], r"\w+(\.\w+)?"),
-            settings_of("noise", ScoringNoise, noise),
+            settings_of("noise", ScoringNoise, record["noise"]),
             sizes_of(record["image_sizes"]),
-            None if calibration is None else Calibration.of_record(calibration),
+            calibration_of(record["calibration"]),
             str(record["base"]),
             checked(ExifOrientation, record["exif"], "exif"),
             checked(dict[str, str], record["sha256"], "sha256", "download it again"),
@@ -178,6 +177,22 @@ def sizes_of(record: Any) -> ImageSizes | None:
         check_clips("image_sizes.", sizes.frames, sizes.fps)
     settings_of("image_sizes", sizes.loader, {"height": 100, "width": 100})  # raises if there is no bucket
     return sizes
+
+
+def calibration_of(record: Any) -> Calibration | None:
+    """Build the calibration from its entry in ``config.json``; None for null.
+
+    Raises:
+        InputError: If an entry is missing or unknown, or has a value of the wrong type.
+    """
+    if record is None:
+        return None
+    expected = sorted(field.name for field in fields(Calibration))
+    if not isinstance(record, Mapping) or sorted(record) != expected:
+        raise InputError(f"calibration: expected the entries {', '.join(expected)}")
+    settings = {name: frozen(value) for name, value in record.items()}
+    settings["noise"] = settings_of("calibration.noise", ScoringNoise, record["noise"])
+    return settings_of("calibration", Calibration, settings)
 
 
 def frozen(value: Any) -> Any:

@@ -13,7 +13,7 @@ from latentreward.errors import InputError, printable
 from latentreward.scoring.hub import MARKS, downloaded
 from latentreward.scoring.layouts.base import StoredReward
 from latentreward.scoring.layouts.model_folder import PretrainedReward, is_model_folder
-from latentreward.scoring.layouts.published import PublishedDiNaLRM, PublishedLRM, PublishedSettings
+from latentreward.scoring.layouts.published import PublishedDiNaLRM, PublishedLayout, PublishedLRM, PublishedSettings
 from latentreward.scoring.layouts.run import TrainedReward
 
 logger = logging.getLogger(__name__)
@@ -76,39 +76,39 @@ def find_reward(source: ModelSource, average: bool = True) -> StoredReward:
             f"reward model {path!r} is a diffusers pipeline, not a reward; give a checkpoint, or the folder of a model "
             "or of a run"
         )
-    layout = published_layout(place, base, source.published)
+    published = published_layout(place)
     heads = (head for depth in ("", "*/", "*/*/") for head in place.glob(f"{depth}rm_head.pt"))
-    if layout is None and (head := next(heads, None)) is not None:  # what diffusion-rm's training writes
+    if published is None and (head := next(heads, None)) is not None:  # what diffusion-rm's training writes
         raise InputError(
             f"reward model {path!r} holds {head.relative_to(place)}, which the published layout has in checkpoint/ "
             "beside config.json, with backbone_lora/; arrange a folder so"
         )
-    if layout is None and source.published is not None:
+    if published is None and source.published is not None:
         raise InputError(
             f"published is set, but reward model {path!r} has neither published layout and holds its settings itself; "
             "leave it out"
         )
-    if layout is None and is_model_folder(place):
-        layout = PretrainedReward(place, base, source.trust_remote_code)
-    if layout is not None:
+    if published is not None or is_model_folder(place):
         if config is not None:
             raise InputError(f"config is set, but reward model {path!r} is not a run and needs none; leave it out")
-        return layout
+        if published is not None:
+            return published(place, base, source.published)
+        return PretrainedReward(place, base, source.trust_remote_code)
     if config is not None and not Path(config).is_file():
         raise InputError(f"config={config!r} does not exist; give the config.yaml of the reward's run")
     settings = None if config is None else Path(config)
     return TrainedReward(checkpoint_of(place), settings, average, base, source.trust_remote_code)
 
 
-def published_layout(place: Path, base: str | None, settings: PublishedSettings | None = None) -> StoredReward | None:
-    """Return the published layout (LRM or DiNa-LRM) in the folder ``place``, or None if there is neither.
+def published_layout(place: Path) -> type[PublishedLayout] | None:
+    """Return the class of the published layout (LRM or DiNa-LRM) in the folder ``place``, or None if there is neither.
 
     One characteristic file is enough; loading reports files that are missing.
     """
     if (place / "state_dict.pt").is_file() or (place / "unet" / "config.json").is_file():
-        return PublishedLRM(place, base, settings)
+        return PublishedLRM
     if (place / "checkpoint" / "rm_head.pt").is_file() or (place / "checkpoint" / "backbone_lora").is_dir():
-        return PublishedDiNaLRM(place, base, settings)
+        return PublishedDiNaLRM
     return None
 
 
@@ -139,6 +139,6 @@ def checkpoint_of(place: Path) -> Path:
     taken, newer = candidates[0], newest_first(found)[0]
     if len(candidates) > 1 or taken != newer:
         names = f"{taken.relative_to(place)} is taken" + ("" if taken == newer else f", though {newer.name} is newer")
-        told = printable(f"{place} holds {len(found)} checkpoints: {names}")
-        logger.warning("%s; give a file's own path for another one", told)
+        message = printable(f"{place} holds {len(found)} checkpoints: {names}")
+        logger.warning("%s; give a file's own path for another one", message)
     return taken

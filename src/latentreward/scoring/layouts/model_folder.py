@@ -25,19 +25,16 @@ from torch import Tensor
 
 from latentreward.backbones import DiffusionBackbone
 from latentreward.backbones.weights import fill, settling_later
-from latentreward.checkpoints.base_weights import same_values, sample, sample_in, without_adapters
-from latentreward.data.image_sizes import ImageSizes
-from latentreward.data.images import ExifOrientation
+from latentreward.checkpoints.base_weights import same_values, sample_in, without_adapters
 from latentreward.errors import InputError, errors_at
 from latentreward.heads import RewardHead
-from latentreward.heads.axes import AXES
 from latentreward.scoring.calibration import Calibration
 from latentreward.scoring.files import compare_tensors, existing_folder, load_exactly, read_safetensors
 from latentreward.scoring.layouts.adapters import WEIGHTS as ADAPTER_WEIGHTS
 from latentreward.scoring.layouts.adapters import fill_adapter, inject_adapter, lora_layers, names_in_file, read_lora
-from latentreward.scoring.layouts.base import SharingReward
+from latentreward.scoring.layouts.base import Network, StoredReward
 from latentreward.scoring.layouts.config import FORMAT, FolderConfig
-from latentreward.scoring.layouts.recipe import ONLY_IN_TRAINING, build_backbone, build_head, is_ours
+from latentreward.scoring.layouts.recipe import ONLY_IN_TRAINING, ModelRecipe, build_backbone, build_head, is_ours
 from latentreward.scoring.layouts.trust import check_class, check_family
 from latentreward.scoring.network import RewardNetwork
 from latentreward.storage.digests import check_hash, hashed_meanwhile
@@ -61,8 +58,8 @@ def is_model_folder(place: Path) -> bool:
         return True  # a damaged config.json: loading reports the damage
 
 
-class PretrainedReward(SharingReward):
-    """Stored reward in a folder that :func:`~latentreward.scoring.layouts.saving.save_pretrained` wrote.
+class PretrainedReward(StoredReward):
+    """Stored reward in a folder that :meth:`~latentreward.scoring.RewardModel.save_pretrained` wrote.
 
     Args:
         folder: Model folder.
@@ -74,22 +71,25 @@ class PretrainedReward(SharingReward):
             allowed.
     """
 
+    recipe: ModelRecipe
+
     def __init__(self, folder: Path, base: str | None = None, trusted: bool = False) -> None:
         self.folder = existing_folder(folder, CONFIG, HEAD, BASE)
         path = folder / CONFIG
         try:
-            self.config = FolderConfig.of_record(read_config(path), base)
-            check_class("backbone", self.config.recipe.backbone.name, trusted)
-            check_class("head", self.config.recipe.head.name, trusted)
-            check_family(self.config.recipe.backbone.init_args, trusted)
+            self.config = config = FolderConfig.of_record(read_config(path), base)
+            check_class("backbone", config.recipe.backbone.name, trusted)
+            check_class("head", config.recipe.head.name, trusted)
+            check_family(config.recipe.backbone.init_args, trusted)
         except InputError as error:
             raise InputError(str(error) if str(path) in str(error) else f"{path}: {error}") from error
+        self.recipe, self.exif, self.image_sizes = config.recipe, config.exif, config.image_sizes
         adapters = {*adapter_folders(self.config.adapters).values()}
         for name in sorted(adapters):
             existing_folder(folder / name, "adapter_config.json", ADAPTER_WEIGHTS)
-        if self.config.recipe.own:
+        if self.recipe.own:
             existing_folder(folder, BACKBONE)
-        wanted = adapters | ({BACKBONE} if self.config.recipe.own else set())
+        wanted = adapters | ({BACKBONE} if self.recipe.own else set())
         extra = {path.name for pattern in ("adapter*", BACKBONE) for path in folder.glob(pattern)} - wanted
         if extra:
             raise InputError(f"{path} does not name {min(extra)}, which lies beside it; download the folder again")
@@ -99,24 +99,13 @@ class PretrainedReward(SharingReward):
         return check_hash(self.folder / name, self.config.sha256.get(name), "download it again")
 
     @property
-    def exif(self) -> ExifOrientation:
-        """See :attr:`StoredReward.exif`."""
-        return self.config.exif
-
-    @property
-    def image_sizes(self) -> ImageSizes | None:
-        """See :attr:`StoredReward.image_sizes`."""
-        return self.config.image_sizes
-
-    @property
     def _stores_networks(self) -> bool:
         """Whether the folder holds network and text encoders in full."""
-        recipe = self.config.recipe
-        return is_ours(recipe.backbone) and {"text_encoder"} < {*recipe.own}
+        return is_ours(self.recipe.backbone) and {"text_encoder"} < {*self.recipe.own}
 
-    def _backbone(self) -> DiffusionBackbone:
-        """See :meth:`SharingReward._backbone`; parameters that were trained are trainable, all others are frozen."""
-        recipe = self.config.recipe
+    def backbone(self) -> DiffusionBackbone:
+        """See :meth:`StoredReward.backbone`; parameters that were trained are trainable, all others are frozen."""
+        recipe = self.recipe
         self.check_base_is_here()
         with errors_at(f"{self.folder / CONFIG}: "):
             for name in ONLY_IN_TRAINING:
@@ -147,46 +136,42 @@ class PretrainedReward(SharingReward):
 
     def check_base_is_here(self) -> None:
         """Raise InputError if the base is the name of a folder on the author's machine, which does not exist here."""
-        recipe = self.config.recipe
+        recipe = self.recipe
         if is_ours(recipe.backbone) and recipe.local_name and not Path(recipe.local_name).exists():
             raise InputError(
                 f"{self.folder / CONFIG}: the base {recipe.local_name!r} is the name of a folder of whoever published "
                 "the model; give your copy as --base FOLDER (in Python base=FOLDER)"
             )
 
-    def _head(self, backbone: DiffusionBackbone) -> RewardHead:
-        """Load the trained head for ``backbone``, whose text taps must not be dropped yet."""
+    def head(self, backbone: DiffusionBackbone) -> RewardHead:
+        """See :meth:`StoredReward.head`; the text taps of ``backbone`` must not be dropped yet."""
         stored = read_safetensors(self._intact(HEAD))
         with errors_at(f"{self.folder / CONFIG}: "):
-            head = build_head(self.config.recipe.head, backbone.feature_spec, self.folder, stored)
+            head = build_head(self.recipe.head, backbone.feature_spec, self.folder, stored)
         load_exactly(head, stored, self.folder / HEAD)
         return head
 
-    def load(self) -> RewardNetwork:
+    def load(self, kind: type[Network]) -> Network:
         """See :meth:`StoredReward.load`."""
-        adapters = (f"{place}/{ADAPTER_WEIGHTS}" for place in adapter_folders(self.config.adapters).values())
-        read = {HEAD, BASE, BACKBONE, *adapters} & {*self.config.sha256}  # no other file that a stranger's config names
+        adapters = {name: f"{at}/{ADAPTER_WEIGHTS}" for name, at in adapter_folders(self.config.adapters).items()}
+        # No other file that a stranger's config names is read.
+        read = {HEAD, BASE, BACKBONE, *adapters.values()} & {*self.config.sha256}
         with hashed_meanwhile(self.folder / name for name in read):
-            return self._load()
-
-    def _load(self) -> RewardNetwork:
-        # Initial values are random but overwritten below.
-        with torch.random.fork_rng(devices=[]), settling_later(undrawn=self._stores_networks):
-            backbone = self._backbone()
-            model = RewardNetwork(backbone, self._head(backbone))
-            if self.config.recipe.own:
-                weights = map_weights([path := self._intact(BACKBONE)])
-                compare_tensors(dict(own_weights(backbone, self.config.recipe.own)), weights.tensors, path)
-                fill(backbone, weights)
-        self._check_base(backbone)
-        for name, place in adapter_folders(self.config.adapters).items():
-            fill_adapter(self._intact(f"{place}/{ADAPTER_WEIGHTS}").parent, backbone.get_submodule(name))
+            # Initial values are random but overwritten below.
+            with torch.random.fork_rng(devices=[]), settling_later(undrawn=self._stores_networks):
+                backbone = self.backbone()
+                model = kind(backbone, self.head(backbone))
+                if self.recipe.own:
+                    weights = map_weights([path := self._intact(BACKBONE)])
+                    compare_tensors(dict(own_weights(backbone, self.recipe.own)), weights.tensors, path)
+                    fill(backbone, weights)
+            self._check_base(backbone)
+            for name, file in adapters.items():
+                fill_adapter(self._intact(file).parent, backbone.get_submodule(name))
         if not model.head.reads_text:
             backbone.drop_text_taps()
-        model.recipe, model.calibration = self.config.recipe, self._calibration(model)
-        model.noise, model.exif = self.config.noise, self.exif
-        model.image_sizes = self.image_sizes or model.image_sizes
-        return model.requires_grad_(False).eval()
+        model.noise, model.calibration = self.config.noise, self._calibration(model)
+        return self.finished(model, self.recipe)
 
     def _calibration(self, model: RewardNetwork) -> Calibration | None:
         """Return the calibration; None, after a warning, if the weights of the axes were changed since."""
@@ -205,13 +190,13 @@ class PretrainedReward(SharingReward):
         Raises:
             InputError: If a weight is missing, unexpected or differs.
         """
-        recorded, path = read_safetensors(self._intact(BASE)), self.folder / BASE
-        ours, factory = dict(base_samples(backbone, self.config.recipe.own)), self.config.recipe.backbone
+        recorded, path = self.base_values(), self.folder / BASE
+        ours, factory = dict(base_samples(backbone, self.recipe.own)), self.recipe.backbone
         random = "" if is_ours(factory) else f", unless {factory.name} draws it at random at each start"
         for kind, names in (("lacks", recorded.keys() - ours), ("has another weight,", ours.keys() - recorded.keys())):
             if names:
                 raise InputError(
-                    f"{path}: the base {backbone.source or self.config.recipe.source!r} {kind} {min(names)} "
+                    f"{path}: the base {backbone.source or self.recipe.source!r} {kind} {min(names)} "
                     f"({len(names)} in all); give the base that the model was trained on as base"
                 )
         for name, values in recorded.items():
@@ -221,28 +206,17 @@ class PretrainedReward(SharingReward):
                     f"{name} differs from that of {backbone.source or 'this one'}; give that base as base{random}"
                 )
 
-    @property
-    def axes(self) -> tuple[str, ...]:
-        """See :attr:`StoredReward.axes`."""
-        return AXES if self.config.recipe.head.init_args.get("axes") else ()
-
-    def head(self) -> RewardHead:
-        """See :meth:`StoredReward.head`."""
-        return self._head(self.on_meta_device).requires_grad_(False).eval()
-
-    def adapter(self) -> dict[str, Tensor]:
+    def adapter(self, backbone: DiffusionBackbone) -> dict[str, Tensor]:
         """See :meth:`StoredReward.adapter`."""
-        name = self.on_meta_device.network_name
-        place = adapter_folders(self.config.adapters).get(name)
+        place = adapter_folders(self.config.adapters).get(backbone.network_name)
         if place is None:
             return {}
-        return read_lora(self._intact(f"{place}/{ADAPTER_WEIGHTS}").parent, self.on_meta_device.get_submodule(name))
+        network = backbone.get_submodule(backbone.network_name)
+        return read_lora(self._intact(f"{place}/{ADAPTER_WEIGHTS}").parent, network)
 
-    def same_base(self, part: str, weights: Mapping[str, Tensor], source: str) -> bool:
-        """See :meth:`StoredReward.same_base`; a few values of each weight are compared."""
-        recorded, prefix = read_safetensors(self._intact(BASE)), f"{part}."
-        theirs = {name.removeprefix(prefix): value for name, value in recorded.items() if name.startswith(prefix)}
-        return all(name in theirs and same_values(sample(weight), theirs[name]) for name, weight in weights.items())
+    def base_values(self) -> Mapping[str, Tensor]:
+        """See :meth:`StoredReward.base_values`."""
+        return read_safetensors(self._intact(BASE))
 
 
 def adapter_folders(parts: Sequence[str]) -> dict[str, str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from latentreward.backbones import SD3DiTBackbone, SDUNetBackbone
+from latentreward.backbones import DiffusionBackbone, SD3DiTBackbone, SDUNetBackbone
 from latentreward.backbones.loading import PipelineSource
 from latentreward.backbones.sd_unet import unet_family
 from latentreward.backbones.weights import load_weights, map_model, settle
@@ -23,16 +22,9 @@ from latentreward.heads import CLIPProjectionHead, GatedQFormerHead, RewardHead
 from latentreward.heads.clip_projection import MultiScale
 from latentreward.noise import DDPM
 from latentreward.scoring.files import existing_folder, load_exactly, not_dense, read_tensors
-from latentreward.scoring.layouts.adapters import fill_adapter, inject_adapter, read_lora
-from latentreward.scoring.layouts.base import SharingReward, StoredReward
-from latentreward.scoring.layouts.recipe import (
-    ModelPart,
-    ModelRecipe,
-    build_errors,
-    build_head,
-    head_part,
-)
-from latentreward.scoring.network import RewardNetwork
+from latentreward.scoring.layouts.adapters import inject_adapter, read_lora
+from latentreward.scoring.layouts.base import Network, StoredReward
+from latentreward.scoring.layouts.recipe import ModelPart, ModelRecipe, build_errors, build_head, head_part
 from latentreward.storage.json_files import checked, read_config
 
 if TYPE_CHECKING:
@@ -97,6 +89,7 @@ class PublishedLayout(StoredReward):
 
     Attributes:
         takes: Names of the fields of :class:`PublishedSettings` that apply to the layout.
+        used: Settings in use that the files do not hold, once the head is loaded.
 
     Raises:
         InputError: If a setting that does not apply to the layout differs from its default.
@@ -114,22 +107,23 @@ class PublishedLayout(StoredReward):
                     f"{' and '.join(self.takes)}; leave it out"
                 )
 
-    @abstractmethod
-    def network(self) -> RewardNetwork:
-        """Load the network with the checkpoint's weights, frozen and in evaluation mode."""
-
-    def load(self) -> RewardNetwork:
+    def load(self, kind: type[Network]) -> Network:
         """See :meth:`StoredReward.load`; logs the settings in use that the files do not hold."""
         with torch.random.fork_rng(devices=[]):  # initial values are random but overwritten
-            model = self.network()
-        self._report(model.published)
-        return model
+            backbone = self.backbone()
+            model = kind(backbone, self.head(backbone))
+        with torch.no_grad():
+            for name, tensor in self.adapter(backbone).items():
+                backbone.get_submodule(backbone.network_name).get_parameter(name).copy_(tensor)
+        model.published = self.used
+        return self.finished(model, self.recipe)
 
-    def _report(self, used: Mapping[str, Any]) -> None:
-        """Log a line with the settings in use that the files do not hold."""
-        told = ", ".join(f"{name} {value}" for name, value in used.items())
+    def report(self, **used: Any) -> None:
+        """Note the settings in use that the files do not hold, and log a line with them."""
+        self.used = used
+        values = ", ".join(f"{name} {value}" for name, value in used.items())
         names = ", ".join(f"published.{name}" for name in used)
-        logger.warning("%s: scored with %s, which its files do not hold; set %s for others", self.folder, told, names)
+        logger.warning("%s: scored with %s, which its files do not hold; set %s for others", self.folder, values, names)
 
 
 class PublishedLRM(PublishedLayout):
@@ -140,6 +134,7 @@ class PublishedLRM(PublishedLayout):
     """
 
     takes = ("guidance", "multi_scale")
+    shareable = False  # the whole U-Net was trained
 
     def latent_space(self) -> LatentSpace:
         """See :meth:`StoredReward.latent_space`.
@@ -150,85 +145,84 @@ class PublishedLRM(PublishedLayout):
         existing_folder(self.folder, "unet/config.json")
         if self.base is not None:
             return self._pipeline().latent_space()
-        family = unet_family(read_config(self.folder / "unet" / "config.json"))
-        return _LATENT_SPACES["SDXL" if family == "SDXL" else "SD1.5"]
+        return _LATENT_SPACES["SDXL" if self._family == "SDXL" else "SD1.5"]
+
+    @cached_property
+    def _family(self) -> str:
+        return unet_family(read_config(self.folder / "unet" / "config.json"))
 
     def _pipeline(self) -> PipelineSource:
         """Open the base pipeline, and check that its U-Net is of the checkpoint's model family."""
         pipeline = PipelineSource(self.base)
-        family = unet_family(read_config(self.folder / "unet" / "config.json"))
-        found = unet_family(pipeline.config("unet"))
-        if family != found:
+        if self._family != (found := unet_family(pipeline.config("unet"))):
             raise InputError(
                 f"base={pipeline.source!r} is a {found} pipeline, but the checkpoint {str(self.folder)!r} is an "
-                f"{family} one; give an {family} base"
+                f"{self._family} one; give an {self._family} base"
             )
         return pipeline
 
-    def network(self) -> RewardNetwork:
-        """See :meth:`PublishedLayout.network`.
-
-        Raises:
-            InputError: If a file is missing, or a tensor is missing, unexpected or has the wrong shape.
-        """
+    def backbone(self) -> SDUNetBackbone:
+        """See :meth:`StoredReward.backbone`; a file that is missing or a base of another family raises InputError."""
         from diffusers import UNet2DConditionModel
 
-        folder = existing_folder(self.folder, "unet/config.json", "state_dict.pt")
+        folder = str(existing_folder(self.folder, "unet/config.json", "state_dict.pt"))
         source = None if self.base is None else self._pipeline()
-        path = folder / "state_dict.pt"
-        state = lrm_head_state(read_tensors(path), path)
-        unet = map_model(UNet2DConditionModel, str(folder), subfolder="unet")
-        family = unet_family(unet.config)
-        prompts, own = self._prompts(family, source)
         backbone = SDUNetBackbone(
-            unet,
+            map_model(UNet2DConditionModel, folder, subfolder="unet"),
             DDPM.from_config(_STABLE_DIFFUSION_SCHEDULER) if source is None else source.noise_process(),
             self.latent_space(),
-            text_encoder=prompts,
+            text_encoder=self._prompts(source),
             vae=None if source is None else source.latent_encoder(),
         )
         settle(backbone.unet, torch.float32)
+        return backbone
+
+    def head(self, backbone: DiffusionBackbone) -> RewardHead:
+        """See :meth:`StoredReward.head`; the recipe of the model depends on the head's weights, and is set here."""
+        path = self.folder / "state_dict.pt"
+        state = lrm_head_state(read_tensors(path), path)
         projects_text = "text_projection.weight" in state
-        used = {"guidance": self.settings.guidance, "multi_scale": self._multi_scale(state, backbone.feature_spec)}
+        self.report(guidance=self.settings.guidance, multi_scale=self._multi_scale(state, backbone.feature_spec))
         settings = {
-            **used,
-            "enhance_first": family != "SDXL",
+            **self.used,
+            "enhance_first": self._family != "SDXL",
             "embed_dim": len(state["visual_projection.weight"]) if projects_text else None,
             "project_text": projects_text,
         }
         head = build_head(ModelPart(CLIPProjectionHead.__name__, settings), backbone.feature_spec, stored=state)
         load_exactly(head, state, path)
-        model = RewardNetwork(backbone, head).eval().requires_grad_(False)
-        model.exif = self.exif
-        model.published = used
-        tuning = {"tuning": "full", "text_encoder_tuning": "full" if "text_encoder" in own else "frozen"}
-        factory = ModelPart(_FACTORIES[family], {"source": self.base, **tuning})
-        model.recipe = ModelRecipe(factory, head_part(head, settings), own)
-        return model
+        stores_text = (self.folder / "text_encoder").exists()
+        tuning = {"tuning": "full", "text_encoder_tuning": "full" if stores_text else "frozen"}
+        self.recipe = ModelRecipe(
+            ModelPart(_FACTORIES[self._family], {"source": self.base, **tuning}),
+            head_part(head, settings),
+            ("unet", "text_encoder") if stores_text else ("unet",),
+        )
+        return head
 
-    def _prompts(self, family: str, source: PipelineSource | None) -> tuple[PromptEncoder, tuple[str, ...]]:
-        """Load the prompt encoder; return it with the names of the backbone's modules that the checkpoint stores."""
+    def _prompts(self, source: PipelineSource | None) -> PromptEncoder:
+        """Load the prompt encoder: the checkpoint's, or that of the base if it was frozen in training."""
         from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
         from latentreward.encoders.clip import CLIPPromptEncoder, SDXLPromptEncoder
 
-        parts = ("text_encoder", "text_encoder_2") if family == "SDXL" else ("text_encoder",)
+        parts = ("text_encoder", "text_encoder_2") if self._family == "SDXL" else ("text_encoder",)
         if not any((self.folder / part).exists() for part in parts):
             if source is None:
                 raise InputError(
                     f"model folder {str(self.folder)!r} has no text_encoder/: it was frozen in training and is that of "
                     "the base; give the base as base"
                 )
-            return source.sdxl_prompts() if family == "SDXL" else source.clip_prompts(), ("unet",)
+            return source.sdxl_prompts() if self._family == "SDXL" else source.clip_prompts()
         existing_folder(self.folder, *(f"{part}/config.json" for part in parts))
         tokenizers = [
             None if source is None else source.tokenizer(part.replace("text_encoder", "tokenizer")) for part in parts
         ]
         first = load_weights(CLIPTextModel, str(self.folder), subfolder="text_encoder")
-        if family != "SDXL":
-            return CLIPPromptEncoder(first, *tokenizers), ("unet", "text_encoder")
+        if self._family != "SDXL":
+            return CLIPPromptEncoder(first, *tokenizers)
         second = load_weights(CLIPTextModelWithProjection, str(self.folder), subfolder="text_encoder_2")
-        return SDXLPromptEncoder(first, second, *tokenizers), ("unet", "text_encoder")
+        return SDXLPromptEncoder(first, second, *tokenizers)
 
     def _multi_scale(self, state: Mapping[str, Tensor], spec: FeatureSpec) -> MultiScale:
         """Return ``multi_scale``, after checking that it fits the width of the stored ``visual_projection``."""
@@ -271,7 +265,7 @@ def lrm_head_state(published: Mapping[str, Any], path: Path) -> dict[str, Tensor
     return state
 
 
-class PublishedDiNaLRM(PublishedLayout, SharingReward):
+class PublishedDiNaLRM(PublishedLayout):
     """Stored reward in the layout of ``liuhuohuo/DiNa-LRM-SD35M-12layers``.
 
     Without ``base``, the pipeline that ``config.json`` names is loaded.
@@ -281,6 +275,7 @@ class PublishedDiNaLRM(PublishedLayout, SharingReward):
 
     @cached_property
     def _config(self) -> dict[str, Any]:
+        existing_folder(self.folder, "config.json")
         return model_section(self.folder / "config.json")
 
     @cached_property
@@ -292,41 +287,9 @@ class PublishedDiNaLRM(PublishedLayout, SharingReward):
         existing_folder(self.folder, "config.json")
         return self._pipeline.latent_space() if self._pipeline.has("vae") else _LATENT_SPACES["SD3"]
 
-    def network(self) -> RewardNetwork:
-        """See :meth:`PublishedLayout.network`.
-
-        Raises:
-            InputError: If a file is missing, a tensor is missing, unexpected or has the wrong shape, or the config has
-                a value that this class does not support.
-        """
-        existing_folder(self.folder, "config.json", "checkpoint/rm_head.pt")
-        backbone = self._backbone()
-        fill_adapter(self.folder / DINA_ADAPTER, backbone.transformer)
-        model = RewardNetwork(backbone, self._head(backbone.feature_spec)).eval().requires_grad_(False)
-        model.published = self._used
-        model.exif = self.exif
-        normalised = bool(self._pipeline.config("transformer").get("qk_norm"))
-        length = self.settings.t5_length
-        settings = {"source": self._pipeline.source, "t5_length": length, "tuning": "frozen", **self._taps()}
-        model.recipe = ModelRecipe(
-            ModelPart("sd35_medium" if normalised else "sd3_medium", settings),
-            ModelPart(GatedQFormerHead.__name__, self._head_settings()),
-        )
-        return model
-
-    @property
-    def _used(self) -> dict[str, Any]:
-        """Settings in use that the files do not hold."""
-        return {name: getattr(self.settings, name) for name in self.takes}
-
-    def head(self) -> RewardHead:
-        """See :meth:`StoredReward.head`; logs the settings in use that the files do not hold."""
-        self._report(self._used)
-        return self._head(self.on_meta_device.feature_spec).requires_grad_(False).eval()
-
-    def adapter(self) -> dict[str, Tensor]:
+    def adapter(self, backbone: DiffusionBackbone) -> dict[str, Tensor]:
         """See :meth:`StoredReward.adapter`."""
-        return read_lora(self.folder / DINA_ADAPTER, self.on_meta_device.transformer)
+        return read_lora(self.folder / DINA_ADAPTER, backbone.get_submodule(backbone.network_name))
 
     def same_base(self, part: str, weights: Mapping[str, Tensor], source: str) -> bool:
         """See :meth:`StoredReward.same_base`; this layout records only the source of its base, which is compared."""
@@ -346,21 +309,13 @@ class PublishedDiNaLRM(PublishedLayout, SharingReward):
             "text_taps": config["text_head_idx"],
         }
 
-    def _head_settings(self) -> dict[str, Any]:
-        options = self._config["reward_head"]
-        return {
-            "width": None if options["width"] in (-1, 0) else options["width"],
-            "num_queries": options["num_queries"],
-            "num_heads": options["num_attn_heads"],
-            "out_dim": options["out_dim"],
-            "use_proj_in": options["use_proj_in"],
-            "rms_eps": self.settings.rms_eps,
-            "dropout": options.get("dropout", 0.0),
-            "use_logistic": self._config.get("use_logistic", False),
-        }
+    def backbone(self) -> SD3DiTBackbone:
+        """See :meth:`StoredReward.backbone`; all parameters are frozen.
 
-    def _backbone(self) -> SD3DiTBackbone:
-        """See :meth:`SharingReward._backbone`; all parameters are frozen."""
+        Raises:
+            InputError: If a file is missing, or the config has a value that this class does not support.
+        """
+        existing_folder(self.folder, "config.json", "checkpoint/rm_head.pt")
         source = self._pipeline
         complete = source.has("text_encoder")
         with build_errors(f"{self.folder / 'config.json'} on {source}: "):
@@ -378,15 +333,33 @@ class PublishedDiNaLRM(PublishedLayout, SharingReward):
         settle(backbone.transformer, torch.float32)
         return backbone.requires_grad_(False)
 
-    def _head(self, spec: FeatureSpec) -> RewardHead:
-        """Load the trained head."""
-        path = self.folder / "checkpoint" / "rm_head.pt"
+    def head(self, backbone: DiffusionBackbone) -> RewardHead:
+        """See :meth:`StoredReward.head`; sets the recipe too."""
+        path, options = self.folder / "checkpoint" / "rm_head.pt", self._config["reward_head"]
+        part = ModelPart(
+            GatedQFormerHead.__name__,
+            {
+                "width": None if options["width"] in (-1, 0) else options["width"],
+                "num_queries": options["num_queries"],
+                "num_heads": options["num_attn_heads"],
+                "out_dim": options["out_dim"],
+                "use_proj_in": options["use_proj_in"],
+                "rms_eps": self.settings.rms_eps,
+                "dropout": options.get("dropout", 0.0),
+                "use_logistic": self._config.get("use_logistic", False),
+            },
+        )
+        self.report(rms_eps=self.settings.rms_eps, t5_length=self.settings.t5_length)
         state = read_tensors(path)
         if name := not_dense(state):
             raise InputError(f"cannot load {path}: {name} is not a dense tensor; download it again")
         with errors_at(f"{self.folder / 'config.json'}: model.reward_"):
-            head = build_head(ModelPart(GatedQFormerHead.__name__, self._head_settings()), spec, stored=state)
+            head = build_head(part, backbone.feature_spec, stored=state)
         load_exactly(head, state, path, absent_by_design=("logistic.eta3", "logistic.eta4"))
+        normalised = bool(self._pipeline.config("transformer").get("qk_norm"))
+        length = self.settings.t5_length
+        settings = {"source": self._pipeline.source, "t5_length": length, "tuning": "frozen", **self._taps()}
+        self.recipe = ModelRecipe(ModelPart("sd35_medium" if normalised else "sd3_medium", settings), part)
         return head
 
 

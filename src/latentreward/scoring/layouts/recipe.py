@@ -114,9 +114,9 @@ class ModelRecipe:
         return replace(self, backbone=replace(self.backbone, init_args=settings))
 
 
-def backbone_part(class_path: str, init_args: Mapping[str, Any], own: tuple[str, ...]) -> ModelPart:
-    """Return factory and settings that rebuild a trained backbone for scoring."""
-    factory = imported(class_path)
+def backbone_part(name: str, init_args: Mapping[str, Any], own: tuple[str, ...]) -> ModelPart:
+    """Return factory and settings that rebuild a trained backbone for scoring, from a short name or import path."""
+    factory = imported(backbone_names().get(name, name))
     path = f"{factory.__module__}.{factory.__qualname__}"
     # A plug-in's short name is known only after its module was imported; its path works in any process.
     name = registered_name("backbone", path) if of_this_package(path) else path

@@ -41,7 +41,7 @@ class Probe:
     scores: Tensor | None
 
     @property
-    def told(self) -> str:
+    def summary(self) -> str:
         """Description of a successful comparison, for messages."""
         return "equal weights" if self.scores is None else "equal weights and scores"
 
@@ -67,14 +67,13 @@ class Probe:
         stored = PretrainedReward(folder, None, trusted)
         built = self.recipe.backbone
         here = {name: built.init_args[name] for name in ("source", "revision") if name in built.init_args}
-        named = stored.config.recipe.backbone
+        named = stored.recipe.backbone
         settings = {name: value for name, value in named.init_args.items() if name not in ("source", "revision")}
-        recipe = replace(stored.config.recipe, backbone=ModelPart(named.name, settings | here))
-        stored.config = replace(stored.config, recipe=recipe)
+        stored.recipe = replace(stored.recipe, backbone=ModelPart(named.name, settings | here))
         try:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(OTHER_SEED)
-                again = Probe.of(stored.load().to(device).set_precision(torch.float32))
+                again = Probe.of(stored.load(RewardNetwork).to(device).set_precision(torch.float32))
         except InputError as error:
             raise InputError(f"the model does not load again once it is saved: {error}") from error
         for name in sorted(self.weights.keys() | again.weights.keys()):

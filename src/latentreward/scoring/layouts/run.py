@@ -20,7 +20,6 @@ from latentreward.backbones.weights import assign, settling_later
 from latentreward.checkpoints.base_weights import (
     BaseSample,
     problem_of_record,
-    same_values,
     sample,
     without_adapters,
 )
@@ -29,9 +28,8 @@ from latentreward.data.image_sizes import ImageSizes
 from latentreward.data.images import ExifOrientation
 from latentreward.errors import InputError, errors_at, first_line
 from latentreward.heads import RewardHead
-from latentreward.heads.axes import AXES
 from latentreward.scoring.files import not_dense
-from latentreward.scoring.layouts.base import SharingReward
+from latentreward.scoring.layouts.base import Network, StoredReward
 from latentreward.scoring.layouts.config import sizes_of
 from latentreward.scoring.layouts.recipe import (
     ONLY_IN_TRAINING,
@@ -70,7 +68,7 @@ class Content:
     steps: int | None
 
 
-class TrainedReward(SharingReward):
+class TrainedReward(StoredReward):
     """Stored reward in a checkpoint of a reward's training run, together with the settings of the run.
 
     Of the settings only backbone and head are used. Weights that the checkpoint leaves out are loaded from the
@@ -89,6 +87,8 @@ class TrainedReward(SharingReward):
         InputError: If no settings are found, they do not describe a reward, or they need ``trusted``.
     """
 
+    recipe: ModelRecipe
+
     def __init__(
         self,
         checkpoint: Path,
@@ -100,22 +100,22 @@ class TrainedReward(SharingReward):
         self.checkpoint, self.average = checkpoint, average
         found = config or settings_beside(checkpoint)
         self.config = found or checkpoint
-        self._settings = noted_settings(checkpoint) if found is None else model_settings(found, trusted)
+        settings = noted_settings(checkpoint) if found is None else model_settings(found, trusted)
         if base is not None:
-            arguments = self._settings["backbone"]["init_args"]
+            arguments = settings["backbone"]["init_args"]
             arguments |= {"source": base, **dict.fromkeys({"revision"} & arguments.keys())}
-        self._parts: dict[str, ModelPart] = {}
-        for kind in PARTS:
-            name = registered_name(kind, str(self._settings[kind].get("class_path")))
-            with errors_at(f"{self.config}: model."):
-                check_class(kind, name, trusted)
-            self._parts[kind] = ModelPart(name, self._settings[kind]["init_args"])
+        parts: dict[str, ModelPart] = {}
         with errors_at(f"{self.config}: model."):
-            check_family(self._parts["backbone"].init_args, trusted)
+            for kind in PARTS:
+                name = registered_name(kind, str(settings[kind].get("class_path")))
+                check_class(kind, name, trusted)
+                parts[kind] = ModelPart(name, settings[kind]["init_args"])
+            check_family(parts["backbone"].init_args, trusted)
+        self.recipe = ModelRecipe(**parts, training=settings["training"])
 
-    def _backbone(self) -> DiffusionBackbone:
-        """See :meth:`SharingReward._backbone`; the settings decide which parameters are trainable, as in the run."""
-        part = self._parts["backbone"]
+    def backbone(self) -> DiffusionBackbone:
+        """See :meth:`StoredReward.backbone`; the settings decide which parameters are trainable, as in the run."""
+        part = self.recipe.backbone
         if is_ours(part):  # attention backend and compilation were chosen for the machine of the run
             settings = {n: v for n, v in part.init_args.items() if n == "lora" or n not in ONLY_IN_TRAINING}
             part = ModelPart(part.name, settings)
@@ -154,18 +154,18 @@ class TrainedReward(SharingReward):
         return read_checkpoint(self.checkpoint, with_tensors=False)
 
     @property
-    def exif(self) -> ExifOrientation:
+    def exif(self) -> ExifOrientation:  # type: ignore[override]
         """See :attr:`StoredReward.exif`. No tensor is read."""
         with errors_at(f"{self.checkpoint}: "):
             return checked(ExifOrientation, self._recorded.get("exif"), "exif")  # type: ignore[no-any-return]
 
     @property
-    def image_sizes(self) -> ImageSizes | None:
+    def image_sizes(self) -> ImageSizes | None:  # type: ignore[override]
         """See :attr:`StoredReward.image_sizes`. No tensor is read."""
         with errors_at(f"{self.checkpoint}: "):
             return sizes_of(self._recorded.get("image_sizes"))
 
-    def _fitting(self, backbone: DiffusionBackbone) -> tuple[RewardNetwork, nn.ModuleDict]:
+    def _fitting(self, backbone: DiffusionBackbone, kind: type[Network]) -> tuple[Network, nn.ModuleDict]:
         """Build the model with initial weights, and check that the checkpoint's names and shapes fit.
 
         Returns:
@@ -173,12 +173,12 @@ class TrainedReward(SharingReward):
         """
         state = self._content.weights
         with errors_at(f"{self.config}: model."):
-            part = self._parts["head"]
+            part = self.recipe.head
             if part.init_args.get("text_projection_source") is not None:  # its weights are in the checkpoint
                 width = len(state.get("model.head.visual_projection.weight", ()))
                 part = ModelPart(part.name, {**part.init_args, "text_projection_source": None, "embed_dim": width})
             head = build_head(part, backbone.feature_spec, stored=state)
-        model = RewardNetwork(backbone, head)
+        model = kind(backbone, head)
         if not head.reads_text:
             backbone.drop_text_taps()
         if not head.reads_temb:
@@ -188,82 +188,75 @@ class TrainedReward(SharingReward):
             check_weights(as_trained, {name: tensor.shape for name, tensor in state.items()})
         return model, as_trained
 
-    def load(self) -> RewardNetwork:
+    def load(self, kind: type[Network]) -> Network:
         """See :meth:`StoredReward.load`."""
-        state, base = self._content.weights, self._content.base
-        lora = self._parts["backbone"].init_args.get("lora")
-        if is_ours(self._parts["backbone"]) and isinstance(lora, Mapping) and "rank" in lora:
+        state, base, recipe = self._content.weights, self._content.base, self.recipe
+        lora = recipe.backbone.init_args.get("lora")
+        if is_ours(recipe.backbone) and isinstance(lora, Mapping) and "rank" in lora:
             stored = [len(tensor) for name, tensor in state.items() if ".lora_A." in name]
             check_settings({"r": lora["rank"]}, stored, f"cannot load {self.config}")
         with settling_later():
             with torch.random.fork_rng(devices=[]):  # initial values are random but overwritten below
-                model, as_trained = self._fitting(self._backbone())
+                model, as_trained = self._fitting(self.backbone(), kind)
             own = as_trained.state_dict()
             for name in state.keys() & own.keys():
                 if own[name].is_floating_point() and not state[name].is_floating_point():
                     problem = f"{name} is {state[name].dtype}, expected floating point"
                     raise InputError(damaged(self.checkpoint, problem))
             assign(as_trained, state)
-        model.recipe, model.exif = self._recipe(model), self.exif
-        model.image_sizes = self.image_sizes or model.image_sizes
         if base is not None:
             with errors_at(f"{self.checkpoint} with {self.config}: "):
                 BaseSample.of(as_trained, model.backbone.source).check(base)
-        return model.requires_grad_(False).eval()
-
-    def _recipe(self, model: RewardNetwork) -> ModelRecipe:
-        """Return the recipe of the model, which must not be frozen yet."""
-        backbone, head = self._settings["backbone"], self._settings["head"]
-        own = own_parts(model.backbone, backbone["init_args"].get("pretrained") is False)
-        return ModelRecipe(
-            backbone_part(backbone["class_path"], backbone["init_args"], own),
-            head_part(model.head, head["init_args"]),
-            own,
-            {**self._settings["training"], "steps": self._content.steps},
+        untrained = recipe.backbone.init_args.get("pretrained") is False
+        own_names = own_parts(model.backbone, untrained)  # before the model is frozen
+        for_scoring = ModelRecipe(
+            backbone_part(recipe.backbone.name, recipe.backbone.init_args, own_names),
+            head_part(model.head, recipe.head.init_args),
+            own_names,
+            {**recipe.training, "steps": self._content.steps},
         )
+        return self.finished(model, for_scoring)
 
-    @property
-    def axes(self) -> tuple[str, ...]:
-        """See :attr:`StoredReward.axes`."""
-        return AXES if self._settings["head"]["init_args"].get("axes") else ()
-
-    def head(self) -> RewardHead:
+    def head(self, backbone: DiffusionBackbone) -> RewardHead:
         """See :meth:`StoredReward.head`."""
-        head, prefix = self._fitting(self.on_meta_device)[0].head, "model.head."
+        head, prefix = self._fitting(backbone, RewardNetwork)[0].head, "model.head."
         state = {name.removeprefix(prefix): t for name, t in self._content.weights.items() if name.startswith(prefix)}
         head.load_state_dict(state, strict=False)  # _fitting has compared names and shapes
-        return head.requires_grad_(False).eval()
+        return head
 
-    def adapter(self) -> dict[str, Tensor]:
+    def adapter(self, backbone: DiffusionBackbone) -> dict[str, Tensor]:
         """See :meth:`StoredReward.adapter`."""
-        prefix = f"model.backbone.{self.on_meta_device.network_name}."
+        prefix = f"model.backbone.{backbone.network_name}."
         return {
             name.removeprefix(prefix): tensor
             for name, tensor in self._content.weights.items()
             if name.startswith(prefix) and ".lora_" in name
         }
 
-    def same_base(self, part: str, weights: Mapping[str, Tensor], source: str) -> bool:
-        """See :meth:`StoredReward.same_base`; a few values of each weight are compared."""
-        state, base = self._content.weights, self._content.base
+    def base_values(self) -> Mapping[str, Tensor]:
+        """See :meth:`StoredReward.base_values`; weights that the checkpoint holds are sampled here."""
+        state, base, prefix = self._content.weights, self._content.base, "model.backbone."
         values = dict(zip(base["names"], base["values"], strict=True)) if base is not None else {}
         values |= {name: sample(tensor) for name, tensor in state.items() if tensor.is_floating_point()}
-        prefix = f"model.backbone.{part}."
         inside = {name.removeprefix(prefix): value for name, value in values.items() if name.startswith(prefix)}
-        theirs = dict(without_adapters(inside.items()))
-        return all(name in theirs and same_values(sample(weight), theirs[name]) for name, weight in weights.items())
+        return dict(without_adapters(inside.items()))
+
+
+def configs_beside(checkpoint: Path) -> list[Path]:
+    """Return the ``config*.yaml`` in the folder of ``checkpoint``, oldest first, or else those one folder up."""
+    folders = checkpoint.absolute().parents[:2]
+    found = next(filter(None, ([*folder.glob("config*.yaml")] for folder in folders)), [])
+    return sorted(found, key=lambda path: path.stat().st_mtime)
 
 
 def settings_beside(checkpoint: Path) -> Path | None:
-    """Return the ``config*.yaml`` of the run that wrote ``checkpoint``, in its folder or one folder up, or None.
+    """Return the ``config*.yaml`` of the run that wrote ``checkpoint``, from :func:`configs_beside`, or None.
 
     If several runs wrote into one folder, the last file that is not newer than the checkpoint is returned.
     """
-    for folder in (checkpoint.parent, checkpoint.parent.parent):
-        if found := sorted(folder.glob("config*.yaml"), key=lambda path: path.stat().st_mtime):
-            earlier = [path for path in found if path.stat().st_mtime <= checkpoint.stat().st_mtime]
-            return (earlier or found[:1])[-1]
-    return None
+    found = configs_beside(checkpoint)
+    earlier = [path for path in found if path.stat().st_mtime <= checkpoint.stat().st_mtime]
+    return next(iter([*earlier[-1:], *found]), None)
 
 
 def noted_settings(checkpoint: Path) -> dict[str, Any]:

@@ -8,8 +8,6 @@ from contextlib import contextmanager
 from dataclasses import replace
 from inspect import Parameter, signature
 from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -19,7 +17,6 @@ from latentreward.checkpoints.shards import require_finite
 from latentreward.encoders.stored_prompts import StoredPrompts
 from latentreward.errors import InputError
 from latentreward.interrupts import interrupts_held
-from latentreward.scoring.hub import upload
 from latentreward.scoring.layouts.adapters import write_adapter
 from latentreward.scoring.layouts.card import Card, model_card
 from latentreward.scoring.layouts.config import FORMAT, FolderConfig
@@ -51,23 +48,6 @@ from latentreward.storage.json_files import read_config
 README = "README.md"
 OURS = (CONFIG, HEAD, BACKBONE, BASE, README)
 """Names of the files in a model folder; folders whose names begin with ``adapter`` lie beside them."""
-
-
-def save_pretrained(model: RewardNetwork, folder: Path, card: Card | None = None, base: str | None = None) -> None:
-    """Write ``model`` into ``folder``; see :meth:`RewardModel.save_pretrained`."""
-    with new_folder(folder) as partial:
-        write_model(model, partial, card or Card(), base, folder.resolve().name)
-
-
-def upload_model(
-    model: RewardNetwork, repo_id: str, card: Card | None = None, base: str | None = None, **options: Any
-) -> str:
-    """Upload ``model`` to the hub, and return the commit's URL; see :meth:`RewardModel.push_to_hub`."""
-    card = card or Card()
-    with TemporaryDirectory() as place:
-        folder = Path(place) / repo_id.rpartition("/")[2]
-        save_pretrained(model, folder, replace(card, name=card.name or repo_id), base)
-        return upload(folder, repo_id, **options)
 
 
 @contextmanager
