@@ -92,7 +92,7 @@ def test_a_program_that_fails_says_why(tmp_path: Path) -> None:
     assert "status 1; last line: 'CUDA out of memory', all in " in failed
     assert (tmp_path / "log.txt").read_text().splitlines() == ["begins", "CUDA out of memory"]
     assert "it said nothing" in refusal(command("import os; os._exit(3)"), items, tmp_path)
-    assert "no file" in refusal(command("pass"), items, tmp_path)
+    assert "no table of scores" in refusal(command("pass"), items, tmp_path)
     half = 'import sys; open(sys.argv[2], \'w\').write(\'{"file": "0_0.png", "score": 1}\')'
     assert "has no row for '1_0.png'" in refusal(command(half), items, tmp_path)
     nan = half.replace("1}", "NaN}")

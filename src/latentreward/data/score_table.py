@@ -212,7 +212,7 @@ def read_table(path: Path) -> pa.Table:
     if path.suffix not in (".csv", ".jsonl", ".parquet"):
         raise InputError(f"{path}: a table of scores ends in .csv, .jsonl or .parquet")
     if not path.is_file():
-        raise InputError(f"no table of scores {path}; give the path of the file")
+        raise InputError(f"no table of scores {path}; give its path, or have it written")
     try:
         if path.suffix == ".parquet":
             table = pq.read_table(path, page_checksum_verification=True)
