@@ -197,17 +197,17 @@ class PipelineSource:
                 raise InputError(f"source={self.source!r}: {part} has no weight {name}; download {part} again")
         return [tensor for tensor in found if tensor is not None]
 
-    def unet(self, pretrained: bool = True, mapped: bool = False) -> UNet2DConditionModel:
-        """Load the U-Net; for the arguments see :meth:`load`."""
+    def unet(self) -> UNet2DConditionModel:
+        """Load the U-Net in float32."""
         from diffusers import UNet2DConditionModel
 
-        return self.load(UNet2DConditionModel, "unet", pretrained, mapped)
+        return self.load(UNet2DConditionModel, "unet", mapped=False)
 
-    def transformer(self, pretrained: bool = True, mapped: bool = False) -> SD3Transformer2DModel:
-        """Load the SD3 transformer; for the arguments see :meth:`load`."""
+    def transformer(self) -> SD3Transformer2DModel:
+        """Load the SD3 transformer in float32."""
         from diffusers import SD3Transformer2DModel
 
-        return self.load(SD3Transformer2DModel, "transformer", pretrained, mapped)
+        return self.load(SD3Transformer2DModel, "transformer", mapped=False)
 
     def noise_process(self) -> NoiseProcess:
         """Return the forward noise process that the pipeline's scheduler config describes, if it fits the network."""

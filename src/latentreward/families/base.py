@@ -177,6 +177,8 @@ class Family(Part):
         self._require("lora_loader", known, "is not in diffusers.loaders")
         if type(self).load_latent_encoder is Family.load_latent_encoder:
             self._require("vae_class", hasattr(diffusers, self.vae_class), "is not in diffusers")
+        if type(self).load_network is Family.load_network:
+            self._require("network_class", hasattr(diffusers, self.network_class), "is not in diffusers")
         size = self.native_size
         right = isinstance(size, list | tuple) and [type(side) for side in size] == [int, int]
         self._require("native_size", right, "must be (height, width) in pixels")
@@ -384,10 +386,12 @@ class Family(Part):
 
     # Network
 
-    @abstractmethod
     @returns(_wrong_network)
     def load_network(self, pretrained: bool = True) -> Any:
         """Load the network, whose weights stay unread for ``settle``; initial weights without ``pretrained``."""
+        import diffusers
+
+        return self.pipeline.load(getattr(diffusers, self.network_class), self.part, pretrained)
 
     @abstractmethod
     @returns(wrong_prediction)

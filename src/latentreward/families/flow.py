@@ -124,8 +124,7 @@ class FlowFamily(Family):
         self._require("lists", self.lists, "must name the network's lists of blocks")
         found = self.text_field == FlowFamily.text_field or self.text_field in self.config
         self._require("text_field", found, f"is not in {self.named(self.part)}")
-        if type(self).load_network is FlowFamily.load_network:
-            self._require("network_class", hasattr(diffusers, self.network_class), "is not in diffusers")
+        if type(self).load_network is Family.load_network:
             module = getattr(diffusers, self.network_class).__module__
             known = [hasattr(sys.modules[module], name) for name in self.block_classes]
             self._require("block_classes", all(known), f"is not in {module}")
@@ -248,12 +247,6 @@ class FlowFamily(Family):
         return shifted_levels(self.scheduler_config, num_inference_steps, mu)
 
     # Network
-
-    def load_network(self, pretrained: bool = True) -> Any:
-        """See :meth:`Family.load_network`."""
-        import diffusers
-
-        return self.pipeline.load(getattr(diffusers, self.network_class), self.part, pretrained)
 
     def predict(
         self, network: Any, latents: Tensor, timesteps: Tensor, conditioning: Conditioning, guidance: float | None

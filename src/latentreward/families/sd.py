@@ -174,10 +174,6 @@ class StableDiffusion(Family):
         """See :attr:`Family.default_guidance`; LPO's 5.0 instead of the pipelines' 7.5."""
         return 5.0
 
-    def load_network(self, pretrained: bool = True) -> Any:
-        """See :meth:`Family.load_network`."""
-        return self.pipeline.unet(pretrained, mapped=True)
-
     def predict(
         self, network: Any, latents: Tensor, timesteps: Tensor, conditioning: Conditioning, guidance: float | None
     ) -> Tensor:

@@ -187,10 +187,6 @@ class StableDiffusion3(Family):
         """See :attr:`Family.default_guidance`; Flow-GRPO's and this project's 5.0 instead of the pipeline's 7.0."""
         return 5.0
 
-    def load_network(self, pretrained: bool = True) -> Any:
-        """See :meth:`Family.load_network`."""
-        return self.pipeline.transformer(pretrained, mapped=True)
-
     def predict(
         self, network: Any, latents: Tensor, timesteps: Tensor, conditioning: Conditioning, guidance: float | None
     ) -> Tensor:

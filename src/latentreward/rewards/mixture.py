@@ -156,35 +156,20 @@ class MixedReward(Reward):
         return self.mix(torch.stack(parts, dim=1), states.rows)
 
     def score_clean(
-        self,
-        latents: Tensor,
-        rows: Tensor,
-        encoded: tuple[Any, ...],
-        noise: Tensor | None = None,
-        sigmas: Sequence[float] = (),
+        self, latents: Tensor, rows: Tensor, encoded: Any, noise: Tensor | None = None, sigmas: Sequence[float] = ()
     ) -> Tensor:
         """See :meth:`Reward.score_clean`."""
         return self.mix(self.score_parts(latents, rows, encoded, noise, sigmas), rows)
 
     def score_parts(
-        self,
-        latents: Tensor,
-        rows: Tensor,
-        encoded: tuple[Any, ...],
-        noise: Tensor | None = None,
-        sigmas: Sequence[float] = (),
+        self, latents: Tensor, rows: Tensor, encoded: Any, noise: Tensor | None = None, sigmas: Sequence[float] = ()
     ) -> Tensor:
         """See :meth:`Reward.score_parts`; one column for each reward, neither weighted nor normalised."""
         pairs = zip(self.rewards, encoded, strict=True)
         return torch.stack([reward.score_clean(latents, rows, known, noise, sigmas) for reward, known in pairs], dim=1)
 
     def begin_parts(
-        self,
-        latents: Tensor,
-        rows: Tensor,
-        encoded: tuple[Any, ...],
-        noise: Tensor | None = None,
-        sigmas: Sequence[float] = (),
+        self, latents: Tensor, rows: Tensor, encoded: Any, noise: Tensor | None = None, sigmas: Sequence[float] = ()
     ) -> Callable[[], Tensor]:
         """See :meth:`Reward.begin_parts`; rewards that answer later are asked first."""
         order = sorted(range(len(self.rewards)), key=lambda number: not self.rewards[number].answers_later)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +20,7 @@ from latentreward.scorers.clip import (
     load_clip,
     model_source,
 )
-from latentreward.scoring.files import read_state_dict
+from latentreward.scoring.files import load_exactly, read_state_dict
 
 if TYPE_CHECKING:
     from latentreward.scorers.step_aware_clip import StepAwareCLIP
@@ -102,8 +102,9 @@ def load_step_aware(
         source: Folder or hub id of a CLIP model, or the name of a shipped one.
         processor: Folder or hub id of tokenizer and preprocessing; None takes the default of ``source``.
         revision: Branch, tag or commit of a hub id.
-        weights: File with trained weights, loaded over those of ``source``; None takes ``step_aware.safetensors`` in
-            the folder ``source``, if there is one.
+        weights: File with trained weights, loaded over those of ``source``: a checkpoint of ``StepAwarePixelModule``,
+            the file that SPO released, or safetensors. Weights of CLIP that it lacks stay as they are. None takes
+            ``step_aware.safetensors`` in the folder ``source``, if there is one.
 
     Returns:
         The network, and whether trained weights were loaded. Without them the timestep does not change the embeddings.
@@ -111,7 +112,7 @@ def load_step_aware(
     Raises:
         InputError: If a part cannot be loaded, or the weights are those of another network.
     """
-    from latentreward.scorers.step_aware_clip import STEP_FILE, StepAwareCLIP
+    from latentreward.scorers.step_aware_clip import STEP_FILE, StepAwareCLIP, rename_published
 
     folder, processor = model_source(source), model_source(processor or default_processor(source))
     clip, tokenizer, preprocess = load_clip(folder, processor, revision, torch.float32)
@@ -120,39 +121,13 @@ def load_step_aware(
     file = beside if weights is None else Path(weights)
     if network.mean.is_meta or (weights is None and not beside.is_file()):
         return network.requires_grad_(False), False
-    put_weights(network, read_tensors(file), file)
+    tensors, prefix = read_state_dict(file, "a step-aware model"), "network."
+    trained = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+    if not trained:  # not a checkpoint of StepAwarePixelModule
+        trained = tensors if file.suffix == ".safetensors" else rename_published(tensors)
+    of_source = tuple(name for name in network.state_dict() if name.startswith("clip."))
+    try:
+        load_exactly(network, trained, file, absent_by_design=of_source)
+    except InputError as error:
+        raise InputError(f"{error}; give weights of a step-aware model that started from this source") from error
     return network.requires_grad_(False), True
-
-
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Read the weights of a :class:`StepAwareCLIP` from a file.
-
-    The file is in safetensors format, a checkpoint of ``StepAwarePixelModule``, or the file that SPO released.
-
-    Raises:
-        InputError: If the file cannot be read, or holds more than tensors.
-    """
-    from latentreward.scorers.step_aware_clip import rename_published
-
-    tensors, prefix = read_state_dict(path, "a step-aware model"), "network."
-    own = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
-    return own or (tensors if path.suffix == ".safetensors" else rename_published(tensors))
-
-
-def put_weights(network: StepAwareCLIP, tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Load ``tensors`` into ``network``; weights of the CLIP model that are not among them stay as they are.
-
-    Raises:
-        InputError: If a tensor beyond CLIP's is missing, or a tensor is unknown or of another shape.
-    """
-    own = network.state_dict()
-    missing = [name for name in own if name not in tensors and not name.startswith("clip.")]
-    unknown = [name for name in tensors if name not in own]
-    other = [name for name, value in tensors.items() if name in own and value.shape != own[name].shape]
-    for problem, names in (("lacks", missing), ("has unknown", unknown), ("has another shape of", other)):
-        if names:
-            raise InputError(
-                f"weights: {path} {problem} tensor {names[0]} ({len(names)} in all); give the checkpoint of a "
-                "step-aware model that started from this source"
-            )
-    network.load_state_dict(dict(tensors), strict=False)

@@ -315,13 +315,15 @@ class PublishedDiNaLRM(PublishedLayout):
         Raises:
             InputError: If a file is missing, or the config has a value that this class does not support.
         """
+        from diffusers import SD3Transformer2DModel
+
         existing_folder(self.folder, "config.json", "checkpoint/rm_head.pt")
         source = self._pipeline
         complete = source.has("text_encoder")
         with build_errors(f"{self.folder / 'config.json'} on {source}: "):
             token_dim = source.config("transformer")["joint_attention_dim"]
             backbone = SD3DiTBackbone(
-                source.transformer(mapped=True),
+                source.load(SD3Transformer2DModel, "transformer"),
                 source.noise_process(),
                 self.latent_space(),
                 **self._taps(),
