@@ -131,6 +131,7 @@ class RandomPipeline(PipelineSource):
     """Pipeline whose parts are built from their configs with random weights."""
 
     def load(self, kind: type[Any], part: str, pretrained: bool = True, mapped: bool = True) -> Any:
+        """See :meth:`PipelineSource.load`; no weight is read."""
         return super().load(kind, part, pretrained=False)
 
 
