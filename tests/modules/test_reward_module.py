@@ -107,7 +107,7 @@ def test_exchanging_all_sides_changes_no_loss(kind: str, loss: str) -> None:
 
 def metrics_of(module: RewardModule, batch: PreferenceBatch) -> dict[str, float]:
     module.log = lambda *args, **kwargs: None
-    module._evaluate(batch, "val")
+    module.evaluation_step(batch, "val")
     return {
         f"{level}/{kind}": value.item()
         for level, metrics in module.metrics.items()

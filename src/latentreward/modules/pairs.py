@@ -139,11 +139,6 @@ class ScoredPairs(NamedTuple):
     chosen_sigmas: Tensor
     rejected_sigmas: Tensor
 
-    def pair_scores(self, rows: slice) -> PairScores:
-        """Return ``rows`` in the form that losses and metrics take."""
-        columns = (self.chosen, self.rejected, self.label, self.weight, self.chosen_sigmas, self.rejected_sigmas)
-        return PairScores(*(column[rows] for column in columns))
-
 
 @dataclass(frozen=True)
 class EncodedPairs(TensorRecord):
@@ -362,38 +357,31 @@ class PairModule(LightningModule):
     def _summed(self, scored: ScoredPairs) -> ScoredPairs:
         return scored._replace(chosen=self.summed(scored.chosen), rejected=self.summed(scored.rejected))
 
-    def evaluation_step(self, batch: PreferenceBatch) -> ScoredPairs:
-        """Score at every evaluation level, with the random numbers of epoch 0."""
-        return self._score_levels(batch, self._encode_for_evaluation(batch))
+    def evaluation_step(self, batch: PreferenceBatch, stage: str | None = None) -> ScoredPairs:
+        """Score at every evaluation level; under a ``stage`` (``val``, ``test``) also update and log its metrics.
 
-    def _encode_for_evaluation(self, batch: PreferenceBatch) -> EncodedPairs:
-        """Encode with the random numbers of epoch 0, so that every evaluation uses the same noise."""
-        return self.encode(batch, PairDraws(batch, self.seed, epoch=0))
-
-    def _score_levels(self, batch: PreferenceBatch, encoded: EncodedPairs) -> ScoredPairs:
-        levels = []
-        for timestep in self.eval_levels.values():
+        Random numbers are those of epoch 0, so that every evaluation uses the same noise.
+        """
+        encoded, levels = self.encode(batch, PairDraws(batch, self.seed, epoch=0)), []
+        for name, timestep in self.eval_levels.items():
             timesteps = timestep.repeat(2 * len(batch))
-            levels.append(scored_pairs(batch, timesteps, self.score(batch, encoded, timesteps)))
-        return join_scored(levels)
-
-    def _update(self, name: str, scores: PairScores) -> None:
-        scores = replace(scores, chosen=self.summed(scores.chosen), rejected=self.summed(scores.rejected))
-        self.metrics[self._metric_keys[name]].update(scores, self.loss.win_probability(scores))
-
-    def _evaluate(self, batch: PreferenceBatch, stage: str) -> ScoredPairs:
-        encoded = self._encode_for_evaluation(batch)
-        scored = self._score_levels(batch, encoded)
-        self._evaluate_more(batch, encoded)
-        for index, name in enumerate(self.eval_levels):
-            level = scored.pair_scores(slice(index * len(batch), (index + 1) * len(batch)))
-            level = replace(level, targets=batch.targets)
-            self._update(name, level)
-            self._update("all", level)
+            scores = self.score(batch, encoded, timesteps)
+            levels.append(scored_pairs(batch, timesteps, scores))
+            if stage is None:
+                continue
+            self._update((name, "all"), scores)
             # In-batch negatives need a collective call, and in evaluation ranks may have different numbers of batches.
             if not self.loss.needs_cross_scores:
-                self.log(f"{stage}/loss_{name}", self.loss(level), batch_size=len(batch), sync_dist=True)
-        return self._summed(scored)
+                self.log(f"{stage}/loss_{name}", self.loss(scores), batch_size=len(batch), sync_dist=True)
+        if stage is not None:
+            self._evaluate_more(batch, encoded)
+        return join_scored(levels)
+
+    def _update(self, names: Sequence[str], scores: PairScores) -> None:
+        """Update the metrics of some evaluations with the pairs of one noise level."""
+        scores = replace(scores, chosen=self.summed(scores.chosen), rejected=self.summed(scores.rejected))
+        for name in names:
+            self.metrics[self._metric_keys[name]].update(scores, self.loss.win_probability(scores))
 
     def _evaluate_more(self, batch: PreferenceBatch, encoded: EncodedPairs) -> None:
         """Update the metrics of further evaluations; derived classes may override this method."""
@@ -407,11 +395,11 @@ class PairModule(LightningModule):
 
     def validation_step(self, batch: PreferenceBatch, batch_idx: int) -> ScoredPairs:
         """Score at every evaluation level, and update the metrics."""
-        return self._evaluate(batch, "val")
+        return self._summed(self.evaluation_step(batch, "val"))
 
     def test_step(self, batch: PreferenceBatch, batch_idx: int) -> ScoredPairs:
         """Score at every evaluation level, and update the metrics."""
-        return self._evaluate(batch, "test")
+        return self._summed(self.evaluation_step(batch, "test"))
 
     def predict_step(self, batch: PreferenceBatch, batch_idx: int) -> ScoredPairs:
         """Score at every evaluation level; pairs need no label."""

@@ -252,7 +252,7 @@ class RewardModule(PairModule):
 
     def _evaluate_more(self, batch: PreferenceBatch, encoded: EncodedPairs) -> None:
         if len(self.ensemble_timesteps):
-            self._update("ensemble", self.score_ensemble(batch, encoded))
+            self._update(["ensemble"], self.score_ensemble(batch, encoded))
 
 
 def datasets_of(loaders: Any) -> Iterator[Any]:
