@@ -50,8 +50,8 @@ def slow_loss(module: DiffusionDPOModule, batch: PreferenceBatch) -> float:
     """The paper's loss, each image in a pass of its own."""
     policy, draws = module.policy, PairDraws(batch, module.seed, 0)
     process = policy.noise_process
-    latents, conditioning = module.encode(batch, draws)
-    noise = draws.normal("noise", latents.shape[1:], per_image=False)
+    encoded = module.encode(batch, draws)
+    latents, noise, conditioning = encoded.latents, encoded.noise, encoded.conditioning
     timesteps = draws.timesteps(module.levels, process, per_image=False)
     columns: list[list[Tensor]] = [[], [], []]
     for i in range(len(latents)):
@@ -154,8 +154,8 @@ def test_a_soft_label_weighs_both_orders() -> None:
 
 def test_cached_latents_and_prompts() -> None:
     module, batch = dpo(), weighted_batch(3)
-    latents, conditioning = module.encode(batch, PairDraws(batch, module.seed, 0))
-    chosen, rejected = latents.chunk(2)
+    encoded = module.encode(batch, PairDraws(batch, module.seed, 0))
+    conditioning, (chosen, rejected) = encoded.conditioning, encoded.latents.chunk(2)
     cached = replace(
         batch,
         chosen=chosen,

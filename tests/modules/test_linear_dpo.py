@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader
 
 from latentreward.errors import InputError
 from latentreward.losses import LinearDPO, implicit_rewards
+from latentreward.modules.pairs import EncodedPairs
 from latentreward.policies.moving import AVERAGE, DecayRamp
 from tests.modules.lpo_runs import make_trainer
 from tests.modules.test_diffusion_dpo import adapter, dpo, weighted_batch
@@ -40,7 +41,8 @@ def test_the_other_order_has_the_same_loss() -> None:
         latents = torch.cat([batch.chosen, batch.rejected])[:, :1].repeat(1, 4, 1, 1)[..., ::8, ::8]
         noise = torch.ones_like(latents[:2]).repeat(2, 1, 1, 1)  # the images of a pair share it
         conditioning = module.policy.encode_prompts(batch.prompts).select([0, 1, 0, 1])
-        values.append(module.compare(batch, latents, conditioning, noise, torch.full((4,), 500.0)).losses)
+        encoded = EncodedPairs(latents, noise, conditioning, None)
+        values.append(module.compare(batch, encoded, torch.full((4,), 500.0)).losses)
     torch.testing.assert_close(values[0], values[1], rtol=1e-4, atol=1e-7)
 
 

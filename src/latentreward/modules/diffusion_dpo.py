@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from latentreward.contracts import Conditioning, PairScores, PreferenceBatch
+from latentreward.contracts import PairScores, PreferenceBatch
 from latentreward.errors import InputError
 from latentreward.losses import (
     BradleyTerryLoss,
@@ -21,7 +21,7 @@ from latentreward.losses import (
 )
 from latentreward.metrics import MeanMargin, PairwiseAccuracy
 from latentreward.modules.alignment import AlignmentModule
-from latentreward.modules.pairs import PairDraws, Posterior, latents_of, snap_timesteps
+from latentreward.modules.pairs import EncodedPairs, PairDraws, Posterior, latents_of, snap_timesteps
 from latentreward.noise import LevelSampler, TimestepGrid
 from latentreward.policies import PolicySource
 from latentreward.policies.moving import AVERAGE, DecayRamp, MovingCopy
@@ -105,22 +105,17 @@ class DiffusionDPOModule(AlignmentModule):
         if self.average is not None:
             self.average.follow(self.trainer.global_step)
 
-    def encode(self, batch: PreferenceBatch, draws: PairDraws) -> tuple[Tensor, Conditioning]:
-        """Encode images and prompts: latents ``(2B, C, ...)`` float32, chosen first, and conditioning of 2B rows."""
+    def encode(self, batch: PreferenceBatch, draws: PairDraws) -> EncodedPairs:
+        """Encode images and prompts, and draw the noise, the same for both images of a pair."""
         latents = latents_of(self.policy, batch, draws, self.posterior)
         conditioning = self.policy.encode_prompts(batch.prompts) if batch.conditioning is None else batch.conditioning
-        return latents, conditioning.select([*range(len(batch))] * 2)
+        noise = draws.normal("noise", latents.shape[1:], per_image=False).to(latents.device)
+        return EncodedPairs(latents, noise, conditioning.select([*range(len(batch))] * 2), None)
 
-    def compare(
-        self,
-        batch: PreferenceBatch,
-        latents: Tensor,
-        conditioning: Conditioning,
-        noise: Tensor,
-        timesteps: Tensor,
-    ) -> ImplicitPairs:
-        """Compute implicit rewards at ``timesteps`` ``(2B,)`` from latents and noise ``(2B, C, ...)``, chosen first."""
-        process = self.policy.noise_process
+    def compare(self, batch: PreferenceBatch, encoded: EncodedPairs, timesteps: Tensor) -> ImplicitPairs:
+        """Compute the implicit rewards of an encoded batch at ``timesteps`` ``(2B,)``, chosen images first."""
+        process, latents, noise = self.policy.noise_process, encoded.latents, encoded.noise
+        conditioning = encoded.conditioning
         noisy = process.add_noise(latents, noise, timesteps)
         target = process.target(latents, noise, timesteps)
         with torch.no_grad(), self.policy.adapters.use(None if self.average is None else self.average.name):
@@ -146,11 +141,10 @@ class DiffusionDPOModule(AlignmentModule):
     def training_step(self, batch: PreferenceBatch, batch_idx: int) -> Tensor:
         """Return the loss of a batch, at a random timestep for each pair; weights are normalised over all ranks."""
         draws = PairDraws(batch, self.seed, self.current_epoch)
-        latents, conditioning = self.encode(batch, draws)
-        noise = draws.normal("noise", latents.shape[1:], per_image=False).to(latents.device)
+        encoded = self.encode(batch, draws)
         # The same timestep and noise for both images: their errors then differ by the images alone.
-        timesteps = draws.timesteps(self.levels, self.policy.noise_process, per_image=False).to(latents.device)
-        pairs = self.compare(batch, latents, conditioning, noise, timesteps)
+        timesteps = draws.timesteps(self.levels, self.policy.noise_process, per_image=False).to(encoded.latents.device)
+        pairs = self.compare(batch, encoded, timesteps)
         loss, scores = self.loss_of(pairs)
         size, weight = len(scores.label), scores.weight
         margin = scores.margin.detach()
@@ -166,11 +160,9 @@ class DiffusionDPOModule(AlignmentModule):
 
     def validation_step(self, batch: PreferenceBatch, batch_idx: int) -> None:
         """Compare held-out pairs at every timestep of ``eval_timesteps``, with the random numbers of epoch 0."""
-        draws = PairDraws(batch, self.seed, epoch=0)
-        latents, conditioning = self.encode(batch, draws)
-        noise = draws.normal("noise", latents.shape[1:], per_image=False).to(latents.device)
-        for timestep in self.eval_timesteps.to(latents.device):
-            pairs = self.compare(batch, latents, conditioning, noise, timestep.repeat(len(latents)))
+        encoded = self.encode(batch, PairDraws(batch, self.seed, epoch=0))
+        for timestep in self.eval_timesteps.to(encoded.latents.device):
+            pairs = self.compare(batch, encoded, timestep.repeat(2 * len(batch)))
             scores, counts = pairs.scores, pairs.scores.weight > 0
             for metric in (self.val_accuracy, self.val_margin):
                 metric.update(scores.chosen[counts], scores.rejected[counts], scores.label[counts])

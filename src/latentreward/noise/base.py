@@ -66,6 +66,7 @@ class NoiseProcess(Part):
 
         Of two equally near levels the first, noisier one is taken. Values outside [0, 1] give the ends of the table.
         """
+        # argmin returns the first of equal distances, and the table begins with the most noise.
         return (self.sigmas - u.to(torch.float32).cpu()[:, None]).abs().argmin(dim=1)
 
     def timesteps_at(self, u: Tensor) -> Tensor:

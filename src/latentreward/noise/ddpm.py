@@ -57,6 +57,7 @@ class DDPM(NoiseProcess):
 
     def _factors(self, latents: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor]:
         """Return √ᾱ and √(1 − ᾱ) at ``timesteps``, shaped to multiply ``latents``."""
+        # ᾱ is in ascending order of t, timesteps and sigmas are in descending order.
         alpha_bar = self.alphas_cumprod[len(self.timesteps) - 1 - self._index(timesteps)]
         signal, spread = per_sample(alpha_bar.sqrt(), latents), per_sample((1.0 - alpha_bar).sqrt(), latents)
         return signal.to(latents.dtype), spread.to(latents.dtype)

@@ -36,6 +36,7 @@ class FlowMatching(NoiseProcess):
 
     def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """See :meth:`NoiseProcess.add_noise`."""
+        # In the type of the latents: a float32 level would make bfloat16 latents, and the network's input, float32.
         sigma = per_sample(self.sigma(timesteps), latents).to(latents.dtype)
         return (1.0 - sigma) * latents + sigma * noise
 
