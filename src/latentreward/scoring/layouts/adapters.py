@@ -6,6 +6,7 @@ import json
 import re
 import warnings
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -130,8 +131,8 @@ def read_lora(folder: Path, network: nn.Module) -> dict[str, Tensor]:
     return {own[name]: tensor for name, tensor in state.items()}
 
 
-def fill_adapter(folder: Path, network: nn.Module) -> None:
-    """Copy the tensors of the adapter in ``folder`` into the LoRA layers of ``network``; see :func:`read_lora`."""
+def fill_adapter(network: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Copy the tensors of an adapter, by their names in ``network``, into its LoRA layers."""
     with torch.no_grad():
-        for name, tensor in read_lora(folder, network).items():
+        for name, tensor in tensors.items():
             network.get_parameter(name).copy_(tensor)

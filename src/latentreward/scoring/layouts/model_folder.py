@@ -167,7 +167,8 @@ class PretrainedReward(StoredReward):
                     fill(backbone, weights)
             self._check_base(backbone)
             for name, file in adapters.items():
-                fill_adapter(self._intact(file).parent, backbone.get_submodule(name))
+                network = backbone.get_submodule(name)
+                fill_adapter(network, read_lora(self._intact(file).parent, network))
         if not model.head.reads_text:
             backbone.drop_text_taps()
         model.noise, model.calibration = self.config.noise, self._calibration(model)

@@ -22,7 +22,7 @@ from latentreward.heads import CLIPProjectionHead, GatedQFormerHead, RewardHead
 from latentreward.heads.clip_projection import MultiScale
 from latentreward.noise import DDPM
 from latentreward.scoring.files import existing_folder, load_exactly, not_dense, read_tensors
-from latentreward.scoring.layouts.adapters import inject_adapter, read_lora
+from latentreward.scoring.layouts.adapters import fill_adapter, inject_adapter, read_lora
 from latentreward.scoring.layouts.base import Network, StoredReward
 from latentreward.scoring.layouts.recipe import ModelPart, ModelRecipe, build_errors, build_head, head_part
 from latentreward.storage.json_files import checked, read_config
@@ -112,9 +112,7 @@ class PublishedLayout(StoredReward):
         with torch.random.fork_rng(devices=[]):  # initial values are random but overwritten
             backbone = self.backbone()
             model = kind(backbone, self.head(backbone))
-        with torch.no_grad():
-            for name, tensor in self.adapter(backbone).items():
-                backbone.get_submodule(backbone.network_name).get_parameter(name).copy_(tensor)
+        fill_adapter(backbone.get_submodule(backbone.network_name), self.adapter(backbone))
         model.published = self.used
         return self.finished(model, self.recipe)
 
