@@ -47,13 +47,13 @@ MISSING = object()
 """Placeholder for the default of a parameter that has none."""
 
 
-def check_ranges(settings: Any, place: str = "") -> None:
+def check_ranges(settings: Any) -> None:
     """Check that every number among the settings is finite and in the range of its setting.
 
     Raises:
         InputError: If a number is not finite or out of range.
     """
-    for name, value in leaves(settings, place):
+    for name, value in leaves(settings):
         *_, owner, last = re.sub(r"\[\d+\]", "", f".{name}").split(".")
         interval = RANGES.get(f"{owner}.{last}") or RANGES.get(last) or f"[-{LARGEST}, {LARGEST}]"
         if value == {} and last in RANGES:  # Lightning would read {} as a time of zero
