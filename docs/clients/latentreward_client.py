@@ -9,6 +9,7 @@ import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -65,8 +66,8 @@ class RewardClient:
 
         Args:
             prompts: N prompts, or one for all.
-            images: PIL images, uint8 arrays ``(N, H, W, 3)``, or a tensor ``(N, 3, H, W)`` of floats in [0, 1]; or a
-                single one without N.
+            images: PIL images, paths of image files, uint8 arrays ``(N, H, W, 3)``, or a tensor ``(N, 3, H, W)`` of
+                floats in [0, 1]; or a single one without N.
 
         Returns:
             Scores ``(N,)``, float32 on the CPU.
@@ -155,7 +156,7 @@ def _each(prompts: Prompts, count: int) -> list[str]:
 
 
 def _pictures(images: Any) -> list[Image.Image]:
-    if isinstance(images, Image.Image):
+    if isinstance(images, Image.Image | str | Path):
         images = [images]
     elif getattr(images, "ndim", None) == 3:  # a single one, as array or tensor
         images = images[None]
@@ -171,10 +172,13 @@ def _pictures(images: Any) -> list[Image.Image]:
                 "[0, 1]: divide pixels by 255, and take x / 2 + 0.5 of x in [-1, 1]"
             )
         images = (values * 255).round().clamp(0, 255).byte().permute(0, 2, 3, 1).cpu().numpy()
-    return [image if isinstance(image, Image.Image) else _picture(np.asarray(image)) for image in images]
+    return [_picture(image) for image in images]
 
 
-def _picture(array: np.ndarray) -> Image.Image:
+def _picture(image: Any) -> Image.Image:
+    if isinstance(image, Image.Image | str | Path):
+        return image if isinstance(image, Image.Image) else Image.open(image)
+    array = np.asarray(image)
     if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3:
         given = f"{array.dtype} of shape {array.shape}"
         raise ValueError(f"an image is an array of {given}; give uint8 of shape (H, W, 3), or a tensor of all")

@@ -183,7 +183,8 @@ def test_images_that_cannot_be_read(
         assert not list((tmp_path / "cache").rglob("*.partial"))
         return
     run_cache(tmp_path / "cache", data, *options, *settings)
-    assert "images not read: 1 truncated or damaged image; 1 pairs have such an image" in capsys.readouterr().out
+    told = "images not read: 1 truncated or damaged image ('images/3b.jpg'); 1 pairs have such an image"
+    assert told in capsys.readouterr().out
     [image] = [image for image in table(tmp_path / "cache", IMAGES) if image["image_key"] == "images/3b.jpg"]
     shard = table(tmp_path / "cache", SHARDS)[image["shard"]]["name"]
     manifest = read_manifest(tmp_path / "cache" / manifest_name(shard))
@@ -376,7 +377,7 @@ def test_a_row_that_changed_since_planning_is_found(
     [
         ([], "reader is missing"),
         ([*SETTINGS, "--reader.root={data}", "--images_per_shard=0"], "images_per_shard: 0 is outside"),
-        (["--encoder.source=sd_tiny"], "encoder: its class is not given; say --encoder PipelineEncoders or Published"),
+        (["--encoder.source=sd_tiny"], "encoder: its class is not given; say --encoder CLASS too; choose from Pip"),
         ([*SETTINGS, "--reader.root={data}", "--encoder.source=/nowhere"], "'/nowhere' does not exist"),
         (
             [*SETTINGS, "--reader.root={data}", "--encoder=PublishedLatents"],

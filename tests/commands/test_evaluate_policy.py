@@ -382,7 +382,7 @@ def test_lpos_published_policy_is_a_unet_in_the_folder_of_its_base(
         ([SD_TINY, "--scorers=[]"], "there is no scorer"),
         ([SD_TINY, f"--scorers=[{toy()}, {toy()}]"], "several are called 'red'"),
         ([SD_TINY, f"--scorers=[{toy('not_a_number', 'odd')}]"], "scorer 'odd' returned nan for the prompt 'two blue"),
-        ([SD_TINY, "--policy.images=."], "images and a generator are both given"),
+        ([SD_TINY, "--policy.images=."], "images and pipeline are both given, one perhaps by a config file; to judge"),
         ([SD_TINY, "--policy.table=x.csv"], "set images"),
         ([SD_TINY, "--policy.name=a/b"], "name of a policy is 'a/b'"),
         ([SD_TINY, "--policy.name=x", "--against.pipeline=sd_tiny", "--against.name=x"], "are called 'x'"),

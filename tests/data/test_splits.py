@@ -55,7 +55,7 @@ def test_earlier_splits_give_way(caplog) -> None:
         "test": [0, 1],
     }
     summary = "data.train: 2 of 6 rows have a prompt that val or test has too; left out"
-    assert f"{summary}; to keep them, set data.shared_prompts: keep" in caplog.text
+    assert f"{summary}, 4 labelled rows remain; to keep them, set data.shared_prompts: keep" in caplog.text
     kept = {name: {normalise_prompt(splits[name].texts[i]) for i in rows[name]} for name in rows}
     assert not (kept["train"] & kept["val"] or kept["train"] & kept["test"] or kept["val"] & kept["test"])
 

@@ -29,6 +29,7 @@ from latentreward.serving.protocol import parse_request
 from latentreward.serving.served import ServedModel, own_shape
 from latentreward.serving.tensors import Accepted
 from tests.data.rotated import photograph, upright
+from tests.data.test_images import png_header
 from tests.serving.latent_requests import HEADERS, tensors_of
 from tests.serving.servers import raw, serving, tiny_reward
 
@@ -356,7 +357,11 @@ GOOD_IMAGE = base64.b64encode(picture("red")).decode()
         ({"prompt": "a", "images": [GOOD_IMAGE] * 65}, 413, "limit of 64; send several requests"),
         ({"prompt": "a", "images": ["AAAA"]}, 422, "unknown image format"),
         ({"prompt": "a", "images": [GOOD_IMAGE, GOOD_IMAGE[:60]]}, 422, "'1': truncated or damaged"),
-        ({"prompt": "a", "images": [base64.b64encode(picture("red", (5000, 5000))).decode()]}, 422, "too many pixels"),
+        (
+            {"prompt": "a", "images": [base64.b64encode(png_header(9_000, 9_000)).decode()]},
+            422,
+            "exceeds max_pixels=67108864); resize it before sending, or raise the server's --max_pixels",
+        ),
     ],
 )
 def test_bad_image_requests(address: str, content: Any, status: int, message: str) -> None:

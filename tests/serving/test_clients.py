@@ -68,7 +68,8 @@ def test_the_orientation_of_a_photograph_arrives(client: Any, running: tuple[str
     image.save(tmp_path / "turned.jpg", quality=95, exif=exif)
     with Image.open(tmp_path / "turned.jpg") as photograph:
         wanted = running[1].reward.score("a cat", [photograph])
-        torch.testing.assert_close(client.score_images("a cat", [photograph]), wanted, atol=2e-5, rtol=0)
+        for given in ([photograph], tmp_path / "turned.jpg", [str(tmp_path / "turned.jpg")]):
+            torch.testing.assert_close(client.score_images("a cat", given), wanted, atol=2e-5, rtol=0)
         assert abs(wanted - running[1].reward.score("a cat", [Image.fromarray(np.asarray(photograph))])) > 1e-4
 
 

@@ -120,5 +120,5 @@ def test_parsing_takes_no_more_than_is_held_for_it(prompt: str, escape: bool) ->
 def test_images_are_charged_by_their_kind(pixels: np.ndarray, options: dict[str, Any], per_pixel: int) -> None:
     data = encode(pixels, **options).data
     assert data is not None
-    one, two = (EncodedImages(["a"] * n, [data] * n).memory_bytes() for n in (1, 2))
+    one, two = (EncodedImages(["a"] * n, [data] * n).memory_bytes(600) for n in (1, 2))
     assert one == len(data) + per_pixel * 600 and two - one == len(data) + 4 * 600

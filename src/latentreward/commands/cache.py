@@ -1,5 +1,6 @@
 """``latentreward cache``: encode the images, and optionally the prompts, of a data set once and store the results."""
 
+import os
 import sys
 import time
 from collections import Counter
@@ -30,6 +31,8 @@ ENCODE = "encode"
 """Name of the task that writes one shard."""
 LINES = 20
 """Most problems that ``--check`` prints one by one."""
+NAMED = 5
+"""Most images that could not be read whose names are printed."""
 
 
 def cache(
@@ -40,7 +43,7 @@ def cache(
     dtype: CacheDtype = "float16",
     seed: int = 0,
     images_per_shard: int = 1024,
-    num_workers: int = 4,
+    num_workers: int | None = None,
     trainer: TrainerSettings = TrainerSettings(),  # noqa: B008
     check: bool = False,
 ) -> None:
@@ -57,7 +60,8 @@ def cache(
         dtype: Data type of the stored latents and embeddings.
         seed: Seed for sampling each image's latents from the VAE posterior.
         images_per_shard: Most images in one file; a stopped run loses at most one unfinished file per process.
-        num_workers: Processes per device that read and decode images; 0 decodes in the encoding process.
+        num_workers: Processes per device that read and decode images; 0 decodes in the encoding process. By default 4,
+            or the number of cores if that is less.
         trainer: Settings of the processes that encode.
         check: Whether to verify every file of ``output`` instead of writing; prints missing and damaged files, and
             exits with status 1 if there are any.
@@ -66,6 +70,7 @@ def cache(
         InputError: If a setting is wrong, or reader and encoder do not fit each other.
     """
     folder = Path(output)
+    num_workers = min(4, len(os.sched_getaffinity(0))) if num_workers is None else num_workers
     if check:
         verify(folder)
         return
@@ -166,20 +171,24 @@ def report(folder: Path, unused: int) -> None:
     print(f"{folder}: {content}, {size / 2**20:.1f} MiB")
     print(f"dropped pairs: {count_text(Counter(plan.dropped))}")
     if lost:
-        print(f"images not read: {count_text(unreadable)}; {pairs_with(folder, lost)} pairs have such an image")
+        pairs, names = pairs_with(folder, lost)
+        first = ", ".join(map(repr, names[:NAMED])) + (f" and {len(names) - NAMED} more" if len(names) > NAMED else "")
+        print(f"images not read: {count_text(unreadable)} ({first}); {pairs} pairs have such an image")
     if unused:
         print(f"clips longer than frames={plan.spec.frames}: {unused} frames were not used")
 
 
-def pairs_with(folder: Path, lost: set[tuple[int, int]]) -> int:
-    """Count the pairs with an image among ``lost``, which holds (number of the shard, row in the shard)."""
-    images = pq.read_table(folder / IMAGES, columns=["shard", "row"])
+def pairs_with(folder: Path, lost: set[tuple[int, int]]) -> tuple[int, list[str]]:
+    """Count the pairs with an image among ``lost``, which holds (number of the shard, row in the shard).
+
+    The second result are the names of these images.
+    """
+    images = pq.read_table(folder / IMAGES, columns=["image_key", "shard", "row"])
     stored = zip(images["shard"].to_pylist(), images["row"].to_pylist(), strict=True)
     bad = {number for number, shard_and_row in enumerate(stored) if shard_and_row in lost}
     pairs = pq.read_table(folder / PAIRS, columns=["image_a", "image_b"])
-    return sum(
-        a in bad or b in bad for a, b in zip(pairs["image_a"].to_pylist(), pairs["image_b"].to_pylist(), strict=True)
-    )
+    sides = zip(pairs["image_a"].to_pylist(), pairs["image_b"].to_pylist(), strict=True)
+    return sum(a in bad or b in bad for a, b in sides), images["image_key"].take(sorted(bad)).to_pylist()
 
 
 run = partial(run_function, cache)

@@ -14,6 +14,7 @@ from latentreward.data import readers
 from latentreward.data.readers import PairReader
 from latentreward.data.readers.folders import CAPTIONS_FILE
 from latentreward.data.readers.img2dataset import is_img2dataset
+from latentreward.data.readers.jsonl import check_no_csv
 from latentreward.data.readers.parquet_store import ParquetPart, nested_pattern, open_part
 from latentreward.data.readers.tables import SAVED, SAVED_SPLITS, saved_splits
 from latentreward.errors import InputError, did_you_mean, quoted
@@ -48,6 +49,7 @@ def recognise(data: str) -> Splits:
         raise InputError(f"data: no folder or file {data!r}; name a data set of the hub as --reader CLASS with its id")
     for splits in _found(path):
         return splits
+    check_no_csv("data", data)
     if (path / CACHE_PLAN).is_file():
         raise InputError(
             f"data: {data} is a cache of latents; verify it with `latentreward cache {data} --check`, and inspect the "

@@ -184,7 +184,7 @@ def _pictures(source: str) -> tuple[Path, list[Path], list[str]]:
         if not any(file.suffix.lower() in SUFFIXES for file in files):
             problem = "; ".join([f"images: no picture in {source} ({', '.join(SUFFIXES)})", *tell_unread(files)])
             raise InputError(f"{problem}; give a folder that holds some")
-        return place, sorted(files), remarks + tell_unread(files)
+        return place, sorted(files), remarks
     if os.path.lexists(place):
         return place.parent, [place], []
     files = [file for file in match_files(source) if _is_picture(file) and not file.is_dir()]
@@ -193,7 +193,7 @@ def _pictures(source: str) -> tuple[Path, list[Path], list[str]]:
             f"images: {source!r} is neither a folder, a file, nor a pattern that matches a picture; give a folder, a "
             f"pattern such as 'pics/**/*.png', or a list that ends in {', '.join(LISTS)}"
         )
-    return Path(*takewhile(lambda part: not glob.has_magic(part), place.parts[:-1])), files, tell_unread(files)
+    return Path(*takewhile(lambda part: not glob.has_magic(part), place.parts[:-1])), files, []
 
 
 def _walk(root: Path, remarks: list[str]) -> Iterator[Path]:

@@ -249,7 +249,7 @@ def _opened(image: ImageRef, max_pixels: int) -> Iterator[Image.Image]:
         if _is_clip(source):
             detail = "mp4 or mov; fit and cache read clips if frames is set, score if the model was trained on clips"
             raise image_error(image, CLIP, detail) from error
-        raise image_error(image, UNKNOWN, f"not one of {', '.join(FORMATS)}") from error
+        raise image_error(image, UNKNOWN, f"not one of {', '.join(FORMATS)}; convert it to JPEG or PNG") from error
     except BOMB as error:
         raise image_error(image, TOO_LARGE, f"exceeds max_pixels={max_pixels}") from error
     except BROKEN_FILE as error:

@@ -64,7 +64,8 @@ def select_rows(
             ]
             emptied[name] = f"data.{name}: none of {len(reader)} rows left{_explain(causes)}"
         elif shared.any():
-            remedy = f"; to keep them, {KEEP}" if (labelled & shared).sum() > MUCH * labelled.sum() else ""
+            much = (labelled & shared).sum() > MUCH * labelled.sum()
+            remedy = f", {len(selected[name])} labelled rows remain; to keep them, {KEEP}" if much else ""
             logger.warning("data.%s: %d of %d rows %s; left out%s", name, shared.sum(), len(reader), have, remedy)
         taken.update(prompts)
         later.append(name)

@@ -15,7 +15,7 @@ from starlette.datastructures import UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 
 from latentreward.contracts import ImageRef
-from latentreward.data.images import ExifOrientation, ImageError, decode_image, decoding_bytes
+from latentreward.data.images import TOO_LARGE, ExifOrientation, ImageError, decode_image, decoding_bytes
 from latentreward.serving.batch_scorer import ImageRow, standing
 from latentreward.serving.bodies import FORM, JSON, check_type
 from latentreward.serving.dialects.base import Dialect
@@ -27,8 +27,6 @@ from latentreward.serving.served import Scores, ServedModel
 
 EXAMPLE = '{"prompt": TEXT or "prompts": [TEXT, ...], "images": [BASE64, ...]}'
 """JSON of a request, for messages."""
-MAX_PIXELS = 16 * 1024 * 1024
-"""Greatest number of pixels of an image; checked in the image's header, before decoding."""
 
 
 @dataclass(frozen=True)
@@ -57,21 +55,22 @@ class EncodedImages:
         if longest > PROMPT_LENGTH:
             raise RequestError(f"a prompt has {longest} characters; at most {PROMPT_LENGTH} are taken", 422)
 
-    def memory_bytes(self) -> int:
+    def memory_bytes(self, max_pixels: int) -> int:
         """Estimate the memory in bytes that the images take until they are scored.
 
         The sum of the encoded images, the decoded images, and the extra memory of decoding the most demanding one.
 
         Raises:
-            RequestError: If a file is not an image, or has too many pixels.
+            RequestError: If a file is not an image, or has more than ``max_pixels`` pixels.
         """
         try:
-            decoded, extra = zip(*(decoding_bytes(ref, MAX_PIXELS) for ref in self._refs()), strict=True)
+            decoded, extra = zip(*(decoding_bytes(ref, max_pixels) for ref in self._refs()), strict=True)
         except ImageError as error:
-            raise RequestError(str(error), 422) from error
+            remedy = "; resize it before sending, or raise the server's --max_pixels"
+            raise RequestError(f"{error}{remedy if error.problem == TOO_LARGE else ''}", 422) from error
         return sum(map(len, self.images)) + sum(decoded) + max(extra)
 
-    def decode(self, exif: ExifOrientation, until: float) -> list[ImageRow]:
+    def decode(self, exif: ExifOrientation, max_pixels: int, until: float) -> list[ImageRow]:
         """Decode the images into rows to score, turned upright by their EXIF orientation if ``exif`` is ``apply``.
 
         No further image is decoded after the time ``until`` of the monotonic clock.
@@ -85,7 +84,7 @@ class EncodedImages:
             if time.monotonic() > until:
                 raise TimeoutError
             try:
-                rows.append(ImageRow(prompt, decode_image(ref, MAX_PIXELS, exif)))
+                rows.append(ImageRow(prompt, decode_image(ref, max_pixels, exif)))
             except ImageError as error:
                 raise RequestError(str(error), 422) from error
         return rows
@@ -136,7 +135,8 @@ async def score_images_by_reward(
             parts = await formats[kind](body)
         for model, images in parts.items():  # now: scores of one reward would be lost if another then refuses
             model.require_room(len(images.images))
-        needs = await asyncio.to_thread(lambda: {model: images.memory_bytes() for model, images in parts.items()})
+        most = resources.settings.max_pixels
+        needs = await asyncio.to_thread(lambda: {model: images.memory_bytes(most) for model, images in parts.items()})
         # Each reward holds its own decoded images: if together they are too large for ever, 413 says so, not 503.
         held = len(body) + sum(needs.values())
 
@@ -153,7 +153,8 @@ async def score_images_by_reward(
 
 async def _decoded(model: ServedModel, images: EncodedImages) -> list[ImageRow]:
     """Decode images for a reward, in their turn, which ends when the thread does, also after the timeout."""
-    turns, seconds = model.resources.decoders, model.resources.settings.timeout
+    turns, settings = model.resources.decoders, model.resources.settings
+    seconds = settings.timeout
 
     def end_turn(decoding: asyncio.Future[list[ImageRow]]) -> None:
         turns.release()
@@ -163,7 +164,8 @@ async def _decoded(model: ServedModel, images: EncodedImages) -> list[ImageRow]:
     try:
         async with asyncio.timeout(seconds):
             await turns.acquire()
-            decoding = asyncio.ensure_future(asyncio.to_thread(images.decode, model.reward.exif, until))
+            decode = partial(images.decode, model.reward.exif, settings.max_pixels, until)
+            decoding = asyncio.ensure_future(asyncio.to_thread(decode))
             decoding.add_done_callback(end_turn)
             return await asyncio.shield(decoding)
     except TimeoutError as error:

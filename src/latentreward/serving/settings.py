@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from latentreward.contracts import PathText
+from latentreward.data.images import MAX_PIXELS
 from latentreward.errors import InputError, check_amounts
 from latentreward.scoring import PublishedSettings
 
@@ -25,6 +26,7 @@ class ServiceSettings:
         queue: Greatest number of waiting rows; requests beyond it are answered 503 with Retry-After.
         timeout: Seconds after which a request is answered 504, or 408 if its body has not arrived.
         max_body_mb: Largest body, in MiB.
+        max_pixels: Largest width × height of an image, which is read from its header before the image is decoded.
         max_latent_pixels: Largest h · w of latents, or T · h · w with a time axis, in latent pixels. None takes four
             times the model's own size.
         concurrency: Greatest number of requests of a reward in progress; requests beyond it are answered 503 with
@@ -48,6 +50,7 @@ class ServiceSettings:
     queue: int = 256
     timeout: float = 60.0
     max_body_mb: float = 64.0
+    max_pixels: int = MAX_PIXELS
     max_latent_pixels: int | None = None
     concurrency: int | None = None
     passes_per_device: int = 1

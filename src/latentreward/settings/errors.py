@@ -199,19 +199,22 @@ def _in_list(message: str, key: Sequence[str], kind: str, name: str) -> str:
 
 def _abstract(match: re.Match[str], setting: str) -> str:
     cls: type = locate(match[1])  # type: ignore[assignment]  # jsonargparse has imported the class
-    own = any(getattr(value, "__isabstractmethod__", False) for value in vars(cls).values())
-    kinds: list[type] = cls.__subclasses__() if own else []
-    names = sorted(
-        one.__name__ for one in kinds if one.__module__.startswith("latentreward.") and not inspect.isabstract(one)
-    )
-    if not names or not setting:
+    module = sys.modules.get(CLASS_MODULES.get(setting.rpartition(".")[2], cls.__module__))
+    found = [getattr(module, name) for name in dir(module)]
+    kinds = [kind for kind in found if inspect.isclass(kind) and issubclass(kind, cls) and not inspect.isabstract(kind)]
+    if not kinds or not setting:
         return lacks(cls)
-    return f"its class is not given; say --{setting} {' or '.join(names)}"  # settings of the base class alone are given
+    choices = did_you_mean("", [kind.__name__ for kind in kinds])
+    return f"its class is not given; say --{setting} CLASS too{choices}"  # settings of the base class alone are given
+
+
+EXAMPLES = {"scorers": "+=CLASS, such as --scorers+=RewardModelScorer --scorers.path runs/first"}
+"""Setting that is missing -> end of the message, with an example."""
 
 
 def _missing(match: re.Match[str], setting: str) -> str:
     place = f"{setting}{setting and '.'}{match[1]}"
-    choices = did_you_mean("", backbone_names()) if match[1] == "backbone" else ""
+    choices = did_you_mean("", backbone_names()) if match[1] == "backbone" else EXAMPLES.get(match[1], "")
     return f"{match[1]} is missing; give it in a --config file or as --{place}{choices}"
 
 

@@ -179,6 +179,8 @@ def test_root_of_its_own_and_files_that_are_not_there(write, tmp_path) -> None:
     assert isinstance(PairDataset(reader, PixelLoader(8, 8))[0], LoadedPair)
     with pytest.raises(InputError, match=r"absent.jsonl: No such file"):
         JSONLPairReader(str(tmp_path / "absent.jsonl"))
+    with pytest.raises(InputError, match=r"^file: a\.TSV is CSV.*'a\.TSV', sep=chr\(9\)\)\.to_json\('a\.jsonl', ori"):
+        JSONLPairReader("a.TSV")
     with pytest.raises(InputError, match="Is a directory"):
         JSONLPairReader(str(tmp_path))
     with pytest.raises(InputError, match="has no lines left"):

@@ -9,6 +9,7 @@ from latentreward.data.readers.folders import read_lines
 from latentreward.data.readers.json_rows import check_path, parse_line
 from latentreward.data.readers.pair_rows import PairRowParser
 from latentreward.data.readers.rows import RowReader
+from latentreward.errors import InputError
 
 
 class JSONLPairReader(RowReader):
@@ -48,8 +49,17 @@ class JSONLPairReader(RowReader):
 
     def __init__(self, file: PathText, root: PathText | None = None, split: str = "train", **options: Any) -> None:
         super().__init__(Path(file).name, split, **options)
+        check_no_csv("file", file)
         self.folder = Path(root) if root else Path(file).parent
         rows = PairRowParser(self, partial(check_path, self, folder=self.folder))
         lines = ((f"{self.source}:{number}", number, parse_line(line)) for number, line in read_lines(Path(file)))
         self.table = rows.table(lines)
         self.report(str(file), f"file: {file} has no lines left; give one JSON object per line")
+
+
+def check_no_csv(field: str, file: str) -> None:
+    """Raise InputError for a table in CSV or TSV, which no reader of pairs takes, with the way to convert it."""
+    if (suffix := Path(file).suffix.lower()) in (".csv", ".tsv"):
+        table = f"pandas.read_csv({file!r}{', sep=chr(9)' if suffix == '.tsv' else ''})"
+        lines = f"{table}.to_json({str(Path(file).with_suffix('.jsonl'))!r}, orient='records', lines=True)"
+        raise InputError(f"{field}: {file} is CSV, which no reader of pairs takes; write JSON lines: {lines}")

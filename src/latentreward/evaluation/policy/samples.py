@@ -59,9 +59,12 @@ class JudgedPolicy:
         """Raise InputError for a bad name, and unless exactly one of a generator and a folder of pictures is given."""
         if self.name is not None and not NAME.fullmatch(self.name):
             raise InputError(f"name of a policy is {self.name!r}; use up to 60 letters, digits, spaces and . , + = - _")
-        made = any(value is not None for value in (self.pipeline, self.checkpoint, self.lora))
+        made = [name for name in ("pipeline", "checkpoint", "lora") if getattr(self, name) is not None]
         if self.images is not None and made:
-            raise InputError("images and a generator are both given; give one of them")
+            raise InputError(
+                f"images and {made[0]} are both given, one perhaps by a config file; to judge the images, say "
+                f"--policy.{made[0]} null, and --against.{made[0]} null for the images of against"
+            )
         if self.images is None and self.table is not None:
             raise InputError("table is given without images; set images to the folder of the pictures")
         if self.images is None and self.pipeline is None and self.checkpoint is None:
