@@ -736,6 +736,8 @@ def test_bad_input_is_one_line(
 
 def test_missing_model_says_how_to_give_one(capsys: pytest.CaptureFixture[str]) -> None:
     assert error_line(capsys, "fit") == "model is missing; give it in a --config file or as --model"
+    scorers = "scorers is missing; give it in a --config file or as --scorers+=CLASS, such as --scorers+=Rew"
+    assert error_line(capsys, "evaluate-policy", "out", "--policy.pipeline=sd_tiny").startswith(scorers)
 
 
 def test_of_several_missing_settings_the_first_is_named(capsys: pytest.CaptureFixture[str]) -> None:
