@@ -1,4 +1,4 @@
-"""score, generate and evaluate-policy on two processes, of which one is killed or fails: the files of one process."""
+"""cache, score, generate and evaluate-policy on two processes, one of them killed or failing: the files of one."""
 
 import json
 import os
@@ -12,6 +12,7 @@ import pytest
 
 from latentreward.errors import InputError
 from latentreward.storage.shards import ShardList
+from tests.cache.writing import write_data
 from tests.commands.test_score import write_pictures
 from tests.processes import Forked, rank_environments, run_command, start
 from tests.rewards.stored import write_run
@@ -22,13 +23,18 @@ SAMPLING = ("--sampling.num_inference_steps=2", "--guidance_scale=1", "--batch_s
 SCORER = {"function": "tests.evaluation.policy.toy_scorers.redness", "name": "red"}
 RED = json.dumps({"class_path": "latentreward.scorers.CallableScorer", "init_args": SCORER})
 COMMANDS = {
+    "cache": (
+        "cache", "out", "--reader=latentreward.data.HPDv3Reader", "--reader.root=data", "--reader.split=train",
+        "--encoder=PipelineEncoders", "--encoder.source=sd_tiny", "--encoder.batch_size=2", "--encoder.text=true",
+        "--images.size=32", "--images_per_shard=4", "--num_workers=0",
+    ),
     "score": ("score", "pics", "out/scores.csv", "--flush_every=2", "--batch_size=2"),
     "generate": ("generate", "prompts.txt", "out", "--policy.source=sd_tiny", *SAMPLING, "--table=jsonl"),
     "evaluate-policy": (
         "evaluate-policy", "out", "--policy.pipeline=sd_tiny", "--prompts=prompts.txt", f"--scorers=[{RED}]", *SAMPLING,
     ),
 }  # fmt: skip
-"""Command lines in the folder that :func:`inputs` writes."""
+"""Command lines in the folder that :func:`inputs` writes; ``tests/cache/test_faults.py`` kills a cache's rank 1."""
 PATIENCE = 900.0
 
 
@@ -38,6 +44,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_pictures(folder / "pics", 9)
     (folder / "prompts.txt").write_text("".join(f"a picture of {number} squares\n" for number in range(7)))
     write_run(folder / "model", "lrm", "sd15")
+    write_data(folder / "data", pairs=6)
     return folder
 
 
@@ -50,13 +57,19 @@ def arguments(inputs: Path, request: pytest.FixtureRequest) -> tuple[str, ...]:
 @pytest.fixture
 def whole(arguments: tuple[str, ...], inputs: Path, tmp_path: Path) -> dict[str, str]:
     """Files of one process."""
-    return finished(start((*arguments, "--device=cpu"), cwd=place(tmp_path / "whole", inputs)), tmp_path / "whole")
+    return finished(start(alone(arguments), cwd=place(tmp_path / "whole", inputs)), tmp_path / "whole")
+
+
+def alone(arguments: tuple[str, ...]) -> tuple[str, ...]:
+    """The command line of one process."""
+    one = (TWO[0], "--trainer.devices=1") if arguments[0] == "cache" else ("--device=cpu",)
+    return (*arguments, *one)
 
 
 def place(folder: Path, inputs: Path) -> Path:
     """A working folder with the inputs."""
     folder.mkdir(exist_ok=True)
-    for name in ("pics", "prompts.txt"):
+    for name in ("pics", "prompts.txt", "data"):
         if not (folder / name).exists():
             (folder / name).symlink_to(inputs / name)
     return folder
@@ -97,7 +110,7 @@ def two_ranks(arguments: Sequence[str], cwd: Path, rank: int, what: Callable[[],
     return [Forked(*run, cwd=cwd, environment=one) for run, one in zip(runs, places, strict=True)]
 
 
-@pytest.mark.parametrize("arguments", COMMANDS, indirect=True)
+@pytest.mark.parametrize("arguments", [name for name in COMMANDS if name != "cache"], indirect=True)
 def test_the_part_of_a_killed_rank_is_done_by_the_other(
     arguments: tuple[str, ...], whole: dict[str, str], inputs: Path, tmp_path: Path
 ) -> None:
@@ -116,7 +129,7 @@ def test_after_a_kill_of_the_first_rank_the_next_start_goes_on(
     assert second.wait(PATIENCE) == 2
     [line] = [line for line in second.stderr.splitlines() if "latentreward: error" in line]
     assert "the first process has ended before this one" in line
-    assert finished(start((*arguments, "--device=cpu"), cwd=folder), folder) == whole
+    assert finished(start(alone(arguments), cwd=folder), folder) == whole
 
 
 @pytest.mark.parametrize("arguments", ["generate"], indirect=True)
