@@ -37,13 +37,18 @@ class RatedPair:
         prompt: Caption of the pair; may be empty.
         a: First picture.
         b: Second picture.
-        label: 1 if ``a`` is preferred, 0 if ``b`` is, ½ for a tie, or a probability between.
+        label: 1 if ``a`` is preferred, 0 if ``b`` is, ½ for a tie or without an answer, or a probability between.
     """
 
     prompt: str
     a: Picture
     b: Picture
-    label: float
+    label: float = 0.5
+
+    @property
+    def names(self) -> tuple[str, str]:
+        """Paths of both pictures."""
+        return self.a.path, self.b.path
 
     @property
     def is_tie(self) -> bool:

@@ -5,7 +5,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from datetime import UTC, datetime
 from itertools import zip_longest
 from pathlib import Path
@@ -18,7 +18,7 @@ from latentreward.data.readers.json_rows import parse_line
 from latentreward.errors import InputError
 from latentreward.storage.digests import digest
 from latentreward.storage.durable import write_errors_named, write_file
-from latentreward.taste.pairs import FEWEST, RATINGS
+from latentreward.taste.pairs import FEWEST, RATINGS, RatedPair
 from latentreward.taste.pictures import Picture, listed, number_of, read_pictures, same_contents
 
 BLOCK = 8
@@ -29,25 +29,12 @@ RATED = "rated"
 KEPT = "the ratings so far are kept: free some space and run it again"
 
 
-@dataclass(frozen=True)
-class Shown:
-    """Two pictures to choose from, and their caption; ``a`` is shown on the left."""
-
-    a: Picture
-    b: Picture
-    prompt: str
-
-    @property
-    def names(self) -> tuple[str, str]:
-        """Paths of both pictures."""
-        return self.a.path, self.b.path
-
-
-def pairs_to_show(pictures: Sequence[Picture], seed: int) -> list[Shown]:
+def pairs_to_show(pictures: Sequence[Picture], seed: int) -> list[RatedPair]:
     """List the pairs to show: first one of each picture, then further ones with other pictures of its block.
 
     Pictures of the same caption are compared; those whose caption no other picture has are compared with each other,
-    without a caption. Blocks have up to :data:`BLOCK` pictures. Order and sides are random.
+    without a caption. Blocks have up to :data:`BLOCK` pictures. Order and sides are random;
+    ``a`` is shown on the left.
     """
     rng = np.random.default_rng(seed)
     captions = [normalise_prompt(picture.caption) for picture in pictures]
@@ -66,17 +53,17 @@ def pairs_to_show(pictures: Sequence[Picture], seed: int) -> list[Shown]:
         pairs = [pair for block in turn for pair in block]
         for place in rng.permutation(len(pairs)):
             one = pairs[place]
-            shown.append(one if rng.random() < 0.5 else Shown(one.b, one.a, one.prompt))
+            shown.append(one if rng.random() < 0.5 else replace(one, a=one.b, b=one.a))
     return shown
 
 
-def rounds(pictures: Sequence[Picture], prompt: str) -> Iterator[list[Shown]]:
+def rounds(pictures: Sequence[Picture], prompt: str) -> Iterator[list[RatedPair]]:
     """Yield rounds of pairs in which each picture is once, at most, until each has met each other: a round robin."""
     around: list[Picture | None] = [*pictures, *([None] if len(pictures) % 2 else [])]
     half = len(around) // 2
     for _ in range(len(around) - 1):
         pairs = zip(around[:half], reversed(around[half:]), strict=True)
-        yield [Shown(a, b, prompt) for a, b in pairs if a is not None and b is not None]
+        yield [RatedPair(prompt, a, b) for a, b in pairs if a is not None and b is not None]
         around = [around[0], around[-1], *around[1:-1]]
 
 
@@ -126,11 +113,11 @@ class Ratings:
         return self.total - len(self._open())
 
     @property
-    def next(self) -> Shown | None:
+    def next(self) -> RatedPair | None:
         """Pair without an answer; None if all have one."""
         return next(iter(self._open()), None)
 
-    def _open(self) -> list[Shown]:
+    def _open(self) -> list[RatedPair]:
         rated = {frozenset(names) for names in map(_names, self._lines)}
         return [pair for pair in self._shown if frozenset(pair.names) not in rated]
 

@@ -80,7 +80,9 @@ def parse_caption(text: str) -> Caption:
         ValueError: If the tiny world has no such caption.
     """
     if text not in all_captions():
-        raise ValueError(f"not a caption of the tiny world: {text!r}; see latentreward.tinyworld.scenes.all_captions()")
+        raise ValueError(
+            f"not a caption of the tiny world: {text!r}; see latentreward.tinyworld.captions.all_captions()"
+        )
     return all_captions()[text]
 
 
