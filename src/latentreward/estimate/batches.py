@@ -23,6 +23,7 @@ from latentreward.estimate.shapes import ShapesOnly, is_stand_in
 from latentreward.modules import DiffusionDPOModule, ReFLModule, StepAwarePixelModule
 from latentreward.modules.alignment import AlignmentModule
 from latentreward.modules.reward import RewardModule
+from latentreward.scoring.apart import evaluating
 
 
 def make_batch(module: LightningModule, data: Namespace, shapes: ShapesOnly) -> Any:
@@ -52,7 +53,9 @@ def make_batch(module: LightningModule, data: Namespace, shapes: ShapesOnly) -> 
 def rows_of_rollout(module: AlignmentModule, data: Namespace, shapes: ShapesOnly) -> Any:
     """Make a rollout of ``prompts_per_rollout`` prompts, and return a batch of its rows."""
     prompts = prompt_batch(data.init_args.prompts_per_rollout)
-    rows: Any = module.roll_out(prompts)
+    with evaluating(module), torch.no_grad(), module.compute_precision():
+        # Not `roll_out`, which refuses a key of several rows: a selection by stand-ins picks the same step each time.
+        rows: Any = module.make_experience(prompts)
     shapes.rollout_rows = len(rows)
     index = [number % len(rows) for number in range(batch_size(data))]
     batch = take_rows(rows, index)
