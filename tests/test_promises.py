@@ -13,8 +13,15 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 
 from latentreward.backbones import DiffusionBackbone
-from latentreward.backbones.base import rows_of
-from latentreward.contracts import Conditioning, ImageRef, LatentSpace, NoisyStates, PairScores, PreferencePair
+from latentreward.contracts import (
+    Conditioning,
+    ImageRef,
+    LatentSpace,
+    NoisyStates,
+    PairScores,
+    PreferencePair,
+    map_tensors,
+)
 from latentreward.data import PairReader
 from latentreward.encoders.prompts import PromptEncoder
 from latentreward.encoders.vae import LatentEncoder
@@ -787,11 +794,19 @@ APART = r"^Mine.{} returned values of a row alone that are up to [\d.]+ .* \(tes
 
 
 def reading(changed: Callable[[Any], Any] = lambda found: found) -> Any:
-    return made(BACKBONE, "read", lambda self, latents, *given: changed(rows_of(FEATURES, slice(len(latents)))))
+    def read(self: Any, latents: Tensor, *given: Any) -> Any:
+        rows = latents.flatten(1)[:, 0].long()
+        return changed(map_tensors(FEATURES, lambda tensor: tensor[rows]))
+
+    return made(BACKBONE, "read", read)
+
+
+NUMBERED = torch.arange(2.0)[:, None, None, None].expand_as(LATENTS)
+"""Latents that hold the number of their row."""
 
 
 def features_by(backbone: Any, head: Any) -> None:
-    RewardNetwork(backbone, head).read(LATENTS, ONES[:2], conditioning(2, 3, 5))
+    RewardNetwork(backbone, head).read(NUMBERED, ONES[:2], conditioning(2, 3, 5))
 
 
 @pytest.mark.parametrize(
@@ -799,6 +814,7 @@ def features_by(backbone: Any, head: Any) -> None:
     [
         lambda self, features: features.temb[:, 0] - features.temb[:, 0].mean(),
         lambda self, features: features.temb[:, 0].softmax(dim=0),
+        lambda self, features: features.temb.sum(dim=1).cumsum(dim=0),
         lambda self, features: torch.rand(len(features.temb)),
     ],
 )
@@ -825,8 +841,8 @@ def test_rows_are_compared_once_in_evaluation_mode() -> None:
     head = made(HEAD, "forward", lambda self, found: found.temb[:, 0] + self.training * found.temb[:, 0].mean())
     network = RewardNetwork(backbone, head).train()
     for _ in range(2):
-        network.read(LATENTS, ONES[:2], conditioning(2, 3, 5))
-    assert lengths == [2, 1, 2, 2] and head.training and backbone.training
+        network.read(NUMBERED, ONES[:2], conditioning(2, 3, 5))
+    assert lengths == [2, 1, 1, 2, 2] and head.training and backbone.training
 
 
 def test_a_name_of_two_far_rows_is_named() -> None:

@@ -199,7 +199,7 @@ def test_latents_with_other_channels_are_refused() -> None:
         ("sd15", {"visual_taps": (1, 1)}, "visual_taps=.* must ascend without repeats"),
         ("sd15", {"visual_taps": (-1,)}, "visual_taps=.* reaches block -1"),
         ("sd15", {"text_taps": (1,)}, "text_taps=.* reaches block 1"),
-        ("sd35", {"visual_taps": (5,)}, "num_layers=5 must lie between 1 and the network's 4 blocks"),
+        ("sd35", {"visual_taps": (5,)}, "visual_taps=.* reaches block 5, but this network has blocks 1 to 4"),
         ("sd35", {"num_layers": 2}, "visual_taps=.* reaches block 3, but this network has blocks 1 to 2"),
         ("sd35", {"num_layers": 9}, "num_layers=9"),
         ("sd35", {"text_taps": (4,)}, "text_taps=.* reads block 4, the last of the network, which has no text output"),

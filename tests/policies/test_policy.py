@@ -1,5 +1,6 @@
 """Policies against diffusers' own pipelines, and what their settings promise."""
 
+import warnings
 from pathlib import Path
 from shutil import copytree
 from typing import Any
@@ -126,6 +127,33 @@ def test_dropout_is_the_adapters_and_of_training_alone() -> None:
     assert torch.equal(prediction(policy), prediction(policy))
     policy.train()
     assert not torch.equal(prediction(policy), prediction(policy))
+
+
+def test_an_own_family_whose_evaluation_mode_has_no_gradient_is_named_and_may_train_in_training_mode() -> None:
+    """Like diffusers' mixture of experts of HiDream: right outputs in both modes, a gradient in one."""
+    policy = perturbed(tiny_source("sd15").load())
+    layer = policy.network.mid_block.attentions[0].transformer_blocks[0].ff
+    run = layer.forward
+    layer.forward = lambda given: run(given) if policy.network.training else torch.no_grad()(run)(given)
+    prompts = policy.encode_prompts(["a cat"])
+
+    def gradient(family: type) -> Tensor:
+        policy.family.__class__, policy._gradient_seen = family, False
+        policy.train()
+        latents = torch.ones(1, 4, 8, 8, requires_grad=True)
+        policy.predict(latents, torch.tensor([400.0]), prompts).square().mean().backward()
+        assert latents.grad is not None
+        return latents.grad
+
+    kind = type(policy.family)
+    with pytest.warns(UserWarning, match=r"^Mine: mid_block.\S+.ff.net\S+ and 1 more layers run without grad"):
+        cut = gradient(type("Mine", (kind,), {}))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        whole = gradient(type("Mine", (kind,), {"train_mode": True}))
+    policy.eval()
+    assert not policy.network.training
+    assert (whole - cut).norm() > 0.01 * whole.norm()
 
 
 @pytest.mark.parametrize("name", rotated_after(1, ["sdxl", "sd35"]))

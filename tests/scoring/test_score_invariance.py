@@ -58,7 +58,7 @@ def test_a_head_that_reads_other_rows_is_refused_though_a_processor_scores_its_r
     model = scoring_model("sd15")
     own = type("Mine", (type(model.head),), {"forward": lambda head, features: features.temb[:, 0].cumsum(dim=0)})
     model.head.__class__, model.image_sizes = own, OneSize(8 * LATENTS, 8 * LATENTS)
-    with pytest.raises(InputError, match=r"^Mine.forward returned .* compute a score from its own row alone"):
+    with pytest.raises(InputError, match=r"^Mine.forward returned .* compute each row from itself alone"):
         model.score_latents("a cat", torch.randn(8, 4, LATENTS, LATENTS))
     with pytest.raises(InputError, match=r"^Mine.forward"):
         scores_of(model)

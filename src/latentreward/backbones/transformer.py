@@ -33,12 +33,12 @@ class TransformerBackbone(DiffusionBackbone):
         Raises:
             InputError: If the network has fewer blocks, or a tap is not one of those that are kept.
         """
-        num_layers = max([*visual_taps, *text_taps, 1]) if num_layers is None else num_layers
-        if not 1 <= num_layers <= depth:
+        if num_layers is not None and not 1 <= num_layers <= depth:
             raise InputError(f"num_layers={num_layers} must lie between 1 and the network's {depth} blocks")
-        self.visual_taps = check_taps("visual_taps", visual_taps, num_layers, least=1)
-        self.text_taps = check_taps("text_taps", text_taps, num_layers)
-        return num_layers
+        last = num_layers or depth
+        self.visual_taps = check_taps("visual_taps", visual_taps, last, least=1)
+        self.text_taps = check_taps("text_taps", text_taps, last)
+        return num_layers or max([*visual_taps, *text_taps, 1])
 
     @property
     def last_tap(self) -> int:

@@ -107,6 +107,8 @@ class Family(Part):
         vae_class: Class of the VAE in diffusers.
         latent_encoder: Class that encodes and decodes with the VAE.
         flow: Whether the network is a rectified flow; else it predicts noise or v of a DDPM process.
+        train_mode: Whether the network is in training mode while a policy trains. False, as a frozen network has no use
+            for its dropout; True for a network that in evaluation mode computes a part of its output without gradient.
         clips: Whether the network makes clips; others make images, also in a latent space with a time axis.
         default_guidance: ``guidance_scale`` of the family's pipeline; None for networks without guidance.
         no_guidance: ``guidance_scale`` that switches guidance off.
@@ -130,6 +132,7 @@ class Family(Part):
     vae_class: ClassVar[str] = "AutoencoderKL"
     latent_encoder: ClassVar[type[LatentEncoder]] = LatentEncoder
     flow: ClassVar[bool] = True
+    train_mode: ClassVar[bool] = False
     clips: ClassVar[bool] = False
     no_guidance: ClassVar[float] = 1.0
     uncond_prompt: ClassVar[str] = ""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
@@ -17,6 +17,7 @@ from latentreward.contracts import Conditioning, LatentSpace
 from latentreward.errors import InputError
 from latentreward.families import Family
 from latentreward.noise import NoiseProcess
+from latentreward.programs import of_this_package
 
 if TYPE_CHECKING:
     from latentreward.encoders.prompts import PromptEncoder
@@ -56,6 +57,7 @@ class Policy(nn.Module):
         self.network, self.family = network, family
         self.text_encoder, self.vae = text_encoder, vae
         self.adapters = AdapterSwitch(network, POLICY)
+        self._gradient_seen = False
 
     @property
     def noise_process(self) -> NoiseProcess:
@@ -68,10 +70,11 @@ class Policy(nn.Module):
         return self.family.latent_space
 
     def train(self, mode: bool = True) -> Self:
-        """Switch the dropout of the trainable adapter; frozen modules stay in evaluation mode (T5 has dropout)."""
+        """Switch the dropout of the trainable adapter, and the network where :attr:`Family.train_mode` says so."""
         # T5 has dropout, and Lightning sets every module to training.
         super().train(False)
         self.training = mode
+        self.network.train(mode and self.family.train_mode)
         for name, module in self.network.named_modules():
             if name.endswith(f".lora_dropout.{POLICY}"):
                 module.train(mode)
@@ -85,7 +88,10 @@ class Policy(nn.Module):
         self, latents: Tensor, timesteps: Tensor, conditioning: Conditioning, guidance: float | None = None
     ) -> Tensor:
         """Predict noise, v or velocity ``(B, C, ...)`` as :meth:`Family.predict`, by default with its own guidance."""
-        return self.family.predict(self.network, latents, timesteps, conditioning, guidance)
+        first = torch.is_grad_enabled() and not self._gradient_seen
+        self._gradient_seen |= first
+        with told_without_gradient(self.family, self.network) if first else nullcontext():
+            return self.family.predict(self.network, latents, timesteps, conditioning, guidance)
 
     def predict_guided(
         self,
@@ -164,6 +170,35 @@ class Policy(nn.Module):
     def blocks(self) -> Iterator[nn.Module]:
         """Yield the network's blocks in order, for compiling, gradient checkpointing and sharding one by one."""
         return self.family.blocks(self.network)
+
+
+@contextmanager
+def told_without_gradient(family: Family, network: nn.Module) -> Iterator[None]:
+    """Warn of a user's own family whose network runs layers with weights without gradient inside the block.
+
+    diffusers' mixtures of experts do so in evaluation mode: the prediction is right, and its gradient is not.
+    """
+    found: list[str] = []
+
+    def look(name: str) -> None:
+        if not torch.is_grad_enabled():
+            found.append(name)
+
+    own = not of_this_package(type(family).__module__)
+    layers = [(name, layer) for name, layer in network.named_modules() if own and layer._parameters]
+    hooks = [layer.register_forward_pre_hook(lambda *_, name=name: look(name)) for name, layer in layers]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if found:
+        warnings.warn(
+            f"{type(family).__name__}: {found[0]} and {len(found) - 1} more layers run without gradient while the "
+            "policy trains, so the gradient lacks their part; if they do so in evaluation mode alone, set "
+            "train_mode = True in the family",
+            stacklevel=2,
+        )
 
 
 class AdapterSwitch:

@@ -1,4 +1,4 @@
-"""Comparison of a row of a batch with the same row alone, for backbones and heads of a user's own."""
+"""Comparison of two rows of a batch with each row alone, for backbones and heads of a user's own."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def check_apart(
     conditioning: Conditioning,
     uncond: Conditioning | None,
 ) -> None:
-    """Compare the first of two rows of a batch with the same row alone, in evaluation mode: features, then scores.
+    """Compare two rows of a batch with each row alone, in evaluation mode: features, then scores.
 
     Raises:
         InputError: If they differ, for a backbone, family or head that is not of this package.
@@ -43,14 +43,16 @@ def check_apart(
 
     with torch.no_grad(), evaluating(backbone), evaluating(head):
         both = features([0, 1])
+        among = [rows_of(both, slice(row, row + 1)) for row in (0, 1)]
         if own_features:
             method = "read" if owner is backbone else "step"
-            for alone, among in zip(floats_of(features([0])), floats_of(rows_of(both, slice(1))), strict=True):
-                check_equal(owner, method, alone, among, FEATURES)
+            for row in (0, 1):  # a sum over the rows before leaves the first row as it is
+                for alone, one in zip(floats_of(features([row])), floats_of(among[row]), strict=True):
+                    check_equal(owner, method, alone, one, FEATURES)
         if own_scores:
             with torch.autocast(latents.device.type, enabled=False):
-                both = both.to(torch.float32)
-                check_equal(head, "forward", head(rows_of(both, slice(1))), head(both)[:1], SCORES)
+                alone = torch.cat([head(row.to(torch.float32)) for row in among])
+                check_equal(head, "forward", alone, head(both.to(torch.float32)), SCORES)
 
 
 def check_equal(part: Any, method: str, alone: Tensor, among: Tensor, tolerance: float) -> None:

@@ -202,8 +202,8 @@ class RewardNetwork(nn.Module):
         if not self._compared and len(noisy_latents) > 1:
             from latentreward.scoring.apart import check_apart  # only a model that runs needs it
 
-            self._compared = True
             check_apart(self.backbone, self.head, noisy_latents, timesteps, conditioning, uncond)
+            self._compared = True
         return self.backbone(noisy_latents, timesteps, conditioning, uncond)
 
     def forward(
