@@ -30,9 +30,9 @@ from random_pipelines import (
 )
 from torch import Tensor, nn
 
+from latentreward.apps.estimate.pipelines import CLIP_H_VISION
 from latentreward.backbones.tuning import LoRA
 from latentreward.contracts import NoisyStates, PromptBatch, StepPairs
-from latentreward.estimate.pipelines import CLIP_H_VISION
 from latentreward.losses import StepDPOResult
 from latentreward.modules import LPOModule
 from latentreward.policies import POLICY, Policy

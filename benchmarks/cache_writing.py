@@ -28,12 +28,12 @@ from measuring import MIB, Goal, Spread, ratio, table
 from memory import PeakMemory
 from PIL import Image
 
+from latentreward.apps.commands.cache import ENCODE, make_spec
 from latentreward.backbones.loading import tiny_pipeline
 from latentreward.cache.encoding import ShardEncoding
 from latentreward.cache.preparing import prepare_cache
 from latentreward.cache.sizing import ImageSettings
 from latentreward.cache.sources import LatentSource, PipelineEncoders, PublishedLatents
-from latentreward.commands.cache import ENCODE, make_spec
 from latentreward.contracts import ImageRef, LatentSpace, PreferencePair
 from latentreward.data import PairReader
 from latentreward.ranks.shared_work import SharedWork

@@ -34,14 +34,14 @@ from measuring import Goal, table
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from latentreward.apps.commands.fit import estimate_fit
+from latentreward.apps.estimate import costs as estimated_costs
+from latentreward.apps.estimate import settings as estimated_settings
+from latentreward.apps.estimate.costs import RepeatedCalls, StepCosts, layout_of
 from latentreward.cache import CachedPreferenceDataModule
 from latentreward.checkpoints.shards import frozen_names
-from latentreward.commands.fit import estimate_fit
 from latentreward.contracts import TensorRecord, map_tensors
 from latentreward.encoders.prompts import PromptEncoder
-from latentreward.estimate import costs as estimated_costs
-from latentreward.estimate import settings as estimated_settings
-from latentreward.estimate.costs import RepeatedCalls, StepCosts, layout_of
 from latentreward.modules import alignment, sharding
 from latentreward.modules.alignment import AlignmentModule, shard_reward
 from latentreward.modules.reward import RewardModule

@@ -26,14 +26,14 @@ from random_pipelines import RandomLatentReward, RandomPolicy, materialise, rand
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from latentreward.apps.commands.fit import TrainingCLI
+from latentreward.apps.estimate.batches import make_batch
+from latentreward.apps.estimate.costs import optimizer_of, step_costs
+from latentreward.apps.estimate.settings import unread_module
+from latentreward.apps.estimate.sources import ConfigSources, unset_variables
 from latentreward.backbones.registry import backbone_names
 from latentreward.backbones.tuning import LoRA
-from latentreward.commands.fit import TrainingCLI
 from latentreward.contracts import map_tensors
-from latentreward.estimate.batches import make_batch
-from latentreward.estimate.costs import optimizer_of, step_costs
-from latentreward.estimate.settings import unread_module
-from latentreward.estimate.sources import ConfigSources, unset_variables
 from latentreward.settings.functions import prepare
 from latentreward.settings.rewriting import rewrite_arguments
 from latentreward.storage.durable import write_file

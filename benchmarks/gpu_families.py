@@ -10,11 +10,11 @@ import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
 
+from latentreward.apps.estimate.pipelines import HUB_IDS, PIPELINES, write_json, write_pipelines
 from latentreward.backbones.loading import PipelineSource
 from latentreward.backbones.sd3_dit import SD3DiTBackbone
 from latentreward.backbones.tuning import LoRA
 from latentreward.contracts import Conditioning
-from latentreward.estimate.pipelines import HUB_IDS, PIPELINES, write_json, write_pipelines
 from latentreward.families import find_family
 from latentreward.families.backbone import FamilyBackbone
 from latentreward.families.flow import FlowFamily

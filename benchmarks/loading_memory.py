@@ -24,11 +24,11 @@ from memory import PeakMemory
 from random_pipelines import write_weights
 from torch import nn
 
+from latentreward.apps.estimate.pipelines import write_pipelines
 from latentreward.backbones import create_backbone
 from latentreward.backbones.tuning import LoRA
 from latentreward.checkpoints.base_weights import BaseSample
 from latentreward.checkpoints.shards import frozen_names
-from latentreward.estimate.pipelines import write_pipelines
 from latentreward.heads import CLIPProjectionHead
 from latentreward.losses import LRMLoss
 from latentreward.modules import LRMModule

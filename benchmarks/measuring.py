@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from latentreward.estimate.shapes import count_cpu_attention
-from latentreward.steps import sources
+from latentreward.apps.estimate.shapes import count_cpu_attention
+from latentreward.apps.steps import sources
 
 TERA = 1e12
 MIB = 2**20

@@ -22,12 +22,12 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from latentreward.apps.estimate.pipelines import PIPELINES, write_pipelines
+from latentreward.apps.estimate.shapes import replace_tensors
 from latentreward.backbones import SD3DiTBackbone, SDUNetBackbone
 from latentreward.backbones.loading import PipelineSource
 from latentreward.backbones.tuning import LoRA
 from latentreward.contracts import Conditioning, LatentSpace
-from latentreward.estimate.pipelines import PIPELINES, write_pipelines
-from latentreward.estimate.shapes import replace_tensors
 from latentreward.families.published import CLIP_G, CLIP_L, T5_XXL
 from latentreward.families.sd import SD15
 from latentreward.families.sd3 import SD35_MEDIUM

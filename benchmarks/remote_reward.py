@@ -27,17 +27,17 @@ from scoring import random_model
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from latentreward.apps.serving.addresses import bind
+from latentreward.apps.serving.resources import Resources
+from latentreward.apps.serving.served import ScoringService, ServedModel
+from latentreward.apps.serving.server import serve
+from latentreward.apps.serving.settings import ServiceSettings
 from latentreward.contracts import Conditioning
 from latentreward.remote import RemoteServer, ServedImages, ServedLatents
 from latentreward.remote.images import RemoteImages
 from latentreward.remote.latents import LatentRow, RemoteLatents, describe
 from latentreward.remote.server import Connection
-from latentreward.serving.addresses import bind
-from latentreward.serving.resources import Resources
-from latentreward.serving.served import ScoringService, ServedModel
-from latentreward.serving.server import serve
-from latentreward.serving.settings import ServiceSettings
-from tests.serving.processes import server_process
+from tests.apps.serving.processes import server_process
 
 BUSY = "busy_seconds"
 TOKENS = 154

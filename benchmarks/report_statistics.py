@@ -22,12 +22,12 @@ import torch
 from measuring import Goal, table
 from typing_extensions import override
 
+from latentreward.apps.evaluation.benchmark.evaluate import BenchmarkScores, evaluate
+from latentreward.apps.evaluation.benchmark.sets import PairsBenchmark
+from latentreward.apps.evaluation.policy.results import ScoredPictures
+from latentreward.apps.evaluation.policy.statistics import compare, policy_scores
 from latentreward.contracts import ImageRef, PreferencePair
 from latentreward.data import PairReader
-from latentreward.evaluation.benchmark.evaluate import BenchmarkScores, evaluate
-from latentreward.evaluation.benchmark.sets import PairsBenchmark
-from latentreward.evaluation.policy.results import ScoredPictures
-from latentreward.evaluation.policy.statistics import compare, policy_scores
 from latentreward.metrics.bootstrap import Interval
 from latentreward.scorers.base import Scorer
 from latentreward.scorers.tools import JudgedPicture

@@ -18,8 +18,7 @@ from measuring import flops, table
 from torch import Tensor
 from trained_rewards import trained_rewards
 
-from latentreward.contracts import PromptBatch
-from latentreward.generation import (
+from latentreward.apps.generation import (
     Candidates,
     Population,
     StepSearch,
@@ -28,6 +27,7 @@ from latentreward.generation import (
     search_latents,
     search_population,
 )
+from latentreward.contracts import PromptBatch
 from latentreward.metrics.bootstrap import bootstrap_interval
 from latentreward.policies import Policy, PolicySource
 from latentreward.rewards import LatentReward, PixelReward, Reward

@@ -29,19 +29,19 @@ from scoring import random_model
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from latentreward.apps.serving.addresses import bind
+from latentreward.apps.serving.protocol import parse_request
+from latentreward.apps.serving.resources import Resources
+from latentreward.apps.serving.served import ScoringService, ServedModel, accepted_by
+from latentreward.apps.serving.server import serve
+from latentreward.apps.serving.settings import ServiceSettings
+from latentreward.apps.serving.tensors import Accepted
 from latentreward.contracts import Conditioning
 from latentreward.scoring import RewardModel, ScoringNoise
-from latentreward.serving.addresses import bind
-from latentreward.serving.protocol import parse_request
-from latentreward.serving.resources import Resources
-from latentreward.serving.served import ScoringService, ServedModel, accepted_by
-from latentreward.serving.server import serve
-from latentreward.serving.settings import ServiceSettings
-from latentreward.serving.tensors import Accepted
-from tests.serving.latent_requests import tensors_of
-from tests.serving.mutated_bodies import FuzzedRoute, fuzz_route, routes
-from tests.serving.processes import Answers, fuzz, in_one_session, load, server_process
-from tests.serving.prompted_requests import body_of, latents_of
+from tests.apps.serving.latent_requests import tensors_of
+from tests.apps.serving.mutated_bodies import FuzzedRoute, fuzz_route, routes
+from tests.apps.serving.processes import Answers, fuzz, in_one_session, load, server_process
+from tests.apps.serving.prompted_requests import body_of, latents_of
 
 SMALLEST = "toy_sd35"
 CLIENTS = 32

@@ -26,7 +26,7 @@ FORKS = multiprocessing.get_context("forkserver")
 
 FORKS.set_forkserver_preload(
     [
-        "latentreward.commands.fit",
+        "latentreward.apps.commands.fit",
         "latentreward.cache",
         "latentreward.modules",
         "latentreward.scoring",

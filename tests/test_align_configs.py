@@ -7,8 +7,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from latentreward.apps.estimate.pipelines import write_pipelines
 from latentreward.cli import main
-from latentreward.estimate.pipelines import write_pipelines
 from latentreward.modules import DiffusionDPOModule, ReFLModule
 from latentreward.noise import FlowMatching
 from tests.marks import rotated_after

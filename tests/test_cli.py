@@ -756,7 +756,7 @@ def test_bugs_and_debug_keep_the_traceback(monkeypatch: pytest.MonkeyPatch) -> N
         main([*FIT, "--data.fault=bug", "--debug"])
     with pytest.raises(InputError):
         main([*FIT, "--data.fault=input", "--debug"])
-    monkeypatch.setattr("latentreward.commands.configs.shipped_configs", None)
+    monkeypatch.setattr("latentreward.apps.commands.configs.shipped_configs", None)
     with pytest.raises(TypeError):
         main(["configs"])
 

@@ -18,8 +18,8 @@ from PIL import Image
 from latentreward.contracts import Conditioning, LatentSpace
 from latentreward.heads import CLIPProjectionHead, GatedQFormerHead
 from latentreward.scoring import RewardModel
+from tests.apps.serving.processes import forked_server
 from tests.processes import Forked, finish
-from tests.serving.processes import forked_server
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "extending.md"
 

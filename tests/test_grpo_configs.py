@@ -8,8 +8,8 @@ import torch
 from jsonargparse import Namespace
 from safetensors.torch import load_file
 
+from latentreward.apps.estimate.pipelines import write_pipelines
 from latentreward.cli import main
-from latentreward.estimate.pipelines import write_pipelines
 from latentreward.modules import AWMModule, DiffusionNFTModule, StepwiseGRPOModule, TrajectoryGRPOModule
 from tests.families.twins import TWINS
 from tests.marks import release_after, rotated_after, slow_after

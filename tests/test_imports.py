@@ -40,13 +40,13 @@ MAY_IMPORT = {
     "scoring": BASE
     | {"noise", "encoders", "backbones", "families", "heads", "losses", "metrics", "data", "checkpoints"}
     | {"settings", "programs", "reports"},
-    "policies": BASE | {"noise", "encoders", "backbones", "families", "scoring", "checkpoints"},
+    "policies": BASE | {"programs", "noise", "encoders", "backbones", "families", "scoring", "checkpoints"},
     "export": BASE | {"backbones", "families", "policies", "checkpoints"},
     "rewards": BASE
     | {"noise", "encoders", "backbones", "heads", "losses", "metrics", "scoring", "policies", "checkpoints"}
     | {"scorers", "reports", "remote"},
     "rollout": BASE | {"noise", "losses", "families", "policies", "rewards"},
-    "generation": BASE
+    "apps.generation": BASE
     | {"ranks", "noise", "encoders", "backbones", "families", "policies", "rewards", "rollout", "reports"},
     "modules": BASE
     | {
@@ -91,16 +91,16 @@ MAY_IMPORT = {
     },
     "scorers": BASE | {"programs", "data", "backbones", "scoring", "checkpoints", "remote"},
     "reports": BASE | {"metrics"},
-    "evaluation": BASE
-    | {"ranks", "data", "metrics", "noise", "scoring", "scorers", "policies", "rollout", "reports", "generation"},
-    "estimate": BASE
+    "apps.evaluation": BASE
+    | {"ranks", "data", "metrics", "noise", "scoring", "scorers", "policies", "rollout", "reports", "apps.generation"},
+    "apps.estimate": BASE
     | {"encoders", "backbones", "families", "heads", "data", "cache", "scoring", "scorers", "settings"}
     | {"policies", "rewards", "modules"},
-    "steps": BASE | {"settings", "reports"},
+    "apps.steps": BASE | {"settings", "reports"},
     "reproduction": BASE,
-    "pilot": BASE | {"reports", "settings", "steps"},
-    "taste": BASE | {"backbones", "families", "data", "evaluation", "metrics", "reports", "steps"},
-    "serving": BASE | {"data", "noise", "programs", "scoring", "reports"},
+    "apps.pilot": BASE | {"reports", "settings", "apps.steps"},
+    "apps.taste": BASE | {"backbones", "families", "data", "apps.evaluation", "metrics", "reports", "apps.steps"},
+    "apps.serving": BASE | {"data", "noise", "programs", "scoring", "reports"},
     "tinyworld": BASE | {"data", "scorers", "metrics", "settings", "reports"},
 }
 """Room -> what it may import of latentreward; the command line's modules may import anything."""
@@ -133,6 +133,12 @@ def statements(node: ast.AST, for_types: bool) -> Iterator[ast.stmt]:
             yield from statements(child, for_types)
 
 
+def room_of(module: str) -> str:
+    """Part of a module's name that has a line of its own: ``data`` or, of the applications, ``apps.serving``."""
+    parts = f"{module}..".split(".")[1:3]
+    return ".".join(parts) if parts[0] == "apps" else parts[0]
+
+
 def imported_rooms(path: Path) -> set[str]:
     """First part below ``latentreward`` of all imports in a file, lazy ones and those for types included."""
     rooms = set()
@@ -142,19 +148,22 @@ def imported_rooms(path: Path) -> set[str]:
             assert node.level == 0, f"{path}: relative import"
             if names == ["latentreward"]:
                 names = [f"latentreward.{alias.name}" for alias in node.names]
-        rooms |= {f"{name}.".split(".")[1] for name in names if name.split(".")[0] == "latentreward"}
+        rooms |= {room_of(name) for name in names if name.split(".")[0] == "latentreward"}
         assert "callbacks" not in {name.split(".")[0] for name in names}, f"{path}: say latentreward.callbacks"
     return rooms - {"__version__"}
 
 
 def test_every_room_is_listed() -> None:
     rooms = {path.stem for path in SOURCE.iterdir() if path.suffix in ("", ".py") and "__" not in path.stem}
-    assert rooms - MAY_IMPORT.keys() == {"cli", "commands"}
+    rooms |= {
+        f"apps.{path.name}" for path in (SOURCE / "apps").iterdir() if "." not in path.name and "__" not in path.name
+    }
+    assert rooms - MAY_IMPORT.keys() == {"cli", "apps", "apps.commands"}
 
 
 @pytest.mark.parametrize("room", MAY_IMPORT)
 def test_imports_point_one_way(room: str) -> None:
-    folder = ROOT / room if room == "callbacks" else SOURCE / room
+    folder = ROOT / room if room == "callbacks" else SOURCE / room.replace(".", "/")
     for path in [*folder.rglob("*.py"), *SOURCE.glob(f"{room}.py")]:
         extra = imported_rooms(path) - MAY_IMPORT[room] - {room}
         assert not extra, f"{path.relative_to(ROOT)} must not import {sorted(extra)}"
@@ -209,6 +218,12 @@ def test_the_package_imports_nothing_that_is_not_installed() -> None:
     for name, path in FILES.items():
         named = {module for node in imports(path) for module in modules_named(node)}
         assert name.startswith("tools") or not {one for one in named if one.split(".")[0] == "tools"}, name
+
+
+def test_nothing_below_the_applications_imports_them() -> None:
+    for path in FILES.values():
+        rooms = {room.split(".")[0] for room in imported_rooms(path)}
+        assert "apps" not in rooms or path.is_relative_to(SOURCE / "apps") or path.is_relative_to(ROOT / "tools"), path
 
 
 def test_no_file_imports_itself_in_a_circle() -> None:

@@ -7,9 +7,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from latentreward.apps.estimate.pipelines import write_pipelines
 from latentreward.cli import main
 from latentreward.data import PromptDataModule
-from latentreward.estimate.pipelines import write_pipelines
 from latentreward.modules import LPOModule
 from latentreward.rollout import SigmaThreshold
 from latentreward.tinyworld import TinyWorldPromptDataModule

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from latentreward.apps.serving.dialects import Dialect
 from latentreward.data import PairDataset, PixelLoader
 from latentreward.errors import InputError
-from latentreward.serving.dialects import Dialect
 from tests.processes import finish
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "own_parts.md"

@@ -15,11 +15,11 @@ from jsonargparse import Namespace
 from latentreward.callbacks import LastCheckpoint
 from torch import nn
 
+from latentreward.apps.commands.fit import TrainingCLI
+from latentreward.apps.estimate.pipelines import write_pipelines
 from latentreward.backbones import backbone_names
 from latentreward.cli import main
-from latentreward.commands.fit import TrainingCLI
 from latentreward.data import PreferenceDataModule
-from latentreward.estimate.pipelines import write_pipelines
 from latentreward.heads import CLIPProjectionHead
 from latentreward.losses import BradleyTerryLoss
 from latentreward.modules import RewardModule

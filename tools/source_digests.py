@@ -8,12 +8,12 @@ from importlib.machinery import PathFinder
 from pathlib import Path
 
 import latentreward
-from latentreward.steps.sources import CLONE, PACKAGE
+from latentreward.apps.steps.sources import CLONE, PACKAGE
 from latentreward.storage.digests import digest
 
 WEIGHTS = PACKAGE / "tinyworld"
 """Folder of the shipped tiny networks, on which all results depend beside source files."""
-RUNNER = tuple(f"latentreward.steps.{name}" for name in ("process", "sources"))
+RUNNER = tuple(f"latentreward.apps.steps.{name}" for name in ("process", "sources"))
 """Modules that every process imports and that no result depends on."""
 
 

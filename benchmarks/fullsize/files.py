@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from random_pipelines import write_weights
 
-from latentreward.estimate.pipelines import CLIP_MODELS, PIPELINES, write_pipelines
+from latentreward.apps.estimate.pipelines import CLIP_MODELS, PIPELINES, write_pipelines
 from latentreward.tinyworld.writers import write_hpdv3, write_pickapic
 
 Parts = Mapping[str, Mapping[str, Any]]

@@ -123,7 +123,7 @@ def main(args: Sequence[str] | None = None) -> None:
 
 def module_of(command: str) -> str:
     """Return the name of the module whose function ``run`` takes a subcommand's name and the arguments after it."""
-    return f"latentreward.commands.{'fit' if command in TRAINER else command.replace('-', '_')}"
+    return f"latentreward.apps.commands.{'fit' if command in TRAINER else command.replace('-', '_')}"
 
 
 def load_public_names() -> None:

@@ -16,6 +16,7 @@ from latentreward.callbacks import ExactResume, GracefulStop, HackingMonitor
 from lightning.pytorch import Callback, Trainer
 from torch.optim import AdamW
 
+from latentreward.apps.serving.addresses import bind
 from latentreward.backbones import LoRA
 from latentreward.data.alignment.prompts import PromptLoaders
 from latentreward.modules import TrajectoryGRPOModule
@@ -24,7 +25,6 @@ from latentreward.remote import RemoteError, RemoteServer
 from latentreward.rewards import HTTPReward, RewardMixture
 from latentreward.rollout import Sampling
 from latentreward.scorers import HTTPScorer
-from latentreward.serving.addresses import bind
 from tests.marks import slow_after
 from tests.modules.simple_reward import FirstChannelReward
 from tests.remote.judges import Fault, hangs_up, judging, says

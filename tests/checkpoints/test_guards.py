@@ -9,9 +9,9 @@ from latentreward.callbacks import NaNGuard
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.demos.boring_classes import BoringModel
 
+from latentreward.apps.commands.consolidate import consolidate
 from latentreward.checkpoints.shards import not_finite
 from latentreward.cli import main
-from latentreward.commands.consolidate import consolidate
 from latentreward.errors import InputError
 from tests.marks import slow_after
 from tests.small_user import RUNS, refusal, run

@@ -259,7 +259,7 @@ def test_inspection_of_clips(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 SCORERS = (
     '--scorers=[{"class_path": "CallableScorer", "init_args": {"function": '
-    '"tests.evaluation.policy.toy_scorers.redness", "name": "red"}}]'
+    '"tests.apps.evaluation.policy.toy_scorers.redness", "name": "red"}}]'
 )
 
 

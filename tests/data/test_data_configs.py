@@ -11,7 +11,7 @@ import pytest
 from jsonargparse import Namespace
 from lightning.pytorch import LightningDataModule
 
-from latentreward.commands.fit import Parser
+from latentreward.apps.commands.fit import Parser
 from latentreward.data import PreferenceDataModule
 from latentreward.settings.functions import MODE, prepare
 

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from latentreward.apps.generation.image_folder import ImageFolder, write_images
 from latentreward.contracts import ImageRef
 from latentreward.data.image_lists import ImageList, read_images
 from latentreward.data.images import ImageError, decode_image
 from latentreward.errors import InputError
-from latentreward.generation.image_folder import ImageFolder, write_images
 
 
 def picture(path: Path, prompt: str | None = None) -> Path:

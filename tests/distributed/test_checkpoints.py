@@ -8,9 +8,9 @@ import torch
 from latentreward.callbacks import NaNGuard
 from torch.distributed.tensor import DTensor
 
+from latentreward.apps.commands.consolidate import consolidate
 from latentreward.checkpoints.fsdp2 import FSDP2Strategy
 from latentreward.checkpoints.shards import is_sharded, read_sharded
-from latentreward.commands.consolidate import consolidate
 from latentreward.errors import InputError
 from tests.distributed.ranks import on_ranks
 from tests.distributed.runs import (

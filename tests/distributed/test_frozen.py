@@ -20,9 +20,9 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.demos.boring_classes import BoringModel
 from safetensors.torch import save_file
 
+from latentreward.apps.commands.fit import ranks_per_machine
 from latentreward.backbones import sd_tiny
 from latentreward.cli import main
-from latentreward.commands.fit import ranks_per_machine
 from latentreward.errors import InputError
 from latentreward.heads import CLIPProjectionHead
 from latentreward.losses import LRMLoss

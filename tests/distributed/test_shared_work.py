@@ -12,15 +12,15 @@ import pytest
 
 from latentreward.errors import InputError
 from latentreward.storage.shards import ShardList
+from tests.apps.commands.test_score import write_pictures
 from tests.cache.writing import write_data
-from tests.commands.test_score import write_pictures
 from tests.processes import Forked, rank_environments, run_command, start
 from tests.rewards.stored import write_run
 
 pytestmark = pytest.mark.slow
 TWO = ("--trainer.accelerator=cpu", "--trainer.devices=2")
 SAMPLING = ("--sampling.num_inference_steps=2", "--guidance_scale=1", "--batch_size=2")
-SCORER = {"function": "tests.evaluation.policy.toy_scorers.redness", "name": "red"}
+SCORER = {"function": "tests.apps.evaluation.policy.toy_scorers.redness", "name": "red"}
 RED = json.dumps({"class_path": "latentreward.scorers.CallableScorer", "init_args": SCORER})
 COMMANDS = {
     "cache": (

@@ -3,11 +3,11 @@
 import pytest
 import torch
 
+from latentreward.apps.generation import trained_policy
 from latentreward.backbones import create_backbone
 from latentreward.contracts import Conditioning
 from latentreward.encoders.offloaded import OffloadedEncoder
 from latentreward.encoders.prompts import PromptEncoder
-from latentreward.generation import trained_policy
 from latentreward.heads import GatedQFormerHead
 from latentreward.rewards.latent import LatentScorer
 from latentreward.scoring.network import RewardNetwork

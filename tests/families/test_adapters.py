@@ -6,11 +6,11 @@ from typing import Any
 import pytest
 import torch
 
+from latentreward.apps.generation.lora import load_lora
 from latentreward.backbones.tuning import LoRA
 from latentreward.errors import InputError
 from latentreward.export.kohya import FILE, write_kohya
 from latentreward.export.lora import TrainedLoRA
-from latentreward.generation.lora import load_lora
 from latentreward.policies import Policy
 from tests.families.twins import PROMPTS, Twin, every_network, noise_for, one_per_family
 from tests.policies.alignment import perturbed

@@ -13,19 +13,19 @@ import torch
 from PIL import Image, ImageSequence
 from torch.utils.data import DataLoader
 
+from latentreward.apps.commands.cache import TrainerSettings, cache
+from latentreward.apps.generation.image_folder import ImageFolder, write_images
 from latentreward.backbones import create_backbone
 from latentreward.cache import CachedPreferenceDataModule, CachedSplit
 from latentreward.cache.layout import CacheSpec, read_plan
 from latentreward.cache.sizing import ImageSettings
 from latentreward.cache.sources import PipelineEncoders
 from latentreward.cli import main
-from latentreward.commands.cache import TrainerSettings, cache
 from latentreward.contracts import PromptBatch
 from latentreward.data import JSONLPairReader, PreferenceDataModule
 from latentreward.data.alignment.prompts import PromptLoaders
 from latentreward.data.image_sizes import OneSize
 from latentreward.errors import InputError
-from latentreward.generation.image_folder import ImageFolder, write_images
 from latentreward.heads import GatedQFormerHead
 from latentreward.losses import ThurstoneLoss
 from latentreward.modules import DiNaLRMModule
@@ -33,9 +33,9 @@ from latentreward.reports.drawing import strip, to_image, to_images
 from latentreward.rollout import Sampling
 from latentreward.scoring import RewardModel
 from latentreward.scoring.layouts.config import sizes_of, sizes_record
+from tests.apps.evaluation.policy.toy_scorers import redness
 from tests.clips import write_clip
 from tests.data.test_clips import pairs
-from tests.evaluation.policy.toy_scorers import redness
 from tests.families.test_every_command import QUIET, run
 from tests.families.test_methods import METHODS
 from tests.families.twins import PROMPTS, TWINS
@@ -258,5 +258,5 @@ def test_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytes
     with pytest.raises(SystemExit):
         main(["evaluate-policy", "judged", "--prompts=prompts.txt", f"--policy.pipeline.source={WAN.folder}", *options,
               '--scorers=[{"class_path": "latentreward.scorers.CallableScorer", "init_args": {"function": '
-              '"tests.evaluation.policy.toy_scorers.redness", "name": "red"}}]', "--device=cpu"])  # fmt: skip
+              '"tests.apps.evaluation.policy.toy_scorers.redness", "name": "red"}}]', "--device=cpu"])  # fmt: skip
     assert "sampling.frames=5: evaluate-policy takes images, not clips; set it to 1" in capsys.readouterr().err

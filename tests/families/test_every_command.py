@@ -13,15 +13,15 @@ from PIL import Image
 
 from latentreward.cli import main
 from latentreward.tinyworld.writers import write_hpdv3
+from tests.apps.serving.processes import forked_server
 from tests.families.twins import Twin, one_per_family
 from tests.marks import release_after
-from tests.serving.processes import forked_server
 
 SIZE = 32
 QUIET = {"enable_progress_bar": False, "enable_model_summary": False, "num_sanity_val_steps": 0, "logger": False}
 PROMPTS = ["a large red circle on a white background", "two blue crosses"]
 RED = {"class_path": "latentreward.scorers.CallableScorer",
-       "init_args": {"function": "tests.evaluation.policy.toy_scorers.redness", "name": "red"}}  # fmt: skip
+       "init_args": {"function": "tests.apps.evaluation.policy.toy_scorers.redness", "name": "red"}}  # fmt: skip
 
 
 def run(command: str, settings: dict[str, Any], *options: str) -> None:
@@ -95,7 +95,7 @@ def test_every_command(twin: Twin, tmp_path: Path, monkeypatch: pytest.MonkeyPat
         body = {"images": [base64.b64encode(Path("pictures/a.png").read_bytes()).decode()], "prompt": "a red circle"}
         reply = httpx.post(f"{server.address}/v1/score_images", json=body, timeout=300).json()
     assert reply["scores"] == pytest.approx([scores[0]], abs=1e-4)
-    benchmark = {"class_path": "latentreward.evaluation.benchmark.HPDv3Benchmark", "init_args": {"root": "pairs"}}
+    benchmark = {"class_path": "latentreward.apps.evaluation.benchmark.HPDv3Benchmark", "init_args": {"root": "pairs"}}
     run("benchmark", {"benchmarks": [benchmark]}, "benched", "--model=reward")
     assert json.loads(Path("benched/report.json").read_text())
     align(twin)

@@ -10,10 +10,10 @@ from tempfile import mkdtemp
 import pytest
 import torch
 
+from latentreward.apps.estimate.pipelines import HUB_IDS, PIPELINES, write_pipelines
 from latentreward.backbones import create_backbone
 from latentreward.cli import main
 from latentreward.contracts import LatentSpace
-from latentreward.estimate.pipelines import HUB_IDS, PIPELINES, write_pipelines
 from latentreward.families import Family
 from latentreward.policies import PolicySource
 from tests.marks import rotated_after

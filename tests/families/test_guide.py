@@ -12,9 +12,9 @@ from lightning.pytorch import LightningModule
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaTokenizerFast, UMT5Config, UMT5EncoderModel
 
+from latentreward.apps.commands.fit import Parser
 from latentreward.cache.layout import read_plan
 from latentreward.cli import main
-from latentreward.commands.fit import Parser
 from latentreward.contracts import PromptBatch
 from latentreward.policies import PolicySource
 from latentreward.rollout import Sampling, sample_latents

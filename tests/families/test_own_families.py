@@ -10,6 +10,7 @@ from diffusers import DiffusionPipeline
 from peft import PeftModel
 from safetensors.torch import load_file
 
+from latentreward.apps.generation import load_lora, policy_of
 from latentreward.backbones.loading import PipelineSource
 from latentreward.backbones.tuning import LoRA
 from latentreward.backbones.weights import settle
@@ -17,7 +18,6 @@ from latentreward.contracts import PromptBatch
 from latentreward.errors import InputError
 from latentreward.export import TrainedLoRA, write_merged
 from latentreward.families import find_family
-from latentreward.generation import load_lora, policy_of
 from latentreward.heads import CLIPProjectionHead
 from latentreward.policies import PolicySource
 from latentreward.rollout import Sampling, sample_latents

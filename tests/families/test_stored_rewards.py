@@ -13,9 +13,9 @@ import yaml
 from torch import Tensor
 
 from latentreward import programs
+from latentreward.apps.commands.export import export
 from latentreward.backbones import LoRA, create_backbone
 from latentreward.checkpoints.shards import frozen_names
-from latentreward.commands.export import export
 from latentreward.errors import InputError
 from latentreward.heads import GatedQFormerHead
 from latentreward.modules import DiNaLRMModule

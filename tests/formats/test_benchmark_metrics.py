@@ -16,10 +16,10 @@ import pytest
 import torch
 from PIL import Image
 
-from latentreward.evaluation.benchmark.base import Benchmark
-from latentreward.evaluation.benchmark.protocols import PROTOCOLS, VOTES, judge
-from latentreward.evaluation.benchmark.results import BenchmarkPairs
-from latentreward.evaluation.benchmark.sets import PickAPicBenchmark, recognise_benchmark
+from latentreward.apps.evaluation.benchmark.base import Benchmark
+from latentreward.apps.evaluation.benchmark.protocols import PROTOCOLS, VOTES, judge
+from latentreward.apps.evaluation.benchmark.results import BenchmarkPairs
+from latentreward.apps.evaluation.benchmark.sets import PickAPicBenchmark, recognise_benchmark
 from latentreward.reports.tables import Row
 from latentreward.scorers import CallableScorer
 from latentreward.scorers.pair_scoring import PairScoring

@@ -7,6 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from latentreward.apps.serving.resources import Resources
+from latentreward.apps.serving.served import ScoringService, ServedModel
+from latentreward.apps.serving.settings import ServiceSettings
 from latentreward.contracts import NoisyStates, PromptBatch
 from latentreward.errors import InputError
 from latentreward.modules import DiffusionNFTModule, StepwiseGRPOModule, TrajectoryGRPOModule
@@ -16,14 +19,11 @@ from latentreward.rewards import HTTPReward, PixelReward, RewardMixture
 from latentreward.rollout import Branching, Sampling, begin_finished, score_finished
 from latentreward.scorers import CallableScorer
 from latentreward.scoring.scoring_noise import ScoringNoise, draw_noise, timesteps_of
-from latentreward.serving.resources import Resources
-from latentreward.serving.served import ScoringService, ServedModel
-from latentreward.serving.settings import ServiceSettings
+from tests.apps.serving.servers import serving, started, tiny_reward
 from tests.modules.simple_reward import FirstChannelReward
 from tests.modules.test_grpo import attached, source
 from tests.policies.alignment import tiny_source
 from tests.remote.judges import hangs_up, judged, judging
-from tests.serving.servers import serving, started, tiny_reward
 
 PROMPTS = PromptBatch(("a red circle", "two blue squares on a white background", "a cross"), ("0/0", "0/1", "0/2"))
 BY_HAND = CallableScorer(

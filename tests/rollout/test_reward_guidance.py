@@ -20,7 +20,7 @@ from latentreward.rollout import (
     sample_latents,
     sample_trajectories,
 )
-from tests.generation.toy_rewards import MeanLatent
+from tests.apps.generation.toy_rewards import MeanLatent
 from tests.marks import rotated_after
 from tests.policies.alignment import tiny_source
 from tests.rewards.stored import write_run

@@ -9,11 +9,11 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 
+from latentreward.apps.generation.image_folder import DETERMINISTIC
 from latentreward.backbones import LoRA, create_backbone
 from latentreward.backbones.loading import tiny_pipeline
 from latentreward.errors import InputError
 from latentreward.families.sd import StableDiffusion
-from latentreward.generation.image_folder import DETERMINISTIC
 from latentreward.modules import LPOModule
 from latentreward.policies import PolicySource
 from latentreward.rollout import DDIMSampler, FlowSDESampler, Sampling

@@ -9,9 +9,9 @@ from latentreward.errors import InputError
 from latentreward.remote import RemoteError, RemoteServer, ServedImages, UniRL
 from latentreward.scorers import HTTPScorer
 from latentreward.scorers.pair_scoring import PairScoring
+from tests.apps.serving.servers import serving, tiny_reward
 from tests.formats.conftest import COMMITTED
 from tests.remote.judges import judged, judging, plain, unirl
-from tests.serving.servers import serving, tiny_reward
 
 PROMPTS = ["a red circle", "two blue squares", "a cross"]
 IMAGES = [Image.new("RGB", (16, 16), (80 * number, 0, 0)) for number in range(3)]

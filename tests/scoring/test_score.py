@@ -89,8 +89,8 @@ def test_sizes_follow_the_network(lrm: RewardModel, dina: RewardModel) -> None:
 def test_buckets_at_full_size_are_the_published_ones() -> None:
     import tempfile
 
+    from latentreward.apps.estimate.pipelines import write_pipelines
     from latentreward.backbones import create_backbone
-    from latentreward.estimate.pipelines import write_pipelines
     from latentreward.scoring.network import own_sizes
 
     with tempfile.TemporaryDirectory() as folder:

@@ -21,12 +21,12 @@ from latentreward.losses import RegressionDistillation
 from latentreward.rewards import LatentReward
 from latentreward.scoring import Calibration, RewardModel, ScoringNoise
 from latentreward.scoring.scored_table import read_scores
+from tests.apps.serving.latent_requests import HEADERS, tensors_of
+from tests.apps.serving.servers import serving
 from tests.formats.conftest import COMMITTED
 from tests.modules.batches import dina, pixel_batch, scores_of
 from tests.rewards.stored import scores_by, states_of, tiny_policy, write_run
 from tests.scoring.models import pictures
-from tests.serving.latent_requests import HEADERS, tensors_of
-from tests.serving.servers import serving
 from tests.tiny_pipelines import LATENTS
 
 PROMPTS = ["a cat", "two dogs", "a cat"]

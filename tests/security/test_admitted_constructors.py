@@ -64,7 +64,7 @@ def admitted() -> set[type]:
     """Classes that settings may name, by the types of settings."""
     import_class_modules()
     modules = [name for package in TRUSTED for name in modules_below(package)]
-    commands = [sys.modules[name] for name in modules if name.startswith("latentreward.commands.")]
+    commands = [sys.modules[name] for name in modules if name.startswith("latentreward.apps.commands.")]
     functions = [one for module in commands for one in vars(module).values() if inspect.isfunction(one)]
     trainer = sys.modules["lightning.pytorch"]
     open_types = [kind for function in functions for kind in settings_of(function).values()]

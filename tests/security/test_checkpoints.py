@@ -18,9 +18,9 @@ import pytest
 import torch
 from torch.distributed import checkpoint as distributed_checkpoint
 
+from latentreward.apps.commands.fit import guard_loading
 from latentreward.checkpoints import files
 from latentreward.checkpoints.shards import INDEX, REST, read_checkpoint
-from latentreward.commands.fit import guard_loading
 from latentreward.errors import InputError
 from latentreward.scoring import RewardModel
 from tests.marks import slow_after

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from torchmetrics import Metric
 
-from latentreward.commands.fit import constructor_errors
+from latentreward.apps.commands.fit import constructor_errors
 from latentreward.contracts import PreferencePair
 from latentreward.data import PairReader, PreferenceDataModule
 from latentreward.errors import InputError, where

@@ -11,13 +11,13 @@ from typing import Any
 
 import pytest
 
+from latentreward.apps.serving.settings import RewardToServe
 from latentreward.backbones.registry import backbone_names
 from latentreward.contracts import PathText
 from latentreward.errors import InputError
 from latentreward.policies import PolicySource
 from latentreward.remote.server import RemoteServer
 from latentreward.scoring import ModelSource
-from latentreward.serving.settings import RewardToServe
 from latentreward.settings.errors import CLASS_MODULES
 from latentreward.settings.functions import parse_function, prepare, prepare_parsing
 from tests.small_user import run

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
+from latentreward.apps.evaluation.policy.scoring import ScoreStore
+from latentreward.apps.generation.image_folder import ImageFolder
 from latentreward.errors import InputError
-from latentreward.evaluation.policy.scoring import ScoreStore
-from latentreward.generation.image_folder import ImageFolder
 from latentreward.storage.run_folder import RunFolder
 
 SPEC: dict[str, Any] = {"policy": {"source": "sd15", "lora": None}, "seed": 0, "sizes": (512, 512)}

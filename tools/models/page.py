@@ -7,11 +7,11 @@ from typing import Any
 
 import yaml
 
+from latentreward.apps.evaluation.benchmark.published_numbers import AVERAGE, FOUR_BENCHMARKS, PUBLISHED
+from latentreward.apps.pilot.plans import BESIDE, Pilot, all_pilots
+from latentreward.apps.pilot.results import PilotResult, read_result
 from latentreward.errors import InputError
-from latentreward.evaluation.benchmark.published_numbers import AVERAGE, FOUR_BENCHMARKS, PUBLISHED
 from latentreward.metrics.bootstrap import Interval
-from latentreward.pilot.plans import BESIDE, Pilot, all_pilots
-from latentreward.pilot.results import PilotResult, read_result
 from latentreward.reports.tables import NOTHING, Table, markdown_table, percent, plain, with_interval
 from latentreward.storage.durable import write_file
 

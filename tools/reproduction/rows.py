@@ -8,9 +8,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator
 
+from latentreward.apps.steps.tasks import Arguments, Step, Task, check_steps, load_yaml, resolve
 from latentreward.errors import InputError, did_you_mean
 from latentreward.settings.rewriting import shipped_configs
-from latentreward.steps.tasks import Arguments, Step, Task, check_steps, load_yaml, resolve
 from latentreward.storage.digests import digest
 from latentreward.storage.json_files import STRICT, checked
 

@@ -5,10 +5,10 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
+from latentreward.apps.steps.running import TaskRunner, run_tasks
+from latentreward.apps.steps.sources import CLONE, commit, computed_with, machine
+from latentreward.apps.steps.tasks import Task
 from latentreward.errors import InputError
-from latentreward.steps.running import TaskRunner, run_tasks
-from latentreward.steps.sources import CLONE, commit, computed_with, machine
-from latentreward.steps.tasks import Task
 from tools.reproduction.measuring import measure
 from tools.reproduction.results import Result, read_results, result_path, write_result
 from tools.reproduction.rows import Row

@@ -23,7 +23,7 @@ TAKEN_FROM = {
     "latentreward.data": "data images train val test predict reader",
     "latentreward.cache.sources": "encoder",
     "latentreward.scorers": "scorer scorers held_out",
-    "latentreward.evaluation.benchmark": "benchmarks",
+    "latentreward.apps.evaluation.benchmark": "benchmarks",
     "latentreward.rollout": "selection",
     "latentreward.callbacks": "callbacks",
     "lightning.pytorch.loggers": "logger",

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
+from latentreward.apps.pilot.plans import all_pilots
+from latentreward.apps.pilot.results import write_result
 from latentreward.errors import InputError
-from latentreward.pilot.plans import all_pilots
-from latentreward.pilot.results import write_result
-from tests.pilot.test_results import result
+from tests.apps.pilot.test_results import result
 from tools.models.page import NOT_MEASURED, main, page, read_results
 
 ROOT = Path(__file__).resolve().parents[3]

@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 
+from latentreward.apps.steps.tasks import _file_digest
 from latentreward.cli import main
 from latentreward.errors import InputError
-from latentreward.steps.tasks import _file_digest
+from tests.apps.steps.forked_steps import ForkedSteps
 from tests.marks import rotated_after
-from tests.steps.forked_steps import ForkedSteps
 from tools.reproduction.results import read_results
 from tools.reproduction.rows import Row, Side, all_rows, choose_rows, read_row, shared_steps
 

@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
+from latentreward.apps.steps.running import TaskRunner
 from latentreward.errors import InputError
-from latentreward.steps.running import TaskRunner
 from tools.reproduction.page import status_table
 from tools.reproduction.results import judge_claim, read_results, result_path, write_result
 from tools.reproduction.rows import Row, read_row
@@ -22,7 +22,7 @@ from tools.reproduction.running import measure_rows, missing
 from tools.source_digests import source_digest
 
 ROOT = Path(__file__).resolve().parents[3]
-MODULE = "tests.steps.toy_step"
+MODULE = "tests.apps.steps.toy_step"
 TOY: dict[str, Any] = {
     "title": "A better reward ranks better",
     "paper": "LRM",
@@ -176,7 +176,7 @@ def test_an_interrupt_ends_the_processes_and_keeps_what_is_done(tmp_path: Path) 
 
 
 def test_a_step_ends_with_the_command_that_was_killed(tmp_path: Path) -> None:
-    step = [sys.executable, "-m", "latentreward.steps.process", str(tmp_path / "record"), MODULE, "wait", "."]
+    step = [sys.executable, "-m", "latentreward.apps.steps.process", str(tmp_path / "record"), MODULE, "wait", "."]
     killed = "import subprocess, sys; subprocess.run(sys.argv[1:])"
     command = subprocess.Popen([sys.executable, "-c", killed, *step], stdout=subprocess.PIPE, text=True)
     assert command.stdout is not None

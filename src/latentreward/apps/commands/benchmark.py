@@ -1,0 +1,153 @@
+"""``latentreward benchmark``: evaluate reward models by published protocols and write a report."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from latentreward.apps.evaluation.benchmark.base import Benchmark
+from latentreward.apps.evaluation.benchmark.disagreements import disagreement_pictures
+from latentreward.apps.evaluation.benchmark.evaluate import evaluate
+from latentreward.apps.evaluation.benchmark.noise_columns import NoiseColumns
+from latentreward.apps.evaluation.benchmark.results import BenchmarkReport
+from latentreward.apps.evaluation.benchmark.scoring import complete, open_scores
+from latentreward.apps.evaluation.benchmark.sections import INTRODUCTION, TITLE, sections
+from latentreward.apps.evaluation.benchmark.sets import recognise_benchmark
+from latentreward.contracts import PathText
+from latentreward.errors import InputError, check_at_least_one
+from latentreward.reports.report import HTML, JSON, MARKDOWN, versions, write_report
+from latentreward.reports.tables import Table, as_text, cell, interval, percent
+from latentreward.scorers import RewardModelScorer, Scorer
+from latentreward.scorers.reward_model import reward_names
+from latentreward.settings.functions import run_function
+
+LEVELS = (0.1, 0.2, 0.4, 0.6, 0.8)
+"""Default noise levels, in [0, 1], at which latent rewards are evaluated one by one."""
+
+
+def run(command: str, arguments: Sequence[str]) -> None:
+    """Run ``latentreward benchmark OUTPUT_DIR ...``.
+
+    Raises:
+        InputError: If an argument is wrong.
+    """
+    run_function(benchmark, command, _models_together(arguments))
+
+
+def benchmark(
+    output_dir: Path,
+    benchmarks: list[Benchmark] | None = None,
+    scorers: list[Scorer] | None = None,
+    *,
+    data: PathText | None = None,
+    model: list[PathText] | PathText | None = None,
+    levels: Sequence[float] = LEVELS,
+    draws: int = 3,
+    limit: int | None = None,
+    telling_pairs: int = 12,
+    flush_every: int = 256,
+    decode_threads: int = 4,
+    trust_remote_code: bool = False,
+) -> None:
+    """Score pairs of images that people judged, and report how often each model prefers the image people preferred.
+
+    OUTPUT_DIR gets ``report.html``, ``report.md`` and ``report.json``, and the folder ``scores`` with a table for each
+    split and model. The same command resumes a stopped run; if a model is added later, only that model is run. Pairs
+    with an image that cannot be read are left out of the numbers and counted.
+
+    Args:
+        output_dir: Folder for the report and the scores.
+        benchmarks: Data sets with their protocols, e.g. latentreward.apps.evaluation.benchmark.HPDv3Benchmark.
+        scorers: Models to compare, with distinct names, e.g. latentreward.scorers.RewardModelScorer.
+        data: Folder or file of one more data set, whose format is detected.
+        model: One or several more reward models, given like the path of RewardModelScorer. Each is named after its
+            run or folder; ``--model A --model B`` compares two.
+        levels: Noise levels in [0, 1]; latent rewards are also evaluated at each single level. ``[]`` for none.
+        draws: Number of noise draws with which latent rewards are evaluated, at least 1. Accuracies are those of the
+            first draw; mean and standard deviation over all draws are reported beside them.
+        limit: Number of pairs to score at the start of each split, for a first look; all by default. The report says
+            that a limit was set.
+        telling_pairs: Most pairs per split to show on which models disagree most.
+        flush_every: Pairs per part of a table: a killed process loses at most one part; Ctrl-C loses no scored pair.
+        decode_threads: Threads that decode images ahead of the models.
+        trust_remote_code: Whether to import classes that the settings of ``model`` name and that are not registered;
+            importing runs their code. Each of ``scorers`` has its own setting of this name.
+
+    Raises:
+        InputError: If a setting is wrong, data cannot be read, or scores in OUTPUT_DIR belong to other pairs or another
+            scorer.
+    """
+    check_at_least_one(limit=limit)
+    sets = _with_more("benchmarks", "data", benchmarks, [] if data is None else [recognise_benchmark(data)])
+    given = _with_more("scorers", "model", scorers, _named_rewards(model, trust_remote_code))
+    models = [NoiseColumns(one, levels, draws) if isinstance(one, RewardModelScorer) else one for one in given]
+    options = {"flush_every": flush_every, "decode_threads": decode_threads}
+    scored = open_scores(output_dir / "scores", sets, models, limit, **options)
+    seconds = complete(scored)
+    report = evaluate(scored, telling_pairs)
+    report.settings = {
+        "data sets": ", ".join(one.name for one in sets),
+        "pairs per split": "all" if limit is None else f"the first {limit}",
+        "noise levels": ", ".join(f"{level:g}" for level in levels) or "none",
+        "draws of noise": draws,
+        **{f"version of {name}": number for name, number in versions().items()},
+    }
+    if limit is not None:
+        report.notes.append(
+            f"A first look: only the first {limit} pairs of each split were scored. Do not quote these numbers."
+        )
+    readers = {f"{one.name} {split}": reader for one in sets for split, reader in one.readers().items()}
+    parts = list(sections(report, disagreement_pictures(report.telling, readers)))
+    write_report(output_dir, report, TITLE, INTRODUCTION, parts, "benchmark")
+    print(_summary(report))
+    costs = ", ".join(f"{name} {spent:.1f} s" for name, spent in seconds.items())
+    print(f"time: {costs or 'all was scored before'}")
+    print(f"{output_dir / HTML}, {MARKDOWN} and {JSON} show everything")
+
+
+def _models_together(arguments: Sequence[str]) -> list[str]:
+    """Join several ``--model PATH`` into one list, because the parser would keep the last one only."""
+    rest, paths, left = list[str](), list[str](), iter(arguments)
+    for argument in left:
+        option, equals, value = argument.partition("=")
+        if option == "--model":
+            paths.append(value if equals else next(left, ""))
+        else:
+            rest.append(argument)
+    return [*rest, f"--model={json.dumps(paths)}"] if len(paths) > 1 else list(arguments)
+
+
+def _named_rewards(model: list[str] | str | None, trusted: bool) -> list[RewardModelScorer]:
+    paths = [model] if isinstance(model, str) else list(dict.fromkeys(model or []))
+    names = zip(paths, reward_names(paths), strict=True)
+    return [RewardModelScorer(path, name, trust_remote_code=trusted) for path, name in names]
+
+
+def _with_more(name: str, single: str, several: list[Any] | None, more: Sequence[Any]) -> list[Any]:
+    found = [*(several or []), *more]
+    if not found:
+        raise InputError(f"{name}: there are none; give --{single}=FOLDER, or a --config file with {name}")
+    names = [item.name for item in found]
+    if repeated := [item for item in names if names.count(item) > 1]:
+        raise InputError(f"{name}: two are named {repeated[0]!r}; give each a name of its own")
+    return found
+
+
+def _summary(report: BenchmarkReport) -> str:
+    """Return the notes, a line for each split with unreadable images, and a table row per protocol and model."""
+    rows = [
+        (
+            f"{row['benchmark']}: {row['protocol']}",
+            row["scorer"],
+            f"{percent(row['estimate'].value)} %",
+            interval(row["estimate"]),
+            f"{row['pairs']} pairs",
+        )
+        for row in report.protocols
+    ]
+    left_out = [
+        f"{name}: {pairs} {'pair' if pairs == 1 else 'pairs'} left out: {cell(counts['unreadable_images'])}"
+        for name, counts in report.data.items()
+        if (pairs := counts["pairs_without_an_image"])
+    ]
+    return "\n".join([*(f"note: {note}" for note in report.notes), *left_out, as_text(Table(rows[0], tuple(rows[1:])))])

@@ -1,0 +1,281 @@
+"""``latentreward evaluate-policy``: score pictures of one or two generators, made from the same prompts and noise."""
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache, partial
+from pathlib import Path
+from typing import Any, Literal
+
+from latentreward.apps.commands.notes import tell
+from latentreward.apps.evaluation.policy.imported import (
+    FoundPicture,
+    find_pictures,
+    import_pictures,
+    pictures_per_prompt,
+    prompts_of,
+)
+from latentreward.apps.evaluation.policy.published_numbers import Protocol, published_scores
+from latentreward.apps.evaluation.policy.results import PolicyReport, scores_csv
+from latentreward.apps.evaluation.policy.samples import (
+    PICTURES_OF,
+    JudgedPolicy,
+    SamplingPlan,
+    complete_or_refuse,
+    open_pictures,
+    planned,
+    sampling_task,
+)
+from latentreward.apps.evaluation.policy.scoring import (
+    SCORES_OF,
+    PictureScoring,
+    require_one_model,
+    score_names,
+    scoring_task,
+)
+from latentreward.apps.evaluation.policy.sections import INTRODUCTION, score_table, sections, side_by_side
+from latentreward.apps.evaluation.policy.statistics import compare, in_common, policy_scores
+from latentreward.apps.generation.image_folder import DETERMINISTIC
+from latentreward.apps.generation.trained_policy import plain
+from latentreward.contracts import PathText
+from latentreward.data.alignment.prompt_files import PromptRow, check_lengths, read_prompt_set
+from latentreward.errors import InputError
+from latentreward.interrupts import interrupts_told
+from latentreward.ranks.settings import TrainerSettings
+from latentreward.ranks.shared_work import SHARDS, SharedWork, Task
+from latentreward.reports.report import HTML, versions, write_report
+from latentreward.reports.tables import as_text
+from latentreward.rollout import Sampling
+from latentreward.scorers import ImageScorer, Scorer
+from latentreward.scorers.fingerprints import public_identity
+from latentreward.scorers.tools import ToolScorer
+from latentreward.scoring.network import name_of
+from latentreward.settings.functions import run_function
+from latentreward.storage.durable import write_file
+from latentreward.storage.locks import locked
+from latentreward.storage.run_folder import RunFolder
+from latentreward.tinyworld.captions import judged_captions, tuning_captions
+
+SCORES = "scores.csv"
+"""File with every score of every picture."""
+MARKER = "evaluate.json"
+"""File by which an output folder of an earlier evaluation is recognised; it holds the settings."""
+SLOTS, NAMES = ("policy", "against"), ("policy", "baseline")
+"""Names of the folders of the two policies, and default names of the policies in reports."""
+TINY_WORLD = {"tinyworld": judged_captions, "tinyworld_tuning": tuning_captions}
+"""Values of ``prompts`` → function that gives captions of the tiny world."""
+CLIP_WORDS = 75
+"""Number of tokens of a prompt that CLIP reads; since a word has at least one token, longer prompts are cut."""
+
+
+def evaluate_policy(
+    output_dir: Path,
+    scorers: list[Scorer],
+    policy: JudgedPolicy,
+    against: JudgedPolicy | None = None,
+    prompts: PathText | None = None,
+    *,
+    num_prompts: int | None = None,
+    max_prompt_chars: int = 10_000,
+    images_per_prompt: int | None = None,
+    images_scored: Literal["all", "first"] = "all",
+    sampling: Sampling = DETERMINISTIC,
+    guidance_scale: float | None = None,
+    shared_noise: bool = False,
+    seed: int = 0,
+    batch_size: int = 8,
+    missing: Literal["refuse", "leave_out"] = "refuse",
+    parts: int = 1,
+    published: Protocol | None = None,
+    cards: int = 400,
+    device: str = "auto",
+    trainer: TrainerSettings | None = None,
+) -> None:
+    """Sample pictures from one or two policies, score them, and report means, win rates and the pictures themselves.
+
+    Both policies get the same prompts and start from the same noise, so their pictures are compared in pairs. The
+    same command resumes a stopped run; existing pictures and scores are kept. The output folder gets ``report.json``,
+    ``report.md``, ``report.html`` and ``scores.csv``.
+
+    Args:
+        output_dir: Folder for pictures, scores and reports.
+        scorers: Scorers of the pictures, e.g. latentreward.scorers.PickScorer or
+            latentreward.scorers.tools.GenEvalScorer.
+        policy: Policy to evaluate: a generator (pipeline, checkpoint, lora) or a folder of existing images.
+        against: Second policy to compare with; none by default.
+        prompts: File of prompts: text, JSON, JSON lines, CSV, TSV or parquet with a column ``prompt`` or ``caption``.
+            Or a glob pattern of several files; each file without a column of groups becomes a group. Or ``tinyworld``
+            for the tiny world's held-out captions, or ``tinyworld_tuning`` for 96 others on which to choose settings.
+            By default the prompts listed in a policy's folder ``images``.
+        num_prompts: Number of prompts to take from the start; all by default.
+        max_prompt_chars: Most characters of a prompt; longer ones are refused. Text encoders read a few hundred.
+        images_per_prompt: Pictures of each prompt; by default as many as a folder of images has, or 1.
+        images_scored: Pictures of each prompt to sample and score: ``all`` or only the ``first``. LPO's released script
+            samples four for each of 500 prompts but, by a slip of ``zip``, scores only the first.
+        sampling: Steps, noise and size.
+        guidance_scale: Guidance scale of policies without their own, as their family's pipeline takes it; by default
+            the family's own: 5 for SD and SD3, where 1 switches guidance off.
+        shared_noise: Whether the n-th pictures of all prompts start from the same noise. LPO's released script does so
+            by resetting its seed for each prompt; our noise is generated differently, so pictures differ from theirs.
+        seed: Seed of all noise.
+        batch_size: Pictures sampled at once.
+        missing: Treatment of pictures that a folder lacks or that cannot be read: ``refuse`` stops with an error,
+            ``leave_out`` leaves them out for both policies and adds a note to the report.
+        parts: Number of consecutive parts into which each group of prompts is cut; the standard deviation of the parts'
+            means is reported. HPSv2's benchmark uses 10.
+        published: Protocol of LPO's authors whose published numbers are shown beside ours.
+        cards: Largest number of pictures of each policy in ``report.html``.
+        device: Device of the generators: ``cpu``, ``cuda``, ...; ``auto`` takes a GPU if there is one. Scorers have a
+            setting of their own.
+        trainer: Settings of several processes that share the work, on many GPUs or machines; by default one process.
+            Scorers of images work in all of them, tools in the first one.
+
+    Raises:
+        InputError: If a setting or a file is wrong.
+    """
+    names, policies = score_names(scorers), _named(policy, against)
+    found = {name: find_pictures(one.images, one.table) for name, one in policies.items() if one.images is not None}
+    rows = _prompt_rows(prompts, max_prompt_chars, policies, found)[:num_prompts]
+    count = images_per_prompt or max((pictures_per_prompt(pictures, rows) for pictures in found.values()), default=1)
+    wanted = [(place, image) for place in range(len(rows)) for image in range(1 if images_scored == "first" else count)]
+
+    @cache
+    def prepare() -> None:
+        """Load the scorers of images, at the first call only."""
+        for scorer in scorers:
+            if isinstance(scorer, ImageScorer):
+                scorer.prepare()
+
+    sampling.require_images("evaluate-policy")
+    settings: dict[str, Any] = {
+        "prompts": None if prompts is None else name_of(prompts),
+        "num_prompts": len(rows),
+        "images_per_prompt": count,
+        "images_scored": images_scored,
+        "sampling": plain(sampling),
+        "guidance_scale": {},
+        "shared_noise": shared_noise,
+        "seed": seed,
+        "parts": parts,
+    }
+    with SharedWork(trainer, device, output_dir / SHARDS) as work:
+        plan = SamplingPlan(sampling, guidance_scale, seed, shared_noise, batch_size, work.device)
+        settings["guidance_scale"] = {name: plan.guidance_of(judged) for name, judged in policies.items()}
+
+        def sample(judged: JudgedPolicy, folder: Path, batches: Sequence[Any]) -> Callable[[Any], Any]:
+            prepare()  # so that an unfit scorer fails before anything is sampled
+            return sampling_task(judged, plan, folder, batches)
+
+        tasks: dict[str, Task] = {}
+        slots = dict(zip(policies, SLOTS, strict=False))
+        for name, slot in slots.items():
+            if name not in found:
+                tasks[PICTURES_OF.format(slot)] = partial(sample, policies[name], output_dir / "pictures" / slot)
+            tasks[SCORES_OF.format(slot)] = partial(scoring_task, scorers, prepare)
+        generators = {name: judged.trained.identity() for name, judged in policies.items() if name not in found}
+        identities = {scorer.name: scorer.identity() for scorer in scorers}
+        work.join(tasks, {**settings, "policies": generators, "scorers": identities, "batch_size": batch_size})
+        if not work.first:
+            work.serve()
+            return
+        with locked(output_dir, "output_dir"):
+            remedy = "choose an empty folder"
+            RunFolder(output_dir, output_dir / MARKER, settings, "output_dir", remedy).claim(made=False)
+            for scorer in scorers:
+                if isinstance(scorer, ToolScorer):
+                    scorer.check(planned(rows, wanted))
+                    scorer.prepare()
+            folders = {
+                name: import_pictures(one.images, found[name], rows, wanted)
+                for name, one in policies.items()
+                if one.images is not None
+            }
+            sampled = {
+                name: open_pictures(policies[name], plan, rows, wanted, output_dir / "pictures" / slot, work)
+                for name, slot in slots.items()
+                if name not in found
+            }
+            notes = (
+                *complete_or_refuse(folders, wanted, missing),
+                *_notes(rows, images_scored, count, policies, sampling),
+            )
+            for note in notes:
+                tell(note)
+            with interrupts_told(lambda: f"what is done is kept in {output_dir}: the same command goes on there"):
+                made = {name: make() for name, make in sampled.items()}
+                made |= {name: source.pictures for name, source in folders.items()}
+                scorings = [
+                    PictureScoring(name, list(made[name].values()), scorers, output_dir / "scores" / slot, work)
+                    for name, slot in slots.items()
+                ]
+                scored = in_common([scoring.score() for scoring in scorings])
+                require_one_model(scorings)
+            headlines = {name: getattr(scorer, "headline", "mean") for scorer in scorers for name in scorer.columns}
+            report = PolicyReport(
+                {name: judged.describe() for name, judged in policies.items()},
+                {scorer.name: public_identity(scorer) for scorer in scorers},
+                [score for one in scored for score in policy_scores(one, headlines, parts)],
+                compare(*scored) if len(scored) > 1 else [],
+                [one for one in (published_scores(published) if published else []) if one["score"] in names],
+                {**settings, "versions": versions()},
+                notes,
+            )
+            write_file(output_dir / SCORES, scores_csv(scored))
+            title, page = " against ".join(policies), side_by_side(scored, cards)
+            write_report(output_dir, report, title, INTRODUCTION, sections(report), "policy", **page)
+            print(as_text(score_table(report)))
+            print(f"{output_dir / HTML}: {len(scored[0].pictures)} pictures of each policy")
+
+
+def _named(policy: JudgedPolicy, against: JudgedPolicy | None) -> dict[str, JudgedPolicy]:
+    judged = [policy] if against is None else [policy, against]
+    policies = {one.name or name: one for one, name in zip(judged, NAMES, strict=False)}
+    if len(policies) < len(judged):
+        raise InputError(f"both policies are called {next(iter(policies))!r}; give each a name of its own")
+    return policies
+
+
+def _prompt_rows(
+    prompts: str | None,
+    max_prompt_chars: int,
+    policies: Mapping[str, JudgedPolicy],
+    found: Mapping[str, list[FoundPicture]],
+) -> list[PromptRow]:
+    if prompts in TINY_WORLD:
+        return [PromptRow(text) for text in TINY_WORLD[prompts]()]
+    if prompts is not None:
+        return read_prompt_set(prompts, max_prompt_chars=max_prompt_chars)
+    for name, pictures in found.items():
+        if (folder := policies[name].images) is not None:
+            return check_lengths(prompts_of(pictures, folder), f"images: {folder}", max_prompt_chars)
+    raise InputError("there are no prompts; set prompts to a file of them")
+
+
+def _notes(
+    rows: Sequence[PromptRow],
+    images_scored: str,
+    count: int,
+    policies: Mapping[str, JudgedPolicy],
+    sampling: Sampling,
+) -> list[str]:
+    notes = []
+    if images_scored == "first" and count > 1:
+        notes.append(
+            f"Of {count} pictures for each prompt only the first is sampled and scored, as LPO's released script does."
+        )
+    if repeated := sum(number - 1 for number in Counter(row.prompt for row in rows).values()):
+        notes.append(f"{repeated} prompts repeat an earlier prompt; each one gets its own pictures.")
+    if long := sum(len(row.prompt.split()) > CLIP_WORDS for row in rows):
+        notes.append(f"{long} prompts have more than {CLIP_WORDS} words: CLIP text encoders and CLIP scorers cut them.")
+    if len(policies) > 1 and any(judged.images is not None for judged in policies.values()):
+        notes.append(
+            "Pictures from a folder are paired by prompt and number; whether their noise was equal is unknown."
+        )
+    starts = {name: start for name, judged in policies.items() if (start := judged.start(sampling))}
+    if len(set(starts.values())) > 1:
+        told = "; ".join(f"{name}: {start}" for name, start in starts.items())
+        differ = f"The policies differ in latents or noise process ({told})"
+        notes.append(f"{differ}, so their pictures share prompts but not noise.")
+    return notes
+
+
+run = partial(run_function, evaluate_policy)

@@ -1,0 +1,747 @@
+"""The subcommands that run a Lightning trainer: fit, validate, test, predict."""
+
+import os
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from datetime import timedelta
+from functools import partial
+from inspect import isfunction, signature
+from itertools import chain, count
+from pathlib import Path
+from pydoc import locate
+from tempfile import TemporaryDirectory
+from traceback import walk_tb
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from jsonargparse import ActionYesNo, Namespace
+from jsonargparse.typing import PositiveFloat
+from lightning.fabric.plugins.collectives.torch_collective import default_pg_timeout
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.callbacks import (
+    Callback,
+    Checkpoint,
+    LearningRateMonitor,
+    ModelCheckpoint,
+    ModelSummary,
+    ProgressBar,
+    StochasticWeightAveraging,
+    WeightAveraging,
+)
+from lightning.pytorch.callbacks.early_stopping import EarlyStoppingReason
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
+from omegaconf.errors import OmegaConfBaseException
+from typing_extensions import override
+
+from latentreward.apps.commands.run_folder import (
+    FOLDER,
+    last_checkpoint,
+    last_of_earlier_version,
+    result_lines,
+    run_folder,
+    settle_folder,
+    tell_earlier_run,
+    without_slashes,
+)
+from latentreward.apps.estimate.card import Card
+from latentreward.backbones.registry import backbone_names
+from latentreward.callbacks import (
+    AccuracyInterval,
+    ExactResume,
+    GracefulStop,
+    LastCheckpoint,
+    NaNGuard,
+    PairScoreWriter,
+    ParameterSummary,
+    ResumedSettings,
+    RunProgress,
+    TensorBoardCharts,
+)
+from latentreward.checkpoints.files import (
+    DurableCheckpointIO,
+    checkpoint_problem,
+    fetched,
+    holds_weights_alone,
+    without_password,
+)
+from latentreward.checkpoints.shards import check_weights, damaged, newest_first, read_sharded
+from latentreward.data import PairReader
+from latentreward.data.datamodules import PairLoaders
+from latentreward.data.readers.base import DATA_ON_ERROR, OWN_ON_ERROR
+from latentreward.data.splits import tell_unopened
+from latentreward.errors import InputError, errors_at, where
+from latentreward.interrupts import TERMINATED
+from latentreward.programs import within
+from latentreward.promises import check_takes
+from latentreward.settings.errors import summarise
+from latentreward.settings.functions import (
+    MODE,
+    ConfigFile,
+    SettingsParser,
+    naming_variables,
+    prepare,
+    reworded,
+)
+from latentreward.settings.ranges import check_ranges
+from latentreward.settings.rewriting import rewrite_arguments
+from latentreward.storage.locks import lock_run
+from latentreward.storage.shared_weights import sharing_between
+
+if TYPE_CHECKING:
+    from latentreward.apps.estimate.settings import Estimate
+
+CONFIG, SAVED = "config.yaml", "config*.yaml"
+LEFT_OUT = ("#", "ckpt_path:")
+"""Starts of lines in which the settings of one run may differ between two files."""
+LOADERS = {"fit": "train", "validate": "val"}
+"""Subcommand -> prefix of Lightning's ``*_dataloader`` method, where the prefix differs from the subcommand."""
+USED = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": ("predict",)}
+"""Subcommand -> splits that the subcommand reads; the first split must be set."""
+
+
+class Parser(SettingsParser, LightningArgumentParser):
+    """Lightning's parser with this package's error messages.
+
+    Callbacks of several config files are joined, and repeated callbacks are dropped. Only readers of the splits that
+    the subcommand needs are opened.
+    """
+
+    @override
+    def instantiate(self, namespace: Namespace, *args: Any, **options: Any) -> Any:
+        command = namespace.get("subcommand")
+        if command in USED and namespace[command].get("data") is not None:
+            namespace = namespace.clone()
+            namespace[command]["data"] = open_readers(command, namespace[command]["data"])
+            # Checked here, before the model is loaded.
+            options["instantiators"] = [(partial(with_rows, USED[command]), PairLoaders, True)]
+        return super().instantiate(namespace, *args, **options)
+
+    @override
+    def dump(self, namespace: Namespace, *args: Any, **kwargs: Any) -> str:
+        return super().dump(without_repeated_callbacks(namespace), *args, **kwargs)
+
+
+class SaveConfig(SaveConfigCallback):
+    """Callback that writes the run's settings to ``config.yaml`` beside the logs.
+
+    If an earlier run left other settings there, the new file is called ``config_1.yaml``, and so on. If the newest file
+    there has the same settings, apart from ``ckpt_path``, nothing is written. Commands that load a checkpoint look for
+    its settings in the checkpoint's folder and one folder up; checkpoint folders elsewhere get a copy. If a run fails
+    before its first optimiser step or its first checkpoint, its files are removed, unless :class:`GracefulStop` saves
+    one then. ``validate``, ``test`` and ``predict`` write their settings only to a folder without any, because those of
+    ``fit`` belong to the checkpoints.
+    """
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._written: list[Path] = []
+        self._first_step = 0
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Write the settings of ``validate``, ``test`` or ``predict``."""
+        folder = Path(trainer.log_dir or ".")  # a collective call, so all ranks must make it
+        if trainer.is_global_zero and trainer.state.fn != TrainerFn.FITTING and not any(folder.glob(SAVED)):
+            self._write(folder)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write the settings of ``fit``, with the values that a resumed checkpoint replaced."""
+        self._first_step = trainer.global_step
+        folder = Path(trainer.log_dir or ".")
+        if not trainer.is_global_zero:
+            return
+        (resumed,) = [callback for callback in trainer.callbacks if isinstance(callback, ResumedSettings)]  # type: ignore[attr-defined]
+        for name, value in resumed.in_force.items():
+            self.config[name.replace(".", ".init_args.")] = value
+        self._write(folder)
+        if self._written and self._written[0].name != CONFIG:
+            print(f"settings are in {self._written[0]}: {CONFIG} is an earlier run's", file=sys.stderr)
+        for keeper in trainer.checkpoint_callbacks:
+            kept = str(getattr(keeper, "dirpath", None) or "")
+            near = {Path(kept).resolve(), Path(kept).resolve().parent}
+            if kept and "://" not in kept and folder.resolve() not in near:
+                self._write(Path(kept))
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Remove the settings files of a run that failed before its first optimiser step or its first checkpoint.
+
+        The checkpoint that ``GracefulStop``, a later callback, saves after a reward server failed needs the files.
+        """
+        stops: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        if any(isinstance(stop, GracefulStop) and stop.saves_after(exception) for stop in stops):
+            return
+        if trainer.global_step == self._first_step or saved_nothing(trainer.checkpoint_callbacks):
+            for path in self._written:
+                path.unlink(missing_ok=True)
+
+    def _write(self, folder: Path) -> None:
+        """Write the settings, unless the newest file in the folder has the same apart from ``ckpt_path``."""
+        folder.mkdir(parents=True, exist_ok=True)
+        text = self.parser.dump(self.config, skip_none=False)
+        files = newest_first(folder.glob(SAVED))
+        texts = (text, *(path.read_text(encoding="utf-8") for path in files[:1]))
+        new, *newest = ([line for line in one.splitlines() if not line.startswith(LEFT_OUT)] for one in texts)
+        if new in newest:
+            return
+        names = chain([CONFIG], (f"config_{number}.yaml" for number in count(1)))
+        self._written.append(next(folder / name for name in names if not (folder / name).exists()))
+        self._written[-1].write_text(text, encoding="utf-8")
+
+
+def saved_nothing(keepers: Sequence[Checkpoint]) -> bool:
+    """Tell whether a run whose callbacks save checkpoints has none yet and will save none because of an error."""
+    for keeper in keepers:
+        if not isinstance(keeper, ModelCheckpoint) or keeper.save_on_exception:
+            return False
+        paths = [keeper.best_model_path, keeper.last_model_path, keeper._last_checkpoint_saved]
+        if any(path and ("://" in path or Path(path).exists()) for path in paths):  # Lightning also sets failed paths
+            return False
+    return bool(keepers)
+
+
+class TrainingCLI(LightningCLI):
+    """Lightning's command line for one subcommand.
+
+    Args:
+        command: Name of the subcommand; parsers of other subcommands are not built.
+        arguments: Arguments after the subcommand.
+        folder: Temporary folder for a checkpoint that is fetched from an address. Each process fetches its own copy,
+            because the processes of a run may be on several machines.
+        held: Stack that keeps the lock of the run folder until the command ends.
+
+    Attributes:
+        estimated: Memory and computation of the run, under ``--estimate``.
+        card: Device that the estimate is compared with.
+    """
+
+    def __init__(self, command: str, arguments: Sequence[str], folder: Path, held: ExitStack) -> None:
+        self.command, self.folder, self.held, self.estimates = command, folder, held, False
+        self.estimated: Estimate | None = None
+        self.card = Card(gpu=False)
+        super().__init__(
+            save_config_callback=SaveConfig,
+            seed_everything_default=0,
+            parser_kwargs={"parser_mode": MODE, "allow_abbrev": False, "prog": "latentreward"},
+            parser_class=Parser,
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,
+            args=[command, *arguments],
+        )
+
+    @override
+    def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
+        return {self.command: LightningCLI.subcommands()[self.command]}
+
+    @override
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        usage = f"latentreward {self.command} [--config FILE ...] [--SETTING=VALUE ...]"
+        parser = self.parser_class(usage=usage, epilog="See latentreward --help for examples.", **kwargs)
+        parser.add_argument("-c", "--config", action=ConfigFile, help="YAML file; may be given several times.")
+        return parser
+
+    @override
+    def setup_parser(self, *args: Any) -> None:
+        super().setup_parser(*args)
+        if self.command == "predict":  # the writer holds the scores, so the trainer need not keep them in memory
+            self._subcommand_parsers["predict"].set_defaults(return_predictions=False)
+        if self.command in ("validate", "test"):  # Lightning's table has 16 decimals
+            self._subcommand_parsers[self.command].set_defaults(verbose=False)
+
+    @override
+    def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add Lightning's arguments, with data before model, so a wrong path is found before weights are loaded."""
+        parser.add_lightning_class_args(Trainer, "trainer")
+        parser.add_lightning_class_args(LightningDataModule, "data", subclass_mode=True, required=False)
+        parser.add_lightning_class_args(LightningModule, "model", subclass_mode=True)
+
+    @override
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        # The callbacks act only in training, but validate, test and predict must accept the config.yaml of fit.
+        parser.add_lightning_class_args(NaNGuard, "nan_guard")
+        parser.add_lightning_class_args(ExactResume, "exact_resume")
+        parser.add_lightning_class_args(GracefulStop, "graceful_stop")
+        parser.add_argument(
+            "--rank_timeout_s",
+            type=PositiveFloat,
+            default=1800.0,
+            help="Seconds that a rank waits for the others, as they load, validate or save, before the run ends.",
+        )
+        parser.add_argument(
+            "--resume_override",
+            type=list[Literal["lr", "schedule", "batch_size"]],
+            default=[],
+            help="What a resumed run takes from the settings, not from the checkpoint: lr, schedule, batch_size.",
+        )
+        parser.add_lightning_class_args(ResumedSettings, "resumed_settings")
+        parser.link_arguments("resume_override", "resumed_settings.override")
+        if self.command == "predict":
+            parser.add_lightning_class_args(PairScoreWriter, "predictions")
+        if self.command == "fit":
+            parser.add_argument(
+                "--estimate",
+                action=ActionYesNo,
+                nargs="?",
+                default=False,
+                help="Compute the memory and computation that the run needs, print them, and end; from configs alone.",
+            )
+            parser.add_class_arguments(Card, skip={"gpu"}, instantiate=False)
+
+    @override
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        try:
+            self.config = parser.parse_args(args)
+        except OmegaConfBaseException as error:
+            raise InputError(summarise(str(error))) from error
+        if self.command == "fit":
+            self.estimates = self.config[self.command].pop("estimate")  # these are no settings of the run
+            gpu = self.config[self.command]["trainer"]["accelerator"] != "cpu"
+            given = {name: self.config[self.command].pop(name) for name in ("card_gb", "tflops")}
+            self.card = Card(gpu, **given)
+            for name, value in given.items():
+                if value != getattr(Card, name) and not self.estimates:
+                    raise InputError(f"{name}: {value} is for --estimate; add it, or leave {name} out")
+        check_ranges(self.config[self.command])
+        settle_folder(self.config[self.command]["trainer"], args)
+        self.config[self.command] = without_repeated_callbacks(self.config[self.command])
+
+    @override
+    def _parse_ckpt_path(self) -> None:
+        """Do nothing: Lightning would read settings from the checkpoint."""
+
+    @override
+    def instantiate_classes(self) -> None:
+        settings = self.config[self.command]
+        check_data(self.command, settings)
+        if self.estimates:
+            return
+        given = local = settings.get("ckpt_path")
+        if "://" in (given or ""):
+            local, given = str(fetched(given, self.folder)), without_password(given)
+            settings["ckpt_path"] = given  # the address without its password, which config.yaml records
+        if settings.get("weights_only") is False:
+            raise InputError("weights_only: false would let a checkpoint run code; leave it out")
+        if local is None and self.command == "fit" and not (restarted() or settings["trainer"]["fast_dev_run"]):
+            tell_earlier_run(settings["trainer"])
+        if local not in (None, "last", "hpc"):  # Lightning resolves these two words
+            check_checkpoint(local, given)
+            if self.command == "fit":
+                check_resumable(local, given)
+        check_callbacks(settings["trainer"])
+        with constructor_errors(), sharing_between(ranks_per_machine(settings["trainer"])):
+            super().instantiate_classes()
+        if type(self.trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+            self.trainer.strategy.checkpoint_io = DurableCheckpointIO()
+        self.config_init[self.command]["ckpt_path"] = local
+        guard_loading(self.trainer, self.model)
+        # A strategy with the default timeout gets rank_timeout_s; one given by class with its own timeout keeps it.
+        strategy: Any = self.trainer.strategy
+        if getattr(strategy, "_timeout", None) == default_pg_timeout:
+            strategy._timeout = timedelta(seconds=self.config[self.command]["rank_timeout_s"])
+
+    @override
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Make the trainer, with :class:`RunProgress` and :class:`ParameterSummary` in place of Lightning's own.
+
+        ``test`` gets an :class:`AccuracyInterval`, and ``fit`` with a logger of TensorBoard :class:`TensorBoardCharts`,
+        unless the settings name one. Without a logger, ``LearningRateMonitor`` is left out. ``default_root_dir``
+        becomes the run's folder, where Lightning looks for ``hpc`` and :class:`GracefulStop` saves without a
+        ``ModelCheckpoint``: another folder may be another run's.
+        """
+        settings = self.config_init[self.command]["trainer"]
+        if (folder := run_folder(self.config[self.command]["trainer"])) is not None:
+            kwargs["default_root_dir"] = str(folder)
+        given = settings["callbacks"] or []
+        given = given if isinstance(given, list) else [given]
+        added: list[Callback] = []
+        for flag, kind, ours in (
+            ("enable_progress_bar", ProgressBar, RunProgress),
+            ("enable_model_summary", ModelSummary, ParameterSummary),
+        ):
+            off = settings[flag] is False or settings["barebones"]
+            if not off and not any(isinstance(callback, kind) for callback in given):
+                kwargs[flag] = False
+                added.append(ours())
+        if self.command == "test" and not any(isinstance(callback, AccuracyInterval) for callback in given):
+            added.append(AccuracyInterval())
+        trainer = super().instantiate_trainer(**kwargs)
+        for keeper in trainer.checkpoint_callbacks:
+            if isinstance(keeper, ModelCheckpoint):
+                without_slashes(keeper)
+        charted = any(isinstance(log, TensorBoardLogger) for log in trainer.loggers)
+        if self.command == "fit" and charted and not any(isinstance(one, TensorBoardCharts) for one in given):
+            added.append(TensorBoardCharts())
+        callbacks: list[Callback] = [*trainer.callbacks, *added]  # type: ignore[attr-defined]
+        if not trainer.loggers:  # LearningRateMonitor would raise, and shipped files have one
+            callbacks = [callback for callback in callbacks if not isinstance(callback, LearningRateMonitor)]
+        trainer.callbacks = callbacks  # type: ignore[attr-defined]
+        return trainer
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        if not self.estimates:
+            super()._run_subcommand(subcommand)
+            return
+        from latentreward.apps.estimate.settings import estimate
+
+        self.estimated = estimate(self.config[subcommand], self._build_module)
+
+    def _build_module(self, settings: Namespace) -> LightningModule:
+        """Build the Lightning module, without trainer and data."""
+        alone = Namespace(subcommand="fit", fit=Namespace(model=settings.model))
+        with constructor_errors():
+            return self.parser.instantiate(alone)["fit"].model
+
+    def before_fit(self) -> None:
+        """Prepare ``fit``: lock the run folder when all ranks have started, and find the checkpoint to resume from.
+
+        A job that SLURM restarted resumes from ``last`` if ``ckpt_path`` is not set. Lightning's warning about a
+        non-empty checkpoint folder is suppressed: :func:`tell_earlier_run` has told of it.
+        """
+        self.trainer.strategy.setup_environment = partial(lock_run, self.trainer, self.held)  # type: ignore[method-assign]
+        settings = self.config_init[self.command]
+        if settings["ckpt_path"] is None and restarted():
+            settings["ckpt_path"] = "last"
+        self._find_checkpoint()
+        if path := settings["ckpt_path"]:
+            check_resumable(path, path)
+        warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
+
+    def after_fit(self) -> None:
+        """Say what the run has written, and where; raise InputError if a metric that is not finite has ended it."""
+        lines = list(result_lines(self.trainer))  # a collective call
+        if self.trainer.is_global_zero and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
+            print("\n".join(lines), file=sys.stderr)
+        for stop in self.trainer.early_stopping_callbacks:
+            if stop.stopping_reason == EarlyStoppingReason.NON_FINITE_METRIC:
+                raise InputError(
+                    f"trainer.callbacks: EarlyStopping ended the run, because {stop.monitor} is not finite; a "
+                    "validation split of ties alone has no accuracy; monitor another metric"
+                )
+
+    def _find_checkpoint(self) -> None:
+        """Replace ``ckpt_path: last`` by the path of the newest ``last`` checkpoint, if there is one; ``hpc`` likewise.
+
+        Raises:
+            InputError: If there is none for ``hpc``, it is damaged or could run code, or the run cannot find its own,
+                because the logger gives each start a new folder.
+        """
+        settings = self.config_init[self.command]
+        if settings["ckpt_path"] == "hpc":
+            chosen = settings["ckpt_path"] = self.trainer._checkpoint_connector._hpc_resume_path
+            if chosen is None:
+                raise InputError(
+                    f"ckpt_path: hpc: there is no hpc_ckpt_*.ckpt in {self.trainer.default_root_dir} "
+                    f"({FOLDER}); give last, or the checkpoint's path"
+                )
+            check_checkpoint(chosen, chosen)
+        if settings["ckpt_path"] == "last":
+            if path := last_checkpoint(self.trainer):
+                settings["ckpt_path"] = str(path)
+            elif found := last_of_earlier_version(self.trainer):
+                raise InputError(
+                    "ckpt_path: last: the logger gives each start a folder of its own, and this one is new; "
+                    f"give {found}, "
+                    "or name one folder for all starts by trainer.logger=TensorBoardLogger with name and version: ''"
+                )
+
+    def _require_last(self) -> None:
+        """Find ``ckpt_path: last``; without it Lightning would evaluate the model as it was made, untrained.
+
+        Raises:
+            InputError: If there is none.
+        """
+        self._find_checkpoint()
+        if self.config_init[self.command]["ckpt_path"] == "last":
+            folder = Path(self.trainer.log_dir or ".")
+            raise InputError(
+                f"ckpt_path: last: the run in {folder} has no checkpoint of that name; choose the run by "
+                f"{FOLDER}, or give the checkpoint's path"
+            )
+
+    before_validate = before_test = before_predict = _require_last
+
+    def _tell_metrics(self) -> None:
+        """Print the metrics of a validation or test."""
+        if self.trainer.is_global_zero:
+            for name, value in sorted(self.trainer.callback_metrics.items()):
+                print(f"{name:<40}{value.item():>10.4f}")
+
+    after_validate = after_test = _tell_metrics
+
+
+def restarted() -> bool:
+    """Tell whether SLURM has restarted this job."""
+    return bool(int(os.environ.get("SLURM_RESTART_COUNT") or 0))
+
+
+def ranks_per_machine(trainer: Namespace) -> int:
+    """Return the number of processes that a trainer's settings start on each machine."""
+    devices = trainer.get("devices")
+    if isinstance(devices, str) and devices.lstrip("-").isdigit():
+        devices = int(devices)
+    if isinstance(devices, int) and devices >= 0:
+        return devices
+    if isinstance(devices, list | str) and devices != "auto":
+        return len([one for one in devices.split(",") if one.strip()] if isinstance(devices, str) else devices)
+    return 1 if trainer.get("accelerator") == "cpu" else torch.cuda.device_count()  # "auto" and -1
+
+
+@contextmanager
+def constructor_errors() -> Iterator[None]:
+    """Convert errors that constructors raise about their settings to InputError with a one-line message.
+
+    Raises:
+        InputError: In place of ValueError, ImportError, OSError and Lightning's errors about settings.
+    """
+    try:
+        yield
+    except (ValueError, ImportError, OSError, MisconfigurationException) as error:
+        raise InputError(reworded(error)) from error
+    except (RuntimeError, TypeError) as error:
+        if str(error).startswith("`devices`"):
+            raise InputError(f"trainer.devices: {summarise(str(error))}") from error
+        if "stateful callback" not in str(error):
+            raise
+        raise InputError(
+            "trainer.callbacks: of two alike the states cannot be told apart; for two ModelCheckpoint, let "
+            "monitor, mode, every_n_train_steps or every_n_epochs differ"
+        ) from error
+
+
+def check_callbacks(trainer: Namespace) -> None:
+    """Check the classes of a trainer's callbacks, before anything is loaded.
+
+    Raises:
+        InputError: If one averages weights, since Lightning's average is of the frozen network too, and that of
+            ``StochasticWeightAveraging`` is in no checkpoint; or if a hook of a user's class does not take what
+            Lightning gives it.
+    """
+    for one in trainer.get("callbacks") or []:
+        kind: Any = locate(one.class_path) if isinstance(one, Namespace) else None
+        kind = signature(kind, eval_str=True).return_annotation if isfunction(kind) else kind
+        if not isinstance(kind, type):
+            continue
+        if issubclass(kind, WeightAveraging | StochasticWeightAveraging):
+            raise InputError(
+                f"trainer.callbacks: {kind.__name__} copies the frozen network too; use "
+                "latentreward.callbacks.TrainableEMA, whose average is resumed, validated, and written by consolidate"
+            )
+        for name, wanted in vars(Callback).items():
+            hook = getattr(kind, name)
+            own = isfunction(wanted) and isfunction(hook) and not within(hook.__module__, ("latentreward", "lightning"))
+            if own:  # Lightning gives dataloader_idx, which has a default, only where there are several loaders
+                check_takes(f"{kind.__name__}.{name}", hook, wanted, with_defaults=False)
+
+
+def check_data(command: str, settings: Namespace) -> None:
+    """Check that settings have data; Lightning would check only after the model was loaded.
+
+    Raises:
+        InputError: If no data module is set and the module's class has no dataloader method of its own.
+    """
+    loader = f"{LOADERS.get(command, command)}_dataloader"
+    model = getattr(locate(settings["model"]["class_path"]), loader, None)
+    if settings.get("data") is None and model is getattr(LightningModule, loader):
+        raise InputError(
+            "data is missing; give it in a --config file, such as configs/data/tinyworld_pickapic.yaml, or as --data"
+        )
+
+
+def open_readers(command: str, data: Namespace) -> Namespace:
+    """Replace the settings of a data module's readers by open readers, for the splits that a subcommand needs.
+
+    Other splits are set to None. ``fit`` and ``validate`` also open ``test``, whose prompts are kept out of their own
+    splits (see ``shared_prompts``). If ``test`` cannot be opened, they warn and go on, except under
+    ``shared_prompts: raise``. Settings of classes other than :class:`PairLoaders` stay unchanged. A subclass that
+    overrides the loaders of ``val`` or ``test`` gets all its readers.
+
+    Raises:
+        InputError: If the subcommand's own split is not set, or a split that it needs cannot be opened.
+    """
+    kind, given = locate(data["class_path"]), data.get("init_args") or Namespace()
+    if not (isinstance(kind, type) and issubclass(kind, PairLoaders)):
+        return data
+    shared_prompts = given.get("shared_prompts", "drop")
+    names = [name for name in ("train", "val", "test", "predict") if given.get(name) is not None]
+    plain = all(getattr(kind, name) is getattr(PairLoaders, name) for name in ("val_dataloader", "test_dataloader"))
+    used = USED[command] if plain else (*names,)
+    if names and used[0] in given and given[used[0]] is None:
+        raise kind.unset(used[0])
+    apart = () if shared_prompts == "keep" or "val" not in used else ("test",)
+    on_error = given.get("on_error", "raise")
+    for name in names:
+        reader = given[name]
+        if name not in (*used, *apart):
+            given[name] = None
+        elif isinstance(reader, Namespace) and "class_path" in reader:
+            # For a split of which only the prompts are needed, bad rows are no reason to stop.
+            lenient = name not in used and on_error == "raise"
+            try:
+                given[name] = open_reader(reader, "placeholder" if lenient else on_error)
+            except InputError as error:
+                if name in used or shared_prompts == "raise":
+                    raise InputError(f"data.{name}: {error}") from error
+                tell_unopened(error)
+                given[name] = None
+    return data
+
+
+def with_rows(names: Sequence[str], kind: type[PairLoaders], *args: Any, **options: Any) -> PairLoaders:
+    """Construct a data module, and raise InputError if one of the named splits has no rows left."""
+    data = kind(*args, **options)
+    data.require_rows(names)
+    return data
+
+
+def open_reader(settings: Namespace, on_error: str) -> PairReader:
+    """Construct a reader from its settings; ``on_error`` applies if the settings have none.
+
+    Raises:
+        InputError: If the reader cannot read its files, or a row breaks a rule of their format.
+    """
+    parser = SettingsParser(parser_mode=MODE)
+    parser.add_argument("--reader", type=PairReader)
+    try:
+        return parser.instantiate(Namespace(reader=with_on_error(settings, on_error))).reader
+    except (ValueError, ImportError, OSError) as error:
+        raise InputError(reworded(error).replace(OWN_ON_ERROR, DATA_ON_ERROR)) from error
+
+
+def with_on_error(reader: Namespace, on_error: str) -> Namespace:
+    """Set ``on_error`` in a reader's settings if it is null; of a reader that wraps others, in the inner readers."""
+    given = reader.get("init_args") or Namespace()
+    inner = [value for value in vars(given).values() if isinstance(value, Namespace) and "class_path" in value]
+    for one in inner:
+        with_on_error(one, on_error)
+    if not inner and "on_error" in given and given["on_error"] is None:
+        given["on_error"] = on_error
+    return reader
+
+
+def guard_loading(trainer: Trainer, model: LightningModule) -> None:
+    """Make ``trainer`` check every checkpoint that it loads, and compare its weights with those of ``model``.
+
+    Lightning chooses some checkpoints itself (``hpc``, a job that SLURM restarted), and some of its strategies do not
+    set ``weights_only``. All of them load through the strategy's ``load_checkpoint``, which is wrapped here.
+    """
+    strategy = trainer.strategy
+    strategy.load_checkpoint = partial(load_checked, strategy.load_checkpoint)  # type: ignore[method-assign]
+    if not strategy.restore_checkpoint_after_setup:  # otherwise FSDP2Strategy compares them, already sharded
+        model.register_load_state_dict_pre_hook(compare_weights)
+
+
+def load_checked(load: Callable[..., dict[str, Any]], path: str | Path, weights_only: bool | None = None) -> Any:
+    """Load a checkpoint by a strategy's method ``load``, always with ``weights_only=True``."""
+    check_checkpoint(path, path)
+    content = load(path, weights_only=True)
+    if not isinstance(content, Mapping) or "pytorch-lightning_version" not in content:
+        raise InputError(f"ckpt_path: {path} is not a Lightning checkpoint; give one that `fit` wrote")
+    return content
+
+
+def compare_weights(model: LightningModule, state_dict: Mapping[str, Any], *_: Any) -> None:
+    """Compare a checkpoint's weights with the model's before ``load_state_dict``; a hook.
+
+    Raises a short InputError if they differ. PyTorch's own error would list every weight of a wrong model. The hook
+    does not hold the trainer, because callbacks may copy the model.
+    """
+    with errors_at(f"ckpt_path: {getattr(model._trainer, 'ckpt_path', None)}: "):
+        shapes = {name: getattr(value, "shape", ()) for name, value in state_dict.items()}
+        check_weights(model, shapes, model.strict_loading)
+
+
+def check_checkpoint(path: str | Path, given: str | Path) -> None:
+    """Check a checkpoint before anything is loaded from it.
+
+    ``given`` is its name in messages, such as the address from which it was fetched.
+
+    Raises:
+        InputError: If the checkpoint is missing, damaged, or holds objects that could run code when loaded.
+    """
+    if Path(path).is_dir():
+        read_sharded(Path(path), with_tensors=False)
+        return
+    if not Path(path).is_file():
+        raise InputError(f"ckpt_path: {path} does not exist")
+    if problem := checkpoint_problem(Path(path)):
+        raise InputError(f"ckpt_path: {damaged(given, problem)}")
+
+
+def check_resumable(path: str | Path, given: str | Path) -> None:
+    """Raise InputError if the checkpoint file at ``path``, called ``given`` in the message, holds weights alone."""
+    if holds_weights_alone(Path(path)):
+        raise InputError(
+            f"ckpt_path: {given} holds weights alone, without the state of the optimiser (save_weights_only); resume "
+            "from a checkpoint that has the optimiser's state, such as the last.ckpt of LastCheckpoint"
+        )
+
+
+def without_repeated_callbacks(settings: Namespace) -> Namespace:
+    """Return a copy of the settings in which callbacks of equal class and settings occur once.
+
+    Callbacks repeat if a saved ``config.yaml`` is given together with the files that it was made from. Of several
+    ``LastCheckpoint``, for example of a recipe and of a file of configs/trainer after it, the last one is kept.
+    """
+    settings = settings.clone()
+    callbacks = settings.get("trainer.callbacks")
+    if isinstance(callbacks, list):
+        callbacks = [one for index, one in enumerate(callbacks) if one not in callbacks[:index]]
+        keepers = [one for one in callbacks if one.class_path.endswith(f".{LastCheckpoint.__name__}")]
+        settings["trainer.callbacks"] = [one for one in callbacks if one not in keepers[:-1]]
+    return settings
+
+
+def run(command: str, arguments: Sequence[str]) -> None:
+    """Run one trainer subcommand.
+
+    Raises:
+        InputError: If a setting is wrong, or a constructor raises an error because of a setting.
+        SystemExit: With the status of :class:`GracefulStop`, 143 after SIGTERM (Lightning itself would exit with 0).
+    """
+    found, card = _run(command, arguments)
+    if found is not None:
+        from latentreward.apps.estimate.needs import check_hours, check_memory, training_needs
+
+        needs = {"fit": training_needs(found)}
+        print(found.as_text(), check_hours(needs, card), sep="\n", flush=True)
+        print(check_memory(needs, card, found.remedy()))
+
+
+def estimate_fit(arguments: Sequence[str]) -> "Estimate":
+    """Compute the memory and computation that ``latentreward fit`` with these arguments needs; no checkpoint is read.
+
+    Raises:
+        InputError: If a setting is wrong, or a model's configs are not found on this machine.
+    """
+    kept = [argument for argument in arguments if not argument.startswith("--ckpt_path")]
+    found, _ = _run("fit", [*kept, "--estimate"])
+    assert found is not None
+    return found
+
+
+def _run(command: str, arguments: Sequence[str]) -> "tuple[Estimate | None, Card]":
+    settings = prepare(arguments)
+    try:
+        with TemporaryDirectory(prefix="latentreward-") as folder, ExitStack() as held:
+            rewritten = rewrite_arguments(settings, backbone_names(), root=f"{command}.")
+            if any(argument.startswith("--estimate") for argument in settings):
+                from latentreward.apps.estimate.sources import unset_variables
+
+                held.enter_context(unset_variables())
+            with naming_variables():
+                done = TrainingCLI(command, rewritten, Path(folder), held)
+                return done.estimated, done.card
+    except MisconfigurationException as error:
+        raise InputError(f"{error}{where(error)}") from error
+    except ValueError as error:
+        *_, (frame, _) = walk_tb(error.__traceback__)
+        if not str(frame.f_globals.get("__name__")).startswith(("lightning.pytorch.", "torch.optim.")):
+            raise
+        raise InputError(summarise(str(error)) + where(error)) from error  # such as a val_check_interval above an epoch
+    except SIGTERMException as stop:
+        sys.exit(stop.code or TERMINATED)

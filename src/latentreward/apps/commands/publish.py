@@ -1,0 +1,249 @@
+"""``latentreward publish``: write a reward model as a folder with calibration and model card; upload it to the hub."""
+
+import json
+import re
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from latentreward.apps.commands.score import NoiseSettings
+from latentreward.contracts import PathText
+from latentreward.data.image_lists import ImageList, read_images
+from latentreward.devices import find_device
+from latentreward.errors import InputError, printable
+from latentreward.interrupts import interrupts_told
+from latentreward.scoring import Calibration, Card, ModelSource, RewardModel
+from latentreward.scoring.calibration import FEWEST
+from latentreward.scoring.hub import upload
+from latentreward.scoring.image_lists import ListedScoring
+from latentreward.scoring.layouts.config import FolderConfig
+from latentreward.scoring.layouts.model_folder import CONFIG
+from latentreward.scoring.layouts.reopening import Probe
+from latentreward.scoring.layouts.saving import check_target, config_of, new_folder, paths_here, write_model
+from latentreward.scoring.score_inputs import require_some
+from latentreward.settings.functions import run_function
+from latentreward.settings.rewriting import expanded
+from latentreward.storage.json_files import read_config
+
+DECODE_THREADS = 4
+FEW = 200
+"""Number of distinct reference images below which quantiles have errors of a few hundredths, and a warning is shown."""
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Reference images with prompts, on which raw scores are calibrated.
+
+    Attributes:
+        images: Folder, pattern or list (.jsonl, .csv), as ``latentreward score`` takes them.
+        name: Name of the reference in the model card; by default the last part of ``images``.
+        limit: Most images to score; from more images a random subset is taken.
+        seed: Seed of the random subset.
+        prompt: One prompt for all images.
+        allow_outside: Whether a list may name images outside its folder.
+    """
+
+    images: PathText
+    name: str = ""
+    limit: int = 2000
+    seed: int = 0
+    prompt: str | None = None
+    allow_outside: bool = False
+
+    def __post_init__(self) -> None:
+        if self.limit < FEWEST:
+            raise InputError(f"reference.limit is {self.limit}; a calibration needs at least {FEWEST} images")
+
+    def listed(self) -> ImageList:
+        """List the images without opening them.
+
+        Raises:
+            InputError: If there are no images, or fewer than a calibration needs.
+        """
+        try:
+            found = read_images(self.images, self.prompt, allow_outside=self.allow_outside)
+        except InputError as error:  # whose remedies are the flags of `score`
+            text = re.sub(r"name it with --\w+", "rename it so", str(error)).replace("--prompt", "--reference.prompt")
+            raise InputError(f"reference.{text}" if text.startswith("images:") else text) from error
+        require_some(found)
+        rows = [row for row in found.rows if row.problem is None]
+        if len(rows) < FEWEST:
+            raise InputError(
+                f"reference.images: {self.images} has {len(rows)} images with prompts; a calibration needs at least "
+                f"{FEWEST}"
+            )
+        if len(rows) > self.limit:
+            order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(self.seed))
+            rows = [rows[index] for index in sorted(order[: self.limit].tolist())]
+        return ImageList(found.source, tuple(rows))
+
+
+def publish(
+    model: PathText,
+    output: Path,
+    reference: Reference | None = None,
+    noise: NoiseSettings | None = None,
+    licence: str = "",
+    datasets: list[str] | None = None,
+    description: str = "",
+    metrics: Path | None = None,
+    name: str = "",
+    base_name: str | None = None,
+    run_config: PathText | None = None,
+    push_to_hub: str | None = None,
+    branch: str | None = None,
+    private: bool | None = None,
+    batch_size: int = 8,
+    device: str = "auto",
+    **loading: Any,
+) -> None:
+    """Write a reward model as a folder that RewardModel.from_pretrained loads to the same scores, bit for bit.
+
+    The folder holds the head, adapters, and other weights that training changed or added; the weights of the frozen
+    base are not copied. Before the folder gets its name, it is loaded again: its weights and the scores of four random
+    latents must equal those of the model. An existing model folder is replaced only then.
+
+    Args:
+        model: Checkpoint or folder of a run, folder or hub id in a published layout, or model folder or its hub id.
+        output: Folder to write: a new or empty folder, or a model folder to replace.
+        reference: Images with prompts on which raw scores are calibrated, e.g. --reference.images pics/list.csv.
+        noise: Default noise of the written model; a setting that is left out keeps the model's value.
+        licence: Licence of the weights: an identifier of the hub such as apache-2.0, openrail++ or other, or a text of
+            several words.
+        datasets: Training data for the model card: hub ids or names; by default the card names the run's readers.
+        description: Markdown for the model card, or path of a .md file.
+        metrics: JSON file with numbers for the model card, e.g. of latentreward benchmark.
+        name: Title of the model card; by default the hub id, or the folder's name.
+        base_name: Name under which others find the base, e.g. owner/name@revision, if the model was trained on a local
+            copy. By default the name of the copy's folder is written, and base must be given to load the model.
+        run_config: Config file of the model's training run; by default the one beside the checkpoint.
+        push_to_hub: Hub id owner/name to upload to, with the token of this machine's login or of HF_TOKEN.
+        branch: Branch to upload to; by default the main branch.
+        private: Whether the repository is private if the upload creates it; by default the owner's setting.
+        batch_size: Images per forward pass.
+        device: Device that scores the reference, e.g. cuda:1; auto takes an accelerator if there is one.
+        loading: See :class:`~latentreward.scoring.ModelSource`.
+
+    Raises:
+        InputError: If a setting is wrong, the model cannot be saved, or the reference cannot be scored.
+    """
+    check_target(output)
+    title = name or push_to_hub or ""
+    card = Card(title, licence, text_of(description), tuple(datasets or ()), metrics=read_metrics(metrics))
+    listed = None if reference is None else reference.listed()
+    source, target = ModelSource(model, config=run_config, **loading), find_device(device)
+    loaded = RewardModel.from_pretrained(source, device=target)
+    config_of(loaded, base_name)  # refuses a model that cannot be saved before the reference is scored
+    if noise is not None:
+        loaded.noise = noise.over(loaded.noise)
+        if loaded.calibration is not None and not loaded.calibration.fits(loaded.noise):
+            loaded.calibration = None
+    if reference is not None and listed is not None:
+        loaded.calibration = calibrate(loaded, reference, listed, batch_size)
+    calibration, replaced = loaded.calibration, replaced_text(output)
+    with new_folder(output) as partial:
+        write_model(loaded, partial, card, base_name, output.resolve().name)
+        probe = Probe.of(loaded)
+        del loaded  # frees memory before the written model is loaded
+        probe.compare(partial, target, source.trust_remote_code)
+    for setting, path in paths_here(probe.recipe).items():
+        print(f"{setting} is {path}, a path on this machine; config.json publishes it", file=sys.stderr)
+    if replaced:
+        print(replaced)
+    size = sum(path.stat().st_size for path in output.rglob("*") if path.is_file())
+    print(f"{output}: {size / 1e6:.1f} MB, loads again to {probe.summary}; {calibration_text(calibration)}")
+    if push_to_hub is not None:
+        again = f"latentreward publish {output} {output} --push_to_hub {push_to_hub}"
+        written = f"the folder {output} is written: later run {again}"
+        try:
+            with interrupts_told(lambda: written):
+                print(f"uploaded: {upload(output, push_to_hub, private=private, revision=branch)}")
+        except InputError as error:
+            raise InputError(f"push_to_hub: {error}; {written}") from error
+
+
+def replaced_text(output: Path) -> str:
+    """Return one line about the model in ``output`` that is going to be replaced; empty if there is none."""
+    path = output / CONFIG
+    if not path.is_file():
+        return ""
+    try:
+        calibration = FolderConfig.of_record(read_config(path)).calibration
+    except InputError:
+        return f"{output}: replaced the model that was there, which could not be read"
+    return f"{output}: replaced the model that was there ({calibration_text(calibration)})"
+
+
+def calibrate(model: RewardModel, reference: Reference, listed: ImageList, batch_size: int) -> Calibration:
+    """Fit a calibration to the scores of the reference images.
+
+    Images that cannot be read are left out, and their number is printed to stderr.
+
+    Raises:
+        InputError: If too few images are left, or their scores cannot be calibrated.
+    """
+    scoring = ListedScoring(model, listed.rows, {"score": model.noise}, batch_size, DECODE_THREADS)
+    tables = [table for _, table in scoring.tables([range(len(listed.rows))])]
+    found = [score for table in tables for score in table["score"].to_pylist()]
+    problems = [problem for table in tables for problem in table["problem"].to_pylist()]
+    if bad := [(row.name, problem) for row, problem in zip(listed.rows, problems, strict=True) if problem is not None]:
+        name, problem = bad[0]
+        line = f"{len(bad)} of {len(listed.rows)} reference images are left out, the first: {name}: {problem}"
+        print(printable(line), file=sys.stderr)
+    scored = [(row, score) for row, score in zip(listed.rows, found, strict=True) if score is not None]
+    scores = torch.tensor([score for _, score in scored])
+    different = len({row.path for row, _ in scored})
+    if different < FEW:
+        thin = f"reference.images: {different} different images in {len(scored)} rows"
+        print(f"{thin}; z_score and quantile are rough below {FEW}", file=sys.stderr)
+    name = reference.name or Path(reference.images).name
+    return Calibration.fit(scores, name, model.noise, reference.seed, model.head.axis_weights)
+
+
+def calibration_text(calibration: Calibration | None) -> str:
+    """Describe a calibration in one line."""
+    if calibration is None:
+        return "not calibrated"
+    spread = f"{calibration.mean:.4g} ± {calibration.std:.4g}"
+    return f"calibrated at {calibration.noise} on {calibration.number} images of {calibration.reference}: {spread}"
+
+
+def text_of(description: str) -> str:
+    """Return a description, or the text of the .md file that it names.
+
+    Raises:
+        InputError: If the file cannot be read.
+    """
+    if not description.endswith(".md") or "\n" in description:
+        return description
+    try:
+        return Path(expanded(description)).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(
+            f"description: {description} cannot be read ({error}); give a file .md, or the text"
+        ) from error
+
+
+def read_metrics(path: Path | None) -> Mapping[str, Any]:
+    """Read numbers for the model card from a JSON file; empty without a file.
+
+    Raises:
+        InputError: If the file cannot be read or does not hold a JSON object.
+    """
+    if path is None:
+        return {}
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"metrics: {path} cannot be read ({error}); give a JSON file") from error
+    if not isinstance(values, dict):
+        raise InputError(f"metrics: {path} holds a {type(values).__name__}; give a JSON object of names and numbers")
+    return values
+
+
+run = partial(run_function, publish, bare=2, classes=False)

@@ -1,0 +1,132 @@
+"""The folder of a run: which setting names it, what an earlier run left there, and what a run has written."""
+
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from pydoc import locate
+from typing import Any
+
+from jsonargparse import Namespace
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+
+from latentreward.apps.commands.notes import tell
+from latentreward.callbacks import PolicyLoRA
+from latentreward.callbacks.graceful_stop import fallback_folder
+from latentreward.checkpoints.files import newest_intact
+
+FOLDER = "trainer.default_root_dir"
+"""Setting that names the folder of a run."""
+PRODUCTS = {"LoRA": "lora", "samples": "samples", "pairs": "scored_pairs.png"}
+"""What callbacks write into the folder of a run: word -> name of file or folder."""
+
+
+def settle_folder(trainer: Namespace, arguments: Sequence[str]) -> None:
+    """Let ``--trainer.default_root_dir`` name the run's folder, whatever folder the logger's settings give.
+
+    A logger's folder inside ``default_root_dir`` stays. So does every other folder of a logger, if only files set
+    ``default_root_dir``; a line then names the folder.
+    """
+    root, folder, logger = trainer.get("default_root_dir"), run_folder(trainer), first_logger(trainer)
+    if folder is None or logger is None:
+        return
+    by_logger = any(re.match(r"--trainer\.logger\.(init_args\.)?(name|save_dir)\b", one) for one in arguments)
+    if root is None or folder.resolve().is_relative_to(Path(root).resolve()):
+        if by_logger:
+            tell(f"trainer.logger: the run's folder is {folder}; --{FOLDER} {folder} names it for every kind of run")
+    elif any(one.startswith(f"--{FOLDER}") for one in arguments):
+        logger.init_args.update(Namespace(save_dir=str(root), name=None, version=""))
+        if by_logger:
+            tell(f"{FOLDER}: the run's folder is {root}, not {folder} of trainer.logger")
+    else:
+        tell(f"trainer.logger: the run's folder is {folder}; to have {FOLDER}={root}, say so on the command line")
+
+
+def first_logger(trainer: Namespace) -> Namespace | None:
+    """Return the settings of a trainer's first logger if it is TensorBoard's or a CSV file's; else None."""
+    logger = trainer.get("logger")
+    logger = logger[0] if isinstance(logger, list) and logger else logger
+    kind: Any = locate(logger.class_path) if isinstance(logger, Namespace) else None
+    return logger if isinstance(kind, type) and issubclass(kind, TensorBoardLogger | CSVLogger) else None
+
+
+def run_folder(trainer: Namespace) -> Path | None:
+    """Return the folder that a trainer's settings give the run; None if the logger gives each run a new one."""
+    if trainer.get("logger") is False:
+        return Path(trainer.get("default_root_dir") or ".")
+    if (logger := first_logger(trainer)) is None or (version := logger.init_args.get("version")) is None:
+        return None
+    version = version if isinstance(version, str) else f"version_{version}"
+    return Path(logger.init_args.save_dir, logger.init_args.get("name") or "", version)
+
+
+def tell_earlier_run(trainer: Namespace) -> None:
+    """Say in one line that the checkpoint folders of a new run hold checkpoints of an earlier one."""
+    callbacks = trainer.get("callbacks") or []
+    given = [one.get("init_args", {}).get("dirpath") for one in callbacks if isinstance(one, Namespace)]
+    folders = [Path(folder) for folder in given if folder and "://" not in str(folder)]
+    if (folder := run_folder(trainer)) is not None:
+        folders.append(folder / "checkpoints")
+    for folder in folders:
+        if found := sorted(path.name for path in folder.glob("*.ckpt")):
+            tell(
+                f"{folder} holds an earlier run ({found[0]}): this run starts anew and writes beside it; "
+                f"--ckpt_path last goes on with that run, another {FOLDER} keeps the two apart"
+            )
+            return
+
+
+def last_checkpoint(trainer: Trainer) -> Path | None:
+    """Return the newest checkpoint called ``last`` of this run; None if there is none.
+
+    It is looked for where the run's callbacks write it: in no other folder, which may be that of another run. If the
+    newest is damaged, :func:`newest_intact` chooses another checkpoint.
+    """
+    keepers = [callback for callback in trainer.checkpoint_callbacks if isinstance(callback, ModelCheckpoint)]
+    candidates = [] if keepers else [fallback_folder(trainer) / "last.ckpt"]
+    for callback in trainer.checkpoint_callbacks:
+        if isinstance(callback, ModelCheckpoint):
+            found = callback._find_last_checkpoints(trainer)  # absolute paths
+            candidates += [Path(path.removeprefix(f"{Path.cwd()}/")) for path in found]
+        elif isinstance(callback, OnExceptionCheckpoint):
+            candidates.append(Path(callback.ckpt_path))
+    return newest_intact(candidates)
+
+
+def last_of_earlier_version(trainer: Trainer) -> Path | None:
+    """Return the newest ``last`` checkpoint in folders ``version_N`` beside the run's own; None if there is none."""
+    folder = Path(trainer.log_dir or ".")  # a collective call
+    if not re.fullmatch(r"version_\d+", folder.name):
+        return None
+    found = folder.parent.glob("version_*/checkpoints/last*.ckpt")
+    return max(found, key=lambda path: path.stat().st_mtime, default=None)
+
+
+def without_slashes(keeper: ModelCheckpoint) -> None:
+    """Let ``{val/accuracy}`` in a checkpoint's name become ``val_accuracy=0.71``; a slash would make a folder."""
+    if keeper.auto_insert_metric_name and re.search(r"\{[^}]*/", keeper.filename or ""):
+        named = re.sub(r"\{([^}:]+)", lambda found: f"{found[1].replace('/', '_')}={found[0]}", keeper.filename or "")
+        keeper.filename, keeper.auto_insert_metric_name = named, False
+
+
+def result_lines(trainer: Trainer) -> Iterator[str]:
+    """Yield lines that name what a run of ``fit`` has written: checkpoints, LoRA, pictures, log; on every rank."""
+    folder = Path(trainer.log_dir or trainer.default_root_dir)  # log_dir is a collective call
+    yield f"optimiser step {trainer.global_step}, the run's folder is {folder}"
+    for keeper in trainer.checkpoint_callbacks:
+        if isinstance(keeper, ModelCheckpoint):
+            kept = {"checkpoint": keeper.last_model_path or ("" if keeper.monitor else keeper.best_model_path)}
+            kept |= {f"best {keeper.monitor}": keeper.best_model_path if keeper.monitor else ""}
+            yield from (f"  {word}: {Path(path)}" for word, path in kept.items() if path)
+    lora = next((one.folder for one in trainer.callbacks if isinstance(one, PolicyLoRA)), None)  # type: ignore[attr-defined]
+    for word, name in PRODUCTS.items():
+        path = (lora if word == "LoRA" else None) or folder / name
+        if path.exists():
+            yield f"  {word}: {path}"
+    for stop in trainer.early_stopping_callbacks:
+        if stop.stopping_reason_message:
+            yield f"  ended by EarlyStopping: {stop.stopping_reason_message.partition(' Signaling')[0]}"
+    if trainer.loggers:
+        shows = any(isinstance(logger, TensorBoardLogger) for logger in trainer.loggers)
+        yield f"  log: {folder}" + (f" (tensorboard --logdir {folder})" if shows else "")

@@ -1,0 +1,152 @@
+"""``latentreward serve``: serve reward models over HTTP."""
+
+from __future__ import annotations
+
+import os
+import sys
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from latentreward.apps.serving.settings import RewardToServe, ServiceSettings, check_name
+from latentreward.contracts import PathText
+from latentreward.errors import InputError
+from latentreward.scoring import ModelSource, PublishedSettings
+from latentreward.settings.functions import run_function
+from latentreward.storage.texts import checked_token, token_of_file
+
+if TYPE_CHECKING:
+    from latentreward.apps.serving.resources import Resources
+    from latentreward.apps.serving.served import ServedModel
+    from latentreward.scoring import RewardModel
+
+TOKEN_VARIABLE = "LATENTREWARD_TOKEN"
+
+
+def serve(
+    model: PathText | None = None,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    base: PathText | None = None,
+    run_config: PathText | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    published: PublishedSettings | None = None,
+    token_file: Path | None = None,
+    dtype: Literal["float32", "bfloat16"] = "float32",
+    device: str = "auto",
+    name: str = "reward",
+    rewards: dict[str, RewardToServe] | None = None,
+    **limits: Any,
+) -> None:
+    """Serve scores of reward models over HTTP until SIGTERM or Ctrl-C; requests in progress are finished first.
+
+    POST /v1/score takes latents and prompt embeddings by verl-omni's latent-reward protocol version 1; POST
+    /v1/score_latents takes latents and raw prompts, /v1/score_states the states of whole trajectories, and
+    /v1/score_images images and prompts, as a form or as JSON. POST /score answers UniRL's clients, /compute
+    Flow-Factory's. GET /v1/rewards names the rewards, /v1/model describes one, /healthz tells whether the server is
+    ready, /metrics has counters for Prometheus, /docs describes all routes. Requests are batched into shared forward
+    passes; a score does not depend on the other requests of its batch.
+
+    Args:
+        model: Folder or hub id of a reward model, or a checkpoint, or the folder of a run; exclusive with ``rewards``.
+        host: Address to listen on; the default accepts connections from this machine only.
+        port: Port to listen on; 0 takes a free port and prints it.
+        base: Pipeline with the frozen base weights, a folder or hub id; by default the one that the model names.
+        run_config: Config file of the model's training run; by default the one beside the checkpoint.
+        revision: Branch, tag or commit of a hub id.
+        trust_remote_code: Whether to import classes that the model's settings name and that are not registered;
+            importing runs their code.
+        published: Settings that the files of a published layout do not hold, e.g. --published.guidance 1.
+        token_file: File with a token that clients must send in the header Authorization: Bearer. By default the token
+            is the value of the environment variable LATENTREWARD_TOKEN; without file and variable, everybody who
+            reaches the port may send requests.
+        dtype: Precision of the model's backbone.
+        device: Device, e.g. cuda:1; auto takes an accelerator if there is one.
+        name: Name of the model in addresses, replies and metrics.
+        rewards: Several rewards by name, each with its model, device and limits; the first scores requests that name
+            none. See :class:`~latentreward.apps.serving.settings.RewardToServe`.
+        limits: See :class:`~latentreward.apps.serving.settings.ServiceSettings`.
+
+    Raises:
+        InputError: If a setting is wrong, the port is taken, or a model cannot be loaded.
+    """
+    modules = ("fastapi", "prometheus_client", "python_multipart", "uvicorn")
+    if missing := [module for module in modules if find_spec(module) is None]:
+        raise InputError(f"serve needs {missing[0]}, which is not installed; pip install 'latentreward[serve]'")
+    from latentreward.apps.serving.addresses import bind, is_loopback
+    from latentreward.apps.serving.dialects import Dialect
+    from latentreward.apps.serving.resources import Resources
+    from latentreward.apps.serving.served import ScoringService
+    from latentreward.apps.serving.server import serve as serve_until_stopped
+    from latentreward.devices import find_device
+    from latentreward.programs import import_class
+
+    settings = ServiceSettings(token=_token(token_file), **limits)
+    for path in settings.dialects:  # before the models are loaded
+        import_class("dialects", path, Dialect)
+    single = {"device": device, "dtype": dtype, "base": base, "run_config": run_config, "revision": revision}
+    chosen = _rewards(model, name, rewards, single | {"published": published})
+    for one in chosen.values():
+        one.limits(settings)  # raises for a wrong limit
+        find_device(one.device)
+    with bind(host, port) as bound:
+        if settings.token is None and not is_loopback(bound.getsockname()[0]):
+            print(
+                f"latentreward serve: {host} can be reached from other machines, and there is no token: anybody who "
+                f"reaches it may send requests; set token_file or {TOKEN_VARIABLE}",
+                file=sys.stderr,
+            )
+        resources = Resources(settings)
+        models = [_load(one, label, resources, trust_remote_code) for label, one in chosen.items()]
+        serve_until_stopped(ScoringService(models, resources), bound)
+    print("stopped", flush=True)
+
+
+def _rewards(
+    model: str | None, name: str, rewards: dict[str, RewardToServe] | None, single: dict[str, Any]
+) -> dict[str, RewardToServe]:
+    """Return the rewards to serve by name: ``rewards``, or the one of the settings of a single model."""
+    if (model is None) == (not rewards):
+        raise InputError("give either model, or rewards with a name, model and device for each")
+    if not rewards:
+        return {check_name(name): RewardToServe(str(model), **single)}
+    defaults = {"device": "auto", "dtype": "float32", "name": "reward"}
+    given = [key for key, value in {**single, "name": name}.items() if value != defaults.get(key)]
+    if given:
+        raise InputError(f"{given[0]} is that of a single model; give it for each of rewards")
+    return {check_name(label): one for label, one in rewards.items()}
+
+
+def _load(one: RewardToServe, name: str, resources: Resources, trusted: bool) -> ServedModel:
+    """Load a reward and prepare it for requests."""
+    from latentreward.apps.serving.served import ServedModel
+
+    source = ModelSource(one.model, one.run_config, one.base, one.revision, trusted, one.published)
+    reward = load_reward(source, one.device, one.dtype, "serve")
+    return ServedModel(reward, resources, one.limits(resources.settings), name)
+
+
+def load_reward(source: ModelSource, device: str, dtype: str, command: str) -> RewardModel:
+    """Load a reward for a server or page; raise InputError if it scores no images."""
+    import torch
+
+    from latentreward.devices import find_device
+    from latentreward.scoring import RewardModel
+
+    target = find_device(device)
+    print(f"loading {source.path} on {target}", flush=True)
+    reward = RewardModel.from_pretrained(source, device=target, dtype=getattr(torch, dtype))
+    reward.require_images(command)
+    return reward
+
+
+def _token(file: Path | None) -> str | None:
+    if file is not None:
+        return token_of_file(file, "token_file")
+    token = os.environ.get(TOKEN_VARIABLE)
+    return None if token is None else checked_token(token, TOKEN_VARIABLE)
+
+
+run = partial(run_function, serve, classes=False)

@@ -1,0 +1,254 @@
+"""``latentreward taste``: train a reward on pictures of one's own, and align a generator with it."""
+
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from latentreward.apps.commands.notes import tell
+from latentreward.apps.estimate.card import Card
+from latentreward.apps.steps.tasks import Task
+from latentreward.contracts import PathText
+from latentreward.errors import InputError, check_at_least_one, check_multiples, errors_at
+from latentreward.interrupts import interrupts_told
+from latentreward.settings.functions import run_function
+from latentreward.storage.locks import locked
+
+if TYPE_CHECKING:
+    from latentreward.apps.taste.plan import Plan
+    from latentreward.backbones.tuning import Tuning
+
+LARGEST = 4096
+"""Largest ``size``: even an estimate of much larger images runs out of memory."""
+REMEDY = "take --tuning frozen, a smaller --batch_size or --size, or a base that is quantised by --train_settings"
+SD15 = "stable-diffusion-v1-5/stable-diffusion-v1-5"
+
+
+def taste(
+    folder: Path,
+    *,
+    rate: bool = False,
+    align: bool = False,
+    estimate: bool = False,
+    base: PathText = SD15,
+    family: str | None = None,
+    tuning: Literal["auto", "frozen", "lora", "full"] = "auto",
+    pairing: Literal["auto", "names", "all"] = "auto",
+    pairs: int = 500,
+    size: int | None = None,
+    epochs: int = 40,
+    batch_size: int = 8,
+    lr: float | None = None,
+    patience: int = 10,
+    optimizer: str | None = None,
+    prompts: Path | None = None,
+    align_always: bool = False,
+    align_steps: int | None = None,
+    guidance_scale: float | None = None,
+    num_prompts: int = 24,
+    train_settings: list[str] = [],  # noqa: B006
+    align_settings: list[str] = [],  # noqa: B006
+    device: Literal["auto", "cpu", "gpu"] = "auto",
+    seed: int = 0,
+    port: int = 7861,
+    work: Path | None = None,
+    **card: Any,
+) -> None:
+    """Train a reward on pairs of your own pictures, say how far it can be trusted, and align with it.
+
+    Some 500 pairs are needed before the accuracy is told from guessing, fewer if they differ clearly; 20 are the least.
+
+    FOLDER holds pictures in ``chosen/`` and ``rejected/``, or a file ``ratings.jsonl``, which --rate writes: a page on
+    this machine that shows two pictures at a time. A text file beside a picture, of the same name, is its caption. The
+    steps are: a split without common pictures, latents, the reward with early stopping, the accuracy on held-out pairs,
+    with --align the alignment and pictures before and after, and a page. The same command goes on after any stop.
+
+    Examples: ``latentreward taste pictures --rate``, then ``latentreward taste pictures --base /models/sd15``;
+    ``latentreward taste pictures --base sd_tiny`` to try all of it on a CPU without any download.
+
+    Args:
+        folder: Folder of pictures; only ``ratings.jsonl`` and a hidden lock file are written there, by --rate.
+        rate: Whether to serve the page to rate pictures, until Ctrl-C; answers are kept at once, and continued.
+        align: Whether to align the base with the reward, if the reward has learned something.
+        estimate: Whether to only compute the memory and hours that the trainings need, from configs, and compare the
+            memory with what is here.
+        base: Pipeline that the reward reads and that is aligned: a folder or hub id of SD1.5, SDXL or SD3.5, or
+            ``sd_tiny``, ``sd35_tiny``; with ``family`` any of that family.
+        family: Import path of the base's family, for a family of your own; its module is imported by all steps. Set the
+            blocks that the reward reads by ``train_settings``.
+        tuning: Weights that train besides the head: ``frozen`` (none), ``lora`` (adapters) or ``full`` (all); ``auto``
+            takes frozen below 300 training pairs, else lora.
+        pairing: Pairs of ``chosen/`` and ``rejected/``: ``names`` takes files of equal names, ``all`` compares each
+            chosen picture with each rejected one; ``auto`` takes names if at least half of them are on both sides.
+        pairs: Most pairs; of more, so many are drawn.
+        size: Side in pixels to which pictures are cropped and resized; that of the base by default.
+        epochs: Most passes over the training pairs.
+        batch_size: Pairs per step of the reward's training.
+        lr: Learning rate of the reward; by default one for the tuning and the base.
+        patience: Passes without a lower loss on the pairs to stop by, after which the training ends.
+        optimizer: Class of the reward's optimiser, such as bitsandbytes.optim.AdamW8bit; AdamW by default.
+        prompts: File of prompts for the alignment and its pictures; by default the captions of the pictures.
+        align_always: Whether to align even if the reward may be no better than a coin.
+        align_steps: Optimiser steps of the alignment; by default 100, of a shipped tiny base 24.
+        guidance_scale: Guidance scale of the alignment and its pictures; that of the base by default.
+        num_prompts: Most prompts with pictures before and after.
+        train_settings: Further settings of the reward's training, as ``latentreward fit`` takes them.
+        align_settings: Further settings of the alignment, as ``latentreward fit`` takes them.
+        device: Device of all steps; ``auto`` takes a GPU if there is one.
+        seed: Seed of the split, of drawn pairs, of the trainings and of the pictures.
+        port: Port of the page to rate; 0 takes a free one and prints it.
+        work: Folder of all outputs, outside the folder of pictures; ``runs/taste/`` and the name of the folder by
+            default.
+        card: See :class:`~latentreward.apps.estimate.card.Card`.
+
+    Raises:
+        InputError: If the folder gives too few pairs, a setting is wrong, or a step fails.
+    """
+    check_at_least_one(pairs=pairs, size=size, epochs=epochs, patience=patience, align_steps=align_steps)
+    check_at_least_one(batch_size=batch_size, num_prompts=num_prompts)
+    if size is not None and size > LARGEST:
+        raise InputError(f"size: {size} is outside [1, {LARGEST}]; give a number inside")
+    folder = folder.resolve()  # the name of `.` is empty
+    if rate:
+        rate_pictures(folder, port, seed)
+        return
+    output = (Path("runs/taste", folder.name) if work is None else work).resolve()
+    if output.is_relative_to(folder):  # pictures drawn there would be found as pictures to rate
+        raise InputError(f"work: {output} lies in the folder of pictures; give --work a folder outside {folder}")
+    import torch
+
+    from latentreward.apps.taste.pairs import LEAST, collect
+    from latentreward.apps.taste.plan import (
+        CACHE,
+        FROZEN_BELOW,
+        REWARD,
+        Plan,
+        find_base,
+        prompts_of,
+        write_pairs,
+        write_prompts,
+    )
+    from latentreward.apps.taste.splitting import TRAIN, split
+    from latentreward.devices import find_device
+
+    if pairs < LEAST:
+        raise InputError(f"pairs: {pairs} is less than {LEAST}, the fewest that are split; give at least {LEAST}")
+    if device == "gpu" and not estimate:
+        find_device("cuda")
+    found = collect(folder, pairing)
+    print(found.how)
+    for remark in found.remarks:
+        tell(remark)
+    parts = split(found, pairs, seed)
+    counts = {name: len(some) for name, some in parts.parts.items()}
+    print(f"split {parts.how}: {', '.join(f'{number} {name}' for name, number in counts.items())}", flush=True)
+    told = prompts_of(parts, prompts) if align else None
+    find_base(base, family)
+    if size is not None:
+        check_size(size, base, family)
+    chosen: Tuning = ("frozen" if counts[TRAIN] < FROZEN_BELOW else "lora") if tuning == "auto" else tuning
+    with locked(output, "work"), interrupts_told(lambda: f"what is done is kept in {output}: the same command goes on"):
+        prompt_folder = None
+        if told is not None:
+            prompt_folder, line = write_prompts(output, told, seed)
+            print(line)
+        plan = Plan(
+            base=base,
+            folder=folder,
+            pairs=write_pairs(output, parts),
+            prompts=prompt_folder,
+            tuning=chosen,
+            size=size,
+            gpu=device == "gpu" or (device == "auto" and torch.cuda.is_available()),
+            patience=patience,
+            guidance=guidance_scale,
+            train=[
+                *([] if optimizer is None else [f"--model.optimizer={optimizer}"]),
+                *([] if lr is None else [f"--model.optimizer.lr={lr}"]),
+                *(f"--trainer.max_epochs={epochs}", f"--data.batch_size={batch_size}"),
+                *train_settings,
+            ],
+            align=[*([] if align_steps is None else [f"--trainer.max_steps={align_steps}"]), *align_settings],
+            pictures=num_prompts,
+            family=family,
+        )
+        print(f"base {base}, tuning {chosen}, {'GPU' if plan.gpu else 'CPU'}", flush=True)
+        tasks = plan.tasks(seed)
+        if estimate:
+            if size is not None and not tasks[CACHE].output(output).exists():
+                tell(f"{REWARD} is computed at the base's own size, not {size}, until the pictures are cached")
+            tell_needs(tasks, output, counts[TRAIN], Card(plan.gpu, **card))
+            return
+        run_steps(tasks, plan, output, parts.how, always=align_always)
+
+
+def check_size(size: int, source: str, family: str | None) -> None:
+    """Raise InputError if a base does not take images of so many pixels a side; only its configs are read."""
+    from latentreward.backbones.loading import PipelineSource
+    from latentreward.families.find import find_family
+
+    found = find_family(PipelineSource(source), family)
+    check_multiples("size", [size], found.side_multiple)
+    with errors_at("size: "):
+        found.latent_shape(size, size)  # some networks have positions for so many pixels only
+
+
+def rate_pictures(folder: Path, port: int, seed: int) -> None:
+    """Serve the page to rate pictures until Ctrl-C or SIGTERM, after which the same command continues."""
+    from latentreward.apps.serving.addresses import bind
+    from latentreward.apps.taste.pictures import check_folder
+    from latentreward.apps.taste.rating_page import HOST, serve_ratings
+    from latentreward.apps.taste.ratings import Ratings
+
+    check_folder(folder)  # the lock would create it
+    with bind(HOST, port) as bound, locked(folder, "folder"):
+        ratings = Ratings(folder, seed)
+        for remark in ratings.remarks:
+            tell(remark)
+        kept = f"ratings are kept in {ratings.file}: the same command goes on"
+        with interrupts_told(lambda: kept):
+            serve_ratings(ratings, bound)
+
+
+def tell_needs(tasks: Mapping[str, Task], output: Path, pairs: int, card: Card) -> None:
+    """Print the memory and hours that the trainings need, and compare the memory with the card.
+
+    Raises:
+        InputError: If it does not suffice.
+    """
+    from latentreward.apps.commands.fit import estimate_fit
+    from latentreward.apps.estimate.needs import check_hours, check_memory, training_needs
+
+    needs = {}
+    for name, task in tasks.items():
+        if task.arguments[0] == "fit":
+            found = estimate_fit(task.command(output)[1:])
+            print(f"{name}\n{found.as_text()}\n", flush=True)
+            needs[name] = training_needs(found, pairs)
+    print(check_hours(needs, card))
+    print(check_memory(needs, card, REMEDY))
+
+
+def run_steps(tasks: Mapping[str, Task], plan: "Plan", output: Path, how: str, always: bool) -> None:
+    """Run the steps that have not finished, print the accuracy, and write the page."""
+    from latentreward.apps.steps.running import TaskRunner, run_tasks
+    from latentreward.apps.taste.plan import ALIGN, BEST, CACHE, PICTURES, REWARD, SCORES
+    from latentreward.apps.taste.results import measure, write_result
+
+    places = {name: task.output(output) for name, task in tasks.items()}
+    run_tasks([tasks[name] for name in (CACHE, REWARD, SCORES)], TaskRunner(output))
+    measured = measure(places[SCORES], plan.pairs)
+    print(f"{measured.line()}\n{measured.verdict()}", flush=True)
+    aligns = ALIGN in tasks and (measured.learned or always)
+    if aligns:
+        run_tasks([tasks[name] for name in (ALIGN, PICTURES)], TaskRunner(output))
+    elif ALIGN in tasks:
+        print("align: left out, since the reward may be no better than a coin; --align_always true aligns anyway")
+    page = write_result(output, plan, measured, how, places[PICTURES] if aligns else None)
+    print(f"reward: {places[REWARD] / BEST}")
+    if aligns:
+        print(f"adapter: {places[ALIGN] / 'lora'}")
+    print(f"page: {page}")
+
+
+run = partial(run_function, taste, classes=False)

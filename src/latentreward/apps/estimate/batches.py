@@ -1,0 +1,168 @@
+"""Construction of training batches of the configured size from stand-in tensors; no data is read."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from pydoc import locate
+from typing import Any
+
+import torch
+from jsonargparse import Namespace
+from lightning.pytorch import LightningModule
+
+from latentreward.apps.estimate.shapes import ShapesOnly, is_stand_in
+from latentreward.cache.datamodule import CachedPreferenceDataModule
+from latentreward.cache.layout import PLAN, CacheSpec, read_plan
+from latentreward.contracts import Conditioning, LatentSpace, PreferenceBatch, PromptBatch, map_tensors, take_rows
+from latentreward.data import PromptsAndImages
+from latentreward.data.clips import FPS, check_clips, check_frames
+from latentreward.encoders.prompts import PromptEncoder
+from latentreward.errors import InputError, check_multiples
+from latentreward.modules import DiffusionDPOModule, ReFLModule, StepAwarePixelModule
+from latentreward.modules.alignment import AlignmentModule
+from latentreward.modules.reward import RewardModule
+from latentreward.scoring.apart import evaluating
+
+
+def make_batch(module: LightningModule, data: Namespace, shapes: ShapesOnly) -> Any:
+    """Make a training batch for ``module``; a module that learns from rollouts makes a rollout first.
+
+    ReFL's ``stop_range`` is set to the latest stop.
+
+    Raises:
+        InputError: If the module's class is not supported by ``--estimate``, or the settings have no batch size.
+    """
+    prompts, images = prompts_and_images(data)
+    if isinstance(module, AlignmentModule) and module.experience:
+        return rows_of_rollout(module, data, shapes)
+    if isinstance(module, ReFLModule):
+        module.stop_range = (module.stop_range[0],) * 2  # the latest stop, which takes the most steps
+        batch = prompt_batch(batch_size(prompts))
+        return batch if images is None else {"prompts": batch, "images": pair_batch(module.policy, images, shapes)}
+    if isinstance(module, DiffusionDPOModule):
+        return pair_batch(module.policy, data, shapes)
+    if isinstance(module, StepAwarePixelModule):
+        return pair_batch(module.generator, data, shapes)
+    if isinstance(module, RewardModule):
+        return pair_batch(module.model.backbone, data, shapes)
+    raise InputError(f"--estimate does not know what batches a {type(module).__name__} takes; it knows our own modules")
+
+
+def rows_of_rollout(module: AlignmentModule, data: Namespace, shapes: ShapesOnly) -> Any:
+    """Make a rollout of ``prompts_per_rollout`` prompts, and return a batch of its rows."""
+    prompts = prompt_batch(data.init_args.prompts_per_rollout)
+    with evaluating(module), torch.no_grad(), module.compute_precision():
+        # Not `roll_out`, which refuses a key of several rows: a selection by stand-ins picks the same step each time.
+        rows: Any = module.make_experience(prompts)
+    shapes.rollout_rows = len(rows)
+    index = [number % len(rows) for number in range(batch_size(data))]
+    batch = take_rows(rows, index)
+    module.prepare_prompts(prompts.prompts)
+    return map_tensors(batch, lambda t: shapes.stand_in(t.shape, t.dtype) if is_stand_in(t) else t)
+
+
+def pair_batch(network: Any, data: Namespace, shapes: ShapesOnly) -> PreferenceBatch:
+    """Make a batch of pairs as the data module ``data`` would: images or cached latents, each pair with its own prompt.
+
+    Raises:
+        InputError: If the settings have no batch size, or the network does not take clips of so many frames.
+    """
+    settings, space = data.init_args, network.latent_space
+    latents = issubclass(locate(data.class_path), CachedPreferenceDataModule)
+    (height, width), count, with_text = network.native_size, batch_size(data), False
+    frames = 1 if settings.get("frames") is None else settings.frames
+    if latents:
+        caches = written_caches(settings)
+        frames = caches["train"].frames if "train" in caches else 1
+        sizes = sizes_of(caches["train"]) if "train" in caches else [(height, width)]
+        (height, width), count = largest_batch(data, sizes, frames, space)
+        with_text = settings.cached_text and all(cache.text is not None for cache in caches.values())
+    elif (size := settings.get("size")) is not None:
+        height, width = (size, size) if isinstance(size, int) else size
+        check_multiples("data.size", (height, width), network.side_multiple)
+    check_clips("data.", frames, settings.get("fps") or FPS)
+    if frames > 1:
+        check_frames("the cache has images." if latents else "data.", network, frames)
+    clip = (3, height, width) if frames == 1 else (3, frames, height, width)
+    shape = space.shape(height, width, frames) if latents else clip
+    names = tuple(str(number) for number in range(count))
+    encoder, conditioning, uncond = network.text_encoder, None, None
+    if with_text:
+        conditioning, uncond = (encoded_prompts(encoder, rows, shapes) for rows in (count, 1))
+    return PreferenceBatch(
+        pair_ids=names,
+        prompts=tuple(f"prompt {name}" for name in names),
+        chosen=shapes.stand_in((count, *shape)),
+        rejected=shapes.stand_in((count, *shape)),
+        chosen_keys=tuple(f"{name} chosen" for name in names),
+        rejected_keys=tuple(f"{name} rejected" for name in names),
+        label=torch.ones(count),
+        weight=torch.ones(count),
+        latent_space=space if latents else None,
+        conditioning=conditioning,
+        uncond=uncond,
+    )
+
+
+def prompt_batch(count: int) -> PromptBatch:
+    """Make a batch of ``count`` different prompts."""
+    return PromptBatch(tuple(f"prompt {n}" for n in range(count)), tuple(f"0/{n}" for n in range(count)))
+
+
+def batch_size(data: Namespace) -> int:
+    """Return the batch size in the settings of a data module.
+
+    Raises:
+        InputError: If the settings have no ``batch_size``.
+    """
+    if (count := data.init_args.get("batch_size")) is None:
+        raise InputError(f"data: {data.class_path} has no setting batch_size, which --estimate needs")
+    return count
+
+
+def prompts_and_images(data: Namespace) -> tuple[Namespace, Namespace | None]:
+    """Return the settings of the prompts' data module, and of the images' data module if ``data`` has both."""
+    if issubclass(locate(data.class_path), PromptsAndImages):
+        return data.init_args.prompts, data.init_args.images
+    return data, None
+
+
+def encoded_prompts(encoder: PromptEncoder, rows: int, shapes: ShapesOnly) -> Conditioning:
+    """Make stand-ins of ``rows`` encoded prompts of the greatest length."""
+    tokens, pooled = encoder.num_tokens, encoder.pooled_dim
+    return Conditioning(
+        shapes.stand_in((rows, tokens, encoder.token_dim)),
+        shapes.stand_in((rows, pooled)) if pooled else None,
+        torch.ones(rows, tokens, dtype=torch.bool) if encoder.masked else None,
+    )
+
+
+def written_caches(settings: Namespace) -> dict[str, CacheSpec]:
+    """Return the settings of a data module's caches by split, of those that are written."""
+    splits = ((name, settings.get(name)) for name in ("train", "val", "test", "predict"))
+    folders = {name: Path(split.cache) for name, split in splits if isinstance(split, Namespace) and "cache" in split}
+    return {name: read_plan(folder).spec for name, folder in folders.items() if (folder / PLAN).is_file()}
+
+
+def sizes_of(cache: CacheSpec) -> list[tuple[int, int]]:
+    """Return (height, width) of the images that a cache is written for."""
+    return [*(cache.buckets or ()), *([cache.size] if cache.size else [])]
+
+
+def largest_batch(
+    data: Namespace, sizes: Sequence[tuple[int, int]], frames: int, space: LatentSpace
+) -> tuple[tuple[int, int], int]:
+    """Return the size whose batches hold the most pixels, and their number of pairs.
+
+    Clips have ``frames`` above 1.
+    """
+
+    def pairs(size: tuple[int, int]) -> int:
+        if (tokens := data.init_args.get("tokens_per_batch")) is None:
+            return batch_size(data)
+        return max(1, tokens // math.prod(space.shape(*size, frames)[1:]))
+
+    size = max(sizes, key=lambda size: pairs(size) * math.prod(size))
+    return size, pairs(size)

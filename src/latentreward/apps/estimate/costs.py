@@ -1,0 +1,353 @@
+"""Memory and computation of one training step of a module, and of the rollout or sampling before the step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, fields, replace
+from functools import partial
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from jsonargparse import Namespace
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.optim import Optimizer
+
+from latentreward.apps.estimate.batches import make_batch
+from latentreward.apps.estimate.shapes import CPU, SavedTensors, ShapesOnly, gpu_autocast, is_stand_in
+from latentreward.backbones.quantization import PLANNED, stored_bytes
+from latentreward.contracts import NoisyStates, TensorRecord, map_tensors
+from latentreward.encoders.prompts import PromptEncoder
+from latentreward.encoders.vae import LatentEncoder
+from latentreward.errors import InputError
+from latentreward.heads import RewardHead
+from latentreward.modules import ReFLModule
+from latentreward.modules.alignment import AlignmentModule
+from latentreward.policies import Policy
+from latentreward.rewards import Reward
+from latentreward.rewards.http import RemoteImageReward, RemoteReward
+from latentreward.rewards.latent import LatentScorer
+from latentreward.rewards.pixel import DecodingReward, ImageReward
+from latentreward.scorers.step_aware_clip import StepAwareCLIP
+
+TEXT = "text encoders"
+PARTS = {
+    Reward: "reward",
+    RewardHead: "head",
+    StepAwareCLIP: "scorer",
+    PromptEncoder: TEXT,
+    LatentEncoder: "VAE",
+}
+"""Class → name under which the tables list the weights of its modules.
+
+A module inside a module of another of these classes counts to the outer one. All other weights count as ``network``.
+"""
+
+
+@dataclass(frozen=True)
+class PartCosts:
+    """Weights of one part of a module.
+
+    Attributes:
+        name: Name.
+        parameters: Number of parameters.
+        trained: Number of trainable parameters.
+        bytes: Size of parameters and buffers, as quantised layers store theirs.
+    """
+
+    name: str
+    parameters: int
+    trained: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class StepCosts:
+    """Memory and computation of a training step; sizes in bytes, computation in FLOPs.
+
+    Attributes:
+        parts: Weights of each part of the module.
+        gradients: Size of the gradients.
+        optimizer: Class of the optimiser.
+        state: Size of the optimiser's state.
+        saved: Peak size of the tensors that autograd keeps for the backward pass of one batch.
+        batch_peak: Peak memory in the forward and backward pass of one batch, with weights and optimiser state.
+        update_peak: Peak memory in the optimiser's step, with weights and optimiser state.
+        rollout_peak: Peak memory in a rollout, with weights and optimiser state; 0 without rollouts.
+        forward: Computation of one batch up to the loss, without sampling.
+        backward: Computation of the backward pass of one batch, with the blocks that checkpointing recomputes.
+        rollout: Computation of a rollout; in ReFL, of the sampling steps before the first step with a graph.
+        freed: Size of weights that are in memory before the first step, and freed then.
+        rollout_rows: Rows to learn from of a rollout if all are kept; 0 without rollouts.
+    """
+
+    parts: tuple[PartCosts, ...]
+    gradients: int
+    optimizer: str
+    state: int
+    saved: int
+    batch_peak: int
+    update_peak: int
+    rollout_peak: int
+    forward: int
+    backward: int
+    rollout: int
+    freed: int = 0
+    rollout_rows: int = 0
+
+    @property
+    def weights(self) -> int:
+        """Size of all weights in bytes."""
+        return sum(part.bytes for part in self.parts)
+
+    @property
+    def peak(self) -> int:
+        """Peak memory of the run in bytes."""
+        return max(self.batch_peak, self.update_peak, self.rollout_peak, self.start)
+
+    @property
+    def start(self) -> int:
+        """Memory before the first step in bytes: all weights, with those that are freed before that step."""
+        return self.weights + self.freed
+
+    def without(self, name: str) -> StepCosts:
+        """Return the costs if the weights of the part ``name`` are freed before the first step.
+
+        The part's computation still counts.
+        """
+        freed = sum(part.bytes for part in self.parts if part.name == name)
+        return replace(
+            self,
+            parts=tuple(part for part in self.parts if part.name != name),
+            batch_peak=self.batch_peak - freed,
+            update_peak=self.update_peak - freed,
+            rollout_peak=max(0, self.rollout_peak - freed),
+            freed=self.freed + freed,
+        )
+
+
+class RepeatedCalls:
+    """Shortcut for methods that are called many times without gradients, such as the policy's in sampling.
+
+    A call with arguments of the same shapes and dtypes as an earlier call is not run. Its FLOPs and memory are counted
+    as those of the earlier call, and stand-ins of the earlier result's shapes are returned.
+
+    Args:
+        shapes: Mode that runs the operations and counts.
+
+    Attributes:
+        sampled: FLOPs of the policy in calls without gradients; calls with the adapter off (reference) do not count.
+    """
+
+    def __init__(self, shapes: ShapesOnly) -> None:
+        self.shapes, self.sampled = shapes, 0
+        self._seen: dict[Any, tuple[int, int, Any]] = {}
+
+    def watch(self, owner: Any, method: str, state: Callable[[], Any] = tuple) -> None:
+        """Replace ``owner.method`` by a version that skips repeated calls without gradients.
+
+        A call is skipped only if ``state()`` is equal too, such as whether the adapter is on.
+        """
+        original, shapes, live = getattr(owner, method), self.shapes, self.shapes.live
+
+        def call(*arguments: Any) -> Any:
+            if torch.is_grad_enabled():
+                return original(*arguments)
+            key = id(owner), (working := state()), layout_of(arguments)
+            if key in self._seen:
+                flops, extra, layout = self._seen[key]
+                shapes.flops += flops
+                live.peak = max(live.peak, live.now + extra)
+                result = map_tensors(layout, self._like)
+            else:
+                flops, before, peak = shapes.flops, live.now, live.peak
+                live.peak = before
+                result = original(*arguments)
+                flops = shapes.flops - flops
+                layout = map_tensors(
+                    result, lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+                )
+                self._seen[key] = flops, live.peak - before, layout
+                live.peak = max(live.peak, peak)
+            if isinstance(owner, Policy) and working:
+                self.sampled += flops
+            return result
+
+        setattr(owner, method, call)
+
+    def _like(self, tensor: Tensor) -> Tensor:
+        """Return a stand-in of the shape of ``tensor``; a mask is real, because families count its tokens."""
+        if tensor.dtype == torch.bool:
+            return torch.ones(tensor.shape, dtype=torch.bool, device=CPU)
+        return self.shapes.stand_in(tensor.shape, tensor.dtype)
+
+
+def layout_of(value: Any) -> Any:
+    """Return the shapes and dtypes of all tensors in a value, as nested tuples; None for anything else."""
+    if isinstance(value, Tensor):
+        return tuple(value.shape), value.dtype
+    if isinstance(value, TensorRecord):
+        return tuple(layout_of(getattr(value, field.name)) for field in fields(value))  # type: ignore[arg-type]
+    return tuple(map(layout_of, value)) if isinstance(value, tuple | list) else None
+
+
+def step_costs(module: LightningModule, data: Namespace, accumulated: int = 1, gpu: bool = True) -> StepCosts:
+    """Run one training step of ``module`` on stand-in tensors, and return its memory and computation.
+
+    The module is on the meta device, has a CPU trainer attached, and cannot be used afterwards. ``gpu`` says whether
+    autocast and optimiser count with the memory that they need on a GPU.
+
+    Raises:
+        InputError: If the module's class is not supported by ``--estimate``, or the module has not one optimiser.
+    """
+    shapes = ShapesOnly()
+    calls, live = RepeatedCalls(shapes), shapes.live
+    module.log = module.log_dict = lambda *_, **__: None  # type: ignore[method-assign, assignment]
+    shapes.replace_weights(module.train())
+    module._device = CPU  # a LightningModule remembers where it was made, and its `to` would copy the weights
+    for layer, kind in planned_layers(module):
+        if kind == "int8":
+            layer.forward = partial(multiply_unpacked, layer)
+    watch_sampling(module, calls)
+    trained = [weight for weight in module.parameters() if weight.requires_grad]
+    with ExitStack() as stack:
+        for context in (shapes, *([gpu_autocast()] if gpu else [])):
+            stack.enter_context(context)
+        optimizer = optimizer_of(module, foreach=gpu)
+        for weight in trained:
+            weight.grad = torch.zeros_like(weight)
+        live.peak = live.now
+        optimizer.step()
+        update_peak = live.peak
+        if accumulated == 1:
+            optimizer.zero_grad()
+        live.peak, before = live.now, shapes.flops
+        batch = make_batch(module, data, shapes)
+        rollout_peak, rollout = live.peak, shapes.flops - before
+        live.peak, before, sampled = live.now, shapes.flops, calls.sampled
+        with (saved := SavedTensors([*module.parameters(), *module.buffers()])):
+            with module.trainer.precision_plugin.train_step_context():
+                result = module.training_step(batch, 0)
+            loss = (result["loss"] if isinstance(result, Mapping) else result) / accumulated
+            del result, batch
+        forward = shapes.flops - before
+        loss.backward()
+        backward = shapes.flops - before - forward
+    if isinstance(module, ReFLModule):
+        rollout = calls.sampled - sampled
+        forward -= rollout
+    packed = bytes_of(module.parameters()) - bytes_of(module.parameters(), quantized_sizes(module))
+    return StepCosts(
+        parts=part_costs(module),
+        gradients=bytes_of(trained),
+        optimizer=type(optimizer).__name__,
+        state=bytes_of(value for state in optimizer.state.values() for value in state.values() if is_stand_in(value)),
+        saved=saved.bytes.peak,
+        batch_peak=live.peak - packed,
+        update_peak=update_peak - packed,
+        rollout_peak=rollout_peak - packed if isinstance(module, AlignmentModule) and module.experience else 0,
+        forward=forward,
+        backward=backward,
+        rollout=rollout,
+        rollout_rows=shapes.rollout_rows,
+    )
+
+
+def watch_sampling(module: LightningModule, calls: RepeatedCalls) -> None:
+    """Let ``calls`` count the policy and reward of an alignment module, and skip their repeated calls."""
+    policy, reward = getattr(module, "policy", None), getattr(module, "reward", None)
+    if not isinstance(policy, Policy):
+        return
+    calls.watch(policy, "predict", lambda: policy.adapters.working)
+    for part in module.modules():
+        if isinstance(part, PromptEncoder):
+            calls.watch(part, "forward")
+    for part in () if reward is None else reward.modules():
+        if isinstance(part, ImageReward | RemoteImageReward):  # PIL images, which stand-ins cannot become
+            part.score = partial(decode_alone, part)  # type: ignore[method-assign]
+            part.encode_prompts = tuple  # type: ignore[method-assign, assignment]
+        elif isinstance(part, RemoteReward):
+            part.score = mean_of_latents  # type: ignore[method-assign]
+            part.encode_prompts = tuple  # type: ignore[method-assign, assignment]
+        if isinstance(part, RemoteReward):
+            part.begin_parts = partial(answer_alone, part)  # type: ignore[method-assign]
+        if isinstance(part, DecodingReward):
+            calls.watch(part, "score")
+        if isinstance(part, LatentScorer):
+            calls.watch(part.model.backbone, "read", lambda: policy.adapters.working)
+
+
+def decode_alone(reward: DecodingReward, states: NoisyStates, encoded: Any) -> Tensor:
+    """Decode the pictures that ``reward`` would score, without scoring; return each picture's mean as its score."""
+    return torch.cat(reward.decode(states)).mean(dim=(1, 2, 3))
+
+
+def mean_of_latents(states: NoisyStates, encoded: Any) -> Tensor:
+    """Return the mean of each state's clean latents as its score, in place of a server."""
+    assert states.clean is not None
+    return states.clean.flatten(1).mean(dim=1)
+
+
+def answer_alone(reward: RemoteReward, latents: Tensor, rows: Tensor, encoded: Any, *_: Any) -> Callable[[], Tensor]:
+    """Score finished latents at once, without asking the server of ``reward``."""
+    scores = reward.score(NoisyStates(latents, torch.zeros(len(latents)), rows, latents), encoded)
+    return lambda: scores[:, None]
+
+
+def optimizer_of(module: LightningModule, foreach: bool) -> Optimizer:
+    """Return the module's optimiser; ``foreach`` selects PyTorch's multi-tensor update, which is the default on a GPU.
+
+    Raises:
+        InputError: If the module has no optimiser, or several.
+    """
+    built: Any = module.configure_optimizers()
+    optimizer = built.get("optimizer") if isinstance(built, Mapping) else built
+    if not isinstance(optimizer, Optimizer):
+        raise InputError(f"--estimate knows modules with one optimiser, which {type(module).__name__} has not")
+    for group in optimizer.param_groups:
+        if foreach and group.get("foreach", False) is None and not group.get("fused"):
+            group["foreach"] = True
+    return optimizer
+
+
+def part_costs(module: LightningModule) -> tuple[PartCosts, ...]:
+    """Return the weights by part; a weight shared by several parts counts once."""
+    owners: dict[int, str] = {}
+    for part in module.modules():  # outer ones first
+        name = next((name for kind, name in PARTS.items() if isinstance(part, kind)), None)
+        if name is not None:
+            for weight in (*part.parameters(), *part.buffers()):
+                owners.setdefault(id(weight), name)
+    found, quantized = [], quantized_sizes(module)
+    for name in ("network", *reversed(PARTS.values())):
+        parameters, buffers = (
+            [weight for weight in weights if owners.get(id(weight), "network") == name]
+            for weights in (module.parameters(), module.buffers())
+        )
+        trained = sum(weight.numel() for weight in parameters if weight.requires_grad)
+        size = bytes_of([*parameters, *buffers], quantized)
+        found.append(PartCosts(name, sum(w.numel() for w in parameters), trained, size))
+    return tuple(part for part in found if part.bytes)
+
+
+def quantized_sizes(module: nn.Module) -> dict[int, int]:
+    """Return the size in bytes of each weight that a run would quantise, by the id of its stand-in."""
+    return {id(layer.weight): stored_bytes(layer, kind) for layer, kind in planned_layers(module)}
+
+
+def planned_layers(module: nn.Module) -> Iterator[tuple[Any, str]]:
+    """Yield each layer that a run would quantise, and the kind."""
+    yield from ((layer, getattr(layer, PLANNED)) for layer in module.modules() if hasattr(layer, PLANNED))
+
+
+def multiply_unpacked(layer: nn.Linear, inputs: Tensor) -> Tensor:
+    """Compute a layer as torchao does: with an unpacked copy of its weight, which autograd keeps."""
+    return F.linear(inputs, layer.weight.clone(), layer.bias)
+
+
+def bytes_of(tensors: Iterable[Tensor], quantized: Mapping[int, int] = MappingProxyType({})) -> int:
+    """Return the size of all tensors together in bytes; of those in ``quantized``, by their ids, as given there."""
+    return sum(quantized.get(id(tensor), tensor.nbytes) for tensor in tensors)

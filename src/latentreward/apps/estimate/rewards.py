@@ -1,0 +1,173 @@
+"""Rewards for the estimate of an alignment run: built from stored settings, without reading weights."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from jsonargparse import Namespace
+from torch import Tensor
+
+from latentreward.apps.estimate.sources import ConfigSources
+from latentreward.backbones import DiffusionBackbone
+from latentreward.errors import InputError, errors_at
+from latentreward.heads import RewardHead
+from latentreward.policies import Policy, PolicySource
+from latentreward.rewards import HTTPReward, LatentReward
+from latentreward.rewards.http import RemoteLatentReward, RemoteReward
+from latentreward.rewards.latent import LatentScorer
+from latentreward.scoring.layouts.base import Network, StoredReward
+from latentreward.scoring.layouts.find import checkpoint_of
+from latentreward.scoring.layouts.model_folder import PretrainedReward, is_model_folder
+from latentreward.scoring.layouts.recipe import ModelRecipe, build_head
+from latentreward.scoring.layouts.run import TrainedReward
+from latentreward.settings.rewriting import shipped_configs
+from latentreward.storage.hub import cached_files
+
+OWN = "its own settings"
+"""Origin of the settings of a stored reward, in words."""
+
+
+class Unread(StoredReward):
+    """Stored reward that is built on the meta device from its settings; its weights are never read.
+
+    Args:
+        stored: Reward in a model folder or a run.
+    """
+
+    recipe: ModelRecipe
+
+    def __init__(self, stored: PretrainedReward | TrainedReward) -> None:
+        self.stored, self.recipe = stored, stored.recipe
+
+    def backbone(self) -> DiffusionBackbone:
+        """See :meth:`StoredReward.backbone`."""
+        return self.stored.backbone()
+
+    def head(self, backbone: DiffusionBackbone) -> RewardHead:
+        """See :meth:`StoredReward.head`."""
+        with torch.device("meta"):
+            return build_head(self.recipe.head, backbone.feature_spec)
+
+    def load(self, kind: type[Network]) -> Network:
+        """See :meth:`StoredReward.load`."""
+        with torch.device("meta"):
+            backbone = self.backbone()
+        return kind(backbone, self.head(backbone)).requires_grad_(False).eval()
+
+    def adapter(self, backbone: DiffusionBackbone) -> dict[str, Tensor]:
+        """See :meth:`StoredReward.adapter`."""
+        network = backbone.get_submodule(backbone.network_name)
+        return {name: weight for name, weight in network.named_parameters() if ".lora_" in name}
+
+    def same_base(self, part: str, weights: Any, source: str) -> bool:
+        """Tell whether the reward's settings name ``source`` as their base.
+
+        :meth:`StoredReward.same_base` compares values of the weights; here only the two names are compared.
+        """
+        return source == self.on_meta_device.source
+
+
+class UnreadReward(LatentReward):
+    """Replacement for :class:`LatentReward` in an estimate; built from settings, without reading weights.
+
+    Args:
+        path: See :class:`LatentReward`.
+        usual: Name of the shipped model file to use if nothing is stored at ``path``.
+        usual_base: Pipeline to build that reward on unless ``base`` is given; None takes the one that the file names.
+        kept: Folder of :class:`ConfigSources`, for configs that ship with the package.
+        options: See :class:`LatentReward`.
+    """
+
+    def __init__(self, path: str, usual: str, usual_base: str | None, kept: str, **options: Any) -> None:
+        super().__init__(path, **options)
+        sources = ConfigSources(Path(kept))
+        settings = Namespace(path=path, usual=usual, usual_base=usual_base, **options)
+        self.__dict__["stored"] = find_settings(settings, sources)
+        self._place = ""
+        if sources.used[path] != OWN:
+            self._place = (
+                f"no reward lies at {path} (train it, or give the path of another), and configs/model/{usual}.yaml in "
+                "its place does not fit the policy: "
+            )
+
+    def require_latents_of(self, policy: PolicySource) -> None:
+        """See :meth:`RewardSource.require_latents_of`."""
+        with errors_at(self._place):
+            super().require_latents_of(policy)
+
+    def load(self, policy: Policy) -> LatentScorer:
+        """See :meth:`RewardSource.load`."""
+        with errors_at(self._place):
+            return super().load(policy)
+
+
+class UnaskedReward(HTTPReward):
+    """Replacement for :class:`HTTPReward` in an estimate; asks no server what latents and embeddings it takes."""
+
+    def latent_space(self) -> None:
+        """Return None: the latents are not compared."""
+
+    def load(self, policy: Policy) -> RemoteReward:
+        """See :meth:`RewardSource.load`."""
+        if self.uses_sigmas:
+            return RemoteLatentReward(self, self.schema, policy, {})
+        return super().load(policy)
+
+
+def replace_rewards(settings: Namespace, policy: PolicySource, sources: ConfigSources) -> None:
+    """Replace each :class:`LatentReward` in a module's settings by :class:`UnreadReward`.
+
+    :class:`HTTPReward` is replaced by :class:`UnaskedReward`. ``StepAwareScorer`` loses its file of weights. The
+    settings are changed in place; ``sources`` records where each config was found.
+    """
+    kind = str(settings.get("class_path")).rpartition(".")[2]
+    if kind == "StepAwareScorer":
+        settings.init_args.weights = None
+    if kind == "HTTPReward":
+        settings.class_path = f"{UnaskedReward.__module__}.{UnaskedReward.__qualname__}"
+    if kind == "LatentReward":
+        family = policy.resolve_family()
+        settings.init_args.usual = family.usual_reward
+        settings.init_args.usual_base = policy.source if family.usual_reward_is_own else None
+        find_settings(settings.init_args, sources)
+        settings.init_args.kept = str(sources.folder)
+        settings.class_path = f"{UnreadReward.__module__}.{UnreadReward.__qualname__}"
+        return
+    for value in vars(settings).values():
+        for item in value if isinstance(value, list) else [value]:
+            if isinstance(item, Namespace):
+                replace_rewards(item, policy, sources)
+
+
+def find_settings(reward: Namespace, sources: ConfigSources) -> Unread:
+    """Build a reward from the settings stored at its path, or else from the shipped model file ``reward.usual``."""
+    path, base = reward.path, reward.get("base")
+    place = Path(path) if Path(path).exists() else cached_files(path, reward.get("revision"))
+    trusted = bool(reward.get("trust_remote_code"))
+    sources.used[path] = OWN
+    stored: PretrainedReward | TrainedReward | None = None
+    if place is not None and is_model_folder(place):
+        stored = PretrainedReward(place, base, trusted)
+        stored.check_base_is_here()
+    elif place is not None:
+        with suppress(InputError):  # raised for the layouts of the papers' released files
+            config = reward.get("config")
+            stored = TrainedReward(checkpoint_of(place), config and Path(config), True, base, trusted)
+    if stored is None:
+        name = f"model/{reward.usual}.yaml"
+        shipped = shipped_configs()  # not find_config, which prefers a file of the current folder
+        if name not in shipped:
+            raise InputError(
+                f"path={path!r}: no reward lies there, and the package has no configs/{name} to count in its place; "
+                "train the reward, or give the path of another"
+            )
+        stored = TrainedReward(Path(), shipped[name], base=base or reward.usual_base, trusted=True)
+        head = stored.recipe.head.init_args  # of the text projection only the shape counts, which is the same without
+        head |= dict.fromkeys({"text_projection_source"} & head.keys())
+        sources.used[path] = f"configs/{name}"
+    for part in (stored.recipe.backbone, stored.recipe.head):
+        sources.replace(part.init_args)
+    return Unread(stored)

@@ -1,0 +1,117 @@
+"""Pairs of images on which scorers disagree most, and their pictures for the HTML page of a benchmark."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from latentreward.apps.evaluation.benchmark.results import BenchmarkPairs
+from latentreward.contracts import ImageRef
+from latentreward.data.images import ExifOrientation, ImageError, decode_image
+from latentreward.data.readers import PairReader
+from latentreward.reports import picture_uri
+from latentreward.reports.tables import Row
+
+LONGEST_PROMPT = 400
+"""Most characters of a prompt shown on the page."""
+Pictures = Mapping[tuple[str, int], tuple[Image.Image | None, Image.Image | None]]
+"""(data set and split, row) → the pair's two images, None for an image that cannot be read."""
+
+
+def most_disputed(scored: Sequence[BenchmarkPairs], count: int) -> list[Row]:
+    """Return the pairs on which two scorers disagree most; with one scorer, the pairs on which it errs most.
+
+    A gap g is the score of image a minus that of image b, in units of the scorer's root mean square gap. With several
+    scorers, pairs are ranked by min(max g, −min g) over the scorers, which is positive where two scorers prefer
+    different images. With one scorer, pairs are ranked by its gap in favour of the image that people did not prefer.
+    At most one pair of each prompt group is returned.
+    """
+    gaps, first = np.stack([pairs.gap for pairs in scored]), scored[0]
+    for number, own in enumerate(gaps):
+        finite = own[np.isfinite(own)]
+        typical = np.sqrt(np.mean(np.square(finite))) if len(finite) else 0.0
+        gaps[number] = own / typical if typical > 0 else own
+    if len(scored) == 1:
+        tells = -gaps[0] * np.sign(first.labels - 0.5)
+    else:
+        known = np.nan_to_num(gaps, nan=0.0)
+        tells = np.minimum(known.max(axis=0), -known.min(axis=0))
+    tells = np.nan_to_num(tells, nan=0.0)
+    rows: dict[str, int] = {}
+    for row in np.argsort(-tells, kind="stable").tolist():
+        if len(rows) == count or tells[row] <= 0:
+            break
+        rows.setdefault(first.groups[row], row)
+    return [_disagreement(scored, gaps, row) for row in rows.values()]
+
+
+def _disagreement(scored: Sequence[BenchmarkPairs], gaps: np.ndarray, row: int) -> Row:
+    first = scored[0]
+    label = float(first.labels[row])
+    finite = [(number, pairs) for number, pairs in enumerate(scored) if np.isfinite(gaps[number, row])]
+    return {
+        "benchmark": first.benchmark,
+        "row": row,
+        "pair_id": first.pair_ids[row],
+        "prompt": first.prompts[row],
+        "label": None if np.isnan(label) else label,
+        "scores": {pairs.scorer: (float(pairs.first[row]), float(pairs.second[row])) for _, pairs in finite},
+        "gaps": {pairs.scorer: float(gaps[number, row]) for number, pairs in finite},
+    }
+
+
+def disagreement_pictures(telling: Iterable[Row], readers: Mapping[str, PairReader]) -> Pictures:
+    """Read the images of pairs; ``readers`` are those of data sets and splits."""
+    pictures = {}
+    for row in telling:
+        reader = readers[row["benchmark"]]
+        pair = reader[row["row"]]
+        pictures[row["benchmark"], row["row"]] = _decode(pair.image_a, reader.exif), _decode(pair.image_b, reader.exif)
+    return pictures
+
+
+def disagreement_card(pair: Row, pictures: Pictures) -> dict[str, Any]:
+    """Return the values of a pair's card: images, prompt, people's choice, and scores and gap of each model."""
+    label = 0.5 if pair["label"] is None else pair["label"]
+    sides = zip(("Left", "Right"), pictures.get((pair["benchmark"], pair["row"]), (None, None)), (1, -1), strict=True)
+    prompt = pair["prompt"]
+    return {
+        "pair_id": pair["pair_id"],
+        "prompt": f"{prompt[:LONGEST_PROMPT]}…" if len(prompt) > LONGEST_PROMPT else prompt,
+        "people": preferred(pair["label"]),
+        "pictures": [
+            {
+                "uri": None if image is None else picture_uri(image),
+                "alt": f"{side} image of the pair, for the prompt below",
+                "chosen": (label - 0.5) * sign > 0,
+            }
+            for side, image, sign in sides
+        ],
+        "rows": [
+            {
+                "scorer": scorer,
+                "scores": [f"{score:.4g}" for score in pair["scores"][scorer]],
+                "gap": f"{gap:+.2f}",
+                "right": None if label == 0.5 else bool(gap * (label - 0.5) > 0),
+            }
+            for scorer, gap in pair["gaps"].items()
+        ],
+    }
+
+
+def preferred(label: float | None) -> str:
+    """Return in words which image people preferred; ``label`` is the probability of the left image."""
+    if label is None:
+        return "no label"
+    if label == 0.5:
+        return "tie"
+    side = "left" if label > 0.5 else "right"
+    return side if label in (0, 1) else f"{side} ({max(label, 1 - label):.0%})"
+
+
+def _decode(image: ImageRef, exif: ExifOrientation) -> Image.Image | None:
+    try:
+        return decode_image(image, exif=exif)
+    except ImageError:
+        return None

@@ -1,0 +1,276 @@
+"""Computation of everything that a report shows from the tables of scores."""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import combinations, permutations
+from typing import Any
+
+import numpy as np
+import torch
+
+from latentreward.apps.evaluation.benchmark.base import SUBGROUP_COLUMNS, Evaluation
+from latentreward.apps.evaluation.benchmark.disagreements import most_disputed
+from latentreward.apps.evaluation.benchmark.noise_columns import NoiseColumns
+from latentreward.apps.evaluation.benchmark.protocols import Judgement, judge
+from latentreward.apps.evaluation.benchmark.published_numbers import AVERAGE, FOUR_BENCHMARKS, published_for
+from latentreward.apps.evaluation.benchmark.results import BenchmarkPairs, BenchmarkReport
+from latentreward.apps.evaluation.benchmark.scoring import BenchmarkScores, data_counts, table_timesteps
+from latentreward.errors import InputError
+from latentreward.metrics.bootstrap import (
+    Interval,
+    clustered_accuracy,
+    clustered_interval,
+    clustered_mean,
+    group_sums,
+    ratio_difference,
+)
+from latentreward.metrics.calibration import PairCalibration, bin_by_confidence, fit_temperature, two_folds
+from latentreward.metrics.rank_correlation import clustered_correlation, same_order
+from latentreward.reports.tables import Row
+from latentreward.scorers import Scorer
+from latentreward.scorers.fingerprints import public_identity
+
+LOOKED_INTO = (
+    "imagereward/micro",
+    "hpdv2/macro",
+    "hpdv3",
+    "pickapic/strict",
+    "genai_bench_tiger/no_tie",
+    "genai_bench_cmu",
+    "pairs/strict",
+)
+"""Protocols for which differences, sub-groups, noise levels and calibration are computed: one of each data set."""
+
+
+def evaluate(scored: Sequence[BenchmarkScores], shown: int) -> BenchmarkReport:
+    """Compute the report on scored benchmarks, with at most ``shown`` pairs of each split in ``telling``."""
+    report = BenchmarkReport({scorer.name: public_identity(scorer) for scorer in scored[0].scorers})
+    for scores in scored:
+        evaluations = scores.benchmark.evaluations
+        report.protocols += [_protocol(scores, one, scorer) for one in evaluations for scorer in scores.scorers]
+        published = published_for(scores.benchmark.protocols)
+        report.published += [number for number in published if number not in report.published]
+        for split, reader in scores.benchmark.readers().items():
+            table = scores.tables[split, scores.scorers[0].name].table
+            report.data[f"{scores.benchmark.name} {split}"] = data_counts(table, reader)
+        for evaluation in evaluations:
+            if evaluation.protocol in LOOKED_INTO:
+                _look_into(report, scores, evaluation, shown)
+    add_averages(report)
+    return report
+
+
+def _protocol(scores: BenchmarkScores, evaluation: Evaluation, scorer: Scorer) -> Row:
+    """Compute a protocol's result; of a latent reward also the numbers of its axes and of other draws of noise."""
+    result, details = scores.judge(evaluation, scorer).result(), dict[str, Any]()
+
+    def value(column: str) -> float:
+        return scores.judge(evaluation, scorer, column).value
+
+    if isinstance(scorer, NoiseColumns) and scorer.axis_columns:
+        details["axes"] = {axis: value(column) for axis, column in scorer.axis_columns.items()}
+    if isinstance(scorer, NoiseColumns) and scorer.draws > 1:
+        values = [result["estimate"].value, *map(value, scorer.draw_columns)]
+        draws = {"values": values, "number": len(values), "mean": np.mean(values), "sd": np.std(values, ddof=1)}
+        details["draws"] = draws
+    return {**result, "details": {**result["details"], **details}}
+
+
+def _look_into(report: BenchmarkReport, scores: BenchmarkScores, evaluation: Evaluation, shown: int) -> None:
+    """Add to the report what is computed for one protocol of a data set only."""
+    protocol = evaluation.protocol
+    judged = [scores.judge(evaluation, scorer) for scorer in scores.scorers]
+    pairs = [one.pairs for one in judged]
+    identities = {scorer.name: scorer.identity() for scorer in scores.scorers}
+    agreement = [agreement_result(*both) for both in combinations(pairs, 2)]
+    report.differences += [paired_difference(*both) for both in combinations(judged, 2)]
+    report.subgroups += [row for one in judged for row in subgroup_results(one)]
+    for scorer in scores.scorers:
+        if isinstance(scorer, NoiseColumns) and scorer.levels:
+            timesteps = table_timesteps(scores.tables[evaluation.split, scorer.name].table)
+            columns = (scores.pairs(evaluation.split, scorer, column) for column in scorer.level_columns)
+            report.levels += level_results(protocol, zip(scorer.levels, timesteps, columns, strict=True))
+    report.calibration += [calibration_result(protocol, one) for one in pairs]
+    report.agreement += agreement
+    report.correlations += [row for result in agreement for row in correlation_results(result, identities)]
+    report.telling += most_disputed(pairs, shown)
+
+
+def subgroup_results(judgement: Judgement) -> list[Row]:
+    """Compute the protocol's number on each sub-group with counted pairs, larger sub-groups of a column first.
+
+    A pair whose value of a column has several lines belongs to the sub-group of each line.
+    """
+    results, pairs = list[Row](), judgement.pairs
+    for column in SUBGROUP_COLUMNS:
+        members: dict[str, list[int]] = {}
+        for row, value in enumerate(pairs.columns.get(column, ())):
+            for line in value.split("\n") if value else ():
+                members.setdefault(line, []).append(row)
+        found = []
+        for value, rows in members.items():
+            credit = np.full(len(judgement.credit), np.nan)
+            credit[rows] = judgement.credit[rows]
+            if number := int((~np.isnan(credit)).sum()):
+                group = {"protocol": judgement.protocol, "scorer": pairs.scorer, "column": column, "value": value}
+                estimate = clustered_accuracy(judgement.sums(credit))
+                found.append(
+                    {**group, "pairs": number, "estimate": estimate, "split": pairs.split, "benchmark": pairs.benchmark}
+                )
+        results += sorted(found, key=lambda row: (-row["pairs"], row["value"]))
+    return results
+
+
+def paired_difference(first: Judgement, second: Judgement) -> Row:
+    """Compute the difference of two scorers on the pairs that count for both, with the interval of the difference.
+
+    Raises:
+        InputError: If the two scorers scored different pairs.
+    """
+    pairs, others = first.pairs, second.pairs
+    if pairs.pair_ids != others.pair_ids:
+        raise InputError(f"{pairs.scorer} and {others.scorer} scored other pairs; score both on the same split")
+    both = ~np.isnan(first.credit) & ~np.isnan(second.credit)
+    sums = np.concatenate([first.sums(np.where(both, item.credit, np.nan)) for item in (first, second)], axis=1)
+    estimate = clustered_interval(sums, ratio_difference)
+    compared = {"protocol": first.protocol, "first": pairs.scorer, "second": others.scorer, "pairs": int(both.sum())}
+    return compared | {"estimate": estimate, "split": pairs.split, "benchmark": pairs.benchmark}
+
+
+def level_results(key: str, levels: Iterable[tuple[float, float, BenchmarkPairs]]) -> list[Row]:
+    """Compute the protocol's number at each noise level: σ in [0, 1], timestep, and the pairs scored there."""
+    results: list[Row] = []
+    for sigma, timestep, pairs in levels:
+        judgement = judge(key, pairs)
+        estimate = clustered_accuracy(judgement.sums(judgement.credit))
+        level = {"protocol": key, "scorer": pairs.scorer, "sigma": sigma, "timestep": timestep}
+        results.append(level | {"estimate": estimate, "benchmark": pairs.benchmark})
+    return results
+
+
+BINS = 10
+
+
+def calibration_result(key: str, pairs: BenchmarkPairs) -> Row:
+    """Compute the expected calibration error over all pairs with a label and two scores, ties included.
+
+    The prompt groups are cut into two halves. The temperature for one half is fitted on the other half by maximum
+    likelihood, so the error is measured on unseen prompts. Bins and error are those of
+    :class:`~latentreward.metrics.calibration.PairCalibration`. The interval resamples prompt groups and does not refit
+    the temperatures; it is centred on the error, because resampling inflates the error. With finitely many pairs the
+    error is positive even for a calibrated scorer.
+    """
+    known = ~(np.isnan(pairs.labels) | np.isnan(pairs.first) | np.isnan(pairs.second))
+    gap, label = pairs.gap[known], pairs.labels[known]
+    groups = pairs.group_codes[known]
+    probability = torch.from_numpy(cross_fitted_probability(gap, label, groups))
+    metric = PairCalibration(BINS)
+    metric.update(probability, torch.from_numpy(label))
+    index, confidence, outcome = bin_by_confidence(probability, torch.from_numpy(label), BINS)
+    columns = [np.where(index.numpy() == b, (outcome - confidence).double().numpy(), 0) for b in range(BINS)]
+    sums = group_sums(groups, np.ones(len(gap)), *columns)
+    error = clustered_interval(sums, lambda sums: np.abs(sums[..., 1:]).sum(-1) / sums[..., 0], centred=True)
+    curve = zip(*(values.tolist() for values in metric.curve()), strict=True)
+    return {
+        "protocol": key,
+        "scorer": pairs.scorer,
+        "temperature": fit_temperature(gap, label),
+        "error": error._replace(low=max(error.low, 0.0)),
+        "curve": [(int(count), mean, share) for count, mean, share in curve if count],
+        "benchmark": pairs.benchmark,
+    }
+
+
+def cross_fitted_probability(gap: np.ndarray, label: np.ndarray, groups: np.ndarray) -> np.ndarray:
+    """Return the ``(N,)`` probability that image a wins; each half of the groups uses the other half's temperature."""
+    second_half, probability = two_folds(groups), np.full(len(gap), 0.5)
+    for half in (False, True):
+        rows = second_half == half
+        temperature = fit_temperature(gap[~rows], label[~rows])
+        probability[rows] = 0.5 + 0.5 * np.tanh(gap[rows] / (2 * temperature))
+    return probability
+
+
+REFERENCES = {"CLIPScorer": "clip_corr", "AestheticScorer": "aes_corr"}
+"""Class name of a scorer → prefix of the names under which agreement with that scorer is reported."""
+
+
+def agreement_result(pairs: BenchmarkPairs, others: BenchmarkPairs) -> Row:
+    """Compute the share of pairs with score gaps of the same sign, and the correlations of the scores of all images.
+
+    Labels are not used. If the pairs have image keys, an image that recurs with the same prompt counts once in the
+    correlations, in the prompt group of the first pair that contains it.
+
+    Raises:
+        InputError: If the two scorers scored different pairs.
+    """
+    if pairs.pair_ids != others.pair_ids:
+        raise InputError(f"{pairs.scorer} and {others.scorer} scored other pairs; score both on the same split")
+    alike = same_order(pairs.gap, others.gap)
+    rows = _distinct_images(pairs)
+    x, y = (np.concatenate([item.first, item.second])[rows] for item in (pairs, others))
+    groups = np.tile(pairs.group_codes, 2)[rows]
+    return {
+        "benchmark": pairs.benchmark,
+        "first": pairs.scorer,
+        "second": others.scorer,
+        "pairs": int((~np.isnan(alike)).sum()),
+        "pair": clustered_mean(alike, pairs.group_codes),
+        "spearman": clustered_correlation(x, y, groups, "spearman"),
+        "pearson": clustered_correlation(x, y, groups, "pearson"),
+    }
+
+
+def correlation_results(result: Row, identities: Mapping[str, str]) -> list[Row]:
+    """Return CLIP-Corr and Aes-Corr of a reward; the list is empty if neither scorer is one of ``REFERENCES``.
+
+    The LRM paper (arXiv:2502.01051) names both numbers without defining them. The three variants here are our own and
+    cannot be compared with the paper's figures. Closest to the paper are the split ``validation_unique`` of Pick-a-Pic
+    and an LRM at timestep 1.
+    """
+    found: list[Row] = []
+    for scorer, reference in permutations((result["first"], result["second"])):
+        stem = REFERENCES.get(identities[reference].split(" ")[0])
+        for kind in ("pearson", "spearman", "pair") if stem else ():
+            named = {"name": f"{stem}_{kind}", "scorer": scorer, "reference": reference}
+            found.append({"benchmark": result["benchmark"], **named, "estimate": result[kind]})
+    return found
+
+
+def _distinct_images(pairs: BenchmarkPairs) -> np.ndarray:
+    """Return the index of the first occurrence of every (image, prompt), in all images a followed by all images b."""
+    total = 2 * len(pairs.pair_ids)
+    keys = pairs.first_images + pairs.second_images
+    if len(keys) != total:
+        return np.arange(total)
+    seen: dict[tuple[str, str], int] = {}
+    for index, item in enumerate(zip(keys, pairs.prompts * 2, strict=True)):
+        seen.setdefault(item, index)
+    return np.fromiter(seen.values(), dtype=np.int64)
+
+
+def add_averages(report: BenchmarkReport) -> None:
+    """Add the mean accuracy of every scorer that was evaluated on all four benchmarks, and published ones beside it."""
+    report.averages += _averages(report)
+    if report.averages:
+        report.published += published_for((AVERAGE,))
+
+
+def _averages(report: BenchmarkReport) -> Iterator[Row]:
+    """Yield unweighted means of four accuracies.
+
+    Intervals assume that the four accuracies are independent: the squared distances of their ends from the accuracies
+    are added.
+    """
+    for scorer in report.scorers:
+        found = [
+            row["estimate"]
+            for row in report.protocols
+            if row["scorer"] == scorer and FOUR_BENCHMARKS.get(row["benchmark"]) == row["protocol"]
+        ]
+        if len(found) == len(FOUR_BENCHMARKS):
+            values, lows, highs = np.array([one[:3] for one in found]).T
+            groups = min((one.groups for one in found if one.groups is not None), default=None)
+            value = values.mean()
+            below, above = (np.linalg.norm(ends - values) / len(found) for ends in (lows, highs))
+            estimate = Interval(float(value), float(value - below), float(value + above), groups)
+            yield {"scorer": scorer, "estimate": estimate}

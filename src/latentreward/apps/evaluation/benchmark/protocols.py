@@ -1,0 +1,328 @@
+"""Evaluation protocols: rules that turn pairs of scores into a benchmark's number; each treats ties in its own way.
+
+A protocol gives every pair a credit in [0, 1] or leaves the pair out. The protocol's number is the mean credit over
+pairs (micro), or the mean over prompt groups of the mean credit within a group (macro). Intervals resample prompt
+groups and do not refit a protocol's thresholds. Pairs with an unreadable image or without a label are left out and
+counted by reason; PickScore's protocol counts pairs without a label. In no protocol does a constant score win: each
+``summary`` says how equal scores count.
+"""
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from latentreward.apps.evaluation.benchmark.results import BenchmarkPairs
+from latentreward.errors import InputError, did_you_mean
+from latentreward.metrics.bootstrap import clustered_accuracy, group_sums, ratio
+from latentreward.metrics.calibration import fit_temperature, two_folds
+from latentreward.reports.tables import Row
+
+NO_SCORE, NO_LABEL, TIE, NO_VOTE = "no score", "no label", "tie", "no vote"
+THRESHOLDS = np.arange(11) / 10
+VOTES = ("leftvote", "rightvote", "tievote", "bothbad_vote")
+LEFT, RIGHT, GOOD, BAD = range(4)
+GAP_QUANTILES = np.linspace(0, 1, 101)
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """Judgement of a protocol on every pair of one scorer.
+
+    Attributes:
+        protocol: Key of the protocol in :data:`PROTOCOLS`.
+        pairs: N pairs.
+        credit: ``(N,)`` in [0, 1]; NaN for a pair that does not count.
+        excluded: Reason → number of pairs that do not count.
+        details: Further results of the protocol, e.g. a fitted threshold.
+    """
+
+    protocol: str
+    pairs: BenchmarkPairs
+    credit: np.ndarray
+    excluded: dict[str, int]
+    details: dict[str, Any]
+
+    @property
+    def value(self) -> float:
+        """The protocol's number, without its interval."""
+        return float(ratio(self.sums(self.credit).sum(axis=0)))
+
+    def sums(self, credit: np.ndarray) -> np.ndarray:
+        """Return :func:`credit_sums` by this protocol of a ``credit`` ``(N,)`` of the same pairs."""
+        return credit_sums(self.pairs, credit, PROTOCOLS[self.protocol].macro)
+
+    def result(self) -> Row:
+        """Compute a row of :attr:`BenchmarkReport.protocols`."""
+        counted, sums = ~np.isnan(self.credit), self.sums(self.credit)
+        return {
+            "protocol": self.protocol,
+            "scorer": self.pairs.scorer,
+            "estimate": clustered_accuracy(sums),
+            "pairs": int(counted.sum()),
+            "groups": len(sums),
+            "equal_scores": int((self.pairs.first == self.pairs.second)[counted].sum()),
+            "excluded": self.excluded,
+            "details": self.details,
+            "split": self.pairs.split,
+            "benchmark": self.pairs.benchmark,
+        }
+
+
+Credit = tuple[np.ndarray, np.ndarray, dict[str, Any]]
+"""``(N,)`` credit, ``(N,)`` reasons of :func:`leave_out`, and details."""
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """Rule of evaluation.
+
+    Attributes:
+        summary: One line for reports: which pairs count, how labelled ties and equal scores count, whose code the
+            protocol follows.
+        judge: Function ``(pairs, fitting)`` that returns credit, reasons and details.
+        macro: Whether all prompt groups have the same weight; otherwise all pairs have the same weight.
+        fitting_split: Name of the split on which the protocol fits a threshold; None if it fits none there.
+    """
+
+    summary: str
+    judge: Callable[[BenchmarkPairs, BenchmarkPairs | None], Credit]
+    macro: bool = False
+    fitting_split: str | None = None
+
+
+def judge(key: str, pairs: BenchmarkPairs, fitting: BenchmarkPairs | None = None) -> Judgement:
+    """Judge every pair by a protocol; ``fitting`` are the scorer's pairs of the protocol's ``fitting_split``.
+
+    Raises:
+        InputError: If there is no such protocol, or the protocol needs ``fitting`` and it is None.
+    """
+    if key not in PROTOCOLS:
+        raise InputError(f"protocol {key!r} is not known{did_you_mean(key, PROTOCOLS)}")
+    protocol = PROTOCOLS[key]
+    if protocol.fitting_split and fitting is None:
+        raise InputError(
+            f"protocol {key} fits a threshold on {protocol.fitting_split}; score that split as well, or leave {key} out"
+        )
+    credit, reasons, details = protocol.judge(pairs, fitting)
+    counted = reasons == ""
+    excluded = Counter(reasons[~counted].tolist())
+    return Judgement(key, pairs, np.where(counted, credit, np.nan), dict(excluded.most_common()), details)
+
+
+def credit_sums(pairs: BenchmarkPairs, credit: np.ndarray, macro: bool) -> np.ndarray:
+    """Return ``(groups, 2)``: sums of credit and weight of each prompt group that has a pair that counts.
+
+    The protocol's number is the credit of all groups divided by the weight of all groups. ``macro`` is that of
+    :class:`Protocol`.
+    """
+    counted = ~np.isnan(credit)
+    sums = group_sums(pairs.group_codes[counted], credit[counted], np.ones(int(counted.sum())))
+    return sums / sums[:, 1:] if macro else sums
+
+
+def leave_out(pairs: BenchmarkPairs, *rules: tuple[str, np.ndarray]) -> np.ndarray:
+    """Return ``(N,)`` reasons why pairs do not count; the reason is empty for a pair that counts.
+
+    A pair that lacks a score never counts; ``columns["problem"]`` holds the reason. A rule is a reason and ``(N,)``
+    bool of the pairs to leave out; of several reasons for a pair the first is kept.
+    """
+    unscored = np.isnan(pairs.first) | np.isnan(pairs.second)
+    problems = pairs.columns.get("problem", (None,) * len(unscored))
+    reasons = np.array([problem or NO_SCORE for problem in problems], dtype=object)
+    reasons[~unscored] = ""
+    for reason, rows in rules:
+        reasons[rows & (reasons == "")] = reason
+    return reasons
+
+
+def judge_strict(pairs: BenchmarkPairs, _: BenchmarkPairs | None = None) -> Credit:
+    """Give credit 1 if the preferred image scores higher, else 0; pairs labelled as ties are left out."""
+    reasons = leave_out(pairs, (NO_LABEL, np.isnan(pairs.labels)), (TIE, pairs.labels == 0.5))
+    return _agreement(pairs) > 0, reasons, {}
+
+
+def judge_soft(pairs: BenchmarkPairs, _: BenchmarkPairs | None = None) -> Credit:
+    """Give the label of the image that scores higher as credit: ½ for a labelled tie; equal scores get 0."""
+    reasons = leave_out(pairs, (NO_LABEL, np.isnan(pairs.labels)))
+    chosen = np.where(pairs.first > pairs.second, pairs.labels, 1 - pairs.labels)
+    return np.where(pairs.first == pairs.second, 0, chosen), reasons, {}
+
+
+def judge_inversions(pairs: BenchmarkPairs, _: BenchmarkPairs | None = None) -> Credit:
+    """Give credit 0 if label and scores order the two images in opposite ways, else 1; equal scores get ½.
+
+    A labelled tie gets 1 with any scores, equal ones included. HPSv2 orders images by argsort, which leaves the order
+    of equal scores to chance; ½ is the expected credit. MPS counts equal scores as right, so that a constant score
+    would always be right; ``equal_scores_agree`` in the details is the protocol's number by MPS's rule.
+    """
+    reasons = leave_out(pairs, (NO_LABEL, np.isnan(pairs.labels)))
+    agreeing = _agreement(pairs) >= 0
+    by_chance = (pairs.first == pairs.second) & (pairs.labels != 0.5)
+    sums = credit_sums(pairs, np.where(reasons == "", agreeing, np.nan), macro=True)
+    details = {"equal_scores_agree": float(ratio(sums.sum(axis=0)))}
+    return np.where(by_chance, 0.5, agreeing), reasons, details
+
+
+def _agreement(pairs: BenchmarkPairs) -> np.ndarray:
+    """Return 1 where label and scores order two images alike, -1 where opposite, 0 where either one is a tie."""
+    return np.sign(pairs.gap) * np.sign(pairs.labels - 0.5)
+
+
+def judge_pickscore(pairs: BenchmarkPairs, fitting: BenchmarkPairs | None) -> Credit:
+    r"""Judge by the evaluation of PickScore's released code (arXiv:2305.01569).
+
+    With :math:`p = \mathrm{softmax}(s / T)` of a pair's two scores, the answer is a tie where
+    :math:`|p_0 - p_1| \le \theta`, else the image with the higher score. An answer gets credit 1 if it equals the
+    people's answer, ½ if exactly one of the two answers is a tie, else 0. The threshold θ is the first of 0, 0.1, … 1
+    with the highest mean credit on the fitting split. All rows count, as in the released code: ``label_0`` = ½ means a
+    tie, 1 the first image, and any other value, null included, the second image.
+
+    The details are ``threshold``, ``temperature``, ``credit_by_threshold`` (on the fitting split) and
+    ``credit_without_threshold`` (on the evaluated split).
+
+    Args:
+        pairs: Scored pairs of the split that is evaluated. ``columns["label_0"]`` holds the published labels; without
+            that column ``labels`` are used. ``temperature`` is T: 1 for scores that are logits, such as PickScore's;
+            None fits T on the fitting split.
+        fitting: Scored pairs of the fitting split.
+    """
+    assert fitting is not None
+    fitted = ~np.isnan(fitting.gap)
+    temperature = pairs.temperature
+    if temperature is None:
+        temperature = fit_temperature(fitting.gap[fitted], fitting.labels[fitted])
+    curve = (
+        [float(credit_at(fitting, temperature, theta)[fitted].mean()) for theta in THRESHOLDS] if fitted.any() else []
+    )
+    threshold = float(THRESHOLDS[int(np.argmax(curve))]) if curve else 0.0
+    scored = ~np.isnan(pairs.gap)
+    plain = credit_at(pairs, temperature, 0.0)[scored]
+    details = {
+        "threshold": threshold,
+        "temperature": temperature,
+        "credit_by_threshold": curve,
+        "credit_without_threshold": float(plain.mean()) if len(plain) else float("nan"),
+    }
+    return credit_at(pairs, temperature, threshold), leave_out(pairs), details
+
+
+def credit_at(pairs: BenchmarkPairs, temperature: float, threshold: float) -> np.ndarray:
+    """Return the ``(N,)`` credit with a given temperature and threshold; an answer is 1, 0 (tie) or -1."""
+    with np.errstate(invalid="ignore"):
+        lead = np.tanh(pairs.gap / (2 * temperature))  # p0 - p1
+        answer = np.where(np.abs(lead) <= threshold, 0, np.sign(lead))
+    published = pairs.columns.get("label_0")
+    labels = pairs.labels if published is None else np.array([np.nan if x is None else float(x) for x in published])
+    people = np.where(labels == 0.5, 0, np.where(labels == 1, 1, -1))
+    return np.where(answer == people, 1.0, np.where((answer == 0) | (people == 0), 0.5, 0.0))
+
+
+def judge_four_way(pairs: BenchmarkPairs, _: BenchmarkPairs | None = None) -> Credit:
+    r"""Judge by the four classes of GenAI-Bench's leaderboard (arXiv:2406.04485).
+
+    The leaderboard evaluates models that answer in words and publishes no rule for scores, so this rule is ours. With
+    gap :math:`d = s_a - s_b` and mean :math:`m = (s_a + s_b)/2`, the answer is left where :math:`d > \tau`, right where
+    :math:`d < -\tau`, and otherwise both good where :math:`m > \mu`, both bad elsewhere. The prompt groups are cut into
+    two halves; the thresholds τ ≥ 0 and μ for one half maximise the share of right answers on the other half, so no
+    threshold is fitted on a pair that it judges. Candidates for τ are 0 and the percentiles of |d|, candidates for μ
+    the midpoints between neighbouring means; among equally good candidates the smallest τ is taken, then the smallest
+    μ. One μ for all prompts assumes that scores are comparable across prompts.
+
+    The details are ``thresholds`` (τ, μ) of each half, ``votes`` (number of each kind), and ``most_frequent`` (share of
+    the most frequent vote, which a constant answer would reach).
+    """
+    votes = np.array(pairs.columns.get("vote", (None,) * len(pairs.pair_ids)), dtype=object)
+    reasons = leave_out(pairs, (NO_VOTE, ~np.isin(votes, VOTES)))
+    counted = reasons == ""
+    gap, mean = pairs.gap, (pairs.first + pairs.second) / 2
+    classes = np.array([VOTES.index(vote) if vote in VOTES else -1 for vote in votes.tolist()], dtype=np.int64)
+    credit, thresholds = np.zeros(len(gap)), []
+    second_half = two_folds(pairs.group_codes)
+    for half in (False, True):
+        rows, others = counted & (second_half == half), counted & (second_half != half)
+        tau, mu = fit_thresholds(gap[others], mean[others], classes[others])
+        credit[rows] = answers(gap[rows], mean[rows], tau, mu) == classes[rows]
+        thresholds.append((tau, mu))
+    counts = np.bincount(classes[counted], minlength=len(VOTES))
+    details = {
+        "thresholds": thresholds,
+        "votes": dict(zip(VOTES, counts.tolist(), strict=True)),
+        "most_frequent": float(counts.max() / counts.sum()) if counts.any() else float("nan"),
+    }
+    return credit, reasons, details
+
+
+def answers(gap: np.ndarray, mean: np.ndarray, tau: float, mu: float) -> np.ndarray:
+    """Return the ``(N,)`` index in ``VOTES`` of the answer to each pair."""
+    return np.where(gap > tau, LEFT, np.where(gap < -tau, RIGHT, np.where(mean > mu, GOOD, BAD)))
+
+
+def fit_thresholds(gap: np.ndarray, mean: np.ndarray, classes: np.ndarray) -> tuple[float, float]:
+    """Return the thresholds τ and μ that give the most right answers; 0 and -inf without pairs."""
+    if not len(gap):
+        return 0.0, -np.inf
+    order = np.argsort(mean, kind="stable")
+    gap, mean, classes = gap[order], mean[order], classes[order]
+    cuts = np.concatenate([[-np.inf], (mean[1:] + mean[:-1]) / 2, [np.inf]])
+    possible = np.concatenate([[True], mean[1:] > mean[:-1], [True]])
+    best = (-1.0, 0.0, -np.inf)
+    for tau in np.unique([0.0, *np.quantile(np.abs(gap), GAP_QUANTILES)]):
+        even = np.abs(gap) <= tau
+        decided = ((gap > tau) & (classes == LEFT)) | ((gap < -tau) & (classes == RIGHT))
+        bad_below = np.concatenate([[0], np.cumsum(even & (classes == BAD))])
+        good_below = np.concatenate([[0], np.cumsum(even & (classes == GOOD))])
+        right = np.where(possible, bad_below + good_below[-1] - good_below, -1)
+        cut = int(np.argmax(right))
+        if (hits := float(decided.sum() + right[cut])) > best[0]:
+            best = (hits, float(tau), float(cuts[cut]))
+    return best[1], best[2]
+
+
+WRONG = "equal scores are wrong"
+PROTOCOLS = {
+    "imagereward/micro": Protocol(
+        f"share of all pairs of different rank; {WRONG} (ImageReward's test.py, MPS, HPSv3)",
+        judge_strict,
+    ),
+    "imagereward/macro": Protocol(
+        f"mean over prompts of the share of pairs of different rank; {WRONG} (HPSv2's evaluate)",
+        judge_strict,
+        macro=True,
+    ),
+    "hpdv2/macro": Protocol(
+        "mean over prompts of 1 - inversions / pairs; a labelled tie counts as right, equal scores count one half "
+        "(HPSv2's evaluate, whose argsort orders equal scores by chance)",
+        judge_inversions,
+        macro=True,
+    ),
+    "hpdv2/micro": Protocol(f"share of all pairs of different rank; {WRONG}", judge_strict),
+    "hpdv3": Protocol(f"share of all rows; {WRONG} (HPSv3's evaluate.py)", judge_strict),
+    "pickapic/pickscore": Protocol(
+        "mean credit of the answers left, right or tie; the answer is a tie where |p0 - p1| is within a threshold "
+        "fitted on validation_unique; credit ½ if either the answer or the label, not both, is a tie; equal scores are "
+        "a tie (PickScore's evaluation)",
+        judge_pickscore,
+        fitting_split="validation_unique",
+    ),
+    "pickapic/lrm": Protocol(
+        "mean label of the image that scores higher, ½ for a labelled tie; equal scores get nothing (LRM's evaluation)",
+        judge_soft,
+    ),
+    "pickapic/strict": Protocol(f"share of pairs without ties; {WRONG} (SPO)", judge_strict),
+    "genai_bench_tiger/no_tie": Protocol(f"share of left and right votes; {WRONG} (UnifiedReward)", judge_strict),
+    "genai_bench_tiger/4way": Protocol(
+        "share of votes (left, right, both good, both bad) that are predicted from gap and mean of two scores, with "
+        "cross-fitted thresholds; the leaderboard publishes no rule for scores, so this rule is ours",
+        judge_four_way,
+    ),
+    "genai_bench_cmu": Protocol(
+        f"share of all pairs of a prompt's images whose mean ratings differ; {WRONG}",
+        judge_strict,
+    ),
+    "pairs/strict": Protocol(f"share of pairs without ties whose likelier image scores higher; {WRONG}", judge_strict),
+    "pairs/soft": Protocol("mean label of the image that scores higher; equal scores get nothing", judge_soft),
+}
+"""Key of a protocol → protocol."""

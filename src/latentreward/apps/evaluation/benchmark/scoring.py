@@ -1,0 +1,202 @@
+"""Scoring of the pairs of all splits into one table per split and scorer.
+
+A stopped run resumes, and finished tables are reused.
+"""
+
+import json
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from latentreward.apps.evaluation.benchmark.base import Benchmark, Evaluation
+from latentreward.apps.evaluation.benchmark.noise_columns import NoiseColumns
+from latentreward.apps.evaluation.benchmark.protocols import Judgement, judge
+from latentreward.apps.evaluation.benchmark.results import BenchmarkPairs
+from latentreward.data.readers import PairReader
+from latentreward.scorers import ImageScorer, Scorer
+from latentreward.scorers.fingerprints import scorer_fingerprints
+from latentreward.scorers.pair_scoring import PairScoring, require_images
+from latentreward.storage.part_tables import PartFiles
+from latentreward.storage.progress import Progress
+
+TIMESTEPS = b"timesteps"
+
+
+@dataclass
+class SplitScores:
+    """Table with the scores of one split by one scorer.
+
+    The constructor reads no image and loads no model, but refuses an existing table that was made with other files of
+    the scorer, or with other pairs, labels or prompts. Contents of images are not compared, because archives may hold
+    millions of them: delete the table if images were replaced under the same names.
+
+    Args:
+        folder: Folder of the split's tables, one per scorer.
+        reader: Reader of the split.
+        scorer: Scorer of the pairs.
+        limit: Number of pairs to score at the start of the split; None scores all. A later run without a limit keeps
+            the scores and adds those of the other pairs.
+        flush_every: Pairs per part of the table; a killed process loses at most one part.
+        decode_threads: Threads that decode images ahead of the scorer.
+
+    Attributes:
+        seconds: Seconds that this process spent, by model and on reading.
+
+    Raises:
+        InputError: If the table belongs to other pairs or another scorer, or is being written by another process.
+    """
+
+    folder: Path
+    reader: PairReader
+    scorer: Scorer
+    limit: int | None = None
+    flush_every: int = 256
+    decode_threads: int = 4
+
+    def __post_init__(self) -> None:
+        self._scoring = PairScoring(self.reader, [self.scorer], self.decode_threads)
+        self.seconds: Mapping[str, float] = self._scoring.seconds
+        self.folder.mkdir(parents=True, exist_ok=True)
+        output = self.folder / f"{self.scorer.name}.parquet"
+        spec = {**self._scoring.spec(), "files": scorer_fingerprints(self.scorer)}
+        self._files = PartFiles(output, spec, len(self.reader))
+        self.rows = len(self.reader) if self.limit is None else min(self.limit, len(self.reader))
+        with self._files as files:
+            self.missing = sum(map(len, self._missing(files)))
+
+    def complete(self, progress: Callable[[int], None]) -> None:
+        """Score the missing pairs; call the scorer's ``prepare`` first.
+
+        ``progress`` gets the number of newly scored pairs after each part.
+        """
+        with self._files as files:
+            if files.finished():
+                return
+            for rows, table in files.read():
+                self._scoring.recall(rows, table)
+            for rows, table in self._scoring.tables(self._missing(files)):
+                if isinstance(self.scorer, NoiseColumns):
+                    table = table.replace_schema_metadata({TIMESTEPS: json.dumps(self.scorer.timesteps())})  # noqa: PLW2901
+                files.write(rows, table)
+                progress(len(rows))
+            if not files.missing(self.flush_every):
+                files.finish()
+
+    @cached_property
+    def table(self) -> pa.Table:
+        """Rows of the table up to the limit; call :meth:`complete` first."""
+        if self._files.finished():
+            return pq.read_table(self._files.output).slice(0, self.rows)
+        return pa.concat_tables(table for _, table in self._files.read()).slice(0, self.rows)
+
+    def _missing(self, files: PartFiles) -> list[range]:
+        if files.finished():
+            return []
+        runs = files.missing(self.flush_every)
+        return [range(rows.start, min(rows.stop, self.rows)) for rows in runs if rows.start < self.rows]
+
+
+@dataclass(frozen=True)
+class BenchmarkScores:
+    """Scores of one benchmark by all scorers.
+
+    Attributes:
+        benchmark: The benchmark.
+        scorers: Scorers of its pairs.
+        tables: (split, name of the scorer) → table of scores.
+    """
+
+    benchmark: Benchmark
+    scorers: Sequence[Scorer]
+    tables: Mapping[tuple[str, str], SplitScores]
+
+    def pairs(self, split: str, scorer: Scorer, column: str | None = None) -> BenchmarkPairs:
+        """Return the pairs of a split with a scorer's scores.
+
+        ``column`` selects another column of the scorer's table, e.g. that of one noise level; results still carry the
+        scorer's name.
+        """
+        table = self.tables[split, scorer.name].table
+        return self.benchmark.scored(split, table, column or scorer.name, scorer=scorer.name)
+
+    def judge(self, evaluation: Evaluation, scorer: Scorer, column: str | None = None) -> Judgement:
+        """Judge the pairs of the evaluation's split by its protocol; see :meth:`pairs`."""
+        fitting = None if evaluation.fitting is None else self.pairs(evaluation.fitting, scorer, column)
+        return judge(evaluation.protocol, self.pairs(evaluation.split, scorer, column), fitting)
+
+
+def open_scores(
+    folder: Path, benchmarks: Sequence[Benchmark], scorers: Sequence[Scorer], limit: int | None, **options: int
+) -> list[BenchmarkScores]:
+    """Open all data sets and tables, so that wrong folders and settings are refused before any model is loaded.
+
+    Args:
+        folder: Folder of the tables of scores.
+        benchmarks: Benchmarks with distinct names.
+        scorers: Scorers with distinct names.
+        limit: Number of pairs to score at the start of each split; None scores all.
+        options: Further settings of :class:`SplitScores`.
+
+    Raises:
+        InputError: If a split or its images cannot be read, or a table belongs to other pairs or another scorer.
+    """
+    opened = []
+    for one in benchmarks:
+        tables = {}
+        for split, reader in one.readers().items():
+            name = f"{one.name} {split}"
+            require_images(name, reader, min(len(reader), limit or len(reader)))
+            own = folder / (re.sub(r"[^\w.-]+", "_", name).strip(".") or "_")  # a name that every file system takes
+            for scorer in scorers:
+                tables[split, scorer.name] = SplitScores(own, reader, scorer, limit, **options)
+        opened.append(BenchmarkScores(one, scorers, tables))
+    return opened
+
+
+def complete(scored: Sequence[BenchmarkScores]) -> Mapping[str, float]:
+    """Score the pairs that are missing in the tables; all models needed for that are loaded first.
+
+    Returns:
+        Seconds that this process spent on scoring, by model, and on reading images.
+    """
+    tables = {f"{one.benchmark.name} {' '.join(key)}": table for one in scored for key, table in one.tables.items()}
+    for scorer in {table.scorer.name: table.scorer for table in tables.values() if table.missing}.values():
+        if isinstance(scorer, ImageScorer):
+            scorer.prepare()
+    for name, table in tables.items():
+        with Progress(name, table.missing, "pairs") as progress:
+            table.complete(progress.add)
+    seconds: dict[str, float] = {}
+    for name, spent in chain.from_iterable(table.seconds.items() for table in tables.values()):
+        seconds[name] = seconds.get(name, 0.0) + spent
+    return seconds
+
+
+def table_timesteps(table: pa.Table) -> list[float]:
+    """Read the timesteps of a :class:`NoiseColumns` scorer's noise levels from its table; empty for other scorers."""
+    return json.loads((table.schema.metadata or {}).get(TIMESTEPS, b"[]"))
+
+
+def data_counts(table: pa.Table, reader: PairReader) -> dict[str, Any]:
+    """Count a split's pairs, prompts and images, and the images and rows that were left out by reason."""
+    images, unread = ([table.column(f"{kind}_{side}").to_pylist() for side in "ab"] for kind in ("image", "problem"))
+    reasons = zip(chain(*images), chain(*unread), strict=True)
+    problems = {image: reason for image, reason in reasons if reason is not None}
+    return {
+        "pairs": table.num_rows,
+        "pairs_in_file": len(reader),
+        "prompts": len(set(reader.prompts()[: table.num_rows])),
+        "images": len(set(chain(*images))),
+        "unreadable_images": dict(sorted(Counter(problems.values()).items())),
+        "pairs_without_an_image": sum(any(pair) for pair in zip(*unread, strict=True)),
+        "rows_left_out_by_the_reader": dict(sorted(reader.skipped.items())),
+        "remarks_of_the_reader": dict(sorted(reader.remarks.items())),
+    }

@@ -1,0 +1,289 @@
+"""Sections of the report: for each kind of result its heading, an explanation of the numbers, tables and figures."""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+from latentreward.apps.evaluation.benchmark.disagreements import Pictures, disagreement_card, preferred
+from latentreward.apps.evaluation.benchmark.plots import (
+    Drawn,
+    accuracy_figure,
+    agreement_figure,
+    calibration_figure,
+    level_figure,
+)
+from latentreward.apps.evaluation.benchmark.protocols import PROTOCOLS
+from latentreward.apps.evaluation.benchmark.published_numbers import AVERAGE
+from latentreward.apps.evaluation.benchmark.results import BenchmarkReport
+from latentreward.reports.tables import (
+    NOTHING,
+    Column,
+    Row,
+    Section,
+    Table,
+    cell,
+    grouped,
+    interval,
+    percent,
+    with_interval,
+    without_unset,
+)
+
+LARGEST = 25
+"""Most rows of a table of sub-groups."""
+TITLE = "Benchmark of reward models"
+INTRODUCTION = (
+    "Each model scores two images of a prompt. The model is right if it gives the higher score to the image that "
+    "people preferred. Intervals are 95 % bootstrap intervals: they say how far a number would vary with other prompts "
+    "of the same kind. Where all prompts have the same share of right answers, the interval is Wilson's, because a "
+    "bootstrap has no width. With few prompts an interval is too narrow; if the pairs come from fewer than 30 groups "
+    "(as a rule, a group is a prompt), the number of groups follows the interval, as in (12 groups). If the interval "
+    "of the difference of two models contains 0, this data does not show which model is better."
+)
+FOUR = (
+    "Unweighted mean of the accuracies on four test splits: ImageReward (imagereward/micro), HPDv2 (hpdv2/micro), "
+    "HPDv3 (hpdv3) and TIGER-Lab's GenAI-Bench (genai_bench_tiger/no_tie). Intervals assume that the four accuracies "
+    "are independent."
+)
+PUBLISHED = (
+    " Numbers in italics were not measured in this run but published by others, see the column source. Image sizes and "
+    "precision may differ; the same model measured by two code bases usually differs by about one percentage point."
+)
+SUBGROUPS = (
+    "Accuracy on sub-groups of the pairs, in %, with 95 % intervals. The largest sub-groups come first; tables show at "
+    "most 25, report.json holds all. Some sub-groups differ by chance: of twenty intervals, expect one that misses the "
+    "true value."
+)
+TELLING = (
+    "at most one pair per prompt. A gap is the score of the left image minus that of the right image, in units of the "
+    "model's root mean square gap."
+)
+
+
+def temperature(value: float) -> str:
+    """Format a temperature with three digits; inf means that larger gaps do not win more often."""
+    return f"{value:.3g}" if math.isfinite(value) else "none (larger gaps do not win)"
+
+
+def _correlation(row: Row, name: str) -> str:
+    """Format an interval with two digits after the point, and never as ``-0.00``."""
+    return with_interval(row[name], lambda value: NOTHING if math.isnan(value) else f"{round(value, 2) + 0.0:.2f}")
+
+
+DATA: Column = ("data", "benchmark")
+PROTOCOL: Column = ("protocol", "protocol")
+MODEL: Column = ("model", "scorer")
+ACCURACY: tuple[Column, ...] = (
+    ("accuracy %", lambda row: percent(row["estimate"].value)),
+    ("95 % interval", lambda row: interval(row["estimate"])),
+)
+
+
+@dataclass(frozen=True)
+class Kind:
+    """Kind of result with a section of its own.
+
+    Attributes:
+        title: Heading.
+        text: Explanation of the numbers.
+        columns: Columns of the section's table.
+        figure: Function that draws the results of one data set and protocol.
+    """
+
+    title: str
+    text: str
+    columns: tuple[Column, ...]
+    figure: Callable[[Sequence[Row]], Drawn] | None = None
+
+
+KINDS = {
+    "differences": Kind(
+        "Differences between models",
+        "Accuracy of one model minus that of another on the pairs that count for both, in percentage points, with the "
+        "interval of the paired difference. This interval is usually narrower than the models' own intervals suggest.",
+        (
+            *(DATA, PROTOCOL, ("model", "first"), ("against", "second"), ("pairs", "pairs")),
+            ("difference in points", "estimate"),
+            ("interval excludes 0", lambda row: "yes" if row["estimate"].low > 0 or row["estimate"].high < 0 else "no"),
+        ),
+    ),
+    "levels": Kind(
+        "Accuracy by noise level",
+        "Latent rewards score images to which noise was added. This section shows their accuracy at single noise "
+        "levels (standard deviation of the noise in the mixture: 0 is the clean image, 1 is pure noise), with 95 % "
+        "intervals. A reward can be trusted at those steps of a sampler whose noise levels it judges accurately.",
+        (DATA, PROTOCOL, MODEL, ("noise level", "sigma"), ("timestep", "timestep"), ("accuracy %", "estimate")),
+        level_figure,
+    ),
+    "calibration": Kind(
+        "Calibration",
+        "Scores become win probabilities as σ(gap / temperature). A calibrated model is right 7 times in 10 where it "
+        "says 0.7, so its curve lies on the diagonal. The calibration error is the mean distance of the curve from the "
+        "diagonal (10 bins, weighted by pairs), with temperatures that were fitted on other pairs.",
+        (
+            *(DATA, PROTOCOL, MODEL),
+            ("temperature", lambda row: temperature(row["temperature"])),
+            ("calibration error %", "error"),
+        ),
+        calibration_figure,
+    ),
+    "agreement": Kind(
+        "Agreement between models",
+        "How often two models prefer the same image of a pair, and the correlation of their scores over all images of "
+        "the data set. Models that agree with each other more than with people share their mistakes.",
+        (
+            *(DATA, ("model", "first"), ("model", "second"), ("pairs", "pairs"), ("same choice %", "pair")),
+            ("Spearman", partial(_correlation, name="spearman")),
+            ("Pearson", partial(_correlation, name="pearson")),
+        ),
+        agreement_figure,
+    ),
+    "correlations": Kind(
+        "CLIP-Corr and Aes-Corr",
+        "Agreement of a reward with a CLIP score (does the image show the prompt?) and with an aesthetic score (is the "
+        "image pretty?): share of pairs whose two gaps have the same sign, and rank and linear correlation over all "
+        "images. The names are those of the LRM paper (arXiv:2502.01051), which does not define the numbers exactly, "
+        "so they cannot be compared with the paper's figures.",
+        (DATA, MODEL, ("name", "name"), ("against", "reference"), ("value", partial(_correlation, name="estimate"))),
+    ),
+}
+"""List of results in :class:`BenchmarkReport` → section that shows it."""
+
+
+def sections(report: BenchmarkReport, pictures: Pictures | None = None) -> Iterator[Section]:
+    """Yield all sections that are not empty, in the order of the report, with ``pictures`` of ``report.telling``."""
+    if len(report.protocols) > 1:
+        text = "Accuracy in %, with 95 % intervals. Protocols treat ties differently; each is explained below."
+        rows = _side_by_side(report.protocols, "benchmark", "protocol")
+        yield Section("Overview", text, [Table.of(rows, DATA, PROTOCOL, *map(_of_scorer, report.scorers))])
+    published = grouped(report.published, "protocol")
+    if report.averages:
+        columns = (MODEL, ("mean accuracy %", ACCURACY[0][1]), ACCURACY[1])
+        tables = [Table.of(report.averages, *columns, notes="Measured in this run"), _published(published[AVERAGE,])]
+        yield Section("Mean of four benchmarks", FOUR + PUBLISHED, tables)
+    for (protocol, benchmark), rows in grouped(report.protocols, "protocol", "benchmark").items():
+        yield _accuracy(f"{benchmark}: {protocol}", rows, published.get((protocol,), []))
+    for name, kind in KINDS.items():
+        if rows := getattr(report, name):
+            groups = grouped(rows, "benchmark", "protocol").values()
+            figures = [kind.figure(same) for same in groups] if kind.figure else []
+            yield Section(kind.title, kind.text, [Table.of(rows, *kind.columns)], figures)
+    if report.subgroups:
+        yield Section("Sub-groups", SUBGROUPS, list(_subgroups(report)))
+    yield from _origin(report)
+    if report.telling:
+        yield _telling(report, pictures or {})
+
+
+def protocol_table(results: Sequence[Row]) -> Table:
+    """Build the table of all models by one protocol."""
+    return Table.of(
+        results,
+        *(MODEL, *ACCURACY, ("pairs", "pairs"), ("prompts", "groups"), ("equal scores", "equal_scores")),
+        ("pairs left out", "excluded"),
+        ("more", lambda row: _details(row["details"])),
+        notes="Measured in this run",
+    )
+
+
+def _accuracy(title: str, results: Sequence[Row], theirs: Sequence[Row]) -> Section:
+    summary = PROTOCOLS[results[0]["protocol"]].summary
+    text = f"{summary[0].upper()}{summary[1:]}.{PUBLISHED if theirs else ''}"
+    known = any(math.isfinite(result["estimate"].value) for result in results)
+    tables = [protocol_table(results), *([_published(theirs)] if theirs else [])]
+    return Section(title, text, tables, [accuracy_figure(results, theirs)] if known else [])
+
+
+def _published(theirs: Sequence[Row]) -> Table:
+    accuracy: Column = ("accuracy %", lambda row: percent(row["value"]))
+    columns = ("model", "model"), accuracy, ("source", "source")
+    return Table.of(theirs, *columns, notes="Published by others", theirs=True)
+
+
+def _subgroups(report: BenchmarkReport) -> Iterator[Table]:
+    """Yield a table for each protocol and column of sub-groups: a row per sub-group, a column per model."""
+    for (benchmark, protocol, column), results in grouped(report.subgroups, "benchmark", "protocol", "column").items():
+        scorers = dict.fromkeys(result["scorer"] for result in results)
+        rows = _side_by_side(results, "value")[:LARGEST]
+        notes = f"{benchmark}: {protocol} by {column}"
+        yield Table.of(rows, (column, "value"), ("pairs", "pairs"), *map(_of_scorer, scorers), notes=notes)
+
+
+def _side_by_side(results: Sequence[Row], *keys: str) -> list[Row]:
+    """Merge results that differ in scorer only: ``estimates`` by scorer, and ``pairs`` as in ``98/100``."""
+    return [
+        {
+            **same[0],
+            "pairs": "/".join(dict.fromkeys(str(one["pairs"]) for one in same)),
+            "estimates": {one["scorer"]: one["estimate"] for one in same},
+        }
+        for same in grouped(results, *keys).values()
+    ]
+
+
+def _of_scorer(scorer: str) -> Column:
+    return scorer, lambda row: cell(row["estimates"][scorer]) if scorer in row["estimates"] else NOTHING
+
+
+def _origin(report: BenchmarkReport) -> Iterator[Section]:
+    """Yield the sections on data, models and settings."""
+    text = (
+        "Pairs and images that were scored. Pairs with an image that cannot be read are left out of every number. Rows "
+        "left out are rows that break a rule of their file format."
+    )
+    counts = Table.of(
+        [{"benchmark": name, **counts} for name, counts in report.data.items()],
+        DATA,
+        ("pairs scored", lambda row: f"{row['pairs']} of {row['pairs_in_file']}"),
+        *(("prompts", "prompts"), ("images", "images"), ("unreadable images", "unreadable_images")),
+        *(("pairs without image", "pairs_without_an_image"), ("rows left out", "rows_left_out_by_the_reader")),
+    )
+    yield Section("Data", text, [counts])
+    text = "Models, with the files and settings that determine their scores."
+    models = tuple((name, without_unset(identity)) for name, identity in report.scorers.items())
+    yield Section("Models", text, [Table(("model", "what it is"), models)])
+    text = (
+        "Settings of the run, and versions of the packages that computed it. Random numbers are seeded: the same "
+        "settings give the same report."
+    )
+    settings = tuple((name, str(value)) for name, value in report.settings.items())
+    yield Section("Settings and versions", text, [Table(("setting", "value"), settings)])
+
+
+def _telling(report: BenchmarkReport, pictures: Pictures) -> Section:
+    several = len(report.scorers) > 1
+    title = "Where the models disagree most" if several else "Surest mistakes"
+    what = "two models prefer different images" if several else "the model prefers the wrong image"
+    columns: tuple[Column, ...] = (
+        ("pair", "pair_id"),
+        ("prompt", lambda row: row["prompt"] if len(row["prompt"]) <= 120 else f"{row['prompt'][:119]}…"),
+        ("people", lambda row: preferred(row["label"])),
+        *(_gap(scorer) for scorer in report.scorers),
+    )
+    by_data = {name: pairs for (name,), pairs in grouped(report.telling, "benchmark").items()}
+    tables = [Table.of(pairs, *columns, notes=name) for name, pairs in by_data.items()]
+    cards = {name: [disagreement_card(pair, pictures) for pair in pairs] for name, pairs in by_data.items()}
+    return Section(title, f"Pairs on which {what} by the largest gaps, {TELLING}", tables, cards=cards)
+
+
+def _gap(scorer: str) -> Column:
+    return f"gap of {scorer}", lambda row: f"{row['gaps'][scorer]:+.2f}" if scorer in row["gaps"] else ""
+
+
+def _details(details: Row) -> str:
+    parts = []
+    for name, value in details.items():
+        if name == "draws":
+            drawn = f"{value['number']} draws of noise"
+            spread = f"{percent(value['mean'])} ± {percent(value['sd'])}"
+            parts.append(f"{drawn}: {spread}" if value["sd"] else f"the same under {drawn}")
+        elif name == "axes":
+            parts += [f"{axis} alone {percent(accuracy)}" for axis, accuracy in value.items()]
+        elif name == "temperature":
+            parts.append(f"temperature {temperature(value)}")
+        elif isinstance(value, (str, int)):
+            parts.append(f"{name.replace('_', ' ')} {value}")
+        elif isinstance(value, float):
+            parts.append(f"{name.replace('_', ' ')} {value:.4g}")
+    return "; ".join(parts) or NOTHING

@@ -1,0 +1,249 @@
+"""Benchmarks of published data sets and of your own pairs, with readers, splits and protocols; and their detection."""
+
+import json
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from latentreward.apps.evaluation.benchmark.base import Benchmark, Evaluation, Texts
+from latentreward.contracts import PathText
+from latentreward.data import readers
+from latentreward.data.format_detection import Splits, recognise
+from latentreward.data.readers import OnError, PairReader
+from latentreward.errors import InputError
+
+
+class ImageRewardBenchmark(Benchmark):
+    """ImageReward's test set, 466 prompts of 4 to 9 ranked images: ``imagereward/micro`` and ``imagereward/macro``.
+
+    Args:
+        root: Folder that holds ``test.json`` and ``test_images/``, directly or in ``data/``.
+        on_error: See :class:`Benchmark`.
+    """
+
+    name = "imagereward"
+    keys = "imagereward/micro", "imagereward/macro"
+
+    def open(self, split: str) -> PairReader:
+        """Open the test set by :class:`~latentreward.data.ImageRewardReader`, which has no other split."""
+        return readers.ImageRewardReader(self.root, on_error=self.on_error)
+
+
+class ImageRewardDBBenchmark(Benchmark):
+    """A split of ImageRewardDB, evaluated by ``imagereward/micro`` and ``imagereward/macro``.
+
+    Args:
+        root: Folder with ``images/{split}/{split}_{i}.zip``, or a hub id.
+        split: ``test`` or ``validation``.
+        parts: Numbers of the zip files to read; all by default.
+        on_error: See :class:`Benchmark`.
+    """
+
+    name, keys, reader = "imagerewarddb", ImageRewardBenchmark.keys, readers.ImageRewardDBReader
+
+    def __init__(
+        self, root: PathText, split: str = "test", *, parts: Sequence[int] | None = None, on_error: OnError = "skip"
+    ) -> None:
+        super().__init__(root, on_error=on_error)
+        self.split, self.settings = split, {"parts": parts}
+
+
+class HPDv2Benchmark(Benchmark):
+    """HPDv2's test set, 400 groups of 9 or 10 ranked images: ``hpdv2/macro`` and ``hpdv2/micro``.
+
+    Prompts listed in one of the files ``benchmark/{anime,concept-art,…}.json`` get the file's name as sub-group
+    ``style``.
+
+    Args:
+        root: Folder with ``test.json`` and ``test/``, or a hub id.
+        on_error: See :class:`Benchmark`.
+    """
+
+    name, keys, reader = "hpdv2", ("hpdv2/macro", "hpdv2/micro"), readers.HPDv2Reader
+
+    def columns(self, reader: PairReader) -> dict[str, Texts]:
+        """Return the columns of sub-groups, with ``style`` if the prompts of any pair have a style."""
+        style = tuple(self._styles.get(prompt) for prompt in reader.prompts())
+        return {**super().columns(reader), **({"style": style} if any(style) else {})}
+
+    @cached_property
+    def _styles(self) -> dict[str, str]:
+        styles: dict[str, str] = {}
+        for file in sorted(Path(self.root, "benchmark").glob("*.json")):
+            try:
+                prompts = json.loads(file.read_bytes())
+            except ValueError:
+                continue
+            if isinstance(prompts, list):
+                styles |= {prompt: file.stem for prompt in prompts if isinstance(prompt, str)}
+        return styles
+
+
+class HPDv3Benchmark(Benchmark):
+    """HPDv3's test set: ``hpdv3``.
+
+    Args:
+        root: Folder with ``test.json`` and ``images/``.
+        split: Name of the JSON file without its ending; ``train`` and ``all`` have votes and confidences.
+        min_confidence: Lowest confidence of a row, in [0, 1]; rows below are left out. The test set has no
+            confidences.
+        on_error: See :class:`Benchmark`.
+    """
+
+    name, keys, reader = "hpdv3", ("hpdv3",), readers.HPDv3Reader
+
+    def __init__(
+        self, root: PathText, split: str = "test", *, min_confidence: float | None = None, on_error: OnError = "skip"
+    ) -> None:
+        super().__init__(root, on_error=on_error)
+        self.split, self.settings = split, {"min_confidence": min_confidence}
+
+
+class PickAPicBenchmark(Benchmark):
+    """Pick-a-Pic v1 or v2: ``pickapic/pickscore``, ``pickapic/lrm``, ``pickapic/strict``.
+
+    Args:
+        root: Folder that holds ``test_unique-*.parquet`` and ``validation_unique-*.parquet``, directly or in ``data/``;
+            or a hub id.
+        split: Split on which the protocols are computed.
+        fitting_split: Split on which PickScore's threshold is fitted; null leaves ``pickapic/pickscore`` out.
+        temperatures: Name of a scorer → temperature of its softmax in PickScore's protocol; null fits the temperature
+            on ``fitting_split``. The key ``others`` stands for all scorers that are not named. The default is 1, as
+            published, which suits scores that are logits but not cosine similarities.
+        on_error: See :class:`Benchmark`.
+    """
+
+    name, keys, reader = "pickapic", ("pickapic/lrm", "pickapic/strict"), readers.PickAPicReader
+
+    def __init__(
+        self,
+        root: PathText,
+        split: str = "test_unique",
+        *,
+        fitting_split: str | None = "validation_unique",
+        temperatures: dict[str, float | None] | None = None,
+        on_error: OnError = "skip",
+    ) -> None:
+        super().__init__(root, on_error=on_error)
+        self.split, self.fitting_split, self.temperatures = split, fitting_split, temperatures or {}
+        for scorer, value in self.temperatures.items():
+            if value is not None and not value > 0:
+                raise InputError(f"temperatures: {scorer} has {value}; give a number above 0, or null to fit it")
+
+    @property
+    def evaluations(self) -> tuple[Evaluation, ...]:
+        """All three protocols; without a fitting split, ``pickapic/lrm`` and ``pickapic/strict`` alone."""
+        if self.fitting_split is None:
+            return super().evaluations
+        return Evaluation("pickapic/pickscore", self.split, self.fitting_split), *super().evaluations
+
+    def temperature(self, scorer: str) -> float | None:
+        """Return the temperature set for the scorer, else that set for ``others``, else 1."""
+        return self.temperatures.get(scorer, self.temperatures.get("others", 1.0))
+
+
+class GenAIBenchTigerBenchmark(Benchmark):
+    """GenAI-Bench of TIGER-Lab: ``genai_bench_tiger/no_tie`` and ``genai_bench_tiger/4way`` on each split.
+
+    Args:
+        root: Folder that holds ``{split}-*.parquet``, directly or in ``image_generation/``; or a hub id.
+        splits: ``test``, ``test_v1`` or both. Papers that leave out ties report ``test``; the leaderboard of four-way
+            answers uses ``test_v1``.
+        on_error: See :class:`Benchmark`.
+    """
+
+    name, reader = "genai_bench_tiger", readers.GenAIBenchReader
+    keys = "genai_bench_tiger/no_tie", "genai_bench_tiger/4way"
+
+    def __init__(
+        self, root: PathText, splits: Sequence[str] = ("test", "test_v1"), *, on_error: OnError = "skip"
+    ) -> None:
+        super().__init__(root, on_error=on_error)
+        self._names = tuple(splits)
+        if not self._names:
+            raise InputError("splits: there is none; give test, test_v1 or both")
+
+    @property
+    def evaluations(self) -> tuple[Evaluation, ...]:
+        """Both protocols on every split."""
+        return tuple(Evaluation(key, split) for split in self._names for key in self.keys)
+
+
+class GenAIBenchCMUBenchmark(Benchmark):
+    """GenAI-Bench of CMU, 1,600 prompts of six rated images: ``genai_bench_cmu``.
+
+    Args:
+        root: Folder that holds ``train-*.parquet``, directly or in ``data/``, or ``GenAI-Bench.parquet``; or a hub id.
+        on_error: See :class:`Benchmark`.
+    """
+
+    name, keys, reader = "genai_bench_cmu", ("genai_bench_cmu",), readers.GenAIBenchCMUReader
+    split = "train"  # the data set's only split
+
+
+class PairsBenchmark(Benchmark):
+    """Pairs of your own.
+
+    Protocol ``pairs/strict`` is the accuracy on pairs without ties. ``pairs/soft`` is the mean label of the image that
+    scores higher, ties included.
+
+    Args:
+        reader: Any reader of pairs with images, e.g. of JSON lines or of ``chosen/`` and ``rejected/``.
+        name: Name in reports.
+    """
+
+    keys = "pairs/strict", "pairs/soft"
+
+    def __init__(self, reader: PairReader, name: str = "pairs") -> None:
+        super().__init__("", on_error=reader.on_error)
+        self.pair_reader, self.name, self.split = reader, name, getattr(reader, "split", "") or "all"
+
+    def open(self, split: str) -> PairReader:
+        """Return the reader given to the constructor."""
+        return self.pair_reader
+
+
+EVALUATED = ("test_unique", "test", "validation_unique", "validation", "val")
+"""Names of splits for evaluation, in order of preference; other splits are meant for training."""
+
+
+def recognise_benchmark(data: str) -> Benchmark:
+    """Return the benchmark for the data set in a folder or file.
+
+    A published data set gets its own protocols. Pairs in any other known layout become a
+    :class:`~latentreward.apps.evaluation.benchmark.PairsBenchmark`. The first split of ``EVALUATED`` that exists is
+    evaluated, else the first split found.
+
+    Raises:
+        InputError: If the layout is not recognised, or the data set holds latents instead of images.
+    """
+    splits = recognise(data)
+    split = next((name for name in EVALUATED if name in splits), next(iter(splits)))
+    build: Any = splits[split]
+    if build.func is readers.DiffusionRMReader:
+        raise InputError(f"data: {data} holds latents of images; benchmarks score images, give the data set itself")
+    make = PUBLISHED.get(build.func)
+    if make is None:
+        path = Path(data)
+        return PairsBenchmark(build(on_error="skip"), name=path.stem if path.is_file() else path.resolve().name)
+    return make(build.args[0], split, splits)
+
+
+def _pick_a_pic(root: str, split: str, splits: Splits) -> Benchmark:
+    fitting = "validation_unique" if "validation_unique" in splits and split != "validation_unique" else None
+    return PickAPicBenchmark(root, split, fitting_split=fitting)
+
+
+PUBLISHED: dict[Any, Callable[[str, str, Splits], Benchmark]] = {
+    readers.ImageRewardReader: lambda root, split, splits: ImageRewardBenchmark(root),
+    readers.ImageRewardDBReader: lambda root, split, splits: ImageRewardDBBenchmark(root, split),
+    readers.HPDv2Reader: lambda root, split, splits: HPDv2Benchmark(root),
+    readers.HPDv3Reader: lambda root, split, splits: HPDv3Benchmark(root, split),
+    readers.PickAPicReader: _pick_a_pic,
+    readers.GenAIBenchReader: lambda root, split, splits: GenAIBenchTigerBenchmark(
+        root, [name for name in ("test", "test_v1") if name in splits]
+    ),
+    readers.GenAIBenchCMUReader: lambda root, split, splits: GenAIBenchCMUBenchmark(root),
+}
+"""Reader class → function ``(root, split, splits)`` that builds the benchmark; ``splits`` are all splits found."""

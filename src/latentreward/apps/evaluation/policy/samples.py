@@ -1,0 +1,227 @@
+"""Policies under evaluation, and their pictures: sampled from a generator or read from a folder."""
+
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from latentreward.apps.evaluation.policy.imported import ImportedPictures
+from latentreward.apps.generation.image_folder import ImageFolder, Name, Row, decode_latents, make_pictures, write_batch
+from latentreward.apps.generation.trained_policy import TrainedPolicy, offload_text_encoders, plain
+from latentreward.contracts import PathText, PromptBatch
+from latentreward.data.alignment.prompt_files import PromptRow
+from latentreward.data.readers import count_text
+from latentreward.errors import InputError
+from latentreward.policies import PolicySource
+from latentreward.policies.checkpoint import read_policy_adapter
+from latentreward.ranks.shared_work import SharedWork
+from latentreward.rollout import Sampling, sample_latents
+from latentreward.scorers.tools import JudgedPicture
+from latentreward.scoring.network import name_of
+
+NAME = re.compile(r"[\w .,+=-]{1,60}")
+PER_PROMPT, SHARED = "{}/{}", "{1}"
+"""Formats of the name that seeds a picture's noise, from index of the prompt and number of the picture."""
+PICTURES_OF = "pictures of {}"
+"""Format of the name of the task that samples the pictures of a policy, from the name of the policy's folders."""
+
+
+@dataclass
+class JudgedPolicy:
+    """Policy under evaluation: a generator, or a folder of existing pictures.
+
+    Attributes:
+        name: Name in reports; by default ``policy``, or ``baseline`` for the policy given as ``against``.
+        pipeline: Diffusers pipeline folder, hub id, ``sd_tiny`` or ``sd35_tiny``; or all settings of a
+            ``PolicySource``. By default the pipeline recorded in the checkpoint.
+        checkpoint: Checkpoint of an alignment run, whose adapter is loaded.
+        lora: LoRA file or folder to load, as ``latentreward export`` writes it.
+        guidance_scale: Guidance scale of this policy; by default that of the run.
+        images: Folder of existing pictures, instead of a generator: with ``images.csv`` (columns ``file`` and
+            ``prompt``) as ``latentreward generate`` writes it, or in the layout of GenEval, T2I-CompBench++ or HPSv2.
+        table: Table of ``images``, if it has another name or lies elsewhere: CSV, JSON lines or parquet.
+    """
+
+    name: str | None = None
+    pipeline: PolicySource | PathText | None = None
+    checkpoint: Path | None = None
+    lora: Path | None = None
+    guidance_scale: float | None = None
+    images: Path | None = None
+    table: Path | None = None
+
+    def __post_init__(self) -> None:
+        """Raise InputError for a bad name, and unless exactly one of a generator and a folder of pictures is given."""
+        if self.name is not None and not NAME.fullmatch(self.name):
+            raise InputError(f"name of a policy is {self.name!r}; use up to 60 letters, digits, spaces and . , + = - _")
+        made = [name for name in ("pipeline", "checkpoint", "lora") if getattr(self, name) is not None]
+        if self.images is not None and made:
+            raise InputError(
+                f"images and {made[0]} are both given, one perhaps by a config file; to judge the images, say "
+                f"--policy.{made[0]} null, and --against.{made[0]} null for the images of against"
+            )
+        if self.images is None and self.table is not None:
+            raise InputError("table is given without images; set images to the folder of the pictures")
+        if self.images is None and self.pipeline is None and self.checkpoint is None:
+            raise InputError("there is nothing to judge; set pipeline, checkpoint or images of the policy")
+
+    @cached_property
+    def trained(self) -> TrainedPolicy:
+        """Settings of the generator, whose weights are not loaded yet."""
+        source = self.pipeline
+        if isinstance(source, str):
+            source = PolicySource(source)
+            if self.checkpoint is not None:  # the checkpoint records the shape of its adapter
+                source = replace(source, lora=read_policy_adapter(self.checkpoint).source.lora)
+        return TrainedPolicy(source, self.checkpoint, self.lora)
+
+    def start(self, sampling: Sampling) -> str:
+        """Describe size and space of a generator's latents and its noise process, as read from its config files.
+
+        Two generators with equal descriptions start from the same noise. The text is empty for a folder of pictures.
+        """
+        if self.images is not None:
+            return ""
+        family = self.trained.source().resolve_family()
+        shape = sampling.latent_shape(family)
+        return f"{shape[-2]} × {shape[-1]} latents of {family.latent_space}, {type(family.noise_process).__name__}"
+
+    def describe(self) -> str:
+        """Describe the policy in one line, with names of files and folders instead of full paths."""
+        if self.images is not None:
+            return f"pictures of {name_of(str(self.images))}"
+        parts = [name_of(str(self.trained.source().source))]
+        parts += [f"checkpoint {name_of(str(self.checkpoint))}"] if self.checkpoint else []
+        parts += [f"LoRA {name_of(str(self.lora))}"] if self.lora else []
+        return ", ".join(parts)
+
+
+@dataclass(frozen=True)
+class SamplingPlan:
+    """Settings for sampling from generators.
+
+    Attributes:
+        sampling: Steps, noise and size.
+        guidance_scale: Guidance scale of policies without one of their own; None takes each family's.
+        seed: Seed of all noise.
+        shared_noise: Whether the n-th pictures of all prompts start from the same noise.
+        batch_size: Pictures sampled at once.
+        device: Device of the generators.
+    """
+
+    sampling: Sampling
+    guidance_scale: float | None
+    seed: int
+    shared_noise: bool
+    batch_size: int
+    device: torch.device
+
+    def guidance_of(self, policy: JudgedPolicy) -> float | None:
+        """Return the guidance scale of a generator: its own, else that of the plan, else its family's.
+
+        For a folder of pictures, that of the plan is returned.
+
+        Raises:
+            InputError: If the scale does not suit the generator's family.
+        """
+        scale = self.guidance_scale if policy.guidance_scale is None else policy.guidance_scale
+        return scale if policy.images is not None else policy.trained.source().resolve_family().guidance(scale)
+
+
+def sampling_task(
+    policy: JudgedPolicy, plan: SamplingPlan, folder: Path, batches: Sequence[list[list[Any]]]
+) -> Callable[[list[list[Any]]], list[Row]]:
+    """Load a generator, and return the function that samples a batch of pictures into ``folder``.
+
+    The batches are those of :func:`~latentreward.apps.generation.image_folder.make_pictures`.
+    """
+    generator = policy.trained.load(plan.device)
+    shown = [prompt for batch in batches for _, _, prompt in batch]
+    offload_text_encoders(generator, None, shown, plan.device)
+    how: dict[str, Any] = {"guidance_scale": plan.guidance_of(policy), "seed": plan.seed}
+
+    def draw(prompts: PromptBatch) -> tuple[torch.Tensor, None]:
+        return sample_latents(generator, prompts, plan.sampling, **how), None
+
+    key = (SHARED if plan.shared_noise else PER_PROMPT).format
+    return partial(write_batch, folder, draw, partial(decode_latents, generator), plan.seed, key=key)
+
+
+def open_pictures(
+    policy: JudgedPolicy,
+    plan: SamplingPlan,
+    rows: Sequence[PromptRow],
+    wanted: Sequence[Name],
+    folder: Path,
+    work: SharedWork,
+) -> Callable[[], dict[Name, JudgedPicture]]:
+    """Open a generator's folder of pictures, and return the function that samples the missing ones.
+
+    Pictures of an earlier run with equal settings are kept. The function returns all wanted pictures.
+
+    Args:
+        policy: Policy with a generator.
+        plan: Settings for sampling.
+        rows: Set of prompts.
+        wanted: (index in ``rows``, number of the picture of that prompt) of each wanted picture.
+        folder: Folder of the pictures; its name is that of the policy's folders.
+        work: Processes that sample, by the task :data:`PICTURES_OF` the folder's name.
+
+    Raises:
+        InputError: If the folder holds pictures made with other settings or for other prompts.
+    """
+    task, texts = PICTURES_OF.format(folder.name), [row.prompt for row in rows]
+    settings: dict[str, Any] = {"sampling": plan.sampling, "guidance_scale": plan.guidance_of(policy)}
+    settings |= {"seed": plan.seed, "shared_noise": plan.shared_noise}
+    opened = ImageFolder(folder, policy.trained.identity() | plain(settings), "csv", work.left_over(task))
+    opened.missing(wanted, texts)  # refuses pictures of other prompts before any generator samples
+
+    def make() -> dict[Name, JudgedPicture]:
+        make_pictures(work, task, opened, wanted, texts, plan.batch_size)
+        files = {name: str(opened.rows[name]["file"]) for name in wanted}
+        return {(n, image): _judged(n, image, file, folder / file, rows[n]) for (n, image), file in files.items()}
+
+    return make
+
+
+def complete_or_refuse(
+    folders: Mapping[str, ImportedPictures], wanted: Sequence[Name], missing: Literal["refuse", "leave_out"]
+) -> list[str]:
+    """Check the pictures that were read from folders, by name of the policy; return one note per problem.
+
+    Raises:
+        InputError: If pictures are missing and ``missing`` is ``"refuse"``, or if no picture is left that all policies
+            have.
+    """
+    notes, left = [], set(wanted)
+    for name, found in folders.items():
+        because = f" ({count_text(Counter(found.problems))})" if found.problems else ""
+        lacking = [place for place in wanted if place not in found.pictures]
+        if lacking:
+            lacks = f"lacks {len(lacking)} of {len(wanted)} pictures"
+            notes.append(f"{name} {lacks}{because}; they are left out for all policies.")
+            if missing == "refuse":
+                place, image = lacking[0]
+                first = f"first number {image} of prompt {place}{because}"
+                remedy = "add them, or set images_per_prompt or missing=leave_out"
+                raise InputError(f"images: {found.folder} {lacks}, {first}; {remedy}")
+        if found.left_aside:
+            notes.append(f"{name} has {found.left_aside} more pictures, of other prompts or numbers; they are ignored.")
+        left -= set(lacking)
+    if not left:
+        raise InputError("no picture is left that all policies have; compare folders for the same prompts")
+    return notes
+
+
+def planned(rows: Sequence[PromptRow], wanted: Sequence[Name]) -> list[JudgedPicture]:
+    """Return the wanted pictures without files, so that scorers can check prompts before anything is sampled."""
+    return [_judged(place, image, "", Path(), rows[place]) for place, image in wanted]
+
+
+def _judged(place: int, image: int, file: str, path: Path, row: PromptRow) -> JudgedPicture:
+    return JudgedPicture(place, image, file, path, row.prompt, row.group, dict(row.fields))

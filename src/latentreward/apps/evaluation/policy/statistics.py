@@ -1,0 +1,130 @@
+"""Means, win rates and differences with bootstrap intervals that resample prompts."""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from latentreward.apps.evaluation.policy.results import ScoredPictures
+from latentreward.metrics.bootstrap import (
+    Interval,
+    clustered_accuracy,
+    clustered_interval,
+    clustered_mean,
+    group_codes,
+    group_sums,
+)
+from latentreward.reports.tables import Row
+
+
+def policy_scores(scored: ScoredPictures, headlines: Mapping[str, str], parts: int = 1) -> list[Row]:
+    """Compute the means of each score of a policy, rows of :attr:`PolicyReport.scores`.
+
+    ``headlines`` are ``mean`` or ``mean_of_groups`` by name of a score. The prompts of each
+    group are cut into ``parts`` consecutive parts, and the standard deviation of the parts' means is reported. HPSv2
+    reports ten parts of 80 prompts.
+    """
+    prompts, groups = prompt_numbers(scored), np.array([picture.group for picture in scored.pictures])
+    places = np.array([picture.place for picture in scored.pictures])
+    chosen = {kind: groups == kind for kind in dict.fromkeys(groups.tolist())}
+    several, found = len(chosen) > 1, list[Row]()
+    for name, values in scored.scores.items():
+        by_group = [
+            _group_mean(kind, values[rows], prompts[rows], places[rows], parts) for kind, rows in chosen.items()
+        ]
+        found.append(
+            {
+                "policy": scored.policy,
+                "score": name,
+                "headline": headlines[name],
+                "mean": clustered_mean(values, prompts),
+                "mean_of_groups": mean_of_groups(values, prompts, groups) if several else None,
+                "groups": by_group if several or parts > 1 else [],
+                "pictures": len(values),
+                "prompts": len(set(places.tolist())),
+            }
+        )
+    return found
+
+
+def headline(score: Row) -> Interval:
+    """Return the number that the score's own protocol reports: the mean of groups' means, or the mean."""
+    of_groups = score["headline"] == "mean_of_groups" and score["mean_of_groups"]
+    return score["mean_of_groups"] if of_groups else score["mean"]
+
+
+def prompt_numbers(scored: ScoredPictures) -> np.ndarray:
+    """Return the ``(N,)`` number of each picture's prompt.
+
+    Equal texts share a number, because their pictures are not independent.
+    """
+    numbers: dict[str, int] = {}
+    return np.array([numbers.setdefault(picture.prompt, len(numbers)) for picture in scored.pictures])
+
+
+def _group_mean(group: str, values: np.ndarray, prompts: np.ndarray, places: np.ndarray, parts: int) -> Row:
+    order = np.unique(places)
+    means = [values[np.isin(places, part)].mean() for part in np.array_split(order, min(parts, len(order)))]
+    spread = float(np.std(means)) if parts > 1 else np.nan
+    estimate = clustered_mean(values, prompts)
+    return {"group": group, "prompts": len(order), "estimate": estimate, "parts_sd": spread}
+
+
+def mean_of_groups(values: np.ndarray, prompts: np.ndarray, groups: np.ndarray) -> Interval:
+    """Compute the mean of the groups' means, as GenEval reports it, with an interval by resampling prompts.
+
+    A resample without prompts of some group averages the other groups. All arguments are ``(N,)``, one entry per
+    picture: its score, the number of its prompt, and the name of the prompt's group.
+    """
+    members = [groups == kind for kind in np.unique(groups)]
+    columns = [column for member in members for column in (np.where(member, values, 0.0), member.astype(float))]
+    return clustered_interval(group_sums(prompts, *columns), _mean_of_ratios)
+
+
+def _mean_of_ratios(sums: np.ndarray) -> np.ndarray:
+    totals, counts = sums[..., 0::2], sums[..., 1::2]
+    present = counts > 0
+    means = np.divide(totals, counts, out=np.zeros_like(totals), where=present)
+    return means.sum(axis=-1) / present.sum(axis=-1)
+
+
+def compare(first: ScoredPictures, second: ScoredPictures) -> list[Row]:
+    """Compare two policies by each score, over all prompts and over each group; rows of ``PolicyReport.comparisons``.
+
+    The two arguments should come from :func:`in_common`, so that equal rows hold pictures of one prompt and number.
+    """
+    prompts, groups = prompt_numbers(first), np.array([picture.group for picture in first.pictures])
+    kinds = list(dict.fromkeys(groups.tolist()))
+    chosen = [("", np.ones(len(prompts), bool)), *((kind, groups == kind) for kind in kinds if len(kinds) > 1)]
+    return [
+        _comparison(name, group, first.scores[name][rows] - second.scores[name][rows], prompts[rows])
+        for name in first.scores
+        for group, rows in chosen
+    ]
+
+
+def _comparison(score: str, group: str, gaps: np.ndarray, prompts: np.ndarray) -> Row:
+    wins, ties = gaps > 0, gaps == 0
+    credits = group_sums(group_codes(prompts), wins + 0.5 * ties, np.ones(len(gaps)))
+    return {
+        "score": score,
+        "group": group,
+        "win_rate": clustered_accuracy(credits),
+        "difference": clustered_mean(gaps, prompts),
+        "wins": int(wins.sum()),
+        "ties": int(ties.sum()),
+        "losses": int((gaps < 0).sum()),
+        "prompts": len(set(prompts.tolist())),
+    }
+
+
+def in_common(policies: Sequence[ScoredPictures]) -> list[ScoredPictures]:
+    """Keep the pictures whose prompt and number all policies have, in the same order for every policy."""
+    rows_of = [
+        {(picture.place, picture.image): row for row, picture in enumerate(scored.pictures)} for scored in policies
+    ]
+    common, kept = sorted(set.intersection(*map(set, rows_of))), []
+    for scored, row_of in zip(policies, rows_of, strict=True):
+        rows = [row_of[name] for name in common]
+        scores = {name: values[rows] for name, values in scored.scores.items()}
+        kept.append(ScoredPictures(scored.policy, tuple(scored.pictures[row] for row in rows), scores))
+    return kept

@@ -1,0 +1,157 @@
+"""Step-wise search inside a diffusers pipeline: draw several next states at each step, and continue from the best."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from latentreward.apps.generation.ancestral import Levels, levels_of
+from latentreward.apps.generation.search import Candidates
+from latentreward.contracts import NoisyStates
+from latentreward.errors import InputError
+from latentreward.policies import Policy
+from latentreward.rewards import Reward
+from latentreward.rollout.samplers import inside_window
+from latentreward.seeding import pair_generator
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+
+class StepSearch:
+    """A ``callback_on_step_end`` of a diffusers pipeline that keeps the best of K candidates at each step of a window.
+
+    The pipeline's scheduler takes a deterministic step. Within the window the callback recovers the network's
+    prediction from this step, draws K candidates from the stochastic step with the same marginals
+    (:meth:`~latentreward.apps.generation.ancestral.Levels.ancestral`), scores the candidates, and gives the best one
+    back to the pipeline. Steps outside the window stay deterministic. ::
+
+        policy = policy_of(pipeline)
+        reward = LatentReward("reward.ckpt").load(policy)
+        search = StepSearch(policy, reward, prompts, num_candidates=8)
+        images = pipeline(prompts, **search.pipeline_arguments()).images
+
+    Args:
+        policy: The pipeline, wrapped by :func:`~latentreward.apps.generation.policy_of`.
+        reward: Reward for the candidates.
+        prompts: One prompt per image.
+        eta: Scale η of the noise of a searched step, in (0, 1], as in DDIM; 1 is ancestral sampling, the posterior of
+            the forward process.
+        seed: Seed of all random numbers. The noise of an image depends on the seed, the index of the image in
+            ``prompts`` and the image's prompt, not on other prompts.
+        options: Fields of :class:`~latentreward.apps.generation.search.Candidates`.
+
+    Attributes:
+        scores: One ``(K, B)`` tensor per searched step of the last run, on the CPU.
+
+    Raises:
+        InputError: If ``eta`` or an option is out of range; when called, if the pipeline's scheduler is not supported
+            or the number of images differs from the number of prompts.
+
+    Note:
+        The last step, which leads to clean latents, is never searched. The first step is searched only if the callback
+        knows the initial latents, so call the pipeline with :meth:`pipeline_arguments`. A reward with ``needs_clean``
+        costs one more evaluation of the network per candidate, with the pipeline's guidance. Leave the pipeline's own
+        ``eta`` at 0.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        reward: Reward,
+        prompts: Sequence[str],
+        eta: float = 1.0,
+        seed: int = 0,
+        **options: Any,
+    ) -> None:
+        if not 0 < eta <= 1:
+            raise InputError(f"eta={eta:g} must lie in (0, 1]; at 0 all candidates are the same")
+        self.policy, self.reward, self.prompts = policy, reward, tuple(prompts)
+        self.candidates, self.eta, self.seed = Candidates(**options), eta, seed
+        self.scores: list[Tensor] = []
+        policy.family.search_inputs()  # refuses pipelines whose states are not latents
+        with torch.no_grad():
+            self._encoded = reward.encode_prompts(self.prompts)
+        self._initial: Tensor | None = None
+        self._latents: Tensor | None = None
+
+    def pipeline_arguments(self, height: int | None = None, width: int | None = None) -> dict[str, Any]:
+        """Return the arguments for the pipeline's call besides the prompts: initial latents, size and this callback.
+
+        Args:
+            height: Height in pixels; None takes the network's native height.
+            width: Width in pixels; None takes the network's native width.
+
+        Raises:
+            InputError: If a side is not a multiple of the network's unit, see ``Policy.latent_shape``.
+        """
+        shape = self.policy.latent_shape(height, width)
+        self._initial = torch.stack(
+            [self._noise("initial", index, (1, *shape))[0] for index in range(len(self.prompts))]
+        )
+        more = self.policy.family.search_inputs() if self.reward.needs_clean else ()
+        return {
+            "latents": self._initial.clone(),
+            "height": shape[-2] * self.policy.latent_space.downscale,
+            "width": shape[-1] * self.policy.latent_space.downscale,
+            "callback_on_step_end": self,
+            "callback_on_step_end_tensor_inputs": ["latents", *more],
+        }
+
+    @torch.no_grad()
+    def __call__(
+        self, pipeline: DiffusionPipeline, step_index: int, timestep: Tensor, callback_kwargs: dict[str, Any]
+    ) -> dict[str, Any]:
+        """Replace the states after a step, ``callback_kwargs["latents"]``, by the best candidates."""
+        latents = callback_kwargs["latents"]
+        if len(latents) != len(self.prompts):
+            raise InputError(
+                f"the pipeline makes {len(latents)} images, but the search got {len(self.prompts)} prompts"
+            )
+        if step_index == 0:
+            self.scores = []
+            scale = float(getattr(pipeline.scheduler, "init_noise_sigma", 1.0))
+            self._latents = None if self._initial is None else self._initial.to(latents.device) * scale
+            self._initial = None
+        levels = levels_of(pipeline.scheduler, float(timestep))
+        window = self.candidates.branching()
+        inside = inside_window(levels.timestep, window.low, window.high) and levels.next_noise > 0
+        if inside and self._latents is not None:
+            latents = self._search(pipeline, levels, latents, callback_kwargs)
+        self._latents = latents
+        return {"latents": latents}
+
+    def _search(self, pipeline: DiffusionPipeline, levels: Levels, latents: Tensor, inputs: dict[str, Any]) -> Tensor:
+        assert self._latents is not None
+        step = levels.ancestral(self._latents, latents, self.eta)
+        count, shape = self.candidates.num_candidates, latents.shape[1:]
+        drawn = [self._noise(f"{levels.timestep:g}", index, (count, *shape)) for index in range(len(latents))]
+        candidates = step.sample(torch.stack(drawn, dim=1).to(latents.device)).to(latents.dtype)
+        states = (candidates.float() * levels.next_scale).flatten(0, 1)
+        clean = self._clean(pipeline, levels, states, inputs) if self.reward.needs_clean else None
+        timestep = levels.timestep if self.candidates.score_at == "step" else levels.next_timestep
+        rows = torch.arange(len(latents), device=latents.device).repeat(count)
+        timesteps = torch.full((len(states),), timestep, device=latents.device)
+        scores = self.reward(NoisyStates(states, timesteps, rows, clean), self._encoded).view(count, -1)
+        self.scores.append(scores.cpu())
+        return candidates[scores.argmax(dim=0), torch.arange(len(latents), device=latents.device)]
+
+    def _clean(self, pipeline: DiffusionPipeline, levels: Levels, states: Tensor, inputs: dict[str, Any]) -> Tensor:
+        given = self.policy.family.search_conditioning(inputs)
+        guided = pipeline.do_classifier_free_guidance
+        rows = torch.arange(len(given), device=states.device).view(1 + guided, 1, -1)  # the empty prompts come first
+        prompts = given.select(rows.expand(-1, self.candidates.num_candidates, -1).flatten())
+        timesteps = torch.full((len(prompts),), levels.next_timestep, device=states.device)
+        output = self.policy.predict(torch.cat([states] * (1 + guided)), timesteps, prompts)
+        if guided:
+            without, with_prompt = output.chunk(2)
+            output = without + pipeline.guidance_scale * (with_prompt - without)
+        kind = pipeline.scheduler.config.get("prediction_type", "flow")
+        return levels.clean(states, output, kind)
+
+    def _noise(self, purpose: str, index: int, shape: Sequence[int]) -> Tensor:
+        name = f"{index}/{self.prompts[index]}"
+        return torch.randn(tuple(shape), generator=pair_generator(self.seed, f"step_search/{purpose}", 0, name))

@@ -1,0 +1,130 @@
+"""The policy that a command samples from: a pipeline alone, or with the adapter of an alignment run, or with a LoRA."""
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from latentreward.apps.generation import load_lora
+from latentreward.apps.generation.lora import check_lora
+from latentreward.encoders.offloaded import OffloadedEncoder
+from latentreward.encoders.prompts import PromptEncoder
+from latentreward.errors import InputError
+from latentreward.policies import Policy, PolicySource, load_policy
+from latentreward.policies.checkpoint import read_policy_adapter
+from latentreward.rewards import Reward
+from latentreward.rewards.latent import LatentScorer
+
+
+@dataclass(frozen=True)
+class TrainedPolicy:
+    """A pipeline, optionally with a trained adapter. Weights are loaded by :meth:`load` only.
+
+    Attributes:
+        pipeline: Base pipeline; None takes the base recorded in ``checkpoint``.
+        checkpoint: Checkpoint of an alignment run; its adapter is loaded into the pipeline.
+        lora: LoRA file or folder as written by ``latentreward export``, loaded into the pipeline.
+
+    Raises:
+        InputError: If both ``checkpoint`` and ``lora`` are given, or neither ``checkpoint`` nor ``pipeline``.
+    """
+
+    pipeline: PolicySource | None = None
+    checkpoint: Path | None = None
+    lora: Path | None = None
+
+    def __post_init__(self) -> None:
+        """Check that the given fields fit together."""
+        if self.checkpoint is not None and self.lora is not None:
+            raise InputError("checkpoint and lora both give the policy an adapter; give one of them")
+        if self.checkpoint is None and self.pipeline is None:
+            raise InputError("there is no generator; set policy.source, or the checkpoint of an alignment run")
+
+    def source(self) -> PolicySource:
+        """Return the source of the base pipeline."""
+        if self.pipeline is None:
+            assert self.checkpoint is not None
+            return read_policy_adapter(self.checkpoint).source
+        return self.pipeline
+
+    def identity(self) -> dict[str, Any]:
+        """Describe the policy in plain values; samples of policies with equal values can be continued.
+
+        Files are described by name, size and time of the last change.
+
+        Raises:
+            InputError: If a file does not exist.
+        """
+        if self.lora is not None:
+            check_lora(self.lora)
+        return {
+            "policy": plain(self.source()),
+            "checkpoint": _files("checkpoint", self.checkpoint),
+            "lora": _files("lora", self.lora),
+        }
+
+    def load(self, device: torch.device) -> Policy:
+        """Load the policy on ``device``, frozen and in evaluation mode.
+
+        Raises:
+            InputError: If a part cannot be loaded, or adapter and pipeline do not fit together.
+        """
+        if self.checkpoint is not None:
+            policy = load_policy(self.checkpoint, self.pipeline)
+        else:
+            policy = self.source().load()
+            if self.lora is not None:
+                load_lora(policy, self.lora)
+        return policy.eval().requires_grad_(False).to(device)
+
+
+def offload_text_encoders(policy: Policy, reward: Reward | None, prompts: Sequence[str], device: torch.device) -> None:
+    """Keep the text encoders of a policy and its latent rewards in CPU memory, except while they encode.
+
+    Nothing is done if ``device`` is the CPU.
+    """
+    if device.type == "cpu":
+        return
+    moved: dict[PromptEncoder, OffloadedEncoder] = {}
+
+    def offloaded(encoder: PromptEncoder) -> OffloadedEncoder:
+        if encoder not in moved:
+            moved[encoder] = OffloadedEncoder(encoder, prompts, device)
+        return moved[encoder]
+
+    for part in () if reward is None else reward.modules():
+        if isinstance(part, LatentScorer) and (encoder := part.model.backbone.text_encoder) is not None:
+            part.set_text_encoder(offloaded(encoder))
+    if policy.text_encoder is not None:
+        policy.text_encoder = offloaded(policy.text_encoder)
+
+
+def _files(setting: str, path: Path | None) -> list[Any] | None:
+    """Return path, names, sizes and times of a file or folder, by which a changed file is noticed."""
+    if path is None:
+        return None
+    if not path.exists():
+        raise InputError(f"{setting}: {path} does not exist")
+    files = sorted(file for file in (path, *path.rglob("*")) if file.is_file())
+    return [str(path.resolve()), [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]]
+
+
+def plain(value: Any) -> Any:
+    """Convert ``value`` to types of JSON; an object becomes a dict of its class name and attributes."""
+    if isinstance(value, dict):
+        return {str(name): plain(item) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    if isinstance(value, (str, int, float, bool, type(None))):
+        return value
+    if isinstance(value, Path):
+        return str(value)
+    if callable(value) and hasattr(value, "__qualname__"):
+        return f"{value.__module__}.{value.__qualname__}"
+    fields = dataclasses.fields(value) if dataclasses.is_dataclass(value) else ()
+    attributes = {field.name: getattr(value, field.name) for field in fields} or getattr(value, "__dict__", {})
+    attributes = value.record() if isinstance(value, PolicySource) else attributes
+    return {"class": type(value).__qualname__, **plain(attributes)}

@@ -1,0 +1,243 @@
+"""Dynamic batching: rows of many requests are collected into batches while the model is busy."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import math
+import time
+from collections import Counter, defaultdict
+from collections.abc import Callable, Hashable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+
+from latentreward.apps.serving.batch_scorer import Row, Scores
+from latentreward.apps.serving.errors import RequestError
+
+SHAPES_KEPT = 1024
+"""Number of shapes for which the seconds per row are remembered."""
+
+
+@dataclass(frozen=True, eq=False)
+class _Request:
+    """What the finishing time of a request depends on.
+
+    Attributes:
+        begun: Seconds that each client had been served when the request came.
+        shapes: Number of rows by shape.
+        among: Number of requests of its client, with this one.
+    """
+
+    begun: float
+    shapes: Counter[Hashable]
+    among: int
+
+
+@dataclass(frozen=True)
+class _Waiting:
+    future: asyncio.Future[Scores]
+    row: Row
+    group: Hashable
+    request: _Request
+    since: float
+
+
+class MicroBatcher:
+    """Collects rows of requests into batches, and scores the batches in one worker thread.
+
+    A batch starts when the worker is free and some group either fills a batch or has a row that has waited
+    ``max_wait`` seconds.
+
+    The order of requests is fair queueing (Demers, Keshav and Shenker 1989). Each request gets a finishing time,
+    the time at which it would be finished if all clients were served simultaneously at equal rates, and the requests
+    of each client at equal rates too. It is counted in seconds of the worker, as estimated from the last batch of rows
+    of equal shape, so that few large rows count as much as many small ones. The request with the earliest finishing
+    time is scored first,
+    and other rows of its group fill its batch. Short requests therefore overtake long ones, and a long request is
+    finished no later than under simultaneous service.
+
+    An object belongs to one event loop.
+
+    Args:
+        score: Function that scores 1 to ``batch_size`` rows of one group; called in the worker thread, one call at a
+            time.
+        batch_size: Greatest number of rows per batch.
+        max_wait: Seconds that a row waits for other rows at most, while the worker is free.
+        queue: Greatest number of waiting rows; requests beyond it are refused.
+        max_pass: Seconds that a batch should take at most, as estimated from the last batch of rows of equal shape. A
+            batch holds a single row if its shape was not measured yet, or if one row takes longer.
+        observe: Function called with the number of rows of each batch.
+        turns: Turns on the device, which other batchers may share; None waits for no other.
+    """
+
+    def __init__(
+        self,
+        score: Callable[[Sequence[Row]], Sequence[Scores]],
+        batch_size: int,
+        max_wait: float,
+        queue: int,
+        max_pass: float,
+        observe: Callable[[int], None] = lambda size: None,
+        turns: asyncio.Semaphore | None = None,
+    ) -> None:
+        self.batch_size, self.max_wait, self.queue, self.max_pass = batch_size, max_wait, queue, max_pass
+        self._score, self._observe = score, observe
+        self._turns = turns or asyncio.Semaphore()
+        self._waiting: dict[asyncio.Future[Scores], _Waiting] = {}
+        self._requests: Counter[Hashable] = Counter()
+        self._served = 0.0
+        self._seconds_per_row: dict[Hashable, float] = {}
+        self._worker = ThreadPoolExecutor(1, thread_name_prefix="model")
+        self._arrived = asyncio.Event()
+        self._busy_since: float | None = None
+        self._task: asyncio.Task[None] | None = None
+
+    @property
+    def waiting(self) -> int:
+        """Number of rows in the queue, without the rows that are being scored."""
+        return len(self._waiting)
+
+    @property
+    def running(self) -> bool:
+        """Whether the batcher has been started, and has neither been stopped nor crashed."""
+        return self._task is not None and not self._task.done()
+
+    @property
+    def busy_seconds(self) -> float:
+        """Seconds since the current batch started; 0 if the worker is free."""
+        return 0.0 if self._busy_since is None else time.monotonic() - self._busy_since
+
+    def start(self) -> None:
+        """Start scoring, in the running event loop."""
+        self._task = asyncio.get_running_loop().create_task(self._run())
+
+    async def stop(self) -> None:
+        """Stop scoring: wait for the current batch, and drop the rows in the queue."""
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.wait([self._task])
+        await asyncio.to_thread(self._worker.shutdown)
+
+    def require_room(self, rows: int) -> None:
+        """Raise RequestError with status 503 if the queue has no room for so many rows just now."""
+        if self.waiting + rows > self.queue:
+            seconds = sum(self._seconds_per_row.get(waiting.row.shape, 0.0) for waiting in self._waiting.values())
+            message = f"{self.waiting} of {self.queue} places in the queue are taken; try later"
+            raise RequestError(message, 503, max(1, math.ceil(seconds)))
+
+    async def score(self, rows: Sequence[Row], client: Hashable = None) -> list[Scores]:
+        """Score the rows of one request by ``client``; cancelling the call drops the rows that still wait.
+
+        Raises:
+            RequestError: With status 503 if the queue has no room for the rows.
+            Exception: The model's error if it fails on one of the rows.
+        """
+        self.require_room(len(rows))
+        self._requests[client] += 1
+        request = _Request(self._served, Counter(row.shape for row in rows), self._requests[client])
+        loop, now = asyncio.get_running_loop(), time.monotonic()
+        futures = [loop.create_future() for _ in rows]
+        for future, row in zip(futures, rows, strict=True):
+            self._waiting[future] = _Waiting(future, row, row.group, request, now)
+        self._arrived.set()
+        try:
+            return list(await asyncio.gather(*futures))
+        finally:
+            for future in futures:
+                future.cancel()
+                self._waiting.pop(future, None)
+            self._requests -= Counter([client])  # subtraction of Counters removes entries of 0
+
+    async def _run(self) -> None:
+        while True:
+            await self._until_due()
+            async with self._turns:
+                rows = self._next_pass()  # chosen now: clients may have come or left while another reward computed
+                try:
+                    await self._score_pass(rows)
+                except Exception as error:
+                    for waiting in rows:
+                        _finish(waiting.future, error)
+
+    async def _until_due(self) -> None:
+        """Wait until a group is due."""
+        while True:
+            self._arrived.clear()
+            left = min((self._due(rows) for rows in self._groups()), default=math.inf) - time.monotonic()
+            if left <= 0:
+                return
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._arrived.wait(), None if left == math.inf else left)
+
+    def _next_pass(self) -> list[_Waiting]:
+        """Return the rows of the next batch, sorted by finishing time; none if no row waits."""
+        rows = next(iter(self._groups()), [])
+        return rows[: self._capacity(rows[0].row)] if rows else []
+
+    def _groups(self) -> list[list[_Waiting]]:
+        """Return the waiting rows by group, both sorted by finishing time."""
+        groups: dict[Hashable, list[_Waiting]] = defaultdict(list)
+        turns = {request: self._finishing(request) for request in {one.request for one in self._waiting.values()}}
+        for waiting in sorted(self._waiting.values(), key=lambda waiting: turns[waiting.request]):
+            groups[waiting.group].append(waiting)
+        return list(groups.values())
+
+    def _finishing(self, request: _Request) -> float:
+        """Return the finishing time of a request; a row of a shape that was not measured counts as the mean of others.
+
+        Without any measurement, a row counts as a second.
+        """
+        known = self._seconds_per_row
+        other = sum(known.values()) / len(known) if known else 1.0
+        seconds = sum(count * known.get(shape, other) for shape, count in request.shapes.items())
+        return request.begun + seconds * request.among
+
+    def _due(self, rows: Sequence[_Waiting]) -> float:
+        """Return the time from which a group's rows may be scored: at once if they fill a batch, else after a wait."""
+        since = min(waiting.since for waiting in rows)
+        return since if len(rows) >= self._capacity(rows[0].row) else since + self.max_wait
+
+    def _capacity(self, row: Row) -> int:
+        """Return the greatest number of rows, of the shape of ``row``, that a batch may hold."""
+        seconds = self._seconds_per_row.get(row.shape, math.inf)
+        return max(1, min(self.batch_size, int(self.max_pass / seconds)))
+
+    async def _score_pass(self, rows: Sequence[_Waiting]) -> None:
+        """Score a batch; if scoring fails, put each row back as a batch of its own, so that only bad rows fail."""
+        if not rows:
+            return
+        for waiting in rows:
+            del self._waiting[waiting.future]
+        self._observe(len(rows))
+        self._busy_since = time.monotonic()
+        try:
+            loop = asyncio.get_running_loop()
+            scores = await loop.run_in_executor(self._worker, self._score, [waiting.row for waiting in rows])
+            if len(scores) != len(rows):
+                raise ValueError(f"{len(scores)} scores for {len(rows)} rows")
+        except Exception as error:
+            if len(rows) == 1:
+                _finish(rows[0].future, error)
+            for waiting in rows:
+                if not waiting.future.done():
+                    self._waiting[waiting.future] = replace(waiting, group=waiting.future)
+        else:
+            known, shape = self._seconds_per_row, rows[0].row.shape
+            known.pop(shape, None)  # the shapes of the last batches stay
+            known[shape] = max(self.busy_seconds / len(rows), 1e-6)
+            if len(known) > SHAPES_KEPT:
+                del known[next(iter(known))]
+            for waiting, score in zip(rows, scores, strict=True):
+                _finish(waiting.future, score)
+        finally:
+            self._served += self.busy_seconds / max(1, len(self._requests))
+            self._busy_since = None
+
+
+def _finish(future: asyncio.Future[Scores], result: Scores | Exception) -> None:
+    if future.done():  # its request was cancelled
+        return
+    if isinstance(result, Exception):
+        future.set_exception(result)
+    else:
+        future.set_result(result)

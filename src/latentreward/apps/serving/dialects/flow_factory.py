@@ -1,0 +1,72 @@
+"""Flow-Factory's reward server: ``POST /compute``, as its ``RemotePointwiseRewardModel`` calls it.
+
+Source: X-GenGroup/Flow-Factory (Apache-2.0), ``src/flow_factory/rewards/my_reward_remote.py`` and
+``reward_server/example_server.py`` at a0b2bc5; also the older client with the field ``kwargs`` at 696af07. A request is
+
+    {"prompt": [TEXT, ...], "image": [BASE64, ...], "video": null, "condition_images": null, "condition_videos": null}
+
+and its reply ``{"rewards": [NUMBER, ...]}``; an error is ``{"error": TEXT}`` with its status. The client's
+``GET /health`` is answered as UniRL's, because it reads only the status. The client's ``RemoteGroupwiseRewardModel``
+sends the same request for a group of samples, and gets the same scores: they do not depend on the group.
+"""
+
+import asyncio
+from typing import Any
+
+from fastapi import Request
+from fastapi.responses import JSONResponse
+from pydantic import BaseModel
+
+from latentreward.apps.serving.bodies import JSON
+from latentreward.apps.serving.dialects.base import Dialect
+from latentreward.apps.serving.errors import RequestError, check_limit
+from latentreward.apps.serving.images import EncodedImages, score_images
+from latentreward.apps.serving.json_bodies import from_base64, read_json
+from latentreward.apps.serving.routes import Route, fields
+
+TEXTS = 8
+"""Greatest number of texts, and of signs between them, per image; a body has two texts and four signs."""
+FORM = '{"prompt": [TEXT, ...], "image": [BASE64, ...]}'
+"""JSON of a request, for messages."""
+
+
+class ComputeRequest(BaseModel, strict=True):
+    """Body of a request."""
+
+    prompt: list[str]
+    image: list[str] | None = None
+    video: Any = None
+    condition_images: Any = None
+    condition_videos: Any = None
+    kwargs: Any = None
+
+
+class FlowFactory(Dialect):
+    """Handler of the route."""
+
+    def routes(self) -> list[Route]:
+        """Return the route."""
+        summary, answer = "Flow-Factory's clients: score images for prompts; pixels only", fields(rewards=list[float])
+        return [Route("POST", "/compute", self.compute, summary, {JSON: ComputeRequest}, answer, of_reward=True)]
+
+    async def compute(self, request: Request) -> JSONResponse:
+        """Score the images of a request."""
+        model = self.service.model_of(request)
+        formats = {JSON: lambda body: asyncio.to_thread(parse_images, body, model.settings.queue)}
+        scores = await score_images(model, request, formats)
+        return JSONResponse({"rewards": [score for score, *_ in scores]})
+
+
+def parse_images(body: bytes, most: int) -> EncodedImages:
+    """Parse the body of a request.
+
+    Raises:
+        RequestError: If the body is no such JSON, has other media than images, or too many.
+    """
+    content = read_json(body, ComputeRequest, TEXTS * (most + 8), FORM)
+    for name in ("video", "condition_images", "condition_videos"):
+        if getattr(content, name):
+            raise RequestError(f"{name} is given; this server scores a prompt and an image, nothing else", 422)
+    images = content.image or []
+    check_limit("image: images", len(images), most)
+    return EncodedImages(content.prompt, [from_base64(f"image {number}", text) for number, text in enumerate(images)])

@@ -1,0 +1,114 @@
+"""Settings of a server; this module can be imported without the extra ``serve``."""
+
+import re
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from latentreward.contracts import PathText
+from latentreward.data.images import MAX_PIXELS
+from latentreward.errors import InputError, check_amounts
+from latentreward.scoring import PublishedSettings
+
+NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
+"""Names of rewards, which stand in addresses and metrics, as a regular expression."""
+
+
+@dataclass(frozen=True)
+class ServiceSettings:
+    """Limits of a server, and the noise of requests without a seed.
+
+    Attributes:
+        batch_size: Greatest number of rows (images or latents) per forward pass of the model.
+        max_wait_ms: Milliseconds that a row waits at most for other rows to share its forward pass.
+        max_pass_s: Seconds that a forward pass should take at most, as estimated from earlier rows of equal size. A
+            row that takes longer gets a forward pass alone. A smaller value lowers the time that a short request waits
+            for the running pass.
+        queue: Greatest number of waiting rows; requests beyond it are answered 503 with Retry-After.
+        timeout: Seconds after which a request is answered 504, or 408 if its body has not arrived.
+        max_body_mb: Largest body, in MiB.
+        max_pixels: Largest width × height of an image, which is read from its header before the image is decoded.
+        max_latent_pixels: Largest h · w of latents, or T · h · w with a time axis, in latent pixels. None takes four
+            times the model's own size.
+        concurrency: Greatest number of requests of a reward in progress; requests beyond it are answered 503 with
+            Retry-After. None sets no limit beside ``queue``.
+        passes_per_device: Greatest number of forward passes at the same time on one device, of all rewards there. A
+            reward computes one pass at a time.
+        prompts_kept: Number of encoded prompts that a reward keeps for later requests; one of SD3 takes 5 MB on the
+            reward's device.
+        fresh_noise: Whether latents of a request without a seed get new noise each time; otherwise their seed is 0.
+        dialects: Import paths of classes of one's own, derived from ``latentreward.apps.serving.dialects.Dialect``,
+            which answer clients of other frameworks.
+        token: Token that requests must give as ``Authorization: Bearer TOKEN``; None allows requests without a token.
+
+    Raises:
+        InputError: If ``max_wait_ms`` is negative, another limit is not positive, or a limit is not finite.
+    """
+
+    batch_size: int = 8
+    max_wait_ms: float = 10.0
+    max_pass_s: float = 2.0
+    queue: int = 256
+    timeout: float = 60.0
+    max_body_mb: float = 64.0
+    max_pixels: int = MAX_PIXELS
+    max_latent_pixels: int | None = None
+    concurrency: int | None = None
+    passes_per_device: int = 1
+    prompts_kept: int = 128
+    fresh_noise: bool = False
+    dialects: tuple[str, ...] = ()
+    token: str | None = None
+
+    def __post_init__(self) -> None:
+        numbers = {name: value for name, value in vars(self).items() if type(value) in (int, float)}
+        check_amounts(**{name: value for name, value in numbers.items() if name != "max_wait_ms"})
+        check_amounts("", True, max_wait_ms=self.max_wait_ms)
+
+    @property
+    def max_body(self) -> int:
+        """Size of the largest body, in bytes."""
+        return int(self.max_body_mb * 2**20)
+
+
+@dataclass(frozen=True)
+class RewardToServe:
+    """One of several rewards of a server, and what differs from the server's own limits.
+
+    Attributes:
+        model: Folder or hub id of a reward model, or a checkpoint, or the folder of a run.
+        device: Device, e.g. ``cuda:1``; ``auto`` takes an accelerator if there is one.
+        dtype: Precision of the model's backbone.
+        base: Pipeline with the frozen base weights, a folder or hub id; by default the one that the model names.
+        run_config: Config file of the model's training run; by default the one beside the checkpoint.
+        revision: Branch, tag or commit of a hub id.
+        published: Settings that the files of a published layout do not hold.
+        batch_size: As the server's; None takes that.
+        queue: As the server's; None takes that.
+        concurrency: As the server's; None takes that.
+    """
+
+    model: PathText
+    device: str = "auto"
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    base: PathText | None = None
+    run_config: PathText | None = None
+    revision: str | None = None
+    published: PublishedSettings | None = None
+    batch_size: int | None = None
+    queue: int | None = None
+    concurrency: int | None = None
+
+    def limits(self, settings: ServiceSettings) -> ServiceSettings:
+        """Return the limits of this reward on a server with ``settings``."""
+        own = {name: getattr(self, name) for name in ("batch_size", "queue", "concurrency")}
+        return replace(settings, **{name: value for name, value in own.items() if value is not None})
+
+
+def check_name(name: str) -> str:
+    """Return the name of a reward; raise InputError if it cannot stand in an address."""
+    if not re.fullmatch(NAME, name):
+        raise InputError(
+            f"the reward's name {name!r} cannot stand in an address; give 1 to 64 letters, digits and . _ -, a letter "
+            "or digit first"
+        )
+    return name

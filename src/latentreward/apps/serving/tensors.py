@@ -1,0 +1,212 @@
+"""Safetensors bodies of untrusted clients: tensors by name, with dtypes, shapes and values that a reward takes."""
+
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from fastapi import Request
+from safetensors import SafetensorError, deserialize
+from torch import Tensor
+
+from latentreward.apps.serving.bodies import SAFETENSORS, check_type
+from latentreward.apps.serving.errors import ROWS, RequestError, check_limit
+from latentreward.apps.serving.resources import Resources
+from latentreward.errors import one_line, quoted
+
+HEADER_BYTES = 16 * 1024
+"""Greatest length of a safetensors header without prompts, in bytes; five tensors need less than 500."""
+DTYPES = {
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "BOOL": torch.uint8,
+    "U8": torch.uint8,
+}
+"""Name of a dtype in safetensors → dtype of torch to read it as, for the dtypes that requests may use.
+
+Truth values are read as numbers, because torch takes bytes above 1 for them without an error.
+"""
+FLOATS = ("F32", "F16", "BF16")
+"""Names of the floating-point dtypes that requests may use."""
+
+
+@dataclass(frozen=True)
+class Expected:
+    """Requirements on a tensor of a request.
+
+    Attributes:
+        shapes: Allowed shapes: names of the axes, separated by spaces. Axes of one name have one size in all tensors.
+        dtypes: Allowed dtypes, by their names in :data:`DTYPES`.
+        required: Whether a request must have the tensor.
+        taken: Whether the served model takes the tensor; if not, a request must not have it.
+    """
+
+    shapes: tuple[str, ...]
+    dtypes: tuple[str, ...] = FLOATS
+    required: bool = True
+    taken: bool = True
+
+
+@dataclass(frozen=True)
+class Accepted:
+    """Shapes of latents and embeddings that a server accepts.
+
+    Attributes:
+        channels: Number of latent channels C.
+        text_width: Width D of a token's embedding.
+        pooled_width: Width P of the pooled embedding; None if the model takes none.
+        patch: Number that the sides of latents must be multiples of, in latent pixels.
+        max_side: Longest side of latents, in latent pixels; None if the network has no limit.
+        max_prompt: Largest number of tokens of a prompt; None if the network has no limit.
+        tokens: Number of tokens L if it is fixed, as for heads that compare with the empty prompt; else None.
+        max_pixels: Largest h · w of latents, or T · h · w with a time axis.
+        max_tokens: Largest L.
+        max_rows: Largest B.
+        masked: Whether prompts have unequal numbers of tokens, told by a mask.
+        frames: Number of latent frames T; None if latents have no time axis.
+        pools_tokens: Whether the pooled vector may be left out, and is the mean of the tokens in the mask then.
+    """
+
+    channels: int
+    text_width: int
+    pooled_width: int | None
+    patch: int = 1
+    max_side: int | None = None
+    max_prompt: int | None = None
+    tokens: int | None = None
+    max_pixels: int = 128 * 128
+    max_tokens: int = 1024
+    max_rows: int = ROWS
+    masked: bool = False
+    frames: int | None = None
+    pools_tokens: bool = False
+
+    @property
+    def axes(self) -> str:
+        """Names of the axes of an image's latents."""
+        return "C h w" if self.frames is None else "C T h w"
+
+    @property
+    def sizes(self) -> dict[str, int | None]:
+        """Sizes that the model fixes, by the name of the axis; None for any size."""
+        return {"C": self.channels, "T": self.frames, "L": self.tokens, "D": self.text_width, "P": self.pooled_width}
+
+    def check_sides(self, latents: Tensor) -> None:
+        """Check the sides of latents ``(..., C, h, w)`` or ``(..., C, T, h, w)``.
+
+        Raises:
+            RequestError: With status 413 over the server's limit of pixels; with status 422 if the network cannot take
+                the sides.
+        """
+        height, width = latents.shape[-2:]
+        if height % self.patch or width % self.patch:
+            raise RequestError(f"latents of {height} × {width} must have sides divisible by {self.patch}", 422)
+        if max(height, width) > (self.max_side or max(height, width)):
+            raise RequestError(
+                f"latents of {height} × {width} have a side over {self.max_side}, the limit of this network", 422
+            )
+        name = "latents: h · w" if self.frames is None else "latents: T · h · w"
+        smaller = "send smaller latents, or raise the server's --max_latent_pixels"
+        check_limit(name, (self.frames or 1) * height * width, self.max_pixels, smaller)
+
+
+def read_tensors(
+    body: bytes, expected: Mapping[str, Expected], sizes: Mapping[str, int | None], most: int = HEADER_BYTES
+) -> dict[str, Tensor]:
+    """Read the tensors of a safetensors body, floats as float32.
+
+    The library copies all tensors before their names and shapes can be checked. Its memory is bounded by the length of
+    the body, which the server limits, and by that of the header: 1 MiB lists 20 000 empty tensors, which take 21 MiB.
+
+    Args:
+        body: The whole body.
+        expected: Requirements by the name of the tensor.
+        sizes: Sizes of axes by their names; None for any size.
+        most: Greatest length of the header, in bytes.
+
+    Returns:
+        Tensors by name, in the order of ``expected``.
+
+    Raises:
+        RequestError: If the body is not in safetensors format, its header is too long, or a tensor is missing, unknown,
+            or of a wrong dtype or number of axes. With status 422 if the served model does not take a tensor, the size
+            of an axis is not that of the model or of another tensor, or a number is not finite.
+    """
+    length = int.from_bytes(body[:8], "little")
+    if length > most:
+        raise RequestError(f"the safetensors header has {length} bytes; at most {most} are read")
+    try:
+        entries = dict(deserialize(body))
+    except SafetensorError as error:
+        raise RequestError(
+            f"the body is no safetensors file ({quoted(one_line(error))}); check how it is made"
+        ) from error
+    missing = [name for name, wanted in expected.items() if wanted.required and name not in entries]
+    unknown = [name for name in entries if name not in expected]
+    if missing or unknown:
+        problem = f"lacks {missing[0]!r}" if missing else f"holds an unknown tensor {unknown[0][:40]!r}"
+        names = ", ".join(name for name, wanted in expected.items() if wanted.taken)
+        raise RequestError(f"the body {problem}; the protocol has {names}")
+    known = {axis: size for axis, size in sizes.items() if size is not None}
+    return {name: _tensor(name, entries[name], expected[name], known) for name in expected if name in entries}
+
+
+def _tensor(name: str, entry: dict[str, Any], expected: Expected, sizes: dict[str, int]) -> Tensor:
+    """Check the description of a tensor, add the sizes of its axes to ``sizes``, and return the tensor."""
+    dtype, shape = entry["dtype"], tuple(entry["shape"])
+    if not expected.taken:
+        raise RequestError(f"{name} is given, but this model takes none; leave it out", 422)
+    if dtype not in expected.dtypes:
+        raise RequestError(f"{name}: dtype must be {' or '.join(expected.dtypes)}, not {dtype!r}")
+    allowed = {len(axes.split()): axes.split() for axes in expected.shapes}
+    axes = allowed.get(len(shape), [])
+    if not axes or 0 in shape:
+        wanted = " or ".join(f"({', '.join(axes)})" for axes in allowed.values())
+        raise RequestError(f"{name}: shape must be {wanted}, whole numbers from 1 on, not {str(shape)[:80]}")
+    for axis, size in zip(axes, shape, strict=True):
+        if sizes.setdefault(axis, size) != size:
+            raise RequestError(
+                f"{name}: {axis} of ({', '.join(axes)}) is {size}, but {sizes[axis]} in this model or other tensors; "
+                f"give {axis} = {sizes[axis]}",
+                422,
+            )
+    tensor = torch.frombuffer(entry.pop("data"), dtype=DTYPES[dtype]).view(shape)
+    if dtype not in FLOATS:
+        return tensor
+    if not tensor.isfinite().all():
+        raise RequestError(f"{name} holds NaN or infinity", 422)
+    return tensor.to(torch.float32)
+
+
+@asynccontextmanager
+async def safetensors_body(request: Request, resources: Resources) -> AsyncIterator[bytes]:
+    """Read the safetensors body of a request; body and tensors count against the memory until the context ends.
+
+    Raises:
+        RequestError: With status 415 if the content type is another one, 413 or 503 if the memory does not suffice, or
+            as :meth:`BodyReader.read`.
+    """
+    check_type(request, SAFETENSORS)
+    async with resources.bodies.read(request) as body:
+        with resources.memory.hold(memory_bytes(body), len(body)):
+            yield body
+
+
+def memory_bytes(body: bytes) -> int:
+    """Return an upper bound on the memory in bytes that the tensors of a body take in addition to it.
+
+    float16 and bfloat16 become float32. JSON may write the name of a dtype with escapes.
+    """
+    end = min(8 + int.from_bytes(body[:8], "little"), len(body))
+    halves = max(body.find(b"F16", 8, end), body.find(b"\\", 8, end)) >= 0
+    return (2 if halves else 1) * len(body)
+
+
+def check_levels(u: Tensor) -> None:
+    """Raise RequestError with status 422 if a noise level lies outside [0, 1]."""
+    outside = u[(u < 0) | (u > 1)].tolist()
+    if outside:
+        raise RequestError(f"u holds {outside[0]:g}; noise levels lie in [0, 1]", 422)

@@ -1,0 +1,234 @@
+"""Running of steps: each in a process of its own, its output kept as long as what it depends on has not changed."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
+from pathlib import Path
+from threading import Lock
+from uuid import uuid4
+
+from latentreward.apps.steps import process
+from latentreward.apps.steps.tasks import Task
+from latentreward.errors import InputError
+from latentreward.storage.durable import discard, write_file
+from latentreward.storage.json_files import read_config
+
+RECORD, LOG, INPUTS = "record.json", "log.txt", "inputs.json"
+START = "$ "
+"""Beginning of the line that a log gets at each start of a process."""
+TOLD_EVERY_S = 15.0
+"""Seconds between lines about the progress of a task."""
+
+
+@dataclass(frozen=True)
+class Done:
+    """Record of a finished task.
+
+    Attributes:
+        cpu_seconds: Processor time of its process.
+        modules: Modules of this package that its process imported.
+        source: Digest of their source files at that time; empty if the runner takes none.
+        inputs: Key of an input → its ``identity``.
+        seconds: Time of its last process by the clock.
+        gpu_bytes: Peak memory that PyTorch allocated on a GPU in its last process.
+        identity: Random name of this output, by which other tasks' records tell it from one that was made again.
+    """
+
+    cpu_seconds: float
+    modules: tuple[str, ...]
+    source: str
+    inputs: dict[str, str | None]
+    seconds: float
+    gpu_bytes: int
+    identity: str
+
+
+@dataclass
+class TaskRunner:
+    """Runner of tasks in processes; each output in its folder is computed once.
+
+    Args:
+        folder: Folder of all outputs.
+        source_digest: Digest of the source files of modules. An output is discarded when it differs, and a command that
+            was stopped starts again. With None, an output stays finished when source files change, and a command goes
+            on in the output that it left, unless an input was made again since.
+        environment: Variables of the processes beyond those here.
+    """
+
+    folder: Path
+    source_digest: Callable[[Iterable[str]], str] | None = None
+    environment: Mapping[str, str] = field(default_factory=dict)
+    _running: set[subprocess.Popen[bytes]] = field(default_factory=set)
+    _lock: Lock = field(default_factory=Lock)
+    _closed: bool = False
+
+    def done(self, task: Task) -> Done | None:
+        """Return a task's record; None if it is unfinished, ran with other source files, or an input was made again.
+
+        Raises:
+            InputError: If the record is damaged.
+        """
+        folder = task.output(self.folder).parent
+        if not (folder / RECORD).is_file():
+            return None
+        content = read_config(folder / RECORD, remedy=f"remove {folder} to run {task.name} again")
+        try:
+            found = Done(**content)
+        except TypeError as error:
+            raise InputError(f"{folder / RECORD} is damaged ({error}); remove {folder} to run it again") from error
+        if self.source_digest is not None and self.source_digest(found.modules) != found.source:
+            return None
+        current = self._inputs(task)
+        return found if current == found.inputs and None not in current.values() else None
+
+    def goes_on(self, task: Task) -> bool:
+        """Tell whether :meth:`run` goes on in the output that an earlier process left; otherwise it starts anew."""
+        folder = task.output(self.folder).parent
+        if self.source_digest is not None or not folder.exists():
+            return False
+        inputs = folder / INPUTS
+        if not inputs.is_file():
+            return True
+        return bool(read_config(inputs, remedy=f"remove {folder} to start anew") == self._inputs(task))
+
+    def log(self, task: Task) -> Path:
+        """Return the file beside a task's output to which its processes print."""
+        return task.output(self.folder).parent / LOG
+
+    def _inputs(self, task: Task) -> dict[str, str | None]:
+        """Return key of an input → its identity; None if it has not finished."""
+        return {one.key: found.identity if (found := self.done(one)) else None for one in task.inputs.values()}
+
+    def run(self, task: Task) -> None:
+        """Run a task's process, which prints to :meth:`log`.
+
+        Raises:
+            InputError: If the process fails.
+        """
+        folder, log, goes_on = task.output(self.folder).parent, self.log(task), self.goes_on(task)
+        print(f"{task.name}: {'goes on' if goes_on else 'starts'}; its log is {log}", flush=True)
+        if not goes_on:
+            discard(task.output(self.folder))  # before the files by which a later start sees what a stop here left
+            discard(folder)
+        task.output(self.folder).mkdir(parents=True, exist_ok=True)
+        arguments = task.command(self.folder)
+        inputs = self._inputs(task)
+        write_file(folder / INPUTS, json.dumps(inputs))
+        with log.open("a") as stream:
+            stream.write(f"{START}{task.module or 'latentreward'} {' '.join(arguments)}\n")
+            stream.flush()
+            command = [sys.executable, "-m", process.__name__, str(folder / "process.json"), task.module, *arguments]
+            code = self._call(command, stream.fileno())
+        if code:
+            last = log.read_text(errors="replace").strip().splitlines()[-1]
+            raise InputError(f"{task.name} failed: {last} (all of it is in {log})")
+        told = json.loads((folder / "process.json").read_text())
+        source = "" if self.source_digest is None else self.source_digest(told["modules"])
+        found = Done(**told, source=source, inputs=inputs, identity=uuid4().hex)
+        write_file(folder / RECORD, json.dumps(vars(found)))
+
+    def _call(self, command: Sequence[str], log: int) -> int:
+        environment = {**os.environ, **self.environment}
+        with self._lock:
+            if self._closed:
+                raise KeyboardInterrupt
+            running = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=environment
+            )
+            self._running.add(running)
+        try:
+            return running.wait()
+        finally:
+            with self._lock:
+                self._running.discard(running)
+
+    def close(self) -> None:
+        """End all processes, and start no more."""
+        with self._lock:
+            self._closed = True
+            for running in self._running:
+                running.terminate()
+
+
+def run_tasks(
+    tasks: Iterable[Task],
+    runner: TaskRunner,
+    processes: int = 1,
+    finished: Callable[[Task], None] = lambda task: None,
+    keep_going: bool = False,
+) -> list[str]:
+    """Run the tasks that have not finished, each after its inputs, otherwise in their order.
+
+    Ctrl-C and SIGTERM end the running processes by SIGTERM and wait for them, so that a training saves a checkpoint.
+
+    Args:
+        tasks: Tasks; an input that is not among them has finished.
+        runner: Runner, which is closed at the end.
+        processes: Most processes at a time.
+        finished: Called with each task that this call has run.
+        keep_going: Whether tasks that do not depend on a failed one still run.
+
+    Returns:
+        A line for each task that failed.
+
+    Raises:
+        InputError: If a task fails, without ``keep_going``.
+    """
+    waiting = {task.key: task for task in tasks}
+    unfinished, failures = {*waiting}, list[str]()
+    running, shown = dict[Future[None], Task](), dict[str, str]()
+    with ThreadPoolExecutor(processes) as pool:  # an interrupt reaches the main thread and leaves processes to others
+        try:
+            while True:
+                for task in ready(waiting, unfinished, runner):
+                    if len(running) < processes:
+                        del waiting[task.key]
+                        shown[task.key] = progress(runner.log(task))
+                        running[pool.submit(runner.run, task)] = task
+                if not running:
+                    return failures
+                ended = wait(running, TOLD_EVERY_S, FIRST_COMPLETED).done
+                for task in running.values():
+                    if (line := progress(runner.log(task))) != shown[task.key]:
+                        print(f"{task.name}: {line}", flush=True)
+                        shown[task.key] = line
+                for task, error in [(running.pop(future), future.exception()) for future in ended]:
+                    if error is None:
+                        unfinished.remove(task.key)
+                        finished(task)
+                    elif keep_going and isinstance(error, InputError):
+                        failures.append(str(error))
+                        print(error, file=sys.stderr, flush=True)
+                    else:
+                        raise error
+        finally:
+            runner.close()
+
+
+def ready(waiting: dict[str, Task], unfinished: set[str], runner: TaskRunner) -> Iterator[Task]:
+    """Yield the waiting tasks whose inputs have finished; take out those that have finished themselves before."""
+    for key, task in [*waiting.items()]:
+        if unfinished & {one.key for one in task.inputs.values()}:
+            continue
+        if runner.done(task) is None:
+            yield task
+        else:
+            print(f"{task.name}: done before", flush=True)
+            del waiting[key]
+            unfinished.remove(key)
+
+
+def progress(log: Path) -> str:
+    """Return the last line about progress, with rate and time left, that a task's process has written to its log."""
+    text = log.read_text(errors="replace") if log.is_file() else ""
+    return next((line.strip() for line in reversed(text.splitlines()) if line.endswith(" left")), "")
+
+
+def starts(log: Path) -> int:
+    """Return how often a task's process was started, from its log."""
+    text = log.read_text(errors="replace") if log.is_file() else ""
+    return sum(line.startswith(START) for line in text.splitlines())

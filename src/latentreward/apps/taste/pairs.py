@@ -1,0 +1,303 @@
+"""Pairs of own pictures: by file name, all against all, or from ratings."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from math import lcm
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from latentreward.apps.taste.pictures import Picture, check_folder, listed, number_of, read_pictures, same_contents
+from latentreward.data.images import ImageError, decode_image
+from latentreward.data.readers.base import normalise_prompt
+from latentreward.data.readers.folders import SIDES, find_pictures, read_lines
+from latentreward.data.readers.json_rows import parse_line
+from latentreward.data.readers.pair_rows import PairRowParser
+from latentreward.data.readers.rows import RowReader
+from latentreward.errors import InputError
+from latentreward.storage.digests import digest
+
+RATINGS = "ratings.jsonl"
+LEAST = 20
+"""Fewest pairs that are split and trained on; even these tell little."""
+FEWEST = 2
+"""Fewest pictures that can be rated."""
+MATCHING = 0.5
+"""Share of the smaller side's names that must be on the other side too, for pairs by name."""
+Pairing = Literal["auto", "names", "all"]
+
+
+@dataclass(frozen=True)
+class RatedPair:
+    """Two pictures and which of them is preferred.
+
+    Attributes:
+        prompt: Caption of the pair; may be empty.
+        a: First picture.
+        b: Second picture.
+        label: 1 if ``a`` is preferred, 0 if ``b`` is, ½ for a tie or without an answer, or a probability between.
+    """
+
+    prompt: str
+    a: Picture
+    b: Picture
+    label: float = 0.5
+
+    @property
+    def names(self) -> tuple[str, str]:
+        """Paths of both pictures."""
+        return self.a.path, self.b.path
+
+    @property
+    def is_tie(self) -> bool:
+        """Whether neither picture is preferred."""
+        return self.label == 0.5
+
+    def line(self, pair_id: str, split: str) -> dict[str, object]:
+        """Return the pair as a line for :class:`~latentreward.data.JSONLPairReader`."""
+        shared = {"pair_id": pair_id, "split": split, "prompt": self.prompt}
+        contents = {"contents": [self.a.content, self.b.content]}
+        if self.label == 1:
+            return {**shared, "chosen": self.a.path, "rejected": self.b.path, **contents}
+        return {**shared, "image_a": self.a.path, "image_b": self.b.path, "label": self.label, **contents}
+
+
+@dataclass(frozen=True)
+class Pool:
+    """Pictures that were chosen and rejected, without pairs: each of ``chosen`` wins against each of ``rejected``.
+
+    Attributes:
+        prompt: Caption that all of them have; empty without one.
+        chosen: Pictures that were chosen.
+        rejected: Pictures that were rejected.
+    """
+
+    prompt: str
+    chosen: Sequence[Picture]
+    rejected: Sequence[Picture]
+
+    def draw(self, number: int, rng: np.random.Generator) -> list[RatedPair]:
+        """Draw pairs, each at most once, in which pictures of one side occur equally often, give or take one."""
+        sides = [[side[place] for place in rng.permutation(len(side))] for side in (self.chosen, self.rejected)]
+        chosen, rejected = sides
+        if not chosen or not rejected:
+            return []
+        # Within `turn` pairs no pair of indices recurs; each further turn is shifted by one.
+        turn = lcm(len(chosen), len(rejected))
+        places = range(min(number, len(chosen) * len(rejected)))
+        return [
+            RatedPair(self.prompt, chosen[n % len(chosen)], rejected[(n + n // turn) % len(rejected)], 1.0)
+            for n in places
+        ]
+
+
+@dataclass(frozen=True)
+class Collection:
+    """What a folder holds.
+
+    Attributes:
+        how: One line on how pairs are formed.
+        pairs: Pairs by name or from ratings.
+        pools: Pictures without pairs, instead of ``pairs``.
+        remarks: Lines on what was left out.
+    """
+
+    how: str
+    pairs: Sequence[RatedPair] = ()
+    pools: Sequence[Pool] = ()
+    remarks: list[str] = field(default_factory=list)
+
+    @property
+    def possible(self) -> int:
+        """Number of pairs, or of all that the pools give."""
+        return len(self.pairs) + sum(len(pool.chosen) * len(pool.rejected) for pool in self.pools)
+
+
+def collect(folder: Path, pairing: Pairing = "auto") -> Collection:
+    """Read the pairs of a folder: ``ratings.jsonl`` if it is there, else ``chosen/`` and ``rejected/``.
+
+    Files that cannot be read, pairs of a picture with itself, and names on one side only are left out, with a remark.
+    The pairing ``names`` pairs files of equal names; ``all`` lets each chosen picture win against each rejected one;
+    ``auto`` takes names if at least half of them are on both sides.
+
+    Raises:
+        InputError: If the folder has no pictures, is not sorted or rated, or gives fewer than :data:`LEAST` pairs.
+    """
+    check_folder(folder)
+    sorted_ = all((folder / side).is_dir() for side in SIDES)
+    if (folder / RATINGS).is_file():
+        found = from_ratings(folder)
+        if sorted_:
+            found.remarks.append(f"{RATINGS} counts, not chosen/ and rejected/; move it away to use these")
+    elif sorted_:
+        found = from_sides(folder, pairing)
+    else:
+        raise InputError(_unsorted(folder))
+    if found.possible < LEAST:
+        told = "".join([number_of(found.possible, "pair"), *(f"; {remark}" for remark in found.remarks)])
+        raise InputError(f"folder: {folder} gives {told}; give at least {LEAST}, better 100 or more")
+    return found
+
+
+def _unsorted(folder: Path) -> str:
+    images, unread = find_pictures(folder)
+    pictures = sum(map(len, images.values()))
+    if not pictures:
+        problem = "; ".join([f"folder: {folder} has no pictures", *unread])
+        return f"{problem}; give a folder with chosen/ and rejected/, or pictures to rate"
+    missing = [side for side in SIDES if not (folder / side).is_dir()]
+    if len(missing) == 1:
+        (there,) = {*SIDES} - {*missing}
+        return f"folder: {folder} has {there}/ but no {missing[0]}/; put the pictures to compare with there"
+    neither = f"{number_of(pictures, 'picture')}, but neither chosen/ and rejected/ nor {RATINGS}"
+    if pictures < FEWEST:
+        return f"folder: {folder} has {neither}; put more pictures to rate there"
+    return f"folder: {folder} has {neither}; rate them with `latentreward taste {folder} --rate`"
+
+
+def from_sides(folder: Path, pairing: Pairing) -> Collection:
+    """Read ``chosen/`` and ``rejected/``; see :func:`collect`."""
+    sides, remarks = {}, []
+    for side in SIDES:
+        sides[side], told = read_pictures(folder, side)
+        remarks += told
+        if not sides[side]:
+            problem = "; ".join([f"folder: {folder / side} has no pictures that can be read", *told])
+            raise InputError(f"{problem}; put the {side} pictures there")
+    chosen, rejected = sides.values()
+    if same := same_contents([*chosen.values(), *rejected.values()]):
+        remarks.append(f"files with the same bytes count as one picture: {listed(same)}")
+    both = chosen.keys() & rejected.keys()
+    if pairing == "names" or (pairing == "auto" and len(both) >= MATCHING * min(len(chosen), len(rejected))):
+        return _by_name(chosen, rejected, remarks)
+    return _all_against_all(chosen, rejected, remarks)
+
+
+def _by_name(chosen: dict[str, Picture], rejected: dict[str, Picture], remarks: list[str]) -> Collection:
+    both = sorted(chosen.keys() & rejected.keys())
+    if lonely := sorted(chosen.keys() ^ rejected.keys()):
+        remarks = [*remarks, f"left out, only on one side: {listed(lonely)}"]
+    captions = {name: {chosen[name].caption, rejected[name].caption} - {""} for name in both}
+    if differing := [name for name, found in captions.items() if len(found) > 1]:
+        remarks = [*remarks, f"captions differ, that in chosen/ counts: {listed(differing)}"]
+    pairs = [
+        RatedPair(chosen[name].caption or rejected[name].caption, chosen[name], rejected[name], 1.0) for name in both
+    ]
+    kept, told = without_self(pairs)
+    return Collection("pairs by file name (--pairing all takes all against all)", kept, remarks=[*remarks, *told])
+
+
+def _all_against_all(chosen: dict[str, Picture], rejected: dict[str, Picture], remarks: list[str]) -> Collection:
+    contents = [{picture.content: picture for picture in side.values()} for side in (chosen, rejected)]
+    if contradicting := contents[0].keys() & contents[1].keys():
+        names = sorted(contents[0][one].path for one in contradicting)
+        remarks = [*remarks, f"left out, both chosen and rejected: {listed(names)}"]
+    one_side, other = ([picture for key, picture in side.items() if key not in contradicting] for side in contents)
+    how = "file names do not match: each chosen picture is compared with rejected ones"
+    captions: dict[str, tuple[str, list[Picture], list[Picture]]] = {}
+    for side, pictures in enumerate((one_side, other)):
+        for picture in pictures:
+            entry = captions.setdefault(normalise_prompt(picture.caption), (picture.caption, [], []))
+            entry[side + 1].append(picture)  # type: ignore[union-attr]
+    pools = [Pool(*entry) for entry in captions.values() if entry[1] and entry[2]]
+    if len(captions) > 1 and sum(len(pool.chosen) + len(pool.rejected) for pool in pools) < len(one_side + other) / 2:
+        return Collection(
+            f"{how}, of any caption: most captions are on one side only, so captions are not used",
+            pools=[Pool("", one_side, other)],
+            remarks=remarks,
+        )
+    if len(captions) > 1:
+        how += " of the same caption"
+        if lonely := sorted({entry[0] or "no caption" for entry in captions.values() if not (entry[1] and entry[2])}):
+            remarks = [*remarks, f"left out, captions on one side only: {listed(lonely)}"]
+    return Collection(how, pools=pools, remarks=remarks)
+
+
+def without_self(pairs: Sequence[RatedPair]) -> tuple[list[RatedPair], list[str]]:
+    """Leave out pairs of a picture with itself, or with a copy; return the others and a remark."""
+    kept = [pair for pair in pairs if pair.a.content != pair.b.content]
+    own = [f"{pair.a.path} and {pair.b.path}" for pair in pairs if pair.a.content == pair.b.content]
+    return kept, [f"left out, a picture paired with itself: {listed(own)}"] if own else []
+
+
+class RatingReader(RowReader):
+    """Reader of ``ratings.jsonl`` that leaves lines out by number and reason; pictures are found out later.
+
+    Args:
+        folder: Folder of the file and of the pictures.
+
+    Attributes:
+        left_out: Number and reason of each line that was left out.
+
+    Raises:
+        InputError: If no line is left.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(RATINGS, "train", randomise_sides=False, on_error="skip")
+        self.folder, self.left_out = folder, list[str]()
+        lines = ((f"{RATINGS}:{number}", number, parse_line(line)) for number, line in read_lines(folder / RATINGS))
+        self.table = PairRowParser(self).table(lines)
+        empty = f"file: {folder / RATINGS} has no lines left; give one JSON object per line"
+        self.report(str(folder / RATINGS), "; ".join([empty, *self.told()]))
+
+    def told(self) -> list[str]:
+        """Return a line on what was left out, or nothing."""
+        return [f"{RATINGS}: lines left out: {listed(self.left_out)}"] if self.left_out else []
+
+    def refuse(self, pair_id: str, problem: str, reason: str, rows: int = 1) -> None:
+        """Note the line instead of counting it, since the log would tell the count again."""
+        self.left_out.append(f"line {pair_id.rpartition(':')[2]} ({problem})")
+
+
+def from_ratings(folder: Path) -> Collection:
+    """Read ``ratings.jsonl``, a file as :class:`~latentreward.data.JSONLPairReader` takes it."""
+    reader = RatingReader(folder)
+    remarks = reader.told()
+    pictures: dict[str, Picture] = {}
+    unreadable: dict[str, str] = {}
+    pairs, lost = [], 0
+    for row in range(len(reader)):
+        pair = reader[row]
+        for image in (pair.image_a, pair.image_b):
+            key = image.image_key
+            if key in pictures or key in unreadable:
+                continue
+            try:
+                decode_image(image)
+            except ImageError as error:
+                unreadable[key] = f"{key or 'no path'} ({error.problem})"
+                continue
+            assert image.path is not None
+            pictures[key] = Picture(key, digest([image.path.read_bytes()]), "")
+        keys = [image.image_key for image in (pair.image_a, pair.image_b)]
+        if pair.label_a is None or any(key in unreadable for key in keys):
+            lost += 1
+        else:
+            pairs.append(RatedPair(pair.prompt, pictures[keys[0]], pictures[keys[1]], pair.label_a))
+    if unreadable:
+        remarks.append(f"pictures that cannot be read: {listed(list(unreadable.values()))}")
+    if lost:
+        remarks.append(f"left out, pairs without a label or a readable picture: {lost}")
+    kept, told = without_self([winner_first(pair) for pair in pairs])
+    return Collection(f"pairs of {RATINGS}", kept, remarks=[*remarks, *told])
+
+
+def winner_first(pair: RatedPair) -> RatedPair:
+    """Exchange the pictures of a pair whose second one won."""
+    return replace(pair, a=pair.b, b=pair.a, label=1.0) if pair.label == 0 else pair
+
+
+def lines(parts: dict[str, list[RatedPair]]) -> str:
+    """Return the pairs of all parts as JSON lines, each with a ``pair_id`` of its own."""
+    seen: dict[str, int] = {}
+    texts = []
+    for split, pairs in parts.items():
+        for pair in pairs:
+            name = f"{pair.a.content[:12]}-{pair.b.content[:12]}"
+            seen[name] = seen.get(name, 0) + 1
+            pair_id = name if seen[name] == 1 else f"{name}-{seen[name]}"
+            texts.append(json.dumps(pair.line(pair_id, split), ensure_ascii=False) + "\n")
+    return "".join(texts)

@@ -1,0 +1,268 @@
+"""Settings by base and by number of pairs, the commands of the steps, and the files that the steps read."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from latentreward.apps.steps.tasks import Step, Task, resolve
+from latentreward.apps.taste.pairs import lines
+from latentreward.apps.taste.pictures import number_of
+from latentreward.apps.taste.splitting import HELD_OUT, STOP, TRAIN, Split
+from latentreward.backbones.loading import SHIPPED, PipelineSource
+from latentreward.backbones.tuning import Tuning
+from latentreward.data.alignment.prompt_files import read_prompts
+from latentreward.errors import InputError, errors_at
+from latentreward.families.find import find_family
+from latentreward.storage.digests import digest
+from latentreward.storage.durable import write_file
+
+CACHE, REWARD, SCORES, ALIGN, PICTURES = "cache", "train", "scores", "align", "pictures"
+FROZEN_BELOW = 300
+"""Training pairs below which only the head trains; above, adapters train too."""
+BEST = "checkpoints/best.ckpt"
+WATCHED = "val/loss_sigma0.3"
+"""Loss at the middle one of the three levels of configs/taste/reward.yaml, by which the best weights are chosen too."""
+PREFERENCES, PROMPTS, JUDGED = "pairs.jsonl", "prompts.jsonl", "judged.jsonl"
+"""Files of a collection: its pairs, the prompts of the alignment, and those of the pictures before and after."""
+
+
+@dataclass(frozen=True)
+class Base:
+    """Generator whose network the reward reads, and which is aligned.
+
+    Attributes:
+        backbone: Name of the backbone.
+        size: Native side of an image in pixels.
+        guidance: Guidance scale of alignment and pictures; None for networks without guidance.
+        tiny: Whether it is a shipped pipeline, whose few weights need larger learning rates.
+        rates: Learning rate of the reward by tuning.
+        alignment: Rate and length of the alignment, and its batches where they are not those of
+            configs/taste/align.yaml.
+    """
+
+    backbone: str
+    size: int
+    guidance: float | None
+    tiny: bool = False
+    rates: Mapping[Tuning, float] = field(default_factory=lambda: {"frozen": 3e-4, "lora": 1e-4, "full": 1e-5})
+    alignment: Sequence[str] = ("--model.optimizer.lr=6e-5", "--trainer.max_steps=100")
+
+
+TINY_RATES: Mapping[Tuning, float] = {"frozen": 1e-3, "lora": 1e-3, "full": 5e-4}
+TINY_ALIGNMENT = (
+    *("--model.optimizer.lr=1e-3", "--trainer.max_steps=24"),
+    *("--data.batch_size=64", "--data.prompts_per_rollout=32"),
+)
+TINY_BASES = {name: Base(name, 32, 1.0, True, TINY_RATES, TINY_ALIGNMENT) for name in SHIPPED}
+BASES = {
+    "StableDiffusionPipeline": Base("sd15", 512, 5.0),
+    "StableDiffusionXLPipeline": Base("sdxl", 1024, 5.0),
+    "StableDiffusion3Pipeline": Base("sd35_medium", 1024, 4.5),
+}
+"""Class of a pipeline in diffusers → base; the LPO recipes' guidance for SD1.5 and SDXL, the pipeline's for SD3.5."""
+
+
+def find_base(source: str, family: str | None = None) -> Base:
+    """Return the settings for a pipeline: a folder, hub id, ``sd_tiny`` or ``sd35_tiny``.
+
+    With the import path of a family of one's own the settings are the family's.
+
+    Raises:
+        InputError: If the pipeline cannot be read, or is of another kind.
+    """
+    if source in TINY_BASES and family is None:
+        return TINY_BASES[source]
+    with errors_at("base: "):
+        if family is not None:
+            own = find_family(PipelineSource(source), family)
+            return Base("latentreward.families.load_family_backbone", min(own.native_size), own.default_guidance)
+        kind = str(PipelineSource(source).index.get("_class_name"))
+    if kind not in BASES:
+        raise InputError(
+            f"base: {source!r} is a {kind}; taste takes {', '.join(BASES)}, or {', '.join(TINY_BASES)}; give "
+            "family for one of your own; for others see docs/data.md, which does the same by hand"
+        )
+    return BASES[kind]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Settings of the steps.
+
+    Attributes:
+        base: Source of the pipeline.
+        folder: Folder of the pictures.
+        pairs: Folder of :data:`PREFERENCES`.
+        prompts: Folder of :data:`PROMPTS` and :data:`JUDGED`; None without an alignment.
+        tuning: Weights of the network that train.
+        size: Side of an image in pixels.
+        gpu: Whether the steps run on a GPU.
+        patience: Passes without a lower loss after which the reward's training ends.
+        guidance: Guidance scale of alignment and pictures; None takes the base's.
+        train: Arguments of the reward's training, after those of this module.
+        align: Arguments of the alignment, after those of this module.
+        pictures: Most prompts with pictures before and after.
+        family: Import path of the base's family, if it is one of one's own.
+    """
+
+    base: str
+    folder: Path
+    pairs: Path
+    prompts: Path | None
+    tuning: Tuning
+    size: int | None
+    gpu: bool
+    patience: int
+    guidance: float | None
+    train: Sequence[str]
+    align: Sequence[str]
+    pictures: int
+    family: str | None = None
+
+    def tasks(self, seed: int) -> dict[str, Task]:
+        """Return the tasks of all steps by name, in their order; without prompts, those of the reward."""
+        found = find_base(self.base, self.family)
+        commands = {CACHE: self._cache(found), REWARD: self._train(found), SCORES: self._scores()}
+        if self.prompts is not None:
+            commands |= {ALIGN: self._align(found, self.prompts), PICTURES: self._pictures(found, self.prompts)}
+        steps = {name: Step(tuple(arguments)) for name, arguments in commands.items()}
+        return {name: resolve(steps, name, seed) for name in steps}
+
+    def _device(self, precision: bool = True) -> list[str]:
+        mixed = ["--trainer.precision=bf16-mixed"] if self.gpu and precision else []
+        return [f"--trainer.accelerator={'gpu' if self.gpu else 'cpu'}", *mixed]
+
+    def _family(self, *settings: str) -> list[str]:
+        """Return ``settings`` with the family of one's own, and with trust in its module; nothing without one."""
+        if self.family is None:
+            return []
+        values = {"family": self.family, "trust_remote_code": "true"}
+        return [f"--{setting}={values[setting.rpartition('.')[2]]}" for setting in settings]
+
+    def _cache(self, found: Base) -> list[str]:
+        return [
+            *("cache", "{out}", "--config=configs/taste/cache.yaml"),
+            *(f"--reader.file={self.pairs / PREFERENCES}", f"--reader.root={self.folder}"),
+            *self._family("encoder.family"),
+            *(f"--encoder.source={self.base}", f"--images.size={self.size or found.size}", "--seed={seed}"),
+            *(["--dtype=float32"] if found.tiny else []),
+            *self._device(precision=False),
+        ]
+
+    def _train(self, found: Base) -> list[str]:
+        backbone = [f"--model.backbone={found.backbone}", "--model.backbone.text_taps=[]"]
+        backbone += [] if found.tiny else [f"--model.backbone.source={self.base}"]
+        backbone += self._family("model.backbone.family")
+        backbone += [f"--model.backbone.tuning={self.tuning}", "--model.backbone.text_encoder_tuning=frozen"]
+        backbone += ["--model.backbone.lora={rank: 8, alpha: 8}"] if self.tuning == "lora" else []
+        backbone += ["--model.backbone.frozen_dtype=bfloat16"] if self.gpu and self.tuning != "full" else []
+        return [
+            *("fit", "--config=configs/taste/reward.yaml", *backbone),
+            *("--data.train.cache={cache}", f"--data.train.split={TRAIN}"),
+            *("--data.val.cache={cache}", f"--data.val.split={STOP}"),
+            f"--model.optimizer.lr={found.rates[self.tuning]}",
+            "--trainer.callbacks+=lightning.pytorch.callbacks.EarlyStopping",
+            *(f"--trainer.callbacks.monitor={WATCHED}", f"--trainer.callbacks.patience={self.patience}"),
+            *("--trainer.default_root_dir={out}", "--seed_everything={seed}", "--ckpt_path=last"),
+            *self._device(),
+            *self.train,
+        ]
+
+    def _scores(self) -> list[str]:
+        return [
+            *("predict", "--config={train}/config.yaml", f"--ckpt_path={{train}}/{BEST}"),
+            *("--data.predict.cache={cache}", f"--data.predict.split={HELD_OUT}"),
+            *("--predictions.output_dir={out}", "--predictions.overwrite=true"),
+            *("--trainer.default_root_dir={out}", "--trainer.logger=false"),
+            # Each process would write a file of its own, and the training may have had many.
+            *("--trainer.devices=1", "--trainer.num_nodes=1", "--trainer.strategy=auto"),
+        ]
+
+    def _align(self, found: Base, prompts: Path) -> list[str]:
+        given = [] if self.size is None else [f"--model.sampling.{side}={self.size}" for side in ("height", "width")]
+        return [
+            *("fit", "--config=configs/taste/align.yaml", f"--model.policy.source={self.base}"),
+            *(f"--model.reward.path={{train}}/{BEST}", *given, f"--model.guidance_scale={self._guidance(found)}"),
+            *self._family("model.policy.family", "model.reward.trust_remote_code"),
+            *(["--model.policy.frozen_dtype=bfloat16"] if self.gpu else []),
+            *(f"--data.prompts={prompts / PROMPTS}", *found.alignment),
+            *("--trainer.default_root_dir={out}", "--seed_everything={seed}", "--ckpt_path=last"),
+            *self._device(),
+            *self.align,
+        ]
+
+    def _guidance(self, found: Base) -> float | str:
+        guidance = found.guidance if self.guidance is None else self.guidance
+        return "null" if guidance is None else guidance
+
+    def _pictures(self, found: Base, prompts: Path) -> list[str]:
+        given = [] if self.size is None else [f"--sampling.{side}={self.size}" for side in ("height", "width")]
+        whole = "" if self.family is None else ".source"  # a text cannot have a family beside it
+        return [
+            *("evaluate-policy", "{out}", f"--prompts={prompts / JUDGED}", f"--num_prompts={self.pictures}"),
+            *(f"--policy.pipeline{whole}={self.base}", "--policy.name=after", "--policy.lora={align}/lora"),
+            *(f"--against.pipeline{whole}={self.base}", "--against.name=before", "--seed={seed}", "--batch_size=4"),
+            *(f"--guidance_scale={self._guidance(found)}", *given),
+            *self._family("policy.pipeline.family", "against.pipeline.family"),
+            *("--scorers+=RewardModelScorer", f"--scorers.path={{train}}/{BEST}", "--scorers.name=own_reward"),
+            *self._family("scorers.trust_remote_code"),
+            *([] if self.gpu else ["--device=cpu", "--scorers.device=cpu"]),
+        ]
+
+
+JUDGED_SHARE = 4
+"""One of so many prompts is kept for the pictures, where there are enough."""
+ENOUGH = 16
+"""Prompts from which some are kept for the pictures; of fewer, the same serve for both."""
+
+
+def write_pairs(work: Path, found: Split) -> Path:
+    """Write the pairs of all parts; return their folder, the same for equal pairs."""
+    return write_once(work / "pairs", {PREFERENCES: lines(found.parts)})
+
+
+def write_once(beginning: Path, texts: Mapping[str, str]) -> Path:
+    """Write files, by their names, into a folder named by ``beginning`` and by what they hold; return the folder."""
+    folder = beginning.with_name(f"{beginning.name}-{digest(texts.values())[:16]}")
+    for name, text in texts.items():
+        write_file(folder / name, text)
+    return folder
+
+
+def prompts_of(found: Split, file: Path | None) -> tuple[str, ...]:
+    """Return the prompts of the alignment: those of a file, or the captions of all pairs.
+
+    Raises:
+        InputError: If there is no file and no caption, or the file cannot be read.
+    """
+    if file is not None:
+        if not file.exists():  # the reader would first name the endings that it takes
+            raise InputError(f"prompts: {file} does not exist; give a text file with one prompt per line")
+        return read_prompts(str(file), "prompts")
+    captions = [pair.prompt for pairs in found.parts.values() for pair in pairs if pair.prompt]
+    if not captions:
+        raise InputError("align needs prompts, and no picture has a caption; give --prompts a file, one prompt a line")
+    return tuple(dict.fromkeys(captions))
+
+
+def write_prompts(work: Path, prompts: Sequence[str], seed: int) -> tuple[Path, str]:
+    """Write the prompts to align with, and those to draw pictures for.
+
+    Returns:
+        Folder of the two files, and a line on the choice.
+    """
+    order = np.random.default_rng(seed).permutation(len(prompts))
+    kept = len(prompts) // JUDGED_SHARE if len(prompts) >= ENOUGH else 0
+    judged, others = ([prompts[place] for place in some] for some in (order[:kept], order[kept:]))
+    texts = {
+        name: "".join(json.dumps({"prompt": prompt}, ensure_ascii=False) + "\n" for prompt in some)
+        for name, some in ((PROMPTS, others), (JUDGED, judged or others))
+    }
+    folder = write_once(work / "prompts", texts)
+    if kept:
+        return folder, f"{len(others)} prompts to align with, {kept} others for the pictures before and after"
+    told = f"{number_of(len(others), 'prompt')} to align with, and the same for the pictures"
+    return folder, f"{told}: give {ENOUGH} to keep some apart"

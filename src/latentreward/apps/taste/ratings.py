@@ -1,0 +1,182 @@
+"""Ratings of pairs of own pictures: which pairs are shown, and the file that keeps the answers."""
+
+import errno
+import json
+import os
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from datetime import UTC, datetime
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from latentreward.apps.taste.pairs import FEWEST, RATINGS, RatedPair
+from latentreward.apps.taste.pictures import Picture, listed, number_of, read_pictures, same_contents
+from latentreward.data.readers.base import normalise_prompt
+from latentreward.data.readers.json_rows import parse_line
+from latentreward.errors import InputError
+from latentreward.storage.digests import digest
+from latentreward.storage.durable import write_errors_named, write_file
+
+BLOCK = 8
+"""Pictures that are compared with each other only, so that the split finds parts without common pictures."""
+Answer = Literal["a", "b", "tie"]
+RATED = "rated"
+"""Key of a line's time, by which the lines of the page are told from others."""
+KEPT = "the ratings so far are kept: free some space and run it again"
+
+
+def pairs_to_show(pictures: Sequence[Picture], seed: int) -> list[RatedPair]:
+    """List the pairs to show: first one of each picture, then further ones with other pictures of its block.
+
+    Pictures of the same caption are compared; those whose caption no other picture has are compared with each other,
+    without a caption. Blocks have up to :data:`BLOCK` pictures. Order and sides are random;
+    ``a`` is shown on the left.
+    """
+    rng = np.random.default_rng(seed)
+    captions = [normalise_prompt(picture.caption) for picture in pictures]
+    common = {caption for caption, number in Counter(captions).items() if caption and number > 1}
+    groups: dict[str, list[Picture]] = {}
+    for picture, caption in zip(pictures, captions, strict=True):
+        groups.setdefault(caption if caption in common else "", []).append(picture)
+    blocks = []
+    for caption, group in groups.items():
+        # Not by `rng`: where a picture comes or goes, most of the others should stay in their blocks.
+        order = sorted(group, key=lambda picture: digest([f"{seed} {picture.content}"]))
+        for some in np.array_split(np.arange(len(order)), -(-len(order) // BLOCK)):
+            blocks.append([*rounds([order[place] for place in some], order[0].caption if caption else "")])
+    shown = []
+    for turn in zip_longest(*blocks, fillvalue=[]):
+        pairs = [pair for block in turn for pair in block]
+        for place in rng.permutation(len(pairs)):
+            one = pairs[place]
+            shown.append(one if rng.random() < 0.5 else replace(one, a=one.b, b=one.a))
+    return shown
+
+
+def rounds(pictures: Sequence[Picture], prompt: str) -> Iterator[list[RatedPair]]:
+    """Yield rounds of pairs in which each picture is once, at most, until each has met each other: a round robin."""
+    around: list[Picture | None] = [*pictures, *([None] if len(pictures) % 2 else [])]
+    half = len(around) // 2
+    for _ in range(len(around) - 1):
+        pairs = zip(around[:half], reversed(around[half:]), strict=True)
+        yield [RatedPair(prompt, a, b) for a, b in pairs if a is not None and b is not None]
+        around = [around[0], around[-1], *around[1:-1]]
+
+
+class Ratings:
+    """Answers to pairs, in the file ``ratings.jsonl`` of a folder of pictures.
+
+    Each answer is on the disk before the next pair is shown. A file of earlier answers is continued.
+
+    Args:
+        folder: Folder of pictures.
+        seed: See :func:`pairs_to_show`; another seed shows other pairs.
+
+    Attributes:
+        remarks: Lines on pictures that were left out, and on a broken line of the file.
+
+    Raises:
+        InputError: If the folder has fewer than two different pictures that can be read, or a line of the file is not
+            a JSON object.
+    """
+
+    def __init__(self, folder: Path, seed: int = 0) -> None:
+        found, self.remarks = read_pictures(folder)
+        if same := same_contents(found.values()):
+            self.remarks.append(f"files with the same bytes are shown once: {listed(same)}")
+        different = [*{picture.content: picture for picture in reversed(found.values())}.values()][::-1]
+        if len(different) < FEWEST:
+            remarks = "".join(f"; {remark}" for remark in self.remarks)
+            found_here = number_of(len(different), "different picture")
+            raise InputError(f"folder: {folder} has {found_here}{remarks}; give at least {FEWEST}")
+        self.file = folder / RATINGS
+        self._shown = pairs_to_show(different, seed)
+        self._lines = self._read()
+
+    @property
+    def pictures(self) -> dict[str, Picture]:
+        """Path → picture of all pairs."""
+        return {picture.path: picture for pair in self._shown for picture in (pair.a, pair.b)}
+
+    @property
+    def total(self) -> int:
+        """Number of pairs that can be shown."""
+        return len(self._shown)
+
+    @property
+    def done(self) -> int:
+        """Number of pairs, of those that can be shown, with an answer."""
+        return self.total - len(self._open())
+
+    @property
+    def next(self) -> RatedPair | None:
+        """Pair without an answer; None if all have one."""
+        return next(iter(self._open()), None)
+
+    def _open(self) -> list[RatedPair]:
+        rated = {frozenset(names) for names in map(_names, self._lines)}
+        return [pair for pair in self._shown if frozenset(pair.names) not in rated]
+
+    def rate(self, names: Sequence[str], answer: Answer) -> bool:
+        """Keep an answer to the pair that is shown; return False if ``names`` are not of that pair."""
+        pair = self.next
+        if pair is None or pair.names != tuple(names):
+            return False
+        line = {"prompt": pair.prompt, "image_a": pair.a.path, "image_b": pair.b.path, "label": answer}
+        line[RATED] = datetime.now(UTC).isoformat(timespec="seconds")
+        with write_errors_named(self.file, KEPT):
+            self._append((json.dumps(line, ensure_ascii=False) + "\n").encode("utf-8", "replace"))
+        self._lines.append(line)
+        return True
+
+    def _append(self, text: bytes) -> None:
+        """Append a line, or leave the file as it was: the next line must not be joined to a part of this one."""
+        with self.file.open("a+b", buffering=0) as stream:
+            before = stream.tell()
+            if before and os.pread(stream.fileno(), 1, before - 1) != b"\n":  # another program's last line
+                text = b"\n" + text
+            try:
+                if stream.write(text) < len(text):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                os.fsync(stream.fileno())
+            except OSError:
+                stream.truncate(before)
+                raise
+
+    def undo(self) -> bool:
+        """Take the last answer back; return False if there is none that was given on the page."""
+        if not self._lines or RATED not in self._lines[-1]:
+            return False
+        texts = [text for text in self.file.read_bytes().splitlines(keepends=True) if text.strip()]
+        if not texts or parse_line(texts[-1]) != self._lines[-1]:  # another program has written to the file meanwhile
+            return False
+        write_file(self.file, b"".join(texts[:-1]), KEPT)
+        self._lines.pop()
+        return True
+
+    def _read(self) -> list[dict[str, Any]]:
+        if not self.file.is_file():
+            return []
+        content = self.file.read_bytes()
+        texts = {n: text for n, text in enumerate(content.splitlines(keepends=True), start=1) if text.strip()}
+        lines = {number: parse_line(text) for number, text in texts.items()}
+        last = max(lines, default=0)
+        if lines and isinstance(lines[last], str) and not content.endswith(b"\n"):  # a kill or a full disk cut it off
+            self.remarks.append(f"{RATINGS}: its last line is broken off and is left out")
+            del texts[last], lines[last]
+            write_file(self.file, b"".join(texts.values()), KEPT)
+        elif lines and not content.endswith(b"\n"):
+            write_file(self.file, content + b"\n", KEPT)
+        if flaws := [f"line {number} ({line})" for number, line in lines.items() if isinstance(line, str)]:
+            raise InputError(f"{self.file}: lines that cannot be read: {listed(flaws)}; correct or remove them")
+        return [line for line in lines.values() if isinstance(line, dict)]
+
+
+def _names(line: dict[str, Any]) -> tuple[str, str]:
+    """Return the two pictures of a line, however it says who won."""
+    a, b = line.get("image_a", line.get("chosen")), line.get("image_b", line.get("rejected"))
+    return str(a), str(b)

@@ -1,0 +1,196 @@
+"""Result of a run: accuracy on held-out pairs with its interval, what it says, and the page that shows it."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pyarrow import parquet
+
+from latentreward.apps.evaluation.policy.imported import find_pictures
+from latentreward.apps.taste.pictures import number_of
+from latentreward.apps.taste.plan import PREFERENCES, Plan
+from latentreward.apps.taste.splitting import HELD_OUT
+from latentreward.data.images import ImageError, decode_image
+from latentreward.data.readers.json_rows import file_image
+from latentreward.errors import InputError
+from latentreward.metrics.bootstrap import Interval
+from latentreward.metrics.shared_pictures import picture_accuracy
+from latentreward.reports import picture_uri, write_page
+from latentreward.reports.tables import with_interval
+from latentreward.storage.durable import write_file
+from latentreward.storage.json_files import read_config
+
+CHANCE = 0.5
+SCORES = "scores_rank0.parquet"
+
+
+@dataclass(frozen=True)
+class ScoredPair:
+    """Held-out pair that is no tie, with the scores of its pictures, means over the noise levels."""
+
+    prompt: str
+    chosen: str
+    rejected: str
+    chosen_score: float
+    rejected_score: float
+
+    @property
+    def margin(self) -> float:
+        """Score of the chosen picture minus that of the other."""
+        return self.chosen_score - self.rejected_score
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Accuracy of a reward on held-out pairs.
+
+    Attributes:
+        pairs: Pairs, those with the largest margin first.
+        accuracy: Share of pairs with the right order, with its 95 % interval; equal scores count ½.
+        unscored: Number of held-out pairs without a score.
+    """
+
+    pairs: list[ScoredPair]
+    accuracy: Interval
+    unscored: int = 0
+
+    @property
+    def learned(self) -> bool:
+        """Whether the whole interval lies above chance."""
+        return bool(self.accuracy.low > CHANCE)
+
+    def line(self) -> str:
+        """Return the accuracy in one line."""
+        worth, lost = "", f"; {self.unscored} more have no score" if self.unscored else ""
+        if self.accuracy.groups != len(self.pairs):
+            worth = f"; by their common pictures the pairs count as {self.accuracy.groups} independent ones"
+        value = with_interval(self.accuracy._replace(groups=None))
+        return (
+            f"accuracy on {number_of(len(self.pairs), 'held-out pair')} in %: {value} "
+            f"(95 % interval{worth}; chance is 50 %{lost})"
+        )
+
+    def verdict(self) -> str:
+        """Say in one line whether the reward has learned something."""
+        if self.learned:
+            return "The reward orders new pairs better than chance."
+        if self.accuracy.high < CHANCE:
+            return "The reward orders new pairs worse than chance: in some pairs chosen and rejected may be exchanged."
+        return (
+            "Too little to learn from: the interval includes 50 %, so the reward may be no better than a coin; rate "
+            "more pairs, or pictures that differ more clearly."
+        )
+
+
+def measure(scores: Path, data: Path) -> Measured:
+    """Compute the accuracy from the scores of ``predict``.
+
+    Raises:
+        InputError: If no held-out pair besides ties has a score.
+    """
+    table = parquet.read_table(scores / SCORES).to_pydict()
+    rows = [json.loads(line) for line in (data / PREFERENCES).read_text(encoding="utf-8").splitlines()]
+    contents = {row["pair_id"]: row for row in rows}
+    levels: dict[str, list[int]] = {}
+    for place, pair_id in enumerate(table["pair_id"]):
+        levels.setdefault(pair_id, []).append(place)
+    pairs, links, sizes = [], [], []
+    for pair_id, places in levels.items():
+        row, label = contents[pair_id], table["label"][places[0]]
+        if label == CHANCE:
+            continue
+        chosen, rejected = (
+            float(np.mean([table[f"{side}_score"][n] for n in places])) for side in ("chosen", "rejected")
+        )
+        paths = table["chosen_key"][places[0]], table["rejected_key"][places[0]]
+        won = label > CHANCE  # `chosen` is the first picture of a pair whose label lies between
+        both = (*paths, chosen, rejected) if won else (*paths[::-1], rejected, chosen)
+        pairs.append(ScoredPair(row["prompt"], *both))
+        links.append((row["contents"][0], row["contents"][1]))
+        sizes.append(pairs[-1].margin)
+    if not pairs:
+        raise InputError(
+            "folder: no held-out pair besides ties has a score; see that their pictures are there, and run the same "
+            "command again"
+        )
+    credit = (np.sign(sizes) + 1) / 2
+    unscored = sum(row["split"] == HELD_OUT and row["pair_id"] not in levels for row in rows)
+    return Measured(sorted(pairs, key=lambda pair: -pair.margin), picture_accuracy(credit, links), unscored)
+
+
+HTML, JSON = "taste.html", "taste.json"
+SHOWN = 24
+"""Most held-out pairs on the page, at evenly spaced ranks of their margins."""
+BEFORE_AFTER = {"before": "against", "after": "policy"}
+"""Title → folder of the pictures, as ``evaluate-policy`` names it."""
+
+
+def write_result(output: Path, plan: Plan, measured: Measured, how: str, judged: Path | None) -> Path:
+    """Write ``taste.json`` and ``taste.html``; return the path of the page."""
+    told = {"base": plan.base, "tuning": plan.tuning, "split": how}
+    change = {} if judged is None else read_config(judged / "report.json")["comparisons"][0]["difference"]
+    names = ("value", "low", "high", "independent_pairs")
+    content = {
+        **told,
+        **({"change": change} if change else {}),
+        "held_out": len(measured.pairs),
+        "unscored": measured.unscored,
+        "accuracy": dict(zip(names, measured.accuracy, strict=True)),
+        "learned": measured.learned,
+    }
+    write_file(output / JSON, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+    write_page(
+        output / HTML,
+        "taste",
+        title=f"Own taste: {plan.folder.name}",
+        line=measured.line(),
+        verdict=measured.verdict(),
+        learned=measured.learned,
+        told=told,
+        cards=[_card(plan.folder, pair) for pair in spread(measured.pairs)],
+        pairs=len(measured.pairs),
+        pictures=[] if judged is None else before_and_after(judged),
+        change=change,
+    )
+    return output / HTML
+
+
+def spread(pairs: Sequence[ScoredPair]) -> list[ScoredPair]:
+    """Take at most :data:`SHOWN` pairs at evenly spaced ranks, so that none is picked by hand."""
+    places = np.linspace(0, len(pairs) - 1, min(SHOWN, len(pairs))).round().astype(int)
+    return [pairs[place] for place in places]
+
+
+def _card(folder: Path, pair: ScoredPair) -> dict[str, Any]:
+    sides = (("chosen", pair.chosen, pair.chosen_score), ("rejected", pair.rejected, pair.rejected_score))
+    return {
+        "prompt": pair.prompt,
+        "right": pair.margin > 0,
+        "margin": f"{pair.margin:+.3f}",
+        "pictures": [{"name": name, "uri": _uri(folder, path), "score": f"{score:.3f}"} for name, path, score in sides],
+    }
+
+
+def before_and_after(judged: Path) -> list[dict[str, Any]]:
+    """Return the pictures before and after, in the order of the prompts."""
+    folders = {title: judged / "pictures" / name for title, name in BEFORE_AFTER.items()}
+    found = {title: {one.file: one for one in find_pictures(folder, None)} for title, folder in folders.items()}
+    common = sorted(found["before"].keys() & found["after"].keys())
+    return [
+        {
+            "prompt": found["before"][file].prompt,
+            "pictures": [{"name": title, "uri": _uri(folder, file)} for title, folder in folders.items()],
+        }
+        for file in common
+    ]
+
+
+def _uri(folder: Path, path: str) -> str:
+    """Return a picture's data URI; empty if it was removed meanwhile."""
+    try:
+        return picture_uri(decode_image(file_image(folder, path), exif="apply"), side=384)
+    except ImageError:
+        return ""

@@ -1,0 +1,450 @@
+"""``latentreward benchmark`` from settings to a report, on the committed samples; also after SIGKILL."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+import yaml
+
+from latentreward.apps.evaluation.benchmark.results import BenchmarkReport
+from latentreward.cli import main
+from tests.formats.conftest import COMMITTED
+from tests.marks import rotated_after
+from tests.processes import start
+from tests.rewards.stored import write_run
+from tests.scorers.tiny_clip import write_aesthetic, write_clip
+
+if TYPE_CHECKING:
+    from tests.browser import Pages
+
+EXPECTED = json.loads((COMMITTED / "EXPECTED.json").read_text())
+CONFIGS = Path(__file__).resolve().parents[3] / "configs" / "benchmark"
+MODULE = """
+import os, time
+import numpy as np, torch
+
+def luminance(prompts, images):
+    with open("calls.txt", "a") as file:
+        file.writelines("x" for prompt in prompts)
+    time.sleep(float(os.environ.get("SECONDS_PER_CALL", "0")))
+    return torch.tensor([float(np.asarray(image, dtype=np.float64).mean()) for image in images])
+
+def redness(prompts, images):
+    return torch.tensor([float(np.asarray(image, dtype=np.float64)[..., 0].mean()) for image in images])
+"""
+BENCHMARK = "latentreward.apps.evaluation.benchmark"
+SETS: dict[str, tuple[str, dict[str, Any]]] = {
+    "imagereward": ("ImageRewardBenchmark", {}),
+    "hpdv2": ("HPDv2Benchmark", {}),
+    "hpdv3": ("HPDv3Benchmark", {}),
+    "pickapic_v1": ("PickAPicBenchmark", {"temperatures": {"luminance": 8.0, "reward": None}}),
+    "genai_bench": ("GenAIBenchTigerBenchmark", {}),
+    "genai_bench_cmu": ("GenAIBenchCMUBenchmark", {}),
+}
+FILES = ("report.json", "report.md", "report.html")
+
+
+def function(name: str) -> dict[str, Any]:
+    settings = {"function": f"my_models.{name}", "name": name, "uses_prompt": False, "batch_size": 4}
+    return {"class_path": "CallableScorer", "init_args": settings}
+
+
+def sets(*names: str) -> list[dict[str, Any]]:
+    return [
+        {"class_path": SETS[name][0], "init_args": {"root": str(COMMITTED / name), **SETS[name][1]}} for name in names
+    ]
+
+
+@pytest.fixture(scope="module")
+def reward(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A latent reward of random weights, as training leaves one."""
+    folder = tmp_path_factory.mktemp("reward", numbered=False)
+    write_run(folder, "dina", "sd35")
+    return str(folder / "reward.ckpt")
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty folder with the user's module in it, as the current one."""
+    (tmp_path / "my_models.py").write_text(MODULE)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.delitem(sys.modules, "my_models", raising=False)
+    return tmp_path
+
+
+def run(*options: str, **settings: Any) -> dict[str, Any]:
+    Path("settings.yaml").write_text(yaml.safe_dump(settings))
+    main(["benchmark", "out", "--config=settings.yaml", *options])
+    return json.loads(Path("out/report.json").read_text())
+
+
+def refusal(capsys: pytest.CaptureFixture[str], *options: str, **settings: Any) -> str:
+    with pytest.raises(SystemExit) as stop:
+        run(*options, **settings)
+    assert stop.value.code == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("latentreward: error: ")]
+    assert len(lines) == 1
+    return lines[0]
+
+
+def numbers(report: dict[str, Any], scorer: str) -> dict[tuple[str, str], float]:
+    found = (one for one in report["protocols"] if one["scorer"] == scorer)
+    return {(one["benchmark"].split()[-1], one["protocol"]): one["estimate"]["value"] for one in found}
+
+
+def hpdv3_copy(folder: Path) -> Path:
+    shutil.copytree(COMMITTED / "hpdv3", folder)
+    return folder
+
+
+@pytest.mark.slow
+def test_every_protocol_on_the_samples(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    report = run(benchmarks=sets(*SETS), scorers=[function("luminance")])
+    found = numbers(report, "luminance")
+    pickapic, hpdv2 = EXPECTED["pickapic_v1"]["luminance_scorer"], EXPECTED["hpdv2"]["luminance_scorer"]
+    imagereward = EXPECTED["imagereward"]["luminance_scorer_before_removal"]
+    expected = {
+        ("test", "imagereward/micro"): imagereward["micro_acc"],
+        ("test", "imagereward/macro"): imagereward["macro_acc_excl_all_tie"],
+        ("test", "hpdv2/macro"): hpdv2["macro_inversion_score"],
+        ("test", "hpdv2/micro"): hpdv2["micro_acc"],
+        ("test", "hpdv3"): EXPECTED["hpdv3"]["luminance_scorer"]["acc"],
+        ("test_unique", "pickapic/pickscore"): pickapic["pickscore_test_acc"],
+        ("test_unique", "pickapic/lrm"): pickapic["lrm_style_test_acc"],
+        ("test", "genai_bench_tiger/no_tie"): EXPECTED["genai_bench"]["luminance_scorer"]["acc_without_ties"],
+        ("train", "genai_bench_cmu"): EXPECTED["genai_bench_cmu"]["luminance_scorer"]["acc"],
+    }
+    assert {key: found[key] for key in expected} == pytest.approx(expected)
+    four = [found["test", key] for key in ("imagereward/micro", "hpdv2/micro", "hpdv3", "genai_bench_tiger/no_tie")]
+    (average,) = report["averages"]
+    assert average["scorer"] == "luminance"
+    assert average["estimate"]["value"] == pytest.approx(sum(four) / 4)
+    assert len(report["data"]) == 8
+    assert report["published"]
+    printed = capsys.readouterr().out
+    assert "imagereward test: imagereward/micro" in printed
+    assert "90.0 %" in printed
+    assert "time: " in printed.splitlines()[-2]
+    assert "luminance " in printed.splitlines()[-2]
+
+
+def test_intervals_of_few_prompts_say_so_everywhere(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    report = run(benchmarks=sets("hpdv3"), scorers=[function("luminance"), function("redness")])
+    groups = {one["estimate"]["groups"] for one in report["protocols"] + report["differences"]}
+    (number,) = groups
+    assert 1 < number < 30
+    printed = [line for line in capsys.readouterr().out.splitlines() if "luminance" in line or "redness" in line]
+    assert sum(f"] ({number} groups)" in line for line in printed) == 2
+    for name in ("report.md", "report.html"):
+        text = re.sub(r"\\(.)", r"\1", Path("out", name).read_text())
+        assert text.count(f"] ({number} groups)") >= 4, name  # overview, protocol, differences
+
+
+@pytest.mark.slow
+def test_a_latent_reward_beside_another_model(here: Path, reward: str) -> None:
+    names = ("hpdv3", "genai_bench")
+    report = run(f"--model={reward}", benchmarks=sets(*names), scorers=[function("luminance")], levels=[0.2, 0.7])
+    assert set(report) == set(BenchmarkReport.__dataclass_fields__)
+    assert set(numbers(report, "reward")) == set(numbers(report, "luminance"))
+    for one in report["protocols"]:
+        draws = one["details"].get("draws")
+        assert (draws is None) == (one["scorer"] == "luminance")
+        assert draws is None or (draws["number"] == 3 and draws["values"][0] == one["estimate"]["value"])
+    splits = {"hpdv3 test", "genai_bench_tiger test", "genai_bench_tiger test_v1"}
+    levels = {(one["benchmark"], one["scorer"], one["sigma"]) for one in report["levels"]}
+    assert levels == {(split, "reward", sigma) for split in splits for sigma in (0.2, 0.7)}
+    assert all(0 < one["timestep"] < 1000 for one in report["levels"])
+    for key in ("calibration", "agreement", "subgroups", "differences"):
+        assert {one["benchmark"] for one in report[key]} == splits
+    telling = {one["benchmark"] for one in report["telling"]}  # a split may hold no pair that the two judge apart
+    assert telling
+    assert telling <= splits
+
+
+@pytest.mark.slow
+def test_one_scorer_shows_its_surest_mistakes(here: Path) -> None:
+    report = run(benchmarks=sets("imagereward"), scorers=[function("luminance")])
+    assert report["agreement"] == report["differences"] == report["levels"] == []
+    assert report["telling"]
+    for pair in report["telling"]:
+        assert pair["gaps"]["luminance"] * (pair["label"] - 0.5) < 0
+    assert "Surest mistakes" in Path("out/report.html").read_text()
+
+
+@pytest.mark.slow
+def test_a_scorer_that_is_added_is_the_only_one_to_run(here: Path) -> None:
+    run(benchmarks=sets("hpdv3"), scorers=[function("luminance")])
+    calls = Path("calls.txt").read_text()
+    report = run(benchmarks=sets("hpdv3"), scorers=[function("luminance"), function("redness")])
+    assert Path("calls.txt").read_text() == calls
+    assert list(report["scorers"]) == ["luminance", "redness"]
+    assert all(pair["gaps"]["luminance"] * pair["gaps"]["redness"] < 0 for pair in report["telling"])
+
+
+@pytest.mark.slow
+def test_two_rewards_of_ones_own(here: Path, reward: str, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("first", "second"):
+        shutil.copytree(Path(reward).parent, Path("runs", name, "checkpoints"))
+    options = [f"--data={COMMITTED / 'hpdv3'}", "--draws=1", "--levels=[]"]
+    assert list(run("--model", "runs/first", *options)["scorers"]) == ["first"]
+    table = Path("out/scores/hpdv3_test/first.parquet").stat().st_mtime_ns
+    report = run("--model", "runs/first", *options, "--model=runs/second")
+    assert list(report["scorers"]) == ["first", "second"]
+    assert len(report["differences"]) == 1
+    assert Path("out/scores/hpdv3_test/first.parquet").stat().st_mtime_ns == table
+    assert list(run("--model=runs/second", *options)["scorers"]) == ["second"]
+    printed = capsys.readouterr().out
+    assert "  first   " in printed
+    assert "  second  " in printed
+
+
+def test_an_image_is_scored_once(here: Path) -> None:
+    run(benchmarks=sets("hpdv2"), scorers=[function("luminance")])
+    table = pq.read_table("out/scores/hpdv2_test/luminance.parquet")
+    images = {*table.column("image_a").to_pylist(), *table.column("image_b").to_pylist()}
+    assert len(Path("calls.txt").read_text()) == len(images) < 2 * table.num_rows
+
+
+@pytest.mark.slow
+def test_running_again_writes_the_same_bytes(here: Path, reward: str) -> None:
+    options = {"benchmarks": sets("hpdv3"), "scorers": [function("luminance")], "model": reward, "levels": [0.3]}
+    run(**options)
+    first = {name: Path("out", name).read_bytes() for name in FILES}
+    run(**options)
+    assert {name: Path("out", name).read_bytes() for name in FILES} == first
+    shutil.rmtree("out")
+    run("--flush_every=2", **options)
+    assert {name: Path("out", name).read_bytes() for name in FILES} == first
+
+
+@pytest.mark.slow
+def test_a_folder_is_enough(here: Path, reward: str) -> None:
+    report = run("--draws=1", "--levels=[]", data=str(COMMITTED / "hpdv3"), model=reward)
+    assert [one["protocol"] for one in report["protocols"]] == ["hpdv3"]
+    assert list(report["scorers"]) == ["reward"]
+    assert "draws" not in report["protocols"][0]["details"]
+
+
+@pytest.mark.parametrize(
+    ("name", "protocols"),
+    rotated_after(
+        1,
+        [
+            ("imagereward", ["imagereward/micro", "imagereward/macro"]),
+            ("imagerewarddb", ["imagereward/micro", "imagereward/macro"]),
+            ("hpdv2", ["hpdv2/macro", "hpdv2/micro"]),
+            ("pickapic_v1", ["pickapic/pickscore", "pickapic/lrm", "pickapic/strict"]),
+            ("genai_bench", ["genai_bench_tiger/no_tie", "genai_bench_tiger/4way"] * 2),
+            ("genai_bench_cmu", ["genai_bench_cmu"]),
+        ],
+    ),
+)
+def test_published_folders_are_recognised(here: Path, name: str, protocols: list[str]) -> None:
+    report = run(data=str(COMMITTED / name), scorers=[function("luminance")])
+    assert [one["protocol"] for one in report["protocols"]] == protocols
+
+
+def test_own_pairs_of_json_lines(here: Path) -> None:
+    images = sorted((COMMITTED / "hpdv3" / "images").iterdir())[:4]
+    rows = [{"prompt": "a <b>cat</b>", "chosen": str(a), "rejected": str(b)} for a, b in (images[:2], images[2:])]
+    for number, row in enumerate(rows):
+        for side in ("chosen", "rejected"):
+            shutil.copy(row[side], here / f"{number}_{side}.jpg")
+            row[side] = f"{number}_{side}.jpg"
+    Path("mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    report = run(data="mine.jsonl", scorers=[function("luminance")])
+    assert [one["protocol"] for one in report["protocols"]] == ["pairs/strict", "pairs/soft"]
+    assert report["published"] == []
+
+
+def test_missing_and_broken_images_are_counted(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = hpdv3_copy(here / "hpdv3")
+    rows = json.loads((root / "test.json").read_text())
+    (root / rows[1]["path1"]).unlink()
+    (root / rows[2]["path2"]).write_bytes(b"no image")
+    report = run(data=str(root), scorers=[function("luminance"), function("redness")])
+    (result, _) = report["protocols"]
+    data = report["data"]["hpdv3 test"]
+    assert sum(data["unreadable_images"].values()) == 2
+    assert data["pairs_without_an_image"] == sum(result["excluded"].values()) == len(rows) - result["pairs"] >= 2
+    assert "unknown image format" in Path("out/report.md").read_text()
+    assert "hpdv3 test: 2 pairs left out: 1 missing file, 1 unknown image format" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_a_limit_is_said_loudly_and_goes_on(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = {"benchmarks": sets("hpdv2"), "scorers": [function("luminance")]}
+    report = run("--limit=10", **options)
+    assert report["data"]["hpdv2 test"]["pairs"] == 10
+    assert "only the first 10 pairs" in report["notes"][0]
+    assert 'class="note"' in Path("out/report.html").read_text()
+    assert "note: A first look" in capsys.readouterr().out
+    calls = len(Path("calls.txt").read_text())
+    whole = run(**options)
+    assert whole["notes"] == []
+    assert numbers(whole, "luminance")["test", "hpdv2/micro"] == pytest.approx(0.8518518518)
+    table = pq.read_table("out/scores/hpdv2_test/luminance.parquet")
+    images = {*table.column("image_a").to_pylist(), *table.column("image_b").to_pylist()}
+    assert 0 < calls < len(Path("calls.txt").read_text()) == len(images)
+    assert run("--limit=10", **options) == report
+
+
+@pytest.mark.slow
+def test_a_reward_that_was_trained_again_is_not_taken_for_the_old_one(
+    here: Path, reward: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = {"benchmarks": sets("hpdv3"), "draws": 1, "levels": []}
+    shutil.copytree(Path(reward).parent, "mine")
+    run(model="mine/reward.ckpt", **options)
+    os.utime("mine/reward.ckpt", (5, 5))
+    run(model="mine/reward.ckpt", **options)
+    content = torch.load("mine/reward.ckpt", weights_only=True)
+    content["state_dict"] = {name: value + 0.01 for name, value in content["state_dict"].items()}
+    torch.save(content, "mine/reward.ckpt")
+    line = refusal(capsys, model="mine/reward.ckpt", **options)
+    assert "mine.parquet was begun with files" in line
+    assert "delete" in line
+
+
+@pytest.mark.slow
+def test_settings_of_the_run_count_and_its_logs_do_not(
+    here: Path, reward: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = {"benchmarks": sets("hpdv3"), "draws": 1, "levels": [], "model": "mine"}
+    shutil.copytree(Path(reward).parent, "mine")
+    found = run(**options)["protocols"]
+    Path("mine/log.txt").write_text("step 1")
+    assert run(**options)["protocols"] == found
+    with Path("mine/config.yaml").open("a") as file:
+        file.write("# another\n")
+    assert "mine.parquet was begun with files" in refusal(capsys, **options)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({}, "benchmarks: there are none; give --data=FOLDER"),
+        ({"data": str(COMMITTED / "hpdv3")}, "scorers: there are none; give --model=FOLDER"),
+        ({"data": "nowhere"}, "no folder or file 'nowhere'"),
+        ({"data": str(COMMITTED / "diffusion_rm")}, "holds latents"),
+        ({"benchmarks": sets("hpdv3", "hpdv3"), "scorers": [function("redness")]}, "two are named 'hpdv3'"),
+        ({"benchmarks": sets("hpdv3"), "scorers": [function("redness")] * 2}, "two are named 'redness'"),
+        ({"benchmarks": [{"class_path": "HPDv3Benchmrk"}]}, "did you mean 'HPDv3Benchmark'"),
+        ({"data": str(COMMITTED / "hpdv3"), "limit": 0}, "limit is 0; it must be at least 1"),
+        ({"data": str(COMMITTED / "hpdv3"), "model": "x", "draws": 0}, "draws is 0; it must be at least 1"),
+        ({"data": str(COMMITTED / "hpdv3"), "model": "x", "levels": [1.5]}, "noise levels lie in [0, 1]"),
+        ({"data": str(COMMITTED / "hpdv3"), "model": "x", "levels": [0.5, 0.5]}, "holds a level twice"),
+    ],
+)
+def test_wrong_settings_are_one_line(
+    here: Path, capsys: pytest.CaptureFixture[str], settings: dict[str, Any], message: str
+) -> None:
+    assert message in refusal(capsys, **settings)
+
+
+def test_a_wrong_folder_of_images_shows_before_any_model_is_loaded(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = hpdv3_copy(here / "hpdv3")
+    shutil.rmtree(root / "images")
+    line = refusal(capsys, data=str(root), model="no/such/model", scorers=[function("luminance")])
+    assert "hpdv3 test: none of 10 images that were tried can be read" in line
+    assert not Path("calls.txt").exists()
+
+
+def test_a_wrong_model_shows_before_another_one_scores(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line = refusal(capsys, data=str(COMMITTED / "hpdv3"), model="no/such/model", scorers=[function("luminance")])
+    assert "no/such/model" in line
+    assert not Path("calls.txt").exists()
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on_and_reports_the_same(here: Path) -> None:
+    """SIGKILL of a real process between two parts of a table."""
+    options = {"benchmarks": sets("hpdv2"), "scorers": [function("luminance")], "flush_every": 8}
+    run(**options)
+    expected = {name: Path("out", name).read_bytes() for name in FILES}
+    everything = len(Path("calls.txt").read_text())
+    Path("calls.txt").unlink()
+    Path("out").rename("whole")
+
+    process = start(["benchmark", "out", "--config=settings.yaml"], environment={"SECONDS_PER_CALL": "0.5"})
+    parts = Path("out/scores/hpdv2_test/luminance.parquet.parts")
+    deadline = time.monotonic() + 600
+    while len(list(parts.glob("rows_*.parquet"))) < 2 and time.monotonic() < deadline:
+        assert process.poll() is None, "ended before it could be killed"
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not Path("out/report.json").exists()
+
+    run(**options)
+    assert {name: Path("out", name).read_bytes() for name in FILES} == expected
+    assert everything <= len(Path("calls.txt").read_text()) <= everything + 16
+
+
+@pytest.mark.browser
+def test_page_of_real_results(here: Path, reward: str, browser_page: "Pages") -> None:
+    root = hpdv3_copy(here / "hpdv3")
+    rows = json.loads((root / "test.json").read_text())
+    hostile = "<img src=x onerror=\"document.title='hacked'\"> </script><script>document.title='hacked'</script>"
+    for row in rows:
+        row["prompt"] = f"{hostile} {row['prompt']}"
+    (root / "test.json").write_text(json.dumps(rows))
+    run(data=str(root), model=reward, scorers=[function("luminance")], draws=2, levels=[0.2, 0.8])
+    page = browser_page(Path("out/report.html"))
+    assert page.title() == "Benchmark of reward models"
+    assert page.get_by_text("document.title='hacked'").count() >= 1
+    images = page.locator("article img").all()
+    assert len(images) >= 2
+    assert all(image.evaluate("image => image.complete && image.naturalWidth > 0") for image in images)
+    assert page.locator("img.plot").count() == 4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(path.stem for path in CONFIGS.glob("*.yaml") if path.stem != "tiny"))
+def test_shipped_configs_run_on_the_samples(here: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    for variable, sample in {
+        "HPDV3_ROOT": "hpdv3",
+        "HPDV2_ROOT": "hpdv2",
+        "IMAGEREWARD_ROOT": "imagereward",
+        "PICKAPIC_ROOT": "pickapic_v1",
+        "GENAI_BENCH_ROOT": "genai_bench",
+        "GENAI_BENCH_CMU_ROOT": "genai_bench_cmu",
+    }.items():
+        monkeypatch.setenv(variable, str(COMMITTED / sample))
+    report = run(f"--config=configs/benchmark/{name}.yaml", scorers=[function("luminance")], limit=2)
+    assert len(report["data"]) >= (8 if name == "all" else 1)
+
+
+@pytest.mark.slow
+def test_shipped_tiny_config(here: Path, reward: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("REWARD", raising=False)
+    report = run("--config=configs/benchmark/tiny.yaml", limit=60)
+    assert list(report["scorers"]) == ["clipscore", "step_aware"]
+    monkeypatch.setenv("REWARD", reward)
+    report = run("--config=configs/benchmark/tiny.yaml", limit=10, draws=1, levels=[])
+    assert list(report["scorers"]) == ["clipscore", "step_aware", "reward"]
+    assert report["agreement"][0]["benchmark"] == "tinyworld test"
+
+
+@pytest.mark.slow
+def test_shipped_pixel_scorers(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clip = write_clip(here / "clip")
+    for variable in ("PICKSCORE_PATH", "CLIP_H_PATH", "CLIP_L_PATH"):
+        monkeypatch.setenv(variable, clip)
+    monkeypatch.setenv("AESTHETIC_WEIGHTS", write_aesthetic(here / "linearMSE.pth"))
+    report = run("--config=configs/scorers/pixel.yaml", data=str(COMMITTED / "hpdv3"))
+    assert list(report["scorers"]) == ["pickscore", "clipscore", "aesthetic"]
+    names = {(one["scorer"], one["name"]) for one in report["correlations"]}
+    assert {("pickscore", "clip_corr_spearman"), ("pickscore", "aes_corr_pair")} <= names

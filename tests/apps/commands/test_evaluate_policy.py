@@ -1,0 +1,466 @@
+"""evaluate-policy from prompts or folders to pictures, scores and reports."""
+
+import csv
+import importlib
+import inspect
+import json
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from latentreward.apps.generation.trained_policy import TrainedPolicy
+from latentreward.backbones import LoRA
+from latentreward.cli import main
+from latentreward.export import TrainedLoRA
+from latentreward.policies import PolicySource
+from latentreward.policies.checkpoint import SOURCE
+from latentreward.policies.policy import POLICY
+from tests.apps.evaluation.policy import toy_scorers
+from tests.marks import rotated_after
+from tests.policies.alignment import perturbed
+from tests.processes import start
+from tests.remote.judges import judging, plain
+from tests.tiny_pipelines import pipeline_folder
+
+FORMATS = Path(__file__).resolve().parents[2] / "formats" / "data"
+HOSTILE = 'a «"/\\: <script>alert(1)</script> | `x` ü'
+PROMPTS = ["a large red circle on a white background", "two blue crosses on a gray background", HOSTILE]
+FAST = ["--sampling.num_inference_steps=2", "--guidance_scale=1", "--device=cpu"]
+SD_TINY = "--policy.pipeline=sd_tiny"
+Run = Callable[..., dict[str, Any]]
+
+
+def toy(function: str = "redness", name: str = "red") -> str:
+    arguments = {"function": f"tests.apps.evaluation.policy.toy_scorers.{function}", "name": name}
+    return json.dumps({"class_path": "latentreward.scorers.CallableScorer", "init_args": arguments})
+
+
+GENEVAL = '{"class_path": "latentreward.scorers.tools.GenEvalScorer", "init_args": {"results": "r"}}'
+RED = f"--scorers=[{toy()}]"
+
+
+@pytest.fixture
+def prompts(tmp_path: Path) -> Path:
+    path = tmp_path / "prompts.txt"
+    path.write_text("\n".join(PROMPTS), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def evaluate(tmp_path: Path, prompts: Path) -> Run:
+    def run(*options: str, folder: str = "out", file: Path | None = prompts) -> dict[str, Any]:
+        given = [] if file is None else [f"--prompts={file}"]
+        scorers = [] if any(option.startswith("--scorers") for option in options) else [RED]
+        main(["evaluate-policy", str(tmp_path / folder), *given, *FAST, *scorers, *options])
+        return json.loads((tmp_path / folder / "report.json").read_text())
+
+    return run
+
+
+@pytest.fixture
+def refused(evaluate: Run, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    def run(*options: str, **where: Any) -> str:
+        with pytest.raises(SystemExit) as stop:
+            evaluate(*options, **where)
+        assert stop.value.code == 2
+        error = capsys.readouterr().err.strip().splitlines()[-1]
+        assert error.startswith("latentreward: error: ")
+        return error
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def lora(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("lora") / "exported"
+    TrainedLoRA.of_policy(perturbed(PolicySource("sd_tiny").load())).write_diffusers(folder)
+    return folder
+
+
+def table(folder: Path) -> list[dict[str, str]]:
+    with (folder / "scores.csv").open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def pictures(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.glob("0*.png"))}
+
+
+@pytest.mark.slow
+def test_two_policies_from_prompts_to_reports(evaluate: Run, lora: Path, tmp_path: Path) -> None:
+    report = evaluate(
+        SD_TINY, f"--policy.lora={lora}", "--policy.name=tuned", "--against.pipeline=sd_tiny", "--against.name=base",
+        "--images_per_prompt=2",
+    )  # fmt: skip
+    rows = table(tmp_path / "out")
+    assert len(rows) == 2 * 3 * 2
+    assert [row["prompt"] for row in rows[:6]] == [prompt for prompt in PROMPTS for _ in range(2)]
+    for slot, name in (("policy", "tuned"), ("against", "base")):
+        for row in [row for row in rows if row["policy"] == name]:
+            levels = np.asarray(Image.open(tmp_path / "out" / "pictures" / slot / row["file"]))
+            assert float(row["red"]) == pytest.approx(levels[..., 0].mean(), rel=1e-6)
+    tuned, base = (np.array([float(row["red"]) for row in rows if row["policy"] == name]) for name in ("tuned", "base"))
+    (compared,) = report["comparisons"]
+    assert compared["difference"]["value"] == pytest.approx((tuned - base).mean())
+    assert compared["win_rate"]["value"] == pytest.approx((tuned > base).mean())
+    assert compared["difference"]["low"] <= compared["difference"]["value"] <= compared["difference"]["high"]
+    assert [score["mean"]["value"] for score in report["scores"]] == pytest.approx([tuned.mean(), base.mean()])
+    assert report["published"] == []
+    assert compared["difference"]["groups"] == 3
+    for name in ("report.md", "report.html"):
+        assert (tmp_path / "out" / name).read_text().count("] (3 groups)") >= 4, name
+    assert "<script>alert" not in (tmp_path / "out" / "report.html").read_text()
+    assert HOSTILE not in (tmp_path / "out" / "report.html").read_text()
+    assert "| red | " in (tmp_path / "out" / "report.md").read_text()
+
+
+@pytest.mark.slow
+def test_a_checkpoint_tells_the_shape_of_its_adapter_and_a_start_that_failed_leaves_the_folder_free(
+    evaluate: Run, refused: Callable[..., str], tmp_path: Path
+) -> None:
+    for name, base, rank in (("other", "sd35_tiny", 4), ("run", "sd_tiny", 3)):
+        source = PolicySource(base, lora=LoRA(rank=rank))
+        weights = perturbed(source.load()).named_parameters()
+        adapter = {f"policy.{key}": weight for key, weight in weights if f".{POLICY}." in key}
+        torch.save({"state_dict": adapter, SOURCE: asdict(source)}, tmp_path / f"{name}.ckpt")
+    assert "give an adapter of this network" in refused(SD_TINY, f"--policy.checkpoint={tmp_path / 'other.ckpt'}")
+    report = evaluate(SD_TINY, f"--policy.checkpoint={tmp_path / 'run.ckpt'}")
+    assert len(report["scores"]) == 1
+
+
+@pytest.mark.slow
+def test_pictures_are_those_of_generate_and_of_the_same_seed(evaluate: Run, prompts: Path, tmp_path: Path) -> None:
+    evaluate(SD_TINY, "--against.pipeline=sd_tiny", "--seed=5")
+    evaluate(SD_TINY, "--seed=6", folder="other")
+    main(["generate", str(prompts), str(tmp_path / "made"), "--policy.source=sd_tiny", "--seed=5", *FAST])
+    first, second = (pictures(tmp_path / "out" / "pictures" / slot) for slot in ("policy", "against"))
+    assert first == second == pictures(tmp_path / "made")
+    other = pictures(tmp_path / "other" / "pictures" / "policy")
+    assert all(other[name] != first[name] for name in first)
+
+
+@pytest.mark.slow
+def test_policies_that_noise_does_not_pair_are_said(evaluate: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    report = evaluate("--policy.pipeline=sd35_tiny", "--against.pipeline=sd_tiny")
+    (note,) = report["notes"]
+    assert "The policies differ in latents or noise process (policy: 8 × 8 latents of 4 channels, 1/4 size" in note
+    assert f"note: {note}" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_the_first_picture_alone_or_all(evaluate: Run, tmp_path: Path) -> None:
+    every = evaluate(SD_TINY, "--images_per_prompt=3", folder="all")
+    first = evaluate(SD_TINY, "--images_per_prompt=3", "--images_scored=first", folder="first")
+    rows = table(tmp_path / "all")
+    assert first["scores"][0]["pictures"] == 3
+    assert every["scores"][0]["pictures"] == 9
+    assert first["scores"][0]["mean"]["value"] == pytest.approx(
+        np.mean([float(row["red"]) for row in rows if row["image"] == "0"])
+    )
+    assert len(pictures(tmp_path / "first" / "pictures" / "policy")) == 3
+    assert "only the first is sampled and scored" in first["notes"][0]
+
+
+@pytest.mark.slow
+def test_shared_noise_is_the_same_for_all_prompts(evaluate: Run, tmp_path: Path) -> None:
+    (tmp_path / "twice.txt").write_text("a red circle\na red circle\n")
+    own = evaluate(SD_TINY, "--images_per_prompt=2", folder="own", file=tmp_path / "twice.txt")
+    evaluate(SD_TINY, "--images_per_prompt=2", "--shared_noise=true", folder="shared", file=tmp_path / "twice.txt")
+    assert len(set(pictures(tmp_path / "own" / "pictures" / "policy").values())) == 4
+    assert len(set(pictures(tmp_path / "shared" / "pictures" / "policy").values())) == 2
+    assert own["notes"] == ["1 prompts repeat an earlier prompt; each one gets its own pictures."]
+
+
+@pytest.mark.slow
+def test_nothing_is_done_twice(
+    evaluate: Run, refused: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = evaluate(SD_TINY)
+    monkeypatch.setattr(TrainedPolicy, "load", lambda *_: pytest.fail("loaded"))
+    toy_scorers.CALLS.clear()
+    assert evaluate(SD_TINY) == before
+    assert toy_scorers.CALLS == []
+    kept = tmp_path / "out" / "scores" / "policy" / "red.jsonl"
+    kept.write_text("rubbish")
+    assert "red.jsonl is damaged (" in refused(SD_TINY)
+    assert kept.read_text() == "rubbish"
+    kept.unlink()
+    assert evaluate(SD_TINY) == before
+    assert toy_scorers.CALLS == [3]
+    assert "brightness" in {
+        score["score"] for score in evaluate(SD_TINY, f"--scorers=[{toy(name='brightness')}]")["scores"]
+    }
+
+
+@pytest.mark.slow
+def test_scores_of_another_model_behind_the_same_address_are_not_mixed(
+    evaluate: Run, refused: Callable[..., str], tmp_path: Path
+) -> None:
+    """Neither in a file of kept scores, nor in a comparison of policies."""
+    sizes = ["--num_prompts=2", "--sampling.height=32", "--sampling.width=32"]
+    policies = [SD_TINY, "--against.pipeline=sd_tiny", "--against.name=base", *sizes]
+    with judging() as judge:
+        scorer = {"class_path": "HTTPScorer", "init_args": {"server": {"url": judge.url}, "name": "judge"}}
+        scorers = f"--scorers=[{json.dumps(scorer)}]"
+        judge.answer = lambda request: {**plain(request), "model": "first"}
+        evaluate(SD_TINY, scorers, *sizes)
+        judge.answer = lambda request: {**plain(request), "model": "second"}
+        evaluate(SD_TINY, scorers, *sizes)  # nothing is left to score
+        line = refused(*policies, scorers)
+        assert "'judge': its server now names the model 'second', but scores are kept of the model 'first'" in line
+        kept = tmp_path / "out" / "scores" / "policy" / "judge.jsonl"
+        assert f"delete {kept} or {tmp_path / 'out' / 'scores' / 'against' / 'judge.jsonl'}, and the same" in line
+        lines = kept.read_text().splitlines()
+        assert json.loads(lines[0])["model"] == "first"
+        kept.write_text("\n".join(lines[:-1]))
+        assert f"delete {kept}, and the same command scores those pictures again" in refused(*policies, scorers)
+        kept.unlink()
+        assert len(evaluate(*policies, scorers)["scores"]) == 2
+
+
+@pytest.mark.slow
+def test_ctrl_c_keeps_pictures_and_scores(
+    evaluate: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = evaluate(SD_TINY, folder="whole")
+    with monkeypatch.context() as patch:
+        patch.setattr(toy_scorers, "redness", lambda *_: signal.raise_signal(signal.SIGINT))
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            evaluate(SD_TINY)
+    assert stop.value.code == 130
+    kept = f"what is done is kept in {tmp_path / 'out'}: the same command goes on there"
+    assert f"latentreward: stopped by Ctrl-C; {kept}\n" in capsys.readouterr().err
+    monkeypatch.setattr(TrainedPolicy, "load", lambda *_: pytest.fail("loaded"))
+    assert evaluate(SD_TINY)["scores"] == whole["scores"]
+
+
+@pytest.mark.slow
+def test_a_run_that_was_killed_goes_on(evaluate: Run, prompts: Path, tmp_path: Path) -> None:
+    prompts.write_text("\n".join(f"a red circle number {number}" for number in range(12)))
+    options = [SD_TINY, RED, f"--prompts={prompts}", *FAST, "--sampling.num_inference_steps=10", "--batch_size=1"]
+    root = Path(__file__).resolve().parents[3]
+    process = start(["evaluate-policy", str(tmp_path / "killed"), *options], cwd=root)
+    folder = tmp_path / "killed" / "pictures" / "policy"
+    deadline = time.monotonic() + 600
+    while len(pictures(folder)) < 4 and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    there = {path.name: path.stat().st_mtime_ns for path in folder.glob("0*.png")}
+    assert 4 <= len(there) < 12
+    noted = {row.split(",")[0] for row in (folder / "images.csv").read_text().splitlines()[1:]}
+    for name in ("killed", "whole"):
+        evaluate(SD_TINY, "--sampling.num_inference_steps=10", "--batch_size=1", folder=name)
+    assert pictures(folder) == pictures(tmp_path / "whole" / "pictures" / "policy")
+    assert all((folder / name).stat().st_mtime_ns == there[name] for name in noted)
+    assert table(tmp_path / "killed") == table(tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_scores_of_a_file_that_was_written_anew_are_new(evaluate: Run, prompts: Path, tmp_path: Path) -> None:
+    main(["generate", str(prompts), str(tmp_path / "made"), "--policy.source=sd_tiny", *FAST])
+    files = [path.name for path in (tmp_path / "made").glob("*.png")]
+    scores = {"path": str(tmp_path / "{policy}.csv"), "column": "score", "name": "mine"}
+    scorer = {"class_path": "latentreward.scorers.tools.ScoreFile", "init_args": scores}
+    for value in (0.25, 0.75):
+        lines = ["file,score", *(f"{file},{value}" for file in files)]
+        (tmp_path / "policy.csv").write_text("\n".join(lines))
+        report = evaluate(f"--policy.images={tmp_path / 'made'}", f"--scorers=[{json.dumps(scorer)}]", file=None)
+        assert report["scores"][0]["mean"]["value"] == value
+
+
+@pytest.mark.slow
+def test_a_folder_from_elsewhere_is_judged_by_its_table(evaluate: Run, prompts: Path, tmp_path: Path) -> None:
+    main(["generate", str(prompts), str(tmp_path / "made"), "--policy.source=sd_tiny", "--images_per_prompt=2", *FAST])
+    report = evaluate(f"--policy.images={tmp_path / 'made'}", SD_TINY.replace("policy", "against"), file=None)
+    (compared,) = report["comparisons"]
+    assert (compared["ties"], compared["win_rate"]["value"]) == (6, 0.5)
+    assert "whether their noise was equal is unknown" in report["notes"][0]
+    alone = evaluate(f"--policy.images={tmp_path / 'made'}", "--images_per_prompt=1", folder="alone")
+    assert alone["scores"][0]["pictures"] == 3
+    assert alone["notes"] == ["policy has 3 more pictures, of other prompts or numbers; they are ignored."]
+
+
+@pytest.mark.slow
+def test_missing_pictures_are_refused_or_left_out(
+    evaluate: Run, refused: Callable[..., str], prompts: Path, tmp_path: Path
+) -> None:
+    for name, count in (("four", 4), ("two", 2)):
+        options = ["--policy.source=sd_tiny", f"--images_per_prompt={count}", *FAST]
+        main(["generate", str(prompts), str(tmp_path / name), *options])
+    both = [f"--policy.images={tmp_path / 'four'}", f"--against.images={tmp_path / 'two'}"]
+    assert "two lacks 6 of 12 pictures, first number 2 of prompt 0; add them" in refused(*both)
+    gone, broken, *_ = sorted((tmp_path / "four").glob("00001_*.png"))
+    gone.unlink()
+    broken.write_bytes(broken.read_bytes()[:200])
+    message = refused(*both, "--images_per_prompt=2")
+    assert "four lacks 2 of 6 pictures, first number 0 of prompt 1 (" in message
+    assert "1 missing file" in message
+    assert "1 truncated or damaged image" in message
+    report = evaluate(*both, "--missing=leave_out", "--images_per_prompt=2")
+    assert report["comparisons"][0]["prompts"] == 2
+    assert "policy lacks 2 of 6 pictures" in report["notes"][0]
+    assert "left out for all policies" in report["notes"][0]
+    for path in (tmp_path / "two").glob("0*.png"):
+        path.unlink()
+    assert "no picture is left" in refused(*both, "--missing=leave_out", folder="none")
+
+
+@pytest.mark.slow
+def test_several_files_of_prompts_are_groups(evaluate: Run, tmp_path: Path) -> None:
+    pattern = f"{FORMATS}/hpdv2/benchmark/[!d]*.json"
+    report = evaluate(SD_TINY, f"--prompts={pattern}", "--parts=3", file=None)
+    (score,) = report["scores"]
+    assert [group["group"] for group in score["groups"]] == ["anime", "concept-art", "paintings", "photo"]
+    assert all(group["parts_sd"] > 0 for group in score["groups"])
+    assert score["mean_of_groups"]["value"] == pytest.approx(
+        np.mean([one["estimate"]["value"] for one in score["groups"]])
+    )
+    assert "parts' sd" in (tmp_path / "out" / "report.md").read_text()
+
+
+@pytest.mark.slow
+def test_published_numbers_stand_in_lpos_preset_alone(
+    evaluate: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (captions,) = (FORMATS / "pickapic_v1" / "data").glob("validation_unique*")
+    monkeypatch.setenv("PICKAPIC_VALIDATION", str(captions))
+    monkeypatch.setenv("SD15_PATH", "sd_tiny")
+    monkeypatch.setenv("AESTHETIC_WEIGHTS", "unused")
+    preset = "--config=configs/evaluate/lpo_sd15.yaml"
+    native = ["--sampling.height=null", "--sampling.width=null"]
+    scorers = f"--scorers=[{toy(name='pickscore')}, {toy(name='mine')}]"
+    report = evaluate(preset, SD_TINY, *native, scorers, *FAST, file=None)
+    assert [one["model"] for one in report["published"]] == ["SD1.5", "SPO, SD1.5", "LPO, SD1.5"]
+    assert [one["value"] for one in report["published"]] == [20.56, 21.22, 21.69]
+    assert all("2502.01051" in one["source"] for one in report["published"])
+    assert report["scores"][0]["pictures"] == 5
+    assert report["settings"]["guidance_scale"] == {"tuned": 1.0, "SD1.5": 7.5}
+    assert report["settings"]["shared_noise"] is True
+    page = (tmp_path / "out" / "report.md").read_text()
+    assert "Published numbers of this protocol" in page
+
+
+@pytest.mark.parametrize(
+    ("name", "label", "guidance"), rotated_after(1, [("sd15", "SD1.5", 7.5), ("sdxl", "SDXL", 5.0)])
+)
+def test_lpos_published_policy_is_a_unet_in_the_folder_of_its_base(
+    name: str, label: str, guidance: float, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, folder = Path(pipeline_folder(name)), tmp_path / "pipeline"
+    shutil.copytree(base, folder, ignore=shutil.ignore_patterns("unet"))
+    shutil.copytree(base / "unet", folder / f"lpo_{name}_merge" / "unet")
+    (folder / f"lpo_{name}_merge" / "unet").rename(folder / "unet")
+    paths = {"PICKAPIC_VALIDATION": prompts, f"LPO_{name.upper()}_PATH": folder, f"{name.upper()}_PATH": base}
+    for variable, value in paths.items():
+        monkeypatch.setenv(variable, str(value))
+    monkeypatch.setenv("AESTHETIC_WEIGHTS", "unused")
+    presets = [f"--config=configs/evaluate/lpo_{preset}.yaml" for preset in (name, f"{name}_published")]
+    native = ["--sampling.height=null", "--sampling.width=null", "--sampling.num_inference_steps=2", "--device=cpu"]
+    main(["evaluate-policy", str(tmp_path / "out"), *presets, *native, f"--scorers=[{toy()}]"])
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["settings"]["guidance_scale"] == {f"LPO, {label}": 5.0, label: guidance}
+    assert {score["policy"] for score in report["scores"]} == {f"LPO, {label}", label}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ([], "policy"),
+        ([SD_TINY, "--scorers=[]"], "there is no scorer"),
+        ([SD_TINY, f"--scorers=[{toy()}, {toy()}]"], "several are called 'red'"),
+        ([SD_TINY, f"--scorers=[{toy('not_a_number', 'odd')}]"], "scorer 'odd' returned nan for the prompt 'two blue"),
+        ([SD_TINY, "--policy.images=."], "images and pipeline are both given, one perhaps by a config file; to judge"),
+        ([SD_TINY, "--policy.table=x.csv"], "set images"),
+        ([SD_TINY, "--policy.name=a/b"], "name of a policy is 'a/b'"),
+        ([SD_TINY, "--policy.name=x", "--against.pipeline=sd_tiny", "--against.name=x"], "are called 'x'"),
+        ([SD_TINY, "--policy.guidance_scale=0.5"], "guidance_scale=0.5 must be at least 1"),
+        ([SD_TINY, "--guidance_scale=0.5"], "guidance_scale=0.5 must be at least 1"),
+        ([SD_TINY, "--policy.lora=gone"], "lora: gone does not exist"),
+        (["--policy.images=gone"], "no folder gone"),
+        (["--policy.images=docs"], "write images.csv there with columns file and prompt, or give such a table"),
+        ([SD_TINY, "--images_per_prompt=0"], "images_per_prompt: 0 is outside"),
+        ([SD_TINY, "--num_prompts=0"], "num_prompts: 0 is outside"),
+        ([SD_TINY, "--images_scored=second"], "images_scored"),
+        ([SD_TINY, "--device=tpu9"], "device is 'tpu9'"),
+        ([SD_TINY, "--prompts=nothing*.txt"], "no file matches nothing*.txt"),
+        ([SD_TINY, "--prompts=null"], "set prompts"),
+        ([SD_TINY, f"--scorers=[{GENEVAL}]"], "evaluation_metadata.jsonl"),
+    ],
+)  # fmt: skip
+def test_bad_settings_are_one_line(refused: Callable[..., str], options: list[str], message: str) -> None:
+    assert message in refused(*options)
+
+
+@pytest.mark.slow
+def test_bad_prompts_and_folders_are_one_line(evaluate: Run, refused: Callable[..., str], tmp_path: Path) -> None:
+    (tmp_path / "empty.txt").write_text("\n  \n")
+    assert "holds no prompt" in refused(SD_TINY, file=tmp_path / "empty.txt")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("")
+    assert "holds other files" in refused(SD_TINY, folder="mine")
+    evaluate(SD_TINY)
+    assert "was begun with seed 0, now it is 3" in refused(SD_TINY, "--seed=3")
+    long = tmp_path / "long.txt"
+    long.write_text("word " * 400 + "\n\na cat\n")
+    assert "1 prompts have more than 75 words" in evaluate(SD_TINY, folder="long", file=long)["notes"][0]
+
+
+@pytest.mark.slow
+def test_a_scorer_of_several_columns_gives_several_scores(evaluate: Run, tmp_path: Path) -> None:
+    channels = '{"class_path": "tests.apps.evaluation.policy.toy_scorers.Channels", "init_args": {"name": "channels"}}'
+    report = evaluate(SD_TINY, "--against.pipeline=sd_tiny", f"--scorers=[{channels}, {toy(name='again')}]")
+    assert [score["score"] for score in report["scores"][:3]] == ["red", "green", "again"]
+    rows = table(tmp_path / "out")
+    assert all(float(row["red"]) == pytest.approx(float(row["again"]), rel=1e-6) for row in rows)
+    assert any(float(row["red"]) != float(row["green"]) for row in rows)
+    assert len(report["comparisons"]) == 3
+
+
+PRESETS = Path(__file__).resolve().parents[3] / "configs" / "evaluate"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "preset", rotated_after(2, sorted(path.name for path in PRESETS.glob("*.yaml") if "_published" not in path.name))
+)
+def test_every_preset_runs(preset: str, evaluate: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, source in (("prompts/evaluation_metadata.jsonl", "geneval_metadata.jsonl"),):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).write_bytes((FORMATS / "prompts" / source).read_bytes())
+    (tmp_path / "examples" / "dataset").mkdir(parents=True)
+    (tmp_path / "examples" / "dataset" / "color_val.txt").write_text("a violet jar and a silver lamp\n")
+    (captions,) = (FORMATS / "pickapic_v1" / "data").glob("validation_unique*")
+    values = {
+        "PICKAPIC_VALIDATION": captions,
+        "PARTI_PROMPTS": FORMATS / "prompts" / "PartiPrompts.tsv",
+        "HPDV2_ROOT": FORMATS / "hpdv2",
+        "SD15_PATH": "sd_tiny",
+        "SDXL_PATH": "sd_tiny",
+        "AESTHETIC_WEIGHTS": "unused",
+        **dict.fromkeys(("GENEVAL_ROOT", "GENEVAL_MODELS", "T2I_COMPBENCH_ROOT"), tmp_path),
+        **dict.fromkeys(("GENEVAL_PYTHON", "T2I_COMPBENCH_PYTHON"), sys.executable),
+    }
+    for name, value in values.items():
+        monkeypatch.setenv(name, str(value))
+    native = ["--sampling.height=null", "--sampling.width=null"]
+    few = ["--num_prompts=2", "--images_per_prompt=2", "--sampling.num_inference_steps=4"]
+    policy = [] if preset == "tiny.yaml" else [SD_TINY]
+    report = evaluate(f"--config={PRESETS / preset}", *policy, RED, *native, *few, file=None)
+    assert all(score["mean"]["value"] > 0 for score in report["scores"])
+    for scorer in yaml.safe_load((PRESETS / preset).read_text())["scorers"]:
+        room, _, kind = scorer["class_path"].rpartition(".")
+        signature = inspect.signature(getattr(importlib.import_module(room), kind))
+        signature.bind_partial(**scorer.get("init_args", {}))

@@ -1,0 +1,289 @@
+"""generate from a file of prompts to pictures, grid and table."""
+
+import csv
+import json
+import signal
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from latentreward.apps.commands import generate as command
+from latentreward.apps.generation.image_folder import file_name
+from latentreward.cli import main
+from latentreward.export import TrainedLoRA
+from latentreward.families.sd import StableDiffusion
+from latentreward.interrupts import interrupts_held
+from latentreward.policies import POLICY, PolicySource
+from latentreward.policies.checkpoint import SOURCE
+from tests.marks import rotated_after
+from tests.policies.alignment import perturbed
+
+PROMPTS = ["a large red circle on a white background", "two blue crosss on a gray background", 'a «"/\\: ü, \t|?*']
+FAST = ["--policy.source=sd_tiny", "--sampling.num_inference_steps=3", "--guidance_scale=1", "--device=cpu"]
+REWARD = "--reward=tests.apps.generation.toy_rewards.MeanLatentSource"
+
+
+@pytest.fixture
+def prompts(tmp_path: Path) -> Path:
+    path = tmp_path / "prompts.txt"
+    path.write_text("\n".join(PROMPTS), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def generate(prompts: Path, tmp_path: Path) -> Callable[..., list[dict[str, Any]]]:
+    def run(*options: str, folder: str = "out", file: Path = prompts) -> list[dict[str, Any]]:
+        main(["generate", str(file), str(tmp_path / folder), *FAST, *options])
+        table = tmp_path / folder / ("images.jsonl" if "--table=jsonl" in options else "images.csv")
+        lines = table.read_text(encoding="utf-8").splitlines()
+        return [json.loads(line) for line in lines] if table.suffix == ".jsonl" else list(csv.DictReader(lines))
+
+    return run
+
+
+def pictures(folder: Path) -> dict[str, np.ndarray]:
+    return {path.name: np.asarray(Image.open(path)) for path in sorted(folder.glob("0*.png"))}
+
+
+@pytest.mark.slow
+def test_pictures_grid_and_table(generate: Callable[..., Any], tmp_path: Path) -> None:
+    rows = generate("--images_per_prompt=2")
+    assert [row["prompt"] for row in rows] == [prompt for prompt in PROMPTS for _ in range(2)]
+    found = pictures(tmp_path / "out")
+    assert sorted(row["file"] for row in rows) == list(found)
+    assert all(picture.shape == (32, 32, 3) for picture in found.values())
+    assert Image.open(tmp_path / "out" / "grid.png").width > 64
+    assert len({picture.tobytes() for picture in found.values()}) == 6
+
+
+@pytest.mark.slow
+def test_a_prompt_that_is_repeated_gets_as_many_pictures(generate: Callable[..., Any], tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_text("a red circle\n\na blue cross\na red circle\n")
+    rows = generate("--sampling.num_inference_steps=1")
+    assert [row["prompt"] for row in rows] == ["a red circle", "a blue cross", "a red circle"]
+    first, _, last = pictures(tmp_path / "out").values()
+    assert np.abs(first.astype(int) - last).max() > 8
+
+
+@pytest.mark.slow
+def test_a_run_that_was_stopped_goes_on(
+    generate: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generate("--batch_size=2", folder="whole")
+    generate("--batch_size=2", folder="out")
+    (tmp_path / "out" / file_name(2, 0, PROMPTS[2])).unlink()
+    asked, sample = [], command.sample_latents
+    monkeypatch.setattr(command, "sample_latents", lambda *a, **o: asked.append(a[1].prompts) or sample(*a, **o))
+    generate("--batch_size=2", folder="out")
+    assert asked == [(PROMPTS[2],)]
+    whole, resumed = pictures(tmp_path / "whole"), pictures(tmp_path / "out")
+    assert whole.keys() == resumed.keys()
+    assert all(np.array_equal(whole[name], resumed[name]) for name in whole)
+    generate(folder="out")
+    assert len(asked) == 1
+
+
+@pytest.mark.slow
+def test_ctrl_c_keeps_the_batches_that_are_done(
+    generate: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    generate("--batch_size=1", folder="whole")
+    calls, add = [], command.ImageFolder.add
+
+    def interrupted(*arguments: Any) -> None:
+        calls.append(arguments)
+        if len(calls) == 2:  # in the midst of a write, which is done whole
+            signal.raise_signal(signal.SIGINT)
+        add(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(command.ImageFolder, "add", interrupts_held()(interrupted))
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            generate("--batch_size=1")
+    assert stop.value.code == 130
+    kept = f"2 pictures are kept in {tmp_path / 'out'}"
+    assert capsys.readouterr().err == f"latentreward: stopped by Ctrl-C; {kept}: the same command goes on there\n"
+    generate("--batch_size=1")
+    assert "2 of 3 pictures are there already" in capsys.readouterr().out
+    whole, resumed = pictures(tmp_path / "whole"), pictures(tmp_path / "out")
+    assert all(np.array_equal(whole[name], resumed[name]) for name in whole)
+
+
+@pytest.mark.slow
+def test_neither_batch_nor_later_prompts_change_a_picture(generate: Callable[..., Any], tmp_path: Path) -> None:
+    generate("--batch_size=1", folder="one")
+    (tmp_path / "prompts.txt").write_text("\n".join([*PROMPTS, "a small red cross on a black background"]))
+    generate(folder="out")
+    one, out = pictures(tmp_path / "one"), pictures(tmp_path / "out")
+    assert len(out) == len(one) + 1
+    assert all(np.abs(one[name].astype(int) - out[name]).max() <= 1 for name in one)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "options",
+    rotated_after(
+        1,
+        [
+            ["--best_of=4"],
+            ["--step_search.num_candidates=4", "--sampling.eta=1"],
+            [
+                "--population_search.size=8",
+                "--population_search.perturbation=1",
+                "--population_search.after_steps=[1,2]",
+                "--population_search.temperature=0.01",
+            ],
+            ["--reward_guidance.scale=100", "--reward_guidance.high=1000", "--sampling.eta=1"],
+        ],
+    ),
+)
+def test_a_reward_chooses(generate: Callable[..., Any], options: list[str]) -> None:
+    eta = [option for option in options if "eta" in option]
+    plain = generate(REWARD, "--table=jsonl", *eta, folder="plain")
+    chosen = generate(REWARD, "--table=jsonl", *options, folder="chosen")
+    assert all(isinstance(row["score"], float) and row["score"] >= row["mean_score"] for row in chosen)
+    assert sum(row["score"] for row in chosen) > sum(row["score"] for row in plain)
+
+
+@pytest.mark.slow
+def test_a_checkpoint_and_its_exported_lora_make_the_same_pictures(
+    generate: Callable[..., Any], tmp_path: Path
+) -> None:
+    source = PolicySource("sd_tiny")
+    policy = perturbed(source.load())
+    adapter = {f"policy.{name}": weight for name, weight in policy.named_parameters() if f".{POLICY}." in name}
+    torch.save({"state_dict": adapter, SOURCE: asdict(source)}, tmp_path / "run.ckpt")
+    TrainedLoRA.of_policy(policy).write_diffusers(tmp_path / "exported")
+    generate(folder="base")
+    generate(f"--lora={tmp_path / 'exported'}", folder="lora")
+    generate(f"--checkpoint={tmp_path / 'run.ckpt'}", "--policy=null", folder="run")
+    base, lora, run = (pictures(tmp_path / name) for name in ("base", "lora", "run"))
+    assert all(np.abs(lora[name].astype(int) - run[name]).max() <= 1 for name in base)
+    assert all(np.abs(lora[name].astype(int) - base[name]).max() > 10 for name in base)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--best_of=2"], "set reward"),
+        (["--best_of=0"], "best_of: 0 is outside"),
+        (["--step_search.num_candidates=1", REWARD], "num_candidates=1"),
+        (["--step_search.num_candidates=2", REWARD], "eta"),
+        (["--population_search.size=4"], "set reward"),
+        (["--population_search.size=1", REWARD], "size=1 leaves nothing to choose"),
+        (["--population_search.after_steps=[1,3]", REWARD], "after_steps=[1, 3] goes beyond step 2"),
+        (["--population_search.after_steps=[1]", f"{REWARD}", "--reward.needs_clean=true"], "population_search needs"),
+        (["--population_search.after_steps=[1]", "--step_search.num_candidates=2", REWARD], "leave one out"),
+        (["--reward_guidance.scale=1", REWARD], "none of the 3 steps adds noise"),
+        (
+            ["--reward_guidance.normalise=true", "--sampling.eta=1", "--reward=RandomReward", "--reward.kind=readout"],
+            "reward_guidance.normalise divides by the norm over a batch",
+        ),
+        (
+            ["--reward_guidance.scale=1", "--sampling.eta=1", "--reward=RandomReward"],
+            "reward_guidance needs the gradient of the reward, and RandomReward has none",
+        ),
+        (
+            ["--best_of=2", "--reward=RewardMixture", "--reward.normalise=running", "--reward.rewards=[RandomReward]"],
+            "a RewardMixture with normalise: running scores by all that it has seen",
+        ),
+        (
+            ["--reward_guidance.scale=1", "--sampling.eta=1", REWARD, "--reward.needs_clean=true"],
+            "reward_guidance needs",
+        ),
+        (["--guidance_scale=0.5"], "guidance_scale=0.5 must be at least 1"),
+        (["--policy=null"], "policy.source"),
+        (["--lora=nothing.safetensors"], "nothing.safetensors does not exist"),
+        (["--checkpoint=nothing.ckpt"], "nothing.ckpt"),
+        (["--device=tpu9"], "device is 'tpu9'"),
+    ],
+)
+def test_bad_settings_are_one_line(
+    generate: Callable[..., Any], capsys: pytest.CaptureFixture[str], options: list[str], message: str
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        generate(*options)
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert stop.value.code == 2
+    assert message in error
+    assert error.startswith("latentreward: error: ")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(b"", "holds no prompt"), (b"\n \n", "holds no prompt"), (b"caf\xe9\n", "is not UTF-8"), (None, "does not exist")],
+)
+def test_bad_prompt_files_are_one_line(
+    generate: Callable[..., Any],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    content: bytes | None,
+    message: str,
+) -> None:
+    path = tmp_path / "bad.txt"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(SystemExit):
+        generate(file=path)
+    assert f"error: prompts: {path} {message}" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_other_settings_and_other_files_are_refused(
+    generate: Callable[..., Any], tmp_path: Path, prompts: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    generate()
+    with pytest.raises(SystemExit):
+        generate("--seed=1")
+    assert "was begun with seed 0, now it is 1; choose another output_dir" in capsys.readouterr().err
+    prompts.write_text("something else")
+    with pytest.raises(SystemExit):
+        generate()
+    assert "not 'something else', which is there now" in capsys.readouterr().err
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").touch()
+    with pytest.raises(SystemExit):
+        generate(folder="mine")
+    assert "holds other files" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_folder_goes_on_with_the_same_layers_of_the_adapter_alone(
+    generate: Callable[..., Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    generate()
+    targets = json.dumps([*StableDiffusion.lora_targets])
+    generate(f"--policy.lora.target_modules={targets}")
+    assert "3 of 3 pictures are there already" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        generate("--policy.lora.target_modules=[to_q]")
+    assert "was begun with policy.lora.target_modules " in capsys.readouterr().err
+
+
+def test_names_hold_on_every_file_system() -> None:
+    assert file_name(3, 0, "../a/b\\c: D*?|") == "00003_0_a-b-c-d.png"
+    assert file_name(3, 1, "月") == "00003_1.png"
+    assert len(file_name(3, 0, "word " * 100)) < 80
+
+
+GENERATE = Path(__file__).resolve().parents[3] / "configs" / "generate"
+
+
+@pytest.mark.parametrize("name", rotated_after(1, sorted(path.name for path in GENERATE.glob("*.yaml"))))
+def test_shipped_configs_run(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SD35_PATH", "sd35_tiny")
+    monkeypatch.setenv("DINA_PATH", "unused")
+    file, steps = tmp_path / "prompts.txt", 22 if "population" in name else 4
+    file.write_text(f"{PROMPTS[0]}\n")
+    small = [f"--sampling.num_inference_steps={steps}", "--sampling.height=null", "--sampling.width=null"]
+    main(["generate", str(file), str(tmp_path / "out"), f"--config={GENERATE / name}", *small, REWARD, "--device=cpu"])
+    (row,) = csv.DictReader((tmp_path / "out" / "images.csv").open())
+    assert np.isfinite(float(row["score"]))

@@ -1,0 +1,276 @@
+"""``latentreward inspect`` as a user runs it: on the samples, on tiny-world data, interrupted, and given nonsense."""
+
+import json
+import re
+import shlex
+import shutil
+import signal
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from PIL import Image
+
+from latentreward.cli import main
+from latentreward.contracts import PreferencePair
+from latentreward.data import PickAPicReader
+from latentreward.data.inspection.report import NO_TEST
+from latentreward.interrupts import Terminated
+from latentreward.tinyworld.writers import write_hpdv3, write_pickapic
+from tests.processes import start
+
+SAMPLES = Path(__file__).parents[2] / "formats" / "data"
+ROOT = Path(__file__).parents[3]
+EXPECTED = json.loads((SAMPLES / "EXPECTED.json").read_text())
+
+
+def inspect(tmp_path: Path, *arguments: str) -> dict:
+    main(["inspect", *arguments, f"--output={tmp_path / 'report.json'}"])
+    return json.loads((tmp_path / "report.json").read_text())
+
+
+class StoppedReader(PickAPicReader):
+    """Reader that a SIGTERM interrupts at its third row."""
+
+    def __getitem__(self, index: int) -> PreferencePair:
+        if index == 2:
+            raise Terminated
+        return super().__getitem__(index)
+
+
+def write_pairs(file: Path, *prompts: str) -> None:
+    rows = [{"prompt": prompt, "chosen": f"{n}.jpg", "rejected": f"{n + 1}.jpg"} for n, prompt in enumerate(prompts)]
+    file.write_text("\n".join(map(json.dumps, rows)))
+    for number in range(len(prompts) + 1):
+        Image.new("RGB", (20, 12), (9 * number, 80, 0)).save(file.parent / f"{number}.jpg")
+
+
+def rows_of(report: dict) -> dict[str, int]:
+    return {split["name"]: split["rows"] + sum(split["skipped"].values()) for split in report["splits"]}
+
+
+@pytest.mark.parametrize(
+    ("name", "keys"),
+    [
+        (
+            "pickapic_v1",
+            {"train": "train_rows", "validation_unique": "validation_unique_rows", "test_unique": "test_unique_rows"},
+        ),
+        ("hpdv3", {"train": "train_rows", "test": "test_rows", "all": "all_rows"}),
+        ("hpdv2", {"train": "train_rows", "test": "test_pairs"}),
+        ("imagereward", {"test": "all_pairs"}),
+        ("genai_bench", {"test": "test_rows"}),
+        ("genai_bench_cmu", {"train": "pairs"}),
+        ("diffusion_rm", {"train": "index_rows"}),
+    ],
+)
+def test_samples(tmp_path, capsys, name, keys) -> None:
+    report = inspect(tmp_path, str(SAMPLES / name), "--decode")
+    found = rows_of(report)
+    assert {split: found[split] for split in keys} == {split: EXPECTED[name][key] for split, key in keys.items()}
+    text = capsys.readouterr().out
+    assert text.startswith(f"{SAMPLES / name} (")
+    assert "Rows with unreadable images (all were decoded): none" in text
+    if name == "pickapic_v1":
+        assert report["splits"][0]["labels"] == {"a wins": 3, "b wins": 3, "ties": 2, "unlabelled": 0}
+        assert "train and validation_unique: prompts" in text
+        assert re.search(
+            r"train beside validation_unique +6 of 8\n.*validation_unique beside test_unique +1 of 5", text, re.S
+        )
+    if name == "genai_bench_cmu":
+        assert report["splits"][0]["labels"]["ties"] == EXPECTED[name]["ties"]
+
+
+def test_score_table(tmp_path, capsys) -> None:
+    table = SAMPLES / "lrm_mpcf" / "pseudo_preference.csv"
+    data = str(SAMPLES / "pickapic_v1")
+    report = inspect(tmp_path, data, "--splits=train", f"--scores={table}")
+    kept = {item["strategy"]: item["decided"] + item["ties"] for item in report["scores"]["train"]["strategies"][::2]}
+    assert kept == {n: len(EXPECTED["lrm_mpcf"][f"strategy_{n}_kept_rows"]) for n in (1, 2, 3)}
+    assert report["scores"]["train"]["scorers"]["aesthetic"]["share_below"] == 0.5
+    text = capsys.readouterr().out
+    assert "chosen scores below rejected" in text
+    assert "strategy 2, > as in the code" in text
+    report = inspect(tmp_path, data, f"--scores={table}")
+    assert list(report["scores"]) == ["train"]
+    assert "8 rows for 5 of the reader" in report["scores_note"]["validation_unique"]
+
+
+def test_tiny_world(tmp_path, capsys) -> None:
+    pickapic = write_pickapic(tmp_path / "pickapic", {"train": 30, "validation_unique": 8, "test_unique": 8})
+    report = inspect(tmp_path, str(pickapic), "--buckets=[[32,32]]")
+    assert rows_of(report) == {"train": 30, "validation_unique": 8, "test_unique": 8}
+    assert all(set(split["images"]["buckets"]) == {"32x32"} for split in report["splits"])
+    assert all(leak["shared"]["image contents"] == 0 for leak in report["leakage"])
+    hpdv3 = write_hpdv3(tmp_path / "hpdv3", {"train": 20, "test": 8})
+    shutil.copy(hpdv3 / "train.json", hpdv3 / "copy.json")
+    report = inspect(tmp_path, str(hpdv3), "--splits=train,copy")
+    (leak,) = report["leakage"]
+    assert (leak["first"], leak["second"]) == ("train", "copy")
+    assert leak["first_rows"] == leak["second_rows"] == dict.fromkeys(leak["first_rows"], 20)
+    assert "train and copy: image contents" in capsys.readouterr().out
+
+
+def test_readers_with_settings(tmp_path) -> None:
+    config = {
+        "reader": [
+            {"class_path": "PickAPicReader", "init_args": {"source": str(SAMPLES / "pickapic_v1"), "split": split}}
+            for split in ("train", "test_unique")
+        ]
+    }
+    (tmp_path / "inspect.yaml").write_text(json.dumps(config))
+    assert rows_of(inspect(tmp_path, f"--config={tmp_path / 'inspect.yaml'}")) == {"train": 8, "test_unique": 6}
+    root = f"--reader.root={SAMPLES / 'hpdv3'}"
+    report = inspect(tmp_path, "--reader=HPDv3Reader", root, "--reader.split=all", "--reader.min_confidence=0.95")
+    assert report["splits"][0]["rows"] == EXPECTED["hpdv3"]["kept_at_confidence_0_95_null_kept"]
+    assert sum(report["splits"][0]["skipped"].values()) == 5
+
+
+def test_a_damaged_split_leaves_the_others(tmp_path, capsys) -> None:
+    root = tmp_path / "hpdv3"
+    shutil.copytree(SAMPLES / "hpdv3", root)
+    (root / "train.json").write_text((root / "train.json").read_text()[:-1])
+    report = inspect(tmp_path, str(root))
+    assert "train" in report["unread"]
+    assert "split train was not read: " in capsys.readouterr().out
+    assert set(rows_of(report)) == {"test", "all"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "data: give either a folder or file, or --reader CLASS"),
+        (["/nowhere"], "data: no folder or file '/nowhere'"),
+        ([str(SAMPLES / "prompts")], "is none of Pick-a-Pic"),
+        ([str(SAMPLES / "hpdv3"), "--splits=trian"], "splits: there is no split 'trian'; did you mean 'train'?"),
+        ([str(SAMPLES / "hpdv3"), "--limit=-1"], "limit is -1"),
+        ([str(SAMPLES / "hpdv3"), "--scores=absent.csv"], "no table of scores absent.csv"),
+        ([str(SAMPLES / "hpdv3"), "--buckets=[[0,3]]"], "[0, 3] is not a size"),
+        ([str(SAMPLES / "hpdv3"), "--reader.on_error=skip"], "say --reader CLASS too; choose from CutReader, DatasetP"),
+        (
+            ["--reader=PickAPicReader", "--reader.source=/nowhere", "--reader.split=train"],
+            "source: no folder '/nowhere'",
+        ),
+    ],
+)
+def test_bad_input_is_one_line(arguments, message, capsys) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["inspect", *arguments])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("latentreward: error: ")
+    assert message in line
+
+
+def test_the_prompts_of_a_test_split_that_the_shipped_file_does_not_set(tmp_path, capsys) -> None:
+    write_pairs(tmp_path / "test.jsonl", "Two", "five")
+    write_pairs(tmp_path / "train.jsonl", "one", "two", "two", "three")
+    main(["inspect", str(tmp_path)])
+    text = capsys.readouterr().out
+    assert "fit leaves them out if its config also sets the later split, as data.val or data.test" in text
+    assert re.search(r"train beside test +2 of 4\n", text)
+    assert "1 prompts of test are also in train. configs/data/jsonl.yaml sets no data.test: fit then trains on" in text
+    assert "--data.test JSONLPairReader --data.test.file FILE" in text
+    write_pairs(tmp_path / "test.jsonl", "four")
+    main(["inspect", str(tmp_path)])
+    assert "data.test" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("reader", NO_TEST)
+def test_the_shipped_file_of_a_reader_sets_no_test_split(reader) -> None:
+    settings = yaml.safe_load((ROOT / NO_TEST[reader][0]).read_text())["data"]["init_args"]
+    assert settings["train"]["class_path"] == f"latentreward.data.{reader}"
+    assert "test" not in settings
+
+
+def test_the_first_unreadable_images_are_named(tmp_path, capsys) -> None:
+    write_pairs(tmp_path / "train.jsonl", *map(str, range(9)))
+    for number in range(2, 9):
+        picture = tmp_path / f"{number}.jpg"
+        picture.write_bytes(picture.read_bytes()[:-20])
+    images = inspect(tmp_path, str(tmp_path), "--decode")["splits"][0]["images"]
+    assert (images["unreadable"], len(images["first_unreadable"])) == (7, 5)
+    lines = capsys.readouterr().out.splitlines()
+    named = lines[lines.index("Unreadable images (rows count from 0)") + 1 :][:6]
+    assert named[0].startswith("train, row 1, pair train.jsonl:2: image '2.jpg': truncated or damaged image")
+    assert named[4].startswith("train, row 5, pair train.jsonl:6: image '6.jpg'")
+    assert named[5] == "train: and 2 more images"
+
+
+def test_another_format_in_the_folder_is_named_with_the_flags_that_read_it(tmp_path, capsys) -> None:
+    root = tmp_path / "own pairs"
+    shutil.copytree(SAMPLES / "pickapic_v1", root)
+    write_pairs(root / "train.jsonl", "one", "two")
+    main(["inspect", str(root)])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].endswith("(PickAPicReader)")
+    start, flags = lines[2].split("; read it with ")
+    assert start == "also found, not read: JSONLPairReader (train)"
+    assert rows_of(inspect(tmp_path, *shlex.split(flags))) == {"train": 2}
+
+
+def test_what_the_report_means(capsys, tmp_path) -> None:
+    table = SAMPLES / "lrm_mpcf" / "pseudo_preference.csv"
+    source = [str(SAMPLES / "pickapic_v1"), "--splits=train"]
+    main(["inspect", *source, f"--scores={table}"])
+    text = capsys.readouterr().out
+    assert "a and b are the two images of a row; %: of the split's rows." in text
+    assert "only `latentreward cache` uses buckets, if its images.size is not set" in text
+    assert "for aesthetic 0 in strategy 1, -0.5 in strategy 2, -1 in strategy 3" in text
+    pair_ids = PickAPicReader(source[0], "train").pair_ids()
+    own = tmp_path / "own.csv"
+    own.write_text("\n".join(["pair_id,clip_a,clip_b", *(f"{name},1,0" for name in pair_ids)]))
+    main(["inspect", *source, f"--scores={own}"])
+    assert "set FilteredReader's floors to the scorers that should count" in capsys.readouterr().out
+
+
+def test_sigterm_prints_what_was_counted(capsys) -> None:
+    source = [f"--reader.source={SAMPLES / 'pickapic_v1'}", "--reader.split=train"]
+    with pytest.raises(SystemExit, match="143"):
+        main(["inspect", f"--reader={__name__}.StoppedReader", *source])
+    output, errors = capsys.readouterr()
+    assert output.endswith("Interrupted: the counts above are those of the rows looked at so far.\n")
+    assert errors == "latentreward: stopped by SIGTERM\n"
+
+
+@pytest.mark.slow
+def test_ctrl_c_prints_what_was_counted(tmp_path) -> None:
+    (tmp_path / "slow.py").write_text(
+        textwrap.dedent("""
+        import time
+
+        from latentreward.data import PickAPicReader
+
+
+        class SlowReader(PickAPicReader):
+            def __getitem__(self, index):
+                if index == 3:
+                    print("ready", flush=True)
+                    time.sleep(60)
+                return super().__getitem__(index)
+        """)
+    )
+    source = [f"--reader.source={SAMPLES / 'pickapic_v1'}", "--reader.split=train"]
+    process = start(["inspect", "--reader=slow.SlowReader", *source], cwd=tmp_path)
+    while process.stdout != "ready\n":
+        assert process.poll() is None, process.stderr
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    output, errors = process.communicate(timeout=300)
+    assert process.returncode == 130
+    assert errors == "latentreward: stopped by Ctrl-C\n"
+    assert "Interrupted: the counts above are those of the rows looked at so far." in output
+    assert any(line.split()[-2:] == ["at", "3"] for line in output.splitlines())
+
+
+def test_pictures_of_kinds_that_are_not_read_are_told(tmp_path, capsys, caplog) -> None:
+    for name in ("chosen/1.png", "chosen/2.heic", "rejected/1.png"):
+        (tmp_path / "pairs" / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / "pairs" / name, "PNG")
+    (tmp_path / "pairs/chosen/1.txt").write_text("one")
+    inspect(tmp_path, str(tmp_path / "pairs"))
+    (told,) = caplog.messages
+    assert told.endswith(
+        "chosen/: 1 .heic file is left out: this kind of picture is not read; convert them to JPEG or PNG"
+    )

@@ -1,0 +1,107 @@
+"""serve: what it says before it serves."""
+
+import importlib.util
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from latentreward.apps.commands import serve as command
+from latentreward.cli import main
+
+
+def error_of(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    with pytest.raises(SystemExit) as caught:
+        main(["serve", *arguments])
+    assert caught.value.code == 2
+    return capsys.readouterr().err
+
+
+def test_a_taken_port_is_said_before_the_model_is_loaded(capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        error = error_of(capsys, "no-such-model", f"--port={taken.getsockname()[1]}")
+    assert "cannot serve at 127.0.0.1:" in error and "--port" in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("option", ["--host=no.such.host.invalid", "--port=70000", "--port=-1"])
+def test_impossible_addresses(capsys: pytest.CaptureFixture[str], option: str) -> None:
+    error = error_of(capsys, "no-such-model", option)
+    assert ("cannot serve at" in error or "port: " in error) and error.count("\n") == 1
+
+
+def test_a_missing_extra_names_its_cure(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def find(name: str, *rest: Any) -> Any:
+        return None if name == "uvicorn" else importlib.util.find_spec(name, *rest)
+
+    monkeypatch.setattr(command, "find_spec", find)
+    assert "serve needs uvicorn" in (error := error_of(capsys, "model")) and "'latentreward[serve]'" in error
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--batch_size=0"], "batch_size: 0 is outside"),
+        (["--queue=-1"], "queue=-1"),
+        (["--timeout=0"], "timeout: 0.0 is outside"),
+        (["--max_wait_ms=-5"], "max_wait_ms=-5 must be a finite number from 0 on"),
+        (["--max_wait_ms=.inf"], "max_wait_ms: inf is not finite"),
+        (["--max_body_mb=0"], "max_body_mb=0"),
+        (["--max_body_mb=.inf"], "max_body_mb: inf is not finite"),
+        (["--max_body_mb=.nan"], "max_body_mb: nan is not finite"),
+        (["--timeout=.inf"], "timeout: inf is not finite"),
+        (["--max_pass_s=.inf"], "max_pass_s: inf is not finite"),
+        (["--token_file=nowhere.txt"], "token_file=nowhere.txt cannot be read"),
+        (["--port=0"], "no-such-model"),
+    ],
+)
+def test_wrong_settings(capsys: pytest.CaptureFixture[str], options: list[str], message: str) -> None:
+    error = error_of(capsys, "no-such-model", *options)
+    assert message in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("content", ["", "two\nlines", "é"])
+def test_tokens_that_no_header_can_hold(capsys: pytest.CaptureFixture[str], tmp_path: Path, content: str) -> None:
+    file = tmp_path / "token"
+    file.write_text(content)
+    assert "printable ASCII" in error_of(capsys, "no-such-model", f"--token_file={file}")
+
+
+def test_an_open_address_without_a_token_is_warned_of(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    warning = "can be reached from other machines"
+    assert warning in error_of(capsys, "no-such-model", "--host=0.0.0.0", "--port=0")
+    assert warning not in error_of(capsys, "no-such-model", "--port=0")
+    monkeypatch.setenv(command.TOKEN_VARIABLE, "s3cret")
+    assert warning not in error_of(capsys, "no-such-model", "--host=0.0.0.0", "--port=0")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ("{}", "give either model, or rewards"),
+        ("{model: a, rewards: {b: {model: c}}}", "give either model, or rewards"),
+        ("{device: cpu, rewards: {b: {model: c}}}", "device is that of a single model"),
+        ("{name: a, rewards: {b: {model: c}}}", "name is that of a single model"),
+        ("{rewards: {'b/c': {model: c}}}", "the reward's name 'b/c' cannot stand in an address"),
+        ("{rewards: {b: {model: c, queue: 0}}}", "queue=0 must be a finite number greater than 0"),
+        ("{rewards: {b: {model: c, device: gpu}}}", "gpu"),
+        ("{rewards: {b: {modle: c}}}", "modle"),
+        ("{rewards: {b: {}}}", "model"),
+        ("{model: a, name: ''}", "the reward's name '' cannot stand"),
+        ("{model: a, concurrency: 0}", "concurrency"),
+        ("{rewards: {b: {model: no-such-model, device: cpu}}}", "no-such-model"),
+    ],
+)
+def test_wrong_rewards(capsys: pytest.CaptureFixture[str], tmp_path: Path, settings: str, message: str) -> None:
+    file = tmp_path / "rewards.yaml"
+    file.write_text(settings)
+    error = error_of(capsys, f"--config={file}", "--port=0")
+    assert message in error and error.count("\n") == 1
+
+
+def test_it_says_what_it_loads(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["serve", "no-such-model", "--port=0", "--device=cpu"])
+    assert capsys.readouterr().out == "loading no-such-model on cpu\n"

@@ -1,0 +1,204 @@
+"""Options of Lightning's trainer and schedules of PyTorch: what works from the command line, and what is one line."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from jsonargparse import Namespace
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
+
+from latentreward.apps.commands.fit import check_callbacks
+from tests.small_user import RUNS, SEEN, SmallUserModule, SteppedUserModule, refusal, run
+
+ONE_CYCLE = ("--model.lr_scheduler=torch.optim.lr_scheduler.OneCycleLR", "--model.lr_scheduler.max_lr=0.01")
+LAST = "--trainer.callbacks+=LastCheckpoint"
+
+
+def cycle(steps: int, total: int) -> tuple[str, ...]:
+    return (*ONE_CYCLE, f"--model.lr_scheduler.total_steps={total}", f"--trainer.max_steps={steps}", LAST)
+
+
+@pytest.mark.slow
+def test_one_cycle_shorter_than_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    short = "model.lr_scheduler: OneCycleLR ends at total_steps=4, before the run's 6 optimiser steps; give --model.lr_"
+    assert refusal(capsys, "fit", tmp_path, *cycle(6, 4)).startswith(short)
+    assert not SEEN
+    run("fit", tmp_path, *cycle(4, 4))
+    assert refusal(capsys, "fit", tmp_path, *cycle(6, 6), "--ckpt_path=last").endswith("--resume_override=[schedule]")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("before", [cycle(4, 4), ("--trainer.max_steps=4", LAST)])
+def test_one_cycle_replaces_a_schedule(before: tuple[str, ...], tmp_path: Path) -> None:
+    run("fit", tmp_path, *before)
+    run("fit", tmp_path, *cycle(6, 9), "--ckpt_path=last", "--resume_override=[schedule]")
+    resumed = RUNS[-1].optimizers().param_groups[0]
+    run("fit", tmp_path / "straight", *cycle(6, 9))
+    straight = RUNS[-1].optimizers().param_groups[0]
+    for name in ("lr", "betas", "max_lr", "initial_lr"):
+        assert resumed[name] == pytest.approx(straight[name]), name
+
+
+class WithoutWinner(SmallUserModule):
+    """A module whose metric is nan, as accuracy is without a pair that has a winner."""
+
+    def validation_step(self, rows: Tensor, index: int) -> None:
+        self.log("val/loss", float("nan"))
+
+
+class Based(SteppedUserModule):
+    """A module with schedules of this package, whose metric rises at each validation."""
+
+    def validation_step(self, rows: Tensor, index: int) -> None:
+        self.log("val/loss", float(self.global_step))
+
+
+SCORES = ("--trainer.callbacks+=lightning.pytorch.callbacks.EarlyStopping", "--trainer.callbacks.monitor=val/loss")
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (
+            ("--trainer.val_check_interval=50",),
+            "`val_check_interval` (50) must be less than or equal to the number of the training batches (12).",
+        ),
+        (
+            ("--trainer.callbacks+=StochasticWeightAveraging", "--trainer.callbacks.swa_lrs=0.1"),
+            "trainer.callbacks: StochasticWeightAveraging copies the frozen network too; use latentreward.callbacks.Tr",
+        ),
+        (("--trainer.callbacks+=EMAWeightAveraging",), "trainer.callbacks: EMAWeightAveraging copies the frozen"),
+        (
+            (*SCORES, "--model=tests.apps.commands.test_trainer_options.WithoutWinner"),
+            "trainer.callbacks: EarlyStopping ended the run, because val/loss is not finite; a validation split of",
+        ),
+    ],
+)
+def test_refusals(settings: tuple[str, ...], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert refusal(capsys, "fit", tmp_path, "--trainer.max_epochs=2", *settings).startswith(said)
+
+
+def test_an_early_stop_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run("fit", tmp_path, "--trainer.max_epochs=9", *SCORES, "--trainer.callbacks.stopping_threshold=1e9")
+    assert "ended by EarlyStopping: Stopping threshold reached: val/loss = " in capsys.readouterr().err
+
+
+def test_a_metric_with_a_slash_makes_no_folder(tmp_path: Path) -> None:
+    keeper = ("--trainer.callbacks+=ModelCheckpoint", "--trainer.callbacks.filename={epoch}-{val/loss:.1f}-x")
+    run("fit", tmp_path, "--trainer.max_epochs=1", *keeper, "--trainer.callbacks.monitor=val/loss")
+    (path,) = (tmp_path / "run/checkpoints").iterdir()
+    assert path.name.startswith("epoch=0-val_loss=")
+    assert path.name.endswith("-x.ckpt")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("interval", ["null", "6"])
+def test_reduce_on_plateau(interval: str, tmp_path: Path) -> None:
+    """Stepped at each validation, and resumed exactly."""
+    each = ("--trainer.check_val_every_n_epoch=null", "--trainer.val_check_interval=6") if interval == "6" else ()
+    plateau = (
+        "--model=tests.apps.commands.test_trainer_options.Based",
+        "--model.lr_scheduler=lightning.pytorch.cli.ReduceLROnPlateau",
+        "--model.lr_scheduler.monitor=val/loss",
+        "--model.lr_scheduler.patience=0",
+        *each,
+        LAST,
+    )
+    run("fit", tmp_path / "a", *plateau, "--trainer.max_epochs=3")
+    straight = RUNS[-1]
+    run("fit", tmp_path / "b", *plateau, "--trainer.max_epochs=2")
+    run("fit", tmp_path / "b", *plateau, "--trainer.max_epochs=3", "--ckpt_path=last")
+    rates = [module.optimizers().param_groups[0]["lr"] for module in (straight, RUNS[-1])]
+    assert rates[0] == rates[1] == pytest.approx(1e-3 * 0.1 ** (2 if interval == "null" else 5))
+    assert all(torch.equal(*pair) for pair in zip(straight.parameters(), RUNS[-1].parameters(), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "said"),
+    [
+        (
+            ("torch.optim.lr_scheduler.ReduceLROnPlateau",),
+            "model.lr_scheduler: ReduceLROnPlateau of torch has no monitor; take lightning.pytorch.cli.Reduce",
+        ),
+        (
+            ("lightning.pytorch.cli.ReduceLROnPlateau", "--model.lr_scheduler.monitor=val/other"),
+            "model.lr_scheduler.monitor: val/other is not one of the validation's metrics: val/loss",
+        ),
+    ],
+)
+def test_plateaus_that_have_no_metric(
+    scheduler: tuple[str, ...], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = ("--model=tests.apps.commands.test_trainer_options.Based", "--trainer.max_epochs=2")
+    line = refusal(capsys, "fit", tmp_path, *settings, f"--model.lr_scheduler={scheduler[0]}", *scheduler[1:])
+    assert line.startswith(said)
+    assert not SEEN
+
+
+class NoLoss(Based):
+    """A module whose step forgets to return the loss."""
+
+    def training_step(self, rows: Tensor, index: int) -> Tensor:
+        super().training_step(rows, index)
+        return None  # type: ignore[return-value]
+
+
+class Detached(Based):
+    """A module whose loss has lost its gradient."""
+
+    def training_step(self, rows: Tensor, index: int) -> Tensor:
+        return super().training_step(rows, index).detach()
+
+
+class Unbuilt(SmallUserModule):
+    """A module that must not be built."""
+
+    def __init__(self) -> None:
+        raise AssertionError
+
+
+class OtherHook(Callback):
+    """A callback with a hook that takes less than Lightning gives it."""
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:  # type: ignore[override]
+        raise AssertionError
+
+
+class ShortHook(Callback):
+    """A callback with a hook that leaves out an argument with a default."""
+
+    def on_validation_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:  # type: ignore[override]
+        pass
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        (NoLoss, "NoLoss.training_step returned None; it must return the loss"),
+        (Detached, "Detached.training_step returned a loss without a gradient; nothing that is computed"),
+    ],
+)
+def test_a_step_without_a_loss_is_one_line(
+    kind: type, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = (f"--model={__name__}.{kind.__name__}", "--trainer.max_steps=1")
+    assert refusal(capsys, "fit", tmp_path, *options).startswith(message)
+
+
+def other_hook() -> OtherHook:
+    """A factory of callbacks."""
+    return OtherHook()
+
+
+@pytest.mark.parametrize("given", ["OtherHook", "other_hook"])
+def test_a_hook_with_other_arguments_is_one_line(given: str, tmp_path: Path, capsys) -> None:
+    """It is refused before the model is built."""
+    line = refusal(capsys, "fit", tmp_path, f"--trainer.callbacks+={__name__}.{given}", f"--model={__name__}.Unbuilt")
+    assert line.startswith("OtherHook.on_train_batch_end(self, trainer, pl_module) must take (self, tr")
+
+
+def test_a_hook_without_an_argument_that_has_a_default_is_accepted() -> None:
+    paths = (f"{__name__}.ShortHook", "lightning.pytorch.callbacks.LearningRateMonitor")
+    check_callbacks(Namespace(callbacks=[Namespace(class_path=path) for path in paths]))

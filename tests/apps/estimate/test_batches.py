@@ -1,0 +1,62 @@
+"""Batches of estimates: of the size that training has, and refused where training refuses."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from jsonargparse import Namespace
+
+from latentreward.apps.estimate.batches import pair_batch
+from latentreward.apps.estimate.shapes import ShapesOnly
+from latentreward.backbones import create_backbone
+from latentreward.cache import CachedPreferenceDataModule
+from latentreward.cache.sampling import Sizing
+from latentreward.data import PreferenceDataModule
+from latentreward.errors import InputError
+from tests.cache.written_caches import spec, write_cache
+from tests.families.twins import TWINS
+
+
+def data_of(kind: type, **settings: Any) -> Namespace:
+    return Namespace(class_path=f"{kind.__module__}.{kind.__name__}", init_args=Namespace(**settings))
+
+
+def backbone_of(name: str) -> Any:
+    twin = TWINS[name]
+    return create_backbone(twin.backbone, source=twin.folder, visual_taps=[1], text_taps=[1], tuning="frozen")
+
+
+def cache_of(folder: Path, backbone: Any, frames: int) -> Namespace:
+    settings = spec(with_text=False, latent_space=backbone.latent_space, size=(32, 48), buckets=None, frames=frames)
+    path = write_cache(folder, [{"image_a": 0, "image_b": 1}], [(32, 48)] * 2, spec=settings)
+    train = Namespace(cache=str(path), split=None)
+    return data_of(CachedPreferenceDataModule, train=train, tokens_per_batch=200, batch_size=8, cached_text=True)
+
+
+def test_tokens_of_cached_clips_count_their_latent_frames(tmp_path: Path) -> None:
+    backbone = backbone_of("wan21")
+    batch = pair_batch(backbone, cache_of(tmp_path / "cache", backbone, frames=13), ShapesOnly())
+    count, _, *axes = batch.chosen.shape
+    assert (count, axes) == (2, [4, 4, 6])
+    trained = Sizing(8, tokens_per_batch=200 // 4)  # CachedPreferenceDataModule divides by the latent frames
+    assert trained.pairs_per_rank(4 * 6) == count
+
+
+@pytest.mark.parametrize(
+    ("name", "frames", "message"),
+    [
+        ("wan21", 6, r"data\.frames=6 must be a multiple of 4 plus 1"),
+        ("wan21", 0, r"data\.frames is 0"),
+        ("flux1_dev", 5, r"data\.frames=5: FLUX\.1 makes images"),
+    ],
+)
+def test_frames_that_training_refuses_are_refused(name: str, frames: int, message: str, tmp_path: Path) -> None:
+    data = data_of(PreferenceDataModule, size=32, batch_size=2, frames=frames, fps=16.0)
+    with pytest.raises(InputError, match=message):
+        pair_batch(backbone_of(name), data, ShapesOnly())
+
+
+def test_cached_clips_that_training_refuses_are_refused(tmp_path: Path) -> None:
+    backbone = backbone_of("qwen_image")
+    with pytest.raises(InputError, match=r"the cache has images\.frames=5: Qwen-Image makes images"):
+        pair_batch(backbone, cache_of(tmp_path / "cache", backbone, frames=5), ShapesOnly())

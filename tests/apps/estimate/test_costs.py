@@ -1,0 +1,232 @@
+"""An estimate says what a real step takes: FLOPs exactly, memory for the backward pass within 5 %."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from jsonargparse import Namespace
+from lightning.pytorch import LightningModule, Trainer
+from torch import nn
+from torch.nn.functional import scaled_dot_product_attention
+from torch.utils.flop_counter import FlopCounterMode
+
+from latentreward.apps.estimate.batches import prompt_batch
+from latentreward.apps.estimate.costs import StepCosts, step_costs
+from latentreward.apps.estimate.rewards import UnreadReward
+from latentreward.apps.estimate.shapes import IN_FLOAT32, SavedTensors, ShapesOnly, count_cpu_attention, gpu_autocast
+from latentreward.backbones.tuning import LoRA
+from latentreward.contracts import take_rows
+from latentreward.modules import (
+    DiffusionDPOModule,
+    LPOModule,
+    ReFLModule,
+    SPOModule,
+    StepAwarePixelModule,
+    StepwiseGRPOModule,
+    TrajectoryGRPOModule,
+)
+from latentreward.modules.alignment import AlignmentModule
+from latentreward.modules.based import stored_parts
+from latentreward.policies import PolicySource
+from latentreward.rewards import LatentReward, PixelReward, RewardSource
+from latentreward.rollout import Branching, QuantileThreshold, Sampling
+from latentreward.scorers import StepAwareScorer
+from tests.marks import rotated_after
+from tests.modules import batches
+from tests.rewards.stored import write_run
+from tests.tiny_pipelines import PIXELS, source_of
+
+PAIRS = Namespace(class_path="latentreward.data.PreferenceDataModule", init_args=Namespace(batch_size=4, size=PIXELS))
+PROMPTS = Namespace(
+    class_path="latentreward.data.PromptDataModule", init_args=Namespace(batch_size=4, prompts_per_rollout=2)
+)
+LORA = LoRA(rank=2, alpha=2.0)
+
+
+def ready(module: LightningModule) -> LightningModule:
+    """The module with a trainer."""
+    module.trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
+    module.log = module.log_dict = lambda *_, **__: None
+    return module.train()
+
+
+def pairs() -> Any:
+    """A batch of PAIRS, each with its own prompt."""
+    batch = batches.pixel_batch(4, labels=(1.0,))
+    return replace(batch, prompts=tuple(f"prompt {number}" for number in range(4)))
+
+
+def measured(module: LightningModule, batch: Any) -> tuple[int, int]:
+    """FLOPs of a real step, and bytes that it keeps for its backward pass; ``batch`` if it makes none of a rollout."""
+    ready(module)
+    count_cpu_attention()
+    with FlopCounterMode(display=False) as counter:
+        if isinstance(module, AlignmentModule) and module.experience:
+            rows = module.roll_out(prompt_batch(2))
+            module.prepare_prompts(list(dict.fromkeys(rows.prompts)))
+            batch = take_rows(rows, range(4))
+        with (saved := SavedTensors([*module.parameters(), *module.buffers()])):
+            result = module.training_step(batch, 0)
+        (result["loss"] if isinstance(result, Mapping) else result).backward()
+    return counter.get_total_flops(), saved.bytes.peak
+
+
+def check(build: Callable[[], LightningModule], data: Namespace, batch: Any = None, real: Any = None) -> StepCosts:
+    """Compare the estimate with the real step."""
+    module = (real or build)()
+    flops, saved = measured(module, batch)
+    with torch.device("meta"):
+        unread = build()
+    costs = step_costs(ready(unread), data, gpu=False)
+    assert costs.rollout + costs.forward + costs.backward == flops
+    assert costs.saved == pytest.approx(saved, rel=0.05)
+    assert sum(part.parameters for part in costs.parts) == sum(weight.numel() for weight in module.parameters())
+    stored = [part for weight in (*module.parameters(), *module.buffers()) for part in stored_parts(weight.detach())]
+    assert costs.weights == sum(part.nbytes for part in stored)
+    return costs
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["lrm", "dina"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_reward_module(kind: str, checkpointing: bool) -> None:
+    options = {"backbone": {"gradient_checkpointing": checkpointing}}
+    costs = check(lambda: batches.MODULES[kind](**options), PAIRS, pairs())
+    assert costs.state == 2 * costs.gradients
+    assert costs.batch_peak > costs.weights + costs.state + costs.saved
+
+
+def policy(name: str) -> PolicySource:
+    return PolicySource(source_of(name), lora=LORA, gradient_checkpointing=name == "sd35", t5_length=5)
+
+
+def lpo(name: str, reward: RewardSource) -> LPOModule:
+    steps = Sampling(num_inference_steps=3)
+    return LPOModule(
+        policy(name), reward, QuantileThreshold(0.0), steps, Branching(num_candidates=3), guidance_scale=2.0, seed=0
+    )
+
+
+def refl(name: str, reward: RewardSource) -> ReFLModule:
+    steps = Sampling(num_inference_steps=4)
+    return ReFLModule(policy(name), reward, steps, (1, 1), kl_weight=0.5, guidance_scale=1.0, seed=0)
+
+
+def grpo(name: str, reward: RewardSource) -> TrajectoryGRPOModule:
+    steps = Sampling(num_inference_steps=3)
+    return TrajectoryGRPOModule(policy(name), reward, steps, 2, guidance_scale=1.0, seed=0)
+
+
+def stepwise_grpo(name: str, reward: RewardSource) -> StepwiseGRPOModule:
+    steps, candidates = Sampling(num_inference_steps=3), Branching(num_candidates=3)
+    return StepwiseGRPOModule(policy(name), reward, steps, candidates, guidance_scale=2.0, seed=0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("build", "name"),
+    rotated_after(
+        3,
+        [
+            (lpo, "sd35"),
+            (refl, "sd15"),
+            (grpo, "sd35"),
+            (lpo, "sd15"),
+            (refl, "sd35"),
+            (grpo, "sd15"),
+            (stepwise_grpo, "sd15"),
+        ],
+    ),
+)
+def test_alignment(build: Any, name: str, tmp_path: Path) -> None:
+    """On SD3.5 the reward is an adapter of the policy's own network, of which blocks are computed again."""
+    options = {"tuning": "lora", "lora": {"rank": 2, "alpha": 2.0}} if name == "sd35" else {}
+    write_run(tmp_path / "run", "dina" if name == "sd35" else "lrm", name, **options)
+    path = str(tmp_path / "run")
+    unread = UnreadReward(path, "lrm_sd15", None, str(tmp_path / "kept"))
+    costs = check(lambda: build(name, unread), PROMPTS, prompt_batch(4), lambda: build(name, LatentReward(path)))
+    assert costs.rollout > 0
+
+
+@pytest.mark.slow
+def test_diffusion_dpo() -> None:
+    costs = check(lambda: DiffusionDPOModule(policy("sd15"), seed=0), PAIRS, pairs())
+    assert costs.rollout == costs.rollout_peak == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("checkpointing", rotated_after(1, [True, False]))
+def test_quantised_layers(checkpointing: bool) -> None:
+    """Smaller weights, which torchao unpacks for each product; without checkpointing autograd keeps the copies."""
+
+    def build(kind: Any) -> DiffusionDPOModule:
+        source = replace(policy("sd35"), quantization=kind, gradient_checkpointing=checkpointing)
+        return DiffusionDPOModule(source, seed=0)
+
+    quantised = check(lambda: build("int8"), PAIRS, pairs())
+    with torch.device("meta"):
+        unread = [build(kind) for kind in (None, "nf4", "bnb_int8")]
+    whole, nf4, eight = (step_costs(ready(module), PAIRS, gpu=False) for module in unread)
+    assert nf4.weights < eight.weights < quantised.weights < whole.weights
+    assert eight.batch_peak == whole.batch_peak - (whole.weights - eight.weights)
+    assert eight.saved == whole.saved
+    assert (quantised.saved > whole.saved) == (not checkpointing)
+
+
+@pytest.mark.slow
+def test_step_aware_scorer_on_pixels() -> None:
+    """SPO's training of its scorer, and its alignment."""
+    check(lambda: StepAwarePixelModule(policy("sd15"), "spm_tiny", decode_batch_size=4, seed=0), PAIRS, pairs())
+    steps, candidates = Sampling(num_inference_steps=3), Branching(num_candidates=3, score_at="candidate")
+    reward = PixelReward(StepAwareScorer("spm_tiny", device="cpu"))
+    options = {"sampling": steps, "guidance_scale": 2.0, "seed": 0}
+    costs = check(
+        lambda: SPOModule(policy("sd15"), reward, QuantileThreshold(0.0), candidates, **options),
+        PROMPTS,
+        prompt_batch(4),
+    )
+    assert "reward" in [part.name for part in costs.parts]
+
+
+def test_live_memory_is_that_of_tensors_that_exist() -> None:
+    shapes = ShapesOnly()
+    with shapes:
+        first = shapes.stand_in((256,))
+        second = (first + 1).view(16, 16)
+        assert (shapes.live.now, shapes.live.peak) == (2048, 2048)
+        third = second @ second
+        del first, second
+    assert (shapes.live.now, shapes.live.peak) == (1024, 3072)
+    assert shapes.flops == 2 * 16**3
+    assert third.shape == (16, 16)
+
+
+def test_attention_counts() -> None:
+    """Two matrix products forward and five backward, by stand-ins and by FlopCounterMode alike, in each release."""
+    product = 2 * 2 * 3 * 16 * 24 * 8
+    with (shapes := ShapesOnly()):
+        queries, keys = (shapes.stand_in((2, 3, length, 8)).requires_grad_() for length in (16, 24))
+        output = scaled_dot_product_attention(queries, keys, keys)
+        assert shapes.flops == 2 * product
+        output.sum().backward()
+    assert shapes.flops == 7 * product
+    queries, keys = (torch.randn(2, 3, length, 8, requires_grad=True) for length in (16, 24))
+    with FlopCounterMode(display=False) as counter:
+        scaled_dot_product_attention(queries, keys, keys).sum().backward()
+    assert counter.get_total_flops() == 7 * product
+
+
+def test_autocast_is_that_of_a_gpu() -> None:
+    norm, values = nn.GroupNorm(1, 4), torch.ones(1, 4, 2, 2, dtype=torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16):
+        before = norm(values).dtype
+        with gpu_autocast():
+            assert norm(values).dtype == torch.float32
+        assert norm(values).dtype == before == torch.bfloat16
+    has = torch._C._dispatch_has_kernel_for_dispatch_key
+    for _, _, operation in IN_FLOAT32:
+        assert has(f"aten::{operation}", "AutocastCUDA"), operation
+        assert not has(f"aten::{operation}", "AutocastCPU"), operation

@@ -1,0 +1,210 @@
+"""Protocols by hand: what each makes of perfect, constant and one-sided scores, of ties, and of missing parts."""
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from latentreward.apps.evaluation.benchmark.protocols import PROTOCOLS, VOTES, answers, fit_thresholds, judge
+from latentreward.apps.evaluation.benchmark.results import BenchmarkPairs
+from latentreward.errors import InputError
+from latentreward.metrics.calibration import two_folds
+from tests.apps.evaluation.benchmark.scored import LABELS, NAN, drawn, scored
+
+VOTED = {"vote": ("leftvote", "leftvote", "rightvote", "tievote", "rightvote")}
+PERFECT = np.array(LABELS) - 0.5
+STRICT = {"perfect": 1, "constant": 0, "first": 2 / 4, "second": 2 / 4}
+BY_PROMPT = {"perfect": 1, "constant": 0, "first": 1 / 3, "second": 2 / 3}
+SOFT = {"perfect": 4 / 5, "constant": 0, "first": 2.5 / 5, "second": 2.5 / 5}
+EXPECTED = {
+    **dict.fromkeys(PROTOCOLS, STRICT),
+    "imagereward/macro": BY_PROMPT,
+    "hpdv2/macro": {"perfect": 1, "constant": (2.5 / 4 + 1 / 2) / 2, "first": 3 / 8, "second": (2 / 4 + 1) / 2},
+    "pickapic/pickscore": {"perfect": 1, "constant": 3 / 5, "first": 3 / 5, "second": 3 / 5},
+    "pickapic/lrm": SOFT,
+    "pairs/soft": SOFT,
+}
+SCORES = {"perfect": PERFECT, "constant": 0.0, "first": 1.0, "second": -1.0}
+
+
+def value(key: str, pairs: BenchmarkPairs, fitting: BenchmarkPairs | None = None) -> float:
+    fitting = fitting or (pairs if PROTOCOLS[key].fitting_split else None)
+    return judge(key, pairs, fitting).result()["estimate"].value
+
+
+@pytest.mark.parametrize("key", [key for key in PROTOCOLS if key != "genai_bench_tiger/4way"])
+@pytest.mark.parametrize("kind", SCORES)
+def test_by_hand(key, kind) -> None:
+    pairs = scored(SCORES[kind], columns=VOTED)
+    assert value(key, pairs) == pytest.approx(EXPECTED[key][kind])
+    assert value(key, replace(pairs, first=100 * pairs.first, temperature=100.0)) == pytest.approx(EXPECTED[key][kind])
+
+
+@pytest.mark.parametrize("key", PROTOCOLS)
+@pytest.mark.parametrize("kind", ["constant", "first", "second"])
+def test_neither_equal_scores_nor_one_side_win(key, kind) -> None:
+    pairs = drawn(300, columns={"vote": tuple(np.random.default_rng(0).choice(VOTES, 300))})
+    assert value(key, replace(pairs, first=pairs.first * 0 + SCORES[kind], second=pairs.second * 0)) < 0.7
+
+
+@pytest.mark.parametrize("key", PROTOCOLS)
+def test_exchanging_sides_changes_nothing(key) -> None:
+    votes = np.random.default_rng(0).choice(VOTES, 300)
+    exchanged = {"leftvote": "rightvote", "rightvote": "leftvote"}
+    pairs = drawn(300, columns={"vote": tuple(votes)})
+    other = scored(
+        pairs.second,
+        pairs.first,
+        1 - pairs.labels,
+        pairs.groups,
+        columns={"vote": tuple(exchanged.get(vote, vote) for vote in votes)},
+    )
+    assert value(key, other) == pytest.approx(value(key, pairs))
+
+
+@pytest.mark.parametrize("key", PROTOCOLS)
+def test_what_does_not_count_is_counted_by_reason(key) -> None:
+    first = [1, NAN, NAN, 1, 1, 1]
+    labels = [1, 1, 0.5, NAN, 0.5, 0]
+    columns = {"problem": (None, "missing file", None, None, None, None)}
+    columns["vote"] = ("leftvote", "leftvote", "tievote", None, "tievote", "rightvote")
+    pairs = scored(first, 0.0, labels, columns=columns)
+    result = judge(key, pairs, pairs).result()
+    assert (result["excluded"].pop("missing file"), result["excluded"].pop("no score")) == (1, 1)
+    rest = {"no label": 1, "tie": 1}
+    if key in ("hpdv2/macro", "pickapic/lrm", "pairs/soft"):
+        rest = {"no label": 1}
+    elif key == "pickapic/pickscore":
+        rest = {}
+    elif key == "genai_bench_tiger/4way":
+        rest = {"no vote": 1}
+    assert result["excluded"] == rest
+    assert (result["pairs"], result["equal_scores"]) == (4 - sum(rest.values()), 0)
+
+
+@pytest.mark.parametrize("key", PROTOCOLS)
+def test_nothing_to_count_has_no_value(key) -> None:
+    pairs = scored([NAN, NAN], 0.0, [1, 0], columns={"vote": ("leftvote", "rightvote")})
+    result = judge(key, pairs, pairs).result()
+    assert (result["pairs"], result["groups"]) == (0, 0)
+    assert np.isnan([result["estimate"].value, result["estimate"].low, result["estimate"].high]).all()
+
+
+def test_equal_scores_are_reported_apart() -> None:
+    pairs = scored([1, 0, 0, 0, 0])
+    assert judge("hpdv3", pairs).result()["equal_scores"] == 3
+    assert judge("hpdv3", pairs).result()["estimate"].value == 1 / 4
+
+
+def test_hpdv2_tells_what_mps_would_say_of_equal_scores() -> None:
+    judgement = judge("hpdv2/macro", scored(0.0))
+    assert judgement.details == {"equal_scores_agree": 1.0}
+    judgement = judge("hpdv2/macro", scored([0, -1, 0, 0, 1]))
+    assert judgement.details == {"equal_scores_agree": pytest.approx((3 / 4 + 0) / 2)}
+
+
+def plain_pickscore(pairs: BenchmarkPairs, fitting: BenchmarkPairs) -> tuple[float, float]:
+    """Threshold and credit by loops over softmax, as the formats file describes PickScore's code."""
+
+    def credit(item: BenchmarkPairs, threshold: float) -> float:
+        total = 0.0
+        for first, second, label in zip(item.first, item.second, item.labels, strict=True):
+            a, b = (math.exp(score / pairs.temperature) for score in (first, second))
+            people = "tie" if label == 0.5 else "0" if label == 1 else "1"
+            answer = "tie" if abs(a - b) / (a + b) <= threshold else "0" if a > b else "1"
+            total += 1 if answer == people else 0.5 if "tie" in (answer, people) else 0
+        return total / len(item.labels)
+
+    curve = [credit(fitting, n / 10) for n in range(11)]
+    return curve.index(max(curve)) / 10, credit(pairs, curve.index(max(curve)) / 10)
+
+
+@pytest.mark.parametrize("temperature", [0.3, 1.0, 4.0])
+@pytest.mark.parametrize("seed", range(3))
+def test_pickscore_equals_loops(temperature, seed) -> None:
+    pairs, fitting = drawn(120, seed, temperature=temperature), drawn(90, seed + 10)
+    judgement = judge("pickapic/pickscore", pairs, fitting)
+    threshold, credit = plain_pickscore(pairs, fitting)
+    assert judgement.details["threshold"] == threshold
+    assert judgement.credit.mean() == pytest.approx(credit)
+
+
+def test_pickscore_fits_the_temperature_on_the_other_split_if_asked() -> None:
+    pairs, fitting = drawn(120, temperature=None), drawn(600, 1)
+    judgement = judge("pickapic/pickscore", pairs, fitting)
+    scaled = replace(pairs, first=1000 * pairs.first, second=1000 * pairs.second)
+    other = replace(fitting, first=1000 * fitting.first, second=1000 * fitting.second)
+    scaled_judgement = judge("pickapic/pickscore", scaled, other)
+    assert scaled_judgement.details["temperature"] == pytest.approx(1000 * judgement.details["temperature"])
+    np.testing.assert_array_equal(scaled_judgement.credit, judgement.credit)
+
+
+def test_pickscore_takes_published_labels_where_there_are_some() -> None:
+    labels = {"label_0": ("1.0", "0.5", None, "0.0")}
+    pairs = scored([1, 0, -1, -1], 0.0, [1, NAN, NAN, 0], columns=labels)
+    np.testing.assert_array_equal(judge("pickapic/pickscore", pairs, pairs).credit, np.ones(4))
+
+
+def test_four_answers_are_told_apart_by_gap_and_mean() -> None:
+    rng = np.random.default_rng(0)
+    votes = rng.choice(VOTES, 400)
+    mean = np.select([votes == "tievote", votes == "bothbad_vote"], [3.0, -3.0], 0.0) + rng.normal(size=400) / 9
+    gap = np.select([votes == "leftvote", votes == "rightvote"], [2.0, -2.0], 0.0) + rng.normal(size=400) / 9
+    pairs = scored(mean + gap / 2, mean - gap / 2, np.full(400, 0.5), columns={"vote": tuple(votes)})
+    judgement = judge("genai_bench_tiger/4way", pairs)
+    assert np.nanmean(judgement.credit) > 0.99
+    assert judgement.details["votes"] == {vote: int((votes == vote).sum()) for vote in VOTES}
+
+
+def test_a_threshold_itself_belongs_to_the_lesser_answer() -> None:
+    gap, mean = np.array([2.0, 2.1, -2.0, -2.1, 0.0, 0.0]), np.array([1.0, 9.0, 0.9, -9.0, 1.0, 1.1])
+    named = [VOTES[number] for number in answers(gap, mean, tau=2.0, mu=1.0)]
+    assert named == ["bothbad_vote", "leftvote", "bothbad_vote", "rightvote", "bothbad_vote", "tievote"]
+
+
+def test_four_answers_of_scores_that_tell_nothing_are_those_of_chance() -> None:
+    votes = np.random.default_rng(0).choice(VOTES, 3000)
+    pairs = replace(drawn(3000, 5), columns={"vote": tuple(votes)})
+    assert value("genai_bench_tiger/4way", pairs) == pytest.approx(0.25, abs=0.03)
+
+
+@pytest.mark.parametrize("half", [0, 1])
+def test_thresholds_of_one_half_do_not_see_its_votes(half) -> None:
+    votes = np.random.default_rng(1).choice(VOTES, 300)
+    pairs = drawn(300, 2)
+    other_votes = np.where(two_folds(pairs.groups) == bool(half), np.roll(votes, 1), votes)
+    found = [
+        judge("genai_bench_tiger/4way", replace(pairs, columns={"vote": tuple(given)})).details["thresholds"]
+        for given in (votes, other_votes)
+    ]
+    assert found[0][half] == found[1][half]
+    assert found[0][1 - half] != found[1][1 - half]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_fitted_thresholds_are_the_best_there_are(seed) -> None:
+    rng = np.random.default_rng(seed)
+    gap, mean, classes = rng.normal(size=40), rng.normal(size=40).round(1), rng.integers(0, 4, 40)
+    taus, mus = [0.0, *np.abs(gap)], [-np.inf, *(np.unique(mean) + 0.01)]
+    best = max((answers(gap, mean, tau, mu) == classes).sum() for tau in taus for mu in mus)
+    tau, mu = fit_thresholds(gap, mean, classes)
+    assert (answers(gap, mean, tau, mu) == classes).sum() >= best - 1  # percentiles are not all thresholds
+    assert tau >= 0
+
+
+def test_wrong_calls_are_named() -> None:
+    with pytest.raises(InputError, match="protocol 'hpdv2/makro' is not known; did you mean 'hpdv2/macro'"):
+        judge("hpdv2/makro", scored(0.0))
+    with pytest.raises(InputError, match="pickapic/pickscore fits a threshold on validation_unique; score that split"):
+        judge("pickapic/pickscore", scored(0.0))
+
+
+def test_interval_of_a_protocol_resamples_prompts() -> None:
+    pairs = drawn(600)
+    wide = replace(pairs, groups=tuple(f"{n // 60}" for n in range(600)))
+    narrow = replace(pairs, groups=tuple(map(str, range(600))))
+    estimates = [judge("pairs/strict", item).result()["estimate"] for item in (narrow, wide)]
+    assert estimates[0].value == estimates[1].value
+    half = 1.96 * np.sqrt(estimates[0].value * (1 - estimates[0].value) / 480)
+    assert estimates[0].high - estimates[0].value == pytest.approx(half, rel=0.15)

@@ -1,0 +1,146 @@
+"""Reports: one content in three forms, the same bytes each time, and every text of others stays text."""
+
+import json
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from latentreward.apps.evaluation.benchmark.disagreements import Pictures, most_disputed
+from latentreward.apps.evaluation.benchmark.results import BenchmarkPairs, BenchmarkReport
+from latentreward.apps.evaluation.benchmark.sections import INTRODUCTION, TITLE, protocol_table, sections
+from latentreward.reports.report import write_report
+from tests.accessibility import PHONE, faults
+from tests.apps.evaluation.benchmark.example import HOSTILE, MODELS, estimate, report, result
+
+if TYPE_CHECKING:
+    from tests.browser import Pages
+
+FILES = ("report.json", "report.md", "report.html")
+PICTURES: Pictures = {("hpdv3 test", 3): (Image.new("RGB", (200, 300), "teal"), None)}
+
+
+def write(folder: Path, made: BenchmarkReport) -> None:
+    write_report(folder, made, TITLE, INTRODUCTION, list(sections(made, PICTURES)), "benchmark")
+
+
+@pytest.mark.slow
+def test_same_results_are_written_as_the_same_bytes(tmp_path: Path) -> None:
+    folders = [tmp_path / "one", tmp_path / "two"]
+    for folder in folders:
+        folder.mkdir()
+        write(folder, report())
+    assert sorted(path.name for path in folders[0].iterdir()) == sorted(FILES)
+    for name in FILES:
+        assert (folders[0] / name).read_bytes() == (folders[1] / name).read_bytes()
+
+
+def test_json_has_everything_and_nothing_that_json_does_not_know(tmp_path: Path) -> None:
+    write(tmp_path, report())
+
+    def refuse(name: str) -> None:
+        raise AssertionError(name)
+
+    found = json.loads((tmp_path / "report.json").read_text(), parse_constant=refuse)
+    assert set(found) == set(BenchmarkReport.__dataclass_fields__)
+    assert found["protocols"][1]["estimate"] == pytest.approx({"value": 0.65, "low": 0.6, "high": 0.7, "groups": 400})
+    assert found["agreement"][1]["pearson"] == {"value": None, "low": None, "high": None, "groups": 400}
+    assert found["telling"][0]["scores"]["dina"] == [0.5, -1.25]
+
+
+def test_published_numbers_are_marked_as_those_of_others(tmp_path: Path) -> None:
+    write(tmp_path, report("plain"))
+    (row,) = [line for line in (tmp_path / "report.md").read_text().splitlines() if "HPSv3 plain" in line]
+    assert "76.9" in row
+    assert "its README, measured by its authors" in row
+    assert (tmp_path / "report.md").read_text().count("Published by others") == 1
+    assert '<tr class="theirs"><td>HPSv3 plain</td><td>76.9</td>' in (tmp_path / "report.html").read_text()
+
+
+def test_names_and_prompts_are_no_markup_in_markdown(tmp_path: Path) -> None:
+    write(tmp_path, report())
+    text = (tmp_path / "report.md").read_text()
+    for markup in ("<script>", "**bold**", "[a](", " $x_1$"):
+        assert markup not in text
+    tables = [line for line in text.splitlines() if line.startswith("|")]
+    (row,) = [line for line in tables if line.startswith("| HPSv3")]
+    assert row.replace(r"\|", "").count("|") == 4
+
+
+def test_a_limited_run_is_said_first(tmp_path: Path) -> None:
+    write(tmp_path, report())
+    text = (tmp_path / "report.md").read_text()
+    assert text.index("Only the first 100 pairs") < text.index("Each model scores")
+
+
+def test_empty_results_make_a_report(tmp_path: Path) -> None:
+    none = {"pairs": 0, "groups": 0, "equal_scores": 0, "excluded": {"missing file": 5}, "details": {}}
+    write(tmp_path, BenchmarkReport({"model": "none"}, [result("model", math.nan, **none)]))
+    assert "5 missing file" in (tmp_path / "report.md").read_text()
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize(("width", "dark"), [(1200, False), (390, True)])
+def test_page_in_a_browser(tmp_path: Path, browser_page: "Pages", width: int, dark: bool) -> None:
+    write(tmp_path, report())
+    page = browser_page(tmp_path / "report.html", width=width, dark=dark)
+    assert page.title() == "Benchmark of reward models"
+    assert page.locator("script").count() == 0
+    assert page.get_by_text("**bold**").count() > 0
+    images = page.locator("img").all()
+    assert len(images) == 5
+    for image in images:
+        assert image.evaluate("image => image.complete && image.naturalWidth > 0")
+        assert image.get_attribute("alt")
+    assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
+    assert page.locator("section").count() == 12
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize(("width", "dark"), [(PHONE, False), (1200, True)])
+def test_keyboard_contrast_and_width(tmp_path: Path, browser_page: "Pages", width: int, dark: bool) -> None:
+    write(tmp_path, report())
+    assert faults(browser_page(tmp_path / "report.html", width=width, dark=dark)) == []
+
+
+def scored(name: str, gaps: list[float], labels: list[float], groups: str) -> BenchmarkPairs:
+    ids = tuple(map(str, range(len(gaps))))
+    first = np.array(gaps)
+    return BenchmarkPairs(name, ids, ids, tuple(groups), np.array(labels), first, 0 * first)
+
+
+def test_pairs_on_which_models_differ_most_come_first() -> None:
+    labels = [1.0, 0.0, 1.0, 1.0, 0.5, 1.0]
+    one = scored("one", [2.0, -1.0, 1.0, 3.0, -0.5, np.nan], labels, "abccde")
+    other = scored("other", [20.0, 10.0, -20.0, -10.0, 5.0, 9.0], labels, "abccde")
+    pairs = most_disputed([one, other], 10)
+    assert [pair["row"] for pair in pairs] == [3, 1, 4]  # row 2 is of the prompt of row 3
+    assert all(pair["gaps"]["one"] * pair["gaps"]["other"] < 0 for pair in pairs)
+    assert most_disputed([one, other], 2) == pairs[:2]
+
+
+def test_pairs_of_one_model_are_its_surest_mistakes() -> None:
+    pairs = most_disputed([scored("one", [-1.0, 3.0, -2.0, 9.0, 4.0], [1.0, 0.0, 1.0, 1.0, 0.0], "abcdb")], 9)
+    assert [pair["row"] for pair in pairs] == [4, 2, 0]
+
+
+def test_what_is_not_set_or_not_there_is_not_shown() -> None:
+    details = {"draws": {"number": 3, "mean": 0.756, "sd": 0.0, "values": [0.756] * 3}, "temperature": math.inf}
+    counts = {"pairs": 8, "groups": 4, "equal_scores": 0, "excluded": {}}
+    row = result("lrm", 0.756, protocol="pickapic/pickscore", details=details, **counts)
+    calibration = result("lrm", 0.0, temperature=math.inf, error=estimate(0.1), curve=[(1, 0.5, 0.5)])
+    identities = {"clip": "CLIPScorer m revision None float32 1.0"}
+    made = {one.title: one.tables[0] for one in sections(BenchmarkReport(identities, [row], calibration=[calibration]))}
+    assert protocol_table([row]).rows[0][-1] == (
+        "the same under 3 draws of noise; temperature none (larger gaps do not win)"
+    )
+    assert made["Calibration"].rows[0][3] == "none (larger gaps do not win)"
+    assert made["Models"].rows == (("clip", "CLIPScorer m float32 1.0"),)
+
+
+def test_hostile_text_is_hostile() -> None:
+    assert all(mark in HOSTILE for mark in ("<script>", "\ud800", "\u202e", "|", "$"))
+    assert len(MODELS) == 3

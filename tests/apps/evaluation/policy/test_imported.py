@@ -1,0 +1,143 @@
+"""Pictures that were made elsewhere find their prompts, in every layout that benchmarks have."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from latentreward.apps.evaluation.policy.imported import (
+    ImportedPictures,
+    find_pictures,
+    import_pictures,
+    pictures_per_prompt,
+    prompts_of,
+)
+from latentreward.data.alignment.prompt_files import PromptRow
+from latentreward.errors import InputError
+
+ROWS = [PromptRow("a cat"), PromptRow("two dogs, «x»"), PromptRow("a cat")]
+
+
+def paint(path: Path, level: int = 0) -> str:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.full((8, 8, 3), level, np.uint8)).save(path)
+    return path.name
+
+
+def write_csv(folder: Path, rows: list[str], header: str = "file,prompt") -> None:
+    (folder / "images.csv").write_text("\n".join([header, *rows]), encoding="utf-8")
+
+
+def load(folder: Path, rows: list[PromptRow], count: int, table: Path | None = None) -> ImportedPictures:
+    wanted = [(place, image) for place in range(len(rows)) for image in range(count)]
+    return import_pictures(folder, find_pictures(folder, table), rows, wanted)
+
+
+def files(imported: ImportedPictures) -> dict[tuple[int, int], str]:
+    return {name: picture.file for name, picture in imported.pictures.items()}
+
+
+def test_a_table_names_pictures_by_their_prompt(tmp_path: Path) -> None:
+    for number in range(5):
+        paint(tmp_path / f"{number}.png", number)
+    write_csv(
+        tmp_path, ['3.png,"two dogs, «x»"', "0.png,a cat", "1.png,a cat", "2.png,a bird", '4.png,"two dogs, «x»"']
+    )
+    found = load(tmp_path, ROWS[:2], 2)
+    assert files(found) == {(0, 0): "0.png", (0, 1): "1.png", (1, 0): "3.png", (1, 1): "4.png"}
+    assert found.left_aside == 1
+    assert found.pictures[1, 0].prompt == "two dogs, «x»"
+    assert load(tmp_path, ROWS[:2], 1).left_aside == 3
+    assert pictures_per_prompt(find_pictures(tmp_path, None), ROWS[:2]) == 2
+    assert [row.prompt for row in prompts_of(find_pictures(tmp_path, None), tmp_path)] == [
+        "two dogs, «x»",
+        "a cat",
+        "a bird",
+    ]
+
+
+def test_pictures_of_a_repeated_prompt_are_dealt_out(tmp_path: Path) -> None:
+    for number in range(4):
+        paint(tmp_path / f"{number}.png")
+    lines = ["3.png,a cat,7,1", "1.png,a cat,2,1", "2.png,a cat,7,0", "0.png,a cat,2,0"]
+    write_csv(tmp_path, lines, "file,prompt,place,image")
+    assert files(load(tmp_path, ROWS, 2)) == {(0, 0): "0.png", (0, 1): "1.png", (2, 0): "2.png", (2, 1): "3.png"}
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "parquet"])
+def test_other_tables_and_places(ending: str, tmp_path: Path) -> None:
+    paint(tmp_path / "pictures" / "deep" / "a b.jpg")
+    rows = [{"file": "deep/a b.jpg", "prompt": "a cat", "image": 3}]
+    table = tmp_path / f"list.{ending}"
+    if ending == "jsonl":
+        table.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    else:
+        pq.write_table(pa.Table.from_pylist(rows), table)
+    assert files(load(tmp_path / "pictures", ROWS[:1], 4, table)) == {(0, 3): "deep/a b.jpg"}
+
+
+def test_layout_of_geneval(tmp_path: Path) -> None:
+    for place, prompt in enumerate(["a cat", "two dogs, «x»"]):
+        (tmp_path / f"{place:05d}").mkdir()
+        (tmp_path / f"{place:05d}" / "metadata.jsonl").write_text(json.dumps({"tag": "counting", "prompt": prompt}))
+        for image in range(2):
+            paint(tmp_path / f"{place:05d}" / "samples" / f"{image:04d}.png")
+    found = files(load(tmp_path, ROWS[:2], 2))
+    assert found[1, 1] == "00001/samples/0001.png"
+    assert len(found) == 4
+
+
+def test_layouts_of_t2i_compbench_and_hps(tmp_path: Path) -> None:
+    rows = [PromptRow("a red cup", "color"), PromptRow("a round cup", "shape"), PromptRow("a red cup", "shape")]
+    for group, name in [("color", "a red cup_000000"), ("shape", "a round cup_000000"), ("shape", "a red cup_000001")]:
+        paint(tmp_path / "t2i" / group / "samples" / f"{name}.png")
+    assert files(load(tmp_path / "t2i", rows, 1)) == {
+        (0, 0): "color/samples/a red cup_000000.png",
+        (1, 0): "shape/samples/a round cup_000000.png",
+        (2, 0): "shape/samples/a red cup_000001.png",
+    }
+    for name in ("anime/00000.jpg", "photo/00000.jpg", "photo/00001.jpg", "photo/00002.jpg"):
+        paint(tmp_path / "hps" / name)
+    rows = [PromptRow("x", "anime"), PromptRow("y", "photo"), PromptRow("y", "photo")]
+    found = load(tmp_path / "hps", rows, 1)
+    assert files(found) == {(0, 0): "anime/00000.jpg", (1, 0): "photo/00000.jpg", (2, 0): "photo/00001.jpg"}
+    assert found.left_aside == 1
+    with pytest.raises(InputError, match="does not hold the prompts of its pictures; set prompts"):
+        prompts_of(find_pictures(tmp_path / "hps", None), tmp_path)
+
+
+def test_what_cannot_be_read_is_counted_by_reason(tmp_path: Path) -> None:
+    paint(tmp_path / "good.png")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "good.png").read_bytes()[:40])
+    (tmp_path / "text.png").write_text("no picture")
+    paint(tmp_path.parent / "outside.png")
+    names = ["good.png", "cut.png", "text.png", "gone.png", "../outside.png"]
+    write_csv(tmp_path, [f"{name},a cat" for name in names])
+    found = load(tmp_path, ROWS[:1], 5)
+    assert files(found) == {(0, 0): "good.png"}
+    assert sum(found.problems.values()) == 4
+    assert found.problems["missing file"] == 1
+    assert found.problems["path outside the root"] == 1
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "holds no images.csv and no pictures"),
+        ("file,prompt\n", "holds no images.csv and no pictures"),
+        ("path,prompt\na.png,x", "row 1 of .* has no file and prompt"),
+        ("file,prompt,place\na.png,x,first", "place 'first' .* is not a whole number"),
+    ],
+)
+def test_bad_folders_are_one_line(content: str | None, message: str, tmp_path: Path) -> None:
+    if content is not None:
+        (tmp_path / "images.csv").write_text(content)
+    with pytest.raises(InputError, match=message) as caught:
+        find_pictures(tmp_path, None)
+    assert "\n" not in str(caught.value)
+    with pytest.raises(InputError, match="no folder"):
+        find_pictures(tmp_path / "gone", None)

@@ -1,0 +1,122 @@
+"""Means, win rates and differences worked out by hand; intervals resample prompts."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from latentreward.apps.evaluation.policy.results import ScoredPictures
+from latentreward.apps.evaluation.policy.statistics import compare, headline, in_common, policy_scores
+from latentreward.metrics.bootstrap import wilson_ends
+from latentreward.reports.tables import Row
+from latentreward.scorers.tools import JudgedPicture
+
+
+def scored(
+    values: np.ndarray, groups: tuple[str, ...] | None = None, policy: str = "a", prompts: list[str] | None = None
+) -> ScoredPictures:
+    """``values`` is (prompts, pictures of each)."""
+    pictures = [
+        JudgedPicture(place, image, "", Path(), (prompts or list(map(str, range(len(values)))))[place], group)
+        for place, group in enumerate(groups or ("",) * len(values))
+        for image in range(values.shape[1])
+    ]
+    return ScoredPictures(policy, tuple(pictures), {"score": np.asarray(values, np.float64).ravel()})
+
+
+def only(found: list[Row]) -> Row:
+    (score,) = found
+    return score
+
+
+def test_a_mean_is_over_all_pictures_and_its_interval_that_of_the_prompts_means() -> None:
+    values = np.random.default_rng(0).normal(size=(200, 1)).repeat(4, axis=1)
+    several, one = (only(policy_scores(scored(rows), {"score": "mean"})) for rows in (values, values[:, :1]))
+    assert several["mean"].value == pytest.approx(values.mean())
+    assert (several["mean"].low, several["mean"].high) == pytest.approx((one["mean"].low, one["mean"].high))
+    half = 1.96 * values[:, 0].std() / 200**0.5
+    assert several["mean"].high - several["mean"].low == pytest.approx(2 * half, rel=0.1)
+    assert (several["pictures"], several["prompts"]) == (800, 200)
+    assert (several["groups"], several["mean_of_groups"]) == ([], None)
+
+
+def test_a_repeated_prompt_is_one_prompt_for_the_interval() -> None:
+    values = np.random.default_rng(0).normal(size=(50, 1))
+    twice = scored(np.concatenate([values, values]), prompts=[*map(str, range(50)), *map(str, range(50))])
+    single, double = (only(policy_scores(rows, {"score": "mean"}))["mean"] for rows in (scored(values), twice))
+    assert (double.low, double.high) == pytest.approx((single.low, single.high))
+
+
+def test_a_win_rate_without_spread_between_prompts_has_wilsons_interval() -> None:
+    better, worse = scored(np.ones((3, 2))), scored(np.zeros((3, 2)), policy="b")
+    (result,) = compare(worse, better)
+    assert result["win_rate"] == pytest.approx((0.0, 0.0, 0.5615, 3), abs=1e-4)  # 1.96² / (3 + 1.96²)
+
+
+def test_wins_ties_and_losses_count_one_a_half_and_nothing() -> None:
+    first = scored(np.array([[1.0, 2.0], [3.0, 0.0]]))
+    second = scored(np.array([[0.0, 2.0], [4.0, 0.0]]), policy="b")
+    (result,) = compare(first, second)
+    assert (result["wins"], result["ties"], result["losses"]) == (1, 2, 1)
+    assert result["win_rate"].value == (1 + 0.5 + 0 + 0.5) / 4
+    assert result["difference"].value == (1 + 0 - 1 + 0) / 4
+    (turned,) = compare(second, first)
+    assert turned["win_rate"].value == 1 - result["win_rate"].value
+    assert (turned["win_rate"].low, turned["win_rate"].high) == pytest.approx(
+        (1 - result["win_rate"].high, 1 - result["win_rate"].low)
+    )
+    assert turned["difference"].value == -result["difference"].value
+
+
+def test_a_policy_against_itself_is_at_one_half_and_a_better_one_at_one() -> None:
+    values = np.random.default_rng(0).normal(size=(30, 2))
+    (same,) = compare(scored(values), scored(values, policy="b"))
+    low, high = wilson_ends(0.5, 30)
+    assert same["win_rate"] == pytest.approx((0.5, low, high, 30))
+    (better,) = compare(scored(values + 0.1), scored(values, policy="b"))
+    assert better["win_rate"] == pytest.approx((1.0, 30 / (30 + 1.96**2), 1.0, 30), abs=1e-5)
+    assert (better["difference"].value, better["difference"].low, better["difference"].high) == pytest.approx(
+        (0.1, 0.1, 0.1)
+    )
+
+
+def test_pairing_narrows_the_interval_of_the_difference() -> None:
+    rng = np.random.default_rng(0)
+    prompts, noise = 5 * rng.normal(size=(100, 1)), 0.1 * rng.normal(size=(100, 1))
+    first, second = scored(prompts + noise), scored(prompts, policy="b")
+    (result,) = compare(first, second)
+    mean = only(policy_scores(first, {"score": "mean"}))["mean"]
+    assert result["difference"].high - result["difference"].low < 0.1 * (mean.high - mean.low)
+
+
+def test_the_mean_of_groups_weighs_groups_alike() -> None:
+    values, groups = np.array([[1.0], [1.0], [1.0], [0.0]]), ("counting", "counting", "counting", "colors")
+    result = only(policy_scores(scored(values, groups), {"score": "mean_of_groups"}))
+    assert result["mean"].value == 0.75
+    assert result["mean_of_groups"] is not None
+    assert headline(result) == result["mean_of_groups"]
+    assert headline(result).value == 0.5
+    assert 0 <= headline(result).low <= 0.5 <= headline(result).high <= 1
+    assert [(group["group"], group["prompts"], group["estimate"].value) for group in result["groups"]] == [
+        ("counting", 3, 1.0),
+        ("colors", 1, 0.0),
+    ]
+
+
+def test_parts_of_a_group_are_successive_prompts() -> None:
+    values = np.arange(800.0).reshape(800, 1)
+    (group,) = only(policy_scores(scored(values, ("anime",) * 800), {"score": "mean"}, parts=10))["groups"]
+    assert group["estimate"].value == values.mean()
+    assert group["parts_sd"] == pytest.approx(
+        np.std([values[start : start + 80].mean() for start in range(0, 800, 80)])
+    )
+
+
+def test_only_what_all_policies_have_is_compared() -> None:
+    values = np.arange(6.0).reshape(3, 2)
+    first, second = scored(values), scored(values + 1, policy="b")
+    short = ScoredPictures("b", second.pictures[1:][::-1], {"score": second.scores["score"][1:][::-1]})
+    paired = in_common([first, short])
+    assert [(one.place, one.image) for one in paired[0].pictures] == [(0, 1), (1, 0), (1, 1), (2, 0), (2, 1)]
+    assert [(one.place, one.image) for one in paired[1].pictures] == [(0, 1), (1, 0), (1, 1), (2, 0), (2, 1)]
+    assert (paired[1].scores["score"] - paired[0].scores["score"]).tolist() == [1.0] * 5

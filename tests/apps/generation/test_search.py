@@ -1,0 +1,36 @@
+import pytest
+
+from latentreward.apps.generation import Candidates, search_latents
+from latentreward.contracts import PromptBatch
+from latentreward.errors import InputError
+from latentreward.policies import Policy, PolicySource
+from latentreward.rollout import Sampling, sample_latents
+from tests.apps.generation.toy_rewards import MeanLatent
+from tests.marks import rotated_after
+
+PROMPTS = PromptBatch(("a large red circle on a white background", "two blue crosss on a gray background"), ("0", "1"))
+STEPS = 5
+
+
+@pytest.fixture(scope="module", params=["sd_tiny", "sd35_tiny"])
+def policy(request: pytest.FixtureRequest) -> Policy:
+    return PolicySource(request.param).load().eval()
+
+
+@pytest.mark.parametrize("needs_clean", rotated_after(1, [False, True]))
+def test_search_raises_the_reward_above_plain_sampling(policy: Policy, needs_clean: bool) -> None:
+    sampling, reward = Sampling(STEPS).with_noise(), MeanLatent(needs_clean)
+    found = search_latents(policy, reward, PROMPTS, Candidates(6), sampling, 3.0, seed=0)
+    plain = sample_latents(policy, PROMPTS, sampling, 3.0, seed=0)
+    assert found.mean() > plain.mean() + 0.01
+    assert len(reward.asked[0].latents) == 6 * len(PROMPTS)
+
+
+def test_sampling_without_noise_is_refused(policy: Policy) -> None:
+    with pytest.raises(InputError):
+        search_latents(policy, MeanLatent(), PROMPTS, Candidates(), Sampling(STEPS, 0.0, 0.0), 1.0, 0)
+
+
+def test_one_candidate_is_refused() -> None:
+    with pytest.raises(InputError, match="num_candidates=1"):
+        Candidates(1)

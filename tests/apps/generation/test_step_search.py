@@ -1,0 +1,152 @@
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, DiffusionPipeline
+from peft import LoraConfig
+
+from latentreward.apps.generation import StepSearch, policy_of
+from latentreward.backbones.loading import tiny_pipeline
+from latentreward.errors import InputError
+from latentreward.tinyworld.sampling import load_pipeline
+from tests.apps.generation.toy_rewards import MeanLatent
+from tests.marks import rotated_after
+from tests.tiny_pipelines import pipeline_folder
+
+PROMPTS = ["a large red circle on a white background", "a blue cross at the top on a gray background"]
+FAMILIES = ["sd_tiny", "sd35_tiny", "sd21", "sdxl", "sd35_no_t5"]
+
+
+@cache
+def pipeline_of(name: str) -> Any:
+    if name.endswith("_tiny"):
+        return load_pipeline(Path(tiny_pipeline(name)))
+    options = {"text_encoder_3": None, "tokenizer_3": None} if name == "sd35_no_t5" else {}
+    pipeline = DiffusionPipeline.from_pretrained(pipeline_folder(name), **options)
+    if name == "sd21":
+        pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def generate(name: str, arguments: dict[str, Any], guidance_scale: float = 3.0, steps: int = 6) -> torch.Tensor:
+    options = {"max_sequence_length": 0} if name.startswith("sd35") else {}
+    return pipeline_of(name)(
+        PROMPTS, num_inference_steps=steps, guidance_scale=guidance_scale, output_type="latent", **options, **arguments
+    ).images
+
+
+def search_of(name: str, reward: MeanLatent, **options: Any) -> StepSearch:
+    return StepSearch(policy_of(pipeline_of(name)), reward, PROMPTS, **options)
+
+
+@pytest.mark.parametrize("name", rotated_after(2, FAMILIES))
+def test_search_raises_the_reward_above_plain_sampling(name: str) -> None:
+    reward = MeanLatent()
+    search = search_of(name, reward, num_candidates=6)
+    found = generate(name, search.pipeline_arguments())
+    best = torch.stack([scores.max(dim=0).values - scores.mean(dim=0) for scores in search.scores])
+    assert (best > 0).all()
+    arguments = search.pipeline_arguments()
+    del arguments["callback_on_step_end"], arguments["callback_on_step_end_tensor_inputs"]
+    plain = generate(name, arguments)
+    assert found.mean() > plain.mean() + 0.01
+    assert len(search.scores) == (6 if name == "sd_tiny" else 5)  # the others' last step leads to a clean state
+
+
+@pytest.mark.parametrize("name", rotated_after(2, FAMILIES))
+def test_what_pixel_rewards_see_is_the_pipelines_own_prediction(name: str) -> None:
+    """The clean latents of the candidate that was kept are those that diffusers' next step predicts for it."""
+    pipeline, reward = pipeline_of(name), MeanLatent(needs_clean=True)
+    search = search_of(name, reward, num_candidates=2)
+    arguments, kept, predicted = search.pipeline_arguments(), [], []
+
+    def watch(pipeline: Any, index: int, timestep: Any, inputs: dict[str, Any]) -> dict[str, Any]:
+        result = search(pipeline, index, timestep, inputs)
+        if len(search.scores) > len(kept):
+            clean = reward.asked[-1].clean
+            assert clean is not None
+            kept.append(clean.view(2, len(PROMPTS), *clean.shape[1:])[search.scores[-1].argmax(dim=0), [0, 1]])
+        return result
+
+    original = pipeline.scheduler.step
+
+    def step(output: Any, timestep: Any, sample: Any, **options: Any) -> Any:
+        if "FlowMatch" in type(pipeline.scheduler).__name__:
+            sigma = pipeline.scheduler.sigmas[(pipeline.scheduler.timesteps == timestep).nonzero().item()]
+            predicted.append(sample - sigma * output)
+            return original(output, timestep, sample, **options)
+        result = original(output, timestep, sample, **{**options, "return_dict": True})
+        predicted.append(result.pred_original_sample)
+        return (result.prev_sample,)
+
+    pipeline.scheduler.step = step
+    try:
+        generate(name, arguments | {"callback_on_step_end": watch})
+    finally:
+        pipeline.scheduler.step = original
+    for index, clean in enumerate(kept[:-1]):
+        torch.testing.assert_close(clean, predicted[index + 1], atol=2e-3, rtol=1e-3)
+
+
+def test_only_the_window_is_searched_at_the_timestep_asked_for() -> None:
+    for score_at, offset in (("step", 0), ("candidate", 1)):
+        reward = MeanLatent()
+        search = search_of("sd_tiny", reward, num_candidates=3, low=400, high=800, score_at=score_at)
+        generate("sd_tiny", search.pipeline_arguments())
+        timesteps = [float(t) for t in pipeline_of("sd_tiny").scheduler.timesteps]
+        inside = [index for index, t in enumerate(timesteps) if 400 <= t <= 800]
+        assert [float(states.timesteps[0]) for states in reward.asked] == [timesteps[i + offset] for i in inside]
+        assert reward.asked[0].rows.tolist() == [0, 1] * 3
+
+
+@pytest.mark.slow
+def test_equal_seeds_give_equal_pictures_and_batches_do_not_matter() -> None:
+    reward = MeanLatent()
+    both = generate("sd_tiny", search_of("sd_tiny", reward, seed=1).pipeline_arguments())
+    again = generate("sd_tiny", search_of("sd_tiny", reward, seed=1).pipeline_arguments())
+    other = generate("sd_tiny", search_of("sd_tiny", reward, seed=2).pipeline_arguments())
+    assert torch.equal(both, again)
+    assert not torch.allclose(both, other, atol=0.1)
+    alone = StepSearch(policy_of(pipeline_of("sd_tiny")), reward, PROMPTS[:1], seed=1)
+    first = pipeline_of("sd_tiny")(
+        PROMPTS[0], num_inference_steps=6, guidance_scale=3.0, output_type="latent", **alone.pipeline_arguments()
+    ).images
+    torch.testing.assert_close(first, both[:1], atol=1e-3, rtol=1e-3)
+
+
+def test_without_its_initial_latents_search_begins_at_the_second_step() -> None:
+    search = search_of("sd_tiny", MeanLatent())
+    generate("sd_tiny", {"callback_on_step_end": search, "generator": torch.Generator().manual_seed(0)})
+    assert len(search.scores) == 5
+
+
+def test_a_loaded_lora_stays_at_work() -> None:
+    pipeline = load_pipeline(Path(tiny_pipeline("sd_tiny")))
+    pipeline.unet.add_adapter(LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False), "mine")
+    policy = policy_of(pipeline)
+    assert pipeline.unet.active_adapters() == ["mine"]
+    with policy.reference():
+        pass
+    assert pipeline.unet.active_adapters() == ["mine"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_candidates": 1}, "num_candidates=1"),
+        ({"eta": 0.0}, "eta=0"),
+        ({"low": 500, "high": 400}, "low=500 lies above high=400"),
+    ],
+)
+def test_bad_settings_are_one_line(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        search_of("sd_tiny", MeanLatent(), **options)
+
+
+def test_the_number_of_images_must_be_that_of_the_prompts() -> None:
+    search = StepSearch(policy_of(pipeline_of("sd_tiny")), MeanLatent(), PROMPTS[:1])
+    with pytest.raises(InputError, match="2 images, but the search got 1 prompts"):
+        generate("sd_tiny", {"callback_on_step_end": search})

@@ -1,0 +1,197 @@
+"""Several rewards on one server: names, turns on a device, limits of each, metrics, and the description."""
+
+import asyncio
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any
+
+import aiohttp
+import httpx
+import pytest
+from safetensors.torch import save
+
+from latentreward.apps.serving.app import routes_of
+from latentreward.apps.serving.resources import Resources
+from latentreward.apps.serving.served import ScoringService, ServedModel
+from latentreward.apps.serving.settings import RewardToServe, ServiceSettings, check_name
+from latentreward.errors import InputError
+from latentreward.scoring import RewardModel
+from tests.apps.serving.latent_requests import HEADERS, tensors_of
+from tests.apps.serving.prompted_requests import body_of, latents_of
+from tests.apps.serving.servers import started, tiny_reward
+from tests.marks import slow_after
+
+KIND = {"content-type": "application/octet-stream"}
+
+
+def two(settings: ServiceSettings, **limits: Any) -> ScoringService:
+    """Two rewards on one device; the limits are those of the second."""
+    resources = Resources(settings)
+    own = RewardToServe("", **limits).limits(settings)
+    first = ServedModel(tiny_reward("sd35", "dina"), resources, name="first")
+    return ScoringService([first, ServedModel(tiny_reward("sd15", "lrm"), resources, own, "second")], resources)
+
+
+@pytest.fixture(scope="module")
+def service() -> ScoringService:
+    return two(ServiceSettings(max_wait_ms=1, token="s3cret"), queue=7, batch_size=2, concurrency=3)
+
+
+@pytest.fixture(scope="module")
+def address(service: ScoringService) -> Iterator[str]:
+    with started(service) as address:
+        yield address.replace("://", "://user:s3cret@")
+
+
+def test_a_path_names_the_reward_and_the_first_is_the_default(address: str, service: ScoringService) -> None:
+    for start, name in (("", "first"), ("/rewards/first", "first"), ("/rewards/second", "second")):
+        model = service.named(name)
+        latents = latents_of(model.accepted, 1)
+        body = body_of({"latents": latents}, "a cat")
+        reply = httpx.post(f"{address}{start}/v1/score_latents", content=body, headers=KIND, timeout=300).json()
+        assert reply["scores"] == pytest.approx(model.reward.score_latents("a cat", latents).tolist(), abs=2e-5)
+        assert httpx.get(f"{address}{start}/v1/model").json()["model"] == model.reward.identity
+    reply = httpx.post(f"{address}/rewards/third/v1/score_latents", content=b"", headers=KIND)
+    assert reply.status_code == 404 and "no reward 'third' is served here" in reply.json()["error"]
+
+
+def test_limits_and_devices_are_told(address: str) -> None:
+    first, second = httpx.get(f"{address}/v1/rewards").json()["rewards"]
+    told = [
+        (one["name"], one["device"], one["queue"], one["batch_size"], one["concurrency"]) for one in (first, second)
+    ]
+    assert told == [("first", "cpu", 256, 8, None), ("second", "cpu", 7, 2, 3)]
+    assert first["passes_per_device"] == 1 and second["scores"] == ["score"]
+
+
+def test_metrics_name_the_reward(address: str, service: ScoringService) -> None:
+    body = save(tensors_of(service.named("second").accepted, tokens=service.named("second").accepted.tokens))
+    url = f"{address}/rewards/second/v1/score"
+    assert httpx.post(url, content=body, headers=HEADERS, timeout=300).status_code == 200
+    text = httpx.get(f"{address}/metrics").text
+    assert 'latentreward_reward_rows_total{reward="second"}' in text
+    assert 'latentreward_reward_queue_rows{reward="first"} 0.0' in text
+    assert 'latentreward_requests_total{path="/v1/score",status="200"}' in text and "/rewards/" not in text
+
+
+@pytest.mark.slow
+def test_a_token_in_the_address_is_taken_from_every_client(address: str, service: ScoringService) -> None:
+    bare = address.replace("user:s3cret@", "")
+    for route in routes_of(service):
+        if route.path != "/healthz":
+            reply = httpx.request(route.method, bare + route.path)
+            assert reply.status_code == 401 and "Basic" in reply.headers["www-authenticate"], route.path
+            wrong = httpx.request(route.method, bare + route.path, auth=("user", "guess"))
+            assert wrong.status_code == 401
+    assert httpx.get(f"{bare}/health", headers={"authorization": "Basic %%%"}).status_code == 401
+    assert httpx.get(f"{address}/health").status_code == 200
+
+    async def verl_omnis() -> int:
+        async with aiohttp.ClientSession() as session, session.get(f"{address}/v1/model") as reply:
+            return reply.status
+
+    assert asyncio.run(verl_omnis()) == 200
+    requests = pytest.importorskip("requests")
+    session = requests.Session()
+    session.trust_env = False  # as UniRL's client
+    assert session.get(f"{address}/health", timeout=5).status_code == 200
+
+
+class Watched:
+    """Counts the rewards that compute at the same time, in place of ``score_latents``."""
+
+    def __init__(self) -> None:
+        self.now = self.most = 0
+        self._lock = threading.Lock()
+
+    def around(self, reward: RewardModel) -> Any:
+        score = type(reward).score_latents
+
+        def watched(*given: Any, **options: Any) -> Any:
+            with self._lock:
+                self.now += 1
+                self.most = max(self.most, self.now)
+            time.sleep(0.05)
+            try:
+                return score(reward, *given, **options)
+            finally:
+                with self._lock:
+                    self.now -= 1
+
+        return watched
+
+
+@contextmanager
+def watched(service: ScoringService, monkeypatch: pytest.MonkeyPatch) -> Iterator[Watched]:
+    watch = Watched()
+    with monkeypatch.context() as patched:
+        for model in service.models.values():
+            patched.setattr(model.reward, "score_latents", watch.around(model.reward), raising=False)
+        yield watch
+
+
+@pytest.mark.parametrize("passes", slow_after(1, [1, 2]))
+def test_rewards_on_one_device_take_turns(monkeypatch: pytest.MonkeyPatch, passes: int) -> None:
+    service = two(ServiceSettings(max_wait_ms=0, passes_per_device=passes))
+    with started(service) as address, watched(service, monkeypatch) as watch, ThreadPoolExecutor(8) as pool:
+        bodies = {
+            name: body_of({"latents": latents_of(model.accepted, 1)}, "a") for name, model in service.models.items()
+        }
+
+        def ask(name: str) -> int:
+            url = f"{address}/rewards/{name}/v1/score_latents"
+            return httpx.post(url, content=bodies[name], headers=KIND, timeout=300).status_code
+
+        assert set(pool.map(ask, ["first", "second"] * 4)) == {200}
+        assert watch.most == passes
+
+
+def test_a_reward_refuses_more_requests_than_its_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    service = two(ServiceSettings(max_wait_ms=0), concurrency=1)
+    with started(service) as address, watched(service, monkeypatch), ThreadPoolExecutor(6) as pool:
+        body = body_of({"latents": latents_of(service.named("second").accepted, 1)}, "a")
+
+        def ask(_: int) -> httpx.Response:
+            return httpx.post(f"{address}/rewards/second/v1/score_latents", content=body, headers=KIND, timeout=300)
+
+        replies = list(pool.map(ask, range(6)))
+        refused = [reply for reply in replies if reply.status_code == 503]
+        assert refused and {reply.status_code for reply in replies} == {200, 503}
+        assert "1 requests of the reward 'second' are under way" in refused[0].json()["error"]
+        assert refused[0].headers["retry-after"] == "1"
+        text = httpx.get(f"{address}/metrics").text
+        assert f'latentreward_reward_refused_total{{reward="second"}} {len(refused)}.0' in text
+
+
+def test_the_description_names_every_route(address: str, service: ScoringService) -> None:
+    document = httpx.get(f"{address}/openapi.json").json()
+    assert document["openapi"] == "3.1.0" and document["components"]["securitySchemes"]
+    for route in routes_of(service):
+        operation = document["paths"][route.path][route.method.lower()]
+        assert operation["summary"] == route.summary
+        assert set(operation.get("requestBody", {}).get("content", {})) == set(route.bodies)
+        assert (f"/rewards/{{reward}}{route.path}" in document["paths"]) is route.of_reward
+    turn = document["paths"]["/score"]["post"]["requestBody"]["content"]["application/json"]["schema"]
+    assert "text" in turn["properties"]["requests"]["items"]["properties"]["history"]["items"]["properties"]
+    (name,) = document["paths"]["/rewards/{reward}/v1/model"]["get"]["parameters"]
+    assert (name["in"], name["name"], name["description"]) == ("path", "reward", "one of first, second")
+    assert {one["name"] for one in document["paths"]["/v1/score"]["post"]["parameters"]} >= {"x-prompt"}
+    page = httpx.get(f"{address}/docs")
+    assert "default-src 'none'" in page.headers["content-security-policy"]
+    assert all(path in page.text for path in document["paths"])
+    assert "http://" not in page.text and "https://" not in page.text and "<script" not in page.text
+
+
+def test_two_rewards_of_one_name_or_none(service: ScoringService) -> None:
+    for models in ([], [service.default, service.default]):
+        with pytest.raises(InputError, match="give at least one, each its own name"):
+            ScoringService(models, service.resources)
+
+
+@pytest.mark.parametrize("name", ["", "a/b", "-x", "a b", "é", "x" * 65, "..", "{reward}"])
+def test_names_that_no_address_can_hold(name: str) -> None:
+    with pytest.raises(InputError, match="cannot stand in an address"):
+        check_name(name)

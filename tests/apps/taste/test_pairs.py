@@ -1,0 +1,238 @@
+"""Pairs of a folder: by name, all against all, from ratings; what cannot be used is named and the rest goes on."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from latentreward.apps.taste.pairs import RATINGS, Pool, collect, lines
+from latentreward.apps.taste.pictures import Picture
+from latentreward.apps.taste.ratings import Ratings
+from latentreward.data import JSONLPairReader
+from latentreward.errors import InputError
+from tests.apps.taste.folders import draw, sorted_folder, unsorted_folder
+
+
+def rated(folder: Path, *rows: dict[str, object] | str) -> None:
+    (folder / RATINGS).write_text("".join(f"{row if isinstance(row, str) else json.dumps(row)}\n" for row in rows))
+
+
+def test_equal_names_are_pairs_and_captions_their_prompts(tmp_path: Path) -> None:
+    found = collect(sorted_folder(tmp_path, 25, prompts=5))
+    assert len(found.pairs) == 25 and found.remarks == [] and "by file name" in found.how
+    assert {(Path(pair.a.path).name, pair.a.path[:6], pair.b.path[:8], pair.label) for pair in found.pairs} == {
+        (f"{number:03}.png", "chosen", "rejected", 1.0) for number in range(25)
+    }
+    assert {pair.prompt for pair in found.pairs} == {f"prompt {number}" for number in range(5)}
+
+
+def test_what_cannot_be_used_is_named_and_the_rest_stays(tmp_path: Path) -> None:
+    sorted_folder(tmp_path, 30)
+    (tmp_path / "chosen" / "000.png").write_bytes(b"no picture")
+    shutil.copy(tmp_path / "chosen" / "001.png", tmp_path / "rejected" / "001.png")
+    (tmp_path / "rejected" / "002.png").unlink()
+    draw(tmp_path / "chosen" / "003.jpg", 99)
+    shutil.copy(tmp_path / "chosen" / "004.png", tmp_path / "chosen" / "005.png")
+    draw(tmp_path / "chosen" / ".thumbnails" / "006.png", 98)
+    draw(tmp_path.parent / f"{tmp_path.name}-elsewhere.png", 97)
+    (tmp_path / "chosen" / "007.png").unlink()
+    (tmp_path / "chosen" / "007.png").symlink_to(tmp_path.parent / f"{tmp_path.name}-elsewhere.png")
+    found = collect(tmp_path)
+    assert len(found.pairs) == 26
+    told = "; ".join(found.remarks)
+    assert "cannot be read: 2: chosen/000.png (unknown image format), chosen/007.png (path outside the root)" in told
+    assert "a picture paired with itself: 1: chosen/001.png and rejected/001.png" in told
+    assert "only on one side: 3: 000, 002, 007" in told
+    assert "the same name with another ending: 1: chosen/003.png" in told
+    same = ("chosen/001.png = rejected/001.png", "chosen/004.png = chosen/005.png")
+    assert all(one in told for one in ("the same bytes count as one picture: 2: ", *same))
+    by_name = {pair.b.path: pair for pair in found.pairs}
+    assert by_name["rejected/004.png"].a.content == by_name["rejected/005.png"].a.content
+
+
+def test_a_caption_behind_a_link_out_of_the_folder_is_not_read(tmp_path: Path) -> None:
+    """A folder of a stranger could bring a private text onto the page."""
+    sorted_folder(tmp_path / "mine", 20, prompts=1)
+    (tmp_path / "private.txt").write_text("a secret")
+    (tmp_path / "mine" / "chosen" / "000.txt").unlink()
+    (tmp_path / "mine" / "chosen" / "000.txt").symlink_to(tmp_path / "private.txt")
+    assert [pair.prompt for pair in collect(tmp_path / "mine").pairs] == ["", *["prompt 0"] * 19]
+
+
+def test_a_caption_that_later_steps_would_refuse_is_named_and_left_out(tmp_path: Path) -> None:
+    sorted_folder(tmp_path, 20, prompts=1)
+    (tmp_path / "chosen" / "000.txt").write_text("long " * 3000)
+    (tmp_path / "chosen" / "001.txt").write_bytes(b"caf\xe9")
+    (tmp_path / "rejected" / "001.txt").write_text("café", encoding="utf-8")
+    found = collect(tmp_path)
+    assert [pair.prompt for pair in found.pairs[:3]] == ["", "café", "prompt 0"] and found.remarks == [
+        "no caption, since it has more than 10000 characters: 1: chosen/000.png",
+        "no caption, since it is not UTF-8: 1: chosen/001.png",
+    ]
+
+
+def test_of_two_captions_that_of_the_chosen_picture_counts(tmp_path: Path) -> None:
+    sorted_folder(tmp_path, 20, prompts=1)
+    (tmp_path / "rejected" / "000.txt").write_text("another")
+    (tmp_path / "rejected" / "001.txt").write_text(" prompt  0\n")
+    found = collect(tmp_path)
+    assert {pair.prompt for pair in found.pairs} == {"prompt 0"}
+    assert found.remarks == ["captions differ, that in chosen/ counts: 1: 000"]
+
+
+def test_of_many_copies_a_few_are_named(tmp_path: Path) -> None:
+    sorted_folder(tmp_path, 30)
+    for number in range(8):
+        shutil.copy(tmp_path / "chosen" / "009.png", tmp_path / "chosen" / f"{number:03}.png")
+    same = "1: chosen/000.png = chosen/001.png = chosen/002.png and 6 more"
+    assert collect(tmp_path).remarks == [f"files with the same bytes count as one picture: {same}"]
+
+
+def test_names_that_do_not_match_compare_all_with_all(tmp_path: Path) -> None:
+    for number in range(6):
+        draw(tmp_path / "chosen" / f"good{number}.png", number)
+        draw(tmp_path / "rejected" / f"bad{number}.png", 10 + number)
+    shutil.copy(tmp_path / "chosen" / "good0.png", tmp_path / "rejected" / "bad0.png")
+    found = collect(tmp_path)
+    assert found.possible == 25 and len(found.pools) == 1 and "do not match" in found.how
+    assert any("both chosen and rejected: 1: chosen/good0.png" in remark for remark in found.remarks)
+    with pytest.raises(InputError, match=r"gives no pairs; .*only on one side: 12: .*; give at least 20"):
+        collect(tmp_path, "names")
+
+
+def test_all_against_all_keeps_to_one_caption_where_both_sides_have_it(tmp_path: Path) -> None:
+    for number in range(12):
+        draw(tmp_path / "chosen" / f"good{number}.png", number, f"prompt {number % 2}")
+        draw(tmp_path / "rejected" / f"bad{number}.png", 20 + number, f"Prompt  {number % 2}")
+    found = collect(tmp_path)
+    assert [(pool.prompt, len(pool.chosen), len(pool.rejected)) for pool in found.pools] == [
+        ("prompt 0", 6, 6),
+        ("prompt 1", 6, 6),
+    ]
+    for number in range(12):
+        (tmp_path / "rejected" / f"bad{number}.txt").write_text(f"another {number}")
+    found = collect(tmp_path)
+    assert [pool.prompt for pool in found.pools] == [""] and "captions are not used" in found.how
+
+
+def test_drawn_pairs_are_different_and_use_pictures_equally() -> None:
+    pictures = [Picture(str(number), str(number), "") for number in range(10)]
+    pool = Pool("", pictures[:4], pictures[4:])
+    pairs = pool.draw(24, np.random.default_rng(0))
+    assert len({(pair.a.path, pair.b.path) for pair in pairs}) == 24 == len(pool.draw(99, np.random.default_rng(0)))
+    some = pool.draw(12, np.random.default_rng(0))
+    assert {sum(pair.a == one for pair in some) for one in pool.chosen} == {3}
+    assert {sum(pair.b == one for pair in some) for one in pool.rejected} == {2}
+
+
+def test_ratings_count_and_odd_lines_are_named(tmp_path: Path) -> None:
+    unsorted_folder(tmp_path, 24)
+    (tmp_path / "023.png").write_bytes(b"")
+    rows = [{"image_a": f"{n:03}.png", "image_b": f"{n + 1:03}.png", "label": "ab"[n % 2]} for n in range(22)]
+    rows[0]["label"] = "tie"
+    odd = (
+        {"image_a": "022.png", "image_b": "023.png", "label": "a"},
+        {"image_a": "000.png", "image_b": "000.png", "label": 1},
+    )
+    rated(tmp_path, *rows, *odd, "{broken", {"image_a": "../secret.png", "image_b": "001.png", "label": "a"})
+    found = collect(tmp_path)
+    assert len(found.pairs) == 22 and found.pairs[0].label == 0.5
+    assert {pair.label for pair in found.pairs[1:]} == {1.0}
+    assert (found.pairs[1].a.path, found.pairs[1].b.path) == ("002.png", "001.png")
+    told = "; ".join(found.remarks)
+    for part in (
+        "ratings.jsonl: lines left out: 1: line 25 (no JSON at character 2)",
+        "023.png",
+        "../secret.png",
+        "itself: 1: 000.png and 000.png",
+        "picture: 2",
+    ):
+        assert part in told
+
+
+def test_lines_that_cannot_be_used_are_told_once_by_number_and_reason(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    unsorted_folder(tmp_path, 2)
+    sound = b'{"prompt": "", "chosen": "000.png", "rejected": "001.png"}\n'
+    odd = (
+        (b'{"prompt": "caf\xe9", "chosen": "000.png", "rejected": "001.png"}', "not UTF-8 at byte 16"),
+        (b'{"chosen": "000.png", "rejec', "cut off"),
+        (b'{"chosen": "000.png", "rejected": "001.png"', "cut off"),
+        (b'{"chosen": %s}' % (b"9" * 5000), "a number is too long"),
+        (b"[" * 100_000, "nested too deeply"),
+        (b"[1]", "[1] is no JSON object"),
+        (b'{"chosen": 000}', "no JSON at character 13"),
+        (b'{"prompt": 1, "chosen": "000.png", "rejected": "001.png"}', "prompt is 1, not text"),
+    )
+    for line, reason in odd:
+        (tmp_path / RATINGS).write_bytes(b"\n" + sound * 20 + line + b"\n")
+        assert collect(tmp_path).remarks == [f"ratings.jsonl: lines left out: 1: line 22 ({reason})"]
+    assert caplog.messages == []
+    (tmp_path / RATINGS).write_bytes(b"[1]\n{\n")
+    with pytest.raises(InputError, match=r"no lines left; .* 2: line 1 \(\[1\] is no JSON object\), line 2 \(cut off"):
+        collect(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda folder: folder.rmdir(), "is not a folder; give the folder of your pictures"),
+        (lambda folder: None, "has no pictures; give a folder with chosen/ and rejected/, or pictures to rate"),
+        (
+            lambda folder: unsorted_folder(folder, 1),
+            "has 1 picture, but neither .*; put more pictures to rate there",
+        ),
+        (lambda folder: unsorted_folder(folder, 2), "has 2 pictures, but neither .* `latentreward taste .* --rate`"),
+        (lambda folder: draw(folder / "chosen" / "1.png", 1), "has chosen/ but no rejected/; put"),
+        (lambda folder: sorted_folder(folder, 19), "gives 19 pairs; give at least 20, better 100 or more"),
+    ],
+)
+def test_a_folder_that_gives_too_little_is_refused(tmp_path: Path, make, message: str) -> None:
+    make(folder := tmp_path / "mine") if (tmp_path / "mine").mkdir() is None else None
+    with pytest.raises(InputError, match=message):
+        collect(folder)
+
+
+def test_an_empty_side_is_named(tmp_path: Path) -> None:
+    sorted_folder(tmp_path, 20)
+    for file in (tmp_path / "rejected").iterdir():
+        file.write_bytes(b"GIF89a")
+    with pytest.raises(
+        InputError,
+        match=r"rejected has no pictures that can be read; left out, cannot be read: 20: .* 17 more; put the rejected",
+    ):
+        collect(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("names", "told"),
+    [
+        (["chosen/a.heic"], ["chosen/: 1 .heic file is left out: "]),
+        (["chosen/a.heic", "rejected/b.nef", "rejected/.c.png", ".git/d.heic"], ["chosen/: 1", "rejected/: 1 .nef"]),
+    ],
+)
+def test_pictures_of_kinds_that_are_not_read_are_told(tmp_path: Path, names: list[str], told: list[str]) -> None:
+    only = tmp_path / "only"
+    for folder in (sorted_folder(tmp_path / "mine", 20), only):
+        for name in names:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).touch()
+    found = collect(tmp_path / "mine")
+    assert [remark.startswith(part) for remark, part in zip(found.remarks, told, strict=True)] == [True] * len(told)
+    with pytest.raises(InputError, match=r"has no pictures.*; 1 .heic|has no pictures.*; chosen/: 1 .heic"):
+        collect(only)
+    with pytest.raises(InputError, match=r"has no different pictures; 1 .heic"):
+        Ratings(only)
+
+
+def test_written_lines_are_what_the_reader_takes(tmp_path: Path) -> None:
+    folder = sorted_folder(tmp_path / "mine", 20, prompts=3)
+    pairs = list(collect(folder).pairs)
+    (tmp_path / "pairs.jsonl").write_text(lines({"train": pairs[:15], "held_out": [*pairs[15:], pairs[15]]}))
+    reader = JSONLPairReader(str(tmp_path / "pairs.jsonl"), str(folder))
+    assert len(reader) == 21 and not reader.skipped
+    assert [reader[row].split for row in (0, 15)] == ["train", "held_out"]
+    assert reader.pair_ids()[-1] == f"{reader.pair_ids()[15]}-2"

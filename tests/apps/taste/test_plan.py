@@ -1,0 +1,183 @@
+"""Steps are made anew where something they depend on has changed, and only there."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from latentreward.apps.taste.pairs import RatedPair, collect
+from latentreward.apps.taste.pictures import Picture
+from latentreward.apps.taste.plan import (
+    ALIGN,
+    CACHE,
+    JUDGED,
+    PICTURES,
+    PROMPTS,
+    REWARD,
+    SCORES,
+    Plan,
+    find_base,
+    prompts_of,
+    write_pairs,
+    write_prompts,
+)
+from latentreward.apps.taste.splitting import Split, split
+from latentreward.cli import main
+from latentreward.errors import InputError
+from latentreward.families.sd3 import StableDiffusion3
+from tests.apps.taste.folders import sorted_folder
+from tests.tiny_pipelines import pipeline_folder
+
+PLAN = Plan(
+    "sd_tiny", Path("/a b"), Path("/p"), None, "frozen", None, False, 10, None, ["--trainer.max_epochs=3"], [], 4
+)
+
+
+class OwnFamily(StableDiffusion3):
+    """A family of one's own."""
+
+    default_guidance = 2.5  # type: ignore[assignment]
+
+
+def keys(plan: Plan, seed: int = 0) -> dict[str, str]:
+    return {name: task.key for name, task in plan.tasks(seed).items()}
+
+
+def changed(plan: Plan, seed: int = 0) -> set[str]:
+    with_prompts = replace(PLAN, prompts=Path("/q"))
+    return {name for name, key in keys(plan, seed).items() if keys(with_prompts)[name] != key}
+
+
+def test_a_change_starts_what_depends_on_it() -> None:
+    plan = replace(PLAN, prompts=Path("/q"))
+    assert [*keys(PLAN)] == [CACHE, REWARD, SCORES] and [*keys(plan)] == [CACHE, REWARD, SCORES, ALIGN, PICTURES]
+    assert keys(plan) | keys(PLAN) == keys(plan)  # an alignment that comes later finds the reward
+    assert changed(replace(plan, prompts=Path("/other"))) == {ALIGN, PICTURES}
+    assert changed(replace(plan, align=["--trainer.max_steps=1"])) == {ALIGN, PICTURES}
+    assert changed(replace(plan, pictures=5)) == {PICTURES}
+    assert changed(replace(plan, tuning="lora")) == {REWARD, SCORES, ALIGN, PICTURES}
+    assert (
+        changed(replace(plan, folder=Path("/b")))
+        == set(keys(plan))
+        == changed(replace(plan, size=64))
+        == changed(plan, 1)
+    )
+
+
+def test_paths_with_spaces_stay_one_argument() -> None:
+    assert "--reader.root=/a b" in PLAN.tasks(0)[CACHE].command(Path("/w"))
+
+
+def test_one_process_scores_however_many_have_trained() -> None:
+    """Each of several would write a file of its own, of which one is read."""
+    plan = replace(PLAN, train=["--trainer.devices=2", "--trainer.num_nodes=2", "--trainer.strategy=ddp"])
+    command = plan.tasks(0)[SCORES].command(Path("/w"))
+    assert {*command} >= {"--trainer.devices=1", "--trainer.num_nodes=1", "--trainer.strategy=auto"}
+
+
+def test_a_pipeline_is_told_by_its_class(tmp_path: Path) -> None:
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "StableDiffusionXLPipeline"}))
+    assert find_base(str(tmp_path)).backbone == "sdxl" and find_base("sd35_tiny").size == 32
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "FluxPipeline"}))
+    with pytest.raises(
+        InputError, match=r"base: '.*' is a FluxPipeline; taste takes StableDiffusionPipeline, .*sd_tiny"
+    ):
+        find_base(str(tmp_path))
+    plan = replace(PLAN, base=str(tmp_path), gpu=True)
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "StableDiffusion3Pipeline"}))
+    command = plan.tasks(0)[REWARD].command(Path("/w"))
+    for argument in ("sd35_medium", "--model.backbone.source=" + str(tmp_path), "--trainer.precision=bf16-mixed"):
+        assert any(argument in one for one in command)
+
+
+def test_a_family_of_ones_own_reaches_every_step() -> None:
+    source, family = pipeline_folder("sd35"), f"{__name__}.OwnFamily"
+    found = find_base(source, family)
+    assert (found.size, found.guidance) == (16, 2.5)
+    plan = replace(PLAN, base=source, prompts=Path("/q"), family=family)
+    commands = {name: task.command(Path("/w")) for name, task in plan.tasks(0).items()}
+    named = {
+        CACHE: {"encoder.family"},
+        REWARD: {"model.backbone.family"},
+        ALIGN: {"model.policy.family"},
+        PICTURES: {"policy.pipeline.family", "against.pipeline.family"},
+    }
+    for name, settings in named.items():
+        assert {f"--{setting}={family}" for setting in settings} <= {*commands[name]}
+    assert "--model.backbone=latentreward.families.load_family_backbone" in commands[REWARD]
+    assert (
+        "--model.reward.trust_remote_code=true" in commands[ALIGN] and "--model.guidance_scale=2.5" in commands[ALIGN]
+    )
+    assert "--scorers.trust_remote_code=true" in commands[PICTURES]
+
+
+def test_equal_pairs_are_written_once_and_prompts_are_kept_apart(tmp_path: Path) -> None:
+    parts = split(collect(sorted_folder(tmp_path / "mine", 30, prompts=20)), 500, 0)
+    first = write_pairs(tmp_path, parts)
+    assert first == write_pairs(tmp_path, parts) != write_pairs(tmp_path, split(collect(tmp_path / "mine"), 500, 1))
+    folder, line = write_prompts(tmp_path, prompts_of(parts, None), 0)
+    trained, judged = (
+        {json.loads(row)["prompt"] for row in (folder / name).read_text().splitlines()} for name in (PROMPTS, JUDGED)
+    )
+    assert len(trained) == 15 and len(judged) == 5 and not trained & judged and line.startswith("15 prompts")
+    folder, line = write_prompts(tmp_path, ["a", "b"], 0)
+    assert (folder / PROMPTS).read_text() == (folder / JUDGED).read_text() and "the same for the pictures" in line
+
+
+def test_an_alignment_without_prompts_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sorted_folder(tmp_path / "mine", 20)
+    with pytest.raises(SystemExit):
+        main(["taste", str(tmp_path / "mine"), "--base=sd_tiny", "--align", f"--work={tmp_path}/work"])
+    assert "align needs prompts, and no picture has a caption; give --prompts a file" in capsys.readouterr().err
+    assert not (tmp_path / "work").exists()
+    one = RatedPair("", Picture("a", "a", ""), Picture("b", "b", ""), 1.0)
+    with pytest.raises(InputError, match=r"prompts: .*missing.txt does not exist"):
+        prompts_of(Split({"train": [one]}, ""), tmp_path / "missing.txt")
+    with pytest.raises(InputError, match=r"prompts: .*/missing does not exist"):
+        prompts_of(Split({"train": [one]}, ""), tmp_path / "missing")
+
+
+def test_a_mistyped_folder_is_refused_and_not_created(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["taste", str(tmp_path / "mien"), "--rate"])
+    assert "mien is not a folder; give the folder of your pictures" in capsys.readouterr().err
+    assert not (tmp_path / "mien").exists()
+
+
+def test_outputs_stay_out_of_the_folder_of_pictures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["taste", str(tmp_path), f"--work={tmp_path}/runs"])
+    assert f"lies in the folder of pictures; give --work a folder outside {tmp_path}" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_missing_gpu_is_said_before_any_step(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sorted_folder(tmp_path / "mine", 20)
+    with pytest.raises(SystemExit):
+        main(["taste", str(tmp_path / "mine"), "--base=sd_tiny", "--device=gpu", f"--work={tmp_path}/work"])
+    assert "device is 'cuda'" in capsys.readouterr().err
+    assert not (tmp_path / "work").exists()
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("--epochs=0", "epochs is 0"),
+        ("--batch_size=0", "batch_size: 0"),
+        ("--tuning=some", "tuning"),
+        ("--size=10000000", "size: 10000000 is outside [1, 4096]"),
+        ("--size=13", "size: 13 is no multiple of the 4 pixels"),
+        ("--pairs=3", "pairs: 3 is less than 20"),
+        ("--base=/nowhere", "base: source='/nowhere' does not exist"),
+    ],
+)
+def test_wrong_settings_are_named(
+    setting: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sorted_folder(tmp_path / "mine", 20)
+    with pytest.raises(SystemExit):
+        main(["taste", str(tmp_path / "mine"), "--base=sd_tiny", f"--work={tmp_path}/work", setting])
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "work").exists()
