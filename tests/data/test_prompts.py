@@ -31,7 +31,7 @@ def write(path: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize("suffix", ["txt", "json", "jsonl", "csv"])
+@pytest.mark.parametrize("suffix", ["txt", "json", "csv"])
 def test_texts_in_utf_16_are_read(suffix: str, tmp_path: Path) -> None:
     file = write(tmp_path / f"prompts.{suffix}")
     file.write_text(file.read_text(encoding="utf-8-sig"), encoding="utf-16")

@@ -191,7 +191,8 @@ def test_byte_order_mark_and_surrogates(write) -> None:
     file = write('\ufeff{"prompt": "\\ud800x", "image_a": "a", "image_b": "b", "label": 1}')
     assert JSONLPairReader(file).prompts() == ["?x"]
     Path(file).write_text(json.dumps({**PLAIN, "prompt": "Füße"}, ensure_ascii=False), encoding="utf-16")
-    assert JSONLPairReader(file).prompts() == ["Füße"]
+    with pytest.raises(InputError, match=r"own\.jsonl is in UTF-16, and JSON lines are UTF-8; save it as UTF-8"):
+        JSONLPairReader(file)
 
 
 def test_a_placeholder_has_a_name_of_its_own(write) -> None:

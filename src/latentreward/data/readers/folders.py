@@ -4,7 +4,6 @@ import logging
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -157,13 +156,14 @@ def read_lines(file: Path) -> Iterator[tuple[int, bytes]]:
     """Yield (line number from 1, bytes) of every line that is not blank, for :func:`parse_line`.
 
     Raises:
-        InputError: If the file cannot be opened.
+        InputError: If the file cannot be opened, or is in UTF-16.
     """
     try:
         with file.open("rb") as stream:
-            marked = stream.read(2) in UTF_16
+            if stream.read(2) in UTF_16:
+                raise InputError(f"{file} is in UTF-16, and JSON lines are UTF-8; save it as UTF-8")
             stream.seek(0)
-            for number, line in enumerate(BytesIO(read_text(file).encode()) if marked else stream, start=1):
+            for number, line in enumerate(stream, start=1):
                 if line.strip():
                     yield number, line
     except OSError as error:
