@@ -1,6 +1,7 @@
 """Faulty parts of a user's own: each is refused in one line that names class and method, and the sound ones are not."""
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from itertools import count
 from typing import Any
@@ -793,10 +794,10 @@ def test_a_later_batch_of_prompts_is_compared_by_shape() -> None:
 APART = r"^Mine.{} returned values of a row alone that are up to [\d.]+ .* \(test_promises.py:\d+\); compute each row"
 
 
-def reading(changed: Callable[[Any], Any] = lambda found: found) -> Any:
+def reading(changed: Callable[[Any], Any] = lambda found: found, features: Any = FEATURES) -> Any:
     def read(self: Any, latents: Tensor, *given: Any) -> Any:
         rows = latents.flatten(1)[:, 0].long()
-        return changed(map_tensors(FEATURES, lambda tensor: tensor[rows]))
+        return changed(map_tensors(features, lambda tensor: tensor[rows]))
 
     return made(BACKBONE, "read", read)
 
@@ -821,6 +822,20 @@ def features_by(backbone: Any, head: Any) -> None:
 def test_a_head_whose_scores_depend_on_other_rows_is_refused(forward: Any) -> None:
     with pytest.raises(InputError, match=APART.format("forward")):
         features_by(reading(), made(HEAD, "forward", forward))
+
+
+@pytest.mark.parametrize("pooled", ["sum", "mean", "masked mean"])
+def test_a_head_that_reads_padding_is_refused(pooled: str) -> None:
+    def forward(self: Any, features: Any) -> Any:
+        text, mask = features.text[-1], features.text_mask[..., None]
+        if pooled == "masked mean":
+            return ((text * mask).sum(dim=1) / mask.sum(dim=1)).sum(dim=1)
+        return getattr(text, pooled)(dim=1).sum(dim=1)
+
+    padded = torch.arange(FEATURES.text[-1].shape[1]).expand(3, -1) < torch.tensor([2, 3, 4])[:, None]
+    backbone = reading(features=replace(FEATURES, text_mask=padded))
+    with nullcontext() if pooled == "masked mean" else pytest.raises(InputError, match=APART.format("forward")):
+        features_by(backbone, made(HEAD, "forward", forward))
 
 
 @pytest.mark.parametrize(

@@ -182,3 +182,21 @@ def test_a_family_whose_blocks_mix_rows_is_named_in_the_first_batch(
     monkeypatch.setattr(own_families.PixArt, "step", mixing)
     with pytest.raises(InputError, match=r"^PixArt.step returned values of a row alone .*; compute each row"):
         RewardNetwork(backbone, network.head).read(*states)
+
+
+def test_a_family_whose_padding_counts_is_named_in_the_first_batch(
+    pixart: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backbone = own_families.own_pixart(pixart, visual_taps=[2], text_taps=[])
+    network = RewardNetwork(backbone, CLIPProjectionHead(backbone.feature_spec, embed_dim=8))
+    latents = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    begin = own_families.PixArt.begin
+
+    def unmasked(self: Any, *given: Any) -> Any:
+        tokens = begin(self, *given)
+        tokens.others["bias"] = torch.zeros_like(tokens.others["bias"])
+        return tokens
+
+    monkeypatch.setattr(own_families.PixArt, "begin", unmasked)
+    with pytest.raises(InputError, match=r"^PixArt.step returned values of a row alone .*; compute each row"):
+        network.read(latents, torch.full((2,), 500.0), *network.encode_prompts(["a", "two dogs on a hill in the rain"]))
