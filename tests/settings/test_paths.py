@@ -3,7 +3,7 @@
 import inspect
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from pydoc import locate
@@ -40,7 +40,7 @@ def command(
     output: Path,
     source: PathText = "",
     files: list[PathText] | None = None,
-    tables: dict[str, PathText] | None = None,
+    tables: Mapping[str, PathText] | None = None,
     text: str = "",
     either: str | Path | None = None,
     place: Place | None = None,
@@ -117,7 +117,8 @@ def test_a_runs_folder_and_its_checkpoints_are_expanded(home: Path, tmp_path: Pa
     assert [path.name for path in tmp_path.iterdir()] == ["home"]
 
 
-NAMES = {"base", "cache", "dirpath", "file", "folder", "model", "path", "processor", "root", "run_config", "source"}
+NAMES = {"base", "cache", "dirpath", "file", "folder", "model", "path", "processor", "results", "root"}
+NAMES |= {"run_config", "source"}
 NO_PATHS = {"PlainJSON.path", "ServedImages.path", "ServedLatents.path", "UniRL.path"}
 
 

@@ -213,6 +213,11 @@ class DiffusionBackbone(nn.Module, Part):
         """
         if not self.network_name or type(network) is not type(getattr(self, self.network_name)):
             return None
+        others = self._modules.keys() - {self.network_name, "text_encoder", "vae"}
+        if {*self._parameters, *self._buffers} or any(
+            True for name in others for _ in getattr(self, name).parameters()
+        ):
+            return None  # weights of its own have no values where this backbone was built without
         backbone = copy(self)
         backbone._modules = {**self._modules}  # which copy shares
         setattr(backbone, self.network_name, network)

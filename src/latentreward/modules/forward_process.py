@@ -69,7 +69,7 @@ class ForwardProcessModule(AlignmentModule):
             classifier-free guidance.
 
     Raises:
-        InputError: If the policy is no flow, guidance or noise is pending for, a setting is out of range, or the reward
+        InputError: If the policy is no flow, guidance or noise is asked for, a setting is out of range, or the reward
             takes latents of another space.
     """
 

@@ -72,7 +72,8 @@ def with_paths(value: Any, kind: Any) -> Any:
     if isinstance(value, str | Path):
         is_path = any(one is Path or PATH in getattr(one, "__metadata__", ()) for one in kinds)
         return type(value)(expanded(str(value))) if is_path else value
-    items = next((get_args(one)[-1 if get_origin(one) is dict else 0] for one in kinds if get_args(one)), None)
+    # The last argument is the type of a mapping's values; tuple[X, ...] ends in an ellipsis.
+    items = next((get_args(one)[-1 if isinstance(value, dict) else 0] for one in kinds if get_args(one)), None)
     if isinstance(value, dict):
         return {name: with_paths(one, items) for name, one in value.items()}
     return type(value)(with_paths(one, items) for one in value) if type(value) in (list, tuple) else value

@@ -4,6 +4,7 @@ import os
 import sys
 import time
 from collections import Counter
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from latentreward.cache.encoding import ShardEncoding
 from latentreward.cache.layout import IMAGES, PAIRS, CacheDtype, CacheSpec, manifest_name, read_manifest, read_plan
 from latentreward.cache.plan import describe_data
 from latentreward.cache.preparing import prepare_cache
+from latentreward.cache.shard_writer import remove_temporary
 from latentreward.cache.sizing import ImageSettings
 from latentreward.cache.sources import Encoders, LatentSource
 from latentreward.contracts import PathText
@@ -82,29 +84,37 @@ def cache(
         remedy = {"images": "PipelineEncoders", "latents": "PublishedLatents"}.get(reader.holds, "a reader with images")
         raise InputError(f"encoder: {kind} takes {encoder.holds}, but the reader holds {reader.holds}; set {remedy}")
     kept = f"finished shards are kept in {folder}: the same command goes on there"
-    with interrupts_told(lambda: kept), SharedWork(trainer, "auto", folder / SHARDS) as work:
-        encoders = encoder.load()
-        images.check(encoders.side_multiple)
-        with errors_at("images."):
-            encoders.space.check_frames(images.frames)
-        spec = make_spec(encoder, encoders, images, dtype, seed, images_per_shard, reader.exif)
-        encoding = ShardEncoding(folder, reader, images.max_pixels, encoders, num_workers, work)
-        work.join({ENCODE: encoding.task}, {**spec.record(), "data": describe_data(reader)})
-        if not work.first:
-            work.serve()
-            return
-        with locked(folder, "output"):
-            todo = prepare_cache(folder, reader, images, spec, num_workers, encoders.text)
-            unused: list[int] = []
-            total, begun = sum(shard.count for shard in todo), time.monotonic()
-            with Progress("cache", total, "images and prompts", processes=work.size) as progress:
-                encoding.progress = progress.add
-                numbers = [shard.number for shard in todo]
-                work.run(ENCODE, numbers, lambda results: unused.extend(frames for _, frames in results))
-            rate = total / (time.monotonic() - begun)
-            report(folder, sum(unused))
-            if todo:
-                print(f"{rate:.1f} images and prompts per second with {work.size} processes")
+    prepared = False
+    try:
+        with interrupts_told(lambda: kept), SharedWork(trainer, "auto", folder / SHARDS) as work:
+            encoders = encoder.load()
+            images.check(encoders.side_multiple)
+            with errors_at("images."):
+                encoders.space.check_frames(images.frames)
+            spec = make_spec(encoder, encoders, images, dtype, seed, images_per_shard, reader.exif)
+            encoding = ShardEncoding(folder, reader, images.max_pixels, encoders, num_workers, work)
+            work.join({ENCODE: encoding.task}, {**spec.record(), "data": describe_data(reader)})
+            if not work.first:
+                work.serve()
+                return
+            with locked(folder, "output"):
+                todo = prepare_cache(folder, reader, images, spec, num_workers, encoders.text)
+                prepared = True
+                unused: list[int] = []
+                total, begun = sum(shard.count for shard in todo), time.monotonic()
+                with Progress("cache", total, "images and prompts", processes=work.size) as progress:
+                    encoding.progress = progress.add
+                    numbers = [shard.number for shard in todo]
+                    work.run(ENCODE, numbers, lambda results: unused.extend(frames for _, frames in results))
+                rate = total / (time.monotonic() - begun)
+                report(folder, sum(unused))
+                if todo:
+                    print(f"{rate:.1f} images and prompts per second with {work.size} processes")
+    except BaseException:
+        if prepared:  # a process that was killed leaves the file that it was writing, at its full size
+            with suppress(InputError), locked(folder, "output"):
+                remove_temporary(folder)
+        raise
 
 
 def make_spec(

@@ -4,7 +4,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import timedelta
 from functools import partial
 from inspect import isfunction, signature
@@ -523,7 +523,8 @@ def check_callbacks(trainer: Namespace) -> None:
     """
     for one in trainer.get("callbacks") or []:
         kind: Any = locate(one.class_path) if isinstance(one, Namespace) else None
-        kind = signature(kind, eval_str=True).return_annotation if isfunction(kind) else kind
+        with suppress(NameError):  # of a name that only type checkers import
+            kind = signature(kind, eval_str=True).return_annotation if isfunction(kind) else kind
         if not isinstance(kind, type):
             continue
         if issubclass(kind, WeightAveraging | StochasticWeightAveraging):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from latentreward.contracts import PathText
 from latentreward.errors import InputError, first_line
 from latentreward.scorers.tools.base import JudgedPicture, ToolScorer
 from latentreward.scorers.tools.running import DAY, commit_of, interpreter, package_versions, place_png, run_tool
@@ -48,7 +49,7 @@ class GenEvalScorer(ToolScorer):
         model_path: Path | None = None,
         *,
         model_config: Path | None = None,
-        results: str | None = None,
+        results: PathText | None = None,
         name: str = "geneval",
         timeout_s: float = DAY,
     ) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from latentreward.contracts import PathText
 from latentreward.errors import InputError, first_line
 from latentreward.scorers.tools.base import JudgedPicture, ToolScorer
 from latentreward.scorers.tools.running import DAY, commit_of, interpreter, place_png, run_tool
@@ -79,7 +80,7 @@ class T2ICompBenchScorer(ToolScorer):
         repository: Path | None = None,
         python: Path | None = None,
         *,
-        results: str | None = None,
+        results: PathText | None = None,
         name: str = "t2i_compbench",
         timeout_s: float = DAY,
     ) -> None:
