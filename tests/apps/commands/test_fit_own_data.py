@@ -50,7 +50,10 @@ def test_json_lines(root, caplog) -> None:
     readers = yaml.safe_load(config.read_text())["data"]["init_args"]
     assert readers["train"]["init_args"]["on_error"] is None
     assert readers["predict"]["class_path"].endswith("JSONLPairReader")
-    assert "data.train: 1 of 4 rows have a prompt that val has too; left out; to keep them, set" in caplog.text
+    assert (
+        "data.train: 1 of 4 rows have a prompt that val has too; left out, 3 labelled rows remain; to keep"
+        in caplog.text
+    )
     caplog.clear()
     run("fit", "--data.shared_prompts=keep", "--trainer.fast_dev_run=true")
     assert "left out" not in caplog.text
