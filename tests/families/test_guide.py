@@ -66,7 +66,9 @@ def test_its_check_finds_rounding_alone(folder: Path, capsys: pytest.CaptureFixt
     runpy.run_path(str(folder / "check_aura_flow.py"))
     printed = capsys.readouterr().out.splitlines()
     found = [line.rsplit(": ", 1) for line in printed if re.match("latents|block|output|trimmed|gradient", line)]
-    wanted = [*(f"latents of {prompt!r}" for prompt in PROMPTS), *BLOCKS, "output", "trimmed prompt", "gradient"]
+    prompts = ("a cat", "Two Dogs (brown) on a Hill, in the Rain!")
+    latents = [f"latents of {prompt!r} at {size}" for size in ((32, 32), (16, 32)) for prompt in prompts]
+    wanted = [*latents, *BLOCKS, "output", "trimmed prompt", "gradient"]
     assert [name for name, _ in found] == wanted
     assert all(float(difference) <= (1e-2 if name == "gradient" else 1e-5) for name, difference in found)
 

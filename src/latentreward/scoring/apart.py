@@ -65,7 +65,7 @@ def check_apart(
 def check_equal(part: Any, method: str, alone: Tensor, among: Tensor, tolerance: float) -> None:
     """Raise InputError if a method's result for a row ``alone`` is not that ``among`` other rows."""
     error, largest = (alone - among).abs().max(), among.abs().max()
-    if error > tolerance * largest + 1e-4:
+    if error > tolerance * largest + 1e-5:
         place = place_of(getattr(type(part), method))
         raise InputError(
             f"{type(part).__name__}.{method} returned values of a row alone that are up to {error:.3g} (of "
