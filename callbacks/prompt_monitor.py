@@ -10,10 +10,10 @@ from torch import Tensor
 
 from latentreward.contracts import PathText, PromptBatch
 from latentreward.data.alignment.prompt_files import read_prompts
+from latentreward.devices import evaluating
 from latentreward.errors import InputError, check_at_least_one
 from latentreward.modules.alignment import AlignmentModule
 from latentreward.rollout import Sampling, sample_latents
-from latentreward.scoring.apart import evaluating
 
 SEED = 0
 """Seed of the initial and the sampler's noise, equal in every run so that pictures of two runs can be compared."""

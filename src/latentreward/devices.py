@@ -1,6 +1,10 @@
-"""Look-up of the device that a setting names."""
+"""How modules run: the device that a setting names, and evaluation mode for a block."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
+from torch import nn
 
 from latentreward.errors import InputError, first_line
 
@@ -18,3 +22,15 @@ def find_device(name: str | torch.device) -> torch.device:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise InputError(f"device is {str(name)!r}: {first_line(error)}; give one that is here, e.g. cpu") from error
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Run a block with ``module`` in evaluation mode; afterwards restore the mode of each submodule."""
+    training = [part for part in module.modules() if part.training]
+    module.eval()
+    try:
+        yield
+    finally:
+        for part in training:
+            part.training = True

@@ -24,6 +24,7 @@ from latentreward.contracts import (
     SampledStates,
 )
 from latentreward.data.alignment.experience import other_rows, wrong_rows
+from latentreward.devices import evaluating
 from latentreward.errors import InputError
 from latentreward.modules.based import FrozenBase, unseen_settings
 from latentreward.modules.optimizers import OptimizerSteps, single_optimizer
@@ -45,7 +46,6 @@ from latentreward.rollout import (
     gap_quantiles,
     reporting_steps,
 )
-from latentreward.scoring.apart import evaluating
 from latentreward.seeding import run_seed
 from latentreward.storage.progress import Progress
 

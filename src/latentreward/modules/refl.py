@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from latentreward.contracts import PreferenceBatch, PromptBatch
+from latentreward.devices import evaluating
 from latentreward.errors import InputError
 from latentreward.losses import RewardLoss, denoising_error, prediction_drift
 from latentreward.modules.alignment import AlignmentModule
@@ -17,7 +18,6 @@ from latentreward.policies.surrogate_gradient import gradient_carrier, surrogate
 from latentreward.rewards import RewardSource
 from latentreward.rollout import Sampling, check_sigmas, score_finished, score_states
 from latentreward.rollout.prompted import PromptedPolicy, RolloutDraws
-from latentreward.scoring.apart import evaluating
 from latentreward.seeding import pair_generator
 
 

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from latentreward.backbones.base import DiffusionBackbone, rows_of
 from latentreward.contracts import Conditioning, Features, map_tensors
+from latentreward.devices import evaluating
 from latentreward.errors import InputError
 from latentreward.heads import RewardHead
 from latentreward.programs import of_this_package
@@ -89,15 +88,3 @@ def floats_of(features: Features) -> list[Tensor]:
     found: list[Tensor] = []
     map_tensors(features, lambda tensor: found.append(tensor) or tensor)  # type: ignore[func-returns-value]
     return [tensor for tensor in found if tensor.is_floating_point()]
-
-
-@contextmanager
-def evaluating(module: nn.Module) -> Iterator[None]:
-    """Run a block with ``module`` in evaluation mode; afterwards restore the mode of each submodule."""
-    training = [part for part in module.modules() if part.training]
-    module.eval()
-    try:
-        yield
-    finally:
-        for part in training:
-            part.training = True

@@ -18,12 +18,12 @@ from latentreward.cache.layout import PLAN, CacheSpec, read_plan
 from latentreward.contracts import Conditioning, LatentSpace, PreferenceBatch, PromptBatch, map_tensors, take_rows
 from latentreward.data import PromptsAndImages
 from latentreward.data.clips import FPS, check_clips, check_frames
+from latentreward.devices import evaluating
 from latentreward.encoders.prompts import PromptEncoder
 from latentreward.errors import InputError, check_multiples
 from latentreward.modules import DiffusionDPOModule, ReFLModule, StepAwarePixelModule
 from latentreward.modules.alignment import AlignmentModule
 from latentreward.modules.reward import RewardModule
-from latentreward.scoring.apart import evaluating
 
 
 def make_batch(module: LightningModule, data: Namespace, shapes: ShapesOnly) -> Any:
