@@ -21,38 +21,23 @@ THREADS = 4
 
 @dataclass(frozen=True)
 class Shard:
-    """Description of a shard: one row of the table ``shards.parquet``.
+    """Description of a shard: one row of the table ``shards.parquet``."""
 
-    Attributes:
-        number: Index of the row.
-        name: Path of the shard below the cache's folder.
-        kind: ``latents`` or ``text``.
-        height: Height of the shard's images in pixels; None for text.
-        width: Width of the shard's images in pixels; None for text.
-        count: Number of rows (images or prompts) in the shard.
-    """
-
-    number: int
-    name: str
-    kind: str
-    height: int | None
-    width: int | None
-    count: int
+    number: int  # index of the row
+    name: str  # path of the shard below the cache's folder
+    kind: str  # ``latents`` or ``text``
+    height: int | None  # height of the shard's images in pixels; None for text
+    width: int | None  # width of the shard's images in pixels; None for text
+    count: int  # number of rows (images or prompts) in the shard
 
 
 @dataclass(frozen=True)
 class ShardState:
-    """Result of the verification of one shard.
+    """Result of the verification of one shard."""
 
-    Attributes:
-        shard: The shard.
-        manifest: Manifest of the shard; None if it is missing, damaged, or belongs to another plan.
-        problem: Why the shard has to be written (again); None if the shard is complete.
-    """
-
-    shard: Shard
-    manifest: ShardManifest | None
-    problem: str | None
+    shard: Shard  # the shard
+    manifest: ShardManifest | None  # manifest of the shard; None if it is missing, damaged, or belongs to another plan
+    problem: str | None  # why the shard has to be written (again); None if the shard is complete
 
 
 def read_shards(folder: Path) -> list[Shard]:

@@ -202,12 +202,9 @@ class SlotBatch(PreferenceBatch):
     """A batch in a slot of shared memory, in the worker that filled the slot.
 
     Pickling sends ``parcel`` alone, which the training process turns into a :class:`PreferenceBatch` over the slot.
-
-    Attributes:
-        parcel: ID of the pool, index of the slot, layout of the tensors, and fields that are not tensors.
     """
 
-    parcel: tuple[int, int, Layout, dict[str, Any]] = (0, 0, (), {})
+    parcel: tuple[int, int, Layout, dict[str, Any]] = (0, 0, (), {})  # ID of the pool, slot, layout, other fields
 
     def __reduce__(self) -> tuple[Any, ...]:
         return unpack, self.parcel

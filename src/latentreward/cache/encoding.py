@@ -31,27 +31,16 @@ from latentreward.storage.durable import write_file
 
 @dataclass(frozen=True)
 class EncodeBatch(TensorRecord):
-    """Rows of one shard that are encoded together: images, latents or prompts.
+    """Rows of one shard that are encoded together: images, latents or prompts."""
 
-    Attributes:
-        shard: Shard that the rows belong to.
-        first: Index of the batch's first row in the shard.
-        names: Image keys, or the prompts themselves.
-        pixels: ``(n, 3, H, W)``, or ``(n, 3, F, H, W)`` for clips, in [-1, 1]; None for latents and prompts.
-        noise: ``(n, C, ...)`` standard normal, for a sample of the VAE's posterior; None for its mode.
-        latents: ``(n, C, ...)`` latents that need no encoding; None for images and prompts.
-        unreadable: Index of a row in the shard → why its image could not be read.
-        unused: Number of frames of the batch's clips that are not used.
-    """
-
-    shard: Shard
-    first: int
-    names: tuple[str, ...]
-    pixels: Tensor | None = None
-    noise: Tensor | None = None
-    latents: Tensor | None = None
-    unreadable: Mapping[int, str] | None = None
-    unused: int = 0
+    shard: Shard  # shard that the rows belong to
+    first: int  # index of the batch's first row in the shard
+    names: tuple[str, ...]  # image keys, or the prompts themselves
+    pixels: Tensor | None = None  # ``(n, 3, H, W)``, of clips ``(n, 3, F, H, W)``, in [-1, 1]; None if latents, prompts
+    noise: Tensor | None = None  # ``(n, C, ...)`` standard normal, to sample the VAE's posterior; None for its mode
+    latents: Tensor | None = None  # ``(n, C, ...)`` latents that need no encoding; None for images and prompts
+    unreadable: Mapping[int, str] | None = None  # index of a row in the shard → why its image could not be read
+    unused: int = 0  # number of frames of the batch's clips that are not used
 
     def __len__(self) -> int:
         return len(self.names)
@@ -203,25 +192,15 @@ def encode_batch(batch: EncodeBatch, encoders: Encoders, dtype: torch.dtype) -> 
 
 @dataclass
 class ShardEncoding:
-    """Encoding of the shards of a planned cache, which several processes may share.
+    """Encoding of the shards of a planned cache, which several processes may share."""
 
-    Attributes:
-        folder: Folder of the cache.
-        reader: Reader of the images.
-        max_pixels: Largest number of pixels of an image; larger images count as unreadable.
-        encoders: VAE and text encoders.
-        num_workers: Number of processes per device that read and decode images.
-        work: The processes that encode.
-        progress: Function that takes the number of images and prompts in each batch that this process has encoded.
-    """
-
-    folder: Path
-    reader: PairReader
-    max_pixels: int
-    encoders: Encoders
-    num_workers: int
-    work: SharedWork
-    progress: Callable[[int], object] = lambda number: None
+    folder: Path  # folder of the cache
+    reader: PairReader  # reader of the images
+    max_pixels: int  # largest number of pixels of an image; larger images count as unreadable
+    encoders: Encoders  # VAE and text encoders
+    num_workers: int  # number of processes per device that read and decode images
+    work: SharedWork  # the processes that encode
+    progress: Callable[[int], object] = lambda number: None  # gets the rows of each batch encoded
 
     def task(self, numbers: Sequence[int]) -> Callable[[int], int]:
         """Return the function that writes the shard of a number, and returns how many frames of clips are not used."""

@@ -119,76 +119,40 @@ def digest(value: Any) -> str:
 
 @dataclass(frozen=True)
 class TextSpec:
-    """Settings of the text embeddings in a cache.
+    """Settings of the text embeddings in a cache."""
 
-    Attributes:
-        fingerprint: See :func:`latentreward.encoders.fingerprint.text_fingerprint`.
-        num_tokens: Number of tokens of each prompt; with a mask, the greatest number.
-        token_dim: D of ``prompt_embeds``.
-        pooled_dim: P of ``pooled_prompt_embeds`` (N, P); 0 if there is none.
-        dtype: Dtype that the text encoders ran in.
-        batch_size: Number of prompts encoded together.
-        prompts_per_shard: Largest number of prompts in a shard.
-        masked: Whether prompts have unequal numbers of tokens, see
-            :attr:`~latentreward.encoders.prompts.PromptEncoder.masked`.
-    """
-
-    fingerprint: str
-    num_tokens: int
-    token_dim: int
-    pooled_dim: int
-    dtype: CacheDtype
-    batch_size: int
-    prompts_per_shard: int
-    masked: bool = False
+    fingerprint: str  # see :func:`latentreward.encoders.fingerprint.text_fingerprint`
+    num_tokens: int  # number of tokens of each prompt; with a mask, the greatest number
+    token_dim: int  # D of ``prompt_embeds``
+    pooled_dim: int  # P of ``pooled_prompt_embeds`` (N, P); 0 if there is none
+    dtype: CacheDtype  # dtype that the text encoders ran in
+    batch_size: int  # number of prompts encoded together
+    prompts_per_shard: int  # largest number of prompts in a shard
+    masked: bool = False  # whether prompts have unequal numbers of tokens, see :attr:`PromptEncoder.masked`
 
 
 @dataclass(frozen=True)
 class CacheSpec:
-    """Settings that, together with the data, determine the bytes of a cache.
+    """Settings that, together with the data, determine the bytes of a cache."""
 
-    Attributes:
-        origin: ``vae`` for images encoded by this program; otherwise the name of the published cache of latents that
-            the latents were copied from.
-        vae: See :func:`latentreward.encoders.fingerprint.vae_fingerprint`; None for copied latents.
-        vae_dtype: Dtype that the VAE ran in; None for copied latents.
-        latent_space: Space of the latents.
-        posterior: Whether latents are a sample or the mode of the VAE's posterior; None for copied latents.
-        seed: Seed of the posterior samples.
-        dtype: Dtype in which latents and embeddings are stored.
-        size: (height, width) in pixels that all images are resized to; None with buckets.
-        buckets: (height, width) in pixels of each bucket; None with one size.
-        resize: Resize method, see ``latentreward.data.images.PixelLoader``; None for copied latents.
-        cross_bucket: Treatment of a pair whose images fall into different buckets, see
-            :class:`~latentreward.cache.sizing.ImageSettings`.
-        min_pixels: Smallest number of pixels of an image; pairs with a smaller image are left out.
-        batch_size: Number of images encoded together.
-        images_per_shard: Largest number of images in a shard.
-        text: Settings of the text embeddings; None if prompts are not cached.
-        exif: ``apply`` if images were turned upright by their EXIF orientation; ``ignore`` if not, and for copied
-            latents.
-        frames: Number of frames of clips; 1 for images.
-        fps: Frames per second of clips.
-    """
-
-    origin: str
-    vae: str | None
-    vae_dtype: str | None
-    latent_space: LatentSpace
-    posterior: str | None
-    seed: int
-    dtype: CacheDtype
-    size: tuple[int, int] | None
-    buckets: tuple[tuple[int, int], ...] | None
-    resize: str | None
-    cross_bucket: str
-    min_pixels: int
-    batch_size: int
-    images_per_shard: int
-    text: TextSpec | None = None
-    exif: ExifOrientation = "ignore"
-    frames: int = 1
-    fps: float = FPS
+    origin: str  # ``vae`` for images encoded by this program; else the published cache that was copied
+    vae: str | None  # see :func:`latentreward.encoders.fingerprint.vae_fingerprint`; None for copied latents
+    vae_dtype: str | None  # dtype that the VAE ran in; None for copied latents
+    latent_space: LatentSpace  # space of the latents
+    posterior: str | None  # whether latents are a sample or the mode of the VAE's posterior; None for copied latents
+    seed: int  # seed of the posterior samples
+    dtype: CacheDtype  # dtype in which latents and embeddings are stored
+    size: tuple[int, int] | None  # (height, width) in pixels that all images are resized to; None with buckets
+    buckets: tuple[tuple[int, int], ...] | None  # (height, width) in pixels of each bucket; None with one size
+    resize: str | None  # resize method, see ``latentreward.data.images.PixelLoader``; None for copied latents
+    cross_bucket: str  # treatment of a pair of two buckets, see :class:`~latentreward.cache.sizing.ImageSettings`
+    min_pixels: int  # smallest number of pixels of an image; pairs with a smaller image are left out
+    batch_size: int  # number of images encoded together
+    images_per_shard: int  # largest number of images in a shard
+    text: TextSpec | None = None  # settings of the text embeddings; None if prompts are not cached
+    exif: ExifOrientation = "ignore"  # whether images were turned upright; ``ignore`` for copied latents
+    frames: int = 1  # number of frames of clips; 1 for images
+    fps: float = FPS  # frames per second of clips
 
     @property
     def hash(self) -> str:
@@ -212,27 +176,16 @@ class CacheSpec:
 
 @dataclass(frozen=True)
 class CachePlan:
-    """Content of ``plan.json``.
+    """Content of ``plan.json``."""
 
-    Attributes:
-        spec: Settings of the cache.
-        data: Description of the reader, see :func:`latentreward.cache.plan.describe_data`.
-        tables: SHA-256 of each table's file.
-        pairs: Number of pairs kept.
-        images: Number of images to cache; an image cached in two buckets counts twice.
-        prompts: Number of distinct prompts, including the empty prompt if embeddings are cached.
-        dropped: Number of pairs left out in planning, by reason.
-        version: Version of the cache format.
-    """
-
-    spec: CacheSpec
-    data: dict[str, Any]
-    tables: dict[str, str]
-    pairs: int
-    images: int
-    prompts: int
-    dropped: dict[str, int] = field(default_factory=dict)
-    version: int = VERSION
+    spec: CacheSpec  # settings of the cache
+    data: dict[str, Any]  # description of the reader, see :func:`latentreward.cache.plan.describe_data`
+    tables: dict[str, str]  # SHA-256 of each table's file
+    pairs: int  # number of pairs kept
+    images: int  # number of images to cache; an image cached in two buckets counts twice
+    prompts: int  # number of distinct prompts, including the empty prompt if embeddings are cached
+    dropped: dict[str, int] = field(default_factory=dict)  # number of pairs left out in planning, by reason
+    version: int = VERSION  # version of the cache format
 
     @property
     def hash(self) -> str:
@@ -254,22 +207,13 @@ class CachePlan:
 
 @dataclass(frozen=True)
 class ShardManifest:
-    """Content of the JSON file beside a shard.
+    """Content of the JSON file beside a shard."""
 
-    Attributes:
-        count: Number of rows in the shard.
-        sha256: SHA-256 of the shard's file.
-        spec_hash: Hash of the settings.
-        plan_hash: Hash of the plan.
-        unreadable: Index of a row in the shard → why its image could not be read. Such rows hold zeros, and readers
-            leave out their pairs.
-    """
-
-    count: int
-    sha256: str
-    spec_hash: str
-    plan_hash: str
-    unreadable: dict[int, str] = field(default_factory=dict)
+    count: int  # number of rows in the shard
+    sha256: str  # SHA-256 of the shard's file
+    spec_hash: str  # hash of the settings
+    plan_hash: str  # hash of the plan
+    unreadable: dict[int, str] = field(default_factory=dict)  # row, which holds zeros → why not read
 
     def to_json(self) -> str:
         """Return the text of the manifest's file."""

@@ -23,21 +23,13 @@ REMEDY = "replace the file, or set the reader's on_error to skip"
 
 @dataclass(frozen=True)
 class ScannedRow:
-    """Pair in one row of a reader, with the sizes of its images but without their contents.
+    """Pair in one row of a reader, with the sizes of its images but without their contents."""
 
-    Attributes:
-        number: Index of the row in the reader.
-        pair: Pair whose images have keys but no contents.
-        marks: Checksums of the paths or bytes of the two images, by which two images of one key are noticed.
-        sizes: Height and width in pixels of the two images; None if sizes are not needed, or if there is a problem.
-        problem: Why the row has to be left out; None if it can be cached.
-    """
-
-    number: int
-    pair: PreferencePair
-    marks: tuple[int, int]
-    sizes: tuple[Bucket, Bucket] | None = None
-    problem: str | None = None
+    number: int  # index of the row in the reader
+    pair: PreferencePair  # pair whose images have keys but no contents
+    marks: tuple[int, int]  # checksums of the paths or bytes of the two images, to notice two images of one key
+    sizes: tuple[Bucket, Bucket] | None = None  # in pixels; None if not needed, or with a problem
+    problem: str | None = None  # why the row has to be left out; None if it can be cached
 
 
 class RowScan(Dataset[ScannedRow]):

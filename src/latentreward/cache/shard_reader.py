@@ -28,21 +28,13 @@ REMEDY = "run `latentreward cache --check` on the cache"
 
 @dataclass(frozen=True)
 class TensorBlock:
-    """One tensor of a safetensors file: N rows of one shape, one after the other.
+    """One tensor of a safetensors file: N rows of one shape, one after the other."""
 
-    Attributes:
-        dtype: Dtype of the elements.
-        rows: Number of rows N.
-        shape: Shape of one row.
-        offset: Bytes from the start of the file to row 0.
-        row_bytes: Bytes of one row.
-    """
-
-    dtype: torch.dtype
-    rows: int
-    shape: tuple[int, ...]
-    offset: int
-    row_bytes: int
+    dtype: torch.dtype  # dtype of the elements
+    rows: int  # number of rows N
+    shape: tuple[int, ...]  # shape of one row
+    offset: int  # bytes from the start of the file to row 0
+    row_bytes: int  # bytes of one row
 
 
 def read_header(path: Path) -> dict[str, TensorBlock]:

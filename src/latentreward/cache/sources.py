@@ -27,23 +27,14 @@ CLIP = {"text_encoder": "CLIPTextModel", "text_encoder_2": "CLIPTextModelWithPro
 
 @dataclass(frozen=True)
 class Encoders:
-    """Encoders of images and prompts, on the CPU, with their records for the cache's settings (:class:`CacheSpec`).
+    """Encoders of images and prompts, on the CPU, with their records for the cache's settings (:class:`CacheSpec`)."""
 
-    Attributes:
-        space: Space of the latents.
-        side_multiple: Number of pixels of which both sides of an image must be multiples.
-        vae: VAE; None if the reader already holds latents.
-        vae_fingerprint: Fingerprint of the VAE; None without a VAE.
-        text: Text encoder; None if prompts are not cached.
-        text_spec: Settings of the text embeddings; None if prompts are not cached.
-    """
-
-    space: LatentSpace
-    side_multiple: int
-    vae: LatentEncoder | None = None
-    vae_fingerprint: str | None = None
-    text: PromptEncoder | None = None
-    text_spec: TextSpec | None = None
+    space: LatentSpace  # space of the latents
+    side_multiple: int  # number of pixels of which both sides of an image must be multiples
+    vae: LatentEncoder | None = None  # VAE; None if the reader already holds latents
+    vae_fingerprint: str | None = None  # fingerprint of the VAE; None without a VAE
+    text: PromptEncoder | None = None  # text encoder; None if prompts are not cached
+    text_spec: TextSpec | None = None  # settings of the text embeddings; None if prompts are not cached
 
 
 class LatentSource(ABC):

@@ -30,15 +30,10 @@ ITEMS = {"latents": "image", "text": "prompt"}
 
 @dataclass(frozen=True)
 class Need:
-    """Bytes of the shards that are not written yet.
+    """Bytes of the shards that are not written yet."""
 
-    Attributes:
-        counts: Number of images, under ``latents``, and of prompts, under ``text``.
-        sizes: Bytes of their latents and embeddings.
-    """
-
-    counts: Mapping[str, int]
-    sizes: Mapping[str, int]
+    counts: Mapping[str, int]  # number of images, under ``latents``, and of prompts, under ``text``
+    sizes: Mapping[str, int]  # bytes of their latents and embeddings
 
     @property
     def total(self) -> int:

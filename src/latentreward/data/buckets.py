@@ -11,15 +11,10 @@ ASPECT_TOLERANCE = 0.03
 
 
 class Bucket(NamedTuple):
-    """An image size in pixels.
+    """An image size in pixels."""
 
-    Attributes:
-        height: Pixels, positive.
-        width: Pixels, positive.
-    """
-
-    height: int
-    width: int
+    height: int  # pixels, positive
+    width: int  # pixels, positive
 
     @property
     def area(self) -> int:

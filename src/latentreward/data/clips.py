@@ -43,17 +43,11 @@ NOTHING = "none"
 
 
 class Clip(NamedTuple):
-    """Frames of a clip.
+    """Frames of a clip."""
 
-    Attributes:
-        pixels: ``(3, F, H, W)``, float32 in [-1, 1].
-        size: Height and width of the first frame before resizing.
-        unused: Number of frames, at the wanted number per second, that follow the frames taken.
-    """
-
-    pixels: Tensor
-    size: tuple[int, int]
-    unused: int
+    pixels: Tensor  # ``(3, F, H, W)``, float32 in [-1, 1]
+    size: tuple[int, int]  # height and width of the first frame before resizing
+    unused: int  # number of frames, at the wanted number per second, that follow the frames taken
 
 
 class Frame(NamedTuple):

@@ -28,32 +28,20 @@ REMEDY = {
 
 @dataclass(frozen=True)
 class LoadedPair:
-    """A preference pair with its decoded pixels.
+    """A preference pair with its decoded pixels."""
 
-    Attributes:
-        pair: Record that the reader returned.
-        pixels_a: Pixels of image a, ``(3, H, W)``, or of clip a, ``(3, F, H, W)``; float32 in [-1, 1].
-        pixels_b: Pixels of image or clip b.
-        targets: ``(2, T, K)`` given values of images a and b, see :meth:`ScoreTargets.values`; None if there are none.
-    """
-
-    pair: PreferencePair
-    pixels_a: Tensor
-    pixels_b: Tensor
-    targets: Tensor | None = None
+    pair: PreferencePair  # record that the reader returned
+    pixels_a: Tensor  # Pixels of image a, ``(3, H, W)``, or of clip a, ``(3, F, H, W)``; float32 in [-1, 1]
+    pixels_b: Tensor  # Pixels of image or clip b
+    targets: Tensor | None = None  # ``(2, T, K)`` given values, see :meth:`ScoreTargets.values`; None if there are none
 
 
 @dataclass(frozen=True)
 class SkippedPair:
-    """Marker for a pair with an unreadable image; ``collate_pairs`` leaves the pair out of the batch.
+    """Marker for a pair with an unreadable image; ``collate_pairs`` leaves the pair out of the batch."""
 
-    Attributes:
-        pair_id: Name of the pair.
-        problem: Description of the problem, in one line.
-    """
-
-    pair_id: str
-    problem: str
+    pair_id: str  # name of the pair
+    problem: str  # description of the problem, in one line
 
 
 class PairDataset(Dataset[LoadedPair | SkippedPair]):

@@ -33,23 +33,14 @@ LONG_PROMPT = "prompt too long"
 
 @dataclass(frozen=True, slots=True)
 class ListedImage:
-    """An image with its prompt, as a folder or a list gives it; not opened yet.
+    """An image with its prompt, as a folder or a list gives it; not opened yet."""
 
-    Attributes:
-        name: Path of the image below the folder, or as written in the list; empty if the list's row has no path.
-        prompt: Raw text.
-        path: Path of the image file; empty if the row has none.
-        root: Folder that ``path`` must lie in after links are followed; empty for no such limit.
-        problem: Reason why the row cannot be used, in short words without values; None if no problem is known.
-        detail: The problem with its line number and value.
-    """
-
-    name: str
-    prompt: str = ""
-    path: str = ""
-    root: str = ""
-    problem: str | None = None
-    detail: str = ""
+    name: str  # path of the image below the folder, or as written in the list; empty if the list's row has no path
+    prompt: str = ""  # raw text
+    path: str = ""  # path of the image file; empty if the row has none
+    root: str = ""  # folder that ``path`` must lie in after links are followed; empty for no such limit
+    problem: str | None = None  # reason why the row cannot be used, without values; None if no problem is known
+    detail: str = ""  # the problem with its line number and value
 
     def ref(self) -> ImageRef:
         """Return a reference to the image file, for decoding."""
@@ -58,17 +49,11 @@ class ListedImage:
 
 @dataclass(frozen=True)
 class ImageList:
-    """Images of one source, in the source's order.
+    """Images of one source, in the source's order."""
 
-    Attributes:
-        source: Folder, pattern or list, as the user wrote it.
-        rows: One entry per image file or per line of a list; duplicates are kept.
-        remarks: Problems that belong to no row, e.g. a table's line about a missing picture.
-    """
-
-    source: str
-    rows: tuple[ListedImage, ...]
-    remarks: tuple[str, ...] = ()
+    source: str  # folder, pattern or list, as the user wrote it
+    rows: tuple[ListedImage, ...]  # one entry per image file or per line of a list; duplicates are kept
+    remarks: tuple[str, ...] = ()  # problems that belong to no row, e.g. a table's line about a missing picture
 
 
 def read_images(

@@ -174,19 +174,12 @@ def convert_image(
 
 
 class ImageHeader(NamedTuple):
-    """Size and properties of an image, read from its header.
+    """Size and properties of an image, read from its header."""
 
-    Attributes:
-        height: Height in pixels after decoding, thus after an EXIF orientation that is applied.
-        width: Width in pixels after decoding.
-        rotated: Whether the image has an EXIF orientation other than upright.
-        oddities: Changes that decoding makes beside the orientation: ``ALPHA``, ``DEEP`` or ``CMYK``.
-    """
-
-    height: int
-    width: int
-    rotated: bool
-    oddities: tuple[str, ...]
+    height: int  # height in pixels after decoding, thus after an EXIF orientation that is applied
+    width: int  # width in pixels after decoding
+    rotated: bool  # whether the image has an EXIF orientation other than upright
+    oddities: tuple[str, ...]  # changes that decoding makes beside the orientation: ``ALPHA``, ``DEEP`` or ``CMYK``
 
 
 def read_header(image: ImageRef, max_pixels: int = MAX_PIXELS, exif: ExifOrientation = "ignore") -> ImageHeader:

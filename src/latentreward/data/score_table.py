@@ -27,17 +27,11 @@ CONTRADICTED = f"{FLAG} contradicts the label"
 
 @dataclass(frozen=True)
 class PairGaps:
-    """Score gaps of N pairs: score of the winner minus score of the loser; for ties the absolute difference.
+    """Score gaps of N pairs: score of the winner minus score of the loser; for ties the absolute difference."""
 
-    Attributes:
-        decided: ``(N,)`` bool; true where one image won, false for ties and unlabelled pairs.
-        values: Scorer → ``(N,)`` float64 gaps in the scorer's unit; NaN where a score is missing.
-        problems: Reason → ``(N,)`` bool; true for pairs that have no usable gap for this reason.
-    """
-
-    decided: np.ndarray
-    values: Mapping[str, np.ndarray]
-    problems: Mapping[str, np.ndarray] = field(default_factory=dict)
+    decided: np.ndarray  # ``(N,)`` bool; true where one image won, false for ties and unlabelled pairs
+    values: Mapping[str, np.ndarray]  # scorer → ``(N,)`` float64 gaps in its unit; NaN where a score is missing
+    problems: Mapping[str, np.ndarray] = field(default_factory=dict)  # reason → ``(N,)`` bool: without usable gap
 
     def __len__(self) -> int:
         """Return the number of pairs."""

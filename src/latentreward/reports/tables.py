@@ -24,19 +24,12 @@ Column = tuple[str, str | Callable[[Row], str]]
 
 @dataclass(frozen=True)
 class Table:
-    """A table whose cells are text.
+    """A table whose cells are text."""
 
-    Attributes:
-        columns: Headings of the columns.
-        rows: Rows with one cell per column.
-        notes: What the table shows, written above it; may be empty.
-        theirs: Whether the numbers were measured by others, such as the authors of a paper.
-    """
-
-    columns: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
-    notes: str = ""
-    theirs: bool = False
+    columns: tuple[str, ...]  # headings of the columns
+    rows: tuple[tuple[str, ...], ...]  # rows with one cell per column
+    notes: str = ""  # what the table shows, written above it; may be empty
+    theirs: bool = False  # whether the numbers were measured by others, such as the authors of a paper
 
     @classmethod
     def of(cls, rows: Iterable[Row], *columns: Column, notes: str = "", theirs: bool = False) -> Table:
@@ -47,21 +40,13 @@ class Table:
 
 @dataclass(frozen=True)
 class Section:
-    """A section of a report.
+    """A section of a report."""
 
-    Attributes:
-        title: Heading.
-        text: Explanation of the section's numbers; may be empty.
-        tables: Tables of the section.
-        figures: Figures of the HTML page, each with a sentence of alternative text.
-        cards: Pictures that the HTML page shows in place of the tables: heading → values for the template.
-    """
-
-    title: str
-    text: str
-    tables: Sequence[Table]
-    figures: Sequence[tuple[Figure, str]] = ()
-    cards: Mapping[str, Sequence[Any]] | None = None
+    title: str  # heading
+    text: str  # explanation of the section's numbers; may be empty
+    tables: Sequence[Table]  # tables of the section
+    figures: Sequence[tuple[Figure, str]] = ()  # figures of the HTML page, each with a sentence of alternative text
+    cards: Mapping[str, Sequence[Any]] | None = None  # pictures in place of tables: heading → values
 
 
 def cell(value: Any) -> str:

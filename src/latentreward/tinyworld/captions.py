@@ -21,25 +21,15 @@ KIND_SHARES = {"size": 0.25, "position": 0.25, "relation": 0.35, "two": 0.15}
 
 @dataclass(frozen=True)
 class Caption:
-    """Attributes of the picture that a caption asks for.
+    """Attributes of the picture that a caption asks for."""
 
-    Attributes:
-        kind: One of ``size``, ``position``, ``relation``, ``two``.
-        color: Colour of the (first) shape.
-        shape: Name of the (first) shape.
-        background: Name of the background.
-        detail: Size, position or relation, depending on ``kind``; empty for ``two``.
-        other_color: Colour of the second shape of a ``relation``; empty for other kinds.
-        other_shape: Name of the second shape of a ``relation``; empty for other kinds.
-    """
-
-    kind: str
-    color: str
-    shape: str
-    background: str
-    detail: str = ""
-    other_color: str = ""
-    other_shape: str = ""
+    kind: str  # one of ``size``, ``position``, ``relation``, ``two``
+    color: str  # colour of the (first) shape
+    shape: str  # name of the (first) shape
+    background: str  # name of the background
+    detail: str = ""  # size, position or relation, depending on ``kind``; empty for ``two``
+    other_color: str = ""  # colour of the second shape of a ``relation``; empty for other kinds
+    other_shape: str = ""  # name of the second shape of a ``relation``; empty for other kinds
 
     @property
     def text(self) -> str:

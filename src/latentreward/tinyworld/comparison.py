@@ -18,19 +18,12 @@ SIDE = 128
 
 @dataclass(frozen=True)
 class Judged:
-    """Pictures of held-out captions, one per caption, with the judge's verdicts.
+    """Pictures of held-out captions, one per caption, with the judge's verdicts."""
 
-    Attributes:
-        captions: N captions.
-        pictures: ``(N, 32, 32, 3)`` uint8.
-        utility: ``(N,)`` utilities by the judge (:mod:`latentreward.tinyworld.oracle`), 0 to 6.
-        verdict: Means over the pictures of ``alignment``, ``all_right``, ``quality`` and ``utility``.
-    """
-
-    captions: list[str]
-    pictures: np.ndarray
-    utility: np.ndarray
-    verdict: dict[str, float]
+    captions: list[str]  # n captions
+    pictures: np.ndarray  # ``(N, 32, 32, 3)`` uint8
+    utility: np.ndarray  # ``(N,)`` utilities by the judge (:mod:`latentreward.tinyworld.oracle`), 0 to 6
+    verdict: dict[str, float]  # means over the pictures of ``alignment``, ``all_right``, ``quality`` and ``utility``
 
 
 def judge_policy(pipeline: str, lora: Path | None, guidance_scale: float) -> Judged:

@@ -40,19 +40,12 @@ AREA_FACTORS = {shape: float(shape_coverage(shape, 16, 16, 10).sum()) / 100 for 
 
 @dataclass(frozen=True)
 class Verdict:
-    """Judgement of a picture for a caption.
+    """Judgement of a picture for a caption."""
 
-    Attributes:
-        alignment: Share of the caption's attributes that the picture gets right, in [0, 1].
-        all_right: Whether the picture gets all attributes right.
-        quality: 1 minus a weighted sum of the defects (low contrast, background gradient, blobs), in [0, 1].
-        utility: ``4 * alignment + 2 * quality``.
-    """
-
-    alignment: float
-    all_right: bool
-    quality: float
-    utility: float
+    alignment: float  # share of the caption's attributes that the picture gets right, in [0, 1]
+    all_right: bool  # whether the picture gets all attributes right
+    quality: float  # 1 minus a weighted sum of the defects (low contrast, background gradient, blobs), in [0, 1]
+    utility: float  # ``4 * alignment + 2 * quality``
 
 
 def judge(picture: np.ndarray | Image.Image, caption: str) -> Verdict:

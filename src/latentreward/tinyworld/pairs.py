@@ -25,21 +25,13 @@ GENERATED_GAP = 0.3
 
 @dataclass(frozen=True)
 class Picture:
-    """An encoded picture.
+    """An encoded picture."""
 
-    Attributes:
-        uid: UUID of the picture, the same in all pairs with the picture.
-        jpeg: JPEG bytes.
-        model: Name of the generator: ``drawn``, ``sd_tiny`` or ``sd35_tiny``.
-        alignment: Share of the pair's caption's attributes that the picture gets right, in [0, 1].
-        quality: Quality in [0, 1].
-    """
-
-    uid: str
-    jpeg: bytes
-    model: str
-    alignment: float
-    quality: float
+    uid: str  # UUID of the picture, the same in all pairs with the picture
+    jpeg: bytes  # JPEG bytes
+    model: str  # name of the generator: ``drawn``, ``sd_tiny`` or ``sd35_tiny``
+    alignment: float  # share of the pair's caption's attributes that the picture gets right, in [0, 1]
+    quality: float  # quality in [0, 1]
 
     @property
     def utility(self) -> float:

@@ -36,19 +36,12 @@ class Blob:
 
 @dataclass(frozen=True)
 class Nuisances:
-    """Defects that lower the quality of a picture.
+    """Defects that lower the quality of a picture."""
 
-    Attributes:
-        contrast: Strength of the loss of contrast, in [0, 1].
-        gradient: Strength of the background gradient, in [0, 1].
-        angle: Direction of the gradient in radians.
-        blobs: Dots that no caption asks for.
-    """
-
-    contrast: float = 0.0
-    gradient: float = 0.0
-    angle: float = 0.0
-    blobs: tuple[Blob, ...] = ()
+    contrast: float = 0.0  # strength of the loss of contrast, in [0, 1]
+    gradient: float = 0.0  # strength of the background gradient, in [0, 1]
+    angle: float = 0.0  # direction of the gradient in radians
+    blobs: tuple[Blob, ...] = ()  # dots that no caption asks for
 
     @property
     def quality(self) -> float:

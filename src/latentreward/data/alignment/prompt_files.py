@@ -29,17 +29,11 @@ Row = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class PromptRow:
-    """One prompt of a set.
+    """One prompt of a set."""
 
-    Attributes:
-        prompt: Raw text.
-        group: Kind of prompt; evaluation reports results by group. Empty if the file has none.
-        fields: Whole row of the file, which GenEval's own program needs; empty for a line of text.
-    """
-
-    prompt: str
-    group: str = ""
-    fields: Row = field(default_factory=dict)
+    prompt: str  # raw text
+    group: str = ""  # kind of prompt; evaluation reports results by group. Empty if the file has none
+    fields: Row = field(default_factory=dict)  # whole row, for GenEval's own program; empty for a line of text
 
 
 def read_prompts(path: str, setting: str = "data.prompts", max_prompt_chars: int = MAX_PROMPT_CHARS) -> tuple[str, ...]:

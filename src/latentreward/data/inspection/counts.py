@@ -87,20 +87,13 @@ class Leakage:
     """Numbers of prompts and images that two splits share.
 
     The keys of the dicts are ``prompts``, ``image names`` and ``image contents``.
-
-    Attributes:
-        first: Name of the first split.
-        second: Name of the second split.
-        shared: Number of distinct prompts, image names and image contents that occur in both splits.
-        first_rows: Number of rows of the first split with a shared prompt, image name or image content.
-        second_rows: Number of rows of the second split with a shared prompt, image name or image content.
     """
 
-    first: str
-    second: str
-    shared: dict[str, int]
-    first_rows: dict[str, int]
-    second_rows: dict[str, int]
+    first: str  # name of the first split
+    second: str  # name of the second split
+    shared: dict[str, int]  # number of distinct prompts, image names and image contents that occur in both splits
+    first_rows: dict[str, int]  # number of rows of the first split with a shared prompt, image name or image content
+    second_rows: dict[str, int]  # number of rows of the second split with a shared prompt, image name or image content
 
 
 class ImageCensus:

@@ -43,29 +43,17 @@ STRATEGIES = (
 
 @dataclass
 class Report:
-    """Results of the inspection of a data set.
+    """Results of the inspection of a data set."""
 
-    Attributes:
-        data: Folder, file or data set that was inspected.
-        splits: Counts of each split.
-        unread: Split → error, for splits whose reader could not be constructed.
-        leakage: Prompts and images that each two splits share.
-        scores: Split → counts over the score table.
-        scores_note: Split → reason why it has no counts over the score table.
-        decoded: Whether images were decoded; otherwise only their headers were read.
-        complete: False if an interrupt ended the inspection early.
-        others: Reader and splits of each format that was also found but not read → flags that read it.
-    """
-
-    data: str
-    splits: list[SplitCounts] = field(default_factory=list)
-    unread: dict[str, str] = field(default_factory=dict)
-    leakage: list[Leakage] = field(default_factory=list)
-    scores: dict[str, ScoreCounts] = field(default_factory=dict)
-    scores_note: dict[str, str] = field(default_factory=dict)
-    decoded: bool = False
-    complete: bool = True
-    others: dict[str, str] = field(default_factory=dict)
+    data: str  # folder, file or data set that was inspected
+    splits: list[SplitCounts] = field(default_factory=list)  # counts of each split
+    unread: dict[str, str] = field(default_factory=dict)  # split → why its reader could not be constructed
+    leakage: list[Leakage] = field(default_factory=list)  # prompts and images that each two splits share
+    scores: dict[str, ScoreCounts] = field(default_factory=dict)  # split → counts over the score table
+    scores_note: dict[str, str] = field(default_factory=dict)  # split → why it has no counts over the score table
+    decoded: bool = False  # whether images were decoded; otherwise only their headers were read
+    complete: bool = True  # false if an interrupt ended the inspection early
+    others: dict[str, str] = field(default_factory=dict)  # other formats found: reader and splits → flags that read it
 
     def to_json(self) -> dict[str, Any]:
         """Return the report as dicts, lists and plain values; image sizes become keys ``HEIGHTxWIDTH``."""

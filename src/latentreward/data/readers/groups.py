@@ -22,21 +22,13 @@ UNRANKED = float("nan")
 
 @dataclass(frozen=True)
 class ImageGroup:
-    """Ranked images of one prompt, in the order of the file.
+    """Ranked images of one prompt, in the order of the file."""
 
-    Attributes:
-        name: Stable name of the group; the ``pair_id`` of each of its pairs begins with this name.
-        prompt: Raw text.
-        images: Path or name by which the reader finds each image; None where the file gives none.
-        ranks: One number per image, the lowest for the best image; NaN leaves the image's pairs unlabelled.
-        group_id: Name of the group in the data set; None if the data set gives none.
-    """
-
-    name: str
-    prompt: str
-    images: Sequence[str | None]
-    ranks: Sequence[float]
-    group_id: str | None = None
+    name: str  # stable name of the group; the ``pair_id`` of each of its pairs begins with this name
+    prompt: str  # raw text
+    images: Sequence[str | None]  # path or name by which the reader finds each image; None where the file gives none
+    ranks: Sequence[float]  # one number per image, the lowest is best; NaN leaves the image's pairs unlabelled
+    group_id: str | None = None  # name of the group in the data set; None if the data set gives none
 
 
 def pair_images(groups: Iterable[ImageGroup], named_by_group: bool = False) -> pa.Table:

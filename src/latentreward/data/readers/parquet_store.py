@@ -31,15 +31,10 @@ KEPT_BYTES = 64 * 2**20
 
 @dataclass(frozen=True)
 class ParquetPart:
-    """One parquet file of a split.
+    """One parquet file of a split."""
 
-    Attributes:
-        name: Published file name; a download cache renames files.
-        path: Path of the file on this machine.
-    """
-
-    name: str
-    path: Path
+    name: str  # published file name; a download cache renames files
+    path: Path  # path of the file on this machine
 
 
 def find_parts(source: str, split: str, revision: str | None = None, config: str | None = None) -> list[ParquetPart]:
