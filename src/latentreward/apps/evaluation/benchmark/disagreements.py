@@ -38,27 +38,22 @@ def most_disputed(scored: Sequence[BenchmarkPairs], count: int) -> list[Row]:
         known = np.nan_to_num(gaps, nan=0.0)
         tells = np.minimum(known.max(axis=0), -known.min(axis=0))
     tells = np.nan_to_num(tells, nan=0.0)
-    rows: dict[str, int] = {}
+    rows: dict[str, Row] = {}
     for row in np.argsort(-tells, kind="stable").tolist():
         if len(rows) == count or tells[row] <= 0:
             break
-        rows.setdefault(first.groups[row], row)
-    return [_disagreement(scored, gaps, row) for row in rows.values()]
-
-
-def _disagreement(scored: Sequence[BenchmarkPairs], gaps: np.ndarray, row: int) -> Row:
-    first = scored[0]
-    label = float(first.labels[row])
-    finite = [(number, pairs) for number, pairs in enumerate(scored) if np.isfinite(gaps[number, row])]
-    return {
-        "benchmark": first.benchmark,
-        "row": row,
-        "pair_id": first.pair_ids[row],
-        "prompt": first.prompts[row],
-        "label": None if np.isnan(label) else label,
-        "scores": {pairs.scorer: (float(pairs.first[row]), float(pairs.second[row])) for _, pairs in finite},
-        "gaps": {pairs.scorer: float(gaps[number, row]) for number, pairs in finite},
-    }
+        finite = [(pairs, gap) for pairs, gap in zip(scored, gaps[:, row].tolist(), strict=True) if np.isfinite(gap)]
+        found = {
+            "benchmark": first.benchmark,
+            "row": row,
+            "pair_id": first.pair_ids[row],
+            "prompt": first.prompts[row],
+            "label": None if np.isnan(first.labels[row]) else float(first.labels[row]),
+            "scores": {pairs.scorer: (float(pairs.first[row]), float(pairs.second[row])) for pairs, _ in finite},
+            "gaps": {pairs.scorer: gap for pairs, gap in finite},
+        }
+        rows.setdefault(first.groups[row], found)
+    return list(rows.values())
 
 
 def disagreement_pictures(telling: Iterable[Row], readers: Mapping[str, PairReader]) -> Pictures:

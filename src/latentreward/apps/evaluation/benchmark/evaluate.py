@@ -1,6 +1,6 @@
 """Computation of everything that a report shows from the tables of scores."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import combinations, permutations
 from typing import Any
 
@@ -206,7 +206,13 @@ def agreement_result(pairs: BenchmarkPairs, others: BenchmarkPairs) -> Row:
     if pairs.pair_ids != others.pair_ids:
         raise InputError(f"{pairs.scorer} and {others.scorer} scored other pairs; score both on the same split")
     alike = same_order(pairs.gap, others.gap)
-    rows = _distinct_images(pairs)
+    rows = np.arange(2 * len(pairs.pair_ids))
+    if pairs.first_images:
+        seen: dict[tuple[str, str], int] = {}
+        images = zip(pairs.first_images + pairs.second_images, pairs.prompts * 2, strict=True)
+        for row, image in enumerate(images):
+            seen.setdefault(image, row)
+        rows = np.fromiter(seen.values(), dtype=np.int64)
     x, y = (np.concatenate([item.first, item.second])[rows] for item in (pairs, others))
     groups = np.tile(pairs.group_codes, 2)[rows]
     return {
@@ -236,27 +242,8 @@ def correlation_results(result: Row, identities: Mapping[str, str]) -> list[Row]
     return found
 
 
-def _distinct_images(pairs: BenchmarkPairs) -> np.ndarray:
-    """Return the index of the first occurrence of every (image, prompt), in all images a followed by all images b."""
-    total = 2 * len(pairs.pair_ids)
-    keys = pairs.first_images + pairs.second_images
-    if len(keys) != total:
-        return np.arange(total)
-    seen: dict[tuple[str, str], int] = {}
-    for index, item in enumerate(zip(keys, pairs.prompts * 2, strict=True)):
-        seen.setdefault(item, index)
-    return np.fromiter(seen.values(), dtype=np.int64)
-
-
 def add_averages(report: BenchmarkReport) -> None:
-    """Add the mean accuracy of every scorer that was evaluated on all four benchmarks, and published ones beside it."""
-    report.averages += _averages(report)
-    if report.averages:
-        report.published += published_for((AVERAGE,))
-
-
-def _averages(report: BenchmarkReport) -> Iterator[Row]:
-    """Yield unweighted means of four accuracies.
+    """Add the mean accuracy of every scorer that was evaluated on all four benchmarks, and published ones beside it.
 
     Intervals assume that the four accuracies are independent: the squared distances of their ends from the accuracies
     are added.
@@ -273,4 +260,6 @@ def _averages(report: BenchmarkReport) -> Iterator[Row]:
             value = values.mean()
             below, above = (np.linalg.norm(ends - values) / len(found) for ends in (lows, highs))
             estimate = Interval(float(value), float(value - below), float(value + above), groups)
-            yield {"scorer": scorer, "estimate": estimate}
+            report.averages.append({"scorer": scorer, "estimate": estimate})
+    if report.averages:
+        report.published += published_for((AVERAGE,))

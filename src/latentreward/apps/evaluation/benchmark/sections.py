@@ -55,6 +55,15 @@ SUBGROUPS = (
     "most 25, report.json holds all. Some sub-groups differ by chance: of twenty intervals, expect one that misses the "
     "true value."
 )
+SCORED = (
+    "Pairs and images that were scored. Pairs with an image that cannot be read are left out of every number. Rows "
+    "left out are rows that break a rule of their file format."
+)
+MODELS = "Models, with the files and settings that determine their scores."
+SETTINGS = (
+    "Settings of the run, and versions of the packages that computed it. Random numbers are seeded: the same settings "
+    "give the same report."
+)
 TELLING = (
     "at most one pair per prompt. A gap is the score of the left image minus that of the right image, in units of the "
     "model's root mean square gap."
@@ -163,14 +172,24 @@ def sections(report: BenchmarkReport, pictures: Pictures | None = None) -> Itera
         tables = [Table.of(report.averages, *columns, notes="Measured in this run"), _published(published[AVERAGE,])]
         yield Section("Mean of four benchmarks", FOUR + PUBLISHED, tables)
     for (protocol, benchmark), rows in grouped(report.protocols, "protocol", "benchmark").items():
-        yield _accuracy(f"{benchmark}: {protocol}", rows, published.get((protocol,), []))
+        theirs, summary = published.get((protocol,), []), PROTOCOLS[protocol].summary
+        text = f"{summary[0].upper()}{summary[1:]}.{PUBLISHED if theirs else ''}"
+        tables = [protocol_table(rows), *([_published(theirs)] if theirs else [])]
+        known = any(math.isfinite(row["estimate"].value) for row in rows)
+        yield Section(f"{benchmark}: {protocol}", text, tables, [accuracy_figure(rows, theirs)] if known else [])
     for name, kind in KINDS.items():
         if rows := getattr(report, name):
             groups = grouped(rows, "benchmark", "protocol").values()
             figures = [kind.figure(same) for same in groups] if kind.figure else []
             yield Section(kind.title, kind.text, [Table.of(rows, *kind.columns)], figures)
     if report.subgroups:
-        yield Section("Sub-groups", SUBGROUPS, list(_subgroups(report)))
+        tables = []
+        by_column = grouped(report.subgroups, "benchmark", "protocol", "column")
+        for (benchmark, protocol, column), results in by_column.items():
+            scorers = map(_of_scorer, dict.fromkeys(result["scorer"] for result in results))
+            rows, notes = _side_by_side(results, "value")[:LARGEST], f"{benchmark}: {protocol} by {column}"
+            tables.append(Table.of(rows, (column, "value"), ("pairs", "pairs"), *scorers, notes=notes))
+        yield Section("Sub-groups", SUBGROUPS, tables)
     yield from _origin(report)
     if report.telling:
         yield _telling(report, pictures or {})
@@ -187,27 +206,10 @@ def protocol_table(results: Sequence[Row]) -> Table:
     )
 
 
-def _accuracy(title: str, results: Sequence[Row], theirs: Sequence[Row]) -> Section:
-    summary = PROTOCOLS[results[0]["protocol"]].summary
-    text = f"{summary[0].upper()}{summary[1:]}.{PUBLISHED if theirs else ''}"
-    known = any(math.isfinite(result["estimate"].value) for result in results)
-    tables = [protocol_table(results), *([_published(theirs)] if theirs else [])]
-    return Section(title, text, tables, [accuracy_figure(results, theirs)] if known else [])
-
-
 def _published(theirs: Sequence[Row]) -> Table:
     accuracy: Column = ("accuracy %", lambda row: percent(row["value"]))
     columns = ("model", "model"), accuracy, ("source", "source")
     return Table.of(theirs, *columns, notes="Published by others", theirs=True)
-
-
-def _subgroups(report: BenchmarkReport) -> Iterator[Table]:
-    """Yield a table for each protocol and column of sub-groups: a row per sub-group, a column per model."""
-    for (benchmark, protocol, column), results in grouped(report.subgroups, "benchmark", "protocol", "column").items():
-        scorers = dict.fromkeys(result["scorer"] for result in results)
-        rows = _side_by_side(results, "value")[:LARGEST]
-        notes = f"{benchmark}: {protocol} by {column}"
-        yield Table.of(rows, (column, "value"), ("pairs", "pairs"), *map(_of_scorer, scorers), notes=notes)
 
 
 def _side_by_side(results: Sequence[Row], *keys: str) -> list[Row]:
@@ -227,11 +229,6 @@ def _of_scorer(scorer: str) -> Column:
 
 
 def _origin(report: BenchmarkReport) -> Iterator[Section]:
-    """Yield the sections on data, models and settings."""
-    text = (
-        "Pairs and images that were scored. Pairs with an image that cannot be read are left out of every number. Rows "
-        "left out are rows that break a rule of their file format."
-    )
     counts = Table.of(
         [{"benchmark": name, **counts} for name, counts in report.data.items()],
         DATA,
@@ -239,16 +236,11 @@ def _origin(report: BenchmarkReport) -> Iterator[Section]:
         *(("prompts", "prompts"), ("images", "images"), ("unreadable images", "unreadable_images")),
         *(("pairs without image", "pairs_without_an_image"), ("rows left out", "rows_left_out_by_the_reader")),
     )
-    yield Section("Data", text, [counts])
-    text = "Models, with the files and settings that determine their scores."
     models = tuple((name, without_unset(identity)) for name, identity in report.scorers.items())
-    yield Section("Models", text, [Table(("model", "what it is"), models)])
-    text = (
-        "Settings of the run, and versions of the packages that computed it. Random numbers are seeded: the same "
-        "settings give the same report."
-    )
     settings = tuple((name, str(value)) for name, value in report.settings.items())
-    yield Section("Settings and versions", text, [Table(("setting", "value"), settings)])
+    yield Section("Data", SCORED, [counts])
+    yield Section("Models", MODELS, [Table(("model", "what it is"), models)])
+    yield Section("Settings and versions", SETTINGS, [Table(("setting", "value"), settings)])
 
 
 def _telling(report: BenchmarkReport, pictures: Pictures) -> Section:
