@@ -169,6 +169,17 @@ def finish(arguments: Sequence[str], timeout: float = 120, **options: Any) -> Fo
     return process
 
 
+def kill_after_parts(arguments: Sequence[str], parts: Path, count: int = 2, **options: Any) -> None:
+    """Start ``latentreward`` and kill it by SIGKILL as soon as so many parts of a table lie in the folder ``parts``."""
+    process = start(arguments, **options)
+    deadline = time.monotonic() + 600
+    while len([*parts.glob("rows_*.parquet")]) < count and time.monotonic() < deadline:
+        assert process.poll() is None, "ended before it could be killed"
+        time.sleep(0.02)
+    process.kill()
+    process.wait()
+
+
 def on_ranks(
     target: str,
     arguments: Sequence[Any],

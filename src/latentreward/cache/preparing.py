@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING
 from latentreward.cache.check import Shard, read_shards, shard_states, table_problems
 from latentreward.cache.layout import PLAN, SCHEMAS, CachePlan, CacheSpec, manifest_name, read_plan
 from latentreward.cache.plan import check_same, write_plan
-from latentreward.cache.shard_writer import KEPT, remove_temporary
+from latentreward.cache.shard_writer import KEPT
 from latentreward.cache.sizing import ImageSettings
 from latentreward.cache.space import check_space, need_of
 from latentreward.data.readers import PairReader
 from latentreward.errors import InputError
-from latentreward.storage.durable import contents, write_errors_named
+from latentreward.storage.durable import contents, remove_temporary, write_errors_named
 
 if TYPE_CHECKING:
     from latentreward.encoders.prompts import PromptEncoder

@@ -11,19 +11,12 @@ import torch
 from torch import Tensor
 
 from latentreward.cache.layout import PROMPT_LENGTHS
-from latentreward.storage.durable import TEMPORARY_NAME, replacing
+from latentreward.storage.durable import replacing
 
 KEPT = "finished shards are kept: free some space and resume with the same command"
 """End of the error message on a full disk."""
 DTYPE_NAMES = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32", torch.int32: "I32"}
 """Names of the dtypes in a safetensors header."""
-
-
-def remove_temporary(folder: Path) -> None:
-    """Delete unfinished files of killed runs."""
-    for path in folder.rglob("*"):
-        if TEMPORARY_NAME.fullmatch(path.name):
-            path.unlink(missing_ok=True)
 
 
 def stored_dtype(name: str, dtype: torch.dtype) -> torch.dtype:

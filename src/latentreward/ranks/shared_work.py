@@ -23,7 +23,8 @@ from latentreward.errors import InputError, first_line, one_line
 from latentreward.interrupts import Terminated, take_started_ranks
 from latentreward.ranks.processes import bind_to_parent, forget_children, is_child, trainer_errors
 from latentreward.ranks.settings import TrainerSettings
-from latentreward.storage.durable import discard
+from latentreward.storage.durable import discard, remove_temporary
+from latentreward.storage.locks import locked
 from latentreward.storage.shards import ShardFolder, ShardList, left_over
 
 if TYPE_CHECKING:
@@ -51,10 +52,10 @@ Task = Callable[[Sequence[Shard]], Callable[[Shard], Result]]
 class SharedWork:
     """Work of one command that is shared by several processes; a context manager around the work.
 
-    Every process calls :meth:`join`. The first process then checks the input, holds the lock of the output, calls
-    :meth:`run` for each list of shards, and writes the output. Every other process calls :meth:`serve`, which does
-    shards. If a process is killed, another one does its unfinished shard again. An error in one process ends all.
-    Without ``trainer``, this process does all shards.
+    Every process calls :meth:`join`, in which all but the first one do shards. The first process then checks the input,
+    holds the lock of the output, calls :meth:`run` for each list of shards, and writes the output. If a process is
+    killed, another one does its unfinished shard again. An error in one process ends all. Without ``trainer``, this
+    process does all shards.
 
     Args:
         trainer: Settings of the processes; None for one process.
@@ -79,6 +80,8 @@ class SharedWork:
         self._run_name: str | None = None
         self._launched = self._outside = False
         self._started: list[Popen[bytes]] = []
+        self._output: Path | None = None
+        self._ran = False
         self._threads = torch.get_num_threads()
         if trainer is None:
             _refuse_torchrun()
@@ -120,36 +123,48 @@ class SharedWork:
                 self._tell(error)
         finally:
             self._end_children(kill=error is not None)
+            if error is not None and self._ran and self._output is not None and self._output.is_dir():
+                # A killed process leaves the file that it was writing, at its full size.
+                with suppress(InputError), locked(self._output, "output"):
+                    remove_temporary(self._output)
             if self._shared is not None:
                 self._shared.leave()
             if self._fabric is not None:
                 forget_children()
                 torch.set_num_threads(self._threads)
 
-    def join(self, tasks: Mapping[str, Task], settings: Mapping[str, Any]) -> None:
+    def join(self, tasks: Mapping[str, Task], settings: Mapping[str, Any], output: Path | None = None) -> bool:
         """Set the tasks of this process, and compare its settings with those of the first process.
+
+        Every other process than the first one then does shards, until the first process ends the work.
 
         Args:
             tasks: Function of each task by its name. It is called when this process begins its first shard of a list.
             settings: Settings on which the results depend, and fingerprints of files; JSON must be able to hold them.
+            output: Folder that the tasks write to. After an error, unfinished files of killed processes are removed
+                there, unless another command holds its lock by then.
+
+        Returns:
+            Whether this is the first process, which goes on; any other one has nothing left to do.
 
         Raises:
             InputError: On another process than the first one, if its settings or files differ from those of the first.
         """
         first, own = self._settings, json.loads(json.dumps(settings))
-        self._tasks, self._settings = {**tasks}, own
+        self._tasks, self._settings, self._output = {**tasks}, own, output
         if self._shared is not None and (names := [one for one in {**first, **own} if first.get(one) != own.get(one)]):
             raise InputError(
                 f"{', '.join(names)}: not as in the first process; give all processes the same command, and do not "
                 "change its files until the end"
             )
 
-    def serve(self) -> None:
-        """Do shards until the first process ends the work; for every other process."""
+        if self.first:
+            return True
         if self._run_name is None:
             sys.exit(2)  # the first process prints the error
         while self._shared is not None and (todo := self._shared.next(self._check)) is not None:
             self._do_shards(todo, lambda shard: None)
+        return False
 
     def run(
         self,
@@ -169,6 +184,7 @@ class SharedWork:
         """
         if not shards:
             return
+        self._ran = True
         if self.size == 1:
             work = self._tasks[task](shards)
             for shard in shards:

@@ -68,6 +68,13 @@ def write_file(target: Path, content: str | bytes, kept: str = KEPT) -> None:
         partial.write_bytes(content.encode(errors="replace") if isinstance(content, str) else content)
 
 
+def remove_temporary(folder: Path) -> None:
+    """Delete unfinished files of killed runs."""
+    for path in folder.rglob("*"):
+        if TEMPORARY_NAME.fullmatch(path.name):
+            path.unlink(missing_ok=True)
+
+
 @contextmanager
 def write_errors_named(path: Path, kept: str = KEPT) -> Iterator[None]:
     """Turn errors from a full disk or a path that cannot be written to into one line that names ``path``.

@@ -4,9 +4,7 @@ import json
 import os
 import re
 import shutil
-import signal
 import sys
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +17,7 @@ from latentreward.apps.evaluation.benchmark.results import BenchmarkReport
 from latentreward.cli import main
 from tests.formats.conftest import COMMITTED
 from tests.marks import rotated_after
-from tests.processes import start
+from tests.processes import kill_after_parts
 from tests.rewards.stored import write_run
 from tests.scorers.tiny_clip import write_aesthetic, write_clip
 
@@ -378,14 +376,9 @@ def test_a_killed_run_goes_on_and_reports_the_same(here: Path) -> None:
     Path("calls.txt").unlink()
     Path("out").rename("whole")
 
-    process = start(["benchmark", "out", "--config=settings.yaml"], environment={"SECONDS_PER_CALL": "0.5"})
     parts = Path("out/scores/hpdv2_test/luminance.parquet.parts")
-    deadline = time.monotonic() + 600
-    while len(list(parts.glob("rows_*.parquet"))) < 2 and time.monotonic() < deadline:
-        assert process.poll() is None, "ended before it could be killed"
-        time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    slow = {"SECONDS_PER_CALL": "0.5"}
+    kill_after_parts(["benchmark", "out", "--config=settings.yaml"], parts, environment=slow)
     assert not Path("out/report.json").exists()
 
     run(**options)

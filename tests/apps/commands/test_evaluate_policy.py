@@ -51,13 +51,6 @@ RED = f"--scorers=[{toy()}]"
 
 
 @pytest.fixture
-def prompts(tmp_path: Path) -> Path:
-    path = tmp_path / "prompts.txt"
-    path.write_text("\n".join(PROMPTS), encoding="utf-8")
-    return path
-
-
-@pytest.fixture
 def evaluate(tmp_path: Path, prompts: Path) -> Run:
     def run(*options: str, folder: str = "out", file: Path | None = prompts) -> dict[str, Any]:
         given = [] if file is None else [f"--prompts={file}"]

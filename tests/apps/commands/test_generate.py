@@ -30,13 +30,6 @@ REWARD = "--reward=tests.apps.generation.toy_rewards.MeanLatentSource"
 
 
 @pytest.fixture
-def prompts(tmp_path: Path) -> Path:
-    path = tmp_path / "prompts.txt"
-    path.write_text("\n".join(PROMPTS), encoding="utf-8")
-    return path
-
-
-@pytest.fixture
 def generate(prompts: Path, tmp_path: Path) -> Callable[..., list[dict[str, Any]]]:
     def run(*options: str, folder: str = "out", file: Path = prompts) -> list[dict[str, Any]]:
         main(["generate", str(file), str(tmp_path / folder), *FAST, *options])
@@ -94,7 +87,7 @@ def test_ctrl_c_keeps_the_batches_that_are_done(
     generate: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     generate("--batch_size=1", folder="whole")
-    calls, add = [], command.ImageFolder.add
+    calls, add = [], command.image_folder.ImageFolder.add
 
     def interrupted(*arguments: Any) -> None:
         calls.append(arguments)
@@ -103,7 +96,7 @@ def test_ctrl_c_keeps_the_batches_that_are_done(
         add(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(command.ImageFolder, "add", interrupts_held()(interrupted))
+        patch.setattr(command.image_folder.ImageFolder, "add", interrupts_held()(interrupted))
         capsys.readouterr()
         with pytest.raises(SystemExit) as stop:
             generate("--batch_size=1")

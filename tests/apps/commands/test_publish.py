@@ -256,7 +256,7 @@ def test_a_file_that_is_no_checkpoint(run: Path, tmp_path: Path, capsys: Any) ->
         (["--reference.images={few}", "--reference.limit=5"], "reference.limit is 5"),
         (["--noise.sigmas=[2]"], "noise.sigmas holds 2"),
         (["--metrics=none.json"], "metrics: none.json cannot be read"),
-        (["--metrics={few}"], "metrics: .* cannot be read"),
+        (["--metrics={few}"], "metrics: .* is damaged"),
         (["--description=none.md"], "description: none.md cannot be read"),
         (["--revision=v1"], "revision='v1' is for hub ids"),
         (["--run_config=none.yaml"], "config='none.yaml' does not exist"),

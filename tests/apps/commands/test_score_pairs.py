@@ -3,7 +3,6 @@
 import io
 import signal
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from latentreward.cli import main
 from latentreward.data import FilteredReader, PairDataset, PickAPicReader, PixelLoader, ScoreTable
 from latentreward.scorers import CLIPScorer
 from tests.data.conftest import SCHEMA, pickapic_row
-from tests.processes import finish, start
+from tests.processes import finish, kill_after_parts
 from tests.scorers.tiny_clip import write_aesthetic, write_clip
 
 PAIRS = 24
@@ -295,14 +294,9 @@ def test_a_killed_run_goes_on_where_it_was(folder: Path, here: Path) -> None:
     Path("calls.txt").unlink()
 
     options = [f"--config={folder}/score.yaml", "--flush_every=4"]
-    process = start(["score-pairs", "scores.parquet", *options], environment={"SECONDS_PER_CALL": "0.5"})
     parts = Path("scores.parquet.parts")
-    deadline = time.monotonic() + 600
-    while len(list(parts.glob("rows_*.parquet"))) < 2 and time.monotonic() < deadline:
-        assert process.poll() is None, "ended before it could be killed"
-        time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    slow = {"SECONDS_PER_CALL": "0.5"}
+    kill_after_parts(["score-pairs", "scores.parquet", *options], parts, environment=slow)
     assert not Path("scores.parquet").exists()
     kept = 4 * len(list(parts.glob("rows_*.parquet")))
     assert 8 <= kept < PAIRS

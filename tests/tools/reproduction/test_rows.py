@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from latentreward.apps.steps.tasks import _file_digest
+from latentreward.apps.steps.tasks import config_digest
 from latentreward.cli import main
 from latentreward.errors import InputError
 from tests.apps.steps.forked_steps import ForkedSteps
@@ -131,7 +131,7 @@ def test_wording_changes_no_digest_and_a_setting_does() -> None:
 def test_a_config_of_ones_own_counts_by_its_settings(tmp_path: Path) -> None:
     def digest(text: str) -> str:
         (tmp_path / "own.yaml").write_text(text)
-        _file_digest.cache_clear()
+        config_digest.cache_clear()
         arms = {**TOY["arms"], "other": {"lrm": f"--config={tmp_path}/own.yaml"}}
         return read_row("toy", {**TOY, "arms": arms}).config_digest(0)
 

@@ -31,7 +31,16 @@ def run(command: str, arguments: Sequence[str]) -> None:
     Raises:
         InputError: If an argument is wrong.
     """
-    run_function(benchmark, command, _models_together(arguments))
+    rest, paths, left = list[str](), list[str](), iter(arguments)
+    for argument in left:
+        option, equals, value = argument.partition("=")
+        if option == "--model":
+            paths.append(value if equals else next(left, ""))
+        else:
+            rest.append(argument)
+    # Of several --model PATH, the parser would keep the last one only.
+    together = [*rest, f"--model={json.dumps(paths)}"] if len(paths) > 1 else arguments
+    run_function(benchmark, command, together)
 
 
 def benchmark(
@@ -79,7 +88,10 @@ def benchmark(
     """
     check_at_least_one(limit=limit)
     sets = _with_more("benchmarks", "data", benchmarks, [] if data is None else [recognise_benchmark(data)])
-    given = _with_more("scorers", "model", scorers, _named_rewards(model, trust_remote_code))
+    paths = [model] if isinstance(model, str) else list(dict.fromkeys(model or []))
+    named = zip(paths, reward_names(paths), strict=True)
+    rewards = [RewardModelScorer(path, name, trust_remote_code=trust_remote_code) for path, name in named]
+    given = _with_more("scorers", "model", scorers, rewards)
     models = [NoiseColumns(one, levels, draws) if isinstance(one, RewardModelScorer) else one for one in given]
     options = {"flush_every": flush_every, "decode_threads": decode_threads}
     scored = open_scores(output_dir / "scores", sets, models, limit, **options)
@@ -103,24 +115,6 @@ def benchmark(
     costs = ", ".join(f"{name} {spent:.1f} s" for name, spent in seconds.items())
     print(f"time: {costs or 'all was scored before'}")
     print(f"{output_dir / HTML}, {MARKDOWN} and {JSON} show everything")
-
-
-def _models_together(arguments: Sequence[str]) -> list[str]:
-    """Join several ``--model PATH`` into one list, because the parser would keep the last one only."""
-    rest, paths, left = list[str](), list[str](), iter(arguments)
-    for argument in left:
-        option, equals, value = argument.partition("=")
-        if option == "--model":
-            paths.append(value if equals else next(left, ""))
-        else:
-            rest.append(argument)
-    return [*rest, f"--model={json.dumps(paths)}"] if len(paths) > 1 else list(arguments)
-
-
-def _named_rewards(model: list[str] | str | None, trusted: bool) -> list[RewardModelScorer]:
-    paths = [model] if isinstance(model, str) else list(dict.fromkeys(model or []))
-    names = zip(paths, reward_names(paths), strict=True)
-    return [RewardModelScorer(path, name, trust_remote_code=trusted) for path, name in names]
 
 
 def _with_more(name: str, single: str, several: list[Any] | None, more: Sequence[Any]) -> list[Any]:

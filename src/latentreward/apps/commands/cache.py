@@ -4,7 +4,6 @@ import os
 import sys
 import time
 from collections import Counter
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -15,7 +14,6 @@ from latentreward.cache.encoding import ShardEncoding
 from latentreward.cache.layout import IMAGES, PAIRS, CacheDtype, CacheSpec, manifest_name, read_manifest, read_plan
 from latentreward.cache.plan import describe_data
 from latentreward.cache.preparing import prepare_cache
-from latentreward.cache.shard_writer import remove_temporary
 from latentreward.cache.sizing import ImageSettings
 from latentreward.cache.sources import Encoders, LatentSource
 from latentreward.contracts import PathText
@@ -84,37 +82,27 @@ def cache(
         remedy = {"images": "PipelineEncoders", "latents": "PublishedLatents"}.get(reader.holds, "a reader with images")
         raise InputError(f"encoder: {kind} takes {encoder.holds}, but the reader holds {reader.holds}; set {remedy}")
     kept = f"finished shards are kept in {folder}: the same command goes on there"
-    prepared = False
-    try:
-        with interrupts_told(lambda: kept), SharedWork(trainer, "auto", folder / SHARDS) as work:
-            encoders = encoder.load()
-            images.check(encoders.side_multiple)
-            with errors_at("images."):
-                encoders.space.check_frames(images.frames)
-            spec = make_spec(encoder, encoders, images, dtype, seed, images_per_shard, reader.exif)
-            encoding = ShardEncoding(folder, reader, images.max_pixels, encoders, num_workers, work)
-            work.join({ENCODE: encoding.task}, {**spec.record(), "data": describe_data(reader)})
-            if not work.first:
-                work.serve()
-                return
-            with locked(folder, "output"):
-                todo = prepare_cache(folder, reader, images, spec, num_workers, encoders.text)
-                prepared = True
-                unused: list[int] = []
-                total, begun = sum(shard.count for shard in todo), time.monotonic()
-                with Progress("cache", total, "images and prompts", processes=work.size) as progress:
-                    encoding.progress = progress.add
-                    numbers = [shard.number for shard in todo]
-                    work.run(ENCODE, numbers, lambda results: unused.extend(frames for _, frames in results))
-                rate = total / (time.monotonic() - begun)
-                report(folder, sum(unused))
-                if todo:
-                    print(f"{rate:.1f} images and prompts per second with {work.size} processes")
-    except BaseException:
-        if prepared:  # a process that was killed leaves the file that it was writing, at its full size
-            with suppress(InputError), locked(folder, "output"):
-                remove_temporary(folder)
-        raise
+    with interrupts_told(lambda: kept), SharedWork(trainer, "auto", folder / SHARDS) as work:
+        encoders = encoder.load()
+        images.check(encoders.side_multiple)
+        with errors_at("images."):
+            encoders.space.check_frames(images.frames)
+        spec = make_spec(encoder, encoders, images, dtype, seed, images_per_shard, reader.exif)
+        encoding = ShardEncoding(folder, reader, images.max_pixels, encoders, num_workers, work)
+        if not work.join({ENCODE: encoding.task}, {**spec.record(), "data": describe_data(reader)}, folder):
+            return
+        with locked(folder, "output"):
+            todo = prepare_cache(folder, reader, images, spec, num_workers, encoders.text)
+            unused: list[int] = []
+            total, begun = sum(shard.count for shard in todo), time.monotonic()
+            with Progress("cache", total, "images and prompts", processes=work.size) as progress:
+                encoding.progress = progress.add
+                numbers = [shard.number for shard in todo]
+                work.run(ENCODE, numbers, lambda results: unused.extend(frames for _, frames in results))
+            rate = total / (time.monotonic() - begun)
+            report(folder, sum(unused))
+            if todo:
+                print(f"{rate:.1f} images and prompts per second with {work.size} processes")
 
 
 def make_spec(
@@ -181,24 +169,18 @@ def report(folder: Path, unused: int) -> None:
     print(f"{folder}: {content}, {size / 2**20:.1f} MiB")
     print(f"dropped pairs: {count_text(Counter(plan.dropped))}")
     if lost:
-        pairs, names = pairs_with(folder, lost)
+        images = pq.read_table(folder / IMAGES, columns=["image_key", "shard", "row"])
+        stored = zip(images["shard"].to_pylist(), images["row"].to_pylist(), strict=True)
+        bad = {number for number, shard_and_row in enumerate(stored) if shard_and_row in lost}
+        names = images["image_key"].take(sorted(bad)).to_pylist()
+        sides = pq.read_table(folder / PAIRS, columns=["image_a", "image_b"])
+        pairs = sum(
+            a in bad or b in bad for a, b in zip(*(side.to_pylist() for side in sides.itercolumns()), strict=True)
+        )
         first = ", ".join(map(repr, names[:NAMED])) + (f" and {len(names) - NAMED} more" if len(names) > NAMED else "")
         print(f"images not read: {count_text(unreadable)} ({first}); {pairs} pairs have such an image")
     if unused:
         print(f"clips longer than frames={plan.spec.frames}: {unused} frames were not used")
-
-
-def pairs_with(folder: Path, lost: set[tuple[int, int]]) -> tuple[int, list[str]]:
-    """Count the pairs with an image among ``lost``, which holds (number of the shard, row in the shard).
-
-    The second result are the names of these images.
-    """
-    images = pq.read_table(folder / IMAGES, columns=["image_key", "shard", "row"])
-    stored = zip(images["shard"].to_pylist(), images["row"].to_pylist(), strict=True)
-    bad = {number for number, shard_and_row in enumerate(stored) if shard_and_row in lost}
-    pairs = pq.read_table(folder / PAIRS, columns=["image_a", "image_b"])
-    sides = zip(pairs["image_a"].to_pylist(), pairs["image_b"].to_pylist(), strict=True)
-    return sum(a in bad or b in bad for a, b in sides), images["image_key"].take(sorted(bad)).to_pylist()
 
 
 run = partial(run_function, cache)

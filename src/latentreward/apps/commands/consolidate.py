@@ -36,11 +36,7 @@ def consolidate(checkpoint: Path, output: Path, average: bool = False, overwrite
 
 
 def averaged(content: dict[str, Any], path: Path) -> dict[str, Any]:
-    """Return a checkpoint's content for evaluation, with weights replaced by their average where one is kept.
-
-    Raises:
-        InputError: If the checkpoint holds no average.
-    """
+    """Return a checkpoint's content for evaluation, with weights replaced by their average where one is kept."""
     states = [state for name, state in content.get("callbacks", {}).items() if name.startswith("TrainableEMA")]
     if not states or not states[0]["updates"]:
         raise InputError(f"average: {path} holds none; train with the callback TrainableEMA or set average: false")

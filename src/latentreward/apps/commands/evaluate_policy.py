@@ -7,31 +7,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from latentreward.apps.commands.notes import tell
-from latentreward.apps.evaluation.policy.imported import (
-    FoundPicture,
-    find_pictures,
-    import_pictures,
-    pictures_per_prompt,
-    prompts_of,
-)
-from latentreward.apps.evaluation.policy.published_numbers import Protocol, published_scores
-from latentreward.apps.evaluation.policy.results import PolicyReport, scores_csv
-from latentreward.apps.evaluation.policy.samples import (
-    PICTURES_OF,
-    JudgedPolicy,
-    SamplingPlan,
-    complete_or_refuse,
-    open_pictures,
-    planned,
-    sampling_task,
-)
-from latentreward.apps.evaluation.policy.scoring import (
-    SCORES_OF,
-    PictureScoring,
-    require_one_model,
-    score_names,
-    scoring_task,
-)
+from latentreward.apps.evaluation.policy import imported, samples, scoring
+from latentreward.apps.evaluation.policy.results import PolicyReport, Protocol, published_scores, scores_csv
 from latentreward.apps.evaluation.policy.sections import INTRODUCTION, score_table, sections, side_by_side
 from latentreward.apps.evaluation.policy.statistics import compare, in_common, policy_scores
 from latentreward.apps.generation.image_folder import DETERMINISTIC
@@ -70,8 +47,8 @@ CLIP_WORDS = 75
 def evaluate_policy(
     output_dir: Path,
     scorers: list[Scorer],
-    policy: JudgedPolicy,
-    against: JudgedPolicy | None = None,
+    policy: samples.JudgedPolicy,
+    against: samples.JudgedPolicy | None = None,
     prompts: PathText | None = None,
     *,
     num_prompts: int | None = None,
@@ -132,83 +109,86 @@ def evaluate_policy(
     Raises:
         InputError: If a setting or a file is wrong.
     """
-    names, policies = score_names(scorers), _named(policy, against)
-    found = {name: find_pictures(one.images, one.table) for name, one in policies.items() if one.images is not None}
+    names, judged_ones = scoring.score_names(scorers), [policy] if against is None else [policy, against]
+    policies = {one.name or name: one for one, name in zip(judged_ones, NAMES, strict=False)}
+    if len(policies) < len(judged_ones):
+        raise InputError(f"both policies are called {next(iter(policies))!r}; give each a name of its own")
+    found = {
+        name: imported.find_pictures(one.images, one.table) for name, one in policies.items() if one.images is not None
+    }
     rows = _prompt_rows(prompts, max_prompt_chars, policies, found)[:num_prompts]
-    count = images_per_prompt or max((pictures_per_prompt(pictures, rows) for pictures in found.values()), default=1)
+    count = images_per_prompt or max(
+        (imported.pictures_per_prompt(pictures, rows) for pictures in found.values()), default=1
+    )
     wanted = [(place, image) for place in range(len(rows)) for image in range(1 if images_scored == "first" else count)]
 
     @cache
     def prepare() -> None:
         """Load the scorers of images, at the first call only."""
-        for scorer in scorers:
-            if isinstance(scorer, ImageScorer):
-                scorer.prepare()
+        for scorer in (one for one in scorers if isinstance(one, ImageScorer)):
+            scorer.prepare()
 
     sampling.require_images("evaluate-policy")
-    settings: dict[str, Any] = {
-        "prompts": None if prompts is None else name_of(prompts),
-        "num_prompts": len(rows),
-        "images_per_prompt": count,
-        "images_scored": images_scored,
-        "sampling": plain(sampling),
-        "guidance_scale": {},
-        "shared_noise": shared_noise,
-        "seed": seed,
-        "parts": parts,
-    }
     with SharedWork(trainer, device, output_dir / SHARDS) as work:
-        plan = SamplingPlan(sampling, guidance_scale, seed, shared_noise, batch_size, work.device)
-        settings["guidance_scale"] = {name: plan.guidance_of(judged) for name, judged in policies.items()}
+        plan = samples.SamplingPlan(sampling, guidance_scale, seed, shared_noise, batch_size, work.device)
+        settings: dict[str, Any] = {
+            "prompts": None if prompts is None else name_of(prompts),
+            "num_prompts": len(rows),
+            "images_per_prompt": count,
+            "images_scored": images_scored,
+            "sampling": plain(sampling),
+            "guidance_scale": {name: plan.guidance_of(judged) for name, judged in policies.items()},
+            "shared_noise": shared_noise,
+            "seed": seed,
+            "parts": parts,
+        }
 
-        def sample(judged: JudgedPolicy, folder: Path, batches: Sequence[Any]) -> Callable[[Any], Any]:
+        def sample(judged: samples.JudgedPolicy, folder: Path, batches: Sequence[Any]) -> Callable[[Any], Any]:
             prepare()  # so that an unfit scorer fails before anything is sampled
-            return sampling_task(judged, plan, folder, batches)
+            return samples.sampling_task(judged, plan, folder, batches)
 
         tasks: dict[str, Task] = {}
         slots = dict(zip(policies, SLOTS, strict=False))
         for name, slot in slots.items():
             if name not in found:
-                tasks[PICTURES_OF.format(slot)] = partial(sample, policies[name], output_dir / "pictures" / slot)
-            tasks[SCORES_OF.format(slot)] = partial(scoring_task, scorers, prepare)
+                tasks[samples.PICTURES_OF.format(slot)] = partial(
+                    sample, policies[name], output_dir / "pictures" / slot
+                )
+            tasks[scoring.SCORES_OF.format(slot)] = partial(scoring.scoring_task, scorers, prepare)
         generators = {name: judged.trained.identity() for name, judged in policies.items() if name not in found}
         identities = {scorer.name: scorer.identity() for scorer in scorers}
-        work.join(tasks, {**settings, "policies": generators, "scorers": identities, "batch_size": batch_size})
-        if not work.first:
-            work.serve()
+        spec = {**settings, "policies": generators, "scorers": identities, "batch_size": batch_size}
+        if not work.join(tasks, spec, output_dir):
             return
         with locked(output_dir, "output_dir"):
             remedy = "choose an empty folder"
             RunFolder(output_dir, output_dir / MARKER, settings, "output_dir", remedy).claim(made=False)
-            for scorer in scorers:
-                if isinstance(scorer, ToolScorer):
-                    scorer.check(planned(rows, wanted))
-                    scorer.prepare()
+            for scorer in (one for one in scorers if isinstance(one, ToolScorer)):
+                scorer.check(samples.planned(rows, wanted))
+                scorer.prepare()
             folders = {
-                name: import_pictures(one.images, found[name], rows, wanted)
+                name: imported.import_pictures(one.images, found[name], rows, wanted)
                 for name, one in policies.items()
                 if one.images is not None
             }
             sampled = {
-                name: open_pictures(policies[name], plan, rows, wanted, output_dir / "pictures" / slot, work)
+                name: samples.open_pictures(policies[name], plan, rows, wanted, output_dir / "pictures" / slot, work)
                 for name, slot in slots.items()
                 if name not in found
             }
-            notes = (
-                *complete_or_refuse(folders, wanted, missing),
-                *_notes(rows, images_scored, count, policies, sampling),
-            )
+            about_all = _notes(rows, images_scored, count, policies, sampling)
+            notes = (*samples.complete_or_refuse(folders, wanted, missing), *about_all)
             for note in notes:
                 tell(note)
             with interrupts_told(lambda: f"what is done is kept in {output_dir}: the same command goes on there"):
                 made = {name: make() for name, make in sampled.items()}
                 made |= {name: source.pictures for name, source in folders.items()}
                 scorings = [
-                    PictureScoring(name, list(made[name].values()), scorers, output_dir / "scores" / slot, work)
+                    scoring.PictureScoring(name, list(made[name].values()), scorers, output_dir / "scores" / slot, work)
                     for name, slot in slots.items()
                 ]
                 scored = in_common([scoring.score() for scoring in scorings])
-                require_one_model(scorings)
+                scoring.require_one_model(scorings)
             headlines = {name: getattr(scorer, "headline", "mean") for scorer in scorers for name in scorer.columns}
             report = PolicyReport(
                 {name: judged.describe() for name, judged in policies.items()},
@@ -220,25 +200,19 @@ def evaluate_policy(
                 notes,
             )
             write_file(output_dir / SCORES, scores_csv(scored))
-            title, page = " against ".join(policies), side_by_side(scored, cards)
-            write_report(output_dir, report, title, INTRODUCTION, sections(report), "policy", **page)
+            page = side_by_side(scored, cards)
+            write_report(
+                output_dir, report, " against ".join(policies), INTRODUCTION, sections(report), "policy", **page
+            )
             print(as_text(score_table(report)))
             print(f"{output_dir / HTML}: {len(scored[0].pictures)} pictures of each policy")
-
-
-def _named(policy: JudgedPolicy, against: JudgedPolicy | None) -> dict[str, JudgedPolicy]:
-    judged = [policy] if against is None else [policy, against]
-    policies = {one.name or name: one for one, name in zip(judged, NAMES, strict=False)}
-    if len(policies) < len(judged):
-        raise InputError(f"both policies are called {next(iter(policies))!r}; give each a name of its own")
-    return policies
 
 
 def _prompt_rows(
     prompts: str | None,
     max_prompt_chars: int,
-    policies: Mapping[str, JudgedPolicy],
-    found: Mapping[str, list[FoundPicture]],
+    policies: Mapping[str, samples.JudgedPolicy],
+    found: Mapping[str, list[imported.FoundPicture]],
 ) -> list[PromptRow]:
     if prompts in TINY_WORLD:
         return [PromptRow(text) for text in TINY_WORLD[prompts]()]
@@ -246,7 +220,7 @@ def _prompt_rows(
         return read_prompt_set(prompts, max_prompt_chars=max_prompt_chars)
     for name, pictures in found.items():
         if (folder := policies[name].images) is not None:
-            return check_lengths(prompts_of(pictures, folder), f"images: {folder}", max_prompt_chars)
+            return check_lengths(imported.prompts_of(pictures, folder), f"images: {folder}", max_prompt_chars)
     raise InputError("there are no prompts; set prompts to a file of them")
 
 
@@ -254,7 +228,7 @@ def _notes(
     rows: Sequence[PromptRow],
     images_scored: str,
     count: int,
-    policies: Mapping[str, JudgedPolicy],
+    policies: Mapping[str, samples.JudgedPolicy],
     sampling: Sampling,
 ) -> list[str]:
     notes = []

@@ -79,11 +79,7 @@ def export(
 def export_policy(
     checkpoint: Path, output: Path, format: PolicyFormat, precision: torch.dtype, trusted: bool = False
 ) -> Path:
-    """Write the policy of an alignment run, and return the written file or folder.
-
-    Raises:
-        InputError: If the checkpoint is damaged or is not one of an alignment run.
-    """
+    """Write the policy of an alignment run, and return the written file or folder."""
     from latentreward.export import TrainedLoRA, write_kohya, write_merged
     from latentreward.policies.checkpoint import read_policy_adapter
 

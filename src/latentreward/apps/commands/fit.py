@@ -21,16 +21,7 @@ from jsonargparse.typing import PositiveFloat
 from lightning.fabric.plugins.collectives.torch_collective import default_pg_timeout
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.callbacks import (
-    Callback,
-    Checkpoint,
-    LearningRateMonitor,
-    ModelCheckpoint,
-    ModelSummary,
-    ProgressBar,
-    StochasticWeightAveraging,
-    WeightAveraging,
-)
+from lightning.pytorch import callbacks as theirs
 from lightning.pytorch.callbacks.early_stopping import EarlyStoppingReason
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -39,37 +30,12 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException, SI
 from omegaconf.errors import OmegaConfBaseException
 from typing_extensions import override
 
-from latentreward.apps.commands.run_folder import (
-    FOLDER,
-    last_checkpoint,
-    last_of_earlier_version,
-    result_lines,
-    run_folder,
-    settle_folder,
-    tell_earlier_run,
-    without_slashes,
-)
+import latentreward.callbacks as ours
+from latentreward.apps.commands import run_folder
+from latentreward.apps.commands.run_folder import FOLDER
 from latentreward.apps.estimate.card import Card
 from latentreward.backbones.registry import backbone_names
-from latentreward.callbacks import (
-    AccuracyInterval,
-    ExactResume,
-    GracefulStop,
-    LastCheckpoint,
-    NaNGuard,
-    PairScoreWriter,
-    ParameterSummary,
-    ResumedSettings,
-    RunProgress,
-    TensorBoardCharts,
-)
-from latentreward.checkpoints.files import (
-    DurableCheckpointIO,
-    checkpoint_problem,
-    fetched,
-    holds_weights_alone,
-    without_password,
-)
+from latentreward.checkpoints import files as checkpoint_files
 from latentreward.checkpoints.shards import check_weights, damaged, newest_first, read_sharded
 from latentreward.data import PairReader
 from latentreward.data.datamodules import PairLoaders
@@ -79,15 +45,8 @@ from latentreward.errors import InputError, errors_at, where
 from latentreward.interrupts import TERMINATED
 from latentreward.programs import within
 from latentreward.promises import check_takes
+from latentreward.settings import functions
 from latentreward.settings.errors import summarise
-from latentreward.settings.functions import (
-    MODE,
-    ConfigFile,
-    SettingsParser,
-    naming_variables,
-    prepare,
-    reworded,
-)
 from latentreward.settings.ranges import check_ranges
 from latentreward.settings.rewriting import rewrite_arguments
 from latentreward.storage.locks import lock_run
@@ -105,7 +64,7 @@ USED = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predi
 """Subcommand -> splits that the subcommand reads; the first split must be set."""
 
 
-class Parser(SettingsParser, LightningArgumentParser):
+class Parser(functions.SettingsParser, LightningArgumentParser):
     """Lightning's parser with this package's error messages.
 
     Callbacks of several config files are joined, and repeated callbacks are dropped. Only readers of the splits that
@@ -156,7 +115,7 @@ class SaveConfig(SaveConfigCallback):
         folder = Path(trainer.log_dir or ".")
         if not trainer.is_global_zero:
             return
-        (resumed,) = [callback for callback in trainer.callbacks if isinstance(callback, ResumedSettings)]  # type: ignore[attr-defined]
+        (resumed,) = [callback for callback in trainer.callbacks if isinstance(callback, ours.ResumedSettings)]  # type: ignore[attr-defined]
         for name, value in resumed.in_force.items():
             self.config[name.replace(".", ".init_args.")] = value
         self._write(folder)
@@ -173,8 +132,8 @@ class SaveConfig(SaveConfigCallback):
 
         The checkpoint that ``GracefulStop``, a later callback, saves after a reward server failed needs the files.
         """
-        stops: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-        if any(isinstance(stop, GracefulStop) and stop.saves_after(exception) for stop in stops):
+        stops: list[theirs.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        if any(isinstance(stop, ours.GracefulStop) and stop.saves_after(exception) for stop in stops):
             return
         if trainer.global_step == self._first_step or saved_nothing(trainer.checkpoint_callbacks):
             for path in self._written:
@@ -194,10 +153,10 @@ class SaveConfig(SaveConfigCallback):
         self._written[-1].write_text(text, encoding="utf-8")
 
 
-def saved_nothing(keepers: Sequence[Checkpoint]) -> bool:
+def saved_nothing(keepers: Sequence[theirs.Checkpoint]) -> bool:
     """Tell whether a run whose callbacks save checkpoints has none yet and will save none because of an error."""
     for keeper in keepers:
-        if not isinstance(keeper, ModelCheckpoint) or keeper.save_on_exception:
+        if not isinstance(keeper, theirs.ModelCheckpoint) or keeper.save_on_exception:
             return False
         paths = [keeper.best_model_path, keeper.last_model_path, keeper._last_checkpoint_saved]
         if any(path and ("://" in path or Path(path).exists()) for path in paths):  # Lightning also sets failed paths
@@ -227,7 +186,7 @@ class TrainingCLI(LightningCLI):
         super().__init__(
             save_config_callback=SaveConfig,
             seed_everything_default=0,
-            parser_kwargs={"parser_mode": MODE, "allow_abbrev": False, "prog": "latentreward"},
+            parser_kwargs={"parser_mode": functions.MODE, "allow_abbrev": False, "prog": "latentreward"},
             parser_class=Parser,
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
@@ -242,7 +201,9 @@ class TrainingCLI(LightningCLI):
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         usage = f"latentreward {self.command} [--config FILE ...] [--SETTING=VALUE ...]"
         parser = self.parser_class(usage=usage, epilog="See latentreward --help for examples.", **kwargs)
-        parser.add_argument("-c", "--config", action=ConfigFile, help="YAML file; may be given several times.")
+        parser.add_argument(
+            "-c", "--config", action=functions.ConfigFile, help="YAML file; may be given several times."
+        )
         return parser
 
     @override
@@ -263,9 +224,9 @@ class TrainingCLI(LightningCLI):
     @override
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         # The callbacks act only in training, but validate, test and predict must accept the config.yaml of fit.
-        parser.add_lightning_class_args(NaNGuard, "nan_guard")
-        parser.add_lightning_class_args(ExactResume, "exact_resume")
-        parser.add_lightning_class_args(GracefulStop, "graceful_stop")
+        parser.add_lightning_class_args(ours.NaNGuard, "nan_guard")
+        parser.add_lightning_class_args(ours.ExactResume, "exact_resume")
+        parser.add_lightning_class_args(ours.GracefulStop, "graceful_stop")
         parser.add_argument(
             "--rank_timeout_s",
             type=PositiveFloat,
@@ -278,10 +239,10 @@ class TrainingCLI(LightningCLI):
             default=[],
             help="What a resumed run takes from the settings, not from the checkpoint: lr, schedule, batch_size.",
         )
-        parser.add_lightning_class_args(ResumedSettings, "resumed_settings")
+        parser.add_lightning_class_args(ours.ResumedSettings, "resumed_settings")
         parser.link_arguments("resume_override", "resumed_settings.override")
         if self.command == "predict":
-            parser.add_lightning_class_args(PairScoreWriter, "predictions")
+            parser.add_lightning_class_args(ours.PairScoreWriter, "predictions")
         if self.command == "fit":
             parser.add_argument(
                 "--estimate",
@@ -307,7 +268,7 @@ class TrainingCLI(LightningCLI):
                 if value != getattr(Card, name) and not self.estimates:
                     raise InputError(f"{name}: {value} is for --estimate; add it, or leave {name} out")
         check_ranges(self.config[self.command])
-        settle_folder(self.config[self.command]["trainer"], args)
+        run_folder.settle_folder(self.config[self.command]["trainer"], args)
         self.config[self.command] = without_repeated_callbacks(self.config[self.command])
 
     @override
@@ -317,17 +278,23 @@ class TrainingCLI(LightningCLI):
     @override
     def instantiate_classes(self) -> None:
         settings = self.config[self.command]
-        check_data(self.command, settings)
+        loader = f"{LOADERS.get(self.command, self.command)}_dataloader"
+        own_loader = getattr(locate(settings["model"]["class_path"]), loader, None)
+        if settings.get("data") is None and own_loader is getattr(LightningModule, loader):
+            raise InputError(  # Lightning would check only after the model was loaded
+                "data is missing; give it in a --config file, such as configs/data/tinyworld_pickapic.yaml, or as "
+                "--data"
+            )
         if self.estimates:
             return
         given = local = settings.get("ckpt_path")
         if "://" in (given or ""):
-            local, given = str(fetched(given, self.folder)), without_password(given)
+            local, given = str(checkpoint_files.fetched(given, self.folder)), checkpoint_files.without_password(given)
             settings["ckpt_path"] = given  # the address without its password, which config.yaml records
         if settings.get("weights_only") is False:
             raise InputError("weights_only: false would let a checkpoint run code; leave it out")
         if local is None and self.command == "fit" and not (restarted() or settings["trainer"]["fast_dev_run"]):
-            tell_earlier_run(settings["trainer"])
+            run_folder.tell_earlier_run(settings["trainer"])
         if local not in (None, "last", "hpc"):  # Lightning resolves these two words
             check_checkpoint(local, given)
             if self.command == "fit":
@@ -336,7 +303,7 @@ class TrainingCLI(LightningCLI):
         with constructor_errors(), sharing_between(ranks_per_machine(settings["trainer"])):
             super().instantiate_classes()
         if type(self.trainer.strategy.checkpoint_io) is TorchCheckpointIO:
-            self.trainer.strategy.checkpoint_io = DurableCheckpointIO()
+            self.trainer.strategy.checkpoint_io = checkpoint_files.DurableCheckpointIO()
         self.config_init[self.command]["ckpt_path"] = local
         guard_loading(self.trainer, self.model)
         # A strategy with the default timeout gets rank_timeout_s; one given by class with its own timeout keeps it.
@@ -354,31 +321,31 @@ class TrainingCLI(LightningCLI):
         ``ModelCheckpoint``: another folder may be another run's.
         """
         settings = self.config_init[self.command]["trainer"]
-        if (folder := run_folder(self.config[self.command]["trainer"])) is not None:
+        if (folder := run_folder.run_folder(self.config[self.command]["trainer"])) is not None:
             kwargs["default_root_dir"] = str(folder)
         given = settings["callbacks"] or []
         given = given if isinstance(given, list) else [given]
-        added: list[Callback] = []
-        for flag, kind, ours in (
-            ("enable_progress_bar", ProgressBar, RunProgress),
-            ("enable_model_summary", ModelSummary, ParameterSummary),
+        added: list[theirs.Callback] = []
+        for flag, kind, replacement in (
+            ("enable_progress_bar", theirs.ProgressBar, ours.RunProgress),
+            ("enable_model_summary", theirs.ModelSummary, ours.ParameterSummary),
         ):
             off = settings[flag] is False or settings["barebones"]
             if not off and not any(isinstance(callback, kind) for callback in given):
                 kwargs[flag] = False
-                added.append(ours())
-        if self.command == "test" and not any(isinstance(callback, AccuracyInterval) for callback in given):
-            added.append(AccuracyInterval())
+                added.append(replacement())
+        if self.command == "test" and not any(isinstance(callback, ours.AccuracyInterval) for callback in given):
+            added.append(ours.AccuracyInterval())
         trainer = super().instantiate_trainer(**kwargs)
         for keeper in trainer.checkpoint_callbacks:
-            if isinstance(keeper, ModelCheckpoint):
-                without_slashes(keeper)
+            if isinstance(keeper, theirs.ModelCheckpoint):
+                run_folder.without_slashes(keeper)
         charted = any(isinstance(log, TensorBoardLogger) for log in trainer.loggers)
-        if self.command == "fit" and charted and not any(isinstance(one, TensorBoardCharts) for one in given):
-            added.append(TensorBoardCharts())
-        callbacks: list[Callback] = [*trainer.callbacks, *added]  # type: ignore[attr-defined]
+        if self.command == "fit" and charted and not any(isinstance(one, ours.TensorBoardCharts) for one in given):
+            added.append(ours.TensorBoardCharts())
+        callbacks: list[theirs.Callback] = [*trainer.callbacks, *added]  # type: ignore[attr-defined]
         if not trainer.loggers:  # LearningRateMonitor would raise, and shipped files have one
-            callbacks = [callback for callback in callbacks if not isinstance(callback, LearningRateMonitor)]
+            callbacks = [callback for callback in callbacks if not isinstance(callback, theirs.LearningRateMonitor)]
         trainer.callbacks = callbacks  # type: ignore[attr-defined]
         return trainer
 
@@ -388,19 +355,18 @@ class TrainingCLI(LightningCLI):
             return
         from latentreward.apps.estimate.settings import estimate
 
-        self.estimated = estimate(self.config[subcommand], self._build_module)
+        def build(settings: Namespace) -> LightningModule:
+            alone = Namespace(subcommand="fit", fit=Namespace(model=settings.model))
+            with constructor_errors():
+                return self.parser.instantiate(alone)["fit"].model
 
-    def _build_module(self, settings: Namespace) -> LightningModule:
-        """Build the Lightning module, without trainer and data."""
-        alone = Namespace(subcommand="fit", fit=Namespace(model=settings.model))
-        with constructor_errors():
-            return self.parser.instantiate(alone)["fit"].model
+        self.estimated = estimate(self.config[subcommand], build)
 
     def before_fit(self) -> None:
         """Prepare ``fit``: lock the run folder when all ranks have started, and find the checkpoint to resume from.
 
         A job that SLURM restarted resumes from ``last`` if ``ckpt_path`` is not set. Lightning's warning about a
-        non-empty checkpoint folder is suppressed: :func:`tell_earlier_run` has told of it.
+        non-empty checkpoint folder is suppressed: ``tell_earlier_run`` has told of it.
         """
         self.trainer.strategy.setup_environment = partial(lock_run, self.trainer, self.held)  # type: ignore[method-assign]
         settings = self.config_init[self.command]
@@ -413,7 +379,7 @@ class TrainingCLI(LightningCLI):
 
     def after_fit(self) -> None:
         """Say what the run has written, and where; raise InputError if a metric that is not finite has ended it."""
-        lines = list(result_lines(self.trainer))  # a collective call
+        lines = list(run_folder.result_lines(self.trainer))  # a collective call
         if self.trainer.is_global_zero and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
             print("\n".join(lines), file=sys.stderr)
         for stop in self.trainer.early_stopping_callbacks:
@@ -424,12 +390,7 @@ class TrainingCLI(LightningCLI):
                 )
 
     def _find_checkpoint(self) -> None:
-        """Replace ``ckpt_path: last`` by the path of the newest ``last`` checkpoint, if there is one; ``hpc`` likewise.
-
-        Raises:
-            InputError: If there is none for ``hpc``, it is damaged or could run code, or the run cannot find its own,
-                because the logger gives each start a new folder.
-        """
+        """Replace ``ckpt_path: last`` by the path of the newest ``last`` checkpoint, if there is one, and ``hpc``."""
         settings = self.config_init[self.command]
         if settings["ckpt_path"] == "hpc":
             chosen = settings["ckpt_path"] = self.trainer._checkpoint_connector._hpc_resume_path
@@ -440,9 +401,9 @@ class TrainingCLI(LightningCLI):
                 )
             check_checkpoint(chosen, chosen)
         if settings["ckpt_path"] == "last":
-            if path := last_checkpoint(self.trainer):
+            if path := run_folder.last_checkpoint(self.trainer):
                 settings["ckpt_path"] = str(path)
-            elif found := last_of_earlier_version(self.trainer):
+            elif found := run_folder.last_of_earlier_version(self.trainer):
                 raise InputError(
                     "ckpt_path: last: the logger gives each start a folder of its own, and this one is new; "
                     f"give {found}, "
@@ -450,11 +411,7 @@ class TrainingCLI(LightningCLI):
                 )
 
     def _require_last(self) -> None:
-        """Find ``ckpt_path: last``; without it Lightning would evaluate the model as it was made, untrained.
-
-        Raises:
-            InputError: If there is none.
-        """
+        """Find ``ckpt_path: last``; without it Lightning would evaluate the model as it was made, untrained."""
         self._find_checkpoint()
         if self.config_init[self.command]["ckpt_path"] == "last":
             folder = Path(self.trainer.log_dir or ".")
@@ -493,15 +450,11 @@ def ranks_per_machine(trainer: Namespace) -> int:
 
 @contextmanager
 def constructor_errors() -> Iterator[None]:
-    """Convert errors that constructors raise about their settings to InputError with a one-line message.
-
-    Raises:
-        InputError: In place of ValueError, ImportError, OSError and Lightning's errors about settings.
-    """
+    """Convert errors that constructors raise about their settings to InputError with a one-line message."""
     try:
         yield
     except (ValueError, ImportError, OSError, MisconfigurationException) as error:
-        raise InputError(reworded(error)) from error
+        raise InputError(functions.reworded(error)) from error
     except (RuntimeError, TypeError) as error:
         if str(error).startswith("`devices`"):
             raise InputError(f"trainer.devices: {summarise(str(error))}") from error
@@ -514,12 +467,9 @@ def constructor_errors() -> Iterator[None]:
 
 
 def check_callbacks(trainer: Namespace) -> None:
-    """Check the classes of a trainer's callbacks, before anything is loaded.
+    """Refuse callbacks that average weights, and hooks of a user's class that do not take what Lightning gives them.
 
-    Raises:
-        InputError: If one averages weights, since Lightning's average is of the frozen network too, and that of
-            ``StochasticWeightAveraging`` is in no checkpoint; or if a hook of a user's class does not take what
-            Lightning gives it.
+    Lightning's average is of the frozen network too, and that of ``StochasticWeightAveraging`` is in no checkpoint.
     """
     for one in trainer.get("callbacks") or []:
         kind: Any = locate(one.class_path) if isinstance(one, Namespace) else None
@@ -527,30 +477,16 @@ def check_callbacks(trainer: Namespace) -> None:
             kind = signature(kind, eval_str=True).return_annotation if isfunction(kind) else kind
         if not isinstance(kind, type):
             continue
-        if issubclass(kind, WeightAveraging | StochasticWeightAveraging):
+        if issubclass(kind, theirs.WeightAveraging | theirs.StochasticWeightAveraging):
             raise InputError(
                 f"trainer.callbacks: {kind.__name__} copies the frozen network too; use "
                 "latentreward.callbacks.TrainableEMA, whose average is resumed, validated, and written by consolidate"
             )
-        for name, wanted in vars(Callback).items():
+        for name, wanted in vars(theirs.Callback).items():
             hook = getattr(kind, name)
             own = isfunction(wanted) and isfunction(hook) and not within(hook.__module__, ("latentreward", "lightning"))
             if own:  # Lightning gives dataloader_idx, which has a default, only where there are several loaders
                 check_takes(f"{kind.__name__}.{name}", hook, wanted, with_defaults=False)
-
-
-def check_data(command: str, settings: Namespace) -> None:
-    """Check that settings have data; Lightning would check only after the model was loaded.
-
-    Raises:
-        InputError: If no data module is set and the module's class has no dataloader method of its own.
-    """
-    loader = f"{LOADERS.get(command, command)}_dataloader"
-    model = getattr(locate(settings["model"]["class_path"]), loader, None)
-    if settings.get("data") is None and model is getattr(LightningModule, loader):
-        raise InputError(
-            "data is missing; give it in a --config file, such as configs/data/tinyworld_pickapic.yaml, or as --data"
-        )
 
 
 def open_readers(command: str, data: Namespace) -> Namespace:
@@ -560,9 +496,6 @@ def open_readers(command: str, data: Namespace) -> Namespace:
     splits (see ``shared_prompts``). If ``test`` cannot be opened, they warn and go on, except under
     ``shared_prompts: raise``. Settings of classes other than :class:`PairLoaders` stay unchanged. A subclass that
     overrides the loaders of ``val`` or ``test`` gets all its readers.
-
-    Raises:
-        InputError: If the subcommand's own split is not set, or a split that it needs cannot be opened.
     """
     kind, given = locate(data["class_path"]), data.get("init_args") or Namespace()
     if not (isinstance(kind, type) and issubclass(kind, PairLoaders)):
@@ -600,17 +533,13 @@ def with_rows(names: Sequence[str], kind: type[PairLoaders], *args: Any, **optio
 
 
 def open_reader(settings: Namespace, on_error: str) -> PairReader:
-    """Construct a reader from its settings; ``on_error`` applies if the settings have none.
-
-    Raises:
-        InputError: If the reader cannot read its files, or a row breaks a rule of their format.
-    """
-    parser = SettingsParser(parser_mode=MODE)
+    """Construct a reader from its settings; ``on_error`` applies if the settings have none."""
+    parser = functions.SettingsParser(parser_mode=functions.MODE)
     parser.add_argument("--reader", type=PairReader)
     try:
         return parser.instantiate(Namespace(reader=with_on_error(settings, on_error))).reader
     except (ValueError, ImportError, OSError) as error:
-        raise InputError(reworded(error).replace(OWN_ON_ERROR, DATA_ON_ERROR)) from error
+        raise InputError(functions.reworded(error).replace(OWN_ON_ERROR, DATA_ON_ERROR)) from error
 
 
 def with_on_error(reader: Namespace, on_error: str) -> Namespace:
@@ -646,10 +575,9 @@ def load_checked(load: Callable[..., dict[str, Any]], path: str | Path, weights_
 
 
 def compare_weights(model: LightningModule, state_dict: Mapping[str, Any], *_: Any) -> None:
-    """Compare a checkpoint's weights with the model's before ``load_state_dict``; a hook.
+    """Compare a checkpoint's weights with the model's before ``load_state_dict``; PyTorch's error would list them all.
 
-    Raises a short InputError if they differ. PyTorch's own error would list every weight of a wrong model. The hook
-    does not hold the trainer, because callbacks may copy the model.
+    The hook does not hold the trainer, because callbacks may copy the model.
     """
     with errors_at(f"ckpt_path: {getattr(model._trainer, 'ckpt_path', None)}: "):
         shapes = {name: getattr(value, "shape", ()) for name, value in state_dict.items()}
@@ -657,25 +585,22 @@ def compare_weights(model: LightningModule, state_dict: Mapping[str, Any], *_: A
 
 
 def check_checkpoint(path: str | Path, given: str | Path) -> None:
-    """Check a checkpoint before anything is loaded from it.
+    """Refuse a checkpoint that is missing, damaged, or could run code, before anything is loaded from it.
 
     ``given`` is its name in messages, such as the address from which it was fetched.
-
-    Raises:
-        InputError: If the checkpoint is missing, damaged, or holds objects that could run code when loaded.
     """
     if Path(path).is_dir():
         read_sharded(Path(path), with_tensors=False)
         return
     if not Path(path).is_file():
         raise InputError(f"ckpt_path: {path} does not exist")
-    if problem := checkpoint_problem(Path(path)):
+    if problem := checkpoint_files.checkpoint_problem(Path(path)):
         raise InputError(f"ckpt_path: {damaged(given, problem)}")
 
 
 def check_resumable(path: str | Path, given: str | Path) -> None:
     """Raise InputError if the checkpoint file at ``path``, called ``given`` in the message, holds weights alone."""
-    if holds_weights_alone(Path(path)):
+    if checkpoint_files.holds_weights_alone(Path(path)):
         raise InputError(
             f"ckpt_path: {given} holds weights alone, without the state of the optimiser (save_weights_only); resume "
             "from a checkpoint that has the optimiser's state, such as the last.ckpt of LastCheckpoint"
@@ -692,7 +617,7 @@ def without_repeated_callbacks(settings: Namespace) -> Namespace:
     callbacks = settings.get("trainer.callbacks")
     if isinstance(callbacks, list):
         callbacks = [one for index, one in enumerate(callbacks) if one not in callbacks[:index]]
-        keepers = [one for one in callbacks if one.class_path.endswith(f".{LastCheckpoint.__name__}")]
+        keepers = [one for one in callbacks if one.class_path.endswith(f".{ours.LastCheckpoint.__name__}")]
         settings["trainer.callbacks"] = [one for one in callbacks if one not in keepers[:-1]]
     return settings
 
@@ -714,11 +639,7 @@ def run(command: str, arguments: Sequence[str]) -> None:
 
 
 def estimate_fit(arguments: Sequence[str]) -> "Estimate":
-    """Compute the memory and computation that ``latentreward fit`` with these arguments needs; no checkpoint is read.
-
-    Raises:
-        InputError: If a setting is wrong, or a model's configs are not found on this machine.
-    """
+    """Compute the memory and computation of ``latentreward fit`` with these arguments; no checkpoint is read."""
     kept = [argument for argument in arguments if not argument.startswith("--ckpt_path")]
     found, _ = _run("fit", [*kept, "--estimate"])
     assert found is not None
@@ -726,7 +647,7 @@ def estimate_fit(arguments: Sequence[str]) -> "Estimate":
 
 
 def _run(command: str, arguments: Sequence[str]) -> "tuple[Estimate | None, Card]":
-    settings = prepare(arguments)
+    settings = functions.prepare(arguments)
     try:
         with TemporaryDirectory(prefix="latentreward-") as folder, ExitStack() as held:
             rewritten = rewrite_arguments(settings, backbone_names(), root=f"{command}.")
@@ -734,7 +655,7 @@ def _run(command: str, arguments: Sequence[str]) -> "tuple[Estimate | None, Card
                 from latentreward.apps.estimate.sources import unset_variables
 
                 held.enter_context(unset_variables())
-            with naming_variables():
+            with functions.naming_variables():
                 done = TrainingCLI(command, rewritten, Path(folder), held)
                 return done.estimated, done.card
     except MisconfigurationException as error:

@@ -1,6 +1,6 @@
 """``latentreward generate``: sample pictures of prompts, optionally chosen by a reward (best of N, searches)."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -8,30 +8,29 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from latentreward.apps.generation import Candidates, Population, best_of_n, search_latents, search_population
-from latentreward.apps.generation.image_folder import (
-    DETERMINISTIC,
-    ImageFolder,
-    Row,
-    decode_latents,
-    make_pictures,
-    write_batch,
-)
+from latentreward.apps import generation
+from latentreward.apps.generation import image_folder
 from latentreward.apps.generation.trained_policy import TrainedPolicy, offload_text_encoders, plain
 from latentreward.contracts import PathText, PromptBatch
 from latentreward.data.alignment.prompt_files import read_prompt_rows
-from latentreward.errors import InputError
+from latentreward.errors import refuse
 from latentreward.interrupts import interrupts_told
-from latentreward.policies import Policy, PolicySource
+from latentreward.policies import PolicySource
 from latentreward.ranks.settings import TrainerSettings
 from latentreward.ranks.shared_work import SHARDS, SharedWork
-from latentreward.rewards import Reward, RewardSource
+from latentreward.rewards import RewardSource
 from latentreward.rollout import RewardGuidance, Sampling, sample_guided, sample_latents
 from latentreward.settings.functions import run_function
 from latentreward.storage.locks import locked
 
 PICTURES = "pictures"
 """Name of the task of the processes."""
+SEARCHES: dict[str, tuple[Callable[..., Tensor], str]] = {
+    "step_search": (generation.search_latents, "candidates"),
+    "population_search": (generation.search_population, "population"),
+    "reward_guidance": (sample_guided, "guidance"),
+}
+"""Option of a search with a reward → its function, and the function's parameter for the settings."""
 
 
 def generate(
@@ -41,12 +40,12 @@ def generate(
     checkpoint: Path | None = None,
     lora: Path | None = None,
     reward: RewardSource | None = None,
-    sampling: Sampling = DETERMINISTIC,
+    sampling: Sampling = image_folder.DETERMINISTIC,
     guidance_scale: float | None = None,
     images_per_prompt: int = 1,
     best_of: int = 1,
-    step_search: Candidates | None = None,
-    population_search: Population | None = None,
+    step_search: generation.Candidates | None = None,
+    population_search: generation.Population | None = None,
     reward_guidance: RewardGuidance | None = None,
     score_sigmas: Sequence[float] = (0.2,),
     seed: int = 0,
@@ -96,123 +95,75 @@ def generate(
     source = trained.source()
     family = source.resolve_family()
     guidance_scale = family.guidance(guidance_scale)
-    searches = {
-        "step_search": step_search,
-        "population_search": population_search,
-        "reward_guidance": reward_guidance,
-    }
-    settings = trained.identity() | plain(
-        {
-            "reward": reward,
-            "sampling": sampling,
-            "guidance_scale": guidance_scale,
-            "best_of": best_of,
-            "score_sigmas": list(score_sigmas),
-            "seed": seed,
-            **searches,
-        }
+    searches = dict(zip(SEARCHES, (step_search, population_search, reward_guidance), strict=True))
+    made_by = {"reward": reward, "sampling": sampling, "guidance_scale": guidance_scale, "best_of": best_of}
+    settings = trained.identity() | plain({**made_by, "score_sigmas": list(score_sigmas), "seed": seed, **searches})
+    named = [name for name, value in searches.items() if value is not None]
+    refuse(
+        (reward is None and (best_of > 1 or named), f"{', '.join(named) or 'best_of'}: needs a reward; set reward"),
+        (len(named) > 1, f"{' and '.join(named)} are both set; leave one out"),
+        (
+            reward is not None and reward.remembers(),
+            "reward: a RewardMixture with normalise: running scores by all that it has seen, so a command that goes on "
+            "would make other pictures; set normalise: group or none",
+        ),
+        (
+            reward_guidance is not None and reward_guidance.normalise,
+            "reward_guidance.normalise divides by the norm over a batch, so pictures would depend on each other; "
+            "leave it out",
+        ),
     )
-    texts = [row.prompt for row in read_prompt_rows(prompts, "prompts", max_prompt_chars)]
-    _check_searches(searches, reward, best_of)
-    if step_search is not None:
-        step_search.branching().steps(sampling.sampler(family))
-    if population_search is not None:
-        population_search.check(sampling)
-    if reward_guidance is not None:
-        reward_guidance.check(sampling.sampler(family))
     if reward is not None:
         reward.require_latents_of(source)
-        _check_reward(reward, population_search, reward_guidance)
+        if step_search is not None:
+            step_search.branching().steps(sampling.sampler(family))
+        if population_search is not None:
+            population_search.check(sampling)
+            reward.require_step_scores("population_search")
+        if reward_guidance is not None:
+            reward_guidance.check(sampling.sampler(family))
+            reward.require_guidance()
 
-    def pictures(batches: Sequence[list[list[Any]]]) -> Callable[[list[list[Any]]], list[Row]]:
+    def pictures(batches: Sequence[list[list[Any]]]) -> Callable[[list[list[Any]]], list[image_folder.Row]]:
         """Load generator and reward; return the function that makes a batch of pictures."""
         generator = trained.load(work.device)
         scorer = None if reward is None else reward.load(generator).eval().to(work.device)
-        if scorer is not None:
-            _try(scorer, generator, sampling, best_of, score_sigmas)
-        shown = [prompt for batch in batches for _, _, prompt in batch]
-        offload_text_encoders(generator, scorer, shown, work.device)
+        if scorer is not None:  # an unfit reward fails here, before anything is sampled
+            shape = best_of, 1, *sampling.latent_shape(generator.family)
+            drawn = iter(torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(work.device))
+            generation.best_of_n(lambda _: next(drawn), scorer, PromptBatch(("",), ("",)), best_of, sigmas=score_sigmas)
+        offload_text_encoders(generator, scorer, [text for batch in batches for _, _, text in batch], work.device)
         how: dict[str, Any] = {"sampling": sampling, "guidance_scale": guidance_scale, "seed": seed}
         sample: Callable[[PromptBatch], Tensor] = partial(sample_latents, generator, **how)
-        if step_search is not None and scorer is not None:
-            sample = partial(search_latents, generator, scorer, candidates=step_search, **how)
-        if population_search is not None and scorer is not None:
-            sample = partial(search_population, generator, scorer, population=population_search, **how)
-        if reward_guidance is not None and scorer is not None:
-            sample = partial(sample_guided, generator, scorer, guidance=reward_guidance, **how)
-        draw = partial(_draw, sample, scorer, best_of, seed, score_sigmas)
-        return partial(write_batch, output_dir, draw, partial(decode_latents, generator), seed)
+        for name in named:
+            function, option = SEARCHES[name]
+            sample = partial(function, generator, scorer, **{option: searches[name]}, **how)
 
+        def draw(prompts: PromptBatch) -> tuple[Tensor, Tensor | None]:
+            """Sample latents ``(B, C, ...)``; with a reward also return the scores ``(N, B)`` of all N samples."""
+            if scorer is None:
+                return sample(prompts), None
+            best = generation.best_of_n(sample, scorer, prompts, best_of, seed=seed, sigmas=score_sigmas)
+            return best.latents, best.scores
+
+        return partial(
+            image_folder.write_batch, output_dir, draw, partial(image_folder.decode_latents, generator), seed
+        )
+
+    texts = [row.prompt for row in read_prompt_rows(prompts, "prompts", max_prompt_chars)]
     with SharedWork(trainer, device, output_dir / SHARDS) as work:
-        work.join({PICTURES: pictures}, {**settings, "batch_size": batch_size})
-        if not work.first:
-            work.serve()
+        if not work.join({PICTURES: pictures}, {**settings, "batch_size": batch_size}, output_dir):
             return
         with locked(output_dir, "output_dir"):
-            folder = ImageFolder(output_dir, settings, table, work.left_over(PICTURES))
+            folder = image_folder.ImageFolder(output_dir, settings, table, work.left_over(PICTURES))
             wanted = [(place, image) for place in range(len(texts)) for image in range(images_per_prompt)]
-            missing = len(folder.missing(wanted, texts))
-            print(f"{len(wanted) - missing} of {len(wanted)} pictures are there already", flush=True)
-            with interrupts_told(
-                lambda: f"{len(folder.rows)} pictures are kept in {output_dir}: the same command goes on there"
-            ):
-                make_pictures(work, PICTURES, folder, wanted, texts, batch_size)
+            there = len(wanted) - len(folder.missing(wanted, texts))
+            print(f"{there} of {len(wanted)} pictures are there already", flush=True)
+            goes_on = f"pictures are kept in {output_dir}: the same command goes on there"
+            with interrupts_told(lambda: f"{len(folder.rows)} {goes_on}"):
+                image_folder.make_pictures(work, PICTURES, folder, wanted, texts, batch_size)
             folder.write_grid(wanted)
             print(folder.summary(wanted))
-
-
-def _check_searches(searches: Mapping[str, Any], reward: RewardSource | None, best_of: int) -> None:
-    """Check that at most one search is set, and that a reward is set if pictures are chosen."""
-    named = [name for name, value in searches.items() if value is not None]
-    if reward is None and (best_of > 1 or named):
-        raise InputError(f"{', '.join(named) or 'best_of'}: needs a reward to choose by; set reward")
-    if len(named) > 1:
-        raise InputError(f"{' and '.join(named)} are both set; leave one out")
-
-
-def _check_reward(
-    reward: RewardSource, population_search: Population | None, reward_guidance: RewardGuidance | None
-) -> None:
-    """Check, before anything is loaded, that pictures can be chosen by the reward, and do not depend on each other."""
-    if reward.remembers():
-        raise InputError(
-            "reward: a RewardMixture with normalise: running scores by all that it has seen, so a command that goes on "
-            "would make other pictures; set normalise: group or none"
-        )
-    if population_search is not None:
-        reward.require_step_scores("population_search")
-    if reward_guidance is not None:
-        if reward_guidance.normalise:
-            raise InputError(
-                "reward_guidance.normalise divides by the norm over a batch, so pictures would depend on each other; "
-                "leave it out"
-            )
-        reward.require_guidance()
-
-
-def _draw(
-    sample: Callable[[PromptBatch], Tensor],
-    reward: Reward | None,
-    best_of: int,
-    seed: int,
-    sigmas: Sequence[float],
-    prompts: PromptBatch,
-) -> tuple[Tensor, Tensor | None]:
-    """Sample finished latents ``(B, C, ...)``; with a reward, also return the scores ``(N, B)`` of all N samples."""
-    if reward is None:
-        return sample(prompts), None
-    best = best_of_n(sample, reward, prompts, best_of, seed=seed, sigmas=sigmas)
-    return best.latents, best.scores
-
-
-def _try(reward: Reward, policy: Policy, sampling: Sampling, best_of: int, sigmas: Sequence[float]) -> None:
-    """Score random latents with the settings of the run, so that an unfit reward fails before anything is sampled."""
-    device = next(policy.network.parameters()).device
-    noise = torch.randn(
-        best_of, 1, *sampling.latent_shape(policy.family), generator=torch.Generator().manual_seed(0)
-    ).to(device)
-    drawn = iter(noise)
-    best_of_n(lambda prompts: next(drawn), reward, PromptBatch(("",), ("",)), best_of, sigmas=sigmas)
 
 
 run = partial(run_function, generate, bare=2)

@@ -74,41 +74,8 @@ def pilot(
             f"card_gb: {compared.card_gb} is for --check; leave it out, since the pilot runs on the GPU here"
         )
     settings = {"pairs": pairs or found.pairs, "seed": seed, "quick": quick}
-    tasks = found.tasks(**settings)
-    folder = work.resolve()
-    lacking: list[str] = []
-    fetched = check_inputs(found, folder, lacking)
-    if check or not lacking:
-        check_trainings(found, tasks, folder, settings["pairs"], (compared, hours), fetched, lacking)
-    if lacking:
-        raise InputError("; ".join(lacking))
-    if check:
-        return
-    name_of_result = f"{found.name}-{found.digest(**settings)[:8]}.json"
-    path = output or (work / "quick" if quick else results) / name_of_result  # nobody should send a trial's
-    kept = f"what is done is kept in {work}: the same command goes on"
-    with locked(folder, "work"), interrupts_told(lambda: kept):
-        run_all(found, tasks, folder, settings, path, weights)
-
-
-@contextmanager
-def collected(lacking: list[str]) -> Iterator[None]:
-    """Append the line of an InputError to ``lacking``."""
-    try:
-        yield
-    except InputError as error:
-        lacking.append(str(error))
-
-
-def check_inputs(found: Pilot, folder: Path, lacking: list[str]) -> dict[Path, int]:
-    """Print the licences; check that data and models are here or can be downloaded.
-
-    ``lacking`` gets a line about each thing that is missing.
-
-    Returns:
-        Folder → bytes that will be downloaded there.
-    """
-    values = found.values()
+    tasks, folder = found.tasks(**settings), work.resolve()
+    values, lacking = found.values(), list[str]()
     for variable, source in found.sources.items():
         place = f"{variable}={values[variable]}" if variable in values else f"{variable} (not set)"
         print(f"{place}: {source.data or 'model'}; licence: {source.licence}", flush=True)
@@ -120,7 +87,42 @@ def check_inputs(found: Pilot, folder: Path, lacking: list[str]) -> dict[Path, i
     fetched = {hub_cache(): int(sum(one.gigabytes for one in missing.values()) * GB)} if missing else {}
     with collected(lacking):
         check_disk({**fetched, folder: 0})
-    return fetched
+    if check or not lacking:
+        check_trainings(found, tasks, folder, settings["pairs"], (compared, hours), fetched, lacking)
+    if lacking:
+        raise InputError("; ".join(lacking))
+    if check:
+        return
+    name_of_result = f"{found.name}-{found.digest(**settings)[:8]}.json"
+    path = output or (work / "quick" if quick else results) / name_of_result  # nobody should send a trial's
+    # These import Lightning and diffusers.
+    from latentreward.apps.pilot.results import collect, write_result
+    from latentreward.apps.steps.running import TaskRunner, run_tasks
+    from latentreward.reports.report import HTML
+
+    kept = f"what is done is kept in {work}: the same command goes on"
+    with locked(folder, "work"), interrupts_told(lambda: kept):
+        runner = TaskRunner(folder)
+        if not all(map(runner.done, tasks.values())):
+            run_tasks(tasks.values(), runner)
+        write_result(path, replace(collect(found, tasks, runner, settings), weights=weights or ""))
+    for title, stage, file in (
+        ("published checkpoint", BESIDE, HTML),
+        ("reward", MEASURED, HTML),
+        ("adapter", ALIGNED, "lora"),
+        ("before and after", JUDGED, HTML),
+    ):
+        print(f"{title}: {tasks[stage].output(folder) / file}")
+    print(f"result: {path}")
+
+
+@contextmanager
+def collected(lacking: list[str]) -> Iterator[None]:
+    """Append the line of an InputError to ``lacking``."""
+    try:
+        yield
+    except InputError as error:
+        lacking.append(str(error))
 
 
 def check_trainings(
@@ -161,33 +163,6 @@ def check_trainings(
             print(check_memory(needs, card, REMEDY))
     with collected(lacking):
         print("disk:", check_disk({**fetched, folder: written}), flush=True)
-
-
-def run_all(
-    found: Pilot,
-    tasks: Mapping[str, Task],
-    folder: Path,
-    settings: Mapping[str, int],
-    output: Path,
-    weights: str | None,
-) -> None:
-    """Run the stages that have not finished, and write the result; it keeps its weights if ``weights`` is None."""
-    from latentreward.apps.pilot.results import collect, write_result
-    from latentreward.apps.steps.running import TaskRunner, run_tasks
-    from latentreward.reports.report import HTML
-
-    runner = TaskRunner(folder)
-    if not all(map(runner.done, tasks.values())):
-        run_tasks(tasks.values(), runner)
-    write_result(output, replace(collect(found, tasks, runner, settings), weights=weights or ""))
-    for title, stage, file in (
-        ("published checkpoint", BESIDE, HTML),
-        ("reward", MEASURED, HTML),
-        ("adapter", ALIGNED, "lora"),
-        ("before and after", JUDGED, HTML),
-    ):
-        print(f"{title}: {tasks[stage].output(folder) / file}")
-    print(f"result: {output}")
 
 
 run = partial(run_function, pilot, classes=False)

@@ -1,9 +1,7 @@
 """``latentreward publish``: write a reward model as a folder with calibration and model card; upload it to the hub."""
 
-import json
 import re
 import sys
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,7 +13,7 @@ from latentreward.apps.commands.score import NoiseSettings
 from latentreward.contracts import PathText
 from latentreward.data.image_lists import ImageList, read_images
 from latentreward.devices import find_device
-from latentreward.errors import InputError, printable
+from latentreward.errors import InputError, errors_at, printable
 from latentreward.interrupts import interrupts_told
 from latentreward.scoring import Calibration, Card, ModelSource, RewardModel
 from latentreward.scoring.calibration import FEWEST
@@ -60,11 +58,7 @@ class Reference:
             raise InputError(f"reference.limit is {self.limit}; a calibration needs at least {FEWEST} images")
 
     def listed(self) -> ImageList:
-        """List the images without opening them.
-
-        Raises:
-            InputError: If there are no images, or fewer than a calibration needs.
-        """
+        """List the images without opening them; raise InputError for fewer than a calibration needs."""
         try:
             found = read_images(self.images, self.prompt, allow_outside=self.allow_outside)
         except InputError as error:  # whose remedies are the flags of `score`
@@ -133,8 +127,12 @@ def publish(
         InputError: If a setting is wrong, the model cannot be saved, or the reference cannot be scored.
     """
     check_target(output)
+    if metrics is not None and not metrics.is_file():
+        raise InputError(f"metrics: {metrics} cannot be read: there is no such file; give a JSON file")
+    with errors_at("metrics: "):
+        numbers = {} if metrics is None else read_config(metrics, remedy="give a JSON object of names and numbers")
     title = name or push_to_hub or ""
-    card = Card(title, licence, text_of(description), tuple(datasets or ()), metrics=read_metrics(metrics))
+    card = Card(title, licence, text_of(description), tuple(datasets or ()), metrics=numbers)
     listed = None if reference is None else reference.listed()
     source, target = ModelSource(model, config=run_config, **loading), find_device(device)
     loaded = RewardModel.from_pretrained(source, device=target)
@@ -145,7 +143,13 @@ def publish(
             loaded.calibration = None
     if reference is not None and listed is not None:
         loaded.calibration = calibrate(loaded, reference, listed, batch_size)
-    calibration, replaced = loaded.calibration, replaced_text(output)
+    calibration, replaced = loaded.calibration, ""
+    if (output / CONFIG).is_file():
+        try:
+            before = calibration_text(FolderConfig.of_record(read_config(output / CONFIG)).calibration)
+            replaced = f"{output}: replaced the model that was there ({before})"
+        except InputError:
+            replaced = f"{output}: replaced the model that was there, which could not be read"
     with new_folder(output) as partial:
         write_model(loaded, partial, card, base_name, output.resolve().name)
         probe = Probe.of(loaded)
@@ -167,26 +171,8 @@ def publish(
             raise InputError(f"push_to_hub: {error}; {written}") from error
 
 
-def replaced_text(output: Path) -> str:
-    """Return one line about the model in ``output`` that is going to be replaced; empty if there is none."""
-    path = output / CONFIG
-    if not path.is_file():
-        return ""
-    try:
-        calibration = FolderConfig.of_record(read_config(path)).calibration
-    except InputError:
-        return f"{output}: replaced the model that was there, which could not be read"
-    return f"{output}: replaced the model that was there ({calibration_text(calibration)})"
-
-
 def calibrate(model: RewardModel, reference: Reference, listed: ImageList, batch_size: int) -> Calibration:
-    """Fit a calibration to the scores of the reference images.
-
-    Images that cannot be read are left out, and their number is printed to stderr.
-
-    Raises:
-        InputError: If too few images are left, or their scores cannot be calibrated.
-    """
+    """Fit a calibration to the scores of the reference images; those that cannot be read are counted on stderr."""
     scoring = ListedScoring(model, listed.rows, {"score": model.noise}, batch_size, DECODE_THREADS)
     tables = [table for _, table in scoring.tables([range(len(listed.rows))])]
     found = [score for table in tables for score in table["score"].to_pylist()]
@@ -214,11 +200,7 @@ def calibration_text(calibration: Calibration | None) -> str:
 
 
 def text_of(description: str) -> str:
-    """Return a description, or the text of the .md file that it names.
-
-    Raises:
-        InputError: If the file cannot be read.
-    """
+    """Return a description, or the text of the .md file that it names."""
     if not description.endswith(".md") or "\n" in description:
         return description
     try:
@@ -227,23 +209,6 @@ def text_of(description: str) -> str:
         raise InputError(
             f"description: {description} cannot be read ({error}); give a file .md, or the text"
         ) from error
-
-
-def read_metrics(path: Path | None) -> Mapping[str, Any]:
-    """Read numbers for the model card from a JSON file; empty without a file.
-
-    Raises:
-        InputError: If the file cannot be read or does not hold a JSON object.
-    """
-    if path is None:
-        return {}
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"metrics: {path} cannot be read ({error}); give a JSON file") from error
-    if not isinstance(values, dict):
-        raise InputError(f"metrics: {path} holds a {type(values).__name__}; give a JSON object of names and numbers")
-    return values
 
 
 run = partial(run_function, publish, bare=2, classes=False)

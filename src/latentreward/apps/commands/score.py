@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, partial
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,7 +13,6 @@ import torch
 
 from latentreward.contracts import PathText
 from latentreward.data.image_lists import ImageList, read_images
-from latentreward.data.image_sizes import ImageSizes
 from latentreward.data.images import MAX_PIXELS, ExifOrientation
 from latentreward.errors import InputError, first_line
 from latentreward.ranks.settings import TrainerSettings
@@ -21,6 +21,7 @@ from latentreward.scorers.fingerprints import fingerprint
 from latentreward.scoring import ModelSource, PublishedSettings, RewardModel, ScoringNoise
 from latentreward.scoring.gallery import Gallery
 from latentreward.scoring.image_lists import ListedScoring
+from latentreward.scoring.layouts.base import StoredReward
 from latentreward.scoring.layouts.find import find_reward
 from latentreward.scoring.score_inputs import images_identity, listing_identity, require_some
 from latentreward.scoring.scored_table import read_scores, summarise
@@ -148,20 +149,18 @@ def score(
             "exif": exif,
             "dtype": dtype,
         }
-        work.join({PARTS: scoring.task}, {**spec, "images": listing_identity(listed), "batch_size": batch_size})
-        if not work.first:
-            work.serve()
+        settings = {**spec, "images": listing_identity(listed), "batch_size": batch_size}
+        files = PartFiles(output, spec, len(listed.rows))
+        if not work.join({PARTS: scoring.task}, settings, files.folder):
             return
         find = cache(partial(find_reward, source))
         notes: list[str] = []
-        with PartFiles(output, spec, len(listed.rows)) as files:
+        with files:
             if files.finished():
                 print(f"{output} is complete already: {len(listed.rows)} images")
             else:
                 if parts := files.missing(flush_every):
-                    notes += scoring.score(files, parts)
-                    read = scoring.model or find()  # of many processes the first may have come too late for a part
-                    notes += _remarks_on_images(read.image_sizes, exif or read.exif, scoring.found, files)
+                    notes = scoring.score(files, parts, exif, find)
                 files.finish()
     table = read_scores(output)
     print(f"{output}: {summarise(listed, table)}")
@@ -195,15 +194,17 @@ class PartScoring:
     found: dict[str, float] = field(default_factory=dict)
     model: RewardModel | None = None
 
-    def score(self, files: PartFiles, parts: Sequence[range]) -> list[str]:
-        """Score the given parts, and return remarks on the time taken and on clips."""
+    def score(
+        self, files: PartFiles, parts: Sequence[range], exif: ExifOrientation | None, find: Callable[[], StoredReward]
+    ) -> list[str]:
+        """Score the given parts; return remarks on time and clips, and on images' shapes (all runs) and EXIF."""
         require_some(self.listed)
         total = sum(map(len, parts))
         if kept := files.rows - total:
             print(f"{kept} of {files.rows} images were scored before and are kept", flush=True)
 
         def keep(results: Sequence[tuple[list[int], dict[str, float]]]) -> None:
-            for name, value in ((name, value) for _, found in results for name, value in found.items()):
+            for name, value in chain.from_iterable(found.items() for _, found in results):
                 self.found[name] = self.found.get(name, 0) + value
 
         self._begun = time.monotonic()
@@ -214,6 +215,20 @@ class PartScoring:
         notes = [f"{total} images scored in {seconds:.1f} s ({speed})"]
         if self.found["unused"]:
             notes.append(f"{self.found['unused']} frames of clips longer than the training's were not used")
+        read = self.model or find()  # of many processes the first may have come too late for a part
+        assert read.image_sizes is not None  # ListedScoring refuses a model without
+        unfitting = 0
+        for _, part in files.read():
+            sides = zip(part["height"].to_pylist(), part["width"].to_pylist(), strict=True)
+            unfitting += sum(height is not None and not read.image_sizes.fits(height, width) for height, width in sides)
+        if unfitting:
+            notes.append(
+                f"{unfitting} images have an aspect ratio the model was not trained on: cropped to the nearest"
+            )
+        if self.found["rotated"]:
+            ignored = "images have an EXIF orientation, which this model ignores: --exif apply turns them"
+            turned = "images turned upright by their EXIF orientation"
+            notes.append(f"{self.found['rotated']} {ignored if (exif or read.exif) == 'ignore' else turned}")
         return notes
 
     def task(self, parts: Sequence[list[int]]) -> Callable[[list[int]], dict[str, float]]:
@@ -227,7 +242,7 @@ class PartScoring:
             self._begun, scoring.progress = time.monotonic(), self._progress.add
 
         def score_part(part: list[int]) -> dict[str, float]:
-            before = _found(scoring)
+            scoring.seconds, scoring.rotated, scoring.unused = 0.0, 0, 0
             try:
                 for rows, table in scoring.tables([range(*part)]):
                     files.write(rows, table)
@@ -236,13 +251,9 @@ class PartScoring:
                     f"batch_size={scoring.batch_size} takes more memory than there is ({first_line(error)}); what was "
                     f"scored is kept in {files.folder}: set a smaller one"
                 ) from error
-            return {name: value - before[name] for name, value in _found(scoring).items()}
+            return {"seconds": scoring.seconds, "rotated": scoring.rotated, "unused": scoring.unused}
 
         return score_part
-
-
-def _found(scoring: ListedScoring) -> dict[str, float]:
-    return {"seconds": scoring.seconds, "rotated": scoring.rotated, "unused": scoring.unused}
 
 
 def _scoring(
@@ -259,44 +270,17 @@ def _scoring(
     model = load()
     model.exif = exif or model.exif
     own = noise.over(model.noise)
-    scoring = ListedScoring(model, listed.rows, _levels(own, each_level), **reading)
+    columns = {"score": own}
+    if each_level:
+        kind, prefix = ("sigmas", "score_sigma") if own.sigmas else ("timesteps", "score_t")
+        columns |= {f"{prefix}_{one:g}": dataclasses.replace(own, **{kind: (one,)}) for one in getattr(own, kind)}
+    scoring = ListedScoring(model, listed.rows, columns, **reading)
     if told:
         print(f"model loaded in {time.monotonic() - start:.1f} s; scoring at {own}", flush=True)
     if told and model.calibration is not None and not model.calibration.fits(own):
         at = model.calibration.noise
         print(f"z_score and quantile are empty: the model is calibrated at {at}, not at {own}")
     return scoring
-
-
-def _levels(noise: ScoringNoise, each: bool) -> dict[str, ScoringNoise]:
-    """Return the noise of each column of scores, by name of the column."""
-    kind = "sigmas" if noise.sigmas else "timesteps"
-    levels: tuple[float, ...] = getattr(noise, kind)
-    columns = {"score": noise}
-    if each:
-        prefix = "score_sigma" if noise.sigmas else "score_t"
-        columns |= {f"{prefix}_{level:g}": dataclasses.replace(noise, **{kind: (level,)}) for level in levels}
-    return columns
-
-
-def _remarks_on_images(
-    sizes: ImageSizes | None, exif: ExifOrientation, found: Mapping[str, float], files: PartFiles
-) -> list[str]:
-    """Return remarks on images with an untrained aspect ratio (all runs) and an EXIF orientation (this run)."""
-    remarks = []
-    assert sizes is not None  # ListedScoring refuses a model without
-    unfitting = 0
-    for _, part in files.read():
-        sides = zip(part["height"].to_pylist(), part["width"].to_pylist(), strict=True)
-        unfitting += sum(height is not None and not sizes.fits(height, width) for height, width in sides)
-    if unfitting:
-        remarks.append(f"{unfitting} images have an aspect ratio the model was not trained on: cropped to the nearest")
-    if found["rotated"] and exif == "ignore":
-        turned = "images have an EXIF orientation, which this model ignores: --exif apply turns them"
-        remarks.append(f"{found['rotated']} {turned}")
-    elif found["rotated"]:
-        remarks.append(f"{found['rotated']} images turned upright by their EXIF orientation")
-    return remarks
 
 
 run = partial(run_function, score, bare=2, classes=False)

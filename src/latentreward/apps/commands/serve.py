@@ -17,8 +17,6 @@ from latentreward.settings.functions import run_function
 from latentreward.storage.texts import checked_token, token_of_file
 
 if TYPE_CHECKING:
-    from latentreward.apps.serving.resources import Resources
-    from latentreward.apps.serving.served import ServedModel
     from latentreward.scoring import RewardModel
 
 TOKEN_VARIABLE = "LATENTREWARD_TOKEN"
@@ -78,16 +76,28 @@ def serve(
     from latentreward.apps.serving.addresses import bind, is_loopback
     from latentreward.apps.serving.dialects import Dialect
     from latentreward.apps.serving.resources import Resources
-    from latentreward.apps.serving.served import ScoringService
+    from latentreward.apps.serving.served import ScoringService, ServedModel
     from latentreward.apps.serving.server import serve as serve_until_stopped
     from latentreward.devices import find_device
     from latentreward.programs import import_class
 
-    settings = ServiceSettings(token=_token(token_file), **limits)
+    token = os.environ.get(TOKEN_VARIABLE)
+    if token_file is not None:
+        token = token_of_file(token_file, "token_file")
+    elif token is not None:
+        token = checked_token(token, TOKEN_VARIABLE)
+    settings = ServiceSettings(token=token, **limits)
     for path in settings.dialects:  # before the models are loaded
         import_class("dialects", path, Dialect)
-    single = {"device": device, "dtype": dtype, "base": base, "run_config": run_config, "revision": revision}
-    chosen = _rewards(model, name, rewards, single | {"published": published})
+    single: dict[str, Any] = {"device": device, "dtype": dtype, "base": base, "run_config": run_config}
+    single |= {"revision": revision, "published": published}
+    if (model is None) == (not rewards):
+        raise InputError("give either model, or rewards with a name, model and device for each")
+    usual = {"device": "auto", "dtype": "float32", "name": "reward"}
+    given = [key for key, value in {**single, "name": name}.items() if value != usual.get(key)]
+    if rewards and given:
+        raise InputError(f"{given[0]} is that of a single model; give it for each of rewards")
+    chosen = {check_name(label): one for label, one in (rewards or {name: RewardToServe(str(model), **single)}).items()}
     for one in chosen.values():
         one.limits(settings)  # raises for a wrong limit
         find_device(one.device)
@@ -98,34 +108,13 @@ def serve(
                 f"reaches it may send requests; set token_file or {TOKEN_VARIABLE}",
                 file=sys.stderr,
             )
-        resources = Resources(settings)
-        models = [_load(one, label, resources, trust_remote_code) for label, one in chosen.items()]
+        resources, models = Resources(settings), []
+        for label, one in chosen.items():
+            source = ModelSource(one.model, one.run_config, one.base, one.revision, trust_remote_code, one.published)
+            reward = load_reward(source, one.device, one.dtype, "serve")
+            models.append(ServedModel(reward, resources, one.limits(settings), label))
         serve_until_stopped(ScoringService(models, resources), bound)
     print("stopped", flush=True)
-
-
-def _rewards(
-    model: str | None, name: str, rewards: dict[str, RewardToServe] | None, single: dict[str, Any]
-) -> dict[str, RewardToServe]:
-    """Return the rewards to serve by name: ``rewards``, or the one of the settings of a single model."""
-    if (model is None) == (not rewards):
-        raise InputError("give either model, or rewards with a name, model and device for each")
-    if not rewards:
-        return {check_name(name): RewardToServe(str(model), **single)}
-    defaults = {"device": "auto", "dtype": "float32", "name": "reward"}
-    given = [key for key, value in {**single, "name": name}.items() if value != defaults.get(key)]
-    if given:
-        raise InputError(f"{given[0]} is that of a single model; give it for each of rewards")
-    return {check_name(label): one for label, one in rewards.items()}
-
-
-def _load(one: RewardToServe, name: str, resources: Resources, trusted: bool) -> ServedModel:
-    """Load a reward and prepare it for requests."""
-    from latentreward.apps.serving.served import ServedModel
-
-    source = ModelSource(one.model, one.run_config, one.base, one.revision, trusted, one.published)
-    reward = load_reward(source, one.device, one.dtype, "serve")
-    return ServedModel(reward, resources, one.limits(resources.settings), name)
 
 
 def load_reward(source: ModelSource, device: str, dtype: str, command: str) -> RewardModel:
@@ -140,13 +129,6 @@ def load_reward(source: ModelSource, device: str, dtype: str, command: str) -> R
     reward = RewardModel.from_pretrained(source, device=target, dtype=getattr(torch, dtype))
     reward.require_images(command)
     return reward
-
-
-def _token(file: Path | None) -> str | None:
-    if file is not None:
-        return token_of_file(file, "token_file")
-    token = os.environ.get(TOKEN_VARIABLE)
-    return None if token is None else checked_token(token, TOKEN_VARIABLE)
 
 
 run = partial(run_function, serve, classes=False)

@@ -117,17 +117,8 @@ def taste(
         raise InputError(f"work: {output} lies in the folder of pictures; give --work a folder outside {folder}")
     import torch
 
+    from latentreward.apps.taste import plan as plans
     from latentreward.apps.taste.pairs import LEAST, collect
-    from latentreward.apps.taste.plan import (
-        CACHE,
-        FROZEN_BELOW,
-        REWARD,
-        Plan,
-        find_base,
-        prompts_of,
-        write_pairs,
-        write_prompts,
-    )
     from latentreward.apps.taste.splitting import TRAIN, split
     from latentreward.devices import find_device
 
@@ -142,20 +133,20 @@ def taste(
     parts = split(found, pairs, seed)
     counts = {name: len(some) for name, some in parts.parts.items()}
     print(f"split {parts.how}: {', '.join(f'{number} {name}' for name, number in counts.items())}", flush=True)
-    told = prompts_of(parts, prompts) if align else None
-    find_base(base, family)
+    told = plans.prompts_of(parts, prompts) if align else None
+    plans.find_base(base, family)
     if size is not None:
         check_size(size, base, family)
-    chosen: Tuning = ("frozen" if counts[TRAIN] < FROZEN_BELOW else "lora") if tuning == "auto" else tuning
+    chosen: Tuning = ("frozen" if counts[TRAIN] < plans.FROZEN_BELOW else "lora") if tuning == "auto" else tuning
     with locked(output, "work"), interrupts_told(lambda: f"what is done is kept in {output}: the same command goes on"):
         prompt_folder = None
         if told is not None:
-            prompt_folder, line = write_prompts(output, told, seed)
+            prompt_folder, line = plans.write_prompts(output, told, seed)
             print(line)
-        plan = Plan(
+        plan = plans.Plan(
             base=base,
             folder=folder,
-            pairs=write_pairs(output, parts),
+            pairs=plans.write_pairs(output, parts),
             prompts=prompt_folder,
             tuning=chosen,
             size=size,
@@ -175,8 +166,8 @@ def taste(
         print(f"base {base}, tuning {chosen}, {'GPU' if plan.gpu else 'CPU'}", flush=True)
         tasks = plan.tasks(seed)
         if estimate:
-            if size is not None and not tasks[CACHE].output(output).exists():
-                tell(f"{REWARD} is computed at the base's own size, not {size}, until the pictures are cached")
+            if size is not None and not tasks[plans.CACHE].output(output).exists():
+                tell(f"{plans.REWARD} is computed at the base's own size, not {size}, until the pictures are cached")
             tell_needs(tasks, output, counts[TRAIN], Card(plan.gpu, **card))
             return
         run_steps(tasks, plan, output, parts.how, always=align_always)
@@ -211,11 +202,7 @@ def rate_pictures(folder: Path, port: int, seed: int) -> None:
 
 
 def tell_needs(tasks: Mapping[str, Task], output: Path, pairs: int, card: Card) -> None:
-    """Print the memory and hours that the trainings need, and compare the memory with the card.
-
-    Raises:
-        InputError: If it does not suffice.
-    """
+    """Print the memory and hours that the trainings need, and compare the memory with the card."""
     from latentreward.apps.commands.fit import estimate_fit
     from latentreward.apps.estimate.needs import check_hours, check_memory, training_needs
 

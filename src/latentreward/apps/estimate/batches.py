@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from operator import attrgetter
 from pathlib import Path
 from pydoc import locate
 from typing import Any
@@ -19,11 +20,13 @@ from latentreward.contracts import Conditioning, LatentSpace, PreferenceBatch, P
 from latentreward.data import PromptsAndImages
 from latentreward.data.clips import FPS, check_clips, check_frames
 from latentreward.devices import evaluating
-from latentreward.encoders.prompts import PromptEncoder
 from latentreward.errors import InputError, check_multiples
 from latentreward.modules import DiffusionDPOModule, ReFLModule, StepAwarePixelModule
 from latentreward.modules.alignment import AlignmentModule
 from latentreward.modules.reward import RewardModule
+
+NETWORKS = {DiffusionDPOModule: "policy", StepAwarePixelModule: "generator", RewardModule: "model.backbone"}
+"""Module that learns from pairs → its attribute with the network whose size and space the pairs have."""
 
 
 def make_batch(module: LightningModule, data: Namespace, shapes: ShapesOnly) -> Any:
@@ -34,41 +37,30 @@ def make_batch(module: LightningModule, data: Namespace, shapes: ShapesOnly) -> 
     Raises:
         InputError: If the module's class is not supported by ``--estimate``, or the settings have no batch size.
     """
-    prompts, images = prompts_and_images(data)
+    prompts, images = data, None
+    if issubclass(locate(data.class_path), PromptsAndImages):
+        prompts, images = data.init_args.prompts, data.init_args.images
     if isinstance(module, AlignmentModule) and module.experience:
-        return rows_of_rollout(module, data, shapes)
+        told = prompt_batch(data.init_args.prompts_per_rollout)
+        with evaluating(module), torch.no_grad(), module.compute_precision():
+            # Not `roll_out`, which refuses a key of several rows: stand-ins select the same step each time.
+            rows: Any = module.make_experience(told)
+        shapes.rollout_rows = len(rows)
+        chosen = take_rows(rows, [number % len(rows) for number in range(batch_size(data))])
+        module.prepare_prompts(told.prompts)
+        return map_tensors(chosen, lambda t: shapes.stand_in(t.shape, t.dtype) if is_stand_in(t) else t)
     if isinstance(module, ReFLModule):
         module.stop_range = (module.stop_range[0],) * 2  # the latest stop, which takes the most steps
         batch = prompt_batch(batch_size(prompts))
         return batch if images is None else {"prompts": batch, "images": pair_batch(module.policy, images, shapes)}
-    if isinstance(module, DiffusionDPOModule):
-        return pair_batch(module.policy, data, shapes)
-    if isinstance(module, StepAwarePixelModule):
-        return pair_batch(module.generator, data, shapes)
-    if isinstance(module, RewardModule):
-        return pair_batch(module.model.backbone, data, shapes)
+    for kind, network in NETWORKS.items():
+        if isinstance(module, kind):
+            return pair_batch(attrgetter(network)(module), data, shapes)
     raise InputError(f"--estimate does not know what batches a {type(module).__name__} takes; it knows our own modules")
 
 
-def rows_of_rollout(module: AlignmentModule, data: Namespace, shapes: ShapesOnly) -> Any:
-    """Make a rollout of ``prompts_per_rollout`` prompts, and return a batch of its rows."""
-    prompts = prompt_batch(data.init_args.prompts_per_rollout)
-    with evaluating(module), torch.no_grad(), module.compute_precision():
-        # Not `roll_out`, which refuses a key of several rows: a selection by stand-ins picks the same step each time.
-        rows: Any = module.make_experience(prompts)
-    shapes.rollout_rows = len(rows)
-    index = [number % len(rows) for number in range(batch_size(data))]
-    batch = take_rows(rows, index)
-    module.prepare_prompts(prompts.prompts)
-    return map_tensors(batch, lambda t: shapes.stand_in(t.shape, t.dtype) if is_stand_in(t) else t)
-
-
 def pair_batch(network: Any, data: Namespace, shapes: ShapesOnly) -> PreferenceBatch:
-    """Make a batch of pairs as the data module ``data`` would: images or cached latents, each pair with its own prompt.
-
-    Raises:
-        InputError: If the settings have no batch size, or the network does not take clips of so many frames.
-    """
+    """Make a batch of pairs, of images or cached latents, as ``data`` would; each pair has its own prompt."""
     settings, space = data.init_args, network.latent_space
     latents = issubclass(locate(data.class_path), CachedPreferenceDataModule)
     (height, width), count, with_text = network.native_size, batch_size(data), False
@@ -89,8 +81,16 @@ def pair_batch(network: Any, data: Namespace, shapes: ShapesOnly) -> PreferenceB
     shape = space.shape(height, width, frames) if latents else clip
     names = tuple(str(number) for number in range(count))
     encoder, conditioning, uncond = network.text_encoder, None, None
-    if with_text:
-        conditioning, uncond = (encoded_prompts(encoder, rows, shapes) for rows in (count, 1))
+    if with_text:  # prompts of the greatest length
+        tokens, pooled = encoder.num_tokens, encoder.pooled_dim
+        conditioning, uncond = (
+            Conditioning(
+                shapes.stand_in((rows, tokens, encoder.token_dim)),
+                shapes.stand_in((rows, pooled)) if pooled else None,
+                torch.ones(rows, tokens, dtype=torch.bool) if encoder.masked else None,
+            )
+            for rows in (count, 1)
+        )
     return PreferenceBatch(
         pair_ids=names,
         prompts=tuple(f"prompt {name}" for name in names),
@@ -112,31 +112,10 @@ def prompt_batch(count: int) -> PromptBatch:
 
 
 def batch_size(data: Namespace) -> int:
-    """Return the batch size in the settings of a data module.
-
-    Raises:
-        InputError: If the settings have no ``batch_size``.
-    """
+    """Return the batch size in the settings of a data module; raise InputError if they have none."""
     if (count := data.init_args.get("batch_size")) is None:
         raise InputError(f"data: {data.class_path} has no setting batch_size, which --estimate needs")
     return count
-
-
-def prompts_and_images(data: Namespace) -> tuple[Namespace, Namespace | None]:
-    """Return the settings of the prompts' data module, and of the images' data module if ``data`` has both."""
-    if issubclass(locate(data.class_path), PromptsAndImages):
-        return data.init_args.prompts, data.init_args.images
-    return data, None
-
-
-def encoded_prompts(encoder: PromptEncoder, rows: int, shapes: ShapesOnly) -> Conditioning:
-    """Make stand-ins of ``rows`` encoded prompts of the greatest length."""
-    tokens, pooled = encoder.num_tokens, encoder.pooled_dim
-    return Conditioning(
-        shapes.stand_in((rows, tokens, encoder.token_dim)),
-        shapes.stand_in((rows, pooled)) if pooled else None,
-        torch.ones(rows, tokens, dtype=torch.bool) if encoder.masked else None,
-    )
 
 
 def written_caches(settings: Namespace) -> dict[str, CacheSpec]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, fields, replace
 from functools import partial
@@ -209,14 +209,20 @@ def step_costs(module: LightningModule, data: Namespace, accumulated: int = 1, g
     shapes.replace_weights(module.train())
     module._device = CPU  # a LightningModule remembers where it was made, and its `to` would copy the weights
     for layer, kind in planned_layers(module):
-        if kind == "int8":
-            layer.forward = partial(multiply_unpacked, layer)
+        if kind == "int8":  # torchao unpacks a copy of the weight, which autograd keeps
+            layer.forward = lambda inputs, own=layer: F.linear(inputs, own.weight.clone(), own.bias)
     watch_sampling(module, calls)
     trained = [weight for weight in module.parameters() if weight.requires_grad]
     with ExitStack() as stack:
         for context in (shapes, *([gpu_autocast()] if gpu else [])):
             stack.enter_context(context)
-        optimizer = optimizer_of(module, foreach=gpu)
+        built: Any = module.configure_optimizers()
+        optimizer = built.get("optimizer") if isinstance(built, Mapping) else built
+        if not isinstance(optimizer, Optimizer):
+            raise InputError(f"--estimate knows modules with one optimiser, which {type(module).__name__} has not")
+        for group in optimizer.param_groups:
+            if gpu and group.get("foreach", False) is None and not group.get("fused"):
+                group["foreach"] = True  # PyTorch's multi-tensor update, which is the default on a GPU
         for weight in trained:
             weight.grad = torch.zeros_like(weight)
         live.peak = live.now
@@ -239,9 +245,10 @@ def step_costs(module: LightningModule, data: Namespace, accumulated: int = 1, g
     if isinstance(module, ReFLModule):
         rollout = calls.sampled - sampled
         forward -= rollout
-    packed = bytes_of(module.parameters()) - bytes_of(module.parameters(), quantized_sizes(module))
+    quantized = {id(layer.weight): stored_bytes(layer, kind) for layer, kind in planned_layers(module)}
+    packed = bytes_of(module.parameters()) - bytes_of(module.parameters(), quantized)
     return StepCosts(
-        parts=part_costs(module),
+        parts=part_costs(module, quantized),
         gradients=bytes_of(trained),
         optimizer=type(optimizer).__name__,
         state=bytes_of(value for state in optimizer.state.values() for value in state.values() if is_stand_in(value)),
@@ -257,7 +264,10 @@ def step_costs(module: LightningModule, data: Namespace, accumulated: int = 1, g
 
 
 def watch_sampling(module: LightningModule, calls: RepeatedCalls) -> None:
-    """Let ``calls`` count the policy and reward of an alignment module, and skip their repeated calls."""
+    """Let ``calls`` count the policy and reward of an alignment module, and skip their repeated calls.
+
+    Instead of a score of pictures, or of a server, a reward gives the mean of what would be scored.
+    """
     policy, reward = getattr(module, "policy", None), getattr(module, "reward", None)
     if not isinstance(policy, Policy):
         return
@@ -267,10 +277,10 @@ def watch_sampling(module: LightningModule, calls: RepeatedCalls) -> None:
             calls.watch(part, "forward")
     for part in () if reward is None else reward.modules():
         if isinstance(part, ImageReward | RemoteImageReward):  # PIL images, which stand-ins cannot become
-            part.score = partial(decode_alone, part)  # type: ignore[method-assign]
+            part.score = lambda states, _, own=part: torch.cat(own.decode(states)).mean(dim=(1, 2, 3))  # type: ignore[method-assign]
             part.encode_prompts = tuple  # type: ignore[method-assign, assignment]
         elif isinstance(part, RemoteReward):
-            part.score = mean_of_latents  # type: ignore[method-assign]
+            part.score = lambda states, _: states.clean.flatten(1).mean(dim=1)  # type: ignore[method-assign, union-attr]
             part.encode_prompts = tuple  # type: ignore[method-assign, assignment]
         if isinstance(part, RemoteReward):
             part.begin_parts = partial(answer_alone, part)  # type: ignore[method-assign]
@@ -280,48 +290,24 @@ def watch_sampling(module: LightningModule, calls: RepeatedCalls) -> None:
             calls.watch(part.model.backbone, "read", lambda: policy.adapters.working)
 
 
-def decode_alone(reward: DecodingReward, states: NoisyStates, encoded: Any) -> Tensor:
-    """Decode the pictures that ``reward`` would score, without scoring; return each picture's mean as its score."""
-    return torch.cat(reward.decode(states)).mean(dim=(1, 2, 3))
-
-
-def mean_of_latents(states: NoisyStates, encoded: Any) -> Tensor:
-    """Return the mean of each state's clean latents as its score, in place of a server."""
-    assert states.clean is not None
-    return states.clean.flatten(1).mean(dim=1)
-
-
 def answer_alone(reward: RemoteReward, latents: Tensor, rows: Tensor, encoded: Any, *_: Any) -> Callable[[], Tensor]:
     """Score finished latents at once, without asking the server of ``reward``."""
     scores = reward.score(NoisyStates(latents, torch.zeros(len(latents)), rows, latents), encoded)
     return lambda: scores[:, None]
 
 
-def optimizer_of(module: LightningModule, foreach: bool) -> Optimizer:
-    """Return the module's optimiser; ``foreach`` selects PyTorch's multi-tensor update, which is the default on a GPU.
+def part_costs(module: LightningModule, quantized: Mapping[int, int]) -> tuple[PartCosts, ...]:
+    """Return the weights by part; a weight shared by several parts counts once.
 
-    Raises:
-        InputError: If the module has no optimiser, or several.
+    ``quantized`` holds the size in bytes of each weight that a run would quantise, by the id of its stand-in.
     """
-    built: Any = module.configure_optimizers()
-    optimizer = built.get("optimizer") if isinstance(built, Mapping) else built
-    if not isinstance(optimizer, Optimizer):
-        raise InputError(f"--estimate knows modules with one optimiser, which {type(module).__name__} has not")
-    for group in optimizer.param_groups:
-        if foreach and group.get("foreach", False) is None and not group.get("fused"):
-            group["foreach"] = True
-    return optimizer
-
-
-def part_costs(module: LightningModule) -> tuple[PartCosts, ...]:
-    """Return the weights by part; a weight shared by several parts counts once."""
     owners: dict[int, str] = {}
     for part in module.modules():  # outer ones first
         name = next((name for kind, name in PARTS.items() if isinstance(part, kind)), None)
         if name is not None:
             for weight in (*part.parameters(), *part.buffers()):
                 owners.setdefault(id(weight), name)
-    found, quantized = [], quantized_sizes(module)
+    found = []
     for name in ("network", *reversed(PARTS.values())):
         parameters, buffers = (
             [weight for weight in weights if owners.get(id(weight), "network") == name]
@@ -333,19 +319,9 @@ def part_costs(module: LightningModule) -> tuple[PartCosts, ...]:
     return tuple(part for part in found if part.bytes)
 
 
-def quantized_sizes(module: nn.Module) -> dict[int, int]:
-    """Return the size in bytes of each weight that a run would quantise, by the id of its stand-in."""
-    return {id(layer.weight): stored_bytes(layer, kind) for layer, kind in planned_layers(module)}
-
-
-def planned_layers(module: nn.Module) -> Iterator[tuple[Any, str]]:
-    """Yield each layer that a run would quantise, and the kind."""
-    yield from ((layer, getattr(layer, PLANNED)) for layer in module.modules() if hasattr(layer, PLANNED))
-
-
-def multiply_unpacked(layer: nn.Linear, inputs: Tensor) -> Tensor:
-    """Compute a layer as torchao does: with an unpacked copy of its weight, which autograd keeps."""
-    return F.linear(inputs, layer.weight.clone(), layer.bias)
+def planned_layers(module: nn.Module) -> list[tuple[Any, str]]:
+    """Return each layer that a run would quantise, and the kind."""
+    return [(layer, getattr(layer, PLANNED)) for layer in module.modules() if hasattr(layer, PLANNED)]
 
 
 def bytes_of(tensors: Iterable[Tensor], quantized: Mapping[int, int] = MappingProxyType({})) -> int:

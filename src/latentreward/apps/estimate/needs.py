@@ -88,9 +88,6 @@ def check_memory(needs: Mapping[str, TrainingNeeds], card: Card, remedy: str) ->
 
     For a GPU that is not here nothing is compared, unless its memory is given. ``needs`` are by the trainings' names;
     ``remedy`` names settings that lower the need.
-
-    Raises:
-        InputError: If it is too small.
     """
     told, lacking, gpu = [], [], card.memory() if card.gpu else None
     found = "given" if card.gpu and card.card_gb else "here"
@@ -118,9 +115,6 @@ def check_hours(needs: Mapping[str, TrainingNeeds], card: Card, most: float = ma
     """Check the time of the trainings; return a line that describes it.
 
     ``most`` is the largest number of hours that the trainings may take together.
-
-    Raises:
-        InputError: If they need more.
     """
     hours = {name: one.flops / (card.tflops * 1e12) / 3600 for name, one in needs.items()}
     if sum(hours.values()) > most:

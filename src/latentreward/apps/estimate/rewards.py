@@ -118,10 +118,9 @@ class UnaskedReward(HTTPReward):
 
 
 def replace_rewards(settings: Namespace, policy: PolicySource, sources: ConfigSources) -> None:
-    """Replace each :class:`LatentReward` in a module's settings by :class:`UnreadReward`.
+    """Replace rewards in a module's settings, in place, by those that read no weights and ask no server.
 
-    :class:`HTTPReward` is replaced by :class:`UnaskedReward`. ``StepAwareScorer`` loses its file of weights. The
-    settings are changed in place; ``sources`` records where each config was found.
+    ``sources`` records where each config was found.
     """
     kind = str(settings.get("class_path")).rpartition(".")[2]
     if kind == "StepAwareScorer":

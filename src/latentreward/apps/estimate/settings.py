@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -107,7 +107,15 @@ def estimate(settings: Namespace, build: Callable[[Namespace], LightningModule])
         sources, gpu = ConfigSources(Path(folder)), settings.trainer.accelerator != "cpu"
         module = unread_module(settings, build, sources)
         costs = step_costs(module, settings.data, settings.trainer.accumulate_grad_batches, gpu)
-    notes = [*notes_on(settings, costs, sources, gpu), *notes_on_scorers(module)]
+    notes = notes_on(settings, costs, sources, gpu)
+    for part in module.modules():
+        if isinstance(part, RemoteReward):
+            notes.append(f"Not counted: the work of the reward server {part.source.server.url}.")
+        if isinstance(part, ImageReward):
+            name = type(part.scorer).__name__
+            notes.append(
+                f"Not counted: weights and computation of {name}; decoding of the images that it scores is counted."
+            )
     callbacks = settings.trainer.get("callbacks") or []
     if any(str(callback.get("class_path")).endswith(".EncodeOnce") for callback in callbacks):
         kept = costs.without(TEXT)
@@ -138,16 +146,6 @@ def unread_module(
         told.setLevel(level)
     module.setup("fit")
     return module
-
-
-def notes_on_scorers(module: LightningModule) -> Iterator[str]:
-    """Yield a line for each scorer of images that :func:`step_costs` does not run."""
-    for part in module.modules():
-        if isinstance(part, RemoteReward):
-            yield f"Not counted: the work of the reward server {part.source.server.url}."
-        if isinstance(part, ImageReward):
-            name = type(part.scorer).__name__
-            yield f"Not counted: weights and computation of {name}; decoding of the images that it scores is counted."
 
 
 def notes_on(settings: Namespace, costs: StepCosts, sources: ConfigSources, gpu: bool) -> list[str]:

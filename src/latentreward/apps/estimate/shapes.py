@@ -89,7 +89,16 @@ class ShapesOnly(TorchDispatchMode):
 
     def replace_weights(self, module: nn.Module) -> None:
         """Replace a module's parameters and buffers by stand-ins; a shared tensor gets one shared stand-in."""
-        replace_tensors(module, lambda name, old: self.stand_in(old.shape, old.dtype))
+        made: dict[int, Any] = {}
+        parts = (tensors for part in module.modules() for tensors in (part._parameters, part._buffers))
+        for tensors in parts:
+            for name, old in tensors.items():
+                if old is None:
+                    continue
+                if id(old) not in made:
+                    new = self.stand_in(old.shape, old.dtype)
+                    made[id(old)] = nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new
+                tensors[name] = made[id(old)]
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
@@ -122,23 +131,6 @@ class ShapesOnly(TorchDispatchMode):
             is_mask = index is not None and index.dtype == torch.bool
             replaced += self._nonzero(index).unbind(1) if is_mask else [index]
         return replaced
-
-
-def replace_tensors(module: nn.Module, make: Callable[[str, Tensor], Tensor]) -> None:
-    """Replace all parameters and buffers of a module; one that modules share gets one shared replacement.
-
-    ``make`` gets a tensor's own name, such as ``weight``, and the tensor.
-    """
-    made: dict[int, Any] = {}
-    for part in module.modules():
-        for tensors in (part._parameters, part._buffers):
-            for name, old in tensors.items():
-                if old is None:
-                    continue
-                if id(old) not in made:
-                    new = make(name, old)
-                    made[id(old)] = nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new
-                tensors[name] = made[id(old)]
 
 
 def is_stand_in(value: Any) -> bool:
@@ -201,6 +193,9 @@ def gpu_autocast() -> Iterator[None]:
 def in_float32(function: Callable[..., Any]) -> Callable[..., Any]:
     """Return ``function`` with its floating-point tensors converted to float32 under autocast."""
 
+    def as_float32(value: Any) -> Any:
+        return value.float() if isinstance(value, Tensor) and value.is_floating_point() else value
+
     @wraps(function)
     def call(*arguments: Any, **named: Any) -> Any:
         if torch.is_autocast_enabled("cpu"):
@@ -208,8 +203,3 @@ def in_float32(function: Callable[..., Any]) -> Callable[..., Any]:
         return function(*arguments, **named)
 
     return call
-
-
-def as_float32(value: Any) -> Any:
-    """Convert a floating-point tensor to float32; return any other value unchanged."""
-    return value.float() if isinstance(value, Tensor) and value.is_floating_point() else value

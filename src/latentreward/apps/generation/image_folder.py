@@ -6,7 +6,7 @@ import json
 import math
 import re
 import unicodedata
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from itertools import starmap
 from pathlib import Path
 from typing import Any, Literal
@@ -81,8 +81,12 @@ class ImageFolder:
         self.folder, self.table = folder, folder / f"images.{table}"
         self.rows: dict[Name, Row] = {}
         try:
+            kept: list[Row] = []
+            if self.table.is_file():
+                with self.table.open(encoding="utf-8", newline="") as file:
+                    kept = list(csv.DictReader(file) if table == "csv" else map(json.loads, file))
             more = (row for _, rows in left_over for row in rows)
-            self.rows = {(int(row["place"]), int(row["image"])): row for row in (*self._read_rows(), *more)}
+            self.rows = {(int(row["place"]), int(row["image"])): row for row in (*kept, *more)}
         except (ValueError, LookupError, TypeError, RecursionError, csv.Error) as error:
             raise InputError(
                 f"output_dir: {self.table} is damaged ({first_line(error)}); restore it, or choose another output_dir"
@@ -114,7 +118,14 @@ class ImageFolder:
     def add(self, made: Sequence[Made]) -> None:
         """Add batches with their rows, as :func:`write_images` returns them, and write the table."""
         self.rows |= {(row["place"], row["image"]): row for _, rows in made for row in rows}
-        write_file(self.table, "".join(self._lines()).encode(), KEPT)
+        rows, text = [self.rows[name] for name in sorted(self.rows)], io.StringIO(newline="")
+        if self.table.suffix == ".jsonl":
+            text.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        else:
+            writer = csv.DictWriter(text, COLUMNS)
+            writer.writeheader()
+            writer.writerows(rows)
+        write_file(self.table, text.getvalue().encode(), KEPT)
 
     def write_grid(self, names: Sequence[Name]) -> None:
         """Write ``grid.png`` with the first :data:`GRID_CELLS` images of ``names``; of clips, some frames."""
@@ -126,10 +137,8 @@ class ImageFolder:
                 frames = [frame.convert("RGB") for frame in ImageSequence.Iterator(picture)]
                 picture, width = strip(frames), SHOWN_FRAMES * GRID_SIDE
             picture.thumbnail((width, GRID_SIDE))
-            score = row.get("score")
-            cells.append(
-                draw_pair([picture], [f"{float(score):.3f}" if score not in (None, "") else ""], row["prompt"], PLAIN)
-            )
+            score = "" if row.get("score") in (None, "") else f"{float(row['score']):.3f}"
+            cells.append(draw_pair([picture], [score], row["prompt"], PLAIN))
         write_file(self.folder / "grid.png", png(tile(cells, math.ceil(math.sqrt(len(cells))))), KEPT)
 
     def summary(self, names: Sequence[Name]) -> str:
@@ -137,23 +146,6 @@ class ImageFolder:
         scores = [float(self.rows[name]["score"]) for name in names if self.rows[name].get("score") not in (None, "")]
         mean = f"; mean score {sum(scores) / len(scores):.4f}" if scores else ""
         return f"{self.folder}: {len(names)} pictures{mean}"
-
-    def _read_rows(self) -> Iterator[Row]:
-        if not self.table.is_file():
-            return
-        with self.table.open(encoding="utf-8", newline="") as file:
-            yield from csv.DictReader(file) if self.table.suffix == ".csv" else map(json.loads, file)
-
-    def _lines(self) -> Iterator[str]:
-        rows = [self.rows[name] for name in sorted(self.rows)]
-        if self.table.suffix == ".jsonl":
-            yield from (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-            return
-        text = io.StringIO(newline="")
-        writer = csv.DictWriter(text, COLUMNS)
-        writer.writeheader()
-        writer.writerows(rows)
-        yield text.getvalue()
 
 
 @interrupts_held()
@@ -229,11 +221,7 @@ def make_pictures(
 
 
 def decode_latents(policy: Policy, latents: Tensor) -> Tensor:
-    """Decode latents to pixels ``(B, 3, H, W)``, or ``(B, 3, F, H, W)`` for clips, in [-1, 1] on the CPU.
-
-    Raises:
-        InputError: If the policy has no VAE.
-    """
+    """Decode latents to pixels ``(B, 3, H, W)``, or ``(B, 3, F, H, W)`` for clips, in [-1, 1] on the CPU."""
     if policy.vae is None:
         raise InputError(f"{policy.source} has no VAE to decode with")
     return policy.vae.decode(latents).cpu()

@@ -29,11 +29,7 @@ SCALES = ("r", "rank_pattern", "lora_alpha", "alpha_pattern", "use_rslora")
 
 
 def check_lora(path: Path) -> None:
-    """Check that ``path`` may hold a LoRA, before the policy is loaded.
-
-    Raises:
-        InputError: If ``path`` does not exist, is the folder of a reward model, or is a folder without weight files.
-    """
+    """Check that ``path`` may hold a LoRA, before the policy is loaded."""
     remedy = "give a .safetensors file, or the folder of one as latentreward export writes it"
     if not path.exists():
         raise InputError(f"lora: {path} does not exist; {remedy}")

@@ -120,24 +120,21 @@ class StepSearch:
         window = self.candidates.branching()
         inside = inside_window(levels.timestep, window.low, window.high) and levels.next_noise > 0
         if inside and self._latents is not None:
-            latents = self._search(pipeline, levels, latents, callback_kwargs)
+            step = levels.ancestral(self._latents, latents, self.eta)
+            count, shape = self.candidates.num_candidates, latents.shape[1:]
+            drawn = [self._noise(f"{levels.timestep:g}", index, (count, *shape)) for index in range(len(latents))]
+            candidates = step.sample(torch.stack(drawn, dim=1).to(latents.device)).to(latents.dtype)
+            states = (candidates.float() * levels.next_scale).flatten(0, 1)
+            clean = self._clean(pipeline, levels, states, callback_kwargs) if self.reward.needs_clean else None
+            scored_at = levels.timestep if self.candidates.score_at == "step" else levels.next_timestep
+            images = torch.arange(len(latents), device=latents.device)
+            timesteps = torch.full((len(states),), scored_at, device=latents.device)
+            noisy = NoisyStates(states, timesteps, images.repeat(count), clean)
+            scores = self.reward(noisy, self._encoded).view(count, -1)
+            self.scores.append(scores.cpu())
+            latents = candidates[scores.argmax(dim=0), images]
         self._latents = latents
         return {"latents": latents}
-
-    def _search(self, pipeline: DiffusionPipeline, levels: Levels, latents: Tensor, inputs: dict[str, Any]) -> Tensor:
-        assert self._latents is not None
-        step = levels.ancestral(self._latents, latents, self.eta)
-        count, shape = self.candidates.num_candidates, latents.shape[1:]
-        drawn = [self._noise(f"{levels.timestep:g}", index, (count, *shape)) for index in range(len(latents))]
-        candidates = step.sample(torch.stack(drawn, dim=1).to(latents.device)).to(latents.dtype)
-        states = (candidates.float() * levels.next_scale).flatten(0, 1)
-        clean = self._clean(pipeline, levels, states, inputs) if self.reward.needs_clean else None
-        timestep = levels.timestep if self.candidates.score_at == "step" else levels.next_timestep
-        rows = torch.arange(len(latents), device=latents.device).repeat(count)
-        timesteps = torch.full((len(states),), timestep, device=latents.device)
-        scores = self.reward(NoisyStates(states, timesteps, rows, clean), self._encoded).view(count, -1)
-        self.scores.append(scores.cpu())
-        return candidates[scores.argmax(dim=0), torch.arange(len(latents), device=latents.device)]
 
     def _clean(self, pipeline: DiffusionPipeline, levels: Levels, states: Tensor, inputs: dict[str, Any]) -> Tensor:
         given = self.policy.family.search_conditioning(inputs)
@@ -149,8 +146,7 @@ class StepSearch:
         if guided:
             without, with_prompt = output.chunk(2)
             output = without + pipeline.guidance_scale * (with_prompt - without)
-        kind = pipeline.scheduler.config.get("prediction_type", "flow")
-        return levels.clean(states, output, kind)
+        return levels.clean(states, output, pipeline.scheduler.config.get("prediction_type", "flow"))
 
     def _noise(self, purpose: str, index: int, shape: Sequence[int]) -> Tensor:
         name = f"{index}/{self.prompts[index]}"

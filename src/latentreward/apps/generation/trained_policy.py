@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,6 @@ import torch
 from latentreward.apps.generation import load_lora
 from latentreward.apps.generation.lora import check_lora
 from latentreward.encoders.offloaded import OffloadedEncoder
-from latentreward.encoders.prompts import PromptEncoder
 from latentreward.errors import InputError
 from latentreward.policies import Policy, PolicySource, load_policy
 from latentreward.policies.checkpoint import read_policy_adapter
@@ -60,11 +60,15 @@ class TrainedPolicy:
         """
         if self.lora is not None:
             check_lora(self.lora)
-        return {
-            "policy": plain(self.source()),
-            "checkpoint": _files("checkpoint", self.checkpoint),
-            "lora": _files("lora", self.lora),
-        }
+        found: dict[str, Any] = {"policy": plain(self.source()), "checkpoint": None, "lora": None}
+        for setting, path in (("checkpoint", self.checkpoint), ("lora", self.lora)):
+            if path is not None:
+                if not path.exists():
+                    raise InputError(f"{setting}: {path} does not exist")
+                files = [(file, file.stat()) for file in sorted((path, *path.rglob("*"))) if file.is_file()]
+                described = [[file.name, stat.st_size, stat.st_mtime_ns] for file, stat in files]
+                found[setting] = [str(path.resolve()), described]
+        return found
 
     def load(self, device: torch.device) -> Policy:
         """Load the policy on ``device``, frozen and in evaluation mode.
@@ -88,28 +92,12 @@ def offload_text_encoders(policy: Policy, reward: Reward | None, prompts: Sequen
     """
     if device.type == "cpu":
         return
-    moved: dict[PromptEncoder, OffloadedEncoder] = {}
-
-    def offloaded(encoder: PromptEncoder) -> OffloadedEncoder:
-        if encoder not in moved:
-            moved[encoder] = OffloadedEncoder(encoder, prompts, device)
-        return moved[encoder]
-
+    offloaded = cache(lambda encoder: OffloadedEncoder(encoder, prompts, device))  # policy and reward may share one
     for part in () if reward is None else reward.modules():
         if isinstance(part, LatentScorer) and (encoder := part.model.backbone.text_encoder) is not None:
             part.set_text_encoder(offloaded(encoder))
     if policy.text_encoder is not None:
         policy.text_encoder = offloaded(policy.text_encoder)
-
-
-def _files(setting: str, path: Path | None) -> list[Any] | None:
-    """Return path, names, sizes and times of a file or folder, by which a changed file is noticed."""
-    if path is None:
-        return None
-    if not path.exists():
-        raise InputError(f"{setting}: {path} does not exist")
-    files = sorted(file for file in (path, *path.rglob("*")) if file.is_file())
-    return [str(path.resolve()), [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]]
 
 
 def plain(value: Any) -> Any:

@@ -14,11 +14,7 @@ SPARE = 5 * GB
 
 
 def check_sources(pilot: Pilot) -> None:
-    """Check that every data set has a folder, and that every model is a folder or a hub id.
-
-    Raises:
-        InputError: If a variable is not set, or names a folder that does not exist.
-    """
+    """Check that every data set has a folder, and that every model is a folder or a hub id."""
     values = pilot.values()
     unset = [f"{name} ({source.data})" for name, source in pilot.sources.items() if name not in values]
     if unset:
@@ -30,20 +26,18 @@ def check_sources(pilot: Pilot) -> None:
 
 
 def downloads(pilot: Pilot) -> dict[str, Source]:
-    """Return the models that are neither folders nor in the local cache of the hub: variable → model."""
-    values = pilot.values()
-    return {
-        name: source
-        for name, source in pilot.sources.items()
-        if source.hub and not Path(values[name]).exists() and not _is_cached(values[name], source)
-    }
+    """Return the models that are neither folders nor in the local cache of the hub: variable → model.
 
-
-def _is_cached(value: str, source: Source) -> bool:
-    """Tell whether the local cache has a model; half the expected size counts as all, since files have variants."""
-    folder = cached_files(value)
-    files = folder.rglob("*") if folder else ()
-    return sum(path.stat().st_size for path in files if path.exists()) >= source.gigabytes * GB / 2  # links may dangle
+    A model counts as cached if half the expected size is there, since files have variants.
+    """
+    values, found = pilot.values(), {}
+    for name, source in pilot.sources.items():
+        if source.hub and not Path(values[name]).exists():
+            folder = cached_files(values[name])
+            files = [path for path in folder.rglob("*") if path.exists()] if folder else []  # links may dangle
+            if sum(path.stat().st_size for path in files) < source.gigabytes * GB / 2:
+                found[name] = source
+    return found
 
 
 def hub_cache() -> Path:
@@ -54,11 +48,7 @@ def hub_cache() -> Path:
 
 
 def check_access(pilot: Pilot, missing: Mapping[str, Source]) -> None:
-    """Check that the hub gives each missing model to this user; asks for metadata only.
-
-    Raises:
-        InputError: If there is no token for a gated model, or the hub refuses a model or does not answer.
-    """
+    """Check that the hub gives each missing model to this user; asks for metadata only."""
     from huggingface_hub import get_token
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
@@ -83,23 +73,16 @@ def check_disk(needed: Mapping[Path, int]) -> str:
     """Check the free space of file systems; return a line that describes it.
 
     ``needed`` holds the bytes that will be written, by folder; a folder need not exist.
-
-    Raises:
-        InputError: If a file system has too little free space.
     """
     places = {
         folder: next(one for one in (folder.resolve(), *folder.resolve().parents) if one.exists()) for folder in needed
     }
-    totals: dict[int, int] = {}
+    by_device: dict[int, list[Path]] = {}
     for folder, place in places.items():
-        device = place.stat().st_dev
-        totals[device] = totals.get(device, 0) + needed[folder]
+        by_device.setdefault(place.stat().st_dev, []).append(folder)
     lines = []
-    for folder, place in places.items():
-        device = place.stat().st_dev
-        if device not in totals:
-            continue
-        size, free = totals.pop(device), shutil.disk_usage(place).free
+    for folder, *others in by_device.values():
+        size, free = sum(needed[one] for one in (folder, *others)), shutil.disk_usage(places[folder]).free
         if size + SPARE > free:
             raise InputError(
                 f"disk: {(size + SPARE) / GB:.1f} GB are needed where {folder} is, {free / GB:.1f} GB are free; free "

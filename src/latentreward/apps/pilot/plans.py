@@ -101,11 +101,7 @@ def all_pilots() -> dict[str, Pilot]:
 
 
 def find_pilot(name: str) -> Pilot:
-    """Return a shipped pilot by its name, or one that is read from a YAML file.
-
-    Raises:
-        InputError: If there is no such pilot, or its file is wrong.
-    """
+    """Return a shipped pilot by its name, or one that is read from a YAML file."""
     if name.endswith((".yaml", ".yml")) and Path(name).is_file():
         return read_pilot(name)
     shipped = [Path(one).stem for one in shipped_configs() if one.startswith(FOLDER) and one.count("/") == 1]
@@ -115,11 +111,7 @@ def find_pilot(name: str) -> Pilot:
 
 
 def read_pilot(path: str) -> Pilot:
-    """Read and check a pilot's YAML file.
-
-    Raises:
-        InputError: If a setting is unknown, missing or wrong, or a stage is missing.
-    """
+    """Read and check a pilot's YAML file."""
     content, name = load_yaml(path), Path(path).stem
     if isinstance(content, Mapping) and "name" in content:
         raise InputError(f"{path}: name is that of the file; remove it")

@@ -104,6 +104,14 @@ def collect(pilot: Pilot, tasks: Mapping[str, Task], runner: TaskRunner, setting
         gpu = {"gpu": found.name, "gpu_gb": round(found.total_memory / GB, 1)}
     names = parquet.read_table(outputs[CUT] / "pairs.parquet", columns=["pair_id"])["pair_id"].to_pylist()
     reports = [read_config(outputs[stage] / JSON) for stage in (BESIDE, MEASURED)]
+    judged, stages = read_config(outputs[JUDGED] / JSON), dict[str, Any]()
+    after, before = judged["policies"]
+    means = {(one["policy"], one["score"]): one["mean"] for one in judged["scores"]}
+    for name, task in tasks.items():
+        done = runner.done(task)
+        assert done is not None
+        spent = {"seconds": done.seconds, "cpu_seconds": done.cpu_seconds, "gpu_gb": round(done.gpu_bytes / GB, 2)}
+        stages[name] = {"key": task.key, "starts": starts(runner.log(task)), **spent}
     return PilotResult(
         version=VERSION,
         pilot=pilot.name,
@@ -117,39 +125,21 @@ def collect(pilot: Pilot, tasks: Mapping[str, Task], runner: TaskRunner, setting
         averages=[
             {"model": one["scorer"], "estimate": one["estimate"]} for report in reports for one in report["averages"]
         ],
-        pictures=_pictures(read_config(outputs[JUDGED] / JSON)),
-        stages={name: _stage(task, runner) for name, task in tasks.items()},
+        pictures=[
+            {
+                "score": one["score"],
+                "before": means[before, one["score"]],
+                "after": means[after, one["score"]],
+                **{key: one[key] for key in ("difference", "win_rate", "prompts")},
+            }
+            for one in judged["comparisons"]
+            if not one["group"]
+        ],
+        stages=stages,
         machine={**machine(), **gpu},
         versions=computed_with(),
         commit=commit(),
     )
-
-
-def _pictures(report: Mapping[str, Any]) -> list[dict[str, Any]]:
-    after, before = report["policies"]
-    means = {(one["policy"], one["score"]): one["mean"] for one in report["scores"]}
-    return [
-        {
-            "score": one["score"],
-            "before": means[before, one["score"]],
-            "after": means[after, one["score"]],
-            **{key: one[key] for key in ("difference", "win_rate", "prompts")},
-        }
-        for one in report["comparisons"]
-        if not one["group"]
-    ]
-
-
-def _stage(task: Task, runner: TaskRunner) -> dict[str, Any]:
-    done = runner.done(task)
-    assert done is not None
-    return {
-        "key": task.key,
-        "starts": starts(runner.log(task)),
-        "seconds": done.seconds,
-        "cpu_seconds": done.cpu_seconds,
-        "gpu_gb": round(done.gpu_bytes / GB, 2),
-    }
 
 
 def write_result(path: Path, result: PilotResult) -> None:

@@ -85,16 +85,6 @@ class TaskRunner:
         current = self._inputs(task)
         return found if current == found.inputs and None not in current.values() else None
 
-    def goes_on(self, task: Task) -> bool:
-        """Tell whether :meth:`run` goes on in the output that an earlier process left; otherwise it starts anew."""
-        folder = task.output(self.folder).parent
-        if self.source_digest is not None or not folder.exists():
-            return False
-        inputs = folder / INPUTS
-        if not inputs.is_file():
-            return True
-        return bool(read_config(inputs, remedy=f"remove {folder} to start anew") == self._inputs(task))
-
     def log(self, task: Task) -> Path:
         """Return the file beside a task's output to which its processes print."""
         return task.output(self.folder).parent / LOG
@@ -104,19 +94,17 @@ class TaskRunner:
         return {one.key: found.identity if (found := self.done(one)) else None for one in task.inputs.values()}
 
     def run(self, task: Task) -> None:
-        """Run a task's process, which prints to :meth:`log`.
-
-        Raises:
-            InputError: If the process fails.
-        """
-        folder, log, goes_on = task.output(self.folder).parent, self.log(task), self.goes_on(task)
+        """Run a task's process, which prints to :meth:`log`."""
+        folder, log, inputs = task.output(self.folder).parent, self.log(task), self._inputs(task)
+        goes_on = self.source_digest is None and folder.exists()
+        if goes_on and (folder / INPUTS).is_file():
+            goes_on = read_config(folder / INPUTS, remedy=f"remove {folder} to start anew") == inputs
         print(f"{task.name}: {'goes on' if goes_on else 'starts'}; its log is {log}", flush=True)
         if not goes_on:
             discard(task.output(self.folder))  # before the files by which a later start sees what a stop here left
             discard(folder)
         task.output(self.folder).mkdir(parents=True, exist_ok=True)
         arguments = task.command(self.folder)
-        inputs = self._inputs(task)
         write_file(folder / INPUTS, json.dumps(inputs))
         with log.open("a") as stream:
             stream.write(f"{START}{task.module or 'latentreward'} {' '.join(arguments)}\n")

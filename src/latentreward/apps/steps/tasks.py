@@ -112,7 +112,8 @@ def resolve(
     inputs = {one: resolve(steps, one, seed, added, quick, context) for one in sorted(names)}
     known = {one: task.key for one, task in inputs.items()} | {"seed": str(seed)}
     resolved = [PLACEHOLDER.sub(lambda place: known.get(place[1], place[0]), text) for text in arguments]
-    files = [config_digest(text) for text in arguments if text.startswith(CONFIG) and not PLACEHOLDER.search(text)]
+    configs = [text for text in arguments if text.startswith(CONFIG) and not PLACEHOLDER.search(text)]
+    files = [config_digest(find_config(text.removeprefix(CONFIG))) for text in configs]
     key = digest(["\0".join((found.module, *resolved, "", *files, *context))])
     return Task(name, found.module, tuple(arguments), inputs, seed, key)
 
@@ -121,10 +122,6 @@ def check_steps(place: str, steps: Mapping[str, Step], also: Collection[str] = (
     """Check steps that come from a file: their names become names of folders.
 
     ``also`` are placeholders beyond the names of steps, ``{out}`` and ``{seed}``.
-
-    Raises:
-        InputError: If a name holds more than letters, digits and ``_``, an argument has a placeholder that names
-            nothing, or steps need each other.
     """
     needs, known = {}, {*steps, "out", "seed", *also}
     for name, step in steps.items():
@@ -140,13 +137,9 @@ def check_steps(place: str, steps: Mapping[str, Step], also: Collection[str] = (
         raise InputError(f"{place}: {' needs '.join(error.args[1])}") from error
 
 
-def config_digest(argument: str) -> str:
-    """Digest the settings in the file that ``--config=…`` names; comments and layout do not count."""
-    return _file_digest(find_config(argument.removeprefix(CONFIG)))
-
-
 @cache
-def _file_digest(path: str) -> str:
+def config_digest(path: str) -> str:
+    """Digest the settings in a YAML file; comments and layout do not count."""
     return digest([repr(yaml.safe_load(Path(path).read_text(encoding="utf-8")))])
 
 

@@ -47,11 +47,11 @@ def subgroup_columns(prompts: Sequence[str], labels: np.ndarray, facts: dict[str
     votes = zip(facts.get("votes_a", unknown), facts.get("votes_b", unknown), labels.tolist(), strict=True)
     columns = {
         "models": [" against ".join(sorted(both)) if None not in both else None for both in sides],
-        "model": [_lines(sorted({model for model in both if model is not None})) for both in sides],
+        "model": ["\n".join(sorted({model for model in both if model is not None})) or None for both in sides],
         "prompt length": [band(len(prompt.split()), WORDS) for prompt in prompts],
         "vote share": [_share(*item) for item in votes],
         "confidence": [None if x is None else band(x, CONFIDENCES) for x in facts.get("confidence", unknown)],
-        "skill": [_lines(tags) for tags in facts.get("tags", unknown)],
+        "skill": ["\n".join(dict.fromkeys(tags or ())) or None for tags in facts.get("tags", unknown)],
         **{name: facts.get(name, unknown) for name in ("model_a", "model_b", "vote")},
         "label_0": [None if x is None else str(x) for x in facts.get("label_0", unknown)],
     }
@@ -68,10 +68,6 @@ def _share(votes_a: int | None, votes_b: int | None, label: float) -> str | None
     if votes_a is None or votes_b is None or not votes_a + votes_b or np.isnan(label) or label == 0.5:
         return None
     return band((votes_a if label > 0.5 else votes_b) / (votes_a + votes_b), SHARES)
-
-
-def _lines(texts: Sequence[str] | None) -> str | None:
-    return "\n".join(dict.fromkeys(texts)) if texts else None
 
 
 @dataclass(frozen=True)

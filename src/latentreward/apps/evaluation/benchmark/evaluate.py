@@ -1,5 +1,6 @@
 """Computation of everything that a report shows from the tables of scores."""
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import combinations, permutations
 from typing import Any
@@ -13,16 +14,9 @@ from latentreward.apps.evaluation.benchmark.noise_columns import NoiseColumns
 from latentreward.apps.evaluation.benchmark.protocols import Judgement, judge
 from latentreward.apps.evaluation.benchmark.published_numbers import AVERAGE, FOUR_BENCHMARKS, published_for
 from latentreward.apps.evaluation.benchmark.results import BenchmarkPairs, BenchmarkReport
-from latentreward.apps.evaluation.benchmark.scoring import BenchmarkScores, data_counts, table_timesteps
+from latentreward.apps.evaluation.benchmark.scoring import TIMESTEPS, BenchmarkScores, data_counts
 from latentreward.errors import InputError
-from latentreward.metrics.bootstrap import (
-    Interval,
-    clustered_accuracy,
-    clustered_interval,
-    clustered_mean,
-    group_sums,
-    ratio_difference,
-)
+from latentreward.metrics import bootstrap
 from latentreward.metrics.calibration import PairCalibration, bin_by_confidence, fit_temperature, two_folds
 from latentreward.metrics.rank_correlation import clustered_correlation, same_order
 from latentreward.reports.tables import Row
@@ -86,7 +80,7 @@ def _look_into(report: BenchmarkReport, scores: BenchmarkScores, evaluation: Eva
     report.subgroups += [row for one in judged for row in subgroup_results(one)]
     for scorer in scores.scorers:
         if isinstance(scorer, NoiseColumns) and scorer.levels:
-            timesteps = table_timesteps(scores.tables[evaluation.split, scorer.name].table)
+            timesteps = json.loads(scores.tables[evaluation.split, scorer.name].table.schema.metadata[TIMESTEPS])
             columns = (scores.pairs(evaluation.split, scorer, column) for column in scorer.level_columns)
             report.levels += level_results(protocol, zip(scorer.levels, timesteps, columns, strict=True))
     report.calibration += [calibration_result(protocol, one) for one in pairs]
@@ -112,7 +106,7 @@ def subgroup_results(judgement: Judgement) -> list[Row]:
             credit[rows] = judgement.credit[rows]
             if number := int((~np.isnan(credit)).sum()):
                 group = {"protocol": judgement.protocol, "scorer": pairs.scorer, "column": column, "value": value}
-                estimate = clustered_accuracy(judgement.sums(credit))
+                estimate = bootstrap.clustered_accuracy(judgement.sums(credit))
                 found.append(
                     {**group, "pairs": number, "estimate": estimate, "split": pairs.split, "benchmark": pairs.benchmark}
                 )
@@ -121,17 +115,13 @@ def subgroup_results(judgement: Judgement) -> list[Row]:
 
 
 def paired_difference(first: Judgement, second: Judgement) -> Row:
-    """Compute the difference of two scorers on the pairs that count for both, with the interval of the difference.
-
-    Raises:
-        InputError: If the two scorers scored different pairs.
-    """
+    """Compute the difference of two scorers on the pairs that count for both, with the interval of the difference."""
     pairs, others = first.pairs, second.pairs
     if pairs.pair_ids != others.pair_ids:
         raise InputError(f"{pairs.scorer} and {others.scorer} scored other pairs; score both on the same split")
     both = ~np.isnan(first.credit) & ~np.isnan(second.credit)
     sums = np.concatenate([first.sums(np.where(both, item.credit, np.nan)) for item in (first, second)], axis=1)
-    estimate = clustered_interval(sums, ratio_difference)
+    estimate = bootstrap.clustered_interval(sums, bootstrap.ratio_difference)
     compared = {"protocol": first.protocol, "first": pairs.scorer, "second": others.scorer, "pairs": int(both.sum())}
     return compared | {"estimate": estimate, "split": pairs.split, "benchmark": pairs.benchmark}
 
@@ -141,7 +131,7 @@ def level_results(key: str, levels: Iterable[tuple[float, float, BenchmarkPairs]
     results: list[Row] = []
     for sigma, timestep, pairs in levels:
         judgement = judge(key, pairs)
-        estimate = clustered_accuracy(judgement.sums(judgement.credit))
+        estimate = bootstrap.clustered_accuracy(judgement.sums(judgement.credit))
         level = {"protocol": key, "scorer": pairs.scorer, "sigma": sigma, "timestep": timestep}
         results.append(level | {"estimate": estimate, "benchmark": pairs.benchmark})
     return results
@@ -167,8 +157,8 @@ def calibration_result(key: str, pairs: BenchmarkPairs) -> Row:
     metric.update(probability, torch.from_numpy(label))
     index, confidence, outcome = bin_by_confidence(probability, torch.from_numpy(label), BINS)
     columns = [np.where(index.numpy() == b, (outcome - confidence).double().numpy(), 0) for b in range(BINS)]
-    sums = group_sums(groups, np.ones(len(gap)), *columns)
-    error = clustered_interval(sums, lambda sums: np.abs(sums[..., 1:]).sum(-1) / sums[..., 0], centred=True)
+    sums = bootstrap.group_sums(groups, np.ones(len(gap)), *columns)
+    error = bootstrap.clustered_interval(sums, lambda sums: np.abs(sums[..., 1:]).sum(-1) / sums[..., 0], centred=True)
     curve = zip(*(values.tolist() for values in metric.curve()), strict=True)
     return {
         "protocol": key,
@@ -199,9 +189,6 @@ def agreement_result(pairs: BenchmarkPairs, others: BenchmarkPairs) -> Row:
 
     Labels are not used. If the pairs have image keys, an image that recurs with the same prompt counts once in the
     correlations, in the prompt group of the first pair that contains it.
-
-    Raises:
-        InputError: If the two scorers scored different pairs.
     """
     if pairs.pair_ids != others.pair_ids:
         raise InputError(f"{pairs.scorer} and {others.scorer} scored other pairs; score both on the same split")
@@ -220,7 +207,7 @@ def agreement_result(pairs: BenchmarkPairs, others: BenchmarkPairs) -> Row:
         "first": pairs.scorer,
         "second": others.scorer,
         "pairs": int((~np.isnan(alike)).sum()),
-        "pair": clustered_mean(alike, pairs.group_codes),
+        "pair": bootstrap.clustered_mean(alike, pairs.group_codes),
         "spearman": clustered_correlation(x, y, groups, "spearman"),
         "pearson": clustered_correlation(x, y, groups, "pearson"),
     }
@@ -259,7 +246,7 @@ def add_averages(report: BenchmarkReport) -> None:
             groups = min((one.groups for one in found if one.groups is not None), default=None)
             value = values.mean()
             below, above = (np.linalg.norm(ends - values) / len(found) for ends in (lows, highs))
-            estimate = Interval(float(value), float(value - below), float(value + above), groups)
+            estimate = bootstrap.Interval(float(value), float(value - below), float(value + above), groups)
             report.averages.append({"scorer": scorer, "estimate": estimate})
     if report.averages:
         report.published += published_for((AVERAGE,))

@@ -84,10 +84,8 @@ def agreement_figure(results: Sequence[Row]) -> Drawn:
             axes.text(column, row, percent(value / 100), ha="center", va="center", color=colour)
     axes.set_xticks(range(len(scorers)), list(map(_label, scorers)), rotation=30, ha="right")
     axes.set_yticks(range(len(scorers)), list(map(_label, scorers)))
-    return (
-        figure,
-        f"Share of pairs of {benchmark} on which two models prefer the same image; the table has all numbers.",
-    )
+    alternative = f"Share of pairs of {benchmark} on which two models prefer the same image; the table has all numbers."
+    return figure, alternative
 
 
 def _axes(width: float, height: float, title: str = "", **properties: Any) -> tuple[Figure, Any]:

@@ -94,11 +94,7 @@ class Protocol:
 
 
 def judge(key: str, pairs: BenchmarkPairs, fitting: BenchmarkPairs | None = None) -> Judgement:
-    """Judge every pair by a protocol; ``fitting`` are the scorer's pairs of the protocol's ``fitting_split``.
-
-    Raises:
-        InputError: If there is no such protocol, or the protocol needs ``fitting`` and it is None.
-    """
+    """Judge every pair by a protocol; ``fitting`` are the scorer's pairs of the protocol's ``fitting_split``."""
     if key not in PROTOCOLS:
         raise InputError(f"protocol {key!r} is not known{did_you_mean(key, PROTOCOLS)}")
     protocol = PROTOCOLS[key]

@@ -28,6 +28,7 @@ from latentreward.storage.part_tables import PartFiles
 from latentreward.storage.progress import Progress
 
 TIMESTEPS = b"timesteps"
+"""Key of a table's metadata with the timesteps of a :class:`NoiseColumns` scorer's noise levels."""
 
 
 @dataclass
@@ -178,11 +179,6 @@ def complete(scored: Sequence[BenchmarkScores]) -> Mapping[str, float]:
     for name, spent in chain.from_iterable(table.seconds.items() for table in tables.values()):
         seconds[name] = seconds.get(name, 0.0) + spent
     return seconds
-
-
-def table_timesteps(table: pa.Table) -> list[float]:
-    """Read the timesteps of a :class:`NoiseColumns` scorer's noise levels from its table; empty for other scorers."""
-    return json.loads((table.schema.metadata or {}).get(TIMESTEPS, b"[]"))
 
 
 def data_counts(table: pa.Table, reader: PairReader) -> dict[str, Any]:

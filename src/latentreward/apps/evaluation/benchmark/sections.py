@@ -5,14 +5,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
+from latentreward.apps.evaluation.benchmark import plots
 from latentreward.apps.evaluation.benchmark.disagreements import Pictures, disagreement_card, preferred
-from latentreward.apps.evaluation.benchmark.plots import (
-    Drawn,
-    accuracy_figure,
-    agreement_figure,
-    calibration_figure,
-    level_figure,
-)
 from latentreward.apps.evaluation.benchmark.protocols import PROTOCOLS
 from latentreward.apps.evaluation.benchmark.published_numbers import AVERAGE
 from latentreward.apps.evaluation.benchmark.results import BenchmarkReport
@@ -103,7 +97,7 @@ class Kind:
     title: str
     text: str
     columns: tuple[Column, ...]
-    figure: Callable[[Sequence[Row]], Drawn] | None = None
+    figure: Callable[[Sequence[Row]], plots.Drawn] | None = None
 
 
 KINDS = {
@@ -123,7 +117,7 @@ KINDS = {
         "levels (standard deviation of the noise in the mixture: 0 is the clean image, 1 is pure noise), with 95 % "
         "intervals. A reward can be trusted at those steps of a sampler whose noise levels it judges accurately.",
         (DATA, PROTOCOL, MODEL, ("noise level", "sigma"), ("timestep", "timestep"), ("accuracy %", "estimate")),
-        level_figure,
+        plots.level_figure,
     ),
     "calibration": Kind(
         "Calibration",
@@ -135,7 +129,7 @@ KINDS = {
             ("temperature", lambda row: temperature(row["temperature"])),
             ("calibration error %", "error"),
         ),
-        calibration_figure,
+        plots.calibration_figure,
     ),
     "agreement": Kind(
         "Agreement between models",
@@ -146,7 +140,7 @@ KINDS = {
             ("Spearman", partial(_correlation, name="spearman")),
             ("Pearson", partial(_correlation, name="pearson")),
         ),
-        agreement_figure,
+        plots.agreement_figure,
     ),
     "correlations": Kind(
         "CLIP-Corr and Aes-Corr",
@@ -176,7 +170,7 @@ def sections(report: BenchmarkReport, pictures: Pictures | None = None) -> Itera
         text = f"{summary[0].upper()}{summary[1:]}.{PUBLISHED if theirs else ''}"
         tables = [protocol_table(rows), *([_published(theirs)] if theirs else [])]
         known = any(math.isfinite(row["estimate"].value) for row in rows)
-        yield Section(f"{benchmark}: {protocol}", text, tables, [accuracy_figure(rows, theirs)] if known else [])
+        yield Section(f"{benchmark}: {protocol}", text, tables, [plots.accuracy_figure(rows, theirs)] if known else [])
     for name, kind in KINDS.items():
         if rows := getattr(report, name):
             groups = grouped(rows, "benchmark", "protocol").values()

@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Callable, Sequence
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -64,11 +63,6 @@ class HPDv2Benchmark(Benchmark):
 
     def columns(self, reader: PairReader) -> dict[str, Texts]:
         """Return the columns of sub-groups, with ``style`` if the prompts of any pair have a style."""
-        style = tuple(self._styles.get(prompt) for prompt in reader.prompts())
-        return {**super().columns(reader), **({"style": style} if any(style) else {})}
-
-    @cached_property
-    def _styles(self) -> dict[str, str]:
         styles: dict[str, str] = {}
         for file in sorted(Path(self.root, "benchmark").glob("*.json")):
             try:
@@ -77,7 +71,8 @@ class HPDv2Benchmark(Benchmark):
                 continue
             if isinstance(prompts, list):
                 styles |= {prompt: file.stem for prompt in prompts if isinstance(prompt, str)}
-        return styles
+        style = tuple(styles.get(prompt) for prompt in reader.prompts())
+        return {**super().columns(reader), **({"style": style} if any(style) else {})}
 
 
 class HPDv3Benchmark(Benchmark):
@@ -204,7 +199,9 @@ class PairsBenchmark(Benchmark):
         return self.pair_reader
 
 
-EVALUATED = ("test_unique", "test", "validation_unique", "validation", "val")
+FITTING = "validation_unique"
+"""Split of Pick-a-Pic on which PickScore's threshold is fitted."""
+EVALUATED = ("test_unique", "test", FITTING, "validation", "val")
 """Names of splits for evaluation, in order of preference; other splits are meant for training."""
 
 
@@ -230,17 +227,14 @@ def recognise_benchmark(data: str) -> Benchmark:
     return make(build.args[0], split, splits)
 
 
-def _pick_a_pic(root: str, split: str, splits: Splits) -> Benchmark:
-    fitting = "validation_unique" if "validation_unique" in splits and split != "validation_unique" else None
-    return PickAPicBenchmark(root, split, fitting_split=fitting)
-
-
 PUBLISHED: dict[Any, Callable[[str, str, Splits], Benchmark]] = {
     readers.ImageRewardReader: lambda root, split, splits: ImageRewardBenchmark(root),
     readers.ImageRewardDBReader: lambda root, split, splits: ImageRewardDBBenchmark(root, split),
     readers.HPDv2Reader: lambda root, split, splits: HPDv2Benchmark(root),
     readers.HPDv3Reader: lambda root, split, splits: HPDv3Benchmark(root, split),
-    readers.PickAPicReader: _pick_a_pic,
+    readers.PickAPicReader: lambda root, split, splits: PickAPicBenchmark(
+        root, split, fitting_split=FITTING if FITTING in splits and split != FITTING else None
+    ),
     readers.GenAIBenchReader: lambda root, split, splits: GenAIBenchTigerBenchmark(
         root, [name for name in ("test", "test_v1") if name in splits]
     ),

@@ -89,11 +89,7 @@ def find_pictures(folder: Path, table: Path | None) -> list[FoundPicture]:
 
 
 def prompts_of(found: Sequence[FoundPicture], folder: Path) -> list[PromptRow]:
-    """Return the distinct prompts of pictures, in order of first occurrence.
-
-    Raises:
-        InputError: If the folder's layout does not hold the prompts, or all prompts are empty.
-    """
+    """Return the distinct prompts of pictures, in order of first occurrence."""
     if any(picture.prompt is None for picture in found):
         raise InputError(f"images: {folder} does not hold the prompts of its pictures; set prompts")
     keys = dict.fromkeys((picture.group, picture.prompt) for picture in found if (picture.prompt or "").strip())
@@ -123,16 +119,18 @@ def import_pictures(
     problems: Counter[str] = Counter()
     pictures = {}
     for (place, image), file in sorted((name, file) for name, file in matched.items() if name in asked):
-        row, path = rows[place], resolve_inside(folder, folder / file)
         try:
-            decode_image(ImageRef(file, path=path or folder / file, root=folder))
+            decode_image(ImageRef(file, path=resolve_inside(folder, folder / file) or folder / file, root=folder))
         except ImageError as error:
             problems[error.problem] += 1
             continue
-        pictures[place, image] = JudgedPicture(
-            place, image, file, folder / file, row.prompt, row.group, dict(row.fields)
-        )
+        pictures[place, image] = judged(place, image, file, folder / file, rows[place])
     return ImportedPictures(folder, pictures, left_aside, dict(problems))
+
+
+def judged(place: int, image: int, file: str, path: Path, row: PromptRow) -> JudgedPicture:
+    """Return a picture of the prompt of a row, with the row's group and further columns."""
+    return JudgedPicture(place, image, file, path, row.prompt, row.group, dict(row.fields))
 
 
 def _match(found: Iterable[FoundPicture], rows: Sequence[PromptRow]) -> tuple[dict[tuple[int, int], str], int]:

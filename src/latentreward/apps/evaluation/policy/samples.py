@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import torch
 
-from latentreward.apps.evaluation.policy.imported import ImportedPictures
+from latentreward.apps.evaluation.policy.imported import ImportedPictures, judged
 from latentreward.apps.generation.image_folder import ImageFolder, Name, Row, decode_latents, make_pictures, write_batch
 from latentreward.apps.generation.trained_policy import TrainedPolicy, offload_text_encoders, plain
 from latentreward.contracts import PathText, PromptBatch
@@ -125,9 +125,6 @@ class SamplingPlan:
         """Return the guidance scale of a generator: its own, else that of the plan, else its family's.
 
         For a folder of pictures, that of the plan is returned.
-
-        Raises:
-            InputError: If the scale does not suit the generator's family.
         """
         scale = self.guidance_scale if policy.guidance_scale is None else policy.guidance_scale
         return scale if policy.images is not None else policy.trained.source().resolve_family().guidance(scale)
@@ -184,7 +181,7 @@ def open_pictures(
     def make() -> dict[Name, JudgedPicture]:
         make_pictures(work, task, opened, wanted, texts, plan.batch_size)
         files = {name: str(opened.rows[name]["file"]) for name in wanted}
-        return {(n, image): _judged(n, image, file, folder / file, rows[n]) for (n, image), file in files.items()}
+        return {(n, image): judged(n, image, file, folder / file, rows[n]) for (n, image), file in files.items()}
 
     return make
 
@@ -192,12 +189,7 @@ def open_pictures(
 def complete_or_refuse(
     folders: Mapping[str, ImportedPictures], wanted: Sequence[Name], missing: Literal["refuse", "leave_out"]
 ) -> list[str]:
-    """Check the pictures that were read from folders, by name of the policy; return one note per problem.
-
-    Raises:
-        InputError: If pictures are missing and ``missing`` is ``"refuse"``, or if no picture is left that all policies
-            have.
-    """
+    """Check the pictures that were read from folders, by name of the policy; return one note per problem."""
     notes, left = [], set(wanted)
     for name, found in folders.items():
         because = f" ({count_text(Counter(found.problems))})" if found.problems else ""
@@ -220,8 +212,4 @@ def complete_or_refuse(
 
 def planned(rows: Sequence[PromptRow], wanted: Sequence[Name]) -> list[JudgedPicture]:
     """Return the wanted pictures without files, so that scorers can check prompts before anything is sampled."""
-    return [_judged(place, image, "", Path(), rows[place]) for place, image in wanted]
-
-
-def _judged(place: int, image: int, file: str, path: Path, row: PromptRow) -> JudgedPicture:
-    return JudgedPicture(place, image, file, path, row.prompt, row.group, dict(row.fields))
+    return [judged(place, image, "", Path(), rows[place]) for place, image in wanted]

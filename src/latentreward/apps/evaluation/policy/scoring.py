@@ -65,11 +65,7 @@ class ScoreStore:
 
     @interrupts_held()
     def add(self, scores: Mapping[str, Scores], model: str | None = None) -> None:
-        """Add scores and rewrite the file; the old file stays until the new one is complete.
-
-        Raises:
-            InputError: If that is not the model of the kept scores.
-        """
+        """Add scores and rewrite the file; the old file stays until the new one is complete."""
         self.model = one_model(self.path.stem, self.model, model, again([self.path]))
         self.scores = dict(sorted((self.scores | scores).items(), key=lambda item: self._places.get(item[0], -1)))
         head = {"scorer": self.identity} | ({} if self.model is None else {"model": self.model})
@@ -83,11 +79,7 @@ def picture_key(picture: JudgedPicture) -> str:
 
 
 def score_names(scorers: Sequence[Scorer]) -> list[str]:
-    """Return the names of all scores.
-
-    Raises:
-        InputError: If there is no scorer, two scores share a name, or a scorer accepts pairs only.
-    """
+    """Return the names of all scores."""
     if not scorers:
         raise InputError("there is no scorer; set scorers, e.g. to latentreward.scorers.PickScorer")
     for scorer in scorers:
@@ -115,8 +107,7 @@ def scoring_task(
         pixels = [decode_image(ImageRef(file, path=Path(path))) for file, path, _ in chunk["pictures"]]
         found, models = {}, {}
         for scorer in images:
-            wanted = chunk["wanted"].get(scorer.name, [])
-            if wanted:
+            if wanted := chunk["wanted"].get(scorer.name):
                 prompts = [chunk["pictures"][row][2] for row in wanted]
                 scores = scorer(prompts, [pixels[row] for row in wanted])
                 found[scorer.name] = [tuple(row) for row in scores.reshape(len(wanted), -1).tolist()]
@@ -165,22 +156,17 @@ class PictureScoring:
             For each chunk ``pictures``, its unscored pictures as [file, path, prompt], their ``keys``, ``wanted``, from
             name of a scorer to indices of the pictures that it has not scored, and ``identities`` of these scorers.
         """
-        images = [scorer for scorer in self.scorers if isinstance(scorer, ImageScorer)]
-        missing = {scorer.name: {*self.missing(scorer)} for scorer in images}
-        found = []
+        missing = {one.name: {*self.missing(one)} for one in self.scorers if isinstance(one, ImageScorer)}
+        left, found = set().union(*missing.values()), []
         for start in range(0, len(self.pictures), CHUNK):
-            chunk = range(start, min(start + CHUNK, len(self.pictures)))
-            rows = [row for row in chunk if any(row in of_scorer for of_scorer in missing.values())]
-            if rows:
-                wanted = {name: [n for n, row in enumerate(rows) if row in left] for name, left in missing.items()}
-                found.append(
-                    {
-                        "pictures": [[p.file, str(p.path), p.prompt] for p in (self.pictures[row] for row in rows)],
-                        "keys": [self._keys[row] for row in rows],
-                        "wanted": wanted,
-                        "identities": {name: self.stores[name].identity for name in wanted},
-                    }
-                )
+            if rows := [row for row in range(start, min(start + CHUNK, len(self.pictures))) if row in left]:
+                chunk = {
+                    "pictures": [[p.file, str(p.path), p.prompt] for p in (self.pictures[row] for row in rows)],
+                    "keys": [self._keys[row] for row in rows],
+                    "wanted": {name: [n for n, row in enumerate(rows) if row in of] for name, of in missing.items()},
+                    "identities": {name: self.stores[name].identity for name in missing},
+                }
+                found.append(chunk)
         return found
 
     def score(self) -> ScoredPictures:
@@ -194,11 +180,17 @@ class PictureScoring:
         name = f"scores of {self.policy}"
         with Progress(name, total, "pictures", done, processes=self._work.size) as progress:
             self._work.run(self._task, chunks, self._keep, lambda chunk: progress.add(len(chunk["keys"])))
-        for scorer in self.scorers:
-            if isinstance(scorer, ToolScorer) and self.missing(scorer):
-                self._score_set(scorer)
         found: dict[str, np.ndarray] = {}
         for scorer in self.scorers:
+            if isinstance(scorer, ToolScorer) and self.missing(scorer):
+                folder = self.folder / f"{scorer.name}.work"
+                folder.mkdir(parents=True, exist_ok=True)
+                print(f"{self.policy}: {scorer.name} of {total} pictures", file=sys.stderr, flush=True)
+                scores = scorer.score_pictures(self.pictures, self.policy, folder)
+                if scores.shape != (total,) or not np.isfinite(scores).all():
+                    raise InputError(f"scorer {scorer.name!r} gave no finite number for each of {total} pictures")
+                by_key = {key: (float(one),) for key, one in zip(self._keys, scores, strict=True)}
+                self.stores[scorer.name].add(by_key)
             rows = np.array([self.stores[scorer.name].scores[key] for key in self._keys], dtype=np.float64)
             found |= dict(zip(scorer.columns, rows.T, strict=True))
         return ScoredPictures(self.policy, self.pictures, found)
@@ -216,22 +208,9 @@ class PictureScoring:
                 if of_model:
                     store.add(of_model, model)
 
-    def _score_set(self, scorer: ToolScorer) -> None:
-        work = self.folder / f"{scorer.name}.work"
-        work.mkdir(parents=True, exist_ok=True)
-        print(f"{self.policy}: {scorer.name} of {len(self.pictures)} pictures", file=sys.stderr, flush=True)
-        scores = scorer.score_pictures(self.pictures, self.policy, work)
-        if scores.shape != (len(self.pictures),) or not np.isfinite(scores).all():
-            raise InputError(f"scorer {scorer.name!r} gave no finite number for each of {len(self.pictures)} pictures")
-        self.stores[scorer.name].add({key: (float(score),) for key, score in zip(self._keys, scores, strict=True)})
-
 
 def require_one_model(scorings: Sequence[PictureScoring]) -> None:
-    """Check that each server has scored the pictures of all policies with one model; call it when they are scored.
-
-    Raises:
-        InputError: If not; the kept scores stay.
-    """
+    """Check that each server has scored the pictures of all policies with one model; call it when they are scored."""
     known: dict[str, tuple[str, list[Path]]] = {}
     for scoring in scorings:
         for name, store in scoring.stores.items():

@@ -1,18 +1,12 @@
 """Means, win rates and differences with bootstrap intervals that resample prompts."""
 
 from collections.abc import Mapping, Sequence
+from itertools import product
 
 import numpy as np
 
 from latentreward.apps.evaluation.policy.results import ScoredPictures
-from latentreward.metrics.bootstrap import (
-    Interval,
-    clustered_accuracy,
-    clustered_interval,
-    clustered_mean,
-    group_codes,
-    group_sums,
-)
+from latentreward.metrics import bootstrap
 from latentreward.reports.tables import Row
 
 
@@ -28,15 +22,19 @@ def policy_scores(scored: ScoredPictures, headlines: Mapping[str, str], parts: i
     chosen = {kind: groups == kind for kind in dict.fromkeys(groups.tolist())}
     several, found = len(chosen) > 1, list[Row]()
     for name, values in scored.scores.items():
-        by_group = [
-            _group_mean(kind, values[rows], prompts[rows], places[rows], parts) for kind, rows in chosen.items()
-        ]
+        by_group = list[Row]()
+        for kind, rows in chosen.items():
+            order, own = np.unique(places[rows]), values[rows]
+            cut = np.array_split(order, min(parts, len(order)))
+            spread = float(np.std([own[np.isin(places[rows], part)].mean() for part in cut])) if parts > 1 else np.nan
+            estimate = bootstrap.clustered_mean(own, prompts[rows])
+            by_group.append({"group": kind, "prompts": len(order), "estimate": estimate, "parts_sd": spread})
         found.append(
             {
                 "policy": scored.policy,
                 "score": name,
                 "headline": headlines[name],
-                "mean": clustered_mean(values, prompts),
+                "mean": bootstrap.clustered_mean(values, prompts),
                 "mean_of_groups": mean_of_groups(values, prompts, groups) if several else None,
                 "groups": by_group if several or parts > 1 else [],
                 "pictures": len(values),
@@ -46,7 +44,7 @@ def policy_scores(scored: ScoredPictures, headlines: Mapping[str, str], parts: i
     return found
 
 
-def headline(score: Row) -> Interval:
+def headline(score: Row) -> bootstrap.Interval:
     """Return the number that the score's own protocol reports: the mean of groups' means, or the mean."""
     of_groups = score["headline"] == "mean_of_groups" and score["mean_of_groups"]
     return score["mean_of_groups"] if of_groups else score["mean"]
@@ -61,15 +59,7 @@ def prompt_numbers(scored: ScoredPictures) -> np.ndarray:
     return np.array([numbers.setdefault(picture.prompt, len(numbers)) for picture in scored.pictures])
 
 
-def _group_mean(group: str, values: np.ndarray, prompts: np.ndarray, places: np.ndarray, parts: int) -> Row:
-    order = np.unique(places)
-    means = [values[np.isin(places, part)].mean() for part in np.array_split(order, min(parts, len(order)))]
-    spread = float(np.std(means)) if parts > 1 else np.nan
-    estimate = clustered_mean(values, prompts)
-    return {"group": group, "prompts": len(order), "estimate": estimate, "parts_sd": spread}
-
-
-def mean_of_groups(values: np.ndarray, prompts: np.ndarray, groups: np.ndarray) -> Interval:
+def mean_of_groups(values: np.ndarray, prompts: np.ndarray, groups: np.ndarray) -> bootstrap.Interval:
     """Compute the mean of the groups' means, as GenEval reports it, with an interval by resampling prompts.
 
     A resample without prompts of some group averages the other groups. All arguments are ``(N,)``, one entry per
@@ -77,7 +67,7 @@ def mean_of_groups(values: np.ndarray, prompts: np.ndarray, groups: np.ndarray) 
     """
     members = [groups == kind for kind in np.unique(groups)]
     columns = [column for member in members for column in (np.where(member, values, 0.0), member.astype(float))]
-    return clustered_interval(group_sums(prompts, *columns), _mean_of_ratios)
+    return bootstrap.clustered_interval(bootstrap.group_sums(prompts, *columns), _mean_of_ratios)
 
 
 def _mean_of_ratios(sums: np.ndarray) -> np.ndarray:
@@ -95,26 +85,24 @@ def compare(first: ScoredPictures, second: ScoredPictures) -> list[Row]:
     prompts, groups = prompt_numbers(first), np.array([picture.group for picture in first.pictures])
     kinds = list(dict.fromkeys(groups.tolist()))
     chosen = [("", np.ones(len(prompts), bool)), *((kind, groups == kind) for kind in kinds if len(kinds) > 1)]
-    return [
-        _comparison(name, group, first.scores[name][rows] - second.scores[name][rows], prompts[rows])
-        for name in first.scores
-        for group, rows in chosen
-    ]
-
-
-def _comparison(score: str, group: str, gaps: np.ndarray, prompts: np.ndarray) -> Row:
-    wins, ties = gaps > 0, gaps == 0
-    credits = group_sums(group_codes(prompts), wins + 0.5 * ties, np.ones(len(gaps)))
-    return {
-        "score": score,
-        "group": group,
-        "win_rate": clustered_accuracy(credits),
-        "difference": clustered_mean(gaps, prompts),
-        "wins": int(wins.sum()),
-        "ties": int(ties.sum()),
-        "losses": int((gaps < 0).sum()),
-        "prompts": len(set(prompts.tolist())),
-    }
+    found = []
+    for name, (group, rows) in product(first.scores, chosen):
+        gaps, own = first.scores[name][rows] - second.scores[name][rows], prompts[rows]
+        wins, ties = gaps > 0, gaps == 0
+        row = {
+            "score": name,
+            "group": group,
+            "win_rate": bootstrap.clustered_accuracy(
+                bootstrap.group_sums(bootstrap.group_codes(own), wins + 0.5 * ties, np.ones(len(gaps)))
+            ),
+            "difference": bootstrap.clustered_mean(gaps, own),
+            "wins": int(wins.sum()),
+            "ties": int(ties.sum()),
+            "losses": int((gaps < 0).sum()),
+            "prompts": len(set(own.tolist())),
+        }
+        found.append(row)
+    return found
 
 
 def in_common(policies: Sequence[ScoredPictures]) -> list[ScoredPictures]:
