@@ -39,10 +39,10 @@ def utility(policy: Policy, latents: Tensor) -> float:
 @pytest.mark.slow
 def test_best_of_four_has_a_higher_utility(policy: Policy, reward: Reward) -> None:
     sample = partial(sample_latents, policy, sampling=Sampling(STEPS, eta=0.0), guidance_scale=1.0, seed=0)
-    best = best_of_n(sample, reward, PROMPTS, 4)
-    first = best_of_n(sample, reward, PROMPTS, 1)
-    assert torch.equal(first.scores[0], best.scores[0])
-    assert utility(policy, best.latents) > utility(policy, first.latents) + 0.15
+    best, scores = best_of_n(sample, reward, PROMPTS, 4)
+    first, (alone,) = best_of_n(sample, reward, PROMPTS, 1)
+    assert torch.equal(alone, scores[0])
+    assert utility(policy, best) > utility(policy, first) + 0.15
 
 
 @pytest.mark.slow

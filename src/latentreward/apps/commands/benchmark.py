@@ -9,7 +9,6 @@ from latentreward.apps.evaluation.benchmark.base import Benchmark
 from latentreward.apps.evaluation.benchmark.disagreements import disagreement_pictures
 from latentreward.apps.evaluation.benchmark.evaluate import evaluate
 from latentreward.apps.evaluation.benchmark.noise_columns import NoiseColumns
-from latentreward.apps.evaluation.benchmark.results import BenchmarkReport
 from latentreward.apps.evaluation.benchmark.scoring import complete, open_scores
 from latentreward.apps.evaluation.benchmark.sections import INTRODUCTION, TITLE, sections
 from latentreward.apps.evaluation.benchmark.sets import recognise_benchmark
@@ -26,11 +25,7 @@ LEVELS = (0.1, 0.2, 0.4, 0.6, 0.8)
 
 
 def run(command: str, arguments: Sequence[str]) -> None:
-    """Run ``latentreward benchmark OUTPUT_DIR ...``.
-
-    Raises:
-        InputError: If an argument is wrong.
-    """
+    """Run ``latentreward benchmark OUTPUT_DIR ...``."""
     rest, paths, left = list[str](), list[str](), iter(arguments)
     for argument in left:
         option, equals, value = argument.partition("=")
@@ -111,24 +106,6 @@ def benchmark(
     readers = {f"{one.name} {split}": reader for one in sets for split, reader in one.readers().items()}
     parts = list(sections(report, disagreement_pictures(report.telling, readers)))
     write_report(output_dir, report, TITLE, INTRODUCTION, parts, "benchmark")
-    print(_summary(report))
-    costs = ", ".join(f"{name} {spent:.1f} s" for name, spent in seconds.items())
-    print(f"time: {costs or 'all was scored before'}")
-    print(f"{output_dir / HTML}, {MARKDOWN} and {JSON} show everything")
-
-
-def _with_more(name: str, single: str, several: list[Any] | None, more: Sequence[Any]) -> list[Any]:
-    found = [*(several or []), *more]
-    if not found:
-        raise InputError(f"{name}: there are none; give --{single}=FOLDER, or a --config file with {name}")
-    names = [item.name for item in found]
-    if repeated := [item for item in names if names.count(item) > 1]:
-        raise InputError(f"{name}: two are named {repeated[0]!r}; give each a name of its own")
-    return found
-
-
-def _summary(report: BenchmarkReport) -> str:
-    """Return the notes, a line for each split with unreadable images, and a table row per protocol and model."""
     rows = [
         (
             f"{row['benchmark']}: {row['protocol']}",
@@ -144,4 +121,17 @@ def _summary(report: BenchmarkReport) -> str:
         for name, counts in report.data.items()
         if (pairs := counts["pairs_without_an_image"])
     ]
-    return "\n".join([*(f"note: {note}" for note in report.notes), *left_out, as_text(Table(rows[0], tuple(rows[1:])))])
+    print(*(f"note: {note}" for note in report.notes), *left_out, as_text(Table(rows[0], tuple(rows[1:]))), sep="\n")
+    costs = ", ".join(f"{name} {spent:.1f} s" for name, spent in seconds.items())
+    print(f"time: {costs or 'all was scored before'}")
+    print(f"{output_dir / HTML}, {MARKDOWN} and {JSON} show everything")
+
+
+def _with_more(name: str, single: str, several: list[Any] | None, more: Sequence[Any]) -> list[Any]:
+    found = [*(several or []), *more]
+    if not found:
+        raise InputError(f"{name}: there are none; give --{single}=FOLDER, or a --config file with {name}")
+    names = [item.name for item in found]
+    if repeated := [item for item in names if names.count(item) > 1]:
+        raise InputError(f"{name}: two are named {repeated[0]!r}; give each a name of its own")
+    return found

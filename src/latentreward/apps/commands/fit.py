@@ -405,9 +405,8 @@ class TrainingCLI(LightningCLI):
                 settings["ckpt_path"] = str(path)
             elif found := run_folder.last_of_earlier_version(self.trainer):
                 raise InputError(
-                    "ckpt_path: last: the logger gives each start a folder of its own, and this one is new; "
-                    f"give {found}, "
-                    "or name one folder for all starts by trainer.logger=TensorBoardLogger with name and version: ''"
+                    "ckpt_path: last: the logger gives each start a folder of its own, and this one is new; give "
+                    f"{found}, or one folder for all starts by trainer.logger=TensorBoardLogger with name and version: ''"
                 )
 
     def _require_last(self) -> None:
@@ -508,6 +507,8 @@ def open_readers(command: str, data: Namespace) -> Namespace:
         raise kind.unset(used[0])
     apart = () if shared_prompts == "keep" or "val" not in used else ("test",)
     on_error = given.get("on_error", "raise")
+    parser = functions.SettingsParser(parser_mode=functions.MODE)
+    parser.add_argument("--reader", type=PairReader)
     for name in names:
         reader = given[name]
         if name not in (*used, *apart):
@@ -515,12 +516,14 @@ def open_readers(command: str, data: Namespace) -> Namespace:
         elif isinstance(reader, Namespace) and "class_path" in reader:
             # For a split of which only the prompts are needed, bad rows are no reason to stop.
             lenient = name not in used and on_error == "raise"
+            with_on_error(reader, "placeholder" if lenient else on_error)
             try:
-                given[name] = open_reader(reader, "placeholder" if lenient else on_error)
-            except InputError as error:
+                given[name] = parser.instantiate(Namespace(reader=reader)).reader
+            except (ValueError, ImportError, OSError) as error:
+                problem = functions.reworded(error).replace(OWN_ON_ERROR, DATA_ON_ERROR)
                 if name in used or shared_prompts == "raise":
-                    raise InputError(f"data.{name}: {error}") from error
-                tell_unopened(error)
+                    raise InputError(f"data.{name}: {problem}") from error
+                tell_unopened(InputError(problem))
                 given[name] = None
     return data
 
@@ -532,17 +535,7 @@ def with_rows(names: Sequence[str], kind: type[PairLoaders], *args: Any, **optio
     return data
 
 
-def open_reader(settings: Namespace, on_error: str) -> PairReader:
-    """Construct a reader from its settings; ``on_error`` applies if the settings have none."""
-    parser = functions.SettingsParser(parser_mode=functions.MODE)
-    parser.add_argument("--reader", type=PairReader)
-    try:
-        return parser.instantiate(Namespace(reader=with_on_error(settings, on_error))).reader
-    except (ValueError, ImportError, OSError) as error:
-        raise InputError(functions.reworded(error).replace(OWN_ON_ERROR, DATA_ON_ERROR)) from error
-
-
-def with_on_error(reader: Namespace, on_error: str) -> Namespace:
+def with_on_error(reader: Namespace, on_error: str) -> None:
     """Set ``on_error`` in a reader's settings if it is null; of a reader that wraps others, in the inner readers."""
     given = reader.get("init_args") or Namespace()
     inner = [value for value in vars(given).values() if isinstance(value, Namespace) and "class_path" in value]
@@ -550,7 +543,6 @@ def with_on_error(reader: Namespace, on_error: str) -> Namespace:
         with_on_error(one, on_error)
     if not inner and "on_error" in given and given["on_error"] is None:
         given["on_error"] = on_error
-    return reader
 
 
 def guard_loading(trainer: Trainer, model: LightningModule) -> None:

@@ -143,8 +143,7 @@ def generate(
             """Sample latents ``(B, C, ...)``; with a reward also return the scores ``(N, B)`` of all N samples."""
             if scorer is None:
                 return sample(prompts), None
-            best = generation.best_of_n(sample, scorer, prompts, best_of, seed=seed, sigmas=score_sigmas)
-            return best.latents, best.scores
+            return generation.best_of_n(sample, scorer, prompts, best_of, seed=seed, sigmas=score_sigmas)
 
         return partial(
             image_folder.write_batch, output_dir, draw, partial(image_folder.decode_latents, generator), seed

@@ -47,32 +47,25 @@ def score_pairs(
         if files.finished():
             print(f"{output} is complete already: {len(reader)} pairs")
             return
-        seconds, pairs = _score_missing(scoring, files, flush_every)
-        summary = _summary(scoring, files)
+        missing = files.missing(flush_every)
+        if missing:
+            if scoring.image_scorers:
+                require_images("reader", reader, len(reader))
+            scoring.prepare()
+            for rows, table in files.read():
+                scoring.recall(rows, table)
+        start, pairs = time.monotonic(), sum(map(len, missing))
+        with Progress("score-pairs", files.rows, "pairs", files.rows - pairs) as progress:
+            for rows, table in scoring.tables(missing):
+                files.write(rows, table)
+                progress.add(len(rows))
+        seconds, summary = time.monotonic() - start, _summary(scoring, files)
         files.finish()
     print(f"{output}: {len(reader)} pairs, {pairs} of them scored now\n{summary}")
     if pairs:
         shares = ", ".join(f"{name} {spent * 1000 / pairs:.2f} s" for name, spent in scoring.seconds.items())
         images = ", ".join(f"{number} by {name}" for name, number in scoring.images.items()) or "none"
         print(f"cost per 1000 pairs: {seconds * 1000 / pairs:.2f} s ({shares}); images scored: {images}")
-
-
-def _score_missing(scoring: PairScoring, files: PartFiles, flush_every: int) -> tuple[float, int]:
-    """Score the missing pairs; return the seconds taken and the number of pairs scored."""
-    missing = files.missing(flush_every)
-    if not missing:
-        return 0.0, 0
-    if scoring.image_scorers:
-        require_images("reader", scoring.reader, len(scoring.reader))
-    scoring.prepare()
-    for rows, table in files.read():
-        scoring.recall(rows, table)
-    start, total = time.monotonic(), sum(map(len, missing))
-    with Progress("score-pairs", files.rows, "pairs", files.rows - total) as progress:
-        for rows, table in scoring.tables(missing):
-            files.write(rows, table)
-            progress.add(len(rows))
-    return time.monotonic() - start, total
 
 
 def _summary(scoring: PairScoring, files: PartFiles) -> str:

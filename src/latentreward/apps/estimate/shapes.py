@@ -180,6 +180,19 @@ def gpu_autocast() -> Iterator[None]:
     The functions are replaced for the duration of the context. A ``TorchFunctionMode`` would not do: it is off in the
     backward pass, where checkpointed blocks are recomputed.
     """
+
+    def as_float32(value: Any) -> Any:
+        return value.float() if isinstance(value, Tensor) and value.is_floating_point() else value
+
+    def in_float32(function: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(function)
+        def call(*arguments: Any, **named: Any) -> Any:
+            if torch.is_autocast_enabled("cpu"):
+                arguments, named = tuple(map(as_float32, arguments)), {key: as_float32(v) for key, v in named.items()}
+            return function(*arguments, **named)
+
+        return call
+
     originals = [getattr(owner, name) for owner, name, _ in IN_FLOAT32]
     try:
         for (owner, name, _), original in zip(IN_FLOAT32, originals, strict=True):
@@ -188,18 +201,3 @@ def gpu_autocast() -> Iterator[None]:
     finally:
         for (owner, name, _), original in zip(IN_FLOAT32, originals, strict=True):
             setattr(owner, name, original)
-
-
-def in_float32(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Return ``function`` with its floating-point tensors converted to float32 under autocast."""
-
-    def as_float32(value: Any) -> Any:
-        return value.float() if isinstance(value, Tensor) and value.is_floating_point() else value
-
-    @wraps(function)
-    def call(*arguments: Any, **named: Any) -> Any:
-        if torch.is_autocast_enabled("cpu"):
-            arguments, named = tuple(map(as_float32, arguments)), {key: as_float32(v) for key, v in named.items()}
-        return function(*arguments, **named)
-
-    return call

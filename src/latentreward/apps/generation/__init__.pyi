@@ -1,11 +1,9 @@
 from .lora import load_lora
-from .pipelines import policy_of
 from .population import Population, search_population
-from .search import BestOf, Candidates, best_of_n, search_latents
-from .step_search import StepSearch
+from .search import Candidates, best_of_n, search_latents
+from .step_search import StepSearch, policy_of
 
 __all__ = [
-    "BestOf",
     "Candidates",
     "Population",
     "StepSearch",

@@ -191,8 +191,7 @@ def write_batch(
 
     Args:
         folder: Folder that gets the images.
-        draw: Function that samples B prompts: finished latents ``(B, C, ...)``, and scores ``(N, B)`` of the N samples
-            per prompt from which they were chosen, or None.
+        draw: Function from B prompts to latents ``(B, C, ...)``, and scores ``(N, B)`` of N samples per prompt or None.
         decode: Function from latents to pixels in [-1, 1] on the CPU, see :func:`write_images`.
         seed: Seed written to the table.
         batch: Images as [index of the prompt, number of the image, prompt].

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from latentreward.contracts import PromptBatch
-from latentreward.errors import InputError
+from latentreward.errors import InputError, refuse
 from latentreward.policies import Policy
 from latentreward.rewards import Reward
 from latentreward.rollout import PromptedPolicy, RolloutDraws, Sampling, score_states
@@ -44,15 +44,14 @@ class Population:
 
     def __post_init__(self) -> None:
         """Raise InputError for settings that are out of range."""
-        if self.size < 2:
-            raise InputError(f"size={self.size} leaves nothing to choose; use at least 2")
-        if not 0 < self.perturbation <= 1:
-            raise InputError(f"perturbation={self.perturbation:g} must lie in (0, 1]; LatSearch uses 0.1")
-        if not (math.isfinite(self.temperature) and self.temperature > 0):
-            raise InputError(f"temperature={self.temperature:g} must be positive and finite; LatSearch uses 1")
-        steps = list(self.after_steps)
-        if not steps or steps[0] < 1 or steps != sorted(set(steps)):
-            raise InputError(f"after_steps={steps} must be at least one number of steps, from 1 on, increasing")
+        steps, b, t = list(self.after_steps), self.perturbation, self.temperature
+        increasing = steps and steps[0] >= 1 and steps == sorted(set(steps))
+        refuse(
+            (self.size < 2, f"size={self.size} leaves nothing to choose; use at least 2"),
+            (not 0 < b <= 1, f"perturbation={b:g} must lie in (0, 1]; LatSearch uses 0.1"),
+            (not 0 < t < math.inf, f"temperature={t:g} must be positive and finite; LatSearch uses 1"),
+            (not increasing, f"after_steps={steps} must be at least one number of steps, from 1 on, increasing"),
+        )
 
     def check(self, sampling: Sampling) -> None:
         """Raise InputError if the population would be scored when the samples are finished, or never."""

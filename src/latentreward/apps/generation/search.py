@@ -78,21 +78,6 @@ def search_latents(
             return finished.value
 
 
-@dataclass(frozen=True)
-class BestOf:
-    """Result of best-of-N sampling for B prompts.
-
-    Attributes:
-        latents: ``(B, C, ...)`` finished latents of the best sample of each prompt.
-        scores: ``(N, B)`` scores of all samples, on the CPU.
-        index: ``(B,)`` number of the best sample, 0 to N - 1, on the CPU.
-    """
-
-    latents: Tensor
-    scores: Tensor
-    index: Tensor
-
-
 @torch.no_grad()
 def best_of_n(
     sample: Callable[[PromptBatch], Tensor],
@@ -102,7 +87,7 @@ def best_of_n(
     *,
     seed: int = 0,
     sigmas: Sequence[float] = (),
-) -> BestOf:
+) -> tuple[Tensor, Tensor]:
     """Sample ``number`` times for each prompt and keep the samples with the highest scores.
 
     The n-th sample of a prompt is drawn under the key ``KEY/n``. A search with a larger ``number`` therefore contains
@@ -118,10 +103,13 @@ def best_of_n(
         seed: Seed of the noise that a latent reward adds before it scores, see
             :func:`~latentreward.rollout.score_finished`; all samples of a prompt get the same noise.
         sigmas: Noise levels in [0, 1] of a latent reward; rewards on pixels ignore them.
+
+    Returns:
+        Finished latents ``(B, C, ...)`` of the best sample of each prompt, the first one of equals; and the scores
+        ``(N, B)`` of all samples, on the CPU.
     """
     samples = [sample(PromptBatch(prompts.prompts, tuple(f"{key}/{n}" for key in prompts.keys))) for n in range(number)]
     by_prompt = torch.stack(samples, dim=1)
     scores = score_finished(reward, by_prompt.flatten(0, 1), prompts, seed, sigmas).view(len(prompts), number)
-    index = scores.argmax(dim=1)
     rows = torch.arange(len(prompts), device=by_prompt.device)
-    return BestOf(by_prompt[rows, index.to(by_prompt.device)], scores.T.cpu(), index.cpu())
+    return by_prompt[rows, scores.argmax(dim=1).to(by_prompt.device)], scores.T.cpu()

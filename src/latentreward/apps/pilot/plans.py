@@ -1,7 +1,7 @@
 """Pilots, read from YAML: what they need and the commands of their stages."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -73,19 +73,17 @@ class Pilot:
         found = {name: os.environ.get(name) or source.hub for name, source in self.sources.items()}
         return {name: value for name, value in found.items() if value}
 
-    def tasks(self, pairs: int, seed: int, quick: bool) -> dict[str, Task]:
-        """Resolve all stages, each after those that it reads.
-
-        Their keys depend on the settings and on the folders and hub ids of the sources.
-        """
-        return self._tasks(pairs, seed, quick, [f"{name}={value}" for name, value in sorted(self.values().items())])
-
     def digest(self, pairs: int, seed: int, quick: bool) -> str:
         """Digest all settings of the stages; the same on every machine, wherever the sources are."""
-        tasks = self._tasks(pairs, seed, quick, [])
+        tasks = self.tasks(pairs, seed, quick, anywhere=True)
         return digest([repr(sorted((name, task.key) for name, task in tasks.items()))])
 
-    def _tasks(self, pairs: int, seed: int, quick: bool, context: Sequence[str]) -> dict[str, Task]:
+    def tasks(self, pairs: int, seed: int, quick: bool, anywhere: bool = False) -> dict[str, Task]:
+        """Resolve all stages, each after those that it reads.
+
+        Their keys depend on the settings and, unless ``anywhere``, on the folders and hub ids of the sources.
+        """
+        context = [] if anywhere else [f"{name}={value}" for name, value in sorted(self.values().items())]
         steps = {
             name: replace(step, run=tuple(argument.replace("{pairs}", str(pairs)) for argument in step.run))
             for name, step in self.stages.items()

@@ -30,7 +30,10 @@ def main() -> None:
             raise
     times = os.times()
     told = {"cpu_seconds": round(times.user + times.system + times.children_user + times.children_system, 1)}
-    told |= {"seconds": round(time.monotonic() - began, 1), "gpu_bytes": gpu_bytes()}
+    torch = sys.modules.get("torch")  # the peak of the first GPU counts; 0 if the process used none
+    on_gpu = torch is not None and torch.cuda.is_initialized()
+    told |= {"gpu_bytes": torch.cuda.max_memory_allocated() if on_gpu else 0}
+    told |= {"seconds": round(time.monotonic() - began, 1)}
     loaded = {name for name, one in sys.modules.items() if (getattr(one, "__file__", None) or "").endswith(".py")}
     ours = {name for name in loaded | {module} if name.partition(".")[0] in OURS}  # `module` was named __main__
     Path(record).write_text(json.dumps({**told, "modules": sorted(ours)}))
@@ -41,12 +44,6 @@ def end_with(parent: int) -> None:
     while os.getppid() == parent:
         time.sleep(0.5)
     os.kill(os.getpid(), signal.SIGTERM)
-
-
-def gpu_bytes() -> int:
-    """Return the peak memory that PyTorch allocated on the first GPU; 0 if the process used none."""
-    torch = sys.modules.get("torch")
-    return torch.cuda.max_memory_allocated() if torch is not None and torch.cuda.is_initialized() else 0
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ SCORES = {"perfect": PERFECT, "constant": 0.0, "first": 1.0, "second": -1.0}
 
 
 def value(key: str, pairs: BenchmarkPairs, fitting: BenchmarkPairs | None = None) -> float:
-    fitting = fitting or (pairs if PROTOCOLS[key].fitting_split else None)
+    fitting = fitting or (pairs if key == "pickapic/pickscore" else None)
     return judge(key, pairs, fitting).result()["estimate"].value
 
 

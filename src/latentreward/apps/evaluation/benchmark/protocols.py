@@ -84,25 +84,18 @@ class Protocol:
             protocol follows.
         judge: Function ``(pairs, fitting)`` that returns credit, reasons and details.
         macro: Whether all prompt groups have the same weight; otherwise all pairs have the same weight.
-        fitting_split: Name of the split on which the protocol fits a threshold; None if it fits none there.
     """
 
     summary: str
     judge: Callable[[BenchmarkPairs, BenchmarkPairs | None], Credit]
     macro: bool = False
-    fitting_split: str | None = None
 
 
 def judge(key: str, pairs: BenchmarkPairs, fitting: BenchmarkPairs | None = None) -> Judgement:
-    """Judge every pair by a protocol; ``fitting`` are the scorer's pairs of the protocol's ``fitting_split``."""
+    """Judge every pair by a protocol; ``fitting`` are the scorer's pairs on which a threshold is fitted."""
     if key not in PROTOCOLS:
         raise InputError(f"protocol {key!r} is not known{did_you_mean(key, PROTOCOLS)}")
-    protocol = PROTOCOLS[key]
-    if protocol.fitting_split and fitting is None:
-        raise InputError(
-            f"protocol {key} fits a threshold on {protocol.fitting_split}; score that split as well, or leave {key} out"
-        )
-    credit, reasons, details = protocol.judge(pairs, fitting)
+    credit, reasons, details = PROTOCOLS[key].judge(pairs, fitting)
     counted = reasons == ""
     excluded = Counter(reasons[~counted].tolist())
     return Judgement(key, pairs, np.where(counted, credit, np.nan), dict(excluded.most_common()), details)
@@ -185,7 +178,11 @@ def judge_pickscore(pairs: BenchmarkPairs, fitting: BenchmarkPairs | None) -> Cr
             None fits T on the fitting split.
         fitting: Scored pairs of the fitting split.
     """
-    assert fitting is not None
+    if fitting is None:
+        raise InputError(
+            "protocol pickapic/pickscore fits a threshold on validation_unique; score that split as well, or leave "
+            "pickapic/pickscore out"
+        )
     fitted = ~np.isnan(fitting.gap)
     temperature = pairs.temperature
     if temperature is None:
@@ -301,7 +298,6 @@ PROTOCOLS = {
         "fitted on validation_unique; credit ½ if either the answer or the label, not both, is a tie; equal scores are "
         "a tie (PickScore's evaluation)",
         judge_pickscore,
-        fitting_split="validation_unique",
     ),
     "pickapic/lrm": Protocol(
         "mean label of the image that scores higher, ½ for a labelled tie; equal scores get nothing (LRM's evaluation)",

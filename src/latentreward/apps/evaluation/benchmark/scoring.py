@@ -39,7 +39,7 @@ class SplitScores:
     the scorer, or with other pairs, labels or prompts. Contents of images are not compared, because archives may hold
     millions of them: delete the table if images were replaced under the same names.
 
-    Args:
+    Attributes:
         folder: Folder of the split's tables, one per scorer.
         reader: Reader of the split.
         scorer: Scorer of the pairs.
@@ -47,20 +47,15 @@ class SplitScores:
             the scores and adds those of the other pairs.
         flush_every: Pairs per part of the table; a killed process loses at most one part.
         decode_threads: Threads that decode images ahead of the scorer.
-
-    Attributes:
         seconds: Seconds that this process spent, by model and on reading.
-
-    Raises:
-        InputError: If the table belongs to other pairs or another scorer, or is being written by another process.
     """
 
     folder: Path
     reader: PairReader
     scorer: Scorer
-    limit: int | None = None
-    flush_every: int = 256
-    decode_threads: int = 4
+    limit: int | None
+    flush_every: int
+    decode_threads: int
 
     def __post_init__(self) -> None:
         self._scoring = PairScoring(self.reader, [self.scorer], self.decode_threads)
@@ -137,14 +132,9 @@ class BenchmarkScores:
 def open_scores(
     folder: Path, benchmarks: Sequence[Benchmark], scorers: Sequence[Scorer], limit: int | None, **options: int
 ) -> list[BenchmarkScores]:
-    """Open all data sets and tables, so that wrong folders and settings are refused before any model is loaded.
+    """Open all data sets and tables in ``folder``, so that wrong settings are refused before any model is loaded.
 
-    Args:
-        folder: Folder of the tables of scores.
-        benchmarks: Benchmarks with distinct names.
-        scorers: Scorers with distinct names.
-        limit: Number of pairs to score at the start of each split; None scores all.
-        options: Further settings of :class:`SplitScores`.
+    Benchmarks have distinct names, and so have scorers; ``limit`` and ``options`` are those of :class:`SplitScores`.
 
     Raises:
         InputError: If a split or its images cannot be read, or a table belongs to other pairs or another scorer.

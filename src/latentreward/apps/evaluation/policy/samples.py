@@ -133,10 +133,7 @@ class SamplingPlan:
 def sampling_task(
     policy: JudgedPolicy, plan: SamplingPlan, folder: Path, batches: Sequence[list[list[Any]]]
 ) -> Callable[[list[list[Any]]], list[Row]]:
-    """Load a generator, and return the function that samples a batch of pictures into ``folder``.
-
-    The batches are those of :func:`~latentreward.apps.generation.image_folder.make_pictures`.
-    """
+    """Load a generator, and return the function that samples a batch of ``make_pictures`` into ``folder``."""
     generator = policy.trained.load(plan.device)
     shown = [prompt for batch in batches for _, _, prompt in batch]
     offload_text_encoders(generator, None, shown, plan.device)
@@ -159,15 +156,9 @@ def open_pictures(
 ) -> Callable[[], dict[Name, JudgedPicture]]:
     """Open a generator's folder of pictures, and return the function that samples the missing ones.
 
-    Pictures of an earlier run with equal settings are kept. The function returns all wanted pictures.
-
-    Args:
-        policy: Policy with a generator.
-        plan: Settings for sampling.
-        rows: Set of prompts.
-        wanted: (index in ``rows``, number of the picture of that prompt) of each wanted picture.
-        folder: Folder of the pictures; its name is that of the policy's folders.
-        work: Processes that sample, by the task :data:`PICTURES_OF` the folder's name.
+    Pictures of an earlier run with equal settings are kept. The function returns all pictures of ``wanted``, which
+    holds (index in ``rows``, number of the picture of that prompt). The task of ``work`` is :data:`PICTURES_OF` the
+    folder's name.
 
     Raises:
         InputError: If the folder holds pictures made with other settings or for other prompts.

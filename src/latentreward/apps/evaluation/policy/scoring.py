@@ -118,14 +118,13 @@ def scoring_task(
 
 
 class PictureScoring:
-    """Scoring of one policy's pictures, with scores kept in ``folder``.
+    """Scoring of one policy's pictures.
 
     Args:
         policy: Name of the policy.
         pictures: Pictures of the policy, in order of prompts and of numbers within a prompt.
         scorers: Scorers that passed :func:`score_names`.
-        folder: Folder of the files of scores, and of the working folders of whole-set scorers; its name is that of the
-            policy's folders.
+        folder: Folder of the files of scores and of whole-set scorers; its name is that of the policy's folders.
         work: Processes that score.
     """
 
@@ -150,11 +149,9 @@ class PictureScoring:
         """List what scorers of images have to do, by chunks of pictures.
 
         All pictures are cut, and then those with all scores are left out: a run that goes on scores pictures together
-        with those that a run without a stop would score them with.
-
-        Returns:
-            For each chunk ``pictures``, its unscored pictures as [file, path, prompt], their ``keys``, ``wanted``, from
-            name of a scorer to indices of the pictures that it has not scored, and ``identities`` of these scorers.
+        with those that a run without a stop would score them with. A chunk holds its unscored ``pictures`` as [file,
+        path, prompt], their ``keys``, the ``identities`` of scorers by name, and indices of the pictures that each has
+        not scored, ``wanted``.
         """
         missing = {one.name: {*self.missing(one)} for one in self.scorers if isinstance(one, ImageScorer)}
         left, found = set().union(*missing.values()), []
@@ -170,11 +167,7 @@ class PictureScoring:
         return found
 
     def score(self) -> ScoredPictures:
-        """Score the missing pictures and return all scores.
-
-        Raises:
-            InputError: If a scorer fails or returns a number that is not finite.
-        """
+        """Score the missing pictures and return all scores, which are finite."""
         chunks, total = self.chunks(), len(self.pictures)
         done = total - sum(len(chunk["keys"]) for chunk in chunks)
         name = f"scores of {self.policy}"
