@@ -405,8 +405,9 @@ class TrainingCLI(LightningCLI):
                 settings["ckpt_path"] = str(path)
             elif found := run_folder.last_of_earlier_version(self.trainer):
                 raise InputError(
-                    "ckpt_path: last: the logger gives each start a folder of its own, and this one is new; give "
-                    f"{found}, or one folder for all starts by trainer.logger=TensorBoardLogger with name and version: ''"
+                    "ckpt_path: last: the logger gives each start a folder of its own, and this one is new; "
+                    f"give {found}, or name one folder for all starts by trainer.logger=TensorBoardLogger with name "
+                    "and version: ''"
                 )
 
     def _require_last(self) -> None:

@@ -176,23 +176,15 @@ def score(
 
 @dataclass
 class PartScoring:
-    """Scoring of the missing parts of a table by one or several processes.
+    """Scoring of the missing parts of a table by one or several processes."""
 
-    Attributes:
-        output: Table to write.
-        listed: Images to score.
-        load: Function that loads the model; the argument says whether to tell about it.
-        work: The processes.
-        found: What the processes found in the images so far: ``rotated``, ``unused`` and the model's ``seconds``.
-        model: Model of this process, once it has scored a part.
-    """
-
-    output: Path
-    listed: ImageList
-    load: Callable[[bool], ListedScoring]
+    output: Path  # table to write
+    listed: ImageList  # images to score
+    load: Callable[[bool], ListedScoring]  # function that loads the model; the argument says whether to tell about it
     work: SharedWork
+    # What the processes found in the images so far: ``rotated``, ``unused`` and the model's ``seconds``
     found: dict[str, float] = field(default_factory=dict)
-    model: RewardModel | None = None
+    model: RewardModel | None = None  # model of this process, once it has scored a part
 
     def score(
         self, files: PartFiles, parts: Sequence[range], exif: ExifOrientation | None, find: Callable[[], StoredReward]

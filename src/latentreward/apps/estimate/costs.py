@@ -49,54 +49,31 @@ A module inside a module of another of these classes counts to the outer one. Al
 
 @dataclass(frozen=True)
 class PartCosts:
-    """Weights of one part of a module.
-
-    Attributes:
-        name: Name.
-        parameters: Number of parameters.
-        trained: Number of trainable parameters.
-        bytes: Size of parameters and buffers, as quantised layers store theirs.
-    """
+    """Weights of one part of a module."""
 
     name: str
-    parameters: int
-    trained: int
-    bytes: int
+    parameters: int  # number of parameters
+    trained: int  # number of trainable parameters
+    bytes: int  # size of parameters and buffers, as quantised layers store theirs
 
 
 @dataclass(frozen=True)
 class StepCosts:
-    """Memory and computation of a training step; sizes in bytes, computation in FLOPs.
+    """Memory and computation of a training step; sizes in bytes, computation in FLOPs."""
 
-    Attributes:
-        parts: Weights of each part of the module.
-        gradients: Size of the gradients.
-        optimizer: Class of the optimiser.
-        state: Size of the optimiser's state.
-        saved: Peak size of the tensors that autograd keeps for the backward pass of one batch.
-        batch_peak: Peak memory in the forward and backward pass of one batch, with weights and optimiser state.
-        update_peak: Peak memory in the optimiser's step, with weights and optimiser state.
-        rollout_peak: Peak memory in a rollout, with weights and optimiser state; 0 without rollouts.
-        forward: Computation of one batch up to the loss, without sampling.
-        backward: Computation of the backward pass of one batch, with the blocks that checkpointing recomputes.
-        rollout: Computation of a rollout; in ReFL, of the sampling steps before the first step with a graph.
-        freed: Size of weights that are in memory before the first step, and freed then.
-        rollout_rows: Rows to learn from of a rollout if all are kept; 0 without rollouts.
-    """
-
-    parts: tuple[PartCosts, ...]
-    gradients: int
-    optimizer: str
-    state: int
-    saved: int
-    batch_peak: int
-    update_peak: int
-    rollout_peak: int
-    forward: int
-    backward: int
-    rollout: int
-    freed: int = 0
-    rollout_rows: int = 0
+    parts: tuple[PartCosts, ...]  # weights of each part of the module
+    gradients: int  # size of the gradients
+    optimizer: str  # class of the optimiser
+    state: int  # size of the optimiser's state
+    saved: int  # peak size of the tensors that autograd keeps for the backward pass of one batch
+    batch_peak: int  # peak memory in the forward and backward pass of one batch, with weights and optimiser state
+    update_peak: int  # peak memory in the optimiser's step, with weights and optimiser state
+    rollout_peak: int  # peak memory in a rollout, with weights and optimiser state; 0 without rollouts
+    forward: int  # computation of one batch up to the loss, without sampling
+    backward: int  # computation of the backward pass of one batch, with the blocks that checkpointing recomputes
+    rollout: int  # computation of a rollout; in ReFL, of the sampling steps before the first step with a graph
+    freed: int = 0  # size of weights that are in memory before the first step, and freed then
+    rollout_rows: int = 0  # rows to learn from of a rollout if all are kept; 0 without rollouts
 
     @property
     def weights(self) -> int:

@@ -24,21 +24,13 @@ CHECKPOINTS = 3
 
 @dataclass(frozen=True)
 class TrainingNeeds:
-    """Needs of one training.
+    """Needs of one training."""
 
-    Attributes:
-        memory: Peak memory in bytes, of the GPU or of the CPU.
-        weights: Size of all weights in bytes.
-        disk: Bytes of checkpoints.
-        flops: Operations of all steps and rollouts, or of 1,000 steps.
-        whole: Whether ``flops`` are those of the whole training.
-    """
-
-    memory: int
-    weights: int
-    disk: int
-    flops: float
-    whole: bool = True
+    memory: int  # peak memory in bytes, of the GPU or of the CPU
+    weights: int  # size of all weights in bytes
+    disk: int  # bytes of checkpoints
+    flops: float  # operations of all steps and rollouts, or of 1,000 steps
+    whole: bool = True  # whether ``flops`` are those of the whole training
 
 
 def training_needs(found: Estimate, pairs: int | None = None) -> TrainingNeeds:

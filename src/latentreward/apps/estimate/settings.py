@@ -29,17 +29,11 @@ ASSUMED = (
 
 @dataclass(frozen=True)
 class Estimate:
-    """Memory and computation that a run of ``fit`` needs.
+    """Memory and computation that a run of ``fit`` needs."""
 
-    Attributes:
-        costs: Memory and computation of a training step.
-        settings: Settings of the run.
-        notes: Lines on what the numbers assume.
-    """
-
-    costs: StepCosts
-    settings: Namespace
-    notes: tuple[str, ...]
+    costs: StepCosts  # memory and computation of a training step
+    settings: Namespace  # settings of the run
+    notes: tuple[str, ...]  # lines on what the numbers assume
 
     @property
     def accumulated(self) -> int:

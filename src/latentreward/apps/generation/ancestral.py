@@ -18,25 +18,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Levels:
-    """Noise levels before and after a step of a scheduler, whose states are ``signal·x_0 + noise·ε``.
+    """Noise levels before and after a step of a scheduler, whose states are ``signal·x_0 + noise·ε``."""
 
-    Attributes:
-        timestep: Timestep given to the network in this step.
-        signal: Factor a before the step.
-        noise: Factor s before the step.
-        next_timestep: Timestep of the state after the step; 0 after the last step.
-        next_signal: Factor a' after the step.
-        next_noise: Factor s' after the step.
-        next_scale: Factor by which the next state is multiplied before it goes into the network (``scale_model_input``
-            of diffusers).
-    """
-
-    timestep: float
-    signal: float
-    noise: float
-    next_timestep: float
-    next_signal: float
-    next_noise: float
+    timestep: float  # timestep given to the network in this step
+    signal: float  # factor a before the step
+    noise: float  # factor s before the step
+    next_timestep: float  # timestep of the state after the step; 0 after the last step
+    next_signal: float  # factor a' after the step
+    next_noise: float  # factor s' after the step
+    # Factor by which the next state is multiplied before it goes into the network (``scale_model_input`` of diffusers)
     next_scale: float = 1.0
 
     def ancestral(self, latents: Tensor, next_latents: Tensor, eta: float) -> Transition:

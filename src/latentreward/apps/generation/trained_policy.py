@@ -23,18 +23,13 @@ from latentreward.rewards.latent import LatentScorer
 class TrainedPolicy:
     """A pipeline, optionally with a trained adapter. Weights are loaded by :meth:`load` only.
 
-    Attributes:
-        pipeline: Base pipeline; None takes the base recorded in ``checkpoint``.
-        checkpoint: Checkpoint of an alignment run; its adapter is loaded into the pipeline.
-        lora: LoRA file or folder as written by ``latentreward export``, loaded into the pipeline.
-
     Raises:
         InputError: If both ``checkpoint`` and ``lora`` are given, or neither ``checkpoint`` nor ``pipeline``.
     """
 
-    pipeline: PolicySource | None = None
-    checkpoint: Path | None = None
-    lora: Path | None = None
+    pipeline: PolicySource | None = None  # base pipeline; None takes the base recorded in ``checkpoint``
+    checkpoint: Path | None = None  # checkpoint of an alignment run; its adapter is loaded into the pipeline
+    lora: Path | None = None  # LoRA file or folder as written by ``latentreward export``, loaded into the pipeline
 
     def __post_init__(self) -> None:
         """Check that the given fields fit together."""

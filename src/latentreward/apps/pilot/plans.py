@@ -21,52 +21,31 @@ CUT, TRAINED, BESIDE, MEASURED, ALIGNED, JUDGED = STAGES = (
 
 @dataclass(frozen=True)
 class Source:
-    """Model or data set that a pilot reads, named by an environment variable.
-
-    Attributes:
-        licence: Licence or terms, see docs/licences.md.
-        hub: Hub id of the model that is taken if the variable is not set; empty for data.
-        data: Data set whose folder the variable must name; empty for a model.
-        gigabytes: Size of the download.
-        gated: Whether the hub gives the model only to users who accepted its terms.
-        reward: Whether the model is a published reward, whose hub id may need the name of a folder.
-    """
+    """Model or data set that a pilot reads, named by an environment variable."""
 
     __pydantic_config__ = STRICT
-    licence: str
-    hub: str = ""
-    data: str = ""
-    gigabytes: float = 0.0
-    gated: bool = False
-    reward: bool = False
+    licence: str  # licence or terms, see docs/licences.md
+    hub: str = ""  # Hub id of the model that is taken if the variable is not set; empty for data
+    data: str = ""  # data set whose folder the variable must name; empty for a model
+    gigabytes: float = 0.0  # size of the download
+    gated: bool = False  # whether the hub gives the model only to users who accepted its terms
+    reward: bool = False  # whether the model is a published reward, whose hub id may need the name of a folder
 
 
 @dataclass(frozen=True)
 class Pilot:
-    """Pilot with its stages.
-
-    Attributes:
-        name: Name of the YAML file.
-        title: Title in the table of models.
-        reward: Name of the reward in the table of models and among published numbers.
-        policy: Name of the aligned generator in the table of models.
-        pairs: Default number of pairs to train on.
-        image_bytes: Size of the cached latents of one image.
-        device: Device that the trainings need.
-        stages: Name → command, in any order; :data:`STAGES` are required.
-        sources: Environment variable → model or data set.
-    """
+    """Pilot with its stages."""
 
     __pydantic_config__ = STRICT
-    name: str
-    title: str
-    reward: str
-    policy: str
-    pairs: int
-    image_bytes: int
-    device: Literal["gpu", "cpu"]
-    stages: Mapping[str, Step]
-    sources: Mapping[str, Source]
+    name: str  # name of the YAML file
+    title: str  # title in the table of models
+    reward: str  # name of the reward in the table of models and among published numbers
+    policy: str  # name of the aligned generator in the table of models
+    pairs: int  # default number of pairs to train on
+    image_bytes: int  # size of the cached latents of one image
+    device: Literal["gpu", "cpu"]  # device that the trainings need
+    stages: Mapping[str, Step]  # name → command, in any order; :data:`STAGES` are required
+    sources: Mapping[str, Source]  # environment variable → model or data set
 
     def values(self) -> dict[str, str]:
         """Return variable → folder or hub id; data sets whose variable is not set are left out."""

@@ -58,38 +58,28 @@ class PilotResult:
     """Numbers of one run of a pilot, and what they were measured with.
 
     An estimate is a mapping of ``value``, ``low``, ``high`` (95 % interval) and ``groups`` (independent groups).
-
-    Attributes:
-        version: Version of this schema.
-        pilot: Name of the pilot.
-        settings: ``digest`` of all but folders of this machine, ``pairs``, ``seed``, and ``quick`` (a trial).
-        cut: Number of ``pairs`` of the cut that were cached, and ``digest`` of their names.
-        accuracy: Results of the benchmark: ``model`` (``pilot`` or the name of another), ``benchmark``, ``protocol``,
-            ``estimate``, ``pairs``.
-        averages: Mean accuracy over the four test sets: ``model``, ``estimate``.
-        pictures: Results before and after the alignment by score: ``score``, ``before``, ``after`` (estimates),
-            ``difference`` and ``win_rate`` (estimates, after against before), ``prompts``.
-        stages: Stage → ``key`` (digest of its settings), ``starts`` of its process, and ``seconds``, ``cpu_seconds``
-            and ``gpu_gb`` (peak of PyTorch's allocations) of the last start.
-        machine: Processor, system and GPU.
-        versions: Versions of Python and packages.
-        commit: Commit of the checkout; ``+`` at its end if files differed; empty outside a checkout.
-        weights: Hub id under which the reward was published; empty if it was not.
     """
 
     __pydantic_config__ = STRICT
-    version: int
-    pilot: str
+    version: int  # version of this schema
+    pilot: str  # name of the pilot
+    # ``digest`` of all but folders of this machine, ``pairs``, ``seed``, and ``quick`` (a trial)
     settings: Mapping[str, Any]
-    cut: Mapping[str, Any]
+    cut: Mapping[str, Any]  # number of ``pairs`` of the cut that were cached, and ``digest`` of their names
+    # Results of the benchmark: ``model`` (``pilot`` or the name of another), ``benchmark``, ``protocol``, ``estimate``,
+    # ``pairs``
     accuracy: Sequence[Mapping[str, Any]]
-    averages: Sequence[Mapping[str, Any]]
+    averages: Sequence[Mapping[str, Any]]  # mean accuracy over the four test sets: ``model``, ``estimate``
+    # Results before and after the alignment by score: ``score``, ``before``, ``after`` (estimates), ``difference`` and
+    # ``win_rate`` (estimates, after against before), ``prompts``
     pictures: Sequence[Mapping[str, Any]]
+    # Stage → ``key`` (digest of its settings), ``starts`` of its process, and ``seconds``, ``cpu_seconds`` and
+    # ``gpu_gb`` (peak of PyTorch's allocations) of the last start
     stages: Mapping[str, Mapping[str, Any]]
-    machine: Mapping[str, Any]
-    versions: Mapping[str, str]
-    commit: str
-    weights: str = ""
+    machine: Mapping[str, Any]  # processor, system and GPU
+    versions: Mapping[str, str]  # versions of Python and packages
+    commit: str  # commit of the checkout; ``+`` at its end if files differed; empty outside a checkout
+    weights: str = ""  # Hub id under which the reward was published; empty if it was not
 
 
 def collect(pilot: Pilot, tasks: Mapping[str, Task], runner: TaskRunner, settings: Mapping[str, Any]) -> PilotResult:

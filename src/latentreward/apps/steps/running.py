@@ -26,42 +26,27 @@ TOLD_EVERY_S = 15.0
 
 @dataclass(frozen=True)
 class Done:
-    """Record of a finished task.
+    """Record of a finished task."""
 
-    Attributes:
-        cpu_seconds: Processor time of its process.
-        modules: Modules of this package that its process imported.
-        source: Digest of their source files at that time; empty if the runner takes none.
-        inputs: Key of an input → its ``identity``.
-        seconds: Time of its last process by the clock.
-        gpu_bytes: Peak memory that PyTorch allocated on a GPU in its last process.
-        identity: Random name of this output, by which other tasks' records tell it from one that was made again.
-    """
-
-    cpu_seconds: float
-    modules: tuple[str, ...]
-    source: str
-    inputs: dict[str, str | None]
-    seconds: float
-    gpu_bytes: int
-    identity: str
+    cpu_seconds: float  # processor time of its process
+    modules: tuple[str, ...]  # modules of this package that its process imported
+    source: str  # digest of their source files at that time; empty if the runner takes none
+    inputs: dict[str, str | None]  # key of an input → its ``identity``
+    seconds: float  # time of its last process by the clock
+    gpu_bytes: int  # peak memory that PyTorch allocated on a GPU in its last process
+    identity: str  # random name of this output, by which other tasks' records tell it from one that was made again
 
 
 @dataclass
 class TaskRunner:
-    """Runner of tasks in processes; each output in its folder is computed once.
+    """Runner of tasks in processes; each output in its folder is computed once."""
 
-    Args:
-        folder: Folder of all outputs.
-        source_digest: Digest of the source files of modules. An output is discarded when it differs, and a command that
-            was stopped starts again. With None, an output stays finished when source files change, and a command goes
-            on in the output that it left, unless an input was made again since.
-        environment: Variables of the processes beyond those here.
-    """
-
-    folder: Path
+    folder: Path  # folder of all outputs
+    # Digest of the source files of modules. An output is discarded when it differs, and a command that was stopped
+    # starts again. With None, an output stays finished when source files change, and a command goes on in the output
+    # that it left, unless an input was made again since.
     source_digest: Callable[[Iterable[str]], str] | None = None
-    environment: Mapping[str, str] = field(default_factory=dict)
+    environment: Mapping[str, str] = field(default_factory=dict)  # variables of the processes beyond those here
     _running: set[subprocess.Popen[bytes]] = field(default_factory=set)
     _lock: Lock = field(default_factory=Lock)
     _closed: bool = False

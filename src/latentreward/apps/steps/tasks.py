@@ -40,41 +40,25 @@ Arguments = Annotated[tuple[str, ...], BeforeValidator(split)]
 
 @dataclass(frozen=True)
 class Step:
-    """Command that runs in a process of its own.
-
-    Attributes:
-        run: Arguments of the process, starting with a subcommand of ``latentreward``.
-        module: Module to run as a program instead of the command line; empty for the command line.
-        quick: Arguments added for a trial of two steps.
-        pairs: Name of the step that wrote the pairs which the step scores; empty if it scores no pairs.
-    """
+    """Command that runs in a process of its own."""
 
     __pydantic_config__ = STRICT
-    run: Arguments
-    module: str = ""
-    quick: Arguments = ()
-    pairs: str = ""
+    run: Arguments  # arguments of the process, starting with a subcommand of ``latentreward``
+    module: str = ""  # module to run as a program instead of the command line; empty for the command line
+    quick: Arguments = ()  # arguments added for a trial of two steps
+    pairs: str = ""  # name of the step that wrote the pairs which the step scores; empty if it scores no pairs
 
 
 @dataclass(frozen=True)
 class Task:
-    """Step of an arm and a seed, with its placeholders resolved.
+    """Step of an arm and a seed, with its placeholders resolved."""
 
-    Attributes:
-        name: Name of the step.
-        module: See :class:`Step`.
-        arguments: Arguments that may contain placeholders.
-        inputs: Placeholder → task whose output it stands for.
-        seed: Seed that ``{seed}`` stands for.
-        key: Digest of all that the output depends on apart from source files; equal tasks have equal keys.
-    """
-
-    name: str
-    module: str
-    arguments: tuple[str, ...]
-    inputs: Mapping[str, "Task"] = field(hash=False)
-    seed: int
-    key: str
+    name: str  # name of the step
+    module: str  # as of :class:`Step`
+    arguments: tuple[str, ...]  # arguments that may contain placeholders
+    inputs: Mapping[str, "Task"] = field(hash=False)  # placeholder → task whose output it stands for
+    seed: int  # seed that ``{seed}`` stands for
+    key: str  # digest of all that the output depends on apart from source files; equal tasks have equal keys
 
     def command(self, folder: Path) -> list[str]:
         """Return the arguments with placeholders replaced by the seed and by folders below ``folder``."""

@@ -72,16 +72,11 @@ def _share(votes_a: int | None, votes_b: int | None, label: float) -> str | None
 
 @dataclass(frozen=True)
 class Evaluation:
-    """A protocol and the split on which its number is computed.
+    """A protocol and the split on which its number is computed."""
 
-    Attributes:
-        protocol: Key of the protocol in :data:`~latentreward.apps.evaluation.benchmark.protocols.PROTOCOLS`.
-        split: Split whose pairs give the protocol's number.
-        fitting: Second split on which the protocol fits its threshold; None if the protocol fits none there.
-    """
-
-    protocol: str
-    split: str
+    protocol: str  # key of the protocol in :data:`~latentreward.apps.evaluation.benchmark.protocols.PROTOCOLS`
+    split: str  # split whose pairs give the protocol's number
+    # Second split on which the protocol fits its threshold; None if the protocol fits none there
     fitting: str | None = None
 
 

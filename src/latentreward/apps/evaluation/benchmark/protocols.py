@@ -29,21 +29,13 @@ GAP_QUANTILES = np.linspace(0, 1, 101)
 
 @dataclass(frozen=True)
 class Judgement:
-    """Judgement of a protocol on every pair of one scorer.
+    """Judgement of a protocol on every pair of one scorer."""
 
-    Attributes:
-        protocol: Key of the protocol in :data:`PROTOCOLS`.
-        pairs: N pairs.
-        credit: ``(N,)`` in [0, 1]; NaN for a pair that does not count.
-        excluded: Reason → number of pairs that do not count.
-        details: Further results of the protocol, e.g. a fitted threshold.
-    """
-
-    protocol: str
-    pairs: BenchmarkPairs
-    credit: np.ndarray
-    excluded: dict[str, int]
-    details: dict[str, Any]
+    protocol: str  # key of the protocol in :data:`PROTOCOLS`
+    pairs: BenchmarkPairs  # N pairs
+    credit: np.ndarray  # ``(N,)`` in [0, 1]; NaN for a pair that does not count
+    excluded: dict[str, int]  # reason → number of pairs that do not count
+    details: dict[str, Any]  # further results of the protocol, e.g. a fitted threshold
 
     @property
     def value(self) -> float:
@@ -77,18 +69,13 @@ Credit = tuple[np.ndarray, np.ndarray, dict[str, Any]]
 
 @dataclass(frozen=True)
 class Protocol:
-    """Rule of evaluation.
+    """Rule of evaluation."""
 
-    Attributes:
-        summary: One line for reports: which pairs count, how labelled ties and equal scores count, whose code the
-            protocol follows.
-        judge: Function ``(pairs, fitting)`` that returns credit, reasons and details.
-        macro: Whether all prompt groups have the same weight; otherwise all pairs have the same weight.
-    """
-
+    # One line for reports: which pairs count, how labelled ties and equal scores count, whose code the protocol follows
     summary: str
+    # Function ``(pairs, fitting)`` that returns credit, reasons and details
     judge: Callable[[BenchmarkPairs, BenchmarkPairs | None], Credit]
-    macro: bool = False
+    macro: bool = False  # whether all prompt groups have the same weight; otherwise all pairs have the same weight
 
 
 def judge(key: str, pairs: BenchmarkPairs, fitting: BenchmarkPairs | None = None) -> Judgement:

@@ -40,22 +40,17 @@ class SplitScores:
     millions of them: delete the table if images were replaced under the same names.
 
     Attributes:
-        folder: Folder of the split's tables, one per scorer.
-        reader: Reader of the split.
-        scorer: Scorer of the pairs.
-        limit: Number of pairs to score at the start of the split; None scores all. A later run without a limit keeps
-            the scores and adds those of the other pairs.
-        flush_every: Pairs per part of the table; a killed process loses at most one part.
-        decode_threads: Threads that decode images ahead of the scorer.
         seconds: Seconds that this process spent, by model and on reading.
     """
 
-    folder: Path
-    reader: PairReader
-    scorer: Scorer
+    folder: Path  # folder of the split's tables, one per scorer
+    reader: PairReader  # reader of the split
+    scorer: Scorer  # scorer of the pairs
+    # Number of pairs to score at the start of the split; None scores all. A later run without a limit keeps the scores
+    # and adds those of the other pairs.
     limit: int | None
-    flush_every: int
-    decode_threads: int
+    flush_every: int  # pairs per part of the table; a killed process loses at most one part
+    decode_threads: int  # threads that decode images ahead of the scorer
 
     def __post_init__(self) -> None:
         self._scoring = PairScoring(self.reader, [self.scorer], self.decode_threads)
@@ -102,17 +97,11 @@ class SplitScores:
 
 @dataclass(frozen=True)
 class BenchmarkScores:
-    """Scores of one benchmark by all scorers.
-
-    Attributes:
-        benchmark: The benchmark.
-        scorers: Scorers of its pairs.
-        tables: (split, name of the scorer) → table of scores.
-    """
+    """Scores of one benchmark by all scorers."""
 
     benchmark: Benchmark
-    scorers: Sequence[Scorer]
-    tables: Mapping[tuple[str, str], SplitScores]
+    scorers: Sequence[Scorer]  # scorers of its pairs
+    tables: Mapping[tuple[str, str], SplitScores]  # (split, name of the scorer) → table of scores
 
     def pairs(self, split: str, scorer: Scorer, column: str | None = None) -> BenchmarkPairs:
         """Return the pairs of a split with a scorer's scores.

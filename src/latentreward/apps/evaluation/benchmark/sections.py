@@ -85,18 +85,12 @@ ACCURACY: tuple[Column, ...] = (
 
 @dataclass(frozen=True)
 class Kind:
-    """Kind of result with a section of its own.
+    """Kind of result with a section of its own."""
 
-    Attributes:
-        title: Heading.
-        text: Explanation of the numbers.
-        columns: Columns of the section's table.
-        figure: Function that draws the results of one data set and protocol.
-    """
-
-    title: str
-    text: str
-    columns: tuple[Column, ...]
+    title: str  # heading
+    text: str  # explanation of the numbers
+    columns: tuple[Column, ...]  # columns of the section's table
+    # Function that draws the results of one data set and protocol
     figure: Callable[[Sequence[Row]], plots.Drawn] | None = None
 
 

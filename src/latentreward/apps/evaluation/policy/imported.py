@@ -28,39 +28,26 @@ NUMBERED = re.compile(r"(.*)_(\d{6})")
 
 @dataclass(frozen=True)
 class FoundPicture:
-    """Picture in a folder, not yet matched with a set of prompts.
+    """Picture in a folder, not yet matched with a set of prompts."""
 
-    Attributes:
-        file: Path relative to the folder.
-        prompt: Raw prompt; None where the layout does not hold the prompt.
-        place: Number of the prompt from 0; within ``group`` where ``prompt`` is None. None if unknown.
-        image: Number of the picture among those of its prompt, from 0; None if unknown.
-        group: Group of the prompt; empty if the layout has no groups.
-    """
-
-    file: str
-    prompt: str | None
-    place: int | None = None
-    image: int | None = None
-    group: str = ""
+    file: str  # path relative to the folder
+    prompt: str | None  # raw prompt; None where the layout does not hold the prompt
+    place: int | None = None  # number of the prompt from 0; within ``group`` where ``prompt`` is None. None if unknown.
+    image: int | None = None  # number of the picture among those of its prompt, from 0; None if unknown
+    group: str = ""  # group of the prompt; empty if the layout has no groups
 
 
 @dataclass(frozen=True)
 class ImportedPictures:
-    """Pictures of a folder, matched with a set of prompts.
-
-    Attributes:
-        folder: The folder.
-        pictures: (index of the prompt, number of the picture of that prompt) → picture.
-        left_aside: Number of pictures that are not wanted, because their prompt is not in the set or because the prompt
-            has more pictures than are wanted.
-        problems: Reason → number of wanted pictures that could not be read.
-    """
+    """Pictures of a folder, matched with a set of prompts."""
 
     folder: Path
+    # (index of the prompt, number of the picture of that prompt) → picture
     pictures: dict[tuple[int, int], JudgedPicture]
+    # Number of pictures that are not wanted, because their prompt is not in the set or because the prompt has more
+    # pictures than are wanted
     left_aside: int
-    problems: dict[str, int]
+    problems: dict[str, int]  # reason → number of wanted pictures that could not be read
 
 
 def find_pictures(folder: Path, table: Path | None) -> list[FoundPicture]:

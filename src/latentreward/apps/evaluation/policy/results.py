@@ -41,17 +41,11 @@ def published_scores(protocol: Protocol) -> list[Row]:
 
 @dataclass(frozen=True)
 class ScoredPictures:
-    """Pictures of one policy with all scores.
+    """Pictures of one policy with all scores."""
 
-    Attributes:
-        policy: Name of the policy.
-        pictures: N pictures, in order of prompts and of numbers within a prompt.
-        scores: Name of a score → ``(N,)`` float64.
-    """
-
-    policy: str
-    pictures: tuple[JudgedPicture, ...]
-    scores: dict[str, np.ndarray]
+    policy: str  # name of the policy
+    pictures: tuple[JudgedPicture, ...]  # N pictures, in order of prompts and of numbers within a prompt
+    scores: dict[str, np.ndarray]  # name of a score → ``(N,)`` float64
 
 
 def scores_csv(scored: Sequence[ScoredPictures]) -> str:
@@ -70,31 +64,24 @@ def scores_csv(scored: Sequence[ScoredPictures]) -> str:
 
 @dataclass(frozen=True)
 class PolicyReport:
-    """Results of one run of ``latentreward evaluate-policy``.
+    """Results of one run of ``latentreward evaluate-policy``."""
 
-    Attributes:
-        policies: Name of a policy → description in one line.
-        scorers: Name of a scorer → identity in one line.
-        scores: Rows with the result of one ``policy`` by one ``score``. ``headline``: name of the value that the
-            score's own protocol reports. ``mean``: Interval of the mean over all pictures, by resampling prompts.
-            ``mean_of_groups``: that of the mean of the groups' means; None with one group. ``groups``: rows with the
-            result of each ``group`` of prompts; empty with one group that is not cut into parts. ``pictures`` and
-            ``prompts``: their numbers. The row of a group has ``prompts``, ``estimate`` (mean over the group's
-            pictures) and ``parts_sd``, the standard deviation of the means of consecutive parts of the group's prompts,
-            NaN with one part.
-        comparisons: Rows that compare the two policies by one ``score``, over pairs of pictures with the same prompt
-            and number; empty with one policy. ``group``: group of prompts, empty for all. ``win_rate``: share of pairs
-            in which the first policy scores higher; ties count ½. ``difference``: mean of the first policy's score
-            minus the second's. ``wins``, ``ties``, ``losses`` and ``prompts``: their numbers.
-        published: Scores published by the authors of the protocol: ``model``, ``score``, ``value``, ``source``.
-        settings: Settings of the run, and versions of the packages that computed it.
-        notes: Remarks shown before all numbers.
-    """
-
-    policies: dict[str, str]
-    scorers: dict[str, str]
+    policies: dict[str, str]  # name of a policy → description in one line
+    scorers: dict[str, str]  # name of a scorer → identity in one line
+    # Rows with the result of one ``policy`` by one ``score``. ``headline``: name of the value that the score's own
+    # protocol reports. ``mean``: Interval of the mean over all pictures, by resampling prompts. ``mean_of_groups``:
+    # that of the mean of the groups' means; None with one group. ``groups``: rows with the result of each ``group`` of
+    # prompts; empty with one group that is not cut into parts. ``pictures`` and ``prompts``: their numbers. The row of
+    # a group has ``prompts``, ``estimate`` (mean over the group's pictures) and ``parts_sd``, the standard deviation of
+    # the means of consecutive parts of the group's prompts, NaN with one part.
     scores: Sequence[Row]
+    # Rows that compare the two policies by one ``score``, over pairs of pictures with the same prompt and number; empty
+    # with one policy. ``group``: group of prompts, empty for all. ``win_rate``: share of pairs in which the first
+    # policy scores higher; ties count ½. ``difference``: mean of the first policy's score minus the second's. ``wins``,
+    # ``ties``, ``losses`` and ``prompts``: their numbers.
     comparisons: Sequence[Row] = ()
+    # Scores published by the authors of the protocol: ``model``, ``score``, ``value``, ``source``
     published: Sequence[Row] = ()
+    # Settings of the run, and versions of the packages that computed it
     settings: dict[str, Any] = field(default_factory=dict)
-    notes: Sequence[str] = ()
+    notes: Sequence[str] = ()  # remarks shown before all numbers

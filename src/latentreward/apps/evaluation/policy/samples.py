@@ -103,23 +103,14 @@ class JudgedPolicy:
 
 @dataclass(frozen=True)
 class SamplingPlan:
-    """Settings for sampling from generators.
+    """Settings for sampling from generators."""
 
-    Attributes:
-        sampling: Steps, noise and size.
-        guidance_scale: Guidance scale of policies without one of their own; None takes each family's.
-        seed: Seed of all noise.
-        shared_noise: Whether the n-th pictures of all prompts start from the same noise.
-        batch_size: Pictures sampled at once.
-        device: Device of the generators.
-    """
-
-    sampling: Sampling
-    guidance_scale: float | None
-    seed: int
-    shared_noise: bool
-    batch_size: int
-    device: torch.device
+    sampling: Sampling  # steps, noise and size
+    guidance_scale: float | None  # guidance scale of policies without one of their own; None takes each family's
+    seed: int  # seed of all noise
+    shared_noise: bool  # whether the n-th pictures of all prompts start from the same noise
+    batch_size: int  # pictures sampled at once
+    device: torch.device  # device of the generators
 
     def guidance_of(self, policy: JudgedPolicy) -> float | None:
         """Return the guidance scale of a generator: its own, else that of the plan, else its family's.
