@@ -130,6 +130,11 @@ class RepeatedCalls:
         """
         original, shapes, live = getattr(owner, method), self.shapes, self.shapes.live
 
+        def like(one: Tensor) -> Tensor:
+            if one.dtype == torch.bool:  # a mask is real, because families count its tokens
+                return torch.ones(one.shape, dtype=torch.bool, device=CPU)
+            return shapes.stand_in(one.shape, one.dtype)
+
         def call(*arguments: Any) -> Any:
             if torch.is_grad_enabled():
                 return original(*arguments)
@@ -138,15 +143,13 @@ class RepeatedCalls:
                 flops, extra, layout = self._seen[key]
                 shapes.flops += flops
                 live.peak = max(live.peak, live.now + extra)
-                result = map_tensors(layout, self._like)
+                result = map_tensors(layout, like)
             else:
                 flops, before, peak = shapes.flops, live.now, live.peak
                 live.peak = before
                 result = original(*arguments)
                 flops = shapes.flops - flops
-                layout = map_tensors(
-                    result, lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
-                )
+                layout = map_tensors(result, lambda one: torch.empty(one.shape, dtype=one.dtype, device="meta"))
                 self._seen[key] = flops, live.peak - before, layout
                 live.peak = max(live.peak, peak)
             if isinstance(owner, Policy) and working:
@@ -154,12 +157,6 @@ class RepeatedCalls:
             return result
 
         setattr(owner, method, call)
-
-    def _like(self, tensor: Tensor) -> Tensor:
-        """Return a stand-in of the shape of ``tensor``; a mask is real, because families count its tokens."""
-        if tensor.dtype == torch.bool:
-            return torch.ones(tensor.shape, dtype=torch.bool, device=CPU)
-        return self.shapes.stand_in(tensor.shape, tensor.dtype)
 
 
 def layout_of(value: Any) -> Any:

@@ -112,7 +112,11 @@ class ShapesOnly(TorchDispatchMode):
         if func is torch.ops.aten.nonzero.default:
             return self._nonzero(args[0])
         if func in INDEXING:
-            args = (args[0], self._without_masks(args[1]), *args[2:])
+            indices: list[Tensor | None] = []
+            for index in args[1]:  # a mask becomes index tensors, one per dimension
+                is_mask = index is not None and index.dtype == torch.bool
+                indices += self._nonzero(index).unbind(1) if is_mask else [index]
+            args = (args[0], indices, *args[2:])
         result = self._fake.dispatch(func, types, args, kwargs)  # to enter the mode each time would look for GPUs
         if (formula := flop_registry.get(func._overloadpacket)) is not None:
             self.flops += formula(*args, **kwargs, out_val=result)
@@ -123,14 +127,6 @@ class ShapesOnly(TorchDispatchMode):
 
     def _nonzero(self, tensor: Tensor) -> Tensor:
         return self.stand_in((tensor.numel(), tensor.ndim), torch.int64) if is_stand_in(tensor) else tensor.nonzero()
-
-    def _without_masks(self, indices: Iterable[Tensor | None]) -> list[Tensor | None]:
-        """Return the indices with each bool mask replaced by index tensors, one per dimension of the mask."""
-        replaced: list[Tensor | None] = []
-        for index in indices:
-            is_mask = index is not None and index.dtype == torch.bool
-            replaced += self._nonzero(index).unbind(1) if is_mask else [index]
-        return replaced
 
 
 def is_stand_in(value: Any) -> bool:

@@ -191,16 +191,14 @@ def _of_layout(folder: Path) -> Iterator[FoundPicture]:
             continue
         file = "/".join(parts)
         numbered = path.stem.isdigit() and parts[0].isdigit()
-        if len(parts) == 3 and parts[1] == "samples" and numbered and (path.parents[1] / "metadata.jsonl").is_file():
-            yield FoundPicture(file, _geneval_prompt(path.parents[1]), int(parts[0]), int(path.stem))
+        metadata = folder / parts[0] / "metadata.jsonl"
+        if len(parts) == 3 and parts[1] == "samples" and numbered and metadata.is_file():
+            try:
+                prompt = str(json.loads(metadata.read_text(encoding="utf-8"))["prompt"])
+            except (ValueError, KeyError, TypeError) as error:
+                raise InputError(f"images: {metadata} names no prompt ({first_line(error)})") from error
+            yield FoundPicture(file, prompt, int(parts[0]), int(path.stem))
         elif len(parts) > 1 and parts[-2] == "samples" and (match := NUMBERED.fullmatch(path.stem)):
             yield FoundPicture(file, match[1], int(match[2]), None, parts[0] if len(parts) == 3 else "")
         elif len(parts) == 2 and path.stem.isdigit():
             yield FoundPicture(file, None, int(path.stem), 0, parts[0])
-
-
-def _geneval_prompt(folder: Path) -> str:
-    try:
-        return str(json.loads((folder / "metadata.jsonl").read_text(encoding="utf-8"))["prompt"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"images: {folder}/metadata.jsonl names no prompt ({first_line(error)})") from error
