@@ -19,10 +19,11 @@ from latentreward.rollout import (
     candidate_steps,
     step_pairs,
 )
-from latentreward.scoring import RewardModel, load_lrm
+from latentreward.scoring import RewardModel
 from tests.golden.catalogue import Case, Tensors, cases
 from tests.golden.closeness import assert_close
 from tests.golden.sampling_trace import SCHEDULER, Calls, RecordedDraws, checkpoint_of, policy_of, prompts_of
+from tests.scoring.models import load_lrm
 
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-4}
 SELECTIONS = {"sigma": SigmaThreshold, "variance": VarianceThreshold, "linear": LinearThreshold}

@@ -8,8 +8,8 @@ import torch
 from latentreward.errors import InputError
 from latentreward.scorers import ImageScorer, RewardModelScorer
 from latentreward.scorers.reward_model import reward_name, reward_names
-from latentreward.scoring import ScoringNoise, load_lrm
-from tests.scoring.models import pictures
+from latentreward.scoring import ScoringNoise
+from tests.scoring.models import load_lrm, pictures
 from tests.scoring.test_published import write_lrm
 from tests.tiny_pipelines import pipeline_folder
 

@@ -1,13 +1,16 @@
 """Reward models around tiny networks with random weights, and images for them."""
 
 from io import BytesIO
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 
 from latentreward.heads import CLIPProjectionHead, GatedQFormerHead
-from latentreward.scoring import RewardModel
+from latentreward.scoring import PublishedSettings, RewardModel
+from latentreward.scoring.layouts.published import PublishedDiNaLRM, PublishedLRM
 from tests.backbones.networks import tiny_backbone
 
 PROMPTS = ["a cat", "a dog", "a cat", "", "a red square left of a blue circle", "a dog"]
@@ -42,3 +45,13 @@ def png(image: Image.Image) -> bytes:
     buffer = BytesIO()
     image.save(buffer, "PNG")
     return buffer.getvalue()
+
+
+def load_lrm(folder: str | Path, base: str | None = None, **settings: Any) -> RewardModel:
+    """Load LRM's layout, whichever files are missing by which it is recognised."""
+    return PublishedLRM(folder, base, PublishedSettings(**settings)).load(RewardModel)
+
+
+def load_dina_lrm(folder: str | Path, base: str | None = None, **settings: Any) -> RewardModel:
+    """Load DiNa-LRM's layout, whichever files are missing by which it is recognised."""
+    return PublishedDiNaLRM(folder, base, PublishedSettings(**settings)).load(RewardModel)

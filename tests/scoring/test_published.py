@@ -13,9 +13,10 @@ from safetensors.torch import load_file, save_file
 
 from latentreward.errors import InputError
 from latentreward.heads import CLIPProjectionHead, GatedQFormerHead
-from latentreward.scoring import RewardModel, ScoringNoise, load_dina_lrm, load_lrm
+from latentreward.scoring import RewardModel, ScoringNoise
 from tests.backbones.networks import tiny_backbone
 from tests.marks import rotated_after
+from tests.scoring.models import load_dina_lrm, load_lrm
 from tests.tiny_pipelines import LATENTS, pipeline_folder
 
 PROMPTS = ["a cat", "a dog"]

@@ -15,14 +15,14 @@ from latentreward.errors import InputError
 from latentreward.heads import CLIPProjectionHead
 from latentreward.rewards import LatentReward
 from latentreward.scorers import RewardModelScorer
-from latentreward.scoring import PublishedSettings, RewardModel, load_lrm
+from latentreward.scoring import PublishedSettings, RewardModel
 from latentreward.scoring.layouts.find import ModelSource, find_reward
 from latentreward.scoring.scored_table import read_scores
 from latentreward.settings.functions import parse_function
 from tests.backbones.networks import tiny_backbone
 from tests.marks import rotated_after
 from tests.rewards.stored import states_of, tiny_policy, write_run
-from tests.scoring.models import PROMPTS, pictures
+from tests.scoring.models import PROMPTS, load_lrm, pictures
 from tests.scoring.test_published import write_dina, write_lrm
 from tests.tiny_pipelines import pipeline_folder
 

@@ -2,7 +2,6 @@ from .calibration import Calibration
 from .layouts.card import Card
 from .layouts.find import ModelSource
 from .layouts.published import PublishedSettings
-from .released import load_dina_lrm, load_lrm
 from .reward_model import RewardModel, normalise_score
 from .scoring_noise import ScoringNoise
 
@@ -13,7 +12,5 @@ __all__ = [
     "PublishedSettings",
     "RewardModel",
     "ScoringNoise",
-    "load_dina_lrm",
-    "load_lrm",
     "normalise_score",
 ]

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence, Sized
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence, Sized
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -132,8 +132,7 @@ def score_images(
             f"{len(unfitting)} of {len(rows)} images, first number {min(unfitting)}, have an aspect ratio that the "
             "model was not trained on; they are cropped to the nearest trained one",
         )
-    place = torch.tensor(rows).argsort()
-    return torch.cat(scores)[place]
+    return torch.cat(scores)[torch.tensor(rows).argsort()]
 
 
 def score_given_latents(
@@ -150,18 +149,11 @@ def score_given_latents(
     Returns:
         ``(N,)``, or ``(N, out_dim)`` for a head with several outputs, at least float32.
     """
-    memory, scores = PromptMemory(model, max(batch_size, PROMPTS_KEPT)), []
-    with torch.set_grad_enabled(torch.is_grad_enabled() and latents.requires_grad):
-        for part in even_parts(len(latents), batch_size, even_step(model)):
-            rows = range(part.start, part.stop)
-            of_batch = prompts[part]
-            encoded, uncond = _conditioning_of(model, memory, of_batch, rows, conditioning)
-            of_rows = None if draws is None else draws[part]
-            moved = latents[part].to(model.device, torch.promote_types(latents.dtype, torch.float32))
-            scored = score_encoded(model, EncodedBatch(moved, of_batch, encoded, uncond, draws=of_rows), noise)
-            check_finite(scored, of_batch, rows)
-            scores.append(scored)
-    return torch.cat(scores) if scores else latents.new_zeros(0, *outputs_of(model))
+
+    def score(batch: EncodedBatch, part: slice) -> Tensor:
+        return score_encoded(model, replace(batch, draws=None if draws is None else draws[part]), noise)
+
+    return _score_parts(model, prompts, range(len(latents)), latents, conditioning, batch_size, score)
 
 
 def score_given_states(
@@ -177,34 +169,45 @@ def score_given_states(
     Returns:
         ``(N, S)``, or ``(N, S, out_dim)`` for a head with several outputs, at least float32.
     """
-    memory, scores = PromptMemory(model, max(batch_size, PROMPTS_KEPT)), []
     count, steps = latents.shape[:2]
-    states, times = latents.flatten(0, 1), timesteps.flatten()
-    with torch.set_grad_enabled(torch.is_grad_enabled() and latents.requires_grad):
-        for part in even_parts(len(states), batch_size, even_step(model)):
-            rows = [state // steps for state in range(part.start, part.stop)]
-            of_batch = [prompts[row] for row in rows]
-            encoded, uncond = _conditioning_of(model, memory, of_batch, rows, conditioning)
-            moved = states[part].to(model.device, torch.promote_types(latents.dtype, torch.float32))
-            features = _features(model, moved, times[part].to(model.device), encoded, uncond)
-            scored = _head_scores(model, [features], len(moved))
-            check_finite(scored, of_batch, rows)
-            scores.append(scored)
-    flat = torch.cat(scores) if scores else latents.new_zeros(0, *outputs_of(model))
+    times = timesteps.flatten().to(model.device)
+
+    def score(batch: EncodedBatch, part: slice) -> Tensor:
+        features = _features(model, batch.latents, times[part], batch.conditioning, batch.uncond)
+        return _head_scores(model, [features], len(batch.latents))
+
+    rows = [state // steps for state in range(count * steps)]
+    flat = _score_parts(model, prompts, rows, latents.flatten(0, 1), conditioning, batch_size, score)
     return flat.unflatten(0, (count, steps))
 
 
-def _conditioning_of(
+def _score_parts(
     model: RewardNetwork,
-    memory: PromptMemory,
     prompts: Sequence[str],
     rows: Sequence[int],
+    latents: Tensor,
     given: tuple[Conditioning, Conditioning | None] | None,
-) -> tuple[Conditioning, Conditioning | None]:
-    """Return the encoded prompts of a batch: the ``rows`` of given ones, or ``prompts`` encoded by ``memory``."""
-    if given is None:
-        return memory.encode(prompts), memory.uncond
-    return given[0].select(rows).to(model.device), memory.uncond if given[1] is None else given[1].to(model.device)
+    batch_size: int,
+    score: Callable[[EncodedBatch, slice], Tensor],
+) -> Tensor:
+    """Score latents batch by batch with ``score``, which also gets the batch's slice of the latents.
+
+    ``rows`` are the indices of the latents' prompts; ``given`` are encoded prompts, which are encoded here if None.
+    """
+    memory, scores = PromptMemory(model, max(batch_size, PROMPTS_KEPT)), []
+    with torch.set_grad_enabled(torch.is_grad_enabled() and latents.requires_grad):
+        for part in even_parts(len(latents), batch_size, even_step(model)):
+            of_batch = [prompts[row] for row in rows[part]]
+            if given is None:
+                encoded, uncond = memory.encode(of_batch), memory.uncond
+            else:
+                encoded = given[0].select(rows[part]).to(model.device)
+                uncond = memory.uncond if given[1] is None else given[1].to(model.device)
+            moved = latents[part].to(model.device, torch.promote_types(latents.dtype, torch.float32))
+            scored = score(EncodedBatch(moved, of_batch, encoded, uncond), part)
+            check_finite(scored, of_batch, rows[part])
+            scores.append(scored)
+    return torch.cat(scores) if scores else latents.new_zeros(0, *outputs_of(model))
 
 
 def score_encoded(model: RewardNetwork, batch: EncodedBatch, noise: ScoringNoise) -> Tensor:

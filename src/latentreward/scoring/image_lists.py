@@ -17,6 +17,7 @@ from latentreward.data.image_lists import ListedImage
 from latentreward.data.images import MAX_PIXELS, ImageError, decode_image, read_header
 from latentreward.errors import InputError, one_line
 from latentreward.scoring import RewardModel, ScoringNoise
+from latentreward.scoring.scoring_noise import timesteps_of
 
 HELD_BATCHES = 4
 """Number of batches of decoded images that may wait until a batch of one size is full."""
@@ -100,19 +101,15 @@ class ListedScoring:
         decode_threads: int,
         max_pixels: int = MAX_PIXELS,
     ) -> None:
-        from latentreward.scoring.scoring_noise import timesteps_of
-
         if model.image_sizes is None:
             raise InputError(
                 f"model: {model.source} does not tell the size of its images; publish it again with image_sizes set"
             )
-        self.axes = model.axes
         for noise in levels.values():
             timesteps_of(noise, model.backbone.noise_process)
-        self.model, self.rows, self.levels = model, rows, levels
+        self.model, self.rows, self.levels, self.axes = model, rows, levels, model.axes
         self.batch_size, self.decode_threads, self.max_pixels = batch_size, decode_threads, max_pixels
-        self._sizes = model.image_sizes
-        self.scored = False
+        self._sizes, self.scored = model.image_sizes, False
         self.seconds, self.rotated, self.unused = 0.0, 0, 0
         self.progress: Callable[[int], None] = lambda number: None
 
@@ -150,18 +147,16 @@ class ListedScoring:
             "prompt": pa.array([row.prompt for row in part.rows], pa.string()),
         }
         columns |= {name: _numbers(part.scores[:, index]) for index, name in enumerate([*self.levels, *self.axes])}
-        columns |= self._calibrated(part.scores[:, 0])
+        calibration, own = self.model.calibration, part.scores[:, 0]
+        if calibration is not None and calibration.fits(self.levels["score"]):
+            columns |= {"z_score": _numbers(calibration.z_score(own)), "quantile": _numbers(calibration.quantile(own))}
+        else:
+            columns |= dict.fromkeys(("z_score", "quantile"), _numbers(torch.full_like(own, torch.nan)))
         for axis, name in ((1, "width"), (0, "height")):
             sides = [part.sizes[row][axis] if row in part.sizes else None for row in rows]
             columns[name] = pa.array(sides, pa.int32())
         columns["problem"] = pa.array([part.problems.get(row) for row in rows], pa.string())
         return pa.table(columns)
-
-    def _calibrated(self, scores: Tensor) -> dict[str, pa.Array]:
-        calibration, noise = self.model.calibration, self.levels["score"]
-        if calibration is None or not calibration.fits(noise):
-            return {name: _numbers(torch.full_like(scores, torch.nan)) for name in ("z_score", "quantile")}
-        return {"z_score": _numbers(calibration.z_score(scores)), "quantile": _numbers(calibration.quantile(scores))}
 
     def _load(self, row: ListedImage) -> Loaded:
         if row.problem is not None:
@@ -202,32 +197,28 @@ class ListedScoring:
             self._score_images(part, images)
 
     def _score_images(self, part: ScoredRows, images: Sequence[tuple[int, Tensor]]) -> None:
-        rows = [row for row, _ in images]
-        try:
-            part.scores[rows] = self._call(part, images)
-        except InputError:
-            self._score_singly(part, images)
-        self.scored = True
-        self.progress(len(images))
-
-    def _score_singly(self, part: ScoredRows, images: Sequence[tuple[int, Tensor]]) -> None:
-        """Score images one by one after a batch failed, and record a problem for each that fails.
+        """Score images of one size; if that fails, one by one, to record a problem for each image that fails.
 
         Raises:
             InputError: If no image has had a score so far, nor has one at the start of the list: then the model is at
                 fault, not an image.
         """
-        problems = {}
-        for row, pixels in images:
-            try:
-                part.scores[row] = self._call(part, [(row, pixels)])[0]
-                self.scored = True
-            except InputError as error:
-                problems[row] = f"{NO_SCORE} ({one_line(error)})"
-                last = error
-        if not self.scored and not self._works():
-            raise last
-        part.problems.update(problems)  # not before: after a Ctrl-C they would be kept
+        try:
+            part.scores[[row for row, _ in images]] = self._call(part, images)
+        except InputError:
+            problems = {}
+            for row, pixels in images:
+                try:
+                    part.scores[row] = self._call(part, [(row, pixels)])[0]
+                    self.scored = True
+                except InputError as error:
+                    problems[row] = f"{NO_SCORE} ({one_line(error)})"
+                    last = error
+            if not self.scored and not self._works():
+                raise last from last.__cause__
+            part.problems.update(problems)  # not before: after a Ctrl-C they would be kept
+        self.scored = True
+        self.progress(len(images))
 
     def _works(self) -> bool:
         """Tell whether the model scores any of the first images of the list that can be read.

@@ -161,10 +161,8 @@ class RewardModel(RewardNetwork):
         Raises:
             InputError: If the numbers of prompts and images differ, an image cannot be read, or a score is not finite.
         """
-        levels = [self.noise if noise is None else noise]
-        options: dict[str, Any] = {"batch_size": batch_size, "value_range": value_range, "axes": axes}
-        options["memory"] = memory
-        return self.score_levels(prompts, images, levels, **options)[:, 0]
+        options: dict[str, Any] = {"batch_size": batch_size, "value_range": value_range, "axes": axes, "memory": memory}
+        return self.score_levels(prompts, images, [self.noise if noise is None else noise], **options)[:, 0]
 
     def score_levels(
         self,
@@ -205,20 +203,6 @@ class RewardModel(RewardNetwork):
     def _check_axes(self, axes: bool) -> None:
         if axes and not self.axes:
             raise InputError(f"axes=True, but {type(self.head).__name__} has no two axes; train it with `axes` set")
-
-    def _doubt_states(self, states: Tensor, timesteps: Tensor, sigmas: Tensor) -> None:
-        if timesteps.numel() and timesteps.max() <= 1 and timesteps.frac().any():
-            self.warn_once(
-                "timesteps",
-                "all timesteps lie in [0, 1], as noise levels do; in flow matching give 1000 times the level",
-            )
-        noisy = states[sigmas >= MOSTLY_NOISE]
-        if noisy.numel() and (spread := noisy.float().std().item()) > WIDEST_NOISE:
-            self.warn_once(
-                "states",
-                f"states that are mostly noise have standard deviation {spread:.1f}, where this noise process has 1; "
-                "divide states of diffusers' Euler schedulers (x + σ·ε) by √(σ² + 1), as their scale_model_input does",
-            )
 
     def _doubt_empty(self, prompts: Sequence[str]) -> None:
         if empty := sum(not prompt.strip() for prompt in prompts):
@@ -265,8 +249,8 @@ class RewardModel(RewardNetwork):
             shapes = f"{tuple(draws.shape)}, but latents {tuple(latents.shape)}"
             raise InputError(f"draws have shape {shapes}; give as many numbers as the latents have")
         texts = self._check_conditioning(prompts, len(latents), conditioning)
-        size = batch_size or max(len(latents), 1)
-        outputs = score_given_latents(self, texts, latents, noise or self.noise, draws, conditioning, size)
+        size, noise = batch_size or max(len(latents), 1), noise or self.noise
+        outputs = score_given_latents(self, texts, latents, noise, draws, conditioning, size)
         return outputs if axes else self.head.total(outputs)
 
     def score_states(
@@ -314,7 +298,16 @@ class RewardModel(RewardNetwork):
             )
         times = timesteps.to(torch.float32).expand(count, steps)
         sigmas = self.backbone.noise_process.sigma(times.flatten())  # raises for a timestep out of range
-        self._doubt_states(latents.detach().flatten(0, 1), times, sigmas.to(latents.device))
+        if times.numel() and times.max() <= 1 and times.frac().any():
+            doubt = "all timesteps lie in [0, 1], as noise levels do; in flow matching give 1000 times the level"
+            self.warn_once("timesteps", doubt)
+        noisy = latents.detach().flatten(0, 1)[sigmas.to(latents.device) >= MOSTLY_NOISE]
+        if noisy.numel() and (spread := noisy.float().std().item()) > WIDEST_NOISE:
+            self.warn_once(
+                "states",
+                f"states that are mostly noise have standard deviation {spread:.1f}, where this noise process has 1; "
+                "divide states of diffusers' Euler schedulers (x + σ·ε) by √(σ² + 1), as their scale_model_input does",
+            )
         texts = self._check_conditioning(prompts, count, conditioning)
         size = batch_size or max(count * steps, 1)
         outputs = score_given_states(self, texts, latents, times, conditioning, size)

@@ -1,8 +1,8 @@
-"""Reading and summarising the table that ``latentreward score`` wrote."""
+"""Check and identity of the images of ``latentreward score``, and reading and summary of the table that it wrote."""
 
 from collections import Counter
-from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -11,15 +11,48 @@ import pyarrow.json as pa_json
 import pyarrow.parquet as pq
 
 from latentreward.data.image_lists import ImageList
+from latentreward.data.images import MISSING
 from latentreward.data.readers import count_text
 from latentreward.data.readers.json_rows import short
 from latentreward.errors import InputError, first_line
+from latentreward.storage.digests import digest
 
 TEXTS, SIDES = ("image", "prompt", "problem"), ("width", "height")
 BLOCK = 1 << 26
 """Largest length of a row, in bytes."""
 NAMED = 5
 """Largest number of images without a score, and of remarks, that a summary lists."""
+
+
+def require_some(listed: ImageList) -> None:
+    """Raise InputError, before a model is loaded, if every image of the list has a problem or lacks its file."""
+    if all(row.problem or not Path(row.path).is_file() for row in listed.rows):
+        reasons = Counter(row.problem or MISSING for row in listed.rows)
+        first = next(row.detail or row.path for row in listed.rows)
+        raise InputError(
+            f"images: none of {len(listed.rows)} in {listed.source} can be scored: {count_text(reasons)} ({first})"
+        )
+
+
+def images_identity(listed: ImageList, with_files: bool = True) -> str:
+    """Return a text with a hash of names and prompts, and, unless left out, of file sizes and modification times.
+
+    ``latentreward score`` compares it with that of an interrupted run, which continues only with the same inputs.
+    Without the files it is equal for copies on several machines.
+    """
+    texts: list[tuple[Any, ...]] = [(row.name, row.prompt, row.problem) for row in listed.rows]
+    if with_files:
+        texts = [(*text, _stat(Path(row.path))) for text, row in zip(texts, listed.rows, strict=True)]
+    return f"{len(texts)} images, {digest(map(repr, texts))}"
+
+
+def _stat(path: Path) -> tuple[int, int] | None:
+    """Return a file's size in bytes and time of last modification in ns; None if it cannot be read."""
+    try:
+        status = path.stat()
+    except (OSError, ValueError):
+        return None
+    return status.st_size, status.st_mtime_ns
 
 
 def read_scores(path: Path) -> pa.Table:
@@ -31,20 +64,22 @@ def read_scores(path: Path) -> pa.Table:
         InputError: If the file is damaged, or is not a table of scores.
     """
     try:
-        read_jsonl = partial(pa_json.read_json, read_options=pa_json.ReadOptions(block_size=BLOCK))
-        table = {".csv": _read_csv, ".jsonl": read_jsonl, ".parquet": pq.read_table}[path.suffix](path)
+        if path.suffix == ".csv":
+            texts = pa_csv.ConvertOptions(
+                column_types=dict.fromkeys(TEXTS, pa.string()),
+                strings_can_be_null=True,
+                quoted_strings_can_be_null=False,
+            )
+            read = pa_csv.ReadOptions(block_size=BLOCK)
+            table = pa_csv.read_csv(path, read, pa_csv.ParseOptions(newlines_in_values=True), texts)
+        elif path.suffix == ".jsonl":
+            table = pa_json.read_json(path, pa_json.ReadOptions(block_size=BLOCK))
+        else:
+            table = pq.read_table(path)
         kinds = {**dict.fromkeys(TEXTS, pa.string()), **dict.fromkeys(SIDES, pa.int32())}
         return table.cast(pa.schema([(name, kinds.get(name, pa.float32())) for name in table.column_names]))
     except (pa.ArrowException, OSError) as error:
         raise InputError(f"output: {path} is damaged ({first_line(error)}); delete it, and it is made anew") from error
-
-
-def _read_csv(path: Path) -> pa.Table:
-    texts = pa_csv.ConvertOptions(
-        column_types=dict.fromkeys(TEXTS, pa.string()), strings_can_be_null=True, quoted_strings_can_be_null=False
-    )
-    read = pa_csv.ReadOptions(block_size=BLOCK)
-    return pa_csv.read_csv(path, read, pa_csv.ParseOptions(newlines_in_values=True), texts)
 
 
 def summarise(listed: ImageList, table: pa.Table) -> str:

@@ -23,7 +23,7 @@ from latentreward.scoring.layouts.config import FolderConfig
 from latentreward.scoring.layouts.model_folder import CONFIG
 from latentreward.scoring.layouts.reopening import Probe
 from latentreward.scoring.layouts.saving import check_target, config_of, new_folder, paths_here, write_model
-from latentreward.scoring.score_inputs import require_some
+from latentreward.scoring.scored_table import require_some
 from latentreward.settings.functions import run_function
 from latentreward.settings.rewriting import expanded
 from latentreward.storage.json_files import read_config

@@ -23,8 +23,7 @@ from latentreward.scoring.gallery import Gallery
 from latentreward.scoring.image_lists import ListedScoring
 from latentreward.scoring.layouts.base import StoredReward
 from latentreward.scoring.layouts.find import find_reward
-from latentreward.scoring.score_inputs import images_identity, listing_identity, require_some
-from latentreward.scoring.scored_table import read_scores, summarise
+from latentreward.scoring.scored_table import images_identity, read_scores, require_some, summarise
 from latentreward.scoring.scoring_noise import NoiseKey
 from latentreward.settings.functions import run_function
 from latentreward.storage.part_tables import PartFiles
@@ -149,7 +148,7 @@ def score(
             "exif": exif,
             "dtype": dtype,
         }
-        settings = {**spec, "images": listing_identity(listed), "batch_size": batch_size}
+        settings = {**spec, "images": images_identity(listed, False), "batch_size": batch_size}
         files = PartFiles(output, spec, len(listed.rows))
         if not work.join({PARTS: scoring.task}, settings, files.folder):
             return

@@ -45,9 +45,8 @@ def names_in_file(network: nn.Module) -> dict[str, str]:
 def write_adapter(network: nn.Module, folder: Path, base: str) -> None:
     """Write the adapter of ``network`` in the format that PEFT's ``from_pretrained`` reads."""
     folder.mkdir(parents=True)
-    state = {
-        name: network.get_parameter(own).detach().cpu().contiguous() for name, own in names_in_file(network).items()
-    }
+    own = {name: network.get_parameter(full) for name, full in names_in_file(network).items()}
+    state = {name: weight.detach().cpu().contiguous() for name, weight in own.items()}
     save_file(state, folder / WEIGHTS, metadata={"format": "pt"})
     (folder / CONFIG).write_text(json.dumps(adapter_settings(network, base), indent=2) + "\n")
 
@@ -90,7 +89,11 @@ def inject_adapter(network: nn.Module, folder: Path) -> None:
     path = existing_folder(folder, CONFIG, WEIGHTS) / CONFIG
     settings = read_config(path)
     known = {name: settings[name] for name in PEFT_SETTINGS if settings.get(name) is not None}
-    shapes = {name.removeprefix(PREFIX): shape for name, shape in shapes_in(folder / WEIGHTS).items()}
+    try:
+        header = read_header(folder / WEIGHTS)[0].items()
+        shapes = {name.removeprefix(PREFIX): tuple(int(side) for side in entry["shape"]) for name, entry in header}
+    except (ValueError, TypeError, LookupError, RecursionError) as error:
+        raise InputError(f"cannot load {folder / WEIGHTS}: {error}; download it again") from error
     ranks = stored_ranks(network, shapes, None)  # read_lora names those that do not fit
     check_settings(known, ranks.values(), f"cannot load {path}")
     try:
@@ -103,19 +106,6 @@ def inject_adapter(network: nn.Module, folder: Path) -> None:
     for name in names_in_file(network).values():
         weight = network.get_parameter(name)
         weight.data = weight.data.float()
-
-
-def shapes_in(path: Path) -> dict[str, tuple[int, ...]]:
-    """Read the shapes of the tensors in a safetensors file by name, without the tensors.
-
-    Raises:
-        InputError: If the file is damaged.
-    """
-    try:
-        header = read_header(path)[0]
-        return {name: tuple(int(side) for side in entry["shape"]) for name, entry in header.items()}
-    except (ValueError, TypeError, LookupError, RecursionError) as error:
-        raise InputError(f"cannot load {path}: {error}; download it again") from error
 
 
 def read_lora(folder: Path, network: nn.Module) -> dict[str, Tensor]:

@@ -16,7 +16,6 @@ from latentreward.errors import did_you_mean
 from latentreward.heads.axes import AXES
 from latentreward.reports.tables import Table, markdown_table, plain
 from latentreward.scoring.layouts.config import FolderConfig
-from latentreward.scoring.licences import AS_OF, LICENCES
 from latentreward.storage.hub import is_hub_id
 
 logger = logging.getLogger(__name__)
@@ -26,7 +25,20 @@ LICENCE_ID = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9.+-]*")
 TAGS = ("reward-model", "latent-reward", "text-to-image", "human-preference")
 MOST_METRICS = 60
 """Largest number of metrics in a card."""
-LEVELS = {"sigmas": "noise levels", "timesteps": "timesteps"}
+_NAMES = """
+afl-3.0 agpl-3.0 apache-2.0 apple-amlr apple-ascl artistic-2.0 bigcode-openrail-m bigscience-bloom-rail-1.0
+bigscience-openrail-m bsd bsd-2-clause bsd-3-clause bsd-3-clause-clear bsl-1.0 c-uda cc cc-by-2.0 cc-by-2.5 cc-by-3.0
+cc-by-4.0 cc-by-nc-2.0 cc-by-nc-3.0 cc-by-nc-4.0 cc-by-nc-nd-3.0 cc-by-nc-nd-4.0 cc-by-nc-sa-2.0 cc-by-nc-sa-3.0
+cc-by-nc-sa-4.0 cc-by-nd-4.0 cc-by-sa-3.0 cc-by-sa-4.0 cc0-1.0 cdla-permissive-1.0 cdla-permissive-2.0 cdla-sharing-1.0
+creativeml-openrail-m deepfloyd-if-license ecl-2.0 epl-1.0 epl-2.0 etalab-2.0 eupl-1.1 eupl-1.2
+fair-noncommercial-research-license gemma gfdl gpl gpl-2.0 gpl-3.0 grok2-community h-research intel-research isc lgpl
+lgpl-2.1 lgpl-3.0 lgpl-lr llama2 llama3 llama3.1 llama3.2 llama3.3 llama4 lppl-1.3c mit mpl-2.0 ms-pl ncsa odbl odc-by
+ofl-1.1 openmdw-1.0 openrail openrail++ osl-3.0 other pddl postgresql unknown unlicense wtfpl zlib
+"""
+LICENCES = tuple(_NAMES.split())
+"""Identifiers of licences on the hub (huggingface.co/docs/hub/repositories-licenses)."""
+AS_OF = 2025
+"""Year in which the identifiers were copied from the hub's documentation."""
 
 
 @dataclass(frozen=True)
@@ -62,18 +74,21 @@ class Card:
 
 def model_card(config: FolderConfig, card: Card, name: str) -> str:
     """Return the text of ``README.md``."""
-    title = card.name or name
+    title, metrics = card.name or name, list(flat(card.metrics))
+    more = f"\n\n{len(metrics) - MOST_METRICS} more are not shown." if len(metrics) > MOST_METRICS else ""
+    base = plain(base_on_hub(config) or config.trained_on or config.recipe.backbone.name)
+    licence = f"Weights in this folder: {plain(card.licence)}." if card.licence else "The author stated no licence."
     sections = [
         f"# {plain(title)}",
         card.description.strip(),
         f"A latent reward model: it scores how good an image is for a prompt, as its training data say, from noisy "
-        f"latents in {plain(base_name(config))}'s own latent space. Higher is better. Written by "
+        f"latents in {base}'s own latent space. Higher is better. Written by "
         f"latentreward {__version__}.",
         usage(title if is_hub_id(title) else f"path/to/{Path(title).name}", config),
         section("Scores", score_rows(config)),
         section("Training", training_rows(config, card)),
-        metrics_section(card),
-        "## Licence\n\n" + licence_text(config, card),
+        section("Metrics", metrics[:MOST_METRICS]) + more if metrics else "",
+        f"## Licence\n\n{licence} The weights work only with their base, {base}, whose own terms hold as well.",
     ]
     return f"---\n{front_matter(config, card)}\n---\n\n" + "\n\n".join(filter(None, sections)) + "\n"
 
@@ -99,11 +114,6 @@ def base_on_hub(config: FolderConfig) -> str | None:
     return str(source) if is_id else None
 
 
-def base_name(config: FolderConfig) -> str:
-    """Return the name of the base in sentences: hub id, name of the local folder, or that of a shipped pipeline."""
-    return base_on_hub(config) or config.trained_on or config.recipe.backbone.name
-
-
 def usage(source: str, config: FolderConfig) -> str:
     """Return the section that shows how to score an image."""
     named = config.recipe.local_name
@@ -120,8 +130,8 @@ def usage(source: str, config: FolderConfig) -> str:
 def score_rows(config: FolderConfig) -> Iterator[tuple[str, Any]]:
     """Yield the rows of the table on scores: noise, image sizes and calibration."""
     noise = config.noise
-    levels = "sigmas" if noise.sigmas else "timesteps"
-    yield LEVELS[levels], ", ".join(f"{level:g}" for level in getattr(noise, levels))
+    levels = ", ".join(f"{level:g}" for level in noise.sigmas or noise.timesteps)
+    yield "noise levels" if noise.sigmas else "timesteps", levels
     yield "seeds", ", ".join(map(str, noise.seeds))
     yield "noise shared by", "images of one prompt" if noise.noise_key == "prompt" else "nothing: each image its own"
     if axes := config.recipe.head.init_args.get("axes"):
@@ -154,15 +164,6 @@ def training_rows(config: FolderConfig, card: Card) -> Iterator[tuple[str, Any]]
     yield from card.training.items()
 
 
-def metrics_section(card: Card) -> str:
-    """Return the section on metrics; empty if there are none."""
-    rows = list(flat(card.metrics))
-    if not rows:
-        return ""
-    left = f"\n\n{len(rows) - MOST_METRICS} more are not shown." if len(rows) > MOST_METRICS else ""
-    return section("Metrics", rows[:MOST_METRICS]) + left
-
-
 def section(title: str, rows: Iterable[tuple[str, Any]]) -> str:
     """Return a section with a table of two columns.
 
@@ -183,9 +184,3 @@ def flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
             yield f"{prefix}{name}", f"{value:.4g}"
         elif isinstance(value, int | str):
             yield f"{prefix}{name}", value
-
-
-def licence_text(config: FolderConfig, card: Card) -> str:
-    """Return the text of the section on licences."""
-    own = f"Weights in this folder: {plain(card.licence)}." if card.licence else "The author stated no licence."
-    return f"{own} The weights work only with their base, {plain(base_name(config))}, whose own terms hold as well."
