@@ -277,7 +277,7 @@ def test_commands_that_compare_images_refuse_clips(
     pairs(tmp_path)
     with pytest.raises(SystemExit):
         main(command)
-    assert "is a pair of clips, and only images are compared here" in capsys.readouterr().err.splitlines()[-1]
+    assert "is a pair of clips; score clips by" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_settings(monkeypatch: pytest.MonkeyPatch) -> None:

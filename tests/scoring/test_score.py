@@ -115,7 +115,7 @@ def test_results_keep_the_order_given_though_sizes_are_scored_together(dina: Rew
 def test_one_text_serves_all_images(lrm: RewardModel) -> None:
     images = pictures(3)
     assert torch.equal(lrm.score("a cat", images), lrm.score(["a cat"] * 3, images))
-    with pytest.raises(InputError, match="prompts: 1 for 3 images; give one for each image, or a single text for all"):
+    with pytest.raises(InputError, match="prompts: 1 for 3 images; give one for each, or a single text for all"):
         lrm.score(["a cat"], images)
 
 

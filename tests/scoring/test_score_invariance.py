@@ -12,7 +12,8 @@ from torch import nn
 from latentreward.data.image_sizes import OneSize
 from latentreward.errors import InputError
 from latentreward.scoring import RewardModel, ScoringNoise
-from latentreward.scoring.layouts.reopening import scores_of
+from latentreward.scoring.layouts.recipe import ModelPart, ModelRecipe
+from latentreward.scoring.layouts.reopening import Probe
 from tests.marks import rotated_after, slow_after
 from tests.scoring.models import PROMPTS, pictures, scoring_model
 from tests.tiny_pipelines import LATENTS
@@ -58,10 +59,11 @@ def test_a_head_that_reads_other_rows_is_refused_though_a_processor_scores_its_r
     model = scoring_model("sd15")
     own = type("Mine", (type(model.head),), {"forward": lambda head, features: features.temb[:, 0].cumsum(dim=0)})
     model.head.__class__, model.image_sizes = own, OneSize(8 * LATENTS, 8 * LATENTS)
+    model.recipe = ModelRecipe(ModelPart("sd15"), ModelPart("Mine"))
     with pytest.raises(InputError, match=r"^Mine.forward returned .* compute each row from itself alone"):
         model.score_latents("a cat", torch.randn(8, 4, LATENTS, LATENTS))
     with pytest.raises(InputError, match=r"^Mine.forward"):
-        scores_of(model)
+        Probe.of(model)
 
 
 @pytest.mark.parametrize("mixed", rotated_after(1, [True, False]), ids=["mixed shapes", "one shape"])

@@ -16,20 +16,11 @@ from latentreward.remote.server import RemoteServer
 from latentreward.storage.digests import digest
 from latentreward.storage.json_files import shown
 
-ImageRow = tuple[str, Image.Image]
-"""A prompt and an RGB image."""
-PNG_LEVEL = 1
-"""Effort of zlib in 0 … 9: higher levels take longer than they save on a fast network."""
+ImageRow = tuple[str, Image.Image]  # a prompt and an RGB image
 
 
 class RemoteImages(RemoteScores[ImageRow]):
-    """Scores of images from a server.
-
-    Args:
-        server: The server.
-        schema: Form of its requests and replies.
-        batch_size: Images of a request.
-    """
+    """Scores of images from a server, ``batch_size`` of them in a request of the form ``schema``."""
 
     def __init__(self, server: RemoteServer, schema: ImageSchema, batch_size: int) -> None:
         super().__init__(server, batch_size)
@@ -59,7 +50,7 @@ class RemoteImages(RemoteScores[ImageRow]):
 
 
 def png_text(image: Image.Image) -> str:
-    """Encode an image as PNG in base64."""
+    """Encode an image as PNG in base64; higher levels of compression take longer than they save on a fast network."""
     content = BytesIO()
-    image.convert("RGB").save(content, "png", compress_level=PNG_LEVEL)
+    image.convert("RGB").save(content, "png", compress_level=1)
     return base64.b64encode(content.getvalue()).decode()

@@ -18,47 +18,29 @@ from latentreward.remote.server import Connection, RemoteServer
 from latentreward.storage.digests import digest
 from latentreward.storage.json_files import checked, shown
 
-HEADERS = {"content-type": "application/octet-stream", "x-drm-protocol-version": "1"}
-"""Headers of a request."""
+HEADERS = {"content-type": "application/octet-stream", "x-drm-protocol-version": "1"}  # headers of a request
 
 
 @dataclass(frozen=True, eq=False)
 class LatentRow:
-    """Clean latents with an encoded prompt, all float32 on the CPU.
+    """Clean latents with an encoded prompt, all float32 on the CPU."""
 
-    Attributes:
-        latents: ``(C, ...)``, scaled.
-        prompt: Encoded prompt, one row.
-        sigma: Noise level in [0, 1].
-        seed: Seed of the noise.
-    """
-
-    latents: Tensor
-    prompt: Conditioning
-    sigma: float
-    seed: int
+    latents: Tensor  # ``(C, ...)``, scaled
+    prompt: Conditioning  # encoded prompt, one row
+    sigma: float  # noise level in [0, 1]
+    seed: int  # seed of the noise
 
 
 class ServedReward(BaseModel):
-    """What ``latentreward serve`` tells of a reward.
+    """What ``latentreward serve`` tells of a reward."""
 
-    Attributes:
-        model: Name of the model.
-        latent_space: Record of its latent space.
-        prompt_embeds_width: Width of a token's embedding.
-        pooled_prompt_embeds_width: Width of the pooled embedding; None if the model takes none.
-        prompt_mask: Whether the model needs a mask of the prompts' tokens.
-        pools_tokens: Whether a mask may stand in for the pooled embedding.
-        max_rows: Greatest number of rows of a request.
-    """
-
-    model: str
-    latent_space: dict[str, Any]
-    prompt_embeds_width: int | None = None
-    pooled_prompt_embeds_width: int | None = None
-    prompt_mask: bool = False
-    pools_tokens: bool = False
-    max_rows: int | None = None
+    model: str  # name of the model
+    latent_space: dict[str, Any]  # record of its latent space
+    prompt_embeds_width: int | None = None  # width of a token's embedding
+    pooled_prompt_embeds_width: int | None = None  # width of the pooled embedding; None if the model takes none
+    prompt_mask: bool = False  # whether the model needs a mask of the prompts' tokens
+    pools_tokens: bool = False  # whether a mask may stand in for the pooled embedding
+    max_rows: int | None = None  # greatest number of rows of a request
 
 
 class LatentsReply(BaseModel):
@@ -68,14 +50,7 @@ class LatentsReply(BaseModel):
 
 
 class RemoteLatents(RemoteScores[LatentRow]):
-    """Scores of clean latents from ``latentreward serve``.
-
-    Args:
-        server: The server.
-        schema: Path of requests.
-        batch_size: Latents of a request.
-        reward: The served reward, see :func:`describe`.
-    """
+    """Scores of clean latents from ``latentreward serve``, which :func:`describe` describes as ``reward``."""
 
     def __init__(self, server: RemoteServer, schema: ServedLatents, batch_size: int, reward: ServedReward) -> None:
         super().__init__(server, batch_size, reward.model)
@@ -147,11 +122,7 @@ def check_rows(server: RemoteServer, reward: ServedReward, batch_size: int) -> N
 
 
 def check_widths(server: RemoteServer, reward: ServedReward, encoded: Conditioning) -> None:
-    """Check that a served reward takes embeddings of the policy's text encoders.
-
-    Raises:
-        InputError: If widths differ, or one has a pooled vector and the other has not.
-    """
+    """Raise InputError if a served reward does not take embeddings of the widths of the policy's text encoders."""
     pooled = encoded.pooled_prompt_embeds
     ours = encoded.prompt_embeds.shape[-1], None if pooled is None else pooled.shape[-1]
     theirs = reward.prompt_embeds_width, reward.pooled_prompt_embeds_width
@@ -164,11 +135,7 @@ def check_widths(server: RemoteServer, reward: ServedReward, encoded: Conditioni
 
 
 def latent_space(server: RemoteServer, schema: ServedLatents) -> LatentSpace:
-    """Ask a server for the latent space of its model.
-
-    Raises:
-        RemoteError: If the server gives none.
-    """
+    """Ask a server for the latent space of its model; raise RemoteError if the server gives none."""
     connection = Connection(server)
     told = describe(connection, schema).latent_space
     try:

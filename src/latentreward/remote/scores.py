@@ -15,11 +15,8 @@ from latentreward.remote.schemas import REMEDY
 from latentreward.remote.server import LOOK_S, Connection, RemoteServer
 from latentreward.storage.json_files import checked, shown
 
-CACHED = 65536
-"""Number of scores that a process remembers; a score takes about 150 bytes."""
-LARGEST = 3.4028235e38
-"""Largest float32."""
-SCORES = list[Annotated[float, Field(ge=-LARGEST, le=LARGEST)]]
+CACHED = 65536  # number of scores that a process remembers; a score takes about 150 bytes
+SCORES = list[Annotated[float, Field(ge=-3.4028235e38, le=3.4028235e38)]]
 """Scores of a reply: finite numbers in the range of float32; a truth value or a text is none."""
 
 Row = TypeVar("Row")
@@ -40,10 +37,6 @@ class RemoteScores(ABC, Generic[Row]):
         server: The server.
         batch_size: Rows of a request.
         model: Model that the server has named before; None if it has not.
-
-    Attributes:
-        connection: Connection to the server.
-        model: Model that the server has named so far.
     """
 
     def __init__(self, server: RemoteServer, batch_size: int, model: str | None = None) -> None:
@@ -124,12 +117,7 @@ class RemoteScores(ABC, Generic[Row]):
                 future.set_exception(error)
 
     def _checked(self, scores: Sequence[Any], count: int, model: str | None) -> list[float]:
-        """Check the scores of a reply.
-
-        Raises:
-            RemoteError: If there are too few or too many, one is no finite number, or the server now names another
-                model than before.
-        """
+        """Check a reply: as many scores as rows, finite, of the same model as before; raise RemoteError if not."""
         try:
             if len(scores) != count:
                 raise InputError(f"{len(scores)} scores came for {count} rows")

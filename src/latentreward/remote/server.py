@@ -28,8 +28,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-RETRIED = (408, 425, 429, 500, 502, 503, 504)
-"""HTTP statuses after which the same request may succeed later."""
+RETRIED = (408, 425, 429, 500, 502, 503, 504)  # HTTP statuses after which the same request may succeed later
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 30.0
 """Seconds before the second try, doubled for each further one up to the limit.
 
@@ -37,10 +36,8 @@ The server's ``Retry-After`` is kept instead, if it is not shorter than the firs
 """
 LARGEST_REPLY = 16 * 2**20
 """Greatest size of a reply, in bytes; compressed ones, which may be of any size once unpacked, are not taken."""
-SHOWN = 200
-"""Number of characters of a server's own words that a message repeats."""
-LOOK_S = 0.2
-"""Seconds between two looks for a signal to stop while waiting."""
+SHOWN = 200  # number of characters of a server's own words that a message repeats
+LOOK_S = 0.2  # seconds between two looks for a signal to stop while waiting
 
 
 @dataclass(frozen=True)
@@ -91,14 +88,12 @@ class RemoteServer:
         check_amounts("server.", timeout_s=self.timeout_s, wait_s=self.wait_s)
         check_amounts("server.", True, retry_s=self.retry_s)
         check_at_least_one("server.", parallel=self.parallel)
-        object.__setattr__(self, "token", self._read_token())
-
-    def _read_token(self) -> str | None:
         if self.token_file is not None and self.token_env is not None:
             raise InputError("server: give either token_file or token_env")
+        token = None if self.token_file is None else token_of_file(self.token_file, "server.token_file")
         if self.token_env is not None:
-            return checked_token(os.environ.get(self.token_env, ""), f"server.token_env={self.token_env}")
-        return None if self.token_file is None else token_of_file(self.token_file, "server.token_file")
+            token = checked_token(os.environ.get(self.token_env, ""), f"server.token_env={self.token_env}")
+        object.__setattr__(self, "token", token)
 
     @property
     def limit_s(self) -> float:
@@ -107,25 +102,17 @@ class RemoteServer:
 
 
 class Unavailable(Exception):
-    """A failed try after which the same request may succeed.
-
-    Args:
-        reason: What happened.
-        pause_s: Seconds after which the server asks to be tried again; None if it does not say.
-    """
+    """A failed try after which the same request may succeed."""
 
     def __init__(self, reason: str, pause_s: float | None = None) -> None:
         super().__init__(reason)
-        self.pause_s = pause_s
+        self.pause_s = pause_s  # seconds after which the server asks to be tried again; None if it does not say
 
 
 class Connection:
     """Connections of this process to a server, which threads share.
 
     Environment variables of proxies have no effect: they would also apply to servers of the own network.
-
-    Args:
-        server: The server.
     """
 
     def __init__(self, server: RemoteServer) -> None:
@@ -170,12 +157,7 @@ class Connection:
                 return answer
 
     def _try(self, method: str, url: str, content: bytes, headers: dict[str, str]) -> Any:
-        """Send a request once.
-
-        Raises:
-            Unavailable: If another try may succeed.
-            RemoteError: If not.
-        """
+        """Send a request once; raise Unavailable if another try may succeed, RemoteError if not."""
         import httpcore
         import httpx
 
@@ -255,11 +237,7 @@ class Connection:
         )
 
     def _wait(self, seconds: float, ended: Event | None, reason: str) -> None:
-        """Wait, unless the answer is not needed any more.
-
-        Raises:
-            RemoteError: If it is not, or the run should stop.
-        """
+        """Wait; raise RemoteError if the answer is not needed any more, or the run should stop."""
         until = time.monotonic() + seconds
         while (left := until - time.monotonic()) > 0:
             if ended is not None and ended.is_set():

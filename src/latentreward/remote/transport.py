@@ -12,8 +12,7 @@ from typing import Any
 
 import httpcore
 
-PART = 16 * 1024
-"""Bytes that are written between two looks at the clock, one record of TLS."""
+PART = 16 * 1024  # bytes that are written between two looks at the clock, one record of TLS
 
 
 class TimedNetwork(httpcore.SyncBackend):

@@ -27,9 +27,7 @@ class Scorer(Part):
 
     def __init__(self, name: str) -> None:
         if not re.fullmatch(r"[A-Za-z]\w*", name) or name in ("image", "label", "problem"):
-            raise InputError(
-                f"name of a scorer is {name!r}; use letters, digits and _, and not image, label or problem"
-            )
+            raise InputError(f"name of a scorer is {name!r}; use letters, digits and _, not image, label or problem")
         self.name = name
 
     @property
@@ -103,16 +101,14 @@ class ImageScorer(Scorer):
         """
         batches = [slice(start, start + self.batch_size) for start in range(0, len(images), self.batch_size)]
         scores = [self._checked(prompts[batch], images[batch]) for batch in batches]
-        return torch.cat(scores) if scores else torch.zeros(self._shape(0))
-
-    def _shape(self, images: int) -> tuple[int, ...]:
-        return (images,) if len(self.columns) == 1 else (images, len(self.columns))
+        return torch.cat(scores or [torch.zeros(0) if len(self.columns) == 1 else torch.zeros(0, len(self.columns))])
 
     def _checked(self, prompts: Sequence[str], images: Sequence[Image.Image]) -> Tensor:
         scores = self.score(prompts, images)
-        if not isinstance(scores, Tensor) or scores.shape != self._shape(len(images)):
+        shape = (len(images),) if len(self.columns) == 1 else (len(images), len(self.columns))
+        if not isinstance(scores, Tensor) or scores.shape != shape:
             found = f"{shown(scores)} for {len(images)} images"
-            raise InputError(f"scorer {self.name!r} returned {found}; it must be a tensor {self._shape(len(images))}")
+            raise InputError(f"scorer {self.name!r} returned {found}; it must be a tensor {shape}")
         scores = scores.detach().float().cpu()
         if not scores.isfinite().all():
             first, *column = (~scores.isfinite()).nonzero()[0].tolist()
@@ -141,11 +137,7 @@ class TableScorer(Scorer):
 
 
 def one_model(scorer: str, kept: str | None, now: str | None, remedy: str) -> str | None:
-    """Return the model that a server named with kept and new scores; None where no server has named one.
-
-    Raises:
-        InputError: If they differ; the message ends with ``remedy``.
-    """
+    """Return the model that a server named with kept and new scores, or None; raise InputError if they differ."""
     if None not in (kept, now) and kept != now:
         raise InputError(
             f"scorer {scorer!r}: its server now names the model {printable(str(now))!r}, but scores are kept of the "

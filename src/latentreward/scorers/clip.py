@@ -19,11 +19,9 @@ from latentreward.scorers.base import ImageScorer
 from latentreward.storage.hub import is_hub_id, read_locally
 
 Dtype = Literal["float32", "float16", "bfloat16"]
-Scale = Literal["cosine", "clip_score"]
 PICKSCORE, PICKSCORE_PROCESSOR = "yuvalkirstain/PickScore_v1", "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
 """Hub id of PickScore's model, and of its tokenizer and preprocessing."""
-SHIPPED = ("held_out_tiny", "spm_tiny")
-"""Names of the tiny CLIP models that the package ships for tests and demos."""
+SHIPPED = ("held_out_tiny", "spm_tiny")  # names of the tiny CLIP models that the package ships for tests and demos
 
 
 def model_source(source: str) -> str:
@@ -37,21 +35,13 @@ def default_processor(source: str) -> str:
 
 
 class CLIPTowers:
-    """A CLIP model with tokenizer and image preprocessing; needs transformers only, not torchvision.
+    """A ``CLIPModel`` without gradients, with tokenizer and preprocessing; needs transformers only, not torchvision.
 
-    Args:
-        model: A ``CLIPModel`` without gradients.
-        tokenizer: Tokenizer of the model.
-        pixels: Preprocessing: function from B images to the vision tower's input ``(B, 3, H, W)``, float32.
+    ``pixels`` converts B images to the vision tower's input ``(B, 3, H, W)``, float32.
     """
 
     def __init__(self, model: Any, tokenizer: Any, pixels: Callable[[Sequence[Image.Image]], Tensor]) -> None:
         self.model, self.tokenizer, self.pixels = model, tokenizer, pixels
-
-    @property
-    def logit_scale(self) -> float:
-        """Factor ``exp(logit_scale)`` of the model."""
-        return float(self.model.logit_scale.float().exp())
 
     @property
     def width(self) -> int:
@@ -109,7 +99,12 @@ class CLIPImageScorer(ImageScorer):
         self.source, self.processor = source, processor or default_processor(source)
         self.revision, self.dtype, self.device = revision, dtype, find_device(device)
         for origin, file in ((self.source, "config.json"), (self.processor, "preprocessor_config.json")):
-            _check_source(name, model_source(origin), file)
+            place = model_source(origin)
+            folder = Path(place)
+            if not folder.is_dir() and not is_hub_id(place):
+                raise InputError(f"source of {name}: {place!r} is neither a folder nor a hub id; give one of them")
+            if folder.is_dir() and not (folder / file).is_file():
+                raise InputError(f"source of {name}: no {file} in {folder}; give a folder saved from a CLIPModel")
 
     def identity(self) -> str:
         """See :meth:`Scorer.identity`: class, source, processor if it is another one, revision and dtype."""
@@ -142,7 +137,7 @@ class CLIPScorer(CLIPImageScorer):
         source: PathText = "openai/clip-vit-large-patch14",
         *,
         name: str = "clipscore",
-        scale: Scale = "cosine",
+        scale: Literal["cosine", "clip_score"] = "cosine",
         **options: Any,
     ) -> None:
         super().__init__(name, source, **options)
@@ -173,7 +168,7 @@ class PickScorer(CLIPImageScorer):
     def score(self, prompts: Sequence[str], images: Sequence[Image.Image]) -> Tensor:
         """See :meth:`ImageScorer.score`."""
         towers = self.towers()
-        return towers.logit_scale * towers.cosine(prompts, images)
+        return float(towers.model.logit_scale.float().exp()) * towers.cosine(prompts, images)
 
 
 @cache
@@ -194,22 +189,8 @@ def load_towers(source: str, processor: str, revision: str | None, dtype: Dtype,
     return CLIPTowers(model.to(device), tokenizer, pixels)
 
 
-def _check_source(name: str, source: str, file: str) -> None:
-    """Check that ``source`` is a folder with ``file``, or looks like a hub id; nothing is looked up on the hub."""
-    folder = Path(source)
-    if folder.is_dir():
-        if not (folder / file).is_file():
-            raise InputError(f"source of {name}: no {file} in {folder}; give a folder saved from a CLIPModel")
-    elif not is_hub_id(source):
-        raise InputError(f"source of {name}: {source!r} is neither a folder nor a hub id; give one of them")
-
-
 def load_part(family: Any, source: str, revision: str | None) -> Any:
-    """Load a tokenizer or an image preprocessing, of the class ``family`` of transformers, from a folder or hub id.
-
-    Raises:
-        InputError: If the files cannot be loaded.
-    """
+    """Load a tokenizer or preprocessing, of transformers' class ``family``; raise InputError if it cannot be loaded."""
     try:
         return family.from_pretrained(source, revision=revision, local_files_only=read_locally(source, revision))
     except (OSError, ValueError, RuntimeError) as error:

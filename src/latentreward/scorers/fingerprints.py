@@ -30,12 +30,6 @@ PLACES = (
     *("base", "config", "results", "model_path", "model_config"),
 )
 """Names of the attributes of scorers that hold files, folders or hub ids."""
-POLICY = "{policy}"
-"""Placeholder in paths for the name of the policy."""
-MODEL_MARKS = ("model_index.json", "config.json", "head.safetensors")
-"""Files by which a folder is recognised as a model and not as a run, even if it holds checkpoints."""
-TABLES = (".csv", ".json", ".jsonl", ".parquet", ".txt", ".yaml")
-PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 WHOLE, BLOCKS, BLOCK = 1 << 24, 64, 1 << 16
 """Size in bytes up to which files are hashed in full; number, and size in bytes, of blocks hashed of larger files."""
 
@@ -52,15 +46,15 @@ def scorer_fingerprints(scorer: Scorer, policy: str = "") -> dict[str, str]:
     revision = getattr(scorer, "revision", None)
     named = {name: value for name in PLACES if isinstance(value := getattr(scorer, name, None), (str, Path))}
     of_revision = named.get("source", named.get("path"))
-    found = {
-        name: fingerprint(
-            model_source(str(value).replace(POLICY, policy)),
-            revision if value == of_revision else None,
-        )
-        for name, value in named.items()
-    }
-    words = [Path(getattr(scorer, "folder", None) or "", word) for word in getattr(scorer, "command", ())]
-    return found | {f"command {n}": fingerprint(word) for n, word in enumerate(words) if _is_file(word)}
+    found = {}
+    for name, value in named.items():
+        place = model_source(str(value).replace("{policy}", policy))
+        found[name] = fingerprint(place, revision if value == of_revision else None)
+    for number, word in enumerate(getattr(scorer, "command", ())):
+        file = Path(getattr(scorer, "folder", None) or "", word)
+        if os.path.isfile(file):  # noqa: PTH113 - pathlib raises for a word that is too long for a file name
+            found[f"command {number}"] = fingerprint(file)
+    return found
 
 
 def public_identity(scorer: Scorer) -> str:
@@ -87,8 +81,16 @@ def fingerprint(place: str | Path, revision: str | None = None) -> str:
         return f"{place} at {commit_on_hub(str(place), revision) or revision or 'an unknown commit'}"
     digest, root = hashlib.blake2b(digest_size=16), path if path.is_dir() else path.parent
     for name, file in sorted((os.path.relpath(file, root), file) for file in files_of(path)):
-        digest.update(f"{name if path.is_dir() or file != path else ''}\0{file.stat().st_size}\0".encode())
-        _add_content(digest, file)
+        size = file.stat().st_size
+        digest.update(f"{name if path.is_dir() or file != path else ''}\0{size}\0".encode())
+        with file.open("rb") as stream:
+            if size <= WHOLE or file.suffix in (".csv", ".json", ".jsonl", ".parquet", ".txt", ".yaml"):
+                while block := stream.read(WHOLE):
+                    digest.update(block)
+                continue
+            for start in np.linspace(0, size - BLOCK, BLOCKS).astype(np.int64).tolist():
+                stream.seek(start)
+                digest.update(stream.read(BLOCK))
     return f"{path.absolute().name}, {digest.hexdigest()}"
 
 
@@ -99,35 +101,17 @@ def files_of(place: Path) -> set[Path]:
     if place.is_file():
         return {place}
     checkpoints = [*place.rglob("*.ckpt")]
-    if checkpoints and not any((place / name).exists() for name in MODEL_MARKS) and not published_layout(place):
+    is_model = any((place / name).exists() for name in ("model_index.json", "config.json", "head.safetensors"))
+    if checkpoints and not is_model and not published_layout(place):
         return {file for path in checkpoints for file in (*_files(path), *configs_beside(path))}
-    return {file for file in _files(place) if _matters(file.relative_to(place))}
-
-
-def _is_file(word: Path) -> bool:
-    try:
-        return word.is_file()
-    except OSError:  # the word is too long for a file name
-        return False
+    return {
+        file
+        for file in _files(place)
+        if not any(part.startswith(".") for part in file.relative_to(place).parts)
+        and file.name != "README.md"
+        and file.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp")
+    }
 
 
 def _files(place: Path) -> Iterable[Path]:
     return [place] if place.is_file() else [file for file in place.rglob("*") if file.is_file()]
-
-
-def _matters(name: Path) -> bool:
-    hidden = any(part.startswith(".") for part in name.parts)
-    return not hidden and name.name != "README.md" and name.suffix.lower() not in PICTURES
-
-
-def _add_content(digest: hashlib.blake2b, file: Path) -> None:
-    """Add a file's bytes to ``digest``, or those of evenly spread blocks of a large file."""
-    size = file.stat().st_size
-    with file.open("rb") as stream:
-        if size <= WHOLE or file.suffix in TABLES:
-            while block := stream.read(WHOLE):
-                digest.update(block)
-            return
-        for start in np.linspace(0, size - BLOCK, BLOCKS).astype(np.int64).tolist():
-            stream.seek(start)
-            digest.update(stream.read(BLOCK))

@@ -20,12 +20,9 @@ from latentreward.scorers.open_clip_weights import clip_model
 from latentreward.scoring.files import read_state_dict
 from latentreward.storage.hub import hub_answers
 
-REPOSITORY = "xswu/HPSv2"
-"""Hub id of the published weights."""
-FILES = {"v2.0": "HPS_v2_compressed.pt", "v2.1": "HPS_v2.1_compressed.pt"}
-"""Version → file name in :data:`REPOSITORY`."""
-HEADS = 16
-"""Attention heads of both towers of a ViT-H-14."""
+REPOSITORY = "xswu/HPSv2"  # hub id of the published weights
+FILES = {"v2.0": "HPS_v2_compressed.pt", "v2.1": "HPS_v2.1_compressed.pt"}  # version → file name in :data:`REPOSITORY`
+HEADS = 16  # attention heads of both towers of a ViT-H-14
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 """Mean and standard deviation per channel in CLIP's preprocessing, for pixels in [0, 1]."""
 
@@ -112,10 +109,8 @@ class HPSv2Scorer(ImageScorer):
             offline = not hub_answers(REPOSITORY, FILES[self.weights])
             return Path(hf_hub_download(REPOSITORY, FILES[self.weights], local_files_only=offline))
         except (OSError, ValueError) as error:
-            raise InputError(
-                f"weights of {self.name}: cannot get {FILES[self.weights]} of {REPOSITORY} ({first_line(error)}); give "
-                "its file"
-            ) from error
+            lacking = f"cannot get {FILES[self.weights]} of {REPOSITORY} ({first_line(error)})"
+            raise InputError(f"weights of {self.name}: {lacking}; give its file") from error
 
 
 def padded_pixels(image: Image.Image, side: int) -> Tensor:

@@ -53,9 +53,8 @@ def clip_model(tensors: Mapping[str, Tensor], origin: str, heads: int, dtype: to
             model = CLIPModel(_config(tensors, heads))
         model.load_state_dict({name: value.to(dtype) for name, value in converted.items()}, assign=True)
     except (KeyError, ValueError, RuntimeError) as error:
-        raise InputError(
-            f"weights: {origin} are not those of an OpenCLIP model with a ViT ({' '.join(str(error).split())[:200]})"
-        ) from error
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"weights: {origin} are not those of an OpenCLIP model with a ViT ({reason})") from error
     for tower in (model.text_model, model.vision_model):  # buffers that no state dict holds and that are still meta
         positions = tower.embeddings.position_embedding.weight
         tower.embeddings.position_ids = torch.arange(len(positions), device=positions.device).expand(1, -1)
@@ -94,26 +93,19 @@ def _config(tensors: Mapping[str, Tensor], heads: int) -> Any:
 def _renamed(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     converted: dict[str, Tensor] = {}
     for name, value in tensors.items():
-        if name in ("attn_mask", "logit_bias"):  # a buffer in old files, and a parameter that only SigLIP uses
-            continue
+        match = IN_BLOCK.fullmatch(name)
+        tower, block, inner = match.groups("") if match else ("", "", "")
+        layer = f"{'vision' if tower else 'text'}_model.encoder.layers.{block}."
+        start = next((start for start in BLOCK if inner.startswith(start)), None)
         if name in WHOLE:
             converted[WHOLE[name]] = value
         elif name in TRANSPOSED:
             converted[TRANSPOSED[name]] = value.T.contiguous()
-        else:
-            converted |= _of_block(name, value)
+        elif start is not None:
+            converted[layer + BLOCK[start] + inner.removeprefix(start)] = value
+        elif packed := re.fullmatch(r"attn\.in_proj_(weight|bias)", inner):
+            for part, tensor in zip("qkv", value.chunk(3), strict=True):
+                converted[f"{layer}self_attn.{part}_proj.{packed[1]}"] = tensor.clone()
+        elif name not in ("attn_mask", "logit_bias"):  # a buffer in old files, and a parameter that only SigLIP uses
+            raise KeyError(f"{name} is unknown")
     return converted
-
-
-def _of_block(name: str, value: Tensor) -> dict[str, Tensor]:
-    match = IN_BLOCK.fullmatch(name)
-    if match is None:
-        raise KeyError(f"{name} is unknown")
-    layer = f"{'vision' if match[1] else 'text'}_model.encoder.layers.{match[2]}."
-    if packed := re.fullmatch(r"attn\.in_proj_(weight|bias)", match[3]):
-        parts = zip("qkv", value.chunk(3), strict=True)
-        return {f"{layer}self_attn.{part}_proj.{packed[1]}": tensor.clone() for part, tensor in parts}
-    start = next((start for start in BLOCK if match[3].startswith(start)), None)
-    if start is None:
-        raise KeyError(f"{name} is unknown")
-    return {layer + BLOCK[start] + match[3].removeprefix(start): value}

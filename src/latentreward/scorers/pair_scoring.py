@@ -21,18 +21,14 @@ from latentreward.errors import InputError, check_at_least_one
 from latentreward.scorers.base import ImageScorer, Scorer, TableScorer, one_model
 from latentreward.storage.digests import digest
 
-Item = tuple[str, str]
-"""Key of an image, and its prompt."""
-Side = tuple[int, int]
-"""Index of a pair in a list, and 0 for image a or 1 for image b."""
+Item = tuple[str, str]  # key of an image, and its prompt
+Side = tuple[int, int]  # index of a pair in a list, and 0 for image a or 1 for image b
 Decoded = tuple[Image.Image | None, dict[Side, str]]
 """First copy of an image that could be decoded, or None; and an error message for each copy that could not."""
-READING = "reading and decoding"
-"""Key in ``PairScoring.seconds`` of the time that reading and decoding take."""
+READING = "reading and decoding"  # key in ``PairScoring.seconds`` of the time that reading and decoding take
 MODELS = b"served_models"
 """Key in a table's metadata of the models that servers named with the scores, by scorer, as JSON."""
-TRIED_PAIRS = 8
-"""Number of pairs whose images are tried before any model is loaded."""
+TRIED_PAIRS = 8  # number of pairs whose images are tried before any model is loaded
 
 
 class PairScoring:
@@ -47,10 +43,6 @@ class PairScoring:
         decode_threads: Threads that decode images ahead.
         max_pixels: Images with more pixels are recorded as unreadable.
 
-    Attributes:
-        seconds: Seconds spent by each scorer, by its name, and on :data:`READING`.
-        images: Number of images scored by each scorer, by its name.
-
     Raises:
         InputError: If there is no scorer, two scorers have the same name, a scorer does not score pairs, or the reader
             holds latents instead of images.
@@ -61,9 +53,7 @@ class PairScoring:
     ) -> None:
         names = [scorer.name for scorer in scorers]
         if not names or len(set(names)) < len(names):
-            raise InputError(
-                f"scorers are {', '.join(names) or 'none'}; give at least one, each with a name of its own"
-            )
+            raise InputError(f"scorers are {', '.join(names) or 'none'}; give at least one, each with its own name")
         if others := [scorer for scorer in scorers if not isinstance(scorer, ImageScorer | TableScorer)]:
             kind = type(others[0]).__name__
             raise InputError(f"scorers: {kind} scores whole sets of pictures, not pairs; use it with evaluate-policy")
@@ -78,8 +68,8 @@ class PairScoring:
         self._prompts = reader.prompts()
         self._known: dict[str, dict[bytes, Sequence[float]]] = {scorer.name: {} for scorer in self.image_scorers}
         self._models: dict[str, str | None] = {}
-        self.seconds: defaultdict[str, float] = defaultdict(float)
-        self.images: Counter[str] = Counter()
+        self.seconds: defaultdict[str, float] = defaultdict(float)  # by name of the scorer, and on READING
+        self.images: Counter[str] = Counter()  # number of images scored, by name of the scorer
 
     def spec(self) -> dict[str, Any]:
         """Describe reader, scorers and settings that the scores depend on, as values for JSON.
@@ -114,9 +104,8 @@ class PairScoring:
                 scores = np.stack([table.column(f"{name}_{side}").to_numpy() for name in scorer.columns], axis=1)
                 for row, key, values in zip(rows, keys, scores, strict=True):
                     if not np.isnan(values).any():
-                        self._known[scorer.name][_memory_key(scorer, (key, self._prompts[row]))] = tuple(
-                            values.tolist()
-                        )
+                        name = _memory_key(scorer, (key, self._prompts[row]))
+                        self._known[scorer.name][name] = tuple(values.tolist())
 
     def read(self, rows: range) -> list[PreferencePair]:
         """Read ``rows`` of the reader, and add the time to :attr:`seconds`."""
@@ -202,17 +191,14 @@ class PairScoring:
             for _, (_, unread) in group:
                 problems.update(unread)
             for scorer in self.image_scorers:
-                self._score_group(scorer, readable)
-
-    def _score_group(self, scorer: ImageScorer, readable: Mapping[Item, Image.Image]) -> None:
-        known = self._known[scorer.name]
-        missing = {name: item for item in readable if (name := _memory_key(scorer, item)) not in known}
-        start = time.perf_counter()
-        scores = scorer([prompt for _, prompt in missing.values()], [readable[item] for item in missing.values()])
-        self.seconds[scorer.name] += time.perf_counter() - start
-        self.images[scorer.name] += len(missing)
-        self._note_model(scorer.name, scorer.served_model)
-        known.update(zip(missing, scores.reshape(len(missing), len(scorer.columns)).tolist(), strict=True))
+                known = self._known[scorer.name]
+                missing = {key: item for item in readable if (key := _memory_key(scorer, item)) not in known}
+                start = time.perf_counter()
+                scores = scorer([prompt for _, prompt in missing.values()], [readable[one] for one in missing.values()])
+                self.seconds[scorer.name] += time.perf_counter() - start
+                self.images[scorer.name] += len(missing)
+                self._note_model(scorer.name, scorer.served_model)
+                known.update(zip(missing, scores.reshape(len(missing), len(scorer.columns)).tolist(), strict=True))
 
     def _note_model(self, scorer: str, model: str | None) -> None:
         remedy = "serve that model, or delete the table with its parts, and the same command scores all pairs again"
@@ -220,10 +206,18 @@ class PairScoring:
 
     def _decoded(self, wanted: Mapping[Item, list[tuple[Side, ImageRef]]]) -> Iterator[list[tuple[Item, Decoded]]]:
         """Yield groups of decoded images; the next group is decoded while the current one is scored."""
-        decoded = map_ahead(
-            lambda entry: (entry[0], self._decode(entry[1])), wanted.items(), 2 * self._group, self.decode_threads
-        )
-        with closing(decoded):
+
+        def decode(entry: tuple[Item, list[tuple[Side, ImageRef]]]) -> tuple[Item, Decoded]:
+            """Decode the first copy of an image that can be read, and collect the problems of the copies before it."""
+            problems: dict[Side, str] = {}
+            for side_index, image in entry[1]:
+                try:
+                    return entry[0], (decode_image(image, self.max_pixels, self.reader.exif), problems)
+                except ImageError as error:
+                    problems[side_index] = error.problem
+            return entry[0], (None, problems)
+
+        with closing(map_ahead(decode, wanted.items(), 2 * self._group, self.decode_threads)) as decoded:
             while True:
                 start = time.perf_counter()
                 group = list(islice(decoded, self._group))
@@ -231,16 +225,6 @@ class PairScoring:
                 if not group:
                     return
                 yield group
-
-    def _decode(self, copies: Sequence[tuple[Side, ImageRef]]) -> Decoded:
-        """Decode the first copy of an image that can be read, and collect the problems of the copies before it."""
-        problems: dict[Side, str] = {}
-        for side_index, image in copies:
-            try:
-                return decode_image(image, self.max_pixels, self.reader.exif), problems
-            except ImageError as error:
-                problems[side_index] = error.problem
-        return None, problems
 
 
 def require_images(name: str, reader: PairReader, rows: int) -> None:
@@ -264,15 +248,10 @@ def require_images(name: str, reader: PairReader, rows: int) -> None:
                 tried += 1
                 problems.setdefault(error.problem, pair.pair_id)
     if CLIP in problems:
-        raise InputError(
-            f"{name}: {problems[CLIP]} is a pair of clips, and only images are compared here; score clips by "
-            "`latentreward score`"
-        )
+        raise InputError(f"{name}: {problems[CLIP]} is a pair of clips; score clips by `latentreward score`")
     problem, pair_id = next(iter(problems.items()))
-    raise InputError(
-        f"{name}: none of {tried} images that were tried can be read ({pair_id}: {problem}); check where the images of "
-        "this data set lie"
-    )
+    tried_ones = f"none of {tried} images that were tried can be read ({pair_id}: {problem})"
+    raise InputError(f"{name}: {tried_ones}; check where the images of this data set lie")
 
 
 def _sides(pairs: Sequence[PreferencePair]) -> Iterator[tuple[Side, ImageRef, str]]:

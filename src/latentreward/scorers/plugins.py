@@ -76,7 +76,14 @@ class TableColumn(TableScorer):
         if not self._by_pair and IMAGE_KEY not in table.column_names:
             raise InputError(f"{self.path}: no column {PAIR_ID} or {IMAGE_KEY}; it has {', '.join(table.column_names)}")
         self._by_prompt = not self._by_pair and PROMPT in table.column_names
-        self._scores = self._read(table)
+        columns = [f"{self.column}{side}" for side in SIDES] if self._by_pair else [self.column]
+        values = zip(*(numbers(table, name, self.path).tolist() for name in columns), strict=True)
+        names = (PAIR_ID,) if self._by_pair else (IMAGE_KEY, PROMPT) if self._by_prompt else (IMAGE_KEY,)
+        texts = [table.column(name).cast(pa.string()).to_pylist() for name in names]
+        keys = texts[0] if len(texts) == 1 else list(zip(*texts, strict=True))
+        self._scores: dict[Any, tuple[float, ...]] = dict(zip(keys, values, strict=True))
+        if repeated := len(keys) - len(self._scores):
+            raise InputError(f"{path}: {repeated} rows repeat an earlier {' and '.join(names)}; keep one of each")
 
     def identity(self) -> str:
         """See :meth:`Scorer.identity`: class, file and column."""
@@ -88,24 +95,7 @@ class TableColumn(TableScorer):
         if self._by_pair:
             rows = [self._scores.get(pair.pair_id, missing) for pair in pairs]
         else:
-            sides = [
-                (self._key(pair.image_a.image_key, pair), self._key(pair.image_b.image_key, pair)) for pair in pairs
-            ]
-            rows = [tuple(self._scores.get(key, missing)[0] for key in keys) for keys in sides]
+            sides = [(image.image_key, pair.prompt) for pair in pairs for image in (pair.image_a, pair.image_b)]
+            keys = sides if self._by_prompt else [key for key, _ in sides]
+            rows = [self._scores.get(key, missing)[0] for key in keys]
         return np.array(rows, dtype=np.float64).reshape(len(pairs), 2)
-
-    def _key(self, image_key: str, pair: PreferencePair) -> Any:
-        return (image_key, pair.prompt) if self._by_prompt else image_key
-
-    def _read(self, table: pa.Table) -> dict[Any, tuple[float, ...]]:
-        columns = [f"{self.column}{side}" for side in SIDES] if self._by_pair else [self.column]
-        values = zip(*(numbers(table, name, self.path).tolist() for name in columns), strict=True)
-        names = (PAIR_ID,) if self._by_pair else (IMAGE_KEY, PROMPT) if self._by_prompt else (IMAGE_KEY,)
-        texts = [table.column(name).cast(pa.string()).to_pylist() for name in names]
-        keys = texts[0] if len(texts) == 1 else list(zip(*texts, strict=True))
-        scores = dict(zip(keys, values, strict=True))
-        if len(scores) != len(keys):
-            raise InputError(
-                f"{self.path}: {len(keys) - len(scores)} rows repeat an earlier {' and '.join(names)}; keep one of each"
-            )
-        return scores

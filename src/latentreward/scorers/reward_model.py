@@ -24,8 +24,6 @@ PLAIN_CHECKPOINTS = ("reward", "last", "best", "model")
 """File names of checkpoints, without ending, that are left out of a model's name."""
 INNER_FOLDER = re.compile(r"checkpoints?|lightning_logs|version_\d+")
 """Names of folders inside a run that are left out of a model's name."""
-LONGEST_NAME = 80
-"""Greatest length of a model's name; the end is kept."""
 
 
 def reward_name(path: str, folders: int = 1) -> str:
@@ -33,13 +31,13 @@ def reward_name(path: str, folders: int = 1) -> str:
 
     The name is that of the run or model folder, or the last part of a hub id. The name of a checkpoint is added unless
     it is one of :data:`PLAIN_CHECKPOINTS`: ``runs/first/checkpoints/step=200.ckpt`` becomes ``first_step_200``. The
-    last ``folders`` folders of the path are kept.
+    last ``folders`` folders of the path are kept, of a long name the last 80 characters.
     """
     place = Path(path).resolve() if Path(path).exists() else Path(path)
     stem = [place.stem] if place.suffix == ".ckpt" and place.stem not in PLAIN_CHECKPOINTS else []
     place = place.parent if place.suffix == ".ckpt" else place
     parts = [part for part in place.parts if not INNER_FOLDER.fullmatch(part) and part != place.anchor]
-    words = re.sub(r"\W+", "_", "_".join([*parts[-folders:], *stem]), flags=re.ASCII).strip("_")[-LONGEST_NAME:]
+    words = re.sub(r"\W+", "_", "_".join([*parts[-folders:], *stem]), flags=re.ASCII).strip("_")[-80:]
     return words if re.match("[A-Za-z]", words) and words not in ("image", "label", "problem") else f"reward_{words}"
 
 

@@ -13,13 +13,7 @@ from torch import Tensor
 
 from latentreward.contracts import PathText
 from latentreward.errors import InputError
-from latentreward.scorers.clip import (
-    PICKSCORE,
-    CLIPImageScorer,
-    default_processor,
-    load_clip,
-    model_source,
-)
+from latentreward.scorers.clip import PICKSCORE, CLIPImageScorer, default_processor, load_clip, model_source
 from latentreward.scoring.files import load_exactly, read_state_dict
 
 if TYPE_CHECKING:

@@ -24,10 +24,8 @@ from latentreward.errors import InputError
 if TYPE_CHECKING:
     from transformers import CLIPModel, CLIPTokenizer
 
-STEP_FILE = "step_aware.safetensors"
-"""File in a CLIP folder with the weights that :class:`StepAwareCLIP` adds to CLIP."""
-FREQUENCIES = 256
-"""Width of the sinusoidal embedding of a timestep."""
+STEP_FILE = "step_aware.safetensors"  # file in a CLIP folder with the weights that :class:`StepAwareCLIP` adds to CLIP
+FREQUENCIES = 256  # width of the sinusoidal embedding of a timestep
 PUBLISHED_NAMES = (
     (r"(?:model\.)?t_embedder\.mlp\.", "time_embedder."),
     (r"(?:model\.)?vision_model\.encoder\.layers\.(\d+)\.adaLN_modulation\.", r"layer_modulation.\1."),
@@ -65,22 +63,16 @@ class StepAwareCLIP(nn.Module):
             nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width)) for _ in clip.vision_model.encoder.layers
         )
         self.final_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
-        self.reset_modulation()
-
-    @torch.no_grad()
-    def reset_modulation(self) -> None:
-        """Initialise the modulation to the identity: shifts and scales 0, gates 1 at every timestep."""
         for linear in (self.time_embedder[0], self.time_embedder[2]):
             nn.init.normal_(linear.weight, std=0.02)
             nn.init.zeros_(linear.bias)
-        linears = [modulation.get_submodule("1") for modulation in (*self.layer_modulation, self.final_modulation)]
-        for linear in linears:
-            nn.init.zeros_(linear.weight)
-            nn.init.zeros_(linear.bias)
-        for linear in linears[:-1]:
-            _, _, gate, _, _, mlp_gate = linear.bias.chunk(6)
-            gate.fill_(1.0)
-            mlp_gate.fill_(1.0)
+        # The modulation starts as the identity: shifts and scales 0, gates 1 at every timestep.
+        for modulation in (*self.layer_modulation, self.final_modulation):
+            nn.init.zeros_(modulation[1].weight)
+            nn.init.zeros_(modulation[1].bias)
+        for modulation in self.layer_modulation:
+            for gate in modulation[1].bias.detach().chunk(6)[2::3]:
+                gate.fill_(1.0)
 
     def embed_images(self, pixels: Tensor, timesteps: Tensor) -> Tensor:
         """Return embeddings ``(B, width)``, float32, of norm 1, of images ``(B, 3, H, W)``, about [-1, 1].
@@ -175,11 +167,7 @@ def prepare_pixels(images: Tensor, size: int, mean: Tensor, std: Tensor) -> Tens
 
 
 def rename_published(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Rename the tensors of SPO's released file to the names of :class:`StepAwareCLIP`.
-
-    Raises:
-        InputError: If a name is unknown.
-    """
+    """Rename the tensors of SPO's file to those of :class:`StepAwareCLIP`; raise InputError if a name is unknown."""
     renamed = {}
     for name, value in tensors.items():
         matches = ((re.match(pattern, name), new) for pattern, new in PUBLISHED_NAMES)

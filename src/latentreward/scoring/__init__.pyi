@@ -5,12 +5,4 @@ from .layouts.published import PublishedSettings
 from .reward_model import RewardModel, normalise_score
 from .scoring_noise import ScoringNoise
 
-__all__ = [
-    "Calibration",
-    "Card",
-    "ModelSource",
-    "PublishedSettings",
-    "RewardModel",
-    "ScoringNoise",
-    "normalise_score",
-]
+__all__ = ["Calibration", "Card", "ModelSource", "PublishedSettings", "RewardModel", "ScoringNoise", "normalise_score"]

@@ -21,39 +21,26 @@ ROWS = 4
 
 Widths of features are multiples of 8 and CPU vectors hold at most 32 numbers, so that 4 rows fill them evenly.
 """
-PROMPTS_KEPT = 32
-"""Number of encoded prompts that are kept for later batches; an encoded prompt of SD3 takes 5 MB."""
+PROMPTS_KEPT = 32  # number of encoded prompts that are kept for later batches; an encoded prompt of SD3 takes 5 MB
 
 
 @dataclass(frozen=True)
 class EncodedBatch:
-    """Encoded images and prompts of one batch.
+    """Encoded images and prompts of one batch."""
 
-    Attributes:
-        latents: ``(B, C, ...)`` clean, scaled latents.
-        prompts: B prompts, which seed the noise.
-        conditioning: Encoded prompts, B rows.
-        uncond: Encoded empty prompt, one row; None if the head does not need it.
-        image_keys: B hashes of the images, which seed the noise with ``noise_key="image"``; None hashes the latents.
-        draws: ``(B, C, ...)`` noise to add at all levels in place of seeded noise.
-    """
-
-    latents: Tensor
-    prompts: Sequence[str]
-    conditioning: Conditioning
-    uncond: Conditioning | None
+    latents: Tensor  # ``(B, C, ...)`` clean, scaled latents
+    prompts: Sequence[str]  # B prompts, which seed the noise
+    conditioning: Conditioning  # encoded prompts, B rows
+    uncond: Conditioning | None  # encoded empty prompt, one row; None if the head does not need it
+    # B hashes of the images, which seed the noise with ``noise_key="image"``; None hashes the latents
     image_keys: Sequence[str] | None = None
-    draws: Tensor | None = None
+    draws: Tensor | None = None  # ``(B, C, ...)`` noise to add at all levels in place of seeded noise
 
 
 class PromptMemory:
-    """Least-recently-used cache of encoded prompts.
+    """Least-recently-used cache of up to ``capacity`` prompts, encoded by the text encoder of ``model``.
 
     Prompts are encoded one at a time, so that rounding does not depend on the other prompts of a batch.
-
-    Args:
-        model: Model whose text encoder is used.
-        capacity: Number of encoded prompts to keep.
     """
 
     def __init__(self, model: RewardNetwork, capacity: int) -> None:
@@ -211,11 +198,7 @@ def _score_parts(
 
 
 def score_encoded(model: RewardNetwork, batch: EncodedBatch, noise: ScoringNoise) -> Tensor:
-    """Score one encoded batch: ``(B,)`` or ``(B, out_dim)``, at least float32, averaged over the seeds.
-
-    Raises:
-        InputError: If a level lies outside the model's noise process.
-    """
+    """Score one encoded batch: ``(B,)`` or ``(B, out_dim)``, at least float32, averaged over the seeds."""
     process = model.backbone.noise_process
     timesteps = timesteps_of(noise, process)
     if batch.draws is not None:
@@ -234,14 +217,7 @@ def score_encoded(model: RewardNetwork, batch: EncodedBatch, noise: ScoringNoise
 
 
 def _score_draw(model: RewardNetwork, batch: EncodedBatch, timesteps: Tensor, draws: Sequence[Tensor]) -> Tensor:
-    """Score a batch with one noise tensor per level; the head gets features in float32.
-
-    Args:
-        model: Reward model.
-        batch: B images.
-        timesteps: ``(K,)`` timesteps of the levels.
-        draws: K noise tensors ``(B, C, ...)``.
-    """
+    """Score a batch at ``timesteps`` ``(K,)`` with K noise tensors ``(B, C, ...)``; the head gets float32."""
     process, levels = model.backbone.noise_process, []
     for timestep, draw in zip(timesteps.to(batch.latents.device), draws, strict=True):
         repeated = timestep.repeat(len(batch.latents))
@@ -281,19 +257,13 @@ def even_step(model: RewardNetwork) -> int:
 
 
 def prompt_of_each(prompts: str | Sequence[str], count: int) -> Sequence[str]:
-    """Return one prompt for each of ``count`` images; a single text is repeated.
-
-    Raises:
-        InputError: If the number of prompts is not ``count``, or a prompt is not a valid text.
-    """
+    """Return a prompt for each of ``count`` images, a single text repeated; raise InputError if there are others."""
     if isinstance(prompts, str):
         prompts = [prompts] * count
     if not isinstance(prompts, Sized):
         raise InputError(f"prompts is a {type(prompts).__name__}; give a text for each image, or a single text for all")
     if len(prompts) != count:
-        raise InputError(
-            f"prompts: {len(prompts)} for {count} images; give one for each image, or a single text for all"
-        )
+        raise InputError(f"prompts: {len(prompts)} for {count} images; give one for each, or a single text for all")
     wrong = [prompt for prompt in prompts if not isinstance(prompt, str)]
     if wrong:
         raise InputError(f"prompts hold a {type(wrong[0]).__name__}; give texts, the empty one where there is none")

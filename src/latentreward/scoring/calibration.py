@@ -11,10 +11,8 @@ from torch import Tensor
 from latentreward.errors import InputError
 from latentreward.scoring.scoring_noise import ScoringNoise
 
-GRID = 1001
-"""Number of quantiles that a calibration stores."""
-FEWEST = 20
-"""Smallest number of reference scores for a calibration."""
+GRID = 1001  # number of quantiles that a calibration stores
+FEWEST = 20  # smallest number of reference scores for a calibration
 
 
 @dataclass(frozen=True)
@@ -59,12 +57,7 @@ class Calibration:
 
     @classmethod
     def fit(
-        cls,
-        scores: Tensor,
-        reference: str,
-        noise: ScoringNoise,
-        seed: int = 0,
-        axes: tuple[float, ...] | None = None,
+        cls, scores: Tensor, reference: str, noise: ScoringNoise, seed: int = 0, axes: tuple[float, ...] | None = None
     ) -> Self:
         """Compute a calibration from the raw scores of a reference set.
 
@@ -78,19 +71,13 @@ class Calibration:
         Raises:
             InputError: If there are fewer than :data:`FEWEST` scores, one is not finite, or all are equal.
         """
-        scores = scores.detach().to("cpu", torch.float64).flatten()
+        scores, place = scores.detach().to("cpu", torch.float64).flatten(), f"calibration on {reference!r}"
         if len(scores) < FEWEST:
-            raise InputError(
-                f"calibration on {reference!r}: {len(scores)} scores are too few; give at least {FEWEST} images"
-            )
-        bad = int((~scores.isfinite()).sum())
-        if bad:
-            raise InputError(f"calibration on {reference!r}: {bad} of {len(scores)} scores are NaN or infinite")
+            raise InputError(f"{place}: {len(scores)} scores are too few; give at least {FEWEST} images")
+        if bad := int((~scores.isfinite()).sum()):
+            raise InputError(f"{place}: {bad} of {len(scores)} scores are NaN or infinite")
         if scores.min() == scores.max():
-            raise InputError(
-                f"calibration on {reference!r}: all {len(scores)} scores are {scores[0]:g}; give images that the model "
-                "tells apart"
-            )
+            raise InputError(f"{place}: all {len(scores)} scores are {scores[0]:g}; give images that it tells apart")
         ordered, positions = scores.sort().values, torch.linspace(0, len(scores) - 1, GRID, dtype=torch.float64)
         below, rest = positions.floor().long(), positions.frac()
         grid = ordered[below] + rest * (ordered[positions.ceil().long()] - ordered[below])
@@ -146,7 +133,5 @@ class Calibration:
     def check(self, noise: ScoringNoise | None) -> None:
         """Raise InputError if the calibration does not apply to scores at ``noise``; None passes."""
         if noise is not None and not self.fits(noise):
-            raise InputError(
-                f"the model was calibrated at {self.noise}, but scored at {noise}; score at that level, or use raw "
-                "scores"
-            )
+            levels = f"calibrated at {self.noise}, but scored at {noise}"
+            raise InputError(f"the model was {levels}; score at that level, or use raw scores")

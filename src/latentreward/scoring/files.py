@@ -17,14 +17,9 @@ POINTER = b"version https://git-lfs"
 def load_exactly(
     module: nn.Module, state: Mapping[str, Tensor], path: Path, absent_by_design: tuple[str, ...] = ()
 ) -> None:
-    """Load ``state`` into ``module``, after checking that names and shapes match.
+    """Load ``state`` of the file ``path`` into ``module``, after checking that names and shapes match.
 
-    Args:
-        module: Module to fill.
-        state: Name → tensor.
-        path: File that held the tensors, for messages.
-        absent_by_design: Names of tensors of ``module`` that may be missing from ``state`` and then keep their initial
-            values.
+    Tensors named in ``absent_by_design`` may be missing and then keep their initial values.
 
     Raises:
         InputError: If a tensor is missing, unexpected or has the wrong shape; names the first one.
@@ -79,9 +74,7 @@ def read_tensors(path: Path) -> dict[str, Any]:
 
 
 def read_state_dict(path: Path, model: str) -> dict[str, Tensor]:
-    """Read tensors by name from a safetensors or ``torch.save`` file, where they may lie under ``state_dict``.
-
-    Error messages name ``model``, which the file should hold.
+    """Read tensors by name from a safetensors or ``torch.save`` file of ``model``, perhaps under ``state_dict``.
 
     Raises:
         InputError: If the file does not exist, is damaged, or holds more than tensors and so could run code.
@@ -97,11 +90,7 @@ def read_state_dict(path: Path, model: str) -> dict[str, Tensor]:
 
 
 def existing_folder(folder: str | Path, *files: str) -> Path:
-    """Return ``folder`` as a path, after checking that it holds ``files``.
-
-    Raises:
-        InputError: If the folder or a file is missing, or a file is only a git-lfs pointer.
-    """
+    """Return ``folder`` as a path; raise InputError if it or one of ``files`` is missing, or a git-lfs pointer."""
     folder = Path(folder)
     if not folder.is_dir():
         raise InputError(f"model folder {str(folder)!r} does not exist; download the model and give its folder")
@@ -116,11 +105,7 @@ def existing_folder(folder: str | Path, *files: str) -> Path:
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
-    """Read the tensors of a safetensors file onto the CPU.
-
-    Raises:
-        InputError: If the file is missing or damaged.
-    """
+    """Read the tensors of a safetensors file onto the CPU; raise InputError if the file is missing or damaged."""
     from safetensors.torch import load_file
 
     try:

@@ -22,10 +22,8 @@ from latentreward.scoring.network import name_of
 
 SIDE, QUALITY = 224, 75
 """Longest side of a thumbnail in pixels, and its JPEG quality: 500 photographs make a page of 4 to 8 MB."""
-LISTED = 1000
-"""Largest number of images without a score that the page lists."""
-LEVEL = "score_"
-"""Prefix of the columns with scores at one noise level."""
+LISTED = 1000  # largest number of images without a score that the page lists
+LEVEL = "score_"  # prefix of the columns with scores at one noise level
 
 
 class Gallery:
@@ -60,7 +58,7 @@ class Gallery:
             listed: N images.
             table: N rows of scores, from :class:`~latentreward.scoring.image_lists.ListedScoring`.
             model: Reward model, as the user named it.
-            exif: Whether thumbnails are turned upright by their EXIF orientation, as the scored images were.
+            exif: Whether thumbnails are turned upright, as the scored images were.
             sizes: The model's rule for image sizes; that of clips makes thumbnails that play.
         """
         scores = table["score"].to_numpy()

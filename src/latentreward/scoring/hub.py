@@ -13,11 +13,9 @@ MARKS = ("head.safetensors", "state_dict.pt", "checkpoint/rm_head.pt")
 
 
 def downloaded(name: str, revision: str | None = None) -> Path:
-    """Download a reward model from the hub and return its local folder; the local cache serves if the hub is offline.
+    """Download a reward model ``owner/name[/folder]`` at a branch, tag or commit, and return its local folder.
 
-    Args:
-        name: Hub id ``owner/name``, or with a folder in the repository ``owner/name/folder``.
-        revision: Branch, tag or commit.
+    The local cache serves if the hub is offline.
 
     Raises:
         InputError: If ``name`` does not look like a hub id, or neither hub nor cache has the model.
@@ -49,11 +47,7 @@ def downloaded(name: str, revision: str | None = None) -> Path:
 
 
 def check_folder(name: str, folder: str, files: Iterable[str]) -> None:
-    """Check, before gigabytes are downloaded, that a repository has a model in ``folder``.
-
-    Raises:
-        InputError: If the folder does not exist, or holds no model while other folders do.
-    """
+    """Raise InputError, before gigabytes are loaded, if ``folder`` of a repository is missing or holds no model."""
     inside = [PurePosixPath(file) for file in files]
     if folder and not any(path.is_relative_to(folder) for path in inside):
         raise InputError(f"reward model {name!r}: the repository has no folder {folder!r}; {others(inside)}")
@@ -109,9 +103,7 @@ def upload(
     except HFValidationError as error:
         raise InputError(f"{repository!r} is not a hub id ({first_line(error)}); give owner/name") from error
     except (HfHubHTTPError, LocalTokenNotFoundError) as error:
-        raise InputError(
-            f"{repository!r}: the hub refuses ({first_line(error)}); check the name and your token"
-        ) from error
+        raise InputError(f"{repository!r}: the hub refuses ({first_line(error)}); check name and token") from error
     except Exception as error:  # without a network the error's type depends on the HTTP client of huggingface_hub
         raise InputError(f"{repository!r}: the hub does not answer ({first_line(error)}); check the network") from error
     return str(commit.commit_url)

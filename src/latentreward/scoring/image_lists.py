@@ -19,46 +19,30 @@ from latentreward.errors import InputError, one_line
 from latentreward.scoring import RewardModel, ScoringNoise
 from latentreward.scoring.scoring_noise import timesteps_of
 
-HELD_BATCHES = 4
-"""Number of batches of decoded images that may wait until a batch of one size is full."""
-NO_SCORE = "no finite score"
-"""Start of the text in column ``problem`` for an image whose score is NaN or infinite."""
+HELD_BATCHES = 4  # number of batches of decoded images that may wait until a batch of one size is full
+NO_SCORE = "no finite score"  # start of the text in column ``problem`` for an image whose score is NaN or infinite
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """Decoded image or clip at the model's size, or the reason why it cannot be used.
+    """Decoded image or clip at the model's size, or the reason why it cannot be used."""
 
-    Attributes:
-        pixels: ``(3, H, W)``, or ``(3, F, H, W)`` for a clip, in [-1, 1]; None if there is a problem.
-        size: Height and width of the decoded image before resizing.
-        problem: Reason why the image cannot be used; None if it can.
-        rotated: Whether the image has an EXIF orientation other than upright.
-        unused: Number of frames of a clip that are not used.
-    """
-
+    # ``(3, H, W)``, or ``(3, F, H, W)`` for a clip, in [-1, 1]; None if there is a problem
     pixels: Tensor | None = None
-    size: tuple[int, int] | None = None
-    problem: str | None = None
-    rotated: bool = False
-    unused: int = 0
+    size: tuple[int, int] | None = None  # height and width of the decoded image before resizing
+    problem: str | None = None  # reason why the image cannot be used; None if it can
+    rotated: bool = False  # whether the image has an EXIF orientation other than upright
+    unused: int = 0  # number of frames of a clip that are not used
 
 
 @dataclass
 class ScoredRows:
-    """Results so far for one part of the list.
+    """Results so far for one part of the list."""
 
-    Attributes:
-        rows: N rows of the list.
-        scores: ``(N, K)`` float32; NaN for a row without a score.
-        sizes: Index of a row → height and width of its image.
-        problems: Index of a row → reason why the row has no score.
-    """
-
-    rows: Sequence[ListedImage]
-    scores: Tensor
-    sizes: dict[int, tuple[int, int]] = field(default_factory=dict)
-    problems: dict[int, str] = field(default_factory=dict)
+    rows: Sequence[ListedImage]  # N rows of the list
+    scores: Tensor  # ``(N, K)`` float32; NaN for a row without a score
+    sizes: dict[int, tuple[int, int]] = field(default_factory=dict)  # index of a row → height and width of its image
+    problems: dict[int, str] = field(default_factory=dict)  # index of a row → reason why the row has no score
 
     def finished(self) -> list[range]:
         """Return ranges of consecutive rows that have a score or a problem."""
@@ -81,13 +65,6 @@ class ListedScoring:
         decode_threads: Number of threads that decode images ahead of the model.
         max_pixels: Largest number of pixels of an image; a larger image is recorded as unreadable.
 
-    Attributes:
-        seconds: Time spent in the model so far, in seconds.
-        rotated: Number of images so far with an EXIF orientation other than upright.
-        unused: Number of frames of clips so far that were not used.
-        scored: Whether this process has scored an image, so that a failure counts as the image's, not the model's.
-        progress: Function that is called with the number of rows just finished.
-
     Raises:
         InputError: If the model has no rule for image sizes, or a level lies outside the model's noise process.
     """
@@ -102,16 +79,17 @@ class ListedScoring:
         max_pixels: int = MAX_PIXELS,
     ) -> None:
         if model.image_sizes is None:
-            raise InputError(
-                f"model: {model.source} does not tell the size of its images; publish it again with image_sizes set"
-            )
+            raise InputError(f"model: {model.source} has no image_sizes; publish it again with image_sizes set")
         for noise in levels.values():
             timesteps_of(noise, model.backbone.noise_process)
         self.model, self.rows, self.levels, self.axes = model, rows, levels, model.axes
         self.batch_size, self.decode_threads, self.max_pixels = batch_size, decode_threads, max_pixels
-        self._sizes, self.scored = model.image_sizes, False
-        self.seconds, self.rotated, self.unused = 0.0, 0, 0
-        self.progress: Callable[[int], None] = lambda number: None
+        self._sizes = model.image_sizes
+        self.scored = False  # whether an image has a score, so that a failure counts as the image's, not the model's
+        self.seconds = 0.0  # spent in the model so far
+        self.rotated = 0  # images so far with an EXIF orientation other than upright
+        self.unused = 0  # frames of clips so far that were not used
+        self.progress: Callable[[int], None] = lambda number: None  # called with the number of rows just finished
 
     def tables(self, parts: Sequence[range]) -> Iterator[tuple[range, pa.Table]]:
         """Score the parts one by one; yield each part's range of rows with its table, see :meth:`table`.
@@ -245,9 +223,8 @@ class ListedScoring:
         scores = self.model.head.total(outputs)
         self.seconds += time.perf_counter() - start
         if scores.ndim != 2:
-            raise InputError(
-                f"model: {self.model.source} gives {scores.shape[-1]} scores per image; choose a model that gives one"
-            )
+            number = scores.shape[-1]
+            raise InputError(f"model: {self.model.source} gives {number} scores per image; choose one that gives one")
         scores = scores[:, [different.index(noise) for noise in self.levels.values()]]
         return torch.cat([scores, outputs[:, different.index(self.levels["score"])]], dim=1) if self.axes else scores
 

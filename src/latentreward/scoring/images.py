@@ -27,29 +27,18 @@ LARGEST_PIXEL = 4.0
 
 
 class PixelBatch(NamedTuple):
-    """Batch of B images of one size.
+    """Batch of B images of one size."""
 
-    Attributes:
-        rows: Index of each image among all images to score.
-        pixels: ``(B, 3, H, W)``, or of clips ``(B, 3, F, H, W)``, in [-1, 1].
-        unfitting: Subset of ``rows``: images with an aspect ratio that the model was not trained on.
-    """
-
-    rows: list[int]
-    pixels: Tensor
-    unfitting: list[int]
+    rows: list[int]  # index of each image among all images to score
+    pixels: Tensor  # ``(B, 3, H, W)``, or of clips ``(B, 3, F, H, W)``, in [-1, 1]
+    unfitting: list[int]  # subset of ``rows``: images with an aspect ratio that the model was not trained on
 
 
 def even_parts(count: int, size: int, step: int) -> Iterator[slice]:
-    """Yield slices that cover rows 0 to ``count``, each with a multiple of ``step`` rows or a single row.
+    """Yield slices of up to ``size`` rows that cover ``count`` rows: multiples of ``step`` rows, the rest singly.
 
     On a CPU, vectorised kernels handle the last few numbers of an array with different instructions. In a batch of 3
     rows the last bits of a score therefore depend on the row; with a multiple of 4 rows, arrays have no such rest.
-
-    Args:
-        count: Number of rows.
-        size: Largest number of rows in a slice.
-        step: Number of rows of which slices hold a multiple; the rows that remain at the end come singly.
     """
     start = 0
     while start < count:
@@ -62,10 +51,7 @@ def even_parts(count: int, size: int, step: int) -> Iterator[slice]:
 def as_images(images: ImageInput | Images, value_range: tuple[float, float] | None = None) -> Images:
     """Return images as a list; a tensor as pixels ``(N, 3, H, W)``, or of clips ``(N, 3, F, H, W)``, in [-1, 1].
 
-    Args:
-        images: Images as :meth:`~latentreward.scoring.RewardModel.score` takes them; a single image becomes a list of
-            one.
-        value_range: Lowest and highest value of a tensor's pixels; None means (-1, 1).
+    For the arguments see :meth:`~latentreward.scoring.RewardModel.score`; a single image becomes a list of one.
 
     Raises:
         InputError: If ``images`` is neither images nor a tensor of pixels.
@@ -76,9 +62,7 @@ def as_images(images: ImageInput | Images, value_range: tuple[float, float] | No
         return [images]
     if isinstance(images, np.ndarray):
         if images.ndim not in (3, 4):
-            raise InputError(
-                f"images are an array of shape {images.shape}; give uint8 (N, H, W, 3), or a list of images"
-            )
+            raise InputError(f"images are an array of shape {images.shape}; give uint8 (N, H, W, 3), or a list")
         return [images] if images.ndim == 3 else list(images)
     if not isinstance(images, Sized):
         raise InputError(f"images is a {type(images).__name__}; give a list of images, each {FORMS}")
@@ -86,11 +70,9 @@ def as_images(images: ImageInput | Images, value_range: tuple[float, float] | No
 
 
 def as_pixels(images: Tensor, value_range: tuple[float, float] | None) -> Tensor:
-    """Convert a tensor of pixels to ``(N, 3, H, W)``, or of clips to ``(N, 3, F, H, W)``, in [-1, 1].
+    """Convert pixels in ``value_range`` to ``(N, 3, H, W)``, or of clips to ``(N, 3, F, H, W)``, in [-1, 1].
 
-    Args:
-        images: ``(N, 3, H, W)``, ``(3, H, W)`` or ``(N, 3, F, H, W)``, floating point.
-        value_range: Lowest and highest value of ``images``; None means (-1, 1).
+    ``images`` are ``(N, 3, H, W)``, ``(3, H, W)`` or ``(N, 3, F, H, W)``, floating point.
 
     Raises:
         InputError: If shape or type differ, ``value_range`` is not ascending, or a converted pixel has a magnitude
@@ -124,10 +106,8 @@ def check_frames(images: Images, sizes: ImageSizes | None, space: LatentSpace) -
         InputError: If it does not, or if pixels have a time axis and the model's latents have none.
     """
     if isinstance(images, Tensor) and images.ndim == 5 and space.frame_downscale is None:
-        raise InputError(
-            f"images are a tensor of shape {tuple(images.shape)}, but this model's latents have no time axis; give "
-            "(N, 3, H, W)"
-        )
+        shape = f"{tuple(images.shape)}, but this model's latents have no time axis"
+        raise InputError(f"images are a tensor of shape {shape}; give (N, 3, H, W)")
     given = images.shape[2] if isinstance(images, Tensor) and images.ndim == 5 else 1
     if sizes is not None and len(images) and given != sizes.frames:
         made, trained = (f"clips of {n} frames" if n > 1 else "images" for n in (given, sizes.frames))
@@ -138,23 +118,17 @@ def check_frames(images: Images, sizes: ImageSizes | None, space: LatentSpace) -
 def check_floating(name: str, tensor: Tensor, axes: int, form: str) -> None:
     """Raise InputError if an argument is no tensor of floating point numbers with at least so many axes."""
     if not isinstance(tensor, Tensor):
-        raise InputError(
-            f"{name} is of type {type(tensor).__name__}; give a tensor {form}, as torch.as_tensor makes it"
-        )
+        raise InputError(f"{name} is of type {type(tensor).__name__}; give a tensor {form}")
     if tensor.ndim < axes or not tensor.is_floating_point():
         shape = tuple(tensor.shape)
         raise InputError(f"{name} are a {tensor.dtype} tensor of shape {shape}; give floating point {form}")
 
 
 def doubts_of_pixels(pixels: Tensor, sizes: ImageSizes | None, range_given: bool) -> dict[str, str]:
-    """Return warnings about a tensor that should hold pixels in [-1, 1]; an empty mapping if there is no doubt.
+    """Return warnings about a tensor of pixels ``(N, 3, H, W)`` or ``(N, 3, F, H, W)`` that should lie in [-1, 1].
 
-    The key ``range`` stands for values that all lie in [0, 1], ``size`` for a size that the model was not trained at.
-
-    Args:
-        pixels: ``(N, 3, H, W)``, or of clips ``(N, 3, F, H, W)``.
-        sizes: The model's rule for image sizes; None skips the check of the size.
-        range_given: Whether the user named the range of values, which is then not checked.
+    The key ``range`` stands for values that all lie in [0, 1], unless the user named their range; ``size`` for a size
+    that the model was not trained at.
     """
     doubts = {}
     if not range_given and pixels.numel() and pixels.detach().min() >= 0 and pixels.detach().max() <= 1:
@@ -173,20 +147,12 @@ def doubts_of_pixels(pixels: Tensor, sizes: ImageSizes | None, range_given: bool
 
 
 def pixel_batches(
-    images: Images,
-    sizes: ImageSizes | None,
-    batch_size: int,
-    step: int = 1,
-    exif: ExifOrientation = "apply",
+    images: Images, sizes: ImageSizes | None, batch_size: int, step: int = 1, exif: ExifOrientation = "apply"
 ) -> Iterator[PixelBatch]:
     """Yield batches of images of one size, each as soon as it is full; incomplete batches come last.
 
-    Args:
-        images: Images, which are decoded and resized; or pixels, which are only cut into batches.
-        sizes: The model's rule for image sizes.
-        batch_size: Largest number of images per batch.
-        step: See :func:`even_parts`.
-        exif: Whether images are turned upright by their EXIF orientation.
+    Images are decoded, turned upright if ``exif`` says so, and resized; pixels are only cut into batches. For ``step``
+    see :func:`even_parts`.
 
     Raises:
         InputError: If an image cannot be read, an item is not an image, or ``sizes`` is None and images need resizing.
@@ -228,10 +194,8 @@ def decode_any(image: Any, row: int, exif: ExifOrientation) -> Image.Image:
     """
     if isinstance(image, np.ndarray):
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
-            raise InputError(
-                f"image number {row} is a {image.dtype} array of shape {image.shape}; give uint8 (H, W, 3), or a "
-                "tensor (N, 3, H, W) with its value_range"
-            )
+            remedy = "give uint8 (H, W, 3), or a tensor (N, 3, H, W) with its value_range"
+            raise InputError(f"image number {row} is a {image.dtype} array of shape {image.shape}; {remedy}")
         image = Image.fromarray(image)
     if isinstance(image, Image.Image):
         return convert_image(image, f"number {row}", exif=exif)
@@ -248,10 +212,8 @@ def check_sides(pixels: Tensor, multiple: int) -> None:
     """Raise InputError if a side of the images is not a multiple of ``multiple`` pixels."""
     height, width = pixels.shape[-2:]
     if min(height, width) < multiple or height % multiple or width % multiple:
-        raise InputError(
-            f"images are {height}×{width} pixels, but this model takes sides that are multiples of {multiple}; resize "
-            "them, or set image_sizes accordingly"
-        )
+        wanted = f"this model takes sides that are multiples of {multiple}; resize them, or set image_sizes accordingly"
+        raise InputError(f"images are {height}×{width} pixels, but {wanted}")
 
 
 def content_key(values: Tensor) -> str:

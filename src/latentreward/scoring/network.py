@@ -30,8 +30,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-PUBLISHED_SIDE = 1024
-"""Native side, in pixels, of the network for which DiNa-LRM's buckets were published."""
+PUBLISHED_SIDE = 1024  # native side, in pixels, of the network for which DiNa-LRM's buckets were published
 
 
 class RewardNetwork(nn.Module):

@@ -6,6 +6,7 @@ the type of each layer.
 """
 
 import re
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,8 +21,7 @@ EXACT = re.compile(
 affect all tokens, and a transformer's patch and text embeddings."""
 ATTENTION = re.compile(r"\.(to_[qkv]|to_qkv_mlp_proj|add_[qkv]_proj)(\.|$)")
 """Names of query, key and value layers; on an accelerator their outputs stay bfloat16, which fused attention takes."""
-ATTENTION_NORM = re.compile(r"\.norm_(added_)?[qk]$")
-"""Names of the norms of queries and keys."""
+ATTENTION_NORM = re.compile(r"\.norm_(added_)?[qk]$")  # names of the norms of queries and keys
 
 
 def product_weights(network: nn.Module) -> set[int]:
@@ -52,29 +52,22 @@ def halve_products(network: nn.Module) -> None:
             tensor.data = tensor.data.to(torch.bfloat16 if id(tensor) in halved else torch.float32)
     for name, module in network.named_modules():
         if is_halved(name, module):
-            module.register_forward_pre_hook(_narrow_input)
-            module.register_forward_hook(_widen_output_on_cpu if ATTENTION.search(name) else _widen_output)
+            module.register_forward_pre_hook(partial(_cast_input, torch.bfloat16))
+            elsewhere = None if ATTENTION.search(name) else torch.float32
+            module.register_forward_hook(partial(_cast_output, torch.float32, elsewhere))
         elif isinstance(module, PRODUCTS):
-            module.register_forward_pre_hook(_widen_input)
+            module.register_forward_pre_hook(partial(_cast_input, torch.float32))
         elif ATTENTION_NORM.search(name):
-            module.register_forward_hook(_narrow_output_off_cpu)
+            module.register_forward_hook(partial(_cast_output, None, torch.bfloat16))
 
 
-def _narrow_input(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-    return inputs[0].to(torch.bfloat16), *inputs[1:]
+def _cast_input(dtype: torch.dtype, module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    return inputs[0].to(dtype), *inputs[1:]
 
 
-def _widen_input(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-    return inputs[0].float(), *inputs[1:]
-
-
-def _widen_output(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
-    return output.float()
-
-
-def _widen_output_on_cpu(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
-    return output.float() if output.device.type == "cpu" else output
-
-
-def _narrow_output_off_cpu(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
-    return output if output.device.type == "cpu" else output.to(torch.bfloat16)
+def _cast_output(
+    on_cpu: torch.dtype | None, elsewhere: torch.dtype | None, module: nn.Module, inputs: Any, output: Tensor
+) -> Tensor:
+    """Cast the output of a layer to the dtype for its device; None leaves it as it is."""
+    dtype = on_cpu if output.device.type == "cpu" else elsewhere
+    return output if dtype is None else output.to(dtype)

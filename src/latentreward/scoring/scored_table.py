@@ -18,10 +18,8 @@ from latentreward.errors import InputError, first_line
 from latentreward.storage.digests import digest
 
 TEXTS, SIDES = ("image", "prompt", "problem"), ("width", "height")
-BLOCK = 1 << 26
-"""Largest length of a row, in bytes."""
-NAMED = 5
-"""Largest number of images without a score, and of remarks, that a summary lists."""
+BLOCK = 1 << 26  # largest length of a row, in bytes
+NAMED = 5  # largest number of images without a score, and of remarks, that a summary lists
 
 
 def require_some(listed: ImageList) -> None:
@@ -29,9 +27,8 @@ def require_some(listed: ImageList) -> None:
     if all(row.problem or not Path(row.path).is_file() for row in listed.rows):
         reasons = Counter(row.problem or MISSING for row in listed.rows)
         first = next(row.detail or row.path for row in listed.rows)
-        raise InputError(
-            f"images: none of {len(listed.rows)} in {listed.source} can be scored: {count_text(reasons)} ({first})"
-        )
+        text = f"{count_text(reasons)} ({first})"
+        raise InputError(f"images: none of {len(listed.rows)} in {listed.source} can be scored: {text}")
 
 
 def images_identity(listed: ImageList, with_files: bool = True) -> str:

@@ -187,7 +187,7 @@ def test_the_description_names_every_route(address: str, service: ScoringService
 
 def test_two_rewards_of_one_name_or_none(service: ScoringService) -> None:
     for models in ([], [service.default, service.default]):
-        with pytest.raises(InputError, match="give at least one, each its own name"):
+        with pytest.raises(InputError, match="give at least one, each its own"):
             ScoringService(models, service.resources)
 
 

@@ -81,7 +81,7 @@ def test_too_little_is_said_in_one_line(plan: Plan) -> None:
     assert "\n" not in measured.verdict()
     worse = replace(measured, accuracy=Interval(0.2, 0.1, 0.3, 40))
     assert not worse.learned and worse.verdict().startswith("The reward orders new pairs worse than chance: ")
-    with pytest.raises(InputError, match="folder: no held-out pair besides ties has a score; see that"):
+    with pytest.raises(InputError, match="folder: no held-out pair besides ties has a score; look for"):
         measure(scored(plan, wrong=0, ties=40), plan.pairs)
 
 

@@ -31,17 +31,10 @@ from latentreward.apps.serving.served import ScoringService
 from latentreward.errors import InputError, printable
 from latentreward.programs import import_class
 
-HEADER_BYTES = 16 * 1024
-"""Greatest total length of a request's headers, in bytes."""
-REQUESTS = 256
-"""Least limit on the number of requests in progress; see :func:`requests_at_once`."""
-OPEN_PATH = "/healthz"
-"""Path that needs no token."""
-HEALTH_PATHS = (OPEN_PATH, "/health")
-"""Paths that are answered also when too many requests are in progress."""
-DESCRIPTIONS = {"/docs", "/openapi.json"}
-OF_REWARD = re.compile(r"^/rewards/[^/]+(?=/)")
-"""Start of the path of a route of one reward."""
+HEADER_BYTES = 16 * 1024  # greatest total length of a request's headers, in bytes
+REQUESTS = 256  # least limit on the number of requests in progress; see :func:`requests_at_once`
+OPEN_PATH = "/healthz"  # path that needs no token
+OF_REWARD = re.compile(r"^/rewards/[^/]+(?=/)")  # start of the path of a route of one reward
 
 LOG = RefusalLog()
 
@@ -65,16 +58,13 @@ def create_app(service: ScoringService) -> FastAPI:
     app.add_exception_handler(RequestError, _request_error)
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(Exception, _unforeseen_error)
-    app.add_middleware(AuthMiddleware, service=service, paths={route.path for route in routes} | DESCRIPTIONS)
+    paths = {"/docs", "/openapi.json", *(route.path for route in routes)}
+    app.add_middleware(AuthMiddleware, service=service, paths=paths)
     return app
 
 
 def routes_of(service: ScoringService) -> list[Route]:
-    """Return all routes of a server.
-
-    Raises:
-        InputError: If two dialects have one route.
-    """
+    """Return all routes of a server; raise InputError if two dialects have one route."""
     own = [import_class("dialects", path, Dialect) for path in service.settings.dialects]
     kinds = (VerlOmni, About, Images, PromptedLatents, UniRL, FlowFactory, *own)
     routes = [route for kind in kinds for route in kind(service).routes()]
@@ -120,12 +110,8 @@ class AuthMiddleware:
 
     Refused are: requests with both Transfer-Encoding and Content-Length (400), with too long headers (431), without the
     token (401), on a server without one from a page elsewhere that a browser of this machine shows (403), and beyond
-    the number of requests in progress (503) if no body arrives slowly.
-
-    Args:
-        app: Application behind the middleware.
-        service: Service with the token and the metrics.
-        paths: Known paths; all other paths are counted together as ``other``.
+    the number of requests in progress (503) if no body arrives slowly. All ``paths`` that are not known are counted
+    together as ``other``.
     """
 
     def __init__(self, app: ASGIApp, service: ScoringService, paths: set[str]) -> None:
@@ -159,7 +145,6 @@ class AuthMiddleware:
 
     def _refusal(self, scope: Scope) -> JSONResponse | None:
         headers, is_open = scope["headers"], scope["path"] == OPEN_PATH
-        is_health = OF_REWARD.sub("", scope["path"]) in HEALTH_PATHS
         if {b"transfer-encoding", b"content-length"} <= {name for name, _ in headers}:
             error = "give either Transfer-Encoding or Content-Length; a request with both may hide another"
             return _answer(error, 400, {"Connection": "close"})
@@ -176,6 +161,7 @@ class AuthMiddleware:
             error = "give this server's token in the header Authorization: Bearer TOKEN, or as password in the URL"
             return _answer(error, 401, {"WWW-Authenticate": 'Bearer, Basic realm="latentreward"'})
         # Last: a request that is refused for another reason takes nobody's place.
+        is_health = OF_REWARD.sub("", scope["path"]) in (OPEN_PATH, "/health")  # answered however many there are
         full = self._under_way >= self._max_requests and not is_health
         if full and not self.service.resources.bodies.make_room():
             error = f"{self._max_requests} requests are under way; try later"

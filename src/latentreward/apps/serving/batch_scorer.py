@@ -13,19 +13,14 @@ from latentreward.errors import InputError
 from latentreward.scoring import RewardModel
 from latentreward.scoring.scoring_noise import ScoringNoise, draw_noise, timesteps_of
 
-TOKENS = 64
-"""Number of which the length of padded prompts is a multiple."""
+TOKENS = 64  # number of which the length of padded prompts is a multiple
 
 
 @dataclass(frozen=True, eq=False)
 class Row:
-    """A row of a request.
+    """A row of a request."""
 
-    Attributes:
-        prompt: Raw text.
-    """
-
-    prompt: str
+    prompt: str  # raw text
 
     @property
     def shape(self) -> Hashable:
@@ -40,29 +35,19 @@ class Row:
 
 @dataclass(frozen=True, eq=False)
 class ImageRow(Row):
-    """An image with its prompt; all have one shape, since images are resized to the model's size.
+    """An image with its prompt; all have one shape, since images are resized to the model's size."""
 
-    Attributes:
-        image: 8-bit RGB image.
-    """
-
-    image: Image.Image
+    image: Image.Image  # 8-bit RGB image
 
 
 @dataclass(frozen=True, eq=False)
 class LatentRow(Row):
-    """Clean latents with a prompt, all float32.
+    """Clean latents with a prompt, all float32."""
 
-    Attributes:
-        latents: ``(C, h, w)`` or ``(C, T, h, w)``, scaled.
-        u: Noise level in [0, 1]; None takes the model's own levels and seeds.
-        seed: Seed of the noise at ``u``, which also depends on the raw prompt.
-        encoded: Prompt as the network gets it, one row without padding; None if the model encodes the raw prompt.
-    """
-
-    latents: Tensor
-    u: float | None = None
-    seed: int = 0
+    latents: Tensor  # ``(C, h, w)`` or ``(C, T, h, w)``, scaled
+    u: float | None = None  # noise level in [0, 1]; None takes the model's own levels and seeds
+    seed: int = 0  # seed of the noise at ``u``, which also depends on the raw prompt
+    # Prompt as the network gets it, one row without padding; None if the model encodes the raw prompt
     encoded: Conditioning | None = None
 
     @property
@@ -86,15 +71,10 @@ class LatentRow(Row):
 
 @dataclass(frozen=True, eq=False)
 class StateRow(Row):
-    """A noisy state of a trajectory with a raw prompt; states at any timesteps share a batch.
+    """A noisy state of a trajectory with a raw prompt; states at any timesteps share a batch."""
 
-    Attributes:
-        latents: ``(C, h, w)`` or ``(C, T, h, w)``, scaled, float32.
-        timestep: Timestep of the model's noise process.
-    """
-
-    latents: Tensor
-    timestep: float
+    latents: Tensor  # ``(C, h, w)`` or ``(C, T, h, w)``, scaled, float32
+    timestep: float  # timestep of the model's noise process
 
     @property
     def shape(self) -> Hashable:
@@ -102,8 +82,7 @@ class StateRow(Row):
         return type(self).__name__, self.latents.shape
 
 
-Scores = tuple[float, ...]
-"""Score of a row and, of a model with two axes, fidelity and aesthetics after it."""
+Scores = tuple[float, ...]  # score of a row and, of a model with two axes, fidelity and aesthetics after it
 
 
 class RowScorer:
@@ -173,11 +152,9 @@ class RowScorer:
 
 
 def standing(reward: RewardModel, scores: Tensor) -> tuple[list[float], list[float]] | None:
-    """Convert raw ``scores`` ``(N,)`` to z-scores and quantiles.
+    """Convert raw ``scores`` ``(N,)`` to N z-scores and N quantiles.
 
-    Returns:
-        z-scores and quantiles, N numbers each; None if the model has no calibration, or one for other noise settings
-        than its own.
+    Returns None if the model has no calibration, or one for other noise settings than its own.
     """
     calibration = reward.calibration
     if calibration is None or calibration.noise != reward.noise:

@@ -14,23 +14,14 @@ from dataclasses import dataclass, replace
 from latentreward.apps.serving.batch_scorer import Row, Scores
 from latentreward.apps.serving.errors import RequestError
 
-SHAPES_KEPT = 1024
-"""Number of shapes for which the seconds per row are remembered."""
-
 
 @dataclass(frozen=True, eq=False)
 class _Request:
-    """What the finishing time of a request depends on.
+    """What the finishing time of a request depends on."""
 
-    Attributes:
-        begun: Seconds that each client had been served when the request came.
-        shapes: Number of rows by shape.
-        among: Number of requests of its client, with this one.
-    """
-
-    begun: float
-    shapes: Counter[Hashable]
-    among: int
+    begun: float  # seconds that each client had been served when the request came
+    shapes: Counter[Hashable]  # number of rows by shape
+    among: int  # number of requests of its client, with this one
 
 
 @dataclass(frozen=True)
@@ -52,9 +43,8 @@ class MicroBatcher:
     the time at which it would be finished if all clients were served simultaneously at equal rates, and the requests
     of each client at equal rates too. It is counted in seconds of the worker, as estimated from the last batch of rows
     of equal shape, so that few large rows count as much as many small ones. The request with the earliest finishing
-    time is scored first,
-    and other rows of its group fill its batch. Short requests therefore overtake long ones, and a long request is
-    finished no later than under simultaneous service.
+    time is scored first, and other rows of its group fill its batch. Short requests therefore overtake long ones, and a
+    long request is finished no later than under simultaneous service.
 
     An object belongs to one event loop.
 
@@ -152,7 +142,9 @@ class MicroBatcher:
         while True:
             await self._until_due()
             async with self._turns:
-                rows = self._next_pass()  # chosen now: clients may have come or left while another reward computed
+                # Chosen now: clients may have come or left while another reward computed.
+                rows = next(iter(self._groups()), [])
+                rows = rows[: self._capacity(rows[0].row)] if rows else []
                 try:
                     await self._score_pass(rows)
                 except Exception as error:
@@ -163,39 +155,31 @@ class MicroBatcher:
         """Wait until a group is due."""
         while True:
             self._arrived.clear()
-            left = min((self._due(rows) for rows in self._groups()), default=math.inf) - time.monotonic()
+            due = math.inf
+            for rows in self._groups():  # due at once if they fill a batch, else after a wait
+                wait = 0.0 if len(rows) >= self._capacity(rows[0].row) else self.max_wait
+                due = min(due, wait + min(waiting.since for waiting in rows))
+            left = due - time.monotonic()
             if left <= 0:
                 return
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._arrived.wait(), None if left == math.inf else left)
 
-    def _next_pass(self) -> list[_Waiting]:
-        """Return the rows of the next batch, sorted by finishing time; none if no row waits."""
-        rows = next(iter(self._groups()), [])
-        return rows[: self._capacity(rows[0].row)] if rows else []
-
     def _groups(self) -> list[list[_Waiting]]:
-        """Return the waiting rows by group, both sorted by finishing time."""
-        groups: dict[Hashable, list[_Waiting]] = defaultdict(list)
-        turns = {request: self._finishing(request) for request in {one.request for one in self._waiting.values()}}
-        for waiting in sorted(self._waiting.values(), key=lambda waiting: turns[waiting.request]):
-            groups[waiting.group].append(waiting)
-        return list(groups.values())
+        """Return the waiting rows by group, both sorted by finishing time.
 
-    def _finishing(self, request: _Request) -> float:
-        """Return the finishing time of a request; a row of a shape that was not measured counts as the mean of others.
-
-        Without any measurement, a row counts as a second.
+        A row of a shape that was not measured counts as the mean of others; without any measurement, as a second.
         """
+        groups: dict[Hashable, list[_Waiting]] = defaultdict(list)
         known = self._seconds_per_row
         other = sum(known.values()) / len(known) if known else 1.0
-        seconds = sum(count * known.get(shape, other) for shape, count in request.shapes.items())
-        return request.begun + seconds * request.among
-
-    def _due(self, rows: Sequence[_Waiting]) -> float:
-        """Return the time from which a group's rows may be scored: at once if they fill a batch, else after a wait."""
-        since = min(waiting.since for waiting in rows)
-        return since if len(rows) >= self._capacity(rows[0].row) else since + self.max_wait
+        finishing = {}
+        for request in {waiting.request for waiting in self._waiting.values()}:
+            seconds = sum(count * known.get(shape, other) for shape, count in request.shapes.items())
+            finishing[request] = request.begun + seconds * request.among
+        for waiting in sorted(self._waiting.values(), key=lambda waiting: finishing[waiting.request]):
+            groups[waiting.group].append(waiting)
+        return list(groups.values())
 
     def _capacity(self, row: Row) -> int:
         """Return the greatest number of rows, of the shape of ``row``, that a batch may hold."""
@@ -225,7 +209,7 @@ class MicroBatcher:
             known, shape = self._seconds_per_row, rows[0].row.shape
             known.pop(shape, None)  # the shapes of the last batches stay
             known[shape] = max(self.busy_seconds / len(rows), 1e-6)
-            if len(known) > SHAPES_KEPT:
+            if len(known) > 1024:
                 del known[next(iter(known))]
             for waiting, score in zip(rows, scores, strict=True):
                 _finish(waiting.future, score)

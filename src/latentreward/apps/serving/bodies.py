@@ -12,10 +12,7 @@ from latentreward.apps.serving.errors import RequestError
 JSON = "application/json"
 FORM = "multipart/form-data"
 SAFETENSORS = "application/octet-stream"
-SLOW_S = 2.0
-"""Seconds after which a body may have to make room for others."""
-YIELD_S = 0.05
-"""Seconds in which a request that was given up frees its memory."""
+SLOW_S = 2.0  # seconds after which a body may have to make room for others
 
 
 def check_type(request: Request, *types: str) -> str:
@@ -31,13 +28,11 @@ class MemoryBudget:
 
     Args:
         total: Size of the budget, in bytes.
-
-    Attributes:
-        held: Bytes taken at present.
     """
 
     def __init__(self, total: int) -> None:
-        self.total, self.held = total, 0
+        self.total = total
+        self.held = 0  # bytes taken at present
 
     def take(self, size: int, beside: int = 0) -> None:
         """Take ``size`` bytes for a request that has already taken ``beside`` bytes.
@@ -112,8 +107,11 @@ class BodyReader:
             self.memory.held -= len(body) + len(arrived)
 
     async def _collect(self, request: Request, body: bytearray) -> None:
+        limit = f"this server's limit of {self.max_bytes} bytes"
+        remedy = "send less at once, or raise the server's --max_body_mb"
+        too_long = RequestError(f"the body is longer than {limit}; {remedy}", 413)
         if int(request.headers.get("content-length", "0")) > self.max_bytes:
-            raise self._too_long()
+            raise too_long
         loop = asyncio.get_running_loop()
         began, limit = loop.time(), asyncio.timeout(self.timeout)
         try:
@@ -121,7 +119,7 @@ class BodyReader:
                 self._arriving[limit] = began, body
                 async for chunk in request.stream():
                     if len(body) + len(chunk) > self.max_bytes:
-                        raise self._too_long()
+                        raise too_long
                     await self._take(len(chunk), limit)
                     body += chunk
         except TimeoutError as error:
@@ -140,11 +138,5 @@ class BodyReader:
         except RequestError:
             if not self.make_room(besides=limit):
                 raise
-            await asyncio.sleep(YIELD_S)
+            await asyncio.sleep(0.05)  # in which the request that was given up frees its memory
             self.memory.take(size)
-
-    def _too_long(self) -> RequestError:
-        limit = f"this server's limit of {self.max_bytes} bytes"
-        return RequestError(
-            f"the body is longer than {limit}; send less at once, or raise the server's --max_body_mb", 413
-        )

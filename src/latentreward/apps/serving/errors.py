@@ -5,14 +5,11 @@ import time
 
 from latentreward.errors import InputError, printable
 
-LOGGED_EVERY_S = 60.0
-"""Seconds after which a refusal of the same kind is printed again."""
-ROWS = 64
-"""Greatest number of rows of a request, if the queue is not shorter."""
+LOGGED_EVERY_S = 60.0  # seconds after which a refusal of the same kind is printed again
+ROWS = 64  # greatest number of rows of a request, if the queue is not shorter
 LARGER_QUEUE = "send several requests, or raise the server's --queue"
 """Remedy of requests with more rows than the queue."""
-MOST_KINDS = 100
-"""Kinds of refusals that are told apart; of further ones, only the status counts."""
+MOST_KINDS = 100  # kinds of refusals that are told apart; of further ones, only the status counts
 
 
 class RequestError(InputError):

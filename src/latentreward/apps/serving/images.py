@@ -25,24 +25,19 @@ from latentreward.apps.serving.served import Scores, ServedModel
 from latentreward.contracts import ImageRef
 from latentreward.data.images import TOO_LARGE, ExifOrientation, ImageError, decode_image, decoding_bytes
 
-EXAMPLE = '{"prompt": TEXT or "prompts": [TEXT, ...], "images": [BASE64, ...]}'
-"""JSON of a request, for messages."""
+EXAMPLE = '{"prompt": TEXT or "prompts": [TEXT, ...], "images": [BASE64, ...]}'  # JSON of a request, for messages
 
 
 @dataclass(frozen=True)
 class EncodedImages:
     """Encoded images of a request, with a prompt each.
 
-    Attributes:
-        prompts: One prompt per image.
-        images: Bytes of image files, such as PNG or JPEG.
-
     Raises:
         RequestError: If there is no image, the numbers of prompts and images differ, or a prompt is too long.
     """
 
-    prompts: Sequence[str]
-    images: Sequence[bytes]
+    prompts: Sequence[str]  # one prompt per image
+    images: Sequence[bytes]  # bytes of image files, such as PNG or JPEG
 
     def __post_init__(self) -> None:
         if not self.images:
@@ -93,10 +88,7 @@ class EncodedImages:
         return [ImageRef(str(number), data=data) for number, data in enumerate(self.images)]
 
 
-Parse = Callable[[bytes], Awaitable[EncodedImages]]
-"""Function from a body to its images."""
-ParseByReward = Callable[[bytes], Awaitable[Mapping[ServedModel, EncodedImages]]]
-"""Function from a body to the images that each reward is to score."""
+Parse = Callable[[bytes], Awaitable[EncodedImages]]  # function from a body to its images
 
 
 async def score_images(model: ServedModel, request: Request, formats: Mapping[str, Parse]) -> list[Scores]:
@@ -113,17 +105,14 @@ async def score_images(model: ServedModel, request: Request, formats: Mapping[st
 
 
 async def score_images_by_reward(
-    resources: Resources, request: Request, formats: Mapping[str, ParseByReward]
+    resources: Resources,
+    request: Request,
+    formats: Mapping[str, Callable[[bytes], Awaitable[Mapping[ServedModel, EncodedImages]]]],
 ) -> dict[ServedModel, list[Scores] | ScoringError]:
     """Read the body of a request, and have rewards score its images.
 
-    Args:
-        resources: Resources of the server.
-        request: The request.
-        formats: Content type → function that parses such a body.
-
-    Returns:
-        Reward → scores of its images, or the error of a reward that cannot score them.
+    ``formats`` maps a content type to the function from such a body to the images that each reward is to score. Returns
+    reward → scores of its images, or the error of a reward that cannot score them.
 
     Raises:
         RequestError: If the body is of another type, too long or cannot be parsed, an image is damaged or too large, a

@@ -8,14 +8,7 @@ from pydantic import BaseModel, ValidationError
 
 from latentreward.apps.serving.errors import RequestError
 
-PROMPT_LENGTH = 10_000
-"""Greatest length of a prompt, in characters; text encoders truncate far earlier."""
-ESCAPED_CHARACTER = 12
-"""Greatest number of bytes of a prompt's character in JSON: two times ``\\uXXXX``."""
-MAX_ESCAPES = 2**20
-"""Greatest number of backslashes in JSON, not counting those that some encoders write before slashes of base64."""
-DEPTH = 8
-"""Depth of JSON above which a message says so; no request is as deep."""
+PROMPT_LENGTH = 10_000  # greatest length of a prompt, in characters; text encoders truncate far earlier
 Content = TypeVar("Content", bound=BaseModel)
 
 
@@ -49,7 +42,7 @@ def check_structure(body: bytes, most: int, form: str) -> None:
         RequestError: If the body has too many escapes, texts or values, or a text that is too long for a prompt and is
             not base64.
     """
-    if body.count(b"\\") > MAX_ESCAPES + len(body) // 32:
+    if body.count(b"\\") > 2**20 + len(body) // 32:  # some encoders write one before each slash of base64
         raise RequestError("the body holds more escapes (\\) than prompts of a permitted length need", 413)
     pieces = body.replace(b"\\\\", b"").replace(b'\\"', b"").split(b'"', 2 * most)
     if len(pieces) > 2 * most:
@@ -57,9 +50,10 @@ def check_structure(body: bytes, most: int, form: str) -> None:
     between = [piece.translate(None, b" \t\r\n") for piece in pieces[::2]]
     if sum(map(len, between)) > most:
         steps = ((sign in b"[{") - (sign in b"]}") for sign in b"".join(between)[:most])
-        deep = max(accumulate(steps)) > DEPTH
+        deep = max(accumulate(steps)) > 8  # which no request is
         raise RequestError(f"{'too deeply nested' if deep else 'too many values'} for {form}")
-    long = [text for text in pieces[1::2] if len(text) > ESCAPED_CHARACTER * PROMPT_LENGTH]
+    # A character of a prompt has at most 12 bytes in JSON: two times \uXXXX.
+    long = [text for text in pieces[1::2] if len(text) > 12 * PROMPT_LENGTH]
     if any(b"\\u" in text or not text.isascii() for text in long):
         raise RequestError("a text is too long for a prompt, and no base64", 413)
 

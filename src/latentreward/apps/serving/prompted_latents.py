@@ -24,8 +24,7 @@ from latentreward.apps.serving.tensors import Accepted, Expected, check_levels, 
 from latentreward.errors import InputError
 from latentreward.noise import NoiseProcess
 
-HEADER_BYTES = 2**20
-"""Greatest length of a safetensors header with prompts, in bytes."""
+HEADER_BYTES = 2**20  # greatest length of a safetensors header with prompts, in bytes
 FORM = '{"__metadata__": {"prompt": TEXT for all rows or "prompts": JSON of [TEXT, ...]}}'
 """Prompts in a safetensors header, for messages."""
 
@@ -117,10 +116,7 @@ def parse_states(body: bytes, accepted: Accepted, process: NoiseProcess, most: i
     Raises:
         RequestError: If the bytes are no such body, or do not fit the model.
     """
-    expected = {
-        "latents": Expected((f"N S {accepted.axes}",)),
-        "timesteps": Expected(("S", "N S"), ("F32", "I64")),
-    }
+    expected = {"latents": Expected((f"N S {accepted.axes}",)), "timesteps": Expected(("S", "N S"), ("F32", "I64"))}
     tensors = read_tensors(body, expected, accepted.sizes, HEADER_BYTES)
     latents = tensors["latents"]
     count, steps = latents.shape[:2]

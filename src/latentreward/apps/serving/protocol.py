@@ -76,15 +76,11 @@ def read_prompt(values: Sequence[str]) -> str:
         raise RequestError(f"header {PROMPT_HEADER} stands {len(values)} times; a request has one prompt")
     text = values[0] if values else ""
     if len(text) > PROMPT_HEADER_LENGTH:
-        raise RequestError(
-            f"header {PROMPT_HEADER} has {len(text)} characters; at most {PROMPT_HEADER_LENGTH} are taken"
-        )
+        raise RequestError(f"header {PROMPT_HEADER} has {len(text)} characters; at most {PROMPT_HEADER_LENGTH} fit")
     try:
         return base64.b64decode(text, validate=True).decode()
     except ValueError as error:
-        raise RequestError(
-            f"header {PROMPT_HEADER} is not base64 of UTF-8 text ({error}); encode the prompt in this way"
-        ) from error
+        raise RequestError(f"header {PROMPT_HEADER} is not base64 of UTF-8 text ({error}); encode it so") from error
 
 
 def parse_request(
@@ -125,9 +121,8 @@ def parse_request(
         vectors = Conditioning(embeds, prompt_mask=mask).pooled()
     longest = int(mask.sum(dim=1).max()) if masked else tokens
     if longest > (accepted.max_prompt or longest):
-        raise RequestError(
-            f"prompt_embeds: a prompt of {longest} tokens is over {accepted.max_prompt}, the limit of this network", 422
-        )
+        limit = f"{accepted.max_prompt}, the limit of this network"
+        raise RequestError(f"prompt_embeds: a prompt of {longest} tokens is over {limit}", 422)
     columns = (embeds, vectors, mask if masked else None)
     parts = zip(*([None] * count if column is None else column.split(1) for column in columns), strict=True)
     encoded = [Conditioning(*part).trimmed() for part in parts]
@@ -146,11 +141,8 @@ def _checked_mask(mask: Tensor, tokens_first: bool) -> Tensor:
     used = mask.bool()
     late = (used[:, 1:] & ~used[:, :-1]).any(dim=1) | ~used[:, 0]
     if tokens_first and late.any():
-        raise RequestError(
-            f"prompt_mask: row {int(late.nonzero()[0])} must begin with a 1 and hold no 1 after a 0; put the tokens "
-            "of the prompt first",
-            422,
-        )
+        rule = "must begin with a 1 and hold no 1 after a 0; put the tokens of the prompt first"
+        raise RequestError(f"prompt_mask: row {int(late.nonzero()[0])} {rule}", 422)
     if (empty := ~used.any(dim=1)).any():
         raise RequestError(f"prompt_mask: row {int(empty.nonzero()[0])} holds no 1; a prompt has tokens", 422)
     return used

@@ -8,14 +8,9 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from latentreward.apps.serving.bodies import BodyReader, MemoryBudget
 from latentreward.apps.serving.settings import ServiceSettings
 
-BODIES_AT_ONCE = 16
-"""Number of bodies of the greatest length for which the memory budget has room."""
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
 """Bucket bounds of the histogram of answer times, in seconds."""
-DECODERS = 4
-"""Number of requests whose images are decoded at the same time."""
-ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
-"""Bucket bounds of the histogram of batch sizes, in rows."""
+ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)  # bucket bounds of the histogram of batch sizes, in rows
 
 
 class ServerMetrics:
@@ -36,9 +31,7 @@ class ServerMetrics:
         self.refused = Counter("reward_refused", "Requests that a reward had no room for.", ["reward"], **about)
         self._prompts = Counter("reward_prompts", "Prompts of passes, kept or encoded.", ["reward", "from"], **about)
         self.reward_queue_rows = Gauge("reward_queue_rows", "Rows that wait for a reward.", ["reward"], **about)
-        self.reward_requests_now = Gauge(
-            "reward_requests_now", "Requests of a reward in progress.", ["reward"], **about
-        )
+        self.reward_requests_now = Gauge("reward_requests_now", "Requests of a reward now.", ["reward"], **about)
 
     def count_pass(self, reward: str, rows: int) -> None:
         """Count a pass of a reward and its rows."""
@@ -55,22 +48,19 @@ class ServerMetrics:
 class Resources:
     """Memory, metrics and devices that the rewards of a server share.
 
-    Args:
-        settings: Limits of the server.
-
     Attributes:
         settings: Limits of the server.
         metrics: Metrics of all requests and rewards.
-        memory: Budget for the bodies of requests and what they become.
+        memory: Budget for the bodies of requests and what they become; it has room for 16 of the greatest length.
         bodies: Reader of bodies within the budget.
-        decoders: Turns of requests whose images are decoded.
+        decoders: Turns of requests whose images are decoded, four at the same time.
     """
 
     def __init__(self, settings: ServiceSettings) -> None:
         self.settings, self.metrics = settings, ServerMetrics()
-        self.memory = MemoryBudget(BODIES_AT_ONCE * settings.max_body)
+        self.memory = MemoryBudget(16 * settings.max_body)
         self.bodies = BodyReader(settings.max_body, settings.timeout, self.memory)
-        self.decoders = asyncio.Semaphore(DECODERS)
+        self.decoders = asyncio.Semaphore(4)
         self._turns: dict[torch.device, asyncio.Semaphore] = {}
 
     def turns(self, device: torch.device) -> asyncio.Semaphore:

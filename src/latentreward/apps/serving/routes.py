@@ -23,32 +23,22 @@ ERRORS = {
     504: "no score in time",
 }
 """Status of an error → what it says; all have the same JSON."""
-HEADERS = {"Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; frame-ancestors 'none'"}
-"""Headers of the page: a browser loads and runs nothing."""
 
 
 @dataclass(frozen=True)
 class Route:
-    """A route of the server.
+    """A route of the server."""
 
-    Attributes:
-        method: HTTP method.
-        path: Path.
-        handler: Function that answers a request.
-        summary: One line on what the route does.
-        bodies: Content type → type of a request's body, such as a pydantic model; empty for a route without one.
-        answer: Type of the JSON of an answer with status 200; None for an answer that is no JSON.
-        headers: Header → what it says, for headers that a request may have.
-        of_reward: Whether the route is one of a single reward, so that ``/rewards/NAME`` may stand before its path.
-    """
-
-    method: str
-    path: str
-    handler: Handler
-    summary: str
+    method: str  # HTTP method
+    path: str  # path
+    handler: Handler  # function that answers a request
+    summary: str  # one line on what the route does
+    # Content type → type of a request's body, such as a pydantic model; empty for a route without one
     bodies: Mapping[str, Any] = field(default_factory=dict)
-    answer: Any = None
+    answer: Any = None  # type of the JSON of an answer with status 200; None for an answer that is no JSON
+    # Header → what it says, for headers that a request may have
     headers: Mapping[str, str] = field(default_factory=dict)
+    # Whether the route is one of a single reward, so that ``/rewards/NAME`` may stand before its path
     of_reward: bool = False
 
 
@@ -72,16 +62,14 @@ def add_routes(app: FastAPI, routes: Sequence[Route], names: Sequence[str]) -> N
 
     async def page(request: Request) -> HTMLResponse:
         paths, title = app.openapi()["paths"], f"{app.title} {app.version}"
-        return HTMLResponse(
-            render_page("routes", title=title, errors=ERRORS, paths=paths, example=example), 200, HEADERS
-        )
+        text = render_page("routes", title=title, errors=ERRORS, paths=paths, example=example)
+        nothing = "default-src 'none'; style-src 'unsafe-inline'; frame-ancestors 'none'"  # is loaded or run
+        return HTMLResponse(text, 200, {"Content-Security-Policy": nothing})
 
     general, of_reward = APIRouter(), APIRouter()
     for route in routes:
         statuses = ERRORS if route.method == "POST" else [401]
-        answers: dict[int | str, Any] = {
-            status: {"description": ERRORS[status], "model": Refusal} for status in statuses
-        }
+        answers: dict[int | str, Any] = {n: {"description": ERRORS[n], "model": Refusal} for n in statuses}
         if route.answer is not None:
             answers[200] = {"content": contents({JSON: route.answer})}
         headers = [

@@ -22,11 +22,6 @@ from latentreward.errors import InputError, one_line
 from latentreward.scoring import RewardModel
 from latentreward.scoring.scoring_noise import timesteps_of
 
-OWN_SIZES = 4
-"""Largest latents that are accepted by default, as a multiple of the network's native size."""
-CLIENT_GONE = 499
-"""Status under which the metrics count a request whose client disconnected before the answer."""
-
 
 class ServedModel:
     """A reward model that scores the rows of requests; rows of several requests share a forward pass.
@@ -49,11 +44,7 @@ class ServedModel:
     """
 
     def __init__(
-        self,
-        reward: RewardModel,
-        resources: Resources,
-        settings: ServiceSettings | None = None,
-        name: str = "reward",
+        self, reward: RewardModel, resources: Resources, settings: ServiceSettings | None = None, name: str = "reward"
     ) -> None:
         self.reward, self.resources, self.name = reward, resources, name
         self.settings = settings = settings or resources.settings
@@ -111,7 +102,7 @@ class ServedModel:
             if scoring.done():
                 return _result(scoring)
             if gone.done():
-                raise RequestError("the client left", CLIENT_GONE)
+                raise RequestError("the client left", 499)  # for the metrics alone
             raise RequestError(f"no score within {self.settings.timeout:g} seconds; send fewer rows, or try later", 504)
         except RequestError as error:
             if error.status == 503:
@@ -168,11 +159,7 @@ class ServedModel:
 
 
 class ScoringService:
-    """Rewards of a server by name; the first one scores requests that name none.
-
-    Args:
-        models: At least one reward.
-        resources: What the rewards share.
+    """Rewards of a server by name, with what they share; the first one scores requests that name none.
 
     Raises:
         InputError: If there is no reward, or two have the same name.
@@ -182,9 +169,7 @@ class ScoringService:
         self.resources = resources
         self.models = {model.name: model for model in models}
         if not models or len(self.models) < len(models):
-            raise InputError(
-                f"{len(models)} rewards with {len(self.models)} names; give at least one, each its own name"
-            )
+            raise InputError(f"{len(models)} rewards with {len(self.models)} names; give at least one, each its own")
         self.settings = resources.settings
         resources.metrics.queue_rows.set_function(lambda: sum(model.batcher.waiting for model in models))
 
@@ -199,19 +184,11 @@ class ScoringService:
         return all(model.ready for model in self.models.values())
 
     def model_of(self, request: Request) -> ServedModel:
-        """Return the reward that the address of a request names by ``/rewards/NAME/…``; else the first one.
-
-        Raises:
-            RequestError: With status 404 if there is no such reward.
-        """
+        """Return the reward that ``/rewards/NAME/…`` names, else the first; raise RequestError (404) if none."""
         return self.named(request.path_params.get("reward", self.default.name), 404)
 
     def named(self, name: str, status: int = 400) -> ServedModel:
-        """Return the reward of a name.
-
-        Raises:
-            RequestError: With ``status`` if there is no such reward.
-        """
+        """Return the reward of a name; raise RequestError with ``status`` if there is no such reward."""
         if name not in self.models:
             known = ", ".join(self.models)[:200]
             raise RequestError(f"no reward {name[:40]!r} is served here; this server has {known}", status)
@@ -233,7 +210,7 @@ def accepted_by(reward: RewardModel, settings: ServiceSettings) -> Accepted:
         max_side=backbone.max_side,
         max_prompt=backbone.max_prompt,
         tokens=empty.prompt_embeds.shape[1] if reward.head.needs_uncond and not masked else None,
-        max_pixels=settings.max_latent_pixels or OWN_SIZES * math.prod((*time, *own_shape(reward)[-2:])),
+        max_pixels=settings.max_latent_pixels or 4 * math.prod((*time, *own_shape(reward)[-2:])),
         max_rows=min(ROWS, settings.queue),
         masked=masked,
         frames=time[0] if time else None,

@@ -15,16 +15,10 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from latentreward.apps.serving.app import HEADER_BYTES, create_app, requests_at_once
 from latentreward.apps.serving.served import ScoringService
 
-HEADER_SECONDS = 10.0
-"""Seconds that a client may take to send the headers of a request, or leave a connection idle."""
-STALL_SECONDS = 5.0
-"""Seconds that a client may take to read what uvicorn keeps at most of answers for it, 64 KiB."""
-PIPELINED = 4096
-"""Bytes of further requests that a client may send before it has read an answer."""
+HEADER_SECONDS = 10.0  # seconds that a client may take to send the headers of a request, or leave a connection idle
+STALL_SECONDS = 5.0  # seconds that a client may take to read what uvicorn keeps at most of answers for it, 64 KiB
 CHUNKS, CHUNK_BYTES = 512, 64
 """Number of chunks in one read of a connection from which on they must have so many bytes on average."""
-CONNECTIONS_PER_REQUEST = 2
-"""Limit on open connections, as a multiple of the limit on requests in progress."""
 
 
 class IdleTimeoutProtocol(H11Protocol):
@@ -37,8 +31,7 @@ class IdleTimeoutProtocol(H11Protocol):
     each chunk takes time of the event loop, in which nobody else is served.
     """
 
-    max_connections: int
-    """Greatest number of open connections."""
+    max_connections: int  # greatest number of open connections
     _deadline: asyncio.TimerHandle | None = None
     _stalled: asyncio.TimerHandle | None = None
 
@@ -76,9 +69,9 @@ class IdleTimeoutProtocol(H11Protocol):
         return self.cycle is None or self.cycle.response_complete
 
     def on_response_complete(self) -> None:
-        """Restart the idle timeout, for the next request; close a connection whose answers are not read."""
+        """Restart the idle timeout for the next request; close a connection that sends on but reads no answers."""
         waiting = len(self.conn.trailing_data[0])
-        if waiting > PIPELINED or (waiting and self.transport.get_write_buffer_size()):
+        if waiting > 4096 or (waiting and self.transport.get_write_buffer_size()):
             self._close()
         super().on_response_complete()
         self._restart()
@@ -102,7 +95,7 @@ def configuration(service: ScoringService) -> uvicorn.Config:
     """Return uvicorn's settings for a service."""
 
     class LimitedProtocol(IdleTimeoutProtocol):
-        max_connections = CONNECTIONS_PER_REQUEST * requests_at_once(service)
+        max_connections = 2 * requests_at_once(service)
 
     logging.getLogger("python_multipart").setLevel(logging.CRITICAL)  # a line for each faulty form would fill the log
     return uvicorn.Config(

@@ -107,8 +107,6 @@ class RewardToServe:
 def check_name(name: str) -> str:
     """Return the name of a reward; raise InputError if it cannot stand in an address."""
     if not re.fullmatch(NAME, name):
-        raise InputError(
-            f"the reward's name {name!r} cannot stand in an address; give 1 to 64 letters, digits and . _ -, a letter "
-            "or digit first"
-        )
+        rule = "give 1 to 64 letters, digits and . _ -, a letter or digit first"
+        raise InputError(f"the reward's name {name!r} cannot stand in an address; {rule}")
     return name

@@ -29,59 +29,38 @@ DTYPES = {
 
 Truth values are read as numbers, because torch takes bytes above 1 for them without an error.
 """
-FLOATS = ("F32", "F16", "BF16")
-"""Names of the floating-point dtypes that requests may use."""
+FLOATS = ("F32", "F16", "BF16")  # names of the floating-point dtypes that requests may use
 
 
 @dataclass(frozen=True)
 class Expected:
-    """Requirements on a tensor of a request.
+    """Requirements on a tensor of a request."""
 
-    Attributes:
-        shapes: Allowed shapes: names of the axes, separated by spaces. Axes of one name have one size in all tensors.
-        dtypes: Allowed dtypes, by their names in :data:`DTYPES`.
-        required: Whether a request must have the tensor.
-        taken: Whether the served model takes the tensor; if not, a request must not have it.
-    """
-
+    # Allowed shapes: names of the axes, separated by spaces. Axes of one name have one size in all tensors
     shapes: tuple[str, ...]
-    dtypes: tuple[str, ...] = FLOATS
-    required: bool = True
-    taken: bool = True
+    dtypes: tuple[str, ...] = FLOATS  # allowed dtypes, by their names in :data:`DTYPES`
+    required: bool = True  # whether a request must have the tensor
+    taken: bool = True  # whether the served model takes the tensor; if not, a request must not have it
 
 
 @dataclass(frozen=True)
 class Accepted:
-    """Shapes of latents and embeddings that a server accepts.
+    """Shapes of latents and embeddings that a server accepts."""
 
-    Attributes:
-        channels: Number of latent channels C.
-        text_width: Width D of a token's embedding.
-        pooled_width: Width P of the pooled embedding; None if the model takes none.
-        patch: Number that the sides of latents must be multiples of, in latent pixels.
-        max_side: Longest side of latents, in latent pixels; None if the network has no limit.
-        max_prompt: Largest number of tokens of a prompt; None if the network has no limit.
-        tokens: Number of tokens L if it is fixed, as for heads that compare with the empty prompt; else None.
-        max_pixels: Largest h · w of latents, or T · h · w with a time axis.
-        max_tokens: Largest L.
-        max_rows: Largest B.
-        masked: Whether prompts have unequal numbers of tokens, told by a mask.
-        frames: Number of latent frames T; None if latents have no time axis.
-        pools_tokens: Whether the pooled vector may be left out, and is the mean of the tokens in the mask then.
-    """
-
-    channels: int
-    text_width: int
-    pooled_width: int | None
-    patch: int = 1
-    max_side: int | None = None
-    max_prompt: int | None = None
+    channels: int  # number of latent channels C
+    text_width: int  # width D of a token's embedding
+    pooled_width: int | None  # width P of the pooled embedding; None if the model takes none
+    patch: int = 1  # number that the sides of latents must be multiples of, in latent pixels
+    max_side: int | None = None  # longest side of latents, in latent pixels; None if the network has no limit
+    max_prompt: int | None = None  # largest number of tokens of a prompt; None if the network has no limit
+    # Number of tokens L if it is fixed, as for heads that compare with the empty prompt; else None
     tokens: int | None = None
-    max_pixels: int = 128 * 128
-    max_tokens: int = 1024
-    max_rows: int = ROWS
-    masked: bool = False
-    frames: int | None = None
+    max_pixels: int = 128 * 128  # largest h · w of latents, or T · h · w with a time axis
+    max_tokens: int = 1024  # largest L
+    max_rows: int = ROWS  # largest B
+    masked: bool = False  # whether prompts have unequal numbers of tokens, told by a mask
+    frames: int | None = None  # number of latent frames T; None if latents have no time axis
+    # Whether the pooled vector may be left out, and is the mean of the tokens in the mask then
     pools_tokens: bool = False
 
     @property
@@ -105,9 +84,8 @@ class Accepted:
         if height % self.patch or width % self.patch:
             raise RequestError(f"latents of {height} × {width} must have sides divisible by {self.patch}", 422)
         if max(height, width) > (self.max_side or max(height, width)):
-            raise RequestError(
-                f"latents of {height} × {width} have a side over {self.max_side}, the limit of this network", 422
-            )
+            limit = f"{self.max_side}, the limit of this network"
+            raise RequestError(f"latents of {height} × {width} have a side over {limit}", 422)
         name = "latents: h · w" if self.frames is None else "latents: T · h · w"
         smaller = "send smaller latents, or raise the server's --max_latent_pixels"
         check_limit(name, (self.frames or 1) * height * width, self.max_pixels, smaller)
@@ -116,19 +94,11 @@ class Accepted:
 def read_tensors(
     body: bytes, expected: Mapping[str, Expected], sizes: Mapping[str, int | None], most: int = HEADER_BYTES
 ) -> dict[str, Tensor]:
-    """Read the tensors of a safetensors body, floats as float32.
+    """Read the tensors of a safetensors body by name, floats as float32, in the order of ``expected``.
 
     The library copies all tensors before their names and shapes can be checked. Its memory is bounded by the length of
     the body, which the server limits, and by that of the header: 1 MiB lists 20 000 empty tensors, which take 21 MiB.
-
-    Args:
-        body: The whole body.
-        expected: Requirements by the name of the tensor.
-        sizes: Sizes of axes by their names; None for any size.
-        most: Greatest length of the header, in bytes.
-
-    Returns:
-        Tensors by name, in the order of ``expected``.
+    ``sizes`` are sizes of axes by their names, None for any; ``most`` is the greatest length of the header in bytes.
 
     Raises:
         RequestError: If the body is not in safetensors format, its header is too long, or a tensor is missing, unknown,
@@ -141,9 +111,7 @@ def read_tensors(
     try:
         entries = dict(deserialize(body))
     except SafetensorError as error:
-        raise RequestError(
-            f"the body is no safetensors file ({quoted(one_line(error))}); check how it is made"
-        ) from error
+        raise RequestError(f"the body is no safetensors file ({quoted(one_line(error))}); check it") from error
     missing = [name for name, wanted in expected.items() if wanted.required and name not in entries]
     unknown = [name for name in entries if name not in expected]
     if missing or unknown:
@@ -168,11 +136,8 @@ def _tensor(name: str, entry: dict[str, Any], expected: Expected, sizes: dict[st
         raise RequestError(f"{name}: shape must be {wanted}, whole numbers from 1 on, not {str(shape)[:80]}")
     for axis, size in zip(axes, shape, strict=True):
         if sizes.setdefault(axis, size) != size:
-            raise RequestError(
-                f"{name}: {axis} of ({', '.join(axes)}) is {size}, but {sizes[axis]} in this model or other tensors; "
-                f"give {axis} = {sizes[axis]}",
-                422,
-            )
+            rule = f"{sizes[axis]} in this model or other tensors; give {axis} = {sizes[axis]}"
+            raise RequestError(f"{name}: {axis} of ({', '.join(axes)}) is {size}, but {rule}", 422)
     tensor = torch.frombuffer(entry.pop("data"), dtype=DTYPES[dtype]).view(shape)
     if dtype not in FLOATS:
         return tensor

@@ -12,15 +12,13 @@ import torch
 from latentreward.apps.serving.batch_scorer import standing
 from latentreward.errors import InputError
 from latentreward.scoring import RewardModel
-from latentreward.scoring.scoring_noise import ScoringNoise
 
 if TYPE_CHECKING:
     import gradio
     from matplotlib.figure import Figure
 
 TITLE = "Score images with a latent reward"
-LEVELS = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
-"""Noise levels in [0, 1] at which the plot shows scores."""
+LEVELS = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)  # noise levels in [0, 1] at which the plot shows scores
 COLUMNS = ("image", "score", "z-score", "quantile")
 MOST_IMAGES = 32
 STYLE = """
@@ -32,15 +30,15 @@ button.primary { background: #c2410c !important; color: #ffffff !important; tran
 
 
 def score_sheet(reward: RewardModel, prompt: str, images: Sequence[str | Path]) -> tuple[list[list[Any]], Figure]:
-    """Score images for one prompt, and return a table and a plot.
+    """Score images for one prompt, and return a table and a plot of the scores by noise level.
 
-    Returns:
-        Rows with the columns :data:`COLUMNS`, highest score first, and a plot of the scores by noise level. Without a
-        calibration z-scores and quantiles are None.
+    The rows have the columns :data:`COLUMNS`, best first; z-scores and quantiles are None without a calibration.
 
     Raises:
         InputError: If there is no image, there are too many images, or an image cannot be read.
     """
+    from matplotlib.figure import Figure
+
     if not 0 < len(images) <= MOST_IMAGES:
         raise InputError(f"there are {len(images)} images; give 1 to {MOST_IMAGES}")
     levels = [replace(reward.noise, sigmas=(sigma,), timesteps=()) for sigma in LEVELS]
@@ -52,22 +50,16 @@ def score_sheet(reward: RewardModel, prompt: str, images: Sequence[str | Path]) 
     rounded = [[None if value is None else round(value, 4) for value in column] for column in columns]
     rows = [list(cells) for cells in zip(names, *rounded, strict=True)]
     order = own.argsort(descending=True, stable=True).tolist()
-    return [rows[index] for index in order], _plot(names, scores[:, 1:].tolist(), reward.noise)
-
-
-def _plot(names: Sequence[str], scores: Sequence[Sequence[float]], noise: ScoringNoise) -> Figure:
-    from matplotlib.figure import Figure
-
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.add_subplot()
-    for name, line in zip(names, scores, strict=True):
+    for name, line in zip(names, scores[:, 1:].tolist(), strict=True):
         axes.plot(LEVELS, line, marker="o", markersize=3, label=name[-30:].replace("$", r"\$"))
-    for sigma in noise.sigmas:
+    for sigma in reward.noise.sigmas:
         axes.axvline(sigma, color="grey", linewidth=0.8, linestyle=":")
     axes.set(title="Score by noise level", xlabel="noise level σ", ylabel="score")
     if len(names) <= 8:
         axes.legend(frameon=False, fontsize="small")
-    return figure
+    return [rows[index] for index in order], figure
 
 
 def build_page(reward: RewardModel) -> gradio.Blocks:

@@ -1,6 +1,7 @@
 """Pairs of own pictures: by file name, all against all, or from ratings."""
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from math import lcm
@@ -20,29 +21,19 @@ from latentreward.errors import InputError
 from latentreward.storage.digests import digest
 
 RATINGS = "ratings.jsonl"
-LEAST = 20
-"""Fewest pairs that are split and trained on; even these tell little."""
-FEWEST = 2
-"""Fewest pictures that can be rated."""
-MATCHING = 0.5
-"""Share of the smaller side's names that must be on the other side too, for pairs by name."""
+LEAST = 20  # fewest pairs that are split and trained on; even these tell little
+FEWEST = 2  # fewest pictures that can be rated
 Pairing = Literal["auto", "names", "all"]
 
 
 @dataclass(frozen=True)
 class RatedPair:
-    """Two pictures and which of them is preferred.
+    """Two pictures and which of them is preferred."""
 
-    Attributes:
-        prompt: Caption of the pair; may be empty.
-        a: First picture.
-        b: Second picture.
-        label: 1 if ``a`` is preferred, 0 if ``b`` is, ½ for a tie or without an answer, or a probability between.
-    """
-
-    prompt: str
-    a: Picture
-    b: Picture
+    prompt: str  # caption of the pair; may be empty
+    a: Picture  # first picture
+    b: Picture  # second picture
+    # 1 if ``a`` is preferred, 0 if ``b`` is, ½ for a tie or without an answer, or a probability between
     label: float = 0.5
 
     @property
@@ -50,33 +41,14 @@ class RatedPair:
         """Paths of both pictures."""
         return self.a.path, self.b.path
 
-    @property
-    def is_tie(self) -> bool:
-        """Whether neither picture is preferred."""
-        return self.label == 0.5
-
-    def line(self, pair_id: str, split: str) -> dict[str, object]:
-        """Return the pair as a line for :class:`~latentreward.data.JSONLPairReader`."""
-        shared = {"pair_id": pair_id, "split": split, "prompt": self.prompt}
-        contents = {"contents": [self.a.content, self.b.content]}
-        if self.label == 1:
-            return {**shared, "chosen": self.a.path, "rejected": self.b.path, **contents}
-        return {**shared, "image_a": self.a.path, "image_b": self.b.path, "label": self.label, **contents}
-
 
 @dataclass(frozen=True)
 class Pool:
-    """Pictures that were chosen and rejected, without pairs: each of ``chosen`` wins against each of ``rejected``.
+    """Pictures that were chosen and rejected, without pairs: each of ``chosen`` wins against each of ``rejected``."""
 
-    Attributes:
-        prompt: Caption that all of them have; empty without one.
-        chosen: Pictures that were chosen.
-        rejected: Pictures that were rejected.
-    """
-
-    prompt: str
-    chosen: Sequence[Picture]
-    rejected: Sequence[Picture]
+    prompt: str  # caption that all of them have; empty without one
+    chosen: Sequence[Picture]  # pictures that were chosen
+    rejected: Sequence[Picture]  # pictures that were rejected
 
     def draw(self, number: int, rng: np.random.Generator) -> list[RatedPair]:
         """Draw pairs, each at most once, in which pictures of one side occur equally often, give or take one."""
@@ -86,28 +58,20 @@ class Pool:
             return []
         # Within `turn` pairs no pair of indices recurs; each further turn is shifted by one.
         turn = lcm(len(chosen), len(rejected))
-        places = range(min(number, len(chosen) * len(rejected)))
         return [
             RatedPair(self.prompt, chosen[n % len(chosen)], rejected[(n + n // turn) % len(rejected)], 1.0)
-            for n in places
+            for n in range(min(number, len(chosen) * len(rejected)))
         ]
 
 
 @dataclass(frozen=True)
 class Collection:
-    """What a folder holds.
+    """What a folder holds."""
 
-    Attributes:
-        how: One line on how pairs are formed.
-        pairs: Pairs by name or from ratings.
-        pools: Pictures without pairs, instead of ``pairs``.
-        remarks: Lines on what was left out.
-    """
-
-    how: str
-    pairs: Sequence[RatedPair] = ()
-    pools: Sequence[Pool] = ()
-    remarks: list[str] = field(default_factory=list)
+    how: str  # one line on how pairs are formed
+    pairs: Sequence[RatedPair] = ()  # pairs by name or from ratings
+    pools: Sequence[Pool] = ()  # pictures without pairs, instead of ``pairs``
+    remarks: list[str] = field(default_factory=list)  # lines on what was left out
 
     @property
     def possible(self) -> int:
@@ -170,7 +134,7 @@ def from_sides(folder: Path, pairing: Pairing) -> Collection:
     if same := same_contents([*chosen.values(), *rejected.values()]):
         remarks.append(f"files with the same bytes count as one picture: {listed(same)}")
     both = chosen.keys() & rejected.keys()
-    if pairing == "names" or (pairing == "auto" and len(both) >= MATCHING * min(len(chosen), len(rejected))):
+    if pairing == "names" or (pairing == "auto" and len(both) >= min(len(chosen), len(rejected)) / 2):
         return _by_name(chosen, rejected, remarks)
     return _all_against_all(chosen, rejected, remarks)
 
@@ -223,21 +187,15 @@ def without_self(pairs: Sequence[RatedPair]) -> tuple[list[RatedPair], list[str]
 
 
 class RatingReader(RowReader):
-    """Reader of ``ratings.jsonl`` that leaves lines out by number and reason; pictures are found out later.
+    """Reader of a folder's ``ratings.jsonl`` that leaves lines out by number and reason; raises InputError without any.
 
-    Args:
-        folder: Folder of the file and of the pictures.
-
-    Attributes:
-        left_out: Number and reason of each line that was left out.
-
-    Raises:
-        InputError: If no line is left.
+    Pictures are found out later.
     """
 
     def __init__(self, folder: Path) -> None:
         super().__init__(RATINGS, "train", randomise_sides=False, on_error="skip")
-        self.folder, self.left_out = folder, list[str]()
+        self.folder = folder
+        self.left_out: list[str] = []  # number and reason of each line that was left out
         lines = ((f"{RATINGS}:{number}", number, parse_line(line)) for number, line in read_lines(folder / RATINGS))
         self.table = PairRowParser(self).table(lines)
         empty = f"file: {folder / RATINGS} has no lines left; give one JSON object per line"
@@ -281,23 +239,26 @@ def from_ratings(folder: Path) -> Collection:
         remarks.append(f"pictures that cannot be read: {listed(list(unreadable.values()))}")
     if lost:
         remarks.append(f"left out, pairs without a label or a readable picture: {lost}")
-    kept, told = without_self([winner_first(pair) for pair in pairs])
+    kept, told = without_self(
+        [replace(pair, a=pair.b, b=pair.a, label=1.0) if pair.label == 0 else pair for pair in pairs]
+    )
     return Collection(f"pairs of {RATINGS}", kept, remarks=[*remarks, *told])
 
 
-def winner_first(pair: RatedPair) -> RatedPair:
-    """Exchange the pictures of a pair whose second one won."""
-    return replace(pair, a=pair.b, b=pair.a, label=1.0) if pair.label == 0 else pair
-
-
 def lines(parts: dict[str, list[RatedPair]]) -> str:
-    """Return the pairs of all parts as JSON lines, each with a ``pair_id`` of its own."""
-    seen: dict[str, int] = {}
+    """Return the pairs of all parts as lines for :class:`~latentreward.data.JSONLPairReader`."""
+    seen: Counter[str] = Counter()
     texts = []
     for split, pairs in parts.items():
         for pair in pairs:
             name = f"{pair.a.content[:12]}-{pair.b.content[:12]}"
-            seen[name] = seen.get(name, 0) + 1
-            pair_id = name if seen[name] == 1 else f"{name}-{seen[name]}"
-            texts.append(json.dumps(pair.line(pair_id, split), ensure_ascii=False) + "\n")
+            seen[name] += 1
+            line: dict[str, object] = {"pair_id": name if seen[name] == 1 else f"{name}-{seen[name]}", "split": split}
+            line |= {"prompt": pair.prompt}
+            if pair.label == 1:
+                line |= {"chosen": pair.a.path, "rejected": pair.b.path}
+            else:
+                line |= {"image_a": pair.a.path, "image_b": pair.b.path, "label": pair.label}
+            line |= {"contents": [pair.a.content, pair.b.content]}
+            texts.append(json.dumps(line, ensure_ascii=False) + "\n")
     return "".join(texts)

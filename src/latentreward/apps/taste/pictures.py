@@ -12,23 +12,16 @@ from latentreward.errors import InputError
 from latentreward.storage.digests import digest
 from latentreward.storage.texts import UnreadableTextError
 
-MOST_NAMED = 3
-"""Files that a remark names; the rest are counted."""
+MOST_NAMED = 3  # files that a remark names; the rest are counted
 
 
 @dataclass(frozen=True)
 class Picture:
-    """Picture that can be read.
+    """Picture that can be read."""
 
-    Attributes:
-        path: Path relative to the folder, with ``/``.
-        content: Digest of the file's bytes; two files with the same bytes are the same picture.
-        caption: Text of the ``.txt`` file of the same name; empty without one.
-    """
-
-    path: str
-    content: str
-    caption: str
+    path: str  # path relative to the folder, with ``/``
+    content: str  # digest of the file's bytes; two files with the same bytes are the same picture
+    caption: str  # text of the ``.txt`` file of the same name; empty without one
 
 
 def check_folder(folder: Path) -> None:
@@ -40,9 +33,8 @@ def check_folder(folder: Path) -> None:
 def read_pictures(folder: Path, below: str = "") -> tuple[dict[str, Picture], list[str]]:
     """Find and decode all pictures of the subfolder ``below`` and its own, in the order of their names.
 
-    Paths are relative to ``folder``. Pictures outside it, behind links, are not opened.
-
-    Hidden files and folders are left out. Orientations by EXIF are applied later, as in training.
+    Paths are relative to ``folder``. Pictures outside it, behind links, are not opened. Hidden files and folders are
+    left out. Orientations by EXIF are applied later, as in training.
 
     Returns:
         Name, which is the path below ``below`` without its ending → picture; and one line about each kind of file that

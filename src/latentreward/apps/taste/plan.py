@@ -20,34 +20,23 @@ from latentreward.storage.digests import digest
 from latentreward.storage.durable import write_file
 
 CACHE, REWARD, SCORES, ALIGN, PICTURES = "cache", "train", "scores", "align", "pictures"
-FROZEN_BELOW = 300
-"""Training pairs below which only the head trains; above, adapters train too."""
+FROZEN_BELOW = 300  # training pairs below which only the head trains; above, adapters train too
 BEST = "checkpoints/best.ckpt"
-WATCHED = "val/loss_sigma0.3"
-"""Loss at the middle one of the three levels of configs/taste/reward.yaml, by which the best weights are chosen too."""
 PREFERENCES, PROMPTS, JUDGED = "pairs.jsonl", "prompts.jsonl", "judged.jsonl"
 """Files of a collection: its pairs, the prompts of the alignment, and those of the pictures before and after."""
 
 
 @dataclass(frozen=True)
 class Base:
-    """Generator whose network the reward reads, and which is aligned.
+    """Generator whose network the reward reads, and which is aligned."""
 
-    Attributes:
-        backbone: Name of the backbone.
-        size: Native side of an image in pixels.
-        guidance: Guidance scale of alignment and pictures; None for networks without guidance.
-        tiny: Whether it is a shipped pipeline, whose few weights need larger learning rates.
-        rates: Learning rate of the reward by tuning.
-        alignment: Rate and length of the alignment, and its batches where they are not those of
-            configs/taste/align.yaml.
-    """
-
-    backbone: str
-    size: int
-    guidance: float | None
-    tiny: bool = False
+    backbone: str  # name of the backbone
+    size: int  # native side of an image in pixels
+    guidance: float | None  # guidance scale of alignment and pictures; None for networks without guidance
+    tiny: bool = False  # whether it is a shipped pipeline, whose few weights need larger learning rates
+    # Learning rate of the reward by tuning
     rates: Mapping[Tuning, float] = field(default_factory=lambda: {"frozen": 3e-4, "lora": 1e-4, "full": 1e-5})
+    # Rate and length of the alignment, and its batches where they are not those of configs/taste/align.yaml
     alignment: Sequence[str] = ("--model.optimizer.lr=6e-5", "--trainer.max_steps=100")
 
 
@@ -90,37 +79,21 @@ def find_base(source: str, family: str | None = None) -> Base:
 
 @dataclass(frozen=True)
 class Plan:
-    """Settings of the steps.
+    """Settings of the steps."""
 
-    Attributes:
-        base: Source of the pipeline.
-        folder: Folder of the pictures.
-        pairs: Folder of :data:`PREFERENCES`.
-        prompts: Folder of :data:`PROMPTS` and :data:`JUDGED`; None without an alignment.
-        tuning: Weights of the network that train.
-        size: Side of an image in pixels.
-        gpu: Whether the steps run on a GPU.
-        patience: Passes without a lower loss after which the reward's training ends.
-        guidance: Guidance scale of alignment and pictures; None takes the base's.
-        train: Arguments of the reward's training, after those of this module.
-        align: Arguments of the alignment, after those of this module.
-        pictures: Most prompts with pictures before and after.
-        family: Import path of the base's family, if it is one of one's own.
-    """
-
-    base: str
-    folder: Path
-    pairs: Path
-    prompts: Path | None
-    tuning: Tuning
-    size: int | None
-    gpu: bool
-    patience: int
-    guidance: float | None
-    train: Sequence[str]
-    align: Sequence[str]
-    pictures: int
-    family: str | None = None
+    base: str  # source of the pipeline
+    folder: Path  # folder of the pictures
+    pairs: Path  # folder of :data:`PREFERENCES`
+    prompts: Path | None  # folder of :data:`PROMPTS` and :data:`JUDGED`; None without an alignment
+    tuning: Tuning  # weights of the network that train
+    size: int | None  # side of an image in pixels
+    gpu: bool  # whether the steps run on a GPU
+    patience: int  # passes without a lower loss after which the reward's training ends
+    guidance: float | None  # guidance scale of alignment and pictures; None takes the base's
+    train: Sequence[str]  # arguments of the reward's training, after those of this module
+    align: Sequence[str]  # arguments of the alignment, after those of this module
+    pictures: int  # most prompts with pictures before and after
+    family: str | None = None  # import path of the base's family, if it is one of one's own
 
     def tasks(self, seed: int) -> dict[str, Task]:
         """Return the tasks of all steps by name, in their order; without prompts, those of the reward."""
@@ -165,7 +138,8 @@ class Plan:
             *("--data.val.cache={cache}", f"--data.val.split={STOP}"),
             f"--model.optimizer.lr={found.rates[self.tuning]}",
             "--trainer.callbacks+=lightning.pytorch.callbacks.EarlyStopping",
-            *(f"--trainer.callbacks.monitor={WATCHED}", f"--trainer.callbacks.patience={self.patience}"),
+            # The middle one of the three levels of configs/taste/reward.yaml, by which the best weights are chosen too.
+            *("--trainer.callbacks.monitor=val/loss_sigma0.3", f"--trainer.callbacks.patience={self.patience}"),
             *("--trainer.default_root_dir={out}", "--seed_everything={seed}", "--ckpt_path=last"),
             *self._device(),
             *self.train,
@@ -213,10 +187,7 @@ class Plan:
         ]
 
 
-JUDGED_SHARE = 4
-"""One of so many prompts is kept for the pictures, where there are enough."""
-ENOUGH = 16
-"""Prompts from which some are kept for the pictures; of fewer, the same serve for both."""
+ENOUGH = 16  # prompts from which a quarter is kept for the pictures; of fewer, the same serve for both
 
 
 def write_pairs(work: Path, found: Split) -> Path:
@@ -233,11 +204,7 @@ def write_once(beginning: Path, texts: Mapping[str, str]) -> Path:
 
 
 def prompts_of(found: Split, file: Path | None) -> tuple[str, ...]:
-    """Return the prompts of the alignment: those of a file, or the captions of all pairs.
-
-    Raises:
-        InputError: If there is no file and no caption, or the file cannot be read.
-    """
+    """Return the prompts of the alignment: a file's, or all captions; raise InputError if there are none."""
     if file is not None:
         if not file.exists():  # the reader would first name the endings that it takes
             raise InputError(f"prompts: {file} does not exist; give a text file with one prompt per line")
@@ -249,13 +216,9 @@ def prompts_of(found: Split, file: Path | None) -> tuple[str, ...]:
 
 
 def write_prompts(work: Path, prompts: Sequence[str], seed: int) -> tuple[Path, str]:
-    """Write the prompts to align with, and those to draw pictures for.
-
-    Returns:
-        Folder of the two files, and a line on the choice.
-    """
+    """Write the prompts to align with, and those to draw pictures for; return their folder and a line on the choice."""
     order = np.random.default_rng(seed).permutation(len(prompts))
-    kept = len(prompts) // JUDGED_SHARE if len(prompts) >= ENOUGH else 0
+    kept = len(prompts) // 4 if len(prompts) >= ENOUGH else 0
     judged, others = ([prompts[place] for place in some] for some in (order[:kept], order[kept:]))
     texts = {
         name: "".join(json.dumps({"prompt": prompt}, ensure_ascii=False) + "\n" for prompt in some)

@@ -21,13 +21,8 @@ from latentreward.errors import InputError, one_line
 from latentreward.reports import render_page
 
 HOST = "127.0.0.1"
-SIDE, QUALITY = 1024, 90
-"""Longest side in pixels, and JPEG quality, of a picture on the page."""
-MOST_BYTES = 16 * 1024
-"""Longest body of a request."""
-SECONDS = 10
-"""Seconds that a connection may be silent."""
-ANSWERS = ("a", "b", "tie")
+SIDE, QUALITY = 1024, 90  # longest side in pixels, and JPEG quality, of a picture on the page
+MOST_BYTES = 16 * 1024  # longest body of a request
 JSON = "application/json"
 HEADERS = {
     "Cache-Control": "no-store",
@@ -41,12 +36,7 @@ HEADERS = {
 
 
 class RatingServer(ThreadingHTTPServer):
-    """Server of the page.
-
-    Args:
-        ratings: Ratings to continue.
-        bound: Socket bound to an address of this machine, see :func:`~latentreward.apps.serving.addresses.bind`.
-    """
+    """Server of the page at a socket that :func:`~latentreward.apps.serving.addresses.bind` bound."""
 
     daemon_threads = True
 
@@ -95,7 +85,7 @@ class RatingHandler(BaseHTTPRequestHandler):
     """
 
     server: RatingServer
-    timeout = SECONDS
+    timeout = 10  # seconds that a connection may be silent
     server_version, sys_version = "latentreward", ""
 
     def do_GET(self) -> None:
@@ -126,7 +116,7 @@ class RatingHandler(BaseHTTPRequestHandler):
             with self.server.lock:
                 if path == "/undo":
                     kept = self.server.ratings.undo()
-                elif path == "/rate" and body.get("answer") in ANSWERS:
+                elif path == "/rate" and body.get("answer") in ("a", "b", "tie"):
                     kept = self.server.ratings.rate((str(body.get("a")), str(body.get("b"))), body["answer"])
                 else:
                     self._answer(b"expected a rating", "text/plain", HTTPStatus.BAD_REQUEST)

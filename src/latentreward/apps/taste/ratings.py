@@ -21,11 +21,9 @@ from latentreward.errors import InputError
 from latentreward.storage.digests import digest
 from latentreward.storage.durable import write_errors_named, write_file
 
-BLOCK = 8
-"""Pictures that are compared with each other only, so that the split finds parts without common pictures."""
+BLOCK = 8  # pictures that are compared with each other only, so that the split finds parts without common pictures
 Answer = Literal["a", "b", "tie"]
-RATED = "rated"
-"""Key of a line's time, by which the lines of the page are told from others."""
+RATED = "rated"  # key of a line's time, by which the lines of the page are told from others
 KEPT = "the ratings so far are kept: free some space and run it again"
 
 

@@ -45,17 +45,11 @@ class ScoredPair:
 
 @dataclass(frozen=True)
 class Measured:
-    """Accuracy of a reward on held-out pairs.
+    """Accuracy of a reward on held-out pairs."""
 
-    Attributes:
-        pairs: Pairs, those with the largest margin first.
-        accuracy: Share of pairs with the right order, with its 95 % interval; equal scores count ½.
-        unscored: Number of held-out pairs without a score.
-    """
-
-    pairs: list[ScoredPair]
-    accuracy: Interval
-    unscored: int = 0
+    pairs: list[ScoredPair]  # pairs, those with the largest margin first
+    accuracy: Interval  # share of pairs with the right order, with its 95 % interval; equal scores count ½
+    unscored: int = 0  # number of held-out pairs without a score
 
     @property
     def learned(self) -> bool:
@@ -86,11 +80,7 @@ class Measured:
 
 
 def measure(scores: Path, data: Path) -> Measured:
-    """Compute the accuracy from the scores of ``predict``.
-
-    Raises:
-        InputError: If no held-out pair besides ties has a score.
-    """
+    """Compute the accuracy from the scores of ``predict``; raise InputError if no pair besides ties has a score."""
     table = parquet.read_table(scores / SCORES).to_pydict()
     rows = [json.loads(line) for line in (data / PREFERENCES).read_text(encoding="utf-8").splitlines()]
     contents = {row["pair_id"]: row for row in rows}
@@ -112,18 +102,14 @@ def measure(scores: Path, data: Path) -> Measured:
         links.append((row["contents"][0], row["contents"][1]))
         sizes.append(pairs[-1].margin)
     if not pairs:
-        raise InputError(
-            "folder: no held-out pair besides ties has a score; see that their pictures are there, and run the same "
-            "command again"
-        )
+        raise InputError("folder: no held-out pair besides ties has a score; look for their pictures, and run it again")
     credit = (np.sign(sizes) + 1) / 2
     unscored = sum(row["split"] == HELD_OUT and row["pair_id"] not in levels for row in rows)
     return Measured(sorted(pairs, key=lambda pair: -pair.margin), picture_accuracy(credit, links), unscored)
 
 
 HTML, JSON = "taste.html", "taste.json"
-SHOWN = 24
-"""Most held-out pairs on the page, at evenly spaced ranks of their margins."""
+SHOWN = 24  # most held-out pairs on the page, at evenly spaced ranks of their margins
 BEFORE_AFTER = {"before": "against", "after": "policy"}
 """Title → folder of the pictures, as ``evaluate-policy`` names it."""
 

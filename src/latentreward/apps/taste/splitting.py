@@ -15,28 +15,17 @@ from latentreward.metrics.shared_pictures import shared_groups
 TRAIN, STOP, HELD_OUT = PARTS = ("train", "stop", "held_out")
 """Parts: to train on, to stop early by, and to measure the accuracy with."""
 SHARES = (0.6, 0.15, 0.25)
-ENOUGH_PROMPTS = 20
-"""Number of different prompts from which the parts have no prompt in common either."""
-NEARLY = 0.5
-"""Share of its wanted pairs that each part must get, or another way to split is tried."""
-LEAST_PAIRS = 3
-"""Fewest pairs of a part, besides ties: they have no right order to measure."""
-TRIALS = 200
-"""Random assignments of pictures to parts from which the one that keeps most pairs is taken."""
+ENOUGH_PROMPTS = 20  # number of different prompts from which the parts have no prompt in common either
+LEAST_PAIRS = 3  # fewest pairs of a part, besides ties: they have no right order to measure
 Item = TypeVar("Item", Picture, Pool)
 
 
 @dataclass(frozen=True)
 class Split:
-    """Pairs by part.
+    """Pairs by part."""
 
-    Attributes:
-        parts: Part → pairs, in the order of :data:`PARTS`.
-        how: One line on the split.
-    """
-
-    parts: dict[str, list[RatedPair]]
-    how: str
+    parts: dict[str, list[RatedPair]]  # part → pairs, in the order of :data:`PARTS`
+    how: str  # one line on the split
 
 
 def split(found: Collection, most: int, seed: int) -> Split:
@@ -56,7 +45,7 @@ def split(found: Collection, most: int, seed: int) -> Split:
     rng = np.random.default_rng(seed)
     made = _pooled(found.pools, most, rng) if found.pools else _paired(list(found.pairs), most, rng)
     for name, pairs in made.parts.items():
-        ties = sum(pair.is_tie for pair in pairs)
+        ties = sum(pair.label == 0.5 for pair in pairs)
         if len(pairs) - ties < LEAST_PAIRS:
             drawn = "a higher --pairs, or " if found.possible > most else ""
             more = "more pairs with clear differences" if ties else "more pictures, each in fewer pairs"
@@ -87,7 +76,7 @@ def _paired(pairs: list[RatedPair], most: int, rng: np.random.Generator) -> Spli
 
 
 def _by_group(pairs: Sequence[RatedPair], groups: np.ndarray, rng: np.random.Generator) -> dict[str, list[RatedPair]]:
-    """Put whole groups into the part that lacks most pairs, large groups first; empty if a part gets too few."""
+    """Put whole groups into the part that lacks most pairs, large first; empty if a part gets under half its share."""
     sizes = np.bincount(groups)
     wanted = np.array(SHARES) * len(pairs)
     left, part_of = wanted.copy(), np.zeros(len(sizes), int)
@@ -96,7 +85,7 @@ def _by_group(pairs: Sequence[RatedPair], groups: np.ndarray, rng: np.random.Gen
         part_of[group] = part = int(np.argmax(left))
         left[part] -= sizes[group]
     got = wanted - left
-    if (got < NEARLY * wanted).any():
+    if (got < wanted / 2).any():
         return {}
     return {
         name: [pair for pair, group in zip(pairs, groups, strict=True) if part_of[group] == part]
@@ -105,7 +94,7 @@ def _by_group(pairs: Sequence[RatedPair], groups: np.ndarray, rng: np.random.Gen
 
 
 def _by_picture(pairs: Sequence[RatedPair], rng: np.random.Generator) -> dict[str, list[RatedPair]]:
-    """Put each picture into a part; of several random ways, take that whose parts are nearest to the shares."""
+    """Put each picture into a part; of 200 random ways, take that whose parts are nearest to the shares."""
     names = sorted({picture.content for pair in pairs for picture in (pair.a, pair.b)})
     index = {name: place for place, name in enumerate(names)}
     ends = np.array([(index[pair.a.content], index[pair.b.content]) for pair in pairs])
@@ -113,7 +102,7 @@ def _by_picture(pairs: Sequence[RatedPair], rng: np.random.Generator) -> dict[st
     # A share of pictures keeps about the share's square of the pairs, so that small parts need more pictures.
     shares = np.sqrt(SHARES) / np.sqrt(SHARES).sum()
     cuts = np.round(np.cumsum(shares)[:-1] * len(names)).astype(int)
-    for _ in range(TRIALS):
+    for _ in range(200):
         part = np.searchsorted(cuts, np.argsort(rng.permutation(len(names))), side="right")
         inside = np.where(part[ends[:, 0]] == part[ends[:, 1]], part[ends[:, 0]], -1)
         worth = float(min(np.sum(inside == number) / share for number, share in enumerate(SHARES)))
@@ -146,18 +135,15 @@ def _drawn(divided: Sequence[tuple[str, Pool]], most: int, rng: np.random.Genera
     for name, wanted in zip(PARTS, np.diff(ends, prepend=0), strict=True):
         own = [pool for part, pool in divided if part == name]
         sizes = np.array([len(pool.chosen) * len(pool.rejected) for pool in own], int)
-        for pool, number in zip(own, _in_proportion(min(wanted, sizes.sum()), sizes, rng), strict=True):
+        total = min(wanted, sizes.sum())
+        # In proportion to sizes: rounded down, then one more where most was cut off, among equals at random.
+        numbers, cut_off = np.divmod(total * sizes, max(sizes.sum(), 1))
+        order = rng.permutation(len(sizes))
+        first = order[np.argsort(-cut_off[order], kind="stable")]
+        numbers[first[: total - numbers.sum()]] += 1
+        for pool, number in zip(own, numbers.tolist(), strict=True):
             parts[name] += pool.draw(number, rng)
     return parts
-
-
-def _in_proportion(total: int, sizes: np.ndarray, rng: np.random.Generator) -> list[int]:
-    """Divide a total by sizes: round down, then add one where most was cut off, among equals at random."""
-    numbers, cut_off = np.divmod(total * sizes, max(sizes.sum(), 1))
-    order = rng.permutation(len(sizes))
-    first = order[np.argsort(-cut_off[order], kind="stable")]
-    numbers[first[: total - numbers.sum()]] += 1
-    return [int(number) for number in numbers]
 
 
 def _cut(pool: Pool, rng: np.random.Generator) -> list[tuple[str, Pool]]:

@@ -1,5 +1,6 @@
 """Scorers that run a program which reads a table of images and writes a table of scores, such as ImageReward."""
 
+import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,10 +11,9 @@ from latentreward.errors import InputError
 from latentreward.programs import check_program
 from latentreward.scorers.tools.base import JudgedPicture, ToolScorer
 from latentreward.scorers.tools.running import DAY, interpreter, package_versions, run_tool
-from latentreward.scorers.tools.score_file import look_up, write_pictures_table
+from latentreward.scorers.tools.score_file import look_up
 
-DRIVERS = Path(__file__).parent / "drivers"
-"""Folder of the scripts that run in environments of other packages."""
+DRIVERS = Path(__file__).parent / "drivers"  # folder of the scripts that run in environments of other packages
 
 
 class CommandScorer(ToolScorer):
@@ -47,18 +47,15 @@ class CommandScorer(ToolScorer):
         return f"{type(self).__name__} {' '.join(self.command)}"
 
     def prepare(self) -> None:
-        """Check that the program exists.
-
-        Raises:
-            InputError: If it does not.
-        """
+        """Check that the program exists; raise InputError if it does not."""
         if shutil.which(self.command[0]) is None:
             raise InputError(f"command of {self.name}: {self.command[0]} is no program; give its whole path")
 
     def score_pictures(self, pictures: Sequence[JudgedPicture], policy: str, work: Path) -> np.ndarray:
         """See :meth:`ToolScorer.score_pictures`."""
         table, scores = work / "pictures.jsonl", work / "scores.jsonl"
-        write_pictures_table(table, pictures)
+        rows = ({"file": item.file, "path": str(item.path.resolve()), "prompt": item.prompt} for item in pictures)
+        table.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
         scores.unlink(missing_ok=True)
         read, written = str(table.resolve()), str(scores.resolve())
         command = [part.replace("{pictures}", read).replace("{scores}", written) for part in self.command]

@@ -13,8 +13,6 @@ from latentreward.errors import InputError, first_line
 from latentreward.scorers.tools.base import JudgedPicture, ToolScorer
 from latentreward.scorers.tools.running import DAY, commit_of, interpreter, package_versions, place_png, run_tool
 
-PACKAGES = ("mmdet", "open-clip-torch")
-"""Packages that GenEval's environment must have, and whose versions are recorded."""
 NAME = re.compile(r"(\d+)/samples/(\d+)\.png$")
 """Pattern of a file name in GenEval's results: index of the prompt, and number of the image."""
 
@@ -65,7 +63,7 @@ class GenEvalScorer(ToolScorer):
     def prepare(self) -> None:
         """Check that the packages are installed in the environment, and record versions and commit."""
         if self.repository is not None and self.results is None:
-            packages = package_versions(self.name, self.python, PACKAGES)
+            packages = package_versions(self.name, self.python, ("mmdet", "open-clip-torch"))
             self.versions = f"commit {commit_of(self.repository)} {packages}"
 
     def check(self, pictures: Sequence[JudgedPicture]) -> None:
@@ -76,10 +74,8 @@ class GenEvalScorer(ToolScorer):
         """
         for picture in pictures:
             if not {"tag", "include", "prompt"} <= picture.fields.keys():
-                raise InputError(
-                    f"{self.name}: prompt {picture.prompt[:60]!r} has no tag and objects to look for; set prompts to "
-                    "GenEval's evaluation_metadata.jsonl"
-                )
+                remedy = "set prompts to GenEval's evaluation_metadata.jsonl"
+                raise InputError(f"{self.name}: prompt {picture.prompt[:60]!r} has no tag and objects; {remedy}")
 
     def score_pictures(self, pictures: Sequence[JudgedPicture], policy: str, work: Path) -> np.ndarray:
         """See :meth:`ToolScorer.score_pictures`."""
@@ -105,10 +101,7 @@ def lay_out(pictures: Sequence[JudgedPicture], folder: Path) -> None:
 
 
 def read_results(name: str, path: Path, pictures: Sequence[JudgedPicture]) -> np.ndarray:
-    """Read the verdicts on N images from a ``results.jsonl`` that GenEval wrote.
-
-    Returns:
-        ``(N,)`` float64, 1 for correct and 0 for wrong.
+    """Read the verdicts on N images from a ``results.jsonl`` of GenEval: ``(N,)`` float64, 1 for correct, 0 for wrong.
 
     Raises:
         InputError: If the file cannot be read, has no verdict on an image, or has another prompt for an image.

@@ -16,10 +16,7 @@ FOREIGN = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")
 """Environment variables that are not passed on, since they would make a program use latentreward's environment."""
 VERSIONS = "import sys; from importlib.metadata import version; print(*map(version, sys.argv[1:]), sep='\\n')"
 """Python program that prints the versions of the packages given as arguments."""
-DAY = 86_400.0
-"""Default time limit of a run, in seconds."""
-TAIL = 2000
-"""Bytes at the end of a log that are searched for the last line."""
+DAY = 86_400.0  # default time limit of a run, in seconds
 
 
 def run_tool(name: str, command: Sequence[str], folder: Path, log: Path, timeout_s: float) -> None:
@@ -50,46 +47,31 @@ def run_tool(name: str, command: Sequence[str], folder: Path, log: Path, timeout
         except subprocess.TimeoutExpired as error:
             raise InputError(f"{name}: no result after timeout_s={timeout_s:g}; {_said(log)}") from error
         finally:
-            _stop(process)
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
     if status:
         raise InputError(f"{name}: {Path(command[0]).name} ended with status {status}; {_said(log)}")
 
 
-def _stop(process: subprocess.Popen[bytes]) -> None:
-    """Kill the program and its process group, if the program still runs."""
-    if process.poll() is None:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-
-
 def _said(log: Path) -> str:
-    lines = log.read_bytes()[-TAIL:].decode(errors="replace").strip().splitlines()
+    lines = log.read_bytes()[-2000:].decode(errors="replace").strip().splitlines()
     return f"last line: {lines[-1].strip()[:300]!r}, all in {log}" if lines else "it said nothing"
 
 
 def interpreter(name: str, python: Path | None) -> str:
-    """Find the Python interpreter of the environment of the scorer ``name``, on PATH or as a file.
-
-    Raises:
-        InputError: If ``python`` is None or does not exist.
-    """
+    """Find the Python of the scorer ``name``, on PATH or as a file; raise InputError if there is none."""
     found = None if python is None else shutil.which(python.expanduser())
     if found is None:
         given = "is not given" if python is None else f"{python} is no program"
-        raise InputError(
-            f"python of {name} {given}; give the Python of an environment of its own that has {name}, or results "
-            "from there"
-        )
+        remedy = f"give the Python of an environment of its own that has {name}, or results from there"
+        raise InputError(f"python of {name} {given}; {remedy}")
     check_program(found)
     return str(found)
 
 
 def package_versions(name: str, python: str, packages: Sequence[str]) -> str:
-    """Return the versions of packages in the environment of another Python interpreter, in one line.
-
-    Raises:
-        InputError: If a package is not installed; the message names the scorer ``name``.
-    """
+    """Return the versions of packages of another Python, in one line; raise InputError if one is missing there."""
     environment = {key: value for key, value in os.environ.items() if key not in FOREIGN}
     found = subprocess.run(
         [python, "-c", VERSIONS, *packages], capture_output=True, text=True, env=environment, check=False, timeout=120

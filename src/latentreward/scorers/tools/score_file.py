@@ -1,6 +1,5 @@
 """Scorer that reads scores from a table written by another program."""
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -44,11 +43,7 @@ class ScoreFile(ToolScorer):
 
 
 def look_up(name: str, path: Path, column: str, pictures: Sequence[JudgedPicture]) -> np.ndarray:
-    """Look up the scores ``(N,)`` float64 of N images in the column of a table in the format of :class:`ScoreFile`.
-
-    Raises:
-        InputError: See :class:`ScoreFile`.
-    """
+    """Look up the scores ``(N,)`` float64 of N images in a table; format and errors are those of :class:`ScoreFile`."""
     with errors_at(f"{name}: "):
         table = read_table(path)
     keys = next((keys for keys in (FILE, PLACE) if set(keys) <= set(table.column_names)), None)
@@ -76,9 +71,3 @@ def _score(name: str, path: Path, scores: Mapping[Any, Any], picture: JudgedPict
     if not np.isfinite(score):
         raise InputError(f"{name}: {path} holds {score} for {picture.file!r}; it must be a finite number")
     return score
-
-
-def write_pictures_table(path: Path, pictures: Sequence[JudgedPicture]) -> None:
-    """Write JSON lines with ``file``, ``path`` and ``prompt`` of each image, as input of a program."""
-    rows = ({"file": item.file, "path": str(item.path.resolve()), "prompt": item.prompt} for item in pictures)
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")

@@ -14,18 +14,9 @@ from latentreward.scorers.tools.base import JudgedPicture, ToolScorer
 from latentreward.scorers.tools.running import DAY, commit_of, interpreter, place_png, run_tool
 
 BLIP = ("BLIPvqa_eval", "BLIP_vqa.py", "--out_dir", ("annotation_blip",))
-SPATIAL = (
-    "UniDet_eval",
-    "2D_spatial_eval.py",
-    "--outpath",
-    ("labels/annotation_obj_detection_2d", "annotation_obj_detection_2d", "annotation_obj_detection"),
-)
-DEPTH = (
-    "UniDet_eval",
-    "3D_spatial_eval.py",
-    "--outpath",
-    ("labels/annotation_obj_detection_3d", "annotation_obj_detection_3d"),
-)
+OBJECTS = "annotation_obj_detection"
+SPATIAL = ("UniDet_eval", "2D_spatial_eval.py", "--outpath", (f"labels/{OBJECTS}_2d", f"{OBJECTS}_2d", OBJECTS))
+DEPTH = ("UniDet_eval", "3D_spatial_eval.py", "--outpath", (f"labels/{OBJECTS}_3d", f"{OBJECTS}_3d"))
 NUMBER = ("UniDet_eval", "numeracy_eval.py", "--outpath", ("annotation_num",))
 CLIP = ("CLIPScore_eval", "CLIP_similarity.py", "--outpath", ("annotation_clip",))
 """Programs of the benchmark: folder, script, option for the folder of images, result folders of several releases."""
@@ -40,10 +31,6 @@ CATEGORIES = {
     "complex": (BLIP, SPATIAL, CLIP),
 }
 """Category of prompts → programs that score it."""
-LONGEST_NAME = 255
-"""Greatest length of a file name, in bytes."""
-
-Tool = tuple[str, str, str, tuple[str, ...]]
 
 
 class T2ICompBenchScorer(ToolScorer):
@@ -104,15 +91,11 @@ class T2ICompBenchScorer(ToolScorer):
         """
         for picture in pictures:
             if picture.group not in CATEGORIES:
-                raise InputError(
-                    f"{self.name}: group {picture.group!r} is none of {', '.join(CATEGORIES)}; set prompts to "
-                    "T2I-CompBench's examples/dataset/*_val.txt"
-                )
-            if {"/", "_", "\0"} & set(picture.prompt) or len(_file_name(picture.prompt, 0).encode()) > LONGEST_NAME:
-                raise InputError(
-                    f"{self.name}: {picture.prompt[:60]!r} makes no file name, in which the programs look for the "
-                    "prompt; use its own prompts"
-                )
+                known = f"{', '.join(CATEGORIES)}; set prompts to T2I-CompBench's examples/dataset/*_val.txt"
+                raise InputError(f"{self.name}: group {picture.group!r} is none of {known}")
+            if {"/", "_", "\0"} & set(picture.prompt) or len(_file_name(picture.prompt, 0).encode()) > 255:
+                remedy = "in which the programs look for the prompt; use its own prompts"
+                raise InputError(f"{self.name}: {picture.prompt[:60]!r} makes no file name, {remedy}")
         if any(picture.group == "complex" for picture in pictures):
             self._concerns("spatial"), self._concerns("action")
 
@@ -162,7 +145,7 @@ class T2ICompBenchScorer(ToolScorer):
         return set(map(_line, path.read_text(encoding="utf-8").splitlines()))
 
 
-def _answers(name: str, tool: Tool, folder: Path, number: int) -> np.ndarray:
+def _answers(name: str, tool: tuple[str, str, str, tuple[str, ...]], folder: Path, number: int) -> np.ndarray:
     """Read the ``number`` scores that one program wrote, in the order of the images."""
     files = [folder / subfolder / "vqa_result.json" for subfolder in tool[3]]
     path = next((file for file in files if file.is_file()), None)

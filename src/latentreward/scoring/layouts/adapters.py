@@ -21,8 +21,7 @@ from latentreward.scoring.files import compare_tensors, existing_folder, read_sa
 from latentreward.storage.json_files import read_config
 from latentreward.storage.safetensors_header import read_header
 
-ADAPTER = "default"
-"""Name of the adapter in the network's LoRA layers."""
+ADAPTER = "default"  # name of the adapter in the network's LoRA layers
 
 
 def lora_layers(network: nn.Module) -> dict[str, Any]:

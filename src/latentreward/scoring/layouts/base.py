@@ -30,19 +30,12 @@ class StoredReward(ABC):
     policy's base can run on the policy's own network. :attr:`on_meta_device`, :meth:`same_base`, :meth:`head` and
     :meth:`adapter` serve that case: they tell whether the reward fits the policy, and load the reward's head and
     adapter without its base.
-
-    Attributes:
-        recipe: Classes and settings of backbone and head; None in a published layout, where the weights decide on some.
-        exif: Handling of images' EXIF orientation in training, ``apply`` or ``ignore``; ``ignore`` in the published
-            layouts.
-        image_sizes: Rule by which the training images were resized; None if not recorded, as in the published layouts.
-        shareable: Whether the model may run on a policy's network, as an adapter can.
     """
 
-    recipe: ModelRecipe | None = None
-    exif: ExifOrientation = "ignore"
-    image_sizes: ImageSizes | None = None
-    shareable: bool = True
+    recipe: ModelRecipe | None = None  # None in a published layout, where the weights decide on some settings
+    exif: ExifOrientation = "ignore"  # as in training; ``ignore`` in the published layouts
+    image_sizes: ImageSizes | None = None  # as in training; None if not recorded, as in the published layouts
+    shareable: bool = True  # whether the model may run on a policy's network, as an adapter can
 
     @abstractmethod
     def load(self, kind: type[Network]) -> Network:

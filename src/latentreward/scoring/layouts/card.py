@@ -18,13 +18,9 @@ from latentreward.reports.tables import Table, markdown_table, plain
 from latentreward.scoring.layouts.config import FolderConfig
 from latentreward.storage.hub import is_hub_id
 
-logger = logging.getLogger(__name__)
-
 LICENCE_ID = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9.+-]*")
 """Pattern of a licence that is treated as an identifier of the hub, not as a text."""
-TAGS = ("reward-model", "latent-reward", "text-to-image", "human-preference")
-MOST_METRICS = 60
-"""Largest number of metrics in a card."""
+MOST_METRICS = 60  # largest number of metrics in a card
 _NAMES = """
 afl-3.0 agpl-3.0 apache-2.0 apple-amlr apple-ascl artistic-2.0 bigcode-openrail-m bigscience-bloom-rail-1.0
 bigscience-openrail-m bsd bsd-2-clause bsd-3-clause bsd-3-clause-clear bsl-1.0 c-uda cc cc-by-2.0 cc-by-2.5 cc-by-3.0
@@ -35,10 +31,8 @@ fair-noncommercial-research-license gemma gfdl gpl gpl-2.0 gpl-3.0 grok2-communi
 lgpl-2.1 lgpl-3.0 lgpl-lr llama2 llama3 llama3.1 llama3.2 llama3.3 llama4 lppl-1.3c mit mpl-2.0 ms-pl ncsa odbl odc-by
 ofl-1.1 openmdw-1.0 openrail openrail++ osl-3.0 other pddl postgresql unknown unlicense wtfpl zlib
 """
-LICENCES = tuple(_NAMES.split())
-"""Identifiers of licences on the hub (huggingface.co/docs/hub/repositories-licenses)."""
-AS_OF = 2025
-"""Year in which the identifiers were copied from the hub's documentation."""
+LICENCES = tuple(_NAMES.split())  # identifiers of licences on the hub (huggingface.co/docs/hub/repositories-licenses)
+AS_OF = 2025  # year in which the identifiers were copied from the hub's documentation
 
 
 @dataclass(frozen=True)
@@ -64,7 +58,7 @@ class Card:
 
     def __post_init__(self) -> None:
         if LICENCE_ID.fullmatch(self.licence) and self.licence not in LICENCES:
-            logger.warning(
+            logging.getLogger(__name__).warning(
                 "licence is %r, which is not among the hub's identifiers of %s; the hub may refuse it%s",
                 self.licence,
                 AS_OF,
@@ -101,7 +95,7 @@ def front_matter(config: FolderConfig, card: Card) -> str:
         license=card.licence if identified else "other",
         license_name=name if card.licence and not identified else None,
         library_name="latentreward",
-        tags=list(TAGS),
+        tags=["reward-model", "latent-reward", "text-to-image", "human-preference"],
         base_model=base_on_hub(config),
         datasets=[name for name in card.datasets if is_hub_id(name)] or None,
     ).to_yaml()
@@ -165,11 +159,9 @@ def training_rows(config: FolderConfig, card: Card) -> Iterator[tuple[str, Any]]
 
 
 def section(title: str, rows: Iterable[tuple[str, Any]]) -> str:
-    """Return a section with a table of two columns.
+    """Return a section with a table of pairs of name and value.
 
-    Args:
-        title: Title of the section.
-        rows: Pairs of name and value. Of several rows with one name the last counts; rows with None are left out.
+    Of several rows with one name the last counts; rows with None are left out.
     """
     shown = tuple((name, str(value)) for name, value in dict(rows).items() if value is not None)
     return f"## {title}\n\n{markdown_table(Table(('', ''), shown))}"

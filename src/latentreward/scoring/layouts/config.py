@@ -22,38 +22,26 @@ from latentreward.storage.json_files import checked
 
 FORMAT = "latentreward-reward-model"
 VERSION = 1
-PACKAGES = ("torch", "diffusers", "transformers", "peft")
-"""Packages whose versions ``config.json`` records beside ours."""
 IMAGE_SIZES: dict[str, type[ImageSizes]] = {"OneSize": OneSize, "NearestBucket": NearestBucket}
 NEEDED = (
-    "backbone", "head", "own_weights", "adapters", "base", "noise", "image_sizes", "exif", "calibration", "training",
-    "sha256",
-)  # fmt: skip
+    *("backbone", "head", "own_weights", "adapters", "base", "noise", "image_sizes", "exif"),
+    *("calibration", "training", "sha256"),
+)
 
 
 @dataclass(frozen=True)
 class FolderConfig:
-    """Contents of a model folder's ``config.json``.
+    """Contents of a model folder's ``config.json``."""
 
-    Attributes:
-        recipe: Classes and settings of backbone and head.
-        adapters: Names of the backbone's modules that have a LoRA adapter.
-        noise: Default noise levels and seeds of a score.
-        image_sizes: Rule by which images are resized; None takes the backbone's default.
-        calibration: Mean and quantiles of scores on a reference set; None if the model was not calibrated.
-        trained_on: Base pipeline that the model was trained on, with its revision; for messages.
-        exif: Whether images are turned upright by their EXIF orientation.
-        sha256: Path of each file of weights in the folder → its SHA-256.
-    """
-
-    recipe: ModelRecipe
-    adapters: tuple[str, ...]
-    noise: ScoringNoise
-    image_sizes: ImageSizes | None = None
+    recipe: ModelRecipe  # classes and settings of backbone and head
+    adapters: tuple[str, ...]  # names of the backbone's modules that have a LoRA adapter
+    noise: ScoringNoise  # default noise levels and seeds of a score
+    image_sizes: ImageSizes | None = None  # rule by which images are resized; None takes the backbone's default
+    # Mean and quantiles of scores on a reference set; None if the model was not calibrated
     calibration: Calibration | None = None
-    trained_on: str = ""
-    exif: ExifOrientation = "ignore"
-    sha256: Mapping[str, str] = field(default_factory=dict)
+    trained_on: str = ""  # base pipeline that the model was trained on, with its revision; for messages
+    exif: ExifOrientation = "ignore"  # whether images are turned upright by their EXIF orientation
+    sha256: Mapping[str, str] = field(default_factory=dict)  # path of each file of weights in the folder → its SHA-256
 
     def record(self) -> dict[str, Any]:
         """Return the contents as values for JSON; the inverse of :meth:`of_record`."""
@@ -71,7 +59,8 @@ class FolderConfig:
             "calibration": None if self.calibration is None else asdict(self.calibration),
             "training": self.recipe.training,
             "sha256": dict(self.sha256),
-            "versions": {"latentreward": __version__} | {package: version(package) for package in PACKAGES},
+            "versions": {"latentreward": __version__}
+            | {package: version(package) for package in ("torch", "diffusers", "transformers", "peft")},
         }
 
     def text(self) -> str:
@@ -81,11 +70,7 @@ class FolderConfig:
 
     @classmethod
     def of_record(cls, record: Mapping[str, Any], base: str | None = None) -> Self:
-        """Build the config from the contents of a ``config.json``.
-
-        Args:
-            record: Contents of the file.
-            base: Base pipeline to use in place of the one in ``record``; None keeps that one.
+        """Build the config from the contents of a ``config.json``, with the base pipeline ``base`` unless it is None.
 
         Raises:
             InputError: If the format is unknown or the version newer than this one, or an entry is missing or invalid.
@@ -115,24 +100,16 @@ class FolderConfig:
 def check_version(record: Mapping[str, Any]) -> None:
     """Raise InputError if the file has another format, or a version that this program cannot read."""
     if record.get("format") != FORMAT:
-        raise InputError(
-            f"format is {record.get('format')!r}, not {FORMAT!r}: this is not a reward model of latentreward"
-        )
+        raise InputError(f"format is {record.get('format')!r}, not {FORMAT!r}, a reward model of latentreward")
     number = record.get("format_version")
     if not isinstance(number, int) or number < 1:
         raise InputError(f"format_version is {number!r}; download it again")
     if number > VERSION:
-        raise InputError(
-            f"format_version is {number}, but this latentreward reads up to {VERSION}; update latentreward"
-        )
+        raise InputError(f"format_version is {number}, but this program reads up to {VERSION}; update latentreward")
 
 
 def names(entry: str, value: Any, pattern: str) -> tuple[str, ...]:
-    """Check and return an entry that holds a list of names.
-
-    Raises:
-        InputError: If the value is not a list of different names that match ``pattern``.
-    """
+    """Return an entry that lists different names matching ``pattern``; raise InputError if it does not."""
     found: tuple[str, ...] = checked(tuple[Annotated[str, Field(pattern=f"^({pattern})$")], ...], value, entry)
     if len({*found}) < len(found):
         raise InputError(f"{entry} is {value!r}, not a list of names, each once")
@@ -148,9 +125,7 @@ def sizes_record(sizes: ImageSizes | None) -> dict[str, Any] | None:
     if sizes is None:
         return None
     if IMAGE_SIZES.get(type(sizes).__name__) is not type(sizes):
-        raise InputError(
-            f"image_sizes={sizes} is not a {' or '.join(IMAGE_SIZES)} and cannot be saved; set one of them"
-        )
+        raise InputError(f"image_sizes={sizes} cannot be saved; set a {' or '.join(IMAGE_SIZES)}")
     settings = asdict(sizes)  # type: ignore[call-overload]
     record = ModelPart(type(sizes).__name__, settings).record()
     sizes_of(record)
@@ -180,11 +155,7 @@ def sizes_of(record: Any) -> ImageSizes | None:
 
 
 def calibration_of(record: Any) -> Calibration | None:
-    """Build the calibration from its entry in ``config.json``; None for null.
-
-    Raises:
-        InputError: If an entry is missing or unknown, or has a value of the wrong type.
-    """
+    """Build the calibration from its entry in ``config.json``, None for null; raise InputError if it is damaged."""
     if record is None:
         return None
     expected = sorted(field.name for field in fields(Calibration))
@@ -201,11 +172,7 @@ def frozen(value: Any) -> Any:
 
 
 def settings_of(entry: str, kind: Any, settings: Any) -> Any:
-    """Call ``kind`` with the settings of an entry, and turn any error about the settings into an InputError.
-
-    Raises:
-        InputError: If the value is not a mapping, or ``kind`` rejects the settings.
-    """
+    """Call ``kind`` with the settings of an entry; raise InputError if it rejects them, or they are no mapping."""
     if not isinstance(settings, Mapping):
         raise InputError(f"{entry} is {settings!r}, not a mapping of settings")
     with errors_at(f"{entry}: "):

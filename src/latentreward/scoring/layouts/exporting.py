@@ -67,18 +67,16 @@ def export_reward(model: RewardNetwork, folder: Path, layout: RewardFormat, base
         else:
             write_diffusion_rm(model, base_name or name_of(base.source), partial)
             unheld = {**OF_THE_BASE, "frozen_dtype": "float32"}
-            settings = {"rms_eps": head.norm_ff.eps, "t5_length": t5_length(model, recipe)}
+            encoder: Any = model.backbone.text_encoder
+            length = recipe.backbone.init_args.get("t5_length") if encoder is None else encoder.t5_length
+            settings = {"rms_eps": head.norm_ff.eps, "t5_length": 256 if length is None else length}
     flags = [f"--base {quote(base.source)}", *(f"--published.{name} {value}" for name, value in settings.items())]
     lost = [*not_held(model, recipe.backbone.init_args, unheld)]
     return [f"load it with {' '.join(flags)}", *([f"not held by this layout: {'; '.join(lost)}"] if lost else [])]
 
 
 def base_of(model: RewardNetwork, recipe: ModelRecipe) -> PipelineSource:
-    """Return the base pipeline that the model was loaded on.
-
-    Raises:
-        InputError: If the model was loaded without a base.
-    """
+    """Return the base pipeline that the model was loaded on; raise InputError if it was loaded without one."""
     settings = recipe.backbone.init_args
     source = settings.get("source") or model.backbone.source
     if not source:
@@ -207,13 +205,6 @@ def diffusion_rm_config(model: RewardNetwork, base: str) -> dict[str, Any]:
     }
 
 
-def t5_length(model: RewardNetwork, recipe: ModelRecipe) -> int:
-    """Return the number of T5 tokens per prompt, from the text encoder or else from the recipe."""
-    encoder: Any = model.backbone.text_encoder
-    given = recipe.backbone.init_args.get("t5_length") if encoder is None else encoder.t5_length
-    return 256 if given is None else given
-
-
 def write_lpo(model: RewardNetwork, base: PipelineSource, folder: Path) -> None:
     """Write the layout of LRM into ``folder``; the U-Net's up path, which rewards do not keep, comes from ``base``."""
     backbone: Any = model.backbone
@@ -226,27 +217,15 @@ def write_lpo(model: RewardNetwork, base: PipelineSource, folder: Path) -> None:
     write_tensors(unet.state_dict().items(), folder / "unet" / "diffusion_pytorch_model.safetensors")
     for name, encoder in backbone.text_encoder.named_children():
         encoder.config.save_pretrained(folder / name)
-        write_tensors(clip_weights(encoder).items(), folder / name / "model.safetensors")
-    parts = (
-        ("visual_projection", "text_projection")
-        if isinstance(head.text_projection, nn.Linear)
-        else ("visual_projection",)
-    )
-    state = {part: head.get_submodule(part).state_dict() for part in parts}
-    torch.save({**state, "logit_scale": head.logit_scale.item()}, folder / "state_dict.pt")
-
-
-def clip_weights(encoder: nn.Module) -> dict[str, Tensor]:
-    """Return a CLIP text encoder's weights under the names of the transformers version that the authors' code needs.
-
-    Newer versions of transformers save ``CLIPTextModel`` without the prefix ``text_model.`` and without
-    ``position_ids``. This function adds both; every version loads names with the prefix.
-    """
-    config: Any = encoder.config
-    state = {"text_model.embeddings.position_ids": torch.arange(config.max_position_embeddings)[None]}
-    for name, tensor in merged_weights(encoder).items():
-        state[name if name.startswith(("text_model.", "text_projection.")) else f"text_model.{name}"] = tensor
-    return state
+        # The authors' code needs the prefix text_model. and position_ids, which newer versions of transformers leave
+        # out of CLIPTextModel; every version loads names with the prefix.
+        state = {"text_model.embeddings.position_ids": torch.arange(encoder.config.max_position_embeddings)[None]}
+        for key, tensor in merged_weights(encoder).items():
+            state[key if key.startswith(("text_model.", "text_projection.")) else f"text_model.{key}"] = tensor
+        write_tensors(state.items(), folder / name / "model.safetensors")
+    parts = ["visual_projection", *(["text_projection"] if isinstance(head.text_projection, nn.Linear) else [])]
+    projections = {part: head.get_submodule(part).state_dict() for part in parts}
+    torch.save({**projections, "logit_scale": head.logit_scale.item()}, folder / "state_dict.pt")
 
 
 def merged_weights(network: nn.Module) -> dict[str, Tensor]:

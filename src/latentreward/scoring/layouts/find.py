@@ -16,14 +16,8 @@ from latentreward.scoring.layouts.model_folder import PretrainedReward, is_model
 from latentreward.scoring.layouts.published import PublishedDiNaLRM, PublishedLayout, PublishedLRM, PublishedSettings
 from latentreward.scoring.layouts.run import TrainedReward
 
-logger = logging.getLogger(__name__)
-
-__all__ = ["ModelSource", "PublishedDiNaLRM", "PublishedLRM", "StoredReward", "checkpoint_of", "find_reward"]
-
 PREFERRED = (r"reward(-v\d+)?\.ckpt", r"last(-v\d+)?\.ckpt")
 """Names of checkpoints that are preferred over all others of a run, in this order; Lightning numbers a later run's."""
-NO_CHECKPOINT = (".yaml", ".yml", ".json", ".safetensors", ".md", ".txt")
-"""Endings of files that are not checkpoints."""
 
 
 @dataclass(frozen=True)
@@ -58,9 +52,7 @@ class ModelSource:
 def find_reward(source: ModelSource, average: bool = True) -> StoredReward:
     """Detect the layout of the reward model at ``source``; weights are not read yet.
 
-    Args:
-        source: Path or hub id of the model, and how to load it.
-        average: Whether to take the weights that the callback ``TrainableEMA`` averaged, if a checkpoint has them.
+    ``average`` takes the weights that the callback ``TrainableEMA`` averaged, if a checkpoint has them.
 
     Raises:
         InputError: If no layout is found, ``path`` is a diffusers pipeline, or ``config``, ``revision`` or
@@ -72,10 +64,8 @@ def find_reward(source: ModelSource, average: bool = True) -> StoredReward:
         raise InputError(f"revision={revision!r} is for hub ids, but reward model {path!r} lies here; leave it out")
     place = Path(path) if here else downloaded(path, revision)
     if (place / "model_index.json").is_file() and not any((place / mark).is_file() for mark in MARKS):
-        raise InputError(
-            f"reward model {path!r} is a diffusers pipeline, not a reward; give a checkpoint, or the folder of a model "
-            "or of a run"
-        )
+        remedy = "give a checkpoint, or the folder of a model or of a run"
+        raise InputError(f"reward model {path!r} is a diffusers pipeline, not a reward; {remedy}")
     published = published_layout(place)
     heads = (head for depth in ("", "*/", "*/*/") for head in place.glob(f"{depth}rm_head.pt"))
     if published is None and (head := next(heads, None)) is not None:  # what diffusion-rm's training writes
@@ -84,10 +74,8 @@ def find_reward(source: ModelSource, average: bool = True) -> StoredReward:
             "beside config.json, with backbone_lora/; arrange a folder so"
         )
     if published is None and source.published is not None:
-        raise InputError(
-            f"published is set, but reward model {path!r} has neither published layout and holds its settings itself; "
-            "leave it out"
-        )
+        own = "has neither published layout and holds its settings itself"
+        raise InputError(f"published is set, but reward model {path!r} {own}; leave it out")
     if published is not None or is_model_folder(place):
         if config is not None:
             raise InputError(f"config is set, but reward model {path!r} is not a run and needs none; leave it out")
@@ -121,11 +109,8 @@ def checkpoint_of(place: Path) -> Path:
     Raises:
         InputError: If ``place`` is a file that is not a checkpoint, or a folder without one.
     """
-    if place.suffix.lower() in NO_CHECKPOINT and place.is_file():
-        raise InputError(
-            f"reward model {str(place)!r} is not a checkpoint; give one (.ckpt), or the folder of the model or of the "
-            "run"
-        )
+    if place.suffix.lower() in (".yaml", ".yml", ".json", ".safetensors", ".md", ".txt") and place.is_file():
+        raise InputError(f"reward model {str(place)!r} is not a checkpoint; give one (.ckpt), or the folder of a run")
     if place.is_file() or is_sharded(place):
         return place
     found = [path for path in place.rglob("*.ckpt") if path.exists() and not any(map(is_sharded, path.parents))]
@@ -140,5 +125,5 @@ def checkpoint_of(place: Path) -> Path:
     if len(candidates) > 1 or taken != newer:
         names = f"{taken.relative_to(place)} is taken" + ("" if taken == newer else f", though {newer.name} is newer")
         message = printable(f"{place} holds {len(found)} checkpoints: {names}")
-        logger.warning("%s; give a file's own path for another one", message)
+        logging.getLogger(__name__).warning("%s; give a file's own path for another one", message)
     return taken

@@ -28,7 +28,6 @@ from latentreward.backbones.weights import fill, settling_later
 from latentreward.checkpoints.base_weights import same_values, sample_in, without_adapters
 from latentreward.errors import InputError, errors_at
 from latentreward.heads import RewardHead
-from latentreward.scoring.calibration import Calibration
 from latentreward.scoring.files import compare_tensors, existing_folder, load_exactly, read_safetensors
 from latentreward.scoring.layouts.adapters import WEIGHTS as ADAPTER_WEIGHTS
 from latentreward.scoring.layouts.adapters import fill_adapter, inject_adapter, lora_layers, names_in_file, read_lora
@@ -36,12 +35,9 @@ from latentreward.scoring.layouts.base import Network, StoredReward
 from latentreward.scoring.layouts.config import FORMAT, FolderConfig
 from latentreward.scoring.layouts.recipe import ONLY_IN_TRAINING, ModelRecipe, build_backbone, build_head, is_ours
 from latentreward.scoring.layouts.trust import check_class, check_family
-from latentreward.scoring.network import RewardNetwork
 from latentreward.storage.digests import check_hash, hashed_meanwhile
 from latentreward.storage.json_files import read_config
 from latentreward.storage.weight_files import map_weights
-
-logger = logging.getLogger(__name__)
 
 CONFIG, HEAD, BACKBONE, BASE = "config.json", "head.safetensors", "backbone.safetensors", "base.safetensors"
 
@@ -171,26 +167,18 @@ class PretrainedReward(StoredReward):
                 fill_adapter(network, read_lora(self._intact(file).parent, network))
         if not model.head.reads_text:
             backbone.drop_text_taps()
-        model.noise, model.calibration = self.config.noise, self._calibration(model)
+        calibration, axes = self.config.calibration, model.head.axis_weights
+        if calibration is not None and calibration.axes != axes:
+            logging.getLogger(__name__).warning(
+                "%s: the calibration is of scores with the axes weighed %s, and these are %s now; it is left out, "
+                "publish calibrates again", self.folder, list(calibration.axes or ()), list(axes or ()),
+            )  # fmt: skip
+            calibration = None
+        model.noise, model.calibration = self.config.noise, calibration
         return self.finished(model, self.recipe)
 
-    def _calibration(self, model: RewardNetwork) -> Calibration | None:
-        """Return the calibration; None, after a warning, if the weights of the axes were changed since."""
-        calibration, axes = self.config.calibration, model.head.axis_weights
-        if calibration is None or calibration.axes == axes:
-            return calibration
-        logger.warning(
-            "%s: the calibration is of scores with the axes weighed %s, and these are %s now; it is left out, publish "
-            "calibrates again", self.folder, list(calibration.axes or ()), list(axes or ()),
-        )  # fmt: skip
-        return None
-
     def _check_base(self, backbone: DiffusionBackbone) -> None:
-        """Compare the weights that come from the base with the values in ``base.safetensors``.
-
-        Raises:
-            InputError: If a weight is missing, unexpected or differs.
-        """
+        """Compare the base's weights with ``base.safetensors``; raise InputError if one is missing or differs."""
         recorded, path = self.base_values(), self.folder / BASE
         ours, factory = dict(base_samples(backbone, self.recipe.own)), self.recipe.backbone
         random = "" if is_ours(factory) else f", unless {factory.name} draws it at random at each start"

@@ -16,7 +16,7 @@ from latentreward.backbones import DiffusionBackbone, SD3DiTBackbone, SDUNetBack
 from latentreward.backbones.loading import PipelineSource
 from latentreward.backbones.sd_unet import unet_family
 from latentreward.backbones.weights import load_weights, map_model, settle
-from latentreward.contracts import FeatureSpec, LatentSpace
+from latentreward.contracts import LatentSpace
 from latentreward.errors import InputError, errors_at
 from latentreward.heads import CLIPProjectionHead, GatedQFormerHead, RewardHead
 from latentreward.heads.clip_projection import MultiScale
@@ -30,10 +30,7 @@ from latentreward.storage.json_files import checked, read_config
 if TYPE_CHECKING:
     from latentreward.encoders.prompts import PromptEncoder
 
-logger = logging.getLogger(__name__)
-
-PUBLISHED_RMS_EPS = 2.0**-7
-"""Epsilon of the RMS norms with which DiNa-LRM's published weights were trained."""
+PUBLISHED_RMS_EPS = 2.0**-7  # epsilon of the RMS norms with which DiNa-LRM's published weights were trained
 DINA_ADAPTER = "checkpoint/backbone_lora"
 TYPES = {
     "backbone_model_id": str,
@@ -44,12 +41,7 @@ TYPES = {
 }
 """Entry of the section ``model`` of DiNa-LRM's ``config.json`` → its type."""
 _HEAD_KEYS = ("width", "num_queries", "num_attn_heads", "out_dim", "use_proj_in")
-_STABLE_DIFFUSION_SCHEDULER = {
-    "num_train_timesteps": 1000,
-    "beta_start": 0.00085,
-    "beta_end": 0.012,
-    "beta_schedule": "scaled_linear",
-}
+_SCHEDULER = {"num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 _FACTORIES = {"SD1.5": "sd15", "SD2.1": "sd21", "SDXL": "sdxl"}
 _LATENT_SPACES = {
     "SD1.5": LatentSpace(channels=4, downscale=8, scaling_factor=0.18215),
@@ -87,15 +79,12 @@ class PublishedLayout(StoredReward):
         base: Diffusers pipeline folder or hub id of the base model.
         settings: Settings that the files do not hold; None takes the defaults.
 
-    Attributes:
-        takes: Names of the fields of :class:`PublishedSettings` that apply to the layout.
-        used: Settings in use that the files do not hold, once the head is loaded.
-
     Raises:
         InputError: If a setting that does not apply to the layout differs from its default.
     """
 
-    takes: tuple[str, ...] = ()
+    takes: tuple[str, ...] = ()  # names of the fields of PublishedSettings that apply to the layout
+    used: dict[str, Any]  # settings in use that the files do not hold, once the head is loaded
 
     def __init__(self, folder: str | Path, base: str | None = None, settings: PublishedSettings | None = None) -> None:
         self.folder, self.base, self.settings = Path(folder), base, settings or PublishedSettings()
@@ -121,7 +110,8 @@ class PublishedLayout(StoredReward):
         self.used = used
         values = ", ".join(f"{name} {value}" for name, value in used.items())
         names = ", ".join(f"published.{name}" for name in used)
-        logger.warning("%s: scored with %s, which its files do not hold; set %s for others", self.folder, values, names)
+        message = "%s: scored with %s, which its files do not hold; set %s for others"
+        logging.getLogger(__name__).warning(message, self.folder, values, names)
 
 
 class PublishedLRM(PublishedLayout):
@@ -135,11 +125,7 @@ class PublishedLRM(PublishedLayout):
     shareable = False  # the whole U-Net was trained
 
     def latent_space(self) -> LatentSpace:
-        """See :meth:`StoredReward.latent_space`.
-
-        Raises:
-            InputError: If a config is missing, or ``base`` belongs to another model family.
-        """
+        """See :meth:`StoredReward.latent_space`; raises InputError if ``base`` belongs to another model family."""
         existing_folder(self.folder, "unet/config.json")
         if self.base is not None:
             return self._pipeline().latent_space()
@@ -167,7 +153,7 @@ class PublishedLRM(PublishedLayout):
         source = None if self.base is None else self._pipeline()
         backbone = SDUNetBackbone(
             map_model(UNet2DConditionModel, folder, subfolder="unet"),
-            DDPM.from_config(_STABLE_DIFFUSION_SCHEDULER) if source is None else source.noise_process(),
+            DDPM.from_config(_SCHEDULER) if source is None else source.noise_process(),
             self.latent_space(),
             text_encoder=self._prompts(source),
             vae=None if source is None else source.latent_encoder(),
@@ -179,15 +165,22 @@ class PublishedLRM(PublishedLayout):
         """See :meth:`StoredReward.head`; the recipe of the model depends on the head's weights, and is set here."""
         path = self.folder / "state_dict.pt"
         state = lrm_head_state(read_tensors(path), path)
-        projects_text = "text_projection.weight" in state
-        self.report(guidance=self.settings.guidance, multi_scale=self._multi_scale(state, backbone.feature_spec))
+        spec, projects_text = backbone.feature_spec, "text_projection.weight" in state
+        single, wanted = state["visual_projection.weight"].shape[-1] == spec.visual[-1].width, self.settings.multi_scale
+        if wanted is not None and (wanted == "single") != single:
+            read = "the mid block alone" if single else "more than the mid block"
+            raise InputError(
+                f"multi_scale={wanted!r} does not fit {path}, whose visual_projection reads {read}; leave it out or "
+                f"give {'single' if single else 'plain or enhanced'}"
+            )
+        self.report(guidance=self.settings.guidance, multi_scale=wanted or ("single" if single else "plain"))
         settings = {
             **self.used,
             "enhance_first": self._family != "SDXL",
             "embed_dim": len(state["visual_projection.weight"]) if projects_text else None,
             "project_text": projects_text,
         }
-        head = build_head(ModelPart(CLIPProjectionHead.__name__, settings), backbone.feature_spec, stored=state)
+        head = build_head(ModelPart(CLIPProjectionHead.__name__, settings), spec, stored=state)
         load_exactly(head, state, path)
         stores_text = (self.folder / "text_encoder").exists()
         tuning = {"tuning": "full", "text_encoder_tuning": "full" if stores_text else "frozen"}
@@ -207,34 +200,17 @@ class PublishedLRM(PublishedLayout):
         parts = ("text_encoder", "text_encoder_2") if self._family == "SDXL" else ("text_encoder",)
         if not any((self.folder / part).exists() for part in parts):
             if source is None:
-                raise InputError(
-                    f"model folder {str(self.folder)!r} has no text_encoder/: it was frozen in training and is that of "
-                    "the base; give the base as base"
-                )
+                frozen = "it was frozen in training and is that of the base; give the base as base"
+                raise InputError(f"model folder {str(self.folder)!r} has no text_encoder/: {frozen}")
             return source.sdxl_prompts() if self._family == "SDXL" else source.clip_prompts()
         existing_folder(self.folder, *(f"{part}/config.json" for part in parts))
-        tokenizers = [
-            None if source is None else source.tokenizer(part.replace("text_encoder", "tokenizer")) for part in parts
-        ]
+        names = [part.replace("text_encoder", "tokenizer") for part in parts]
+        tokenizers = [None if source is None else source.tokenizer(name) for name in names]
         first = load_weights(CLIPTextModel, str(self.folder), subfolder="text_encoder")
         if self._family != "SDXL":
             return CLIPPromptEncoder(first, *tokenizers)
         second = load_weights(CLIPTextModelWithProjection, str(self.folder), subfolder="text_encoder_2")
         return SDXLPromptEncoder(first, second, *tokenizers)
-
-    def _multi_scale(self, state: Mapping[str, Tensor], spec: FeatureSpec) -> MultiScale:
-        """Return ``multi_scale``, after checking that it fits the width of the stored ``visual_projection``."""
-        single = state["visual_projection.weight"].shape[-1] == spec.visual[-1].width
-        wanted = self.settings.multi_scale
-        if wanted is not None and (wanted == "single") != single:
-            read, fits = (
-                ("the mid block alone", "single") if single else ("more than the mid block", "plain or enhanced")
-            )
-            raise InputError(
-                f"multi_scale={wanted!r} does not fit {self.folder / 'state_dict.pt'}, whose visual_projection reads "
-                f"{read}; leave it out or give {fits}"
-            )
-        return wanted or ("single" if single else "plain")
 
 
 def lrm_head_state(published: Mapping[str, Any], path: Path) -> dict[str, Tensor]:
@@ -308,11 +284,7 @@ class PublishedDiNaLRM(PublishedLayout):
         }
 
     def backbone(self) -> SD3DiTBackbone:
-        """See :meth:`StoredReward.backbone`; all parameters are frozen.
-
-        Raises:
-            InputError: If a file is missing, or the config has a value that this class does not support.
-        """
+        """See :meth:`StoredReward.backbone`; all parameters are frozen."""
         from diffusers import SD3Transformer2DModel
 
         existing_folder(self.folder, "config.json", "checkpoint/rm_head.pt")
@@ -364,11 +336,7 @@ class PublishedDiNaLRM(PublishedLayout):
 
 
 def model_section(path: Path) -> dict[str, Any]:
-    """Read the section ``model`` of a published ``config.json``, and check the keys that the loader needs.
-
-    Raises:
-        InputError: If a key is missing, or has a value that the loader does not support.
-    """
+    """Read the section ``model`` of a ``config.json``; raise InputError if a key is missing or unsupported."""
     config = read_config(path).get("model", {})
     if not isinstance(config, dict) or not isinstance(config.get("reward_head", {}), dict):
         raise InputError(f"{path}: model and model.reward_head must be mappings; download it again")

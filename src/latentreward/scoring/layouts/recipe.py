@@ -40,15 +40,10 @@ SMALL = 10_000_000
 
 @dataclass(frozen=True)
 class ModelPart:
-    """Class or factory with its settings.
+    """Class or factory with its settings."""
 
-    Attributes:
-        name: Short name of a registered class or factory; import path of any other.
-        init_args: Settings, in types that JSON has.
-    """
-
-    name: str
-    init_args: dict[str, Any] = field(default_factory=dict)
+    name: str  # short name of a registered class or factory; import path of any other
+    init_args: dict[str, Any] = field(default_factory=dict)  # settings, in types that JSON has
 
     def record(self) -> dict[str, Any]:
         """Return the part as values for JSON."""
@@ -56,11 +51,7 @@ class ModelPart:
 
     @classmethod
     def of_record(cls, name: str, record: Any) -> Self:
-        """Build a part from an entry of a model folder's ``config.json``.
-
-        Raises:
-            InputError: If the value does not have the form that :meth:`record` returns.
-        """
+        """Build a part from an entry of ``config.json``; raise InputError if it has not the form of :meth:`record`."""
         known = isinstance(record, Mapping) and isinstance(record.get("class"), str)
         if not known or not isinstance(record.get("init_args", {}), dict) or set(record) - {"class", "init_args"}:
             raise InputError(f'{name} is not of the form {{"class": ..., "init_args": {{...}}}}')
@@ -69,20 +60,15 @@ class ModelPart:
 
 @dataclass(frozen=True)
 class ModelRecipe:
-    """All that is needed beside the weights to build a reward model again.
+    """All that is needed beside the weights to build a reward model again."""
 
-    Attributes:
-        backbone: Factory of the backbone; ``source`` and ``revision`` in its settings name the base pipeline.
-        head: Class of the head.
-        own: Names of the backbone's modules, parameters and buffers that the model stores in full (``unet``,
-            ``transformer``, ``text_encoder``, ...). Of all other modules the model stores only LoRA adapters; their
-            pretrained weights come from the base pipeline.
-        training: Information on the training for the model card: module, data, steps.
-    """
-
-    backbone: ModelPart
-    head: ModelPart
+    backbone: ModelPart  # factory of the backbone; ``source`` and ``revision`` in its settings name the base pipeline
+    head: ModelPart  # class of the head
+    # Names of the backbone's modules, parameters and buffers that the model stores in full (``unet``, ``transformer``,
+    # ``text_encoder``, ...). Of all other modules the model stores only LoRA adapters; their pretrained weights come
+    # from the base pipeline
     own: tuple[str, ...] = ()
+    # Information on the training for the model card: module, data, steps
     training: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -136,22 +122,14 @@ def without_training(init_args: Mapping[str, Any], own: tuple[str, ...]) -> dict
 
 
 def recipe_in_python(backbone: DiffusionBackbone, head: RewardHead) -> ModelRecipe:
-    """Return the recipe of a model that was built in Python, from the recorded calls of its backbone and head.
-
-    Raises:
-        InputError: If one of the two has no record that can be written to a file.
-    """
+    """Return the recipe of a model that was built in Python; raise InputError if a part has no record of its call."""
     built, made = built_from_plain_values("backbone", backbone), built_from_plain_values("head", head)
     own = own_parts(backbone, built.init_args.get("pretrained") is False)
     return ModelRecipe(backbone_part(built.class_path, built.init_args, own), head_part(head, made.init_args), own)
 
 
 def built_from_plain_values(part: str, module: DiffusionBackbone | RewardHead) -> Construction:
-    """Return the recorded call that built a backbone or head.
-
-    Raises:
-        InputError: If there is no record, or the class or function cannot be imported by name.
-    """
+    """Return the recorded call that built a part; raise InputError without one that can be imported by name."""
     if module.built_by is None or "<locals>" in module.built_by.class_path:
         raise InputError(
             f"how the {part} {type(module).__qualname__} was made cannot be written to a file; make it from numbers, "
@@ -180,11 +158,8 @@ def own_parts(backbone: DiffusionBackbone, untrained: bool = False) -> tuple[str
 
     These are the modules with trainable weights other than LoRA, so that this must be called before the backbone is
     frozen. Parameters and persistent buffers of the backbone itself are included, because no base pipeline has them.
-
-    Args:
-        backbone: Backbone that is not yet frozen.
-        untrained: Whether the backbone started without pretrained weights (``pretrained=False``). Then no base pipeline
-            has its weights, and every module but the VAE is included.
+    ``untrained`` is whether the backbone started without pretrained weights (``pretrained=False``): no base has its
+    weights then, and every module but the VAE is included.
     """
     named = [name for name, weight in backbone.named_parameters() if untrained or weight.requires_grad]
     own = {name.partition(".")[0] for name in named if ".lora_" not in name} - ({"vae"} if untrained else set())
@@ -200,12 +175,8 @@ def in_order(parts: Iterable[str]) -> tuple[str, ...]:
 def build_backbone(part: ModelPart, folder: Path | None = None, **overrides: Any) -> DiffusionBackbone:
     """Build the backbone of a recipe with the base pipeline's weights.
 
-    Under ``torch.device("meta")`` the backbone has shapes but no weights.
-
-    Args:
-        part: Factory and settings.
-        folder: Model folder, from which nothing may be imported.
-        overrides: Settings that replace those in ``part``; only for a registered factory.
+    Under ``torch.device("meta")`` the backbone has shapes but no weights. ``overrides`` replace settings of a
+    registered factory. Nothing may be imported from ``folder``, the model's.
 
     Raises:
         InputError: If the factory rejects the settings, or the base pipeline cannot be loaded.
@@ -227,17 +198,10 @@ def build_backbone(part: ModelPart, folder: Path | None = None, **overrides: Any
 def build_head(
     part: ModelPart, spec: FeatureSpec, folder: Path | None = None, stored: Mapping[str, Tensor] | None = None
 ) -> RewardHead:
-    """Build the head of a recipe with initial weights.
+    """Build the head of a recipe with initial weights; raise InputError if the class rejects the settings.
 
-    Args:
-        part: Class and settings.
-        spec: Widths of the backbone's features.
-        folder: Model folder, from which nothing may be imported.
-        stored: Weights that the head is going to load, by name; None if there are none yet. A registered class then
-            allocates no memory for a head that is far larger than these.
-
-    Raises:
-        InputError: If the class rejects the settings.
+    Nothing may be imported from ``folder``, the model's. ``stored`` are the weights that the head is going to load, by
+    name, if there are any yet: a registered class then allocates no memory for a head that is far larger.
     """
     kind = registered_heads().get(part.name)
     with errors_at("head: "):
@@ -292,11 +256,7 @@ def instantiated(kind: Any, part: ModelPart, folder: Path | None) -> Any:
 
 
 def imported(path: str) -> Any:
-    """Import the class or function with the import path ``path``.
-
-    Raises:
-        InputError: If ``path`` cannot be imported.
-    """
+    """Import the class or function with the import path ``path``; raise InputError if it cannot be imported."""
     module, _, name = path.rpartition(".")
     try:
         return getattr(import_module(module), name)

@@ -18,26 +18,19 @@ from latentreward.scoring.layouts.recipe import ModelPart, ModelRecipe, is_ours
 from latentreward.scoring.network import RewardNetwork
 
 PROMPTS = ("a red cube on a blue sphere", "") * 2  # a CPU's batches have four rows or one, see ``ROWS``
-SIDE = 256
-"""Side, in pixels, of the square images whose latent size the check uses."""
-OTHER_SEED = 1
-"""Global seed while the folder is loaded, to detect weights that a factory draws from the global generator."""
+SIDE = 256  # side, in pixels, of the square images whose latent size the check uses
 RELATIVE, ABSOLUTE = 1e-4, 1e-5
 """Tolerances for scores: an accelerator may choose other kernels for the second copy of the model."""
 
 
 @dataclass(frozen=True)
 class Probe:
-    """Sampled weights and four scores of a model, small enough to keep after the model itself is freed.
+    """Sampled weights and four scores of a model, small enough to keep after the model itself is freed."""
 
-    Attributes:
-        recipe: Recipe of the model, with the base that it was loaded on.
-        weights: A few values of each parameter and buffer, by name.
-        scores: Scores of four random latents with a fixed seed; None if the model has no rule for image sizes.
-    """
-
-    recipe: ModelRecipe
-    weights: dict[str, Tensor]
+    recipe: ModelRecipe  # recipe of the model, with the base that it was loaded on
+    weights: dict[str, Tensor]  # A few values of each parameter and buffer, by name
+    # Scores of four random latents with a fixed seed, in the size of a square image that the model has resized:
+    # ``(4,)`` or ``(4, out_dim)``; None if the model has no rule for image sizes
     scores: Tensor | None
 
     @property
@@ -47,16 +40,18 @@ class Probe:
 
     @classmethod
     def of(cls, model: RewardNetwork) -> Self:
-        """Sample the weights of ``model`` and compute its scores.
-
-        Raises:
-            ValueError: If the model has no recipe.
-        """
+        """Sample the weights of ``model`` and compute its scores; raise ValueError if the model has no recipe."""
         if model.recipe is None:
             raise ValueError("the model has no recipe")
         named = chain(model.named_parameters(), model.named_buffers())
         weights = {name: sample(tensor.detach()) for name, tensor in named if tensor.numel()}
-        return cls(model.recipe, weights, scores_of(model))
+        if model.image_sizes is None:
+            return cls(model.recipe, weights, None)
+        loader, space = model.image_sizes.loader(SIDE, SIDE), model.backbone.latent_space
+        shape = (len(PROMPTS), *space.shape(loader.height, loader.width, model.image_sizes.frames))
+        latents = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+        scores = score_given_latents(model, PROMPTS, latents, model.noise, None, None, len(PROMPTS))
+        return cls(model.recipe, weights, scores.cpu())
 
     def compare(self, folder: Path, device: torch.device, trusted: bool) -> None:
         """Load ``folder`` as another user would, but on this machine's copy of the base; compare weights and scores.
@@ -72,7 +67,7 @@ class Probe:
         stored.recipe = replace(stored.recipe, backbone=ModelPart(named.name, settings | here))
         try:
             with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(OTHER_SEED)
+                torch.manual_seed(1)  # to detect weights that a factory draws from the global generator
                 again = Probe.of(stored.load(RewardNetwork).to(device).set_precision(torch.float32))
         except InputError as error:
             raise InputError(f"the model does not load again once it is saved: {error}") from error
@@ -91,17 +86,3 @@ class Probe:
                 f"the score is {second:.6g} instead of {first:.6g} once the model is saved and loaded again; keep what "
                 "its backbone and head compute with in parameters, buffers or settings, and draw nothing at random"
             )
-
-
-def scores_of(model: RewardNetwork) -> Tensor | None:
-    """Score four random latents with a fixed seed, in the size of a square image that the model has resized.
-
-    Returns:
-        ``(4,)`` or ``(4, out_dim)``; None if the model has no rule for image sizes.
-    """
-    if model.image_sizes is None:
-        return None
-    loader, space = model.image_sizes.loader(SIDE, SIDE), model.backbone.latent_space
-    shape = (len(PROMPTS), *space.shape(loader.height, loader.width, model.image_sizes.frames))
-    latents = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    return score_given_latents(model, PROMPTS, latents, model.noise, None, None, len(PROMPTS)).cpu()

@@ -17,12 +17,7 @@ from torch import Tensor, nn
 from latentreward.backbones import DiffusionBackbone, backbone_names
 from latentreward.backbones.stored_adapters import check_settings
 from latentreward.backbones.weights import assign, settling_later
-from latentreward.checkpoints.base_weights import (
-    BaseSample,
-    problem_of_record,
-    sample,
-    without_adapters,
-)
+from latentreward.checkpoints.base_weights import BaseSample, problem_of_record, sample, without_adapters
 from latentreward.checkpoints.shards import check_weights, damaged, read_checkpoint
 from latentreward.data.image_sizes import ImageSizes
 from latentreward.data.images import ExifOrientation
@@ -49,23 +44,17 @@ from latentreward.settings.rewriting import rewrite_settings
 from latentreward.settings.yaml_text import check_yaml
 from latentreward.storage.json_files import checked
 
-PARTS = ("backbone", "head")
-"""Names of the settings of a run that describe the reward model."""
+PARTS = ("backbone", "head")  # names of the settings of a run that describe the reward model
 
 
 @dataclass(frozen=True)
 class Content:
-    """Contents of a training checkpoint that the reward model needs.
+    """Contents of a training checkpoint that the reward model needs."""
 
-    Attributes:
-        weights: Weights of the model, by their names in the training module.
-        base: Sampled values of the frozen weights that the checkpoint leaves out; None if it has no such record.
-        steps: Number of optimiser steps at the time of the checkpoint.
-    """
-
-    weights: dict[str, Tensor]
+    weights: dict[str, Tensor]  # weights of the model, by their names in the training module
+    # Sampled values of the frozen weights that the checkpoint leaves out; None if it has no such record
     base: dict[str, Any] | None
-    steps: int | None
+    steps: int | None  # number of optimiser steps at the time of the checkpoint
 
 
 class TrainedReward(StoredReward):
@@ -124,18 +113,12 @@ class TrainedReward(StoredReward):
 
     @cached_property
     def _content(self) -> Content:
-        """Contents of the checkpoint, read once.
-
-        Raises:
-            InputError: If the checkpoint is damaged, or not that of a reward.
-        """
+        """Contents of the checkpoint, read once; raises InputError if it is damaged, or not that of a reward."""
         content = read_checkpoint(self.checkpoint)
         state = dict(content["state_dict"])
         if not any(str(name).startswith("model.head.") for name in state):
-            raise InputError(
-                f"checkpoint {self.checkpoint} holds no weights of a reward (model.head.…); give one that training of "
-                "a reward wrote"
-            )
+            nothing = f"checkpoint {self.checkpoint} holds no weights of a reward (model.head.…)"
+            raise InputError(f"{nothing}; give one that training of a reward wrote")
         callbacks, steps, base = (content.get(name) for name in ("callbacks", "global_step", "base"))
         for callback in callbacks.values() if self.average and isinstance(callbacks, Mapping) else ():
             if isinstance(callback, Mapping) and isinstance(callback.get("average"), Mapping):
@@ -312,10 +295,8 @@ def model_settings(path: Path, trusted: bool = False) -> dict[str, Any]:
     except (yaml.YAMLError, OmegaConfBaseException, AttributeError, TypeError, ValueError, OSError) as error:
         raise InputError(f"{path} cannot be read ({first_line(error)}); give the config.yaml of a run") from error
     if "policy" in arguments:
-        raise InputError(
-            f"{path} is of {name.rpartition('.')[2]}, which aligns a policy; give a checkpoint that training of a "
-            "reward wrote"
-        )
+        aligned = f"{name.rpartition('.')[2]}, which aligns a policy"
+        raise InputError(f"{path} is of {aligned}; give a checkpoint that training of a reward wrote")
     for part in PARTS:
         if part not in parts:
             raise InputError(f"{path} names no model.init_args.{part}; give the config.yaml of a reward's run")

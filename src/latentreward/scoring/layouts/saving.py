@@ -106,15 +106,11 @@ def config_of(model: RewardNetwork, base: str | None = None) -> FolderConfig:
     recipe = model.recipe or recipe_in_python(model.backbone, model.head)
     recipe = recipe.with_own(own_parts(model.backbone))
     if model.dtype != torch.float32:
-        raise InputError(
-            f"the model was loaded in {str(model.dtype).removeprefix('torch.')}, which rounds its weights; load it in "
-            "float32 to save it"
-        )
+        rounded = f"{str(model.dtype).removeprefix('torch.')}, which rounds its weights"
+        raise InputError(f"the model was loaded in {rounded}; load it in float32 to save it")
     backbone = model.backbone
     if isinstance(backbone.text_encoder, StoredPrompts):
-        raise InputError(
-            "EncodeOnce has freed the model's text encoders; load the model from a checkpoint of the run, then save it"
-        )
+        raise InputError("EncodeOnce has freed the model's text encoders; load a checkpoint of the run, then save it")
     if backbone.vae is None or backbone.text_encoder is None:
         part = "VAE" if backbone.vae is None else "text encoder"
         raise InputError(

@@ -31,8 +31,7 @@ REMEDY = (
     "in Python trust_remote_code=True)"
 )
 REEXPORTED = re.compile(r"latentreward\.(?:heads|backbones)\.(?:\w+\.)?(\w+)")
-MASK = "$\0{"
-"""Replacement of ``${``, the start of an OmegaConf interpolation, in settings that must not be resolved."""
+MASK = "$\0{"  # replacement of ``${``, the start of an OmegaConf interpolation, in settings that must not be resolved
 
 
 def registered_heads() -> dict[str, type[RewardHead]]:
@@ -56,11 +55,7 @@ def registered_name(kind: str, class_path: str) -> str:
 
 
 def check_class(kind: str, name: str, trusted: bool) -> None:
-    """Check that a class may be used, without importing anything.
-
-    Raises:
-        InputError: If ``name`` is neither registered nor an import path, or is an import path and ``trusted`` is False.
-    """
+    """Raise InputError if a class is neither registered nor, with ``trusted``, an import path; nothing is imported."""
     known = known_names(kind)
     if name in known:
         return
@@ -71,11 +66,7 @@ def check_class(kind: str, name: str, trusted: bool) -> None:
 
 
 def check_family(settings: Mapping[str, Any], trusted: bool) -> None:
-    """Check that settings of a backbone name no family outside this package, without importing anything.
-
-    Raises:
-        InputError: If there is one and ``trusted`` is False, or the family is not a text.
-    """
+    """Raise InputError if settings name a family outside this package without ``trusted``; nothing is imported."""
     family = settings.get("family")
     if not isinstance(family, str | None):
         raise InputError(f"backbone: family={family!r:.80} is no import path; get the model again")
@@ -114,9 +105,8 @@ class FolderGuard:
     def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> None:
         """Raise InputError if the module ``name`` would be imported from one of the folders."""
         spec = PathFinder.find_spec(name, path, target)
-        files = (
-            [] if spec is None else [spec.origin, *(f"{place}/*" for place in spec.submodule_search_locations or ())]
-        )
+        folders = () if spec is None else spec.submodule_search_locations or ()
+        files = [spec and spec.origin, *(f"{folder}/*" for folder in folders)]
         for place in (Path(file).parent.resolve() for file in files if file):  # resolve: the hub's cache holds links
             if any(place.is_relative_to(folder) for folder in self.folders):
                 raise InputError(f"module {name!r} lies in {place}, beside a model that came from others; install it")

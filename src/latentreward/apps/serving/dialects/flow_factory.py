@@ -24,10 +24,8 @@ from latentreward.apps.serving.images import EncodedImages, score_images
 from latentreward.apps.serving.json_bodies import from_base64, read_json
 from latentreward.apps.serving.routes import Route, fields
 
-TEXTS = 8
-"""Greatest number of texts, and of signs between them, per image; a body has two texts and four signs."""
-FORM = '{"prompt": [TEXT, ...], "image": [BASE64, ...]}'
-"""JSON of a request, for messages."""
+TEXTS = 8  # greatest number of texts, and of signs between them, per image; a body has two texts and four signs
+FORM = '{"prompt": [TEXT, ...], "image": [BASE64, ...]}'  # JSON of a request, for messages
 
 
 class ComputeRequest(BaseModel, strict=True):
@@ -58,11 +56,7 @@ class FlowFactory(Dialect):
 
 
 def parse_images(body: bytes, most: int) -> EncodedImages:
-    """Parse the body of a request.
-
-    Raises:
-        RequestError: If the body is no such JSON, has other media than images, or too many.
-    """
+    """Parse a request; raise RequestError if it is no such JSON, has other media than images, or too many."""
     content = read_json(body, ComputeRequest, TEXTS * (most + 8), FORM)
     for name in ("video", "condition_images", "condition_videos"):
         if getattr(content, name):

@@ -37,8 +37,7 @@ TEXTS = 256
 """Greatest number of texts, and of signs between them, per sample; a sample without metadata has some 20 and 80."""
 FORM = '{"requests": [{"history": [{"text": TEXT, "image_b64": BASE64}], "required_rewards": [NAME, ...]}]}'
 """JSON of a request, for messages."""
-SCORE = "score"
-"""Name of the first sub-metric, which UniRL's client takes by default."""
+SCORE = "score"  # name of the first sub-metric, which UniRL's client takes by default
 
 
 class Turn(BaseModel, strict=True):
@@ -126,11 +125,7 @@ class UniRL(Dialect):
 
 
 def parse_samples(body: bytes, most: int) -> list[Sample]:
-    """Parse the body of a request into samples.
-
-    Raises:
-        RequestError: If the body is no such JSON, or asks for what is not served.
-    """
+    """Parse a request into samples; raise RequestError if it is no such JSON, or asks for what is not served."""
     content = read_json(body, ScoreRequest, TEXTS * (most + 8), FORM)
     if content.protocol_version != VERSION:
         found = content.protocol_version[:20]
@@ -164,11 +159,7 @@ def rewards_of(samples: Sequence[Sample]) -> dict[str, list[int]]:
 
 
 def take_images(samples: Sequence[Sample]) -> list[tuple[str, bytes]]:
-    """Return text and image of the last turn of each sample, and drop the histories with their long texts.
-
-    Raises:
-        RequestError: If an image is not base64.
-    """
+    """Return text and image of each sample's last turn, and drop the long histories; images must be base64."""
     images = []
     for number, sample in enumerate(samples):
         turn = sample.history[-1]

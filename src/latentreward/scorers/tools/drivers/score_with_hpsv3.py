@@ -4,8 +4,7 @@ import json
 import sys
 from pathlib import Path
 
-BATCH = 8
-"""Images per call of HPSv3."""
+BATCH = 8  # images per call of HPSv3
 
 
 def main(pictures: str, scores: str) -> None:
