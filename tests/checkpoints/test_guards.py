@@ -1,6 +1,9 @@
 """What a run refuses to load, and to write: another model's weights, and weights that are not finite."""
 
 import math
+import re
+import threading
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
@@ -9,8 +12,9 @@ from latentreward.callbacks import NaNGuard
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.demos.boring_classes import BoringModel
 
+from latentreward.apps.commands import fit
 from latentreward.apps.commands.consolidate import consolidate
-from latentreward.checkpoints.shards import not_finite
+from latentreward.checkpoints.shards import checking_values, not_finite
 from latentreward.cli import main
 from latentreward.errors import InputError
 from tests.marks import slow_after
@@ -39,6 +43,32 @@ def test_another_models_checkpoint_is_one_line(
     said = refusal(capsys, command, tmp_path, f"--ckpt_path={path}")
     names = "it lacks net.0.bias (4 in all), it has the unknown weight other.bias (2 in all)"
     assert said == f"ckpt_path: {path}: the checkpoint does not fit: {names}; {same}"
+
+
+@pytest.mark.parametrize("given", slow_after(1, ["path", "last"]))
+def test_values_are_checked_while_networks_are_built(
+    given: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run("fit", tmp_path, "--trainer.max_steps=1", *EACH_STEP)
+    path = tmp_path / "run" / "checkpoints" / "last.ckpt"
+    data = bytearray(path.read_bytes())
+    place = data.index(torch.load(path, weights_only=True)["state_dict"]["net.0.weight"].numpy().tobytes())
+    data[place] ^= 0x55
+    for file in path.parent.glob("*.ckpt"):
+        file.write_bytes(data)
+    began: list[tuple[Path, int]] = []
+
+    def beginning(file: Path) -> AbstractContextManager[None]:
+        began.append((file, len(RUNS)))
+        return checking_values(file)
+
+    monkeypatch.setattr(fit, "checking_values", beginning)
+    made, threads = len(RUNS), threading.active_count()
+    said = refusal(capsys, "validate", tmp_path, *EACH_STEP, f"--ckpt_path={path if given == 'path' else given}")
+    assert re.search(r"ckpt_path: .*last.ckpt is damaged.* does not fit its checksum\)", said)
+    assert began == [(path, made)]
+    assert len(RUNS) == made + 1
+    assert threading.active_count() == threads
 
 
 @pytest.mark.slow

@@ -54,6 +54,7 @@ def prepare(folder: Path) -> None:
 
 KINDS: dict[str, tuple[str, Callable[[Path], Any]]] = {
     "checkpoint": ("last.ckpt", read_checkpoint),
+    "run": ("dina_run/reward.ckpt", lambda path: RewardModel.from_pretrained(path.parent)),
     "shard": ("shards/__0_0.distcp", lambda path: read_checkpoint(path.parent)),
     "index": (f"shards/{INDEX}", lambda path: read_checkpoint(path.parent)),
     "values beside shards": (f"shards/{REST}", lambda path: read_checkpoint(path.parent)),

@@ -14,9 +14,8 @@ from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from torch.utils._pytree import tree_map_only
 from typing_extensions import override
 
-from latentreward.checkpoints.shards import INDEX, REST, UNREADABLE, damaged, newest_first, read_sharded
+from latentreward.checkpoints.shards import INDEX, REST, UNREADABLE, check_values, damaged, newest_first, read_sharded
 from latentreward.errors import InputError, first_line
-from latentreward.storage.digests import check_records
 from latentreward.storage.durable import replacing
 
 logger = logging.getLogger(__name__)
@@ -124,8 +123,13 @@ def without_password(address: str) -> str:
     return re.sub(r"://[^/@]*@", "://", address)
 
 
-def checkpoint_problem(path: Path) -> str | None:
-    """Describe in one line why a checkpoint cannot be read, or return None; tensors are compared with checksums."""
+def checkpoint_problem(path: Path, values: bool = True) -> str | None:
+    """Describe in one line why a checkpoint cannot be read, or return None.
+
+    Args:
+        path: File, or folder of shards.
+        values: Whether to compare the values with their checksums, which reads all of them.
+    """
     missing = [name for name in SHARD_FILES if path.is_dir() and not (path / name).is_file()]
     if missing:
         return f"{missing[0]} is missing"
@@ -134,7 +138,8 @@ def checkpoint_problem(path: Path) -> str | None:
             read_sharded(path, with_tensors=False)
         else:
             torch.load(path, map_location="meta", weights_only=True, mmap=True)
-            check_records(path)
+        if values:
+            check_values(path)
     except (*UNREADABLE, OSError) as error:
         return first_line(error)
     return None

@@ -20,6 +20,7 @@ from latentreward.checkpoints.shards import (
     INDEX,
     INDEX_HASH,
     UNREADABLE,
+    check_values,
     check_weights,
     damaged,
     is_sharded,
@@ -29,7 +30,7 @@ from latentreward.checkpoints.shards import (
     shard_index,
 )
 from latentreward.errors import InputError, errors_at, first_line
-from latentreward.storage.digests import check_records, file_hash
+from latentreward.storage.digests import file_hash
 from latentreward.storage.durable import discard, put_in_place, temporary_name, write_errors_named
 
 
@@ -111,19 +112,20 @@ class FSDP2Strategy(ModelParallelStrategy):
         path = Path(self.broadcast(checkpoint_path))
         if not path.exists():  # downloaded from a URL: each node has its own copy
             path = Path(checkpoint_path)
-        if is_sharded(path):
+        if sharded := is_sharded(path):
             entries = {name.partition("."): entry for name, entry in shard_index(path).state_dict_metadata.items()}
             sizes = {
                 name: getattr(entry, "size", ()) for (part, _, name), entry in entries.items() if part == "state_dict"
             }
             self._check(path, sizes)
             read_sharded(path, with_tensors=False)  # checked first: Lightning's own reader unpickles and could run code
-            return super().load_checkpoint(path, weights_only=True)
         try:
-            check_records(path)
-            checkpoint = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-        except UNREADABLE as error:
+            check_values(path)
+            checkpoint = {} if sharded else torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        except (*UNREADABLE, OSError) as error:
             raise InputError(damaged(path, first_line(error))) from error
+        if sharded:
+            return super().load_checkpoint(path, weights_only=True)
         self._check(path, {name: tensor.shape for name, tensor in checkpoint["state_dict"].items()})
         options = StateDictOptions(
             full_state_dict=True, broadcast_from_rank0=True, strict=self.lightning_module.strict_loading

@@ -10,7 +10,8 @@ from __future__ import annotations
 import pickle
 import struct
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +21,7 @@ from torch.optim import Optimizer
 
 from latentreward.checkpoints.base_weights import is_quantized, quantized_names
 from latentreward.errors import InputError, first_line
-from latentreward.storage.digests import check_hash, check_records
+from latentreward.storage.digests import Places, check_hash, check_records, checking_meanwhile
 
 if TYPE_CHECKING:
     from torch.distributed.checkpoint.metadata import Metadata
@@ -68,21 +69,36 @@ def shard_index(path: Path) -> Metadata:
         raise InputError(damaged(path, first_line(error))) from error
 
 
-def check_shards(path: Path, index: Metadata) -> None:
-    """Compare the shards and the other values of a sharded checkpoint with their checksums.
+def check_values(path: Path) -> None:
+    """Compare the values in a checkpoint, a file or a folder of shards, with their checksums.
 
     Raises:
-        InputError: If a file is damaged or missing.
+        ValueError: If a file is damaged; InputError of :func:`shard_index`.
+        OSError: If a file is missing.
     """
-    places: dict[str, set[tuple[int, int]]] = {}
-    for entry in index.storage_data.values():
-        places.setdefault(entry.relative_path, set()).add((entry.offset, entry.length))
+    for file, places in files_of(path):
+        check_records(file, places)
+
+
+@contextmanager
+def checking_values(path: Path) -> Iterator[None]:
+    """Compute the checksums of a checkpoint in threads while the block runs; :func:`check_values` waits for them."""
     try:
-        for name, found in places.items():
-            check_records(path / name, found)
-        check_records(path / REST)
-    except (*UNREADABLE, OSError) as error:
-        raise InputError(damaged(path, first_line(error))) from error
+        files = files_of(path)
+    except InputError:  # said where the checkpoint is read
+        files = []
+    with checking_meanwhile(records=files):
+        yield
+
+
+def files_of(path: Path) -> list[tuple[Path, Places | None]]:
+    """List the files that hold a checkpoint's values, with offset and bytes of each part of a shard."""
+    if not path.is_dir():
+        return [(path, None)]
+    places: dict[str, set[tuple[int, int]]] = {}
+    for entry in shard_index(path).storage_data.values():
+        places.setdefault(entry.relative_path, set()).add((entry.offset, entry.length))
+    return [*((path / name, tuple(sorted(found))) for name, found in places.items()), (path / REST, None)]
 
 
 def read_sharded(path: Path, with_tensors: bool = True) -> dict[str, Any]:
@@ -90,8 +106,8 @@ def read_sharded(path: Path, with_tensors: bool = True) -> dict[str, Any]:
 
     Args:
         path: Folder of the checkpoint.
-        with_tensors: Whether to read tensors. False leaves them out, to check quickly that all else is plain values, so
-            that loading the checkpoint runs no code.
+        with_tensors: Whether to read tensors, after :func:`check_values`. False puts them on the meta device, to check
+            quickly that all else is plain values, so that loading the checkpoint runs no code.
 
     Raises:
         InputError: If the checkpoint is incomplete, damaged, or holds more than tensors and plain values.
@@ -102,22 +118,26 @@ def read_sharded(path: Path, with_tensors: bool = True) -> dict[str, Any]:
     from latentreward.checkpoints.shard_reader import PlainValues, ShardReader
 
     index = shard_index(path)
-    check_shards(path, index)
     flat: dict[str, Any] = {}
+    unread: dict[str, Any] = {}
     nested: dict[str, Any] = {}
     try:
+        if with_tensors:
+            check_values(path)
         for name, entry in index.state_dict_metadata.items():
             if not isinstance(entry, TensorStorageMetadata):
                 flat[name] = None
             elif with_tensors:
                 flat[name] = torch.empty(entry.size, dtype=entry.properties.dtype)
+            else:
+                unread[name] = torch.empty(entry.size, dtype=entry.properties.dtype, device="meta")
         if flat:
             planner = PlainValues(flatten_state_dict=False, flatten_sharded_tensors=False)
             with warnings.catch_warnings():  # torch warns that there is only one process
                 warnings.filterwarnings("ignore", message="torch.distributed is disabled")
                 distributed_checkpoint.load(flat, storage_reader=ShardReader(path), planner=planner, no_dist=True)
         rest = torch.load(path / REST, map_location="cpu" if with_tensors else "meta", weights_only=True, mmap=True)
-        for name, value in flat.items():
+        for name, value in (flat | unread).items():
             *parents, last = index.planner_data[name]
             place = nested
             for key in parents:
@@ -135,8 +155,7 @@ def read_checkpoint(path: Path, with_tensors: bool = True) -> dict[str, Any]:
 
     Args:
         path: File, or folder of shards.
-        with_tensors: False does not read the tensors' values: a file's tensors are on the meta device, and a
-            folder's state dicts are empty.
+        with_tensors: False reads no tensor's values and compares no checksums: tensors are on the meta device.
 
     Raises:
         InputError: If ``path`` does not exist, is not a Lightning checkpoint, is damaged, or could run code.
@@ -148,7 +167,7 @@ def read_checkpoint(path: Path, with_tensors: bool = True) -> dict[str, Any]:
             content = read_sharded(path, with_tensors)
         else:
             if with_tensors:
-                check_records(path)
+                check_values(path)
             # Mapped into memory, so that the optimiser's state is not read.
             content = torch.load(path, "cpu" if with_tensors else "meta", weights_only=True, mmap=True)
     except (*UNREADABLE, OSError) as error:

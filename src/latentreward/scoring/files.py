@@ -46,13 +46,19 @@ def compare_tensors(expected: Mapping[str, Tensor], found: Mapping[str, Tensor],
             raise InputError(f"cannot load {path}: tensor {name} is {found[name].dtype}, expected floating point")
 
 
-def not_dense(state: Mapping[str, Any]) -> str | None:
-    """Return the name of the first value that is not a dense tensor with values, or None.
+def not_dense(state: Mapping[str, Any], meta: bool = False) -> str | None:
+    """Return the name of the first value that is not a dense tensor, or None.
 
     ``torch.load`` also reads sparse tensors, and tensors on the meta device, which have no values.
+
+    Args:
+        state: State dict.
+        meta: Whether to accept tensors on the meta device.
     """
-    values = state.items()
-    return next((n for n, v in values if not isinstance(v, Tensor) or v.layout != torch.strided or v.is_meta), None)
+    for name, value in state.items():
+        if not isinstance(value, Tensor) or value.layout != torch.strided or (value.is_meta and not meta):
+            return name
+    return None
 
 
 def read_tensors(path: Path) -> dict[str, Any]:

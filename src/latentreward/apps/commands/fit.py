@@ -36,7 +36,7 @@ from latentreward.apps.commands.run_folder import FOLDER
 from latentreward.apps.estimate.card import Card
 from latentreward.backbones.registry import backbone_names
 from latentreward.checkpoints import files as checkpoint_files
-from latentreward.checkpoints.shards import check_weights, damaged, newest_first, read_sharded
+from latentreward.checkpoints.shards import check_weights, checking_values, damaged, newest_first, read_sharded
 from latentreward.data import PairReader
 from latentreward.data.datamodules import PairLoaders
 from latentreward.data.readers.base import DATA_ON_ERROR, OWN_ON_ERROR
@@ -172,7 +172,8 @@ class TrainingCLI(LightningCLI):
         arguments: Arguments after the subcommand.
         folder: Temporary folder for a checkpoint that is fetched from an address. Each process fetches its own copy,
             because the processes of a run may be on several machines.
-        held: Stack that keeps the lock of the run folder until the command ends.
+        held: Stack that keeps the lock of the run folder, and the threads that compute the checksums of a checkpoint,
+            until the command ends.
 
     Attributes:
         estimated: Memory and computation of the run, under ``--estimate``.
@@ -295,10 +296,15 @@ class TrainingCLI(LightningCLI):
             raise InputError("weights_only: false would let a checkpoint run code; leave it out")
         if local is None and self.command == "fit" and not (restarted() or settings["trainer"]["fast_dev_run"]):
             run_folder.tell_earlier_run(settings["trainer"])
-        if local not in (None, "last", "hpc"):  # Lightning resolves these two words
-            check_checkpoint(local, given)
+        wanted = "last" if local is None and self.command == "fit" and restarted() else local
+        if wanted in ("last", "hpc"):  # Lightning resolves these two words
+            likely = run_folder.likely_checkpoint(wanted, settings["trainer"])
+        elif likely := wanted and Path(wanted):
+            check_checkpoint(likely, given, values=False)
             if self.command == "fit":
-                check_resumable(local, given)
+                check_resumable(likely, given)
+        if likely:  # its values are checked while the networks are built
+            self.held.enter_context(checking_values(likely))
         check_callbacks(settings["trainer"])
         with constructor_errors(), sharing_between(ranks_per_machine(settings["trainer"])):
             super().instantiate_classes()
@@ -392,15 +398,19 @@ class TrainingCLI(LightningCLI):
     def _find_checkpoint(self) -> None:
         """Replace ``ckpt_path: last`` by the path of the newest ``last`` checkpoint, if there is one, and ``hpc``."""
         settings = self.config_init[self.command]
-        if settings["ckpt_path"] == "hpc":
-            chosen = settings["ckpt_path"] = self.trainer._checkpoint_connector._hpc_resume_path
-            if chosen is None:
+        given = settings["ckpt_path"]
+        if given == "hpc":
+            settings["ckpt_path"] = self.trainer._checkpoint_connector._hpc_resume_path
+            if settings["ckpt_path"] is None:
                 raise InputError(
                     f"ckpt_path: hpc: there is no hpc_ckpt_*.ckpt in {self.trainer.default_root_dir} "
                     f"({FOLDER}); give last, or the checkpoint's path"
                 )
-            check_checkpoint(chosen, chosen)
-        if settings["ckpt_path"] == "last":
+        if given not in (None, "last"):
+            # Before the trainer starts, whose callbacks may save on an error.
+            shown = settings["ckpt_path"] if given == "hpc" else self.config[self.command]["ckpt_path"]
+            check_checkpoint(settings["ckpt_path"], shown)
+        if given == "last":
             if path := run_folder.last_checkpoint(self.trainer):
                 settings["ckpt_path"] = str(path)
             elif found := run_folder.last_of_earlier_version(self.trainer):
@@ -577,17 +587,19 @@ def compare_weights(model: LightningModule, state_dict: Mapping[str, Any], *_: A
         check_weights(model, shapes, model.strict_loading)
 
 
-def check_checkpoint(path: str | Path, given: str | Path) -> None:
+def check_checkpoint(path: str | Path, given: str | Path, values: bool = True) -> None:
     """Refuse a checkpoint that is missing, damaged, or could run code, before anything is loaded from it.
 
-    ``given`` is its name in messages, such as the address from which it was fetched.
+    Args:
+        path: File, or folder of shards.
+        given: Its name in messages, such as the address from which it was fetched.
+        values: Whether to compare the values with their checksums too, which reads all of them.
     """
     if Path(path).is_dir():
-        read_sharded(Path(path), with_tensors=False)
-        return
-    if not Path(path).is_file():
+        read_sharded(Path(path), with_tensors=False)  # its InputError names what is missing
+    elif not Path(path).is_file():
         raise InputError(f"ckpt_path: {path} does not exist")
-    if problem := checkpoint_files.checkpoint_problem(Path(path)):
+    if problem := checkpoint_files.checkpoint_problem(Path(path), values):
         raise InputError(f"ckpt_path: {damaged(given, problem)}")
 
 

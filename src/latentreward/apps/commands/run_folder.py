@@ -15,6 +15,7 @@ from latentreward.apps.commands.notes import tell
 from latentreward.callbacks import PolicyLoRA
 from latentreward.callbacks.graceful_stop import fallback_folder
 from latentreward.checkpoints.files import newest_intact
+from latentreward.checkpoints.shards import newest_first
 
 FOLDER = "trainer.default_root_dir"
 """Setting that names the folder of a run."""
@@ -63,18 +64,37 @@ def run_folder(trainer: Namespace) -> Path | None:
 
 def tell_earlier_run(trainer: Namespace) -> None:
     """Say in one line that the checkpoint folders of a new run hold checkpoints of an earlier one."""
-    callbacks = trainer.get("callbacks") or []
-    given = [one.get("init_args", {}).get("dirpath") for one in callbacks if isinstance(one, Namespace)]
-    folders = [Path(folder) for folder in given if folder and "://" not in str(folder)]
-    if (folder := run_folder(trainer)) is not None:
-        folders.append(folder / "checkpoints")
-    for folder in folders:
+    for folder in checkpoint_folders(trainer):
         if found := sorted(path.name for path in folder.glob("*.ckpt")):
             tell(
                 f"{folder} holds an earlier run ({found[0]}): this run starts anew and writes beside it; "
                 f"--ckpt_path last goes on with that run, another {FOLDER} keeps the two apart"
             )
             return
+
+
+def checkpoint_folders(trainer: Namespace) -> list[Path]:
+    """List the folders where a trainer's settings let the run save checkpoints, as far as they name them."""
+    callbacks = trainer.get("callbacks") or []
+    given = [one.get("init_args", {}).get("dirpath") for one in callbacks if isinstance(one, Namespace)]
+    folders = [Path(folder) for folder in given if folder and "://" not in str(folder)]
+    if (folder := run_folder(trainer)) is not None:
+        folders.append(folder / "checkpoints")
+    return folders
+
+
+def likely_checkpoint(word: str, trainer: Namespace) -> Path | None:
+    """Return the checkpoint that a word probably means; :func:`last_checkpoint` knows it, once callbacks are made.
+
+    Args:
+        word: ``last`` or ``hpc``.
+        trainer: Settings of the trainer.
+    """
+    if word == "last":
+        found = [path for folder in checkpoint_folders(trainer) for path in folder.glob("last*.ckpt")]
+    else:
+        found = [*(run_folder(trainer) or Path()).glob("hpc_ckpt_*.ckpt")]
+    return next(iter(newest_first(found)), None)
 
 
 def last_checkpoint(trainer: Trainer) -> Path | None:

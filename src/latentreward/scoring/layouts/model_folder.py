@@ -35,7 +35,7 @@ from latentreward.scoring.layouts.base import Network, StoredReward
 from latentreward.scoring.layouts.config import FORMAT, FolderConfig
 from latentreward.scoring.layouts.recipe import ONLY_IN_TRAINING, ModelRecipe, build_backbone, build_head, is_ours
 from latentreward.scoring.layouts.trust import check_class, check_family
-from latentreward.storage.digests import check_hash, hashed_meanwhile
+from latentreward.storage.digests import check_hash, checking_meanwhile
 from latentreward.storage.json_files import read_config
 from latentreward.storage.weight_files import map_weights
 
@@ -152,7 +152,7 @@ class PretrainedReward(StoredReward):
         adapters = {name: f"{at}/{ADAPTER_WEIGHTS}" for name, at in adapter_folders(self.config.adapters).items()}
         # No other file that a stranger's config names is read.
         read = {HEAD, BASE, BACKBONE, *adapters.values()} & {*self.config.sha256}
-        with hashed_meanwhile(self.folder / name for name in read):
+        with checking_meanwhile(self.folder / name for name in read):
             # Initial values are random but overwritten below.
             with torch.random.fork_rng(devices=[]), settling_later(undrawn=self._stores_networks):
                 backbone = self.backbone()

@@ -18,7 +18,7 @@ from latentreward.backbones import DiffusionBackbone, backbone_names
 from latentreward.backbones.stored_adapters import check_settings
 from latentreward.backbones.weights import assign, settling_later
 from latentreward.checkpoints.base_weights import BaseSample, problem_of_record, sample, without_adapters
-from latentreward.checkpoints.shards import check_weights, damaged, read_checkpoint
+from latentreward.checkpoints.shards import check_weights, checking_values, damaged, read_checkpoint
 from latentreward.data.image_sizes import ImageSizes
 from latentreward.data.images import ExifOrientation
 from latentreward.errors import InputError, errors_at, first_line
@@ -113,8 +113,21 @@ class TrainedReward(StoredReward):
 
     @cached_property
     def _content(self) -> Content:
-        """Contents of the checkpoint, read once; raises InputError if it is damaged, or not that of a reward."""
-        content = read_checkpoint(self.checkpoint)
+        """Contents of the checkpoint, read once, after a comparison with its checksums."""
+        return self._reward(read_checkpoint(self.checkpoint))
+
+    @cached_property
+    def _shapes(self) -> Content:
+        """Contents of the checkpoint with tensors on the meta device."""
+        return self._reward(self._recorded, meta=True)
+
+    def _reward(self, content: Mapping[str, Any], meta: bool = False) -> Content:
+        """Take from a checkpoint what a reward needs; raise InputError if it is damaged, or not that of a reward.
+
+        Args:
+            content: Contents of the checkpoint.
+            meta: Whether the tensors are on the meta device, so that their values are not checked.
+        """
         state = dict(content["state_dict"])
         if not any(str(name).startswith("model.head.") for name in state):
             nothing = f"checkpoint {self.checkpoint} holds no weights of a reward (model.head.…)"
@@ -125,9 +138,9 @@ class TrainedReward(StoredReward):
                 updates = callback.get("updates")
                 state |= callback["average"] if isinstance(updates, int) and updates else {}
         weights = {name: tensor for name, tensor in state.items() if str(name).startswith("model.")}
-        if name := not_dense(weights):
+        if name := not_dense(weights, meta):
             raise InputError(damaged(self.checkpoint, f"{name} is not a dense tensor"))
-        if base is not None and (problem := problem_of_record(base)):
+        if not meta and base is not None and (problem := problem_of_record(base)):
             raise InputError(damaged(self.checkpoint, f"base: {problem}"))
         return Content(weights, base, steps if type(steps) is int else None)
 
@@ -154,7 +167,7 @@ class TrainedReward(StoredReward):
         Returns:
             The model, and a module that contains it under the name that the checkpoint's keys begin with.
         """
-        state = self._content.weights
+        state = self._shapes.weights
         with errors_at(f"{self.config}: model."):
             part = self.recipe.head
             if part.init_args.get("text_projection_source") is not None:  # its weights are in the checkpoint
@@ -173,12 +186,12 @@ class TrainedReward(StoredReward):
 
     def load(self, kind: type[Network]) -> Network:
         """See :meth:`StoredReward.load`."""
-        state, base, recipe = self._content.weights, self._content.base, self.recipe
+        state, recipe = self._shapes.weights, self.recipe
         lora = recipe.backbone.init_args.get("lora")
         if is_ours(recipe.backbone) and isinstance(lora, Mapping) and "rank" in lora:
             stored = [len(tensor) for name, tensor in state.items() if ".lora_A." in name]
             check_settings({"r": lora["rank"]}, stored, f"cannot load {self.config}")
-        with settling_later():
+        with settling_later(), checking_values(self.checkpoint):
             with torch.random.fork_rng(devices=[]):  # initial values are random but overwritten below
                 model, as_trained = self._fitting(self.backbone(), kind)
             own = as_trained.state_dict()
@@ -186,7 +199,8 @@ class TrainedReward(StoredReward):
                 if own[name].is_floating_point() and not state[name].is_floating_point():
                     problem = f"{name} is {state[name].dtype}, expected floating point"
                     raise InputError(damaged(self.checkpoint, problem))
-            assign(as_trained, state)
+            assign(as_trained, self._content.weights)
+        base = self._content.base
         if base is not None:
             with errors_at(f"{self.checkpoint} with {self.config}: "):
                 BaseSample.of(as_trained, model.backbone.source).check(base)
