@@ -89,16 +89,7 @@ class ShapesOnly(TorchDispatchMode):
 
     def replace_weights(self, module: nn.Module) -> None:
         """Replace a module's parameters and buffers by stand-ins; a shared tensor gets one shared stand-in."""
-        made: dict[int, Any] = {}
-        parts = (tensors for part in module.modules() for tensors in (part._parameters, part._buffers))
-        for tensors in parts:
-            for name, old in tensors.items():
-                if old is None:
-                    continue
-                if id(old) not in made:
-                    new = self.stand_in(old.shape, old.dtype)
-                    made[id(old)] = nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new
-                tensors[name] = made[id(old)]
+        replace_tensors(module, lambda name, old: self.stand_in(old.shape, old.dtype))
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
@@ -127,6 +118,23 @@ class ShapesOnly(TorchDispatchMode):
 
     def _nonzero(self, tensor: Tensor) -> Tensor:
         return self.stand_in((tensor.numel(), tensor.ndim), torch.int64) if is_stand_in(tensor) else tensor.nonzero()
+
+
+def replace_tensors(module: nn.Module, make: Callable[[str, Tensor], Tensor]) -> None:
+    """Replace all parameters and buffers of a module; one that modules share gets one shared replacement.
+
+    ``make`` gets a tensor's own name, such as ``weight``, and the tensor.
+    """
+    made: dict[int, Any] = {}
+    for part in module.modules():
+        for tensors in (part._parameters, part._buffers):
+            for name, old in tensors.items():
+                if old is None:
+                    continue
+                if id(old) not in made:
+                    new = make(name, old)
+                    made[id(old)] = nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new
+                tensors[name] = made[id(old)]
 
 
 def is_stand_in(value: Any) -> bool:
