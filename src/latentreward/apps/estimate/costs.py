@@ -190,13 +190,7 @@ def step_costs(module: LightningModule, data: Namespace, accumulated: int = 1, g
     with ExitStack() as stack:
         for context in (shapes, *([gpu_autocast()] if gpu else [])):
             stack.enter_context(context)
-        built: Any = module.configure_optimizers()
-        optimizer = built.get("optimizer") if isinstance(built, Mapping) else built
-        if not isinstance(optimizer, Optimizer):
-            raise InputError(f"--estimate knows modules with one optimiser, which {type(module).__name__} has not")
-        for group in optimizer.param_groups:
-            if gpu and group.get("foreach", False) is None and not group.get("fused"):
-                group["foreach"] = True  # PyTorch's multi-tensor update, which is the default on a GPU
+        optimizer = optimizer_of(module, foreach=gpu)
         for weight in trained:
             weight.grad = torch.zeros_like(weight)
         live.peak = live.now
@@ -268,6 +262,22 @@ def answer_alone(reward: RemoteReward, latents: Tensor, rows: Tensor, encoded: A
     """Score finished latents at once, without asking the server of ``reward``."""
     scores = reward.score(NoisyStates(latents, torch.zeros(len(latents)), rows, latents), encoded)
     return lambda: scores[:, None]
+
+
+def optimizer_of(module: LightningModule, foreach: bool) -> Optimizer:
+    """Return the module's optimiser; ``foreach`` selects PyTorch's multi-tensor update, which is the default on a GPU.
+
+    Raises:
+        InputError: If the module has no optimiser, or several.
+    """
+    built: Any = module.configure_optimizers()
+    optimizer = built.get("optimizer") if isinstance(built, Mapping) else built
+    if not isinstance(optimizer, Optimizer):
+        raise InputError(f"--estimate knows modules with one optimiser, which {type(module).__name__} has not")
+    for group in optimizer.param_groups:
+        if foreach and group.get("foreach", False) is None and not group.get("fused"):
+            group["foreach"] = True
+    return optimizer
 
 
 def part_costs(module: LightningModule, quantized: Mapping[int, int]) -> tuple[PartCosts, ...]:
