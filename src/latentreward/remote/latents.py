@@ -115,10 +115,8 @@ def describe(connection: Connection, schema: Schema, ended: Event | None = None)
 def check_rows(server: RemoteServer, reward: ServedReward, batch_size: int) -> None:
     """Raise InputError if ``batch_size`` is over the server's limit of rows in a request."""
     if batch_size > (reward.max_rows or batch_size):
-        raise InputError(
-            f"reward.batch_size={batch_size} is over {reward.max_rows}, the most rows that the reward server "
-            f"{server.url} takes in a request"
-        )
+        most = f"{reward.max_rows}, the most rows that the reward server {server.url} takes in a request"
+        raise InputError(f"reward.batch_size={batch_size} is over {most}")
 
 
 def check_widths(server: RemoteServer, reward: ServedReward, encoded: Conditioning) -> None:

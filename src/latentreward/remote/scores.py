@@ -32,15 +32,11 @@ class RemoteScores(ABC, Generic[Row]):
 
     Rows with equal keys are asked for once. A score is remembered, so that a row gets the same score again. Only one
     thread may call the methods, but for :meth:`ask`.
-
-    Args:
-        server: The server.
-        batch_size: Rows of a request.
-        model: Model that the server has named before; None if it has not.
     """
 
     def __init__(self, server: RemoteServer, batch_size: int, model: str | None = None) -> None:
-        self.connection, self.batch_size, self.model = Connection(server), batch_size, model
+        self.connection, self.batch_size = Connection(server), batch_size
+        self.model = model  # that the server has named so far; None if it has not
         self._known: OrderedDict[str, float] = OrderedDict()
         self._lock, self._ended = Lock(), Event()
         self._threads, self._waiting = 0, deque[tuple[Sequence[Row], Future[Any], Event]]()

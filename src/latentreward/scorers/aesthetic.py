@@ -45,9 +45,8 @@ class AestheticScorer(CLIPImageScorer):
     ) -> None:
         super().__init__(name, source, **options)
         self.weights = Path(weights)
-        self.layers = linear_chain(self.weights, read_state_dict(self.weights, "the aesthetic predictor")).to(
-            self.device
-        )
+        tensors = read_state_dict(self.weights, "the aesthetic predictor")
+        self.layers = linear_chain(self.weights, tensors).to(self.device)
 
     def identity(self) -> str:
         """See :meth:`Scorer.identity`: class, model, revision, dtype and a hash of the predictor's weights."""

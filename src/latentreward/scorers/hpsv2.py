@@ -96,9 +96,7 @@ class HPSv2Scorer(ImageScorer):
         rows = model.config.text_config.vocab_size
         check_tokenizer(tokenizer, rows, f"tokenizer of {self.name}", "give CLIP's tokenizer")
         side = model.config.vision_config.image_size
-        return CLIPTowers(
-            model, tokenizer, lambda images: torch.stack([padded_pixels(image, side) for image in images])
-        )
+        return CLIPTowers(model, tokenizer, lambda images: torch.stack([padded_pixels(one, side) for one in images]))
 
     def _file(self) -> Path:
         if self.weights not in FILES:

@@ -35,13 +35,8 @@ class PairScoring:
     """Scores both images of each row of a reader with several scorers.
 
     Scores are kept in memory for the life of the object, by a hash of image key and prompt, so that an image that
-    recurs is not scored again. A score takes about 0.2 kB.
-
-    Args:
-        reader: Reader of preference pairs.
-        scorers: Scorers with different names.
-        decode_threads: Threads that decode images ahead.
-        max_pixels: Images with more pixels are recorded as unreadable.
+    recurs is not scored again. A score takes about 0.2 kB. ``decode_threads`` decode images ahead; images of more than
+    ``max_pixels`` are recorded as unreadable.
 
     Raises:
         InputError: If there is no scorer, two scorers have the same name, a scorer does not score pairs, or the reader

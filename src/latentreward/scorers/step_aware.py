@@ -59,10 +59,8 @@ class StepAwareScorer(CLIPImageScorer):
         """
         network, trained = load_step_aware(self.source, self.processor, self.revision, self.weights)
         if not (trained or network.mean.is_meta):  # which has shapes alone
-            raise InputError(
-                f"source {self.source!r} of {self.name} is a CLIP model that knows no timestep; train one with "
-                "configs/model/spm_sd15.yaml, and give its checkpoint as weights"
-            )
+            remedy = "train one with configs/model/spm_sd15.yaml, and give its checkpoint as weights"
+            raise InputError(f"source {self.source!r} of {self.name} is a CLIP model that knows no timestep; {remedy}")
         return network.to(getattr(torch, self.dtype)).eval().requires_grad_(False)
 
     def prepare(self) -> None:

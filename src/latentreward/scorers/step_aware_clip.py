@@ -36,21 +36,11 @@ PUBLISHED_NAMES = (
 
 
 class StepAwareCLIP(nn.Module):
-    """A CLIP model with a vision tower modulated by the timestep.
+    """A CLIP model of any size with a vision tower modulated by the timestep."""
 
-    Args:
-        clip: CLIP model of any size.
-        tokenizer: Tokenizer of the model.
-        mean: Mean ``(3,)`` of the model's image preprocessing.
-        std: Standard deviation ``(3,)`` of the model's image preprocessing.
-
-    Attributes:
-        gradient_checkpointing: Recompute vision blocks in the backward pass, to save memory.
-    """
-
-    gradient_checkpointing: bool = False
-    mean: Tensor
-    std: Tensor
+    gradient_checkpointing: bool = False  # recompute vision blocks in the backward pass, to save memory
+    mean: Tensor  # ``(3,)``, of the model's image preprocessing
+    std: Tensor  # ``(3,)``
 
     def __init__(self, clip: CLIPModel, tokenizer: CLIPTokenizer, mean: Sequence[float], std: Sequence[float]) -> None:
         super().__init__()

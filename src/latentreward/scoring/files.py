@@ -25,9 +25,8 @@ def load_exactly(
         InputError: If a tensor is missing, unexpected or has the wrong shape; names the first one.
     """
     own = module.state_dict().items()
-    compare_tensors(
-        {name: tensor for name, tensor in own if name not in absent_by_design or name in state}, state, path
-    )
+    expected = {name: tensor for name, tensor in own if name not in absent_by_design or name in state}
+    compare_tensors(expected, state, path)
     module.load_state_dict(state, strict=False)
 
 

@@ -29,11 +29,8 @@ LEVEL = "score_"  # prefix of the columns with scores at one noise level
 class Gallery:
     """HTML file that shows scored images as embedded thumbnails, each with a link to its image file.
 
-    Args:
-        path: File to write.
-        limit: Largest number of images to show. Of a longer list the best and the worst are shown, half each.
-        threads: Number of threads that read images.
-        max_pixels: Largest number of pixels of an image; a larger one is shown without a thumbnail.
+    Of a list longer than ``limit`` the best and the worst are shown, half each. An image of more than ``max_pixels`` is
+    shown without a thumbnail.
 
     Raises:
         InputError: If ``path`` does not end in ``.html`` or ``.htm``, or is a folder.

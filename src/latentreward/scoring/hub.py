@@ -79,7 +79,7 @@ def upload(
     """Upload a model folder to the hub as one commit, and return the commit's URL.
 
     Args:
-        folder: Model folder that :meth:`~latentreward.scoring.RewardModel.save_pretrained` wrote.
+        folder: Model folder.
         repository: ``owner/name``; the repository is created if it does not exist.
         private: Whether a new repository is private; None takes the owner's default.
         token: Access token; None takes that of ``huggingface-cli login`` or ``HF_TOKEN``.

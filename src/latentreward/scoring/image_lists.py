@@ -57,14 +57,6 @@ class ListedScoring:
 
     The last bits of a score depend on which images share a batch, and so on the other rows of the same part.
 
-    Args:
-        model: Loaded model.
-        rows: All rows of the list.
-        levels: Name of a column → noise setting of its scores; the first name is ``score``.
-        batch_size: Largest number of images per forward pass.
-        decode_threads: Number of threads that decode images ahead of the model.
-        max_pixels: Largest number of pixels of an image; a larger image is recorded as unreadable.
-
     Raises:
         InputError: If the model has no rule for image sizes, or a level lies outside the model's noise process.
     """
@@ -72,11 +64,11 @@ class ListedScoring:
     def __init__(
         self,
         model: RewardModel,
-        rows: Sequence[ListedImage],
-        levels: dict[str, ScoringNoise],
-        batch_size: int,
-        decode_threads: int,
-        max_pixels: int = MAX_PIXELS,
+        rows: Sequence[ListedImage],  # the whole list
+        levels: dict[str, ScoringNoise],  # name of a column → noise setting of its scores; the first name is ``score``
+        batch_size: int,  # largest number of images per forward pass
+        decode_threads: int,  # that decode images ahead of the model
+        max_pixels: int = MAX_PIXELS,  # of an image; a larger one is recorded as unreadable
     ) -> None:
         if model.image_sizes is None:
             raise InputError(f"model: {model.source} has no image_sizes; publish it again with image_sizes set")

@@ -82,9 +82,8 @@ class RewardNetwork(nn.Module):
     def set_precision(self, dtype: torch.dtype, kept: Container[str] = ()) -> Self:
         """Set the precision of the backbone, and return the model; VAE, head and scores are always float32.
 
-        Args:
-            dtype: ``torch.float32`` or ``torch.bfloat16``; see :mod:`~latentreward.scoring.precision`.
-            kept: Names of the parts of the backbone that another model shares, and that stay as they are.
+        For the dtypes see :mod:`~latentreward.scoring.precision`. Parts of the backbone whose names are in ``kept``,
+        which another model shares, stay as they are.
 
         Raises:
             InputError: If ``dtype`` is another type, or the model is bfloat16 already and ``dtype`` is not.
@@ -114,10 +113,8 @@ class RewardNetwork(nn.Module):
         for dtype, device in {(tensor.dtype, tensor.device) for tensor in (*self.parameters(), *self.buffers())}:
             found = fn(torch.empty(1, dtype=dtype, device=device)).dtype  # before any weight has changed
             if found != dtype:
-                raise InputError(
-                    f"a reward model is not cast (here from {dtype} to {found}); load it with dtype=torch.bfloat16 or "
-                    "torch.float32 in from_pretrained"
-                )
+                remedy = "load it with dtype=torch.bfloat16 or torch.float32 in from_pretrained"
+                raise InputError(f"a reward model is not cast (here from {dtype} to {found}); {remedy}")
         return super()._apply(fn, recurse)
 
     def halved_weights(self, kept: Container[str] = ()) -> set[int]:

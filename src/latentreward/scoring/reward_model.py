@@ -292,10 +292,8 @@ class RewardModel(RewardNetwork):
         timesteps = torch.as_tensor(timesteps)
         count, steps = latents.shape[:2]
         if tuple(timesteps.shape) not in ((steps,), (count, steps)):
-            raise InputError(
-                f"timesteps have shape {tuple(timesteps.shape)} for {count} trajectories of {steps} states; give "
-                f"({steps},) for all of them, or ({count}, {steps})"
-            )
+            given = f"timesteps have shape {tuple(timesteps.shape)} for {count} trajectories of {steps} states"
+            raise InputError(f"{given}; give ({steps},) for all of them, or ({count}, {steps})")
         times = timesteps.to(torch.float32).expand(count, steps)
         sigmas = self.backbone.noise_process.sigma(times.flatten())  # raises for a timestep out of range
         if times.numel() and times.max() <= 1 and times.frac().any():

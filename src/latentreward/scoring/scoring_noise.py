@@ -44,10 +44,8 @@ class ScoringNoise:
         for name in ("sigmas", "timesteps", "seeds"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
         if bool(self.sigmas) == bool(self.timesteps):
-            raise InputError(
-                f"noise.sigmas={list(self.sigmas)} and noise.timesteps={list(self.timesteps)}: give levels as one of "
-                "the two, e.g. sigmas: [0.4], or timesteps: [1]"
-            )
+            given = f"noise.sigmas={list(self.sigmas)} and noise.timesteps={list(self.timesteps)}"
+            raise InputError(f"{given}: give levels as one of the two, e.g. sigmas: [0.4], or timesteps: [1]")
         outside = [sigma for sigma in self.sigmas if not 0 <= sigma <= 1]
         if outside:
             raise InputError(f"noise.sigmas holds {outside[0]}; noise levels lie in [0, 1]")

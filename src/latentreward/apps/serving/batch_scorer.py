@@ -89,21 +89,14 @@ class RowScorer:
     """Scorer of batches of rows with a reward model.
 
     All rows of a batch have one ``group``, which is an attribute of the rows: equal kinds, shapes and noise level.
-
-    Args:
-        reward: Reward model in evaluation mode.
-        batch_size: Rows per forward pass.
-        prompts_kept: Number of encoded prompts that are kept for later batches, at least ``batch_size``.
-        observe: Function called for each batch with raw prompts with the numbers of those that were kept, and of those
-            that are to be encoded.
     """
 
     def __init__(
         self,
         reward: RewardModel,
-        batch_size: int,
-        prompts_kept: int = 1,
-        observe: Callable[[int, int], None] = lambda kept, encoded: None,
+        batch_size: int,  # rows per forward pass
+        prompts_kept: int = 1,  # encoded prompts that are kept for later batches, at least batch_size
+        observe: Callable[[int, int], None] = lambda kept, encoded: None,  # counts raw prompts, kept and to be encoded
     ) -> None:
         self.reward, self.batch_size, self._observe = reward, batch_size, observe
         self._axes = bool(reward.axes)

@@ -46,29 +46,19 @@ class MicroBatcher:
     time is scored first, and other rows of its group fill its batch. Short requests therefore overtake long ones, and a
     long request is finished no later than under simultaneous service.
 
-    An object belongs to one event loop.
-
-    Args:
-        score: Function that scores 1 to ``batch_size`` rows of one group; called in the worker thread, one call at a
-            time.
-        batch_size: Greatest number of rows per batch.
-        max_wait: Seconds that a row waits for other rows at most, while the worker is free.
-        queue: Greatest number of waiting rows; requests beyond it are refused.
-        max_pass: Seconds that a batch should take at most, as estimated from the last batch of rows of equal shape. A
-            batch holds a single row if its shape was not measured yet, or if one row takes longer.
-        observe: Function called with the number of rows of each batch.
-        turns: Turns on the device, which other batchers may share; None waits for no other.
+    A batch holds a single row if its shape was not measured yet, or if one row takes longer than ``max_pass``. An
+    object belongs to one event loop.
     """
 
     def __init__(
         self,
-        score: Callable[[Sequence[Row]], Sequence[Scores]],
-        batch_size: int,
-        max_wait: float,
-        queue: int,
-        max_pass: float,
-        observe: Callable[[int], None] = lambda size: None,
-        turns: asyncio.Semaphore | None = None,
+        score: Callable[[Sequence[Row]], Sequence[Scores]],  # of up to batch_size rows of a group, in the worker
+        batch_size: int,  # greatest number of rows per batch
+        max_wait: float,  # seconds that a row waits for other rows at most, while the worker is free
+        queue: int,  # greatest number of waiting rows; requests beyond it are refused
+        max_pass: float,  # seconds that a batch should take at most, as estimated from the last rows of equal shape
+        observe: Callable[[int], None] = lambda size: None,  # called with the number of rows of each batch
+        turns: asyncio.Semaphore | None = None,  # on the device, shared with other batchers; None waits for no other
     ) -> None:
         self.batch_size, self.max_wait, self.queue, self.max_pass = batch_size, max_wait, queue, max_pass
         self._score, self._observe = score, observe

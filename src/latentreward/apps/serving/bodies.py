@@ -24,11 +24,7 @@ def check_type(request: Request, *types: str) -> str:
 
 
 class MemoryBudget:
-    """A budget of memory for all requests together.
-
-    Args:
-        total: Size of the budget, in bytes.
-    """
+    """A budget of memory for all requests together, in bytes."""
 
     def __init__(self, total: int) -> None:
         self.total = total
@@ -62,12 +58,7 @@ class BodyReader:
     """Reads bodies of requests into memory.
 
     Where requests or memory are used up, the body that arrives most slowly makes room: a client that sends headers and
-    no bodies should not keep others out.
-
-    Args:
-        max_bytes: Greatest length of a body, in bytes.
-        timeout: Seconds that a body may take to arrive.
-        memory: Budget that bodies are counted against.
+    no bodies should not keep others out. A body may have ``max_bytes``, and ``timeout`` seconds to arrive.
     """
 
     def __init__(self, max_bytes: int, timeout: float, memory: MemoryBudget) -> None:

@@ -28,16 +28,7 @@ class ServedModel:
 
     The constructor scores zeros once, so that a model that cannot score fails at the start of the server.
 
-    Args:
-        reward: Reward model in evaluation mode, on its device.
-        resources: What the model shares with the other rewards of the server.
-        settings: Limits of this reward, and noise of requests without a seed; None takes those of the server.
-        name: Name of the reward in addresses, replies and metrics.
-
-    Attributes:
-        accepted: Shapes of latents and embeddings that the model takes.
-        first_seed: First seed under ``fresh_noise``, from the system's entropy; None without ``fresh_noise``.
-        seeds: Seeds of rows that come without one: ``first_seed``, ``first_seed`` + 1, … under ``fresh_noise``, else 0.
+    ``resources`` are shared with the other rewards of the server, whose settings hold where ``settings`` is None.
 
     Raises:
         InputError: If the model cannot score, or gives more than one score per row.
@@ -50,6 +41,7 @@ class ServedModel:
         self.settings = settings = settings or resources.settings
         self.accepted = accepted_by(reward, settings)
         self.first_seed = secrets.randbits(62) if settings.fresh_noise else None
+        # Of rows that come without a seed: first_seed, first_seed + 1, … under fresh_noise, else 0.
         self.seeds: Iterator[int] = repeat(0) if self.first_seed is None else count(self.first_seed)
         metrics = resources.metrics
         scorer = RowScorer(reward, settings.batch_size, settings.prompts_kept, partial(metrics.count_prompts, name))

@@ -3,7 +3,7 @@
 import json
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from math import lcm
 from pathlib import Path
 from typing import Literal
@@ -146,9 +146,8 @@ def _by_name(chosen: dict[str, Picture], rejected: dict[str, Picture], remarks: 
     captions = {name: {chosen[name].caption, rejected[name].caption} - {""} for name in both}
     if differing := [name for name, found in captions.items() if len(found) > 1]:
         remarks = [*remarks, f"captions differ, that in chosen/ counts: {listed(differing)}"]
-    pairs = [
-        RatedPair(chosen[name].caption or rejected[name].caption, chosen[name], rejected[name], 1.0) for name in both
-    ]
+    sides = ((chosen[name], rejected[name]) for name in both)
+    pairs = [RatedPair(first.caption or second.caption, first, second, 1.0) for first, second in sides]
     kept, told = without_self(pairs)
     return Collection("pairs by file name (--pairing all takes all against all)", kept, remarks=[*remarks, *told])
 
@@ -234,14 +233,14 @@ def from_ratings(folder: Path) -> Collection:
         if pair.label_a is None or any(key in unreadable for key in keys):
             lost += 1
         else:
-            pairs.append(RatedPair(pair.prompt, pictures[keys[0]], pictures[keys[1]], pair.label_a))
+            first, second, label = pictures[keys[0]], pictures[keys[1]], pair.label_a
+            winner_first = (second, first, 1.0) if label == 0 else (first, second, label)
+            pairs.append(RatedPair(pair.prompt, *winner_first))
     if unreadable:
         remarks.append(f"pictures that cannot be read: {listed(list(unreadable.values()))}")
     if lost:
         remarks.append(f"left out, pairs without a label or a readable picture: {lost}")
-    kept, told = without_self(
-        [replace(pair, a=pair.b, b=pair.a, label=1.0) if pair.label == 0 else pair for pair in pairs]
-    )
+    kept, told = without_self(pairs)
     return Collection(f"pairs of {RATINGS}", kept, remarks=[*remarks, *told])
 
 

@@ -70,12 +70,7 @@ class Ratings:
 
     Each answer is on the disk before the next pair is shown. A file of earlier answers is continued.
 
-    Args:
-        folder: Folder of pictures.
-        seed: See :func:`pairs_to_show`; another seed shows other pairs.
-
-    Attributes:
-        remarks: Lines on pictures that were left out, and on a broken line of the file.
+    Another ``seed`` shows other pairs. ``remarks`` are lines on pictures that were left out, and on a broken line.
 
     Raises:
         InputError: If the folder has fewer than two different pictures that can be read, or a line of the file is not

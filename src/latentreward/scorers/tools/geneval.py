@@ -122,10 +122,8 @@ def read_results(name: str, path: Path, pictures: Sequence[JudgedPicture]) -> np
     for picture in pictures:
         prompt, correct = found.get((picture.place, picture.image), (None, np.nan))
         if prompt is not None and prompt != picture.fields.get("prompt", picture.prompt):
-            raise InputError(
-                f"{name}: {path} has {prompt[:60]!r} in folder {picture.place:05d}, not {picture.prompt[:60]!r}; "
-                "give results of the same prompts in the same order"
-            )
+            other = f"{prompt[:60]!r} in folder {picture.place:05d}, not {picture.prompt[:60]!r}"
+            raise InputError(f"{name}: {path} has {other}; give results of the same prompts in the same order")
         if prompt is None:
             raise InputError(f"{name}: {path} has no result for {picture.place:05d}/samples/{picture.image:04d}.png")
         scores.append(correct)

@@ -28,11 +28,8 @@ def lora_layers(network: nn.Module) -> dict[str, Any]:
     """Return the layers of ``network`` that have the adapter :data:`ADAPTER`, by name."""
     from peft.tuners.lora import LoraLayer
 
-    return {
-        name: module
-        for name, module in network.named_modules()
-        if isinstance(module, LoraLayer) and ADAPTER in module.lora_A
-    }
+    modules = network.named_modules()
+    return {name: one for name, one in modules if isinstance(one, LoraLayer) and ADAPTER in one.lora_A}
 
 
 def names_in_file(network: nn.Module) -> dict[str, str]:

@@ -69,10 +69,8 @@ def find_reward(source: ModelSource, average: bool = True) -> StoredReward:
     published = published_layout(place)
     heads = (head for depth in ("", "*/", "*/*/") for head in place.glob(f"{depth}rm_head.pt"))
     if published is None and (head := next(heads, None)) is not None:  # what diffusion-rm's training writes
-        raise InputError(
-            f"reward model {path!r} holds {head.relative_to(place)}, which the published layout has in checkpoint/ "
-            "beside config.json, with backbone_lora/; arrange a folder so"
-        )
+        layout = "has in checkpoint/ beside config.json, with backbone_lora/; arrange a folder so"
+        raise InputError(f"reward model {path!r} holds {head.relative_to(place)}, which the published layout {layout}")
     if published is None and source.published is not None:
         own = "has neither published layout and holds its settings itself"
         raise InputError(f"published is set, but reward model {path!r} {own}; leave it out")

@@ -57,10 +57,8 @@ def is_model_folder(place: Path) -> bool:
 class PretrainedReward(StoredReward):
     """Stored reward in a folder that :meth:`~latentreward.scoring.RewardModel.save_pretrained` wrote.
 
-    Args:
-        folder: Model folder.
-        base: Base pipeline to load in place of the one that ``config.json`` names; its weights must be equal.
-        trusted: Whether ``config.json`` may name classes that are not registered; see :mod:`.trust`.
+    ``base`` is loaded in place of the base pipeline that ``config.json`` names; its weights must be equal. ``trusted``
+    is whether ``config.json`` may name classes that are not registered; see :mod:`.trust`.
 
     Raises:
         InputError: If a file is missing, damaged, unexpected or of a newer version, or names a class that is not

@@ -72,12 +72,7 @@ class PublishedSettings:
 
 
 class PublishedLayout(StoredReward):
-    """Base class of the two papers' layouts.
-
-    Args:
-        folder: Folder of the checkpoint.
-        base: Diffusers pipeline folder or hub id of the base model.
-        settings: Settings that the files do not hold; None takes the defaults.
+    """Base class of the two papers' layouts, on ``base``, a pipeline's folder or hub id.
 
     Raises:
         InputError: If a setting that does not apply to the layout differs from its default.
@@ -91,10 +86,8 @@ class PublishedLayout(StoredReward):
         for field in fields(PublishedSettings):
             value = getattr(self.settings, field.name)
             if field.name not in self.takes and value != field.default:
-                raise InputError(
-                    f"published.{field.name}={value!r} does not concern {str(folder)!r}, whose layout takes "
-                    f"{' and '.join(self.takes)}; leave it out"
-                )
+                other = f"{str(folder)!r}, whose layout takes {' and '.join(self.takes)}; leave it out"
+                raise InputError(f"published.{field.name}={value!r} does not concern {other}")
 
     def load(self, kind: type[Network]) -> Network:
         """See :meth:`StoredReward.load`; logs the settings in use that the files do not hold."""
@@ -139,10 +132,8 @@ class PublishedLRM(PublishedLayout):
         """Open the base pipeline, and check that its U-Net is of the checkpoint's model family."""
         pipeline = PipelineSource(self.base)
         if self._family != (found := unet_family(pipeline.config("unet"))):
-            raise InputError(
-                f"base={pipeline.source!r} is a {found} pipeline, but the checkpoint {str(self.folder)!r} is an "
-                f"{self._family} one; give an {self._family} base"
-            )
+            other = f"the checkpoint {str(self.folder)!r} is an {self._family} one; give an {self._family} base"
+            raise InputError(f"base={pipeline.source!r} is a {found} pipeline, but {other}")
         return pipeline
 
     def backbone(self) -> SDUNetBackbone:

@@ -63,14 +63,11 @@ class TrainedReward(StoredReward):
     Of the settings only backbone and head are used. Weights that the checkpoint leaves out are loaded from the
     backbone's ``source``.
 
-    Args:
-        checkpoint: Checkpoint file, or folder of a sharded checkpoint.
-        config: ``config.yaml`` of the run. None looks for the file beside the checkpoint and one folder up, then reads
-            the settings that the checkpoint of a Python script without ``latentreward fit`` contains.
-        average: Whether to take the weights that the callback ``TrainableEMA`` averaged, if the checkpoint has them.
-        base: Base pipeline to load in place of the one that the settings name.
-        trusted: Whether the settings may name classes that are not registered, and contain ``${...}`` for OmegaConf to
-            resolve; see :mod:`.trust`.
+    Without the run's ``config`` the file is looked for beside the checkpoint and one folder up; then the settings are
+    read that the checkpoint of a Python script without ``latentreward fit`` contains. ``average`` takes the weights
+    that the callback ``TrainableEMA`` averaged, if the checkpoint has them. ``base`` is loaded in place of the pipeline
+    that the settings name. ``trusted`` settings may name classes that are not registered, and contain ``${...}`` for
+    OmegaConf to resolve; see :mod:`.trust`.
 
     Raises:
         InputError: If no settings are found, they do not describe a reward, or they need ``trusted``.
@@ -266,10 +263,8 @@ def noted_settings(checkpoint: Path) -> dict[str, Any]:
     """
     noted = read_checkpoint(checkpoint, with_tensors=False).get(SETTINGS)
     if noted is None:
-        raise InputError(
-            f"no config.yaml lies beside {checkpoint} or in the folder above it; give the one of the reward's run as "
-            "config, on the command line --run_config FILE"
-        )
+        remedy = "give the one of the reward's run as config, on the command line --run_config FILE"
+        raise InputError(f"no config.yaml lies beside {checkpoint} or in the folder above it; {remedy}")
     try:
         parts = {p: {"class_path": noted[p]["class_path"], "init_args": dict(noted[p]["init_args"])} for p in PARTS}
         return json.loads(json.dumps({"training": dict(noted["training"]), **parts}))
@@ -280,9 +275,7 @@ def noted_settings(checkpoint: Path) -> dict[str, Any]:
 def model_settings(path: Path, trusted: bool = False) -> dict[str, Any]:
     """Read the settings of a reward from a run's ``config.yaml``, or from a file such as ``configs/model/*.yaml``.
 
-    Args:
-        path: YAML file.
-        trusted: Whether ``${...}`` in the settings of backbone and head is resolved.
+    If ``trusted``, ``${...}`` in the settings of backbone and head is resolved.
 
     Returns:
         A dict with three keys. ``backbone`` and ``head`` hold ``class_path`` and ``init_args``. ``training`` holds

@@ -151,10 +151,8 @@ def check_adapter_folders(adapters: Sequence[str]) -> None:
     owner: dict[str, str] = {}
     for part, place in adapter_folders(adapters).items():
         if place in owner:
-            raise InputError(
-                f"the adapters of {owner[place]} and {part} would both be written to {place}; give one of the two "
-                "modules another name in the backbone"
-            )
+            both = f"the adapters of {owner[place]} and {part} would both be written to {place}"
+            raise InputError(f"{both}; give one of the two modules another name in the backbone")
         owner[place] = part
 
 

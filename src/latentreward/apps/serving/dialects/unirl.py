@@ -115,10 +115,7 @@ class UniRL(Dialect):
             for model, rows in wanted.items():
                 check_limit(f"requests: samples for {model.name}", len(rows), model.settings.queue)
             images = await asyncio.to_thread(take_images, samples)
-            return {
-                model: EncodedImages(*zip(*(images[row] for row in rows), strict=True))
-                for model, rows in wanted.items()
-            }
+            return {one: EncodedImages(*zip(*(images[n] for n in rows), strict=True)) for one, rows in wanted.items()}
 
         outcomes = await score_images_by_reward(self.service.resources, request, {JSON: parse})
         return JSONResponse(reply(samples, outcomes))
