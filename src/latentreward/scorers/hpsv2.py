@@ -21,7 +21,7 @@ from latentreward.scoring.files import read_state_dict
 from latentreward.storage.hub import hub_answers
 
 REPOSITORY = "xswu/HPSv2"  # hub id of the published weights
-FILES = {"v2.0": "HPS_v2_compressed.pt", "v2.1": "HPS_v2.1_compressed.pt"}  # version → file name in :data:`REPOSITORY`
+FILES = {"v2.0": "HPS_v2_compressed.pt", "v2.1": "HPS_v2.1_compressed.pt"}  # version → file name in REPOSITORY
 HEADS = 16  # attention heads of both towers of a ViT-H-14
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 """Mean and standard deviation per channel in CLIP's preprocessing, for pixels in [0, 1]."""

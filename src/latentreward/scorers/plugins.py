@@ -91,11 +91,10 @@ class TableColumn(TableScorer):
 
     def lookup(self, pairs: Sequence[PreferencePair]) -> np.ndarray:
         """See :meth:`TableScorer.lookup`."""
-        missing = (np.nan, np.nan)
-        if self._by_pair:
-            rows = [self._scores.get(pair.pair_id, missing) for pair in pairs]
-        else:
+        keys: list[Any] = [pair.pair_id for pair in pairs]
+        if not self._by_pair:
             sides = [(image.image_key, pair.prompt) for pair in pairs for image in (pair.image_a, pair.image_b)]
             keys = sides if self._by_prompt else [key for key, _ in sides]
-            rows = [self._scores.get(key, missing)[0] for key in keys]
+        missing = (np.nan, np.nan) if self._by_pair else (np.nan,)
+        rows = [self._scores.get(key, missing) for key in keys]
         return np.array(rows, dtype=np.float64).reshape(len(pairs), 2)

@@ -24,7 +24,7 @@ from latentreward.errors import InputError
 if TYPE_CHECKING:
     from transformers import CLIPModel, CLIPTokenizer
 
-STEP_FILE = "step_aware.safetensors"  # file in a CLIP folder with the weights that :class:`StepAwareCLIP` adds to CLIP
+STEP_FILE = "step_aware.safetensors"  # file in a CLIP folder with the weights that StepAwareCLIP adds to CLIP
 FREQUENCIES = 256  # width of the sinusoidal embedding of a timestep
 PUBLISHED_NAMES = (
     (r"(?:model\.)?t_embedder\.mlp\.", "time_embedder."),
@@ -57,11 +57,12 @@ class StepAwareCLIP(nn.Module):
             nn.init.normal_(linear.weight, std=0.02)
             nn.init.zeros_(linear.bias)
         # The modulation starts as the identity: shifts and scales 0, gates 1 at every timestep.
-        for modulation in (*self.layer_modulation, self.final_modulation):
-            nn.init.zeros_(modulation[1].weight)
-            nn.init.zeros_(modulation[1].bias)
-        for modulation in self.layer_modulation:
-            for gate in modulation[1].bias.detach().chunk(6)[2::3]:
+        linears = [modulation.get_submodule("1") for modulation in (*self.layer_modulation, self.final_modulation)]
+        for linear in linears:
+            nn.init.zeros_(linear.weight)
+            nn.init.zeros_(linear.bias)
+        for linear in linears[:-1]:
+            for gate in linear.bias.detach().chunk(6)[2::3]:
                 gate.fill_(1.0)
 
     def embed_images(self, pixels: Tensor, timesteps: Tensor) -> Tensor:

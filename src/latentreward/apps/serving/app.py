@@ -32,7 +32,7 @@ from latentreward.errors import InputError, printable
 from latentreward.programs import import_class
 
 HEADER_BYTES = 16 * 1024  # greatest total length of a request's headers, in bytes
-REQUESTS = 256  # least limit on the number of requests in progress; see :func:`requests_at_once`
+REQUESTS = 256  # least limit on the number of requests in progress; see requests_at_once
 OPEN_PATH = "/healthz"  # path that needs no token
 OF_REWARD = re.compile(r"^/rewards/[^/]+(?=/)")  # start of the path of a route of one reward
 

@@ -98,9 +98,9 @@ class BodyReader:
             self.memory.held -= len(body) + len(arrived)
 
     async def _collect(self, request: Request, body: bytearray) -> None:
-        limit = f"this server's limit of {self.max_bytes} bytes"
+        most = f"this server's limit of {self.max_bytes} bytes"
         remedy = "send less at once, or raise the server's --max_body_mb"
-        too_long = RequestError(f"the body is longer than {limit}; {remedy}", 413)
+        too_long = RequestError(f"the body is longer than {most}; {remedy}", 413)
         if int(request.headers.get("content-length", "0")) > self.max_bytes:
             raise too_long
         loop = asyncio.get_running_loop()

@@ -38,7 +38,7 @@ class Expected:
 
     # Allowed shapes: names of the axes, separated by spaces. Axes of one name have one size in all tensors
     shapes: tuple[str, ...]
-    dtypes: tuple[str, ...] = FLOATS  # allowed dtypes, by their names in :data:`DTYPES`
+    dtypes: tuple[str, ...] = FLOATS  # allowed dtypes, by their names in DTYPES
     required: bool = True  # whether a request must have the tensor
     taken: bool = True  # whether the served model takes the tensor; if not, a request must not have it
 

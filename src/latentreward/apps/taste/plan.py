@@ -83,8 +83,8 @@ class Plan:
 
     base: str  # source of the pipeline
     folder: Path  # folder of the pictures
-    pairs: Path  # folder of :data:`PREFERENCES`
-    prompts: Path | None  # folder of :data:`PROMPTS` and :data:`JUDGED`; None without an alignment
+    pairs: Path  # folder of PREFERENCES
+    prompts: Path | None  # folder of PROMPTS and JUDGED; None without an alignment
     tuning: Tuning  # weights of the network that train
     size: int | None  # side of an image in pixels
     gpu: bool  # whether the steps run on a GPU

@@ -24,7 +24,7 @@ Item = TypeVar("Item", Picture, Pool)
 class Split:
     """Pairs by part."""
 
-    parts: dict[str, list[RatedPair]]  # part → pairs, in the order of :data:`PARTS`
+    parts: dict[str, list[RatedPair]]  # part → pairs, in the order of PARTS
     how: str  # one line on the split
 
 
