@@ -111,16 +111,11 @@ class RepeatedCalls:
 
     A call with arguments of the same shapes and dtypes as an earlier call is not run. Its FLOPs and memory are counted
     as those of the earlier call, and stand-ins of the earlier result's shapes are returned.
-
-    Args:
-        shapes: Mode that runs the operations and counts.
-
-    Attributes:
-        sampled: FLOPs of the policy in calls without gradients; calls with the adapter off (reference) do not count.
     """
 
     def __init__(self, shapes: ShapesOnly) -> None:
-        self.shapes, self.sampled = shapes, 0
+        self.shapes = shapes  # mode that runs the operations and counts
+        self.sampled = 0  # FLOPs of the policy in calls without gradients and with its adapter on
         self._seen: dict[Any, tuple[int, int, Any]] = {}
 
     def watch(self, owner: Any, method: str, state: Callable[[], Any] = tuple) -> None:

@@ -31,11 +31,7 @@ OWN = "its own settings"
 
 
 class Unread(StoredReward):
-    """Stored reward that is built on the meta device from its settings; its weights are never read.
-
-    Args:
-        stored: Reward in a model folder or a run.
-    """
+    """Stored reward that is built on the meta device from the settings of another; its weights are never read."""
 
     recipe: ModelRecipe
 

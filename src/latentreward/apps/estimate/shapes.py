@@ -35,15 +35,11 @@ def count_cpu_attention() -> None:
 
 
 class LiveBytes:
-    """Counter of the bytes of live tensor storages; a storage shared by several tensors counts once.
-
-    Attributes:
-        now: Bytes at present.
-        peak: Greatest number of bytes so far; callers may set it, to measure a new section.
-    """
+    """Counter of the bytes of live tensor storages; a storage shared by several tensors counts once."""
 
     def __init__(self) -> None:
-        self.now = self.peak = 0
+        self.now = 0  # bytes at present
+        self.peak = 0  # greatest number of bytes so far; callers may set it, to measure a new section
         self._sizes: dict[int, int] = {}
 
     def add(self, tensor: Tensor) -> None:
@@ -68,18 +64,15 @@ class ShapesOnly(TorchDispatchMode):
 
     FLOPs are counted by the formulas of ``FlopCounterMode``. That mode itself is not used, because it would keep the
     tensors of checkpointed blocks alive.
-
-    Attributes:
-        live: Counter of the bytes of live stand-ins.
-        flops: FLOPs of all operations on stand-ins so far.
-        rollout_rows: Rows of the rollout that was made, with all candidates kept; 0 without one.
     """
 
     def __init__(self) -> None:
         super().__init__()
         count_cpu_attention()
         self._fake = FakeTensorMode(allow_non_fake_inputs=True)
-        self.live, self.flops, self.rollout_rows = LiveBytes(), 0, 0
+        self.live = LiveBytes()  # of the stand-ins
+        self.flops = 0  # of all operations on stand-ins so far
+        self.rollout_rows = 0  # rows of the rollout that was made, with all candidates kept; 0 without one
 
     def stand_in(self, shape: Iterable[int], dtype: torch.dtype = torch.float32) -> Tensor:
         """Return a new stand-in tensor."""
@@ -146,9 +139,6 @@ class SavedTensors(saved_tensors_hooks):
     """Context in which the tensors that autograd keeps for the backward pass are counted.
 
     A storage counts once; the storages of ``weights`` do not count.
-
-    Attributes:
-        bytes: Counter of the kept bytes.
     """
 
     def __init__(self, weights: Iterable[Tensor]) -> None:

@@ -26,15 +26,12 @@ SOURCES = ("source", "processor", "text_projection_source", "base")
 class ConfigSources:
     """Finder that replaces the models named in settings by local folders with their configs; downloads nothing.
 
-    Args:
-        folder: Folder into which configs that ship with the package are written.
-
-    Attributes:
-        used: Model as named in the settings → origin of its configs, in words.
+    Configs that ship with the package are written into ``folder``.
     """
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self.used = folder, dict[str, str]()
+        self.folder = folder
+        self.used = dict[str, str]()  # model as named in the settings → origin of its configs, in words
         self._found = set[str]()  # folders that replaced models
 
     def replace(self, settings: Any) -> None:
@@ -51,11 +48,7 @@ class ConfigSources:
                         self.replace(item)
 
     def find(self, source: str, revision: str | None = None) -> str:
-        """Return the folder with the configs of ``source``; a name that is not a hub id is returned unchanged.
-
-        Raises:
-            InputError: If ``source`` is a hub id that is not in the local cache and whose configs do not ship here.
-        """
+        """Return the folder with the configs of ``source``; a name that is not a hub id is returned unchanged."""
         if source in self._found:
             return source
         if Path(source).exists() or not is_hub_id(source):

@@ -23,11 +23,7 @@ if TYPE_CHECKING:
 
 
 class LoadedPipeline:
-    """Configs of a diffusers pipeline in memory, as a :class:`~latentreward.families.PipelineConfigs`.
-
-    Args:
-        pipeline: The pipeline.
-    """
+    """Configs of a diffusers pipeline in memory, as a :class:`~latentreward.families.PipelineConfigs`."""
 
     def __init__(self, pipeline: DiffusionPipeline) -> None:
         self._pipeline = pipeline

@@ -23,13 +23,6 @@ class NoiseColumns(ImageScorer):
         scorer: The latent reward.
         levels: Noise levels in [0, 1]; each is scored with the seeds of the reward's own noise.
         draws: Number of noise draws at the reward's own noise levels, at least 1; the first one gives its own score.
-
-    Attributes:
-        draw_columns: Names of the scores with the second and further noise draws.
-        level_columns: Names of the scores at the single noise levels.
-
-    Raises:
-        InputError: If a level is out of range or given twice, or ``draws`` is below 1.
     """
 
     def __init__(self, scorer: RewardModelScorer, levels: Sequence[float], draws: int) -> None:
@@ -40,6 +33,7 @@ class NoiseColumns(ImageScorer):
         self.scorer, self.levels, self.draws = scorer, tuple(levels), draws
         for level in levels:
             ScoringNoise(sigmas=(level,))
+        # Names of the scores with the second and further noise draws, and of those at the single noise levels.
         self.draw_columns = tuple(f"{self.name} draw {draw}" for draw in range(1, draws))
         self.level_columns = tuple(f"{self.name} sigma {level:g}" for level in levels)
 

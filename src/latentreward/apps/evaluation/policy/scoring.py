@@ -39,10 +39,6 @@ class ScoreStore:
         identity: Identity of the scorer and its files.
         order: Keys in the order in which their scores are written; others come before them.
 
-    Attributes:
-        scores: Scores of a picture, by its :func:`picture_key`.
-        model: Model that a server named with the scores; None without a server, or if it named none.
-
     Raises:
         InputError: If the file is damaged.
     """
@@ -50,8 +46,8 @@ class ScoreStore:
     def __init__(self, path: Path, identity: str, order: Sequence[str] = ()) -> None:
         self.path, self.identity = path, identity
         self._places = {key: place for place, key in enumerate(order)}
-        self.scores: dict[str, Scores] = {}
-        self.model: str | None = None
+        self.scores: dict[str, Scores] = {}  # of a picture, by its `picture_key`
+        self.model: str | None = None  # model that a server named with the scores; None if there was none
         if not path.is_file():
             return
         try:
