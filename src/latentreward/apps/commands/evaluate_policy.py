@@ -34,8 +34,6 @@ from latentreward.tinyworld.captions import judged_captions, tuning_captions
 
 SCORES = "scores.csv"
 """File with every score of every picture."""
-MARKER = "evaluate.json"
-"""File by which an output folder of an earlier evaluation is recognised; it holds the settings."""
 SLOTS, NAMES = ("policy", "against"), ("policy", "baseline")
 """Names of the folders of the two policies, and default names of the policies in reports."""
 TINY_WORLD = {"tinyworld": judged_captions, "tinyworld_tuning": tuning_captions}
@@ -162,7 +160,7 @@ def evaluate_policy(
             return
         with locked(output_dir, "output_dir"):
             remedy = "choose an empty folder"
-            RunFolder(output_dir, output_dir / MARKER, settings, "output_dir", remedy).claim(made=False)
+            RunFolder(output_dir, output_dir / "evaluate.json", settings, "output_dir", remedy).claim(made=False)
             for scorer in (one for one in scorers if isinstance(one, ToolScorer)):
                 scorer.check(samples.planned(rows, wanted))
                 scorer.prepare()

@@ -58,8 +58,6 @@ if TYPE_CHECKING:
 CONFIG, SAVED = "config.yaml", "config*.yaml"
 LEFT_OUT = ("#", "ckpt_path:")
 """Starts of lines in which the settings of one run may differ between two files."""
-LOADERS = {"fit": "train", "validate": "val"}
-"""Subcommand -> prefix of Lightning's ``*_dataloader`` method, where the prefix differs from the subcommand."""
 USED = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": ("predict",)}
 """Subcommand -> splits that the subcommand reads; the first split must be set."""
 
@@ -174,16 +172,12 @@ class TrainingCLI(LightningCLI):
             because the processes of a run may be on several machines.
         held: Stack that keeps the lock of the run folder, and the threads that compute the checksums of a checkpoint,
             until the command ends.
-
-    Attributes:
-        estimated: Memory and computation of the run, under ``--estimate``.
-        card: Device that the estimate is compared with.
     """
 
     def __init__(self, command: str, arguments: Sequence[str], folder: Path, held: ExitStack) -> None:
         self.command, self.folder, self.held, self.estimates = command, folder, held, False
-        self.estimated: Estimate | None = None
-        self.card = Card(gpu=False)
+        self.estimated: Estimate | None = None  # memory and computation of the run, under --estimate
+        self.card = Card(gpu=False)  # device that the estimate is compared with
         super().__init__(
             save_config_callback=SaveConfig,
             seed_everything_default=0,
@@ -279,7 +273,7 @@ class TrainingCLI(LightningCLI):
     @override
     def instantiate_classes(self) -> None:
         settings = self.config[self.command]
-        loader = f"{LOADERS.get(self.command, self.command)}_dataloader"
+        loader = f"{USED[self.command][0]}_dataloader"
         own_loader = getattr(locate(settings["model"]["class_path"]), loader, None)
         if settings.get("data") is None and own_loader is getattr(LightningModule, loader):
             raise InputError(  # Lightning would check only after the model was loaded

@@ -18,12 +18,6 @@ from latentreward.settings.functions import run_function
 from latentreward.storage.hub import is_hub_id
 from latentreward.storage.locks import locked
 
-REMEDY = (
-    "take a machine with more, or a copy of the pilot's file with a smaller --data.batch_size and more "
-    "--trainer.accumulate_grad_batches"
-)
-"""What to do about too little memory for a pilot."""
-
 
 def pilot(
     name: PathText,
@@ -159,8 +153,10 @@ def check_trainings(
     if needs:
         with collected(lacking):
             print(check_hours(needs, card, most))
+        smaller = "a copy of the pilot's file with a smaller --data.batch_size and more "
+        remedy = f"take a machine with more, or {smaller}--trainer.accumulate_grad_batches"
         with collected(lacking):
-            print(check_memory(needs, card, REMEDY))
+            print(check_memory(needs, card, remedy))
     with collected(lacking):
         print("disk:", check_disk({**fetched, folder: written}), flush=True)
 

@@ -19,8 +19,6 @@ from latentreward.checkpoints.shards import newest_first
 
 FOLDER = "trainer.default_root_dir"
 """Setting that names the folder of a run."""
-PRODUCTS = {"LoRA": "lora", "samples": "samples", "pairs": "scored_pairs.png"}
-"""What callbacks write into the folder of a run: word -> name of file or folder."""
 
 
 def settle_folder(trainer: Namespace, arguments: Sequence[str]) -> None:
@@ -140,8 +138,8 @@ def result_lines(trainer: Trainer) -> Iterator[str]:
             kept |= {f"best {keeper.monitor}": keeper.best_model_path if keeper.monitor else ""}
             yield from (f"  {word}: {Path(path)}" for word, path in kept.items() if path)
     lora = next((one.folder for one in trainer.callbacks if isinstance(one, PolicyLoRA)), None)  # type: ignore[attr-defined]
-    for word, name in PRODUCTS.items():
-        path = (lora if word == "LoRA" else None) or folder / name
+    written = {"LoRA": lora or folder / "lora", "samples": folder / "samples", "pairs": folder / "scored_pairs.png"}
+    for word, path in written.items():
         if path.exists():
             yield f"  {word}: {path}"
     for stop in trainer.early_stopping_callbacks:

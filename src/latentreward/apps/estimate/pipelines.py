@@ -76,9 +76,7 @@ def write_pipelines(
                 index[place] = ["transformers", TOKENIZERS[kind][0]]
                 shutil.copytree(tokenizer(kind), root / name / place)
         if "batch_norm_eps" in parts.get("vae", {}):
-            mean, variance = (
-                value.clone() for value in torch.tensor([0.0, 1.0], device="cpu").repeat(128, 1).unbind(1)
-            )
+            mean, variance = torch.zeros(128, device="cpu"), torch.ones(128, device="cpu")
             norm = {"bn.running_mean": mean, "bn.running_var": variance}  # part of the latent space
             save_file(norm, root / name / "vae" / "diffusion_pytorch_model.safetensors")
         write_json(root / name / "model_index.json", index)

@@ -7,8 +7,7 @@ import numpy as np
 from PIL import Image
 
 from latentreward.apps.evaluation.benchmark.results import BenchmarkPairs
-from latentreward.contracts import ImageRef
-from latentreward.data.images import ExifOrientation, ImageError, decode_image
+from latentreward.data.images import ImageError, decode_image
 from latentreward.data.readers import PairReader
 from latentreward.reports import picture_uri
 from latentreward.reports.tables import Row
@@ -61,8 +60,13 @@ def disagreement_pictures(telling: Iterable[Row], readers: Mapping[str, PairRead
     pictures = {}
     for row in telling:
         reader = readers[row["benchmark"]]
-        pair = reader[row["row"]]
-        pictures[row["benchmark"], row["row"]] = _decode(pair.image_a, reader.exif), _decode(pair.image_b, reader.exif)
+        pair, found = reader[row["row"]], list[Image.Image | None]()
+        for image in (pair.image_a, pair.image_b):
+            try:
+                found.append(decode_image(image, exif=reader.exif))
+            except ImageError:
+                found.append(None)
+        pictures[row["benchmark"], row["row"]] = found[0], found[1]
     return pictures
 
 
@@ -103,10 +107,3 @@ def preferred(label: float | None) -> str:
         return "tie"
     side = "left" if label > 0.5 else "right"
     return side if label in (0, 1) else f"{side} ({max(label, 1 - label):.0%})"
-
-
-def _decode(image: ImageRef, exif: ExifOrientation) -> Image.Image | None:
-    try:
-        return decode_image(image, exif=exif)
-    except ImageError:
-        return None
