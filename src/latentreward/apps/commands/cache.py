@@ -140,11 +140,7 @@ def make_spec(
 
 
 def verify(folder: Path) -> None:
-    """Check a cache and print what was found.
-
-    Raises:
-        SystemExit: With status 1 if anything is missing or damaged.
-    """
+    """Check a cache and print what was found; exit with status 1 if anything is missing or damaged."""
     plan, problems, unreadable = check_cache(folder)
     for problem in problems[:LINES]:
         print(problem)

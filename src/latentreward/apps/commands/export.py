@@ -15,13 +15,12 @@ from latentreward.scoring.layouts.model_folder import is_model_folder
 from latentreward.settings.functions import run_function
 
 PolicyFormat = Literal["diffusers", "kohya", "peft", "merged"]
-Format = Literal[PolicyFormat, RewardFormat]
 
 
 def export(
     checkpoint: Path,
     output: Path,
-    format: Format = "diffusers",
+    format: Literal[PolicyFormat, RewardFormat] = "diffusers",
     dtype: Literal["float32", "bfloat16", "float16"] = "float32",
     overwrite: bool = False,
     base_name: str | None = None,

@@ -28,7 +28,6 @@ from latentreward.settings.functions import run_function
 from latentreward.settings.rewriting import expanded
 from latentreward.storage.json_files import read_config
 
-DECODE_THREADS = 4
 FEW = 200
 """Number of distinct reference images below which quantiles have errors of a few hundredths, and a warning is shown."""
 
@@ -173,7 +172,7 @@ def publish(
 
 def calibrate(model: RewardModel, reference: Reference, listed: ImageList, batch_size: int) -> Calibration:
     """Fit a calibration to the scores of the reference images; those that cannot be read are counted on stderr."""
-    scoring = ListedScoring(model, listed.rows, {"score": model.noise}, batch_size, DECODE_THREADS)
+    scoring = ListedScoring(model, listed.rows, {"score": model.noise}, batch_size, decode_threads=4)
     tables = [table for _, table in scoring.tables([range(len(listed.rows))])]
     found = [score for table in tables for score in table["score"].to_pylist()]
     problems = [problem for table in tables for problem in table["problem"].to_pylist()]

@@ -59,25 +59,20 @@ def score_pairs(
             for rows, table in scoring.tables(missing):
                 files.write(rows, table)
                 progress.add(len(rows))
-        seconds, summary = time.monotonic() - start, _summary(scoring, files)
+        seconds, problems, without = time.monotonic() - start, Counter[str](), Counter[str]()
+        for _, table in files.read():
+            for side in ("a", "b"):
+                problems.update(reason for reason in table.column(f"problem_{side}").to_pylist() if reason is not None)
+            for name in chain.from_iterable(scorer.columns for scorer in scorers):
+                first, second = (np.isnan(table.column(f"{name}_{side}").to_numpy()) for side in ("a", "b"))
+                without[name] += int((first | second).sum())
         files.finish()
-    print(f"{output}: {len(reader)} pairs, {pairs} of them scored now\n{summary}")
+    print(f"{output}: {len(reader)} pairs, {pairs} of them scored now")
+    print(f"unreadable images: {count_text(problems)}; pairs without a score: {count_text(+without)}")
     if pairs:
         shares = ", ".join(f"{name} {spent * 1000 / pairs:.2f} s" for name, spent in scoring.seconds.items())
         images = ", ".join(f"{number} by {name}" for name, number in scoring.images.items()) or "none"
         print(f"cost per 1000 pairs: {seconds * 1000 / pairs:.2f} s ({shares}); images scored: {images}")
-
-
-def _summary(scoring: PairScoring, files: PartFiles) -> str:
-    problems: Counter[str] = Counter()
-    without: Counter[str] = Counter()
-    for _, table in files.read():
-        for side in ("a", "b"):
-            problems.update(reason for reason in table.column(f"problem_{side}").to_pylist() if reason is not None)
-        for name in chain.from_iterable(scorer.columns for scorer in scoring.scorers):
-            missing = [np.isnan(table.column(f"{name}_{side}").to_numpy()) for side in ("a", "b")]
-            without[name] += int((missing[0] | missing[1]).sum())
-    return f"unreadable images: {count_text(problems)}; pairs without a score: {count_text(+without)}"
 
 
 run = partial(run_function, score_pairs)

@@ -33,9 +33,6 @@ def make_batch(module: LightningModule, data: Namespace, shapes: ShapesOnly) -> 
     """Make a training batch for ``module``; a module that learns from rollouts makes a rollout first.
 
     ReFL's ``stop_range`` is set to the latest stop.
-
-    Raises:
-        InputError: If the module's class is not supported by ``--estimate``, or the settings have no batch size.
     """
     prompts, images = data, None
     if issubclass(locate(data.class_path), PromptsAndImages):

@@ -69,12 +69,8 @@ class Unread(StoredReward):
 class UnreadReward(LatentReward):
     """Replacement for :class:`LatentReward` in an estimate; built from settings, without reading weights.
 
-    Args:
-        path: See :class:`LatentReward`.
-        usual: Name of the shipped model file to use if nothing is stored at ``path``.
-        usual_base: Pipeline to build that reward on unless ``base`` is given; None takes the one that the file names.
-        kept: Folder of :class:`ConfigSources`, for configs that ship with the package.
-        options: See :class:`LatentReward`.
+    If nothing is stored at ``path``, it is built from the shipped model file ``usual``, on the pipeline ``usual_base``,
+    or if that is None on the one that the file names. ``kept`` is the folder of :class:`ConfigSources`.
     """
 
     def __init__(self, path: str, usual: str, usual_base: str | None, kept: str, **options: Any) -> None:

@@ -99,47 +99,37 @@ def estimate(settings: Namespace, build: Callable[[Namespace], LightningModule])
     """
     with TemporaryDirectory(prefix="latentreward-") as folder:
         sources, gpu = ConfigSources(Path(folder)), settings.trainer.accelerator != "cpu"
-        module = unread_module(settings, build, sources)
+        arguments = settings.model.init_args
+        sources.replace(arguments)
+        if isinstance(policy := arguments.get("policy"), Namespace):
+            replace_rewards(arguments, PolicySource(**vars(policy)), sources)
+        with torch.device("meta"):
+            module = build(settings)
+        told = logging.getLogger("lightning.pytorch")
+        level = told.level
+        told.setLevel(logging.WARNING)  # hides its lines about the devices found
+        try:
+            module.trainer = Trainer(
+                accelerator="cpu", devices=1, precision=settings.trainer.precision, logger=False,
+                enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+            )  # fmt: skip
+        finally:
+            told.setLevel(level)
+        module.setup("fit")
         costs = step_costs(module, settings.data, settings.trainer.accumulate_grad_batches, gpu)
     notes = notes_on(settings, costs, sources, gpu)
     for part in module.modules():
         if isinstance(part, RemoteReward):
             notes.append(f"Not counted: the work of the reward server {part.source.server.url}.")
         if isinstance(part, ImageReward):
-            name = type(part.scorer).__name__
-            notes.append(
-                f"Not counted: weights and computation of {name}; decoding of the images that it scores is counted."
-            )
+            left_out = f"weights and computation of {type(part.scorer).__name__}"
+            notes.append(f"Not counted: {left_out}; decoding of the images that it scores is counted.")
     callbacks = settings.trainer.get("callbacks") or []
     if any(str(callback.get("class_path")).endswith(".EncodeOnce") for callback in callbacks):
         kept = costs.without(TEXT)
         notes.append(f"EncodeOnce frees text encoders of {kept.freed / 1e9:.2f} GB before the first step.")
         costs = kept
     return Estimate(costs, settings, tuple(notes))
-
-
-def unread_module(
-    settings: Namespace, build: Callable[[Namespace], LightningModule], sources: ConfigSources
-) -> LightningModule:
-    """Build the module on the meta device, with a CPU trainer of the configured precision attached."""
-    arguments = settings.model.init_args
-    sources.replace(arguments)
-    if isinstance(policy := arguments.get("policy"), Namespace):
-        replace_rewards(arguments, PolicySource(**vars(policy)), sources)
-    with torch.device("meta"):
-        module = build(settings)
-    told = logging.getLogger("lightning.pytorch")
-    level = told.level
-    told.setLevel(logging.WARNING)  # hides its lines about the devices found
-    try:
-        module.trainer = Trainer(
-            accelerator="cpu", devices=1, precision=settings.trainer.precision, logger=False,
-            enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
-        )  # fmt: skip
-    finally:
-        told.setLevel(level)
-    module.setup("fit")
-    return module
 
 
 def notes_on(settings: Namespace, costs: StepCosts, sources: ConfigSources, gpu: bool) -> list[str]:

@@ -97,10 +97,9 @@ class ImageFolder:
             self.add(left_over)
 
     def missing(self, wanted: Sequence[Name], texts: Sequence[str]) -> list[Name]:
-        """List the images of ``wanted`` that have not been written; ``texts`` are the prompts by their index.
+        """List the images of ``wanted`` that have not been written; refuse one that was made for another prompt.
 
-        Raises:
-            InputError: If an image was made for another prompt.
+        ``texts`` are the prompts by their index.
         """
         found = []
         for place, image in wanted:

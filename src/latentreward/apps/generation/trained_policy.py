@@ -48,10 +48,7 @@ class TrainedPolicy:
     def identity(self) -> dict[str, Any]:
         """Describe the policy in plain values; samples of policies with equal values can be continued.
 
-        Files are described by name, size and time of the last change.
-
-        Raises:
-            InputError: If a file does not exist.
+        Files, which must exist, are described by name, size and time of the last change.
         """
         if self.lora is not None:
             check_lora(self.lora)
@@ -66,11 +63,7 @@ class TrainedPolicy:
         return found
 
     def load(self, device: torch.device) -> Policy:
-        """Load the policy on ``device``, frozen and in evaluation mode.
-
-        Raises:
-            InputError: If a part cannot be loaded, or adapter and pipeline do not fit together.
-        """
+        """Load the policy on ``device``, frozen and in evaluation mode."""
         if self.checkpoint is not None:
             policy = load_policy(self.checkpoint, self.pipeline)
         else:

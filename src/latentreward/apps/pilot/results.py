@@ -135,10 +135,8 @@ def collect(pilot: Pilot, tasks: Mapping[str, Task], runner: TaskRunner, setting
 def write_result(path: Path, result: PilotResult) -> None:
     """Write a result atomically; a file keeps the weights that it names unless the result names others.
 
-    A file that has the result already stays, whatever machine and versions it names: those were the run's.
-
-    Raises:
-        InputError: If there is a file that is damaged: the weights that it names would be lost.
+    A file that has the result already stays, whatever machine and versions it names: those were the run's. A file that
+    is damaged is refused: the weights that it names would be lost.
     """
     if path.is_file():
         found = read_result(path)
@@ -149,11 +147,7 @@ def write_result(path: Path, result: PilotResult) -> None:
 
 
 def read_result(path: Path) -> PilotResult:
-    """Read a result.
-
-    Raises:
-        InputError: If the file is damaged, lacks an entry, or has another version.
-    """
+    """Read a result; raise InputError if the file is damaged, lacks an entry, or has another version."""
     content = read_config(path, remedy="restore it, or remove it and run the pilot again")
     if type(content.get("version")) is not int or content["version"] != VERSION:
         raise InputError(f"{path}: its version is {content.get('version')!r}; this program reads {VERSION}")

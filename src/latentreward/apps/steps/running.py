@@ -52,11 +52,7 @@ class TaskRunner:
     _closed: bool = False
 
     def done(self, task: Task) -> Done | None:
-        """Return a task's record; None if it is unfinished, ran with other source files, or an input was made again.
-
-        Raises:
-            InputError: If the record is damaged.
-        """
+        """Return a task's record; None if it is unfinished, ran with other source files, or an input was made again."""
         folder = task.output(self.folder).parent
         if not (folder / RECORD).is_file():
             return None

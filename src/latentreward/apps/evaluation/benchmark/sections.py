@@ -178,7 +178,18 @@ def sections(report: BenchmarkReport, pictures: Pictures | None = None) -> Itera
             rows, notes = _side_by_side(results, "value")[:LARGEST], f"{benchmark}: {protocol} by {column}"
             tables.append(Table.of(rows, (column, "value"), ("pairs", "pairs"), *scorers, notes=notes))
         yield Section("Sub-groups", SUBGROUPS, tables)
-    yield from _origin(report)
+    counts = Table.of(
+        [{"benchmark": name, **counts} for name, counts in report.data.items()],
+        DATA,
+        ("pairs scored", lambda row: f"{row['pairs']} of {row['pairs_in_file']}"),
+        *(("prompts", "prompts"), ("images", "images"), ("unreadable images", "unreadable_images")),
+        *(("pairs without image", "pairs_without_an_image"), ("rows left out", "rows_left_out_by_the_reader")),
+    )
+    models = tuple((name, without_unset(identity)) for name, identity in report.scorers.items())
+    settings = tuple((name, str(value)) for name, value in report.settings.items())
+    yield Section("Data", SCORED, [counts])
+    yield Section("Models", MODELS, [Table(("model", "what it is"), models)])
+    yield Section("Settings and versions", SETTINGS, [Table(("setting", "value"), settings)])
     if report.telling:
         yield _telling(report, pictures or {})
 
@@ -214,21 +225,6 @@ def _side_by_side(results: Sequence[Row], *keys: str) -> list[Row]:
 
 def _of_scorer(scorer: str) -> Column:
     return scorer, lambda row: cell(row["estimates"][scorer]) if scorer in row["estimates"] else NOTHING
-
-
-def _origin(report: BenchmarkReport) -> Iterator[Section]:
-    counts = Table.of(
-        [{"benchmark": name, **counts} for name, counts in report.data.items()],
-        DATA,
-        ("pairs scored", lambda row: f"{row['pairs']} of {row['pairs_in_file']}"),
-        *(("prompts", "prompts"), ("images", "images"), ("unreadable images", "unreadable_images")),
-        *(("pairs without image", "pairs_without_an_image"), ("rows left out", "rows_left_out_by_the_reader")),
-    )
-    models = tuple((name, without_unset(identity)) for name, identity in report.scorers.items())
-    settings = tuple((name, str(value)) for name, value in report.settings.items())
-    yield Section("Data", SCORED, [counts])
-    yield Section("Models", MODELS, [Table(("model", "what it is"), models)])
-    yield Section("Settings and versions", SETTINGS, [Table(("setting", "value"), settings)])
 
 
 def _telling(report: BenchmarkReport, pictures: Pictures) -> Section:

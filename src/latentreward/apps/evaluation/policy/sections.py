@@ -107,10 +107,6 @@ def published_table(report: PolicyReport) -> Table:
     return Table(("policy", *scores, "source"), tuple(rows))
 
 
-SIDE = 256
-"""Longest side of a picture on the page, in pixels."""
-
-
 def side_by_side(scored: Sequence[ScoredPictures], cards: int) -> dict[str, Any]:
     """Return the values of the page's template for one policy, or two with pictures of the same prompts and numbers.
 
@@ -158,7 +154,7 @@ def _card(row: int, scored: Sequence[ScoredPictures], names: Sequence[str], grou
         "group_number": groups.index(picture.group) if picture.group else -1,
         "number": f"{picture.place} / {picture.image}",
         "pictures": [
-            {"policy": name, "uri": picture_uri(decode_image(ImageRef(file.file, path=file.path)), SIDE)}
+            {"policy": name, "uri": picture_uri(decode_image(ImageRef(file.file, path=file.path)), side=256)}
             for name, file in files
         ],
         "rows": rows,
