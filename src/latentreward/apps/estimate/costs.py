@@ -243,7 +243,7 @@ def watch_sampling(module: LightningModule, calls: RepeatedCalls) -> None:
             part.score = lambda states, _, own=part: torch.cat(own.decode(states)).mean(dim=(1, 2, 3))  # type: ignore[method-assign]
             part.encode_prompts = tuple  # type: ignore[method-assign, assignment]
         elif isinstance(part, RemoteReward):
-            part.score = lambda states, _: states.clean.flatten(1).mean(dim=1)  # type: ignore[method-assign, union-attr]
+            part.score = lambda states, encoded: states.clean.flatten(1).mean(dim=1)  # type: ignore[method-assign, union-attr]
             part.encode_prompts = tuple  # type: ignore[method-assign, assignment]
         if isinstance(part, RemoteReward):
             part.begin_parts = partial(answer_alone, part)  # type: ignore[method-assign]

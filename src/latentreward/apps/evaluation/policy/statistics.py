@@ -85,7 +85,7 @@ def compare(first: ScoredPictures, second: ScoredPictures) -> list[Row]:
     prompts, groups = prompt_numbers(first), np.array([picture.group for picture in first.pictures])
     kinds = list(dict.fromkeys(groups.tolist()))
     chosen = [("", np.ones(len(prompts), bool)), *((kind, groups == kind) for kind in kinds if len(kinds) > 1)]
-    found = []
+    found = list[Row]()
     for name, (group, rows) in product(first.scores, chosen):
         gaps, own = first.scores[name][rows] - second.scores[name][rows], prompts[rows]
         wins, ties = gaps > 0, gaps == 0
