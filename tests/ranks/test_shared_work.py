@@ -1,6 +1,7 @@
 """Work of one process, and settings of processes that are refused."""
 
 import json
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ import torch
 from latentreward.errors import InputError
 from latentreward.ranks.settings import TrainerSettings
 from latentreward.ranks.shared_work import SharedWork
+from latentreward.storage.durable import temporary_name
+from latentreward.storage.locks import locked
 from latentreward.storage.shards import ShardFolder
 
 
@@ -34,6 +37,30 @@ def test_what_is_left_over_is_kept_until_the_work_is_done(tmp_path: Path) -> Non
     with SharedWork(None, "cpu", tmp_path / "shards") as work:
         assert work.left_over("double") == [(2, 4)]
     assert not (tmp_path / "shards").exists()
+
+
+@pytest.mark.parametrize("held", [False, True])
+def test_unfinished_files_are_removed_after_an_error(held: bool, tmp_path: Path) -> None:
+    """But neither before the input has been checked, nor if another command writes to the folder by then."""
+    unfinished = temporary_name(tmp_path / "sub" / "shard.safetensors")
+    unfinished.parent.mkdir()
+    unfinished.touch()
+
+    def work_on(shards: Sequence[Any]) -> Callable[[Any], Any]:
+        raise RuntimeError
+
+    with pytest.raises(InputError), SharedWork(None, "cpu", tmp_path / "shards") as work:
+        work.join({"work": work_on}, {}, tmp_path)
+        raise InputError("wrong input")
+    assert unfinished.exists()
+    with (
+        locked(tmp_path, "output") if held else nullcontext(),
+        pytest.raises(RuntimeError),
+        SharedWork(None, "cpu", tmp_path / "shards") as work,
+    ):
+        work.join({"work": work_on}, {}, tmp_path)
+        work.run("work", [1], lambda results: None)
+    assert unfinished.exists() == held
 
 
 @pytest.mark.parametrize(
