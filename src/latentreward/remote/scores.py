@@ -55,9 +55,16 @@ class RemoteScores(ABC, Generic[Row]):
         """
         known = {key: self._known[key] for key in keys if key in self._known}
         new = {key: row for key, row in zip(keys, rows, strict=True) if key not in known}
-        names = list(new)
-        batches = [names[start : start + self.batch_size] for start in range(0, len(names), self.batch_size)]
-        asked = [(batch, self._ask_later([new[key] for key in batch])) for batch in batches]
+        names, asked = list(new), []
+        for start in range(0, len(names), self.batch_size):
+            batch, future = names[start : start + self.batch_size], Future[Any]()
+            asked.append((batch, future))
+            with self._lock:
+                self._waiting.append(([new[key] for key in batch], future, self._ended))
+                if self._threads < self.connection.server.parallel:
+                    # A daemon: the process should not wait for a silent server when it ends.
+                    Thread(target=self._ask_waiting, name="reward request", daemon=True).start()
+                    self._threads += 1
         for key in known:
             self._known.move_to_end(key)
 
@@ -85,19 +92,6 @@ class RemoteScores(ABC, Generic[Row]):
         while len(self._known) > CACHED:
             self._known.popitem(last=False)
         return found
-
-    def _ask_later(self, rows: Sequence[Row]) -> Future[Any]:
-        """Ask in a thread, one of as many as the server gets requests at the same time.
-
-        The threads are daemons, since the process should not wait for a silent server when it ends.
-        """
-        future: Future[Any] = Future()
-        with self._lock:
-            self._waiting.append((rows, future, self._ended))
-            if self._threads < self.connection.server.parallel:
-                Thread(target=self._ask_waiting, name="reward request", daemon=True).start()
-                self._threads += 1
-        return future
 
     def _ask_waiting(self) -> None:
         """Ask for what waits, in a thread, until nothing does."""

@@ -82,11 +82,7 @@ def score_images(
     batch_size: int,
     memory: PromptMemory | None = None,
 ) -> Tensor:
-    """Encode and score N images under K noise settings; see :meth:`RewardModel.score_levels`.
-
-    Returns:
-        ``(N, K)``, or ``(N, K, out_dim)`` for a head with several outputs, at least float32, on the CPU.
-    """
+    """Score N images under K noise settings: ``(N, K)`` or ``(N, K, out_dim)``, at least float32, on the CPU."""
     for noise in levels:  # raises for a level out of range before images are decoded
         timesteps_of(noise, model.backbone.noise_process)
     memory = memory or PromptMemory(model, max(batch_size, PROMPTS_KEPT))
@@ -131,11 +127,7 @@ def score_given_latents(
     conditioning: tuple[Conditioning, Conditioning | None] | None,
     batch_size: int,
 ) -> Tensor:
-    """Add noise to N clean latents and score them; see :meth:`RewardModel.score_latents`.
-
-    Returns:
-        ``(N,)``, or ``(N, out_dim)`` for a head with several outputs, at least float32.
-    """
+    """Add noise to N clean latents and score them: ``(N,)`` or ``(N, out_dim)``, at least float32."""
 
     def score(batch: EncodedBatch, part: slice) -> Tensor:
         return score_encoded(model, replace(batch, draws=None if draws is None else draws[part]), noise)
@@ -151,11 +143,7 @@ def score_given_states(
     conditioning: tuple[Conditioning, Conditioning | None] | None,
     batch_size: int,
 ) -> Tensor:
-    """Score the S noisy states of N trajectories; see :meth:`RewardModel.score_states`.
-
-    Returns:
-        ``(N, S)``, or ``(N, S, out_dim)`` for a head with several outputs, at least float32.
-    """
+    """Score the S noisy states of N trajectories: ``(N, S)`` or ``(N, S, out_dim)``, at least float32."""
     count, steps = latents.shape[:2]
     times = timesteps.flatten().to(model.device)
 

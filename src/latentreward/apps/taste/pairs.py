@@ -135,21 +135,14 @@ def from_sides(folder: Path, pairing: Pairing) -> Collection:
         remarks.append(f"files with the same bytes count as one picture: {listed(same)}")
     both = chosen.keys() & rejected.keys()
     if pairing == "names" or (pairing == "auto" and len(both) >= min(len(chosen), len(rejected)) / 2):
-        return _by_name(chosen, rejected, remarks)
+        if lonely := sorted(chosen.keys() ^ rejected.keys()):
+            remarks.append(f"left out, only on one side: {listed(lonely)}")
+        named = [(name, chosen[name], rejected[name]) for name in sorted(both)]
+        if differing := [name for name, a, b in named if len({a.caption, b.caption} - {""}) > 1]:
+            remarks.append(f"captions differ, that in chosen/ counts: {listed(differing)}")
+        kept, told = without_self([RatedPair(a.caption or b.caption, a, b, 1.0) for _, a, b in named])
+        return Collection("pairs by file name (--pairing all takes all against all)", kept, remarks=[*remarks, *told])
     return _all_against_all(chosen, rejected, remarks)
-
-
-def _by_name(chosen: dict[str, Picture], rejected: dict[str, Picture], remarks: list[str]) -> Collection:
-    both = sorted(chosen.keys() & rejected.keys())
-    if lonely := sorted(chosen.keys() ^ rejected.keys()):
-        remarks = [*remarks, f"left out, only on one side: {listed(lonely)}"]
-    captions = {name: {chosen[name].caption, rejected[name].caption} - {""} for name in both}
-    if differing := [name for name, found in captions.items() if len(found) > 1]:
-        remarks = [*remarks, f"captions differ, that in chosen/ counts: {listed(differing)}"]
-    sides = ((chosen[name], rejected[name]) for name in both)
-    pairs = [RatedPair(first.caption or second.caption, first, second, 1.0) for first, second in sides]
-    kept, told = without_self(pairs)
-    return Collection("pairs by file name (--pairing all takes all against all)", kept, remarks=[*remarks, *told])
 
 
 def _all_against_all(chosen: dict[str, Picture], rejected: dict[str, Picture], remarks: list[str]) -> Collection:
