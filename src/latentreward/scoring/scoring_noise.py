@@ -89,16 +89,10 @@ def timesteps_of(noise: ScoringNoise, process: NoiseProcess) -> Tensor:
 def draw_noise(
     prompts: Sequence[str], image_keys: Sequence[str] | None, seed: int, sigma: float, shape: Sequence[int]
 ) -> Tensor:
-    """Return standard normal noise ``(B, *shape)``, float32 on the CPU, for one seed and noise level.
+    """Return standard normal noise ``(B, *shape)``, float32 on the CPU, for one seed and noise level ``sigma``.
 
-    Rows with equal prompt and image key get equal noise.
-
-    Args:
-        prompts: B prompts.
-        image_keys: B hashes of the images' contents, to give each image noise of its own; None for noise by prompt.
-        seed: Seed of the noise.
-        sigma: Noise level in [0, 1].
-        shape: Shape ``(C, ...)`` of the latents of one image.
+    Rows with equal prompt and image key, a hash of the image's content, get equal noise; without ``image_keys`` rows
+    with equal prompts do.
     """
     keys = [None] * len(prompts) if image_keys is None else image_keys
     names = list(zip(prompts, keys, strict=True))
