@@ -355,12 +355,13 @@ class TrainingCLI(LightningCLI):
             return
         from latentreward.apps.estimate.settings import estimate
 
-        def build(settings: Namespace) -> LightningModule:
-            alone = Namespace(subcommand="fit", fit=Namespace(model=settings.model))
-            with constructor_errors():
-                return self.parser.instantiate(alone)["fit"].model
+        self.estimated = estimate(self.config[subcommand], self._build_module)
 
-        self.estimated = estimate(self.config[subcommand], build)
+    def _build_module(self, settings: Namespace) -> LightningModule:
+        """Build the Lightning module, without trainer and data."""
+        alone = Namespace(subcommand="fit", fit=Namespace(model=settings.model))
+        with constructor_errors():
+            return self.parser.instantiate(alone)["fit"].model
 
     def before_fit(self) -> None:
         """Prepare ``fit``: lock the run folder when all ranks have started, and find the checkpoint to resume from.

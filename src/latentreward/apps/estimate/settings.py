@@ -99,23 +99,7 @@ def estimate(settings: Namespace, build: Callable[[Namespace], LightningModule])
     """
     with TemporaryDirectory(prefix="latentreward-") as folder:
         sources, gpu = ConfigSources(Path(folder)), settings.trainer.accelerator != "cpu"
-        arguments = settings.model.init_args
-        sources.replace(arguments)
-        if isinstance(policy := arguments.get("policy"), Namespace):
-            replace_rewards(arguments, PolicySource(**vars(policy)), sources)
-        with torch.device("meta"):
-            module = build(settings)
-        told = logging.getLogger("lightning.pytorch")
-        level = told.level
-        told.setLevel(logging.WARNING)  # hides its lines about the devices found
-        try:
-            module.trainer = Trainer(
-                accelerator="cpu", devices=1, precision=settings.trainer.precision, logger=False,
-                enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
-            )  # fmt: skip
-        finally:
-            told.setLevel(level)
-        module.setup("fit")
+        module = unread_module(settings, build, sources)
         costs = step_costs(module, settings.data, settings.trainer.accumulate_grad_batches, gpu)
     notes = notes_on(settings, costs, sources, gpu)
     for part in module.modules():
@@ -130,6 +114,30 @@ def estimate(settings: Namespace, build: Callable[[Namespace], LightningModule])
         notes.append(f"EncodeOnce frees text encoders of {kept.freed / 1e9:.2f} GB before the first step.")
         costs = kept
     return Estimate(costs, settings, tuple(notes))
+
+
+def unread_module(
+    settings: Namespace, build: Callable[[Namespace], LightningModule], sources: ConfigSources
+) -> LightningModule:
+    """Build the module on the meta device, with a CPU trainer of the configured precision attached."""
+    arguments = settings.model.init_args
+    sources.replace(arguments)
+    if isinstance(policy := arguments.get("policy"), Namespace):
+        replace_rewards(arguments, PolicySource(**vars(policy)), sources)
+    with torch.device("meta"):
+        module = build(settings)
+    told = logging.getLogger("lightning.pytorch")
+    level = told.level
+    told.setLevel(logging.WARNING)  # hides its lines about the devices found
+    try:
+        module.trainer = Trainer(
+            accelerator="cpu", devices=1, precision=settings.trainer.precision, logger=False,
+            enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+        )  # fmt: skip
+    finally:
+        told.setLevel(level)
+    module.setup("fit")
+    return module
 
 
 def notes_on(settings: Namespace, costs: StepCosts, sources: ConfigSources, gpu: bool) -> list[str]:
