@@ -293,7 +293,7 @@ class TrainingCLI(LightningCLI):
         wanted = "last" if local is None and self.command == "fit" and restarted() else local
         if wanted in ("last", "hpc"):  # Lightning resolves these two words
             likely = run_folder.likely_checkpoint(wanted, settings["trainer"])
-        elif likely := wanted and Path(wanted):
+        elif likely := Path(wanted) if wanted else None:
             check_checkpoint(likely, given, values=False)
             if self.command == "fit":
                 check_resumable(likely, given)
