@@ -5,8 +5,8 @@ from typing import Any
 import numpy as np
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
-from torch import distributed
 
+from latentreward.data.alignment.experience import of_all_ranks
 from latentreward.data.readers.base import normalise_prompt
 from latentreward.metrics.bootstrap import clustered_accuracy
 from latentreward.metrics.pairwise import preferred_margin
@@ -31,13 +31,7 @@ class AccuracyInterval(Callback):
         self._sums, self._pairs = {}, 0
 
     def on_test_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, *args: Any
     ) -> None:
         """Add the pairs of a test step, at every evaluation level."""
         if not isinstance(pl_module, PairModule):
@@ -59,10 +53,7 @@ class AccuracyInterval(Callback):
         """Gather the numbers of all ranks, and print a line on rank 0."""
         if not isinstance(pl_module, PairModule):
             return
-        ranks: list[Any] = [(self._sums, self._pairs)]
-        if distributed.is_available() and distributed.is_initialized():
-            ranks = ranks * distributed.get_world_size()
-            distributed.all_gather_object(ranks, (self._sums, self._pairs))
+        ranks = of_all_ranks((self._sums, self._pairs))
         if not trainer.is_global_zero:
             return
         total: dict[str, np.ndarray] = {}

@@ -16,8 +16,7 @@ from latentreward.rollout import Sampling
 
 logger = logging.getLogger(__name__)
 
-FLAT = 0.02
-"""Standard deviation of pixels in [-1, 1] below which a picture counts as blank: about 3 of 256 grey levels."""
+FLAT = 0.02  # standard deviation of pixels in [-1, 1] below which a picture counts as blank: about 3 of 256 grey levels
 
 
 class CollapseGuard(PromptMonitor):

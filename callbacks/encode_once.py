@@ -27,8 +27,7 @@ from latentreward.policies import Policy
 from latentreward.rewards.latent import LatentScorer
 from latentreward.storage.durable import write_errors_named
 
-KEPT = "free some space, or set EncodeOnce's folder"
-"""Remedy in messages about the file of encoded prompts."""
+KEPT = "free some space, or set EncodeOnce's folder"  # remedy in messages about the file of encoded prompts
 
 
 class EncodeOnce(Callback):

@@ -53,11 +53,13 @@ class ExactResume(Callback):
         load_dropped_state(trainer.fit_loop)
         if trainer.fit_loop.restarted_on_epoch_end:
             close_epoch(trainer.fit_loop)
-        elif trainer.fit_loop.restarted_mid_epoch and last_batch_was_saved(trainer.fit_loop):
-            # reset() has counted the epoch as completed, but advance() does not count the next epoch while the stage
-            # says that the run restarted in mid-epoch.
-            trainer.fit_loop.reset_restart_stage()
         loader, progress = trainer.train_dataloader, batch_progress(trainer)
+        if trainer.fit_loop.restarted_mid_epoch and (
+            trainer.fit_loop.epoch_loop.restarted_on_train_batch_end and progress.is_last_batch
+        ):
+            # The checkpoint was written after the last batch of an epoch, but before the epoch's end hooks. reset() has
+            # counted the epoch as completed, but advance() does not count the next one while the stage is mid-epoch.
+            trainer.fit_loop.reset_restart_stage()
         if not (trainer.fit_loop.restarting and isinstance(loader, ResumableLoader)):
             return
         # The counters are in batches of the batch size and world size at the time of saving, but the epoch ends when
@@ -126,11 +128,6 @@ def close_epoch(loop: Any) -> None:
     _Loop.restarting.fset(loop, False)  # type: ignore[attr-defined]  # the fit loop's own setter refuses
     loop.reset_restart_stage()
     loop.epoch_loop.reset_restart_stage()
-
-
-def last_batch_was_saved(loop: Any) -> bool:
-    """Tell whether the checkpoint was written after the last batch of an epoch, but before the epoch's end hooks."""
-    return loop.epoch_loop.restarted_on_train_batch_end and loop.epoch_loop.batch_progress.is_last_batch
 
 
 def undo_accumulation(trainer: Trainer, saved: dict[str, Any]) -> None:

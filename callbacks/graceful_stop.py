@@ -22,7 +22,7 @@ from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from latentreward.data.loading import WORKER_REMEDY, WorkerLoader
-from latentreward.errors import InputError, first_line
+from latentreward.errors import check_at_least_one, first_line
 from latentreward.interrupts import INTERRUPTED, TERMINATED, kill_started_ranks, stop_asked
 from latentreward.remote import RemoteError
 
@@ -30,8 +30,7 @@ logger = logging.getLogger(__name__)
 
 LAUNCHER = "LATENTREWARD_LAUNCHER"
 """Environment variable with the id of the process that started this rank through Lightning."""
-LAUNCHER_WAIT_S = 30.0
-"""Longest time, in seconds, that :func:`outlive` waits for that process to exit."""
+LAUNCHER_WAIT_S = 30.0  # longest time, in seconds, that :func:`outlive` waits for that process to exit
 
 
 class StopRequest(IntEnum):
@@ -97,8 +96,7 @@ class GracefulStop(Callback):
     """
 
     def __init__(self, every_n_batches: int = 1) -> None:
-        if every_n_batches < 1:
-            raise InputError(f"every_n_batches={every_n_batches} must be at least 1")
+        check_at_least_one(every_n_batches=every_n_batches)
         if "LOCAL_RANK" not in os.environ:  # set by Lightning for the ranks that it starts, and by torchrun
             os.environ[LAUNCHER] = str(os.getpid())
         self.every_n_batches = every_n_batches

@@ -14,7 +14,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from torch import Tensor
 
-from latentreward.contracts import PathText, PromptBatch
+from latentreward.contracts import PathText
 from latentreward.errors import InputError
 from latentreward.modules.alignment import AlignmentModule
 from latentreward.remote.errors import RemoteError, raise_together
@@ -116,45 +116,31 @@ class HackingMonitor(PromptMonitor):
             logger.warning(message)
 
     def _scores(self, trainer: Trainer, pl_module: AlignmentModule, reference: bool) -> Tensor:
-        """Return ``(prompts, 1 or 2)`` float64: held-out score and, if there is one, reward; means over pictures.
-
-        Raises:
-            RemoteError: On all ranks, if a scorer's server fails on one.
-        """
+        """Return ``(prompts, 1 or 2)`` float64: held-out score and, if there is one, reward; means over pictures."""
         rows: list[Tensor] = []
         failure: RemoteError | None = None
         for batch, latents, pixels in self.pictures(trainer, pl_module, reference):
             if failure is None:  # else only sampled: a policy in shards samples on all ranks together
                 try:
-                    rows.append(self._columns(pl_module, batch, latents, pixels))
+                    columns = [self.held_out(batch.prompts, list(map(to_image, pixels)))]
+                    if pl_module.reward is not None:
+                        scored = score_finished(pl_module.reward, latents, batch, SEED, self.reward_sigmas)
+                        columns.append(scored.cpu())
+                    rows.append(torch.stack(columns, dim=1))
                 except RemoteError as error:
                     failure = error
         raise_together(failure, trainer.strategy.reduce_boolean_decision)
         return self.gather(trainer, torch.cat(rows)).double().mean(dim=1)
 
-    def _columns(self, pl_module: AlignmentModule, batch: PromptBatch, latents: Tensor, pixels: Tensor) -> Tensor:
-        """Score a batch of pictures: ``(pictures, 1 or 2)``."""
-        columns = [self.held_out(batch.prompts, list(map(to_image, pixels)))]
-        if pl_module.reward is not None:
-            columns.append(score_finished(pl_module.reward, latents, batch, SEED, self.reward_sigmas).cpu())
-        return torch.stack(columns, dim=1)
-
 
 @dataclass(frozen=True)
 class PairedChange:
-    """Change of a mean over prompts.
+    """Change of a mean over prompts."""
 
-    Attributes:
-        before: Mean at the start.
-        after: Mean now.
-        standard_error: Standard error of the difference, paired over prompts.
-        count: Number of prompts.
-    """
-
-    before: float
-    after: float
-    standard_error: float
-    count: int
+    before: float  # Mean at the start
+    after: float  # Mean now
+    standard_error: float  # Standard error of the difference, paired over prompts
+    count: int  # Number of prompts
 
     @classmethod
     def between(cls, before: Tensor, after: Tensor) -> "PairedChange":

@@ -46,9 +46,7 @@ class LastCheckpoint(ModelCheckpoint):
         return type(self).__qualname__
 
     @override
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         """Save after every n-th optimiser step, and when the run ends within an epoch.
 
         From there a run with a raised limit takes the other batches of that epoch; from Lightning's later hooks it
@@ -61,7 +59,7 @@ class LastCheckpoint(ModelCheckpoint):
         if loop.epoch_loop.done:
             self._save(trainer)
         else:
-            super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+            super().on_train_batch_end(trainer, pl_module, *args)
 
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -9,7 +9,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from latentreward.checkpoints.shards import not_finite
-from latentreward.errors import InputError
+from latentreward.errors import InputError, check_at_least_one
 
 
 class NaNGuard(Callback):
@@ -34,8 +34,7 @@ class NaNGuard(Callback):
     """
 
     def __init__(self, every_n_batches: int = 1) -> None:
-        if every_n_batches < 1:
-            raise InputError(f"every_n_batches={every_n_batches} must be at least 1")
+        check_at_least_one(every_n_batches=every_n_batches)
         self.every_n_batches = every_n_batches
         self._batch: Any = None
         self._batch_idx = 0

@@ -44,9 +44,7 @@ class NoiseBandAccuracy(Callback):
                 pl_module.log(f"{stage}/accuracy_{name}", value, sync_dist=True)
         self.metrics[stage].reset()
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *args: Any) -> None:
         """Add the pairs of a training step."""
         self._update("train", pl_module, outputs["scored"])
 
@@ -54,15 +52,7 @@ class NoiseBandAccuracy(Callback):
         """Log the accuracies of the epoch and reset them."""
         self._log("train", pl_module)
 
-    def on_validation_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
+    def on_validation_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *args: Any) -> None:
         """Add the pairs of a validation step, at every evaluation level."""
         self._update("val", pl_module, outputs)
 

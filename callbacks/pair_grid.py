@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from latentreward.data.alignment.experience import of_all_ranks
-from latentreward.errors import InputError, did_you_mean
+from latentreward.errors import InputError, check_at_least_one, did_you_mean
 from latentreward.modules.pairs import PairModule
 from latentreward.reports.drawing import PLAIN, RIGHT, WRONG, draw_pair, strip, tile, to_images
 
@@ -60,8 +60,7 @@ class ScoredPairGrid(Callback):
     """
 
     def __init__(self, num_pairs: int = 12, image_size: int = 128, columns: int = 3, shown: Shown = "first") -> None:
-        if min(num_pairs, image_size, columns) < 1:
-            raise InputError(f"num_pairs={num_pairs}, image_size={image_size}, columns={columns} must be at least 1")
+        check_at_least_one(num_pairs=num_pairs, image_size=image_size, columns=columns)
         if shown not in get_args(Shown):
             raise InputError(f"shown={shown!r} of ScoredPairGrid is not known{did_you_mean(shown, get_args(Shown))}")
         self.num_pairs, self.image_size, self.columns, self.shown = num_pairs, image_size, columns, shown
@@ -74,13 +73,7 @@ class ScoredPairGrid(Callback):
         self._found, self._seen = [], 0
 
     def on_validation_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, *args: Any
     ) -> None:
         """Keep those pairs of the batch that belong to this rank's ``num_pairs`` so far."""
         if trainer.sanity_checking or trainer.fast_dev_run or self._off:  # type: ignore[attr-defined]
@@ -94,7 +87,12 @@ class ScoredPairGrid(Callback):
         rewards = torch.stack([outputs.chosen[:size], outputs.rejected[:size]], dim=1)  # of the first level
         pairs = zip(rewards.float().reshape(size, 2, -1).mean(dim=2).tolist(), batch.label.tolist(), strict=True)
         for row, (scores, label) in enumerate(pairs):
-            key = self._key(trainer, scores, label, batch.pair_ids[row])
+            if self.shown == "first":  # ranks take the rows in turn
+                place = float(self._seen * trainer.world_size + trainer.global_rank)
+            else:
+                margin = 0.0 if label == 0.5 else scores[0] - scores[1]
+                place = -math.inf if math.isnan(margin) else margin
+            key = place, batch.pair_ids[row]
             self._seen += 1
             if len(self._found) < self.num_pairs or key < self._found[-1].key:
                 images = torch.stack([batch.chosen[row], batch.rejected[row]])
@@ -117,13 +115,6 @@ class ScoredPairGrid(Callback):
         picture, (name, file) = tile([cell for _, cell in cells], self.columns), NAMES[self.shown]
         show(trainer, name, picture, folder / file)
 
-    def _key(self, trainer: Trainer, scores: list[float], label: float, pair_id: str) -> "tuple[float, str]":
-        """Return the place of a pair among those of all ranks; the smallest are drawn."""
-        if self.shown == "first":  # ranks take the rows in turn
-            return self._seen * trainer.world_size + trainer.global_rank, pair_id
-        margin = 0.0 if label == 0.5 else scores[0] - scores[1]
-        return -math.inf if math.isnan(margin) else margin, pair_id
-
     def _drawn(self, pixels: Tensor) -> list[Image.Image]:
         """Draw both images of a pair ``(2, 3, H, W)``, or the frames of its clips."""
         return [strip(to_images(one, self.image_size)) for one in pixels]
@@ -145,21 +136,13 @@ class ScoredPairGrid(Callback):
 
 
 class FoundPair(NamedTuple):
-    """Pair that may be drawn.
+    """Pair that may be drawn."""
 
-    Attributes:
-        key: Place among the pairs of all ranks.
-        prompt: Prompt.
-        scores: Scores of the preferred and of the other image.
-        label: Probability that the preferred image wins; ½ for a tie.
-        images: Both images as they are drawn, or latents ``(2, C, ...)`` on the CPU.
-    """
-
-    key: tuple[float, str]
-    prompt: str
-    scores: list[float]
-    label: float
-    images: list[Image.Image] | Tensor
+    key: tuple[float, str]  # Place among the pairs of all ranks
+    prompt: str  # Prompt
+    scores: list[float]  # Scores of the preferred and of the other image
+    label: float  # Probability that the preferred image wins; ½ for a tie
+    images: list[Image.Image] | Tensor  # Both images as they are drawn, or latents ``(2, C, ...)`` on the CPU
 
 
 def no_picture(trainer: Trainer, pl_module: LightningModule, batch: Any) -> str:

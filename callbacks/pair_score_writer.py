@@ -1,6 +1,5 @@
 """Callback that writes predicted scores to parquet."""
 
-from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
@@ -48,21 +47,13 @@ class PairScoreWriter(BasePredictionWriter):
                 f"{self._path} is there already; set predictions.overwrite: true or another predictions.output_dir"
             )
 
-    def write_on_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        prediction: Any,
-        batch_indices: Sequence[int] | None,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int,
-    ) -> None:
+    def write_on_batch_end(self, trainer: Trainer, pl_module: LightningModule, prediction: Any, *args: Any) -> None:
         """Append the scores of a batch to this rank's file."""
         import pyarrow as pa
         from pyarrow import parquet
 
-        chosen, rejected = (mean_output(rewards).tolist() for rewards in (prediction.chosen, prediction.rejected))
+        rewards = prediction.chosen, prediction.rejected  # (N,), or (N, out_dim) of a head with several outputs
+        chosen, rejected = (one.double().reshape(len(one), -1).mean(dim=1).tolist() for one in rewards)
         table = pa.table(
             {
                 "pair_id": list(prediction.pair_ids),
@@ -96,8 +87,3 @@ class PairScoreWriter(BasePredictionWriter):
         """Remove the unfinished file."""
         with suppress(Exception):
             self._open.__exit__(type(exception), exception, exception.__traceback__)
-
-
-def mean_output(rewards: Any) -> Any:
-    """Average rewards ``(N,)`` or ``(N, out_dim)`` over a head's outputs: ``(N,)`` float64."""
-    return rewards.double() if rewards.ndim == 1 else rewards.double().mean(dim=1)

@@ -40,9 +40,6 @@ class PolicyLoRA(Callback):
         """Write the LoRA after each checkpoint, so that a kill leaves none that is ahead of the checkpoints.
 
         Lightning has no hook after a checkpoint, so the strategy's method that writes it is wrapped.
-
-        Raises:
-            InputError: If the module trains no policy.
         """
         if not isinstance(pl_module, AlignmentModule):
             raise InputError(f"PolicyLoRA: a {type(pl_module).__name__} has no policy; use it in alignment alone")

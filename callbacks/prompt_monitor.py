@@ -15,8 +15,7 @@ from latentreward.errors import InputError, check_at_least_one
 from latentreward.modules.alignment import AlignmentModule
 from latentreward.rollout import Sampling, sample_latents
 
-SEED = 0
-"""Seed of the initial and the sampler's noise, equal in every run so that pictures of two runs can be compared."""
+SEED = 0  # seed of the initial and the sampler's noise, equal in every run so that pictures of two runs can be compared
 
 
 class PromptMonitor(Callback, ABC):
@@ -76,9 +75,7 @@ class PromptMonitor(Callback, ABC):
         with evaluating(pl_module), torch.no_grad(), pl_module.compute_precision():
             self.begin(trainer, pl_module)
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         """Measure the policy if the batch ended with an optimiser step at which a measurement is due."""
         assert isinstance(pl_module, AlignmentModule)
         before, self._looked = self._looked, trainer.global_step
@@ -125,11 +122,7 @@ class PromptMonitor(Callback, ABC):
     def pictures(
         self, trainer: Trainer, pl_module: AlignmentModule, reference: bool
     ) -> Iterator[tuple[PromptBatch, Tensor, Tensor]]:
-        """Sample this rank's batches: prompts, latents ``(B, C, ...)`` and pixels ``(B, 3, ...)``, about [-1, 1].
-
-        Raises:
-            InputError: If the policy has no VAE.
-        """
+        """Sample this rank's batches: prompts, latents ``(B, C, ...)`` and pixels ``(B, 3, ...)``, about [-1, 1]."""
         vae = pl_module.policy.vae
         if vae is None:
             raise InputError(f"{type(self).__name__} needs the policy's VAE; load it from a full pipeline folder")

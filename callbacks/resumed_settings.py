@@ -13,7 +13,6 @@ from latentreward.callbacks.run_progress import total_steps
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
-from torch.optim import Optimizer
 from torch.optim.lr_scheduler import CyclicLR, LRScheduler, OneCycleLR, ReduceLROnPlateau
 
 from latentreward.errors import InputError
@@ -23,8 +22,7 @@ logger = logging.getLogger(__name__)
 TUNER_FILES = (".lr_find_", ".scale_batch_size_")
 """Prefixes of the files from which Lightning's tuner restores the state before its search, which is not a resume."""
 SAME_SCHEDULE = "give the model.lr_scheduler that it was trained with, or --resume_override=[schedule]"
-OWN_RATES = (OneCycleLR, CyclicLR)
-"""Schedules whose own settings give the learning rates, whatever the optimiser's is."""
+OWN_RATES = (OneCycleLR, CyclicLR)  # schedules whose own settings give the learning rates, whatever the optimiser's is
 SCHEDULE_VALUES = {"initial_lr", "max_lr", "min_lr", "max_momentum", "base_momentum"}
 """Entries that schedules add to an optimiser's parameter groups."""
 
@@ -93,7 +91,12 @@ class ResumedSettings(Callback):
         Raises:
             InputError: If the checkpoint's optimiser is of another class, or has other parameters.
         """
-        self._check_classes(trainer.optimizers)
+        classes = [type(optimizer).__name__ for optimizer in trainer.optimizers]
+        if self._saved_optimizers not in ([], classes):
+            raise InputError(
+                f"model.optimizer is {', '.join(classes)}, but the checkpoint holds the state of "
+                f"{', '.join(self._saved_optimizers)}; give the model.optimizer that it was trained with, or start anew"
+            )
         self._groups = [[dict(group) for group in optimizer.param_groups] for optimizer in trainer.optimizers]
         self._schedules = [deepcopy(config.scheduler.state_dict()) for config in trainer.lr_scheduler_configs]
         theirs, ours = [
@@ -152,15 +155,6 @@ class ResumedSettings(Callback):
         if trainer.is_global_zero:
             logger.warning("resume: %s", line)
 
-    def _check_classes(self, optimizers: Sequence[Optimizer]) -> None:
-        """Raise InputError if the checkpoint's optimisers are of other classes."""
-        ours = [type(optimizer).__name__ for optimizer in optimizers]
-        if self._saved_optimizers not in ([], ours):
-            raise InputError(
-                f"model.optimizer is {', '.join(ours)}, but the checkpoint holds the state of "
-                f"{', '.join(self._saved_optimizers)}; give the model.optimizer that it was trained with, or start anew"
-            )
-
     def _compare_optimizers(self, trainer: Trainer) -> None:
         """Log each optimiser setting that differs between given and restored parameter groups, once."""
         # OneCycleLR and CyclicLR also change momentum or betas at each step: these values are not settings.
@@ -177,11 +171,7 @@ class ResumedSettings(Callback):
                         self._settle(trainer, f"model.optimizer.{name}", ours, theirs, "lr" if name == "lr" else None)
 
     def _restore_schedules(self, trainer: Trainer, saved: Sequence[Mapping[str, Any]]) -> None:
-        """Load the saved state into the schedules, if they are of the same kind as in the checkpoint.
-
-        Raises:
-            InputError: If they are of another kind, or ``override`` holds ``lr`` and a setting of a schedule differs.
-        """
+        # With ``lr`` alone in ``override``, the settings of the schedules must be the checkpoint's.
         theirs, ours = [list(map(schedule_settings, states)) for states in (saved, self._schedules)]
         if [settings.keys() for settings in theirs] != [settings.keys() for settings in ours]:
             raise InputError(f"the checkpoint holds the state of another learning rate schedule; {SAME_SCHEDULE}")

@@ -98,9 +98,7 @@ class RunProgress(ProgressBar):
         if self._run is not None:
             self._run.expect(total_steps(trainer))
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         """Count the optimiser step, if the batch ended with one."""
         if self._run is not None and trainer.global_step > self._shown_step:
             self._run.add(trainer.global_step - self._shown_step, **self._values(trainer, pl_module))
@@ -131,15 +129,7 @@ class RunProgress(ProgressBar):
         """Start the progress display of a prediction."""
         self._begin("prediction", trainer.num_predict_batches)
 
-    def on_validation_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
+    def on_validation_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         """Count the batch of a validation, test or prediction."""
         if self._evaluation is not None:
             self._evaluation.add()

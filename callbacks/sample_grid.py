@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from latentreward.contracts import PathText
-from latentreward.errors import InputError
+from latentreward.errors import check_at_least_one
 from latentreward.modules.alignment import AlignmentModule
 from latentreward.reports.drawing import PLAIN, draw_pair, strip, tile, to_images
 from latentreward.storage.durable import replacing
@@ -55,8 +55,7 @@ class SampleGrid(PromptMonitor):
         **options: Any,
     ) -> None:
         super().__init__(prompts, num_prompts, images_per_prompt=1, **options)
-        if min(image_size, columns) < 1:
-            raise InputError(f"image_size={image_size}, columns={columns} of SampleGrid must be at least 1")
+        check_at_least_one("SampleGrid.", image_size=image_size, columns=columns)
         self.image_size, self.columns = image_size, columns
         self._before: list[Image.Image] = []
 

@@ -5,7 +5,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from latentreward.errors import InputError
+from latentreward.errors import check_at_least_one
 
 
 class Throughput(Callback):
@@ -25,8 +25,7 @@ class Throughput(Callback):
     """
 
     def __init__(self, every_n_batches: int = 50) -> None:
-        if every_n_batches < 1:
-            raise InputError(f"every_n_batches={every_n_batches} must be at least 1")
+        check_at_least_one(every_n_batches=every_n_batches)
         self.every_n_batches = every_n_batches
         self._restart()
 
@@ -36,12 +35,10 @@ class Throughput(Callback):
         self._since = perf_counter()
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Restart the measurement, so that it begins with each epoch."""
+        """Restart the measurement, with each epoch and after a validation inside one."""
         self._restart()
 
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Restart the measurement after a validation inside an epoch."""
-        self._restart()
+    on_validation_end = on_train_epoch_start
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Count the time since the last batch ended as waiting for data."""
@@ -50,7 +47,7 @@ class Throughput(Callback):
         self._waiting, self._since = self._waiting + now - self._since, now
 
     def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, *args: Any
     ) -> None:
         """Count the batch, and log after every ``every_n_batches`` batches."""
         now = perf_counter()

@@ -57,7 +57,7 @@ class TimestepBands(Callback):
         pl_module.log_dict(values)
 
     def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, *args: Any
     ) -> None:
         """Log implicit accuracy and margin of a training step on pairs, over the pairs of all ranks."""
         ratios = outputs.get("ratios") if isinstance(outputs, dict) else None

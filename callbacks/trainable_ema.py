@@ -61,13 +61,6 @@ class TrainableEMA(Callback):
     def _trained(pl_module: LightningModule) -> dict[str, Parameter]:
         return {name: parameter for name, parameter in pl_module.named_parameters() if parameter.requires_grad}
 
-    def _check_names(self, weights: dict[str, Parameter]) -> None:
-        if self.average and self.average.keys() != weights.keys():
-            raise InputError(
-                f"the checkpoint's average lacks or adds {sorted(self.average.keys() ^ weights.keys())[0]}; tuning and "
-                "head must be those it was trained with"
-            )
-
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Raise InputError under FSDP1, whose shards cannot be averaged; warn of checkpoints without the average."""
         if isinstance(trainer.strategy, FSDPStrategy):
@@ -78,7 +71,11 @@ class TrainableEMA(Callback):
     def _place(self, pl_module: LightningModule) -> dict[str, Parameter]:
         """Place the average on the weights' devices, or start it from the weights; return the trainable weights."""
         weights = self._trained(pl_module)
-        self._check_names(weights)
+        if self.average and self.average.keys() != weights.keys():
+            raise InputError(
+                f"the checkpoint's average lacks or adds {sorted(self.average.keys() ^ weights.keys())[0]}; tuning and "
+                "head must be those it was trained with"
+            )
         for name, weight in weights.items():
             self.average[name] = placed_like(self.average.get(name, weight.detach()), weight)
         return weights

@@ -381,12 +381,12 @@ def test_scores_of_two_axes_are_their_weighted_sum(module, batches, loader, make
 @pytest.mark.parametrize(
     ("build", "field"),
     [
-        (lambda: NaNGuard(every_n_batches=0), "every_n_batches=0"),
+        (lambda: NaNGuard(every_n_batches=0), "every_n_batches is 0"),
         (lambda: NoiseBandAccuracy(edges=(0.5, 0.2)), "edges"),
-        (lambda: Throughput(every_n_batches=0), "every_n_batches=0"),
+        (lambda: Throughput(every_n_batches=0), "every_n_batches is 0"),
         (lambda: TrainableEMA(decay=1.0), "decay=1"),
         (lambda: TrainableEMA(decay=math.nan), "decay=nan"),
-        (lambda: ScoredPairGrid(num_pairs=0), "num_pairs=0"),
+        (lambda: ScoredPairGrid(num_pairs=0), "num_pairs is 0"),
         (lambda: ScoredPairGrid(shown="wrst"), "shown='wrst'"),
     ],
 )

@@ -103,7 +103,7 @@ def test_it_looks_at_every_nth_batch(tmp_path: Path) -> None:
     with pytest.raises(SIGTERMException):
         fit(trainer)
     assert trainer.global_step == 3
-    with pytest.raises(InputError, match="every_n_batches=0 must be at least 1"):
+    with pytest.raises(InputError, match="every_n_batches is 0; it must be at least 1"):
         GracefulStop(0)
 
 

@@ -12,26 +12,19 @@ from torch import Tensor, nn
 
 from latentreward.errors import InputError
 
-VALUES = 4
-"""Number of values recorded per tensor."""
+VALUES = 4  # number of values recorded per tensor
 RELATIVE, ABSOLUTE = 0.01, 1e-6
 """Tolerances for equal values: rounding to bfloat16 moves a value by up to 0.4 %, to float16 by up to 3e-8."""
-KEPT = "weight_sample"
-"""Attribute of a quantised layer: sample of the weight that its files hold."""
+KEPT = "weight_sample"  # attribute of a quantised layer: sample of the weight that its files hold
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class BaseSample:
-    """A few values of each frozen weight, spread evenly over the tensor, equal up to rounding in every precision.
+    """A few values of each frozen weight, spread evenly over the tensor, equal up to rounding in every precision."""
 
-    Attributes:
-        source: Folder or hub id that the base was loaded from, for error messages.
-        values: Name of a frozen parameter → its :data:`VALUES` sampled values.
-    """
-
-    source: str
-    values: dict[str, Tensor]
+    source: str  # Folder or hub id that the base was loaded from, for error messages
+    values: dict[str, Tensor]  # Name of a frozen parameter → its :data:`VALUES` sampled values
 
     @classmethod
     def of(cls, module: nn.Module, source: str) -> Self:
@@ -48,21 +41,13 @@ class BaseSample:
         return cls(source, frozen)
 
     def record(self, saved: Collection[str]) -> dict[str, Any]:
-        """Return the record for a checkpoint: source, names and sampled values of the weights that it does not hold.
-
-        Args:
-            saved: Names of the weights that the checkpoint holds, which need no record.
-        """
+        """Return the record for a checkpoint: source, names and values of the weights that are not ``saved`` in it."""
         names = [name for name in self.values if name not in saved]
         values = torch.stack([self.values[name] for name in names]) if names else torch.zeros(0, VALUES)
         return {"source": self.source, "names": names, "values": values}
 
     def check(self, record: dict[str, Any]) -> None:
-        """Compare the sampled values with the record of a checkpoint.
-
-        Raises:
-            InputError: If a weight that is in both has other values.
-        """
+        """Compare the sampled values with a checkpoint's record; raises InputError if a weight in both differs."""
         if problem := problem_of_record(record):
             raise InputError(f"the checkpoint's record of its base is damaged: {problem}; get the checkpoint again")
         for name, theirs in zip(record["names"], record["values"], strict=True):

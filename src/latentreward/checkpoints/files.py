@@ -20,10 +20,7 @@ from latentreward.storage.durable import replacing
 
 logger = logging.getLogger(__name__)
 
-SHARD_FILES = (INDEX, REST)
-"""Files that a sharded checkpoint's folder holds beside the shards; both are written after the shards."""
-SILENCE_S = 60.0
-"""Seconds without a byte after which a download is given up."""
+SILENCE_S = 60.0  # seconds without a byte after which a download is given up
 KEPT = "the checkpoints written before are kept: free some space and go on with --ckpt_path last"
 """End of the error message on a full disk, after the checkpoint's name."""
 
@@ -130,7 +127,7 @@ def checkpoint_problem(path: Path, values: bool = True) -> str | None:
         path: File, or folder of shards.
         values: Whether to compare the values with their checksums, which reads all of them.
     """
-    missing = [name for name in SHARD_FILES if path.is_dir() and not (path / name).is_file()]
+    missing = [name for name in (INDEX, REST) if path.is_dir() and not (path / name).is_file()]
     if missing:
         return f"{missing[0]} is missing"
     try:

@@ -45,10 +45,9 @@ def is_sharded(path: Path) -> bool:
 
 
 def shard_index(path: Path) -> Metadata:
-    """Read the index of the sharded checkpoint at ``path``: shape and dtype of each tensor, by name.
+    """Read the index of a sharded checkpoint: shape and dtype of each tensor, by name.
 
-    Raises:
-        InputError: If ``path`` is not a complete sharded checkpoint, or its index is damaged or could run code.
+    Raises InputError if ``path`` is not a complete sharded checkpoint, or its index is damaged or could run code.
     """
     if not is_sharded(path):
         if inside := newest_first(found for found in path.rglob("*.ckpt") if found.exists()):
@@ -209,15 +208,9 @@ def numbered(state: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def named(state: Mapping[str, Any], optimizer: Optimizer, module: nn.Module) -> dict[str, Any]:
-    """Convert an optimiser's state keyed by indices to one keyed by the names of ``module``'s parameters.
+    """Convert a state keyed by indices, for ``optimizer``, to one keyed by the names of ``module``'s parameters.
 
-    Args:
-        state: State, whose groups must be as large as those of ``optimizer``.
-        optimizer: Optimiser that is to load the state.
-        module: Module that ``optimizer`` trains.
-
-    Raises:
-        InputError: If a group of the state has another number of parameters.
+    Raises InputError if a group of the state has another number of parameters than that of the optimiser.
     """
     name_of = {parameter: name for name, parameter in module.named_parameters()}
     names = [[name_of[parameter] for parameter in group["params"]] for group in optimizer.param_groups]

@@ -36,12 +36,10 @@ OTHER_VAE_FIELDS = ("z_dim", "base_dim", "dim_mult", "num_res_blocks", "latents_
 """Entries that the other VAEs of :data:`LISTED_VAES` set."""
 LISTED_VAES = ("AutoencoderKL", "AutoencoderKLFlux2", "AutoencoderKLWan", "AutoencoderKLQwenImage")
 """VAEs of which the listed entries count; of others, the whole config counts."""
-DECODING = ("decoder", "post_quant_conv")
-"""Names of the parts of a VAE on which its latents do not depend."""
+DECODING = ("decoder", "post_quant_conv")  # names of the parts of a VAE on which its latents do not depend
 PROBES = ("", "A café\u2019s <b>3</b> cats &amp; one dog, 100 % red")
 """Prompts whose tokens tell templates, dropped and added tokens, padding, and repaired text."""
-CHUNK = 2**22
-"""Number of values of a tensor that are converted and hashed at a time, to limit memory."""
+CHUNK = 2**22  # number of values of a tensor that are converted and hashed at a time, to limit memory
 
 
 def vae_fingerprint(vae: nn.Module) -> str:

@@ -10,8 +10,7 @@ from torch import Tensor
 from latentreward.contracts import Conditioning
 from latentreward.encoders.prompts import PromptEncoder
 
-AHEAD = 256
-"""Number of prompts that are encoded at once: SD3.5's take 1.4 GB of CPU memory, FLUX.2-klein's 4 GB."""
+AHEAD = 256  # number of prompts that are encoded at once: SD3.5's take 1.4 GB of CPU memory, FLUX.2-klein's 4 GB
 
 
 class OffloadedEncoder(PromptEncoder):

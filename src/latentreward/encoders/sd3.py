@@ -11,8 +11,7 @@ from latentreward.contracts import Conditioning
 from latentreward.encoders.prompts import PromptEncoder, token_ids
 from latentreward.errors import InputError
 
-MOST_TOKENS = 4096
-"""Largest number of T5 tokens per prompt."""
+MOST_TOKENS = 4096  # largest number of T5 tokens per prompt
 
 
 class SD3PromptEncoder(PromptEncoder):

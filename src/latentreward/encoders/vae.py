@@ -12,8 +12,7 @@ from latentreward.errors import InputError
 from latentreward.promises import Kind, Part, finite, returns, wrong_tensor
 from latentreward.storage.json_files import entries, entry
 
-SD_SCALING_FACTOR = 0.18215
-"""Scaling factor of the VAE of SD1.5 and SD2.1, diffusers' default."""
+SD_SCALING_FACTOR = 0.18215  # scaling factor of the VAE of SD1.5 and SD2.1, diffusers' default
 
 
 def _wrong_latents(found: Tensor, vae: "LatentEncoder", pixels: Tensor, *given: Any) -> str | None:

@@ -20,10 +20,8 @@ from latentreward.export.lora import TrainedLoRA, sort_metadata
 from latentreward.families.base import Pair
 from latentreward.storage.durable import replacing
 
-FILE = "kohya_lora.safetensors"
-"""Name of the exported file."""
-PREFIX = "lora_unet_"
-"""Beginning of every key in the exported file."""
+FILE = "kohya_lora.safetensors"  # name of the exported file
+PREFIX = "lora_unet_"  # beginning of every key in the exported file
 
 
 def kohya_weights(lora: TrainedLoRA) -> dict[str, Tensor]:

@@ -22,10 +22,8 @@ from latentreward.policies import POLICY, Policy
 from latentreward.policies.checkpoint import ADAPTER, SavedAdapter, network_name
 from latentreward.storage.durable import replacing, write_file
 
-FILE = "pytorch_lora_weights.safetensors"
-"""File name that diffusers looks for in a folder."""
-DOWN, UP = ".lora_A.weight", ".lora_B.weight"
-"""Endings of the names of A and B in peft."""
+FILE = "pytorch_lora_weights.safetensors"  # file name that diffusers looks for in a folder
+DOWN, UP = ".lora_A.weight", ".lora_B.weight"  # endings of the names of A and B in peft
 
 
 @dataclass(frozen=True)

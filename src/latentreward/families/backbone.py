@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -96,16 +96,14 @@ class FamilyBackbone(TransformerBackbone):
         family, encoder = self.family, self.text_encoder
         length = 1 if encoder is None else encoder.num_tokens
         pooled = family.pooled_dim if encoder is None else encoder.pooled_dim or encoder.token_dim
+        grid = family.latent_shape(*family.native_size)[1:]
         return FeatureSpec(
             visual=(TapSpec(family.width, family.grid(family.native_size)),) * len(self.visual_taps),
             text=(TapSpec(family.width, (length,)),) * len(self.text_taps),
             temb_dim=family.temb_dim,
             pooled_text_dim=pooled,
-            output=TapSpec(family.latent_space.channels, self._output_grid()) if self.output_map else None,
+            output=TapSpec(family.latent_space.channels, grid) if self.output_map else None,
         )
-
-    def _output_grid(self) -> tuple[int, ...]:
-        return self.family.latent_shape(*self.family.native_size)[1:]
 
     @property
     def native_size(self) -> tuple[int, int]:
@@ -144,8 +142,6 @@ class FamilyBackbone(TransformerBackbone):
 
     def _step(self, block: nn.Module, tokens: Any, number: int, visual: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
         """Run a block on its own copy of the record: a recomputation in the backward pass meets the record's end."""
-        from dataclasses import replace
-
         return self.family.step(block, replace(tokens, visual=visual, text=text), number)
 
     def blocks(self) -> Iterator[nn.Module]:

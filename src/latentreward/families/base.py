@@ -23,8 +23,7 @@ from latentreward.programs import of_this_package
 from latentreward.promises import COUNT, Part, finite, is_count, of_class, returns, shown, tensor, wrong_tensor
 from latentreward.storage.json_files import Kind, entry
 
-Pair = tuple[Tensor, Tensor]
-"""A ``(rank, in)`` and B ``(out, rank)`` of a layer's adapter."""
+Pair = tuple[Tensor, Tensor]  # A ``(rank, in)`` and B ``(out, rank)`` of a layer's adapter
 
 
 class PipelineConfigs(Protocol):

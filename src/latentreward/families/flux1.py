@@ -27,8 +27,7 @@ from latentreward.noise.schedules import EULER
 if TYPE_CHECKING:
     from transformers import CLIPTextModel, PreTrainedTokenizerBase, T5EncoderModel
 
-MOST_TOKENS = 512
-"""Largest number of T5 tokens per prompt that FLUX.1's pipeline takes."""
+MOST_TOKENS = 512  # largest number of T5 tokens per prompt that FLUX.1's pipeline takes
 
 
 class Flux1PromptEncoder(PromptEncoder):

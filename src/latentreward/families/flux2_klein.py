@@ -31,10 +31,8 @@ from latentreward.storage.json_files import entries, entry
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, Qwen3ForCausalLM
 
-LAYERS = (9, 18, 27)
-"""Numbers of the text encoder's layers whose outputs are joined."""
-TOKENS = 512
-"""Number of tokens per prompt."""
+LAYERS = (9, 18, 27)  # numbers of the text encoder's layers whose outputs are joined
+TOKENS = 512  # number of tokens per prompt
 
 
 class Flux2KleinPromptEncoder(PromptEncoder):

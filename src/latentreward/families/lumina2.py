@@ -23,8 +23,7 @@ SYSTEM = (
 """Text before each prompt; the network was trained with it."""
 NO_PROMPT = "\0"
 """Prompt that is encoded as the empty text, without :data:`SYSTEM`: the pipeline's usual negative prompt."""
-TEXT_LENGTH = 256
-"""Greatest number of tokens of a prompt with the text before it."""
+TEXT_LENGTH = 256  # greatest number of tokens of a prompt with the text before it
 
 
 PUBLISHED = (
@@ -69,6 +68,7 @@ class Lumina2(FlowFamily):
     tail = ("norm_out",)
     lora_targets = ("to_q", "to_k", "to_v", "to_out.0")
     published = PUBLISHED
+    default_guidance = 4.0
     lora_loader = "Lumina2LoraLoaderMixin"
 
     # Text
@@ -85,11 +85,6 @@ class Lumina2(FlowFamily):
         return self.fitting(encoder)
 
     # Guidance
-
-    @property
-    def default_guidance(self) -> float:
-        """See :attr:`Family.default_guidance`."""
-        return 4.0
 
     def guide(self, with_prompt: Tensor, without: Tensor, scale: float) -> Tensor:
         """See :meth:`Family.guide`."""

@@ -26,8 +26,7 @@ TEMPLATE = (
     "relationships of the objects and background:<|im_end|>\n<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
 )
 """Text that is encoded for a prompt; the tokens before the prompt are dropped afterwards."""
-PREFIX = 34
-"""Number of tokens before the prompt with Qwen's own tokenizer."""
+PREFIX = 34  # number of tokens before the prompt with Qwen's own tokenizer
 TEXT_OUTPUT = ("attn.add_q_proj", "attn.norm_added_q", "attn.to_add_out", "txt_mlp")
 VISUAL_OUTPUT = ("attn.to_q", "attn.norm_q", "attn.to_out", "img_mlp")
 """Submodules of a block that only its text output, or only its visual output, depends on."""

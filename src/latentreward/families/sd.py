@@ -93,6 +93,7 @@ class StableDiffusion(Family):
     text_layers = ("CLIPEncoderLayer",)
     flow = False
     published = PUBLISHED
+    default_guidance = 5.0  # LPO's, instead of the pipelines' 7.5
 
     @classmethod
     def recognises(cls, pipeline: PipelineConfigs) -> bool:
@@ -168,11 +169,6 @@ class StableDiffusion(Family):
     def noise_process(self) -> NoiseProcess:
         """See :attr:`Family.noise_process`."""
         return process_from_scheduler(self.scheduler_config, DDPM_SCHEDULERS)
-
-    @property
-    def default_guidance(self) -> float:
-        """See :attr:`Family.default_guidance`; LPO's 5.0 instead of the pipelines' 7.5."""
-        return 5.0
 
     def predict(
         self, network: Any, latents: Tensor, timesteps: Tensor, conditioning: Conditioning, guidance: float | None

@@ -105,6 +105,7 @@ class StableDiffusion3(Family):
     text_layers = ("CLIPEncoderLayer", "T5Block")
     kohya_module = "networks.lora_sd3"
     published = PUBLISHED
+    default_guidance = 5.0  # Flow-GRPO's and this project's, instead of the pipeline's 7.0
 
     @classmethod
     def recognises(cls, pipeline: PipelineConfigs) -> bool:
@@ -181,11 +182,6 @@ class StableDiffusion3(Family):
     def levels(self, num_inference_steps: int, shape: Sequence[int]) -> tuple[Tensor, Tensor]:
         """See :meth:`Family.levels`."""
         return static_levels(self.scheduler_config, num_inference_steps)
-
-    @property
-    def default_guidance(self) -> float:
-        """See :attr:`Family.default_guidance`; Flow-GRPO's and this project's 5.0 instead of the pipeline's 7.0."""
-        return 5.0
 
     def predict(
         self, network: Any, latents: Tensor, timesteps: Tensor, conditioning: Conditioning, guidance: float | None

@@ -19,12 +19,9 @@ from latentreward.families.flow import FlowFamily, Tokens, of_patches, whole
 from latentreward.families.published import FLUX_VAE, QWEN3_4B, Published
 from latentreward.noise.schedules import EULER
 
-TURBO_SHIFT = 3.0
-"""Shift of the scheduler of Z-Image-Turbo; the base model has 6."""
-MULTIPLE = 32
-"""Number of which the lengths of captions and images are multiples inside the network."""
-TEXT_LENGTH = 512
-"""Greatest number of tokens of a prompt with its template."""
+TURBO_SHIFT = 3.0  # shift of the scheduler of Z-Image-Turbo; the base model has 6
+MULTIPLE = 32  # number of which the lengths of captions and images are multiples inside the network
+TEXT_LENGTH = 512  # greatest number of tokens of a prompt with its template
 
 
 def _published(model: str, shift: float) -> Published:

@@ -34,7 +34,7 @@ from latentreward.policies.checkpoint import SOURCE
 from latentreward.promises import place_of
 from latentreward.remote import RemoteError
 from latentreward.rewards import Reward, RewardSource
-from latentreward.rewards.http import RemoteReward, alone
+from latentreward.rewards.http import RemoteReward
 from latentreward.rewards.latent import LatentScorer
 from latentreward.rollout import (
     Advantage,
@@ -244,7 +244,7 @@ class AlignmentModule(LightningModule):
             raise
         finally:
             for part in remote:
-                part.agree = alone  # type: ignore[assignment]
+                part.agree = bool  # type: ignore[assignment]
 
     def compute_precision(self) -> AbstractContextManager[Any]:
         """Return the context of the trainer's precision (autocast), for work outside training steps."""

@@ -111,11 +111,7 @@ class Reward(nn.Module, Part):
         """
 
     def forward(self, states: NoisyStates, encoded: Any) -> Tensor:
-        """Call :meth:`score` and check the result.
-
-        Raises:
-            InputError: If the scores are not a tensor ``(N,)``, or a score is not finite.
-        """
+        """Call :meth:`score` and check the result, see :meth:`checked`."""
         return self.checked(self.score(states, encoded), states.timesteps, states.latents)
 
     def checked(self, scores: Tensor, timesteps: Tensor, latents: Tensor) -> Tensor:

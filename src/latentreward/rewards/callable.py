@@ -20,8 +20,7 @@ from latentreward.storage.digests import digest
 if TYPE_CHECKING:
     from latentreward.policies import Policy
 
-READOUT_CHANNELS = 32
-"""Output channels of the random convolution of ``RandomReward(kind="readout")``."""
+READOUT_CHANNELS = 32  # output channels of the random convolution of ``RandomReward(kind="readout")``
 
 
 class CallableReward(RewardSource):

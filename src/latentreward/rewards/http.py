@@ -113,11 +113,6 @@ class HTTPReward(RewardSource):
         return RemoteLatentReward(self, self.schema, policy, served)
 
 
-def alone(fine: bool) -> bool:
-    """Return ``fine``, for a process that asks without others."""
-    return fine
-
-
 class RemoteReward(Reward):
     """Base class of loaded rewards whose scores come from a server.
 
@@ -130,7 +125,7 @@ class RemoteReward(Reward):
     source: HTTPReward
     needs_clean = True
     answers_later = True
-    agree: Callable[[bool], bool] = staticmethod(alone)  # type: ignore[assignment]
+    agree: Callable[[bool], bool] = bool  # of a process that asks without others
 
     @abstractmethod
     def begin(
@@ -203,15 +198,10 @@ class RemoteImageReward(RemoteReward, DecodingReward):
 
 @dataclass(frozen=True)
 class SentPrompts:
-    """Prompts as a server of latents gets them.
+    """Prompts as a server of latents gets them."""
 
-    Attributes:
-        texts: P prompts.
-        rows: Embeddings of each prompt, one row each, float32 on the CPU.
-    """
-
-    texts: tuple[str, ...]
-    rows: tuple[Conditioning, ...]
+    texts: tuple[str, ...]  # P prompts
+    rows: tuple[Conditioning, ...]  # Embeddings of each prompt, one row each, float32 on the CPU
 
     def seed(self, row: int) -> int:
         """Return the seed of the noise of a prompt's latents."""

@@ -33,15 +33,10 @@ Switch = Callable[[], AbstractContextManager[None]]
 
 @dataclass(frozen=True)
 class EncodedPrompts(TensorRecord):
-    """Prompts encoded for the network of a reward model.
+    """Prompts encoded for the network of a reward model."""
 
-    Attributes:
-        conditioning: Embeddings of the prompts, one row each.
-        uncond: Embeddings of the empty prompt, one row; None if the head does not need them.
-    """
-
-    conditioning: Conditioning
-    uncond: Conditioning | None
+    conditioning: Conditioning  # Embeddings of the prompts, one row each
+    uncond: Conditioning | None  # Embeddings of the empty prompt, one row; None if the head does not need them
 
 
 class LatentScorer(Reward):
@@ -159,11 +154,7 @@ class LatentScorer(Reward):
         noise: Tensor | None = None,
         sigmas: Sequence[float] = (),
     ) -> Tensor:
-        """See :meth:`Reward.score_clean`; ``sigmas`` are rounded to the nearest noise levels of the model.
-
-        Raises:
-            InputError: If ``noise`` or ``sigmas`` is missing.
-        """
+        """See :meth:`Reward.score_clean`; takes ``noise``, and ``sigmas``, rounded to the model's noise levels."""
         if noise is None or not len(sigmas):
             raise InputError("a latent reward scores finished latents at a noise level; give noise and sigmas")
         process = self.model.backbone.noise_process

@@ -16,8 +16,7 @@ if TYPE_CHECKING:
     from latentreward.policies import Policy, PolicySource
 
 Normalise = Literal["group", "running", "none"]
-SMALLEST_STD = 1e-4
-"""Constant added to a standard deviation before dividing, as in the advantages of Flow-GRPO."""
+SMALLEST_STD = 1e-4  # constant added to a standard deviation before dividing, as in the advantages of Flow-GRPO
 
 
 class RewardMixture(RewardSource):
@@ -79,11 +78,7 @@ class RewardMixture(RewardSource):
         return any(reward.uses_sigmas for reward in self.rewards)
 
     def latent_space(self) -> LatentSpace | None:
-        """Return the common latent space of the rewards that need one; None if none does.
-
-        Raises:
-            InputError: If rewards need different latent spaces.
-        """
+        """Return the common latent space of the rewards that need one; raises InputError if these differ."""
         spaces = {space for reward in self.rewards if (space := reward.latent_space()) is not None}
         if len(spaces) > 1:
             raise InputError(
@@ -182,19 +177,18 @@ class MixedReward(Reward):
         rows = rows.to(parts.device)
         self._sums += parts.detach().cpu().double().sum(dim=0)
         self._count += len(parts)
-        normalised = [self._normalised(scores, rows, index) for index, scores in enumerate(parts.unbind(dim=1))]
-        return torch.stack([weight * part for weight, part in zip(self.weights, normalised, strict=True)]).sum(dim=0)
+        columns = list(parts.unbind(dim=1))
+        if self.normalise == "group":
+            columns = [standardise(scores, rows) for scores in columns]
+        elif self.normalise == "running":
+            columns = [self._by_all_seen(scores, index) for index, scores in enumerate(columns)]
+        return torch.stack([weight * part for weight, part in zip(self.weights, columns, strict=True)]).sum(dim=0)
 
     def take_means(self) -> Tensor | None:
         """See :meth:`Reward.take_means`."""
         means = self._sums / self._count if self._count else None
         self._sums, self._count = torch.zeros_like(self._sums), 0
         return means
-
-    def _normalised(self, scores: Tensor, rows: Tensor, index: int) -> Tensor:
-        if self.normalise == "group":
-            return standardise(scores, rows)
-        return self._by_all_seen(scores, index) if self.normalise == "running" else scores
 
     def _by_all_seen(self, scores: Tensor, index: int) -> Tensor:
         """Standardise by mean and standard deviation of all scores of reward ``index`` so far, including ``scores``."""

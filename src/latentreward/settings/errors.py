@@ -42,35 +42,31 @@ WRAPPERS = (
     r"(?P<inner>Not a valid subclass of .*?)\nSubclass types expect one of:.*",
     r"Problems parsing config: (?P<inner>.*)",
 )
-UNION = re.compile(
+UNION = (
     r"Does not validate against any of the Union subtypes\nSubtypes: \[(?P<types>.*?)\]\nErrors:\n(?P<errors>.*)"
-    r"\nGiven value type: [^\n]*\nGiven value: ?(?P<value>.*)",
-    re.DOTALL,
+    r"\nGiven value type: [^\n]*\nGiven value: ?(?P<value>.*)"
 )
 UNKNOWN_SETTING = re.compile(
     r"(?:Subcommand '\w+' does not accept option|Option) '(?P<key>.+?)'|unrecognized arguments: --(?P<option>[^=\s]+)"
 )
 
-MISSING = r"the following arguments are required: (?:\w+\.)?([^\s,]+)"
-"""Start of the message about a missing setting."""
+MISSING = r"the following arguments are required: (?:\w+\.)?([^\s,]+)"  # start of the message about a missing setting
 INTERPOLATED = r" full_key: (?:(?:fit|validate|test|predict)\.)?(\S+).*"
 """End of OmegaConf's messages, with the setting's name, which follows the subcommand for a trainer's settings."""
 UNSET = "is not set; name a setting in full, e.g. ${data.init_args.batch_size}, or a variable, ${oc.env:NAME}"
 """Message about an interpolation of a setting or variable that does not exist."""
 WORDS = {"NoneType": "null", "Sequence": "list", "Iterable": "list", "tuple": "list"}
 """Name of a Python type -> its name in YAML, if the two differ."""
-LONGEST_VALUE = 200
-"""Largest number of characters of a wrong value that a message repeats."""
+LONGEST_VALUE = 200  # largest number of characters of a wrong value that a message repeats
 NUMBER_OR_TENSOR = "<class 'float'>, <class 'torch.Tensor'>"
 """Types of an optimiser's learning rate in jsonargparse's messages; settings give it as a number."""
-NAMED_IN: dict[str, str] = {}
-"""Environment variable -> config file that refers to it; filled as the files are read."""
+NAMED_IN: dict[str, str] = {}  # environment variable -> config file that refers to it; filled as the files are read
 
 
 def summarise(message: str) -> str:
     """Reword a message of jsonargparse or OmegaConf to one line."""
     keys, kind, text = [], "", dedent(message).strip()
-    while wrapper := _unwrap(text):
+    while wrapper := next(filter(None, (re.fullmatch(one, text, re.DOTALL) for one in (*WRAPPERS, UNION))), None):
         parts = wrapper.groupdict()
         keys += [parts["key"]] if "key" in parts else []
         kind = parts.get("kind", kind)
@@ -94,11 +90,6 @@ def unknown_setting_hint(message: str, settings: Iterable[str]) -> str:
     name, settings = match["key"] or match["option"], set(settings)
     group, groups = name.partition(".")[0], {setting.partition(".")[0] for setting in settings}
     return did_you_mean(name, settings) if group in groups else did_you_mean(group, groups)
-
-
-def _unwrap(text: str) -> re.Match[str] | None:
-    matches = (re.fullmatch(pattern, text, re.DOTALL) for pattern in WRAPPERS)
-    return next((match for match in matches if match), None) or UNION.fullmatch(text)
 
 
 def _telling_alternative(union: re.Match[str]) -> str:

@@ -44,8 +44,7 @@ from latentreward.settings.rewriting import (
 from latentreward.settings.yaml_text import check_yaml
 
 MODE = "omegaconf+"
-FLAGS = "{true,false", "\b[="
-"""Starts of the metavars of options that need no value: flags, and ``--print_config``."""
+FLAGS = "{true,false", "\b[="  # starts of the metavars of options that need no value: flags, and ``--print_config``
 
 
 class ConfigFile(ActionConfigFile):
@@ -73,11 +72,7 @@ INSTANTIATED: ContextVar[Namespace | None] = ContextVar("INSTANTIATED", default=
 
 
 def constructed(kind: Callable[..., Any], /, *args: Any, **options: Any) -> Any:
-    """Construct a class among the settings.
-
-    Raises:
-        InputError: If the constructor of a user's own class fails; names setting, error, file and line.
-    """
+    """Construct a class among the settings; the InputError about a user's own names setting, error, file and line."""
     try:
         return kind(*args, **options)
     except Exception as error:
@@ -224,10 +219,7 @@ class SettingsParser(ArgumentParser):
 def with_secrets(value: Any, place: str = "") -> Any:
     """Copy settings with secret environment variables, ``${secret:NAME}``, replaced by their values.
 
-    Only constructors get this copy. Saved files keep the variables' names.
-
-    Raises:
-        InputError: If a variable is not set.
+    Only constructors get this copy. Saved files keep the variables' names. Raises InputError if a variable is not set.
     """
     if isinstance(value, Namespace):
         return Namespace({name: with_secrets(item, f"{place}.{name}") for name, item in vars(value).items()})
@@ -293,11 +285,7 @@ def install_loader(short_names: Mapping[str, str], modules_here: bool) -> None:
 
 
 def resolve_setting(key: str, *, _root_: DictConfig) -> Any:
-    """Return the value of a setting; resolver of ``${setting:fit.data.root}``, which :func:`rewrite_arguments` writes.
-
-    Raises:
-        InputError: If the setting does not exist.
-    """
+    """Return a setting's value; resolver of ``${setting:fit.data.root}``, which :func:`rewrite_arguments` writes."""
     value = OmegaConf.select(_root_, key, default=_root_)
     if value is _root_:
         raise InputError(f"${{{re.sub(TRAINER_COMMAND, '', key)}}} {UNSET}")
@@ -410,11 +398,7 @@ def import_class_modules() -> None:
 
 
 def prepare(arguments: Sequence[str]) -> list[str]:
-    """Prepare parsing of settings that may name classes: import our classes, set up the parsers.
-
-    Returns:
-        The arguments that :func:`prepare_parsing` returns.
-    """
+    """Import our classes, which settings may name, and return the arguments that :func:`prepare_parsing` returns."""
     import_class_modules()
     return prepare_parsing(arguments, classes=True)
 

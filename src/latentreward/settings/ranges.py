@@ -43,16 +43,11 @@ A setting is given by the last part of its dotted name, or by the last two parts
 RANGES = {name: interval for interval, names in NAMES.items() for name in names.split()}
 LARGEST = 10**15
 """Largest absolute value of a setting without a range in ``NAMES``; torch and Python's iterators fail beyond 2⁶³."""
-MISSING = object()
-"""Placeholder for the default of a parameter that has none."""
+MISSING = object()  # placeholder for the default of a parameter that has none
 
 
 def check_ranges(settings: Any) -> None:
-    """Check that every number among the settings is finite and in the range of its setting.
-
-    Raises:
-        InputError: If a number is not finite or out of range.
-    """
+    """Raise InputError if a number among the settings is not finite, or not in the range of its setting."""
     for name, value in leaves(settings):
         *_, owner, last = re.sub(r"\[\d+\]", "", f".{name}").split(".")
         interval = RANGES.get(f"{owner}.{last}") or RANGES.get(last) or f"[-{LARGEST}, {LARGEST}]"

@@ -54,9 +54,6 @@ def check_functions(settings: Any) -> None:
 
     Allowed are registered backbones, and functions in the modules that ``--restrict-imports`` names. A setting that
     takes any callable would also take a function that unpickles a file or imports a module.
-
-    Raises:
-        InputError: If there is such a function.
     """
     if not RESTRICTED:
         return
@@ -74,9 +71,6 @@ def check_classes(setting: str, kind: Any, default: Any, value: Any) -> None:
 
     Settings of type ``Any``, ``dict[str, Any]`` or ``Callable`` would take any class of the trusted packages, some of
     which load libraries. The default is allowed.
-
-    Raises:
-        InputError: If there is such a class.
     """
     if not RESTRICTED or repr(value) == repr(default):
         return

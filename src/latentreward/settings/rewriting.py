@@ -35,8 +35,7 @@ A variable whose name is an interpolation itself counts, because it could be any
 """
 
 
-PATH = "path"
-"""Mark by which an annotation such as :data:`~latentreward.contracts.PathText` says that a text is a path."""
+PATH = "path"  # mark by which an annotation such as :data:`~latentreward.contracts.PathText` says that a text is a path
 VARIABLE = re.compile(r"\$([A-Za-z_]\w*)")
 """An environment variable in a path, as shells write it; the form ``${NAME}`` is that of an interpolation."""
 

@@ -7,10 +7,8 @@ from itertools import chain
 
 import yaml
 
-LARGEST = 100_000
-"""Largest number of values in one YAML text after its aliases are expanded."""
-DEEPEST = 100
-"""Largest number of levels of nested lists and mappings."""
+LARGEST = 100_000  # largest number of values in one YAML text after its aliases are expanded
+DEEPEST = 100  # largest number of levels of nested lists and mappings
 PLAIN_TAGS = {f"tag:yaml.org,2002:{name}" for name in ("map", "seq", "str", "int", "float", "bool", "null", "merge")}
 
 
@@ -53,19 +51,8 @@ def _size(node: yaml.Node, sizes: dict[int, int]) -> int:
     if node.tag not in PLAIN_TAGS and not node.tag.endswith(":timestamp") and not node.tag.endswith(":value"):
         raise yaml.YAMLError(f"line {_line(node)}: the tag {node.tag!r} is not accepted; write a plain value")
     sizes[id(node)] = 0
-    if isinstance(node, yaml.MappingNode):
-        _check_keys(node)
-    nested = [] if isinstance(node, yaml.ScalarNode) else node.value
-    children = chain(*nested) if isinstance(node, yaml.MappingNode) else nested
-    sizes[id(node)] = 1 + sum(_size(child, sizes) for child in children)
-    if sizes[id(node)] > LARGEST:
-        raise yaml.YAMLError(f"line {_line(node)}: more than {LARGEST} values once aliases are replaced; write fewer")
-    return sizes[id(node)]
-
-
-def _check_keys(node: yaml.MappingNode) -> None:
     lines: dict[str, int] = {}
-    for key, _ in node.value:
+    for key, _ in node.value if isinstance(node, yaml.MappingNode) else ():
         if not isinstance(key, yaml.ScalarNode):
             raise yaml.YAMLError(f"line {_line(key)}: a list or mapping is not a key; write a name")
         if key.value in lines:
@@ -73,6 +60,12 @@ def _check_keys(node: yaml.MappingNode) -> None:
                 f"line {_line(key)}: {key.value!r} is given twice, first in line {lines[key.value]}; keep one of them"
             )
         lines[key.value] = _line(key)
+    nested = [] if isinstance(node, yaml.ScalarNode) else node.value
+    children = chain(*nested) if isinstance(node, yaml.MappingNode) else nested
+    sizes[id(node)] = 1 + sum(_size(child, sizes) for child in children)
+    if sizes[id(node)] > LARGEST:
+        raise yaml.YAMLError(f"line {_line(node)}: more than {LARGEST} values once aliases are replaced; write fewer")
+    return sizes[id(node)]
 
 
 def _line(node: yaml.Node) -> int:

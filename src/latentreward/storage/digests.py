@@ -19,8 +19,7 @@ THREADS = min(4, os.cpu_count() or 1)
 CHUNK = 2**22
 """Bytes read at a time: large, for a thread waits for Python's lock after each, and small enough to stop soon."""
 
-Places = tuple[tuple[int, int], ...]
-"""Offset and bytes of each part of a file."""
+Places = tuple[tuple[int, int], ...]  # offset and bytes of each part of a file
 
 
 def digest(parts: Iterable[Any], size: int = 16) -> str:

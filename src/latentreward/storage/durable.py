@@ -32,8 +32,7 @@ When other ranks fail to write a sharded checkpoint, only this text reaches the 
 """
 TEMPORARY_NAME = re.compile(r"\.(.+)\.([0-9a-f]{8})-(\d+)-[0-9a-f]{8}\.(partial|old)")
 """Pattern of the names from :func:`temporary_name`, with groups for target, host, process ID and suffix."""
-LOCK = ".lock"
-"""Name of the lock file in a folder that only one process may write to at a time."""
+LOCK = ".lock"  # name of the lock file in a folder that only one process may write to at a time
 KEPT = "what was there before is kept: free some space and run it again"
 """Default end of the error message on a full disk."""
 
@@ -77,11 +76,7 @@ def remove_temporary(folder: Path) -> None:
 
 @contextmanager
 def write_errors_named(path: Path, kept: str = KEPT) -> Iterator[None]:
-    """Turn errors from a full disk or a path that cannot be written to into one line that names ``path``.
-
-    Raises:
-        InputError: In place of such an error; all other errors pass through unchanged.
-    """
+    """Turn errors from a full disk or a path that cannot be written to into an InputError that names ``path``."""
     try:
         yield
     except InputError:
@@ -144,12 +139,8 @@ def put_in_place(partial: Path, target: Path, over: bool = True) -> None:
 def sync_files(path: Path, target: Path) -> None:
     """Set the umask's default mode on a file, or on all files in a folder, and sync them to disk.
 
-    The mode is set because safetensors makes its files readable by their owner alone, whatever the umask is.
-
-    Args:
-        path: File or folder.
-        target: What ``path`` will replace; a kill may leave an empty file, which :func:`put_in_place` removes by this
-            name.
+    The mode is set because safetensors makes its files readable by their owner alone, whatever the umask is. A kill may
+    leave an empty file, which :func:`put_in_place` removes by the name of ``target``, what ``path`` will replace.
     """
     sample = temporary_name(target)
     sample.touch()

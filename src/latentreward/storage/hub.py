@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from huggingface_hub import ModelInfo
 
-TIMEOUT = 10.0
-"""Seconds to wait for an answer of the hub."""
+TIMEOUT = 10.0  # seconds to wait for an answer of the hub
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 

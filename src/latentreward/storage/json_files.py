@@ -21,19 +21,13 @@ ENTRIES: dict[type, Any] = {bool: bool, int: PositiveInt, float: FiniteFloat}
 """Type of an entry that :func:`entry` returns → what it accepts: sizes are at least 1."""
 UNKNOWN = ("extra_forbidden", "unexpected_keyword_argument")
 """Pydantic's errors about a name that a record does not have."""
-SHOWN = 100
-"""Number of characters of a value from elsewhere that a message repeats."""
-MISSING = ("missing", "missing_argument")
-"""Pydantic's errors about a name that a record lacks."""
+SHOWN = 100  # number of characters of a value from elsewhere that a message repeats
+MISSING = ("missing", "missing_argument")  # pydantic's errors about a name that a record lacks
 PLAIN = (bool, int, float, str, NoneType)
 
 
 def read_config(path: Path, name: str | None = None, remedy: str = "download it again") -> dict[str, Any]:
-    """Read a JSON file that holds an object.
-
-    Raises:
-        InputError: If the file is not valid JSON, or does not hold an object.
-    """
+    """Read a JSON file that holds an object; raises InputError if it is damaged."""
     name = name or str(path)
     try:
         config = json.loads(path.read_text(encoding="utf-8"))

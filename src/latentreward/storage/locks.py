@@ -22,8 +22,7 @@ from latentreward.storage.durable import LOCK, contents, write_errors_named
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
 
-NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
-"""Error numbers of a file system without locks."""
+NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}  # error numbers of a file system without locks
 logger = logging.getLogger(__name__)
 
 
@@ -113,12 +112,7 @@ def has_locks(folder: Path) -> bool:
 
 
 def _taken(path: Path) -> FileLock:
-    """Take the lock of a file, which is created if it does not exist.
-
-    Raises:
-        Timeout: If another process holds it.
-        OSError: With a number in :data:`NO_LOCKS`, if the file system has no locks.
-    """
+    """Take the lock of a file, which is created; raises Timeout if it is held, OSError with a number in NO_LOCKS."""
     lock = FileLock(path, blocking=False, thread_local=False, fallback_to_soft=False)
     lock.acquire()
     return lock
@@ -133,11 +127,8 @@ def lock_run(trainer: Trainer, held: ExitStack) -> None:
     """Set up a trainer's processes, then lock its run folder on global rank 0 until ``held`` closes.
 
     It replaces ``trainer.strategy.setup_environment``, because no earlier hook lets the ranks communicate, and
-    directly after it Lightning's loggers write to the folder.
-
-    Args:
-        trainer: Trainer of the run. Nothing is locked if it has no log folder, or with ``fast_dev_run``.
-        held: Stack that the lock is entered on.
+    directly after it Lightning's loggers write to the folder. Nothing is locked if the trainer has no log folder, or
+    with ``fast_dev_run``.
 
     Raises:
         InputError: On global rank 0, if another process holds the lock; the other ranks exit with status 2.

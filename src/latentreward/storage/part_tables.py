@@ -21,8 +21,7 @@ from latentreward.storage.durable import replacing
 from latentreward.storage.locks import locked
 from latentreward.storage.run_folder import RunFolder, quoted
 
-SPEC = "spec.json"
-"""File in the parts' folder that records the spec."""
+SPEC = "spec.json"  # file in the parts' folder that records the spec
 
 
 class PartFiles:
@@ -75,11 +74,7 @@ class PartFiles:
             raise type(error)(f"{kept}: the same command goes on there") from error
 
     def finished(self) -> bool:
-        """Tell whether the complete table exists, and remove parts that are left over.
-
-        Raises:
-            InputError: If the table was made from another spec.
-        """
+        """Tell whether the complete table exists, made from this spec, and remove parts that are left over."""
         if not (self.output.exists() and self._finished.record.exists()):
             return False
         self._finished.compare()
@@ -87,11 +82,7 @@ class PartFiles:
         return True
 
     def parts(self) -> dict[range, Path]:
-        """List the finished parts: range of rows → file, by ascending rows.
-
-        Raises:
-            InputError: If a part has rows that the table has not, or rows that another part has too.
-        """
+        """List the finished parts: range of rows → file, by ascending rows; raises InputError if they do not fit."""
         names = {path: re.fullmatch(r"rows_(\d+)_(\d+)\.parquet", path.name) for path in self.folder.glob("rows_*")}
         found = [(int(match[1]), int(match[2]), path) for path, match in names.items() if match]
         end = 0
@@ -119,11 +110,7 @@ class PartFiles:
             pq.write_table(table, partial, write_page_checksum=True)
 
     def read(self) -> Iterator[tuple[range, pa.Table]]:
-        """Yield each part's range of rows and table, by ascending rows.
-
-        Raises:
-            InputError: If a part is damaged, or parts have other rows or columns than they should.
-        """
+        """Yield each part's range of rows and table, by ascending rows; raises InputError if one is damaged."""
         first: tuple[Path, list[str]] | None = None
         for rows, path in self.parts().items():
             try:

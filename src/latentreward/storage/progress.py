@@ -8,8 +8,7 @@ from typing import Any, Self
 from tqdm import tqdm
 from typing_extensions import override
 
-INTERVAL = 10.0
-"""Seconds between progress lines when standard error is not a terminal."""
+INTERVAL = 10.0  # seconds between progress lines when standard error is not a terminal
 BAR = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{left}, {rate_noinv_fmt}{postfix}]"
 LINE = "{desc} {n_fmt}/{total_fmt}{unit}  {rate_noinv_fmt}{postfix}  {left} left"
 

@@ -11,8 +11,7 @@ from latentreward.errors import InputError
 from latentreward.storage.durable import KEPT, contents, write_file
 from latentreward.storage.json_files import read_config
 
-DIGEST = re.compile(r", [0-9a-f]{32}\b")
-"""Digest at the end of a fingerprint, which messages leave out."""
+DIGEST = re.compile(r", [0-9a-f]{32}\b")  # digest at the end of a fingerprint, which messages leave out
 
 
 @dataclass(frozen=True)
@@ -20,29 +19,17 @@ class RunFolder:
     """Output of a run, and the JSON file that records the settings that the output depends on.
 
     A record that is damaged or names other settings is refused, so that nothing computed is overwritten.
-
-    Attributes:
-        output: File or folder that the run writes.
-        record: File with the settings; the files beside it are the run's too.
-        spec: Settings, as JSON can hold them.
-        option: Name of the option that chose ``output``.
-        remedy: What to do if the output is not of these settings.
-        kept: End of the message on a full disk.
     """
 
-    output: Path
-    record: Path
-    spec: Mapping[str, Any]
-    option: str
-    remedy: str
-    kept: str = KEPT
+    output: Path  # File or folder that the run writes
+    record: Path  # File with the settings; the files beside it are the run's too
+    spec: Mapping[str, Any]  # Settings, as JSON can hold them
+    option: str  # Name of the option that chose ``output``
+    remedy: str  # What to do if the output is not of these settings
+    kept: str = KEPT  # End of the message on a full disk
 
     def exists(self) -> bool:
-        """Tell whether there is a record.
-
-        Raises:
-            InputError: If there is none, but other files are in its folder.
-        """
+        """Tell whether there is a record; raises InputError if there is none, but other files are in its folder."""
         folder = self.record.parent
         found = self.record.is_file()
         if not found and folder.exists() and (not folder.is_dir() or contents(folder)):
@@ -50,23 +37,14 @@ class RunFolder:
         return found
 
     def compare(self) -> None:
-        """Compare the recorded settings with those of this run.
-
-        Raises:
-            InputError: If the record is damaged, or a setting differs; the message names the first one.
-        """
+        """Compare the recorded settings with those of this run; raises InputError that names the first difference."""
         if difference := first_difference(read_config(self.record, remedy=self.remedy), self.spec):
             raise InputError(f"{self.option}: {self.output} was begun with {difference}; {self.remedy}")
 
     def claim(self, made: bool = True) -> None:
-        """Write the record, after a comparison with the record of an earlier run.
+        """Write the record, after :meth:`exists` and :meth:`compare` with that of an earlier run.
 
-        Args:
-            made: Whether the earlier run, if any, has made something that depends on the settings. If it has not, other
-                settings are accepted.
-
-        Raises:
-            InputError: See :meth:`exists` and :meth:`compare`.
+        Other settings are accepted if the earlier run has not ``made`` anything that depends on them.
         """
         if self.exists() and made:
             self.compare()

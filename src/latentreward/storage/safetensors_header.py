@@ -5,8 +5,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-LONGEST = 1 << 20
-"""Bytes of the longest header that is accepted, enough for some thousand tensors."""
+LONGEST = 1 << 20  # bytes of the longest header that is accepted, enough for some thousand tensors
 
 
 def read_header(path: Path) -> tuple[dict[str, Any], int, int]:

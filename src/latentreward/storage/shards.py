@@ -10,6 +10,7 @@ import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,8 @@ from latentreward.storage.json_files import read_config
 from latentreward.storage.locks import claimed, has_locks, is_held
 
 PLAN, END, ERROR = "plan.json", "end", "error.json"
-POLL_S = 0.2
-"""Seconds between two looks at the folder while a process waits for others."""
-LEAVE_S = 5.0
-"""Most seconds that the first process waits until the others have left the folder."""
+POLL_S = 0.2  # seconds between two looks at the folder while a process waits for others
+LEAVE_S = 5.0  # most seconds that the first process waits until the others have left the folder
 AGAIN = "delete it, and its shard is done again"
 KEPT = "what is done is kept: free some space and run the same command again"
 
@@ -45,13 +44,8 @@ class ShardFolder:
         self._present.enter_context(claimed(self._presence(rank)))
 
     def plan(self, name: str, shards: Sequence[Any]) -> ShardList:
-        """Write the plan of the next list of shards, on the first process.
-
-        Args:
-            name: Name of the task.
-            shards: What JSON can hold, one value for each shard.
-        """
-        todo = ShardList(self.folder / str(self._lists), name, shards)
+        """Write the plan of the task's next list of shards, values of JSON, on the first process."""
+        todo = ShardList(self.folder / str(self._lists), name, list(shards))
         write_file(todo.folder / PLAN, json.dumps({"task": name, "shards": todo.shards}), KEPT)
         self._lists += 1
         return todo
@@ -59,8 +53,7 @@ class ShardFolder:
     def next(self, check: Callable[[], None]) -> ShardList | None:
         """Wait for the plan of the next list of shards; None if the first process has ended the run.
 
-        Args:
-            check: Function that is called while waiting, and may raise.
+        ``check`` is called while waiting, and may raise.
         """
         folder = self.folder / str(self._lists)
         while not (folder / PLAN).exists():
@@ -96,9 +89,7 @@ class ShardFolder:
     def note_error(self, message: str, printed: bool) -> None:
         """Leave a note of an error, which stops the other processes; an earlier note stays.
 
-        Args:
-            message: One line for the user.
-            printed: Whether this process prints the line itself.
+        ``printed`` tells whether this process prints the ``message``, one line for the user, itself.
         """
         if self.folder.exists() and not (self.folder / ERROR).exists():
             write_file(self.folder / ERROR, json.dumps({"message": message, "printed": printed}))
@@ -116,17 +107,13 @@ class ShardFolder:
         return is_held(self._presence(rank))
 
 
+@dataclass(frozen=True)
 class ShardList:
-    """One list of shards that are done by the same task.
+    """One list of shards that are done by the same task."""
 
-    Args:
-        folder: Folder of the list's plan and results.
-        task: Name of the task.
-        shards: What JSON can hold, one value for each shard.
-    """
-
-    def __init__(self, folder: Path, task: str, shards: Sequence[Any]) -> None:
-        self.folder, self.task, self.shards = folder, task, list(shards)
+    folder: Path  # of the list's plan and results
+    task: str
+    shards: list[Any]  # what JSON can hold, one value for each shard
 
     def done(self, number: int) -> bool:
         """Tell whether a shard has a result."""
@@ -137,11 +124,7 @@ class ShardList:
         write_file(self._result(number), json.dumps(result), KEPT)
 
     def results(self) -> list[tuple[Any, Any]]:
-        """List all shards that are done, in their order, each with its result.
-
-        Raises:
-            InputError: If a result is damaged.
-        """
+        """List all shards that are done, in their order, each with its result; raises InputError if one is damaged."""
         done = sorted(int(path.stem) for path in self.folder.glob("*.json") if path.stem.isdecimal())
         return [(self.shards[number], _read(self._result(number))) for number in done if number < len(self.shards)]
 
@@ -149,11 +132,8 @@ class ShardList:
         """Claim shards one by one until all are done; yield the number of each one claimed.
 
         The caller calls :meth:`finish` before it asks for the next one. A shard that another process holds is waited
-        for at the end, and taken if that process ends without a result.
-
-        Args:
-            first: Number of the shard to begin with, so that processes do not all begin with the same one.
-            check: Function that is called before each shard and while waiting, and may raise.
+        for at the end, and taken if that process ends without a result. Each process begins with another shard, its
+        ``first``. ``check`` is called before each shard and while waiting, and may raise.
         """
         left = [*range(first, len(self.shards)), *range(first)]
         while left:
@@ -176,22 +156,13 @@ class ShardList:
 
 
 def read_list(folder: Path) -> ShardList:
-    """Read the plan of a list of shards.
-
-    Raises:
-        InputError: If the plan is damaged.
-    """
+    """Read the plan of a list of shards; raises InputError if it is damaged."""
     plan = _read_object(folder / PLAN, task=str, shards=list)
     return ShardList(folder, plan["task"], plan["shards"])
 
 
 def left_over(folder: Path, task: str) -> list[tuple[Any, Any]]:
-    """List the shards of a task that earlier runs finished and whose results nobody took; each with its result.
-
-    Args:
-        folder: Folder with the folders of the runs.
-        task: Name of the task.
-    """
+    """List the shards of a task that earlier runs in ``folder`` finished and whose results nobody took, with these."""
     lists = (read_list(plan.parent) for plan in sorted(folder.glob(f"*/*/{PLAN}")))
     return [found for todo in lists if todo.task == task for found in todo.results()]
 

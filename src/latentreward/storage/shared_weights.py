@@ -29,8 +29,7 @@ logger = logging.getLogger(__name__)
 ABANDONED_S = 3600.0
 """Seconds after which a file is taken for one that a killed process left; a run needs it while its ranks load."""
 _processes: ContextVar[int] = ContextVar("processes", default=1)
-_mapped: set[Path] = set()
-"""Files that this process has mapped and not yet released."""
+_mapped: set[Path] = set()  # files that this process has mapped and not yet released
 
 
 @contextmanager
@@ -52,13 +51,7 @@ def shared(wanted: Sequence[tuple[StoredTensor, torch.dtype]]) -> list[Tensor] |
     """Convert stored tensors once per machine, and map them.
 
     The first process to come writes the file, to the folder for temporary files, and the others wait for it.
-    :func:`release_shared` removes the file; what is mapped stays.
-
-    Args:
-        wanted: Tensors, each with the type that it needs.
-
-    Returns:
-        The converted tensors; None if the disk has no room for them.
+    :func:`release_shared` removes the file; what is mapped stays. The result is None if the disk has no room.
     """
     offsets, size = [], 0
     for place, dtype in wanted:
@@ -73,8 +66,13 @@ def shared(wanted: Sequence[tuple[StoredTensor, torch.dtype]]) -> list[Tensor] |
     path = own_folder() / key
     try:
         with FileLock(path.with_suffix(LOCK)):
-            if not _is_complete(path, size):
-                remove_abandoned(path.parent)
+            found = path.stat() if path.is_file() else None
+            booted = time.time() - time.monotonic()  # after a power cut a renamed file may lack its contents
+            if found is None or found.st_size != size or found.st_mtime <= booted:
+                for other in path.parent.iterdir():  # killed processes leave files; training removes all others
+                    with suppress(FileNotFoundError):  # another process removed it
+                        if other.stat().st_mtime < time.time() - ABANDONED_S:
+                            other.unlink()
                 _write(path, wanted, offsets, size)
             storage = torch.UntypedStorage.from_file(str(path), shared=False, nbytes=size)
     except OSError as error:
@@ -92,12 +90,6 @@ def shared(wanted: Sequence[tuple[StoredTensor, torch.dtype]]) -> list[Tensor] |
     ]
 
 
-def _is_complete(path: Path, size: int) -> bool:
-    """Tell whether a file has its size and is of this boot: after a power cut a renamed file may lack its contents."""
-    found = path.stat() if path.is_file() else None
-    return found is not None and found.st_size == size and found.st_mtime > time.time() - time.monotonic()
-
-
 def _write(path: Path, wanted: Sequence[tuple[StoredTensor, torch.dtype]], offsets: Sequence[int], size: int) -> None:
     partial = path.with_suffix(".partial")
     try:
@@ -111,20 +103,8 @@ def _write(path: Path, wanted: Sequence[tuple[StoredTensor, torch.dtype]], offse
         partial.unlink(missing_ok=True)
 
 
-def remove_abandoned(folder: Path) -> None:
-    """Remove files that killed processes left; all others are removed when training starts."""
-    for path in folder.iterdir():
-        with suppress(FileNotFoundError):  # another process removed it
-            if path.stat().st_mtime < time.time() - ABANDONED_S:
-                path.unlink()
-
-
 def own_folder() -> Path:
-    """Return the folder for shared files, which no other user of the machine can write to.
-
-    Raises:
-        PermissionError: If the folder belongs to another user.
-    """
+    """Return the folder for shared files; raises PermissionError if another user of the machine can write to it."""
     folder = Path(tempfile.gettempdir()) / f"latentreward-{os.getuid()}"
     with suppress(FileExistsError):  # of a file or a broken link, which is refused below
         folder.mkdir(mode=0o700)
@@ -135,11 +115,7 @@ def own_folder() -> Path:
 
 
 def release_shared(remove: bool) -> None:
-    """Forget the shared files of this process, once all processes of the machine have mapped them.
-
-    Args:
-        remove: Whether to remove the files; one process of the machine should.
-    """
+    """Forget the shared files of this process, once all of the machine have mapped them; one process removes them."""
     while _mapped:
         path = _mapped.pop()
         if remove:

@@ -7,20 +7,13 @@ from pathlib import Path
 
 from latentreward.errors import InputError, first_line
 
-UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
-"""Byte order marks with which texts in UTF-16 begin."""
+UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)  # byte order marks with which texts in UTF-16 begin
 
 csv.field_size_limit(2**31 - 1)  # of 128 KiB by default, less than a column of metadata may hold
 
 
 class UnreadableTextError(InputError):
-    """Error about a text that cannot be read.
-
-    Args:
-        name: File, or place in it.
-        problem: What the text is, in a few words.
-        remedy: What to do about it.
-    """
+    """Error about a text that cannot be read: file or place in it, what the text is, and what to do about it."""
 
     def __init__(self, name: str, problem: str, remedy: str = "save it as UTF-8") -> None:
         super().__init__(f"{name} is {problem}; {remedy}")
@@ -72,11 +65,7 @@ def read_table(text: str, suffix: str) -> "csv.DictReader[str]":
 
 
 def token_of_file(file: str | Path, setting: str) -> str:
-    """Read a token from a file (``~`` is the home folder), without the white space around it.
-
-    Raises:
-        InputError: If the file cannot be read, or holds no token.
-    """
+    """Read a token from a file (``~`` is the home folder); raises InputError if the file cannot be read or has none."""
     source = f"{setting}={file}"
     try:
         text = read_text(Path(file).expanduser())

@@ -20,25 +20,17 @@ from latentreward.storage.safetensors_header import read_header
 if TYPE_CHECKING:
     from huggingface_hub import ModelInfo
 
-ALIGNMENT = 64
-"""Bytes to which PyTorch aligns its own memory; CPU kernels round differently at other addresses."""
+ALIGNMENT = 64  # bytes to which PyTorch aligns its own memory; CPU kernels round differently at other addresses
 
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Place of a tensor's values in a file.
+    """Place of a tensor's values in a file."""
 
-    Attributes:
-        path: Safetensors file.
-        offset: Byte at which the values begin.
-        dtype: Type of the values.
-        shape: Shape of the tensor.
-    """
-
-    path: Path
-    offset: int
-    dtype: torch.dtype
-    shape: torch.Size
+    path: Path  # Safetensors file
+    offset: int  # Byte at which the values begin
+    dtype: torch.dtype  # Type of the values
+    shape: torch.Size  # Shape of the tensor
 
     def read(self) -> Tensor:
         """Read the values into new memory; unlike a copy of the mapped tensor, this maps no page of the file."""
@@ -56,15 +48,10 @@ class StoredTensor:
 
 @dataclass(frozen=True)
 class MappedWeights:
-    """Tensors of a model's safetensors files, mapped into memory.
+    """Tensors of a model's safetensors files, mapped into memory."""
 
-    Attributes:
-        tensors: Name → tensor whose values are read from the disk when they are used.
-        places: Address of a tensor's values → their place in the files.
-    """
-
-    tensors: dict[str, Tensor]
-    places: dict[int, StoredTensor]
+    tensors: dict[str, Tensor]  # Name → tensor whose values are read from the disk when they are used
+    places: dict[int, StoredTensor]  # Address of a tensor's values → their place in the files
 
     @property
     def dtype(self) -> torch.dtype:
@@ -82,11 +69,7 @@ class MappedWeights:
 
 
 def map_weights(paths: Iterable[Path]) -> MappedWeights:
-    """Map safetensors files into memory.
-
-    Raises:
-        InputError: If a file is missing or damaged.
-    """
+    """Map safetensors files into memory; raises InputError if one is missing or damaged."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
