@@ -13,7 +13,7 @@ from latentreward.cache.layout import IMAGES, PAIRS, SHARDS, read_plan
 from latentreward.cache.sources import RELEASED_SPACE
 from latentreward.cli import main
 from latentreward.data import DiffusionRMReader
-from latentreward.data.latents import decode_latents
+from latentreward.data.images import decode_latents
 from tests.cache.writing import contents
 
 SAMPLE = Path(__file__).parents[1] / "formats" / "data" / "diffusion_rm"

@@ -9,9 +9,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from latentreward.cache import shard_reader as store_module
+from latentreward.cache import shards as store_module
 from latentreward.cache.buffers import BufferPool, carve, layout_bytes, own_buffer
-from latentreward.cache.shard_reader import ShardStore, read_header
+from latentreward.cache.shards import ShardStore, read_header
 from latentreward.errors import InputError
 
 

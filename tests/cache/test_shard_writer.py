@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from latentreward.cache.shard_writer import write_shard
+from latentreward.cache.shards import write_shard
 from latentreward.storage.digests import file_hash
 
 

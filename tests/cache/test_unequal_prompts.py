@@ -21,7 +21,7 @@ from latentreward.cache.datamodule import CachedPreferenceDataModule, CachedSpli
 from latentreward.cache.dataset import CachedPairDataset
 from latentreward.cache.index import CachedPairs, CacheIndex
 from latentreward.cache.layout import IMAGES, PROMPTS, SHARDS, manifest_name, read_plan
-from latentreward.cache.scan import RowScan
+from latentreward.cache.plan import RowScan
 from latentreward.cache.sizing import ImageSettings
 from latentreward.cli import main
 from latentreward.contracts import ImageRef, PreferencePair
@@ -211,7 +211,7 @@ def test_check_finds_wrong_lengths(
         main(["cache", str(cache), "--check"])
     assert f"{name} {problem}" in capsys.readouterr().out
     if hashed:
-        with pytest.raises(InputError, match=r"does not hold what|is not a safetensors file"):
+        with pytest.raises(InputError, match=r"holds no prompt_|is not a safetensors file"):
             CacheIndex(cache)
 
 

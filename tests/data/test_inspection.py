@@ -16,10 +16,10 @@ from latentreward.data.inspection.counts import (
     count_labels,
     find_leakage,
     inspect_reader,
+    inspect_scores,
     quantiles,
 )
 from latentreward.data.inspection.report import Report, table
-from latentreward.data.inspection.score_tables import inspect_scores
 from latentreward.data.score_table import PairGaps
 from latentreward.errors import InputError
 from tests.data.rotated import photograph

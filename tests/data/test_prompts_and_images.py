@@ -10,8 +10,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
 from latentreward.contracts import PreferenceBatch, PromptBatch
-from latentreward.data.alignment.prompts import PromptLoaders
-from latentreward.data.alignment.prompts_and_images import PromptsAndImages
+from latentreward.data.alignment.prompts import PromptLoaders, PromptsAndImages
 from latentreward.data.collate import collate_pairs
 from latentreward.data.loading import ResumableLoader
 from latentreward.data.sampling import PairBatchSampler

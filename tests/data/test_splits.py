@@ -109,3 +109,9 @@ def test_a_small_loss_is_told_without_a_remedy(caplog) -> None:
     selected({"train": Prompts("a", "b", "c", "d", "e"), "val": Prompts("a")})
     assert "data.train: 1 of 5 rows have a prompt that val has too; left out" in caplog.text
     assert "keep" not in caplog.text
+
+
+def test_the_remedy_for_unlabelled_rows_does_not_depend_on_what_other_splits_lost() -> None:
+    splits = {"train": Prompts("z", unlabelled=(0,)), "val": Prompts("x", "y"), "test": Prompts("x")}
+    with pytest.raises(InputError, match=r"^data\.train: .*: 1 are unlabelled; label rows, or give other splits$"):
+        selected(splits)

@@ -9,8 +9,7 @@ from torch.optim import SGD
 
 from latentreward.backbones import LoRA
 from latentreward.checkpoints.shards import changing_names, whole_tensor
-from latentreward.data.alignment.prompts import PromptLoaders
-from latentreward.data.alignment.prompts_and_images import PromptsAndImages
+from latentreward.data.alignment.prompts import PromptLoaders, PromptsAndImages
 from latentreward.data.collate import collate_pairs
 from latentreward.data.loading import ResumableLoader
 from latentreward.data.sampling import PairBatchSampler

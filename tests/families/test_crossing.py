@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from latentreward.backbones import create_backbone
-from latentreward.cache.compatibility import check_backbone
+from latentreward.cache.datamodule import check_backbone
 from latentreward.contracts import NoisyStates
 from latentreward.errors import InputError
 from latentreward.heads import GatedQFormerHead

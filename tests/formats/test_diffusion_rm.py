@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from latentreward.data import DiffusionRMReader, ImageError, PickAPicReader
-from latentreward.data.latents import decode_latents
+from latentreward.data.images import decode_latents
 
 GIVEN = Path(os.environ.get("LATENTREWARD_SAMPLES_DIR") or Path(__file__).with_name("data"))
 

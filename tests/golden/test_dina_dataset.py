@@ -9,7 +9,7 @@ import pytest
 
 from latentreward.data import DiffusionRMReader
 from latentreward.data.buckets import PUBLISHED_BUCKETS, Bucket, assign_bucket, sort_buckets
-from latentreward.data.latents import decode_latents
+from latentreward.data.images import decode_latents
 from latentreward.errors import InputError
 from tests.golden.catalogue import Case, cases
 

@@ -3,8 +3,8 @@
 import itertools
 import mmap
 from collections.abc import Sequence
-from typing import Any, Self
-from weakref import WeakValueDictionary
+from typing import Self
+from weakref import WeakValueDictionary, finalize
 
 import numpy as np
 import torch
@@ -16,8 +16,9 @@ ALIGNMENT = 64
 Layout = Sequence[tuple[tuple[int, ...], torch.dtype]]
 """(shape, dtype) of each tensor in a buffer, in the order of the buffer."""
 
+POOLS: WeakValueDictionary[int, "BufferPool"] = WeakValueDictionary()
+"""Pools by ID, created in this process or in its parent before the fork."""
 _numbers = itertools.count()
-_pools: WeakValueDictionary[int, "BufferPool"] = WeakValueDictionary()
 
 
 class BufferPool:
@@ -33,7 +34,7 @@ class BufferPool:
         processes: Number of processes that fill slots.
 
     Attributes:
-        number: ID of the pool, see :func:`pool_of`.
+        number: ID of the pool in ``POOLS``.
     """
 
     def __init__(self, slots: int, slot_bytes: int, processes: int = 1) -> None:
@@ -41,7 +42,7 @@ class BufferPool:
         self._memory = np.frombuffer(mmap.mmap(-1, max(1, slots * processes * self.slot_bytes)), np.uint8)
         self._taken = mmap.mmap(-1, max(1, slots * processes))
         self.number = next(_numbers)
-        _pools[self.number] = self
+        POOLS[self.number] = self
 
     def __reduce__(self) -> tuple[type[Self], tuple[int, int]]:
         return type(self), (0, 0)  # a spawned worker cannot share the memory: it gets a pool without slots
@@ -67,23 +68,9 @@ class BufferPool:
 
     def leased(self, slot: int, num_bytes: int) -> Tensor:
         """Return a view of a slot's first bytes that frees the slot when it and all tensors cut from it are deleted."""
-        return torch.from_numpy(np.asarray(_Lease(self, slot, self._memory[slot * self.slot_bytes :][:num_bytes])))
-
-
-class _Lease:
-    """Object that numpy keeps alive as long as an array over a slot's bytes; its deletion frees the slot."""
-
-    def __init__(self, pool: BufferPool, slot: int, content: np.ndarray) -> None:
-        self._pool, self._slot, self._content = pool, slot, content
-        self.__array_interface__: dict[str, Any] = content.__array_interface__
-
-    def __del__(self) -> None:
-        self._pool.free(self._slot)
-
-
-def pool_of(number: int) -> BufferPool:
-    """Return the pool whose ID is ``number``, created in this process or in its parent before the fork."""
-    return _pools[number]
+        content = self._memory[slot * self.slot_bytes :][:num_bytes]  # which tensors over it keep alive
+        finalize(content, self.free, slot).atexit = False
+        return torch.from_numpy(content)
 
 
 def own_buffer(num_bytes: int) -> Tensor:

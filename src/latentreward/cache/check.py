@@ -1,7 +1,7 @@
 """Verification of a cache: hashes and row counts of every file."""
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 
 from latentreward.cache import layout
 from latentreward.cache.layout import CachePlan, ShardManifest, manifest_name, read_manifest, read_plan
-from latentreward.cache.shard_reader import TensorBlock, read_header, read_lengths
+from latentreward.cache.shards import TensorBlock, read_header, read_lengths
 from latentreward.errors import InputError
 from latentreward.storage.digests import file_hash
 
@@ -31,15 +31,6 @@ class Shard:
     count: int  # number of rows (images or prompts) in the shard
 
 
-@dataclass(frozen=True)
-class ShardState:
-    """Result of the verification of one shard."""
-
-    shard: Shard  # the shard
-    manifest: ShardManifest | None  # manifest of the shard; None if it is missing, damaged, or belongs to another plan
-    problem: str | None  # why the shard has to be written (again); None if the shard is complete
-
-
 def read_shards(folder: Path) -> list[Shard]:
     """Read the table ``shards.parquet`` of the cache in ``folder``, in its order."""
     rows = pq.read_table(folder / layout.SHARDS).to_pylist()
@@ -57,70 +48,54 @@ def table_problems(folder: Path, plan: CachePlan) -> list[str]:
     return problems
 
 
-def shard_states(folder: Path, plan: CachePlan, shards: list[Shard]) -> Iterator[ShardState]:
-    """Verify every shard by reading the whole file, in the order of ``shards``."""
+def shard_states(
+    folder: Path, plan: CachePlan, shards: Sequence[Shard]
+) -> list[tuple[Shard, ShardManifest | None, str]]:
+    """Check every whole shard; return each with its manifest and with its problem, empty if it is complete."""
+
+    def state(shard: Shard) -> tuple[Shard, ShardManifest | None, str]:
+        try:
+            return shard, check_shard(folder, plan, shard), ""
+        except InputError as error:
+            return shard, None, str(error)
+
     with ThreadPoolExecutor(THREADS) as pool:
-        yield from pool.map(lambda shard: _state(folder, plan, shard), shards)
+        return list(pool.map(state, shards))
 
 
-def check_cache(folder: Path) -> tuple[CachePlan, list[str], Counter[str]]:
-    """Verify every hash and count of a cache, and the tables against each other.
+def check_shard(
+    folder: Path, plan: CachePlan, shard: Shard, blocks: Mapping[str, TensorBlock] | None = None
+) -> ShardManifest:
+    """Check a shard's manifest and tensors against the plan, and return the manifest.
 
-    Returns:
-        The plan; one line per problem; and the number of images that could not be read when the cache was written,
-        by reason.
+    ``blocks`` is the header of the file; None reads it, and the whole file to compare it with its hash.
 
     Raises:
-        InputError: If the plan is missing or cannot be read.
+        InputError: If the shard is missing, not finished, damaged or of another plan.
     """
-    plan = read_plan(folder)
-    problems = table_problems(folder, plan)
-    if not problems:
-        problems += list(_disagreements(folder, plan))
-    unreadable: Counter[str] = Counter()
-    if (folder / layout.SHARDS).is_file() and not any(problem.startswith(layout.SHARDS) for problem in problems):
-        for state in shard_states(folder, plan, read_shards(folder)):
-            problems += [] if state.problem is None else [state.problem]
-            unreadable.update([] if state.manifest is None else state.manifest.unreadable.values())
-    return plan, problems, unreadable
-
-
-def _state(folder: Path, plan: CachePlan, shard: Shard) -> ShardState:
-    path = folder / manifest_name(shard.name)
-    there, described = (folder / shard.name).is_file(), path.is_file()
-    if not there or not described:
-        missing = "has no manifest: it was not finished" if there else "is missing"
-        return ShardState(shard, None, f"{shard.name} {missing}")
+    path, manifest_path, text = folder / shard.name, folder / manifest_name(shard.name), plan.spec.text
+    if not path.is_file() or not manifest_path.is_file():
+        missing = "has no manifest: it was not finished" if path.is_file() else "is missing"
+        raise InputError(f"{shard.name} {missing}")
     try:
-        manifest = read_manifest(path)
-    except InputError:
-        return ShardState(shard, None, f"{manifest_name(shard.name)} is damaged")
+        manifest = read_manifest(manifest_path)
+    except InputError as error:
+        raise InputError(f"{manifest_name(shard.name)} is damaged") from error
     if (manifest.plan_hash, manifest.spec_hash, manifest.count) != (plan.hash, plan.spec.hash, shard.count):
-        return ShardState(shard, None, f"{shard.name} belongs to another plan")
-    if file_hash(folder / shard.name) != manifest.sha256:
-        return ShardState(shard, manifest, f"{shard.name} is damaged: its hash is not the one in its manifest")
-    return ShardState(shard, manifest, _shape_problem(folder, plan, shard))
-
-
-def _shape_problem(folder: Path, plan: CachePlan, shard: Shard) -> str | None:
+        raise InputError(f"{shard.name} belongs to another plan")
+    if blocks is None and file_hash(path) != manifest.sha256:
+        raise InputError(f"{shard.name} is damaged: its hash is not the one in its manifest")
     try:
-        blocks = read_header(folder / shard.name)
-    except InputError:
-        return f"{shard.name} is not a safetensors file"
-    for name, shape in shapes_with_lengths(plan, shard, folder / shard.name, blocks).items():
+        blocks = read_header(path) if blocks is None else blocks
+    except InputError as error:
+        raise InputError(f"{shard.name} is not a safetensors file") from error
+    tokens = 0  # a plan cannot tell those of a text encoder with a mask
+    if shard.kind == "text" and text is not None and text.masked:
+        tokens = int(read_lengths(path, blocks, text.num_tokens).sum())
+    for name, shape in tensor_shapes(plan, shard, tokens).items():
         if name not in blocks or (blocks[name].rows, *blocks[name].shape) != shape:
-            return f"{shard.name} holds no {name} of shape {shape}"
-    return None
-
-
-def shapes_with_lengths(
-    plan: CachePlan, shard: Shard, path: Path, blocks: Mapping[str, TensorBlock]
-) -> dict[str, tuple[int, ...]]:
-    """Return :func:`tensor_shapes` of a written shard, whose file tells the number of tokens where a plan cannot."""
-    text = plan.spec.text
-    if shard.kind != "text" or text is None or not text.masked:
-        return tensor_shapes(plan, shard)
-    return tensor_shapes(plan, shard, int(read_lengths(path, blocks, text.num_tokens).sum()))
+            raise InputError(f"{shard.name} holds no {name} of shape {shape}")
+    return manifest
 
 
 def tensor_shapes(plan: CachePlan, shard: Shard, tokens: int = 0) -> dict[str, tuple[int, ...]]:
@@ -137,17 +112,34 @@ def tensor_shapes(plan: CachePlan, shard: Shard, tokens: int = 0) -> dict[str, t
     return {layout.PROMPT_EMBEDS: (shard.count, text.num_tokens, text.token_dim), **pooled}
 
 
-def _disagreements(folder: Path, plan: CachePlan) -> Iterator[str]:
-    wanted = {shard.number: shard.count for shard in read_shards(folder)}
-    placed: Counter[int] = Counter()
-    for name in (layout.IMAGES, layout.PROMPTS):
-        for entry in pc.value_counts(pq.read_table(folder / name, columns=["shard"])["shard"]).to_pylist():
-            if entry["values"] is not None:
-                placed[entry["values"]] += entry["counts"]
-    if wanted != dict(placed):
-        yield f"{layout.SHARDS} does not hold as many rows as {layout.IMAGES} and {layout.PROMPTS} place in it"
-    planned = {layout.PAIRS: plan.pairs, layout.IMAGES: plan.images}
-    planned |= {layout.PROMPTS: plan.prompts, layout.SOURCES: plan.images}
-    rows = {name: pq.ParquetFile(folder / name).metadata.num_rows for name in planned}
-    if rows != planned:
-        yield f"the tables do not hold as many rows as plan.json says: {rows}"
+def check_cache(folder: Path) -> tuple[CachePlan, list[str], Counter[str]]:
+    """Verify every hash and count of a cache, and the tables against each other.
+
+    Returns:
+        The plan; one line per problem; and the number of images that could not be read when the cache was written,
+        by reason.
+
+    Raises:
+        InputError: If the plan is missing or cannot be read.
+    """
+    plan = read_plan(folder)
+    problems, unreadable = table_problems(folder, plan), Counter[str]()
+    if not problems:
+        placed: Counter[int] = Counter()
+        for name in (layout.IMAGES, layout.PROMPTS):
+            for entry in pc.value_counts(pq.read_table(folder / name, columns=["shard"])["shard"]).to_pylist():
+                if entry["values"] is not None:
+                    placed[entry["values"]] += entry["counts"]
+        if {shard.number: shard.count for shard in read_shards(folder)} != dict(placed):
+            tables = f"{layout.IMAGES} and {layout.PROMPTS}"
+            problems.append(f"{layout.SHARDS} does not hold as many rows as {tables} place in it")
+        planned = {layout.PAIRS: plan.pairs, layout.IMAGES: plan.images}
+        planned |= {layout.PROMPTS: plan.prompts, layout.SOURCES: plan.images}
+        rows = {name: pq.ParquetFile(folder / name).metadata.num_rows for name in planned}
+        if rows != planned:
+            problems.append(f"the tables do not hold as many rows as plan.json says: {rows}")
+    if (folder / layout.SHARDS).is_file() and not any(problem.startswith(layout.SHARDS) for problem in problems):
+        for _, manifest, problem in shard_states(folder, plan, read_shards(folder)):
+            problems += [problem] if problem else []
+            unreadable.update(manifest.unreadable.values() if manifest else ())
+    return plan, problems, unreadable

@@ -1,27 +1,106 @@
-"""Data module that loads batches of latents from caches."""
+"""Data module that loads batches of latents from caches, which must agree with each other and with the model."""
 
 import logging
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from torch.utils.data import DataLoader
 
 from latentreward.cache.buffers import BufferPool, layout_bytes
-from latentreward.cache.compatibility import check_backbone, check_caches
 from latentreward.cache.dataset import CachedPairDataset
 from latentreward.cache.index import CachedPairs, CacheIndex, OnMissing
+from latentreward.cache.layout import CacheSpec
 from latentreward.cache.sampling import BucketBatchSampler, EvaluationBatches, Sizing, SmallBuckets
 from latentreward.contracts import PathText
+from latentreward.data.clips import check_frames
 from latentreward.data.datamodules import PairLoaders
 from latentreward.data.loading import ResumableLoader, as_is, shares_of
 from latentreward.data.splits import SharedPrompts, select_rows, tell_unopened
 from latentreward.data.targets import ScoreTargets, check_targets, label_remedy
+from latentreward.encoders.fingerprint import text_fingerprint, vae_fingerprint
 from latentreward.errors import InputError, check_at_least_one
 
+if TYPE_CHECKING:
+    from latentreward.backbones.base import DiffusionBackbone
+    from latentreward.policies import Policy
+
 logger = logging.getLogger(__name__)
+
+
+def check_caches(specs: Mapping[Path, CacheSpec], with_text: bool) -> CacheSpec:
+    """Check that caches can be used together, and return the settings of the first cache.
+
+    Different handling of EXIF orientation is only logged as a warning.
+
+    Raises:
+        InputError: If two caches hold latents of different VAEs, clips of different lengths or frame rates, or
+            embeddings of different text encoders.
+    """
+    (first, spec), *others = specs.items()
+    for folder, other in others:
+        if (other.latent_space, other.vae) != (spec.latent_space, spec.vae):
+            raise InputError(f"caches {first} and {folder} hold latents of different VAEs; write one of them again")
+        if (found := _clips(other)) != (wanted := _clips(spec)):
+            raise InputError(
+                f"caches {first} and {folder} hold {wanted} and {found}; write one of them again, with the "
+                "images.frames and images.fps of the other"
+            )
+        if with_text and other.text.fingerprint != spec.text.fingerprint:
+            raise InputError(
+                f"caches {first} and {folder} hold embeddings of different text encoders; write one of them again, or "
+                "set data.cached_text: false"
+            )
+        if other.exif != spec.exif:
+            text = "caches %s and %s treat EXIF orientation differently (exif: %s and %s)"
+            logger.warning(text, first, folder, spec.exif, other.exif)
+    return spec
+
+
+def _clips(spec: CacheSpec) -> str:
+    return "images" if spec.frames == 1 else f"clips of {spec.frames} frames at {spec.fps:g} per second"
+
+
+def check_backbone(spec: CacheSpec, backbone: "DiffusionBackbone | Policy", with_text: bool) -> None:
+    """Check that a cache was encoded as the backbone of a reward model, or a policy, encodes images and prompts.
+
+    If the backbone has no VAE, or the cache does not record one, only the latent spaces are compared.
+
+    Raises:
+        InputError: If the latent space, the VAE or the text encoder differs, if embeddings are cached while the model
+            trains its text encoder, or if the cache holds clips and the model takes images.
+    """
+    if spec.latent_space != backbone.latent_space:
+        raise InputError(
+            f"the cache holds latents of the space [{spec.latent_space}], but the model takes "
+            f"[{backbone.latent_space}]; write the cache with the model's own VAE"
+        )
+    if spec.frames > 1:
+        check_frames("the cache has images.", backbone, spec.frames)
+    if backbone.vae is not None and spec.vae is not None:
+        fingerprint = vae_fingerprint(backbone.vae.vae)
+        if fingerprint != spec.vae:
+            raise InputError(
+                f"the cache was written with VAE {spec.vae}, but the model's VAE is {fingerprint} (another one, or its "
+                "weights in another precision); write the cache with this model's VAE"
+            )
+    if with_text and spec.text is not None and backbone.text_encoder is not None:
+        if any(parameter.requires_grad for parameter in backbone.text_encoder.parameters()):
+            raise InputError(
+                "prompt embeddings are cached, but the model trains its text encoder; set data.cached_text: false"
+            )
+        fingerprint = text_fingerprint(backbone.text_encoder)
+        if fingerprint != spec.text.fingerprint:
+            raise InputError(
+                f"the cache holds embeddings of text encoder {spec.text.fingerprint} with {spec.text.num_tokens} "
+                f"tokens, but the model's is {fingerprint} with {backbone.text_encoder.num_tokens}; set "
+                "data.cached_text: false, or write the cache with this model's text encoder"
+            )
+
 
 HELD_BATCHES = 3
 """Number of batches held outside the workers: the trainer's current batch, its next batch, and a batch in transfer."""
@@ -38,28 +117,6 @@ class CachedSplit:
 
     cache: PathText
     split: str | None = None
-
-
-def open_splits(
-    given: dict[str, CachedSplit], on_missing: OnMissing, shared_prompts: SharedPrompts
-) -> dict[str, CachedPairs]:
-    """Open the caches of some splits; where others are only to be kept apart from ``test``, it may be absent.
-
-    Raises:
-        InputError: If one is damaged or unfinished.
-    """
-    indices: dict[str, CacheIndex] = {}
-    pairs: dict[str, CachedPairs] = {}
-    for name, split in given.items():
-        try:
-            if split.cache not in indices:
-                indices[split.cache] = CacheIndex(Path(split.cache), on_missing)
-            pairs[name] = CachedPairs(indices[split.cache], split.split)
-        except InputError as error:
-            if name != "test" or shared_prompts == "raise" or not given.keys() & {"train", "val"}:
-                raise InputError(f"data.{name}: {error}") from error
-            tell_unopened(error)
-    return pairs
 
 
 class CachedPreferenceDataModule(PairLoaders):
@@ -122,7 +179,15 @@ class CachedPreferenceDataModule(PairLoaders):
         given = {name: split for name, split in splits.items() if split is not None}
         if not given:
             raise InputError("data.train, val, test and predict are all unset; give at least one a cache")
-        pairs = open_splits(given, on_missing, shared_prompts)
+        open_index, pairs = cache(lambda folder: CacheIndex(Path(folder), on_missing)), dict[str, CachedPairs]()
+        for name, split in given.items():
+            try:
+                pairs[name] = CachedPairs(open_index(split.cache), split.split)
+            except InputError as error:
+                # Where other splits are only to be kept apart from test, it may be absent.
+                if name != "test" or shared_prompts == "raise" or not given.keys() & {"train", "val"}:
+                    raise InputError(f"data.{name}: {error}") from error
+                tell_unopened(error)
         specs = {reader.index.folder: reader.index.spec for reader in pairs.values()}
         self.cached_text = cached_text and all(spec.text is not None for spec in specs.values())
         self.spec = check_caches(specs, self.cached_text)
@@ -156,7 +221,7 @@ class CachedPreferenceDataModule(PairLoaders):
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Return the training loader; in each step, all ranks get the same number of pairs of one size."""
-        if self._overfits():
+        if getattr(self.trainer, "overfit_batches", 0):
             return self._evaluation_loader("train")
         dataset = self._dataset("train")
         dataset.pool = self._pool(dataset)

@@ -9,13 +9,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, get_worker_info
 
-from latentreward.cache.buffers import BufferPool, Layout, carve, layout_bytes, own_buffer, pool_of
+from latentreward.cache.buffers import POOLS, BufferPool, Layout, carve, layout_bytes, own_buffer
 from latentreward.cache.index import CacheIndex
 from latentreward.cache.layout import LATENTS, POOLED_PROMPT_EMBEDS, PROMPT_EMBEDS
-from latentreward.contracts import Conditioning, PairTargets, PreferenceBatch, map_tensors
+from latentreward.contracts import Conditioning, PreferenceBatch, map_tensors
 from latentreward.data.collate import is_turned, stack_targets
 from latentreward.data.image_sizes import ImageSizes, NearestBucket, OneSize
-from latentreward.data.images import ExifOrientation
 
 
 class CachedPairDataset(Dataset[PreferenceBatch]):
@@ -34,33 +33,22 @@ class CachedPairDataset(Dataset[PreferenceBatch]):
 
     Attributes:
         pool: Shared memory that batches are read into; None allocates memory for each batch.
+        image_sizes: Rule by which images were resized; None if the cache was copied from one that does not say.
+        exif: Whether the images were turned upright by their EXIF orientation.
     """
 
     def __init__(
-        self,
-        index: CacheIndex,
-        rows: Sequence[int] | np.ndarray,
-        with_text: bool = True,
-        targets: Tensor | None = None,
+        self, index: CacheIndex, rows: Sequence[int] | np.ndarray, with_text: bool = True, targets: Tensor | None = None
     ) -> None:
         self.index, self.rows, self.targets = index, np.asarray(rows, dtype=np.int64), targets
         self.with_text = with_text and index.spec.text is not None
         self.pool: BufferPool | None = None
-
-    @property
-    def exif(self) -> ExifOrientation:
-        """Whether the images were turned upright by their EXIF orientation."""
-        return self.index.spec.exif
-
-    @property
-    def image_sizes(self) -> ImageSizes | None:
-        """Return the rule by which images were resized; None if the cache was copied from one that does not say."""
-        spec = self.index.spec
-        if spec.resize is None:
-            return None
-        if spec.size is None:
-            return NearestBucket(spec.buckets, spec.resize)
-        return OneSize(*spec.size, spec.resize, spec.frames, spec.fps)
+        self.image_sizes: ImageSizes | None = None
+        spec, self.exif = index.spec, index.spec.exif
+        if spec.resize is not None and spec.size is None:
+            self.image_sizes = NearestBucket(spec.buckets, spec.resize)
+        elif spec.resize is not None and spec.size is not None:
+            self.image_sizes = OneSize(*spec.size, spec.resize, spec.frames, spec.fps)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -84,7 +72,7 @@ class CachedPairDataset(Dataset[PreferenceBatch]):
         index = self.index
         rows = self.rows[np.asarray(numbers)]
         images = np.stack([index.image_a[rows], index.image_b[rows]])
-        keys = [index.image_key.take(side) for side in images]
+        keys = [index.image_key.take(side).to_pylist() for side in images]
         labels = index.label[rows]
         known, turned = ~np.isnan(labels), []
         for pair, (label, key_a, key_b) in enumerate(zip(labels.tolist(), *keys, strict=True)):
@@ -93,37 +81,38 @@ class CachedPairDataset(Dataset[PreferenceBatch]):
                 keys[0][pair], keys[1][pair] = key_b, key_a
                 labels[pair] = 1.0 - label
                 turned.append(pair)
+        targets = None
+        if self.targets is not None:
+            values = self.targets[list(numbers)]
+            values[turned] = values[turned].flip(1)
+            targets = stack_targets([*values])
         fields = {
-            "pair_ids": tuple(index.pair_id.take(rows)),
-            "prompts": tuple(index.prompts.take(index.prompt[rows])),
+            "pair_ids": tuple(index.pair_id.take(rows).to_pylist()),
+            "prompts": tuple(index.prompts.take(index.prompt[rows]).to_pylist()),
             "chosen_keys": tuple(keys[0]),
             "rejected_keys": tuple(keys[1]),
             "latent_space": index.spec.latent_space,
-            "targets": self._targets_of(numbers, turned),
+            "targets": targets,
         }
         layout = self.layout(len(rows), images[0, 0], index.prompt[rows])
-        slot = self.pool.take(layout_bytes(layout)) if self.pool else None
-        buffer = self._buffer(slot, layout)
+        size, in_worker = layout_bytes(layout), get_worker_info() is not None
+        slot = self.pool.take(size) if self.pool else None
+        if self.pool is None or slot is None:
+            buffer = own_buffer(size)
+        else:
+            buffer = (self.pool.bytes_of if in_worker else self.pool.leased)(slot, size)
         try:
             tensors = carve(buffer, layout)
             self._read(images.ravel(), index.prompt[rows], tensors)
         except BaseException:
-            if self.pool and slot is not None and get_worker_info():
+            if self.pool and slot is not None and in_worker:
                 self.pool.free(slot)
             raise
         tensors[-2].numpy()[:] = np.where(known, labels, 0.5)
         tensors[-1].numpy()[:] = np.where(known, index.weight[rows], 0.0)
-        if self.pool and slot is not None and get_worker_info():
+        if self.pool and slot is not None and in_worker:
             return SlotBatch(**assemble(tensors, fields), parcel=(self.pool.number, slot, layout, fields))
         return PreferenceBatch(**assemble(tensors, fields))
-
-    def _targets_of(self, numbers: Sequence[int], turned: Sequence[int]) -> PairTargets | None:
-        """Return the given values of a batch, whose pairs ``turned`` have image b as the chosen one."""
-        if self.targets is None:
-            return None
-        values = self.targets[list(numbers)]
-        values[list(turned)] = values[list(turned)].flip(1)
-        return stack_targets([*values])
 
     def layout(self, pairs: int, image: int, prompts: np.ndarray | None = None) -> Layout:
         """Return the shapes and dtypes of the tensors in a batch of ``pairs`` pairs of images as large as ``image``.
@@ -139,34 +128,22 @@ class CachedPairDataset(Dataset[PreferenceBatch]):
         if self.with_text:
             blocks = index.store.blocks[index.texts.shard[index.plan.empty_prompt]]
             embeds, pooled = blocks[PROMPT_EMBEDS], blocks.get(POOLED_PROMPT_EMBEDS)
-            longest = () if not index.token_ends else (self._most_tokens(prompts),)
+            longest: tuple[int, ...] = ()
+            if index.token_ends and prompts is None:
+                longest = (max(int(np.diff(ends, prepend=0).max()) for ends in index.token_ends.values()),)
+            elif index.token_ends and prompts is not None:
+                longest = (max(count for *_, count in index.tokens(np.append(prompts, index.plan.empty_prompt))),)
             layout.append(((pairs + 1, *longest, *embeds.shape), embeds.dtype))
             layout += [] if pooled is None else [((pairs + 1, *pooled.shape), pooled.dtype)]
             layout += [((pairs + 1, *longest), torch.bool)] if longest else []
         return [*layout, ((pairs,), torch.float32), ((pairs,), torch.float32)]
 
-    def _most_tokens(self, prompts: np.ndarray | None) -> int:
-        if prompts is None:
-            return self.index.most_tokens
-        return max(count for _, _, count in self.index.tokens(self._with_empty(prompts)))
-
-    def _with_empty(self, prompts: np.ndarray) -> np.ndarray:
-        return np.append(prompts, self.index.plan.empty_prompt)
-
-    def _buffer(self, slot: int | None, layout: Layout) -> Tensor:
-        if self.pool is None or slot is None:
-            return own_buffer(layout_bytes(layout))
-        if get_worker_info():
-            return self.pool.bytes_of(slot, layout_bytes(layout))
-        return self.pool.leased(slot, layout_bytes(layout))
-
     def _read(self, images: np.ndarray, prompts: np.ndarray, tensors: Sequence[Tensor]) -> None:
-        """Read latents of ``images`` and embeddings of ``prompts`` and of the empty prompt into ``tensors``."""
         store = self.index.store
         store.read(LATENTS, self.index.images.of(images), tensors[0])
         if self.with_text:
             embeds, pooled, mask = text_tensors(tensors[1:-2])
-            prompts = self._with_empty(prompts)
+            prompts = np.append(prompts, self.index.plan.empty_prompt)
             if pooled is not None:
                 store.read(POOLED_PROMPT_EMBEDS, self.index.texts.of(prompts), pooled)
             if mask is None:
@@ -212,5 +189,5 @@ class SlotBatch(PreferenceBatch):
 
 def unpack(pool: int, slot: int, layout: Layout, fields: dict[str, Any]) -> PreferenceBatch:
     """Return the batch in a slot of a pool; the slot becomes free when the batch's tensors are deleted."""
-    buffer = pool_of(pool).leased(slot, layout_bytes(layout))
+    buffer = POOLS[pool].leased(slot, layout_bytes(layout))
     return PreferenceBatch(**assemble(carve(buffer, layout), fields))

@@ -14,12 +14,11 @@ from torch.utils.data import Dataset
 from latentreward.cache import layout
 from latentreward.cache.check import Shard, read_shards, tensor_shapes
 from latentreward.cache.layout import CachePlan, ShardManifest, manifest_name, read_plan
-from latentreward.cache.shard_writer import KEPT, write_shard
+from latentreward.cache.shards import KEPT, write_shard
 from latentreward.cache.sources import Encoders
 from latentreward.contracts import ImageRef, PreferencePair, TensorRecord
 from latentreward.data.clips import ClipLoader
-from latentreward.data.images import ImageError, PixelLoader
-from latentreward.data.latents import decode_latents
+from latentreward.data.images import ImageError, PixelLoader, decode_latents
 from latentreward.data.loading import WorkerLoader
 from latentreward.data.readers import PairReader
 from latentreward.errors import InputError
@@ -51,6 +50,9 @@ class PlannedRows:
 
     Args:
         folder: Folder of the cache.
+
+    Attributes:
+        rows: Number of a shard → row indices, in the table of images or prompts, that make it up, in its order.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -59,12 +61,12 @@ class PlannedRows:
         self.image_keys, self.prompts = images["image_key"], prompts["prompt"]
         self.reader_rows = sources["reader_row"].to_numpy()
         self.sides = sources["side"]
-        self._images = _by_shard(images["shard"].to_numpy(), images["row"].to_numpy())
-        self._prompts = _by_shard(*(prompts[name].fill_null(-1).to_numpy() for name in ("shard", "row")))
-
-    def rows(self, shard: Shard) -> np.ndarray:
-        """Return the row indices, in the table of images or prompts, that make up ``shard``, in the shard's order."""
-        return (self._images if shard.kind == "latents" else self._prompts)[shard.number]
+        self.rows: dict[int, np.ndarray] = {}
+        for table in (images, prompts):  # a prompt that is not cached has no shard
+            shard, row = (table[name].fill_null(-1).to_numpy() for name in ("shard", "row"))
+            order = np.lexsort((row, shard))
+            numbers, starts = np.unique(shard[order], return_index=True)
+            self.rows |= dict(zip(numbers.tolist(), np.split(order, starts[1:]), strict=True))
 
 
 class EncodeBatches(Dataset[EncodeBatch]):
@@ -93,7 +95,7 @@ class EncodeBatches(Dataset[EncodeBatch]):
             InputError: If the reader's rows differ from those that were planned.
         """
         shard, first = self.shards[key[0]], key[1]
-        rows = self.planned.rows(shard)[first : first + self._batch_size(shard)]
+        rows = self.planned.rows[shard.number][first : first + self._batch_size(shard)]
         if shard.kind == "text":
             return EncodeBatch(shard, first, tuple(self.planned.prompts.take(rows).to_pylist()))
         shape = tensor_shapes(self.plan, shard)[layout.LATENTS][1:]
@@ -259,9 +261,3 @@ def end_worker_with_rank(worker_id: int) -> None:
     rank = multiprocessing.parent_process()
     assert rank is not None
     end_after(rank.join)
-
-
-def _by_shard(shard: np.ndarray, row: np.ndarray) -> dict[int, np.ndarray]:
-    order = np.lexsort((row, shard))
-    numbers, starts = np.unique(shard[order], return_index=True)
-    return dict(zip(numbers.tolist(), np.split(order, starts[1:]), strict=True))

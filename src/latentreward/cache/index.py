@@ -2,19 +2,18 @@
 
 import logging
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import pyarrow as pa
 from pyarrow import parquet
 
 from latentreward.cache import layout
-from latentreward.cache.check import THREADS, Shard, shapes_with_lengths
-from latentreward.cache.layout import CacheSpec, manifest_name, read_manifest, read_plan
-from latentreward.cache.shard_reader import REMEDY, ShardStore, read_lengths
+from latentreward.cache.check import THREADS, Shard, check_shard
+from latentreward.cache.layout import CacheSpec, manifest_name, read_plan
+from latentreward.cache.shards import REMEDY, ShardStore, read_lengths
 from latentreward.contracts import ImageRef, PreferencePair
 from latentreward.data.readers import PairReader
 from latentreward.errors import InputError
@@ -24,42 +23,22 @@ from latentreward.storage.progress import Progress
 logger = logging.getLogger(__name__)
 
 OnMissing = Literal["raise", "skip"]
-MISSING_SHARD = "shard not written yet"
 UNREADABLE = "unreadable image"
 TWO_SIZES = "images of two sizes"
 """Reasons why a pair cannot be used."""
 
 
-class TextColumn:
-    """A column of strings that are decoded on access.
+class Places:
+    """Shard and row in the shard of each image or prompt; the shard is -1 if the image or prompt is not stored.
 
-    Forked workers share the column's bytes, whereas a list of Python strings would be copied in each worker.
+    Args:
+        table: Table with the columns ``shard`` and ``row``.
+        file_of_shard: Index of each shard's file, -1 for a missing shard; ``shard`` becomes that index.
     """
 
-    def __init__(self, column: pa.ChunkedArray) -> None:
-        array = column.cast(pa.large_string()).combine_chunks()
-        _, offsets, data = array.buffers()
-        self._offsets = np.frombuffer(offsets, np.int64, len(array) + 1, 8 * array.offset)
-        self._data = b"" if data is None else data.to_pybytes()
-
-    def __len__(self) -> int:
-        return len(self._offsets) - 1
-
-    def __getitem__(self, number: int) -> str:
-        return self.take(np.array([number]))[0]
-
-    def take(self, numbers: np.ndarray) -> list[str]:
-        """Return the strings at the indices ``numbers``."""
-        starts, ends = self._offsets[numbers].tolist(), self._offsets[numbers + 1].tolist()
-        return [self._data[start:end].decode() for start, end in zip(starts, ends, strict=True)]
-
-
-@dataclass(frozen=True)
-class Places:
-    """Shard and row in the shard of each image or prompt; the shard is -1 if the image or prompt is not stored."""
-
-    shard: np.ndarray
-    row: np.ndarray
+    def __init__(self, table: pa.Table, file_of_shard: np.ndarray) -> None:
+        shard, self.row = (table[name].fill_null(-1).to_numpy().astype(np.int32) for name in ("shard", "row"))
+        self.shard = np.append(file_of_shard, -1).astype(np.int32)[shard]
 
     def of(self, numbers: np.ndarray) -> list[tuple[int, int]]:
         """Return the (shard, row) of each image or prompt at the indices ``numbers``."""
@@ -79,7 +58,7 @@ class CacheIndex:
     Attributes:
         plan: Plan of the cache.
         store: Files of the shards that were written.
-        pair_id: P pair IDs.
+        pair_id: P pair IDs; forked workers share its bytes, whereas a list of texts would be copied in each worker.
         prompt: ``(P,)`` index of each pair's prompt in ``prompts``.
         image_a: ``(P,)`` index of each pair's first image in ``image_key``, ``image_size`` and ``images``.
         image_b: ``(P,)`` index of each pair's second image.
@@ -105,16 +84,42 @@ class CacheIndex:
         pairs = self._table(layout.PAIRS, ["pair_id", "prompt", "image_a", "image_b", "label_a", "weight", "split"])
         images = self._table(layout.IMAGES, ["image_key", "height", "width", "shard", "row"])
         prompts = self._table(layout.PROMPTS, ["prompt", "shard", "row"])
-        shards = self._table(layout.SHARDS, ["name", "kind", "height", "width", "count"])
-        self.pair_id, self.image_key = TextColumn(pairs["pair_id"]), TextColumn(images["image_key"])
-        self.prompts = TextColumn(prompts["prompt"])
+        rows = self._table(layout.SHARDS, ["name", "kind", "height", "width", "count"])
+        texts = (pairs["pair_id"], images["image_key"], prompts["prompt"])
+        self.pair_id, self.image_key, self.prompts = (text.cast(pa.large_string()).combine_chunks() for text in texts)
         self.prompt, self.image_a, self.image_b = (pairs[name].to_numpy() for name in ("prompt", "image_a", "image_b"))
-        self.label, self.weight = _floats(pairs["label_a"]), _floats(pairs["weight"])
+        self.label, self.weight = (pairs[name].to_numpy().astype(np.float64) for name in ("label_a", "weight"))
         self.split = pairs["split"].combine_chunks().dictionary_encode()
         self.image_size = np.stack([images[name].to_numpy() for name in ("height", "width")], axis=1).astype(np.int32)
-        file_of_shard, self._unreadable = self._open_shards(shards.to_pylist(), on_missing)
-        self.images = _places(images, file_of_shard)
-        self.texts = _places(prompts, file_of_shard)
+        shards = [Shard(number, **row) for number, row in enumerate(rows.to_pylist())]
+        names = [shard.name for shard in shards]
+        present = [all((self.folder / file).is_file() for file in (name, manifest_name(name))) for name in names]
+        missing = [name for name, there in zip(names, present, strict=True) if not there]
+        if missing:
+            summary = f"cache {self.folder}: {len(missing)} of {len(shards)} shards are not written, first {missing[0]}"
+            if on_missing == "raise" or not any(present):
+                raise InputError(f"{summary}; run `latentreward cache` to the end, or set data.on_missing: skip")
+            logger.warning("%s; pairs that need them are left out", summary)
+        written = [shard for shard, there in zip(shards, present, strict=True) if there]
+        self.store = ShardStore([self.folder / shard.name for shard in written])
+        self.token_ends: dict[int, np.ndarray] = {}
+        self._sha256: list[str] = []
+        unreadable, text = [], self.spec.text
+        for number, shard in enumerate(written):
+            blocks = self.store.blocks[number]
+            try:
+                manifest = check_shard(self.folder, self.plan, shard, blocks)
+            except InputError as error:
+                raise InputError(f"cache {self.folder}: {error}; {REMEDY}") from error
+            if text is not None and text.masked and shard.kind == "text":
+                self.token_ends[number] = read_lengths(self.store.paths[number], blocks, text.num_tokens).cumsum()
+            unreadable += [(number, row) for row in manifest.unreadable]
+            self._sha256.append(manifest.sha256)
+        # File and row, ``(n, 2)``, of the images that could not be read when the cache was written.
+        self._unreadable = np.array(unreadable, dtype=np.int64).reshape(-1, 2)
+        file_of_shard = np.where(present, np.cumsum(present) - 1, -1)  # -1 for a missing shard
+        self.images = Places(images, file_of_shard)
+        self.texts = Places(prompts, file_of_shard)
 
     @property
     def spec(self) -> CacheSpec:
@@ -132,41 +137,6 @@ class CacheIndex:
             raise InputError(f"{path} is missing; {REMEDY}") from error
         except (pa.ArrowException, OSError) as error:
             raise InputError(f"{path} is damaged ({' '.join(str(error).split())}); {REMEDY}") from error
-
-    def _open_shards(self, shards: list[dict[str, Any]], on_missing: OnMissing) -> tuple[np.ndarray, np.ndarray]:
-        """Open the written shards as ``self.store``.
-
-        Returns:
-            The index of each shard's file in the store, or -1 for a missing shard; and the ``(n, 2)`` (file, row) of
-            the images that could not be read when the cache was written.
-        """
-        names = [shard["name"] for shard in shards]
-        present = [all((self.folder / file).is_file() for file in (name, manifest_name(name))) for name in names]
-        missing = [name for name, there in zip(names, present, strict=True) if not there]
-        if missing:
-            summary = f"cache {self.folder}: {len(missing)} of {len(shards)} shards are not written, first {missing[0]}"
-            if on_missing == "raise" or not any(present):
-                raise InputError(f"{summary}; run `latentreward cache` to the end, or set data.on_missing: skip")
-            logger.warning("%s; pairs that need them are left out", summary)
-        written = [shard for shard, there in zip(shards, present, strict=True) if there]
-        self.store = ShardStore([self.folder / shard["name"] for shard in written])
-        self.token_ends: dict[int, np.ndarray] = {}
-        self._sha256: list[str] = []
-        unreadable, text = [], self.spec.text
-        for number, shard in enumerate(written):
-            manifest = read_manifest(self.folder / manifest_name(shard["name"]))
-            if (manifest.count, manifest.plan_hash) != (shard["count"], self.plan.hash):
-                raise InputError(f"shard {shard['name']} of {self.folder} is of another plan; {REMEDY}")
-            held = {name: (block.rows, *block.shape) for name, block in self.store.blocks[number].items()}
-            path, blocks = self.store.paths[number], self.store.blocks[number]
-            if not shapes_with_lengths(self.plan, Shard(number, **shard), path, blocks).items() <= held.items():
-                raise InputError(f"shard {self.store.paths[number]} does not hold what {layout.SHARDS} says; {REMEDY}")
-            if text is not None and text.masked and shard["kind"] == "text":
-                self.token_ends[number] = read_lengths(path, blocks, text.num_tokens).cumsum()
-            unreadable += [(number, row) for row in manifest.unreadable]
-            self._sha256.append(manifest.sha256)
-        file_of_shard = np.where(present, np.cumsum(present) - 1, -1)
-        return file_of_shard, np.array(unreadable, dtype=np.int64).reshape(-1, 2)
 
     def check_shards(self) -> None:
         """Compare every shard with the checksum in its manifest, which reads the whole cache once.
@@ -191,11 +161,6 @@ class CacheIndex:
         return spans
 
     @cached_property
-    def most_tokens(self) -> int:
-        """Greatest number of tokens of a stored prompt, for a text encoder with a mask."""
-        return max(int(np.diff(ends, prepend=0).max()) for ends in self.token_ends.values())
-
-    @cached_property
     def unusable(self) -> dict[str, np.ndarray]:
         """Masks ``(P,)`` bool of the pairs that cannot be used, by reason; a pair has at most one reason."""
         height = len(self.image_size)
@@ -210,7 +175,7 @@ class CacheIndex:
             missing |= self.texts.shard[self.prompt] < 0
         broken = (unreadable[sides[0]] | unreadable[sides[1]]) & ~missing
         uneven = (self.image_size[sides[0]] != self.image_size[sides[1]]).any(axis=1)
-        return {MISSING_SHARD: missing, UNREADABLE: broken, TWO_SIZES: uneven & ~missing & ~broken}
+        return {"shard not written yet": missing, UNREADABLE: broken, TWO_SIZES: uneven & ~missing & ~broken}
 
     def splits(self) -> list[str]:
         """List the names of the splits, in the order of their first pair."""
@@ -259,10 +224,10 @@ class CachedPairs(PairReader):
         index, row = self.index, int(self.rows[number])
         label = None if np.isnan(index.label[row]) else float(index.label[row])
         return PreferencePair(
-            pair_id=index.pair_id[row],
-            prompt=index.prompts[int(index.prompt[row])],
-            image_a=ImageRef(index.image_key[int(index.image_a[row])]),
-            image_b=ImageRef(index.image_key[int(index.image_b[row])]),
+            pair_id=index.pair_id[row].as_py(),
+            prompt=index.prompts[int(index.prompt[row])].as_py(),
+            image_a=ImageRef(index.image_key[int(index.image_a[row])].as_py()),
+            image_b=ImageRef(index.image_key[int(index.image_b[row])].as_py()),
             label_a=label,
             weight=float(index.weight[row]),
         )
@@ -273,21 +238,8 @@ class CachedPairs(PairReader):
 
     def prompts(self) -> list[str]:
         """See :meth:`PairReader.prompts`."""
-        distinct = self.index.prompts.take(np.arange(len(self.index.prompts)))
-        return [distinct[number] for number in self.index.prompt[self.rows].tolist()]
+        return self.index.prompts.take(self.index.prompt[self.rows]).to_pylist()
 
     def pair_ids(self) -> list[str]:
         """See :meth:`PairReader.pair_ids`."""
-        return self.index.pair_id.take(self.rows)
-
-
-def _floats(column: pa.ChunkedArray) -> np.ndarray:
-    """Convert a column to float64, with NaN for null."""
-    return column.to_numpy().astype(np.float64)
-
-
-def _places(table: pa.Table, file_of_shard: np.ndarray) -> Places:
-    """Replace each row's shard by the index of the shard's file, or by -1 for nulls and missing shards."""
-    shard, row = (table[name].fill_null(-1).to_numpy().astype(np.int32) for name in ("shard", "row"))
-    known = np.append(file_of_shard, -1).astype(np.int32)
-    return Places(known[shard], row)
+        return self.index.pair_id.take(self.rows).to_pylist()

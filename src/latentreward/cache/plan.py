@@ -1,26 +1,34 @@
-"""Planning of a cache: the assignment of each image and prompt to a row of a shard, before encoding starts.
+"""Planning of a cache, before encoding: a scan of the reader's rows, and a row of a shard for each image and prompt.
 
 The plan depends on the reader's rows and on the spec alone, not on the number of processes. Tables are written row by
 row; memory holds a hash and an index for each image and prompt.
 """
 
+import os
 from array import array
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
+from dataclasses import dataclass, replace
 from hashlib import blake2b
+from itertools import chain
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
+from torch.utils.data import Dataset
 
 from latentreward.cache import layout
 from latentreward.cache.layout import CachePlan, CacheSpec, digest
-from latentreward.cache.scan import RowScan, ScannedRow, scan_rows
-from latentreward.cache.shard_writer import KEPT
+from latentreward.cache.shards import KEPT
 from latentreward.cache.sizing import ImageSettings
+from latentreward.contracts import ImageRef, LatentSpace, PreferencePair
 from latentreward.data.buckets import Bucket
+from latentreward.data.images import DAMAGED, ImageError, decode_latents, read_header
+from latentreward.data.loading import WorkerLoader
 from latentreward.data.readers import PairReader
 from latentreward.errors import InputError
 from latentreward.storage.digests import file_hash
@@ -28,8 +36,76 @@ from latentreward.storage.durable import replacing, write_file
 from latentreward.storage.progress import Progress
 from latentreward.storage.run_folder import first_difference
 
+REMEDY = "replace the file, or set the reader's on_error to skip"
+
+
+@dataclass(frozen=True)
+class ScannedRow:
+    """Pair in one row of a reader, with the sizes of its images but without their contents."""
+
+    number: int  # index of the row in the reader
+    pair: PreferencePair  # pair whose images have keys but no contents
+    marks: tuple[int, int]  # checksums of the paths or bytes of the two images, to notice two images of one key
+    sizes: tuple[Bucket, Bucket] | None = None  # in pixels; None if not needed, or with a problem
+    problem: str | None = None  # why the row has to be left out; None if it can be cached
+
+
+class RowScan(Dataset[ScannedRow]):
+    """Data set of a reader's rows as :class:`ScannedRow`; image headers are read only if sizes are needed, no pixels.
+
+    Args:
+        reader: Reader of the pairs.
+        images: Settings for the sizes of images, which tell whether sizes are needed.
+        space: Space of the latents, if the reader holds latents instead of images.
+    """
+
+    def __init__(self, reader: PairReader, images: ImageSettings, space: LatentSpace) -> None:
+        self.reader, self.images, self.space = reader, images, space
+
+    def __len__(self) -> int:
+        return len(self.reader)
+
+    def __getitem__(self, index: int) -> ScannedRow:
+        """Scan row ``index``.
+
+        Raises:
+            ImageError: If an image's header cannot be read and the reader's ``on_error`` is ``"raise"``.
+        """
+        pair = self.reader[index]
+        a, b = pair.image_a, pair.image_b
+        marks = _mark_of(a), _mark_of(b)
+        bare = replace(pair, image_a=ImageRef(a.image_key), image_b=ImageRef(b.image_key))
+        try:
+            if a.holds == "latents":
+                return ScannedRow(index, bare, marks, (self._latents_size(a), self._latents_size(b)))
+            if not self.images.needs_headers():
+                return ScannedRow(index, bare, marks)
+            limit, exif = self.images.max_pixels, self.reader.exif
+            first, second = (Bucket(*read_header(image, limit, exif)[:2]) for image in (a, b))
+            return ScannedRow(index, bare, marks, (first, second))
+        except ImageError as error:
+            if self.reader.on_error == "raise":
+                raise ImageError(f"{pair.pair_id}: {error}; {REMEDY}", error.problem) from error
+            return ScannedRow(index, bare, marks, problem=error.problem)
+
+    def _latents_size(self, image: ImageRef) -> Bucket:
+        *_, height, width = shape = decode_latents(image, self.space.frame_downscale is not None).shape
+        size = Bucket(height * self.space.downscale, width * self.space.downscale)
+        if shape != self.space.shape(*size, self.images.frames):
+            problem = f"shape {shape}, but the latent space has [{self.space}]"
+            raise ImageError(f"latents {image.image_key!r}: {problem}; correct encoder.latent_space", DAMAGED)
+        return size
+
+
+def _mark_of(image: ImageRef) -> int:
+    data = image.data or b""
+    return crc32(bytes(data[-4096:]), len(data)) if image.path is None else crc32(os.fsencode(image.path))
+
+
 ROWS_PER_GROUP = 4096
 SAMPLED_ROWS = 16
+SCANNED_AT_ONCE = 64
+"""Rows that a worker sends together."""
 GROUPS = {
     **dict.fromkeys(("size", "buckets", "resize", "cross_bucket", "min_pixels", "frames", "fps"), "images"),
     "exif": "reader",
@@ -75,40 +151,6 @@ class TableWriter:
             self._rows = []
 
 
-class ShardNumbers:
-    """Assignment of images and prompts to shards, in the order in which they are added.
-
-    A shard holds images of one size or prompts.
-    """
-
-    def __init__(self) -> None:
-        self.shards: list[tuple[str, str, int | None, int | None]] = []
-        self.counts: list[int] = []
-        self._open: dict[Bucket | None, int] = {}
-        self._begun: Counter[Bucket | None] = Counter()
-
-    def place(self, size: Bucket | None, most: int) -> tuple[int, int]:
-        """Assign the next image or prompt to a shard.
-
-        Args:
-            size: Size of the image in pixels; None for a prompt.
-            most: Largest number of rows in a shard.
-
-        Returns:
-            Index of the shard, and of the row in the shard.
-        """
-        shard = self._open.get(size)
-        if shard is None or self.counts[shard] == most:
-            shard = self._open[size] = len(self.shards)
-            number = self._begun[size]
-            self._begun[size] += 1
-            name = layout.text_name(number) if size is None else layout.latents_name(*size, number)
-            self.shards.append((name, "text", None, None) if size is None else (name, "latents", *size))
-            self.counts.append(0)
-        self.counts[shard] += 1
-        return shard, self.counts[shard] - 1
-
-
 class Planner:
     """Planner that assigns every image and prompt to a row of a shard, in the order of the reader's rows.
 
@@ -127,7 +169,10 @@ class Planner:
     ) -> None:
         self.spec, self.images, self.tables, self.reader = spec, images, tables, reader
         self.dropped: Counter[str] = Counter()
-        self._shards = ShardNumbers()
+        self._shards: list[tuple[str, str, int | None, int | None]] = []
+        self._counts: list[int] = []
+        self._open: dict[Bucket | None, int] = {}  # size of the images, None for prompts → shard that is not full
+        self._begun: Counter[Bucket | None] = Counter()
         self._known: dict[bytes, int] = {}
         self._marks, self._places = array("L"), array("Q")  # of each image; its place is 2 · row, plus 1 for image b
         if spec.text is not None:
@@ -138,7 +183,14 @@ class Planner:
 
         A row with a problem, or whose images have no size to be cached at, is left out and counted in ``dropped``.
         """
-        sizes = self._sizes(row)
+        sizes: tuple[Bucket, Bucket] | str
+        if row.problem is not None:
+            sizes = row.problem
+        elif self.spec.vae is None:
+            assert row.sizes is not None
+            sizes = self.images.sizes_of_latents(*row.sizes)
+        else:
+            sizes = self.images.sizes_of_pair(*(row.sizes or (None, None)))
         if isinstance(sizes, str):
             self.dropped[sizes] += 1
             return
@@ -158,21 +210,26 @@ class Planner:
 
     def finish(self) -> None:
         """Write the table of shards."""
-        for shard, count in zip(self._shards.shards, self._shards.counts, strict=True):
+        for shard, count in zip(self._shards, self._counts, strict=True):
             self.tables[layout.SHARDS].add(*shard, count)
 
-    def _sizes(self, row: ScannedRow) -> tuple[Bucket, Bucket] | str:
-        if row.problem is not None:
-            return row.problem
-        if self.spec.vae is None:
-            assert row.sizes is not None
-            return self.images.sizes_of_latents(*row.sizes)
-        return self.images.sizes_of_pair(*(row.sizes or (None, None)))
+    def _place(self, size: Bucket | None, most: int) -> tuple[int, int]:
+        """Return shard and row of the next image of a size, or prompt, in shards of at most ``most`` rows."""
+        shard = self._open.get(size)
+        if shard is None or self._counts[shard] == most:
+            shard = self._open[size] = len(self._shards)
+            number = self._begun[size]
+            self._begun[size] += 1
+            name = layout.text_name(number) if size is None else layout.latents_name(*size, number)
+            self._shards.append((name, "text", None, None) if size is None else (name, "latents", *size))
+            self._counts.append(0)
+        self._counts[shard] += 1
+        return shard, self._counts[shard] - 1
 
     def _image(self, key: str, size: Bucket, scanned: ScannedRow, side: int) -> int:
         name, place = _hash("image", key, *size), 2 * scanned.number + side
         if name not in self._known:
-            shard, row = self._shards.place(size, self.spec.images_per_shard)
+            shard, row = self._place(size, self.spec.images_per_shard)
             self.tables[layout.SOURCES].add(scanned.number, "ab"[side])
             self._known[name] = self.tables[layout.IMAGES].add(key, *size, shard, row, row // self.spec.batch_size)
             self._marks.append(scanned.marks[side])
@@ -196,7 +253,7 @@ class Planner:
         name = _hash("prompt", prompt)
         if name not in self._known:
             text = self.spec.text
-            shard, row = (None, None) if text is None else self._shards.place(None, text.prompts_per_shard)
+            shard, row = (None, None) if text is None else self._place(None, text.prompts_per_shard)
             self._known[name] = self.tables[layout.PROMPTS].add(prompt, shard, row)
         return self._known[name]
 
@@ -215,7 +272,14 @@ def write_plan(folder: Path, spec: CacheSpec, images: ImageSettings, reader: Pai
             stack.callback(tables[name].close)
         planner = Planner(spec, images, tables, reader)
         progress = stack.enter_context(Progress("cache: plan", len(reader), "rows"))
-        for row in scan_rows(RowScan(reader, images, spec.latent_space), num_workers):
+        rows = WorkerLoader(
+            RowScan(reader, images, spec.latent_space),
+            batch_size=SCANNED_AT_ONCE,
+            num_workers=num_workers,
+            collate_fn=list,
+            generator=torch.Generator(),  # else torch draws a seed from the global generator
+        )
+        for row in chain.from_iterable(rows):
             planner.add(row)
             progress.add()
         if not tables[layout.PAIRS].count:

@@ -1,26 +1,84 @@
-"""Preparation of a cache's folder for encoding: a new plan, or a check of the plan there, and the unfinished shards."""
+"""Preparation of a cache's folder for encoding: its plan, the unfinished shards, and the bytes that they take."""
 
 from __future__ import annotations
 
 import logging
+import shutil
 import sys
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from latentreward.cache.check import Shard, read_shards, shard_states, table_problems
+import torch
+
+from latentreward.cache.check import Shard, read_shards, shard_states, table_problems, tensor_shapes
+from latentreward.cache.encoding import PlannedRows
 from latentreward.cache.layout import PLAN, SCHEMAS, CachePlan, CacheSpec, manifest_name, read_plan
 from latentreward.cache.plan import check_same, write_plan
-from latentreward.cache.shard_writer import KEPT
+from latentreward.cache.shards import KEPT, stored_dtype
 from latentreward.cache.sizing import ImageSettings
-from latentreward.cache.space import check_space, need_of
 from latentreward.data.readers import PairReader
 from latentreward.errors import InputError
 from latentreward.storage.durable import contents, remove_temporary, write_errors_named
+from latentreward.storage.progress import Progress
 
 if TYPE_CHECKING:
     from latentreward.encoders.prompts import PromptEncoder
 
 logger = logging.getLogger(__name__)
+
+PROMPTS_AT_ONCE = 256
+"""Number of prompts that are tokenised together."""
+ITEMS = {"latents": "image", "text": "prompt"}
+"""Kind of a shard → what one of its rows belongs to."""
+
+
+@dataclass(frozen=True)
+class Need:
+    """Bytes of the shards that are not written yet."""
+
+    counts: Mapping[str, int]  # number of images, under ``latents``, and of prompts, under ``text``
+    sizes: Mapping[str, int]  # bytes of their latents and embeddings
+
+    @property
+    def total(self) -> int:
+        """Bytes of latents and embeddings."""
+        return sum(self.sizes.values())
+
+    def __str__(self) -> str:
+        return "; ".join(
+            f"{kind} {size_text(self.sizes[kind] / count)} per {ITEMS[kind]}, {size_text(self.sizes[kind])} for {count}"
+            for kind, count in sorted(self.counts.items())
+        )
+
+
+def need_of(folder: Path, plan: CachePlan, todo: Sequence[Shard], encoder: PromptEncoder | None) -> Need:
+    """Compute the bytes of the tensors in the shards ``todo``.
+
+    Args:
+        folder: Folder of the cache, with its tables.
+        plan: Plan of the cache.
+        todo: Shards to write.
+        encoder: Text encoder, whose tokenizer tells the lengths of prompts; None if no embeddings are cached.
+    """
+    counts, sizes, dtype = Counter[str](), Counter[str](), getattr(torch, plan.spec.dtype)
+    ragged = [shard for shard in todo if shard.kind == "text"] if encoder is not None and encoder.masked else []
+    planned = PlannedRows(folder) if ragged else None
+    with Progress("cache: count tokens", sum(shard.count for shard in ragged), "prompts") as progress:
+        for shard in todo:
+            tokens = 0
+            if encoder is not None and planned is not None and shard.kind == "text":
+                prompts = planned.prompts.take(planned.rows[shard.number]).to_pylist()
+                for first in range(0, len(prompts), PROMPTS_AT_ONCE):
+                    tokens += sum(encoder.count_tokens(prompts[first : first + PROMPTS_AT_ONCE]))
+                progress.add(shard.count)
+            shapes = tensor_shapes(plan, shard, tokens)
+            sizes[shard.kind] += sum(prod(shape) * stored_dtype(name, dtype).itemsize for name, shape in shapes.items())
+            counts[shard.kind] += shard.count
+    return Need(counts, sizes)
 
 
 def prepare_cache(
@@ -69,14 +127,16 @@ def prepare_cache(
         else:
             plan = write_plan(folder, spec, images, reader, num_workers)
         todo = _unfinished(folder, plan)
-        need = need_of(folder, plan, todo, text)
-        try:
-            check_space(folder, need)
-        except InputError:
+        need, free = need_of(folder, plan, todo, text), shutil.disk_usage(folder).free
+        if need.total > free:
             if not begun:  # other settings may fit, and the folder is free for them
                 for name in (PLAN, *SCHEMAS):
                     (folder / name).unlink()
-            raise
+            raise InputError(
+                f"output={str(folder)!r}: {size_text(need.total)} are to be written ({need}), but only "
+                f"{size_text(free)} are free there; free some space, choose another output, or cache less, e.g. "
+                "encoder.text: none"
+            )
         if todo:
             print(f"cache: to write: {need}", file=sys.stderr)
     return todo
@@ -84,12 +144,21 @@ def prepare_cache(
 
 def _unfinished(folder: Path, plan: CachePlan) -> list[Shard]:
     """List the shards that are missing or damaged, and remove their manifests."""
-    states = list(shard_states(folder, plan, read_shards(folder)))
-    todo = [state.shard for state in states if state.problem is not None]
-    if damaged := [str(state.problem) for state in states if state.problem and "damaged" in state.problem]:
+    states = shard_states(folder, plan, read_shards(folder))
+    todo = [shard for shard, _, problem in states if problem]
+    if damaged := [problem for *_, problem in states if "damaged" in problem]:
         logger.warning("%s: %s (%d such); encoding again", folder, damaged[0], len(damaged))
     for shard in todo:  # removed, so that a manifest always means a finished shard
         (folder / manifest_name(shard.name)).unlink(missing_ok=True)
     if len(todo) < len(states):
         print(f"cache: {len(states) - len(todo)} of {len(states)} shards are there already", file=sys.stderr)
     return todo
+
+
+def size_text(size: float) -> str:
+    """Return a number of bytes for people, such as ``1.5 MiB``."""
+    for unit in ("B", "KiB", "MiB"):
+        if size < 1024:
+            return f"{size:.{0 if unit == 'B' else 1}f} {unit}"
+        size /= 1024
+    return f"{size:.1f} GiB"

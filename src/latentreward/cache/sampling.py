@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from itertools import combinations
 from typing import Any, Literal
 
 import numpy as np
@@ -17,28 +18,17 @@ SmallBuckets = Literal["fill", "short", "drop"]
 
 @dataclass(frozen=True)
 class Sizing:
-    """Settings that determine the batches of an epoch.
+    """Settings that determine the batches of an epoch."""
 
-    Attributes:
-        batch_size: Pairs per batch and rank.
-        tokens_per_batch: Instead of ``batch_size``: latent positions per batch and rank. A batch has
-            ``tokens_per_batch`` divided by the latents' height × width pairs, at least 1.
-        small_buckets: Treatment of the last pairs of a size, too few for a batch on every rank; see
-            :class:`BucketBatchSampler`.
-        world_size: Number of ranks.
-        seed: Seed of the shuffled order.
-        shuffle: Whether each epoch has a new random order; False keeps the order of the data set.
-    """
-
-    batch_size: int
-    tokens_per_batch: int | None = None
-    small_buckets: SmallBuckets = "short"
-    world_size: int = 1
-    seed: int = 0
-    shuffle: bool = True
+    batch_size: int  # pairs per batch and rank
+    tokens_per_batch: int | None = None  # instead of ``batch_size``: latent positions per batch and rank
+    small_buckets: SmallBuckets = "short"  # treatment of a size's last pairs, see :class:`BucketBatchSampler`
+    world_size: int = 1  # number of ranks
+    seed: int = 0  # seed of the shuffled order
+    shuffle: bool = True  # whether each epoch has a new random order; False keeps the order of the data set
 
     def pairs_per_rank(self, tokens: int) -> int:
-        """Return the number of pairs per batch and rank for latents with ``tokens`` positions (height × width)."""
+        """Return the pairs per batch and rank, at least 1, for latents with ``tokens`` positions (height × width)."""
         return self.batch_size if self.tokens_per_batch is None else max(1, self.tokens_per_batch // tokens)
 
 
@@ -93,7 +83,8 @@ class BucketBatchSampler:
 
     def __len__(self) -> int:
         counts = np.bincount(self.bucket, minlength=len(self.tokens)).tolist()
-        return sum(self._steps(count, tokens) for count, tokens in zip(counts, self.tokens, strict=True))
+        steps = (divmod(count, self._full_step(tokens)) for count, tokens in zip(counts, self.tokens, strict=True))
+        return sum(full + (rest > 0 and self.sizing.small_buckets != "drop") for full, rest in steps)
 
     def remaining(self) -> int:
         """Return the number of batches per rank that are left of the epoch."""
@@ -144,10 +135,6 @@ class BucketBatchSampler:
     def _full_step(self, tokens: int) -> int:
         return self.sizing.pairs_per_rank(tokens) * self.sizing.world_size
 
-    def _steps(self, count: int, tokens: int) -> int:
-        full, rest = divmod(count, self._full_step(tokens))
-        return full + (rest > 0 and self.sizing.small_buckets != "drop")
-
     def _groups(self) -> list[np.ndarray]:
         """Return the pairs of each step with the present sizing, without pairs that earlier sizings used."""
         if self._planned is None or self._planned[:2] != (self.epoch, self.spans):
@@ -175,20 +162,15 @@ class BucketBatchSampler:
         groups = []
         for number, tokens in enumerate(self.tokens):
             step = sizing.pairs_per_rank(tokens) * sizing.world_size
-            groups += _cut(order[buckets == number], step, sizing)
+            rows = order[buckets == number]
+            rest = len(rows) % step
+            groups += list(rows[: len(rows) - rest].reshape(-1, step))
+            if rest and sizing.small_buckets != "drop":
+                size = step if sizing.small_buckets == "fill" else rest + -rest % sizing.world_size
+                start = len(rows) - rest
+                groups.append(np.resize(np.concatenate([rows[start:], rows[:start]]), size))
         firsts = np.fromiter((group[0] for group in groups), np.int64, len(groups))
         return [groups[number] for number in np.argsort(position[firsts]).tolist()]
-
-
-def _cut(order: np.ndarray, step: int, sizing: Sizing) -> list[np.ndarray]:
-    """Cut pairs of one size into steps of ``step`` pairs, and treat the last pairs as ``small_buckets`` says."""
-    rest = len(order) % step
-    groups = list(order[: len(order) - rest].reshape(-1, step))
-    if rest and sizing.small_buckets != "drop":
-        size = step if sizing.small_buckets == "fill" else rest + -rest % sizing.world_size
-        start = len(order) - rest
-        groups.append(np.resize(np.concatenate([order[start:], order[:start]]), size))
-    return groups
 
 
 class EvaluationBatches(DistributedSampler[list[int]]):
@@ -240,21 +222,15 @@ def _cut_evenly(batches: Sequence[np.ndarray], world_size: int) -> list[np.ndarr
 def _join_evenly(batches: Sequence[np.ndarray], bucket: np.ndarray, world_size: int) -> list[np.ndarray]:
     """Join small batches of one size until their number is a multiple of ``world_size``."""
     even = sorted(batches, key=len)
+    sizes = bucket.reshape(-1)
     while len(even) % world_size:
-        joined = _join_two(even, bucket.reshape(-1))
+        places = combinations(range(len(even)), 2)
+        joined = next(((a, b) for a, b in places if sizes[even[a][0]] == sizes[even[b][0]]), None)
         if joined is None:
             raise InputError(
-                f"{sum(map(len, batches))} pairs of {len({bucket.flat[rows[0]] for rows in batches})} sizes cannot be "
+                f"{sum(map(len, batches))} pairs of {len({sizes[rows[0]] for rows in batches})} sizes cannot be "
                 f"dealt out to {world_size} ranks in equally many batches; evaluate on fewer devices"
             )
-        even = sorted(joined, key=len)
+        rest = [rows for place, rows in enumerate(even) if place not in joined]
+        even = sorted([*rest, np.concatenate([even[place] for place in joined])], key=len)
     return even
-
-
-def _join_two(batches: list[np.ndarray], bucket: np.ndarray) -> list[np.ndarray] | None:
-    for number, rows in enumerate(batches):
-        for other in range(number + 1, len(batches)):
-            if bucket[batches[other][0]] == bucket[rows[0]]:
-                rest = [batch for index, batch in enumerate(batches) if index not in (number, other)]
-                return [*rest, np.concatenate([rows, batches[other]])]
-    return None

@@ -56,7 +56,7 @@ class ImageSettings:
     def __post_init__(self) -> None:
         check_clips("images.", self.frames, self.fps)
         require_pyav(self.frames)
-        if self.frames > 1 and (self.size is None or self.smallest() > 0):
+        if self.frames > 1 and self.needs_headers():
             raise InputError(
                 f"images.frames={self.frames}: clips come to one size, whatever theirs; set images.size, and leave "
                 "buckets and min_pixels out"
@@ -111,9 +111,8 @@ class ImageSettings:
         own = self._bucket(*a), self._bucket(*b)
         if own[0] is None or own[1] is None:
             return NO_BUCKET
-        return (own[0], own[1]) if own[0] == own[1] else self._shared_bucket(a, b)
-
-    def _shared_bucket(self, a: Bucket, b: Bucket) -> tuple[Bucket, Bucket] | str:
+        if own[0] == own[1]:
+            return own[0], own[1]
         if self.cross_bucket == "drop":
             return OTHER_BUCKET
         aspects = sorted((a.width / a.height, b.width / b.height))

@@ -14,10 +14,8 @@ from latentreward.data.readers.base import Contents
 from latentreward.errors import InputError, check_at_least_one
 
 if TYPE_CHECKING:
-    from latentreward.backbones.loading import PipelineSource
     from latentreward.encoders.prompts import PromptEncoder
     from latentreward.encoders.vae import LatentEncoder
-    from latentreward.families import Family
 
 RELEASED_SPACE = LatentSpace(channels=16, downscale=8, scaling_factor=1.5305, shift_factor=0.0609)
 """Latent space of Stable Diffusion 3 and 3.5, which DiNa-LRM's released cache uses."""
@@ -38,21 +36,13 @@ class Encoders:
 
 
 class LatentSource(ABC):
-    """Base class of the sources of a cache's latents.
+    """Base class of the sources of a cache's latents."""
 
-    Attributes:
-        holds: Contents that the reader must have: ``images`` or ``latents``.
-        origin: Name of the source in the spec.
-        vae_dtype: Dtype that the VAE runs in; None without a VAE.
-        posterior: Whether latents are a sample or the mode of the VAE's posterior; None without a VAE.
-        batch_size: Number of images encoded together.
-    """
-
-    holds: Contents
-    origin: str
-    vae_dtype: CacheDtype | None = None
-    posterior: Literal["sample", "mode"] | None = None
-    batch_size: int
+    holds: Contents  # contents that the reader must have: ``images`` or ``latents``
+    origin: str  # name of the source in the spec
+    vae_dtype: CacheDtype | None = None  # dtype that the VAE runs in; None without a VAE
+    posterior: Literal["sample", "mode"] | None = None  # sample or mode of the VAE's posterior; None without a VAE
+    batch_size: int  # number of images encoded together
 
     @abstractmethod
     def load(self) -> Encoders:
@@ -118,48 +108,45 @@ class PipelineEncoders(LatentSource):
         Raises:
             InputError: If the source is not a pipeline with these parts.
         """
+        from lightning.pytorch.utilities import rank_zero_warn
+
         from latentreward.backbones.loading import PipelineSource
         from latentreward.backbones.weights import settle
         from latentreward.encoders.fingerprint import text_fingerprint, vae_fingerprint
-
-        family = self._find_family(PipelineSource(self.source, self.revision, self.variant))
-        vae = family.load_latent_encoder(self.vae_dtype)
-        images = vae.space, family.side_multiple, vae, vae_fingerprint(vae.vae)
-        if not self.text:
-            return Encoders(*images)
-        text = family.load_prompt_encoder(self.t5_length, self.load_t5).eval().requires_grad_(False)
-        settle(text, getattr(torch, self.text_dtype))  # T5 in float32 would take 19 GB before it is rounded
-        spec = TextSpec(
-            fingerprint=text_fingerprint(text),
-            num_tokens=text.num_tokens,
-            token_dim=text.token_dim,
-            pooled_dim=text.pooled_dim,
-            dtype=self.text_dtype,
-            batch_size=self.text_batch_size,
-            prompts_per_shard=self.prompts_per_shard,
-            masked=text.masked,
-        )
-        return Encoders(*images, text, spec)
-
-    def _find_family(self, pipeline: PipelineSource) -> Family:
-        """Return the pipeline's family; that of Stable Diffusion where the network is not needed and not known."""
-        from lightning.pytorch.utilities import rank_zero_warn
-
         from latentreward.families import find_family
         from latentreward.families.sd import StableDiffusion
 
+        pipeline = PipelineSource(self.source, self.revision, self.variant)
         try:
             family = find_family(pipeline, self.family)
         except InputError as error:
+            # Where the network is not needed and not known, images and prompts are taken for those of Stable Diffusion.
             usual_vae = pipeline.has("vae") and pipeline.config("vae").get("_class_name") == "AutoencoderKL"
             text = {part: pipeline.index[part][1] for part in CLIP if pipeline.has(part)}
             usual_text = "text_encoder" in text and text.items() <= CLIP.items() and not pipeline.has("transformer")
             if self.family is not None or not usual_vae or (self.text and not usual_text):
                 raise
             rank_zero_warn(f"encoder: {error}; {'VAE and CLIP are' if self.text else 'the VAE is'} cached all the same")
-            return StableDiffusion(pipeline)
-        family.report_assumption("encoder")
-        return family
+            family = StableDiffusion(pipeline)
+        else:
+            family.report_assumption("encoder")
+        vae = family.load_latent_encoder(self.vae_dtype)
+        images = vae.space, family.side_multiple, vae, vae_fingerprint(vae.vae)
+        if not self.text:
+            return Encoders(*images)
+        encoder = family.load_prompt_encoder(self.t5_length, self.load_t5).eval().requires_grad_(False)
+        settle(encoder, getattr(torch, self.text_dtype))  # T5 in float32 would take 19 GB before it is rounded
+        spec = TextSpec(
+            fingerprint=text_fingerprint(encoder),
+            num_tokens=encoder.num_tokens,
+            token_dim=encoder.token_dim,
+            pooled_dim=encoder.pooled_dim,
+            dtype=self.text_dtype,
+            batch_size=self.text_batch_size,
+            prompts_per_shard=self.prompts_per_shard,
+            masked=encoder.masked,
+        )
+        return Encoders(*images, encoder, spec)
 
 
 class PublishedLatents(LatentSource):

@@ -1,5 +1,4 @@
-from .alignment.prompts import PromptDataModule
-from .alignment.prompts_and_images import PromptsAndImages
+from .alignment.prompts import PromptDataModule, PromptsAndImages
 from .collate import collate_pairs
 from .cut import CutReader
 from .datamodules import PreferenceDataModule
@@ -22,8 +21,7 @@ from .readers.pickapic_tars import PickAPicTarReader
 from .sampling import PairBatchSampler, PairSampler
 from .score_table import PairGaps, ScoreTable
 from .splits import normalise_prompt, select_rows
-from .streamed_module import StreamedPreferenceDataModule
-from .streaming import PairStream
+from .streaming import PairStream, StreamedPreferenceDataModule
 from .targets import ScoreTargets
 
 __all__ = [

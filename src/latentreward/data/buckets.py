@@ -68,10 +68,7 @@ PUBLISHED_BUCKETS = sort_buckets(
 
 
 def assign_bucket(
-    height: int,
-    width: int,
-    buckets: Sequence[Bucket] = PUBLISHED_BUCKETS,
-    min_pixels: int = MIN_PIXELS,
+    height: int, width: int, buckets: Sequence[Bucket] = PUBLISHED_BUCKETS, min_pixels: int = MIN_PIXELS
 ) -> Bucket | None:
     """Find the bucket to resize an image to: among buckets with its aspect ratio, the one nearest in log area.
 

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
-from functools import partial
 from io import BytesIO
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -38,8 +37,6 @@ MAX_DECODED = 20_000
 """Largest number of frames that are decoded of one clip, for files whose frames follow each other by microseconds."""
 MAX_DECODED_PIXELS = 2**33
 """Largest number of pixels that are decoded of one clip; five seconds of 4K at 120 frames per second are 5·10⁹."""
-NOTHING = "none"
-"""Name of no protocol of FFmpeg's: files that a clip refers to are not opened."""
 
 
 class Clip(NamedTuple):
@@ -92,16 +89,12 @@ class ClipLoader(PixelLoader):
     Files are mp4, mov, or animated WebP as ``latentreward generate`` writes it. Rotation in a file's header and audio
     are ignored.
 
-    Attributes:
-        frames: Number of frames F.
-        fps: Frames per second.
-
     Raises:
         InputError: If ``frames`` or ``fps`` is out of range.
     """
 
-    frames: int = 1
-    fps: float = FPS
+    frames: int = 1  # number of frames F
+    fps: float = FPS  # frames per second
 
     def __post_init__(self) -> None:
         check_clips("", self.frames, self.fps)
@@ -250,7 +243,8 @@ def _mp4(image: ImageRef, file: BinaryIO, max_pixels: int) -> Iterator[Source]:
     av = _av()
     broken = (av.FFmpegError, OSError, ValueError)
     try:
-        container = av.open(file, format="mov", options={"protocol_whitelist": NOTHING, "enable_drefs": "0"})
+        # No protocol has the name none: files that a clip refers to are not opened.
+        container = av.open(file, format="mov", options={"protocol_whitelist": "none", "enable_drefs": "0"})
     except broken as error:
         raise image_error(image, UNKNOWN, f"no whole mp4 or mov file: {_reason(error)}") from error
     with container:
@@ -278,12 +272,11 @@ def _mp4_frames(image: ImageRef, container: Any, stream: Any) -> Iterator[Frame]
         for frame in packet.decode():
             if frame.pts is None:
                 raise image_error(image, DAMAGED, "a frame has no time")
-            picture = partial(_rgb, reformatter, frame)
+
+            def picture(frame: Any = frame) -> Image.Image:
+                return Image.fromarray(reformatter.reformat(frame, format="rgb24").to_ndarray())
+
             yield Frame(frame.pts, ends.pop(frame.pts, frame.pts + 1), (frame.height, frame.width), picture)
-
-
-def _rgb(reformatter: Any, frame: Any) -> Image.Image:
-    return Image.fromarray(reformatter.reformat(frame, format="rgb24").to_ndarray())
 
 
 @contextmanager
@@ -291,17 +284,17 @@ def _webp(file: BinaryIO) -> Iterator[Source]:
     """Open an animated WebP, whose clock ticks in milliseconds; its length is known only after the last frame."""
     with Image.open(file, formats=["WEBP"]) as animation:
         count, size = getattr(animation, "n_frames", 1), (animation.height, animation.width)
-        yield Source(_webp_frames(animation, count), Fraction(1, 1000), None, count, size)
 
+        def frames() -> Iterator[Frame]:
+            start = 0
+            for number in range(count):
+                animation.seek(number)
+                picture = animation.convert("RGB")
+                end = start + int(animation.info.get("duration", 0))
+                yield Frame(start, end, (picture.height, picture.width), picture.copy)
+                start = end
 
-def _webp_frames(animation: Image.Image, count: int) -> Iterator[Frame]:
-    start = 0
-    for number in range(count):
-        animation.seek(number)
-        picture = animation.convert("RGB")
-        end = start + int(animation.info.get("duration", 0))
-        yield Frame(start, end, (picture.height, picture.width), picture.copy)
-        start = end
+        yield Source(frames(), Fraction(1, 1000), None, count, size)
 
 
 def _reason(error: Exception) -> str:

@@ -26,7 +26,15 @@ def collate_pairs(items: Sequence[LoadedPair | SkippedPair]) -> PreferenceBatch:
     Raises:
         ImageError: If every item is a :class:`SkippedPair`.
     """
-    pairs = [orient(item) for item in items if isinstance(item, LoadedPair)]
+    pairs = []
+    for item in items:
+        if isinstance(item, LoadedPair):
+            pair, targets = item.pair, item.targets
+            if is_turned(pair.label_a, pair.image_a.image_key, pair.image_b.image_key):
+                turned = None if targets is None else targets.flip(0)
+                pairs.append(LoadedPair(pair.swapped(), item.pixels_b, item.pixels_a, turned))
+            else:
+                pairs.append(item)
     if not pairs:
         problems = [f"{item.pair_id}: {item.problem}" for item in items if isinstance(item, SkippedPair)]
         more = f" and {len(problems) - NAMED} more" if len(problems) > NAMED else ""
@@ -55,17 +63,6 @@ def stack_targets(targets: Sequence[Tensor]) -> PairTargets | None:
     images = torch.stack(tuple(targets)).unbind(dim=1)
     chosen, rejected = ((image.squeeze(-1) if image.shape[-1] == 1 else image).unbind(dim=1) for image in images)
     return PairTargets(chosen[0], rejected[0], *((chosen[1], rejected[1]) if len(chosen) > 1 else ()))
-
-
-def orient(item: LoadedPair) -> LoadedPair:
-    """Return the pair with its chosen image as image a; of a tie, the image with the smaller key."""
-    pair = item.pair
-    turn = is_turned(pair.label_a, pair.image_a.image_key, pair.image_b.image_key)
-    if not turn:
-        return item
-    return LoadedPair(
-        pair.swapped(), item.pixels_b, item.pixels_a, None if item.targets is None else item.targets.flip(0)
-    )
 
 
 def is_turned(label_a: float | None, key_a: str, key_b: str) -> bool:

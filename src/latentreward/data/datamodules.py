@@ -92,10 +92,6 @@ class PairLoaders(LightningDataModule):
             if name in self.emptied:
                 raise InputError(self.emptied[name])
 
-    def _overfits(self) -> bool:
-        """Tell whether the trainer's ``overfit_batches`` is set, so that ``train`` needs a fixed order."""
-        return bool(getattr(self.trainer, "overfit_batches", 0))
-
     def _dataset(self, name: str) -> Any:
         """Return the data set of a split; raise InputError if it is not set or has fewer pairs than ranks."""
         self.require_rows([name])
@@ -107,7 +103,6 @@ class PairLoaders(LightningDataModule):
         return dataset
 
     def _worker_settings(self) -> dict[str, Any]:
-        """Return the ``DataLoader`` arguments that training and evaluation share."""
         return {
             "num_workers": self.num_workers,
             "prefetch_factor": self.prefetch_factor if self.num_workers else None,
@@ -197,15 +192,9 @@ class PreferenceDataModule(PairLoaders):
         given = {name: reader for name, reader in readers.items() if reader is not None}
         rows, self.emptied = select_rows(given, shared_prompts, label_remedy(targets))
         given |= {} if predict is None else {"predict": predict}
+        values = {} if targets is None else {name: targets.values(name, reader) for name, reader in given.items()}
         self.datasets = {
-            name: PairDataset(
-                reader,
-                loader,
-                rows.get(name),
-                on_error,
-                name,
-                None if targets is None else targets.values(name, reader),
-            )
+            name: PairDataset(reader, loader, rows.get(name), on_error, name, values.get(name))
             for name, reader in given.items()
         }
 
@@ -228,7 +217,7 @@ class PreferenceDataModule(PairLoaders):
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Return batches of ``train``; every rank gets equally many pairs."""
-        if self._overfits():
+        if getattr(self.trainer, "overfit_batches", 0):  # needs a fixed order
             return self._evaluation_loader("train")
         dataset = self._dataset("train")
         sampler = PairBatchSampler(
@@ -241,10 +230,9 @@ class PreferenceDataModule(PairLoaders):
         for name, dataset in self.datasets.items():
             if skipped := dataset.skipped():
                 logger.warning("data.%s: images not read on this rank: %s", name, count_text(skipped))
-            clips, frames = dataset.unused_frames()
-            if clips:
+            if clips := int((dataset.unused > 0).sum()):
                 text = "data.%s: %d clips on this rank are longer than frames=%d; %d frames were not used"
-                logger.warning(text, name, clips, self._frames, frames)
+                logger.warning(text, name, clips, self._frames, int(dataset.unused.sum()))
 
     def _deal(self, dataset: PairDataset) -> dict[str, Any]:
         shares = shares_of(self.trainer)

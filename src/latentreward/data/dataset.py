@@ -13,17 +13,12 @@ from torch.utils.data import Dataset
 from latentreward.contracts import PreferencePair
 from latentreward.data.clips import ClipLoader
 from latentreward.data.image_sizes import OneSize
-from latentreward.data.images import IMAGE_PROBLEMS, ExifOrientation, ImageError, PixelLoader
+from latentreward.data.images import IMAGE_PROBLEMS, ImageError, PixelLoader
 from latentreward.data.readers import PairReader
 from latentreward.data.readers.base import DATA_ON_ERROR, OWN_ON_ERROR, OnError
 from latentreward.errors import InputError
 
 logger = logging.getLogger(__name__)
-
-REMEDY = {
-    "latents": "import them with `latentreward cache` and train on the cache",
-    "nothing": "give a copy of the data set that has images",
-}
 
 
 @dataclass(frozen=True)
@@ -55,6 +50,11 @@ class PairDataset(Dataset[LoadedPair | SkippedPair]):
         name: Name of the split in a data module, for messages; empty outside a data module.
         targets: ``(len(reader), 2, T, K)`` given values of the images of every row of the reader; None for none.
 
+    Attributes:
+        exif: Treatment of EXIF orientation, as the reader has it.
+        image_sizes: Rule by which images are resized.
+        unused: ``(rows, 2)`` number of frames of both clips that are read and not used; ``(0, 2)`` for images.
+
     Raises:
         InputError: If the reader's rows hold latents or nothing instead of images.
     """
@@ -69,30 +69,19 @@ class PairDataset(Dataset[LoadedPair | SkippedPair]):
         targets: Tensor | None = None,
     ) -> None:
         if reader.holds != "images":
-            raise InputError(
-                f"{type(reader).__name__}: its rows hold {reader.holds}, not images; {REMEDY[reader.holds]}"
-            )
+            remedy = "import them with `latentreward cache` and train on the cache"
+            remedy = remedy if reader.holds == "latents" else "give a copy of the data set that has images"
+            raise InputError(f"{type(reader).__name__}: its rows hold {reader.holds}, not images; {remedy}")
         self.reader, self.loader, self.name = reader, replace(loader, exif=reader.exif), name
+        clips = (loader.frames, loader.fps) if isinstance(loader, ClipLoader) else ()
+        self.exif, self.image_sizes = reader.exif, OneSize(loader.height, loader.width, loader.resize, *clips)
         self.on_error = reader.own_on_error or on_error
         self.rows = np.arange(len(reader)) if rows is None else np.asarray(rows)
         # Per row: 0, or 1 + index of the problem in IMAGE_PROBLEMS. Shared memory, because worker processes write it.
         self._problems = torch.zeros(len(self.rows), dtype=torch.uint8).share_memory_()
-        # Per row with clips: number of frames of each side that are not used.
-        clips = len(self.rows) if isinstance(loader, ClipLoader) else 0
-        self._unused = torch.zeros(clips, 2, dtype=torch.int32).share_memory_()
+        self.unused = torch.zeros(len(self.rows) if clips else 0, 2, dtype=torch.int32).share_memory_()
         self._warned = False
         self.targets = targets
-
-    @property
-    def exif(self) -> ExifOrientation:
-        """Return ``"apply"`` if images are turned upright by their EXIF orientation, else ``"ignore"``."""
-        return self.loader.exif
-
-    @property
-    def image_sizes(self) -> OneSize:
-        """Return the rule by which images are resized."""
-        clips = (self.loader.frames, self.loader.fps) if isinstance(self.loader, ClipLoader) else ()
-        return OneSize(self.loader.height, self.loader.width, self.loader.resize, *clips)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -112,32 +101,23 @@ class PairDataset(Dataset[LoadedPair | SkippedPair]):
         try:
             if isinstance(self.loader, ClipLoader):
                 clips = self.loader.load(pair.image_a), self.loader.load(pair.image_b)
-                self._unused[index] = torch.tensor([clip.unused for clip in clips])
+                self.unused[index] = torch.tensor([clip.unused for clip in clips])
                 return LoadedPair(pair, clips[0].pixels, clips[1].pixels, targets)
             return LoadedPair(pair, self.loader(pair.image_a), self.loader(pair.image_b), targets)
         except ImageError as error:
-            return self._replace(index, pair, targets, error)
+            split, setting = (f"data.{self.name}: ", DATA_ON_ERROR) if self.name else ("", OWN_ON_ERROR)
+            if self.on_error == "raise":
+                remedy = f"replace the file, or set {setting} to skip or placeholder"
+                raise ImageError(f"{split}{pair.pair_id}: {error}; {remedy}", error.problem) from error
+            self._problems[index] = 1 + IMAGE_PROBLEMS.index(error.problem)
+            if not self._warned:
+                self._warned = True
+                logger.warning("%s%s: %s; this process only counts further ones", split, pair.pair_id, error)
+            if self.on_error == "skip":
+                return SkippedPair(pair.pair_id, str(error))
+            return LoadedPair(replace(pair, label_a=None), self.loader.blank(), self.loader.blank(), targets)
 
     def skipped(self) -> Counter[str]:
         """Count, by reason, the pairs that this process and its workers skipped or replaced by a placeholder so far."""
         counts = torch.bincount(self._problems, minlength=len(IMAGE_PROBLEMS) + 1).tolist()[1:]
         return Counter({problem: count for problem, count in zip(IMAGE_PROBLEMS, counts, strict=True) if count})
-
-    def unused_frames(self) -> tuple[int, int]:
-        """Count the clips read so far that are longer than ``frames``, and the frames of them that are not used."""
-        return int((self._unused > 0).sum()), int(self._unused.sum())
-
-    def _replace(
-        self, index: int, pair: PreferencePair, targets: Tensor | None, error: ImageError
-    ) -> LoadedPair | SkippedPair:
-        split, setting = (f"data.{self.name}: ", DATA_ON_ERROR) if self.name else ("", OWN_ON_ERROR)
-        if self.on_error == "raise":
-            remedy = f"replace the file, or set {setting} to skip or placeholder"
-            raise ImageError(f"{split}{pair.pair_id}: {error}; {remedy}", error.problem) from error
-        self._problems[index] = 1 + IMAGE_PROBLEMS.index(error.problem)
-        if not self._warned:
-            self._warned = True
-            logger.warning("%s%s: %s; this process only counts further ones", split, pair.pair_id, error)
-        if self.on_error == "skip":
-            return SkippedPair(pair.pair_id, str(error))
-        return LoadedPair(replace(pair, label_a=None), self.loader.blank(), self.loader.blank(), targets)

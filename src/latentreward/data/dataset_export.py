@@ -9,7 +9,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from latentreward.contracts import ImageRef, PreferencePair
+from latentreward.contracts import PreferencePair
 from latentreward.data.images import ImageError, open_source, read_header
 from latentreward.data.readers import PairReader
 from latentreward.data.readers.base import OWN_ON_ERROR
@@ -76,7 +76,12 @@ def export_split(
 
 
 def _write_rows(reader: PairReader, rows: range, file: Path) -> None:
-    schema = _features().arrow_schema
+    from datasets import Features, Image, List, Value  # slow to import
+
+    texts = dict.fromkeys(("pair_id", "prompt", "model_a", "model_b", "group_id", "key_a", "key_b"), Value("string"))
+    numbers = dict.fromkeys(("label", "weight", "confidence"), Value("float64"))
+    images = {"votes": List(Value("int64")), "image_a": Image(), "image_b": Image()}
+    schema = Features(texts | numbers | images).arrow_schema
     with pq.ParquetWriter(file, schema, write_page_checksum=True) as writer:
         kept: list[dict[str, Any]] = []
         for row in rows:
@@ -94,7 +99,9 @@ def _values(reader: PairReader, pair: PreferencePair) -> dict[str, Any] | None:
     images, sound = list[dict[str, Any] | None](), True
     for image in (pair.image_a, pair.image_b):
         try:
-            images.append({"bytes": _read(image), "path": None})
+            read_header(image)
+            source = open_source(image)
+            images.append({"bytes": source.read_bytes() if isinstance(source, Path) else source.getvalue()})
         except ImageError as error:
             if reader.on_error == "raise":
                 remedy = f"replace the file, or set {OWN_ON_ERROR} to skip or placeholder"
@@ -107,26 +114,3 @@ def _values(reader: PairReader, pair: PreferencePair) -> dict[str, Any] | None:
     label = {} if sound else {"label_a": None}
     row = vars(pair) | label | {"image_a": images[0], "image_b": images[1]} | keys
     return row | {"label": row["label_a"]}
-
-
-def _read(image: ImageRef) -> bytes:
-    """Return the bytes of an image whose header can be read."""
-    read_header(image)
-    source = open_source(image)
-    return source.read_bytes() if isinstance(source, Path) else source.getvalue()
-
-
-def _features() -> Any:
-    from datasets import Features, Image, List, Value  # slow to import
-
-    texts = ("pair_id", "prompt", "model_a", "model_b", "group_id", "key_a", "key_b")
-    numbers = ("label", "weight", "confidence")
-    return Features(
-        {
-            **{name: Value("string") for name in texts},
-            **{name: Value("float64") for name in numbers},
-            "votes": List(Value("int64")),
-            "image_a": Image(),
-            "image_b": Image(),
-        }
-    )

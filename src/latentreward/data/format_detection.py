@@ -13,7 +13,7 @@ from typing import Any
 from latentreward.data import readers
 from latentreward.data.readers import PairReader
 from latentreward.data.readers.folders import CAPTIONS_FILE
-from latentreward.data.readers.img2dataset import is_img2dataset
+from latentreward.data.readers.img2dataset import STATS
 from latentreward.data.readers.jsonl import check_no_csv
 from latentreward.data.readers.parquet_store import ParquetPart, nested_pattern, open_part
 from latentreward.data.readers.tables import SAVED, SAVED_SPLITS, saved_splits
@@ -23,12 +23,8 @@ from latentreward.storage.ignored_files import find_files
 Splits = dict[str, Callable[..., PairReader]]
 """Split -> function that constructs the split's reader; takes further options of the reader."""
 
-CACHE_PLAN = "plan.json"
-"""File that `latentreward cache` writes; marks a cache of latents, which is not a data set of images."""
 PARQUET_FOLDERS = ("data", "image_generation", ".")
 PART = re.compile(r"(.+?)-\d{5}-of-\d{5}.*\.parquet")
-SAVED_FEATURES = "dataset_info.json"
-"""File in which ``save_to_disk`` describes the columns of a data set."""
 HEAD = 1 << 16
 NAMED_COLUMNS = 12
 EXPECTED = (
@@ -50,7 +46,7 @@ def recognise(data: str) -> Splits:
     for splits in _found(path):
         return splits
     check_no_csv("data", data)
-    if (path / CACHE_PLAN).is_file():
+    if (path / "plan.json").is_file():
         raise InputError(
             f"data: {data} is a cache of latents; verify it with `latentreward cache {data} --check`, and inspect the "
             "data set it was written from"
@@ -85,7 +81,6 @@ def other_formats(data: str) -> dict[str, str]:
 
 
 def _found(path: Path) -> Iterator[Splits]:
-    """Yield the splits of each format that fits ``path``, in the order train…, val…, test…, others."""
     for find in FORMATS:
         if splits := find(path):
             rank = [
@@ -132,25 +127,21 @@ def _tables(path: Path) -> Iterator[dict[str, set[str]]]:
 
 def _table(path: Path) -> Splits:
     for found in _tables(path):
-        by_split = {split: _table_reader(columns) for split, columns in found.items()}
-        splits: Splits = {name: partial(reader, str(path), name) for name, reader in by_split.items() if reader}
+        splits: Splits = {}
+        for split, names in found.items():
+            if {"caption", "label_0", "label_1"} <= names:
+                images: Any = "read" if {"jpg_0", "jpg_1"} <= names else "none"
+                splits[split] = partial(readers.PickAPicReader, str(path), split, images=images)
+            elif {"left_image", "right_image"} <= names:
+                splits[split] = partial(readers.GenAIBenchReader, str(path), split)
+            elif any(name == "HumanRatings" or name.endswith("_HumanRating") for name in names):
+                splits[split] = partial(readers.GenAIBenchCMUReader, str(path), split)
+            elif "prompt" in names and ({"chosen", "rejected"} <= names or {"image_a", "image_b"} <= names):
+                splits[split] = partial(readers.DatasetPairReader, str(path), split)
         if splits:
             return splits
     older = path / "GenAI-Bench.parquet"
     return {"train": partial(readers.GenAIBenchCMUReader, str(path))} if older.is_file() else {}
-
-
-def _table_reader(names: set[str]) -> Callable[..., PairReader] | None:
-    """Return the reader of a table with the given columns; None if no reader knows them."""
-    if {"caption", "label_0", "label_1"} <= names:
-        return partial(readers.PickAPicReader, images="read" if {"jpg_0", "jpg_1"} <= names else "none")
-    if {"left_image", "right_image"} <= names:
-        return readers.GenAIBenchReader
-    rated = any(name == "HumanRatings" or name.endswith("_HumanRating") for name in names)
-    if rated:
-        return readers.GenAIBenchCMUReader
-    own = "prompt" in names and ({"chosen", "rejected"} <= names or {"image_a", "image_b"} <= names)
-    return readers.DatasetPairReader if own else None
 
 
 def _imagereward_db(path: Path) -> Splits:
@@ -162,7 +153,8 @@ def _imagereward_db(path: Path) -> Splits:
 def _json(path: Path) -> Splits:
     files = [path] if path.is_file() and path.suffix == ".json" else find_files(path, "*.json")
     inner = path / "data" / "test.json"
-    if _is_imagereward(inner):
+    ranked = {"generations", "ranking"}
+    if ranked <= _keys(inner):
         return {"test": partial(readers.ImageRewardReader, str(path))}
     splits: Splits = {}
     for file in files:
@@ -171,16 +163,12 @@ def _json(path: Path) -> Splits:
             splits[file.stem] = partial(readers.HPDv3Reader, root, file.stem)
         elif {"file_path", "human_preference"} <= keys or {"image_path", "rank"} <= keys:
             splits[file.stem] = partial(readers.HPDv2Reader, root, file.stem)
-        elif file.name == "test.json" and _is_imagereward(file):
+        elif file.name == "test.json" and ranked <= keys:
             splits["test"] = partial(readers.ImageRewardReader, root)
     for file in find_files(path, "t[re]*/*.json"):  # HPDv3++: train/train_aes.json, test/test_aes.json
         if {"path1", "path2"} <= _keys(file) and file.parent.name in ("train", "test"):
             splits[file.stem] = partial(readers.HPDv3Reader, str(path), f"{file.parent.name}/{file.stem}")
     return splits
-
-
-def _is_imagereward(file: Path) -> bool:
-    return {"generations", "ranking"} <= _keys(file)
 
 
 def _keys(file: Path) -> set[str]:
@@ -193,7 +181,7 @@ def _keys(file: Path) -> set[str]:
 
 
 def _img2dataset(path: Path) -> Splits:
-    return {"train": partial(readers.Img2DatasetReader, str(path))} if is_img2dataset(path) else {}
+    return {"train": partial(readers.Img2DatasetReader, str(path))} if any(path.glob(STATS)) else {}
 
 
 def _tars(path: Path) -> Splits:
@@ -222,7 +210,7 @@ def _jsonl(path: Path) -> Splits:
 def _saved_columns(folder: Path) -> set[str]:
     """Return the columns of a folder that ``save_to_disk`` wrote; empty if its description cannot be read."""
     try:
-        return set(json.loads((folder / SAVED_FEATURES).read_bytes())["features"])
+        return set(json.loads((folder / "dataset_info.json").read_bytes())["features"])
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return set()
 

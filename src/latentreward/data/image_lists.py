@@ -22,13 +22,9 @@ LISTS = (".jsonl", ".csv", ".tsv", ".json")
 PICTURES = (*SUFFIXES, *UNREAD)
 """Suffixes of image files to look for in a folder; files that cannot be decoded are reported as such later."""
 FOLDER_TABLES = ("metadata.jsonl", "metadata.csv", "captions.jsonl")
-GENERATED = "generate.json"
-"""File that marks a folder written by ``latentreward generate``, with a table ``images.csv`` or ``images.jsonl``."""
 
 NO_PROMPT = "no prompt"
-BAD_ROW = "unreadable row"
 BAD_CAPTION = "unreadable caption"
-LONG_PROMPT = "prompt too long"
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +90,7 @@ def read_images(
     for row in found.rows:
         if (size := len(row.prompt)) > max_prompt_chars:
             detail = f"{size} characters, more than max_prompt_chars={max_prompt_chars}: {short(row.prompt)}"
-            row = replace(row, prompt="", problem=LONG_PROMPT, detail=detail)  # noqa: PLW2901
+            row = replace(row, prompt="", problem="prompt too long", detail=detail)  # noqa: PLW2901
         rows.append(row)
     return replace(found, rows=tuple(rows))
 
@@ -103,7 +99,7 @@ def _read(source: str, prompt: str | None, columns: tuple[str | None, str | None
     path = Path(source)
     if path.suffix.lower() in LISTS and not path.is_dir():
         return _read_list(source, path, prompt, columns, allow_outside)
-    if path.is_dir() and (path / GENERATED).is_file():
+    if path.is_dir() and (path / "generate.json").is_file():
         table = next((path / f"images{suffix}" for suffix in LISTS if (path / f"images{suffix}").is_file()), None)
         if table is not None:
             return _read_list(source, table, prompt, columns, allow_outside)
@@ -113,8 +109,18 @@ def _read(source: str, prompt: str | None, columns: tuple[str | None, str | None
         return ImageList(
             source, tuple(ListedImage(_name(file, root), text, str(file)) for file in files), tuple(remarks)
         )
-    captions = _Captions(root, columns)
-    rows = [_captioned(file, root, captions) for file in files]
+    captions, rows = _Captions(root, columns), list[ListedImage]()
+    for file in files:
+        name, problem, detail = _name(file, root), None, ""
+        stem = PurePosixPath(name).stem
+        try:
+            caption = read_caption(file.with_suffix(".txt"))
+        except UnreadableTextError as error:
+            rows.append(ListedImage(name, "", str(file), "", BAD_CAPTION, f"{stem}.txt beside it is {error.problem}"))
+            continue
+        if caption is None and (caption := captions.find(file)) is None:
+            problem, detail = NO_PROMPT, f"no {stem}.txt beside it, no line in {' or '.join(FOLDER_TABLES)}"
+        rows.append(ListedImage(name, caption or "", str(file), "", problem, detail))
     if all(row.problem for row in rows):
         odd = next((f" ({row.name}: {row.detail})" for row in rows if row.problem == BAD_CAPTION), "")
         raise InputError(
@@ -140,10 +146,9 @@ def _read_list(
 def _listed(
     file: Path, line: int, row: Mapping[str, Any] | str, image: str, text: str, prompt: str | None, root: str
 ) -> ListedImage:
-    """Return the image of one line of a list, with its ``problem`` if it cannot be used."""
     place = f"line {line}"
     if isinstance(row, str):
-        return ListedImage("", problem=BAD_ROW, detail=f"{place}: {row}")
+        return ListedImage("", problem="unreadable row", detail=f"{place}: {row}")
     path = row.get(image)
     if not isinstance(path, str) or not path or "\0" in path:
         return ListedImage("", problem=NO_IMAGE, detail=f"{place}: {image} is {short(path)}, not a path")
@@ -165,7 +170,11 @@ def _pictures(source: str) -> tuple[Path, list[Path], list[str]]:
     """
     place, remarks = Path(source), list[str]()
     if place.is_dir():
-        files = [file for file in _walk(place, remarks) if _is_picture(file)]
+        files: list[Path] = []
+        walk = os.walk(place, onerror=lambda error: remarks.append(f"{error.filename}: {error.strerror}"))
+        for folder, below, names in walk:  # links to folders are not followed
+            below[:] = (name for name in below if not is_ignored(name))
+            files += filter(_is_picture, (Path(folder, name) for name in names))
         if not any(file.suffix.lower() in SUFFIXES for file in files):
             problem = "; ".join([f"images: no picture in {source} ({', '.join(SUFFIXES)})", *tell_unread(files)])
             raise InputError(f"{problem}; give a folder that holds some")
@@ -181,17 +190,6 @@ def _pictures(source: str) -> tuple[Path, list[Path], list[str]]:
     return Path(*takewhile(lambda part: not glob.has_magic(part), place.parts[:-1])), files, []
 
 
-def _walk(root: Path, remarks: list[str]) -> Iterator[Path]:
-    """Yield every file in ``root`` and its subfolders; links to folders are not followed."""
-
-    def note(error: OSError) -> None:
-        remarks.append(f"{error.filename}: {error.strerror}")
-
-    for folder, below, names in os.walk(root, onerror=note):
-        below[:] = (name for name in below if not is_ignored(name))
-        yield from (Path(folder, name) for name in names)
-
-
 def _is_picture(file: Path) -> bool:
     return file.suffix.lower() in PICTURES and not is_ignored(file.name)
 
@@ -199,22 +197,6 @@ def _is_picture(file: Path) -> bool:
 def _name(file: Path, root: Path) -> str:
     """Return the path of ``file`` relative to ``root``, with characters replaced that UTF-8 cannot encode."""
     return file.relative_to(root).as_posix().encode("utf-8", "replace").decode()
-
-
-def _captioned(file: Path, root: Path, captions: "_Captions") -> ListedImage:
-    """Return a picture with the prompt of its text file or of the nearest table."""
-    name = _name(file, root)
-    try:
-        prompt = read_caption(file.with_suffix(".txt"))
-    except UnreadableTextError as error:
-        detail = f"{PurePosixPath(name).stem}.txt beside it is {error.problem}"
-        return ListedImage(name, "", str(file), problem=BAD_CAPTION, detail=detail)
-    if prompt is None:
-        prompt = captions.find(file)
-    if prompt is None:
-        detail = f"no {PurePosixPath(name).stem}.txt beside it, no line in {' or '.join(FOLDER_TABLES)}"
-        return ListedImage(name, "", str(file), problem=NO_PROMPT, detail=detail)
-    return ListedImage(name, prompt, str(file))
 
 
 class _Captions:

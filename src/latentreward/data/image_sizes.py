@@ -12,13 +12,9 @@ from latentreward.data.images import PixelLoader, ResizePolicy
 
 
 class ImageSizes(ABC):
-    """Base class of the rules by which images are resized.
+    """Base class of the rules by which images are resized."""
 
-    Attributes:
-        frames: Number of frames of clips; 1 for images.
-    """
-
-    frames: int = 1
+    frames: int = 1  # number of frames of clips; 1 for images
 
     @abstractmethod
     def loader(self, height: int, width: int) -> PixelLoader:
@@ -31,32 +27,19 @@ class ImageSizes(ABC):
 
 @dataclass(frozen=True)
 class OneSize(ImageSizes):
-    """Rule that resizes every image to one size.
+    """Rule that resizes every image to one size."""
 
-    Attributes:
-        height: Height in pixels.
-        width: Width in pixels.
-        resize: How images are resized, see :class:`~latentreward.data.images.PixelLoader`. LRM's released code
-            stretches them.
-        frames: Number of frames of clips; 1 for images.
-        fps: Frames per second of clips.
-    """
-
-    height: int
-    width: int
-    resize: ResizePolicy = "stretch"
-    frames: int = 1
-    fps: float = FPS
+    height: int  # pixels
+    width: int  # pixels
+    resize: ResizePolicy = "stretch"  # see :class:`~latentreward.data.images.PixelLoader`; LRM stretches
+    frames: int = 1  # number of frames of clips; 1 for images
+    fps: float = FPS  # frames per second of clips
 
     def __str__(self) -> str:
         """Return the size as ``HEIGHTxWIDTH``, ``center-cropped`` if images are not stretched, and that of clips."""
         resized = "" if self.resize == "stretch" else " center-cropped"
-        return f"{self.height}x{self.width}{resized}{self.clips}"
-
-    @property
-    def clips(self) -> str:
-        """Number of frames and frames per second in words; empty for images."""
-        return "" if self.frames == 1 else f", clips of {self.frames} frames at {self.fps:g} per second"
+        clips = "" if self.frames == 1 else f", clips of {self.frames} frames at {self.fps:g} per second"
+        return f"{self.height}x{self.width}{resized}{clips}"
 
     def loader(self, height: int, width: int) -> PixelLoader:
         """See :meth:`ImageSizes.loader`."""
@@ -71,14 +54,10 @@ class NearestBucket(ImageSizes):
     The bucket is the one that training uses, see :func:`~latentreward.data.buckets.assign_bucket`. Training leaves out
     an image whose aspect ratio is too far from all buckets; scoring takes the bucket with the nearest aspect ratio.
     Unlike training, scoring accepts images of any area.
-
-    Attributes:
-        buckets: (height, width) of each bucket, in pixels.
-        resize: How images are resized, see :class:`~latentreward.data.images.PixelLoader`.
     """
 
-    buckets: Sequence[tuple[int, int]] = tuple((*bucket,) for bucket in PUBLISHED_BUCKETS)
-    resize: ResizePolicy = "center_crop"
+    buckets: Sequence[tuple[int, int]] = tuple((*bucket,) for bucket in PUBLISHED_BUCKETS)  # (height, width) in pixels
+    resize: ResizePolicy = "center_crop"  # see :class:`~latentreward.data.images.PixelLoader`
 
     def __str__(self) -> str:
         """Return the buckets as ``HEIGHTxWIDTH``, followed by ``stretched`` if images are not cropped."""

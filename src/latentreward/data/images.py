@@ -1,4 +1,4 @@
-"""Decoding and resizing of images, with one kind of :class:`ImageError` for each problem that an image can have."""
+"""Decoding of images and of stored latents; each problem that an image can have has its kind of :class:`ImageError`."""
 
 import re
 import stat
@@ -45,8 +45,6 @@ BASE64 = re.compile(r"(data:image/[\w.+-]+;base64,|[\w+/-]{200})[\w+/=\s-]*")
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 EIGHT_BITS = tuple((level + 128) // 257 for level in range(65536))
 """Table of 8-bit levels, indexed by 16-bit level."""
-RGB_BYTES = 4
-"""Bytes per pixel of an RGB image in Pillow's memory."""
 EXTRA_BYTES = {"WEBP": 12, "1": 1, "L": 1, "P": 1, "I": 5, "I;16": 3}
 """Format or mode → measured bytes per pixel that decoding needs beside the decoded image; at most 8 for others."""
 BROKEN_FILE = (OSError, SyntaxError, ValueError, EOFError, IndexError, TypeError, struct.error, zlib.error)
@@ -57,6 +55,8 @@ STILL_BRANDS = (b"avif", b"avis", b"heic", b"heix", b"hevc", b"hevx", b"mif1", b
 """Brands of files that begin as mp4 files do, but hold images: AVIF and HEIC."""
 BOMB = (Image.DecompressionBombError, Image.DecompressionBombWarning)
 
+LATENT_DTYPES = ("float16", "float32")
+"""Dtypes in which published caches store latents."""
 NO_IMAGE = "no image"
 EMPTY = "empty image"
 MISSING = "missing file"
@@ -155,18 +155,16 @@ def check_scans(image: ImageRef, max_pixels: int = MAX_PIXELS) -> None:
         _check_scans(image, opened)
 
 
-def convert_image(
-    image: Image.Image, name: str, max_pixels: int = MAX_PIXELS, exif: ExifOrientation = "ignore"
-) -> Image.Image:
+def convert_image(image: Image.Image, name: str, exif: ExifOrientation = "ignore") -> Image.Image:
     """Convert an image that Pillow has opened to 8-bit RGB by the rules of :func:`decode_image`.
 
     Raises:
-        ImageError: If the image has no pixels or more than ``max_pixels``, or its file is damaged.
+        ImageError: If the image has no pixels or more than ``MAX_PIXELS``, or its file is damaged.
     """
     ref = ImageRef(name)
     if not image.width * image.height:
         raise image_error(ref, EMPTY, f"{image.width}×{image.height} pixels")
-    check_pixels(ref, image.size, max_pixels)
+    check_pixels(ref, image.size, MAX_PIXELS)
     try:
         return _to_rgb(image, exif)
     except BROKEN_FILE as error:
@@ -200,12 +198,6 @@ def read_header(image: ImageRef, max_pixels: int = MAX_PIXELS, exif: ExifOrienta
         return ImageHeader(height, width, orientation != UPRIGHT, tuple(name for name, is_so in odd.items() if is_so))
 
 
-def image_size(image: ImageRef, max_pixels: int = MAX_PIXELS, exif: ExifOrientation = "ignore") -> tuple[int, int]:
-    """Return (height, width) in pixels of the decoded image, read from its header by :func:`read_header`."""
-    header = read_header(image, max_pixels, exif)
-    return header.height, header.width
-
-
 def exif_orientation(image: Image.Image) -> int:
     """Return the EXIF orientation of an opened image, 1 to 8; 1 (upright) if it has none or none that can be read."""
     try:
@@ -225,7 +217,7 @@ def decoding_bytes(image: ImageRef, max_pixels: int = MAX_PIXELS) -> tuple[int, 
     with _opened(image, max_pixels) as opened:
         pixels = opened.width * opened.height
         extra = EXTRA_BYTES.get(opened.format or "") or EXTRA_BYTES.get(opened.mode, 8)
-        return RGB_BYTES * pixels, extra * pixels
+        return 4 * pixels, extra * pixels  # Pillow takes four bytes for a pixel of RGB
 
 
 @contextmanager
@@ -239,7 +231,9 @@ def _opened(image: ImageRef, max_pixels: int) -> Iterator[Image.Image]:
     except ImageError:
         raise
     except UnidentifiedImageError as error:
-        if _is_clip(source):
+        with BytesIO(source.getvalue()) if isinstance(source, BytesIO) else source.open("rb") as file:
+            start = file.read(12)
+        if start[4:8] in MP4_BOXES and start[8:] not in STILL_BRANDS:
             detail = "mp4 or mov; fit and cache read clips if frames is set, score if the model was trained on clips"
             raise image_error(image, CLIP, detail) from error
         raise image_error(image, UNKNOWN, f"not one of {', '.join(FORMATS)}; convert it to JPEG or PNG") from error
@@ -247,13 +241,6 @@ def _opened(image: ImageRef, max_pixels: int) -> Iterator[Image.Image]:
         raise image_error(image, TOO_LARGE, f"exceeds max_pixels={max_pixels}") from error
     except BROKEN_FILE as error:
         raise image_error(image, DAMAGED, str(error)) from error
-
-
-def _is_clip(source: BytesIO | Path) -> bool:
-    """Tell whether a file begins as mp4 and mov files do."""
-    with BytesIO(source.getvalue()) if isinstance(source, BytesIO) else source.open("rb") as file:
-        start = file.read(12)
-    return start[4:8] in MP4_BOXES and start[8:] not in STILL_BRANDS
 
 
 def check_pixels(image: ImageRef, size: tuple[int, int], max_pixels: int) -> None:
@@ -345,3 +332,29 @@ def image_error(image: ImageRef, problem: str, detail: str) -> ImageError:
     """Return an ImageError with a one-line message; ``problem`` is one of ``IMAGE_PROBLEMS``."""
     what = "latents" if image.holds == "latents" else "image"
     return ImageError(f"{what} {quoted(repr(image.image_key))}: {problem} ({' '.join(detail.split())})", problem)
+
+
+def decode_latents(image: ImageRef, clip: bool | None = False) -> np.ndarray:
+    """Decode the latents of one image, float16 or float32, with the scale and shift that the cache's writer applied.
+
+    They are ``(C, h, w)``, or ``(C, T, h, w)`` of a ``clip``; None takes both.
+
+    Raises:
+        ImageError: If the bytes are missing or not such an array, or if a value is not finite.
+    """
+    if image.data is None:
+        raise image_error(image, NO_IMAGE, "the row has none")
+    if not image.data:
+        raise image_error(image, EMPTY, "0 bytes")
+    try:
+        array = np.load(BytesIO(image.data), allow_pickle=False)
+    except (ValueError, OSError, EOFError, TypeError, SyntaxError) as error:  # what numpy raises on damaged bytes
+        raise image_error(image, DAMAGED, f"not a whole np.save array: {error}") from error
+    taken = (3, 4) if clip is None else (3 + clip,)
+    axes = " or ".join("(C, h, w)" if count == 3 else "(C, T, h, w)" for count in taken)
+    if not isinstance(array, np.ndarray) or array.ndim not in taken or str(array.dtype) not in LATENT_DTYPES:
+        found = f"{array.dtype} {array.shape}" if isinstance(array, np.ndarray) else type(array).__name__
+        raise image_error(image, DAMAGED, f"{found} is not a {axes} array of {' or '.join(LATENT_DTYPES)}")
+    if not np.isfinite(array).all():
+        raise image_error(image, DAMAGED, "values that are not finite")
+    return array

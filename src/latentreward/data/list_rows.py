@@ -68,10 +68,7 @@ def read_objects(file: Path) -> list[Line]:
 
 
 def find_columns(
-    file: Path,
-    lines: Iterable[Line],
-    asked: Sequence[str | None],
-    with_prompts: bool = True,
+    file: Path, lines: Iterable[Line], asked: Sequence[str | None], with_prompts: bool = True
 ) -> tuple[str, str]:
     """Choose the columns with paths and with prompts: those ``asked`` for, else the first of the usual names.
 

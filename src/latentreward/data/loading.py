@@ -35,12 +35,9 @@ class ResumableBatchSampler(Protocol):
     computes the used pairs again. It consists of plain numbers, strings, lists and dicts. The remaining pairs of the
     epoch are batched under the new settings; none is repeated or lost. A count means nothing in another order, so a
     state with one also holds what determines the order, see :func:`check_same_order`.
-
-    Attributes:
-        epoch: Number of the epoch of the next iteration.
     """
 
-    epoch: int
+    epoch: int  # number of the epoch of the next iteration
 
     def set_epoch(self, epoch: int) -> None:
         """Set the epoch. A new epoch starts at its first batch; setting the current epoch again changes nothing."""
@@ -145,17 +142,12 @@ class EpochOfBatches(DistributedSampler[int]):
 class WorkerLoader(DataLoader[Any]):
     """A ``DataLoader`` that raises a one-line error if a worker process is killed, or continues without workers.
 
-    Attributes:
-        goes_on: If true, this process itself loads the remaining batches after a worker was killed. Set for a run that
-            should still save and stop.
-        worker_died: Whether a worker was killed.
-
     Raises:
         ChildProcessError: While iterating, if a worker was killed and ``goes_on`` is false.
     """
 
-    goes_on: bool = False
-    worker_died: bool = False
+    goes_on: bool = False  # after a worker was killed, load on in this process, for a run that should save and stop
+    worker_died: bool = False  # whether a worker was killed
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         before, taken = signal.getsignal(signal.SIGCHLD), 0

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from latentreward.data.chosen import ChosenRows
+from latentreward.data.cut import ChosenRows
 from latentreward.data.readers import OnError, PairReader, count_text
 from latentreward.data.score_table import PairGaps, ScoreTable
 from latentreward.errors import InputError, did_you_mean

@@ -56,14 +56,7 @@ class PairBatchSampler:
     """
 
     def __init__(
-        self,
-        rows: int,
-        batch_size: int,
-        *,
-        num_replicas: int = 1,
-        rank: int = 0,
-        shuffle: bool = True,
-        seed: int = 0,
+        self, rows: int, batch_size: int, *, num_replicas: int = 1, rank: int = 0, shuffle: bool = True, seed: int = 0
     ) -> None:
         self.rows, self.batch_size, self.num_replicas, self.rank = rows, batch_size, num_replicas, rank
         self.shuffle, self.seed = shuffle, seed

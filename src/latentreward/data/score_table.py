@@ -20,10 +20,6 @@ GAP, SIDES, WINNER_FIRST = "_gap", ("_a", "_b"), ("_chosen", "_rejected")
 CHECKED_ROWS = 64
 """Number of rows whose images are compared with the reader's."""
 
-NOT_LISTED = "not in the score table"
-UNLABELLED = "unlabelled"
-CONTRADICTED = f"{FLAG} contradicts the label"
-
 
 @dataclass(frozen=True)
 class PairGaps:
@@ -34,7 +30,6 @@ class PairGaps:
     problems: Mapping[str, np.ndarray] = field(default_factory=dict)  # reason → ``(N,)`` bool: without usable gap
 
     def __len__(self) -> int:
-        """Return the number of pairs."""
         return len(self.decided)
 
 
@@ -77,10 +72,15 @@ class ScoreTable:
                 f"{', '.join(names)}"
             )
         if PAIR_ID in names:
-            self._refuse_repeated_pairs()
+            counts = pc.value_counts(self._table.column(PAIR_ID))
+            repeated = counts.filter(pc.greater(counts.field("counts"), 1))
+            if len(repeated):
+                raise InputError(
+                    f"{self.path}: {PAIR_ID} {repeated[0]['values'].as_py()!r} is in {repeated[0]['counts'].as_py()} "
+                    f"rows ({len(repeated)} such pairs); leave one row per pair"
+                )
 
     def __len__(self) -> int:
-        """Return the number of rows."""
         return self._table.num_rows
 
     def gaps(self, reader: PairReader) -> PairGaps:
@@ -96,10 +96,10 @@ class ScoreTable:
         rows, labels = self._rows_of(reader), reader.labels()
         found = rows >= 0
         decided, unlabelled = ~np.isnan(labels) & (labels != 0.5), np.isnan(labels)
-        problems = {NOT_LISTED: ~found, UNLABELLED: unlabelled}
+        problems = {"not in the score table": ~found, "unlabelled": unlabelled}
         if FLAG in self._table.column_names:
             flag = _take(numbers(self._table, FLAG, self.path), rows)
-            problems[CONTRADICTED] = found & ~unlabelled & (flag != decided)
+            problems[f"{FLAG} contradicts the label"] = found & ~unlabelled & (flag != decided)
         values = {}
         for name in self.scorers:
             if f"{name}{GAP}" in self._table.column_names:
@@ -121,12 +121,19 @@ class ScoreTable:
         """
         if reader is None:
             return self._scores(name, np.arange(len(self)))
-        rows = self._rows_of(reader)
-        self._check_images(reader, rows)
+        rows, images = self._rows_of(reader), ("image_a", "image_b")
+        listed = np.flatnonzero(rows >= 0)[:CHECKED_ROWS].tolist() if {*images} <= {*self._table.column_names} else []
+        for row in listed:
+            pair = reader[row]
+            first, second = (str(self._table.column(image)[int(rows[row])].as_py()) for image in images)
+            if (first, second) == (pair.image_b.image_key, pair.image_a.image_key) and first != second:
+                raise InputError(
+                    f"{self.path}: image_a of pair {pair.pair_id} is {first}, which is image b of the reader; make the "
+                    "table by score-pairs, or name its columns NAME_chosen and NAME_rejected"
+                )
         return self._scores(name, rows, reader.labels())
 
     def _columns(self, name: str) -> tuple[str, str]:
-        """Return the names of the two columns of a scorer."""
         by_winner = f"{name}_a" not in self._table.column_names and f"{name}_chosen" in self._table.column_names
         first, second = WINNER_FIRST if by_winner else SIDES
         return f"{name}{first}", f"{name}{second}"
@@ -144,19 +151,6 @@ class ScoreTable:
                 f"{name}_a and {name}_b for images a and b"
             )
         return np.where((labels > 0.5)[:, None], scores, scores[:, ::-1])
-
-    def _check_images(self, reader: PairReader, rows: np.ndarray) -> None:
-        """Raise InputError if the table has image_a and image_b, and these are the reader's b and a."""
-        if not {"image_a", "image_b"} <= set(self._table.column_names):
-            return
-        for row in np.flatnonzero(rows >= 0)[:CHECKED_ROWS].tolist():
-            pair = reader[row]
-            first, second = (str(self._table.column(name)[int(rows[row])].as_py()) for name in ("image_a", "image_b"))
-            if (first, second) == (pair.image_b.image_key, pair.image_a.image_key) and first != second:
-                raise InputError(
-                    f"{self.path}: image_a of pair {pair.pair_id} is {first}, which is image b of the reader; make the "
-                    "table by score-pairs, or name its columns NAME_chosen and NAME_rejected"
-                )
 
     def _rows_of(self, reader: PairReader) -> np.ndarray:
         """Return the table's row number of each of the reader's pairs, ``(len(reader),)``; -1 if not in the table."""
@@ -178,15 +172,6 @@ class ScoreTable:
                 f"the table's {known!r}); give the table that was made from this data set and split"
             )
         return rows
-
-    def _refuse_repeated_pairs(self) -> None:
-        counts = pc.value_counts(self._table.column(PAIR_ID))
-        repeated = counts.filter(pc.greater(counts.field("counts"), 1))
-        if len(repeated):
-            raise InputError(
-                f"{self.path}: {PAIR_ID} {repeated[0]['values'].as_py()!r} is in {repeated[0]['counts'].as_py()} "
-                f"rows ({len(repeated)} such pairs); leave one row per pair"
-            )
 
 
 def oriented_gap(first: np.ndarray, second: np.ndarray, labels: np.ndarray) -> np.ndarray:

@@ -58,31 +58,21 @@ def select_rows(
             )
         selected[name] = np.flatnonzero(labelled & ~shared)
         if not len(selected[name]):
-            causes = [
-                (int((~labelled).sum()), "are unlabelled" + _why_unlabelled(reader), remedy),
-                (int((labelled & shared).sum()), have, KEEP),
-            ]
-            emptied[name] = f"data.{name}: none of {len(reader)} rows left{_explain(causes)}"
+            remarks = (re.fullmatch(r"unlabelled \((.*)\)", remark) for remark in reader.remarks)
+            why = "; ".join(remark[1] for remark in remarks if remark)
+            unlabelled = "are unlabelled" + (f" ({why})" if why else "")
+            causes = [((~labelled).sum(), unlabelled, remedy), ((labelled & shared).sum(), have, KEEP)]
+            found = sorted((cause for cause in causes if cause[0]), key=lambda cause: -cause[0])  # most frequent first
+            told = ", ".join(f"{rows} {what}" for rows, what, _ in found)
+            remedies = ", ".join([*(cause[2] for cause in found), "or give other splits"])
+            emptied[name] = f"data.{name}: none of {len(reader)} rows left{': ' if told else ''}{told}; {remedies}"
         elif shared.any():
             much = (labelled & shared).sum() > MUCH * labelled.sum()
-            remedy = f", {len(selected[name])} labelled rows remain; to keep them, {KEEP}" if much else ""
-            logger.warning("data.%s: %d of %d rows %s; left out%s", name, shared.sum(), len(reader), have, remedy)
+            rest = f", {len(selected[name])} labelled rows remain; to keep them, {KEEP}" if much else ""
+            logger.warning("data.%s: %d of %d rows %s; left out%s", name, shared.sum(), len(reader), have, rest)
         taken.update(prompts)
         later.append(name)
     return selected, emptied
-
-
-def _why_unlabelled(reader: PairReader) -> str:
-    """Return the reader's remarks on unlabelled rows, in brackets; empty without such remarks."""
-    why = [match[1] for remark in reader.remarks if (match := re.fullmatch(r"unlabelled \((.*)\)", remark))]
-    return f" ({'; '.join(why)})" if why else ""
-
-
-def _explain(causes: list[tuple[int, str, str]]) -> str:
-    """Format the causes why no row is left, (number of rows, description, remedy) each, the most frequent first."""
-    found = sorted((cause for cause in causes if cause[0]), key=lambda cause: -cause[0])
-    told = ", ".join(f"{rows} {what}" for rows, what, _ in found)
-    return f"{': ' if told else ''}{told}; {', '.join([*(remedy for *_, remedy in found), 'or give other splits'])}"
 
 
 def tell_unopened(problem: object) -> None:

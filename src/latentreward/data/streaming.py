@@ -1,10 +1,10 @@
-"""Training on pairs that are streamed: read one after another from a hub data set or parquet files, without a copy."""
+"""Pairs streamed from a hub data set or parquet files without a copy, and the data module that trains on them."""
 
 import logging
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import count, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -14,10 +14,12 @@ import torch
 from torch.utils.data import Dataset
 
 from latentreward.contracts import ImageRef, PreferencePair
+from latentreward.data.collate import collate_pairs
+from latentreward.data.datamodules import PreferenceDataModule
 from latentreward.data.dataset import LoadedPair, SkippedPair
 from latentreward.data.image_sizes import OneSize
-from latentreward.data.images import ExifOrientation, ImageError, PixelLoader
-from latentreward.data.loading import CountedBatches, check_same_order
+from latentreward.data.images import ImageError, PixelLoader
+from latentreward.data.loading import CountedBatches, ResumableLoader, check_same_order, shares_of
 from latentreward.data.readers.base import DATA_ON_ERROR, OnError, count_text, normalise_prompt
 from latentreward.data.readers.dataset_pairs import KEYS, choose_columns
 from latentreward.data.readers.json_rows import edit_remark, find_edit_source, short
@@ -115,7 +117,15 @@ class PairStream(RowReader):
         schema = rows.features.arrow_schema if rows.features else pa.schema(dict.fromkeys(first, pa.string()))
         self._columns = choose_columns(schema, columns or {}, self._place)
         self._fields = WINNER_FIRST if WINNER_FIRST[0] in self._columns else BY_LABEL
-        self._check_first(first)
+        for column in (self._columns[field] for field in self._fields):
+            value = first[column]
+            held = value.get("bytes", value) if isinstance(value, dict) else value
+            elsewhere = isinstance(value, dict) and held is None and value.get("path") and not self._files
+            if not isinstance(held, bytes | None) or elsewhere:
+                raise InputError(
+                    f"{self._place}: column {column} holds {short(value)}, not an image's bytes; give the column "
+                    "the feature Image, or name another one in columns"
+                )
         self._rows = rows.select_columns(sorted({*self._columns.values()}))
         self._classes = class_names(schema, self._columns.get("label", ""))
         self._parser = PairRowParser(self)
@@ -166,18 +176,6 @@ class PairStream(RowReader):
         """Return the images of a row that was read."""
         return row["images"]
 
-    def _check_first(self, first: Mapping[str, Any]) -> None:
-        """Raise InputError if the first row holds no bytes in its columns of images."""
-        for column in (self._columns[field] for field in self._fields):
-            value = first[column]
-            held = value.get("bytes", value) if isinstance(value, dict) else value
-            elsewhere = isinstance(value, dict) and held is None and value.get("path") and not self._files
-            if not isinstance(held, bytes | None) or elsewhere:
-                raise InputError(
-                    f"{self._place}: column {column} holds {short(value)}, not an image's bytes; give the column "
-                    "the feature Image, or name another one in columns"
-                )
-
     def _read(self, content: Mapping[str, Any]) -> PreferencePair | None:
         """Check a row, applying ``on_error``, and return its pair; None leaves it out."""
         row = {field: content[column] for field, column in self._columns.items()}
@@ -205,7 +203,6 @@ class PairStream(RowReader):
             ) from error
 
     def _open(self, source: Source, split: str, revision: str | None, config: str | None) -> "IterableDataset":
-        """Open the stream; images are not decoded."""
         from datasets import IterableDataset, load_dataset  # slow to import
 
         if isinstance(source, IterableDataset):
@@ -230,14 +227,6 @@ class PairStream(RowReader):
         return rows.decode(False) if rows.features else rows
 
 
-@dataclass
-class _Lane:
-    """One sequence of pairs, which one process reads."""
-
-    pairs: Iterator[PreferencePair]  # remaining ones
-    at: int = 0  # number of pairs that were taken
-
-
 class StreamedPairs(Dataset[list[LoadedPair | SkippedPair]]):
     """Batches of a stream by their number, for one rank; consecutive numbers are read without going back.
 
@@ -256,9 +245,12 @@ class StreamedPairs(Dataset[list[LoadedPair | SkippedPair]]):
 
     Attributes:
         share: Rank and world size, as ``{"rank": 0, "num_replicas": 1}``.
+        exif: Treatment of EXIF orientation, as the stream has it.
+        image_sizes: Rule by which images are resized.
     """
 
     targets = None
+    unused = torch.zeros(0, 2)
 
     def __init__(
         self,
@@ -273,22 +265,13 @@ class StreamedPairs(Dataset[list[LoadedPair | SkippedPair]]):
         seed: int = 0,
     ) -> None:
         self.stream, self.loader = stream, replace(loader, exif=stream.exif)
+        self.exif, self.image_sizes = stream.exif, OneSize(loader.height, loader.width, loader.resize)
         self.lanes, self.batch_size, self.batches_per_epoch = lanes, batch_size, batches_per_epoch
         self.apart, self.on_error, self.seed = frozenset(apart), stream.own_on_error or on_error, seed
         self.share = {"rank": 0, "num_replicas": 1}
-        self._open: dict[int, _Lane] = {}
+        self._open: dict[int, tuple[Iterator[PreferencePair], int]] = {}  # a lane's remaining pairs, and those taken
         # Of each lane one row, because the processes that read lanes write it.
         self._counts = torch.zeros(lanes, len(COUNTED), dtype=torch.int64).share_memory_()
-
-    @property
-    def exif(self) -> ExifOrientation:
-        """Return ``"apply"`` if images are turned upright by their EXIF orientation, else ``"ignore"``."""
-        return self.loader.exif
-
-    @property
-    def image_sizes(self) -> OneSize:
-        """Return the rule by which images are resized."""
-        return OneSize(self.loader.height, self.loader.width, self.loader.resize)
 
     def __len__(self) -> int:
         return self.batch_size * self.batches_per_epoch
@@ -297,12 +280,22 @@ class StreamedPairs(Dataset[list[LoadedPair | SkippedPair]]):
         """Return the pairs of the batch with the given single number, with their images decoded."""
         (number,) = numbers
         lane, start = number % self.lanes, number // self.lanes * self.batch_size
-        if lane not in self._open or self._open[lane].at > start:
-            self._open[lane] = _Lane(self._endless(lane))
-        found = self._open[lane]
-        pairs = list(islice(found.pairs, start - found.at, start - found.at + self.batch_size))
-        found.at = start + self.batch_size
-        return [self._load(lane, pair) for pair in pairs]
+        if lane not in self._open or self._open[lane][1] > start:
+            self._open[lane] = self._endless(lane), 0
+        rest, taken = self._open[lane]
+        pairs = list(islice(rest, start - taken, start - taken + self.batch_size))
+        self._open[lane] = rest, start + self.batch_size
+        loaded: list[LoadedPair | SkippedPair] = []
+        for pair in pairs:
+            try:
+                loaded.append(LoadedPair(pair, self.loader(pair.image_a), self.loader(pair.image_b)))
+            except ImageError as error:
+                if self.on_error == "raise":
+                    remedy = f"replace the file, or set {DATA_ON_ERROR} to skip"
+                    raise ImageError(f"data.train: {pair.pair_id}: {error}; {remedy}", error.problem) from error
+                self._counts[lane, COUNTED.index("images not read")] += 1
+                loaded.append(SkippedPair(pair.pair_id, str(error)))
+        return loaded
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_open": {}}
@@ -312,12 +305,7 @@ class StreamedPairs(Dataset[list[LoadedPair | SkippedPair]]):
         totals = dict(zip(COUNTED, self._counts.sum(dim=0).tolist(), strict=True))
         return Counter({reason: rows for reason, rows in totals.items() if rows})
 
-    def unused_frames(self) -> tuple[int, int]:
-        """Return zeros: streams hold no clips."""
-        return 0, 0
-
     def _endless(self, lane: int) -> Iterator[PreferencePair]:
-        """Yield a lane's pairs, pass after pass."""
         part, parts = self.share["rank"] * self.lanes + lane, self.share["num_replicas"] * self.lanes
 
         def counted(reason: str) -> None:
@@ -336,16 +324,6 @@ class StreamedPairs(Dataset[list[LoadedPair | SkippedPair]]):
                     f"data.train: no row left in part {part + 1} of {parts} of the stream; use fewer num_workers or "
                     "devices, label rows, or set data.shared_prompts: keep"
                 )
-
-    def _load(self, lane: int, pair: PreferencePair) -> LoadedPair | SkippedPair:
-        try:
-            return LoadedPair(pair, self.loader(pair.image_a), self.loader(pair.image_b))
-        except ImageError as error:
-            if self.on_error == "raise":
-                remedy = f"replace the file, or set {DATA_ON_ERROR} to skip"
-                raise ImageError(f"data.train: {pair.pair_id}: {error}; {remedy}", error.problem) from error
-            self._counts[lane, COUNTED.index("images not read")] += 1
-            return SkippedPair(pair.pair_id, str(error))
 
 
 class StreamSampler(CountedBatches):
@@ -405,3 +383,72 @@ class StreamSampler(CountedBatches):
         check_same_order(state_dict, **self._order)
         super().load_state_dict(state_dict)
         self.used = state_dict["used"]
+
+
+class StreamedPreferenceDataModule(PreferenceDataModule):
+    """Pairs to train on from a stream, and readers for the other splits, as :class:`PreferenceDataModule`.
+
+    Nothing is copied to this machine. In return the order is random only within ``shuffle_buffer`` rows and the order
+    of the files; an epoch is a number of batches, and goes on where the last one ended; the stream is divided among
+    the ranks and their loader processes by files; all of them read the files left over, fewer than there are processes,
+    and each takes its share of their rows. Files of unlike lengths end a process's pass before others'. A run that goes
+    on reads the stream again from its start up to its place, without decoding images, and must have as many
+    ranks and ``num_workers`` and the same ``batch_size``, ``shuffle_buffer`` and seed; the same pairs then follow.
+
+    Rows whose prompt is in ``val`` or ``test`` are left out, unless ``shared_prompts`` is ``"keep"``.
+
+    Args:
+        size: Side in pixels, or (height, width), of the images that the network takes.
+        train: Stream of the pairs to train on.
+        batches_per_epoch: Batches per rank in an epoch; sets when validation and epoch checkpoints happen.
+        options: Other settings of :class:`PreferenceDataModule`, but for ``frames`` and ``targets``.
+
+    Raises:
+        InputError: If a setting is out of range or needs all rows of ``train``.
+    """
+
+    def __init__(
+        self,
+        size: int | tuple[int, int],
+        *,
+        train: PairStream | None = None,
+        batches_per_epoch: int = 1000,
+        **options: Any,
+    ) -> None:
+        super().__init__(size, **options)
+        check_at_least_one("data.", batches_per_epoch=batches_per_epoch)
+        for setting, plain in (("targets", None), ("frames", 1)):
+            if options.get(setting, plain) != plain:
+                raise InputError(
+                    f"data.{setting} needs rows with numbers, and a stream has none; use a reader in train"
+                )
+        shared_prompts = options.get("shared_prompts", "drop")
+        if shared_prompts == "raise":
+            raise InputError("data.shared_prompts: raise needs all prompts of train before training; set drop or keep")
+        if train is None:
+            return
+        others = [dataset.reader for name, dataset in self.datasets.items() if name in ("val", "test")]
+        prompts = (prompt for reader in others for prompt in reader.prompts())
+        self.datasets["train"] = StreamedPairs(
+            train,
+            self.loader,
+            lanes=max(1, self.num_workers),
+            batch_size=self.batch_size,
+            batches_per_epoch=batches_per_epoch,
+            apart=map(normalise_prompt, prompts) if shared_prompts == "drop" else (),
+            on_error=options.get("on_error", "raise"),
+            seed=self.seed,
+        )
+
+    def train_dataloader(self) -> ResumableLoader:
+        """Return batches of the stream; every rank gets ``batches_per_epoch`` of them.
+
+        Raises:
+            InputError: If ``train`` is not set, or the trainer's ``overfit_batches`` is.
+        """
+        if getattr(self.trainer, "overfit_batches", 0):
+            raise InputError("trainer.overfit_batches: a stream has no fixed batches; use a reader in data.train")
+        dataset, shares = self._dataset("train"), shares_of(self.trainer)
+        dataset.share = shares
+        sampler = StreamSampler(dataset, self.num_workers, **shares)
+        return ResumableLoader(dataset, sampler, collate_fn=collate_pairs, **self._worker_settings())

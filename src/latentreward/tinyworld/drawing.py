@@ -11,14 +11,11 @@ from latentreward.tinyworld.captions import BACKGROUNDS, COLORS, POSITIONS, RELA
 from latentreward.tinyworld.rendering import IMAGE_SIZE, shape_distance
 from latentreward.tinyworld.scenes import Blob, Item, Nuisances, Scene
 
-MUTATION_SHARES = (0.45, 0.35, 0.2)
-"""Probability of 0, 1 and 2 mutations of a picture."""
-
 
 def draw_scene(
     caption: Caption,
     rng: np.random.Generator,
-    mutation_shares: Sequence[float] = MUTATION_SHARES,
+    mutation_shares: Sequence[float] = (0.45, 0.35, 0.2),
     clean_share: float = 0.45,
 ) -> Scene:
     """Draw a random scene for a caption, with random mutations and nuisances.

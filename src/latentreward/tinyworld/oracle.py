@@ -22,6 +22,7 @@ from latentreward.tinyworld.rendering import (
     IMAGE_SIZE,
     MAX_FADE,
     MAX_GRADIENT,
+    MIDDLES,
     shape_coverage,
 )
 from latentreward.tinyworld.scenes import Blob, Item, Nuisances, Scene, alignment_checks, picture_utility
@@ -84,8 +85,12 @@ def detect_scene(picture: np.ndarray | Image.Image) -> Scene:
     pixels = pixels / 255.0
     plane, level, slope = _fit_background(pixels)
     difference = pixels - plane[..., None]
+    # A foreground pixel is far from the background, and at least 45 % as far as each neighbour, so that blurred edges
+    # do not join two shapes.
+    distance = np.sqrt((difference**2).sum(axis=-1))
+    foreground = (distance > FOREGROUND_DISTANCE) & (distance > 0.45 * _largest_around(distance))
     items, blobs, contrasts = [], [], []
-    for mask in _components(_foreground(difference)):
+    for mask in _components(foreground):
         area = mask.sum()
         if area >= MIN_SHAPE_AREA:
             item, contrast = _read_item(mask, difference, plane)
@@ -100,9 +105,8 @@ def detect_scene(picture: np.ndarray | Image.Image) -> Scene:
         gradient=_denoise(slope * IMAGE_SIZE / MAX_GRADIENT),
         blobs=tuple(blobs),
     )
-    tilt = {"black": 0.5, "gray": 0.0, "white": -0.5}  # a gradient changes the gray level in the middle of the picture
     levels = {
-        name: BACKGROUND_LEVELS[name] + MAX_GRADIENT * nuisances.gradient * middle for name, middle in tilt.items()
+        name: BACKGROUND_LEVELS[name] + MAX_GRADIENT * nuisances.gradient * middle for name, middle in MIDDLES.items()
     }
     return Scene(min(BACKGROUND_LEVELS, key=lambda name: abs(levels[name] - level)), tuple(items), nuisances)
 
@@ -133,16 +137,10 @@ def _fit_background(pixels: np.ndarray) -> tuple[np.ndarray, float, float]:
     return plane, float(weights[0]), float(np.hypot(weights[1], weights[2]))
 
 
-def _foreground(difference: np.ndarray) -> np.ndarray:
-    """Return the mask ``(32, 32)`` of foreground pixels.
-
-    A foreground pixel is far from the background, and at least 45 % as far as each neighbour, so that blurred edges do
-    not join two shapes.
-    """
-    distance = np.sqrt((difference**2).sum(axis=-1))
-    padded = np.pad(distance, 1)
-    around = np.max([padded[y : y + IMAGE_SIZE, x : x + IMAGE_SIZE] for y in range(3) for x in range(3)], axis=0)
-    return (distance > FOREGROUND_DISTANCE) & (distance > 0.45 * around)
+def _largest_around(values: np.ndarray) -> np.ndarray:
+    """Return the largest of each value ``(32, 32)`` and its eight neighbours."""
+    padded = np.pad(values, 1)
+    return np.max([padded[y : y + IMAGE_SIZE, x : x + IMAGE_SIZE] for y in range(3) for x in range(3)], axis=0)
 
 
 def _components(mask: np.ndarray) -> list[np.ndarray]:
@@ -175,20 +173,9 @@ def _read_item(mask: np.ndarray, difference: np.ndarray, plane: np.ndarray) -> t
         kept = float(offset @ direction / (direction @ direction))
         fits[name] = (float(np.linalg.norm(offset - kept * direction)) if kept > 0 else np.inf, kept)
     color = min(fits, key=lambda name: fits[name][0])
-    near = np.max([padded[y : y + IMAGE_SIZE, x : x + IMAGE_SIZE] for y in range(3) for x in range(3)], axis=0)
+    near = _largest_around(mask)
     coverage = np.where(near, np.clip(difference @ offset / (offset @ offset), 0.0, 1.0), 0.0)
-    shape, x, y, radius = _fit_shape(coverage)
-    return Item(color, shape, x, y, radius), (1.0 - fits[color][1]) / MAX_FADE
-
-
-def _fit_shape(coverage: np.ndarray) -> tuple[str, float, float, float]:
-    """Find the shape that fits a coverage ``(32, 32)`` in [0, 1] best.
-
-    The coverage is compared with a template of each shape that has its area and centroid.
-
-    Returns:
-        Name of the shape, its centre x and y, and its radius, in pixels.
-    """
+    # The coverage is compared with a template of each shape that has its area and centroid.
     grid_y, grid_x = np.mgrid[:IMAGE_SIZE, :IMAGE_SIZE] + 0.5
     area = coverage.sum()
     x, y = float((coverage * grid_x).sum() / area), float((coverage * grid_y).sum() / area)
@@ -196,4 +183,4 @@ def _fit_shape(coverage: np.ndarray) -> tuple[str, float, float, float]:
     templates = {shape: shape_coverage(shape, x, y, radii[shape]) for shape in SHAPES}
     overlaps = {s: np.minimum(coverage, t).sum() / np.maximum(coverage, t).sum() for s, t in templates.items()}
     shape = max(SHAPES, key=lambda name: overlaps[name])
-    return shape, x, y, radii[shape]
+    return Item(color, shape, x, y, radii[shape]), (1.0 - fits[color][1]) / MAX_FADE

@@ -93,7 +93,7 @@ def draw_pairs(
         if unique and caption.text in seen:
             continue
         if mixed is None:
-            first, second = _draw_picture(caption, rng), _draw_picture(caption, rng)
+            first, second = (_picture(caption, draw_scene(caption, rng), rng) for _ in range(2))
             label = draw_label(first.utility, second.utility, rng)
         else:
             first, second, label = _draw_mixed(caption, mixed, rng)
@@ -101,10 +101,6 @@ def draw_pairs(
             pairs.append(Pair(caption.text, first, second, label))
             seen.add(caption.text)
     return pairs
-
-
-def _draw_picture(caption: Caption, rng: np.random.Generator) -> Picture:
-    return _picture(caption, draw_scene(caption, rng), rng)
 
 
 def _picture(caption: Caption, scene: Scene, rng: np.random.Generator) -> Picture:

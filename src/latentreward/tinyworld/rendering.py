@@ -21,6 +21,8 @@ COLOR_VALUES: dict[str, tuple[float, float, float]] = {
 """RGB values in [0, 1] of each colour."""
 BACKGROUND_LEVELS: dict[str, float] = {"black": 0.06, "gray": 0.5, "white": 0.94}
 """Gray level in [0, 1] of each background."""
+MIDDLES = {"black": 0.5, "gray": 0.0, "white": -0.5}
+"""Background → share of a gradient in the picture's middle: a gradient lightens black and darkens white."""
 MAX_FADE = 0.65
 """Share of a shape's contrast that a contrast nuisance of strength 1 removes."""
 MAX_GRADIENT = 0.35
@@ -60,8 +62,7 @@ def render(scene: Scene) -> np.ndarray:
     nuisances = scene.nuisances
     grid_y, grid_x = (np.mgrid[:IMAGE_SIZE, :IMAGE_SIZE] + 0.5) / IMAGE_SIZE - 0.5
     ramp = np.cos(nuisances.angle) * grid_x + np.sin(nuisances.angle) * grid_y
-    middle = {"black": 0.5, "gray": 0.0, "white": -0.5}[scene.background]  # a gradient lightens black, darkens white
-    level = BACKGROUND_LEVELS[scene.background] + MAX_GRADIENT * nuisances.gradient * (ramp + middle)
+    level = BACKGROUND_LEVELS[scene.background] + MAX_GRADIENT * nuisances.gradient * (ramp + MIDDLES[scene.background])
     canvas = np.clip(level, 0.0, 1.0)[..., None].repeat(3, axis=-1)
     strength = 1.0 - MAX_FADE * nuisances.contrast
     for item in scene.items:

@@ -22,8 +22,19 @@ def build_tokenizer() -> CLIPTokenizer:
     from transformers import CLIPTokenizer
 
     words = sorted({word for text in all_captions() for word in text.split()})
-    merges = _merges(words)
-    vocab = [*_byte_symbols(), *(f"{symbol}</w>" for symbol in _byte_symbols()), *(a + b for a, b in merges)]
+    merges: list[tuple[str, str]] = []  # byte-pair merges, in rank order, that make each word one token
+    for word in words:
+        pieces = [*word[:-1], f"{word[-1]}</w>"]
+        for merge in merges:
+            pieces = _apply(merge, pieces)
+        while len(pieces) > 1:
+            merges.append((pieces[0], pieces[1]))
+            pieces = _apply(merges[-1], pieces)
+    # Byte-level BPE uses 256 characters for bytes; unprintable bytes get characters from 256 on.
+    printable = {*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    hidden = [byte for byte in range(256) if byte not in printable]
+    symbols = [chr(byte) if byte in printable else chr(256 + hidden.index(byte)) for byte in range(256)]
+    vocab = [*symbols, *(f"{symbol}</w>" for symbol in symbols), *(a + b for a, b in merges)]
     vocab += ["<|startoftext|>", "<|endoftext|>"]
     numbers = {token: number for number, token in enumerate(vocab)}
     return CLIPTokenizer(vocab=numbers, merges=merges, model_max_length=MAX_TOKENS)
@@ -34,19 +45,6 @@ def tokenize(captions: Sequence[str]) -> Tensor:
     return build_tokenizer()(list(captions), padding="max_length", return_tensors="pt").input_ids
 
 
-def _merges(words: Sequence[str]) -> list[tuple[str, str]]:
-    """Return the byte-pair merges, in rank order, that make each word one token."""
-    merges: list[tuple[str, str]] = []
-    for word in words:
-        pieces = [*word[:-1], f"{word[-1]}</w>"]
-        for merge in merges:
-            pieces = _apply(merge, pieces)
-        while len(pieces) > 1:
-            merges.append((pieces[0], pieces[1]))
-            pieces = _apply(merges[-1], pieces)
-    return merges
-
-
 def _apply(merge: tuple[str, str], pieces: list[str]) -> list[str]:
     joined: list[str] = []
     for piece in pieces:
@@ -55,10 +53,3 @@ def _apply(merge: tuple[str, str], pieces: list[str]) -> list[str]:
         else:
             joined.append(piece)
     return joined
-
-
-def _byte_symbols() -> list[str]:
-    """Return the 256 characters that byte-level BPE uses for bytes; unprintable bytes get characters from 256 on."""
-    printable = {*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    hidden = [byte for byte in range(256) if byte not in printable]
-    return [chr(byte) if byte in printable else chr(256 + hidden.index(byte)) for byte in range(256)]

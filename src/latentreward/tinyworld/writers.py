@@ -175,7 +175,19 @@ def _make_folder(root: Path | str, spec: dict[str, Any], fill: Callable[[Path], 
 def _write_pickapic_split(folder: Path, split: str, pairs: Sequence[Pair], rng: np.random.Generator) -> OracleRows:
     (folder / "data").mkdir(exist_ok=True)
     examples = Counter(pair.caption for pair in pairs)
-    rows = [_pickapic_row(number, pair, examples[pair.caption], rng) for number, pair in enumerate(pairs)]
+    rows = []
+    for number, pair in enumerate(pairs):
+        best = {1.0: pair.first.uid, 0.0: pair.second.uid}.get(pair.label, "tie")
+        row: dict[str, Any] = {"are_different": True, "best_image_uid": best, "has_label": True}
+        row["created_at"] = np.datetime64(FIRST_SECOND + 60 * number, "s").astype("datetime64[ns]")
+        for side, picture, label in ((0, pair.first, pair.label), (1, pair.second, 1.0 - pair.label)):
+            row[f"image_{side}_uid"] = picture.uid
+            row[f"image_{side}_url"] = f"https://tinyworld.invalid/{picture.uid}.jpg"
+            row[f"jpg_{side}"] = picture.jpeg
+            row[f"label_{side}"] = label
+            row[f"model_{side}"] = picture.model
+        row |= {"caption": pair.caption, "num_example_per_prompt": examples[pair.caption]}
+        rows.append(row | {"ranking_id": number, "user_id": int(rng.integers(1, 500)), "__index_level_0__": number})
     starts = range(0, len(rows), ROWS_PER_FILE)
     oracle: OracleRows = []
     for file_number, start in enumerate(starts):
@@ -195,25 +207,8 @@ def _worth(first: Picture, second: Picture) -> list[float]:
     return [getattr(picture, part) for part in PARTS for picture in (first, second)]
 
 
-def _pickapic_row(number: int, pair: Pair, examples: int, rng: np.random.Generator) -> dict[str, Any]:
-    best = {1.0: pair.first.uid, 0.0: pair.second.uid}.get(pair.label, "tie")
-    row: dict[str, Any] = {"are_different": True, "best_image_uid": best, "caption": pair.caption, "has_label": True}
-    row["created_at"] = np.datetime64(FIRST_SECOND + 60 * number, "s").astype("datetime64[ns]")
-    for side, picture, label in ((0, pair.first, pair.label), (1, pair.second, 1.0 - pair.label)):
-        row[f"image_{side}_uid"] = picture.uid
-        row[f"image_{side}_url"] = f"https://tinyworld.invalid/{picture.uid}.jpg"
-        row[f"jpg_{side}"] = picture.jpeg
-        row[f"label_{side}"] = label
-        row[f"model_{side}"] = picture.model
-    row |= {"ranking_id": number, "user_id": int(rng.integers(1, 500)), "num_example_per_prompt": examples}
-    return row | {"__index_level_0__": number}
-
-
 def _draw_votes(gap: float, rng: np.random.Generator) -> dict[str, Any]:
-    """Draw votes and confidence of a pair whose preferred picture has ``gap`` more utility than the other.
-
-    The preferred picture always gets the majority; with a negative gap, the votes are close.
-    """
+    """Draw votes and confidence of a pair by its gap in utility; the preferred picture always gets the majority."""
     if rng.random() < 0.1:
         return {"choice_dist": None, "confidence": None}
     judges = int(rng.integers(9, 20))

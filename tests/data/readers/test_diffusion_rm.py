@@ -13,7 +13,7 @@ import pytest
 
 from latentreward.contracts import ImageRef
 from latentreward.data import DiffusionRMReader, ImageError, PairDataset, PixelLoader
-from latentreward.data.latents import decode_latents
+from latentreward.data.images import decode_latents
 from latentreward.errors import InputError
 
 COLUMNS = ("global_id", "parquet_path", "row_group", "row_index", "width", "height", "bucket_id")

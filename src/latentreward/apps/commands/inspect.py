@@ -10,9 +10,8 @@ from pathlib import Path
 from latentreward.contracts import PathText
 from latentreward.data.buckets import MIN_PIXELS, PUBLISHED_BUCKETS, sort_buckets
 from latentreward.data.format_detection import choose_splits, other_formats, recognise
-from latentreward.data.inspection.counts import ImageCensus, SplitContents, find_leakage, inspect_reader
+from latentreward.data.inspection.counts import ImageCensus, SplitContents, find_leakage, inspect_reader, inspect_scores
 from latentreward.data.inspection.report import Report
-from latentreward.data.inspection.score_tables import inspect_scores
 from latentreward.data.readers import PairReader
 from latentreward.data.score_table import ScoreTable
 from latentreward.errors import InputError, printable

@@ -14,14 +14,7 @@ import torch
 from torch import Tensor, distributed
 from torch.utils.data import Dataset
 
-from latentreward.contracts import (
-    PromptBatch,
-    RolloutStatistics,
-    SampledStates,
-    TensorRecord,
-    join_rows,
-    take_rows,
-)
+from latentreward.contracts import PromptBatch, RolloutStatistics, SampledStates, TensorRecord, join_rows, take_rows
 from latentreward.data.loading import CountedBatches
 from latentreward.errors import InputError
 from latentreward.promises import shown
@@ -64,16 +57,11 @@ class Prompts(Protocol):
 
 
 class ExperienceRows(Dataset[Any]):
-    """Data set of the rows in store from rollouts, equal on all ranks and on the CPU.
+    """Data set of the rows in store from rollouts, equal on all ranks and on the CPU."""
 
-    Attributes:
-        record: The rows; None before the first rollout that kept some.
-    """
-
-    record: Any = None
+    record: Any = None  # the rows; None before the first rollout that kept some
 
     def __len__(self) -> int:
-        """Return the number of rows."""
         return 0 if self.record is None else len(self.record)
 
     def __getitems__(self, index: Sequence[int]) -> Any:
@@ -128,7 +116,12 @@ class ExperienceSampler(CountedBatches):
         for number in range(self.remaining()):
             place, step = self.batches + number, self.accumulated()
             if number == 0 or place % step == 0:
-                self._provide(min(step - place % step, len(self) - place) * self.global_batch)
+                rows = min(step - place % step, len(self) - place) * self.global_batch
+                while len(self.rows) - self.cursor < rows:
+                    self._roll_out()
+                if not self._prepared:
+                    self.learner.prepare_prompts(list(dict.fromkeys(self.rows.record.prompts[self.cursor :])))
+                    self._prepared = True
             start, self.cursor, self.taken = self.cursor, self.cursor + self.global_batch, number + 1
             ends = (place + 1) % step == 0 or place + 1 == len(self)
             spent = self.max_prompts is not None and self.prompts_used >= self.max_prompts
@@ -136,20 +129,17 @@ class ExperienceSampler(CountedBatches):
                 self.finish()
             yield list(range(start + self.rank, self.cursor, self.num_replicas))
 
-    def _provide(self, rows: int) -> None:
-        """Run rollouts until ``rows`` unused rows are in store; let the learner encode new rows' prompts."""
-        while len(self.rows) - self.cursor < rows:
-            self._roll_out()
-        if not self._prepared:
-            self.learner.prepare_prompts(list(dict.fromkeys(self.rows.record.prompts[self.cursor :])))
-            self._prepared = True
-
     def _roll_out(self) -> None:
         places = range(self.prompts_used + self.rank, self.prompts_used + self.rollout, self.num_replicas)
         found = self.learner.roll_out(self.prompts.__getitems__(places))
         gathered = of_all_ranks((found, self.learner.rollout_statistics))
         kept = [found for found, _ in gathered if found is not None and len(found)]
-        self.learner.rollout_statistics = join_statistics([statistics for _, statistics in gathered if statistics])
+        ranks, self.learner.rollout_statistics = [statistics for _, statistics in gathered if statistics], None
+        if ranks:  # all scored the same timesteps
+            joined = {
+                name: torch.cat([getattr(one, name) for one in ranks], dim=-1) for name in ("scores", "gap", "kept")
+            }
+            self.learner.rollout_statistics = RolloutStatistics(ranks[0].timesteps, **joined)
         if kept:
             generator = pair_generator(self.seed, "experience", self.rollouts, "")
             new = shuffled(join_rows(kept), generator)
@@ -195,10 +185,8 @@ class ExperienceSampler(CountedBatches):
         self.rows.record, self.cursor = from_plain(state_dict["rows"], self.learner.experience), 0
         if self.rows.record is not None:
             self.learner.check_experience(self.rows.record)
-            now = self.learner.rollout_settings()
-            before = state_dict["settings"]
-            changed = [name for name in now if before.get(name) != now[name]]
-            if changed:
+            now, before = self.learner.rollout_settings(), state_dict["settings"]
+            if changed := [name for name in now if before.get(name) != now[name]]:
                 raise InputError(
                     f"the checkpoint has rows left of rollouts with other settings, to which the present ones do not "
                     f"apply: {', '.join(f'{name}={now[name]} (was {before.get(name)})' for name in changed)}; "
@@ -229,15 +217,6 @@ def shuffled(record: Any, generator: torch.Generator) -> Any:
     """Shuffle rows into an order that depends only on their keys and the generator, not on their present order."""
     by_key = sorted(range(len(record)), key=lambda row: record.keys[row])
     return take_rows(record, [by_key[place] for place in torch.randperm(len(by_key), generator=generator).tolist()])
-
-
-def join_statistics(ranks: Sequence[RolloutStatistics]) -> RolloutStatistics | None:
-    """Join the rollout statistics of several ranks, which scored the same timesteps; None if ``ranks`` is empty."""
-    if not ranks:
-        return None
-    names = ("scores", "gap", "kept")
-    joined = {name: torch.cat([getattr(statistics, name) for statistics in ranks], dim=-1) for name in names}
-    return RolloutStatistics(ranks[0].timesteps, **joined)
 
 
 def as_plain(record: TensorRecord | None) -> dict[str, Any] | None:

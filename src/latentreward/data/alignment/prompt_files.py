@@ -21,7 +21,6 @@ COLUMNS = ("prompt", "caption", "Prompt")
 """Names of the prompt column in order of preference: this project's, that of Pick-a-Pic and LPO, PartiPrompts'."""
 GROUPS = ("tag", "Category")
 """Names of the column with the group of a prompt: GenEval's and PartiPrompts'."""
-LINE_END = re.compile(r"\r\n?|\n")
 FORMATS = (".txt", ".json", ".jsonl", ".csv", ".tsv", ".parquet")
 
 Row = Mapping[str, Any]
@@ -108,12 +107,17 @@ def read_prompt_set(path: str, max_prompt_chars: int = MAX_PROMPT_CHARS) -> list
 
 
 def _read(file: Path) -> Iterator[Any]:
-    """Yield the values of a file's rows that are not blank."""
     suffix = file.suffix.lower()
     if suffix == ".parquet":
-        yield from _parquet(file)
+        names = pq.read_schema(file).names  # other columns, such as Pick-a-Pic's images, are not read
+        kept = [name for name in (*COLUMNS, *GROUPS) if name in names]
+        edited = {name: True for name in names if EDIT_SOURCE.fullmatch(name)}
+        if not any(name in COLUMNS for name in kept):
+            yield dict.fromkeys(names) | edited  # the caller tells that no column has a prompt, and which there are
+        rows = pq.read_table(file, columns=kept, page_checksum_verification=True).to_pylist()
+        yield from ({**row, **edited} for row in rows)
     elif suffix == ".txt":
-        yield from (line.strip() for line in LINE_END.split(read_text(file)))
+        yield from (line.strip() for line in re.split(r"\r\n?|\n", read_text(file)))
     else:
         for number, value, problem in read_rows(file, "give a list of prompts, or one as 'prompts'", _as_list):
             if problem:
@@ -129,16 +133,6 @@ def _as_list(content: Any) -> Any:
         if content and all(isinstance(row, dict) and not row.keys().isdisjoint(COLUMNS) for row in content.values()):
             return [*content.values()]
     return content
-
-
-def _parquet(file: Path) -> Iterator[Row]:
-    names = pq.read_schema(file).names  # other columns, such as Pick-a-Pic's images, are not read
-    kept = [name for name in (*COLUMNS, *GROUPS) if name in names]
-    edited = {name: True for name in names if EDIT_SOURCE.fullmatch(name)}
-    if not any(name in COLUMNS for name in kept):
-        yield dict.fromkeys(names) | edited  # the caller tells that no column has a prompt, and which there are
-    rows = pq.read_table(file, columns=kept, page_checksum_verification=True).to_pylist()
-    yield from ({**row, **edited} for row in rows)
 
 
 def _parse(number: int, row: Any, path: str) -> PromptRow:

@@ -1,10 +1,11 @@
-"""Lightning data modules that give batches of prompts, or batches of rows from rollouts of prompts."""
+"""Lightning data modules that give batches of prompts, of rows from rollouts of prompts, or of prompts and pairs."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningDataModule
+from lightning.pytorch.utilities import CombinedLoader
 from torch.utils.data import Dataset
 
 from latentreward.contracts import PathText, PromptBatch
@@ -30,18 +31,16 @@ class PromptOrder(Dataset[PromptBatch]):
 
     def __getitems__(self, places: Sequence[int]) -> PromptBatch:
         """Return the prompts at the given indices of the sequence, with keys ``PASS/ROW``."""
-        rows = [(place // len(self.prompts), self._row(place)) for place in places]
+        rows = []
+        for number, place in (divmod(place, len(self.prompts)) for place in places):
+            if number not in self._orders:
+                order = torch.randperm(len(self.prompts), generator=pair_generator(self.seed, "prompts", number, ""))
+                last = {key: value for key, value in self._orders.items() if key == number - 1}
+                self._orders = {**last, number: order.tolist()}
+            rows.append((number, self._orders[number][place]))
         return PromptBatch(
             tuple(self.prompts[row] for _, row in rows), tuple(f"{number}/{row}" for number, row in rows)
         )
-
-    def _row(self, place: int) -> int:
-        number, place = divmod(place, len(self.prompts))
-        if number not in self._orders:
-            order = torch.randperm(len(self.prompts), generator=pair_generator(self.seed, "prompts", number, ""))
-            last = {key: value for key, value in self._orders.items() if key == number - 1}
-            self._orders = {**last, number: order.tolist()}
-        return self._orders[number][place]
 
 
 class PromptSampler(CountedBatches):
@@ -172,7 +171,6 @@ class PromptLoaders(LightningDataModule):
         return ResumableLoader(experience.rows, experience, collate_fn=as_is)
 
     def _stop(self) -> None:
-        """Make the trainer stop after the current batch."""
         if self.trainer:
             self.trainer.should_stop = True
 
@@ -194,3 +192,39 @@ class PromptDataModule(PromptLoaders):
 
     def __init__(self, prompts: PathText, max_prompt_chars: int = MAX_PROMPT_CHARS, **options: Any) -> None:
         super().__init__(read_prompts(prompts, max_prompt_chars=max_prompt_chars), **options)
+
+
+class PromptsAndImages(LightningDataModule):
+    """Data module of training batches ``{"prompts": PromptBatch, "images": PreferenceBatch}``.
+
+    Prompts and images keep their own batch sizes, orders and positions in checkpoints. An epoch ends with the shorter
+    of the two.
+
+    Args:
+        prompts: Data module of prompts to sample from; validation uses its validation loader.
+        images: ``PreferenceDataModule`` or ``CachedPreferenceDataModule``; only its ``train`` split is used.
+    """
+
+    def __init__(self, prompts: PromptLoaders, images: LightningDataModule) -> None:
+        super().__init__()
+        self.prompts, self.images = prompts, images
+
+    def prepare_data(self) -> None:
+        """Call ``prepare_data`` of both data modules."""
+        for part in (self.prompts, self.images):
+            part.prepare_data()
+
+    def setup(self, stage: str) -> None:
+        """Give both data modules the trainer and set them up."""
+        for part in (self.prompts, self.images):
+            part.trainer = self.trainer
+            part.setup(stage)
+
+    def train_dataloader(self) -> CombinedLoader:
+        """Return both training loaders combined; an epoch ends with the shorter one."""
+        loaders = {"prompts": self.prompts.train_dataloader(), "images": self.images.train_dataloader()}
+        return CombinedLoader(loaders, "min_size")
+
+    def val_dataloader(self) -> Any:
+        """Return the validation loader of the prompts."""
+        return self.prompts.val_dataloader()

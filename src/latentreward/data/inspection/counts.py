@@ -1,19 +1,29 @@
-"""Counts of labels, prompts, image sizes and left-out rows of a data set, and of items that two splits share."""
+"""Counts of labels, prompts, images and left-out rows of a data set, of items that splits share, and of scores."""
 
 import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
+from typing import get_args
 
 import numpy as np
 
 from latentreward.contracts import ImageRef, PreferencePair
 from latentreward.data.buckets import MIN_PIXELS, PUBLISHED_BUCKETS, Bucket, assign_bucket
 from latentreward.data.clips import read_clip_header
-from latentreward.data.images import CLIP, ExifOrientation, ImageError, check_scans, decode_image, read_header
-from latentreward.data.latents import decode_latents
+from latentreward.data.images import (
+    CLIP,
+    ExifOrientation,
+    ImageError,
+    check_scans,
+    decode_image,
+    decode_latents,
+    read_header,
+)
+from latentreward.data.mpcf import MPCF, Comparison, Strategy, select_consistent
 from latentreward.data.readers import PairReader
+from latentreward.data.score_table import PairGaps
 from latentreward.data.splits import normalise_prompt
 from latentreward.errors import InputError, quoted
 from latentreward.storage.progress import Progress
@@ -105,12 +115,9 @@ class ImageCensus:
         hash_bytes: Read all bytes of every image to compute its hash.
         min_pixels: Least height × width; a smaller image has no bucket.
         exif: Whether the EXIF orientation of images is applied, see :class:`PixelLoader`.
-
-    Attributes:
-        interrupt: Ctrl-C or SIGTERM that ended the count early; None if there was none.
     """
 
-    interrupt: KeyboardInterrupt | None = None
+    interrupt: KeyboardInterrupt | None = None  # Ctrl-C or SIGTERM that ended the count early
 
     def __init__(
         self,
@@ -142,7 +149,6 @@ class ImageCensus:
             self.counts.mixed_rows += 1
 
     def _compare(self, pair: PreferencePair, hashes: tuple[int, int]) -> None:
-        """Count a row with one image on both sides, or with the pair of an earlier row."""
         images = zip(hashes, (pair.image_a, pair.image_b), strict=True)
         first, second = (str(number or image.image_key) for number, image in images)
         if not first or not second:
@@ -168,7 +174,12 @@ class ImageCensus:
             return self._seen[image.image_key]
         seen: Seen
         try:
-            seen = self._size(image), hash_image(image) if self.hash_bytes else 0
+            seen, data = (self._size(image), 0), image.data
+            if self.hash_bytes and data is None and image.path is not None:
+                data = image.path.read_bytes()
+            if self.hash_bytes and data is not None:
+                number = int.from_bytes(blake2b(data, digest_size=8).digest(), "little", signed=True)
+                seen = seen[0], number or 1
         except ImageError as error:
             seen = error.problem, 0
             self.counts.unreadable += 1
@@ -191,7 +202,15 @@ class ImageCensus:
         except ImageError as error:
             if error.problem != CLIP:
                 raise
-            self._add_clip(image)
+            try:
+                clip = read_clip_header(image)
+            except ImageError:
+                raise
+            except InputError as missing:  # PyAV is missing
+                self.counts.clips[f"not inspected: {missing}"] += 1
+            else:
+                self.counts.sizes[clip.height, clip.width] += 1
+                self.counts.clips[str(clip)] += 1
             return None
         (decode_image if self.decode else check_scans)(image)
         self.counts.odd.update(header.oddities)
@@ -203,17 +222,6 @@ class ImageCensus:
             self.counts.odd["a single pixel"] += 1
         return header.height, header.width
 
-    def _add_clip(self, image: ImageRef) -> None:
-        try:
-            header = read_clip_header(image)
-        except ImageError:
-            raise
-        except InputError as error:  # PyAV is missing
-            self.counts.clips[f"not inspected: {error}"] += 1
-        else:
-            self.counts.sizes[header.height, header.width] += 1
-            self.counts.clips[str(header)] += 1
-
     def _bucket(self, size: tuple[int, int]) -> str:
         if math.prod(size) < self.min_pixels:
             return f"below {self.min_pixels} pixels"
@@ -221,22 +229,8 @@ class ImageCensus:
         return NO_BUCKET if bucket is None else str(bucket)
 
 
-def hash_image(image: ImageRef) -> int:
-    """Return a 64-bit hash of an image's bytes as a signed integer other than 0; 0 if there are no bytes."""
-    if image.data is not None:
-        data = image.data
-    elif image.path is not None:
-        data = image.path.read_bytes()
-    else:
-        return 0
-    return int.from_bytes(blake2b(data, digest_size=8).digest(), "little", signed=True) or 1
-
-
 def inspect_reader(
-    name: str,
-    reader: PairReader,
-    census: ImageCensus,
-    limit: int | None = None,
+    name: str, reader: PairReader, census: ImageCensus, limit: int | None = None
 ) -> tuple[SplitCounts, SplitContents]:
     """Count labels, prompts and images of a split.
 
@@ -311,3 +305,61 @@ def find_leakage(first: str, second: str, contents: tuple[SplitContents, SplitCo
         for side, split in zip(rows, values, strict=True):
             side[what] = sum(not common.isdisjoint(row) for row in split)
     return Leakage(first, second, shared, *rows)
+
+
+@dataclass(frozen=True)
+class ScorerCounts:
+    """Agreement of one scorer with the labels."""
+
+    pairs: int  # decided pairs (not ties) that have a score gap
+    below: int  # pairs of these whose chosen image scores below the rejected image
+    equal: int  # pairs of these whose images have equal scores
+    missing: int  # decided pairs and ties without a score
+    share_below: float | None  # below / pairs; None if pairs is 0
+
+
+@dataclass(frozen=True)
+class StrategyCounts:
+    """Numbers of pairs that one filter keeps and drops, see :class:`~latentreward.data.mpcf.MPCF`."""
+
+    strategy: int  # number of the published strategy
+    comparison: str  # code keeps gaps above the floors; paper also keeps gaps equal to the floors
+    decided: int  # decided pairs (not ties) that are kept
+    ties: int  # ties that are kept, by the limits of the released code
+    dropped: Counter[str]  # dropped pairs by reason
+
+
+@dataclass
+class ScoreCounts:
+    """Counts over a score table for the rows of one split."""
+
+    rows: int  # of the split
+    problems: dict[str, int]  # rows for which the table has no usable gap, by reason
+    scorers: dict[str, ScorerCounts]
+    strategies: list[StrategyCounts] = field(default_factory=list)  # empty if the table lacks one of their scorers
+    note: str = ""  # reason why strategies is empty
+
+
+def inspect_scores(gaps: PairGaps) -> ScoreCounts:
+    """Count how each scorer agrees with the labels, and how many pairs each MPCF strategy keeps."""
+    problems = {reason: int(rows.sum()) for reason, rows in gaps.problems.items() if rows.any()}
+    sound = np.ones(len(gaps), dtype=bool)
+    for rows in gaps.problems.values():
+        sound &= ~rows
+    scorers = {}
+    for name, values in gaps.values.items():
+        known = sound & ~np.isnan(values)
+        decided = values[known & gaps.decided]
+        below, equal, missing = (int(rows.sum()) for rows in (decided < 0, decided == 0, sound & ~known))
+        share = below / len(decided) if len(decided) else None
+        scorers[name] = ScorerCounts(len(decided), below, equal, missing, share)
+    counts = ScoreCounts(len(gaps), problems, scorers)
+    try:
+        for strategy in get_args(Strategy):
+            for comparison in get_args(Comparison):
+                keep, dropped = select_consistent(gaps, MPCF(strategy, comparison))
+                kept = int((keep & gaps.decided).sum()), int((keep & ~gaps.decided).sum())
+                counts.strategies.append(StrategyCounts(strategy, comparison, *kept, dropped))
+    except InputError as error:
+        counts.note = str(error)
+    return counts

@@ -1,11 +1,10 @@
 """Report of a data set's inspection, as text tables and as JSON."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
-from latentreward.data.inspection.counts import ImageCounts, Leakage, SplitCounts
-from latentreward.data.inspection.score_tables import ScoreCounts
+from latentreward.data.inspection.counts import ImageCounts, Leakage, ScoreCounts, SplitCounts
 from latentreward.data.mpcf import AESTHETIC_FLOORS
 from latentreward.reports.tables import NOTHING, Table, as_text
 
@@ -70,7 +69,11 @@ class Report:
         def counts(title: str, counts_of: Callable[[str], Mapping[str, int]], none: bool = False) -> str:
             """Format counts by reason of every split; with ``none``, say that there are none."""
             found = [counts_of(name) for name in names]
-            return table(title, names, by_reason(found)) or (f"{title}: none" if none else "")
+            reasons = dict.fromkeys(reason for counts in found for reason in counts)
+            rows = {reason: [counts.get(reason, 0) for counts in found] for reason in reasons}
+            # Frequent reasons come first, other sizes last.
+            rows = dict(sorted(rows.items(), key=lambda row: (row[0].endswith(OTHER_SIZES), -sum(row[1]))))
+            return table(title, names, rows) or (f"{title}: none" if none else "")
 
         def of_images(title: str, field_name: str) -> str:
             return counts(title, lambda name: getattr(images[name], field_name), none=True) if looked_at else ""
@@ -84,6 +87,17 @@ class Report:
             unreadable += [f"{name}, {line}" for line in found.first_unreadable]
             if rest := found.unreadable - len(found.first_unreadable):
                 unreadable.append(f"{name}: and {rest} more images")
+        trained_on, readers = [], {split.name: split.reader for split in self.splits}
+        for leak in self.leakage:  # test prompts that training would use, as the YAML file sets no test split
+            name, test = sorted((leak.first, leak.second), key=lambda split: split.startswith("test"))
+            apart = name.startswith("train") and test.startswith("test")
+            if apart and leak.shared["prompts"] and readers[test] in NO_TEST:
+                config, flags = NO_TEST[readers[test]]
+                trained_on.append(
+                    f"{leak.shared['prompts']} prompts of {test} are also in {name}. {config} sets no data.test: fit "
+                    f"then trains on these prompts, and numbers on {test} are too good. Set data.test, so that fit "
+                    f"leaves their rows out: {flags}"
+                )
         sections = [
             f"{self.data} ({', '.join(dict.fromkeys(split.reader for split in self.splits))})",
             *(f"also found, not read: {reader}; read it with {flags}" for reader, flags in self.others.items()),
@@ -114,27 +128,13 @@ class Report:
                 },
             ),
             table(DROPPED, ["rows"], dropped_rows(self.leakage, rows)),
-            *self._trained_test_prompts(),
+            *trained_on,
             *(part for name, found in self.scores.items() for part in score_tables(name, found)),
             *(f"split {name} has no scores: {note}" for name, note in self.scores_note.items()),
         ]
         if not self.complete:
             sections.append("Interrupted: the counts above are those of the rows looked at so far.")
         return "\n\n".join(section for section in sections if section)
-
-    def _trained_test_prompts(self) -> Iterator[str]:
-        """Yield a line on test prompts that training would use, for readers whose YAML file sets no test split."""
-        readers = {split.name: split.reader for split in self.splits}
-        for leak in self.leakage:
-            name, test = sorted((leak.first, leak.second), key=lambda split: split.startswith("test"))
-            apart = name.startswith("train") and test.startswith("test")
-            if apart and leak.shared["prompts"] and readers[test] in NO_TEST:
-                config, flags = NO_TEST[readers[test]]
-                yield (
-                    f"{leak.shared['prompts']} prompts of {test} are also in {name}. {config} sets no data.test: fit "
-                    f"then trains on these prompts, and numbers on {test} are too good. Set data.test, so that fit "
-                    f"leaves their rows out: {flags}"
-                )
 
 
 def table(title: str, columns: Sequence[str], rows: Mapping[str, Sequence[object]]) -> str:
@@ -143,19 +143,11 @@ def table(title: str, columns: Sequence[str], rows: Mapping[str, Sequence[object
     return "\n".join(filter(None, [title, text])) if rows else ""
 
 
-def by_reason(found: Sequence[Mapping[str, int]]) -> dict[str, list[int]]:
-    """Return table rows of the counts of splits, for every reason in any of them: frequent first, other sizes last."""
-    reasons = dict.fromkeys(reason for counts in found for reason in counts)
-    rows = {reason: [counts.get(reason, 0) for counts in found] for reason in reasons}
-    return dict(sorted(rows.items(), key=lambda row: (row[0].endswith(OTHER_SIZES), -sum(row[1]))))
-
-
 def _lines(title: str, lines: Sequence[str]) -> str:
     return "\n".join([title, *lines]) if lines else ""
 
 
 def _plain(value: Any) -> Any:
-    """Convert dataclasses and mappings to dicts with text keys, and sequences to lists."""
     if is_dataclass(value):
         return {item.name: _plain(getattr(value, item.name)) for item in fields(value)}
     if isinstance(value, Mapping):

@@ -35,7 +35,7 @@ class ImageArchives:
 
     def __init__(self, places: Sequence[Path]) -> None:
         self.parts = {place.name.removesuffix(".zip"): place for place in places}
-        self._start()
+        self._files: dict[tuple[int, str], zipfile.ZipFile] = {}  # by process and part
         for part, place in self.parts.items():
             if not place.is_dir():
                 self._open(part)
@@ -50,7 +50,10 @@ class ImageArchives:
             return ImageRef(name, path=place / name, root=place)
         if name not in self._open(part).NameToInfo:
             return ImageRef(name, path=place / name)  # path below a zip file: decoding reports a missing file
-        return ImageRef(name, self._read(part, name))
+        try:
+            return ImageRef(name, self._member(part, name))
+        except DAMAGE:
+            return ImageRef(name, self._salvage(part, name))
 
     def read_rows(self, part: str) -> tuple[bytes, str]:
         """Return content and name (for messages) of the file ``{part}.json`` in a part.
@@ -66,31 +69,15 @@ class ImageArchives:
         return data, f"{place}/{name}"
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"parts": self.parts}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._start()
-
-    def _start(self) -> None:
-        self._process = os.getpid()
-        self._files: dict[str, zipfile.ZipFile] = {}
+        return {"parts": self.parts, "_files": {}}
 
     def _open(self, part: str) -> zipfile.ZipFile:
-        if self._process != os.getpid():
-            self._start()
-        if part not in self._files:
+        if (key := (os.getpid(), part)) not in self._files:
             try:
-                self._files[part] = zipfile.ZipFile(self.parts[part])
+                self._files[key] = zipfile.ZipFile(self.parts[part])
             except (OSError, zipfile.BadZipFile) as error:
                 raise ImageError(f"{self.parts[part]}: not a whole zip file ({error}); download it again") from error
-        return self._files[part]
-
-    def _read(self, part: str, name: str) -> bytes:
-        try:
-            return self._member(part, name)
-        except DAMAGE:
-            return self._salvage(part, name)
+        return self._files[key]
 
     def _member(self, part: str, name: str) -> bytes:
         archive = self._open(part)

@@ -31,18 +31,20 @@ MOST_NAMED = 5
 ON_ERROR_REMEDY = f"correct the row, or set {OWN_ON_ERROR} to skip or placeholder"
 
 
-def _is_sound(image: Any) -> bool:
-    known = isinstance(image, ImageRef) and isinstance(image.data, bytes | bytearray | memoryview | None)
-    return known and isinstance(image.path, Path | None) and isinstance(image.image_key, str)
-
-
 def _wrong_pair(found: PreferencePair, reader: "PairReader", index: int) -> str | None:
     if not isinstance(found, PreferencePair):
         return f"{shown(found)} for row {index}; it must be a PreferencePair"
     if not isinstance(found.pair_id, str) or not isinstance(found.prompt, str):
         return f"pair_id={found.pair_id!r:.60} and prompt={found.prompt!r:.60} of row {index}; it must be texts"
     images, holds = (found.image_a, found.image_b), {"images": "image"}.get(reader.holds, reader.holds)
-    if not all(_is_sound(image) and holds in (image.holds, "nothing") for image in images):
+    if not all(
+        isinstance(image, ImageRef)
+        and isinstance(image.data, bytes | bytearray | memoryview | None)
+        and isinstance(image.path, Path | None)
+        and isinstance(image.image_key, str)
+        and holds in (image.holds, "nothing")
+        for image in images
+    ):
         return (
             f"row {found.pair_id!r:.60} with other images; it must be ImageRef with the reader's holds={reader.holds}, "
             "a text as image_key, and bytes as data or a Path as path"
@@ -75,7 +77,8 @@ class PairReader(Part):
     """Reader of the rows of one split of a preference data set; images are read only when a row is accessed.
 
     Subclass :class:`PairReader` to read a data set of your own. A reader must be picklable, since worker processes get
-    a copy.
+    a copy. Override :meth:`labels`, :meth:`labelled`, :meth:`prompts` and :meth:`pair_ids` if they are known without
+    reading whole rows.
 
     Args:
         on_error: What happens to a row that breaks the rules of its format. ``"raise"`` raises InputError. ``"skip"``
@@ -131,32 +134,20 @@ class PairReader(Part):
         """Return row ``index``; images a and b are in the order of the file, or exchanged at random by the reader."""
 
     def labels(self) -> np.ndarray:
-        """Return ``label_a`` of every row, ``(len,)`` float64, NaN for unlabelled rows.
-
-        Override this method if labels are known without reading whole rows.
-        """
+        """Return ``label_a`` of every row, ``(len,)`` float64, NaN for unlabelled rows."""
         labels = (self[index].label_a for index in range(len(self)))
         return np.array([np.nan if label is None else label for label in labels], dtype=np.float64)
 
     def labelled(self) -> np.ndarray:
-        """Return whether each row has a label, ``(len,)`` bool.
-
-        Override this method if that is known without reading whole rows.
-        """
+        """Return whether each row has a label, ``(len,)`` bool."""
         return ~np.isnan(self.labels())
 
     def prompts(self) -> list[str]:
-        """Return the raw prompt of every row.
-
-        Override this method if prompts are known without reading whole rows.
-        """
+        """Return the raw prompt of every row."""
         return [self[index].prompt for index in range(len(self))]
 
     def pair_ids(self) -> list[str]:
-        """Return the ``pair_id`` of every row.
-
-        Override this method if names are known without reading whole rows.
-        """
+        """Return the ``pair_id`` of every row."""
         return [self[index].pair_id for index in range(len(self))]
 
     def groups(self) -> list[str]:

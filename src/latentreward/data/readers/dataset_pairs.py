@@ -1,7 +1,7 @@
 """Reader of pairs of your own in a table: a ``datasets`` object or folder, parquet files, or a hub data set."""
 
 import os
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +83,10 @@ class DatasetPairReader(RowReader):
         chosen = choose_columns(schema, columns or {}, place)
         self._fields = WINNER_FIRST if WINNER_FIRST[0] in chosen else BY_LABEL
         images = [chosen[field] for field in self._fields]
-        self._root = Path(root) if root else _folder_of(source)
+        self._root = Path(root) if root else None
+        if not root and isinstance(source, str | os.PathLike) and Path(source).exists():
+            # A local source holds the files that its paths name.
+            self._root = Path(source) if Path(source).is_dir() else Path(source).parent
         self._embedded = any(holds_images(schema.field(image).type) for image in images)
         self._classes = class_names(schema, chosen.get("label", ""))
         if self._embedded:
@@ -144,14 +147,20 @@ def choose_columns(schema: pa.Schema, named: Mapping[str, str], place: str) -> d
     """Choose the column of each of ``FIELDS``; of images, ``chosen`` and ``rejected``, or ``image_a`` and ``image_b``.
 
     Raises:
-        InputError: If a name is wrong, or the prompt or the images are missing or could be several columns.
+        InputError: If there is no such field or column, or the prompt or the images are missing or could be several.
     """
-    found = name_columns(schema.names, named, place)
+    for field, column in named.items():
+        if field not in FIELDS:
+            raise InputError(f"columns: there is no field {field!r}{did_you_mean(field, FIELDS)}")
+        if column not in schema.names:
+            raise InputError(f"columns.{field}: no column {column!r} in {place}{did_you_mean(column, schema.names)}")
+    found = {field: named.get(field, field) for field in FIELDS if named.get(field, field) in schema.names}
     there = f"it has {quoted(', '.join(schema.names))}"
     if "prompt" not in found:
         raise InputError(f"{place}: no column prompt ({there}); name it, e.g. columns: {{prompt: caption}}")
-    odd = {field: schema.field(found[field]).type for field in (*WINNER_FIRST, *BY_LABEL) if field in found}
-    odd = {field: kind for field, kind in odd.items() if not _may_be_image(kind)}
+    kinds = {field: schema.field(found[field]).type for field in (*WINNER_FIRST, *BY_LABEL) if field in found}
+    texts = (pa.string(), pa.large_string())
+    odd = {field: kind for field, kind in kinds.items() if not holds_images(kind) and plain_type(kind) not in texts}
     pairs = [pair for pair in (WINNER_FIRST, BY_LABEL) if all(one in found and one not in odd for one in pair)]
     asked = [pair for pair in pairs if any(field in named for field in pair)]
     if len(asked or pairs) != 1:
@@ -164,30 +173,3 @@ def choose_columns(schema: pa.Schema, named: Mapping[str, str], place: str) -> d
     (images,) = asked or pairs
     unused = {*WINNER_FIRST, *BY_LABEL} - {*images}
     return {field: column for field, column in found.items() if field not in unused}
-
-
-def name_columns(present: Collection[str], named: Mapping[str, str], place: str) -> dict[str, str]:
-    """Return the column of every field that a table has: the one that the user named, or the one with its name.
-
-    Raises:
-        InputError: If there is no such field or column.
-    """
-    for field, column in named.items():
-        if field not in FIELDS:
-            raise InputError(f"columns: there is no field {field!r}{did_you_mean(field, FIELDS)}")
-        if column not in present:
-            raise InputError(f"columns.{field}: no column {column!r} in {place}{did_you_mean(column, present)}")
-    return {field: named.get(field, field) for field in FIELDS if named.get(field, field) in present}
-
-
-def _may_be_image(kind: pa.DataType) -> bool:
-    plain = plain_type(kind)
-    return holds_images(kind) or pa.types.is_string(plain) or pa.types.is_large_string(plain)
-
-
-def _folder_of(source: Source) -> Path | None:
-    """Return the folder of a local source, which holds the files that its paths name; None for others."""
-    if not isinstance(source, str | os.PathLike):
-        return None
-    path = Path(source)
-    return path if path.is_dir() else path.parent if path.is_file() else None

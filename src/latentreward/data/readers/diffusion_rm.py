@@ -12,6 +12,7 @@ import pyarrow as pa
 from latentreward.contracts import ImageRef, PathText
 from latentreward.data.buckets import PUBLISHED_BUCKETS, Bucket, sort_buckets
 from latentreward.data.readers.base import MAX_VOTES, Contents
+from latentreward.data.readers.json_rows import parse_number
 from latentreward.data.readers.parquet_store import ParquetPart, RowGroupColumns, damage_named, open_part
 from latentreward.data.readers.rows import RowReader, pack
 from latentreward.errors import InputError
@@ -81,7 +82,14 @@ class DiffusionRMReader(RowReader):
         **options: Any,
     ) -> None:
         super().__init__("diffusion_rm", split, **options)
-        files = _find_files(Path(root), index)
+        place = Path(root)
+        if index is not None and place.is_file():
+            raise InputError(f"index: {place} is one file, which has no index {index}; set index to null")
+        if index is not None and not (place / index).is_file():
+            raise InputError(f"index: no {place / index}; correct root, or set index to null to read every row")
+        files = [place] if place.is_file() else find_files(place, "*.parquet")
+        if not files:
+            raise InputError(f"root: no *.parquet in {place}; set it to the folder of the cache")
         self._names = [file.name for file in files]
         parts = [ParquetPart(file.name, file) for file in files]
         tables = {part.name: _read_part(part) for part in parts}
@@ -98,9 +106,8 @@ class DiffusionRMReader(RowReader):
             self.remarks["null prompt read as empty"] += nulls
         stated = [name for name in DETAILS if all(name in table.columns for table in tables.values())]
         self._columns = RowGroupColumns(parts, [*LATENTS, *stated])
-        self.report(
-            f"{root} {index or ''}".rstrip(), f"root: {root} has no rows left; check the parquet files and the index"
-        )
+        empty = f"root: {root} has no rows left; check the parquet files and the index"
+        self.report(f"{root} {index or ''}".rstrip(), empty)
 
     def read_row(self, index: int) -> dict[str, Any]:
         """Return the values of row ``index`` by column, with those of the parquet file unless it is a placeholder."""
@@ -134,18 +141,24 @@ class DiffusionRMReader(RowReader):
 
     def _follow(self, index: Path, tables: dict[str, _Part]) -> Iterator[tuple[str, tuple[int, int] | None]]:
         """Yield name and place of every row of the index; None for a row that breaks a rule, after ``on_error``."""
-        seen: set[str] = set()
-        for line, row in _read_index(index):
-            name = row["global_id"]
-            pair_id = f"{index.name}:{name}" if name and name not in seen else f"{index.name}:line {line}"
-            seen.add(name)
-            yield pair_id, self._locate(pair_id, row, tables)
+        rows, seen = read_table(read_text(index), ".csv"), set[str]()
+        rows.restval = ""  # of missing columns at a row's end
+        if missing := [name for name in INDEX_COLUMNS if name not in (rows.fieldnames or ())]:
+            raise InputError(f"{index}: no column {', '.join(missing)}; give the published bucket_index.csv")
+        try:
+            for row in rows:
+                name = row["global_id"]
+                pair_id = f"{index.name}:{name}" if name and name not in seen else f"{index.name}:line {rows.line_num}"
+                seen.add(name)
+                yield pair_id, self._locate(pair_id, row, tables)
+        except csv.Error as error:
+            raise InputError(f"{index}: line {rows.line_num} is not CSV ({error}); write the index again") from error
 
     def _locate(self, pair_id: str, row: dict[str, str], tables: dict[str, _Part]) -> tuple[int, int] | None:
         """Return part and row number of an index row; None if it breaks a rule, after applying ``on_error``."""
-        numbers = {name: _integer(row[name]) for name in INDEX_COLUMNS[2:]}
+        numbers = {name: parse_number(row[name]) for name in INDEX_COLUMNS[2:]}
         for name, number in numbers.items():
-            if number is None:
+            if number is None or number < 0 or number % 1:
                 self.refuse(pair_id, f"{name} is {row[name]!r:.40}, not a count", "index row not readable")
                 return None
         group, inner, width, height = (int(number) for number in numbers.values() if number is not None)
@@ -171,20 +184,7 @@ class DiffusionRMReader(RowReader):
         return self._names.index(file), place
 
 
-def _find_files(root: Path, index: str | None) -> list[Path]:
-    if root.is_file():
-        if index is None:
-            return [root]
-        raise InputError(f"index: {root} is one file, which has no index {index}; set index to null")
-    if index is not None and not (root / index).is_file():
-        raise InputError(f"index: no {root / index}; correct root, or set index to null to read every row")
-    if files := find_files(root, "*.parquet"):
-        return files
-    raise InputError(f"root: no *.parquet in {root}; set it to the folder of the cache")
-
-
 def _read_part(part: ParquetPart) -> _Part:
-    """Read columns, row groups, prompts and, if the file states them, shapes of a parquet file."""
     with open_part(part) as file:
         names = tuple(file.schema_arrow.names)
         if missing := [name for name in ("prompt", *LATENTS) if name not in names]:
@@ -197,28 +197,6 @@ def _read_part(part: ParquetPart) -> _Part:
     if len(stated) == len(SHAPES):
         shapes = list(zip(*(table.column(name).to_pylist() for name in SHAPES), strict=True))
     return _Part(names, np.cumsum([0, *sizes]), table.column("prompt").to_pylist(), shapes)
-
-
-def _read_index(index: Path) -> Iterator[tuple[int, dict[str, str]]]:
-    """Yield line number and columns of every row of the index; missing columns at a row's end are empty texts."""
-    rows = read_table(read_text(index), ".csv")
-    rows.restval = ""
-    if missing := [name for name in INDEX_COLUMNS if name not in (rows.fieldnames or ())]:
-        raise InputError(f"{index}: no column {', '.join(missing)}; give the published bucket_index.csv")
-    try:
-        for row in rows:
-            yield rows.line_num, row
-    except csv.Error as error:
-        raise InputError(f"{index}: line {rows.line_num} is not CSV ({error}); write the index again") from error
-
-
-def _integer(text: str) -> int | None:
-    """Convert a text with a whole number of 0 or more, e.g. ``3`` or ``3.0``, to int; None for anything else."""
-    try:
-        number = float(text)
-    except ValueError:
-        return None
-    return int(number) if number >= 0 and number.is_integer() else None
 
 
 def _parse_details(text: str | None) -> dict[str, Any]:

@@ -67,13 +67,12 @@ class FolderPairReader(RowReader):
     def __init__(self, root: PathText, split: str | None = None, **options: Any) -> None:
         super().__init__("folder", split or "", **options)
         self._folder = Path(root, split) if split else Path(root)
+        files, self._unread = {}, list[str]()
         for side in SIDES:
             if not (self._folder / side).is_dir():
                 raise InputError(
                     f"root: no folder {self._folder / side}; put the images of pairs into chosen/ and rejected/"
                 )
-        files, self._unread = {}, list[str]()
-        for side in SIDES:
             files[side], told = find_pictures(self._folder / side)
             self._unread += [f"{side}/: {remark}" for remark in told]
         captions = self._read_captions_file() if (self._folder / CAPTIONS_FILE).is_file() else None
@@ -114,8 +113,10 @@ class FolderPairReader(RowReader):
                 what = "several images" if paths else "no image"
                 reason = f"{what} in {side}/"
                 problem = "; ".join([f"{what} of this name in {side}/", *self._unread])
+        texts = (self._folder / folder / f"{name}.txt" for folder in (CAPTIONS, SIDES[0]) if captions is None)
         try:
-            prompt = self._find_caption(name) if captions is None else captions.get(name)
+            prompt = captions.get(name) if captions is not None else None
+            prompt = next((text for file in texts if (text := read_caption(file, self._folder)) is not None), prompt)
         except UnreadableTextError as error:
             problem, reason = (problem, reason) if reason else (str(error), "caption not readable")
         if not reason and prompt is None:
@@ -131,12 +132,6 @@ class FolderPairReader(RowReader):
         pair_id = encodable(f"{self.split}/{name}" if self.split else name)
         images = {side: os.fsencode(paths[0] if paths else "") for side, paths in found.items()}
         return {"pair_id": pair_id, "prompt": prompt, "label": None if reason else 1.0, **images}
-
-    def _find_caption(self, name: str) -> str | None:
-        for folder in (CAPTIONS, SIDES[0]):
-            if (caption := read_caption(self._folder / folder / f"{name}.txt", self._folder)) is not None:
-                return caption
-        return None
 
 
 def read_caption(file: Path, root: Path | None = None) -> str | None:

@@ -78,9 +78,8 @@ class GenAIBenchReader(RowReader):
             self.remarks[f"unlabelled (vote_type is none of {', '.join(labels)})"] += unlabelled
         if nulls := self.table.column("prompt").null_count:
             self.remarks["null prompt read as empty"] += nulls
-        self.report(
-            f"{source_name(source)} {split}", f"split: {split!r} of {source_name(source)} has no rows; check the files"
-        )
+        name = source_name(source)
+        self.report(f"{name} {split}", f"split: {split!r} of {name} has no rows; check the files")
 
     def find_images(self, row: dict[str, Any]) -> list[ImageRef]:
         """Return the left and the right image of a row with their bytes."""

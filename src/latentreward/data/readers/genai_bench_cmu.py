@@ -10,9 +10,8 @@ import pyarrow as pa
 from latentreward.contracts import ImageRef
 from latentreward.data.readers.groups import UNRANKED, ImageGroup, pair_images
 from latentreward.data.readers.json_rows import parse_json, parse_number, short
-from latentreward.data.readers.parquet_store import ParquetPart
 from latentreward.data.readers.rows import RowReader
-from latentreward.data.readers.tables import ParquetTable, Source, SplitTable, open_table, source_name
+from latentreward.data.readers.tables import Source, open_table, source_name
 from latentreward.errors import InputError
 
 HINT = "give the published files, with a column of images for each rated model"
@@ -63,7 +62,9 @@ class GenAIBenchCMUReader(RowReader):
         **options: Any,
     ) -> None:
         super().__init__("genai_bench_cmu", split, **options)
-        self._table = self._open(source, split, revision)
+        if isinstance(source, str) and Path(source, OLDER_FILE).is_file():
+            source = str(Path(source, OLDER_FILE))
+        self._table = open_table(self, source, split, revision)
         (place, schema), *_ = self._table.schemas()
         self.models, columns = _columns(place, schema)
         self._table.check_images(self.models, HINT)
@@ -77,26 +78,23 @@ class GenAIBenchCMUReader(RowReader):
         shown = {"tags": pa.array(tags, pa.list_(pa.string())).take(group), "row": np.array(kept, np.int64)[group]}
         self.table = pa.table({**dict(zip(pairs.column_names, pairs.columns, strict=True)), **models, **shown})
         self._table.open_images(self.models, memory_map)
-        self.report(
-            f"{source_name(source)} {split}",
-            f"split: {split!r} of {source_name(source)} has no pairs left; check the files",
-        )
+        name = source_name(source)
+        self.report(f"{name} {split}", f"split: {split!r} of {name} has no pairs left; check the files")
 
     def find_images(self, row: dict[str, Any]) -> list[ImageRef]:
         """Return references to two images with their bytes from the parquet file."""
         values = self._table.read(row["row"], [row["model_a"], row["model_b"]])
         return [self._table.image(value) for value in values]
 
-    def _open(self, source: Source, split: str, revision: str | None) -> SplitTable:
-        if isinstance(source, str) and (older := Path(source, OLDER_FILE)).is_file():
-            return ParquetTable([ParquetPart(OLDER_FILE, older)])
-        return open_table(self, source, split, revision)
-
     def _parse(self, index: pa.Table, kept: list[int], tags: list[list[str]]) -> Iterator[ImageGroup]:
         """Yield a group for every row, and add its number to ``kept`` and the skills of its prompt to ``tags``."""
         names = self._table.row_names().to_pylist()
         for number, (name, row) in enumerate(zip(names, index.to_pylist(), strict=True)):
-            row_id, prompt, ratings = _fields(row, self.models)
+            if "HumanRatings" in row:
+                row_id, prompt, found = row["Index"], row["Prompt"], row["HumanRatings"] or {}
+                ratings = [found.get(model) for model in self.models]
+            else:  # the older revision
+                row_id, prompt, ratings = row["id"], row["prompt"], [row[model + RATED] for model in self.models]
             if prompt is None:
                 self.remarks["null prompt read as empty"] += 1
             means = [_mean(rating) for rating in ratings]
@@ -115,7 +113,10 @@ class GenAIBenchCMUReader(RowReader):
             if missing := int(np.isnan(means).sum()):
                 self.remarks["image without ratings"] += missing
             kept.append(number)
-            tags.append(_parse_tags(row))
+            # Either revision names the skills, of which an advanced one makes the prompt advanced.
+            skills = row.get("Tags") or {name: row.get(f"{name}_skills") for name in SKILLS}
+            basic, advanced = (_texts(skills.get(kind)) for kind in SKILLS)
+            tags.append([SKILLS[bool(advanced)], *basic, *advanced] if basic or advanced else [])
             ranks = [-mean for mean in means if mean is not None]
             yield ImageGroup(name, prompt or "", [None] * len(ranks), ranks, row_id)
 
@@ -133,28 +134,11 @@ def _columns(place: str, schema: pa.Schema) -> tuple[list[str], dict[str, pa.Dat
     return models, {"id": pa.string(), "prompt": pa.large_string(), **rated, **tags}
 
 
-def _parse_tags(row: dict[str, Any]) -> list[str]:
-    """Return the skills of a row of either revision, after ``advanced`` if it has an advanced skill, else ``basic``."""
-    found = row.get("Tags") or {name: row.get(f"{name}_skills") for name in SKILLS}
-    named = {kind: _texts(found.get(kind)) for kind in SKILLS}
-    if not any(named.values()):
-        return []
-    return ["advanced" if named["advanced"] else "basic", *named["basic"], *named["advanced"]]
-
-
 def _texts(value: Any) -> list[str]:
     """Convert a list of texts, or a text with a JSON list or words separated by commas, to a list of texts."""
     if isinstance(value, str):
         value = parse_json(value, [part.strip(" '\"[]") for part in value.split(",")])
     return [item for item in value if isinstance(item, str) and item] if isinstance(value, list) else []
-
-
-def _fields(row: dict[str, Any], models: list[str]) -> tuple[str | None, str | None, list[Any]]:
-    """Return index, prompt and the models' ratings of a row of either revision."""
-    if "HumanRatings" not in row:
-        return row["id"], row["prompt"], [row[model + RATED] for model in models]
-    ratings = row["HumanRatings"] or {}
-    return row["Index"], row["Prompt"], [ratings.get(model) for model in models]
 
 
 def _mean(ratings: Any) -> float | None:

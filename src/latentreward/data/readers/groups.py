@@ -9,13 +9,7 @@ import numpy as np
 import pyarrow as pa
 
 from latentreward.data.readers.base import PairReader
-from latentreward.data.readers.json_rows import (
-    check_path,
-    check_row,
-    parse_number,
-    parse_text,
-    short,
-)
+from latentreward.data.readers.json_rows import check_path, check_row, parse_number, parse_text, short
 
 UNRANKED = float("nan")
 
@@ -49,10 +43,21 @@ def pair_images(groups: Iterable[ImageGroup], named_by_group: bool = False) -> p
         images.extend(group.images)
         ranks.extend(group.ranks)
         sizes.append(len(group.images))
-    number, a, b = _all_pairs(np.array(sizes, dtype=np.int64))
+    columns: list[tuple[np.ndarray, ...]] = [(np.empty(0, np.int64),) * 3]  # group and both positions of all pairs
+    for size in np.unique(np.array(sizes, np.int64)):
+        alike = np.flatnonzero(np.array(sizes) == size)
+        first, second = np.triu_indices(int(size), 1)
+        columns.append((np.repeat(alike, len(first)), np.tile(first, len(alike)), np.tile(second, len(alike))))
+    number, a, b = (np.concatenate(column) for column in zip(*columns, strict=True))
+    order = np.argsort(number, kind="stable")
+    number, a, b = number[order], a[order], b[order]
     starts = np.cumsum([0, *sizes])[number]
     places = zip(number.tolist(), a.tolist(), b.tolist(), strict=True)
     pair_ids = [names[group] if named_by_group else f"{names[group]}:{i}-{j}" for group, i, j in places]
+
+    rank_a, rank_b = (np.array(ranks, dtype=np.float64)[starts + place] for place in (a, b))
+    labels = np.where(rank_a < rank_b, 1.0, np.where(rank_a > rank_b, 0.0, 0.5))
+    labels = np.where(np.isnan(rank_a) | np.isnan(rank_b), np.nan, labels)
 
     def shared(numbers: np.ndarray, texts: Sequence[str | None]) -> pa.DictionaryArray:
         return pa.DictionaryArray.from_arrays(pa.array(numbers, pa.int64()), pa.array(texts, pa.large_string()))
@@ -63,7 +68,7 @@ def pair_images(groups: Iterable[ImageGroup], named_by_group: bool = False) -> p
             "prompt": shared(number, prompts),
             "group": shared(number, names),
             "group_id": shared(number, ids),
-            "label": pa.array(_compare(np.array(ranks, dtype=np.float64), starts + a, starts + b), from_pandas=True),
+            "label": pa.array(labels, from_pandas=True),
             "image_a": shared(starts + a, images),
             "image_b": shared(starts + b, images),
             "number_a": starts + a,
@@ -115,22 +120,3 @@ def check_ranks(reader: PairReader, name: str, field: str, value: Any, count: in
     problem = f"{field} is {short(value)}, not one number for each of {count} images"
     reader.refuse(name, problem, f"{field} not readable")
     return None
-
-
-def _all_pairs(sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return group numbers and both positions of all pairs, each ``(pairs,)``, ordered by group, then by position."""
-    columns: list[tuple[np.ndarray, ...]] = [(np.empty(0, np.int64),) * 3]
-    for size in np.unique(sizes):
-        groups = np.flatnonzero(sizes == size)
-        a, b = np.triu_indices(int(size), 1)
-        columns.append((np.repeat(groups, len(a)), np.tile(a, len(groups)), np.tile(b, len(groups))))
-    group, a, b = (np.concatenate(column) for column in zip(*columns, strict=True))
-    order = np.argsort(group, kind="stable")
-    return group[order], a[order], b[order]
-
-
-def _compare(ranks: np.ndarray, first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """Return the label of the first image of each pair of images: 1, ½ or 0, or NaN where a rank is NaN."""
-    rank_a, rank_b = ranks[first], ranks[second]
-    labels = np.where(rank_a < rank_b, 1.0, np.where(rank_a > rank_b, 0.0, 0.5))
-    return np.where(np.isnan(rank_a) | np.isnan(rank_b), np.nan, labels)

@@ -9,12 +9,7 @@ import numpy as np
 import pyarrow as pa
 
 from latentreward.contracts import PathText
-from latentreward.data.readers.groups import (
-    UNRANKED,
-    ImageGroup,
-    pair_images,
-    parse_ranked,
-)
+from latentreward.data.readers.groups import UNRANKED, ImageGroup, pair_images, parse_ranked
 from latentreward.data.readers.hub import fetch_files
 from latentreward.data.readers.json_rows import load_rows, parse_number
 from latentreward.data.readers.rows import RowReader
@@ -57,47 +52,42 @@ class HPDv2Reader(RowReader):
     exif = "ignore"
 
     def __init__(
-        self,
-        root: PathText,
-        split: str,
-        *,
-        images: PathText | None = None,
-        revision: str | None = None,
-        **options: Any,
+        self, root: PathText, split: str, *, images: PathText | None = None, revision: str | None = None, **options: Any
     ) -> None:
         super().__init__("hpdv2", split, randomise_sides=False, seed=0, **options)
-        file, folder = _locate(root, split, revision)
+        if Path(root).is_dir() or not is_hub_id(root):
+            file, folder = Path(root, f"{split}.json"), Path(root, split)
+        else:
+            (file,) = fetch_files(root, [f"{split}.json"], revision)
+            (folder,) = fetch_files(root, [f"{split}.tar.gz"], revision, extract=True)
+            folder = folder / split if (folder / split).is_dir() else folder
         self.folder = Path(images) if images else folder
         self._name, self.prefix = f"{split}.json", f"{Path(images).name if images else split}/"
         rows = load_rows(file)
-        if any(isinstance(row, dict) and "image_path" in row for row in rows):
-            votes: list[tuple[int, int] | tuple[None, None]] = []
-            self.table = pair_images(self._parse_groups(rows, votes))
-            for name, counts in zip(("votes_a", "votes_b"), zip(*votes, strict=True), strict=False):
-                self.table = self.table.append_column(name, pa.array(counts, pa.int64()))
-        else:
-            self.table = pair_images(self._parse_pairs(rows), named_by_group=True)
+        ranked = any(isinstance(row, dict) and "image_path" in row for row in rows)
+        votes: list[tuple[int, int] | tuple[None, None]] = []
+        self.table = pair_images(self._parse(rows, ranked, votes), named_by_group=not ranked)
+        for name, counts in zip(("votes_a", "votes_b"), zip(*votes, strict=True), strict=False):
+            self.table = self.table.append_column(name, pa.array(counts, pa.int64()))
         self.report(str(file), f"split: {file} has no pairs left; give the published file")
 
-    def _parse_pairs(self, rows: list[Any]) -> Iterator[ImageGroup]:
+    def _parse(
+        self, rows: list[Any], ranked: bool, votes: list[tuple[int, int] | tuple[None, None]]
+    ) -> Iterator[ImageGroup]:
+        """Yield the compared pairs or ``ranked`` groups, and add the votes on each pair of a group to ``votes``."""
+        fields, count = (("image_path", "rank"), None) if ranked else (("file_path", "human_preference"), 2)
         for number, row in enumerate(rows):
-            fields = ("file_path", "human_preference")
-            pair = parse_ranked(self, f"{self._name}:{number}", row, fields, self.folder, count=2)
-            if pair is not None:
-                ranks = [-share for share in pair.ranks]
-                if not np.isnan(ranks).any() and tuple(pair.ranks) not in CHOICES:
-                    self.remarks["unlabelled (human_preference is neither a choice nor a tie)"] += 1
-                    ranks = [UNRANKED] * 2
-                yield replace(pair, ranks=ranks, group_id=None)
-
-    def _parse_groups(self, rows: list[Any], votes: list[tuple[int, int] | tuple[None, None]]) -> Iterator[ImageGroup]:
-        """Yield the groups, and add the votes on each pair of a group to ``votes``."""
-        for number, row in enumerate(rows):
-            group = parse_ranked(self, f"{self._name}:{number}", row, ("image_path", "rank"), self.folder)
-            if group is not None:
+            group = parse_ranked(self, f"{self._name}:{number}", row, fields, self.folder, count)
+            if group is not None and ranked:
                 annotations = row.get("raw_annotations") if isinstance(row, dict) else None
                 votes += self._count_votes(annotations, len(group.images))
                 yield group
+            elif group is not None:
+                ranks = [-share for share in group.ranks]
+                if not np.isnan(ranks).any() and tuple(group.ranks) not in CHOICES:
+                    self.remarks["unlabelled (human_preference is neither a choice nor a tie)"] += 1
+                    ranks = [UNRANKED] * 2
+                yield replace(group, ranks=ranks, group_id=None)
 
     def _count_votes(self, value: Any, count: int) -> list[tuple[int, int]] | list[tuple[None, None]]:
         """Count the annotators who rank image a above b, and b above a, for each pair of ``count`` images.
@@ -116,12 +106,3 @@ class HPDv2Reader(RowReader):
         ranks = np.array(numbers, dtype=np.float64)
         above, below = ranks[:, first] < ranks[:, second], ranks[:, first] > ranks[:, second]
         return list(zip(above.sum(axis=0).tolist(), below.sum(axis=0).tolist(), strict=True))
-
-
-def _locate(root: str, split: str, revision: str | None) -> tuple[Path, Path]:
-    """Find the JSON file and the folder of images of a split; a hub archive is unpacked in the download cache."""
-    if Path(root).is_dir() or not is_hub_id(root):
-        return Path(root, f"{split}.json"), Path(root, split)
-    (file,) = fetch_files(root, [f"{split}.json"], revision)
-    (folder,) = fetch_files(root, [f"{split}.tar.gz"], revision, extract=True)
-    return file, folder / split if (folder / split).is_dir() else folder

@@ -21,7 +21,6 @@ COLUMNS = {
     "votes": "choice_dist",
     "confidence": "confidence",
 }
-NULL_TEXTS = ("", "null", "none", "nan")
 
 
 class HPDv3Reader(RowReader):
@@ -75,7 +74,13 @@ class HPDv3Reader(RowReader):
             table = table.filter(sure)
             if unsure := len(sure) - len(table):
                 self.skipped["confidence below the threshold"] += unsure
-        self.table = _label_by_votes(table) if label == "votes" else table
+        if label == "votes":
+            first, total = table.column("votes_a"), pc.add(table.column("votes_a"), table.column("votes_b"))
+            counted = pc.and_kleene(table.column("label").is_valid(), pc.greater(total, 0).fill_null(False))
+            shares = pc.divide(first.cast(pa.float64()), pc.if_else(counted, total, 1).cast(pa.float64()))
+            labels = pc.if_else(counted, shares, table.column("label"))
+            table = table.set_column(table.column_names.index("label"), "label", labels)
+        self.table = table
         self.report(str(file), f"split: {file} has no rows left; check the file and min_confidence")
 
 
@@ -84,16 +89,8 @@ def _plain(row: Any) -> Any:
     if not isinstance(row, dict):
         return f"the row is {short(row)}, not an object"
     texts = {name: row[name] for name in ("choice_dist", "confidence") if isinstance(row.get(name), str)}
-    plain = {name: None if text.strip().lower() in NULL_TEXTS else text for name, text in texts.items()}
+    nulls = ("", "null", "none", "nan")
+    plain = {name: None if text.strip().lower() in nulls else text for name, text in texts.items()}
     if isinstance(votes := plain.get("choice_dist"), str):
         plain["choice_dist"] = parse_json(votes, votes)
     return row | plain
-
-
-def _label_by_votes(table: pa.Table) -> pa.Table:
-    """Return the table with the fraction of votes for the first image as the label of rows with votes."""
-    first, total = table.column("votes_a"), pc.add(table.column("votes_a"), table.column("votes_b"))
-    counted = pc.and_kleene(table.column("label").is_valid(), pc.greater(total, 0).fill_null(False))
-    shares = pc.divide(first.cast(pa.float64()), pc.if_else(counted, total, 1).cast(pa.float64()))
-    labels = pc.if_else(counted, shares, table.column("label"))
-    return table.set_column(table.column_names.index("label"), "label", labels)

@@ -11,13 +11,7 @@ import pyarrow.parquet as pq
 from latentreward.contracts import ImageRef, PathText
 from latentreward.data.images import NO_IMAGE
 from latentreward.data.readers.archives import ImageArchives
-from latentreward.data.readers.groups import (
-    UNRANKED,
-    ImageGroup,
-    check_ranks,
-    pair_images,
-    parse_ranked,
-)
+from latentreward.data.readers.groups import UNRANKED, ImageGroup, check_ranks, pair_images, parse_ranked
 from latentreward.data.readers.hub import fetch_files
 from latentreward.data.readers.json_rows import check_row, load_rows, parse_rows, parse_text, short
 from latentreward.data.readers.parquet_store import ParquetPart, damage_named
@@ -118,13 +112,8 @@ class ImageRewardDBReader(RowReader):
 
     def find_images(self, row: dict[str, Any]) -> list[ImageRef]:
         """Return references to two images, with their bytes from a zip file or their paths in an unpacked folder."""
-        return [self._find(row[name]) for name in ("image_a", "image_b")]
-
-    def _find(self, name: str | None) -> ImageRef:
-        if name is None:
-            return ImageRef("")
-        part, _, file = name.partition("/")
-        return self._archives.image(part, file)
+        places = [(row[name] or "").partition("/") for name in ("image_a", "image_b")]
+        return [self._archives.image(part, file) if part else ImageRef("") for part, _, file in places]
 
     def _read_metadata(self, file: Path, parts: Sequence[int] | None) -> Iterator[tuple[str, str | None, Any]]:
         """Yield (name for messages, part, row) of every row of the metadata that belongs to the parts to read."""
@@ -133,7 +122,10 @@ class ImageRewardDBReader(RowReader):
         if missing := [name for name in COLUMNS if name not in table.column_names]:
             raise InputError(f"{file}: no column {', '.join(missing)}; remove it to read the JSON files of the parts")
         rows = table.select(list(COLUMNS)).to_pylist()
-        named = [_part_of(row["image_path"], self.split) for row in rows]
+        # The part of a path is e.g. train_7 of images/train/train_7/x.webp.
+        paths = (row["image_path"] if isinstance(row["image_path"], str) else "" for row in rows)
+        found = (re.fullmatch(rf"{re.escape(self.split)}_\d+", PurePosixPath(path).parent.name) for path in paths)
+        named = [match and match[0] for match in found]
         absent = {part for part in named if part is not None and part not in self._archives.parts}
         if absent and parts is None:
             first = ", ".join(sorted(absent)[:3])
@@ -153,7 +145,12 @@ class ImageRewardDBReader(RowReader):
                 self.refuse(name, "prompt_id is null or missing", "row without prompt_id")
             if prompt_id is None:
                 continue
-            groups.setdefault(prompt_id, []).append((row, self._name_image(name, part, row.get("image_path"))))
+            image, path = None, row.get("image_path")
+            if part is not None and isinstance(path, str) and path:
+                image = f"{part}/{PurePosixPath(parse_text(path) or '').name}"  # parts have no subfolders
+            elif self.on_error == "raise":
+                self.refuse(name, f"image_path is {short(path)}, not a path to a part", NO_IMAGE)
+            groups.setdefault(prompt_id, []).append((row, image))
             if not sound:
                 refused.add(prompt_id)
         for prompt_id, members in groups.items():
@@ -164,23 +161,8 @@ class ImageRewardDBReader(RowReader):
             images, prompt = [image for _, image in members], parse_text(members[0][0].get("prompt")) or ""
             yield ImageGroup(prompt_id, prompt, images, ranks or [UNRANKED] * len(images), prompt_id)
 
-    def _name_image(self, name: str, part: str | None, path: Any) -> str | None:
-        """Return ``{part}/{file}``, without the folders that the path names, because parts have no subfolders."""
-        if isinstance(path, str) and path and part is not None:
-            return f"{part}/{PurePosixPath(parse_text(path) or '').name}"
-        if self.on_error == "raise":
-            self.refuse(name, f"image_path is {short(path)}, not a path to a part", NO_IMAGE)
-        return None
-
-
-def _part_of(path: Any, split: str) -> str | None:
-    """Return the part of a path, e.g. ``train_7`` of ``images/train/train_7/x.webp``; None if the path names none."""
-    part = PurePosixPath(path).parent.name if isinstance(path, str) else ""
-    return part if re.fullmatch(rf"{re.escape(split)}_\d+", part) else None
-
 
 def _find_places(source: str, split: str, parts: Sequence[int] | None, revision: str | None) -> list[Path]:
-    """Find the parts of a split, in the order of their numbers: zip files, or the folders they were unpacked to."""
     folder = Path(source, "images", split)
     if not Path(source).is_dir() and is_hub_id(source):
         if split not in PARTS:

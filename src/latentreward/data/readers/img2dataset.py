@@ -1,7 +1,7 @@
 """Reader of folders that img2dataset writes: single images with captions and further columns, compared by a column."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
@@ -30,7 +30,6 @@ STATS = "*_stats.json"
 """Files that img2dataset writes beside every finished shard."""
 HINT = "give the folder that img2dataset wrote"
 NAMED_KEYS = 12
-RATING_HINT = "the reader's setting rating names its column"
 UNREADABLE = "txt or json not readable"
 COLUMNS = pa.schema(
     {
@@ -43,8 +42,6 @@ COLUMNS = pa.schema(
     }
 )
 """Table of all images; Python's objects would take many times the memory."""
-Image = dict[str, Any]
-"""Row of the table by column; a missing value is null."""
 
 
 class Img2DatasetReader(RowReader):
@@ -95,14 +92,20 @@ class Img2DatasetReader(RowReader):
         self._columns: RowGroupColumns | None = None
         self._shards, read = self._find_shards()
         self._keys: set[str] = set()
-        shards = (pack(self._with_group(read(shard)), COLUMNS) for shard in range(len(self._shards)))
+        shards = (pack(read(shard), COLUMNS) for shard in range(len(self._shards)))
         images = pa.concat_tables(shards)
         for setting, column in (("rating", rating), ("group", None if group == CAPTION else group)):
             if column is not None and column not in self._keys:
                 known = ", ".join(sorted(self._keys)[:NAMED_KEYS]) or "none"
                 hint = did_you_mean(column, self._keys) or f"; columns: {known}"
                 raise InputError(f"{setting}: no image of {root} has the column {column!r}{hint}")
-        images = self._grouped(images)
+        # Groups of one image are left out; the images of each other group come to lie behind its first one.
+        groups = images["group"].combine_chunks().dictionary_encode().indices.to_numpy()
+        sizes = np.bincount(groups)
+        if alone := int((sizes == 1).sum()):
+            self.skipped[f"only image of its {group}"] += alone
+        order = np.argsort(groups, kind="stable")
+        images = images.take(order[sizes[groups[order]] > 1])
         kept = np.zeros(len(images), bool)
         self.table = pair_images(self._make_groups(images, kept))
         places = [images[name].to_numpy()[kept] for name in ("shard", "offset", "size")]
@@ -111,75 +114,59 @@ class Img2DatasetReader(RowReader):
 
     def find_images(self, row: dict[str, Any]) -> list[ImageRef]:
         """Return references to two images: with their bytes from a tar or parquet file, or with their paths."""
-        return [self._find(row[f"number_{side}"], row[f"image_{side}"]) for side in "ab"]
+        images = []
+        for number, name in ((row[f"number_{side}"], row[f"image_{side}"]) for side in "ab"):
+            shard, *place = self._places[number].tolist()
+            if self._columns is not None:
+                (value,) = self._columns.read(shard, place[0])
+                images.append(ImageRef(name or "", value.get("bytes") if isinstance(value, dict) else value))
+            elif self._shards[shard].is_dir():
+                images.append(file_image(self._root, name))
+            else:
+                with self._shards[shard].open("rb", buffering=0) as tar:
+                    images.append(ImageRef(name or "", read_extent(tar, place)))
+        return images
 
-    def _find(self, number: int, name: str | None) -> ImageRef:
-        shard, *place = self._places[number].tolist()
-        path = self._shards[shard]
-        if self._columns is not None:
-            (value,) = self._columns.read(shard, place[0])
-            return ImageRef(name or "", value.get("bytes") if isinstance(value, dict) else value)
-        if path.is_dir():
-            return file_image(self._root, name)
-        with path.open("rb", buffering=0) as tar:
-            return ImageRef(name or "", read_extent(tar, place))
-
-    def _find_shards(self) -> tuple[list[Path], Callable[[int], Iterator[Image]]]:
-        """Return the shards in the order of their names, and the function that reads one."""
+    def _find_shards(self) -> tuple[list[Path], Callable[[int], Iterator[dict[str, Any] | None]]]:
         if not self._root.is_dir():
             raise InputError(f"root: no folder {self._root}; {HINT}")
         if tars := find_files(self._root, "*.tar"):
             return tars, self._read_tar
         parts = [ParquetPart(path.name, path) for path in find_files(self._root, "*.parquet")]
-        if parts and (column := _image_column(parts[0])) is not None:
-            self._columns = RowGroupColumns(parts, [column])
-            return [part.path for part in parts], self._read_parquet
+        if parts:
+            with open_part(parts[0]) as file:
+                schema = file.schema_arrow
+            named = [name for name in ENCODED if name in schema.names and holds_images(schema.field(name).type)]
+            if named:  # beside img2dataset's other formats, parquet files hold no images
+                self._columns = RowGroupColumns(parts, named[:1])
+                return [part.path for part in parts], self._read_parquet
         if folders := [path for path in find_files(self._root, "*") if path.is_dir() and any(_pictures(path))]:
             return folders, self._read_folder
         raise InputError(f"root: no *.tar, no folder of images and no parquet with images in {self._root}; {HINT}")
 
-    def _with_group(self, images: Iterable[Image]) -> Iterator[Image]:
-        for image in images:
-            if image["group"] is None:
-                self.skipped[f"no {self._group}"] += 1
-            else:
-                yield image
-
-    def _grouped(self, images: pa.Table) -> pa.Table:
-        """Leave out groups of one image, and put the images of each other group behind its first one."""
-        groups = images["group"].combine_chunks().dictionary_encode().indices.to_numpy()
-        sizes = np.bincount(groups)
-        if alone := int((sizes == 1).sum()):
-            self.skipped[f"only image of its {self._group}"] += alone
-        order = np.argsort(groups, kind="stable")
-        return images.take(order[sizes[groups[order]] > 1])
-
-    def _read_tar(self, shard: int) -> Iterator[Image]:
+    def _read_tar(self, shard: int) -> Iterator[dict[str, Any] | None]:
         tar = self._shards[shard]
         samples, problem = read_samples(tar, ENCODED, (TEXT, META))
         if problem is not None:
             self.refuse(str(tar), f"{problem}; download it again", "tar not readable to its end")
         for sample in samples:
             for extent in sample.images.values():
-                name = f"{tar.stem}/{sample.key}"
-                if self._is_unreadable(name, [*sample.unreadable.values()]):
-                    continue
-                if (facts := self._parse(name, sample.texts.get(META))) is not None:
-                    yield self._image(name, sample.texts.get(TEXT), facts, (shard, *extent))
+                problem = next(iter(sample.unreadable.values()), "")
+                texts = sample.texts.get(TEXT), sample.texts.get(META)
+                yield self._parse(f"{tar.stem}/{sample.key}", *texts, problem, (shard, *extent))
 
-    def _read_folder(self, shard: int) -> Iterator[Image]:
+    def _read_folder(self, shard: int) -> Iterator[dict[str, Any] | None]:
         folder = self._shards[shard]
         for picture in _pictures(folder):
-            name = f"{folder.name}/{picture.name}"
+            text = meta = None
+            problem = ""
             try:
                 text, meta = (read_caption(picture.with_suffix(f".{end}"), self._root) for end in (TEXT, META))
             except UnreadableTextError as error:
-                self._is_unreadable(name, [str(error)])
-                continue
-            if (facts := self._parse(name, meta)) is not None:
-                yield self._image(name, text, facts, (shard, 0, 0))
+                problem = str(error)
+            yield self._parse(f"{folder.name}/{picture.name}", text, meta, problem, (shard, 0, 0))
 
-    def _read_parquet(self, shard: int) -> Iterator[Image]:
+    def _read_parquet(self, shard: int) -> Iterator[dict[str, Any] | None]:
         file = self._shards[shard]
         part = ParquetPart(file.name, file)
         with open_part(part) as opened:
@@ -194,27 +181,27 @@ class Img2DatasetReader(RowReader):
                 continue
             yield self._image(f"{file.stem}/{facts['key'] or row}", facts.get(TEXT), facts, (shard, row, 0))
 
-    def _parse(self, name: str, meta: str | None) -> dict[str, Any] | None:
-        """Return the columns in an image's ``.json``, none without such a file; None if ``on_error`` leaves it out."""
+    def _parse(
+        self, name: str, text: str | None, meta: str | None, problem: str, place: tuple[int, int, int]
+    ) -> dict[str, Any] | None:
+        """Return the row of an image by its ``.txt`` and ``.json``; None, after ``on_error``, if one has a problem."""
         facts = parse_json(meta, None) if meta is not None else {}
-        if isinstance(facts, dict):
+        if not problem and isinstance(facts, dict):
             self._keys |= facts.keys()
-            return facts
-        self._is_unreadable(name, [f"{META} is {short(meta)}, not an object"])
+            return self._image(name, text, facts, place)
+        self.refuse(name, problem or f"{META} is {short(meta)}, not an object", UNREADABLE)
+        if self.on_error == "placeholder":  # an image without caption has no row to hold a place in
+            self.skipped[UNREADABLE] += self.remarks.pop(UNREADABLE)
         return None
 
-    def _is_unreadable(self, name: str, problems: Sequence[str]) -> bool:
-        """Apply ``on_error`` to an image whose texts have problems, and return whether there are any."""
-        if problems:
-            self.refuse(name, problems[0], UNREADABLE)
-        if problems and self.on_error == "placeholder":  # an image without caption has no row to hold a place in
-            self.skipped[UNREADABLE] += self.remarks.pop(UNREADABLE)
-        return bool(problems)
-
-    def _image(self, name: str, text: Any, facts: dict[str, Any], place: tuple[int, int, int]) -> Image:
+    def _image(self, name: str, text: Any, facts: dict[str, Any], place: tuple[int, int, int]) -> dict[str, Any] | None:
+        """Return the row of an image; None, which is counted, if it belongs to no group."""
         caption = parse_text(text) or parse_text(facts.get(CAPTION))
         value = caption if self._group == CAPTION else facts.get(self._group)
-        group = None if _is_null(value) or not str(value).strip() else parse_text(str(value))
+        if _is_null(value) or not str(value).strip():
+            self.skipped[f"no {self._group}"] += 1
+            return None
+        group = parse_text(str(value))
         given = facts.get(self._rating) if self._rating else None
         rating = parse_number(given)
         unreadable = short(given) if rating is None and not _is_null(given) else None
@@ -241,7 +228,7 @@ class Img2DatasetReader(RowReader):
             kept[start : start + len(names)] = True
             yield ImageGroup(names[0], prompt, names, ranks or [UNRANKED] * len(names), value)
 
-    def _rank(self, value: str, members: list[Image]) -> list[float] | None:
+    def _rank(self, value: str, members: list[dict[str, Any]]) -> list[float] | None:
         """Return the rank of every image of a group; None if the group breaks a rule, after applying ``on_error``."""
         name, captions = members[0]["name"], {member["caption"] or "" for member in members}
         longest = max(map(len, captions))
@@ -260,7 +247,8 @@ class Img2DatasetReader(RowReader):
                 self.refuse(member["name"], f"{self._rating} is {found}, not a number", "rating not readable")
                 return None
             if member["rating"] is None:
-                self.remarks[f"image without {self._rating or 'a rating'} ({RATING_HINT})"] += 1
+                hint = "the reader's setting rating names its column"
+                self.remarks[f"image without {self._rating or 'a rating'} ({hint})"] += 1
         sign = -1 if self._best == "highest" else 1
         return [UNRANKED if member["rating"] is None else sign * member["rating"] for member in members]
 
@@ -270,17 +258,5 @@ def _is_null(value: Any) -> bool:
     return value is None or (isinstance(value, float) and math.isnan(value))
 
 
-def is_img2dataset(folder: Path) -> bool:
-    """Tell whether img2dataset has finished a shard in a folder."""
-    return any(folder.glob(STATS))
-
-
 def _pictures(folder: Path) -> list[Path]:
     return sorted(path for kind in ENCODED for path in find_files(folder, f"*.{kind}"))
-
-
-def _image_column(part: ParquetPart) -> str | None:
-    """Return the column of images of a parquet file; None if it has none, as beside img2dataset's other formats."""
-    with open_part(part) as file:
-        schema = file.schema_arrow
-    return next((name for name in ENCODED if name in schema.names and holds_images(schema.field(name).type)), None)

@@ -151,14 +151,6 @@ def parse_number(value: Any) -> float | None:
     return number if math.isfinite(number) else None
 
 
-def parse_votes(value: Any) -> tuple[int, int] | None:
-    """Convert a list of two counts, given as numbers or texts, to integers; None for anything else."""
-    counts = [parse_number(item) for item in value] if isinstance(value, list) else []
-    if len(counts) != 2 or not all(count is not None and count >= 0 and count % 1 == 0 for count in counts):
-        return None
-    return int(counts[0] or 0), int(counts[1] or 0)
-
-
 def parse_text(value: Any) -> str | None:
     """Return a text with lone surrogates replaced, which tokenizers refuse; None if ``value`` is not a text."""
     if not isinstance(value, str):

@@ -7,7 +7,7 @@ from typing import Any
 import pyarrow as pa
 
 from latentreward.data.readers.base import MAX_VOTES, PairReader
-from latentreward.data.readers.json_rows import NO_OBJECT, check_row, parse_number, parse_text, parse_votes, short
+from latentreward.data.readers.json_rows import NO_OBJECT, check_row, parse_number, parse_text, short
 from latentreward.data.readers.rows import pack
 
 INDEX = pa.schema(
@@ -35,7 +35,6 @@ NOT_LABELS = (*WINNER_FIRST, *BY_LABEL, *TEXTS, "prompt", "label", "confidence",
 COLUMNS = {name: name for name in (*NOT_LABELS, "votes")}
 """Field → column of pairs of your own; :class:`~latentreward.data.readers.jsonl.JSONLPairReader` describes them."""
 NO_LABEL = "unlabelled (no label)"
-LABEL_BESIDE = "label not read (chosen and rejected say who won)"
 MOST_KEYS = 3
 """Other keys of unlabelled rows that a remark names; the rest are counted."""
 
@@ -101,7 +100,7 @@ class PairRowParser:
         if labelled and sound:
             sound, label = self._parse_label(name, row["label"], content)
         elif not labelled and row.get("label") is not None:
-            reader.remark(name, LABEL_BESIDE)
+            reader.remark(name, "label not read (chosen and rejected say who won)")
         weight = 1.0 if row.get("weight") is None else parse_number(row["weight"])
         if sound and (weight is None or weight < 0):
             reader.refuse(name, f"weight is {short(row['weight'])}, not a number of 0 or more", "weight not readable")
@@ -141,15 +140,18 @@ class PairRowParser:
         return True, label
 
     def _parse_votes(self, name: str, value: Any) -> tuple[bool, tuple[int, int] | None]:
-        """Return whether the row is still valid, and its votes; None if there are none that can be read."""
-        votes, column = parse_votes(value), self.columns["votes"]
-        if votes is None and value is not None:
-            self.reader.remark(name, f"{column} not readable")
-        if votes is not None and max(votes) > MAX_VOTES:
-            problem = f"{column} is {short(list(votes))}, more than {MAX_VOTES} for an image"
+        """Return whether the row is still valid, and its votes, two counts; None if there are none that can be read."""
+        column, counts = self.columns["votes"], list(map(parse_number, value)) if isinstance(value, list) else []
+        votes = [int(count) for count in counts if count is not None and count >= 0 and count % 1 == 0]
+        if len(votes) != 2 or len(counts) != 2:
+            if value is not None:
+                self.reader.remark(name, f"{column} not readable")
+            return True, None
+        if max(votes) > MAX_VOTES:
+            problem = f"{column} is {short(votes)}, more than {MAX_VOTES} for an image"
             self.reader.refuse(name, problem, "too many votes")
             return False, None
-        return True, votes
+        return True, (votes[0], votes[1])
 
     def rename_no_label(self, told: str) -> None:
         """Put what is known of the label of unlabelled rows into the remark on them."""

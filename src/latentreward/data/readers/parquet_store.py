@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import pyarrow as pa
@@ -63,31 +63,26 @@ def find_parts(source: str, split: str, revision: str | None = None, config: str
             f"folder, or give a pattern{nested_pattern(folder)}"
         )
     if not folder.is_file() and glob.has_magic(source):
-        return _matching_parts(source)
+        # Rows are named by their file's name, which must therefore differ.
+        paths = match_files(source)
+        if not paths:
+            raise InputError(f"source: no file matches {source}; give a pattern such as data/*.parquet")
+        if twice := next((name for name, files in Counter(path.name for path in paths).items() if files > 1), None):
+            raise InputError(
+                f"source: {source} matches several files {twice}; rows are named by their file, so rename them"
+            )
+        return [ParquetPart(path.name, path) for path in paths]
     if folder.is_file() or folder.suffix == ".parquet":
         return [ParquetPart(folder.name, folder)]
     if not is_hub_id(source):
         raise InputError(f"source: no folder {source!r}, and no hub id either; set it to the folder of the data set")
-    files = fetch_split(source, split, ".parquet", revision, config)
-    return [ParquetPart(name, path) for name, path in files]
+    return [ParquetPart(*file) for file in fetch_split(source, split, ".parquet", revision, config)]
 
 
 def nested_pattern(folder: Path) -> str:
     """Return the pattern of the first parquet file below a folder, for messages; an empty text if there is none."""
     first = next((path for path in find_files(folder, "**/*.parquet") if not path.is_dir()), None)
     return f", such as {first.parent / '*.parquet'}" if first else ""
-
-
-def _matching_parts(pattern: str) -> list[ParquetPart]:
-    """Return the files that a pattern matches; rows are named by their file's name, which must therefore differ."""
-    paths = match_files(pattern)
-    if not paths:
-        raise InputError(f"source: no file matches {pattern}; give a pattern such as data/*.parquet")
-    if twice := next((name for name, files in Counter(path.name for path in paths).items() if files > 1), None):
-        raise InputError(
-            f"source: {pattern} matches several files {twice}; rows are named by their file, so rename them"
-        )
-    return [ParquetPart(path.name, path) for path in paths]
 
 
 def open_part(part: ParquetPart) -> pq.ParquetFile:
@@ -250,61 +245,32 @@ class RowGroupColumns:
     """
 
     def __init__(self, parts: Sequence[ParquetPart], columns: Sequence[str]) -> None:
-        self.parts, self.columns = list(parts), list(columns)
-        self._start()
+        self.parts, self.columns, self.row_groups_read = list(parts), list(columns), 0
+        # By process and part, because processes share the position in an open file.
+        self._files: OrderedDict[tuple[int, int], tuple[pq.ParquetFile, np.ndarray]] = OrderedDict()
+        self._groups: OrderedDict[tuple[int, int], pa.Table] = OrderedDict()
 
     def read(self, part: int, row: int, columns: Sequence[str] | None = None) -> tuple[Any, ...]:
         """Return the values of ``columns`` (all by default) in row ``row`` of part number ``part``."""
-        if self._process != os.getpid():
-            self._start()
-        file, ends = self._open(part)
-        number = int(np.searchsorted(ends, row, side="right"))
-        inner = row - (int(ends[number - 1]) if number else 0)
-        with damage_named(self.parts[part]):
-            group = self._read_group(file, part, number)
-            return tuple(group.column(name)[inner].as_py() for name in columns or self.columns)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"parts": self.parts, "columns": self.columns}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._start()
-
-    def _start(self) -> None:
-        self.row_groups_read = 0
-        self._process = os.getpid()
-        self._files: OrderedDict[int, tuple[pq.ParquetFile, np.ndarray]] = OrderedDict()
-        self._groups: OrderedDict[tuple[int, int], pa.Table] = OrderedDict()
-
-    def _open(self, part: int) -> tuple[pq.ParquetFile, np.ndarray]:
-        if part not in self._files:
+        if (key := (os.getpid(), part)) not in self._files:
             file = open_part(self.parts[part])
             sizes = [file.metadata.row_group(n).num_rows for n in range(file.num_row_groups)]
-            self._files[part] = file, np.cumsum(sizes)
+            self._files[key] = file, np.cumsum(sizes)
             if len(self._files) > MAX_OPEN_FILES:
                 self._files.popitem(last=False)[1][0].close()
-        return self._files[part]
+        file, ends = self._files[key]
+        number = int(np.searchsorted(ends, row, side="right"))
+        inner, place = row - (int(ends[number - 1]) if number else 0), (part, number)
+        with damage_named(self.parts[part]):
+            if place not in self._groups:
+                size = row_group_bytes(file, number, self.columns)
+                # Frees the memory of old groups before the new one is decoded.
+                while self._groups and size + sum(table.nbytes for table in self._groups.values()) > KEPT_BYTES:
+                    self._groups.popitem(last=False)
+                self._groups[place] = read_groups(file, self.parts[part], self.columns, [number])
+                self.row_groups_read += 1
+            self._groups.move_to_end(place)
+            return tuple(self._groups[place].column(name)[inner].as_py() for name in columns or self.columns)
 
-    def _read_group(self, file: pq.ParquetFile, part: int, number: int) -> pa.Table:
-        place = part, number
-        if place not in self._groups:
-            size = row_group_bytes(file, number, self.columns)
-            # Frees the memory of old groups before the new one is decoded.
-            while self._groups and size + sum(table.nbytes for table in self._groups.values()) > KEPT_BYTES:
-                self._groups.popitem(last=False)
-            self._groups[place] = read_groups(file, self.parts[part], self.columns, [number])
-            self.row_groups_read += 1
-        self._groups.move_to_end(place)
-        return self._groups[place]
-
-
-def copy_columns(parts: Sequence[ParquetPart], columns: Sequence[str]) -> Any:
-    """Copy columns of parquet files once into the memory-mapped cache of ``datasets``; return the ``Dataset``.
-
-    The copy takes as much disk space as these columns. Reading a row then reads only this row, not its row group.
-    """
-    from datasets import load_dataset  # slow to import
-
-    files, features = [str(part.path) for part in parts], plain_features(parts[0], columns)
-    return load_dataset("parquet", data_files=files, split="train", columns=list(columns), features=features)
+    def __reduce__(self) -> tuple[type[Self], tuple[Any, ...]]:
+        return type(self), (self.parts, self.columns)

@@ -90,23 +90,27 @@ class PickAPicReader(RowReader):
     ) -> None:
         super().__init__("pickapic", split, randomise_sides=False, seed=0, **options)
         self.holds = "images" if images == "read" else "nothing"
-        self._rows = open_table(self, source, split, revision)
+        self._rows, name = open_table(self, source, split, revision), source_name(source)
         index = self._rows.read_index(COLUMNS, SCHEMA_HINT)
         if images == "read":
             self._rows.check_images(IMAGES, SCHEMA_HINT, WITHOUT_IMAGES)
-        columns = {name: index.column(name).combine_chunks() for name in COLUMNS}
+        columns = {column: index.column(column).combine_chunks() for column in COLUMNS}
         names = self._rows.row_names()
         columns["caption"], long = empty_long_prompts(self, columns["caption"], names)
         labels, keep = self._judge_labels(columns, names, long)
         if drop_identical:
-            keep &= self._find_different(columns, keep)
+            other_uid = pc.not_equal(columns["image_0_uid"], columns["image_1_uid"]).fill_null(True)
+            different = pc.and_(columns["are_different"].fill_null(True), other_uid).to_numpy(zero_copy_only=False)
+            if dropped := int((keep & ~different).sum()):
+                self.skipped["identical images"] += dropped
+            keep &= different
         table = pa.table(
             {
                 "pair_id": names,
                 "prompt": columns["caption"],
                 "label": pa.array(labels, from_pandas=True),
                 "row": np.arange(len(labels)),
-                **{name: columns[published] for name, published in PUBLISHED.items()},
+                **{ours: columns[published] for ours, published in PUBLISHED.items()},
             }
         )
         if weight == "per_prompt":
@@ -118,11 +122,9 @@ class PickAPicReader(RowReader):
         if images == "read":
             self._rows.open_images(IMAGES, memory_map)
         if images == "read" and not memory_map:
-            warn_row_groups(self._rows, IMAGES, f"{source_name(source)} {split}")
-        self.report(
-            f"{source_name(source)} {split}",
-            f"split: {split!r} of {source_name(source)} has no rows left; check the files and drop_identical",
-        )
+            warn_row_groups(self._rows, IMAGES, f"{name} {split}")
+        empty = f"split: {split!r} of {name} has no rows left; check the files and drop_identical"
+        self.report(f"{name} {split}", empty)
 
     def find_images(self, row: dict[str, Any]) -> list[ImageRef]:
         """Return both images of a row with their bytes, or their names alone."""
@@ -153,14 +155,6 @@ class PickAPicReader(RowReader):
         self._remark("unlabelled (labels do not add up to 1)", candidates & ~null & unequal)
         labels = np.where(candidates & ~null & ~unequal, label_0, np.nan)
         return labels, ~refused if self.on_error == "skip" else np.ones_like(refused)
-
-    def _find_different(self, columns: dict[str, pa.Array], keep: np.ndarray) -> np.ndarray:
-        """Return which rows have two different images, ``(rows,)`` bool; count the others among the rows ``keep``."""
-        other_uid = pc.not_equal(columns["image_0_uid"], columns["image_1_uid"]).fill_null(True)
-        different = pc.and_(columns["are_different"].fill_null(True), other_uid).to_numpy(zero_copy_only=False)
-        if dropped := int((keep & ~different).sum()):
-            self.skipped["identical images"] += dropped
-        return different
 
     def _remark(self, reason: str, rows: np.ndarray) -> None:
         if rows.any():

@@ -80,9 +80,8 @@ class PickAPicTarReader(RowReader):
             prompts = self.prompts()
             rows_of = Counter(prompts)
             self.table = self.table.append_column("weight", pa.array([1 / rows_of[prompt] for prompt in prompts]))
-        self.report(
-            f"{root} {split}", f"root: no samples with {', '.join(MEMBERS)} in the tars of {root}; check the folder"
-        )
+        empty = f"root: no samples with {', '.join(MEMBERS)} in the tars of {root}; check the folder"
+        self.report(f"{root} {split}", empty)
 
     def find_images(self, row: dict[str, Any]) -> list[ImageRef]:
         """Return references to the images of a sample, with their bytes."""
@@ -91,9 +90,14 @@ class PickAPicTarReader(RowReader):
         return [ImageRef(content_key(data), data) for data in contents]
 
     def _read_rows(self, tars: list[tuple[str, Path]], drop_identical: bool) -> Iterator[dict[str, Any]]:
-        """Yield the rows of all tars, by column of ``INDEX``."""
         for number, (name, tar) in enumerate(tars):
-            for sample in self._read_samples(tar):
+            samples, problem = read_samples(tar, IMAGES, (*LABELS, PROMPT))
+            if problem is not None:
+                last = [*samples[-1].images, *samples[-1].texts, *samples[-1].unreadable] if samples else []
+                if len(last) < len(MEMBERS):  # the last sample of a truncated tar, which is not whole
+                    samples = samples[:-1]
+                self.refuse(str(tar), f"{problem}; download it again", "tar not readable to its end")
+            for sample in samples:
                 label = self._judge(tar, sample)
                 images = {image: sample.images.get(image, ABSENT) for image in IMAGES}
                 if label is None or (drop_identical and self._is_identical(tar, *images.values())):
@@ -107,41 +111,27 @@ class PickAPicTarReader(RowReader):
                     **images,
                 }
 
-    def _read_samples(self, tar: Path) -> list[Sample]:
-        """Read the samples of one tar; the last sample of a truncated tar is left out unless it is whole."""
-        samples, problem = read_samples(tar, IMAGES, (*LABELS, PROMPT))
-        if problem is not None:
-            if samples and len(samples[-1].images) + len(samples[-1].texts) + len(samples[-1].unreadable) < len(
-                MEMBERS
-            ):
-                samples.pop()
-            self.refuse(str(tar), f"{problem}; download it again", "tar not readable to its end")
-        return samples
-
     def _judge(self, tar: Path, sample: Sample) -> float | None:
         """Return the label of image 0, NaN if unlabelled; None if ``on_error`` leaves the row out."""
+        name, prompt = f"{tar.name}:{sample.key}", sample.texts.get(PROMPT, "")
+        labels = [number for number in (_number(sample.texts.get(label)) for label in LABELS) if number is not None]
+        outside = [pair for pair in zip(LABELS, labels, strict=False) if not 0 <= pair[1] <= 1]
         if PROMPT in sample.unreadable:
-            self.refuse(f"{tar.name}:{sample.key}", sample.unreadable[PROMPT], "prompt not readable")
-            return None if self.on_error == "skip" else math.nan
-        if PROMPT not in sample.texts:
-            self.remarks["no prompt, read as empty"] += 1
-        elif len(sample.texts[PROMPT]) > self.max_prompt_chars:
-            self.refuse_long_prompt(f"{tar.name}:{sample.key}", len(sample.texts[PROMPT]))
-            return None if self.on_error == "skip" else math.nan
-        values = [_number(sample.texts.get(name)) for name in LABELS]
-        if None in values:
-            self.remarks["unlabelled (no label, or no number)"] += 1
-            return math.nan
-        label_0, label_1 = (float(value) for value in values if value is not None)
-        for name, value in zip(LABELS, (label_0, label_1), strict=True):
-            if not 0 <= value <= 1:
-                problem = f"{name} is {value}, not in [0, 1]"
-                self.refuse(f"{tar.name}:{sample.key}", problem, "label outside [0, 1] or NaN")
-                return None if self.on_error == "skip" else math.nan
-        if abs(label_0 + label_1 - 1) > TOLERANCE:
-            self.remarks["unlabelled (labels do not add up to 1)"] += 1
-            return math.nan
-        return label_0
+            self.refuse(name, sample.unreadable[PROMPT], "prompt not readable")
+        elif len(prompt) > self.max_prompt_chars:
+            self.refuse_long_prompt(name, len(prompt))
+        else:
+            if PROMPT not in sample.texts:
+                self.remarks["no prompt, read as empty"] += 1
+            if len(labels) < len(LABELS):
+                self.remarks["unlabelled (no label, or no number)"] += 1
+                return math.nan
+            if not outside:
+                whole = abs(sum(labels) - 1) <= TOLERANCE
+                self.remarks.update([] if whole else ["unlabelled (labels do not add up to 1)"])
+                return labels[0] if whole else math.nan
+            self.refuse(name, "{} is {}, not in [0, 1]".format(*outside[0]), "label outside [0, 1] or NaN")
+        return None if self.on_error == "skip" else math.nan
 
     def _is_identical(self, tar: Path, first: Extent, second: Extent) -> bool:
         if first[1] != second[1] or ABSENT in (first, second):
@@ -153,7 +143,6 @@ class PickAPicTarReader(RowReader):
 
 
 def _find_tars(root: Path, split: str, revision: str | None) -> list[tuple[str, Path]]:
-    """Find the tars of a split, as (published name, local path)."""
     if root.is_file():
         return [(root.name, root)]
     if not root.is_dir() and is_hub_id(str(root)):

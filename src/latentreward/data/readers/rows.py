@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 
 from latentreward.contracts import ImageRef, PathText, PreferencePair
@@ -37,15 +38,11 @@ class RowReader(PairReader):
             ``winner_first`` limits the exchange to rows where it is true.
         seed: Seed of the random exchange.
         options: ``on_error``, ``max_prompt_chars`` and ``exif``, see :class:`PairReader`.
-
-    Attributes:
-        folder: Folder of the images of a reader of files.
-        prefix: Start of the names of these images.
     """
 
     table: pa.Table
-    folder: Path
-    prefix = ""
+    folder: Path  # folder of the images of a reader of files
+    prefix = ""  # start of the names of these images
     _exchanged: np.ndarray | None = None
 
     def __init__(
@@ -63,8 +60,7 @@ class RowReader(PairReader):
 
     def read_row(self, index: int) -> dict[str, Any]:
         """Return the values of row ``index`` by column."""
-        columns = zip(self.table.column_names, self.table.columns, strict=True)
-        return {name: column[index].as_py() for name, column in columns}
+        return {name: self.table[name][index].as_py() for name in self.table.column_names}
 
     def make_pair(self, row: dict[str, Any]) -> PreferencePair:
         """Return the pair of a row, with its images exchanged or not."""
@@ -116,15 +112,11 @@ class RowReader(PairReader):
 
     def facts(self) -> dict[str, list[Any]]:
         """Return the columns of ``FACTS`` that the table has, after any exchange of images."""
-        facts = {name: self.table.column(name).to_pylist() for name in FACTS if name in self.table.column_names}
         others = {f"{name}_{side}": f"{name}_{other}" for name in ("model", "votes") for side, other in ("ab", "ba")}
-        exchanged = self.exchanged().tolist()
-        return {
-            name: [
-                b if turn else a for turn, a, b in zip(exchanged, values, facts[others.get(name, name)], strict=True)
-            ]
-            for name, values in facts.items()
-        }
+        columns = {name: self.table[name].combine_chunks() for name in FACTS if name in self.table.column_names}
+        turned = pa.array(self.exchanged())
+        facts = {name: pc.if_else(turned, columns[others.get(name, name)], column) for name, column in columns.items()}
+        return {name: column.to_pylist() for name, column in facts.items()}
 
     def is_exchanged(self, pair_id: str) -> bool:
         """Tell whether the image that the file names first becomes b, and the other image a."""

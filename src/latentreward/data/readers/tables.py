@@ -20,10 +20,10 @@ from latentreward.data.readers.parquet_store import (
     ParquetPart,
     RowGroupColumns,
     cast_columns,
-    copy_columns,
     damage_named,
     find_parts,
     open_part,
+    plain_features,
     plain_type,
     row_group_bytes,
 )
@@ -48,13 +48,9 @@ DAMAGE = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionErr
 
 
 class SplitTable(ABC):
-    """Rows of one split, in the order of their numbers; images are read row by row.
+    """Rows of one split, in the order of their numbers; images are read row by row."""
 
-    Attributes:
-        files: Whether images may be files anywhere on this machine, because the table was made in this process.
-    """
-
-    files = False
+    files = False  # whether images may be files anywhere on this machine, because the table was made in this process
 
     @abstractmethod
     def schemas(self) -> list[tuple[str, pa.Schema]]:
@@ -83,10 +79,6 @@ class SplitTable(ABC):
     def read(self, row: int, columns: Sequence[str] | None = None) -> tuple[Any, ...]:
         """Return the values of ``columns`` (by default all of :meth:`open_images`) in a row."""
 
-    def largest_row_group(self, columns: Sequence[str]) -> int:
-        """Return the bytes that are decoded for a row of ``columns`` beside the row itself; 0 if there are none."""
-        return 0
-
     def check_images(self, columns: Sequence[str], hint: str, absent: str = "") -> None:
         """Check that the columns of images hold bytes, or the structs that ``datasets`` writes.
 
@@ -109,25 +101,19 @@ class SplitTable(ABC):
         return embedded_image(value, key, self.files)
 
 
-class DatasetTable(SplitTable):
+class _DatasetTable(SplitTable):
     """Table of a ``Dataset``, whose rows stay on disk if they are mapped from there: a row costs only this row.
 
-    Args:
-        dataset: Data set; its format and transform are not applied.
-        split: Name of the split.
-        place: Name of the data set in messages.
-        files: Whether images may be files anywhere on this machine.
+    Its format and transform are not applied; ``place`` is its name in messages.
     """
 
     def __init__(self, dataset: "Dataset", split: str, place: str, files: bool = False) -> None:
         self._rows, self._split, self._place, self.files = dataset.with_format("arrow"), split, place, files
 
     def schemas(self) -> list[tuple[str, pa.Schema]]:
-        """See :meth:`SplitTable.schemas`."""
         return [(self._place, self._rows.features.arrow_schema)]
 
     def read_index(self, columns: dict[str, pa.DataType | None], hint: str) -> pa.Table:
-        """See :meth:`SplitTable.read_index`."""
         if missing := [name for name in columns if name not in self._rows.column_names]:
             raise InputError(f"{self._place}: no column {', '.join(missing)}; {hint}")
         try:
@@ -141,27 +127,21 @@ class DatasetTable(SplitTable):
         return number_rows(self._split, len(self._rows))
 
     def open_images(self, columns: Sequence[str], memory_map: bool = False) -> None:
-        """See :meth:`SplitTable.open_images`."""
         self._images = self._rows.select_columns(list(columns))
 
     def read(self, row: int, columns: Sequence[str] | None = None) -> tuple[Any, ...]:
-        """See :meth:`SplitTable.read`."""
         table = self._images[row]
         return tuple(table.column(name)[0].as_py() for name in columns or self._images.column_names)
 
 
-class ParquetTable(SplitTable):
-    """Table of the parquet files of a split.
-
-    Args:
-        parts: Files, in the order of the rows.
-    """
+class _ParquetTable(SplitTable):
+    """Table of the parquet files of a split, in the order of the rows."""
 
     def __init__(self, parts: Sequence[ParquetPart]) -> None:
         self.parts = list(parts)
+        self._copy: _DatasetTable | None = None
 
     def schemas(self) -> list[tuple[str, pa.Schema]]:
-        """See :meth:`SplitTable.schemas`; only the footers are read."""
         found = []
         for part in self.parts:
             with open_part(part) as file:
@@ -169,7 +149,6 @@ class ParquetTable(SplitTable):
         return found
 
     def read_index(self, columns: dict[str, pa.DataType | None], hint: str) -> pa.Table:
-        """See :meth:`SplitTable.read_index`."""
         table, self._starts = read_parquet(self.parts, columns, hint)
         self._rows = len(table)
         return table
@@ -180,27 +159,21 @@ class ParquetTable(SplitTable):
         return pa.concat_arrays([number_rows(part.name, count) for part, count in zip(self.parts, rows, strict=True)])
 
     def open_images(self, columns: Sequence[str], memory_map: bool = False) -> None:
-        """See :meth:`SplitTable.open_images`."""
-        self._groups = RowGroupColumns(self.parts, columns)
-        self._copy = DatasetTable(copy_columns(self.parts, columns), "", "") if memory_map else None
-        if self._copy is not None:
+        self._groups, self._copy = RowGroupColumns(self.parts, columns), None
+        if memory_map:
+            from datasets import load_dataset  # slow to import
+
+            files, features = [str(part.path) for part in self.parts], plain_features(self.parts[0], columns)
+            settings: dict[str, Any] = {"data_files": files, "columns": list(columns), "features": features}
+            self._copy = _DatasetTable(load_dataset("parquet", split="train", **settings), "", "")
             self._copy.open_images(columns)
 
     def read(self, row: int, columns: Sequence[str] | None = None) -> tuple[Any, ...]:
-        """See :meth:`SplitTable.read`."""
         part = int(np.searchsorted(self._starts, row, side="right")) - 1
         if self._copy is None:
             return self._groups.read(part, row - int(self._starts[part]), columns)
         with damage_named(self.parts[part]):
             return self._copy.read(row, columns)
-
-    def largest_row_group(self, columns: Sequence[str]) -> int:
-        """Return the decompressed size in bytes of ``columns`` in the largest row group."""
-        sizes = [0]
-        for part in self.parts:
-            with open_part(part) as file, damage_named(part):
-                sizes += [row_group_bytes(file, number, columns) for number in range(file.num_row_groups)]
-        return max(sizes)
 
 
 def open_table(
@@ -215,10 +188,22 @@ def open_table(
         InputError: If there is no such source or split, or a folder is damaged.
     """
     if not isinstance(source, str | os.PathLike):
-        return DatasetTable(_choose_split(source, split), split, f"source ({type(source).__name__})", files=True)
-    if (folder := find_saved(Path(source), split)) is not None:
-        return DatasetTable(_load_saved(folder), split, str(folder))
-    return ParquetTable(find_all_parts(reader, str(source), split, revision, config))
+        return _DatasetTable(_choose_split(source, split), split, f"source ({type(source).__name__})", files=True)
+    places = [place for place in (Path(source), Path(source, split)) if (place / SAVED).is_file()]
+    if not places and Path(source, SAVED_SPLITS).is_file():
+        names = ", ".join(saved_splits(Path(source))) or "none"
+        raise InputError(f"split: no {split!r} in {source}; it has {names}")
+    if not places:
+        return _ParquetTable(find_all_parts(reader, str(source), split, revision, config))
+    from datasets import Dataset  # slow to import
+
+    try:  # no code of the folder runs, and no file outside it is read
+        files = [file["filename"] for file in json.loads((places[0] / SAVED).read_bytes())["_data_files"]]
+        if outside := [name for name in files if escapes(name)]:
+            raise InputError(f"{outside[0]!r} leads out of it")
+        return _DatasetTable(Dataset.load_from_disk(str(places[0])), split, str(places[0]))
+    except DAMAGE as error:
+        raise InputError(f"source: {places[0]} is damaged ({first_line(error)}); {SAVE_AGAIN}") from error
 
 
 def find_all_parts(
@@ -257,8 +242,12 @@ def empty_long_prompts(
 
 
 def warn_row_groups(table: SplitTable, columns: Sequence[str], name: str) -> None:
-    """Log a warning if a row in random order costs a large row group."""
-    if (largest := table.largest_row_group(columns)) > LARGE_ROW_GROUP:
+    """Log a warning if a row in random order costs a large row group, whose bytes are decoded beside the row itself."""
+    sizes = [0]
+    for part in table.parts if isinstance(table, _ParquetTable) else ():
+        with open_part(part) as file, damage_named(part):
+            sizes += [row_group_bytes(file, number, columns) for number in range(file.num_row_groups)]
+    if (largest := max(sizes)) > LARGE_ROW_GROUP:
         text = "%s: a random row costs its row group, %d MiB; set memory_map to true to copy the images once"
         logger.warning(text, name, largest >> 20)
 
@@ -266,21 +255,6 @@ def warn_row_groups(table: SplitTable, columns: Sequence[str], name: str) -> Non
 def source_name(source: Source) -> str:
     """Return the name of a source in messages."""
     return str(source) if isinstance(source, str | os.PathLike) else f"a {type(source).__name__}"
-
-
-def find_saved(folder: Path, split: str) -> Path | None:
-    """Return the folder of a split that ``save_to_disk`` wrote; None if ``folder`` is no such folder.
-
-    Raises:
-        InputError: If ``folder`` holds splits, but not this one.
-    """
-    if (folder / SAVED).is_file():
-        return folder
-    if (folder / split / SAVED).is_file():
-        return folder / split
-    if (folder / SAVED_SPLITS).is_file():
-        raise InputError(f"split: no {split!r} in {folder}; it has {', '.join(saved_splits(folder)) or 'none'}")
-    return None
 
 
 def saved_splits(folder: Path) -> list[str]:
@@ -332,7 +306,6 @@ def name_class(classes: Sequence[str] | None, value: Any) -> Any:
 
 
 def _choose_split(source: Any, split: str) -> "Dataset":
-    """Return the ``Dataset`` of a split from an object of ``datasets``."""
     from datasets import Dataset, IterableDataset  # slow to import
 
     if isinstance(source, dict):
@@ -347,16 +320,3 @@ def _choose_split(source: Any, split: str) -> "Dataset":
             "by PairStream in StreamedPreferenceDataModule"
         )
     raise InputError(f"source is {source_name(source)}; give a folder, a hub id, or a Dataset of the library datasets")
-
-
-def _load_saved(folder: Path) -> "Dataset":
-    """Map the Arrow files of a folder that ``save_to_disk`` wrote; no code of the folder runs, and no other is read."""
-    from datasets import Dataset  # slow to import
-
-    try:
-        names = [file["filename"] for file in json.loads((folder / SAVED).read_bytes())["_data_files"]]
-        if outside := [name for name in names if escapes(name)]:
-            raise InputError(f"{outside[0]!r} leads out of it")
-        return Dataset.load_from_disk(str(folder))
-    except DAMAGE as error:
-        raise InputError(f"source: {folder} is damaged ({first_line(error)}); {SAVE_AGAIN}") from error

@@ -1,10 +1,12 @@
-"""Reading of single rows from safetensors shards, directly into the memory of a batch."""
+"""Shards, which are safetensors files: atomic writing, and reading of single rows into the memory of a batch."""
 
 import errno
+import hashlib
+import json
 import os
 import resource
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
@@ -17,6 +19,7 @@ from torch import Tensor
 from latentreward.cache.layout import PROMPT_LENGTHS
 from latentreward.errors import InputError
 from latentreward.storage import safetensors_header
+from latentreward.storage.durable import replacing
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
 LENGTHS_DTYPES = {"I32": torch.int32}
@@ -24,6 +27,8 @@ LENGTHS_DTYPES = {"I32": torch.int32}
 MOST_BUFFERS = 512
 """Most buffers passed to one ``preadv``; Linux accepts 1024."""
 REMEDY = "run `latentreward cache --check` on the cache"
+KEPT = "finished shards are kept: free some space and resume with the same command"
+"""End of the error message on a full disk."""
 
 
 @dataclass(frozen=True)
@@ -43,30 +48,27 @@ def read_header(path: Path) -> dict[str, TensorBlock]:
     Raises:
         InputError: If the file is missing, is not a safetensors file, or is shorter or longer than its header says.
     """
+    blocks, last = {}, 0
     try:
         entries, start, size = safetensors_header.read_header(path)
-        blocks = {name: _block(name, entry, start) for name, entry in entries.items()}
-        end = max((start + entry["data_offsets"][1] for entry in entries.values()), default=0)
+        for name, entry in entries.items():
+            begin, end = entry["data_offsets"]
+            rows, *shape = entry["shape"]
+            dtypes = LENGTHS_DTYPES if name == PROMPT_LENGTHS else DTYPES
+            if entry["dtype"] not in dtypes:
+                raise ValueError(f"dtype {entry['dtype']} is none of {', '.join(dtypes)}")
+            dtype, last = dtypes[entry["dtype"]], max(last, start + end)
+            row_bytes = dtype.itemsize * torch.Size(shape).numel()
+            if rows * row_bytes != end - begin:
+                raise ValueError("its offsets do not fit its shapes")
+            blocks[name] = TensorBlock(dtype, rows, tuple(shape), start + begin, row_bytes)
     except FileNotFoundError as error:
         raise InputError(f"shard {path} is missing; {REMEDY}") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"shard {path} is not a safetensors file ({error}); {REMEDY}") from error
-    if end != size:
-        raise InputError(f"shard {path} has {size} bytes, but its header says {end}; {REMEDY}")
+    if last != size:
+        raise InputError(f"shard {path} has {size} bytes, but its header says {last}; {REMEDY}")
     return blocks
-
-
-def _block(name: str, entry: dict[str, Any], start: int) -> TensorBlock:
-    begin, end = entry["data_offsets"]
-    rows, *shape = entry["shape"]
-    dtypes = LENGTHS_DTYPES if name == PROMPT_LENGTHS else DTYPES
-    if entry["dtype"] not in dtypes:
-        raise ValueError(f"dtype {entry['dtype']} is none of {', '.join(dtypes)}")
-    dtype = dtypes[entry["dtype"]]
-    row_bytes = dtype.itemsize * torch.Size(shape).numel()
-    if rows * row_bytes != end - begin:
-        raise ValueError("its offsets do not fit its shapes")
-    return TensorBlock(dtype, rows, tuple(shape), start + begin, row_bytes)
 
 
 def read_lengths(path: Path, blocks: Mapping[str, TensorBlock], most: int) -> np.ndarray:
@@ -191,3 +193,56 @@ def _read_into(fileno: int, views: Sequence[memoryview], offset: int) -> bool:
             "shared memory for the loader's workers is full; give the container more (docker --shm-size), or set "
             "data.num_workers: 0"
         ) from error
+
+
+def stored_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype of the tensor ``name`` in a cache that stores latents and embeddings in ``dtype``."""
+    return torch.int32 if name == PROMPT_LENGTHS else dtype
+
+
+def write_shard(
+    path: Path,
+    shapes: Mapping[str, tuple[int, ...]],
+    dtype: torch.dtype,
+    batches: Iterable[tuple[int, Mapping[str, Tensor]]],
+) -> str:
+    """Write a safetensors file batch by batch, whose memory need is that of one batch; return its SHA-256.
+
+    Args:
+        path: Path of the finished file.
+        shapes: Name of each tensor → its shape, whose first dimension is the number of rows.
+        dtype: Dtype of latents and embeddings.
+        batches: Index of a batch's first row, and its rows ``(n, ...)`` of every tensor.
+
+    Raises:
+        InputError: If the disk has not enough space for the whole file, which is reserved before the first batch.
+    """
+    dtypes = {name: stored_dtype(name, dtype) for name in shapes}
+    row_bytes = {name: torch.Size(shape[1:]).numel() * dtypes[name].itemsize for name, shape in shapes.items()}
+    names = {kind: name for name, kind in (DTYPES | LENGTHS_DTYPES).items()}
+    header: dict[str, Any] = {}
+    end, starts = 0, {}
+    for name, shape in shapes.items():
+        starts[name], end = end, end + shape[0] * row_bytes[name]
+        header[name] = {"dtype": names[dtypes[name]], "shape": list(shape), "data_offsets": [starts[name], end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    data = 8 + len(text)
+    with replacing(path, KEPT) as unfinished, unfinished.open("xb+") as stream:
+        stream.write(len(text).to_bytes(8, "little") + text)
+        stream.flush()
+        os.posix_fallocate(stream.fileno(), 0, data + end)
+        for first, rows in batches:
+            for name, tensor in rows.items():
+                if tensor.shape[1:] != shapes[name][1:] or tensor.dtype != dtypes[name]:
+                    raise ValueError(
+                        f"{path.name}: rows of {name} are {tuple(tensor.shape[1:])} {tensor.dtype}, planned "
+                        f"{shapes[name][1:]} {dtypes[name]}"
+                    )
+                content = memoryview(tensor.cpu().contiguous().view(torch.uint8).reshape(-1).numpy())
+                offset = data + starts[name] + first * row_bytes[name]
+                while content:
+                    written = os.pwrite(stream.fileno(), content, offset)
+                    content, offset = content[written:], offset + written
+        stream.seek(0)
+        return hashlib.file_digest(stream, "sha256").hexdigest()
