@@ -135,7 +135,7 @@ def test_text_encoders_are_freed_where_prompts_are_cached(method: str, world: Pa
     assert any(name.startswith("model.backbone.text_encoder.") for name in content["base"]["names"])
     with pytest.raises(InputError, match=r"'a purple cow' was not encoded .*; use cached prompts, or"):
         modules[1].model.encode_prompts(["a purple cow"])
-    with pytest.raises(InputError, match="EncodeOnce has freed the model's text encoders; load the model from a check"):
+    with pytest.raises(InputError, match="EncodeOnce has freed the model's text encoders; load a checkpoint of"):
         RewardModel.of(modules[1].model).save_pretrained(tmp_path / "folder")
 
 
