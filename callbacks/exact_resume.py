@@ -12,7 +12,7 @@ from torch import nn
 
 from latentreward.checkpoints.files import check_states
 from latentreward.data.loading import ResumableLoader
-from latentreward.programs import within
+from latentreward.programs import of_framework
 from latentreward.seeding import pair_generator, run_seed
 
 
@@ -95,7 +95,7 @@ class ExactResume(Callback):
 def own_states(trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
     """Return the states of callbacks, data module and networks of other packages than this and Lightning, by name."""
     parts = [*trainer.callbacks, *filter(None, [trainer.datamodule])]  # type: ignore[attr-defined]
-    own = [part for part in parts if not within(type(part).__module__, ("latentreward", "lightning"))]
+    own = [part for part in parts if not of_framework(type(part).__module__)]
     nets = [named for named in pl_module.named_modules() if type(named[1]).get_extra_state != nn.Module.get_extra_state]
     extra = {f"{name} (get_extra_state)": net.get_extra_state() for name, net in nets}
     return {type(part).__qualname__: part.state_dict() for part in own} | extra

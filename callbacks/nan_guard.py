@@ -68,11 +68,7 @@ class NaNGuard(Callback):
 
 
 def save_finite(trainer: Trainer, save: Any, checkpoint: dict[str, Any], *args: Any, **kwargs: Any) -> None:
-    """Write a checkpoint with a strategy's method ``save`` if weights, averages and optimiser state are finite.
-
-    Raises:
-        InputError: On all processes if a tensor is not finite; names the optimiser step and the first such tensor.
-    """
+    """Write a checkpoint by ``save`` if weights, averages and optimiser state are finite on all processes."""
     found = not_finite(trained_tensors(trainer, checkpoint))
     if not trainer.strategy.reduce_boolean_decision(found is None):
         raise InputError(

@@ -102,11 +102,7 @@ class PromptMonitor(Callback, ABC):
     def latents(
         self, trainer: Trainer, pl_module: AlignmentModule, reference: bool
     ) -> Iterator[tuple[PromptBatch, Tensor]]:
-        """Sample finished latents ``(B, C, ...)`` for each of this rank's batches; ``reference`` as before alignment.
-
-        Raises:
-            InputError: If sampled latents are not finite; names the optimiser step and the prompt.
-        """
+        """Sample finished latents ``(B, C, ...)``, which must be finite, for each of this rank's batches."""
         sampling = self.sampling_of(pl_module).with_noise()
         for batch in self.share(trainer):
             made = sample_latents(pl_module.policy, batch, sampling, pl_module.guidance_scale, SEED, reference)

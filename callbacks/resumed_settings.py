@@ -86,11 +86,7 @@ class ResumedSettings(Callback):
                 trainer.datamodule.batch_size = saved  # type: ignore[attr-defined]
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Remember optimisers and schedules as the settings made them; Lightning restores optimisers after this hook.
-
-        Raises:
-            InputError: If the checkpoint's optimiser is of another class, or has other parameters.
-        """
+        """Compare classes, and remember what the settings made, before Lightning restores optimisers and schedules."""
         classes = [type(optimizer).__name__ for optimizer in trainer.optimizers]
         if self._saved_optimizers not in ([], classes):
             raise InputError(
@@ -107,11 +103,7 @@ class ResumedSettings(Callback):
             raise InputError("the checkpoint's optimiser has other parameters; tuning and head must be as in training")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Compare the settings with the restored state, report differences, and apply the overrides.
-
-        Raises:
-            InputError: If a OneCycleLR ends before the run.
-        """
+        """Compare the settings with the restored state, report differences, and apply the overrides."""
         if self._saved_schedules is not None:
             self._compare_optimizers(trainer)
             if "schedule" not in self.override:

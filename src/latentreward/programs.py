@@ -44,6 +44,11 @@ def of_this_package(path: str | None) -> bool:
     return within(path, ["latentreward"])
 
 
+def of_framework(path: str | None) -> bool:
+    """Tell whether an import path is of this package or of Lightning, and so none of the user's own code."""
+    return within(path, ["latentreward", "lightning"])
+
+
 def within(path: str | None, modules: Iterable[str]) -> bool:
     """Tell whether an import path is that of one of the modules, or of something inside one."""
     return f"{path}.".startswith(tuple(f"{module}." for module in modules))

@@ -83,13 +83,7 @@ def check_states(checkpoint: Mapping[str, Any]) -> None:
 
 
 def fetched(address: str, folder: Path) -> Path:
-    """Download the checkpoint at an fsspec URL into ``folder`` and return its path.
-
-    The path of a file on this machine is returned without a copy.
-
-    Raises:
-        InputError: If the file does not exist, the server does not answer, or the disk is full.
-    """
+    """Download the checkpoint at an fsspec URL into ``folder`` and return its path, of a local file without a copy."""
     options: dict[str, Any] = {}
     if address.startswith("http"):  # fsspec's default limit of five minutes is too short for large files
         import aiohttp  # slow to import, and most checkpoints are files

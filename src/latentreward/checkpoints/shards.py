@@ -69,12 +69,7 @@ def shard_index(path: Path) -> Metadata:
 
 
 def check_values(path: Path) -> None:
-    """Compare the values in a checkpoint, a file or a folder of shards, with their checksums.
-
-    Raises:
-        ValueError: If a file is damaged; InputError of :func:`shard_index`.
-        OSError: If a file is missing.
-    """
+    """Compare the values in a checkpoint with its checksums; raises ValueError or OSError if it is damaged."""
     for file, places in files_of(path):
         check_records(file, places)
 

@@ -136,11 +136,7 @@ class PromptEncoder(nn.Module, Part):
 
 
 def token_ids(tokenizer: Any, prompts: Sequence[str], length: int) -> Tensor:
-    """Return token ids ``(B, length)``, int64 on the CPU, padded and truncated to ``length``.
-
-    Raises:
-        InputError: If ``tokenizer`` is None.
-    """
+    """Return token ids ``(B, length)``, int64 on the CPU, padded and truncated to ``length``."""
     if tokenizer is None:
         raise InputError("prompts were given as text, but there is no tokenizer; load it with its base pipeline")
     with torch.device("cpu"):

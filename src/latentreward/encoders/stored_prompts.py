@@ -39,11 +39,7 @@ class StoredPrompts(PromptEncoder):
         self._rows, self._table, self._device = {prompt: row for row, prompt in enumerate(prompts)}, table, device
 
     def tokenize(self, prompts: Sequence[str]) -> tuple[Tensor, ...]:
-        """Return the rows of ``prompts`` in the table, ``(B,)`` int64.
-
-        Raises:
-            InputError: If a prompt was not encoded before.
-        """
+        """Return the rows of ``prompts`` in the table, ``(B,)`` int64; raises InputError if one is not there."""
         for prompt in prompts:
             if prompt not in self._rows:
                 raise InputError(

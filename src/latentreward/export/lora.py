@@ -92,10 +92,7 @@ class TrainedLoRA:
         """Write :data:`FILE` into ``folder`` atomically, and return its path.
 
         B is multiplied by alpha / rank, see :attr:`scaled`. The metadata hold only a few of peft's settings, so that
-        other versions of peft can read the file.
-
-        Raises:
-            InputError: If diffusers cannot read LoRAs of the family.
+        other versions of peft can read the file. Families without a LoRA loader in diffusers are refused.
         """
         from diffusers import loaders  # importing the pipeline classes takes seconds and prints warnings
 

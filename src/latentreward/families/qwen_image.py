@@ -114,11 +114,7 @@ class QwenImage(FlowFamily):
 
     @cached_property
     def tokenizer(self) -> Any:
-        """Tokenizer of the pipeline.
-
-        Raises:
-            InputError: If it cannot be loaded, or does not fit the text encoder.
-        """
+        """Tokenizer of the pipeline, checked."""
         from transformers import Qwen2Tokenizer
 
         return self.pipeline.tokenizer("tokenizer", Qwen2Tokenizer)

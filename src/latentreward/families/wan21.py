@@ -133,11 +133,7 @@ class Wan21(FlowFamily):
     def load_prompt_encoder(
         self, t5_length: int | None = None, load_t5: bool = True, pretrained: bool = True
     ) -> PromptEncoder:
-        """See :meth:`Family.load_prompt_encoder`; ``t5_length`` None takes 512.
-
-        Raises:
-            InputError: If ``load_t5`` is False, or the parts do not fit together.
-        """
+        """See :meth:`Family.load_prompt_encoder`; ``t5_length`` None takes 512, and T5 cannot be left out."""
         from transformers import UMT5EncoderModel
 
         if not load_t5:

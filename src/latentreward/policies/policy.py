@@ -88,7 +88,8 @@ class Policy(nn.Module):
         self, latents: Tensor, timesteps: Tensor, conditioning: Conditioning, guidance: float | None = None
     ) -> Tensor:
         """Predict noise, v or velocity ``(B, C, ...)`` as :meth:`Family.predict`, by default with its own guidance."""
-        first = torch.is_grad_enabled() and not self._gradient_seen
+        own = not of_this_package(type(self.family).__module__)  # families of this package train as they are
+        first = own and torch.is_grad_enabled() and not self._gradient_seen
         self._gradient_seen |= first
         with told_without_gradient(self.family, self.network) if first else nullcontext():
             return self.family.predict(self.network, latents, timesteps, conditioning, guidance)
@@ -184,8 +185,7 @@ def told_without_gradient(family: Family, network: nn.Module) -> Iterator[None]:
         if not torch.is_grad_enabled():
             found.append(name)
 
-    own = not of_this_package(type(family).__module__)
-    layers = [(name, layer) for name, layer in network.named_modules() if own and layer._parameters]
+    layers = [(name, layer) for name, layer in network.named_modules() if layer._parameters]
     hooks = [layer.register_forward_pre_hook(lambda *_, name=name: look(name)) for name, layer in layers]
     try:
         yield

@@ -179,11 +179,7 @@ class RewardSource(Part):
         """Read the latent space that the reward takes from its configs; None if any policy's latents will do."""
 
     def require_latents_of(self, policy: PolicySource) -> None:
-        """Check, before any weight is loaded, that the reward takes the latents of ``policy``.
-
-        Raises:
-            InputError: If the reward's latent space is not that of the policy.
-        """
+        """Raise InputError, before any weight is loaded, if the reward does not take the latents of ``policy``."""
         theirs = self.latent_space()  # first: a missing checkpoint is named before diffusers is imported
         if theirs is not None and (ours := policy.latent_space()) != theirs:
             raise InputError(
@@ -200,11 +196,7 @@ class RewardSource(Part):
         return True
 
     def require_guidance(self) -> None:
-        """Check, before any weight is loaded, that the reward can guide a rollout by its gradient.
-
-        Raises:
-            InputError: If the reward scores no noisy states, or compares them with each other.
-        """
+        """Raise InputError, before any weight is loaded, if the reward cannot guide a rollout by its gradient."""
         self.require_step_scores("reward_guidance")
         if not self.judges_alone():
             raise InputError(
@@ -214,11 +206,7 @@ class RewardSource(Part):
         self.require_gradient("reward_guidance")
 
     def require_gradient(self, field: str) -> None:
-        """Check, before any weight is loaded, that scores have a gradient for a setting that needs it.
-
-        Raises:
-            InputError: If they have none.
-        """
+        """Raise InputError, before any weight is loaded, if scores lack the gradient that ``field`` needs."""
         if not self.has_gradient():
             raise InputError(
                 f"{field} needs the gradient of the reward, and {type(self).__name__} has none with these settings; "
@@ -226,11 +214,7 @@ class RewardSource(Part):
             )
 
     def require_step_scores(self, field: str) -> None:
-        """Check, before any weight is loaded, that the reward scores noisy states, for the setting ``field``.
-
-        Raises:
-            InputError: If the reward needs clean latents, as rewards of pixels do.
-        """
+        """Raise InputError, before any weight is loaded, if ``field`` is set and the reward scores no noisy states."""
         if not self.scores_states():
             raise InputError(
                 f"{field} needs the score of a noisy state, which {type(self).__name__} does not give, because it "

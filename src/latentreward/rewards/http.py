@@ -151,11 +151,7 @@ class RemoteReward(Reward):
         return lambda: self._finish(asked, latents)[:, None]
 
     def _finish(self, asked: Sequence[PendingScores], like: Tensor) -> Tensor:
-        """Wait for scores ``(N,)``, and place them on the device of ``like``.
-
-        Raises:
-            RemoteError: If this process or, while they ask together, another one gets none.
-        """
+        """Wait for scores ``(N,)``, and place them on the device of ``like``; RemoteError if some process gets none."""
         levels: list[list[float]] = []
         failure: RemoteError | None = None
         try:
@@ -168,12 +164,7 @@ class RemoteReward(Reward):
 
 
 class RemoteImageReward(RemoteReward, DecodingReward):
-    """A reward that decodes clean latents with the policy's VAE and sends the pictures to a server.
-
-    Args:
-        source: Settings.
-        policy: See :class:`~latentreward.rewards.pixel.DecodingReward`.
-    """
+    """A reward that decodes clean latents with the policy's VAE and sends the pictures to a server."""
 
     def __init__(self, source: HTTPReward, policy: Policy) -> None:
         super().__init__(policy, source.decode_batch_size)

@@ -114,13 +114,7 @@ class RewardMixture(RewardSource):
 
 
 class MixedReward(Reward):
-    """A loaded :class:`RewardMixture`.
-
-    Args:
-        rewards: Loaded rewards.
-        weights: One weight per reward.
-        normalise: See :class:`RewardMixture`.
-    """
+    """A loaded :class:`RewardMixture`, of loaded rewards."""
 
     seen: Tensor
     """Count, sum and sum of squares of each reward's scores so far: ``(rewards, 3)`` float64; only for ``running``."""

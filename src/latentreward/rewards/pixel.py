@@ -76,11 +76,7 @@ class DecodingReward(Reward):
         self.__dict__["policy"] = policy  # not as a submodule: the LightningModule registers the policy already
 
     def decode(self, states: NoisyStates) -> list[Tensor]:
-        """Decode ``states.clean`` to pixels, about [-1, 1], in chunks ``(≤ decode_batch_size, 3, H, W)``.
-
-        Raises:
-            InputError: If ``states.clean`` is None, or the latents are those of clips.
-        """
+        """Decode ``states.clean`` of images to pixels, about [-1, 1], ``(≤ decode_batch_size, 3, H, W)`` at a time."""
         if states.clean is None:
             raise InputError(
                 "a reward that scores pixels needs the policy's prediction of the finished latents, and got none; use "
@@ -94,14 +90,9 @@ class DecodingReward(Reward):
 
 
 class StepAwareReward(DecodingReward):
-    """A reward that scores x̂_0 with SPO's step-aware preference model (arXiv:2406.04314).
+    """A reward that scores x̂_0 with SPO's step-aware preference model (arXiv:2406.04314), frozen.
 
     The model runs outside autocast, in the dtype of its weights.
-
-    Args:
-        network: Frozen preference model.
-        policy: See :class:`DecodingReward`.
-        decode_batch_size: See :class:`PixelReward`.
     """
 
     differentiable = True
@@ -126,13 +117,7 @@ class StepAwareReward(DecodingReward):
 
 
 class ImageReward(DecodingReward):
-    """A reward that scores x̂_0 with an ordinary scorer of images, which is loaded at the first use.
-
-    Args:
-        scorer: Scorer of images.
-        policy: See :class:`DecodingReward`.
-        decode_batch_size: See :class:`PixelReward`.
-    """
+    """A reward that scores x̂_0 with an ordinary scorer of images, which is loaded at the first use."""
 
     def __init__(self, scorer: ImageScorer, policy: Policy, decode_batch_size: int) -> None:
         super().__init__(policy, decode_batch_size)

@@ -26,10 +26,7 @@ GENERAL = ("builtins", "collections", "collections.abc", "types", "typing")
 def restrict_imports(modules: Sequence[str], programs: Sequence[str]) -> None:
     """Restrict the modules that settings may name and the programs that may be started, for the rest of the process.
 
-    ``modules`` are allowed beside :data:`TRUSTED`; programs are given by their absolute paths.
-
-    Raises:
-        InputError: If a name in ``modules`` is invalid, or a program is not the absolute path of a file.
+    ``modules`` are allowed beside :data:`TRUSTED`; programs are given by the absolute paths of their files.
     """
     try:
         set_parsing_settings(

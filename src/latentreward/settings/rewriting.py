@@ -49,11 +49,7 @@ def hide_secrets(text: str) -> str:
 
 
 def expanded(path: str) -> str:
-    """Expand ``~`` and environment variables such as ``$HOME`` in a path.
-
-    Raises:
-        InputError: If the path names a variable that is not set. In an address, such as ``https://…``, it stays.
-    """
+    """Expand ``~`` and variables such as ``$HOME`` in a path; unset ones are refused, but in an address they stay."""
     with suppress(RuntimeError):  # no such user
         path = str(Path(path).expanduser()) if path.startswith("~") else path
     for name in VARIABLE.findall(path):
@@ -181,13 +177,10 @@ def rewrite_arguments(arguments: Sequence[str], short_names: Mapping[str, str], 
 
 
 def find_config(name: str) -> str:
-    """Resolve the value of ``--config`` to a path that can be read.
+    """Resolve the value of ``--config`` to a path that can be read; raises InputError if there is no such file.
 
     A URL or a YAML text is returned unchanged. ``configs/...`` may also name a file that was installed with the
     package; a file in the current folder has priority.
-
-    Raises:
-        InputError: If the file does not exist.
     """
     if any(mark in name for mark in (":", "{", "\n")):
         return name

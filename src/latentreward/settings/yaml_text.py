@@ -13,11 +13,7 @@ PLAIN_TAGS = {f"tag:yaml.org,2002:{name}" for name in ("map", "seq", "str", "int
 
 
 def check_yaml(text: str) -> None:
-    """Check YAML for duplicate keys, keys that are not texts, tags, deep nesting, and too many values.
-
-    Raises:
-        yaml.YAMLError: If a check fails; the message is one line with the line number in ``text``, except for nesting.
-    """
+    """Raise yaml.YAMLError, with the line, for duplicate keys, keys that are no texts, tags, depth and many values."""
     if depth(text) > DEEPEST:
         raise yaml.YAMLError(f"more than {DEEPEST} lists and mappings inside each other; write a flatter file")
     node = yaml.compose(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))

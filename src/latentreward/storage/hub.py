@@ -28,12 +28,9 @@ def split_id(name: str) -> tuple[str, str]:
 
 
 def hub_answers(repository: str, name: str, revision: str | None = None) -> bool:
-    """Tell whether the hub answers a request for the metadata of file ``name``, tried once.
+    """Tell whether the hub answers a request for the metadata of file ``name``; HfHubHTTPError if it has none.
 
     Without a network, ``hf_hub_download`` would retry for half a minute.
-
-    Raises:
-        HfHubHTTPError: If the hub answers that the file does not exist or is not accessible.
     """
     from huggingface_hub import get_hf_file_metadata, hf_hub_url
 
@@ -71,12 +68,7 @@ def read_locally(source: str, revision: str | None = None) -> bool:
 
 
 def model_info(repository: str, revision: str | None = None) -> ModelInfo | None:
-    """Ask the hub for its information about a model repository; return None if the hub does not answer.
-
-    Raises:
-        HfHubHTTPError: If the hub answers that the repository or revision does not exist or is not accessible.
-        HFValidationError: If ``repository`` is not a valid name.
-    """
+    """Ask the hub about a model repository; None without an answer. An HfHubHTTPError says that it has none."""
     from huggingface_hub import HfApi
 
     return _asked_once(lambda: HfApi().model_info(repository, revision=revision, timeout=TIMEOUT))

@@ -91,12 +91,9 @@ def adapter(kind: Any) -> TypeAdapter[Any]:
 
 
 def check_arguments(target: Callable[..., Any], settings: Mapping[str, Any]) -> None:
-    """Check that settings from JSON have the types that the parameters of ``target`` are annotated with.
+    """Raise InputError for settings from JSON of other types than the parameters of ``target`` are annotated with.
 
     Numbers, texts, literals and lists of these are checked; other types, and names without a parameter, are not.
-
-    Raises:
-        InputError: If a value has another type; names the first one.
     """
     parameters = signature(target, eval_str=True).parameters
     for name, value in settings.items():

@@ -143,12 +143,7 @@ class PartFiles:
 
 
 class JSONLinesWriter:
-    """Writer of tables to a file of JSON lines; null, NaN and infinite values become null.
-
-    Args:
-        path: File to write.
-        schema: Schema of the tables.
-    """
+    """Writer of tables of one schema to a file of JSON lines; null, NaN and infinite values become null."""
 
     def __init__(self, path: Path, schema: pa.Schema) -> None:
         self._file, self._schema = path.open("w", encoding="utf-8"), schema

@@ -21,12 +21,7 @@ class UnreadableTextError(InputError):
 
 
 def decode_text(data: bytes, name: str) -> str:
-    """Decode a text in UTF-8, with or without a byte order mark, or in UTF-16 with one; line ends stay.
-
-    Raises:
-        UnreadableTextError: If the text is in another encoding, or holds a null character, as UTF-16 without a mark
-            and UTF-32 do.
-    """
+    """Decode UTF-8, or UTF-16 with a byte order mark; UnreadableTextError for other bytes and null characters."""
     encoding = "utf-16" if data.startswith(UTF_16) else "utf-8-sig"
     try:
         text = data.decode(encoding)

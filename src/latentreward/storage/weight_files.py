@@ -161,11 +161,7 @@ def _remedy(source: str, place: str, stem: str, variant: str | None, told: Model
 
 
 def stored_file(source: str, name: str, revision: str | None, local_files_only: bool) -> Path | None:
-    """Return the path of a file in a folder or on the hub, fetched if it is not in the local cache; None if absent.
-
-    Raises:
-        InputError: If the hub does not give access to the repository, or does not answer.
-    """
+    """Return the path of a file in a folder or on the hub, from where it is fetched; None if it is absent."""
     if Path(source).is_dir():
         path = Path(source) / name
         return path if path.is_file() else None

@@ -43,7 +43,7 @@ from latentreward.data.readers.base import DATA_ON_ERROR, OWN_ON_ERROR
 from latentreward.data.splits import tell_unopened
 from latentreward.errors import InputError, errors_at, where
 from latentreward.interrupts import TERMINATED
-from latentreward.programs import within
+from latentreward.programs import of_framework
 from latentreward.promises import check_takes
 from latentreward.settings import functions
 from latentreward.settings.errors import summarise
@@ -489,7 +489,7 @@ def check_callbacks(trainer: Namespace) -> None:
             )
         for name, wanted in vars(theirs.Callback).items():
             hook = getattr(kind, name)
-            own = isfunction(wanted) and isfunction(hook) and not within(hook.__module__, ("latentreward", "lightning"))
+            own = isfunction(wanted) and isfunction(hook) and not of_framework(hook.__module__)
             if own:  # Lightning gives dataloader_idx, which has a default, only where there are several loaders
                 check_takes(f"{kind.__name__}.{name}", hook, wanted, with_defaults=False)
 
