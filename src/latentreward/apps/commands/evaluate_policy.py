@@ -162,7 +162,8 @@ def evaluate_policy(
             remedy = "choose an empty folder"
             RunFolder(output_dir, output_dir / "evaluate.json", settings, "output_dir", remedy).claim(made=False)
             for scorer in (one for one in scorers if isinstance(one, ToolScorer)):
-                scorer.check(samples.planned(rows, wanted))
+                # The prompts are checked before anything is sampled.
+                scorer.check([imported.judged(place, image, "", Path(), rows[place]) for place, image in wanted])
                 scorer.prepare()
             folders = {
                 name: imported.import_pictures(one.images, found[name], rows, wanted)

@@ -130,10 +130,7 @@ def sizes_of(cache: CacheSpec) -> list[tuple[int, int]]:
 def largest_batch(
     data: Namespace, sizes: Sequence[tuple[int, int]], frames: int, space: LatentSpace
 ) -> tuple[tuple[int, int], int]:
-    """Return the size whose batches hold the most pixels, and their number of pairs.
-
-    Clips have ``frames`` above 1.
-    """
+    """Return the size whose batches hold the most pixels, and their number of pairs; clips have several ``frames``."""
 
     def pairs(size: tuple[int, int]) -> int:
         if (tokens := data.init_args.get("tokens_per_batch")) is None:

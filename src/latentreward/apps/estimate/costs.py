@@ -91,10 +91,7 @@ class StepCosts:
         return self.weights + self.freed
 
     def without(self, name: str) -> StepCosts:
-        """Return the costs if the weights of the part ``name`` are freed before the first step.
-
-        The part's computation still counts.
-        """
+        """Return the costs if the weights of a part are freed before the first step; its computation still counts."""
         freed = sum(part.bytes for part in self.parts if part.name == name)
         return replace(
             self,

@@ -59,10 +59,7 @@ class Unread(StoredReward):
         return {name: weight for name, weight in network.named_parameters() if ".lora_" in name}
 
     def same_base(self, part: str, weights: Any, source: str) -> bool:
-        """Tell whether the reward's settings name ``source`` as their base.
-
-        :meth:`StoredReward.same_base` compares values of the weights; here only the two names are compared.
-        """
+        """Tell whether the reward's settings name ``source`` as their base; values of weights are not compared."""
         return source == self.on_meta_device.source
 
 

@@ -139,13 +139,8 @@ def run_tasks(
         runner: Runner, which is closed at the end.
         processes: Most processes at a time.
         finished: Called with each task that this call has run.
-        keep_going: Whether tasks that do not depend on a failed one still run.
-
-    Returns:
-        A line for each task that failed.
-
-    Raises:
-        InputError: If a task fails, without ``keep_going``.
+        keep_going: Whether tasks that do not depend on a failed one still run. Then a line for each task that failed is
+            returned; otherwise the first failure raises InputError.
     """
     waiting = {task.key: task for task in tasks}
     unfinished, failures = {*waiting}, list[str]()

@@ -3,6 +3,7 @@
 import os
 import platform
 import subprocess
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -18,15 +19,13 @@ def commit() -> str:
     """Return the commit of the checkout that holds the package, with ``+`` if its files differ; empty without one."""
     if not (CLONE / ".git").exists():
         return ""
+    git = partial(subprocess.check_output, cwd=CLONE, text=True, stderr=subprocess.DEVNULL)
     try:
-        head = _git("rev-parse", "--short=10", "HEAD")
-        return head + ("+" if _git("status", "--porcelain", "--", "src", "callbacks", "configs", "tools") else "")
+        head = git(["git", "rev-parse", "--short=10", "HEAD"]).strip()
+        changed = git(["git", "status", "--porcelain", "--", "src", "callbacks", "configs", "tools"])
     except (OSError, subprocess.CalledProcessError):
         return ""
-
-
-def _git(*arguments: str) -> str:
-    return subprocess.run(["git", *arguments], cwd=CLONE, check=True, capture_output=True, text=True).stdout.strip()
+    return f"{head}{'+' if changed.strip() else ''}"
 
 
 def machine() -> dict[str, str | int | None]:

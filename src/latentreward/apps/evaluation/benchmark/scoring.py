@@ -144,8 +144,7 @@ def open_scores(
 def complete(scored: Sequence[BenchmarkScores]) -> Mapping[str, float]:
     """Score the pairs that are missing in the tables; all models needed for that are loaded first.
 
-    Returns:
-        Seconds that this process spent on scoring, by model, and on reading images.
+    The seconds that this process spent on scoring, by model, and on reading images are returned.
     """
     tables = {f"{one.benchmark.name} {' '.join(key)}": table for one in scored for key, table in one.tables.items()}
     for scorer in {table.scorer.name: table.scorer for table in tables.values() if table.missing}.values():

@@ -145,10 +145,7 @@ def _match(found: Iterable[FoundPicture], rows: Sequence[PromptRow]) -> tuple[di
 
 
 def _places(group: str, key: str | int | None, rows: Sequence[PromptRow]) -> list[int]:
-    """Return the indices in ``rows`` of a prompt's text, or of the prompt with number ``key`` in the group.
-
-    A text that occurs in the group is looked up within the group only.
-    """
+    """Return the indices in ``rows`` of a text, first within the group, or of prompt number ``key`` of the group."""
     if not isinstance(key, str):
         return [place for place, row in enumerate(rows) if row.group == group][key : (key or 0) + 1]
     places = [place for place, row in enumerate(rows) if row.prompt == key]

@@ -190,8 +190,3 @@ def complete_or_refuse(
     if not left:
         raise InputError("no picture is left that all policies have; compare folders for the same prompts")
     return notes
-
-
-def planned(rows: Sequence[PromptRow], wanted: Sequence[Name]) -> list[JudgedPicture]:
-    """Return the wanted pictures without files, so that scorers can check prompts before anything is sampled."""
-    return [judged(place, image, "", Path(), rows[place]) for place, image in wanted]

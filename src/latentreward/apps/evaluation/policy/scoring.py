@@ -93,8 +93,7 @@ def scoring_task(
 ) -> Callable[[dict[str, Any]], dict[str, Any]]:
     """Load the scorers of images, and return the function that scores a chunk of pictures.
 
-    Returns:
-        Function from a chunk to ``scores``, by name of the scorer, and ``models`` that servers named with them.
+    It returns ``scores``, by name of the scorer, and ``models`` that servers named with them.
     """
     prepare()
     images = [scorer for scorer in scorers if isinstance(scorer, ImageScorer)]

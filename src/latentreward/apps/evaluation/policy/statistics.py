@@ -51,10 +51,7 @@ def headline(score: Row) -> bootstrap.Interval:
 
 
 def prompt_numbers(scored: ScoredPictures) -> np.ndarray:
-    """Return the ``(N,)`` number of each picture's prompt.
-
-    Equal texts share a number, because their pictures are not independent.
-    """
+    """Return the ``(N,)`` number of each picture's prompt; equal texts, whose pictures are dependent, share one."""
     numbers: dict[str, int] = {}
     return np.array([numbers.setdefault(picture.prompt, len(numbers)) for picture in scored.pictures])
 
