@@ -51,12 +51,8 @@ class Gallery:
     ) -> int:
         """Write the page and return the number of images on it.
 
-        Args:
-            listed: N images.
-            table: N rows of scores, from :class:`~latentreward.scoring.image_lists.ListedScoring`.
-            model: Reward model, as the user named it.
-            exif: Whether thumbnails are turned upright, as the scored images were.
-            sizes: The model's rule for image sizes; that of clips makes thumbnails that play.
+        ``table`` has the scores of the images, from :class:`~latentreward.scoring.image_lists.ListedScoring`. Their
+        thumbnails are turned upright if ``exif`` is ``apply``; a rule ``sizes`` for clips makes thumbnails that play.
         """
         scores = table["score"].to_numpy()
         order = np.argsort(-scores, kind="stable")[: int(np.isfinite(scores).sum())].tolist()

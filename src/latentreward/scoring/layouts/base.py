@@ -82,12 +82,9 @@ class StoredReward(ABC):
     def same_base(self, part: str, weights: Mapping[str, Tensor], source: str) -> bool:
         """Tell whether the model was trained on the given pretrained weights, from :meth:`base_values`.
 
-        Args:
-            part: Part of the backbone that ``weights`` belong to: ``text_encoder``, or the ``network_name`` of
-                :attr:`on_meta_device`.
-            weights: Pretrained weights, by their names in the part without adapters.
-            source: Folder or hub id of the weights. The published DiNa-LRM layout, which records no values, compares
-                this name instead.
+        ``weights`` are by their names, without adapters, in ``part`` of the backbone: ``text_encoder``, or the
+        ``network_name`` of :attr:`on_meta_device`. The published DiNa-LRM layout, which records no values, compares
+        ``source``, their folder or hub id, instead.
         """
         theirs, ours = self.base_values(), {f"{part}.{name}": weight for name, weight in weights.items()}
         return all(name in theirs and same_values(sample(weight), theirs[name]) for name, weight in ours.items())
