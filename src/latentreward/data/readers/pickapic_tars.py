@@ -114,23 +114,24 @@ class PickAPicTarReader(RowReader):
     def _judge(self, tar: Path, sample: Sample) -> float | None:
         """Return the label of image 0, NaN if unlabelled; None if ``on_error`` leaves the row out."""
         name, prompt = f"{tar.name}:{sample.key}", sample.texts.get(PROMPT, "")
-        labels = [number for number in (_number(sample.texts.get(label)) for label in LABELS) if number is not None]
-        outside = [pair for pair in zip(LABELS, labels, strict=False) if not 0 <= pair[1] <= 1]
+        labels = [number for label in LABELS if (number := _number(sample.texts.get(label))) is not None]
+        complete = len(labels) == len(LABELS)
+        outside = [pair for pair in zip(LABELS, labels, strict=complete) if not 0 <= pair[1] <= 1]
         if PROMPT in sample.unreadable:
             self.refuse(name, sample.unreadable[PROMPT], "prompt not readable")
         elif len(prompt) > self.max_prompt_chars:
             self.refuse_long_prompt(name, len(prompt))
+        elif complete and outside:
+            label, value = outside[0]
+            self.refuse(name, f"{label} is {value}, not in [0, 1]", "label outside [0, 1] or NaN")
         else:
             if PROMPT not in sample.texts:
                 self.remarks["no prompt, read as empty"] += 1
-            if len(labels) < len(LABELS):
-                self.remarks["unlabelled (no label, or no number)"] += 1
-                return math.nan
-            if not outside:
-                whole = abs(sum(labels) - 1) <= TOLERANCE
-                self.remarks.update([] if whole else ["unlabelled (labels do not add up to 1)"])
-                return labels[0] if whole else math.nan
-            self.refuse(name, "{} is {}, not in [0, 1]".format(*outside[0]), "label outside [0, 1] or NaN")
+            if complete and abs(sum(labels) - 1) <= TOLERANCE:
+                return labels[0]
+            reason = "labels do not add up to 1" if complete else "no label, or no number"
+            self.remarks[f"unlabelled ({reason})"] += 1
+            return math.nan
         return None if self.on_error == "skip" else math.nan
 
     def _is_identical(self, tar: Path, first: Extent, second: Extent) -> bool:
