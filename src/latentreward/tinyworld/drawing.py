@@ -105,19 +105,9 @@ def _draw_nuisances(items: Sequence[Item], rng: np.random.Generator, clean_share
         return Nuisances()
     kinds = set(rng.permutation(3)[: 1 + int(rng.random() < 0.25)].tolist())
     contrast, gradient = rng.uniform(0.35, 1.0, 2)
-    blobs = _draw_blobs(items, rng, int(rng.integers(2, 7))) if 2 in kinds else ()
-    return Nuisances(
-        contrast=float(contrast) if 0 in kinds else 0.0,
-        gradient=float(gradient) if 1 in kinds else 0.0,
-        angle=float(rng.uniform(0, 2 * np.pi)),
-        blobs=blobs,
-    )
-
-
-def _draw_blobs(items: Sequence[Item], rng: np.random.Generator, number: int) -> tuple[Blob, ...]:
-    """Draw up to ``number`` blobs that touch neither a shape nor each other; fewer if there is no room."""
     blobs: list[Blob] = []
-    for _ in range(60):
+    number = int(rng.integers(2, 7)) if 2 in kinds else 0
+    for _ in range(60 if number else 0):  # blobs touch neither a shape nor each other; fewer if there is no room
         x, y = rng.uniform(2.5, IMAGE_SIZE - 2.5, 2)
         radius = rng.uniform(1.7, 2.3)
         free = all(shape_distance(item.shape, x - item.x, y - item.y, item.radius) > radius + 1.5 for item in items)
@@ -125,4 +115,9 @@ def _draw_blobs(items: Sequence[Item], rng: np.random.Generator, number: int) ->
             blobs.append(Blob(str(rng.choice(COLORS)), float(x), float(y), float(radius)))
         if len(blobs) == number:
             break
-    return tuple(blobs)
+    return Nuisances(
+        contrast=float(contrast) if 0 in kinds else 0.0,
+        gradient=float(gradient) if 1 in kinds else 0.0,
+        angle=float(rng.uniform(0, 2 * np.pi)),
+        blobs=tuple(blobs),
+    )
