@@ -15,8 +15,6 @@ from latentreward.data.readers.json_rows import load_rows, parse_number
 from latentreward.data.readers.rows import RowReader
 from latentreward.storage.hub import is_hub_id
 
-CHOICES = {(1.0, 0.0), (0.0, 1.0), (0.5, 0.5)}
-
 
 class HPDv2Reader(RowReader):
     """Reader of one split of HPDv2; images a and b keep the order of the file, which does not reveal the winner.
@@ -84,7 +82,7 @@ class HPDv2Reader(RowReader):
                 yield group
             elif group is not None:
                 ranks = [-share for share in group.ranks]
-                if not np.isnan(ranks).any() and tuple(group.ranks) not in CHOICES:
+                if not np.isnan(ranks).any() and tuple(group.ranks) not in {(1.0, 0.0), (0.0, 1.0), (0.5, 0.5)}:
                     self.remarks["unlabelled (human_preference is neither a choice nor a tie)"] += 1
                     ranks = [UNRANKED] * 2
                 yield replace(group, ranks=ranks, group_id=None)
