@@ -107,9 +107,9 @@ def evaluate_policy(
     Raises:
         InputError: If a setting or a file is wrong.
     """
-    names, judged_ones = scoring.score_names(scorers), [policy] if against is None else [policy, against]
-    policies = {one.name or name: one for one, name in zip(judged_ones, NAMES, strict=False)}
-    if len(policies) < len(judged_ones):
+    names, given = scoring.score_names(scorers), [policy] if against is None else [policy, against]
+    policies = {one.name or name: one for one, name in zip(given, NAMES, strict=False)}
+    if len(policies) < len(given):
         raise InputError(f"both policies are called {next(iter(policies))!r}; give each a name of its own")
     found = {
         name: imported.find_pictures(one.images, one.table) for name, one in policies.items() if one.images is not None
@@ -186,7 +186,7 @@ def evaluate_policy(
                     scoring.PictureScoring(name, list(made[name].values()), scorers, output_dir / "scores" / slot, work)
                     for name, slot in slots.items()
                 ]
-                scored = in_common([scoring.score() for scoring in scorings])
+                scored = in_common([one.score() for one in scorings])
                 scoring.require_one_model(scorings)
             headlines = {name: getattr(scorer, "headline", "mean") for scorer in scorers for name in scorer.columns}
             report = PolicyReport(
