@@ -134,7 +134,7 @@ class RunProgress(ProgressBar):
         if self._evaluation is not None:
             self._evaluation.add()
 
-    on_test_batch_end = on_predict_batch_end = on_validation_batch_end
+    on_test_batch_end = on_predict_batch_end = on_validation_batch_end  # type: ignore[assignment]
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Close the progress display of a validation, test or prediction."""

@@ -98,24 +98,21 @@ class TrainableEMA(Callback):
             self.average[name].lerp_(weight.float(), 1 - decay)
 
     @torch.no_grad()
-    def _swap_in(self, pl_module: LightningModule) -> None:
-        if not self.updates or self._raw:
-            return
-        weights = self._place(pl_module)
-        self._raw = {name: weight.detach().clone() for name, weight in weights.items()}
-        for name, weight in weights.items():
-            weight.copy_(self.average[name])
-
-    @torch.no_grad()
     def _swap_out(self, pl_module: LightningModule) -> None:
         for name, weight in self._trained(pl_module).items():
             if name in self._raw:
                 weight.copy_(self._raw[name])
         self._raw = {}
 
+    @torch.no_grad()
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Use the average in validation, test and prediction."""
-        self._swap_in(pl_module)
+        if not self.updates or self._raw:
+            return
+        weights = self._place(pl_module)
+        self._raw = {name: weight.detach().clone() for name, weight in weights.items()}
+        for name, weight in weights.items():
+            weight.copy_(self.average[name])
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Restore the raw weights; ``ModelCheckpoint`` saves after this hook."""

@@ -111,7 +111,7 @@ os.register_at_fork(before=_LOCK.acquire, after_in_parent=_LOCK.release, after_i
 
 
 def _checksum(
-    compute: Callable[[Path, Places | None, Event], str | None],
+    compute: Callable[[Path, Places | None, Event | None], str | None],
     path: Path,
     places: Places | None = None,
     stop: Event | None = None,
@@ -120,7 +120,6 @@ def _checksum(
 
     Setting ``stop`` raises CancelledError in the thread that computes; another thread that waits for it goes on.
     """
-    stop = stop or Event()
     while True:
         found = path.stat()
         key = compute, path.resolve(), places, found.st_ino, found.st_mtime_ns, found.st_size
@@ -137,11 +136,10 @@ def _checksum(
         try:
             return known.result()
         except CancelledError:
-            if stop.is_set():
-                raise
+            _stop_if(stop)
 
 
-def _stoppable_hash(path: Path, places: Places | None, stop: Event) -> str:
+def _stoppable_hash(path: Path, places: Places | None, stop: Event | None) -> str:
     state, buffer = sha256(), memoryview(bytearray(CHUNK))
     with path.open("rb", buffering=0) as file:
         while count := file.readinto(buffer):
@@ -150,12 +148,12 @@ def _stoppable_hash(path: Path, places: Places | None, stop: Event) -> str:
     return state.hexdigest()
 
 
-def _stop_if(stop: Event) -> None:
-    if stop.is_set():
+def _stop_if(stop: Event | None) -> None:
+    if stop is not None and stop.is_set():
         raise CancelledError
 
 
-def _damaged_record(path: Path, places: Places | None, stop: Event) -> str | None:
+def _damaged_record(path: Path, places: Places | None, stop: Event | None) -> str | None:
     if places is None:
         return _first_damaged(partial(path.open, "rb"), stop)
     with path.open("rb") as file:
@@ -167,7 +165,7 @@ def _damaged_record(path: Path, places: Places | None, stop: Event) -> str | Non
     return None
 
 
-def _first_damaged(opened: Callable[[], IO[bytes]], stop: Event) -> str | None:
+def _first_damaged(opened: Callable[[], IO[bytes]], stop: Event | None) -> str | None:
     """Return the first record of a zip file that does not fit its checksum; None for a file of another format."""
     with opened() as file:
         if not zipfile.is_zipfile(file):
@@ -175,15 +173,16 @@ def _first_damaged(opened: Callable[[], IO[bytes]], stop: Event) -> str | None:
     try:
         with opened() as file, zipfile.ZipFile(file) as records:
             names = records.namelist()
-        with ThreadPoolExecutor(THREADS) as pool:
-            parts = pool.map(partial(_damaged, opened, stop), [names[place::THREADS] for place in range(THREADS)])
+        threads = THREADS if stop is None else 1  # beside other work, which needs the other cores
+        with ThreadPoolExecutor(threads) as pool:
+            parts = pool.map(partial(_damaged, opened, stop), [names[place::threads] for place in range(threads)])
             damaged = {name for part in parts for name in part}
         return next((name for name in names if name in damaged), None)
     except (zipfile.BadZipFile, EOFError, ValueError, NotImplementedError) as error:
         return f"a record ({error})"
 
 
-def _damaged(opened: Callable[[], IO[bytes]], stop: Event, names: Iterable[str]) -> list[str]:
+def _damaged(opened: Callable[[], IO[bytes]], stop: Event | None, names: Iterable[str]) -> list[str]:
     """Return those of the records that do not fit; each thread opens the file, since a ZipFile is not for several."""
     damaged = []
     with opened() as file, zipfile.ZipFile(file) as records:
