@@ -14,6 +14,7 @@ from typing import Any, ClassVar, Literal, Self, SupportsIndex, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from latentreward.errors import InputError, lacks, where
 from latentreward.programs import of_this_package
@@ -232,6 +233,11 @@ def wrong_tensor(
 def values_of(part: Any) -> Kind:
     """Return ``floats`` for parts of this package: scoring and training name the rows of theirs that are not finite."""
     return "floats" if of_this_package(type(part).__module__) else "numbers"
+
+
+def has_values(tensor: Tensor) -> bool:
+    """Tell whether a tensor has values: it is neither on the meta device nor an estimate's stand-in."""
+    return not (tensor.is_meta or isinstance(tensor, FakeTensor))
 
 
 def finite(*given: Tensor) -> bool:

@@ -5,8 +5,6 @@ attention's logits. SANA is a flow with linear attention and a deterministic VAE
 predicts noise.
 """
 
-from functools import cached_property
-
 import torch
 from diffusers import (
     AutoencoderDC,
@@ -30,7 +28,6 @@ from latentreward.encoders.prompts import PromptEncoder
 from latentreward.encoders.vae import LatentEncoder
 from latentreward.families import FamilyBackbone, FlowFamily, Tokens, load_family_backbone
 from latentreward.families.flow import of_patches
-from latentreward.noise import process_from_scheduler
 from latentreward.noise.schedules import static_levels
 from tests.tiny_pipelines import t5_tokenizer, vae
 
@@ -203,10 +200,6 @@ class PixArt(FlowFamily):
     lists = ("transformer_blocks",)
     lora_targets = ("to_q", "to_k", "to_v")
     text_field, default_guidance, constant_text = "caption_channels", 4.5, True
-
-    @cached_property
-    def noise_process(self):
-        return process_from_scheduler(self.pipeline.config("scheduler"))
 
     def load_prompt_encoder(self, t5_length=None, load_t5=True, pretrained=True):
         text = self.pipeline.load(T5EncoderModel, "text_encoder", pretrained)

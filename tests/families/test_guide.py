@@ -65,10 +65,10 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_its_check_finds_rounding_alone(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     runpy.run_path(str(folder / "check_aura_flow.py"))
     printed = capsys.readouterr().out.splitlines()
-    found = [line.rsplit(": ", 1) for line in printed if re.match("latents|block|output|trimmed|gradient", line)]
+    found = [line.rsplit(": ", 1) for line in printed if re.match("latents|block|output|row|gradient", line)]
     prompts = ("a cat", "Two Dogs (brown) on a Hill, in the Rain!")
     latents = [f"latents of {prompt!r} at {size}" for size in ((32, 32), (16, 32)) for prompt in prompts]
-    wanted = [*latents, *BLOCKS, "output", "trimmed prompt", "gradient"]
+    wanted = [*latents, *BLOCKS, "output", "row 0 alone", "row 1 alone", "gradient"]
     assert [name for name, _ in found] == wanted
     assert all(float(difference) <= (1e-2 if name == "gradient" else 1e-5) for name, difference in found)
 
@@ -102,6 +102,18 @@ def test_a_plain_unet_samples_as_stable_diffusion(folder: Path) -> None:
     found, wanted = (sample_latents(policy, *drawn, draws=GivenNoise(noise)) for policy in policies)
     torch.testing.assert_close(found, wanted)
     assert policies[0].family.noise_process.sigmas.equal(policies[1].family.noise_process.sigmas)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("head", ["GatedQFormerHead", "own_head.OwnHead"])
+def test_its_memory_is_estimated(
+    head: str, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = "from latentreward.heads import GatedQFormerHead", "class OwnHead(GatedQFormerHead):", '    """My head."""'
+    (folder / "own_head.py").write_text("\n".join(lines))
+    monkeypatch.chdir(folder)
+    main(["fit", "--config=aura_flow_reward.yaml", f"--model.head={head}", "--trainer.accelerator=cpu", "--estimate"])
+    assert "memory: fit" in capsys.readouterr().out
 
 
 @pytest.mark.slow

@@ -1,6 +1,8 @@
 """Families of one's own sample as their pipelines do."""
 
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partialmethod
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ from diffusers import DiffusionPipeline
 from peft import PeftModel
 from safetensors.torch import load_file
 
+from latentreward.apps.estimate.shapes import ShapesOnly
 from latentreward.apps.generation import load_lora, policy_of
 from latentreward.backbones.loading import PipelineSource
 from latentreward.backbones.tuning import LoRA
@@ -19,6 +22,7 @@ from latentreward.errors import InputError
 from latentreward.export import TrainedLoRA, write_merged
 from latentreward.families import find_family
 from latentreward.heads import CLIPProjectionHead
+from latentreward.noise import ContinuousFlow
 from latentreward.policies import PolicySource
 from latentreward.rollout import Sampling, sample_latents
 from latentreward.scoring.network import RewardNetwork
@@ -88,6 +92,12 @@ def test_a_network_without_a_lora_loader_in_diffusers_is_trained_exported_and_me
         torch.testing.assert_close(merged[f"{layer}.weight"] - plain[f"{layer}.weight"], want, rtol=1e-5, atol=1e-6)
 
 
+def made_configs(scheduler: str, **settings: Any) -> MadeConfigs:
+    vae = {"latent_channels": 4, "block_out_channels": [8], "scaling_factor": 0.2}
+    parts = {"transformer": {"caption_channels": 8, "in_channels": 4}, "vae": vae}
+    return MadeConfigs({**parts, "scheduler": {"_class_name": scheduler, **settings}})
+
+
 @pytest.mark.parametrize(
     ("field", "value", "fault"),
     [
@@ -116,16 +126,47 @@ def test_a_wrong_name_of_a_family_is_told_before_anything_is_loaded(
     field: str, value: Any, fault: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(own_families.PixArt, field, value)
-    configs = MadeConfigs({"transformer": {"caption_channels": 8, "in_channels": 4}, "vae": {"latent_channels": 4}})
+    configs = made_configs("DDIMScheduler")
     with pytest.raises(InputError, match=r"^family: PixArt") as refused:
         find_family(configs, f"{own_families.__name__}.PixArt")
     assert str(refused.value) == f"family: PixArt.{field} is {value!r}, which {fault}"
 
 
+@pytest.mark.parametrize(
+    ("flow", "scheduler", "settings", "fault"),
+    [
+        (True, "DDIMScheduler", {}, r"is not so of a network with a DDIMScheduler .*; set flow = False$"),
+        (True, "UniPCMultistepScheduler", {"prediction_type": "epsilon"}, r"is not so of .*; set flow = False$"),
+        (True, "UniPCMultistepScheduler", {"use_flow_sigmas": True}, None),
+        (True, "DPMSolverMultistepScheduler", {"prediction_type": "flow_prediction"}, None),
+        (True, "FlowMatchEulerDiscreteScheduler", {}, None),
+        (False, "FlowMatchEulerDiscreteScheduler", {}, r"is not so of a network with .*; set flow = True$"),
+        (False, "DDIMScheduler", {}, None),
+    ],
+)
+def test_a_flow_is_what_the_scheduler_says(
+    flow: bool, scheduler: str, settings: dict[str, Any], fault: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(own_families.PixArt, "flow", flow)
+    configs, path = made_configs(scheduler, **settings), f"{own_families.__name__}.PixArt"
+    if fault:
+        with pytest.raises(InputError, match=rf"^family: PixArt.flow is {flow}, which {fault}"):
+            find_family(configs, path)
+    else:
+        process = find_family(configs, path).noise_process
+        assert type(process).__name__ == ("ContinuousFlow" if flow else "DDPM")
+
+
+def test_a_process_of_the_other_kind_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(own_families.PixArt, "noise_process", ContinuousFlow())
+    with pytest.raises(InputError, match=r"^family: PixArt.flow is False, which contradicts noise_process, a Contin"):
+        find_family(made_configs("DDIMScheduler"), f"{own_families.__name__}.PixArt")
+
+
 @pytest.mark.parametrize("name", ["sd15", "flux1", "sd"])
 def test_the_name_of_a_family_of_this_package_is_taken(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(own_families.PixArt, "name", name)
-    configs = MadeConfigs({"transformer": {"caption_channels": 8, "in_channels": 4}, "vae": {"latent_channels": 4}})
+    configs = made_configs("DDIMScheduler")
     with pytest.raises(InputError, match=rf"^family: PixArt.name is '{name}', a name of this package; give another$"):
         find_family(configs, f"{own_families.__name__}.PixArt")
 
@@ -184,6 +225,44 @@ def test_a_family_whose_blocks_mix_rows_is_named_in_the_first_batch(
         RewardNetwork(backbone, network.head).read(*states)
 
 
+def one_timestep(family: Any, network: Any, latents: Any, sigma: Any, *given: Any, method: Any) -> Any:
+    return method(family, network, latents, sigma[:1].expand(len(sigma)), *given)
+
+
+def test_a_family_with_one_timestep_for_all_rows_is_named_where_rows_share_it(
+    pixart: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backbone = own_families.own_pixart(pixart, visual_taps=[2], text_taps=[])
+    network = RewardNetwork(backbone, CLIPProjectionHead(backbone.feature_spec, embed_dim=8))
+    latents = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    monkeypatch.setattr(own_families.PixArt, "begin", partialmethod(one_timestep, method=own_families.PixArt.begin))
+    with pytest.raises(InputError, match=r"^PixArt.step returned values of a row alone .* timestep .*, in begin too"):
+        network.read(latents, torch.full((2,), 500.0), *network.encode_prompts(PROMPTS))
+
+
+def test_a_policy_with_one_timestep_for_all_rows_is_named(pixart: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    policy = PolicySource(pixart, family=f"{own_families.__name__}.PixArt").load()
+    given = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(0)), torch.full((3,), 500.0)
+    text = policy.encode_prompts(["a", *PROMPTS])
+    policy.predict(*given, text)
+    policy._compared = False
+    method = own_families.PixArt.velocity
+    monkeypatch.setattr(own_families.PixArt, "velocity", partialmethod(one_timestep, method=method))
+    with pytest.raises(InputError, match=r"^PixArt.velocity returned values of a row alone .* timestep"):
+        policy.predict(*given, text)
+    policy.predict(*given, text)  # compared once
+
+
+def test_the_stand_ins_of_an_estimate_are_not_compared(pixart: str) -> None:
+    policy = PolicySource(pixart, family=f"{own_families.__name__}.PixArt").load()
+    given = torch.randn(3, 4, 8, 8), torch.full((3,), 500.0), policy.encode_prompts(["a", *PROMPTS])
+    shapes = ShapesOnly()
+    shapes.replace_weights(policy)
+    with shapes:
+        assert policy.predict(*given).shape == (3, 4, 8, 8)
+        policy.predict(shapes.stand_in((3, 4, 8, 8)), *given[1:])
+
+
 def test_a_family_whose_padding_counts_is_named_in_the_first_batch(
     pixart: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -200,3 +279,33 @@ def test_a_family_whose_padding_counts_is_named_in_the_first_batch(
     monkeypatch.setattr(own_families.PixArt, "begin", unmasked)
     with pytest.raises(InputError, match=r"^PixArt.step returned values of a row alone .*; compute each row"):
         network.read(latents, torch.full((2,), 500.0), *network.encode_prompts(["a", "two dogs on a hill in the rain"]))
+
+
+@pytest.mark.parametrize("name", ["Chroma", "Sana", "PixArt"])
+@pytest.mark.parametrize("slip", ["none", "begin", "step"])
+def test_blocks_that_get_other_inputs_than_in_the_network_are_named(
+    name: str, slip: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    family = getattr(own_families, name)
+    FAMILIES[name][0]().save_pretrained(tmp_path)
+    backbone = getattr(own_families, f"own_{name.lower()}")(str(tmp_path), visual_taps=[2, 3], text_taps=[])
+    network = RewardNetwork(backbone, CLIPProjectionHead(backbone.feature_spec, embed_dim=8))
+    shape = backbone.family.latent_shape(*FAMILIES[name][2])
+    latents = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0))
+    if slip == "begin":  # levels in place of timesteps
+        begin = family.begin
+        monkeypatch.setattr(family, "begin", lambda self, net, x, sigma, text: begin(self, net, x, sigma / 1000, text))
+    if slip == "step":
+
+        def shifted(self: Any, block: Any, tokens: Any, number: int, step: Any = family.step) -> Any:
+            return step(self, block, replace(tokens, visual=tokens.visual.roll(1, dims=1)), number)
+
+        monkeypatch.setattr(family, "step", shifted)
+    given = latents, torch.full((2,), 500.0), *network.encode_prompts(PROMPTS)
+    if slip == "none":
+        network.read(*given)
+    else:
+        with pytest.raises(
+            InputError, match=rf"^{name}.begin \(\S+\) and step \(\S+\) let block 1 return values .* velocity"
+        ):
+            network.read(*given)

@@ -63,6 +63,7 @@ class FamilyBackbone(TransformerBackbone):
         for names in ("tail", "time_embedding"):
             family.require_parts(names, getattr(family, names), transformer)
         self.transformer = transformer
+        self.block_counts = [len(getattr(transformer, name)) for name in family.lists]  # before any are dropped
         cut_network(transformer, family, num_layers, keep_tail=self.output_map)
 
     def unread_names(self) -> list[str]:

@@ -18,7 +18,7 @@ from latentreward.encoders.prompts import PromptEncoder
 from latentreward.encoders.vae import LatentEncoder
 from latentreward.errors import InputError
 from latentreward.families.published import Published
-from latentreward.noise import DDPM, NoiseProcess
+from latentreward.noise import DDPM, DDPM_SCHEDULERS, FLOW_SCHEDULERS, FlowMatching, NoiseProcess
 from latentreward.programs import of_this_package
 from latentreward.promises import COUNT, Part, finite, is_count, of_class, returns, shown, tensor, wrong_tensor
 from latentreward.storage.json_files import Kind, entry
@@ -189,6 +189,21 @@ class Family(Part):
             self._require(field, is_count(value) and (value or not default), COUNT + ", or None" * (not default))
         for field in ("unread", "unread_outside", "mu"):
             self._require(field, callable(getattr(self, field, print)), "must be a method")
+        self._check_process()
+
+    def _check_process(self) -> None:
+        """Check that :attr:`flow` is what the scheduler's class and :attr:`noise_process` say."""
+        config = self.pipeline.config("scheduler") if self.pipeline.has("scheduler") else {}
+        kind, flows = config.get("_class_name"), config.get("prediction_type") == "flow_prediction"
+        if self.flow:
+            right = kind not in DDPM_SCHEDULERS or flows or config.get("use_flow_sigmas")
+        else:
+            right = kind not in FLOW_SCHEDULERS
+        other = f"set flow = {not self.flow}"
+        self._require("flow", right, f"is not so of a network with a {kind} ({self.named('scheduler')}); {other}")
+        process = self.noise_process
+        right = isinstance(process, FlowMatching) == self.flow
+        self._require("flow", right, f"contradicts noise_process, a {type(process).__name__}; change one of the two")
 
     def require_parts(self, field: str, names: Sequence[str], module: nn.Module) -> None:
         """Check that modules or weights have the ``names`` (endings) that a family of one's own gives as ``field``."""

@@ -19,7 +19,7 @@ from latentreward.contracts import Conditioning
 from latentreward.encoders.prompts import PromptEncoder
 from latentreward.errors import InputError, first_line
 from latentreward.families.base import Family, PipelineConfigs, wrong_prediction
-from latentreward.noise import ContinuousFlow, NoiseProcess
+from latentreward.noise import DDPM_SCHEDULERS, ContinuousFlow, NoiseProcess, process_from_scheduler
 from latentreward.noise.schedules import shifted_levels
 from latentreward.promises import detached, finite, of_class, returns, shown, values_of, wrong_tensor
 from latentreward.storage.json_files import entries
@@ -82,8 +82,8 @@ def _wrong_step(
 class FlowFamily(Family):
     """Family of transformers that predict the velocity ε − x_0 of a rectified flow.
 
-    Also the base of transformers of a DDPM process, whose family sets ``flow`` to False, gives the process as
-    ``noise_process``, and returns ε or v from :meth:`velocity`, where ``sigma`` is then the timestep divided by 1000.
+    Also the base of transformers of a DDPM process, whose family sets ``flow`` to False and returns ε or v from
+    :meth:`velocity`, where ``sigma`` is then the timestep divided by 1000.
 
     A derived class implements :meth:`velocity`, one pass of the whole network as the pipeline makes it, and
     :meth:`begin` and :meth:`step`, the same pass block by block, for backbones that read features.
@@ -215,8 +215,8 @@ class FlowFamily(Family):
 
     @cached_property
     def noise_process(self) -> NoiseProcess:
-        """See :attr:`Family.noise_process`."""
-        return ContinuousFlow()
+        """See :attr:`Family.noise_process`; of a family that is no flow, that of the pipeline's scheduler."""
+        return ContinuousFlow() if self.flow else process_from_scheduler(self.scheduler_config, DDPM_SCHEDULERS)
 
     def mu(self, num_inference_steps: int, shape: Sequence[int]) -> float | None:
         """Return the logarithm of the shift for a dynamic schedule; arguments as in :meth:`levels`."""

@@ -192,7 +192,7 @@ class AlignmentModule(LightningModule):
         before = self._changing_buffers()
         with torch.no_grad(), self.compute_precision(), self.failing_together():
             # FSDP2 needs one call of the whole network before a reward that shares the network calls its blocks.
-            self.policy.predict(noise, timesteps, self.policy.encode_prompts([""] * 3))
+            self.policy.predict(noise, timesteps, self.policy.encode_prompts(["", "a cat", "two dogs on a hill"]))
             encoded = self.reward.encode_prompts([""])
             self.reward(NoisyStates(noise, timesteps, torch.zeros(3, dtype=torch.int64), noise), encoded)
         for buffer, value in before:

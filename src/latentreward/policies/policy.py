@@ -57,7 +57,7 @@ class Policy(nn.Module):
         self.network, self.family = network, family
         self.text_encoder, self.vae = text_encoder, vae
         self.adapters = AdapterSwitch(network, POLICY)
-        self._gradient_seen = False
+        self._gradient_seen = self._compared = False
 
     @property
     def noise_process(self) -> NoiseProcess:
@@ -87,8 +87,16 @@ class Policy(nn.Module):
     def predict(
         self, latents: Tensor, timesteps: Tensor, conditioning: Conditioning, guidance: float | None = None
     ) -> Tensor:
-        """Predict noise, v or velocity ``(B, C, ...)`` as :meth:`Family.predict`, by default with its own guidance."""
+        """Predict noise, v or velocity ``(B, C, ...)`` as :meth:`Family.predict`, by default with its own guidance.
+
+        Of a user's own family the first batch is compared by :func:`~latentreward.scoring.apart.check_predictions`.
+        """
         own = not of_this_package(type(self.family).__module__)  # families of this package train as they are
+        if own and not self._compared and len(latents) > 1:
+            from latentreward.scoring.apart import check_predictions  # only a family of one's own needs it
+
+            self._compared = True
+            check_predictions(self.family, self.network, latents, timesteps, conditioning, guidance)
         first = own and torch.is_grad_enabled() and not self._gradient_seen
         self._gradient_seen |= first
         with told_without_gradient(self.family, self.network) if first else nullcontext():

@@ -1,20 +1,23 @@
-"""Comparison of two rows of a batch with each row alone, without padding, for backbones and heads of a user's own."""
+"""Comparison of two rows of a batch with each row alone, without padding, for parts of a user's own."""
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from latentreward.backbones.base import DiffusionBackbone, rows_of
 from latentreward.contracts import Conditioning, Features, map_tensors
 from latentreward.devices import evaluating
 from latentreward.errors import InputError
+from latentreward.families import Family, FamilyBackbone, FlowFamily
 from latentreward.heads import RewardHead
+from latentreward.noise import NoiseProcess
 from latentreward.programs import of_this_package
-from latentreward.promises import place_of
+from latentreward.promises import has_values, place_of
 
 EXACT, ROUNDED = 1e-3, 0.05
 """Largest differences as parts of the largest value: of float32 on a CPU and of scores, and of features elsewhere."""
@@ -30,15 +33,17 @@ def check_apart(
 ) -> None:
     """Compare two rows of a batch with each row alone, in evaluation mode: features, then scores.
 
-    A row alone has no padding: its text tokens are those of its mask.
+    A row alone has no padding: its text tokens are those of its mask. The rows get timesteps far apart, see
+    :func:`far_timesteps`.
 
     Raises:
         InputError: If they differ, for a backbone, family or head that is not of this package.
     """
     owner = getattr(backbone, "family", backbone) if of_this_package(type(backbone).__module__) else backbone
     own_features, own_scores = (not of_this_package(type(part).__module__) for part in (owner, head))
-    if latents.is_meta or not (own_features or own_scores):
+    if not (own_features or own_scores) or not all(map(has_values, (latents, *backbone.parameters()))):
         return
+    timesteps = far_timesteps(timesteps, backbone.noise_process)
 
     def features(rows: list[int], text: Conditioning) -> Features:
         return backbone(latents[rows], timesteps[rows], text, uncond)
@@ -48,17 +53,110 @@ def check_apart(
         among = [rows_of(both, slice(row, row + 1)) for row in (0, 1)]
         if own_features:
             method = "read" if owner is backbone else "step"
-            exact = latents.device.type == "cpu" and {one.dtype for one in floats_of(both)} == {torch.float32}
-            tolerance = EXACT if exact and not torch.is_autocast_enabled("cpu") else ROUNDED
+            tolerance = tolerance_of(*floats_of(both))
             for row in (0, 1):  # a sum over the rows before leaves the first row as it is
                 single = features([row], conditioning.select([row]).trimmed())
                 for alone, one in zip(*map(floats_of, map(unpadded, (single, among[row]))), strict=True):
                     if alone.shape == one.shape:  # text of a backbone without a mask keeps its padding
                         check_equal(owner, method, alone.float(), one.float(), tolerance)
+            if isinstance(owner, FlowFamily) and isinstance(backbone, FamilyBackbone):
+                check_steps(owner, backbone, latents[:1], timesteps[:1], conditioning.select([0]).trimmed())
         if own_scores:
             with torch.autocast(latents.device.type, enabled=False):
                 alone = torch.cat([head(unpadded(row).to(torch.float32)) for row in among])
                 check_equal(head, "forward", alone, head(both.to(torch.float32)), EXACT)
+
+
+def check_steps(
+    family: FlowFamily, backbone: FamilyBackbone, latents: Tensor, timesteps: Tensor, conditioning: Conditioning
+) -> None:
+    """Compare the outputs of a backbone's blocks, run one by one, with those in the family's ``velocity``, of one row.
+
+    The call of ``velocity`` ends after the last block that is read, as the network's later parts may be gone. Nothing
+    is compared where that call needs parts that are gone, or where blocks are compiled or sharded.
+
+    Raises:
+        InputError: If they differ.
+    """
+    blocks, network = [*backbone.blocks()][: backbone.last_tap], backbone.get_submodule(backbone.network_name)
+    compiled = any(getattr(block, "_compiled_call_impl", None) is not None for block in blocks)
+    sharded = any(hasattr(weight, "full_tensor") for weight in network.parameters())
+    if not blocks or compiled or sharded or any(type(one).__name__ == "FullyShardedDataParallel" for one in blocks):
+        return
+    found: list[Tensor] = []
+
+    def keep(block: nn.Module, inputs: Any, output: Any) -> None:
+        found.append(torch.cat(output, dim=1) if isinstance(output, tuple) else output)
+        if len(found) == len(blocks):
+            raise AllBlocksRan
+
+    hooks = [block.register_forward_hook(keep) for block in blocks]
+    kept = {name: getattr(network, name) for name in family.lists}
+    for (name, part), count in zip(kept.items(), backbone.block_counts, strict=True):  # networks ask for the number
+        setattr(network, name, nn.ModuleList([*part, *(nn.Identity() for _ in range(count - len(part)))]))
+    try:
+        with suppress(AllBlocksRan):
+            backbone.read(latents, timesteps, conditioning)
+        alone = [found.pop(0) for _ in blocks]
+        guidance, sigma = family.default_guidance, timesteps.to(torch.float32) / 1000
+        with suppress(Exception):  # of a call that needs what is gone, too
+            family.velocity(network, latents, sigma, conditioning, guidance)
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for name, part in kept.items():
+            setattr(network, name, part)
+    for number, (one, whole) in enumerate(zip(alone, found, strict=False), start=1):
+        error, largest = (one.float() - whole.float()).abs().max(), whole.float().abs().max()
+        if error > tolerance_of(whole) * largest + 1e-5:
+            begin, step = map(place_of, (type(family).begin, type(family).step))
+            raise InputError(
+                f"{type(family).__name__}.begin{begin} and step{step} let block {number} return values that are up to "
+                f"{error:.3g} (of {largest:.3g}) away from those in velocity; give the blocks what the network gives "
+                "them; docs/families.md has a check that compares all blocks"
+            )
+
+
+class AllBlocksRan(Exception):
+    """Ends a call of a network after the last block that is read."""
+
+
+def check_predictions(
+    family: Family, network: Any, latents: Tensor, timesteps: Tensor, conditioning: Conditioning, guidance: float | None
+) -> None:
+    """Compare a family's predictions for the first and last row of a batch with those of each row alone.
+
+    Rows are given as in :func:`check_apart`.
+
+    Raises:
+        InputError: If they differ.
+    """
+    if not all(map(has_values, (latents, *network.parameters()))):
+        return
+    ends = [0, len(latents) - 1]
+    latents, timesteps = latents[ends], far_timesteps(timesteps[ends], family.noise_process)
+    method = "velocity" if hasattr(family, "velocity") else "predict"
+    with torch.no_grad(), evaluating(network):
+        both = family.predict(network, latents, timesteps, conditioning.select(ends), guidance)
+        for row, end in enumerate(ends):
+            text = conditioning.select([end]).trimmed()
+            alone = family.predict(network, latents[[row]], timesteps[[row]], text, guidance)
+            check_equal(family, method, alone.float(), both[[row]].float(), tolerance_of(both))
+
+
+def far_timesteps(timesteps: Tensor, process: NoiseProcess) -> Tensor:
+    """Return two timesteps: that of the first row, and of the highest and lowest of the process the more distant one.
+
+    Rows of one timestep, as in validation and sampling, would not show a network that gives all rows that of the first.
+    """
+    first, levels = timesteps[0], process.timesteps[[0, -1]].to(timesteps)
+    return torch.stack([first, levels[(levels - first).abs().argmax()]])
+
+
+def tolerance_of(*found: Tensor) -> float:
+    """Return :data:`EXACT` for results that were computed in float32 on a CPU, else :data:`ROUNDED`."""
+    exact = {(one.device.type, one.dtype) for one in found} == {("cpu", torch.float32)}
+    return EXACT if exact and not torch.is_autocast_enabled("cpu") else ROUNDED
 
 
 def check_equal(part: Any, method: str, alone: Tensor, among: Tensor, tolerance: float) -> None:
@@ -66,10 +164,11 @@ def check_equal(part: Any, method: str, alone: Tensor, among: Tensor, tolerance:
     error, largest = (alone - among).abs().max(), among.abs().max()
     if error > tolerance * largest + 1e-5:
         place = place_of(getattr(type(part), method))
+        level = {"forward": ",", "step": ", at its own timestep, in begin too,"}.get(method, ", at its own timestep,")
         raise InputError(
             f"{type(part).__name__}.{method} returned values of a row alone that are up to {error:.3g} (of "
-            f"{largest:.3g}) away from those of the same row in a batch{place}; compute each row from itself alone, "
-            "without statistics of the batch and text tokens outside the mask, and draw nothing at random"
+            f"{largest:.3g}) away from those of the same row in a batch{place}; compute each row from itself alone"
+            f"{level} without statistics of the batch and text tokens outside the mask, and draw nothing at random"
         )
 
 
