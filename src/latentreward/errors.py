@@ -63,6 +63,23 @@ def check_at_least_one(place: str = "", /, **settings: float | None) -> None:
             raise InputError(f"{place}{name} is {value:g}; it must be at least 1")
 
 
+def check_range(span: str, hint: str = "", /, **settings: float | None) -> None:
+    """Raise InputError for the first setting outside an interval; None is accepted.
+
+    Args:
+        span: Interval, such as ``"[0, 1)"``; an end ``inf)`` stands for any finite number.
+        hint: End of the message, such as a paper's value.
+        settings: Values by name.
+    """
+    low, high = (float(end) for end in span[1:-1].split(","))
+    least = "positive" if span.startswith("(0,") else f"at least {low:g}"
+    wanted = f"lie in {span}" if math.isfinite(high) else f"be {least}{' and finite' * span.endswith(')')}"
+    for name, value in settings.items():
+        ends = {low: span[0] == "[", high: span[-1] == "]"}
+        if value is not None and not (low <= value <= high and ends.get(value, True)):  # NaN too
+            raise InputError(f"{name}={value:g} must {wanted}{hint and f'; {hint}'}")
+
+
 def check_amounts(place: str = "", zero: bool = False, /, **settings: float | None) -> None:
     """Raise InputError for the first setting that is not a finite number above 0; None is accepted.
 

@@ -51,5 +51,5 @@ def test_margin_shifts_certain_pairs_and_spares_ties() -> None:
 
 @pytest.mark.parametrize("margin", [-0.1, float("nan"), float("inf")])
 def test_bad_margin_is_refused(margin: float) -> None:
-    with pytest.raises(InputError, match="margin = "):
+    with pytest.raises(InputError, match="margin="):
         BradleyTerryLoss(margin)

@@ -90,8 +90,8 @@ def test_cross_scores_of_one_rank_alone_are_refused() -> None:
     ("arguments", "message"),
     [
         ({"mode": "bath"}, "did you mean 'batch'"),
-        ({"batch_coeff": -1.0}, "batch_coeff = -1.0 must be at least 0"),
-        ({"aux_loss_coeff": float("inf")}, "aux_loss_coeff = inf must be at least 0 and finite"),
+        ({"batch_coeff": -1.0}, "batch_coeff=-1 must be at least 0"),
+        ({"aux_loss_coeff": float("inf")}, "aux_loss_coeff=inf must be at least 0 and finite"),
     ],
 )
 def test_bad_constants_are_refused(arguments: dict, message: str) -> None:

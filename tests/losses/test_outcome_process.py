@@ -34,5 +34,5 @@ def test_the_divergence_counts_once() -> None:
 
 @pytest.mark.parametrize("weights", [(-1.0, 1.0), (0.0, 0.0), (1.0, float("nan"))])
 def test_weights_out_of_range_are_refused(weights: tuple[float, float]) -> None:
-    with pytest.raises(InputError, match="outcome_weight="):
+    with pytest.raises(InputError, match="_weight="):
         OutcomeProcessLoss(0.1, 0.0, 5.0, *weights)

@@ -135,11 +135,11 @@ def test_ties_pull_scores_together() -> None:
 @pytest.mark.parametrize(
     ("make", "named"),
     [
-        (lambda: TieLoss(margin=-1.0), "margin = -1"),
+        (lambda: TieLoss(margin=-1.0), "margin=-1"),
         (lambda: TieLoss(tie_weight=NAN), "tie_weight"),
-        (lambda: TieLoss(label_smoothing=0.6), r"label_smoothing = 0\.6"),
+        (lambda: TieLoss(label_smoothing=0.6), r"label_smoothing=0\.6"),
         (lambda: LabelLoss(label_smoothing=-0.1), "label_smoothing"),
-        (lambda: RankingDistillation(0.0), "temperature = 0"),
+        (lambda: RankingDistillation(0.0), "temperature=0"),
     ],
 )
 def test_refuses_settings_out_of_range(make, named: str) -> None:

@@ -177,7 +177,7 @@ def test_the_mean_over_ranks_of_the_divergence_is_that_over_all_held_rows() -> N
 
 
 def test_what_is_out_of_range_is_refused() -> None:
-    with pytest.raises(InputError, match="share=1 must lie between 0 and 1"):
+    with pytest.raises(InputError, match=r"share=1 must lie in \(0, 1\)"):
         UncertaintyGate(1.0)
     with pytest.raises(InputError, match=r"share=0\.5 must lie in \[0\.02, 0\.2\]"):
         RankGate(0.5)

@@ -54,7 +54,7 @@ def test_nothing_seen_and_nan_probabilities_are_nan() -> None:
 
 
 def test_no_bins_are_refused() -> None:
-    with pytest.raises(InputError, match="bins = 0"):
+    with pytest.raises(InputError, match="bins=0"):
         PairCalibration(0)
 
 

@@ -115,5 +115,5 @@ def test_wrong_ramps_are_refused(settings: dict, words: str) -> None:
 
 
 def test_wrong_weights_are_refused() -> None:
-    with pytest.raises(InputError, match=r"eta = 0\.5 must lie in"):
+    with pytest.raises(InputError, match=r"eta=0\.5 must lie in"):
         LinearDPO(0.5)

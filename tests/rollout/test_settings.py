@@ -89,8 +89,8 @@ def test_a_unet_with_a_scheduler_of_another_process_is_refused(tmp_path: Path) -
         ({"num_inference_steps": 0}, "num_inference_steps=0 must be at least 1"),
         ({"eta": -0.1}, r"eta=-0.1 must lie in \[0, 1\]"),
         ({"eta": 1.1}, r"eta=1.1 must lie in \[0, 1\]"),
-        ({"noise_level": -1.0}, "noise_level=-1 must be 0 or above"),
-        ({"noise_level": float("inf")}, "noise_level=inf must be 0 or above"),
+        ({"noise_level": -1.0}, "noise_level=-1 must be at least 0 and finite"),
+        ({"noise_level": float("inf")}, "noise_level=inf must be at least 0 and finite"),
     ],
 )
 def test_refused(options: dict[str, Any], message: str) -> None:

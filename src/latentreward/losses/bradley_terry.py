@@ -1,13 +1,11 @@
 """Bradley–Terry loss, by which the reward difference is the log-odds that the chosen image wins."""
 
-import math
-
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from latentreward.contracts import PairScores
-from latentreward.errors import InputError
+from latentreward.errors import check_range
 from latentreward.losses.base import PreferenceLoss, mean_over_outputs, per_row
 
 
@@ -47,8 +45,7 @@ class BradleyTerryLoss(PreferenceLoss):
 
     def __init__(self, margin: float = 0.0) -> None:
         super().__init__()
-        if not (math.isfinite(margin) and margin >= 0):
-            raise InputError(f"margin = {margin} must be at least 0 and finite; 0 is plain Bradley–Terry")
+        check_range("[0, inf)", "0 is plain Bradley–Terry", margin=margin)
         self.margin = margin
 
     def per_pair(self, scores: PairScores) -> Tensor:

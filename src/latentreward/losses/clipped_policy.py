@@ -8,14 +8,13 @@ This is PPO's objective (arXiv:1707.06347, eq. 7) with group-relative advantages
 steps of a sampler as in Flow-GRPO (arXiv:2505.05470, eq. 5) and DanceGRPO (arXiv:2505.07818).
 """
 
-import math
 from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from latentreward.errors import InputError
+from latentreward.errors import check_range
 from latentreward.losses.base import SetLoss
 
 
@@ -115,12 +114,9 @@ class ClippedPolicyLoss(SetLoss):
         step_weight: Literal["none", "noise", "spread"] = "none",
     ) -> None:
         super().__init__()
-        if not 0 < clip_range < 1:
-            raise InputError(f"clip_range = {clip_range} must lie between 0 and 1; Flow-GRPO uses 1e-4")
-        if not (math.isfinite(kl_weight) and kl_weight >= 0):
-            raise InputError(f"kl_weight = {kl_weight} must be at least 0 and finite; 0 leaves the reference out")
-        if max_advantage is not None and not max_advantage > 0:
-            raise InputError(f"max_advantage = {max_advantage} must be positive; Flow-GRPO uses 5, null sets no bound")
+        check_range("(0, 1)", "Flow-GRPO uses 1e-4", clip_range=clip_range)
+        check_range("[0, inf)", "0 leaves the reference out", kl_weight=kl_weight)
+        check_range("(0, inf]", "Flow-GRPO uses 5, null sets no bound", max_advantage=max_advantage)
         self.clip_range, self.kl_weight, self.max_advantage = clip_range, kl_weight, max_advantage
         self.step_weight = step_weight
 

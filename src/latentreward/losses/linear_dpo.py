@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from latentreward.errors import InputError
+from latentreward.errors import check_range
 from latentreward.losses.base import SetLoss
 from latentreward.losses.diffusion_dpo import denoising_error, implicit_rewards
 
@@ -48,8 +48,7 @@ class LinearDPO(SetLoss):
 
     def __init__(self, eta: float = 1e-3) -> None:
         super().__init__()
-        if not 0 <= eta < 0.5:
-            raise InputError(f"eta = {eta} must lie in [0, 0.5); Linear-DPO uses 1e-3 for SD1.5")
+        check_range("[0, 0.5)", "Linear-DPO uses 1e-3 for SD1.5", eta=eta)
         self.eta = eta
 
     def forward(

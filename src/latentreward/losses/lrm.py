@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from latentreward.contracts import CrossScores, PairScores
-from latentreward.errors import InputError, did_you_mean
+from latentreward.errors import InputError, check_range, did_you_mean
 from latentreward.losses.base import PreferenceLoss, mean_over_outputs, per_row
 from latentreward.losses.bradley_terry import bradley_terry_nll
 
@@ -86,9 +86,8 @@ class LRMLoss(PreferenceLoss):
         super().__init__()
         if mode not in get_args(Mode):
             raise InputError(f"mode = {mode!r} is not known{did_you_mean(str(mode), get_args(Mode))}")
-        for name, value in (("batch_coeff", batch_coeff), ("aux_loss_coeff", aux_loss_coeff)):
-            if not (math.isfinite(value) and value >= 0):
-                raise InputError(f"{name} = {value} must be at least 0 and finite; 1 leaves the term as it is")
+        hint = "1 leaves the term as it is"
+        check_range("[0, inf)", hint, batch_coeff=batch_coeff, aux_loss_coeff=aux_loss_coeff)
         self.mode, self.batch_coeff, self.aux_loss_coeff = mode, batch_coeff, aux_loss_coeff
         self.needs_cross_scores = mode != "pair"
 

@@ -16,7 +16,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from latentreward.errors import InputError
+from latentreward.errors import check_range
 from latentreward.losses.base import SetLoss
 from latentreward.losses.clipped_policy import clipped_objective
 
@@ -128,16 +128,10 @@ class MatchingLoss(SetLoss):
         scale_to: float | None = 1.0,
     ) -> None:
         super().__init__()
-        if not 0 < power <= 1:
-            raise InputError(f"power = {power} must lie in (0, 1]; AWM uses 0.25")
-        if not 0 < clip_range <= 1:
-            raise InputError(f"clip_range = {clip_range} must lie in (0, 1]; AWM uses 1")
-        for name, weight in (("kl_weight", kl_weight), ("average_weight", average_weight)):
-            if not (math.isfinite(weight) and weight >= 0):
-                raise InputError(f"{name} = {weight} must be at least 0 and finite; 0 leaves the term out")
-        for name, bound in (("max_advantage", max_advantage), ("scale_to", scale_to)):
-            if bound is not None and not (math.isfinite(bound) and bound > 0):
-                raise InputError(f"{name} = {bound} must be positive and finite")
+        check_range("(0, 1]", "AWM uses 0.25", power=power)
+        check_range("(0, 1]", "AWM uses 1", clip_range=clip_range)
+        check_range("[0, inf)", "0 leaves the term out", kl_weight=kl_weight, average_weight=average_weight)
+        check_range("(0, inf)", max_advantage=max_advantage, scale_to=scale_to)
         self.weighting, self.power, self.clip_range = weighting, power, clip_range
         self.kl_weight, self.average_weight, self.divergence = kl_weight, average_weight, divergence
         self.max_advantage, self.scale_to = max_advantage, scale_to

@@ -16,13 +16,12 @@ which sampled x₀, and the optimality r of a sample from its advantage A,
 absolute value, which gets no gradient. The paper's form is r ⟨(u − v⁺)²⟩ + (1 − r) ⟨(u − v⁻)²⟩.
 """
 
-import math
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from latentreward.errors import InputError
+from latentreward.errors import check_range
 from latentreward.losses.base import SetLoss, per_row
 from latentreward.losses.diffusion_dpo import denoising_error
 
@@ -97,12 +96,9 @@ class NFTLoss(SetLoss):
         space: Literal["clean", "velocity"] = "clean",
     ) -> None:
         super().__init__()
-        if not 0 < beta <= 1:
-            raise InputError(f"beta = {beta} must lie in (0, 1]; DiffusionNFT uses 1 and 0.1")
-        if not (math.isfinite(kl_weight) and kl_weight >= 0):
-            raise InputError(f"kl_weight = {kl_weight} must be at least 0 and finite; 0 leaves the reference out")
-        if not (math.isfinite(max_advantage) and max_advantage > 0):
-            raise InputError(f"max_advantage = {max_advantage} must be positive and finite; DiffusionNFT uses 5")
+        check_range("(0, 1]", "DiffusionNFT uses 1 and 0.1", beta=beta)
+        check_range("[0, inf)", "0 leaves the reference out", kl_weight=kl_weight)
+        check_range("(0, inf)", "DiffusionNFT uses 5", max_advantage=max_advantage)
         self.beta, self.kl_weight, self.max_advantage = beta, kl_weight, max_advantage
         self.signs, self.space = signs, space
 

@@ -7,11 +7,9 @@ r"""Clipped policy loss with two advantages: of the finished sample, and of the 
 Each term is clipped separately. If the two advantages differ in sign, this is not PPO's loss of their sum.
 """
 
-import math
-
 from torch import Tensor
 
-from latentreward.errors import InputError
+from latentreward.errors import InputError, check_range
 from latentreward.losses.clipped_policy import ClippedPolicyLoss, ClippedPolicyResult, clipped_objective
 
 
@@ -40,13 +38,10 @@ class OutcomeProcessLoss(ClippedPolicyLoss):
         process_weight: float = 1.0,
     ) -> None:
         super().__init__(clip_range, kl_weight, max_advantage)
-        weights = (outcome_weight, process_weight)
-        if not all(math.isfinite(weight) and weight >= 0 for weight in weights) or not any(weights):
-            raise InputError(
-                f"outcome_weight={outcome_weight:g} and process_weight={process_weight:g} must be at least 0 and "
-                "finite, and one of them above 0"
-            )
-        self.outcome_weight, self.process_weight = weights
+        check_range("[0, inf)", outcome_weight=outcome_weight, process_weight=process_weight)
+        if not (outcome_weight or process_weight):
+            raise InputError("outcome_weight=0 and process_weight=0 leave no term; raise one of them")
+        self.outcome_weight, self.process_weight = outcome_weight, process_weight
 
     def forward(  # type: ignore[override]  # called where `process` is known
         self, log_prob: Tensor, old_log_prob: Tensor, outcome: Tensor, process: Tensor, kl: Tensor | None = None

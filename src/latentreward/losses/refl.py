@@ -13,7 +13,7 @@ import math
 from torch import Tensor
 from torch.nn.functional import relu
 
-from latentreward.errors import InputError
+from latentreward.errors import InputError, check_range
 from latentreward.losses.base import SetLoss
 from latentreward.losses.diffusion_dpo import denoising_error
 from latentreward.promises import detached, returns, wrong_tensor
@@ -48,8 +48,7 @@ class RewardLoss(SetLoss):
 
     def __init__(self, scale: float = 1.0, ceiling: float | None = None, sigmoid: bool = False) -> None:
         super().__init__()
-        if not (math.isfinite(scale) and scale > 0):
-            raise InputError(f"scale = {scale} must be positive and finite")
+        check_range("(0, inf)", scale=scale)
         if ceiling is not None and not math.isfinite(ceiling):
             raise InputError(f"ceiling = {ceiling} must be finite; null sets no ceiling")
         self.scale, self.ceiling, self.sigmoid = scale, ceiling, sigmoid

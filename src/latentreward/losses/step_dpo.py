@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from latentreward.errors import InputError
+from latentreward.errors import check_range
 from latentreward.losses.base import SetLoss
 from latentreward.promises import detached, of_class, returns, wrong_tensor
 
@@ -91,10 +91,8 @@ class StepDPO(StepPairLoss):
 
     def __init__(self, beta: float = 500.0, clip_range: float = 0.1) -> None:
         super().__init__()
-        if not (math.isfinite(beta) and beta > 0):
-            raise InputError(f"beta = {beta} must be positive and finite; LPO uses 500, SPO 10")
-        if not 0 < clip_range < 1:
-            raise InputError(f"clip_range = {clip_range} must lie between 0 and 1; LPO and SPO use 0.1")
+        check_range("(0, inf)", "LPO uses 500, SPO 10", beta=beta)
+        check_range("(0, 1)", "LPO and SPO use 0.1", clip_range=clip_range)
         self.beta, self.clip_range = beta, clip_range
 
     def forward(self, chosen: Tensor, rejected: Tensor, ref_chosen: Tensor, ref_rejected: Tensor) -> StepDPOResult:

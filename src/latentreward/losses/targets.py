@@ -3,14 +3,13 @@ r"""Losses against given values of the images: labels of single images, and scor
 A value NaN means that the image has none: its term is left out. A pair without values has loss 0.
 """
 
-import math
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from latentreward.contracts import PairScores, PairTargets
-from latentreward.errors import InputError
+from latentreward.errors import InputError, check_range
 from latentreward.losses.base import PreferenceLoss, mean_over_outputs
 from latentreward.losses.bradley_terry import bradley_terry_nll
 
@@ -111,7 +110,7 @@ class LabelLoss(TargetLoss):
 
     def __init__(self, label_smoothing: float = 0.0) -> None:
         super().__init__()
-        check_smoothing(label_smoothing)
+        check_range("[0, 0.5]", "0 takes labels as given", label_smoothing=label_smoothing)
         self.label_smoothing = label_smoothing
 
     def check_targets(self, values: Tensor | None) -> None:
@@ -158,20 +157,13 @@ class RankingDistillation(TargetLoss):
 
     def __init__(self, temperature: float = 1.0) -> None:
         super().__init__()
-        if not (math.isfinite(temperature) and temperature > 0):
-            raise InputError(f"temperature = {temperature} must be positive and finite; 1 suits z-scored scores")
+        check_range("(0, inf)", "1 suits z-scored scores", temperature=temperature)
         self.temperature = temperature
 
     def per_pair(self, scores: PairScores) -> Tensor:
         """See :meth:`PreferenceLoss.per_pair`."""
         preference = teacher_preference(self.targets_of(scores), self.temperature)
         return mean_over_outputs(masked_loss(bradley_terry_nll, scores.margin, preference).nan_to_num(0.0))
-
-
-def check_smoothing(label_smoothing: float) -> None:
-    """Raise InputError if ``label_smoothing`` is not in [0, ½]."""
-    if not 0 <= label_smoothing <= 0.5:
-        raise InputError(f"label_smoothing = {label_smoothing} must lie between 0 and 0.5; 0 takes labels as given")
 
 
 def check_labels(values: Tensor) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from latentreward.contracts import PairScores
-from latentreward.errors import InputError, did_you_mean
+from latentreward.errors import InputError, check_range, did_you_mean
 from latentreward.losses.base import PreferenceLoss, mean_over_outputs, per_row
 
 Objective = Literal["fidelity", "nll"]
@@ -162,10 +162,8 @@ class ThurstoneLoss(PreferenceLoss):
         for name, value, choices in (("objective", objective, Objective), ("form", form, FidelityForm)):
             if value not in get_args(choices):
                 raise InputError(f"{name} = {value!r} is not known{did_you_mean(str(value), get_args(choices))}")
-        if not (math.isfinite(k) and k >= 0):
-            raise InputError(f"k = {k} must be at least 0 and finite; arXiv:2602.11146 uses 2, and 0 ignores the noise")
-        if not 1e-6 <= sigma_u <= 1e6:
-            raise InputError(f"sigma_u = {sigma_u} must lie between 1e-6 and 1e6; arXiv:2602.11146 uses 0.1")
+        check_range("[0, inf)", "arXiv:2602.11146 uses 2, and 0 ignores the noise", k=k)
+        check_range("[1e-6, 1e6]", "arXiv:2602.11146 uses 0.1", sigma_u=sigma_u)
         self.objective, self.form, self.k, self.sigma_u = objective, form, k, sigma_u
 
     def _z(self, scores: PairScores) -> Tensor:
@@ -200,6 +198,5 @@ class ConstantVarianceThurstoneLoss(ThurstoneLoss):
     def __init__(
         self, variance: float = 0.5, objective: Objective = "fidelity", form: FidelityForm = "mixture"
     ) -> None:
-        if not 1e-12 <= variance <= 1e12:
-            raise InputError(f"variance = {variance} must lie between 1e-12 and 1e12; the released code uses 0.5")
+        check_range("[1e-12, 1e12]", "the released code uses 0.5", variance=variance)
         super().__init__(objective=objective, form=form, k=0.0, sigma_u=math.sqrt(variance))

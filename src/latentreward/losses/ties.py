@@ -1,15 +1,13 @@
 """SoliReward's loss: Bradley–Terry with a margin, a term for ties, and labels of single images."""
 
-import math
-
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from latentreward.contracts import PairScores
-from latentreward.errors import InputError
+from latentreward.errors import check_range
 from latentreward.losses.base import mean_over_outputs, per_row
-from latentreward.losses.targets import TargetLoss, check_labels, check_smoothing, label_loss
+from latentreward.losses.targets import TargetLoss, check_labels, label_loss
 
 
 class TieLoss(TargetLoss):
@@ -40,10 +38,8 @@ class TieLoss(TargetLoss):
         self, margin: float = 3.0, tie_weight: float = 1.0, label_smoothing: float = 0.0, label_weight: float = 0.0
     ) -> None:
         super().__init__()
-        for name, value in (("margin", margin), ("tie_weight", tie_weight), ("label_weight", label_weight)):
-            if not (math.isfinite(value) and value >= 0):
-                raise InputError(f"{name} = {value} must be at least 0 and finite")
-        check_smoothing(label_smoothing)
+        check_range("[0, inf)", margin=margin, tie_weight=tie_weight, label_weight=label_weight)
+        check_range("[0, 0.5]", "0 takes labels as given", label_smoothing=label_smoothing)
         self.margin, self.tie_weight = margin, tie_weight
         self.label_smoothing, self.label_weight = label_smoothing, label_weight
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,7 +10,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from latentreward.errors import InputError, refuse
+from latentreward.errors import InputError, check_range, refuse
 from latentreward.losses.clipped_policy import clipped_objective, to_float64
 from latentreward.promises import Part, detached, returns, shown, tensor, wrong_tensor
 
@@ -191,8 +190,7 @@ class FlowDPPO(RatioRule):
     """
 
     def __init__(self, threshold: float = 1e-5, scaled: bool = True) -> None:
-        if not threshold >= 0:
-            raise InputError(f"threshold={threshold:g} must be at least 0; Flow-DPPO uses 1e-5")
+        check_range("[0, inf]", "Flow-DPPO uses 1e-5", threshold=threshold)
         self.threshold, self.scaled = threshold, scaled
 
     def divergence(self, drift: StepDrift) -> Tensor:
@@ -247,8 +245,7 @@ class NormGuard(Penalty):
     """
 
     def __init__(self, weight: float = 1.0) -> None:
-        if not (math.isfinite(weight) and weight > 0):
-            raise InputError(f"weight={weight:g} must be positive and finite")
+        check_range("(0, inf)", weight=weight)
         self.weight = weight
 
     def penalty(self, prediction: Tensor, reference: Tensor) -> Tensor:
@@ -333,8 +330,7 @@ class UncertaintyGate(KLGate):
     takes = "levels"
 
     def __init__(self, share: float = 0.2) -> None:
-        if not 0 < share < 1:
-            raise InputError(f"share={share:g} must lie between 0 and 1; 0.2 lets the KL term act on a fifth")
+        check_range("(0, 1)", "0.2 lets the KL term act on a fifth", share=share)
         self.share = share
 
     def check(self, context: RuleContext) -> None:
@@ -385,8 +381,7 @@ class RankGate(KLGate):
     takes = "parts"
 
     def __init__(self, share: float = 0.1, reversed: bool = False) -> None:
-        if not 0.02 <= share <= 0.2:
-            raise InputError(f"share={share:g} must lie in [0.02, 0.2]; GARDO starts with 0.1")
+        check_range("[0.02, 0.2]", "GARDO starts with 0.1", share=share)
         self.share, self.reversed = share, reversed
         self.seen: list[float] = []
 

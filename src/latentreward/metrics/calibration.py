@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from latentreward.errors import InputError
+from latentreward.errors import check_range
 from latentreward.metrics.bootstrap import group_codes
 
 RESOLUTION = 1e-4
@@ -86,8 +86,7 @@ class PairCalibration(Metric):
 
     def __init__(self, bins: int = 10, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        if bins < 1:
-            raise InputError(f"bins = {bins} must be at least 1; 10 is usual")
+        check_range("[1, inf)", "10 is usual", bins=bins)
         self.bins = bins
         self.add_state("count", torch.zeros(bins), dist_reduce_fx="sum")
         self.add_state("confidence_sum", torch.zeros(bins), dist_reduce_fx="sum")

@@ -1,6 +1,5 @@
 """Diffusion-DPO (arXiv:2311.12908): align a policy with pairs of finished images, without reward or sampling."""
 
-import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -9,7 +8,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from latentreward.contracts import PairScores, PreferenceBatch
-from latentreward.errors import InputError
+from latentreward.errors import InputError, check_range
 from latentreward.losses import (
     BradleyTerryLoss,
     LinearDPO,
@@ -81,8 +80,7 @@ class DiffusionDPOModule(AlignmentModule):
         reference: DecayRamp | None = None,
         **options: Any,
     ) -> None:
-        if not (math.isfinite(beta) and beta > 0):
-            raise InputError(f"beta={beta:g} must be positive and finite; the paper uses 2000 (SD1.5) and 5000 (SDXL)")
+        check_range("(0, inf)", "the paper uses 2000 (SD1.5) and 5000 (SDXL)", beta=beta)
         if not eval_timesteps:
             raise InputError("eval_timesteps is empty; name at least one timestep to validate at")
         super().__init__(policy, None, **options)

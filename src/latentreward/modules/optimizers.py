@@ -16,7 +16,7 @@ from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau
 
-from latentreward.errors import InputError, did_you_mean
+from latentreward.errors import InputError, check_range, did_you_mean
 
 NEVER = 2**62
 """Frequency, in epochs, at which Lightning steps a ReduceLROnPlateau: :class:`OptimizerSteps` does it instead."""
@@ -94,8 +94,7 @@ class WarmupSchedule(LambdaLR):
     ) -> None:
         if decay not in get_args(Decay):
             raise InputError(f"decay={decay!r} is not known{did_you_mean(str(decay), get_args(Decay))}")
-        if warmup_steps < 0:
-            raise InputError(f"warmup_steps={warmup_steps} must be at least 0")
+        check_range("[0, inf)", warmup_steps=warmup_steps)
         if decay != "none" and (total_steps is None or total_steps <= warmup_steps):
             raise InputError(
                 f"decay={decay!r} needs total_steps above warmup_steps={warmup_steps}, got {total_steps}; "

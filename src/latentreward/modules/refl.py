@@ -8,7 +8,7 @@ from torch import Tensor
 
 from latentreward.contracts import PreferenceBatch, PromptBatch
 from latentreward.devices import evaluating
-from latentreward.errors import InputError
+from latentreward.errors import InputError, check_range
 from latentreward.losses import RewardLoss, denoising_error, prediction_drift
 from latentreward.modules.alignment import AlignmentModule
 from latentreward.modules.pairs import PairDraws, latents_of
@@ -116,9 +116,8 @@ class ReFLModule(AlignmentModule):
         if not 1 <= gradient_steps <= sampling.num_inference_steps:
             raise InputError(f"gradient_steps={gradient_steps} must lie in 1..{sampling.num_inference_steps}")
         check_sigmas(reward_sigmas)
-        for name, weight in (("kl_weight", kl_weight), ("pretraining_weight", pretraining_weight)):
-            if not 0.0 <= weight < float("inf"):
-                raise InputError(f"{name}={weight:g} must be at least 0 and finite; 0 leaves the term out")
+        weights = {"kl_weight": kl_weight, "pretraining_weight": pretraining_weight}
+        check_range("[0, inf)", "0 leaves the term out", **weights)
         if alternate_pretraining and not pretraining_weight:
             raise InputError("alternate_pretraining=true alternates with a term of weight 0; raise pretraining_weight")
         family = policy.resolve_family()

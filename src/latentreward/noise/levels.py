@@ -9,7 +9,7 @@ from abc import abstractmethod
 import torch
 from torch import Generator, Tensor
 
-from latentreward.errors import InputError
+from latentreward.errors import InputError, check_range
 from latentreward.noise.base import NoiseProcess
 from latentreward.promises import Part, returns, tensor, wrong_tensor
 
@@ -70,8 +70,7 @@ class ConstantSigma(TargetSigma):
     """
 
     def __init__(self, sigma: float) -> None:
-        if not 0.0 <= sigma <= 1.0:
-            raise InputError(f"sigma={sigma:g} must lie in [0, 1]")
+        check_range("[0, 1]", sigma=sigma)
         self.sigma = sigma
 
     def transform(self, uniform: Tensor, normal: Tensor) -> Tensor:
@@ -88,8 +87,7 @@ class LogitNormalSigma(TargetSigma):
     """
 
     def __init__(self, mean: float = 0.0, std: float = 1.0) -> None:
-        if not std > 0:
-            raise InputError(f"std={std:g} must be positive")
+        check_range("(0, inf]", std=std)
         self.mean, self.std = mean, std
 
     def transform(self, uniform: Tensor, normal: Tensor) -> Tensor:
@@ -105,9 +103,7 @@ class ModeSigma(TargetSigma):
     """
 
     def __init__(self, scale: float = 1.29) -> None:
-        limit = 2 / (math.pi - 2)
-        if not -1.0 <= scale <= limit:
-            raise InputError(f"scale={scale:g} must lie in [-1, {limit:.4f}]")
+        check_range(f"[-1, {2 / (math.pi - 2)}]", scale=scale)
         self.scale = scale
 
     def transform(self, uniform: Tensor, normal: Tensor) -> Tensor:
@@ -125,8 +121,7 @@ class PowerSigma(TargetSigma):
     """
 
     def __init__(self, power: float) -> None:
-        if not power > 0:
-            raise InputError(f"power={power:g} must be positive")
+        check_range("(0, inf]", power=power)
         self.power = power
 
     def transform(self, uniform: Tensor, normal: Tensor) -> Tensor:
@@ -143,8 +138,7 @@ class BetaSigma(TargetSigma):
     """
 
     def __init__(self, a: float, b: float) -> None:
-        if not (a > 0 and b > 0):
-            raise InputError(f"a={a:g} and b={b:g} must be positive")
+        check_range("(0, inf]", a=a, b=b)
         self.a, self.b = a, b
         grid = torch.linspace(0, 1, 20_001, dtype=torch.float64, device="cpu")  # as random numbers
         low, high = grid[:-1], grid[1:]

@@ -12,7 +12,7 @@ from latentreward.backbones.quantization import Quantization, check_quantization
 from latentreward.backbones.tuning import LoRA, StorageDtype, shown_as_float32
 from latentreward.backbones.weights import settle
 from latentreward.contracts import LatentSpace, PathText
-from latentreward.errors import InputError, first_line
+from latentreward.errors import InputError, check_range, first_line
 from latentreward.families import Family, find_family
 from latentreward.policies.policy import POLICY, Policy
 from latentreward.seeding import pair_generator
@@ -84,8 +84,7 @@ class PolicySource:
             InputError: If the source is not a supported text-to-image pipeline, ``t5_length`` is negative, or no layer
                 matches ``lora.target_modules``.
         """
-        if self.t5_length is not None and self.t5_length < 0:
-            raise InputError(f"t5_length={self.t5_length} must be at least 0")
+        check_range("[0, inf)", t5_length=self.t5_length)
         check_quantization(self.quantization, "lora")
         family = self.resolve_family()
         family.report_assumption("policy")

@@ -1,6 +1,5 @@
 """Older copies of a trained adapter, beside it on the same network."""
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -8,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from latentreward.errors import InputError
+from latentreward.errors import InputError, check_range
 from latentreward.policies.policy import POLICY, Policy, add_frozen_adapter
 
 OLD, AVERAGE = "old", "average"
@@ -34,12 +33,9 @@ class DecayRamp:
 
     def __post_init__(self) -> None:
         """Raise InputError for numbers that are out of range."""
-        if not (math.isfinite(self.slope) and self.slope >= 0):
-            raise InputError(f"slope={self.slope:g} must be at least 0 and finite; DiffusionNFT uses 0.001")
-        if not 0 <= self.most < 1:
-            raise InputError(f"most={self.most:g} must lie in [0, 1); 0 keeps no older weights")
-        if self.start < 0:
-            raise InputError(f"start={self.start} must be at least 0")
+        check_range("[0, inf)", "DiffusionNFT uses 0.001", slope=self.slope)
+        check_range("[0, 1)", "0 keeps no older weights", most=self.most)
+        check_range("[0, inf)", start=self.start)
 
     def decay(self, step: int) -> float:
         """Return d after ``step`` optimiser steps."""

@@ -9,7 +9,7 @@ from typing import Literal, Self
 import torch
 from torch import Tensor
 
-from latentreward.errors import InputError
+from latentreward.errors import InputError, check_range
 from latentreward.promises import Part, returns, tensor
 
 
@@ -73,12 +73,9 @@ class GroupAdvantage(Advantage):
         trim: float = 0.0,
         clip: float | None = None,
     ) -> None:
-        if not (math.isfinite(epsilon) and epsilon > 0):
-            raise InputError(f"epsilon={epsilon:g} must be positive and finite; Flow-GRPO uses 1e-4")
-        if not 0 <= trim < 0.5:
-            raise InputError(f"trim={trim:g} must lie in [0, 0.5); 0 uses all rewards")
-        if clip is not None and not (math.isfinite(clip) and clip > 0):
-            raise InputError(f"clip={clip:g} must be positive and finite; null sets no bound")
+        check_range("(0, inf)", "Flow-GRPO uses 1e-4", epsilon=epsilon)
+        check_range("[0, 0.5)", "0 uses all rewards", trim=trim)
+        check_range("(0, inf)", "null sets no bound", clip=clip)
         self.std, self.ddof, self.epsilon, self.trim, self.clip = std, ddof, epsilon, trim, clip
 
     def __call__(self, rewards: Tensor, groups: Tensor) -> Tensor:
@@ -123,8 +120,7 @@ class GDPO(Advantage):
     takes_parts = True
 
     def __init__(self, weights: Sequence[float] | None = None, epsilon: float = 1e-6) -> None:
-        if not (math.isfinite(epsilon) and epsilon > 0):
-            raise InputError(f"epsilon={epsilon:g} must be positive and finite")
+        check_range("(0, inf)", epsilon=epsilon)
         if weights is not None and not (all(map(math.isfinite, weights)) and any(weights)):
             raise InputError(f"weights={list(weights)} must be finite, and one of them not 0")
         self.weights, self.epsilon = weights, epsilon

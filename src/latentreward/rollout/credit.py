@@ -1,6 +1,5 @@
 """Credit: a reward of each step of a trajectory, from a reward of each of its states."""
 
-import math
 from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Literal
@@ -8,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from latentreward.errors import InputError
+from latentreward.errors import InputError, check_range
 from latentreward.promises import Part, returns, tensor
 
 
@@ -46,8 +45,7 @@ class GainCredit(Credit):
     """
 
     def __init__(self, gamma: float = 0.0) -> None:
-        if not 0 <= gamma <= 1:
-            raise InputError(f"gamma={gamma:g} must lie in [0, 1]: 0 is the step's own gain, 1 the gain to the end")
+        check_range("[0, 1]", "0 is the step's own gain, 1 the gain to the end", gamma=gamma)
         self.gamma = gamma
 
     def __call__(self, rewards: Tensor) -> Tensor:
@@ -101,8 +99,7 @@ class TurningPointCredit(Credit):
     ) -> None:
         if main == bonus:
             raise InputError(f"main={main} and bonus={bonus} must differ; TP-GRPO uses main=total and bonus=gain")
-        if not (math.isfinite(weight) and weight > 0):
-            raise InputError(f"weight={weight:g} must be positive and finite; TP-GRPO uses 1")
+        check_range("(0, inf)", "TP-GRPO uses 1", weight=weight)
         self.main, self.bonus, self.weight = main, bonus, weight
         self.first, self.consistent, self.balanced, self.alone = first, consistent, balanced, alone
 

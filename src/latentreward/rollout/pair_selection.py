@@ -8,12 +8,13 @@ import torch
 from torch import Tensor
 
 from latentreward.contracts import PromptBatch, StepPairs
-from latentreward.errors import InputError
+from latentreward.errors import InputError, check_range
 from latentreward.losses.base import gather_with_grad
 from latentreward.promises import Part, of_class, returns, shown, tensor
 from latentreward.rollout.candidates import CandidateStep
 from latentreward.rollout.samplers import StepSampler
 
+SHARES = ("[0, 1]", "as gaps tanh(Δ/2) and shares of them do")
 SHOWN_TIMESTEPS = 5
 """Number of timesteps that a message shows, spread evenly over all timesteps of a rollout."""
 
@@ -82,7 +83,8 @@ class FixedThreshold(ThresholdSelection):
     """
 
     def __init__(self, threshold: float) -> None:
-        self._threshold = _share("threshold", threshold)
+        check_range(*SHARES, threshold=threshold)
+        self._threshold = threshold
 
     def threshold(self, index: int, sampler: StepSampler) -> float:
         """See :meth:`ThresholdSelection.threshold`."""
@@ -104,7 +106,8 @@ class ScheduledThreshold(ThresholdSelection):
     """
 
     def __init__(self, low: float, high: float) -> None:
-        self._low, self._high = _share("low", low), _share("high", high)
+        check_range(*SHARES, low=low, high=high)
+        self._low, self._high = low, high
         if low > high:
             raise InputError(f"low={low:g} lies above high={high:g}; exchange them: noisier steps take the higher one")
 
@@ -165,7 +168,8 @@ class QuantileThreshold(PairSelection):
     """
 
     def __init__(self, quantile: float = 0.5) -> None:
-        self._quantile = _share("quantile", quantile)
+        check_range(*SHARES, quantile=quantile)
+        self._quantile = quantile
 
     def keep(self, gap: Tensor, index: int, sampler: StepSampler) -> Tensor:
         """See :meth:`PairSelection.keep`."""
@@ -203,9 +207,3 @@ def gap_quantiles(gaps: Iterable[tuple[float, Tensor]], levels: tuple[float, ...
         quantiles = torch.cat(by_timestep[timestep]).quantile(torch.tensor(levels))
         parts.append(f"t={timestep:g}: " + "/".join(f"{value:.3g}" for value in quantiles.tolist()))
     return f"score gaps ({'/'.join(f'{100 * level:g}' for level in levels)} % quantiles) " + ", ".join(parts)
-
-
-def _share(name: str, value: float) -> float:
-    if not 0.0 <= value <= 1.0:
-        raise InputError(f"{name}={value:g} must lie in [0, 1], as gaps tanh(Δ/2) and shares of them do")
-    return value

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor
 
 from latentreward.contracts import NoisyStates, PromptBatch
-from latentreward.errors import InputError
+from latentreward.errors import InputError, check_range
 from latentreward.noise.base import per_sample
 from latentreward.policies import Policy
 from latentreward.rewards.base import Reward
@@ -74,10 +73,8 @@ class RewardGuidance:
 
     def __post_init__(self) -> None:
         """Raise InputError for settings that are out of range."""
-        if self.scale is not None and not (math.isfinite(self.scale) and self.scale > 0):
-            raise InputError(f"scale={self.scale:g} must be positive and finite; Euphonium uses 0.01")
-        if not (math.isfinite(self.beta) and self.beta > 0):
-            raise InputError(f"beta={self.beta:g} must be positive and finite; Euphonium uses 3.125")
+        check_range("(0, inf)", "Euphonium uses 0.01", scale=self.scale)
+        check_range("(0, inf)", "Euphonium uses 3.125", beta=self.beta)
         if not self.low <= self.high:
             raise InputError(f"low={self.low:g} lies above high={self.high:g}; exchange them")
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from latentreward.contracts import TensorRecord
-from latentreward.errors import InputError
+from latentreward.errors import InputError, check_range
 from latentreward.noise.base import ancestral_variance, per_sample, predicted_clean, predicted_noise
 from latentreward.noise.schedules import DDPM_SCHEDULERS, check_scheduler, make_scheduler
 
@@ -328,8 +328,7 @@ def check_noise_level(kind: FlowNoise, noise_level: float) -> None:
     """Raise InputError if there is no such kind of noise, or ``noise_level`` is out of its range."""
     if kind not in get_args(FlowNoise):
         raise InputError(f"flow_noise={kind!r} must be one of {', '.join(get_args(FlowNoise))}")
-    if not 0 <= noise_level < float("inf"):
-        raise InputError(f"noise_level={noise_level:g} must be 0 or above; Flow-GRPO takes 0.7")
+    check_range("[0, inf)", "Flow-GRPO takes 0.7", noise_level=noise_level)
     if kind == "cps" and noise_level > 1:
         raise InputError(
             f"noise_level={noise_level:g} must be at most 1 with flow_noise=cps, where 1 replaces all noise of the "

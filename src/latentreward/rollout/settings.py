@@ -5,7 +5,7 @@ from typing import Self
 
 import torch
 
-from latentreward.errors import InputError
+from latentreward.errors import InputError, check_range
 from latentreward.families import Family
 from latentreward.rollout.samplers import DDIMSampler, FlowNoise, FlowSDESampler, StepSampler, check_noise_level
 
@@ -43,10 +43,8 @@ class Sampling:
 
     def __post_init__(self) -> None:
         """Raise InputError for settings that are out of range."""
-        if self.num_inference_steps < 1:
-            raise InputError(f"num_inference_steps={self.num_inference_steps} must be at least 1")
-        if self.eta is not None and not 0 <= self.eta <= 1:
-            raise InputError(f"eta={self.eta:g} must lie in [0, 1]: 0 is deterministic, 1 ancestral sampling")
+        check_range("[1, inf)", num_inference_steps=self.num_inference_steps)
+        check_range("[0, 1]", "0 is deterministic, 1 ancestral sampling", eta=self.eta)
         check_noise_level(self.flow_noise, self.noise_level or 0.0)
 
     def with_noise(self) -> Self:

@@ -5,7 +5,7 @@ from abc import abstractmethod
 import torch
 from torch import Tensor
 
-from latentreward.errors import InputError
+from latentreward.errors import InputError, check_range
 from latentreward.promises import Part, returns, wrong_tensor
 
 
@@ -41,8 +41,7 @@ class RandomSteps(StepChoice):
     """
 
     def __init__(self, share: float = 0.99) -> None:
-        if not 0 < share <= 1:
-            raise InputError(f"share={share:g} must lie in (0, 1]; DiffusionNFT uses 0.99")
+        check_range("(0, 1]", "DiffusionNFT uses 0.99", share=share)
         self.share = share
 
     def choose(self, steps: int, generator: torch.Generator) -> Tensor:
@@ -66,11 +65,9 @@ class StratifiedSteps(StepChoice):
     """
 
     def __init__(self, count: int = 6, first: int = 1, share: float = 0.9) -> None:
-        if count < 1 or first < 0 or not 0 < share <= 1:
-            raise InputError(
-                f"count={count}, first={first}, share={share:g}: count must be at least 1, first at least 0, and share "
-                "must lie in (0, 1]; AWM uses 6, 1 and 0.9"
-            )
+        check_range("[1, inf)", "AWM uses 6", count=count)
+        check_range("[0, inf)", "AWM uses 1", first=first)
+        check_range("(0, 1]", "AWM uses 0.9", share=share)
         self.count, self.first, self.share = count, first, share
 
     def choose(self, steps: int, generator: torch.Generator) -> Tensor:

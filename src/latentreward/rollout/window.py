@@ -5,7 +5,7 @@ from abc import abstractmethod
 import torch
 from torch import Tensor
 
-from latentreward.errors import InputError
+from latentreward.errors import InputError, check_range
 from latentreward.noise.base import per_sample
 from latentreward.promises import Part, check_needs, returns, shown
 from latentreward.rollout.samplers import StepSampler, Transition
@@ -64,8 +64,7 @@ class MovingWindow(Window):
     """
 
     def __init__(self, size: int = 4, every: int = 25, stride: int = 1, restart: bool = True) -> None:
-        if min(size, every, stride) < 1:
-            raise InputError(f"size={size}, every={every} and stride={stride} must be at least 1")
+        check_range("[1, inf)", size=size, every=every, stride=stride)
         self.size, self.every, self.stride, self.restart = size, every, stride, restart
 
     def start(self, steps: int, iteration: int, generator: torch.Generator) -> int:
@@ -87,8 +86,7 @@ class RandomWindow(Window):
     """
 
     def __init__(self, size: int = 2) -> None:
-        if size < 1:
-            raise InputError(f"size={size} must be at least 1")
+        check_range("[1, inf)", size=size)
         self.size = size
 
     def start(self, steps: int, iteration: int, generator: torch.Generator) -> int:
