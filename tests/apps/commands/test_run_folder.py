@@ -56,6 +56,27 @@ def test_last_and_hpc_are_those_of_this_run(
     assert fit("--trainer.logger=false", "--trainer.max_steps=3") == 1
 
 
+def test_last_is_the_newest_checkpoint_where_none_has_that_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    keeper = "--trainer.callbacks+={class_path: ModelCheckpoint, init_args: {every_n_train_steps: 1, save_top_k: -1%s}}"
+
+    def steps(name: str, limit: int, more: str = "") -> int:
+        plain = [keeper % more if "LastCheckpoint" in one else one for one in SHIPPED]
+        main(["fit", *plain, f"--trainer.logger.name={name}", f"--trainer.max_steps={limit}", "--ckpt_path=last"])
+        return len(SEEN)
+
+    assert [steps("a", 2), steps("a", 3)] == [2, 1]
+    newest = max((tmp_path / "runs/a/checkpoints").iterdir(), key=lambda path: path.stat().st_mtime)
+    assert newest.name == "epoch=0-step=3.ckpt"
+    newest.write_bytes(newest.read_bytes()[:-100])
+    assert steps("a", 4) == 2
+    assert "step=3.ckpt is damaged" in caplog.text and "going on from the previous one" in caplog.text
+    alone = ", save_weights_only: true"  # for scoring, not for resuming
+    assert [steps("b", 2, alone), steps("b", 2, alone)] == [2, 2]
+
+
 def test_last_is_refused_where_the_logger_gives_each_start_a_new_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

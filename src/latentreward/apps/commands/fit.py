@@ -391,7 +391,7 @@ class TrainingCLI(LightningCLI):
                 )
 
     def _find_checkpoint(self) -> None:
-        """Replace ``ckpt_path: last`` by the path of the newest ``last`` checkpoint, if there is one, and ``hpc``."""
+        """Replace ``ckpt_path: last`` by the path of the run's newest checkpoint, if there is one, and ``hpc``."""
         settings = self.config_init[self.command]
         given = settings["ckpt_path"]
         if given == "hpc":

@@ -14,7 +14,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from latentreward.apps.commands.notes import tell
 from latentreward.callbacks import PolicyLoRA
 from latentreward.callbacks.graceful_stop import fallback_folder
-from latentreward.checkpoints.files import newest_intact
+from latentreward.checkpoints.files import checkpoint_problem, holds_weights_alone, newest_intact
 from latentreward.checkpoints.shards import newest_first
 
 FOLDER = "trainer.default_root_dir"
@@ -89,35 +89,46 @@ def likely_checkpoint(word: str, trainer: Namespace) -> Path | None:
         trainer: Settings of the trainer.
     """
     if word == "last":
-        found = [path for folder in checkpoint_folders(trainer) for path in folder.glob("last*.ckpt")]
+        found = [path for folder in checkpoint_folders(trainer) for path in last_files(folder)]
     else:
         found = [*(run_folder(trainer) or Path()).glob("hpc_ckpt_*.ckpt")]
     return next(iter(newest_first(found)), None)
 
 
+def last_files(folder: Path) -> list[Path]:
+    """List the checkpoints called ``last`` in a folder; without one, all its checkpoints."""
+    return [*folder.glob("last*.ckpt")] or [*folder.glob("*.ckpt")]
+
+
 def last_checkpoint(trainer: Trainer) -> Path | None:
-    """Return the newest checkpoint called ``last`` of this run; None if there is none.
+    """Return the newest checkpoint called ``last`` of this run; without one, the newest that a run can resume from.
+
+    None if there is none.
 
     It is looked for where the run's callbacks write it: in no other folder, which may be that of another run. If the
     newest is damaged, :func:`newest_intact` chooses another checkpoint.
     """
     keepers = [callback for callback in trainer.checkpoint_callbacks if isinstance(callback, ModelCheckpoint)]
-    candidates = [] if keepers else [fallback_folder(trainer) / "last.ckpt"]
+    candidates, others = [] if keepers else [fallback_folder(trainer) / "last.ckpt"], list[Path]()
     for callback in trainer.checkpoint_callbacks:
         if isinstance(callback, ModelCheckpoint):
             found = callback._find_last_checkpoints(trainer)  # absolute paths
             candidates += [Path(path.removeprefix(f"{Path.cwd()}/")) for path in found]
+            folder: Any = callback._ModelCheckpoint__resolve_ckpt_dir(trainer)  # type: ignore[attr-defined]
+            others += Path(str(folder).removeprefix(f"{Path.cwd()}/")).glob("*.ckpt")
         elif isinstance(callback, OnExceptionCheckpoint):
             candidates.append(Path(callback.ckpt_path))
+    if not any(path.exists() for path in candidates):
+        candidates = [path for path in others if checkpoint_problem(path, False) or not holds_weights_alone(path)]
     return newest_intact(candidates)
 
 
 def last_of_earlier_version(trainer: Trainer) -> Path | None:
-    """Return the newest ``last`` checkpoint in folders ``version_N`` beside the run's own; None if there is none."""
+    """Return the newest of :func:`last_files` in folders ``version_N`` beside the run's own; None if there is none."""
     folder = Path(trainer.log_dir or ".")  # a collective call
     if not re.fullmatch(r"version_\d+", folder.name):
         return None
-    found = folder.parent.glob("version_*/checkpoints/last*.ckpt")
+    found = [path for one in folder.parent.glob("version_*/checkpoints") for path in last_files(one)]
     return max(found, key=lambda path: path.stat().st_mtime, default=None)
 
 
