@@ -1,5 +1,6 @@
 """Families of one's own sample as their pipelines do."""
 
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partialmethod
@@ -8,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, PixArtTransformer2DModel
 from peft import PeftModel
 from safetensors.torch import load_file
 
@@ -21,7 +22,7 @@ from latentreward.contracts import PromptBatch
 from latentreward.errors import InputError
 from latentreward.export import TrainedLoRA, write_merged
 from latentreward.families import find_family
-from latentreward.heads import CLIPProjectionHead
+from latentreward.heads import CLIPProjectionHead, GatedQFormerHead
 from latentreward.noise import ContinuousFlow
 from latentreward.policies import PolicySource
 from latentreward.rollout import Sampling, sample_latents
@@ -90,6 +91,73 @@ def test_a_network_without_a_lora_loader_in_diffusers_is_trained_exported_and_me
             found = network.get_submodule(layer)
             torch.testing.assert_close(found.get_delta_weight(found.active_adapters[0]), want, rtol=1e-6, atol=1e-6)
         torch.testing.assert_close(merged[f"{layer}.weight"] - plain[f"{layer}.weight"], want, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("name", "near"), [("native_sizes", "native_size"), ("constant_txt", "constant_text")])
+def test_a_misspelt_member_is_told(name: str, near: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    configs, path = made_configs("DDIMScheduler"), f"{own_families.__name__}.PixArt"
+    monkeypatch.setattr(own_families.PixArt, "inputs", None, raising=False)  # a helper of the user's
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        find_family(configs, path)
+    monkeypatch.setattr(own_families.PixArt, name, None, raising=False)
+    with pytest.warns(UserWarning, match=rf"^family: PixArt.{name} is no member of a family; did you mean {near}\?$"):
+        find_family(configs, path)
+
+
+@pytest.mark.parametrize(
+    ("member", "value", "message"),
+    [
+        ("text_field", "joint_attention_dim", "^family: PixArt.text_field is 'joint_attention_dim', which is not in "),
+        ("text_field", "attention_head_dim", " but the transformer takes 16; .*, or PixArt needs another text_field$"),
+        ("pooled_dim", 5, " but the transformer takes 5; .*, or PixArt needs another pooled_dim$"),
+    ],
+)
+def test_a_width_of_the_text_encoder_names_the_familys_member(
+    member: str, value: Any, message: str, pixart: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(own_families.PixArt, member, value)
+    with pytest.raises(InputError, match=message):
+        PolicySource(pixart, family=f"{own_families.__name__}.PixArt").load()
+
+
+def test_text_narrower_than_the_image_has_a_width_of_its_own(pixart: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    step, begin = own_families.PixArt.step, own_families.PixArt.begin
+
+    def narrow(self: Any, *given: Any) -> Any:
+        tokens = begin(self, *given)
+        tokens.others["wide"], tokens.text = tokens.text, tokens.text[..., :24]
+        return tokens
+
+    def with_wide(self: Any, block: Any, tokens: Any, number: int) -> Any:
+        return step(self, block, replace(tokens, text=tokens.others["wide"]), number)[0], tokens.text
+
+    monkeypatch.setattr(own_families.PixArt, "begin", narrow)
+    monkeypatch.setattr(own_families.PixArt, "step", with_wide)
+    given = torch.zeros(2, 4, 8, 8), torch.full((2,), 500.0)
+    for taps in ([], [2]):
+        backbone = own_families.own_pixart(pixart, visual_taps=[2], text_taps=taps)
+        head = GatedQFormerHead(backbone.feature_spec, num_queries=2, num_heads=2)
+        network = RewardNetwork(backbone, head)
+        text = network.encode_prompts(PROMPTS)
+        if taps:
+            with pytest.raises(
+                InputError, match=r"^PixArt.step returned text tokens of width 24, but text_width is 32; "
+            ):
+                network(*given, *text)
+        else:
+            network(*given, *text)
+    monkeypatch.setattr(own_families.PixArt, "text_width", 24)
+    head = GatedQFormerHead(backbone.feature_spec, num_queries=2, num_heads=2)
+    assert RewardNetwork(backbone, head)(*given, *text).shape == (2,)
+
+
+def test_gradient_checkpointing_that_a_network_lacks_is_named_by_its_setting(
+    pixart: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(PixArtTransformer2DModel, "_supports_gradient_checkpointing", False)
+    with pytest.raises(InputError, match=r"^gradient_checkpointing=True: PixArtTransformer2DModel does not support it"):
+        PolicySource(pixart, family=f"{own_families.__name__}.PixArt", gradient_checkpointing=True).load()
 
 
 def made_configs(scheduler: str, **settings: Any) -> MadeConfigs:

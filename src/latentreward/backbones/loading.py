@@ -429,10 +429,15 @@ def set_execution(
             (bitsandbytes, on a GPU). None keeps ``frozen_dtype``.
 
     Raises:
-        InputError: If the attention backend is unknown, its library is missing, or the network cannot use it.
+        InputError: If the network has no gradient checkpointing, or the attention backend is unknown, its library is
+            missing, or the network cannot use it.
     """
     if gradient_checkpointing:
-        network.enable_gradient_checkpointing()
+        try:
+            network.enable_gradient_checkpointing()
+        except ValueError as error:  # of diffusers, which tells its developers what to do
+            kind = type(network).__name__
+            raise InputError(f"gradient_checkpointing=True: {kind} does not support it; leave it out") from error
     if attention_backend is not None:
         set_attention_backend(network, attention_backend)
     blocks = list(blocks)

@@ -100,7 +100,7 @@ class FamilyBackbone(TransformerBackbone):
         grid = family.latent_shape(*family.native_size)[1:]
         return FeatureSpec(
             visual=(TapSpec(family.width, family.grid(family.native_size)),) * len(self.visual_taps),
-            text=(TapSpec(family.width, (length,)),) * len(self.text_taps),
+            text=(TapSpec(family.text_width, (length,)),) * len(self.text_taps),
             temb_dim=family.temb_dim,
             pooled_text_dim=pooled,
             output=TapSpec(family.latent_space.channels, grid) if self.output_map else None,
@@ -131,6 +131,13 @@ class FamilyBackbone(TransformerBackbone):
                 pair = self.family.step(block, tokens, number)
             tokens.visual, tokens.text = pair
             read.append(pair)
+        for tap in self.text_taps:
+            if (found := read[tap][1].shape[-1]) != self.family.text_width:
+                name, method = type(self.family).__name__, "step" if tap else "begin"
+                raise InputError(
+                    f"{name}.{method} returned text tokens of width {found}, but text_width is "
+                    f"{self.family.text_width}; give {name} a text_width, or the backbone text_taps: []"
+                )
         return Features(
             visual=tuple(read[tap][0] for tap in self.visual_taps),
             visual_grids=(tokens.grid,) * len(self.visual_taps),

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import warnings
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
+from difflib import get_close_matches
 from functools import cached_property
 from typing import Any, ClassVar, Protocol
 
@@ -190,6 +192,19 @@ class Family(Part):
         for field in ("unread", "unread_outside", "mu"):
             self._require(field, callable(getattr(self, field, print)), "must be a method")
         self._check_process()
+        self._warn_of_misspelt()
+
+    def _warn_of_misspelt(self) -> None:
+        """Warn of attributes of the user's classes whose names are nearly those of a family's members."""
+        classes = type(self).__mro__
+        known = {name for kind in classes if of_this_package(kind.__module__) for name in dir(kind)}
+        own = {name for kind in classes if not of_this_package(kind.__module__) for name in vars(kind)} - known
+        for name in sorted(name for name in own if not name.startswith("_")):
+            if near := get_close_matches(name, known, n=1, cutoff=0.85):
+                warnings.warn(
+                    f"family: {type(self).__name__}.{name} is no member of a family; did you mean {near[0]}?",
+                    stacklevel=2,
+                )
 
     def _check_process(self) -> None:
         """Check that :attr:`flow` is what the scheduler's class and :attr:`noise_process` say."""

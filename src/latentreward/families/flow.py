@@ -21,7 +21,8 @@ from latentreward.errors import InputError, first_line
 from latentreward.families.base import Family, PipelineConfigs, wrong_prediction
 from latentreward.noise import DDPM_SCHEDULERS, ContinuousFlow, NoiseProcess, process_from_scheduler
 from latentreward.noise.schedules import shifted_levels
-from latentreward.promises import detached, finite, of_class, returns, shown, values_of, wrong_tensor
+from latentreward.programs import of_this_package
+from latentreward.promises import check_needs, detached, finite, of_class, returns, shown, values_of, wrong_tensor
 from latentreward.storage.json_files import entries
 
 
@@ -169,6 +170,13 @@ class FlowFamily(Family):
     @property
     def pooled_dim(self) -> int:
         """Number of features of a pooled prompt; the default is that of a token, see :meth:`Conditioning.pooled`."""
+        return self.text_dim
+
+    @property
+    def text_dim(self) -> int:
+        """Number of features of a token of the text encoder, by the config's :attr:`text_field`."""
+        if not of_this_package(type(self).__module__):
+            self._require("text_field", self.text_field in self.config, f"is not in {self.named(self.part)}")
         return self.entry(self.part, self.text_field, int)
 
     def fitting(self, encoder: PromptEncoder) -> PromptEncoder:
@@ -177,14 +185,16 @@ class FlowFamily(Family):
         Raises:
             InputError: If the tokens or the pooled vectors have another width.
         """
-        for output, given, taken in (
-            ("tokens", encoder.token_dim, self.entry(self.part, self.text_field, int)),
-            ("pooled vectors", encoder.pooled_dim or encoder.token_dim, self.pooled_dim),
+        check_needs(encoder)
+        own = "" if of_this_package(type(self).__module__) else f", or {type(self).__name__} needs another "
+        for output, member, given, taken in (
+            ("tokens", "text_field", encoder.token_dim, self.text_dim),
+            ("pooled vectors", "pooled_dim", encoder.pooled_dim or encoder.token_dim, self.pooled_dim),
         ):
             if given != taken:
                 raise InputError(
                     f"source={self.pipeline.source!r}: the text encoder's {output} are {given} wide, but the "
-                    f"{self.part} takes {taken}; all parts must come from one pipeline"
+                    f"{self.part} takes {taken}; all parts must come from one pipeline{own and own + member}"
                 )
         return encoder
 
@@ -328,9 +338,14 @@ class FlowFamily(Family):
 
     @property
     def width(self) -> int:
-        """Number of features of a token of image or text."""
+        """Number of features of a token of the image."""
         heads, width = (self.entry(self.part, f, int) for f in ("num_attention_heads", "attention_head_dim"))
         return heads * width
+
+    @property
+    def text_width(self) -> int:
+        """Number of features of a text token between blocks; the default is that of a token of the image."""
+        return self.width
 
     @property
     def temb_dim(self) -> int:
