@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from latentreward.contracts import PairScores
-from latentreward.losses import BradleyTerryLoss, denoising_error, implicit_rewards, prediction_drift
+from latentreward.losses import BradleyTerryLoss, denoising_error, implicit_rewards
 from tests.oracles import alignment_losses as oracle
 
 
@@ -48,7 +48,7 @@ def test_small_changes_survive_float32() -> None:
 def test_a_policy_equal_to_its_reference_has_none() -> None:
     target, reference = torch.randn(2, 4, 4, 8, 8)
     assert torch.equal(implicit_rewards(reference, reference, target), torch.zeros(4))
-    assert torch.equal(prediction_drift(reference, reference), torch.zeros(4))
+    assert torch.equal(denoising_error(reference, reference), torch.zeros(4))
 
 
 def test_bfloat16_predictions_are_computed_in_float32() -> None:

@@ -15,8 +15,8 @@ from latentreward.losses import (
     RankingDistillation,
     RegressionDistillation,
     TieLoss,
+    bradley_terry_nll,
     gaussian_nll,
-    label_nll,
     teacher_preference,
 )
 from tests.losses.pairs import random_scores, scores_of
@@ -35,8 +35,8 @@ def random_targets(scores: PairScores) -> PairScores:
     return taught(scores, *torch.rand(2, *scores.chosen.shape, generator=generator))
 
 
-def test_label_nll_by_hand() -> None:
-    loss = label_nll(torch.tensor([0.0, 2.0, -2.0, 1e4]), torch.tensor([1.0, 1.0, 1.0, 0.0]))
+def test_label_by_hand() -> None:
+    loss = bradley_terry_nll(torch.tensor([0.0, 2.0, -2.0, 1e4]), torch.tensor([1.0, 1.0, 1.0, 0.0]))
     expected = torch.tensor([math.log(2), math.log1p(math.exp(-2)), math.log1p(math.exp(2)), 1e4])
     torch.testing.assert_close(loss, expected.double())
 

@@ -254,8 +254,8 @@ def test_latents_of_another_vae_are_refused() -> None:
     [
         ({"eval_timesteps": ()}, "eval_timesteps and eval_sigmas are both empty"),
         ({"eval_timesteps": (1000,)}, r"eval_timesteps=\[1000\]: timestep 1000 is out of range"),
-        ({"eval_sigmas": (1.2,)}, r"eval_sigmas=\[1.2\]: noise level 1.2 is out of range; use 0 to 1"),
-        ({"ensemble_sigmas": (-0.1,)}, r"ensemble_sigmas=\[-0.1\]: noise level -0.1"),
+        ({"eval_sigmas": (1.2,)}, r"eval_sigmas=1.2 must lie in \[0, 1\]"),
+        ({"ensemble_sigmas": (-0.1,)}, r"ensemble_sigmas=-0.1 must lie in \[0, 1\]"),
     ],
 )
 def test_bad_levels(options: dict[str, Any], message: str) -> None:

@@ -7,7 +7,7 @@ from .lrm import LRMLoss, lrm_batch_loss, lrm_pair_loss
 from .matching import MatchingLoss, MatchingResult, velocity_divergence
 from .nft import NFTLoss, NFTResult
 from .outcome_process import OutcomeProcessLoss
-from .refl import RewardLoss, prediction_drift
+from .refl import RewardLoss
 from .step_dpo import StepDPO, StepDPOResult, StepPairLoss, clamped_log_ratio
 from .targets import (
     LabelLoss,
@@ -15,7 +15,6 @@ from .targets import (
     RegressionDistillation,
     TargetLoss,
     gaussian_nll,
-    label_nll,
     teacher_preference,
 )
 from .thurstone import (
@@ -90,12 +89,10 @@ __all__ = [
     "gaussian_step_kl",
     "held_weights",
     "implicit_rewards",
-    "label_nll",
     "log_ndtr",
     "lrm_batch_loss",
     "lrm_pair_loss",
     "mixture_fidelity",
-    "prediction_drift",
     "teacher_preference",
     "thurstone_nll",
     "velocity_divergence",

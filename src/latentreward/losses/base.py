@@ -58,10 +58,6 @@ def _wrong_losses(losses: Tensor, scores: PairScores, shape: Sequence[int]) -> s
     return problem or detached(losses, scores.margin)
 
 
-def _wrong_probabilities(found: Tensor, loss: "PreferenceLoss", scores: PairScores) -> str | None:
-    return wrong_tensor(found, scores.chosen.shape, low=0.0, high=1.0) if finite(scores.margin) else None
-
-
 class PreferenceLoss(SetLoss):
     """Base class of losses over preference pairs.
 
@@ -85,7 +81,11 @@ class PreferenceLoss(SetLoss):
         """Compute the unweighted loss of each pair, averaged over the outputs of the head: ``(B,)``, float64."""
 
     @abstractmethod
-    @returns(_wrong_probabilities)
+    @returns(
+        lambda found, loss, scores: (
+            wrong_tensor(found, scores.chosen.shape, low=0.0, high=1.0) if finite(scores.margin) else None
+        )
+    )
     def win_probability(self, scores: PairScores) -> Tensor:
         """Compute the probability that chosen wins under this loss's model: shape of the scores, float32."""
 
@@ -102,22 +102,18 @@ class PreferenceLoss(SetLoss):
         Raises:
             ValueError: If the columns of ``scores`` do not have one row per pair.
         """
-        _check_rows(scores)
+        rows = scores.chosen.shape[:1]
+        if scores.chosen.ndim not in (1, 2) or scores.rejected.shape != scores.chosen.shape:
+            raise ValueError(
+                f"chosen {tuple(scores.chosen.shape)} and rejected {tuple(scores.rejected.shape)} must both be (B,) or "
+                "(B, out_dim)"
+            )
+        for name in ("label", "weight", "chosen_sigmas", "rejected_sigmas"):
+            if getattr(scores, name).shape != rows:  # (1,) would broadcast silently
+                raise ValueError(f"{name} has shape {tuple(getattr(scores, name).shape)}, expected {tuple(rows)}")
         if scores.chosen.device.type == "mps":  # has no float64
             scores = scores.to("cpu")
         return weighted_mean(self.per_pair(scores), scores.weight).float()
-
-
-def _check_rows(scores: PairScores) -> None:
-    rows = scores.chosen.shape[:1]
-    if scores.chosen.ndim not in (1, 2) or scores.rejected.shape != scores.chosen.shape:
-        raise ValueError(
-            f"chosen {tuple(scores.chosen.shape)} and rejected {tuple(scores.rejected.shape)} must both be (B,) or "
-            "(B, out_dim)"
-        )
-    for name in ("label", "weight", "chosen_sigmas", "rejected_sigmas"):
-        if getattr(scores, name).shape != rows:  # (1,) would broadcast silently
-            raise ValueError(f"{name} has shape {tuple(getattr(scores, name).shape)}, expected {tuple(rows)}")
 
 
 def _world_size() -> int:

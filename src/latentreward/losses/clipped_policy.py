@@ -98,6 +98,7 @@ class ClippedPolicyLoss(SetLoss):
             large); or ``none``. The KL divergence is then that of a Gaussian of the same w.
 
     Attributes:
+        needs_reference: Whether :meth:`forward` needs ``kl``.
         takes_process: Whether :meth:`forward` takes the advantage of the step beside that of the finished sample.
 
     Raises:
@@ -118,12 +119,7 @@ class ClippedPolicyLoss(SetLoss):
         check_range("[0, inf)", "0 leaves the reference out", kl_weight=kl_weight)
         check_range("(0, inf]", "Flow-GRPO uses 5, null sets no bound", max_advantage=max_advantage)
         self.clip_range, self.kl_weight, self.max_advantage = clip_range, kl_weight, max_advantage
-        self.step_weight = step_weight
-
-    @property
-    def needs_reference(self) -> bool:
-        """Return whether :meth:`forward` needs ``kl``."""
-        return self.kl_weight > 0
+        self.step_weight, self.needs_reference = step_weight, kl_weight > 0
 
     def bounded(self, advantage: Tensor) -> Tensor:
         """Clamp advantages to [−``max_advantage``, ``max_advantage``]; float64."""

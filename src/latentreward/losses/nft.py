@@ -83,6 +83,9 @@ class NFTLoss(SetLoss):
         signs: Use of positive and negative advantages; see :func:`optimality`.
         space: ``clean`` is the released code, ``velocity`` the paper's form, without c / β.
 
+    Attributes:
+        needs_reference: Whether :meth:`forward` needs ``reference``.
+
     Raises:
         InputError: If an argument is out of range.
     """
@@ -100,12 +103,7 @@ class NFTLoss(SetLoss):
         check_range("[0, inf)", "0 leaves the reference out", kl_weight=kl_weight)
         check_range("(0, inf)", "DiffusionNFT uses 5", max_advantage=max_advantage)
         self.beta, self.kl_weight, self.max_advantage = beta, kl_weight, max_advantage
-        self.signs, self.space = signs, space
-
-    @property
-    def needs_reference(self) -> bool:
-        """Return whether :meth:`forward` needs ``reference``."""
-        return self.kl_weight > 0
+        self.signs, self.space, self.needs_reference = signs, space, kl_weight > 0
 
     def forward(
         self,

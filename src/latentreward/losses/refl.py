@@ -5,7 +5,8 @@ r"""Reward feedback learning: loss on a sample's reward, and drift from the refe
 
 The loss is that of ReFL (ImageReward, arXiv:2304.05977, algorithm 1); DRaFT (arXiv:2309.17400) maximises the reward
 itself, PRFL (arXiv:2511.21541) its logistic function. The first term is :class:`RewardLoss`, the second
-:func:`~latentreward.losses.denoising_error`, the third :func:`prediction_drift`.
+:func:`~latentreward.losses.denoising_error`, the third the same of policy and reference: up to a factor that depends
+only on the noise level, the KL divergence between their steps, two Gaussians of equal spread.
 """
 
 import math
@@ -15,17 +16,7 @@ from torch.nn.functional import relu
 
 from latentreward.errors import InputError, check_range
 from latentreward.losses.base import SetLoss
-from latentreward.losses.diffusion_dpo import denoising_error
 from latentreward.promises import detached, returns, wrong_tensor
-
-
-def prediction_drift(prediction: Tensor, reference: Tensor) -> Tensor:
-    """Compute the mean squared difference of policy and reference outputs ``(N, C, ...)``: ``(N,)`` float32.
-
-    Up to a factor that depends only on the noise level, the result is the KL divergence between the policy's and the
-    reference's step, two Gaussians of equal spread.
-    """
-    return denoising_error(prediction, reference)
 
 
 class RewardLoss(SetLoss):

@@ -14,19 +14,6 @@ from latentreward.losses.base import PreferenceLoss, mean_over_outputs
 from latentreward.losses.bradley_terry import bradley_terry_nll
 
 
-def label_nll(score: Tensor, label: Tensor) -> Tensor:
-    r"""Compute the binary cross-entropy of a score's logistic function, :math:`-y\log\sigma(r) - (1-y)\log\sigma(-r)`.
-
-    Args:
-        score: Score r, any shape.
-        label: Label y in [0, 1], of the same shape.
-
-    Returns:
-        Loss in the shape of ``score``, float64; finite for every finite float32 score.
-    """
-    return bradley_terry_nll(score, label)
-
-
 def gaussian_nll(score: Tensor, target: Tensor, std: Tensor | None = None) -> Tensor:
     r"""Compute the squared error of a score or, with a standard deviation u, the Gaussian negative log-likelihood.
 
@@ -120,7 +107,7 @@ class LabelLoss(TargetLoss):
             check_labels(values[:, :, 0])
 
     def per_pair(self, scores: PairScores) -> Tensor:
-        """See :meth:`PreferenceLoss.per_pair` and :func:`label_nll`.
+        """See :meth:`PreferenceLoss.per_pair`; of each image :func:`bradley_terry_nll` of its score and label.
 
         Raises:
             InputError: If a label is not in [0, 1].
@@ -185,7 +172,7 @@ def label_loss(scores: PairScores, targets: PairTargets, smoothing: float) -> Te
         check_labels(values)
     sides = (scores.chosen, targets.chosen), (scores.rejected, targets.rejected)
     smooth = ((score, label * (1 - smoothing) + smoothing / 2) for score, label in sides)
-    return mean_over_images(*(masked_loss(label_nll, *side) for side in smooth))
+    return mean_over_images(*(masked_loss(bradley_terry_nll, *side) for side in smooth))
 
 
 def masked_loss(loss: Callable[..., Tensor], score: Tensor, target: Tensor, *std: Tensor | None) -> Tensor:

@@ -12,10 +12,10 @@ from latentreward.errors import InputError, check_range
 from latentreward.losses import (
     BradleyTerryLoss,
     LinearDPO,
+    denoising_error,
     gather_pair_scores,
     gather_with_grad,
     implicit_rewards,
-    prediction_drift,
     weighted_mean,
 )
 from latentreward.metrics import MeanMargin, PairwiseAccuracy
@@ -127,7 +127,7 @@ class DiffusionDPOModule(AlignmentModule):
         # As in the paper and its code, ties take no part.
         weight = batch.weight * (batch.label != 0.5)
         scores = PairScores(chosen, rejected, batch.label, weight, *sigmas)
-        return ImplicitPairs(scores, prediction_drift(prediction.detach(), reference), losses)
+        return ImplicitPairs(scores, denoising_error(prediction.detach(), reference), losses)
 
     def loss_of(self, pairs: ImplicitPairs) -> tuple[Tensor, PairScores]:
         """Return the loss over the pairs of all ranks, and their scores."""

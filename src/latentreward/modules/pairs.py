@@ -1,12 +1,12 @@
 """Base class for training a scorer on preference pairs: random levels, evaluation at fixed levels, logging."""
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
-from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Generator, Tensor, nn
 from torch.optim import AdamW
@@ -14,13 +14,13 @@ from torchmetrics import Metric
 
 from latentreward.backbones.base import DiffusionBackbone
 from latentreward.contracts import Conditioning, PairScores, PreferenceBatch, TensorRecord
-from latentreward.errors import InputError, errors_at
+from latentreward.errors import InputError, check_range, errors_at
 from latentreward.losses import PreferenceLoss, gather_pair_scores
 from latentreward.losses.base import mean_over_outputs
 from latentreward.metrics import MeanMargin, PairCalibration, PairwiseAccuracy
 from latentreward.metrics.pairwise import Equal
-from latentreward.modules.based import FrozenBase
-from latentreward.modules.optimizers import OptimizerSteps, single_optimizer
+from latentreward.modules.based import FrozenBase, TrainedModule
+from latentreward.modules.optimizers import single_optimizer
 from latentreward.noise import LevelSampler, NoiseProcess
 from latentreward.promises import check_takes, shown
 from latentreward.seeding import pair_generator, run_seed
@@ -47,35 +47,24 @@ class PairDraws:
     def __init__(self, batch: PreferenceBatch, seed: int, epoch: int) -> None:
         self.batch, self.seed, self.epoch = batch, seed, epoch
 
-    def _generators(self, purpose: str, keys: Sequence[str | None] | None) -> list[Generator]:
-        if keys is None:
-            keys = [None] * len(self.batch)
-        return [
-            pair_generator(self.seed, purpose, self.epoch, pair_id, key)
-            for pair_id, key in zip(self.batch.pair_ids, keys, strict=True)
-        ]
-
-    def _sides(self, per_image: bool) -> list[Sequence[str] | None]:
-        return [self.batch.chosen_keys, self.batch.rejected_keys] if per_image else [None]
+    def _draw(self, purpose: str, per_image: bool, draw: Callable[[Generator], Tensor]) -> Tensor:
+        batch, drawn = self.batch, []
+        for keys in (batch.chosen_keys, batch.rejected_keys) if per_image else ([None] * len(batch),):
+            names = zip(batch.pair_ids, keys, strict=True)
+            generators = [pair_generator(self.seed, purpose, self.epoch, pair_id, key) for pair_id, key in names]
+            drawn.append(torch.stack([draw(generator) for generator in generators]))
+        return torch.cat([drawn[0], drawn[-1]])
 
     def normal(self, purpose: str, shape: Sequence[int], per_image: bool) -> Tensor:
         """Draw standard normal numbers ``(2B, *shape)`` on the CPU, chosen images first.
 
         Numbers for different purposes are independent. With ``per_image`` the two images of a pair get different ones.
         """
-        sides = [
-            torch.stack([torch.randn(*shape, generator=generator) for generator in self._generators(purpose, keys)])
-            for keys in self._sides(per_image)
-        ]
-        return torch.cat([sides[0], sides[-1]])
+        return self._draw(purpose, per_image, lambda generator: torch.randn(*shape, generator=generator))
 
     def timesteps(self, sampler: LevelSampler, process: NoiseProcess, per_image: bool) -> Tensor:
         """Draw timesteps ``(2B,)`` on the CPU, chosen images first; ``per_image`` as in :meth:`normal`."""
-        sides = [
-            torch.cat([sampler.draw(generator, process) for generator in self._generators("timestep", keys)])
-            for keys in self._sides(per_image)
-        ]
-        return torch.cat([sides[0], sides[-1]])
+        return self._draw("timestep", per_image, lambda generator: sampler.draw(generator, process)).flatten()
 
 
 def latents_of(
@@ -187,7 +176,7 @@ class LevelMetrics(nn.Module):
         return values
 
 
-class PairModule(LightningModule):
+class PairModule(TrainedModule, LightningModule):
     """Base module that trains a scorer of noised images with a preference loss.
 
     In training each pair gets a random noise level. Validation, test and prediction score each pair at every level of
@@ -217,12 +206,13 @@ class PairModule(LightningModule):
         seed: Seed of all random numbers; None takes the run's ``seed_everything``.
 
     Attributes:
-        lr: Learning rate that replaces the optimiser's own; None keeps the optimiser's. Lightning's learning rate
-            finder sets this attribute.
+        cross_spans_ranks: Whether scores with ``with_cross`` span the batches of all ranks, or only this rank's.
 
     Raises:
         InputError: If no evaluation level is given or one is out of range.
     """
+
+    cross_spans_ranks: bool = True
 
     def __init__(
         self,
@@ -244,21 +234,19 @@ class PairModule(LightningModule):
     ) -> None:
         super().__init__()
         self.optimizer, self.lr_scheduler, self.seed = optimizer, lr_scheduler, run_seed(seed)
-        self.lr: float | None = None
-        self.configured_lr: float | None = None
         self.frozen_base = FrozenBase(self, base, {})
         self.loss, self.levels, self.decay_vectors = loss, levels, decay_vectors
         self.noise_per_image, self.timestep_per_image, self.posterior = noise_per_image, timestep_per_image, posterior
         self.noise_process = process
         if not (eval_timesteps or eval_sigmas):
             raise InputError("eval_timesteps and eval_sigmas are both empty; name at least one level to evaluate at")
-        check_sigmas(eval_sigmas=eval_sigmas)
+        for sigma in eval_sigmas:
+            check_range("[0, 1]", eval_sigmas=sigma)
         snapped = snap_timesteps(process, eval_timesteps)[:, None]
         self.eval_levels = {f"t{t:g}": level for t, level in zip(eval_timesteps, snapped, strict=True)}
         # Where the process has its tables, also if the module is built under another default device.
         with torch.device("cpu"):
             self.eval_levels |= {f"sigma{s:g}": process.timesteps_at(torch.tensor([float(s)])) for s in eval_sigmas}
-        self._metric_keys: dict[str, str] = {}
         self.metrics = nn.ModuleDict()
         self._metric_settings = equal_scores, metrics
         for name in (*self.eval_levels, "all"):
@@ -267,8 +255,7 @@ class PairModule(LightningModule):
     def _add_metrics(self, name: str) -> None:
         """Create the metrics of one more evaluation, logged under ``name``."""
         # ModuleDict takes no dots in its keys, and levels such as sigma0.2 have one.
-        self._metric_keys[name] = name.replace(".", "_")
-        self.metrics[self._metric_keys[name]] = LevelMetrics(*self._metric_settings)
+        self.metrics[name.replace(".", "_")] = LevelMetrics(*self._metric_settings)
 
     @abstractmethod
     def encode(self, batch: PreferenceBatch, draws: PairDraws, noise_per_image: bool = False) -> EncodedPairs:
@@ -293,17 +280,6 @@ class PairModule(LightningModule):
         """Return the VAE that decodes latents, for callbacks; None without a VAE."""
         return None
 
-    @property
-    def cross_spans_ranks(self) -> bool:
-        """Tell whether scores with ``with_cross`` span the batches of all ranks or only this rank's."""
-        return True
-
-    @classmethod
-    def load_from_checkpoint(cls, checkpoint_path: Any, weights_only: bool = True, **kwargs: Any) -> Self:  # type: ignore[override]
-        """Build a module from ``kwargs`` and load a checkpoint's weights; only tensors and plain values are read."""
-        kwargs["_instantiator"] = None  # else Lightning takes the function that the checkpoint names
-        return super().load_from_checkpoint(checkpoint_path, weights_only=weights_only, **kwargs)
-
     def setup(self, stage: str) -> None:
         """Check the trainer's precision, and share frozen weights; see :meth:`FrozenBase.prepare`."""
         self.frozen_base.prepare(self)
@@ -313,17 +289,9 @@ class PairModule(LightningModule):
         self.configured_lr = self.lr
         return single_optimizer(self.parameters(), self.optimizer, self.lr_scheduler, self.decay_vectors, self.lr)
 
-    def configure_callbacks(self) -> list[Callback]:
-        """Return the callback that checks and logs optimiser steps."""
-        return [OptimizerSteps()]
-
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Save which base model the checkpoint's weights belong to, as far as frozen weights are left out."""
         self.frozen_base.save(self, checkpoint, checkpoint["state_dict"])
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Check that a checkpoint belongs to this base, and fill in the weights that it leaves out."""
-        self.frozen_base.check(self, checkpoint)
 
     def summed(self, rewards: Tensor) -> Tensor:
         """Return rewards of which two axes are added up, as metrics and callbacks take them; others as they are."""
@@ -352,10 +320,10 @@ class PairModule(LightningModule):
         # Dividing by a count on the device avoids a wait for the device; a batch of ties gives NaN.
         self.log("train/accuracy", ((margin > 0) & decided).sum() / decided.sum(), prog_bar=True, batch_size=size)
         self.log("train/margin", (margin * decided).sum() / decided.sum(), batch_size=size)
-        return {"loss": loss, "scored": self._summed(scored_pairs(batch, timesteps, scores))}
+        return {"loss": loss, "scored": scored_pairs(batch, timesteps, self._summed(scores))}
 
-    def _summed(self, scored: ScoredPairs) -> ScoredPairs:
-        return scored._replace(chosen=self.summed(scored.chosen), rejected=self.summed(scored.rejected))
+    def _summed(self, scores: PairScores) -> PairScores:
+        return replace(scores, chosen=self.summed(scores.chosen), rejected=self.summed(scores.rejected))
 
     def evaluation_step(self, batch: PreferenceBatch, stage: str | None = None) -> ScoredPairs:
         """Score at every evaluation level; under a ``stage`` (``val``, ``test``) also update and log its metrics.
@@ -366,44 +334,45 @@ class PairModule(LightningModule):
         for name, timestep in self.eval_levels.items():
             timesteps = timestep.repeat(2 * len(batch))
             scores = self.score(batch, encoded, timesteps)
-            levels.append(scored_pairs(batch, timesteps, scores))
+            summed = self._summed(scores)
+            levels.append(scored_pairs(batch, timesteps, summed))
             if stage is None:
                 continue
-            self._update((name, "all"), scores)
+            self._update((name, "all"), summed)
             # In-batch negatives need a collective call, and in evaluation ranks may have different numbers of batches.
             if not self.loss.needs_cross_scores:
                 self.log(f"{stage}/loss_{name}", self.loss(scores), batch_size=len(batch), sync_dist=True)
         if stage is not None:
             self._evaluate_more(batch, encoded)
-        return join_scored(levels)
+        columns = zip(*levels, strict=True)
+        return ScoredPairs(*(torch.cat(c) if isinstance(c[0], Tensor) else sum(c, ()) for c in columns))
 
     def _update(self, names: Sequence[str], scores: PairScores) -> None:
         """Update the metrics of some evaluations with the pairs of one noise level."""
-        scores = replace(scores, chosen=self.summed(scores.chosen), rejected=self.summed(scores.rejected))
         for name in names:
-            self.metrics[self._metric_keys[name]].update(scores, self.loss.win_probability(scores))
+            self.metrics[name.replace(".", "_")].update(scores, self.loss.win_probability(scores))
 
     def _evaluate_more(self, batch: PreferenceBatch, encoded: EncodedPairs) -> None:
         """Update the metrics of further evaluations; derived classes may override this method."""
 
     def _log_metrics(self, stage: str) -> None:
-        for name, key in self._metric_keys.items():
-            suffix = "" if name == "all" else f"_{name}"
-            for kind, value in self.metrics[key].values().items():
-                shown = kind == "accuracy" and name == "all"
+        for key, metrics in self.metrics.items():
+            suffix = "" if key == "all" else f"_{key.replace('_', '.')}"
+            for kind, value in metrics.values().items():
+                shown = kind == "accuracy" and key == "all"
                 self.log(f"{stage}/{kind}{suffix}", value, prog_bar=shown, sync_dist=True)
 
     def validation_step(self, batch: PreferenceBatch, batch_idx: int) -> ScoredPairs:
         """Score at every evaluation level, and update the metrics."""
-        return self._summed(self.evaluation_step(batch, "val"))
+        return self.evaluation_step(batch, "val")
 
     def test_step(self, batch: PreferenceBatch, batch_idx: int) -> ScoredPairs:
         """Score at every evaluation level, and update the metrics."""
-        return self._summed(self.evaluation_step(batch, "test"))
+        return self.evaluation_step(batch, "test")
 
     def predict_step(self, batch: PreferenceBatch, batch_idx: int) -> ScoredPairs:
         """Score at every evaluation level; pairs need no label."""
-        return self._summed(self.evaluation_step(batch))
+        return self.evaluation_step(batch)
 
     def on_validation_epoch_end(self) -> None:
         """Log ``val/accuracy``, ``val/margin``, ``val/calibration`` and other metrics, over all levels and for each."""
@@ -412,14 +381,6 @@ class PairModule(LightningModule):
     def on_test_epoch_end(self) -> None:
         """Log the metrics of the test as in validation, under ``test/``."""
         self._log_metrics("test")
-
-
-def check_sigmas(**fields: Sequence[float]) -> None:
-    """Raise InputError for a noise level outside [0, 1]."""
-    for name, values in fields.items():
-        outside = [value for value in values if not 0 <= value <= 1]
-        if outside:
-            raise InputError(f"{name}={list(values)}: noise level {outside[0]:g} is out of range; use 0 to 1")
 
 
 def snap_timesteps(process: NoiseProcess, eval_timesteps: Sequence[float]) -> Tensor:
@@ -435,9 +396,3 @@ def scored_pairs(batch: PreferenceBatch, timesteps: Tensor, scores: PairScores) 
     names = batch.pair_ids, batch.chosen_keys, batch.rejected_keys
     pairs = scores.label, scores.weight, scores.chosen_sigmas, scores.rejected_sigmas
     return ScoredPairs(*names, timesteps[: len(batch)], scores.chosen.detach(), scores.rejected.detach(), *pairs)
-
-
-def join_scored(levels: Sequence[ScoredPairs]) -> ScoredPairs:
-    """Join the records of several levels into one, level by level."""
-    columns = zip(*levels, strict=True)
-    return ScoredPairs(*(torch.cat(c) if isinstance(c[0], Tensor) else sum(c, ()) for c in columns))

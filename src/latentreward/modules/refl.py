@@ -9,7 +9,7 @@ from torch import Tensor
 from latentreward.contracts import PreferenceBatch, PromptBatch
 from latentreward.devices import evaluating
 from latentreward.errors import InputError, check_range
-from latentreward.losses import RewardLoss, denoising_error, prediction_drift
+from latentreward.losses import RewardLoss, denoising_error
 from latentreward.modules.alignment import AlignmentModule
 from latentreward.modules.pairs import PairDraws, latents_of
 from latentreward.noise import TimestepGrid
@@ -169,16 +169,16 @@ class ReFLModule(AlignmentModule):
         network = PromptedPolicy.of(self.policy, prompts, self.guidance_scale)
         draws = RolloutDraws(self.seed, prompts.keys)
         shape = self.sampling.latent_shape(self.policy.family)
-        latents = draws.initial(shape).to(self.device)
+        latents, timesteps = draws.initial(shape).to(self.device), self.sampler.timesteps.tolist()
         # DRaFT-K with K above the stopping step differentiates every step that there is.
         first = max(0, stop + 1 - self.gradient_steps)
         # As in rollouts, the adapter's dropout is off where nothing is learned.
         with torch.no_grad(), evaluating(self.policy.network):
             for index in range(first):
-                latents = self._step(latents, network(latents, self._timestep(index)), index, draws)
+                latents = self._step(latents, network(latents, timesteps[index]), index, draws)
         drifts = []
         for index in range(first, stop + 1):
-            timestep = self._timestep(index)
+            timestep = timesteps[index]
             output = network(latents, timestep)
             if self.kl_weight:
                 drifts.append(self._drift(network, latents, timestep, output))
@@ -199,18 +199,15 @@ class ReFLModule(AlignmentModule):
         if not latents.requires_grad:
             with torch.no_grad(), self.policy.reference():
                 reference = network(latents, timestep)
-            return prediction_drift(output, reference)
+            return denoising_error(output, reference)
         leaf = latents.detach().requires_grad_()
         with self.policy.reference():
             reference = network(leaf, timestep)
-            (slope,) = torch.autograd.grad(prediction_drift(output.detach(), reference).sum(), leaf)
-        return prediction_drift(output, reference.detach()) + gradient_carrier(latents, slope)
-
-    def _timestep(self, index: int) -> float:
-        return self.sampler.timesteps[index].item()
+            (slope,) = torch.autograd.grad(denoising_error(output.detach(), reference).sum(), leaf)
+        return denoising_error(output, reference.detach()) + gradient_carrier(latents, slope)
 
     def _step(self, latents: Tensor, output: Tensor, index: int, draws: RolloutDraws) -> Tensor:
-        timesteps = torch.full((len(latents),), self._timestep(index))
+        timesteps = self.sampler.timesteps[index].expand(len(latents))
         transition = self.sampler.transition(latents, output, timesteps)
         if not self.sampler.noise_std[index]:
             return transition.mean
@@ -227,18 +224,16 @@ class ReFLModule(AlignmentModule):
         rewards = []
 
         def loss(latents: Tensor) -> Tensor:
-            scores = self._scores(prompts, latents, timestep)
+            if timestep is None:
+                scores = score_finished(self.reward, latents, prompts, self.seed, self.reward_sigmas)
+            else:
+                with torch.no_grad():
+                    encoded = self.reward.encode_prompts(prompts.prompts)
+                scores = score_states(self.reward, encoded, latents, torch.arange(len(prompts)), timestep)
             rewards.append(scores.detach())
             return self.loss(scores)
 
         return surrogate(latents, loss), rewards[0]
-
-    def _scores(self, prompts: PromptBatch, latents: Tensor, timestep: float | None) -> Tensor:
-        if timestep is None:
-            return score_finished(self.reward, latents, prompts, self.seed, self.reward_sigmas)
-        with torch.no_grad():
-            encoded = self.reward.encode_prompts(prompts.prompts)
-        return score_states(self.reward, encoded, latents, torch.arange(len(prompts)), timestep)
 
     def pretraining_term(self, batch: PreferenceBatch) -> Tensor:
         """Return the policy's mean denoising error on the chosen images, at uniform random timesteps."""

@@ -16,11 +16,11 @@ from latentreward.backbones.base import DiffusionBackbone
 from latentreward.contracts import CrossScores, FeatureSpec, PairScores, PreferenceBatch
 from latentreward.data.image_sizes import ImageSizes
 from latentreward.data.images import ExifOrientation
-from latentreward.errors import InputError
+from latentreward.errors import InputError, check_range
 from latentreward.heads import EmbeddingHead, RewardHead
 from latentreward.losses import PreferenceLoss, gather_with_grad
 from latentreward.modules.based import unseen_settings
-from latentreward.modules.pairs import EncodedPairs, PairDraws, PairModule, check_sigmas, latents_of
+from latentreward.modules.pairs import EncodedPairs, PairDraws, PairModule, latents_of
 from latentreward.modules.sharding import shard
 from latentreward.noise import LevelSampler
 from latentreward.scoring import RewardModel
@@ -69,6 +69,7 @@ class RewardModule(PairModule):
             raise InputError(f"backbone is {backbone!r}, not a DiffusionBackbone; let its function return one")
         super().__init__(backbone.noise_process, backbone.source, loss, levels, **options)
         self.model = RewardModel(backbone, head(backbone.feature_spec))
+        self.cross_spans_ranks = isinstance(self.model.head, EmbeddingHead)  # others read image and prompt together
         built = {} if backbone.built_by is None else backbone.built_by.init_args
         self.frozen_base.settings = unseen_settings("backbone", built, backbone.text_encoder)
         self._trained_sizes: ImageSizes | None = None
@@ -82,7 +83,8 @@ class RewardModule(PairModule):
             backbone.drop_time_embedding()
         with suppress(InputError):  # raised when the model is saved instead
             self.model.recipe = recipe_in_python(backbone, self.model.head)
-        check_sigmas(ensemble_sigmas=ensemble_sigmas)
+        for sigma in ensemble_sigmas:
+            check_range("[0, 1]", ensemble_sigmas=sigma)
         with torch.device("cpu"):
             self.ensemble_timesteps = self.noise_process.timesteps_at(torch.tensor([float(s) for s in ensemble_sigmas]))
         if ensemble_sigmas:
@@ -143,13 +145,8 @@ class RewardModule(PairModule):
     def _warn_if_other(self, command: str, name: str, trained: Any, now: Any, setting: str) -> None:
         if None not in (trained, now) and trained != now and self.trainer.is_global_zero:
             logger.warning(
-                "%s: the reward was trained with %s: %s, the data now have %s: %s; set %s to keep to the training",
-                command,
-                name,
-                trained,
-                name,
-                now,
-                setting,
+                f"{command}: the reward was trained with {name}: {trained}, the data now have {name}: {now}; set "
+                f"{setting} to keep to the training"
             )
 
     def configure_model(self) -> None:
@@ -197,7 +194,10 @@ class RewardModule(PairModule):
             if with_cross:
                 image_embeds, text_embeds = head.embed(features)
                 rewards = head.similarity(image_embeds, text_embeds)
-                cross = self._gathered_similarities(image_embeds, text_embeds)
+                # Over the batches of all ranks, with gradient to the rank that owns a row.
+                halves = [gather_with_grad(half) for half in image_embeds.chunk(2)]
+                text = gather_with_grad(text_embeds.chunk(2)[0])
+                cross = CrossScores(*(head.similarity_matrix(text, half) for half in halves))
             else:
                 rewards = head(features)
         # Losses and metrics compare scores in float32; bfloat16 of autocast has 8 bits.
@@ -205,13 +205,6 @@ class RewardModule(PairModule):
         chosen_sigmas, rejected_sigmas = self.noise_process.sigma(timesteps).to(rewards.device).chunk(2)
         pairs = batch.label, batch.weight, chosen_sigmas, rejected_sigmas
         return PairScores(chosen, rejected, *pairs, cross, batch.targets)
-
-    def _gathered_similarities(self, image_embeds: Tensor, text_embeds: Tensor) -> CrossScores:
-        """Compute similarities over the batches of all ranks, with gradient to the rank that owns a row."""
-        chosen, rejected = (gather_with_grad(half) for half in image_embeds.chunk(2))
-        text = gather_with_grad(text_embeds.chunk(2)[0])
-        matrix = self.model.head.similarity_matrix
-        return CrossScores(matrix(text, chosen), matrix(text, rejected))
 
     def _every_prompt_with_every_image(self, noisy: Tensor, timesteps: Tensor, encoded: EncodedPairs) -> CrossScores:
         """Score every image with every prompt for a head that reads both together: B passes over this rank's 2B images.
@@ -233,11 +226,6 @@ class RewardModule(PairModule):
         """See :attr:`PairModule.latent_decoder`."""
         return self.model.backbone.vae
 
-    @property
-    def cross_spans_ranks(self) -> bool:
-        """See :attr:`PairModule.cross_spans_ranks`; false for heads that read image and prompt together."""
-        return isinstance(self.model.head, EmbeddingHead)
-
     def score_ensemble(self, batch: PreferenceBatch, encoded: EncodedPairs) -> PairScores:
         """Score each pair with the head's ensemble over ``ensemble_sigmas``; the returned sigmas are their mean."""
         levels = []
@@ -252,7 +240,7 @@ class RewardModule(PairModule):
 
     def _evaluate_more(self, batch: PreferenceBatch, encoded: EncodedPairs) -> None:
         if len(self.ensemble_timesteps):
-            self._update(["ensemble"], self.score_ensemble(batch, encoded))
+            self._update(["ensemble"], self._summed(self.score_ensemble(batch, encoded)))
 
 
 def datasets_of(loaders: Any) -> Iterator[Any]:

@@ -11,7 +11,6 @@ trainable weights only.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import cache
 from typing import TYPE_CHECKING
 
 from torch import nn
@@ -114,15 +113,10 @@ def repeated_layers(module: nn.Module) -> Iterator[nn.Module]:
             yield from repeated_layers(child)
 
 
-@cache
-def wrapped_by_fsdp1() -> frozenset[str]:
-    """Return the class names of the blocks and text layers that FSDP1 wraps as units."""
-    return frozenset(name for kind in families().values() for name in (*kind.block_classes, *kind.text_layers))
-
-
 def wraps_block(module: nn.Module, recurse: bool, nonwrapped_numel: int) -> bool:
     """Tell FSDP1's auto-wrap whether ``module`` becomes a unit of its own: one unit per block, as in :func:`shard`.
 
     FSDP1 also asks, by ``recurse``, whether to descend into the module's children: always.
     """
-    return recurse or type(module).__name__ in wrapped_by_fsdp1()
+    named = (name for kind in families().values() for name in (*kind.block_classes, *kind.text_layers))
+    return recurse or type(module).__name__ in named
