@@ -357,10 +357,13 @@ def test_scores_of_two_axes_are_their_weighted_sum(module, batches, loader, make
     """In predictions, in their table, and for metrics and callbacks of training and validation."""
     weights = (0.25, 0.75)
     module.model.head = GatedQFormerHead(module.model.backbone.feature_spec, num_heads=2, axes=weights)
+    outputs: list[torch.Tensor] = []
+    hook = module.model.head.register_forward_hook(lambda head, given, output: outputs.append(output))
     (found,) = make_trainer(callbacks=[PairScoreWriter(tmp_path / "out")]).predict(module, loader(batches[:1]))
-    axes = module.evaluation_step(batches[0])
-    assert axes.chosen.shape == (2 * len(batches[0]), 2)
-    torch.testing.assert_close(found.chosen, axes.chosen @ torch.tensor(weights))
+    hook.remove()
+    chosen = torch.cat([output.chunk(2)[0] for output in outputs])
+    assert chosen.shape == (2 * len(batches[0]), 2)
+    torch.testing.assert_close(found.chosen, chosen @ torch.tensor(weights))
     table = parquet.read_table(tmp_path / "out" / "scores_rank0.parquet").to_pydict()
     assert table["rejected_score"] == pytest.approx(found.rejected.tolist())
     seen: list[int] = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
 from importlib.util import find_spec
 from math import ceil
 from typing import Any, Literal
@@ -50,8 +51,7 @@ def quantize(blocks: Iterable[nn.Module], kind: str | None) -> None:
     :data:`PLANNED`.
     """
     if kind is not None:
-        held = list(blocks)
-        after_settling(lambda: _quantize(held, kind))
+        after_settling(partial(_quantize, list(blocks), kind))
 
 
 def _quantize(blocks: Iterable[nn.Module], kind: str) -> None:
@@ -63,7 +63,9 @@ def _quantize(blocks: Iterable[nn.Module], kind: str) -> None:
                 continue
             values = sample(layer.weight.detach())
             if kind == "int8":
-                _to_int8(layer)
+                from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+                quantize_(layer, Int8WeightOnlyConfig())
             else:
                 owner, _, last = name.rpartition(".")
                 setattr(block.get_submodule(owner), last, _to_bitsandbytes(layer, kind))
@@ -82,12 +84,6 @@ def stored_bytes(layer: nn.Linear, kind: str) -> int:
         scales = ceil(numbers / 64)
         return ceil(numbers / 2) + scales + 4 * ceil(scales / 256)
     return numbers + (5 if kind == "int8" else 4) * rows  # a float32 scale for each row, in torchao with a zero point
-
-
-def _to_int8(layer: Any) -> None:
-    from torchao.quantization import Int8WeightOnlyConfig, quantize_
-
-    quantize_(layer, Int8WeightOnlyConfig())
 
 
 def _to_bitsandbytes(layer: Any, kind: str) -> nn.Module:

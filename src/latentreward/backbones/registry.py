@@ -19,17 +19,12 @@ Factory = TypeVar("Factory", bound=Callable[..., Any])
 _DEFINED = re.compile(r"^@register_backbone\ndef (\w+)\(", re.MULTILINE)
 
 
-def _of_families() -> dict[str, str]:
-    """Find the factories in the files of the families, which are not imported: that takes seconds."""
-    folder = Path(__file__).parents[1] / "families"
-    return {
-        name: f"latentreward.families.{file.stem}.{name}"
-        for file in sorted(folder.glob("*.py"))
-        for name in _DEFINED.findall(file.read_text(encoding="utf-8"))
-    }
-
-
-_PATHS = _of_families()
+# Found in the files of the families, which are not imported: that takes seconds.
+_PATHS = {
+    name: f"latentreward.families.{file.stem}.{name}"
+    for file in sorted((Path(__file__).parents[1] / "families").glob("*.py"))
+    for name in _DEFINED.findall(file.read_text(encoding="utf-8"))
+}
 
 
 def register_backbone(factory: Factory) -> Factory:

@@ -1,5 +1,6 @@
 """Base classes of all reward heads."""
 
+import math
 from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Any, Self
@@ -8,8 +9,29 @@ from torch import Tensor, nn
 
 from latentreward.construction import Construction
 from latentreward.contracts import Features
-from latentreward.heads.axes import AXES
+from latentreward.errors import InputError
 from latentreward.promises import Part, detached, returns, values_of, wrong_tensor
+
+AXES = ("fidelity", "aesthetics")
+"""Names of the two scores of a head with axes, in the order of its outputs: how well the image follows its prompt, and
+how good it looks."""
+
+
+def check_axes(axes: Sequence[float] | None) -> tuple[float, float] | None:
+    """Check the weights of the two axes in the score, and return them; None for a head with one score.
+
+    Raises:
+        InputError: If there are not two finite weights of at least 0, one of them positive.
+    """
+    if axes is None:
+        return None
+    sound = len(axes) == len(AXES) and all(math.isfinite(weight) and weight >= 0 for weight in axes) and sum(axes) > 0
+    if not sound:
+        raise InputError(
+            f"axes={list(axes)} must be two weights of at least 0, those of {' and '.join(AXES)}, such as [0.5, 0.5]; "
+            "null gives one score"
+        )
+    return float(axes[0]), float(axes[1])
 
 
 def _wrong_scores(found: Tensor, head: "RewardHead", features: Features) -> str | None:
@@ -37,7 +59,7 @@ class RewardHead(nn.Module, Part):
         reads_temb: Whether ``forward`` uses ``features.temb``. If False, backbone parameters that only the timestep
             embedding needs are frozen.
         reads_output: Whether ``forward`` uses ``features.output``, which the backbone's ``output_map`` switches on.
-        axis_weights: Weights of the two outputs, :data:`~latentreward.heads.axes.AXES`, in the score; None for a head
+        axis_weights: Weights of the two outputs, :data:`AXES`, in the score; None for a head
             without axes, whose output is the score.
         built_by: Record of the constructor call; None if a setting cannot be written as JSON.
     """

@@ -8,8 +8,7 @@ from torch.nn import functional as F
 
 from latentreward.contracts import Features, FeatureSpec
 from latentreward.errors import InputError, check_at_least_one
-from latentreward.heads.axes import AXES, check_axes
-from latentreward.heads.base import RewardHead, squeeze_single
+from latentreward.heads.base import AXES, RewardHead, check_axes, squeeze_single
 
 
 class PAVRMHead(RewardHead):

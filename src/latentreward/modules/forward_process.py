@@ -176,17 +176,8 @@ class ForwardProcessModule(AlignmentModule):
         if not (self.of_all_ranks(advantage).abs() > LEAST_ADVANTAGE).any():  # equal samples count beside others
             return None
         samples = join_rows(self._rows_of(repeated, latents.cpu(), advantage.flatten().cpu()))
-        self._warn_of_rows_left_over(len(samples))
-        return samples
-
-    def rollout_settings(self) -> dict[str, Any]:
-        """Return no settings: finished samples are noised again, whatever sampled them."""
-        return {}
-
-    def _warn_of_rows_left_over(self, rows: int) -> None:
-        """Warn once if optimiser steps do not divide a rollout's rows: the rest would meet copies that moved on."""
         size = getattr(getattr(self.trainer, "datamodule", None), "batch_size", None)
-        step = size and size * self.trainer.accumulate_grad_batches
+        rows, step = len(samples), size and size * self.trainer.accumulate_grad_batches
         if step and rows % step and step % rows and not self._warned:
             self._warned = True
             rank_zero_warn(
@@ -194,6 +185,11 @@ class ForwardProcessModule(AlignmentModule):
                 "trainer.accumulate_grad_batches): rows that are left over are learned from after the adapter 'old' "
                 "has moved on; choose a divisor"
             )
+        return samples
+
+    def rollout_settings(self) -> dict[str, Any]:
+        """Return no settings: finished samples are noised again, whatever sampled them."""
+        return {}
 
     def guarded(self, loss: Tensor, velocity: Tensor, reference: Tensor | None) -> Tensor:
         """Add the penalty of ``trust_region``, if there is one, to a loss, and log it."""

@@ -7,7 +7,7 @@ The reward scores each step by itself (:class:`StepwiseGRPOModule`) or the finis
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
@@ -34,7 +34,6 @@ from latentreward.rewards.latent import LatentScorer
 from latentreward.rollout import (
     Advantage,
     Branching,
-    CandidateStep,
     Credit,
     GroupAdvantage,
     GuidedSampler,
@@ -68,20 +67,6 @@ LEVEL_TOLERANCE = 1e-3
 
 LEAST_ADVANTAGE = 1e-6
 """Largest absolute advantage that counts as rounding; scores that differ by more than 1e-4 give advantages near 1."""
-
-
-class FinishedScores(NamedTuple):
-    """Scores of the finished latents of a rollout, for P prompts with K samples each.
-
-    Attributes:
-        rewards: ``(P, K)`` rewards.
-        parts: ``(P, K, R)`` scores of R rewards of a mixture, where a rule takes them.
-        levels: ``(P, K, L)`` rewards at each of L noise levels, where a rule takes them.
-    """
-
-    rewards: Tensor
-    parts: Tensor | None = None
-    levels: Tensor | None = None
 
 
 class GRPOModule(AlignmentModule):
@@ -221,7 +206,16 @@ class StepwiseGRPOModule(GRPOModule):
         for step in self.candidate_steps(prompts):
             timesteps.append(step.timestep)
             scores.append(step.scores.float().cpu())
-            samples.append(candidate_samples(step, prompts))
+            sampled = StepSamples(
+                keys=tuple(f"{key}/{step.index}" for key in prompts.keys),
+                prompts=prompts.prompts,
+                latents=step.latents,
+                timesteps=torch.full((len(prompts),), step.timestep),
+                next_latents=step.candidates.transpose(0, 1),
+                log_prob=step.log_prob.T,
+                advantage=group_advantages(step.scores).T,
+            )
+            samples.append(sampled.to("cpu"))
         self.rollout_statistics = group_statistics(torch.tensor(timesteps), torch.stack(scores))
         return worth_learning(samples)
 
@@ -384,10 +378,13 @@ class TrajectoryGRPOModule(GRPOModule):
         trajectories = Trajectories.join(sampled)
         latents = trajectories.finished
         scores = self._finished_scores(latents, prompts, pending)
-        rewards = scores.rewards
+        rewards = scores["rewards"]
         self.rollout_statistics = group_statistics(torch.zeros(1), rewards.T[None].cpu())
-        given = scores.parts if self.advantage.takes_parts else rewards
-        features = area_means(latents).unflatten(0, rewards.shape) if self.advantage.takes_features else None
+        given = scores["parts"] if self.advantage.takes_parts else rewards
+        features = None
+        if self.advantage.takes_features:  # averages over areas of each frame
+            areas = F.adaptive_avg_pool2d(latents.float().flatten(1, -3), FEATURE_SIDE)
+            features = areas.flatten(1).unflatten(0, rewards.shape)
         outcome = self.advantages(given, self.advantage, features)[..., None].expand(*rewards.shape, len(steps))
         process = None
         if self.credit is not None:
@@ -428,19 +425,23 @@ class TrajectoryGRPOModule(GRPOModule):
 
     def _finished_scores(
         self, latents: Tensor, prompts: PromptBatch, pending: Sequence[Callable[[], Tensor]]
-    ) -> FinishedScores:
-        """Score finished latents, in the forms that advantages and gate need.
+    ) -> dict[str, Tensor]:
+        """Score finished latents ``(P·K, C, ...)`` of P prompts, in the forms that advantages and gate take.
 
-        Latents are ``(P·K, C, ...)`` of P prompts. ``pending`` are results of
-        :func:`~latentreward.rollout.begin_finished`, which together are those of the latents.
+        ``pending`` are results of :func:`~latentreward.rollout.begin_finished`, together those of the latents.
+
+        Returns:
+            ``rewards`` ``(P, K)``; ``parts`` ``(P, K, R)``, scores of the R rewards of a mixture; for a gate that takes
+            them, ``levels`` ``(P, K, L)``, rewards at each of L noise levels.
         """
-        levels, takes = None, self.gate and self.gate.takes
-        if takes == "levels":  # beside the rewards: a head's score of several levels may be no mean
-            levels = torch.stack([self._score(latents, prompts, [sigma]) for sigma in self.reward_sigmas], dim=-1)
-        parts, shape = torch.cat([wait() for wait in pending]), (len(prompts), self.num_trajectories)
+        scores, shape = {}, (len(prompts), self.num_trajectories)
+        if self.gate is not None and self.gate.takes == "levels":
+            # Beside the rewards: a head's score of several levels may be no mean.
+            levels = [self._score(latents, prompts, [sigma]) for sigma in self.reward_sigmas]
+            scores["levels"] = torch.stack(levels, dim=-1)
+        parts = torch.cat([wait() for wait in pending])
         rewards = self.reward.mix(parts, rows_of(prompts, latents)).view(shape)
-        taken = self.advantage.takes_parts or takes == "parts"
-        return FinishedScores(rewards, parts.unflatten(0, shape) if taken else None, levels)
+        return scores | {"rewards": rewards, "parts": parts.unflatten(0, shape)}
 
     def _score(self, latents: Tensor, prompts: PromptBatch, sigmas: Sequence[float]) -> Tensor:
         """Score finished latents at noise levels: ``(P, K)``."""
@@ -459,35 +460,16 @@ class TrajectoryGRPOModule(GRPOModule):
         finished = self._score(trajectories.finished, prompts, [min(self.reward_sigmas)])
         return torch.stack([*scores, finished.flatten()], dim=1)
 
-    def _held(self, scores: FinishedScores, steps: int) -> Tensor | None:
+    def _held(self, scores: Mapping[str, Tensor], steps: int) -> Tensor | None:
         """Tell on which steps ``(P, K, S)`` the KL term acts; None for all."""
         if self.gate is None:
             return None
-        values = getattr(scores, self.gate.takes)
+        values = scores[self.gate.takes]
         if self.gate.takes == "parts":
             # A gate compares ranks; a reward with a negative weight is better the lower it is.
             values = values * self.part_signs.to(values.device)
         every = self.of_all_ranks(values)
-        return self.of_this_rank(self.gate.opens(every), len(scores.rewards))[..., None].expand(-1, -1, steps)
-
-
-def candidate_samples(step: CandidateStep, prompts: PromptBatch) -> StepSamples:
-    """Make a training record of one step's states and their K candidates, on the CPU."""
-    return StepSamples(
-        keys=tuple(f"{key}/{step.index}" for key in prompts.keys),
-        prompts=prompts.prompts,
-        latents=step.latents,
-        timesteps=torch.full((len(prompts),), step.timestep),
-        next_latents=step.candidates.transpose(0, 1),
-        log_prob=step.log_prob.T,
-        advantage=group_advantages(step.scores).T,
-    ).to("cpu")
-
-
-def area_means(latents: Tensor) -> Tensor:
-    """Average finished latents ``(N, C, ...)`` over areas of each frame, as features ``(N, F)`` of the samples."""
-    frames = latents.float().flatten(1, -3)
-    return F.adaptive_avg_pool2d(frames, FEATURE_SIDE).flatten(1)
+        return self.of_this_rank(self.gate.opens(every), len(values))[..., None].expand(-1, -1, steps)
 
 
 def trajectory_samples(

@@ -1,56 +1,5 @@
 """Noise processes (latents to noisy latents) and samplers of noise levels."""
 
-from collections.abc import Sequence
-from typing import Any
+import lazy_loader
 
-import torch
-
-from latentreward.noise.base import NoiseProcess
-from latentreward.noise.ddpm import DDPM
-from latentreward.noise.flow import ContinuousFlow, FlowMatching
-from latentreward.noise.levels import (
-    BetaSigma,
-    ConstantSigma,
-    LevelSampler,
-    LogitNormalSigma,
-    ModeSigma,
-    PowerSigma,
-    TargetSigma,
-    TimestepGrid,
-    UniformSigma,
-)
-from latentreward.noise.schedules import DDPM_SCHEDULERS, FLOW_SCHEDULERS, check_scheduler
-
-__all__ = [
-    "DDPM",
-    "DDPM_SCHEDULERS",
-    "FLOW_SCHEDULERS",
-    "BetaSigma",
-    "ConstantSigma",
-    "ContinuousFlow",
-    "FlowMatching",
-    "LevelSampler",
-    "LogitNormalSigma",
-    "ModeSigma",
-    "NoiseProcess",
-    "PowerSigma",
-    "TargetSigma",
-    "TimestepGrid",
-    "UniformSigma",
-    "process_from_scheduler",
-]
-
-
-def process_from_scheduler(
-    config: dict[str, Any], taken: Sequence[str] = (*FLOW_SCHEDULERS, *DDPM_SCHEDULERS)
-) -> NoiseProcess:
-    """Build the noise process of a saved diffusers scheduler config: flow matching or DDPM, by its class name.
-
-    Raises:
-        InputError: If the config has no ``_class_name`` (the ``config`` of a scheduler object has none) or one that is
-            not in ``taken``, or its ``prediction_type`` or ``beta_schedule`` is unknown.
-    """
-    check_scheduler(config, taken)
-    family = FlowMatching if config["_class_name"] in FLOW_SCHEDULERS else DDPM
-    with torch.device("cpu"):  # the tables stay on the CPU, whatever the default device
-        return family.from_config(config)
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

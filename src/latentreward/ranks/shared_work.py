@@ -84,7 +84,11 @@ class SharedWork:
         self._ran = False
         self._threads = torch.get_num_threads()
         if trainer is None:
-            _refuse_torchrun()
+            size = os.environ.get("WORLD_SIZE", "1")
+            if "TORCHELASTIC_RUN_ID" in os.environ and size != "1":  # each process would do all of the work
+                raise InputError(
+                    f"torchrun has started {size} processes; set trainer.devices and trainer.num_nodes for them"
+                )
             return
         if device != "auto":
             raise InputError(
@@ -368,10 +372,3 @@ def _fabric(trainer: TrainerSettings) -> Fabric:
             num_nodes=trainer.num_nodes,
             strategy=DDPStrategy(timeout=PLANNING),
         )
-
-
-def _refuse_torchrun() -> None:
-    """Raise InputError if torchrun has started several processes, of which each would do all of the work."""
-    size = os.environ.get("WORLD_SIZE", "1")
-    if "TORCHELASTIC_RUN_ID" in os.environ and size != "1":
-        raise InputError(f"torchrun has started {size} processes; set trainer.devices and trainer.num_nodes for them")

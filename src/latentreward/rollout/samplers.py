@@ -205,7 +205,19 @@ class DDIMSampler(StepSampler):
                 )
         if self.prediction_type not in ("epsilon", "v_prediction"):
             raise InputError(f"prediction_type {self.prediction_type!r} is not known; use 'epsilon' or 'v_prediction'")
-        timesteps, alpha, alpha_next = _schedule(scheduler_config, num_inference_steps)
+        from diffusers import DDIMScheduler
+
+        config = {**scheduler_config, "clip_sample": False}
+        scheduler = make_scheduler(DDIMScheduler, config, num_inference_steps)
+        timesteps, table = scheduler.timesteps, scheduler.alphas_cumprod.double()
+        if timesteps[0] >= len(table):
+            raise InputError(
+                f"num_inference_steps={num_inference_steps} with the scheduler's steps_offset reaches timestep "
+                f"{timesteps[0]} of {len(table)}; use fewer steps"
+            )
+        following = timesteps - len(table) // num_inference_steps  # as in its step, for every timestep_spacing
+        alpha = table[timesteps]
+        alpha_next = torch.where(following >= 0, table[following.clamp(min=0)], scheduler.final_alpha_cumprod.double())
         if self.prediction_type == "epsilon" and not (alpha > 0).all():
             raise InputError(
                 "the scheduler config has rescale_betas_zero_snr=true with prediction_type='epsilon', which predicts "
@@ -234,23 +246,6 @@ class DDIMSampler(StepSampler):
         """See :meth:`StepSampler.clean`."""
         signal, spread, _, _, _ = self._columns(self._table, timesteps, latents)
         return predicted_clean(self.prediction_type, latents.float(), model_output.float(), signal, spread)
-
-
-def _schedule(config: Mapping[str, Any], num_inference_steps: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the timesteps of diffusers' scheduler, and ᾱ before and after each step, all ``(T,)``, ᾱ in float64."""
-    from diffusers import DDIMScheduler
-
-    scheduler = make_scheduler(DDIMScheduler, {**config, "clip_sample": False}, num_inference_steps)
-    timesteps, table = scheduler.timesteps, scheduler.alphas_cumprod.double()
-    levels = len(table)
-    if timesteps[0] >= levels:
-        raise InputError(
-            f"num_inference_steps={num_inference_steps} with the scheduler's steps_offset reaches timestep "
-            f"{timesteps[0]} of {levels}; use fewer steps"
-        )
-    following = timesteps - levels // num_inference_steps  # as in DDIMScheduler.step, for every timestep_spacing
-    after = torch.where(following >= 0, table[following.clamp(min=0)], scheduler.final_alpha_cumprod.double())
-    return timesteps, table[timesteps], after
 
 
 class FlowSDESampler(StepSampler):

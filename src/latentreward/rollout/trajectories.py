@@ -25,7 +25,6 @@ class Trajectories:
         timesteps: ``(T,)`` float32 on the CPU: timestep of the state before each step.
         log_prob: ``(T, B)`` float32: log-probability of each step under the policy that sampled the step; 0 for
             deterministic steps.
-        stochastic: ``(T,)`` bool on the CPU: whether the step has noise, and so a log-probability to train on.
         means: ``(T, B, C, ...)`` mean of each step under the policy that sampled it, without guidance by a reward; None
             unless they were asked for.
     """
@@ -33,7 +32,6 @@ class Trajectories:
     latents: Tensor
     timesteps: Tensor
     log_prob: Tensor
-    stochastic: Tensor
     means: Tensor | None = None
 
     @property
@@ -75,21 +73,21 @@ def sample_trajectories(
     network, draws = PromptedPolicy.of(policy, prompts, guidance_scale), draws or RolloutDraws(seed, prompts.keys)
     shape = sampling.latent_shape(policy.family)
     means: list[Tensor] = []
-    states, log_probs, stochastic = [draws.initial(shape).to(network.device)], [], sampler.noise_std > 0
+    states, log_probs = [draws.initial(shape).to(network.device)], []
     for index, timestep in sampler.steps():
         output = network(states[-1], timestep)
         transition = sampler.transition(states[-1], output, torch.full((len(output),), timestep))
         if keep_means:
             means.append(transition.mean)
         # A step without noise has no density, and the log of its standard deviation is −∞.
-        if stochastic[index]:
+        if sampler.noise_std[index] > 0:
             states.append(transition.sample(draws.noise(index, 1, shape)[0]))
             log_probs.append(transition.log_prob(states[-1]))
         else:
             states.append(transition.mean)
             log_probs.append(torch.zeros_like(transition.std))
     kept = torch.stack(means) if keep_means else None
-    return Trajectories(torch.stack(states), sampler.timesteps, torch.stack(log_probs), stochastic, kept)
+    return Trajectories(torch.stack(states), sampler.timesteps, torch.stack(log_probs), kept)
 
 
 @torch.no_grad()

@@ -18,7 +18,7 @@ from latentreward.data.image_sizes import ImageSizes, NearestBucket, OneSize
 from latentreward.data.images import ExifOrientation
 from latentreward.errors import InputError
 from latentreward.heads import RewardHead
-from latentreward.heads.axes import AXES
+from latentreward.heads.base import AXES
 from latentreward.noise import FlowMatching
 from latentreward.scoring.calibration import Calibration
 from latentreward.scoring.layouts.recipe import ModelRecipe

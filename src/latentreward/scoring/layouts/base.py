@@ -16,7 +16,7 @@ from latentreward.contracts import LatentSpace
 from latentreward.data.image_sizes import ImageSizes
 from latentreward.data.images import ExifOrientation
 from latentreward.heads import RewardHead
-from latentreward.heads.axes import AXES
+from latentreward.heads.base import AXES
 from latentreward.scoring.layouts.recipe import ModelRecipe
 from latentreward.scoring.network import RewardNetwork
 

@@ -13,7 +13,7 @@ from huggingface_hub import ModelCardData
 
 from latentreward import __version__
 from latentreward.errors import did_you_mean
-from latentreward.heads.axes import AXES
+from latentreward.heads.base import AXES
 from latentreward.reports.tables import Table, markdown_table, plain
 from latentreward.scoring.layouts.config import FolderConfig
 from latentreward.storage.hub import is_hub_id
