@@ -94,7 +94,10 @@ def main(args: Sequence[str] | None = None) -> None:
         SystemExit: With status 2 after bad input, 130 after Ctrl-C, 143 after SIGTERM, 141 if nobody reads the output.
     """
     arguments = list(sys.argv[1:] if args is None else args)
-    take_any_character()
+    for stream in (sys.stdout, sys.stderr):  # characters that the encoding lacks, as in the C locale, are escaped
+        if isinstance(stream, TextIOWrapper):  # not so in a notebook
+            with suppress(OSError):  # of a pipe in the place of a file that was open already
+                stream.reconfigure(errors="backslashreplace")
     debug = "--debug" in arguments or os.environ.get("LATENTREWARD_DEBUG", "0") not in ("", "0")
     arguments = [argument for argument in arguments if argument != "--debug"]
     arguments.sort(
@@ -137,14 +140,6 @@ def load_public_names() -> None:
         for package in (sys.modules[name] for name in found if hasattr(sys.modules[name], "__path__")):
             for name in getattr(package, "__all__", ()):
                 getattr(package, name)
-
-
-def take_any_character() -> None:
-    """Let stdout and stderr escape characters that their encoding lacks, as in the C locale, instead of an error."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, TextIOWrapper):  # not so in a notebook
-            with suppress(OSError):  # of a pipe in the place of a file that was open already
-                stream.reconfigure(errors="backslashreplace")
 
 
 def unread() -> bool:

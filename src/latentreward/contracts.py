@@ -195,7 +195,6 @@ class LatentSpace:
         return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
 
     def __str__(self) -> str:
-        """Describe the space in one line for messages."""
         size = f"{self.channels} channels, 1/{self.downscale} size"
         if self.frame_downscale is not None:
             size += f", 1/{self.frame_downscale} frames"
@@ -241,7 +240,6 @@ class PreferenceBatch(TensorRecord):
     targets: "PairTargets | None" = None
 
     def __post_init__(self) -> None:
-        """Raise InputError if labels or weights are out of range."""
         if self.label.device.type != "cpu":  # an accelerator would be waited for; batches are made on the CPU
             return
         for name, low, high in (("label", 0.0, 1.0), ("weight", 0.0, math.inf)):
@@ -249,7 +247,6 @@ class PreferenceBatch(TensorRecord):
                 raise InputError(f"PreferenceBatch: {name} is {problem}")
 
     def __len__(self) -> int:
-        """Return the number of pairs."""
         return len(self.pair_ids)
 
 
@@ -270,7 +267,6 @@ class Conditioning(TensorRecord):
     prompt_mask: Tensor | None = None
 
     def __len__(self) -> int:
-        """Return the number of prompts."""
         return len(self.prompt_embeds)
 
     def select(self, index: Tensor | Sequence[int]) -> "Conditioning":
@@ -470,7 +466,6 @@ class PromptBatch(TensorRecord):
     keys: tuple[str, ...]
 
     def __len__(self) -> int:
-        """Return the number of prompts."""
         return len(self.prompts)
 
     def times(self, count: int) -> "PromptBatch":
@@ -524,7 +519,6 @@ class SampledStates(TensorRecord):
     timesteps: Tensor
 
     def __len__(self) -> int:
-        """Return the number of states."""
         return len(self.prompts)
 
 
@@ -595,11 +589,7 @@ def take_rows(record: StepRecord, index: Sequence[int]) -> StepRecord:
 
 
 def join_rows(records: Sequence[StepRecord]) -> StepRecord:
-    """Concatenate the rows of at least one record into a single record.
-
-    Raises:
-        InputError: If a field is None in some records alone.
-    """
+    """Concatenate the rows of at least one record; raise InputError if a field is None in some records alone."""
 
     def joined(column: list[Any]) -> Any:
         if any(value is None for value in column):

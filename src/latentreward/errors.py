@@ -52,12 +52,7 @@ def refuse(*problems: tuple[object, str]) -> None:
 
 
 def check_at_least_one(place: str = "", /, **settings: float | None) -> None:
-    """Raise InputError for the first setting below 1; None is accepted.
-
-    Args:
-        place: Prefix of the setting's name in the message, e.g. ``"cache."``.
-        settings: Values by name.
-    """
+    """Raise InputError for the first setting below 1, named with the prefix ``place``; None is accepted."""
     for name, value in settings.items():
         if value is not None and not value >= 1:  # NaN too
             raise InputError(f"{place}{name} is {value:g}; it must be at least 1")
@@ -80,28 +75,8 @@ def check_range(span: str, hint: str = "", /, **settings: float | None) -> None:
             raise InputError(f"{name}={value:g} must {wanted}{hint and f'; {hint}'}")
 
 
-def check_amounts(place: str = "", zero: bool = False, /, **settings: float | None) -> None:
-    """Raise InputError for the first setting that is not a finite number above 0; None is accepted.
-
-    Args:
-        place: Prefix of the setting's name in the message, e.g. ``"server."``.
-        zero: Whether 0 is accepted.
-        settings: Values by name.
-    """
-    for name, value in settings.items():
-        if value is not None and not (0 < value < math.inf or (zero and value == 0)):
-            least = "from 0 on" if zero else "greater than 0"
-            raise InputError(f"{place}{name}={value:g} must be a finite number {least}")
-
-
 def check_multiples(field: str, sides: Iterable[int], multiple: int) -> None:
-    """Raise InputError if a side of an image size is not a positive multiple of ``multiple`` pixels.
-
-    Args:
-        field: Setting that gives the size.
-        sides: Height and width in pixels.
-        multiple: Pixels.
-    """
+    """Raise InputError if a side of the image size of setting ``field`` is no positive multiple of so many pixels."""
     for side in sides:
         if side < 1 or side % multiple:
             below = side // multiple * multiple
@@ -114,13 +89,8 @@ def check_multiples(field: str, sides: Iterable[int], multiple: int) -> None:
 def did_you_mean(name: str, choices: Iterable[str]) -> str:
     """Return the end of an error message about an unknown name: a suggestion, or the list of valid names.
 
-    Args:
-        name: Name that the user wrote.
-        choices: Valid names.
-
-    Returns:
-        ``"; did you mean 'x'?"`` with the closest valid name; ``"; choose from ..."`` if none is close; an empty string
-        if there are no valid names or more than :data:`LONGEST_LIST`.
+    It is ``"; did you mean 'x'?"`` with the closest of ``choices``; ``"; choose from ..."`` if none is close; empty
+    without choices, or with more than :data:`LONGEST_LIST`.
     """
     known = sorted(set(choices))
     by_lower_case = {choice.lower(): choice for choice in known}

@@ -64,11 +64,7 @@ def interrupt_behind(error: BaseException) -> KeyboardInterrupt | None:
 
 @contextmanager
 def interrupts_told(kept: Callable[[], str]) -> Iterator[None]:
-    """Give a Ctrl-C or SIGTERM inside the block the message that ``kept`` returns.
-
-    Args:
-        kept: Returns a text on what is kept and how to go on; called when the interrupt arrives.
-    """
+    """Give a Ctrl-C or SIGTERM inside the block the message that ``kept`` returns then: what is kept, how to go on."""
     try:
         yield
     except (KeyboardInterrupt, SystemExit) as error:

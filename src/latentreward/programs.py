@@ -66,19 +66,6 @@ def find_modules_here(settings: Iterable[Any]) -> None:
             sys.path += [folder for folder in folders if PathFinder.find_spec(package, [folder])][:1]
 
 
-def check_import(setting: str, path: str) -> None:
-    """Check that ``--restrict-imports`` lets a setting name a class that is not of this package.
-
-    Raises:
-        InputError: If the option is given and names no module around ``path``.
-    """
-    if RESTRICTED and not within(path, RESTRICTED[-1]):
-        raise InputError(
-            f"{setting}: --restrict-imports does not allow {path!r}; if you trust it, say "
-            f"--restrict-imports={path.partition('.')[0]}"
-        )
-
-
 def import_class(setting: str, path: str, base: type[Kind]) -> type[Kind]:
     """Import a class by the path that a setting gives, such as ``my_module.MyClass``.
 
@@ -90,7 +77,11 @@ def import_class(setting: str, path: str, base: type[Kind]) -> type[Kind]:
             does not allow it.
     """
     if "." in path and not of_this_package(path):
-        check_import(setting, path)
+        if RESTRICTED and not within(path, RESTRICTED[-1]):
+            raise InputError(
+                f"{setting}: --restrict-imports does not allow {path!r}; if you trust it, say "
+                f"--restrict-imports={path.partition('.')[0]}"
+            )
         find_modules_here([path])
     module, _, name = path.rpartition(".")
     if module.startswith("."):
@@ -144,11 +135,7 @@ def constructing() -> Iterator[None]:
 
 
 def check_program(program: str | os.PathLike[str]) -> None:
-    """Check that this process may start ``program``, a path or a name to look up in ``PATH``.
-
-    Raises:
-        InputError: If :func:`allow_only` was called without ``program``.
-    """
+    """Raise InputError if this process may not start ``program``, a path or a name to look up in ``PATH``."""
     if not _ALLOWED:
         return
     name = os.fspath(program)

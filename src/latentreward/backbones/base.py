@@ -45,11 +45,8 @@ def features_problem(features: Features, spec: FeatureSpec, rows: int, values: K
     for number, grid in enumerate(features.visual_grids):
         name = f"visual tap {number}"
         promised[name] = features.visual[number], (rows, math.prod(grid), spec.visual[number].width)
-    for name, tensor, width in (
-        ("temb", features.temb, spec.temb_dim),
-        ("pooled_text", features.pooled_text, spec.pooled_text_dim),
-    ):
-        promised[name] = tensor, (rows, width)
+    promised["temb"] = features.temb, (rows, spec.temb_dim)
+    promised["pooled_text"] = features.pooled_text, (rows, spec.pooled_text_dim)
     for name, (tensor, shape) in promised.items():
         if problem := wrong_tensor(tensor, shape, values):
             return f"{name} {problem} as feature_spec and visual_grids say"
@@ -112,11 +109,8 @@ class DiffusionBackbone(nn.Module, Part):
         output_map: bool = False,
     ) -> None:
         super().__init__()
-        self.noise_process = noise_process
-        self.latent_space = latent_space
-        self.text_encoder = text_encoder
-        self.vae = vae
-        self.output_map = output_map
+        self.noise_process, self.latent_space, self.output_map = noise_process, latent_space, output_map
+        self.text_encoder, self.vae = text_encoder, vae
 
     @property
     @abstractmethod

@@ -56,11 +56,7 @@ def backbone_names() -> dict[str, str]:
 
 
 def factory_of(name: str) -> Any:
-    """Import and return the factory registered as ``name``.
-
-    Raises:
-        InputError: If no factory is registered under ``name``.
-    """
+    """Import and return the factory registered as ``name``; raise InputError if there is none."""
     from importlib import import_module
 
     if name not in _PATHS:

@@ -12,7 +12,7 @@ from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -59,40 +59,29 @@ class Reading(NamedTuple):
         tensor: The weight.
         place: Place of its values if they are mapped.
         wanted: Type in which it is to be stored.
-        address: Address of the values.
-        version: Number of changes in place before it was listed.
+        state: :func:`state_of` the weight when it was listed.
     """
 
     tensor: Tensor
     place: StoredTensor | None
     wanted: torch.dtype
-    address: int
-    version: int
-
-    @classmethod
-    def of(cls, tensor: Tensor, place: StoredTensor | None, wanted: torch.dtype) -> Self:
-        """List a weight as it is now."""
-        return cls(tensor, place, wanted, address_of(tensor), changes_of(tensor))
+    state: tuple[int, int]
 
     @property
     def mapped(self) -> bool:
         """Whether the weight still has the values of its place; changes through ``.data`` in place are not seen."""
         place, tensor = self.place, self.tensor
-        if place is None or tensor.device.type != "cpu" or address_of(tensor) != self.address:
-            return False
-        if changes_of(tensor) != self.version:
+        if place is None or tensor.device.type != "cpu" or state_of(tensor) != self.state:
             return False
         return (place.shape, place.dtype) == (tensor.shape, tensor.dtype)
 
 
-def address_of(tensor: Tensor) -> int:
-    """Return the address of a tensor's values; 0 on the meta device."""
-    return 0 if tensor.is_meta else tensor.data_ptr()
+def state_of(tensor: Tensor) -> tuple[int, int]:
+    """Return the address of a tensor's values, 0 on the meta device, and the number of its changes in place.
 
-
-def changes_of(tensor: Tensor) -> int:
-    """Return the number of changes of a tensor in place; PyTorch does not count those of inference tensors."""
-    return 0 if tensor.is_inference() else tensor._version
+    PyTorch does not count the changes of inference tensors: they are 0.
+    """
+    return 0 if tensor.is_meta else tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version
 
 
 def load_weights(
@@ -284,7 +273,8 @@ def settle(
         wanted = (dtype if frozen else trained or dtype) if tensor.is_floating_point() else tensor.dtype
         if frozen and not set(float32_parts).isdisjoint(name.split(".")):
             wanted = torch.float32
-        listed.append(Reading.of(tensor, places.get(address_of(tensor)), wanted))
+        state = state_of(tensor)
+        listed.append(Reading(tensor, places.get(state[0]), wanted, state))
     unread = _unread.get()
     if unread is None:
         read_weights(listed)
@@ -381,11 +371,7 @@ def assign(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
 
 
 def from_config(family: type[Any], source: str, dtype: torch.dtype | None, **place: Any) -> Any:
-    """Build a model with initial weights from the config in ``source``, in float32 without a ``dtype``.
-
-    Raises:
-        InputError: If the config cannot be read, or the class rejects it.
-    """
+    """Build a model with initial weights from the config in ``source``; raise InputError if its class rejects that."""
     from accelerate import init_empty_weights
 
     where = f"{source}/{place['subfolder']}" if place.get("subfolder") else source
@@ -404,11 +390,7 @@ def from_config(family: type[Any], source: str, dtype: torch.dtype | None, **pla
 
 
 def network_config(family: type[Any], source: str, **place: Any) -> dict[str, Any]:
-    """Read the config of a diffusers model.
-
-    Raises:
-        InputError: If the config cannot be read, names too many layers, or is of quantised weights.
-    """
+    """Read the config of a diffusers model; raise InputError for too many layers, or quantised weights."""
     where = f"{source}/{place['subfolder']}" if place.get("subfolder") else source
     if (path := Path(source) / place.get("subfolder", "") / "config.json").is_file():
         check_depth(read_config(path, f"{where}: {path.name}"), where)
@@ -422,14 +404,9 @@ def network_config(family: type[Any], source: str, **place: Any) -> dict[str, An
 
 
 def check_depth(config: Mapping[str, Any], where: str) -> None:
-    """Refuse a config that names more layers or positions than any network has; making them would take hours, or GBs.
+    """Raise InputError for a config with more layers or positions than any network has; they would take hours, or GBs.
 
-    Args:
-        config: Config of a network; entries whose names contain ``layers`` are numbers of layers or lists of them.
-        where: Place of the config, for the message.
-
-    Raises:
-        InputError: If a number of layers is above :data:`MOST_LAYERS`, or of positions above :data:`MOST_POSITIONS`.
+    Entries whose names contain ``layers`` are numbers of layers or lists of them. ``where`` is for the message.
     """
     for name, value in config.items():
         if isinstance(value, Mapping):
@@ -450,11 +427,7 @@ def numbers_in(value: Any) -> Iterator[float]:
 
 
 def check_unquantized(config: Mapping[str, Any], where: str) -> None:
-    """Refuse the config of quantised weights, before the files are downloaded or a library asks for its own.
-
-    Raises:
-        InputError: If the config has an entry ``quantization_config``.
-    """
+    """Raise InputError for a config of quantised weights, before files are downloaded or a library asks for its own."""
     if (stored := config.get("quantization_config")) is not None:
         method = stored.get("quant_method") if isinstance(stored, Mapping) else None
         named = f" of {method!r:.40}" if method is not None else ""

@@ -60,9 +60,6 @@ def clipped_objective(log_ratio: Tensor, advantage: Tensor, clip_range: float) -
 Objective = Callable[[Tensor, Tensor, float], tuple[Tensor, Tensor, Tensor]]
 """Function with the arguments and results of :func:`clipped_objective`."""
 
-TEMPFLOW = 2.25
-"""Factor on the weight of a step's policy term in TempFlow-GRPO's released code."""
-
 
 class ClippedPolicyResult(NamedTuple):
     """Loss and its parts; all scalars, float32.
@@ -160,8 +157,8 @@ class ClippedPolicyLoss(SetLoss):
         log_prob, old_log_prob = to_float64(log_prob), to_float64(old_log_prob)
         kl, weights, kl_weights = (None if part is None else to_float64(part) for part in (kl, weights, kl_weights))
         rows, ratio, clipped = objective(log_prob - old_log_prob, self.bounded(advantage), self.clip_range)
-        # The weight multiplies the policy's term alone, as in TempFlow-GRPO's released code.
-        policy = (rows if weights is None else TEMPFLOW * weights * rows).mean()
+        # The weight multiplies the policy's term alone, and has the factor 2.25, as in TempFlow-GRPO's released code.
+        policy = (rows if weights is None else 2.25 * weights * rows).mean()
         divergence = policy.new_zeros(())
         if kl is not None:
             divergence = (kl if kl_weights is None else kl_weights * kl).mean()

@@ -17,9 +17,6 @@ from latentreward.errors import check_range
 from latentreward.losses.base import SetLoss
 from latentreward.losses.diffusion_dpo import denoising_error, implicit_rewards
 
-SLOPE = 0.4
-"""Slope of the weight in the margin: the released code's 0.2 β of the difference of errors, which is −2 m / β."""
-
 
 class LinearDPOResult(NamedTuple):
     """Result for B pairs.
@@ -74,4 +71,5 @@ class LinearDPO(SetLoss):
         return LinearDPOResult(weight * (chosen - rejected), weight, margin)
 
     def _weight(self, margin: Tensor) -> Tensor:
-        return (0.5 - SLOPE * margin).clamp(self.eta, 1 - self.eta)
+        # The slope is the released code's 0.2 β of the difference of errors, which is −2 m / β.
+        return (0.5 - 0.4 * margin).clamp(self.eta, 1 - self.eta)

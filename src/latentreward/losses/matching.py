@@ -24,8 +24,6 @@ Weighting = Literal["uniform", "t", "t2", "huber", "ghuber"]
 Divergence = Literal["uniform", "elbo"]
 ROUND = 1e-10
 """Number added to m, so that its power has a finite slope at 0."""
-ELBO_NOISE = 0.7
-"""Noise level of the flow SDE whose steps the weight ``elbo`` belongs to."""
 
 
 def squared_error(velocity: Tensor, target: Tensor) -> Tensor:
@@ -74,8 +72,8 @@ def velocity_divergence(velocity: Tensor, other: Tensor, sigmas: Tensor, weight:
     if weight == "uniform":
         return error
     level = sigmas.to(error)
-    # As released: at σ = 1 the weight would be 0, and the divergence without effect.
-    return error * (1 - level.clamp(max=0.99)) / (2 * ELBO_NOISE**2 * level)
+    # As released: at σ = 1 the weight would be 0, and the divergence without effect; 0.7 is the flow SDE's noise level.
+    return error * (1 - level.clamp(max=0.99)) / (2 * 0.7**2 * level)
 
 
 class MatchingResult(NamedTuple):

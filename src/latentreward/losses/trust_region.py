@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from latentreward.errors import InputError, check_range, refuse
+from latentreward.errors import InputError, check_range
 from latentreward.losses.clipped_policy import clipped_objective, to_float64
 from latentreward.promises import Part, detached, returns, shown, tensor, wrong_tensor
 
@@ -272,29 +272,19 @@ class KLGate(TrustRegion):
         """See :meth:`TrustRegion.check`: the loss has a KL term, and the reward gives what the gate takes."""
         super().check(context)
         name, levels = type(self).__name__, self.takes == "levels"
-        refuse(
-            (
-                context.kl_weight == 0,
-                f"trust_region: {name} chooses where the KL term acts; set loss.kl_weight above 0",
-            ),
-            (
-                self.takes not in get_args(Taken),
-                f"trust_region: {name}.takes is {self.takes!r}; it must be rewards, levels or parts",
-            ),
-            (
-                levels and context.num_levels < 2,
-                f"trust_region: {name} compares noise levels; give reward_sigmas two or more",
-            ),
-            (
-                levels and not context.uses_sigmas,
+        if context.kl_weight == 0:
+            raise InputError(f"trust_region: {name} chooses where the KL term acts; set loss.kl_weight above 0")
+        if self.takes not in get_args(Taken):
+            raise InputError(f"trust_region: {name}.takes is {self.takes!r}; it must be rewards, levels or parts")
+        if levels and context.num_levels < 2:
+            raise InputError(f"trust_region: {name} compares noise levels; give reward_sigmas two or more")
+        if levels and not context.uses_sigmas:
+            raise InputError(
                 f"trust_region: {name} compares noise levels, and {context.reward} does not score at levels; take a "
-                "LatentReward",
-            ),
-            (
-                self.takes == "parts" and context.num_rewards < 2,
-                f"trust_region: {name} compares rewards; take a RewardMixture of at least 2",
-            ),
-        )
+                "LatentReward"
+            )
+        if self.takes == "parts" and context.num_rewards < 2:
+            raise InputError(f"trust_region: {name} compares rewards; take a RewardMixture of at least 2")
 
     @abstractmethod
     @returns(tensor(lambda gate, values: values.shape[:2], "bool"), each=True)

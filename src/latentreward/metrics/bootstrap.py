@@ -45,10 +45,6 @@ class Interval(NamedTuple):
         return self.groups is not None and 0 < self.groups < FEW
 
 
-Statistic = Callable[[np.ndarray], np.ndarray]
-"""Function from sums ``(..., K)`` to values ``(...)``."""
-
-
 def ratio(sums: np.ndarray) -> np.ndarray:
     """Divide the first sum by the second, e.g. hits by pairs; NaN where the second is 0."""
     with np.errstate(invalid="ignore", divide="ignore"):
@@ -84,7 +80,7 @@ def group_sums(groups: Sequence[str] | np.ndarray, *columns: np.ndarray) -> np.n
 
 def clustered_interval(
     sums: np.ndarray,
-    statistic: Statistic = ratio,
+    statistic: Callable[[np.ndarray], np.ndarray] = ratio,
     resamples: int = RESAMPLES,
     seed: int = 0,
     centred: bool = False,
@@ -96,7 +92,7 @@ def clustered_interval(
 
     Args:
         sums: ``(G, K)`` sums of each group that ``statistic`` needs; the sums of all groups are their total.
-        statistic: Function from the K total sums to the value.
+        statistic: Function from sums ``(..., K)`` to values ``(...)``.
         resamples: Number of resamples of G groups, drawn with replacement.
         seed: Seed of the resampling.
         centred: Whether to shift the resampled values so that their mean is the value. Needed for statistics that

@@ -11,9 +11,6 @@ from torchmetrics import Metric
 from latentreward.errors import check_range
 from latentreward.metrics.bootstrap import group_codes
 
-RESOLUTION = 1e-4
-"""Smallest temperature of a fit, as a share of the root mean square gap; all pairs are certain at that temperature."""
-
 
 def bin_by_confidence(win_probability: Tensor, label: Tensor, bins: int) -> tuple[Tensor, Tensor, Tensor]:
     """Return index of the bin, confidence and outcome of each pair, as flat tensors.
@@ -45,7 +42,7 @@ def fit_temperature(gap: np.ndarray, label: np.ndarray) -> float:
     if not len(gap) or gap @ (label - 0.5) <= 0:
         return float("inf")
     scale = float(np.sqrt(np.mean(gap**2)))
-    low, high = 0.0, 1 / RESOLUTION
+    low, high = 0.0, 1e4  # at a temperature of 1e-4 root mean square gaps all pairs are certain
     # Bisection, not Newton: with separable pairs the maximum lies at infinity.
     for _ in range(80):
         middle = (low + high) / 2
@@ -88,9 +85,8 @@ class PairCalibration(Metric):
         super().__init__(**kwargs)
         check_range("[1, inf)", "10 is usual", bins=bins)
         self.bins = bins
-        self.add_state("count", torch.zeros(bins), dist_reduce_fx="sum")
-        self.add_state("confidence_sum", torch.zeros(bins), dist_reduce_fx="sum")
-        self.add_state("outcome_sum", torch.zeros(bins), dist_reduce_fx="sum")
+        for name in ("count", "confidence_sum", "outcome_sum"):
+            self.add_state(name, torch.zeros(bins), dist_reduce_fx="sum")
 
     def update(self, win_probability: Tensor, label: Tensor) -> None:
         """Add B pairs.

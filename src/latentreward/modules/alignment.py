@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import MISSING, asdict, fields
 from typing import Any, TypeVar
 
@@ -281,11 +281,7 @@ class AlignmentModule(TrainedModule, LightningModule):
         return None
 
     def check_experience(self, rows: SampledStates) -> None:
-        """Check rows that a checkpoint has left over.
-
-        Raises:
-            InputError: If they are of another class, or lack a field that these settings need, or have one too much.
-        """
+        """Raise InputError for a checkpoint's rows of another class, or with other fields than these settings need."""
         given = {field.name for field in fields(rows) if getattr(rows, field.name) is not None}
         always = {field.name for field in fields(rows) if field.default is MISSING}
         if type(rows) is not self.experience or self.optional_fields() not in (None, given - always):
@@ -311,8 +307,11 @@ class AlignmentModule(TrainedModule, LightningModule):
             RemoteError: If a reward server fails; a rollout can then be made again from the same state.
         """
         wall, process = time.perf_counter(), time.process_time()
-        shown = self._shown(len(prompts))
-        with evaluating(self), torch.no_grad(), self.compute_precision(), self.failing_together(), shown:
+        with evaluating(self), torch.no_grad(), self.compute_precision(), self.failing_together(), ExitStack() as shown:
+            if self.rollout_progress is not None:
+                batches = math.ceil(len(prompts) / (self.prompts_at_once or len(prompts)))
+                progress = self.rollout_progress(self.sampling.num_inference_steps, batches)
+                shown.enter_context(reporting_steps(shown.enter_context(progress).add))
             # Means of what was scored outside rollouts, such as by callbacks, are not this rollout's.
             self.reward.take_means()
             statistics = self.rollout_statistics
@@ -339,16 +338,6 @@ class AlignmentModule(TrainedModule, LightningModule):
         self._rollout_seconds += seconds
         self._times = {"seconds": seconds, "process_seconds": time.process_time() - process}
         return found
-
-    @contextmanager
-    def _shown(self, prompts: int) -> Iterator[None]:
-        """Show the progress of a rollout of so many prompts."""
-        if self.rollout_progress is None:
-            yield
-            return
-        batches = math.ceil(prompts / (self.prompts_at_once or prompts))
-        with self.rollout_progress(self.sampling.num_inference_steps, batches) as shown, reporting_steps(shown.add):
-            yield
 
     def prepare_prompts(self, prompts: Sequence[str]) -> None:
         """Encode the prompts of the next batches, and keep the result in CPU memory in place of the previous one.

@@ -144,11 +144,7 @@ class ForwardProcessModule(AlignmentModule):
         checkpoint[FOLLOWED] = self.followed
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Check that the checkpoint has the copies.
-
-        Raises:
-            InputError: If a copy is missing, as in the checkpoint of another method.
-        """
+        """Check the checkpoint; raise InputError if a copy is missing, as in that of another method."""
         for copy in self.copies:
             copy.check(checkpoint["state_dict"])
         super().on_load_checkpoint(checkpoint)

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from latentreward.contracts import PromptBatch, RolloutStatistics, StepSamples, join_rows, take_rows
-from latentreward.errors import InputError, check_at_least_one, refuse
+from latentreward.errors import InputError, check_at_least_one
 from latentreward.losses import (
     ClippedPolicyLoss,
     ClippedPolicyResult,
@@ -56,14 +56,8 @@ from latentreward.rollout import (
 )
 from latentreward.seeding import pair_generator
 
-FEATURE_SIDE = 4
-"""Side of the grid of areas over which finished latents are averaged, as features of a sample."""
-
 GATE = "trust_region"
 """Key of a checkpoint with the state of a :class:`~latentreward.losses.KLGate` that adapts."""
-
-LEVEL_TOLERANCE = 1e-3
-"""Largest difference of noise levels, as from rounding in a message, at which finished latents count as no noisier."""
 
 LEAST_ADVANTAGE = 1e-6
 """Largest absolute advantage that counts as rounding; scores that differ by more than 1e-4 give advantages near 1."""
@@ -282,22 +276,17 @@ class TrajectoryGRPOModule(GRPOModule):
         check_at_least_one(prompts_at_once=prompts_at_once)
         check_sigmas(reward_sigmas)
         loss = loss or ClippedPolicyLoss()
-        refuse(
-            (num_trajectories < 2, f"num_trajectories={num_trajectories} leaves nothing to compare; use at least 2"),
-            (
-                loss.takes_process and credit is None,
-                "loss: OutcomeProcessLoss takes the rewards of the steps too; set credit: StateCredit",
-            ),
-            (
-                advantage is not None and advantage.takes_parts and credit is not None,
+        if num_trajectories < 2:
+            raise InputError(f"num_trajectories={num_trajectories} leaves nothing to compare; use at least 2")
+        if loss.takes_process and credit is None:
+            raise InputError("loss: OutcomeProcessLoss takes the rewards of the steps too; set credit: StateCredit")
+        if advantage is not None and advantage.takes_parts and credit is not None:
+            raise InputError(
                 f"advantage: {type(advantage).__name__} takes each reward of a mixture, and credit those of states; "
-                "leave one of them out",
-            ),
-            (
-                window is not None and reward_guidance is not None,
-                "window and reward_guidance both choose steps of a rollout; leave one of them out",
-            ),
-        )
+                "leave one of them out"
+            )
+        if window is not None and reward_guidance is not None:
+            raise InputError("window and reward_guidance both choose steps of a rollout; leave one of them out")
         cps = sampling is not None and sampling.flow_noise == "cps" and policy.resolve_family().flow
         context = RuleContext(
             num_trajectories,
@@ -350,7 +339,7 @@ class TrajectoryGRPOModule(GRPOModule):
             if not isinstance(part, LatentScorer):
                 continue
             last, finished = part.levels_at(self.sampler.timesteps[-1:]).item(), part.nearest_level(least)
-            if finished > last + LEVEL_TOLERANCE:
+            if finished > last + 1e-3:  # the levels are rounded as in the message
                 rank_zero_warn(
                     f"credit compares the finished latents at σ {least:g}, the least of reward_sigmas, with states "
                     f"down to σ {last:.3g}; set reward_sigmas to the least noise level that the reward was trained at"
@@ -382,8 +371,8 @@ class TrajectoryGRPOModule(GRPOModule):
         self.rollout_statistics = group_statistics(torch.zeros(1), rewards.T[None].cpu())
         given = scores["parts"] if self.advantage.takes_parts else rewards
         features = None
-        if self.advantage.takes_features:  # averages over areas of each frame
-            areas = F.adaptive_avg_pool2d(latents.float().flatten(1, -3), FEATURE_SIDE)
+        if self.advantage.takes_features:  # averages over 4 x 4 areas of each frame
+            areas = F.adaptive_avg_pool2d(latents.float().flatten(1, -3), 4)
             features = areas.flatten(1).unflatten(0, rewards.shape)
         outcome = self.advantages(given, self.advantage, features)[..., None].expand(*rewards.shape, len(steps))
         process = None
@@ -399,9 +388,21 @@ class TrajectoryGRPOModule(GRPOModule):
         if process is not None and not self.loss.takes_process:
             outcome, process = process, None
         per_step = {"advantage": outcome, "process": process, "held": self._held(scores, len(steps))}
-        given_rows = {name: None if value is None else value.flatten(0, 1).cpu() for name, value in per_step.items()}
-        repeated = prompts.times(self.num_trajectories)
-        return worth_learning(trajectory_samples(trajectories, steps, repeated, **given_rows))
+        per_step = {name: value.flatten(0, 1).cpu() for name, value in per_step.items() if value is not None}
+        repeated, samples = prompts.times(self.num_trajectories), []
+        for column, index in enumerate(steps):
+            sample = StepSamples(
+                keys=tuple(f"{key}/{index}" for key in repeated.keys),
+                prompts=repeated.prompts,
+                latents=trajectories.latents[index],
+                timesteps=trajectories.timesteps[index].expand(len(repeated)),
+                next_latents=trajectories.latents[index + 1][:, None],
+                log_prob=trajectories.log_prob[index][:, None],
+                old_mean=None if trajectories.means is None else trajectories.means[index],
+                **{name: value[:, [column]] for name, value in per_step.items()},
+            )
+            samples.append(sample.to("cpu"))
+        return worth_learning(samples)
 
     def _sample(self, prompts: PromptBatch, sampler: StepSampler) -> Trajectories:
         """Sample the trajectories of prompts, guided by the reward if so set."""
@@ -470,35 +471,6 @@ class TrajectoryGRPOModule(GRPOModule):
             values = values * self.part_signs.to(values.device)
         every = self.of_all_ranks(values)
         return self.of_this_rank(self.gate.opens(every), len(values))[..., None].expand(-1, -1, steps)
-
-
-def trajectory_samples(
-    trajectories: Trajectories,
-    steps: Sequence[int],
-    prompts: PromptBatch,
-    advantage: Tensor,
-    process: Tensor | None = None,
-    held: Tensor | None = None,
-) -> list[StepSamples]:
-    """Make a training record of each step in ``steps``, on the CPU.
-
-    ``advantage``, ``process`` (see :class:`StepSamples`) and ``held`` are ``(B, S)``, for B trajectories and S steps.
-    """
-    return [
-        StepSamples(
-            keys=tuple(f"{key}/{index}" for key in prompts.keys),
-            prompts=prompts.prompts,
-            latents=trajectories.latents[index],
-            timesteps=trajectories.timesteps[index].expand(len(prompts)),
-            next_latents=trajectories.latents[index + 1][:, None],
-            log_prob=trajectories.log_prob[index][:, None],
-            advantage=advantage[:, [column]],
-            process=None if process is None else process[:, [column]],
-            old_mean=None if trajectories.means is None else trajectories.means[index],
-            held=None if held is None else held[:, [column]],
-        ).to("cpu")
-        for column, index in enumerate(steps)
-    ]
 
 
 def worth_learning(samples: Sequence[StepSamples]) -> StepSamples | None:

@@ -41,11 +41,8 @@ def single_optimizer(
     trained = [parameter for parameter in parameters if parameter.requires_grad]
     # AdamW decays every parameter of a group; norms, biases and a temperature have no reason to shrink to 0.
     groups: list[dict[str, Any]] = [
-        {"params": [parameter for parameter in trained if parameter.ndim > 1 or decay_vectors]},
-        {
-            "params": [parameter for parameter in trained if not (parameter.ndim > 1 or decay_vectors)],
-            "weight_decay": 0.0,
-        },
+        {"params": [one for one in trained if one.ndim > 1 or decay_vectors]},
+        {"params": [one for one in trained if not (one.ndim > 1 or decay_vectors)], "weight_decay": 0.0},
     ]
     try:
         built = optimizer([group for group in groups if group["params"]])
@@ -147,7 +144,13 @@ class OptimizerSteps(Callback):
             return
         pl_module.log("train/lr", optimizer.param_groups[0]["lr"])
         if not isinstance(trainer.strategy, FSDPStrategy):
-            pl_module.log("train/grad_norm", gradient_norm(pl_module.parameters()))
+            gradients = [one.grad for one in pl_module.parameters() if one.grad is not None]
+            # In two calls: torch refuses to stack the norms of sharded gradients with those of whole ones.
+            groups = ([one for one in gradients if isinstance(one, DTensor) is sharded] for sharded in (False, True))
+            norms = (get_total_norm(group) for group in groups if group)
+            # Under FSDP2 a collective call of all ranks.
+            whole = [one.full_tensor() if isinstance(one, DTensor) else one for one in norms]
+            pl_module.log("train/grad_norm", torch.stack(whole).norm() if whole else torch.zeros(()))
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -189,13 +192,3 @@ def warn_of_unreached(module: nn.Module) -> None:
         f"such as those of {few}: what is computed from them is not part of the loss, or detach, item or no_grad cut "
         "it off; freeze weights that are not to train by requires_grad_(False)"
     )
-
-
-def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
-    """Return the norm of all gradients; a collective call of all ranks if FSDP2 shards some of them."""
-    gradients = [one.grad for one in parameters if one.grad is not None]
-    # In two calls: torch refuses to stack the norms of sharded gradients with those of whole ones.
-    groups = ([one for one in gradients if isinstance(one, DTensor) is sharded] for sharded in (False, True))
-    norms = (get_total_norm(group) for group in groups if group)
-    whole = [one.full_tensor() if isinstance(one, DTensor) else one for one in norms]
-    return torch.stack(whole).norm() if whole else torch.zeros(())

@@ -31,9 +31,6 @@ from latentreward.storage.json_files import checked
 
 logger = logging.getLogger(__name__)
 
-LEVEL_DISTANCE = 0.1
-"""Distance from the noise levels of the training at which a default level of scores is told."""
-
 SIZE_SETTINGS = "data.size and data.resize, or the cache's images,"
 """Names of the settings that decide the size of images, for messages."""
 
@@ -103,7 +100,7 @@ class RewardModule(PairModule):
         # 64 draws from a generator of its own: the run's random numbers stay as they are.
         drawn = process.sigma(torch.cat([self.levels.draw(generator, process) for _ in range(64)]))
         scored = process.sigma(timesteps_of(self.model.noise, process))
-        if scored.min() < drawn.min() - LEVEL_DISTANCE or scored.max() > drawn.max() + LEVEL_DISTANCE:
+        if scored.min() < drawn.min() - 0.1 or scored.max() > drawn.max() + 0.1:
             rank_zero_warn(
                 f"model.levels draws noise levels {drawn.min():.2g} to {drawn.max():.2g}, but scores are by default at "
                 f"{self.model.noise}; score with --noise.sigmas [{drawn.median():.2g}], or train at that level too"
@@ -187,7 +184,14 @@ class RewardModule(PairModule):
         cross = None
         # A head that embeds image and text apart needs one pass; others need one pass for each prompt.
         if with_cross and not isinstance(head, EmbeddingHead):
-            cross = self._every_prompt_with_every_image(noisy, timesteps, encoded)
+            rows = []  # negatives come from this rank only, and weights are normalised over this rank only
+            for prompt in range(len(batch)):
+                conditioning = encoded.conditioning.select([prompt] * len(noisy))
+                rewards = head(self.model.read(noisy, timesteps, conditioning, encoded.uncond)).float()
+                if rewards.ndim > 1:
+                    raise InputError("in-batch negatives need a head with one output; set out_dim: 1 or mode: pair")
+                rows.append(rewards)
+            cross = CrossScores(*torch.stack(rows).chunk(2, dim=1))
             rewards = torch.cat([cross.chosen.diagonal(), cross.rejected.diagonal()])
         else:
             features = self.model.read(noisy, timesteps, encoded.conditioning, encoded.uncond)
@@ -205,21 +209,6 @@ class RewardModule(PairModule):
         chosen_sigmas, rejected_sigmas = self.noise_process.sigma(timesteps).to(rewards.device).chunk(2)
         pairs = batch.label, batch.weight, chosen_sigmas, rejected_sigmas
         return PairScores(chosen, rejected, *pairs, cross, batch.targets)
-
-    def _every_prompt_with_every_image(self, noisy: Tensor, timesteps: Tensor, encoded: EncodedPairs) -> CrossScores:
-        """Score every image with every prompt for a head that reads both together: B passes over this rank's 2B images.
-
-        Negatives come from this rank only, and weights are normalised over this rank only.
-        """
-        pairs = len(noisy) // 2
-        rows = []
-        for prompt in range(pairs):
-            conditioning = encoded.conditioning.select([prompt] * len(noisy))
-            rewards = self.model.head(self.model.read(noisy, timesteps, conditioning, encoded.uncond)).float()
-            if rewards.ndim > 1:
-                raise InputError("in-batch negatives need a head with one output; set out_dim: 1 or mode: pair")
-            rows.append(rewards)
-        return CrossScores(*torch.stack(rows).chunk(2, dim=1))
 
     @property
     def latent_decoder(self) -> "LatentEncoder | None":

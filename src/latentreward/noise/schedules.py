@@ -29,9 +29,7 @@ NAME = "the scheduler config"
 def check_scheduler(config: Mapping[str, Any], taken: Sequence[str]) -> None:
     """Raise InputError if a network's noise process does not follow from the scheduler's config.
 
-    Raises:
-        InputError: If the class is none of ``taken``, or the config has a setting of :data:`OTHER_PROCESS` and the
-            network is no flow.
+    The class is none of ``taken``, or a network that is no flow has a setting of :data:`OTHER_PROCESS`.
     """
     if (found := config.get("_class_name")) is None:
         raise InputError(f"{NAME} has no _class_name; give the one saved in scheduler_config.json")

@@ -1,6 +1,5 @@
 """Loading of a trained policy from the checkpoint of an alignment run."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -106,23 +105,14 @@ def load_policy(checkpoint: Path | str, source: PolicySource | None = None) -> P
     policy = source.load()
     if saved.base is not None:
         BaseSample.of(policy, policy.source).check(saved.base)
-    load_adapter(policy, saved.weights, str(checkpoint))
-    return policy.eval()
-
-
-def load_adapter(policy: Policy, weights: Mapping[str, Tensor], origin: str) -> None:
-    """Copy ``weights``, all those of the adapter by their names, into the trainable adapter of an unsharded ``policy``.
-
-    Raises:
-        InputError: If a weight is missing, unknown or of another shape.
-    """
-    own = {name: parameter for name, parameter in policy.named_parameters() if ADAPTER in name}
+    weights, own = saved.weights, {name: one for name, one in policy.named_parameters() if ADAPTER in name}
     odd = sorted(own.keys() ^ weights.keys()) or [name for name in own if own[name].shape != weights[name].shape]
     if odd:
         raise InputError(
-            f"{origin}: {odd[0]} does not fit the policy {policy.source} ({len(odd)} such weights); give the source "
-            "and lora (rank, target_modules) that it was trained with"
+            f"{checkpoint}: {odd[0]} does not fit the policy {policy.source} ({len(odd)} such weights); give the "
+            "source and lora (rank, target_modules) that it was trained with"
         )
     with torch.no_grad():
         for name, parameter in own.items():
             parameter.copy_(weights[name])
+    return policy.eval()

@@ -32,7 +32,6 @@ class DecayRamp:
     start: int = 0
 
     def __post_init__(self) -> None:
-        """Raise InputError for numbers that are out of range."""
         check_range("[0, inf)", "DiffusionNFT uses 0.001", slope=self.slope)
         check_range("[0, 1)", "0 keeps no older weights", most=self.most)
         check_range("[0, inf)", start=self.start)
@@ -66,12 +65,10 @@ class MovingCopy:
         config = replace(settings[POLICY], lora_dropout=0.0)
         with torch.no_grad():
             for key, weight in add_frozen_adapter(policy.network, config, name).items():
-                weight.data = policy.network.get_parameter(self._trained(key)).detach().clone()
+                own = key.replace(f".{name}.", f".{POLICY}.")
+                weight.data = policy.network.get_parameter(own).detach().clone()
         policy.adapters.refresh()
         policy.moving_adapters = (*policy.moving_adapters, name)
-
-    def _trained(self, key: str) -> str:
-        return key.replace(f".{self.name}.", f".{POLICY}.")
 
     def check(self, state_dict: Mapping[str, Any]) -> None:
         """Raise InputError if a checkpoint's ``state_dict`` has no such copy, as that of another method."""
@@ -87,4 +84,5 @@ class MovingCopy:
         decay = self.ramp.decay(step)
         for key, weight in weights.items():
             if f".{self.name}." in key:
-                move_towards(weight, weights[self._trained(key)].detach(), decay)
+                own = key.replace(f".{self.name}.", f".{POLICY}.")
+                move_towards(weight, weights[own].detach(), decay)

@@ -136,11 +136,7 @@ class Policy(nn.Module):
         return self.family.guide(with_prompt, without, guidance_scale)
 
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
-        """Encode B prompts without gradient, each distinct prompt once.
-
-        Raises:
-            InputError: If the policy has no text encoder.
-        """
+        """Encode B prompts without gradient, each distinct prompt once; raise InputError without a text encoder."""
         encoder = self.require_text_encoder()
         # K samples of a prompt share its text; T5 would otherwise run K times.
         distinct = list(dict.fromkeys(prompts))
@@ -153,11 +149,7 @@ class Policy(nn.Module):
         return self.family.encode_uncond(self.require_text_encoder())
 
     def require_text_encoder(self) -> PromptEncoder:
-        """Return the text encoder.
-
-        Raises:
-            InputError: If the policy has none.
-        """
+        """Return the text encoder; raise InputError if the policy has none."""
         if self.text_encoder is None:
             raise InputError("this policy was built without a text encoder; load it from a full pipeline folder")
         return self.text_encoder

@@ -35,11 +35,6 @@ if TYPE_CHECKING:
 
 SHARDS = ".shards"
 """Name of the folder of shards in a folder of output."""
-PLANNING = timedelta(hours=6)
-"""Longest time that processes started by torchrun or SLURM wait until the first one has checked its input."""
-LEAVING_S = 30.0
-"""Seconds after which a process that this one started is killed if it has not ended with the work."""
-GOES_ON = "what is done is kept: the same command goes on there"
 
 Shard = Any
 """What JSON can hold; for example, a list of pictures to sample."""
@@ -103,11 +98,7 @@ class SharedWork:
 
     @cached_property
     def device(self) -> torch.device:
-        """Device of this process.
-
-        Raises:
-            InputError: If this machine does not have it.
-        """
+        """Device of this process; raises InputError if this machine does not have it."""
         return find_device(self._name) if self._fabric is None else self._fabric.device
 
     def __enter__(self) -> Self:
@@ -291,7 +282,9 @@ class SharedWork:
         if not self.first and self._shared.ended():
             sys.exit(0)
         if not self.first and self._shared.lacks_first():
-            raise InputError(f"the first process has ended before this one; {GOES_ON}")
+            raise InputError(
+                "the first process has ended before this one; what is done is kept: the same command goes on there"
+            )
         for child in [child for child in self._started if child.poll() is not None]:
             self._started.remove(child)
             end = f"signal {-child.returncode}" if child.returncode < 0 else f"status {child.returncode}"
@@ -351,7 +344,7 @@ class SharedWork:
             if kill:
                 child.kill()
             try:
-                child.wait(LEAVING_S)
+                child.wait(30)  # seconds; it should have ended with the work
             except TimeoutExpired:
                 child.kill()
                 child.wait()
@@ -370,5 +363,6 @@ def _fabric(trainer: TrainerSettings) -> Fabric:
             accelerator=trainer.accelerator,
             devices=trainer.devices,
             num_nodes=trainer.num_nodes,
-            strategy=DDPStrategy(timeout=PLANNING),
+            # So long may ranks of torchrun or SLURM wait until the first one has checked its input.
+            strategy=DDPStrategy(timeout=timedelta(hours=6)),
         )

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn
 from urllib.parse import urlsplit
 
 from latentreward.contracts import PathText
-from latentreward.errors import InputError, check_amounts, check_at_least_one, first_line, printable
+from latentreward.errors import InputError, check_at_least_one, check_range, errors_at, first_line, printable
 from latentreward.interrupts import stop_asked
 from latentreward.remote.errors import RemoteError
 from latentreward.storage.texts import checked_token, token_of_file
@@ -85,8 +85,9 @@ class RemoteServer:
             known = False
         if not known or not self.url.isprintable():
             raise InputError(f"server.url={self.url!r} is no HTTP address; give one such as http://127.0.0.1:8000")
-        check_amounts("server.", timeout_s=self.timeout_s, wait_s=self.wait_s)
-        check_amounts("server.", True, retry_s=self.retry_s)
+        with errors_at("server."):
+            check_range("(0, inf)", timeout_s=self.timeout_s, wait_s=self.wait_s)
+            check_range("[0, inf)", retry_s=self.retry_s)
         check_at_least_one("server.", parallel=self.parallel)
         if self.token_file is not None and self.token_env is not None:
             raise InputError("server: give either token_file or token_env")

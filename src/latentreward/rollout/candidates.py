@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Generator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -39,18 +39,13 @@ class Branching:
     score_at: Literal["step", "candidate"] = "step"
 
     def __post_init__(self) -> None:
-        """Raise InputError for settings that are out of range."""
         if self.num_candidates < 2:
             raise InputError(f"num_candidates={self.num_candidates} leaves nothing to compare; use at least 2")
         if not self.low <= self.high:
             raise InputError(f"low={self.low:g} lies above high={self.high:g}; exchange them")
 
     def steps(self, sampler: StepSampler) -> list[int]:
-        """Return the indices of the steps with candidates: inside the window [low, high], and with noise.
-
-        Raises:
-            InputError: If there is no such step.
-        """
+        """Return the indices of the steps with noise in the window [low, high]; raise InputError if there is none."""
         sampler.require_noise()
         inside = inside_window(sampler.timesteps, self.low, self.high) & (sampler.noise_std > 0)
         if not inside.any():
@@ -61,11 +56,7 @@ class Branching:
         return inside.nonzero().flatten().tolist()
 
     def training_steps(self, sampler: StepSampler) -> list[int]:
-        """Return :meth:`steps` for a method that trains on them, of which it needs at least two.
-
-        Raises:
-            InputError: If there are fewer.
-        """
+        """Return :meth:`steps` for a method that trains on them; raise InputError if there are fewer than two."""
         steps = self.steps(sampler)
         if len(steps) < 2:
             raise InputError(
@@ -143,7 +134,8 @@ def candidate_steps(
             clean, outputs = _finished(network, sampler, candidates, index) if reward.needs_clean else (None, None)
             # LPO scores at the timestep of the state before, as released; SPO at that of the candidate.
             scored_at = timestep if branching.score_at == "step" else sampler.next_timestep(index)
-            scores = _score(reward, encoded, candidates, clean, scored_at)
+            flat, repeated = candidates.flatten(0, 1), rows.repeat(branching.num_candidates)  # prompts innermost
+            scores = score_states(reward, encoded, flat, repeated, scored_at, clean).view(-1, len(prompts))
             log_prob = transition.log_prob(candidates)
         yield CandidateStep(index, timestep, latents, candidates, scores, log_prob)
         if branching.continue_from == "random":
@@ -166,10 +158,3 @@ def _finished(
     timestep = sampler.next_timestep(index)
     output = network(flat, timestep)
     return sampler.clean(flat, output, torch.full((len(flat),), timestep)), output.view_as(candidates)
-
-
-def _score(reward: Reward, encoded: Any, candidates: Tensor, clean: Tensor | None, timestep: float) -> Tensor:
-    """Score all candidates in one batch, prompts innermost: ``(K, B)``."""
-    count, prompts = candidates.shape[:2]
-    rows = torch.arange(prompts).repeat(count)
-    return score_states(reward, encoded, candidates.flatten(0, 1), rows, timestep, clean).view(count, prompts)

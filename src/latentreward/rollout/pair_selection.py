@@ -15,8 +15,6 @@ from latentreward.rollout.candidates import CandidateStep
 from latentreward.rollout.samplers import StepSampler
 
 SHARES = ("[0, 1]", "as gaps tanh(Δ/2) and shares of them do")
-SHOWN_TIMESTEPS = 5
-"""Number of timesteps that a message shows, spread evenly over all timesteps of a rollout."""
 
 
 @dataclass(frozen=True)
@@ -201,7 +199,8 @@ def gap_quantiles(gaps: Iterable[tuple[float, Tensor]], levels: tuple[float, ...
         return "no score gaps seen"
     if not any(values.any() for every in by_timestep.values() for values in every):
         return "all scores of a group are equal; take a reward that tells samples apart"
-    indices = torch.linspace(0, len(seen) - 1, min(len(seen), SHOWN_TIMESTEPS)).round().long().tolist()
+    # Of many timesteps a message shows five, spread evenly.
+    indices = torch.linspace(0, len(seen) - 1, min(len(seen), 5)).round().long().tolist()
     parts = []
     for timestep in (seen[index] for index in indices):
         quantiles = torch.cat(by_timestep[timestep]).quantile(torch.tensor(levels))

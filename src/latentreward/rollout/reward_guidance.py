@@ -72,7 +72,6 @@ class RewardGuidance:
     high: float = 625.0
 
     def __post_init__(self) -> None:
-        """Raise InputError for settings that are out of range."""
         check_range("(0, inf)", "Euphonium uses 0.01", scale=self.scale)
         check_range("(0, inf)", "Euphonium uses 3.125", beta=self.beta)
         if not self.low <= self.high:

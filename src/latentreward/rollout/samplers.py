@@ -100,7 +100,6 @@ class StepSampler(ABC):
     noise_setting: str
 
     def __len__(self) -> int:
-        """Number of steps T."""
         return len(self.timesteps)
 
     def steps(self) -> Iterator[tuple[int, float]]:
@@ -132,11 +131,7 @@ class StepSampler(ABC):
         return float(self.timesteps[index + 1]) if index + 1 < len(self.timesteps) else 0.0
 
     def require_noise(self) -> None:
-        """Check that at least one step adds noise.
-
-        Raises:
-            InputError: If all steps are deterministic: then there is no log-probability, and all candidates are equal.
-        """
+        """Raise InputError if no step adds noise: then there is no log-probability, and all candidates are equal."""
         if not (self.noise_std > 0).any():
             raise InputError(
                 f"with sampling.{self.noise_setting} none of the {len(self)} steps adds noise, and without noise there "

@@ -42,7 +42,6 @@ class Sampling:
     flow_noise: FlowNoise = "flow"
 
     def __post_init__(self) -> None:
-        """Raise InputError for settings that are out of range."""
         check_range("[1, inf)", num_inference_steps=self.num_inference_steps)
         check_range("[0, 1]", "0 is deterministic, 1 ancestral sampling", eta=self.eta)
         check_noise_level(self.flow_noise, self.noise_level or 0.0)

@@ -20,7 +20,7 @@ def test_too_little_memory_and_too_many_hours_are_refused() -> None:
     assert check_memory({"train": small}, card, "").startswith("memory: train 1.0 of 24.0 GB of GPU memory (counted")
     with pytest.raises(InputError, match=r"train needs 11000001.0 GB of GPU memory, 24.0 GB are given"):
         check_memory({"train": large}, card, "take less")
-    with pytest.raises(InputError, match="card_gb=0 must be a finite number greater than 0"):
+    with pytest.raises(InputError, match="card_gb=0 must be positive and finite"):
         Card(True, card_gb=0)
     assert check_hours({"train": small, "align": large}, card, 12).startswith("hours: train 1, align 10 (computed, at")
     assert "train 1 per 1,000 steps" in check_hours({"train": replace(small, whole=False)}, card)

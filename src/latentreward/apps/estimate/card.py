@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from latentreward.errors import check_amounts
+from latentreward.errors import check_range
 
 GB = 10**9
 
@@ -25,7 +25,7 @@ class Card:
     tflops: float = 30.0
 
     def __post_init__(self) -> None:
-        check_amounts(card_gb=self.card_gb, tflops=self.tflops)
+        check_range("(0, inf)", card_gb=self.card_gb, tflops=self.tflops)
 
     def memory(self) -> tuple[int, str] | None:
         """Return bytes and name of the GPU's memory; None if there is no GPU here and none is given."""

@@ -6,7 +6,7 @@ from typing import Literal
 
 from latentreward.contracts import PathText
 from latentreward.data.images import MAX_PIXELS
-from latentreward.errors import InputError, check_amounts
+from latentreward.errors import InputError, check_range
 from latentreward.scoring import PublishedSettings
 
 NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
@@ -61,8 +61,8 @@ class ServiceSettings:
 
     def __post_init__(self) -> None:
         numbers = {name: value for name, value in vars(self).items() if type(value) in (int, float)}
-        check_amounts(**{name: value for name, value in numbers.items() if name != "max_wait_ms"})
-        check_amounts("", True, max_wait_ms=self.max_wait_ms)
+        check_range("(0, inf)", **{name: value for name, value in numbers.items() if name != "max_wait_ms"})
+        check_range("[0, inf)", max_wait_ms=self.max_wait_ms)
 
     @property
     def max_body(self) -> int:
