@@ -274,7 +274,7 @@ def test_a_checkpoint_without_the_moving_average_is_refused(tmp_path: Path) -> N
     [
         ({"guidance_scale": 3.0}, "guidance_scale=3: DiffusionNFTModule samples and trains without guidance"),
         ({"sampling": Sampling(4, noise_level=0.7)}, "sampling.noise_level=0.7: DiffusionNFTModule samples without"),
-        ({"num_samples": 1}, "num_samples=1 leaves nothing to compare"),
+        ({"num_samples": 1}, "num_samples=1 must be at least 2 and finite; one leaves nothing to compare"),
         ({"name": "sd15"}, "no rectified flow; DiffusionNFTModule needs a flow"),
         ({"sampling": Sampling(4, flow_noise="dance")}, "where eta and flow_noise have no effect"),
         ({"trust_region": GRPOGuard()}, "trust_region: GRPOGuard needs a sampler's steps"),

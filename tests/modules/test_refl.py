@@ -346,7 +346,7 @@ def test_pretraining_term_is_the_denoising_error_of_the_chosen_images() -> None:
     [
         ({"stop_range": (0, 3)}, r"stop_range=\[0, 3\] must satisfy 1 <= low <= high"),
         ({"stop_range": (1, 5)}, r"which is 4"),
-        ({"gradient_steps": 0}, r"gradient_steps=0 must lie in 1\.\.4"),
+        ({"gradient_steps": 0}, r"gradient_steps=0 must lie in \[1, 4\]"),
         ({"reward_sigmas": (1.5,)}, r"reward_sigmas=\[1.5\] must be at least one noise level"),
         ({"reward_sigmas": ()}, r"reward_sigmas=\[\] must be"),
         ({"kl_weight": -1.0}, "kl_weight=-1 must be at least 0"),

@@ -132,8 +132,8 @@ def test_next_timestep() -> None:
 @pytest.mark.parametrize(
     ("config", "steps", "eta", "message"),
     [
-        ({}, 0, 1.0, "num_inference_steps=0 must lie in 1..1000"),
-        ({}, 1001, 1.0, "num_inference_steps=1001 must lie in 1..1000"),
+        ({}, 0, 1.0, r"num_inference_steps=0 must lie in \[1, 1000\]"),
+        ({}, 1001, 1.0, r"num_inference_steps=1001 must lie in \[1, 1000\]"),
         ({}, 1000, 1.0, "num_inference_steps=1000 with the scheduler's steps_offset"),
         ({}, 20, 3.0, "eta=3 is more noise"),
         ({"clip_sample": True}, 20, 1.0, "clip_sample=true"),

@@ -80,8 +80,8 @@ def test_float32_whatever_comes_in() -> None:
 @pytest.mark.parametrize(
     ("config", "steps", "message"),
     [
-        ({}, 0, "num_inference_steps=0 must lie in 1..1000"),
-        ({}, 1001, "num_inference_steps=1001 must lie in 1..1000"),
+        ({}, 0, r"num_inference_steps=0 must lie in \[1, 1000\]"),
+        ({}, 1001, r"num_inference_steps=1001 must lie in \[1, 1000\]"),
         ({"use_dynamic_shifting": True}, 10, "use_dynamic_shifting=true"),
         ({"invert_sigmas": True}, 10, "invert_sigmas=true"),
     ],

@@ -16,14 +16,12 @@ from latentreward.errors import InputError, did_you_mean
 
 Factory = TypeVar("Factory", bound=Callable[..., Any])
 
-_DEFINED = re.compile(r"^@register_backbone\ndef (\w+)\(", re.MULTILINE)
-
 
 # Found in the files of the families, which are not imported: that takes seconds.
 _PATHS = {
     name: f"latentreward.families.{file.stem}.{name}"
     for file in sorted((Path(__file__).parents[1] / "families").glob("*.py"))
-    for name in _DEFINED.findall(file.read_text(encoding="utf-8"))
+    for name in re.findall(r"^@register_backbone\ndef (\w+)\(", file.read_text(encoding="utf-8"), re.MULTILINE)
 }
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from latentreward.backbones.base import DiffusionBackbone, check_taps
 from latentreward.backbones.tuning import freeze
-from latentreward.errors import InputError
+from latentreward.errors import check_range
 
 
 class TransformerBackbone(DiffusionBackbone):
@@ -33,8 +33,7 @@ class TransformerBackbone(DiffusionBackbone):
         Raises:
             InputError: If the network has fewer blocks, or a tap is not one of those that are kept.
         """
-        if num_layers is not None and not 1 <= num_layers <= depth:
-            raise InputError(f"num_layers={num_layers} must lie between 1 and the network's {depth} blocks")
+        check_range(f"[1, {depth}]", "the network has no more blocks", num_layers=num_layers)
         last = num_layers or depth
         self.visual_taps = check_taps("visual_taps", visual_taps, last, least=1)
         self.text_taps = check_taps("text_taps", text_taps, last)

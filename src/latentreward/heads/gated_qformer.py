@@ -12,8 +12,6 @@ from latentreward.contracts import Features, FeatureSpec
 from latentreward.errors import InputError, check_at_least_one
 from latentreward.heads.base import AXES, RewardHead, check_axes, squeeze_single
 
-_POOL = {1: F.adaptive_avg_pool1d, 2: F.adaptive_avg_pool2d, 3: F.adaptive_avg_pool3d}
-
 
 class LogisticSquash(nn.Module):
     r"""Logistic squashing of scores into (−2, 2), DiNa-LRM's ``use_logistic``.
@@ -294,7 +292,8 @@ def resample_tokens(tokens: Tensor, grid: tuple[int, ...], target: tuple[int, ..
     if grid == target:
         return tokens
     field = tokens.transpose(1, 2).unflatten(2, grid)
-    return _POOL[len(grid)](field, target).flatten(2).transpose(1, 2)
+    pool = {1: F.adaptive_avg_pool1d, 2: F.adaptive_avg_pool2d, 3: F.adaptive_avg_pool3d}[len(grid)]
+    return pool(field, target).flatten(2).transpose(1, 2)
 
 
 def common_grid(grids: Sequence[tuple[int, ...]], choice: str | Sequence[int] = "smallest") -> tuple[int, ...]:

@@ -46,7 +46,7 @@ from latentreward.storage.progress import Progress
 Kind = TypeVar("Kind", bound=nn.Module)
 
 
-class AlignmentModule(TrainedModule, LightningModule):
+class AlignmentModule(TrainedModule, LightningModule):  # type: ignore[misc]  # load_from_checkpoint is a descriptor
     """Base of the modules that train a policy's adapter: by given pairs, by a reward, or by a reward of own rollouts.
 
     A method that learns from its own rollouts sets :attr:`experience` and implements :meth:`make_experience`.

@@ -21,16 +21,13 @@ from latentreward.modules.optimizers import OptimizerSteps
 from latentreward.storage.digests import digest
 from latentreward.storage.shared_weights import release_shared
 
-UNSEEN = ("quantization", "family")
-"""Settings of a base that are not seen in the samples of its weights."""
-
 
 def unseen_settings(place: str, given: Mapping[str, Any], encoder: PromptEncoder | None) -> dict[str, Any]:
     """Return the settings of a base that are not seen in the samples of its weights, for :class:`FrozenBase`.
 
     ``place`` is the name of the base in the run's settings; ``encoder`` knows the ``t5_length`` that null stands for.
     """
-    found = {f"{place}.{name}": given.get(name) for name in UNSEEN}
+    found = {f"{place}.{name}": given.get(name) for name in ("quantization", "family")}
     if encoder is not None:  # encoders whose tokens are T5's alone have no number of their own for T5
         found[f"{place}.t5_length"] = getattr(encoder, "t5_length", encoder.num_tokens)
     return found

@@ -13,7 +13,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from latentreward.contracts import PromptBatch, RenoisedSamples, join_rows
-from latentreward.errors import InputError, check_at_least_one
+from latentreward.errors import InputError, check_at_least_one, check_range
 from latentreward.losses import MatchingLoss, NFTLoss, Penalty, TrustRegion, velocity_divergence
 from latentreward.modules.alignment import AlignmentModule
 from latentreward.modules.grpo import LEAST_ADVANTAGE, group_statistics
@@ -113,8 +113,7 @@ class ForwardProcessModule(AlignmentModule):
                 f"sampling: {type(self).__name__} samples a flow without noise, where eta and flow_noise have no "
                 "effect; leave them out"
             )
-        if num_samples < 2:
-            raise InputError(f"num_samples={num_samples} leaves nothing to compare; use at least 2")
+        check_range("[2, inf)", "one leaves nothing to compare", num_samples=num_samples)
         check_at_least_one(prompts_at_once=prompts_at_once)
         check_sigmas(reward_sigmas)
         if advantage is not None and (advantage.takes_parts or advantage.takes_features):

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from latentreward.contracts import PromptBatch, RolloutStatistics, StepSamples, join_rows, take_rows
-from latentreward.errors import InputError, check_at_least_one
+from latentreward.errors import InputError, check_at_least_one, check_range
 from latentreward.losses import (
     ClippedPolicyLoss,
     ClippedPolicyResult,
@@ -276,8 +276,7 @@ class TrajectoryGRPOModule(GRPOModule):
         check_at_least_one(prompts_at_once=prompts_at_once)
         check_sigmas(reward_sigmas)
         loss = loss or ClippedPolicyLoss()
-        if num_trajectories < 2:
-            raise InputError(f"num_trajectories={num_trajectories} leaves nothing to compare; use at least 2")
+        check_range("[2, inf)", "one leaves nothing to compare", num_trajectories=num_trajectories)
         if loss.takes_process and credit is None:
             raise InputError("loss: OutcomeProcessLoss takes the rewards of the steps too; set credit: StateCredit")
         if advantage is not None and advantage.takes_parts and credit is not None:
@@ -388,7 +387,7 @@ class TrajectoryGRPOModule(GRPOModule):
         if process is not None and not self.loss.takes_process:
             outcome, process = process, None
         per_step = {"advantage": outcome, "process": process, "held": self._held(scores, len(steps))}
-        per_step = {name: value.flatten(0, 1).cpu() for name, value in per_step.items() if value is not None}
+        rows = {name: value.flatten(0, 1).cpu() for name, value in per_step.items() if value is not None}
         repeated, samples = prompts.times(self.num_trajectories), []
         for column, index in enumerate(steps):
             sample = StepSamples(
@@ -399,7 +398,7 @@ class TrajectoryGRPOModule(GRPOModule):
                 next_latents=trajectories.latents[index + 1][:, None],
                 log_prob=trajectories.log_prob[index][:, None],
                 old_mean=None if trajectories.means is None else trajectories.means[index],
-                **{name: value[:, [column]] for name, value in per_step.items()},
+                **{name: value[:, [column]] for name, value in rows.items()},
             )
             samples.append(sample.to("cpu"))
         return worth_learning(samples)

@@ -176,7 +176,7 @@ class LevelMetrics(nn.Module):
         return values
 
 
-class PairModule(TrainedModule, LightningModule):
+class PairModule(TrainedModule, LightningModule):  # type: ignore[misc]  # load_from_checkpoint is a descriptor
     """Base module that trains a scorer of noised images with a preference loss.
 
     In training each pair gets a random noise level. Validation, test and prediction score each pair at every level of

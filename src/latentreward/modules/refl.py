@@ -113,8 +113,7 @@ class ReFLModule(AlignmentModule):
                 f"stop_range={list(stop_range)} must satisfy 1 <= low <= high <= num_inference_steps, which is "
                 f"{sampling.num_inference_steps}; it counts the steps that are left"
             )
-        if not 1 <= gradient_steps <= sampling.num_inference_steps:
-            raise InputError(f"gradient_steps={gradient_steps} must lie in 1..{sampling.num_inference_steps}")
+        check_range(f"[1, {sampling.num_inference_steps}]", gradient_steps=gradient_steps)
         check_sigmas(reward_sigmas)
         weights = {"kl_weight": kl_weight, "pretraining_weight": pretraining_weight}
         check_range("[0, inf)", "0 leaves the term out", **weights)

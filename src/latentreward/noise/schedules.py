@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from latentreward.errors import InputError, first_line
+from latentreward.errors import InputError, check_range, first_line
 from latentreward.storage.json_files import entry
 
 EULER = "FlowMatchEulerDiscreteScheduler"
@@ -24,6 +24,7 @@ DISTILLED = ("LCMScheduler", "TCDScheduler", "FlowMatchLCMScheduler", "SCMSchedu
 OTHER_PROCESS: Mapping[str, Any] = {"use_flow_sigmas": True, "timestep_type": "continuous"}
 """Settings by which some of :data:`DDPM_SCHEDULERS` get another noise process."""
 NAME = "the scheduler config"
+LEVELS = "the scheduler has no more levels"
 
 
 def check_scheduler(config: Mapping[str, Any], taken: Sequence[str]) -> None:
@@ -68,7 +69,7 @@ def make_scheduler(family: Any, config: Mapping[str, Any], num_inference_steps: 
     try:
         with torch.device("cpu"):
             scheduler = family.from_config({**config, "_class_name": family.__name__})
-            _check_steps(num_inference_steps, len(scheduler.timesteps))
+            check_range(f"[1, {len(scheduler.timesteps)}]", LEVELS, num_inference_steps=num_inference_steps)
             scheduler.set_timesteps(num_inference_steps, **options)
     except InputError:
         raise
@@ -77,11 +78,6 @@ def make_scheduler(family: Any, config: Mapping[str, Any], num_inference_steps: 
             f"{NAME} does not make a {family.__name__} ({first_line(error)}); get the pipeline as published"
         ) from error
     return scheduler
-
-
-def _check_steps(num_inference_steps: int, levels: int) -> None:
-    if not 1 <= num_inference_steps <= levels:
-        raise InputError(f"num_inference_steps={num_inference_steps} must lie in 1..{levels}, the scheduler's levels")
 
 
 def check_levels(sigmas: Tensor) -> None:
@@ -148,7 +144,7 @@ def shifted_levels(config: Mapping[str, Any], num_inference_steps: int, mu: floa
             f"{NAME} has use_dynamic_shifting=true, but pipelines of this family have a static shift; set it to false, "
             "and shift to the one to sample with"
         )
-    _check_steps(num_inference_steps, 1000)
+    check_range("[1, 1000]", LEVELS, num_inference_steps=num_inference_steps)
     sigmas = np.linspace(1.0, 1 / num_inference_steps, num_inference_steps)
     return _levels(make_scheduler(FlowMatchEulerDiscreteScheduler, config, num_inference_steps, sigmas=sigmas, mu=mu))
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from latentreward.contracts import PromptBatch
-from latentreward.errors import InputError
+from latentreward.errors import InputError, check_range
 from latentreward.policies import Policy
 from latentreward.rewards.base import Reward
 from latentreward.rollout.finished import score_states
@@ -39,8 +39,7 @@ class Branching:
     score_at: Literal["step", "candidate"] = "step"
 
     def __post_init__(self) -> None:
-        if self.num_candidates < 2:
-            raise InputError(f"num_candidates={self.num_candidates} leaves nothing to compare; use at least 2")
+        check_range("[2, inf)", "one leaves nothing to compare", num_candidates=self.num_candidates)
         if not self.low <= self.high:
             raise InputError(f"low={self.low:g} lies above high={self.high:g}; exchange them")
 

@@ -141,7 +141,7 @@ def test_a_usual_reward_that_does_not_fit_is_named(capsys: pytest.CaptureFixture
     last = capsys.readouterr().err.splitlines()[-1]
     assert "error: no reward lies at runs/mine (train it, or give the path of another), and " in last
     assert "configs/model/dina_lrm_sd35.yaml in its place does not fit the policy: " in last
-    assert "num_layers=12 must lie between 1 and the network's 4 blocks" in last
+    assert "num_layers=12 must lie in [1, 4]" in last
 
 
 @pytest.mark.slow
