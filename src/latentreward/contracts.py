@@ -187,11 +187,7 @@ class LatentSpace:
 
     @classmethod
     def from_record(cls, values: Mapping[str, Any]) -> Self:
-        """Create a space from :meth:`record`, or from its JSON form.
-
-        Raises:
-            TypeError: If a field is missing or unknown.
-        """
+        """Create a space from :meth:`record`, or from its JSON form; raise TypeError for a missing or unknown field."""
         return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
 
     def __str__(self) -> str:

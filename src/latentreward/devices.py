@@ -10,11 +10,7 @@ from latentreward.errors import InputError, first_line
 
 
 def find_device(name: str | torch.device) -> torch.device:
-    """Return the torch device called ``name``; ``auto`` is the accelerator, or the CPU if there is none.
-
-    Raises:
-        InputError: If this machine does not have the device.
-    """
+    """Return the torch device ``name``, ``auto`` for the accelerator or else the CPU; raise InputError without it."""
     if name == "auto":
         found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
         return found or torch.device("cpu")

@@ -133,11 +133,7 @@ class DiffusionBackbone(nn.Module, Part):
         """Compute the features of ``latents`` ``(B, C, ...)`` at ``timesteps`` ``(B,)``, with ``uncond`` None."""
 
     def forward(
-        self,
-        latents: Tensor,
-        timesteps: Tensor,
-        conditioning: Conditioning,
-        uncond: Conditioning | None = None,
+        self, latents: Tensor, timesteps: Tensor, conditioning: Conditioning, uncond: Conditioning | None = None
     ) -> Features:
         """Compute features for the prompts and, if ``uncond`` is given, for the empty prompt too.
 
@@ -169,11 +165,7 @@ class DiffusionBackbone(nn.Module, Part):
         return replace(rows_of(both, slice(size)), uncond=rows_of(both, slice(size, None)))
 
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
-        """Encode B prompts to B rows; repeated prompts are encoded once.
-
-        Raises:
-            InputError: If the backbone has no text encoder.
-        """
+        """Encode B prompts to B rows, repeated prompts once; raise InputError without a text encoder."""
         if self.text_encoder is None:
             raise InputError("this backbone was built without a text encoder; load it from a full pipeline folder")
         distinct = list(dict.fromkeys(prompts))

@@ -28,11 +28,7 @@ class TransformerBackbone(DiffusionBackbone):
     def choose_taps(
         self, depth: int, num_layers: int | None, visual_taps: Sequence[int], text_taps: Sequence[int]
     ) -> int:
-        """Check and set the taps, and return the number of blocks to keep.
-
-        Raises:
-            InputError: If the network has fewer blocks, or a tap is not one of those that are kept.
-        """
+        """Set the taps, and return the number of blocks to keep; raise InputError for a block that is not there."""
         check_range(f"[1, {depth}]", "the network has no more blocks", num_layers=num_layers)
         last = num_layers or depth
         self.visual_taps = check_taps("visual_taps", visual_taps, last, least=1)

@@ -297,11 +297,7 @@ def resample_tokens(tokens: Tensor, grid: tuple[int, ...], target: tuple[int, ..
 
 
 def common_grid(grids: Sequence[tuple[int, ...]], choice: str | Sequence[int] = "smallest") -> tuple[int, ...]:
-    """Return the grid to which all taps are resampled.
-
-    Raises:
-        InputError: If ``choice`` is another text, or a grid with the wrong number of axes or a side below 1.
-    """
+    """Return the grid to which all taps are resampled; raise InputError for a ``choice`` that is none for them."""
     if choice == "smallest":
         return min(grids, key=prod)
     if choice == "largest":

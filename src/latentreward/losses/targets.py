@@ -54,11 +54,7 @@ class TargetLoss(PreferenceLoss):
     """Base class of losses that compare each score of the head with a column of given values."""
 
     def targets_of(self, scores: PairScores) -> PairTargets:
-        """Return the given values of a batch.
-
-        Raises:
-            InputError: If there are none, or not one for each score.
-        """
+        """Return the given values of a batch; raise InputError if there are none, or not one for each score."""
         if scores.targets is None:
             raise InputError(
                 f"{type(self).__name__} needs given values of the images, and the batch has none; set data.targets"
@@ -69,11 +65,7 @@ class TargetLoss(PreferenceLoss):
         return scores.targets
 
     def check_targets(self, values: Tensor | None) -> None:
-        """Check the values ``(N, 2, T, K)`` of a split before the first batch; None if it has none.
-
-        Raises:
-            InputError: If there are none.
-        """
+        """Check the values ``(N, 2, T, K)`` of a split before the first batch; raise InputError if there are none."""
         if values is None:
             raise InputError(f"{type(self).__name__} needs given values of this split's images; name a table of them")
 

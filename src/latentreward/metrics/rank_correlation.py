@@ -31,10 +31,7 @@ def correlation(moments: np.ndarray) -> np.ndarray:
 
 
 def clustered_correlation(
-    x: np.ndarray,
-    y: np.ndarray,
-    groups: Sequence[str] | np.ndarray,
-    kind: Kind = "spearman",
+    x: np.ndarray, y: np.ndarray, groups: Sequence[str] | np.ndarray, kind: Kind = "spearman"
 ) -> Interval:
     """Compute the correlation of two scores with a 95 % interval by resampling groups.
 

@@ -268,12 +268,7 @@ class DiffusionNFTModule(ForwardProcessModule):
         **options: Any,
     ) -> None:
         super().__init__(
-            policy,
-            reward,
-            sampling=sampling,
-            steps=steps or RandomSteps(),
-            copies={OLD: old or DecayRamp()},
-            **options,
+            policy, reward, sampling=sampling, steps=steps or RandomSteps(), copies={OLD: old or DecayRamp()}, **options
         )
         self.loss = loss or NFTLoss()
 

@@ -19,7 +19,6 @@ from latentreward.errors import InputError, check_at_least_one, check_range
 from latentreward.losses import (
     ClippedPolicyLoss,
     ClippedPolicyResult,
-    RatioRule,
     RuleContext,
     StepDrift,
     TrustRegion,
@@ -42,7 +41,6 @@ from latentreward.rollout import (
     StateCredit,
     StepSampler,
     Trajectories,
-    Transition,
     Window,
     WindowedSampler,
     begin_finished,
@@ -129,7 +127,8 @@ class GRPOModule(AlignmentModule):
         transition = self.sampler.transition(batch.latents, prediction, batch.timesteps)
         # All K candidates follow one state: one pass of the network gives the density of each.
         log_prob = transition.log_prob(batch.next_latents.transpose(0, 1)).T
-        weights, options = self.loss.step_weights(transition.std, transition.spread), {}
+        weights = self.loss.step_weights(transition.std, transition.spread)
+        options: dict[str, Any] = {}
         kl = None
         if self.loss.needs_reference and reference is not None:
             mean = self.sampler.transition(batch.latents, reference, batch.timesteps).mean
@@ -142,20 +141,16 @@ class GRPOModule(AlignmentModule):
         if batch.process is not None:
             return self.loss(log_prob, batch.log_prob, batch.advantage, batch.process, kl)
         if (rule := self.rules.get("ratio")) is not None:
-            options["objective"] = self._objective(rule, batch, transition)
+            # Means over the batch of all ranks, so that the rule is the same for any number of ranks.
+            every = self.all_gather(torch.stack([transition.spread, transition.std / transition.spread]))
+            drift = StepDrift.between(transition.mean, batch.old_mean, transition.std, transition.spread, every)
+
+            def objective(log_ratio: Tensor, advantage: Tensor, clip_range: float) -> tuple[Tensor, ...]:
+                found = rule.objective(log_ratio.flatten(), advantage.flatten(), clip_range, drift)  # one step a state
+                return tuple(part.view_as(log_ratio) for part in found)
+
+            options["objective"] = objective
         return self.loss(log_prob, batch.log_prob, batch.advantage, kl, **options)
-
-    def _objective(self, rule: RatioRule, batch: StepSamples, transition: Transition) -> Any:
-        """Return the objective of a rule for the steps of a batch; each state has one step."""
-        # Means over the batch of all ranks, so that the rule is the same for any number of ranks.
-        every = self.all_gather(torch.stack([transition.spread, transition.std / transition.spread]))
-        drift = StepDrift.between(transition.mean, batch.old_mean, transition.std, transition.spread, every)
-
-        def objective(log_ratio: Tensor, advantage: Tensor, clip_range: float) -> tuple[Tensor, ...]:
-            found = rule.objective(log_ratio.flatten(), advantage.flatten(), clip_range, drift)
-            return tuple(part.view_as(log_ratio) for part in found)
-
-        return objective
 
 
 class StepwiseGRPOModule(GRPOModule):

@@ -83,11 +83,7 @@ class WarmupSchedule(LambdaLR):
     """
 
     def __init__(
-        self,
-        optimizer: Optimizer,
-        warmup_steps: int = 0,
-        decay: Decay = "none",
-        total_steps: int | None = None,
+        self, optimizer: Optimizer, warmup_steps: int = 0, decay: Decay = "none", total_steps: int | None = None
     ) -> None:
         if decay not in get_args(Decay):
             raise InputError(f"decay={decay!r} is not known{did_you_mean(str(decay), get_args(Decay))}")

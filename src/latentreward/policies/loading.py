@@ -61,11 +61,7 @@ class PolicySource:
         return PipelineSource(self.source, self.revision, self.variant)
 
     def resolve_family(self) -> Family:
-        """Return the family of the pipeline, found from its configs only.
-
-        Raises:
-            InputError: If the source is not a supported text-to-image pipeline.
-        """
+        """Return the family of the pipeline, found from its configs; raise InputError if none supports it."""
         return find_family(self.pipeline(), self.family)
 
     def record(self) -> dict[str, Any]:

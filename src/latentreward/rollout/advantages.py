@@ -138,11 +138,7 @@ class GDPO(Advantage):
         return weighed
 
     def __call__(self, rewards: Tensor, groups: Tensor) -> Tensor:
-        """Compute advantages ``(N,)`` of rewards ``(N, R)``, one column per reward.
-
-        Raises:
-            InputError: If there are not as many columns as weights.
-        """
+        """Compute advantages ``(N,)`` of rewards ``(N, R)``; raise InputError if R is not the number of weights."""
         values = rewards.double().reshape(len(rewards), -1)
         if self.weights is not None and len(self.weights) != values.shape[1]:
             raise InputError(f"GDPO: {values.shape[1]} rewards for {len(self.weights)} weights; give one for each")
@@ -171,11 +167,7 @@ class DiversityAdvantage(Advantage):
     takes_features = True
 
     def __call__(self, rewards: Tensor, groups: Tensor, features: Tensor | None = None) -> Tensor:
-        """See :meth:`Advantage.__call__`; ``features`` are ``(N, F)``.
-
-        Raises:
-            ValueError: If ``features`` are missing.
-        """
+        """See :meth:`Advantage.__call__`; ``features`` are ``(N, F)``; raise ValueError without them."""
         if features is None:
             raise ValueError("DiversityAdvantage needs features")
         values = rewards.double()

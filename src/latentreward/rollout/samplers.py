@@ -139,11 +139,7 @@ class StepSampler(ABC):
             )
 
     def step_index(self, timesteps: Tensor) -> Tensor:
-        """Return the index of the step at each of ``timesteps`` ``(B,)``, int64 on the CPU.
-
-        Raises:
-            InputError: If a timestep is not one of this sampler's.
-        """
+        """Return each step's index, int64 on the CPU, from ``timesteps`` ``(B,)``; raise InputError for any other."""
         # On the CPU, where the tables are: timesteps that lie there already cost no wait for the accelerator.
         values = timesteps.detach().to("cpu", torch.float32)
         distance, index = (self.timesteps - values[:, None]).abs().min(dim=1)
