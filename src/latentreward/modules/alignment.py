@@ -19,6 +19,7 @@ from torch.optim import AdamW
 from latentreward.contracts import Conditioning, NoisyStates, PromptBatch, RolloutStatistics, SampledStates
 from latentreward.data.alignment.experience import other_rows, wrong_rows
 from latentreward.devices import evaluating
+from latentreward.encoders.stored_prompts import StoredPrompts
 from latentreward.errors import InputError
 from latentreward.modules.based import FrozenBase, TrainedModule, unseen_settings
 from latentreward.modules.optimizers import single_optimizer
@@ -168,7 +169,9 @@ class AlignmentModule(TrainedModule, LightningModule):  # type: ignore[misc]  # 
         before = self._changing_buffers()
         with torch.no_grad(), self.compute_precision(), self.failing_together():
             # FSDP2 needs one call of the whole network before a reward that shares the network calls its blocks.
-            self.policy.predict(noise, timesteps, self.policy.encode_prompts(["", "a cat", "two dogs on a hill"]))
+            stored = isinstance(self.policy.text_encoder, StoredPrompts)  # of EncodeOnce, which has no other prompts
+            prompts = [""] * 3 if stored else ["", "a cat", "two dogs on a hill"]
+            self.policy.predict(noise, timesteps, self.policy.encode_prompts(prompts))
             encoded = self.reward.encode_prompts([""])
             self.reward(NoisyStates(noise, timesteps, torch.zeros(3, dtype=torch.int64), noise), encoded)
         for buffer, value in before:
