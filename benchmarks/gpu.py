@@ -17,8 +17,9 @@ rows have all failed is not done.
 ``rewards``    training steps of LRM, DiNa-LRM and the other heads with the shipped settings, and of an 8-bit optimiser
 ``alignment``  training steps of LPO, GRPO and ReFL with the shipped settings, rollouts included
 ``methods``    the same for trajectory GRPO, DiffusionNFT, AWM and PRFL
-``execution``  float32, bfloat16, checkpointing, torch.compile and attention kernels in a DiNa-LRM step
-``switches``   channels_last, cudnn.benchmark, fused optimiser, TF32, compiled blocks: steps of LRM, LPO, DiNa-LRM, GRPO
+``execution``  float32, bfloat16 and checkpointing in a DiNa-LRM step
+``switches``   channels_last, cudnn.benchmark, fused optimiser, TF32: steps of LRM, LPO, DiNa-LRM, GRPO
+``performance``  training steps and rollouts with compiled blocks, and eager with the same weights
 ``families``   one 1024² latent of every family: a reward on half of the blocks, and a checkpointed step of the policy
 
 ``--device cpu --tiny`` tries all blocks at tiny sizes with one thread, for tests. What is measured with either option
@@ -36,7 +37,7 @@ from pathlib import Path
 from zipfile import ZipFile
 
 ROOT = Path(__file__).resolve().parents[1]
-BLOCKS = ("scoring", "vlm", "rewards", "alignment", "methods", "execution", "switches", "families")
+BLOCKS = ("scoring", "vlm", "rewards", "alignment", "methods", "execution", "switches", "performance", "families")
 FLOOR = (2, 13)
 """Oldest PyTorch of setup.cfg."""
 BLOCK_SECONDS = 480

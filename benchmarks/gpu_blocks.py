@@ -21,6 +21,8 @@ from typing import Any
 import torch
 from alignment import TERA, Scoring, clip_h, flops, replace_prompts
 from gpu_families import MODELS, family_rows
+from jsonargparse import Namespace
+from latentreward.callbacks import Performance
 from measuring import TABLES, Goal, Spread, circumstances, interleaved, ratio, seconds, table
 from random_pipelines import RandomLatentReward, RandomPolicy, materialise, random_states
 from torch import Tensor, nn
@@ -312,7 +314,12 @@ class Step:
         return self._cli.config["fit"].clone()
 
     def _unread(self) -> Any:
-        return unread_module(self._parsed(), self._cli._build_module, ConfigSources(self._folder))
+        def build(settings: Namespace) -> Any:
+            return self._cli.parser.instantiate(Namespace(subcommand="fit", fit=Namespace(model=settings.model)))[
+                "fit"
+            ].model
+
+        return unread_module(self._parsed(), build, ConfigSources(self._folder))
 
     def estimate(self) -> Any:
         """Return what ``--estimate`` computes for the same settings."""
@@ -344,12 +351,11 @@ STEP_COLUMNS = (
 
 def step_row(name: str, options: Sequence[str], setting: Setting, most: float | None = None) -> Iterator[Row]:
     """Yield the row of a training step; ``most`` is the goal of its peak in GB."""
-    compiled = any("compile_blocks" in option for option in options)
     step = Step(options, setting)
     try:
-        costs = None if compiled else step.estimate()
+        costs = step.estimate()
         step.make_batch()
-        step.train()  # makes the optimiser's state, and compiles
+        step.train()  # makes the optimiser's state
         step.batch = None
         made, taken = Spread([], ".3f"), Spread([], ".3f")
 
@@ -360,17 +366,13 @@ def step_row(name: str, options: Sequence[str], setting: Setting, most: float | 
         peak = peak_of(measure, setting.device)
     finally:
         step.close()
-    shown = [made, taken]
-    if costs is None:
-        yield [name, *shown, "", "", gigabytes(peak), "", "", ""]
-        return
     work = (costs.forward + costs.backward) / TERA
     share = peak / costs.peak
     goal = (
         Goal(peak / GB, most=most) if most else Goal(share, least=0.85, most=1.15) if setting.device == "cuda" else ""
     )
     cells = [f"{work:.2f}", f"{work / taken.median:.1f}", gigabytes(peak), gigabytes(costs.peak), f"{share:.2f}"]
-    yield [name, *shown, *cells, goal if setting.device == "cuda" else ""]
+    yield [name, made, taken, *cells, goal if setting.device == "cuda" else ""]
 
 
 def config(*names: str) -> list[str]:
@@ -465,8 +467,6 @@ def block_execution(setting: Setting) -> None:
         plain: [],
         f"{plain}, checkpointing": ["--model.backbone.gradient_checkpointing=true"],
     }
-    if not setting.tiny:
-        ways[f"{plain}, compiled blocks"] = ["--model.backbone.compile_blocks=true"]
     steps = {name: [*base, *options] for name, options in ways.items()}
     print_steps("Ways to run one step of DiNa-LRM, 4 pairs of 512²", steps, setting)
 
@@ -504,32 +504,22 @@ SWITCHES: dict[str, tuple[Switch, ...]] = {
     "all four": (use_channels_last, use_cudnn_benchmark, use_fused_optimizer, use_tf32),
 }
 SWITCHED = {
-    "LRM-SD1.5, 16 pairs of 512²": (REWARDS["LRM-SD1.5, 16 pairs of 512²"], "backbone"),
-    "LPO-SD1.5, 10 pairs of 512²": (ALIGNMENT["LPO-SD1.5, 10 pairs of 512²"], "policy"),
-    "DiNa-LRM, 4 pairs of 512²": ([*config("recipes/dina_lrm_sd35"), "--data.size=512"], "backbone"),
-    "trajectory GRPO-SD3.5-M, a prompt of 24": (METHODS["trajectory GRPO-SD3.5-M, a prompt of 24"], "policy"),
+    "LRM-SD1.5, 16 pairs of 512²": REWARDS["LRM-SD1.5, 16 pairs of 512²"],
+    "LPO-SD1.5, 10 pairs of 512²": ALIGNMENT["LPO-SD1.5, 10 pairs of 512²"],
+    "DiNa-LRM, 4 pairs of 512²": [*config("recipes/dina_lrm_sd35"), "--data.size=512"],
+    "trajectory GRPO-SD3.5-M, a prompt of 24": METHODS["trajectory GRPO-SD3.5-M, a prompt of 24"],
 }
-TINY_SWITCHED = {"lrm_tiny": (TINY_REWARDS["lrm_tiny"], "backbone"), "lpo_tiny": (TINY_ALIGNMENT["lpo_tiny"], "policy")}
+TINY_SWITCHED = {"lrm_tiny": TINY_REWARDS["lrm_tiny"], "lpo_tiny": TINY_ALIGNMENT["lpo_tiny"]}
 SWITCH_COLUMNS = ("step", "batch's rollout, s", "training step, s", "first step, s", "peak, GB", "shipped / this")
-RECOMPILE_LIMIT = 64
-"""Graphs for one function; at PyTorch's own limit of 8, blocks of a U-Net or with adapters run eagerly from then on."""
 
 
-def switch_rows(name: str, options: Sequence[str], part: str, setting: Setting) -> Iterator[Row]:
-    """Yield the rows of one training step: as shipped, with each switch alone, with all, and with compiled blocks.
-
-    Compiled blocks come last: PyTorch keeps what it compiled for the process.
-    """
-    compiled = f"--model.{part}.compile_blocks=true"
-    ways: dict[str, tuple[list[str], tuple[Switch, ...]]] = {"as shipped": ([], ())}
-    ways |= {title: ([], switches) for title, switches in SWITCHES.items()}
-    if not setting.tiny:
-        ways |= {"compiled blocks": ([compiled], ()), "compiled blocks, all four": ([compiled], SWITCHES["all four"])}
+def switch_rows(name: str, options: Sequence[str], setting: Setting) -> Iterator[Row]:
+    """Yield the rows of one training step: as shipped, with each switch alone, and with all."""
     shipped: dict[str, Spread] = {}
-    for way, (extra, switches) in ways.items():
+    for way, switches in {"as shipped": (), **SWITCHES}.items():
         torch.backends.cudnn.benchmark = False
         torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = False, True  # PyTorch's own values
-        step = Step([*options, *extra], setting)
+        step = Step(options, setting)
         try:
             for switch in switches:
                 switch(step)
@@ -553,10 +543,71 @@ def switch_rows(name: str, options: Sequence[str], part: str, setting: Setting) 
 
 def block_switches(setting: Setting) -> None:
     """Print the table of settings of PyTorch that a training step can be run with."""
-    torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
     steps = TINY_SWITCHED if setting.tiny else SWITCHED
-    works = {name: partial(switch_rows, name, *one, setting) for name, one in steps.items()}
+    works = {name: partial(switch_rows, name, one, setting) for name, one in steps.items()}
     table("Switches of PyTorch, in one process each", SWITCH_COLUMNS, guarded(SWITCH_COLUMNS, works, setting))
+
+
+# --- performance: auto ---------------------------------------------------------------------------------------------
+
+COMPILED = {
+    **SWITCHED,
+    "NFT-SD3.5-M, a prompt of 24": METHODS["NFT-SD3.5-M, a prompt of 24"],
+    "NFT-SD3.5-M, no checkpointing": [
+        *METHODS["NFT-SD3.5-M, a prompt of 24"],
+        "--model.policy.gradient_checkpointing=false",
+    ],
+    "DiNa-LRM-SD3.5-M, 4 pairs of 1024²": REWARDS["DiNa-LRM-SD3.5-M, 4 pairs of 1024²"],
+    "LRM-SDXL, 4 pairs of 1024²": REWARDS["LRM-SDXL, 4 pairs of 1024²"],
+    "ReFL-SD3.5-M, 1024²": ALIGNMENT["ReFL-SD3.5-M, 1024²"],
+    "PRFL-SD3.5-M": METHODS["PRFL-SD3.5-M"],
+}
+TINY_COMPILED = TINY_SWITCHED | {"nft_tiny": TINY_METHODS["nft_tiny"]}
+COMPILED_COLUMNS = (
+    "step", "compilation, s", "rollout, s", "step, s", "peak, GB", "eager: rollout, s", "step, s", "peak, GB",
+    "rollout eager / this", "step eager / this", "TFLOP/s",
+)  # fmt: skip
+
+
+def timed(step: Step) -> tuple[Spread, Spread, float]:
+    """Return the seconds of a rollout and of steps of which all that is made once is made, and the peak."""
+    made = Spread([seconds(step.make_batch)], ".3f")
+    step.train()
+    taken = Spread([seconds(step.train) for _ in range(step.setting.repeats)], ".3f")
+    return made, taken, peak_of(step.train, step.setting.device)
+
+
+def compiled_row(name: str, options: Sequence[str], setting: Setting) -> Iterator[Row]:
+    """Yield the row of one training step, eager and then with the switches that ``performance`` sets on a GPU."""
+    step = Step(options, setting)
+    try:
+        costs = step.estimate()
+        step.make_batch()
+        step.train()
+        eager = timed(step)
+        Performance(compile_blocks=True).apply(step.module)
+
+        def compile_all() -> None:
+            step.make_batch()
+            step.train()
+            step.train()
+
+        first = seconds(compile_all)
+        this = timed(step)
+    finally:
+        step.close()
+    work = (costs.forward + costs.backward) / TERA
+    gains = [f"{before.median / after.median:.2f}" for before, after in zip(eager[:2], this[:2], strict=True)]
+    cells = [*this[:2], gigabytes(this[2]), *eager[:2], gigabytes(eager[2]), *gains]
+    yield [name, f"{first:.0f}", *cells, f"{work / this[1].median:.0f}"]
+
+
+def block_performance(setting: Setting) -> None:
+    """Print the table of training steps with what ``performance`` switches on by itself, beside eager ones."""
+    steps = TINY_COMPILED if setting.tiny else COMPILED
+    works = {name: partial(compiled_row, name, one, setting) for name, one in steps.items()}
+    title = "Training steps with compiled blocks, and eager with the same weights"
+    table(title, COMPILED_COLUMNS, guarded(COMPILED_COLUMNS, works, setting))
 
 
 # --- families ------------------------------------------------------------------------------------------------------
@@ -592,6 +643,7 @@ BLOCKS = {
     "methods": block_methods,
     "execution": block_execution,
     "switches": block_switches,
+    "performance": block_performance,
     "families": block_families,
 }
 

@@ -12,6 +12,7 @@ from latentreward.callbacks.noise_band_accuracy import NoiseBandAccuracy
 from latentreward.callbacks.pair_grid import ScoredPairGrid
 from latentreward.callbacks.pair_score_writer import PairScoreWriter
 from latentreward.callbacks.parameter_summary import ParameterSummary
+from latentreward.callbacks.performance import Performance
 from latentreward.callbacks.policy_lora import PolicyLoRA
 from latentreward.callbacks.reference_drift import ReferenceDrift
 from latentreward.callbacks.resumed_settings import ResumedSettings
@@ -35,6 +36,7 @@ __all__ = [
     "NoiseBandAccuracy",
     "PairScoreWriter",
     "ParameterSummary",
+    "Performance",
     "PolicyLoRA",
     "ReferenceDrift",
     "ResumedSettings",

@@ -38,7 +38,7 @@ def tiny_backbone(name: str, **options: Any) -> DiffusionBackbone:
             torch.manual_seed(0)
             source = pipeline_folder(name)
             _LOADED[key] = create_backbone(FACTORIES[name.removesuffix("_four_levels")], source=source, **options)
-    return _LOADED.pop(key) if options.get("compile_blocks") else deepcopy(_LOADED[key])
+    return deepcopy(_LOADED[key])
 
 
 def network_of(backbone: DiffusionBackbone) -> torch.nn.Module:

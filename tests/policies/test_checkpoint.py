@@ -96,10 +96,10 @@ def test_another_adapter_or_another_file_is_refused(tmp_path: Path) -> None:
 def test_how_a_run_executed_is_not_taken_over(tmp_path: Path) -> None:
     _, path = trained(tmp_path, "sd15")
     content = torch.load(path, weights_only=True)
-    content[SOURCE] |= {"attention_backend": "flash", "compile_blocks": True, "gradient_checkpointing": True}
+    content[SOURCE] |= {"attention_backend": "flash", "gradient_checkpointing": True}
     torch.save(content, path)
     source = read_policy_adapter(path).source
-    assert (source.attention_backend, source.compile_blocks, source.gradient_checkpointing) == (None, False, False)
+    assert (source.attention_backend, source.gradient_checkpointing) == (None, False)
     content[SOURCE] |= {"unknown": 1}
     torch.save(content, path)
     with pytest.raises(InputError, match="policy_source is of another version"):

@@ -196,7 +196,7 @@ def test_what_was_downloaded_imports_nothing_of_its_own(
 @pytest.mark.slow
 def test_settings_of_training_are_left_out_of_a_run(hub: StubHub, tmp_path: Path) -> None:
     write_run(tmp_path, "dina", "sd35")
-    options = {"attention_backend": "flash_hub", "compile_blocks": True, "gradient_checkpointing": True}
+    options = {"attention_backend": "flash_hub", "gradient_checkpointing": True}
     edit(tmp_path, lambda model: model["backbone"]["init_args"].update(options))
     RewardModel.from_pretrained(upload(hub, tmp_path))
 
@@ -206,7 +206,7 @@ def test_settings_of_training_are_left_out_of_a_run(hub: StubHub, tmp_path: Path
     ("name", "value"),
     slow_after(
         2,
-        [("attention_backend", "flash_hub"), ("compile_blocks", True), ("gradient_checkpointing", True), ("lora", {})],
+        [("attention_backend", "flash_hub"), ("gradient_checkpointing", True), ("lora", {})],
     ),
 )
 def test_settings_of_training_are_refused_in_a_model_folder(name: str, value: Any, tmp_path: Path) -> None:

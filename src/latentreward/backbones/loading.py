@@ -413,18 +413,16 @@ def set_execution(
     network: nn.Module,
     gradient_checkpointing: bool = False,
     attention_backend: str | None = None,
-    compile_blocks: bool = False,
     quantization: Quantization | None = None,
 ) -> None:
-    """Set gradient checkpointing, attention kernels, compilation and quantisation of a network.
+    """Set gradient checkpointing, attention kernels and quantisation of a network.
 
     Args:
-        blocks: Blocks to compile, each by itself.
+        blocks: Blocks whose linear layers are quantised.
         network: diffusers network with these blocks.
         gradient_checkpointing: Recompute block activations in the backward pass: less memory, about a third slower.
         attention_backend: Name of a diffusers attention backend, such as ``flash``; None keeps PyTorch's own. Networks
             that call PyTorch's attention themselves (U-Nets, SD3) have no other.
-        compile_blocks: Compile each block with ``torch.compile``.
         quantization: Storage of the frozen linear layers of the blocks: ``int8`` (torchao), ``bnb_int8`` or ``nf4``
             (bitsandbytes, on a GPU). None keeps ``frozen_dtype``.
 
@@ -440,11 +438,7 @@ def set_execution(
             raise InputError(f"gradient_checkpointing=True: {kind} does not support it; leave it out") from error
     if attention_backend is not None:
         set_attention_backend(network, attention_backend)
-    blocks = list(blocks)
-    quantize(blocks, quantization)
-    if compile_blocks:
-        for block in blocks:
-            block.compile(dynamic=False)  # Inductor (torch 2.13, CPU) fails on a U-Net with dynamic shapes
+    quantize(list(blocks), quantization)
 
 
 def set_attention_backend(network: nn.Module, name: str) -> None:

@@ -187,7 +187,6 @@ class BackboneOptions:
         gradient_checkpointing: Recompute block activations in the backward pass: less memory, about a third slower.
         attention_backend: Name of a diffusers attention backend, such as ``flash``; None keeps PyTorch's own. Networks
             that call PyTorch's attention themselves (U-Nets, SD3) have no other.
-        compile_blocks: Compile each block with ``torch.compile``.
         quantization: Storage of the frozen linear layers of the blocks: ``int8`` (torchao), ``bnb_int8`` or ``nf4``
             (bitsandbytes, on a GPU). None keeps ``frozen_dtype``.
 
@@ -205,7 +204,6 @@ class BackboneOptions:
     frozen_dtype: StorageDtype = "float32"
     gradient_checkpointing: bool = False
     attention_backend: str | None = None
-    compile_blocks: bool = False
     quantization: Quantization | None = None
 
     def __post_init__(self) -> None:
@@ -270,7 +268,7 @@ class TransformerOptions(BackboneOptions):
 
 FINISHING = (
     *("tuning", "lora", "text_encoder_tuning", "frozen_dtype"),
-    *("gradient_checkpointing", "attention_backend", "compile_blocks", "quantization"),
+    *("gradient_checkpointing", "attention_backend", "quantization"),
 )
 """Fields of :class:`BackboneOptions` that apply to a backbone once it is built."""
 

@@ -35,7 +35,6 @@ class PolicySource:
         load_t5: False does not load T5 (SD3): saves 9.5 GB in bfloat16, at some loss for long prompts.
         t5_length: T5 tokens per prompt (SD3, FLUX.1, Wan); zeros stand for SD3's if T5 is not loaded. None takes the
             family's own number: 256 for SD3, 0 for a shipped pipeline.
-        compile_blocks: Compile each block with ``torch.compile``.
         quantization: Storage of the frozen linear layers of the network's blocks: ``int8`` (torchao), ``bnb_int8`` or
             ``nf4`` (bitsandbytes, on a GPU). None keeps ``frozen_dtype``.
         family: Import path of the pipeline's :class:`~latentreward.families.Family`, for a family of one's own; None
@@ -52,7 +51,6 @@ class PolicySource:
     vae_dtype: StorageDtype = "float32"
     load_t5: bool = True
     t5_length: int | None = None
-    compile_blocks: bool = False
     quantization: Quantization | None = None
     family: str | None = None
 
@@ -95,7 +93,7 @@ class PolicySource:
         settle(text_encoder, dtype, torch.float32)
         policy = Policy(network, family, text_encoder, family.load_latent_encoder(self.vae_dtype)).train()
         policy.source = str(family.pipeline)
-        execution = self.gradient_checkpointing, self.attention_backend, self.compile_blocks, self.quantization
+        execution = self.gradient_checkpointing, self.attention_backend, self.quantization
         set_execution(policy.blocks(), network, *execution)
         return policy
 

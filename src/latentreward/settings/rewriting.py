@@ -15,7 +15,7 @@ from typing import Any, Union, get_args, get_origin
 
 from latentreward.errors import InputError, did_you_mean
 
-SECTIONS = ("trainer", "nan_guard", "exact_resume", "graceful_stop", "predictions")
+SECTIONS = ("trainer", "nan_guard", "exact_resume", "graceful_stop", "performance", "predictions")
 """Sections of a trainer command's settings that are mappings of plain settings, without a ``class_path``."""
 
 CLEARED: tuple[Any, ...] = (None, [])

@@ -116,6 +116,10 @@ class SaveConfig(SaveConfigCallback):
         (resumed,) = [callback for callback in trainer.callbacks if isinstance(callback, ours.ResumedSettings)]  # type: ignore[attr-defined]
         for name, value in resumed.in_force.items():
             self.config[name.replace(".", ".init_args.")] = value
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, ours.Performance):
+                for name, chosen in callback.chosen.items():
+                    self.config[f"performance.{name}"] = chosen
         self._write(folder)
         if self._written and self._written[0].name != CONFIG:
             print(f"settings are in {self._written[0]}: {CONFIG} is an earlier run's", file=sys.stderr)
@@ -222,6 +226,7 @@ class TrainingCLI(LightningCLI):
         parser.add_lightning_class_args(ours.NaNGuard, "nan_guard")
         parser.add_lightning_class_args(ours.ExactResume, "exact_resume")
         parser.add_lightning_class_args(ours.GracefulStop, "graceful_stop")
+        parser.add_lightning_class_args(ours.Performance, "performance")
         parser.add_argument(
             "--rank_timeout_s",
             type=PositiveFloat,

@@ -28,7 +28,7 @@ from latentreward.settings.functions import check_functions, reworded
 from latentreward.settings.ranges import leaves
 from latentreward.storage.json_files import check_arguments
 
-ONLY_IN_TRAINING = ("lora", "gradient_checkpointing", "attention_backend", "compile_blocks", "quantization")
+ONLY_IN_TRAINING = ("lora", "gradient_checkpointing", "attention_backend", "quantization")
 """Settings of this package's factories that do not change the features of a trained backbone."""
 BUILD_ERRORS = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RuntimeError, ImportError, OSError)
 """Errors by which constructors reject settings."""

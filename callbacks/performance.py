@@ -1,0 +1,119 @@
+"""Callback that switches on what makes training steps faster on a GPU."""
+
+from collections.abc import Iterator
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from torch import nn
+
+from latentreward.backbones.base import DiffusionBackbone
+from latentreward.backbones.compilation import compile_blocks
+from latentreward.checkpoints.base_weights import is_quantized
+from latentreward.encoders.vae import LatentEncoder
+from latentreward.errors import InputError
+from latentreward.policies import Policy
+
+WORTH_COMPILING, WORTH_COMPILING_LAYERS = 500, 2500
+"""Optimiser steps that earn back the compilation of a transformer's blocks and of a U-Net's layers: on an H200 0.7 and
+2 to 5 minutes, for steps 0.08 and 0.05 s shorter (docs/performance.md)."""
+LAYERS = ("BasicTransformerBlock", "ResnetBlock2D")
+"""Classes of diffusers that do most of the work in U-Nets and VAEs. Their blocks of several layers compile slowly."""
+
+
+class Performance(Callback):
+    """Callback of every ``fit`` that switches on what makes steps faster at equal results, within rounding.
+
+    A switch that is null is chosen: on a CUDA device blocks are compiled, if the run is long enough; on other devices
+    nothing changes. The choice is one line at the start, and stands in the run's ``config.yaml``. Only training, and
+    the validation within it, change. ``test``, ``score`` and ``serve`` compute without these switches, because they
+    promise equal scores for any batch.
+
+    Args:
+        auto: False leaves switches off that are null.
+        compile_blocks: Compile the blocks of networks that train, sample or score with ``torch.compile``. What PyTorch
+            cannot compile is computed as before, and a warning says so.
+        channels_last: Store the weights of convolutions with channels last. Null is false: measured slower.
+        cudnn_benchmark: Let cuDNN time its convolutions for each new shape, for a few fixed image sizes. Null is
+            false: measured no faster.
+        tf32: Multiply what stays float32 in TF32, of 10 bits. Null is false: measured no faster with bf16-mixed.
+        fused_optimizer: Update all weights in a few kernels, with optimisers of PyTorch that can. Null is false:
+            measured no faster than PyTorch's own choice, ``foreach``.
+
+    Attributes:
+        chosen: Switches in force, by name, once a run has started.
+
+    Raises:
+        InputError: If ``compile_blocks`` is true, and a base is quantised.
+
+    Example:
+        ``--performance.compile_blocks=true``, or ``--performance.auto=false`` for eager code.
+    """
+
+    def __init__(
+        self,
+        auto: bool = True,
+        compile_blocks: bool | None = None,
+        channels_last: bool | None = None,
+        cudnn_benchmark: bool | None = None,
+        tf32: bool | None = None,
+        fused_optimizer: bool | None = None,
+    ) -> None:
+        self.auto = auto
+        self.chosen = {
+            "compile_blocks": compile_blocks,
+            "channels_last": channels_last,
+            "cudnn_benchmark": cudnn_benchmark,
+            "tf32": tf32,
+            "fused_optimizer": fused_optimizer,
+        }
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Choose the switches that are null, and apply them to a module whose weights are not sharded yet."""
+        if stage != "fit":
+            return
+        quantized = any(is_quantized(weight) for weight in pl_module.parameters())
+        if self.chosen["compile_blocks"] and quantized:
+            raise InputError(
+                "performance.compile_blocks: true, but quantised layers cannot be compiled; remove it, or quantization"
+            )
+        cuda, blocks = trainer.strategy.root_device.type == "cuda", [*blocks_of(pl_module)]
+        slow = any(type(block).__name__ in LAYERS for block in blocks)
+        steps = float("inf") if trainer.max_steps < 0 else trainer.max_steps
+        long = steps >= (WORTH_COMPILING_LAYERS if slow else WORTH_COMPILING) and not trainer.fast_dev_run  # type: ignore[attr-defined]
+        if self.chosen["compile_blocks"] is None:
+            self.chosen["compile_blocks"] = self.auto and cuda and bool(blocks) and not quantized and long
+        self.chosen = {name: bool(value) for name, value in self.chosen.items()}
+        if cuda or any(self.chosen.values()):
+            on = ", ".join(name for name, value in self.chosen.items() if value)
+            rank_zero_info(f"performance: {on or 'no switch'} on (docs/performance.md)")
+        self.apply(pl_module)
+
+    def apply(self, module: nn.Module) -> None:
+        """Apply the switches to the networks of a module, and to this process."""
+        if self.chosen["compile_blocks"]:
+            compile_blocks(blocks_of(module))
+        if self.chosen["channels_last"]:
+            for part in module.modules():
+                if isinstance(part, nn.Conv2d):  # in Conv3d and Linear the format has another or no meaning
+                    part.to(memory_format=torch.channels_last)
+        if self.chosen["cudnn_benchmark"]:
+            torch.backends.cudnn.benchmark = True
+        if self.chosen["tf32"]:
+            torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Let optimisers of PyTorch that know ``fused`` use it, if set; others stay."""
+        for optimizer in trainer.optimizers if self.chosen["fused_optimizer"] else ():
+            for group in optimizer.param_groups:
+                if "fused" in group:
+                    group["foreach"], group["fused"] = False, True
+
+
+def blocks_of(module: nn.Module) -> Iterator[nn.Module]:
+    """Yield what is compiled: the blocks of all backbones and policies in a module; of U-Nets and VAEs their layers."""
+    for part in module.modules():
+        blocks = [*part.blocks()] if isinstance(part, DiffusionBackbone | Policy) else []
+        for block in [part] if isinstance(part, LatentEncoder) else blocks:
+            layers = [layer for layer in block.modules() if type(layer).__name__ in LAYERS]
+            yield from layers or ([] if block is part else [block])

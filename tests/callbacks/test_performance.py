@@ -1,0 +1,181 @@
+"""``performance``: what is chosen where, few graphs in a step of every module, and eager code on request."""
+
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from latentreward.callbacks import Performance, performance
+from torch import nn
+
+from latentreward.backbones import compilation
+from latentreward.backbones.compilation import CompiledBlock, compile_blocks
+from latentreward.cli import main
+from latentreward.errors import InputError
+from tests.marks import rotated_after
+
+ALIGN, MODELS = Path("configs/align"), Path("configs/model")
+QUICK = ("--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false", "--trainer.max_steps=3")
+TOY = "--model.reward=tests.modules.simple_reward.FirstChannelReward"
+BRIGHT = "--model.reward=tests.modules.toy_rewards.BrightnessSource"
+PAIRS = ("--data.train_pairs=12", "--data.val_pairs=4", "--data.batch_size=4")
+ROLLOUT = (TOY, "--data.batch_size=3", "--data.prompts_per_rollout=2", "--model.sampling.num_inference_steps=3")
+KEPT = ("--model.selection=QuantileThreshold", "--model.selection.quantile=0.0")
+RUNS: dict[str, tuple[str, ...]] = {
+    **{
+        name: (f"--config={MODELS / name}.yaml", "--config=configs/data/tinyworld_pickapic.yaml", *PAIRS)
+        for name in ("lrm_tiny", "dina_lrm_tiny")
+    },
+    "diffusion_dpo_tiny": (f"--config={ALIGN / 'diffusion_dpo_tiny.yaml'}", *PAIRS),
+    "lpo_tiny": (f"--config={ALIGN / 'lpo_tiny.yaml'}", *ROLLOUT, *KEPT),
+    "lpo_sd35_tiny": (f"--config={ALIGN / 'lpo_sd35_tiny.yaml'}", *ROLLOUT, *KEPT),
+    **{
+        name: (f"--config={ALIGN / name}.yaml", *ROLLOUT)
+        for name in ("grpo_stepwise_tiny", "grpo_trajectory_tiny", "nft_tiny")
+    },
+    "awm_tiny": (f"--config={ALIGN / 'awm_tiny.yaml'}", *ROLLOUT[:3]),
+    "refl_tiny": (f"--config={ALIGN / 'refl_tiny.yaml'}", BRIGHT, "--data.batch_size=2", "--data.batches_per_epoch=2"),
+}
+"""Run → its settings."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", rotated_after(0, RUNS, release=4))
+def test_few_graphs_in_a_run_of_every_module(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    graphs: Counter[int] = Counter()
+    compiled = compilation.compiled
+
+    def counted(forward: Any, backend: Any) -> Callable[..., Any]:
+        number = len(graphs)
+        graphs[number] = 0
+
+        def capture(graph: Any, inputs: Any) -> Any:
+            graphs[number] += 1
+            return graph.forward
+
+        return compiled(forward, capture)
+
+    monkeypatch.setattr(compilation, "compiled", counted)
+    compilation.compiled_class.cache_clear()
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    data = [f"--data.root={tmp_path / 'pairs'}"] if PAIRS[0] in RUNS[name] else []
+    main(
+        [
+            "fit",
+            *RUNS[name],
+            *data,
+            *QUICK,
+            "--performance.compile_blocks=true",
+            f"--trainer.default_root_dir={tmp_path}",
+        ]
+    )
+    assert sum(graphs.values())
+    # With and without gradient, each set of adapters, and the first block, whose input needs no gradient. Layers of one
+    # width at two resolutions of a U-Net have one more for each.
+    assert max(graphs.values()) <= 6
+    assert not torch._dynamo.utils.counters["recompile_limit"]
+    chosen = yaml.safe_load(next(tmp_path.rglob("config.yaml")).read_text())["performance"]
+    assert chosen["compile_blocks"] is True
+    assert chosen["channels_last"] is False
+
+
+class Device:
+    def __init__(self, kind: str) -> None:
+        self.root_device = torch.device(kind)
+
+
+class Run:
+    """What the callback asks of a trainer."""
+
+    fast_dev_run = False
+
+    def __init__(self, device: str, max_steps: int) -> None:
+        self.strategy, self.max_steps, self.optimizers = Device(device), max_steps, []
+
+
+@pytest.mark.parametrize(
+    ("device", "steps", "given", "compiles"),
+    [
+        ("cuda", -1, {}, True),
+        ("cuda", 500, {}, True),
+        ("cuda", 499, {}, False),
+        ("cuda", -1, {"auto": False}, False),
+        ("cuda", -1, {"compile_blocks": False}, False),
+        ("cuda", 3, {"compile_blocks": True}, True),
+        ("cpu", -1, {}, False),
+        ("cpu", 3, {"auto": False, "compile_blocks": True}, True),
+    ],
+)
+def test_blocks_are_compiled_on_a_gpu_in_a_long_run(
+    device: str, steps: int, given: dict[str, bool], compiles: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    block, callback = nn.Linear(2, 2), Performance(**given)
+    monkeypatch.setattr(performance, "blocks_of", lambda module: iter([block]))
+    callback.setup(Run(device, steps), nn.Linear(2, 2), "fit")  # type: ignore[arg-type]
+    assert isinstance(block, CompiledBlock) == callback.chosen["compile_blocks"] == compiles
+    assert not any(value for name, value in callback.chosen.items() if name != "compile_blocks")
+
+
+@pytest.fixture
+def _backends() -> Iterator[None]:
+    """Restore PyTorch's settings of the process, of which some cannot be deleted as ``monkeypatch`` does."""
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = cudnn.benchmark, cudnn.allow_tf32, matmul.allow_tf32
+    yield
+    cudnn.benchmark, cudnn.allow_tf32, matmul.allow_tf32 = before
+
+
+@pytest.mark.usefixtures("_backends")
+def test_other_switches_are_set_alone(caplog: pytest.LogCaptureFixture) -> None:
+    module = nn.Sequential(nn.Conv2d(2, 2, 3), nn.Conv3d(2, 2, 3), nn.Linear(2, 2))
+    optimizer, run = torch.optim.AdamW(module.parameters()), Run("cpu", 3)
+    run.optimizers = [optimizer]
+    callback = Performance(channels_last=True, cudnn_benchmark=True, tf32=True, fused_optimizer=True)
+    with caplog.at_level(logging.INFO):
+        callback.setup(run, module, "fit")  # type: ignore[arg-type]
+    callback.on_fit_start(run, module)  # type: ignore[arg-type]
+    assert module[0].weight.is_contiguous(memory_format=torch.channels_last)
+    assert module[1].weight.is_contiguous()
+    assert torch.backends.cudnn.benchmark
+    assert torch.backends.cuda.matmul.allow_tf32
+    assert all(group["fused"] for group in optimizer.param_groups)
+    assert "performance: channels_last, cudnn_benchmark, tf32, fused_optimizer on" in caplog.text
+
+
+def test_quantised_layers_are_not_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(performance, "is_quantized", lambda weight: True)
+    with pytest.raises(InputError, match=r"performance\.compile_blocks: true, but quantised .*remove it"):
+        Performance(compile_blocks=True).setup(Run("cpu", 3), nn.Linear(2, 2), "fit")  # type: ignore[arg-type]
+    callback = Performance()
+    callback.setup(Run("cuda", -1), nn.Linear(2, 2), "fit")  # type: ignore[arg-type]
+    assert not callback.chosen["compile_blocks"]
+
+
+def test_tests_and_scores_compute_without() -> None:
+    callback = Performance(compile_blocks=True)
+    callback.setup(Run("cpu", 3), nn.Linear(2, 2), "test")  # type: ignore[arg-type]
+    assert callback.chosen["channels_last"] is None
+
+
+@pytest.mark.slow
+def test_losses_of_compiled_steps_are_those_of_eager_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    losses = {}
+    monkeypatch.setattr(performance, "compile_blocks", partial(compile_blocks, backend="inductor"))
+    for compiled in ("false", "true"):
+        folder = tmp_path / compiled
+        log = ("--trainer.logger=CSVLogger", f"--trainer.logger.save_dir={folder}", "--trainer.log_every_n_steps=1")
+        settings = (*RUNS["dina_lrm_tiny"], f"--data.root={tmp_path / 'pairs'}", *QUICK[:2], "--trainer.max_steps=5")
+        main(
+            ["fit", *settings, *log, f"--performance.compile_blocks={compiled}", f"--trainer.default_root_dir={folder}"]
+        )
+        rows = [line.split(",") for line in next(folder.rglob("metrics.csv")).read_text().splitlines()]
+        place = rows[0].index("train/loss")
+        losses[compiled] = torch.tensor([float(row[place]) for row in rows[1:] if row[place]])
+    assert len(losses["true"]) == 5
+    torch.testing.assert_close(losses["true"], losses["false"], rtol=1e-5, atol=0)
