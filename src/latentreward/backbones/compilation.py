@@ -45,7 +45,7 @@ def compiled_class(kind: type[nn.Module], backend: Backend) -> type[nn.Module]:
 
     def forward(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if (key := vars(block).get("_structure")) is None:
-            key = block._structure = structure(block)
+            key = vars(block)["_structure"] = structure(block)
         if key not in functions:
             functions[key] = compiled(kind.forward, backend)
         args, kwargs = of_any_length(args), of_any_length(kwargs)
