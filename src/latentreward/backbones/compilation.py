@@ -58,7 +58,7 @@ def compiled_class(kind: type[nn.Module], backend: Backend) -> type[nn.Module]:
             functions[key] = kind.forward
             warnings.warn(
                 f"performance.compile_blocks: PyTorch cannot compile {kind.__name__}, which is computed without from "
-                f"now on: {first_line(error)}",
+                f"now on: {first_line(getattr(error, 'inner_exception', error))}",
                 stacklevel=2,
             )
             return kind.forward(block, *args, **kwargs)
