@@ -40,8 +40,8 @@ class StepDPOResult(NamedTuple):
 
     Attributes:
         loss: Mean over the pairs.
-        implicit_accuracy: Share of pairs with r_w > r_l.
-        margin: Mean of r_w − r_l.
+        implicit_accuracy: Share of pairs whose clamped probability ratio is greater for the chosen state.
+        margin: Mean of the chosen state's clamped ratio − the rejected state's; not DPO's margin β·Δlog-ratio.
         clamped: Share of pairs with at least one clamped ratio.
     """
 
@@ -100,12 +100,12 @@ class StepDPO(StepPairLoss):
         if chosen.device.type == "mps":  # has no float64
             chosen, rejected, ref_chosen, ref_rejected = (x.cpu() for x in (chosen, rejected, ref_chosen, ref_rejected))
         # The released code clamps the ratio in float32, where a difference of 1e-4 has three digits.
-        win = clamped_log_ratio(chosen, ref_chosen, self.clip_range)
-        lose = clamped_log_ratio(rejected, ref_rejected, self.clip_range)
-        loss = -logsigmoid(self.beta * (win - lose)).mean()
+        win_log_ratio = clamped_log_ratio(chosen, ref_chosen, self.clip_range)
+        lose_log_ratio = clamped_log_ratio(rejected, ref_rejected, self.clip_range)
+        loss = -logsigmoid(self.beta * (win_log_ratio - lose_log_ratio)).mean()
         with torch.no_grad():
-            clamped = (win != chosen.double() - ref_chosen.double()) | (
-                lose != rejected.double() - ref_rejected.double()
+            clamped = (win_log_ratio != chosen.double() - ref_chosen.double()) | (
+                lose_log_ratio != rejected.double() - ref_rejected.double()
             )
-            parts = (win > lose, win.exp() - lose.exp(), clamped)
+            parts = (win_log_ratio > lose_log_ratio, win_log_ratio.exp() - lose_log_ratio.exp(), clamped)
         return StepDPOResult(loss.float(), *(part.double().mean().float() for part in parts))

@@ -1,13 +1,14 @@
 r"""Thurstone's model with noise-calibrated comparison variance (DiNa-LRM, arXiv:2602.11146).
 
 .. math:: P(\text{chosen wins}) = \Phi(z), \qquad
-    z = \frac{r^+ - r^-}{\sqrt{\sigma_u^2(t_c) + \sigma_u^2(t_r)}}, \qquad \sigma_u^2(t) = k\,\sigma(t)^2 + \sigma_u^2
+    z = \frac{r^+ - r^-}{\sqrt{\tau^2(t_c) + \tau^2(t_r)}}, \qquad \tau^2(t) = k\,\sigma(t)^2 + \sigma_u^2
 
-With one timestep for both images the denominator is :math:`\sqrt{2\,\sigma_u^2(t)}`. All losses are computed from
-:math:`\log\Phi`. The released form :math:`1 - \sqrt{\Phi(z) + 10^{-6}}` loses half of its gradient at z ≈ -5 and all of
-the gradient at -14.5. In exact arithmetic too, the gradient of fidelity falls as exp(-z²/4) (1e-7 at z = -8), so that
-only ``nll`` (8.1 there) learns from the most wrongly ranked pairs. A tie with a large
-margin has a tiny gradient in ``bhattacharyya`` too: 1e-21 at z = 14.
+:math:`\tau^2(t)`, in the paper :math:`\sigma_u^2(t)`, is the variance of judging one image at noise level σ(t). With
+one timestep for both images the denominator is :math:`\sqrt{2\,\tau^2(t)}`. All losses are computed from
+:math:`\log\Phi`. The released form :math:`1 - \sqrt{\Phi(z) + 10^{-6}}` loses half of its gradient at z ≈ -5 and all
+of the gradient at -14.5. In exact arithmetic too, the gradient of fidelity falls as exp(-z²/4). At z = -8 it is 1e-7
+and that of ``nll`` 8.1, so that only ``nll`` learns from the most wrongly ranked pairs. A pair with label ½ whose
+scores differ much has a tiny gradient in ``bhattacharyya`` too: 1e-21 at z = 14.
 """
 
 import math
@@ -54,7 +55,7 @@ def log_ndtr(z: Tensor) -> Tensor:
 
 
 def comparison_std(chosen_sigmas: Tensor, rejected_sigmas: Tensor, k: float = 2.0, sigma_u: float = 0.1) -> Tensor:
-    r"""Compute the standard deviation of a comparison, :math:`\sqrt{\sigma_u^2(t_c) + \sigma_u^2(t_r)}`.
+    r"""Compute the standard deviation of a comparison, :math:`\sqrt{\tau^2(t_c) + \tau^2(t_r)}`.
 
     Args:
         chosen_sigmas: Noise level of the chosen image, ``(B,)`` in [0, 1].

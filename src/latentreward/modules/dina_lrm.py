@@ -14,13 +14,14 @@ from latentreward.noise import LevelSampler, UniformSigma
 class DiNaLRMModule(RewardModule):
     """Reward module with DiNa-LRM's training: a uniform noise level per pair, and the same noise for its images.
 
-    Evaluation also uses the head's ensemble over several noise levels.
+    The training step is that of :class:`~latentreward.modules.pairs.PairModule`. Evaluation also uses the head's
+    ensemble over several noise levels.
 
     Args:
         backbone: Any backbone; a DiT in the paper.
         head: See :class:`RewardModule`.
         loss: None takes the paper's ``ThurstoneLoss()``.
-        levels: Sampler of noise levels; None takes uniform target sigmas.
+        levels: Sampler of noise levels; None takes uniform noise levels.
         eval_sigmas: See :class:`RewardModule`.
         ensemble_sigmas: See :class:`RewardModule`.
         options: See :class:`RewardModule`.

@@ -294,7 +294,7 @@ class PairModule(TrainedModule, LightningModule):  # type: ignore[misc]  # load_
         self.frozen_base.save(self, checkpoint, checkpoint["state_dict"])
 
     def summed(self, rewards: Tensor) -> Tensor:
-        """Return rewards of which two axes are added up, as metrics and callbacks take them; others as they are."""
+        """Return one number per row: for a head with two outputs (two axes) their weighted sum, else the rewards."""
         return rewards
 
     def add_noise(self, encoded: EncodedPairs, timesteps: Tensor) -> Tensor:

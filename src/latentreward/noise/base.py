@@ -62,7 +62,7 @@ class NoiseProcess(Part):
         """Predict clean latents x̂_0 from ``noisy`` latents and the network's ``output`` at ``timesteps`` ``(B,)``."""
 
     def nearest(self, u: Tensor) -> Tensor:
-        """Return the index ``(B,)`` of the level nearest to each target sigma ``u`` ``(B,)``.
+        """Return the index ``(B,)`` of the level nearest to each wanted noise level ``u`` ``(B,)``.
 
         Of two equally near levels the first, noisier one is taken. Values outside [0, 1] give the ends of the table.
         """
@@ -70,7 +70,7 @@ class NoiseProcess(Part):
         return (self.sigmas - u.to(torch.float32).cpu()[:, None]).abs().argmin(dim=1)
 
     def timesteps_at(self, u: Tensor) -> Tensor:
-        """Return the timesteps ``(B,)`` float32 with the levels nearest to the target sigmas ``u`` ``(B,)``."""
+        """Return the timesteps ``(B,)`` float32 with the levels nearest to the wanted noise levels ``u`` ``(B,)``."""
         return self.timesteps[self.nearest(u)]
 
     def snap(self, timesteps: Tensor) -> Tensor:

@@ -27,7 +27,7 @@ class LevelSampler(Part):
 
 
 class TargetSigma(LevelSampler):
-    """Base class of samplers that draw a target sigma u in [0, 1]; the nearest level of the process is used.
+    """Base class of samplers that draw a wanted noise level u in [0, 1]; the nearest level of the process is used.
 
     Note:
         u is a *noise level*, not a fraction of the schedule (released DiNa-LRM code; arXiv:2602.11146).
@@ -36,7 +36,7 @@ class TargetSigma(LevelSampler):
     @abstractmethod
     @returns(tensor(lambda sampler, uniform, normal: uniform.shape, low=0.0, high=1.0), each=True)
     def transform(self, uniform: Tensor, normal: Tensor) -> Tensor:
-        """Compute target sigmas from random numbers: uniform in [0, 1) and standard normal, of equal shape."""
+        """Compute wanted noise levels from random numbers: uniform in [0, 1) and standard normal, of equal shape."""
 
     def draw(self, generator: Generator, process: NoiseProcess) -> Tensor:
         """See :meth:`LevelSampler.draw`."""
@@ -45,11 +45,11 @@ class TargetSigma(LevelSampler):
 
 
 class UniformSigma(TargetSigma):
-    """Sampler of target sigmas uniform in [low, high]; DiNa-LRM uses [0, 1].
+    """Sampler of noise levels uniform in [low, high]; DiNa-LRM uses [0, 1].
 
     Args:
-        low: Lowest target sigma.
-        high: Highest target sigma.
+        low: Lowest noise level.
+        high: Highest noise level.
     """
 
     def __init__(self, low: float = 0.0, high: float = 1.0) -> None:
@@ -63,7 +63,7 @@ class UniformSigma(TargetSigma):
 
 
 class ConstantSigma(TargetSigma):
-    """Sampler of a constant target sigma; 0 is the papers' ablation "clean latents only".
+    """Sampler of a constant noise level; 0 is the papers' ablation "clean latents only".
 
     Args:
         sigma: Target sigma in [0, 1].
@@ -79,7 +79,7 @@ class ConstantSigma(TargetSigma):
 
 
 class LogitNormalSigma(TargetSigma):
-    """Sampler of target sigmas u = sigmoid(mean + std·z), z standard normal (SD3, arXiv:2403.03206, eq. 19).
+    """Sampler of noise levels u = sigmoid(mean + std·z), z standard normal (SD3, arXiv:2403.03206, eq. 19).
 
     Args:
         mean: Location before the sigmoid.
@@ -96,7 +96,7 @@ class LogitNormalSigma(TargetSigma):
 
 
 class ModeSigma(TargetSigma):
-    """Sampler of target sigmas u = 1 − U − a·(cos²(πU/2) − 1 + U), U uniform (SD3, arXiv:2403.03206, eq. 20).
+    """Sampler of noise levels u = 1 − U − a·(cos²(πU/2) − 1 + U), U uniform (SD3, arXiv:2403.03206, eq. 20).
 
     Args:
         scale: Factor a in [−1, 2/(π − 2)], for which u is monotone in U; SD3 uses 1.29.
@@ -112,7 +112,7 @@ class ModeSigma(TargetSigma):
 
 
 class PowerSigma(TargetSigma):
-    """Sampler of target sigmas u = U^power, U uniform: a power above 1 favours low noise, below 1 high noise.
+    """Sampler of noise levels u = U^power, U uniform: a power above 1 favours low noise, below 1 high noise.
 
     If the process has a table of levels, every u below the lowest level gives that level.
 
@@ -130,7 +130,7 @@ class PowerSigma(TargetSigma):
 
 
 class BetaSigma(TargetSigma):
-    """Sampler of target sigmas from the Beta(a, b) distribution, by inverting its distribution function.
+    """Sampler of noise levels from the Beta(a, b) distribution, by inverting its distribution function.
 
     Args:
         a: First shape parameter, > 0; a smaller a favours low noise.

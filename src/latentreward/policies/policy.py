@@ -91,15 +91,15 @@ class Policy(nn.Module):
 
         Of a user's own family the first batch is compared by :func:`~latentreward.scoring.apart.check_predictions`.
         """
-        own = not of_this_package(type(self.family).__module__)  # families of this package train as they are
-        if own and not self._compared and len(latents) > 1:
+        users_family = not of_this_package(type(self.family).__module__)  # shipped families need no check
+        if users_family and not self._compared and len(latents) > 1:
             from latentreward.scoring.apart import check_predictions  # only a family of one's own needs it
 
             self._compared = True
             check_predictions(self.family, self.network, latents, timesteps, conditioning, guidance)
-        first = own and torch.is_grad_enabled() and not self._gradient_seen
+        first = users_family and torch.is_grad_enabled() and not self._gradient_seen
         self._gradient_seen |= first
-        with told_without_gradient(self.family, self.network) if first else nullcontext():
+        with warn_of_lost_gradient(self.family, self.network) if first else nullcontext():
             return self.family.predict(self.network, latents, timesteps, conditioning, guidance)
 
     def predict_guided(
@@ -174,7 +174,7 @@ class Policy(nn.Module):
 
 
 @contextmanager
-def told_without_gradient(family: Family, network: nn.Module) -> Iterator[None]:
+def warn_of_lost_gradient(family: Family, network: nn.Module) -> Iterator[None]:
     """Warn of a user's own family whose network runs layers with weights without gradient inside the block.
 
     diffusers' mixtures of experts do so in evaluation mode: the prediction is right, and its gradient is not.

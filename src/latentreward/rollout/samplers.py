@@ -41,8 +41,8 @@ class Transition(TensorRecord):
     Attributes:
         mean: ``(B, C, ...)`` mean of the next state.
         std: ``(B,)`` standard deviation of each element; 0 for a deterministic step.
-        spread: ``(B,)`` standard deviation in the KL divergence between two policies. Equals ``std`` for DDIM; for
-            flow matching the factor √−dt is left out, as in Flow-GRPO (arXiv:2505.05470).
+        spread: ``(B,)`` standard deviation in the KL divergence between two policies. It equals ``std`` for DDIM and
+            ``cps``. For ``flow`` and ``dance`` it is w, not the step's w√|d|, as in Flow-GRPO (arXiv:2505.05470).
         density: ``normal``: log-probabilities are those of the Gaussian. ``squares``: they are the negative mean square
             of next state − mean, as released for coefficients-preserving sampling (arXiv:2509.05952); this ignores the
             standard deviation.

@@ -193,7 +193,8 @@ class RewardNetwork(nn.Module):
     ) -> Features:
         """Compute the features of ``noisy_latents`` ``(B, C, ...)`` at ``timesteps`` ``(B,)``.
 
-        The first batch is compared by :func:`~latentreward.scoring.apart.check_apart`.
+        In the first batch a user's own backbone and head are checked: each row must give what it gives alone
+        (:func:`~latentreward.scoring.apart.check_apart`).
         """
         if not self._compared and len(noisy_latents) > 1:
             from latentreward.scoring.apart import check_apart  # only a model that runs needs it
