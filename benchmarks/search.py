@@ -90,7 +90,7 @@ def measure_search(policy: Policy, rewards: dict[str, list[Reward]], prompts: in
 
         def best_of(reward: Reward, batch: PromptBatch, number: int, how: dict = how) -> Tensor:
             sample = partial(sample_latents, policy, sampling=still, **how)
-            return best_of_n(sample, reward, batch, number, sigmas=(0.05,)).latents
+            return best_of_n(sample, reward, batch, number, sigmas=(0.05,))[0]
 
         def search(reward: Reward, batch: PromptBatch, how: dict = how) -> Tensor:
             return search_latents(policy, reward, batch, Candidates(4), lively, **how)
@@ -147,7 +147,7 @@ def measure_population(policy: Policy, rewards: Sequence[Reward], prompts: int, 
         remembered = Remembered(sample)
 
         def best_of(reward: Reward, batch: PromptBatch, number: int, sample: Callable) -> Tensor:
-            return best_of_n(sample, reward, batch, number, sigmas=(0.05,)).latents
+            return best_of_n(sample, reward, batch, number, sigmas=(0.05,))[0]
 
         one, two = (
             counted(policy, partial(best_of, rewards[0], number=n, sample=sample), captions[:8])[1] for n in (1, 2)

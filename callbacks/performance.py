@@ -96,7 +96,7 @@ class Performance(Callback):
         if self.chosen["channels_last"]:
             for part in module.modules():
                 if isinstance(part, nn.Conv2d):  # in Conv3d and Linear the format has another or no meaning
-                    part.to(memory_format=torch.channels_last)
+                    part.weight.data = part.weight.data.contiguous(memory_format=torch.channels_last)
         if self.chosen["cudnn_benchmark"]:
             torch.backends.cudnn.benchmark = True
         if self.chosen["tf32"]:

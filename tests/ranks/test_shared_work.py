@@ -1,6 +1,9 @@
 """Work of one process, and settings of processes that are refused."""
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -42,7 +45,10 @@ def test_what_is_left_over_is_kept_until_the_work_is_done(tmp_path: Path) -> Non
 @pytest.mark.parametrize("held", [False, True])
 def test_unfinished_files_are_removed_after_an_error(held: bool, tmp_path: Path) -> None:
     """But neither before the input has been checked, nor if another command writes to the folder by then."""
-    unfinished = temporary_name(tmp_path / "sub" / "shard.safetensors")
+    own = temporary_name(tmp_path / "sub" / "shard.safetensors")
+    killed = subprocess.Popen([sys.executable, "-c", ""])
+    killed.wait()
+    unfinished = own.with_name(own.name.replace(f"-{os.getpid()}-", f"-{killed.pid}-"))
     unfinished.parent.mkdir()
     unfinished.touch()
 

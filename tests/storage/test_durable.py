@@ -2,6 +2,7 @@
 
 import os
 import signal
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +23,7 @@ from latentreward.storage.durable import (
     LOCK,
     contents,
     put_in_place,
+    remove_temporary,
     replacing,
     temporary_name,
     write_errors_named,
@@ -208,3 +210,15 @@ def test_what_cannot_be_replaced_stays(tmp_path: Path, monkeypatch: pytest.Monke
 def no_space(self: Path, target: Path) -> Path:
     """What a full disk says."""
     raise OSError(28, "no space left on device")
+
+
+def test_unfinished_files_of_running_processes_stay(tmp_path: Path) -> None:
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    own = temporary_name(tmp_path / "table")
+    own.touch()
+    left = own.with_name(own.name.replace(f"-{os.getpid()}-", f"-{ended.pid}-"))
+    left.mkdir()
+    (left / "part").touch()
+    remove_temporary(tmp_path)
+    assert [*tmp_path.iterdir()] == [own]

@@ -118,15 +118,15 @@ class SharedWork:
                 self._tell(error)
         finally:
             self._end_children(kill=error is not None)
-            if error is not None and self._ran and self._output is not None and self._output.is_dir():
-                # A killed process leaves the file that it was writing, at its full size.
-                with suppress(InputError), locked(self._output, "output"):
-                    remove_temporary(self._output)
             if self._shared is not None:
                 self._shared.leave()
             if self._fabric is not None:
                 forget_children()
                 torch.set_num_threads(self._threads)
+            if error is not None and self._ran and self._output is not None and self._output.is_dir():
+                # A killed process leaves the file that it was writing, at its full size.
+                with suppress(InputError, OSError), locked(self._output, "output"):
+                    remove_temporary(self._output)
 
     def join(self, tasks: Mapping[str, Task], settings: Mapping[str, Any], output: Path | None = None) -> bool:
         """Set the tasks of this process, and compare its settings with those of the first process.

@@ -68,10 +68,11 @@ def write_file(target: Path, content: str | bytes, kept: str = KEPT) -> None:
 
 
 def remove_temporary(folder: Path) -> None:
-    """Delete unfinished files of killed runs."""
-    for path in folder.rglob("*"):
-        if TEMPORARY_NAME.fullmatch(path.name):
-            path.unlink(missing_ok=True)
+    """Delete unfinished files and folders of killed processes; those of a process that runs on this machine stay."""
+    for path in [*folder.rglob("*")]:
+        match = TEMPORARY_NAME.fullmatch(path.name)
+        if match and not (match[2] == _this_host() and _runs(int(match[3]))):
+            discard(path)
 
 
 @contextmanager

@@ -8,9 +8,10 @@ import math
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from typing import Any
+from traceback import walk_tb
+from typing import Any, ClassVar
 
 import aiohttp
 import httpx
@@ -499,6 +500,30 @@ def test_long_bodies_are_refused_declared_or_not() -> None:
         streamed = httpx.post(f"{address}/v1/score", content=chunks(), headers=HEADERS)
         assert streamed.status_code == 413
         assert service.resources.memory.held == 0
+
+
+class Streamed:
+    """Request of unknown length, as Starlette gives it."""
+
+    headers: ClassVar[dict[str, str]] = {}
+
+    async def stream(self) -> AsyncIterator[bytes]:
+        for _ in range(3):
+            yield bytes(1000)
+
+
+def test_the_error_of_a_long_body_does_not_keep_the_body() -> None:
+    """An error among the variables of its own frame would, until Python's collector comes."""
+
+    async def read() -> None:
+        async with bodies.BodyReader(2000, 10, bodies.MemoryBudget(10_000)).read(Streamed()):  # type: ignore[arg-type]
+            pass
+
+    with pytest.raises(bodies.RequestError) as raised:
+        asyncio.run(read())
+    frames = [frame for frame, _ in walk_tb(raised.value.__traceback__)]
+    assert any("chunk" in frame.f_locals for frame in frames)
+    assert not any(value is raised.value for frame in frames[1:] for value in frame.f_locals.values())
 
 
 def test_all_bodies_together_are_limited(monkeypatch: pytest.MonkeyPatch) -> None:

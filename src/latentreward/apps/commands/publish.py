@@ -126,7 +126,7 @@ def publish(
         InputError: If a setting is wrong, the model cannot be saved, or the reference cannot be scored.
     """
     check_target(output)
-    if metrics is not None and not metrics.is_file():
+    if metrics is not None and not metrics.exists():
         raise InputError(f"metrics: {metrics} cannot be read: there is no such file; give a JSON file")
     with errors_at("metrics: "):
         numbers = {} if metrics is None else read_config(metrics, remedy="give a JSON object of names and numbers")

@@ -100,9 +100,13 @@ class BodyReader:
     async def _collect(self, request: Request, body: bytearray) -> None:
         most = f"this server's limit of {self.max_bytes} bytes"
         remedy = "send less at once, or raise the server's --max_body_mb"
-        too_long = RequestError(f"the body is longer than {most}; {remedy}", 413)
+
+        def too_long() -> RequestError:
+            # Not made before it is raised: an error that its own frame knows keeps the body until a full collection.
+            return RequestError(f"the body is longer than {most}; {remedy}", 413)
+
         if int(request.headers.get("content-length", "0")) > self.max_bytes:
-            raise too_long
+            raise too_long()
         loop = asyncio.get_running_loop()
         began, limit = loop.time(), asyncio.timeout(self.timeout)
         try:
@@ -110,7 +114,7 @@ class BodyReader:
                 self._arriving[limit] = began, body
                 async for chunk in request.stream():
                     if len(body) + len(chunk) > self.max_bytes:
-                        raise too_long
+                        raise too_long()
                     await self._take(len(chunk), limit)
                     body += chunk
         except TimeoutError as error:
