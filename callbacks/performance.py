@@ -102,12 +102,18 @@ class Performance(Callback):
         if self.chosen["tf32"]:
             torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
 
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Let optimisers of PyTorch that know ``fused`` use it, if set; others stay."""
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Let optimisers of PyTorch that know ``fused`` use it, if set; others stay.
+
+        A resumed run has by now the optimiser's state of its checkpoint, whose groups may say otherwise.
+        """
         for optimizer in trainer.optimizers if self.chosen["fused_optimizer"] else ():
             for group in optimizer.param_groups:
                 if "fused" in group:
                     group["foreach"], group["fused"] = False, True
+                    for weight in group["params"]:  # the others count their steps on the CPU
+                        if "step" in (state := optimizer.state.get(weight, {})):
+                            state["step"] = state["step"].to(weight.device)
 
 
 def blocks_of(module: nn.Module) -> Iterator[nn.Module]:

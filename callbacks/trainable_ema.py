@@ -7,6 +7,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import FSDPStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, distributed
+from torch.distributed.tensor import DTensor
 from torch.nn import Parameter
 
 from latentreward.checkpoints.shards import placed_like, whole_tensor
@@ -94,9 +95,11 @@ class TrainableEMA(Callback):
         self.updates += 1
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates)) if self.warm_up else self.decay
         trained = self._trained(pl_module)
-        # In float32: at decay 0.9999 a bfloat16 average would not move at all. On a GPU a few kernels for all weights.
-        weights = [weight.float() for weight in trained.values()]
-        torch._foreach_lerp_([self.average[name] for name in trained], weights, 1 - decay)
+        for sharded in (False, True):  # PyTorch mixes no sharded weights with whole ones
+            names = [name for name, weight in trained.items() if isinstance(weight, DTensor) is sharded]
+            if names:  # in float32: at decay 0.9999 a bfloat16 average would not move; a few kernels for all weights
+                weights = [trained[name].float() for name in names]
+                torch._foreach_lerp_([self.average[name] for name in names], weights, 1 - decay)
 
     @torch.no_grad()
     def _swap_out(self, pl_module: LightningModule) -> None:

@@ -139,7 +139,7 @@ def test_other_switches_are_set_alone(caplog: pytest.LogCaptureFixture) -> None:
     callback = Performance(channels_last=True, cudnn_benchmark=True, tf32=True, fused_optimizer=True)
     with caplog.at_level(logging.INFO):
         callback.setup(run, module, "fit")  # type: ignore[arg-type]
-    callback.on_fit_start(run, module)  # type: ignore[arg-type]
+    callback.on_train_start(run, module)  # type: ignore[arg-type]
     assert module[0].weight.is_contiguous(memory_format=torch.channels_last)
     assert module[1].weight.is_contiguous()
     assert torch.backends.cudnn.benchmark

@@ -93,7 +93,8 @@ def of_any_length(arguments: Any) -> Any:
     if isinstance(arguments, dict):
         return {name: of_any_length(value) for name, value in arguments.items()}
     if isinstance(arguments, tuple | list):
-        return type(arguments)(of_any_length(value) for value in arguments)
+        values = [of_any_length(value) for value in arguments]
+        return type(arguments)(*values) if hasattr(arguments, "_fields") else type(arguments)(values)
     return arguments
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from latentreward.backbones.base import DiffusionBackbone, rows_of
+from latentreward.backbones.compilation import CompiledBlock
 from latentreward.contracts import Conditioning, Features, map_tensors
 from latentreward.devices import evaluating
 from latentreward.errors import InputError
@@ -79,14 +80,13 @@ def check_steps(
         InputError: If they differ.
     """
     blocks, network = [*backbone.blocks()][: backbone.last_tap], backbone.get_submodule(backbone.network_name)
-    compiled = any(getattr(block, "_compiled_call_impl", None) is not None for block in blocks)
-    sharded = any(hasattr(weight, "full_tensor") for weight in network.parameters())
-    if not blocks or compiled or sharded or any(type(one).__name__ == "FullyShardedDataParallel" for one in blocks):
+    compiled = any(isinstance(block, CompiledBlock) for block in blocks)
+    if not blocks or compiled or is_sharded(network):
         return
-    found: list[Tensor] = []
+    found: list[list[Tensor]] = []
 
     def keep(block: nn.Module, inputs: Any, output: Any) -> None:
-        found.append(torch.cat(output, dim=1) if isinstance(output, tuple) else output)
+        found.append([one for one in (output if isinstance(output, tuple) else [output]) if isinstance(one, Tensor)])
         if len(found) == len(blocks):
             raise AllBlocksRan
 
@@ -97,7 +97,9 @@ def check_steps(
     try:
         with suppress(AllBlocksRan):
             backbone.read(latents, timesteps, conditioning)
-        alone = [found.pop(0) for _ in blocks]
+        if len(found) < len(blocks):  # a step that calls parts of its block, not the block
+            return
+        alone, found[:] = found[:], []
         guidance, sigma = family.default_guidance, timesteps.to(torch.float32) / 1000
         with suppress(Exception):  # of a call that needs what is gone, too
             family.velocity(network, latents, sigma, conditioning, guidance)
@@ -106,7 +108,12 @@ def check_steps(
             hook.remove()
         for name, part in kept.items():
             setattr(network, name, part)
-    for number, (one, whole) in enumerate(zip(alone, found, strict=False), start=1):
+    for number, one, whole in (
+        (number, *pair)
+        for number, outputs in enumerate(zip(alone, found, strict=False), start=1)
+        for pair in zip(*outputs, strict=False)
+        if pair[0].shape == pair[1].shape
+    ):
         error, largest = (one.float() - whole.float()).abs().max(), whole.float().abs().max()
         if error > tolerance_of(whole) * largest + 1e-5:
             begin, step = map(place_of, (type(family).begin, type(family).step))
@@ -131,7 +138,8 @@ def check_predictions(
     Raises:
         InputError: If they differ.
     """
-    if not all(map(has_values, (latents, *network.parameters()))):
+    # Ranks that share a network's weights must call it equally often, and their batches may differ.
+    if is_sharded(network) or not all(map(has_values, (latents, *network.parameters()))):
         return
     ends = [0, len(latents) - 1]
     latents, timesteps = latents[ends], far_timesteps(timesteps[ends], family.noise_process)
@@ -142,6 +150,12 @@ def check_predictions(
             text = conditioning.select([end]).trimmed()
             alone = family.predict(network, latents[[row]], timesteps[[row]], text, guidance)
             check_equal(family, method, alone.float(), both[[row]].float(), tolerance_of(both))
+
+
+def is_sharded(network: nn.Module) -> bool:
+    """Tell whether ranks hold shards of a network's weights (FSDP1 or FSDP2)."""
+    wrapped = any(type(part).__name__ == "FullyShardedDataParallel" for part in network.modules())
+    return wrapped or any(hasattr(weight, "full_tensor") for weight in network.parameters())
 
 
 def far_timesteps(timesteps: Tensor, process: NoiseProcess) -> Tensor:
