@@ -191,3 +191,13 @@ def test_what_a_perfect_network_predicts_gives_the_clean_latents_back(process: N
     noisy = process.add_noise(latents, noise, timesteps)
     output = process.target(latents, noise, timesteps)
     torch.testing.assert_close(process.clean(noisy, output, timesteps), latents)
+
+
+def test_a_scheduler_of_more_than_1000_timesteps_adds_noise_as_its_own() -> None:
+    """Kolors has 1100."""
+    scheduler = DDPMScheduler(num_train_timesteps=1100, **BETAS)
+    process = process_from_scheduler(saved(scheduler))
+    latents, noise = torch.randn(2, 2, 4, 4, 4, generator=torch.Generator().manual_seed(0))
+    timesteps = torch.tensor([1099.0, 3.0])
+    expected = scheduler.add_noise(latents, noise, timesteps.long())
+    torch.testing.assert_close(process.add_noise(latents, noise, timesteps), expected)

@@ -17,7 +17,8 @@ Level = TypeVar("Level", Tensor, float)
 
 
 def _wrong_latents(found: Tensor, process: "NoiseProcess", latents: Tensor, other: Tensor, at: Tensor) -> str | None:
-    for name, low, high in (("timesteps", 0.0, 1000.0), ("sigmas", 0.0, 1.0)):
+    levels = len(process.sigmas)  # a scheduler of DDPM may have more than 1000, as Kolors' 1100
+    for name, low, high in (("timesteps", 0.0, max(1000.0, levels)), ("sigmas", 0.0, 1.0)):
         table = getattr(process, name)
         if problem := wrong_tensor(table, (len(process.sigmas),), low=low, high=high):
             return f"latents by a table {name} that is {problem}"
@@ -33,7 +34,7 @@ class NoiseProcess(Part):
     flow matching, √(1 − ᾱ) in DDPM. Heads and losses get sigmas, networks get timesteps.
 
     Attributes:
-        timesteps: ``(T,)`` float32, descending: the network's timesteps, 0..1000.
+        timesteps: ``(T,)`` float32, descending: the network's timesteps, 0..1000 or below T.
         sigmas: ``(T,)`` float32, descending: the noise level at each timestep.
     """
 
