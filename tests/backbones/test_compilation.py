@@ -1,7 +1,5 @@
 """Compiled blocks: equal results, few graphs, and eager code where PyTorch cannot compile."""
 
-from collections import Counter
-from collections.abc import Callable
 from copy import deepcopy
 from typing import Any
 
@@ -10,8 +8,8 @@ import torch
 from diffusers import SD3Transformer2DModel, UNet2DConditionModel
 from torch import Tensor, nn
 
-from latentreward.backbones import compilation
 from latentreward.backbones.compilation import compile_blocks
+from tests.backbones.graphs import counted_graphs
 from tests.backbones.networks import inputs_of, tiny_backbone
 from tests.backbones.test_tuning import total
 
@@ -65,32 +63,10 @@ def blocks_of(network: Any) -> list[nn.Module]:
     return [*network.transformer_blocks]
 
 
-@pytest.fixture
-def graphs(monkeypatch: pytest.MonkeyPatch) -> Counter[Any]:
-    """Number of graphs of each structure of a block; they are captured, and no code is generated."""
-    found: Counter[Any] = Counter()
-    compiled = compilation.compiled
-
-    def counted(forward: Any, backend: Any) -> Callable[..., Any]:
-        number = len(found)
-        found[number] = 0
-
-        def capture(graph: Any, inputs: Any) -> Any:
-            found[number] += 1
-            return graph.forward
-
-        return compiled(forward, capture)
-
-    monkeypatch.setattr(compilation, "compiled", counted)
-    compilation.compiled_class.cache_clear()
-    torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
-    return found
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("make", [unet, dit])
-def test_few_graphs_for_gradients_and_odd_batches(make: Any, graphs: Counter[Any]) -> None:
+def test_few_graphs_for_gradients_and_odd_batches(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    graphs = counted_graphs(monkeypatch)
     network = make()
     plain = deepcopy(network)
     compile_blocks(blocks_of(network))

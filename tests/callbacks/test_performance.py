@@ -1,11 +1,9 @@
 """``performance``: what is chosen where, few graphs in a step of every module, and eager code on request."""
 
 import logging
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -13,10 +11,10 @@ import yaml
 from latentreward.callbacks import Performance, performance
 from torch import nn
 
-from latentreward.backbones import compilation
 from latentreward.backbones.compilation import CompiledBlock, compile_blocks
 from latentreward.cli import main
 from latentreward.errors import InputError
+from tests.backbones.graphs import counted_graphs
 from tests.marks import rotated_after
 
 ALIGN, MODELS = Path("configs/align"), Path("configs/model")
@@ -47,23 +45,7 @@ RUNS: dict[str, tuple[str, ...]] = {
 @pytest.mark.slow
 @pytest.mark.parametrize("name", rotated_after(0, RUNS, release=4))
 def test_few_graphs_in_a_run_of_every_module(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    graphs: Counter[int] = Counter()
-    compiled = compilation.compiled
-
-    def counted(forward: Any, backend: Any) -> Callable[..., Any]:
-        number = len(graphs)
-        graphs[number] = 0
-
-        def capture(graph: Any, inputs: Any) -> Any:
-            graphs[number] += 1
-            return graph.forward
-
-        return compiled(forward, capture)
-
-    monkeypatch.setattr(compilation, "compiled", counted)
-    compilation.compiled_class.cache_clear()
-    torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
+    graphs = counted_graphs(monkeypatch)
     data = [f"--data.root={tmp_path / 'pairs'}"] if PAIRS[0] in RUNS[name] else []
     main(
         [

@@ -5,10 +5,10 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import MISSING, asdict, fields
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
@@ -21,8 +21,8 @@ from latentreward.data.alignment.experience import other_rows, wrong_rows
 from latentreward.devices import evaluating
 from latentreward.encoders.stored_prompts import StoredPrompts
 from latentreward.errors import InputError
-from latentreward.modules.based import FrozenBase, TrainedModule, unseen_settings
-from latentreward.modules.optimizers import single_optimizer
+from latentreward.modules.based import FrozenBase, unseen_settings
+from latentreward.modules.optimizers import OptimizerSteps, single_optimizer
 from latentreward.modules.sharding import shard_encoders, shard_policy
 from latentreward.policies import PolicySource
 from latentreward.policies.checkpoint import SOURCE
@@ -47,7 +47,7 @@ from latentreward.storage.progress import Progress
 Kind = TypeVar("Kind", bound=nn.Module)
 
 
-class AlignmentModule(TrainedModule, LightningModule):  # type: ignore[misc]  # load_from_checkpoint is a descriptor
+class AlignmentModule(LightningModule):
     """Base of the modules that train a policy's adapter: by given pairs, by a reward, or by a reward of own rollouts.
 
     A method that learns from its own rollouts sets :attr:`experience` and implements :meth:`make_experience`.
@@ -70,6 +70,8 @@ class AlignmentModule(TrainedModule, LightningModule):  # type: ignore[misc]  # 
         policy: The loaded :class:`~latentreward.policies.Policy`.
         reward: The loaded :class:`~latentreward.rewards.Reward`; None without one.
         sampling: Settings of the sampler; a derived class sets its own.
+        lr: Learning rate that replaces the optimiser's own; None keeps the optimiser's. Lightning's learning rate
+            finder sets this attribute.
         experience: Class of a rollout's rows: a frozen dataclass with :class:`~latentreward.contracts.SampledStates` as
             its base, whose fields are tensors ``(N, ...)``, tuples of N values, or None. Rows of a checkpoint are made
             of it. None for a method without rollouts.
@@ -113,6 +115,8 @@ class AlignmentModule(TrainedModule, LightningModule):  # type: ignore[misc]  # 
             reward.require_latents_of(policy)
         super().__init__()
         self.optimizer, self.lr_scheduler, self.seed = optimizer, lr_scheduler, run_seed(seed)
+        self.lr: float | None = None
+        self.configured_lr: float | None = None
         self.guidance_scale = policy.resolve_family().guidance(guidance_scale)
         self.policy_source, self.policy = policy, policy.load(self.seed)
         unseen = unseen_settings("policy", vars(policy), self.policy.text_encoder)
@@ -123,6 +127,12 @@ class AlignmentModule(TrainedModule, LightningModule):  # type: ignore[misc]  # 
         self._part_means: list[float] = []
         self._rows: dict[str, int] = {}
         self._encoded: tuple[Conditioning, Conditioning | None] | None = None
+
+    @classmethod
+    def load_from_checkpoint(cls, checkpoint_path: Any, weights_only: bool = True, **kwargs: Any) -> Self:  # type: ignore[override]
+        """Build a module from ``kwargs`` and load a checkpoint's weights; only tensors and plain values are read."""
+        kwargs["_instantiator"] = None  # else Lightning takes the function that the checkpoint names
+        return super().load_from_checkpoint(checkpoint_path, weights_only=weights_only, **kwargs)
 
     def setup(self, stage: str) -> None:
         """Read the reward's weights, under bf16-mixed in bfloat16, and check the trainer's precision.
@@ -148,10 +158,18 @@ class AlignmentModule(TrainedModule, LightningModule):  # type: ignore[misc]  # 
         self.configured_lr = self.lr
         return single_optimizer(self.parameters(), self.optimizer, self.lr_scheduler, lr=self.lr)
 
+    def configure_callbacks(self) -> list[Callback]:
+        """Return the callback that checks and logs optimiser steps."""
+        return [OptimizerSteps()]
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Save where the policy was loaded from, so that the checkpoint alone is enough to load it again."""
         self.frozen_base.save(self, checkpoint, ())
         checkpoint[SOURCE] = asdict(self.policy_source)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Check that a checkpoint belongs to this policy's base, and fill in the weights that it leaves out."""
+        self.frozen_base.check(self, checkpoint)
 
     def on_fit_start(self) -> None:
         """Let the reward score random latents at three noise levels, so that a faulty reward fails before training.

@@ -1,10 +1,10 @@
 """The frozen base model under trained weights: checked and shared before training, recorded in checkpoints."""
 
 from collections.abc import Collection, Iterator, Mapping
-from typing import Any, Self
+from typing import Any
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.plugins.precision import FSDPPrecision
 from lightning.pytorch.strategies import FSDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
@@ -17,7 +17,6 @@ from latentreward.checkpoints.base_weights import BaseSample, is_quantized, quan
 from latentreward.checkpoints.shards import check_weights, frozen_names
 from latentreward.encoders.prompts import PromptEncoder
 from latentreward.errors import InputError
-from latentreward.modules.optimizers import OptimizerSteps
 from latentreward.storage.digests import digest
 from latentreward.storage.shared_weights import release_shared
 
@@ -128,35 +127,6 @@ def own_values(module: nn.Module, names: Collection[str]) -> dict[str, Any]:
     own = (*module.named_parameters(remove_duplicate=False), *module.named_buffers())
     state = module.state_dict()
     return {name: state[name] for name, _ in own if name in names and name in state}
-
-
-class TrainedModule:
-    """Mix-in of Lightning modules with trained weights on a :class:`FrozenBase`.
-
-    Attributes:
-        frozen_base: The base.
-        lr: Learning rate that replaces the optimiser's own; None keeps the optimiser's. Lightning's learning rate
-            finder sets this attribute.
-        configured_lr: :attr:`lr` when the optimiser was built.
-    """
-
-    frozen_base: FrozenBase
-    lr: float | None = None
-    configured_lr: float | None = None
-
-    @classmethod
-    def load_from_checkpoint(cls, checkpoint_path: Any, weights_only: bool = True, **kwargs: Any) -> Self:
-        """Build a module from ``kwargs`` and load a checkpoint's weights; only tensors and plain values are read."""
-        kwargs["_instantiator"] = None  # else Lightning takes the function that the checkpoint names
-        return super().load_from_checkpoint(checkpoint_path, weights_only=weights_only, **kwargs)  # type: ignore[misc]
-
-    def configure_callbacks(self) -> list[Callback]:
-        """Return the callback that checks and logs optimiser steps."""
-        return [OptimizerSteps()]
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Check that a checkpoint belongs to this base, and fill in the weights that it leaves out."""
-        self.frozen_base.check(self, checkpoint)  # type: ignore[arg-type]
 
 
 class FSDP1Precision(FSDPPrecision):

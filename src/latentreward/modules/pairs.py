@@ -3,10 +3,10 @@
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self
 
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Generator, Tensor, nn
 from torch.optim import AdamW
@@ -19,8 +19,8 @@ from latentreward.losses import PreferenceLoss, gather_pair_scores
 from latentreward.losses.base import mean_over_outputs
 from latentreward.metrics import MeanMargin, PairCalibration, PairwiseAccuracy
 from latentreward.metrics.pairwise import Equal
-from latentreward.modules.based import FrozenBase, TrainedModule
-from latentreward.modules.optimizers import single_optimizer
+from latentreward.modules.based import FrozenBase
+from latentreward.modules.optimizers import OptimizerSteps, single_optimizer
 from latentreward.noise import LevelSampler, NoiseProcess
 from latentreward.promises import check_takes, shown
 from latentreward.seeding import pair_generator, run_seed
@@ -176,7 +176,7 @@ class LevelMetrics(nn.Module):
         return values
 
 
-class PairModule(TrainedModule, LightningModule):  # type: ignore[misc]  # load_from_checkpoint is a descriptor
+class PairModule(LightningModule):
     """Base module that trains a scorer of noised images with a preference loss.
 
     In training each pair gets a random noise level. Validation, test and prediction score each pair at every level of
@@ -206,6 +206,8 @@ class PairModule(TrainedModule, LightningModule):  # type: ignore[misc]  # load_
         seed: Seed of all random numbers; None takes the run's ``seed_everything``.
 
     Attributes:
+        lr: Learning rate that replaces the optimiser's own; None keeps the optimiser's. Lightning's learning rate
+            finder sets this attribute.
         cross_spans_ranks: Whether scores with ``with_cross`` span the batches of all ranks, or only this rank's.
 
     Raises:
@@ -234,6 +236,8 @@ class PairModule(TrainedModule, LightningModule):  # type: ignore[misc]  # load_
     ) -> None:
         super().__init__()
         self.optimizer, self.lr_scheduler, self.seed = optimizer, lr_scheduler, run_seed(seed)
+        self.lr: float | None = None
+        self.configured_lr: float | None = None
         self.frozen_base = FrozenBase(self, base, {})
         self.loss, self.levels, self.decay_vectors = loss, levels, decay_vectors
         self.noise_per_image, self.timestep_per_image, self.posterior = noise_per_image, timestep_per_image, posterior
@@ -280,6 +284,12 @@ class PairModule(TrainedModule, LightningModule):  # type: ignore[misc]  # load_
         """Return the VAE that decodes latents, for callbacks; None without a VAE."""
         return None
 
+    @classmethod
+    def load_from_checkpoint(cls, checkpoint_path: Any, weights_only: bool = True, **kwargs: Any) -> Self:  # type: ignore[override]
+        """Build a module from ``kwargs`` and load a checkpoint's weights; only tensors and plain values are read."""
+        kwargs["_instantiator"] = None  # else Lightning takes the function that the checkpoint names
+        return super().load_from_checkpoint(checkpoint_path, weights_only=weights_only, **kwargs)
+
     def setup(self, stage: str) -> None:
         """Check the trainer's precision, and share frozen weights; see :meth:`FrozenBase.prepare`."""
         self.frozen_base.prepare(self)
@@ -289,9 +299,17 @@ class PairModule(TrainedModule, LightningModule):  # type: ignore[misc]  # load_
         self.configured_lr = self.lr
         return single_optimizer(self.parameters(), self.optimizer, self.lr_scheduler, self.decay_vectors, self.lr)
 
+    def configure_callbacks(self) -> list[Callback]:
+        """Return the callback that checks and logs optimiser steps."""
+        return [OptimizerSteps()]
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Save which base model the checkpoint's weights belong to, as far as frozen weights are left out."""
         self.frozen_base.save(self, checkpoint, checkpoint["state_dict"])
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Check that a checkpoint belongs to this base, and fill in the weights that it leaves out."""
+        self.frozen_base.check(self, checkpoint)
 
     def summed(self, rewards: Tensor) -> Tensor:
         """Return one number per row: for a head with two outputs (two axes) their weighted sum, else the rewards."""
