@@ -18,7 +18,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from latentreward.contracts import Conditioning, PathText
-from latentreward.encoders.prompts import PromptEncoder
+from latentreward.encoders.prompts import PromptEncoder, equal_lengths
 from latentreward.encoders.stored_prompts import StoredPrompts
 from latentreward.errors import InputError
 from latentreward.modules.alignment import AlignmentModule
@@ -27,6 +27,7 @@ from latentreward.policies import Policy
 from latentreward.rewards.latent import LatentScorer
 from latentreward.storage.durable import write_errors_named
 
+AT_ONCE = 16  # prompts that are encoded at once; on one core, 32 at once took longer at widths of 128 and 256
 KEPT = "free some space, or set EncodeOnce's folder"  # remedy in messages about the file of encoded prompts
 
 
@@ -41,7 +42,8 @@ class EncodeOnce(Callback):
     for SD1.5. T5 then no longer takes 9.5 GB of each GPU. A resumed run encodes again. The encoded prompts are those of
     ``data.prompts``, those of callbacks with ``prompts`` (``SampleGrid``, ``HackingMonitor``, ``CollapseGuard``), and
     the empty prompt.
-    Results equal those without this callback, except in the last bits, because prompts are encoded one by one.
+    Results equal those without this callback, except in the last bits, because prompts are encoded in batches. Prompts
+    of a batch have equally many tokens.
 
     Args:
         folder: Folder for the file while it is written; null takes the run's ``trainer.default_root_dir``.
@@ -133,7 +135,7 @@ def encoder_of(owner: Policy | LatentScorer) -> PromptEncoder | None:
 
 @torch.no_grad()
 def encoded(owner: Policy | LatentScorer, prompts: Sequence[str], path: Path, trainer: Trainer) -> Conditioning:
-    """Encode ``prompts`` one by one, each rank of a machine its share, into files that all its ranks map.
+    """Encode ``prompts`` in batches, each rank of a machine its share, into files that all its ranks map.
 
     All ranks that shard the owner's text encoder call it equally often. ``path`` is the start of the files' names, the
     same for all ranks of the machine.
@@ -148,12 +150,12 @@ def encoded(owner: Policy | LatentScorer, prompts: Sequence[str], path: Path, tr
     encoder = encoder_of(owner)
     assert encoder is not None
 
-    def encode(prompt: str) -> dict[str, Tensor]:
+    def encode(rows: Sequence[int]) -> dict[str, Tensor]:
         with trainer.precision_plugin.forward_context():
-            row = encode_prompts([prompt])
-        return columns_of((row.padded(encoder.num_tokens) if encoder.masked else row).to("cpu"))
+            found = encode_prompts([prompts[row] for row in rows])
+        return columns_of((found.padded(encoder.num_tokens) if encoder.masked else found).to("cpu"))
 
-    names, samples = zip(*encode(prompts[0]).items(), strict=True)
+    names, samples = zip(*encode([0]).items(), strict=True)
     places = [path.with_name(f"{path.name}-{column}") for column in range(len(samples))]
     with write_errors_named(path.parent, KEPT):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -175,11 +177,13 @@ def encoded(owner: Policy | LatentScorer, prompts: Sequence[str], path: Path, tr
         if rank == 0:  # at once, so that a killed run leaves no file
             for place in places:
                 place.unlink()
-        for number in range(math.ceil(len(prompts) / ranks)):
-            row = min(number * ranks + rank, len(prompts) - 1)  # past the end the last prompt is repeated
-            for file, values in zip(files, encode(prompts[row]).values(), strict=True):
-                file.seek(row * values.nbytes)
-                file.write(memoryview(values.contiguous().view(-1).view(torch.uint8).numpy()))
+        batches = equal_lengths(encoder, prompts, AT_ONCE)
+        for number in range(math.ceil(len(batches) / ranks)):
+            rows = batches[min(number * ranks + rank, len(batches) - 1)]  # past the end the last batch is repeated
+            for file, values in zip(files, encode(rows).values(), strict=True):
+                for row, value in zip(rows, values, strict=True):
+                    file.seek(row * value.nbytes)
+                    file.write(memoryview(value.contiguous().view(-1).view(torch.uint8).numpy()))
         for file in files:
             file.flush()
         barrier()

@@ -3,7 +3,7 @@ import itertools
 import pytest
 import torch
 
-from latentreward.seeding import pair_generator
+from latentreward.seeding import coin_flips, pair_generator
 
 
 def draw(*args: object) -> list[float]:
@@ -44,3 +44,10 @@ def test_draws_look_uniform_over_pairs() -> None:
     )
     assert abs(draws.mean() - 0.5) < 0.02
     assert abs(torch.corrcoef(draws.view(2, -1))[0, 1]) < 0.07
+
+
+def test_coins_are_the_first_draws_of_the_pairs_generators() -> None:
+    names = ["", "a", 'a","b', "ü\n", *map(str, range(60))]
+    drawn = [bool(torch.randint(2, (), generator=pair_generator(7, "side", 3, name))) for name in names]
+    assert coin_flips(7, "side", 3, names) == drawn
+    assert 10 < sum(drawn) < 54

@@ -6,6 +6,7 @@ from diffusers import StableDiffusion3Pipeline, StableDiffusionPipeline, StableD
 
 from latentreward.backbones.loading import PipelineSource
 from latentreward.encoders.clip import CLIPPromptEncoder, SDXLPromptEncoder
+from latentreward.encoders.prompts import equal_lengths
 from latentreward.errors import InputError
 from tests.tiny_pipelines import TOKENS, WIDTH, pipeline_folder
 
@@ -79,3 +80,10 @@ def test_without_a_tokenizer_text_is_refused_and_ids_are_not(name: str) -> None:
     torch.testing.assert_close(bare.encode_ids(*full.tokenize(PROMPTS)).prompt_embeds, full(PROMPTS).prompt_embeds)
     with pytest.raises(InputError, match="no tokenizer"):
         bare(PROMPTS)
+
+
+def test_batches_of_equal_lengths_hold_every_prompt_once_and_pad_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    encoder = PipelineSource(pipeline_folder("sd15")).clip_prompts()
+    assert equal_lengths(encoder, ["a", "b c d", ""], 2) == [[0, 1], [2]]
+    monkeypatch.setattr(encoder, "count_tokens", lambda prompts: [len(prompt) for prompt in prompts])
+    assert equal_lengths(encoder, ["ab", "a", "cd", "b", "ef", ""], 2) == [[5], [1, 3], [0, 2], [4]]

@@ -135,6 +135,21 @@ class PromptEncoder(nn.Module, Part):
         return None
 
 
+def equal_lengths(encoder: PromptEncoder, prompts: Sequence[str], most: int) -> list[list[int]]:
+    """Return the indices of ``prompts`` in batches of at most ``most`` prompts with equally many tokens.
+
+    No prompt of such a batch is padded, so that its result differs from that of the prompt alone in the last bits only.
+    """
+    counts = encoder.count_tokens(prompts)
+    rows = sorted(range(len(prompts)), key=counts.__getitem__)
+    batches: list[list[int]] = []
+    for row in rows:
+        if not batches or len(batches[-1]) == most or counts[batches[-1][0]] != counts[row]:
+            batches.append([])
+        batches[-1].append(row)
+    return batches
+
+
 def token_ids(tokenizer: Any, prompts: Sequence[str], length: int) -> Tensor:
     """Return token ids ``(B, length)``, int64 on the CPU, padded and truncated to ``length``."""
     if tokenizer is None:
