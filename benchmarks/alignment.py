@@ -30,7 +30,7 @@ from random_pipelines import (
 )
 from torch import Tensor, nn
 
-from latentreward.apps.estimate.pipelines import CLIP_H_VISION
+from latentreward.apps.estimate.pipelines import CLIP_MODELS
 from latentreward.backbones.tuning import LoRA
 from latentreward.contracts import NoisyStates, PromptBatch, StepPairs
 from latentreward.losses import StepDPOResult
@@ -246,7 +246,9 @@ def clip_h(device: str, dtype: torch.dtype = torch.float32, layers: int = 32) ->
     from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
     with torch.device("meta"):
-        tower = CLIPVisionModelWithProjection(CLIPVisionConfig(**CLIP_H_VISION | {"num_hidden_layers": layers})).eval()
+        tower = CLIPVisionModelWithProjection(
+            CLIPVisionConfig(**CLIP_MODELS["clip_h"]["vision_config"] | {"num_hidden_layers": layers})
+        ).eval()
     if device != "meta":
         materialise(tower, device, dtype)
 

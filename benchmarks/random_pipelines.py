@@ -22,15 +22,12 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from latentreward.apps.estimate.pipelines import PIPELINES, write_pipelines
+from latentreward.apps.estimate.pipelines import PIPELINES, SHARED, write_pipelines
 from latentreward.apps.estimate.shapes import replace_tensors
 from latentreward.backbones import SD3DiTBackbone, SDUNetBackbone
 from latentreward.backbones.loading import PipelineSource
 from latentreward.backbones.tuning import LoRA
 from latentreward.contracts import Conditioning, LatentSpace
-from latentreward.families.published import CLIP_G, CLIP_L, T5_XXL
-from latentreward.families.sd import SD15
-from latentreward.families.sd3 import SD35_MEDIUM
 from latentreward.heads import CLIPProjectionHead, GatedQFormerHead
 from latentreward.policies import Policy, PolicySource
 from latentreward.policies.loading import add_lora
@@ -44,15 +41,14 @@ _LEVELS = {
     "down_block_types": ("DownEncoderBlock2D",) * 3,
     "up_block_types": ("UpDecoderBlock2D",) * 3,
 }
-_SMALL_TEXT = {**CLIP_L, "num_hidden_layers": 1}
-_SMALL_T5 = {**T5_XXL, "num_layers": 1}
+_SMALL_TEXT = {**SHARED["clip_l"], "num_hidden_layers": 1}
+_SMALL_T5 = {**SHARED["t5_xxl"], "num_layers": 1}
 SIZES = {
     **PIPELINES,
     "mid": {
         **PIPELINES["sd15"],
         "unet": {
-            "_class_name": "UNet2DConditionModel",
-            **SD15,
+            **PIPELINES["sd15"]["unet"],
             "sample_size": 32,
             "block_out_channels": (96, 192, 384, 384),
         },
@@ -61,18 +57,17 @@ SIZES = {
     },
     "sd15_side32": {
         **PIPELINES["sd15"],
-        "unet": {"_class_name": "UNet2DConditionModel", **SD15, "sample_size": 32},
+        "unet": {**PIPELINES["sd15"]["unet"], "sample_size": 32},
         "text_encoder": _SMALL_TEXT,
     },
     "mid_sd35": {
         **PIPELINES["sd35"],
         "vae": {**_VAE, **_LEVELS, "block_out_channels": (64, 128, 256), "latent_channels": 16},
         "text_encoder": _SMALL_TEXT,
-        "text_encoder_2": {**CLIP_G, "num_hidden_layers": 1},
+        "text_encoder_2": {**SHARED["clip_g"], "num_hidden_layers": 1},
         "text_encoder_3": _SMALL_T5,
         "transformer": {
-            "_class_name": "SD3Transformer2DModel",
-            **SD35_MEDIUM,
+            **PIPELINES["sd35"]["transformer"],
             "sample_size": 32,
             "num_layers": 13,
             "num_attention_heads": 8,
@@ -83,8 +78,7 @@ SIZES = {
     "toy": {
         **PIPELINES["sd15"],
         "unet": {
-            "_class_name": "UNet2DConditionModel",
-            **SD15,
+            **PIPELINES["sd15"]["unet"],
             "sample_size": 8,
             "block_out_channels": (32, 32, 32, 32),
         },
@@ -95,11 +89,10 @@ SIZES = {
         **PIPELINES["sd35"],
         "vae": {**_VAE, **_LEVELS, "block_out_channels": (32, 32, 32), "latent_channels": 16},
         "text_encoder": _SMALL_TEXT,
-        "text_encoder_2": {**CLIP_G, "num_hidden_layers": 1},
+        "text_encoder_2": {**SHARED["clip_g"], "num_hidden_layers": 1},
         "text_encoder_3": _SMALL_T5,
         "transformer": {
-            "_class_name": "SD3Transformer2DModel",
-            **SD35_MEDIUM,
+            **PIPELINES["sd35"]["transformer"],
             "sample_size": 16,
             "num_layers": 13,
             "attention_head_dim": 16,

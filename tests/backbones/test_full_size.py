@@ -5,10 +5,9 @@ import torch
 from diffusers import SD3Transformer2DModel, UNet2DConditionModel
 from torch import nn
 
+from latentreward.apps.estimate.pipelines import PIPELINES
 from latentreward.backbones import SD3DiTBackbone, SDUNetBackbone
 from latentreward.contracts import LatentSpace
-from latentreward.families.sd import SD15, SDXL
-from latentreward.families.sd3 import SD35_MEDIUM
 from latentreward.heads import CLIPProjectionHead
 from latentreward.noise import FlowMatching, process_from_scheduler
 
@@ -23,14 +22,14 @@ def millions(network: nn.Module) -> float:
 @pytest.mark.parametrize(
     ("config", "before", "after", "joined", "grids"),
     [
-        (SD15, 859.5, 348.7, 320 + 640 + 1280 + 1280 + 1280, [64, 32, 16, 8, 8]),
-        (SDXL, 2567.5, 1243.4, 320 + 640 + 1280 + 1280, [128, 64, 32, 32]),
+        (PIPELINES["sd15"]["unet"], 859.5, 348.7, 320 + 640 + 1280 + 1280 + 1280, [64, 32, 16, 8, 8]),
+        (PIPELINES["sdxl"]["unet"], 2567.5, 1243.4, 320 + 640 + 1280 + 1280, [128, 64, 32, 32]),
     ],
     ids=["SD1.5", "SDXL"],
 )
 def test_unet(config: dict, before: float, after: float, joined: int, grids: list[int]) -> None:
     with torch.device("meta"):
-        unet = UNet2DConditionModel(**config)
+        unet = UNet2DConditionModel.from_config(config)
         assert millions(unet) == before
         backbone = SDUNetBackbone(unet, DDPM, SPACE_4)
         assert millions(backbone) == after
@@ -43,7 +42,7 @@ def test_unet(config: dict, before: float, after: float, joined: int, grids: lis
 
 def test_sd35_medium() -> None:
     with torch.device("meta"):
-        transformer = SD3Transformer2DModel(**SD35_MEDIUM)
+        transformer = SD3Transformer2DModel.from_config(PIPELINES["sd35"]["transformer"])
         assert millions(transformer) == 2243.2
         backbone = SD3DiTBackbone(transformer, FlowMatching(), SPACE_16, num_layers=12)
     assert millions(backbone) == 1237.6

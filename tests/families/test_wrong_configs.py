@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from latentreward.apps.estimate.pipelines import PUBLISHED as ALL
 from latentreward.backbones.loading import PipelineSource
 from latentreward.errors import InputError
 from latentreward.families import families
@@ -24,6 +25,9 @@ FLOWS = {name: kind for name, kind in families().items() if issubclass(kind, Flo
 SCALED, CHANNELS, DYNAMIC = ("flux1", "lumina2", "z_image"), ("qwen_image", "wan21"), ("flux1", "qwen_image")
 EULERS = [name for name in FLOWS if name != "wan21"]
 ABSENT = object()
+PUBLISHED = {
+    name: [one for one in ALL.values() if kind.recognises(MadeConfigs(one["parts"]))] for name, kind in FLOWS.items()
+}
 
 
 class Normed(MadeConfigs):
@@ -35,9 +39,9 @@ class Normed(MadeConfigs):
 
 def used(name: str, part: str = "", field: str = "", value: Any = None, number: int = 0) -> list[float]:
     """Levels of a published pipeline of which one entry is another; what else is read of configs is read before."""
-    published = FLOWS[name].published[number]
-    parts = {key: dict(config) for key, config in published.parts.items()}
-    index = dict(published.index)
+    published = PUBLISHED[name][number]
+    parts = {key: dict(config) for key, config in published["parts"].items()}
+    index = dict(published.get("index", {}))
     if part:
         (index if part == "index" else parts[part])[field] = value
         if value is ABSENT:
@@ -78,7 +82,7 @@ WRONG = [
 
 @pytest.mark.parametrize("name", FLOWS)
 def test_published_configs_are_taken(name: str) -> None:
-    for number in range(len(FLOWS[name].published)):
+    for number in range(len(PUBLISHED[name])):
         assert len(used(name, number=number)) == 5
 
 
@@ -93,7 +97,7 @@ def test_wrong_values_are_refused_in_one_line(name: str, part: str, field: str, 
 
 
 def test_a_single_step_has_no_last_level_of_its_own() -> None:
-    family = FLOWS["qwen_image"](MadeConfigs(FLOWS["qwen_image"].published[0].parts))
+    family = FLOWS["qwen_image"](MadeConfigs(PUBLISHED["qwen_image"][0]["parts"]))
     shape = family.latent_shape()
     with pytest.raises(InputError, match=r"num_inference_steps=1, but .* shift_terminal=0.02.*; take at least 2 steps"):
         family.levels(1, shape)
@@ -131,8 +135,7 @@ def test_entries_of_the_index_are_null_or_two_names(value: Any, tmp_path: Path) 
     [(40, 32, 1), ("32", 32, 1), (32, 32.0, 1), (True, 32, 1), (16384, 32, 1), (32, 32, 5.0)],
 )
 def test_sides_are_whole_numbers_within_the_positions(height: Any, width: Any, frames: Any) -> None:
-    published = FLOWS["wan21"].published[0]
-    family = FLOWS["wan21"](MadeConfigs(published.parts))
+    family = FLOWS["wan21"](MadeConfigs(PUBLISHED["wan21"][0]["parts"]))
     assert family.latent_shape(16368, 32, 5) == (16, 2, 2046, 4)
     with pytest.raises(InputError, match=r"height=|width=|frames="):
         family.latent_shape(height, width, frames) if height != 16384 else family.latent_shape(16400, 32)
@@ -140,7 +143,7 @@ def test_sides_are_whole_numbers_within_the_positions(height: Any, width: Any, f
 
 def test_limits_of_positions() -> None:
     for name, side, prompt in (("lumina2", 1024, 299), ("z_image", 1024, 992)):
-        family = FLOWS[name](MadeConfigs(FLOWS[name].published[0].parts))
+        family = FLOWS[name](MadeConfigs(PUBLISHED[name][0]["parts"]))
         assert (family.max_side, family.max_prompt) == (side, prompt)
         assert family.latent_shape(8192, 16) == (16, 1024, 2)
         with pytest.raises(InputError, match="height=8208 is over 8192 pixels, for which this network has positions"):
@@ -150,8 +153,7 @@ def test_limits_of_positions() -> None:
 @pytest.mark.parametrize("scale", [math.nan, math.inf, -1.0])
 def test_guidance_is_finite(scale: float) -> None:
     for name, kind in FLOWS.items():
-        published = kind.published[0]
-        family = kind(Normed(published.parts, **published.index))
+        family = kind(Normed(PUBLISHED[name][0]["parts"], **PUBLISHED[name][0].get("index", {})))
         with pytest.raises(InputError, match=f"guidance_scale={scale:g}"):
             family.guidance(scale)
         assert name

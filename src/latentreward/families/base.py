@@ -19,7 +19,6 @@ from latentreward.contracts import Conditioning, LatentSpace
 from latentreward.encoders.prompts import PromptEncoder
 from latentreward.encoders.vae import LatentEncoder
 from latentreward.errors import InputError
-from latentreward.families.published import Published
 from latentreward.noise import DDPM, DDPM_SCHEDULERS, FLOW_SCHEDULERS, FlowMatching, NoiseProcess
 from latentreward.programs import of_this_package
 from latentreward.promises import COUNT, Part, finite, is_count, of_class, returns, shown, tensor, wrong_tensor
@@ -119,7 +118,6 @@ class Family(Part):
         float32_parts: Parts of the names of the network's weights that are float32 also where frozen weights are
             stored in another type, as diffusers loads them.
         lora_loader: Class in ``diffusers.loaders`` that reads and writes LoRA files of the family, or None.
-        published: Configs of the family's published pipelines, for estimates without a download.
         kohya_module: Name of the network module of kohya's scripts, for the metadata of their format.
     """
 
@@ -141,7 +139,6 @@ class Family(Part):
     idle: Sequence[str] = ()
     float32_parts: ClassVar[Sequence[str]] = ()
     kohya_module: ClassVar[str] = "networks.lora"
-    published: ClassVar[Sequence[Published]] = ()
 
     def __init__(self, pipeline: PipelineConfigs) -> None:
         self.pipeline: Any = pipeline

@@ -21,8 +21,6 @@ from latentreward.encoders.prompts import PromptEncoder, token_ids
 from latentreward.errors import InputError
 from latentreward.families.backbone import FamilyBackbone, load_family_backbone
 from latentreward.families.flow import FlowFamily, Tokens
-from latentreward.families.published import CLIP_L, FLUX_VAE, T5_XXL, Published
-from latentreward.noise.schedules import EULER
 
 if TYPE_CHECKING:
     from transformers import CLIPTextModel, PreTrainedTokenizerBase, T5EncoderModel
@@ -79,29 +77,6 @@ class Flux1PromptEncoder(PromptEncoder):
         return Conditioning(self.text_encoder_2(input_ids[1]).last_hidden_state, pooled)
 
 
-def _published(model: str, guided: bool, scheduler: Mapping[str, Any]) -> Published:
-    network = {"_class_name": "FluxTransformer2DModel", "guidance_embeds": guided, **_SIZES}
-    parts = {"transformer": network, "vae": FLUX_VAE, "scheduler": {"_class_name": EULER, **scheduler}}
-    return Published(model, {**parts, "text_encoder": CLIP_L, "text_encoder_2": T5_XXL})
-
-
-_DYNAMIC = {"shift": 3.0, "use_dynamic_shifting": True, "base_shift": 0.5, "max_shift": 1.15}
-_LENGTHS = {"base_image_seq_len": 256, "max_image_seq_len": 4096}
-_SIZES = {
-    "in_channels": 64,
-    "num_layers": 19,
-    "num_single_layers": 38,
-    "attention_head_dim": 128,
-    "num_attention_heads": 24,
-    "joint_attention_dim": 4096,
-    "pooled_projection_dim": 768,
-}
-PUBLISHED = (
-    _published("black-forest-labs/FLUX.1-dev", True, {**_DYNAMIC, **_LENGTHS}),
-    _published("black-forest-labs/FLUX.1-schnell", False, {"shift": 1.0, **_LENGTHS}),
-)
-
-
 class Flux1(FlowFamily):
     """Family of FLUX.1: dual and single blocks, T5 and a pooled CLIP vector, guidance as an input or none."""
 
@@ -128,7 +103,6 @@ class Flux1(FlowFamily):
     time_embedding = ("time_text_embed",)
     # Those of diffusers' training script and of Flow-GRPO for FLUX.1.
     lora_targets = (*ATTENTION, "ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2")
-    published = PUBLISHED
     lora_loader = "FluxLoraLoaderMixin"
 
     @property

@@ -23,8 +23,6 @@ from latentreward.errors import InputError
 from latentreward.families.backbone import FamilyBackbone, load_family_backbone
 from latentreward.families.flow import FlowFamily, Tokens
 from latentreward.families.flux1 import unread_of_dual
-from latentreward.families.published import QWEN3_4B, QWEN3_8B, Published
-from latentreward.noise.schedules import EULER
 from latentreward.storage.digests import digest
 from latentreward.storage.json_files import entries, entry
 
@@ -90,39 +88,6 @@ class Flux2KleinPromptEncoder(PromptEncoder):
         return Conditioning(tokens, Conditioning(tokens, prompt_mask=mask.bool()).pooled())
 
 
-_VAE = {
-    "_class_name": "AutoencoderKLFlux2",
-    "latent_channels": 32,
-    "block_out_channels": (128, 256, 512, 512),
-    "patch_size": (2, 2),
-    "batch_norm_eps": 1e-4,
-}
-
-
-def _published(model: str, text: Mapping[str, Any], distilled: bool, **sizes: int) -> Published:
-    network: dict[str, Any] = {
-        "_class_name": "Flux2Transformer2DModel",
-        "in_channels": 128,
-        "attention_head_dim": 128,
-        "guidance_embeds": False,
-        **sizes,
-    }
-    parts: dict[str, Mapping[str, Any]] = {"transformer": network, "text_encoder": text}
-    parts["vae"] = _VAE
-    scheduler = {"_class_name": EULER, "shift": 3.0, "use_dynamic_shifting": True}
-    return Published(model, {**parts, "scheduler": scheduler}, {"is_distilled": distilled})
-
-
-_SMALL = {"num_layers": 5, "num_single_layers": 20, "num_attention_heads": 24, "joint_attention_dim": 7680}
-_LARGE = {"num_layers": 8, "num_single_layers": 24, "num_attention_heads": 32, "joint_attention_dim": 12288}
-PUBLISHED = (
-    _published("black-forest-labs/FLUX.2-klein-4B", QWEN3_4B, True, **_SMALL),
-    _published("black-forest-labs/FLUX.2-klein-base-4B", QWEN3_4B, False, **_SMALL),
-    _published("black-forest-labs/FLUX.2-klein-9B", QWEN3_8B, True, **_LARGE),
-    _published("black-forest-labs/FLUX.2-klein-base-9B", QWEN3_8B, False, **_LARGE),
-)
-
-
 class Flux2Klein(FlowFamily):
     """Family of FLUX.2-klein: dual and single blocks with shared modulation, Qwen3, normalised patches as latents."""
 
@@ -148,7 +113,6 @@ class Flux2Klein(FlowFamily):
         "to_qkv_mlp_proj",
         *(f"single_transformer_blocks.{number}.attn.to_out" for number in range(48)),
     )
-    published = PUBLISHED
     lora_loader = "Flux2LoraLoaderMixin"
 
     def check(self) -> None:

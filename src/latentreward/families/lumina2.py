@@ -13,8 +13,6 @@ from latentreward.encoders.language_model import LanguageModelEncoder, without_l
 from latentreward.encoders.prompts import PromptEncoder
 from latentreward.families.backbone import FamilyBackbone, load_family_backbone
 from latentreward.families.flow import FlowFamily, Tokens, of_patches
-from latentreward.families.published import FLUX_VAE, GEMMA2_2B, Published
-from latentreward.noise.schedules import EULER
 
 SYSTEM = (
     "You are an assistant designed to generate superior images with the superior degree of image-text alignment based "
@@ -24,30 +22,6 @@ SYSTEM = (
 NO_PROMPT = "\0"
 """Prompt that is encoded as the empty text, without :data:`SYSTEM`: the pipeline's usual negative prompt."""
 TEXT_LENGTH = 256  # greatest number of tokens of a prompt with the text before it
-
-
-PUBLISHED = (
-    Published(
-        "Alpha-VLLM/Lumina-Image-2.0",
-        {
-            "transformer": {
-                "_class_name": "Lumina2Transformer2DModel",
-                "in_channels": 16,
-                "hidden_size": 2304,
-                "num_layers": 26,
-                "num_refiner_layers": 2,
-                "num_attention_heads": 24,
-                "num_kv_heads": 8,
-                "cap_feat_dim": 2304,
-                "axes_dim_rope": (32, 32, 32),
-                "axes_lens": (300, 512, 512),
-            },
-            "vae": FLUX_VAE,
-            "scheduler": {"_class_name": EULER, "shift": 6.0},
-            "text_encoder": GEMMA2_2B,
-        },
-    ),
-)
 
 
 class Lumina2(FlowFamily):
@@ -67,7 +41,6 @@ class Lumina2(FlowFamily):
     text_field = "cap_feat_dim"
     tail = ("norm_out",)
     lora_targets = ("to_q", "to_k", "to_v", "to_out.0")
-    published = PUBLISHED
     default_guidance = 4.0
     lora_loader = "Lumina2LoraLoaderMixin"
 

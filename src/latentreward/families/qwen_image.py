@@ -18,8 +18,6 @@ from latentreward.encoders.vae import ChannelLatentEncoder
 from latentreward.errors import InputError
 from latentreward.families.backbone import FamilyBackbone, load_family_backbone
 from latentreward.families.flow import FlowFamily, Tokens
-from latentreward.families.published import QWEN25_VL_7B, WAN_VAE, Published
-from latentreward.noise.schedules import EULER
 
 TEMPLATE = (
     "<|im_start|>system\nDescribe the image by detailing the color, shape, size, texture, quantity, text, spatial "
@@ -30,37 +28,6 @@ PREFIX = 34  # number of tokens before the prompt with Qwen's own tokenizer
 TEXT_OUTPUT = ("attn.add_q_proj", "attn.norm_added_q", "attn.to_add_out", "txt_mlp")
 VISUAL_OUTPUT = ("attn.to_q", "attn.norm_q", "attn.to_out", "img_mlp")
 """Submodules of a block that only its text output, or only its visual output, depends on."""
-
-
-PUBLISHED = tuple(
-    Published(
-        model,
-        {
-            "transformer": {
-                "_class_name": "QwenImageTransformer2DModel",
-                "in_channels": 64,
-                "out_channels": 16,
-                "num_layers": 60,
-                "attention_head_dim": 128,
-                "num_attention_heads": 24,
-                "joint_attention_dim": 3584,
-            },
-            "vae": {"_class_name": "AutoencoderKLQwenImage", **WAN_VAE},
-            "scheduler": {
-                "_class_name": EULER,
-                "use_dynamic_shifting": True,
-                "base_shift": 0.5,
-                "max_shift": 0.9,
-                "base_image_seq_len": 256,
-                "max_image_seq_len": 8192,
-                "shift_terminal": 0.02,
-                "time_shift_type": "exponential",
-            },
-            "text_encoder": QWEN25_VL_7B,
-        },
-    )
-    for model in ("Qwen/Qwen-Image", "Qwen/Qwen-Image-2512")
-)
 
 
 class QwenImage(FlowFamily):
@@ -85,7 +52,6 @@ class QwenImage(FlowFamily):
     positions = 4
     time_embedding = ("time_text_embed",)
     uncond_prompt = " "
-    published = PUBLISHED
     lora_loader = "QwenImageLoraLoaderMixin"
     default_guidance = 4.0
 

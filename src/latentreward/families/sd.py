@@ -19,64 +19,7 @@ from latentreward.encoders.prompts import PromptEncoder
 from latentreward.errors import InputError
 from latentreward.families.backbone import BackboneOptions
 from latentreward.families.base import Family, Pair, PipelineConfigs
-from latentreward.families.published import CLIP_G, CLIP_H, CLIP_L, SD_VAE, Published
 from latentreward.noise import DDPM_SCHEDULERS, NoiseProcess, process_from_scheduler
-
-SD15 = {
-    "sample_size": 64,
-    "in_channels": 4,
-    "block_out_channels": (320, 640, 1280, 1280),
-    "cross_attention_dim": 768,
-    "attention_head_dim": 8,
-}
-SDXL = {
-    "sample_size": 128,
-    "in_channels": 4,
-    "block_out_channels": (320, 640, 1280),
-    "cross_attention_dim": 2048,
-    "attention_head_dim": (5, 10, 20),
-    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-    "transformer_layers_per_block": (1, 2, 10),
-    "use_linear_projection": True,
-    "addition_embed_type": "text_time",
-    "addition_time_embed_dim": 256,
-    "projection_class_embeddings_input_dim": 2816,
-}
-SD21 = {
-    **SD15,
-    "sample_size": 96,
-    "cross_attention_dim": 1024,
-    "attention_head_dim": (5, 10, 20, 20),
-    "use_linear_projection": True,
-}
-_BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000}
-
-
-def _published(
-    short: str,
-    model: str,
-    unet: Mapping[str, Any],
-    scheduler: Mapping[str, Any],
-    texts: Mapping[str, Any],
-    scale: float = 0.18215,
-) -> Published:
-    vae = {**SD_VAE, "latent_channels": 4, "scaling_factor": scale}
-    parts = {"unet": {"_class_name": "UNet2DConditionModel", **unet}, "vae": vae, "scheduler": scheduler}
-    return Published(model, {**parts, **texts}, short=short)
-
-
-_EULER = {"_class_name": "EulerDiscreteScheduler", **_BETAS}
-_PNDM = {"_class_name": "PNDMScheduler", **_BETAS}
-_V_PREDICTION = {"_class_name": "DDIMScheduler", "prediction_type": "v_prediction", **_BETAS}
-_ONE, _TWO = {"text_encoder": CLIP_L}, {"text_encoder": CLIP_L, "text_encoder_2": CLIP_G}
-_CUT = {"text_encoder": {**CLIP_H, "num_hidden_layers": 23}}  # Stability AI left out the last layer
-PUBLISHED = (
-    _published("sd15", "stable-diffusion-v1-5/stable-diffusion-v1-5", SD15, _PNDM, _ONE),
-    _published("sd21", "stabilityai/stable-diffusion-2-1", SD21, _V_PREDICTION, _CUT),
-    _published("sd21_base", "stabilityai/stable-diffusion-2-1-base", {**SD21, "sample_size": 64}, _PNDM, _CUT),
-    _published("sdxl", "stabilityai/stable-diffusion-xl-base-1.0", SDXL, _EULER, _TWO, 0.13025),
-)
 
 
 class StableDiffusion(Family):
@@ -92,7 +35,6 @@ class StableDiffusion(Family):
     }
     text_layers = ("CLIPEncoderLayer",)
     flow = False
-    published = PUBLISHED
     default_guidance = 5.0  # LPO's, instead of the pipelines' 7.5
 
     @classmethod

@@ -23,9 +23,8 @@ from latentreward.encoders.prompts import PromptEncoder
 from latentreward.errors import InputError
 from latentreward.families.backbone import TransformerOptions
 from latentreward.families.base import Family, Pair, PipelineConfigs
-from latentreward.families.published import CLIP_G, CLIP_L, SD_VAE, T5_XXL, Published
 from latentreward.noise import FLOW_SCHEDULERS, NoiseProcess, process_from_scheduler
-from latentreward.noise.schedules import EULER, static_levels
+from latentreward.noise.schedules import static_levels
 
 LAYERS = {
     "pos_embed.proj": "x_embedder.proj",
@@ -56,43 +55,6 @@ JOINED = {
 SCALE_FIRST = ("norm_out.linear", "norm1_context.linear")
 """Layers that, if they output scale and shift only, output scale first in diffusers and shift first in the MMDiT."""
 
-SD35_MEDIUM = {
-    "sample_size": 128,
-    "in_channels": 16,
-    "num_layers": 24,
-    "attention_head_dim": 64,
-    "num_attention_heads": 24,
-    "joint_attention_dim": 4096,
-    "caption_projection_dim": 1536,
-    "pooled_projection_dim": 2048,
-    "pos_embed_max_size": 384,
-    "dual_attention_layers": tuple(range(13)),
-    "qk_norm": "rms_norm",
-}
-SD3_MEDIUM = {**SD35_MEDIUM, "pos_embed_max_size": 192, "dual_attention_layers": (), "qk_norm": None}
-SD35_LARGE = {
-    **SD3_MEDIUM,
-    "num_layers": 38,
-    "num_attention_heads": 38,
-    "caption_projection_dim": 2432,
-    "qk_norm": "rms_norm",
-}
-
-
-def _published(short: str, model: str, network: Mapping[str, Any]) -> Published:
-    vae = {**SD_VAE, "latent_channels": 16, "scaling_factor": 1.5305, "shift_factor": 0.0609, "use_quant_conv": False}
-    parts = {"transformer": {"_class_name": "SD3Transformer2DModel", **network}, "vae": vae}
-    parts["scheduler"] = {"_class_name": EULER, "num_train_timesteps": 1000, "shift": 3.0}
-    texts = {"text_encoder": CLIP_L, "text_encoder_2": CLIP_G, "text_encoder_3": T5_XXL}
-    return Published(model, {**parts, **texts}, short=short)
-
-
-PUBLISHED = (
-    _published("sd3", "stabilityai/stable-diffusion-3-medium-diffusers", SD3_MEDIUM),
-    _published("sd35", "stabilityai/stable-diffusion-3.5-medium", SD35_MEDIUM),
-    _published("sd35_large", "stabilityai/stable-diffusion-3.5-large", SD35_LARGE),
-)
-
 
 class StableDiffusion3(Family):
     """Family of SD3 and SD3.5: a transformer with two streams, two CLIP text encoders and T5, static shift."""
@@ -104,7 +66,6 @@ class StableDiffusion3(Family):
     block_classes = ("JointTransformerBlock",)
     text_layers = ("CLIPEncoderLayer", "T5Block")
     kohya_module = "networks.lora_sd3"
-    published = PUBLISHED
     default_guidance = 5.0  # Flow-GRPO's and this project's, instead of the pipeline's 7.0
 
     @classmethod

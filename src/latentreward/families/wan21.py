@@ -25,7 +25,6 @@ from latentreward.errors import InputError
 from latentreward.families.backbone import FamilyBackbone, load_family_backbone
 from latentreward.families.base import Pair
 from latentreward.families.flow import FlowFamily, Tokens, of_patches, whole
-from latentreward.families.published import UMT5_XXL, WAN_VAE, Published
 from latentreward.noise.schedules import EULER, check_levels, check_scheduler, make_scheduler, static_levels
 
 LAYERS = {
@@ -49,30 +48,6 @@ PARTS = {
 }
 """Part of the name of a block's layer in diffusers → the part in Wan's own code."""
 UNIPC = "UniPCMultistepScheduler"
-
-
-def _published(model: str, shift: float, **sizes: int) -> Published:
-    network = {
-        "_class_name": "WanTransformer3DModel",
-        "in_channels": 16,
-        "attention_head_dim": 128,
-        "text_dim": 4096,
-        **sizes,
-    }
-    scheduler = {
-        "_class_name": UNIPC,
-        "prediction_type": "flow_prediction",
-        "use_flow_sigmas": True,
-        "flow_shift": shift,
-    }
-    vae = {"_class_name": "AutoencoderKLWan", **WAN_VAE}
-    return Published(model, {"transformer": network, "vae": vae, "scheduler": scheduler, "text_encoder": UMT5_XXL})
-
-
-PUBLISHED = (
-    _published("Wan-AI/Wan2.1-T2V-1.3B-Diffusers", 3.0, num_attention_heads=12, num_layers=30, ffn_dim=8960),
-    _published("Wan-AI/Wan2.1-T2V-14B-Diffusers", 3.0, num_attention_heads=40, num_layers=40, ffn_dim=13824),
-)
 
 
 class Wan21(FlowFamily):
@@ -102,7 +77,6 @@ class Wan21(FlowFamily):
     text_field = "text_dim"
     float32_parts = ("time_embedder", "scale_shift_table", "norm1", "norm2", "norm3")
     lora_targets = ("to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2")
-    published = PUBLISHED
     lora_loader = "WanLoraLoaderMixin"
     kohya_module = "networks.lora_wan"
     default_guidance = 5.0

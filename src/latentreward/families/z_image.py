@@ -16,28 +16,10 @@ from latentreward.encoders.prompts import PromptEncoder
 from latentreward.errors import InputError
 from latentreward.families.backbone import FamilyBackbone, load_family_backbone
 from latentreward.families.flow import FlowFamily, Tokens, of_patches, whole
-from latentreward.families.published import FLUX_VAE, QWEN3_4B, Published
-from latentreward.noise.schedules import EULER
 
 TURBO_SHIFT = 3.0  # shift of the scheduler of Z-Image-Turbo; the base model has 6
 MULTIPLE = 32  # number of which the lengths of captions and images are multiples inside the network
 TEXT_LENGTH = 512  # greatest number of tokens of a prompt with its template
-
-
-def _published(model: str, shift: float) -> Published:
-    network = {
-        "_class_name": "ZImageTransformer2DModel",
-        "in_channels": 16,
-        "dim": 3840,
-        "n_layers": 30,
-        "n_heads": 30,
-        "cap_feat_dim": 2560,
-    }
-    scheduler = {"_class_name": EULER, "shift": shift}
-    return Published(model, {"transformer": network, "vae": FLUX_VAE, "scheduler": scheduler, "text_encoder": QWEN3_4B})
-
-
-PUBLISHED = (_published("Tongyi-MAI/Z-Image", 6.0), _published("Tongyi-MAI/Z-Image-Turbo", 3.0))
 
 
 class ZImage(FlowFamily):
@@ -64,7 +46,6 @@ class ZImage(FlowFamily):
     tail = ("all_final_layer",)
     no_guidance = 0.0
     lora_targets = ("to_q", "to_k", "to_v", "to_out.0")
-    published = PUBLISHED
     lora_loader = "ZImageLoraLoaderMixin"
 
     def check(self) -> None:

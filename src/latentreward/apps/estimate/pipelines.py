@@ -1,4 +1,4 @@
-"""Functions that write the configs of published pipelines, which the families hold, as pipeline folders.
+"""Functions that write the configs of published pipelines, of ``published.yaml``, as pipeline folders.
 
 Only fields that set shapes are kept; diffusers and transformers fill in defaults. The folders have no weights. Their
 tokenizers are stand-ins with the published vocabulary size.
@@ -12,38 +12,26 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from safetensors.torch import save_file
 from transformers import CLIPTokenizer, GemmaTokenizer, PreTrainedTokenizerBase, Qwen2Tokenizer, T5TokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from latentreward.families import families
-from latentreward.families.published import CLIP_H, CLIP_L
-
-CLIP_H_VISION = {
-    "hidden_size": 1280,
-    "intermediate_size": 5120,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 16,
-    "patch_size": 14,
-    "image_size": 224,
-    "projection_dim": 1024,
-    "hidden_act": "gelu",
-}
-CLIP_MODELS: dict[str, dict[str, Any]] = {
-    "clip_l": {"model_type": "clip", "projection_dim": 768, "text_config": CLIP_L},
-    "clip_h": {"model_type": "clip", "projection_dim": 1024, "text_config": CLIP_H, "vision_config": CLIP_H_VISION},
-}
+_CONTENT = yaml.safe_load(Path(__file__).with_name("published.yaml").read_text(encoding="utf-8"))
+SHARED: Mapping[str, Mapping[str, Any]] = _CONTENT["shared"]
+"""Name of a part that several pipelines have → content of the part's config."""
+PUBLISHED: Mapping[str, Mapping[str, Any]] = _CONTENT["pipelines"]
+"""Short name of a published pipeline → hub id, parts, and entries of ``model_index.json`` besides the parts."""
+CLIP_MODELS: dict[str, dict[str, Any]] = _CONTENT["clip_models"]
 """Name → content of config.json, for CLIP models outside of pipelines."""
-PUBLISHED = {one.key: one for kind in families().values() for one in kind.published}
-"""Short name of a published pipeline → its configs."""
 HUB_IDS = {
-    **{one.model: key for key, one in PUBLISHED.items()},
+    **{one["model"]: key for key, one in PUBLISHED.items()},
     "openai/clip-vit-large-patch14": "clip_l",
     "yuvalkirstain/PickScore_v1": "clip_h",
     "laion/CLIP-ViT-H-14-laion2B-s32B-b79K": "clip_h",
 }
-"""Hub id from which configs were copied → key of :data:`PUBLISHED` or :data:`CLIP_MODELS`."""
-PIPELINES: dict[str, Mapping[str, Mapping[str, Any]]] = {key: one.parts for key, one in PUBLISHED.items()}
+"""Hub id from which configs were copied → key of :data:`PIPELINES` or :data:`CLIP_MODELS`."""
+PIPELINES: dict[str, Mapping[str, Mapping[str, Any]]] = {key: one["parts"] for key, one in PUBLISHED.items()}
 """Short name of a published pipeline → part of the pipeline → content of the part's config.json."""
 
 
@@ -66,7 +54,7 @@ def write_pipelines(
 
     for name, parts in pipelines.items():
         index: dict[str, Any] = {"_class_name": "DiffusionPipeline"}
-        index |= PUBLISHED[name].index if name in PUBLISHED else {}
+        index |= PUBLISHED.get(name, {}).get("index", {})
         for part, config in parts.items():
             index[part] = ["library", "class"]  # loaders check only whether the part is listed
             write_json(root / name / part / ("scheduler_config.json" if part == "scheduler" else "config.json"), config)
@@ -97,7 +85,7 @@ def clip_tokenizer() -> CLIPTokenizer:
     """Make a stand-in for CLIP's tokenizer: equal vocabulary size, single characters as words, fillers as the rest."""
     symbols = list(bytes_to_unicode().values())
     words = [*symbols, *(f"{symbol}</w>" for symbol in symbols)]
-    words += [f"<filler {number}>" for number in range(CLIP_L["vocab_size"] - len(words) - 2)]
+    words += [f"<filler {number}>" for number in range(SHARED["clip_l"]["vocab_size"] - len(words) - 2)]
     words += ["<|startoftext|>", "<|endoftext|>"]
     return CLIPTokenizer(vocab={word: number for number, word in enumerate(words)}, merges=[], model_max_length=77)
 
