@@ -10,7 +10,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
 from latentreward.contracts import PathText, RolloutStatistics
-from latentreward.errors import InputError
+from latentreward.errors import InputError, check_range
 from latentreward.modules.alignment import AlignmentModule
 from latentreward.rollout import Sampling
 
@@ -47,12 +47,7 @@ class CollapseGuard(PromptMonitor):
         InputError: If a setting is out of range, and in training when the policy has collapsed.
 
     Example:
-        .. code-block:: yaml
-
-            trainer:
-              callbacks:
-                - class_path: CollapseGuard
-                  init_args: {prompts: [a red circle on a black background], every_n_steps: 100}
+        ``--trainer.callbacks+=CollapseGuard --trainer.callbacks.prompts=prompts.txt``
     """
 
     def __init__(
@@ -67,10 +62,8 @@ class CollapseGuard(PromptMonitor):
         sampling: Sampling | None = None,
     ) -> None:
         super().__init__(prompts, num_prompts, every_n_steps, images_per_prompt, batch_size, sampling)
-        if images_per_prompt < 2:
-            raise InputError(f"images_per_prompt={images_per_prompt} of CollapseGuard must be at least 2 to compare")
-        if not 0.0 < least < 1.0:
-            raise InputError(f"least={least:g} of CollapseGuard must lie in (0, 1)")
+        check_range("[2, inf)", "CollapseGuard compares them", images_per_prompt=images_per_prompt)
+        check_range("(0, 1)", least=least)
         self.least, self.action = least, action
         self._start: dict[str, float] = {}
         self._first_spread: float | None = None

@@ -15,7 +15,7 @@ from lightning.pytorch.callbacks import Checkpoint
 from torch import Tensor
 
 from latentreward.contracts import PathText
-from latentreward.errors import InputError
+from latentreward.errors import InputError, check_range
 from latentreward.modules.alignment import AlignmentModule
 from latentreward.remote.errors import RemoteError, raise_together
 from latentreward.reports.drawing import to_image
@@ -49,14 +49,7 @@ class HackingMonitor(PromptMonitor):
         InputError: If a setting is out of range.
 
     Example:
-        .. code-block:: yaml
-
-            trainer:
-              callbacks:
-                - class_path: HackingMonitor
-                  init_args:
-                    prompts: [a red circle on a black background, two blue squares on a white background]
-                    held_out: {class_path: PickScorer}
+        ``{class_path: HackingMonitor, init_args: {prompts: prompts.txt, held_out: {class_path: PickScorer}}}``
     """
 
     def __init__(
@@ -72,8 +65,7 @@ class HackingMonitor(PromptMonitor):
         super().__init__(prompts, num_prompts, **options)
         if len(self.prompts) < 2:
             raise InputError("HackingMonitor needs at least 2 prompts; a single one gives no standard error")
-        if not tolerance > 0:
-            raise InputError(f"tolerance={tolerance:g} of HackingMonitor must be above 0")
+        check_range("(0, inf]", tolerance=tolerance)
         self.held_out, self.tolerance, self.action = held_out, tolerance, action
         self.reward_sigmas, self._start = tuple(reward_sigmas), torch.empty(0)
 

@@ -27,12 +27,7 @@ class LastCheckpoint(ModelCheckpoint):
         InputError: If ``every_n_train_steps`` is below 1.
 
     Example:
-        .. code-block:: yaml
-
-            trainer:
-              callbacks:
-                - class_path: LastCheckpoint
-                  init_args: {every_n_train_steps: 250}
+        ``--trainer.callbacks+=LastCheckpoint --trainer.callbacks.every_n_train_steps=250``
     """
 
     def __init__(self, every_n_train_steps: int = 100, dirpath: PathText | None = None) -> None:

@@ -21,12 +21,7 @@ class NoiseBandAccuracy(Callback):
         InputError: If ``edges`` are not ascending levels in [0, 1].
 
     Example:
-        .. code-block:: yaml
-
-            trainer:
-              callbacks:
-                - class_path: NoiseBandAccuracy
-                  init_args: {edges: [0.0, 0.25, 0.5, 0.75, 1.0]}
+        ``--trainer.callbacks+=NoiseBandAccuracy --trainer.callbacks.edges=[0,0.25,0.5,0.75,1]``
     """
 
     def __init__(self, edges: Sequence[float] = (0.0, 0.3, 0.7, 1.0)) -> None:

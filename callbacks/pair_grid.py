@@ -51,12 +51,7 @@ class ScoredPairGrid(Callback):
         InputError: If a number is below 1, or ``shown`` is neither of the two.
 
     Example:
-        .. code-block:: yaml
-
-            trainer:
-              callbacks:
-                - class_path: ScoredPairGrid
-                  init_args: {num_pairs: 12, shown: worst}
+        ``--trainer.callbacks+=ScoredPairGrid --trainer.callbacks.shown=worst``
     """
 
     def __init__(self, num_pairs: int = 12, image_size: int = 128, columns: int = 3, shown: Shown = "first") -> None:

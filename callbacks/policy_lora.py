@@ -25,11 +25,7 @@ class PolicyLoRA(Callback):
         InputError: If the run trains no policy.
 
     Example:
-        .. code-block:: yaml
-
-            trainer:
-              callbacks+:
-                - class_path: PolicyLoRA
+        ``--trainer.callbacks+=PolicyLoRA``
     """
 
     def __init__(self, folder: Path | None = None) -> None:

@@ -34,12 +34,7 @@ class ReferenceDrift(PromptMonitor):
         InputError: If a setting is out of range.
 
     Example:
-        .. code-block:: yaml
-
-            trainer:
-              callbacks:
-                - class_path: ReferenceDrift
-                  init_args: {prompts: [a red circle on a black background], every_n_steps: 50}
+        ``--trainer.callbacks+=ReferenceDrift --trainer.callbacks.prompts=prompts.txt``
     """
 
     def __init__(

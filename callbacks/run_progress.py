@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import ProgressBar, Timer
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from latentreward.errors import InputError
+from latentreward.errors import check_range
 from latentreward.modules.alignment import AlignmentModule
 from latentreward.storage.progress import INTERVAL, Progress
 
@@ -40,18 +40,12 @@ class RunProgress(ProgressBar):
         InputError: If ``every_s`` is not above 0.
 
     Example:
-        .. code-block:: yaml
-
-            trainer:
-              callbacks:
-                - class_path: RunProgress
-                  init_args: {every_s: 300}
+        ``--trainer.callbacks+=RunProgress --trainer.callbacks.every_s=300``
     """
 
     def __init__(self, every_s: float = 30.0) -> None:
         super().__init__()
-        if not every_s > 0:
-            raise InputError(f"every_s={every_s} must be above 0")
+        check_range("(0, inf]", every_s=every_s)
         self.every_s, self.is_enabled = every_s, True
         self._run: Progress | None = None
         self._evaluation: Progress | None = None
@@ -81,7 +75,7 @@ class RunProgress(ProgressBar):
             self._redirected.callback(logging.captureWarnings, False)
         self._shown_step = trainer.global_step
         if isinstance(pl_module, AlignmentModule):
-            pl_module.rollout_progress = self._rollout
+            pl_module.rollout_progress = self.begin_rollout
         timers = [one for one in trainer.callbacks if isinstance(one, Timer) and one.time_remaining() is not None]  # type: ignore[attr-defined]
         self._run = Progress(
             "train",
@@ -150,7 +144,7 @@ class RunProgress(ProgressBar):
             known = int(total) if math.isfinite(total) else None
             self._evaluation = Progress(name, known, "batches", interval=self.every_s, delay=self.every_s)
 
-    def _rollout(self, steps: int, batches: int) -> Progress:
+    def begin_rollout(self, steps: int, batches: int) -> Progress:
         """Begin the display of a rollout of so many sampling steps in so many batches."""
         name = "rollout" if batches == 1 else f"rollout of {batches} batches"
         first = min(self.every_s, INTERVAL)  # the first rollout is also the first sign of life

@@ -38,12 +38,7 @@ class SampleGrid(PromptMonitor):
         InputError: If a setting is out of range.
 
     Example:
-        .. code-block:: yaml
-
-            trainer:
-              callbacks:
-                - class_path: SampleGrid
-                  init_args: {prompts: [a red circle on a black background], every_n_steps: 50}
+        ``--trainer.callbacks+=SampleGrid --trainer.callbacks.prompts=prompts.txt``
     """
 
     def __init__(

@@ -30,12 +30,7 @@ class TimestepBands(Callback):
         InputError: If ``edges`` do not ascend.
 
     Example:
-        .. code-block:: yaml
-
-            trainer:
-              callbacks:
-                - class_path: TimestepBands
-                  init_args: {edges: [0, 250, 500, 750, 1000]}
+        ``--trainer.callbacks+=TimestepBands --trainer.callbacks.edges=[0,250,500,750,1000]``
     """
 
     def __init__(self, edges: Sequence[float] = (0.0, 250.0, 500.0, 750.0, 1000.0)) -> None:

@@ -22,11 +22,7 @@ class TrainableCheckpoint(Callback):
             weight.
 
     Example:
-        .. code-block:: yaml
-
-            trainer:
-              callbacks:
-                - class_path: TrainableCheckpoint
+        ``--trainer.callbacks+=TrainableCheckpoint``
     """
 
     def __init__(self) -> None:

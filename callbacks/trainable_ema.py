@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn import Parameter
 
 from latentreward.checkpoints.shards import placed_like, whole_tensor
-from latentreward.errors import InputError
+from latentreward.errors import InputError, check_range
 
 
 class TrainableEMA(Callback):
@@ -41,17 +41,11 @@ class TrainableEMA(Callback):
         shorter than its start-up ends with the *initial* weights.
 
     Example:
-        .. code-block:: yaml
-
-            trainer:
-              callbacks:
-                - class_path: TrainableEMA
-                  init_args: {decay: 0.995}
+        ``--trainer.callbacks+=TrainableEMA --trainer.callbacks.decay=0.995``
     """
 
     def __init__(self, decay: float = 0.995, warm_up: bool = True) -> None:
-        if not 0.0 <= decay < 1.0:
-            raise InputError(f"decay={decay:g} must lie in [0, 1)")
+        check_range("[0, 1)", "DiNa-LRM's config has 0.995", decay=decay)
         self.decay, self.warm_up = decay, warm_up
         self.average: dict[str, Tensor] = {}
         self.updates = 0
