@@ -44,13 +44,6 @@ def errors_at(place: str) -> Iterator[None]:
         raise InputError(f"{place}{error}") from error
 
 
-def refuse(*problems: tuple[object, str]) -> None:
-    """Raise InputError with the message of the first problem that is there: (whether it is there, message)."""
-    for there, message in problems:
-        if there:
-            raise InputError(message)
-
-
 def check_at_least_one(place: str = "", /, **settings: float | None) -> None:
     """Raise InputError for the first setting below 1, named with the prefix ``place``; None is accepted."""
     for name, value in settings.items():
@@ -72,7 +65,7 @@ def check_range(span: str, hint: str = "", /, **settings: float | None) -> None:
     for name, value in settings.items():
         ends = {low: span[0] == "[", high: span[-1] == "]"}
         if value is not None and not (low <= value <= high and ends.get(value, True)):  # NaN too
-            raise InputError(f"{name}={value:g} must {wanted}{hint and f'; {hint}'}")
+            raise InputError(f"{name}={value:.9g} must {wanted}{hint and f'; {hint}'}")
 
 
 def check_multiples(field: str, sides: Iterable[int], multiple: int) -> None:

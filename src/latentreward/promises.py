@@ -259,6 +259,15 @@ def shown(found: Any) -> str:
     return repr(found) if isinstance(found, int | float | bool | None) else type(found).__name__
 
 
+def number(kind: Any, wanted: str, high: float = math.inf) -> Check:
+    """Return the check of a number of a type from 0 to ``high``, which messages call ``wanted``."""
+
+    def check(found: Any, *given: Any) -> str | None:
+        return None if isinstance(found, kind) and 0 <= found <= high else f"{shown(found)}; it must be {wanted}"
+
+    return check
+
+
 def of_class(kind: type, also_none: bool = False) -> Check:
     """Return the check of an object of a class, or None under ``also_none``."""
 

@@ -140,7 +140,7 @@ def test_own_buckets_and_a_limit(jpeg) -> None:
     assert (counts.images.rows, counts.rows, counts.complete) == (1, 2, True)
     assert not contents.hashes.any()
     assert inspect_reader("train", reader, ImageCensus(), limit=0)[0].images is None
-    with pytest.raises(InputError, match="limit is -1"):
+    with pytest.raises(InputError, match="limit=-1 must be at least 0"):
         inspect_reader("train", reader, ImageCensus(), limit=-1)
 
 

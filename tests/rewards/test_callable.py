@@ -98,5 +98,5 @@ def test_the_readout_has_gradients_and_the_noise_has_none(policy: Policy) -> Non
     assert gradient.abs().min(dim=0).values.max() > 0
     assert RandomReward("readout").load(policy).differentiable
     assert not RandomReward("noise").load(policy).differentiable
-    with pytest.raises(InputError, match="scale=0 must be above 0"):
+    with pytest.raises(InputError, match="scale=0 must be positive"):
         RandomReward(scale=0)

@@ -142,7 +142,7 @@ def test_kept_pairs_as_rows(sampler: DDIMSampler) -> None:
         (lambda: FixedThreshold(1.1), r"threshold=1.1 must lie in \[0, 1\]"),
         (lambda: FixedThreshold(-0.1), r"threshold=-0.1 must lie in \[0, 1\]"),
         (lambda: SigmaThreshold(0.5, 1.5), r"high=1.5 must lie in \[0, 1\]"),
-        (lambda: VarianceThreshold(0.5, 0.2), "low=0.5 lies above high=0.2"),
+        (lambda: VarianceThreshold(0.5, 0.2), r"low=0.5 must lie in \[0, 0.2\]"),
         (lambda: LinearThreshold(float("nan"), 0.2), "low=nan"),
         (lambda: QuantileThreshold(2.0), r"quantile=2 must lie in \[0, 1\]"),
     ],

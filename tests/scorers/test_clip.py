@@ -118,7 +118,7 @@ def test_identities_differ_where_scores_do(clip_folder: str, aesthetic_file: str
         (lambda folder, path: CLIPScorer(str(path)), "no config.json in"),
         (lambda folder, path: CLIPScorer(folder, processor=str(path)), "no preprocessor_config.json in"),
         (lambda folder, path: CLIPScorer(folder, device="gpu"), "device is 'gpu'"),
-        (lambda folder, path: CLIPScorer(folder, batch_size=0), "batch_size of clipscore is 0"),
+        (lambda folder, path: CLIPScorer(folder, batch_size=0), "clipscore.batch_size is 0"),
         (lambda folder, path: CLIPScorer(folder, name="a b"), "name of a scorer is 'a b'"),
         (lambda folder, path: AestheticScorer(path / "absent.pth", folder), "weights: no file"),
         (lambda folder, path: AestheticScorer(path / "code.pth", folder), "could run code"),

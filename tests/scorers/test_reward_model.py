@@ -58,7 +58,7 @@ def test_settings_reach_the_model_and_its_identity(folder: Path) -> None:
     ("settings", "message"),
     [
         ({"name": "not a name"}, "name of a scorer is 'not a name'"),
-        ({"batch_size": 0}, "batch_size of anywhere is 0"),
+        ({"batch_size": 0}, "anywhere.batch_size is 0"),
         ({"device": "tea"}, "device is 'tea'"),
     ],
 )

@@ -264,7 +264,7 @@ class CachedPreferenceDataModule(PairLoaders):
         ready = self.prefetch_factor if self.num_workers else 0
         return BufferPool(ready + HELD_BATCHES, max(map(layout_bytes, layouts)), max(1, self.num_workers))
 
-    def _deal(self, dataset: CachedPairDataset) -> dict[str, Any]:
+    def evaluation_loading(self, dataset: CachedPairDataset) -> dict[str, Any]:
         """Return the settings of an evaluation loader: batches of one size, in the order of the rows where possible."""
         dataset.pool = self._pool(dataset)
         rank = shares_of(self.trainer)["rank"]

@@ -29,7 +29,7 @@ from latentreward.data.images import (
     image_error,
     open_source,
 )
-from latentreward.errors import InputError, check_at_least_one, errors_at
+from latentreward.errors import InputError, check_at_least_one, check_range, errors_at
 
 FPS = 16.0
 """Frames per second of Wan 2.1's clips."""
@@ -188,8 +188,7 @@ def check_clips(place: str, frames: int, fps: float) -> None:
         InputError: If a value is out of range.
     """
     check_at_least_one(place, frames=frames)
-    if not 0 < fps <= 1000:
-        raise InputError(f"{place}fps={fps:g} must lie in 0 to 1000; Wan 2.1 has {FPS:g}")
+    check_range("(0, 1000]", f"Wan 2.1 has {FPS:g}", **{f"{place}fps": fps})
 
 
 def require_pyav(frames: int) -> None:

@@ -29,8 +29,8 @@ logger = logging.getLogger(__name__)
 class PairLoaders(LightningDataModule):
     """Base class of data modules with up to four splits of pairs, for pixels or for cached latents.
 
-    A subclass fills :attr:`datasets`, implements ``train_dataloader``, and implements ``_deal``, which chooses the
-    evaluation batches of each rank.
+    A subclass fills :attr:`datasets`, implements ``train_dataloader``, and implements ``evaluation_loading``, which
+    chooses the evaluation batches of each rank.
 
     Args:
         batch_size: Pairs per batch and rank. A batch has fewer pairs if some are unreadable. Evaluation may use a
@@ -109,7 +109,7 @@ class PairLoaders(LightningDataModule):
             "pin_memory": self.pin_memory and torch.accelerator.is_available(),
         }
 
-    def _deal(self, dataset: Any) -> dict[str, Any]:
+    def evaluation_loading(self, dataset: Any) -> dict[str, Any]:
         """Return the ``DataLoader`` arguments for evaluation on this rank: sampler, batch size and ``collate_fn``."""
         raise NotImplementedError
 
@@ -117,7 +117,7 @@ class PairLoaders(LightningDataModule):
         dataset = self._dataset(name)
         return WorkerLoader(
             dataset,
-            **self._deal(dataset),
+            **self.evaluation_loading(dataset),
             **self._worker_settings(),
             persistent_workers=self.num_workers > 0,
             worker_init_fn=ignore_signals,
@@ -234,7 +234,8 @@ class PreferenceDataModule(PairLoaders):
                 text = "data.%s: %d clips on this rank are longer than frames=%d; %d frames were not used"
                 logger.warning(text, name, clips, self._frames, int(dataset.unused.sum()))
 
-    def _deal(self, dataset: PairDataset) -> dict[str, Any]:
+    def evaluation_loading(self, dataset: PairDataset) -> dict[str, Any]:
+        """See :meth:`PairLoaders.evaluation_loading`."""
         shares = shares_of(self.trainer)
         return {
             "batch_size": even_batch_size(len(dataset), shares["num_replicas"], self.batch_size),

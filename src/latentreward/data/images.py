@@ -69,6 +69,7 @@ CLIP = "clip, not an image"
 ALPHA, DEEP, CMYK = "alpha, which is dropped", "16 bits per channel, which become 8", "CMYK, which becomes RGB"
 """Descriptions of changes that decoding to 8-bit RGB makes."""
 IMAGE_PROBLEMS = (NO_IMAGE, EMPTY, MISSING, OUTSIDE, UNKNOWN, DAMAGED, TOO_LARGE, SHORT, CLIP)
+resolve_once = lru_cache(Path.resolve)
 
 
 class ImageError(InputError):
@@ -269,16 +270,11 @@ def resolve_inside(root: Path, path: Path) -> Path | None:
     """Return the real path of ``path`` with symbolic links followed, or None if it lies outside ``root``."""
     try:
         resolved = path.resolve()
-        inside = resolved.is_relative_to(_resolved(root)) or resolved.is_relative_to(root.resolve())
+        # The root is resolved once for all its images; one that is moved meanwhile is resolved anew.
+        inside = resolved.is_relative_to(resolve_once(root)) or resolved.is_relative_to(root.resolve())
         return resolved if inside else None
     except (OSError, RuntimeError, ValueError):  # a loop of links, or a name that is too long or has a null byte
         return None
-
-
-@lru_cache
-def _resolved(root: Path) -> Path:
-    """Resolve a root once for all its images; a root that is moved meanwhile is resolved anew."""
-    return root.resolve()
 
 
 def open_source(image: ImageRef) -> BytesIO | Path:

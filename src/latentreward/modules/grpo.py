@@ -353,7 +353,13 @@ class TrajectoryGRPOModule(GRPOModule):
 
     def make_experience(self, prompts: PromptBatch) -> StepSamples | None:
         """See :meth:`AlignmentModule.make_experience`."""
-        sampler, steps = self._noisy_steps()
+        sampler, steps = self.sampler, self.trained_steps
+        if self.window is not None:
+            # All ranks draw the same window: the seed is the run's, and the optimiser step is equal on all.
+            iteration = self.trainer.global_step
+            start = self.window.start(len(steps), iteration, pair_generator(self.seed, "window", iteration, ""))
+            steps = steps[start : start + self.window.size]
+            sampler = WindowedSampler(self.sampler, self.plain_sampler, steps)
         sampled, pending = [], []
         for part in prompts.split(self.prompts_at_once):
             sampled.append(self._sample(part, sampler))
@@ -406,17 +412,6 @@ class TrajectoryGRPOModule(GRPOModule):
             sampler = GuidedSampler(sampler, self.reward_guidance, self.reward, encoded)
         settings = (self.sampling, self.guidance_scale, self.seed)
         return sample_trajectories(self.policy, sampler, repeated, *settings, keep_means="ratio" in self.rules)
-
-    def _noisy_steps(self) -> tuple[StepSampler, list[int]]:
-        """Return the sampler of a rollout, and the steps to train on."""
-        if self.window is None:
-            return self.sampler, self.trained_steps
-        # All ranks draw the same window: the seed is the run's, and the optimiser step is equal on all.
-        iteration = self.trainer.global_step
-        generator = pair_generator(self.seed, "window", iteration, "")
-        start = self.window.start(len(self.trained_steps), iteration, generator)
-        steps = self.trained_steps[start : start + self.window.size]
-        return WindowedSampler(self.sampler, self.plain_sampler, steps), steps
 
     def _finished_scores(
         self, latents: Tensor, prompts: PromptBatch, pending: Sequence[Callable[[], Tensor]]

@@ -361,7 +361,7 @@ class PairModule(LightningModule):
             if not self.loss.needs_cross_scores:
                 self.log(f"{stage}/loss_{name}", self.loss(scores), batch_size=len(batch), sync_dist=True)
         if stage is not None:
-            self._evaluate_more(batch, encoded)
+            self.evaluate_more(batch, encoded)
         columns = zip(*levels, strict=True)
         return ScoredPairs(*(torch.cat(c) if isinstance(c[0], Tensor) else sum(c, ()) for c in columns))
 
@@ -370,7 +370,7 @@ class PairModule(LightningModule):
         for name in names:
             self.metrics[name.replace(".", "_")].update(scores, self.loss.win_probability(scores))
 
-    def _evaluate_more(self, batch: PreferenceBatch, encoded: EncodedPairs) -> None:
+    def evaluate_more(self, batch: PreferenceBatch, encoded: EncodedPairs) -> None:
         """Update the metrics of further evaluations; derived classes may override this method."""
 
     def _log_metrics(self, stage: str) -> None:

@@ -227,7 +227,8 @@ class RewardModule(PairModule):
         sigmas = sigma.repeat(len(batch))
         return PairScores(chosen, rejected, batch.label, batch.weight, sigmas, sigmas)
 
-    def _evaluate_more(self, batch: PreferenceBatch, encoded: EncodedPairs) -> None:
+    def evaluate_more(self, batch: PreferenceBatch, encoded: EncodedPairs) -> None:
+        """See :meth:`PairModule.evaluate_more`; the ensemble over noise levels."""
         if len(self.ensemble_timesteps):
             self._update(["ensemble"], self._summed(self.score_ensemble(batch, encoded)))
 

@@ -53,8 +53,8 @@ class UniformSigma(TargetSigma):
     """
 
     def __init__(self, low: float = 0.0, high: float = 1.0) -> None:
-        if not 0.0 <= low <= high <= 1.0:
-            raise InputError(f"low={low:g} and high={high:g} must satisfy 0 <= low <= high <= 1")
+        check_range("[0, 1]", high=high)
+        check_range(f"[0, {high}]", low=low)
         self.low, self.high = low, high
 
     def transform(self, uniform: Tensor, normal: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel
 
-from latentreward.errors import InputError
+from latentreward.errors import InputError, check_range
 from latentreward.promises import Part, of_class, returns
 from latentreward.storage.digests import digest
 from latentreward.storage.json_files import checked, shown
@@ -186,5 +186,4 @@ class ServedLatents(Schema):
 
     def __post_init__(self) -> None:
         """Check the noise level."""
-        if not 0 <= self.sigma <= 1:
-            raise InputError(f"schema.sigma={self.sigma:g} must lie in [0, 1]")
+        check_range("[0, 1]", **{"schema.sigma": self.sigma})

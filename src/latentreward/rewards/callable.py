@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from latentreward.contracts import NoisyStates
-from latentreward.errors import InputError
+from latentreward.errors import check_range
 from latentreward.promises import check_takes, place_of
 from latentreward.rewards.base import Reward, RewardSource
 from latentreward.seeding import pair_generator
@@ -100,8 +100,7 @@ class RandomReward(RewardSource):
     """
 
     def __init__(self, kind: Literal["noise", "readout"] = "noise", seed: int = 0, scale: float = 1.0) -> None:
-        if not scale > 0:
-            raise InputError(f"reward.scale={scale:g} must be above 0")
+        check_range("(0, inf]", **{"reward.scale": scale})
         self.kind, self.seed, self.scale = kind, seed, scale
 
     def has_gradient(self) -> bool:

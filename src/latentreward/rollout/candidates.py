@@ -40,8 +40,7 @@ class Branching:
 
     def __post_init__(self) -> None:
         check_range("[2, inf)", "one leaves nothing to compare", num_candidates=self.num_candidates)
-        if not self.low <= self.high:
-            raise InputError(f"low={self.low:g} lies above high={self.high:g}; exchange them")
+        check_range(f"[-inf, {self.high:g}]", "exchange low and high", low=self.low)
 
     def steps(self, sampler: StepSampler) -> list[int]:
         """Return the indices of the steps with noise in the window [low, high]; raise InputError if there is none."""

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from latentreward.contracts import PromptBatch, StepPairs
-from latentreward.errors import InputError, check_range
+from latentreward.errors import check_range
 from latentreward.losses.base import gather_with_grad
-from latentreward.promises import Part, of_class, returns, shown, tensor
+from latentreward.promises import Part, number, of_class, returns, tensor
 from latentreward.rollout.candidates import CandidateStep
 from latentreward.rollout.samplers import StepSampler
 
@@ -52,11 +52,6 @@ class PairSelection(Part):
         """Tell which of the gaps ``(B,)`` at step ``index`` are large enough to keep: ``(B,)`` bool."""
 
 
-def _wrong_threshold(found: float, *given: object) -> str | None:
-    right = isinstance(found, int | float) and 0 <= found <= 1
-    return None if right else f"{shown(found)}; it must be a number from 0 to 1"
-
-
 class ThresholdSelection(PairSelection):
     """Base class of rules that keep gaps above a threshold, which depends only on the step."""
 
@@ -65,7 +60,7 @@ class ThresholdSelection(PairSelection):
         return gap > self.threshold(index, sampler)
 
     @abstractmethod
-    @returns(_wrong_threshold, each=True)
+    @returns(number(int | float, "a number from 0 to 1", high=1), each=True)
     def threshold(self, index: int, sampler: StepSampler) -> float:
         """Return the threshold of step ``index``, in [0, 1]."""
 
@@ -104,10 +99,9 @@ class ScheduledThreshold(ThresholdSelection):
     """
 
     def __init__(self, low: float, high: float) -> None:
-        check_range(*SHARES, low=low, high=high)
+        check_range(*SHARES, high=high)
         self._low, self._high = low, high
-        if low > high:
-            raise InputError(f"low={low:g} lies above high={high:g}; exchange them: noisier steps take the higher one")
+        check_range(f"[0, {high}]", "the threshold at less noise is the lower one", low=low)
 
     def threshold(self, index: int, sampler: StepSampler) -> float:
         """See :meth:`ThresholdSelection.threshold`."""

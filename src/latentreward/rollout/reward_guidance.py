@@ -74,8 +74,7 @@ class RewardGuidance:
     def __post_init__(self) -> None:
         check_range("(0, inf)", "Euphonium uses 0.01", scale=self.scale)
         check_range("(0, inf)", "Euphonium uses 3.125", beta=self.beta)
-        if not self.low <= self.high:
-            raise InputError(f"low={self.low:g} lies above high={self.high:g}; exchange them")
+        check_range(f"[-inf, {self.high:g}]", "exchange low and high", low=self.low)
 
     def check(self, sampler: StepSampler) -> None:
         """Raise InputError if no step of the window has noise."""

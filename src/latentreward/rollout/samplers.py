@@ -315,8 +315,5 @@ def check_noise_level(kind: FlowNoise, noise_level: float) -> None:
     if kind not in get_args(FlowNoise):
         raise InputError(f"flow_noise={kind!r} must be one of {', '.join(get_args(FlowNoise))}")
     check_range("[0, inf)", "Flow-GRPO takes 0.7", noise_level=noise_level)
-    if kind == "cps" and noise_level > 1:
-        raise InputError(
-            f"noise_level={noise_level:g} must be at most 1 with flow_noise=cps, where 1 replaces all noise of the "
-            "state; Flow-GRPO takes 0.8"
-        )
+    if kind == "cps":
+        check_range("[0, 1]", "flow_noise=cps at 1 replaces all noise; Flow-GRPO takes 0.8", noise_level=noise_level)

@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from latentreward.contracts import PreferencePair
-from latentreward.errors import InputError, printable
+from latentreward.errors import InputError, check_at_least_one, printable
 from latentreward.promises import Part, of_class, returns, shown
 
 
@@ -62,8 +62,7 @@ class ImageScorer(Scorer):
 
     def __init__(self, name: str, batch_size: int = 32) -> None:
         super().__init__(name)
-        if batch_size < 1:
-            raise InputError(f"batch_size of {name} is {batch_size}; it must be at least 1")
+        check_at_least_one(f"{name}.", batch_size=batch_size)
         self.batch_size = batch_size
 
     @property

@@ -142,21 +142,12 @@ def _unknown_name(match: re.Match[str], setting: str) -> str:
     return f"unknown name {match[1]!r}{did_you_mean(match[1], names)}"
 
 
-def _no_class(match: re.Match[str], setting: str) -> str:
-    shown = "null" if match[1] == "None" else match[1]
-    return f"expected the name of a class, got {shown}{did_you_mean('', names_for(setting))}"
-
-
 def _not_a_subclass(match: re.Match[str], setting: str) -> str:
     path, kind = match.groups()
     module, _, name = path.rpartition(".")
     if not inspect.isroutine(getattr(sys.modules.get(module), name, None)):
         return match[0]
     return f"the function {path!r} does not state that it returns {kind}; write def {name}(...) -> {kind}"
-
-
-def _unknown_prompts(match: re.Match[str], setting: str) -> str:
-    return match[0] + ("; for prompts from a file say --data PromptDataModule too" if setting == "data" else "")
 
 
 def _help_of_unknown_class(match: re.Match[str], setting: str) -> str:
@@ -212,7 +203,10 @@ def _missing(match: re.Match[str], setting: str) -> str:
 REWORDINGS: dict[str, str | Callable[[re.Match[str], str], str]] = {
     r"Expected an? (?P<types>.+)\. Got value: (?P<value>.*)": _wrong_type,
     r"(?:Expected a dot import path string|Unexpected import path format): (\S+)": _unknown_name,
-    r"Expected an import path or a subclass spec, but got (.*)": _no_class,
+    r"Expected an import path or a subclass spec, but got (.*)": lambda match, setting: (
+        f"expected the name of a class, got {'null' if match[1] == 'None' else match[1]}"
+        f"{did_you_mean('', names_for(setting))}"
+    ),
     MISSING: _missing,
     r"Expected an instantiatable class, but (\S+) is abstract": _abstract,
     r"(No module named '[\w.]+')$": rf"\1 {SEARCHED}",
@@ -224,7 +218,9 @@ REWORDINGS: dict[str, str | Callable[[re.Match[str], str], str]] = {
     r"Import path (\S+) does not correspond to a subclass of (\w+)": _not_a_subclass,
     r"Expected '(\S+)' to be a function that returns <class '(\w+)'>": _not_a_subclass,
     r"unrecognized arguments: --((?:\w+\.)+)help=(\S+).*": _help_of_unknown_class,
-    r"Option 'prompts' is not accepted.*": _unknown_prompts,
+    r"Option 'prompts' is not accepted.*": lambda match, setting: (
+        match[0] + ("; for prompts from a file say --data PromptDataModule too" if setting == "data" else "")
+    ),
     r"Option '(credit|window)\b.*' is not accepted.*": r"\g<0>; \1 is for TrajectoryGRPOModule",
     r"KeyError raised while resolving interpolation: .Environment variable '(\w+)'": _unset_variable,
     "no viable alternative at input|token recognition error|mismatched input|missing": (

@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader
 from latentreward.contracts import PathText
 from latentreward.data import HPDv3Reader, PairReader, PickAPicReader, PreferenceDataModule
 from latentreward.data.alignment.prompts import PromptLoaders
-from latentreward.errors import InputError
+from latentreward.errors import check_range
 from latentreward.tinyworld.captions import caption_splits, draw_caption
 from latentreward.tinyworld.writers import write_hpdv3, write_pickapic
 
@@ -71,8 +71,7 @@ class TinyWorldPromptDataModule(PromptLoaders):
 
     def __init__(self, captions: int = 1024, data_seed: int = 0, **options: Any) -> None:
         there_are = sum(map(len, caption_splits()["train"].values()))
-        if not 1 <= captions <= there_are:
-            raise InputError(f"data.captions={captions}: the training split has {there_are}, so use 1 to {there_are}")
+        check_range(f"[1, {there_are}]", "the training split has no more", **{"data.captions": captions})
         rng, drawn = np.random.default_rng([data_seed, 5]), dict[str, None]()
         while len(drawn) < captions:
             drawn.setdefault(draw_caption(rng, "train").text)

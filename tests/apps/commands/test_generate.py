@@ -170,7 +170,7 @@ def test_a_checkpoint_and_its_exported_lora_make_the_same_pictures(
         (["--step_search.num_candidates=1", REWARD], "num_candidates=1"),
         (["--step_search.num_candidates=2", REWARD], "eta"),
         (["--population_search.size=4"], "set reward"),
-        (["--population_search.size=1", REWARD], "size=1 leaves nothing to choose"),
+        (["--population_search.size=1", REWARD], "size=1 must be at least 2 and finite; one leaves nothing to choose"),
         (["--population_search.after_steps=[1,3]", REWARD], "after_steps=[1, 3] goes beyond step 2"),
         (["--population_search.after_steps=[1]", f"{REWARD}", "--reward.needs_clean=true"], "population_search needs"),
         (["--population_search.after_steps=[1]", "--step_search.num_candidates=2", REWARD], "leave one out"),

@@ -145,7 +145,7 @@ def test_a_damaged_split_leaves_the_others(tmp_path, capsys) -> None:
         (["/nowhere"], "data: no folder or file '/nowhere'"),
         ([str(SAMPLES / "prompts")], "is none of Pick-a-Pic"),
         ([str(SAMPLES / "hpdv3"), "--splits=trian"], "splits: there is no split 'trian'; did you mean 'train'?"),
-        ([str(SAMPLES / "hpdv3"), "--limit=-1"], "limit is -1"),
+        ([str(SAMPLES / "hpdv3"), "--limit=-1"], "limit=-1 must be at least 0"),
         ([str(SAMPLES / "hpdv3"), "--scores=absent.csv"], "no table of scores absent.csv"),
         ([str(SAMPLES / "hpdv3"), "--buckets=[[0,3]]"], "[0, 3] is not a size"),
         ([str(SAMPLES / "hpdv3"), "--reader.on_error=skip"], "say --reader CLASS too; choose from CutReader, DatasetP"),

@@ -253,7 +253,7 @@ def test_a_file_that_is_no_checkpoint(run: Path, tmp_path: Path, capsys: Any) ->
         (["--batch_size=0"], "batch_size: 0 is outside"),
         (["--reference.images=none"], "none"),
         (["--reference.images={few}"], "has 3 images with prompts; a calibration needs at least 20"),
-        (["--reference.images={few}", "--reference.limit=5"], "reference.limit is 5"),
+        (["--reference.images={few}", "--reference.limit=5"], "reference.limit=5 must be at least 20"),
         (["--noise.sigmas=[2]"], "noise.sigmas holds 2"),
         (["--metrics=none.json"], "metrics: none.json cannot be read"),
         (["--metrics={few}"], "metrics: .* is damaged"),

@@ -89,7 +89,7 @@ def test_a_trained_reward_chooses(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"size": 1}, "size=1 leaves nothing to choose"),
+        ({"size": 1}, "size=1 must be at least 2 and finite; one leaves nothing to choose"),
         ({"perturbation": 0.0}, r"perturbation=0 must lie in \(0, 1\]"),
         ({"temperature": 0.0}, "temperature=0 must be positive"),
         ({"after_steps": ()}, r"after_steps=\[\] must be at least one"),

@@ -138,7 +138,7 @@ def test_a_loaded_lora_stays_at_work() -> None:
     [
         ({"num_candidates": 1}, "num_candidates=1"),
         ({"eta": 0.0}, "eta=0"),
-        ({"low": 500, "high": 400}, "low=500 lies above high=400"),
+        ({"low": 500, "high": 400}, r"low=500 must lie in \[-inf, 400\]; exchange low and high"),
     ],
 )
 def test_bad_settings_are_one_line(options: dict[str, Any], message: str) -> None:

@@ -420,7 +420,7 @@ class TrainingCLI(LightningCLI):
                     "and version: ''"
                 )
 
-    def _require_last(self) -> None:
+    def before_validate(self) -> None:
         """Find ``ckpt_path: last``; without it Lightning would evaluate the model as it was made, untrained."""
         self._find_checkpoint()
         if self.config_init[self.command]["ckpt_path"] == "last":
@@ -430,15 +430,15 @@ class TrainingCLI(LightningCLI):
                 f"{FOLDER}, or give the checkpoint's path"
             )
 
-    before_validate = before_test = before_predict = _require_last
+    before_test = before_predict = before_validate
 
-    def _tell_metrics(self) -> None:
+    def after_validate(self) -> None:
         """Print the metrics of a validation or test."""
         if self.trainer.is_global_zero:
             for name, value in sorted(self.trainer.callback_metrics.items()):
                 print(f"{name:<40}{value.item():>10.4f}")
 
-    after_validate = after_test = _tell_metrics
+    after_test = after_validate
 
 
 def restarted() -> bool:

@@ -13,7 +13,7 @@ from latentreward.apps.generation import image_folder
 from latentreward.apps.generation.trained_policy import TrainedPolicy, offload_text_encoders, plain
 from latentreward.contracts import PathText, PromptBatch
 from latentreward.data.alignment.prompt_files import read_prompt_rows
-from latentreward.errors import refuse
+from latentreward.errors import InputError
 from latentreward.interrupts import interrupts_told
 from latentreward.policies import PolicySource
 from latentreward.ranks.settings import TrainerSettings
@@ -99,20 +99,7 @@ def generate(
     made_by = {"reward": reward, "sampling": sampling, "guidance_scale": guidance_scale, "best_of": best_of}
     settings = trained.identity() | plain({**made_by, "score_sigmas": list(score_sigmas), "seed": seed, **searches})
     named = [name for name, value in searches.items() if value is not None]
-    refuse(
-        (reward is None and (best_of > 1 or named), f"{', '.join(named) or 'best_of'}: needs a reward; set reward"),
-        (len(named) > 1, f"{' and '.join(named)} are both set; leave one out"),
-        (
-            reward is not None and reward.remembers(),
-            "reward: a RewardMixture with normalise: running scores by all that it has seen, so a command that goes on "
-            "would make other pictures; set normalise: group or none",
-        ),
-        (
-            reward_guidance is not None and reward_guidance.normalise,
-            "reward_guidance.normalise divides by the norm over a batch, so pictures would depend on each other; "
-            "leave it out",
-        ),
-    )
+    check_searches(reward, best_of, named, reward_guidance)
     if reward is not None:
         reward.require_latents_of(source)
         if step_search is not None:
@@ -163,6 +150,26 @@ def generate(
                 image_folder.make_pictures(work, PICTURES, folder, wanted, texts, batch_size)
             folder.write_grid(wanted)
             print(folder.summary(wanted))
+
+
+def check_searches(
+    reward: RewardSource | None, best_of: int, named: Sequence[str], guidance: RewardGuidance | None
+) -> None:
+    """Raise InputError for a search without a reward, several searches, or pictures that would depend on others."""
+    if reward is None and (best_of > 1 or named):
+        raise InputError(f"{', '.join(named) or 'best_of'}: needs a reward; set reward")
+    if len(named) > 1:
+        raise InputError(f"{' and '.join(named)} are both set; leave one out")
+    if reward is not None and reward.remembers():
+        raise InputError(
+            "reward: a RewardMixture with normalise: running scores by all that it has seen, so a command that goes on "
+            "would make other pictures; set normalise: group or none"
+        )
+    if guidance is not None and guidance.normalise:
+        raise InputError(
+            "reward_guidance.normalise divides by the norm over a batch, so pictures would depend on each other; leave "
+            "it out"
+        )
 
 
 run = partial(run_function, generate, bare=2)

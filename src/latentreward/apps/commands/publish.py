@@ -13,7 +13,7 @@ from latentreward.apps.commands.score import NoiseSettings
 from latentreward.contracts import PathText
 from latentreward.data.image_lists import ImageList, read_images
 from latentreward.devices import find_device
-from latentreward.errors import InputError, errors_at, printable
+from latentreward.errors import InputError, check_range, errors_at, printable
 from latentreward.interrupts import interrupts_told
 from latentreward.scoring import Calibration, Card, ModelSource, RewardModel
 from latentreward.scoring.calibration import FEWEST
@@ -53,8 +53,7 @@ class Reference:
     allow_outside: bool = False
 
     def __post_init__(self) -> None:
-        if self.limit < FEWEST:
-            raise InputError(f"reference.limit is {self.limit}; a calibration needs at least {FEWEST} images")
+        check_range(f"[{FEWEST}, inf)", "a calibration needs as many images", **{"reference.limit": self.limit})
 
     def listed(self) -> ImageList:
         """List the images without opening them; raise InputError for fewer than a calibration needs."""

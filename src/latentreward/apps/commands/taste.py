@@ -9,7 +9,7 @@ from latentreward.apps.commands.notes import tell
 from latentreward.apps.estimate.card import Card
 from latentreward.apps.steps.tasks import Task
 from latentreward.contracts import PathText
-from latentreward.errors import InputError, check_at_least_one, check_multiples, errors_at
+from latentreward.errors import InputError, check_at_least_one, check_multiples, check_range, errors_at
 from latentreward.interrupts import interrupts_told
 from latentreward.settings.functions import run_function
 from latentreward.storage.locks import locked
@@ -104,10 +104,9 @@ def taste(
     Raises:
         InputError: If the folder gives too few pairs, a setting is wrong, or a step fails.
     """
-    check_at_least_one(pairs=pairs, size=size, epochs=epochs, patience=patience, align_steps=align_steps)
+    check_at_least_one(pairs=pairs, epochs=epochs, patience=patience, align_steps=align_steps)
     check_at_least_one(batch_size=batch_size, num_prompts=num_prompts)
-    if size is not None and size > LARGEST:
-        raise InputError(f"size: {size} is outside [1, {LARGEST}]; give a number inside")
+    check_range(f"[1, {LARGEST}]", size=size)
     folder = folder.resolve()  # the name of `.` is empty
     if rate:
         rate_pictures(folder, port, seed)
@@ -122,8 +121,7 @@ def taste(
     from latentreward.apps.taste.splitting import TRAIN, split
     from latentreward.devices import find_device
 
-    if pairs < LEAST:
-        raise InputError(f"pairs: {pairs} is less than {LEAST}, the fewest that are split; give at least {LEAST}")
+    check_range(f"[{LEAST}, inf)", "fewer are not split", pairs=pairs)
     if device == "gpu" and not estimate:
         find_device("cuda")
     found = collect(folder, pairing)

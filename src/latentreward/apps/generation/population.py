@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from latentreward.contracts import PromptBatch
-from latentreward.errors import InputError, refuse
+from latentreward.errors import InputError, check_range
 from latentreward.policies import Policy
 from latentreward.rewards import Reward
 from latentreward.rollout import PromptedPolicy, RolloutDraws, Sampling, score_states
@@ -44,14 +44,12 @@ class Population:
 
     def __post_init__(self) -> None:
         """Raise InputError for settings that are out of range."""
-        steps, b, t = list(self.after_steps), self.perturbation, self.temperature
-        increasing = steps and steps[0] >= 1 and steps == sorted(set(steps))
-        refuse(
-            (self.size < 2, f"size={self.size} leaves nothing to choose; use at least 2"),
-            (not 0 < b <= 1, f"perturbation={b:g} must lie in (0, 1]; LatSearch uses 0.1"),
-            (not 0 < t < math.inf, f"temperature={t:g} must be positive and finite; LatSearch uses 1"),
-            (not increasing, f"after_steps={steps} must be at least one number of steps, from 1 on, increasing"),
-        )
+        check_range("[2, inf)", "one leaves nothing to choose", size=self.size)
+        check_range("(0, 1]", "LatSearch uses 0.1", perturbation=self.perturbation)
+        check_range("(0, inf)", "LatSearch uses 1", temperature=self.temperature)
+        steps = list(self.after_steps)
+        if not steps or steps[0] < 1 or steps != sorted(set(steps)):
+            raise InputError(f"after_steps={steps} must be at least one number of steps, from 1 on, increasing")
 
     def check(self, sampling: Sampling) -> None:
         """Raise InputError if the population would be scored when the samples are finished, or never."""

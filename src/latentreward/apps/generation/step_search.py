@@ -11,7 +11,7 @@ from torch import Tensor
 
 from latentreward.apps.generation.search import Candidates
 from latentreward.contracts import NoisyStates
-from latentreward.errors import InputError
+from latentreward.errors import InputError, check_range
 from latentreward.families import find_family
 from latentreward.noise.base import ancestral_variance, predicted_clean
 from latentreward.policies import AdapterSwitch, Policy
@@ -190,8 +190,7 @@ class StepSearch:
         seed: int = 0,
         **options: Any,
     ) -> None:
-        if not 0 < eta <= 1:
-            raise InputError(f"eta={eta:g} must lie in (0, 1]; at 0 all candidates are the same")
+        check_range("(0, 1]", "at 0 all candidates are the same", eta=eta)
         self.policy, self.reward, self.prompts = policy, reward, tuple(prompts)
         self.candidates, self.eta, self.seed = Candidates(**options), eta, seed
         self.scores: list[Tensor] = []

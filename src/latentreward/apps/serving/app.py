@@ -55,9 +55,22 @@ def create_app(service: ScoringService) -> FastAPI:
     )
     routes = routes_of(service)
     add_routes(app, routes, list(service.models))
-    app.add_exception_handler(RequestError, _request_error)
-    app.add_exception_handler(HTTPException, _http_error)
-    app.add_exception_handler(Exception, _unforeseen_error)
+
+    @app.exception_handler(RequestError)
+    async def refuse(request: Request, error: RequestError) -> JSONResponse:
+        headers = None if error.retry_after is None else {"Retry-After": str(error.retry_after)}
+        return _answer(" ".join(str(error).split()), error.status, headers)
+
+    @app.exception_handler(HTTPException)
+    async def tell(request: Request, error: HTTPException) -> JSONResponse:
+        detail = " ".join((str(error.detail) or HTTPStatus(error.status_code).phrase).split())
+        LOG.tell(error.status_code, f"{request.method} {request.url.path}: {detail}")
+        return JSONResponse({"error": detail}, error.status_code, error.headers)
+
+    @app.exception_handler(Exception)  # uvicorn prints the traceback
+    async def fail(request: Request, error: Exception) -> JSONResponse:
+        return JSONResponse({"error": f"the server failed ({type(error).__name__})"}, 500)
+
     paths = {"/docs", "/openapi.json", *(route.path for route in routes)}
     app.add_middleware(AuthMiddleware, service=service, paths=paths)
     return app
@@ -212,21 +225,3 @@ def _answer(error: str, status: int, headers: dict[str, str] | None = None) -> J
     """Return the answer to a request that is refused, and print a line about it."""
     LOG.tell(status, error)
     return JSONResponse({"error": error}, status, headers)
-
-
-async def _request_error(request: Request, error: Exception) -> JSONResponse:
-    assert isinstance(error, RequestError)
-    headers = None if error.retry_after is None else {"Retry-After": str(error.retry_after)}
-    return _answer(" ".join(str(error).split()), error.status, headers)
-
-
-async def _http_error(request: Request, error: Exception) -> JSONResponse:
-    assert isinstance(error, HTTPException)
-    detail = " ".join((str(error.detail) or HTTPStatus(error.status_code).phrase).split())
-    LOG.tell(error.status_code, f"{request.method} {request.url.path}: {detail}")
-    return JSONResponse({"error": detail}, error.status_code, error.headers)
-
-
-async def _unforeseen_error(request: Request, error: Exception) -> JSONResponse:
-    """Answer 500 with the type of the error only; uvicorn prints the traceback."""
-    return JSONResponse({"error": f"the server failed ({type(error).__name__})"}, 500)

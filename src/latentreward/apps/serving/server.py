@@ -79,11 +79,7 @@ class IdleTimeoutProtocol(H11Protocol):
     def _restart(self) -> None:
         if self._deadline is not None:
             self._deadline.cancel()
-        self._deadline = self.loop.call_later(HEADER_SECONDS, self._close_if_idle)
-
-    def _close_if_idle(self) -> None:
-        if self.idle:
-            self._close()
+        self._deadline = self.loop.call_later(HEADER_SECONDS, lambda: self._close() if self.idle else None)
 
     def _close(self) -> None:
         """Close the connection, in limited time: asyncio would wait for the client to read the rest of its answers."""

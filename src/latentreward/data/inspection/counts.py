@@ -25,7 +25,7 @@ from latentreward.data.mpcf import MPCF, Comparison, Strategy, select_consistent
 from latentreward.data.readers import PairReader
 from latentreward.data.score_table import PairGaps
 from latentreward.data.splits import normalise_prompt
-from latentreward.errors import InputError, quoted
+from latentreward.errors import InputError, check_range, quoted
 from latentreward.storage.progress import Progress
 
 LATENT_PIXELS = 8
@@ -240,8 +240,7 @@ def inspect_reader(
     Raises:
         InputError: If ``limit`` is negative.
     """
-    if limit is not None and limit < 0:
-        raise InputError(f"limit is {limit}; give a number of rows, 0 for none, or leave it out for all")
+    check_range("[0, inf)", "0 counts no images, leave it out for all", limit=limit)
     prompts, labels = reader.prompts(), reader.labels()
     total = len(reader) if limit is None else min(len(reader), limit)
     total = 0 if reader.holds == "nothing" else total

@@ -13,7 +13,7 @@ import numpy as np
 from latentreward.contracts import ImageRef, PreferencePair
 from latentreward.data.images import ExifOrientation
 from latentreward.errors import InputError, check_at_least_one, printable, quoted
-from latentreward.promises import Part, returns, shown
+from latentreward.promises import Part, number, returns, shown
 from latentreward.storage.digests import digest
 
 logger = logging.getLogger(__name__)
@@ -68,11 +68,6 @@ def _wrong_name(name: str, reader: "PairReader", index: int) -> str | None:
     return None
 
 
-def _wrong_length(found: int, reader: "PairReader") -> str | None:
-    right = isinstance(found, int | np.integer) and found >= 0
-    return None if right else f"{shown(found)}; it must be a whole number of at least 0"
-
-
 class PairReader(Part):
     """Reader of the rows of one split of a preference data set; images are read only when a row is accessed.
 
@@ -124,7 +119,7 @@ class PairReader(Part):
         self.named: dict[str, list[str]] = {}
 
     @abstractmethod
-    @returns(_wrong_length)
+    @returns(number(int | np.integer, "a whole number of at least 0"))
     def __len__(self) -> int:
         """Return the number of rows."""
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from latentreward.errors import InputError
+from latentreward.errors import InputError, check_range
 from latentreward.programs import check_program
 from latentreward.scorers.tools.base import JudgedPicture, ToolScorer
 from latentreward.scorers.tools.running import DAY, interpreter, package_versions, run_tool
@@ -37,8 +37,7 @@ class CommandScorer(ToolScorer):
         super().__init__(name)
         if not command or not any("{scores}" in part for part in command):
             raise InputError(f"command of {name} must hold {{scores}}, the file that it writes; add it")
-        if not timeout_s > 0:
-            raise InputError(f"timeout_s={timeout_s:g} of {name} must be above 0")
+        check_range("(0, inf]", timeout_s=timeout_s)
         check_program(command[0])
         self.command, self.folder, self.timeout_s = list(command), folder, timeout_s
 

@@ -10,7 +10,7 @@ from latentreward.contracts import PathText
 from latentreward.data import readers
 from latentreward.data.format_detection import Splits, recognise
 from latentreward.data.readers import OnError, PairReader
-from latentreward.errors import InputError
+from latentreward.errors import InputError, check_range
 
 
 class ImageRewardBenchmark(Benchmark):
@@ -123,8 +123,7 @@ class PickAPicBenchmark(Benchmark):
         super().__init__(root, on_error=on_error)
         self.split, self.fitting_split, self.temperatures = split, fitting_split, temperatures or {}
         for scorer, value in self.temperatures.items():
-            if value is not None and not value > 0:
-                raise InputError(f"temperatures: {scorer} has {value}; give a number above 0, or null to fit it")
+            check_range("(0, inf]", "null fits it", **{f"temperatures.{scorer}": value})
 
     @property
     def evaluations(self) -> tuple[Evaluation, ...]:
