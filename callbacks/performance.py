@@ -14,9 +14,9 @@ from latentreward.encoders.vae import LatentEncoder
 from latentreward.errors import InputError
 from latentreward.policies import Policy
 
-WORTH_COMPILING, WORTH_COMPILING_LAYERS = 500, 2500
-"""Optimiser steps that earn back the compilation of a transformer's blocks and of a U-Net's layers: on an H200 0.7 and
-2 to 5 minutes, for steps 0.08 and 0.05 s shorter (docs/performance.md)."""
+WORTH_COMPILING, WORTH_COMPILING_LAYERS = 200, 2500
+"""Optimiser steps that earn back the compilation of a transformer's blocks and of a U-Net's layers: on an H200
+0.5 to 1.6 and 2 to 5 minutes, for steps 0.08 to 1.2 and 0.05 s shorter (docs/performance.md)."""
 LAYERS = ("BasicTransformerBlock", "ResnetBlock2D")
 """Classes of diffusers that do most of the work in U-Nets and VAEs. Their blocks of several layers compile slowly."""
 

@@ -85,8 +85,8 @@ class Run:
     ("device", "steps", "given", "compiles"),
     [
         ("cuda", -1, {}, True),
-        ("cuda", 500, {}, True),
-        ("cuda", 499, {}, False),
+        ("cuda", 200, {}, True),
+        ("cuda", 199, {}, False),
         ("cuda", -1, {"auto": False}, False),
         ("cuda", -1, {"compile_blocks": False}, False),
         ("cuda", 3, {"compile_blocks": True}, True),
