@@ -33,7 +33,7 @@ MAY_IMPORT = {
     "heads": BASE,
     "losses": BASE,
     "metrics": BASE,
-    "backbones": BASE | {"noise", "encoders", "checkpoints"},
+    "backbones": BASE | {"programs", "noise", "encoders", "checkpoints"},
     "families": BASE | {"programs", "noise", "encoders", "backbones"},
     "cache": BASE | {"ranks", "encoders", "data", "backbones", "families", "policies"},
     "settings": BASE | {"programs", "backbones"},

@@ -1,17 +1,24 @@
 """A backbone whose ``read`` and ``feature_spec`` disagree is named with the tap, not by an error deep in the head."""
 
+import copy
 from dataclasses import replace
 
 import pytest
 import torch
+from torch import Tensor
 
-from latentreward.backbones import sd_tiny
+from latentreward.backbones import SDUNetBackbone, sd_tiny
 from latentreward.backbones.base import features_problem
-from latentreward.contracts import Features, FeatureSpec, TapSpec
+from latentreward.backbones.loading import PipelineSource, finish
+from latentreward.construction import Construction
+from latentreward.contracts import Conditioning, Features, FeatureSpec, LatentSpace, TapSpec
 from latentreward.errors import InputError
 from latentreward.heads import CLIPProjectionHead
 from latentreward.modules import LRMModule
+from latentreward.noise import ContinuousFlow, FlowMatching, NoiseProcess, process_from_scheduler
+from tests.tiny_pipelines import WIDTH, pipeline_folder, sd_unet
 
+DDIM = {"_class_name": "DDIMScheduler"}
 SPEC = FeatureSpec(visual=(TapSpec(8, (2, 3)),), text=(TapSpec(5, (4,)),), temb_dim=6, pooled_text_dim=7)
 FEATURES = Features(
     visual=(torch.zeros(2, 6, 8),),
@@ -48,6 +55,83 @@ def test_a_backbone_is_compared_when_it_first_reads(monkeypatch: pytest.MonkeyPa
         backbone(torch.zeros(1, 4, 8, 8), torch.ones(1), backbone.encode_prompts(["a cat"]))
 
 
+def projecting() -> SDUNetBackbone:
+    """A backbone on a U-Net that projects prompt embeddings of width 40, as Kolors' does."""
+    unet = sd_unet(encoder_hid_dim=40, encoder_hid_dim_type="text_proj")
+    return SDUNetBackbone(unet, FlowMatching(), LatentSpace(4, 2, 1.0), text_taps=())
+
+
+def test_prompt_embeddings_of_another_width_are_one_line() -> None:
+    backbone = projecting()
+    given = torch.zeros(1, 4, 8, 8), torch.ones(1), Conditioning(torch.zeros(1, 3, 40), torch.zeros(1, WIDTH))
+    with pytest.raises(
+        InputError, match=r"^prompt_embeds are 40 wide, but the U-Net attends to 16; project .* subclass$"
+    ):
+        backbone(*given)
+    backbone.unet.register_to_config(encoder_hid_dim_type=None)
+    with pytest.raises(InputError, match=r"attends to 16; give the text encoder of its pipeline$"):
+        backbone(*given)
+
+
+class Projecting(SDUNetBackbone):
+    """As the page on backbones tells it."""
+
+    def read(self, latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Features:
+        tokens = self.unet.encoder_hid_proj(conditioning.prompt_embeds)
+        return super().read(latents, timesteps, replace(conditioning, prompt_embeds=tokens))
+
+
+def test_a_subclass_may_project_prompt_embeddings_itself() -> None:
+    whole = sd_unet(encoder_hid_dim=40, encoder_hid_dim_type="text_proj").eval()
+    space = LatentSpace(4, 2, 1.0)
+    backbone = Projecting(copy.deepcopy(whole), process_from_scheduler(DDIM), space, text_taps=(), output_map=True)
+    latents, text = torch.randn(1, 4, 8, 8), torch.randn(1, 3, 40)
+    features = backbone(latents, torch.tensor([300.0]), Conditioning(text, torch.zeros(1, WIDTH)))
+    torch.testing.assert_close(features.output, whole(latents, 300, text).sample)
+
+
 def test_a_factory_that_returns_nothing() -> None:
     with pytest.raises(InputError, match="backbone is None, not a DiffusionBackbone; let its function return one"):
         LRMModule(None, CLIPProjectionHead)
+
+
+def own_unet(source: str, process: NoiseProcess | None = None) -> SDUNetBackbone:
+    """A factory of the user's, on the U-Net of a pipeline, with the scheduler's noise or another one."""
+    pipeline = PipelineSource(source)
+    backbone = SDUNetBackbone(
+        pipeline.unet(),
+        process or pipeline.noise_process(),
+        pipeline.latent_space(),
+        text_encoder=pipeline.clip_prompts(),
+    )
+    return finish(backbone, backbone.unet)
+
+
+class OwnProcess(FlowMatching):
+    """A flow of the user's."""
+
+
+@pytest.mark.parametrize(
+    "process", [FlowMatching(), ContinuousFlow(), OwnProcess()], ids=lambda made: type(made).__name__
+)
+def test_a_flows_noise_on_a_network_of_another_process_is_refused(process: NoiseProcess) -> None:
+    folder = pipeline_folder("sd15")
+    with pytest.raises(
+        InputError, match=rf"^backbone: SDUNetBackbone adds noise as {type(process).__name__}, but its "
+    ) as told:
+        LRMModule(own_unet(folder, process), CLIPProjectionHead)
+    place = (
+        f"its UNet2DConditionModel is of source={folder!r} with a DDIMScheduler; give it PipelineSource(source).noise"
+    )
+    assert place in str(told.value) and "\n" not in str(told.value)
+
+
+def test_a_registered_factory_is_compared_and_the_schedulers_own_noise_taken() -> None:
+    folder = pipeline_folder("sd15")
+    LRMModule(own_unet(folder), CLIPProjectionHead)
+    backbone = own_unet(folder, FlowMatching())
+    backbone.built_by = Construction("own_unets.own_unet", {})  # as register_backbone notes
+    with pytest.raises(InputError, match="adds noise as FlowMatching"):
+        LRMModule(backbone, CLIPProjectionHead)
+    backbone.unet.register_to_config(_name_or_path="no/pipeline/here")  # a network of one's own has none
+    LRMModule(backbone, CLIPProjectionHead)

@@ -3,6 +3,7 @@
 import re
 import runpy
 import shlex
+import sys
 from pathlib import Path
 
 import pytest
@@ -65,12 +66,43 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_its_check_finds_rounding_alone(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     runpy.run_path(str(folder / "check_aura_flow.py"))
     printed = capsys.readouterr().out.splitlines()
-    found = [line.rsplit(": ", 1) for line in printed if re.match("latents|block|output|row|gradient", line)]
+    assert_rounding(printed, 32, [*BLOCKS, "output"])
+
+
+def assert_rounding(printed: list[str], side: int, blocks: list[str]) -> None:
+    """Check the lines that the page's check of a family prints; ``side`` is its native height in pixels."""
+    found = [line.rsplit(": ", 1) for line in printed if re.match("latents|image|block|output|row|gradient", line)]
     prompts = ("a cat", "Two Dogs (brown) on a Hill, in the Rain!")
-    latents = [f"latents of {prompt!r} at {size}" for size in ((32, 32), (16, 32)) for prompt in prompts]
-    wanted = [*latents, *BLOCKS, "output", "row 0 alone", "row 1 alone", "gradient"]
-    assert [name for name, _ in found] == wanted
+    latents = [f"latents of {prompt!r} at {size}" for size in ((side, side), (side // 2, side)) for prompt in prompts]
+    assert [name for name, _ in found] == [*latents, "image", *blocks, "row 0 alone", "row 1 alone", "gradient"]
     assert all(float(difference) <= (1e-2 if name == "gradient" else 1e-5) for name, difference in found)
+
+
+OTHER_SCALE = """
+from latentreward.contracts import LatentSpace
+
+class PlainUNet(PlainUNet):
+    latent_space = LatentSpace(4, 2, 0.25)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("added", ["", OTHER_SCALE], ids=["right", "other scale"])
+def test_its_check_takes_a_unet_and_tells_a_wrong_scale_of_latents(
+    added: str, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("AURA_FLOW", pipeline_folder("sd15"))
+    (folder / "plain_unet.py").write_text((folder / "plain_unet.py").read_text() + added)
+    check = folder / "check_aura_flow.py"
+    check.write_text(check.read_text().replace("aura_flow.AuraFlow", "plain_unet.PlainUNet"))
+    monkeypatch.delitem(sys.modules, "plain_unet", raising=False)
+    runpy.run_path(str(check))
+    printed = capsys.readouterr().out.splitlines()
+    image = next(line for line in printed if line.startswith("image"))
+    if added:
+        assert float(image.split(": ")[1]) > 1e-2
+        printed[printed.index(image)] = "image: 0"
+    assert_rounding(printed, 16, [])
 
 
 @pytest.mark.slow

@@ -188,6 +188,7 @@ def made_configs(scheduler: str, **settings: Any) -> MadeConfigs:
         ("max_prompt", "77", "must be a whole number of at least 1, or None"),
         ("unread_outside", ("caption_projection",), "must be a method"),
         ("unread", None, "must be a method"),
+        ("part", "unet", "source='made configs' lacks; set part = 'transformer'"),
     ],
 )
 def test_a_wrong_name_of_a_family_is_told_before_anything_is_loaded(
@@ -210,6 +211,7 @@ def test_a_wrong_name_of_a_family_is_told_before_anything_is_loaded(
         (True, "FlowMatchEulerDiscreteScheduler", {}, None),
         (False, "FlowMatchEulerDiscreteScheduler", {}, r"is not so of a network with .*; set flow = True$"),
         (False, "DDIMScheduler", {}, None),
+        (False, "UniPCMultistepScheduler", {"use_flow_sigmas": True}, r"is not so of .*; set flow = True$"),
     ],
 )
 def test_a_flow_is_what_the_scheduler_says(

@@ -70,3 +70,11 @@ def test_gdpo_of_a_group_of_one_is_0() -> None:
 def test_ddof_divides_by_n_or_by_one_less(ddof: Literal[0, 1], spread: float) -> None:
     advantages = GroupAdvantage(ddof=ddof)(torch.tensor([1.0, 3.0, 5.0]), torch.zeros(3, dtype=torch.int64))
     assert advantages.tolist() == pytest.approx([-2 / (spread + 1e-4), 0, 2 / (spread + 1e-4)])
+
+
+def test_trim_leaves_the_least_and_the_largest_rewards_out_of_mean_and_spread() -> None:
+    rewards = [9.0, 1.0, 100.0, 3.0, -50.0]
+    advantages = GroupAdvantage(trim=0.2)(
+        torch.tensor(rewards), torch.zeros(5, dtype=torch.int64)
+    )  # of 1, 3 and 9: mean 13/3, variance 104/9
+    assert advantages.tolist() == pytest.approx([(reward - 13 / 3) / ((104 / 9) ** 0.5 + 1e-4) for reward in rewards])

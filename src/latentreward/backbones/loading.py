@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -17,7 +18,16 @@ from latentreward.backbones.tuning import LoRA, StorageDtype, Tuning, tune
 from latentreward.backbones.weights import from_config, load_weights, map_model, settle
 from latentreward.contracts import LatentSpace, PathText
 from latentreward.errors import InputError, first_line
-from latentreward.noise import DDPM_SCHEDULERS, FLOW_SCHEDULERS, NoiseProcess, process_from_scheduler
+from latentreward.noise import (
+    DDPM,
+    DDPM_SCHEDULERS,
+    FLOW_SCHEDULERS,
+    FlowMatching,
+    NoiseProcess,
+    fits_kind,
+    process_from_scheduler,
+)
+from latentreward.programs import of_this_package
 from latentreward.storage.hub import hub_answers, not_found, silence
 from latentreward.storage.json_files import entry, read_config
 from latentreward.storage.weight_files import find_weights, map_weights
@@ -324,6 +334,29 @@ class PipelineSource:
 
 def _names_class(value: Any) -> bool:
     return isinstance(value, list) and len(value) == 2 and all(isinstance(one, str | None) for one in value)
+
+
+def check_process(backbone: DiffusionBackbone) -> None:
+    """Check that an own backbone adds the kind of noise, a flow's or DDPM's, that its network's pipeline was made for.
+
+    The pipeline is the folder or hub id from which a diffusers network of the backbone was loaded.
+
+    Raises:
+        InputError: If its scheduler is one of the other kind.
+    """
+    process, own = backbone.noise_process, backbone.built_by
+    if not isinstance(process, FlowMatching | DDPM) or (own is not None and of_this_package(own.class_path)):
+        return
+    for network in backbone.children():
+        source, config = getattr(getattr(network, "config", None), "_name_or_path", None), {}
+        with suppress(InputError):  # no pipeline, or one without a scheduler
+            config = PipelineSource(source).config("scheduler") if source else {}
+        if not fits_kind(config, isinstance(process, FlowMatching)):
+            raise InputError(
+                f"backbone: {type(backbone).__name__} adds noise as {type(process).__name__}, but its "
+                f"{type(network).__name__} is of source={source!r} with a {config['_class_name']}; give it "
+                "PipelineSource(source).noise_process()"
+            )
 
 
 def check_sample_size(size: Any) -> None:

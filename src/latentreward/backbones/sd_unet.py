@@ -25,6 +25,9 @@ class SDUNetBackbone(DiffusionBackbone):
     before its downsampler. The last tap is the mid block's output (LRM, arXiv:2502.01051, section 3.1). The U-Net does
     not change its text tokens, so that the only text tap is 0: the prompt embeddings themselves.
 
+    A U-Net that projects its prompt embeddings first (``encoder_hid_proj``, as Kolors') needs a subclass whose
+    :meth:`read` does so. SDXL's size conditioning (``time_ids``) is :attr:`native_size`, whatever the latents' size.
+
     Args:
         unet: diffusers U-Net; the up path and blocks after the last tap are removed from this object.
         noise_process: See :class:`DiffusionBackbone`.
@@ -99,10 +102,20 @@ class SDUNetBackbone(DiffusionBackbone):
         return (size, size) if isinstance(size, int) else tuple(size)
 
     def read(self, latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Features:
-        """See :meth:`DiffusionBackbone.read`; latents ``(B, 4, h, w)``."""
+        """See :meth:`DiffusionBackbone.read`; latents ``(B, 4, h, w)``.
+
+        Raises:
+            InputError: If the prompt embeddings are not as wide as the U-Net's attention takes them.
+        """
         unet = self.unet
         sample = latents.to(unet.conv_in.weight.dtype)
         tokens = conditioning.prompt_embeds.to(sample.dtype)
+        width = unet.config.cross_attention_dim
+        if isinstance(width, int) and tokens.shape[-1] != width:
+            remedy = "give the text encoder of its pipeline"
+            if unet.config.encoder_hid_dim_type is not None:
+                remedy = "project them by its encoder_hid_proj in the method read of a subclass"
+            raise InputError(f"prompt_embeds are {tokens.shape[-1]} wide, but the U-Net attends to {width}; {remedy}")
         temb = unet.time_embedding(unet.get_time_embed(sample=sample, timestep=timesteps))
         if unet.config.addition_embed_type == "text_time":
             height, width = (float(side) for side in self.native_size)

@@ -19,7 +19,7 @@ from latentreward.contracts import Conditioning, LatentSpace
 from latentreward.encoders.prompts import PromptEncoder
 from latentreward.encoders.vae import LatentEncoder
 from latentreward.errors import InputError
-from latentreward.noise import DDPM, DDPM_SCHEDULERS, FLOW_SCHEDULERS, FlowMatching, NoiseProcess
+from latentreward.noise import DDPM, FlowMatching, NoiseProcess, fits_kind
 from latentreward.programs import of_this_package
 from latentreward.promises import COUNT, Part, finite, is_count, of_class, returns, shown, tensor, wrong_tensor
 from latentreward.storage.json_files import Kind, entry
@@ -180,6 +180,9 @@ class Family(Part):
             self._require("vae_class", hasattr(diffusers, self.vae_class), "is not in diffusers")
         if type(self).load_network is Family.load_network:
             self._require("network_class", hasattr(diffusers, self.network_class), "is not in diffusers")
+        found = [part for part in ("unet", "transformer") if self.pipeline.has(part)]  # none: the source of a cache
+        right = self.part in found or not found
+        self._require("part", right, f"source={self.pipeline.source!r} lacks; set part = {''.join(found[:1])!r}")
         size = self.native_size
         right = isinstance(size, list | tuple) and [type(side) for side in size] == [int, int]
         self._require("native_size", right, "must be (height, width) in pixels")
@@ -206,12 +209,8 @@ class Family(Part):
     def _check_process(self) -> None:
         """Check that :attr:`flow` is what the scheduler's class and :attr:`noise_process` say."""
         config = self.pipeline.config("scheduler") if self.pipeline.has("scheduler") else {}
-        kind, flows = config.get("_class_name"), config.get("prediction_type") == "flow_prediction"
-        if self.flow:
-            right = kind not in DDPM_SCHEDULERS or flows or config.get("use_flow_sigmas")
-        else:
-            right = kind not in FLOW_SCHEDULERS
-        other = f"set flow = {not self.flow}"
+        kind, other = config.get("_class_name"), f"set flow = {not self.flow}"
+        right = fits_kind(config, self.flow)
         self._require("flow", right, f"is not so of a network with a {kind} ({self.named('scheduler')}); {other}")
         process = self.noise_process
         right = isinstance(process, FlowMatching) == self.flow

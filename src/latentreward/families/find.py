@@ -80,4 +80,9 @@ def import_family(path: str) -> type[Family]:
 
     Whoever reads ``path`` from a file of others must ask :func:`is_foreign` first.
     """
+    if "." not in path:
+        raise InputError(
+            f"family={path!r} cannot be imported: it is no path of a class, such as my_file.MyFamily; for a family of "
+            "this package leave family out, which is found from the pipeline's configs"
+        )
     return import_class("family", path, Family)

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import Subset
 
 from latentreward.backbones.base import DiffusionBackbone
+from latentreward.backbones.loading import check_process
 from latentreward.contracts import CrossScores, FeatureSpec, PairScores, PreferenceBatch
 from latentreward.data.image_sizes import ImageSizes
 from latentreward.data.images import ExifOrientation
@@ -64,6 +65,7 @@ class RewardModule(PairModule):
     ) -> None:
         if not isinstance(backbone, DiffusionBackbone):
             raise InputError(f"backbone is {backbone!r}, not a DiffusionBackbone; let its function return one")
+        check_process(backbone)
         super().__init__(backbone.noise_process, backbone.source, loss, levels, **options)
         self.model = RewardModel(backbone, head(backbone.feature_spec))
         self.cross_spans_ranks = isinstance(self.model.head, EmbeddingHead)  # others read image and prompt together

@@ -13,7 +13,7 @@ from .levels import (
     TimestepGrid,
     UniformSigma,
 )
-from .schedules import DDPM_SCHEDULERS, FLOW_SCHEDULERS
+from .schedules import DDPM_SCHEDULERS, FLOW_SCHEDULERS, fits_kind
 
 __all__ = [
     "DDPM",
@@ -31,5 +31,6 @@ __all__ = [
     "TargetSigma",
     "TimestepGrid",
     "UniformSigma",
+    "fits_kind",
     "process_from_scheduler",
 ]

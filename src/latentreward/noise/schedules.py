@@ -52,6 +52,12 @@ def check_scheduler(config: Mapping[str, Any], taken: Sequence[str]) -> None:
             )
 
 
+def fits_kind(config: Mapping[str, Any], flow: bool) -> bool:
+    """Tell whether a scheduler can be that of a rectified flow (``flow``) or of a network of DDPM; unknown ones can."""
+    flows = config.get("prediction_type") == "flow_prediction" or bool(config.get("use_flow_sigmas"))
+    return flow if flows else config.get("_class_name") not in (DDPM_SCHEDULERS if flow else FLOW_SCHEDULERS)
+
+
 def make_scheduler(family: Any, config: Mapping[str, Any], num_inference_steps: int, **options: Any) -> Any:
     """Make a diffusers scheduler on the CPU, and set its timesteps, with ``options`` of its ``set_timesteps``.
 

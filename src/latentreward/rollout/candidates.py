@@ -26,7 +26,7 @@ class Branching:
     Attributes:
         num_candidates: Number K of candidates for the next state.
         low: Lowest timestep of the steps that sample and score candidates; other steps sample one state.
-        high: Highest timestep of the steps that sample and score candidates.
+        high: Highest timestep of the steps that sample and score candidates; above 1000 for schedulers that have more.
         continue_from: Candidate with which the rollout goes on: a ``random`` one, the ``best`` or the ``worst``.
         score_at: Timestep that the reward gets: that of the state before the ``step`` (LPO), or the ``candidate``'s own
             (SPO).
