@@ -37,10 +37,10 @@ from torch.utils._pytree import tree_leaves
 from latentreward.apps.commands.fit import estimate_fit
 from latentreward.apps.estimate import costs as estimated_costs
 from latentreward.apps.estimate import settings as estimated_settings
-from latentreward.apps.estimate.costs import RepeatedCalls, StepCosts, layout_of
+from latentreward.apps.estimate.costs import RepeatedCalls, StepCosts
 from latentreward.cache import CachedPreferenceDataModule
 from latentreward.checkpoints.shards import frozen_names
-from latentreward.contracts import TensorRecord, map_tensors
+from latentreward.contracts import TensorRecord, layout_of, map_tensors
 from latentreward.encoders.prompts import PromptEncoder
 from latentreward.modules import alignment, sharding
 from latentreward.modules.alignment import AlignmentModule, shard_reward

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from latentreward.apps.estimate.shapes import count_cpu_attention
 from latentreward.apps.steps import sources
+from latentreward.limits import count_cpu_attention
 
 TERA = 1e12
 MIB = 2**20

@@ -1,8 +1,10 @@
-"""Callback that switches on what makes training steps faster on a GPU."""
+"""Callback that switches on what makes training steps faster on a GPU, and logs how fast they are."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
+from latentreward.callbacks.step_times import StepTimes, listen, unlisten
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import nn
@@ -10,8 +12,10 @@ from torch import nn
 from latentreward.backbones.base import DiffusionBackbone
 from latentreward.backbones.compilation import compile_blocks
 from latentreward.checkpoints.base_weights import is_quantized
+from latentreward.contracts import layout_of
 from latentreward.encoders.vae import LatentEncoder
-from latentreward.errors import InputError
+from latentreward.errors import InputError, check_range
+from latentreward.limits import find_peak
 from latentreward.policies import Policy
 
 WORTH_COMPILING, WORTH_COMPILING_LAYERS = 200, 2500
@@ -29,6 +33,11 @@ class Performance(Callback):
     the validation within it, change. ``test``, ``score`` and ``serve`` compute without these switches, because they
     promise equal scores for any batch.
 
+    Logged steps have ``time/step``, the mean seconds of an optimiser step since the last logged one, without validation
+    and checkpoints, and its parts: ``time/data_wait``, ``encode``, ``rollout``, ``reward``, ``forward``, ``backward``,
+    ``optimizer`` (with clipping), ``ema`` and ``log`` (all else). ``train/tflops_per_second`` is of one process, and
+    ``train/mfu`` its share of the card's peak. See :class:`~latentreward.callbacks.step_times.StepTimes`.
+
     Args:
         auto: False leaves switches off that are null.
         compile_blocks: Compile the blocks of networks that train, sample or score with ``torch.compile``. What PyTorch
@@ -39,12 +48,14 @@ class Performance(Callback):
         tf32: Multiply what stays float32 in TF32, of 10 bits. Null is false: measured no faster with bf16-mixed.
         fused_optimizer: Update all weights in a few kernels, with optimisers of PyTorch that can. Null is false:
             measured no faster than PyTorch's own choice, ``foreach``.
+        peak_tflops: Peak of the device in 10¹² operations per second, for ``train/mfu``. Null takes that of the card's
+            name and the trainer's precision; other devices have no ``train/mfu``.
 
     Attributes:
         chosen: Switches in force, by name, once a run has started.
 
     Raises:
-        InputError: If ``compile_blocks`` is true, and a base is quantised.
+        InputError: If ``peak_tflops`` is not above 0, or ``compile_blocks`` is true, and a base is quantised.
 
     Example:
         ``--performance.compile_blocks=true``, or ``--performance.auto=false`` for eager code.
@@ -58,8 +69,12 @@ class Performance(Callback):
         cudnn_benchmark: bool | None = None,
         tf32: bool | None = None,
         fused_optimizer: bool | None = None,
+        peak_tflops: float | None = None,
     ) -> None:
-        self.auto = auto
+        check_range("(0, inf)", peak_tflops=peak_tflops)
+        self.auto, self.peak_tflops = auto, peak_tflops
+        self.times: StepTimes | None = None
+        self._step = 0
         self.chosen = {
             "compile_blocks": compile_blocks,
             "channels_last": channels_last,
@@ -103,10 +118,15 @@ class Performance(Callback):
             torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Let optimisers of PyTorch that know ``fused`` use it, if set; others stay.
+        """Begin to measure, and let optimisers of PyTorch that know ``fused`` use it, if set; others stay.
 
         A resumed run has by now the optimiser's state of its checkpoint, whose groups may say otherwise.
         """
+        device, peak = trainer.strategy.root_device, self.peak_tflops
+        if device.type == "cuda" and peak is None and (card := find_peak(torch.cuda.get_device_name(device))):
+            peak = card.tflops(trainer.precision, bool(self.chosen["tf32"]))
+        self.times, self._step = StepTimes(device.type == "cuda", peak), trainer.global_step
+        listen(trainer.profiler, self.times)
         for optimizer in trainer.optimizers if self.chosen["fused_optimizer"] else ():
             for group in optimizer.param_groups:
                 if "fused" in group:
@@ -114,6 +134,45 @@ class Performance(Callback):
                     for weight in group["params"]:  # the others count their steps on the CPU
                         if "step" in (state := optimizer.state.get(weight, {})):
                             state["step"] = state["step"].to(weight.device)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Begin to count the operations of some batches."""
+        if self.times is not None:
+            self.times.start_counting(layout_of(batch))
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        """Log the means of the optimiser steps since the last logged one."""
+        if self.times is None:
+            return
+        self.times.stop_counting()
+        if trainer.global_step > self._step:
+            self._step = trainer.global_step
+            self.times.end_step()
+            self.times.read()
+            if trainer._logger_connector.should_update_logs and self.times.steps:  # as LearningRateMonitor asks
+                pl_module.log_dict(self.times.values())
+                self.times.restart()
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Leave the validation out of the steps' time."""
+        if self.times is not None:
+            self.times.pause(True)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Go on with the steps' time."""
+        if self.times is not None:
+            self.times.pause(False)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """End the measurement."""
+        if self.times is not None:
+            self.times.stop_counting()
+            unlisten(trainer.profiler)
+            self.times = None
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """End the measurement."""
+        self.on_train_end(trainer, pl_module)
 
 
 def blocks_of(module: nn.Module) -> Iterator[nn.Module]:

@@ -15,11 +15,14 @@ from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCE = ROOT / "src" / "latentreward"
-BASE = {"", "construction", "contracts", "errors", "interrupts", "promises", "seeding", "storage", "devices"}
+BASE = {"", "construction", "contracts", "errors", "interrupts", "limits", "phases", "promises", "seeding", "storage"}
+BASE |= {"devices"}
 MAY_IMPORT = {
     "construction": set(),
     "contracts": {"errors", "promises"},
     "errors": set(),
+    "limits": set(),
+    "phases": set(),
     "promises": {"errors", "programs"},
     "interrupts": set(),
     "seeding": set(),

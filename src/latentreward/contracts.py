@@ -37,6 +37,17 @@ def map_tensors(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
     return value
 
 
+def layout_of(value: Any) -> Any:
+    """Return the shapes and dtypes of all tensors in a value, as nested tuples; None for anything else."""
+    if isinstance(value, Tensor):
+        return tuple(value.shape), value.dtype
+    if isinstance(value, TensorRecord):
+        return tuple(layout_of(getattr(value, field.name)) for field in fields(value))  # type: ignore[arg-type]
+    if isinstance(value, Mapping):
+        value = [*value.values()]
+    return tuple(map(layout_of, value)) if isinstance(value, tuple | list) else None
+
+
 class TensorRecord:
     """Mix-in for frozen dataclasses of tensors that gives them ``to``, which Lightning calls to move a batch."""
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 import yaml
 from latentreward.callbacks import Performance, performance
+from lightning.pytorch.profilers import PassThroughProfiler
 from torch import nn
 
 from latentreward.backbones.compilation import CompiledBlock, compile_blocks
@@ -75,10 +76,11 @@ class Device:
 class Run:
     """What the callback asks of a trainer."""
 
-    fast_dev_run = False
+    fast_dev_run, global_step, precision = False, 0, "bf16-mixed"
 
     def __init__(self, device: str, max_steps: int) -> None:
         self.strategy, self.max_steps, self.optimizers = Device(device), max_steps, []
+        self.profiler = PassThroughProfiler()
 
 
 @pytest.mark.parametrize(
@@ -122,6 +124,7 @@ def test_other_switches_are_set_alone(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO):
         callback.setup(run, module, "fit")  # type: ignore[arg-type]
     callback.on_train_start(run, module)  # type: ignore[arg-type]
+    callback.on_train_end(run, module)  # type: ignore[arg-type]
     assert module[0].weight.is_contiguous(memory_format=torch.channels_last)
     assert module[1].weight.is_contiguous()
     assert torch.backends.cudnn.benchmark

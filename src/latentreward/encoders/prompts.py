@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from latentreward.contracts import Conditioning
 from latentreward.errors import InputError
+from latentreward.phases import phase
 from latentreward.promises import VALUES, Part, keep_promise, returns, shown, wrong_tensor
 
 logger = logging.getLogger(__name__)
@@ -92,6 +93,7 @@ class PromptEncoder(nn.Module, Part):
                 self._told_cut = True
                 logger.warning("a prompt has %d tokens, of which %d are read (others are not reported)", whole, limit)
 
+    @phase("encode")
     def forward(self, prompts: Sequence[str]) -> Conditioning:
         """Tokenise and encode ``prompts``; builds no autograd graph if no parameter is trainable."""
         device = next(self.parameters(), torch.empty(0)).device

@@ -24,6 +24,7 @@ from latentreward.errors import InputError
 from latentreward.modules.based import FrozenBase, unseen_settings
 from latentreward.modules.optimizers import OptimizerSteps, single_optimizer
 from latentreward.modules.sharding import shard_encoders, shard_policy
+from latentreward.phases import phase
 from latentreward.policies import PolicySource
 from latentreward.policies.checkpoint import SOURCE
 from latentreward.promises import place_of
@@ -320,6 +321,7 @@ class AlignmentModule(LightningModule):
             () if statistics is None else zip(statistics.timesteps.tolist(), statistics.gap, strict=True)
         )
 
+    @phase("rollout")
     def roll_out(self, prompts: PromptBatch) -> SampledStates | None:
         """Call :meth:`make_experience` in evaluation mode without gradients, with autocast, and measure its time.
 

@@ -22,6 +22,7 @@ from latentreward.metrics.pairwise import Equal
 from latentreward.modules.based import FrozenBase
 from latentreward.modules.optimizers import OptimizerSteps, single_optimizer
 from latentreward.noise import LevelSampler, NoiseProcess
+from latentreward.phases import phase
 from latentreward.promises import check_takes, shown
 from latentreward.seeding import pair_generator, run_seed
 
@@ -67,6 +68,7 @@ class PairDraws:
         return self._draw("timestep", per_image, lambda generator: sampler.draw(generator, process)).flatten()
 
 
+@phase("encode")
 def latents_of(
     network: "Policy | DiffusionBackbone",
     batch: PreferenceBatch,

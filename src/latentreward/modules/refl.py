@@ -13,6 +13,7 @@ from latentreward.losses import RewardLoss, denoising_error
 from latentreward.modules.alignment import AlignmentModule
 from latentreward.modules.pairs import PairDraws, latents_of
 from latentreward.noise import TimestepGrid
+from latentreward.phases import phase
 from latentreward.policies import PolicySource
 from latentreward.policies.surrogate_gradient import gradient_carrier, surrogate
 from latentreward.rewards import RewardSource
@@ -172,7 +173,7 @@ class ReFLModule(AlignmentModule):
         # DRaFT-K with K above the stopping step differentiates every step that there is.
         first = max(0, stop + 1 - self.gradient_steps)
         # As in rollouts, the adapter's dropout is off where nothing is learned.
-        with torch.no_grad(), evaluating(self.policy.network):
+        with phase("rollout"), torch.no_grad(), evaluating(self.policy.network):
             for index in range(first):
                 latents = self._step(latents, network(latents, timesteps[index]), index, draws)
         drifts = []
@@ -212,6 +213,7 @@ class ReFLModule(AlignmentModule):
             return transition.mean
         return transition.sample(draws.noise(index, 1, latents.shape[1:])[0])
 
+    @phase("reward")
     def reward_term(
         self, prompts: PromptBatch, latents: Tensor, timestep: float | None = None
     ) -> tuple[Tensor, Tensor]:

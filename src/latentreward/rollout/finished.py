@@ -8,6 +8,7 @@ from torch import Tensor
 
 from latentreward.contracts import NoisyStates, PromptBatch
 from latentreward.errors import InputError
+from latentreward.phases import phase
 from latentreward.rewards.base import Reward
 from latentreward.seeding import pair_generator
 
@@ -18,6 +19,7 @@ def check_sigmas(reward_sigmas: Sequence[float]) -> None:
         raise InputError(f"reward_sigmas={list(reward_sigmas)} must be at least one noise level in [0, 1]")
 
 
+@phase("reward")
 def score_states(
     reward: Reward, encoded: Any, latents: Tensor, rows: Tensor, timestep: float, clean: Tensor | None = None
 ) -> Tensor:
@@ -34,6 +36,7 @@ def score_states(
     return scores
 
 
+@phase("reward")
 def score_finished(reward: Reward, latents: Tensor, prompts: PromptBatch, seed: int, sigmas: Sequence[float]) -> Tensor:
     """Score finished latents: ``(N,)``, float32.
 
@@ -44,6 +47,7 @@ def score_finished(reward: Reward, latents: Tensor, prompts: PromptBatch, seed: 
     return reward.score_clean(*_scoring_inputs(reward, latents, prompts, seed), sigmas).float()
 
 
+@phase("reward")
 def begin_finished(
     reward: Reward, latents: Tensor, prompts: PromptBatch, seed: int, sigmas: Sequence[float]
 ) -> Callable[[], Tensor]:
@@ -53,7 +57,7 @@ def begin_finished(
         Function that waits for the scores ``(N, R)``, float32; see :meth:`Reward.begin_parts`.
     """
     begun = reward.begin_parts(*_scoring_inputs(reward, latents, prompts, seed), sigmas)
-    return lambda: begun().float()
+    return phase("reward")(lambda: begun().float())
 
 
 def _scoring_inputs(

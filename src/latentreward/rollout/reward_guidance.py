@@ -11,6 +11,7 @@ from torch import Tensor
 from latentreward.contracts import NoisyStates, PromptBatch
 from latentreward.errors import InputError, check_range
 from latentreward.noise.base import per_sample
+from latentreward.phases import phase
 from latentreward.policies import Policy
 from latentreward.rewards.base import Reward
 from latentreward.rollout.samplers import StepSampler, Transition, inside_window
@@ -109,6 +110,7 @@ def require_gradient(reward: Reward) -> None:
         raise InputError(f"{type(reward).__name__} gives no gradient, which guidance needs; take a LatentReward")
 
 
+@phase("reward")
 def reward_gradient(reward: Reward, states: NoisyStates, encoded: Any) -> Tensor:
     """Compute the gradient ``(N, C, ...)`` of each state's reward with respect to the state, float32."""
     leaf = states.latents.detach().float().requires_grad_()

@@ -16,9 +16,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from latentreward.apps.estimate.batches import prompt_batch
 from latentreward.apps.estimate.costs import StepCosts, step_costs
 from latentreward.apps.estimate.rewards import UnreadReward
-from latentreward.apps.estimate.shapes import IN_FLOAT32, SavedTensors, ShapesOnly, count_cpu_attention, gpu_autocast
+from latentreward.apps.estimate.shapes import IN_FLOAT32, SavedTensors, ShapesOnly, gpu_autocast
 from latentreward.backbones.tuning import LoRA
 from latentreward.contracts import take_rows
+from latentreward.limits import count_cpu_attention
 from latentreward.modules import (
     DiffusionDPOModule,
     LPOModule,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from types import MappingProxyType
 from typing import Any
@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 from latentreward.apps.estimate.batches import make_batch
 from latentreward.apps.estimate.shapes import CPU, SavedTensors, ShapesOnly, gpu_autocast, is_stand_in
 from latentreward.backbones.quantization import PLANNED, stored_bytes
-from latentreward.contracts import NoisyStates, TensorRecord, map_tensors
+from latentreward.contracts import NoisyStates, layout_of, map_tensors
 from latentreward.encoders.prompts import PromptEncoder
 from latentreward.encoders.vae import LatentEncoder
 from latentreward.errors import InputError
@@ -149,15 +149,6 @@ class RepeatedCalls:
             return result
 
         setattr(owner, method, call)
-
-
-def layout_of(value: Any) -> Any:
-    """Return the shapes and dtypes of all tensors in a value, as nested tuples; None for anything else."""
-    if isinstance(value, Tensor):
-        return tuple(value.shape), value.dtype
-    if isinstance(value, TensorRecord):
-        return tuple(layout_of(getattr(value, field.name)) for field in fields(value))  # type: ignore[arg-type]
-    return tuple(map(layout_of, value)) if isinstance(value, tuple | list) else None
 
 
 def step_costs(module: LightningModule, data: Namespace, accumulated: int = 1, gpu: bool = True) -> StepCosts:

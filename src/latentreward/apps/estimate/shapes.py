@@ -15,23 +15,14 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry, register_flop_formula
+
+from latentreward.limits import count_cpu_attention, flops_of
 
 CPU = torch.device("cpu")
 NUMBERS = {torch.bool: True, torch.float32: 1.0, torch.float64: 1.0, torch.bfloat16: 1.0, torch.float16: 1.0}
 """Dtype → value that ``item()`` of a stand-in returns; 0 for other dtypes."""
 INDEXING = (torch.ops.aten.index.Tensor, torch.ops.aten.index_put.default, torch.ops.aten.index_put_.default)
 """Operations with a list of index tensors as second argument."""
-
-
-def count_cpu_attention() -> None:
-    """Let torch count the FLOPs of attention on CPUs too, which ``FlopCounterMode`` leaves out in torch 2.13."""
-    aten = torch.ops.aten
-    for suffix in ("", "_backward"):
-        on_cpu = getattr(aten, f"_scaled_dot_product_flash_attention_for_cpu{suffix}")
-        if on_cpu not in flop_registry:
-            formula = flop_registry[getattr(aten, f"_scaled_dot_product_flash_attention{suffix}")]
-            register_flop_formula(on_cpu, get_raw=True)(formula)
 
 
 class LiveBytes:
@@ -102,8 +93,7 @@ class ShapesOnly(TorchDispatchMode):
                 indices += self._nonzero(index).unbind(1) if is_mask else [index]
             args = (args[0], indices, *args[2:])
         result = self._fake.dispatch(func, types, args, kwargs)  # to enter the mode each time would look for GPUs
-        if (formula := flop_registry.get(func._overloadpacket)) is not None:
-            self.flops += formula(*args, **kwargs, out_val=result)
+        self.flops += flops_of(func, args, kwargs, result)
         for leaf in tree_leaves(result):
             if is_stand_in(leaf):
                 self.live.add(leaf)

@@ -1,0 +1,112 @@
+"""Limits of a card: peak rates by name, and the work of operators that they bound."""
+
+import re
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry, register_flop_formula
+
+
+class Peak(NamedTuple):
+    """Peak rates of a card, without sparsity.
+
+    Attributes:
+        half: 10¹² operations per second of matrix products in bfloat16 and float16, summed in float32.
+        tf32: The same in TF32.
+        float32: The same in float32.
+        bandwidth: 10¹² bytes per second of memory traffic.
+    """
+
+    half: float
+    tf32: float
+    float32: float
+    bandwidth: float
+
+    def tflops(self, precision: str | int | None, tf32: bool = False) -> float:
+        """Return the peak of matrix products under a trainer's ``precision``, such as ``bf16-mixed``."""
+        return self.half if "16" in str(precision) else self.tf32 if tf32 else self.float32
+
+
+# Not Lightning's table (lightning.fabric.utilities.throughput): it has no bandwidth, neither B200 nor MI300X, and of
+# H200 and H100 NVL the rates with sparsity, twice as high. Where a data sheet has only these, half of them stands here.
+PEAKS = {
+    "A100[- ]SXM4-40GB|A100-PCIE-40GB": Peak(312, 156, 19.5, 1.555),  # NVIDIA A100 data sheet, 2021
+    "A100 80GB PCIe": Peak(312, 156, 19.5, 1.935),  # the same
+    "A100": Peak(312, 156, 19.5, 2.039),  # the same
+    "H100 PCIe": Peak(756, 378, 51.2, 2.0),  # NVIDIA H100 data sheet, 2023
+    "H100 NVL": Peak(835.5, 417.5, 60, 3.9),  # the same
+    "H100": Peak(989.4, 494.7, 66.9, 3.35),  # the same
+    "H200 NVL": Peak(835.5, 417.5, 60, 4.8),  # NVIDIA H200 data sheet, 2024
+    "H200": Peak(989.4, 494.7, 66.9, 4.8),  # the same
+    "B200": Peak(2250, 1125, 75, 8.0),  # NVIDIA DGX B200 data sheet, 2024: an eighth of eight cards
+    "L40S": Peak(362, 183, 91.6, 0.864),  # NVIDIA L40S data sheet, 2023
+    "L4": Peak(121, 60, 30.3, 0.3),  # NVIDIA L4 data sheet, 2023
+    "A10": Peak(125, 62.5, 31.2, 0.6),  # NVIDIA A10 data sheet, 2021
+    "3090": Peak(71, 35.6, 35.6, 0.936),  # NVIDIA Ampere GA102 white paper, 2020
+    "4090": Peak(165.2, 82.6, 82.6, 1.008),  # NVIDIA Ada white paper, 2022
+    "5090": Peak(209.5, 104.8, 104.8, 1.792),  # NVIDIA RTX Blackwell white paper, 2025
+    "MI300X": Peak(1307.4, 653.7, 163.4, 5.3),  # AMD Instinct MI300X data sheet, 2023
+    "MI325X": Peak(1307.4, 653.7, 163.4, 6.0),  # AMD Instinct MI325X data sheet, 2024
+}
+"""Words in the name of a card (regular expression) → its peak rates; the first that are found count."""
+
+
+def find_peak(name: str) -> Peak | None:
+    """Return the peak rates of a card by its name, such as ``NVIDIA H100 80GB HBM3``; None for other cards."""
+    for words, peak in PEAKS.items():  # a laptop's card, a 3090 Ti and a 4090 D are other chips
+        if re.search(rf"\b(?:{words})\b(?! (?:D|Ti|Laptop)\b)", name, re.IGNORECASE):
+            return peak
+    return None
+
+
+def count_cpu_attention() -> None:
+    """Let torch count the FLOPs of attention on CPUs too, which ``FlopCounterMode`` leaves out in torch 2.13."""
+    aten = torch.ops.aten
+    for suffix in ("", "_backward"):
+        on_cpu = getattr(aten, f"_scaled_dot_product_flash_attention_for_cpu{suffix}")
+        if on_cpu not in flop_registry:
+            formula = flop_registry[getattr(aten, f"_scaled_dot_product_flash_attention{suffix}")]
+            register_flop_formula(on_cpu, get_raw=True)(formula)
+
+
+def flops_of(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any) -> int:
+    """Return the FLOPs of one call of an operator, by the formulas of ``FlopCounterMode``."""
+    formula = flop_registry.get(getattr(func, "_overloadpacket", func))
+    return 0 if formula is None else int(formula(*args, **kwargs, out_val=result))
+
+
+def recomputes() -> bool:
+    """Tell whether an operator belongs to a block that gradient checkpointing computes again in a backward pass."""
+    return torch.is_grad_enabled() and torch._C._current_graph_task_id() != -1
+
+
+class CountedFlops(TorchDispatchMode):
+    """Dispatch mode that counts the FLOPs of real operators, in eager and in compiled code.
+
+    What gradient checkpointing computes again does not count, as MFU wants it (arXiv:2204.02311, appendix B).
+    ``FlopCounterMode`` would keep the tensors of checkpointed blocks alive, and compiled blocks would compute without
+    their graphs under it.
+    """
+
+    supports_higher_order_operators = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        count_cpu_attention()
+        self.flops = 0
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        """Let compiled code run, and be compiled, under the mode; its matrix products remain PyTorch's operators."""
+        return True
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        """Run one operator and count it; see :class:`TorchDispatchMode`."""
+        result = func(*args, **(kwargs or {}))
+        if not recomputes():
+            self.flops += flops_of(func, args, kwargs or {}, result)
+        return result

@@ -1,0 +1,43 @@
+"""Phases of a training step: named where the work is done, told apart by whoever listens."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+PHASES = ("data_wait", "encode", "rollout", "reward", "forward", "backward", "optimizer", "ema", "log")
+"""Names of the phases, in the order of tables."""
+LISTENER: "ContextVar[Phases | None]" = ContextVar("LISTENER", default=None)
+"""Phases of this thread's run; None tells nothing apart. Threads of a server or of a backward pass have none."""
+
+
+class Phases:
+    """Phases that are open, of which the innermost counts.
+
+    Args:
+        outermost: Phase of what is in no other.
+    """
+
+    def __init__(self, outermost: str) -> None:
+        self.open = [outermost]
+
+    def begin(self, name: str) -> None:
+        """Begin a phase within the present one."""
+        self.open.append(name)
+
+    def end(self) -> None:
+        """End the innermost phase."""
+        self.open.pop()
+
+
+@contextmanager
+def phase(name: str) -> Iterator[None]:
+    """Count a block to a phase of a step, see :data:`PHASES`; as a decorator, each call of a function."""
+    phases = LISTENER.get()
+    if phases is None:
+        yield
+        return
+    phases.begin(name)
+    try:
+        yield
+    finally:
+        phases.end()
