@@ -1,5 +1,6 @@
 """Damage, full disks, second runs and signals: one line each, nothing lost, and the same bytes in the end."""
 
+import json
 import os
 import re
 import shutil
@@ -10,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from latentreward.cache.layout import IMAGES, PLAN
+from latentreward.cache.check import check_cache
+from latentreward.cache.layout import IMAGES, PLAN, manifest_name
 from latentreward.cli import main
 from tests.cache.writing import contents, run_cache, start_cache, write_data
 from tests.marks import slow_after
@@ -87,6 +89,18 @@ def test_damage_is_named_and_put_right(
     capsys.readouterr()
     main(["cache", str(copied), "--check"])
     assert capsys.readouterr().out == f"{copied} is whole: 24 pairs, 44 images, 13 prompts\n"
+
+
+def test_images_that_could_not_be_read_are_counted_in_a_damaged_shard_too(copied: Path) -> None:
+    shard = first_shard(copied)
+    manifest = copied / manifest_name(str(shard.relative_to(copied)))
+    manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "unreadable": {"0": "truncated"}}))
+    assert check_cache(copied)[1:] == ([], {"truncated": 1})
+    flip(shard)
+    _, [problem], unreadable = check_cache(copied)
+    assert "is damaged" in problem and unreadable == {"truncated": 1}
+    manifest.write_text("{}")
+    assert check_cache(copied)[2] == {}
 
 
 def test_a_damaged_or_lost_plan_stops_everything(

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import time
 from io import BytesIO
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 from latentreward.checkpoints.files import DurableCheckpointIO, checkpoint_problem, holds_weights_alone, newest_intact
+from latentreward.checkpoints.fsdp2 import FSDP2Strategy
 from latentreward.errors import InputError
 from tests.processes import Forked
 
@@ -80,6 +82,16 @@ def test_a_damaged_newest_checkpoint_gives_way_to_the_previous_one(how: str, tmp
         path.unlink()
     with pytest.raises(InputError, match="no checkpoint beside it is intact; remove it to start anew"):
         newest_intact([last])
+
+
+def test_a_file_that_cannot_be_opened_is_not_called_damaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path / "step=20.ckpt", age=30)
+    monkeypatch.chdir(tmp_path)  # the address of a socket is short
+    with socket.socket(socket.AF_UNIX) as unopened:
+        unopened.bind("last.ckpt")  # which no user can open, as root can a file without permissions
+    for look in (checkpoint_problem, lambda path: newest_intact([path]), FSDP2Strategy().load_checkpoint):
+        with pytest.raises(OSError, match=r"No such device or address: .*last\.ckpt"):
+            look(tmp_path / "last.ckpt")
 
 
 def test_weights_alone_are_passed_over_by_a_run_that_goes_on(tmp_path: Path) -> None:

@@ -163,6 +163,15 @@ def test_ranks_with_another_command_or_folder_end_with_one_line(
     assert message in line
 
 
+def test_a_wrong_ending_of_the_output_is_one_line(inputs: Path, tmp_path: Path) -> None:
+    arguments = ["score", "pics", "out/scores.txt", f"--model={inputs / 'model'}", *TWO]
+    folder = place(tmp_path / "two", inputs)
+    ranks = [start(arguments, cwd=folder, environment=one) for one in rank_environments(2)]
+    assert [one.wait(PATIENCE) for one in ranks] == [2, 2]
+    [line] = [line for one in ranks for line in one.stderr.splitlines() if "error" in line.lower()]
+    assert line == "latentreward: error: output is out/scores.txt; it must end in .parquet, .csv or .jsonl"
+
+
 @pytest.mark.parametrize("arguments", ["score"], indirect=True)
 def test_ranks_that_lightning_starts(
     arguments: tuple[str, ...], whole: dict[str, str], inputs: Path, tmp_path: Path

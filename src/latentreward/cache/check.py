@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -139,7 +140,8 @@ def check_cache(folder: Path) -> tuple[CachePlan, list[str], Counter[str]]:
         if rows != planned:
             problems.append(f"the tables do not hold as many rows as plan.json says: {rows}")
     if (folder / layout.SHARDS).is_file() and not any(problem.startswith(layout.SHARDS) for problem in problems):
-        for _, manifest, problem in shard_states(folder, plan, read_shards(folder)):
+        for shard, manifest, problem in shard_states(folder, plan, read_shards(folder)):
             problems += [problem] if problem else []
-            unreadable.update(manifest.unreadable.values() if manifest else ())
+            with suppress(InputError, OSError):  # a damaged shard counts too, if its manifest is whole
+                unreadable.update((manifest or read_manifest(folder / manifest_name(shard.name))).unreadable.values())
     return plan, problems, unreadable

@@ -14,7 +14,16 @@ from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from torch.utils._pytree import tree_map_only
 from typing_extensions import override
 
-from latentreward.checkpoints.shards import INDEX, REST, UNREADABLE, check_values, damaged, newest_first, read_sharded
+from latentreward.checkpoints.shards import (
+    INDEX,
+    REST,
+    UNREADABLE,
+    check_values,
+    damaged,
+    newest_first,
+    of_system,
+    read_sharded,
+)
 from latentreward.errors import InputError, first_line
 from latentreward.storage.durable import replacing
 
@@ -120,6 +129,9 @@ def checkpoint_problem(path: Path, values: bool = True) -> str | None:
     Args:
         path: File, or folder of shards.
         values: Whether to compare the values with their checksums, which reads all of them.
+
+    Raises:
+        OSError: If a file is there but cannot be opened.
     """
     missing = [name for name in (INDEX, REST) if path.is_dir() and not (path / name).is_file()]
     if missing:
@@ -132,6 +144,8 @@ def checkpoint_problem(path: Path, values: bool = True) -> str | None:
         if values:
             check_values(path)
     except (*UNREADABLE, OSError) as error:
+        if of_system(error):
+            raise
         return first_line(error)
     return None
 

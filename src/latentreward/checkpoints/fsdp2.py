@@ -26,6 +26,7 @@ from latentreward.checkpoints.shards import (
     is_sharded,
     named,
     numbered,
+    of_system,
     read_sharded,
     shard_index,
 )
@@ -123,6 +124,8 @@ class FSDP2Strategy(ModelParallelStrategy):
             check_values(path)
             checkpoint = {} if sharded else torch.load(path, map_location="cpu", mmap=True, weights_only=True)
         except (*UNREADABLE, OSError) as error:
+            if of_system(error):
+                raise
             raise InputError(damaged(path, first_line(error))) from error
         if sharded:
             return super().load_checkpoint(path, weights_only=True)

@@ -141,6 +141,8 @@ def read_sharded(path: Path, with_tensors: bool = True) -> dict[str, Any]:
         states = [numbered(listed(nested[key])) for key in optimizers] if with_tensors else []
         return {**rest, "state_dict": nested.get("state_dict", {}), "optimizer_states": states}
     except (*UNREADABLE, OSError, distributed_checkpoint.CheckpointException) as error:
+        if of_system(error):
+            raise
         raise InputError(damaged(path, first_line(error))) from error
 
 
@@ -176,6 +178,11 @@ def read_checkpoint(path: Path, with_tensors: bool = True) -> dict[str, Any]:
 def newest_first(paths: Iterable[Path]) -> list[Path]:
     """Sort paths by the time of their last modification, newest first."""
     return sorted(paths, key=lambda path: path.stat().st_mtime, reverse=True)
+
+
+def of_system(error: Exception) -> bool:
+    """Tell whether a file could not be opened although it is there, so that nothing is known of its content."""
+    return isinstance(error, OSError) and bool(error.filename) and not isinstance(error, FileNotFoundError)
 
 
 def damaged(path: str | Path, problem: str) -> str:

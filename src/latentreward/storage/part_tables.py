@@ -24,6 +24,11 @@ from latentreward.storage.run_folder import RunFolder, quoted
 SPEC = "spec.json"  # file in the parts' folder that records the spec
 
 
+def parts_folder(output: Path) -> Path:
+    """Return the folder with the parts of a table."""
+    return output.with_name(f"{output.name}.parts")
+
+
 class PartFiles:
     """Parquet parts in the folder ``OUTPUT.parts/``, joined to the file ``output`` when all rows are written.
 
@@ -44,7 +49,7 @@ class PartFiles:
         if output.suffix not in WRITERS:
             raise InputError(f"output is {output}; it must end in .parquet, .csv or .jsonl")
         self.output, self.rows = output, rows
-        self.folder = output.with_name(f"{output.name}.parts")
+        self.folder = parts_folder(output)
         note = output.with_name(f"{output.name}.json")
         self._kept = f"what was scored is kept in {self.folder}: free some space and run the same command again"
         remedy = "choose another output, or delete"
