@@ -13,10 +13,9 @@ from statistics import median
 from typing import Any
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
+from counting import WorkCounter
 
 from latentreward.apps.steps import sources
-from latentreward.limits import count_cpu_attention
 
 TERA = 1e12
 MIB = 2**20
@@ -143,7 +142,6 @@ def ratio(above: Spread | list[float], below: Spread | list[float], digits: str 
 
 def flops(work: Callable[[], Any]) -> float:
     """Count the FLOPs of one call, two for each multiply-accumulate operation."""
-    count_cpu_attention()
-    with FlopCounterMode(display=False) as counter:
+    with WorkCounter() as counter:
         work()
-    return float(counter.get_total_flops())
+    return float(counter.flops)
