@@ -408,6 +408,7 @@ METHODS = {
     "trajectory GRPO-SD3.5-M, a prompt of 24": [*config("align/grpo_trajectory_sd35"), *ONE_PROMPT],
     "NFT-SD3.5-M, a prompt of 24": [*config("align/nft_sd35"), *ONE_PROMPT],
     "AWM-SD3.5-M, a prompt of 24": [*config("align/awm_sd35"), *ONE_PROMPT],
+    "RAM-SD3.5-M, a prompt of 24": [*config("align/ram_sd35"), *ONE_PROMPT],
     "PRFL-SD3.5-M": config("align/prfl_sd35"),
 }
 """Methods since the papers, at 512²."""
@@ -425,6 +426,7 @@ TINY_METHODS = {
     "grpo_trajectory_tiny": [*config("align/grpo_trajectory_tiny"), *FEW],
     "nft_tiny": [*config("align/nft_tiny"), *FEW],
     "awm_tiny": [*config("align/awm_tiny"), *FEW[:2]],
+    "ram_tiny": [*config("align/ram_tiny"), *FEW],
     "prfl_tiny": config("align/prfl_tiny"),
 }
 SMALL_CARD = 40e9

@@ -1,4 +1,4 @@
-"""YAML files of GRPO, DiffusionNFT and AWM parse, build at full size, and the tiny ones train under every guard."""
+"""YAML files of GRPO, DiffusionNFT, AWM and RAM parse, build at full size, and the tiny ones train under guard."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,13 +10,13 @@ from safetensors.torch import load_file
 
 from latentreward.apps.estimate.pipelines import write_pipelines
 from latentreward.cli import main
-from latentreward.modules import AWMModule, DiffusionNFTModule, StepwiseGRPOModule, TrajectoryGRPOModule
+from latentreward.modules import AWMModule, DiffusionNFTModule, RAMModule, StepwiseGRPOModule, TrajectoryGRPOModule
 from tests.families.twins import TWINS
 from tests.marks import release_after, rotated_after, slow_after
 from tests.test_recipes import parse
 
 FOLDER = Path(__file__).parents[1] / "configs" / "align"
-FILES = sorted(path.stem for kind in ("awm", "grpo", "nft") for path in FOLDER.glob(f"{kind}_*.yaml"))
+FILES = sorted(path.stem for kind in ("awm", "grpo", "nft", "ram") for path in FOLDER.glob(f"{kind}_*.yaml"))
 TOY = "--model.reward=tests.modules.simple_reward.FirstChannelReward"
 
 
@@ -103,6 +103,7 @@ KINDS = {
     "grpo_stepwise_sd35": StepwiseGRPOModule,
     "grpo_trajectory_sd35": TrajectoryGRPOModule,
     "nft_sd35": DiffusionNFTModule,
+    "ram_sd35": RAMModule,
 }
 
 

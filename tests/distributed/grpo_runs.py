@@ -1,4 +1,4 @@
-"""Runs of GRPO, DiffusionNFT and AWM under watch, the same on one process and, with half the rows per rank, on two."""
+"""Runs of GRPO, NFT, AWM and RAM under watch, the same on one process and, with half the rows per rank, on two."""
 
 from copy import deepcopy
 from functools import partial
@@ -24,7 +24,7 @@ from latentreward.losses import (
     RankGate,
     UncertaintyGate,
 )
-from latentreward.modules import AWMModule, DiffusionNFTModule, StepwiseGRPOModule, TrajectoryGRPOModule
+from latentreward.modules import AWMModule, DiffusionNFTModule, RAMModule, StepwiseGRPOModule, TrajectoryGRPOModule
 from latentreward.modules.alignment import AlignmentModule
 from latentreward.modules.grpo import GRPOModule
 from latentreward.policies import PolicySource
@@ -85,6 +85,7 @@ KINDS: dict[str, Any] = {
     ),
     "nft": (DiffusionNFTModule, {"num_samples": 3, "old": DecayRamp(0.5, 0.5)}),
     "awm": (AWMModule, {"num_samples": 3, "steps": StratifiedSteps(1, share=1.0), "optimizer": partial(SGD, lr=1.0)}),
+    "ram": (RAMModule, {"num_samples": 3, "draws": 2}),
 }
 REWARDS: dict[str, RewardSource] = {
     "steps": OtherChannelsReward(),
@@ -99,6 +100,7 @@ CASES = [
     ("euphonium", "sd35_tiny"),
     ("nft", "sd35_tiny"),
     ("awm", "sd35_tiny"),
+    ("ram", "sd15"),
 ]
 METRICS = ("hacking/held_out", "hacking/reward_change", "drift/mean", "collapse/diversity", "rollout/gap_50_t_0_1000")
 

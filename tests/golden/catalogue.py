@@ -1,11 +1,11 @@
 """Which golden cases there are, which files belong to them, and what of them the tests have read.
 
 The set lies in the folder named by ``LATENTREWARD_GOLDEN_DIR`` (default: ``data`` beside this file), with sub-folders
-``lpo``, ``dina`` and ``algos``. A case is found by its JSON file, whatever its seed, shape or options:
+``lpo``, ``dina``, ``algos`` and ``algos2``. A case is found by its JSON file, whatever its seed, shape or options:
 
 * ``lpo``: the group is the two digits after ``case``; ``caseNN*/data.json`` with everything in that folder, or a file
   ``caseNN*.json`` with the files of the same stem, and with tensor files of the group that have no JSON.
-* ``algos``: ``*.json`` with the tensor file of the same stem; each is a group.
+* ``algos``, ``algos2``: ``*.json`` with the tensor file of the same stem; each is a group.
 * ``dina``: the patterns of :data:`DINA_CASES`, with the files of the same stem, those the JSON names under keys that
   end in ``_file`` or ``_dir``, and all files of a folder that a case has to itself.
 
@@ -61,6 +61,7 @@ COVERED = (
     "algos/tp_grpo",
     "algos/pavrm_head",
     "algos/tie_losses",
+    "algos2/ram",
 )
 DINA_CASES = {
     "head": ("*.json",),
@@ -71,6 +72,7 @@ DINA_CASES = {
     "prompt": ("prompt_encoding*.json",),
     "dataset": ("expected.json",),
 }
+ALGOS = ("algos", "algos2")
 SHARED_FOLDERS = {"prompt": ("clip_l", "clip_g", "t5")}
 TENSOR_FILES = (".safetensors", ".npz")
 
@@ -171,10 +173,10 @@ def is_no_case(path: Path) -> bool:
 
 @cache
 def group_of(path: Path) -> str:
-    """Group of a file: ``lpo/NN``, ``dina/folder`` or ``algos/stem``."""
+    """Group of a file: ``lpo/NN``, ``dina/folder``, ``algos/stem`` or ``algos2/stem``."""
     family, *inner = path.relative_to(ROOT).parts
-    if family == "algos":
-        return f"algos/{path.stem}"
+    if family in ALGOS:
+        return f"{family}/{path.stem}"
     if family == "lpo":
         number = re.match(r"case(\d\d)", inner[0])
         return f"lpo/{number[1] if number else inner[0]}"
@@ -184,7 +186,7 @@ def group_of(path: Path) -> str:
 @cache
 def all_files() -> tuple[Path, ...]:
     """Every file of the set that could belong to a case."""
-    found = (path for family in ("lpo", "dina", "algos") for path in (ROOT / family).rglob("*") if path.is_file())
+    found = (path for family in ("lpo", "dina", *ALGOS) for path in (ROOT / family).rglob("*") if path.is_file())
     return tuple(sorted(path for path in found if not is_no_case(path)))
 
 
@@ -232,7 +234,7 @@ def _dina_cases() -> Iterator[Case]:
 
 
 def _algos_cases() -> Iterator[Case]:
-    for path in sorted((ROOT / "algos").glob("*.json")):
+    for path in sorted(path for family in ALGOS for path in (ROOT / family).glob("*.json")):
         yield Case(group_of(path), path, frozenset({path} | _beside(path)))
 
 

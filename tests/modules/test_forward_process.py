@@ -1,4 +1,4 @@
-"""DiffusionNFT and AWM learn from finished samples: gradients, copies of the adapter, refusals, resumes."""
+"""DiffusionNFT, AWM and RAM learn from finished samples: gradients, copies of the adapter, refusals, resumes."""
 
 import warnings
 from collections.abc import Sequence
@@ -15,10 +15,11 @@ from latentreward.backbones import LoRA
 from latentreward.contracts import NoisyStates, PromptBatch, RenoisedSamples
 from latentreward.data.alignment.prompts import PromptLoaders
 from latentreward.errors import InputError
-from latentreward.losses import GRPOGuard, MatchingLoss, NFTLoss, NormGuard
+from latentreward.losses import GRPOGuard, MatchingLoss, NFTLoss, NormGuard, RAMLoss
 from latentreward.losses.nft import optimality
-from latentreward.modules import AWMModule, DiffusionNFTModule, TrajectoryGRPOModule
+from latentreward.modules import AWMModule, DiffusionNFTModule, RAMModule, TrajectoryGRPOModule
 from latentreward.modules.forward_process import ForwardProcessModule
+from latentreward.noise import TimestepGrid
 from latentreward.policies import Policy, PolicySource
 from latentreward.policies.moving import AVERAGE, OLD, DecayRamp
 from latentreward.rewards import Reward
@@ -31,7 +32,7 @@ from tests.tiny_pipelines import source_of
 
 PROMPTS = ("a red circle", "two blue squares on a white background")
 BATCH = PromptBatch(PROMPTS, ("0/0", "0/1"))
-KINDS = {"nft": DiffusionNFTModule, "awm": AWMModule}
+KINDS = {"nft": DiffusionNFTModule, "awm": AWMModule, "ram": RAMModule}
 every_kind = pytest.mark.parametrize("kind", KINDS)
 
 
@@ -53,9 +54,8 @@ class OnePromptReward(FirstChannelReward):
 def make(
     kind: str, scale: float = 10.0, name: str = "sd35_tiny", source_of_reward: Any = FirstChannelReward, **options: Any
 ) -> ForwardProcessModule:
-    settings = {"sampling": Sampling(4), "num_samples": 3, "seed": 1}
-    if kind == "awm":
-        settings["steps"] = StratifiedSteps(2)
+    settings: dict[str, Any] = {"sampling": Sampling(4), "num_samples": 3, "seed": 1}
+    settings |= {"awm": {"steps": StratifiedSteps(2)}, "ram": {"draws": 3}}.get(kind, {})
     source = PolicySource(source_of(name), lora=LoRA(rank=4, alpha=4))
     return KINDS[kind](source, source_of_reward(scale), **{**settings, **options})
 
@@ -73,15 +73,16 @@ def moved(module: ForwardProcessModule) -> None:
 
 
 @every_kind
-def test_samples_are_those_of_the_copy_at_noise_levels_of_the_sampler(kind: str) -> None:
+def test_samples_are_those_of_the_copy_at_their_noise_levels(kind: str) -> None:
     module = attached(make(kind))
     moved(module)
     samples = module.roll_out(BATCH)
     count = len(samples) // 6
-    assert count == {"nft": 3, "awm": 2}[kind]
+    assert count == {"nft": 3, "awm": 2, "ram": 3}[kind]
     rows = samples.latents.view(6, count, *samples.latents.shape[1:])
     assert torch.equal(rows[:, :1].expand_as(rows), rows)
-    assert set(samples.timesteps.tolist()) <= set(module.sampler.timesteps.tolist())
+    # RAM's levels come from a distribution.
+    assert (set(samples.timesteps.tolist()) <= set(module.sampler.timesteps.tolist())) == (kind != "ram")
     repeated = PromptBatch(tuple(prompt for prompt in PROMPTS for _ in range(3)),
                            tuple(f"{key}/{number}" for key in BATCH.keys for number in range(3)))  # fmt: skip
     with module.policy.adapters.use(OLD):
@@ -120,6 +121,23 @@ def test_awm_has_the_gradient_of_the_advantages_before_the_first_step() -> None:
             torch.testing.assert_close(grad[name], weight.grad, rtol=1e-4, atol=1e-8)
 
 
+@pytest.mark.parametrize("name", slow_after(1, ["sd15", "sd35_tiny"]))
+def test_ram_regresses_on_the_reference_and_the_old_policys_residual(name: str) -> None:
+    """The loss is that of the formula, on the module's own noise, for noise and velocity."""
+    module = attached(make("ram", name=name, loss=RAMLoss(7.0), levels=TimestepGrid(0, 999, 1)))
+    moved(module)
+    module.copies[0].follow(0)
+    samples = module.roll_out(BATCH)
+    moved(module)
+    states = module.renoise(samples)
+    with torch.no_grad():
+        output = module.predict(samples, states)
+    old, reference = (module.predict_under(name, samples, states) for name in (OLD, None))
+    target = reference + 7 * samples.advantage.view(-1, 1, 1, 1) * (states.target - old)
+    assert not torch.allclose(old, reference) and not torch.allclose(old, output)
+    torch.testing.assert_close(module.training_step(samples, 0).detach(), (output - target).square().mean())
+
+
 @every_kind
 def test_only_the_policy_gets_a_gradient(kind: str) -> None:
     module = attached(make(kind))
@@ -130,7 +148,7 @@ def test_only_the_policy_gets_a_gradient(kind: str) -> None:
     still = {name for name, grad in grads.items() if not grad.any()}
     assert len(still) < len(grads) and all(".add_" in name for name in still)  # SD3's last block has no text output
     copies = [copy.name for copy in module.copies]
-    assert copies == {"nft": [OLD], "awm": [OLD, AVERAGE]}[kind]
+    assert copies == {"nft": [OLD], "awm": [OLD, AVERAGE], "ram": [OLD]}[kind]
     assert all(
         weight.grad is None and not weight.requires_grad for copy in copies for weight in adapter(module, copy).values()
     )
@@ -201,7 +219,7 @@ def loaders(**options: Any) -> PromptLoaders:
 @every_kind
 def test_copies_follow_the_policy_before_each_rollout(kind: str, tmp_path: Path) -> None:
     ramp = DecayRamp(0.1, 0.5)
-    module = make(kind, **({"old": ramp} if kind == "nft" else {"average": ramp}))
+    module = make(kind, **{"average" if kind == "awm" else "old": ramp})
     seen: list[tuple[int, dict[str, Tensor], dict[str, dict[str, Tensor]]]] = []
     roll_out = module.make_experience
 
@@ -212,10 +230,10 @@ def test_copies_follow_the_policy_before_each_rollout(kind: str, tmp_path: Path)
         return found
 
     module.make_experience = watched
-    rows = {"nft": 18, "awm": 12}[kind]  # of a rollout, one for each step
+    rows = {"nft": 18, "awm": 12, "ram": 18}[kind]  # of a rollout, one for each step
     make_trainer(tmp_path, max_steps=3).fit(module, datamodule=loaders(batch_size=rows))
     assert len(seen) > 2
-    name = OLD if kind == "nft" else AVERAGE
+    name = AVERAGE if kind == "awm" else OLD
     want = seen[0][1]
     for step, policy, copies in seen[1:]:
         decay = min(0.1 * step, 0.5)
@@ -277,6 +295,11 @@ def test_a_checkpoint_without_the_moving_average_is_refused(tmp_path: Path) -> N
         ({"num_samples": 1}, "num_samples=1 must be at least 2 and finite; one leaves nothing to compare"),
         ({"name": "sd15"}, "no rectified flow; DiffusionNFTModule needs a flow"),
         ({"sampling": Sampling(4, flow_noise="dance")}, "where eta and flow_noise have no effect"),
+        (
+            {"kind": "ram", "name": "sd15", "sampling": Sampling(4, eta=1.0)},
+            "sampling.eta=1: RAMModule samples without",
+        ),
+        ({"kind": "ram", "draws": 0}, "draws is 0; it must be at least 1"),
         ({"trust_region": GRPOGuard()}, "trust_region: GRPOGuard needs a sampler's steps"),
         ({"advantage": GDPO()}, "advantage: GDPO is for TrajectoryGRPOModule"),
         ({"reward_sigmas": ()}, "reward_sigmas=\\[\\] must be at least one"),
@@ -289,7 +312,7 @@ def test_wrong_settings_are_refused_before_anything_is_loaded(
 ) -> None:
     monkeypatch.setattr(PolicySource, "load", lambda *args: pytest.fail("loaded"))
     with pytest.raises(InputError, match=words):
-        make("nft", **options)
+        make(**{"kind": "nft", **options})
 
 
 @pytest.mark.slow
@@ -302,13 +325,15 @@ def test_wrong_settings_are_refused_before_anything_is_loaded(
             ("awm", {}),
             ("nft", {"loss": NFTLoss(space="velocity")}),
             ("awm", {"loss": MatchingLoss("uniform")}),
+            ("ram", {}),
+            ("ram", {"loss": RAMLoss(residual="policy")}),
         ],
     ),
 )
 def test_rewards_rise(kind: str, options: dict[str, Any], tmp_path: Path) -> None:
     """Above those of the untrained policy, on 16 fixed noises."""
     module = make(kind, num_samples=8, optimizer=lambda groups: torch.optim.Adam(groups, lr=2e-2), **options)
-    rows = 2 * 8 * {"nft": 3, "awm": 2}[kind]  # of a rollout
+    rows = 2 * 8 * {"nft": 3, "awm": 2, "ram": 3}[kind]  # of a rollout
     data = loaders(batch_size=rows, batches_per_epoch=12)
     make_trainer(tmp_path, max_steps=12, max_epochs=-1).fit(module, datamodule=data)
     fixed = PromptBatch((PROMPTS[0],) * 16, tuple(f"fixed/{number}" for number in range(16)))

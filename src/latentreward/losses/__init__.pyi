@@ -7,6 +7,7 @@ from .lrm import LRMLoss, lrm_batch_loss, lrm_pair_loss
 from .matching import MatchingLoss, MatchingResult, velocity_divergence
 from .nft import NFTLoss, NFTResult
 from .outcome_process import OutcomeProcessLoss
+from .ram import RAMLoss, directed_target
 from .refl import RewardLoss
 from .step_dpo import StepDPO, StepDPOResult, StepPairLoss, clamped_log_ratio
 from .targets import (
@@ -62,6 +63,7 @@ __all__ = [
     "OutcomeProcessLoss",
     "Penalty",
     "PreferenceLoss",
+    "RAMLoss",
     "RankGate",
     "RankingDistillation",
     "RatioRule",
@@ -83,6 +85,7 @@ __all__ = [
     "clamped_log_ratio",
     "comparison_std",
     "denoising_error",
+    "directed_target",
     "gather_pair_scores",
     "gather_with_grad",
     "gaussian_nll",

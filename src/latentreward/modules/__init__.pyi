@@ -7,6 +7,7 @@ from .lpo import LPOModule, SPOModule, StepRatios
 from .lrm import LRMModule
 from .optimizers import WarmupSchedule
 from .pairs import ScoredPairs
+from .ram import RAMModule
 from .refl import ReFLModule
 from .reward import RewardModule
 from .step_aware_pixel import StepAwarePixelModule
@@ -21,6 +22,7 @@ __all__ = [
     "GRPOModule",
     "LPOModule",
     "LRMModule",
+    "RAMModule",
     "ReFLModule",
     "RewardModule",
     "SPOModule",

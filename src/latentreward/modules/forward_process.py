@@ -1,7 +1,8 @@
 """Reinforcement learning on the forward process: finished samples are noised again, and the network learns from them.
 
 Neither the sampler's noise nor its log-probabilities take part, so that any deterministic sampler serves, and training
-needs no states of the rollout but the finished latents (DiffusionNFT, arXiv:2509.16117; AWM, arXiv:2509.25050).
+needs no states of the rollout but the finished latents (DiffusionNFT, arXiv:2509.16117; AWM, arXiv:2509.25050; RAM,
+arXiv:2605.10759).
 """
 
 from abc import abstractmethod
@@ -12,7 +13,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from latentreward.contracts import PromptBatch, RenoisedSamples, join_rows
+from latentreward.contracts import PromptBatch, RenoisedSamples, SampledStates, join_rows
 from latentreward.errors import InputError, check_at_least_one, check_range
 from latentreward.losses import MatchingLoss, NFTLoss, Penalty, TrustRegion, velocity_divergence
 from latentreward.modules.alignment import AlignmentModule
@@ -41,7 +42,7 @@ class Renoised(NamedTuple):
 
     Attributes:
         latents: ``(B, C, ...)`` x_σ.
-        target: ``(B, C, ...)`` ε − x₀.
+        target: ``(B, C, ...)`` what the network should predict: ε − x₀ of a flow.
         sigmas: ``(B,)`` σ.
     """
 
@@ -54,10 +55,11 @@ class ForwardProcessModule(AlignmentModule):
     """Base of the modules that learn from finished samples, with a copy of the adapter that samples.
 
     Args:
-        policy: The generator: a rectified flow.
+        policy: The generator: a rectified flow, unless :attr:`flows_only` is False.
         reward: Source of a reward that scores finished latents.
         sampling: Sampler settings of rollouts, without noise.
-        steps: Choice of the sampler's noise levels to train at; each one is a row of a batch.
+        steps: Choice of the sampler's noise levels to train at; each one is a row of a batch. None for a derived class
+            with a :meth:`trained_timesteps` of its own.
         copies: How each copy of the adapter follows the policy, by name.
         num_samples: Samples K per prompt.
         reward_sigmas: Noise levels at which a latent reward scores; without effect on rewards of pixels.
@@ -68,19 +70,23 @@ class ForwardProcessModule(AlignmentModule):
         options: See :class:`~latentreward.modules.alignment.AlignmentModule`. Neither sampling nor training uses
             classifier-free guidance.
 
+    Attributes:
+        flows_only: Whether the method needs a flow.
+
     Raises:
-        InputError: If the policy is no flow, guidance or noise is asked for, a setting is out of range, or the reward
-            takes latents of another space.
+        InputError: If the policy is no flow and the method needs one, guidance or noise is asked for, a setting is out
+            of range, or the reward takes latents of another space.
     """
 
-    experience = RenoisedSamples
+    experience: type[SampledStates] = RenoisedSamples
+    flows_only = True
 
     def __init__(
         self,
         policy: PolicySource,
         reward: RewardSource,
         sampling: Sampling | None,
-        steps: StepChoice,
+        steps: StepChoice | None,
         copies: dict[str, DecayRamp],
         num_samples: int = 24,
         reward_sigmas: Sequence[float] = (0.4,),
@@ -91,10 +97,10 @@ class ForwardProcessModule(AlignmentModule):
         **options: Any,
     ) -> None:
         family, sampling = policy.resolve_family(), sampling or Sampling(10)
-        if not family.flow:
+        if self.flows_only and not family.flow:
             raise InputError(
                 f"policy.source={policy.source!r} is {family.title}, no rectified flow; {type(self).__name__} needs a "
-                "flow (SD3, FLUX.1, …); use LPO or GRPO"
+                "flow (SD3, FLUX.1, …); use RAM, LPO or GRPO"
             )
         if guidance_scale is None:
             guidance_scale = family.no_guidance if family.needs_uncond(family.guidance(None)) else None
@@ -103,12 +109,12 @@ class ForwardProcessModule(AlignmentModule):
                 f"guidance_scale={guidance_scale:g}: {type(self).__name__} samples and trains without guidance; leave "
                 f"it out or set it to {family.no_guidance:g}"
             )
-        if sampling.noise_level:
+        noise = "noise_level" if family.flow else "eta"
+        if value := getattr(sampling, noise):
             raise InputError(
-                f"sampling.noise_level={sampling.noise_level:g}: {type(self).__name__} samples without noise; leave it "
-                "out or set it to 0"
+                f"sampling.{noise}={value:g}: {type(self).__name__} samples without noise; leave it out or set it to 0"
             )
-        if sampling.eta or sampling.flow_noise != "flow":
+        if family.flow and (sampling.eta or sampling.flow_noise != "flow"):
             raise InputError(
                 f"sampling: {type(self).__name__} samples a flow without noise, where eta and flow_noise have no "
                 "effect; leave them out"
@@ -126,7 +132,8 @@ class ForwardProcessModule(AlignmentModule):
                 f"trust_region: {type(trust_region).__name__} needs a sampler's steps, from which "
                 f"{type(self).__name__} does not learn; take a Penalty such as NormGuard, or TrajectoryGRPOModule"
             )
-        steps.choose(sampling.num_inference_steps, torch.Generator())
+        if steps is not None:
+            steps.choose(sampling.num_inference_steps, torch.Generator())
         # Made before weights are loaded, so that a scheduler that cannot make the steps is refused at once.
         sampler = sampling.sampler(family)
         super().__init__(policy, reward, guidance_scale=guidance_scale, **options)
@@ -195,21 +202,27 @@ class ForwardProcessModule(AlignmentModule):
         return loss + penalty
 
     def _rows_of(self, prompts: PromptBatch, latents: Tensor, advantage: Tensor) -> list[RenoisedSamples]:
-        """Return the rows of each sample: one for each of its steps."""
+        """Return the rows of each sample: one for each of its timesteps."""
         records = []
         for row, (prompt, key) in enumerate(zip(prompts.prompts, prompts.keys, strict=True)):
-            chosen = self.steps.choose(len(self.sampler), pair_generator(self.seed, "trained steps", 0, key))
-            count = len(chosen)
+            names, timesteps = self.trained_timesteps(key)
+            count = len(timesteps)
             records.append(
                 RenoisedSamples(
-                    keys=tuple(f"{key}/{index}" for index in chosen.tolist()),
+                    keys=tuple(f"{key}/{name}" for name in names),
                     prompts=(prompt,) * count,
                     latents=latents[row].expand(count, *latents.shape[1:]),
-                    timesteps=self.sampler.timesteps[chosen],
+                    timesteps=timesteps,
                     advantage=advantage[row].expand(count),
                 )
             )
         return records
+
+    def trained_timesteps(self, key: str) -> tuple[Sequence[int], Tensor]:
+        """Return the timesteps ``(n,)`` at which the sample ``key`` is trained on, and a distinct number for each."""
+        assert self.steps is not None, "a class without steps has timesteps of its own"
+        chosen = self.steps.choose(len(self.sampler), pair_generator(self.seed, "trained steps", 0, key))
+        return chosen.tolist(), self.sampler.timesteps[chosen]
 
     def renoise(self, batch: RenoisedSamples) -> Renoised:
         """Noise the finished latents of a batch to its timesteps; the noise depends on seed and key alone."""
@@ -224,12 +237,12 @@ class ForwardProcessModule(AlignmentModule):
         )
 
     def predict(self, batch: RenoisedSamples, states: Renoised) -> Tensor:
-        """Predict the velocities of a batch ``(B, C, ...)`` under the adapter that is active now."""
+        """Return the network's output for a batch ``(B, C, ...)`` under the adapter that is active now."""
         conditioning, uncond = self.conditioning(batch.prompts)
         return self.policy.predict_guided(states.latents, batch.timesteps, conditioning, uncond, self.guidance_scale)
 
     def predict_under(self, adapter: str | None, batch: RenoisedSamples, states: Renoised) -> Tensor:
-        """Predict the velocities of a batch under another adapter, or under none (the reference), without gradient."""
+        """Return the output for a batch under another adapter, or under none (the reference), without gradient."""
         with torch.no_grad(), self.policy.adapters.use(adapter):
             return self.predict(batch, states)
 

@@ -1,0 +1,76 @@
+"""RAM (arXiv:2605.10759): regression of noised finished samples on a target that the reward has corrected."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from latentreward.contracts import RenoisedSamples
+from latentreward.errors import check_at_least_one
+from latentreward.losses import RAMLoss, denoising_error
+from latentreward.modules.forward_process import ForwardProcessModule
+from latentreward.noise import LevelSampler, PowerSigma
+from latentreward.policies import PolicySource
+from latentreward.policies.moving import OLD, DecayRamp
+from latentreward.rewards import RewardSource
+from latentreward.rollout import Sampling
+from latentreward.seeding import pair_generator
+
+
+class RAMModule(ForwardProcessModule):
+    """RAM (arXiv:2605.10759): learn from finished samples, noised again, for flows and for networks that predict noise.
+
+    An older copy of the adapter samples. It follows the policy before each rollout. See
+    :class:`~latentreward.losses.RAMLoss`; logs ``train/loss`` and ``train/kl``, the mean squared difference from the
+    reference.
+
+    Args:
+        policy: See :class:`ForwardProcessModule`; any family.
+        reward: See :class:`ForwardProcessModule`; any reward.
+        sampling: See :class:`ForwardProcessModule`; None takes 10 steps.
+        levels: Distribution of the noise levels to train at, whatever the sampler's steps are; None takes the density
+            2σ (``PowerSigma`` with power 0.5).
+        draws: Noise levels J of each sample, each with its own noise.
+        old: How slowly the copy that samples follows the policy; None takes the published 0.01 · step, at most 0.9.
+        loss: See :class:`~latentreward.losses.RAMLoss`.
+        options: See :class:`ForwardProcessModule`.
+
+    Raises:
+        InputError: See :class:`ForwardProcessModule`; or if ``draws`` is below 1.
+    """
+
+    flows_only = False
+
+    def __init__(
+        self,
+        policy: PolicySource,
+        reward: RewardSource,
+        sampling: Sampling | None = None,
+        levels: LevelSampler | None = None,
+        draws: int = 8,
+        old: DecayRamp | None = None,
+        loss: RAMLoss | None = None,
+        **options: Any,
+    ) -> None:
+        check_at_least_one(draws=draws)
+        copies = {OLD: old or DecayRamp(0.01, 0.9)}
+        super().__init__(policy, reward, sampling=sampling, steps=None, copies=copies, **options)
+        self.levels, self.draws, self.loss = levels or PowerSigma(0.5), draws, loss or RAMLoss()
+
+    def trained_timesteps(self, key: str) -> tuple[Sequence[int], Tensor]:
+        """See :meth:`ForwardProcessModule.trained_timesteps`."""
+        generator, process = pair_generator(self.seed, "trained levels", 0, key), self.policy.noise_process
+        return range(self.draws), torch.cat([self.levels.draw(generator, process) for _ in range(self.draws)])
+
+    def training_step(self, batch: RenoisedSamples, batch_idx: int) -> Tensor:
+        """Return the loss of a batch."""
+        states = self.renoise(batch)
+        reference = self.predict_under(None, batch, states)
+        old = self.predict_under(OLD, batch, states) if self.loss.residual == "old" else None
+        output = self.predict(batch, states)
+        rows = self.loss(output, output if old is None else old, reference, states.target, batch.advantage)
+        loss = self.guarded(rows.mean().float(), output, reference)
+        self.log("train/loss", loss, prog_bar=True, batch_size=len(batch))
+        self.log("train/kl", denoising_error(output.detach(), reference).mean(), batch_size=len(batch))
+        return loss
