@@ -145,6 +145,13 @@ def first_line(error: BaseException) -> str:
     return text.splitlines()[0] if text else type(error).__name__
 
 
+def fault_of(error: Exception) -> str:
+    """Return :func:`first_line` of an error of a file's reader; raise it if the file is there but cannot be opened."""
+    if isinstance(error, OSError) and error.filename and not isinstance(error, FileNotFoundError):
+        raise error
+    return first_line(error)
+
+
 def lacks(cls: type) -> str:
     """Return the message about a class without some methods of its base class."""
     names = sorted(getattr(cls, "__abstractmethods__", ()))

@@ -72,7 +72,7 @@ def test_a_file_of_someone_else_is_left_alone(tmp_path: Path) -> None:
         fill(output, 4, 2)
     assert output.read_text() == "mine"
     with pytest.raises(InputError, match=r"it must end in \.parquet, \.csv or \.jsonl"):
-        PartFiles(tmp_path / "scores.txt", SPEC, 4)
+        fill(tmp_path / "scores.txt", 4, 2)
 
 
 def test_two_runs_on_one_output(tmp_path: Path) -> None:

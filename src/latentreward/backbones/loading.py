@@ -18,15 +18,7 @@ from latentreward.backbones.tuning import LoRA, StorageDtype, Tuning, tune
 from latentreward.backbones.weights import from_config, load_weights, map_model, settle
 from latentreward.contracts import LatentSpace, PathText
 from latentreward.errors import InputError, first_line
-from latentreward.noise import (
-    DDPM,
-    DDPM_SCHEDULERS,
-    FLOW_SCHEDULERS,
-    FlowMatching,
-    NoiseProcess,
-    fits_kind,
-    process_from_scheduler,
-)
+from latentreward.noise import DDPM, DDPM_SCHEDULERS, FLOW_SCHEDULERS, FlowMatching, fits_kind, process_from_scheduler
 from latentreward.programs import of_this_package
 from latentreward.storage.hub import hub_answers, not_found, silence
 from latentreward.storage.json_files import entry, read_config
@@ -39,6 +31,7 @@ if TYPE_CHECKING:
     from latentreward.encoders.clip import CLIPPromptEncoder, SDXLPromptEncoder
     from latentreward.encoders.sd3 import SD3PromptEncoder
     from latentreward.encoders.vae import LatentEncoder
+    from latentreward.noise import NoiseProcess
 
 TEXT_ATTENTION = ("q_proj", "k_proj", "v_proj", "out_proj", "o_proj", "q", "k", "v", "o")
 """Name endings of the attention projections in CLIP, language models and T5."""
@@ -337,12 +330,9 @@ def _names_class(value: Any) -> bool:
 
 
 def check_process(backbone: DiffusionBackbone) -> None:
-    """Check that an own backbone adds the kind of noise, a flow's or DDPM's, that its network's pipeline was made for.
+    """Raise InputError if a user's backbone is a flow and the scheduler beside its network one of DDPM, or the reverse.
 
-    The pipeline is the folder or hub id from which a diffusers network of the backbone was loaded.
-
-    Raises:
-        InputError: If its scheduler is one of the other kind.
+    The scheduler is that of the folder or hub id from which a diffusers network of the backbone was loaded.
     """
     process, own = backbone.noise_process, backbone.built_by
     if not isinstance(process, FlowMatching | DDPM) or (own is not None and of_this_package(own.class_path)):

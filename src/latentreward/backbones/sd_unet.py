@@ -102,11 +102,7 @@ class SDUNetBackbone(DiffusionBackbone):
         return (size, size) if isinstance(size, int) else tuple(size)
 
     def read(self, latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Features:
-        """See :meth:`DiffusionBackbone.read`; latents ``(B, 4, h, w)``.
-
-        Raises:
-            InputError: If the prompt embeddings are not as wide as the U-Net's attention takes them.
-        """
+        """See :meth:`DiffusionBackbone.read`; latents ``(B, 4, h, w)``; InputError for tokens of other width."""
         unet = self.unet
         sample = latents.to(unet.conv_in.weight.dtype)
         tokens = conditioning.prompt_embeds.to(sample.dtype)

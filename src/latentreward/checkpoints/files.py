@@ -14,17 +14,8 @@ from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from torch.utils._pytree import tree_map_only
 from typing_extensions import override
 
-from latentreward.checkpoints.shards import (
-    INDEX,
-    REST,
-    UNREADABLE,
-    check_values,
-    damaged,
-    newest_first,
-    of_system,
-    read_sharded,
-)
-from latentreward.errors import InputError, first_line
+from latentreward.checkpoints.shards import INDEX, REST, UNREADABLE, check_values, damaged, newest_first, read_sharded
+from latentreward.errors import InputError, fault_of, first_line
 from latentreward.storage.durable import replacing
 
 logger = logging.getLogger(__name__)
@@ -144,9 +135,7 @@ def checkpoint_problem(path: Path, values: bool = True) -> str | None:
         if values:
             check_values(path)
     except (*UNREADABLE, OSError) as error:
-        if of_system(error):
-            raise
-        return first_line(error)
+        return fault_of(error)
     return None
 
 

@@ -26,11 +26,10 @@ from latentreward.checkpoints.shards import (
     is_sharded,
     named,
     numbered,
-    of_system,
     read_sharded,
     shard_index,
 )
-from latentreward.errors import InputError, errors_at, first_line
+from latentreward.errors import InputError, errors_at, fault_of
 from latentreward.storage.digests import file_hash
 from latentreward.storage.durable import discard, put_in_place, temporary_name, write_errors_named
 
@@ -124,9 +123,7 @@ class FSDP2Strategy(ModelParallelStrategy):
             check_values(path)
             checkpoint = {} if sharded else torch.load(path, map_location="cpu", mmap=True, weights_only=True)
         except (*UNREADABLE, OSError) as error:
-            if of_system(error):
-                raise
-            raise InputError(damaged(path, first_line(error))) from error
+            raise InputError(damaged(path, fault_of(error))) from error
         if sharded:
             return super().load_checkpoint(path, weights_only=True)
         self._check(path, {name: tensor.shape for name, tensor in checkpoint["state_dict"].items()})

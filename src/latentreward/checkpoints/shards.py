@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from latentreward.checkpoints.base_weights import is_quantized, quantized_names
-from latentreward.errors import InputError, first_line
+from latentreward.errors import InputError, fault_of, first_line
 from latentreward.storage.digests import Places, check_hash, check_records, checking_meanwhile
 
 if TYPE_CHECKING:
@@ -141,9 +141,7 @@ def read_sharded(path: Path, with_tensors: bool = True) -> dict[str, Any]:
         states = [numbered(listed(nested[key])) for key in optimizers] if with_tensors else []
         return {**rest, "state_dict": nested.get("state_dict", {}), "optimizer_states": states}
     except (*UNREADABLE, OSError, distributed_checkpoint.CheckpointException) as error:
-        if of_system(error):
-            raise
-        raise InputError(damaged(path, first_line(error))) from error
+        raise InputError(damaged(path, fault_of(error))) from error
 
 
 def read_checkpoint(path: Path, with_tensors: bool = True) -> dict[str, Any]:
@@ -167,9 +165,9 @@ def read_checkpoint(path: Path, with_tensors: bool = True) -> dict[str, Any]:
             # Mapped into memory, so that the optimiser's state is not read.
             content = torch.load(path, "cpu" if with_tensors else "meta", weights_only=True, mmap=True)
     except (*UNREADABLE, OSError) as error:
-        if isinstance(error, InputError) or (isinstance(error, OSError) and error.filename):  # it names the fault
+        if isinstance(error, InputError):  # it names the fault
             raise
-        raise InputError(damaged(path, first_line(error))) from error
+        raise InputError(damaged(path, fault_of(error))) from error
     if not isinstance(content, dict) or not isinstance(content.get("state_dict"), Mapping):
         raise InputError(f"checkpoint: {path} is not a Lightning checkpoint; give one that `fit` wrote")
     return content
@@ -178,11 +176,6 @@ def read_checkpoint(path: Path, with_tensors: bool = True) -> dict[str, Any]:
 def newest_first(paths: Iterable[Path]) -> list[Path]:
     """Sort paths by the time of their last modification, newest first."""
     return sorted(paths, key=lambda path: path.stat().st_mtime, reverse=True)
-
-
-def of_system(error: Exception) -> bool:
-    """Tell whether a file could not be opened although it is there, so that nothing is known of its content."""
-    return isinstance(error, OSError) and bool(error.filename) and not isinstance(error, FileNotFoundError)
 
 
 def damaged(path: str | Path, problem: str) -> str:

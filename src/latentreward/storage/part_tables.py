@@ -24,11 +24,6 @@ from latentreward.storage.run_folder import RunFolder, quoted
 SPEC = "spec.json"  # file in the parts' folder that records the spec
 
 
-def parts_folder(output: Path) -> Path:
-    """Return the folder with the parts of a table."""
-    return output.with_name(f"{output.name}.parts")
-
-
 class PartFiles:
     """Parquet parts in the folder ``OUTPUT.parts/``, joined to the file ``output`` when all rows are written.
 
@@ -46,10 +41,8 @@ class PartFiles:
     """
 
     def __init__(self, output: Path, spec: Mapping[str, Any], rows: int) -> None:
-        if output.suffix not in WRITERS:
-            raise InputError(f"output is {output}; it must end in .parquet, .csv or .jsonl")
         self.output, self.rows = output, rows
-        self.folder = parts_folder(output)
+        self.folder = output.with_name(f"{output.name}.parts")
         note = output.with_name(f"{output.name}.json")
         self._kept = f"what was scored is kept in {self.folder}: free some space and run the same command again"
         remedy = "choose another output, or delete"
@@ -59,6 +52,8 @@ class PartFiles:
         self._held = ExitStack()
 
     def __enter__(self) -> Self:
+        if self.output.suffix not in WRITERS:  # not before: each rank makes the object, and the first one enters it
+            raise InputError(f"output is {self.output}; it must end in .parquet, .csv or .jsonl")
         if self.finished():
             return self
         if self.output.exists() and not self.folder.exists():

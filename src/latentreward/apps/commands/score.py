@@ -26,7 +26,7 @@ from latentreward.scoring.layouts.find import find_reward
 from latentreward.scoring.scored_table import images_identity, read_scores, require_some, summarise
 from latentreward.scoring.scoring_noise import NoiseKey
 from latentreward.settings.functions import run_function
-from latentreward.storage.part_tables import PartFiles, parts_folder
+from latentreward.storage.part_tables import PartFiles
 from latentreward.storage.progress import Progress
 
 PARTS = "parts"
@@ -149,9 +149,9 @@ def score(
             "dtype": dtype,
         }
         settings = {**spec, "images": images_identity(listed, False), "batch_size": batch_size}
-        if not work.join({PARTS: scoring.task}, settings, parts_folder(output)):
-            return
         files = PartFiles(output, spec, len(listed.rows))
+        if not work.join({PARTS: scoring.task}, settings, files.folder):
+            return
         find = cache(partial(find_reward, source))
         notes: list[str] = []
         with files:
