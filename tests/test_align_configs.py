@@ -59,9 +59,10 @@ def test_tiny_diffusion_dpo_trains(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_tiny_refl_trains(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["refl_tiny", "refl_state_tiny"])
+def test_tiny_refl_trains(name: str, tmp_path: Path) -> None:
     """With rewards of formulas: what configs/model/lrm_tiny.yaml trains takes a minute."""
-    config = f"--config={FOLDER / 'refl_tiny.yaml'}"
+    config = f"--config={FOLDER / name}.yaml"
     reward = ("--model.reward=tests.modules.toy_rewards.BrightnessSource",)
     run = f"--trainer.default_root_dir={tmp_path}"
     main(["fit", config, *reward, "--data.batch_size=2", "--data.batches_per_epoch=2", run, *QUICK])
