@@ -2,8 +2,8 @@
 
 Sizes: ``sd15``, ``sdxl`` and ``sd35`` are as published. ``sd15_side32`` is SD1.5 with latents of 32 × 32. ``mid`` has
 SD1.5's layout with channels (96, 192, 384, 384), latents of 32 × 32 and VAE channels (64, 128, 256). ``mid_sd35`` has
-SD3.5's layout with 13 blocks of width 512, and latents and VAE like ``mid``. ``toy`` and ``toy_sd35`` are for tests of
-the benchmarks.
+SD3.5's layout with 13 blocks of width 512, and latents and VAE like ``mid``. ``small`` and ``small_sd35`` have half the
+width, and latents of 16 × 16. ``toy`` and ``toy_sd35`` are for tests of the benchmarks.
 """
 
 import json
@@ -41,6 +41,7 @@ _LEVELS = {
     "down_block_types": ("DownEncoderBlock2D",) * 3,
     "up_block_types": ("UpDecoderBlock2D",) * 3,
 }
+_VAE_16 = {**_VAE, **_LEVELS, "latent_channels": 16, "shift_factor": 0.0609}
 _SMALL_TEXT = {**SHARED["clip_l"], "num_hidden_layers": 1}
 _SMALL_T5 = {**SHARED["t5_xxl"], "num_layers": 1}
 SIZES = {
@@ -62,7 +63,7 @@ SIZES = {
     },
     "mid_sd35": {
         **PIPELINES["sd35"],
-        "vae": {**_VAE, **_LEVELS, "block_out_channels": (64, 128, 256), "latent_channels": 16},
+        "vae": {**_VAE_16, "block_out_channels": (64, 128, 256)},
         "text_encoder": _SMALL_TEXT,
         "text_encoder_2": {**SHARED["clip_g"], "num_hidden_layers": 1},
         "text_encoder_3": _SMALL_T5,
@@ -73,6 +74,28 @@ SIZES = {
             "num_attention_heads": 8,
             "caption_projection_dim": 512,
             "pos_embed_max_size": 64,
+        },
+    },
+    "small": {
+        **PIPELINES["sd15"],
+        "unet": {**PIPELINES["sd15"]["unet"], "sample_size": 16, "block_out_channels": (64, 128, 192, 192)},
+        "vae": {**_VAE, **_LEVELS, "block_out_channels": (32, 64, 64)},
+        "text_encoder": _SMALL_TEXT,
+    },
+    "small_sd35": {
+        **PIPELINES["sd35"],
+        "vae": {**_VAE_16, "block_out_channels": (32, 64, 64)},
+        "text_encoder": _SMALL_TEXT,
+        "text_encoder_2": {**SHARED["clip_g"], "num_hidden_layers": 1},
+        "text_encoder_3": _SMALL_T5,
+        "transformer": {
+            **PIPELINES["sd35"]["transformer"],
+            "sample_size": 16,
+            "num_layers": 13,
+            "attention_head_dim": 32,
+            "num_attention_heads": 8,
+            "caption_projection_dim": 256,
+            "pos_embed_max_size": 32,
         },
     },
     "toy": {
@@ -87,7 +110,7 @@ SIZES = {
     },
     "toy_sd35": {
         **PIPELINES["sd35"],
-        "vae": {**_VAE, **_LEVELS, "block_out_channels": (32, 32, 32), "latent_channels": 16},
+        "vae": {**_VAE_16, "block_out_channels": (32, 32, 32)},
         "text_encoder": _SMALL_TEXT,
         "text_encoder_2": {**SHARED["clip_g"], "num_hidden_layers": 1},
         "text_encoder_3": _SMALL_T5,

@@ -19,16 +19,18 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
-from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
-from unittest.mock import MagicMock, patch
+from unittest.mock import patch
 
+import numpy as np
 import torch
 from measuring import Goal, interleaved, ratio, table
+from PIL import Image
 from random_pipelines import SD35_TOKENS, SIZES, RandomPipeline, pipeline_folder
+from released_scripts import add_released
+from scoring import bare_loop, random_model
 from torch import Tensor, nn
 
 from latentreward.backbones import SD3DiTBackbone, SDUNetBackbone
@@ -38,36 +40,8 @@ from latentreward.heads import CLIPProjectionHead, GatedQFormerHead
 from latentreward.modules import DiNaLRMModule, LRMModule
 from latentreward.scoring import RewardModel, ScoringNoise
 
-STAND_INS = ("hydra.core.config_store", "mmengine", "sklearn", "torchvision", "wandb")
-"""Modules that the released code imports and that scoring and training do not need."""
-PLACES = {"LPO": ("lpo", "lrm/lrm_15"), "diffusion-rm": (".",)}
-"""Name of a clone → its folders that hold packages."""
 ENSEMBLE = (0.2, 0.5, 0.7)
 Works = dict[str, Callable[[], Any]]
-
-
-def add_released(root: Path, name: str) -> bool:
-    """Make a clone of released code importable; return True.
-
-    Raises:
-        SystemExit: If ``root`` does not hold the clone.
-    """
-    if not (root / name).is_dir():
-        raise SystemExit(f"--released={root}: there is no clone {name} in this folder")
-    # These look for some of the modules; they must do so before stand-ins are there.
-    for library, attribute in (
-        ("accelerate", "Accelerator"),
-        ("transformers", "CLIPImageProcessor"),
-        ("diffusers", "DiffusionPipeline"),
-        ("peft", "get_peft_model"),
-    ):
-        getattr(import_module(library), attribute)
-    for module in STAND_INS:
-        parts = module.split(".")
-        if parts[0] not in sys.modules and find_spec(parts[0]) is None:
-            sys.modules.update({".".join(parts[: n + 1]): MagicMock() for n in range(len(parts))})
-    sys.path += [str((root / name / place).resolve()) for place in PLACES[name]]
-    return True
 
 
 def heading(released: bool) -> str:
@@ -203,6 +177,41 @@ def lrm_step(size: str, batch: int, released: bool) -> Works:
     return ours | {"theirs": lambda: optimiser_step(parameters, optimizer, criterion(theirs, given))}
 
 
+def lrm_files(size: str, batch: int, count: int, released: bool) -> Works:
+    """Return the sides of decoding, encoding and scoring JPEGs of the native size, two for each prompt, from disk."""
+    model, folder = random_model(size), Path(tempfile.mkdtemp(prefix="released_"))
+    height, width = model.backbone.native_size
+    rng, files = np.random.default_rng(0), [folder / f"{number:04d}.jpg" for number in range(count)]
+    for file in files:
+        coarse = Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8))
+        coarse.resize((width, height), Image.Resampling.BICUBIC).save(file, quality=95)
+    prompts = [f"picture {number // 2} of noise" for number in range(count)]
+    ours = {"ours": lambda: model.score(prompts, files, batch_size=batch)}
+    if not released:
+        return ours | {"theirs": lambda: bare_loop(model, prompts, [file.read_bytes() for file in files], batch)}
+    from trainer.models.sd15_preference_model import SD15PreferenceModel
+    from trainer.models.unet_2d_condition_reward import UNet2DConditionModel
+
+    theirs = released_lrm(SD15PreferenceModel, UNet2DConditionModel, model).eval().requires_grad_(False)
+
+    def transform(image: Image.Image) -> Tensor:
+        """Do what torchvision's Resize, ToTensor and Normalize do; the released size is 512."""
+        resized = np.array(image.resize((width, height), Image.Resampling.BILINEAR))
+        return torch.from_numpy(resized).permute(2, 0, 1).contiguous().float().div(255).sub_(0.5).div_(0.5)
+
+    theirs.val_transform = transform
+
+    @torch.no_grad()
+    def score() -> None:
+        for start in range(0, count, batch):  # as get_preference_scores, whose batch is the images of one prompt
+            pixels = theirs.preprocess_image([str(file) for file in files[start : start + batch]])
+            ids, timesteps = theirs.encode_prompt(prompts[start : start + batch]), torch.full((len(pixels),), 501)
+            text, image = (embeds / embeds.norm(dim=-1, keepdim=True) for embeds in theirs(ids, pixels, timesteps))
+            (theirs.logit_scale.exp() * (text * image).sum(dim=-1)).tolist()
+
+    return ours | {"theirs": score}
+
+
 def noisy_latents(size: str, batch: int) -> Tensor:
     """Return standard normal latents of the size's native shape."""
     network, vae = SIZES[size].get("unet") or SIZES[size]["transformer"], SIZES[size]["vae"]
@@ -312,15 +321,20 @@ def main() -> None:
     parser.add_argument("--released", type=Path, metavar="DIR")
     parser.add_argument("--sizes", nargs=2, default=["mid", "mid_sd35"], help="of LRM and of DiNa-LRM")
     parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--images", type=int, default=512, help="JPEGs that are scored from disk")
+    parser.add_argument("--files", default="small", metavar="SIZE", help="of the LRM that scores JPEGs")
     parser.add_argument("--repeats", type=int, default=5)
     options = parser.parse_args()
     warnings.filterwarnings("ignore", message=".*self.log.*")
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    released = bool(options.released) and all(add_released(options.released, name) for name in PLACES)
+    released = bool(options.released) and all(add_released(options.released, name) for name in ("LPO", "diffusion-rm"))
     (lrm, dina), batch = options.sizes, options.batch
     cases: dict[str, Callable[[], Works]] = {
         f"LRM, scoring, {lrm}": partial(lrm_scoring, lrm, batch, released),
+        f"LRM, {options.images} JPEGs, {options.files}": partial(
+            lrm_files, options.files, batch, options.images, released
+        ),
         f"LRM, training step, {lrm}": partial(lrm_step, lrm, batch // 2, released),
         f"DiNa-LRM, scoring, {dina}": partial(dina_scoring, dina, batch, released, (0.4,)),
         f"DiNa-LRM, scoring, ensemble of 3, {dina}": partial(dina_scoring, dina, batch, released, ENSEMBLE),

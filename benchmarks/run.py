@@ -65,7 +65,12 @@ BENCHMARKS = {
     "cache_writing": Benchmark("cache_writing", "", "--pairs=8 --repeats=1 --sizes=100", 3),
     "alignment": Benchmark("alignment", "", "passes rollout --size=toy --batch=2 --repeats=1", 12),
     "true_width": Benchmark("alignment", "scoring --size=sd15_side32 --repeats=3", "scoring --size=toy --batch=1", 8),
-    "released": Benchmark("released", "", "--sizes toy toy_sd35 --batch=4 --repeats=1", 6, released=True),
+    "released": Benchmark(
+        "released", "", "--sizes toy toy_sd35 --batch=4 --repeats=1 --images=8 --files=toy", 12, released=True
+    ),
+    "released_alignment": Benchmark(
+        "released_alignment", "", "--sizes toy toy_sd35 --batch=2 --repeats=1", 15, released=True
+    ),
     "scoring": Benchmark(
         "scoring", "--reward lrm_tiny dina_lrm_tiny", "throughput --sizes toy --images=8 --repeats=1", 20
     ),
@@ -151,7 +156,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(BENCHMARKS))
     parser.add_argument("--output", type=Path, default=Path("runs/bench"))
-    parser.add_argument("--released", type=Path, metavar="DIR", help="folder with clones of LPO and diffusion-rm")
+    parser.add_argument("--released", type=Path, metavar="DIR", help="folder with clones of released code")
     parser.add_argument("--quick", action="store_true")
     options = parser.parse_args()
     if unknown := set(options.names) - set(BENCHMARKS):
