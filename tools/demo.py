@@ -24,20 +24,13 @@ GUIDANCE = 1.0
 
 @dataclass(frozen=True)
 class Training:
-    """One run of ``latentreward fit``.
+    """One run of ``latentreward fit``."""
 
-    Attributes:
-        name: Name of the run and of its folder.
-        title: Title in the printed report.
-        configs: Config files of the run.
-        settings: Further command-line settings; ``{output}`` stands for the folder of all results.
-        watched: Metrics to show during training: (name in the log, printed name).
-    """
-
-    name: str
-    title: str
-    configs: tuple[str, ...]
-    settings: tuple[str, ...] = ()
+    name: str  # of the run and of its folder
+    title: str  # in the printed report
+    configs: tuple[str, ...]  # config files of the run
+    settings: tuple[str, ...] = ()  # further command-line settings; ``{output}`` stands for the folder of all results
+    # Metrics to show during training: (name in the log, printed name).
     watched: tuple[tuple[str, str], ...] = (("train/loss", "loss"), ("train/accuracy", "batch accuracy"))
 
     def command(self, output: Path, options: list[str]) -> list[str]:

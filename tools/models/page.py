@@ -1,9 +1,9 @@
 """Table of models at full size, written from the results of pilots: ``python -m tools.models.page``."""
 
 import argparse
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from string import Template
 
 import yaml
 
@@ -18,17 +18,6 @@ from latentreward.storage.durable import write_file
 NOT_MEASURED = "not measured"
 AGAIN = " (last of {starts} starts)"
 HEADER = ("model", "weights", "trained on", "licence", "command", "measured")
-INTRODUCTION = """\
-`python -m tools.models.page` writes this page from the files in `pilots/`; do not edit it by hand. Each
-file is the result of one run of a [pilot](pilot.md), on the machine of the person who sent it.
-
-"Measured" says whether this program measured those weights. [Licences](licences.md) has the terms in full.
-"""
-NUMBERS = """\
-Accuracies are in percent with 95 % intervals, on all pairs of the test sets; "mean" is that of the four. "Published
-checkpoint" was measured beside the pilot's reward by the same program. "The paper" is what the authors print. A pilot
-trains on a small cut of the data on one card, so its numbers should lie below the paper's.
-"""
 TITLES = {"imagereward test": "ImageReward", "hpdv2 test": "HPDv2", "hpdv3 test": "HPDv3"}
 TITLES["genai_bench_tiger test"] = "GenAI-Bench"
 
@@ -40,8 +29,7 @@ def page(pilots: Iterable[Pilot], results: Sequence[PilotResult]) -> str:
     """
     pilots = tuple(pilots)
     weights = Table(HEADER, (*_published(results), *(row for pilot in pilots for row in _trained(pilot, results))))
-    parts = ["# Models", INTRODUCTION.rstrip(), "## Weights to load", markdown_table(weights)]
-    parts += ["## Measured at full size", NUMBERS.rstrip()]
+    parts = []
     for pilot in pilots:
         found = [result for result in results if result.pilot == pilot.name]
         parts += [f"### {plain(pilot.title)}", f"`latentreward pilot {pilot.name}`"]
@@ -51,7 +39,8 @@ def page(pilots: Iterable[Pilot], results: Sequence[PilotResult]) -> str:
         parts.append(markdown_table(Table(header, tuple(_generators(pilot, found)))))
         header = ("run", "machine", "hours by stage", "peak GPU memory, GB", "versions", "commit", "settings")
         parts.append(markdown_table(Table(header, tuple(_runs(found) or [(NOT_MEASURED, *[NOTHING] * 6)]))))
-    return "\n\n".join(parts) + "\n"
+    template = Template(Path(__file__).with_name("page.md").read_text(encoding="utf-8"))
+    return template.substitute(weights=markdown_table(weights), pilots="\n\n".join(parts))
 
 
 def _published(results: Sequence[PilotResult]) -> list[tuple[str, ...]]:
@@ -104,7 +93,8 @@ def _accuracies(result: PilotResult, model: str) -> list[str]:
     measured = {(one["model"], one["benchmark"], one["protocol"]): one["estimate"] for one in result.accuracy}
     means = {one["model"]: one["estimate"] for one in result.averages}
     found = [measured.get((model, *place)) for place in FOUR_BENCHMARKS.items()]
-    return [NOT_MEASURED if one is None else _shown(one) for one in (*found, means.get(model))]
+    estimates = (*found, means.get(model))
+    return [NOT_MEASURED if one is None else with_interval(Interval(**one), percent) for one in estimates]
 
 
 def _generators(pilot: Pilot, found: Sequence[PilotResult]) -> list[tuple[str, ...]]:
@@ -114,16 +104,12 @@ def _generators(pilot: Pilot, found: Sequence[PilotResult]) -> list[tuple[str, .
             one["score"],
             *(f"{one[name]['value']:.3f}" for name in ("before", "after")),
             with_interval(Interval(**one["difference"]), "{:+.3f}".format),
-            _shown(one["win_rate"]),
+            with_interval(Interval(**one["win_rate"]), percent),
         )
         for number, result in enumerate(found, start=1)
         for one in result.pictures
     ]
     return rows or [(pilot.policy, *[NOT_MEASURED] * 5)]
-
-
-def _shown(estimate: Mapping[str, Any]) -> str:
-    return with_interval(Interval(**estimate), percent)
 
 
 def _runs(found: Sequence[PilotResult]) -> list[tuple[str, ...]]:

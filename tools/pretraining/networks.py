@@ -1,4 +1,4 @@
-"""Construction of the two tiny pipelines with untrained networks, and saving of pipelines."""
+"""Pipelines of the shipped ones' configs with untrained networks, and saving of pipelines."""
 
 from __future__ import annotations
 
@@ -9,105 +9,27 @@ from typing import TYPE_CHECKING
 import torch
 
 from latentreward.storage.durable import replacing
-from latentreward.tinyworld.tokenizer import MAX_TOKENS, build_tokenizer
+from latentreward.tinyworld.sampling import PIPELINE_FOLDERS, load_pipeline
+from latentreward.tinyworld.tokenizer import build_tokenizer
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, StableDiffusion3Pipeline, StableDiffusionPipeline
-    from transformers import CLIPTextConfig
 
-WIDTH = 64
-"""Hidden size of the text encoders."""
-
-
-def build_sd(vae: AutoencoderKL) -> StableDiffusionPipeline:
-    """Build a tiny Stable Diffusion 1.5: a U-Net of four levels, three with cross-attention, and one CLIP text encoder.
-
-    The trained ``vae`` has 8x8 latents of 4 channels.
-    """
-    from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-    from transformers import CLIPTextModel
-
-    unet = UNet2DConditionModel(
-        sample_size=8,
-        block_out_channels=(32, 48, 64, 64),
-        layers_per_block=2,
-        cross_attention_dim=WIDTH,
-        attention_head_dim=4,  # the number of heads, despite its name
-        norm_num_groups=8,
-    )
-    scheduler = DDIMScheduler(
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
-        clip_sample=False,
-        set_alpha_to_one=False,
-        steps_offset=1,
-    )
-    return StableDiffusionPipeline(
-        vae=vae,
-        text_encoder=CLIPTextModel(text_config()).eval(),
-        tokenizer=build_tokenizer(),
-        unet=unet.eval(),
-        scheduler=scheduler,
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
+TRAINED = ("unet", "transformer", "text_encoder", "text_encoder_2")
+"""Parts of a pipeline that are trained, of which each pipeline has some."""
 
 
-def build_sd35(vae: AutoencoderKL) -> StableDiffusion3Pipeline:
-    """Build a tiny Stable Diffusion 3.5 Medium: four joint blocks, dual attention in the first two, no T5.
-
-    The trained ``vae`` has 8x8 latents of 4 channels.
-    """
-    from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
-    from transformers import CLIPTextModelWithProjection
-
-    transformer = SD3Transformer2DModel(
-        sample_size=8,
-        patch_size=2,
-        in_channels=4,
-        out_channels=4,
-        num_layers=4,
-        attention_head_dim=32,
-        num_attention_heads=4,
-        joint_attention_dim=2 * WIDTH,
-        caption_projection_dim=128,
-        pooled_projection_dim=2 * WIDTH,
-        pos_embed_max_size=16,
-        dual_attention_layers=(0, 1),
-        qk_norm="rms_norm",
-    )
-    return StableDiffusion3Pipeline(
-        vae=vae,
-        transformer=transformer.eval(),
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
-        text_encoder=CLIPTextModelWithProjection(text_config()).eval(),
-        tokenizer=build_tokenizer(),
-        text_encoder_2=CLIPTextModelWithProjection(text_config()).eval(),
-        tokenizer_2=build_tokenizer(),
-        text_encoder_3=None,
-        tokenizer_3=None,
-    )
-
-
-def text_config(intermediate_size: int = 2 * WIDTH) -> CLIPTextConfig:
-    """Return the config of a CLIP text encoder with two layers and the tiny world's vocabulary."""
-    from transformers import CLIPTextConfig
-
-    tokenizer = build_tokenizer()
-    return CLIPTextConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=WIDTH,
-        intermediate_size=intermediate_size,
-        projection_dim=WIDTH,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        max_position_embeddings=MAX_TOKENS,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
+def build_pipeline(name: str, vae: AutoencoderKL, seed: int) -> StableDiffusionPipeline | StableDiffusion3Pipeline:
+    """Build the pipeline ``name`` with the shipped configs, the trained ``vae``, and networks drawn by a seed."""
+    pipeline = load_pipeline(PIPELINE_FOLDERS[name])
+    torch.manual_seed(seed)
+    for part in TRAINED:
+        if (network := getattr(pipeline, part, None)) is not None:
+            build = getattr(network, "from_config", type(network))  # a model of diffusers or of transformers
+            pipeline.register_modules(**{part: build(network.config).eval()})
+    tokenizers = {part: build_tokenizer() for part in ("tokenizer", "tokenizer_2") if hasattr(pipeline, part)}
+    pipeline.register_modules(vae=vae, **tokenizers)
+    return pipeline
 
 
 def save_pipeline(pipeline: StableDiffusionPipeline | StableDiffusion3Pipeline, folder: Path) -> None:

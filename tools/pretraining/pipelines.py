@@ -17,54 +17,42 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, StableDiffusion3Pipeline, StableDiffusionPipeline
+from torch import Tensor, nn
 
 from latentreward.tinyworld.captions import held_out_captions
 from latentreward.tinyworld.oracle import mean_verdict
 from latentreward.tinyworld.sampling import PIPELINE_FOLDERS, load_pipeline, sample_pictures
 from latentreward.tinyworld.tokenizer import tokenize
-from tools.pretraining.denoiser import train_denoiser
-from tools.pretraining.networks import build_sd, build_sd35, save_pipeline
-from tools.pretraining.recipes import TrainingRecipe, readme
+from tools.pretraining.networks import TRAINED, build_pipeline, save_pipeline
+from tools.pretraining.training import TrainingRecipe, readme, train_averaged
 from tools.pretraining.vae import draw_training_pictures, encode_pictures, train_vae
 
-PIPELINES = {"sd_tiny": build_sd, "sd35_tiny": build_sd35}
+CAPTION_DROPOUT = 0.1
+"""Share of captions replaced by the empty caption, which classifier-free guidance needs."""
+MIN_SNR_GAMMA = 5.0
+"""Gamma of the min-SNR weighting: the weight of a noise level is min(SNR, gamma) / SNR."""
+TRAINING_SHIFT = 2.0
+"""Timestep shift of the noise levels in the training of the rectified-flow network."""
 
 
 @dataclass(frozen=True)
 class Recipe(TrainingRecipe):
-    """Training settings of the shipped pipelines.
+    """Training settings of the shipped pipelines. Updates are counted in steps."""
 
-    Attributes:
-        seed: Seed of pictures, initial weights, batches and noise.
-        vae_pictures: Number of training pictures of the autoencoder, 60 % of them without nuisances.
-        pictures: Number of training pictures of the denoisers, 60 % of them without nuisances.
-        vae_steps: Updates of the autoencoder.
-        decoder_steps: Further updates of the autoencoder's decoder alone.
-        sd_tiny_steps: Updates of the U-Net and its text encoder.
-        sd35_tiny_steps: Updates of the transformer and its text encoders.
-        lr: Peak learning rate of the denoisers.
-        finishing_pictures: Number of training pictures of a last phase for higher quality, 80 % of them without
-            nuisances.
-        finishing_steps: Updates of each denoiser in the last phase.
-        finishing_lr: Peak learning rate of the last phase.
-        batch_size: Pictures per update of a denoiser.
-        prompts: Number of held-out captions that the pipelines are evaluated on.
-    """
-
-    seed: int = 0
-    vae_pictures: int = 24_000
-    pictures: int = 48_000
+    seed: int = 0  # of pictures, initial weights, batches and noise
+    vae_pictures: int = 24_000  # training pictures of the autoencoder, 60 % of them without nuisances
+    pictures: int = 48_000  # training pictures of the denoisers, 60 % of them without nuisances
     vae_steps: int = 3000
-    decoder_steps: int = 2000
-    sd_tiny_steps: int = 5500
-    sd35_tiny_steps: int = 4500
-    lr: float = 1.5e-3
-    finishing_pictures: int = 16_000
-    finishing_steps: int = 500
-    finishing_lr: float = 4e-4
-    batch_size: int = 64
-    prompts: int = 256
+    decoder_steps: int = 2000  # further ones of the autoencoder's decoder alone
+    sd_tiny_steps: int = 5500  # of the U-Net and its text encoder
+    sd35_tiny_steps: int = 4500  # of the transformer and its text encoders
+    lr: float = 1.5e-3  # peak learning rate of the denoisers
+    finishing_pictures: int = 16_000  # of a last phase for higher quality, 80 % of them without nuisances
+    finishing_steps: int = 500  # of each denoiser in the last phase
+    finishing_lr: float = 4e-4  # peak learning rate of the last phase
+    batch_size: int = 64  # pictures per update of a denoiser
+    prompts: int = 256  # held-out captions that the pipelines are evaluated on
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -73,30 +61,26 @@ def main(args: Sequence[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, required=True, help="folder for sd_tiny/ and sd35_tiny/")
     parser.add_argument("--seed", type=int, default=Recipe.seed)
     parser.add_argument("--scale", type=float, default=1.0, help="factor on steps, pictures, prompts (quick trials)")
-    parser.add_argument("--only", choices=PIPELINES, help="train this denoiser on the latents in DIR/pretraining")
-    parser.add_argument("--same-vae", choices=PIPELINES, help="train only this denoiser, with the shipped autoencoder")
+    parser.add_argument("--only", choices=PIPELINE_FOLDERS, help="train this denoiser on DIR/pretraining")
+    parser.add_argument("--same-vae", choices=PIPELINE_FOLDERS, help="train this denoiser with the shipped VAE")
     options = parser.parse_args(args)
     recipe = Recipe(seed=options.seed).scaled(options.scale)
+    latents = options.output / "pretraining"
+    torch.set_num_threads(1 if options.only or options.same_vae else 2)
     if options.same_vae:
-        torch.set_num_threads(1)
-        vae = AutoencoderKL.from_pretrained(PIPELINE_FOLDERS["sd_tiny"] / "vae")
-        prepare_latents(recipe, options.output / "pretraining", vae)
-        pretrain_denoiser(options.same_vae, recipe, options.output)
-        shutil.rmtree(options.output / "pretraining")
-        return
-    if options.only:
-        torch.set_num_threads(1)
-        pretrain_denoiser(options.only, recipe, options.output)
-        return
-    torch.set_num_threads(2)
-    prepare_latents(recipe, options.output / "pretraining")
-    command = [sys.executable, "-m", "tools.pretraining.pipelines", "--output", str(options.output)]
-    command += ["--seed", str(options.seed), "--scale", str(options.scale)]
-    trainings = [subprocess.Popen([*command, "--only", name]) for name in PIPELINES]
-    codes = [training.wait() for training in trainings]
-    if any(codes):
-        raise SystemExit("a denoiser's pretraining failed; its error is above")
-    shutil.rmtree(options.output / "pretraining")
+        prepare_latents(recipe, latents, AutoencoderKL.from_pretrained(PIPELINE_FOLDERS["sd_tiny"] / "vae"))
+    if name := options.only or options.same_vae:
+        pretrain_denoiser(name, recipe, options.output)
+    else:
+        prepare_latents(recipe, latents)
+        command = [sys.executable, "-m", "tools.pretraining.pipelines", "--output", str(options.output)]
+        command += ["--seed", str(options.seed), "--scale", str(options.scale)]
+        trainings = [subprocess.Popen([*command, "--only", name]) for name in PIPELINE_FOLDERS]
+        codes = [training.wait() for training in trainings]
+        if any(codes):
+            raise SystemExit("a denoiser's pretraining failed; its error is above")
+    if not options.only:
+        shutil.rmtree(latents)
 
 
 def prepare_latents(recipe: Recipe, folder: Path, vae: AutoencoderKL | None = None) -> None:
@@ -120,18 +104,76 @@ def pretrain_denoiser(name: str, recipe: Recipe, output: Path) -> None:
     :func:`prepare_latents` must have written the subfolder ``pretraining`` of ``output``.
     """
     vae = AutoencoderKL.from_pretrained(output / "pretraining" / "vae")
-    torch.manual_seed(recipe.seed)
-    pipeline = PIPELINES[name](vae)
+    pipeline = build_pipeline(name, vae, recipe.seed)
+    trained = nn.ModuleList(getattr(pipeline, part) for part in TRAINED if getattr(pipeline, part, None) is not None)
+    loss = sd_loss if hasattr(pipeline, "unet") else sd35_loss
     (empty,) = tokenize([""])
     for phase, steps, lr in (
         ("main", getattr(recipe, f"{name}_steps"), recipe.lr),
         ("finishing", recipe.finishing_steps, recipe.finishing_lr),
     ):
         stored = torch.load(output / "pretraining" / f"{phase}.pt", weights_only=True)
-        settings = {"seed": recipe.seed, "steps": steps, "batch_size": recipe.batch_size, "lr": lr}
-        train_denoiser(pipeline, stored, empty, name=f"{name} {phase}", **settings)
+        torch.manual_seed(recipe.seed)
+        rng = np.random.default_rng([recipe.seed, 2])
+        losses = (loss(pipeline, *draw_batch(stored, empty, recipe.batch_size, rng)) for _ in range(steps))
+        adamw = {"weight_decay": 0.01, "fused": True}
+        trained.train()
+        train_averaged(trained, losses, steps=steps, lr=lr, name=f"{name} {phase}", warmup=200, decay=0.999, **adamw)
+        trained.eval()
     save_pipeline(pipeline, output / name)
     describe_pipeline(output / name, recipe)
+
+
+def draw_batch(
+    stored: dict[str, Tensor], empty: Tensor, batch_size: int, rng: np.random.Generator
+) -> tuple[Tensor, Tensor]:
+    """Draw a batch of ``latents`` ``(B, 4, 8, 8)`` and ``tokens`` ``(B, 16)``, some of them of the empty caption."""
+    rows = rng.integers(len(stored["latents"]), size=batch_size)
+    dropped = torch.from_numpy(rng.random(batch_size) < CAPTION_DROPOUT)
+    return stored["latents"][rows], torch.where(dropped[:, None], empty, stored["tokens"][rows])
+
+
+def sd_loss(pipeline: StableDiffusionPipeline, latents: Tensor, tokens: Tensor) -> Tensor:
+    """Compute the mean squared error of the predicted noise with min-SNR weights (arXiv:2303.09556).
+
+    ``latents`` ``(B, 4, 8, 8)`` are scaled; ``tokens`` are ``(B, 16)``.
+    """
+    timesteps = (stratified_uniform(len(latents)) * pipeline.scheduler.config.num_train_timesteps).long()
+    noise = torch.randn_like(latents)
+    noisy_latents = pipeline.scheduler.add_noise(latents, noise, timesteps)
+    prompt_embeds = pipeline.text_encoder(tokens)[0]
+    noise_pred = pipeline.unet(noisy_latents, timesteps, prompt_embeds).sample
+    alphas_cumprod = pipeline.scheduler.alphas_cumprod[timesteps]
+    snr = alphas_cumprod / (1 - alphas_cumprod)
+    return ((noise_pred - noise).square().mean(dim=(1, 2, 3)) * (MIN_SNR_GAMMA / snr).clamp(max=1)).mean()
+
+
+def sd35_loss(pipeline: StableDiffusion3Pipeline, latents: Tensor, tokens: Tensor) -> Tensor:
+    """Compute the mean squared error of the predicted velocity.
+
+    ``latents`` ``(B, 4, 8, 8)`` are scaled; ``tokens`` are ``(B, 16)``.
+    """
+    sigmas = stratified_uniform(len(latents))
+    sigmas = TRAINING_SHIFT * sigmas / (1 + (TRAINING_SHIFT - 1) * sigmas)
+    noise = torch.randn_like(latents)
+    weight = sigmas[:, None, None, None]
+    # The pipeline reads both text encoders before their last layer and pools their projections.
+    texts = [e(tokens, output_hidden_states=True) for e in (pipeline.text_encoder, pipeline.text_encoder_2)]
+    velocity = pipeline.transformer(
+        hidden_states=(1 - weight) * latents + weight * noise,
+        timestep=1000 * sigmas,
+        encoder_hidden_states=torch.cat([text.hidden_states[-2] for text in texts], dim=-1),
+        pooled_projections=torch.cat([text.text_embeds for text in texts], dim=-1),
+    ).sample
+    return (velocity - (noise - latents)).square().mean()
+
+
+def stratified_uniform(number: int) -> Tensor:
+    """Draw ``number`` values in [0, 1), one in each of ``number`` equal bins, in ascending order.
+
+    The mean of a loss over these values has less variance than over independent values.
+    """
+    return (torch.arange(number) + torch.rand(number)) / number
 
 
 def describe_pipeline(folder: Path, recipe: Recipe) -> None:

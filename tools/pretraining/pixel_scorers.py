@@ -28,45 +28,33 @@ from latentreward.storage.progress import Progress
 from latentreward.tinyworld.pairs import Pair, draw_pairs, generate_pairs
 from latentreward.tinyworld.sampling import PIPELINE_FOLDERS, load_pipeline
 from latentreward.tinyworld.tokenizer import build_tokenizer, tokenize
-from tools.pretraining.denoiser import train_averaged
-from tools.pretraining.networks import text_config
-from tools.pretraining.recipes import TrainingRecipe, readme
+from tools.pretraining.training import TrainingRecipe, readme, train_averaged
 from tools.pretraining.vae import draw_training_pictures, normalize_pictures
 
 CLEAR_GAP = 0.3
 """Utility gap above which pairs count in the accuracy against the oracle."""
 EVALUATION_TIMESTEPS = (1, 251, 501, 801)
 EVALUATION_SEED = 1000
+SCORERS = PIPELINE_FOLDERS["sd_tiny"].parents[1] / "scorers"
+"""Folder of the shipped scorers."""
 
 
 @dataclass(frozen=True)
 class Recipe(TrainingRecipe):
-    """Training settings of the shipped scorers.
+    """Training settings of the shipped scorers."""
 
-    Attributes:
-        seed: Seed of pictures, pairs, initial weights, batches and noise.
-        pictures: Number of pictures with captions for CLIP's loss.
-        caption_steps: Updates with CLIP's loss.
-        caption_batch: Pictures per update with CLIP's loss.
-        pairs: Number of preference pairs, ties included.
-        pair_steps: Updates on preference pairs.
-        pair_batch: Pairs per update.
-        lr: Peak learning rate.
-        predicted_share: Share of training pairs whose pictures are replaced by predictions from noisy latents; 0
-            trains a scorer without timesteps.
-        guidance_scales: Guidance scales of the predictions, used in turn.
-    """
-
-    seed: int = 0
-    pictures: int = 24_000
-    caption_steps: int = 500
-    caption_batch: int = 128
-    pairs: int = 12_000
-    pair_steps: int = 800
-    pair_batch: int = 64
-    lr: float = 1e-3
+    seed: int = 0  # of pictures, pairs, initial weights, batches and noise
+    pictures: int = 24_000  # pictures with captions for CLIP's loss
+    caption_steps: int = 500  # updates with CLIP's loss
+    caption_batch: int = 128  # pictures per update with CLIP's loss
+    pairs: int = 12_000  # preference pairs, ties included
+    pair_steps: int = 800  # updates on preference pairs
+    pair_batch: int = 64  # pairs per update
+    lr: float = 1e-3  # peak learning rate
+    # Share of training pairs whose pictures are replaced by predictions from noisy latents; at 0 the scorer takes no
+    # timesteps.
     predicted_share: float = 0.75
-    guidance_scales: tuple[float, ...] = (1.0, 3.0)
+    guidance_scales: tuple[float, ...] = (1.0, 3.0)  # of the predictions, used in turn
 
 
 RECIPES = {"spm_tiny": Recipe(seed=100), "held_out_tiny": Recipe(seed=200, predicted_share=0.0)}
@@ -74,24 +62,18 @@ RECIPES = {"spm_tiny": Recipe(seed=100), "held_out_tiny": Recipe(seed=200, predi
 
 @dataclass(frozen=True)
 class PairTable:
-    """Preference pairs as tensors.
+    """Preference pairs as tensors."""
 
-    Attributes:
-        pictures: ``(N, 2, 3, 32, 32)`` uint8.
-        tokens: ``(N, 16)`` token IDs of the captions.
-        label: ``(N,)`` probability that the first picture is preferred.
-        gap: ``(N,)`` utility of the first picture minus utility of the second; for evaluation only.
-    """
-
-    pictures: Tensor
-    tokens: Tensor
-    label: Tensor
-    gap: Tensor
+    pictures: Tensor  # ``(N, 2, 3, 32, 32)`` uint8
+    tokens: Tensor  # ``(N, 16)`` token IDs of the captions
+    label: Tensor  # ``(N,)`` probability that the first picture is preferred
+    gap: Tensor  # ``(N,)`` utility of the first picture minus utility of the second; for evaluation only
 
     @classmethod
     def of(cls, pairs: Sequence[Pair]) -> PairTable:
         """Decode the pictures and tokenise the captions of pairs."""
-        pictures = [[_decode(pair.first.jpeg), _decode(pair.second.jpeg)] for pair in pairs]
+        sides = [[Image.open(io.BytesIO(side.jpeg)) for side in (pair.first, pair.second)] for pair in pairs]
+        pictures = [[np.asarray(image.convert("RGB")) for image in both] for both in sides]
         return cls(
             torch.from_numpy(np.array(pictures)).permute(0, 1, 4, 2, 3).contiguous(),
             tokenize([pair.caption for pair in pairs]),
@@ -100,26 +82,12 @@ class PairTable:
         )
 
 
-def _decode(jpeg: bytes) -> np.ndarray:
-    return np.asarray(Image.open(io.BytesIO(jpeg)).convert("RGB"))
-
-
 def build_scorer() -> StepAwareCLIP:
-    """Build the untrained CLIP scorer: about a million parameters, patches of 8 × 8 pixels."""
-    from transformers import CLIPConfig, CLIPModel, CLIPVisionConfig
+    """Build the untrained CLIP scorer with the shipped config: about a million parameters, patches of 8 × 8 pixels."""
+    from transformers import CLIPConfig, CLIPModel
 
-    vision = CLIPVisionConfig(
-        image_size=32,
-        patch_size=8,
-        hidden_size=128,
-        intermediate_size=512,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        projection_dim=64,
-    )
-    text = text_config(intermediate_size=256)
-    config = CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=64)
-    return StepAwareCLIP(CLIPModel(config), build_tokenizer(), mean=(0.5,) * 3, std=(0.5,) * 3)
+    clip = CLIPModel(CLIPConfig.from_pretrained(SCORERS / "spm_tiny"))
+    return StepAwareCLIP(clip, build_tokenizer(), mean=(0.5,) * 3, std=(0.5,) * 3)
 
 
 def caption_losses(scorer: StepAwareCLIP, recipe: Recipe) -> Iterator[Tensor]:

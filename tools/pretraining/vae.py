@@ -12,7 +12,8 @@ from torch import Tensor
 from latentreward.tinyworld.captions import draw_caption
 from latentreward.tinyworld.drawing import draw_scene
 from latentreward.tinyworld.rendering import render
-from tools.pretraining.denoiser import updates
+from latentreward.tinyworld.sampling import PIPELINE_FOLDERS
+from tools.pretraining.training import updates
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
@@ -45,21 +46,10 @@ def normalize_pictures(pictures: Tensor) -> Tensor:
 
 
 def build_vae() -> AutoencoderKL:
-    """Build the untrained autoencoder: 32x32 pictures to 8x8 latents of 4 channels, 0.4 million parameters."""
+    """Build the untrained autoencoder of the shipped config: 32x32 pictures to 8x8 latents of 4 channels."""
     from diffusers import AutoencoderKL
 
-    return AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 3,
-        up_block_types=("UpDecoderBlock2D",) * 3,
-        block_out_channels=(16, 32, 48),
-        layers_per_block=1,
-        latent_channels=4,
-        norm_num_groups=8,
-        sample_size=32,
-        mid_block_add_attention=False,
-        scaling_factor=1.0 / LATENT_STD,
-        shift_factor=0.0,
-    )
+    return AutoencoderKL.from_config(AutoencoderKL.load_config(PIPELINE_FOLDERS["sd_tiny"] / "vae"))
 
 
 def train_vae(seed: int, number: int, steps: int, decoder_steps: int) -> AutoencoderKL:

@@ -28,15 +28,10 @@ PREDICTED, SCORED, PICTURES = "scores_rank0.parquet", "scores.parquet", "scores.
 
 @dataclass(frozen=True)
 class Values:
-    """Value of each of N items.
+    """Value of each of N items."""
 
-    Attributes:
-        items: Digest of the items' names; two sets of values can be paired if their digests are equal.
-        values: ``(N,)`` float64.
-    """
-
-    items: str
-    values: np.ndarray
+    items: str  # digest of the items' names; two sets of values can be paired if their digests are equal
+    values: np.ndarray  # ``(N,)`` float64
 
     def packed(self) -> dict[str, Any]:
         """Return the values as entries for JSON: bits if all are 0 or 1, else integers of 16 bits, in base 64.

@@ -12,27 +12,9 @@ from matplotlib.figure import Figure
 from latentreward.reports.tables import NOTHING, Table, as_text, interval, markdown_table, plain
 from latentreward.storage.durable import write_file
 from tools.reproduction.results import Result, Verdict, judge_claim, read_results
-from tools.reproduction.rows import Claim, Paper, Row, Side
+from tools.reproduction.rows import Claim, Paper, Row
 
-INTRODUCTION = """\
-`latentreward reproduce` writes this page from the files in `reproduction/`; do not edit it by hand. `make reproduce`
-measures what is missing.
-
-Each row repeats a claim or an ablation of a paper in miniature: on a CPU, with the shipped tiny generators, drawn
-pictures and noisy labels. A row is one file of `configs/reproduce/`, which holds the arguments of its arms. A claim
-that holds in miniature may not hold at full size, and the reverse. The section on later methods compares them on equal
-terms, which their papers do not; the rows named `tuning_…` chose its learning rates, on captions that no other row
-measures.
-
-- **Verdict**: a claim *holds* if two 95 % intervals of the difference lie wholly on its side, *does not hold* if both
-  lie wholly on the other side, and is *undecided* otherwise.
-- The first interval resamples seeds and held-out items independently (crossed bootstrap). The second is Student's t
-  over seeds, which includes the variation between trainings.
-- **Accuracy** is the share of pairs ranked as the noiseless utility (0 to 6) ranks them, among pairs whose utilities
-  differ by more than 0.3. "Ranked as alignment" and "ranked as quality" take one part of the utility, among pairs that
-  differ in it; they stand for the papers' correlations with CLIP and aesthetic scores.
-- Utility, alignment and quality of sampled pictures are measured by the tiny world's judge, which is never a reward.
-"""
+INTRODUCTION = Path(__file__).with_name("introduction.md").read_text(encoding="utf-8")
 SIGNED = "{:+.3f}".format
 COLOURS = {"holds": "#009E73", "does not hold": "#D55E00", "undecided": "#767676"}
 
@@ -71,7 +53,10 @@ def page(rows: Sequence[Row], found: Mapping[str, Sequence[Result]]) -> str:
     """
     judged = {row.name: [judge_claim(claim, found[row.name], row) for claim in row.claims] for row in rows}
     words = [verdict.word for verdicts in judged.values() for verdict in verdicts]
-    parts = ["# Claims in miniature", INTRODUCTION.rstrip(), _summary(words, found)]
+    counts = ", ".join(f"{words.count(word)} {word}" for word in dict.fromkeys([*COLOURS, "not measured"]))
+    seconds = {key: spent for results in found.values() for one in results for key, spent in one.tasks.items()}
+    spent = f"Processor time of all results: {fsum(seconds.values()) / 3600:.1f} hours."
+    parts = ["# Claims in miniature", INTRODUCTION.rstrip(), f"**{len(words)} claims: {counts}.** {spent}"]
     for paper in get_args(Paper):
         of_paper = [row for row in rows if row.paper == paper]
         if not of_paper:
@@ -82,14 +67,6 @@ def page(rows: Sequence[Row], found: Mapping[str, Sequence[Result]]) -> str:
             parts.append(f"![{paper}: {text}; the tables below have all numbers](images/{plot_name(paper)})")
         parts += [part for row in of_paper for part in _row(row, found[row.name], judged[row.name])]
     return "\n\n".join(parts) + "\n"
-
-
-def _summary(words: Sequence[str], found: Mapping[str, Sequence[Result]]) -> str:
-    counts = ", ".join(f"{words.count(word)} {word}" for word in dict.fromkeys([*COLOURS, "not measured"]))
-    seconds = {key: spent for results in found.values() for one in results for key, spent in one.tasks.items()}
-    return (
-        f"**{len(words)} claims: {counts}.** Processor time of all results: {fsum(seconds.values()) / 3600:.1f} hours."
-    )
 
 
 def _row(row: Row, results: Sequence[Result], verdicts: Sequence[Verdict]) -> list[str]:
@@ -122,35 +99,29 @@ def _means(row: Row, results: Sequence[Result], seconds: Mapping[str, float]) ->
     header = ("mean ± sd over seeds", *row.metrics, *(["training of rewards, s"] if row.rewards else []))
     lines = []
     for arm in row.arms:
-        cells = [arm, *(_cell(results, Side(arm, metric)) for metric in row.metrics)]
-        lines.append((*cells, *([_reward_seconds(row, arm, seconds)] if row.rewards else [])))
+        cells = [arm]
+        for metric in row.metrics:
+            means = [result.measured[arm][metric]["mean"] for result in results]
+            spread = f" ± {np.std(means, ddof=1):.3f}" if len(means) > 1 else ""
+            cells.append(f"{np.mean(means):.3f}{spread}")
+        if row.rewards:  # the mean over measured seeds
+            keys = [{key[:16] for key in row.reward_tasks(arm, seed)} for seed in range(row.seeds)]
+            sums = [fsum(seconds[key] for key in one) for one in keys if one <= seconds.keys()]
+            cells.append(f"{np.mean(sums):.0f}" if any(sums) else NOTHING)
+        lines.append(tuple(cells))
     return Table(header, tuple(lines))
 
 
 def _claim(claim: Claim, verdict: Verdict) -> tuple[str, ...]:
-    sides = [_side(claim.higher), *([_side(claim.lower, claim.higher)] if claim.lower else [])]
+    higher, lower = claim.higher, claim.lower
+    sides = [f"{higher.arm} ({higher.metric})"]
+    if lower is not None:
+        sides.append(lower.arm if lower.metric == higher.metric else f"{lower.arm} ({lower.metric})")
     compared = " > ".join(sides) + (f" by more than {claim.more_than:g}" if claim.more_than else "")
     if verdict.word == "not measured":
         return claim.says, compared, NOTHING, NOTHING, verdict.word
     difference = f"{verdict.difference.value:+.3f} {interval(verdict.difference, SIGNED)}"
     return claim.says, compared, difference, interval(verdict.over_seeds._replace(groups=None), SIGNED), verdict.word
-
-
-def _side(side: Side, other: Side | None = None) -> str:
-    return side.arm if other is not None and other.metric == side.metric else f"{side.arm} ({side.metric})"
-
-
-def _cell(results: Sequence[Result], side: Side) -> str:
-    means = [result.measured[side.arm][side.metric]["mean"] for result in results]
-    spread = f" ± {np.std(means, ddof=1):.3f}" if len(means) > 1 else ""
-    return f"{np.mean(means):.3f}{spread}"
-
-
-def _reward_seconds(row: Row, arm: str, seconds: Mapping[str, float]) -> str:
-    """Return the mean over measured seeds of the processor time that an arm's rewards took."""
-    keys = [{key[:16] for key in row.reward_tasks(arm, seed)} for seed in range(row.seeds)]
-    sums = [fsum(seconds[key] for key in one) for one in keys if one <= seconds.keys()]
-    return f"{np.mean(sums):.0f}" if any(sums) else NOTHING
 
 
 def claims_figure(rows: Sequence[Row], found: Mapping[str, Sequence[Result]]) -> Figure | None:

@@ -35,19 +35,14 @@ def _with_sides(given: Any) -> Any:
 class Metric:
     """Quantity that is measured for each held-out item; its mean over items is the number in tables.
 
-    Attributes:
-        of: Name of the step that wrote the scores.
-        kind: ``accuracy``: 1 for a pair ranked as its utilities rank it, among pairs with clearly different utilities.
-            ``alignment``, ``quality``: 1 for a pair ranked as this part of the utility ranks it, among pairs that
-            differ in it. ``turned``: 1 for a pair whose ranking differs from that at the first level of the table.
-            ``column``: the value of a column of pictures.
-        timestep: Timestep to read; of several, scores are averaged.
-        sigma: Noise level to read; of several, scores are averaged.
-        column: Column to read; of several, scores are averaged.
+    Kinds are ``accuracy``: 1 for a pair ranked as its utilities rank it, among pairs with clearly different utilities;
+    ``alignment``, ``quality``: 1 for a pair ranked as this part of the utility ranks it, among pairs that differ in it;
+    ``turned``: 1 for a pair whose ranking differs from that at the first level of the table; ``column``: the value of a
+    column of pictures. Of several timesteps, noise levels or columns, scores are averaged.
     """
 
     __pydantic_config__ = STRICT
-    of: str
+    of: str  # name of the step that wrote the scores
     kind: Kind
     timestep: Annotated[tuple[int | float, ...], BeforeValidator(_several)] = ()
     sigma: Annotated[tuple[int | float, ...], BeforeValidator(_several)] = ()
@@ -65,60 +60,37 @@ class Side:
 
 @dataclass(frozen=True)
 class Claim:
-    """Statement that one number exceeds another.
-
-    Attributes:
-        says: The statement in words.
-        higher: Side that should be higher.
-        lower: Side that should be lower; None compares ``higher`` with ``more_than`` alone.
-        more_than: Difference that should be exceeded.
-    """
+    """Statement that one number exceeds another."""
 
     __pydantic_config__ = STRICT
-    says: str
-    higher: Side
-    lower: Side | None = None
-    more_than: float = 0.0
+    says: str  # the statement in words
+    higher: Side  # side that should be higher
+    lower: Side | None = None  # side that should be lower; None compares ``higher`` with ``more_than`` alone
+    more_than: float = 0.0  # difference that should be exceeded
 
 
 @dataclass(frozen=True)
 class Row:
-    """Row of the reproduction: arms that are compared on the same held-out items, once per seed.
-
-    Attributes:
-        name: Name of the YAML file.
-        title: Heading on the page.
-        paper: Paper that the claims are from; the page has a section for each.
-        claim: What is claimed, and where: paper and table, or that the comparison is ours.
-        run: What was run: what the arms are, and what differs from the paper.
-        claims: Statements to test.
-        metrics: Name → metric; measured for every arm.
-        arms: Name of an arm → name of a step → arguments added to the step.
-        instead: Name of an arm → name of a metric's step → name of the step that the arm has in its place.
-        cpu_seconds: Expected processor time of all seeds, in seconds, without steps that other rows share.
-        miniature_of: Full-size configs that the arms stand for.
-        result: What came out, in words, and why if known; empty before the measurement.
-        seeds: Number of seeds; without claims one is enough.
-        rewards: Steps that train rewards; the page has their processor time in a column of its own.
-        steps: Steps of this row alone, in addition to the shared ones.
-    """
+    """Row of the reproduction: arms that are compared on the same held-out items, once per seed."""
 
     __pydantic_config__ = STRICT
-    name: str
-    title: str
-    paper: Paper
-    claim: str
-    run: str
-    metrics: Mapping[str, Metric]
+    name: str  # of the YAML file
+    title: str  # heading on the page
+    paper: Paper  # paper that the claims are from; the page has a section for each
+    claim: str  # what is claimed, and where: paper and table, or that the comparison is ours
+    run: str  # what was run: what the arms are, and what differs from the paper
+    metrics: Mapping[str, Metric]  # name → metric; measured for every arm
+    # Name of an arm → name of a step → arguments added to the step.
     arms: Mapping[str, Annotated[Mapping[str, Arguments], BeforeValidator(lambda given: given or {})]]
-    cpu_seconds: float
-    claims: Sequence[Annotated[Claim, BeforeValidator(_with_sides)]] = ()
+    cpu_seconds: float  # expected processor time of all seeds, without steps that other rows share
+    claims: Sequence[Annotated[Claim, BeforeValidator(_with_sides)]] = ()  # statements to test
+    # Name of an arm → name of a metric's step → name of the step that the arm has in its place.
     instead: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
-    miniature_of: Sequence[str] = ()
-    result: str = ""
-    seeds: int = 3
-    rewards: Sequence[str] = ()
-    steps: Mapping[str, Step] = field(default_factory=dict)
+    miniature_of: Sequence[str] = ()  # full-size configs that the arms stand for
+    result: str = ""  # what came out, in words, and why if known; empty before the measurement
+    seeds: int = 3  # without claims one is enough
+    rewards: Sequence[str] = ()  # steps that train rewards; the page has their processor time in a column of its own
+    steps: Mapping[str, Step] = field(default_factory=dict)  # of this row alone, in addition to the shared ones
 
     @cached_property
     def all_steps(self) -> dict[str, Step]:

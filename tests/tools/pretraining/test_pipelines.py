@@ -9,7 +9,7 @@ import torch
 
 from latentreward.tinyworld.sampling import PIPELINE_FOLDERS, load_pipeline
 from tools.pretraining.pipelines import main
-from tools.pretraining.recipes import readme
+from tools.pretraining.training import readme
 from tools.pretraining.vae import LATENT_STD, build_vae, draw_training_pictures, normalize_pictures, standardize_latents
 
 

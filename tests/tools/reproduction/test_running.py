@@ -15,10 +15,10 @@ import pytest
 
 from latentreward.apps.steps.running import TaskRunner
 from latentreward.errors import InputError
+from tools.reproduce import measure_rows, missing
 from tools.reproduction.page import status_table
 from tools.reproduction.results import judge_claim, read_results, result_path, write_result
 from tools.reproduction.rows import Row, read_row
-from tools.reproduction.running import measure_rows, missing
 from tools.source_digests import source_digest
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -147,7 +147,7 @@ import sys
 from pathlib import Path
 from latentreward.interrupts import sigterm_interrupts
 from tools.reproduction.rows import read_row
-from tools.reproduction.running import measure_rows, missing
+from tools.reproduce import measure_rows, missing
 from tests.tools.reproduction.test_running import TOY
 folder = Path(sys.argv[1])
 waiting = {**TOY["steps"], "toy_scores": {**TOY["steps"]["toy_scores"], "run": "wait {out} {toy_pairs} {seed}"}}

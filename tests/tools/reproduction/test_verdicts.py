@@ -8,9 +8,8 @@ import pytest
 from mpmath import betainc
 
 from latentreward.errors import InputError
-from tools.reproduction.intervals import STUDENT, crossed_interval, student_interval
 from tools.reproduction.measuring import Values
-from tools.reproduction.results import judge
+from tools.reproduction.results import STUDENT, crossed_interval, judge, student_interval
 
 Z = NormalDist().inv_cdf(0.975)
 
