@@ -5,7 +5,7 @@ The reward scores each step by itself (:class:`StepwiseGRPOModule`) or the finis
 (:class:`TrajectoryGRPOModule`).
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -366,10 +366,17 @@ class TrajectoryGRPOModule(GRPOModule):
             pending.append(begin_finished(self.reward, sampled[-1].finished, part, self.seed, self.reward_sigmas))
         trajectories = Trajectories.join(sampled)
         latents = trajectories.finished
-        scores = self._finished_scores(latents, prompts, pending)
-        rewards = scores["rewards"]
+        scores = {}
+        if self.gate is not None and self.gate.takes == "levels":
+            # Beside the rewards: a head's score of several levels may be no mean.
+            levels = [self._score(latents, prompts, [sigma]) for sigma in self.reward_sigmas]
+            scores["levels"] = torch.stack(levels, dim=-1)
+        parts = torch.cat([wait() for wait in pending])
+        rewards = self.reward.mix(parts, rows_of(prompts, latents)).view(len(prompts), self.num_trajectories)
+        parts = parts.unflatten(0, rewards.shape)  # (P, K, R), scores of the R rewards of a mixture
+        scores |= {"rewards": rewards, "parts": parts}
         self.rollout_statistics = group_statistics(torch.zeros(1), rewards.T[None].cpu())
-        given = scores["parts"] if self.advantage.takes_parts else rewards
+        given = parts if self.advantage.takes_parts else rewards
         features = None
         if self.advantage.takes_features:  # averages over 4 x 4 areas of each frame
             areas = F.adaptive_avg_pool2d(latents.float().flatten(1, -3), 4)
@@ -412,26 +419,6 @@ class TrajectoryGRPOModule(GRPOModule):
             sampler = GuidedSampler(sampler, self.reward_guidance, self.reward, encoded)
         settings = (self.sampling, self.guidance_scale, self.seed)
         return sample_trajectories(self.policy, sampler, repeated, *settings, keep_means="ratio" in self.rules)
-
-    def _finished_scores(
-        self, latents: Tensor, prompts: PromptBatch, pending: Sequence[Callable[[], Tensor]]
-    ) -> dict[str, Tensor]:
-        """Score finished latents ``(P·K, C, ...)`` of P prompts, in the forms that advantages and gate take.
-
-        ``pending`` are results of :func:`~latentreward.rollout.begin_finished`, together those of the latents.
-
-        Returns:
-            ``rewards`` ``(P, K)``; ``parts`` ``(P, K, R)``, scores of the R rewards of a mixture; for a gate that takes
-            them, ``levels`` ``(P, K, L)``, rewards at each of L noise levels.
-        """
-        scores, shape = {}, (len(prompts), self.num_trajectories)
-        if self.gate is not None and self.gate.takes == "levels":
-            # Beside the rewards: a head's score of several levels may be no mean.
-            levels = [self._score(latents, prompts, [sigma]) for sigma in self.reward_sigmas]
-            scores["levels"] = torch.stack(levels, dim=-1)
-        parts = torch.cat([wait() for wait in pending])
-        rewards = self.reward.mix(parts, rows_of(prompts, latents)).view(shape)
-        return scores | {"rewards": rewards, "parts": parts.unflatten(0, shape)}
 
     def _score(self, latents: Tensor, prompts: PromptBatch, sigmas: Sequence[float]) -> Tensor:
         """Score finished latents at noise levels: ``(P, K)``."""

@@ -6,7 +6,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from latentreward.errors import LIGHTNING_NO_GPU, NO_GPU, InputError, first_line
@@ -47,8 +46,14 @@ def bind_to_parent(strategy: "Strategy") -> None:
     A child ignores Ctrl-C, which the parent gets too, and which ends the children.
     """
     if is_child(strategy):
+        parent = os.environ[PARENT]
+
+        def wait_for_end() -> None:
+            while str(os.getppid()) == parent:
+                time.sleep(1)
+
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-        end_after(partial(_wait_for_end, os.environ[PARENT]))  # else it would wait half an hour for the process group
+        end_after(wait_for_end)  # else it would wait half an hour for the process group
     else:
         os.environ[PARENT] = str(os.getpid())
 
@@ -66,8 +71,3 @@ def end_after(wait: Callable[[], Any]) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
     threading.Thread(target=watch, daemon=True).start()
-
-
-def _wait_for_end(parent: str) -> None:
-    while str(os.getppid()) == parent:
-        time.sleep(1)

@@ -157,11 +157,6 @@ def _help_of_unknown_class(match: re.Match[str], setting: str) -> str:
     return f"the class is not known yet; say --{setting} CLASS {option}, or give a --config file before it"
 
 
-def _unset_variable(match: re.Match[str], setting: str) -> str:
-    place = f", which {NAMED_IN[match[1]]} refers to," if match[1] in NAMED_IN else ""
-    return f"the environment variable {match[1]}{place} is not set; say {match[1]}=VALUE latentreward ..., or export it"
-
-
 def _in_list(message: str, key: Sequence[str], kind: str, name: str) -> str:
     """Return index and class of the item of a list of classes that lacks a setting; empty outside a list.
 
@@ -222,7 +217,11 @@ REWORDINGS: dict[str, str | Callable[[re.Match[str], str], str]] = {
         match[0] + ("; for prompts from a file say --data PromptDataModule too" if setting == "data" else "")
     ),
     r"Option '(credit|window)\b.*' is not accepted.*": r"\g<0>; \1 is for TrajectoryGRPOModule",
-    r"KeyError raised while resolving interpolation: .Environment variable '(\w+)'": _unset_variable,
+    r"KeyError raised while resolving interpolation: .Environment variable '(\w+)'": lambda match, setting: (
+        f"the environment variable {match[1]}"
+        f"{f', which {NAMED_IN[match[1]]} refers to,' if match[1] in NAMED_IN else ''} is not set; say "
+        f"{match[1]}=VALUE latentreward ..., or export it"
+    ),
     "no viable alternative at input|token recognition error|mismatched input|missing": (
         "the interpolation is not closed; write ${NAME}, ${oc.env:VARIABLE}, or a value"
     ),

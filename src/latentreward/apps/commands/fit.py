@@ -360,13 +360,12 @@ class TrainingCLI(LightningCLI):
             return
         from latentreward.apps.estimate.settings import estimate
 
-        self.estimated = estimate(self.config[subcommand], self._build_module)
+        def build_module(settings: Namespace) -> LightningModule:
+            alone = Namespace(subcommand="fit", fit=Namespace(model=settings.model))  # without trainer and data
+            with constructor_errors():
+                return self.parser.instantiate(alone)["fit"].model
 
-    def _build_module(self, settings: Namespace) -> LightningModule:
-        """Build the Lightning module, without trainer and data."""
-        alone = Namespace(subcommand="fit", fit=Namespace(model=settings.model))
-        with constructor_errors():
-            return self.parser.instantiate(alone)["fit"].model
+        self.estimated = estimate(self.config[subcommand], build_module)
 
     def before_fit(self) -> None:
         """Prepare ``fit``: lock the run folder when all ranks have started, and find the checkpoint to resume from.

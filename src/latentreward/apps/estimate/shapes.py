@@ -37,13 +37,15 @@ class LiveBytes:
         """Count a tensor's storage until the storage is freed."""
         storage = tensor.untyped_storage()
         if storage._cdata not in self._sizes:
-            self._sizes[storage._cdata] = storage.nbytes()
+            key = storage._cdata
+
+            def drop() -> None:
+                self.now -= self._sizes.pop(key)
+
+            self._sizes[key] = storage.nbytes()
             self.now += storage.nbytes()
             self.peak = max(self.peak, self.now)
-            weakref.finalize(storage, self._drop, storage._cdata)
-
-    def _drop(self, storage: int) -> None:
-        self.now -= self._sizes.pop(storage)
+            weakref.finalize(storage, drop)
 
 
 class ShapesOnly(TorchDispatchMode):
@@ -133,13 +135,14 @@ class SavedTensors(saved_tensors_hooks):
 
     def __init__(self, weights: Iterable[Tensor]) -> None:
         self.bytes = LiveBytes()
-        self._weights = {weight.untyped_storage()._cdata for weight in weights}
-        super().__init__(self._pack, lambda tensor: tensor)
+        known = {weight.untyped_storage()._cdata for weight in weights}
 
-    def _pack(self, tensor: Tensor) -> Tensor:
-        if tensor.untyped_storage()._cdata not in self._weights:
-            self.bytes.add(tensor)
-        return tensor
+        def pack(tensor: Tensor) -> Tensor:
+            if tensor.untyped_storage()._cdata not in known:
+                self.bytes.add(tensor)
+            return tensor
+
+        super().__init__(pack, lambda tensor: tensor)
 
 
 IN_FLOAT32 = (

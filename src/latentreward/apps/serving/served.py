@@ -84,11 +84,16 @@ class ServedModel:
                 after the timeout, 499 if the client disconnected, 422 if the model cannot score the rows, 500 if the
                 model failed.
         """
+
+        async def leaves() -> None:
+            while (await request.receive())["type"] != "http.disconnect":
+                pass
+
         self.require_room(len(rows))
         self._under_way += 1
         client = request.client and request.client.host
         scoring = asyncio.ensure_future(self.batcher.score(rows, client))
-        gone = asyncio.ensure_future(_disconnected(request))
+        gone = asyncio.ensure_future(leaves())
         try:
             await asyncio.wait({scoring, gone}, timeout=self.settings.timeout, return_when=asyncio.FIRST_COMPLETED)
             if scoring.done():
@@ -214,11 +219,6 @@ def own_shape(reward: RewardModel) -> tuple[int, ...]:
     """Return the shape ``(C, [T,] h, w)`` of latents of the network's native size."""
     space = reward.backbone.latent_space
     return space.shape(*(reward.backbone.native_size or (8 * space.downscale, 8 * space.downscale)))
-
-
-async def _disconnected(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
 
 
 def _result(scoring: asyncio.Future[list[Scores]]) -> list[Scores]:
