@@ -50,7 +50,12 @@ class ExactResume(Callback):
         check_states(own_states(trainer, pl_module))
         # Lightning calls this hook from _FitLoop.on_run_start. By then loaders have their state, and reset() has
         # derived from the saved counters where the checkpoint was written; advance() has not yet acted on that.
-        load_dropped_state(trainer.fit_loop)
+        loop: Any = trainer.fit_loop
+        if loop._combined_loader_states_to_load:
+            # setup_data loads a loader's state only while `restarting` is true, whose setter makes it false when the
+            # saved epoch is complete. The state then says where the next epoch begins: rows of a rollout not used yet.
+            loop._combined_loader._load_state_dicts(loop._combined_loader_states_to_load)
+            loop._combined_loader_states_to_load = []
         if trainer.fit_loop.restarted_on_epoch_end:
             close_epoch(trainer.fit_loop)
         loader, progress = trainer.train_dataloader, batch_progress(trainer)
@@ -104,18 +109,6 @@ def own_states(trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
 def batch_progress(trainer: Trainer) -> Any:
     """Return Lightning's counts of training batches, as Any because Lightning's annotations lack half of them."""
     return trainer.fit_loop.epoch_loop.batch_progress
-
-
-def load_dropped_state(loop: Any) -> None:
-    """Load the loader's state that Lightning has read but not loaded, because the epoch was finished.
-
-    ``_FitLoop.setup_data`` loads states only while ``restarting`` is true; the setter of ``restarting`` makes it false
-    when the saved epoch is complete. After an epoch, a loader's state says where the next epoch begins: rows of a
-    rollout that are not used yet, for example.
-    """
-    if loop._combined_loader_states_to_load:
-        loop._combined_loader._load_state_dicts(loop._combined_loader_states_to_load)
-        loop._combined_loader_states_to_load = []
 
 
 def close_epoch(loop: Any) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from latentreward.backbones.quantization import Quantization, check_quantization, quantize
 from latentreward.backbones.single_file import find_configs
 from latentreward.backbones.tuning import LoRA, StorageDtype, Tuning, tune
-from latentreward.backbones.weights import from_config, load_weights, map_model, settle
+from latentreward.backbones.weights import after_settling, from_config, load_weights, map_model, settle
 from latentreward.contracts import LatentSpace, PathText
 from latentreward.errors import InputError, first_line
 from latentreward.noise import DDPM, DDPM_SCHEDULERS, FLOW_SCHEDULERS, FlowMatching, fits_kind, process_from_scheduler
@@ -438,16 +439,9 @@ def set_execution(
     attention_backend: str | None = None,
     quantization: Quantization | None = None,
 ) -> None:
-    """Set gradient checkpointing, attention kernels and quantisation of a network.
+    """Set gradient checkpointing, attention kernels and quantisation of a network and its ``blocks``.
 
-    Args:
-        blocks: Blocks whose linear layers are quantised.
-        network: diffusers network with these blocks.
-        gradient_checkpointing: Recompute block activations in the backward pass: less memory, about a third slower.
-        attention_backend: Name of a diffusers attention backend, such as ``flash``; None keeps PyTorch's own. Networks
-            that call PyTorch's attention themselves (U-Nets, SD3) have no other.
-        quantization: Storage of the frozen linear layers of the blocks: ``int8`` (torchao), ``bnb_int8`` or ``nf4``
-            (bitsandbytes, on a GPU). None keeps ``frozen_dtype``.
+    For the settings see :class:`~latentreward.families.backbone.BackboneOptions`.
 
     Raises:
         InputError: If the network has no gradient checkpointing, or the attention backend is unknown, its library is
@@ -461,7 +455,8 @@ def set_execution(
             raise InputError(f"gradient_checkpointing=True: {kind} does not support it; leave it out") from error
     if attention_backend is not None:
         set_attention_backend(network, attention_backend)
-    quantize(list(blocks), quantization)
+    if quantization is not None:
+        after_settling(partial(quantize, list(blocks), quantization))
 
 
 def set_attention_backend(network: nn.Module, name: str) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from functools import partial
 from importlib.util import find_spec
 from math import ceil
 from typing import Any, Literal
@@ -11,7 +10,6 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from latentreward.backbones.weights import after_settling
 from latentreward.checkpoints.base_weights import keep_sample, sample
 from latentreward.errors import InputError
 
@@ -44,17 +42,12 @@ def check_quantization(kind: str | None, tuning: str) -> None:
         raise InputError(f"quantization={kind} (bitsandbytes) needs a GPU; use int8 (torchao) on a CPU")
 
 
-def quantize(blocks: Iterable[nn.Module], kind: str | None) -> None:
-    """Quantise the frozen linear layers of a network's blocks in place, once their weights are read.
+def quantize(blocks: Iterable[nn.Module], kind: str) -> None:
+    """Quantise the frozen linear layers of a network's blocks in place.
 
     Adapters, norms and the layers outside the blocks keep their types. On the meta device layers only get
     :data:`PLANNED`.
     """
-    if kind is not None:
-        after_settling(partial(_quantize, list(blocks), kind))
-
-
-def _quantize(blocks: Iterable[nn.Module], kind: str) -> None:
     for block in blocks:
         layers = [(name, layer) for name, layer in block.named_modules() if is_frozen_linear(name, layer)]
         for name, layer in layers:

@@ -238,7 +238,8 @@ class CachedPairs(PairReader):
 
     def prompts(self) -> list[str]:
         """See :meth:`PairReader.prompts`."""
-        return self.index.prompts.take(self.index.prompt[self.rows]).to_pylist()
+        texts = self.index.prompts.to_pylist()  # pairs with one prompt share its text
+        return [texts[place] for place in self.index.prompt[self.rows].tolist()]
 
     def pair_ids(self) -> list[str]:
         """See :meth:`PairReader.pair_ids`."""

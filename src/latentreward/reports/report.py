@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from latentreward import __version__
 from latentreward.reports.drawing import figure_uri
 from latentreward.reports.page import write_page
-from latentreward.reports.tables import Section, markdown_report
+from latentreward.reports.tables import Section, markdown_table, plain
 from latentreward.storage.durable import write_file
 
 if TYPE_CHECKING:
@@ -48,7 +48,11 @@ def write_report(
     notes: Sequence[str] = vars(report)["notes"]
     content = json.dumps(plain_values(vars(report)), indent=1, ensure_ascii=True, allow_nan=False)
     write_file(folder / JSON, content + "\n")
-    write_file(folder / MARKDOWN, markdown_report(title, notes, introduction, sections))
+    # Introduction and texts of sections are Markdown and are not escaped; titles and tables are.
+    parts = [f"# {plain(title)}", *(f"> **{plain(note)}**" for note in notes), introduction]
+    for section in sections:
+        parts += [f"## {plain(section.title)}", section.text, *map(markdown_table, section.tables)]
+    write_file(folder / MARKDOWN, "\n\n".join(filter(None, parts)) + "\n")
     figures = [[{"uri": figure_uri(figure), "alt": alt} for figure, alt in section.figures] for section in sections]
     values |= {"title": title, "introduction": introduction, "notes": notes, "sections": sections, "figures": figures}
     write_page(folder / HTML, template, **values)

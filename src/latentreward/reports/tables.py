@@ -107,18 +107,6 @@ MARKUP = re.compile(r"([\\`*_{}\[\]<>#|!~&$])")
 """Pattern of the characters that are escaped."""
 
 
-def markdown_report(title: str, notes: Iterable[str], introduction: str, sections: Iterable[Section]) -> str:
-    """Convert a report to Markdown text.
-
-    ``notes`` are shown in bold before the introduction. Introduction and texts of sections are Markdown and are not
-    escaped; titles and tables are.
-    """
-    parts = [f"# {plain(title)}", *(f"> **{plain(note)}**" for note in notes), introduction]
-    for section in sections:
-        parts += [f"## {plain(section.title)}", section.text, *map(markdown_table, section.tables)]
-    return "\n\n".join(filter(None, parts)) + "\n"
-
-
 def plain(text: str) -> str:
     """Escape characters that are markup in Markdown or HTML, and put the text on one line."""
     return MARKUP.sub(r"\\\1", " ".join(text.split()))

@@ -41,8 +41,10 @@ def most_disputed(scored: Sequence[BenchmarkPairs], count: int) -> list[Row]:
     for row in np.argsort(-tells, kind="stable").tolist():
         if len(rows) == count or tells[row] <= 0:
             break
+        if first.groups[row] in rows:
+            continue
         finite = [(pairs, gap) for pairs, gap in zip(scored, gaps[:, row].tolist(), strict=True) if np.isfinite(gap)]
-        found = {
+        rows[first.groups[row]] = {
             "benchmark": first.benchmark,
             "row": row,
             "pair_id": first.pair_ids[row],
@@ -51,7 +53,6 @@ def most_disputed(scored: Sequence[BenchmarkPairs], count: int) -> list[Row]:
             "scores": {pairs.scorer: (float(pairs.first[row]), float(pairs.second[row])) for pairs, _ in finite},
             "gaps": {pairs.scorer: gap for pairs, gap in finite},
         }
-        rows.setdefault(first.groups[row], found)
     return list(rows.values())
 
 

@@ -46,7 +46,7 @@ class ScoreStore:
     def __init__(self, path: Path, identity: str, order: Sequence[str] = ()) -> None:
         self.path, self.identity = path, identity
         self._places = {key: place for place, key in enumerate(order)}
-        self.scores: dict[str, Scores] = {}  # of a picture, by its `picture_key`
+        self.scores: dict[str, Scores] = {}  # of a picture, by its key
         self.model: str | None = None  # model that a server named with the scores; None if there was none
         if not path.is_file():
             return
@@ -67,11 +67,6 @@ class ScoreStore:
         head = {"scorer": self.identity} | ({} if self.model is None else {"model": self.model})
         rows = [head, *({"picture": key, "scores": row} for key, row in self.scores.items())]
         write_file(self.path, "".join(json.dumps(row) + "\n" for row in rows))
-
-
-def picture_key(picture: JudgedPicture) -> str:
-    """Return a hash of a picture's bytes and prompt, and of prompt index and number, which whole-set scorers use."""
-    return digest([picture.path.read_bytes(), json.dumps([picture.prompt, picture.place, picture.image])])
 
 
 def score_names(scorers: Sequence[Scorer]) -> list[str]:
@@ -128,7 +123,9 @@ class PictureScoring:
     ) -> None:
         self.policy, self.pictures, self.scorers, self.folder = policy, tuple(pictures), list(scorers), folder
         self._work, self._task = work, SCORES_OF.format(folder.name)
-        self._keys = [picture_key(picture) for picture in pictures]
+        self._keys = [  # prompt index and number too, which whole-set scorers use
+            digest([one.path.read_bytes(), json.dumps([one.prompt, one.place, one.image])]) for one in pictures
+        ]
         self.stores: dict[str, ScoreStore] = {}
         for scorer in scorers:
             files = scorer_fingerprints(scorer, policy)  # so that changed files invalidate kept scores
