@@ -17,7 +17,7 @@ from torch import Tensor
 from latentreward.contracts import PathText
 from latentreward.errors import InputError, check_range
 from latentreward.modules.alignment import AlignmentModule
-from latentreward.remote.errors import RemoteError, raise_together
+from latentreward.remote.server import RemoteError, raise_together
 from latentreward.reports.drawing import to_image
 from latentreward.rollout.finished import score_finished
 from latentreward.scorers import ImageScorer

@@ -1,8 +1,7 @@
 """Scores from servers of others: connection, forms of requests and replies, batches and cache."""
 
-from latentreward.remote.errors import RemoteError
 from latentreward.remote.schemas import ImageSchema, PlainJSON, Schema, ServedImages, ServedLatents, UniRL
-from latentreward.remote.server import RemoteServer
+from latentreward.remote.server import RemoteError, RemoteServer
 
 __all__ = [
     "ImageSchema",

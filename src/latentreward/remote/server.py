@@ -6,7 +6,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
@@ -18,7 +18,6 @@ from urllib.parse import urlsplit
 from latentreward.contracts import PathText
 from latentreward.errors import InputError, check_at_least_one, check_range, errors_at, first_line, printable
 from latentreward.interrupts import stop_asked
-from latentreward.remote.errors import RemoteError
 from latentreward.storage.texts import checked_token, token_of_file
 
 if TYPE_CHECKING:
@@ -38,6 +37,26 @@ LARGEST_REPLY = 16 * 2**20
 """Greatest size of a reply, in bytes; compressed ones, which may be of any size once unpacked, are not taken."""
 SHOWN = 200  # number of characters of a server's own words that a message repeats
 LOOK_S = 0.2  # seconds between two looks for a signal to stop while waiting
+
+
+class RemoteError(InputError):
+    """A reward server that does not answer, or answers something else than scores.
+
+    Attributes:
+        resume: Text on what was saved and how to go on, added to the message once a run has been saved.
+    """
+
+    resume: str = ""
+
+    def __str__(self) -> str:
+        """Return the message, with :attr:`resume` if it is set."""
+        return f"{super().__str__()}; {self.resume}" if self.resume else super().__str__()
+
+
+def raise_together(failure: RemoteError | None, agree: Callable[[bool], bool]) -> None:
+    """Raise RemoteError on all ranks if one of them has met a ``failure``; all ranks call ``agree``."""
+    if not agree(failure is None):
+        raise failure or RemoteError("the reward server of another rank gave no scores; see that rank's message")
 
 
 @dataclass(frozen=True)

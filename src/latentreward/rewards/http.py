@@ -14,7 +14,6 @@ from latentreward.contracts import Conditioning, LatentSpace, NoisyStates
 from latentreward.errors import InputError, check_at_least_one
 from latentreward.promises import check_needs
 from latentreward.remote import ImageSchema, PlainJSON, RemoteError, RemoteServer, Schema, ServedImages, ServedLatents
-from latentreward.remote.errors import raise_together
 from latentreward.remote.images import RemoteImages
 from latentreward.remote.latents import (
     LatentRow,
@@ -26,7 +25,7 @@ from latentreward.remote.latents import (
     latent_space,
 )
 from latentreward.remote.scores import PendingScores
-from latentreward.remote.server import Connection
+from latentreward.remote.server import Connection, raise_together
 from latentreward.reports.drawing import to_image
 from latentreward.rewards.base import Reward, RewardSource
 from latentreward.rewards.pixel import DecodingReward
