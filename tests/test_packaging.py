@@ -21,7 +21,7 @@ import latentreward, latentreward.callbacks, latentreward.configs
 from pathlib import Path
 for module in (latentreward, latentreward.callbacks, latentreward.configs):
     assert all("site-packages" in path for path in module.__path__), module.__path__
-for table in ("estimate/published", "evaluation/benchmark/published_numbers"):
+for table in ("estimate/published", "evaluation/benchmark/published_numbers", "evaluation/benchmark/texts"):
     assert (Path(latentreward.__path__[0]) / f"apps/{table}.yaml").is_file()
 configs = Path(latentreward.configs.__path__[0])
 print(*sorted(path.relative_to(configs).as_posix() for path in configs.rglob("*.yaml")))

@@ -1,9 +1,12 @@
 """Sections of the report: for each kind of result its heading, an explanation of the numbers, tables and figures."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
+
+import yaml
 
 from latentreward.apps.evaluation.benchmark import plots
 from latentreward.apps.evaluation.benchmark.disagreements import Pictures, disagreement_card, preferred
@@ -27,41 +30,10 @@ from latentreward.reports.tables import (
 LARGEST = 25
 """Most rows of a table of sub-groups."""
 TITLE = "Benchmark of reward models"
-INTRODUCTION = (
-    "Each model scores two images of a prompt. The model is right if it gives the higher score to the image that "
-    "people preferred. Intervals are 95 % bootstrap intervals: they say how far a number would vary with other prompts "
-    "of the same kind. Where all prompts have the same share of right answers, the interval is Wilson's, because a "
-    "bootstrap has no width. With few prompts an interval is too narrow; if the pairs come from fewer than 30 groups "
-    "(as a rule, a group is a prompt), the number of groups follows the interval, as in (12 groups). If the interval "
-    "of the difference of two models contains 0, this data does not show which model is better."
-)
-FOUR = (
-    "Unweighted mean of the accuracies on four test splits: ImageReward (imagereward/micro), HPDv2 (hpdv2/micro), "
-    "HPDv3 (hpdv3) and TIGER-Lab's GenAI-Bench (genai_bench_tiger/no_tie). Intervals assume that the four accuracies "
-    "are independent."
-)
-PUBLISHED = (
-    " Numbers in italics were not measured in this run but published by others, see the column source. Image sizes and "
-    "precision may differ; the same model measured by two code bases usually differs by about one percentage point."
-)
-SUBGROUPS = (
-    "Accuracy on sub-groups of the pairs, in %, with 95 % intervals. The largest sub-groups come first; tables show at "
-    "most 25, report.json holds all. Some sub-groups differ by chance: of twenty intervals, expect one that misses the "
-    "true value."
-)
-SCORED = (
-    "Pairs and images that were scored. Pairs with an image that cannot be read are left out of every number. Rows "
-    "left out are rows that break a rule of their file format."
-)
-MODELS = "Models, with the files and settings that determine their scores."
-SETTINGS = (
-    "Settings of the run, and versions of the packages that computed it. Random numbers are seeded: the same settings "
-    "give the same report."
-)
-TELLING = (
-    "at most one pair per prompt. A gap is the score of the left image minus that of the right image, in units of the "
-    "model's root mean square gap."
-)
+TEXTS: Mapping[str, str] = yaml.safe_load(Path(__file__).with_name("texts.yaml").read_text(encoding="utf-8"))
+INTRODUCTION = TEXTS["introduction"]
+PUBLISHED = f" {TEXTS['published']}"
+"""Text after that of a section with published numbers."""
 
 
 def temperature(value: float) -> str:
@@ -88,7 +60,6 @@ class Kind:
     """Kind of result with a section of its own."""
 
     title: str  # heading
-    text: str  # explanation of the numbers
     columns: tuple[Column, ...]  # columns of the section's table
     # Function that draws the results of one data set and protocol
     figure: Callable[[Sequence[Row]], plots.Drawn] | None = None
@@ -97,8 +68,6 @@ class Kind:
 KINDS = {
     "differences": Kind(
         "Differences between models",
-        "Accuracy of one model minus that of another on the pairs that count for both, in percentage points, with the "
-        "interval of the paired difference. This interval is usually narrower than the models' own intervals suggest.",
         (
             *(DATA, PROTOCOL, ("model", "first"), ("against", "second"), ("pairs", "pairs")),
             ("difference in points", "estimate"),
@@ -107,17 +76,11 @@ KINDS = {
     ),
     "levels": Kind(
         "Accuracy by noise level",
-        "Latent rewards score images to which noise was added. This section shows their accuracy at single noise "
-        "levels (standard deviation of the noise in the mixture: 0 is the clean image, 1 is pure noise), with 95 % "
-        "intervals. A reward can be trusted at those steps of a sampler whose noise levels it judges accurately.",
         (DATA, PROTOCOL, MODEL, ("noise level", "sigma"), ("timestep", "timestep"), ("accuracy %", "estimate")),
         plots.level_figure,
     ),
     "calibration": Kind(
         "Calibration",
-        "Scores become win probabilities as σ(gap / temperature). A calibrated model is right 7 times in 10 where it "
-        "says 0.7, so its curve lies on the diagonal. The calibration error is the mean distance of the curve from the "
-        "diagonal (10 bins, weighted by pairs), with temperatures that were fitted on other pairs.",
         (
             *(DATA, PROTOCOL, MODEL),
             ("temperature", lambda row: temperature(row["temperature"])),
@@ -127,8 +90,6 @@ KINDS = {
     ),
     "agreement": Kind(
         "Agreement between models",
-        "How often two models prefer the same image of a pair, and the correlation of their scores over all images of "
-        "the data set. Models that agree with each other more than with people share their mistakes.",
         (
             *(DATA, ("model", "first"), ("model", "second"), ("pairs", "pairs"), ("same choice %", "pair")),
             ("Spearman", partial(_correlation, name="spearman")),
@@ -138,14 +99,10 @@ KINDS = {
     ),
     "correlations": Kind(
         "CLIP-Corr and Aes-Corr",
-        "Agreement of a reward with a CLIP score (does the image show the prompt?) and with an aesthetic score (is the "
-        "image pretty?): share of pairs whose two gaps have the same sign, and rank and linear correlation over all "
-        "images. The names are those of the LRM paper (arXiv:2502.01051), which does not define the numbers exactly, "
-        "so they cannot be compared with the paper's figures.",
         (DATA, MODEL, ("name", "name"), ("against", "reference"), ("value", partial(_correlation, name="estimate"))),
     ),
 }
-"""List of results in :class:`BenchmarkReport` → section that shows it."""
+"""List of results in :class:`BenchmarkReport` → section that shows it, with the text of that name."""
 
 
 def sections(report: BenchmarkReport, pictures: Pictures | None = None) -> Iterator[Section]:
@@ -158,7 +115,7 @@ def sections(report: BenchmarkReport, pictures: Pictures | None = None) -> Itera
     if report.averages:
         columns = (MODEL, ("mean accuracy %", ACCURACY[0][1]), ACCURACY[1])
         tables = [Table.of(report.averages, *columns, notes="Measured in this run"), _published(published[AVERAGE,])]
-        yield Section("Mean of four benchmarks", FOUR + PUBLISHED, tables)
+        yield Section("Mean of four benchmarks", TEXTS["four"] + PUBLISHED, tables)
     for (protocol, benchmark), rows in grouped(report.protocols, "protocol", "benchmark").items():
         theirs, summary = published.get((protocol,), []), PROTOCOLS[protocol].summary
         text = f"{summary[0].upper()}{summary[1:]}.{PUBLISHED if theirs else ''}"
@@ -169,7 +126,7 @@ def sections(report: BenchmarkReport, pictures: Pictures | None = None) -> Itera
         if rows := getattr(report, name):
             groups = grouped(rows, "benchmark", "protocol").values()
             figures = [kind.figure(same) for same in groups] if kind.figure else []
-            yield Section(kind.title, kind.text, [Table.of(rows, *kind.columns)], figures)
+            yield Section(kind.title, TEXTS[name], [Table.of(rows, *kind.columns)], figures)
     if report.subgroups:
         tables = []
         by_column = grouped(report.subgroups, "benchmark", "protocol", "column")
@@ -177,7 +134,7 @@ def sections(report: BenchmarkReport, pictures: Pictures | None = None) -> Itera
             scorers = map(_of_scorer, dict.fromkeys(result["scorer"] for result in results))
             rows, notes = _side_by_side(results, "value")[:LARGEST], f"{benchmark}: {protocol} by {column}"
             tables.append(Table.of(rows, (column, "value"), ("pairs", "pairs"), *scorers, notes=notes))
-        yield Section("Sub-groups", SUBGROUPS, tables)
+        yield Section("Sub-groups", TEXTS["subgroups"], tables)
     counts = Table.of(
         [{"benchmark": name, **counts} for name, counts in report.data.items()],
         DATA,
@@ -187,9 +144,9 @@ def sections(report: BenchmarkReport, pictures: Pictures | None = None) -> Itera
     )
     models = tuple((name, without_unset(identity)) for name, identity in report.scorers.items())
     settings = tuple((name, str(value)) for name, value in report.settings.items())
-    yield Section("Data", SCORED, [counts])
-    yield Section("Models", MODELS, [Table(("model", "what it is"), models)])
-    yield Section("Settings and versions", SETTINGS, [Table(("setting", "value"), settings)])
+    yield Section("Data", TEXTS["scored"], [counts])
+    yield Section("Models", TEXTS["models"], [Table(("model", "what it is"), models)])
+    yield Section("Settings and versions", TEXTS["settings"], [Table(("setting", "value"), settings)])
     if report.telling:
         yield _telling(report, pictures or {})
 
@@ -240,7 +197,7 @@ def _telling(report: BenchmarkReport, pictures: Pictures) -> Section:
     by_data = {name: pairs for (name,), pairs in grouped(report.telling, "benchmark").items()}
     tables = [Table.of(pairs, *columns, notes=name) for name, pairs in by_data.items()]
     cards = {name: [disagreement_card(pair, pictures) for pair in pairs] for name, pairs in by_data.items()}
-    return Section(title, f"Pairs on which {what} by the largest gaps, {TELLING}", tables, cards=cards)
+    return Section(title, f"Pairs on which {what} by the largest gaps, {TEXTS['telling']}", tables, cards=cards)
 
 
 def _gap(scorer: str) -> Column:
