@@ -221,7 +221,9 @@ def wrong_tensor(
     values = found.detach().flatten()
     if kind in ("bool", "floats") or values.is_meta or not len(values) or not VALUES.get():
         return None
-    sound = values.isfinite() & (values >= low) & (values <= high)
+    sound = values.isfinite()
+    if (low, high) != (-math.inf, math.inf):
+        sound &= (values >= low) & (values <= high)
     if sound.all():  # also of an estimate's stand-ins, which have no values and whose booleans are true
         return None
     bad = values[~sound]

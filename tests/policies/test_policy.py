@@ -228,6 +228,26 @@ def test_zeros_for_sdxl_are_diffusers_default(tmp_path: Path) -> None:
     assert source.load().encode_uncond().prompt_embeds.any()
 
 
+def test_the_empty_prompt_is_encoded_once_for_a_place_a_precision_and_a_mode(monkeypatch: pytest.MonkeyPatch) -> None:
+    policy, asked = tiny_source("sd15").load(), []
+    encode = policy.text_encoder.encode_ids
+    monkeypatch.setattr(policy.text_encoder, "encode_ids", lambda *ids: asked.append(ids) or encode(*ids))
+    first = policy.encode_uncond()
+    assert policy.encode_uncond() is first
+    assert len(asked) == 1
+    with torch.inference_mode():
+        assert torch.equal(policy.encode_uncond().prompt_embeds, first.prompt_embeds)
+    assert not policy.encode_uncond().prompt_embeds.is_inference()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not torch.equal(policy.encode_uncond().prompt_embeds.float(), first.prompt_embeds)
+    policy.to(torch.bfloat16)
+    assert policy.encode_uncond().prompt_embeds.dtype == torch.bfloat16
+    with torch.no_grad():
+        next(policy.text_encoder.parameters()).zero_()
+    policy.encode_uncond()
+    assert len(asked) == 6
+
+
 @pytest.mark.parametrize("name", ["sd_tiny", "sd35_tiny"])
 def test_shipped_generators_are_policies(name: str) -> None:
     policy = PolicySource(name).load()

@@ -11,6 +11,7 @@ from latentreward.contracts import PromptBatch
 from latentreward.errors import InputError
 from latentreward.policies import Policy, PolicySource
 from latentreward.rollout import DDIMSampler, RolloutDraws, Sampling, sample_latents, sample_trajectories
+from latentreward.rollout.prompted import PromptedPolicy
 from tests.marks import rotated_after, slow_after
 from tests.rollout.tiny_rollout import PROMPTS, tiny_policy
 
@@ -66,6 +67,22 @@ def test_log_probabilities_are_those_of_the_steps(name: str) -> None:
         transition = sampler.transition(taken.latents[index], output, timesteps)
         torch.testing.assert_close(taken.log_prob[index], transition.log_prob(taken.latents[index + 1]))
     assert torch.equal(taken.finished, sample_latents(policy, PROMPTS, STEPS, 3.0, seed=0))
+
+
+def test_text_is_packed_for_guidance_once_in_a_rollout(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each prompt's text is copied at the first step alone, and answers are those for text packed anew."""
+    policy, packed = tiny_policy("sd35_tiny"), []
+    pack = Policy.with_uncond
+    monkeypatch.setattr(Policy, "with_uncond", lambda *given: packed.append(given) or pack(*given))
+    sample_trajectories(policy, STEPS.sampler(policy.family), PROMPTS, STEPS, 3.0, seed=0)
+    assert len(packed) == 1
+    network, latents = PromptedPolicy.of(policy, PROMPTS, 3.0), torch.randn(6, *policy.latent_shape())
+    with torch.no_grad():
+        for number in (6, 3, 6):
+            timesteps, every = torch.full((number,), 500.0), network.conditioning.select([0, 1, 2] * (number // 3))
+            expected = policy.predict_guided(latents[:number], timesteps, every, network.uncond, 3.0)
+            assert torch.equal(network(latents[:number], 500.0), expected)
+    assert len(packed) == 6
 
 
 def test_steps_without_noise_are_marked() -> None:

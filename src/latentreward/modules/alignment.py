@@ -126,6 +126,7 @@ class AlignmentModule(LightningModule):
         self._began = self._rollout_seconds = 0.0
         self._times: dict[str, float] = {}
         self._part_means: list[float] = []
+        self._seen: RolloutStatistics | tuple[()] | None = ()  # statistics that were logged; at first not even None
         self._rows: dict[str, int] = {}
         self._encoded: tuple[Conditioning, Conditioning | None] | None = None
 
@@ -397,8 +398,11 @@ class AlignmentModule(LightningModule):
         """Log the last rollout: time, speed, share of the run's time in rollouts, scores, mean gap, share of rows kept.
 
         Of a mixture also the mean score of each reward, as it is before normalisation. The progress line shows the mean
-        score.
+        score. At the first batch after a rollout, and in steps that are logged: each value costs some kernels.
         """
+        seen, self._seen = self._seen, self.rollout_statistics
+        if seen is self._seen and not self.trainer._logger_connector.should_update_logs:
+            return
         values = dict(self._times)
         # A resumed run begins with rows in store, before any rollout of its own.
         if values:

@@ -5,6 +5,7 @@ A state is a·x_0 + s·ε. Flow matching has a = 1 − σ, s = σ; DDPM a = √�
 
 from abc import abstractmethod
 from collections.abc import Mapping
+from functools import cached_property
 from typing import Any, TypeVar
 
 import torch
@@ -41,6 +42,11 @@ class NoiseProcess(Part):
     needs = ("timesteps", "sigmas")
     timesteps: Tensor
     sigmas: Tensor
+
+    @cached_property
+    def highest(self) -> float:
+        """Timestep of the most noise."""
+        return float(self.timesteps[0])
 
     @classmethod
     @abstractmethod
@@ -88,10 +94,9 @@ class NoiseProcess(Part):
 
     def _index(self, timesteps: Tensor) -> Tensor:
         values = timesteps.detach().to("cpu", torch.float32)
-        highest = self.timesteps[0].item()
-        outside = values[~((values >= 0) & (values <= highest))]
+        outside = values[~((values >= 0) & (values <= self.highest))]
         if outside.numel():
-            raise InputError(f"timestep {outside[0].item():g} is out of range; use a value from 0 to {highest:g}")
+            raise InputError(f"timestep {outside[0].item():g} is out of range; use a value from 0 to {self.highest:g}")
         return (self.timesteps - values[:, None]).abs().argmin(dim=1)
 
 

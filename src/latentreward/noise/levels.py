@@ -19,7 +19,7 @@ class LevelSampler(Part):
 
     @abstractmethod
     @returns(
-        lambda found, sampler, generator, process: wrong_tensor(found, (1,), high=float(process.timesteps[0]), low=0.0),
+        lambda found, sampler, generator, process: wrong_tensor(found, (1,), high=process.highest, low=0.0),
         each=True,
     )
     def draw(self, generator: Generator, process: NoiseProcess) -> Tensor:

@@ -58,6 +58,7 @@ class Policy(nn.Module):
         self.text_encoder, self.vae = text_encoder, vae
         self.adapters = AdapterSwitch(network, POLICY)
         self._gradient_seen = self._compared = False
+        self._uncond: tuple[Any, Conditioning] | None = None
 
     @property
     def noise_process(self) -> NoiseProcess:
@@ -122,16 +123,30 @@ class Policy(nn.Module):
         Raises:
             InputError: If the guidance needs the empty prompt and ``uncond`` is None.
         """
+        prompts = self.with_uncond(conditioning, uncond, guidance_scale)
+        return self.predict_packed(latents, timesteps, prompts, guidance_scale)
+
+    def with_uncond(
+        self, conditioning: Conditioning, uncond: Conditioning | None, guidance_scale: float | None
+    ) -> Conditioning:
+        """Return B prompts as :meth:`predict_packed` takes them; see :meth:`predict_guided`."""
         if guidance_scale is None or not self.family.needs_uncond(guidance_scale):
-            return self.predict(latents, timesteps, conditioning, guidance_scale)
+            return conditioning
         if uncond is None:
             raise InputError(
                 f"guidance_scale={guidance_scale:g} needs the encoded empty prompt; give it, or set it to "
                 f"{self.family.no_guidance:g}"
             )
+        return Conditioning.join([uncond.select([0] * len(conditioning)), conditioning])
+
+    def predict_packed(
+        self, latents: Tensor, timesteps: Tensor, prompts: Conditioning, guidance_scale: float | None
+    ) -> Tensor:
+        """Predict as :meth:`predict_guided` for ``prompts`` as :meth:`with_uncond` returns them."""
+        if guidance_scale is None or not self.family.needs_uncond(guidance_scale):
+            return self.predict(latents, timesteps, prompts, guidance_scale)
         # One pass of 2·B rows: FSDP2 gathers each block once, and a GPU is filled better.
-        both = Conditioning.join([uncond.select([0] * len(latents)), conditioning])
-        output = self.predict(torch.cat([latents, latents]), torch.cat([timesteps, timesteps]), both)
+        output = self.predict(torch.cat([latents, latents]), torch.cat([timesteps, timesteps]), prompts)
         without, with_prompt = output.chunk(2)
         return self.family.guide(with_prompt, without, guidance_scale)
 
@@ -142,11 +157,23 @@ class Policy(nn.Module):
         distinct = list(dict.fromkeys(prompts))
         row = {prompt: index for index, prompt in enumerate(distinct)}
         with torch.no_grad():
-            return encoder(distinct).select([row[prompt] for prompt in prompts])
+            encoded = encoder(distinct)
+        return encoded if len(distinct) == len(prompts) else encoded.select([row[prompt] for prompt in prompts])
 
     def encode_uncond(self) -> Conditioning:
-        """Encode the prompt for classifier-free guidance, one row: the empty one, or zeros, as the family does."""
-        return self.family.encode_uncond(self.require_text_encoder())
+        """Encode the prompt for classifier-free guidance, one row: the empty one, or zeros, as the family does.
+
+        It is encoded once for an encoder in one place and precision.
+        """
+        encoder = self.require_text_encoder()
+        weight = next(encoder.parameters(), torch.empty(0))
+        device = weight.device.type
+        precision = weight.dtype, torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
+        # What inference mode made cannot be part of a graph.
+        state = encoder, weight.device, *precision, weight._version, torch.is_inference_mode_enabled()
+        if self._uncond is None or self._uncond[0] != state:
+            self._uncond = state, self.family.encode_uncond(encoder)
+        return self._uncond[1]
 
     def require_text_encoder(self) -> PromptEncoder:
         """Return the text encoder; raise InputError if the policy has none."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -68,6 +68,7 @@ class PromptedPolicy:
     conditioning: Conditioning
     uncond: Conditioning | None
     guidance_scale: float | None
+    _packed: dict[int, Conditioning] = field(default_factory=dict, init=False, repr=False)  # number of rows → prompts
 
     @classmethod
     def of(cls, policy: Policy, prompts: PromptBatch, guidance_scale: float | None) -> PromptedPolicy:
@@ -86,8 +87,10 @@ class PromptedPolicy:
 
     def __call__(self, latents: Tensor, timestep: float) -> Tensor:
         """Predict for ``latents`` ``(N, C, ...)``, all at one timestep; N is a multiple of B, prompts innermost."""
-        prompts = len(self.conditioning)
-        repeats = len(latents) // prompts
-        conditioning = self.conditioning if repeats == 1 else self.conditioning.select([*range(prompts)] * repeats)
-        timesteps = torch.full((len(latents),), timestep, device=latents.device)
-        return self.policy.predict_guided(latents, timesteps, conditioning, self.uncond, self.guidance_scale)
+        count, prompts = len(latents), len(self.conditioning)
+        if count not in self._packed:  # text of many tokens: copied once, not at each timestep
+            rows = [*range(prompts)] * (count // prompts)
+            every = self.conditioning if count == prompts else self.conditioning.select(rows)
+            self._packed[count] = self.policy.with_uncond(every, self.uncond, self.guidance_scale)
+        timesteps = torch.full((count,), timestep, device=latents.device)
+        return self.policy.predict_packed(latents, timesteps, self._packed[count], self.guidance_scale)

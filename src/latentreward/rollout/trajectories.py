@@ -74,13 +74,14 @@ def sample_trajectories(
     shape = sampling.latent_shape(policy.family)
     means: list[Tensor] = []
     states, log_probs = [draws.initial(shape).to(network.device)], []
+    noisy = (sampler.noise_std > 0).tolist()
     for index, timestep in sampler.steps():
         output = network(states[-1], timestep)
         transition = sampler.transition(states[-1], output, torch.full((len(output),), timestep))
         if keep_means:
             means.append(transition.mean)
         # A step without noise has no density, and the log of its standard deviation is −∞.
-        if sampler.noise_std[index] > 0:
+        if noisy[index]:
             states.append(transition.sample(draws.noise(index, 1, shape)[0]))
             log_probs.append(transition.log_prob(states[-1]))
         else:
