@@ -409,6 +409,8 @@ METHODS = {
     "NFT-SD3.5-M, a prompt of 24": [*config("align/nft_sd35"), *ONE_PROMPT],
     "AWM-SD3.5-M, a prompt of 24": [*config("align/awm_sd35"), *ONE_PROMPT],
     "RAM-SD3.5-M, a prompt of 24": [*config("align/ram_sd35"), *ONE_PROMPT],
+    "OPSD-SD3.5-M, 144 prompts": config("align/opsd_sd35"),
+    "ReFL to a state-SD3.5-M": config("align/refl_state_sd35"),
     "PRFL-SD3.5-M": config("align/prfl_sd35"),
 }
 """Methods since the papers, at 512²."""
@@ -427,6 +429,8 @@ TINY_METHODS = {
     "nft_tiny": [*config("align/nft_tiny"), *FEW],
     "awm_tiny": [*config("align/awm_tiny"), *FEW[:2]],
     "ram_tiny": [*config("align/ram_tiny"), *FEW],
+    "opsd_tiny": [*config("align/opsd_tiny"), *FEW],
+    "refl_state_tiny": [*config("align/refl_state_tiny"), "--data.batch_size=1"],
     "prfl_tiny": config("align/prfl_tiny"),
 }
 SMALL_CARD = 40e9

@@ -253,7 +253,12 @@ def test_last_ckpt_is_of_the_last_step_written_once_and_without_frozen_weights(p
     assert whole == {"last.ckpt": run.saves.end}
     assert frozen
     last = run.checkpoints["last.ckpt"]["state_dict"]
-    copies = {"DiffusionNFTModule": {OLD}, "AWMModule": {OLD, AVERAGE}, "RAMModule": {OLD}}
+    copies = {
+        "DiffusionNFTModule": {OLD},
+        "AWMModule": {OLD, AVERAGE},
+        "RAMModule": {OLD},
+        "DiffusionOPSDModule": {OLD},
+    }
     method = next(iter(re.findall(r"\.(\w+Module)\b", path.read_text())), "")
     for copy in (OLD, AVERAGE):
         assert any(f".{copy}." in name for name in last) == (copy in copies.get(method, ()))

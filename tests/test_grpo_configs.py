@@ -10,14 +10,22 @@ from safetensors.torch import load_file
 
 from latentreward.apps.estimate.pipelines import write_pipelines
 from latentreward.cli import main
-from latentreward.modules import AWMModule, DiffusionNFTModule, RAMModule, StepwiseGRPOModule, TrajectoryGRPOModule
+from latentreward.modules import (
+    AWMModule,
+    DiffusionNFTModule,
+    DiffusionOPSDModule,
+    RAMModule,
+    StepwiseGRPOModule,
+    TrajectoryGRPOModule,
+)
 from tests.families.twins import TWINS
 from tests.marks import release_after, rotated_after, slow_after
 from tests.test_recipes import parse
 
 FOLDER = Path(__file__).parents[1] / "configs" / "align"
-FILES = sorted(path.stem for kind in ("awm", "grpo", "nft", "ram") for path in FOLDER.glob(f"{kind}_*.yaml"))
+FILES = sorted(path.stem for kind in ("awm", "grpo", "nft", "opsd", "ram") for path in FOLDER.glob(f"{kind}_*.yaml"))
 TOY = "--model.reward=tests.modules.simple_reward.FirstChannelReward"
+BRIGHT = "--model.reward=tests.modules.toy_rewards.BrightnessSource"
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -103,6 +111,7 @@ KINDS = {
     "grpo_stepwise_sd35": StepwiseGRPOModule,
     "grpo_trajectory_sd35": TrajectoryGRPOModule,
     "nft_sd35": DiffusionNFTModule,
+    "opsd_sd35": DiffusionOPSDModule,
     "ram_sd35": RAMModule,
 }
 
@@ -124,7 +133,7 @@ def test_one_option_changes_the_method(name: str, method: str) -> None:
 @pytest.mark.parametrize("name", release_after(2, KINDS))
 def test_builds_at_full_size(name: str) -> None:
     with torch.device("meta"):
-        module = parse(f"configs/align/{name}.yaml", options=(TOY,)).build("model")
+        module = parse(f"configs/align/{name}.yaml", options=(BRIGHT if name == "opsd_sd35" else TOY,)).build("model")
     assert isinstance(module, KINDS[name])
     trained = {key for key, value in module.named_parameters() if value.requires_grad}
     assert trained
@@ -157,7 +166,7 @@ def test_tiny_ones_train_under_guard(name: str, tmp_path: Path) -> None:
     own_steps = ["--model.steps={class_path: StratifiedSteps, init_args: {count: 1, share: 1.0}}"]
     options = (
         f"--trainer.default_root_dir={tmp_path}",
-        TOY,
+        BRIGHT if name == "opsd_tiny" else TOY,
         *small,
         *quick,
         *(own_steps if name == "awm_tiny" else []),

@@ -24,7 +24,14 @@ from latentreward.losses import (
     RankGate,
     UncertaintyGate,
 )
-from latentreward.modules import AWMModule, DiffusionNFTModule, RAMModule, StepwiseGRPOModule, TrajectoryGRPOModule
+from latentreward.modules import (
+    AWMModule,
+    DiffusionNFTModule,
+    DiffusionOPSDModule,
+    RAMModule,
+    StepwiseGRPOModule,
+    TrajectoryGRPOModule,
+)
 from latentreward.modules.alignment import AlignmentModule
 from latentreward.modules.grpo import GRPOModule
 from latentreward.policies import PolicySource
@@ -86,8 +93,10 @@ KINDS: dict[str, Any] = {
     "nft": (DiffusionNFTModule, {"num_samples": 3, "old": DecayRamp(0.5, 0.5)}),
     "awm": (AWMModule, {"num_samples": 3, "steps": StratifiedSteps(1, share=1.0), "optimizer": partial(SGD, lr=1.0)}),
     "ram": (RAMModule, {"num_samples": 3, "draws": 2}),
+    "opsd": (DiffusionOPSDModule, {"old": DecayRamp(0.5, 0.5)}),
 }
 REWARDS: dict[str, RewardSource] = {
+    "opsd": BrightnessSource(),
     "steps": OtherChannelsReward(),
     "mixture": RewardMixture([FirstChannelReward(), BrightnessSource()], normalise="none"),
     "euphonium": RewardMixture([BrightnessSource(), BrightnessSource()], [1.0, 0.5], normalise="none"),
@@ -101,6 +110,7 @@ CASES = [
     ("nft", "sd35_tiny"),
     ("awm", "sd35_tiny"),
     ("ram", "sd15"),
+    ("opsd", "sd35_tiny"),
 ]
 METRICS = ("hacking/held_out", "hacking/reward_change", "drift/mean", "collapse/diversity", "rollout/gap_50_t_0_1000")
 
@@ -147,7 +157,8 @@ def train(method: str, pipeline: str, strategy: Any, world_size: int, folder: Pa
     trainer.fit(module, datamodule=data)
     changing = changing_names(module)
     weights = {name: whole_tensor(p.detach()).clone() for name, p in module.named_parameters() if name in changing}
-    return {"weights": weights, "metrics": {name: trainer.callback_metrics[name].item() for name in METRICS}}
+    logged = trainer.callback_metrics  # DiffusionOPSD scores no samples of a rollout
+    return {"weights": weights, "metrics": {name: logged[name].item() for name in METRICS if name in logged}}
 
 
 def all_cases(folder: Path) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from .linear_dpo import LinearDPO, LinearDPOResult
 from .lrm import LRMLoss, lrm_batch_loss, lrm_pair_loss
 from .matching import MatchingLoss, MatchingResult, velocity_divergence
 from .nft import NFTLoss, NFTResult
+from .opsd import reward_ascent
 from .outcome_process import OutcomeProcessLoss
 from .ram import RAMLoss, directed_target
 from .refl import RewardLoss
@@ -96,6 +97,7 @@ __all__ = [
     "lrm_batch_loss",
     "lrm_pair_loss",
     "mixture_fidelity",
+    "reward_ascent",
     "teacher_preference",
     "thurstone_nll",
     "velocity_divergence",

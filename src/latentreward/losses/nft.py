@@ -109,7 +109,7 @@ class NFTLoss(SetLoss):
         self,
         velocity: Tensor,
         old: Tensor,
-        target: Tensor,
+        target: Tensor | tuple[Tensor, Tensor],
         sigmas: Tensor,
         advantage: Tensor,
         reference: Tensor | None = None,
@@ -119,8 +119,8 @@ class NFTLoss(SetLoss):
         Args:
             velocity: ``(B, C, ...)`` the policy's velocity v.
             old: ``(B, C, ...)`` velocity of the older policy, without gradient.
-            target: ``(B, C, ...)`` ε − x₀.
-            sigmas: ``(B,)`` noise levels σ.
+            target: ``(B, C, ...)`` ε − x₀; or two targets, that of v⁺ and that of v⁻, as in DiffusionOPSD.
+            sigmas: ``(B,)`` noise levels σ: by how much predicted clean latents fall for a rise of the velocity.
             advantage: ``(B,)`` advantages of the samples.
             reference: ``(B, C, ...)`` velocity of the reference; must be given if :attr:`needs_reference`.
 
@@ -130,12 +130,13 @@ class NFTLoss(SetLoss):
         if self.needs_reference and reference is None:
             raise ValueError(f"kl_weight={self.kl_weight:g} needs the reference's velocity")
         wide = torch.float32 if velocity.device.type == "mps" else torch.float64
-        new, older, want = (tensor.to(wide) for tensor in (velocity, old.detach(), target))
-        level = per_row(sigmas.to(want), want)
+        ends = (target, target) if isinstance(target, Tensor) else target
+        new, older, above, below = (tensor.to(wide) for tensor in (velocity, old.detach(), *ends))
+        level = per_row(sigmas.to(new), new)
         # The older policy has no gradient: both mixtures move with the new one alone, in opposite directions.
-        positive = self._error(level, want, self.beta * new + (1 - self.beta) * older)
-        negative = self._error(level, want, (1 + self.beta) * older - self.beta * new)
-        share = optimality(advantage, self.max_advantage, self.signs).to(want)
+        positive = self._error(level, above, self.beta * new + (1 - self.beta) * older)
+        negative = self._error(level, below, (1 + self.beta) * older - self.beta * new)
+        share = optimality(advantage, self.max_advantage, self.signs).to(new)
         # Undoes the division by 2c in r and the β in v⁺ − v⁻, as the released code does.
         factor = self.max_advantage / self.beta if self.space == "clean" else 1.0
         policy = factor * (share * positive + (1 - share) * negative).mean()

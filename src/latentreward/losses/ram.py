@@ -3,8 +3,16 @@ r"""Regression on a target: a base prediction, moved along a direction (RAM, arX
 .. math:: y = \mathrm{sg}[b + w\,d], \qquad L = \langle (f - y)^2 \rangle
 
 f is the policy's output for a noisy state, sg stops the gradient, and base b, direction d and weight w of each sample
-are the method's. RAM takes the reference's output, the true target less the older policy's output, and m times the
-advantage.
+are the method's:
+
+=====================  ===================================  ===================================  =============
+method                 base b                               direction d                          weight w
+=====================  ===================================  ===================================  =============
+RAM                    the reference's output               true target − older policy's output  m·A
+DiffusionOPSD, a step  older policy's clean latents         unit gradient of the reward there    ± a radius
+=====================  ===================================  ===================================  =============
+
+A direction may as well belong to a prompt, such as the covariance of reward and finished latents.
 """
 
 from typing import Literal

@@ -5,6 +5,7 @@ from .forward_process import AWMModule, DiffusionNFTModule, ForwardProcessModule
 from .grpo import GRPOModule, StepwiseGRPOModule, TrajectoryGRPOModule, group_statistics
 from .lpo import LPOModule, SPOModule, StepRatios
 from .lrm import LRMModule
+from .opsd import DiffusionOPSDModule
 from .optimizers import WarmupSchedule
 from .pairs import ScoredPairs
 from .ram import RAMModule
@@ -18,6 +19,7 @@ __all__ = [
     "DiNaLRMModule",
     "DiffusionDPOModule",
     "DiffusionNFTModule",
+    "DiffusionOPSDModule",
     "ForwardProcessModule",
     "GRPOModule",
     "LPOModule",

@@ -72,6 +72,7 @@ class ForwardProcessModule(AlignmentModule):
 
     Attributes:
         flows_only: Whether the method needs a flow.
+        compares: Whether samples of a prompt are compared, so that there must be two.
 
     Raises:
         InputError: If the policy is no flow and the method needs one, guidance or noise is asked for, a setting is out
@@ -79,7 +80,7 @@ class ForwardProcessModule(AlignmentModule):
     """
 
     experience: type[SampledStates] = RenoisedSamples
-    flows_only = True
+    flows_only = compares = True
 
     def __init__(
         self,
@@ -119,7 +120,8 @@ class ForwardProcessModule(AlignmentModule):
                 f"sampling: {type(self).__name__} samples a flow without noise, where eta and flow_noise have no "
                 "effect; leave them out"
             )
-        check_range("[2, inf)", "one leaves nothing to compare", num_samples=num_samples)
+        if self.compares:
+            check_range("[2, inf)", "one leaves nothing to compare", num_samples=num_samples)
         check_at_least_one(prompts_at_once=prompts_at_once)
         check_sigmas(reward_sigmas)
         if advantage is not None and (advantage.takes_parts or advantage.takes_features):
@@ -156,12 +158,9 @@ class ForwardProcessModule(AlignmentModule):
         super().on_load_checkpoint(checkpoint)
         self.followed = checkpoint.get(FOLLOWED, 0)
 
-    def make_experience(self, prompts: PromptBatch) -> RenoisedSamples | None:
+    def make_experience(self, prompts: PromptBatch) -> SampledStates | None:
         """See :meth:`AlignmentModule.make_experience`; the copies follow the policy first."""
-        if self.trainer.global_step != self.followed:  # a rollout that follows an empty one would move them twice
-            self.followed = self.trainer.global_step
-            for copy in self.copies:
-                copy.follow(self.followed)
+        self.move_copies()
         repeated = prompts.times(self.num_samples)
         sampled, pending = [], []
         for part in prompts.split(self.prompts_at_once):
@@ -188,6 +187,13 @@ class ForwardProcessModule(AlignmentModule):
                 "has moved on; choose a divisor"
             )
         return samples
+
+    def move_copies(self) -> None:
+        """Let the copies follow the policy, once after each optimiser step."""
+        if self.trainer.global_step != self.followed:  # a rollout that follows an empty one would move them twice
+            self.followed = self.trainer.global_step
+            for copy in self.copies:
+                copy.follow(self.followed)
 
     def rollout_settings(self) -> dict[str, Any]:
         """Return no settings: finished samples are noised again, whatever sampled them."""
@@ -236,18 +242,18 @@ class ForwardProcessModule(AlignmentModule):
             process.sigma(batch.timesteps).to(batch.latents.device),
         )
 
-    def predict(self, batch: RenoisedSamples, states: Renoised) -> Tensor:
+    def predict(self, batch: SampledStates, states: Renoised) -> Tensor:
         """Return the network's output for a batch ``(B, C, ...)`` under the adapter that is active now."""
         conditioning, uncond = self.conditioning(batch.prompts)
         return self.policy.predict_guided(states.latents, batch.timesteps, conditioning, uncond, self.guidance_scale)
 
-    def predict_under(self, adapter: str | None, batch: RenoisedSamples, states: Renoised) -> Tensor:
+    def predict_under(self, adapter: str | None, batch: SampledStates, states: Renoised) -> Tensor:
         """Return the output for a batch under another adapter, or under none (the reference), without gradient."""
         with torch.no_grad(), self.policy.adapters.use(adapter):
             return self.predict(batch, states)
 
     @abstractmethod
-    def training_step(self, batch: RenoisedSamples, batch_idx: int) -> Tensor:
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Return the loss of a batch."""
 
 

@@ -104,10 +104,10 @@ class RewardGuidance:
         return GuidedTransition(shift=shift, **vars(transition))
 
 
-def require_gradient(reward: Reward) -> None:
-    """Raise InputError if ``reward`` has no gradient to the states."""
+def require_gradient(reward: Reward, user: str = "guidance") -> None:
+    """Raise InputError if ``reward`` has no gradient to the states, which ``user`` needs."""
     if not reward.differentiable:
-        raise InputError(f"{type(reward).__name__} gives no gradient, which guidance needs; take a LatentReward")
+        raise InputError(f"{type(reward).__name__} gives no gradient, which {user} needs; take a LatentReward")
 
 
 @phase("reward")
