@@ -126,7 +126,7 @@ class Performance(Callback):
         if device.type == "cuda" and peak is None and (card := find_peak(torch.cuda.get_device_name(device))):
             peak = card.tflops(trainer.precision, bool(self.chosen["tf32"]))
         self.times, self._step = StepTimes(device.type == "cuda", peak), trainer.global_step
-        listen(trainer.profiler, self.times)
+        listen(trainer.profiler, self.times)  # type: ignore[attr-defined]
         for optimizer in trainer.optimizers if self.chosen["fused_optimizer"] else ():
             for group in optimizer.param_groups:
                 if "fused" in group:
@@ -167,7 +167,7 @@ class Performance(Callback):
         """End the measurement."""
         if self.times is not None:
             self.times.stop_counting()
-            unlisten(trainer.profiler)
+            unlisten(trainer.profiler)  # type: ignore[attr-defined]
             self.times = None
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:

@@ -46,11 +46,13 @@ class StepTimes(Phases):
         seconds: Seconds by phase of the optimiser steps that have ended since :meth:`restart`.
         steps: Number of these steps.
         flops: Operations of these steps.
+        rollouts: Number of rollouts since then.
+        counts: Whether operations are counted.
     """
 
     def __init__(self, cuda: bool, peak_tflops: float | None = None) -> None:
         super().__init__("log")
-        self.cuda, self.peak_tflops, self.paused = cuda, peak_tflops, False
+        self.cuda, self.peak_tflops, self.paused, self.counts = cuda, peak_tflops, False, True
         self._marks: deque[Mark] = deque()
         self._present: defaultdict[str, float] = defaultdict(float)  # seconds of the step that has not ended
         self._flops = 0  # operations of that step
@@ -62,12 +64,13 @@ class StepTimes(Phases):
     def restart(self) -> None:
         """Forget the steps that have ended."""
         self.seconds: defaultdict[str, float] = defaultdict(float)
-        self.steps = self.flops = 0
+        self.steps = self.flops = self.rollouts = 0
 
     def begin(self, name: str) -> None:
         """Begin a phase; one within the wait for data, such as a rollout, has operations of its own."""
         if self.open[-1] == "data_wait":
             self.start_counting(name)
+        self.rollouts += name == "rollout"
         super().begin(name)
         self._mark()
 
@@ -115,7 +118,7 @@ class StepTimes(Phases):
         """Begin a batch or rollout that takes as many operations as others with the same ``key``."""
         count = self._counts[key]
         count[0] += 1
-        if self._counting is None and count[0] & (count[0] - 1) == 0:
+        if self.counts and self._counting is None and count[0] & (count[0] - 1) == 0:
             self._counting = key, CountedFlops()
             self._counting[1].__enter__()
         elif self._counting is None and count[1]:

@@ -6,10 +6,12 @@ On a machine with a GPU: ``pytest -m gpu``.
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 import pytest
 import torch
+from latentreward.callbacks.step_times import StepTimes
 from lightning.pytorch.strategies import FSDPStrategy
 from torch import nn
 
@@ -160,3 +162,19 @@ def test_fsdp1_trains_as_one_device_does_and_saves_whole_weights(device: str, tm
     saved = torch.load(tmp_path / "whole.ckpt", weights_only=True)["state_dict"]
     for name, weight in plain.named_parameters():
         torch.testing.assert_close(saved[name].cpu(), weight.detach().cpu(), rtol=1e-3, atol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_phases_of_steps_fill_the_time_of_the_device(device: str) -> None:
+    weight, began = torch.randn(512, 512, device=device), perf_counter()
+    times = StepTimes(cuda=device == "cuda")
+    for _ in range(10):
+        times.begin("forward")
+        weight = (weight @ weight).tanh()
+        times.end()
+        times.end_step()
+        times.read()
+    assert weight.isfinite().all()  # waits for the device
+    times.read()
+    assert times.steps == 10
+    assert 0 < times.seconds["forward"] <= sum(times.seconds.values()) <= 1.05 * (perf_counter() - began)

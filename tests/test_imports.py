@@ -21,7 +21,7 @@ MAY_IMPORT = {
     "construction": set(),
     "contracts": {"errors", "promises"},
     "errors": set(),
-    "limits": set(),
+    "limits": {"errors"},
     "phases": set(),
     "promises": {"errors", "programs"},
     "interrupts": set(),
@@ -98,7 +98,7 @@ MAY_IMPORT = {
     | {"ranks", "data", "metrics", "noise", "scoring", "scorers", "policies", "rollout", "reports", "apps.generation"},
     "apps.estimate": BASE
     | {"encoders", "backbones", "families", "heads", "data", "cache", "scoring", "scorers", "settings"}
-    | {"policies", "rewards", "modules"},
+    | {"policies", "rewards", "modules", "reports", "callbacks"},
     "apps.steps": BASE | {"settings", "reports"},
     "reproduction": BASE,
     "apps.pilot": BASE | {"reports", "settings", "apps.steps"},

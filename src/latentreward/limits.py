@@ -2,11 +2,33 @@
 
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, register_flop_formula
+
+from latentreward.errors import InputError
+
+LAUNCH = 6e-6
+"""Seconds from the start of one kernel to that of the next, if the host starts them one by one: on an H200's host."""
+IDLE = (
+    "_local_scalar_dense",
+    "_unsafe_view",
+    "detach",
+    "empty",
+    "empty_like",
+    "empty_strided",
+    "is_same_size",
+    "lift_fresh",
+    "new_empty",
+    "new_empty_strided",
+)
+"""Names of operators that start no kernel, beside those that return a view."""
 
 
 class Peak(NamedTuple):
@@ -61,6 +83,48 @@ def find_peak(name: str) -> Peak | None:
     return None
 
 
+@dataclass(frozen=True)
+class Limits:
+    """Peak rates of a card under a precision, see :class:`Peak`, and the bounds that follow for some work.
+
+    Attributes:
+        card: Name of the card.
+        precision: Precision of a trainer.
+        tflops: 10¹² operations per second.
+        bandwidth: 10¹² bytes per second.
+    """
+
+    card: str
+    precision: str
+    tflops: float
+    bandwidth: float
+
+    @classmethod
+    def of(cls, name: str | None, precision: str | int | None, tf32: bool = False) -> "Limits | None":
+        """Return the limits of a card by name, for None of the GPU here; None if that is not there, or not known.
+
+        Raises:
+            InputError: If ``name`` is not known.
+        """
+        here = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+        peak = find_peak(here if name is None else name)
+        if name is not None and peak is None:
+            known = ", ".join(words for words in PEAKS if "|" not in words)
+            raise InputError(f"card: {name!r} is not known; give one of {known}, or leave card out")
+        if peak is None:
+            return None
+        return cls(name or here, str(precision or "32-true"), peak.tflops(precision, tf32), peak.bandwidth)
+
+    def bounds(self, work: "Work") -> dict[str, float]:
+        """Return the seconds that arithmetic, traffic and launches each ask for at least."""
+        traffic = work.bytes / self.bandwidth / 1e12
+        return {"arithmetic": work.flops / self.tflops / 1e12, "traffic": traffic, "launches": work.kernels * LAUNCH}
+
+    def least(self, work: "Work") -> float:
+        """Return the greatest of the three bounds."""
+        return max(self.bounds(work).values())
+
+
 def count_cpu_attention() -> None:
     """Let torch count the FLOPs of attention on CPUs too, which ``FlopCounterMode`` leaves out in torch 2.13."""
     aten = torch.ops.aten
@@ -75,6 +139,40 @@ def flops_of(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], result
     """Return the FLOPs of one call of an operator, by the formulas of ``FlopCounterMode``."""
     formula = flop_registry.get(getattr(func, "_overloadpacket", func))
     return 0 if formula is None else int(formula(*args, **kwargs, out_val=result))
+
+
+@dataclass(frozen=True)
+class Work:
+    """Work of operators.
+
+    Attributes:
+        flops: Operations of matrix products, convolutions and attention.
+        bytes: Bytes that operators read and write, as if nothing were fused.
+        kernels: Number of operators that compute; one for all tensors of a ``foreach`` operation.
+    """
+
+    flops: int = 0
+    bytes: int = 0
+    kernels: int = 0
+
+    def __add__(self, other: "Work") -> "Work":
+        return Work(self.flops + other.flops, self.bytes + other.bytes, self.kernels + other.kernels)
+
+
+@cache
+def computes(func: Any) -> bool:
+    """Tell whether an operator starts a kernel."""
+    if getattr(func, "is_view", False) or getattr(func, "namespace", "") == "prim":  # prim: of stand-ins, their device
+        return False
+    return func.__name__.partition(".")[0] not in IDLE
+
+
+def work_of(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any) -> Work:
+    """Return the work of one call of an operator."""
+    if not computes(func):
+        return Work()
+    moved = sum(leaf.nbytes for leaf in tree_leaves((args, kwargs, result)) if isinstance(leaf, Tensor))
+    return Work(flops_of(func, args, kwargs, result), moved, 1)
 
 
 def recomputes() -> bool:

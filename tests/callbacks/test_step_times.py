@@ -59,6 +59,41 @@ def test_the_innermost_phase_counts_and_all_together_are_the_step(times: StepTim
     assert times.values()["time/log"] == 1.5
 
 
+class Event:
+    """Event of a card that has come as far as ``passed``; each record is 100 ms after the one before."""
+
+    recorded = passed = 0
+
+    def __init__(self, enable_timing: bool) -> None:
+        assert enable_timing
+
+    def record(self) -> None:
+        Event.recorded += 1
+        self.place = Event.recorded
+
+    def query(self) -> bool:
+        return self.place <= Event.passed
+
+    def elapsed_time(self, later: "Event") -> float:
+        assert self.query() and later.query(), "reading would wait for the card"
+        return 100.0 * (later.place - self.place)
+
+
+def test_events_of_a_card_are_read_when_it_has_passed_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(Event, "recorded", 0)
+    times = StepTimes(cuda=True)  # event 1
+    for _ in range(2):  # events 2, 3, 4 and 5, 6, 7
+        times.begin("forward")
+        times.end()
+        times.end_step()
+    for passed, steps, forward in ((0, 0, 0.0), (3, 0, 0.0), (6, 1, 0.1), (7, 2, 0.2)):
+        monkeypatch.setattr(Event, "passed", passed)
+        times.read()
+        assert (times.steps, times.seconds["forward"]) == (steps, pytest.approx(forward))
+    assert sum(times.seconds.values()) == pytest.approx(0.6)
+
+
 def test_an_action_that_began_before_the_measurement_ends_nothing(times: StepTimes) -> None:
     times.end()
     assert times.open == ["log"]

@@ -5,6 +5,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import replace
 from datetime import timedelta
 from functools import partial
 from inspect import isfunction, signature
@@ -41,8 +42,9 @@ from latentreward.data import PairReader
 from latentreward.data.datamodules import PairLoaders
 from latentreward.data.readers.base import DATA_ON_ERROR, OWN_ON_ERROR
 from latentreward.data.splits import tell_unopened
-from latentreward.errors import InputError, errors_at, where
+from latentreward.errors import InputError, check_at_least_one, errors_at, where
 from latentreward.interrupts import TERMINATED
+from latentreward.limits import Limits
 from latentreward.programs import of_framework
 from latentreward.promises import check_takes
 from latentreward.settings import functions
@@ -182,6 +184,8 @@ class TrainingCLI(LightningCLI):
         self.command, self.folder, self.held, self.estimates = command, folder, held, False
         self.estimated: Estimate | None = None  # memory and computation of the run, under --estimate
         self.card = Card(gpu=False)  # device that the estimate is compared with
+        self.limits: Limits | None = None  # its peak rates, if they are known
+        self.profiled: int | None = None  # steps to measure, under --profile
         super().__init__(
             save_config_callback=SaveConfig,
             seed_everything_default=0,
@@ -251,7 +255,19 @@ class TrainingCLI(LightningCLI):
                 default=False,
                 help="Compute the memory and computation that the run needs, print them, and end; from configs alone.",
             )
+            parser.add_argument(
+                "--profile",
+                type=int | None,
+                default=None,
+                help="Measure so many steps after a warm-up, print seconds by phase beside their bounds, and end.",
+            )
             parser.add_class_arguments(Card, skip={"gpu"}, instantiate=False)
+            parser.add_argument(
+                "--card",
+                type=str | None,
+                default=None,
+                help="Card whose limits --estimate compares with, such as H100.",
+            )
 
     @override
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
@@ -261,12 +277,20 @@ class TrainingCLI(LightningCLI):
             raise InputError(summarise(str(error))) from error
         if self.command == "fit":
             self.estimates = self.config[self.command].pop("estimate")  # these are no settings of the run
-            gpu = self.config[self.command]["trainer"]["accelerator"] != "cpu"
-            given = {name: self.config[self.command].pop(name) for name in ("card_gb", "tflops")}
+            self.profiled = self.config[self.command].pop("profile")
+            check_at_least_one(profile=self.profiled)
+            if self.profiled and self.estimates:
+                raise InputError(f"profile: {self.profiled} measures and --estimate computes; leave one out")
+            trainer = self.config[self.command]["trainer"]
+            gpu = trainer["accelerator"] != "cpu"
+            given = {name: self.config[self.command].pop(name) for name in ("card_gb", "tflops", "card")}
+            card = given.pop("card")
             self.card = Card(gpu, **given)
-            for name, value in given.items():
-                if value != getattr(Card, name) and not self.estimates:
+            for name, value in {**given, "card": card}.items():
+                if value != getattr(Card, name, None) and not self.estimates:
                     raise InputError(f"{name}: {value} is for --estimate; add it, or leave {name} out")
+            if self.estimates and (gpu or card is not None):
+                self.limits = Limits.of(card, trainer["precision"], self.config[self.command]["performance"]["tf32"])
         check_ranges(self.config[self.command])
         run_folder.settle_folder(self.config[self.command]["trainer"], args)
         self.config[self.command] = without_repeated_callbacks(self.config[self.command])
@@ -341,6 +365,12 @@ class TrainingCLI(LightningCLI):
                 added.append(replacement())
         if self.command == "test" and not any(isinstance(callback, ours.AccuracyInterval) for callback in given):
             added.append(ours.AccuracyInterval())
+        if self.profiled:
+            from latentreward.apps.estimate.profile import StepProfile
+
+            # No logged step, whose means would begin anew, and nothing that belongs to no step.
+            kwargs |= {"log_every_n_steps": 0, "limit_val_batches": 0, "num_sanity_val_steps": 0}
+            added.append(StepProfile(self.profiled))
         trainer = super().instantiate_trainer(**kwargs)
         for keeper in trainer.checkpoint_callbacks:
             if isinstance(keeper, theirs.ModelCheckpoint):
@@ -349,6 +379,8 @@ class TrainingCLI(LightningCLI):
         if self.command == "fit" and charted and not any(isinstance(one, ours.TensorBoardCharts) for one in given):
             added.append(ours.TensorBoardCharts())
         callbacks: list[theirs.Callback] = [*trainer.callbacks, *added]  # type: ignore[attr-defined]
+        if self.profiled:  # its steps are no run to keep
+            callbacks = [callback for callback in callbacks if not isinstance(callback, theirs.Checkpoint)]
         if not trainer.loggers:  # LearningRateMonitor would raise, and shipped files have one
             callbacks = [callback for callback in callbacks if not isinstance(callback, theirs.LearningRateMonitor)]
         trainer.callbacks = callbacks  # type: ignore[attr-defined]
@@ -358,6 +390,7 @@ class TrainingCLI(LightningCLI):
         if not self.estimates:
             super()._run_subcommand(subcommand)
             return
+        from latentreward.apps.estimate.bounds import limits_text
         from latentreward.apps.estimate.settings import estimate
 
         def build_module(settings: Namespace) -> LightningModule:
@@ -365,7 +398,8 @@ class TrainingCLI(LightningCLI):
             with constructor_errors():
                 return self.parser.instantiate(alone)["fit"].model
 
-        self.estimated = estimate(self.config[subcommand], build_module)
+        found = estimate(self.config[subcommand], build_module)
+        self.estimated = replace(found, limits=limits_text(found, self.limits)) if self.limits else found
 
     def before_fit(self) -> None:
         """Prepare ``fit``: lock the run folder when all ranks have started, and find the checkpoint to resume from.

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from types import MappingProxyType
 from typing import Any
@@ -14,6 +15,7 @@ from jsonargparse import Namespace
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils import clip_grad_norm_
 from torch.optim import Optimizer
 
 from latentreward.apps.estimate.batches import make_batch
@@ -24,8 +26,10 @@ from latentreward.encoders.prompts import PromptEncoder
 from latentreward.encoders.vae import LatentEncoder
 from latentreward.errors import InputError
 from latentreward.heads import RewardHead
+from latentreward.limits import Work
 from latentreward.modules import ReFLModule
 from latentreward.modules.alignment import AlignmentModule
+from latentreward.phases import LISTENER, phase
 from latentreward.policies import Policy
 from latentreward.rewards import Reward
 from latentreward.rewards.http import RemoteImageReward, RemoteReward
@@ -74,6 +78,9 @@ class StepCosts:
     rollout: int  # computation of a rollout; in ReFL, of the sampling steps before the first step with a graph
     freed: int = 0  # size of weights that are in memory before the first step, and freed then
     rollout_rows: int = 0  # rows to learn from of a rollout if all are kept; 0 without rollouts
+    work: Mapping[str, Work] = field(
+        default_factory=dict
+    )  # of a rollout, of one batch's passes and of an update, by phase
 
     @property
     def weights(self) -> int:
@@ -113,7 +120,7 @@ class RepeatedCalls:
     def __init__(self, shapes: ShapesOnly) -> None:
         self.shapes = shapes  # mode that runs the operations and counts
         self.sampled = 0  # FLOPs of the policy in calls without gradients and with its adapter on
-        self._seen: dict[Any, tuple[int, int, Any]] = {}
+        self._seen: dict[Any, tuple[dict[str, Work], int, Any]] = {}
 
     def watch(self, owner: Any, method: str, state: Callable[[], Any] = tuple) -> None:
         """Replace ``owner.method`` by a version that skips repeated calls without gradients.
@@ -132,30 +139,34 @@ class RepeatedCalls:
                 return original(*arguments)
             key = id(owner), (working := state()), layout_of(arguments)
             if key in self._seen:
-                flops, extra, layout = self._seen[key]
-                shapes.flops += flops
+                work, extra, layout = self._seen[key]
                 live.peak = max(live.peak, live.now + extra)
                 result = map_tensors(layout, like)
             else:
-                flops, before, peak = shapes.flops, live.now, live.peak
-                live.peak = before
+                earlier, before, peak = shapes.work, live.now, live.peak
+                live.peak, shapes.work = before, defaultdict(Work)
                 result = original(*arguments)
-                flops = shapes.flops - flops
+                work, shapes.work = dict(shapes.work), earlier
                 layout = map_tensors(result, lambda one: torch.empty(one.shape, dtype=one.dtype, device="meta"))
-                self._seen[key] = flops, live.peak - before, layout
+                self._seen[key] = work, live.peak - before, layout
                 live.peak = max(live.peak, peak)
+            for name, done in work.items():
+                shapes.work[name] += done
             if isinstance(owner, Policy) and working:
-                self.sampled += flops
+                self.sampled += sum(done.flops for done in work.values())
             return result
 
         setattr(owner, method, call)
 
 
-def step_costs(module: LightningModule, data: Namespace, accumulated: int = 1, gpu: bool = True) -> StepCosts:
+def step_costs(
+    module: LightningModule, data: Namespace, accumulated: int = 1, gpu: bool = True, averaged: bool = False
+) -> StepCosts:
     """Run one training step of ``module`` on stand-in tensors, and return its memory and computation.
 
     The module is on the meta device, has a CPU trainer attached, and cannot be used afterwards. ``gpu`` says whether
-    autocast and optimiser count with the memory that they need on a GPU.
+    autocast and optimiser count with the memory that they need on a GPU; ``averaged``, whether a moving average of the
+    trained weights is updated, which counts as work alone.
 
     Raises:
         InputError: If the module's class is not supported by ``--estimate``, or the module has not one optimiser.
@@ -173,26 +184,40 @@ def step_costs(module: LightningModule, data: Namespace, accumulated: int = 1, g
     with ExitStack() as stack:
         for context in (shapes, *([gpu_autocast()] if gpu else [])):
             stack.enter_context(context)
+        stack.callback(LISTENER.reset, LISTENER.set(shapes.phases))
         optimizer = optimizer_of(module, foreach=gpu)
         for weight in trained:
             weight.grad = torch.zeros_like(weight)
         live.peak = live.now
         optimizer.step()
         update_peak = live.peak
+        average = [torch.zeros_like(weight) for weight in trained] if averaged else []
+        shapes.work.clear()
+        with phase("optimizer"):  # the first step has made the optimiser's state
+            optimizer.step()
+            if module.trainer.gradient_clip_val:
+                clip_grad_norm_(trained, 1.0, foreach=gpu)
+        if averaged:
+            with phase("ema"), torch.no_grad():
+                torch._foreach_lerp_(average, trained, 0.5)
         if accumulated == 1:
             optimizer.zero_grad()
-        live.peak, before = live.now, shapes.flops
-        batch = make_batch(module, data, shapes)
-        rollout_peak, rollout = live.peak, shapes.flops - before
-        live.peak, before, sampled = live.now, shapes.flops, calls.sampled
+        update, shapes.work, average = shapes.work, defaultdict(Work), []
+        live.peak = live.now
+        with phase("rollout"):
+            batch = make_batch(module, data, shapes)
+        rollout_peak, rollout = live.peak, shapes.flops
+        sampling, shapes.work = shapes.work, defaultdict(Work)
+        live.peak, sampled = live.now, calls.sampled
         with (saved := SavedTensors([*module.parameters(), *module.buffers()])):
             with module.trainer.precision_plugin.train_step_context():
                 result = module.training_step(batch, 0)
             loss = (result["loss"] if isinstance(result, Mapping) else result) / accumulated
             del result, batch
-        forward = shapes.flops - before
-        loss.backward()
-        backward = shapes.flops - before - forward
+        forward = shapes.flops
+        with phase("backward"):
+            loss.backward()
+        backward = shapes.flops - forward
     if isinstance(module, ReFLModule):
         rollout = calls.sampled - sampled
         forward -= rollout
@@ -211,6 +236,7 @@ def step_costs(module: LightningModule, data: Namespace, accumulated: int = 1, g
         backward=backward,
         rollout=rollout,
         rollout_rows=shapes.rollout_rows,
+        work={**shapes.work, **update, "rollout": sum(sampling.values(), shapes.work["rollout"])},
     )
 
 

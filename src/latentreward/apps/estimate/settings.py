@@ -34,6 +34,7 @@ class Estimate:
     costs: StepCosts  # memory and computation of a training step
     settings: Namespace  # settings of the run
     notes: tuple[str, ...]  # lines on what the numbers assume
+    limits: str = ""  # what bounds a step on a card; empty without a card that is known
 
     @property
     def accumulated(self) -> int:
@@ -81,7 +82,7 @@ class Estimate:
         }
         lines += ["", f"{'computation':<58}{'TFLOP':>10}"]
         lines += [f"  {name:<56}{value / 1e12:>10.3g}" for name, value in computation.items() if value]
-        return "\n".join([*lines, "", *self.notes, ASSUMED])
+        return "\n".join([*lines, "", *([self.limits, ""] if self.limits else []), *self.notes, ASSUMED])
 
 
 def gigabytes(size: int) -> str:
@@ -100,7 +101,9 @@ def estimate(settings: Namespace, build: Callable[[Namespace], LightningModule])
     with TemporaryDirectory(prefix="latentreward-") as folder:
         sources, gpu = ConfigSources(Path(folder)), settings.trainer.accelerator != "cpu"
         module = unread_module(settings, build, sources)
-        costs = step_costs(module, settings.data, settings.trainer.accumulate_grad_batches, gpu)
+        callbacks = [str(callback.get("class_path")) for callback in settings.trainer.get("callbacks") or []]
+        averaged = any(name.endswith(".TrainableEMA") for name in callbacks)
+        costs = step_costs(module, settings.data, settings.trainer.accumulate_grad_batches, gpu, averaged)
     notes = notes_on(settings, costs, sources, gpu)
     for part in module.modules():
         if isinstance(part, RemoteReward):
@@ -108,8 +111,7 @@ def estimate(settings: Namespace, build: Callable[[Namespace], LightningModule])
         if isinstance(part, ImageReward):
             left_out = f"weights and computation of {type(part.scorer).__name__}"
             notes.append(f"Not counted: {left_out}; decoding of the images that it scores is counted.")
-    callbacks = settings.trainer.get("callbacks") or []
-    if any(str(callback.get("class_path")).endswith(".EncodeOnce") for callback in callbacks):
+    if any(name.endswith(".EncodeOnce") for name in callbacks):
         kept = costs.without(TEXT)
         notes.append(f"EncodeOnce frees text encoders of {kept.freed / 1e9:.2f} GB before the first step.")
         costs = kept
@@ -132,6 +134,7 @@ def unread_module(
     try:
         module.trainer = Trainer(
             accelerator="cpu", devices=1, precision=settings.trainer.precision, logger=False,
+            gradient_clip_val=settings.trainer.gradient_clip_val,
             enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
         )  # fmt: skip
     finally:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import wraps
@@ -16,11 +17,14 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from latentreward.limits import count_cpu_attention, flops_of
+from latentreward.limits import Work, count_cpu_attention, recomputes, work_of
+from latentreward.phases import Phases
 
 CPU = torch.device("cpu")
 NUMBERS = {torch.bool: True, torch.float32: 1.0, torch.float64: 1.0, torch.bfloat16: 1.0, torch.float16: 1.0}
 """Dtype → value that ``item()`` of a stand-in returns; 0 for other dtypes."""
+RECOMPUTE = "recompute"
+"""Phase of the blocks that gradient checkpointing computes again in a backward pass."""
 INDEXING = (torch.ops.aten.index.Tensor, torch.ops.aten.index_put.default, torch.ops.aten.index_put_.default)
 """Operations with a list of index tensors as second argument."""
 
@@ -64,8 +68,14 @@ class ShapesOnly(TorchDispatchMode):
         count_cpu_attention()
         self._fake = FakeTensorMode(allow_non_fake_inputs=True)
         self.live = LiveBytes()  # of the stand-ins
-        self.flops = 0  # of all operations on stand-ins so far
+        self.phases = Phases("forward")
+        self.work: defaultdict[str, Work] = defaultdict(Work)  # of all operations on stand-ins so far, by phase
         self.rollout_rows = 0  # rows of the rollout that was made, with all candidates kept; 0 without one
+
+    @property
+    def flops(self) -> int:
+        """FLOPs of all operations on stand-ins so far."""
+        return sum(work.flops for work in self.work.values())
 
     def stand_in(self, shape: Iterable[int], dtype: torch.dtype = torch.float32) -> Tensor:
         """Return a new stand-in tensor."""
@@ -95,7 +105,8 @@ class ShapesOnly(TorchDispatchMode):
                 indices += self._nonzero(index).unbind(1) if is_mask else [index]
             args = (args[0], indices, *args[2:])
         result = self._fake.dispatch(func, types, args, kwargs)  # to enter the mode each time would look for GPUs
-        self.flops += flops_of(func, args, kwargs, result)
+        phase = RECOMPUTE if recomputes() else self.phases.open[-1]
+        self.work[phase] += work_of(func, args, kwargs, result)
         for leaf in tree_leaves(result):
             if is_stand_in(leaf):
                 self.live.add(leaf)

@@ -1,0 +1,116 @@
+"""Bounds of a step on a card: counts of operators, seconds of each limit, and the setting that would help most."""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+import torch
+from jsonargparse import Namespace
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from latentreward.apps.estimate.bounds import limits_text, remedies_of
+from latentreward.apps.estimate.costs import TEXT, PartCosts, StepCosts
+from latentreward.apps.estimate.settings import Estimate
+from latentreward.cli import main
+from latentreward.errors import InputError
+from latentreward.limits import LAUNCH, Limits, Work, work_of
+from tests.apps.estimate.test_settings import CONFIGS
+
+CARD = Limits("a card", "bf16-mixed", tflops=2.0, bandwidth=0.5)
+TERA = 10**12
+
+
+class Counted(TorchDispatchMode):
+    """Mode that counts the work of real operators."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.work = Work()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self.work += work_of(func, args, kwargs or {}, result)
+        return result
+
+
+def test_work_of_operators() -> None:
+    first, second = torch.ones(3, 4), torch.ones(4, 5, dtype=torch.float64)
+    with Counted() as counted:
+        product = first @ second.float()
+        product.add_(1.0)
+        product.T[1:].detach().flatten()[0].item()
+        torch.empty(7)
+    convert, multiply, add = 20 * (8 + 4), (12 + 20 + 15) * 4, 2 * 15 * 4
+    copy = 2 * 12 * 4  # `flatten` of a transposed tensor
+    assert counted.work == Work(2 * 3 * 4 * 5, convert + multiply + add + copy, 4)
+
+
+def test_seconds_of_each_limit() -> None:
+    work = Work(flops=4 * TERA, bytes=3 * TERA, kernels=1000)
+    assert CARD.bounds(work) == {"arithmetic": 2.0, "traffic": 6.0, "launches": 1000 * LAUNCH}
+    assert CARD.least(work) == 6.0
+
+
+def test_cards_by_name() -> None:
+    h200 = Limits.of("H200", "bf16-mixed")
+    assert h200 == Limits("H200", "bf16-mixed", 989.4, 4.8)
+    full, tf32 = Limits.of("H200", None), Limits.of("H200", "32-true", tf32=True)
+    assert (full and full.tflops, tf32 and tf32.tflops) == (66.9, 494.7)
+    with pytest.raises(InputError, match=r"card: 'H2O' is not known; give one of .*H100.*, or leave card out"):
+        Limits.of("H2O", None)
+
+
+def found(work: Mapping[str, Work], data: str, trained: int = 0, **performance: Any) -> Estimate:
+    """An estimate of so much work."""
+    costs = StepCosts((PartCosts(TEXT, 9, trained, 9),), 0, "AdamW", 0, 0, 0, 0, 0, 0, 0, 0, work=work)
+    trainer = Namespace(accumulate_grad_batches=2, max_steps=-1)
+    switches = Namespace(**{"auto": True, "compile_blocks": None, **performance})
+    settings = Namespace(data=Namespace(class_path=data), trainer=trainer, performance=switches)
+    return Estimate(costs, settings, ())
+
+
+PIXELS, CACHED = "latentreward.data.PreferenceDataModule", "latentreward.cache.CachedPreferenceDataModule"
+PROMPTS = "latentreward.data.PromptDataModule"
+MOVING, COUNTING = Work(bytes=TERA), Work(flops=TERA)
+STEP = {"encode": MOVING, "forward": MOVING, "backward": COUNTING, "recompute": COUNTING, "optimizer": MOVING}
+
+
+@pytest.mark.parametrize(
+    ("data", "trained", "said", "gain"),
+    [
+        (PIXELS, 9, "cached latents", 4.0),
+        (CACHED, 0, "--data.cached_text=true", 4.0),
+        (PROMPTS, 0, "EncodeOnce", 4.0),
+        (CACHED, 9, "", 0.0),  # arithmetic is no limit
+    ],
+)
+def test_the_encoders_that_a_step_could_do_without(data: str, trained: int, said: str, gain: float) -> None:
+    text = limits_text(found(STEP, data, trained), CARD)
+    assert "limit: traffic, at least 10 s a step" in text
+    assert (f"; what would help most: {said}" in text and f"({gain:.2g} s less)" in text) == bool(said)
+
+
+def test_what_else_helps() -> None:
+    launches = {"forward": Work(TERA, 0, 1000 * 10**6), "rollout": Work(0, 0, 5)}
+    text = limits_text(found(launches, PROMPTS), CARD)
+    assert "limit: launches, at least 1.2e+04 s a step; what would help most: a larger --data.batch_size" in text
+    assert re.search(r"^a rollout +0 +0 +5 ", text, re.M)
+    for off in ({"auto": False}, {"compile_blocks": False}):
+        remedies = {setting: gain for gain, setting in remedies_of(found(STEP, PIXELS, **off), STEP, CARD)}
+        assert remedies["--performance.compile_blocks=true"] == pytest.approx(0.3 * 6)
+    assert limits_text(found({"forward": COUNTING}, PROMPTS), CARD).endswith("limit: arithmetic, at least 1 s a step")
+
+
+@pytest.mark.slow
+def test_an_estimate_for_a_named_card(capsys: pytest.CaptureFixture[str]) -> None:
+    tiny = (f"--config={CONFIGS}/model/dina_lrm_tiny.yaml", f"--config={CONFIGS}/data/tinyworld_pickapic.yaml")
+    options = ("--data.root=nowhere", "--data.batch_size=8", "--trainer.gradient_clip_val=1.0")
+    main(["fit", *tiny, *options, "--trainer.callbacks+=TrainableEMA", "--estimate", "--card=H100"])
+    text = capsys.readouterr().out
+    for row in ("  encode", "  forward", "  backward", "  optimizer", "  ema", "a step"):
+        assert re.search(rf"^{row} +[\de.-]+ +[\de.-]+ +[1-9]\d* ", text, re.M), row
+    assert "limit: launches, at least" in text
+    with pytest.raises(SystemExit, match="2"):
+        main(["fit", *tiny, "--card=H100"])
+    assert "card: H100 is for --estimate; add it, or leave card out" in capsys.readouterr().err
