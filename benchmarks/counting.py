@@ -10,24 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from latentreward.limits import count_cpu_attention, flops_of
+from latentreward.limits import computes, count_cpu_attention, work_of
 
 aten = torch.ops.aten
 READS = (aten._local_scalar_dense, aten.equal, aten.is_nonzero, aten.nonzero)
 """Operations after which the host waits for a value on the device."""
-FREE = (
-    aten.detach,
-    aten.empty,
-    aten.empty_like,
-    aten.empty_strided,
-    aten.new_empty,
-    aten.lift_fresh,
-    aten._unsafe_view,
-)
-"""Operations that start no kernel, beside those that return a view."""
 
 
 @dataclass(frozen=True)
@@ -85,11 +74,10 @@ class WorkCounter(TorchDispatchMode):
                 self.reads += 1
                 if self.sources:
                     self.read_at[reader()] += 1
-        elif not (packet in FREE or func.is_view):
-            self.kernels += 1
-            self.bytes += sum(leaf.nbytes for leaf in tree_leaves((args, kwargs, result)) if isinstance(leaf, Tensor))
+        elif computes(func):
+            done = work_of(func, args, kwargs, result)
+            self.kernels, self.bytes, self.flops = self.kernels + 1, self.bytes + done.bytes, self.flops + done.flops
             self.by_name[packet.__name__] += 1
-            self.flops += flops_of(func, args, kwargs, result)
         return result
 
 
