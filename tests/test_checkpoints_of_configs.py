@@ -24,7 +24,8 @@ CONFIGS = ROOT / "configs"
 QUICK = ("lrm_tiny", "diffusion_dpo_tiny")
 IN_CI = [
     *["awm_tiny", "dina_lrm_sd35", "diffusion_dpo_sd15", "grpo_stepwise_tiny", "grpo_trajectory_tiny", "lpo_sd15"],
-    *["lpo_sd35_tiny", "lrm_hpdv2", "lrm_sdxl", "nft_tiny", "prfl_tiny", "refl_sd15"],
+    *["lpo_sd35_tiny", "lrm_hpdv2", "lrm_sdxl", "nft_tiny", "opsd_tiny", "prfl_tiny", "ram_tiny"],
+    "refl_sd15",
 ]
 """One of each module, and of each kind of network and of data; the others are for a release."""
 BATCHES, STEPS = 2, 3
