@@ -15,7 +15,7 @@ from latentreward.checkpoints.base_weights import is_quantized
 from latentreward.contracts import layout_of
 from latentreward.encoders.vae import LatentEncoder
 from latentreward.errors import InputError, check_range
-from latentreward.limits import find_peak
+from latentreward.limits import find_limits
 from latentreward.policies import Policy
 
 WORTH_COMPILING, WORTH_COMPILING_LAYERS = 200, 2500
@@ -123,8 +123,9 @@ class Performance(Callback):
         A resumed run has by now the optimiser's state of its checkpoint, whose groups may say otherwise.
         """
         device, peak = trainer.strategy.root_device, self.peak_tflops
-        if device.type == "cuda" and peak is None and (card := find_peak(torch.cuda.get_device_name(device))):
-            peak = card.tflops(trainer.precision, bool(self.chosen["tf32"]))
+        if device.type == "cuda" and peak is None:
+            card = find_limits(torch.cuda.get_device_name(device), trainer.precision, bool(self.chosen["tf32"]))
+            peak = card and card.tflops
         self.times, self._step = StepTimes(device.type == "cuda", peak), trainer.global_step
         listen(trainer.profiler, self.times)  # type: ignore[attr-defined]
         for optimizer in trainer.optimizers if self.chosen["fused_optimizer"] else ():

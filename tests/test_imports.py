@@ -21,7 +21,7 @@ MAY_IMPORT = {
     "construction": set(),
     "contracts": {"errors", "promises"},
     "errors": set(),
-    "limits": {"errors"},
+    "limits": set(),
     "phases": set(),
     "promises": {"errors", "programs"},
     "interrupts": set(),

@@ -12,117 +12,63 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, register_flop_formula
 
-from latentreward.errors import InputError
-
 LAUNCH = 6e-6
 """Seconds from the start of one kernel to that of the next, if the host starts them one by one: on an H200's host."""
-IDLE = (
-    "_local_scalar_dense",
-    "_unsafe_view",
-    "detach",
-    "empty",
-    "empty_like",
-    "empty_strided",
-    "is_same_size",
-    "lift_fresh",
-    "new_empty",
-    "new_empty_strided",
-)
+IDLE = {
+    *("_local_scalar_dense", "_unsafe_view", "detach", "is_same_size", "lift_fresh"),
+    *("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"),
+}
 """Names of operators that start no kernel, beside those that return a view."""
-
-
-class Peak(NamedTuple):
-    """Peak rates of a card, without sparsity.
-
-    Attributes:
-        half: 10¹² operations per second of matrix products in bfloat16 and float16, summed in float32.
-        tf32: The same in TF32.
-        float32: The same in float32.
-        bandwidth: 10¹² bytes per second of memory traffic.
-    """
-
-    half: float
-    tf32: float
-    float32: float
-    bandwidth: float
-
-    def tflops(self, precision: str | int | None, tf32: bool = False) -> float:
-        """Return the peak of matrix products under a trainer's ``precision``, such as ``bf16-mixed``."""
-        return self.half if "16" in str(precision) else self.tf32 if tf32 else self.float32
-
 
 # Not Lightning's table (lightning.fabric.utilities.throughput): it has no bandwidth, neither B200 nor MI300X, and of
 # H200 and H100 NVL the rates with sparsity, twice as high. Where a data sheet has only these, half of them stands here.
 PEAKS = {
-    "A100[- ]SXM4-40GB|A100-PCIE-40GB": Peak(312, 156, 19.5, 1.555),  # NVIDIA A100 data sheet, 2021
-    "A100 80GB PCIe": Peak(312, 156, 19.5, 1.935),  # the same
-    "A100": Peak(312, 156, 19.5, 2.039),  # the same
-    "H100 PCIe": Peak(756, 378, 51.2, 2.0),  # NVIDIA H100 data sheet, 2023
-    "H100 NVL": Peak(835.5, 417.5, 60, 3.9),  # the same
-    "H100": Peak(989.4, 494.7, 66.9, 3.35),  # the same
-    "H200 NVL": Peak(835.5, 417.5, 60, 4.8),  # NVIDIA H200 data sheet, 2024
-    "H200": Peak(989.4, 494.7, 66.9, 4.8),  # the same
-    "B200": Peak(2250, 1125, 75, 8.0),  # NVIDIA DGX B200 data sheet, 2024: an eighth of eight cards
-    "L40S": Peak(362, 183, 91.6, 0.864),  # NVIDIA L40S data sheet, 2023
-    "L4": Peak(121, 60, 30.3, 0.3),  # NVIDIA L4 data sheet, 2023
-    "A10": Peak(125, 62.5, 31.2, 0.6),  # NVIDIA A10 data sheet, 2021
-    "3090": Peak(71, 35.6, 35.6, 0.936),  # NVIDIA Ampere GA102 white paper, 2020
-    "4090": Peak(165.2, 82.6, 82.6, 1.008),  # NVIDIA Ada white paper, 2022
-    "5090": Peak(209.5, 104.8, 104.8, 1.792),  # NVIDIA RTX Blackwell white paper, 2025
-    "MI300X": Peak(1307.4, 653.7, 163.4, 5.3),  # AMD Instinct MI300X data sheet, 2023
-    "MI325X": Peak(1307.4, 653.7, 163.4, 6.0),  # AMD Instinct MI325X data sheet, 2024
+    "A100[- ]SXM4-40GB|A100-PCIE-40GB": (312, 156, 19.5, 1.555),  # NVIDIA A100 data sheet, 2021
+    "A100 80GB PCIe": (312, 156, 19.5, 1.935),  # the same
+    "A100": (312, 156, 19.5, 2.039),  # the same
+    "H100 PCIe": (756, 378, 51.2, 2.0),  # NVIDIA H100 data sheet, 2023
+    "H100 NVL": (835.5, 417.5, 60, 3.9),  # the same
+    "H100": (989.4, 494.7, 66.9, 3.35),  # the same
+    "H200 NVL": (835.5, 417.5, 60, 4.8),  # NVIDIA H200 data sheet, 2024
+    "H200": (989.4, 494.7, 66.9, 4.8),  # the same
+    "B200": (2250, 1125, 75, 8.0),  # NVIDIA DGX B200 data sheet, 2024: an eighth of eight cards
+    "L40S": (362, 183, 91.6, 0.864),  # NVIDIA L40S data sheet, 2023
+    "L4": (121, 60, 30.3, 0.3),  # NVIDIA L4 data sheet, 2023
+    "A10": (125, 62.5, 31.2, 0.6),  # NVIDIA A10 data sheet, 2021
+    "3090": (71, 35.6, 35.6, 0.936),  # NVIDIA Ampere GA102 white paper, 2020
+    "4090": (165.2, 82.6, 82.6, 1.008),  # NVIDIA Ada white paper, 2022
+    "5090": (209.5, 104.8, 104.8, 1.792),  # NVIDIA RTX Blackwell white paper, 2025
+    "MI300X": (1307.4, 653.7, 163.4, 5.3),  # AMD Instinct MI300X data sheet, 2023
+    "MI325X": (1307.4, 653.7, 163.4, 6.0),  # AMD Instinct MI325X data sheet, 2024
 }
-"""Words in the name of a card (regular expression) → its peak rates; the first that are found count."""
+"""Words in the name of a card (regular expression) → 10¹² operations per second of matrix products in bfloat16 and
+float16 (summed in float32), in TF32 and in float32, and 10¹² bytes per second of memory traffic, without sparsity."""
 
 
-def find_peak(name: str) -> Peak | None:
-    """Return the peak rates of a card by its name, such as ``NVIDIA H100 80GB HBM3``; None for other cards."""
-    for words, peak in PEAKS.items():  # a laptop's card, a 3090 Ti and a 4090 D are other chips
-        if re.search(rf"\b(?:{words})\b(?! (?:D|Ti|Laptop)\b)", name, re.IGNORECASE):
-            return peak
-    return None
+class Limits(NamedTuple):
+    """Peak rates of a card under a trainer's precision: 10¹² operations and 10¹² bytes per second."""
 
-
-@dataclass(frozen=True)
-class Limits:
-    """Peak rates of a card under a precision, see :class:`Peak`, and the bounds that follow for some work.
-
-    Attributes:
-        card: Name of the card.
-        precision: Precision of a trainer.
-        tflops: 10¹² operations per second.
-        bandwidth: 10¹² bytes per second.
-    """
-
-    card: str
-    precision: str
+    name: str
     tflops: float
     bandwidth: float
-
-    @classmethod
-    def of(cls, name: str | None, precision: str | int | None, tf32: bool = False) -> "Limits | None":
-        """Return the limits of a card by name, for None of the GPU here; None if that is not there, or not known.
-
-        Raises:
-            InputError: If ``name`` is not known.
-        """
-        here = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
-        peak = find_peak(here if name is None else name)
-        if name is not None and peak is None:
-            known = ", ".join(words for words in PEAKS if "|" not in words)
-            raise InputError(f"card: {name!r} is not known; give one of {known}, or leave card out")
-        if peak is None:
-            return None
-        return cls(name or here, str(precision or "32-true"), peak.tflops(precision, tf32), peak.bandwidth)
 
     def bounds(self, work: "Work") -> dict[str, float]:
         """Return the seconds that arithmetic, traffic and launches each ask for at least."""
         traffic = work.bytes / self.bandwidth / 1e12
         return {"arithmetic": work.flops / self.tflops / 1e12, "traffic": traffic, "launches": work.kernels * LAUNCH}
 
-    def least(self, work: "Work") -> float:
-        """Return the greatest of the three bounds."""
-        return max(self.bounds(work).values())
+
+def find_limits(card: str, precision: str | int | None, tf32: bool = False) -> Limits | None:
+    """Return the limits of a card by its name, such as ``NVIDIA H100 80GB HBM3``; None for cards not in :data:`PEAKS`.
+
+    ``precision`` is a trainer's; ``tf32`` says whether float32 is multiplied in TF32.
+    """
+    for words, (half, narrow, single, bandwidth) in PEAKS.items():
+        # A laptop's card, a 3090 Ti and a 4090 D are other chips.
+        if re.search(rf"\b(?:{words})\b(?! (?:D|Ti|Laptop)\b)", card, re.IGNORECASE):
+            tflops = half if "16" in str(precision) else narrow if tf32 else single
+            return Limits(f"{card}, {precision or '32-true'}", tflops, bandwidth)
+    return None
 
 
 def count_cpu_attention() -> None:
@@ -143,17 +89,11 @@ def flops_of(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], result
 
 @dataclass(frozen=True)
 class Work:
-    """Work of operators.
+    """Work of operators."""
 
-    Attributes:
-        flops: Operations of matrix products, convolutions and attention.
-        bytes: Bytes that operators read and write, as if nothing were fused.
-        kernels: Number of operators that compute; one for all tensors of a ``foreach`` operation.
-    """
-
-    flops: int = 0
-    bytes: int = 0
-    kernels: int = 0
+    flops: int = 0  # operations of matrix products, convolutions and attention
+    bytes: int = 0  # bytes that operators read and write, as if nothing were fused
+    kernels: int = 0  # operators that compute; one for all tensors of a ``foreach`` operation
 
     def __add__(self, other: "Work") -> "Work":
         return Work(self.flops + other.flops, self.bytes + other.bytes, self.kernels + other.kernels)

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from latentreward.cli import main
 from latentreward.contracts import layout_of
 from latentreward.errors import InputError
-from latentreward.limits import CountedFlops, find_peak
+from latentreward.limits import CountedFlops, find_limits
 from latentreward.phases import LISTENER, PHASES, phase
 from tests.callbacks.small_run import fit, make_trainer, state
 from tests.callbacks.test_performance import QUICK, RUNS
@@ -263,15 +263,12 @@ def test_phases_of_every_method(name: str, tmp_path: Path) -> None:
     ],
 )
 def test_peaks_by_the_name_of_a_card(card: str, half: float, bandwidth: float) -> None:
-    peak = find_peak(card)
-    assert peak is not None
-    assert (peak.tflops("bf16-mixed"), peak.bandwidth) == (half, bandwidth)
-    assert peak.tflops("32-true") == peak.float32 < peak.tflops("32-true", tf32=True) or "4090" in card
+    assert find_limits(card, "bf16-mixed") == (f"{card}, bf16-mixed", half, bandwidth)
 
 
 @pytest.mark.parametrize("card", ["NVIDIA L40", "NVIDIA A10G", "NVIDIA GeForce RTX 4090 Laptop GPU", "Tesla T4"])
 def test_other_cards_have_no_peak(card: str) -> None:
-    assert find_peak(card) is None
+    assert find_limits(card, "bf16-mixed") is None
 
 
 @pytest.mark.slow

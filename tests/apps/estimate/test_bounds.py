@@ -13,11 +13,10 @@ from latentreward.apps.estimate.bounds import limits_text, remedies_of
 from latentreward.apps.estimate.costs import TEXT, PartCosts, StepCosts
 from latentreward.apps.estimate.settings import Estimate
 from latentreward.cli import main
-from latentreward.errors import InputError
-from latentreward.limits import LAUNCH, Limits, Work, work_of
+from latentreward.limits import LAUNCH, Limits, Work, find_limits, work_of
 from tests.apps.estimate.test_settings import CONFIGS
 
-CARD = Limits("a card", "bf16-mixed", tflops=2.0, bandwidth=0.5)
+CARD = Limits("a card, bf16-mixed", tflops=2.0, bandwidth=0.5)
 TERA = 10**12
 
 
@@ -49,16 +48,11 @@ def test_work_of_operators() -> None:
 def test_seconds_of_each_limit() -> None:
     work = Work(flops=4 * TERA, bytes=3 * TERA, kernels=1000)
     assert CARD.bounds(work) == {"arithmetic": 2.0, "traffic": 6.0, "launches": 1000 * LAUNCH}
-    assert CARD.least(work) == 6.0
 
 
-def test_cards_by_name() -> None:
-    h200 = Limits.of("H200", "bf16-mixed")
-    assert h200 == Limits("H200", "bf16-mixed", 989.4, 4.8)
-    full, tf32 = Limits.of("H200", None), Limits.of("H200", "32-true", tf32=True)
-    assert (full and full.tflops, tf32 and tf32.tflops) == (66.9, 494.7)
-    with pytest.raises(InputError, match=r"card: 'H2O' is not known; give one of .*H100.*, or leave card out"):
-        Limits.of("H2O", None)
+def test_peaks_by_precision() -> None:
+    assert find_limits("H200", None) == ("H200, 32-true", 66.9, 4.8)
+    assert find_limits("H200", "32-true", tf32=True) == ("H200, 32-true", 494.7, 4.8)
 
 
 def found(work: Mapping[str, Work], data: str, trained: int = 0, **performance: Any) -> Estimate:
@@ -111,6 +105,10 @@ def test_an_estimate_for_a_named_card(capsys: pytest.CaptureFixture[str]) -> Non
     for row in ("  encode", "  forward", "  backward", "  optimizer", "  ema", "a step"):
         assert re.search(rf"^{row} +[\de.-]+ +[\de.-]+ +[1-9]\d* ", text, re.M), row
     assert "limit: launches, at least" in text
-    with pytest.raises(SystemExit, match="2"):
-        main(["fit", *tiny, "--card=H100"])
-    assert "card: H100 is for --estimate; add it, or leave card out" in capsys.readouterr().err
+    for more, said in (
+        (["--card=H100"], "card: H100 is for --estimate; add it, or leave card out"),
+        (["--card=H2O", "--estimate"], "card: 'H2O' is not known; give one of A100 80GB PCIe, A100, H100 PCIe"),
+    ):
+        with pytest.raises(SystemExit, match="2"):
+            main(["fit", *tiny, *more])
+        assert said in capsys.readouterr().err

@@ -15,7 +15,7 @@ from tests.callbacks.small_run import fit, make_trainer
 from tests.callbacks.test_performance import QUICK, RUNS
 from tests.marks import rotated_after
 
-CARD = Limits("a card", "32-true", 2e-9, 1e-6)
+CARD = Limits("a card", 2e-9, 1e-6)
 QUIET = {"log_every_n_steps": 0, "limit_val_batches": 0}
 
 

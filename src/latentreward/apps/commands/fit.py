@@ -44,7 +44,7 @@ from latentreward.data.readers.base import DATA_ON_ERROR, OWN_ON_ERROR
 from latentreward.data.splits import tell_unopened
 from latentreward.errors import InputError, check_at_least_one, errors_at, where
 from latentreward.interrupts import TERMINATED
-from latentreward.limits import Limits
+from latentreward.limits import PEAKS, Limits, find_limits
 from latentreward.programs import of_framework
 from latentreward.promises import check_takes
 from latentreward.settings import functions
@@ -290,7 +290,12 @@ class TrainingCLI(LightningCLI):
                 if value != getattr(Card, name, None) and not self.estimates:
                     raise InputError(f"{name}: {value} is for --estimate; add it, or leave {name} out")
             if self.estimates and (gpu or card is not None):
-                self.limits = Limits.of(card, trainer["precision"], self.config[self.command]["performance"]["tf32"])
+                here = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+                tf32 = bool(self.config[self.command]["performance"]["tf32"])
+                self.limits = find_limits(here if card is None else card, trainer["precision"], tf32)
+                if card is not None and self.limits is None:
+                    known = ", ".join(words for words in PEAKS if "|" not in words)
+                    raise InputError(f"card: {card!r} is not known; give one of {known}, or leave card out")
         check_ranges(self.config[self.command])
         run_folder.settle_folder(self.config[self.command]["trainer"], args)
         self.config[self.command] = without_repeated_callbacks(self.config[self.command])

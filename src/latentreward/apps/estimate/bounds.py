@@ -51,7 +51,7 @@ def limits_text(found: Estimate, limits: Limits) -> str:
     bounds = limits.bounds(step)
     greatest = max(bounds, key=bounds.__getitem__)
     lines = [
-        as_text(bounds_table(f"{limits.card}, {limits.precision}", rows, limits)),
+        as_text(bounds_table(limits.name, rows, limits)),
         "Traffic as if no operators were fused, and 6 µs a launch: compiled blocks need less of both.",
         f"limit: {greatest}, at least {bounds[greatest]:.3g} s a step",
     ]
@@ -68,7 +68,8 @@ def remedies_of(found: Estimate, phases: Mapping[str, Work], limits: Limits) -> 
     (longest, greatest), (second, _) = bounds[2], bounds[1]
 
     def without(name: str) -> float:
-        return longest - limits.least(sum((work for other, work in phases.items() if other != name), Work()))
+        rest = sum((work for other, work in phases.items() if other != name), Work())
+        return longest - max(limits.bounds(rest).values())
 
     kind: type = locate(settings.data.class_path)  # type: ignore[assignment]
     trains_text = any(part.name == TEXT and part.trained for part in found.costs.parts)

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from latentreward.apps.estimate.bounds import bounds_table
 from latentreward.callbacks import Performance
 from latentreward.errors import InputError, check_at_least_one
-from latentreward.limits import Limits, Work, work_of
+from latentreward.limits import Limits, Work, find_limits, work_of
 from latentreward.phases import PHASES
 from latentreward.reports.tables import NOTHING, as_text, markdown_table
 
@@ -70,7 +70,8 @@ class StepProfile(Callback):
         self._times, self._step, self._first = performance.times, trainer.global_step, trainer.global_step
         self._times.counts = False
         if self.limits is None and self._times.cuda:
-            self.limits = Limits.of(None, trainer.precision, bool(performance.chosen["tf32"]))
+            name, tf32 = torch.cuda.get_device_name(trainer.strategy.root_device), performance.chosen["tf32"]
+            self.limits = find_limits(name, trainer.precision, bool(tf32))
         self._mode = CountedWork(self._times.open)
         self._mode.__enter__()
 
