@@ -1,8 +1,9 @@
 """Computed memory and computation of the shipped runs, as a Markdown table: ``latentreward fit … --estimate`` for each.
 
 Usage: ``python benchmarks/estimates.py [--all]``; some fifteen minutes, with ``--all`` half an hour. Without ``--all``
-the recipes, the rewards on flow families and the alignment of full-size generators; with it the ablations, every model
-file and the tiny ones too. The last columns are the time of the command, by the clock and on the processor.
+the recipes, the rewards on flow families, the alignment of full-size generators, and LPO of the other policies; with it
+the ablations, every model file and the tiny ones too. The last columns are the time of the command, by the clock and on
+the processor.
 """
 
 import argparse
@@ -53,6 +54,9 @@ def runs(every: bool) -> dict[str, list[str]]:
     for name in names("align"):
         if every or not name.endswith("tiny"):
             found[f"align/{name}"] = config("align", name)
+    for name in names("policy"):
+        if not (ROOT / f"configs/align/lpo_{name}.yaml").exists():
+            found[f"policy/{name} + method/lpo"] = [*config("policy", name), *config("method", "lpo")]
     of_families = {f"dina_lrm_{name}" for name in (*families(), "sd35_large")}
     for name in (name for name in names("model") if every or name in of_families):
         tiny = name.endswith("tiny")

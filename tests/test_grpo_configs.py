@@ -36,7 +36,12 @@ def _paths(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         for name, folder in folders.items():
             patch.setenv(f"{name.upper()}_PATH", folder)
-        for name, value in {"PROMPTS": str(prompts), "LRM_PATH": "lrm", "DINA_PATH": "dina"}.items():
+        for name, value in {
+            "PROMPTS": str(prompts),
+            "LRM_PATH": "lrm",
+            "DINA_PATH": "dina",
+            "REWARD_PATH": "dina",
+        }.items():
             patch.setenv(name, value)
         yield
 
@@ -121,7 +126,7 @@ KINDS = {
 @pytest.mark.parametrize("name", rotated_after(1, FAMILIES, release=2))
 def test_one_option_changes_the_method(name: str, method: str) -> None:
     lpo, other = (
-        parse(f"configs/align/lpo_{name}.yaml", options=options).config["fit"]["model"]
+        parse(f"configs/policy/{name}.yaml", "configs/method/lpo.yaml", options=options).config["fit"]["model"]
         for options in ((), (f"--model={method}",))
     )
     assert other["class_path"] == f"latentreward.modules.{method}"

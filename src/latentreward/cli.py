@@ -35,7 +35,7 @@ COMMANDS = {
     "validate": "compute the metrics of the validation split",
     "test": "compute the metrics of the test split",
     "predict": "score pairs of images and write the scores to parquet",
-    "configs": "list the YAML files of the package, or print one of them",
+    "configs": "list or print the YAML files of the package, or compose a run of them",
     "inspect": "report a data set's labels, image sizes, bad rows and leakage",
     "score-pairs": "score the images of pairs with pixel-space scorers, to filter pairs",
     "export-pairs": "write the pairs of any reader as a data set for the library datasets",

@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
+import yaml
 
 from latentreward.cli import main
 from tests.settings.test_refusals import refusal
@@ -60,3 +61,52 @@ def test_the_page_holds_the_list(capsys) -> None:
     page = (ROOT / "docs" / "configs.md").read_text()
     (block,) = re.findall(r"```text\n(.*?)```", page, flags=re.DOTALL)
     assert block == capsys.readouterr().out, "put what `latentreward configs` prints into docs/configs.md"
+
+
+def composed(capsys: pytest.CaptureFixture[str], *names: str) -> str:
+    main(["configs", "--compose", *names])
+    return capsys.readouterr().out
+
+
+def test_a_policy_hardware_and_a_method_make_one_file(capsys) -> None:
+    text = composed(capsys, "flux2_klein", "nft", "one_gpu")
+    run = yaml.safe_load(text)
+    assert list(run) == ["model", "data", "trainer"]
+    assert run["model"]["class_path"] == "latentreward.modules.DiffusionNFTModule"
+    arguments, trainer = run["model"]["init_args"], run["trainer"]
+    assert arguments["policy"]["source"] == "${oc.env:FLUX2_KLEIN_PATH,black-forest-labs/FLUX.2-klein-base-4B}"
+    assert arguments["guidance_scale"] is None  # the method's, over the policy's 4
+    assert arguments["reward"]["init_args"]["path"] == "${oc.env:REWARD_PATH}"
+    assert trainer["devices"] == 1  # the hardware's, over the policy's 4
+    assert trainer["logger"]["init_args"]["name"] == "nft"
+    kept = [one["class_path"].rpartition(".")[2] for one in trainer["callbacks"]]
+    assert len(kept) == len({*kept}) and {"TrainableEMA", "PolicyLoRA", "LearningRateMonitor", "LastCheckpoint"} <= {
+        *kept
+    }
+    (last,) = [one for one in trainer["callbacks"] if one["class_path"].endswith("LastCheckpoint")]
+    assert last["init_args"]["every_n_train_steps"] == 50  # the method's, not the 200 of one_gpu.yaml
+    head = text[: text.index("\nmodel:")]
+    assert "#   export REWARD_PATH=… PROMPTS=…\n" in head and all(line.startswith("#") for line in head.splitlines())
+    for file in ("policy/flux2_klein", "trainer/one_gpu", "method/nft"):
+        assert f"--config configs/{file}.yaml" in head and SHIPPED[f"{file}.yaml"].read_text().splitlines()[0] in head
+    assert text == composed(capsys, "flux2_klein", "nft", "one_gpu")
+
+
+def test_a_method_alone_decides_over_clipping(capsys) -> None:
+    assert yaml.safe_load(composed(capsys, "sd15", "lpo", "one_gpu"))["trainer"]["gradient_clip_val"] is None
+    assert yaml.safe_load(composed(capsys, "sd15", "refl"))["trainer"]["gradient_clip_val"] == 1.0
+
+
+@pytest.mark.parametrize(
+    ("names", "line"),
+    [
+        (["--compose", "flux", "nft"], "policy: no file 'flux' of configs/policy; did you mean 'flux1'?"),
+        (["--compose", "flux1", "nfft"], "method: no file 'nfft' of configs/method; did you mean 'nft'?"),
+        (["--compose", "flux1", "nft", "two"], "hardware: no file 'two' of configs/trainer; choose from cpu, demo, "),
+        (["--compose", "flux1"], "method: --compose takes a policy and a method of configs/method; choose from awm, "),
+        (["--compose"], "policy: --compose takes a policy and a method of configs/policy; choose from flux1, "),
+        (["flux1", "nft"], "method: 'nft' is for --compose; add it, or give one name"),
+    ],
+)
+def test_unknown_parts_are_refused(names: list[str], line: str, capsys) -> None:
+    assert refusal(capsys, "configs", *names).startswith(line)

@@ -1,0 +1,154 @@
+"""Every method of configs/method on every policy of configs/policy: parsed, estimated, and two steps of a tiny twin."""
+
+from itertools import product
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from latentreward.cli import main
+from tests.families.twins import TWINS
+from tests.marks import release_after
+from tests.settings.test_refusals import refusal
+from tests.test_recipes import parse
+from tests.tiny_pipelines import pipeline_folder
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+POLICIES = {"flux1": "flux1_dev", "flux2_klein": "klein_base", "lumina2": "lumina2", "qwen_image": "qwen_image",
+            "sd15": "sd15", "sd21": "sd21", "sdxl": "sdxl", "sd3_medium": "sd3", "sd35_large": "sd35_large",
+            "sd35_medium": "sd35", "wan21": "wan21", "z_image": "z_image"}  # fmt: skip
+"""Policy → its twin."""
+METHODS = sorted(path.stem for path in (CONFIGS / "method").glob("*.yaml"))
+FLOWS = ("awm", "nft")
+"""Methods for flows alone."""
+UNETS = ("sd15", "sd21", "sdxl")
+PAIRS = """
+class_path: latentreward.tinyworld.TinyWorldDataModule
+init_args: {{root: {root}, layout: pickapic, train_pairs: 8, val_pairs: 4, batch_size: 2, num_workers: 0}}
+"""
+STEPS = {"awm": 8, "spo": 8}
+"""Method → steps of the sampler, others than 4."""
+SMALL = {
+    "awm": ("model.num_samples=2",),
+    "nft": ("model.num_samples=2",),
+    "ram": ("model.num_samples=2", "model.draws=2"),
+    "grpo_trajectory": ("model.num_trajectories=2",),
+    "grpo_stepwise": ("model.candidates.num_candidates=2",),
+    "lpo": ("model.candidates.num_candidates=2",),
+    "spo": ("model.candidates.num_candidates=2",),
+    "refl": ("model.stop_range=[1,2]",),
+    "prfl": ("model.stop_range=[2,4]",),
+}
+"""Method → settings that make it small."""
+
+
+def cells() -> list[tuple[str, str]]:
+    """All pairs; the first ones have each policy and each method at least once, and one that is refused."""
+    flows_first = sorted(POLICIES, key=lambda policy: policy in UNETS)
+    order = sorted(METHODS, key=lambda method: method not in FLOWS)
+    first = [(policy, order[number % len(order)]) for number, policy in enumerate(flows_first)]
+    return first + [cell for cell in product(POLICIES, METHODS) if cell not in first]
+
+
+def twin(name: str) -> tuple[str, tuple[int, int]]:
+    """Folder of a twin, and a size of pictures."""
+    return (TWINS[name].folder, TWINS[name].size) if name in TWINS else (pipeline_folder(name), (16, 16))
+
+
+@pytest.fixture(autouse=True)
+def _prompts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("prompts.txt").write_text("a cat\ntwo dogs on a hill in the rain\n")
+    monkeypatch.setenv("PROMPTS", "prompts.txt")
+    for name in ("REWARD_PATH", "CACHE_ROOT", "SPM_PATH"):
+        monkeypatch.setenv(name, name.lower())
+
+
+def compose(capsys: pytest.CaptureFixture[str], *names: str) -> str:
+    """Write run.yaml as its head comment says; its text."""
+    main(["configs", "--compose", *names])
+    text = capsys.readouterr().out
+    Path("run.yaml").write_text(text)
+    return text
+
+
+def arguments(policy: str, method: str, name: str | None = None) -> list[str]:
+    """The run of run.yaml with a twin, a reward that is a formula, and little of everything."""
+    folder, (height, width) = twin(name or POLICIES[policy])
+    options = ["trainer.accelerator=cpu", "trainer.devices=1", "trainer.strategy=auto", "trainer.precision=32-true",
+               "trainer.accumulate_grad_batches=1", "trainer.max_steps=2", "trainer.callbacks=null",
+               "trainer.callbacks+=PolicyLoRA", "trainer.enable_progress_bar=false",
+               "trainer.enable_model_summary=false", "model.policy.frozen_dtype=float32",
+               f"model.policy.source={folder}", *SMALL.get(method, ())]  # fmt: skip
+    if "t5_length" in (CONFIGS / "policy" / f"{policy}.yaml").read_text():
+        options.append("model.policy.t5_length=5")
+    pairs = PAIRS.format(root=Path("pairs").resolve())
+    if method.endswith("dpo"):
+        options += [f"data={pairs}", "trainer.limit_val_batches=0"]
+    else:
+        reward = "families.test_methods.RednessSource" if method == "spo" else "modules.toy_rewards.BrightnessSource"
+        sampling = {"num_inference_steps": STEPS.get(method, 4), "height": height, "width": width}
+        options += [
+            f"model.reward=tests.{reward}",
+            *(f"model.sampling.{key}={value}" for key, value in sampling.items()),
+        ]
+        data = "data.prompts" if method == "prfl" else "data"
+        options += [f"{data}.batch_size=2", f"{data}.batches_per_epoch=4"]
+        options += [f"data.images={pairs}"] if method == "prfl" else []
+        options += [] if method in ("prfl", "refl") else ["data.prompts_per_rollout=2"]
+    return ["fit", "--config=run.yaml", *(f"--{option}" for option in options)]
+
+
+def test_every_policy_has_a_twin() -> None:
+    assert {*POLICIES} == {path.stem for path in (CONFIGS / "policy").glob("*.yaml")}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("policy", "method"), release_after(len(POLICIES), cells()))
+def test_every_method_on_every_policy(policy: str, method: str, tmp_path: Path, capsys) -> None:
+    compose(capsys, policy, method)
+    given = arguments(policy, method)
+    if policy in UNETS and method in FLOWS:
+        assert "no rectified flow" in refusal(capsys, *given, "--estimate")
+        assert "no rectified flow" in refusal(capsys, *given)
+        return
+    main([*given, "--estimate"])
+    assert "\n  peak  " in capsys.readouterr().out
+    main(given)
+    (lora,) = tmp_path.glob(f"runs/{policy}/{method}/lora/*.safetensors")
+    weights = load_file(lora)
+    assert any(value.any() for key, value in weights.items() if "lora_B" in key or "lora.up" in key)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("policy", "method", "name", "said"),
+    release_after(
+        2,
+        [
+            ("flux1", "lpo", "flux1_schnell", "guidance_scale=3.5, but FLUX.1-schnell was distilled to sample without"),
+            ("z_image", "grpo_trajectory", "z_image_turbo", "guidance_scale=4, but Z-Image-Turbo was distilled"),
+            ("flux2_klein", "linear_dpo", "klein_distilled", "guidance_scale=4, but FLUX.2-klein (distilled) was"),
+        ],
+    ),
+)
+def test_a_distilled_policy_takes_no_guidance(policy: str, method: str, name: str, said: str, capsys) -> None:
+    """Found before weights are loaded; without the scale the run is estimated."""
+    compose(capsys, policy, method)
+    given = arguments(policy, method, name)
+    assert said in refusal(capsys, *given, "--estimate")
+    main([*given, "--estimate", "--model.guidance_scale=null"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("policy", "method", "hardware"),
+    release_after(1, [("qwen_image", "lpo", "one_gpu"), ("sd15", "prfl", "fsdp2"), ("wan21", "linear_dpo", "cpu")]),
+)
+def test_the_files_in_order_are_the_same_run(policy: str, method: str, hardware: str, capsys) -> None:
+    compose(capsys, policy, method, hardware)
+    files = [f"configs/{file}.yaml" for file in (f"policy/{policy}", f"trainer/{hardware}", f"method/{method}")]
+    one, several = (parse(*given).config["fit"] for given in ([str(Path("run.yaml").resolve())], files))
+    for settings in (one, several):
+        settings.pop("config")  # the files' names
+    assert one == several
