@@ -1,5 +1,6 @@
 """What trains: every parameter that does gets a gradient; dtypes; checkpointing; compiled blocks."""
 
+import warnings
 from typing import Any
 
 import pytest
@@ -8,6 +9,7 @@ from diffusers.models.attention_dispatch import _AttentionBackendRegistry
 from torch import Tensor, nn
 
 from latentreward.backbones import DiffusionBackbone, LoRA, create_backbone
+from latentreward.backbones.tuning import tune
 from latentreward.contracts import Conditioning, Features
 from latentreward.errors import InputError
 from latentreward.heads import CLIPProjectionHead, GatedQFormerHead
@@ -134,6 +136,26 @@ def test_lora_settings_take_effect() -> None:
 def test_lora_that_matches_nothing_is_refused() -> None:
     with pytest.raises(InputError, match=r"lora.target_modules=\['nonsense'\] matches no linear layer"):
         tiny_backbone("sd35", lora=LoRA(target_modules=("nonsense",)))
+
+
+class FusedAttention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv_proj, self.to_out = nn.Linear(2, 6), nn.ModuleList([nn.Linear(2, 2)])
+
+
+def test_layers_of_attention_that_the_default_names_miss_are_told() -> None:
+    network = nn.Sequential(FusedAttention())
+    told = "lora: only to_out.0 get adapters, not qkv_proj of the same layers; name all in lora.target_modules"
+    with pytest.warns(UserWarning, match=told):
+        tune(network, "lora", LoRA(rank=1))
+
+
+@pytest.mark.parametrize("name", ["sd15", "sdxl", "sd35"])
+def test_the_default_names_cover_the_attention_of_diffusers(name: str) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        tune(network_of(tiny_backbone(name, tuning="frozen")), "lora", LoRA())
 
 
 def gradients(backbone: DiffusionBackbone) -> dict[str, Tensor]:

@@ -109,6 +109,11 @@ def test_merged_pipeline_needs_no_lora(trained: tuple[Policy, str], tmp_path: Pa
     assert not any("lora" in key for key in getattr(pipeline, lora.family.part).state_dict())
     torch.testing.assert_close(with_network(policy, pipeline, lora.family.part), expected)
     assert [path.name for path in tmp_path.iterdir()] == ["merged"]
+    # diffusers would name some encoders' libraries wrongly, and the base's folder.
+    written = json.loads((tmp_path / "merged" / "model_index.json").read_text())
+    base = json.loads((Path(pipeline_folder(name)) / "model_index.json").read_text())
+    assert {part: written[part] for part in base if part[0] != "_"} == {k: v for k, v in base.items() if k[0] != "_"}
+    assert "_name_or_path" not in written
 
 
 @pytest.mark.slow

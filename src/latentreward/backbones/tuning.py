@@ -7,6 +7,7 @@ from operator import attrgetter
 from typing import Literal
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
 from latentreward.errors import InputError
@@ -79,8 +80,27 @@ def tune(network: nn.Module, tuning: Tuning, lora: LoRA, unread: Sequence[str] =
             target_modules=targets,
             init_lora_weights="gaussian",
         )
+        warn_of_layers_without_adapter(network, endings)
         with shown_as_float32(network):
             inject_adapter_in_model(config, network)
+
+
+def warn_of_layers_without_adapter(network: nn.Module, endings: Sequence[str]) -> None:
+    """Warn of linear layers beside those that get adapters, where ``endings`` are those of diffusers' attention.
+
+    Networks with fused projections, such as PRX's ``img_qkv_proj``, share a part of these names.
+    """
+    if tuple(endings) != ATTENTION:
+        return
+    linear = [name for name, module in network.named_modules() if isinstance(module, nn.Linear)]
+    found = {name: ending for ending in endings for name in linear if name.endswith(f".{ending}")}
+    attentions = {name.removesuffix(ending) for name, ending in found.items()}
+    beside = {name.removeprefix(one) for one in attentions for name in linear if name.startswith(one)} - {*endings}
+    if beside:
+        rank_zero_warn(
+            f"lora: only {', '.join(sorted({*found.values()}))} get adapters, not {', '.join(sorted(beside))} of the "
+            "same layers; name all in lora.target_modules or in the family's lora_targets"
+        )
 
 
 def freeze(network: nn.Module, names: Iterable[str]) -> None:

@@ -105,4 +105,9 @@ def write_merged(lora: TrainedLoRA, base: PipelineSource, folder: Path, dtype: t
         if dtype != torch.float32:
             pipeline.to(dtype=dtype)
         pipeline.save_pretrained(partial)
+        # For some encoders (T5Gemma's) diffusers names a library that lacks the class; the base's names have loaded.
+        saved = json.loads((partial / "model_index.json").read_text())
+        index = {name: base.index[name] if base.has(name) else entry for name, entry in saved.items()}
+        index.pop("_name_or_path", None)  # a path of this machine
+        (partial / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
     return folder
