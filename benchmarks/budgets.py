@@ -42,7 +42,9 @@ from latentreward.modules import (  # noqa: E402
     AWMModule,
     DiffusionDPOModule,
     DiffusionNFTModule,
+    DiffusionOPSDModule,
     LPOModule,
+    RAMModule,
     ReFLModule,
     StepAwarePixelModule,
     StepwiseGRPOModule,
@@ -118,6 +120,14 @@ CASES: dict[str, Callable[[], tuple[LightningModule, Any]]] = {
     ),
     "AWM, DiT": lambda: (
         AWMModule(tiny_source("sd35"), reward("dina", "sd35"), num_samples=4, steps=StratifiedSteps(2), **SHORT),
+        prompts(),
+    ),
+    "RAM, DiT": lambda: (
+        RAMModule(tiny_source("sd35"), reward("dina", "sd35"), draws=2, num_samples=4, **SHORT),
+        prompts(),
+    ),
+    "DiffusionOPSD, DiT": lambda: (
+        DiffusionOPSDModule(tiny_source("sd35"), reward("dina", "sd35"), **SHORT),
         prompts(),
     ),
     "ReFL, U-Net": lambda: (

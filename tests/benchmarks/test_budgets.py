@@ -22,6 +22,8 @@ CASES = (
     "LPO, DiT",
     "step-wise GRPO, U-Net",
     "AWM, DiT",
+    "RAM, DiT",
+    "DiffusionOPSD, DiT",
     "ReFL, U-Net",
     "PRFL, DiT",
 )
