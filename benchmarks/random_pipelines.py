@@ -2,8 +2,8 @@
 
 Sizes: ``sd15``, ``sdxl`` and ``sd35`` are as published. ``sd15_side32`` is SD1.5 with latents of 32 × 32. ``mid`` has
 SD1.5's layout with channels (96, 192, 384, 384), latents of 32 × 32 and VAE channels (64, 128, 256). ``mid_sd35`` has
-SD3.5's layout with 13 blocks of width 512, and latents and VAE like ``mid``. ``small`` and ``small_sd35`` have half the
-width, and latents of 16 × 16. ``toy`` and ``toy_sd35`` are for tests of the benchmarks.
+SD3.5's layout with 13 blocks of width 512, and latents and VAE like ``mid``. ``small`` and ``small_sd35`` have a third
+and a quarter of these widths, and latents of 16 × 16. ``toy`` and ``toy_sd35`` are for tests of the benchmarks.
 """
 
 import json
@@ -78,7 +78,7 @@ SIZES = {
     },
     "small": {
         **PIPELINES["sd15"],
-        "unet": {**PIPELINES["sd15"]["unet"], "sample_size": 16, "block_out_channels": (64, 128, 192, 192)},
+        "unet": {**PIPELINES["sd15"]["unet"], "sample_size": 16, "block_out_channels": (32, 64, 96, 96)},
         "vae": {**_VAE, **_LEVELS, "block_out_channels": (32, 64, 64)},
         "text_encoder": _SMALL_TEXT,
     },
@@ -93,8 +93,8 @@ SIZES = {
             "sample_size": 16,
             "num_layers": 13,
             "attention_head_dim": 32,
-            "num_attention_heads": 8,
-            "caption_projection_dim": 256,
+            "num_attention_heads": 4,
+            "caption_projection_dim": 128,
             "pos_embed_max_size": 32,
         },
     },

@@ -324,6 +324,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=512, help="JPEGs that are scored from disk")
     parser.add_argument("--files", default="small", metavar="SIZE", help="of the LRM that scores JPEGs")
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--cases", nargs="*", default=[], help="beginnings of names; by default all")
     options = parser.parse_args()
     warnings.filterwarnings("ignore", message=".*self.log.*")
     torch.set_num_threads(1)
@@ -343,6 +344,8 @@ def main() -> None:
 
     def rows() -> Iterator[list[Any]]:
         for name, make in cases.items():
+            if not name.startswith(tuple(options.cases) or ""):
+                continue
             times = interleaved(make(), options.repeats)
             share, plain = ratio(times["ours"], times["theirs"]), times.get("not invariant")
             bare = ["", ""] if plain is None else [plain, ratio(plain, times["theirs"])]

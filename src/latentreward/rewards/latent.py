@@ -17,7 +17,7 @@ from latentreward.errors import InputError, check_at_least_one
 from latentreward.noise import NoiseProcess
 from latentreward.policies.surrogate_gradient import gradient_carrier
 from latentreward.rewards.base import Reward, RewardSource
-from latentreward.rewards.conversion import convert_states, describe_conversion
+from latentreward.rewards.conversion import convert_states, describe_conversion, same_levels
 from latentreward.rewards.shared_base import share_adapter, shares_network, shares_text
 from latentreward.scoring.layouts.find import ModelSource, StoredReward, find_reward
 from latentreward.scoring.network import RewardNetwork
@@ -84,6 +84,11 @@ class LatentScorer(Reward):
         self.read_weights()
         return self._model[0]
 
+    @cached_property
+    def _same_levels(self) -> bool:
+        """Whether policy and model share a table of noise levels: compared once, since a rollout scores every step."""
+        return same_levels(self.noise_process, self._model[0].backbone.noise_process)
+
     def read_weights(self, halved: Container[int] = ()) -> None:
         """Read the weights that are still unread, those with ids in ``halved`` as bfloat16."""
         if self._unread:
@@ -137,8 +142,10 @@ class LatentScorer(Reward):
 
     def score(self, states: NoisyStates, encoded: EncodedPrompts) -> Tensor:
         """See :meth:`Reward.score`."""
-        process = self.model.backbone.noise_process
-        latents, timesteps = convert_states(states.latents, states.timesteps, self.noise_process, process)
+        latents, timesteps = states.latents, states.timesteps
+        if not self._same_levels:
+            process = self.model.backbone.noise_process
+            latents, timesteps = convert_states(latents, timesteps, self.noise_process, process)
 
         def read(latents: Tensor, rows: slice) -> Tensor:
             conditioning = encoded.conditioning.select(states.rows[rows])
