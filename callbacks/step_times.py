@@ -24,7 +24,7 @@ class Mark(NamedTuple):
 
     phase: str
     time: Any
-    flops: int | None
+    flops: float | None
 
 
 class StepTimes(Phases):
@@ -55,16 +55,17 @@ class StepTimes(Phases):
         self.cuda, self.peak_tflops, self.paused, self.counts = cuda, peak_tflops, False, True
         self._marks: deque[Mark] = deque()
         self._present: defaultdict[str, float] = defaultdict(float)  # seconds of the step that has not ended
-        self._flops = 0  # operations of that step
+        self._flops: float = 0  # operations of that step
         self._counting: tuple[Hashable, CountedFlops] | None = None
-        self._counts: defaultdict[Hashable, list[int]] = defaultdict(lambda: [0, 0, 0])  # batches, counted, their FLOPs
+        self._counts: defaultdict[Hashable, list[Any]] = defaultdict(lambda: [0, 0, 0])  # batches, counted, their FLOPs
         self._mark()
         self.restart()
 
     def restart(self) -> None:
         """Forget the steps that have ended."""
         self.seconds: defaultdict[str, float] = defaultdict(float)
-        self.steps = self.flops = self.rollouts = 0
+        self.steps, self.rollouts = 0, 0
+        self.flops: float = 0
 
     def begin(self, name: str) -> None:
         """Begin a phase; one within the wait for data, such as a rollout, has operations of its own."""
@@ -93,7 +94,7 @@ class StepTimes(Phases):
         self._mark(self._flops)
         self._flops = 0
 
-    def _mark(self, flops: int | None = None) -> None:
+    def _mark(self, flops: float | None = None) -> None:
         name = ASIDE if self.paused else self.open[-1]
         if flops is not None or not self._marks or self._marks[-1].phase != name:
             now: Any = torch.cuda.Event(enable_timing=True) if self.cuda else perf_counter()
@@ -122,7 +123,7 @@ class StepTimes(Phases):
             self._counting = key, CountedFlops()
             self._counting[1].__enter__()
         elif self._counting is None and count[1]:
-            self._flops += count[2] // count[1]
+            self._flops += count[2] / count[1]
 
     def stop_counting(self) -> None:
         """End the batch or rollout, if it was counted."""

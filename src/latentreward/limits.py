@@ -4,6 +4,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
+from math import nan
 from typing import Any, NamedTuple
 
 import torch
@@ -126,6 +127,9 @@ class CountedFlops(TorchDispatchMode):
     What gradient checkpointing computes again does not count, as MFU wants it (arXiv:2204.02311, appendix B).
     ``FlopCounterMode`` would keep the tensors of checkpointed blocks alive, and compiled blocks would compute without
     their graphs under it.
+
+    Attributes:
+        flops: Operations so far; NaN once PyTorch's formula for an operator has failed.
     """
 
     supports_higher_order_operators = True
@@ -133,7 +137,7 @@ class CountedFlops(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         count_cpu_attention()
-        self.flops = 0
+        self.flops: float = 0
 
     @classmethod
     def ignore_compile_internals(cls) -> bool:
@@ -146,5 +150,8 @@ class CountedFlops(TorchDispatchMode):
         """Run one operator and count it; see :class:`TorchDispatchMode`."""
         result = func(*args, **(kwargs or {}))
         if not recomputes():
-            self.flops += flops_of(func, args, kwargs or {}, result)
+            try:
+                self.flops += flops_of(func, args, kwargs or {}, result)
+            except Exception:  # of PyTorch's formula for an operator: a figure of the log must not end a run
+                self.flops = nan
         return result

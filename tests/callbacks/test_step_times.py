@@ -2,6 +2,7 @@
 
 import csv
 from itertools import count
+from math import isnan
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.profilers import SimpleProfiler
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import flop_registry
 
 from latentreward.cli import main
 from latentreward.contracts import layout_of
@@ -124,10 +126,18 @@ def test_batches_of_a_layout_and_rollouts_are_counted_now_and_then(times: StepTi
     assert times.values()["train/mfu"] == pytest.approx(times.flops / total / 2)
 
 
-def step(network: nn.Module, rows: int) -> int:
+def step(network: nn.Module, rows: int) -> float:
     with CountedFlops() as counted:
         network(torch.ones(rows, 4)).sum().backward()
     return counted.flops
+
+
+def test_a_formula_of_pytorch_that_fails_ends_no_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*args: Any, **kwargs: Any) -> int:
+        raise ValueError("unknown shape")
+
+    monkeypatch.setitem(flop_registry, torch.ops.aten.addmm, fails)
+    assert isnan(step(nn.Linear(4, 2), 3))
 
 
 def test_operations_of_a_matrix_product() -> None:
