@@ -116,12 +116,14 @@ def grpo(part: str, size: str, batch: int, root: Path | None) -> Works:
 
     @torch.no_grad()
     def sample() -> None:
+        pipeline.transformer.eval()
         options = {"num_inference_steps": STEPS, "guidance_scale": 4.5, "noise_level": 0.7, "output_type": "pt"}
         images, latents, log_probs = released.pipeline_with_logprob(
             pipeline, **given(embeds, uncond), **options, height=height, width=width
         )
         torch.stack(latents, dim=1), torch.stack(log_probs, dim=1)
         released.PerPromptStatTracker(True).update(repeated, images.mean(dim=(1, 2, 3)).numpy())
+        pipeline.transformer.train()
 
     if part == "rollout":
         return works | {"theirs": sample}
@@ -208,6 +210,7 @@ def nft(part: str, size: str, batch: int, root: Path | None) -> Works:
     @torch.no_grad()
     def sample() -> None:
         follow(moved)
+        pipeline.transformer.eval()
         theirs.set_adapter("old")
         options = {"num_inference_steps": STEPS, "guidance_scale": 1.0, "output_type": "pt", "solver": "flow"}
         images, latents, _ = released.pipeline_with_logprob(
@@ -216,6 +219,7 @@ def nft(part: str, size: str, batch: int, root: Path | None) -> Works:
         theirs.set_adapter("default")
         torch.stack(latents, dim=1)
         released.PerPromptStatTracker(True).update(repeated, images.mean(dim=(1, 2, 3)).numpy())
+        pipeline.transformer.train()
 
     if part == "rollout":
         return works | {"theirs": sample}

@@ -86,6 +86,7 @@ def lpo(part: str, size: str, batch: int, root: Path | None) -> Works:
 
     @torch.no_grad()
     def sample() -> None:
+        unet.eval()
         released.multi_sample_pipeline(
             pipeline,
             prompt_embeds=text(ids)[0],
@@ -100,6 +101,7 @@ def lpo(part: str, size: str, batch: int, root: Path | None) -> Works:
             compare_fn=partial(preference_score_compare, threshold=-1.0),  # every pair is kept
             extra_info={"input_ids": ids.repeat(module.candidates.num_candidates, 1)},
         )
+        unet.train()
 
     if part != "update":
         return works | {"theirs": sample}

@@ -69,7 +69,7 @@ BENCHMARKS = {
         "released", "", "--sizes toy toy_sd35 --batch=4 --repeats=1 --images=8 --files=toy", 12, released=True
     ),
     "released_alignment": Benchmark(
-        "released_alignment", "", "--sizes toy toy_sd35 --batch=2 --repeats=1", 15, released=True
+        "released_alignment", "", "--sizes toy toy_sd35 --batch=2 --repeats=1", 6, released=True
     ),
     "scoring": Benchmark(
         "scoring", "--reward lrm_tiny dina_lrm_tiny", "throughput --sizes toy --images=8 --repeats=1", 20
