@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from latentreward.contracts import Conditioning, PromptBatch
 from latentreward.families.sd import StableDiffusion
@@ -46,13 +46,14 @@ class RecordedDraws(RolloutDraws):
         return choices[place] if place < len(choices) else torch.zeros(len(choices[0]), dtype=torch.int64)
 
 
-class RecordedPrompts:
+class RecordedPrompts(nn.Module):
     """A text encoder that knows the rows of a trace, named by their number, and the empty prompt."""
 
     def __init__(self, data: Tensors) -> None:
+        super().__init__()
         self._data = data
 
-    def __call__(self, prompts: Sequence[str]) -> Conditioning:
+    def forward(self, prompts: Sequence[str]) -> Conditioning:
         rows = [self._row("negative_", 0) if prompt == "" else self._row("", int(prompt)) for prompt in prompts]
         return Conditioning(*(torch.stack(parts) for parts in zip(*rows, strict=True)))
 
