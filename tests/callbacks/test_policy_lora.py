@@ -14,9 +14,13 @@ from lightning.pytorch.demos.boring_classes import BoringModel
 from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 
+from latentreward.apps.commands.run_folder import result_lines
+from latentreward.backbones.tuning import LoRA
 from latentreward.errors import InputError
 from latentreward.export.kohya import write_kohya
 from latentreward.export.lora import FILE, TrainedLoRA
+from latentreward.policies import PolicySource
+from tests.families import own_families
 from tests.policies.alignment import Matching, tiny_source
 
 SCALE = 2.0
@@ -50,8 +54,14 @@ class Watched(TorchCheckpointIO):
         super().save_checkpoint(*args, **options)
 
 
-def fit(folder: Path, *callbacks: Callback, ckpt_path: Path | None = None, io: Watched | None = None) -> Matching:
-    module = Matching(tiny_source("sd35_no_t5"))
+def fit(
+    folder: Path,
+    *callbacks: Callback,
+    ckpt_path: Path | None = None,
+    io: Watched | None = None,
+    source: PolicySource | None = None,
+) -> Matching:
+    module = Matching(source or tiny_source("sd35_no_t5"))
     saver = ModelCheckpoint(folder, filename="{step}", every_n_train_steps=1, save_top_k=-1)
     trainer = Trainer(
         accelerator="cpu",
@@ -78,6 +88,19 @@ def test_lora_is_the_one_of_the_end_of_training(tmp_path: Path) -> None:
     own = {name: value.detach() for name, value in module.policy.named_parameters()}
     torch.testing.assert_close(written, SCALE * lora_b(own, "network."), rtol=0, atol=0)
     assert written.any()
+
+
+@pytest.mark.slow
+def test_the_lines_of_a_run_name_the_call_that_loads_its_lora(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(own_families.PixArt, "native_size", (32, 32))
+    own_families.pixart_pipeline().save_pretrained(tmp_path / "pixart")
+    pixart = PolicySource(str(tmp_path / "pixart"), family=f"{own_families.__name__}.PixArt", lora=LoRA(2, 4.0))
+    calls = ["PeftModel.from_pretrained(pipeline.transformer, folder) of peft"]
+    calls += ["pipeline.load_lora_weights(folder) of diffusers"]
+    for source, call in zip((pixart, None), calls, strict=True):
+        folder = tmp_path / call.partition(".")[0]
+        lines = [*result_lines(fit(folder, PolicyLoRA(), source=source).trainer)]
+        assert f"  LoRA: {folder / 'lora'} ({call})" in lines
 
 
 def test_lora_of_the_last_checkpoint_outlives_a_fault(tmp_path: Path) -> None:

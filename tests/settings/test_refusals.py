@@ -167,6 +167,11 @@ def test_a_long_value_is_not_repeated_whole(capsys) -> None:
     assert len(line) < 400
 
 
+def test_a_setting_below_a_plain_value_is_named(capsys) -> None:
+    line = refusal(capsys, "generate", "prompts.txt", "made", "--policy.source=sd_tiny", "--prompts.limit", "2")
+    assert line == "prompts: expected str, which has no setting limit, got prompts.limit='2'"
+
+
 @pytest.mark.parametrize("command", ["fit", "validate", "predict"])
 def test_missing_data_are_named_before_anything_is_loaded(command: str, capsys) -> None:
     line = refusal(capsys, command, FIT[1], FIT[3], "--model.backbone.source=/nowhere")

@@ -119,6 +119,8 @@ def _wrong_type(match: re.Match[str], setting: str) -> str:
     listed = " or ".join(wanted) if len(wanted) < 4 else f"one of {', '.join(wanted)}"
     if match["value"] == "None":
         return f"expected {listed}, got null; give a value, or leave the setting out for its default"
+    if nested := re.fullmatch(r"NestedArg\(key='(.+?)', val=(.*)\)", match["value"]):
+        return f"expected {listed}, which has no setting {nested[1]}, got {setting}.{nested[1]}={nested[2]}"
     hint = did_you_mean(match["value"], literals)
     shown = match["value"] if len(match["value"]) <= LONGEST_VALUE else f"{match['value'][:LONGEST_VALUE]}…"
     if set(wanted) <= {"list", "null"} and re.fullmatch(r"[\w./:-]+", match["value"]):

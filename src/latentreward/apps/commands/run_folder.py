@@ -12,6 +12,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 from latentreward.apps.commands.notes import tell
+from latentreward.backbones.stored_adapters import CONFIG
 from latentreward.callbacks import PolicyLoRA
 from latentreward.callbacks.graceful_stop import fallback_folder
 from latentreward.checkpoints.files import checkpoint_problem, holds_weights_alone, newest_intact
@@ -139,6 +140,14 @@ def without_slashes(keeper: ModelCheckpoint) -> None:
         keeper.filename, keeper.auto_insert_metric_name = named, False
 
 
+def loaded_by(folder: Path, trainer: Trainer) -> str:
+    """Return the call that loads the LoRA in a folder, which PolicyLoRA wrote in diffusers' format or in peft's."""
+    if not (folder / CONFIG).is_file():
+        return " (pipeline.load_lora_weights(folder) of diffusers)"
+    policy: Any = trainer.lightning_module.policy
+    return f" (PeftModel.from_pretrained(pipeline.{policy.family.part}, folder) of peft)"
+
+
 def result_lines(trainer: Trainer) -> Iterator[str]:
     """Yield lines that name what a run of ``fit`` has written: checkpoints, LoRA, pictures, log; on every rank."""
     folder = Path(trainer.log_dir or trainer.default_root_dir)  # log_dir is a collective call
@@ -152,7 +161,7 @@ def result_lines(trainer: Trainer) -> Iterator[str]:
     written = {"LoRA": lora or folder / "lora", "samples": folder / "samples", "pairs": folder / "scored_pairs.png"}
     for word, path in written.items():
         if path.exists():
-            yield f"  {word}: {path}"
+            yield f"  {word}: {path}" + (loaded_by(path, trainer) if word == "LoRA" else "")
     for stop in trainer.early_stopping_callbacks:
         if stop.stopping_reason_message:
             yield f"  ended by EarlyStopping: {stop.stopping_reason_message.partition(' Signaling')[0]}"
