@@ -245,23 +245,26 @@ def chroma_pipeline() -> DiffusionPipeline:
     return ChromaPipeline(scheduler, vae(0.3611, 16, 0.1159), t5(), t5_tokenizer(), network)
 
 
+def sana_vae() -> AutoencoderDC:
+    side = {"block_types": "ResBlock", "block_out_channels": (8, 8, 8, 8, 32, 32), "layers_per_block": (1,) * 6}
+    sides = {f"{part}_{name}": value for part in ("encoder", "decoder") for name, value in side.items()}
+    return AutoencoderDC(
+        **sides, encoder_qkv_multiscales=((),) * 6, decoder_qkv_multiscales=((),) * 6, scaling_factor=0.41407
+    )
+
+
 def sana_pipeline() -> DiffusionPipeline:
     network = SanaTransformer2DModel(
         in_channels=32, out_channels=32, num_attention_heads=4, attention_head_dim=8, num_layers=4,
         num_cross_attention_heads=2, cross_attention_head_dim=16, cross_attention_dim=32, caption_channels=32,
         sample_size=32,
     )  # fmt: skip
-    side = {"block_types": "ResBlock", "block_out_channels": (8, 8, 8, 8, 32, 32), "layers_per_block": (1,) * 6}
-    sides = {f"{part}_{name}": value for part in ("encoder", "decoder") for name, value in side.items()}
-    code = AutoencoderDC(
-        **sides, encoder_qkv_multiscales=((),) * 6, decoder_qkv_multiscales=((),) * 6, scaling_factor=0.41407
-    )
     text = Gemma2Config(
         vocab_size=128, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
         num_key_value_heads=1, head_dim=16,
     )  # fmt: skip
     scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
-    return SanaPipeline(t5_tokenizer(), Gemma2Model(text).eval(), code, network, scheduler)
+    return SanaPipeline(t5_tokenizer(), Gemma2Model(text).eval(), sana_vae(), network, scheduler)
 
 
 def pixart_pipeline() -> DiffusionPipeline:

@@ -1,5 +1,6 @@
 """docs/families.md: its family, trained and aligned as a user would."""
 
+import importlib
 import re
 import runpy
 import shlex
@@ -17,16 +18,18 @@ from latentreward.apps.commands.fit import Parser
 from latentreward.cache.layout import read_plan
 from latentreward.cli import main
 from latentreward.contracts import PromptBatch
+from latentreward.errors import InputError
 from latentreward.policies import PolicySource
 from latentreward.rollout import Sampling, sample_latents
 from latentreward.settings.functions import MODE, prepare
 from tests.cache.writing import SETTINGS, SQUARE, write_data
+from tests.families.own_families import sana_vae
 from tests.families.twins import PROMPTS, TWINS, GivenNoise, noise_for
 from tests.processes import finish
 from tests.tiny_pipelines import pipeline_folder, randomise, vae
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "families.md"
-BLOCKS = [f"block {number}" for number in range(1, 5)]
+BLOCKS, ROWS = [f"block {number}" for number in range(1, 5)], ["row 0 alone", "row 1 alone"]
 SHORT = {
     "aura_flow_reward.yaml": ["--data.train_pairs=16", "--data.val_pairs=8"],
     "aura_flow_lpo.yaml": ["--model.sampling.num_inference_steps=4", "--data.batches_per_epoch=2"],
@@ -71,10 +74,12 @@ def test_its_check_finds_rounding_alone(folder: Path, capsys: pytest.CaptureFixt
 
 def assert_rounding(printed: list[str], side: int, blocks: list[str]) -> None:
     """Check the lines that the page's check of a family prints; ``side`` is its native height in pixels."""
-    found = [line.rsplit(": ", 1) for line in printed if re.match("latents|image|block|output|row|gradient", line)]
+    found = [
+        line.rsplit(": ", 1) for line in printed if re.match("latents|image|encoded|block|output|row|gradient", line)
+    ]
     prompts = ("a cat", "Two Dogs (brown) on a Hill, in the Rain!")
     latents = [f"latents of {prompt!r} at {size}" for size in ((side, side), (side // 2, side)) for prompt in prompts]
-    assert [name for name, _ in found] == [*latents, "image", *blocks, "row 0 alone", "row 1 alone", "gradient"]
+    assert [name for name, _ in found] == [*latents, "image", "encoded", *blocks, *ROWS, "gradient"]
     assert all(float(difference) <= (1e-2 if name == "gradient" else 1e-5) for name, difference in found)
 
 
@@ -84,12 +89,31 @@ from latentreward.contracts import LatentSpace
 class PlainUNet(PlainUNet):
     latent_space = LatentSpace(4, 2, 0.25)
 """
+UNSCALED = """
+from latentreward.encoders.vae import LatentEncoder
+
+class Unscaled(LatentEncoder):
+    def encode(self, pixels, noise=None, *, differentiable=False):
+        return self.vae.encode(pixels).latent_dist.mean
+
+class PlainUNet(PlainUNet):
+    latent_encoder = Unscaled
+"""
+OTHER_PREDICTION = """
+class PlainUNet(PlainUNet):
+    def predict(self, *given):
+        return 1.1 * super().predict(*given)
+"""
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("added", ["", OTHER_SCALE], ids=["right", "other scale"])
-def test_its_check_takes_a_unet_and_tells_a_wrong_scale_of_latents(
-    added: str, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("added", "differs"),
+    [("", "nothing"), (OTHER_SCALE, "image"), (UNSCALED, "encoded"), (OTHER_PREDICTION, "latents")],
+    ids=["right", "other scale", "encodes unscaled", "other prediction"],
+)
+def test_its_check_takes_a_unet_and_names_what_differs(
+    added: str, differs: str, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("AURA_FLOW", pipeline_folder("sd15"))
     (folder / "plain_unet.py").write_text((folder / "plain_unet.py").read_text() + added)
@@ -98,11 +122,33 @@ def test_its_check_takes_a_unet_and_tells_a_wrong_scale_of_latents(
     monkeypatch.delitem(sys.modules, "plain_unet", raising=False)
     runpy.run_path(str(check))
     printed = capsys.readouterr().out.splitlines()
-    image = next(line for line in printed if line.startswith("image"))
-    if added:
-        assert float(image.split(": ")[1]) > 1e-2
-        printed[printed.index(image)] = "image: 0"
+    wrong = [number for number, line in enumerate(printed) if line.startswith(differs)]
+    assert bool(wrong) == bool(added) and all(float(printed[number].rsplit(": ")[-1]) > 1e-2 for number in wrong)
+    for number in wrong:
+        printed[number] = printed[number].rsplit(": ", 1)[0] + ": 0"
     assert_rounding(printed, 16, [])
+
+
+LEFT = """
+class Left(AuraFlowPrompts):
+    masked = True
+
+    def tokenize(self, prompts):
+        made = self.tokenizer(list(prompts), padding=True, padding_side="left", return_tensors="pt")
+        return made.input_ids, made.attention_mask
+
+    def encode_ids(self, *ids):
+        states = self.text_encoder(input_ids=ids[0], attention_mask=ids[1]).last_hidden_state
+        return Conditioning(states, prompt_mask=ids[1].bool())
+"""
+
+
+def test_its_check_refuses_padding_before_a_prompt(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = (folder / "aura_flow.py").read_text().replace("return AuraFlowPrompts(", "return Left(")
+    (folder / "aura_flow.py").write_text(text + LEFT)
+    monkeypatch.delitem(sys.modules, "aura_flow", raising=False)
+    with pytest.raises(InputError, match=r"Left.encode_ids returned prompt_mask with \[4, 32\] tokens; .* come first"):
+        runpy.run_path(str(folder / "check_aura_flow.py"))
 
 
 @pytest.mark.slow
@@ -114,6 +160,18 @@ def test_an_lrm_on_flux1_is_built(folder: Path, monkeypatch: pytest.MonkeyPatch)
     text = (folder / "lrm_flux1.yaml").read_text().partition("trainer:")[0]
     module = parser.instantiate(parser.parse_string(text.replace("[19, 28]", "[2, 4]"))).model
     assert type(module.model.head).__name__ == "CLIPProjectionHead" and module.model.backbone.visual_taps == (2, 4)
+
+
+def test_its_encoder_of_another_vae_scales_as_the_config_says(folder: Path) -> None:
+    encoder = importlib.import_module("dc_encoder").DCEncoder(sana_vae())
+    assert (encoder.space.channels, encoder.space.downscale, encoder.space.scaling_factor) == (32, 32, 0.41407)
+    pixels = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    with torch.no_grad():
+        raw = encoder.vae.encode(pixels).latent
+        torch.testing.assert_close(encoder.encode(pixels), raw * 0.41407)
+        torch.testing.assert_close(encoder.decode(raw * 0.41407), encoder.vae.decode(raw).sample)
+    assert not encoder.encode(pixels.requires_grad_()).requires_grad
+    assert encoder.encode(pixels, differentiable=True).requires_grad
 
 
 def test_its_latents_and_prompts_are_cached(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

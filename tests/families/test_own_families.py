@@ -202,6 +202,24 @@ def test_a_wrong_name_of_a_family_is_told_before_anything_is_loaded(
 
 
 @pytest.mark.parametrize(
+    ("found", "vae_class", "message"),
+    [
+        ("AutoencoderDC", "AutoencoderKL", "vae is of class 'AutoencoderDC', .*the vae_class and a latent_encoder"),
+        ("AutoencoderDC", "AutoencoderDC", "vae is of class 'AutoencoderDC', which LatentEncoder does not read; "),
+        ("AutoencoderKL", "AutoencoderKL", "vae lacks block_out_channels; get the pipeline as published"),
+    ],
+)
+def test_a_vae_of_another_class_is_told_with_the_remedy(
+    found: str, vae_class: str, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(own_families.PixArt, "vae_class", vae_class)
+    parts = made_configs("DDIMScheduler")._parts
+    vae = {"_class_name": found, "latent_channels": 4, "encoder_block_out_channels": [8], "scaling_factor": 0.2}
+    with pytest.raises(InputError, match=message):
+        find_family(MadeConfigs({**parts, "vae": vae}), f"{own_families.__name__}.PixArt")
+
+
+@pytest.mark.parametrize(
     ("flow", "scheduler", "settings", "fault"),
     [
         (True, "DDIMScheduler", {}, r"is not so of a network with a DDIMScheduler .*; set flow = False$"),
@@ -333,8 +351,12 @@ def test_the_stand_ins_of_an_estimate_are_not_compared(pixart: str) -> None:
         policy.predict(shapes.stand_in((3, 4, 8, 8)), *given[1:])
 
 
+LENGTHS = {"unlike": ["a", "two dogs on a hill in the rain"], "equal": ["a cat", "a dog"]}
+
+
+@pytest.mark.parametrize("prompts", LENGTHS.values(), ids=LENGTHS.keys())
 def test_a_family_whose_padding_counts_is_named_in_the_first_batch(
-    pixart: str, monkeypatch: pytest.MonkeyPatch
+    prompts: list[str], pixart: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     backbone = own_families.own_pixart(pixart, visual_taps=[2], text_taps=[])
     network = RewardNetwork(backbone, CLIPProjectionHead(backbone.feature_spec, embed_dim=8))
@@ -348,7 +370,24 @@ def test_a_family_whose_padding_counts_is_named_in_the_first_batch(
 
     monkeypatch.setattr(own_families.PixArt, "begin", unmasked)
     with pytest.raises(InputError, match=r"^PixArt.step returned values of a row alone .*; compute each row"):
-        network.read(latents, torch.full((2,), 500.0), *network.encode_prompts(["a", "two dogs on a hill in the rain"]))
+        network.read(latents, torch.full((2,), 500.0), *network.encode_prompts(prompts))
+
+
+def test_a_policy_whose_padding_counts_is_named_in_a_batch_of_one(pixart: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    policy = PolicySource(pixart, family=f"{own_families.__name__}.PixArt").load()
+    velocity = own_families.PixArt.velocity
+
+    def unmasked(self: Any, network: Any, latents: Any, sigma: Any, conditioning: Any, guidance: Any) -> Any:
+        mask = torch.ones_like(conditioning.prompt_mask)
+        return velocity(self, network, latents, sigma, replace(conditioning, prompt_mask=mask), guidance)
+
+    given = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0)), torch.full((1,), 500.0)
+    for prompt in ("", "a cat"):  # a prompt of one token keeps it
+        policy.predict(*given, policy.encode_prompts([prompt]))
+        policy._compared = False
+    monkeypatch.setattr(own_families.PixArt, "velocity", unmasked)
+    with pytest.raises(InputError, match=r"^PixArt.velocity returned values of a row alone .* outside the mask"):
+        policy.predict(*given, policy.encode_prompts(["a cat"]))
 
 
 @pytest.mark.parametrize("name", ["Chroma", "Sana", "PixArt"])

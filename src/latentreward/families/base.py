@@ -272,8 +272,22 @@ class Family(Part):
 
     @cached_property
     def latent_space(self) -> LatentSpace:
-        """Space of the latents, from the VAE's config."""
-        return self.latent_encoder.space_of(self.pipeline.config("vae"), self.named("vae"))
+        """Space of the latents, from the VAE's config.
+
+        Raises:
+            InputError: If the config describes none, or the VAE is of a class that the family's encoder does not read.
+        """
+        config, name = self.pipeline.config("vae"), self.named("vae")
+        found, encoder = config.get("_class_name", self.vae_class), self.latent_encoder
+        try:
+            return encoder.space_of(config, name)
+        except InputError as error:
+            if found == self.vae_class and (encoder is not LatentEncoder or found == Family.vae_class):
+                raise
+            raise InputError(
+                f"{name} is of class {str(found)[:100]!r}, which {encoder.__name__} does not read; give a family of "
+                "your own the vae_class and a latent_encoder, see docs/families.md, Another VAE"
+            ) from error
 
     @property
     @abstractmethod

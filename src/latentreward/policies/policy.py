@@ -93,7 +93,7 @@ class Policy(nn.Module):
         Of a user's own family the first batch is compared by :func:`~latentreward.scoring.apart.check_predictions`.
         """
         users_family = not of_this_package(type(self.family).__module__)  # shipped families need no check
-        if users_family and not self._compared and len(latents) > 1:
+        if users_family and not self._compared:
             from latentreward.scoring.apart import check_predictions  # only a family of one's own needs it
 
             self._compared = True

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from latentreward.backbones.base import DiffusionBackbone, rows_of
 from latentreward.backbones.compilation import CompiledBlock
@@ -35,7 +36,7 @@ def check_apart(
     """Compare two rows of a batch with each row alone, in evaluation mode: features, then scores.
 
     A row alone has no padding: its text tokens are those of its mask. The rows get timesteps far apart, see
-    :func:`far_timesteps`.
+    :func:`far_timesteps`, and padding, see :func:`with_padding`.
 
     Raises:
         InputError: If they differ, for a backbone, family or head that is not of this package.
@@ -44,7 +45,7 @@ def check_apart(
     own_features, own_scores = (not of_this_package(type(part).__module__) for part in (owner, head))
     if not (own_features or own_scores) or not all(map(has_values, (latents, *backbone.parameters()))):
         return
-    timesteps = far_timesteps(timesteps, backbone.noise_process)
+    timesteps, conditioning = far_timesteps(timesteps, backbone.noise_process), with_padding(conditioning)
 
     def features(rows: list[int], text: Conditioning) -> Features:
         return backbone(latents[rows], timesteps[rows], text, uncond)
@@ -143,11 +144,12 @@ def check_predictions(
         return
     ends = [0, len(latents) - 1]
     latents, timesteps = latents[ends], far_timesteps(timesteps[ends], family.noise_process)
+    conditioning = with_padding(conditioning.select(ends))
     method = "velocity" if hasattr(family, "velocity") else "predict"
     with torch.no_grad(), evaluating(network):
-        both = family.predict(network, latents, timesteps, conditioning.select(ends), guidance)
-        for row, end in enumerate(ends):
-            text = conditioning.select([end]).trimmed()
+        both = family.predict(network, latents, timesteps, conditioning, guidance)
+        for row in (0, 1):
+            text = conditioning.select([row]).trimmed()
             alone = family.predict(network, latents[[row]], timesteps[[row]], text, guidance)
             check_equal(family, method, alone.float(), both[[row]].float(), tolerance_of(both))
 
@@ -165,6 +167,19 @@ def far_timesteps(timesteps: Tensor, process: NoiseProcess) -> Tensor:
     """
     first, levels = timesteps[0], process.timesteps[[0, -1]].to(timesteps)
     return torch.stack([first, levels[(levels - first).abs().argmax()]])
+
+
+def with_padding(conditioning: Conditioning) -> Conditioning:
+    """Count the last token of each prompt of several tokens as padding, where the prompts have a mask.
+
+    Prompts of equal lengths would not show that padding counts. Tokens after the last one could exceed the number for
+    which a network has positions.
+    """
+    if conditioning.prompt_mask is None:
+        return conditioning
+    mask = F.pad(conditioning.prompt_mask[:, 1:], (0, 1))
+    mask[:, 0] = True
+    return replace(conditioning, prompt_mask=mask)
 
 
 def tolerance_of(*found: Tensor) -> float:
