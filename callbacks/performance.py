@@ -1,6 +1,7 @@
 """Callback that switches on what makes training steps faster on a GPU, and logs how fast they are."""
 
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -124,7 +125,9 @@ class Performance(Callback):
         """
         device, peak = trainer.strategy.root_device, self.peak_tflops
         if device.type == "cuda" and peak is None:
-            card = find_limits(torch.cuda.get_device_name(device), trainer.precision, bool(self.chosen["tf32"]))
+            card = find_limits(
+                torch.cuda.get_device_name(device), trainer.precision, torch.backends.cuda.matmul.allow_tf32
+            )
             peak = card and card.tflops
         self.times, self._step = StepTimes(device.type == "cuda", peak), trainer.global_step
         listen(trainer.profiler, self.times)  # type: ignore[attr-defined]
@@ -139,7 +142,8 @@ class Performance(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Begin to count the operations of some batches."""
         if self.times is not None:
-            self.times.start_counting(layout_of(batch))
+            with suppress(RuntimeError):  # tensors of a user's batch may have no shape, such as nested ones
+                self.times.start_counting(layout_of(batch))
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         """Log the means of the optimiser steps since the last logged one."""
@@ -157,6 +161,7 @@ class Performance(Callback):
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Leave the validation out of the steps' time."""
         if self.times is not None:
+            self.times.stop_counting()
             self.times.pause(True)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -119,11 +119,14 @@ class StepTimes(Phases):
         """Begin a batch or rollout that takes as many operations as others with the same ``key``."""
         count = self._counts[key]
         count[0] += 1
-        if self.counts and self._counting is None and count[0] & (count[0] - 1) == 0:
+        alike = [one for other, one in self._counts.items() if isinstance(other, str) == isinstance(key, str)]
+        begun, counted, flops = map(sum, zip(*alike, strict=True))
+        due = count[0] & (count[0] - 1) == 0 and counted <= 8 + begun / 16  # of very many layouts some are not counted
+        if self.counts and self._counting is None and due:
             self._counting = key, CountedFlops()
             self._counting[1].__enter__()
-        elif self._counting is None and count[1]:
-            self._flops += count[2] / count[1]
+        elif self._counting is None and counted:
+            self._flops += count[2] / count[1] if count[1] else flops / counted
 
     def stop_counting(self) -> None:
         """End the batch or rollout, if it was counted."""
@@ -166,6 +169,8 @@ def listen(profiler: Profiler, times: StepTimes) -> None:
 
     def stop(own: Callable[[str], None], action: str) -> None:
         own(action)
+        if action == "run_training_batch":  # what callbacks compute after it is no part of the step's operations
+            times.stop_counting()
         if phase_of(action) is not None:
             times.end()
 

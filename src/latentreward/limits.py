@@ -65,8 +65,8 @@ def find_limits(card: str, precision: str | int | None, tf32: bool = False) -> L
     ``precision`` is a trainer's; ``tf32`` says whether float32 is multiplied in TF32.
     """
     for words, (half, narrow, single, bandwidth) in PEAKS.items():
-        # A laptop's card, a 3090 Ti and a 4090 D are other chips.
-        if re.search(rf"\b(?:{words})\b(?! (?:D|Ti|Laptop)\b)", card, re.IGNORECASE):
+        # A laptop's card, a 3090 Ti and a 4090 D are other chips; a MIG slice is a part of one.
+        if re.search(rf"\b(?:{words})\b(?! (?:D|Ti|Laptop)\b)(?!.*\bMIG\b)", card, re.IGNORECASE):
             tflops = half if "16" in str(precision) else narrow if tf32 else single
             return Limits(f"{card}, {precision or '32-true'}", tflops, bandwidth)
     return None

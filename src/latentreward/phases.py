@@ -1,5 +1,6 @@
 """Phases of a training step: named where the work is done, told apart by whoever listens."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -18,7 +19,7 @@ class Phases:
     """
 
     def __init__(self, outermost: str) -> None:
-        self.open = [outermost]
+        self.open, self.pid = [outermost], os.getpid()
 
     def begin(self, name: str) -> None:
         """Begin a phase within the present one."""
@@ -33,7 +34,7 @@ class Phases:
 def phase(name: str) -> Iterator[None]:
     """Count a block to a phase of a step, see :data:`PHASES`; as a decorator, each call of a function."""
     phases = LISTENER.get()
-    if phases is None:
+    if phases is None or phases.pid != os.getpid():  # a worker that was forked has no part in the run's time
         yield
         return
     phases.begin(name)

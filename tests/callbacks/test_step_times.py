@@ -132,6 +132,45 @@ def step(network: nn.Module, rows: int) -> float:
     return counted.flops
 
 
+def test_of_very_many_layouts_some_are_not_counted(times: StepTimes) -> None:
+    network = nn.Linear(3, 5, bias=False)
+    for layout in range(64):
+        times.start_counting((layout,))
+        network(torch.zeros(2, 3))
+        times.stop_counting()
+    times.end_step()
+    times.read()
+    assert times.flops == 64 * 2 * 3 * 5 * 2
+    assert sum(counted for _, counted, _ in times._counts.values()) <= 8 + 64 / 16 + 1
+
+
+def test_a_worker_that_was_forked_begins_no_phase(times: StepTimes, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(times, "pid", -1)
+    LISTENER.set(times)
+    try:
+        with phase("encode"):
+            assert times.open == ["log"]
+    finally:
+        LISTENER.set(None)
+
+
+def test_what_callbacks_compute_is_no_part_of_a_step() -> None:
+    profiler, times = SimpleProfiler(), StepTimes(cuda=False)
+    step_times.listen(profiler, times)
+    try:
+        times.start_counting("batch")
+        profiler.start("run_training_batch")
+        nn.Linear(3, 5, bias=False)(torch.zeros(2, 3))
+        profiler.stop("run_training_batch")
+        nn.Linear(30, 50)(torch.zeros(2, 30))  # a monitor's
+        times.stop_counting()
+    finally:
+        step_times.unlisten(profiler)
+    times.end_step()
+    times.read()
+    assert times.flops == 2 * 3 * 5 * 2
+
+
 def test_a_formula_of_pytorch_that_fails_ends_no_run(monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(*args: Any, **kwargs: Any) -> int:
         raise ValueError("unknown shape")
@@ -276,7 +315,16 @@ def test_peaks_by_the_name_of_a_card(card: str, half: float, bandwidth: float) -
     assert find_limits(card, "bf16-mixed") == (f"{card}, bf16-mixed", half, bandwidth)
 
 
-@pytest.mark.parametrize("card", ["NVIDIA L40", "NVIDIA A10G", "NVIDIA GeForce RTX 4090 Laptop GPU", "Tesla T4"])
+@pytest.mark.parametrize(
+    "card",
+    [
+        "NVIDIA L40",
+        "NVIDIA A10G",
+        "NVIDIA H100 80GB HBM3 MIG 1g.10gb",
+        "NVIDIA GeForce RTX 4090 Laptop GPU",
+        "Tesla T4",
+    ],
+)
 def test_other_cards_have_no_peak(card: str) -> None:
     assert find_limits(card, "bf16-mixed") is None
 

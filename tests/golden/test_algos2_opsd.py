@@ -106,12 +106,11 @@ def check_variant(data: Tensors, variant: str, options: dict) -> None:
     ends = [(data["query"] / signal - found[f"target_{side}"]) / level for side in SIDES]
     parts = branches(loss, output, old, (ends[0], ends[1]), levels)
     total, grad = combined(parts, {side: shares[side] * kept[side] for side in SIDES}, bound)
-    grad = grad * beta  # DiffusionNFT's loss is c / β times the branches, OPSD's c times
     if "aux" in options:  # DiffusionNFT's own loss, and a share of OPSD's
         finished = (data["query"] - data["endpoint"]) / level
         main = branches(loss, output, old, (finished, finished), levels)
         more, slope = combined(main, shares, bound / beta)
-        total, grad = options["aux"] * total + more, options["aux"] * grad + slope
+        total, grad = options["aux"] * total + more, options["aux"] * grad + slope / beta
         found |= {f"main_{side}_loss": rows for side, (rows, _) in main.items()}
     mixed = (beta * output + (1 - beta) * old, (1 + beta) * old - beta * output)
     for side, end, velocity in zip(SIDES, ends, mixed, strict=True):

@@ -48,6 +48,13 @@ def test_errors_of_clean_latents_are_divided_by_their_mean_absolute_value() -> N
     assert result.loss.item() == pytest.approx(4.0 / 0.5 * 0.2 * 2.0)
 
 
+def test_two_targets_have_the_loss_of_diffusion_opsd_which_leaves_beta() -> None:
+    result = NFTLoss(beta=0.5, kl_weight=0, max_advantage=4.0)(
+        rows(3.0), rows(1.0), (rows(0.0), rows(9.0)), torch.tensor([0.2]), torch.tensor([4.0])
+    )
+    assert result.loss.item() == pytest.approx(4.0 * 0.2 * 2.0)
+
+
 def test_good_samples_pull_the_velocity_to_the_target_and_bad_ones_push_it_away() -> None:
     """At v = v_old the gradient is that of (u − v⁺)² alone for r = 1, of (u − v⁻)² for r = 0: equal and opposite."""
     slopes = []

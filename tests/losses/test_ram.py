@@ -58,3 +58,8 @@ def test_gradient_at_the_reference_is_m_times_that_of_uniform_awm() -> None:
 def test_a_negative_multiplier_is_refused() -> None:
     with pytest.raises(InputError, match="multiplier=-1 must be at least 0 and finite; RAM uses 100 and 1000"):
         RAMLoss(-1.0)
+
+
+def test_weights_keep_their_digits_beside_outputs_of_16_bits() -> None:
+    rows = torch.ones(1, 1, dtype=torch.bfloat16)
+    assert directed_target(rows * 0, rows, torch.tensor([123.45])).item() == pytest.approx(123.45)

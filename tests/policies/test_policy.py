@@ -259,3 +259,14 @@ def test_meta_device_shows_the_shapes_of_a_policy() -> None:
     with torch.device("meta"):
         policy = tiny_source("sdxl").load()
     assert all(parameter.is_meta for parameter in policy.parameters())
+
+
+def test_the_empty_prompt_is_encoded_once_by_a_frozen_encoder_alone() -> None:
+    policy = tiny_source("sd35").load()
+    assert policy.encode_uncond() is policy.encode_uncond()
+    weight = next(policy.require_text_encoder().parameters()).requires_grad_()
+    assert policy.encode_uncond() is not policy.encode_uncond()
+    weight.requires_grad_(False)
+    with torch.inference_mode():
+        inside = tiny_source("sd35").load()
+        assert torch.isfinite(inside.encode_uncond().prompt_embeds).all()

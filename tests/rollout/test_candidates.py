@@ -183,7 +183,7 @@ def test_steps_without_noise_have_no_candidates() -> None:
     ("options", "message"),
     [
         ({"num_candidates": 1}, "num_candidates=1 must be at least 2"),
-        ({"low": 500.0, "high": 100.0}, r"low=500 must lie in \[-inf, 100\]; exchange low and high"),
+        ({"low": 500.0, "high": 100.0}, r"low=500 must lie in \[-inf, 100.0\]; exchange low and high"),
         ({"low": float("nan")}, "low=nan"),
     ],
 )

@@ -89,7 +89,7 @@ def test_guided_samples_score_higher_in_the_window(source: str) -> None:
     [
         ({"scale": 0.0}, "scale=0 must be positive"),
         ({"beta": -1.0}, "beta=-1 must be positive"),
-        ({"low": 700.0}, r"low=700 must lie in \[-inf, 625\]; exchange low and high"),
+        ({"low": 700.0}, r"low=700 must lie in \[-inf, 625.0\]; exchange low and high"),
     ],
 )
 def test_impossible_settings_are_refused(options: dict[str, Any], message: str) -> None:

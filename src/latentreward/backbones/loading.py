@@ -345,7 +345,7 @@ def check_process(backbone: DiffusionBackbone) -> None:
         if not fits_kind(config, isinstance(process, FlowMatching)):
             raise InputError(
                 f"backbone: {type(backbone).__name__} adds noise as {type(process).__name__}, but its "
-                f"{type(network).__name__} is of source={source!r} with a {config['_class_name']}; give it "
+                f"{type(network).__name__} is of source={source!r} with a {config.get('_class_name')}; give it "
                 "PipelineSource(source).noise_process()"
             )
 

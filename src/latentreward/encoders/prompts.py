@@ -142,7 +142,8 @@ def equal_lengths(encoder: PromptEncoder, prompts: Sequence[str], most: int) -> 
 
     No prompt of such a batch is padded, so that its result differs from that of the prompt alone in the last bits only.
     """
-    counts = encoder.count_tokens(prompts)
+    parts = (prompts[start : start + 1024] for start in range(0, len(prompts), 1024))  # each is padded to its longest
+    counts = [count for part in parts for count in encoder.count_tokens(part)]
     rows = sorted(range(len(prompts)), key=counts.__getitem__)
     batches: list[list[int]] = []
     for row in rows:

@@ -137,8 +137,9 @@ class NFTLoss(SetLoss):
         positive = self._error(level, above, self.beta * new + (1 - self.beta) * older)
         negative = self._error(level, below, (1 + self.beta) * older - self.beta * new)
         share = optimality(advantage, self.max_advantage, self.signs).to(new)
-        # Undoes the division by 2c in r and the β in v⁺ − v⁻, as the released code does.
-        factor = self.max_advantage / self.beta if self.space == "clean" else 1.0
+        # Undoes the division by 2c in r and the β in v⁺ − v⁻, as the released code does; DiffusionOPSD's leaves β.
+        beta = self.beta if isinstance(target, Tensor) else 1.0
+        factor = self.max_advantage / beta if self.space == "clean" else 1.0
         policy = factor * (share * positive + (1 - share) * negative).mean()
         drift = policy.new_zeros(()) if reference is None else denoising_error(velocity, reference.detach()).mean()
         loss = policy + self.kl_weight * drift if self.needs_reference else policy

@@ -17,6 +17,7 @@ A direction may as well belong to a prompt, such as the covariance of reward and
 
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from latentreward.errors import check_range
@@ -26,7 +27,8 @@ from latentreward.losses.matching import squared_error
 
 def directed_target(base: Tensor, direction: Tensor, weight: Tensor) -> Tensor:
     """Return base + weight·direction, without gradient; tensors ``(B, C, ...)``, ``weight`` ``(B,)``."""
-    return (base + per_row(weight.to(base), base) * direction).detach()
+    wide = torch.promote_types(base.dtype, torch.float32)  # m·A would lose digits in bfloat16, and overflow in float16
+    return (base + per_row(weight.to(base.device, wide), base) * direction).detach()
 
 
 class RAMLoss(SetLoss):

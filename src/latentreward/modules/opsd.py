@@ -13,7 +13,14 @@ from latentreward.modules.forward_process import ForwardProcessModule, Renoised
 from latentreward.policies import PolicySource
 from latentreward.policies.moving import OLD, DecayRamp
 from latentreward.rewards import RewardSource
-from latentreward.rollout import PromptedPolicy, RolloutDraws, Sampling, require_gradient, score_finished
+from latentreward.rollout import (
+    PromptedPolicy,
+    RolloutDraws,
+    Sampling,
+    refuse_float16,
+    require_gradient,
+    score_finished,
+)
 
 
 class DiffusionOPSDModule(ForwardProcessModule):
@@ -73,6 +80,11 @@ class DiffusionOPSDModule(ForwardProcessModule):
         self.radius, self.ascent_steps, self.loss = radius, ascent_steps, loss or NFTLoss(kl_weight=1.0)
         levels = self.policy.noise_process.sigma(self.sampler.timesteps)
         self.query = int((levels - query_sigma).abs().argmin())
+
+    def setup(self, stage: str) -> None:
+        """Check the precision; raise InputError for float16, where the reward's unscaled gradients vanish."""
+        super().setup(stage)
+        refuse_float16(self.trainer.precision)
 
     def make_experience(self, prompts: PromptBatch) -> SampledStates:
         """See :meth:`AlignmentModule.make_experience`; the copies follow the policy first."""

@@ -17,7 +17,7 @@ from latentreward.phases import phase
 from latentreward.policies import PolicySource
 from latentreward.policies.surrogate_gradient import gradient_carrier, surrogate
 from latentreward.rewards import RewardSource
-from latentreward.rollout import Sampling, check_sigmas, score_finished, score_states
+from latentreward.rollout import Sampling, check_sigmas, refuse_float16, score_finished, score_states
 from latentreward.rollout.prompted import PromptedPolicy, RolloutDraws
 from latentreward.seeding import pair_generator
 
@@ -148,8 +148,7 @@ class ReFLModule(AlignmentModule):
     def setup(self, stage: str) -> None:
         """Check the precision; raise InputError for float16 too, where the reward's unscaled gradients vanish."""
         super().setup(stage)
-        if self.trainer.precision == "16-mixed":
-            raise InputError("trainer.precision=16-mixed: the reward's gradients vanish in float16; use bf16-mixed")
+        refuse_float16(self.trainer.precision)
         data = getattr(self.trainer, "datamodule", None)
         if stage == "fit" and self.pretraining_weight and hasattr(data, "prompts_per_rollout"):  # prompts alone
             raise InputError(

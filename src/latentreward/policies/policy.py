@@ -163,10 +163,14 @@ class Policy(nn.Module):
     def encode_uncond(self) -> Conditioning:
         """Encode the prompt for classifier-free guidance, one row: the empty one, or zeros, as the family does.
 
-        It is encoded once for an encoder in one place and precision.
+        It is encoded once for a frozen encoder in one place and precision.
         """
         encoder = self.require_text_encoder()
-        weight = next(encoder.parameters(), torch.empty(0))
+        weights = [*encoder.parameters()]
+        # Without weights it is a table of encoded prompts; what trains or has no version may have changed unseen.
+        if not weights or any(weight.requires_grad or weight.is_inference() for weight in weights):
+            return self.family.encode_uncond(encoder)
+        weight = weights[0]
         device = weight.device.type
         precision = weight.dtype, torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
         # What inference mode made cannot be part of a graph.

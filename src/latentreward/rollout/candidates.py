@@ -40,7 +40,7 @@ class Branching:
 
     def __post_init__(self) -> None:
         check_range("[2, inf)", "one leaves nothing to compare", num_candidates=self.num_candidates)
-        check_range(f"[-inf, {self.high:g}]", "exchange low and high", low=self.low)
+        check_range(f"[-inf, {self.high}]", "exchange low and high", low=self.low)
 
     def steps(self, sampler: StepSampler) -> list[int]:
         """Return the indices of the steps with noise in the window [low, high]; raise InputError if there is none."""

@@ -75,7 +75,7 @@ class RewardGuidance:
     def __post_init__(self) -> None:
         check_range("(0, inf)", "Euphonium uses 0.01", scale=self.scale)
         check_range("(0, inf)", "Euphonium uses 3.125", beta=self.beta)
-        check_range(f"[-inf, {self.high:g}]", "exchange low and high", low=self.low)
+        check_range(f"[-inf, {self.high}]", "exchange low and high", low=self.low)
 
     def check(self, sampler: StepSampler) -> None:
         """Raise InputError if no step of the window has noise."""
@@ -108,6 +108,12 @@ def require_gradient(reward: Reward, user: str = "guidance") -> None:
     """Raise InputError if ``reward`` has no gradient to the states, which ``user`` needs."""
     if not reward.differentiable:
         raise InputError(f"{type(reward).__name__} gives no gradient, which {user} needs; take a LatentReward")
+
+
+def refuse_float16(precision: str | int) -> None:
+    """Raise InputError for a trainer's precision in which the unscaled gradients of a reward vanish."""
+    if precision == "16-mixed":
+        raise InputError("trainer.precision=16-mixed: the reward's gradients vanish in float16; use bf16-mixed")
 
 
 @phase("reward")
