@@ -64,7 +64,9 @@ GROWTH = 1.02  # factor by which a count may grow
 STEPS = 3  # optimiser steps of a case; the last one is counted
 OPTIMIZER = partial(AdamW, lr=1e-4, foreach=True)
 SHORT: dict[str, Any] = {"sampling": Sampling(num_inference_steps=4), "optimizer": OPTIMIZER, "seed": 1}
-VERSIONS = {one.__name__: one.__version__ for one in (torch, diffusers, transformers, peft, lightning)}
+VERSIONS = {
+    one.__name__: one.__version__.partition("+")[0] for one in (torch, diffusers, transformers, peft, lightning)
+}
 
 
 @cache

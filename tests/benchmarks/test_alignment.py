@@ -50,8 +50,9 @@ def test_flops_of_scoring_a_step_of_sd15(benchmark: Any) -> None:
 def test_scoring_is_timed_at_toy_size(
     benchmark: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    small = {**benchmark.CLIP_H_VISION, "hidden_size": 32, "intermediate_size": 32}
-    monkeypatch.setattr(benchmark, "CLIP_H_VISION", small)
+    clip = benchmark.CLIP_MODELS["clip_h"]
+    small = clip | {"vision_config": clip["vision_config"] | {"hidden_size": 32, "intermediate_size": 32}}
+    monkeypatch.setitem(benchmark.CLIP_MODELS, "clip_h", small)
     benchmark.measure_scoring((), "toy", batch=2, repeats=1)
     assert "| reused x̂_0, with CLIP-H |" in capsys.readouterr().out
 

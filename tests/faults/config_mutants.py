@@ -40,7 +40,7 @@ MAY_BE_NEGATIVE = {
 }  # fmt: skip
 MAY_BE_NULL = {
     "filename", "save_on_train_epoch_end", "save_last", "limit_val_batches", "log_every_n_steps", "gradient_clip_val",
-    "version", "default_root_dir", "revision", "name",
+    "version", "default_root_dir", "revision", "name", "enable_model_summary", "enable_progress_bar",
 }  # fmt: skip
 """Settings with a value in a shipped file whose type has None too."""
 LIMIT_S = 300
@@ -101,8 +101,11 @@ def bases() -> list[Base]:
     for path in sorted((ROOT / "configs" / "align").glob("*_tiny.yaml")):
         settings = stack(f"align/{path.stem}")
         make_smaller(settings["data"]["init_args"])
-        if "sampling" in settings["model"]["init_args"]:
-            settings["model"]["init_args"]["sampling"]["num_inference_steps"] = 8
+        method = settings["model"]["init_args"]
+        if "sampling" in method:
+            method["sampling"]["num_inference_steps"] = 8
+        if "stop_range" in method:
+            method["stop_range"] = [min(step, 8) for step in method["stop_range"]]
         found.append(Base(path.stem, ("fit",), settings))
     for base in found:
         if base.command == ("fit",):

@@ -7,7 +7,6 @@ from operator import attrgetter
 from typing import Literal
 
 import torch
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
 from latentreward.errors import InputError
@@ -97,6 +96,8 @@ def warn_of_layers_without_adapter(network: nn.Module, endings: Sequence[str]) -
     attentions = {name.removesuffix(ending) for name, ending in found.items()}
     beside = {name.removeprefix(one) for one in attentions for name in linear if name.startswith(one)} - {*endings}
     if beside:
+        from lightning.pytorch.utilities import rank_zero_warn  # seconds of a command's start otherwise
+
         rank_zero_warn(
             f"lora: only {', '.join(sorted({*found.values()}))} get adapters, not {', '.join(sorted(beside))} of the "
             "same layers; name all in lora.target_modules or in the family's lora_targets"
