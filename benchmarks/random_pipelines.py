@@ -44,6 +44,20 @@ _LEVELS = {
 _VAE_16 = {**_VAE, **_LEVELS, "latent_channels": 16, "shift_factor": 0.0609}
 _SMALL_TEXT = {**SHARED["clip_l"], "num_hidden_layers": 1}
 _SMALL_T5 = {**SHARED["t5_xxl"], "num_layers": 1}
+
+
+def _sd35(vae_widths: tuple[int, ...], **transformer: Any) -> dict[str, Any]:
+    """Return the parts of SD3.5-Medium with 13 blocks, one layer of each text encoder, and these entries instead."""
+    return {
+        **PIPELINES["sd35"],
+        "vae": {**_VAE_16, "block_out_channels": vae_widths},
+        "text_encoder": _SMALL_TEXT,
+        "text_encoder_2": {**SHARED["clip_g"], "num_hidden_layers": 1},
+        "text_encoder_3": _SMALL_T5,
+        "transformer": {**PIPELINES["sd35"]["transformer"], "num_layers": 13, **transformer},
+    }
+
+
 SIZES = {
     **PIPELINES,
     "mid": {
@@ -61,43 +75,27 @@ SIZES = {
         "unet": {**PIPELINES["sd15"]["unet"], "sample_size": 32},
         "text_encoder": _SMALL_TEXT,
     },
-    "mid_sd35": {
-        **PIPELINES["sd35"],
-        "vae": {**_VAE_16, "block_out_channels": (64, 128, 256)},
-        "text_encoder": _SMALL_TEXT,
-        "text_encoder_2": {**SHARED["clip_g"], "num_hidden_layers": 1},
-        "text_encoder_3": _SMALL_T5,
-        "transformer": {
-            **PIPELINES["sd35"]["transformer"],
-            "sample_size": 32,
-            "num_layers": 13,
-            "num_attention_heads": 8,
-            "caption_projection_dim": 512,
-            "pos_embed_max_size": 64,
-        },
-    },
+    "mid_sd35": _sd35(
+        (64, 128, 256),
+        sample_size=32,
+        num_attention_heads=8,
+        caption_projection_dim=512,
+        pos_embed_max_size=64,
+    ),
     "small": {
         **PIPELINES["sd15"],
         "unet": {**PIPELINES["sd15"]["unet"], "sample_size": 16, "block_out_channels": (32, 64, 96, 96)},
         "vae": {**_VAE, **_LEVELS, "block_out_channels": (32, 64, 64)},
         "text_encoder": _SMALL_TEXT,
     },
-    "small_sd35": {
-        **PIPELINES["sd35"],
-        "vae": {**_VAE_16, "block_out_channels": (32, 64, 64)},
-        "text_encoder": _SMALL_TEXT,
-        "text_encoder_2": {**SHARED["clip_g"], "num_hidden_layers": 1},
-        "text_encoder_3": _SMALL_T5,
-        "transformer": {
-            **PIPELINES["sd35"]["transformer"],
-            "sample_size": 16,
-            "num_layers": 13,
-            "attention_head_dim": 32,
-            "num_attention_heads": 4,
-            "caption_projection_dim": 128,
-            "pos_embed_max_size": 32,
-        },
-    },
+    "small_sd35": _sd35(
+        (32, 64, 64),
+        sample_size=16,
+        attention_head_dim=32,
+        num_attention_heads=4,
+        caption_projection_dim=128,
+        pos_embed_max_size=32,
+    ),
     "toy": {
         **PIPELINES["sd15"],
         "unet": {
@@ -108,23 +106,15 @@ SIZES = {
         "vae": {**_VAE, **_LEVELS, "block_out_channels": (32, 32, 32)},
         "text_encoder": _SMALL_TEXT,
     },
-    "toy_sd35": {
-        **PIPELINES["sd35"],
-        "vae": {**_VAE_16, "block_out_channels": (32, 32, 32)},
-        "text_encoder": _SMALL_TEXT,
-        "text_encoder_2": {**SHARED["clip_g"], "num_hidden_layers": 1},
-        "text_encoder_3": _SMALL_T5,
-        "transformer": {
-            **PIPELINES["sd35"]["transformer"],
-            "sample_size": 16,
-            "num_layers": 13,
-            "attention_head_dim": 16,
-            "num_attention_heads": 2,
-            "caption_projection_dim": 32,
-            "pos_embed_max_size": 16,
-            "dual_attention_layers": (0,),
-        },
-    },
+    "toy_sd35": _sd35(
+        (32, 32, 32),
+        sample_size=16,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        caption_projection_dim=32,
+        pos_embed_max_size=16,
+        dual_attention_layers=(0,),
+    ),
 }
 """Name of a size → part of the pipeline → config of the part."""
 SD35_TOKENS = 77 + 256

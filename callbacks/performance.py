@@ -16,7 +16,7 @@ from latentreward.checkpoints.base_weights import is_quantized
 from latentreward.contracts import layout_of
 from latentreward.encoders.vae import LatentEncoder
 from latentreward.errors import InputError, check_range
-from latentreward.limits import find_limits
+from latentreward.limits import Limits, find_limits
 from latentreward.policies import Policy
 
 WORTH_COMPILING, WORTH_COMPILING_LAYERS = 200, 2500
@@ -54,6 +54,7 @@ class Performance(Callback):
 
     Attributes:
         chosen: Switches in force, by name, once a run has started.
+        limits: Peak rates of the CUDA device once training has started; None if they are not known.
 
     Raises:
         InputError: If ``peak_tflops`` is not above 0, or ``compile_blocks`` is true, and a base is quantised.
@@ -75,6 +76,7 @@ class Performance(Callback):
         check_range("(0, inf)", peak_tflops=peak_tflops)
         self.auto, self.peak_tflops = auto, peak_tflops
         self.times: StepTimes | None = None
+        self.limits: Limits | None = None
         self._step = 0
         self.chosen = {
             "compile_blocks": compile_blocks,
@@ -123,12 +125,11 @@ class Performance(Callback):
 
         A resumed run has by now the optimiser's state of its checkpoint, whose groups may say otherwise.
         """
-        device, peak = trainer.strategy.root_device, self.peak_tflops
-        if device.type == "cuda" and peak is None:
-            card = find_limits(
-                torch.cuda.get_device_name(device), trainer.precision, torch.backends.cuda.matmul.allow_tf32
-            )
-            peak = card and card.tflops
+        device = trainer.strategy.root_device
+        if device.type == "cuda":
+            card, tf32 = torch.cuda.get_device_name(device), torch.backends.cuda.matmul.allow_tf32
+            self.limits = find_limits(card, trainer.precision, tf32)
+        peak = self.peak_tflops or (self.limits and self.limits.tflops)
         self.times, self._step = StepTimes(device.type == "cuda", peak), trainer.global_step
         listen(trainer.profiler, self.times)  # type: ignore[attr-defined]
         for optimizer in trainer.optimizers if self.chosen["fused_optimizer"] else ():

@@ -8,6 +8,7 @@ from latentreward.apps.estimate.costs import TEXT
 from latentreward.apps.estimate.settings import Estimate
 from latentreward.apps.estimate.shapes import RECOMPUTE
 from latentreward.cache.datamodule import CachedPreferenceDataModule
+from latentreward.callbacks.performance import WORTH_COMPILING
 from latentreward.data.datamodules import PairLoaders
 from latentreward.limits import Limits, Work
 from latentreward.phases import PHASES
@@ -15,8 +16,6 @@ from latentreward.reports.tables import Table, as_text
 
 COMPILED = 0.3
 """Part of a step's time that compiled blocks save: 0.12 to 0.5 in docs/performance.md."""
-LONG = 200
-"""Optimiser steps from which ``performance`` compiles the blocks of a transformer by itself."""
 
 
 def bounds_table(
@@ -83,6 +82,6 @@ def remedies_of(found: Estimate, phases: Mapping[str, Work], limits: Limits) -> 
     if greatest == "launches":
         yield longest - second, "a larger --data.batch_size: as many kernels for more rows"
     performance, steps = settings.performance, settings.trainer.max_steps
-    itself = performance.compile_blocks is None and performance.auto and (steps < 0 or steps >= LONG)
+    itself = performance.compile_blocks is None and performance.auto and (steps < 0 or steps >= WORTH_COMPILING)
     if not (performance.compile_blocks or itself):
         yield COMPILED * longest, "--performance.compile_blocks=true"

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from latentreward.apps.estimate.bounds import bounds_table
 from latentreward.callbacks import Performance
 from latentreward.errors import InputError, check_at_least_one
-from latentreward.limits import Limits, Work, find_limits, work_of
+from latentreward.limits import Limits, Work, work_of
 from latentreward.phases import PHASES
 from latentreward.reports.tables import NOTHING, as_text, markdown_table
 
@@ -50,7 +50,7 @@ class StepProfile(Callback):
 
     Args:
         steps: Optimiser steps to measure.
-        limits: Peak rates of the device; None finds those of a CUDA device.
+        limits: Peak rates of the device; None takes those that ``Performance`` has found.
 
     Raises:
         InputError: If ``steps`` is below 1, or the run ends before as many are measured.
@@ -69,9 +69,7 @@ class StepProfile(Callback):
         assert performance.times is not None
         self._times, self._step, self._first = performance.times, trainer.global_step, trainer.global_step
         self._times.counts = False
-        if self.limits is None and self._times.cuda:
-            name, tf32 = torch.cuda.get_device_name(trainer.strategy.root_device), performance.chosen["tf32"]
-            self.limits = find_limits(name, trainer.precision, bool(tf32))
+        self.limits = self.limits or performance.limits
         self._mode = CountedWork(self._times.open)
         self._mode.__enter__()
 
