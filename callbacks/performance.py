@@ -1,6 +1,6 @@
 """Callback that switches on what makes training steps faster on a GPU, and logs how fast they are."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from typing import Any
 
@@ -96,9 +96,8 @@ class Performance(Callback):
                 "performance.compile_blocks: true, but quantised layers cannot be compiled; remove it, or quantization"
             )
         cuda, blocks = trainer.strategy.root_device.type == "cuda", [*blocks_of(pl_module)]
-        slow = any(type(block).__name__ in LAYERS for block in blocks)
         steps = float("inf") if trainer.max_steps < 0 else trainer.max_steps
-        long = steps >= (WORTH_COMPILING_LAYERS if slow else WORTH_COMPILING) and not trainer.fast_dev_run  # type: ignore[attr-defined]
+        long = steps >= worth_compiling(blocks) and not trainer.fast_dev_run  # type: ignore[attr-defined]
         if self.chosen["compile_blocks"] is None:
             self.chosen["compile_blocks"] = self.auto and cuda and bool(blocks) and not quantized and long
         self.chosen = {name: bool(value) for name, value in self.chosen.items()}
@@ -180,6 +179,11 @@ class Performance(Callback):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """End the measurement."""
         self.on_train_end(trainer, pl_module)
+
+
+def worth_compiling(blocks: Iterable[nn.Module]) -> int:
+    """Return the number of optimiser steps from which compiled ``blocks`` take less time than eager ones."""
+    return WORTH_COMPILING_LAYERS if any(type(block).__name__ in LAYERS for block in blocks) else WORTH_COMPILING
 
 
 def blocks_of(module: nn.Module) -> Iterator[nn.Module]:

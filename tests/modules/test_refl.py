@@ -358,7 +358,7 @@ def test_impossible_settings_are_refused(options: dict[str, Any], message: str) 
 
 
 def test_rewards_without_gradient_or_of_another_space_are_refused() -> None:
-    with pytest.raises(InputError, match="Brightness gives no gradient, which ReFL needs"):
+    with pytest.raises(InputError, match="Brightness gives no gradient, which ReFLModule needs"):
         ReFLModule(tiny_source("sd15"), BrightnessSource(differentiable=False))
     with pytest.raises(InputError, match="but the reward takes"):
         ReFLModule(tiny_source("sd15"), BrightnessSource(LatentSpace(4, 8, 0.13025)))

@@ -17,7 +17,14 @@ from latentreward.phases import phase
 from latentreward.policies import PolicySource
 from latentreward.policies.surrogate_gradient import gradient_carrier, surrogate
 from latentreward.rewards import RewardSource
-from latentreward.rollout import Sampling, check_sigmas, refuse_float16, score_finished, score_states
+from latentreward.rollout import (
+    Sampling,
+    check_sigmas,
+    refuse_float16,
+    require_gradient,
+    score_finished,
+    score_states,
+)
 from latentreward.rollout.prompted import PromptedPolicy, RolloutDraws
 from latentreward.seeding import pair_generator
 
@@ -133,11 +140,7 @@ class ReFLModule(AlignmentModule):
         sampler = sampling.sampler(family)
         reward.require_gradient(type(self).__name__)
         super().__init__(policy, reward, **options)
-        if not self.reward.differentiable:
-            raise InputError(
-                f"{type(self.reward).__name__} gives no gradient, which ReFL needs; take a reward that does, or a "
-                "method that only ranks samples (LPO, SPO, GRPO)"
-            )
+        require_gradient(self.reward, type(self).__name__)
         self.sampling, self.sampler = sampling, sampler
         self.stop_range, self.gradient_steps, self.reward_sigmas = (low, high), gradient_steps, tuple(reward_sigmas)
         self.loss = loss or RewardLoss()

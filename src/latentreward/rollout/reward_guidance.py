@@ -107,7 +107,10 @@ class RewardGuidance:
 def require_gradient(reward: Reward, user: str = "guidance") -> None:
     """Raise InputError if ``reward`` has no gradient to the states, which ``user`` needs."""
     if not reward.differentiable:
-        raise InputError(f"{type(reward).__name__} gives no gradient, which {user} needs; take a LatentReward")
+        raise InputError(
+            f"{type(reward).__name__} gives no gradient, which {user} needs; take a LatentReward, or a method that "
+            "only ranks samples (LPO, GRPO)"
+        )
 
 
 def refuse_float16(precision: str | int) -> None:

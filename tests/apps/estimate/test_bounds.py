@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -93,6 +94,11 @@ def test_what_else_helps() -> None:
     for off in ({"auto": False}, {"compile_blocks": False}):
         remedies = {setting: gain for gain, setting in remedies_of(found(STEP, PIXELS, **off), STEP, CARD)}
         assert remedies["--performance.compile_blocks=true"] == pytest.approx(0.3 * 6)
+    short = found(STEP, PIXELS)
+    short.settings.trainer.max_steps = 300
+    for first, told in ((200, False), (2500, True)):  # a transformer's blocks, a U-Net's layers
+        short = replace(short, costs=replace(short.costs, compiled_from=first))
+        assert ("--performance.compile_blocks=true" in dict(map(reversed, remedies_of(short, STEP, CARD)))) == told
     assert limits_text(found({"forward": COUNTING}, PROMPTS), CARD).endswith("limit: arithmetic, at least 1 s a step")
 
 

@@ -8,7 +8,6 @@ from latentreward.apps.estimate.costs import TEXT
 from latentreward.apps.estimate.settings import Estimate
 from latentreward.apps.estimate.shapes import RECOMPUTE
 from latentreward.cache.datamodule import CachedPreferenceDataModule
-from latentreward.callbacks.performance import WORTH_COMPILING
 from latentreward.data.datamodules import PairLoaders
 from latentreward.limits import Limits, Work
 from latentreward.phases import PHASES
@@ -82,6 +81,8 @@ def remedies_of(found: Estimate, phases: Mapping[str, Work], limits: Limits) -> 
     if greatest == "launches":
         yield longest - second, "a larger --data.batch_size: as many kernels for more rows"
     performance, steps = settings.performance, settings.trainer.max_steps
-    itself = performance.compile_blocks is None and performance.auto and (steps < 0 or steps >= WORTH_COMPILING)
+    itself = (
+        performance.compile_blocks is None and performance.auto and (steps < 0 or steps >= found.costs.compiled_from)
+    )
     if not (performance.compile_blocks or itself):
         yield COMPILED * longest, "--performance.compile_blocks=true"

@@ -21,6 +21,7 @@ from torch.optim import Optimizer
 from latentreward.apps.estimate.batches import make_batch
 from latentreward.apps.estimate.shapes import CPU, SavedTensors, ShapesOnly, gpu_autocast, is_stand_in
 from latentreward.backbones.quantization import PLANNED, stored_bytes
+from latentreward.callbacks.performance import WORTH_COMPILING, blocks_of, worth_compiling
 from latentreward.contracts import NoisyStates, layout_of, map_tensors
 from latentreward.encoders.prompts import PromptEncoder
 from latentreward.encoders.vae import LatentEncoder
@@ -78,6 +79,7 @@ class StepCosts:
     rollout: int  # computation of a rollout; in ReFL, of the sampling steps before the first step with a graph
     freed: int = 0  # size of weights that are in memory before the first step, and freed then
     rollout_rows: int = 0  # rows to learn from of a rollout if all are kept; 0 without rollouts
+    compiled_from: int = WORTH_COMPILING  # optimiser steps from which ``fit`` compiles blocks on a GPU
     work: Mapping[str, Work] = field(
         default_factory=dict
     )  # of a rollout, of one batch's passes and of an update, by phase
@@ -236,6 +238,7 @@ def step_costs(
         backward=backward,
         rollout=rollout,
         rollout_rows=shapes.rollout_rows,
+        compiled_from=worth_compiling(blocks_of(module)),
         work={**shapes.work, **update, "rollout": sum(sampling.values(), shapes.work["rollout"])},
     )
 
