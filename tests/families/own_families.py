@@ -76,7 +76,7 @@ class ChromaPrompts(T5Prompts):
 class Chroma(FlowFamily):
     """Family of Chroma1-HD: FLUX's blocks, modulated by an approximator instead of layers of their own."""
 
-    name, title = "chroma", "Chroma"
+    name, title = "own_chroma", "Chroma"
     network_class = "ChromaTransformer2DModel"
     block_classes = ("ChromaTransformerBlock", "ChromaSingleTransformerBlock")
     lists = ("transformer_blocks", "single_transformer_blocks")

@@ -17,7 +17,10 @@ from tests.cache.written_caches import spec
 from tests.families.twins import PROMPTS, TWINS, Twin, noise_for
 
 BY_FAMILY = {twin.family: twin for twin in TWINS.values()}
-SPACES = {"flux1": "FLUX.1", "z_image": "FLUX.1", "lumina2": "FLUX.1", "qwen_image": "Wan", "wan21": "Wan"}
+SPACES = {
+    **dict.fromkeys(("flux1", "z_image", "lumina2", "chroma"), "FLUX.1"),
+    **dict.fromkeys(("qwen_image", "wan21"), "Wan"),
+}
 """Families that share a space, by families' names; any other has its own."""
 
 
@@ -43,7 +46,7 @@ def test_a_cache_of_another_space_is_refused() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("rewarded", "steered"), [("z_image", "flux1"), ("wan21", "qwen_image")])
+@pytest.mark.parametrize(("rewarded", "steered"), [("z_image", "flux1"), ("wan21", "qwen_image"), ("flux1", "chroma")])
 def test_a_reward_scores_states_of_another_familys_policy(rewarded: str, steered: str, tmp_path: Path) -> None:
     source = reward_of(BY_FAMILY[rewarded], tmp_path)
     policy = BY_FAMILY[steered].source().load()

@@ -29,6 +29,7 @@ BILLIONS = {
     "Qwen/Qwen-Image": ("qwen_image", 60, 20.430, 10.216, 6.818),
     "black-forest-labs/FLUX.2-klein-4B": ("flux2_klein", 25, 3.876, 2.384, 1.893),
     "black-forest-labs/FLUX.2-klein-base-9B": ("flux2_klein", 32, 9.079, 5.555, 4.464),
+    "lodestones/Chroma1-HD": ("chroma", 57, 8.900, 5.728, 4.595),
     "Alpha-VLLM/Lumina-Image-2.0": ("lumina2", 26, 2.610, 1.472, 1.123),
     "stabilityai/stable-diffusion-3.5-large": ("sd35_large", 38, 8.057, 4.075, 2.797),
     "Wan-AI/Wan2.1-T2V-1.3B-Diffusers": ("wan21", 30, 1.419, 0.722, 0.490),
@@ -120,7 +121,7 @@ def test_members_of_a_space() -> None:
     spaces = {model: PolicySource(folder_of(model)).latent_space() for model in BILLIONS}
     flux = spaces["black-forest-labs/FLUX.1-dev"]
     assert {model for model, space in spaces.items() if space == flux} == {
-        model for model, row in BILLIONS.items() if row[0] in ("flux1", "z_image", "lumina2")
+        model for model, row in BILLIONS.items() if row[0] in ("flux1", "z_image", "lumina2", "chroma")
     }
     wan = spaces["Wan-AI/Wan2.1-T2V-1.3B-Diffusers"]
     assert {model for model, space in spaces.items() if space == wan} == {

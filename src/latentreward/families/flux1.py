@@ -128,11 +128,7 @@ class Flux1(FlowFamily):
         """See :meth:`Family.load_prompt_encoder`; ``t5_length`` None takes 512 for FLUX.1-dev and 256 for schnell."""
         from transformers import CLIPTextModel, T5EncoderModel
 
-        if not load_t5:
-            raise InputError(f"load_t5=false: {self.title} takes a prompt's tokens from T5; leave load_t5 out")
-        length = (512 if self.takes_guidance else 256) if t5_length is None else t5_length
-        if type(length) is not int or not 1 <= length <= MOST_TOKENS:
-            raise InputError(f"t5_length={length!r} must be a whole number from 1 to {MOST_TOKENS} for {self.title}")
+        length = t5_tokens(self, t5_length, load_t5, usual=512 if self.takes_guidance else 256)
         encoder = Flux1PromptEncoder(
             self.pipeline.load(CLIPTextModel, "text_encoder", pretrained),
             self.pipeline.load(T5EncoderModel, "text_encoder_2", pretrained),
@@ -223,6 +219,20 @@ class Flux1(FlowFamily):
     def unread_outside(self, number: int, visual: bool, text: bool) -> tuple[str, ...]:
         """See :meth:`FlowFamily.unread_outside`."""
         return () if number or text else ("context_embedder",)
+
+
+def t5_tokens(family: FlowFamily, t5_length: int | None, load_t5: bool, usual: int = MOST_TOKENS) -> int:
+    """Return the number of T5 tokens per prompt of a family that cannot do without T5: ``t5_length``, or the usual one.
+
+    Raises:
+        InputError: If T5 is to be left out, or the number is out of range.
+    """
+    if not load_t5:
+        raise InputError(f"load_t5=false: {family.title} takes a prompt's tokens from T5; leave load_t5 out")
+    length = usual if t5_length is None else t5_length
+    if type(length) is not int or not 1 <= length <= MOST_TOKENS:
+        raise InputError(f"t5_length={length!r} must be a whole number from 1 to {MOST_TOKENS} for {family.title}")
+    return length
 
 
 def positions(length: int, grid: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor]:
