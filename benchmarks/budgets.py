@@ -40,6 +40,8 @@ from latentreward.data.alignment.prompts import PromptLoaders, PromptsAndImages 
 from latentreward.data.collate import collate_pairs  # noqa: E402
 from latentreward.modules import (  # noqa: E402
     AWMModule,
+    CRDModule,
+    DGPOModule,
     DiffusionDPOModule,
     DiffusionNFTModule,
     DiffusionOPSDModule,
@@ -51,7 +53,7 @@ from latentreward.modules import (  # noqa: E402
     TrajectoryGRPOModule,
 )
 from latentreward.rewards import LatentReward  # noqa: E402
-from latentreward.rollout import Branching, QuantileThreshold, Sampling, StratifiedSteps  # noqa: E402
+from latentreward.rollout import Branching, QuantileThreshold, RandomSteps, Sampling, StratifiedSteps  # noqa: E402
 from tests.modules.batches import dina, loaded_pairs, lrm  # noqa: E402
 from tests.modules.lpo_runs import PROMPTS  # noqa: E402
 from tests.policies.alignment import tiny_source  # noqa: E402
@@ -128,6 +130,11 @@ CASES: dict[str, Callable[[], tuple[LightningModule, Any]]] = {
         RAMModule(tiny_source("sd35"), reward("dina", "sd35"), draws=2, num_samples=4, **SHORT),
         prompts(),
     ),
+    "DGPO, DiT": lambda: (
+        DGPOModule(tiny_source("sd35"), reward("dina", "sd35"), num_samples=2, steps=RandomSteps(), **SHORT),
+        prompts(),
+    ),
+    "CRD, DiT": lambda: (CRDModule(tiny_source("sd35"), reward("dina", "sd35"), num_samples=2, **SHORT), prompts()),
     "DiffusionOPSD, DiT": lambda: (
         DiffusionOPSDModule(tiny_source("sd35"), reward("dina", "sd35"), **SHORT),
         prompts(),

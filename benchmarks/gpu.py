@@ -16,7 +16,7 @@ rows have all failed is not done.
                1024² image: score, gradient with respect to the latents, and step of an SD3.5-Medium policy
 ``rewards``    training steps of LRM, DiNa-LRM and the other heads with the shipped settings, and of an 8-bit optimiser
 ``alignment``  training steps of LPO, GRPO and ReFL with the shipped settings, rollouts included
-``methods``    the same for trajectory GRPO, DiffusionNFT, AWM, RAM, OPSD, ReFL to a state and PRFL
+``methods``    the same for trajectory GRPO, DiffusionNFT, AWM, RAM, DGPO, CRD, OPSD, ReFL to a state, PRFL
 ``execution``  float32, bfloat16 and checkpointing in a DiNa-LRM step
 ``switches``   channels_last, cudnn.benchmark, fused optimiser, TF32: steps of LRM, LPO, DiNa-LRM, GRPO
 ``performance``  training steps and rollouts with compiled blocks, and eager with the same weights

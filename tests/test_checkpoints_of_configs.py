@@ -258,6 +258,8 @@ def test_last_ckpt_is_of_the_last_step_written_once_and_without_frozen_weights(p
         "DiffusionNFTModule": {OLD},
         "AWMModule": {OLD, AVERAGE},
         "RAMModule": {OLD},
+        "DGPOModule": {OLD},
+        "CRDModule": {OLD, AVERAGE},
         "DiffusionOPSDModule": {OLD},
     }
     method = next(iter(re.findall(r"\.(\w+Module)\b", path.read_text())), "")

@@ -19,18 +19,20 @@ POLICIES = {"chroma": "chroma", "flux1": "flux1_dev", "flux2_klein": "klein_base
             "sd35_large": "sd35_large", "sd35_medium": "sd35", "wan21": "wan21", "z_image": "z_image"}  # fmt: skip
 """Policy → its twin."""
 METHODS = sorted(path.stem for path in (CONFIGS / "method").glob("*.yaml"))
-FLOWS = ("awm", "nft")
+FLOWS = ("awm", "crd", "dgpo", "nft")
 """Methods for flows alone."""
 UNETS = ("sd15", "sd21", "sdxl")
 PAIRS = """
 class_path: latentreward.tinyworld.TinyWorldDataModule
 init_args: {{root: {root}, layout: pickapic, train_pairs: 8, val_pairs: 4, batch_size: 2, num_workers: 0}}
 """
-STEPS = {"awm": 8, "spo": 8}
+STEPS = {"awm": 8, "dgpo": 8, "spo": 8}
 """Method → steps of the sampler, others than 4."""
 SMALL = {
     "awm": ("model.num_samples=2",),
     "nft": ("model.num_samples=2",),
+    "dgpo": ("model.num_samples=2",),
+    "crd": ("model.num_samples=2",),
     "ram": ("model.num_samples=2", "model.draws=2"),
     "grpo_trajectory": ("model.num_trajectories=2",),
     "grpo_stepwise": ("model.candidates.num_candidates=2",),

@@ -1,4 +1,4 @@
-"""YAML files of GRPO, DiffusionNFT, AWM and RAM parse, build at full size, and the tiny ones train under guard."""
+"""YAML files of GRPO, NFT, AWM, RAM, DGPO and CRD parse, build at full size, and the tiny ones train under guard."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +12,8 @@ from latentreward.apps.estimate.pipelines import write_pipelines
 from latentreward.cli import main
 from latentreward.modules import (
     AWMModule,
+    CRDModule,
+    DGPOModule,
     DiffusionNFTModule,
     DiffusionOPSDModule,
     RAMModule,
@@ -23,7 +25,9 @@ from tests.marks import release_after, rotated_after, slow_after
 from tests.test_recipes import parse
 
 FOLDER = Path(__file__).parents[1] / "configs" / "align"
-FILES = sorted(path.stem for kind in ("awm", "grpo", "nft", "opsd", "ram") for path in FOLDER.glob(f"{kind}_*.yaml"))
+FILES = sorted(
+    path.stem for kind in ("awm", "crd", "dgpo", "grpo", "nft", "opsd", "ram") for path in FOLDER.glob(f"{kind}_*.yaml")
+)
 TOY = "--model.reward=tests.modules.simple_reward.FirstChannelReward"
 BRIGHT = "--model.reward=tests.modules.toy_rewards.BrightnessSource"
 
@@ -112,6 +116,8 @@ FAMILIES = sorted({twin.backbone for twin in TWINS.values()})
 METHODS = ("StepwiseGRPOModule", "TrajectoryGRPOModule", "ReFLModule", "SPOModule")
 KINDS = {
     "awm_sd35": AWMModule,
+    "crd_sd35": CRDModule,
+    "dgpo_sd35": DGPOModule,
     "grpo_stepwise_sd15": StepwiseGRPOModule,
     "grpo_stepwise_sd35": StepwiseGRPOModule,
     "grpo_trajectory_sd35": TrajectoryGRPOModule,
@@ -174,7 +180,7 @@ def test_tiny_ones_train_under_guard(name: str, tmp_path: Path) -> None:
         BRIGHT if name == "opsd_tiny" else TOY,
         *small,
         *quick,
-        *(own_steps if name == "awm_tiny" else []),
+        *(own_steps if name in ("awm_tiny", "dgpo_tiny") else []),
     )
     main(["fit", f"--config={FOLDER / name}.yaml", own, *options])
     weights = load_file(tmp_path / "lora" / "pytorch_lora_weights.safetensors")

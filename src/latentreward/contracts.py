@@ -569,7 +569,7 @@ class StepSamples(SampledStates):
 
 @dataclass(frozen=True)
 class RenoisedSamples(SampledStates):
-    """Finished latents, each with a timestep that it is noised to again (DiffusionNFT, AWM).
+    """Finished latents, each with a timestep that it is noised to again (DiffusionNFT, AWM, RAM).
 
     ``latents`` are the finished ones, ``timesteps`` those to train at. A sample has a row for each of its timesteps.
 
@@ -578,6 +578,27 @@ class RenoisedSamples(SampledStates):
     """
 
     advantage: Tensor
+
+
+@dataclass(frozen=True)
+class RenoisedGroups(SampledStates):
+    """All K finished latents of a prompt, with one timestep that they are noised to again (DGPO, CRD).
+
+    ``latents`` are ``(N, K, C, ...)``. A prompt has a row for each of its timesteps.
+
+    Attributes:
+        advantage: ``(N, K)`` advantages of the samples.
+    """
+
+    advantage: Tensor
+
+    def samples(self, shared_noise: bool) -> RenoisedSamples:
+        """Return N·K rows, those of a group in turn, with the group's key for one noise, or keys of their own."""
+        count = self.advantage.shape[1]
+        repeated = PromptBatch(self.prompts, self.keys).times(count)
+        keys = tuple(key for key in self.keys for _ in range(count)) if shared_noise else repeated.keys
+        timesteps = self.timesteps.repeat_interleave(count)
+        return RenoisedSamples(keys, repeated.prompts, self.latents.flatten(0, 1), timesteps, self.advantage.flatten())
 
 
 StepRecord = TypeVar("StepRecord", bound=SampledStates)

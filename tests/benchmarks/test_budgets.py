@@ -23,6 +23,8 @@ CASES = (
     "step-wise GRPO, U-Net",
     "AWM, DiT",
     "RAM, DiT",
+    "DGPO, DiT",
+    "CRD, DiT",
     "DiffusionOPSD, DiT",
     "ReFL, U-Net",
     "PRFL, DiT",

@@ -1,4 +1,4 @@
-"""Runs of GRPO, NFT, AWM and RAM under watch, the same on one process and, with half the rows per rank, on two."""
+"""Runs of GRPO, NFT, AWM, RAM, DGPO and CRD under watch, the same on one process and, with half the rows, on two."""
 
 from copy import deepcopy
 from functools import partial
@@ -26,6 +26,8 @@ from latentreward.losses import (
 )
 from latentreward.modules import (
     AWMModule,
+    CRDModule,
+    DGPOModule,
     DiffusionNFTModule,
     DiffusionOPSDModule,
     RAMModule,
@@ -42,6 +44,7 @@ from latentreward.rollout import (
     Branching,
     DiversityAdvantage,
     MovingWindow,
+    NoisiestSteps,
     RewardGuidance,
     Sampling,
     StateCredit,
@@ -93,6 +96,8 @@ KINDS: dict[str, Any] = {
     "nft": (DiffusionNFTModule, {"num_samples": 3, "old": DecayRamp(0.5, 0.5)}),
     "awm": (AWMModule, {"num_samples": 3, "steps": StratifiedSteps(1, share=1.0), "optimizer": partial(SGD, lr=1.0)}),
     "ram": (RAMModule, {"num_samples": 3, "draws": 2}),
+    "dgpo": (DGPOModule, {"num_samples": 3, "steps": NoisiestSteps(2), "optimizer": partial(SGD, lr=1.0)}),
+    "crd": (CRDModule, {"num_samples": 3, "average": DecayRamp(0.5, 0.5)}),
     "opsd": (DiffusionOPSDModule, {"old": DecayRamp(0.5, 0.5)}),
 }
 REWARDS: dict[str, RewardSource] = {
@@ -110,6 +115,8 @@ CASES = [
     ("nft", "sd35_tiny"),
     ("awm", "sd35_tiny"),
     ("ram", "sd15"),
+    ("dgpo", "sd35_tiny"),
+    ("crd", "sd35_tiny"),
     ("opsd", "sd35_tiny"),
 ]
 METRICS = ("hacking/held_out", "hacking/reward_change", "drift/mean", "collapse/diversity", "rollout/gap_50_t_0_1000")

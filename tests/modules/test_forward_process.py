@@ -1,4 +1,4 @@
-"""DiffusionNFT, AWM and RAM learn from finished samples: gradients, copies of the adapter, refusals, resumes."""
+"""NFT, AWM, RAM, DGPO and CRD learn from finished samples: gradients, copies of the adapter, refusals, resumes."""
 
 import warnings
 from collections.abc import Sequence
@@ -12,18 +12,33 @@ import torch
 from torch import Tensor
 
 from latentreward.backbones import LoRA
-from latentreward.contracts import NoisyStates, PromptBatch, RenoisedSamples
+from latentreward.contracts import NoisyStates, PromptBatch, RenoisedGroups, RenoisedSamples, take_rows
 from latentreward.data.alignment.prompts import PromptLoaders
 from latentreward.errors import InputError
 from latentreward.losses import GRPOGuard, MatchingLoss, NFTLoss, NormGuard, RAMLoss
 from latentreward.losses.nft import optimality
-from latentreward.modules import AWMModule, DiffusionNFTModule, RAMModule, TrajectoryGRPOModule
+from latentreward.modules import (
+    AWMModule,
+    CRDModule,
+    DGPOModule,
+    DiffusionNFTModule,
+    RAMModule,
+    TrajectoryGRPOModule,
+)
 from latentreward.modules.forward_process import ForwardProcessModule
 from latentreward.noise import TimestepGrid
 from latentreward.policies import Policy, PolicySource
 from latentreward.policies.moving import AVERAGE, OLD, DecayRamp
 from latentreward.rewards import Reward
-from latentreward.rollout import GDPO, GroupAdvantage, RandomSteps, Sampling, StratifiedSteps, sample_latents
+from latentreward.rollout import (
+    GDPO,
+    GroupAdvantage,
+    NoisiestSteps,
+    RandomSteps,
+    Sampling,
+    StratifiedSteps,
+    sample_latents,
+)
 from tests.marks import rotated_after, slow_after
 from tests.modules.lpo_runs import make_trainer
 from tests.modules.simple_reward import FirstChannel, FirstChannelReward
@@ -32,7 +47,10 @@ from tests.tiny_pipelines import source_of
 
 PROMPTS = ("a red circle", "two blue squares on a white background")
 BATCH = PromptBatch(PROMPTS, ("0/0", "0/1"))
-KINDS = {"nft": DiffusionNFTModule, "awm": AWMModule, "ram": RAMModule}
+KINDS = {"nft": DiffusionNFTModule, "awm": AWMModule, "ram": RAMModule, "dgpo": DGPOModule, "crd": CRDModule}
+LEVELS = {"nft": 3, "awm": 2, "ram": 3, "dgpo": 2, "crd": 3}
+"""Noise levels of each sample of :func:`make`."""
+GROUPED = ("dgpo", "crd")
 every_kind = pytest.mark.parametrize("kind", KINDS)
 
 
@@ -55,7 +73,8 @@ def make(
     kind: str, scale: float = 10.0, name: str = "sd35_tiny", source_of_reward: Any = FirstChannelReward, **options: Any
 ) -> ForwardProcessModule:
     settings: dict[str, Any] = {"sampling": Sampling(4), "num_samples": 3, "seed": 1}
-    settings |= {"awm": {"steps": StratifiedSteps(2)}, "ram": {"draws": 3}}.get(kind, {})
+    own = {"awm": {"steps": StratifiedSteps(2)}, "ram": {"draws": 3}, "dgpo": {"steps": NoisiestSteps(2)}}
+    settings |= own.get(kind, {})
     source = PolicySource(source_of(name), lora=LoRA(rank=4, alpha=4))
     return KINDS[kind](source, source_of_reward(scale), **{**settings, **options})
 
@@ -64,6 +83,16 @@ def adapter(module: ForwardProcessModule, name: str = "policy") -> dict[str, Ten
     """Weights of one of the adapters, by their names without its own."""
     named = module.policy.network.named_parameters()
     return {key.replace(f".{name}.", "."): weight for key, weight in named if f".{name}." in key}
+
+
+def samples_of(rows: RenoisedSamples | RenoisedGroups) -> RenoisedSamples:
+    """Rows by sample, then by level."""
+    if isinstance(rows, RenoisedSamples):
+        return rows
+    levels = len(rows) // len(PROMPTS)
+    found, count = rows.samples(shared_noise=False), rows.advantage.shape[1]
+    order = torch.arange(len(found)).view(len(PROMPTS), levels, count).transpose(1, 2).flatten()
+    return take_rows(found, order.tolist())
 
 
 def moved(module: ForwardProcessModule) -> None:
@@ -76,9 +105,9 @@ def moved(module: ForwardProcessModule) -> None:
 def test_samples_are_those_of_the_copy_at_their_noise_levels(kind: str) -> None:
     module = attached(make(kind))
     moved(module)
-    samples = module.roll_out(BATCH)
+    samples = samples_of(module.roll_out(BATCH))
     count = len(samples) // 6
-    assert count == {"nft": 3, "awm": 2, "ram": 3}[kind]
+    assert count == LEVELS[kind]
     rows = samples.latents.view(6, count, *samples.latents.shape[1:])
     assert torch.equal(rows[:, :1].expand_as(rows), rows)
     # RAM's levels come from a distribution.
@@ -148,7 +177,7 @@ def test_only_the_policy_gets_a_gradient(kind: str) -> None:
     still = {name for name, grad in grads.items() if not grad.any()}
     assert len(still) < len(grads) and all(".add_" in name for name in still)  # SD3's last block has no text output
     copies = [copy.name for copy in module.copies]
-    assert copies == {"nft": [OLD], "awm": [OLD, AVERAGE], "ram": [OLD]}[kind]
+    assert copies == ([OLD, AVERAGE] if kind in ("awm", "crd") else [OLD])
     assert all(
         weight.grad is None and not weight.requires_grad for copy in copies for weight in adapter(module, copy).values()
     )
@@ -169,6 +198,8 @@ def test_the_norm_guard_adds_its_penalty(kind: str) -> None:
         loss.backward()
         losses.append(loss.item())
         slopes.append(torch.cat([weight.grad.flatten() for weight in adapter(module).values()]))
+    if isinstance(samples, RenoisedGroups):
+        samples = samples.samples(shared_noise=kind == "dgpo")
     states = module.renoise(samples)
     penalty = NormGuard(50.0).penalty(module.predict(samples, states), module.predict_under(None, samples, states))
     assert penalty > 0
@@ -230,7 +261,7 @@ def test_copies_follow_the_policy_before_each_rollout(kind: str, tmp_path: Path)
         return found
 
     module.make_experience = watched
-    rows = {"nft": 18, "awm": 12, "ram": 18}[kind]  # of a rollout, one for each step
+    rows = LEVELS[kind] * (2 if kind in GROUPED else 6)  # of a rollout, one for each step
     make_trainer(tmp_path, max_steps=3).fit(module, datamodule=loaders(batch_size=rows))
     assert len(seen) > 2
     name = AVERAGE if kind == "awm" else OLD
@@ -327,13 +358,15 @@ def test_wrong_settings_are_refused_before_anything_is_loaded(
             ("awm", {"loss": MatchingLoss("uniform")}),
             ("ram", {}),
             ("ram", {"loss": RAMLoss(residual="policy")}),
+            ("dgpo", {}),
+            ("crd", {}),
         ],
     ),
 )
 def test_rewards_rise(kind: str, options: dict[str, Any], tmp_path: Path) -> None:
     """Above those of the untrained policy, on 16 fixed noises."""
     module = make(kind, num_samples=8, optimizer=lambda groups: torch.optim.Adam(groups, lr=2e-2), **options)
-    rows = 2 * 8 * {"nft": 3, "awm": 2, "ram": 3}[kind]  # of a rollout
+    rows = 2 * LEVELS[kind] * (1 if kind in GROUPED else 8)  # of a rollout
     data = loaders(batch_size=rows, batches_per_epoch=12)
     make_trainer(tmp_path, max_steps=12, max_epochs=-1).fit(module, datamodule=data)
     fixed = PromptBatch((PROMPTS[0],) * 16, tuple(f"fixed/{number}" for number in range(16)))

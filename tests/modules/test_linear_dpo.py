@@ -106,7 +106,6 @@ def test_a_checkpoint_without_the_average_is_refused(tmp_path: Path) -> None:
     [
         ({"slope": -1.0}, "slope=-1 must be at least 0"),
         ({"most": 1.0}, "most=1 must lie in"),
-        ({"start": -1}, "start=-1 must be at least 0"),
     ],
 )
 def test_wrong_ramps_are_refused(settings: dict, words: str) -> None:

@@ -2,6 +2,7 @@ from .base import PreferenceLoss, gather_pair_scores, gather_with_grad, weighted
 from .bradley_terry import BradleyTerryLoss, bradley_terry_nll
 from .clipped_policy import ClippedPolicyLoss, ClippedPolicyResult, gaussian_step_kl, held_weights
 from .diffusion_dpo import denoising_error, implicit_rewards
+from .group_preference import CRDLoss, CRDResult, DGPOLoss, DGPOResult
 from .linear_dpo import LinearDPO, LinearDPOResult
 from .lrm import LRMLoss, lrm_batch_loss, lrm_pair_loss
 from .matching import MatchingLoss, MatchingResult, velocity_divergence
@@ -46,9 +47,13 @@ from .trust_region import (
 
 __all__ = [
     "BradleyTerryLoss",
+    "CRDLoss",
+    "CRDResult",
     "ClippedPolicyLoss",
     "ClippedPolicyResult",
     "ConstantVarianceThurstoneLoss",
+    "DGPOLoss",
+    "DGPOResult",
     "FlowDPPO",
     "GRPOGuard",
     "KLGate",

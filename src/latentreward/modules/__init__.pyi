@@ -2,6 +2,7 @@ from .alignment import AlignmentModule
 from .diffusion_dpo import DiffusionDPOModule
 from .dina_lrm import DiNaLRMModule
 from .forward_process import AWMModule, DiffusionNFTModule, ForwardProcessModule
+from .group_preference import CRDModule, DGPOModule
 from .grpo import GRPOModule, StepwiseGRPOModule, TrajectoryGRPOModule, group_statistics
 from .lpo import LPOModule, SPOModule, StepRatios
 from .lrm import LRMModule
@@ -16,6 +17,8 @@ from .step_aware_pixel import StepAwarePixelModule
 __all__ = [
     "AWMModule",
     "AlignmentModule",
+    "CRDModule",
+    "DGPOModule",
     "DiNaLRMModule",
     "DiffusionDPOModule",
     "DiffusionNFTModule",

@@ -2,18 +2,18 @@
 
 Neither the sampler's noise nor its log-probabilities take part, so that any deterministic sampler serves, and training
 needs no states of the rollout but the finished latents (DiffusionNFT, arXiv:2509.16117; AWM, arXiv:2509.25050; RAM,
-arXiv:2605.10759).
+arXiv:2605.10759; DGPO, arXiv:2510.08425; CRD, arXiv:2603.14128).
 """
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from latentreward.contracts import PromptBatch, RenoisedSamples, SampledStates, join_rows
+from latentreward.contracts import PromptBatch, RenoisedGroups, RenoisedSamples, SampledStates, join_rows
 from latentreward.errors import InputError, check_at_least_one, check_range
 from latentreward.losses import MatchingLoss, NFTLoss, Penalty, TrustRegion, velocity_divergence
 from latentreward.modules.alignment import AlignmentModule
@@ -57,10 +57,11 @@ class ForwardProcessModule(AlignmentModule):
     Args:
         policy: The generator: a rectified flow, unless :attr:`flows_only` is False.
         reward: Source of a reward that scores finished latents.
-        sampling: Sampler settings of rollouts, without noise.
-        steps: Choice of the sampler's noise levels to train at; each one is a row of a batch. None for a derived class
-            with a :meth:`trained_timesteps` of its own.
         copies: How each copy of the adapter follows the policy, by name.
+        sampling: Sampler settings of rollouts, without noise; None takes the method's number of steps: AWM 14, the
+            others 10.
+        steps: Choice of the sampler's noise levels to train at; each one is a row of a batch. None takes the method's:
+            DiffusionNFT and CRD a random 99 % of the steps, AWM 6, stratified, DGPO 4 of the noisiest 70 %.
         num_samples: Samples K per prompt.
         reward_sigmas: Noise levels at which a latent reward scores; without effect on rewards of pixels.
         advantage: Rule that turns rewards into advantages; None divides by the spread of all rewards of a rollout.
@@ -72,7 +73,11 @@ class ForwardProcessModule(AlignmentModule):
 
     Attributes:
         flows_only: Whether the method needs a flow.
+        usual_sampling: Sampler settings that None stands for.
+        usual_steps: Choice of steps that None stands for; None for a class with a :meth:`trained_timesteps` of its own.
         compares: Whether samples of a prompt are compared, so that there must be two.
+        experience: :class:`~latentreward.contracts.RenoisedGroups` for a method whose rows hold all samples of a
+            prompt, so that no batch, rank or optimiser step has a part of them.
 
     Raises:
         InputError: If the policy is no flow and the method needs one, guidance or noise is asked for, a setting is out
@@ -81,14 +86,16 @@ class ForwardProcessModule(AlignmentModule):
 
     experience: type[SampledStates] = RenoisedSamples
     flows_only = compares = True
+    usual_sampling: ClassVar = Sampling(10)
+    usual_steps: ClassVar[StepChoice | None] = None
 
     def __init__(
         self,
         policy: PolicySource,
         reward: RewardSource,
-        sampling: Sampling | None,
-        steps: StepChoice | None,
         copies: dict[str, DecayRamp],
+        sampling: Sampling | None = None,
+        steps: StepChoice | None = None,
         num_samples: int = 24,
         reward_sigmas: Sequence[float] = (0.4,),
         advantage: Advantage | None = None,
@@ -97,7 +104,7 @@ class ForwardProcessModule(AlignmentModule):
         guidance_scale: float | None = None,
         **options: Any,
     ) -> None:
-        family, sampling = policy.resolve_family(), sampling or Sampling(10)
+        family, sampling, steps = policy.resolve_family(), sampling or self.usual_sampling, steps or self.usual_steps
         if self.flows_only and not family.flow:
             raise InputError(
                 f"policy.source={policy.source!r} is {family.title}, no rectified flow; {type(self).__name__} needs a "
@@ -176,7 +183,11 @@ class ForwardProcessModule(AlignmentModule):
         advantage = self.advantages(rewards, self.advantage)
         if not (self.of_all_ranks(advantage).abs() > LEAST_ADVANTAGE).any():  # equal samples count beside others
             return None
-        samples = join_rows(self._rows_of(repeated, latents.cpu(), advantage.flatten().cpu()))
+        latents, advantage = latents.cpu(), advantage.cpu()
+        if self.experience is RenoisedGroups:
+            samples = join_rows(self._rows_of(prompts, latents.unflatten(0, advantage.shape), advantage))
+        else:
+            samples = join_rows(self._rows_of(repeated, latents, advantage.flatten()))
         size = getattr(getattr(self.trainer, "datamodule", None), "batch_size", None)
         rows, step = len(samples), size and size * self.trainer.accumulate_grad_batches
         if step and rows % step and step % rows and not self._warned:
@@ -208,24 +219,24 @@ class ForwardProcessModule(AlignmentModule):
         return loss + penalty
 
     def _rows_of(self, prompts: PromptBatch, latents: Tensor, advantage: Tensor) -> list[RenoisedSamples]:
-        """Return the rows of each sample: one for each of its timesteps."""
-        records = []
+        """Return the rows of each sample, or of each prompt's samples: one for each of their timesteps."""
+        records, kind = [], cast("type[RenoisedSamples]", self.experience)
         for row, (prompt, key) in enumerate(zip(prompts.prompts, prompts.keys, strict=True)):
             names, timesteps = self.trained_timesteps(key)
             count = len(timesteps)
             records.append(
-                RenoisedSamples(
+                kind(
                     keys=tuple(f"{key}/{name}" for name in names),
                     prompts=(prompt,) * count,
                     latents=latents[row].expand(count, *latents.shape[1:]),
                     timesteps=timesteps,
-                    advantage=advantage[row].expand(count),
+                    advantage=advantage[row].expand(count, *advantage.shape[1:]),
                 )
             )
         return records
 
     def trained_timesteps(self, key: str) -> tuple[Sequence[int], Tensor]:
-        """Return the timesteps ``(n,)`` at which the sample ``key`` is trained on, and a distinct number for each."""
+        """Return the timesteps ``(n,)`` to train ``key`` at, a sample or a prompt, and a distinct number for each."""
         assert self.steps is not None, "a class without steps has timesteps of its own"
         chosen = self.steps.choose(len(self.sampler), pair_generator(self.seed, "trained steps", 0, key))
         return chosen.tolist(), self.sampler.timesteps[chosen]
@@ -266,8 +277,6 @@ class DiffusionNFTModule(ForwardProcessModule):
     Args:
         policy: See :class:`ForwardProcessModule`.
         reward: See :class:`ForwardProcessModule`.
-        sampling: See :class:`ForwardProcessModule`; None takes 10 steps.
-        steps: See :class:`ForwardProcessModule`; None takes a random 99 % of the steps.
         old: How slowly the copy that samples follows the policy.
         loss: See :class:`~latentreward.losses.NFTLoss`.
         options: See :class:`ForwardProcessModule`.
@@ -276,19 +285,17 @@ class DiffusionNFTModule(ForwardProcessModule):
         InputError: See :class:`ForwardProcessModule`.
     """
 
+    usual_steps = RandomSteps()
+
     def __init__(
         self,
         policy: PolicySource,
         reward: RewardSource,
-        sampling: Sampling | None = None,
-        steps: StepChoice | None = None,
         old: DecayRamp | None = None,
         loss: NFTLoss | None = None,
         **options: Any,
     ) -> None:
-        super().__init__(
-            policy, reward, sampling=sampling, steps=steps or RandomSteps(), copies={OLD: old or DecayRamp()}, **options
-        )
+        super().__init__(policy, reward, copies={OLD: old or DecayRamp()}, **options)
         self.loss = loss or NFTLoss()
 
     def training_step(self, batch: RenoisedSamples, batch_idx: int) -> Tensor:
@@ -315,8 +322,6 @@ class AWMModule(ForwardProcessModule):
     Args:
         policy: See :class:`ForwardProcessModule`.
         reward: See :class:`ForwardProcessModule`.
-        sampling: See :class:`ForwardProcessModule`; None takes 14 steps.
-        steps: See :class:`ForwardProcessModule`; None takes 6 steps, stratified.
         average: How slowly the moving average follows the policy.
         loss: See :class:`~latentreward.losses.MatchingLoss`.
         options: See :class:`ForwardProcessModule`.
@@ -325,12 +330,13 @@ class AWMModule(ForwardProcessModule):
         InputError: See :class:`ForwardProcessModule`.
     """
 
+    usual_sampling = Sampling(14)
+    usual_steps = StratifiedSteps()
+
     def __init__(
         self,
         policy: PolicySource,
         reward: RewardSource,
-        sampling: Sampling | None = None,
-        steps: StepChoice | None = None,
         average: DecayRamp | None = None,
         loss: MatchingLoss | None = None,
         **options: Any,
@@ -341,14 +347,7 @@ class AWMModule(ForwardProcessModule):
         copies = {OLD: DecayRamp(most=0.0)}
         if loss.average_weight:
             copies[AVERAGE] = average or DecayRamp(most=0.3)
-        super().__init__(
-            policy,
-            reward,
-            sampling=sampling or Sampling(14),
-            steps=steps or StratifiedSteps(),
-            copies=copies,
-            **options,
-        )
+        super().__init__(policy, reward, copies=copies, **options)
         self.loss = loss
 
     def training_step(self, batch: RenoisedSamples, batch_idx: int) -> Tensor:

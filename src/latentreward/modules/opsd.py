@@ -16,7 +16,6 @@ from latentreward.rewards import RewardSource
 from latentreward.rollout import (
     PromptedPolicy,
     RolloutDraws,
-    Sampling,
     refuse_float16,
     require_gradient,
     score_finished,
@@ -34,7 +33,6 @@ class DiffusionOPSDModule(ForwardProcessModule):
     Args:
         policy: The generator, of any family.
         reward: Source of a differentiable reward that judges each sample by itself.
-        sampling: See :class:`ForwardProcessModule`; None takes 10 steps.
         query_sigma: Noise level of the states, in (0, 1). Published: 0.278 for SD3.5-M, with pixel rewards.
         radius: ρ, largest distance of a target from the prediction, as a share of the prediction's norm; 0.1 as
             published.
@@ -55,7 +53,6 @@ class DiffusionOPSDModule(ForwardProcessModule):
         self,
         policy: PolicySource,
         reward: RewardSource,
-        sampling: Sampling | None = None,
         query_sigma: float = 0.6,
         radius: float = 0.1,
         ascent_steps: int = 2,
@@ -73,9 +70,7 @@ class DiffusionOPSDModule(ForwardProcessModule):
                 "a prompt; set normalise: none or running"
             )
         copies = {OLD: old or DecayRamp()}
-        super().__init__(
-            policy, reward, sampling=sampling, steps=None, copies=copies, num_samples=1, advantage=None, **options
-        )
+        super().__init__(policy, reward, copies=copies, steps=None, num_samples=1, advantage=None, **options)
         require_gradient(self.reward, type(self).__name__)
         self.radius, self.ascent_steps, self.loss = radius, ascent_steps, loss or NFTLoss(kl_weight=1.0)
         levels = self.policy.noise_process.sigma(self.sampler.timesteps)

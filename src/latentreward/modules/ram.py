@@ -14,7 +14,6 @@ from latentreward.noise import LevelSampler, PowerSigma
 from latentreward.policies import PolicySource
 from latentreward.policies.moving import OLD, DecayRamp
 from latentreward.rewards import RewardSource
-from latentreward.rollout import Sampling
 from latentreward.seeding import pair_generator
 
 
@@ -28,7 +27,6 @@ class RAMModule(ForwardProcessModule):
     Args:
         policy: See :class:`ForwardProcessModule`; any family.
         reward: See :class:`ForwardProcessModule`; any reward.
-        sampling: See :class:`ForwardProcessModule`; None takes 10 steps.
         levels: Distribution of the noise levels to train at, whatever the sampler's steps are; None takes the density
             2σ (``PowerSigma`` with power 0.5).
         draws: Noise levels J of each sample, each with its own noise.
@@ -46,7 +44,6 @@ class RAMModule(ForwardProcessModule):
         self,
         policy: PolicySource,
         reward: RewardSource,
-        sampling: Sampling | None = None,
         levels: LevelSampler | None = None,
         draws: int = 8,
         old: DecayRamp | None = None,
@@ -54,8 +51,7 @@ class RAMModule(ForwardProcessModule):
         **options: Any,
     ) -> None:
         check_at_least_one(draws=draws)
-        copies = {OLD: old or DecayRamp(0.01, 0.9)}
-        super().__init__(policy, reward, sampling=sampling, steps=None, copies=copies, **options)
+        super().__init__(policy, reward, copies={OLD: old or DecayRamp(0.01, 0.9)}, steps=None, **options)
         self.levels, self.draws, self.loss = levels or PowerSigma(0.5), draws, loss or RAMLoss()
 
     def trained_timesteps(self, key: str) -> tuple[Sequence[int], Tensor]:

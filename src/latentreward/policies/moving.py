@@ -24,7 +24,8 @@ class DecayRamp:
     Attributes:
         slope: Rise per optimiser step, at least 0. DiffusionNFT: 0.001, for text rendering 0.0075.
         most: Largest decay, in [0, 1). DiffusionNFT: 0.5, for text rendering 0.999. AWM's moving average: 0.3.
-        start: Optimiser step from which the decay rises. DiffusionNFT: 0, for text rendering 75.
+        start: Optimiser step from which the decay rises. DiffusionNFT: 0, for text rendering 75. Below 0, the decay has
+            risen before the run: −50 with a slope of 0.005 begins at 0.25, as in CRD.
     """
 
     slope: float = 0.001
@@ -34,7 +35,6 @@ class DecayRamp:
     def __post_init__(self) -> None:
         check_range("[0, inf)", "DiffusionNFT uses 0.001", slope=self.slope)
         check_range("[0, 1)", "0 keeps no older weights", most=self.most)
-        check_range("[0, inf)", start=self.start)
 
     def decay(self, step: int) -> float:
         """Return d after ``step`` optimiser steps."""

@@ -27,7 +27,7 @@ from .reward_guidance import (
 )
 from .samplers import DDIMSampler, FlowSDESampler, StepSampler, Transition, reporting_steps
 from .settings import Sampling
-from .step_choice import RandomSteps, StepChoice, StratifiedSteps
+from .step_choice import NoisiestSteps, RandomSteps, StepChoice, StratifiedSteps
 from .trajectories import Trajectories, sample_latents, sample_trajectories
 from .window import MovingWindow, RandomWindow, Window, WindowedSampler
 
@@ -47,6 +47,7 @@ __all__ = [
     "GuidedTransition",
     "LinearThreshold",
     "MovingWindow",
+    "NoisiestSteps",
     "PairSelection",
     "PromptedPolicy",
     "QuantileThreshold",

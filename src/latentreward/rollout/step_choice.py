@@ -51,6 +51,32 @@ class RandomSteps(StepChoice):
         return torch.randperm(steps, generator=generator)[:count]
 
 
+class NoisiestSteps(StepChoice):
+    """Random choice of some of the first steps, which are the noisiest, as in DGPO (arXiv:2510.08425).
+
+    Args:
+        count: Number of steps, at least 1; DGPO uses 4.
+        share: Share of the sampler's steps, in (0, 1], rounded, from which they are chosen; DGPO uses 0.7: 7 of 10.
+
+    Raises:
+        InputError: If a number is out of range.
+    """
+
+    def __init__(self, count: int = 4, share: float = 0.7) -> None:
+        check_range("[1, inf)", "DGPO uses 4", count=count)
+        check_range("(0, 1]", "DGPO uses 0.7", share=share)
+        self.count, self.share = count, share
+
+    def choose(self, steps: int, generator: torch.Generator) -> Tensor:
+        """See :meth:`StepChoice.choose`."""
+        if (first := round(steps * self.share)) < self.count:
+            raise InputError(
+                f"count={self.count}: only the first {first} of {steps} steps may be chosen; lower count, or raise "
+                "share or num_inference_steps"
+            )
+        return torch.randperm(first, generator=generator)[: self.count]
+
+
 class StratifiedSteps(StepChoice):
     """Choice of one step in each of several ranges of equal length, as in AWM (arXiv:2509.25050).
 

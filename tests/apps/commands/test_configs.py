@@ -104,7 +104,7 @@ def test_a_method_alone_decides_over_clipping(capsys) -> None:
         (["--compose", "flux1", "nfft"], "method: no file 'nfft' of configs/method; did you mean 'nft'?"),
         (["--compose", "flux1", "nft", "two"], "hardware: no file 'two' of configs/trainer; choose from cpu, demo, "),
         (["--compose", "flux1"], "method: --compose takes a policy and a method of configs/method; choose from awm, "),
-        (["--compose"], "policy: --compose takes a policy and a method of configs/policy; choose from flux1, "),
+        (["--compose"], "policy: --compose takes a policy and a method of configs/policy; choose from chroma, "),
         (["flux1", "nft"], "method: 'nft' is for --compose; add it, or give one name"),
     ],
 )
