@@ -14,9 +14,10 @@ from tests.test_recipes import parse
 from tests.tiny_pipelines import pipeline_folder
 
 CONFIGS = Path(__file__).parents[1] / "configs"
-POLICIES = {"chroma": "chroma", "flux1": "flux1_dev", "flux2_klein": "klein_base", "lumina2": "lumina2",
-            "qwen_image": "qwen_image", "sd15": "sd15", "sd21": "sd21", "sdxl": "sdxl", "sd3_medium": "sd3",
-            "sd35_large": "sd35_large", "sd35_medium": "sd35", "wan21": "wan21", "z_image": "z_image"}  # fmt: skip
+POLICIES = {"chroma": "chroma", "ernie_image": "ernie_image", "flux1": "flux1_dev", "flux2_klein": "klein_base",
+            "lumina2": "lumina2", "qwen_image": "qwen_image", "sd15": "sd15", "sd21": "sd21", "sdxl": "sdxl",
+            "sd3_medium": "sd3", "sd35_large": "sd35_large", "sd35_medium": "sd35", "wan21": "wan21",
+            "z_image": "z_image"}  # fmt: skip
 """Policy → its twin."""
 METHODS = sorted(path.stem for path in (CONFIGS / "method").glob("*.yaml"))
 FLOWS = ("awm", "crd", "dgpo", "nft")

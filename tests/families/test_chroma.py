@@ -1,5 +1,7 @@
 """Facts of Chroma that the tests of all families cannot see."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -9,8 +11,13 @@ from tests.families.twins import PROMPTS, TWINS, noise_for
 TWIN = TWINS["chroma"]
 
 
-def test_prompts_are_encoded_as_by_the_pipeline_with_one_token_of_padding() -> None:
-    encoder, pipeline = TWIN.source().resolve_family().load_prompt_encoder(), TWIN.pipeline()
+@pytest.fixture(scope="module")
+def pipeline() -> Any:
+    return TWIN.pipeline()
+
+
+def test_prompts_are_encoded_as_by_the_pipeline_with_one_token_of_padding(pipeline: Any) -> None:
+    encoder = TWIN.source().resolve_family().load_prompt_encoder()
     with torch.no_grad():
         found = encoder([*PROMPTS, ""])
     want, mask = pipeline._get_t5_prompt_embeds([*PROMPTS, ""])

@@ -11,7 +11,7 @@ from latentreward.scoring.precision import halve_products, is_halved
 from tests.families.twins import PROMPTS, TWINS, Twin, every_network, noise_for
 
 OF_TOKENS = re.compile(
-    r"(^|\.)(attn\d?|attention|ff|ff_context|ffn|feed_forward|(img|txt)_mlp|proj_mlp|proj_out)(\.|$)"
+    r"(^|\.)(attn\d?|(self_)?attention|ff|ff_context|ffn|feed_forward|(img_|txt_)?mlp|proj_mlp|proj_out)(\.|$)"
 )
 """Attention and feed-forward layers, which every token passes; FLUX.1's single blocks have proj_mlp and proj_out.
 

@@ -62,6 +62,16 @@ class LanguageModelEncoder(PromptEncoder):
         return Conditioning(output.last_hidden_state, prompt_mask=mask)
 
 
+def first_layers(model: Any, count: int) -> Any:
+    """Remove the layers of a base model after the first ``count``, in place, and the final norm with them.
+
+    The norm stays in a model without further layers, as its last hidden states come after it.
+    """
+    if len(model.layers) > count:
+        model.layers, model.norm = model.layers[:count], nn.Identity()
+    return model
+
+
 def without_last_layer(model: Any) -> Any:
     """Remove the last layer and the final norm of a base model, in place, so that it returns ``hidden_states[-2]``."""
     model.layers = model.layers[:-1]

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from latentreward.backbones.registry import register_backbone
 from latentreward.backbones.tuning import ATTENTION
 from latentreward.contracts import Conditioning, LatentSpace, PathText
+from latentreward.encoders.language_model import first_layers
 from latentreward.encoders.prompts import PromptEncoder
 from latentreward.encoders.vae import PatchedLatentEncoder
 from latentreward.errors import InputError
@@ -60,8 +61,7 @@ class Flux2KleinPromptEncoder(PromptEncoder):
                 f"FLUX.2-klein reads layer {LAYERS[-1]} of its text encoder, but this one has {len(model.layers)}; "
                 "give the pipeline as published"
             )
-        if len(model.layers) > LAYERS[-1]:
-            model.layers, model.norm = model.layers[: LAYERS[-1]], nn.Identity()
+        first_layers(model, LAYERS[-1])
         text_encoder.lm_head = nn.Identity()  # type: ignore[assignment]
         self.text_encoder, self.tokenizer = text_encoder, tokenizer
         self.num_tokens = TOKENS
@@ -145,12 +145,7 @@ class Flux2Klein(FlowFamily):
     @cached_property
     def latent_space(self) -> LatentSpace:
         """See :attr:`Family.latent_space`; the statistics are read from the VAE's weights."""
-        channels = 4 * self.entry("vae", "latent_channels", int)
-        halvings = len(entries(self.pipeline.config("vae"), "block_out_channels", int, self.named("vae")))
-        eps = float(self.entry("vae", "batch_norm_eps", float, 1e-4))
-        tensors = self.pipeline.tensors("vae", ["bn.running_mean", "bn.running_var"])
-        values = [tensor.detach().to("cpu", torch.float32).contiguous().numpy() for tensor in tensors]
-        return LatentSpace(channels, 2**halvings, statistics=digest([*values, repr(eps)]))
+        return normalised_space(self)
 
     # Text
 
@@ -241,6 +236,16 @@ class Flux2Klein(FlowFamily):
             return ()
         dual = () if number else ("double_stream_modulation_img", "double_stream_modulation_txt")
         return (*dual, "single_stream_modulation", *(() if number or text else ("context_embedder",)))
+
+
+def normalised_space(family: FlowFamily) -> LatentSpace:
+    """Return the space of a VAE of FLUX.2, whose statistics are read from its weights."""
+    channels = 4 * family.entry("vae", "latent_channels", int)
+    halvings = len(entries(family.pipeline.config("vae"), "block_out_channels", int, family.named("vae")))
+    eps = float(family.entry("vae", "batch_norm_eps", float, 1e-4))
+    tensors = family.pipeline.tensors("vae", ["bn.running_mean", "bn.running_var"])
+    values = [tensor.detach().to("cpu", torch.float32).contiguous().numpy() for tensor in tensors]
+    return LatentSpace(channels, 2**halvings, statistics=digest([*values, repr(eps)]))
 
 
 def positions(length: int, latents: Tensor) -> tuple[Tensor, Tensor]:

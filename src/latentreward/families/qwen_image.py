@@ -197,6 +197,15 @@ def needed_mask(conditioning: Conditioning) -> Tensor | None:
     return None if mask is None or (not mask.is_meta and bool(mask.all())) else mask
 
 
+def padded_rows(rows: Sequence[Sequence[int]], padding: int) -> tuple[Tensor, Tensor]:
+    """Return token ids padded at the end, and their mask, ``(B, longest)`` on the CPU."""
+    longest = max(len(row) for row in rows)
+    with torch.device("cpu"):
+        ids = torch.tensor([[*row, *[padding] * (longest - len(row))] for row in rows])
+        mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows])
+    return ids, mask
+
+
 def prefix_length(tokenizer: Any) -> int:
     """Return the number of tokens that :data:`TEMPLATE` begins with, whatever the prompt."""
     first, second = (tokenizer(TEMPLATE.format(prompt)).input_ids for prompt in ("a", "1"))
@@ -229,12 +238,7 @@ class QwenImagePromptEncoder(PromptEncoder):
         texts, most = [TEMPLATE.format(prompt) for prompt in prompts], self.dropped_tokens + self.num_tokens
         rows = self.tokenizer(texts).input_ids
         self.tell_cut(self.tokenizer, texts, [len(row) for row in rows], most)
-        rows = [row[:most] for row in rows]
-        longest = max(len(row) for row in rows)
-        with torch.device("cpu"):
-            ids = torch.tensor([row + [self.tokenizer.pad_token_id] * (longest - len(row)) for row in rows])
-            mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows])
-        return ids, mask
+        return padded_rows([row[:most] for row in rows], self.tokenizer.pad_token_id)
 
     def encode_ids(self, *input_ids: Tensor) -> Conditioning:
         """See :meth:`PromptEncoder.encode_ids`."""

@@ -16,7 +16,7 @@ PRODUCTS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 EXACT = re.compile(
     r"(^|\.)(time_\w+|t_embedder|add_embedding|\w+_modulation(_\w+)?|(img|txt)_mod|norm(\d|_out)?(_context)?"
     r"|distilled_guidance_layer|pos_embed|(all_)?x_embedder|patch_embedding|img_in|context_embedder|cap_embedder"
-    r"|text_embedder|txt_in)(\.|$)"
+    r"|text_embedder|text_proj|txt_in|projector)(\.|$)"
 )
 """Names of layers that stay float32: those of time embedding and modulation, which are cheap (one vector per image) and
 affect all tokens, and a transformer's patch and text embeddings."""
