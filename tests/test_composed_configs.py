@@ -41,6 +41,7 @@ SMALL = {
     "spo": ("model.candidates.num_candidates=2",),
     "refl": ("model.stop_range=[1,2]",),
     "prfl": ("model.stop_range=[2,4]",),
+    "refl_state": ("model.stop_range=[2,4]",),
 }
 """Method → settings that make it small."""
 
@@ -98,7 +99,7 @@ def arguments(policy: str, method: str, name: str | None = None) -> list[str]:
         data = "data.prompts" if method == "prfl" else "data"
         options += [f"{data}.batch_size=2", f"{data}.batches_per_epoch=4"]
         options += [f"data.images={pairs}"] if method == "prfl" else []
-        options += [] if method in ("prfl", "refl") else ["data.prompts_per_rollout=2"]
+        options += [] if method in ("prfl", "refl", "refl_state") else ["data.prompts_per_rollout=2"]
     return ["fit", "--config=run.yaml", *(f"--{option}" for option in options)]
 
 
