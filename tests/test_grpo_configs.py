@@ -1,5 +1,6 @@
 """YAML files of GRPO, NFT, AWM, RAM, DGPO and CRD parse, build at full size, and the tiny ones train under guard."""
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -80,6 +81,31 @@ def test_a_change_of_grpo_is_given_after_a_run(name: str, plain: Namespace) -> N
     assert before != after
     for setting in ("policy", "optimizer", "guidance_scale", "num_trajectories"):
         assert before[setting] == after[setting]
+
+
+LEARNERS = ["nft_tiny", "awm_tiny", "ram_tiny", "grpo_trajectory_tiny"]
+PRUNED = f"--config={FOLDER.parent / 'rollout' / 'pruned.yaml'}"
+
+
+@pytest.mark.parametrize("name", rotated_after(1, LEARNERS))
+def test_pruning_is_given_after_a_run(name: str) -> None:
+    changed = parse(f"configs/align/{name}.yaml", "configs/rollout/pruned.yaml").config["fit"]
+    assert changed["trainer"].default_root_dir == "runs/pruned"
+    assert changed["model"]["init_args"]["pruning"].candidates == 16
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", rotated_after(1, LEARNERS))
+def test_pruning_is_estimated_and_trains(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run, flops = f"--config={FOLDER / name}.yaml", []
+    for files in ([run], [run, PRUNED]):
+        main(["fit", *files, "--estimate"])
+        flops.append(float(re.search(r"^  rollout +(\S+)", capsys.readouterr().out, re.MULTILINE)[1]))
+    assert 1.2 < flops[1] / flops[0] < 1.8  # 14 passes for 10 of the policy, 3 for 1 of the reward
+    small = ("--model.pruning.candidates=9", "--data.batch_size=4", "--data.prompts_per_rollout=2")
+    quick = ("--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false", "--trainer.max_steps=2")
+    main(["fit", run, PRUNED, f"--trainer.default_root_dir={tmp_path}", READOUT, *small, *quick])
+    assert load_file(tmp_path / "lora" / "pytorch_lora_weights.safetensors")
 
 
 REWARDS = sorted(path.stem for path in (FOLDER.parent / "reward").glob("*.yaml"))

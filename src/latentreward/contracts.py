@@ -475,6 +475,9 @@ class PromptBatch(TensorRecord):
     def __len__(self) -> int:
         return len(self.prompts)
 
+    def __add__(self, other: "PromptBatch") -> "PromptBatch":
+        return PromptBatch(self.prompts + other.prompts, self.keys + other.keys)
+
     def times(self, count: int) -> "PromptBatch":
         """Return each prompt ``count`` times in turn, with keys ``KEY/0``, ``KEY/1``, … of their own."""
         return PromptBatch(
@@ -482,11 +485,14 @@ class PromptBatch(TensorRecord):
             tuple(f"{key}/{number}" for key in self.keys for number in range(count)),
         )
 
+    def select(self, rows: Sequence[int]) -> "PromptBatch":
+        """Return the prompts at the given indices."""
+        return PromptBatch(tuple(self.prompts[row] for row in rows), tuple(self.keys[row] for row in rows))
+
     def split(self, size: int | None) -> list["PromptBatch"]:
         """Split into batches of at most ``size`` prompts, in order; None leaves one batch."""
-        size = size or max(len(self), 1)
-        starts = range(0, len(self), size)
-        return [PromptBatch(self.prompts[at : at + size], self.keys[at : at + size]) for at in starts]
+        size, rows = size or max(len(self), 1), range(len(self))
+        return [self.select(rows[at : at + size]) for at in rows[::size]]
 
 
 @dataclass(frozen=True)

@@ -45,6 +45,7 @@ from latentreward.rollout import (
     DiversityAdvantage,
     MovingWindow,
     NoisiestSteps,
+    Pruning,
     RewardGuidance,
     Sampling,
     StateCredit,
@@ -98,6 +99,10 @@ KINDS: dict[str, Any] = {
     "ram": (RAMModule, {"num_samples": 3, "draws": 2}),
     "dgpo": (DGPOModule, {"num_samples": 3, "steps": NoisiestSteps(2), "optimizer": partial(SGD, lr=1.0)}),
     "crd": (CRDModule, {"num_samples": 3, "average": DecayRamp(0.5, 0.5)}),
+    "pruned": (
+        DiffusionNFTModule,
+        {"num_samples": 3, "old": DecayRamp(0.5, 0.5), "pruning": Pruning(6, 1, min_spread=0.75)},
+    ),
     "opsd": (DiffusionOPSDModule, {"old": DecayRamp(0.5, 0.5)}),
 }
 REWARDS: dict[str, RewardSource] = {
@@ -117,6 +122,7 @@ CASES = [
     ("ram", "sd15"),
     ("dgpo", "sd35_tiny"),
     ("crd", "sd35_tiny"),
+    ("pruned", "sd35_tiny"),
     ("opsd", "sd35_tiny"),
 ]
 METRICS = ("hacking/held_out", "hacking/reward_change", "drift/mean", "collapse/diversity", "rollout/gap_50_t_0_1000")

@@ -63,6 +63,7 @@ COVERED = (
     "algos/tie_losses",
     "algos2/group_preference",
     "algos2/opsd",
+    "algos2/pruning",
     "algos2/ram",
 )
 DINA_CASES = {

@@ -79,6 +79,7 @@ class AlignmentModule(LightningModule):
         rollout_statistics: Statistics of the last rollout, for callbacks: of this rank until the first batch of the
             rollout's rows, of all ranks from then on.
         prompts_at_once: Prompts of a rollout that are sampled at once; None samples all of them.
+        rollout_values: Further values of the last rollout to log, by name.
         rollout_progress: Function that makes the display of a rollout of so many steps in so many batches; None shows
             nothing.
 
@@ -125,6 +126,7 @@ class AlignmentModule(LightningModule):
         self.reward = None if reward is None else reward.load(self.policy)  # type: ignore[assignment]
         self._began = self._rollout_seconds = 0.0
         self._times: dict[str, float] = {}
+        self.rollout_values: dict[str, float] = {}
         self._part_means: list[float] = []
         self._seen: RolloutStatistics | tuple[()] | None = ()  # statistics that were logged; at first not even None
         self._rows: dict[str, int] = {}
@@ -403,9 +405,9 @@ class AlignmentModule(LightningModule):
         seen, self._seen = self._seen, self.rollout_statistics
         if seen is self._seen and not self.trainer._logger_connector.should_update_logs:
             return
-        values = dict(self._times)
+        values = self._times | self.rollout_values
         # A resumed run begins with rows in store, before any rollout of its own.
-        if values:
+        if self._times:
             values["time_share"] = self._rollout_seconds / (time.perf_counter() - self._began)
         if (statistics := self.rollout_statistics) is not None and statistics.gap.numel():
             self.log("rollout/score", statistics.scores.float().mean().item(), prog_bar=True, batch_size=len(batch))

@@ -18,12 +18,14 @@ from latentreward.errors import InputError, check_at_least_one, check_range
 from latentreward.losses import MatchingLoss, NFTLoss, Penalty, TrustRegion, velocity_divergence
 from latentreward.modules.alignment import AlignmentModule
 from latentreward.modules.grpo import LEAST_ADVANTAGE, group_statistics
+from latentreward.modules.pruned import PrunedRollouts
 from latentreward.policies import PolicySource
 from latentreward.policies.moving import AVERAGE, OLD, DecayRamp, MovingCopy
 from latentreward.rewards import RewardSource
 from latentreward.rollout import (
     Advantage,
     GroupAdvantage,
+    Pruning,
     Sampling,
     begin_finished,
     check_sigmas,
@@ -68,6 +70,8 @@ class ForwardProcessModule(AlignmentModule):
         trust_region: A :class:`~latentreward.losses.Penalty`, or None. The other rules need a sampler's steps.
         prompts_at_once: Prompts of a rollout that are sampled at once, to bound memory; a reward on a server scores
             them while the next are sampled. None takes all.
+        pruning: How many candidates of a prompt are sampled, of which a latent reward picks the ``num_samples`` that
+            are finished. None finishes all samples.
         options: See :class:`~latentreward.modules.alignment.AlignmentModule`. Neither sampling nor training uses
             classifier-free guidance.
 
@@ -78,6 +82,7 @@ class ForwardProcessModule(AlignmentModule):
         compares: Whether samples of a prompt are compared, so that there must be two.
         experience: :class:`~latentreward.contracts.RenoisedGroups` for a method whose rows hold all samples of a
             prompt, so that no batch, rank or optimiser step has a part of them.
+        row_passes: Passes of the policy in training on a sample at one noise level; forward and backward count as 3.
 
     Raises:
         InputError: If the policy is no flow and the method needs one, guidance or noise is asked for, a setting is out
@@ -88,6 +93,7 @@ class ForwardProcessModule(AlignmentModule):
     flows_only = compares = True
     usual_sampling: ClassVar = Sampling(10)
     usual_steps: ClassVar[StepChoice | None] = None
+    row_passes = 3
 
     def __init__(
         self,
@@ -101,6 +107,7 @@ class ForwardProcessModule(AlignmentModule):
         advantage: Advantage | None = None,
         trust_region: TrustRegion | None = None,
         prompts_at_once: int | None = None,
+        pruning: Pruning | None = None,
         guidance_scale: float | None = None,
         **options: Any,
     ) -> None:
@@ -131,6 +138,10 @@ class ForwardProcessModule(AlignmentModule):
             check_range("[2, inf)", "one leaves nothing to compare", num_samples=num_samples)
         check_at_least_one(prompts_at_once=prompts_at_once)
         check_sigmas(reward_sigmas)
+        if pruning is not None and not self.compares:
+            raise InputError(f"pruning: {type(self).__name__} compares no samples of a prompt; leave it out")
+        if pruning is not None:
+            pruning.check("num_samples", num_samples, sampling.num_inference_steps, reward)
         if advantage is not None and (advantage.takes_parts or advantage.takes_features):
             raise InputError(
                 f"advantage: {type(advantage).__name__} is for TrajectoryGRPOModule; {type(self).__name__} takes "
@@ -149,6 +160,8 @@ class ForwardProcessModule(AlignmentModule):
         self.sampling, self.sampler, self.num_samples, self.steps = sampling, sampler, num_samples, steps
         self.reward_sigmas, self.advantage = tuple(reward_sigmas), advantage or GroupAdvantage("all")
         self.guard, self.prompts_at_once = trust_region, prompts_at_once
+        levels = len(reward_sigmas) if reward.uses_sigmas else 1
+        self.pruned = None if pruning is None else PrunedRollouts(pruning, num_samples, levels)
         self.copies = [MovingCopy(self.policy, name, ramp) for name, ramp in copies.items()]
         self.followed = 0
         self._warned = False
@@ -169,19 +182,32 @@ class ForwardProcessModule(AlignmentModule):
         """See :meth:`AlignmentModule.make_experience`; the copies follow the policy first."""
         self.move_copies()
         repeated = prompts.times(self.num_samples)
+        if self.pruned is not None:
+            self.pruned.begin(self, self.row_passes * len(self.trained_timesteps(repeated.keys[0])[1]))
         sampled, pending = [], []
         for part in prompts.split(self.prompts_at_once):
-            settings = (part.times(self.num_samples), self.sampling, self.guidance_scale, self.seed)
+            finished = part
             with self.policy.adapters.use(OLD):
-                sampled.append(sample_latents(self.policy, *settings))
+                if self.pruned is None:
+                    settings = (part.times(self.num_samples), self.sampling, self.guidance_scale, self.seed)
+                    sampled.append(sample_latents(self.policy, *settings))
+                else:
+                    trajectories, finished = self.pruned.sample(self, part, self.sampler)
+                    sampled.append(trajectories.finished.clone())
             # A reward on a server scores these samples while the next are drawn.
-            pending.append(begin_finished(self.reward, sampled[-1], part, self.seed, self.reward_sigmas))
+            pending.append(begin_finished(self.reward, sampled[-1], finished, self.seed, self.reward_sigmas))
         latents = torch.cat(sampled)
+        if self.pruned is not None:
+            prompts, repeated = self.pruned.prompts, self.pruned.samples
         rewards = self.reward.mix(torch.cat([wait() for wait in pending]), rows_of(prompts, latents))
         rewards = rewards.view(len(prompts), self.num_samples)
         self.rollout_statistics = group_statistics(torch.zeros(1), rewards.T[None].cpu())
-        advantage = self.advantages(rewards, self.advantage)
-        if not (self.of_all_ranks(advantage).abs() > LEAST_ADVANTAGE).any():  # equal samples count beside others
+        if self.pruned is None:
+            advantage = self.advantages(rewards, self.advantage)
+        else:
+            advantage = self.pruned.advantages(self, rewards, self.advantage)
+        learned = (advantage.abs() > LEAST_ADVANTAGE).any()
+        if not self.of_all_ranks(learned[None]).any():  # equal samples count beside others
             return None
         latents, advantage = latents.cpu(), advantage.cpu()
         if self.experience is RenoisedGroups:
@@ -297,6 +323,7 @@ class DiffusionNFTModule(ForwardProcessModule):
     ) -> None:
         super().__init__(policy, reward, copies={OLD: old or DecayRamp()}, **options)
         self.loss = loss or NFTLoss()
+        self.row_passes = 4 + (self.loss.needs_reference or self.guard is not None)
 
     def training_step(self, batch: RenoisedSamples, batch_idx: int) -> Tensor:
         """Return the loss of a batch."""
@@ -349,6 +376,7 @@ class AWMModule(ForwardProcessModule):
             copies[AVERAGE] = average or DecayRamp(most=0.3)
         super().__init__(policy, reward, copies=copies, **options)
         self.loss = loss
+        self.row_passes = 4 + bool(loss.kl_weight or self.guard is not None) + bool(loss.average_weight)
 
     def training_step(self, batch: RenoisedSamples, batch_idx: int) -> Tensor:
         """Return the loss of a batch."""

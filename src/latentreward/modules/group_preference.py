@@ -46,6 +46,7 @@ class DGPOModule(ForwardProcessModule):
     ) -> None:
         super().__init__(policy, reward, copies={OLD: old or DecayRamp(most=0.3)}, **options)
         self.loss = loss or DGPOLoss()
+        self.row_passes = 4 + (self.loss.clip_range is not None)
 
     def training_step(self, batch: RenoisedGroups, batch_idx: int) -> Tensor:
         """Return the loss of a batch."""
@@ -89,6 +90,7 @@ class CRDModule(ForwardProcessModule):
 
     experience = RenoisedGroups
     usual_steps = RandomSteps()
+    row_passes = 5
 
     def __init__(
         self,

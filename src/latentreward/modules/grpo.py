@@ -5,7 +5,7 @@ The reward scores each step by itself (:class:`StepwiseGRPOModule`) or the finis
 (:class:`TrajectoryGRPOModule`).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -27,6 +27,7 @@ from latentreward.losses import (
     held_weights,
 )
 from latentreward.modules.alignment import AlignmentModule
+from latentreward.modules.pruned import PrunedRollouts
 from latentreward.policies import PolicySource
 from latentreward.rewards import RewardSource
 from latentreward.rewards.latent import LatentScorer
@@ -36,6 +37,7 @@ from latentreward.rollout import (
     Credit,
     GroupAdvantage,
     GuidedSampler,
+    Pruning,
     RewardGuidance,
     Sampling,
     StateCredit,
@@ -240,6 +242,8 @@ class TrajectoryGRPOModule(GRPOModule):
         trust_region: Rule, or a list of rules, that keeps the policy near the one that sampled, or near the reference.
         prompts_at_once: Prompts of a rollout that are sampled at once, to bound memory; a reward on a server scores
             them while the next are sampled. None takes all.
+        pruning: How many candidates of a prompt are sampled, of which a latent reward picks the ``num_trajectories``
+            that are finished. None finishes all.
         options: See :class:`GRPOModule`.
 
     Raises:
@@ -266,6 +270,7 @@ class TrajectoryGRPOModule(GRPOModule):
         window: Window | None = None,
         trust_region: TrustRegion | list[TrustRegion] | None = None,
         prompts_at_once: int | None = None,
+        pruning: Pruning | None = None,
         **options: Any,
     ) -> None:
         check_at_least_one(prompts_at_once=prompts_at_once)
@@ -295,6 +300,16 @@ class TrajectoryGRPOModule(GRPOModule):
         rules = check_rules([trust_region] if isinstance(trust_region, TrustRegion) else trust_region or [], context)
         if advantage is not None:
             advantage.check(reward.parts)
+        if pruning is not None:
+            pruning.check("num_trajectories", num_trajectories, (sampling or Sampling()).num_inference_steps, reward)
+            by_group = advantage is None or not (advantage.takes_parts or advantage.takes_features)
+            fits = {"credit": not credit, "reward_guidance": not reward_guidance, "advantage": by_group}
+            fits["trust_region"] = "gate" not in rules
+            if others := [name for name, fitting in fits.items() if not fitting]:
+                raise InputError(
+                    f"pruning takes one reward of each finished sample, and {others[0]} looks at more; leave one of "
+                    "them out, or take GroupAdvantage"
+                )
         if reward_guidance is not None:
             reward.require_guidance()
         if credit is not None:
@@ -302,6 +317,8 @@ class TrajectoryGRPOModule(GRPOModule):
         super().__init__(policy, reward, sampling, loss, **options)
         self.num_trajectories, self.reward_sigmas = num_trajectories, tuple(reward_sigmas)
         self.prompts_at_once, self.rules = prompts_at_once, rules
+        levels = len(reward_sigmas) if reward.uses_sigmas else 1
+        self.pruned = None if pruning is None else PrunedRollouts(pruning, num_trajectories, levels)
         self.reward_guidance, self.credit, self.window = reward_guidance, credit, window
         self.advantage = (advantage or GroupAdvantage("all" if global_std else "group")).weighing(reward.part_weights)
         self.part_signs = torch.tensor([-1.0 if weight < 0 else 1.0 for weight in reward.part_weights])
@@ -360,11 +377,7 @@ class TrajectoryGRPOModule(GRPOModule):
             start = self.window.start(len(steps), iteration, pair_generator(self.seed, "window", iteration, ""))
             steps = steps[start : start + self.window.size]
             sampler = WindowedSampler(self.sampler, self.plain_sampler, steps)
-        sampled, pending = [], []
-        for part in prompts.split(self.prompts_at_once):
-            sampled.append(self._sample(part, sampler))
-            pending.append(begin_finished(self.reward, sampled[-1].finished, part, self.seed, self.reward_sigmas))
-        trajectories = Trajectories.join(sampled)
+        trajectories, pending, prompts, repeated = self._sample_batches(prompts, sampler)
         latents = trajectories.finished
         scores = {}
         if self.gate is not None and self.gate.takes == "levels":
@@ -381,7 +394,11 @@ class TrajectoryGRPOModule(GRPOModule):
         if self.advantage.takes_features:  # averages over 4 x 4 areas of each frame
             areas = F.adaptive_avg_pool2d(latents.float().flatten(1, -3), 4)
             features = areas.flatten(1).unflatten(0, rewards.shape)
-        outcome = self.advantages(given, self.advantage, features)[..., None].expand(*rewards.shape, len(steps))
+        if self.pruned is None:
+            outcome = self.advantages(given, self.advantage, features)
+        else:
+            outcome = self.pruned.advantages(self, rewards, self.advantage)
+        outcome = outcome[..., None].expand(*rewards.shape, len(steps))
         process = None
         if self.credit is not None:
             states = self._state_rewards(trajectories, prompts, steps[0]).unflatten(0, rewards.shape)
@@ -396,7 +413,7 @@ class TrajectoryGRPOModule(GRPOModule):
             outcome, process = process, None
         per_step = {"advantage": outcome, "process": process, "held": self._held(scores, len(steps))}
         rows = {name: value.flatten(0, 1).cpu() for name, value in per_step.items() if value is not None}
-        repeated, samples = prompts.times(self.num_trajectories), []
+        samples = []
         for column, index in enumerate(steps):
             sample = StepSamples(
                 keys=tuple(f"{key}/{index}" for key in repeated.keys),
@@ -410,6 +427,30 @@ class TrajectoryGRPOModule(GRPOModule):
             )
             samples.append(sample.to("cpu"))
         return worth_learning(samples)
+
+    def _sample_batches(
+        self, prompts: PromptBatch, sampler: StepSampler
+    ) -> tuple[Trajectories, list[Callable[[], Tensor]], PromptBatch, PromptBatch]:
+        """Sample the trajectories of prompts, and begin to score them.
+
+        Returns:
+            The trajectories, functions that wait for the scores of batches, the prompts without those that pruning left
+            out, and the samples, a row for each trajectory.
+        """
+        if self.pruned is not None:
+            steps = len(self.trained_steps) if self.window is None else self.window.size
+            self.pruned.begin(self, steps * (3 + (self.loss.needs_reference or "penalty" in self.rules)))
+        sampled, pending = [], []
+        for part in prompts.split(self.prompts_at_once):
+            if self.pruned is None:
+                taken, finished = self._sample(part, sampler), part
+            else:
+                taken, finished = self.pruned.sample(self, part, sampler, keep_means="ratio" in self.rules)
+            sampled.append(taken)
+            pending.append(begin_finished(self.reward, taken.finished, finished, self.seed, self.reward_sigmas))
+        if self.pruned is None:
+            return Trajectories.join(sampled), pending, prompts, prompts.times(self.num_trajectories)
+        return Trajectories.join(sampled), pending, self.pruned.prompts, self.pruned.samples
 
     def _sample(self, prompts: PromptBatch, sampler: StepSampler) -> Trajectories:
         """Sample the trajectories of prompts, guided by the reward if so set."""

@@ -53,6 +53,7 @@ class RAMModule(ForwardProcessModule):
         check_at_least_one(draws=draws)
         super().__init__(policy, reward, copies={OLD: old or DecayRamp(0.01, 0.9)}, steps=None, **options)
         self.levels, self.draws, self.loss = levels or PowerSigma(0.5), draws, loss or RAMLoss()
+        self.row_passes = 4 + (self.loss.residual == "old")
 
     def trained_timesteps(self, key: str) -> tuple[Sequence[int], Tensor]:
         """See :meth:`ForwardProcessModule.trained_timesteps`."""

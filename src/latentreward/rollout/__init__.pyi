@@ -16,6 +16,7 @@ from .pair_selection import (
     step_pairs,
 )
 from .prompted import PromptedPolicy, RolloutDraws
+from .pruning import Agreement, BestAndWorst, Pruning, PruningRule, scaled_advantages
 from .reward_guidance import (
     GuidedSampler,
     GuidedTransition,
@@ -28,12 +29,14 @@ from .reward_guidance import (
 from .samplers import DDIMSampler, FlowSDESampler, StepSampler, Transition, reporting_steps
 from .settings import Sampling
 from .step_choice import NoisiestSteps, RandomSteps, StepChoice, StratifiedSteps
-from .trajectories import Trajectories, sample_latents, sample_trajectories
+from .trajectories import Trajectories, sample_latents, sample_pruned, sample_trajectories
 from .window import MovingWindow, RandomWindow, Window, WindowedSampler
 
 __all__ = [
     "GDPO",
     "Advantage",
+    "Agreement",
+    "BestAndWorst",
     "Branching",
     "CandidateStep",
     "Credit",
@@ -50,6 +53,8 @@ __all__ = [
     "NoisiestSteps",
     "PairSelection",
     "PromptedPolicy",
+    "Pruning",
+    "PruningRule",
     "QuantileThreshold",
     "RandomSteps",
     "RandomWindow",
@@ -82,7 +87,9 @@ __all__ = [
     "rows_of",
     "sample_guided",
     "sample_latents",
+    "sample_pruned",
     "sample_trajectories",
+    "scaled_advantages",
     "score_finished",
     "score_states",
     "step_pairs",

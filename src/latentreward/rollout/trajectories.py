@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -39,6 +40,12 @@ class Trajectories:
         """Return the finished latents ``(B, C, ...)``."""
         return self.latents[-1]
 
+    def select(self, rows: Tensor) -> Trajectories:
+        """Return the trajectories of ``rows`` ``(n,)`` int64."""
+        latents, log_prob = self.latents[:, rows], self.log_prob[:, rows]
+        means = None if self.means is None else self.means[:, rows]
+        return replace(self, latents=latents, log_prob=log_prob, means=means)
+
     @classmethod
     def join(cls, parts: Sequence[Trajectories]) -> Trajectories:
         """Join at least one batch of trajectories of the same steps."""
@@ -71,11 +78,58 @@ def sample_trajectories(
     ``draws`` replace the random numbers from ``seed``; ``keep_means`` keeps the mean of each step.
     """
     network, draws = PromptedPolicy.of(policy, prompts, guidance_scale), draws or RolloutDraws(seed, prompts.keys)
-    shape = sampling.latent_shape(policy.family)
+    start = draws.initial(sampling.latent_shape(policy.family)).to(network.device)
+    return _sample_steps(network, sampler, sampler.steps(), start, draws, keep_means)
+
+
+@torch.no_grad()
+def sample_pruned(
+    policy: Policy,
+    sampler: StepSampler,
+    prompts: PromptBatch,
+    sampling: Sampling,
+    guidance_scale: float | None,
+    seed: int,
+    prune: tuple[int, Callable[[Tensor, float], Tensor]],
+    keep_means: bool = False,
+) -> tuple[Trajectories, Tensor]:
+    """Sample as :func:`sample_trajectories` does, but go on with some of the samples alone.
+
+    ``prune`` is the number of steps, at least 1, after which samples are left out, and the function that is then called
+    with their states ``(B, C, ...)`` and timestep and returns the rows to keep, int64 ``(n,)`` on the CPU.
+
+    Returns:
+        The n trajectories, with all their steps, and their rows.
+    """
+    network, draws = PromptedPolicy.of(policy, prompts, guidance_scale), RolloutDraws(seed, prompts.keys)
+    start, steps = draws.initial(sampling.latent_shape(policy.family)).to(network.device), sampler.steps()
+    first = _sample_steps(network, sampler, islice(steps, prune[0]), start, draws, keep_means)
+    rows = prune[1](first.finished, sampler.next_timestep(prune[0] - 1))
+    first, kept = first.select(rows.to(network.device)), prompts.select(rows.tolist())
+    draws = RolloutDraws(seed, kept.keys)
+    rest = _sample_steps(network.select(rows), sampler, steps, first.finished, draws, keep_means)
+    whole = replace(
+        first,
+        latents=torch.cat([first.latents, rest.latents[1:]]),
+        log_prob=torch.cat([first.log_prob, rest.log_prob]),
+        means=None if first.means is None or rest.means is None else torch.cat([first.means, rest.means]),
+    )
+    return whole, rows
+
+
+def _sample_steps(
+    network: PromptedPolicy,
+    sampler: StepSampler,
+    steps: Iterable[tuple[int, float]],
+    start: Tensor,
+    draws: RolloutDraws,
+    keep_means: bool,
+) -> Trajectories:
+    """Sample ``steps`` of ``sampler``, one after the other, from the states ``start`` ``(B, C, ...)``."""
     means: list[Tensor] = []
-    states, log_probs = [draws.initial(shape).to(network.device)], []
-    noisy = (sampler.noise_std > 0).tolist()
-    for index, timestep in sampler.steps():
+    states, log_probs = [start], []
+    noisy, shape = (sampler.noise_std > 0).tolist(), tuple(start.shape[1:])
+    for index, timestep in steps:
         output = network(states[-1], timestep)
         transition = sampler.transition(states[-1], output, torch.full((len(output),), timestep))
         if keep_means:
