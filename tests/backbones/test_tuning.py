@@ -9,13 +9,14 @@ from diffusers.models.attention_dispatch import _AttentionBackendRegistry
 from torch import Tensor, nn
 
 from latentreward.backbones import DiffusionBackbone, LoRA, create_backbone
-from latentreward.backbones.tuning import tune
+from latentreward.backbones.tuning import tune, warn_of_names_without_layer
 from latentreward.contracts import Conditioning, Features
 from latentreward.errors import InputError
 from latentreward.heads import CLIPProjectionHead, GatedQFormerHead
 from tests.backbones.networks import inputs_of, network_of, tiny_backbone
 from tests.families.twins import TWINS
 from tests.marks import rotated_after, slow_after
+from tests.policies.alignment import tiny_source
 
 PROMPTS = ["a cat", "two dogs"]
 
@@ -136,6 +137,16 @@ def test_lora_settings_take_effect() -> None:
 def test_lora_that_matches_nothing_is_refused() -> None:
     with pytest.raises(InputError, match=r"lora.target_modules=\['nonsense'\] matches no linear layer"):
         tiny_backbone("sd35", lora=LoRA(target_modules=("nonsense",)))
+
+
+def test_a_name_that_no_layer_has_is_told() -> None:
+    with pytest.warns(UserWarning, match=r"lora.target_modules: no layer of SD3Transformer2DModel is named to_kk$"):
+        tiny_backbone("sd35", lora=LoRA(target_modules=("to_v", "to_kk")))
+    with pytest.warns(UserWarning, match=r"lora.target_modules: no layer of SD3Transformer2DModel is named to_kk$"):
+        tiny_source("sd35", lora=LoRA(2, 4.0, target_modules=("to_v", "to_kk"))).load()
+    network, own = nn.Sequential(FusedAttention()), type("Own", (), {"lora_targets": ("to_q", "qkv_proj", "qkv")})()
+    with pytest.warns(UserWarning, match=r"^family: Own.lora_targets: no layer of Sequential is named qkv$"):
+        warn_of_names_without_layer(network, LoRA(), own)
 
 
 class FusedAttention(nn.Module):

@@ -70,6 +70,32 @@ def test_its_check_finds_rounding_alone(folder: Path, capsys: pytest.CaptureFixt
     runpy.run_path(str(folder / "check_aura_flow.py"))
     printed = capsys.readouterr().out.splitlines()
     assert_rounding(printed, 32, [*BLOCKS, "output"])
+    assert {"guidance: 3.5, of the pipeline 3.5", "idle: none", "unread after block 1: none"} <= {*printed}
+
+
+WRONG_NAMES = """
+class AuraFlow(AuraFlow):
+    default_guidance = 1.5
+    idle = ("joint_transformer_blocks.0.attn.to_q",)
+
+    def unread(self, number, visual, text):
+        return ("attn.add_q_proj", "attn.to_q") if visual and number == 1 else ()
+"""
+
+
+@pytest.mark.slow
+def test_its_check_names_layers_that_are_read_and_another_guidance(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "aura_flow.py").write_text((folder / "aura_flow.py").read_text() + WRONG_NAMES)
+    monkeypatch.delitem(sys.modules, "aura_flow", raising=False)
+    runpy.run_path(str(folder / "check_aura_flow.py"))
+    printed = capsys.readouterr().out.splitlines()
+    assert "guidance: 1.5, of the pipeline 3.5" in printed
+    (idle,) = [line for line in printed if line.startswith("idle")]
+    assert idle.startswith("idle: joint_transformer_blocks.0.attn.to_q.")
+    unread = [line for line in printed if line.startswith("unread after block 1")]
+    assert "attn.to_q" in unread[0] and "attn.add_q_proj" not in unread[0] and unread[1].endswith(": none")
 
 
 def assert_rounding(printed: list[str], side: int, blocks: list[str]) -> None:
@@ -77,7 +103,7 @@ def assert_rounding(printed: list[str], side: int, blocks: list[str]) -> None:
     found = [
         line.rsplit(": ", 1) for line in printed if re.match("latents|image|encoded|block|output|row|gradient", line)
     ]
-    prompts = ("a cat", "Two Dogs (brown) on a Hill, in the Rain!")
+    prompts = ("a cat", 'Two Dogs (brown) on a Hill, in the Rain: "Woof!"')
     latents = [f"latents of {prompt!r} at {size}" for size in ((side, side), (side // 2, side)) for prompt in prompts]
     assert [name for name, _ in found] == [*latents, "image", "encoded", *blocks, *ROWS, "gradient"]
     assert all(float(difference) <= (1e-2 if name == "gradient" else 1e-5) for name, difference in found)
@@ -147,7 +173,7 @@ def test_its_check_refuses_padding_before_a_prompt(folder: Path, monkeypatch: py
     text = (folder / "aura_flow.py").read_text().replace("return AuraFlowPrompts(", "return Left(")
     (folder / "aura_flow.py").write_text(text + LEFT)
     monkeypatch.delitem(sys.modules, "aura_flow", raising=False)
-    with pytest.raises(InputError, match=r"Left.encode_ids returned prompt_mask with \[4, 32\] tokens; .* come first"):
+    with pytest.raises(InputError, match=r"Left.encode_ids returned prompt_mask with \[4, 39\] tokens; .* come first"):
         runpy.run_path(str(folder / "check_aura_flow.py"))
 
 

@@ -21,7 +21,8 @@ from latentreward.backbones.weights import settle
 from latentreward.contracts import PromptBatch
 from latentreward.errors import InputError
 from latentreward.export import TrainedLoRA, write_merged
-from latentreward.families import find_family
+from latentreward.families import FlowFamily, Tokens, find_family
+from latentreward.families.flow import _wrong_tokens
 from latentreward.heads import CLIPProjectionHead, GatedQFormerHead
 from latentreward.noise import ContinuousFlow
 from latentreward.policies import PolicySource
@@ -163,13 +164,40 @@ def test_gradient_checkpointing_that_a_network_lacks_is_named_by_its_setting(
 def made_configs(scheduler: str, **settings: Any) -> MadeConfigs:
     vae = {"latent_channels": 4, "block_out_channels": [8], "scaling_factor": 0.2}
     parts = {"transformer": {"caption_channels": 8, "in_channels": 4}, "vae": vae}
-    return MadeConfigs({**parts, "scheduler": {"_class_name": scheduler, **settings}})
+    parts |= {"scheduler": {"_class_name": scheduler, **settings}}
+    return MadeConfigs(parts, _class_name="PixArtSigmaPipeline")
+
+
+def test_classes_of_blocks_that_are_not_named_are_told(pixart: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(own_families.PixArt, "block_classes", ())
+    with pytest.raises(
+        InputError, match=r"PixArt.block_classes is \(\), which lacks BasicTransformerBlock, of the blocks"
+    ):
+        PolicySource(pixart, family=f"{own_families.__name__}.PixArt").load()
+
+
+def test_rows_come_before_columns(monkeypatch: pytest.MonkeyPatch) -> None:
+    family, latents = own_families.Chroma(made_configs("FlowMatchEulerDiscreteScheduler")), torch.zeros(1, 16, 4, 8)
+    monkeypatch.setattr(own_families.Chroma, "width", 8)
+    tokens = Tokens(torch.zeros(1, 8, 8), torch.zeros(1, 3, 8), torch.zeros(1, 8), (4, 2))
+    problem = _wrong_tokens(tokens, family, None, latents)
+    assert problem == "grid (4, 2) for latents of (2, 4) tokens; rows come before columns"
+
+
+def test_a_dynamic_shift_without_mu_is_told_with_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(own_families.Chroma, "mu", FlowFamily.mu)
+    family = own_families.Chroma(made_configs("FlowMatchEulerDiscreteScheduler", use_dynamic_shifting=True))
+    with pytest.raises(
+        InputError, match=r"Chroma.mu returns None; let it return the logarithm of the pipeline's shift"
+    ):
+        FlowFamily.levels(family, 4, (16, 4, 4))
 
 
 @pytest.mark.parametrize(
     ("field", "value", "fault"),
     [
         ("lora_loader", "PixArtLoraLoaderMixin", "is not in diffusers.loaders"),
+        ("lora_loader", "FluxLoraLoaderMixin", "PixArtSigmaPipeline is not derived from; set it to None"),
         ("vae_class", "AutoencoderNone", "is not in diffusers"),
         ("network_class", "PixArtTransformer4DModel", "is not in diffusers"),
         ("block_classes", ("PixArtBlock",), "is not in diffusers.models.transformers.pixart_transformer_2d"),

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from latentreward.backbones.quantization import Quantization, check_quantization, quantize
 from latentreward.backbones.single_file import find_configs
-from latentreward.backbones.tuning import LoRA, StorageDtype, Tuning, tune
+from latentreward.backbones.tuning import LoRA, StorageDtype, Tuning, tune, warn_of_names_without_layer
 from latentreward.backbones.weights import after_settling, from_config, load_weights, map_model, settle
 from latentreward.contracts import LatentSpace, PathText
 from latentreward.errors import InputError, first_line
@@ -380,9 +380,11 @@ def check_channels(
     taken = entry(config, "in_channels", int, f"source={source!r}: {network}")
     if taken != positions * space.channels:
         joined = f", of which {positions} positions have {positions * space.channels}" if positions > 1 else ""
+        times, rest = divmod(taken, space.channels)
+        own = f", or set positions = {times} in a family of your own" if times > 1 and not rest else ""
         raise InputError(
             f"source={source!r}: the {network} takes {taken} channels, but the VAE makes latents of [{space}]{joined}; "
-            "give a text-to-image pipeline whose parts belong together"
+            f"give a text-to-image pipeline whose parts belong together{own}"
         )
 
 
@@ -419,6 +421,8 @@ def finish(
     check_quantization(execution.get("quantization"), tuning)
     lora = lora or LoRA()
     targets = backbone.lora_targets if lora.target_modules is None else lora.target_modules
+    if tuning == "lora":
+        warn_of_names_without_layer(network, lora, getattr(backbone, "family", backbone))
     tune(network, tuning, LoRA(lora.rank, lora.alpha, lora.dropout, targets), unread)
     network.train(tuning != "frozen")
     if backbone.text_encoder is not None:

@@ -4,12 +4,13 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from operator import attrgetter
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
 from latentreward.errors import InputError
+from latentreward.programs import of_this_package
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 """Name endings of the attention projections in diffusers' networks."""
@@ -102,6 +103,22 @@ def warn_of_layers_without_adapter(network: nn.Module, endings: Sequence[str]) -
             f"lora: only {', '.join(sorted({*found.values()}))} get adapters, not {', '.join(sorted(beside))} of the "
             "same layers; name all in lora.target_modules or in the family's lora_targets"
         )
+
+
+def warn_of_names_without_layer(network: nn.Module, lora: LoRA, owner: Any) -> None:
+    """Warn of names of layers, from the settings or an ``owner`` of one's own, that no layer of a network has.
+
+    A family of this package names layers of all its models, of which a network may lack some.
+    """
+    names = lora.target_modules or (() if of_this_package(type(owner).__module__) else owner.lora_targets)
+    layers = [f".{name}" for name, _ in network.named_modules()]
+    if missing := [
+        name for name in names if name not in ATTENTION and not any(one.endswith(f".{name}") for one in layers)
+    ]:
+        from lightning.pytorch.utilities import rank_zero_warn  # seconds of a command's start otherwise
+
+        field = "lora.target_modules" if lora.target_modules else f"family: {type(owner).__name__}.lora_targets"
+        rank_zero_warn(f"{field}: no layer of {type(network).__name__} is named {', '.join(missing)}")
 
 
 def freeze(network: nn.Module, names: Iterable[str]) -> None:

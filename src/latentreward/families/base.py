@@ -80,6 +80,9 @@ def _wrong_network(found: nn.Module, family: Family, pretrained: bool = True) ->
     problem = of_class(nn.Module)(found)
     for names in ("lists", "idle") if problem is None else ():
         family.require_parts(names, getattr(family, names, ()), found)
+    if problem is None and not of_this_package(type(family).__module__):
+        kinds = {type(block).__name__ for block in family.blocks(found)} - {*family.block_classes}
+        family._require("block_classes", not kinds, f"lacks {', '.join(sorted(kinds))}, of the blocks of the network")
     return problem
 
 
@@ -176,6 +179,9 @@ class Family(Part):
         self._require("default_guidance", guidance, "must be a number or None")
         known = self.lora_loader is None or hasattr(loaders, self.lora_loader)
         self._require("lora_loader", known, "is not in diffusers.loaders")
+        kind = getattr(diffusers, str(self.pipeline.index.get("_class_name")), None)
+        reads = self.lora_loader is None or kind is None or issubclass(kind, getattr(loaders, self.lora_loader))
+        self._require("lora_loader", reads, f"{getattr(kind, '__name__', kind)} is not derived from; set it to None")
         if type(self).load_latent_encoder is Family.load_latent_encoder:
             self._require("vae_class", hasattr(diffusers, self.vae_class), "is not in diffusers")
         if type(self).load_network is Family.load_network:

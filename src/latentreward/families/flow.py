@@ -51,6 +51,8 @@ def _wrong_tokens(found: Tokens, family: FlowFamily, network: Any, latents: Tens
     if problem := of_class(Tokens)(found):
         return problem
     rows, kind = len(latents), values_of(family) if finite(latents) else "floats"
+    if (grid := family.token_grid(latents)) != (*found.grid,) and sorted(grid) == sorted(found.grid):
+        return f"grid {(*found.grid,)} for latents of {grid} tokens; rows come before columns"
     for name, tensor, shape in (
         ("visual", found.visual, (rows, math.prod(found.grid), family.width)),
         ("text", found.text, (rows, -1, -1)),
@@ -254,6 +256,11 @@ class FlowFamily(Family):
         """See :meth:`Family.levels`."""
         dynamic = self.entry("scheduler", "use_dynamic_shifting", bool, default=False)
         mu = self.mu(num_inference_steps, shape) if dynamic else None
+        if dynamic and mu is None and not of_this_package(type(self).__module__):
+            raise InputError(
+                f"{self.named('scheduler')} has use_dynamic_shifting=true, and {type(self).__name__}.mu returns None; "
+                "let it return the logarithm of the pipeline's shift, such as self.linear_mu(tokens)"
+            )
         return shifted_levels(self.scheduler_config, num_inference_steps, mu)
 
     # Network

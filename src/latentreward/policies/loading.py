@@ -9,7 +9,13 @@ import torch
 
 from latentreward.backbones.loading import PipelineSource, set_execution
 from latentreward.backbones.quantization import Quantization, check_quantization
-from latentreward.backbones.tuning import LoRA, StorageDtype, shown_as_float32, warn_of_layers_without_adapter
+from latentreward.backbones.tuning import (
+    LoRA,
+    StorageDtype,
+    shown_as_float32,
+    warn_of_layers_without_adapter,
+    warn_of_names_without_layer,
+)
 from latentreward.backbones.weights import settle
 from latentreward.contracts import LatentSpace, PathText
 from latentreward.errors import InputError, check_range, first_line
@@ -114,6 +120,7 @@ def add_lora(network: Any, lora: LoRA, name: str, seed: int, family: Family) -> 
     if family.idle:
         config["exclude_modules"] = list(family.idle)
     warn_of_layers_without_adapter(network, endings)
+    warn_of_names_without_layer(network, lora, family)
     try:
         with shown_as_float32(network):
             config["init_lora_weights"] = "gaussian"
