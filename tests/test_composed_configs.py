@@ -15,8 +15,8 @@ from tests.tiny_pipelines import pipeline_folder
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 POLICIES = {"chroma": "chroma", "ernie_image": "ernie_image", "flux1": "flux1_dev", "flux2_klein": "klein_base",
-            "lumina2": "lumina2", "qwen_image": "qwen_image", "sd15": "sd15", "sd21": "sd21", "sdxl": "sdxl",
-            "sd3_medium": "sd3", "sd35_large": "sd35_large", "sd35_medium": "sd35", "wan21": "wan21",
+            "krea2": "krea2", "lumina2": "lumina2", "qwen_image": "qwen_image", "sd15": "sd15", "sd21": "sd21",
+            "sdxl": "sdxl", "sd3_medium": "sd3", "sd35_large": "sd35_large", "sd35_medium": "sd35", "wan21": "wan21",
             "z_image": "z_image"}  # fmt: skip
 """Policy → its twin."""
 METHODS = sorted(path.stem for path in (CONFIGS / "method").glob("*.yaml"))
@@ -133,6 +133,7 @@ def test_every_method_on_every_policy(policy: str, method: str, tmp_path: Path, 
             ("flux1", "lpo", "flux1_schnell", "guidance_scale=3.5, but FLUX.1-schnell was distilled to sample without"),
             ("z_image", "grpo_trajectory", "z_image_turbo", "guidance_scale=4, but Z-Image-Turbo was distilled"),
             ("flux2_klein", "linear_dpo", "klein_distilled", "guidance_scale=4, but FLUX.2-klein (distilled) was"),
+            ("krea2", "ram", "krea2_turbo", "guidance_scale=4.5, but Krea 2 Turbo was distilled to sample without"),
         ],
     ),
 )

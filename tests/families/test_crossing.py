@@ -19,7 +19,7 @@ from tests.families.twins import PROMPTS, TWINS, Twin, noise_for
 BY_FAMILY = {twin.family: twin for twin in TWINS.values()}
 SPACES = {
     **dict.fromkeys(("flux1", "z_image", "lumina2", "chroma"), "FLUX.1"),
-    **dict.fromkeys(("qwen_image", "wan21"), "Wan"),
+    **dict.fromkeys(("qwen_image", "wan21", "krea2"), "Wan"),
     **dict.fromkeys(("flux2_klein", "ernie_image"), "FLUX.2"),
 }
 """Families that share a space, by families' names; any other has its own."""
@@ -49,7 +49,13 @@ def test_a_cache_of_another_space_is_refused() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("rewarded", "steered"),
-    [("z_image", "flux1"), ("wan21", "qwen_image"), ("flux1", "chroma"), ("flux2_klein", "ernie_image")],
+    [
+        ("z_image", "flux1"),
+        ("wan21", "qwen_image"),
+        ("flux1", "chroma"),
+        ("flux2_klein", "ernie_image"),
+        ("wan21", "krea2"),
+    ],
 )
 def test_a_reward_scores_states_of_another_familys_policy(rewarded: str, steered: str, tmp_path: Path) -> None:
     source = reward_of(BY_FAMILY[rewarded], tmp_path)

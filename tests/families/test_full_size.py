@@ -31,6 +31,7 @@ BILLIONS = {
     "black-forest-labs/FLUX.2-klein-base-9B": ("flux2_klein", 32, 9.079, 5.555, 4.464),
     "lodestones/Chroma1-HD": ("chroma", 57, 8.900, 5.728, 4.595),
     "baidu/ERNIE-Image": ("ernie_image", 36, 8.033, 4.073, 2.765),
+    "krea/Krea-2-Raw": ("krea2", 28, 12.820, 6.741, 5.005),
     "Alpha-VLLM/Lumina-Image-2.0": ("lumina2", 26, 2.610, 1.472, 1.123),
     "stabilityai/stable-diffusion-3.5-large": ("sd35_large", 38, 8.057, 4.075, 2.797),
     "Wan-AI/Wan2.1-T2V-1.3B-Diffusers": ("wan21", 30, 1.419, 0.722, 0.490),
@@ -126,7 +127,7 @@ def test_members_of_a_space() -> None:
     }
     wan = spaces["Wan-AI/Wan2.1-T2V-1.3B-Diffusers"]
     assert {model for model, space in spaces.items() if space == wan} == {
-        model for model, row in BILLIONS.items() if row[0] in ("wan21", "qwen_image")
+        model for model, row in BILLIONS.items() if row[0] in ("wan21", "qwen_image", "krea2")
     }
     klein = spaces["black-forest-labs/FLUX.2-klein-4B"]
     assert klein.shape(1024, 1024) == (128, 64, 64) and klein.codec == "batch_norm"

@@ -35,7 +35,7 @@ def test_without_t5_it_is_told_of_clip(caplog: pytest.LogCaptureFixture) -> None
     assert f"of which {encoder.clip_length} are read" in caplog.text
 
 
-WIDTHS = ("joint_attention_dim", "cap_feat_dim", "text_dim", "text_in_dim", "pooled_projection_dim")
+WIDTHS = ("joint_attention_dim", "cap_feat_dim", "text_dim", "text_in_dim", "text_hidden_dim", "pooled_projection_dim")
 
 
 @pytest.mark.parametrize(("twin", "number"), [*((twin, 0) for twin in TOLD), (TWINS["flux1_dev"], 1)])

@@ -14,17 +14,7 @@ from typing import Any
 import torch
 import yaml
 from safetensors.torch import save_file
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import Split
-from transformers import (
-    CLIPTokenizer,
-    GemmaTokenizer,
-    PreTrainedTokenizerBase,
-    PreTrainedTokenizerFast,
-    Qwen2Tokenizer,
-    T5TokenizerFast,
-)
+from transformers import CLIPTokenizer, GemmaTokenizer, PreTrainedTokenizerBase, Qwen2Tokenizer, T5TokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 _CONTENT = yaml.safe_load(Path(__file__).with_name("published.yaml").read_text(encoding="utf-8"))
@@ -125,15 +115,6 @@ def gemma_tokenizer() -> GemmaTokenizer:
     return GemmaTokenizer(vocab={word: number for number, word in enumerate(words)}, merges=[])
 
 
-def mistral_tokenizer() -> PreTrainedTokenizerFast:
-    """Make a stand-in for Ministral's tokenizer: equal vocabulary size, single characters as words, then fillers."""
-    words = ["<unk>", "<s>", "</s>", *map(chr, range(32, 127))]
-    words += [f"<filler {number}>" for number in range(131072 - len(words))]
-    made = Tokenizer(WordLevel({word: number for number, word in enumerate(words)}, unk_token="<unk>"))
-    made.pre_tokenizer = Split("", "isolated")
-    return PreTrainedTokenizerFast(tokenizer_object=made, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
-
-
 CHAT = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n"
@@ -146,7 +127,8 @@ TOKENIZERS: dict[str, tuple[str, Callable[[], PreTrainedTokenizerBase]]] = {
     "umt5": ("T5TokenizerFast", partial(t5_tokenizer, 256300)),
     "qwen3": ("Qwen2Tokenizer", qwen_tokenizer),
     "qwen2_5_vl": ("Qwen2Tokenizer", qwen_tokenizer),
+    "qwen3_vl": ("Qwen2Tokenizer", qwen_tokenizer),
     "gemma2": ("GemmaTokenizer", gemma_tokenizer),
-    "mistral3": ("PreTrainedTokenizerFast", mistral_tokenizer),
+    "mistral3": ("T5TokenizerFast", partial(t5_tokenizer, 131072)),
 }
 """``model_type`` of a text encoder → class of its tokenizer in ``model_index.json``, and function that makes it."""

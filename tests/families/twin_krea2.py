@@ -1,0 +1,78 @@
+"""Twins of Krea 2 Raw and Turbo."""
+
+from typing import Any
+
+from diffusers import (
+    AutoencoderKLQwenImage,
+    DiffusionPipeline,
+    FlowMatchEulerDiscreteScheduler,
+    Krea2Pipeline,
+    Krea2Transformer2DModel,
+)
+from transformers import Qwen3VLConfig, Qwen3VLModel
+
+from tests.families.made_qwen_image import tokenizer
+from tests.families.made_wan21 import vae
+from tests.families.twin_qwen_image import packed, unpacked
+from tests.families.twins import Twin
+from tests.tiny_pipelines import WIDTH
+
+LAYERS = (1, 3)
+
+
+def text_encoder(rows: int) -> Qwen3VLModel:
+    """A language model of one layer more than is read, and a vision tower that must never be read."""
+    text = {
+        "vocab_size": rows,
+        "hidden_size": WIDTH,
+        "intermediate_size": 2 * WIDTH,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 12,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 5000000.0, "mrope_section": [2, 2, 2]},
+    }
+    vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": WIDTH,
+              "num_position_embeddings": 16, "deepstack_visual_indexes": [0]}  # fmt: skip
+    return Qwen3VLModel(Qwen3VLConfig(text_config=text, vision_config=vision))
+
+
+def pipeline(distilled: bool) -> DiffusionPipeline:
+    words = tokenizer()
+    return Krea2Pipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, max_image_seq_len=6400),
+        vae=vae(AutoencoderKLQwenImage),
+        text_encoder=text_encoder(len(words)),
+        tokenizer=words,
+        transformer=Krea2Transformer2DModel(
+            num_layers=4,
+            attention_head_dim=12,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            intermediate_size=32,
+            timestep_embed_dim=16,
+            text_hidden_dim=WIDTH,
+            num_text_layers=len(LAYERS),
+            text_num_attention_heads=2,
+            text_num_key_value_heads=2,
+            text_intermediate_size=32,
+            num_layerwise_text_blocks=1,
+            num_refiner_text_blocks=1,
+            axes_dims_rope=(4, 4, 4),
+        ),
+        text_encoder_select_layers=LAYERS,
+        is_distilled=distilled,
+    )
+
+
+COMMON: dict[str, Any] = {"family": "krea2", "given": packed, "found": unpacked, "backbone": "krea2"}
+TWINS = [
+    Twin("krea2", build=lambda: pipeline(distilled=False), **COMMON),
+    Twin(
+        "krea2_turbo",
+        build=lambda: pipeline(distilled=True),
+        call={"guidance_scale": 0.0},
+        same_network=True,
+        **COMMON,
+    ),
+]
