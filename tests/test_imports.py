@@ -95,7 +95,8 @@ MAY_IMPORT = {
     "scorers": BASE | {"programs", "data", "backbones", "scoring", "checkpoints", "remote"},
     "reports": BASE | {"metrics"},
     "apps.evaluation": BASE
-    | {"ranks", "data", "metrics", "noise", "scoring", "scorers", "policies", "rollout", "reports", "apps.generation"},
+    | {"ranks", "data", "metrics", "noise", "scoring", "scorers", "policies", "rewards", "rollout", "reports"}
+    | {"apps.generation"},
     "apps.estimate": BASE
     | {"encoders", "backbones", "families", "heads", "data", "cache", "scoring", "scorers", "settings"}
     | {"policies", "rewards", "modules", "reports", "callbacks"},

@@ -166,6 +166,20 @@ def test_the_first_picture_alone_or_all(evaluate: Run, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_scores_of_noisy_states_are_correlated_with_those_of_the_end(evaluate: Run, tmp_path: Path) -> None:
+    """For both policies, step by step; the last states are nearly finished."""
+    reward = "--state_scores.reward=tests.modules.simple_reward.FirstChannelReward"
+    steps = "--sampling.num_inference_steps=4"
+    report = evaluate(SD_TINY, "--against.pipeline=sd_tiny", reward, "--state_scores.samples=4", steps)
+    found = {(row["policy"], row["after_steps"]): row["correlation"]["value"] for row in report["states"]}
+    assert sorted(found) == [(name, step) for name in ("baseline", "policy") for step in (1, 2, 3)]
+    assert found["policy", 3] > 0.9 and found["policy", 3] > found["policy", 1]
+    sigmas = [row["sigma"] for row in report["states"][:3]]
+    assert sigmas == sorted(sigmas, reverse=True)
+    assert "## Scores of noisy states" in (tmp_path / "out" / "report.md").read_text()
+
+
+@pytest.mark.slow
 def test_shared_noise_is_the_same_for_all_prompts(evaluate: Run, tmp_path: Path) -> None:
     (tmp_path / "twice.txt").write_text("a red circle\na red circle\n")
     own = evaluate(SD_TINY, "--images_per_prompt=2", folder="own", file=tmp_path / "twice.txt")

@@ -10,6 +10,7 @@ from latentreward.apps.commands.notes import tell
 from latentreward.apps.evaluation.policy import imported, samples, scoring
 from latentreward.apps.evaluation.policy.results import PolicyReport, Protocol, published_scores, scores_csv
 from latentreward.apps.evaluation.policy.sections import INTRODUCTION, score_table, sections, side_by_side
+from latentreward.apps.evaluation.policy.state_scores import StateScores, check_states, compare_states, states_tasks
 from latentreward.apps.evaluation.policy.statistics import compare, in_common, policy_scores
 from latentreward.apps.generation.image_folder import DETERMINISTIC
 from latentreward.apps.generation.trained_policy import plain
@@ -61,6 +62,7 @@ def evaluate_policy(
     missing: Literal["refuse", "leave_out"] = "refuse",
     parts: int = 1,
     published: Protocol | None = None,
+    state_scores: StateScores | None = None,
     cards: int = 400,
     device: str = "auto",
     trainer: TrainerSettings | None = None,
@@ -98,6 +100,8 @@ def evaluate_policy(
         parts: Number of consecutive parts into which each group of prompts is cut; the standard deviation of the parts'
             means is reported. HPSv2's benchmark uses 10.
         published: Protocol of LPO's authors whose published numbers are shown beside ours.
+        state_scores: Reward whose scores of noisy states are correlated, step by step, with its scores of the finished
+            samples, within prompts; computed anew each time.
         cards: Largest number of pictures of each policy in ``report.html``.
         device: Device of the generators: ``cpu``, ``cuda``, ...; ``auto`` takes a GPU if there is one. Scorers have a
             setting of their own.
@@ -126,7 +130,7 @@ def evaluate_policy(
         for scorer in (one for one in scorers if isinstance(one, ImageScorer)):
             scorer.prepare()
 
-    sampling.require_images("evaluate-policy")
+    check_states(sampling, state_scores, policies)
     with SharedWork(trainer, device, output_dir / SHARDS) as work:
         plan = samples.SamplingPlan(sampling, guidance_scale, seed, shared_noise, batch_size, work.device)
         settings: dict[str, Any] = {
@@ -145,7 +149,7 @@ def evaluate_policy(
             prepare()  # so that an unfit scorer fails before anything is sampled
             return samples.sampling_task(judged, plan, folder, batches)
 
-        tasks: dict[str, Task] = {}
+        tasks: dict[str, Task] = states_tasks(state_scores, policies, SLOTS, plan)
         slots = dict(zip(policies, SLOTS, strict=False))
         for name, slot in slots.items():
             if name not in found:
@@ -155,7 +159,13 @@ def evaluate_policy(
             tasks[scoring.SCORES_OF.format(slot)] = partial(scoring.scoring_task, scorers, prepare)
         generators = {name: judged.trained.identity() for name, judged in policies.items() if name not in found}
         identities = {scorer.name: scorer.identity() for scorer in scorers}
-        spec = {**settings, "policies": generators, "scorers": identities, "batch_size": batch_size}
+        spec = {
+            **settings,
+            "policies": generators,
+            "scorers": identities,
+            "batch_size": batch_size,
+            "state_scores": plain(state_scores),
+        }
         if not work.join(tasks, spec, output_dir):
             return
         with locked(output_dir, "output_dir"):
@@ -194,6 +204,7 @@ def evaluate_policy(
                 {scorer.name: public_identity(scorer) for scorer in scorers},
                 [score for one in scored for score in policy_scores(one, headlines, parts)],
                 compare(*scored) if len(scored) > 1 else [],
+                compare_states(state_scores, policies, plan, rows, SLOTS, work),
                 [one for one in (published_scores(published) if published else []) if one["score"] in names],
                 {**settings, "versions": versions()},
                 notes,

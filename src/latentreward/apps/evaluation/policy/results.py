@@ -80,6 +80,10 @@ class PolicyReport:
     # policy scores higher; ties count ½. ``difference``: mean of the first policy's score minus the second's. ``wins``,
     # ``ties``, ``losses`` and ``prompts``: their numbers.
     comparisons: Sequence[Row] = ()
+    # Rows with the Interval ``correlation`` within prompts of a reward's scores of the states of one ``policy``
+    # ``after_steps`` finished steps, at noise level ``sigma``, with its scores of the finished samples; empty without
+    # ``state_scores``.
+    states: Sequence[Row] = ()
     # Scores published by the authors of the protocol: ``model``, ``score``, ``value``, ``source``
     published: Sequence[Row] = ()
     # Settings of the run, and versions of the packages that computed it

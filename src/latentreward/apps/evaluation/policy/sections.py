@@ -19,6 +19,10 @@ INTRODUCTION = (
     "Pictures of two policies are compared in pairs with the same prompt and number. The win rate is the share of "
     "pairs in which the first policy scores higher; a tie counts one half, so 50 % means no difference."
 )
+STATES = (
+    "Correlation within prompts of the reward's scores after some steps with its scores of the finished samples, with "
+    "95 % intervals by resampling prompts: ρ of pruned rollouts (pruning.after_steps)."
+)
 COMPARED = ("difference", "win rate %", "wins / ties / losses")
 
 
@@ -31,6 +35,7 @@ def sections(report: PolicyReport) -> list[Section]:
     found = [
         Section("Scores", "", [score_table(report)]),
         Section("By group of prompts", "", list(group_tables(report))),
+        Section("Scores of noisy states", STATES, [states_table(report)] if report.states else []),
         Section("Published numbers of this protocol", "", [published_table(report)] if report.published else []),
         Section("What was compared", "", [Table(("kind", "name", "what it is"), tuple(what))]),
     ]
@@ -59,6 +64,15 @@ def score_table(report: PolicyReport) -> Table:
         label = score if means[0] is own[0]["mean"] else f"{score} (mean of groups)"
         rows.append((label, *(with_interval(mean, number) for mean in means), *_compared(whole.get(score))))
     return Table(("score", *report.policies, *(COMPARED if whole else ())), tuple(rows))
+
+
+def states_table(report: PolicyReport) -> Table:
+    """Build the table of correlations of noisy states; a row per step, a column per policy."""
+    rows = [
+        (str(step), f"{own[0]['sigma']:.3f}", *(with_interval(one["correlation"], number) for one in own))
+        for (step,), own in grouped(report.states, "after_steps").items()
+    ]
+    return Table(("after steps", "σ", *dict.fromkeys(one["policy"] for one in report.states)), tuple(rows))
 
 
 def group_tables(report: PolicyReport) -> Iterator[Table]:
