@@ -46,10 +46,12 @@ from latentreward.modules import (  # noqa: E402
     DiffusionNFTModule,
     DiffusionOPSDModule,
     LPOModule,
+    OnPolicyDistillationModule,
     RAMModule,
     ReFLModule,
     StepAwarePixelModule,
     StepwiseGRPOModule,
+    Teacher,
     TrajectoryGRPOModule,
 )
 from latentreward.rewards import LatentReward  # noqa: E402
@@ -135,6 +137,10 @@ CASES: dict[str, Callable[[], tuple[LightningModule, Any]]] = {
         prompts(),
     ),
     "CRD, DiT": lambda: (CRDModule(tiny_source("sd35"), reward("dina", "sd35"), num_samples=2, **SHORT), prompts()),
+    "on-policy distillation, DiT": lambda: (
+        OnPolicyDistillationModule(tiny_source("sd35"), [Teacher(guidance_scale=3.0)], **SHORT),
+        prompts(),
+    ),
     "DiffusionOPSD, DiT": lambda: (
         DiffusionOPSDModule(tiny_source("sd35"), reward("dina", "sd35"), **SHORT),
         prompts(),

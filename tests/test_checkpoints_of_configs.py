@@ -186,7 +186,7 @@ def alignment_options(path: Path) -> list[str]:
         options += ["--model.sampling.height=32", "--model.sampling.width=32"]
     if "stop_range:" in text:
         options += [f"--model.stop_range={[2, 3] if 'scored: state' in text else [1, 2]}"]
-    if "AWMModule" in text:  # trains on 6 of the steps between the ends
+    if "AWMModule" in text or "DGPOModule" in text:  # which train on 6 of the steps between the ends, 4 of the first
         options += ["--model.sampling.num_inference_steps=8"]
     if few := re.search(r"num_(trajectories|candidates|samples):", text):
         options += [f"--model.{'candidates.' * (few[1] == 'candidates')}num_{few[1]}=2"]

@@ -92,8 +92,8 @@ def arguments(policy: str, method: str, name: str | None = None) -> list[str]:
     else:
         reward = "families.test_methods.RednessSource" if method == "spo" else "modules.toy_rewards.BrightnessSource"
         sampling = {"num_inference_steps": STEPS.get(method, 4), "height": height, "width": width}
+        options += [] if method == "opd" else [f"model.reward=tests.{reward}"]
         options += [
-            f"model.reward=tests.{reward}",
             *(f"model.sampling.{key}={value}" for key, value in sampling.items()),
         ]
         data = "data.prompts" if method == "prfl" else "data"

@@ -17,6 +17,7 @@ from latentreward.modules import (
     DGPOModule,
     DiffusionNFTModule,
     DiffusionOPSDModule,
+    OnPolicyDistillationModule,
     RAMModule,
     StepwiseGRPOModule,
     TrajectoryGRPOModule,
@@ -27,10 +28,23 @@ from tests.test_recipes import parse
 
 FOLDER = Path(__file__).parents[1] / "configs" / "align"
 FILES = sorted(
-    path.stem for kind in ("awm", "crd", "dgpo", "grpo", "nft", "opsd", "ram") for path in FOLDER.glob(f"{kind}_*.yaml")
+    path.stem
+    for kind in ("awm", "crd", "dgpo", "grpo", "nft", "opd", "opsd", "ram")
+    for path in FOLDER.glob(f"{kind}_*.yaml")
 )
 TOY = "--model.reward=tests.modules.simple_reward.FirstChannelReward"
-BRIGHT = "--model.reward=tests.modules.toy_rewards.BrightnessSource"
+MONITOR = (
+    "    - class_path: HackingMonitor\n"
+    "      init_args:\n"
+    "        prompts: ${oc.env:PROMPTS}\n"
+    "        every_n_steps: 2\n"
+    "        action: warn\n"
+    "        held_out:\n"
+    "          class_path: CallableScorer\n"
+    "          init_args: {function: tests.test_grpo_configs.size, name: size}\n"
+)
+REWARD = {"opd": (), "opsd": ("--model.reward=tests.modules.toy_rewards.BrightnessSource",)}
+"""Method → its reward, others than TOY."""
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -148,6 +162,7 @@ KINDS = {
     "grpo_stepwise_sd35": StepwiseGRPOModule,
     "grpo_trajectory_sd35": TrajectoryGRPOModule,
     "nft_sd35": DiffusionNFTModule,
+    "opd_sd35": OnPolicyDistillationModule,
     "opsd_sd35": DiffusionOPSDModule,
     "ram_sd35": RAMModule,
 }
@@ -170,7 +185,9 @@ def test_one_option_changes_the_method(name: str, method: str) -> None:
 @pytest.mark.parametrize("name", release_after(2, KINDS))
 def test_builds_at_full_size(name: str) -> None:
     with torch.device("meta"):
-        module = parse(f"configs/align/{name}.yaml", options=(BRIGHT if name == "opsd_sd35" else TOY,)).build("model")
+        module = parse(f"configs/align/{name}.yaml", options=REWARD.get(name.removesuffix("_sd35"), (TOY,))).build(
+            "model"
+        )
     assert isinstance(module, KINDS[name])
     trained = {key for key, value in module.named_parameters() if value.requires_grad}
     assert trained
@@ -191,19 +208,13 @@ def test_tiny_ones_train_under_guard(name: str, tmp_path: Path) -> None:
         "    - {class_path: ReferenceDrift, init_args: {prompts: [a red circle], every_n_steps: 1}}\n"
         "    - {class_path: CollapseGuard, init_args: {prompts: [a red circle], every_n_steps: 1, least: 0.01}}\n"
         "    - {class_path: SampleGrid, init_args: {prompts: '${oc.env:PROMPTS}', every_n_steps: 2}}\n"
-        "    - class_path: HackingMonitor\n"
-        "      init_args:\n"
-        "        prompts: ${oc.env:PROMPTS}\n"
-        "        every_n_steps: 2\n"
-        "        action: warn\n"
-        "        held_out:\n"
-        "          class_path: CallableScorer\n"
-        "          init_args: {function: tests.test_grpo_configs.size, name: size}\n"
+        + MONITOR
+        * (name != "opd_tiny")  # which has no reward
     )
     own_steps = ["--model.steps={class_path: StratifiedSteps, init_args: {count: 1, share: 1.0}}"]
     options = (
         f"--trainer.default_root_dir={tmp_path}",
-        BRIGHT if name == "opsd_tiny" else TOY,
+        *REWARD.get(name.removesuffix("_tiny"), (TOY,)),
         *small,
         *quick,
         *(own_steps if name in ("awm_tiny", "dgpo_tiny") else []),

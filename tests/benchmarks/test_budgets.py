@@ -25,6 +25,7 @@ CASES = (
     "RAM, DiT",
     "DGPO, DiT",
     "CRD, DiT",
+    "on-policy distillation, DiT",
     "DiffusionOPSD, DiT",
     "ReFL, U-Net",
     "PRFL, DiT",

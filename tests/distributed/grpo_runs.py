@@ -30,15 +30,17 @@ from latentreward.modules import (
     DGPOModule,
     DiffusionNFTModule,
     DiffusionOPSDModule,
+    OnPolicyDistillationModule,
     RAMModule,
     StepwiseGRPOModule,
+    Teacher,
     TrajectoryGRPOModule,
 )
 from latentreward.modules.alignment import AlignmentModule
 from latentreward.modules.grpo import GRPOModule
 from latentreward.policies import PolicySource
 from latentreward.policies.moving import DecayRamp
-from latentreward.rewards import RewardMixture, RewardSource
+from latentreward.rewards import RewardMixture
 from latentreward.rollout import (
     GDPO,
     Branching,
@@ -103,9 +105,11 @@ KINDS: dict[str, Any] = {
         DiffusionNFTModule,
         {"num_samples": 3, "old": DecayRamp(0.5, 0.5), "pruning": Pruning(6, 1, min_spread=0.75)},
     ),
+    "opd": (OnPolicyDistillationModule, {}),
     "opsd": (DiffusionOPSDModule, {"old": DecayRamp(0.5, 0.5)}),
 }
-REWARDS: dict[str, RewardSource] = {
+REWARDS: dict[str, Any] = {
+    "opd": [Teacher(guidance_scale=3.0)],  # in place of a reward
     "opsd": BrightnessSource(),
     "steps": OtherChannelsReward(),
     "mixture": RewardMixture([FirstChannelReward(), BrightnessSource()], normalise="none"),
@@ -123,6 +127,7 @@ CASES = [
     ("dgpo", "sd35_tiny"),
     ("crd", "sd35_tiny"),
     ("pruned", "sd35_tiny"),
+    ("opd", "sd35_tiny"),
     ("opsd", "sd35_tiny"),
 ]
 METRICS = ("hacking/held_out", "hacking/reward_change", "drift/mean", "collapse/diversity", "rollout/gap_50_t_0_1000")
@@ -151,6 +156,8 @@ def train(method: str, pipeline: str, strategy: Any, world_size: int, folder: Pa
         CollapseGuard(PROMPTS, every_n_steps=3, images_per_prompt=2, least=0.01),
         TimestepBands((0, 1000)),
     ]
+    if method == "opd":  # has no reward
+        monitors = [one for one in monitors if not isinstance(one, HackingMonitor)]
     trainer = Trainer(
         accelerator="cpu",
         devices=world_size,

@@ -61,6 +61,7 @@ COVERED = (
     "algos/tp_grpo",
     "algos/pavrm_head",
     "algos/tie_losses",
+    "algos2/distillation",
     "algos2/group_preference",
     "algos2/opsd",
     "algos2/pruning",

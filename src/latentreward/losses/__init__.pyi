@@ -7,6 +7,7 @@ from .linear_dpo import LinearDPO, LinearDPOResult
 from .lrm import LRMLoss, lrm_batch_loss, lrm_pair_loss
 from .matching import MatchingLoss, MatchingResult, velocity_divergence
 from .nft import NFTLoss, NFTResult
+from .on_policy import OnPolicyLoss
 from .opsd import reward_ascent
 from .outcome_process import OutcomeProcessLoss
 from .ram import RAMLoss, directed_target
@@ -66,6 +67,7 @@ __all__ = [
     "NFTLoss",
     "NFTResult",
     "NormGuard",
+    "OnPolicyLoss",
     "OutcomeProcessLoss",
     "Penalty",
     "PreferenceLoss",

@@ -6,6 +6,7 @@ from .group_preference import CRDModule, DGPOModule
 from .grpo import GRPOModule, StepwiseGRPOModule, TrajectoryGRPOModule, group_statistics
 from .lpo import LPOModule, SPOModule, StepRatios
 from .lrm import LRMModule
+from .on_policy import OnPolicyDistillationModule, Teacher
 from .opsd import DiffusionOPSDModule
 from .optimizers import WarmupSchedule
 from .pairs import ScoredPairs
@@ -27,6 +28,7 @@ __all__ = [
     "GRPOModule",
     "LPOModule",
     "LRMModule",
+    "OnPolicyDistillationModule",
     "RAMModule",
     "ReFLModule",
     "RewardModule",
@@ -35,6 +37,7 @@ __all__ = [
     "StepAwarePixelModule",
     "StepRatios",
     "StepwiseGRPOModule",
+    "Teacher",
     "TrajectoryGRPOModule",
     "WarmupSchedule",
     "group_statistics",

@@ -339,14 +339,15 @@ class AlignmentModule(LightningModule):
                 progress = self.rollout_progress(self.sampling.num_inference_steps, batches)
                 shown.enter_context(reporting_steps(shown.enter_context(progress).add))
             # Means of what was scored outside rollouts, such as by callbacks, are not this rollout's.
-            self.reward.take_means()
+            if self.reward is not None:
+                self.reward.take_means()
             statistics = self.rollout_statistics
             try:
                 found = self.make_experience(prompts)
             except RemoteError:
                 self.rollout_statistics = statistics
                 raise
-            if (means := self.reward.take_means()) is not None:
+            if self.reward is not None and (means := self.reward.take_means()) is not None:
                 every = self.of_all_ranks(means[None].to(self.device, torch.float32))
                 self._part_means = every.mean(dim=0).tolist()
         if found is not None and type(found) is not self.experience:
