@@ -146,12 +146,20 @@ CASES: dict[str, Callable[[], tuple[LightningModule, Any]]] = {
         prompts(),
     ),
     "ReFL, U-Net": lambda: (
-        ReFLModule(tiny_source("sd15"), reward("lrm", "sd15"), stop_range=(3, 3), guidance_scale=1.0, **SHORT),
+        ReFLModule(
+            tiny_source("sd15"), reward("lrm", "sd15"), stop_range=(3, 3), guidance_scale=1.0, kl_weight=0, **SHORT
+        ),
         prompts(),
     ),
     "PRFL, DiT": lambda: (
         ReFLModule(
-            tiny_source("sd35"), reward("dina", "sd35"), stop_range=(3, 3), scored="state", guidance_scale=1.0, **SHORT
+            tiny_source("sd35"),
+            reward("dina", "sd35"),
+            stop_range=(3, 3),
+            scored="state",
+            guidance_scale=1.0,
+            kl_weight=0,
+            **SHORT,
         ),
         prompts(),
     ),

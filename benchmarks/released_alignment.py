@@ -255,6 +255,7 @@ def nft(part: str, size: str, batch: int, root: Path | None) -> Works:
 def refl(size: str, batch: int, root: Path | None) -> Works:
     """Return the sides of ReFL's step: sampling, the reward of the last prediction, and its gradient."""
     settings: dict[str, Any] = {"stop_range": (2, 2), "reward_sigmas": (0.4,), "guidance_scale": 1.0, "seed": 0}
+    settings["kl_weight"] = 0.0  # the paper's
     sampling = Sampling(STEPS, noise_level=0.0)
     module = prepared(ReFLModule(dit_policy(size), RandomLatentReward(size), sampling=sampling, **settings))
     prompts, stop = prompts_of(batch), STEPS - 2

@@ -41,6 +41,7 @@ def refl(
     defaults: dict[str, Any] = {
         "sampling": Sampling(num_inference_steps=4),
         "stop_range": (1, 3),
+        "kl_weight": 0.0,
         "guidance_scale": 1.0,
         "seed": 1,
     }
