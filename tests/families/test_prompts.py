@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 import shutil
 from pathlib import Path
 
@@ -45,5 +46,7 @@ def test_a_text_encoder_of_another_width_is_refused(twin: Twin, number: int, tmp
     config = json.loads(path.read_text())
     field = [name for name in WIDTHS if name in config][number]
     path.write_text(json.dumps(config | {field: config[field] + 1}))
-    with pytest.raises(InputError, match=f"wide, but the transformer takes {config[field] + 1}; all parts must"):
+    with pytest.raises(InputError, match=r"wide, but the transformer takes (\d+); all parts must") as refused:
         PolicySource(str(folder)).resolve_family().load_prompt_encoder()
+    taken = re.search(r"takes (\d+)", str(refused.value))
+    assert taken and int(taken[1]) % (config[field] + 1) == 0  # of several layers of the text encoder

@@ -87,6 +87,12 @@ def test_crd_ignores_what_a_prompts_samples_share() -> None:
     assert not torch.allclose(whole.rows.view(2, 3), want.rows)
 
 
+def test_crd_holds_good_samples_at_least_as_hard_as_bad_ones() -> None:
+    velocity, reference = torch.zeros(3, 1), torch.ones(3, 1)
+    loss, advantage = CRDLoss(kl_weight=1e-5), torch.tensor([[-9.0, 0.0, 9.0]])
+    assert loss(velocity, velocity, velocity, advantage, reference).kl == 1.0
+
+
 def test_crd_is_at_rest_where_implicit_rewards_are_the_advantages() -> None:
     """d / w of a constant error e is e, so that e = e_old − r / β fits exactly."""
     base, advantage = torch.zeros(SHAPE, dtype=torch.float64), ADVANTAGE.flatten().view(-1, 1, 1, 1)

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from latentreward.losses import OnPolicyLoss
 from latentreward.modules import DiffusionNFTModule, OnPolicyDistillationModule, Teacher
 from latentreward.policies import PolicySource
 from latentreward.rollout import RandomSteps, Sampling, sample_latents, sample_trajectories
+from tests.families.twins import TWINS
 from tests.marks import slow_after
 from tests.modules.lpo_runs import make_trainer
 from tests.modules.simple_reward import FirstChannelReward
@@ -111,6 +113,36 @@ def test_an_adapter_teaches_what_it_predicts(checkpoint: tuple[Path, dict[str, T
     torch.testing.assert_close(found[0], want, rtol=1e-4, atol=1e-5)
     assert (plain - want).abs().max() > 1e-3
     assert not any(".teacher0." in name for name in module.state_dict())
+
+
+def test_an_adapter_stays_as_trained_where_frozen_weights_are_rounded(
+    checkpoint: tuple[Path, dict[str, Tensor]], tmp_path: Path
+) -> None:
+    """The run's family is not imported, whatever it is: only its adapter is read."""
+    path, weights = checkpoint
+    content = torch.load(path, weights_only=True)
+    content["policy_source"]["family"] = "elsewhere.Family"
+    torch.save(content, tmp_path / "own.ckpt")
+    policy = replace(source("sd35_tiny"), frozen_dtype="bfloat16")
+    module = OnPolicyDistillationModule(policy, [Teacher(str(tmp_path / "own.ckpt"))], sampling=Sampling(4), seed=1)
+    found = {name: one for name, one in module.policy.network.named_parameters() if ".teacher0." in name}
+    assert found
+    for name, weight in found.items():
+        torch.testing.assert_close(weight, weights[name.replace(".teacher0.", ".")], rtol=0, atol=0)
+
+
+def test_a_distilled_policy_learns_from_its_guided_base(tmp_path: Path) -> None:
+    base, student = str(tmp_path / "base"), TWINS["klein_distilled"].source()
+    shutil.copytree(student.source, base)
+    index = json.loads((tmp_path / "base" / "model_index.json").read_text())
+    (tmp_path / "base" / "model_index.json").write_text(json.dumps(index | {"is_distilled": False}))
+    teacher = Teacher(pipeline=base, guidance_scale=4.0)
+    teacher.check(student, None)
+    assert teacher.scale(teacher.family(student), None) == 4.0
+    with pytest.raises(InputError, match=r"^teachers: pipeline=.*: guidance_scale=0.5 must be at least 1"):
+        Teacher(pipeline=base, guidance_scale=0.5).check(student, None)
+    with pytest.raises(InputError, match=r"^teachers: guidance_scale=4, but FLUX.2-klein .* was distilled"):
+        Teacher(guidance_scale=4.0).check(student, None)
 
 
 def test_another_pipeline_teaches_with_the_policys_text() -> None:

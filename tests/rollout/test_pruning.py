@@ -62,6 +62,19 @@ def test_correlation_is_that_of_all_candidates(rho: float, count: int) -> None:
     assert agreement.contrast.item() == pytest.approx(variance.item(), rel=0.12)
 
 
+@pytest.mark.parametrize(("rho", "prompts", "count"), [(0.0, 1, 2), (0.0, 4, 8), (0.7, 4, 8)])
+def test_few_samples_do_not_raise_the_contrast(rho: float, prompts: int, count: int) -> None:
+    """On average of many rollouts of few prompts, where correlations are high by chance."""
+    predicted, rewards = simulated(rho, prompts=400 * prompts)
+    chosen = kept(predicted, count)
+    own = rewards.gather(1, chosen)
+    parts = [slice(at, at + prompts) for at in range(0, len(own), prompts)]
+    found = torch.stack([Agreement.of(predicted[at], chosen[at], own[at]).contrast_of(prompts) for at in parts])
+    wanted = Agreement.of(predicted, chosen, own).contrast.item()
+    assert found.mean().item() == pytest.approx(wanted, rel=0.12)
+    assert (found >= 1).all() and found.isfinite().all()
+
+
 def test_agreements_of_rollouts_add_up() -> None:
     predicted, rewards = simulated(0.6, prompts=40)
     chosen = kept(predicted, 6)

@@ -122,7 +122,8 @@ class CRDLoss(SetLoss):
     .. math::
         \rho = \frac{d_{\mathrm{old}}}{w_{\mathrm{old}}} - \frac{d}{w}, \qquad
         L = \frac{c}{\beta}\bigl(\beta(\rho - \mathrm{sg}[\bar\rho]) - (r - \bar r)\bigr)^2
-        + \lambda\,(l + r(1 - l))\,\langle (v - v_{\mathrm{ref}})^2 \rangle, \qquad l = \frac{10^{-4}}{\lambda}.
+        + \lambda\,(l + r(1 - l))\,\langle (v - v_{\mathrm{ref}})^2 \rangle,
+        \qquad l = \min\Bigl(1, \frac{10^{-4}}{\lambda}\Bigr).
 
     Args:
         beta: β, positive. Published: 1.
@@ -163,7 +164,7 @@ class CRDLoss(SetLoss):
             weights = [(sign * share / self.temperature).softmax(dim=1) for sign in (1, -1)]
         rows = torch.stack([self.centred(implicit, share, one) for one in weights]).mean(dim=0)
         policy = self.max_advantage / self.beta * rows.mean()
-        least = 1e-4 / self.kl_weight if self.adaptive else 1.0
+        least = min(1.0, 1e-4 / self.kl_weight) if self.adaptive else 1.0  # else bad samples would be held hardest
         drift = squared_error(velocity, reference.detach()).view_as(share)
         kl = ((least + share * (1 - least)) * drift).mean()
         loss = policy + self.kl_weight * kl

@@ -80,6 +80,7 @@ class ForwardProcessModule(AlignmentModule):
         usual_sampling: Sampler settings that None stands for.
         usual_steps: Choice of steps that None stands for; None for a class with a :meth:`trained_timesteps` of its own.
         compares: Whether samples of a prompt are compared, so that there must be two.
+        prunes: Whether the gradient is in proportion to the advantages of compared samples, as pruning needs.
         experience: :class:`~latentreward.contracts.RenoisedGroups` for a method whose rows hold all samples of a
             prompt, so that no batch, rank or optimiser step has a part of them.
         row_passes: Passes of the policy in training on a sample at one noise level; forward and backward count as 3.
@@ -90,7 +91,7 @@ class ForwardProcessModule(AlignmentModule):
     """
 
     experience: type[SampledStates] = RenoisedSamples
-    flows_only = compares = True
+    flows_only = compares = prunes = True
     usual_sampling: ClassVar = Sampling(10)
     usual_steps: ClassVar[StepChoice | None] = None
     row_passes = 3
@@ -138,8 +139,11 @@ class ForwardProcessModule(AlignmentModule):
             check_range("[2, inf)", "one leaves nothing to compare", num_samples=num_samples)
         check_at_least_one(prompts_at_once=prompts_at_once)
         check_sigmas(reward_sigmas)
-        if pruning is not None and not self.compares:
-            raise InputError(f"pruning: {type(self).__name__} compares no samples of a prompt; leave it out")
+        if pruning is not None and not self.prunes:
+            raise InputError(
+                f"pruning: the gradient of {type(self).__name__} is not in proportion to advantages of samples of a "
+                "prompt, which pruning rescales; leave it out"
+            )
         if pruning is not None:
             pruning.check("num_samples", num_samples, sampling.num_inference_steps, reward)
         if advantage is not None and (advantage.takes_parts or advantage.takes_features):

@@ -91,6 +91,7 @@ class CRDModule(ForwardProcessModule):
     experience = RenoisedGroups
     usual_steps = RandomSteps()
     row_passes = 5
+    prunes = False
 
     def __init__(
         self,

@@ -17,7 +17,7 @@ from latentreward.families import Family
 from latentreward.losses import OnPolicyLoss
 from latentreward.modules.alignment import AlignmentModule
 from latentreward.policies import Policy, PolicySource
-from latentreward.policies.checkpoint import network_name, read_policy_adapter
+from latentreward.policies.checkpoint import SavedAdapter, network_name, read_policy_adapter
 from latentreward.policies.policy import add_frozen_adapter
 from latentreward.rewards.shared_base import leave_out
 from latentreward.rollout import Sampling, sample_trajectories
@@ -55,7 +55,14 @@ class Teacher:
             )
         if self.checkpoint is not None and not Path(self.checkpoint).exists():
             raise InputError(f"teachers: checkpoint={self.checkpoint} does not exist; give that of an alignment run")
-        same = self.scale(family, guidance_scale) == guidance_scale
+        if self.checkpoint is not None:
+            saved_adapter(self.checkpoint)
+        try:
+            other = self.family(policy)
+            same = self.scale(other, guidance_scale) == guidance_scale
+        except InputError as error:
+            place = "" if self.pipeline is None else f"pipeline={self.pipeline}: "
+            raise InputError(f"teachers: {place}{error}") from error
         if same and self.checkpoint is None and self.pipeline is None:
             raise InputError(
                 "teachers: without checkpoint, pipeline and a guidance_scale unlike the policy's, a teacher is the "
@@ -63,7 +70,6 @@ class Teacher:
             )
         if self.pipeline is None:
             return
-        other = replace(policy, source=self.pipeline, revision=None, variant=None).resolve_family()
         if type(other) is not type(family) or other.latent_space != family.latent_space:
             raise InputError(
                 f"teachers: pipeline={self.pipeline} is {other.title}, the policy {family.title}, of another family or "
@@ -71,15 +77,26 @@ class Teacher:
             )
         for part in (*SHARED_PARTS, *(() if family.flow else ("scheduler",))):
             pipelines = [one.pipeline for one in (family, other) if one.pipeline.has(part)]
-            found = [[one.config(part).get(name) for name in COMPARED] for one in pipelines]
+            configs = [one.config(part) for one in pipelines]  # of models that see pictures, their language model's
+            found = [[one.get("text_config", one).get(name) for name in COMPARED] for one in configs]
             if len(found) == 2 and found[0] != found[1]:
                 raise InputError(
                     f"teachers: pipeline={self.pipeline} has another {part} than the policy; give one with the same"
                 )
 
+    def family(self, policy: PolicySource) -> Family:
+        """Return the family of the teacher's network."""
+        source = policy if self.pipeline is None else replace(policy, source=self.pipeline, revision=None, variant=None)
+        return source.resolve_family()
+
     def scale(self, family: Family, guidance_scale: float | None) -> float | None:
-        """Return the teacher's guidance scale for a policy's."""
+        """Return the guidance scale of a teacher of this ``family`` for a policy's."""
         return guidance_scale if self.guidance_scale is None else family.guidance(self.guidance_scale)
+
+
+def saved_adapter(checkpoint: PathText) -> SavedAdapter:
+    """Read the adapter of an alignment run; only its weights and rank are used, so that no family is imported."""
+    return read_policy_adapter(checkpoint, trusted=True)
 
 
 def add_teacher(policy: Policy, checkpoint: PathText, number: int) -> str:
@@ -93,16 +110,16 @@ def add_teacher(policy: Policy, checkpoint: PathText, number: int) -> str:
     """
     from peft import LoraConfig
 
-    saved, name = read_policy_adapter(checkpoint), f"teacher{number}"
+    saved, name = saved_adapter(checkpoint), f"teacher{number}"
     if saved.base is not None:
         BaseSample.of(policy, policy.source).check(saved.base)
     weights = {network_name(key): tensor for key, tensor in saved.weights.items()}
     shapes = {key: tuple(tensor.shape) for key, tensor in weights.items()}
     layers = [*stored_ranks(policy.network, shapes, f"teachers: checkpoint={checkpoint}")]
     config = LoraConfig(r=saved.source.lora.rank, lora_alpha=saved.source.lora.alpha, target_modules=layers)
-    with torch.no_grad():
-        for key, parameter in add_frozen_adapter(policy.network, config, name).items():
-            parameter.copy_(weights[plain_name(key)])
+    for key, parameter in add_frozen_adapter(policy.network, config, name).items():
+        # As trained, also where frozen weights are stored in bfloat16.
+        parameter.data = weights[plain_name(key)].to(parameter.device, torch.float32)
     policy.adapters.refresh()
     leave_out(policy.network, name)
     return name
@@ -170,7 +187,10 @@ class OnPolicyDistillationModule(AlignmentModule):
         super().__init__(policy, None, guidance_scale=guidance_scale, **options)
         self.sampling, self.sampler, self.steps, self.loss = sampling, sampler, steps, loss
         self.prompts_at_once = prompts_at_once
-        self.scales = [teacher.scale(family, guidance_scale) for teacher in teachers]
+        families = [teacher.family(policy) for teacher in teachers]
+        self.scales = [one.scale(own, guidance_scale) for one, own in zip(teachers, families, strict=True)]
+        scales = zip((family, *families), (guidance_scale, *self.scales), strict=True)
+        self.guided = any(own.needs_uncond(scale) for own, scale in scales)
         self.adapters = [
             None if teacher.checkpoint is None else add_teacher(self.policy, teacher.checkpoint, number)
             for number, teacher in enumerate(teachers)
@@ -180,8 +200,7 @@ class OnPolicyDistillationModule(AlignmentModule):
 
     def encode_uncond(self) -> Conditioning | None:
         """See :meth:`AlignmentModule.encode_uncond`; a teacher may be guided where the policy is not."""
-        guided = map(self.policy.family.needs_uncond, (self.guidance_scale, *self.scales))
-        return self.policy.encode_uncond() if any(guided) else None
+        return self.policy.encode_uncond() if self.guided else None
 
     def make_experience(self, prompts: PromptBatch) -> SampledStates:
         """See :meth:`AlignmentModule.make_experience`: the states of a sample, each a row."""

@@ -47,7 +47,7 @@ class DiffusionOPSDModule(ForwardProcessModule):
     """
 
     experience = SampledStates
-    flows_only = compares = False
+    flows_only = compares = prunes = False
 
     def __init__(
         self,

@@ -58,8 +58,13 @@ class PrunedRollouts:
             self._told = True
             rank_zero_warn(
                 f"pruning: scores after step {pruning.after_steps} of {steps} correlate with rewards by only ρ = "
-                f"{found:.2f} within prompts; with these settings pruning pays above {needed:.2f}: raise "
-                "pruning.after_steps, lower pruning.candidates, or leave pruning out and lower the number of samples"
+                f"{found:.2f} within prompts; "
+                + (
+                    f"with these settings pruning pays above {needed:.2f}: raise pruning.after_steps, lower "
+                    "pruning.candidates, or leave pruning out and lower the number of samples"
+                    if needed <= 1
+                    else "with these candidates and this rule it pays at no ρ: leave pruning out"
+                )
             )
 
     def sample(
@@ -115,7 +120,7 @@ class PrunedRollouts:
         self._total = agreement if self._total is None else self._total + agreement
         every = rewards.new_zeros(len(everywhere), self.count)
         pruned = self.pruning.candidates > self.count  # else C is 1, but for rounding
-        every[everywhere] = scaled_advantages(rule, values, agreement.contrast if pruned else None)
+        every[everywhere] = scaled_advantages(rule, values, agreement.contrast_of(len(values)) if pruned else None)
         steps, early = module.sampling.num_inference_steps, self.pruning.after_steps
         finished = len(values) / len(everywhere) * self.count / self.pruning.candidates
         guided = 2 if module.policy.family.needs_uncond(module.guidance_scale) else 1

@@ -49,6 +49,16 @@ class BestAndWorst(PruningRule):
         return torch.cat([order[:worst], order[len(order) - count + worst :]])
 
 
+def check_states_reward(field: str, reward: RewardSource) -> None:
+    """Raise InputError, before any weight is loaded, if a reward cannot score noisy states beside finished samples."""
+    reward.require_step_scores(field)
+    if reward.remembers():
+        raise InputError(
+            f"{field} scores noisy states too, which a RewardMixture with normalise: running would count among the "
+            "rewards; set normalise: group or none"
+        )
+
+
 @dataclass
 class Pruning:
     """Settings of pruned rollouts, for methods that learn from finished samples.
@@ -94,12 +104,7 @@ class Pruning:
                 f"pruning.after_steps={self.after_steps} goes beyond step {steps - 1}, the last one that leaves noise "
                 f"when sampling.num_inference_steps={steps}; lower it"
             )
-        reward.require_step_scores("pruning")
-        if reward.remembers():
-            raise InputError(
-                "pruning scores noisy states too, which a RewardMixture with normalise: running would count among the "
-                "rewards; set normalise: group or none"
-            )
+        check_states_reward("pruning", reward)
 
 
 @dataclass(frozen=True)
@@ -154,10 +159,25 @@ class Agreement:
     @property
     def contrast(self) -> Tensor:
         """Return C, the variance of the kept rewards over that of all candidates'."""
-        return 1 + self.correlation**2 * (self.second_moment - 1)
+        return self._contrast(self.correlation_kept**2)
+
+    def contrast_of(self, prompts: int) -> Tensor:
+        """Return C as measured on so many prompts, 1 for a ρ_k that chance explains.
+
+        The square of a correlation is too high on average, by chance alone 1 / ν for ν = ``prompts`` · (K − 1).
+        """
+        free = self.sums[4] - prompts
+        return self._contrast(((self.correlation_kept**2 * free - 1) / (free - 1).clamp(min=1)).clamp(min=0))
+
+    def _contrast(self, kept: Tensor) -> Tensor:
+        """Return C of a ρ_k²."""
+        more = self.second_moment - 1
+        return 1 + kept / (1 + more - kept * more).clamp(min=SMALLEST) * more
 
     def least_correlation(self, pruning: Pruning, count: int, steps: int, trained: float) -> float:
-        r"""Return the ρ above which pruning pays, from :math:`\rho^2 (M_2 - 1)(1 + u) = f (N / K - 1)`; may exceed 1.
+        r"""Return the ρ above which pruning pays, from :math:`\rho^2 (M_2 - 1)(1 + u) = f (N / K - 1)`.
+
+        Above 1 it pays at no ρ.
 
         Args:
             pruning: Settings: N, and f as ``after_steps`` / T.
@@ -166,7 +186,8 @@ class Agreement:
             trained: Passes of the policy in training on one sample, u · T.
         """
         gain = (self.second_moment.item() - 1) * (1 + trained / steps)
-        return math.sqrt(pruning.after_steps / steps * (pruning.candidates / count - 1) / max(gain, SMALLEST))
+        cost = pruning.after_steps / steps * (pruning.candidates / count - 1)
+        return math.sqrt(cost / gain) if gain > 0 else math.inf
 
 
 def scaled_advantages(rule: Advantage, rewards: Tensor, contrast: Tensor | None) -> Tensor:

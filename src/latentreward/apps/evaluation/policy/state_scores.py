@@ -18,6 +18,7 @@ from latentreward.ranks.shared_work import SharedWork, Task
 from latentreward.reports.tables import Row
 from latentreward.rewards import RewardSource
 from latentreward.rollout import Sampling, check_sigmas, rows_of, sample_trajectories, score_finished, score_states
+from latentreward.rollout.pruning import check_states_reward
 
 STATES_OF = "states of {}"
 """Format of the name of the task that scores the states of a policy, from the name of the policy's folders."""
@@ -48,7 +49,7 @@ def check_states(sampling: Sampling, scores: StateScores | None, policies: Mappi
     if scores is None:
         return
     for name, judged in policies.items():
-        scores.reward.require_step_scores("state_scores")
+        check_states_reward("state_scores", scores.reward)
         if judged.images is not None:
             raise InputError(f"state_scores: {name} is a folder of pictures, without noisy states; leave it out")
         scores.reward.require_latents_of(judged.trained.source())
