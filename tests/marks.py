@@ -10,8 +10,10 @@ from _pytest.mark import MarkDecorator, ParameterSet
 
 RELEASE = (pytest.mark.slow, pytest.mark.release)
 ROTATED = (pytest.mark.slow, pytest.mark.rotated)
-TURNS = 3
-"""A run for one commit has every third of a test's rotated cases."""
+TURNS = 5
+"""A run for one commit has every fifth of a test's rotated cases."""
+WITH_ITS_FILE = [pytest.mark.slow, pytest.mark.rotated(by="file")]
+"""Marks of slow tests of a file that share what takes minutes: they all run for every fifth commit."""
 
 
 def slow_after(count: int, cases: Iterable[Any]) -> list[ParameterSet]:
@@ -23,7 +25,7 @@ def slow_after(count: int, cases: Iterable[Any]) -> list[ParameterSet]:
 
 
 def rotated_after(count: int, cases: Iterable[Any], *, release: int | None = None) -> list[ParameterSet]:
-    """Mark cases after the first ``count`` as slow ones of which `.ci/run` takes a third, another one for each commit.
+    """Mark cases after the first ``count`` as slow ones of which `.ci/run` takes a fifth, another one for each commit.
 
     For grids over families, configs, layouts and rows, whose cases repeat one promise. Those after the first
     ``release``, where given, are for a release.
@@ -41,13 +43,15 @@ def in_turn(items: Iterable[pytest.Item], commit: str) -> tuple[list[pytest.Item
     """Return the tests that a run for ``commit`` has, and the rotated ones that are left out."""
     kept, left, places = list[pytest.Item](), list[pytest.Item](), Counter[str]()
     for item in items:
-        test = item.nodeid.partition("[")[0]
-        place = places[test] + crc32(f"{commit} {test}".encode())
-        if item.get_closest_marker("rotated") is None:
+        mark, test = item.get_closest_marker("rotated"), item.nodeid.partition("[")[0]
+        if mark is None:
             kept.append(item)
-        else:
-            (left if place % TURNS else kept).append(item)
-            places[test] += 1
+            continue
+        by_file = mark.kwargs.get("by") == "file"
+        name = test.partition("::")[0] if by_file else test
+        place = places[test] + crc32(f"{commit} {name}".encode())
+        (left if place % TURNS else kept).append(item)
+        places[test] += not by_file
     return kept, left
 
 

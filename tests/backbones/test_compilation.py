@@ -14,6 +14,7 @@ from tests.backbones.networks import inputs_of, tiny_backbone
 from tests.backbones.test_tuning import total
 
 
+@pytest.mark.rotated
 @pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("name", ["sd15", "sd35"])
@@ -63,6 +64,7 @@ def blocks_of(network: Any) -> list[nn.Module]:
     return [*network.transformer_blocks]
 
 
+@pytest.mark.rotated
 @pytest.mark.slow
 @pytest.mark.parametrize("make", [unet, dit])
 def test_few_graphs_for_gradients_and_odd_batches(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:

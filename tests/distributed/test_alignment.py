@@ -23,6 +23,7 @@ from latentreward.rewards import RewardSource
 from latentreward.rewards.latent import LatentScorer
 from tests.distributed.ranks import on_ranks
 from tests.distributed.runs import EveryNth, make_trainer, sgd
+from tests.marks import WITH_ITS_FILE
 from tests.modules.batches import lrm
 from tests.policies.alignment import Matching, perturbed, prediction, states, tiny_source
 from tests.tiny_pipelines import pipeline_folder
@@ -152,8 +153,7 @@ def ranks(folder: Path) -> list[dict[str, Any]]:
     return on_ranks("tests.distributed.test_alignment:all_cases", folder)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=WITH_ITS_FILE) for name in CASES])
 def test_predictions_and_steps_equal_one_process(
     name: str, folder: Path, ranks: list[dict[str, Any]], tmp_path: Path
 ) -> None:

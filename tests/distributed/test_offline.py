@@ -9,8 +9,9 @@ from latentreward.policies.moving import AVERAGE
 from tests.distributed.offline_runs import CASES, make_module, train
 from tests.distributed.ranks import on_ranks
 from tests.distributed.strategies import strategies_of
+from tests.marks import WITH_ITS_FILE
 
-pytestmark = pytest.mark.slow
+pytestmark = WITH_ITS_FILE
 
 
 @pytest.fixture(scope="module")

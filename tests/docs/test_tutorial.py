@@ -82,6 +82,7 @@ def shortened(text: str) -> str:
         return text.replace("8000", str(found.getsockname()[1]))
 
 
+@pytest.mark.rotated
 @pytest.mark.slow
 def test_every_command_of_the_tutorial_runs(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     text = shortened(PAGE.read_text())

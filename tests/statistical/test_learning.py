@@ -30,6 +30,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SEED = 0
 
 
+@pytest.mark.rotated
 @pytest.mark.slow
 @pytest.mark.parametrize("training", slow_after(1, TRAININGS))
 def test_it_learns(training: str) -> None:
@@ -38,6 +39,7 @@ def test_it_learns(training: str) -> None:
     assert not trained.idle_lora()
 
 
+@pytest.mark.rotated
 @pytest.mark.slow
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_broken_trainer_is_caught(fault: str) -> None:
@@ -45,6 +47,7 @@ def test_a_broken_trainer_is_caught(fault: str) -> None:
     assert caught(TRAININGS[training](SEED, change).statistics, MEASURED["thresholds"])
 
 
+@pytest.mark.rotated
 @pytest.mark.slow
 @pytest.mark.parametrize("training", TRAININGS)
 def test_a_lora_that_does_not_train_is_caught(training: str) -> None:

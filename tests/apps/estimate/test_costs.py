@@ -93,6 +93,7 @@ def check(build: Callable[[], LightningModule], data: Namespace, batch: Any = No
     return costs
 
 
+@pytest.mark.rotated
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["lrm", "dina"])
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -157,6 +158,7 @@ def test_alignment(build: Any, name: str, tmp_path: Path) -> None:
     assert costs.rollout > 0
 
 
+@pytest.mark.rotated
 @pytest.mark.slow
 def test_diffusion_dpo() -> None:
     costs = check(lambda: DiffusionDPOModule(policy("sd15"), seed=0), PAIRS, pairs())
@@ -182,6 +184,7 @@ def test_quantised_layers(checkpointing: bool) -> None:
     assert (quantised.saved > whole.saved) == (not checkpointing)
 
 
+@pytest.mark.rotated
 @pytest.mark.slow
 def test_step_aware_scorer_on_pixels() -> None:
     """SPO's training of its scorer, and its alignment."""

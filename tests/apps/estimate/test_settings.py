@@ -55,6 +55,7 @@ def shown(capsys: pytest.CaptureFixture[str], *options: str) -> str:
     return capsys.readouterr().out
 
 
+@pytest.mark.rotated
 @pytest.mark.slow
 def test_the_peak_is_compared_with_a_card_and_what_lowers_it_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     steps = "--model.sampling.num_inference_steps=10"
@@ -96,6 +97,7 @@ def number(text: str, name: str) -> float:
     return float(found[1])
 
 
+@pytest.mark.rotated
 @pytest.mark.slow
 def test_tiny_alignment_needs_no_trained_reward(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     tiny = (f"--config={CONFIGS}/align/lpo_tiny.yaml", "--data.batch_size=4", FEW_STEPS)
@@ -119,6 +121,7 @@ def test_a_path_with_a_variable_that_is_not_set_is_left_alone() -> None:
     assert [expanded(path) for path in found] == ["<PROMPTS>", "<PROMPTS>/a.txt"]
 
 
+@pytest.mark.rotated
 @pytest.mark.slow
 @pytest.mark.parametrize("config", release_after(1, ["lpo_tiny", "lpo_sd15"]))
 def test_the_usual_reward_is_built_on_an_own_generator(
@@ -144,6 +147,7 @@ def test_a_usual_reward_that_does_not_fit_is_named(capsys: pytest.CaptureFixture
     assert "num_layers=12 must lie in [1, 4]" in last
 
 
+@pytest.mark.rotated
 @pytest.mark.slow
 def test_alignment_with_a_published_calibrated_reward(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     write_run(tmp_path / "run", "lrm", "sd15")
@@ -177,6 +181,7 @@ def test_full_size_from_configs_in_the_package(
     assert "Configs of stable-diffusion-v1-5/stable-diffusion-v1-5: configs kept in the package." in text
 
 
+@pytest.mark.rotated
 @pytest.mark.slow
 def test_a_cache_tells_sizes_and_whether_prompts_are_encoded(
     capsys: pytest.CaptureFixture[str], tmp_path: Path

@@ -15,6 +15,7 @@ from tests.marks import release_after
 from tests.processes import start
 
 
+@pytest.mark.rotated
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
 @pytest.mark.parametrize(

@@ -37,6 +37,7 @@ def server(request: pytest.FixtureRequest, run: Path) -> Iterator[ServerProcess]
         yield process
 
 
+@pytest.mark.rotated
 @pytest.mark.parametrize("server", [["--max_wait_ms=2"]], indirect=True)
 def test_1_000_requests_32_at_a_time_and_10_000_malformed_ones(server: ServerProcess) -> None:
     bodies = [save(_tensors(seed)) for seed in range(16)]

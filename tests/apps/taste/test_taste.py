@@ -51,6 +51,7 @@ def taste(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -
     return run
 
 
+@pytest.mark.rotated
 def test_from_pairs_to_pictures_before_and_after_and_a_kill(tmp_path: Path, taste: Callable[..., str]) -> None:
     folder, work = tiny_folder(tmp_path / "mine", 40), tmp_path / "work"
     kill_in_training(work, "taste", str(folder), *SHORT, f"--work={work}")
@@ -80,6 +81,7 @@ def kill_in_training(work: Path, *arguments: str) -> None:
     time.sleep(2)  # the step's process ends by itself
 
 
+@pytest.mark.rotated
 @pytest.mark.parametrize("tuning", ["lora", "full"])
 def test_other_tunings_and_an_optimiser_by_class_path(tmp_path: Path, tuning: str, taste: Callable[..., str]) -> None:
     folder = tiny_folder(tmp_path / "mine", 24)

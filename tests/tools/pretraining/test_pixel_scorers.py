@@ -60,6 +60,7 @@ def test_they_learned_from_different_pairs_and_from_those_of_no_reward() -> None
     assert 0 not in seeds.values()  # the seed of TinyWorldDataModule
 
 
+@pytest.mark.rotated
 @pytest.mark.slow
 def test_the_held_out_scorer_orders_pairs_as_stated() -> None:
     pairs = table()
@@ -76,6 +77,7 @@ def test_the_held_out_scorer_orders_pairs_as_stated() -> None:
     assert "/" not in scorer.identity()  # no path of this machine
 
 
+@pytest.mark.rotated
 @pytest.mark.slow
 def test_the_step_aware_scorer_orders_pairs_as_stated() -> None:
     network, figures, pairs = StepAwareScorer("spm_tiny", device="cpu").load(), stated("spm_tiny")["figures"], table()
