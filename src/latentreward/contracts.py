@@ -267,11 +267,14 @@ class Conditioning(TensorRecord):
             text encoder's EOS feature where the network takes none (SD1.5, SD2.1). None for families without one.
         prompt_mask: ``(B, L)`` bool, true for tokens that belong to the prompt, which come first; at least one per row.
             None for families whose padding tokens take part.
+        source_latents: Latents ``(B, C, ...)`` of the pictures that editors edit, clean and canonical, in the order of
+            the pictures; those of a row's pictures may have sizes of their own. Empty for text to image.
     """
 
     prompt_embeds: Tensor
     pooled_prompt_embeds: Tensor | None = None
     prompt_mask: Tensor | None = None
+    source_latents: tuple[Tensor, ...] = ()
 
     def __len__(self) -> int:
         return len(self.prompt_embeds)
@@ -286,8 +289,11 @@ class Conditioning(TensorRecord):
         """Concatenate the rows of at least one record; masked tokens are padded with zeros to the longest part.
 
         Raises:
-            InputError: If the parts have different numbers of tokens and no mask, or only some have a pooled vector.
+            InputError: If the parts have different numbers of tokens and no mask, different numbers or sizes of
+                sources, or only some have a pooled vector.
         """
+        if len({tuple(one.shape[1:] for one in part.source_latents) for part in parts}) > 1:
+            raise InputError("encoded prompts have sources of different numbers or sizes; sort them by these")
         if len({part.pooled_prompt_embeds is None for part in parts}) > 1:
             raise InputError("only some of the encoded prompts have a pooled vector; encode all with one text encoder")
         lengths = {part.prompt_embeds.shape[1] for part in parts}
@@ -297,8 +303,10 @@ class Conditioning(TensorRecord):
                 f"encoded prompts have {' and '.join(map(str, sorted(lengths)))} tokens; encode all at one length"
             )
         padded = [part.padded(max(lengths)) for part in parts] if masked else list(parts)
-        columns = [[getattr(part, field.name) for part in padded] for field in fields(cls)]
-        return cls(*(None if column[0] is None else torch.cat(column) for column in columns))
+        texts = [[getattr(part, field.name) for part in padded] for field in fields(cls)[:3]]
+        sources = zip(*(part.source_latents for part in padded), strict=True)
+        joined = (None if column[0] is None else torch.cat(column) for column in texts)
+        return cls(*joined, tuple(map(torch.cat, sources)))
 
     def padded(self, length: int) -> "Conditioning":
         """Return a copy with a mask and ``length`` tokens: zeros follow, or masked tokens at the end are cut off."""
@@ -322,6 +330,7 @@ class Conditioning(TensorRecord):
             torch.zeros_like(self.prompt_embeds),
             None if self.pooled_prompt_embeds is None else torch.zeros_like(self.pooled_prompt_embeds),
             self.prompt_mask,
+            self.source_latents,
         )
 
     def pooled(self) -> Tensor:

@@ -1,11 +1,11 @@
 """Which golden cases there are, which files belong to them, and what of them the tests have read.
 
 The set lies in the folder named by ``LATENTREWARD_GOLDEN_DIR`` (default: ``data`` beside this file), with sub-folders
-``lpo``, ``dina``, ``algos`` and ``algos2``. A case is found by its JSON file, whatever its seed, shape or options:
+``lpo``, ``dina``, ``algos``, ``algos2`` and ``editing``. A case is found by its JSON file, whatever its seed, shape or options:
 
 * ``lpo``: the group is the two digits after ``case``; ``caseNN*/data.json`` with everything in that folder, or a file
   ``caseNN*.json`` with the files of the same stem, and with tensor files of the group that have no JSON.
-* ``algos``, ``algos2``: ``*.json`` with the tensor file of the same stem; each is a group.
+* ``algos``, ``algos2``, ``editing``: ``*.json`` with the tensor file of the same stem; each is a group.
 * ``dina``: the patterns of :data:`DINA_CASES`, with the files of the same stem, those the JSON names under keys that
   end in ``_file`` or ``_dir``, and all files of a folder that a case has to itself.
 
@@ -66,6 +66,11 @@ COVERED = (
     "algos2/opsd",
     "algos2/pruning",
     "algos2/ram",
+    "editing/kontext",
+    "editing/klein",
+    "editing/qwen_edit",
+    "editing/qwen_edit_zero_cond_t",
+    "editing/sizes",
 )
 DINA_CASES = {
     "head": ("*.json",),
@@ -76,7 +81,7 @@ DINA_CASES = {
     "prompt": ("prompt_encoding*.json",),
     "dataset": ("expected.json",),
 }
-ALGOS = ("algos", "algos2")
+ALGOS = ("algos", "algos2", "editing")
 SHARED_FOLDERS = {"prompt": ("clip_l", "clip_g", "t5")}
 TENSOR_FILES = (".safetensors", ".npz")
 
@@ -177,7 +182,7 @@ def is_no_case(path: Path) -> bool:
 
 @cache
 def group_of(path: Path) -> str:
-    """Group of a file: ``lpo/NN``, ``dina/folder``, ``algos/stem`` or ``algos2/stem``."""
+    """Group of a file: ``lpo/NN``, ``dina/folder``, ``algos/stem``, ``algos2/stem`` or ``editing/stem``."""
     family, *inner = path.relative_to(ROOT).parts
     if family in ALGOS:
         return f"{family}/{path.stem}"

@@ -118,10 +118,11 @@ class FamilyBackbone(TransformerBackbone):
 
     def read(self, latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Features:
         """See :meth:`DiffusionBackbone.read`."""
+        self.family.check_sources(len(conditioning.source_latents))
         sigma = timesteps.to(torch.float32) / 1000
         tokens = self.family.begin(self.transformer, latents, sigma, conditioning)
         recompute = getattr(self.transformer, "gradient_checkpointing", False) and torch.is_grad_enabled()
-        read = [(tokens.visual, tokens.text)]
+        read = [(tokens.made, tokens.text)]
         for number, block in enumerate(self.blocks(), start=1):
             if number > self.last_tap:
                 break
@@ -130,7 +131,7 @@ class FamilyBackbone(TransformerBackbone):
             else:
                 pair = self.family.step(block, tokens, number)
             tokens.visual, tokens.text = pair
-            read.append(pair)
+            read.append((tokens.made, tokens.text))
         for tap in self.text_taps:
             if (found := read[tap][1].shape[-1]) != self.family.text_width:
                 name, method = type(self.family).__name__, "step" if tap else "begin"

@@ -8,7 +8,7 @@ from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from functools import cached_property
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -86,6 +86,18 @@ def _wrong_network(found: nn.Module, family: Family, pretrained: bool = True) ->
     return problem
 
 
+class SourceSize(NamedTuple):
+    """Size that the network's pipeline gives to a picture that it edits.
+
+    Attributes:
+        resized: (height, width) in pixels to which the whole picture is resized.
+        cropped: (height, width) of the centre that is then kept; None for all.
+    """
+
+    resized: tuple[int, int]
+    cropped: tuple[int, int] | None = None
+
+
 class Family(Part):
     """Conventions of one family of generators: latents, text, noise levels, guidance, network, adapters.
 
@@ -121,6 +133,7 @@ class Family(Part):
         float32_parts: Parts of the names of the network's weights that are float32 also where frozen weights are
             stored in another type, as diffusers loads them.
         lora_loader: Class in ``diffusers.loaders`` that reads and writes LoRA files of the family, or None.
+        sources: Least and largest number of pictures that the network edits or refers to; None for any number.
         kohya_module: Name of the network module of kohya's scripts, for the metadata of their format.
     """
 
@@ -141,6 +154,7 @@ class Family(Part):
     lora_targets: ClassVar[Sequence[str]] = ATTENTION
     idle: Sequence[str] = ()
     float32_parts: ClassVar[Sequence[str]] = ()
+    sources: ClassVar[tuple[int, int | None]] = (0, 0)
     kohya_module: ClassVar[str] = "networks.lora"
 
     def __init__(self, pipeline: PipelineConfigs) -> None:
@@ -337,6 +351,29 @@ class Family(Part):
             raise InputError(f"frames={frames}: {self.title} makes images; leave frames out")
         space.check_frames(frames)
         return space.shape(sides[0], sides[1], frames)
+
+    def check_sources(self, number: int) -> None:
+        """Raise InputError if the network does not take this number of pictures to edit."""
+        least, most = self.sources
+        if number >= least and (most is None or number <= most):
+            return
+        if most == 0:
+            raise InputError(f"{self.title} makes pictures from text alone, and {number} sources were given; leave out")
+        wanted = f"{least}" if least == most else f"{least} to {most}" if most is not None else f"at least {least}"
+        raise InputError(f"{self.title} takes {wanted} sources for a picture, and {number} were given")
+
+    def source_size(self, height: int, width: int) -> SourceSize:
+        """Return the size for a picture to edit, as the family's pipeline in diffusers has it.
+
+        Args:
+            height: Height of the picture in pixels.
+            width: Width of the picture in pixels.
+
+        Raises:
+            InputError: If the pipeline refuses such a picture, or the family takes none.
+        """
+        self.check_sources(1)
+        raise NotImplementedError(f"{type(self).__name__} gives no size for sources")
 
     def load_latent_encoder(self, dtype: StorageDtype = "float32") -> LatentEncoder:
         """Load the VAE in ``dtype``; constants stored beside its weights (FLUX.2) stay float32."""

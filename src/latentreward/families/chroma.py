@@ -63,7 +63,7 @@ class Chroma(FlowFamily):
         """See :meth:`FlowFamily.velocity`."""
         dtype, grid = network.x_embedder.weight.dtype, self.token_grid(latents)
         text, mask = conditioning.prompt_embeds.to(dtype), joint_mask(conditioning, grid)
-        text_ids, image_ids = positions(text.shape[1], grid, latents.device)
+        text_ids, image_ids = positions(text.shape[1], [grid], latents.device)
         with masked_checkpoints(network, mask):
             output = network(
                 hidden_states=self.pack(latents).to(dtype),
@@ -84,7 +84,7 @@ class Chroma(FlowFamily):
         modulation = network.distilled_guidance_layer(network.time_text_embed(1000 * sigma).to(dtype))
         others = {
             "modulation": modulation,
-            "image_rotary_emb": network.pos_embed(torch.cat(positions(text.shape[1], grid, latents.device))),
+            "image_rotary_emb": network.pos_embed(torch.cat(positions(text.shape[1], [grid], latents.device))),
             "attention_mask": joint_mask(conditioning, grid),
         }
         visual, temb = network.x_embedder(self.pack(latents).to(dtype)), modulation[:, -2:].flatten(1)

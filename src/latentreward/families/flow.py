@@ -31,10 +31,10 @@ class Tokens:
     """Tokens between two blocks of a network.
 
     Attributes:
-        visual: ``(B, N, D)`` visual tokens in row-major order.
+        visual: ``(B, N, D)`` visual tokens in row-major order: those of the picture that is made, then of its sources.
         text: ``(B, L, D)`` text tokens.
         temb: ``(B, E)`` timestep embedding.
-        grid: (height, width), or (frames, height, width), of the visual tokens.
+        grid: (height, width), or (frames, height, width), of the tokens of the picture that is made.
         text_mask: ``(B, L)`` bool, true for tokens of the prompt; None if all take part.
         others: What else the family's blocks take, such as position embeddings and masks of joint sequences.
     """
@@ -46,6 +46,11 @@ class Tokens:
     text_mask: Tensor | None = None
     others: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def made(self) -> Tensor:
+        """Visual tokens ``(B, prod(grid), D)`` of the picture that is made."""
+        return self.visual[:, : math.prod(self.grid)]
+
 
 def _wrong_tokens(found: Tokens, family: FlowFamily, network: Any, latents: Tensor, *given: Any) -> str | None:
     if problem := of_class(Tokens)(found):
@@ -53,8 +58,11 @@ def _wrong_tokens(found: Tokens, family: FlowFamily, network: Any, latents: Tens
     rows, kind = len(latents), values_of(family) if finite(latents) else "floats"
     if (grid := family.token_grid(latents)) != (*found.grid,) and sorted(grid) == sorted(found.grid):
         return f"grid {(*found.grid,)} for latents of {grid} tokens; rows come before columns"
+    conditioning = next((one for one in given if isinstance(one, Conditioning)), None)
+    sources = () if conditioning is None else conditioning.source_latents
+    number = math.prod(found.grid) + sum(math.prod(family.token_grid(one)) for one in sources)
     for name, tensor, shape in (
-        ("visual", found.visual, (rows, math.prod(found.grid), family.width)),
+        ("visual", found.visual, (rows, number, family.width)),
         ("text", found.text, (rows, -1, -1)),
         ("temb", found.temb, (rows, family.temb_dim)),
     ):
@@ -62,7 +70,6 @@ def _wrong_tokens(found: Tokens, family: FlowFamily, network: Any, latents: Tens
             return f"{name} {problem}, as the latents, grid, width and temb_dim say"
     if found.text_mask is not None and (problem := wrong_tensor(found.text_mask, found.text.shape[:2], "bool")):
         return f"text_mask {problem}, as the text tokens say"
-    conditioning = next((one for one in given if isinstance(one, Conditioning)), None)
     if found.text_mask is None and conditioning is not None and conditioning.prompt_mask is not None:
         return "no text_mask, but the prompts have a mask; it must say which text tokens belong to the prompt"
     return None
@@ -269,6 +276,7 @@ class FlowFamily(Family):
         self, network: Any, latents: Tensor, timesteps: Tensor, conditioning: Conditioning, guidance: float | None
     ) -> Tensor:
         """See :meth:`Family.predict`."""
+        self.check_sources(len(conditioning.source_latents))
         scale = self.default_guidance if guidance is None else guidance
         sigma = timesteps.to(latents.device, torch.float32) / 1000
         return self.velocity(network, latents, sigma, conditioning, scale)
@@ -303,9 +311,19 @@ class FlowFamily(Family):
         """
         return F.pixel_unshuffle(latents.movedim(1, -3), self.packing).movedim(-3, -1).flatten(1, -2)
 
+    def sequence(self, latents: Tensor, conditioning: Conditioning) -> Tensor:
+        """Return the tokens ``(B, N, C·packing²)`` of canonical latents, followed by those of the sources in order."""
+        packed = [self.pack(one) for one in (latents, *conditioning.source_latents)]
+        return torch.cat(packed, dim=1) if len(packed) > 1 else packed[0]
+
+    def grids(self, latents: Tensor, conditioning: Conditioning) -> list[tuple[int, ...]]:
+        """Return the token grids of canonical latents and of the sources, in the order of :meth:`sequence`."""
+        return [self.token_grid(one) for one in (latents, *conditioning.source_latents)]
+
     def unpack(self, tokens: Tensor, grid: Sequence[int]) -> Tensor:
-        """Undo :meth:`pack`; ``grid`` is that of :meth:`token_grid`."""
-        return F.pixel_shuffle(tokens.unflatten(1, tuple(grid)).movedim(-1, -3), self.packing).movedim(-3, 1)
+        """Undo :meth:`pack`; ``grid`` is that of :meth:`token_grid`. Tokens after those of the grid are left out."""
+        made = tokens[:, : math.prod(grid)].unflatten(1, tuple(grid))
+        return F.pixel_shuffle(made.movedim(-1, -3), self.packing).movedim(-3, 1)
 
     def blocks(self, network: Any) -> Iterator[nn.Module]:
         """See :meth:`Family.blocks`."""
@@ -334,7 +352,7 @@ class FlowFamily(Family):
             InputError: If the layers are not those of this default, so that the family needs a method of its own.
         """
         try:
-            return self.unpack(network.proj_out(network.norm_out(tokens.visual, tokens.temb)), tokens.grid)
+            return self.unpack(network.proj_out(network.norm_out(tokens.made, tokens.temb)), tokens.grid)
         except torch.OutOfMemoryError:
             raise
         except (AttributeError, TypeError, RuntimeError) as error:

@@ -20,11 +20,13 @@ from latentreward.contracts import Conditioning, PathText
 from latentreward.encoders.prompts import PromptEncoder, token_ids
 from latentreward.errors import InputError
 from latentreward.families.backbone import FamilyBackbone, load_family_backbone
+from latentreward.families.base import PipelineConfigs
 from latentreward.families.flow import FlowFamily, Tokens
 
 if TYPE_CHECKING:
     from transformers import CLIPTextModel, PreTrainedTokenizerBase, T5EncoderModel
 
+EDITOR = "FluxKontextPipeline"  # class of FLUX.1-Kontext's pipeline
 MOST_TOKENS = 512  # largest number of T5 tokens per prompt that FLUX.1's pipeline takes
 
 
@@ -86,7 +88,6 @@ class Flux1(FlowFamily):
     block_classes = ("FluxTransformerBlock", "FluxSingleTransformerBlock")
     text_layers = ("CLIPEncoderLayer", "T5Block")
     refused: ClassVar[Mapping[str, str]] = {
-        "FluxKontextPipeline": "it edits a given image",
         "FluxFillPipeline": "it fills a given image",
         "FluxKontextInpaintPipeline": "it edits a given image",
         "FluxControlPipeline": "it takes a control image",
@@ -104,6 +105,11 @@ class Flux1(FlowFamily):
     # Those of diffusers' training script and of Flow-GRPO for FLUX.1.
     lora_targets = (*ATTENTION, "ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2")
     lora_loader = "FluxLoraLoaderMixin"
+
+    @classmethod
+    def recognises(cls, pipeline: PipelineConfigs) -> bool:
+        """See :meth:`Family.recognises`; FLUX.1-Kontext has the same network, and another class of pipeline."""
+        return super().recognises(pipeline) and (pipeline.index.get("_class_name") == EDITOR) == bool(cls.sources[1])
 
     @property
     def takes_guidance(self) -> bool:
@@ -172,11 +178,11 @@ class Flux1(FlowFamily):
     ) -> Tensor:
         """See :meth:`FlowFamily.velocity`."""
         assert conditioning.pooled_prompt_embeds is not None
-        dtype, grid = network.x_embedder.weight.dtype, self.token_grid(latents)
+        dtype, grids = network.x_embedder.weight.dtype, self.grids(latents, conditioning)
         text = conditioning.prompt_embeds.to(dtype)
-        text_ids, image_ids = positions(text.shape[1], grid, latents.device)
+        text_ids, image_ids = positions(text.shape[1], grids, latents.device)
         output = network(
-            hidden_states=self.pack(latents).to(dtype),
+            hidden_states=self.sequence(latents, conditioning).to(dtype),
             encoder_hidden_states=text,
             pooled_projections=conditioning.pooled_prompt_embeds.to(dtype),
             timestep=sigma,
@@ -184,7 +190,7 @@ class Flux1(FlowFamily):
             txt_ids=text_ids,
             guidance=self._scales(sigma, guidance),
         ).sample
-        return self.unpack(output, grid)
+        return self.unpack(output, grids[0])
 
     def _scales(self, sigma: Tensor, guidance: float | None) -> Tensor | None:
         """Return the guidance scale of each sample, float32; None for a network without the input."""
@@ -196,14 +202,14 @@ class Flux1(FlowFamily):
     def begin(self, network: Any, latents: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tokens:
         """See :meth:`FlowFamily.begin`."""
         assert conditioning.pooled_prompt_embeds is not None
-        dtype, grid = network.x_embedder.weight.dtype, self.token_grid(latents)
-        visual = network.x_embedder(self.pack(latents).to(dtype))
+        dtype, grids = network.x_embedder.weight.dtype, self.grids(latents, conditioning)
+        visual = network.x_embedder(self.sequence(latents, conditioning).to(dtype))
         text = network.context_embedder(conditioning.prompt_embeds.to(dtype))
         scales = self._scales(sigma, None)
         inputs = [1000 * value for value in (sigma, scales) if value is not None]
         temb = network.time_text_embed(*inputs, conditioning.pooled_prompt_embeds.to(dtype))
-        ids = torch.cat(positions(text.shape[1], grid, latents.device))
-        return Tokens(visual, text, temb, grid, others={"image_rotary_emb": network.pos_embed(ids)})
+        ids = torch.cat(positions(text.shape[1], grids, latents.device))
+        return Tokens(visual, text, temb, grids[0], others={"image_rotary_emb": network.pos_embed(ids)})
 
     def step(self, block: nn.Module, tokens: Tokens, number: int) -> tuple[Tensor, Tensor]:
         """See :meth:`FlowFamily.step`; both kinds of blocks take and return image and text apart."""
@@ -235,10 +241,16 @@ def t5_tokens(family: FlowFamily, t5_length: int | None, load_t5: bool, usual: i
     return length
 
 
-def positions(length: int, grid: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return the positions ``(n, 3)`` of text and image tokens: all 0 for text, (0, row, column) for the image."""
-    axes = (torch.arange(size, device=device) for size in (1, *grid))
-    return torch.zeros(length, 3, device=device), torch.cartesian_prod(*axes).float()
+def positions(length: int, grids: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return the positions ``(n, 3)`` of text and visual tokens: all 0 for text, (k, row, column) for picture k.
+
+    Picture 0 is the one that is made.
+    """
+    ids = []
+    for picture, grid in enumerate(grids):
+        ranges = ((picture, picture + 1), *((0, side) for side in grid))
+        ids.append(torch.cartesian_prod(*(torch.arange(*one, device=device) for one in ranges)).float())
+    return torch.zeros(length, 3, device=device), torch.cat(ids) if len(ids) > 1 else ids[0]
 
 
 def unread_of_dual(visual: bool, text: bool) -> tuple[str, ...]:

@@ -7,6 +7,7 @@ pass; the distilled models take none.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -22,6 +23,7 @@ from latentreward.encoders.prompts import PromptEncoder
 from latentreward.encoders.vae import PatchedLatentEncoder
 from latentreward.errors import InputError
 from latentreward.families.backbone import FamilyBackbone, load_family_backbone
+from latentreward.families.base import SourceSize
 from latentreward.families.flow import FlowFamily, Tokens
 from latentreward.families.flux1 import unread_of_dual
 from latentreward.storage.digests import digest
@@ -114,6 +116,7 @@ class Flux2Klein(FlowFamily):
         *(f"single_transformer_blocks.{number}.attn.to_out" for number in range(48)),
     )
     lora_loader = "Flux2LoraLoaderMixin"
+    sources = (0, None)
 
     def check(self) -> None:
         """See :meth:`Family.check`."""
@@ -146,6 +149,18 @@ class Flux2Klein(FlowFamily):
     def latent_space(self) -> LatentSpace:
         """See :attr:`Family.latent_space`; the statistics are read from the VAE's weights."""
         return normalised_space(self)
+
+    def source_size(self, height: int, width: int) -> SourceSize:
+        """See :meth:`Family.source_size`; pictures of up to 1024² pixels keep their size, and all are cropped."""
+        longer, shorter = max(height, width), min(height, width)
+        if shorter < 64 or longer > 8 * shorter:
+            raise InputError(
+                f"a source of {width} × {height} pixels: {self.title} takes sides of at least 64 pixels, the longer at "
+                "most 8 times the shorter; crop the picture"
+            )
+        scale = min(1.0, math.sqrt(1024 * 1024 / (width * height)))
+        rows, columns = int(height * scale), int(width * scale)
+        return SourceSize((rows, columns), (rows // 16 * 16, columns // 16 * 16))
 
     # Text
 
@@ -181,23 +196,24 @@ class Flux2Klein(FlowFamily):
     ) -> Tensor:
         """See :meth:`FlowFamily.velocity`."""
         dtype, text = network.x_embedder.weight.dtype, conditioning.prompt_embeds
-        text_ids, image_ids = positions(text.shape[1], latents)
+        grids = self.grids(latents, conditioning)
+        text_ids, image_ids = positions(text.shape[1], grids, latents.device)
         output = network(
-            hidden_states=self.pack(latents).to(dtype),
+            hidden_states=self.sequence(latents, conditioning).to(dtype),
             encoder_hidden_states=text.to(dtype),
             timestep=sigma,
             img_ids=image_ids,
             txt_ids=text_ids,
             guidance=None,
         ).sample
-        return self.unpack(output, self.token_grid(latents))
+        return self.unpack(output, grids[0])
 
     # Features
 
     def begin(self, network: Any, latents: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tokens:
         """See :meth:`FlowFamily.begin`."""
-        dtype = network.x_embedder.weight.dtype
-        tokens = self.pack(latents).to(dtype)
+        dtype, grids = network.x_embedder.weight.dtype, self.grids(latents, conditioning)
+        tokens = self.sequence(latents, conditioning).to(dtype)
         embedding = network.time_guidance_embed
         # The sinusoids get the type of the timesteps, of which bfloat16 would join several to one.
         with embedding.timestep_embedder.register_forward_pre_hook(lambda module, inputs: inputs[0].to(dtype)):
@@ -209,9 +225,9 @@ class Flux2Klein(FlowFamily):
                 "temb_mod_txt": network.double_stream_modulation_txt(temb),
             },
             "single": {"temb_mod": network.single_stream_modulation(temb), "split_hidden_states": True},
-            "rotary": network.pos_embed(torch.cat(positions(text.shape[1], latents))),
+            "rotary": network.pos_embed(torch.cat(positions(text.shape[1], grids, latents.device))),
         }
-        return Tokens(network.x_embedder(tokens), text, temb, self.token_grid(latents), others=others)
+        return Tokens(network.x_embedder(tokens), text, temb, grids[0], others=others)
 
     def step(self, block: nn.Module, tokens: Tokens, number: int) -> tuple[Tensor, Tensor]:
         """See :meth:`FlowFamily.step`."""
@@ -248,14 +264,18 @@ def normalised_space(family: FlowFamily) -> LatentSpace:
     return LatentSpace(channels, 2**halvings, statistics=digest([*values, repr(eps)]))
 
 
-def positions(length: int, latents: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the positions ``(n, 4)`` of tokens: (0, 0, 0, j) for text, (0, row, column, 0) for canonical latents."""
-    rows, columns = latents.shape[-2:]
+def positions(length: int, grids: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return the positions ``(n, 4)`` of tokens: (0, 0, 0, j) for text, (10·k, row, column, 0) for picture k.
 
-    def product(*sizes: int) -> Tensor:
-        return torch.cartesian_prod(*(torch.arange(size, device=latents.device) for size in sizes)).float()
+    Picture 0 is the one that is made.
+    """
 
-    return product(1, 1, 1, length), product(1, rows, columns, 1)
+    def product(first: int, *sizes: int) -> Tensor:
+        axes = ((first, first + 1), *((0, size) for size in sizes))
+        return torch.cartesian_prod(*(torch.arange(*axis, device=device) for axis in axes)).float()
+
+    pictures = [product(10 * picture, *grid, 1) for picture, grid in enumerate(grids)]
+    return product(0, 1, 1, length), torch.cat(pictures) if len(pictures) > 1 else pictures[0]
 
 
 @register_backbone

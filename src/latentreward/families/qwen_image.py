@@ -17,6 +17,7 @@ from latentreward.encoders.prompts import PromptEncoder
 from latentreward.encoders.vae import ChannelLatentEncoder
 from latentreward.errors import InputError
 from latentreward.families.backbone import FamilyBackbone, load_family_backbone
+from latentreward.families.base import PipelineConfigs
 from latentreward.families.flow import FlowFamily, Tokens
 
 TEMPLATE = (
@@ -24,6 +25,7 @@ TEMPLATE = (
     "relationships of the objects and background:<|im_end|>\n<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
 )
 """Text that is encoded for a prompt; the tokens before the prompt are dropped afterwards."""
+EDITORS = ("QwenImageEditPipeline", "QwenImageEditPlusPipeline")  # classes of pipelines of Qwen-Image-Edit
 PREFIX = 34  # number of tokens before the prompt with Qwen's own tokenizer
 TEXT_OUTPUT = ("attn.add_q_proj", "attn.norm_added_q", "attn.to_add_out", "txt_mlp")
 VISUAL_OUTPUT = ("attn.to_q", "attn.norm_q", "attn.to_out", "img_mlp")
@@ -39,8 +41,6 @@ class QwenImage(FlowFamily):
     block_classes = ("QwenImageTransformerBlock",)
     text_layers = ("Qwen2_5_VLDecoderLayer",)
     refused: ClassVar[Mapping[str, str]] = {
-        "QwenImageEditPipeline": "it edits a given image",
-        "QwenImageEditPlusPipeline": "it edits given images",
         "QwenImageEditInpaintPipeline": "it edits a given image",
         "QwenImageControlNetPipeline": "it takes a control image",
         "QwenImageControlNetInpaintPipeline": "it takes a control image",
@@ -55,10 +55,17 @@ class QwenImage(FlowFamily):
     lora_loader = "QwenImageLoraLoaderMixin"
     default_guidance = 4.0
 
+    @classmethod
+    def recognises(cls, pipeline: PipelineConfigs) -> bool:
+        """See :meth:`Family.recognises`; Qwen-Image-Edit has another class of pipeline, or ``zero_cond_t``."""
+        if not super().recognises(pipeline):
+            return False
+        zero_time = bool(pipeline.config(cls.part).get("zero_cond_t"))
+        return (zero_time or pipeline.index.get("_class_name") in EDITORS) == (cls.sources != (0, 0))
+
     def check(self) -> None:
         """See :meth:`Family.check`."""
         for field, reason in {
-            "zero_cond_t": "a network of Qwen-Image-Edit, which edits given images",
             "use_layer3d_rope": "a network of Qwen-Image-Layered, which makes layers instead of one image",
             "use_additional_t_cond": "a network of Qwen-Image-Layered, which makes layers instead of one image",
             "guidance_embeds": "a network with embedded guidance, of which no release is known",
@@ -129,25 +136,25 @@ class QwenImage(FlowFamily):
         self, network: Any, latents: Tensor, sigma: Tensor, conditioning: Conditioning, guidance: float | None
     ) -> Tensor:
         """See :meth:`FlowFamily.velocity`."""
-        dtype, grid = network.img_in.weight.dtype, self.token_grid(latents)
+        dtype, grids = network.img_in.weight.dtype, self.grids(latents, conditioning)
         output = network(
-            hidden_states=self.pack(latents).to(dtype),
+            hidden_states=self.sequence(latents, conditioning).to(dtype),
             encoder_hidden_states=conditioning.prompt_embeds.to(dtype),
             encoder_hidden_states_mask=needed_mask(conditioning),
             timestep=sigma,
-            img_shapes=[[grid]] * len(latents),
+            img_shapes=[grids] * len(latents),
         ).sample
-        return self.unpack(output, grid)
+        return self.unpack(output, grids[0])
 
     def begin(self, network: Any, latents: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tokens:
         """See :meth:`FlowFamily.begin`."""
-        dtype, grid = network.img_in.weight.dtype, self.token_grid(latents)
-        visual = network.img_in(self.pack(latents).to(dtype))
+        dtype, grids = network.img_in.weight.dtype, self.grids(latents, conditioning)
+        visual = network.img_in(self.sequence(latents, conditioning).to(dtype))
         text = network.txt_in(network.txt_norm(conditioning.prompt_embeds.to(dtype)))
         temb = network.time_text_embed(sigma, visual)
-        rotary = network.pos_embed([[grid]] * len(latents), max_txt_seq_len=text.shape[1], device=visual.device)
+        rotary = network.pos_embed([grids] * len(latents), max_txt_seq_len=text.shape[1], device=visual.device)
         others = {"encoder_hidden_states_mask": needed_mask(conditioning), "temb": temb, "image_rotary_emb": rotary}
-        return Tokens(visual, text, temb, grid, conditioning.prompt_mask, others)
+        return Tokens(visual, text, temb, grids[0], conditioning.prompt_mask, others)
 
     def step(self, block: nn.Module, tokens: Tokens, number: int) -> tuple[Tensor, Tensor]:
         """See :meth:`FlowFamily.step`."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
@@ -117,7 +118,8 @@ class Policy(nn.Module):
             latents: ``(B, C, ...)``.
             timesteps: ``(B,)``.
             conditioning: Encoded prompts, B rows.
-            uncond: The encoded empty prompt, one row; not used without classifier-free guidance.
+            uncond: The encoded empty prompt, one row, or B where it depends on a row's sources; not used without
+                classifier-free guidance.
             guidance_scale: Scale as checked by :meth:`Family.guidance`; None for networks without guidance.
 
         Raises:
@@ -137,7 +139,9 @@ class Policy(nn.Module):
                 f"guidance_scale={guidance_scale:g} needs the encoded empty prompt; give it, or set it to "
                 f"{self.family.no_guidance:g}"
             )
-        return Conditioning.join([uncond.select([0] * len(conditioning)), conditioning])
+        every = uncond if len(uncond) == len(conditioning) else uncond.select([0] * len(conditioning))
+        # Editors see the sources in both passes.
+        return Conditioning.join([replace(every, source_latents=conditioning.source_latents), conditioning])
 
     def predict_packed(
         self, latents: Tensor, timesteps: Tensor, prompts: Conditioning, guidance_scale: float | None

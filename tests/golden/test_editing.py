@@ -1,0 +1,130 @@
+"""Editors: velocities, guidance, taps and sizes of sources."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+from zlib import crc32
+
+import diffusers
+import pytest
+import torch
+from torch import Tensor, nn
+
+from latentreward.contracts import Conditioning
+from latentreward.errors import InputError
+from latentreward.families import FlowFamily
+from latentreward.families.backbone import FamilyBackbone
+from latentreward.families.flux1_kontext import Flux1Kontext
+from latentreward.families.flux2_klein import Flux2Klein
+from latentreward.families.qwen_image_edit import QwenImageEdit
+from tests.families.made_configs import MadeConfigs
+from tests.golden.catalogue import Case, Tensors, cases
+
+SPACE = {"block_out_channels": [1, 1, 1, 1], "scaling_factor": 1.0, "shift_factor": 0.0}
+FAMILIES: Mapping[str, tuple[type[FlowFamily], dict[str, Any]]] = {
+    "kontext": (Flux1Kontext, {**SPACE, "latent_channels": 16}),
+    "klein": (Flux2Klein, {**SPACE, "latent_channels": 32}),
+    "qwen_edit": (
+        QwenImageEdit,
+        {
+            "z_dim": 16,
+            "temperal_downsample": [False, True, True],
+            "latents_mean": [0.0] * 16,
+            "latents_std": [1.0] * 16,
+        },
+    ),
+}
+editors = pytest.mark.parametrize(
+    "case",
+    [case for kind in ("kontext", "klein", "qwen_edit", "qwen_edit_zero_cond_t") for case in cases(f"editing/{kind}")],
+    ids=lambda case: case.name,
+)
+
+
+class Configs(MadeConfigs):
+    """Configs whose VAE has statistics too."""
+
+    def tensors(self, part: str, names: Any) -> list[Tensor]:
+        return [torch.zeros(128), torch.ones(128)]
+
+
+def family_of(case: Case) -> FlowFamily:
+    kind, vae = FAMILIES[case.options["kind"]]
+    return kind(Configs({"transformer": case.options["network"]["config"], "vae": vae}))
+
+
+def network_of(case: Case) -> nn.Module:
+    """The case's network with the recipe's weights."""
+    made = case.options["network"]
+    network = getattr(diffusers, made["class"])(**made["config"]).eval()
+    for name, weight in network.named_parameters():
+        drawn = torch.randn(
+            weight.shape, generator=torch.Generator().manual_seed(made["seed"] * 1_000_003 + crc32(name.encode()))
+        )
+        if weight.ndim > 1:
+            drawn /= math.sqrt(weight[0].numel())
+        else:
+            drawn = drawn / 10 + ("norm" in name and name.endswith("weight"))
+        weight.data.copy_(drawn)
+    total = sum(weight.double().abs().sum().item() for weight in network.parameters())
+    assert total == pytest.approx(made["sums"][0], rel=1e-6)
+    return network
+
+
+def conditioning_of(data: Tensors, sources: int, prefix: str = "") -> Conditioning:
+    mask = data[f"in.{prefix}mask"].bool() if f"in.{prefix}mask" in data else None
+    pooled = data["in.pooled"] if "in.pooled" in data else None
+    given = tuple(data[f"in.source_{number}"] for number in range(sources))
+    return Conditioning(data[f"in.{prefix}text"], pooled, mask, given)
+
+
+def assert_equal(found: Tensor, expected: Tensor, name: str) -> None:
+    assert (found - expected).abs().max() <= 1e-5 * expected.abs().max().clamp(min=1), name
+
+
+@editors
+@torch.no_grad()
+def test_predictions(case: Case) -> None:
+    data, options, family, network = case.tensors(), case.options, family_of(case), network_of(case)
+    given = conditioning_of(data, options["sources"])
+    at = data["in.latents"], data["in.sigma"]
+    found = {
+        "velocity": family.velocity(network, *at, given, options["guidance"]),
+        "plain": family.velocity(network, *at, replace(given, source_latents=()), options["guidance"]),
+    }
+    if "out.guided" in data:
+        without = family.velocity(network, *at, conditioning_of(data, options["sources"], "uncond_"), None)
+        found["guided"] = family.guide(found["velocity"], without, options["guidance"])
+    for name, value in found.items():
+        assert_equal(value, data[f"out.{name}"], name)
+
+
+@editors
+@torch.no_grad()
+def test_features_are_those_of_the_picture_that_is_made(case: Case) -> None:
+    data, options = case.tensors(), case.options
+    given = conditioning_of(data, options["sources"])
+    backbone = FamilyBackbone(network_of(case), family_of(case), None, options["taps"], options["taps"])
+    features = backbone.read(data["in.latents"], 1000 * data["in.sigma"], given)
+    for place, tap in enumerate(options["taps"]):
+        assert_equal(features.visual[place], data[f"out.tap_{tap}_image"], f"tap {tap}")
+        assert_equal(features.text[place], data[f"out.tap_{tap}_text"], f"text at tap {tap}")
+        assert features.visual[place].shape[1] == math.prod(features.visual_grids[place])
+
+
+@pytest.mark.parametrize("case", cases("editing/sizes"), ids=lambda case: case.name)
+def test_sizes_of_sources(case: Case) -> None:
+    kinds = {"kontext": Flux1Kontext, "qwen": QwenImageEdit, "klein": Flux2Klein}
+    vae = {**SPACE, "block_out_channels": [1] * 3, "latent_channels": 16}  # the sizes were recorded with a small VAE
+    families = {name: kind(MadeConfigs({"vae": vae})) for name, kind in kinds.items()}
+    for row in case.options["table"]:
+        width, height = row["image"]
+        if row["klein"] is None:
+            with pytest.raises(InputError, match="sides of at least 64 pixels"):
+                families["klein"].source_size(height, width)
+        else:
+            resized, cropped = families["klein"].source_size(height, width)
+            assert [[*resized[::-1]], [*cropped[::-1]]] == row["klein"]
+        for name, expected in (("kontext", row["kontext"]), ("qwen", row["qwen"][0])):
+            assert [*families[name].source_size(height, width).resized[::-1]] == expected, (name, row["image"])
