@@ -31,7 +31,7 @@ MAY_IMPORT = {
     "programs": {"errors"},
     "noise": BASE,
     "ranks": BASE,
-    "encoders": BASE,
+    "encoders": BASE | {"data"},
     "data": BASE | {"reports"},
     "heads": BASE,
     "losses": BASE,

@@ -89,13 +89,61 @@ class ImageRef:
     holds: Literal["image", "latents"] = "image"
 
 
+class EditPrompt(str):
+    """Instruction to edit pictures: a text that carries the pictures.
+
+    Whatever reads texts reads the instruction. Equal prompts have equal texts and the same pictures in the same order,
+    so groups, memories and splits by prompt tell edits of unlike pictures apart. Methods of ``str`` return plain texts;
+    :func:`like_prompt` gives a changed text the pictures again.
+
+    Args:
+        text: Instruction.
+        sources: Pictures to edit, in the order that the network takes them.
+    """
+
+    sources: tuple[ImageRef, ...]
+
+    def __new__(cls, text: str, sources: Sequence[ImageRef] = ()) -> Self:
+        """Create a prompt; see the class."""
+        prompt = super().__new__(cls, text)
+        prompt.sources = tuple(sources)
+        return prompt
+
+    @property
+    def identity(self) -> tuple[str, ...]:
+        """Text and keys of the pictures."""
+        return (str.__str__(self), *(source.image_key for source in self.sources))
+
+    def __eq__(self, other: object) -> bool:
+        return self.identity == (other.identity if isinstance(other, EditPrompt) else (other,))
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+    def __hash__(self) -> int:
+        return hash(self.identity) if self.sources else super().__hash__()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return EditPrompt, (str.__str__(self), self.sources)
+
+
+def sources_of(prompt: str) -> tuple[ImageRef, ...]:
+    """Return the pictures that a prompt edits; none for a plain text."""
+    return prompt.sources if isinstance(prompt, EditPrompt) else ()
+
+
+def like_prompt(text: str, prompt: str) -> str:
+    """Return ``text`` as a prompt for the pictures that ``prompt`` edits; as it is for a plain text."""
+    return EditPrompt(text, prompt.sources) if isinstance(prompt, EditPrompt) else text
+
+
 @dataclass(frozen=True)
 class PreferencePair:
     """One comparison of two images for a prompt; a and b follow the order in the source.
 
     Attributes:
         pair_id: Stable name of the comparison, unique in its source; seeds all random numbers of the pair.
-        prompt: Raw text, not truncated: the tokenizer truncates.
+        prompt: Raw text, not truncated: the tokenizer truncates. An :class:`EditPrompt` if the images are edits.
         image_a: First image in the source.
         image_b: Second image in the source.
         label_a: Probability that ``image_a`` is preferred, in [0, 1] (½ is a tie); None if the pair has no label.
@@ -231,6 +279,8 @@ class PreferenceBatch(TensorRecord):
         conditioning: Encoded prompts from a cache, B rows; with None the training module encodes ``prompts``.
         uncond: Encoded empty prompt from a cache, one row; None if there is none.
         targets: Given values of the images, such as a teacher's scores; None if there are none.
+        sources: The pictures that the images are edits of, one tensor of B rows for each place in their order: pixels,
+            or latents where the images are latents. Empty for text to image.
     """
 
     pair_ids: tuple[str, ...]
@@ -245,6 +295,7 @@ class PreferenceBatch(TensorRecord):
     conditioning: "Conditioning | None" = None
     uncond: "Conditioning | None" = None
     targets: "PairTargets | None" = None
+    sources: tuple[Tensor, ...] = ()
 
     def __post_init__(self) -> None:
         if self.label.device.type != "cpu":  # an accelerator would be waited for; batches are made on the CPU
@@ -332,6 +383,14 @@ class Conditioning(TensorRecord):
             self.prompt_mask,
             self.source_latents,
         )
+
+    def beside(self, prompts: "Conditioning") -> "Conditioning":
+        """Return this empty prompt for each row of ``prompts``, with the sources of the row.
+
+        It has one row, or B rows where the text depends on the sources. Editors see the sources in both passes.
+        """
+        rows = self if len(self) == len(prompts) else self.select([0] * len(prompts))
+        return replace(rows, source_latents=prompts.source_latents)
 
     def pooled(self) -> Tensor:
         """Return the pooled vectors ``(B, P)``; without them the mean ``(B, D)`` of the tokens.

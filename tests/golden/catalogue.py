@@ -1,7 +1,8 @@
 """Which golden cases there are, which files belong to them, and what of them the tests have read.
 
 The set lies in the folder named by ``LATENTREWARD_GOLDEN_DIR`` (default: ``data`` beside this file), with sub-folders
-``lpo``, ``dina``, ``algos``, ``algos2`` and ``editing``. A case is found by its JSON file, whatever its seed, shape or options:
+``lpo``, ``dina``, ``algos``, ``algos2`` and ``editing``. A case is found by its JSON file, whatever its seed, shape or
+options:
 
 * ``lpo``: the group is the two digits after ``case``; ``caseNN*/data.json`` with everything in that folder, or a file
   ``caseNN*.json`` with the files of the same stem, and with tensor files of the group that have no JSON.

@@ -74,7 +74,7 @@ def network_of(case: Case) -> nn.Module:
 
 def conditioning_of(data: Tensors, sources: int, prefix: str = "") -> Conditioning:
     mask = data[f"in.{prefix}mask"].bool() if f"in.{prefix}mask" in data else None
-    pooled = data["in.pooled"] if "in.pooled" in data else None
+    pooled = data.get("in.pooled")
     given = tuple(data[f"in.source_{number}"] for number in range(sources))
     return Conditioning(data[f"in.{prefix}text"], pooled, mask, given)
 

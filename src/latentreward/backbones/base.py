@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from latentreward.backbones.tuning import ATTENTION
 from latentreward.construction import Construction
 from latentreward.contracts import Conditioning, Features, FeatureSpec, LatentSpace, map_tensors
+from latentreward.encoders.sources import SourceEncoder, with_sources
 from latentreward.errors import InputError
 from latentreward.noise import NoiseProcess
 from latentreward.promises import Kind, Part, returns, shown, values_of, wrong_tensor
@@ -80,6 +81,8 @@ class DiffusionBackbone(nn.Module, Part):
         max_side: Largest side of the latents for which the network has position embeddings; None for any.
         max_prompt: Largest number of tokens of a prompt for which the network has them; None for any.
         lora_targets: Name endings of the layers that get adapters where the settings name none.
+        sources: Least and largest number of pictures that the network edits or refers to; None for any number.
+        source_encoder: Encoder of the pictures that prompts edit; None for a network that edits none.
         built_by: Record of the factory or class call that made the backbone; None if an argument cannot be written as
             JSON.
     """
@@ -90,6 +93,7 @@ class DiffusionBackbone(nn.Module, Part):
     takes_aspects: bool = False
     max_side: int | None = None
     max_prompt: int | None = None
+    sources: tuple[int, int | None] = (0, 0)
     lora_targets: Sequence[str] = ATTENTION
     built_by: Construction | None = None
 
@@ -111,6 +115,7 @@ class DiffusionBackbone(nn.Module, Part):
         super().__init__()
         self.noise_process, self.latent_space, self.output_map = noise_process, latent_space, output_map
         self.text_encoder, self.vae = text_encoder, vae
+        self.source_encoder: SourceEncoder | None = None
 
     @property
     @abstractmethod
@@ -160,20 +165,28 @@ class DiffusionBackbone(nn.Module, Part):
         if uncond is None:
             return self.read(latents, timesteps, conditioning)
         size = len(latents)
-        prompts = Conditioning.join([conditioning, uncond.select([0] * size)])
+        prompts = Conditioning.join([conditioning, uncond.beside(conditioning)])
         both = self.read(torch.cat([latents, latents]), torch.cat([timesteps, timesteps]), prompts)
         return replace(rows_of(both, slice(size)), uncond=rows_of(both, slice(size, None)))
 
-    def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
-        """Encode B prompts to B rows, repeated prompts once; raise InputError without a text encoder."""
+    def encode_prompts(self, prompts: Sequence[str], sources: Sequence[Tensor] = ()) -> Conditioning:
+        """Encode B prompts and the pictures that they edit to B rows, repeated prompts once.
+
+        Args:
+            prompts: B prompts.
+            sources: Pixels ``(B, 3, H, W)`` of each picture that the prompts edit; empty reads those of the prompts.
+
+        Raises:
+            InputError: If there is no text encoder, or the prompts edit pictures, which the network does not.
+        """
         if self.text_encoder is None:
             raise InputError("this backbone was built without a text encoder; load it from a full pipeline folder")
         distinct = list(dict.fromkeys(prompts))
         encoded = self.text_encoder(distinct)
-        if len(distinct) == len(prompts):
-            return encoded
-        row = {prompt: index for index, prompt in enumerate(distinct)}
-        return encoded.select([row[prompt] for prompt in prompts])
+        if len(distinct) < len(prompts):
+            row = {prompt: index for index, prompt in enumerate(distinct)}
+            encoded = encoded.select([row[prompt] for prompt in prompts])
+        return with_sources(encoded, prompts, self.source_encoder, sources)
 
     def drop_text_taps(self) -> None:
         """Stop reading text taps, for a head that uses none, and freeze parameters that only text taps need.

@@ -9,6 +9,7 @@ from latentreward.contracts import PairTargets, PreferenceBatch
 from latentreward.data.dataset import LoadedPair, SkippedPair
 from latentreward.data.images import ImageError
 from latentreward.data.readers.base import DATA_ON_ERROR
+from latentreward.errors import InputError
 
 NAMED = 5
 
@@ -32,7 +33,7 @@ def collate_pairs(items: Sequence[LoadedPair | SkippedPair]) -> PreferenceBatch:
             pair, targets = item.pair, item.targets
             if is_turned(pair.label_a, pair.image_a.image_key, pair.image_b.image_key):
                 turned = None if targets is None else targets.flip(0)
-                pairs.append(LoadedPair(pair.swapped(), item.pixels_b, item.pixels_a, turned))
+                pairs.append(LoadedPair(pair.swapped(), item.pixels_b, item.pixels_a, turned, item.sources))
             else:
                 pairs.append(item)
     if not pairs:
@@ -53,7 +54,23 @@ def collate_pairs(items: Sequence[LoadedPair | SkippedPair]) -> PreferenceBatch:
         label=torch.tensor([0.5 if pair.label_a is None else pair.label_a for pair in records]),
         weight=torch.tensor([0.0 if pair.label_a is None else pair.weight for pair in records]),
         targets=stack_targets([item.targets for item in pairs if item.targets is not None]),
+        sources=stack_sources([item.sources for item in pairs]),
     )
+
+
+def stack_sources(rows: Sequence[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+    """Stack the pictures that B pairs are edits of, place by place.
+
+    Raises:
+        InputError: If the pairs have unlike numbers of pictures.
+    """
+    counts = sorted({len(row) for row in rows})
+    if len(counts) > 1:
+        raise InputError(
+            f"pairs of one batch are edits of {counts[0]} and of {counts[-1]} pictures; split the data by that number, "
+            "or set batch_size: 1"
+        )
+    return tuple(torch.stack(place) for place in zip(*rows, strict=True))
 
 
 def stack_targets(targets: Sequence[Tensor]) -> PairTargets | None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from latentreward.contracts import PreferencePair
+from latentreward.contracts import PreferencePair, sources_of
 from latentreward.data.clips import ClipLoader
 from latentreward.data.image_sizes import OneSize
 from latentreward.data.images import IMAGE_PROBLEMS, ImageError, PixelLoader
@@ -29,6 +29,7 @@ class LoadedPair:
     pixels_a: Tensor  # Pixels of image a, ``(3, H, W)``, or of clip a, ``(3, F, H, W)``; float32 in [-1, 1]
     pixels_b: Tensor  # Pixels of image or clip b
     targets: Tensor | None = None  # ``(2, T, K)`` given values, see :meth:`ScoreTargets.values`; None if there are none
+    sources: tuple[Tensor, ...] = ()  # Pixels of the pictures that the images are edits of
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,8 @@ class PairDataset(Dataset[LoadedPair | SkippedPair]):
                 clips = self.loader.load(pair.image_a), self.loader.load(pair.image_b)
                 self.unused[index] = torch.tensor([clip.unused for clip in clips])
                 return LoadedPair(pair, clips[0].pixels, clips[1].pixels, targets)
-            return LoadedPair(pair, self.loader(pair.image_a), self.loader(pair.image_b), targets)
+            sources = tuple(map(self.loader, sources_of(pair.prompt)))
+            return LoadedPair(pair, self.loader(pair.image_a), self.loader(pair.image_b), targets, sources)
         except ImageError as error:
             split, setting = (f"data.{self.name}: ", DATA_ON_ERROR) if self.name else ("", OWN_ON_ERROR)
             if self.on_error == "raise":
@@ -115,7 +117,8 @@ class PairDataset(Dataset[LoadedPair | SkippedPair]):
                 logger.warning("%s%s: %s; this process only counts further ones", split, pair.pair_id, error)
             if self.on_error == "skip":
                 return SkippedPair(pair.pair_id, str(error))
-            return LoadedPair(replace(pair, label_a=None), self.loader.blank(), self.loader.blank(), targets)
+            blank, blanks = self.loader.blank(), tuple(self.loader.blank() for _ in sources_of(pair.prompt))
+            return LoadedPair(replace(pair, label_a=None), blank, self.loader.blank(), targets, blanks)
 
     def skipped(self) -> Counter[str]:
         """Count, by reason, the pairs that this process and its workers skipped or replaced by a placeholder so far."""

@@ -120,12 +120,17 @@ class PixelLoader:
             resized = decoded.resize((self.width, self.height), Image.Resampling.BILINEAR)
         else:
             resized = ImageOps.fit(decoded, (self.width, self.height), Image.Resampling.LANCZOS)
-        levels = torch.from_numpy(np.array(resized)).permute(2, 0, 1).contiguous()
-        return (levels.float() / 255 - 0.5) / 0.5
+        return to_pixels(resized)
 
     def blank(self) -> Tensor:
         """Return mid-grey pixels ``(3, height, width)``, which replace an image under ``on_error: placeholder``."""
         return torch.zeros(3, self.height, self.width)
+
+
+def to_pixels(image: Image.Image) -> Tensor:
+    """Convert an 8-bit RGB image to pixels ``(3, H, W)``, float32 in [-1, 1]."""
+    levels = torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+    return (levels.float() / 255 - 0.5) / 0.5
 
 
 def decode_image(image: ImageRef, max_pixels: int = MAX_PIXELS, exif: ExifOrientation = "ignore") -> Image.Image:

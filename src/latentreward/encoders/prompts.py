@@ -39,6 +39,8 @@ class PromptEncoder(nn.Module, Part):
         dropped_tokens: Number of tokens before the prompt's own whose embeddings a masked encoder drops.
         tokens_in_fingerprint: Whether the encoder's fingerprint covers the tokens of fixed prompts. Encoders of SD and
             SD3 have fingerprints without, because caches hold them.
+        sees_sources: Whether the text encoder reads the pictures that prompts edit too, so that the empty prompt has an
+            encoding for each picture.
         unread: Names of submodules that no output depends on. They are frozen, because DDP fails on trainable
             parameters without a gradient.
         tokens_only: Names of submodules that the token embeddings depend on, but not the pooled vector.
@@ -52,6 +54,7 @@ class PromptEncoder(nn.Module, Part):
     pools_tokens: bool = False
     dropped_tokens: int = 0
     tokens_in_fingerprint: bool = True
+    sees_sources: bool = False
     unread: tuple[str, ...] = ()
     tokens_only: tuple[str, ...] = ()
     _told_cut: bool = False

@@ -53,6 +53,8 @@ class FamilyBackbone(TransformerBackbone):
         super().__init__(family.noise_process, family.latent_space, **options)
         self.family, self.max_side, self.max_prompt = family, family.max_side, family.max_prompt
         self.lora_targets = family.lora_targets
+        self.sources = family.sources
+        self.source_encoder = None if self.vae is None else family.source_encoder(self.vae)
         depth = sum(1 for _ in family.blocks(transformer))
         num_layers = self.choose_taps(depth, num_layers, visual_taps, text_taps)
         if family.constant_text and max(self.text_taps, default=0) > self.visual_taps[-1]:

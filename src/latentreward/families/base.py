@@ -8,7 +8,7 @@ from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from functools import cached_property
-from typing import Any, ClassVar, NamedTuple, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from latentreward.backbones.tuning import ATTENTION, StorageDtype
 from latentreward.backbones.weights import settle
 from latentreward.contracts import Conditioning, LatentSpace
 from latentreward.encoders.prompts import PromptEncoder
+from latentreward.encoders.sources import SourceEncoder, SourceSize
 from latentreward.encoders.vae import LatentEncoder
 from latentreward.errors import InputError
 from latentreward.noise import DDPM, FlowMatching, NoiseProcess, fits_kind
@@ -84,18 +85,6 @@ def _wrong_network(found: nn.Module, family: Family, pretrained: bool = True) ->
         kinds = {type(block).__name__ for block in family.blocks(found)} - {*family.block_classes}
         family._require("block_classes", not kinds, f"lacks {', '.join(sorted(kinds))}, of the blocks of the network")
     return problem
-
-
-class SourceSize(NamedTuple):
-    """Size that the network's pipeline gives to a picture that it edits.
-
-    Attributes:
-        resized: (height, width) in pixels to which the whole picture is resized.
-        cropped: (height, width) of the centre that is then kept; None for all.
-    """
-
-    resized: tuple[int, int]
-    cropped: tuple[int, int] | None = None
 
 
 class Family(Part):
@@ -374,6 +363,10 @@ class Family(Part):
         """
         self.check_sources(1)
         raise NotImplementedError(f"{type(self).__name__} gives no size for sources")
+
+    def source_encoder(self, vae: LatentEncoder) -> SourceEncoder | None:
+        """Return the encoder of the pictures that the network edits; None for a network that edits none."""
+        return None if self.sources == (0, 0) else SourceEncoder(vae, self.source_size)
 
     def load_latent_encoder(self, dtype: StorageDtype = "float32") -> LatentEncoder:
         """Load the VAE in ``dtype``; constants stored beside its weights (FLUX.2) stay float32."""

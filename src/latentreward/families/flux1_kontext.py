@@ -11,8 +11,8 @@ from typing import Any, ClassVar
 
 from latentreward.backbones.registry import register_backbone
 from latentreward.contracts import PathText
+from latentreward.encoders.sources import SourceSize
 from latentreward.families.backbone import FamilyBackbone, load_family_backbone
-from latentreward.families.base import SourceSize
 from latentreward.families.flux1 import Flux1
 
 SIZES = (

@@ -20,10 +20,10 @@ from latentreward.backbones.tuning import ATTENTION
 from latentreward.contracts import Conditioning, LatentSpace, PathText
 from latentreward.encoders.language_model import first_layers
 from latentreward.encoders.prompts import PromptEncoder
+from latentreward.encoders.sources import SourceSize
 from latentreward.encoders.vae import PatchedLatentEncoder
 from latentreward.errors import InputError
 from latentreward.families.backbone import FamilyBackbone, load_family_backbone
-from latentreward.families.base import SourceSize
 from latentreward.families.flow import FlowFamily, Tokens
 from latentreward.families.flux1 import unread_of_dual
 from latentreward.storage.digests import digest

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from latentreward.backbones.registry import register_backbone
 from latentreward.contracts import Conditioning, PathText
+from latentreward.encoders.sources import SourceSize
 from latentreward.families.backbone import FamilyBackbone, load_family_backbone
-from latentreward.families.base import SourceSize
 from latentreward.families.flow import Tokens
 from latentreward.families.qwen_image import QwenImage
 

@@ -16,8 +16,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from torch.optim import AdamW
 
-from latentreward.contracts import Conditioning, NoisyStates, PromptBatch, RolloutStatistics, SampledStates
+from latentreward.contracts import Conditioning, NoisyStates, PromptBatch, RolloutStatistics, SampledStates, sources_of
 from latentreward.data.alignment.experience import other_rows, wrong_rows
+from latentreward.data.images import PixelLoader
 from latentreward.devices import evaluating
 from latentreward.encoders.stored_prompts import StoredPrompts
 from latentreward.errors import InputError
@@ -147,6 +148,11 @@ class AlignmentModule(LightningModule):
             self.reward.set_precision(torch.bfloat16)
         for scorer in self._reward_parts(LatentScorer):
             scorer.read_weights()
+        sampling = getattr(self, "sampling", None)  # of a method that makes pictures
+        if self.policy.source_encoder is not None and self.policy_source.source_size == "made" and sampling is not None:
+            native = self.policy.native_size
+            made = sampling.height or native[0], sampling.width or native[1]
+            self.policy.source_encoder.loader = PixelLoader(*made, "center_crop")
         # After the reward is in place: the digest of frozen weights that ranks compare covers it too.
         self.frozen_base.prepare(self)
 
@@ -193,8 +199,11 @@ class AlignmentModule(LightningModule):
             # FSDP2 needs one call of the whole network before a reward that shares the network calls its blocks.
             stored = isinstance(self.policy.text_encoder, StoredPrompts)  # of EncodeOnce, which has no other prompts
             prompts = [""] * 3 if stored else ["", "a cat", "two dogs on a hill"]
+            given = getattr(getattr(self.trainer, "datamodule", None), "prompts", ())
+            if isinstance(given, tuple) and given and sources_of(given[0]):
+                prompts = [given[0]] * 3
             self.policy.predict(noise, timesteps, self.policy.encode_prompts(prompts))
-            encoded = self.reward.encode_prompts([""])
+            encoded = self.reward.encode_prompts(prompts[:1])
             self.reward(NoisyStates(noise, timesteps, torch.zeros(3, dtype=torch.int64), noise), encoded)
         for buffer, value in before:
             buffer.copy_(value)
@@ -375,23 +384,25 @@ class AlignmentModule(LightningModule):
         with torch.no_grad(), self.compute_precision():
             # One by one: the last bits can depend on the batch size, and a resumed run has fewer prompts left.
             parts = [self.policy.encode_prompts([prompt]).to("cpu") for prompt in prompts]
-            uncond = self.encode_uncond()
+            uncond = self.encode_uncond(prompts)
         # Rows are trained on for many batches; encoding T5 anew in each would cost more than the step.
         self._rows = {prompt: row for row, prompt in enumerate(prompts)}
         self._encoded = Conditioning.join(parts), uncond
 
-    def encode_uncond(self) -> Conditioning | None:
-        """Encode the empty prompt, one row; None without guidance."""
-        return self.policy.encode_uncond() if self.policy.family.needs_uncond(self.guidance_scale) else None
+    def encode_uncond(self, prompts: Sequence[str]) -> Conditioning | None:
+        """Encode the empty prompt, see :meth:`Policy.encode_uncond`; None without guidance."""
+        return self.policy.encode_uncond(prompts) if self.policy.family.needs_uncond(self.guidance_scale) else None
 
     def conditioning(self, prompts: Sequence[str]) -> tuple[Conditioning, Conditioning | None]:
         """Return the encoded prompts and, under guidance, the encoded empty prompt, on the module's device."""
         if self._encoded is None or not self._rows.keys() >= set(prompts):
-            return self.policy.encode_prompts(prompts), self.encode_uncond()
+            return self.policy.encode_prompts(prompts), self.encode_uncond(prompts)
         encoded, uncond = self._encoded
+        rows = [self._rows[prompt] for prompt in prompts]
+        if uncond is not None and len(uncond) > 1:  # of a text encoder that sees pictures
+            uncond = uncond.select(rows).to(self.device)
         # Text is padded to the longest prompt of the rollout; attention over the rest of the padding is wasted.
-        rows = encoded.select([self._rows[prompt] for prompt in prompts]).trimmed()
-        return rows.to(self.device), uncond
+        return encoded.select(rows).trimmed().to(self.device), uncond
 
     def on_train_start(self) -> None:
         """Start the clock from which the share of time spent in rollouts is computed."""

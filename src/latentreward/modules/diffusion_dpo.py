@@ -20,7 +20,7 @@ from latentreward.losses import (
 )
 from latentreward.metrics import MeanMargin, PairwiseAccuracy
 from latentreward.modules.alignment import AlignmentModule
-from latentreward.modules.pairs import EncodedPairs, PairDraws, Posterior, latents_of, snap_timesteps
+from latentreward.modules.pairs import EncodedPairs, PairDraws, Posterior, conditioning_of, latents_of, snap_timesteps
 from latentreward.noise import LevelSampler, TimestepGrid
 from latentreward.policies import PolicySource
 from latentreward.policies.moving import AVERAGE, DecayRamp, MovingCopy
@@ -106,7 +106,7 @@ class DiffusionDPOModule(AlignmentModule):
     def encode(self, batch: PreferenceBatch, draws: PairDraws) -> EncodedPairs:
         """Encode images and prompts, and draw the noise, the same for both images of a pair."""
         latents = latents_of(self.policy, batch, draws, self.posterior)
-        conditioning = self.policy.encode_prompts(batch.prompts) if batch.conditioning is None else batch.conditioning
+        conditioning = conditioning_of(self.policy, batch)
         noise = draws.normal("noise", latents.shape[1:], per_image=False).to(latents.device)
         return EncodedPairs(latents, noise, conditioning.select([*range(len(batch))] * 2), None)
 

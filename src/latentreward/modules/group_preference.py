@@ -1,5 +1,6 @@
 """DGPO (arXiv:2510.08425) and CRD (arXiv:2603.14128): learn from all finished samples of a prompt at once."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -109,9 +110,9 @@ class CRDModule(ForwardProcessModule):
         super().__init__(policy, reward, copies=copies, **options)
         self.reference_scale, self.loss = self.guidance_scale if scale is None else scale, loss or CRDLoss()
 
-    def encode_uncond(self) -> Conditioning | None:
+    def encode_uncond(self, prompts: Sequence[str]) -> Conditioning | None:
         """See :meth:`AlignmentModule.encode_uncond`; the reference may be guided where the policy is not."""
-        return self.policy.encode_uncond() if self.policy.family.needs_uncond(self.reference_scale) else None
+        return self.policy.encode_uncond(prompts) if self.policy.family.needs_uncond(self.reference_scale) else None
 
     @torch.no_grad()
     def reference_of(self, samples: RenoisedSamples, states: Renoised) -> Tensor:

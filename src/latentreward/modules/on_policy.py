@@ -1,5 +1,6 @@
 """On-policy distillation: frozen teachers correct a policy's outputs at the states of its own samples."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -198,9 +199,9 @@ class OnPolicyDistillationModule(AlignmentModule):
         places = {str(number): one.pipeline for number, one in enumerate(teachers) if one.pipeline is not None}
         self.networks = nn.ModuleDict({number: load_teacher(policy, place) for number, place in places.items()})
 
-    def encode_uncond(self) -> Conditioning | None:
+    def encode_uncond(self, prompts: Sequence[str]) -> Conditioning | None:
         """See :meth:`AlignmentModule.encode_uncond`; a teacher may be guided where the policy is not."""
-        return self.policy.encode_uncond() if self.guided else None
+        return self.policy.encode_uncond(prompts) if self.guided else None
 
     def make_experience(self, prompts: PromptBatch) -> SampledStates:
         """See :meth:`AlignmentModule.make_experience`: the states of a sample, each a row."""

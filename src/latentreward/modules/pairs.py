@@ -103,6 +103,16 @@ def latents_of(
     return network.vae.encode(images, noise)
 
 
+def conditioning_of(policy: "Policy", batch: PreferenceBatch) -> Conditioning:
+    """Return the encoded prompts of a batch, from a cache or by the policy's encoder, with the latents of sources."""
+    pixels = batch.latent_space is None
+    if batch.conditioning is None:
+        encoded = policy.encode_prompts(batch.prompts, batch.sources if pixels else ())
+    else:
+        encoded = batch.conditioning
+    return replace(encoded, source_latents=batch.sources) if batch.sources and not pixels else encoded
+
+
 class ScoredPairs(NamedTuple):
     """Scores that a step of :class:`PairModule` returns for callbacks; N = pairs × noise levels, all detached.
 

@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -172,9 +172,12 @@ class RewardModule(PairModule):
         """See :meth:`PairModule.encode`."""
         latents = latents_of(self.model.backbone, batch, draws, self.posterior)
         if batch.conditioning is None:
-            conditioning, uncond = self.model.encode_prompts(batch.prompts)
+            pixels = batch.sources if batch.latent_space is None else ()
+            conditioning, uncond = self.model.encode_prompts(batch.prompts, pixels)
         else:
             conditioning, uncond = self.model.take_prompts(batch.conditioning, batch.uncond)
+        if batch.latent_space is not None and batch.sources:
+            conditioning = replace(conditioning, source_latents=batch.sources)
         noise = draws.normal("noise", latents.shape[1:], noise_per_image).to(latents.device)
         return EncodedPairs(latents.float(), noise, conditioning.select([*range(len(batch))] * 2), uncond)
 

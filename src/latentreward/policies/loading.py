@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -43,6 +43,8 @@ class PolicySource:
             family's own number: 256 for SD3, 0 for a shipped pipeline.
         quantization: Storage of the frozen linear layers of the network's blocks: ``int8`` (torchao), ``bnb_int8`` or
             ``nf4`` (bitsandbytes, on a GPU). None keeps ``frozen_dtype``.
+        source_size: Size of the pictures that an editor edits: ``made`` resizes each, around its centre, to the size of
+            the pictures that are made; ``pipeline`` as the pipeline does, which can differ from picture to picture.
         family: Import path of the pipeline's :class:`~latentreward.families.Family`, for a family of one's own; None
             finds it among those of this package.
     """
@@ -58,6 +60,7 @@ class PolicySource:
     load_t5: bool = True
     t5_length: int | None = None
     quantization: Quantization | None = None
+    source_size: Literal["made", "pipeline"] = "made"
     family: str | None = None
 
     def pipeline(self) -> PipelineSource:

@@ -8,13 +8,13 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor, nn
 
-from latentreward.contracts import Conditioning, LatentSpace
+from latentreward.contracts import Conditioning, LatentSpace, like_prompt
+from latentreward.encoders.sources import with_sources
 from latentreward.errors import InputError
 from latentreward.families import Family
 from latentreward.noise import NoiseProcess
@@ -35,11 +35,12 @@ class Policy(nn.Module):
         network: diffusers network, frozen, with an adapter named :data:`POLICY`.
         family: Family of the network, which knows its conventions.
         text_encoder: Frozen prompt encoder; None if prompts are encoded elsewhere.
-        vae: Frozen VAE; None if latents are never decoded.
+        vae: Frozen VAE; None if latents are never decoded, and no picture is edited.
 
     Attributes:
         source: Folder or hub id of the weights, for messages.
         adapters: Switch between the policy's adapter, a reward's adapter, and no adapter.
+        source_encoder: Encoder of the pictures that prompts edit; None for a network that edits none.
         moving_adapters: Names of frozen adapters that training changes, so that checkpoints hold them.
     """
 
@@ -57,6 +58,7 @@ class Policy(nn.Module):
         super().__init__()
         self.network, self.family = network, family
         self.text_encoder, self.vae = text_encoder, vae
+        self.source_encoder = None if vae is None else family.source_encoder(vae)
         self.adapters = AdapterSwitch(network, POLICY)
         self._gradient_seen = self._compared = False
         self._uncond: tuple[Any, Conditioning] | None = None
@@ -139,9 +141,7 @@ class Policy(nn.Module):
                 f"guidance_scale={guidance_scale:g} needs the encoded empty prompt; give it, or set it to "
                 f"{self.family.no_guidance:g}"
             )
-        every = uncond if len(uncond) == len(conditioning) else uncond.select([0] * len(conditioning))
-        # Editors see the sources in both passes.
-        return Conditioning.join([replace(every, source_latents=conditioning.source_latents), conditioning])
+        return Conditioning.join([uncond.beside(conditioning), conditioning])
 
     def predict_packed(
         self, latents: Tensor, timesteps: Tensor, prompts: Conditioning, guidance_scale: float | None
@@ -154,22 +154,33 @@ class Policy(nn.Module):
         without, with_prompt = output.chunk(2)
         return self.family.guide(with_prompt, without, guidance_scale)
 
-    def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
-        """Encode B prompts without gradient, each distinct prompt once; raise InputError without a text encoder."""
+    def encode_prompts(self, prompts: Sequence[str], sources: Sequence[Tensor] = ()) -> Conditioning:
+        """Encode B prompts and the pictures that they edit without gradient, each distinct prompt once.
+
+        ``sources`` are as those of :meth:`DiffusionBackbone.encode_prompts`.
+
+        Raises:
+            InputError: If the policy has no text encoder, or the prompts edit pictures, which its network does not.
+        """
         encoder = self.require_text_encoder()
         # K samples of a prompt share its text; T5 would otherwise run K times.
         distinct = list(dict.fromkeys(prompts))
         row = {prompt: index for index, prompt in enumerate(distinct)}
         with torch.no_grad():
             encoded = encoder(distinct)
-        return encoded if len(distinct) == len(prompts) else encoded.select([row[prompt] for prompt in prompts])
+        if len(distinct) < len(prompts):
+            encoded = encoded.select([row[prompt] for prompt in prompts])
+        return with_sources(encoded, prompts, self.source_encoder, sources)
 
-    def encode_uncond(self) -> Conditioning:
-        """Encode the prompt for classifier-free guidance, one row: the empty one, or zeros, as the family does.
+    def encode_uncond(self, prompts: Sequence[str] = ()) -> Conditioning:
+        """Encode the prompt for classifier-free guidance: the empty one, or zeros, as the family does.
 
-        It is encoded once for a frozen encoder in one place and precision.
+        It is one row, encoded once for a frozen encoder in one place and precision; where the text encoder sees the
+        pictures that ``prompts`` edit, it is a row for each of them.
         """
         encoder = self.require_text_encoder()
+        if encoder.sees_sources and prompts:
+            return self.encode_prompts([like_prompt(self.family.uncond_prompt, prompt) for prompt in prompts])
         weights = [*encoder.parameters()]
         # Without weights it is a table of encoded prompts; what trains or has no version may have changed unseen.
         if not weights or any(weight.requires_grad or weight.is_inference() for weight in weights):

@@ -268,6 +268,16 @@ class LatentReward(RewardSource):
         # Initialising weights, which are overwritten, must not change the RNG.
         with torch.random.fork_rng(devices=[]), reading_later() as unread:
             model, switch = self._loaded(stored, policy)
+        if max(model.backbone.sources[0], policy.family.sources[0]) and (0, 0) in (
+            model.backbone.sources,
+            policy.family.sources,
+        ):
+            edits, other = ("reward", "policy") if model.backbone.sources[0] else ("policy", "reward")
+            raise InputError(
+                f"reward {self.path}: the {edits} is of a network that edits pictures, and the {other}'s network makes "
+                "pictures from text alone; train a reward on the policy's own network"
+            )
+        model.backbone.source_encoder = policy.source_encoder  # both have one latent space; the policy knows the size
         if conversion := describe_conversion(policy.noise_process, model.backbone.noise_process):
             from lightning.pytorch.utilities import rank_zero_info  # takes seconds to import
 

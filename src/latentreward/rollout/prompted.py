@@ -60,7 +60,7 @@ class PromptedPolicy:
     Attributes:
         policy: The generator.
         conditioning: Encoded prompts, B rows.
-        uncond: Encoded empty prompt, one row; None without guidance.
+        uncond: Encoded empty prompt, one row, or B where it depends on a row's sources; None without guidance.
         guidance_scale: Scale as checked by :meth:`Family.guidance`; None for networks without guidance.
     """
 
@@ -73,12 +73,16 @@ class PromptedPolicy:
     @classmethod
     def of(cls, policy: Policy, prompts: PromptBatch, guidance_scale: float | None) -> PromptedPolicy:
         """Encode the prompts, and the empty prompt if the guidance needs it."""
-        uncond = policy.encode_uncond() if policy.family.needs_uncond(guidance_scale) else None
+        uncond = policy.encode_uncond(prompts.prompts) if policy.family.needs_uncond(guidance_scale) else None
         return cls(policy, policy.encode_prompts(prompts.prompts), uncond, guidance_scale)
 
     def select(self, rows: Tensor) -> PromptedPolicy:
         """Return the network for the prompts of ``rows`` ``(N,)`` int64, in any number and order."""
-        return replace(self, conditioning=self.conditioning.select(rows))
+        return replace(self, conditioning=self.conditioning.select(rows), uncond=self._uncond(rows))
+
+    def _uncond(self, rows: Tensor | list[int]) -> Conditioning | None:
+        """Return the empty prompt for the given rows; it is one row for all unless it depends on a row's sources."""
+        return self.uncond if self.uncond is None or len(self.uncond) == 1 else self.uncond.select(rows)
 
     @property
     def device(self) -> torch.device:
@@ -91,6 +95,6 @@ class PromptedPolicy:
         if count not in self._packed:  # text of many tokens: copied once, not at each timestep
             rows = [*range(prompts)] * (count // prompts)
             every = self.conditioning if count == prompts else self.conditioning.select(rows)
-            self._packed[count] = self.policy.with_uncond(every, self.uncond, self.guidance_scale)
+            self._packed[count] = self.policy.with_uncond(every, self._uncond(rows), self.guidance_scale)
         timesteps = torch.full((count,), timestep, device=latents.device)
         return self.policy.predict_packed(latents, timesteps, self._packed[count], self.guidance_scale)

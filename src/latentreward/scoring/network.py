@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from latentreward.backbones.base import DiffusionBackbone
-from latentreward.contracts import Conditioning, Features
+from latentreward.contracts import Conditioning, Features, like_prompt, sources_of
 from latentreward.data.buckets import PUBLISHED_BUCKETS
 from latentreward.data.image_sizes import ImageSizes, NearestBucket, OneSize
 from latentreward.data.images import ExifOrientation
@@ -169,10 +169,21 @@ class RewardNetwork(nn.Module):
             raise InputError("pixels were given, but this backbone has no VAE; give latents or load a full pipeline")
         return self.backbone.vae
 
-    def encode_prompts(self, prompts: Sequence[str]) -> tuple[Conditioning, Conditioning | None]:
-        """Encode prompts to B rows, and the empty prompt to one row if the head needs it (None otherwise)."""
+    def encode_prompts(
+        self, prompts: Sequence[str], sources: Sequence[Tensor] = ()
+    ) -> tuple[Conditioning, Conditioning | None]:
+        """Encode prompts to B rows, and the empty prompt if the head needs it (None otherwise).
+
+        ``sources`` are as those of :meth:`DiffusionBackbone.encode_prompts`. The empty prompt is one row; it is B rows
+        where the text encoder sees the pictures that the prompts edit.
+        """
+        backbone = self.backbone
         if not self.head.needs_uncond:
-            return self.backbone.encode_prompts(prompts), None
+            return backbone.encode_prompts(prompts, sources), None
+        if any(map(sources_of, prompts)):
+            sees = backbone.text_encoder is not None and backbone.text_encoder.sees_sources
+            empty = [like_prompt("", prompt) for prompt in prompts] if sees else [""]
+            return backbone.encode_prompts(prompts, sources), backbone.encode_prompts(empty, sources if sees else ())
         encoded = self.backbone.encode_prompts([*prompts, ""])
         return encoded.select(range(len(prompts))), encoded.select([len(prompts)])
 

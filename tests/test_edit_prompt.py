@@ -1,0 +1,47 @@
+"""A prompt of an edit is a text that carries the pictures, in the places where prompts are compared and moved."""
+
+import json
+import pickle
+
+import pytest
+
+from latentreward.contracts import EditPrompt, ImageRef, PromptBatch, like_prompt, sources_of
+
+CAT, DOG = ImageRef("cat.png", data=b"cat"), ImageRef("dog.png", data=b"dog")
+
+
+def test_equality_is_of_text_and_pictures():
+    prompt = EditPrompt("make it red", [CAT])
+    assert prompt == EditPrompt("make it red", [ImageRef("cat.png", data=b"other bytes")])
+    others = [
+        EditPrompt("make it red", [DOG]),
+        EditPrompt("make it red", [CAT, DOG]),
+        EditPrompt("make it blue", [CAT]),
+    ]
+    for other in [*others, "make it red"]:
+        assert prompt != other and other != prompt and not prompt == other
+        assert len({prompt: 0, other: 1}) == 2
+    assert EditPrompt("make it red", [CAT, DOG]) != EditPrompt("make it red", [DOG, CAT])
+
+
+def test_a_prompt_without_pictures_is_the_text():
+    assert EditPrompt("a cat") == "a cat" and {EditPrompt("a cat"): 1}["a cat"] == 1
+
+
+def test_text_is_read_as_any_text():
+    prompt = EditPrompt("make it red", [CAT])
+    assert f"{prompt}" == "make it red" and json.dumps(prompt) == '"make it red"' and type(prompt.strip()) is str
+    assert like_prompt(prompt.upper(), prompt) == EditPrompt("MAKE IT RED", [CAT])
+    assert like_prompt("a dog", "a cat") == "a dog" and sources_of("a cat") == ()
+
+
+def test_pickling_keeps_pictures():
+    batch = PromptBatch((EditPrompt("make it red", [CAT]), "a cat"), ("0/0", "0/1")).times(2)
+    again = pickle.loads(pickle.dumps(batch))
+    assert again == batch and sources_of(again.prompts[1]) == (CAT,) and sources_of(again.prompts[3]) == ()
+    assert again.prompts[0] is again.prompts[1]  # a picture's bytes travel once
+
+
+@pytest.mark.parametrize("text", ["", "ä 🐈"])
+def test_hash_fits_equality(text):
+    assert hash(EditPrompt(text, [CAT])) == hash(EditPrompt(text, [CAT])) and hash(EditPrompt(text)) == hash(text)
