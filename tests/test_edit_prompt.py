@@ -18,7 +18,7 @@ def test_equality_is_of_text_and_pictures():
         EditPrompt("make it red", [CAT, DOG]),
         EditPrompt("make it blue", [CAT]),
     ]
-    for other in [*pictures, EditPrompt("make it blue", [CAT]), "make it red"]:
+    for other in [*others, "make it red"]:
         assert prompt != other and other != prompt
         assert len({prompt: 0, other: 1}) == 2
     assert EditPrompt("make it red", [CAT, DOG]) != EditPrompt("make it red", [DOG, CAT])
