@@ -17,7 +17,7 @@ from lightning.pytorch.strategies import FSDPStrategy
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
-from latentreward.contracts import Conditioning, PathText
+from latentreward.contracts import Conditioning, PathText, like_prompt, sources_of
 from latentreward.encoders.prompts import PromptEncoder, equal_lengths
 from latentreward.encoders.stored_prompts import StoredPrompts
 from latentreward.errors import InputError
@@ -98,6 +98,10 @@ class EncodeOnce(Callback):
         prompts = list(
             dict.fromkeys(["", *uncond, *(prompt for holder in holders for prompt in getattr(holder, "prompts", ()))])
         )
+        encoders = map(encoder_of, owners(pl_module))
+        if any(encoder is not None and encoder.sees_sources for encoder in encoders):  # one empty prompt for each edit
+            edits = [prompt for prompt in prompts if sources_of(prompt)]
+            prompts += list(dict.fromkeys(like_prompt(empty, prompt) for empty in ["", *uncond] for prompt in edits))
         # Runs with one folder must not write to each other's files.
         run = trainer.strategy.broadcast(f"{socket.gethostname()}-{os.getpid()}")
         folder, stored = Path(self.folder or trainer.default_root_dir), dict[PromptEncoder, StoredPrompts]()
@@ -145,14 +149,13 @@ def encoded(owner: Policy | LatentScorer, prompts: Sequence[str], path: Path, tr
     """
     ranks, rank, barrier = trainer.num_devices, trainer.local_rank, trainer.strategy.barrier
 
-    encode_prompts = owner.encode_prompts if isinstance(owner, Policy) else owner.encode_text
-
     encoder = encoder_of(owner)
     assert encoder is not None
+    encode_text = encoder if isinstance(owner, Policy) else owner.encode_text
 
     def encode(rows: Sequence[int]) -> dict[str, Tensor]:
         with trainer.precision_plugin.forward_context():
-            found = encode_prompts([prompts[row] for row in rows])
+            found = encode_text([prompts[row] for row in rows])
         return columns_of((found.padded(encoder.num_tokens) if encoder.masked else found).to("cpu"))
 
     names, samples = zip(*encode([0]).items(), strict=True)
@@ -197,4 +200,4 @@ def encoded(owner: Policy | LatentScorer, prompts: Sequence[str], path: Path, tr
 def columns_of(encoded: Conditioning) -> dict[str, Tensor]:
     """Return the tensors of encoded prompts by the names of their fields."""
     tensors = {field.name: getattr(encoded, field.name) for field in fields(encoded)}
-    return {name: tensor for name, tensor in tensors.items() if tensor is not None}
+    return {name: tensor for name, tensor in tensors.items() if isinstance(tensor, Tensor)}

@@ -169,12 +169,15 @@ class DiffusionBackbone(nn.Module, Part):
         both = self.read(torch.cat([latents, latents]), torch.cat([timesteps, timesteps]), prompts)
         return replace(rows_of(both, slice(size)), uncond=rows_of(both, slice(size, None)))
 
-    def encode_prompts(self, prompts: Sequence[str], sources: Sequence[Tensor] = ()) -> Conditioning:
+    def encode_prompts(
+        self, prompts: Sequence[str], sources: Sequence[Tensor] = (), latents: bool = False
+    ) -> Conditioning:
         """Encode B prompts and the pictures that they edit to B rows, repeated prompts once.
 
         Args:
             prompts: B prompts.
             sources: Pixels ``(B, 3, H, W)`` of each picture that the prompts edit; empty reads those of the prompts.
+            latents: Whether ``sources`` are latents ``(B, C, ...)`` instead.
 
         Raises:
             InputError: If there is no text encoder, or the prompts edit pictures, which the network does not.
@@ -186,7 +189,7 @@ class DiffusionBackbone(nn.Module, Part):
         if len(distinct) < len(prompts):
             row = {prompt: index for index, prompt in enumerate(distinct)}
             encoded = encoded.select([row[prompt] for prompt in prompts])
-        return with_sources(encoded, prompts, self.source_encoder, sources)
+        return with_sources(encoded, prompts, self.source_encoder, sources, latents)
 
     def drop_text_taps(self) -> None:
         """Stop reading text taps, for a head that uses none, and freeze parameters that only text taps need.

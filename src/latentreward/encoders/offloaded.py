@@ -32,6 +32,7 @@ class OffloadedEncoder(PromptEncoder):
         super().__init__()
         self.num_tokens, self.token_dim, self.pooled_dim = encoder.num_tokens, encoder.token_dim, encoder.pooled_dim
         self.masked, self.dropped_tokens = encoder.masked, encoder.dropped_tokens
+        self.sees_sources = encoder.sees_sources
         self.clip_length = getattr(encoder, "clip_length", None)  # of SD3's encoder, whose T5 tokens come after CLIP's
         self._encoder = (encoder.to("cpu"),)  # in a tuple, so that moves of the policy leave it on the CPU
         self._order = [*dict.fromkeys(prompts)]

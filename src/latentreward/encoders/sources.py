@@ -111,9 +111,20 @@ class SourceEncoder:
 
 
 def with_sources(
-    conditioning: Conditioning, prompts: Sequence[str], encoder: SourceEncoder | None, pixels: Sequence[Tensor] = ()
+    conditioning: Conditioning,
+    prompts: Sequence[str],
+    encoder: SourceEncoder | None,
+    sources: Sequence[Tensor] = (),
+    latents: bool = False,
 ) -> Conditioning:
     """Return encoded prompts with the latents of the pictures that they edit; as they are without pictures.
+
+    Args:
+        conditioning: Encoded prompts, B rows.
+        prompts: The prompts.
+        encoder: Encoder of pictures; None for a network that takes none.
+        sources: Pixels ``(B, 3, H, W)`` of each picture that the prompts edit; empty reads those of the prompts.
+        latents: Whether ``sources`` are latents ``(B, C, ...)`` instead.
 
     Raises:
         InputError: If there are pictures, and ``encoder`` is None because the network takes none.
@@ -127,4 +138,5 @@ def with_sources(
             "network that edits, or prompts without pictures"
         )
     device = conditioning.prompt_embeds.device
-    return replace(conditioning, source_latents=tuple(one.to(device) for one in encoder(prompts, pixels)))
+    found = sources if latents else encoder(prompts, sources)
+    return replace(conditioning, source_latents=tuple(one.to(device) for one in found))

@@ -389,7 +389,7 @@ class AlignmentModule(LightningModule):
         self._rows = {prompt: row for row, prompt in enumerate(prompts)}
         self._encoded = Conditioning.join(parts), uncond
 
-    def encode_uncond(self, prompts: Sequence[str]) -> Conditioning | None:
+    def encode_uncond(self, prompts: Sequence[str] = ()) -> Conditioning | None:
         """Encode the empty prompt, see :meth:`Policy.encode_uncond`; None without guidance."""
         return self.policy.encode_uncond(prompts) if self.policy.family.needs_uncond(self.guidance_scale) else None
 

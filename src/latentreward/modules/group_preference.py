@@ -110,7 +110,7 @@ class CRDModule(ForwardProcessModule):
         super().__init__(policy, reward, copies=copies, **options)
         self.reference_scale, self.loss = self.guidance_scale if scale is None else scale, loss or CRDLoss()
 
-    def encode_uncond(self, prompts: Sequence[str]) -> Conditioning | None:
+    def encode_uncond(self, prompts: Sequence[str] = ()) -> Conditioning | None:
         """See :meth:`AlignmentModule.encode_uncond`; the reference may be guided where the policy is not."""
         return self.policy.encode_uncond(prompts) if self.policy.family.needs_uncond(self.reference_scale) else None
 

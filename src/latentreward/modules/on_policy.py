@@ -199,7 +199,7 @@ class OnPolicyDistillationModule(AlignmentModule):
         places = {str(number): one.pipeline for number, one in enumerate(teachers) if one.pipeline is not None}
         self.networks = nn.ModuleDict({number: load_teacher(policy, place) for number, place in places.items()})
 
-    def encode_uncond(self, prompts: Sequence[str]) -> Conditioning | None:
+    def encode_uncond(self, prompts: Sequence[str] = ()) -> Conditioning | None:
         """See :meth:`AlignmentModule.encode_uncond`; a teacher may be guided where the policy is not."""
         return self.policy.encode_uncond(prompts) if self.guided else None
 

@@ -105,12 +105,9 @@ def latents_of(
 
 def conditioning_of(policy: "Policy", batch: PreferenceBatch) -> Conditioning:
     """Return the encoded prompts of a batch, from a cache or by the policy's encoder, with the latents of sources."""
-    pixels = batch.latent_space is None
     if batch.conditioning is None:
-        encoded = policy.encode_prompts(batch.prompts, batch.sources if pixels else ())
-    else:
-        encoded = batch.conditioning
-    return replace(encoded, source_latents=batch.sources) if batch.sources and not pixels else encoded
+        return policy.encode_prompts(batch.prompts, batch.sources, batch.latent_space is not None)
+    return replace(batch.conditioning, source_latents=batch.sources) if batch.sources else batch.conditioning
 
 
 class ScoredPairs(NamedTuple):

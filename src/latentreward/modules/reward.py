@@ -172,12 +172,11 @@ class RewardModule(PairModule):
         """See :meth:`PairModule.encode`."""
         latents = latents_of(self.model.backbone, batch, draws, self.posterior)
         if batch.conditioning is None:
-            pixels = batch.sources if batch.latent_space is None else ()
-            conditioning, uncond = self.model.encode_prompts(batch.prompts, pixels)
+            pictures = batch.sources, batch.latent_space is not None
+            conditioning, uncond = self.model.encode_prompts(batch.prompts, *pictures)
         else:
             conditioning, uncond = self.model.take_prompts(batch.conditioning, batch.uncond)
-        if batch.latent_space is not None and batch.sources:
-            conditioning = replace(conditioning, source_latents=batch.sources)
+            conditioning = replace(conditioning, source_latents=batch.sources) if batch.sources else conditioning
         noise = draws.normal("noise", latents.shape[1:], noise_per_image).to(latents.device)
         return EncodedPairs(latents.float(), noise, conditioning.select([*range(len(batch))] * 2), uncond)
 

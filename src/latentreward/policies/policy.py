@@ -154,10 +154,12 @@ class Policy(nn.Module):
         without, with_prompt = output.chunk(2)
         return self.family.guide(with_prompt, without, guidance_scale)
 
-    def encode_prompts(self, prompts: Sequence[str], sources: Sequence[Tensor] = ()) -> Conditioning:
+    def encode_prompts(
+        self, prompts: Sequence[str], sources: Sequence[Tensor] = (), latents: bool = False
+    ) -> Conditioning:
         """Encode B prompts and the pictures that they edit without gradient, each distinct prompt once.
 
-        ``sources`` are as those of :meth:`DiffusionBackbone.encode_prompts`.
+        ``sources`` and ``latents`` are as those of :meth:`DiffusionBackbone.encode_prompts`.
 
         Raises:
             InputError: If the policy has no text encoder, or the prompts edit pictures, which its network does not.
@@ -170,7 +172,7 @@ class Policy(nn.Module):
             encoded = encoder(distinct)
         if len(distinct) < len(prompts):
             encoded = encoded.select([row[prompt] for prompt in prompts])
-        return with_sources(encoded, prompts, self.source_encoder, sources)
+        return with_sources(encoded, prompts, self.source_encoder, sources, latents)
 
     def encode_uncond(self, prompts: Sequence[str] = ()) -> Conditioning:
         """Encode the prompt for classifier-free guidance: the empty one, or zeros, as the family does.

@@ -130,8 +130,11 @@ class LatentScorer(Reward):
     @torch.no_grad()
     def encode_text(self, prompts: Sequence[str]) -> Conditioning:
         """Encode ``prompts`` by the text encoder alone, in the precision of the run."""
+        encoder = self.model.backbone.text_encoder
+        assert encoder is not None
         with self._autocast(self._own_text):
-            return self.model.backbone.encode_prompts(prompts)
+            encoded: Conditioning = encoder(prompts)
+        return encoded
 
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str]) -> EncodedPrompts:

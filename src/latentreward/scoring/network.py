@@ -170,20 +170,21 @@ class RewardNetwork(nn.Module):
         return self.backbone.vae
 
     def encode_prompts(
-        self, prompts: Sequence[str], sources: Sequence[Tensor] = ()
+        self, prompts: Sequence[str], sources: Sequence[Tensor] = (), latents: bool = False
     ) -> tuple[Conditioning, Conditioning | None]:
         """Encode prompts to B rows, and the empty prompt if the head needs it (None otherwise).
 
-        ``sources`` are as those of :meth:`DiffusionBackbone.encode_prompts`. The empty prompt is one row; it is B rows
-        where the text encoder sees the pictures that the prompts edit.
+        ``sources`` and ``latents`` are as those of :meth:`DiffusionBackbone.encode_prompts`. The empty prompt is one
+        row; it is B rows where the text encoder sees the pictures that the prompts edit.
         """
         backbone = self.backbone
         if not self.head.needs_uncond:
-            return backbone.encode_prompts(prompts, sources), None
+            return backbone.encode_prompts(prompts, sources, latents), None
         if any(map(sources_of, prompts)):
             sees = backbone.text_encoder is not None and backbone.text_encoder.sees_sources
             empty = [like_prompt("", prompt) for prompt in prompts] if sees else [""]
-            return backbone.encode_prompts(prompts, sources), backbone.encode_prompts(empty, sources if sees else ())
+            encoded = [backbone.encode_prompts(texts, sources, latents) for texts in (prompts, empty)]
+            return encoded[0], encoded[1]
         encoded = self.backbone.encode_prompts([*prompts, ""])
         return encoded.select(range(len(prompts))), encoded.select([len(prompts)])
 

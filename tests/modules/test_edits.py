@@ -1,0 +1,150 @@
+"""Alignment of editors: every method takes prompts with pictures, and holds the pictures fixed."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from latentreward.callbacks import EncodeOnce
+from lightning.pytorch import Callback, Trainer
+from PIL import Image
+from torch.utils.data import DataLoader
+
+from latentreward.contracts import EditPrompt, ImageRef, PromptBatch
+from latentreward.data.alignment.prompts import PromptLoaders
+from latentreward.errors import InputError
+from latentreward.modules import (
+    AWMModule,
+    DiffusionDPOModule,
+    DiffusionNFTModule,
+    LPOModule,
+    RAMModule,
+    ReFLModule,
+    StepwiseGRPOModule,
+    TrajectoryGRPOModule,
+)
+from latentreward.modules.alignment import AlignmentModule
+from latentreward.rollout import Branching, Sampling
+from tests.families.test_methods import DifferentiableChannel, pairs, rolled
+from tests.families.twins import TWINS
+from tests.marks import rotated_after
+from tests.modules.lpo_runs import make_trainer, weights
+from tests.modules.simple_reward import FirstChannelReward
+
+KLEIN = TWINS["klein_base"]
+TEXTS = ("make it red", "make it red", "remove the dog")
+ROLLED: dict[str, Any] = {
+    "lpo": rolled(LPOModule, candidates=Branching(2)),
+    "grpo_stepwise": rolled(StepwiseGRPOModule, candidates=Branching(2)),
+    "grpo_trajectory": rolled(TrajectoryGRPOModule, num_trajectories=2),
+    "nft": rolled(DiffusionNFTModule, num_samples=2),
+    "awm": rolled(AWMModule, num_samples=2, sampling=Sampling(8, height=32, width=48)),
+    "ram": rolled(RAMModule, num_samples=2, draws=2),
+    "refl": rolled(ReFLModule, DifferentiableChannel, stop_range=(1, 2)),
+}
+
+
+def edits(folder: Path, texts: Sequence[str] = TEXTS, pictures: int = 1) -> tuple[EditPrompt, ...]:
+    """Prompts with pictures of unlike colours and sizes."""
+    found = []
+    for number, text in enumerate(texts):
+        refs = []
+        for place in range(pictures):
+            name = f"{number}-{place}.png"
+            Image.new("RGB", (72 + 16 * number, 64), (80 * number, 40 * place, 200)).save(folder / name)
+            refs.append(ImageRef(name, path=folder / name, root=folder))
+        found.append(EditPrompt(text, refs))
+    return tuple(found)
+
+
+def trained(
+    module: AlignmentModule, folder: Path, prompts: tuple[str, ...], callbacks: Any = (), **options: Any
+) -> Any:
+    data: Any = PromptLoaders(prompts, batch_size=2, prompts_per_rollout=2, batches_per_epoch=4, seed=1)
+    keys = {"datamodule": data}
+    if isinstance(module, ReFLModule):
+        batch = PromptBatch(prompts[:2], ("0/0", "0/1"))
+        keys = {"train_dataloaders": DataLoader([batch] * 2, batch_size=None)}
+    make_trainer(folder, max_epochs=-1, callbacks=callbacks, **{"max_steps": 2, **options}).fit(module, **keys)
+    return weights(module)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", rotated_after(1, [*ROLLED]))
+def test_methods_train_on_the_pictures(method: str, tmp_path: Path) -> None:
+    """Other pictures give other weights, and the same ones the same."""
+    prompts = edits(tmp_path)
+    found = [trained(ROLLED[method](KLEIN, KLEIN.source()), tmp_path, prompts) for _ in range(2)]
+    for prompt in prompts:
+        Image.new("RGB", (48, 64), (0, 255, 0)).save(tmp_path / prompt.sources[0].image_key)
+    found.append(trained(ROLLED[method](KLEIN, KLEIN.source()), tmp_path, prompts))
+    same, again, other = (torch.cat([weight.flatten() for weight in one.values()]) for one in found)
+    assert torch.equal(same, again) and not torch.equal(same, other)
+
+
+class Ratios(Callback):
+    """Compares the log-probabilities of a batch of step-wise GRPO with those of the rollout."""
+
+    def __init__(self) -> None:
+        self.found: list[float] = []
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        with torch.no_grad():
+            now = pl_module.transition(batch)
+            log_prob = torch.stack([now.log_prob(each) for each in batch.next_latents.unbind(1)], dim=1)
+        self.found.append((log_prob - batch.log_prob).abs().max().item())
+
+
+@pytest.mark.parametrize("guidance", [None, 1.0])
+def test_a_policy_that_does_not_move_has_ratios_of_one(guidance: float | None, tmp_path: Path) -> None:
+    """Rows hold the pictures' keys and the memory their latents, so that the update predicts what the rollout did."""
+    module = StepwiseGRPOModule(
+        KLEIN.source(), FirstChannelReward(), guidance_scale=guidance, candidates=Branching(2), seed=0,
+        sampling=Sampling(4, height=32, width=48), optimizer=lambda groups: torch.optim.SGD(groups, lr=0.0),
+    )  # fmt: skip
+    ratios = Ratios()
+    trained(module, tmp_path, edits(tmp_path, pictures=2), [ratios])
+    assert ratios.found and max(ratios.found) < 1e-5
+
+
+def test_pictures_as_the_pipeline_sizes_them_must_be_alike_in_a_batch(tmp_path: Path) -> None:
+    policy = KLEIN.source(source_size="pipeline").load()
+    prompts = edits(tmp_path)
+    with pytest.raises(InputError, match="pictures to edit of unlike sizes are in one batch; set source_size: made"):
+        policy.encode_prompts(prompts)
+    assert policy.encode_prompts(prompts[:1]).source_latents[0].shape[-2:] == (16, 16)
+    with pytest.raises(InputError, match="edit 1 and 2 pictures are in one batch"):
+        policy.encode_prompts([prompts[0], EditPrompt("x", prompts[0].sources * 2)])
+    both = policy.encode_prompts([EditPrompt("x", prompts[0].sources * 2)]).source_latents
+    assert torch.equal(*both)
+
+
+def test_a_network_for_text_alone_refuses_pictures(tmp_path: Path) -> None:
+    policy = TWINS["flux1_dev"].source().load()
+    with pytest.raises(InputError, match="the prompt 'make it red' edits a picture, but the network makes"):
+        policy.encode_prompts(edits(tmp_path))
+
+
+@pytest.mark.slow
+def test_text_encoders_can_be_freed(tmp_path: Path) -> None:
+    """EncodeOnce gives the weights of a run without it, with a reward on the same network too."""
+    prompts, found = edits(tmp_path), []
+    for callbacks in ([], [EncodeOnce(str(tmp_path))]):
+        found.append(trained(ROLLED["lpo"](KLEIN, KLEIN.source()), tmp_path, prompts, callbacks))
+    assert all(torch.allclose(value, found[1][name], atol=1e-6) for name, value in found[0].items())
+
+
+def test_diffusion_dpo_learns_from_edits(tmp_path: Path) -> None:
+    found = []
+    for shade in (0.0, 1.0):
+        module = DiffusionDPOModule(KLEIN.source(), optimizer=lambda groups: torch.optim.SGD(groups, lr=0.1), seed=0)
+        batch = pairs(module.policy, KLEIN)
+        source = torch.full_like(batch.chosen, shade)
+        prompts = tuple(EditPrompt(prompt, [ImageRef("one")]) for prompt in batch.prompts)
+        data = DataLoader(
+            [type(batch)(**{**vars(batch), "prompts": prompts, "sources": (source,)})] * 2, batch_size=None
+        )
+        make_trainer(tmp_path, max_steps=2, max_epochs=-1).fit(module, train_dataloaders=data)
+        found.append(torch.cat([weight.flatten() for weight in weights(module).values()]))
+    assert not torch.equal(*found)
