@@ -10,11 +10,15 @@ from latentreward.callbacks import ExactResume
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from latentreward.contracts import PromptBatch, RolloutStatistics, StepPairs, take_rows
+from latentreward.contracts import EditPrompt, ImageRef, PromptBatch, RolloutStatistics, StepPairs, take_rows
 from latentreward.data.alignment.prompts import PromptLoaders
 from latentreward.seeding import pair_generator
 
 PROMPTS = tuple(f"prompt {number}" for number in range(7))
+PICTURES = ImageRef("in bytes", data=b"not decoded"), ImageRef("a.png", path=Path("in/a.png"), root=Path("in"))
+EDITS = tuple(
+    EditPrompt("make it red" if number % 2 else "move it", PICTURES[: 1 + number // 2]) for number in range(4)
+)
 STEPS = 3
 
 
@@ -129,7 +133,7 @@ def fit(
     """Over all processes, four rows at a batch and two prompts at a rollout."""
     module = module or RollingModule()
     settings = {"batch_size": 4 // trainer.world_size, "prompts_per_rollout": 2 // trainer.world_size}
-    data = PromptLoaders(PROMPTS, **{**settings, "batches_per_epoch": 5, "seed": 3, **options})
+    data = PromptLoaders(**{"prompts": PROMPTS, **settings, "batches_per_epoch": 5, "seed": 3, **options})
     trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
     return module
 

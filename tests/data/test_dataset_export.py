@@ -9,6 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from latentreward.cli import main
+from latentreward.contracts import sources_of
 from latentreward.data import DatasetPairReader, HPDv3Reader, JSONLPairReader, PairReader, PickAPicReader
 from latentreward.data.dataset_export import export_split
 from latentreward.data.format_detection import recognise
@@ -125,3 +126,22 @@ def test_a_random_row_costs_few_rows(pairs, tmp_path) -> None:
     (file,) = export_split(JSONLPairReader(str(pairs)), tmp_path / "out", "train", {}).files
     groups = pq.ParquetFile(file).metadata
     assert [groups.row_group(n).num_rows for n in range(groups.num_row_groups)] == [32, 32, 32, 4]
+
+
+def test_pictures_to_edit_come_back_with_their_names(pairs, tmp_path) -> None:
+    row = {"prompt": "make it red", "image_a": "b.jpg", "image_b": "c.jpg", "label": 1}
+    lines = [{**row, "source_images": ["a.jpg"]}, row, {**row, "source_images": ["c.jpg", "a.jpg"]}]
+    pairs.write_text("\n".join(map(json.dumps, lines)))
+    reader = JSONLPairReader(str(pairs))
+    export_split(reader, tmp_path / "out", "train", {})
+    again = DatasetPairReader(str(tmp_path / "out"))
+    assert same(again, reader)
+    assert again.prompts() == reader.prompts()
+    data = [[source.data for source in sources_of(again[row].prompt)] for row in range(3)]
+    assert data == [
+        [(pairs.parent / name).read_bytes() for name in names] for names in (["a.jpg"], [], ["c.jpg", "a.jpg"])
+    ]
+    pairs.write_text("\n".join(map(json.dumps, [{**row, "source_images": ["gone.jpg"]}, row])))
+    with pytest.raises(InputError, match=r"train\.jsonl:1: image 'gone\.jpg': missing file"):
+        export_split(JSONLPairReader(str(pairs)), tmp_path / "raise", "train", {})
+    assert export_split(JSONLPairReader(str(pairs), on_error="skip"), tmp_path / "skip", "train", {}).rows == 1

@@ -2,6 +2,7 @@
 
 import sys
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +10,11 @@ import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from latentreward.contracts import StepPairs
+from latentreward.contracts import StepPairs, sources_of
 from latentreward.data.alignment.experience import ExperienceSampler, as_plain, from_plain
 from latentreward.data.alignment.prompts import PromptOrder
 from latentreward.errors import InputError
-from tests.data.rolling import PROMPTS, STEPS, OwnRolling, RollingModule, SaveAlways, fit, make_trainer
+from tests.data.rolling import EDITS, PROMPTS, STEPS, OwnRolling, RollingModule, SaveAlways, fit, make_trainer
 from tests.marks import slow_after
 
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -23,7 +24,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "limited epochs": {"limit_train_batches": 3, "accumulate_grad_batches": 2},
     "by steps": {"max_steps": 8, "max_epochs": None},
     "own rows": {},
+    "edits": {},
 }
+PROMPTS_OF: dict[str, Any] = {"edits": {"prompts": EDITS}}
 MODULES: dict[str, type[RollingModule]] = {"own rows": OwnRolling}
 
 
@@ -32,15 +35,16 @@ def keys(module: RollingModule) -> list[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [*slow_after(1, [name for name in SETTINGS if name != "own rows"]), "own rows"])
+@pytest.mark.parametrize("name", [*slow_after(1, [*SETTINGS][:-2]), "own rows", "edits"])
 def test_every_checkpoint_leads_to_the_same_end(name: str, tmp_path: Path) -> None:
     saver, make_module = SaveAlways(tmp_path), MODULES.get(name, RollingModule)
     whole = make_trainer(tmp_path, [saver], **SETTINGS[name])
-    module = fit(whole, module=make_module())
+    prompts = PROMPTS_OF.get(name, {})
+    module = fit(whole, module=make_module(), **prompts)
     assert len(set(keys(module))) == len(keys(module))
     for path, seen in saver.paths:
         resumed = make_trainer(tmp_path, **SETTINGS[name])
-        again = fit(resumed, path, make_module())
+        again = fit(resumed, path, make_module(), **prompts)
         assert resumed.global_step == whole.global_step
         assert torch.equal(again.weight, module.weight), path
         taken = len(module.seen) - len(again.seen)
@@ -158,6 +162,22 @@ def test_records_survive_a_checkpoint(tmp_path: Path) -> None:
         if record is not None:
             assert as_plain(again).keys() == as_plain(record).keys()
             assert all(map(_equal, as_plain(again).values(), as_plain(record).values()))
+
+
+def test_prompts_of_edits_keep_their_pictures_in_plain_values(tmp_path: Path) -> None:
+    module = RollingModule(keep=1.0)
+    pairs = module.roll_out(PromptOrder(EDITS, 0).__getitems__([0, 1, 2, 3]))
+    torch.save(as_plain(pairs), tmp_path / "record.pt")
+    again = from_plain(torch.load(tmp_path / "record.pt", weights_only=True), StepPairs)
+    assert again.prompts == pairs.prompts
+    assert [sources_of(prompt) for prompt in again.prompts] == [sources_of(prompt) for prompt in pairs.prompts]
+    bytes_of = [row["sources"][0]["data"] for row in as_plain(pairs)["prompts"]]
+    assert len(bytes_of) == 12 and len({one.data_ptr() for one in bytes_of}) == 1  # saved once, for all rows
+    mixed = replace(pairs, prompts=("a cat", *pairs.prompts[1:]))
+    assert as_plain(mixed)["prompts"][0] == "a cat"
+    assert from_plain(as_plain(mixed), StepPairs).prompts == mixed.prompts
+    texts = module.roll_out(PromptOrder(PROMPTS, 0).__getitems__([0]))
+    assert as_plain(texts)["prompts"] == list(texts.prompts)
 
 
 @pytest.mark.parametrize(

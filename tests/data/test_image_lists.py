@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from latentreward.apps.generation.image_folder import ImageFolder, write_images
-from latentreward.contracts import ImageRef
+from latentreward.contracts import ImageRef, sources_of
 from latentreward.data.image_lists import ImageList, read_images
 from latentreward.data.images import ImageError, decode_image
 from latentreward.errors import InputError
@@ -202,9 +202,36 @@ def test_a_list_may_be_json_or_tsv_and_tells_of_pictures_that_are_not_read(pics:
     (pics / "list.json").write_text(json.dumps(rows), encoding="utf-8-sig")
     (pics / "list.tsv").write_text('image\tprompt\tsource\na.JPG\tone "red" cat\t\nb.png\ttwo\tc.png\n')
     for name, column in (("list.json", "input_image"), ("list.tsv", "source")):
-        images = read_images(f"pics/{name}")
+        images = read_images(f"pics/{name}", sources="ignore")
         assert prompts(images) == {row["image"]: row["prompt"] for row in rows}
         assert images.remarks == (f"pics/{name}: edit of {column!r}, a picture that is not read",)
+        first, second = read_images(f"pics/{name}").rows
+        assert (first.problem, second.problem) == (None, "edit of a picture in a field that is not read")
+        assert second.detail.startswith(f"{column!r} is a picture to edit, and source_images is read; rename it")
+
+
+def test_an_image_of_a_list_carries_the_pictures_that_it_is_an_edit_of(pics: Path) -> None:
+    rows = [{"image": "a.JPG", "prompt": "two", "source_images": ["b.png", "a.JPG"]}, {"image": "b.png", "prompt": "x"}]
+    (pics / "list.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    (pics / "list.csv").write_text('image,prompt,source_images\na.JPG,two,"[""b.png"", ""a.JPG""]"\nb.png,x,\n')
+    for name in ("list.jsonl", "list.csv"):
+        first, second = read_images(f"pics/{name}").rows
+        assert [source.image_key for source in sources_of(first.prompt)] == ["b.png", "a.JPG"]
+        assert decode_image(sources_of(first.prompt)[0]).size == (7, 5)
+        assert type(second.prompt) is str
+        assert sources_of(read_images(f"pics/{name}", "all").rows[0].prompt) == sources_of(first.prompt)
+        assert not sources_of(read_images(f"pics/{name}", sources="ignore").rows[0].prompt)
+    (pics / "metadata.jsonl").write_text(json.dumps({"file_name": "a.JPG", "prompt": "x", "source_image": "b.png"}))
+    for text in pics.glob("*.txt"):
+        text.unlink()
+    listed = {row.name: row.prompt for row in read_images(str(pics)).rows}
+    assert [source.image_key for source in sources_of(listed["a.JPG"])] == ["b.png"]
+    rows = [{**rows[0], "source_images": value} for value in (["../a.png"], [3], ["b.png"] * 17)]
+    (pics / "list.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    outside, *others = read_images("pics/list.jsonl").rows
+    with pytest.raises(ImageError, match="path outside the root"):
+        decode_image(sources_of(outside.prompt)[0])
+    assert [row.problem for row in others] == ["pictures to edit not readable"] * 2
 
 
 def test_bad_rows_are_listed_with_their_lines(pics: Path) -> None:

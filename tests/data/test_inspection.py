@@ -1,13 +1,14 @@
 """What is counted over a data set: labels, images, leakage, score tables."""
 
 import math
+import re
 from collections import Counter
 from io import BytesIO
 
 import numpy as np
 import pytest
 
-from latentreward.contracts import ImageRef, PreferencePair
+from latentreward.contracts import EditPrompt, ImageRef, PreferencePair
 from latentreward.data import PairReader
 from latentreward.data.buckets import sort_buckets
 from latentreward.data.inspection.counts import (
@@ -278,3 +279,22 @@ def test_odd_images_are_counted_once_each(jpeg, exif) -> None:
     text = Report("data", [found]).to_text()
     assert "Odd images" in text
     assert "a single pixel" in text
+
+
+def test_edits_are_counted_by_their_pictures_and_told_apart_by_them(jpeg) -> None:
+    pictures = [ImageRef(name, data) for name, data in (("p", jpeg()), ("q", jpeg((1, 2, 3))), ("odd", b"garbage"))]
+    instructions = [EditPrompt("make it red", sources) for sources in (pictures[:1], pictures[1:2], pictures[:2])]
+    rows = [(prompt, jpeg((9, 90, 9)), jpeg((90, 9, 9)), 1.0) for prompt in instructions]
+    reader = Pairs(*rows, ("a cat", *rows[0][1:]), (EditPrompt("make it red", pictures[2:]), *rows[0][1:]))
+    counts, contents = inspect_reader("train", reader, ImageCensus())
+    assert (counts.edits, counts.distinct_prompts) == ({"1": 3, "2": 1}, 5)
+    assert counts.images is not None
+    assert (counts.images.sources, counts.images.distinct, counts.images.unreadable) == (3, 2, 1)
+    assert counts.images.unreadable_rows == {"unknown image format": 1}
+    assert not counts.images.doubtful  # the same results of unlike pictures are no repeated pair
+    assert len(set(contents.prompts)) == 5
+    text = Report("data", [counts]).to_text()
+    for line in (r"edits +4 \(80\.0 %\)", "  of 1 picture +3", "  of 2 pictures +1", "distinct pictures to edit +3"):
+        assert re.search(line, text), line
+    plain = inspect_reader("train", Pairs(("a", *rows[0][1:])), ImageCensus())[0]
+    assert "edit" not in Report("data", [plain]).to_text()

@@ -8,9 +8,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from latentreward.contracts import sources_of
 from latentreward.data import PromptDataModule
 from latentreward.data.alignment.prompt_files import read_prompt_set
 from latentreward.data.alignment.prompts import PromptLoaders, PromptOrder, PromptSampler
+from latentreward.data.images import decode_image
 from latentreward.errors import InputError
 
 WANTED = ("a red cat", "ein Fuß, lang", "two dogs")
@@ -59,8 +61,16 @@ def test_every_format_gives_the_distinct_prompts_in_order(suffix: str, tmp_path:
         ("mixed.json", b'{"0": {"prompt": "a cat"}, "name": "mine"}', "'name': 'mine'}; give a list"),
         (
             "edit.jsonl",
-            b'{"prompt": "make it red", "source_image": "a.png"}',
-            "row 1 is an edit of a picture, in 'sour",
+            b'{"prompt": "make it red", "input_image": "a.png"}',
+            "row 1 is an edit of a picture, in 'input_image'; name it source_images, or leave the column out",
+        ),
+        ("gone.jsonl", b'{"prompt": "make it red", "source_image": "a.png"}', r"row 1: image 'a\.png': missing file"),
+        ("out.jsonl", b'{"prompt": "x", "source_images": ["../a.png"]}', r"row 1: image .*: path outside the root"),
+        ("odd.jsonl", b'{"prompt": "x", "source_images": [3]}', "row 1 has 3 in source_images; give a path"),
+        (
+            "many.jsonl",
+            b'{"prompt": "x", "source_images": [1,2,3,4,5,6,7,8,9,1,2,3,4,5,6,7,8]}',
+            "row 1 has 17 pictures",
         ),
         (
             "edit.json",
@@ -248,3 +258,34 @@ def test_a_set_keeps_repeated_prompts_and_names_what_is_missing(tmp_path: Path) 
         read_prompt_set(f"{tmp_path}/*.txt")
     with pytest.raises(InputError, match=r"no file matches .*x\*; give a file"):
         read_prompt_set(f"{tmp_path}/x*")
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "json", "csv", "parquet"])
+def test_prompts_carry_the_pictures_that_they_edit(suffix: str, tmp_path: Path, jpeg) -> None:
+    for number, name in enumerate("ab"):
+        (tmp_path / f"{name}.jpg").write_bytes(jpeg((90 * number, 9, 9)))
+    lists: list[list[str]] = [["a.jpg"], ["b.jpg"], ["a.jpg"], ["a.jpg", "b.jpg"]]
+    rows: list[dict[str, Any]] = [{"prompt": "make it red", "source_images": names} for names in lists]
+    file = tmp_path / f"prompts.{suffix}"
+    if suffix == "csv":
+        cells = ["a.jpg", "b.jpg", '"[""a.jpg""]"', '"[""a.jpg"", ""b.jpg""]"']
+        file.write_text("prompt,source_image\n" + "".join(f"make it red,{cell}\n" for cell in cells))
+    elif suffix == "parquet":
+        pq.write_table(pa.Table.from_pylist(rows), file)
+    else:
+        file.write_text(json.dumps(rows) if suffix == "json" else "".join(f"{json.dumps(row)}\n" for row in rows))
+    prompts = PromptDataModule(str(file)).prompts
+    names = [[source.image_key for source in sources_of(prompt)] for prompt in prompts]
+    assert names == [["a.jpg"], ["b.jpg"], ["a.jpg", "b.jpg"]]
+    assert {str(prompt) for prompt in prompts} == {"make it red"}
+    assert decode_image(sources_of(prompts[1])[0]).size == (20, 12)
+    assert not read_prompt_set(str(file))[0].fields.keys() & {"source_images", "source_image"}
+
+
+def test_pictures_to_edit_may_be_bytes_in_parquet(tmp_path: Path, jpeg) -> None:
+    pictures = [{"bytes": jpeg((90 * number, 9, 9)), "path": None} for number in range(2)]
+    rows = [{"prompt": "make it red", "source_image": picture} for picture in pictures]
+    pq.write_table(pa.Table.from_pylist([*rows, rows[0], {"prompt": "a cat"}]), tmp_path / "prompts.parquet")
+    prompts = PromptDataModule(str(tmp_path / "prompts.parquet")).prompts
+    assert [source.data for prompt in prompts for source in sources_of(prompt)] == [one["bytes"] for one in pictures]
+    assert prompts[2] == "a cat"

@@ -9,7 +9,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from latentreward.contracts import PreferencePair
+from latentreward.contracts import PreferencePair, sources_of
 from latentreward.data.images import ImageError, open_source, read_header
 from latentreward.data.readers import PairReader
 from latentreward.data.readers.base import OWN_ON_ERROR
@@ -65,22 +65,25 @@ def export_split(
     total = -(-len(reader) // rows_per_file)
     files = [output / "data" / f"{split}-{number:05d}-of-{total:05d}.parquet" for number in range(total)]
     missing = [number for number, file in enumerate(files) if not file.is_file()]
+    edits = any(map(sources_of, reader.prompts()))
     with Progress("export-pairs", total, "files", total - len(missing)) as progress:
         for number in missing:
             rows = range(number * rows_per_file, min((number + 1) * rows_per_file, len(reader)))
             with replacing(files[number], KEPT) as partial:
-                _write_rows(reader, rows, partial)
+                _write_rows(reader, rows, partial, edits)
             progress.add()
     rows = sum(pq.read_metadata(file).num_rows for file in files)
     return ExportedSplit(files, rows, len(missing), len(reader) - rows)
 
 
-def _write_rows(reader: PairReader, rows: range, file: Path) -> None:
+def _write_rows(reader: PairReader, rows: range, file: Path, edits: bool) -> None:
     from datasets import Features, Image, List, Value  # slow to import
 
     texts = dict.fromkeys(("pair_id", "prompt", "model_a", "model_b", "group_id", "key_a", "key_b"), Value("string"))
     numbers = dict.fromkeys(("label", "weight", "confidence"), Value("float64"))
     images = {"votes": List(Value("int64")), "image_a": Image(), "image_b": Image()}
+    if edits:
+        images |= {"source_images": List(Image()), "source_keys": List(Value("string"))}
     schema = Features(texts | numbers | images).arrow_schema
     with pq.ParquetWriter(file, schema, write_page_checksum=True) as writer:
         kept: list[dict[str, Any]] = []
@@ -97,7 +100,8 @@ def _write_rows(reader: PairReader, rows: range, file: Path) -> None:
 def _values(reader: PairReader, pair: PreferencePair) -> dict[str, Any] | None:
     """Return the columns of a pair, among others; None if ``on_error`` leaves it out."""
     images, sound = list[dict[str, Any] | None](), True
-    for image in (pair.image_a, pair.image_b):
+    sources = sources_of(pair.prompt)
+    for image in (pair.image_a, pair.image_b, *sources):
         try:
             read_header(image)
             source = open_source(image)
@@ -110,7 +114,9 @@ def _values(reader: PairReader, pair: PreferencePair) -> dict[str, Any] | None:
             sound = False
     if not sound and reader.on_error == "skip":
         return None
-    keys = {"key_a": pair.image_a.image_key, "key_b": pair.image_b.image_key}
+    keys: dict[str, Any] = {"key_a": pair.image_a.image_key, "key_b": pair.image_b.image_key}
+    if sources:
+        keys |= {"source_images": images[2:], "source_keys": [source.image_key for source in sources]}
     label = {} if sound else {"label_a": None}
     row = vars(pair) | label | {"image_a": images[0], "image_b": images[1]} | keys
     return row | {"label": row["label_a"]}

@@ -8,12 +8,22 @@ from itertools import takewhile
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from latentreward.contracts import ImageRef
+from latentreward.contracts import EditPrompt, ImageRef
 from latentreward.data.images import NO_IMAGE
 from latentreward.data.list_rows import find_columns, read_objects
-from latentreward.data.readers.base import MAX_PROMPT_CHARS
+from latentreward.data.readers.base import MAX_PROMPT_CHARS, Sources
 from latentreward.data.readers.folders import SUFFIXES, UNREAD, read_caption, tell_unread
-from latentreward.data.readers.json_rows import edit_remark, find_edit_source, parse_text, short
+from latentreward.data.readers.json_rows import (
+    EDIT_UNREAD,
+    MOST_SOURCES,
+    SOURCES,
+    edit_problem,
+    edit_remark,
+    find_edit_source,
+    list_sources,
+    parse_text,
+    short,
+)
 from latentreward.errors import InputError
 from latentreward.storage.ignored_files import is_ignored, match_files
 from latentreward.storage.texts import UnreadableTextError
@@ -32,7 +42,7 @@ class ListedImage:
     """An image with its prompt, as a folder or a list gives it; not opened yet."""
 
     name: str  # path of the image below the folder, or as written in the list; empty if the list's row has no path
-    prompt: str = ""  # raw text
+    prompt: str = ""  # raw text; an EditPrompt if the image is an edit of pictures
     path: str = ""  # path of the image file; empty if the row has none
     root: str = ""  # folder that ``path`` must lie in after links are followed; empty for no such limit
     problem: str | None = None  # reason why the row cannot be used, without values; None if no problem is known
@@ -59,6 +69,7 @@ def read_images(
     prompt_column: str | None = None,
     allow_outside: bool = False,
     max_prompt_chars: int = MAX_PROMPT_CHARS,
+    sources: Sources = "read",
 ) -> ImageList:
     """List images with their prompts from a folder, a pattern, a file or a list; no image is opened.
 
@@ -70,7 +81,8 @@ def read_images(
     - Pattern such as ``pics/**/*.png`` (``**`` matches any subfolders), or one image file: the matching pictures, with
       prompts found as for a folder.
     - List, ``.jsonl``, ``.csv``, ``.tsv`` or a ``.json`` list of objects: one row per image; paths are relative to the
-      list's folder.
+      list's folder. A column ``source_images`` or ``source_image`` has the pictures that the image is an edit of: one
+      path, or a list of paths (in a table as JSON), which the row's prompt carries.
 
     Args:
         source: Folder, pattern, image file or list, see above.
@@ -81,12 +93,13 @@ def read_images(
             is a column.
         allow_outside: Whether a list may name files outside its folder.
         max_prompt_chars: Largest number of characters in a prompt; a row with a longer one gets a ``problem``.
+        sources: ``"ignore"`` gives the prompts without the pictures that images are edits of.
 
     Raises:
         InputError: If there are no images or rows, a column is missing, or no picture of a folder or pattern has a
             prompt.
     """
-    found, rows = _read(source, prompt, (image_column, prompt_column), allow_outside), []
+    found, rows = _read(source, prompt, (image_column, prompt_column), allow_outside, sources), []
     for row in found.rows:
         if (size := len(row.prompt)) > max_prompt_chars:
             detail = f"{size} characters, more than max_prompt_chars={max_prompt_chars}: {short(row.prompt)}"
@@ -95,21 +108,23 @@ def read_images(
     return replace(found, rows=tuple(rows))
 
 
-def _read(source: str, prompt: str | None, columns: tuple[str | None, str | None], allow_outside: bool) -> ImageList:
+def _read(
+    source: str, prompt: str | None, columns: tuple[str | None, str | None], allow_outside: bool, sources: Sources
+) -> ImageList:
     path = Path(source)
     if path.suffix.lower() in LISTS and not path.is_dir():
-        return _read_list(source, path, prompt, columns, allow_outside)
+        return _read_list(source, path, prompt, columns, allow_outside, sources)
     if path.is_dir() and (path / "generate.json").is_file():
         table = next((path / f"images{suffix}" for suffix in LISTS if (path / f"images{suffix}").is_file()), None)
         if table is not None:
-            return _read_list(source, table, prompt, columns, allow_outside)
+            return _read_list(source, table, prompt, columns, allow_outside, sources)
     root, files, remarks = _pictures(source)
     if prompt is not None:
         text = parse_text(prompt) or ""
         return ImageList(
             source, tuple(ListedImage(_name(file, root), text, str(file)) for file in files), tuple(remarks)
         )
-    captions, rows = _Captions(root, columns), list[ListedImage]()
+    captions, rows = _Captions(root, columns, sources), list[ListedImage]()
     for file in files:
         name, problem, detail = _name(file, root), None, ""
         stem = PurePosixPath(name).stem
@@ -131,16 +146,42 @@ def _read(source: str, prompt: str | None, columns: tuple[str | None, str | None
 
 
 def _read_list(
-    source: str, file: Path, prompt: str | None, columns: Sequence[str | None], allow_outside: bool
+    source: str,
+    file: Path,
+    prompt: str | None,
+    columns: Sequence[str | None],
+    allow_outside: bool,
+    sources: Sources,
 ) -> ImageList:
     lines = read_objects(file)
     image, text = find_columns(file, lines, columns, with_prompts=prompt is None)
     root = "" if allow_outside else str(file.parent)
     rows = [_listed(file, line, row, image, text, prompt, root) for line, row in lines]
-    sources = {find_edit_source(row) for _, row in lines if isinstance(row, dict)} - {None, image}
+    if sources == "read":
+        read = [_with_sources(listed, row, image, root, file) for listed, (_, row) in zip(rows, lines, strict=True)]
+        return ImageList(source, tuple(read))
+    unread = {find_edit_source(row, [image]) for _, row in lines if isinstance(row, dict)}
     return ImageList(
-        source, tuple(rows), tuple(f"{file}: {edit_remark(name)}" for name in sorted(filter(None, sources)))
+        source, tuple(rows), tuple(f"{file}: {edit_remark(name)}" for name in sorted(filter(None, unread)))
     )
+
+
+def _with_sources(listed: ListedImage, row: Mapping[str, Any] | str, image: str, root: str, file: Path) -> ListedImage:
+    """Return a list's row whose prompt carries the pictures that the row names."""
+    if isinstance(row, str) or listed.problem:
+        return listed
+    if (unread := find_edit_source(row, [*SOURCES, image])) is not None:
+        return replace(listed, problem=EDIT_UNREAD, detail=edit_problem(unread))
+    name, values = list_sources(row)
+    paths = [parse_text(value) or "" for value in values]
+    if len(paths) > MOST_SOURCES or not all(paths):
+        wanted = f"not at most {MOST_SOURCES} paths"
+        return replace(
+            listed, problem="pictures to edit not readable", detail=f"{name} is {short(row[name])}, {wanted}"
+        )
+    inside = Path(root) if root else None
+    refs = [ImageRef(path, path=file.parent / path, root=inside) for path in paths]
+    return replace(listed, prompt=EditPrompt(listed.prompt, refs)) if refs else listed
 
 
 def _listed(
@@ -205,10 +246,11 @@ class _Captions:
     Args:
         root: Topmost folder in which tables are looked for.
         columns: Names of the columns with paths and with prompts; None for the usual names.
+        sources: Whether to read the pictures that images are edits of, see :func:`read_images`.
     """
 
-    def __init__(self, root: Path, columns: Sequence[str | None]) -> None:
-        self.root, self.columns = root, columns
+    def __init__(self, root: Path, columns: Sequence[str | None], sources: Sources) -> None:
+        self.root, self.columns, self.sources = root, columns, sources
         self.remarks: list[str] = []
         self._tables: dict[Path, dict[str, str]] = {}
         self._used: set[tuple[Path, str]] = set()
@@ -243,6 +285,8 @@ class _Captions:
             image, text = find_columns(file, lines, self.columns)
             for line, row in lines:
                 listed = _listed(file, line, row, image, text, None, "")
+                if self.sources == "read":
+                    listed = _with_sources(listed, row, image, str(folder), file)
                 if listed.problem:
                     self.remarks.append(f"{file}: {listed.detail}")
                 else:

@@ -13,7 +13,7 @@ import pyarrow as pa
 import torch
 from torch.utils.data import Dataset
 
-from latentreward.contracts import ImageRef, PreferencePair
+from latentreward.contracts import ImageRef, PreferencePair, sources_of
 from latentreward.data.collate import collate_pairs
 from latentreward.data.datamodules import PreferenceDataModule
 from latentreward.data.dataset import LoadedPair, SkippedPair
@@ -21,8 +21,8 @@ from latentreward.data.image_sizes import OneSize
 from latentreward.data.images import ImageError, PixelLoader
 from latentreward.data.loading import CountedBatches, ResumableLoader, check_same_order, shares_of
 from latentreward.data.readers.base import DATA_ON_ERROR, OnError, count_text, normalise_prompt
-from latentreward.data.readers.dataset_pairs import KEYS, choose_columns
-from latentreward.data.readers.json_rows import edit_remark, find_edit_source, short
+from latentreward.data.readers.dataset_pairs import KEYS, SOURCE_KEYS, choose_columns
+from latentreward.data.readers.json_rows import SOURCES, edit_problem, edit_remark, find_edit_source, short
 from latentreward.data.readers.pair_rows import BY_LABEL, WINNER_FIRST, PairRowParser
 from latentreward.data.readers.parquet_store import plain_features
 from latentreward.data.readers.rows import RowReader
@@ -31,6 +31,7 @@ from latentreward.data.readers.tables import (
     Source,
     class_names,
     embedded_image,
+    embedded_images,
     find_all_parts,
     name_class,
     source_name,
@@ -109,16 +110,20 @@ class PairStream(RowReader):
         if first is None:
             raise InputError(f"split: {split!r} of {self._place} has no rows; check the files")
         told = self.skipped + self.remarks
-        if (edited := find_edit_source(first)) is not None:
+        # Without types, the names alone choose the columns.
+        schema = rows.features.arrow_schema if rows.features else pa.schema(dict.fromkeys(first, pa.string()))
+        self._columns = choose_columns(schema, columns or {}, self._place, self.sources)
+        if (edited := find_edit_source(first, self._columns.values())) is not None:
+            if self.sources == "read":
+                raise InputError(f"{self._place}: {edit_problem(edited)}, or name it in columns")
             told[edit_remark(edited)] += 1
         if told:  # `report` would need the number of rows
             logger.warning("%s %s: %s", self._place, split, count_text(told))
-        # Without types, the names alone choose the columns.
-        schema = rows.features.arrow_schema if rows.features else pa.schema(dict.fromkeys(first, pa.string()))
-        self._columns = choose_columns(schema, columns or {}, self._place)
         self._fields = WINNER_FIRST if WINNER_FIRST[0] in self._columns else BY_LABEL
-        for column in (self._columns[field] for field in self._fields):
+        listed = [*self._fields, SOURCES[0]]
+        for column in (self._columns[field] for field in listed if field in self._columns):
             value = first[column]
+            value = value[0] if isinstance(value, list) and value and column not in self._fields else value
             held = value.get("bytes", value) if isinstance(value, dict) else value
             elsewhere = isinstance(value, dict) and held is None and value.get("path") and not self._files
             if not isinstance(held, bytes | None) or elsewhere:
@@ -176,6 +181,10 @@ class PairStream(RowReader):
         """Return the images of a row that was read."""
         return row["images"]
 
+    def find_sources(self, row: dict[str, Any]) -> list[ImageRef]:
+        """Return the pictures to edit of a row that was read."""
+        return row["sources"]
+
     def _read(self, content: Mapping[str, Any]) -> PreferencePair | None:
         """Check a row, applying ``on_error``, and return its pair; None leaves it out."""
         row = {field: content[column] for field, column in self._columns.items()}
@@ -183,11 +192,12 @@ class PairStream(RowReader):
             row["label"] = name_class(self._classes, row["label"])
         keys = [row.pop(key, None) for key in KEYS]
         values = [row.pop(field) for field in self._fields]
+        sources = embedded_images(row.pop(SOURCES[0], None), row.pop(SOURCE_KEYS, None), self._files)
         images: list[ImageRef] = [embedded_image(v, k, self._files) for v, k in zip(values, keys, strict=True)]
         name = digest([str(row["prompt"]), *(image.data or image.image_key for image in images)])
         # A stream may repeat a pair, and the names of all pairs would be kept for ever.
         parsed = self._parser.parse(name, 0, {**row, **dict.fromkeys(self._fields)}, stream=True)
-        return None if parsed is None else self.make_pair({**parsed, "images": images})
+        return None if parsed is None else self.make_pair({**parsed, "images": images, "sources": sources})
 
     def _guarded(self, rows: "IterableDataset") -> Iterator[dict[str, Any]]:
         """Yield the rows of a stream; an error about a damaged file becomes one line.
@@ -288,7 +298,8 @@ class StreamedPairs(Dataset[list[LoadedPair | SkippedPair]]):
         loaded: list[LoadedPair | SkippedPair] = []
         for pair in pairs:
             try:
-                loaded.append(LoadedPair(pair, self.loader(pair.image_a), self.loader(pair.image_b)))
+                pixels = self.loader(pair.image_a), self.loader(pair.image_b)
+                loaded.append(LoadedPair(pair, *pixels, sources=tuple(map(self.loader, sources_of(pair.prompt)))))
             except ImageError as error:
                 if self.on_error == "raise":
                     remedy = f"replace the file, or set {DATA_ON_ERROR} to skip"

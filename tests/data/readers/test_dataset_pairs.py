@@ -10,9 +10,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value, disable_progress_bars
 from PIL import Image as Pictures
 
+from latentreward.contracts import sources_of
 from latentreward.data import DatasetPairReader, PairDataset, PairStream, PickAPicReader, PixelLoader
 from latentreward.data.format_detection import recognise
 from latentreward.data.images import ImageError
@@ -204,9 +206,70 @@ def test_columns_that_are_not_read_are_told_if_they_matter(dataset, caplog) -> N
         "label not read (chosen and rejected say who won)": 5,
         "confidence not readable": 2,
     }
-    assert dict(DatasetPairReader(table).remarks) == remarks
-    PairStream(table.to_iterable_dataset())
+    assert dict(DatasetPairReader(table, sources="ignore").remarks) == remarks
+    PairStream(table.to_iterable_dataset(), sources="ignore")
     assert "1 edit of 'source_image', a picture that is not read" in caplog.messages[-1]
+
+
+def as_bytes(pictures: list[bytes]) -> pa.Array:
+    return pa.array(pictures, pa.binary())
+
+
+def as_list_of_structs(pictures: list[bytes]) -> pa.Array:
+    kind = pa.list_(pa.struct({"bytes": pa.binary(), "path": pa.string()}))
+    return pa.array([[{"bytes": data, "path": "x.jpg"}] * 2 for data in pictures], kind)
+
+
+@pytest.mark.parametrize("column", [as_bytes, as_list_of_structs])
+def test_pictures_to_edit_are_read_from_tables_and_streams(rows, tmp_path, jpeg, column) -> None:
+    pictures = [jpeg((n // 2 * 90, 200, 9)) for n in range(5)]
+    images = {"image_a": rows["chosen"], "image_b": rows["rejected"]}
+    table = pa.table({"prompt": ["make it red"] * 5, **images, "label": [1.0] * 5, "source_image": column(pictures)})
+    pq.write_table(table, file := str(tmp_path / "train.parquet"), row_group_size=2)
+    number = 1 if column is as_bytes else 2
+    openers = [DatasetPairReader, partial(DatasetPairReader, memory_map=True), partial(PairStream, shuffle_buffer=1)]
+    for opener in openers:
+        reader = opener(file)
+        stream = isinstance(reader, PairStream)
+        pairs = [*reader.pairs(0, 1, 0, print)] if stream else [reader[n] for n in range(5)]
+        assert [[source.data for source in sources_of(pair.prompt)] for pair in pairs] == [
+            [p] * number for p in pictures
+        ]
+        if stream:
+            continue
+        assert reader.prompts() == [pair.prompt for pair in pairs]  # the same names, of the bytes
+        assert not any(source.data for prompt in reader.prompts() for source in sources_of(prompt))
+        assert [len({*reader.groups()}), len({*map(str, reader.prompts())})] == [3, 1]
+        assert len(PairDataset(pickle.loads(pickle.dumps(reader)), LOADER)[4].sources) == number
+        assert opener(file, sources="ignore").prompts() == ["make it red"] * 5
+    named = table.append_column("source_keys", pa.array([[f"{n}"] * number for n in range(5)]))
+    pq.write_table(named, file)
+    assert [sources_of(prompt)[-1].image_key for prompt in DatasetPairReader(file).prompts()] == [*"01234"]
+    pq.write_table(table.rename_columns([*table.column_names[:-1], "input_image"]), file)
+    for opener in openers:
+        with pytest.raises(
+            InputError, match=r"'input_image' is a picture to edit.*columns: {source_images: input_image}"
+        ):
+            opener(file)
+        assert opener(file, columns={"source_images": "input_image"}).sources == "read"
+
+
+def test_paths_of_pictures_to_edit_lie_in_the_root(rows, tmp_path) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/a.jpg").write_bytes(rows["chosen"][0])
+    columns = {"prompt": ["x"], "image_a": ["in/a.jpg"], "image_b": ["in/a.jpg"], "label": [0.0]}
+    for value, problem in (["in/a.jpg"], ""), (["../a.jpg"], r"source_images '\.\./a\.jpg' leads out of"):
+        pq.write_table(pa.table({**columns, "source_images": [value]}), file := str(tmp_path / "train.parquet"))
+        if problem:
+            with pytest.raises(InputError, match=problem):
+                DatasetPairReader(file)
+        else:
+            assert torch.equal((loaded := PairDataset(DatasetPairReader(file), LOADER)[0]).sources[0], loaded.pixels_a)
+    beside = pa.table(
+        {**columns, "image_a": rows["chosen"][:1], "image_b": rows["chosen"][:1], "source_images": [["x"]]}
+    )
+    pq.write_table(beside, file)
+    assert sources_of(DatasetPairReader(file)[0].prompt)[0].path == tmp_path / "x"
 
 
 def test_a_path_beside_bytes_is_refused_before_bytes_are_read(dataset) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from latentreward.contracts import sources_of
 from latentreward.data import FolderPairReader, LoadedPair, PairDataset, PixelLoader, SkippedPair
 from latentreward.errors import InputError
 
@@ -191,3 +192,22 @@ def test_names_that_are_not_utf_8(write) -> None:
     reader = FolderPairReader(str(root), randomise_sides=False)
     assert (reader.pair_ids(), reader.prompts()) == (["\\udcff"], ["a cat"])
     assert isinstance(PairDataset(reader, PixelLoader(8, 8))[0], LoadedPair)
+
+
+def test_a_folder_source_holds_the_pictures_to_edit(write) -> None:
+    texts = {f"captions__{name.replace('/', '__')}.txt": "make it red" for name in ("2", "cats/1")}
+    root = write(*PAIRS, "source/2.png", "source/cats/1.jpg", "source/unused.jpg", **texts)
+    reader = FolderPairReader(root)
+    keys = [[source.image_key for source in sources_of(prompt)] for prompt in reader.prompts()]
+    assert keys == [["source/2.png"], ["source/cats/1.jpg"]]
+    assert len({*reader.groups()}) == 2
+    assert PairDataset(reader, PixelLoader(8, 8))[1].sources[0].shape == (3, 8, 8)
+    ignoring = FolderPairReader(root, sources="ignore")
+    assert (ignoring.groups(), dict(ignoring.remarks)) == (
+        ["make it red"] * 2,
+        {"edit of 'source/', a picture that is not read": 2},
+    )
+    Path(root, "source/2.png").unlink()
+    with pytest.raises(InputError, match="2: no image of this name in source/"):
+        FolderPairReader(root)
+    assert FolderPairReader(root, on_error="skip").pair_ids() == ["cats/1"]

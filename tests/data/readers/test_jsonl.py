@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from latentreward.data import JSONLPairReader, LoadedPair, PairDataset, PixelLoader
+from latentreward.contracts import sources_of
+from latentreward.data import JSONLPairReader, LoadedPair, PairDataset, PixelLoader, SkippedPair
 from latentreward.errors import InputError
 
 PLAIN = {"prompt": "a cat", "image_a": "images/a.jpg", "image_b": "images/b.jpg", "label": 1}
@@ -78,9 +80,77 @@ def test_labels(write, value, label) -> None:
         ({"source_images": []}, None),
     ],
 )
-def test_rows_that_are_edits_of_a_picture_are_told(write, changes, name) -> None:
-    reader = JSONLPairReader(write({**PLAIN, **changes}, PLAIN))
+def test_pictures_to_edit_are_ignored_with_a_remark_or_refused_under_other_names(write, changes, name) -> None:
+    file = write({**PLAIN, **changes}, PLAIN)
+    reader = JSONLPairReader(file, sources="ignore")
     assert dict(reader.remarks) == ({f"edit of {name!r}, a picture that is not read": 1} if name else {})
+    assert [type(prompt) for prompt in reader.prompts()] == [str, str]
+    if name in (None, "source_image"):
+        assert not JSONLPairReader(file).remarks
+        return
+    remedy = f"'{name}' is a picture to edit, and source_images is read; rename it, or set sources: ignore"
+    with pytest.raises(InputError, match=rf"^own\.jsonl:1: {remedy}; correct the row"):
+        JSONLPairReader(file)
+    skipping = JSONLPairReader(file, on_error="skip")
+    assert (len(skipping), skipping.skipped.total()) == (1, 1)
+
+
+def test_an_edit_carries_its_pictures_with_the_prompt(write, jpeg) -> None:
+    both, one = ["images/a.jpg", "./images/b.jpg"], {"path": "images/a.jpg"}
+    lines = [
+        {**PLAIN, "source_images": both},
+        {**PLAIN, "source_image": one},
+        {**PLAIN, "source_image": both[1]},
+        PLAIN,
+    ]
+    file = write(*lines)
+    reader = JSONLPairReader(file)
+    names = [("images/a.jpg", "images/b.jpg"), ("images/a.jpg",), ("images/b.jpg",), ()]
+    for prompts in (reader.prompts(), [reader[row].prompt for row in range(4)]):
+        assert [tuple(source.image_key for source in sources_of(prompt)) for prompt in prompts] == names
+        assert all(str(prompt) == "a cat" for prompt in prompts)
+    assert reader.groups() == [
+        "a cat\nimages/a.jpg\nimages/b.jpg",
+        "a cat\nimages/a.jpg",
+        "a cat\nimages/b.jpg",
+        "a cat",
+    ]
+    assert pickle.loads(pickle.dumps(reader))[0] == reader[0]
+    (loaded,) = PairDataset(reader, PixelLoader(8, 8), [1])
+    assert torch.equal(loaded.sources[0], loaded.pixels_a) and not torch.equal(loaded.sources[0], loaded.pixels_b)
+    plain = JSONLPairReader(file, sources="ignore")
+    assert [reader[row].image_a for row in range(4)] == [plain[row].image_a for row in range(4)]
+    assert reader.pair_ids() == plain.pair_ids()
+    assert plain.groups() == ["a cat"] * 4
+
+
+@pytest.mark.parametrize(
+    ("value", "problem", "known_at_once"),
+    [
+        ("../outside.jpg", "source_images '../outside.jpg' leads out of", True),
+        (["images/a.jpg", None], "source_images is None, not a path", True),
+        (3, "source_images is 3, not a path", True),
+        (["images/a.jpg"] * 17, "source_images has 17 pictures to edit, more than 16", True),
+        ("images/absent.jpg", "missing file", False),
+        (["images/a.jpg", "images/odd.jpg"], "truncated or damaged", False),
+    ],
+)
+def test_pictures_to_edit_that_cannot_be_read_follow_on_error(write, tmp_path, value, problem, known_at_once) -> None:
+    file = write({**PLAIN, "source_images": value}, {**PLAIN, "source_images": ["images/b.jpg"]})
+    (tmp_path / "pairs/images/odd.jpg").write_bytes((tmp_path / "pairs/images/a.jpg").read_bytes()[:300])
+    with pytest.raises(InputError, match=rf"own\.jsonl:1: .*{problem}.*on_error") as error:
+        reader = JSONLPairReader(file)
+        assert not known_at_once
+        PairDataset(reader, PixelLoader(8, 8))[0]
+    assert "\n" not in str(error.value)
+    reader = JSONLPairReader(file, on_error="skip")
+    items = [*PairDataset(reader, PixelLoader(8, 8))]
+    assert reader.skipped.total() + sum(isinstance(item, SkippedPair) for item in items) == 1
+    assert items[-1].sources[0].shape == (3, 8, 8)
+    reader = JSONLPairReader(file, on_error="placeholder")
+    first = PairDataset(reader, PixelLoader(8, 8))[0]
+    assert first.pair.label_a is None
+    assert len(first.sources) == min(16, len(value) if isinstance(value, list) else 1)
 
 
 def test_base64_in_the_place_of_a_path_is_named(write) -> None:

@@ -11,6 +11,7 @@ from typing import Literal
 import numpy as np
 
 from latentreward.apps.taste.pictures import Picture, check_folder, listed, number_of, read_pictures, same_contents
+from latentreward.contracts import sources_of
 from latentreward.data.images import ImageError, decode_image
 from latentreward.data.readers.base import normalise_prompt
 from latentreward.data.readers.folders import SIDES, find_pictures, read_lines
@@ -247,6 +248,8 @@ def lines(parts: dict[str, list[RatedPair]]) -> str:
             seen[name] += 1
             line: dict[str, object] = {"pair_id": name if seen[name] == 1 else f"{name}-{seen[name]}", "split": split}
             line |= {"prompt": pair.prompt}
+            if sources := sources_of(pair.prompt):
+                line |= {"source_images": [source.image_key for source in sources]}
             if pair.label == 1:
                 line |= {"chosen": pair.a.path, "rejected": pair.b.path}
             else:

@@ -8,13 +8,24 @@ as in any training.
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import MISSING, fields
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, distributed
 from torch.utils.data import Dataset
 
-from latentreward.contracts import PromptBatch, RolloutStatistics, SampledStates, TensorRecord, join_rows, take_rows
+from latentreward.contracts import (
+    EditPrompt,
+    ImageRef,
+    PromptBatch,
+    RolloutStatistics,
+    SampledStates,
+    TensorRecord,
+    join_rows,
+    sources_of,
+    take_rows,
+)
 from latentreward.data.loading import CountedBatches
 from latentreward.errors import InputError
 from latentreward.promises import shown
@@ -220,12 +231,35 @@ def shuffled(record: Any, generator: torch.Generator) -> Any:
 
 
 def as_plain(record: TensorRecord | None) -> dict[str, Any] | None:
-    """Convert a record to a dict of tensors and lists, which ``torch.load(weights_only=True)`` accepts."""
+    """Convert a record to a dict of tensors and lists, which ``torch.load(weights_only=True)`` accepts.
+
+    A prompt that edits pictures becomes a dict of its text and these; their bytes become tensors, one for all rows.
+    """
     if record is None:
         return None
     values = {field.name: getattr(record, field.name) for field in fields(record)}  # type: ignore[arg-type]
-    plain = {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
-    return {"record": type(record).__name__, **plain}
+    pictures: dict[str, Tensor] = {}
+
+    def plain(value: Any) -> Any:
+        if not isinstance(value, str) or not sources_of(value):
+            return value
+        for source in sources_of(value):
+            if source.data is not None and source.image_key not in pictures:
+                pictures[source.image_key] = torch.frombuffer(bytearray(source.data), dtype=torch.uint8)
+        sources = [
+            {
+                "image_key": source.image_key,
+                "data": pictures.get(source.image_key),
+                "path": source.path and str(source.path),
+                "root": source.root and str(source.root),
+                "holds": source.holds,
+            }
+            for source in sources_of(value)
+        ]
+        return {"text": str.__str__(value), "sources": sources}
+
+    made = {name: [*map(plain, value)] if isinstance(value, tuple) else value for name, value in values.items()}
+    return {"record": type(record).__name__, **made}
 
 
 def from_plain(values: dict[str, Any] | None, kind: type[Any]) -> Any:
@@ -240,8 +274,24 @@ def from_plain(values: dict[str, Any] | None, kind: type[Any]) -> Any:
     known = {field.name: field.default is MISSING for field in fields(kind)}
     if values["record"] != kind.__name__ or given.keys() - known or {n for n in known if known[n]} - given.keys():
         raise other_rows(values["record"], given)
-    kinds = {Tensor: Tensor.clone, list: tuple}
+    kinds: dict[type, Callable[[Any], Any]] = {Tensor: Tensor.clone, list: lambda items: tuple(map(_from_plain, items))}
     return kind(**{name: kinds[type(v)](v) if type(v) in kinds else v for name, v in given.items()})
+
+
+def _from_plain(value: Any) -> Any:
+    """Return the prompt that edits pictures of its plain form, and any other value as it is."""
+    if not isinstance(value, dict):
+        return value
+    sources = []
+    for source in value["sources"]:
+        data, path, root = (source[name] for name in ("data", "path", "root"))
+        read = {
+            "data": None if data is None else data.numpy().tobytes(),
+            "path": path and Path(path),
+            "root": root and Path(root),
+        }
+        sources.append(ImageRef(**{**source, **read}))
+    return EditPrompt(value["text"], sources)
 
 
 def wrong_rows(record: SampledStates) -> str | None:

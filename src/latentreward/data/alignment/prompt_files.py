@@ -10,9 +10,20 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from latentreward.contracts import EditPrompt
+from latentreward.data.images import open_source
 from latentreward.data.list_rows import read_rows
 from latentreward.data.readers.base import MAX_PROMPT_CHARS
-from latentreward.data.readers.json_rows import EDIT_SOURCE, find_edit_source, short
+from latentreward.data.readers.json_rows import (
+    EDIT_SOURCE,
+    MOST_SOURCES,
+    SOURCES,
+    file_image,
+    find_edit_source,
+    list_sources,
+    short,
+)
+from latentreward.data.readers.tables import embedded_image
 from latentreward.errors import InputError, errors_at, first_line
 from latentreward.storage.ignored_files import match_files
 from latentreward.storage.texts import read_text
@@ -30,9 +41,10 @@ Row = Mapping[str, Any]
 class PromptRow:
     """One prompt of a set."""
 
-    prompt: str  # raw text
+    prompt: str  # raw text; an EditPrompt if it edits pictures
     group: str = ""  # kind of prompt; evaluation reports results by group. Empty if the file has none
-    fields: Row = field(default_factory=dict)  # whole row, for GenEval's own program; empty for a line of text
+    # whole row but for pictures to edit, for GenEval's own program; empty for a line of text
+    fields: Row = field(default_factory=dict)
 
 
 def read_prompts(path: str, setting: str = "data.prompts", max_prompt_chars: int = MAX_PROMPT_CHARS) -> tuple[str, ...]:
@@ -40,11 +52,13 @@ def read_prompts(path: str, setting: str = "data.prompts", max_prompt_chars: int
 
     A text holds one prompt per line. JSON lines, a JSON list, CSV, TSV and parquet have a column ``prompt``,
     ``caption`` or ``Prompt``. A JSON object counts by its list ``prompts``, or, as in MJHQ-30K, by its values if all
-    are objects with such a field. ``setting`` names the file's setting in messages.
+    are objects with such a field. A column ``source_images`` or ``source_image`` has the pictures that a prompt edits:
+    paths in the file's folder, in CSV one path or a JSON list of them, and in parquet also bytes. ``setting`` names the
+    file's setting in messages.
 
     Raises:
-        InputError: If the file does not exist, has another format, is not UTF-8, has a prompt that is too long, names
-            pictures to edit, or has no prompt.
+        InputError: If the file does not exist, has another format, is not UTF-8, has a prompt that is too long or no
+            prompt, or a picture to edit is missing, outside the folder, one of more than 16, or in another column.
     """
     return tuple(dict.fromkeys(row.prompt for row in read_prompt_rows(path, setting, max_prompt_chars)))
 
@@ -110,8 +124,8 @@ def _read(file: Path) -> Iterator[Any]:
     suffix = file.suffix.lower()
     if suffix == ".parquet":
         names = pq.read_schema(file).names  # other columns, such as Pick-a-Pic's images, are not read
-        kept = [name for name in (*COLUMNS, *GROUPS) if name in names]
-        edited = {name: True for name in names if EDIT_SOURCE.fullmatch(name)}
+        kept = [name for name in (*COLUMNS, *GROUPS, *SOURCES) if name in names]
+        edited = {name: True for name in names if EDIT_SOURCE.fullmatch(name) and name not in SOURCES}
         if not any(name in COLUMNS for name in kept):
             yield dict.fromkeys(names) | edited  # the caller tells that no column has a prompt, and which there are
         rows = pq.read_table(file, columns=kept, page_checksum_verification=True).to_pylist()
@@ -140,9 +154,9 @@ def _parse(number: int, row: Any, path: str) -> PromptRow:
     named: Row = {COLUMNS[0]: row} if isinstance(row, str) else row
     if not isinstance(named, Mapping):
         raise ValueError(f"row {number} holds {short(row)}, neither a text nor an object with a text 'prompt'")
-    if (source := find_edit_source(named)) is not None:
+    if (source := find_edit_source(named, SOURCES)) is not None:
         raise InputError(
-            f"{path}: row {number} is an edit of a picture, in {short(source)}, and edits are not made; leave the "
+            f"{path}: row {number} is an edit of a picture, in {short(source)}; name it {SOURCES[0]}, or leave the "
             "column out to draw from the texts alone"
         )
     column = next((name for name in COLUMNS if name in named), None)
@@ -156,4 +170,16 @@ def _parse(number: int, row: Any, path: str) -> PromptRow:
         raise ValueError(f"row {number} holds {short(text)} as {column}, not text")
     text.encode()  # raises UnicodeEncodeError (a ValueError) for a lone surrogate, which tokenizers refuse
     group = next((str(named[name]) for name in GROUPS if named.get(name)), "")
-    return PromptRow(text, group, {} if isinstance(row, str) else named)
+    name, values = list_sources(named)
+    if not values:
+        return PromptRow(text, group, {} if isinstance(row, str) else named)
+    if len(values) > MOST_SOURCES:
+        raise InputError(f"{path}: row {number} has {len(values)} pictures in {name}; give at most {MOST_SOURCES}")
+    if odd := [one for one in values if not isinstance(one, str | bytes | dict) or not one]:
+        raise InputError(f"{path}: row {number} has {short(odd[0])} in {name}; give a path")
+    folder = Path(path).parent
+    sources = [file_image(folder, one) if isinstance(one, str) else embedded_image(one) for one in values]
+    with errors_at(f"{path}: row {number}: "):
+        for source in sources:
+            open_source(source)
+    return PromptRow(EditPrompt(text, sources), group, {key: named[key] for key in named if key not in SOURCES})

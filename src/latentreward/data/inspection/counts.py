@@ -9,7 +9,7 @@ from typing import get_args
 
 import numpy as np
 
-from latentreward.contracts import ImageRef, PreferencePair
+from latentreward.contracts import ImageRef, PreferencePair, sources_of
 from latentreward.data.buckets import MIN_PIXELS, PUBLISHED_BUCKETS, Bucket, assign_bucket
 from latentreward.data.clips import read_clip_header
 from latentreward.data.images import (
@@ -54,6 +54,7 @@ class ImageCounts:
 
     rows: int = 0  # rows whose images were examined
     distinct: int = 0  # images with different names
+    sources: int = 0  # pictures of which images are edits, with different names
     sizes: Counter[tuple[int, int]] = field(default_factory=Counter)  # (height, width); a latent is 8 x 8 pixels
     buckets: Counter[str] = field(default_factory=Counter)  # images by bucket, or by the reason why they have none
     clips: Counter[str] = field(default_factory=Counter)  # by length and frame rate, or why no header was read
@@ -74,7 +75,8 @@ class SplitCounts:
     reader: str  # name of its class
     rows: int
     labels: dict[str, int]  # rows by winner: a, b, tie, or unlabelled
-    distinct_prompts: int  # compared as raw text
+    distinct_prompts: int  # compared as raw text, and by the pictures to edit
+    edits: dict[str, int]  # rows whose images are edits, by the number of pictures that each edits
     prompt_lengths: dict[str, int]  # quantile -> number of characters of a row's prompt
     images: ImageCounts | None  # None if the reader has no images or no rows were to be examined
     skipped: Counter[str]  # rows that the reader left out, by reason
@@ -133,6 +135,7 @@ class ImageCensus:
         self.keys: list[tuple[str, str]] = []
         self.hashes: list[tuple[int, int]] = []
         self._seen: dict[str, Seen] = {}
+        self._sources: dict[str, tuple[int, int] | str | None] = {}
         self._pairs: dict[int, tuple[int, float]] = {}
 
     def add(self, pair: PreferencePair) -> None:
@@ -142,7 +145,8 @@ class ImageCensus:
         self.counts.rows += 1
         self.keys.append((pair.image_a.image_key, pair.image_b.image_key))
         self.hashes.append((seen[0][1], seen[1][1]))
-        problems = [size for size, _ in seen if isinstance(size, str)]
+        sources = [self._look_at_source(source, pair.pair_id) for source in sources_of(pair.prompt)]
+        problems = [size for size in (*(size for size, _ in seen), *sources) if isinstance(size, str)]
         if problems:
             self.counts.unreadable_rows[problems[0]] += 1
         elif len({self._bucket(size) for size, _ in seen if isinstance(size, tuple)}) > 1:
@@ -169,6 +173,23 @@ class ImageCensus:
         if self.counts.doubtful[kind] <= MOST_UNREADABLE:
             self.counts.first_doubtful.append(f"row {self.counts.rows}, pair {quoted(pair.pair_id)}: {kind}{told}")
 
+    def _look_at_source(self, source: ImageRef, pair_id: str) -> tuple[int, int] | str | None:
+        """Return the size of a picture to edit, or a problem's name."""
+        key = source.image_key
+        if key not in self._sources or not key:
+            self.counts.sources += 1
+            try:
+                self._sources[key] = self._size(source)
+            except ImageError as error:
+                self._sources[key] = self._unreadable(error, pair_id)
+        return self._sources[key]
+
+    def _unreadable(self, error: ImageError, pair_id: str) -> str:
+        self.counts.unreadable += 1
+        if len(self.counts.first_unreadable) < MOST_UNREADABLE:
+            self.counts.first_unreadable.append(f"row {self.counts.rows}, pair {pair_id}: {error}")
+        return error.problem
+
     def _look_at(self, image: ImageRef, pair_id: str) -> Seen:
         if image.image_key in self._seen and image.image_key:
             return self._seen[image.image_key]
@@ -181,10 +202,7 @@ class ImageCensus:
                 number = int.from_bytes(blake2b(data, digest_size=8).digest(), "little", signed=True)
                 seen = seen[0], number or 1
         except ImageError as error:
-            seen = error.problem, 0
-            self.counts.unreadable += 1
-            if len(self.counts.first_unreadable) < MOST_UNREADABLE:
-                self.counts.first_unreadable.append(f"row {self.counts.rows}, pair {pair_id}: {error}")
+            seen = self._unreadable(error, pair_id), 0
         if image.image_key:
             self._seen[image.image_key] = seen
             self.counts.distinct += 1
@@ -257,6 +275,7 @@ def inspect_reader(
         rows=len(reader),
         labels=count_labels(labels),
         distinct_prompts=len(set(prompts)),
+        edits=count_edits(prompts),
         prompt_lengths=quantiles([len(prompt) for prompt in prompts]),
         images=census.counts if total else None,
         skipped=Counter(reader.skipped),
@@ -276,6 +295,12 @@ def count_labels(labels: np.ndarray) -> dict[str, int]:
         "ties": int((labels == 0.5).sum()),
         "unlabelled": int(np.isnan(labels).sum()),
     }
+
+
+def count_edits(prompts: Sequence[str]) -> dict[str, int]:
+    """Count the rows that are edits by their number of pictures, as text, in ascending order."""
+    counts = Counter(len(sources_of(prompt)) for prompt in prompts)
+    return {str(number): counts[number] for number in sorted(counts) if number}
 
 
 def quantiles(values: Sequence[int]) -> dict[str, int]:

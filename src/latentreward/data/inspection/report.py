@@ -160,6 +160,11 @@ def overview(splits: Sequence[SplitCounts]) -> dict[str, list[object]]:
     rows: dict[str, list[object]] = {"rows": [split.rows for split in splits]}
     for label in splits[0].labels if splits else ():
         rows[f"  {label}"] = [_with_share(split.labels[label], split.rows) for split in splits]
+    if any(split.edits for split in splits):
+        rows["edits"] = [_with_share(sum(split.edits.values()), split.rows) for split in splits]
+        for number in sorted({number for split in splits for number in split.edits}, key=int):
+            rows[f"  of {number} picture{'s' * (number != '1')}"] = [split.edits.get(number, 0) for split in splits]
+        rows["distinct pictures to edit"] = [getattr(split.images, "sources", NOTHING) for split in splits]
     rows["distinct prompts"] = [split.distinct_prompts for split in splits]
     for name in next((split.prompt_lengths for split in splits if split.prompt_lengths), ()):
         rows[f"  characters, {name}"] = [split.prompt_lengths.get(name, NOTHING) for split in splits]

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from latentreward.contracts import ImageRef, PreferencePair
+from latentreward.contracts import ImageRef, PreferencePair, sources_of
 from latentreward.data.images import ExifOrientation
 from latentreward.errors import InputError, check_at_least_one, printable, quoted
 from latentreward.promises import Part, number, returns, shown
@@ -20,6 +20,7 @@ logger = logging.getLogger(__name__)
 
 OnError = Literal["raise", "skip", "placeholder"]
 Contents = Literal["images", "latents", "nothing"]
+Sources = Literal["read", "ignore"]
 MAX_PROMPT_CHARS, MAX_VOTES = 10_000, 10**9
 """Largest number of characters in a prompt, and of votes for an image; rows with more fall under ``on_error``."""
 NAMES_KEPT, OWN_NAMES_KEPT = 512, 2**20
@@ -36,7 +37,8 @@ def _wrong_pair(found: PreferencePair, reader: "PairReader", index: int) -> str 
         return f"{shown(found)} for row {index}; it must be a PreferencePair"
     if not isinstance(found.pair_id, str) or not isinstance(found.prompt, str):
         return f"pair_id={found.pair_id!r:.60} and prompt={found.prompt!r:.60} of row {index}; it must be texts"
-    images, holds = (found.image_a, found.image_b), {"images": "image"}.get(reader.holds, reader.holds)
+    images = (found.image_a, found.image_b, *sources_of(found.prompt))
+    holds = {"images": "image"}.get(reader.holds, reader.holds)
     if not all(
         isinstance(image, ImageRef)
         and isinstance(image.data, bytes | bytearray | memoryview | None)
@@ -86,6 +88,9 @@ class PairReader(Part):
         exif: ``apply`` turns images upright by their EXIF orientation; ``ignore`` takes the pixels as they are stored.
             null takes the default of the class: ``apply`` for data of your own, ``ignore`` for published data sets,
             because the published models were trained without applying it.
+        sources: What happens to the pictures of which a row's images are edits. ``read`` gives them with the prompt, an
+            :class:`~latentreward.contracts.EditPrompt`. ``ignore`` gives the text alone, with which a text-to-image
+            reward is trained on the same results.
 
     Raises:
         InputError: If ``max_prompt_chars`` is below 1.
@@ -109,9 +114,11 @@ class PairReader(Part):
         on_error: OnError | None = None,
         max_prompt_chars: int = MAX_PROMPT_CHARS,
         exif: ExifOrientation | None = None,
+        sources: Sources = "read",
     ) -> None:
         check_at_least_one(max_prompt_chars=max_prompt_chars)
         self.own_on_error, self.on_error, self.max_prompt_chars = on_error, on_error or "raise", max_prompt_chars
+        self.sources = sources
         if exif is not None:
             self.exif = exif
         self.skipped: Counter[str] = Counter()
@@ -138,7 +145,7 @@ class PairReader(Part):
         return ~np.isnan(self.labels())
 
     def prompts(self) -> list[str]:
-        """Return the raw prompt of every row."""
+        """Return the raw prompt of every row; pictures that it edits may be named without their bytes."""
         return [self[index].prompt for index in range(len(self))]
 
     def pair_ids(self) -> list[str]:
@@ -211,8 +218,12 @@ class PairReader(Part):
 
 
 def normalise_prompt(prompt: str) -> str:
-    """Return the prompt with Unicode form (NFKC), case and white space made uniform, for comparison of prompts."""
-    return " ".join(unicodedata.normalize("NFKC", prompt).casefold().split())
+    """Return the prompt with Unicode form (NFKC), case and white space made uniform, for comparison of prompts.
+
+    The names of the pictures that it edits follow, a line each, so that edits of unlike pictures differ.
+    """
+    text = " ".join(unicodedata.normalize("NFKC", prompt).casefold().split())
+    return "\n".join([text, *(source.image_key for source in sources_of(prompt))])
 
 
 def content_key(data: bytes | None) -> str:

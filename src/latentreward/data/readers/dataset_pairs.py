@@ -1,7 +1,8 @@
 """Reader of pairs of your own in a table: a ``datasets`` object or folder, parquet files, or a hub data set."""
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from copy import copy
 from pathlib import Path
 from typing import Any
 
@@ -9,14 +10,24 @@ import pyarrow as pa
 
 from latentreward.contracts import ImageRef, PathText
 from latentreward.data.images import NO_IMAGE
-from latentreward.data.readers.base import count_text
-from latentreward.data.readers.json_rows import check_path, edit_remark, file_image, find_edit_source, short
+from latentreward.data.readers.base import Sources, count_text
+from latentreward.data.readers.json_rows import (
+    SOURCES,
+    check_path,
+    edit_problem,
+    edit_remark,
+    file_image,
+    find_edit_source,
+    short,
+)
 from latentreward.data.readers.pair_rows import BY_LABEL, MODELS, NO_LABEL, WINNER_FIRST, PairRowParser
 from latentreward.data.readers.parquet_store import plain_type
 from latentreward.data.readers.rows import ROWS_AT_ONCE, RowReader
 from latentreward.data.readers.tables import (
     Source,
     class_names,
+    element_type,
+    embedded_images,
     holds_images,
     name_class,
     open_table,
@@ -25,10 +36,12 @@ from latentreward.data.readers.tables import (
 )
 from latentreward.errors import InputError, did_you_mean, quoted
 
-OPTIONAL = ("label", "votes", "confidence", "weight", "pair_id", "group_id", *MODELS)
+OPTIONAL = ("label", "votes", "confidence", "weight", "pair_id", "group_id", *MODELS, SOURCES[0])
 KEYS = ("key_a", "key_b")
 """Columns with the names of the first and the second image."""
-FIELDS = ("prompt", *WINNER_FIRST, *BY_LABEL, *OPTIONAL, *KEYS)
+SOURCE_KEYS = "source_keys"
+"""Column with the names of the pictures to edit."""
+FIELDS = ("prompt", *WINNER_FIRST, *BY_LABEL, *OPTIONAL, *KEYS, SOURCE_KEYS)
 
 
 class DatasetPairReader(RowReader):
@@ -38,7 +51,9 @@ class DatasetPairReader(RowReader):
     the same rules. A column of images holds bytes, structs with ``bytes`` as ``datasets`` writes them for its feature
     ``Image``, or paths. Optional columns are ``votes``, ``confidence``, ``weight``, ``pair_id`` (default ``FILE:ROW``,
     or ``SPLIT:ROW`` of a ``Dataset``), ``group_id``, ``model_a``, ``model_b`` and, with the names of the two images,
-    ``key_a`` and ``key_b``; an image without name is named by a hash of its bytes. Other columns are not read. A label
+    ``key_a`` and ``key_b``; an image without name is named by a hash of its bytes. The pictures that the two images are
+    edits of are in ``source_images``, a picture or a list of them, with their names in ``source_keys``; without these,
+    whoever asks for all prompts has all these pictures read once. Other columns are not read. A label
     with the feature ``ClassLabel`` counts by the name of its class, which must be ``a``, ``b``, ``tie`` or a number.
 
     The constructor reads all these columns but the images, which are read row by row. No code of a data set is run.
@@ -80,49 +95,81 @@ class DatasetPairReader(RowReader):
         super().__init__(Path(name).name, split, **options)
         self._rows = open_table(self, source, split, revision, config)
         ((place, schema), *_) = self._rows.schemas()
-        chosen = choose_columns(schema, columns or {}, place)
+        chosen = choose_columns(schema, columns or {}, place, self.sources)
         self._fields = WINNER_FIRST if WINNER_FIRST[0] in chosen else BY_LABEL
         images = [chosen[field] for field in self._fields]
         self._root = Path(root) if root else None
         if not root and isinstance(source, str | os.PathLike) and Path(source).exists():
             # A local source holds the files that its paths name.
             self._root = Path(source) if Path(source).is_dir() else Path(source).parent
-        self._embedded = any(holds_images(schema.field(image).type) for image in images)
+        embedded = any(holds_images(schema.field(image).type) for image in images)
+        sources = chosen.get(SOURCES[0])
+        self._named: dict[int, list[ImageRef]] | None = None
+        self._sources = sources if sources and holds_images(element_type(schema.field(sources).type)) else None
+        self._embedded = dict(zip(self._fields, images, strict=True)) if embedded else {}
+        if self._sources is not None:
+            self._embedded[SOURCES[0]] = self._sources
         self._classes = class_names(schema, chosen.get("label", ""))
-        if self._embedded:
+        if embedded:
             self._rows.check_images(images, "give bytes or paths in both columns of images")
-        elif self._root is None and not self._rows.files:
-            raise InputError(f"root: {place} holds paths in {images[0]}; set root to the folder of the image files")
-        read = {field: column for field, column in chosen.items() if not (self._embedded and field in self._fields)}
+        if self._sources is not None:
+            self._rows.check_images([self._sources], "give bytes or paths in every file", lists=True)
+        paths = [column for column in (*images, sources) if column and column not in self._embedded.values()]
+        if paths and self._root is None and not self._rows.files:
+            raise InputError(f"root: {place} holds paths in {paths[0]}; set root to the folder of the image files")
+        read = {field: column for field, column in chosen.items() if field not in self._embedded}
         index = self._rows.read_index(dict.fromkeys(read.values()), "give every file of the split the same columns")
         if self._embedded:
-            self._rows.open_images(images, memory_map)
-        parser = PairRowParser(self, None if self._embedded else self._check_path)
+            self._rows.open_images([*self._embedded.values()], memory_map)
+        parser = PairRowParser(self, self._check_path)
         self.table = parser.table(self._read_rows(index, read))
         if not len(self):
             told = f" ({count_text(self.skipped)} left out)" if self.skipped else ""
             raise InputError(f"split: {split!r} of {name} has no rows left{told}; check the files")
         if self.remarks[NO_LABEL] and "label" not in chosen:
             parser.rename_no_label(f"no column label among {', '.join(schema.names)}; name it in columns")
-        unread = (field for field in schema if field.name not in {*read.values(), *images})
-        edited = find_edit_source({field.name: b"x" if holds_images(field.type) else "x" for field in unread})
-        if edited is not None:
+        if self.sources == "ignore" and (edited := edit_column(schema, chosen.values())):
             self.remarks[edit_remark(edited)] += len(self)
         if self._embedded and not memory_map:
-            warn_row_groups(self._rows, images, f"{name} {split}")
+            warn_row_groups(self._rows, [*self._embedded.values()], f"{name} {split}")
         self.report(f"{name} {split}")
 
     def find_images(self, row: dict[str, Any]) -> list[ImageRef]:
         """Return the images of a row with their bytes, or references to their files."""
         texts = row["image_a"], row["image_b"]
-        if self._embedded:
-            values = self._rows.read(row["row"])
+        if self._fields[0] in self._embedded:
+            values = self._rows.read(row["row"], [self._embedded[field] for field in self._fields])
             return [self._rows.image(value, key) for value, key in zip(values, texts, strict=True)]
+        return [*map(self._file, texts)]
+
+    def find_sources(self, row: dict[str, Any]) -> list[ImageRef]:
+        """Return the pictures to edit of a row with their bytes, or references to their files."""
+        if self._sources is None:
+            return [*map(self._file, row["sources"] or ())]
+        return embedded_images(self._rows.read(row["row"], [self._sources])[0], row["sources"], self._rows.files)
+
+    def name_sources(self) -> dict[int, list[ImageRef]]:
+        """Return the pictures to edit by row, without bytes; those without names are read once."""
+        if self._sources is None:
+            return super().name_sources()
+        if self._named is None:
+            (rows := copy(self._rows)).open_images([self._sources])
+            self._named = {}
+            for place, row in enumerate(self.table.column("row").to_pylist()):
+                keys = self.table.column("sources")[place].as_py()
+                if keys is None:
+                    keys = [one.image_key for one in embedded_images(rows.read(row)[0], None, rows.files)]
+                self._named[place] = [*map(ImageRef, keys)]
+        return self._named
+
+    def _file(self, path: str | None) -> ImageRef:
         if self._root is not None:
-            return [file_image(self._root, path) for path in texts]
-        return [ImageRef(path or "", path=Path(path) if path else None) for path in texts]
+            return file_image(self._root, path)
+        return ImageRef(path or "", path=Path(path) if path else None)
 
     def _check_path(self, name: str, field: str, path: Any) -> None:
+        if field in self._embedded:
+            return
         if self._root is not None:
             check_path(self, name, field, path, self._root)
         elif self.on_error == "raise" and not path:
@@ -135,19 +182,31 @@ class DatasetPairReader(RowReader):
             for values in zip(*(batch.column(column).to_pylist() for column in read.values()), strict=True):
                 row = dict(zip(read, values, strict=True))
                 keys = [row.pop(key, None) for key in KEYS]
-                if self._embedded:
+                source_keys = row.pop(SOURCE_KEYS, None)
+                if self._fields[0] in self._embedded:
                     row |= dict(zip(self._fields, keys, strict=True))
+                if self._sources is not None:
+                    row[SOURCES[0]] = source_keys
                 if self._classes is not None:
                     row["label"] = name_class(self._classes, row["label"])
                 yield names[number].as_py(), number, row
                 number += 1
 
 
-def choose_columns(schema: pa.Schema, named: Mapping[str, str], place: str) -> dict[str, str]:
+def edit_column(schema: pa.Schema, known: Collection[str]) -> str | None:
+    """Return the first column, none of ``known``, with pictures that a row's images are edits of; None without one."""
+    unread = (field for field in schema if field.name not in known)
+    return find_edit_source({field.name: b"x" if holds_images(element_type(field.type)) else "x" for field in unread})
+
+
+def choose_columns(schema: pa.Schema, named: Mapping[str, str], place: str, sources: Sources) -> dict[str, str]:
     """Choose the column of each of ``FIELDS``; of images, ``chosen`` and ``rejected``, or ``image_a`` and ``image_b``.
 
+    The pictures to edit are in ``source_images`` or ``source_image``; they are left out if ``sources`` is ``"ignore"``.
+
     Raises:
-        InputError: If there is no such field or column, or the prompt or the images are missing or could be several.
+        InputError: If there is no such field or column, the prompt or the images are missing or could be several, or
+            there is another column of pictures to edit.
     """
     for field, column in named.items():
         if field not in FIELDS:
@@ -155,6 +214,14 @@ def choose_columns(schema: pa.Schema, named: Mapping[str, str], place: str) -> d
         if column not in schema.names:
             raise InputError(f"columns.{field}: no column {column!r} in {place}{did_you_mean(column, schema.names)}")
     found = {field: named.get(field, field) for field in FIELDS if named.get(field, field) in schema.names}
+    if SOURCES[0] not in found and SOURCES[1] in schema.names:
+        found[SOURCES[0]] = SOURCES[1]
+    if sources == "ignore":
+        found.pop(SOURCES[0], None)
+    elif edited := edit_column(schema, found.values()):
+        raise InputError(
+            f"{place}: {edit_problem(edited)}, or name it in columns, e.g. columns: {{{SOURCES[0]}: {edited}}}"
+        )
     there = f"it has {quoted(', '.join(schema.names))}"
     if "prompt" not in found:
         raise InputError(f"{place}: no column prompt ({there}); name it, e.g. columns: {{prompt: caption}}")

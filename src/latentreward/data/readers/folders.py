@@ -12,7 +12,7 @@ import pyarrow as pa
 from latentreward.contracts import ImageRef, PathText
 from latentreward.data.images import OUTSIDE, resolve_inside
 from latentreward.data.readers.base import count_text
-from latentreward.data.readers.json_rows import encodable, file_image, parse_line, parse_text
+from latentreward.data.readers.json_rows import edit_remark, encodable, file_image, parse_line, parse_text
 from latentreward.data.readers.rows import RowReader, pack
 from latentreward.errors import InputError, printable
 from latentreward.storage.ignored_files import find_files
@@ -20,7 +20,7 @@ from latentreward.storage.texts import UTF_16, UnreadableTextError, read_text
 
 logger = logging.getLogger(__name__)
 
-SIDES = ("chosen", "rejected")
+SIDES, SOURCE = ("chosen", "rejected"), "source"
 SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".gif", ".bmp")
 """Suffixes of image files that can be decoded."""
 UNREAD = (
@@ -33,6 +33,7 @@ INDEX = pa.schema(
         **dict.fromkeys(("pair_id", "prompt"), pa.large_string()),
         **dict.fromkeys(SIDES, pa.large_binary()),  # names of files need not be UTF-8
         "label": pa.float64(),
+        "sources": pa.list_(pa.large_binary()),
     }
 )
 CAPTIONS = "captions"
@@ -50,8 +51,11 @@ class FolderPairReader(RowReader):
     2. ``captions/cats/1.txt``;
     3. ``chosen/cats/1.txt``.
 
-    A text file is read whole, without one line break at its end. A name falls under ``on_error`` if it has an image on
-    one side only, several images on one side, no caption, or a caption that is too long. A line of ``captions.jsonl``
+    If there is a folder ``source/``, the pair's images are edits of its picture ``source/cats/1.jpg``, and the caption
+    is the instruction; for edits of several pictures, write JSON lines.
+
+    A text file is read whole, without one line break at its end. A name falls under ``on_error`` if it has no image or
+    several in one of these folders, no caption, or a caption that is too long. A line of ``captions.jsonl``
     falls under ``on_error`` if it is not an object with the texts ``name`` and ``prompt``.
 
     Args:
@@ -75,13 +79,18 @@ class FolderPairReader(RowReader):
                 )
             files[side], told = find_pictures(self._folder / side)
             self._unread += [f"{side}/: {remark}" for remark in told]
-        captions = self._read_captions_file() if (self._folder / CAPTIONS_FILE).is_file() else None
         names = sorted({name for side in files.values() for name in side})
+        if (self._folder / SOURCE).is_dir() and self.sources == "read":
+            files[SOURCE], told = find_pictures(self._folder / SOURCE)
+            self._unread += [f"{SOURCE}/: {remark}" for remark in told]
+        captions = self._read_captions_file() if (self._folder / CAPTIONS_FILE).is_file() else None
         self.table = pack((self._check(name, files, captions) for name in names), INDEX)
         if not len(self):
             reasons = [f"{count_text(self.skipped)} left out"] if self.skipped else []
             problem = "; ".join([f"root: no pairs in {self._folder}", *reasons, *self._unread])
             raise InputError(f"{problem}; give chosen/ and rejected/ images of equal names, with captions")
+        if (self._folder / SOURCE).is_dir() and self.sources == "ignore":
+            self.remarks[edit_remark(f"{SOURCE}/")] += len(self)
         if self._unread:
             logger.warning("%s: %s", printable(str(self._folder)), "; ".join(self._unread))
         self.report(str(self._folder))
@@ -89,6 +98,10 @@ class FolderPairReader(RowReader):
     def find_images(self, row: dict[str, Any]) -> list[ImageRef]:
         """Return references to the files of a name, the chosen one first."""
         return [file_image(self._folder, os.fsdecode(row[side])) for side in SIDES]
+
+    def find_sources(self, row: dict[str, Any]) -> list[ImageRef]:
+        """Return a reference to the file of the picture to edit, if there is one."""
+        return [file_image(self._folder, os.fsdecode(path)) for path in row["sources"] or ()]
 
     def _read_captions_file(self) -> dict[str, str]:
         captions: dict[str, str] = {}
@@ -106,7 +119,7 @@ class FolderPairReader(RowReader):
         self, name: str, files: dict[str, dict[str, list[str]]], captions: dict[str, str] | None
     ) -> dict[str, Any] | None:
         """Return the row of a name, which is ``SPLIT/NAME`` with a split; None if ``on_error`` leaves it out."""
-        found = {side: files[side].get(name, []) for side in SIDES}
+        found = {side: paths.get(name, []) for side, paths in files.items()}
         prompt, problem, reason = None, "", ""
         for side, paths in found.items():
             if not reason and len(paths) != 1:
@@ -131,7 +144,9 @@ class FolderPairReader(RowReader):
             return None
         pair_id = encodable(f"{self.split}/{name}" if self.split else name)
         images = {side: os.fsencode(paths[0] if paths else "") for side, paths in found.items()}
-        return {"pair_id": pair_id, "prompt": prompt, "label": None if reason else 1.0, **images}
+        sources = [images.pop(SOURCE)] if SOURCE in images else None
+        label = None if reason else 1.0
+        return {"pair_id": pair_id, "prompt": prompt, "label": label, "sources": sources, **images}
 
 
 def read_caption(file: Path, root: Path | None = None) -> str | None:

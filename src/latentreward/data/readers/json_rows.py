@@ -4,7 +4,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from decimal import Decimal
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
@@ -20,6 +20,10 @@ EDIT_SOURCE = re.compile(
     r"(source|src|input|condition|conditioning)_(image|img)s?|path_src|prompt_images", re.IGNORECASE
 )
 """Names, in public data sets, of the column with the picture that a row's images are edits of."""
+SOURCES = ("source_images", "source_image")
+"""Names under which readers read such pictures, in order of preference: a list, or one picture."""
+MOST_SOURCES = 16
+"""Largest number of pictures of a row."""
 MAYBE_SOURCE = re.compile(
     r"source|src|input|reference|original|image_(before|source|src)|(reference|original|control)_(image|img)s?",
     re.IGNORECASE,
@@ -27,20 +31,25 @@ MAYBE_SOURCE = re.compile(
 """Names that mean such a picture only if the value is one; ``source`` may also be the name of a data set."""
 PICTURE_FILE = re.compile(r"\.(jpe?g|png|webp|gif|bmp)$", re.IGNORECASE)
 NO_OBJECT = "row is no object"
+EDIT_UNREAD = "edit of a picture in a field that is not read"
 ARRAY_REMEDY = "give the published file, one JSON list of objects"
 
 
-def check_row(reader: PairReader, pair_id: str, row: Any) -> tuple[dict[str, Any], bool]:
+def check_row(reader: PairReader, pair_id: str, row: Any, sources: Collection[str] = ()) -> tuple[dict[str, Any], bool]:
     """Check that a row is an object with a sound ``prompt``.
 
-    A row falls under ``on_error`` if it is not an object, or if its ``prompt`` is not text or too long. A null or
-    missing prompt only counts as a remark. Returned are the row, with a bad ``prompt`` set to None, or an empty dict if
-    it is not an object; and whether no rule was broken.
+    A row falls under ``on_error`` if it is not an object, if its ``prompt`` is not text or too long, or if it is an
+    edit of a picture in another field than those of ``sources``, which the caller reads. A null or missing prompt only
+    counts as a remark. Returned are the row, with a bad ``prompt`` set to None, or an empty dict if it is not an
+    object; and whether no rule was broken.
     """
     if not isinstance(row, dict):
         reader.refuse(pair_id, f"the row is {short(row)}, not an object", NO_OBJECT)
         return {}, False
-    if (source := find_edit_source(row)) is not None:
+    if (source := find_edit_source(row, sources)) is not None:
+        if reader.sources == "read":
+            reader.refuse(pair_id, edit_problem(source), EDIT_UNREAD)
+            return row, False
         reader.remark(pair_id, edit_remark(source))
     prompt = row.get("prompt")
     if prompt is None:
@@ -73,6 +82,11 @@ def check_path(reader: PairReader, pair_id: str, field: str, path: Any, folder: 
 def edit_remark(source: str) -> str:
     """Return the remark on rows whose images are edits of the picture in field ``source``."""
     return f"edit of {short(source)}, a picture that is not read"
+
+
+def edit_problem(source: str) -> str:
+    """Return what is wrong with rows whose images are edits of the picture in field ``source``, which is not read."""
+    return f"{short(source)} is a picture to edit, and {SOURCES[0]} is read; rename it, or set sources: ignore"
 
 
 def load_rows(file: Path) -> list[Any]:
@@ -163,9 +177,11 @@ def encodable(text: str) -> str:
     return text if text.isascii() else text.encode("utf-8", "backslashreplace").decode()
 
 
-def find_edit_source(row: Mapping[str, Any]) -> str | None:
-    """Return the name of a row's field with the picture that its images are edits of; None without one."""
+def find_edit_source(row: Mapping[str, Any], known: Collection[str] = ()) -> str | None:
+    """Return the name of a row's field, none of ``known``, with the picture that its images are edits of; else None."""
     for name, value in row.items():
+        if name in known:
+            continue
         certain = _means_source(name)
         if certain is None or not value:
             continue
@@ -173,6 +189,21 @@ def find_edit_source(row: Mapping[str, Any]) -> str | None:
         if certain or isinstance(held, bytes) or (isinstance(held, str) and PICTURE_FILE.search(held)):
             return name
     return None
+
+
+def list_sources(row: Mapping[str, Any], fields: Sequence[str] = SOURCES) -> tuple[str, list[Any]]:
+    """Return the first of a row's fields with pictures to edit, and these pictures, none for a row without.
+
+    A text in the form of a JSON list, as tables in CSV hold it, is a list. Of objects with a ``path`` only that counts.
+    """
+    for name in fields:
+        value = row.get(name)
+        value = parse_json(value, value) if isinstance(value, str) and value.startswith("[") else value
+        if value:
+            values = value if isinstance(value, list) else [value]
+            by_path = (isinstance(one, dict) and one.get("path") and not one.get("bytes") for one in values)
+            return name, [one["path"] if named else one for one, named in zip(values, by_path, strict=True)]
+    return fields[0] if fields else "", []
 
 
 @lru_cache

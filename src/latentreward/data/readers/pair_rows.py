@@ -7,7 +7,16 @@ from typing import Any
 import pyarrow as pa
 
 from latentreward.data.readers.base import MAX_VOTES, PairReader
-from latentreward.data.readers.json_rows import NO_OBJECT, check_row, parse_number, parse_text, short
+from latentreward.data.readers.json_rows import (
+    MOST_SOURCES,
+    NO_OBJECT,
+    SOURCES,
+    check_row,
+    list_sources,
+    parse_number,
+    parse_text,
+    short,
+)
 from latentreward.data.readers.rows import pack
 
 INDEX = pa.schema(
@@ -24,13 +33,14 @@ INDEX = pa.schema(
         "model_b": pa.string(),
         "group_id": pa.large_string(),
         "split": pa.large_string(),
+        "sources": pa.list_(pa.large_string()),
     }
 )
 WINNER_FIRST, BY_LABEL = ("chosen", "rejected"), ("image_a", "image_b")
 WORDS = {"a": 1.0, "b": 0.0, "tie": 0.5}
 MODELS = ("model_a", "model_b")
 TEXTS = (*MODELS, "group_id", "split")
-NOT_LABELS = (*WINNER_FIRST, *BY_LABEL, *TEXTS, "prompt", "label", "confidence", "weight", "pair_id")
+NOT_LABELS = (*WINNER_FIRST, *BY_LABEL, *TEXTS, *SOURCES, "prompt", "label", "confidence", "weight", "pair_id")
 """Keys under which nobody looks for a label, beside the keys of labels themselves."""
 COLUMNS = {name: name for name in (*NOT_LABELS, "votes")}
 """Field → column of pairs of your own; :class:`~latentreward.data.readers.jsonl.JSONLPairReader` describes them."""
@@ -56,6 +66,7 @@ class PairRowParser:
         columns: Mapping[str, str] = COLUMNS,
     ) -> None:
         self.reader, self.check_image, self.columns = reader, check_image, columns
+        self.sources = [columns[field] for field in SOURCES if field in columns and reader.sources == "read"]
         self._other_keys: Counter[str] = Counter()
         self._seen: set[str] = set()
 
@@ -84,7 +95,7 @@ class PairRowParser:
             reader.refuse(name, content, NO_OBJECT)
             content, sound = {}, False
         else:
-            content, sound = check_row(reader, name, content)
+            content, sound = check_row(reader, name, content, self.sources)
         row = {field: content.get(column) for field, column in columns.items()}
         pair_id = parse_text(row.get("pair_id")) or name
         if pair_id in self._seen:
@@ -96,6 +107,7 @@ class PairRowParser:
         if sound and self.check_image is not None:
             for field in images:
                 self.check_image(name, columns[field], row[field])
+        sound, sources = self._parse_sources(name, content, sound)
         label: float | None = 1.0
         if labelled and sound:
             sound, label = self._parse_label(name, row["label"], content)
@@ -125,6 +137,7 @@ class PairRowParser:
             "votes_b": votes and votes[1],
             "confidence": self._parse_confidence(name, row.get("confidence")),
             **{field: parse_text(row.get(field)) for field in TEXTS},
+            "sources": sources or None,
         }
 
     def _parse_label(self, name: str, value: Any, content: dict[str, Any]) -> tuple[bool, float | None]:
@@ -152,6 +165,17 @@ class PairRowParser:
             self.reader.refuse(name, problem, "too many votes")
             return False, None
         return True, (votes[0], votes[1])
+
+    def _parse_sources(self, name: str, content: dict[str, Any], sound: bool) -> tuple[bool, list[str]]:
+        """Return whether the row is still valid, and the pictures to edit, none for a text alone."""
+        field, values = list_sources(content, self.sources)
+        if sound and len(values) > MOST_SOURCES:
+            problem = f"{field} has {len(values)} pictures to edit, more than {MOST_SOURCES}"
+            self.reader.refuse(name, problem, "too many pictures to edit")
+            sound = False
+        for value in values if sound and self.check_image is not None else ():
+            self.check_image(name, field, value)
+        return sound, [parse_text(value) or "" for value in values[:MOST_SOURCES]]
 
     def rename_no_label(self, told: str) -> None:
         """Put what is known of the label of unlabelled rows into the remark on them."""

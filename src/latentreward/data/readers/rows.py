@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from latentreward.contracts import ImageRef, PathText, PreferencePair
+from latentreward.contracts import EditPrompt, ImageRef, PathText, PreferencePair
 from latentreward.data.readers.base import PairReader
 from latentreward.data.readers.json_rows import file_image
 from latentreward.seeding import coin_flips
@@ -26,7 +26,8 @@ class RowReader(PairReader):
     The table has the columns ``pair_id``, ``prompt`` (null for an empty one) and ``label``, the probability that the
     image that the file names first is preferred (null without label). Further columns as they are published:
     ``weight`` (null for 1), ``group_id``, ``split`` of single rows, those of ``FACTS``, ``group``, if rows depend on
-    each other by more than their prompt, and what :meth:`find_images` needs.
+    each other by more than their prompt, ``sources``, the paths or names of the pictures that a row's images are edits
+    of, and what :meth:`find_images` needs.
 
     Args:
         source: Name of the data set.
@@ -36,7 +37,7 @@ class RowReader(PairReader):
             that name the preferred image first, a model that always prefers a would then always be right. A column
             ``winner_first`` limits the exchange to rows where it is true.
         seed: Seed of the random exchange.
-        options: ``on_error``, ``max_prompt_chars`` and ``exif``, see :class:`PairReader`.
+        options: ``on_error``, ``max_prompt_chars``, ``exif`` and ``sources``, see :class:`PairReader`.
     """
 
     table: pa.Table
@@ -57,6 +58,10 @@ class RowReader(PairReader):
         """
         return [file_image(self.folder, row[name], self.prefix) for name in ("image_a", "image_b")]
 
+    def find_sources(self, row: dict[str, Any]) -> list[ImageRef]:
+        """Return references to the pictures that a row's images are edits of, by default files of :attr:`folder`."""
+        return [file_image(self.folder, path, self.prefix) for path in row.get("sources") or ()]
+
     def read_row(self, index: int) -> dict[str, Any]:
         """Return the values of row ``index`` by column."""
         return {name: self.table[name][index].as_py() for name in self.table.column_names}
@@ -64,10 +69,11 @@ class RowReader(PairReader):
     def make_pair(self, row: dict[str, Any]) -> PreferencePair:
         """Return the pair of a row, with its images exchanged or not."""
         image_a, image_b = self.find_images(row)
+        sources, prompt = self.find_sources(row), row["prompt"] or ""
         votes_a, votes_b, weight = row.get("votes_a"), row.get("votes_b"), row.get("weight")
         pair = PreferencePair(
             pair_id=row["pair_id"],
-            prompt=row["prompt"] or "",
+            prompt=EditPrompt(prompt, sources) if sources else prompt,
             image_a=image_a,
             image_b=image_b,
             label_a=row["label"],
@@ -99,8 +105,16 @@ class RowReader(PairReader):
         return self.table.column("label").is_valid().to_numpy()
 
     def prompts(self) -> list[str]:
-        """Return the raw prompt of every row."""
-        return [prompt or "" for prompt in self.table.column("prompt").to_pylist()]
+        """Return the raw prompt of every row; pictures in bytes that it edits are named without their bytes."""
+        prompts, named = [prompt or "" for prompt in self.table.column("prompt").to_pylist()], self.name_sources()
+        return [EditPrompt(prompt, named[row]) if named.get(row) else prompt for row, prompt in enumerate(prompts)]
+
+    def name_sources(self) -> dict[int, list[ImageRef]]:
+        """Return references, without bytes, to the pictures that the images of rows are edits of, by row."""
+        if "sources" not in self.table.column_names:
+            return {}
+        rows = enumerate(self.table.column("sources").to_pylist())
+        return {row: self.find_sources({"sources": paths}) for row, paths in rows if paths}
 
     def pair_ids(self) -> list[str]:
         """Return the ``pair_id`` of every row."""

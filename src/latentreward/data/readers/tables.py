@@ -79,8 +79,8 @@ class SplitTable(ABC):
     def read(self, row: int, columns: Sequence[str] | None = None) -> tuple[Any, ...]:
         """Return the values of ``columns`` (by default all of :meth:`open_images`) in a row."""
 
-    def check_images(self, columns: Sequence[str], hint: str, absent: str = "") -> None:
-        """Check that the columns of images hold bytes, or the structs that ``datasets`` writes.
+    def check_images(self, columns: Sequence[str], hint: str, absent: str = "", lists: bool = False) -> None:
+        """Check that the columns of images hold bytes, or the structs that ``datasets`` writes, or ``lists`` of them.
 
         Raises:
             InputError: If a column does not, or is missing, with the remedy ``hint``, or ``absent`` if all are missing.
@@ -90,7 +90,8 @@ class SplitTable(ABC):
                 remedy = absent if absent and len(missing) == len(columns) else hint
                 raise InputError(f"{place}: no column {', '.join(missing)}; {remedy}")
             for name in columns:
-                if not holds_images(schema.field(name).type):
+                kind = schema.field(name).type
+                if not holds_images(element_type(kind) if lists else kind):
                     raise InputError(f"{place}: column {name} is {schema.field(name).type}, not images; {hint}")
 
     def image(self, value: Any, key: str | None = None) -> ImageRef:
@@ -276,6 +277,19 @@ def embedded_image(value: Any, key: str | None = None, files: bool = False) -> I
     if data is None and path and files:
         return ImageRef(key or path, path=Path(path))
     return ImageRef(key or content_key(data), data)
+
+
+def embedded_images(value: Any, keys: Sequence[str] | None = None, files: bool = False) -> list[ImageRef]:
+    """Return references to the images of a row that has a list of them, or one; see :func:`embedded_image`."""
+    values = value if isinstance(value, list) else [] if value is None else [value]
+    names = keys if keys and len(keys) == len(values) else [None] * len(values)
+    return [embedded_image(one, key, files) for one, key in zip(values, names, strict=True)]
+
+
+def element_type(kind: pa.DataType) -> pa.DataType:
+    """Return the type of the elements of lists, and any other type as it is."""
+    listed = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
+    return kind.value_type if any(holds(kind) for holds in listed) else kind
 
 
 def holds_images(kind: pa.DataType) -> bool:
