@@ -18,6 +18,7 @@ from latentreward.callbacks.reference_drift import ReferenceDrift
 from latentreward.callbacks.resumed_settings import ResumedSettings
 from latentreward.callbacks.run_progress import RunProgress
 from latentreward.callbacks.sample_grid import SampleGrid
+from latentreward.callbacks.source_change import SourceChange
 from latentreward.callbacks.tensorboard_charts import TensorBoardCharts
 from latentreward.callbacks.throughput import Throughput
 from latentreward.callbacks.timestep_bands import TimestepBands
@@ -43,6 +44,7 @@ __all__ = [
     "RunProgress",
     "SampleGrid",
     "ScoredPairGrid",
+    "SourceChange",
     "TensorBoardCharts",
     "Throughput",
     "TimestepBands",

@@ -1,13 +1,15 @@
 """Alignment of editors: every method takes prompts with pictures, and holds the pictures fixed."""
 
+import csv
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from latentreward.callbacks import EncodeOnce
+from latentreward.callbacks import EncodeOnce, SourceChange
 from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.loggers import CSVLogger
 from PIL import Image
 from torch.utils.data import DataLoader
 
@@ -25,6 +27,7 @@ from latentreward.modules import (
     TrajectoryGRPOModule,
 )
 from latentreward.modules.alignment import AlignmentModule
+from latentreward.rewards import UnchangedRegion
 from latentreward.rollout import Branching, Sampling
 from tests.families.test_methods import DifferentiableChannel, pairs, rolled
 from tests.families.twins import TWINS
@@ -148,3 +151,24 @@ def test_diffusion_dpo_learns_from_edits(tmp_path: Path) -> None:
         make_trainer(tmp_path, max_steps=2, max_epochs=-1).fit(module, train_dataloaders=data)
         found.append(torch.cat([weight.flatten() for weight in weights(module).values()]))
     assert not torch.equal(*found)
+
+
+def test_what_an_editor_leaves_alone_is_a_reward_and_a_measure(tmp_path: Path) -> None:
+    prompts, watch = edits(tmp_path), SourceChange(edits(tmp_path), every_n_steps=1)
+    module = ReFLModule(
+        KLEIN.source(), UnchangedRegion(), guidance_scale=1.0, stop_range=(1, 2), seed=0,
+        sampling=Sampling(4, height=32, width=48), optimizer=lambda groups: torch.optim.Adam(groups, lr=1e-2),
+    )  # fmt: skip
+    logger = CSVLogger(tmp_path)
+    trained(module, tmp_path, prompts, [watch], logger=logger)
+    rows = [*csv.DictReader((Path(logger.log_dir) / "metrics.csv").open())]
+    changes = [float(row["edits/unchanged_region"]) for row in rows if row["edits/unchanged_region"]]
+    assert len(changes) == 3 and changes[2] < changes[0]  # the reference, and after each step
+    assert changes[0] < max(float(row["edits/change"]) for row in rows if row["edits/change"])
+
+
+def test_the_measure_needs_an_editor_and_pictures() -> None:
+    with pytest.raises(InputError, match="'a cat' edits no picture; give prompts with source_images"):
+        SourceChange(["a cat"])
+    with pytest.raises(InputError, match=r"their sources, but FLUX\.1 makes pictures from text alone; give a"):
+        UnchangedRegion().load(TWINS["flux1_dev"].source().load())

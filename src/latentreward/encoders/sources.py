@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from io import BytesIO
 from typing import NamedTuple
 
 import torch
 from PIL import Image
 from torch import Tensor
 
-from latentreward.contracts import Conditioning, ImageRef, sources_of
+from latentreward.contracts import Conditioning, EditPrompt, ImageRef, sources_of
 from latentreward.data.images import PixelLoader, decode_image, to_pixels
 from latentreward.encoders.vae import LatentEncoder
 from latentreward.errors import InputError
@@ -108,6 +109,13 @@ class SourceEncoder:
                 )
             found.append(torch.stack(latents))
         return tuple(found)
+
+
+def edit_of_grey() -> EditPrompt:
+    """Return a prompt that edits a grey picture, to try a network that edits."""
+    file = BytesIO()
+    Image.new("RGB", (64, 64), "gray").save(file, "PNG")
+    return EditPrompt("", [ImageRef("grey", data=file.getvalue())])
 
 
 def with_sources(

@@ -20,6 +20,7 @@ from latentreward.contracts import Conditioning, NoisyStates, PromptBatch, Rollo
 from latentreward.data.alignment.experience import other_rows, wrong_rows
 from latentreward.data.images import PixelLoader
 from latentreward.devices import evaluating
+from latentreward.encoders.sources import edit_of_grey
 from latentreward.encoders.stored_prompts import StoredPrompts
 from latentreward.errors import InputError
 from latentreward.modules.based import FrozenBase, unseen_settings
@@ -199,9 +200,10 @@ class AlignmentModule(LightningModule):
             # FSDP2 needs one call of the whole network before a reward that shares the network calls its blocks.
             stored = isinstance(self.policy.text_encoder, StoredPrompts)  # of EncodeOnce, which has no other prompts
             prompts = [""] * 3 if stored else ["", "a cat", "two dogs on a hill"]
-            given = getattr(getattr(self.trainer, "datamodule", None), "prompts", ())
-            if isinstance(given, tuple) and given and sources_of(given[0]):
-                prompts = [given[0]] * 3
+            if self.policy.source_encoder is not None:
+                given = getattr(getattr(self.trainer, "datamodule", None), "prompts", None)
+                first = given[0] if isinstance(given, tuple) and given else edit_of_grey()
+                prompts = [first] * 3 if sources_of(first) else prompts
             self.policy.predict(noise, timesteps, self.policy.encode_prompts(prompts))
             encoded = self.reward.encode_prompts(prompts[:1])
             self.reward(NoisyStates(noise, timesteps, torch.zeros(3, dtype=torch.int64), noise), encoded)

@@ -4,6 +4,7 @@ from .http import HTTPReward
 from .latent import LatentReward
 from .mixture import RewardMixture
 from .pixel import PixelReward
+from .unchanged import UnchangedRegion
 
 __all__ = [
     "CallableReward",
@@ -14,4 +15,5 @@ __all__ = [
     "Reward",
     "RewardMixture",
     "RewardSource",
+    "UnchangedRegion",
 ]
