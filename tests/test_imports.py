@@ -50,7 +50,7 @@ MAY_IMPORT = {
     | {"scorers", "reports", "remote"},
     "rollout": BASE | {"noise", "losses", "families", "policies", "rewards"},
     "apps.generation": BASE
-    | {"ranks", "noise", "encoders", "backbones", "families", "policies", "rewards", "rollout", "reports"},
+    | {"data", "ranks", "noise", "encoders", "backbones", "families", "policies", "rewards", "rollout", "reports"},
     "modules": BASE
     | {
         "noise",

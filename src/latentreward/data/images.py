@@ -314,6 +314,19 @@ def open_source(image: ImageRef) -> BytesIO | Path:
     return path
 
 
+def image_bytes(image: ImageRef) -> bytes:
+    """Return the encoded bytes of an image; raise ImageError as :func:`open_source`."""
+    source = open_source(image)
+    return source.getvalue() if isinstance(source, BytesIO) else source.read_bytes()
+
+
+def png(image: Image.Image) -> bytes:
+    """Return the bytes of an image's PNG file."""
+    content = BytesIO()
+    image.save(content, "png")
+    return content.getvalue()
+
+
 def _to_rgb(image: Image.Image, exif: ExifOrientation) -> Image.Image:
     if exif == "apply" and (orientation := exif_orientation(image)) != UPRIGHT:
         image = image.transpose(TRANSPOSITIONS[orientation])

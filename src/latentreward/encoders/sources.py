@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from io import BytesIO
 from typing import NamedTuple
 
 import torch
@@ -13,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from latentreward.contracts import Conditioning, EditPrompt, ImageRef, sources_of
-from latentreward.data.images import PixelLoader, decode_image, to_pixels
+from latentreward.data.images import PixelLoader, decode_image, png, to_pixels
 from latentreward.encoders.vae import LatentEncoder
 from latentreward.errors import InputError
 
@@ -51,6 +50,10 @@ class SourceEncoder:
         self.vae, self.size = vae, size
         self.loader: PixelLoader | None = None
         self._kept: OrderedDict[tuple[str, PixelLoader | None], Tensor] = OrderedDict()
+
+    def resize_to(self, height: int, width: int) -> None:
+        """Resize every picture, around its centre, to ``height`` × ``width`` pixels."""
+        self.loader = PixelLoader(height, width, "center_crop")
 
     def pixels(self, image: ImageRef) -> Tensor:
         """Decode and resize a picture to pixels ``(3, H, W)`` in [-1, 1].
@@ -113,9 +116,7 @@ class SourceEncoder:
 
 def edit_of_grey() -> EditPrompt:
     """Return a prompt that edits a grey picture, to try a network that edits."""
-    file = BytesIO()
-    Image.new("RGB", (64, 64), "gray").save(file, "PNG")
-    return EditPrompt("", [ImageRef("grey", data=file.getvalue())])
+    return EditPrompt("", [ImageRef("grey", data=png(Image.new("RGB", (64, 64), "gray")))])
 
 
 def with_sources(

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 
 from latentreward.backbones.tuning import ATTENTION, StorageDtype
 from latentreward.backbones.weights import settle
-from latentreward.contracts import Conditioning, LatentSpace
+from latentreward.contracts import Conditioning, LatentSpace, sources_of
 from latentreward.encoders.prompts import PromptEncoder
 from latentreward.encoders.sources import SourceEncoder, SourceSize
 from latentreward.encoders.vae import LatentEncoder
-from latentreward.errors import InputError
+from latentreward.errors import InputError, errors_at
 from latentreward.noise import DDPM, FlowMatching, NoiseProcess, fits_kind
 from latentreward.programs import of_this_package
 from latentreward.promises import COUNT, Part, finite, is_count, of_class, returns, shown, tensor, wrong_tensor
@@ -350,6 +350,17 @@ class Family(Part):
             raise InputError(f"{self.title} makes pictures from text alone, and {number} sources were given; leave out")
         wanted = f"{least}" if least == most else f"{least} to {most}" if most is not None else f"at least {least}"
         raise InputError(f"{self.title} takes {wanted} sources for a picture, and {number} were given")
+
+    def check_prompts(self, prompts: Sequence[str], setting: str) -> None:
+        """Raise InputError if prompts of a ``setting`` edit more or fewer pictures than the network, or unlike many."""
+        counts = {len(sources_of(prompt)): prompt for prompt in prompts}
+        for number, prompt in counts.items():
+            with errors_at(f"{setting}: {prompt[:60]!r}: "):
+                self.check_sources(number)
+        if len(counts) > 1:
+            raise InputError(
+                f"{setting}: prompts edit {min(counts)} to {max(counts)} pictures; give a list for each number"
+            )
 
     def source_size(self, height: int, width: int) -> SourceSize:
         """Return the size for a picture to edit, as the family's pipeline in diffusers has it.

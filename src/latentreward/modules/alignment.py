@@ -18,7 +18,6 @@ from torch.optim import AdamW
 
 from latentreward.contracts import Conditioning, NoisyStates, PromptBatch, RolloutStatistics, SampledStates, sources_of
 from latentreward.data.alignment.experience import other_rows, wrong_rows
-from latentreward.data.images import PixelLoader
 from latentreward.devices import evaluating
 from latentreward.encoders.sources import edit_of_grey
 from latentreward.encoders.stored_prompts import StoredPrompts
@@ -149,11 +148,11 @@ class AlignmentModule(LightningModule):
             self.reward.set_precision(torch.bfloat16)
         for scorer in self._reward_parts(LatentScorer):
             scorer.read_weights()
-        sampling = getattr(self, "sampling", None)  # of a method that makes pictures
-        if self.policy.source_encoder is not None and self.policy_source.source_size == "made" and sampling is not None:
-            native = self.policy.native_size
-            made = sampling.height or native[0], sampling.width or native[1]
-            self.policy.source_encoder.loader = PixelLoader(*made, "center_crop")
+        if (sampling := getattr(self, "sampling", None)) is not None:  # of a method that makes pictures
+            self.policy.edit_at(sampling.height, sampling.width)
+        prompts = getattr(getattr(self.trainer, "datamodule", None), "prompts", None)
+        if isinstance(prompts, tuple):
+            self.policy.family.check_prompts(prompts, "data.prompts")
         # After the reward is in place: the digest of frozen weights that ranks compare covers it too.
         self.frozen_base.prepare(self)
 

@@ -101,7 +101,7 @@ class PolicySource:
         settle(network, dtype, torch.float32, family.float32_parts)
         settle(text_encoder, dtype, torch.float32)
         policy = Policy(network, family, text_encoder, family.load_latent_encoder(self.vae_dtype)).train()
-        policy.source = str(family.pipeline)
+        policy.source, policy.source_size = str(family.pipeline), self.source_size
         execution = self.gradient_checkpointing, self.attention_backend, self.quantization
         set_execution(policy.blocks(), network, *execution)
         return policy

@@ -41,11 +41,13 @@ class Policy(nn.Module):
         source: Folder or hub id of the weights, for messages.
         adapters: Switch between the policy's adapter, a reward's adapter, and no adapter.
         source_encoder: Encoder of the pictures that prompts edit; None for a network that edits none.
+        source_size: See :class:`~latentreward.policies.PolicySource`.
         moving_adapters: Names of frozen adapters that training changes, so that checkpoints hold them.
     """
 
     source: str = ""
     moving_adapters: tuple[str, ...] = ()
+    source_size: str = "made"
     network: Any
 
     def __init__(
@@ -201,6 +203,15 @@ class Policy(nn.Module):
         if self.text_encoder is None:
             raise InputError("this policy was built without a text encoder; load it from a full pipeline folder")
         return self.text_encoder
+
+    def edit_at(self, height: int | None, width: int | None) -> None:
+        """Resize pictures that are edited to the size of those that are made, by default the network's native size.
+
+        Nothing changes for a network that edits none, or if ``source_size`` is ``pipeline``.
+        """
+        if self.source_encoder is not None and self.source_size == "made":
+            native = self.native_size
+            self.source_encoder.resize_to(height or native[0], width or native[1])
 
     @property
     def native_size(self) -> tuple[int, int]:

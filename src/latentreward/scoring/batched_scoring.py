@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from latentreward.backbones.base import rows_of
-from latentreward.contracts import Conditioning, Features
+from latentreward.contracts import Conditioning, Features, like_prompt, sources_of
+from latentreward.data.images import PixelLoader
 from latentreward.errors import InputError
 from latentreward.scoring.images import Images, check_sides, content_key, even_parts, pixel_batches
 from latentreward.scoring.network import RewardNetwork
@@ -45,13 +46,27 @@ class PromptMemory:
 
     def __init__(self, model: RewardNetwork, capacity: int) -> None:
         self._model, self._capacity = model, capacity
-        self._kept: OrderedDict[str, Conditioning] = OrderedDict()
+        self._kept: OrderedDict[str | tuple[str, PixelLoader | None], Conditioning] = OrderedDict()
         self._uncond: Conditioning | None = None
+
+    def resize_sources(self, height: int, width: int) -> None:
+        """Resize the pictures that prompts edit to the size of the images to score, as in training."""
+        if (encoder := self._model.backbone.source_encoder) is not None:
+            sizes = self._model.image_sizes
+            loader = PixelLoader(height, width, "center_crop") if sizes is None else sizes.loader(height, width)
+            encoder.loader = replace(loader, height=height, width=width, exif=self._model.exif)
 
     def encode(self, prompts: Sequence[str]) -> Conditioning:
         """Return the encoded prompts, one row per prompt."""
         rows = {prompt: self._encoded(prompt) for prompt in dict.fromkeys(prompts)}
         return Conditioning.join([rows[prompt] for prompt in prompts])
+
+    def encode_uncond(self, prompts: Sequence[str]) -> Conditioning | None:
+        """Return the encoded empty prompt: one row, or B where the text encoder sees the pictures of B prompts."""
+        encoder = self._model.backbone.text_encoder
+        if self._model.head.needs_uncond and encoder is not None and encoder.sees_sources:
+            return self.encode([like_prompt("", prompt) for prompt in prompts])
+        return self.uncond
 
     def __contains__(self, prompt: str) -> bool:
         """Tell whether the encoded prompt is kept."""
@@ -65,10 +80,12 @@ class PromptMemory:
         return self._uncond
 
     def _encoded(self, prompt: str) -> Conditioning:
-        if prompt in self._kept:
-            self._kept.move_to_end(prompt)
-            return self._kept[prompt]
-        encoded = self._kept[prompt] = self._model.backbone.encode_prompts([prompt])
+        sources = self._model.backbone.source_encoder
+        key = (prompt, sources.loader) if sources_of(prompt) and sources is not None else prompt
+        if key in self._kept:
+            self._kept.move_to_end(key)
+            return self._kept[key]
+        encoded = self._kept[key] = self._model.backbone.encode_prompts([prompt])
         if len(self._kept) > self._capacity:
             self._kept.popitem(last=False)
         return encoded
@@ -90,8 +107,10 @@ def score_images(
     rows: list[int] = []
     scores: list[Tensor] = []
     unfitting: list[int] = []
-    for batch in pixel_batches(images, model.image_sizes, batch_size, even_step(model), model.exif):
+    numbers = [len(sources_of(prompt)) for prompt in prompts]
+    for batch in pixel_batches(images, model.image_sizes, batch_size, even_step(model), model.exif, numbers):
         check_sides(batch.pixels, model.backbone.side_multiple)
+        memory.resize_sources(*batch.pixels.shape[-2:])
         of_batch = [prompts[row] for row in batch.rows]
         wanted = torch.is_grad_enabled() and batch.pixels.requires_grad
         with torch.set_grad_enabled(wanted):
@@ -99,7 +118,7 @@ def score_images(
                 model.encode_images(batch.pixels.to(model.device), differentiable=wanted),
                 of_batch,
                 memory.encode(of_batch),
-                memory.uncond,
+                memory.encode_uncond(of_batch),
                 [content_key(pixels) for pixels in batch.pixels] if by_content else None,
             )
             scored = torch.stack([score_encoded(model, encoded, noise) for noise in levels], dim=1).cpu()
@@ -170,11 +189,12 @@ def _score_parts(
     ``rows`` are the indices of the latents' prompts; ``given`` are encoded prompts, which are encoded here if None.
     """
     memory, scores = PromptMemory(model, max(batch_size, PROMPTS_KEPT)), []
+    memory.resize_sources(*(side * model.backbone.latent_space.downscale for side in latents.shape[-2:]))
     with torch.set_grad_enabled(torch.is_grad_enabled() and latents.requires_grad):
         for part in even_parts(len(latents), batch_size, even_step(model)):
             of_batch = [prompts[row] for row in rows[part]]
             if given is None:
-                encoded, uncond = memory.encode(of_batch), memory.uncond
+                encoded, uncond = memory.encode(of_batch), memory.encode_uncond(of_batch)
             else:
                 encoded = given[0].select(rows[part]).to(model.device)
                 uncond = memory.uncond if given[1] is None else given[1].to(model.device)

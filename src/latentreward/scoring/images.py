@@ -11,10 +11,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from latentreward.contracts import ImageRef, LatentSpace
+from latentreward.contracts import EditPrompt, ImageRef, LatentSpace
 from latentreward.data.ahead import map_ahead
 from latentreward.data.image_sizes import ImageSizes
-from latentreward.data.images import ExifOrientation, convert_image, decode_image
+from latentreward.data.images import ExifOrientation, convert_image, decode_image, png
 from latentreward.errors import InputError
 from latentreward.storage.digests import digest
 
@@ -147,12 +147,17 @@ def doubts_of_pixels(pixels: Tensor, sizes: ImageSizes | None, range_given: bool
 
 
 def pixel_batches(
-    images: Images, sizes: ImageSizes | None, batch_size: int, step: int = 1, exif: ExifOrientation = "apply"
+    images: Images,
+    sizes: ImageSizes | None,
+    batch_size: int,
+    step: int = 1,
+    exif: ExifOrientation = "apply",
+    groups: Sequence[Any] | None = None,
 ) -> Iterator[PixelBatch]:
     """Yield batches of images of one size, each as soon as it is full; incomplete batches come last.
 
     Images are decoded, turned upright if ``exif`` says so, and resized; pixels are only cut into batches. For ``step``
-    see :func:`even_parts`.
+    see :func:`even_parts`. A batch holds images of one group only, if ``groups`` names that of each image.
 
     Raises:
         InputError: If an image cannot be read, an item is not an image, or ``sizes`` is None and images need resizing.
@@ -169,12 +174,13 @@ def pixel_batches(
         size = decoded.height, decoded.width
         return sizes.loader(*size).pixels(decoded), sizes.fits(*size)
 
-    waiting: dict[torch.Size, list[tuple[int, Tensor, bool]]] = {}
+    waiting: dict[tuple[torch.Size, Any], list[tuple[int, Tensor, bool]]] = {}
     for row, (pixels, fits) in enumerate(map_ahead(load, enumerate(images), batch_size)):
-        batch = waiting.setdefault(pixels.shape, [])
+        kind = pixels.shape, groups and groups[row]
+        batch = waiting.setdefault(kind, [])
         batch.append((row, pixels, fits))
         if len(batch) == batch_size:
-            yield from _joined(waiting.pop(pixels.shape), step)
+            yield from _joined(waiting.pop(kind), step)
     for batch in waiting.values():
         yield from _joined(batch, step)
 
@@ -183,6 +189,26 @@ def _joined(batch: list[tuple[int, Tensor, bool]], step: int) -> Iterator[PixelB
     for part in even_parts(len(batch), len(batch), step):
         rows, pixels, fits = zip(*batch[part], strict=True)
         yield PixelBatch([*rows], torch.stack(pixels), [row for row, good in zip(rows, fits, strict=True) if not good])
+
+
+def edit_prompt(text: str, sources: ImageInput | Sequence[ImageInput]) -> EditPrompt:
+    """Return the prompt of an edit: the instruction, and the picture or pictures that were edited.
+
+    Pictures that are no files and no ``ImageRef`` are kept as PNG, and named by their content.
+    """
+    if isinstance(sources, str | Path | bytes | ImageRef | Image.Image | np.ndarray):
+        sources = [sources]
+    return EditPrompt(text, [source_ref(source, number) for number, source in enumerate(sources)])
+
+
+def source_ref(source: ImageInput, number: int) -> ImageRef:
+    """Return a reference to a picture that was edited, see :func:`edit_prompt`; ``number`` names it in messages."""
+    if isinstance(source, ImageRef):
+        return source
+    if isinstance(source, str | Path):
+        return ImageRef(str(source), path=Path(source))
+    data = source if isinstance(source, bytes) else png(decode_any(source, number, "ignore"))
+    return ImageRef(digest([data], 64), data=data)
 
 
 def decode_any(image: Any, row: int, exif: ExifOrientation) -> Image.Image:

@@ -144,7 +144,8 @@ class RewardModel(RewardNetwork):
         from the training size, for images whose aspect ratio fits none of the model's buckets, and for empty prompts.
 
         Args:
-            prompts: N prompts, or a single text for all images.
+            prompts: N prompts, or a single text for all images. Of edits, prompts with the pictures that were edited,
+                as :func:`~latentreward.scoring.edit_prompt` makes them.
             images: N images of any size: PIL images of any mode, paths, encoded bytes, ``ImageRef`` or uint8 arrays
                 ``(H, W, 3)``, also as one array ``(N, H, W, 3)``. Their EXIF orientation is applied if ``exif`` is
                 ``apply``, and ``image_sizes`` resizes each. Or a floating point tensor ``(N, 3, H, W)``, which is

@@ -11,9 +11,10 @@ from torch import Tensor
 from latentreward.apps import generation
 from latentreward.apps.generation import image_folder
 from latentreward.apps.generation.trained_policy import TrainedPolicy, offload_text_encoders, plain
-from latentreward.contracts import PathText, PromptBatch
+from latentreward.contracts import PathText, PromptBatch, like_prompt
 from latentreward.data.alignment.prompt_files import read_prompt_rows
 from latentreward.errors import InputError
+from latentreward.families import Family
 from latentreward.interrupts import interrupts_told
 from latentreward.policies import PolicySource
 from latentreward.ranks.settings import TrainerSettings
@@ -62,7 +63,8 @@ def generate(
 
     Args:
         prompts: Text file with a prompt per line; or .json, .jsonl, .csv, .tsv, .parquet with a column ``prompt``. A
-            prompt that is repeated gets as many pictures.
+            prompt that is repeated gets as many pictures. For an editor also with a column ``source_images``, the
+            pictures that are edited.
         output_dir: Folder for pictures, ``grid.png`` and ``images.csv``.
         policy: Generator; by default the one recorded in the checkpoint.
         checkpoint: Checkpoint of an alignment run, whose adapter is loaded.
@@ -113,12 +115,13 @@ def generate(
 
     def pictures(batches: Sequence[list[list[Any]]]) -> Callable[[list[list[Any]]], list[image_folder.Row]]:
         """Load generator and reward; return the function that makes a batch of pictures."""
-        generator = trained.load(work.device)
+        generator = trained.load(work.device, sampling)
         scorer = None if reward is None else reward.load(generator).eval().to(work.device)
         if scorer is not None:  # an unfit reward fails here, before anything is sampled
             shape = best_of, 1, *sampling.latent_shape(generator.family)
             drawn = iter(torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(work.device))
-            generation.best_of_n(lambda _: next(drawn), scorer, PromptBatch(("",), ("",)), best_of, sigmas=score_sigmas)
+            one = PromptBatch((like_prompt("", texts[0]),), ("",))
+            generation.best_of_n(lambda _: next(drawn), scorer, one, best_of, sigmas=score_sigmas)
         offload_text_encoders(generator, scorer, [text for batch in batches for _, _, text in batch], work.device)
         how: dict[str, Any] = {"sampling": sampling, "guidance_scale": guidance_scale, "seed": seed}
         sample: Callable[[PromptBatch], Tensor] = partial(sample_latents, generator, **how)
@@ -136,7 +139,7 @@ def generate(
             image_folder.write_batch, output_dir, draw, partial(image_folder.decode_latents, generator), seed
         )
 
-    texts = [row.prompt for row in read_prompt_rows(prompts, "prompts", max_prompt_chars)]
+    texts = read_texts(prompts, family, max_prompt_chars)
     with SharedWork(trainer, device, output_dir / SHARDS) as work:
         if not work.join({PICTURES: pictures}, {**settings, "batch_size": batch_size}, output_dir):
             return
@@ -150,6 +153,13 @@ def generate(
                 image_folder.make_pictures(work, PICTURES, folder, wanted, texts, batch_size)
             folder.write_grid(wanted)
             print(folder.summary(wanted))
+
+
+def read_texts(prompts: PathText, family: Family, max_prompt_chars: int) -> list[str]:
+    """Read the prompts of a file, repeated ones included; raise InputError if the network edits other pictures."""
+    texts = [row.prompt for row in read_prompt_rows(prompts, "prompts", max_prompt_chars)]
+    family.check_prompts(texts, "prompts")
+    return texts
 
 
 def check_searches(

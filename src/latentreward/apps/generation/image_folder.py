@@ -15,7 +15,8 @@ import torch
 from PIL import Image, ImageSequence
 from torch import Tensor
 
-from latentreward.contracts import PromptBatch
+from latentreward.contracts import ImageRef, PromptBatch, sources_of
+from latentreward.data.images import image_bytes, png
 from latentreward.errors import InputError, first_line
 from latentreward.interrupts import interrupts_held
 from latentreward.policies import Policy
@@ -28,6 +29,8 @@ from latentreward.storage.run_folder import RunFolder
 
 SETTINGS = "generate.json"
 COLUMNS = ("file", "prompt", "place", "image", "seed", "score", "mean_score")
+SOURCES = "source_images"
+"""Column of edits: a JSON list of the pictures that were edited, copied into the folder ``sources``."""
 GRID_CELLS = 48
 """Greatest number of images in ``grid.png``."""
 GRID_SIDE = 256
@@ -51,11 +54,10 @@ def file_name(place: int, image: int, prompt: str, suffix: str = ".png") -> str:
     return "_".join([f"{place:05d}", str(image), *([words] if words else [])]) + suffix
 
 
-def png(image: Image.Image) -> bytes:
-    """Return the bytes of an image's PNG file."""
-    content = io.BytesIO()
-    image.save(content, "png")
-    return content.getvalue()
+def source_files(place: int, prompt: str) -> dict[str, ImageRef]:
+    """Return the pictures that a prompt edits by the names of their copies in a folder of generated images."""
+    images = enumerate(sources_of(prompt))
+    return {f"sources/{place:05d}_{number}{Path(image.image_key).suffix}": image for number, image in images}
 
 
 class ImageFolder:
@@ -106,12 +108,17 @@ class ImageFolder:
             row = self.rows.get((place, image))
             if row is None or not (self.folder / row["file"]).is_file():
                 found.append((place, image))
-            elif row["prompt"] != texts[place]:
+            elif row["prompt"] != str(texts[place]) or not self._edits(place, texts[place]):
                 raise InputError(
                     f"output_dir: {self.folder / row['file']} shows {row['prompt']!r}, not {texts[place]!r}, which is "
                     "there now; choose another output_dir"
                 )
         return found
+
+    def _edits(self, place: int, prompt: str) -> bool:
+        """Tell whether the copies of the pictures that a prompt edits are those pictures."""
+        copies = [(self.folder / name, image) for name, image in source_files(place, prompt).items()]
+        return all(copy.is_file() and copy.read_bytes() == image_bytes(image) for copy, image in copies)
 
     @interrupts_held()
     def add(self, made: Sequence[Made]) -> None:
@@ -121,7 +128,7 @@ class ImageFolder:
         if self.table.suffix == ".jsonl":
             text.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         else:
-            writer = csv.DictWriter(text, COLUMNS)
+            writer = csv.DictWriter(text, [*COLUMNS, *([SOURCES] if any(SOURCES in row for row in rows) else [])])
             writer.writeheader()
             writer.writerows(rows)
         write_file(self.table, text.getvalue().encode(), KEPT)
@@ -137,7 +144,11 @@ class ImageFolder:
                 picture, width = strip(frames), SHOWN_FRAMES * GRID_SIDE
             picture.thumbnail((width, GRID_SIDE))
             score = "" if row.get("score") in (None, "") else f"{float(row['score']):.3f}"
-            cells.append(draw_pair([picture], [score], row["prompt"], PLAIN))
+            pictures = [Image.open(self.folder / name) for name in json.loads(row.get(SOURCES) or "[]")]
+            for source in pictures:
+                source.thumbnail((GRID_SIDE, GRID_SIDE))
+            captions = [*("source" for _ in pictures), score]
+            cells.append(draw_pair([*pictures, picture], captions, row["prompt"], PLAIN))
         write_file(self.folder / "grid.png", png(tile(cells, math.ceil(math.sqrt(len(cells))))), KEPT)
 
     def summary(self, names: Sequence[Name]) -> str:
@@ -167,7 +178,11 @@ def write_images(
         frames, clip = to_images(pixels[column]), pixels.ndim == 5
         name = file_name(place, image, prompt, ".webp" if clip else ".png")
         write_file(folder / name, animate(frames, lossless=True) if clip else png(frames[0]), KEPT)
-        row: Row = {"file": name, "prompt": prompt, "place": place, "image": image, "seed": seed}
+        row: Row = {"file": name, "prompt": str(prompt), "place": place, "image": image, "seed": seed}
+        if sources := source_files(place, prompt):
+            for copy, source in sources.items():
+                write_file(folder / copy, image_bytes(source), KEPT)
+            row[SOURCES] = json.dumps([*sources])
         if scores is not None:
             row |= {"score": scores[:, column].max().item(), "mean_score": scores[:, column].mean().item()}
         rows.append(row)

@@ -17,6 +17,7 @@ from latentreward.policies import Policy, PolicySource, load_policy
 from latentreward.policies.checkpoint import read_policy_adapter
 from latentreward.rewards import Reward
 from latentreward.rewards.latent import LatentScorer
+from latentreward.rollout import Sampling
 
 
 @dataclass(frozen=True)
@@ -62,14 +63,15 @@ class TrainedPolicy:
                 found[setting] = [str(path.resolve()), described]
         return found
 
-    def load(self, device: torch.device) -> Policy:
-        """Load the policy on ``device``, frozen and in evaluation mode."""
+    def load(self, device: torch.device, sampling: Sampling) -> Policy:
+        """Load the policy on ``device``, frozen and in evaluation mode, to make pictures of ``sampling``'s size."""
         if self.checkpoint is not None:
             policy = load_policy(self.checkpoint, self.pipeline)
         else:
             policy = self.source().load()
             if self.lora is not None:
                 load_lora(policy, self.lora)
+        policy.edit_at(sampling.height, sampling.width)
         return policy.eval().requires_grad_(False).to(device)
 
 

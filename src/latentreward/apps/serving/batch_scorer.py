@@ -130,9 +130,11 @@ class RowScorer:
             self._observe(kept, len(new) - kept)
             if isinstance(first, ImageRow):
                 return self.reward.score(prompts, [row.image for row in rows], memory=self._memory, **options)
+            scale = self.reward.backbone.latent_space.downscale
+            self._memory.resize_sources(*(side * scale for side in first.latents.shape[-2:]))
             conditioning = self._memory.encode(prompts)
         latents = torch.stack([row.latents for row in rows])
-        options["conditioning"] = conditioning, self._memory.uncond
+        options["conditioning"] = conditioning, self._memory.encode_uncond(prompts)
         if isinstance(first, StateRow):
             timesteps = torch.tensor([[row.timestep] for row in rows])
             return self.reward.score_states(prompts, latents[:, None], timesteps, **options)[:, 0]

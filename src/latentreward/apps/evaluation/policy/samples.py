@@ -125,7 +125,7 @@ def sampling_task(
     policy: JudgedPolicy, plan: SamplingPlan, folder: Path, batches: Sequence[list[list[Any]]]
 ) -> Callable[[list[list[Any]]], list[Row]]:
     """Load a generator, and return the function that samples a batch of ``make_pictures`` into ``folder``."""
-    generator = policy.trained.load(plan.device)
+    generator = policy.trained.load(plan.device, plan.sampling)
     shown = [prompt for batch in batches for _, _, prompt in batch]
     offload_text_encoders(generator, None, shown, plan.device)
     how: dict[str, Any] = {"guidance_scale": plan.guidance_of(policy), "seed": plan.seed}
@@ -155,6 +155,7 @@ def open_pictures(
         InputError: If the folder holds pictures made with other settings or for other prompts.
     """
     task, texts = PICTURES_OF.format(folder.name), [row.prompt for row in rows]
+    policy.trained.source().resolve_family().check_prompts(texts, "prompts")
     settings: dict[str, Any] = {"sampling": plan.sampling, "guidance_scale": plan.guidance_of(policy)}
     settings |= {"seed": plan.seed, "shared_noise": plan.shared_noise}
     opened = ImageFolder(folder, policy.trained.identity() | plain(settings), "csv", work.left_over(task))

@@ -71,7 +71,7 @@ def states_task(
     It takes [index of the prompt, prompt]; its result is ``(T, K)``: scores after each step, the finished ones last.
     The samples start from the noise of the pictures.
     """
-    generator = policy.trained.load(plan.device)
+    generator = policy.trained.load(plan.device, plan.sampling)
     reward = scores.reward.load(generator).eval().to(plan.device)
     offload_text_encoders(generator, reward, [prompt for _, prompt in shards], plan.device)
     sampler = plan.sampling.sampler(generator.family)
