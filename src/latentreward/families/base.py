@@ -353,7 +353,7 @@ class Family(Part):
 
     def check_prompts(self, prompts: Sequence[str], setting: str) -> None:
         """Raise InputError if prompts of a ``setting`` edit more or fewer pictures than the network, or unlike many."""
-        counts = {len(sources_of(prompt)): prompt for prompt in prompts}
+        counts = {len(sources_of(prompt)): prompt for prompt in reversed(prompts)}
         for number, prompt in counts.items():
             with errors_at(f"{setting}: {prompt[:60]!r}: "):
                 self.check_sources(number)
