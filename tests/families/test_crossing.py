@@ -18,7 +18,7 @@ from tests.families.twins import PROMPTS, TWINS, Twin, noise_for
 
 BY_FAMILY = {twin.family: twin for twin in TWINS.values()}
 SPACES = {
-    **dict.fromkeys(("flux1", "z_image", "lumina2", "chroma"), "FLUX.1"),
+    **dict.fromkeys(("flux1", "flux1_kontext", "z_image", "lumina2", "chroma"), "FLUX.1"),
     **dict.fromkeys(("qwen_image", "wan21", "krea2"), "Wan"),
     **dict.fromkeys(("flux2_klein", "ernie_image"), "FLUX.2"),
 }

@@ -48,10 +48,10 @@ def test_unknown_families_are_refused_with_those_known() -> None:
 @pytest.mark.parametrize(
     ("index", "parts", "reason"),
     [
-        ("FluxKontextPipeline", {"_class_name": "FluxTransformer2DModel"}, "edits a given image"),
+        ("FluxKontextInpaintPipeline", {"_class_name": "FluxTransformer2DModel"}, "edits a given image"),
         ("FluxFillPipeline", {"_class_name": "FluxTransformer2DModel"}, "fills a given image"),
         ("FluxControlPipeline", {"_class_name": "FluxTransformer2DModel"}, "control image"),
-        ("QwenImageEditPipeline", {"_class_name": "QwenImageTransformer2DModel"}, "edits a given image"),
+        ("QwenImageEditInpaintPipeline", {"_class_name": "QwenImageTransformer2DModel"}, "edits a given image"),
         ("QwenImageLayeredPipeline", {"_class_name": "QwenImageTransformer2DModel"}, "layers"),
         ("ZImageOmniPipeline", {"_class_name": "ZImageTransformer2DModel"}, "images as conditions"),
         ("WanImageToVideoPipeline", {"_class_name": "WanTransformer3DModel"}, "continues a given image"),
@@ -75,12 +75,13 @@ def test_pipelines_for_other_tasks_are_refused_with_the_reason(index: Any, parts
 
 
 @pytest.mark.slow
-def test_each_pipeline_of_diffusers_with_a_known_network_is_refused_or_has_the_network_of_text_to_image() -> None:
+def test_each_pipeline_of_diffusers_with_a_known_network_is_refused_or_taken() -> None:
     taken = {"FluxPipeline", "FluxImg2ImgPipeline", "FluxInpaintPipeline", "ZImagePipeline", "ZImageImg2ImgPipeline",
              "ZImageInpaintPipeline", "QwenImagePipeline", "QwenImageImg2ImgPipeline", "QwenImageInpaintPipeline",
              "Flux2KleinPipeline", "Flux2KleinInpaintPipeline", "WanPipeline", "WanVideoToVideoPipeline",
              "Lumina2Pipeline", "ChromaPipeline", "ChromaImg2ImgPipeline", "ChromaInpaintPipeline",
-             "ErnieImagePipeline", "Krea2Pipeline"}  # fmt: skip
+             "ErnieImagePipeline", "Krea2Pipeline", "FluxKontextPipeline", "QwenImageEditPipeline",
+             "QwenImageEditPlusPipeline"}  # fmt: skip
     flows = [kind for kind in families().values() if kind.flow and kind.name != "sd3"]
     refused = {name for kind in flows for name in kind.refused}
     networks = tuple(kind.network_class for kind in flows)

@@ -106,7 +106,7 @@ def test_networks_with_channels_of_images_are_refused(channels: int) -> None:
         family(in_channels=channels)
 
 
-@pytest.mark.parametrize("name", ["FluxKontextPipeline", "FluxFillPipeline", "FluxControlPipeline"])
+@pytest.mark.parametrize("name", ["FluxKontextInpaintPipeline", "FluxFillPipeline", "FluxControlPipeline"])
 def test_pipelines_that_take_images_are_refused(name: str) -> None:
     with pytest.raises(InputError, match=f"is a {name}: it"):
         family(index={"_class_name": name})

@@ -24,9 +24,12 @@ from tests.marks import rotated_after
 BILLIONS = {
     "black-forest-labs/FLUX.1-dev": ("flux1", 57, 11.901, 7.918, 6.502),
     "black-forest-labs/FLUX.1-schnell": ("flux1", 57, 11.891, None, None),
+    "black-forest-labs/FLUX.1-Kontext-dev": ("flux1_kontext", 57, 11.901, None, None),
     "Tongyi-MAI/Z-Image": ("z_image", 30, 6.155, 3.440, 2.535),
     "Tongyi-MAI/Z-Image-Turbo": ("z_image", 30, 6.155, 3.440, 2.535),
     "Qwen/Qwen-Image": ("qwen_image", 60, 20.430, 10.216, 6.818),
+    "Qwen/Qwen-Image-Edit": ("qwen_image_edit", 60, 20.430, None, None),
+    "Qwen/Qwen-Image-Edit-2511": ("qwen_image_edit", 60, 20.430, 10.216, 6.818),
     "black-forest-labs/FLUX.2-klein-4B": ("flux2_klein", 25, 3.876, 2.384, 1.893),
     "black-forest-labs/FLUX.2-klein-base-9B": ("flux2_klein", 32, 9.079, 5.555, 4.464),
     "lodestones/Chroma1-HD": ("chroma", 57, 8.900, 5.728, 4.595),
@@ -123,11 +126,11 @@ def test_members_of_a_space() -> None:
     spaces = {model: PolicySource(folder_of(model)).latent_space() for model in BILLIONS}
     flux = spaces["black-forest-labs/FLUX.1-dev"]
     assert {model for model, space in spaces.items() if space == flux} == {
-        model for model, row in BILLIONS.items() if row[0] in ("flux1", "z_image", "lumina2", "chroma")
+        model for model, row in BILLIONS.items() if row[0] in ("flux1", "flux1_kontext", "z_image", "lumina2", "chroma")
     }
     wan = spaces["Wan-AI/Wan2.1-T2V-1.3B-Diffusers"]
     assert {model for model, space in spaces.items() if space == wan} == {
-        model for model, row in BILLIONS.items() if row[0] in ("wan21", "qwen_image", "krea2")
+        model for model, row in BILLIONS.items() if row[0] in ("wan21", "qwen_image", "qwen_image_edit", "krea2")
     }
     klein = spaces["black-forest-labs/FLUX.2-klein-4B"]
     assert klein.shape(1024, 1024) == (128, 64, 64) and klein.codec == "batch_norm"

@@ -35,7 +35,7 @@ def configs(**network: Any) -> MadeConfigs:
     return MadeConfigs(parts, _class_name="QwenImagePipeline")
 
 
-@pytest.mark.parametrize("field", ["zero_cond_t", "use_layer3d_rope", "use_additional_t_cond", "guidance_embeds"])
+@pytest.mark.parametrize("field", ["use_layer3d_rope", "use_additional_t_cond", "guidance_embeds"])
 def test_other_networks_are_refused_by_name(field: str) -> None:
     assert isinstance(find_family(configs()), QwenImage)
     with pytest.raises(InputError, match=f"{field}=true"):

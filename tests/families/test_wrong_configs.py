@@ -26,7 +26,8 @@ SCALED, CHANNELS, DYNAMIC = ("flux1", "lumina2", "z_image"), ("qwen_image", "wan
 EULERS = [name for name in FLOWS if name != "wan21"]
 ABSENT = object()
 PUBLISHED = {
-    name: [one for one in ALL.values() if kind.recognises(MadeConfigs(one["parts"]))] for name, kind in FLOWS.items()
+    name: [one for one in ALL.values() if kind.recognises(MadeConfigs(one["parts"], **one.get("index", {})))]
+    for name, kind in FLOWS.items()
 }
 
 
