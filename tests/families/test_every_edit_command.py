@@ -1,0 +1,114 @@
+"""Every command with editors: fit, test, predict, score, publish, align, generate, export, evaluate, resume."""
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from latentreward.cli import main
+from latentreward.tinyworld.writers import write_hpdv3
+from tests.families.test_every_command import RED, SIZE, run, trainer
+from tests.families.twins import TWINS, Twin
+from tests.marks import release_after
+from tests.settings.test_refusals import refusal
+
+EDITORS = ("klein_base",)
+TEXTS = ("make it red", "make it red", "remove the circle", "add a square")
+
+
+def write_edits(folder: Path) -> None:
+    """Pairs and prompts of edits of pictures of the tiny world; two instructions are equal, their pictures are not."""
+    write_hpdv3(folder / "drawn", {"train": 8, "test": 4})
+    pictures = sorted(path.relative_to(folder) for path in folder.rglob("*.jpg"))
+    rows = [
+        {"prompt": TEXTS[row % 4], "source_images": [str(pictures[row])], "image_a": str(pictures[row + 1]),
+         "image_b": str(pictures[row + 2]), "label": row % 2}
+        for row in range(8)
+    ]  # fmt: skip
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    prompts = [{"prompt": row["prompt"], "source_images": row["source_images"]} for row in rows[:4]]
+    (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in prompts))
+    listed = [{"image": row["image_a"], "prompt": row["prompt"], "source_images": row["source_images"]} for row in rows]
+    (folder / "list.jsonl").write_text("".join(json.dumps(row) + "\n" for row in listed))
+
+
+def fitted(twin: Twin) -> dict[str, Any]:
+    taps = [*range(1, twin.layers)]
+    backbone = {"source": twin.folder, "visual_taps": taps, "text_taps": taps, "tuning": "lora"}
+    head = {"class_path": "GatedQFormerHead", "init_args": {"num_queries": 2, "num_heads": 2}}
+    arguments = {"backbone": {"class_path": twin.backbone, "init_args": backbone}, "head": head,
+                 "loss": {"class_path": "ThurstoneLoss"}}  # fmt: skip
+    reader = {"class_path": "latentreward.data.JSONLPairReader", "init_args": {"file": "edits/pairs.jsonl"}}
+    data = {"train": reader, "val": reader, "test": reader, "predict": reader, "size": SIZE, "batch_size": 4, "shared_prompts": "keep",
+            "num_workers": 0}  # fmt: skip
+    return {"model": {"class_path": "latentreward.modules.DiNaLRMModule", "init_args": arguments},
+            "data": {"class_path": "latentreward.data.PreferenceDataModule", "init_args": data},
+            "trainer": trainer("reward")}  # fmt: skip
+
+
+def scores_of(model: str, *options: str) -> list[float]:
+    main(["score", "edits/list.jsonl", f"{model}.csv", f"--model={model}", "--device=cpu", *options])
+    return [float(row["score"]) for row in csv.DictReader(Path(f"{model}.csv").read_text().splitlines())]
+
+
+def align(twin: Twin) -> None:
+    sampling = {"num_inference_steps": 3, "height": SIZE, "width": SIZE}
+    shown = {"prompts": "edits/prompts.jsonl", "every_n_steps": 1, "sampling": sampling}
+    policy = {"source": twin.folder, "lora": {"rank": 2, "alpha": 4}, **twin.options}
+    stored = {"class_path": "LatentReward", "init_args": {"path": "published", "base": twin.folder}}
+    mixture = {"class_path": "RewardMixture", "init_args": {
+        "rewards": [stored, {"class_path": "UnchangedRegion"}], "weights": [1.0, 0.5], "normalise": "none"}}  # fmt: skip
+    arguments = {"policy": policy, "reward": mixture, "sampling": sampling, "candidates": {"num_candidates": 2},
+                 "selection": "QuantileThreshold", "guidance_scale": twin.guidance}  # fmt: skip
+    data = {"prompts": "edits/prompts.jsonl", "batch_size": 2, "prompts_per_rollout": 2, "batches_per_epoch": 2}
+    callbacks = [
+        {"class_path": "SampleGrid", "init_args": shown},
+        {"class_path": "SourceChange", "init_args": shown},
+        {"class_path": "HackingMonitor", "init_args": {**shown, "held_out": RED, "action": "warn"}},
+        "PolicyLoRA",
+        "EncodeOnce",
+    ]
+    run("fit", {"model": {"class_path": "latentreward.modules.LPOModule", "init_args": arguments},
+                "data": {"class_path": "latentreward.data.PromptDataModule", "init_args": data},
+                "trainer": trainer("aligned", *callbacks)})  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", release_after(1, EDITORS))
+def test_every_command(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    twin = TWINS[name]
+    write_edits(Path("edits"))
+    main(["inspect", "--reader=JSONLPairReader", "--reader.file=edits/pairs.jsonl"])
+    run("fit", fitted(twin))
+    checkpoint = str(next(Path("reward").rglob("last.ckpt")))
+    for command in ("test", "predict"):
+        run(command, fitted(twin), f"--ckpt_path={checkpoint}")
+    main(["publish", "reward", "published", "--licence=mit"])
+    base = f"--base={twin.folder}"
+    scores = scores_of("reward")
+    assert len({*scores}) == 8 and scores_of("published", base) == pytest.approx(scores, abs=1e-5)
+    align(twin)
+    assert list(Path("aligned").rglob("samples/*.png")) and list(Path("aligned").rglob("*.safetensors"))
+    sampling = [f"--sampling.{name}={value}" for name, value in
+                {"num_inference_steps": 2, "height": SIZE, "width": SIZE}.items()]  # fmt: skip
+    checkpoint = str(next(Path("aligned").rglob("last.ckpt")))
+    stored = {"class_path": "LatentReward", "init_args": {"path": "published", "base": twin.folder}}
+    reward = f"--reward={json.dumps(stored)}"
+    main(["generate", "edits/prompts.jsonl", "made", f"--checkpoint={checkpoint}", *sampling, "--best_of=2", reward])
+    assert Image.open(next(Path("made").glob("0*.png"))).size == (SIZE, SIZE)
+    main(["score", "made", "made.csv", "--model=published", base, "--device=cpu"])  # its table names the pictures
+    with Path("made.csv").open() as file:
+        assert len([*csv.DictReader(file)]) == 4
+    main(["export", checkpoint, "exported"])
+    against = [f"--against.pipeline.source={twin.folder}", "--against.lora=exported"]
+    main(["evaluate-policy", "judged", "--prompts=edits/prompts.jsonl", f"--policy.pipeline.source={twin.folder}",
+          *against, f"--scorers=[{json.dumps(RED)}]", *sampling, "--device=cpu"])  # fmt: skip
+    assert json.loads(Path("judged/report.json").read_text())
+    with Path("edits/prompts.jsonl").open("a") as file:
+        file.write('{"prompt": "a cat"}\n')
+    run("fit", fitted(twin), f"--ckpt_path={Path('reward').rglob('last.ckpt').__next__()}", "--trainer.max_steps=3")
+    assert "0 to 1 pictures" in refusal(capsys, "generate", "edits/prompts.jsonl", "no", f"--checkpoint={checkpoint}")
