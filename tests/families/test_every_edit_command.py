@@ -15,7 +15,7 @@ from tests.families.twins import TWINS, Twin
 from tests.marks import release_after
 from tests.settings.test_refusals import refusal
 
-EDITORS = ("klein_base",)
+EDITORS = ("klein_base", "flux1_kontext")
 TEXTS = ("make it red", "make it red", "remove the circle", "add a square")
 
 
@@ -108,6 +108,9 @@ def test_every_command(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     main(["evaluate-policy", "judged", "--prompts=edits/prompts.jsonl", f"--policy.pipeline.source={twin.folder}",
           *against, f"--scorers=[{json.dumps(RED)}]", *sampling, "--device=cpu"])  # fmt: skip
     assert json.loads(Path("judged/report.json").read_text())
+    assert Path("judged/report.html").read_text().count("<figcaption>source</figcaption>") == 4
+    main(["evaluate-policy", "again", "--prompts=edits/prompts.jsonl", "--policy.images=made", "--device=cpu",
+          f"--scorers=[{json.dumps(RED)}]"])  # fmt: skip
     with Path("edits/prompts.jsonl").open("a") as file:
         file.write('{"prompt": "a cat"}\n')
     run("fit", fitted(twin), f"--ckpt_path={Path('reward').rglob('last.ckpt').__next__()}", "--trainer.max_steps=3")

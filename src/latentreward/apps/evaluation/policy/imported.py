@@ -148,7 +148,7 @@ def _places(group: str, key: str | int | None, rows: Sequence[PromptRow]) -> lis
     """Return the indices in ``rows`` of a text, first within the group, or of prompt number ``key`` of the group."""
     if not isinstance(key, str):
         return [place for place, row in enumerate(rows) if row.group == group][key : (key or 0) + 1]
-    places = [place for place, row in enumerate(rows) if row.prompt == key]
+    places = [place for place, row in enumerate(rows) if str(row.prompt) == key]
     return [place for place in places if rows[place].group == group] or places
 
 

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from latentreward.apps.evaluation.policy.results import ScoredPictures
-from latentreward.contracts import ImageRef
-from latentreward.data.images import decode_image
+from latentreward.contracts import ImageRef, sources_of
+from latentreward.data.images import decode_image, image_bytes
 from latentreward.errors import InputError, did_you_mean, first_line
 from latentreward.interrupts import interrupts_held
 from latentreward.ranks.shared_work import SharedWork
@@ -124,7 +124,14 @@ class PictureScoring:
         self.policy, self.pictures, self.scorers, self.folder = policy, tuple(pictures), list(scorers), folder
         self._work, self._task = work, SCORES_OF.format(folder.name)
         self._keys = [  # prompt index and number too, which whole-set scorers use
-            digest([one.path.read_bytes(), json.dumps([one.prompt, one.place, one.image])]) for one in pictures
+            digest(
+                [
+                    one.path.read_bytes(),
+                    json.dumps([one.prompt, one.place, one.image]),
+                    *map(image_bytes, sources_of(one.prompt)),
+                ]
+            )
+            for one in pictures
         ]
         self.stores: dict[str, ScoreStore] = {}
         for scorer in scorers:

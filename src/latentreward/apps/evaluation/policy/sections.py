@@ -8,7 +8,7 @@ import numpy as np
 
 from latentreward.apps.evaluation.policy.results import PolicyReport, ScoredPictures
 from latentreward.apps.evaluation.policy.statistics import headline
-from latentreward.contracts import ImageRef
+from latentreward.contracts import ImageRef, sources_of
 from latentreward.data.images import decode_image
 from latentreward.reports import picture_uri
 from latentreward.reports.tables import NOTHING, Row, Section, Table, grouped, with_interval, without_unset
@@ -162,15 +162,14 @@ def _card(row: int, scored: Sequence[ScoredPictures], names: Sequence[str], grou
         compared = {"gap": signed(gap), "verdict": verdict} if several else {"gap": "", "verdict": ""}
         rows.append({"name": name, "values": values, **compared})
     files = [(policy.policy, policy.pictures[row]) for policy in scored]
+    shown = [("source", image) for image in sources_of(picture.prompt)]
+    shown += [(name, ImageRef(file.file, path=file.path)) for name, file in files]
     return {
         "prompt": picture.prompt,
         "group": picture.group,
         "group_number": groups.index(picture.group) if picture.group else -1,
         "number": f"{picture.place} / {picture.image}",
-        "pictures": [
-            {"policy": name, "uri": picture_uri(decode_image(ImageRef(file.file, path=file.path)), side=256)}
-            for name, file in files
-        ],
+        "pictures": [{"policy": name, "uri": picture_uri(decode_image(image), side=256)} for name, image in shown],
         "rows": rows,
         "sort": [f"{gap:.8g}" for gap in gaps.values()],
     }
