@@ -59,8 +59,9 @@ def align(twin: Twin) -> None:
     shown = {"prompts": "edits/prompts.jsonl", "every_n_steps": 1, "sampling": sampling}
     policy = {"source": twin.folder, "lora": {"rank": 2, "alpha": 4}, **twin.options}
     stored = {"class_path": "LatentReward", "init_args": {"path": "published", "base": twin.folder}}
-    mixture = {"class_path": "RewardMixture", "init_args": {
-        "rewards": [stored, {"class_path": "UnchangedRegion"}], "weights": [1.0, 0.5], "normalise": "none"}}  # fmt: skip
+    parts = [stored, {"class_path": "UnchangedRegion"}]
+    mixture = {"class_path": "RewardMixture",
+               "init_args": {"rewards": parts, "weights": [1.0, 0.5], "normalise": "none"}}  # fmt: skip
     arguments = {"policy": policy, "reward": mixture, "sampling": sampling, "candidates": {"num_candidates": 2},
                  "selection": "QuantileThreshold", "guidance_scale": twin.guidance}  # fmt: skip
     data = {"prompts": "edits/prompts.jsonl", "batch_size": 2, "prompts_per_rollout": 2, "batches_per_epoch": 2}
