@@ -42,8 +42,8 @@ def fitted(twin: Twin) -> dict[str, Any]:
     arguments = {"backbone": {"class_path": twin.backbone, "init_args": backbone}, "head": head,
                  "loss": {"class_path": "ThurstoneLoss"}}  # fmt: skip
     reader = {"class_path": "latentreward.data.JSONLPairReader", "init_args": {"file": "edits/pairs.jsonl"}}
-    data = {"train": reader, "val": reader, "test": reader, "predict": reader, "size": SIZE, "batch_size": 4, "shared_prompts": "keep",
-            "num_workers": 0}  # fmt: skip
+    data = {"train": reader, "val": reader, "test": reader, "predict": reader, "size": SIZE, "batch_size": 4,
+            "shared_prompts": "keep", "num_workers": 0}  # fmt: skip
     return {"model": {"class_path": "latentreward.modules.DiNaLRMModule", "init_args": arguments},
             "data": {"class_path": "latentreward.data.PreferenceDataModule", "init_args": data},
             "trainer": trainer("reward")}  # fmt: skip

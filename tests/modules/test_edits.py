@@ -9,6 +9,7 @@ import pytest
 import torch
 from latentreward.callbacks import EncodeOnce, SourceChange
 from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from PIL import Image
 from torch.utils.data import DataLoader
@@ -29,6 +30,7 @@ from latentreward.modules import (
 from latentreward.modules.alignment import AlignmentModule
 from latentreward.rewards import UnchangedRegion
 from latentreward.rollout import Branching, Sampling
+from tests.distributed.ranks import on_ranks
 from tests.families.test_methods import DifferentiableChannel, pairs, rolled
 from tests.families.twins import TWINS
 from tests.marks import rotated_after
@@ -172,3 +174,30 @@ def test_the_measure_needs_an_editor_and_pictures() -> None:
         SourceChange(["a cat"])
     with pytest.raises(InputError, match=r"their sources, but FLUX\.1 makes pictures from text alone; give a"):
         UnchangedRegion().load(TWINS["flux1_dev"].source().load())
+
+
+def run(folder: Path, processes: int = 1, path: Path | None = None) -> dict[str, Tensor]:
+    """Three steps of LPO with a checkpoint after each, from one in mid rollout if there is a path."""
+    saver = ModelCheckpoint(folder / "saved", "{step}", every_n_train_steps=1, save_top_k=-1)
+    module, size = ROLLED["lpo"](KLEIN, KLEIN.source()), 2 // processes
+    data = PromptLoaders(edits(folder), batch_size=size, prompts_per_rollout=size, batches_per_epoch=4, seed=1)
+    strategy = "auto" if processes == 1 else "ddp"
+    trainer = make_trainer(folder, strategy, [saver], max_steps=3, max_epochs=-1, enable_checkpointing=True)
+    trainer.fit(module, datamodule=data, ckpt_path=path, weights_only=True)
+    return weights(module)
+
+
+def run_of_two(folder: Path) -> dict[str, Tensor]:
+    """On a rank."""
+    return run(folder, 2)
+
+
+@pytest.mark.slow
+def test_a_resumed_run_and_one_of_two_processes_edit_the_same_pictures(tmp_path: Path) -> None:
+    whole = run(tmp_path)
+    resumed = run(tmp_path, path=tmp_path / "saved" / "step=1.ckpt")
+    assert all(torch.equal(value, resumed[name]) for name, value in whole.items())
+    (tmp_path / "two").mkdir()
+    for rank in on_ranks("tests.modules.test_edits:run_of_two", tmp_path / "two"):
+        for name, value in whole.items():
+            torch.testing.assert_close(rank[name], value, rtol=1e-3, atol=1e-5)
