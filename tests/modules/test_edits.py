@@ -12,6 +12,7 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from PIL import Image
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 from latentreward.contracts import EditPrompt, ImageRef, PromptBatch
