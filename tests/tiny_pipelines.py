@@ -16,7 +16,9 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
+    StableDiffusionInstructPix2PixPipeline,
     StableDiffusionPipeline,
+    StableDiffusionXLInstructPix2PixPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
@@ -204,6 +206,22 @@ def sdxl() -> DiffusionPipeline:
     )
 
 
+def ip2p_sd15() -> DiffusionPipeline:
+    """InstructPix2Pix, whose pipeline takes the scheduler's settings as they are."""
+    parts = sd15().components | {
+        "unet": sd_unet(in_channels=8),
+        "scheduler": DDIMScheduler(**_BETAS, clip_sample=False),
+    }
+    return StableDiffusionInstructPix2PixPipeline(**parts, requires_safety_checker=False)
+
+
+def ip2p_sdxl() -> DiffusionPipeline:
+    parts = sdxl().components | {"unet": sdxl_unet(in_channels=8)}
+    return StableDiffusionXLInstructPix2PixPipeline(
+        **{name: part for name, part in parts.items() if name not in ("image_encoder", "feature_extractor")}
+    )
+
+
 def sd3_like(sd35: bool, with_t5: bool, **options: Any) -> DiffusionPipeline:
     tokenizer, tokenizer_2 = clip_tokenizer(), clip_tokenizer(pad_token="!")
     t5, t5_words = None, None
@@ -230,6 +248,8 @@ BUILDERS: dict[str, Callable[[], DiffusionPipeline]] = {
     "sd15_four_levels": sd15_four_levels,
     "sd21": sd21,
     "sdxl": sdxl,
+    "ip2p_sd15": ip2p_sd15,
+    "ip2p_sdxl": ip2p_sdxl,
     "sd3": lambda: sd3_like(sd35=False, with_t5=True),
     "sd35": lambda: sd3_like(sd35=True, with_t5=True),
     "sd3_deep": lambda: sd3_like(sd35=False, with_t5=True, num_layers=18),

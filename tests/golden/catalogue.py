@@ -71,6 +71,7 @@ COVERED = (
     "editing/klein",
     "editing/qwen_edit",
     "editing/qwen_edit_zero_cond_t",
+    "editing/ip2p",
     "editing/sizes",
 )
 DINA_CASES = {

@@ -11,17 +11,21 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from latentreward.backbones.sd_unet import SDUNetBackbone
 from latentreward.contracts import Conditioning
 from latentreward.errors import InputError
 from latentreward.families import FlowFamily
 from latentreward.families.backbone import FamilyBackbone
 from latentreward.families.flux1_kontext import Flux1Kontext
 from latentreward.families.flux2_klein import Flux2Klein
+from latentreward.families.instruct_pix2pix import InstructPix2Pix
 from latentreward.families.qwen_image_edit import QwenImageEdit
+from latentreward.policies import Policy
 from tests.families.made_configs import MadeConfigs
 from tests.golden.catalogue import Case, Tensors, cases
 
 SPACE = {"block_out_channels": [1, 1, 1, 1], "scaling_factor": 1.0, "shift_factor": 0.0}
+DDPM = {"_class_name": "DDIMScheduler", "beta_schedule": "scaled_linear"}
 FAMILIES: Mapping[str, tuple[type[FlowFamily], dict[str, Any]]] = {
     "kontext": (Flux1Kontext, {**SPACE, "latent_channels": 16}),
     "klein": (Flux2Klein, {**SPACE, "latent_channels": 32}),
@@ -111,6 +115,29 @@ def test_features_are_those_of_the_picture_that_is_made(case: Case) -> None:
         assert_equal(features.visual[place], data[f"out.tap_{tap}_image"], f"tap {tap}")
         assert_equal(features.text[place], data[f"out.tap_{tap}_text"], f"text at tap {tap}")
         assert features.visual[place].shape[1] == math.prod(features.visual_grids[place])
+
+
+@pytest.mark.parametrize("case", cases("editing/ip2p"), ids=lambda case: case.name)
+@torch.no_grad()
+def test_instruct_pix2pix(case: Case) -> None:
+    data, options, network = case.tensors(), case.options, network_of(case)
+    vae = SPACE | {"latent_channels": 4, "scaling_factor": options["scaling_factor"]}
+    family = InstructPix2Pix(MadeConfigs({"unet": options["network"]["config"], "vae": vae, "scheduler": DDPM}))
+    family.set_image_guidance(options["image_guidance"])
+    source = options["scaling_factor"] * data["in.source_0"]
+    text, empty = data["in.text"], data["in.uncond_text"]
+    prompts, empty = Conditioning(text, text[:, 0], None, (source,)), Conditioning(empty, empty[:, 0])
+    given = data["in.latents"], data["in.timesteps"], prompts
+    assert_equal(family.predict(network, *given, None), data["out.noise"], "noise")
+    assert_equal(
+        Policy(network, family).predict_guided(*given, empty, options["guidance"]), data["out.guided"], "guided"
+    )
+    backbone = SDUNetBackbone(network, family.noise_process, family.latent_space, options["taps"], ())
+    below: list[Tensor] = []
+    network.down_blocks[options["taps"][0] - 1].register_forward_hook(lambda block, inputs, out: below.append(out[0]))
+    middle = backbone.read(*given).visual[-1]
+    assert_equal(below[0], data["out.tap_1"], "the first block, with its downsampler")
+    assert_equal(middle, data["out.tap_3"].flatten(2).transpose(1, 2), "the middle block")
 
 
 @pytest.mark.parametrize("case", cases("editing/sizes"), ids=lambda case: case.name)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from latentreward.backbones.base import DiffusionBackbone, check_taps
@@ -104,7 +105,7 @@ class SDUNetBackbone(DiffusionBackbone):
     def read(self, latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Features:
         """See :meth:`DiffusionBackbone.read`; latents ``(B, 4, h, w)``; InputError for tokens of other width."""
         unet = self.unet
-        sample = latents.to(unet.conv_in.weight.dtype)
+        sample = beside_sources(unet, latents, conditioning, self.latent_space).to(unet.conv_in.weight.dtype)
         tokens = conditioning.prompt_embeds.to(sample.dtype)
         width = unet.config.cross_attention_dim
         if isinstance(width, int) and tokens.shape[-1] != width:
@@ -160,6 +161,30 @@ class SDUNetBackbone(DiffusionBackbone):
         if self.unet.mid_block is not None:
             yield self.unet.mid_block
         yield from self.unet.up_blocks
+
+
+def beside_sources(unet: Any, latents: Tensor, conditioning: Conditioning, space: LatentSpace) -> Tensor:
+    """Join noisy latents ``(B, C, h, w)`` and those of the picture to edit, on the channel axis.
+
+    InstructPix2Pix takes the mode of the VAE's posterior as it is, without the scaling of other latents
+    (arXiv:2211.09800, released code). A U-Net that edits no picture gets ``latents`` back.
+
+    Raises:
+        InputError: If there are more or fewer sources than the U-Net takes, or a source has another size.
+    """
+    sources, taken = conditioning.source_latents, unet.config.in_channels // space.channels - 1
+    if len(sources) != taken:
+        raise InputError(f"the U-Net takes {taken} pictures to edit, and {len(sources)} were given; give that many")
+    for source in sources:
+        if source.shape[2:] != latents.shape[2:]:
+            found, made = (
+                " × ".join(str(side * space.downscale) for side in one.shape[2:]) for one in (source, latents)
+            )
+            raise InputError(
+                f"the picture to edit has {found} pixels and the one that is made {made}, which a U-Net needs to be "
+                "equal; set source_size: made"
+            )
+    return torch.cat([latents, *(source / space.scaling_factor for source in sources)], dim=1) if sources else latents
 
 
 def attended(block: nn.Module, tokens: Tensor) -> dict[str, Tensor]:

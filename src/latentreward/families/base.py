@@ -19,7 +19,7 @@ from latentreward.contracts import Conditioning, LatentSpace, sources_of
 from latentreward.encoders.prompts import PromptEncoder
 from latentreward.encoders.sources import SourceEncoder, SourceSize
 from latentreward.encoders.vae import LatentEncoder
-from latentreward.errors import InputError, errors_at
+from latentreward.errors import InputError, check_range, errors_at
 from latentreward.noise import DDPM, FlowMatching, NoiseProcess, fits_kind
 from latentreward.programs import of_this_package
 from latentreward.promises import COUNT, Part, finite, is_count, of_class, returns, shown, tensor, wrong_tensor
@@ -116,6 +116,9 @@ class Family(Part):
         clips: Whether the network makes clips; others make images, also in a latent space with a time axis.
         default_guidance: ``guidance_scale`` of the family's pipeline; None for networks without guidance.
         no_guidance: ``guidance_scale`` that switches guidance off.
+        image_guidance_scale: Scale of the guidance towards the pictures to edit, which the policy's settings can
+            change; None for networks whose guidance has one scale.
+        passes: Number of predictions of a picture that classifier-free guidance combines.
         uncond_prompt: Prompt that is encoded for classifier-free guidance.
         lora_targets: Default name endings of the layers that get adapters.
         idle: Names of layers whose output never reaches the network's, so that an adapter would not train.
@@ -139,6 +142,8 @@ class Family(Part):
     train_mode: ClassVar[bool] = False
     clips: ClassVar[bool] = False
     no_guidance: ClassVar[float] = 1.0
+    image_guidance_scale: float | None = None
+    passes: ClassVar[int] = 2
     uncond_prompt: ClassVar[str] = ""
     lora_targets: ClassVar[Sequence[str]] = ATTENTION
     idle: Sequence[str] = ()
@@ -439,6 +444,15 @@ class Family(Part):
 
     # Guidance
 
+    def set_image_guidance(self, scale: float) -> None:
+        """Set :attr:`image_guidance_scale`; raise InputError if it is below 1 or the family's guidance has none."""
+        if self.image_guidance_scale is None:
+            raise InputError(
+                f"image_guidance_scale={scale:g}, but guidance of {self.title} has one scale; leave it out"
+            )
+        check_range("[1, inf)", "set guidance_scale: 1 to switch both off", image_guidance_scale=scale)
+        self.image_guidance_scale = scale
+
     @property
     @abstractmethod
     def default_guidance(self) -> float | None:
@@ -467,6 +481,15 @@ class Family(Part):
     def needs_uncond(self, scale: float | None) -> bool:
         """Tell whether a prediction with this checked ``guidance_scale`` needs the encoded empty prompt."""
         return scale is not None and scale != self.no_guidance
+
+    def guided_prompts(self, conditioning: Conditioning, uncond: Conditioning) -> list[Conditioning]:
+        """Return the prompts of the :attr:`passes` that :meth:`guide` combines: empty ones, the given ones, others.
+
+        Args:
+            conditioning: Encoded prompts, B rows.
+            uncond: Encoded empty prompt, one row, or B.
+        """
+        return [uncond.beside(conditioning), conditioning]
 
     @returns(tensor(lambda family, with_prompt, *given: with_prompt.shape))
     def guide(self, with_prompt: Tensor, without: Tensor, scale: float) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from latentreward.backbones.loading import SHIPPED, check_channels, tiny_pipeline
 from latentreward.backbones.registry import register_backbone
-from latentreward.backbones.sd_unet import SDUNetBackbone, check_undistilled, unet_family
+from latentreward.backbones.sd_unet import SDUNetBackbone, beside_sources, check_undistilled, unet_family
 from latentreward.backbones.tuning import Tuning
 from latentreward.contracts import Conditioning, PathText
 from latentreward.encoders.prompts import PromptEncoder
@@ -20,6 +20,9 @@ from latentreward.errors import InputError
 from latentreward.families.backbone import BackboneOptions
 from latentreward.families.base import Family, Pair, PipelineConfigs
 from latentreward.noise import DDPM_SCHEDULERS, NoiseProcess, process_from_scheduler
+
+EDITORS = ("StableDiffusionInstructPix2PixPipeline", "StableDiffusionXLInstructPix2PixPipeline")
+"""Classes of InstructPix2Pix's pipelines, whose U-Nets differ by the channels of the picture to edit."""
 
 
 class StableDiffusion(Family):
@@ -39,8 +42,8 @@ class StableDiffusion(Family):
 
     @classmethod
     def recognises(cls, pipeline: PipelineConfigs) -> bool:
-        """See :meth:`Family.recognises`."""
-        return pipeline.has("unet")
+        """See :meth:`Family.recognises`; InstructPix2Pix has the same kind of network, and other pipelines."""
+        return pipeline.has("unet") and (pipeline.index.get("_class_name") in EDITORS) == bool(cls.sources[1])
 
     def check(self) -> None:
         """See :meth:`Family.check`."""
@@ -51,7 +54,7 @@ class StableDiffusion(Family):
                 "SD1.5, SD2.1 and SDXL have it"
             )
         check_undistilled(self.pipeline.source, self.config)
-        check_channels(self.pipeline.source, "unet", self.config, self.latent_space)
+        check_channels(self.pipeline.source, "unet", self.config, self.latent_space, 1 + self.sources[0])
 
     @property
     def model(self) -> str:
@@ -105,7 +108,8 @@ class StableDiffusion(Family):
     @property
     def scheduler_config(self) -> dict[str, Any]:
         """See :attr:`Family.scheduler_config`; two entries are what ``StableDiffusionPipeline`` sets them to."""
-        return super().scheduler_config | ({} if self.is_xl else {"steps_offset": 1, "clip_sample": False})
+        others = self.is_xl or self.sources[1]  # whose pipelines take the scheduler as it is
+        return super().scheduler_config | ({} if others else {"steps_offset": 1, "clip_sample": False})
 
     @cached_property
     def noise_process(self) -> NoiseProcess:
@@ -116,6 +120,7 @@ class StableDiffusion(Family):
         self, network: Any, latents: Tensor, timesteps: Tensor, conditioning: Conditioning, guidance: float | None
     ) -> Tensor:
         """See :meth:`Family.predict`."""
+        latents = beside_sources(network, latents, conditioning, self.latent_space)
         dtype = network.conv_in.weight.dtype
         extra = {}
         if self.is_xl:
@@ -172,6 +177,7 @@ class UNetOptions(BackboneOptions):
 def load_sd(
     source: str,
     model: str | None = None,
+    name: str = "sd",
     visual_taps: Sequence[int] | None = None,
     text_taps: Sequence[int] = (0,),
     output_map: bool = False,
@@ -182,6 +188,7 @@ def load_sd(
     Args:
         source: Diffusers pipeline folder, or hub id.
         model: ``SD1.5``, ``SD2.1`` or ``SDXL``, which the pipeline must be; None takes all.
+        name: Name of the family that the pipeline must belong to.
         visual_taps: Numbers of the blocks to read; None reads all down blocks and the mid block.
         text_taps: ``[0]`` reads the prompt embeddings; ``[]`` reads no text.
         output_map: Whether to run the whole U-Net and return its output too, for a head that reads it.
@@ -192,10 +199,11 @@ def load_sd(
             of the network's blocks.
     """
     chosen = UNetOptions(**options)
-    family = chosen.family(source, "sd", model)
+    family = chosen.family(source, name, model)
     network, encoders = chosen.parts(family, pretrained=chosen.pretrained)
     space, taps = (family.noise_process, family.latent_space), (visual_taps, text_taps)
     backbone = SDUNetBackbone(network, *space, *taps, output_map=output_map, **encoders)
+    backbone.sources, backbone.source_encoder = family.sources, family.source_encoder(encoders["vae"])
     return chosen.finish(backbone, family)
 
 

@@ -123,7 +123,8 @@ class PrunedRollouts:
         every[everywhere] = scaled_advantages(rule, values, agreement.contrast_of(len(values)) if pruned else None)
         steps, early = module.sampling.num_inference_steps, self.pruning.after_steps
         finished = len(values) / len(everywhere) * self.count / self.pruning.candidates
-        guided = 2 if module.policy.family.needs_uncond(module.guidance_scale) else 1
+        family = module.policy.family
+        guided = family.passes if family.needs_uncond(module.guidance_scale) else 1
         module.rollout_values = {
             "prediction_correlation": agreement.correlation.item(),
             "finished_share": finished,

@@ -45,6 +45,8 @@ class PolicySource:
             ``nf4`` (bitsandbytes, on a GPU). None keeps ``frozen_dtype``.
         source_size: Size of the pictures that an editor edits: ``made`` resizes each, around its centre, to the size of
             the pictures that are made; ``pipeline`` as the pipeline does, which can differ from picture to picture.
+        image_guidance_scale: Scale of InstructPix2Pix's guidance towards the picture to edit, at least 1, which is at
+            work with a ``guidance_scale`` above 1; None takes the pipeline's own, 1.5.
         family: Import path of the pipeline's :class:`~latentreward.families.Family`, for a family of one's own; None
             finds it among those of this package.
     """
@@ -61,6 +63,7 @@ class PolicySource:
     t5_length: int | None = None
     quantization: Quantization | None = None
     source_size: Literal["made", "pipeline"] = "made"
+    image_guidance_scale: float | None = None
     family: str | None = None
 
     def pipeline(self) -> PipelineSource:
@@ -69,7 +72,10 @@ class PolicySource:
 
     def resolve_family(self) -> Family:
         """Return the family of the pipeline, found from its configs; raise InputError if none supports it."""
-        return find_family(self.pipeline(), self.family)
+        family = find_family(self.pipeline(), self.family)
+        if self.image_guidance_scale is not None:
+            family.set_image_guidance(self.image_guidance_scale)
+        return family
 
     def record(self) -> dict[str, Any]:
         """Return the fields, with the adapter's target modules named, so that equal sources have equal records."""

@@ -116,7 +116,7 @@ class Policy(nn.Module):
         uncond: Conditioning | None,
         guidance_scale: float | None,
     ) -> Tensor:
-        """Predict with the family's guidance, in one forward pass: of 2·B rows with classifier-free guidance, else B.
+        """Predict with the family's guidance, in one forward pass: of B rows, or B for each of :attr:`Family.passes`.
 
         Args:
             latents: ``(B, C, ...)``.
@@ -143,7 +143,7 @@ class Policy(nn.Module):
                 f"guidance_scale={guidance_scale:g} needs the encoded empty prompt; give it, or set it to "
                 f"{self.family.no_guidance:g}"
             )
-        return Conditioning.join([uncond.beside(conditioning), conditioning])
+        return Conditioning.join(self.family.guided_prompts(conditioning, uncond))
 
     def predict_packed(
         self, latents: Tensor, timesteps: Tensor, prompts: Conditioning, guidance_scale: float | None
@@ -151,10 +151,11 @@ class Policy(nn.Module):
         """Predict as :meth:`predict_guided` for ``prompts`` as :meth:`with_uncond` returns them."""
         if guidance_scale is None or not self.family.needs_uncond(guidance_scale):
             return self.predict(latents, timesteps, prompts, guidance_scale)
-        # One pass of 2·B rows: FSDP2 gathers each block once, and a GPU is filled better.
-        output = self.predict(torch.cat([latents, latents]), torch.cat([timesteps, timesteps]), prompts)
-        without, with_prompt = output.chunk(2)
-        return self.family.guide(with_prompt, without, guidance_scale)
+        # One pass of all rows: FSDP2 gathers each block once, and a GPU is filled better.
+        passes = self.family.passes
+        output = self.predict(torch.cat([latents] * passes), torch.cat([timesteps] * passes), prompts)
+        without, with_prompt, *others = output.chunk(passes)
+        return self.family.guide(with_prompt, without, guidance_scale, *others)
 
     def encode_prompts(
         self, prompts: Sequence[str], sources: Sequence[Tensor] = (), latents: bool = False
