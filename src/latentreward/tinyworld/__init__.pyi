@@ -1,6 +1,7 @@
-from .datamodule import TinyWorldDataModule, TinyWorldPromptDataModule
+from .datamodule import TinyWorldDataModule, TinyWorldEditPromptDataModule, TinyWorldPromptDataModule
 
 __all__ = [
     "TinyWorldDataModule",
+    "TinyWorldEditPromptDataModule",
     "TinyWorldPromptDataModule",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import product
@@ -84,13 +85,17 @@ def caption_splits() -> dict[str, dict[str, tuple[Caption, ...]]]:
     """
     splits: dict[str, dict[str, tuple[Caption, ...]]] = {"train": {}, "validation": {}, "test": {}}
     for kind in KIND_SHARES:
-        captions = [caption for caption in all_captions().values() if caption.kind == kind]
-        captions.sort(key=lambda caption: hashlib.blake2b(caption.text.encode(), key=b"caption split").digest())
-        tenth = round(len(captions) / 10)
-        splits["test"][kind] = tuple(captions[:tenth])
-        splits["validation"][kind] = tuple(captions[tenth : 2 * tenth])
-        splits["train"][kind] = tuple(captions[2 * tenth :])
+        texts = [text for text, caption in all_captions().items() if caption.kind == kind]
+        for split, part in split_texts(texts, b"caption split").items():
+            splits[split][kind] = tuple(all_captions()[text] for text in part)
     return splits
+
+
+def split_texts(texts: Iterable[str], key: bytes) -> dict[str, list[str]]:
+    """Partition texts by their digests under a key: 10 % for ``test``, 10 % for ``validation``, 80 % for ``train``."""
+    ordered = sorted(texts, key=lambda text: hashlib.blake2b(text.encode(), key=key).digest())
+    tenth = round(len(ordered) / 10)
+    return {"train": ordered[2 * tenth :], "validation": ordered[tenth : 2 * tenth], "test": ordered[:tenth]}
 
 
 def draw_caption(rng: np.random.Generator, split: str) -> Caption:

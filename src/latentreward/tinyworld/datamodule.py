@@ -6,12 +6,17 @@ from typing import Any, Literal
 import numpy as np
 from torch.utils.data import DataLoader
 
-from latentreward.contracts import PathText
-from latentreward.data import HPDv3Reader, PairReader, PickAPicReader, PreferenceDataModule
+from latentreward.contracts import EditPrompt, ImageRef, PathText
+from latentreward.data import HPDv3Reader, JSONLPairReader, PairReader, PickAPicReader, PreferenceDataModule
 from latentreward.data.alignment.prompts import PromptLoaders
-from latentreward.errors import check_range
+from latentreward.data.readers.base import Sources
+from latentreward.errors import check_at_least_one, check_range
+from latentreward.storage.digests import digest
 from latentreward.tinyworld.captions import caption_splits, draw_caption
-from latentreward.tinyworld.writers import write_hpdv3, write_pickapic
+from latentreward.tinyworld.edit_pairs import draw_edit
+from latentreward.tinyworld.pairs import encode_jpeg
+from latentreward.tinyworld.rendering import render
+from latentreward.tinyworld.writers import write_edits, write_hpdv3, write_pickapic
 
 
 class TinyWorldDataModule(PreferenceDataModule):
@@ -22,10 +27,12 @@ class TinyWorldDataModule(PreferenceDataModule):
 
     Args:
         root: Folder of the files.
-        layout: ``pickapic`` (parquet with JPEG bytes, with ties) or ``hpdv3`` (JSON and JPEG files, no ties).
+        layout: ``pickapic`` (parquet with JPEG bytes, with ties) or ``hpdv3`` (JSON and JPEG files, no ties); or
+            ``edits``: pairs of edits (JSON lines and JPEG files, with ties), whose validation labels have no noise.
         train_pairs: Number of training pairs.
         val_pairs: Number of validation pairs, whose prompts are not in the training pairs.
         data_seed: Seed of the pairs.
+        sources: Whether to read the pictures that were edited, in the layout ``edits``; see :class:`PairReader`.
         options: See :class:`PreferenceDataModule`.
 
     Raises:
@@ -35,10 +42,11 @@ class TinyWorldDataModule(PreferenceDataModule):
     def __init__(
         self,
         root: PathText = "runs/tinyworld/pickapic",
-        layout: Literal["pickapic", "hpdv3"] = "pickapic",
+        layout: Literal["pickapic", "hpdv3", "edits"] = "pickapic",
         train_pairs: int = 6000,
         val_pairs: int = 1000,
         data_seed: int = 0,
+        sources: Sources = "read",
         **options: Any,
     ) -> None:
         train: PairReader
@@ -47,6 +55,12 @@ class TinyWorldDataModule(PreferenceDataModule):
             folder = write_pickapic(Path(root), {"train": train_pairs, "validation": val_pairs}, data_seed)
             # Pairs count equally: with equal weight per prompt, the few captions of single shapes would hardly count.
             train, val = (PickAPicReader(str(folder), split, weight="equal") for split in ("train", "validation"))
+        elif layout == "edits":
+            folder = write_edits(Path(root), {"train": train_pairs, "validation": val_pairs}, data_seed)
+            train, val = (
+                JSONLPairReader(str(folder / f"{split}.jsonl"), split=split, sources=sources)
+                for split in ("train", "validation")
+            )
         else:
             folder = write_hpdv3(Path(root), {"train": train_pairs, "test": val_pairs}, data_seed)
             train, val = HPDv3Reader(str(folder), "train"), HPDv3Reader(str(folder), "test")
@@ -76,3 +90,30 @@ class TinyWorldPromptDataModule(PromptLoaders):
         while len(drawn) < captions:
             drawn.setdefault(draw_caption(rng, "train").text)
         super().__init__(tuple(drawn), **options)
+
+
+class TinyWorldEditPromptDataModule(PromptLoaders):
+    """Data module of edits of the tiny world's training split, drawn at random, as prompts: each has its own picture.
+
+    Args:
+        edits: Number of edits.
+        data_seed: Seed of the edits.
+        options: See :class:`~latentreward.data.alignment.prompts.PromptLoaders`.
+
+    Raises:
+        InputError: If ``edits`` is below 1.
+    """
+
+    def __init__(self, edits: int = 1024, data_seed: int = 0, **options: Any) -> None:
+        check_at_least_one("data.", edits=edits)
+        super().__init__(edit_prompts("train", edits, data_seed), **options)
+
+
+def edit_prompts(split: str, number: int, seed: int) -> tuple[EditPrompt, ...]:
+    """Draw edits of a split as prompts that carry their pictures as JPEG bytes."""
+    rng, prompts = np.random.default_rng([seed, 6]), []
+    for _ in range(number):
+        source, edit = draw_edit(split, rng)
+        jpeg = encode_jpeg(render(source))
+        prompts.append(EditPrompt(edit.text, [ImageRef(digest([jpeg], 16), jpeg)]))
+    return tuple(prompts)

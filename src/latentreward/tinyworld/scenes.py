@@ -91,16 +91,16 @@ def _item_checks(caption: Caption, first: Item | None, second: Item | None) -> d
     if caption.kind == "size":
         checks["size"] = first is not None and (first.radius >= SIZE_BORDER) == (caption.detail == "large")
     elif caption.kind == "position":
-        checks["position"] = first is not None and _direction(first.x - 16, first.y - 16) == caption.detail
+        checks["position"] = first is not None and direction(first.x - 16, first.y - 16) == caption.detail
     else:
         checks["other_color"] = second is not None and second.color == caption.other_color
         checks["other_shape"] = second is not None and second.shape == caption.other_shape
         side = {"left of": "left", "above": "top"}[caption.detail]
-        checks["relation"] = None not in (first, second) and _direction(first.x - second.x, first.y - second.y) == side
+        checks["relation"] = None not in (first, second) and direction(first.x - second.x, first.y - second.y) == side
     return checks
 
 
-def _direction(dx: float, dy: float) -> str:
+def direction(dx: float, dy: float) -> str:
     """Return the name of the main direction of an offset in pixels; ``center`` for less than 3 pixels."""
     if max(abs(dx), abs(dy)) < 3:
         return "center"

@@ -1,4 +1,4 @@
-"""Writers of tiny-world pairs as files in the layouts of public preference data sets.
+"""Writers of tiny-world pairs as files in the layouts of public preference data sets, and of pairs of edits.
 
 Every folder holds, beside the data set's own files, ``tinyworld.json`` (the settings) and ``oracle.parquet``, for
 evaluation only, with the columns ``pair_id`` (``<file name>:<row>``), ``key_a``, ``key_b`` (image keys), and for both
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,11 @@ from latentreward.errors import InputError
 from latentreward.storage.digests import digest
 from latentreward.storage.durable import replacing
 from latentreward.storage.run_folder import RunFolder
-from latentreward.tinyworld.pairs import Mixed, Pair, Picture, draw_pairs, generate_pairs
+from latentreward.tinyworld.edit_pairs import EditPair, draw_edit, draw_edit_pairs
+from latentreward.tinyworld.edits import scene_verdict
+from latentreward.tinyworld.pairs import Mixed, Pair, Picture, draw_pairs, encode_jpeg, generate_pairs
+from latentreward.tinyworld.rendering import render
+from latentreward.tinyworld.scenes import Scene
 
 PICKAPIC_SPLITS = ("train", "validation", "test", "validation_unique", "test_unique")
 PICKAPIC_SCHEMA = pa.schema(
@@ -58,8 +62,11 @@ FIRST_SECOND = 1_672_531_200
 MARKER = "tinyworld.json"
 """File with the settings of the pairs."""
 PARTS = ("utility", "alignment", "quality")
+EDIT_PARTS = ("utility", "followed", "kept")
+"""As :data:`PARTS`, of pairs of edits."""
+EDIT_SPLITS = ("train", "validation", "test")
 OracleRows = list[tuple[Any, ...]]
-"""Rows of ``oracle.parquet``: pair ID, image keys of the two pictures, and each of ``PARTS`` of the two pictures."""
+"""Rows of ``oracle.parquet``: pair ID, image keys of the two pictures, and each of the parts of the two pictures."""
 
 
 def write_pickapic(
@@ -149,6 +156,53 @@ def write_hpdv3(root: Path | str, pairs_per_split: Mapping[str, int], seed: int 
     return _make_folder(root, {"layout": "hpdv3", "pairs_per_split": dict(pairs_per_split), "seed": seed}, fill)
 
 
+def write_edits(root: Path | str, pairs_per_split: Mapping[str, int], seed: int = 0, prompts: int = 200) -> Path:
+    """Write drawn pairs of edits as JSON lines with the pictures beside them, and lists of edits to make.
+
+    ``SPLIT.jsonl`` holds the pairs, with ``source_images``, of ``train``, ``validation`` and ``test``. Labels of
+    ``train`` are noisy, those of the others are the judge's. ``SPLIT_prompts.jsonl`` holds ``prompts`` other edits of
+    the split. In ``oracle.parquet``, ``followed`` and ``kept`` take the places of ``alignment`` and ``quality``.
+
+    For the other arguments, and what is returned or raised, see :func:`write_pickapic`.
+    """
+    _check_splits(pairs_per_split, EDIT_SPLITS)
+
+    def fill(folder: Path) -> OracleRows:
+        (folder / "images").mkdir()
+        oracle: OracleRows = []
+        for split, number in pairs_per_split.items():
+            rng = np.random.default_rng([seed, 32 + EDIT_SPLITS.index(split)])
+            pairs = draw_edit_pairs(split, number, rng, noisy=split == "train")
+            (folder / f"{split}.jsonl").write_text("".join(_edit_lines(folder, split, pairs, oracle)))
+            edits = [draw_edit(split, rng) for _ in range(prompts)]
+            rows = [{"prompt": edit.text, "source_images": [_write_scene(folder, source)]} for source, edit in edits]
+            (folder / f"{split}_prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return oracle
+
+    spec = {"layout": "edits", "pairs_per_split": dict(pairs_per_split), "seed": seed, "prompts": prompts}
+    return _make_folder(root, spec, fill, EDIT_PARTS)
+
+
+def _edit_lines(folder: Path, split: str, pairs: Sequence[EditPair], oracle: OracleRows) -> Iterator[str]:
+    """Yield the lines of pairs, write their pictures, and add their rows to those of the oracle."""
+    for number, pair in enumerate(pairs, start=1):
+        source, *keys = (_write_scene(folder, scene) for scene in (pair.source, *pair.results))
+        row: dict[str, Any] = {"prompt": pair.edit.text, "source_images": [source]}
+        row |= {"image_a": keys[0], "image_b": keys[1], "label": pair.label}
+        yield json.dumps(row | {"model_a": pair.kinds[0], "model_b": pair.kinds[1]}) + "\n"
+        verdicts = [scene_verdict(pair.source, result, pair.edit) for result in pair.results]
+        worth = [float(getattr(verdict, part)) for part in EDIT_PARTS for verdict in verdicts]
+        oracle.append((f"{split}.jsonl:{number}", *keys, *worth))
+
+
+def _write_scene(folder: Path, scene: Scene) -> str:
+    """Write a scene's picture under a name by its content; return its path in the folder."""
+    jpeg = encode_jpeg(render(scene))
+    path = f"images/{digest([jpeg], 16)}.jpg"
+    (folder / path).write_bytes(jpeg)
+    return path
+
+
 def _check_splits(pairs_per_split: Mapping[str, int], known: Sequence[str]) -> None:
     if unknown := set(pairs_per_split) - set(known):
         raise InputError(f"unknown splits {sorted(unknown)}; this layout has {', '.join(known)}")
@@ -156,14 +210,16 @@ def _check_splits(pairs_per_split: Mapping[str, int], known: Sequence[str]) -> N
         raise InputError(f"expected at least one pair in each split, got {dict(pairs_per_split)}")
 
 
-def _make_folder(root: Path | str, spec: dict[str, Any], fill: Callable[[Path], OracleRows]) -> Path:
+def _make_folder(
+    root: Path | str, spec: dict[str, Any], fill: Callable[[Path], OracleRows], parts: Sequence[str] = PARTS
+) -> Path:
     """Let ``fill`` write to a temporary folder, add the oracle's table and the settings, and rename it to ``root``."""
     root = Path(root)
     recorded = RunFolder(root, root / MARKER, spec, "root", "delete it or choose another folder")
     if not recorded.exists():
         with replacing(root, over=False) as fresh:
             fresh.mkdir()
-            names = ("pair_id", "key_a", "key_b", *(f"{part}_{side}" for part in PARTS for side in "ab"))
+            names = ("pair_id", "key_a", "key_b", *(f"{part}_{side}" for part in parts for side in "ab"))
             columns = zip(*fill(fresh), strict=True)
             oracle = pa.table(dict(zip(names, map(list, columns), strict=True)))
             pq.write_table(oracle, fresh / "oracle.parquet", write_page_checksum=True)
