@@ -58,7 +58,8 @@ def edits(folder: Path, texts: Sequence[str] = TEXTS, pictures: int = 1) -> tupl
         refs = []
         for place in range(pictures):
             name = f"{number}-{place}.png"
-            Image.new("RGB", (72 + 16 * number, 64), (80 * number, 40 * place, 200)).save(folder / name)
+            if not (folder / name).exists():  # ranks read them at the same time
+                Image.new("RGB", (72 + 16 * number, 64), (80 * number, 40 * place, 200)).save(folder / name)
             refs.append(ImageRef(name, path=folder / name, root=folder))
         found.append(EditPrompt(text, refs))
     return tuple(found)
@@ -199,6 +200,7 @@ def test_a_resumed_run_and_one_of_two_processes_edit_the_same_pictures(tmp_path:
     resumed = run(tmp_path, path=tmp_path / "saved" / "step=1.ckpt")
     assert all(torch.equal(value, resumed[name]) for name, value in whole.items())
     (tmp_path / "two").mkdir()
+    edits(tmp_path / "two")
     for rank in on_ranks("tests.modules.test_edits:run_of_two", tmp_path / "two"):
         for name, value in whole.items():
             torch.testing.assert_close(rank[name], value, rtol=1e-3, atol=1e-5)
