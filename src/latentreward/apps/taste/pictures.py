@@ -4,7 +4,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from latentreward.data.images import ImageError, decode_image
+from latentreward.contracts import like_prompt, sources_of
+from latentreward.data.image_lists import read_images
+from latentreward.data.images import ImageError, decode_image, image_bytes
 from latentreward.data.readers.base import MAX_PROMPT_CHARS
 from latentreward.data.readers.folders import find_pictures, read_caption
 from latentreward.data.readers.json_rows import file_image, parse_text
@@ -21,7 +23,7 @@ class Picture:
 
     path: str  # path relative to the folder, with ``/``
     content: str  # digest of the file's bytes; two files with the same bytes are the same picture
-    caption: str  # text of the ``.txt`` file of the same name; empty without one
+    caption: str  # text of the ``.txt`` file of the same name, or prompt in the table; empty without one
 
 
 def check_folder(folder: Path) -> None:
@@ -34,13 +36,16 @@ def read_pictures(folder: Path, below: str = "") -> tuple[dict[str, Picture], li
     """Find and decode all pictures of the subfolder ``below`` and its own, in the order of their names.
 
     Paths are relative to ``folder``. Pictures outside it, behind links, are not opened. Hidden files and folders are
-    left out. Orientations by EXIF are applied later, as in training.
+    left out. Orientations by EXIF are applied later, as in training. In a folder that ``latentreward generate`` wrote,
+    pictures and captions are those of its table; a caption of an edit carries the pictures that were edited.
 
     Returns:
         Name, which is the path below ``below`` without its ending → picture; and one line about each kind of file that
         was left out.
     """
     found: dict[str, Picture] = {}
+    if not below and (folder / "generate.json").is_file():
+        return _generated(folder)
     images, unread = find_pictures(folder / below)
     unreadable, twice, uncaptioned = [], [], dict[str, list[str]]()
     for name, files in images.items():
@@ -69,6 +74,21 @@ def read_pictures(folder: Path, below: str = "") -> tuple[dict[str, Picture], li
         remarks.append(f"left out, another picture has the same name with another ending: {listed(twice)}")
     remarks += [f"no caption, since it {problem}: {listed(paths)}" for problem, paths in uncaptioned.items()]
     return found, remarks
+
+
+def _generated(folder: Path) -> tuple[dict[str, Picture], list[str]]:
+    found, unreadable = {}, []
+    for row in read_images(str(folder)).rows:
+        images = [file_image(folder, row.name), *sources_of(row.prompt)]
+        try:
+            for image in images:
+                decode_image(image)
+        except ImageError as error:
+            unreadable.append(f"{row.name} ({error.problem})")
+            continue
+        caption = like_prompt(" ".join(row.prompt.split()), row.prompt)
+        found[row.name] = Picture(row.name, digest([image_bytes(images[0])]), caption)
+    return found, [f"left out, cannot be read: {listed(unreadable)}"] if unreadable else []
 
 
 def caption_of(picture: Path, folder: Path) -> tuple[str, str]:

@@ -15,6 +15,7 @@ from typing import Any
 from PIL import Image
 
 from latentreward.apps.taste.ratings import Ratings
+from latentreward.contracts import sources_of
 from latentreward.data.images import ImageError, decode_image
 from latentreward.data.readers.json_rows import file_image
 from latentreward.errors import InputError, one_line
@@ -50,7 +51,8 @@ class RatingServer(ThreadingHTTPServer):
         self.url = f"http://{HOST}:{port}/{self.token}/"
         self.hosts = {f"{HOST}:{port}", f"localhost:{port}"}
         self.ratings, self.folder, self.lock = ratings, ratings.file.parent, Lock()
-        self.places = {path: place for place, path in enumerate(ratings.pictures)}
+        sources = {source.image_key: source for pair in ratings.pairs for source in sources_of(pair.prompt)}
+        self.places = {path: place for place, path in enumerate([*ratings.pictures, *sources])}
         self.paths = {f"/picture/{place}": path for path, place in self.places.items()}
         self.page = render_page("rating", served=True, title="Which one do you prefer?")
         self.encode = lru_cache(maxsize=16)(self._encode)
@@ -60,7 +62,15 @@ class RatingServer(ThreadingHTTPServer):
         pair = self.ratings.next
         shown = None if pair is None else {"a": pair.a.path, "b": pair.b.path, "prompt": pair.prompt}
         places = None if pair is None else [self.places[path] for path in pair.names]
-        return {"pair": shown, "places": places, "done": self.ratings.done, "total": self.ratings.total}
+        keys = () if pair is None else (source.image_key for source in sources_of(pair.prompt))
+        sources = [self.places[key] for key in keys]
+        return {
+            "pair": shown,
+            "places": places,
+            "sources": sources,
+            "done": self.ratings.done,
+            "total": self.ratings.total,
+        }
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Print nothing about a connection that the browser ended, as it does when the next pair comes early."""

@@ -15,6 +15,7 @@ import numpy as np
 
 from latentreward.apps.taste.pairs import FEWEST, RATINGS, RatedPair
 from latentreward.apps.taste.pictures import Picture, listed, number_of, read_pictures, same_contents
+from latentreward.contracts import sources_of
 from latentreward.data.readers.base import normalise_prompt
 from latentreward.data.readers.json_rows import parse_line
 from latentreward.errors import InputError
@@ -31,14 +32,16 @@ def pairs_to_show(pictures: Sequence[Picture], seed: int) -> list[RatedPair]:
     """List the pairs to show: first one of each picture, then further ones with other pictures of its block.
 
     Pictures of the same caption are compared; those whose caption no other picture has are compared with each other,
-    without a caption. Blocks have up to :data:`BLOCK` pictures. Order and sides are random;
-    ``a`` is shown on the left.
+    without a caption, but for edits, which are left out. Blocks have up to :data:`BLOCK` pictures. Order and sides are
+    random; ``a`` is shown on the left.
     """
     rng = np.random.default_rng(seed)
     captions = [normalise_prompt(picture.caption) for picture in pictures]
     common = {caption for caption, number in Counter(captions).items() if caption and number > 1}
     groups: dict[str, list[Picture]] = {}
     for picture, caption in zip(pictures, captions, strict=True):
+        if caption not in common and sources_of(picture.caption):  # nothing else was made of what it is an edit of
+            continue
         groups.setdefault(caption if caption in common else "", []).append(picture)
     blocks = []
     for caption, group in groups.items():
@@ -91,6 +94,11 @@ class Ratings:
         self._lines = self._read()
 
     @property
+    def pairs(self) -> Sequence[RatedPair]:
+        """All pairs that can be shown."""
+        return self._shown
+
+    @property
     def pictures(self) -> dict[str, Picture]:
         """Path → picture of all pairs."""
         return {picture.path: picture for pair in self._shown for picture in (pair.a, pair.b)}
@@ -119,7 +127,9 @@ class Ratings:
         pair = self.next
         if pair is None or pair.names != tuple(names):
             return False
-        line = {"prompt": pair.prompt, "image_a": pair.a.path, "image_b": pair.b.path, "label": answer}
+        line: dict[str, Any] = {"prompt": pair.prompt, "image_a": pair.a.path, "image_b": pair.b.path, "label": answer}
+        if sources := sources_of(pair.prompt):
+            line["source_images"] = [source.image_key for source in sources]
         line[RATED] = datetime.now(UTC).isoformat(timespec="seconds")
         with write_errors_named(self.file, KEPT):
             self._append((json.dumps(line, ensure_ascii=False) + "\n").encode("utf-8", "replace"))
