@@ -29,7 +29,7 @@ def load(name: str) -> PreferenceDataModule:
 
 @pytest.fixture
 def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    for name in ("PAIRS_ROOT", "PICKAPIC_TARS", "HPDV3_PLUS_ROOT"):
+    for name in ("PAIRS_ROOT", "PICKAPIC_TARS", "HPDV3_PLUS_ROOT", "EDITREWARD_ROOT", "EDITREWARD_BENCH"):
         monkeypatch.setenv(name, str(tmp_path))
     return tmp_path
 
@@ -90,3 +90,13 @@ def test_streamed(root, jpeg, monkeypatch) -> None:
     batches = [batch for batch, _ in zip(data.train_dataloader(), range(8), strict=False)]
     prompts = {prompt for batch in batches for prompt in batch.prompts}
     assert prompts == {f"p {n}" for n in range(8) if n != 3}
+
+
+def test_edits(root, jpeg) -> None:
+    for name in "sab":
+        (root / f"{name}.jpg").write_bytes(jpeg((ord(name), 20, 20)))
+    row = {"prompt": "make it red", "path_src": "s.jpg", "path1": "a.jpg", "path2": "b.jpg"}
+    (root / "train.json").write_text(json.dumps([row] * 2))
+    batch = next(iter(load("editreward").predict_dataloader()))
+    assert set(batch.chosen_keys) == {"a.jpg"}
+    assert [tuple(place.shape) for place in batch.sources] == [(2, 3, 16, 16)]

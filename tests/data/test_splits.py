@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 
-from latentreward.contracts import ImageRef, PreferencePair
-from latentreward.data import PairReader, normalise_prompt, select_rows
+from latentreward.contracts import EditPrompt, ImageRef, PreferencePair, sources_of
+from latentreward.data import CutReader, PairReader, normalise_prompt, select_rows
 from latentreward.data.splits import SharedPrompts
 from latentreward.errors import InputError
 
@@ -115,3 +115,15 @@ def test_the_remedy_for_unlabelled_rows_does_not_depend_on_what_other_splits_los
     splits = {"train": Prompts("z", unlabelled=(0,)), "val": Prompts("x", "y"), "test": Prompts("x")}
     with pytest.raises(InputError, match=r"^data\.train: .*: 1 are unlabelled; label rows, or give other splits$"):
         selected(splits)
+
+
+def test_edits_of_unlike_pictures_share_no_prompt() -> None:
+    cat, dog = ([ImageRef(name)] for name in ("cat.png", "dog.png"))
+    edits = EditPrompt("make it red", cat), EditPrompt("Make it  red", dog), EditPrompt("MAKE IT RED", cat)
+    rows = selected({"train": Prompts(*edits, "make it red"), "val": Prompts(EditPrompt("make it red", cat))})
+    assert rows["train"].tolist() == [1, 3]
+    assert normalise_prompt(edits[0]) == normalise_prompt(edits[2]) != normalise_prompt(edits[1])
+    assert type(normalise_prompt(edits[0])) is str
+    assert normalise_prompt(EditPrompt("x", [*cat, *dog])) != normalise_prompt(EditPrompt("x", [*dog, *cat]))
+    cut = CutReader(Prompts(*edits, "a cat"), 2, apart_from=Prompts(EditPrompt("make it red", cat)))
+    assert cut.prompts() == [edits[1], "a cat"] and sources_of(cut.prompts()[0]) == tuple(dog)

@@ -8,8 +8,10 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from datasets import ClassLabel, Dataset, Features, Image, IterableDataset, Value, load_dataset
+import torch
+from datasets import ClassLabel, Dataset, Features, Image, IterableDataset, List, Value, load_dataset
 
+from latentreward.contracts import sources_of
 from latentreward.data import (
     JSONLPairReader,
     PairStream,
@@ -22,7 +24,7 @@ from latentreward.data.streaming import StreamedPairs, files_between
 from latentreward.errors import InputError
 
 FEATURES = Features({"prompt": Value("string"), "chosen": Image(), "rejected": Image(), "pair_id": Value("string")})
-ROWS = 24
+ROWS, SIDES = 24, ("chosen", "rejected")
 NAMES = [f"{n:02d}" for n in range(ROWS)]
 
 
@@ -261,3 +263,33 @@ def test_what_a_stream_cannot_do_is_one_line(write, tmp_path) -> None:
         PairStream(source)
     with pytest.raises(InputError, match=r"source: .* cannot be read on \("):
         names(stream)
+
+
+def test_batches_of_a_stream_hold_the_pictures_to_edit(tmp_path, jpeg) -> None:
+    features = Features({**FEATURES, "source_images": List(Image())})
+    rows = [
+        {"prompt": "make it red", "pair_id": NAMES[n], **{side: {"bytes": jpeg(), "path": None} for side in SIDES}}
+        | {"source_images": [{"bytes": jpeg((10 * n, 9, 9)), "path": None} for _ in range(2)]}
+        for n in range(6)
+    ]
+    Dataset.from_list(rows, features).to_parquet(tmp_path / "train.parquet")
+    batch = next(iter(module(str(tmp_path), shuffle_buffer=1).train_dataloader()))
+    assert [tuple(place.shape) for place in batch.sources] == [(3, 3, 8, 8)] * 2
+    expected = [PixelLoader(8, 8)(source) for prompt in batch.prompts for source in sources_of(prompt)[:1]]
+    assert torch.equal(batch.sources[0], torch.stack(expected))
+    assert len(set(batch.prompts)) == 3
+    val = JSONLPairReader(str(write_lines(tmp_path, jpeg)))
+    data = module(str(tmp_path), shuffle_buffer=1, val=val)
+    assert len({*data.train_dataloader().dataset.apart}) == 1  # its text without pictures is no prompt of the stream
+    assert next(iter(data.train_dataloader())).pair_ids == batch.pair_ids
+    rows[2]["source_images"][1]["bytes"] = b"garbage"
+    Dataset.from_list(rows, features).to_parquet(tmp_path / "train.parquet")
+    with pytest.raises(ImageError, match=r"data\.train: 02: image .*: unknown image format"):
+        next(iter(module(str(tmp_path), shuffle_buffer=1).train_dataloader()))
+
+
+def write_lines(folder: Path, jpeg) -> Path:
+    (folder / "a.jpg").write_bytes(jpeg())
+    row = {"prompt": "make it red", "chosen": "a.jpg", "rejected": "a.jpg"}
+    (folder / "val.jsonl").write_text(json.dumps(row))
+    return folder / "val.jsonl"

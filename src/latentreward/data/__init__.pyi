@@ -8,6 +8,7 @@ from .mpcf import MPCF, FilteredReader, select_consistent
 from .readers.base import OnError, PairReader, count_text
 from .readers.dataset_pairs import DatasetPairReader
 from .readers.diffusion_rm import DiffusionRMReader
+from .readers.edits import EditPairReader
 from .readers.folders import FolderPairReader
 from .readers.genai_bench import GenAIBenchReader
 from .readers.genai_bench_cmu import GenAIBenchCMUReader
@@ -29,6 +30,7 @@ __all__ = [
     "CutReader",
     "DatasetPairReader",
     "DiffusionRMReader",
+    "EditPairReader",
     "FilteredReader",
     "FolderPairReader",
     "GenAIBenchCMUReader",

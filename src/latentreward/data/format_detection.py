@@ -12,6 +12,7 @@ from typing import Any
 
 from latentreward.data import readers
 from latentreward.data.readers import PairReader
+from latentreward.data.readers.edits import find_layout
 from latentreward.data.readers.folders import CAPTIONS_FILE
 from latentreward.data.readers.img2dataset import STATS
 from latentreward.data.readers.jsonl import check_no_csv
@@ -29,8 +30,8 @@ HEAD = 1 << 16
 NAMED_COLUMNS = 12
 EXPECTED = (
     "Pick-a-Pic parquet or tars, HPDv2, HPDv3, ImageReward, ImageRewardDB, GenAI-Bench, a diffusion-rm cache, "
-    "chosen/ and rejected/, JSON lines, img2dataset's folders, or a table with prompt and chosen, rejected or image_a, "
-    "image_b"
+    "a set of edits, chosen/ and rejected/, JSON lines, img2dataset's folders, or a table with prompt and chosen, "
+    "rejected or image_a, image_b"
 )
 
 
@@ -132,6 +133,8 @@ def _table(path: Path) -> Splits:
             if {"caption", "label_0", "label_1"} <= names:
                 images: Any = "read" if {"jpg_0", "jpg_1"} <= names else "none"
                 splits[split] = partial(readers.PickAPicReader, str(path), split, images=images)
+            elif find_layout(names) is not None:
+                splits[split] = partial(readers.EditPairReader, str(path), split)
             elif {"left_image", "right_image"} <= names:
                 splits[split] = partial(readers.GenAIBenchReader, str(path), split)
             elif any(name == "HumanRatings" or name.endswith("_HumanRating") for name in names):
@@ -159,7 +162,9 @@ def _json(path: Path) -> Splits:
     splits: Splits = {}
     for file in files:
         keys, root = _keys(file), str(file.parent)
-        if {"path1", "path2"} <= keys:
+        if find_layout(keys) is not None:
+            splits[file.stem] = partial(readers.EditPairReader, str(file), file.stem)
+        elif {"path1", "path2"} <= keys:
             splits[file.stem] = partial(readers.HPDv3Reader, root, file.stem)
         elif {"file_path", "human_preference"} <= keys or {"image_path", "rank"} <= keys:
             splits[file.stem] = partial(readers.HPDv2Reader, root, file.stem)
@@ -204,7 +209,9 @@ def _jsonl(path: Path) -> Splits:
     files = [path] if path.is_file() and path.suffix == ".jsonl" else find_files(path, "*.jsonl")
     named = {file: _keys(file) for file in files if file.name != CAPTIONS_FILE}
     pairs = [file for file, keys in named.items() if {"chosen", "rejected"} <= keys or {"image_a", "image_b"} <= keys]
-    return {file.stem: partial(readers.JSONLPairReader, str(file), split=file.stem) for file in pairs}
+    edits = [file for file, keys in named.items() if find_layout(keys) is not None]
+    splits: Splits = {file.stem: partial(readers.EditPairReader, str(file), file.stem) for file in edits}
+    return splits | {file.stem: partial(readers.JSONLPairReader, str(file), split=file.stem) for file in pairs}
 
 
 def _saved_columns(folder: Path) -> set[str]:

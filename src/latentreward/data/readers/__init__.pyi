@@ -1,6 +1,7 @@
 from .base import OnError, PairReader, count_text
 from .dataset_pairs import DatasetPairReader
 from .diffusion_rm import DiffusionRMReader
+from .edits import EditPairReader
 from .folders import FolderPairReader
 from .genai_bench import GenAIBenchReader
 from .genai_bench_cmu import GenAIBenchCMUReader
@@ -15,6 +16,7 @@ from .pickapic_tars import PickAPicTarReader
 __all__ = [
     "DatasetPairReader",
     "DiffusionRMReader",
+    "EditPairReader",
     "FolderPairReader",
     "GenAIBenchCMUReader",
     "GenAIBenchReader",

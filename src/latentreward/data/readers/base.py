@@ -163,8 +163,9 @@ class PairReader(Part):
         """Return further fields of every row without reading images.
 
         Names in use are ``model_a``, ``model_b``, ``votes_a``, ``votes_b`` and ``confidence``, as in
-        :class:`PreferencePair`; ``vote`` and ``label_0``, as published, if they hold more than the label; ``tags``,
-        a list of texts per row.
+        :class:`PreferencePair`; ``overall_a``, ``instruction_following_a``, ``visual_quality_a`` and the same of b, the
+        published scores of edits; ``vote`` and ``label_0``, as published, if they hold more than the label; ``tags``, a
+        list of texts per row.
 
         Returns:
             Name → list with one value per row, None where the data set does not publish it. Empty by default.

@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Collection, Iterator, Mapping
-from copy import copy
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +29,7 @@ from latentreward.data.readers.tables import (
     embedded_images,
     holds_images,
     name_class,
+    name_pictures,
     open_table,
     source_name,
     warn_row_groups,
@@ -153,13 +153,8 @@ class DatasetPairReader(RowReader):
         if self._sources is None:
             return super().name_sources()
         if self._named is None:
-            (rows := copy(self._rows)).open_images([self._sources])
-            self._named = {}
-            for place, row in enumerate(self.table.column("row").to_pylist()):
-                keys = self.table.column("sources")[place].as_py()
-                if keys is None:
-                    keys = [one.image_key for one in embedded_images(rows.read(row)[0], None, rows.files)]
-                self._named[place] = [*map(ImageRef, keys)]
+            rows, keys = (self.table.column(name).to_pylist() for name in ("row", "sources"))
+            self._named = name_pictures(self._rows, self._sources, rows, keys)
         return self._named
 
     def _file(self, path: str | None) -> ImageRef:

@@ -14,7 +14,9 @@ from latentreward.data.readers.base import PairReader
 from latentreward.data.readers.json_rows import file_image
 from latentreward.seeding import coin_flips
 
-FACTS = ("model_a", "model_b", "votes_a", "votes_b", "confidence", "vote", "label_0", "tags")
+SCORED_AXES = ("overall", "instruction_following", "visual_quality")
+SIDED = (*SCORED_AXES, "model", "votes")
+FACTS = (*(f"{name}_{side}" for name in SIDED for side in "ab"), "confidence", "vote", "label_0", "tags")
 """Columns of a reader's table that :meth:`PairReader.facts` returns."""
 ROWS_AT_ONCE = 1 << 14
 """Rows that are Python's objects at one time: as such they take ten times the memory of a table."""
@@ -126,7 +128,7 @@ class RowReader(PairReader):
 
     def facts(self) -> dict[str, list[Any]]:
         """Return the columns of ``FACTS`` that the table has, after any exchange of images."""
-        others = {f"{name}_{side}": f"{name}_{other}" for name in ("model", "votes") for side, other in ("ab", "ba")}
+        others = {f"{name}_{side}": f"{name}_{other}" for name in SIDED for side, other in ("ab", "ba")}
         columns = {name: self.table[name].combine_chunks() for name in FACTS if name in self.table.column_names}
         turned = pa.array(self.exchanged())
         facts = {name: pc.if_else(turned, columns[others.get(name, name)], column) for name, column in columns.items()}

@@ -6,6 +6,7 @@ import os
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from copy import copy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -284,6 +285,23 @@ def embedded_images(value: Any, keys: Sequence[str] | None = None, files: bool =
     values = value if isinstance(value, list) else [] if value is None else [value]
     names = keys if keys and len(keys) == len(values) else [None] * len(values)
     return [embedded_image(one, key, files) for one, key in zip(values, names, strict=True)]
+
+
+def name_pictures(
+    table: SplitTable, column: str, rows: Sequence[int], keys: Sequence[Sequence[str] | None] | None = None
+) -> dict[int, list[ImageRef]]:
+    """Return references, without bytes, to the images of a column that holds one or a list, by place in ``rows``.
+
+    Images without ``keys`` are read once, and no other column is.
+    """
+    (alone := copy(table)).open_images([column])
+    named = {}
+    for place, row in enumerate(rows):
+        names = keys[place] if keys is not None else None
+        if names is None:
+            names = [image.image_key for image in embedded_images(alone.read(row)[0], files=table.files)]
+        named[place] = [*map(ImageRef, names)]
+    return named
 
 
 def element_type(kind: pa.DataType) -> pa.DataType:

@@ -1,0 +1,346 @@
+"""Reader of published sets of image edits: an instruction, pictures to edit, two results, and which is better."""
+
+import re
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import combinations
+from pathlib import Path
+from typing import Any, Literal
+
+import pyarrow as pa
+
+from latentreward.contracts import ImageRef, PathText
+from latentreward.data.readers.folders import read_lines
+from latentreward.data.readers.json_rows import (
+    SOURCES,
+    as_object,
+    check_path,
+    edit_remark,
+    load_rows,
+    parse_line,
+    parse_number,
+    parse_text,
+    short,
+)
+from latentreward.data.readers.pair_rows import BY_LABEL, PairRowParser
+from latentreward.data.readers.rows import RowReader
+from latentreward.data.readers.tables import (
+    Source,
+    embedded_image,
+    embedded_images,
+    name_pictures,
+    open_table,
+    source_name,
+)
+from latentreward.errors import InputError, did_you_mean, quoted
+
+Axis = Literal["overall", "instruction_following", "visual_quality"]
+HINT = "give the published files, or name the layout"
+RANKING = re.compile(r"[A-Z]([>=][A-Z])*")
+WINS = ("leftvote", "a", "image a", "response_a", "preference")
+LOSES = ("rightvote", "b", "image b", "response_b")
+TIES = ("tie", "tievote", "bothbad_vote")
+VERDICTS = dict.fromkeys(WINS, 1.0) | dict.fromkeys(LOSES, 0.0) | dict.fromkeys(TIES, 0.5)
+"""Published verdicts, in lower case → probability that the first image is preferred."""
+FIRST_ROWS = 64
+"""Rows of a JSON file whose fields tell its layout."""
+NO_RANKING = "ranking not readable"
+NO_TIE = ("", "0", "no", "none", "null", "false")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Names of the fields of a set of edits; ``FIELD.0`` is the first item of a list, ``FIELD.NAME`` that of an object.
+
+    Attributes:
+        prompt: Instruction.
+        source: Picture to edit, or a list of them.
+        images: The two results; a single field is a list of all results of one instruction, ranked by ``verdict``.
+        verdict: Who won; empty where the first result is the better one.
+        models: Names of the two generators.
+        axes: Axis → scores of the two results.
+        tie: Field that marks ties in spite of the order.
+        group: Field whose text, up to its first ``_``, is the group of pairs that a benchmark counts together.
+        tags: Fields by which a benchmark's report splits the pairs.
+    """
+
+    prompt: str
+    source: str
+    images: tuple[str, ...]
+    verdict: str = ""
+    models: tuple[str, ...] = ()
+    axes: Mapping[Axis, tuple[str, str]] = field(default_factory=dict)
+    tie: str = ""
+    group: str = ""
+    tags: tuple[str, ...] = ()
+
+    def columns(self) -> list[str]:
+        """Return the fields without images, those that every file must have first."""
+        scores = [score for pair in self.axes.values() for score in pair]
+        return list(filter(None, [self.prompt, self.verdict, *self.models, *scores, self.tie, self.group, *self.tags]))
+
+    def fits(self, names: Collection[str]) -> bool:
+        """Tell whether a file with these fields has this layout."""
+        return {
+            name.partition(".")[0] for name in (self.prompt, self.source, *self.images, self.verdict) if name
+        } <= names
+
+
+def _sides(name: str) -> tuple[str, str]:
+    return f"left_{name}", f"right_{name}"
+
+
+LAYOUTS = {
+    "editreward_data": Layout(
+        *("prompt", "path_src", ("path1", "path2")),
+        models=("model1", "model2"),
+        axes={
+            "overall": ("model1_overall_score", "model2_overall_score"),
+            "instruction_following": ("model1_dim1_score", "model2_dim1_score"),
+            "visual_quality": ("model1_dim2_score", "model2_dim2_score"),
+        },
+        tie="tie_case",
+    ),
+    "editreward_data_hub": Layout(
+        *("instruction", "source_image", _sides("image"), "vote_type", _sides("model")),
+        axes={
+            "overall": _sides("overall_score"),
+            "instruction_following": _sides("instruction_following_score"),
+            "visual_quality": _sides("quality_aesthetic_score"),
+        },
+        tags=("category",),
+    ),
+    "editreward_bench": Layout(
+        *("instruction", "source_image", ("candidate_1", "candidate_2"), "ranking", ("model_1", "model_2")),
+        axes={
+            "overall": ("score_1", "score_2"),
+            "instruction_following": ("instruction_following_1", "instruction_following_2"),
+            "visual_quality": ("visual_quality_1", "visual_quality_2"),
+        },
+        group="id",
+        tags=("dataset", "comparison_type"),
+    ),
+    "editreward_bench_json": Layout("prompt", "path_src", ("paths_generated",), "human_vote.ranking"),
+    "editscore_bench": Layout(
+        *("instruction", "input_image", ("output_images.0", "output_images.1")), tags=("dimension", "task_type")
+    ),
+    "genai_bench_edits": Layout(
+        *("instruct_prompt", "source_image", _sides("output_image"), "vote_type", _sides("model"))
+    ),
+    "editreward_compass": Layout("prompt", "source_image", ("winner", "loser"), "label", tags=("dimension",)),
+    "vcreward_bench": Layout(
+        *("instruction", "source_image", ("edited_images.0", "edited_images.1"), "winner"), tags=("task",)
+    ),
+    "mmrb2": Layout(
+        *("prompt_text", "prompt_images", ("response_a_images.0", "response_b_images.0"), "chosen"),
+        models=("response_a_model", "response_b_model"),
+    ),
+}
+"""Name of a layout → its fields, as loaders, cards or mirrored rows of the data sets show them."""
+
+
+class EditPairReader(RowReader):
+    """Reader of published sets of image edits, by the names of their fields.
+
+    The layouts are ``editreward_data`` (``train.json`` of EditReward-Data) and ``editreward_data_hub`` (its hub form),
+    ``editreward_bench`` and ``editreward_bench_json`` (TIGER-Lab/EditReward-Bench), ``editscore_bench``
+    (EditScore/EditReward-Bench), ``genai_bench_edits`` (GenAI-Bench, configuration ``image_edition``),
+    ``editreward_compass``, ``vcreward_bench`` and ``mmrb2``.
+
+    JSON and JSON lines name image files; tables hold the images. Where the file names the better result first, the
+    sides change at random; a row that it marks as a tie (``tie_case``) has label ½. A group of K ranked results gives
+    K (K − 1) / 2 pairs. A row without a known verdict falls under ``on_error``, one with a null verdict is unlabelled.
+
+    Args:
+        source: JSON file, or a file of JSON lines; folder that holds ``{split}.json`` or ``{split}.jsonl``; otherwise a
+            table, see :class:`~latentreward.data.readers.dataset_pairs.DatasetPairReader`.
+        split: Name of the split.
+        layout: Name of the layout; None recognises it by the fields.
+        axis: ``overall`` labels pairs by the published verdict. The other axes label them by the published scores of
+            this axis, equal scores being a tie.
+        revision: Commit, tag or branch of the hub data set; give one, so that the data cannot change.
+        config: Name of the configuration, where the hub data set has several, e.g. ``image_edition`` of GenAI-Bench.
+        root: Folder that paths are relative to and that all images must lie in; by default the file's folder.
+        options: See :class:`~latentreward.data.readers.rows.RowReader`.
+
+    Raises:
+        InputError: If the file is missing, has no known layout or no rows left, lacks the scores of ``axis``, or breaks
+            a rule under ``on_error: raise``.
+    """
+
+    exif = "ignore"
+
+    def __init__(
+        self,
+        source: Source,
+        split: str = "train",
+        *,
+        layout: str | None = None,
+        axis: Axis = "overall",
+        revision: str | None = None,
+        config: str | None = None,
+        root: PathText | None = None,
+        **options: Any,
+    ) -> None:
+        name = source_name(source)
+        super().__init__(Path(name).stem, split, **options)
+        self._named: dict[int, list[ImageRef]] | None = None
+        file = _json_file(source, split)
+        self._rows = None if file else open_table(self, source, split, revision, config)
+        if file is not None:
+            self.folder = Path(root) if root else file.parent
+            rows = _read_json(file)
+            names = set().union(*(row for _, row in rows[:FIRST_ROWS] if isinstance(row, dict)))
+        else:
+            names = set(self._rows.schemas()[0][1].names)  # type: ignore[union-attr]
+        if layout is not None and layout not in LAYOUTS:
+            raise InputError(f"layout is {layout!r}{did_you_mean(layout, LAYOUTS)}; choose from {', '.join(LAYOUTS)}")
+        found = layout or find_layout(names)
+        if found is None or not LAYOUTS[found].fits(names):
+            there = f"it has {', '.join(sorted(map(str, names))[:12])}"
+            raise InputError(
+                f"{name}: has not the fields of {layout or 'a known set of edits'} ({quoted(there)}); {HINT}"
+            )
+        self.source, self.layout, self.axis = found, LAYOUTS[found], axis
+        if axis != "overall" and not names.issuperset(self.layout.axes.get(axis, [""])):
+            raise InputError(f"axis: {name} has no scores of {axis}; set overall, by which its pairs are judged")
+        if file is None:
+            rows = self._read_table(names)
+        parser = PairRowParser(self, partial(check_path, self, folder=self.folder) if file else None)
+        pairs = [*self._expand(rows)]
+        table = parser.table((name, place, fields) for place, (name, fields, _) in enumerate(pairs))
+        kept = [pairs[place][2] for place in table.column("row").to_pylist()]
+        table = table.set_column(0, "row", pa.array(kept, pa.int64()))
+        facts = [self._facts(rows[number][1]) for number in kept]
+        for fact in dict.fromkeys(name for one in facts for name in one):
+            table = table.append_column(fact, pa.array([one.get(fact) for one in facts]))
+        if not self.layout.verdict:  # the better result comes first, also in ties and on other axes
+            first = table.column_names.index("winner_first")
+            table = table.set_column(first, "winner_first", pa.array([True] * len(table), pa.bool_()))
+        self.table = table
+        if self.sources == "ignore":
+            self.remarks[edit_remark(self.layout.source)] += len(self)
+        self.report(f"{name} {split}", f"split: {split!r} of {name} has no rows left; check the files")
+
+    def find_images(self, row: dict[str, Any]) -> list[ImageRef]:
+        """Return the two results of a row with their bytes, or references to their files."""
+        if self._rows is None:
+            return super().find_images(row)
+        columns = [*dict.fromkeys(image.partition(".")[0] for image in self.layout.images)]
+        values = dict(zip(columns, self._rows.read(row["row"], columns), strict=True))
+        return [embedded_image(_value(values, image), files=self._rows.files) for image in self.layout.images]
+
+    def find_sources(self, row: dict[str, Any]) -> list[ImageRef]:
+        """Return the pictures to edit of a row with their bytes, or references to their files."""
+        if self._rows is None or self.sources == "ignore":
+            return super().find_sources(row)
+        return embedded_images(self._rows.read(row["row"], [self.layout.source])[0], files=self._rows.files)
+
+    def name_sources(self) -> dict[int, list[ImageRef]]:
+        """Return the pictures to edit by row, without bytes; those of a table are read once."""
+        if self._rows is None or self.sources == "ignore":
+            return super().name_sources()
+        if self._named is None:
+            self._named = name_pictures(self._rows, self.layout.source, self.table.column("row").to_pylist())
+        return self._named
+
+    def _read_table(self, names: set[str]) -> list[tuple[str, Any]]:
+        assert self._rows is not None
+        images = [*dict.fromkeys(image.partition(".")[0] for image in (*self.layout.images, self.layout.source))]
+        self._rows.check_images(images, HINT, lists=True)
+        index = self._rows.read_index(dict.fromkeys(c for c in self.layout.columns() if c in names), HINT)
+        self._rows.open_images(images)
+        return [*zip(self._rows.row_names().to_pylist(), index.to_pylist(), strict=True)]
+
+    def _expand(self, rows: list[tuple[str, Any]]) -> Iterator[tuple[str, Any, int]]:
+        """Yield the name of every pair, its fields in the names of ``pair_rows``, and its row's number."""
+        layout = self.layout
+        for number, (name, row) in enumerate(rows):
+            if not isinstance(row, dict):
+                yield name, row, number
+                continue
+            models = zip(("model_a", "model_b"), map(row.get, layout.models), strict=False)
+            fields: dict[str, Any] = {"prompt": row.get(layout.prompt), **dict(models)}
+            if layout.group and (group := parse_text(row.get(layout.group))):
+                fields["group_id"] = group.partition("_")[0]
+            if self._rows is None and self.sources == "read":
+                fields[SOURCES[0]] = row.get(layout.source)
+            images, verdict = [_value(row, image) for image in layout.images], _value(row, layout.verdict)
+            if len(images) == 2:
+                files = dict(zip(BY_LABEL, images, strict=True)) if self._rows is None else {}
+                yield name, {**fields, **files, "label": self._judge(row, verdict)}, number
+            elif (ranks := _ranks(verdict, images[0])) is None:
+                self.refuse(name, f"{layout.verdict} is {short(verdict)}, no ranking of {layout.images[0]}", NO_RANKING)
+                if self.on_error == "placeholder":
+                    yield name, fields, number
+            else:
+                for i, j in combinations(range(len(ranks)), 2):
+                    label = 0.5 + 0.5 * ((ranks[i] < ranks[j]) - (ranks[i] > ranks[j]))
+                    files = dict(zip(BY_LABEL, (images[0][i], images[0][j]), strict=True))
+                    yield f"{name}:{i}-{j}", {**fields, **files, "label": label, "group_id": name}, number
+
+    def _facts(self, row: Any) -> dict[str, Any]:
+        """Return the published scores and tags of a row by column of ``FACTS``, those that it has."""
+        if not isinstance(row, dict):
+            return {}
+        facts: dict[str, Any] = {}
+        for axis, scores in self.layout.axes.items():
+            numbers = zip("ab", (parse_number(row.get(score)) for score in scores), strict=True)
+            facts |= {f"{axis}_{side}": number for side, number in numbers if number is not None}
+        tags = [text for tag in self.layout.tags if (text := parse_text(row.get(tag)))]
+        return {**facts, "tags": tags} if tags else facts
+
+    def _judge(self, row: dict[str, Any], verdict: Any) -> Any:
+        """Return the label of a row's first result: a number, None for no label, or what is no verdict."""
+        if self.axis != "overall":
+            first, second = (parse_number(row.get(score)) for score in self.layout.axes[self.axis])
+            return None if first is None or second is None else 0.5 + 0.5 * ((first > second) - (first < second))
+        if self.layout.tie and str(row.get(self.layout.tie)).strip().lower() not in NO_TIE:
+            return 0.5
+        if not self.layout.verdict:
+            return 1.0
+        text = str(verdict).strip()
+        if re.fullmatch(r"[A-Z][>=][A-Z]", text):  # of candidates A to D, the first is the one nearer to A
+            return 0.5 if text[1] == "=" else float(text[0] < text[2])
+        return VERDICTS.get(text.lower(), verdict)
+
+
+def _json_file(source: Source, split: str) -> Path | None:
+    """Return the JSON file or file of JSON lines of a split; None if the source is a table."""
+    if not isinstance(source, str | Path):
+        return None
+    places = [Path(source), *(Path(source, f"{split}{suffix}") for suffix in (".json", ".jsonl"))]
+    return next((place for place in places if place.suffix in (".json", ".jsonl") and place.is_file()), None)
+
+
+def _read_json(file: Path) -> list[tuple[str, Any]]:
+    """Read a JSON list or JSON lines: the name of each row, and the row or what is wrong with it."""
+    if file.suffix == ".jsonl":
+        return [(f"{file.name}:{number}", parse_line(line)) for number, line in read_lines(file)]
+    return [(f"{file.name}:{number}", as_object(row, "")) for number, row in enumerate(load_rows(file))]
+
+
+def find_layout(names: Collection[str]) -> str | None:
+    """Return the name of the layout of a file with these fields; None if no known set of edits has them."""
+    return next((name for name, layout in LAYOUTS.items() if layout.fits(names)), None)
+
+
+def _value(row: Mapping[str, Any], path: str) -> Any:
+    name, _, inner = path.partition(".")
+    value = row.get(name)
+    if not inner:
+        return value
+    if inner.isdigit():
+        return value[int(inner)] if isinstance(value, list) and int(inner) < len(value) else None
+    return value.get(inner) if isinstance(value, dict) else None
+
+
+def _ranks(ranking: Any, paths: Any) -> list[int] | None:
+    """Return the rank of each path by a text such as ``A>B=C``; None if the text does not rank all of them."""
+    text = ranking.replace(" ", "") if isinstance(ranking, str) else ""
+    if not isinstance(paths, list) or not RANKING.fullmatch(text):
+        return None
+    ranks = {letter: rank for rank, equal in enumerate(text.split(">")) for letter in equal.split("=")}
+    letters = [chr(ord("A") + place) for place in range(len(paths))]
+    return [ranks[letter] for letter in letters] if sorted(ranks) == letters else None
