@@ -356,8 +356,9 @@ class Conditioning(TensorRecord):
         padded = [part.padded(max(lengths)) for part in parts] if masked else list(parts)
         texts = [[getattr(part, field.name) for part in padded] for field in fields(cls)[:3]]
         sources = zip(*(part.source_latents for part in padded), strict=True)
-        joined = (None if column[0] is None else torch.cat(column) for column in texts)
-        return cls(*joined, tuple(map(torch.cat, sources)))
+        tokens, pooled, mask = (None if column[0] is None else torch.cat(column) for column in texts)
+        assert tokens is not None
+        return cls(tokens, pooled, mask, tuple(map(torch.cat, sources)))
 
     def padded(self, length: int) -> "Conditioning":
         """Return a copy with a mask and ``length`` tokens: zeros follow, or masked tokens at the end are cut off."""

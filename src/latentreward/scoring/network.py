@@ -183,8 +183,8 @@ class RewardNetwork(nn.Module):
         if any(map(sources_of, prompts)):
             sees = backbone.text_encoder is not None and backbone.text_encoder.sees_sources
             empty = [like_prompt("", prompt) for prompt in prompts] if sees else [""]
-            encoded = [backbone.encode_prompts(texts, sources, latents) for texts in (prompts, empty)]
-            return encoded[0], encoded[1]
+            both = [backbone.encode_prompts(texts, sources, latents) for texts in (prompts, empty)]
+            return both[0], both[1]
         encoded = self.backbone.encode_prompts([*prompts, ""])
         return encoded.select(range(len(prompts))), encoded.select([len(prompts)])
 
