@@ -54,7 +54,8 @@ def write_kohya(lora: TrainedLoRA, folder: Path) -> Path:
         "ss_network_dim": str(lora.settings.rank),
         "ss_network_alpha": str(lora.settings.alpha),
     }
+    weights = kohya_weights(lora)  # before the folder is made: a family may have no such names
     with replacing(folder / FILE) as partial:
-        save_file(kohya_weights(lora), partial, metadata)
+        save_file(weights, partial, metadata)
         sort_metadata(partial)
     return folder / FILE
