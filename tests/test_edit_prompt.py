@@ -2,6 +2,7 @@
 
 import json
 import pickle
+from pathlib import Path
 
 import pytest
 
@@ -21,6 +22,8 @@ def test_equality_is_of_text_and_pictures():
     for other in [*others, "make it red"]:
         assert prompt != other and other != prompt
         assert len({prompt: 0, other: 1}) == 2
+    here, there = (ImageRef("1.png", path=Path(folder, "1.png")) for folder in "ab")
+    assert EditPrompt("make it red", [here]) != EditPrompt("make it red", [there])
     assert EditPrompt("make it red", [CAT, DOG]) != EditPrompt("make it red", [DOG, CAT])
 
 

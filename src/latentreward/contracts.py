@@ -110,9 +110,9 @@ class EditPrompt(str):
         return prompt
 
     @property
-    def identity(self) -> tuple[str, ...]:
-        """Text and keys of the pictures."""
-        return (str.__str__(self), *(source.image_key for source in self.sources))
+    def identity(self) -> tuple[Any, ...]:
+        """Text, and keys and paths of the pictures: lists in two folders may have pictures of one name."""
+        return (str.__str__(self), *((source.image_key, source.path) for source in self.sources))
 
     def __eq__(self, other: object) -> bool:
         return self.identity == (other.identity if isinstance(other, EditPrompt) else (other,))

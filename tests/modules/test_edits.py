@@ -127,6 +127,19 @@ def test_pictures_as_the_pipeline_sizes_them_must_be_alike_in_a_batch(tmp_path: 
     assert torch.equal(*both)
 
 
+def test_latents_made_while_validating_serve_training(tmp_path: Path) -> None:
+    policy, (first, second) = KLEIN.source().load(), [(tmp_path / name) for name in "ab"]
+    with torch.inference_mode():
+        kept = policy.encode_prompts(edits(tmp_path)[:1]).source_latents[0]
+    again = policy.encode_prompts(edits(tmp_path)[:1]).source_latents[0]
+    assert torch.equal(kept, again) and not again.is_inference()
+    for folder, shade in ((first, 0), (second, 255)):
+        folder.mkdir()
+        Image.new("RGB", (64, 64), (shade, 0, 0)).save(folder / "0-0.png")
+    unlike = [policy.encode_prompts(edits(folder)[:1]).source_latents[0] for folder in (first, second)]
+    assert not torch.equal(*unlike)
+
+
 def test_a_network_for_text_alone_refuses_pictures(tmp_path: Path) -> None:
     policy = TWINS["flux1_dev"].source().load()
     with pytest.raises(InputError, match="the prompt 'make it red' edits a picture, but the network makes"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -49,7 +50,7 @@ class SourceEncoder:
     def __init__(self, vae: LatentEncoder, size: Callable[[int, int], SourceSize]) -> None:
         self.vae, self.size = vae, size
         self.loader: PixelLoader | None = None
-        self._kept: OrderedDict[tuple[str, PixelLoader | None], Tensor] = OrderedDict()
+        self._kept: OrderedDict[tuple[str, Path | None, PixelLoader | None], Tensor] = OrderedDict()
 
     def resize_to(self, height: int, width: int) -> None:
         """Resize every picture, around its centre, to ``height`` × ``width`` pixels."""
@@ -72,10 +73,12 @@ class SourceEncoder:
             decoded = decoded.crop((left, top, left + cropped[1], top + cropped[0]))
         return to_pixels(decoded)
 
+    @torch.inference_mode(False)  # what is kept may become part of a graph later
     @torch.no_grad()
     def latents(self, image: ImageRef, pixels: Tensor | None = None) -> Tensor:
         """Return a picture's latents ``(C, ...)`` on the CPU; ``pixels`` are those of the picture, if at hand."""
-        key = image.image_key, self.loader if pixels is None else PixelLoader(*pixels.shape[-2:])
+        loader = self.loader if pixels is None else PixelLoader(*pixels.shape[-2:])
+        key = image.image_key, image.path, loader  # lists in two folders may have pictures of one name
         if key in self._kept:
             self._kept.move_to_end(key)
         else:
