@@ -176,6 +176,20 @@ def test_the_size_must_fit_the_network_of_the_module(readers, name) -> None:
         trainer().predict(module, PreferenceDataModule((32, 24), predict=readers["test"], num_workers=0))
 
 
+@pytest.mark.parametrize("name", ["backbone", "policy"])
+def test_rows_edit_as_many_pictures_as_the_network_takes(readers, name) -> None:
+    module, settings = Recorder(), {"predict": readers["test"], "num_workers": 0}
+    if name == "backbone":
+        module.model = SimpleNamespace(backbone=SimpleNamespace(side_multiple=8, sources=(1, 2)))
+    else:
+        module.policy = SimpleNamespace(side_multiple=8, family=SimpleNamespace(sources=(1, 2)))
+    (data := PreferenceDataModule(8, **settings)).trainer = SimpleNamespace(lightning_module=module)
+    data.setup("predict")
+    assert data.datasets["predict"].taken == (1, 2)
+    trainer().predict(Recorder(), (other := PreferenceDataModule(8, **settings)))
+    assert other.datasets["predict"].taken == (0, None)
+
+
 def test_missing_split_is_named() -> None:
     data = PreferenceDataModule(8)
     assert data.val_dataloader() == []

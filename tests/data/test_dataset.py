@@ -1,3 +1,4 @@
+import json
 import pickle
 
 import pytest
@@ -5,6 +6,7 @@ import torch
 
 from latentreward.data import (
     ImageError,
+    JSONLPairReader,
     LoadedPair,
     PairDataset,
     PickAPicReader,
@@ -105,3 +107,35 @@ def test_sizes_modes_and_a_huge_header_within_one_pair(write_pickapic, pickapic_
     batch = collate_pairs([dataset[n] for n in range(3)])
     assert batch.chosen.shape == (2, 3, 16, 24)
     assert dataset.skipped() == {"too many pixels": 1}
+
+
+@pytest.mark.parametrize(
+    ("taken", "span", "good"),
+    [((1, 1), "takes 1", [1]), ((1, 2), "takes 1 to 2", [1, 2]), ((2, None), "takes at least 2", [2, 3])],
+)
+def test_rows_with_too_few_or_too_many_pictures_to_edit_follow_on_error(tmp_path, jpeg, taken, span, good) -> None:
+    (tmp_path / "a.jpg").write_bytes(jpeg())
+    row = {"prompt": "make it red", "chosen": "a.jpg", "rejected": "a.jpg"}
+    rows = [{**row, "source_images": ["a.jpg"] * number} for number in range(4)]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    datasets = {}
+    for on_error in ("raise", "skip", "placeholder"):
+        reader = JSONLPairReader(str(tmp_path / "pairs.jsonl"), on_error=on_error)
+        datasets[on_error] = PairDataset(reader, PixelLoader(8, 8))
+        datasets[on_error].taken = taken
+    with pytest.raises(
+        ImageError, match=rf"pairs\.jsonl:1: the prompt edits 0 pictures, and the network {span}; replace"
+    ):
+        datasets["raise"][0]
+    kept = [item for item in (datasets["skip"][n] for n in range(4)) if isinstance(item, LoadedPair)]
+    assert [len(item.sources) for item in kept] == good
+    assert datasets["skip"].skipped() == {"wrong number of pictures to edit": 4 - len(good)}
+    filled = [datasets["placeholder"][n] for n in range(4)]
+    assert [item.pair.label_a is not None for item in filled] == [n in good for n in range(4)]
+    assert all(taken[0] <= len(item.sources) <= (taken[1] or 3) for item in filled)
+    datasets["raise"].taken = (0, 0)
+    with pytest.raises(
+        ImageError, match="edits 1 pictures, and the network takes 0, or set the reader's sources to ignore"
+    ):
+        datasets["raise"][1]
+    assert not datasets["raise"][0].sources

@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 from latentreward.contracts import PreferencePair, sources_of
 from latentreward.data.clips import ClipLoader
 from latentreward.data.image_sizes import OneSize
-from latentreward.data.images import IMAGE_PROBLEMS, ImageError, PixelLoader
+from latentreward.data.images import COUNT, IMAGE_PROBLEMS, ImageError, PixelLoader
 from latentreward.data.readers import PairReader
 from latentreward.data.readers.base import DATA_ON_ERROR, OWN_ON_ERROR, OnError
 from latentreward.errors import InputError
@@ -54,11 +54,14 @@ class PairDataset(Dataset[LoadedPair | SkippedPair]):
     Attributes:
         exif: Treatment of EXIF orientation, as the reader has it.
         image_sizes: Rule by which images are resized.
+        taken: Least and largest number of pictures to edit that the network takes; None for any number.
         unused: ``(rows, 2)`` number of frames of both clips that are read and not used; ``(0, 2)`` for images.
 
     Raises:
         InputError: If the reader's rows hold latents or nothing instead of images.
     """
+
+    taken: tuple[int, int | None] = (0, None)
 
     def __init__(
         self,
@@ -91,11 +94,12 @@ class PairDataset(Dataset[LoadedPair | SkippedPair]):
         """Read, decode and resize the pair at position ``index`` of ``rows``.
 
         Returns:
-            A :class:`SkippedPair` if an image cannot be read and ``on_error`` is ``"skip"``. Under ``"placeholder"``
-            the pair has no label and both images are mid-grey.
+            A :class:`SkippedPair` if ``on_error`` is ``"skip"`` and an image or a picture to edit cannot be read, or
+            the network takes fewer or more of these. Under ``"placeholder"`` the pair has no label, and all are
+            mid-grey.
 
         Raises:
-            ImageError: If an image cannot be read and ``on_error`` is ``"raise"``.
+            ImageError: If one of these problems occurs and ``on_error`` is ``"raise"``.
         """
         row = int(self.rows[index])
         pair, targets = self.reader[row], None if self.targets is None else self.targets[row]
@@ -104,7 +108,7 @@ class PairDataset(Dataset[LoadedPair | SkippedPair]):
                 clips = self.loader.load(pair.image_a), self.loader.load(pair.image_b)
                 self.unused[index] = torch.tensor([clip.unused for clip in clips])
                 return LoadedPair(pair, clips[0].pixels, clips[1].pixels, targets)
-            sources = tuple(map(self.loader, sources_of(pair.prompt)))
+            sources = load_sources(self.loader, pair.prompt, self.taken)
             return LoadedPair(pair, self.loader(pair.image_a), self.loader(pair.image_b), targets, sources)
         except ImageError as error:
             split, setting = (f"data.{self.name}: ", DATA_ON_ERROR) if self.name else ("", OWN_ON_ERROR)
@@ -117,10 +121,28 @@ class PairDataset(Dataset[LoadedPair | SkippedPair]):
                 logger.warning("%s%s: %s; this process only counts further ones", split, pair.pair_id, error)
             if self.on_error == "skip":
                 return SkippedPair(pair.pair_id, str(error))
-            blank, blanks = self.loader.blank(), tuple(self.loader.blank() for _ in sources_of(pair.prompt))
-            return LoadedPair(replace(pair, label_a=None), blank, self.loader.blank(), targets, blanks)
+            number, (least, most) = len(sources_of(pair.prompt)), self.taken
+            number = max(least, number if most is None else min(number, most))
+            blanks = tuple(self.loader.blank() for _ in range(number))
+            unlabelled = replace(pair, label_a=None)
+            return LoadedPair(unlabelled, self.loader.blank(), self.loader.blank(), targets, blanks)
 
     def skipped(self) -> Counter[str]:
         """Count, by reason, the pairs that this process and its workers skipped or replaced by a placeholder so far."""
         counts = torch.bincount(self._problems, minlength=len(IMAGE_PROBLEMS) + 1).tolist()[1:]
         return Counter({problem: count for problem, count in zip(IMAGE_PROBLEMS, counts, strict=True) if count})
+
+
+def load_sources(loader: PixelLoader, prompt: str, taken: tuple[int, int | None]) -> tuple[Tensor, ...]:
+    """Decode and resize the pictures that a prompt edits.
+
+    Raises:
+        ImageError: If one cannot be read, or their number is not among those that are ``taken``: least and largest,
+            None for any number.
+    """
+    sources, (least, most) = sources_of(prompt), taken
+    if len(sources) < least or (most is not None and len(sources) > most):
+        span = f"{least}" if most == least else f"at least {least}" if most is None else f"{least} to {most}"
+        ignore = ", or set the reader's sources to ignore" if most == 0 else ""
+        raise ImageError(f"the prompt edits {len(sources)} pictures, and the network takes {span}{ignore}", COUNT)
+    return tuple(map(loader, sources))

@@ -66,9 +66,10 @@ DAMAGED = "truncated or damaged image"
 TOO_LARGE = "too many pixels"
 SHORT = "clip too short"
 CLIP = "clip, not an image"
+COUNT = "wrong number of pictures to edit"
 ALPHA, DEEP, CMYK = "alpha, which is dropped", "16 bits per channel, which become 8", "CMYK, which becomes RGB"
 """Descriptions of changes that decoding to 8-bit RGB makes."""
-IMAGE_PROBLEMS = (NO_IMAGE, EMPTY, MISSING, OUTSIDE, UNKNOWN, DAMAGED, TOO_LARGE, SHORT, CLIP)
+IMAGE_PROBLEMS = (NO_IMAGE, EMPTY, MISSING, OUTSIDE, UNKNOWN, DAMAGED, TOO_LARGE, SHORT, CLIP, COUNT)
 resolve_once = lru_cache(Path.resolve)
 
 

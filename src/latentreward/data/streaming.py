@@ -13,10 +13,10 @@ import pyarrow as pa
 import torch
 from torch.utils.data import Dataset
 
-from latentreward.contracts import ImageRef, PreferencePair, sources_of
+from latentreward.contracts import ImageRef, PreferencePair
 from latentreward.data.collate import collate_pairs
 from latentreward.data.datamodules import PreferenceDataModule
-from latentreward.data.dataset import LoadedPair, SkippedPair
+from latentreward.data.dataset import LoadedPair, SkippedPair, load_sources
 from latentreward.data.image_sizes import OneSize
 from latentreward.data.images import ImageError, PixelLoader
 from latentreward.data.loading import CountedBatches, ResumableLoader, check_same_order, shares_of
@@ -256,9 +256,11 @@ class StreamedPairs(Dataset[list[LoadedPair | SkippedPair]]):
     Attributes:
         share: Rank and world size, as ``{"rank": 0, "num_replicas": 1}``.
         exif: Treatment of EXIF orientation, as the stream has it.
+        taken: As that of :class:`~latentreward.data.dataset.PairDataset`.
         image_sizes: Rule by which images are resized.
     """
 
+    taken: tuple[int, int | None] = (0, None)
     targets = None
     unused = torch.zeros(0, 2)
 
@@ -299,7 +301,7 @@ class StreamedPairs(Dataset[list[LoadedPair | SkippedPair]]):
         for pair in pairs:
             try:
                 pixels = self.loader(pair.image_a), self.loader(pair.image_b)
-                loaded.append(LoadedPair(pair, *pixels, sources=tuple(map(self.loader, sources_of(pair.prompt)))))
+                loaded.append(LoadedPair(pair, *pixels, sources=load_sources(self.loader, pair.prompt, self.taken)))
             except ImageError as error:
                 if self.on_error == "raise":
                     remedy = f"replace the file, or set {DATA_ON_ERROR} to skip"
