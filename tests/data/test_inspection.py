@@ -291,6 +291,7 @@ def test_edits_are_counted_by_their_pictures_and_told_apart_by_them(jpeg) -> Non
     assert counts.images is not None
     assert (counts.images.sources, counts.images.distinct, counts.images.unreadable) == (3, 2, 1)
     assert counts.images.unreadable_rows == {"unknown image format": 1}
+    assert counts.images.first_unreadable[0].startswith("row 4, pair 4: image 'odd': unknown image format")
     assert not counts.images.doubtful  # the same results of unlike pictures are no repeated pair
     assert len(set(contents.prompts)) == 5
     text = Report("data", [counts]).to_text()

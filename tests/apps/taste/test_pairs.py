@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from latentreward.apps.taste.pairs import RATINGS, Pool, collect, lines
+from latentreward.apps.taste.pairs import RATINGS, Pool, collect, from_ratings, lines
 from latentreward.apps.taste.pictures import Picture
 from latentreward.apps.taste.ratings import Ratings
 from latentreward.data import JSONLPairReader
@@ -236,3 +236,15 @@ def test_written_lines_are_what_the_reader_takes(tmp_path: Path) -> None:
     assert len(reader) == 21 and not reader.skipped
     assert [reader[row].split for row in (0, 15)] == ["train", "held_out"]
     assert reader.pair_ids()[-1] == f"{reader.pair_ids()[15]}-2"
+
+
+def test_rated_edits_keep_their_pictures_in_the_lines_to_train_on(tmp_path: Path) -> None:
+    unsorted_folder(tmp_path, 4)
+    row = {"prompt": "make it red", "image_a": "000.png", "image_b": "001.png", "label": "b"}
+    rated(tmp_path, {**row, "source_images": ["002.png", "003.png"]}, row)
+    found = from_ratings(tmp_path)
+    edit, plain = lines({"train": list(found.pairs)}).splitlines()
+    assert json.loads(edit)["source_images"] == ["002.png", "003.png"]
+    assert "source_images" not in json.loads(plain)
+    (tmp_path / "pairs.jsonl").write_text(f"{edit}\n{plain}\n")
+    assert JSONLPairReader(str(tmp_path / "pairs.jsonl")).prompts() == [pair.prompt for pair in found.pairs]

@@ -141,11 +141,11 @@ class ImageCensus:
     def add(self, pair: PreferencePair) -> None:
         """Count a row, and those of its images that occurred in no earlier row."""
         seen = [self._look_at(image, pair.pair_id) for image in (pair.image_a, pair.image_b)]
+        sources = [self._look_at_source(source, pair.pair_id) for source in sources_of(pair.prompt)]
         self._compare(pair, (seen[0][1], seen[1][1]))
         self.counts.rows += 1
         self.keys.append((pair.image_a.image_key, pair.image_b.image_key))
         self.hashes.append((seen[0][1], seen[1][1]))
-        sources = [self._look_at_source(source, pair.pair_id) for source in sources_of(pair.prompt)]
         problems = [size for size in (*(size for size, _ in seen), *sources) if isinstance(size, str)]
         if problems:
             self.counts.unreadable_rows[problems[0]] += 1
