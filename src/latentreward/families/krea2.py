@@ -123,7 +123,7 @@ class Krea2(FlowFamily):
             hidden_states=self.pack(latents).to(dtype),
             encoder_hidden_states=self.stacked(conditioning).to(dtype),
             timestep=sigma,
-            position_ids=torch.cat(positions(conditioning.prompt_embeds.shape[1], grid[1:], latents.device)),
+            position_ids=torch.cat(positions(conditioning.prompt_embeds.shape[1], [grid[1:]], latents.device)),
             encoder_attention_mask=needed_mask(conditioning),
         ).sample
         return self.unpack(output, grid)
@@ -144,7 +144,7 @@ class Krea2(FlowFamily):
         others = {
             "temb": network.time_mod_proj(F.gelu(temb, approximate="tanh")),
             "image_rotary_emb": network.rotary_emb(
-                torch.cat(positions(text.shape[1], grid[1:], latents.device)),
+                torch.cat(positions(text.shape[1], [grid[1:]], latents.device)),
             ),
             "attention_mask": None if of_text is None else F.pad(of_text, (0, visual.shape[1]), value=True),
         }
