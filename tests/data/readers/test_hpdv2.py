@@ -155,3 +155,14 @@ def test_large_files_keep_a_compact_index(tmp_path) -> None:
     tracemalloc.stop()
     assert kept / len(reader) < 100  # bytes outside of Arrow's pool
     assert len(pickle.dumps(reader)) / len(reader) < 250
+
+
+def test_an_edit_is_refused_with_what_to_do(write) -> None:
+    for field in ("source_image", "input_images"):
+        root = write([{**PAIR, field: "a.jpg"}])
+        told = (
+            rf"train\.json:0: '{field}' is a picture to edit, which this reader does not take; write JSON lines, or set"
+        )
+        with pytest.raises(InputError, match=told):
+            HPDv2Reader(root, "train")
+        assert HPDv2Reader(root, "train", sources="ignore").remarks.total() == 1

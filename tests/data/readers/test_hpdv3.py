@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from latentreward.contracts import sources_of
 from latentreward.data import HPDv3Reader, PairDataset, PixelLoader
 from latentreward.data.format_detection import recognise
 from latentreward.errors import InputError
@@ -207,3 +208,12 @@ def test_labels_and_facts_need_no_rows(write_hpdv3, hpdv3_rows, monkeypatch, lab
     monkeypatch.setattr(HPDv3Reader, "read_row", None)
     assert reader.labels().tolist() == [pair.label_a for pair in pairs]
     assert reader.facts()["votes_a"] == [pair.votes and pair.votes[0] for pair in pairs]
+
+
+def test_an_edit_is_refused_by_the_field_of_its_picture(write_hpdv3, hpdv3_rows) -> None:
+    root = write_hpdv3([hpdv3_rows(0, path_src="images/0-good.jpg")])
+    with pytest.raises(InputError, match=r"train\.json:0: 'path_src' is a picture to edit, and source_images is read"):
+        HPDv3Reader(root, "train")
+    assert HPDv3Reader(root, "train", sources="ignore").prompts() == ["prompt 0"]
+    renamed = HPDv3Reader(write_hpdv3([hpdv3_rows(0, source_images=["images/0-good.jpg"])]), "train")
+    assert [source.image_key for source in sources_of(renamed[0].prompt)] == ["images/0-good.jpg"]

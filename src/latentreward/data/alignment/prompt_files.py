@@ -180,6 +180,6 @@ def _parse(number: int, row: Any, path: str) -> PromptRow:
     folder = Path(path).parent
     sources = [file_image(folder, one) if isinstance(one, str) else embedded_image(one) for one in values]
     with errors_at(f"{path}: row {number}: "):
-        for source in sources:
-            open_source(source)
+        for picture in sources:
+            open_source(picture)
     return PromptRow(EditPrompt(text, sources), group, {key: named[key] for key in named if key not in SOURCES})

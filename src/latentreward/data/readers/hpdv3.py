@@ -20,6 +20,7 @@ COLUMNS = {
     "model_b": "model2",
     "votes": "choice_dist",
     "confidence": "confidence",
+    "source_images": "source_images",
 }
 
 

@@ -48,7 +48,7 @@ def check_row(reader: PairReader, pair_id: str, row: Any, sources: Collection[st
         return {}, False
     if (source := find_edit_source(row, sources)) is not None:
         if reader.sources == "read":
-            reader.refuse(pair_id, edit_problem(source), EDIT_UNREAD)
+            reader.refuse(pair_id, edit_problem(source, bool(sources)), EDIT_UNREAD)
             return row, False
         reader.remark(pair_id, edit_remark(source))
     prompt = row.get("prompt")
@@ -84,9 +84,10 @@ def edit_remark(source: str) -> str:
     return f"edit of {short(source)}, a picture that is not read"
 
 
-def edit_problem(source: str) -> str:
-    """Return what is wrong with rows whose images are edits of the picture in field ``source``, which is not read."""
-    return f"{short(source)} is a picture to edit, and {SOURCES[0]} is read; rename it, or set sources: ignore"
+def edit_problem(source: str, edits: bool = True) -> str:
+    """Return what is wrong with rows that edit the picture in an unread field, for a reader that takes ``edits``."""
+    remedy = f"and {SOURCES[0]} is read; rename it" if edits else "which this reader does not take; write JSON lines"
+    return f"{short(source)} is a picture to edit, {remedy}, or set sources: ignore"
 
 
 def load_rows(file: Path) -> list[Any]:

@@ -173,8 +173,9 @@ class PairRowParser:
             problem = f"{field} has {len(values)} pictures to edit, more than {MOST_SOURCES}"
             self.reader.refuse(name, problem, "too many pictures to edit")
             sound = False
-        for value in values if sound and self.check_image is not None else ():
-            self.check_image(name, field, value)
+        if sound and self.check_image is not None:
+            for value in values:
+                self.check_image(name, field, value)
         return sound, [parse_text(value) or "" for value in values[:MOST_SOURCES]]
 
     def rename_no_label(self, told: str) -> None:
