@@ -110,6 +110,14 @@ def test_a_shard_has_one_shape_and_batches_stay_inside(written: tuple[Path, Path
         assert tensors["latents"].shape == (shard["count"], 4, shard["height"] // 4, shard["width"] // 4)
 
 
+def test_shards_are_numbered_as_a_row_s_prompt_and_images_come(tmp_path: Path) -> None:
+    data = write_data(tmp_path / "data", pairs=3, sizes=[SQUARE])
+    run_cache(tmp_path / "cache", data, "--encoder.text=true", "--encoder.prompts_per_shard=1", "--images_per_shard=1")
+    names = [shard["name"].removesuffix(".safetensors") for shard in table(tmp_path / "cache", SHARDS)]
+    images = [f"latents/0032x0032-0000{number}" for number in range(6)]
+    assert names == ["text/00000", "text/00001", *images[:4], "text/00002", *images[4:]]
+
+
 def test_latents_are_the_encoder_s_own(written: tuple[Path, Path]) -> None:
     data, cache = written
     encoder = PipelineSource(tiny_pipeline("sd_tiny")).latent_encoder()

@@ -23,6 +23,7 @@ from latentreward.cache.layout import (
     TextSpec,
     latents_name,
     manifest_name,
+    schema_of,
     text_name,
 )
 from latentreward.contracts import LatentSpace
@@ -78,7 +79,8 @@ def write_cache(
 
     Args:
         folder: Where.
-        pairs: ``image_a``, ``image_b`` (numbers of images), and more columns of the pairs' table if not the defaults.
+        pairs: ``image_a``, ``image_b``, ``source_images`` (numbers of images), and more columns of the pairs' table
+            if not the defaults.
         sizes: Pixels of each image.
         prompts: Texts; the empty one first.
         spec: Settings.
@@ -131,7 +133,8 @@ def write_cache(
     folder.mkdir(parents=True)
     tables = {}
     for name, records in rows.items():
-        parquet.write_table(pa.Table.from_pylist(records, schema=SCHEMAS[name]), folder / name)
+        schema = schema_of(name, edits=any("source_images" in pair for pair in pairs))
+        parquet.write_table(pa.Table.from_pylist(records, schema=schema), folder / name)
         tables[name] = hashlib.sha256((folder / name).read_bytes()).hexdigest()
     plan = CachePlan(spec, {"reader": "test", "rows": len(pairs)}, tables, len(pairs), len(sizes), len(prompts))
     (folder / PLAN).write_text(plan.to_json())

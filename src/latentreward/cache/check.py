@@ -26,7 +26,7 @@ class Shard:
 
     number: int  # index of the row
     name: str  # path of the shard below the cache's folder
-    kind: str  # ``latents`` or ``text``
+    kind: str  # ``latents``, ``source_latents`` or ``text``
     height: int | None  # height of the shard's images in pixels; None for text
     width: int | None  # width of the shard's images in pixels; None for text
     count: int  # number of rows (images or prompts) in the shard

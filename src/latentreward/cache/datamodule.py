@@ -102,6 +102,31 @@ def check_backbone(spec: CacheSpec, backbone: "DiffusionBackbone | Policy", with
             )
 
 
+def check_sources(index: CacheIndex, network: "DiffusionBackbone | Policy") -> None:
+    """Check that a network edits as many pictures as the images of a cache are edits of.
+
+    Raises:
+        InputError: If a pair has fewer or more sources, or if the text encoder reads them, which a cache does not hold.
+    """
+    editor: Any = getattr(network, "family", network)
+    least, most = editor.sources
+    counts = np.diff(index.source_ends)
+    few, many = int(counts.min()), int(counts.max())
+    if few < least or (most is not None and many > most):
+        held = f"{few}" if few == many else f"{few} to {many}"
+        wanted = f"{least}" if least == most else f"at least {least}" if most is None else f"{least} to {most}"
+        takes = f"takes {wanted} (source_images of pairs)" if most != 0 else "makes pictures from text alone"
+        raise InputError(
+            f"the pairs in the cache {index.folder} have {held} sources, but the model's network {takes}; write a "
+            "cache of other pairs, or give another network"
+        )
+    if many and network.text_encoder is not None and network.text_encoder.sees_sources:
+        raise InputError(
+            f"the cache {index.folder} holds sources as latents alone, but the model's text encoder reads them too; "
+            "train from the images"
+        )
+
+
 HELD_BATCHES = 3
 """Number of batches held outside the workers: the trainer's current batch, its next batch, and a batch in transfer."""
 
@@ -218,6 +243,8 @@ class CachedPreferenceDataModule(PairLoaders):
         reader = getattr(getattr(module, "model", None), "backbone", None) or getattr(module, "policy", None)
         if reader is not None:
             check_backbone(self.spec, reader, self.cached_text)
+            for dataset in self.datasets.values():
+                check_sources(dataset.index, reader)
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Return the training loader; in each step, all ranks get the same number of pairs of one size."""
@@ -249,7 +276,8 @@ class CachedPreferenceDataModule(PairLoaders):
         )
 
     def _latent_sizes(self, dataset: CachedPairDataset) -> Any:
-        return dataset.sizes() // self.spec.latent_space.downscale
+        downscale = self.spec.latent_space.downscale
+        return dataset.sizes() // [downscale, downscale, 1]
 
     def _pool(self, dataset: CachedPairDataset) -> BufferPool:
         """Create shared memory for the loader's batches, as large as the largest batch each.
@@ -258,9 +286,8 @@ class CachedPreferenceDataModule(PairLoaders):
         """
         sizes, sizing = self._latent_sizes(dataset), self._sizing()
         shapes, first = np.unique(sizes, axis=0, return_index=True)
-        images = dataset.index.image_a[dataset.rows[first]]
-        pairs = [sizing.pairs_per_rank(tokens) for tokens in shapes.prod(axis=1).tolist()]
-        layouts = [dataset.layout(count, image) for count, image in zip(pairs, images, strict=True)]
+        pairs = [sizing.pairs_per_rank(tokens) for tokens in shapes[:, :2].prod(axis=1).tolist()]
+        layouts = [dataset.layout(*one) for one in zip(pairs, dataset.rows[first].tolist(), strict=True)]
         ready = self.prefetch_factor if self.num_workers else 0
         return BufferPool(ready + HELD_BATCHES, max(map(layout_bytes, layouts)), max(1, self.num_workers))
 

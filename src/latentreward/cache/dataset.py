@@ -54,15 +54,16 @@ class CachedPairDataset(Dataset[PreferenceBatch]):
         return len(self.rows)
 
     def sizes(self) -> np.ndarray:
-        """Return the height and width of each pair's images in pixels, ``(N, 2)``."""
-        return self.index.image_size[self.index.image_a[self.rows]]
+        """Return the height and width of each pair's images in pixels, and its number of sources, ``(N, 3)``."""
+        numbers = np.diff(self.index.source_ends)[self.rows]
+        return np.column_stack([self.index.image_size[self.index.image_a[self.rows]], numbers])
 
     def __getitem__(self, numbers: int | Sequence[int]) -> PreferenceBatch:
         """Read a batch of one or several pairs, as a ``DataLoader`` with ``batch_size=None`` requests it."""
         return self.__getitems__([numbers] if isinstance(numbers, int) else numbers)
 
     def __getitems__(self, numbers: Sequence[int]) -> PreferenceBatch:
-        """Read the pairs at the indices ``numbers``, all of one image size, as one batch.
+        """Read the pairs at the indices ``numbers``, all of one image size and number of sources, as one batch.
 
         Each pair's images are assigned to chosen and rejected as in :func:`latentreward.data.collate.collate_pairs`.
 
@@ -88,13 +89,13 @@ class CachedPairDataset(Dataset[PreferenceBatch]):
             targets = stack_targets([*values])
         fields = {
             "pair_ids": tuple(index.pair_id.take(rows).to_pylist()),
-            "prompts": tuple(index.prompts.take(index.prompt[rows]).to_pylist()),
+            "prompts": tuple(index.prompts_of(rows)),
             "chosen_keys": tuple(keys[0]),
             "rejected_keys": tuple(keys[1]),
             "latent_space": index.spec.latent_space,
             "targets": targets,
         }
-        layout = self.layout(len(rows), images[0, 0], index.prompt[rows])
+        layout = self.layout(len(rows), int(rows[0]), index.prompt[rows])
         size, in_worker = layout_bytes(layout), get_worker_info() is not None
         slot = self.pool.take(size) if self.pool else None
         if self.pool is None or slot is None:
@@ -103,7 +104,7 @@ class CachedPairDataset(Dataset[PreferenceBatch]):
             buffer = (self.pool.bytes_of if in_worker else self.pool.leased)(slot, size)
         try:
             tensors = carve(buffer, layout)
-            self._read(images.ravel(), index.prompt[rows], tensors)
+            self._read(np.concatenate([images, index.sources(rows)]).ravel(), index.prompt[rows], tensors)
         except BaseException:
             if self.pool and slot is not None and in_worker:
                 self.pool.free(slot)
@@ -114,17 +115,18 @@ class CachedPairDataset(Dataset[PreferenceBatch]):
             return SlotBatch(**assemble(tensors, fields), parcel=(self.pool.number, slot, layout, fields))
         return PreferenceBatch(**assemble(tensors, fields))
 
-    def layout(self, pairs: int, image: int, prompts: np.ndarray | None = None) -> Layout:
-        """Return the shapes and dtypes of the tensors in a batch of ``pairs`` pairs of images as large as ``image``.
+    def layout(self, pairs: int, like: int, prompts: np.ndarray | None = None) -> Layout:
+        """Return the shapes and dtypes of the tensors in a batch of ``pairs`` pairs with images as those of ``like``.
 
         Args:
             pairs: Number of pairs.
-            image: Index of an image.
+            like: Index of a pair in the columns of ``index``.
             prompts: Index of each pair's prompt; None for prompts as long as the longest in the cache.
         """
         index = self.index
-        block = index.store.blocks[index.images.shard[image]][LATENTS]
-        layout: list[tuple[tuple[int, ...], torch.dtype]] = [((2 * pairs, *block.shape), block.dtype)]
+        block = index.store.blocks[index.images.shard[index.image_a[like]]][LATENTS]
+        images = 2 + len(index.sources(np.array([like])))
+        layout: list[tuple[tuple[int, ...], torch.dtype]] = [((images * pairs, *block.shape), block.dtype)]
         if self.with_text:
             blocks = index.store.blocks[index.texts.shard[index.plan.empty_prompt]]
             embeds, pooled = blocks[PROMPT_EMBEDS], blocks.get(POOLED_PROMPT_EMBEDS)
@@ -165,8 +167,9 @@ def text_tensors(tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor | None, Tens
 def assemble(tensors: Sequence[Tensor], fields: dict[str, Any]) -> dict[str, Any]:
     """Combine the tensors of a batch and its other fields to the arguments of :class:`PreferenceBatch`."""
     latents, *text, label, weight = tensors
-    chosen, rejected = latents.chunk(2)
+    chosen, rejected, *sources = latents.split(len(label))
     fields = {**fields, "chosen": chosen, "rejected": rejected, "label": label, "weight": weight}
+    fields["sources"] = tuple(sources)
     if text:
         prompts = Conditioning(*text_tensors(text))
         fields["conditioning"] = map_tensors(prompts, lambda tensor: tensor[:-1]).trimmed()

@@ -117,7 +117,7 @@ class EncodeBatches(Dataset[EncodeBatch]):
         if ready:
             return EncodeBatch(shard, first, keys, latents=loaded, unreadable=unreadable)
         noise = None
-        if self.plan.spec.posterior == "sample":
+        if self.plan.spec.posterior == "sample" and shard.kind == layout.LATENTS_FOLDER:
             generators = (pair_generator(self.plan.spec.seed, "posterior", 0, "", key) for key in keys)
             noise = torch.stack([torch.randn(shape, generator=generator) for generator in generators])
         return EncodeBatch(shard, first, keys, loaded, noise, unreadable=unreadable, unused=self._unused)
@@ -131,11 +131,11 @@ class EncodeBatches(Dataset[EncodeBatch]):
         if self._fetched is None or self._fetched[0] != number:  # else it is the other image of the last pair
             self._fetched = number, self.reader[number]
         pair = self._fetched[1]
-        image, key = pair.image_a if side == "a" else pair.image_b, self.planned.image_keys[row].as_py()
-        if image.image_key != key:
+        image, key = layout.images_of(pair).get(side), self.planned.image_keys[row].as_py()
+        if image is None or image.image_key != key:
             raise InputError(
-                f"reader: image {side} of row {number} ({pair.pair_id}) is {image.image_key!r}, but was {key!r} when "
-                "the cache was planned; give the same data, or choose another output"
+                f"reader: image {side} of row {number} ({pair.pair_id}) is {image and image.image_key!r}, but was "
+                f"{key!r} when the cache was planned; give the same data, or choose another output"
             )
         return image
 

@@ -14,7 +14,7 @@ from latentreward.cache import layout
 from latentreward.cache.check import THREADS, Shard, check_shard
 from latentreward.cache.layout import CacheSpec, manifest_name, read_plan
 from latentreward.cache.shards import REMEDY, ShardStore, read_lengths
-from latentreward.contracts import ImageRef, PreferencePair
+from latentreward.contracts import EditPrompt, ImageRef, PreferencePair
 from latentreward.data.readers import PairReader
 from latentreward.errors import InputError
 from latentreward.storage.digests import check_hash
@@ -62,6 +62,8 @@ class CacheIndex:
         prompt: ``(P,)`` index of each pair's prompt in ``prompts``.
         image_a: ``(P,)`` index of each pair's first image in ``image_key``, ``image_size`` and ``images``.
         image_b: ``(P,)`` index of each pair's second image.
+        source_images: ``(S,)`` index of each picture that the images are edits of, one pair after the other.
+        source_ends: ``(P + 1,)`` 0, then the index in ``source_images`` after the last source of each pair.
         label: ``(P,)`` probability that the first image wins; NaN for unlabelled pairs.
         weight: ``(P,)`` weight of each pair in the loss.
         split: ``(P,)`` name of the split of each pair.
@@ -81,13 +83,19 @@ class CacheIndex:
     def __init__(self, folder: Path, on_missing: OnMissing = "raise") -> None:
         self.folder = folder
         self.plan = read_plan(folder)
-        pairs = self._table(layout.PAIRS, ["pair_id", "prompt", "image_a", "image_b", "label_a", "weight", "split"])
+        columns = ["pair_id", "prompt", "image_a", "image_b", "label_a", "weight", "split", layout.SOURCE_IMAGES.name]
+        pairs = self._table(layout.PAIRS, columns)
         images = self._table(layout.IMAGES, ["image_key", "height", "width", "shard", "row"])
         prompts = self._table(layout.PROMPTS, ["prompt", "shard", "row"])
         rows = self._table(layout.SHARDS, ["name", "kind", "height", "width", "count"])
         texts = (pairs["pair_id"], images["image_key"], prompts["prompt"])
         self.pair_id, self.image_key, self.prompts = (text.cast(pa.large_string()).combine_chunks() for text in texts)
         self.prompt, self.image_a, self.image_b = (pairs[name].to_numpy() for name in ("prompt", "image_a", "image_b"))
+        self.source_images, counts = np.zeros(0, np.int64), np.zeros(len(pairs), np.int64)
+        if layout.SOURCE_IMAGES.name in pairs.column_names:
+            sources = pairs[layout.SOURCE_IMAGES.name].combine_chunks()
+            self.source_images, counts = sources.flatten().to_numpy(), sources.value_lengths().to_numpy()
+        self.source_ends = np.append(0, counts.cumsum())
         self.label, self.weight = (pairs[name].to_numpy().astype(np.float64) for name in ("label_a", "weight"))
         self.split = pairs["split"].combine_chunks().dictionary_encode()
         self.image_size = np.stack([images[name].to_numpy() for name in ("height", "width")], axis=1).astype(np.int32)
@@ -129,10 +137,25 @@ class CacheIndex:
     def __len__(self) -> int:
         return len(self.pair_id)
 
+    def sources(self, rows: np.ndarray) -> np.ndarray:
+        """Return the indices ``(n, len(rows))`` of the pictures that pairs are edits of, of which each has n."""
+        firsts, lasts = self.source_ends[rows], self.source_ends[rows + 1]
+        return self.source_images[firsts + np.arange(int(lasts[0] - firsts[0]))[:, None]]
+
+    def prompts_of(self, rows: np.ndarray) -> list[str]:
+        """Return the prompts of pairs; those of edits have the keys of the pictures that are edited."""
+        texts: list[str] = self.prompts.take(self.prompt[rows]).to_pylist()
+        if not len(self.source_images):
+            return texts
+        spans = zip(self.source_ends[rows], self.source_ends[rows + 1], strict=True)
+        keys = (self.image_key.take(self.source_images[first:last]).to_pylist() for first, last in spans)
+        return [EditPrompt(text, list(map(ImageRef, names))) for text, names in zip(texts, keys, strict=True)]
+
     def _table(self, name: str, columns: list[str]) -> pa.Table:
         path = self.folder / name
         try:
-            return parquet.read_table(check_hash(path, self.plan.tables.get(name), REMEDY), columns=columns)
+            known = parquet.read_schema(check_hash(path, self.plan.tables.get(name), REMEDY)).names
+            return parquet.read_table(path, columns=[column for column in columns if column in known])
         except FileNotFoundError as error:
             raise InputError(f"{path} is missing; {REMEDY}") from error
         except (pa.ArrowException, OSError) as error:
@@ -170,12 +193,18 @@ class CacheIndex:
             bad = self._unreadable[:, 0] * stride + self._unreadable[:, 1]
             unreadable = np.isin(self.images.shard.astype(np.int64) * stride + self.images.row, bad)
         sides = (self.image_a, self.image_b)
-        missing = (self.images.shard[sides[0]] < 0) | (self.images.shard[sides[1]] < 0)
+        missing = self._any(self.images.shard < 0)
         if self.spec.text is not None:
             missing |= self.texts.shard[self.prompt] < 0
-        broken = (unreadable[sides[0]] | unreadable[sides[1]]) & ~missing
+        broken = self._any(unreadable) & ~missing
         uneven = (self.image_size[sides[0]] != self.image_size[sides[1]]).any(axis=1)
         return {"shard not written yet": missing, UNREADABLE: broken, TWO_SIZES: uneven & ~missing & ~broken}
+
+    def _any(self, images: np.ndarray) -> np.ndarray:
+        """Return whether each pair has an image or source for which ``images`` ``(I,)`` is true, ``(P,)`` bool."""
+        found: np.ndarray = images[self.image_a] | images[self.image_b]
+        found[np.repeat(np.arange(len(self)), np.diff(self.source_ends))[images[self.source_images]]] = True
+        return found
 
     def splits(self) -> list[str]:
         """List the names of the splits, in the order of their first pair."""
@@ -225,7 +254,7 @@ class CachedPairs(PairReader):
         label = None if np.isnan(index.label[row]) else float(index.label[row])
         return PreferencePair(
             pair_id=index.pair_id[row].as_py(),
-            prompt=index.prompts[int(index.prompt[row])].as_py(),
+            prompt=index.prompts_of(self.rows[[number]])[0],
             image_a=ImageRef(index.image_key[int(index.image_a[row])].as_py()),
             image_b=ImageRef(index.image_key[int(index.image_b[row])].as_py()),
             label_a=label,
@@ -238,6 +267,8 @@ class CachedPairs(PairReader):
 
     def prompts(self) -> list[str]:
         """See :meth:`PairReader.prompts`."""
+        if len(self.index.source_images):
+            return self.index.prompts_of(self.rows)
         texts = self.index.prompts.to_pylist()  # pairs with one prompt share its text
         return [texts[place] for place in self.index.prompt[self.rows].tolist()]
 

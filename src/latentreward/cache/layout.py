@@ -10,6 +10,8 @@
     CACHE/sources.parquet                      one row per cached image: its row and side in the reader, for writing
     CACHE/latents/HHHHxWWWW-NNNNN.safetensors  one tensor "latents" (N, C, h, w) of images of H × W pixels, or
                                                (N, C, T, h, w) in a latent space with a time axis
+    CACHE/source_latents/HHHHxWWWW-NNNNN.safetensors   the same of pictures that are edited: the mode of the VAE's
+                                                       posterior, where the latents of images are samples of it
     CACHE/text/NNNNN.safetensors               "prompt_embeds" (N, L, D) and "pooled_prompt_embeds" (N, P)
 
 A text encoder without a pooled vector leaves "pooled_prompt_embeds" out. Of a text encoder with a mask only the tokens
@@ -27,7 +29,7 @@ from typing import Any, Literal, Self
 
 import pyarrow as pa
 
-from latentreward.contracts import LatentSpace
+from latentreward.contracts import ImageRef, LatentSpace, PreferencePair, sources_of
 from latentreward.data.clips import FPS
 from latentreward.data.images import ExifOrientation
 from latentreward.errors import InputError
@@ -39,7 +41,8 @@ VERSION = 1
 PLAN = "plan.json"
 PAIRS, IMAGES, PROMPTS = "pairs.parquet", "images.parquet", "prompts.parquet"
 SHARDS, SOURCES = "shards.parquet", "sources.parquet"
-LATENTS_FOLDER, TEXT_FOLDER = "latents", "text"
+LATENTS_FOLDER, SOURCE_LATENTS_FOLDER, TEXT_FOLDER = "latents", "source_latents", "text"
+"""Folders of the shards, whose names are the kinds of shards."""
 LATENTS, PROMPT_EMBEDS, POOLED_PROMPT_EMBEDS = "latents", "prompt_embeds", "pooled_prompt_embeds"
 PROMPT_LENGTHS = "prompt_lengths"
 """Names of the tensors in a shard."""
@@ -84,17 +87,30 @@ SCHEMAS = {
 """Columns of each table.
 
 ``prompt`` of a pair is a row index of the prompts' table, ``image_a`` and ``image_b`` are row indices of the images'
-table. ``shard`` is a row index of the shards' table, and ``row`` is a row index in that shard. ``height`` and ``width``
-are pixels as encoded, null for text. ``batch`` is the index, in its shard, of the batch that an image is encoded in.
-``label_a`` is null for unlabelled pairs. ``shard`` and ``row`` of a prompt are null if prompts are not cached. ``name``
-is the path below the cache's folder. ``side`` is ``a`` or ``b``: the image of the pair in row ``reader_row`` of the
-reader.
+table. So are the values of :data:`SOURCE_IMAGES`. ``shard`` is a row index of the shards' table, and ``row`` is a row
+index in that shard. ``height`` and ``width`` are pixels as encoded, null for text. ``batch`` is the index, in its
+shard, of the batch that an image is encoded in. ``label_a`` is null for unlabelled pairs. ``shard`` and ``row`` of a
+prompt are null if prompts are not cached. ``name`` is the path below the cache's folder. ``side`` is ``a`` or ``b``:
+the image of the pair in row ``reader_row`` of the reader; or the place, from 0, of a picture that it is an edit of.
 """
+SOURCE_IMAGES = pa.field("source_images", pa.list_(pa.int64()))
+"""Last column of the pairs' table if the images are edits: the pictures that were edited, in their order."""
 
 
-def latents_name(height: int, width: int, number: int) -> str:
+def schema_of(table: str, edits: bool) -> pa.Schema:
+    """Return the columns of a table of a cache whose images are edits, or are not."""
+    return SCHEMAS[table].append(SOURCE_IMAGES) if edits and table == PAIRS else SCHEMAS[table]
+
+
+def images_of(pair: PreferencePair) -> dict[str, ImageRef]:
+    """Return the images of a pair by their ``side``: a, b, and the pictures that these are edits of."""
+    sources = {str(place): source for place, source in enumerate(sources_of(pair.prompt))}
+    return {"a": pair.image_a, "b": pair.image_b, **sources}
+
+
+def latents_name(height: int, width: int, number: int, folder: str = LATENTS_FOLDER) -> str:
     """Return the path, below the cache's folder, of shard ``number`` of images of ``height`` × ``width`` pixels."""
-    return f"{LATENTS_FOLDER}/{height:04d}x{width:04d}-{number:05d}.safetensors"
+    return f"{folder}/{height:04d}x{width:04d}-{number:05d}.safetensors"
 
 
 def text_name(number: int) -> str:

@@ -7,7 +7,7 @@ row; memory holds a hash and an index for each image and prompt.
 import os
 from array import array
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from hashlib import blake2b
@@ -25,17 +25,21 @@ from latentreward.cache import layout
 from latentreward.cache.layout import CachePlan, CacheSpec, digest
 from latentreward.cache.shards import KEPT
 from latentreward.cache.sizing import ImageSettings
-from latentreward.contracts import ImageRef, LatentSpace, PreferencePair
+from latentreward.contracts import EditPrompt, ImageRef, LatentSpace, PreferencePair, sources_of
 from latentreward.data.buckets import Bucket
 from latentreward.data.images import DAMAGED, ImageError, decode_latents, read_header
 from latentreward.data.loading import WorkerLoader
 from latentreward.data.readers import PairReader
-from latentreward.errors import InputError
+from latentreward.errors import InputError, quoted
 from latentreward.storage.digests import file_hash
 from latentreward.storage.durable import replacing, write_file
 from latentreward.storage.progress import Progress
 from latentreward.storage.run_folder import first_difference
 
+OTHER_SOURCES = "other number of sources"
+"""Reason why a pair is left out."""
+SIDES = 256
+"""More images than a pair has: a, b and sources."""
 REMEDY = "replace the file, or set the reader's on_error to skip"
 
 
@@ -45,8 +49,8 @@ class ScannedRow:
 
     number: int  # index of the row in the reader
     pair: PreferencePair  # pair whose images have keys but no contents
-    marks: tuple[int, int]  # checksums of the paths or bytes of the two images, to notice two images of one key
-    sizes: tuple[Bucket, Bucket] | None = None  # in pixels; None if not needed, or with a problem
+    marks: list[int]  # checksum of the path or bytes of each image, to notice two images of one key
+    sizes: tuple[Bucket, ...] | None = None  # in pixels, of a, b and sources; None if not needed, or with a problem
     problem: str | None = None  # why the row has to be left out; None if it can be cached
 
 
@@ -72,17 +76,19 @@ class RowScan(Dataset[ScannedRow]):
             ImageError: If an image's header cannot be read and the reader's ``on_error`` is ``"raise"``.
         """
         pair = self.reader[index]
-        a, b = pair.image_a, pair.image_b
-        marks = _mark_of(a), _mark_of(b)
-        bare = replace(pair, image_a=ImageRef(a.image_key), image_b=ImageRef(b.image_key))
+        images = [*layout.images_of(pair).values()]
+        marks = list(map(_mark_of, images))
+        a, b, *sources = (ImageRef(image.image_key) for image in images)
+        text = EditPrompt(pair.prompt, sources) if sources else pair.prompt
+        bare = replace(pair, prompt=text, image_a=a, image_b=b)
         try:
-            if a.holds == "latents":
-                return ScannedRow(index, bare, marks, (self._latents_size(a), self._latents_size(b)))
+            if pair.image_a.holds == "latents":
+                return ScannedRow(index, bare, marks, tuple(map(self._latents_size, images)))
             if not self.images.needs_headers():
                 return ScannedRow(index, bare, marks)
             limit, exif = self.images.max_pixels, self.reader.exif
-            first, second = (Bucket(*read_header(image, limit, exif)[:2]) for image in (a, b))
-            return ScannedRow(index, bare, marks, (first, second))
+            sizes = tuple(Bucket(*read_header(image, limit, exif)[:2]) for image in images)
+            return ScannedRow(index, bare, marks, sizes)
         except ImageError as error:
             if self.reader.on_error == "raise":
                 raise ImageError(f"{pair.pair_id}: {error}; {REMEDY}", error.problem) from error
@@ -159,22 +165,31 @@ class Planner:
         images: Settings for the sizes of images.
         tables: Writer of each table, by the table's file name.
         reader: Reader of the rows, for images of one key.
+        edits: Whether the images are edits of pictures, which then is so in all pairs.
+        check_sources: Function that raises InputError for a number of pictures that the network does not edit.
 
     Attributes:
         dropped: Number of rows left out so far, by reason.
     """
 
     def __init__(
-        self, spec: CacheSpec, images: ImageSettings, tables: dict[str, TableWriter], reader: PairReader
+        self,
+        spec: CacheSpec,
+        images: ImageSettings,
+        tables: dict[str, TableWriter],
+        reader: PairReader,
+        edits: bool,
+        check_sources: Callable[[int], None],
     ) -> None:
         self.spec, self.images, self.tables, self.reader = spec, images, tables, reader
+        self.edits, self.check_sources = edits, check_sources
         self.dropped: Counter[str] = Counter()
         self._shards: list[tuple[str, str, int | None, int | None]] = []
         self._counts: list[int] = []
-        self._open: dict[Bucket | None, int] = {}  # size of the images, None for prompts → shard that is not full
-        self._begun: Counter[Bucket | None] = Counter()
+        self._open: dict[tuple[str, Any], int] = {}  # kind, and size of images → shard that is not full
+        self._begun: Counter[tuple[str, Any]] = Counter()
         self._known: dict[bytes, int] = {}
-        self._marks, self._places = array("L"), array("Q")  # of each image; its place is 2 · row, plus 1 for image b
+        self._marks, self._places = array("L"), array("Q")  # of each image; its place is SIDES · row, plus its side
         if spec.text is not None:
             self._prompt("")
 
@@ -182,55 +197,78 @@ class Planner:
         """Write the pair of one row, and assign its images and prompt to shards if they are new.
 
         A row with a problem, or whose images have no size to be cached at, is left out and counted in ``dropped``.
+
+        Raises:
+            InputError: If the pair has a number of sources that does not fit, and the reader's ``on_error`` is
+                ``"raise"``.
         """
         sizes: tuple[Bucket, Bucket] | str
-        if row.problem is not None:
-            sizes = row.problem
+        if (problem := row.problem or self._sources_problem(row.pair)) is not None:
+            sizes = problem
         elif self.spec.vae is None:
             assert row.sizes is not None
             sizes = self.images.sizes_of_latents(*row.sizes)
         else:
-            sizes = self.images.sizes_of_pair(*(row.sizes or (None, None)))
+            sizes = self.images.sizes_of_pair(*(row.sizes or (None, None))[:2])
         if isinstance(sizes, str):
             self.dropped[sizes] += 1
             return
-        pair = row.pair
+        pair, prompt = row.pair, self._prompt(row.pair.prompt)
         known = (getattr(pair, name) for name in ("confidence", "model_a", "model_b", "source", "split"))
+        # Sources are resized as the images are, as in training from pixels.
+        images = enumerate(layout.images_of(pair).values())
+        a, b, *sources = (self._image(image.image_key, sizes[side == 1], row, side) for side, image in images)
         self.tables[layout.PAIRS].add(
             pair.pair_id,
-            self._prompt(pair.prompt),
-            self._image(pair.image_a.image_key, sizes[0], row, 0),
-            self._image(pair.image_b.image_key, sizes[1], row, 1),
+            prompt,
+            a,
+            b,
             pair.label_a,
             pair.weight,
             pair.group_id,
             *(pair.votes or (None, None)),
             *known,
+            *([sources] if self.edits else []),
         )
+
+    def _sources_problem(self, pair: PreferencePair) -> str | None:
+        number = len(sources_of(pair.prompt))
+        try:
+            self.check_sources(number)
+            if bool(number) != self.edits:
+                raise InputError(f"it has {number} sources, unlike other rows; cache edits and other pairs apart")
+        except InputError as error:
+            if self.reader.on_error == "raise":
+                raise InputError(f"reader: {quoted(pair.pair_id)}: {error}, or set its on_error to skip") from error
+            return OTHER_SOURCES
+        return None
 
     def finish(self) -> None:
         """Write the table of shards."""
         for shard, count in zip(self._shards, self._counts, strict=True):
             self.tables[layout.SHARDS].add(*shard, count)
 
-    def _place(self, size: Bucket | None, most: int) -> tuple[int, int]:
+    def _place(self, kind: str, size: Bucket | None, most: int) -> tuple[int, int]:
         """Return shard and row of the next image of a size, or prompt, in shards of at most ``most`` rows."""
-        shard = self._open.get(size)
+        shard = self._open.get((kind, size))
         if shard is None or self._counts[shard] == most:
-            shard = self._open[size] = len(self._shards)
-            number = self._begun[size]
-            self._begun[size] += 1
-            name = layout.text_name(number) if size is None else layout.latents_name(*size, number)
-            self._shards.append((name, "text", None, None) if size is None else (name, "latents", *size))
+            shard = self._open[kind, size] = len(self._shards)
+            number = self._begun[kind, size]
+            self._begun[kind, size] += 1
+            name = layout.text_name(number) if size is None else layout.latents_name(*size, number, kind)
+            self._shards.append((name, kind, *(size or (None, None))))
             self._counts.append(0)
         self._counts[shard] += 1
         return shard, self._counts[shard] - 1
 
     def _image(self, key: str, size: Bucket, scanned: ScannedRow, side: int) -> int:
-        name, place = _hash("image", key, *size), 2 * scanned.number + side
+        # Of sources the network takes the posterior's mode, also where the latents of images are samples.
+        is_mode = side >= 2 and self.spec.posterior == "sample"
+        kind = layout.SOURCE_LATENTS_FOLDER if is_mode else layout.LATENTS_FOLDER
+        name, place = _hash("source" if is_mode else "image", key, *size), SIDES * scanned.number + side
         if name not in self._known:
-            shard, row = self._place(size, self.spec.images_per_shard)
-            self.tables[layout.SOURCES].add(scanned.number, "ab"[side])
+            shard, row = self._place(kind, size, self.spec.images_per_shard)
+            self.tables[layout.SOURCES].add(scanned.number, [*layout.images_of(scanned.pair)][side])
             self._known[name] = self.tables[layout.IMAGES].add(key, *size, shard, row, row // self.spec.batch_size)
             self._marks.append(scanned.marks[side])
             self._places.append(place)
@@ -241,8 +279,9 @@ class Planner:
 
     def _refuse_others(self, key: str, places: Sequence[int]) -> None:
         """Raise InputError if two images with the same ``key`` are not equal byte by byte; else they are one image."""
-        pairs = [self.reader[place // 2] for place in places]
-        images = [pair.image_b if place % 2 else pair.image_a for pair, place in zip(pairs, places, strict=True)]
+        pairs = [self.reader[place // SIDES] for place in places]
+        sides = [place % SIDES for place in places]
+        images = [[*layout.images_of(pair).values()][side] for pair, side in zip(pairs, sides, strict=True)]
         with suppress(OSError):  # of a file that is missing, which the reader's on_error decides about
             first, second = (image.path.read_bytes() if image.data is None else image.data for image in images)
             if first != second:
@@ -253,24 +292,32 @@ class Planner:
         name = _hash("prompt", prompt)
         if name not in self._known:
             text = self.spec.text
-            shard, row = (None, None) if text is None else self._place(None, text.prompts_per_shard)
+            shard, row = (None, None) if text is None else self._place(layout.TEXT_FOLDER, None, text.prompts_per_shard)
             self._known[name] = self.tables[layout.PROMPTS].add(prompt, shard, row)
         return self._known[name]
 
 
-def write_plan(folder: Path, spec: CacheSpec, images: ImageSettings, reader: PairReader, num_workers: int) -> CachePlan:
+def write_plan(
+    folder: Path,
+    spec: CacheSpec,
+    images: ImageSettings,
+    reader: PairReader,
+    num_workers: int,
+    check_sources: Callable[[int], None],
+) -> CachePlan:
     """Scan and plan all rows of a reader by ``num_workers`` processes, write the tables, and ``plan.json`` last.
 
     Raises:
         InputError: If no row can be cached.
     """
+    edits = fewest_sources(reader) > 0
     with ExitStack() as stack:
         tables = {}
-        for name, schema in layout.SCHEMAS.items():
+        for name in layout.SCHEMAS:
             partial = stack.enter_context(replacing(folder / name, KEPT))
-            tables[name] = TableWriter(stack.enter_context(partial.open("xb")), schema)
+            tables[name] = TableWriter(stack.enter_context(partial.open("xb")), layout.schema_of(name, edits))
             stack.callback(tables[name].close)
-        planner = Planner(spec, images, tables, reader)
+        planner = Planner(spec, images, tables, reader, edits, check_sources)
         progress = stack.enter_context(Progress("cache: plan", len(reader), "rows"))
         rows = WorkerLoader(
             RowScan(reader, images, spec.latent_space),
@@ -305,15 +352,31 @@ def describe_data(reader: PairReader) -> dict[str, Any]:
     Returns:
         The reader's class name, number of rows, source, split, and a digest of about 16 rows spread over the data.
     """
-    step = max(1, len(reader) // SAMPLED_ROWS)
-    sample = [reader[index] for index in range(0, len(reader), step)]
+    sample = sampled_pairs(reader)
+    rows = [
+        [p.pair_id, p.prompt, p.image_a.image_key, p.image_b.image_key, p.label_a]
+        + [source.image_key for source in sources_of(p.prompt)]
+        for p in sample
+    ]
     return {
         "reader": type(reader).__name__,
         "rows": len(reader),
         "source": sample[0].source if sample else "",
         "split": sample[0].split if sample else "",
-        "sample": digest([[p.pair_id, p.prompt, p.image_a.image_key, p.image_b.image_key, p.label_a] for p in sample]),
+        "sample": digest(rows),
     }
+
+
+def sampled_pairs(reader: PairReader) -> list[PreferencePair]:
+    """Return about 16 pairs that are spread over a reader's data."""
+    step = max(1, len(reader) // SAMPLED_ROWS)
+    return [reader[index] for index in range(0, len(reader), step)]
+
+
+def fewest_sources(reader: PairReader) -> int:
+    """Return the least number of pictures that sampled pairs of edits have; 0 if no such pair has any."""
+    counts = (len(sources_of(pair.prompt)) for pair in sampled_pairs(reader))
+    return min(filter(None, counts), default=0)
 
 
 def check_same(folder: Path, plan: CachePlan, spec: CacheSpec, reader: PairReader) -> None:

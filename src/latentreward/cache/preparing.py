@@ -6,7 +6,7 @@ import logging
 import shutil
 import sys
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 PROMPTS_AT_ONCE = 256
 """Number of prompts that are tokenised together."""
-ITEMS = {"latents": "image", "text": "prompt"}
+ITEMS = {"latents": "image", "source_latents": "source", "text": "prompt"}
 """Kind of a shard → what one of its rows belongs to."""
 
 
@@ -40,7 +40,7 @@ ITEMS = {"latents": "image", "text": "prompt"}
 class Need:
     """Bytes of the shards that are not written yet."""
 
-    counts: Mapping[str, int]  # number of images, under ``latents``, and of prompts, under ``text``
+    counts: Mapping[str, int]  # number of images, of sources and of prompts, by the kind of their shards
     sizes: Mapping[str, int]  # bytes of their latents and embeddings
 
     @property
@@ -88,6 +88,7 @@ def prepare_cache(
     spec: CacheSpec,
     num_workers: int,
     text: PromptEncoder | None = None,
+    check_sources: Callable[[int], None] = lambda number: None,
 ) -> list[Shard]:
     """Write a plan, or check the plan of an earlier run; return the shards that are missing or damaged.
 
@@ -98,6 +99,7 @@ def prepare_cache(
         spec: Settings of the cache, made from ``images`` and the encoders.
         num_workers: Number of processes that read images.
         text: Text encoder, whose tokenizer tells the lengths of prompts; None if prompts are not cached.
+        check_sources: Function that raises InputError for a number of pictures that the network does not edit.
 
     Raises:
         InputError: If the folder cannot be written to, holds other files, was begun with other settings or data, or
@@ -119,13 +121,13 @@ def prepare_cache(
             check_same(folder, plan, spec, reader)
             if problems := table_problems(folder, plan):
                 logger.warning("%s: %s; planning again", folder, "; ".join(problems))
-                if write_plan(folder, spec, images, reader, num_workers).hash != plan.hash:
+                if write_plan(folder, spec, images, reader, num_workers, check_sources).hash != plan.hash:
                     raise InputError(
                         f"{folder}: {problems[0]}, and the reader's rows are not those of the plan any more; choose "
                         "another output"
                     )
         else:
-            plan = write_plan(folder, spec, images, reader, num_workers)
+            plan = write_plan(folder, spec, images, reader, num_workers, check_sources)
         todo = _unfinished(folder, plan)
         need, free = need_of(folder, plan, todo, text), shutil.disk_usage(folder).free
         if need.total > free:

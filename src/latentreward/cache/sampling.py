@@ -1,4 +1,4 @@
-"""Batch samplers whose batches hold pairs of one image size, for training and for evaluation."""
+"""Batch samplers whose batches hold pairs of one image size and number of sources, for training and evaluation."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -51,7 +51,7 @@ class BucketBatchSampler:
     yet, also with another world size or batch size.
 
     Args:
-        sizes: ``(N, 2)`` latent height and width of each pair.
+        sizes: ``(N, 2)`` latent height and width of each pair, or ``(N, 3)`` with its number of sources too.
         sizing: Settings of the batches.
         rank: Global rank of this process.
 
@@ -60,8 +60,8 @@ class BucketBatchSampler:
     """
 
     def __init__(self, sizes: np.ndarray, sizing: Sizing, rank: int = 0) -> None:
-        shapes, bucket = np.unique(np.asarray(sizes).reshape(-1, 2), axis=0, return_inverse=True)
-        self.tokens, self.bucket = shapes.prod(axis=1).tolist(), bucket.reshape(-1)
+        shapes, bucket = np.unique(sizes, axis=0, return_inverse=True)
+        self.tokens, self.bucket = shapes[:, :2].prod(axis=1).tolist(), bucket.reshape(-1)
         self.sizing, self.rank = sizing, rank
         self.epoch = self.skip = 0
         self.spans: list[dict[str, Any]] = []
@@ -181,7 +181,7 @@ class EvaluationBatches(DistributedSampler[list[int]]):
     largest batches are cut in two. If there are too few pairs to cut, small batches of one size are joined instead.
 
     Args:
-        sizes: ``(N, 2)`` latent height and width of each pair.
+        sizes: ``(N, 2)`` latent height and width of each pair, or ``(N, 3)`` with its number of sources too.
         sizing: Batch size and world size.
         rank: Global rank of this process.
 
@@ -191,9 +191,9 @@ class EvaluationBatches(DistributedSampler[list[int]]):
 
     def __init__(self, sizes: np.ndarray, sizing: Sizing, rank: int = 0) -> None:
         super().__init__(range(len(sizes)), sizing.world_size, rank, shuffle=False)  # type: ignore[arg-type]
-        shapes, bucket = np.unique(np.asarray(sizes).reshape(-1, 2), axis=0, return_inverse=True)
+        shapes, bucket = np.unique(sizes, axis=0, return_inverse=True)
         batches = []
-        for number, tokens in enumerate(shapes.prod(axis=1).tolist()):
+        for number, tokens in enumerate(shapes[:, :2].prod(axis=1).tolist()):
             rows, step = np.flatnonzero(bucket.reshape(-1) == number), sizing.pairs_per_rank(tokens)
             batches += [rows[start : start + step] for start in range(0, len(rows), step)]
         batches = _cut_evenly(batches, sizing.world_size) or _join_evenly(batches, bucket, sizing.world_size)

@@ -119,12 +119,12 @@ class ImageSettings:
         mean = self._bucket(round(math.sqrt(a.height * b.height)), round(math.sqrt(a.width * b.width)))
         return OTHER_ASPECT if mean is None or aspects[1] / aspects[0] - 1 >= CROSS_BUCKET_ASPECT else (mean, mean)
 
-    def sizes_of_latents(self, a: Bucket, b: Bucket) -> tuple[Bucket, Bucket] | str:
+    def sizes_of_latents(self, a: Bucket, b: Bucket, *sources: Bucket) -> tuple[Bucket, Bucket] | str:
         """Return the sizes of a pair whose images are stored as latents, or the reason why the pair is left out.
 
-        Latents are not resized, so that both must have the same size: ``size``, or the size of a bucket.
+        Latents are not resized, so that all must have the same size: ``size``, or the size of a bucket.
         """
-        if a != b:
+        if {b, *sources} != {a}:
             return OTHER_SHAPE
         if self.size is not None:
             return (a, b) if a == self.one_size() else NO_BUCKET

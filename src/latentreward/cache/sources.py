@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -16,6 +17,7 @@ from latentreward.errors import InputError, check_at_least_one
 if TYPE_CHECKING:
     from latentreward.encoders.prompts import PromptEncoder
     from latentreward.encoders.vae import LatentEncoder
+    from latentreward.families import Family
 
 RELEASED_SPACE = LatentSpace(channels=16, downscale=8, scaling_factor=1.5305, shift_factor=0.0609)
 """Latent space of Stable Diffusion 3 and 3.5, which DiNa-LRM's released cache uses."""
@@ -43,6 +45,9 @@ class LatentSource(ABC):
     vae_dtype: CacheDtype | None = None  # dtype that the VAE runs in; None without a VAE
     posterior: Literal["sample", "mode"] | None = None  # sample or mode of the VAE's posterior; None without a VAE
     batch_size: int  # number of images encoded together
+
+    def check_sources(self, number: int) -> None:  # noqa: B027 - a source of latents alone knows no network
+        """Raise InputError if the network that the latents are for does not edit this number of pictures."""
 
     @abstractmethod
     def load(self) -> Encoders:
@@ -102,23 +107,24 @@ class PipelineEncoders(LatentSource):
         self.text_batch_size, self.prompts_per_shard = text_batch_size, prompts_per_shard
         self.load_t5, self.t5_length, self.family = load_t5, t5_length, family
 
-    def load(self) -> Encoders:
-        """Load the encoders and compute their fingerprints.
+    def check_sources(self, number: int) -> None:
+        """See :meth:`LatentSource.check_sources`; a network of no known family may edit any number."""
+        family, known = self._found
+        if known:
+            family.check_sources(number)
 
-        Raises:
-            InputError: If the source is not a pipeline with these parts.
-        """
+    @cached_property
+    def _found(self) -> tuple[Family, bool]:
+        """The family of the pipeline, and whether it is known; if not, it is taken for Stable Diffusion."""
         from lightning.pytorch.utilities import rank_zero_warn
 
         from latentreward.backbones.loading import PipelineSource
-        from latentreward.backbones.weights import settle
-        from latentreward.encoders.fingerprint import text_fingerprint, vae_fingerprint
         from latentreward.families import find_family
         from latentreward.families.sd import StableDiffusion
 
         pipeline = PipelineSource(self.source, self.revision, self.variant)
         try:
-            family = find_family(pipeline, self.family)
+            return find_family(pipeline, self.family), True
         except InputError as error:
             # Where the network is not needed and not known, images and prompts are taken for those of Stable Diffusion.
             usual_vae = pipeline.has("vae") and pipeline.config("vae").get("_class_name") == "AutoencoderKL"
@@ -127,14 +133,27 @@ class PipelineEncoders(LatentSource):
             if self.family is not None or not usual_vae or (self.text and not usual_text):
                 raise
             rank_zero_warn(f"encoder: {error}; {'VAE and CLIP are' if self.text else 'the VAE is'} cached all the same")
-            family = StableDiffusion(pipeline)
-        else:
+            return StableDiffusion(pipeline), False
+
+    def load(self) -> Encoders:
+        """Load the encoders and compute their fingerprints.
+
+        Raises:
+            InputError: If the source is not a pipeline with these parts.
+        """
+        from latentreward.backbones.weights import settle
+        from latentreward.encoders.fingerprint import text_fingerprint, vae_fingerprint
+
+        family, known = self._found
+        if known:
             family.report_assumption("encoder")
         vae = family.load_latent_encoder(self.vae_dtype)
         images = vae.space, family.side_multiple, vae, vae_fingerprint(vae.vae)
         if not self.text:
             return Encoders(*images)
         encoder = family.load_prompt_encoder(self.t5_length, self.load_t5).eval().requires_grad_(False)
+        if encoder.sees_sources:
+            raise InputError(f"encoder.text: {family.title} reads the sources with each prompt; set none")
         settle(encoder, getattr(torch, self.text_dtype))  # T5 in float32 would take 19 GB before it is rounded
         spec = TextSpec(
             fingerprint=text_fingerprint(encoder),

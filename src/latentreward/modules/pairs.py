@@ -105,9 +105,10 @@ def latents_of(
 
 def conditioning_of(policy: "Policy", batch: PreferenceBatch) -> Conditioning:
     """Return the encoded prompts of a batch, from a cache or by the policy's encoder, with the latents of sources."""
+    sources = tuple(source.float() for source in batch.sources)  # for the reason of `latents_of`
     if batch.conditioning is None:
-        return policy.encode_prompts(batch.prompts, batch.sources, batch.latent_space is not None)
-    return replace(batch.conditioning, source_latents=batch.sources) if batch.sources else batch.conditioning
+        return policy.encode_prompts(batch.prompts, sources, batch.latent_space is not None)
+    return replace(batch.conditioning, source_latents=sources) if sources else batch.conditioning
 
 
 class ScoredPairs(NamedTuple):

@@ -171,12 +171,12 @@ class RewardModule(PairModule):
     def encode(self, batch: PreferenceBatch, draws: PairDraws, noise_per_image: bool = False) -> EncodedPairs:
         """See :meth:`PairModule.encode`."""
         latents = latents_of(self.model.backbone, batch, draws, self.posterior)
+        sources = tuple(source.float() for source in batch.sources)  # for the reason of `latents_of`
         if batch.conditioning is None:
-            pictures = batch.sources, batch.latent_space is not None
-            conditioning, uncond = self.model.encode_prompts(batch.prompts, *pictures)
+            conditioning, uncond = self.model.encode_prompts(batch.prompts, sources, batch.latent_space is not None)
         else:
             conditioning, uncond = self.model.take_prompts(batch.conditioning, batch.uncond)
-            conditioning = replace(conditioning, source_latents=batch.sources) if batch.sources else conditioning
+            conditioning = replace(conditioning, source_latents=sources) if sources else conditioning
         noise = draws.normal("noise", latents.shape[1:], noise_per_image).to(latents.device)
         return EncodedPairs(latents.float(), noise, conditioning.select([*range(len(batch))] * 2), uncond)
 

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 from latentreward.cache.check import check_cache, read_shards
 from latentreward.cache.encoding import ShardEncoding
 from latentreward.cache.layout import IMAGES, PAIRS, CacheDtype, CacheSpec, manifest_name, read_manifest, read_plan
-from latentreward.cache.plan import describe_data
+from latentreward.cache.plan import describe_data, fewest_sources
 from latentreward.cache.preparing import prepare_cache
 from latentreward.cache.sizing import ImageSettings
 from latentreward.cache.sources import Encoders, LatentSource
@@ -83,6 +83,8 @@ def cache(
         raise InputError(f"encoder: {kind} takes {encoder.holds}, but the reader holds {reader.holds}; set {remedy}")
     kept = f"finished shards are kept in {folder}: the same command goes on there"
     with interrupts_told(lambda: kept), SharedWork(trainer, "auto", folder / SHARDS) as work:
+        with errors_at("reader: "):  # before weights
+            encoder.check_sources(fewest_sources(reader))
         encoders = encoder.load()
         images.check(encoders.side_multiple)
         with errors_at("images."):
@@ -92,7 +94,7 @@ def cache(
         if not work.join({ENCODE: encoding.task}, {**spec.record(), "data": describe_data(reader)}, folder):
             return
         with locked(folder, "output"):
-            todo = prepare_cache(folder, reader, images, spec, num_workers, encoders.text)
+            todo = prepare_cache(folder, reader, images, spec, num_workers, encoders.text, encoder.check_sources)
             unused: list[int] = []
             total, begun = sum(shard.count for shard in todo), time.monotonic()
             with Progress("cache", total, "images and prompts", processes=work.size) as progress:
@@ -169,10 +171,10 @@ def report(folder: Path, unused: int) -> None:
         stored = zip(images["shard"].to_pylist(), images["row"].to_pylist(), strict=True)
         bad = {number for number, shard_and_row in enumerate(stored) if shard_and_row in lost}
         names = images["image_key"].take(sorted(bad)).to_pylist()
-        sides = pq.read_table(folder / PAIRS, columns=["image_a", "image_b"])
-        pairs = sum(
-            a in bad or b in bad for a, b in zip(*(side.to_pylist() for side in sides.itercolumns()), strict=True)
-        )
+        table = pq.read_table(folder / PAIRS)
+        sources = table["source_images"].to_pylist() if "source_images" in table.column_names else [()] * len(table)
+        rows = zip(table["image_a"].to_pylist(), table["image_b"].to_pylist(), sources, strict=True)
+        pairs = sum(not bad.isdisjoint((a, b, *edited)) for a, b, edited in rows)
         first = ", ".join(map(repr, names[:NAMED])) + (f" and {len(names) - NAMED} more" if len(names) > NAMED else "")
         print(f"images not read: {count_text(unreadable)} ({first}); {pairs} pairs have such an image")
     if unused:
