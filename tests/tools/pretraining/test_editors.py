@@ -1,0 +1,38 @@
+"""The pretraining of the tiny editors runs, and a kept editor is left alone."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from latentreward.backbones.loading import PipelineSource
+from latentreward.families.find import find_family
+from latentreward.tinyworld.captions import COLORS
+from tools.pretraining.editors import EDITORS, Recipe, draw_training_edits, main
+
+FAMILIES = {"kontext_tiny": "flux1_kontext", "ip2p_tiny": "instruct_pix2pix"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", EDITORS)
+def test_pretraining_makes_an_editor(name: str, tmp_path: Path) -> None:
+    main([name, "--output", str(tmp_path), "--scale", "0.001"])
+    recipe = tmp_path / name / "recipe.json"
+    assert set(json.loads(recipe.read_text())["figures"]) == {"followed", "kept", "utility"}
+    assert "followed" in (tmp_path / name / "README.md").read_text()
+    assert find_family(PipelineSource(str(tmp_path / name))).name == FAMILIES[name]
+    written = recipe.stat().st_mtime_ns
+    main([name, "--output", str(tmp_path)])
+    assert recipe.stat().st_mtime_ns == written
+
+
+def test_training_edits_are_of_their_sources() -> None:
+    recipe = Recipe(sources_pictures=3, edits=2)
+    sources, results, texts, owners = draw_training_edits(recipe, np.random.default_rng(0))
+    assert sources.shape == (3, 3, 32, 32)
+    assert len(results) == len(texts) == len(owners) <= 6
+    for result, text, owner in zip(results, texts, owners, strict=True):
+        assert any(word in text for word in (*COLORS, "background"))
+        assert not torch.equal(result, sources[owner])
