@@ -1,6 +1,7 @@
 """Tiny parts of Qwen-Image."""
 
 import re
+from collections.abc import Sequence
 from typing import Any
 
 from diffusers import (
@@ -19,10 +20,13 @@ from tests.families.made_wan21 import vae
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 
 
-def tokenizer(words: bool = True, **options: Any) -> Qwen2Tokenizer:
+def tokenizer(
+    words: bool = True, template: str = TEMPLATE, special: Sequence[str] = (), **options: Any
+) -> Qwen2Tokenizer:
     """Bytes, and with ``words`` a token for each word of the template, as Qwen's own tokenizer has."""
     vocab, merges = [*bytes_to_unicode().values()], []
-    for word in dict.fromkeys(re.findall(r" ?[A-Za-z]+", TEMPLATE)) if words else ():
+    found = sorted(re.findall(r"'s| ?[A-Za-z]+| \(|\),", template), key=lambda word: not word.startswith(" "))
+    for word in dict.fromkeys(found) if words else ():
         symbols = word.replace(" ", "Ġ")
         if symbols in ("im", "start", "end"):  # parts of the special tokens
             continue
@@ -30,8 +34,8 @@ def tokenizer(words: bool = True, **options: Any) -> Qwen2Tokenizer:
             if (pair := (symbols[:end], symbols[end])) not in merges:
                 merges.append(pair)
                 vocab.append("".join(pair))
-    numbers = {token: number for number, token in enumerate(dict.fromkeys([*vocab, *SPECIAL]))}
-    return Qwen2Tokenizer(vocab=numbers, merges=merges, extra_special_tokens=list(SPECIAL[1:]), **options)
+    numbers = {token: number for number, token in enumerate(dict.fromkeys([*vocab, *SPECIAL, *special]))}
+    return Qwen2Tokenizer(vocab=numbers, merges=merges, extra_special_tokens=[*SPECIAL[1:], *special], **options)
 
 
 def text_encoder(rows: int) -> Qwen2_5_VLForConditionalGeneration:

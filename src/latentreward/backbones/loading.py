@@ -276,6 +276,22 @@ class PipelineSource:
         check_tokenizer(tokenizer, rows, f"source={self.source!r}: {part}", remedy)
         return tokenizer
 
+    def image_processor(self, part: str, kind: type[Any]) -> Any:
+        """Create the image processor of class ``kind`` in transformers with the settings of ``part``.
+
+        Raises:
+            InputError: If the pipeline does not have ``part``, or its settings are not those of such a processor.
+        """
+        self._require(part)
+        name = f"{part}/preprocessor_config.json"
+        try:
+            return kind.from_dict(self._json(name))
+        except (TypeError, ValueError, KeyError, AttributeError) as error:
+            raise InputError(
+                f"source={self.source!r}: {name} does not fit {kind.__name__} ({first_line(error)}); download {part} "
+                "again"
+            ) from error
+
     def clip_prompts(self, pretrained: bool = True, mapped: bool = False) -> CLIPPromptEncoder:
         """Load the prompt encoder of SD1.5 or SD2.1; for the arguments see :meth:`load`."""
         from transformers import CLIPTextModel

@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from latentreward.contracts import Conditioning, EditPrompt, ImageRef, sources_of
-from latentreward.data.images import PixelLoader, decode_image, png, to_pixels
+from latentreward.data.images import PixelLoader, decode_image, png, read_header, to_pixels
 from latentreward.encoders.vae import LatentEncoder
 from latentreward.errors import InputError
 
@@ -30,6 +30,26 @@ class SourceSize(NamedTuple):
 
     resized: tuple[int, int]
     cropped: tuple[int, int] | None = None
+
+
+def resized_picture(image: ImageRef, size: Callable[[int, int], SourceSize]) -> Image.Image:
+    """Decode a picture, and resize and crop it as ``size``, a function of height and width, says.
+
+    Raises:
+        ImageError: If the picture cannot be read.
+    """
+    decoded = decode_image(image)
+    resized, cropped = size(decoded.height, decoded.width)
+    decoded = decoded.resize(resized[::-1], Image.Resampling.LANCZOS)
+    if cropped is not None:
+        top, left = (resized[0] - cropped[0]) // 2, (resized[1] - cropped[1]) // 2
+        decoded = decoded.crop((left, top, left + cropped[1], top + cropped[0]))
+    return decoded
+
+
+def picture_sides(image: ImageRef) -> tuple[int, int]:
+    """Return (height, width) of a picture in pixels from its header; raise ImageError if it cannot be read."""
+    return read_header(image)[:2]
 
 
 class SourceEncoder:
@@ -65,13 +85,7 @@ class SourceEncoder:
         """
         if self.loader is not None:
             return self.loader(image)
-        decoded = decode_image(image)
-        resized, cropped = self.size(decoded.height, decoded.width)
-        decoded = decoded.resize(resized[::-1], Image.Resampling.LANCZOS)
-        if cropped is not None:
-            top, left = (resized[0] - cropped[0]) // 2, (resized[1] - cropped[1]) // 2
-            decoded = decoded.crop((left, top, left + cropped[1], top + cropped[0]))
-        return to_pixels(decoded)
+        return to_pixels(resized_picture(image, self.size))
 
     @torch.inference_mode(False)  # what is kept may become part of a graph later
     @torch.no_grad()

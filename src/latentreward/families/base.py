@@ -148,7 +148,7 @@ class Family(Part):
     lora_targets: ClassVar[Sequence[str]] = ATTENTION
     idle: Sequence[str] = ()
     float32_parts: ClassVar[Sequence[str]] = ()
-    sources: ClassVar[tuple[int, int | None]] = (0, 0)
+    sources: tuple[int, int | None] = (0, 0)
     kohya_module: ClassVar[str] = "networks.lora"
 
     def __init__(self, pipeline: PipelineConfigs) -> None:

@@ -213,10 +213,16 @@ def padded_rows(rows: Sequence[Sequence[int]], padding: int) -> tuple[Tensor, Te
     return ids, mask
 
 
-def prefix_length(tokenizer: Any) -> int:
-    """Return the number of tokens that :data:`TEMPLATE` begins with, whatever the prompt."""
-    first, second = (tokenizer(TEMPLATE.format(prompt)).input_ids for prompt in ("a", "1"))
+def prefix_length(tokenizer: Any, template: str = TEMPLATE) -> int:
+    """Return the number of tokens that a template begins with, whatever the prompt."""
+    first, second = (tokenizer(template.format(prompt)).input_ids for prompt in ("a", "1"))
     return next(place for place, pair in enumerate(zip(first, second, strict=False)) if pair[0] != pair[1])
+
+
+def without_prefix(states: Tensor, mask: Tensor, length: int) -> Conditioning:
+    """Return encoded prompts without the first ``length`` tokens, zeros in place of padding."""
+    states, kept = states[:, length:], mask[:, length:] != 0
+    return Conditioning(states.masked_fill(~kept.unsqueeze(-1), 0.0), prompt_mask=kept)
 
 
 class QwenImagePromptEncoder(PromptEncoder):
@@ -251,8 +257,7 @@ class QwenImagePromptEncoder(PromptEncoder):
         """See :meth:`PromptEncoder.encode_ids`."""
         ids, mask = input_ids
         states = self.text_encoder(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
-        states, kept = states[:, self.dropped_tokens :], mask[:, self.dropped_tokens :] != 0
-        return Conditioning(states.masked_fill(~kept.unsqueeze(-1), 0.0), prompt_mask=kept)
+        return without_prefix(states, mask, self.dropped_tokens)
 
 
 @register_backbone

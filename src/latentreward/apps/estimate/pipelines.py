@@ -57,7 +57,8 @@ def write_pipelines(
         index |= PUBLISHED.get(name, {}).get("index", {})
         for part, config in parts.items():
             index[part] = ["library", "class"]  # loaders check only whether the part is listed
-            write_json(root / name / part / ("scheduler_config.json" if part == "scheduler" else "config.json"), config)
+            file = {"scheduler": "scheduler_config", "processor": "preprocessor_config"}.get(part, "config")
+            write_json(root / name / part / f"{file}.json", config)
             if part.startswith("text_encoder"):
                 kind = config["model_type"]
                 place = part.replace("text_encoder", "tokenizer")
@@ -103,7 +104,13 @@ def qwen_tokenizer() -> Qwen2Tokenizer:
     symbols = list(bytes_to_unicode().values())
     words = [*symbols, *(f"<filler {number}>" for number in range(151643 - len(symbols)))]
     tokenizer = Qwen2Tokenizer(vocab={word: number for number, word in enumerate(words)}, merges=[])
-    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    names = (
+        "im_start",
+        "im_end",
+        *(f"{kind}_{end}" for kind in ("object_ref", "box", "quad", "vision") for end in ENDS),
+    )
+    special = [f"<|{name}|>" for name in (*names, "vision_pad", "image_pad")]
+    tokenizer.add_special_tokens({"additional_special_tokens": special})
     tokenizer.chat_template = CHAT
     return tokenizer
 
@@ -115,6 +122,7 @@ def gemma_tokenizer() -> GemmaTokenizer:
     return GemmaTokenizer(vocab={word: number for number, word in enumerate(words)}, merges=[])
 
 
+ENDS = ("start", "end")
 CHAT = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n"

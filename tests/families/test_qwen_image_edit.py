@@ -1,0 +1,202 @@
+"""Qwen-Image-Edit: text states with pictures, whole sampling, refusals, against diffusers' pipelines."""
+
+import json
+import re
+from pathlib import Path
+from shutil import copytree
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit, pipeline_qwenimage_edit_plus
+from torch import Tensor
+
+from latentreward.backbones.tuning import LoRA
+from latentreward.contracts import Conditioning, EditPrompt, ImageRef, PromptBatch
+from latentreward.data.images import decode_image, png
+from latentreward.errors import InputError
+from latentreward.families import qwen_image_edit as edit
+from latentreward.policies import Policy, PolicySource
+from latentreward.rollout import Sampling, sample_latents
+from tests.families.made_qwen_image_edit import PAD, picture, qwen_image_edit, write
+from tests.families.test_parity import assert_near
+from tests.families.twin_qwen_image import packed, unpacked
+from tests.families.twins import GivenNoise, noise_for
+
+SIZES = ((72, 50), (40, 60), (64, 64))
+SHRINK = 256  # factor by which areas are smaller in tests that encode or sample
+HEIGHT, WIDTH, STEPS = 32, 48, 3
+PROMPTS = ("make it red", "put a large dog {there}, to the left of the house")
+FORMS = {"single": (False, 1), "plus": (True, 1), "several": (True, 3)}
+forms = pytest.mark.parametrize("form", FORMS)
+
+
+def edits(count: int, prompts: tuple[str, ...] = PROMPTS, same: bool = False) -> tuple[EditPrompt, ...]:
+    """Prompts with pictures of unlike sizes; ``same`` sizes for all prompts."""
+    found = []
+    for row, prompt in enumerate(prompts):
+        sizes = [SIZES[(place + row * (not same)) % 3] for place in range(count)]
+        refs = [
+            ImageRef(f"{row}-{place}", png(picture(*size, seed=10 * row + place))) for place, size in enumerate(sizes)
+        ]
+        found.append(EditPrompt(prompt, refs))
+    return tuple(found)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    root = tmp_path_factory.mktemp("edit")
+    made = {"single": qwen_image_edit(plus=False), "plus": qwen_image_edit(), "zero": qwen_image_edit(zero_cond_t=True)}
+    return {name: write(pipeline, root / name) for name, pipeline in made.items()}
+
+
+@pytest.fixture
+def _small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the pipelines and the family resize pictures to areas that a test can encode."""
+    module: ModuleType
+    for module in (pipeline_qwenimage_edit, pipeline_qwenimage_edit_plus):
+        plain = module.calculate_dimensions  # type: ignore[attr-defined]
+
+        def shrunk(area: float, ratio: float, plain: Any = plain) -> tuple[int, ...]:
+            return plain(area / SHRINK, ratio)[:2]
+
+        def shrunk_of_three(area: float, ratio: float, plain: Any = plain) -> tuple[Any, ...]:
+            return (*plain(area / SHRINK, ratio)[:2], None)
+
+        single = module is pipeline_qwenimage_edit
+        monkeypatch.setattr(module, "calculate_dimensions", shrunk_of_three if single else shrunk)
+    for name in ("AREA", "SEEN_AREA"):
+        monkeypatch.setattr(edit, name, getattr(edit, name) / SHRINK)
+
+
+def policy_of(folder: str) -> Policy:
+    return PolicySource(folder, lora=LoRA(2, 4.0)).load().eval()
+
+
+def decoded(prompt: EditPrompt) -> list[Any]:
+    return [decode_image(source) for source in prompt.sources]
+
+
+def states_of(pipeline: Any, prompt: EditPrompt, text: str, plus: bool) -> Tensor:
+    """Text states of the pipeline for one prompt, with pictures resized as its call does."""
+    module = pipeline_qwenimage_edit_plus if plus else pipeline_qwenimage_edit
+    area, images = (384 if plus else 1024) ** 2, []
+    for image in decoded(prompt):
+        width, height = module.calculate_dimensions(area, image.width / image.height)[:2]  # type: ignore[attr-defined]
+        images.append(pipeline.image_processor.resize(image, height, width))
+    with torch.no_grad():
+        return pipeline.encode_prompt([text], images if plus else images[0])[0]
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("_small")
+@forms
+def test_text_states_are_the_pipelines(form: str, folders: dict[str, str]) -> None:
+    plus, count = FORMS[form]
+    pipeline, encoder = qwen_image_edit(plus), policy_of(folders["plus" if plus else "single"]).text_encoder
+    assert encoder is not None and encoder.dropped_tokens == pipeline.prompt_template_encode_start_idx == 64
+    prompts = edits(count)
+    with torch.no_grad():
+        found = encoder(prompts)
+    for row, prompt in enumerate(prompts):
+        want = states_of(pipeline, prompt, prompt, plus)
+        assert found.prompt_mask[row].sum() == want.shape[1] == encoder.count_tokens([prompt])[0]
+        assert_near(found.prompt_embeds[[row], : want.shape[1]], want)
+        assert not found.prompt_embeds[row, want.shape[1] :].any()
+    plain = qwen_image_edit(plus, mended=False)
+    assert (states_of(plain, prompts[0], prompts[0], plus) - found.prompt_embeds[:1, : encoder.count_tokens(prompts)[0]]
+            ).abs().max() > 1e-3  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("_small")
+@pytest.mark.parametrize("form", [*FORMS, "zero"])
+@pytest.mark.parametrize("scale", [4.0, 1.0])
+def test_sampling_is_the_pipelines(form: str, scale: float, folders: dict[str, str]) -> None:
+    """Prompts of one batch, each with an empty prompt of its own, equal single runs of the pipeline."""
+    plus, count = FORMS.get(form, (True, 2))
+    network = {"zero_cond_t": True} if form == "zero" else {}
+    pipeline: Any = qwen_image_edit(plus, **network)
+    policy = policy_of(folders["zero" if form == "zero" else "plus" if plus else "single"])
+    prompts = edits(count, same=True)
+    noise = noise_for(policy.latent_shape(HEIGHT, WIDTH))
+    sampling = Sampling(STEPS, noise_level=0.0, height=HEIGHT, width=WIDTH)
+    found = sample_latents(policy, PromptBatch(prompts, ("a", "b")), sampling, scale, 0, draws=GivenNoise(noise))
+    own = policy.encode_prompts(prompts), policy.encode_uncond(prompts)
+    for row, prompt in enumerate(prompts):
+        images = decoded(prompt)
+        common = {"image": images if plus else images[0], "height": HEIGHT, "width": WIDTH, "true_cfg_scale": scale,
+                  "num_inference_steps": STEPS, "output_type": "latent",
+                  "latents": packed(noise[[row]], (HEIGHT, WIDTH))}  # fmt: skip
+        made = pipeline(prompt=str(prompt), negative_prompt=" ", **common).images
+        assert_near(found[[row]], unpacked(made, (HEIGHT, WIDTH)))
+        given = [one.select([row]).trimmed() for one in own]
+        made = pipeline(prompt_embeds=given[0].prompt_embeds, prompt_embeds_mask=given[0].prompt_mask,
+                        negative_prompt_embeds=given[1].prompt_embeds,
+                        negative_prompt_embeds_mask=given[1].prompt_mask, **common).images  # fmt: skip
+        assert_near(found[[row]], unpacked(made, (HEIGHT, WIDTH)))
+
+
+def test_numbers_of_tokens_at_full_size(folders: dict[str, str]) -> None:
+    sizes = {(384, 384): 196, (480, 320): 187}
+    encoder = PolicySource(folders["plus"]).resolve_family().load_prompt_encoder()
+    empty = encoder.count_tokens([""])[0]
+    assert empty == 5
+    label = len(encoder.tokenizer("Picture 1: ").input_ids) + 2
+    for size, number in sizes.items():
+        prompt = EditPrompt("", [ImageRef("x", png(picture(*size)))])
+        assert encoder.count_tokens([prompt])[0] - empty - label == number
+    single = PolicySource(folders["single"]).resolve_family().load_prompt_encoder()
+    prompt = EditPrompt("", [ImageRef("x", png(picture(32, 32)))])
+    assert single.count_tokens([prompt])[0] - empty - 2 == 1369
+    assert single.count_tokens([""]) == [empty + 3]
+
+
+def test_what_the_text_encoder_cannot_read_is_refused(folders: dict[str, str]) -> None:
+    encoder = PolicySource(folders["plus"]).resolve_family().load_prompt_encoder()
+    (prompt,) = edits(1, ("make it red",))
+    with pytest.raises(InputError, match="has 2×500 pixels, and a side must be at most 200"):
+        encoder.tokenize([EditPrompt("", [ImageRef("x", png(picture(2, 500)))])])
+    with pytest.raises(InputError, match=rf"the prompt 'draw {re.escape(PAD)}' has 1 pictures .* leave .* out of the"):
+        encoder.tokenize([EditPrompt(f"draw {PAD}", prompt.sources)])
+    with pytest.raises(InputError, match="give fewer pictures"):
+        encoder.count_tokens([EditPrompt("", prompt.sources * 9)])
+    single = PolicySource(folders["single"]).resolve_family()
+    assert single.model == "Qwen-Image-Edit" and single.sources == (1, 1)
+    with pytest.raises(InputError, match="edits 2 pictures, and Qwen-Image-Edit takes one"):
+        single.load_prompt_encoder().tokenize([EditPrompt("", prompt.sources * 2)])
+
+
+def test_long_texts_are_cut_and_pictures_are_not(folders: dict[str, str]) -> None:
+    encoder = PolicySource(folders["plus"]).resolve_family().load_prompt_encoder()
+    (prompt,) = edits(2, ("x " * 2000,))
+    ids, mask, _, grids = encoder.tokenize([prompt])
+    assert mask.sum() == encoder.num_tokens + 64 and encoder.count_tokens([prompt]) == [encoder.num_tokens]
+    assert (ids == encoder.picture_token).sum() == grids.prod(dim=-1).sum() // 4
+
+
+def test_releases_are_told_apart(folders: dict[str, str], tmp_path: Path) -> None:
+    zero, plus = (PolicySource(folders[name]).resolve_family() for name in ("zero", "plus"))
+    assert (zero.model, plus.model) == ("Qwen-Image-Edit-2511", "Qwen-Image-Edit-2509")
+    assert plus.sources == (1, None) and plus.assumption() is None
+    copytree(folders["plus"], tmp_path / "copy")
+    path = tmp_path / "copy" / "processor" / "preprocessor_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"patch_size": 16}))
+    with pytest.raises(InputError, match="processor: it makes patches of 16 pixels"):
+        PolicySource(str(tmp_path / "copy")).load()
+    path.unlink()
+    with pytest.raises(InputError, match=r"lacks processor/preprocessor_config\.json"):
+        PolicySource(str(tmp_path / "copy")).load()
+
+
+@pytest.mark.usefixtures("_small")
+def test_prompts_of_a_batch_equal_single_ones(folders: dict[str, str]) -> None:
+    encoder = PolicySource(folders["plus"]).load().text_encoder
+    assert encoder is not None
+    prompts = [*edits(1)[:1], "a cat", edits(2)[1]]
+    with torch.no_grad():
+        both: Conditioning = encoder(prompts)
+        for row, prompt in enumerate(prompts):
+            one = encoder([prompt])
+            assert_near(both.select([row]).trimmed().prompt_embeds, one.prompt_embeds)
