@@ -16,6 +16,7 @@ from latentreward.backbones.tuning import LoRA
 from latentreward.contracts import Conditioning, EditPrompt, ImageRef, PromptBatch
 from latentreward.data.images import decode_image, png
 from latentreward.errors import InputError
+from latentreward.export.lora import TrainedLoRA
 from latentreward.families import qwen_image_edit as edit
 from latentreward.policies import Policy, PolicySource
 from latentreward.rollout import Sampling, sample_latents
@@ -23,6 +24,7 @@ from tests.families.made_qwen_image_edit import PAD, picture, qwen_image_edit, w
 from tests.families.test_parity import assert_near
 from tests.families.twin_qwen_image import packed, unpacked
 from tests.families.twins import GivenNoise, noise_for
+from tests.policies.alignment import perturbed
 
 SIZES = ((72, 50), (40, 60), (64, 64))
 SHRINK = 256  # factor by which areas are smaller in tests that encode or sample
@@ -113,12 +115,14 @@ def test_text_states_are_the_pipelines(form: str, folders: dict[str, str]) -> No
 @pytest.mark.usefixtures("_small")
 @pytest.mark.parametrize("form", [*FORMS, "zero"])
 @pytest.mark.parametrize("scale", [4.0, 1.0])
-def test_sampling_is_the_pipelines(form: str, scale: float, folders: dict[str, str]) -> None:
-    """Prompts of one batch, each with an empty prompt of its own, equal single runs of the pipeline."""
+def test_sampling_is_the_pipelines(form: str, scale: float, folders: dict[str, str], tmp_path: Path) -> None:
+    """Prompts of one batch, each with an empty prompt of its own, equal single runs of the pipeline with the LoRA."""
     plus, count = FORMS.get(form, (True, 2))
     network = {"zero_cond_t": True} if form == "zero" else {}
     pipeline: Any = qwen_image_edit(plus, **network)
-    policy = policy_of(folders["zero" if form == "zero" else "plus" if plus else "single"])
+    policy = perturbed(policy_of(folders["zero" if form == "zero" else "plus" if plus else "single"]))
+    file = TrainedLoRA.of_policy(policy).write_diffusers(tmp_path)
+    pipeline.load_lora_weights(tmp_path, weight_name=file.name)
     prompts = edits(count, same=True)
     noise = noise_for(policy.latent_shape(HEIGHT, WIDTH))
     sampling = Sampling(STEPS, noise_level=0.0, height=HEIGHT, width=WIDTH)

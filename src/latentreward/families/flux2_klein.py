@@ -160,7 +160,7 @@ class Flux2Klein(FlowFamily):
             )
         scale = min(1.0, math.sqrt(1024 * 1024 / (width * height)))
         rows, columns = int(height * scale), int(width * scale)
-        return SourceSize((rows, columns), (rows // 16 * 16, columns // 16 * 16))
+        return SourceSize((rows, columns), (rows - rows % self.side_multiple, columns - columns % self.side_multiple))
 
     # Text
 
