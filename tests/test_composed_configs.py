@@ -7,6 +7,7 @@ import pytest
 from safetensors.torch import load_file
 
 from latentreward.cli import main
+from tests.families.test_every_edit_command import write_edits
 from tests.families.twins import TWINS
 from tests.marks import release_after
 from tests.settings.test_refusals import refusal
@@ -17,12 +18,23 @@ CONFIGS = Path(__file__).parents[1] / "configs"
 POLICIES = {"chroma": "chroma", "ernie_image": "ernie_image", "flux1": "flux1_dev", "flux2_klein": "klein_base",
             "krea2": "krea2", "lumina2": "lumina2", "qwen_image": "qwen_image", "sd15": "sd15", "sd21": "sd21",
             "sdxl": "sdxl", "sd3_medium": "sd3", "sd35_large": "sd35_large", "sd35_medium": "sd35", "wan21": "wan21",
-            "z_image": "z_image"}  # fmt: skip
+            "z_image": "z_image", "ip2p_sd15": "ip2p_sd15"}  # fmt: skip
 """Policy → its twin."""
 METHODS = sorted(path.stem for path in (CONFIGS / "method").glob("*.yaml"))
 FLOWS = ("awm", "crd", "dgpo", "nft")
 """Methods for flows alone."""
-UNETS = ("sd15", "sd21", "sdxl")
+UNETS = ("sd15", "sd21", "sdxl", "ip2p_sd15")
+EDITORS = ("ip2p_sd15",)
+"""Policies that need pictures to edit."""
+EDITS = """
+class_path: latentreward.data.PreferenceDataModule
+init_args:
+  train: {{class_path: latentreward.data.JSONLPairReader, init_args: {{file: {root}/pairs.jsonl}}}}
+  size: 16
+  batch_size: 2
+  num_workers: 0
+  shared_prompts: keep
+"""
 PAIRS = """
 class_path: latentreward.tinyworld.TinyWorldDataModule
 init_args: {{root: {root}, layout: pickapic, train_pairs: 8, val_pairs: 4, batch_size: 2, num_workers: 0}}
@@ -87,6 +99,9 @@ def arguments(policy: str, method: str, name: str | None = None) -> list[str]:
     if "t5_length" in (CONFIGS / "policy" / f"{policy}.yaml").read_text():
         options.append("model.policy.t5_length=5")
     pairs = PAIRS.format(root=Path("pairs").resolve())
+    if policy in EDITORS:
+        write_edits(Path("edits"))
+        pairs = EDITS.format(root=Path("edits").resolve())
     if method.endswith("dpo"):
         options += [f"data={pairs}", "trainer.limit_val_batches=0"]
     else:
@@ -98,6 +113,7 @@ def arguments(policy: str, method: str, name: str | None = None) -> list[str]:
         ]
         data = "data.prompts" if method == "prfl" else "data"
         options += [f"{data}.batch_size=2", f"{data}.batches_per_epoch=4"]
+        options += [f"{data}.prompts=edits/prompts.jsonl"] if policy in EDITORS else []
         options += [f"data.images={pairs}"] if method == "prfl" else []
         options += [] if method in ("prfl", "refl", "refl_state") else ["data.prompts_per_rollout=2"]
     return ["fit", "--config=run.yaml", *(f"--{option}" for option in options)]

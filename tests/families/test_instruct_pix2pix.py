@@ -5,6 +5,7 @@ import shutil
 from functools import cache
 from io import BytesIO
 from pathlib import Path
+from tempfile import mkdtemp
 from typing import Any
 
 import numpy as np
@@ -13,11 +14,13 @@ import torch
 from diffusers import DDIMScheduler, DiffusionPipeline
 from PIL import Image
 
+from latentreward.apps.estimate.pipelines import PIPELINES, write_pipelines
 from latentreward.backbones import create_backbone
 from latentreward.backbones.tuning import LoRA
 from latentreward.contracts import EditPrompt, ImageRef, PromptBatch
 from latentreward.data.images import to_pixels
 from latentreward.errors import InputError
+from latentreward.export.kohya import write_kohya
 from latentreward.export.lora import TrainedLoRA
 from latentreward.families.instruct_pix2pix import widened
 from latentreward.policies import Policy, PolicySource
@@ -110,9 +113,11 @@ def test_features_equal_hooks_on_the_untouched_network(name: str) -> None:
 
 
 @both
-def test_the_exported_file_loads_in_diffusers(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", slow_after(1, ["diffusers", "kohya"]))
+def test_the_exported_file_loads_in_diffusers(name: str, kind: str, tmp_path: Path) -> None:
     policy = perturbed(PolicySource(pipeline_folder(name), lora=LoRA(2, 5.0)).load()).eval()
-    file = TrainedLoRA.of_policy(policy).write_diffusers(tmp_path)
+    lora = TrainedLoRA.of_policy(policy)
+    file = write_kohya(lora, tmp_path) if kind == "kohya" else lora.write_diffusers(tmp_path)
     pipeline, latents = diffusers_pipeline(name), noise_for(policy.latent_shape(*SIZE))
     pipeline.load_lora_weights(tmp_path, weight_name=file.name)
     given = latents, torch.tensor([300.0, 800.0]), policy.encode_prompts(EDITS)
@@ -145,6 +150,16 @@ def test_a_widened_network_at_first_predicts_as_before() -> None:
     found = wide(torch.cat([latents, noise_for((4, 8, 8), seed=1)], dim=1), 300, text).sample
     torch.testing.assert_close(found, unet(latents, 300, text).sample)
     assert wide.config.in_channels == 8 and wide.config.out_channels == 4
+
+
+@pytest.mark.slow
+def test_the_published_network_has_four_more_channels() -> None:
+    folders = write_pipelines(Path(mkdtemp()), {name: PIPELINES[name] for name in ("sd15", "ip2p_sd15")}, [])
+    with torch.device("meta"):
+        plain, edits = (PolicySource(folders[name]).resolve_family() for name in ("sd15", "ip2p_sd15"))
+        sizes = [sum(one.numel() for one in family.load_network().parameters()) for family in (plain, edits)]
+    assert sizes[1] - sizes[0] == 11_520 and edits.model == "InstructPix2Pix-SD1.5"
+    assert edits.latent_space == plain.latent_space
 
 
 def test_cosxl_is_refused(tmp_path: Path) -> None:

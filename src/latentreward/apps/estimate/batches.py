@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from operator import attrgetter
 from pathlib import Path
 from pydoc import locate
@@ -16,14 +17,24 @@ from lightning.pytorch import LightningModule
 from latentreward.apps.estimate.shapes import ShapesOnly, is_stand_in
 from latentreward.cache.datamodule import CachedPreferenceDataModule
 from latentreward.cache.layout import PLAN, CacheSpec, read_plan
-from latentreward.contracts import Conditioning, LatentSpace, PreferenceBatch, PromptBatch, map_tensors, take_rows
+from latentreward.contracts import (
+    Conditioning,
+    EditPrompt,
+    LatentSpace,
+    PreferenceBatch,
+    PromptBatch,
+    map_tensors,
+    take_rows,
+)
 from latentreward.data import PromptsAndImages
 from latentreward.data.clips import FPS, check_clips, check_frames
 from latentreward.devices import evaluating
+from latentreward.encoders.sources import edit_of_grey
 from latentreward.errors import InputError, check_multiples
 from latentreward.modules import DiffusionDPOModule, ReFLModule, StepAwarePixelModule
 from latentreward.modules.alignment import AlignmentModule
 from latentreward.modules.reward import RewardModule
+from latentreward.policies import Policy
 
 NETWORKS = {DiffusionDPOModule: "policy", StepAwarePixelModule: "generator", RewardModule: "model.backbone"}
 """Module that learns from pairs → its attribute with the network whose size and space the pairs have."""
@@ -37,8 +48,10 @@ def make_batch(module: LightningModule, data: Namespace, shapes: ShapesOnly) -> 
     prompts, images = data, None
     if issubclass(locate(data.class_path), PromptsAndImages):
         prompts, images = data.init_args.prompts, data.init_args.images
+    if isinstance(module, AlignmentModule) and (sampling := getattr(module, "sampling", None)) is not None:
+        module.policy.edit_at(sampling.height, sampling.width)
     if isinstance(module, AlignmentModule) and module.experience:
-        told = prompt_batch(data.init_args.prompts_per_rollout)
+        told = prompt_batch(module.policy, data.init_args.prompts_per_rollout)
         with evaluating(module), torch.no_grad(), module.compute_precision():
             # Not `roll_out`, which refuses a key of several rows: stand-ins select the same step each time.
             rows: Any = module.make_experience(told)
@@ -48,7 +61,7 @@ def make_batch(module: LightningModule, data: Namespace, shapes: ShapesOnly) -> 
         return map_tensors(chosen, lambda t: shapes.stand_in(t.shape, t.dtype) if is_stand_in(t) else t)
     if isinstance(module, ReFLModule):
         module.stop_range = (module.stop_range[0],) * 2  # the latest stop, which takes the most steps
-        batch = prompt_batch(batch_size(prompts))
+        batch = prompt_batch(module.policy, batch_size(prompts))
         return batch if images is None else {"prompts": batch, "images": pair_batch(module.policy, images, shapes)}
     for kind, network in NETWORKS.items():
         if isinstance(module, kind):
@@ -90,7 +103,7 @@ def pair_batch(network: Any, data: Namespace, shapes: ShapesOnly) -> PreferenceB
         )
     return PreferenceBatch(
         pair_ids=names,
-        prompts=tuple(f"prompt {name}" for name in names),
+        prompts=prompts_for(network, count),
         chosen=shapes.stand_in((count, *shape)),
         rejected=shapes.stand_in((count, *shape)),
         chosen_keys=tuple(f"{name} chosen" for name in names),
@@ -100,12 +113,26 @@ def pair_batch(network: Any, data: Namespace, shapes: ShapesOnly) -> PreferenceB
         latent_space=space if latents else None,
         conditioning=conditioning,
         uncond=uncond,
+        sources=tuple(shapes.stand_in((count, *shape)) for _ in range(least_sources(network))),
     )
 
 
-def prompt_batch(count: int) -> PromptBatch:
+def prompt_batch(policy: Policy, count: int) -> PromptBatch:
     """Make a batch of ``count`` different prompts."""
-    return PromptBatch(tuple(f"prompt {n}" for n in range(count)), tuple(f"0/{n}" for n in range(count)))
+    return PromptBatch(prompts_for(policy, count), tuple(f"0/{n}" for n in range(count)))
+
+
+def prompts_for(network: Any, count: int) -> tuple[str, ...]:
+    """Make ``count`` different prompts, each of as many pictures of its own as the network needs."""
+    (grey,), texts = edit_of_grey().sources, [f"prompt {number}" for number in range(count)]
+    places = range(least_sources(network))
+    return tuple(EditPrompt(text, [replace(grey, image_key=f"{text}, {place}") for place in places]) for text in texts)
+
+
+def least_sources(network: Any) -> int:
+    """Return the least number of pictures that a policy or a backbone edits."""
+    least: int = getattr(network, "family", network).sources[0]
+    return least
 
 
 def batch_size(data: Namespace) -> int:
