@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Iterable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from latentreward.backbones import DiffusionBackbone, create_backbone, sd_tiny
+from latentreward.backbones import create_backbone
 from latentreward.cache.datamodule import check_sources
 from latentreward.cache.dataset import CachedPairDataset
 from latentreward.cache.index import CachedPairs, CacheIndex
@@ -22,9 +23,11 @@ from latentreward.cli import main
 from latentreward.contracts import EditPrompt, ImageRef, PreferencePair, sources_of
 from latentreward.data import JSONLPairReader, PairReader, PixelLoader, PreferenceDataModule
 from latentreward.data.readers.base import OnError
+from latentreward.encoders.prompts import PromptEncoder
 from latentreward.encoders.vae import LatentEncoder
 from latentreward.errors import InputError
 from latentreward.families import find_family
+from latentreward.families.flux2_klein import Flux2Klein
 from latentreward.heads import GatedQFormerHead
 from latentreward.losses import ThurstoneLoss
 from latentreward.modules import DiffusionDPOModule, DiNaLRMModule
@@ -130,6 +133,11 @@ def vae() -> LatentEncoder:
     return find_family(KLEIN.source().pipeline()).load_latent_encoder()
 
 
+def named(prompts: Iterable[str]) -> list[tuple[str, ...]]:
+    """Texts, and keys of the pictures, whose paths a cache does not hold."""
+    return [(str(prompt), *(source.image_key for source in sources_of(prompt))) for prompt in prompts]
+
+
 def table(folder: Path, name: str) -> list[dict[str, Any]]:
     return pq.read_table(folder / name).to_pylist()
 
@@ -174,9 +182,10 @@ def test_a_text_is_encoded_once_whatever_its_pictures(written: Path) -> None:
 def test_batches_hold_sources_place_by_place(written: Path, vae: LatentEncoder, pictures: Path) -> None:
     reader, index = Edits(str(pictures), 2), CacheIndex(written / "sample")
     pairs = CachedPairs(index)
-    assert pairs.prompts() == reader.prompts() == [pairs[number].prompt for number in range(len(pairs))]
+    assert pairs.prompts() == [pairs[number].prompt for number in range(len(pairs))]
+    assert named(pairs.prompts()) == named(reader.prompts())
     batch = CachedPairDataset(index, pairs.rows).__getitems__([4, 0, 3])
-    assert batch.prompts == tuple(reader[row].prompt for row in (4, 0, 3))
+    assert named(batch.prompts) == named(reader[row].prompt for row in (4, 0, 3))
     assert [len(sources_of(prompt)) for prompt in batch.prompts] == [2, 2, 2]
     assert [one.shape for one in batch.sources] == [batch.chosen.shape] * 2
     for place, latents in enumerate(batch.sources):
@@ -199,7 +208,7 @@ def test_json_lines_become_a_cache_of_edits(pictures: Path, tmp_path: Path) -> N
     main([*settings, *reader, "--encoder.text=states"])
     data = cached(tmp_path / "cache", batch_size=3, shuffle=False)
     [batch] = data.train_dataloader()
-    assert batch.prompts == tuple(JSONLPairReader(str(file), str(pictures)).prompts())
+    assert named(batch.prompts) == named(JSONLPairReader(str(file), str(pictures)).prompts())
     assert len(batch.sources) == 1 and not torch.equal(batch.sources[0], batch.chosen)
     learner = policy()
     assert len(fit(learner, data, max_epochs=1).values) == 1
@@ -311,10 +320,11 @@ def test_pairs_with_another_number_of_sources_follow_on_error(
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert "reader: pair 1: FLUX.1-Kontext takes 0 to 1 sources for a picture, and 2 were given" in error
     main(arguments(tmp_path / "skipped", pictures, *settings, "--reader.on_error=skip"))
-    assert read_plan(tmp_path / "skipped").dropped == {"other number of sources": 4}
+    assert read_plan(tmp_path / "skipped").dropped == {"wrong number of pictures to edit": 4}
     assert {len(row["source_images"]) for row in table(tmp_path / "skipped", PAIRS)} == {1}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pictures_of_pair", [1, 2])
 def test_a_network_that_edits_nothing_is_refused_before_its_weights_are_read(
     pictures_of_pair: int, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -326,12 +336,6 @@ def test_a_network_that_edits_nothing_is_refused_before_its_weights_are_read(
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert f"reader: FLUX.1 makes pictures from text alone, and {pictures_of_pair} sources were given" in error
     assert not (tmp_path / "cache").exists() or not list((tmp_path / "cache").rglob("*.parquet"))
-
-
-@pytest.fixture(scope="module")
-def network() -> DiffusionBackbone:
-    """A network whose number of sources tests change."""
-    return sd_tiny()
 
 
 @pytest.mark.parametrize(
@@ -346,13 +350,57 @@ def network() -> DiffusionBackbone:
     ],
 )
 def test_a_network_must_take_the_cache_s_numbers_of_sources(
-    counts: tuple[int, ...], takes: tuple[int, int | None], message: str | None, network: Any, tmp_path: Path
+    counts: tuple[int, ...], takes: tuple[int, int | None], message: str | None, tmp_path: Path
 ) -> None:
     pairs = [{"image_a": 0, "image_b": 1, "source_images": [2] * count} for count in counts]
     index = CacheIndex(write_cache(tmp_path / "cache", pairs, [(16, 16)] * 3))
-    network.sources = takes
     with nullcontext() if message is None else pytest.raises(InputError, match=message):
-        check_sources(index, network)
+        check_sources(index, takes)
+
+
+class Seeing(Flux2Klein):
+    """A family whose text encoder sees the pictures too."""
+
+    def load_prompt_encoder(self, *args: Any, **options: Any) -> PromptEncoder:
+        encoder = super().load_prompt_encoder(*args, **options)
+        encoder.sees_sources = True
+        return encoder
+
+
+@pytest.mark.slow
+def test_embeddings_that_depend_on_the_pictures_are_refused(
+    pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main(arguments(tmp_path / "cache", pictures, f"--encoder.family={__name__}.Seeing", "--encoder.text=states"))
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.endswith("encoder.text: FLUX.2-klein reads the sources with each prompt; set none")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", ["policy", "backbone"])
+def test_training_refuses_a_cache_of_edits_before_weights_are_read(
+    part: str, written: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flux = shutil.copytree(TWINS["flux1_dev"].folder, tmp_path / "flux", ignore=shutil.ignore_patterns("*.safetensors"))
+    network = {"source": str(flux)}
+    model = {
+        "policy": {"class_path": "DiffusionDPOModule", "init_args": {"policy": network}},
+        "backbone": {
+            "class_path": "DiNaLRMModule",
+            "init_args": {
+                "backbone": {"class_path": "flux1", "init_args": network},
+                "head": {"class_path": "GatedQFormerHead"},
+                "loss": {"class_path": "ThurstoneLoss"},
+            },
+        },
+    }[part]
+    data = {"class_path": "CachedPreferenceDataModule", "init_args": {"train": {"cache": str(written / "sample")}}}
+    (tmp_path / "run.yaml").write_text(json.dumps({"model": model, "data": data}))
+    with pytest.raises(SystemExit):
+        main(["fit", f"--config={tmp_path / 'run.yaml'}", f"--trainer.default_root_dir={tmp_path}"])
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "have 2 sources, but the model's network makes pictures from text alone; write" in error
 
 
 def test_a_pair_misses_what_its_sources_miss(tmp_path: Path) -> None:

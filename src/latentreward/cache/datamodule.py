@@ -102,14 +102,9 @@ def check_backbone(spec: CacheSpec, backbone: "DiffusionBackbone | Policy", with
             )
 
 
-def check_sources(index: CacheIndex, network: "DiffusionBackbone | Policy") -> None:
-    """Check that a network edits as many pictures as the images of a cache are edits of.
-
-    Raises:
-        InputError: If a pair has fewer or more sources, or if the text encoder reads them, which a cache does not hold.
-    """
-    editor: Any = getattr(network, "family", network)
-    least, most = editor.sources
+def check_sources(index: CacheIndex, taken: tuple[int, int | None]) -> None:
+    """Raise InputError if pairs of a cache have fewer or more sources than the network takes: least and largest."""
+    least, most = taken
     counts = np.diff(index.source_ends)
     few, many = int(counts.min()), int(counts.max())
     if few < least or (most is not None and many > most):
@@ -119,11 +114,6 @@ def check_sources(index: CacheIndex, network: "DiffusionBackbone | Policy") -> N
         raise InputError(
             f"the pairs in the cache {index.folder} have {held} sources, but the model's network {takes}; write a "
             "cache of other pairs, or give another network"
-        )
-    if many and network.text_encoder is not None and network.text_encoder.sees_sources:
-        raise InputError(
-            f"the cache {index.folder} holds sources as latents alone, but the model's text encoder reads them too; "
-            "train from the images"
         )
 
 
@@ -243,8 +233,18 @@ class CachedPreferenceDataModule(PairLoaders):
         reader = getattr(getattr(module, "model", None), "backbone", None) or getattr(module, "policy", None)
         if reader is not None:
             check_backbone(self.spec, reader, self.cached_text)
-            for dataset in self.datasets.values():
-                check_sources(dataset.index, reader)
+            editor: Any = getattr(reader, "family", reader)
+            self.check_sources(editor.sources)
+            if reader.text_encoder is not None and reader.text_encoder.sees_sources:
+                raise InputError(
+                    "the cache holds pictures to edit as latents alone, but the model's text encoder reads them too; "
+                    "train from the images"
+                )
+
+    def check_sources(self, taken: tuple[int, int | None]) -> None:
+        """Raise InputError if a cache's pairs are edits of fewer or more pictures than the network takes."""
+        for dataset in self.datasets.values():
+            check_sources(dataset.index, taken)
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Return the training loader; in each step, all ranks get the same number of pairs of one size."""

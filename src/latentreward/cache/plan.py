@@ -27,7 +27,7 @@ from latentreward.cache.shards import KEPT
 from latentreward.cache.sizing import ImageSettings
 from latentreward.contracts import EditPrompt, ImageRef, LatentSpace, PreferencePair, sources_of
 from latentreward.data.buckets import Bucket
-from latentreward.data.images import DAMAGED, ImageError, decode_latents, read_header
+from latentreward.data.images import COUNT, DAMAGED, ImageError, decode_latents, read_header
 from latentreward.data.loading import WorkerLoader
 from latentreward.data.readers import PairReader
 from latentreward.errors import InputError, quoted
@@ -36,8 +36,6 @@ from latentreward.storage.durable import replacing, write_file
 from latentreward.storage.progress import Progress
 from latentreward.storage.run_folder import first_difference
 
-OTHER_SOURCES = "other number of sources"
-"""Reason why a pair is left out."""
 SIDES = 256
 """More images than a pair has: a, b and sources."""
 REMEDY = "replace the file, or set the reader's on_error to skip"
@@ -240,7 +238,7 @@ class Planner:
         except InputError as error:
             if self.reader.on_error == "raise":
                 raise InputError(f"reader: {quoted(pair.pair_id)}: {error}, or set its on_error to skip") from error
-            return OTHER_SOURCES
+            return COUNT
         return None
 
     def finish(self) -> None:

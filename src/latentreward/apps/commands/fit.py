@@ -56,6 +56,7 @@ from latentreward.storage.shared_weights import sharing_between
 
 if TYPE_CHECKING:
     from latentreward.apps.estimate.settings import Estimate
+    from latentreward.families import Family
 
 CONFIG, SAVED = "config.yaml", "config*.yaml"
 LEFT_OUT = ("#", "ckpt_path:")
@@ -78,7 +79,8 @@ class Parser(functions.SettingsParser, LightningArgumentParser):
             namespace = namespace.clone()
             namespace[command]["data"] = open_readers(command, namespace[command]["data"])
             # Checked here, before the model is loaded.
-            options["instantiators"] = [(partial(with_rows, USED[command]), PairLoaders, True)]
+            check = partial(with_rows, USED[command], namespace[command].get("model"))
+            options["instantiators"] = [(check, PairLoaders, True)]
         return super().instantiate(namespace, *args, **options)
 
     @override
@@ -577,11 +579,39 @@ def open_readers(command: str, data: Namespace) -> Namespace:
     return data
 
 
-def with_rows(names: Sequence[str], kind: type[PairLoaders], *args: Any, **options: Any) -> PairLoaders:
-    """Construct a data module, and raise InputError if one of the named splits has no rows left."""
+def with_rows(
+    names: Sequence[str], model: Namespace | None, kind: type[PairLoaders], *args: Any, **options: Any
+) -> PairLoaders:
+    """Construct a data module, and check it before the model is loaded.
+
+    Raises:
+        InputError: If one of the named splits has no rows left, or cached pairs are edits of another number of pictures
+            than the network takes that the settings of the ``model`` name.
+    """
+    from latentreward.cache import CachedPreferenceDataModule  # takes time to import
+
     data = kind(*args, **options)
     data.require_rows(names)
+    if isinstance(data, CachedPreferenceDataModule) and (family := named_family(model)) is not None:
+        data.check_sources(family.sources)
     return data
+
+
+def named_family(model: Namespace | None) -> "Family | None":
+    """Return the family of the pipeline that the settings of a module name; None if they name none that is known."""
+    from latentreward.backbones.loading import PipelineSource
+    from latentreward.families import find_family
+
+    given = (model or Namespace()).get("init_args") or Namespace()
+    part = given.get("policy") or given.get("backbone") or Namespace()
+    if not str(part.get("class_path", "latentreward.families.")).startswith("latentreward.families."):
+        return None  # a backbone of the user's own may take sources otherwise
+    values = part.get("init_args") or part
+    with suppress(InputError):  # which is raised when the network is loaded
+        if values.get("source"):
+            source = PipelineSource(values.source, values.get("revision"), values.get("variant"))
+            return find_family(source, values.get("family"))
+    return None
 
 
 def with_on_error(reader: Namespace, on_error: str) -> None:
