@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 from PIL import Image
 
-from latentreward.contracts import ImageRef, PreferencePair
+from latentreward.contracts import ImageRef, PreferencePair, sources_of
 from latentreward.data.ahead import map_ahead
 from latentreward.data.images import CLIP, MAX_PIXELS, ImageError, decode_image
 from latentreward.data.readers import PairReader, count_text
@@ -71,7 +71,7 @@ class PairScoring:
 
         A table of scores can be resumed only with an equal description.
         """
-        texts = (f"{text}\0" for text in chain(self.reader.pair_ids(), self._prompts))
+        texts = (f"{text}\0" for text in chain(self.reader.pair_ids(), map(_named, self._prompts)))
         rows = digest(chain([self.reader.labels().tobytes()], texts))
         return {
             "reader": f"{type(self.reader).__name__} with {len(self.reader)} rows, {rows}",
@@ -207,6 +207,8 @@ class PairScoring:
             problems: dict[Side, str] = {}
             for side_index, image in entry[1]:
                 try:
+                    for source in sources_of(entry[0][1]):  # before a scorer that reads it would fail for the batch
+                        decode_image(source, self.max_pixels)
                     return entry[0], (decode_image(image, self.max_pixels, self.reader.exif), problems)
                 except ImageError as error:
                     problems[side_index] = error.problem
@@ -256,8 +258,13 @@ def _sides(pairs: Sequence[PreferencePair]) -> Iterator[tuple[Side, ImageRef, st
             yield (number, side), image, pair.prompt
 
 
+def _named(prompt: str) -> str:
+    """Return a prompt's text with the names of the pictures that it edits."""
+    return "\0".join([prompt, *(source.image_key for source in sources_of(prompt))])
+
+
 def _memory_key(scorer: ImageScorer, item: Item) -> bytes:
     """Return the key under which a scorer's score of an image and prompt is kept in memory."""
     image_key, prompt = item
-    text = f"{image_key}\0{prompt}" if scorer.uses_prompt else image_key
+    text = f"{image_key}\0{_named(prompt)}" if scorer.uses_prompt else image_key
     return bytes.fromhex(digest([text]))  # bytes take half the memory of hexadecimal digits

@@ -22,6 +22,7 @@ EXPECTED = {
     "imagereward/macro": BY_PROMPT,
     "hpdv2/macro": {"perfect": 1, "constant": (2.5 / 4 + 1 / 2) / 2, "first": 3 / 8, "second": (2 / 4 + 1) / 2},
     "pickapic/pickscore": {"perfect": 1, "constant": 3 / 5, "first": 3 / 5, "second": 3 / 5},
+    "editreward_bench/groups": {"perfect": 1, "constant": 0, "first": 0, "second": 1 / 2},
     "pickapic/lrm": SOFT,
     "pairs/soft": SOFT,
 }
@@ -73,7 +74,7 @@ def test_what_does_not_count_is_counted_by_reason(key) -> None:
     result = judge(key, pairs, pairs).result()
     assert (result["excluded"].pop("missing file"), result["excluded"].pop("no score")) == (1, 1)
     rest = {"no label": 1, "tie": 1}
-    if key in ("hpdv2/macro", "pickapic/lrm", "pairs/soft"):
+    if key in ("hpdv2/macro", "pickapic/lrm", "pairs/soft", "editreward_bench/groups"):
         rest = {"no label": 1}
     elif key == "pickapic/pickscore":
         rest = {}
@@ -208,3 +209,18 @@ def test_interval_of_a_protocol_resamples_prompts() -> None:
     assert estimates[0].value == estimates[1].value
     half = 1.96 * np.sqrt(estimates[0].value * (1 - estimates[0].value) / 480)
     assert estimates[0].high - estimates[0].value == pytest.approx(half, rel=0.15)
+
+
+def test_groups_of_edits_are_right_as_a_whole() -> None:
+    """K = 2 with a threshold that is tuned on them, K = 3 by order without labelled ties."""
+    groups = ["two", "tied", "other", *["three"] * 3, *["more"] * 3]
+    labels = [1, 0.5, 0, 1, 1, 0.5, 1, 1, 1]
+    gaps = [3, 0.4, -2, 2, 1, 9, 2, 1, -1]
+    judged = judge("editreward_bench/groups", scored(gaps, labels=labels, groups=groups))
+    assert judged.details["accuracy"] == {"K = 2": 1.0, "K = 3": 0.5} and judged.details["groups"] == {
+        "K = 2": 3,
+        "K = 3": 2,
+    }
+    assert 0.4 <= judged.details["threshold"] < 2 and judged.value == 4 / 5 and judged.excluded == {"tie": 1}
+    always = judge("editreward_bench/groups", scored(0, labels=labels, groups=groups))
+    assert always.value == 1 / 5  # ties alone are right

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from jsonargparse import ArgumentParser
 
@@ -41,7 +42,41 @@ def test_folders_are_known(folder) -> None:
 
 def test_every_protocol_has_a_data_set() -> None:
     keys = {key for folder in FOLDERS for key in recognise_benchmark(str(COMMITTED / folder)).protocols}
-    assert keys | {"pairs/strict", "pairs/soft"} == set(PROTOCOLS)
+    assert keys | {*sets.EditRewardBenchmark.keys, "pairs/strict", "pairs/soft"} == set(PROTOCOLS)
+
+
+@pytest.fixture
+def ranked_edits(tmp_path: Path) -> Path:
+    """Two groups of two results, one a tie, and a group of three, of one instruction for unlike pictures."""
+    rows = []
+    for number, (made, ranking) in enumerate([("ab", "A>B"), ("cd", "A=B"), ("efg", "A>B=C")]):
+        for place, name in enumerate(f"{number}{made}"):
+            (tmp_path / f"{name}.jpg").write_bytes(encode(seed=40 * number + 10 * place))
+        paths = [f"{name}.jpg" for name in made]
+        row = {"prompt": "make it red", "path_src": f"{number}.jpg", "paths_generated": paths}
+        rows.append({**row, "human_vote": {"ranking": ranking}})
+    (tmp_path / "test.json").write_text(json.dumps(rows))
+    return tmp_path
+
+
+def test_ranked_edits_are_judged_by_groups(ranked_edits: Path) -> None:
+    benchmark = recognise_benchmark(str(ranked_edits))
+    assert type(benchmark) is sets.EditRewardBenchmark and benchmark.keys == benchmark.protocols
+    pairs = benchmark.pairs("test")
+    assert [pairs.groups.count(group) for group in dict.fromkeys(pairs.groups)] == [1, 1, 3]
+    seen: list[tuple[str, str]] = []
+
+    def by_source(prompts, images):
+        seen.extend((prompt, prompt.sources[0].image_key) for prompt in prompts)
+        return torch.zeros(len(images))
+
+    scoring = PairScoring(benchmark.readers()["test"], [CallableScorer(by_source, "own")])
+    ((_, table),) = scoring.tables([range(5)])
+    assert table.column("own_a").to_pylist() == [0.0] * 5
+    assert {source for _, source in seen} == {"0.jpg", "1.jpg", "2.jpg"}
+    (ranked_edits / "1.jpg").write_bytes(b"")
+    ((_, table),) = PairScoring(benchmark.readers()["test"], [CallableScorer(by_source, "own")]).tables([range(5)])
+    assert [problem is None for problem in table.column("problem_a").to_pylist()] == [True, False, True, True, True]
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
 from .base import Benchmark
 from .sets import (
+    EditRewardBenchmark,
     GenAIBenchCMUBenchmark,
     GenAIBenchTigerBenchmark,
     HPDv2Benchmark,
@@ -12,6 +13,7 @@ from .sets import (
 
 __all__ = [
     "Benchmark",
+    "EditRewardBenchmark",
     "GenAIBenchCMUBenchmark",
     "GenAIBenchTigerBenchmark",
     "HPDv2Benchmark",

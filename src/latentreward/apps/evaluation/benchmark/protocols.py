@@ -235,6 +235,38 @@ def judge_four_way(pairs: BenchmarkPairs, _: BenchmarkPairs | None = None) -> Cr
     return credit, reasons, details
 
 
+def judge_groups(pairs: BenchmarkPairs, _: BenchmarkPairs | None = None) -> Credit:
+    r"""Judge whole groups of K results of one edit, as EditReward-Bench does (arXiv:2509.26346).
+
+    A group is right if all its pairs are. Of a pair of two results (K = 2), the answer is a tie where
+    :math:`|s_a - s_b| \le \tau`, else the result with the higher score; it must be the people's. As published, τ is
+    tuned on the very set: of 0 and the percentiles of the gaps the first with the most right answers. Among more
+    results, pairs labelled as ties do not count, and the others must be in the people's order; equal scores are wrong.
+
+    The details are ``threshold``, and ``accuracy`` and ``groups`` by K.
+    """
+    reasons = leave_out(pairs, (NO_LABEL, np.isnan(pairs.labels)))
+    sizes = np.bincount(pairs.group_codes)[pairs.group_codes]
+    two, counted = sizes == 1, reasons == ""
+    people, gaps = np.sign(pairs.labels - 0.5), np.abs(pairs.gap)
+    known = gaps[two & counted]
+    taus = np.unique([0.0, *np.quantile(known, GAP_QUANTILES)]) if len(known) else np.zeros(1)
+    hits = [np.where(gaps <= tau, 0, np.sign(pairs.gap)) == people for tau in taus]
+    best = int(np.argmax([right[two & counted].sum() for right in hits]))
+    reasons[~two & (pairs.labels == 0.5) & counted] = TIE
+    counted = reasons == ""
+    right = np.where(two, hits[best], _agreement(pairs) > 0)
+    wrong = np.bincount(pairs.group_codes[counted & ~right], minlength=int(pairs.group_codes.max(initial=-1)) + 1)
+    credit = (wrong[pairs.group_codes] == 0).astype(float)
+    results = ((1 + np.sqrt(1 + 8 * sizes)) / 2).round().astype(int)  # K (K - 1) / 2 pairs
+    accuracy, groups = {}, {}
+    for count in np.unique(results[counted]).tolist():
+        rows = counted & (results == count)
+        codes, first = np.unique(pairs.group_codes[rows], return_index=True)
+        accuracy[f"K = {count}"], groups[f"K = {count}"] = float(credit[rows][first].mean()), len(codes)
+    return credit, reasons, {"threshold": float(taus[best]), "accuracy": accuracy, "groups": groups}
+
+
 def answers(gap: np.ndarray, mean: np.ndarray, tau: float, mu: float) -> np.ndarray:
     """Return the ``(N,)`` index in ``VOTES`` of the answer to each pair."""
     return np.where(gap > tau, LEFT, np.where(gap < -tau, RIGHT, np.where(mean > mu, GOOD, BAD)))
@@ -301,6 +333,13 @@ PROTOCOLS = {
         f"share of all pairs of a prompt's images whose mean ratings differ; {WRONG}",
         judge_strict,
     ),
+    "editreward_bench/groups": Protocol(
+        "share of groups of 2 to 4 results of an edit that are ordered as people did; ties of two by a threshold that "
+        f"is tuned on the set, as published; {WRONG} (EditReward-Bench)",
+        judge_groups,
+        macro=True,
+    ),
+    "editreward_bench/pairs": Protocol(f"share of all pairs without ties; {WRONG}", judge_strict),
     "pairs/strict": Protocol(f"share of pairs without ties whose likelier image scores higher; {WRONG}", judge_strict),
     "pairs/soft": Protocol("mean label of the image that scores higher; equal scores get nothing", judge_soft),
 }

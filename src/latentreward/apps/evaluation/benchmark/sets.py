@@ -2,10 +2,12 @@
 
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from latentreward.apps.evaluation.benchmark.base import Benchmark, Evaluation, Texts
+from latentreward.apps.evaluation.benchmark.results import BenchmarkPairs
 from latentreward.contracts import PathText
 from latentreward.data import readers
 from latentreward.data.format_detection import Splits, recognise
@@ -176,6 +178,33 @@ class GenAIBenchCMUBenchmark(Benchmark):
     split = "train"  # the data set's only split
 
 
+class EditRewardBenchmark(Benchmark):
+    """EditReward-Bench of TIGER-Lab: ``editreward_bench/groups``, ``editreward_bench/pairs``.
+
+    The set has the same name as another one, of EditScore's authors, which is evaluated as pairs of your own.
+
+    Args:
+        root: JSON file, folder with ``{split}.json``, or a table; see :class:`~latentreward.data.EditPairReader`.
+        split: Name of the split.
+        on_error: See :class:`Benchmark`.
+    """
+
+    name, reader = "editreward_bench", readers.EditPairReader
+    keys = "editreward_bench/groups", "editreward_bench/pairs"
+
+    def __init__(self, root: PathText, split: str = "test", *, on_error: OnError = "skip") -> None:
+        super().__init__(root, on_error=on_error)
+        self.split = split
+
+    def pairs(self, split: str) -> BenchmarkPairs:
+        """See :meth:`Benchmark.pairs`; a group are the results that were ranked together."""
+        if split not in self._unscored:
+            found, ids = super().pairs(split), self.readers()[split].table.column("group_id").to_pylist()
+            groups = tuple(own or group for own, group in zip(ids, found.groups, strict=True))
+            self._unscored[split] = replace(found, groups=groups)
+        return self._unscored[split]
+
+
 class PairsBenchmark(Benchmark):
     """Pairs of your own.
 
@@ -219,6 +248,11 @@ def recognise_benchmark(data: str) -> Benchmark:
     build: Any = splits[split]
     if build.func is readers.DiffusionRMReader:
         raise InputError(f"data: {data} holds latents of images; benchmarks score images, give the data set itself")
+    if build.func is readers.EditPairReader:
+        reader = build(on_error="skip")
+        if reader.source.startswith("editreward_bench"):
+            return EditRewardBenchmark(build.args[0], split)
+        return PairsBenchmark(reader, name=reader.source)
     make = PUBLISHED.get(build.func)
     if make is None:
         path = Path(data)
