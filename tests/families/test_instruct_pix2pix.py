@@ -6,6 +6,7 @@ from functools import cache
 from io import BytesIO
 from pathlib import Path
 from tempfile import mkdtemp
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -23,8 +24,11 @@ from latentreward.errors import InputError
 from latentreward.export.kohya import write_kohya
 from latentreward.export.lora import TrainedLoRA
 from latentreward.families.instruct_pix2pix import widened
+from latentreward.heads import CLIPProjectionHead
 from latentreward.policies import Policy, PolicySource
 from latentreward.rollout import Sampling, sample_latents
+from latentreward.scoring.layouts.exporting import lpo_problems
+from latentreward.scoring.network import RewardNetwork
 from tests.families.test_parity import assert_near
 from tests.families.twins import PROMPTS, GivenNoise, noise_for
 from tests.marks import slow_after
@@ -141,6 +145,15 @@ def test_sources_that_do_not_fit_are_refused() -> None:
     assert policy.family.source_size(17, 25) == ((16, 24), None)
     with pytest.raises(InputError, match="sides of at least 2"):
         policy.family.source_size(1, 25)
+
+
+def test_searches_in_the_pipeline_and_the_layout_of_lrm_are_refused() -> None:
+    with pytest.raises(InputError, match="StepSearch cannot read the states of InstructPix2Pix's pipeline"):
+        policy_of("ip2p_sd15", image_guidance_scale=None).family.search_inputs()
+    backbone = create_backbone("ip2p_sd15", source=pipeline_folder("ip2p_sd15"))
+    model = RewardNetwork(backbone, CLIPProjectionHead(backbone.feature_spec, embed_dim=8))
+    problems = [*lpo_problems(model, SimpleNamespace(own={"unet": {}}))]  # type: ignore[arg-type]
+    assert problems == ["its U-Net makes pictures from text, and here it edits pictures"]
 
 
 @torch.no_grad()

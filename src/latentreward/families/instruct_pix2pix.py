@@ -67,6 +67,10 @@ class InstructPix2Pix(StableDiffusion):
         assert bare is not None
         return bare + scale * (with_prompt - without) + self.image_guidance_scale * (without - bare)
 
+    def search_inputs(self) -> list[str]:
+        """See :meth:`Family.search_inputs`; the pipeline's three rows for a picture are refused."""
+        return super(StableDiffusion, self).search_inputs()
+
 
 def widened(unet: UNet2DConditionModel) -> UNet2DConditionModel:
     """Return a U-Net that takes a picture to edit, from one of text to image; at first both predict the same.

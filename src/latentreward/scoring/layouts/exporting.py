@@ -145,6 +145,8 @@ def lpo_problems(model: RewardNetwork, recipe: ModelRecipe) -> Iterator[str]:
     trained = {*recipe.own, *(part.partition(".")[0] for part in adapters_of(backbone))}
     if foreign := sorted(trained - {"unet", "text_encoder"}):
         yield f"it takes a U-Net and text encoders, and here {foreign[0]} was trained too"
+    if backbone.sources[1]:
+        yield "its U-Net makes pictures from text, and here it edits pictures"
     if [*backbone.visual_taps] != [*range(1, len(backbone.unet.down_blocks) + 2)]:
         yield f"it reads all down blocks and the mid block, and here visual_taps is {[*backbone.visual_taps]}"
     xl, projects = unet_family(backbone.unet.config) == "SDXL", isinstance(head.text_projection, nn.Linear)
