@@ -318,7 +318,7 @@ def test_pairs_with_another_number_of_sources_follow_on_error(
     with pytest.raises(SystemExit):
         main(arguments(tmp_path / "raised", pictures, *settings))
     error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert "reader: pair 1: FLUX.1-Kontext takes 0 to 1 sources for a picture, and 2 were given" in error
+    assert "reader: pair 1: FLUX.1-Kontext takes 0 to 1 pictures to edit, and 2 were given" in error
     main(arguments(tmp_path / "skipped", pictures, *settings, "--reader.on_error=skip"))
     assert read_plan(tmp_path / "skipped").dropped == {"wrong number of pictures to edit": 4}
     assert {len(row["source_images"]) for row in table(tmp_path / "skipped", PAIRS)} == {1}

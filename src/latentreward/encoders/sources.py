@@ -131,9 +131,9 @@ class SourceEncoder:
         return tuple(found)
 
 
-def edit_of_grey() -> EditPrompt:
-    """Return a prompt that edits a grey picture, to try a network that edits."""
-    return EditPrompt("", [ImageRef("grey", data=png(Image.new("RGB", (64, 64), "gray")))])
+def edit_of_grey(text: str = "", number: int = 1) -> EditPrompt:
+    """Return a prompt that edits ``number`` grey pictures, to try a network that edits."""
+    return EditPrompt(text, [ImageRef("grey", data=png(Image.new("RGB", (64, 64), "gray")))] * number)
 
 
 def with_sources(

@@ -352,9 +352,9 @@ class Family(Part):
         if number >= least and (most is None or number <= most):
             return
         if most == 0:
-            raise InputError(f"{self.title} makes pictures from text alone, and {number} sources were given; leave out")
+            raise InputError(f"{self.title} makes pictures from text alone, and {number} to edit were given; leave them out")
         wanted = f"{least}" if least == most else f"{least} to {most}" if most is not None else f"at least {least}"
-        raise InputError(f"{self.title} takes {wanted} sources for a picture, and {number} were given")
+        raise InputError(f"{self.title} takes {wanted} pictures to edit, and {number} were given")
 
     def check_prompts(self, prompts: Sequence[str], setting: str) -> None:
         """Raise InputError if prompts of a ``setting`` edit more or fewer pictures than the network, or unlike many."""

@@ -45,7 +45,7 @@ def test_prompts_that_the_network_cannot_edit_are_refused_before_it_is_loaded(pr
     given = ["generate", str(prompts), str(tmp_path / "out"), *SMALL]
     flux = TWINS["flux1_dev"].folder
     said = refusal(capsys, *given, f"--policy.source={flux}")
-    assert "prompts: 'make it red': FLUX.1 makes pictures from text alone, and 1 sources were given" in said
+    assert "prompts: 'make it red': FLUX.1 makes pictures from text alone, and 1 to edit were given" in said
     with prompts.open("a") as file:
         file.write('{"prompt": "a cat"}\n')
     assert "prompts edit 0 to 1 pictures; give a list" in refusal(capsys, *given, f"--policy.source={KLEIN.folder}")

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from latentreward.checkpoints.base_weights import sample
+from latentreward.encoders.sources import edit_of_grey
 from latentreward.errors import InputError
 from latentreward.scoring.batched_scoring import score_given_latents
 from latentreward.scoring.layouts.model_folder import PretrainedReward
@@ -50,7 +51,8 @@ class Probe:
         loader, space = model.image_sizes.loader(SIDE, SIDE), model.backbone.latent_space
         shape = (len(PROMPTS), *space.shape(loader.height, loader.width, model.image_sizes.frames))
         latents = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-        scores = score_given_latents(model, PROMPTS, latents, model.noise, None, None, len(PROMPTS))
+        prompts = [edit_of_grey(prompt, model.backbone.sources[0]) for prompt in PROMPTS]
+        scores = score_given_latents(model, prompts, latents, model.noise, None, None, len(PROMPTS))
         return cls(model.recipe, weights, scores.cpu())
 
     def compare(self, folder: Path, device: torch.device, trusted: bool) -> None:
