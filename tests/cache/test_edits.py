@@ -334,7 +334,7 @@ def test_a_network_that_edits_nothing_is_refused_before_its_weights_are_read(
     with pytest.raises(SystemExit):
         main(arguments(tmp_path / "cache", pictures, *settings))
     error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert f"reader: FLUX.1 makes pictures from text alone, and {pictures_of_pair} sources were given" in error
+    assert f"reader: FLUX.1 makes pictures from text alone, and {pictures_of_pair} to edit were given" in error
     assert not (tmp_path / "cache").exists() or not list((tmp_path / "cache").rglob("*.parquet"))
 
 

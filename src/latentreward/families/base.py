@@ -352,7 +352,8 @@ class Family(Part):
         if number >= least and (most is None or number <= most):
             return
         if most == 0:
-            raise InputError(f"{self.title} makes pictures from text alone, and {number} to edit were given; leave them out")
+            given = f"{number} to edit were given; leave them out"
+            raise InputError(f"{self.title} makes pictures from text alone, and {given}")
         wanted = f"{least}" if least == most else f"{least} to {most}" if most is not None else f"at least {least}"
         raise InputError(f"{self.title} takes {wanted} pictures to edit, and {number} were given")
 
