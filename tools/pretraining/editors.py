@@ -201,8 +201,8 @@ def draw_training_edits(recipe: Recipe, rng: np.random.Generator) -> tuple[Tenso
             results.append(render(scene))
             texts.append(one.text)
             owners.append(owner)
-    pictures = (torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2) for arrays in (sources, results))
-    return *pictures, texts, torch.tensor(owners)
+    given, made = (torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2) for arrays in (sources, results))
+    return given, made, texts, torch.tensor(owners)
 
 
 @torch.no_grad()
