@@ -112,6 +112,11 @@ class PipelineEncoders(LatentSource):
         family, known = self._found
         if known:
             family.check_sources(number)
+        if number and family.sees_sources:
+            raise InputError(
+                f"the text encoder of {family.title} reads the {number} sources of a pair too, and a cache holds their "
+                "latents alone; train from the images"
+            )
 
     @cached_property
     def _found(self) -> tuple[Family, bool]:
@@ -152,8 +157,6 @@ class PipelineEncoders(LatentSource):
         if not self.text:
             return Encoders(*images)
         encoder = family.load_prompt_encoder(self.t5_length, self.load_t5).eval().requires_grad_(False)
-        if encoder.sees_sources:
-            raise InputError(f"encoder.text: {family.title} reads the sources with each prompt; set none")
         settle(encoder, getattr(torch, self.text_dtype))  # T5 in float32 would take 19 GB before it is rounded
         spec = TextSpec(
             fingerprint=text_fingerprint(encoder),

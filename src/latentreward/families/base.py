@@ -126,6 +126,7 @@ class Family(Part):
             stored in another type, as diffusers loads them.
         lora_loader: Class in ``diffusers.loaders`` that reads and writes LoRA files of the family, or None.
         sources: Least and largest number of pictures that the network edits or refers to; None for any number.
+        sees_sources: Whether the text encoder reads these pictures too, as its :attr:`PromptEncoder.sees_sources` says.
         kohya_module: Name of the network module of kohya's scripts, for the metadata of their format.
     """
 
@@ -149,6 +150,7 @@ class Family(Part):
     idle: Sequence[str] = ()
     float32_parts: ClassVar[Sequence[str]] = ()
     sources: tuple[int, int | None] = (0, 0)
+    sees_sources: ClassVar[bool] = False
     kohya_module: ClassVar[str] = "networks.lora"
 
     def __init__(self, pipeline: PipelineConfigs) -> None:

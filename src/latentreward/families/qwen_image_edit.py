@@ -54,6 +54,7 @@ class QwenImageEdit(QwenImage):
     title = "Qwen-Image-Edit"
     text_layers = ("Qwen2_5_VLDecoderLayer", "Qwen2_5_VLVisionBlock")
     refused: ClassVar[Mapping[str, str]] = {}
+    sees_sources = True
 
     @cached_property
     def sources(self) -> tuple[int, int | None]:  # type: ignore[override]
