@@ -7,6 +7,7 @@ import pytest
 from safetensors.torch import load_file
 
 from latentreward.cli import main
+from tests.families.made_qwen_image_edit import qwen_image_edit_folder
 from tests.families.test_every_edit_command import write_edits
 from tests.families.twins import TWINS
 from tests.marks import release_after
@@ -18,14 +19,15 @@ CONFIGS = Path(__file__).parents[1] / "configs"
 POLICIES = {"chroma": "chroma", "ernie_image": "ernie_image", "flux1": "flux1_dev", "flux2_klein": "klein_base",
             "krea2": "krea2", "lumina2": "lumina2", "qwen_image": "qwen_image", "sd15": "sd15", "sd21": "sd21",
             "sdxl": "sdxl", "sd3_medium": "sd3", "sd35_large": "sd35_large", "sd35_medium": "sd35", "wan21": "wan21",
-            "z_image": "z_image", "ip2p_sd15": "ip2p_sd15"}  # fmt: skip
+            "z_image": "z_image", "ip2p_sd15": "ip2p_sd15", "flux1_kontext": "flux1_kontext",
+            "qwen_image_edit": "qwen_image_edit"}  # fmt: skip
 """Policy → its twin."""
 METHODS = sorted(path.stem for path in (CONFIGS / "method").glob("*.yaml"))
 FLOWS = ("awm", "crd", "dgpo", "nft")
 """Methods for flows alone."""
 UNETS = ("sd15", "sd21", "sdxl", "ip2p_sd15")
-EDITORS = ("ip2p_sd15",)
-"""Policies that need pictures to edit."""
+EDITORS = ("ip2p_sd15", "flux1_kontext", "qwen_image_edit")
+"""Policies that get pictures to edit."""
 EDITS = """
 class_path: latentreward.data.PreferenceDataModule
 init_args:
@@ -68,6 +70,8 @@ def cells() -> list[tuple[str, str]]:
 
 def twin(name: str) -> tuple[str, tuple[int, int]]:
     """Folder of a twin, and a size of pictures."""
+    if name == "qwen_image_edit":
+        return qwen_image_edit_folder(), (32, 48)
     return (TWINS[name].folder, TWINS[name].size) if name in TWINS else (pipeline_folder(name), (16, 16))
 
 

@@ -1,8 +1,12 @@
 """Tiny pipelines of Qwen-Image-Edit, in memory for diffusers and as a folder."""
 
 import json
+from atexit import register
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
+from shutil import rmtree
+from tempfile import mkdtemp
 from typing import Any
 
 import torch
@@ -66,6 +70,14 @@ def write(pipeline: Any, folder: Path) -> str:
     path = folder / "model_index.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"processor": ["transformers", "Qwen2VLProcessor"]}))
     return str(folder)
+
+
+@cache
+def qwen_image_edit_folder() -> str:
+    """A folder of a release that numbers pictures; do not change it."""
+    folder = Path(mkdtemp(prefix="qwen_image_edit_"))
+    register(rmtree, folder, ignore_errors=True)
+    return write(qwen_image_edit(), folder)
 
 
 def picture(width: int, height: int, seed: int = 0) -> Image.Image:

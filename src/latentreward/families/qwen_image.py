@@ -39,7 +39,7 @@ class QwenImage(FlowFamily):
     title = "Qwen-Image"
     network_class = "QwenImageTransformer2DModel"
     block_classes = ("QwenImageTransformerBlock",)
-    text_layers = ("Qwen2_5_VLDecoderLayer",)
+    text_layers: ClassVar[Sequence[str]] = ("Qwen2_5_VLDecoderLayer",)
     refused: ClassVar[Mapping[str, str]] = {
         "QwenImageEditInpaintPipeline": "it edits a given image",
         "QwenImageControlNetPipeline": "it takes a control image",

@@ -113,7 +113,7 @@ def pair_batch(network: Any, data: Namespace, shapes: ShapesOnly) -> PreferenceB
         latent_space=space if latents else None,
         conditioning=conditioning,
         uncond=uncond,
-        sources=tuple(shapes.stand_in((count, *shape)) for _ in range(least_sources(network))),
+        sources=tuple(shapes.stand_in((count, *shape)) for _ in range(counted_sources(network))),
     )
 
 
@@ -123,16 +123,16 @@ def prompt_batch(policy: Policy, count: int) -> PromptBatch:
 
 
 def prompts_for(network: Any, count: int) -> tuple[str, ...]:
-    """Make ``count`` different prompts, each of as many pictures of its own as the network needs."""
+    """Make ``count`` different prompts, each of as many pictures of its own as an editor needs."""
     (grey,), texts = edit_of_grey().sources, [f"prompt {number}" for number in range(count)]
-    places = range(least_sources(network))
+    places = range(counted_sources(network))
     return tuple(EditPrompt(text, [replace(grey, image_key=f"{text}, {place}") for place in places]) for text in texts)
 
 
-def least_sources(network: Any) -> int:
-    """Return the least number of pictures that a policy or a backbone edits."""
-    least: int = getattr(network, "family", network).sources[0]
-    return least
+def counted_sources(network: Any) -> int:
+    """Return the least number of pictures that a policy or a backbone edits; 1 if it edits 1 or none."""
+    least, most = getattr(network, "family", network).sources
+    return least or int(most == 1)
 
 
 def batch_size(data: Namespace) -> int:
