@@ -20,9 +20,10 @@ from tests.marks import slow_after
 
 RANK = 2
 ATTENTION = r"attn\.(to_[qkv]|add_[qkv]_proj|to_out\.0|to_add_out)"
+FLUX1 = rf"(single_)?transformer_blocks\.\d+\.({ATTENTION}|ff(_context)?\.net\.(0\.proj|2))"
 COMFY = {
     "sd3": rf"transformer_blocks\.\d+\.({ATTENTION}|attn2\.(to_[qkv]|to_out\.0))",
-    "flux1": rf"(single_)?transformer_blocks\.\d+\.({ATTENTION}|ff(_context)?\.net\.(0\.proj|2))",
+    **dict.fromkeys(("flux1", "flux1_kontext"), FLUX1),
     "z_image": r"(layers|noise_refiner|context_refiner)\.\d+\.attention\.(to_[qkv]|to_out\.0)",
     "qwen_image": r"transformer_blocks\.\d+\..+",
 }
