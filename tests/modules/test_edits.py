@@ -120,7 +120,7 @@ def test_pictures_as_the_pipeline_sizes_them_must_be_alike_in_a_batch(tmp_path: 
     prompts = edits(tmp_path)
     with pytest.raises(InputError, match="pictures to edit of unlike sizes are in one batch; set source_size: made"):
         policy.encode_prompts(prompts)
-    assert policy.encode_prompts(prompts[:1]).source_latents[0].shape[-2:] == (16, 16)
+    assert policy.encode_prompts(prompts[:1]).source_latents[0].shape[-2:] == (16, 18)
     with pytest.raises(InputError, match="edit 1 and 2 pictures are in one batch"):
         policy.encode_prompts([prompts[0], EditPrompt("x", prompts[0].sources * 2)])
     both = policy.encode_prompts([EditPrompt("x", prompts[0].sources * 2)]).source_latents
