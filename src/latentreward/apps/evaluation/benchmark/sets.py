@@ -199,7 +199,8 @@ class EditRewardBenchmark(Benchmark):
     def pairs(self, split: str) -> BenchmarkPairs:
         """See :meth:`Benchmark.pairs`; a group are the results that were ranked together."""
         if split not in self._unscored:
-            found, ids = super().pairs(split), self.readers()[split].table.column("group_id").to_pylist()
+            reader: Any = self.readers()[split]
+            found, ids = super().pairs(split), reader.table.column("group_id").to_pylist()
             groups = tuple(own or group for own, group in zip(ids, found.groups, strict=True))
             self._unscored[split] = replace(found, groups=groups)
         return self._unscored[split]
