@@ -3,6 +3,7 @@
 import logging
 import math
 from bisect import insort
+from collections.abc import Callable, Iterable
 from operator import attrgetter, itemgetter
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
@@ -34,8 +35,9 @@ class ScoredPairGrid(Callback):
 
     The picture is the image ``val/pairs`` in TensorBoard and ``scored_pairs.png`` in the run's log folder; with
     ``shown: worst`` they are ``val/worst_pairs`` and ``worst_pairs.png``. Each cell shows a pair: the preferred image
-    on the left, the prompt above, and the scores at the first evaluation level below. The frame is green where the
-    model ranks the pair as its label does, red where it does not, grey for a tie. Pairs of all ranks are considered.
+    on the left, the prompt above, and the scores at the first evaluation level below. Pictures that were edited stand
+    before both. The frame is green where the model ranks the pair as its label does, red where it does not, grey for a
+    tie. Pairs of all ranks are considered.
     Latents are decoded by the model's VAE, a pair at a time. If pairs cannot be drawn, one warning says why and the
     callback does nothing: for latents if there is no VAE, for latents under FSDP (which shards the VAE), and for
     modules that score no pairs.
@@ -90,8 +92,9 @@ class ScoredPairGrid(Callback):
             key = place, batch.pair_ids[row]
             self._seen += 1
             if len(self._found) < self.num_pairs or key < self._found[-1].key:
-                images = torch.stack([batch.chosen[row], batch.rejected[row]])
-                kept = images.cpu() if batch.latent_space is not None else self._drawn(images)
+                shown = *((source,) for source in batch.sources), (batch.chosen, batch.rejected)
+                images = [torch.stack([one[row] for one in alike]) for alike in shown]
+                kept = tuple(one.cpu() for one in images) if batch.latent_space is not None else self._drawn(images)
                 insort(self._found, FoundPair(key, batch.prompts[row], scores, label, kept), key=attrgetter("key"))
                 del self._found[self.num_pairs :]
 
@@ -110,14 +113,15 @@ class ScoredPairGrid(Callback):
         picture, (name, file) = tile([cell for _, cell in cells], self.columns), NAMES[self.shown]
         show(trainer, name, picture, folder / file)
 
-    def _drawn(self, pixels: Tensor) -> list[Image.Image]:
-        """Draw both images of a pair ``(2, 3, H, W)``, or the frames of its clips."""
-        return [strip(to_images(one, self.image_size)) for one in pixels]
+    def _drawn(self, parts: Iterable[Tensor]) -> list[Image.Image]:
+        """Draw the images of batches ``(B, 3, H, W)``, or the frames of clips."""
+        return [strip(to_images(one, self.image_size)) for pixels in parts for one in pixels]
 
     def _cell(self, pair: "FoundPair", pl_module: LightningModule) -> Image.Image:
         images = pair.images
-        if isinstance(images, Tensor):
-            images = self._drawn(pl_module.latent_decoder.decode(images.to(pl_module.device)))  # type: ignore[operator, union-attr]
+        if isinstance(images, tuple):
+            decode: Callable[[Tensor], Tensor] = pl_module.latent_decoder.decode  # type: ignore[assignment, union-attr]
+            images = self._drawn(decode(one.to(pl_module.device)) for one in images)
         preferred, other = pair.scores
         right = preferred > other
         if pair.label == 0.5:
@@ -125,7 +129,8 @@ class ScoredPairGrid(Callback):
         else:
             colour = RIGHT if right else WRONG
             words = ("preferred", "" if right else f"errs by {other - preferred:.3f}")
-        captions = [f"{score:+.3f} {word}" for score, word in zip(pair.scores, words, strict=True)]
+        captions = ["source"] * (len(images) - 2)
+        captions += [f"{score:+.3f} {word}" for score, word in zip(pair.scores, words, strict=True)]
         level = next(iter(pl_module.eval_levels)).replace("sigma", "σ ").replace("t", "t ")  # type: ignore[arg-type]
         return draw_pair(images, captions, f"[{level}] {pair.prompt}", colour)
 
@@ -137,7 +142,9 @@ class FoundPair(NamedTuple):
     prompt: str  # Prompt
     scores: list[float]  # Scores of the preferred and of the other image
     label: float  # Probability that the preferred image wins; ½ for a tie
-    images: list[Image.Image] | Tensor  # Both images as they are drawn, or latents ``(2, C, ...)`` on the CPU
+    # Pictures that were edited and both images as they are drawn, or latents ``(1, C, ...)`` of each of the former and
+    # ``(2, C, ...)`` of the latter on the CPU
+    images: list[Image.Image] | tuple[Tensor, ...]
 
 
 def no_picture(trainer: Trainer, pl_module: LightningModule, batch: Any) -> str:

@@ -12,17 +12,17 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from PIL import Image
 from torch import Tensor
 
-from latentreward.contracts import PathText
+from latentreward.contracts import PathText, sources_of
 from latentreward.errors import check_at_least_one
 from latentreward.modules.alignment import AlignmentModule
-from latentreward.reports.drawing import PLAIN, draw_pair, strip, tile, to_images
+from latentreward.reports.drawing import PLAIN, draw_pair, strip, tile, to_image, to_images
 from latentreward.storage.durable import replacing
 
 
 class SampleGrid(PromptMonitor):
     """Callback that draws the policy's samples for fixed prompts beside the reference's from the same noise.
 
-    Of clips, four frames are drawn.
+    Beside edits the pictures that were edited are drawn. Of clips, four frames are drawn.
 
     The picture is the image ``samples`` in TensorBoard and the file ``samples/step_{optimiser step}.png`` in the run's
     log folder.
@@ -66,8 +66,13 @@ class SampleGrid(PromptMonitor):
         if not trainer.is_global_zero:
             return
         captions = ("before", f"step {trainer.global_step}")
-        rows = zip(self._before, after, self.prompts, strict=True)
-        picture = tile([draw_pair(pair, captions, prompt, PLAIN) for *pair, prompt in rows], self.columns)
+        cells = []
+        for *pair, prompt in zip(self._before, after, self.prompts, strict=True):
+            encoder = pl_module.policy.source_encoder
+            sources = [] if encoder is None else [encoder.pixels(source) for source in sources_of(prompt)]
+            shown = [*(to_image(pixels, self.image_size) for pixels in sources), *pair]
+            cells.append(draw_pair(shown, ["source"] * len(sources) + [*captions], prompt, PLAIN))
+        picture = tile(cells, self.columns)
         show(trainer, "samples", picture, folder / f"step_{trainer.global_step:06d}.png")
 
     def _draw(self, trainer: Trainer, pl_module: AlignmentModule, reference: bool) -> list[Image.Image]:

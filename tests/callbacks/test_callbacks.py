@@ -315,6 +315,21 @@ def test_grid_decodes_cached_latents(module, batches, loader, make_trainer, tmp_
     assert 0 < abs(grids[0] - grids[1]).mean() < 60, "noise images, after the VAE"
 
 
+@pytest.mark.parametrize("cached", [False, True])
+def test_grid_shows_what_was_edited_before_both(cached, module, batches, loader, make_trainer, tmp_path):
+    if cached:
+        batches = [latents_of(batch, module) for batch in batches]
+    edits = [replace(batch, sources=(batch.rejected,)) for batch in batches]
+    logger = TensorBoardLogger(tmp_path, name="run", version="")
+    trainer = make_trainer(callbacks=[ScoredPairGrid(num_pairs=2, image_size=32, columns=2)], logger=logger)
+    trainer.validate(module, loader(edits), verbose=False)
+    with Image.open(tmp_path / "run" / "scored_pairs.png") as picture:
+        assert picture.width == 2 * (3 * 32 + 4 * 8 + 8)
+        levels = np.array(picture)
+    source, _, rejected = (levels[26:58, 8 + 40 * place : 40 + 40 * place] for place in range(3))
+    assert np.array_equal(source, rejected) or np.abs(source.astype(int) - rejected).max() <= 1
+
+
 def test_grid_says_once_that_there_is_no_vae(module, batches, loader, make_trainer, tmp_path, caplog):
     latents = [latents_of(batch, module) for batch in batches[:2]]
     module.model.backbone.vae = None

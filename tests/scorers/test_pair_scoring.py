@@ -1,6 +1,8 @@
 """Scorers of several columns, and what their tables remember."""
 
+import json
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,9 +10,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from latentreward.data.readers import HPDv3Reader
+from latentreward.contracts import sources_of
+from latentreward.data.readers import HPDv3Reader, JSONLPairReader
 from latentreward.errors import InputError
-from latentreward.scorers import ImageScorer
+from latentreward.scorers import CallableScorer, ImageScorer
 from latentreward.scorers.pair_scoring import PairScoring
 from latentreward.scorers.tools import GenEvalScorer
 from tests.formats.conftest import COMMITTED
@@ -89,3 +92,24 @@ def test_nonsense_in_a_column_is_refused(scorer: type[ImageScorer], message: str
     scoring = PairScoring(reader(), [scorer("wrong")])
     with pytest.raises(InputError, match=message):
         list(scoring.tables([range(1)]))
+
+
+def test_an_edit_of_another_picture_is_another_image(tmp_path: Path) -> None:
+    for name, colour in (("red", "red"), ("blue", "blue"), ("edit", "grey")):
+        Image.new("RGB", (8, 8), colour).save(tmp_path / f"{name}.png")
+    sides = {"prompt": "make it red", "image_a": "edit.png", "image_b": "red.png", "label": 1}
+    rows = [sides | {"source_images": [source]} for source in ("red.png", "blue.png", "red.png")]
+    files = [tmp_path / "pairs.jsonl", tmp_path / "others.jsonl"]
+    for file, written in zip(files, (rows, rows[:1] * 3), strict=True):
+        file.write_text("\n".join(map(json.dumps, written)))
+    scored = []
+
+    def score(prompts: Sequence[str], images: Sequence[Image.Image]) -> Tensor:
+        scored.extend(prompts)
+        return torch.tensor([float("red" in sources_of(prompt)[0].image_key) for prompt in prompts])
+
+    scoring = PairScoring(JSONLPairReader(str(files[0])), [CallableScorer(score, "judge")])
+    ((_, table),) = scoring.tables([range(3)])
+    assert table.column("judge_a").to_pylist() == [1, 0, 1] and len(scored) == 4
+    others = PairScoring(JSONLPairReader(str(files[1])), scoring.scorers)
+    assert others.spec()["reader"] != scoring.spec()["reader"]

@@ -8,10 +8,13 @@ import numpy as np
 import torch
 from PIL import Image
 
+from latentreward.backbones import create_backbone
+from latentreward.data.image_sizes import OneSize
 from latentreward.heads import CLIPProjectionHead, GatedQFormerHead
 from latentreward.scoring import PublishedSettings, RewardModel
 from latentreward.scoring.layouts.published import PublishedDiNaLRM, PublishedLRM
 from tests.backbones.networks import tiny_backbone
+from tests.families.twins import TWINS
 
 PROMPTS = ["a cat", "a dog", "a cat", "", "a red square left of a blue circle", "a dog"]
 
@@ -26,6 +29,18 @@ def scoring_model(name: str) -> RewardModel:
         for parameter in head.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
     return RewardModel(backbone, head).eval().requires_grad_(False)
+
+
+def edit_reward(**options: Any) -> RewardModel:
+    """Reward of edits on a tiny FLUX.2-klein, which takes any number of pictures to edit, at 32 × 48 pixels."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        backbone = create_backbone("flux2_klein", source=TWINS["klein_base"].folder, visual_taps=(1, 2), text_taps=(1,))
+        head = GatedQFormerHead(backbone.feature_spec, num_heads=2)
+    model = RewardModel(backbone, head, **options).eval().requires_grad_(False)
+    model.image_sizes = OneSize(32, 48)
+    model.backbone.family.pixels = (32, 48)  # the size at which a server tries its model
+    return model
 
 
 def picture(seed: int, height: int = 24, width: int = 24) -> Image.Image:

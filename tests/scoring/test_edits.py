@@ -1,5 +1,7 @@
 """A reward of an editor scores results for an instruction and the pictures that were edited."""
 
+import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -8,22 +10,20 @@ import torch
 from PIL import Image
 
 from latentreward.backbones import create_backbone
+from latentreward.data.image_lists import ImageList, ListedImage, read_images
 from latentreward.data.image_sizes import OneSize
 from latentreward.errors import InputError
 from latentreward.heads import GatedQFormerHead
 from latentreward.scoring import RewardModel, edit_prompt
+from latentreward.scoring.image_lists import ListedScoring
+from latentreward.scoring.scored_table import images_identity
 from tests.families.twins import TWINS
+from tests.scoring.models import edit_reward, scoring_model
 
 
 @pytest.fixture(scope="module")
 def model() -> RewardModel:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        backbone = create_backbone("flux2_klein", source=TWINS["klein_base"].folder, visual_taps=(1, 2), text_taps=(1,))
-        head = GatedQFormerHead(backbone.feature_spec, num_heads=2)
-    found = RewardModel(backbone, head).eval()
-    found.image_sizes = OneSize(32, 48)
-    return found
+    return edit_reward()
 
 
 RED, BLUE = (Image.new("RGB", (60, 40), colour) for colour in ("red", "blue"))
@@ -56,3 +56,49 @@ def test_a_reward_of_text_to_image_takes_no_edit() -> None:
     head = GatedQFormerHead(backbone.feature_spec, num_heads=2)
     with pytest.raises(InputError, match="'make it red' edits a picture, but the network makes"):
         RewardModel(backbone, head).eval().score(edit_prompt("make it red", BLUE), RED)
+
+
+def written_list(folder: Path) -> tuple[ListedImage, ...]:
+    for name, image in (("red", RED), ("blue", BLUE)):
+        image.save(folder / f"{name}.png")
+    sources = (["blue.png"], [], ["blue.png", "red.png"], ["gone.png"], ["blue.png"])
+    rows = [{"image": "red.png", "prompt": "make it red", "source_images": row} for row in sources]
+    (folder / "list.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return read_images(str(folder / "list.jsonl")).rows
+
+
+@torch.no_grad()
+def test_lists_of_edits_are_scored_and_odd_rows_named(model: RewardModel, tmp_path: Path) -> None:
+    rows = written_list(tmp_path)
+    scoring = ListedScoring(model, rows, {"score": model.noise}, 2, 1)
+    ((_, table),) = scoring.tables([range(len(rows))])
+    wanted = [model.score(row.prompt, tmp_path / "red.png").item() for row in (rows[0], rows[1], rows[2], rows[4])]
+    scores = table["score"].to_pylist()
+    assert [scores[place] for place in (0, 1, 2, 4)] == pytest.approx(wanted, abs=2e-5)
+    *_, problem, last = table["problem"].to_pylist()
+    assert "missing file" in problem and "gone.png" in problem and last is None
+
+
+def test_rows_whose_number_of_sources_the_model_does_not_take_have_a_problem(tmp_path: Path) -> None:
+    rows, one, text = written_list(tmp_path), edit_reward(), scoring_model("sd35")
+    one.backbone.sources, text.image_sizes = (1, 1), OneSize(16, 16)
+    problems = []
+    for model in (one, text):
+        scoring = ListedScoring(model, rows[:3], {"score": model.noise}, 2, 1)
+        ((_, table),) = scoring.tables([range(3)])
+        problems.append(table["problem"].to_pylist())
+    number = "wrong number of pictures to edit ({} source_images; the model takes 1)"
+    assert problems[0] == [None, number.format(0), number.format(2)]
+    alone = "edit of pictures, but the model judges images made from text alone ({} source_images)"
+    assert problems[1] == [alone.format(1), None, alone.format(2)]
+
+
+def test_other_sources_are_another_input(tmp_path: Path) -> None:
+    first, *_, last = written_list(tmp_path)
+    plain = replace(first, prompt="make it red")
+    others = [first, plain, replace(first, prompt=edit_prompt("make it red", tmp_path / "red.png"))]
+    assert len({images_identity(ImageList("l", (row,)), False) for row in others}) == 3
+    assert images_identity(ImageList("l", (first,))) == images_identity(ImageList("l", (last,)))
+    before = images_identity(ImageList("l", (first,)))
+    BLUE.resize((6, 4)).save(tmp_path / "blue.png")
+    assert images_identity(ImageList("l", (first,))) != before

@@ -13,6 +13,7 @@ from PIL import Image
 
 from latentreward.data.image_lists import ImageList, ListedImage
 from latentreward.errors import InputError
+from latentreward.scoring import edit_prompt
 from latentreward.scoring.gallery import Gallery
 from tests.accessibility import PHONE, faults
 
@@ -228,3 +229,24 @@ def test_keyboard_contrast_and_width(tmp_path: Path, browser_page: "Pages", widt
     listed, table = hostile_list(tmp_path / "pics")
     Gallery(tmp_path / "g.html", 500, 2, 10**6).write(listed, table, "m")
     assert faults(browser_page(tmp_path / "g.html", width=width, dark=dark)) == []
+
+
+def test_the_pictures_that_were_edited_stand_beside_the_edit(tmp_path: Path) -> None:
+    for name in ("edit", "first", "second"):
+        photo(len(name)).save(tmp_path / f"{name}.png")
+    prompts = (
+        "plain",
+        *(
+            edit_prompt("make it red", [tmp_path / f"{name}.png" for name in names])
+            for names in (("first",), ("second", "first"), ("gone",))
+        ),
+    )
+    rows = tuple(ListedImage("edit.png", prompt, str(tmp_path / "edit.png")) for prompt in prompts)
+    Gallery(tmp_path / "g.html", 9, 1, 10**6).write(
+        ImageList("l", rows), table_of([4.0, 3.0, 2.0, 1.0], [None] * 4), "m"
+    )
+    html = (tmp_path / "g.html").read_text()
+    reader = Reader(html)
+    edit, first, second = reader.pictures[0], reader.pictures[1], reader.pictures[3]
+    assert reader.pictures == [edit, first, edit, second, first, edit, edit] and len({edit, first, second}) == 3
+    assert html.count("→") == 3

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Sequence, Sized
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from latentreward.backbones.base import rows_of
-from latentreward.contracts import Conditioning, Features, like_prompt, sources_of
+from latentreward.contracts import Conditioning, EditPrompt, Features, like_prompt, sources_of
 from latentreward.data.images import PixelLoader
 from latentreward.errors import InputError
 from latentreward.scoring.images import Images, check_sides, content_key, even_parts, pixel_batches
@@ -46,7 +47,7 @@ class PromptMemory:
 
     def __init__(self, model: RewardNetwork, capacity: int) -> None:
         self._model, self._capacity = model, capacity
-        self._kept: OrderedDict[str | tuple[str, PixelLoader | None], Conditioning] = OrderedDict()
+        self._kept: OrderedDict[str | tuple[tuple[Any, ...], PixelLoader | None], Conditioning] = OrderedDict()
         self._uncond: Conditioning | None = None
 
     def resize_sources(self, height: int, width: int) -> None:
@@ -70,7 +71,7 @@ class PromptMemory:
 
     def __contains__(self, prompt: str) -> bool:
         """Tell whether the encoded prompt is kept."""
-        return prompt in self._kept
+        return self._key(prompt) in self._kept
 
     @property
     def uncond(self) -> Conditioning | None:
@@ -79,9 +80,15 @@ class PromptMemory:
             self._uncond = self._model.backbone.encode_prompts([""])
         return self._uncond
 
-    def _encoded(self, prompt: str) -> Conditioning:
+    def _key(self, prompt: str) -> str | tuple[tuple[Any, ...], PixelLoader | None]:
+        """Return a key of a prompt and the size of its pictures that does not hold their bytes."""
         sources = self._model.backbone.source_encoder
-        key = (prompt, sources.loader) if sources_of(prompt) and sources is not None else prompt
+        if isinstance(prompt, EditPrompt) and sources is not None:
+            return prompt.identity, sources.loader
+        return prompt
+
+    def _encoded(self, prompt: str) -> Conditioning:
+        key = self._key(prompt)
         if key in self._kept:
             self._kept.move_to_end(key)
             return self._kept[key]

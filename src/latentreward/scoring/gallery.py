@@ -11,6 +11,7 @@ from urllib.parse import quote_from_bytes
 import numpy as np
 import pyarrow as pa
 
+from latentreward.contracts import sources_of
 from latentreward.data.clips import ClipLoader
 from latentreward.data.image_lists import ImageList, ListedImage
 from latentreward.data.image_sizes import ImageSizes
@@ -28,6 +29,8 @@ LEVEL = "score_"  # prefix of the columns with scores at one noise level
 
 class Gallery:
     """HTML file that shows scored images as embedded thumbnails, each with a link to its image file.
+
+    Beside an edit the pictures that were edited are shown.
 
     Of a list longer than ``limit`` the best and the worst are shown, half each. An image of more than ``max_pixels`` is
     shown without a thumbnail.
@@ -62,9 +65,10 @@ class Gallery:
         with ThreadPoolExecutor(self.threads) as pool:
             shown = [listed.rows[order[place]] for place in places]
             pictures = pool.map(partial(self._picture, exif=exif, sizes=sizes), shown)
+            sources = pool.map(partial(self._sources, exif=exif), shown)
             cards = [
-                self._card(row, rows[order[place]], place + 1, picture)
-                for place, row, picture in zip(places, shown, pictures, strict=True)
+                self._card(row, rows[order[place]], place + 1, picture) | {"sources": before}
+                for place, row, picture, before in zip(places, shown, pictures, sources, strict=True)
             ]
         told = ((one.name, row["problem"]) for one, row in zip(listed.rows, rows, strict=True))
         without = [(name, problem) for name, problem in told if problem is not None]
@@ -106,3 +110,10 @@ class Gallery:
             return picture_uri(decode_image(row.ref(), self.max_pixels, exif), SIDE, QUALITY)
         except ImageError:
             return None
+
+    def _sources(self, row: ListedImage, exif: ExifOrientation) -> list[str | None]:
+        """Return thumbnails of the pictures that an image is an edit of, as :meth:`_picture`."""
+        return [
+            self._picture(ListedImage(str(one.path), "", str(one.path), str(one.root or "")), exif, None)
+            for one in sources_of(row.prompt)
+        ]

@@ -11,10 +11,11 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
+from latentreward.contracts import sources_of
 from latentreward.data.ahead import map_ahead
 from latentreward.data.clips import ClipLoader
 from latentreward.data.image_lists import ListedImage
-from latentreward.data.images import MAX_PIXELS, ImageError, decode_image, read_header
+from latentreward.data.images import MAX_PIXELS, ImageError, check_scans, decode_image, read_header
 from latentreward.errors import InputError, one_line
 from latentreward.scoring import RewardModel, ScoringNoise
 from latentreward.scoring.scoring_noise import timesteps_of
@@ -131,7 +132,12 @@ class ListedScoring:
     def _load(self, row: ListedImage) -> Loaded:
         if row.problem is not None:
             return Loaded(problem=f"{row.problem} ({row.detail})")
+        sources = sources_of(row.prompt)
+        if problem := self._wrong_number(len(sources)):
+            return Loaded(problem=problem)
         try:
+            for source in sources:
+                check_scans(source, self.max_pixels)
             if self._sizes.frames > 1:
                 loader = self._sizes.loader(0, 0)
                 assert isinstance(loader, ClipLoader)
@@ -139,13 +145,23 @@ class ListedScoring:
                 return Loaded(clip.pixels, clip.size, unused=clip.unused)
             rotated = read_header(row.ref(), self.max_pixels).rotated
             image = decode_image(row.ref(), self.max_pixels, self.model.exif)
-        except ImageError as error:
+        except ImageError as error:  # which names a source
             return Loaded(problem=str(error).removeprefix(f"image {row.name!r}: "))
         size = image.height, image.width
         return Loaded(self._sizes.loader(*size).pixels(image), size, rotated=rotated)
 
+    def _wrong_number(self, number: int) -> str | None:
+        """Return why the model scores no image that is an edit of this number of pictures; None if it does."""
+        least, most = self.model.backbone.sources
+        if number >= least and (most is None or number <= most):
+            return None
+        if not most and not least:
+            return f"edit of pictures, but the model judges images made from text alone ({number} source_images)"
+        wanted = f"{least} or more" if most is None else str(least) if least == most else f"{least} to {most}"
+        return f"wrong number of pictures to edit ({number} source_images; the model takes {wanted})"
+
     def _score(self, part: ScoredRows, loaded: Iterable[Loaded]) -> None:
-        """Score a part in batches of images of one size.
+        """Score a part in batches of images of one size, which are edits of equally many pictures.
 
         Decoded images wait until :data:`HELD_BATCHES` batches are held; then all images of the commonest size are
         scored. The rest is scored at the end of the part.
@@ -159,7 +175,8 @@ class ListedScoring:
             part.sizes[row] = image.size or (0, 0)
             self.rotated += image.rotated
             self.unused += image.unused
-            waiting.setdefault(tuple(image.pixels.shape), []).append((row, image.pixels))
+            kind = len(sources_of(part.rows[row].prompt)), *image.pixels.shape
+            waiting.setdefault(kind, []).append((row, image.pixels))
             if sum(map(len, waiting.values())) >= HELD_BATCHES * self.batch_size:
                 fullest = max(waiting, key=lambda shape: len(waiting[shape]))
                 self._score_images(part, waiting.pop(fullest))

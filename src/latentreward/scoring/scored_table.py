@@ -10,6 +10,7 @@ import pyarrow.csv as pa_csv
 import pyarrow.json as pa_json
 import pyarrow.parquet as pq
 
+from latentreward.contracts import sources_of
 from latentreward.data.image_lists import ImageList
 from latentreward.data.images import MISSING
 from latentreward.data.readers import count_text
@@ -37,9 +38,15 @@ def images_identity(listed: ImageList, with_files: bool = True) -> str:
     ``latentreward score`` compares it with that of an interrupted run, which continues only with the same inputs.
     Without the files it is equal for copies on several machines.
     """
-    texts: list[tuple[Any, ...]] = [(row.name, row.prompt, row.problem) for row in listed.rows]
+    texts: list[tuple[Any, ...]] = [
+        (row.name, row.prompt, row.problem, *(source.image_key for source in sources_of(row.prompt)))
+        for row in listed.rows
+    ]
     if with_files:
-        texts = [(*text, _stat(Path(row.path))) for text, row in zip(texts, listed.rows, strict=True)]
+        texts = [
+            (*text, *(_stat(Path(file)) for file in (row.path, *(s.path for s in sources_of(row.prompt) if s.path))))
+            for text, row in zip(texts, listed.rows, strict=True)
+        ]
     return f"{len(texts)} images, {digest(map(repr, texts))}"
 
 
