@@ -70,7 +70,7 @@ MAY_IMPORT = {
         "remote",
     },
     "checkpoints": BASE,
-    "remote": BASE,
+    "remote": BASE | {"data"},
     "callbacks": BASE
     | {
         "noise",
@@ -104,7 +104,7 @@ MAY_IMPORT = {
     "reproduction": BASE,
     "apps.pilot": BASE | {"reports", "settings", "apps.steps"},
     "apps.taste": BASE | {"backbones", "families", "data", "apps.evaluation", "metrics", "reports", "apps.steps"},
-    "apps.serving": BASE | {"data", "noise", "programs", "scoring", "reports"},
+    "apps.serving": BASE | {"data", "noise", "encoders", "programs", "scoring", "reports"},
     "tinyworld": BASE | {"data", "scorers", "metrics", "settings", "reports"},
 }
 """Room -> what it may import of latentreward; the command line's modules may import anything."""

@@ -127,6 +127,11 @@ class EditPrompt(str):
         return EditPrompt, (str.__str__(self), self.sources)
 
 
+def identity_of(prompt: str) -> tuple[Any, ...]:
+    """Return the text of a prompt, and keys and paths of the pictures that it edits."""
+    return prompt.identity if isinstance(prompt, EditPrompt) else (prompt,)
+
+
 def sources_of(prompt: str) -> tuple[ImageRef, ...]:
     """Return the pictures that a prompt edits; none for a plain text."""
     return prompt.sources if isinstance(prompt, EditPrompt) else ()

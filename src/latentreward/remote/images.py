@@ -1,16 +1,15 @@
 """Images with prompts as rows that a server scores."""
 
-import base64
 import json
 from collections.abc import Sequence
-from io import BytesIO
 from threading import Event
 from typing import Any
 
 from PIL import Image
 
+from latentreward.contracts import identity_of
 from latentreward.errors import InputError, one_line
-from latentreward.remote.schemas import ImageSchema
+from latentreward.remote.schemas import ImageSchema, png_text
 from latentreward.remote.scores import PendingScores, RemoteScores
 from latentreward.remote.server import RemoteServer
 from latentreward.storage.digests import digest
@@ -29,7 +28,9 @@ class RemoteImages(RemoteScores[ImageRow]):
     def begin(self, prompts: Sequence[str], images: Sequence[Image.Image]) -> PendingScores:
         """Ask for the scores of N RGB images, each for its prompt, and return before they are there."""
         rows = [*zip(prompts, images, strict=True)]
-        keys = [digest([prompt, f"\n{image.mode} {image.size}\n", image.tobytes()]) for prompt, image in rows]
+        keys = [
+            digest([f"{identity_of(prompt)}\n{image.mode} {image.size}\n", image.tobytes()]) for prompt, image in rows
+        ]
         return self.begin_rows(rows, keys)
 
     def ask(self, rows: Sequence[ImageRow], ended: Event) -> tuple[Sequence[Any], str | None]:
@@ -47,10 +48,3 @@ class RemoteImages(RemoteScores[ImageRow]):
         except Exception as error:  # of a schema of the user's; other ranks wait for scores or a refusal
             kind, told = type(self.schema).__name__, f"{type(error).__name__}: {one_line(error)}"
             self.connection.refuse(f"{kind} cannot read the answer {shown(reply)} ({shown(told)})", error)
-
-
-def png_text(image: Image.Image) -> str:
-    """Encode an image as PNG in base64; higher levels of compression take longer than they save on a fast network."""
-    content = BytesIO()
-    image.convert("RGB").save(content, "png", compress_level=1)
-    return base64.b64encode(content.getvalue()).decode()

@@ -10,7 +10,7 @@ from pydantic import BaseModel
 from safetensors.torch import save
 from torch import Tensor
 
-from latentreward.contracts import Conditioning, LatentSpace
+from latentreward.contracts import Conditioning, LatentSpace, identity_of
 from latentreward.errors import InputError
 from latentreward.remote.schemas import ANSWER, REMEDY, Schema, ServedLatents
 from latentreward.remote.scores import PendingScores, RemoteScores
@@ -40,6 +40,7 @@ class ServedReward(BaseModel):
     pooled_prompt_embeds_width: int | None = None  # width of the pooled embedding; None if the model takes none
     prompt_mask: bool = False  # whether the model needs a mask of the prompts' tokens
     pools_tokens: bool = False  # whether a mask may stand in for the pooled embedding
+    sources: tuple[int, int] = (0, 0)  # least and largest number of pictures that an image is an edit of
     max_rows: int | None = None  # greatest number of rows of a request
 
 
@@ -62,7 +63,7 @@ class RemoteLatents(RemoteScores[LatentRow]):
         ``texts`` are the rows' prompts.
         """
         keys = [
-            digest([text, f"\n{row.sigma} {row.seed} {tuple(row.latents.shape)}\n", row.latents.numpy()])
+            digest([f"{identity_of(text)}\n{row.sigma} {row.seed} {tuple(row.latents.shape)}\n", row.latents.numpy()])
             for row, text in zip(rows, texts, strict=True)
         ]
         return self.begin_rows(rows, keys)
@@ -83,6 +84,7 @@ class RemoteLatents(RemoteScores[LatentRow]):
             tensors["pooled_prompt_embeds"] = prompts.pooled_prompt_embeds
         if prompts.prompt_mask is not None and (takes.prompt_mask or takes.pools_tokens):
             tensors["prompt_mask"] = prompts.prompt_mask
+        tensors |= {f"source_{place}": latents for place, latents in enumerate(prompts.source_latents)}
         body = save({name: tensor.contiguous() for name, tensor in tensors.items()})
         reply = self.connection.ask("POST", self.schema.path, body, HEADERS, ended)
         try:
@@ -117,6 +119,16 @@ def check_rows(server: RemoteServer, reward: ServedReward, batch_size: int) -> N
     if batch_size > (reward.max_rows or batch_size):
         most = f"{reward.max_rows}, the most rows that the reward server {server.url} takes in a request"
         raise InputError(f"reward.batch_size={batch_size} is over {most}")
+
+
+def check_sources(server: RemoteServer, reward: ServedReward, sources: tuple[int, int | None]) -> None:
+    """Raise InputError if a served reward judges edits and the policy, which takes ``sources``, none; or vice versa."""
+    if max(reward.sources[0], sources[0]) and (0, 0) in (reward.sources, sources):
+        edits, other = ("its reward", "the policy") if reward.sources[0] else ("the policy", "its reward")
+        raise InputError(
+            f"reward server {server.url}: {edits} is of a network that edits pictures, and {other} of one that makes "
+            "them from text alone; serve a reward on the policy's own network"
+        )
 
 
 def check_widths(server: RemoteServer, reward: ServedReward, encoded: Conditioning) -> None:

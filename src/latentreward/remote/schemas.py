@@ -1,12 +1,18 @@
 """Forms in which servers take images or latents with prompts, and return scores."""
 
+import base64
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
+from io import BytesIO
 from typing import Any, Literal
 
+from PIL import Image
 from pydantic import BaseModel
 
+from latentreward.contracts import sources_of
+from latentreward.data.images import decode_image
 from latentreward.errors import InputError, check_range
 from latentreward.promises import Part, of_class, returns
 from latentreward.storage.digests import digest
@@ -39,7 +45,7 @@ class ImageSchema(Schema):
         """Return the JSON of a request for B images.
 
         Args:
-            prompts: B prompts.
+            prompts: B prompts. The prompt of an edit carries the pictures that were edited, see :func:`source_texts`.
             images: B PNG files, as base64.
         """
 
@@ -64,6 +70,19 @@ class ImageSchema(Schema):
         return name if isinstance(name, str) else None
 
 
+def source_texts(prompts: Sequence[str]) -> list[list[str]]:
+    """Return the pictures that each of B prompts edits, as base64 of PNG files; equal pictures are read once."""
+    read = cache(lambda source: png_text(decode_image(source)))
+    return [[read(source) for source in sources_of(prompt)] for prompt in prompts]
+
+
+def png_text(image: Image.Image) -> str:
+    """Encode an image as PNG in base64; higher levels of compression take longer than they save on a fast network."""
+    content = BytesIO()
+    image.convert("RGB").save(content, "png", compress_level=1)
+    return base64.b64encode(content.getvalue()).decode()
+
+
 class PlainReply(BaseModel):
     """JSON of a reply with scores."""
 
@@ -75,7 +94,8 @@ class PlainJSON(ImageSchema):
     """The plainest form, for a judge of one's own: ``{"prompts", "images"}`` → ``{"scores"}``.
 
     ``prompts`` are B texts, ``images`` B PNG files in base64, ``scores`` B numbers. A text ``model`` beside the scores
-    names the judge, and must be the same in all replies.
+    names the judge, and must be the same in all replies. Requests for edits also have ``source_images``, for each image
+    the list of the pictures that were edited.
 
     Attributes:
         path: Path of requests.
@@ -85,7 +105,9 @@ class PlainJSON(ImageSchema):
 
     def request(self, prompts: Sequence[str], images: Sequence[str]) -> dict[str, Any]:
         """See :meth:`ImageSchema.request`."""
-        return {"prompts": list(prompts), "images": list(images)}
+        sources = source_texts(prompts)
+        request: dict[str, Any] = {"prompts": list(prompts), "images": list(images)}
+        return request | {"source_images": sources} if any(sources) else request
 
     def scores(self, reply: Mapping[str, Any], request: Mapping[str, Any]) -> Sequence[Any]:
         """See :meth:`ImageSchema.scores`."""
@@ -107,7 +129,8 @@ class ServedImages(PlainJSON):
 class UniRL(ImageSchema):
     """Form of UniRL's reward service, protocol version 1 (unirl/reward/remote.py of Tencent-Hunyuan/UniRL, Apache-2.0).
 
-    A request asks for one reward. A reward of the service has one or several metrics.
+    A request asks for one reward. A reward of the service has one or several metrics. The pictures that an image is an
+    edit of are turns before that of the image, with the same text, as the service's EditReward expects.
 
     Attributes:
         reward: Name of the reward, such as ``hpsv3``; ``GET /health`` of the service lists the names.
@@ -123,12 +146,12 @@ class UniRL(ImageSchema):
         """See :meth:`ImageSchema.request`."""
         requests = [
             {
-                "history": [{"text": prompt, "image_b64": image}],
+                "history": [{"text": prompt, "image_b64": turn} for turn in (*sources, image)],
                 "required_rewards": [self.reward],
                 "metadata": None,
-                "request_id": digest([prompt, "\n", image]),
+                "request_id": digest([prompt, "\n", *sources, image]),
             }
-            for prompt, image in zip(prompts, images, strict=True)
+            for prompt, sources, image in zip(prompts, source_texts(prompts), images, strict=True)
         ]
         return {"protocol_version": "1", "requests": requests}
 

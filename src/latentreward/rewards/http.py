@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from latentreward.contracts import Conditioning, LatentSpace, NoisyStates
+from latentreward.encoders.sources import edit_of_grey
 from latentreward.errors import InputError, check_at_least_one
 from latentreward.promises import check_needs
 from latentreward.remote import ImageSchema, PlainJSON, RemoteError, RemoteServer, Schema, ServedImages, ServedLatents
@@ -20,6 +21,7 @@ from latentreward.remote.latents import (
     RemoteLatents,
     ServedReward,
     check_rows,
+    check_sources,
     check_widths,
     describe,
     latent_space,
@@ -99,16 +101,19 @@ class HTTPReward(RewardSource):
         """See :meth:`RewardSource.load`.
 
         Raises:
-            InputError: If the policy has no VAE to make pictures with, its text encoders do not fit the server, or
-                ``batch_size`` is over the limit of ``latentreward serve``.
+            InputError: If the policy has no VAE to make pictures with, its text encoders do not fit the server, one of
+                the two edits pictures and the other knows none, or ``batch_size`` is over the limit of
+                ``latentreward serve``.
         """
         if isinstance(self.schema, ServedImages | ServedLatents):
             served = describe(Connection(self.server), self.schema)
             check_rows(self.server, served, self.batch_size)
+            check_sources(self.server, served, policy.family.sources)
         if isinstance(self.schema, ImageSchema):
             return RemoteImageReward(self, policy)
         with torch.no_grad():
-            check_widths(self.server, served, policy.encode_prompts([""]))
+            empty = edit_of_grey() if policy.family.sources[0] else ""
+            check_widths(self.server, served, policy.require_text_encoder()([empty]))
         return RemoteLatentReward(self, self.schema, policy, served)
 
 

@@ -1,0 +1,73 @@
+"""Edits are sent with the pictures that were edited, and their scores are remembered by them."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from latentreward.contracts import EditPrompt, ImageRef
+from latentreward.remote import ImageSchema, PlainJSON, RemoteServer, UniRL
+from latentreward.remote.images import RemoteImages
+from latentreward.scoring import edit_prompt
+from tests.remote.judges import judged, judging, opened
+
+RED, BLUE, GREY = (Image.new("RGB", (9, 8), colour) for colour in ("red", "blue", "grey"))
+
+
+def redder(request: dict[str, Any]) -> dict[str, Any]:
+    """How much redder pictures are than the ones that were edited."""
+    before = [sum(judged("", opened(text)) for text in row) for row in request["source_images"]]
+    after = [judged("", opened(text)) for text in request["images"]]
+    return {"scores": [new - old for new, old in zip(after, before, strict=True)]}
+
+
+def unirl_redder(request: dict[str, Any]) -> dict[str, Any]:
+    rows = [one["history"] for one in request["requests"]]
+    assert all({turn["text"] for turn in row} == {"make it red"} for row in rows)
+    pictures = [[turn["image_b64"] for turn in row] for row in rows]
+    told = redder({"source_images": [row[:-1] for row in pictures], "images": [row[-1] for row in pictures]})
+    return {"results": [{"redder": {"score": score}} for score in told["scores"]]}
+
+
+class Own(ImageSchema):
+    """A schema that knows nothing of edits."""
+
+    path = "/own"
+
+    def request(self, prompts, images):
+        return {"texts": [prompt.upper() for prompt in prompts], "pictures": images}
+
+    def scores(self, reply, request):
+        return reply["scores"]
+
+
+def images(url: str, schema: ImageSchema | None = None) -> RemoteImages:
+    return RemoteImages(RemoteServer(url, timeout_s=10.0, retry_s=0.0), schema or PlainJSON(), 8)
+
+
+@pytest.mark.parametrize(("answer", "schema"), [(redder, PlainJSON()), (unirl_redder, UniRL("redder"))])
+def test_sources_are_sent_with_each_image(answer, schema: ImageSchema, tmp_path: Path) -> None:
+    BLUE.save(tmp_path / "blue.jpg")
+    in_file = EditPrompt("make it red", [ImageRef("blue", path=tmp_path / "blue.jpg")])
+    prompts = [edit_prompt("make it red", given) for given in (RED, BLUE, [BLUE, RED])] + [in_file]
+    with judging(answer) as judge:
+        found = images(judge.url, schema).begin(prompts, [RED, RED, RED, GREY])()
+    assert found == pytest.approx([0, 1, 0, judged("", GREY)], abs=0.01)
+
+
+def test_scores_are_remembered_by_image_and_sources() -> None:
+    prompts = [edit_prompt("make it red", source) for source in (RED, BLUE, RED)]
+    with judging(redder) as judge:
+        source = images(judge.url)
+        assert source.begin(prompts, [RED] * 3)() == [0, 1, 0]
+        assert source.begin(prompts, [RED] * 3)() == [0, 1, 0]
+        assert judge.sizes == [2]
+        source.begin([edit_prompt("make it red", [RED, BLUE])], [RED])()
+        assert judge.sizes == [2, 1]
+
+
+def test_a_schema_of_ones_own_that_knows_no_edits_goes_on() -> None:
+    prompts = [edit_prompt("make it red", source) for source in (RED, BLUE)]
+    with judging(lambda request: {"scores": [len(text) for text in request["texts"]]}) as judge:
+        assert images(judge.url, Own()).begin(prompts, [RED, RED])() == [11, 11]

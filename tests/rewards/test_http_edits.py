@@ -1,0 +1,80 @@
+"""A served reward of edits and a policy that edits: pictures and latents travel with their sources."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from PIL import Image
+
+from latentreward.contracts import NoisyStates
+from latentreward.errors import InputError
+from latentreward.policies import Policy
+from latentreward.remote import RemoteServer, ServedImages, ServedLatents
+from latentreward.remote.latents import ServedReward, check_sources
+from latentreward.reports.drawing import to_image
+from latentreward.rewards import HTTPReward
+from latentreward.scoring import RewardModel, edit_prompt
+from latentreward.scoring.scoring_noise import ScoringNoise, draw_noise, timesteps_of
+from tests.apps.serving.servers import serving
+from tests.families.twins import TWINS
+from tests.scoring.models import edit_reward
+
+RED, BLUE = (Image.new("RGB", (60, 40), colour) for colour in ("red", "blue"))
+PROMPTS = [edit_prompt("make it red", source) for source in (RED, BLUE)]
+
+
+@pytest.fixture(scope="module")
+def policy() -> Policy:
+    policy = TWINS["klein_base"].source().load()
+    assert policy.source_encoder is not None
+    policy.source_encoder.resize_to(32, 48)
+    return policy
+
+
+@pytest.fixture(scope="module")
+def served() -> Iterator[tuple[str, RewardModel]]:
+    model = edit_reward()
+    with serving(model, max_wait_ms=1) as (url, _):
+        yield url, model
+
+
+LATENTS = torch.randn(3, 16, 8, 12, generator=torch.Generator().manual_seed(0))
+ROWS = torch.tensor([0, 1, 1])
+
+
+@torch.no_grad()
+def test_latents_travel_with_latents_of_their_sources(policy: Policy, served: tuple[str, RewardModel]) -> None:
+    url, model = served
+    reward = HTTPReward(RemoteServer(url), ServedLatents(), batch_size=2).load(policy)
+    known = reward.encode_prompts(PROMPTS)
+    assert [row.source_latents[0].shape for row in known.rows] == [(1, 16, 8, 12)] * 2
+    found = reward.score_clean(LATENTS[[0, 0, 1]], torch.tensor([0, 1, 1]), known, None, (0.4,))
+    assert found[0] != found[1]
+    noise, process = ScoringNoise(sigmas=(0.4,)), model.backbone.noise_process
+    level = process.sigma(timesteps_of(noise, process)).item()
+    for row, latents, score in zip((0, 1, 1), LATENTS[[0, 0, 1]], found, strict=True):
+        draws = draw_noise([""], None, known.seed(row), level, latents.shape)
+        options = {"noise": noise, "draws": draws, "conditioning": (policy.encode_prompts([PROMPTS[row]]), None)}
+        torch.testing.assert_close(score, model.score_latents("", latents[None], **options)[0], atol=2e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_pictures_travel_with_their_sources(policy: Policy, served: tuple[str, RewardModel]) -> None:
+    url, model = served
+    reward = HTTPReward(RemoteServer(url), ServedImages()).load(policy)
+    found = reward.score_clean(LATENTS, ROWS, reward.encode_prompts(PROMPTS))
+    decoded = reward.decode(NoisyStates(LATENTS, torch.zeros(3), ROWS, LATENTS))
+    images = [to_image(pixels) for batch in decoded for pixels in batch]
+    wanted = model.score([PROMPTS[row] for row in ROWS], images)
+    torch.testing.assert_close(found, wanted, atol=2e-5, rtol=0)
+
+
+def test_a_reward_of_edits_and_a_policy_without_are_refused_before_the_run() -> None:
+    server, told = RemoteServer("http://judge"), {"model": "m", "latent_space": {}}
+    edits, plain, both = (ServedReward(**told, sources=number) for number in ((1, 16), (0, 0), (0, 16)))
+    with pytest.raises(InputError, match="its reward is of a network that edits pictures, and the policy of one that"):
+        check_sources(server, edits, (0, 0))
+    with pytest.raises(InputError, match="the policy is of a network that edits pictures, and its reward of one that"):
+        check_sources(server, plain, (1, 1))
+    for reward, sources in ((edits, (1, None)), (plain, (0, 0)), (both, (0, 0)), (plain, (0, None)), (both, (1, 1))):
+        check_sources(server, reward, sources)
