@@ -42,6 +42,7 @@ LATENTS = torch.randn(3, 16, 8, 12, generator=torch.Generator().manual_seed(0))
 ROWS = torch.tensor([0, 1, 1])
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_latents_travel_with_latents_of_their_sources(policy: Policy, served: tuple[str, RewardModel]) -> None:
     url, model = served

@@ -67,6 +67,7 @@ def written_list(folder: Path) -> tuple[ListedImage, ...]:
     return read_images(str(folder / "list.jsonl")).rows
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_lists_of_edits_are_scored_and_odd_rows_named(model: RewardModel, tmp_path: Path) -> None:
     rows = written_list(tmp_path)
@@ -79,6 +80,7 @@ def test_lists_of_edits_are_scored_and_odd_rows_named(model: RewardModel, tmp_pa
     assert "missing file" in problem and "gone.png" in problem and last is None
 
 
+@pytest.mark.slow
 def test_rows_whose_number_of_sources_the_model_does_not_take_have_a_problem(tmp_path: Path) -> None:
     rows, one, text = written_list(tmp_path), edit_reward(), scoring_model("sd35")
     one.backbone.sources, text.image_sizes = (1, 1), OneSize(16, 16)

@@ -1,14 +1,14 @@
 """Rows of requests, and scoring of batches of rows with a reward model."""
 
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor
 
-from latentreward.contracts import Conditioning
+from latentreward.contracts import Conditioning, sources_of
 from latentreward.errors import InputError
 from latentreward.scoring import RewardModel
 from latentreward.scoring.scoring_noise import ScoringNoise, draw_noise, timesteps_of
@@ -20,12 +20,14 @@ TOKENS = 64  # number of which the length of padded prompts is a multiple
 class Row:
     """A row of a request."""
 
-    prompt: str  # raw text
+    prompt: str  # raw text; an EditPrompt if an image is an edit of pictures
+    # Latents ``(C, h, w)`` or ``(C, T, h, w)`` of the pictures that latents are an edit of, scaled, float32
+    sources: tuple[Tensor, ...] = field(default=(), kw_only=True)
 
     @property
     def shape(self) -> Hashable:
-        """Key of rows that take the same time."""
-        return type(self).__name__
+        """Key of rows that take the same time: kind, and number and shapes of the sources."""
+        return type(self).__name__, len(sources_of(self.prompt)), *(one.shape for one in self.sources)
 
     @property
     def group(self) -> Hashable:
@@ -35,7 +37,7 @@ class Row:
 
 @dataclass(frozen=True, eq=False)
 class ImageRow(Row):
-    """An image with its prompt; all have one shape, since images are resized to the model's size."""
+    """An image with its prompt; images and their sources are resized to the model's size."""
 
     image: Image.Image  # 8-bit RGB image
 
@@ -61,7 +63,7 @@ class LatentRow(Row):
     @property
     def shape(self) -> Hashable:
         """Key of rows that take the same time: shape of the latents, number of tokens, whose noise levels."""
-        return self.latents.shape, self.tokens, self.u is None
+        return super().shape, self.latents.shape, self.tokens, self.u is None
 
     @property
     def group(self) -> Hashable:
@@ -78,8 +80,8 @@ class StateRow(Row):
 
     @property
     def shape(self) -> Hashable:
-        """Key of rows that take the same time: kind and shape of the latents."""
-        return type(self).__name__, self.latents.shape
+        """Key of rows that take the same time: kind, and shapes of the latents and the sources."""
+        return super().shape, self.latents.shape
 
 
 Scores = tuple[float, ...]  # score of a row and, of a model with two axes, fidelity and aesthetics after it
@@ -133,6 +135,9 @@ class RowScorer:
             scale = self.reward.backbone.latent_space.downscale
             self._memory.resize_sources(*(side * scale for side in first.latents.shape[-2:]))
             conditioning = self._memory.encode(prompts)
+        device = conditioning.prompt_embeds.device
+        sources = (torch.stack(place).to(device) for place in zip(*(row.sources for row in rows), strict=True))
+        conditioning = replace(conditioning, source_latents=tuple(sources))
         latents = torch.stack([row.latents for row in rows])
         options["conditioning"] = conditioning, self._memory.encode_uncond(prompts)
         if isinstance(first, StateRow):

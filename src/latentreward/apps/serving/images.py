@@ -5,10 +5,13 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from io import BytesIO
+from typing import Any
 
 import torch
 from fastapi import Request
 from fastapi.responses import JSONResponse
+from PIL import Image
 from pydantic import BaseModel
 from python_multipart.multipart import parse_options_header
 from starlette.datastructures import UploadFile
@@ -22,15 +25,16 @@ from latentreward.apps.serving.json_bodies import PROMPT_LENGTH, from_base64, re
 from latentreward.apps.serving.resources import Resources
 from latentreward.apps.serving.routes import Route, fields
 from latentreward.apps.serving.served import Scores, ServedModel
-from latentreward.contracts import ImageRef
+from latentreward.contracts import EditPrompt, ImageRef, sources_of
 from latentreward.data.images import TOO_LARGE, ExifOrientation, ImageError, decode_image, decoding_bytes
+from latentreward.scoring.images import source_ref
 
 EXAMPLE = '{"prompt": TEXT or "prompts": [TEXT, ...], "images": [BASE64, ...]}'  # JSON of a request, for messages
 
 
 @dataclass(frozen=True)
 class EncodedImages:
-    """Encoded images of a request, with a prompt each.
+    """Encoded images of a request, with a prompt each; an image that is an edit has an EditPrompt.
 
     Raises:
         RequestError: If there is no image, the numbers of prompts and images differ, or a prompt is too long.
@@ -54,38 +58,76 @@ class EncodedImages:
         """Estimate the memory in bytes that the images take until they are scored.
 
         The sum of the encoded images, the decoded images, and the extra memory of decoding the most demanding one.
+        Pictures that images are edits of count once, however many images there are.
 
         Raises:
             RequestError: If a file is not an image, or has more than ``max_pixels`` pixels.
         """
         try:
-            decoded, extra = zip(*(decoding_bytes(ref, max_pixels) for ref in self._refs()), strict=True)
+            refs = [*self._refs(), *self._sources().values()]
+            decoded, extra = zip(*(decoding_bytes(ref, max_pixels) for ref in refs), strict=True)
         except ImageError as error:
             remedy = "; resize it before sending, or raise the server's --max_pixels"
             raise RequestError(f"{error}{remedy if error.problem == TOO_LARGE else ''}", 422) from error
-        return sum(map(len, self.images)) + sum(decoded) + max(extra)
+        return sum(len(ref.data or b"") for ref in refs) + sum(decoded) + max(extra)
 
     def decode(self, exif: ExifOrientation, max_pixels: int, until: float) -> list[ImageRow]:
         """Decode the images into rows to score, turned upright by their EXIF orientation if ``exif`` is ``apply``.
 
-        No further image is decoded after the time ``until`` of the monotonic clock.
+        Pictures that they are edits of become bitmaps, which the model reads again in no time. No further image is
+        decoded after the time ``until`` of the monotonic clock.
 
         Raises:
             RequestError: If an image is damaged.
             TimeoutError: If there is no time left.
         """
-        rows = []
-        for prompt, ref in zip(self.prompts, self._refs(), strict=True):
+
+        def decoded(ref: ImageRef) -> Image.Image:
             if time.monotonic() > until:
                 raise TimeoutError
             try:
-                rows.append(ImageRow(prompt, decode_image(ref, max_pixels, exif)))
+                return decode_image(ref, max_pixels, exif)
             except ImageError as error:
                 raise RequestError(str(error), 422) from error
+
+        sources = {key: ImageRef(key, data=bitmap(decoded(ref))) for key, ref in self._sources().items()}
+        rows = []
+        for prompt, ref in zip(self.prompts, self._refs(), strict=True):
+            bitmaps = [sources[source.image_key] for source in sources_of(prompt)]
+            rows.append(ImageRow(EditPrompt(prompt, bitmaps) if bitmaps else prompt, decoded(ref)))
         return rows
 
     def _refs(self) -> list[ImageRef]:
         return [ImageRef(str(number), data=data) for number, data in enumerate(self.images)]
+
+    def _sources(self) -> dict[str, ImageRef]:
+        """Return the pictures that images are edits of by their keys, with names for messages."""
+        found: dict[str, ImageRef] = {}
+        for number, prompt in enumerate(self.prompts):
+            for place, source in enumerate(sources_of(prompt)):
+                found.setdefault(source.image_key, ImageRef(f"source {place} of image {number}", data=source.data))
+        return found
+
+
+def bitmap(image: Image.Image) -> bytes:
+    """Return the bytes of an image's BMP file."""
+    content = BytesIO()
+    image.save(content, "bmp")
+    return content.getvalue()
+
+
+def with_sources(prompts: Sequence[str], sources: Sequence[Sequence[bytes]]) -> list[str]:
+    """Return prompts with the pictures that their images are edits of, from a list of pictures for each; or none.
+
+    Raises:
+        RequestError: If the numbers of lists and prompts differ.
+    """
+    if not sources:
+        return [*prompts]
+    if len(sources) != len(prompts):
+        raise RequestError(f"{len(sources)} lists of sources for {len(prompts)} prompts; give one each", 422)
+    refs = {id(row): [source_ref(data, place) for place, data in enumerate(row)] for row in sources}
+    return [EditPrompt(text, refs[id(row)]) if row else text for text, row in zip(prompts, sources, strict=True)]
 
 
 Parse = Callable[[bytes], Awaitable[EncodedImages]]  # function from a body to its images
@@ -123,6 +165,8 @@ async def score_images_by_reward(
         with resources.memory.hold(parsing_bytes(body, kind), len(body)):
             parts = await formats[kind](body)
         for model, images in parts.items():  # now: scores of one reward would be lost if another then refuses
+            for prompt in images.prompts:
+                model.accepted.check_sources(len(sources_of(prompt)))
             model.require_room(len(images.images))
         most = resources.settings.max_pixels
         needs = await asyncio.to_thread(lambda: {model: images.memory_bytes(most) for model, images in parts.items()})
@@ -178,16 +222,16 @@ class Images(Dialect):
         numbers = list[float]
         answer = fields(scores=numbers, z_scores=numbers, quantiles=numbers, noise=str, model=str)
         summary = "Score images for prompts: a form with files, or JSON with images in base64"
-        bodies = {JSON: ImagesAsJSON, FORM: fields(prompt=str, image=list[bytes])}
+        bodies = {JSON: ImagesAsJSON, FORM: fields(prompt=str, image=list[bytes], source=list[bytes] | None)}
         return [Route("POST", "/v1/score_images", self.score_images, summary, bodies, answer, of_reward=True)]
 
     async def score_images(self, request: Request) -> JSONResponse:
         """Score images for prompts."""
         model = self.service.model_of(request)
-        reward, most = model.reward, model.accepted.max_rows
+        reward, most, sources = model.reward, model.accepted.max_rows, model.accepted.sources[1]
         formats = {
-            JSON: lambda body: asyncio.to_thread(images_of_json, body, most),
-            FORM: lambda body: images_of_form(request, body, most),
+            JSON: lambda body: asyncio.to_thread(images_of_json, body, most, sources),
+            FORM: lambda body: images_of_form(request, body, most, sources),
         }
         totals, axes = model.columns(await score_images(model, request, formats))
         z_scores, quantiles = standing(reward, torch.tensor(totals)) or (None, None)
@@ -203,31 +247,42 @@ class ImagesAsJSON(BaseModel, extra="forbid", strict=True):
         prompts: One prompt per image.
         image: A single image in base64; exclusive with ``images``.
         images: Several images in base64.
+        source_images: Pictures in base64 that the images are edits of: a list for all images, or a list of a list for
+            each image.
     """
 
     prompt: str | None = None
     prompts: list[str] | None = None
     image: str | None = None
     images: list[str] | None = None
+    source_images: list[str] | list[list[str]] | None = None
 
 
-def images_of_json(body: bytes, max_images: int) -> EncodedImages:
+def images_of_json(body: bytes, max_images: int, max_sources: int = 0) -> EncodedImages:
     """Parse images from JSON with the fields of :class:`ImagesAsJSON`: ``{"prompt": text, "images": [base64, ...]}``.
+
+    ``max_sources`` is the largest number of pictures that an image may be an edit of.
 
     Raises:
         RequestError: If the body is not such an object, an image is not base64, or there are too many images.
     """
-    content = read_json(body, ImagesAsJSON, 8 * (max_images + 8), EXAMPLE)
+    content = read_json(body, ImagesAsJSON, (8 + 2 * max_sources) * (max_images + 8), EXAMPLE)
     images = _one_or_several("image", content.image, content.images)
     prompts = _one_or_several("prompt", content.prompt, content.prompts)
     check_limit("images:", len(images), max_images, fewer_rows(max_images))
     if content.prompts is None:
         prompts = prompts * len(images)
+    given: list[Any] = content.source_images or []
+    for_all = bool(given) and isinstance(given[0], str)
+    sources = [[from_base64("a source image", text) for text in row] for row in ([given] if for_all else given)]
+    prompts = with_sources(prompts, sources * len(prompts) if for_all else sources)
     return EncodedImages(prompts, [from_base64(f"image {number}", text) for number, text in enumerate(images)])
 
 
-async def images_of_form(request: Request, body: bytes, max_images: int) -> EncodedImages:
+async def images_of_form(request: Request, body: bytes, max_images: int, max_sources: int = 0) -> EncodedImages:
     """Parse images from a form with files ``image``, and one text ``prompt`` for all or one per image, in order.
+
+    Files ``source``, at most ``max_sources``, are pictures that all images are edits of.
 
     Raises:
         RequestError: If the form cannot be read, has other fields, or the numbers of prompts and images do not fit
@@ -242,22 +297,30 @@ async def images_of_form(request: Request, body: bytes, max_images: int) -> Enco
         yield body
 
     try:
-        form = await MultiPartParser(request.headers, stream(), max_files=max_images, max_fields=max_images).parse()
+        most = {"max_files": max_images + max_sources, "max_fields": max_images}
+        form = await MultiPartParser(request.headers, stream(), **most).parse()
     except MultiPartException as error:
         if not error.message.startswith(("Too many files", "Too many fields")):  # one class stands for all faults
             raise RequestError(f"the form cannot be read: {error.message}") from error
-        problem = f"the form has over {max_images} files or over {max_images} texts, this server's limit of images"
+        problem = (
+            f"the form has over {most['max_files']} files or over {max_images} texts, this server's limit of images"
+        )
         raise RequestError(f"{problem}; {fewer_rows(max_images)}", 413) from error
     try:
-        if set(form) != {"prompt", "image"}:
+        if set(form) - {"source"} != {"prompt", "image"}:
             names = ", ".join(repr(name[:40]) for name in sorted(set(form))[:5]) or "none"
             told = "give the text prompt and the file image, which may stand several times"
             raise RequestError(f"the form has the fields {names}; {told}")
-        images = [await file.read() for file in form.getlist("image") if isinstance(file, UploadFile)]
+        images, sources = [
+            [await file.read() for file in form.getlist(name) if isinstance(file, UploadFile)]
+            for name in ("image", "source")
+        ]
         prompts = [text for text in form.getlist("prompt") if isinstance(text, str)]
     finally:
         await form.close()
-    return EncodedImages(prompts * len(images) if len(prompts) == 1 else prompts, images)
+    check_limit("image:", len(images), max_images, fewer_rows(max_images))
+    prompts = prompts * len(images) if len(prompts) == 1 else prompts
+    return EncodedImages(with_sources(prompts, [sources] * len(prompts)), images)
 
 
 def _one_or_several(name: str, single: str | None, several: list[str] | None) -> list[str]:

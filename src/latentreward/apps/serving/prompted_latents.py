@@ -6,13 +6,14 @@ text for all rows, ``prompts`` a JSON list with a text for each row.
 """
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from itertools import islice
 
 import torch
 from fastapi import Request
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, Field, Json
+from torch import Tensor
 
 from latentreward.apps.serving.batch_scorer import LatentRow, StateRow
 from latentreward.apps.serving.bodies import SAFETENSORS
@@ -94,20 +95,22 @@ def parse_latents(body: bytes, accepted: Accepted, seeds: Iterator[int]) -> list
         "latents": Expected((f"B {accepted.axes}",)),
         "u": Expected(("B",), ("F32",), required=False),
         "seeds": Expected(("B",), ("I64",), required=False),
+        **accepted.expected_sources(),
     }
-    tensors = read_tensors(body, expected, accepted.sizes, HEADER_BYTES)
+    tensors = read_latents(body, expected, accepted)
     latents, u = tensors["latents"], tensors.get("u")
     count = len(latents)
     accepted.check_sides(latents)
     check_limit("latents: rows", count, accepted.max_rows, fewer_rows(accepted.max_rows))
-    prompts = read_prompts(body, count)
+    prompts, sources = read_prompts(body, count), accepted.sources_of_rows(tensors, count)
     if u is None:
         if "seeds" in tensors:
             raise RequestError("seeds are given without u; give the noise level u too, or neither", 422)
-        return [LatentRow(*row) for row in zip(prompts, latents, strict=True)]
+        return [LatentRow(*row, sources=own) for *row, own in zip(prompts, latents, sources, strict=True)]
     check_levels(u)
     used = tensors["seeds"].tolist() if "seeds" in tensors else islice(seeds, count)
-    return [LatentRow(*row) for row in zip(prompts, latents, u.tolist(), used, strict=True)]
+    rows = zip(prompts, latents, u.tolist(), used, sources, strict=True)
+    return [LatentRow(*row, sources=own) for *row, own in rows]
 
 
 def parse_states(body: bytes, accepted: Accepted, process: NoiseProcess, most: int) -> tuple[list[StateRow], int]:
@@ -116,8 +119,12 @@ def parse_states(body: bytes, accepted: Accepted, process: NoiseProcess, most: i
     Raises:
         RequestError: If the bytes are no such body, or do not fit the model.
     """
-    expected = {"latents": Expected((f"N S {accepted.axes}",)), "timesteps": Expected(("S", "N S"), ("F32", "I64"))}
-    tensors = read_tensors(body, expected, accepted.sizes, HEADER_BYTES)
+    expected = {
+        "latents": Expected((f"N S {accepted.axes}",)),
+        "timesteps": Expected(("S", "N S"), ("F32", "I64")),
+        **accepted.expected_sources("N"),
+    }
+    tensors = read_latents(body, expected, accepted)
     latents = tensors["latents"]
     count, steps = latents.shape[:2]
     accepted.check_sides(latents)
@@ -127,9 +134,23 @@ def parse_states(body: bytes, accepted: Accepted, process: NoiseProcess, most: i
         process.sigma(timesteps.flatten())
     except InputError as error:
         raise RequestError(f"timesteps: {error}", 422) from error
-    prompts = [prompt for prompt in read_prompts(body, count) for _ in range(steps)]
+    of_trajectories = zip(read_prompts(body, count), accepted.sources_of_rows(tensors, count), strict=True)
+    given = [own for own in of_trajectories for _ in range(steps)]
     times = timesteps.expand(count, steps).flatten().tolist()
-    return [StateRow(*row) for row in zip(prompts, latents.flatten(0, 1), times, strict=True)], steps
+    states = zip(given, latents.flatten(0, 1), times, strict=True)
+    return [StateRow(prompt, state, time, sources=own) for (prompt, own), state, time in states], steps
+
+
+def read_latents(body: bytes, expected: Mapping[str, Expected], accepted: Accepted) -> dict[str, Tensor]:
+    """Read the tensors of a body with prompts, see :func:`read_tensors`.
+
+    Raises:
+        RequestError: As that function; with status 422 if the text encoder reads the pictures to edit.
+    """
+    if accepted.sees_sources:
+        problem = "the text encoder of this reward reads the pictures that are edited, and latents are none"
+        raise RequestError(f"{problem}; send images to /v1/score_images, or encoded prompts to /v1/score", 422)
+    return read_tensors(body, expected, accepted.sizes, HEADER_BYTES)
 
 
 def read_prompts(body: bytes, count: int) -> list[str]:

@@ -102,6 +102,7 @@ def parse_request(
         "prompt_mask": Expected(("B L",), ("BOOL", "U8"), required=masked, taken=masked or accepted.pools_tokens),
         "u": Expected(("B",), ("F32",)),
         "seeds": Expected(("B",), ("I64",), required=False),
+        **accepted.expected_sources(),
     }
     tensors = read_tensors(body, expected, accepted.sizes)
     latents, embeds, u = tensors["latents"], tensors["prompt_embeds"], tensors["u"]
@@ -127,7 +128,8 @@ def parse_request(
     parts = zip(*([None] * count if column is None else column.split(1) for column in columns), strict=True)
     encoded = [Conditioning(*part).trimmed() for part in parts]
     used = tensors["seeds"].tolist() if "seeds" in tensors else islice(seeds, count)
-    return [LatentRow(prompt, *row) for row in zip(latents, u.tolist(), used, encoded, strict=True)]
+    rows = zip(latents, u.tolist(), used, encoded, accepted.sources_of_rows(tensors, count), strict=True)
+    return [LatentRow(prompt, *row, sources=own) for *row, own in rows]
 
 
 def _checked_mask(mask: Tensor, tokens_first: bool) -> Tensor:

@@ -5,6 +5,7 @@ import math
 import secrets
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import chain, count, repeat
 from typing import Any
@@ -18,6 +19,9 @@ from latentreward.apps.serving.errors import ROWS, RequestError, ScoringError
 from latentreward.apps.serving.resources import Resources
 from latentreward.apps.serving.settings import ServiceSettings
 from latentreward.apps.serving.tensors import Accepted
+from latentreward.contracts import Conditioning
+from latentreward.data.readers.json_rows import MOST_SOURCES
+from latentreward.encoders.sources import edit_of_grey
 from latentreward.errors import InputError, one_line
 from latentreward.scoring import RewardModel
 from latentreward.scoring.scoring_noise import timesteps_of
@@ -45,8 +49,10 @@ class ServedModel:
         self.seeds: Iterator[int] = repeat(0) if self.first_seed is None else count(self.first_seed)
         metrics = resources.metrics
         scorer = RowScorer(reward, settings.batch_size, settings.prompts_kept, partial(metrics.count_prompts, name))
-        encoded = reward.backbone.encode_prompts([""]).trimmed().to("cpu", torch.float32)
-        scorer([LatentRow("", torch.zeros(own_shape(reward)), u=0.5, encoded=encoded)])
+        encoded = encode_empty(reward).trimmed().to("cpu", torch.float32)
+        text, sources = replace(encoded, source_latents=()), tuple(one[0] for one in encoded.source_latents)
+        prompt = edit_of_grey() if sources else ""
+        scorer([LatentRow(prompt, torch.zeros(own_shape(reward)), u=0.5, encoded=text, sources=sources)])
         self.batcher = MicroBatcher(
             scorer,
             settings.batch_size,
@@ -118,10 +124,16 @@ class ServedModel:
     def describe(self) -> dict[str, Any]:
         """Describe the model and the server's limits, as values for JSON.
 
-        ``prompt_mask``, ``pools_tokens`` and ``frames`` are there only for models that take more than SD and SD3 do.
+        ``prompt_mask``, ``pools_tokens``, ``frames`` and ``sources`` are there only for models that take more than SD
+        and SD3 do.
         """
         accepted, backbone = self.accepted, self.reward.backbone
-        more = {"prompt_mask": accepted.masked, "pools_tokens": accepted.pools_tokens, "frames": accepted.frames}
+        more = {
+            "prompt_mask": accepted.masked,
+            "pools_tokens": accepted.pools_tokens,
+            "frames": accepted.frames,
+            "sources": [*accepted.sources] if accepted.sources[1] else None,
+        }
         return {
             "model": self.reward.identity,
             "latent_space": backbone.latent_space.record(),
@@ -195,7 +207,7 @@ class ScoringService:
 def accepted_by(reward: RewardModel, settings: ServiceSettings) -> Accepted:
     """Determine the shapes that a model takes; the empty prompt is encoded to find the widths of embeddings."""
     backbone = reward.backbone
-    empty = backbone.encode_prompts([""])
+    empty = encode_empty(reward)
     clip = 1 if reward.image_sizes is None else reward.image_sizes.frames
     _, *time, _, _ = backbone.latent_space.shape(1, 1, clip)
     pooled, masked = empty.pooled_prompt_embeds, empty.prompt_mask is not None
@@ -212,7 +224,16 @@ def accepted_by(reward: RewardModel, settings: ServiceSettings) -> Accepted:
         masked=masked,
         frames=time[0] if time else None,
         pools_tokens=backbone.text_encoder is not None and backbone.text_encoder.pools_tokens,
+        sources=(backbone.sources[0], MOST_SOURCES if backbone.sources[1] is None else backbone.sources[1]),
+        sees_sources=backbone.text_encoder is not None and backbone.text_encoder.sees_sources,
     )
+
+
+def encode_empty(reward: RewardModel) -> Conditioning:
+    """Encode the empty prompt, and a grey picture to edit for a model that needs one."""
+    scale = reward.backbone.latent_space.downscale
+    reward.prompt_memory(1).resize_sources(*(side * scale for side in own_shape(reward)[-2:]))
+    return reward.backbone.encode_prompts([edit_of_grey() if reward.backbone.sources[0] else ""])
 
 
 def own_shape(reward: RewardModel) -> tuple[int, ...]:

@@ -13,6 +13,7 @@ from torch import Tensor
 from latentreward.apps.serving.bodies import SAFETENSORS, check_type
 from latentreward.apps.serving.errors import ROWS, RequestError, check_limit
 from latentreward.apps.serving.resources import Resources
+from latentreward.data.readers.json_rows import MOST_SOURCES
 from latentreward.errors import one_line, quoted
 
 HEADER_BYTES = 16 * 1024
@@ -62,6 +63,43 @@ class Accepted:
     frames: int | None = None  # number of latent frames T; None if latents have no time axis
     # Whether the pooled vector may be left out, and is the mean of the tokens in the mask then
     pools_tokens: bool = False
+    # Least and largest number of pictures that a row's image is an edit of, its sources
+    sources: tuple[int, int] = (0, 0)
+    sees_sources: bool = False  # whether the text encoder reads these pictures too, as pixels
+
+    def check_sources(self, number: int) -> None:
+        """Raise RequestError with status 422 if an image with this number of sources is not scored."""
+        least, most = self.sources
+        if least <= number <= most:
+            return
+        told = f"takes {least if least == most else f'{least} to {most}'}; send so many"
+        if not most:
+            told = "judges images made from text alone; leave them out"
+        raise RequestError(f"{number} sources are given for an image, but this reward {told}", 422)
+
+    def expected_sources(self, leading: str = "B") -> dict[str, Expected]:
+        """Return the requirements on the tensors ``source_0``, ``source_1``, …, whose sides are their own."""
+        axes = [self.axes.replace("h w", f"h{place} w{place}") for place in range(MOST_SOURCES)]
+        return {
+            f"source_{place}": Expected((f"{leading} {names}",), required=False, taken=place < self.sources[1])
+            for place, names in enumerate(axes)
+        }
+
+    def sources_of_rows(self, tensors: Mapping[str, Tensor], count: int) -> list[tuple[Tensor, ...]]:
+        """Return the latents of the sources of each of ``count`` rows, from the tensors of a request.
+
+        Raises:
+            RequestError: With status 422 if there are too few, one is left out, or the sides do not fit the network;
+                with status 413 over the server's limit of pixels.
+        """
+        found = [name for name in self.expected_sources() if name in tensors]
+        self.check_sources(len(found))
+        for place, name in enumerate(found):
+            if name != f"source_{place}":
+                raise RequestError(f"{name} is given without source_{place}; number sources from 0 on", 422)
+            self.check_sides(tensors[name], name)
+        columns = [tensors[name].unbind() for name in found]
+        return [*zip(*columns, strict=True)] if columns else [()] * count
 
     @property
     def axes(self) -> str:
@@ -73,8 +111,8 @@ class Accepted:
         """Sizes that the model fixes, by the name of the axis; None for any size."""
         return {"C": self.channels, "T": self.frames, "L": self.tokens, "D": self.text_width, "P": self.pooled_width}
 
-    def check_sides(self, latents: Tensor) -> None:
-        """Check the sides of latents ``(..., C, h, w)`` or ``(..., C, T, h, w)``.
+    def check_sides(self, latents: Tensor, tensor: str = "latents") -> None:
+        """Check the sides of latents ``(..., C, h, w)`` or ``(..., C, T, h, w)``, the ``tensor`` of a request.
 
         Raises:
             RequestError: With status 413 over the server's limit of pixels; with status 422 if the network cannot take
@@ -82,11 +120,11 @@ class Accepted:
         """
         height, width = latents.shape[-2:]
         if height % self.patch or width % self.patch:
-            raise RequestError(f"latents of {height} × {width} must have sides divisible by {self.patch}", 422)
+            raise RequestError(f"{tensor} of {height} × {width} must have sides divisible by {self.patch}", 422)
         if max(height, width) > (self.max_side or max(height, width)):
             limit = f"{self.max_side}, the limit of this network"
-            raise RequestError(f"latents of {height} × {width} have a side over {limit}", 422)
-        name = "latents: h · w" if self.frames is None else "latents: T · h · w"
+            raise RequestError(f"{tensor} of {height} × {width} have a side over {limit}", 422)
+        name = f"{tensor}: h · w" if self.frames is None else f"{tensor}: T · h · w"
         smaller = "send smaller latents, or raise the server's --max_latent_pixels"
         check_limit(name, (self.frames or 1) * height * width, self.max_pixels, smaller)
 

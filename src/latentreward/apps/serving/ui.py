@@ -11,7 +11,7 @@ import torch
 
 from latentreward.apps.serving.batch_scorer import standing
 from latentreward.errors import InputError
-from latentreward.scoring import RewardModel
+from latentreward.scoring import RewardModel, edit_prompt
 
 if TYPE_CHECKING:
     import gradio
@@ -29,10 +29,13 @@ button.primary { background: #c2410c !important; color: #ffffff !important; tran
 """Style that shows where the focus is, which Gradio's tables hide, and gives faint texts a contrast of 4.5."""
 
 
-def score_sheet(reward: RewardModel, prompt: str, images: Sequence[str | Path]) -> tuple[list[list[Any]], Figure]:
+def score_sheet(
+    reward: RewardModel, prompt: str, images: Sequence[str | Path], sources: Sequence[str | Path] = ()
+) -> tuple[list[list[Any]], Figure]:
     """Score images for one prompt, and return a table and a plot of the scores by noise level.
 
-    The rows have the columns :data:`COLUMNS`, best first; z-scores and quantiles are None without a calibration.
+    The images are edits of the pictures ``sources``. The rows have the columns :data:`COLUMNS`, best first; z-scores
+    and quantiles are None without a calibration.
 
     Raises:
         InputError: If there is no image, there are too many images, or an image cannot be read.
@@ -42,6 +45,7 @@ def score_sheet(reward: RewardModel, prompt: str, images: Sequence[str | Path]) 
     if not 0 < len(images) <= MOST_IMAGES:
         raise InputError(f"there are {len(images)} images; give 1 to {MOST_IMAGES}")
     levels = [replace(reward.noise, sigmas=(sigma,), timesteps=()) for sigma in LEVELS]
+    prompt = edit_prompt(prompt, [Path(source) for source in sources]) if sources else prompt
     with torch.inference_mode():
         scores = reward.score_levels(prompt, [Path(image) for image in images], [reward.noise, *levels])
     names, own = [Path(image).name for image in images], scores[:, 0]
@@ -66,9 +70,15 @@ def build_page(reward: RewardModel) -> gradio.Blocks:
     """Build the page; it loads nothing from other hosts, and Gradio's usage reports are off."""
     import gradio as gr
 
-    def score(prompt: str, images: Sequence[tuple[str, str | None]] | None) -> tuple[list[list[Any]], Figure]:
+    def score(
+        prompt: str,
+        images: Sequence[tuple[str, str | None]] | None,
+        sources: Sequence[tuple[str, str | None]] | None = None,
+    ) -> tuple[list[list[Any]], Figure]:
         try:
-            return score_sheet(reward, prompt or "", [path for path, _ in images or []])
+            return score_sheet(
+                reward, prompt or "", *([path for path, _ in given or []] for given in (images, sources))
+            )
         except InputError as error:
             raise gr.Error(str(error), print_exception=False) from error
 
@@ -78,12 +88,15 @@ def build_page(reward: RewardModel) -> gradio.Blocks:
         with gr.Row():
             with gr.Column():
                 prompt = gr.Textbox(label="Prompt")
-                images = gr.Gallery(label="Images", type="filepath", file_types=["image"], columns=4, height=320)
+                files = {"type": "filepath", "file_types": ["image"], "columns": 4, "height": 320}
+                edits = reward.backbone.sources != (0, 0)
+                sources = [gr.Gallery(label="Pictures that were edited", **files)] if edits else []
+                images = gr.Gallery(label="Images", **files)
                 button = gr.Button("Score", variant="primary")
             with gr.Column():
                 sheet = gr.Dataframe(headers=list(COLUMNS), label="Scores", interactive=False)
                 plot = gr.Plot(show_label=False)
-        button.click(score, [prompt, images], [sheet, plot], api_name=False)
+        button.click(score, [prompt, images, *sources], [sheet, plot], api_name=False)
     return page
 
 

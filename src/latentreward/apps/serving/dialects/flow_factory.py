@@ -5,6 +5,7 @@ Source: X-GenGroup/Flow-Factory (Apache-2.0), ``src/flow_factory/rewards/my_rewa
 
     {"prompt": [TEXT, ...], "image": [BASE64, ...], "video": null, "condition_images": null, "condition_videos": null}
 
+with ``"condition_images": [[BASE64, ...], ...]``, the pictures that each image is an edit of, for a reward of edits;
 and its reply ``{"rewards": [NUMBER, ...]}``; an error is ``{"error": TEXT}`` with its status. The client's
 ``GET /health`` is answered as UniRL's, because it reads only the status. The client's ``RemoteGroupwiseRewardModel``
 sends the same request for a group of samples, and gets the same scores: they do not depend on the group.
@@ -20,7 +21,7 @@ from pydantic import BaseModel
 from latentreward.apps.serving.bodies import JSON
 from latentreward.apps.serving.dialects.base import Dialect
 from latentreward.apps.serving.errors import RequestError, check_limit
-from latentreward.apps.serving.images import EncodedImages, score_images
+from latentreward.apps.serving.images import EncodedImages, score_images, with_sources
 from latentreward.apps.serving.json_bodies import from_base64, read_json
 from latentreward.apps.serving.routes import Route, fields
 
@@ -34,7 +35,7 @@ class ComputeRequest(BaseModel, strict=True):
     prompt: list[str]
     image: list[str] | None = None
     video: Any = None
-    condition_images: Any = None
+    condition_images: list[list[str]] | None = None
     condition_videos: Any = None
     kwargs: Any = None
 
@@ -50,17 +51,20 @@ class FlowFactory(Dialect):
     async def compute(self, request: Request) -> JSONResponse:
         """Score the images of a request."""
         model = self.service.model_of(request)
-        formats = {JSON: lambda body: asyncio.to_thread(parse_images, body, model.settings.queue)}
+        most, sources = model.settings.queue, model.accepted.sources[1]
+        formats = {JSON: lambda body: asyncio.to_thread(parse_images, body, most, sources)}
         scores = await score_images(model, request, formats)
         return JSONResponse({"rewards": [score for score, *_ in scores]})
 
 
-def parse_images(body: bytes, most: int) -> EncodedImages:
+def parse_images(body: bytes, most: int, max_sources: int = 0) -> EncodedImages:
     """Parse a request; raise RequestError if it is no such JSON, has other media than images, or too many."""
-    content = read_json(body, ComputeRequest, TEXTS * (most + 8), FORM)
-    for name in ("video", "condition_images", "condition_videos"):
+    content = read_json(body, ComputeRequest, (TEXTS + 2 * max_sources) * (most + 8), FORM)
+    for name in ("video", "condition_videos", *(() if max_sources else ("condition_images",))):
         if getattr(content, name):
             raise RequestError(f"{name} is given; this server scores a prompt and an image, nothing else", 422)
     images = content.image or []
     check_limit("image: images", len(images), most)
-    return EncodedImages(content.prompt, [from_base64(f"image {number}", text) for number, text in enumerate(images)])
+    sources = [[from_base64("a condition image", text) for text in row] for row in content.condition_images or []]
+    prompts = with_sources(content.prompt, sources)
+    return EncodedImages(prompts, [from_base64(f"image {number}", text) for number, text in enumerate(images)])

@@ -11,13 +11,15 @@ and its reply
 
     {"protocol_version": "1", "results": [{NAME: {"score": NUMBER}}], "errors": [{NAME: TEXT}], "identities": [{...}]}
 
-As with UniRL's own scorers of images, the last turn of a history is scored. A reward that fails is reported in
-``errors``; a reward without room is a 503 for the whole request, which the client sends again. Videos, handles of
-tensors in GPU memory and gradients are refused. Unknown fields and ``metadata`` are ignored, as by UniRL's server.
+As with UniRL's own scorers of images, the last turn of a history is scored. A reward of edits takes the images of the
+turns before it as the pictures that were edited, as UniRL's EditReward does; other rewards ignore them. A reward that
+fails is reported in ``errors``; a reward without room is a 503 for the whole request, which the client sends again.
+Videos, handles of tensors in GPU memory and gradients are refused. Unknown fields and ``metadata`` are ignored, as by
+UniRL's server.
 """
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from typing import Any
 
 from fastapi import Request
@@ -27,7 +29,7 @@ from pydantic import BaseModel
 from latentreward.apps.serving.bodies import JSON
 from latentreward.apps.serving.dialects.base import Dialect
 from latentreward.apps.serving.errors import RequestError, ScoringError, check_limit
-from latentreward.apps.serving.images import EncodedImages, score_images_by_reward
+from latentreward.apps.serving.images import EncodedImages, score_images_by_reward, with_sources
 from latentreward.apps.serving.json_bodies import from_base64, read_json
 from latentreward.apps.serving.routes import Route, fields
 from latentreward.apps.serving.served import Scores, ServedModel
@@ -114,8 +116,13 @@ class UniRL(Dialect):
             wanted = {self.service.named(name): rows for name, rows in rewards_of(samples).items()}
             for model, rows in wanted.items():
                 check_limit(f"requests: samples for {model.name}", len(rows), model.settings.queue)
-            images = await asyncio.to_thread(take_images, samples)
-            return {one: EncodedImages(*zip(*(images[n] for n in rows), strict=True)) for one, rows in wanted.items()}
+            edits = {number for model, rows in wanted.items() if model.accepted.sources[1] for number in rows}
+            images = await asyncio.to_thread(take_images, samples, edits)
+            found = {}
+            for model, rows in wanted.items():
+                prompts, files = zip(*(images[number] for number in rows), strict=True)
+                found[model] = EncodedImages(prompts if model.accepted.sources[1] else [*map(str, prompts)], files)
+            return found
 
         outcomes = await score_images_by_reward(self.service.resources, request, {JSON: parse})
         return JSONResponse(reply(samples, outcomes))
@@ -155,12 +162,18 @@ def rewards_of(samples: Sequence[Sample]) -> dict[str, list[int]]:
     return rows
 
 
-def take_images(samples: Sequence[Sample]) -> list[tuple[str, bytes]]:
-    """Return text and image of each sample's last turn, and drop the long histories; images must be base64."""
+def take_images(samples: Sequence[Sample], edits: Container[int] = ()) -> list[tuple[str, bytes]]:
+    """Return text and image of each sample's last turn, and drop the long histories; images must be base64.
+
+    The text carries the images of the turns before it in samples whose numbers are in ``edits``.
+    """
     images = []
     for number, sample in enumerate(samples):
-        turn = sample.history[-1]
-        images.append((turn.text, from_base64(f"requests.{number}: image_b64", turn.image_b64 or "")))
+        name = f"requests.{number}: image_b64"
+        *before, turn = sample.history
+        given = [one.image_b64 for one in before if one.image_b64 is not None and number in edits]
+        (prompt,) = with_sources([turn.text], [[from_base64(name, text) for text in given]])
+        images.append((prompt, from_base64(name, turn.image_b64 or "")))
         sample.history = []
     return images
 

@@ -1,0 +1,309 @@
+"""A served reward of edits: images and latents with the pictures that they are edits of, by every route."""
+
+import base64
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import repeat
+from typing import Any
+
+import httpx
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save
+
+from latentreward.apps.serving.errors import RequestError
+from latentreward.apps.serving.images import images_of_json
+from latentreward.apps.serving.prompted_latents import parse_latents
+from latentreward.apps.serving.served import ServedModel
+from latentreward.contracts import Conditioning
+from latentreward.scoring import edit_prompt
+from latentreward.scoring.scoring_noise import ScoringNoise, draw_noise, timesteps_of
+from tests.apps.serving.framework_clients import FlowFactoryClient, UniRLClient, encoded
+from tests.apps.serving.latent_requests import tensors_of
+from tests.apps.serving.prompted_requests import body_of
+from tests.apps.serving.servers import served_model, serving
+from tests.scoring.models import edit_reward, picture, png
+
+EDITED = [picture(seed, 40, 60) for seed in range(3)]
+RED, BLUE = (Image.new("RGB", (60, 40), colour) for colour in ("red", "blue"))
+TEXT = "make it red"
+
+
+@pytest.fixture(scope="module")
+def served() -> Iterator[tuple[str, ServedModel]]:
+    with serving(edit_reward(), batch_size=4, max_wait_ms=1, queue=8) as started:
+        yield started
+
+
+@pytest.fixture
+def text_to_image(served: tuple[str, ServedModel], monkeypatch: pytest.MonkeyPatch) -> str:
+    """Address of a reward that takes no sources."""
+    address, model = served
+    monkeypatch.setattr(model, "accepted", replace(model.accepted, sources=(0, 0)))
+    return address
+
+
+def ask(address: str, content: dict[str, Any], path: str = "v1/score_images") -> httpx.Response:
+    return httpx.post(f"{address}/{path}", json=content, timeout=300)
+
+
+def wanted(model: ServedModel, *sources: list[Image.Image]) -> Any:
+    """The scores of the first edited images by the model itself, one for each list of sources."""
+    with torch.inference_mode():
+        prompts = [edit_prompt(TEXT, row) if row else TEXT for row in sources]
+        scores = [model.reward.score(prompt, image).item() for prompt, image in zip(prompts, EDITED, strict=False)]
+    return pytest.approx(scores, abs=2e-5)
+
+
+@pytest.mark.slow
+def test_images_are_scored_with_their_sources(served: tuple[str, ServedModel]) -> None:
+    address, model = served
+    images = [encoded(image) for image in EDITED]
+    red, blue = encoded(RED), encoded(BLUE)
+    for given, rows in (
+        ([red], [[RED]] * 3),
+        ([red, blue], [[RED, BLUE]] * 3),
+        ([[red], [blue], [blue, red]], [[RED], [BLUE], [BLUE, RED]]),
+        ([[red], [], [blue]], [[RED], [], [BLUE]]),
+        ([], [[]] * 3),
+    ):
+        reply = ask(address, {"prompt": TEXT, "images": images, "source_images": given})
+        assert reply.status_code == 200, reply.text
+        assert reply.json()["scores"] == wanted(model, *rows)
+
+
+@pytest.mark.slow
+def test_a_form_has_sources_of_all_images(served: tuple[str, ServedModel]) -> None:
+    address, model = served
+    for sources in ([RED], [RED, BLUE], []):
+        files = [("image", png(image)) for image in EDITED] + [("source", png(source)) for source in sources]
+        reply = httpx.post(f"{address}/v1/score_images", data={"prompt": TEXT}, files=files, timeout=300)
+        assert reply.json()["scores"] == wanted(model, *[sources] * 3)
+
+
+def test_equal_sources_are_encoded_once_and_prompts_kept_without_their_bytes(
+    served: tuple[str, ServedModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    address, model = served
+    encoder, seen = model.reward.backbone.source_encoder, list[str]()
+    assert encoder is not None
+    pixels = encoder.pixels
+    monkeypatch.setattr(encoder, "pixels", lambda image: seen.append(image.image_key) or pixels(image))
+    green = encoded(Image.new("RGB", (60, 40), "green"))
+    given = {"prompts": ["one", "two", "one"], "images": [encoded(image) for image in EDITED]}
+    for _ in range(2):
+        assert ask(address, given | {"source_images": [green]}).status_code == 200
+    assert len(seen) == 1
+
+
+def test_kept_prompts_hold_no_pictures() -> None:
+    model = edit_reward()
+    memory, prompt = model.prompt_memory(2), edit_prompt(TEXT, RED)
+    assert prompt not in memory
+    model.score(prompt, EDITED[0], memory=memory)
+    assert prompt in memory and TEXT not in memory and edit_prompt(TEXT, BLUE) not in memory
+    assert str(png(RED)) not in repr(memory._kept.keys())
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ([["aaaa"]] * 2, "2 lists of sources for 1 prompts"),
+        ([encoded(RED)] * 17, "17 sources are given for an image, but this reward takes 0 to 16; send so many"),
+        (["aaaa"], "image 'source 0 of image 0': unknown image format"),
+        (
+            [[encoded(RED), base64.b64encode(png(BLUE)[:-40]).decode()]],
+            "image 'source 1 of image 0': truncated or damaged image",
+        ),
+        (["%"], "a source image is no base64"),
+        ([encoded(Image.new("1", (8200, 8200)))], "resize it before sending"),
+    ],
+)
+def test_bad_sources_are_refused_in_one_line(served: tuple[str, ServedModel], given: Any, message: str) -> None:
+    address, model = served
+    reply = ask(address, {"prompt": TEXT, "image": encoded(RED), "source_images": given})
+    assert reply.status_code in (400, 422) and message in reply.json()["error"], reply.text
+    assert "\n" not in reply.json()["error"] and model.resources.memory.held == 0
+
+
+def test_a_reward_of_images_from_text_refuses_sources_before_it_decodes(text_to_image: str) -> None:
+    told = "1 sources are given for an image, but this reward judges images made from text alone; leave them out"
+    reply = ask(text_to_image, {"prompt": TEXT, "image": "aaaa", "source_images": ["aaaa"]})
+    assert reply.status_code == 422 and reply.json()["error"] == told
+    files = [("image", b"none"), ("source", b"none")]
+    reply = httpx.post(f"{text_to_image}/v1/score_images", data={"prompt": TEXT}, files=files, timeout=300)
+    assert reply.status_code == 422 and reply.json()["error"] == told
+
+
+def test_a_reward_that_needs_a_source_starts_and_refuses_images_without(
+    served: tuple[str, ServedModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reward = edit_reward()
+    reward.backbone.sources = (1, 1)
+    needing = served_model(reward)
+    assert needing.describe()["sources"] == [1, 1]
+    address, model = served
+    assert httpx.get(f"{address}/v1/model").json()["sources"] == [0, 16]
+    monkeypatch.setattr(model, "accepted", needing.accepted)
+    reply = ask(address, {"prompt": TEXT, "image": encoded(RED)})
+    assert reply.status_code == 422
+    assert reply.json()["error"] == "0 sources are given for an image, but this reward takes 1; send so many"
+
+
+def test_the_largest_requests_of_sources_pass() -> None:
+    image = base64.b64encode(bytes(range(256))).decode()
+    content = {"prompts": ["a"] * 64, "images": [image] * 64, "source_images": [[image] * 16] * 64}
+    found = images_of_json(json.dumps(content).encode(), 64, 16)
+    assert len({prompt.sources[15].image_key for prompt in found.prompts}) == 1
+    with pytest.raises(RequestError, match="over 576 texts"):
+        images_of_json(json.dumps(content).encode(), 64)
+
+
+def test_sources_count_once_in_the_memory_that_a_request_takes() -> None:
+    def needed(*sources: list[Image.Image]) -> int:
+        given = {"source_images": [[*map(encoded, row)] for row in sources]}
+        content = {"prompt": TEXT, "images": [encoded(RED)] * len(sources), **given}
+        return images_of_json(json.dumps(content).encode(), 8, 16).memory_bytes(10**6)
+
+    assert needed([BLUE]) == needed([]) + len(png(BLUE)) + 4 * 2400
+    assert needed([BLUE], [BLUE]) - needed([], []) == needed([BLUE]) - needed([])
+
+
+def test_flow_factorys_client_sends_condition_images(served: tuple[str, ServedModel]) -> None:
+    address, model = served
+    conditions = [[encoded(RED)], [encoded(BLUE), encoded(RED)]]
+    found = FlowFactoryClient(address).compute([TEXT] * 2, EDITED[:2], condition_images=conditions)
+    assert found == wanted(model, [RED], [BLUE, RED])
+    sent = FlowFactoryClient(address).payload([TEXT] * 2, EDITED[:2]) | {"condition_images": conditions[:1]}
+    reply = ask(address, sent, "compute")
+    assert reply.status_code == 422 and "1 lists of sources for 2 prompts" in reply.json()["error"]
+
+
+def test_unirls_earlier_turns_are_the_sources(served: tuple[str, ServedModel]) -> None:
+    address, model = served
+    sent = UniRLClient(address, {"reward": 1.0}).payload([TEXT] * 3, EDITED, "png")
+    turns = [{"text": TEXT, "image_b64": encoded(source)} for source in (RED, BLUE)]
+    sent["requests"][0]["history"][:0] = turns[:1]
+    sent["requests"][1]["history"][:0] = turns
+    results = ask(address, sent, "score").json()["results"]
+    assert [result["reward"]["score"] for result in results] == wanted(model, [RED], [RED, BLUE], [])
+    sent["requests"][0]["history"][0]["image_b64"] = "%"
+    reply = ask(address, sent, "score")
+    assert reply.status_code == 400 and reply.json()["error"] == "requests.0: image_b64 is no base64"
+
+
+KIND = {"content-type": "application/octet-stream"}
+
+
+def latents(*leading: int, height: int = 2, width: int = 3, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*leading, 16, height, width, generator=torch.Generator().manual_seed(seed))
+
+
+def send(address: str, path: str, body: bytes) -> httpx.Response:
+    headers = KIND | {"x-drm-protocol-version": "1"}
+    return httpx.post(f"{address}/v1/{path}", content=body, headers=headers, timeout=300)
+
+
+def by_model(model: ServedModel, texts: list[str], clean: torch.Tensor, *sources: torch.Tensor) -> torch.Tensor:
+    """Scores at the model's own noise, with latents of sources in the conditioning."""
+    conditioning, _ = model.reward.encode_prompts(texts)
+    encoded = replace(conditioning, source_latents=sources)
+    return model.reward.score_latents(texts, clean, conditioning=(encoded, None))
+
+
+@pytest.mark.slow
+@torch.inference_mode()
+def test_latents_are_scored_with_latents_of_their_sources(served: tuple[str, ServedModel]) -> None:
+    address, model = served
+    clean, same, wide = latents(3), latents(3, seed=1), latents(3, width=4, seed=2)
+    found = []
+    for sources in ([], [same], [same, wide], [wide, same]):
+        tensors = {"latents": clean, **{f"source_{place}": one for place, one in enumerate(sources)}}
+        reply = send(address, "score_latents", body_of(tensors, [TEXT, "other", TEXT]))
+        assert reply.status_code == 200, reply.text
+        found.append(reply.json()["scores"])
+        scores = by_model(model, [TEXT, "other", TEXT], clean, *sources).tolist()
+        assert found[-1] == pytest.approx(scores, abs=2e-5)
+    assert len({*map(tuple, found)}) == 4
+
+
+@torch.inference_mode()
+def test_latents_of_pictures_score_as_the_pictures(served: tuple[str, ServedModel]) -> None:
+    address, model = served
+    prompt = edit_prompt(TEXT, BLUE)
+    model.reward.score(prompt, EDITED[0])  # sets the size of sources
+    source = model.reward.backbone.encode_prompts([prompt]).source_latents
+    clean = latents(1, height=8, width=12)
+    reply = send(address, "score_latents", body_of({"latents": clean, "source_0": source[0]}, TEXT))
+    assert reply.json()["scores"] == pytest.approx(model.reward.score_latents(prompt, clean).tolist(), abs=2e-5)
+
+
+@torch.inference_mode()
+def test_states_are_scored_with_latents_of_their_sources(served: tuple[str, ServedModel]) -> None:
+    address, model = served
+    states, sources, times = latents(2, 3), latents(2, seed=1), torch.tensor([900.0, 400.0, 20.0])
+    body = body_of({"latents": states, "timesteps": times, "source_0": sources}, [TEXT, "other"])
+    reply = send(address, "score_states", body)
+    conditioning, _ = model.reward.encode_prompts([TEXT, "other"])
+    encoded = replace(conditioning, source_latents=(sources,)), None
+    scores = model.reward.score_states([TEXT, "other"], states, times, conditioning=encoded)
+    torch.testing.assert_close(torch.tensor(reply.json()["scores"]), scores, atol=2e-5, rtol=0)
+
+
+@torch.inference_mode()
+def test_verl_omnis_protocol_takes_latents_of_sources(served: tuple[str, ServedModel]) -> None:
+    address, model = served
+    sources = {"source_0": latents(2, seed=1), "source_1": latents(2, width=1, seed=2)}
+    tensors = tensors_of(model.accepted, 2) | {"latents": latents(2)}
+    found = send(address, "score", save(tensors | sources)).json()["raw_scores"]
+    noise, process = ScoringNoise(sigmas=(0.4,)), model.reward.backbone.noise_process
+    level = process.sigma(timesteps_of(noise, process)).item()
+    mask = tensors.get("prompt_mask")
+    for row, score in enumerate(found):
+        encoded = Conditioning(
+            tensors["prompt_embeds"][[row]],
+            tensors["pooled_prompt_embeds"][[row]] if "pooled_prompt_embeds" in tensors else None,
+            None if mask is None else mask[[row]],
+            tuple(one[[row]] for one in sources.values()),
+        )
+        draws = draw_noise([""], None, 0, level, latents(1).shape[1:])
+        options = {"noise": noise, "draws": draws, "conditioning": (encoded, None)}
+        assert score == pytest.approx(model.reward.score_latents("", latents(2)[[row]], **options).item(), abs=2e-5)
+    assert found != pytest.approx(send(address, "score", save(tensors)).json()["raw_scores"], abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("sources", "message"),
+    [
+        ({"source_0": latents(1)[:, :7]}, "source_0: C of (B, C, h0, w0) is 7, but 16 in this model"),
+        ({"source_0": latents(2)}, "source_0: B of (B, C, h0, w0) is 2, but 1 in this model or other tensors"),
+        ({"source_1": latents(1)}, "source_1 is given without source_0; number sources from 0 on"),
+        ({"source_0": latents(1, height=24, width=24)}, "source_0: h · w 576 is over this server's limit"),
+        ({"source_0": latents(1)[0]}, "source_0: shape must be (B, C, h0, w0)"),
+        ({"source_16": latents(1)}, "the body holds an unknown tensor 'source_16'"),
+        ({"source_0": latents(1) / 0}, "source_0 holds NaN or infinity"),
+    ],
+)
+def test_latents_of_sources_that_do_not_fit_are_refused(
+    served: tuple[str, ServedModel], sources: dict[str, torch.Tensor], message: str
+) -> None:
+    reply = send(served[0], "score_latents", body_of({"latents": latents(1), **sources}, TEXT))
+    assert reply.status_code in (400, 413, 422) and message in reply.json()["error"], reply.text
+    assert "\n" not in reply.json()["error"]
+
+
+def test_a_reward_of_images_from_text_refuses_latents_of_sources(text_to_image: str) -> None:
+    reply = send(text_to_image, "score_latents", body_of({"latents": latents(1), "source_0": latents(1)}, TEXT))
+    assert reply.status_code == 422
+    assert reply.json()["error"] == "source_0 is given, but this model takes none; leave it out"
+
+
+def test_text_encoders_that_see_pictures_take_no_latents_of_them(served: tuple[str, ServedModel]) -> None:
+    accepted = replace(served[1].accepted, sources=(1, 16), sees_sources=True)
+    with pytest.raises(RequestError, match="reads the pictures that are edited, and latents are none; send images to"):
+        parse_latents(body_of({"latents": latents(1), "source_0": latents(1)}, TEXT), accepted, repeat(0))
+    without = replace(accepted, sees_sources=False)
+    with pytest.raises(RequestError, match="0 sources are given for an image, but this reward takes 1 to 16"):
+        parse_latents(body_of({"latents": latents(1)}, TEXT), without, repeat(0))
