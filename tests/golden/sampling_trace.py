@@ -49,6 +49,8 @@ class RecordedDraws(RolloutDraws):
 class RecordedPrompts(nn.Module):
     """A text encoder that knows the rows of a trace, named by their number, and the empty prompt."""
 
+    sees_sources = False
+
     def __init__(self, data: Tensors) -> None:
         super().__init__()
         self._data = data

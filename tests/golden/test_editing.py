@@ -117,6 +117,31 @@ def test_features_are_those_of_the_picture_that_is_made(case: Case) -> None:
         assert features.visual[place].shape[1] == math.prod(features.visual_grids[place])
 
 
+@editors
+@torch.no_grad()
+def test_tokens_of_sources(case: Case) -> None:
+    """Between blocks too, so that a rule for them alone, as in 2511, is seen."""
+    data, options, family, network = case.tensors(), case.options, family_of(case), network_of(case)
+    given = conditioning_of(data, options["sources"])
+    tokens = family.begin(network, data["in.latents"], data["in.sigma"], given)
+    blocks = [*family.blocks(network)][: options["taps"][-1]]
+    for number, block in enumerate(blocks, start=1):
+        tokens.visual, tokens.text = family.step(block, tokens, number)
+        if number in options["taps"]:
+            sources = tokens.visual[:, math.prod(tokens.grid) :]
+            assert_equal(sources, data[f"out.tap_{number}_sources"], f"sources at tap {number}")
+
+
+@pytest.mark.parametrize("case", cases("editing/klein"), ids=lambda case: case.name)
+@torch.no_grad()
+def test_the_rule_of_kv_releases_is_another_one(case: Case) -> None:
+    """Their pipeline is refused: references attend to each other alone, and are modulated at time 0."""
+    data, family, network = case.tensors(), family_of(case), network_of(case)
+    given = conditioning_of(data, case.options["sources"])
+    found = family.velocity(network, data["in.latents"], data["in.sigma"], given, case.options["guidance"])
+    assert (found - data["out.velocity_kv"]).abs().max() > 0.05
+
+
 @pytest.mark.parametrize("case", cases("editing/ip2p"), ids=lambda case: case.name)
 @torch.no_grad()
 def test_instruct_pix2pix(case: Case) -> None:
