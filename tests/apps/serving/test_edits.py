@@ -5,6 +5,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import repeat
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -17,13 +18,14 @@ from latentreward.apps.serving.errors import RequestError
 from latentreward.apps.serving.images import images_of_json
 from latentreward.apps.serving.prompted_latents import parse_latents
 from latentreward.apps.serving.served import ServedModel
+from latentreward.apps.serving.ui import build_page, score_sheet
 from latentreward.contracts import Conditioning
 from latentreward.scoring import edit_prompt
 from latentreward.scoring.scoring_noise import ScoringNoise, draw_noise, timesteps_of
 from tests.apps.serving.framework_clients import FlowFactoryClient, UniRLClient, encoded
 from tests.apps.serving.latent_requests import tensors_of
 from tests.apps.serving.prompted_requests import body_of
-from tests.apps.serving.servers import served_model, serving
+from tests.apps.serving.servers import served_model, serving, tiny_reward
 from tests.scoring.models import edit_reward, picture, png
 
 EDITED = [picture(seed, 40, 60) for seed in range(3)]
@@ -307,3 +309,22 @@ def test_text_encoders_that_see_pictures_take_no_latents_of_them(served: tuple[s
     without = replace(accepted, sees_sources=False)
     with pytest.raises(RequestError, match="0 sources are given for an image, but this reward takes 1 to 16"):
         parse_latents(body_of({"latents": latents(1)}, TEXT), without, repeat(0))
+
+
+@pytest.mark.slow
+def test_the_page_takes_the_pictures_that_were_edited(served: tuple[str, ServedModel], tmp_path: Path) -> None:
+    _, model = served
+    for name, image in (("edit", EDITED[0]), ("red", RED)):
+        image.save(tmp_path / f"{name}.png")
+    (row,), _ = score_sheet(model.reward, TEXT, [tmp_path / "edit.png"], [tmp_path / "red.png"])
+    assert [row[1]] == wanted(model, [RED])
+
+
+@pytest.mark.slow
+def test_the_page_asks_for_pictures_only_where_the_reward_takes_them(served: tuple[str, ServedModel]) -> None:
+    pytest.importorskip("gradio")
+    labels = [
+        [block["props"].get("label") for block in build_page(reward).get_config_file()["components"]]
+        for reward in (served[1].reward, tiny_reward())
+    ]
+    assert ["Pictures that were edited" in found for found in labels] == [True, False]
