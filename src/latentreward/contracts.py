@@ -96,15 +96,14 @@ class EditPrompt(str):
     so groups, memories and splits by prompt tell edits of unlike pictures apart. Methods of ``str`` return plain texts;
     :func:`like_prompt` gives a changed text the pictures again.
 
-    Args:
-        text: Instruction.
+    Attributes:
         sources: Pictures to edit, in the order that the network takes them.
     """
 
     sources: tuple[ImageRef, ...]
 
     def __new__(cls, text: str, sources: Sequence[ImageRef] = ()) -> Self:
-        """Create a prompt; see the class."""
+        """Create a prompt of an instruction and the pictures to edit."""
         prompt = super().__new__(cls, text)
         prompt.sources = tuple(sources)
         return prompt
