@@ -103,9 +103,10 @@ class PromptMonitor(Callback, ABC):
         self, trainer: Trainer, pl_module: AlignmentModule, reference: bool
     ) -> Iterator[tuple[PromptBatch, Tensor]]:
         """Sample finished latents ``(B, C, ...)``, which must be finite, for each of this rank's batches."""
-        sampling = self.sampling_of(pl_module).with_noise()
+        sampling, policy = self.sampling_of(pl_module).with_noise(), pl_module.policy
         for batch in self.share(trainer):
-            made = sample_latents(pl_module.policy, batch, sampling, pl_module.guidance_scale, SEED, reference)
+            with policy.editing_at(sampling.height, sampling.width):
+                made = sample_latents(policy, batch, sampling, pl_module.guidance_scale, SEED, reference)
             broken = ~made.isfinite().flatten(1).all(dim=1)
             if broken.any():
                 prompt = batch.prompts[int(broken.nonzero()[0])]

@@ -65,7 +65,9 @@ class SourceChange(PromptMonitor):
         if encoder is None:
             raise InputError("SourceChange measures edits, but the policy makes pictures from text alone; leave it out")
         for batch, latents in self.latents(trainer, pl_module, reference):
-            sources = torch.stack([encoder.latents(sources_of(prompt)[0]) for prompt in batch.prompts])
+            sampling = self.sampling_of(pl_module)
+            with pl_module.policy.editing_at(sampling.height, sampling.width):
+                sources = torch.stack([encoder.latents(sources_of(prompt)[0]) for prompt in batch.prompts])
             changes = [unchanged_region_change(latents, sources.to(latents), share) for share in (1.0, self.region)]
             rows.append(torch.stack(changes, dim=1))
         change, region = self.gather(trainer, torch.cat(rows)).flatten(0, 1).double().mean(dim=0).tolist()

@@ -348,7 +348,10 @@ class Conditioning(TensorRecord):
                 sources, or only some have a pooled vector.
         """
         if len({tuple(one.shape[1:] for one in part.source_latents) for part in parts}) > 1:
-            raise InputError("encoded prompts have sources of different numbers or sizes; sort them by these")
+            raise InputError(
+                "encoded prompts have sources of different numbers or sizes; set source_size: made, and give prompts "
+                "of one number"
+            )
         if len({part.pooled_prompt_embeds is None for part in parts}) > 1:
             raise InputError("only some of the encoded prompts have a pooled vector; encode all with one text encoder")
         lengths = {part.prompt_embeds.shape[1] for part in parts}
@@ -393,9 +396,18 @@ class Conditioning(TensorRecord):
         """Return this empty prompt for each row of ``prompts``, with the sources of the row.
 
         It has one row, or B rows where the text depends on the sources. Editors see the sources in both passes.
+
+        Raises:
+            InputError: If it has another number of rows.
         """
+        if len(self) not in (1, len(prompts)):
+            raise InputError(f"the empty prompt has {len(self)} rows for {len(prompts)} prompts; give one, or one each")
         rows = self if len(self) == len(prompts) else self.select([0] * len(prompts))
         return replace(rows, source_latents=prompts.source_latents)
+
+    def empty_for(self, rows: Tensor | Sequence[int]) -> "Conditioning":
+        """Return this empty prompt for the prompts ``rows``; it is as it is if one row serves all prompts."""
+        return self if len(self) == 1 else self.select(rows)
 
     def pooled(self) -> Tensor:
         """Return the pooled vectors ``(B, P)``; without them the mean ``(B, D)`` of the tokens.

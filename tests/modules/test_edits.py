@@ -1,6 +1,7 @@
 """Alignment of editors: every method takes prompts with pictures, and holds the pictures fixed."""
 
 import csv
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -8,14 +9,15 @@ from typing import Any
 import pytest
 import torch
 from latentreward.callbacks import EncodeOnce, SourceChange
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Callback, LightningDataModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from latentreward.contracts import EditPrompt, ImageRef, PromptBatch
+from latentreward.contracts import Conditioning, EditPrompt, ImageRef, PromptBatch, sources_of
+from latentreward.data import JSONLPairReader, PairDataset, PixelLoader
 from latentreward.data.alignment.prompts import PromptLoaders
 from latentreward.errors import InputError
 from latentreward.modules import (
@@ -30,6 +32,7 @@ from latentreward.modules import (
 )
 from latentreward.modules.alignment import AlignmentModule
 from latentreward.rewards import UnchangedRegion
+from latentreward.rewards.latent import EncodedPrompts
 from latentreward.rollout import Branching, Sampling
 from tests.distributed.ranks import on_ranks
 from tests.families.test_methods import DifferentiableChannel, pairs, rolled
@@ -65,14 +68,24 @@ def edits(folder: Path, texts: Sequence[str] = TEXTS, pictures: int = 1) -> tupl
     return tuple(found)
 
 
+class TwoBatches(LightningDataModule):
+    """The first two prompts, twice."""
+
+    def __init__(self, prompts: tuple[str, ...]) -> None:
+        super().__init__()
+        self.prompts = prompts
+
+    def train_dataloader(self) -> Any:
+        return DataLoader([PromptBatch(self.prompts[:2], ("0/0", "0/1"))] * 2, batch_size=None)
+
+
 def trained(
     module: AlignmentModule, folder: Path, prompts: tuple[str, ...], callbacks: Any = (), **options: Any
 ) -> Any:
     data: Any = PromptLoaders(prompts, batch_size=2, prompts_per_rollout=2, batches_per_epoch=4, seed=1)
     keys = {"datamodule": data}
     if isinstance(module, ReFLModule):
-        batch = PromptBatch(prompts[:2], ("0/0", "0/1"))
-        keys = {"train_dataloaders": DataLoader([batch] * 2, batch_size=None)}
+        keys = {"datamodule": TwoBatches(prompts)}
     make_trainer(folder, max_epochs=-1, callbacks=callbacks, **{"max_steps": 2, **options}).fit(module, **keys)
     return weights(module)
 
@@ -217,3 +230,43 @@ def test_a_resumed_run_and_one_of_two_processes_edit_the_same_pictures(tmp_path:
     for rank in on_ranks("tests.modules.test_edits:run_of_two", tmp_path / "two"):
         for name, value in whole.items():
             torch.testing.assert_close(rank[name], value, rtol=1e-3, atol=1e-5)
+
+
+def test_an_empty_prompt_for_each_edit_goes_with_its_rows() -> None:
+    """Of a text encoder that sees pictures: four prompts, each with two candidates in unlike order."""
+    tokens = torch.arange(4.0).view(4, 1, 1)
+    prompts = EncodedPrompts(Conditioning(tokens), Conditioning(-tokens))
+    rows = torch.tensor([3, 0, 0, 2, 1])
+    chosen, empty = prompts.select(rows)
+    assert torch.equal(chosen.prompt_embeds, -empty.prompt_embeds)
+    one = EncodedPrompts(Conditioning(tokens), Conditioning(tokens[:1])).select(rows)[1]
+    assert len(one) == 1 and len(one.beside(chosen)) == 5
+    with pytest.raises(InputError, match="the empty prompt has 4 rows for 5 prompts"):
+        prompts.uncond.beside(chosen)
+
+
+@pytest.mark.parametrize("source_size", ["made", "pipeline"])
+def test_a_photograph_is_turned_upright(source_size: str, tmp_path: Path) -> None:
+    upright = Image.linear_gradient("L").resize((96, 64)).convert("RGB")
+    upright.save(tmp_path / "upright.png")
+    exif = Image.Exif()
+    exif[0x0112] = 6  # stored lying on its side
+    upright.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "lying.png", exif=exif)
+    policy = KLEIN.source(source_size=source_size).load()
+    policy.edit_at(32, 48)
+    refs = [ImageRef(name, path=tmp_path / name) for name in ("upright.png", "lying.png")]
+    latents = [policy.encode_prompts([EditPrompt("x", [ref])]).source_latents[0] for ref in refs]
+    assert torch.equal(*latents)
+
+
+def test_a_placeholder_has_pictures_of_its_own(tmp_path: Path) -> None:
+    """Else the grey latents of a damaged result would be kept in the place of its source's."""
+    (edit,) = edits(tmp_path, TEXTS[:1])
+    (tmp_path / "broken.png").write_bytes(b"no picture")
+    row = {"prompt": str(edit), "source_images": [edit.sources[0].image_key], "chosen": "0-0.png"}
+    (tmp_path / "pairs.jsonl").write_text(json.dumps({**row, "rejected": "broken.png"}))
+    reader = JSONLPairReader(str(tmp_path / "pairs.jsonl"), on_error="placeholder")
+    loaded = PairDataset(reader, PixelLoader(32, 48))[0]
+    assert [source.image_key for source in sources_of(loaded.pair.prompt)] == ["placeholder"]
+    assert loaded.pair.label_a is None
+    assert len(loaded.sources) == 1 and (loaded.sources[0] == 0).all()

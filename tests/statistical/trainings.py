@@ -105,7 +105,8 @@ def take_pairs(batch: PreferenceBatch, rows: Sequence[int]) -> PreferenceBatch:
     """Pick pairs of a batch."""
     values = {field.name: getattr(batch, field.name) for field in fields(batch)}
     picked = {name: value[list(rows)] for name, value in values.items() if isinstance(value, Tensor)}
-    picked |= {name: tuple(value[row] for row in rows) for name, value in values.items() if isinstance(value, tuple)}
+    named = {name: value for name, value in values.items() if isinstance(value, tuple) and value}
+    picked |= {name: tuple(value[row] for row in rows) for name, value in named.items()}
     return PreferenceBatch(**{**values, **picked})
 
 

@@ -15,13 +15,14 @@ from torch import Tensor, nn
 from latentreward.backbones.tuning import ATTENTION
 from latentreward.construction import Construction
 from latentreward.contracts import Conditioning, Features, FeatureSpec, LatentSpace, map_tensors
-from latentreward.encoders.sources import SourceEncoder, with_sources
+from latentreward.encoders.sources import with_sources
 from latentreward.errors import InputError
 from latentreward.noise import NoiseProcess
 from latentreward.promises import Kind, Part, returns, shown, values_of, wrong_tensor
 
 if TYPE_CHECKING:
     from latentreward.encoders.prompts import PromptEncoder
+    from latentreward.encoders.source_encoder import SourceEncoder
     from latentreward.encoders.vae import LatentEncoder
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from latentreward.contracts import PreferencePair, sources_of
+from latentreward.contracts import EditPrompt, ImageRef, PreferencePair, sources_of
 from latentreward.data.clips import ClipLoader
 from latentreward.data.image_sizes import OneSize
 from latentreward.data.images import COUNT, IMAGE_PROBLEMS, ImageError, PixelLoader
@@ -124,7 +124,8 @@ class PairDataset(Dataset[LoadedPair | SkippedPair]):
             number, (least, most) = len(sources_of(pair.prompt)), self.taken
             number = max(least, number if most is None else min(number, most))
             blanks = tuple(self.loader.blank() for _ in range(number))
-            unlabelled = replace(pair, label_a=None)
+            blank = EditPrompt(str(pair.prompt), [ImageRef("placeholder")] * number)  # latents are kept by the key
+            unlabelled = replace(pair, label_a=None, prompt=blank)
             return LoadedPair(unlabelled, self.loader.blank(), self.loader.blank(), targets, blanks)
 
     def skipped(self) -> Counter[str]:

@@ -1,23 +1,18 @@
-"""Encoding of the pictures that prompts edit into the latents that editors take beside the noisy ones."""
+"""Pictures that prompts edit: the sizes that pipelines give them, and encoded prompts with their latents."""
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-import torch
-from PIL import Image
 from torch import Tensor
 
-from latentreward.contracts import Conditioning, EditPrompt, ImageRef, sources_of
-from latentreward.data.images import PixelLoader, decode_image, png, read_header, to_pixels
-from latentreward.encoders.vae import LatentEncoder
+from latentreward.contracts import Conditioning, sources_of
 from latentreward.errors import InputError
 
-KEPT = 512  # number of pictures whose latents are kept: of 1024² pixels in 16 channels, 0.5 GB of CPU memory
+if TYPE_CHECKING:
+    from latentreward.encoders.source_encoder import SourceEncoder
 
 
 class SourceSize(NamedTuple):
@@ -30,110 +25,6 @@ class SourceSize(NamedTuple):
 
     resized: tuple[int, int]
     cropped: tuple[int, int] | None = None
-
-
-def resized_picture(image: ImageRef, size: Callable[[int, int], SourceSize]) -> Image.Image:
-    """Decode a picture, and resize and crop it as ``size``, a function of height and width, says.
-
-    Raises:
-        ImageError: If the picture cannot be read.
-    """
-    decoded = decode_image(image)
-    resized, cropped = size(decoded.height, decoded.width)
-    decoded = decoded.resize(resized[::-1], Image.Resampling.LANCZOS)
-    if cropped is not None:
-        top, left = (resized[0] - cropped[0]) // 2, (resized[1] - cropped[1]) // 2
-        decoded = decoded.crop((left, top, left + cropped[1], top + cropped[0]))
-    return decoded
-
-
-def picture_sides(image: ImageRef) -> tuple[int, int]:
-    """Return (height, width) of a picture in pixels from its header; raise ImageError if it cannot be read."""
-    return read_header(image)[:2]
-
-
-class SourceEncoder:
-    """Encoder of pictures that prompts edit into clean latents: the mode of the VAE's posterior.
-
-    Pictures are encoded one by one, so that the last bits of a picture's latents do not depend on the batch. The
-    latents of the last :data:`KEPT` pictures are kept in CPU memory.
-
-    Args:
-        vae: Encoder of the network's latent space.
-        size: Function that returns the pipeline's size for a picture of (height, width) pixels.
-
-    Attributes:
-        loader: Decoder that resizes every picture to the size of the pictures that are made, as editors are trained;
-            None resizes each as the pipeline does.
-    """
-
-    def __init__(self, vae: LatentEncoder, size: Callable[[int, int], SourceSize]) -> None:
-        self.vae, self.size = vae, size
-        self.loader: PixelLoader | None = None
-        self._kept: OrderedDict[tuple[str, Path | None, PixelLoader | None], Tensor] = OrderedDict()
-
-    def resize_to(self, height: int, width: int) -> None:
-        """Resize every picture, around its centre, to ``height`` × ``width`` pixels."""
-        self.loader = PixelLoader(height, width, "center_crop")
-
-    def pixels(self, image: ImageRef) -> Tensor:
-        """Decode and resize a picture to pixels ``(3, H, W)`` in [-1, 1].
-
-        Raises:
-            ImageError: If the picture cannot be read.
-            InputError: If the pipeline refuses a picture of this size.
-        """
-        if self.loader is not None:
-            return self.loader(image)
-        return to_pixels(resized_picture(image, self.size))
-
-    @torch.inference_mode(False)  # what is kept may become part of a graph later
-    @torch.no_grad()
-    def latents(self, image: ImageRef, pixels: Tensor | None = None) -> Tensor:
-        """Return a picture's latents ``(C, ...)`` on the CPU; ``pixels`` are those of the picture, if at hand."""
-        loader = self.loader if pixels is None else PixelLoader(*pixels.shape[-2:])
-        key = image.image_key, image.path, loader  # lists in two folders may have pictures of one name
-        if key in self._kept:
-            self._kept.move_to_end(key)
-        else:
-            device = next(self.vae.parameters()).device
-            with torch.autocast(device.type, enabled=False):
-                found = self.vae.encode((self.pixels(image) if pixels is None else pixels)[None].to(device))
-            self._kept[key] = found[0].cpu()
-            if len(self._kept) > KEPT:
-                self._kept.popitem(last=False)
-        return self._kept[key]
-
-    def __call__(self, prompts: Sequence[str], pixels: Sequence[Tensor] = ()) -> tuple[Tensor, ...]:
-        """Return the latents ``(B, C, ...)`` of each picture that B prompts edit, in the order of the pictures.
-
-        Args:
-            prompts: B prompts with equally many pictures.
-            pixels: Pixels ``(B, 3, H, W)`` of each picture, resized; empty reads those of the prompts.
-
-        Raises:
-            InputError: If the prompts have unlike numbers of pictures, or pictures at one place have unlike sizes.
-        """
-        rows = [sources_of(prompt) for prompt in prompts]
-        if len(counts := {len(row) for row in rows}) > 1:
-            few, many = min(counts), max(counts)
-            raise InputError(f"prompts that edit {few} and {many} pictures are in one batch; give lists of one number")
-        found = []
-        for place in range(counts.pop() if counts else 0):
-            images = [row[place] for row in rows]
-            given = [None] * len(rows) if not pixels else [*pixels[place]]
-            latents = [self.latents(image, one) for image, one in zip(images, given, strict=True)]
-            if len({one.shape for one in latents}) > 1:
-                raise InputError(
-                    "pictures to edit of unlike sizes are in one batch; set source_size: made, or one prompt at a time"
-                )
-            found.append(torch.stack(latents))
-        return tuple(found)
-
-
-def edit_of_grey(text: str = "", number: int = 1) -> EditPrompt:
-    """Return a prompt that edits ``number`` grey pictures, to try a network that edits."""
-    return EditPrompt(text, [ImageRef("grey", data=png(Image.new("RGB", (64, 64), "gray")))] * number)
 
 
 def with_sources(

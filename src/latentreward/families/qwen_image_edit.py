@@ -20,7 +20,7 @@ from latentreward.backbones.registry import register_backbone
 from latentreward.backbones.weights import part_of
 from latentreward.contracts import Conditioning, ImageRef, PathText, sources_of
 from latentreward.encoders.prompts import PromptEncoder
-from latentreward.encoders.sources import SourceSize, picture_sides, resized_picture
+from latentreward.encoders.sources import SourceSize
 from latentreward.errors import InputError
 from latentreward.families.backbone import FamilyBackbone, load_family_backbone
 from latentreward.families.flow import Tokens
@@ -232,11 +232,15 @@ class QwenImageEditPromptEncoder(PromptEncoder):
 
     def _number(self, image: ImageRef) -> int:
         """Return the number of tokens of a picture."""
+        from latentreward.encoders.source_encoder import picture_sides  # decoding of images comes with it
+
         patches: int = self.processor.get_number_of_image_patches(*self._size(*picture_sides(image)).resized)
         return patches // self.processor.merge_size**2
 
     def _patches(self, image: ImageRef) -> tuple[Tensor, list[int]]:
         """Return the patches ``(P, features)`` of a picture, and their numbers along time, height and width."""
+        from latentreward.encoders.source_encoder import resized_picture  # decoding of images comes with it
+
         found = self.processor([resized_picture(image, self._size)], return_tensors="pt")
         return found["pixel_values"], found["image_grid_thw"][0].tolist()
 

@@ -8,7 +8,7 @@ from dataclasses import MISSING, asdict, fields
 from typing import Any, Self, TypeVar
 
 import torch
-from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ from torch.optim import AdamW
 from latentreward.contracts import Conditioning, NoisyStates, PromptBatch, RolloutStatistics, SampledStates, sources_of
 from latentreward.data.alignment.experience import other_rows, wrong_rows
 from latentreward.devices import evaluating
-from latentreward.encoders.sources import edit_of_grey
+from latentreward.encoders.source_encoder import edit_of_grey
 from latentreward.encoders.stored_prompts import StoredPrompts
 from latentreward.errors import InputError
 from latentreward.modules.based import FrozenBase, unseen_settings
@@ -150,8 +150,7 @@ class AlignmentModule(LightningModule):
             scorer.read_weights()
         if (sampling := getattr(self, "sampling", None)) is not None:  # of a method that makes pictures
             self.policy.edit_at(sampling.height, sampling.width)
-        prompts = getattr(getattr(self.trainer, "datamodule", None), "prompts", None)
-        if isinstance(prompts, tuple):
+        if prompts := prompts_of(self.trainer):
             self.policy.family.check_prompts(prompts, "data.prompts")
         # After the reward is in place: the digest of frozen weights that ranks compare covers it too.
         self.frozen_base.prepare(self)
@@ -199,10 +198,8 @@ class AlignmentModule(LightningModule):
             # FSDP2 needs one call of the whole network before a reward that shares the network calls its blocks.
             stored = isinstance(self.policy.text_encoder, StoredPrompts)  # of EncodeOnce, which has no other prompts
             prompts = [""] * 3 if stored else ["", "a cat", "two dogs on a hill"]
-            if self.policy.source_encoder is not None:
-                given = getattr(getattr(self.trainer, "datamodule", None), "prompts", None)
-                first = given[0] if isinstance(given, tuple) and given else edit_of_grey()
-                prompts = [first] * 3 if sources_of(first) else prompts
+            first = next(iter(prompts_of(self.trainer)), edit_of_grey(number=self.policy.family.sources[0]))
+            prompts = [first] * 3 if sources_of(first) else prompts
             self.policy.predict(noise, timesteps, self.policy.encode_prompts(prompts))
             encoded = self.reward.encode_prompts(prompts[:1])
             self.reward(NoisyStates(noise, timesteps, torch.zeros(3, dtype=torch.int64), noise), encoded)
@@ -385,7 +382,11 @@ class AlignmentModule(LightningModule):
         with torch.no_grad(), self.compute_precision():
             # One by one: the last bits can depend on the batch size, and a resumed run has fewer prompts left.
             parts = [self.policy.encode_prompts([prompt]).to("cpu") for prompt in prompts]
-            uncond = self.encode_uncond(prompts)
+            if self.policy.require_text_encoder().sees_sources:
+                alone = [self.encode_uncond([prompt]) for prompt in prompts]
+                uncond = Conditioning.join([one.to("cpu") for one in alone if one is not None]) if alone[0] else None
+            else:
+                uncond = self.encode_uncond()
         # Rows are trained on for many batches; encoding T5 anew in each would cost more than the step.
         self._rows = {prompt: row for row, prompt in enumerate(prompts)}
         self._encoded = Conditioning.join(parts), uncond
@@ -400,8 +401,8 @@ class AlignmentModule(LightningModule):
             return self.policy.encode_prompts(prompts), self.encode_uncond(prompts)
         encoded, uncond = self._encoded
         rows = [self._rows[prompt] for prompt in prompts]
-        if uncond is not None and len(uncond) > 1:  # of a text encoder that sees pictures
-            uncond = uncond.select(rows).to(self.device)
+        if uncond is not None and self.policy.require_text_encoder().sees_sources:
+            uncond = uncond.select(rows).trimmed().to(self.device)
         # Text is padded to the longest prompt of the rollout; attention over the rest of the padding is wasted.
         return encoded.select(rows).trimmed().to(self.device), uncond
 
@@ -431,6 +432,13 @@ class AlignmentModule(LightningModule):
                 values["samples_per_second"] = statistics.scores.numel() / values["seconds"]
         values |= {f"reward_{number}": mean for number, mean in enumerate(self._part_means, 1)}
         self.log_dict({f"rollout/{name}": value for name, value in values.items()}, batch_size=len(batch))
+
+
+def prompts_of(trainer: Trainer) -> tuple[str, ...]:
+    """Return the prompts that the data list before the run; none for data that list none."""
+    found = getattr(getattr(trainer, "datamodule", None), "prompts", ())
+    found = getattr(found, "prompts", found)  # of prompts and images
+    return found if isinstance(found, tuple) else ()
 
 
 def shard_reward(reward: Reward, mesh: DeviceMesh) -> None:

@@ -178,7 +178,8 @@ class RewardModule(PairModule):
             conditioning, uncond = self.model.take_prompts(batch.conditioning, batch.uncond)
             conditioning = replace(conditioning, source_latents=sources) if sources else conditioning
         noise = draws.normal("noise", latents.shape[1:], noise_per_image).to(latents.device)
-        return EncodedPairs(latents.float(), noise, conditioning.select([*range(len(batch))] * 2), uncond)
+        rows = [*range(len(batch))] * 2
+        return EncodedPairs(latents.float(), noise, conditioning.select(rows), uncond and uncond.empty_for(rows))
 
     def score(
         self, batch: PreferenceBatch, encoded: EncodedPairs, timesteps: Tensor, with_cross: bool = False
@@ -191,7 +192,8 @@ class RewardModule(PairModule):
             rows = []  # negatives come from this rank only, and weights are normalised over this rank only
             for prompt in range(len(batch)):
                 conditioning = encoded.conditioning.select([prompt] * len(noisy))
-                rewards = head(self.model.read(noisy, timesteps, conditioning, encoded.uncond)).float()
+                uncond = encoded.uncond and encoded.uncond.empty_for([prompt] * len(noisy))
+                rewards = head(self.model.read(noisy, timesteps, conditioning, uncond)).float()
                 if rewards.ndim > 1:
                     raise InputError("in-batch negatives need a head with one output; set out_dim: 1 or mode: pair")
                 rows.append(rewards)

@@ -45,7 +45,7 @@ def shard(module: nn.Module, backbone: DiffusionBackbone, mesh: DeviceMesh) -> N
     check_axes(module)
     for block in backbone.blocks():
         fully_shard(block, mesh=mesh)
-    shard_encoders(backbone.text_encoder, backbone.vae, mesh)
+    shard_encoders(backbone.text_encoder, called_equally(backbone), mesh)
     fully_shard(module, mesh=mesh, reshard_after_forward=True)  # else whole between evaluation steps and in an EMA swap
     for step in STEPS:
         register_fsdp_forward_method(module, step)
@@ -67,7 +67,7 @@ def shard_policy(policy: Policy, mesh: DeviceMesh) -> None:
         if any(True for _ in group.parameters()):
             fully_shard(group, mesh=mesh)
     fully_shard(policy.network, mesh=mesh, reshard_after_forward=True)
-    shard_encoders(policy.text_encoder, policy.vae, mesh)
+    shard_encoders(policy.text_encoder, called_equally(policy), mesh)
 
 
 def called_parts(network: nn.Module) -> Iterator[nn.Module]:
@@ -79,8 +79,16 @@ def called_parts(network: nn.Module) -> Iterator[nn.Module]:
             yield child
 
 
+def called_equally(network: Policy | DiffusionBackbone) -> LatentEncoder | None:
+    """Return the VAE, which all ranks must call equally often once it is sharded; None for an editor.
+
+    An editor's VAE encodes the pictures to edit that a rank has not kept, unlike many on each rank.
+    """
+    return network.vae if network.source_encoder is None else None
+
+
 def shard_encoders(text_encoder: PromptEncoder | None, vae: LatentEncoder | None, mesh: DeviceMesh) -> None:
-    """Shard text encoders by layer, and a VAE as a whole.
+    """Shard text encoders by layer, and a VAE as a whole; None leaves one out.
 
     Without ``reshard_after_forward`` an encoder that is called by itself, as in a policy, would stay whole after the
     call, and a checkpoint that Lightning loads afterwards would not fit.

@@ -94,9 +94,10 @@ class StepAwarePixelModule(PairModule):
             raise InputError("the data hold clips, but a reward on pixels scores images; set frames of the data to 1")
         conditioning, uncond = conditioning_of(self.generator, batch), batch.uncond
         if uncond is None and self.generator.family.needs_uncond(self.guidance_scale):
-            uncond = self.generator.encode_uncond()
+            uncond = self.generator.encode_uncond(batch.prompts)
         noise = draws.normal("noise", latents.shape[1:], noise_per_image).to(latents.device)
-        return EncodedPairs(latents, noise, conditioning.select([*range(len(batch))] * 2), uncond)
+        rows = [*range(len(batch))] * 2
+        return EncodedPairs(latents, noise, conditioning.select(rows), uncond and uncond.empty_for(rows))
 
     @torch.no_grad()
     def predict_pixels(self, encoded: EncodedPairs, timesteps: Tensor) -> Tensor:

@@ -80,7 +80,9 @@ class PolicySource:
     def record(self) -> dict[str, Any]:
         """Return the fields, with the adapter's target modules named, so that equal sources have equal records."""
         targets = self.resolve_family().lora_targets if self.lora.target_modules is None else self.lora.target_modules
-        return vars(self) | {"lora": replace(self.lora, target_modules=tuple(targets))}
+        record = vars(self) | {"lora": replace(self.lora, target_modules=tuple(targets))}
+        edits = {"source_size": "made", "image_guidance_scale": None}  # folders of pictures made without edits go on
+        return {name: value for name, value in record.items() if name not in edits or value != edits[name]}
 
     def latent_space(self) -> LatentSpace:
         """Return the latent space of the pipeline's VAE, read without loading the VAE."""

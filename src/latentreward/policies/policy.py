@@ -214,6 +214,17 @@ class Policy(nn.Module):
             native = self.native_size
             self.source_encoder.resize_to(height or native[0], width or native[1])
 
+    @contextmanager
+    def editing_at(self, height: int | None, width: int | None) -> Iterator[None]:
+        """Call :meth:`edit_at` for the block; afterwards pictures are resized as before."""
+        before = None if self.source_encoder is None else self.source_encoder.loader
+        self.edit_at(height, width)
+        try:
+            yield
+        finally:
+            if self.source_encoder is not None:
+                self.source_encoder.loader = before
+
     @property
     def native_size(self) -> tuple[int, int]:
         """(height, width) in pixels of the images that the network was trained on."""

@@ -36,7 +36,12 @@ class EncodedPrompts(TensorRecord):
     """Prompts encoded for the network of a reward model."""
 
     conditioning: Conditioning  # Embeddings of the prompts, one row each
-    uncond: Conditioning | None  # Embeddings of the empty prompt, one row; None if the head does not need them
+    # Embeddings of the empty prompt, one row, or one for each prompt; None if the head does not need them
+    uncond: Conditioning | None
+
+    def select(self, rows: Tensor) -> tuple[Conditioning, Conditioning | None]:
+        """Return the prompts at ``rows`` ``(N,)``, and the empty prompt for them."""
+        return self.conditioning.select(rows), self.uncond and self.uncond.empty_for(rows)
 
 
 class LatentScorer(Reward):
@@ -151,8 +156,7 @@ class LatentScorer(Reward):
             latents, timesteps = convert_states(latents, timesteps, self.noise_process, process)
 
         def read(latents: Tensor, rows: slice) -> Tensor:
-            conditioning = encoded.conditioning.select(states.rows[rows])
-            return self.model(latents, timesteps[rows], conditioning, encoded.uncond)
+            return self.model(latents, timesteps[rows], *encoded.select(states.rows[rows]))
 
         return self._by_rows(latents, read)
 
@@ -171,12 +175,11 @@ class LatentScorer(Reward):
         timesteps = process.timesteps_at(torch.tensor([float(sigma) for sigma in sigmas])).to(latents.device)
 
         def read(latents: Tensor, chunk: slice) -> Tensor:
-            conditioning = encoded.conditioning.select(rows[chunk])
-            levels = []
+            prompts, levels = encoded.select(rows[chunk]), []
             for timestep in timesteps:
                 repeated = timestep.repeat(len(latents))
                 noisy = process.add_noise(latents, noise[chunk].to(latents), repeated)
-                levels.append(self.model.read(noisy, repeated, conditioning, encoded.uncond))
+                levels.append(self.model.read(noisy, repeated, *prompts))
             head = self.model.head
             return head.total(head(levels[0]) if len(levels) == 1 else head.score_ensemble(levels))
 

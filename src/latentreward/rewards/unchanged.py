@@ -76,7 +76,8 @@ class LoadedUnchangedRegion(Reward):
     def encode_prompts(self, prompts: Sequence[str]) -> Tensor:
         """Return the latents ``(P, C, ...)`` of the pictures that the prompts edit."""
         if any(len(sources_of(prompt)) <= self.source for prompt in prompts):
-            raise InputError(f"reward UnchangedRegion: a prompt edits no picture number {self.source}; give source: 0")
+            remedy = "give source: 0" if self.source else "give prompts with source_images"
+            raise InputError(f"reward UnchangedRegion: a prompt edits no picture number {self.source}; {remedy}")
         encoder = self._policy[0].source_encoder
         assert encoder is not None
         return torch.stack([encoder.latents(sources_of(prompt)[self.source]) for prompt in prompts])

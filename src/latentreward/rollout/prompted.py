@@ -82,7 +82,7 @@ class PromptedPolicy:
 
     def _uncond(self, rows: Tensor | list[int]) -> Conditioning | None:
         """Return the empty prompt for the given rows; it is one row for all unless it depends on a row's sources."""
-        return self.uncond if self.uncond is None or len(self.uncond) == 1 else self.uncond.select(rows)
+        return self.uncond and self.uncond.empty_for(rows)
 
     @property
     def device(self) -> torch.device:

@@ -18,7 +18,7 @@ from latentreward.apps.estimate.costs import StepCosts, step_costs
 from latentreward.apps.estimate.rewards import UnreadReward
 from latentreward.apps.estimate.shapes import IN_FLOAT32, RECOMPUTE, SavedTensors, ShapesOnly, gpu_autocast
 from latentreward.backbones.tuning import LoRA
-from latentreward.contracts import take_rows
+from latentreward.contracts import PromptBatch, take_rows
 from latentreward.limits import count_cpu_attention
 from latentreward.modules import (
     DiffusionDPOModule,
@@ -44,6 +44,7 @@ PAIRS = Namespace(class_path="latentreward.data.PreferenceDataModule", init_args
 PROMPTS = Namespace(
     class_path="latentreward.data.PromptDataModule", init_args=Namespace(batch_size=4, prompts_per_rollout=2)
 )
+FOUR = PromptBatch(tuple(f"prompt {number}" for number in range(4)), tuple(f"0/{number}" for number in range(4)))
 LORA = LoRA(rank=2, alpha=2.0)
 
 
@@ -66,7 +67,7 @@ def measured(module: LightningModule, batch: Any) -> tuple[int, int]:
     count_cpu_attention()
     with FlopCounterMode(display=False) as counter:
         if isinstance(module, AlignmentModule) and module.experience:
-            rows = module.roll_out(prompt_batch(2))
+            rows = module.roll_out(prompt_batch(module.policy, 2))
             module.prepare_prompts(list(dict.fromkeys(rows.prompts)))
             batch = take_rows(rows, range(4))
         with (saved := SavedTensors([*module.parameters(), *module.buffers()])):
@@ -154,7 +155,7 @@ def test_alignment(build: Any, name: str, tmp_path: Path) -> None:
     write_run(tmp_path / "run", "dina" if name == "sd35" else "lrm", name, **options)
     path = str(tmp_path / "run")
     unread = UnreadReward(path, "lrm_sd15", None, str(tmp_path / "kept"))
-    costs = check(lambda: build(name, unread), PROMPTS, prompt_batch(4), lambda: build(name, LatentReward(path)))
+    costs = check(lambda: build(name, unread), PROMPTS, FOUR, lambda: build(name, LatentReward(path)))
     assert costs.rollout > 0
 
 
@@ -195,7 +196,7 @@ def test_step_aware_scorer_on_pixels() -> None:
     costs = check(
         lambda: SPOModule(policy("sd15"), reward, QuantileThreshold(0.0), candidates, **options),
         PROMPTS,
-        prompt_batch(4),
+        FOUR,
     )
     assert "reward" in [part.name for part in costs.parts]
 

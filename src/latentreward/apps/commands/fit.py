@@ -588,12 +588,11 @@ def with_rows(
         InputError: If one of the named splits has no rows left, or cached pairs are edits of another number of pictures
             than the network takes that the settings of the ``model`` name.
     """
-    from latentreward.cache import CachedPreferenceDataModule  # takes time to import
-
     data = kind(*args, **options)
     data.require_rows(names)
-    if isinstance(data, CachedPreferenceDataModule) and (family := named_family(model)) is not None:
-        data.check_sources(family.sources)
+    # Only data of a cache have the check, whose module takes time to import.
+    if (check := getattr(data, "check_sources", None)) is not None and (family := named_family(model)) is not None:
+        check(family.sources)
     return data
 
 

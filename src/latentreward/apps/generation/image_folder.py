@@ -108,16 +108,19 @@ class ImageFolder:
             row = self.rows.get((place, image))
             if row is None or not (self.folder / row["file"]).is_file():
                 found.append((place, image))
-            elif row["prompt"] != str(texts[place]) or not self._edits(place, texts[place]):
+            elif row["prompt"] != str(texts[place]) or not self._edits(row, texts[place]):
                 raise InputError(
                     f"output_dir: {self.folder / row['file']} shows {row['prompt']!r}, not {texts[place]!r}, which is "
                     "there now; choose another output_dir"
                 )
         return found
 
-    def _edits(self, place: int, prompt: str) -> bool:
-        """Tell whether the copies of the pictures that a prompt edits are those pictures."""
-        copies = [(self.folder / name, image) for name, image in source_files(place, prompt).items()]
+    def _edits(self, row: Row, prompt: str) -> bool:
+        """Tell whether an image was made of the pictures that a prompt edits, by their copies."""
+        files = source_files(int(row["place"]), prompt)
+        if json.loads(row.get(SOURCES) or "[]") != [*files]:
+            return False
+        copies = [(self.folder / name, image) for name, image in files.items()]
         return all(copy.is_file() and copy.read_bytes() == image_bytes(image) for copy, image in copies)
 
     @interrupts_held()

@@ -11,6 +11,7 @@ import torch
 
 from latentreward.apps.generation import load_lora
 from latentreward.apps.generation.lora import check_lora
+from latentreward.contracts import like_prompt
 from latentreward.encoders.offloaded import OffloadedEncoder
 from latentreward.errors import InputError
 from latentreward.policies import Policy, PolicySource, load_policy
@@ -82,6 +83,9 @@ def offload_text_encoders(policy: Policy, reward: Reward | None, prompts: Sequen
     """
     if device.type == "cpu":
         return
+    if policy.text_encoder is not None and policy.text_encoder.sees_sources:  # each edit has its own empty prompt
+        empty = policy.family.uncond_prompt
+        prompts = [one for prompt in prompts for one in (prompt, like_prompt(empty, prompt))]
     offloaded = cache(lambda encoder: OffloadedEncoder(encoder, prompts, device))  # policy and reward may share one
     for part in () if reward is None else reward.modules():
         if isinstance(part, LatentScorer) and (encoder := part.model.backbone.text_encoder) is not None:

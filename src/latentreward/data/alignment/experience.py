@@ -238,18 +238,18 @@ def as_plain(record: TensorRecord | None) -> dict[str, Any] | None:
     if record is None:
         return None
     values = {field.name: getattr(record, field.name) for field in fields(record)}  # type: ignore[arg-type]
-    pictures: dict[str, Tensor] = {}
+    pictures: dict[int, Tensor] = {}
 
     def plain(value: Any) -> Any:
         if not isinstance(value, str) or not sources_of(value):
             return value
         for source in sources_of(value):
-            if source.data is not None and source.image_key not in pictures:
-                pictures[source.image_key] = torch.frombuffer(bytearray(source.data), dtype=torch.uint8)
+            if source.data is not None and id(source.data) not in pictures:
+                pictures[id(source.data)] = torch.frombuffer(bytearray(source.data), dtype=torch.uint8)
         sources = [
             {
                 "image_key": source.image_key,
-                "data": pictures.get(source.image_key),
+                "data": None if source.data is None else pictures[id(source.data)],
                 "path": source.path and str(source.path),
                 "root": source.root and str(source.root),
                 "holds": source.holds,

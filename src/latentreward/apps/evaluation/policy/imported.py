@@ -97,7 +97,8 @@ def import_pictures(
 
     Pictures are matched by the text of their prompt. Pictures without a text are matched by group and by number of the
     prompt within the group. If a prompt occurs k times in the set, its pictures are cut into k runs of equal length,
-    the first for the first occurrence. Damaged pictures are left out and counted in ``problems``. ``wanted`` pictures
+    the first for the first occurrence; edits of unlike pictures with one text are matched by their place in the set
+    instead. Damaged pictures are left out and counted in ``problems``. ``wanted`` pictures
     are told by their prompt's index in ``rows`` and their number among its pictures.
     """
     matched, left_aside = _match(found, rows)
@@ -131,6 +132,12 @@ def _match(found: Iterable[FoundPicture], rows: Sequence[PromptRow]) -> tuple[di
         places = _places(group, key, rows)
         if not places:
             aside += len(pictures)
+            continue
+        if len({rows[place].prompt for place in places}) > 1:  # edits with one text and unlike pictures
+            placed = [picture for picture in pictures if picture.place in places]
+            aside += len(pictures) - len(placed)
+            for picture in placed:
+                matched.setdefault((picture.place, picture.image or 0), picture.file)  # type: ignore[arg-type]
             continue
         pictures.sort(key=lambda picture: (picture.place or 0, picture.image or 0))
         size = -(-len(pictures) // len(places))
