@@ -195,6 +195,8 @@ class RandomLatentReward(RewardSource):
 class PrecomputedPrompts(nn.Module):
     """Stand-in for text encoders that returns embeddings of the right shape for any prompt."""
 
+    sees_sources = False
+
     def __init__(self, tokens: int, width: int, pooled_width: int) -> None:
         super().__init__()
         self.shape, self.pooled_width = (tokens, width), pooled_width

@@ -26,6 +26,8 @@ TARGETS = tuple(
 class FixedPrompts(nn.Module):
     """Stand-in for text encoders that looks up random embeddings, made once; row 0 is that of the empty prompt."""
 
+    sees_sources = False
+
     def __init__(self, prompts: Sequence[str]) -> None:
         super().__init__()
         generator, self.texts = torch.Generator().manual_seed(1), ["", *prompts]

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from playwright.sync_api import Browser, Page, Request, Route, sync_playwright
+from playwright.sync_api import Browser, Page, Request, Route, expect, sync_playwright
 
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 ARGUMENTS = (
@@ -37,6 +37,7 @@ class Pages:
 
     def __init__(self, browser: Browser) -> None:
         self._browser = browser
+        expect.set_options(timeout=300_000)  # as below
         self._pages: list[Page] = []
         self.problems: list[str] = []
 
