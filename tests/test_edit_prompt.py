@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from latentreward.contracts import EditPrompt, ImageRef, PromptBatch, like_prompt, sources_of
+from latentreward.contracts import EditPrompt, ImageRef, PromptBatch, like_prompt, sources_of, sources_wanted
 
 CAT, DOG = ImageRef("cat.png", data=b"cat"), ImageRef("dog.png", data=b"dog")
 
@@ -48,3 +48,14 @@ def test_pickling_keeps_pictures():
 @pytest.mark.parametrize("text", ["", "ä 🐈"])
 def test_hash_fits_equality(text):
     assert hash(EditPrompt(text, [CAT])) == hash(EditPrompt(text, [CAT])) and hash(EditPrompt(text)) == hash(text)
+
+
+@pytest.mark.parametrize(
+    ("taken", "right", "wrong", "words"),
+    [((0, 0), 0, 1, "0"), ((1, 1), 1, 2, "1"), ((0, 1), 1, 2, "0 to 1"), ((1, None), 99, 0, "at least 1")],
+)
+def test_a_number_of_pictures_is_refused_in_words(
+    taken: tuple[int, int | None], right: int, wrong: int, words: str
+) -> None:
+    assert sources_wanted(right, taken) is None
+    assert sources_wanted(wrong, taken) == words

@@ -136,6 +136,17 @@ def sources_of(prompt: str) -> tuple[ImageRef, ...]:
     return prompt.sources if isinstance(prompt, EditPrompt) else ()
 
 
+def sources_wanted(number: int, taken: tuple[int, int | None]) -> str | None:
+    """Return how many pictures to edit are ``taken``, in words, if ``number`` is not among them; None if it is.
+
+    ``taken`` is the least and the largest number; None for any.
+    """
+    least, most = taken
+    if number >= least and (most is None or number <= most):
+        return None
+    return f"at least {least}" if most is None else f"{least}" if most == least else f"{least} to {most}"
+
+
 def like_prompt(text: str, prompt: str) -> str:
     """Return ``text`` as a prompt for the pictures that ``prompt`` edits; as it is for a plain text."""
     return EditPrompt(text, prompt.sources) if isinstance(prompt, EditPrompt) else text

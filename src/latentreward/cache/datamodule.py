@@ -16,7 +16,7 @@ from latentreward.cache.dataset import CachedPairDataset
 from latentreward.cache.index import CachedPairs, CacheIndex, OnMissing
 from latentreward.cache.layout import CacheSpec
 from latentreward.cache.sampling import BucketBatchSampler, EvaluationBatches, Sizing, SmallBuckets
-from latentreward.contracts import PathText
+from latentreward.contracts import PathText, sources_wanted
 from latentreward.data.clips import check_frames
 from latentreward.data.datamodules import PairLoaders
 from latentreward.data.loading import ResumableLoader, as_is, shares_of
@@ -104,13 +104,11 @@ def check_backbone(spec: CacheSpec, backbone: "DiffusionBackbone | Policy", with
 
 def check_sources(index: CacheIndex, taken: tuple[int, int | None]) -> None:
     """Raise InputError if pairs of a cache have fewer or more sources than the network takes: least and largest."""
-    least, most = taken
     counts = np.diff(index.source_ends)
     few, many = int(counts.min()), int(counts.max())
-    if few < least or (most is not None and many > most):
+    if wanted := sources_wanted(few, taken) or sources_wanted(many, taken):
         held = f"{few}" if few == many else f"{few} to {many}"
-        wanted = f"{least}" if least == most else f"at least {least}" if most is None else f"{least} to {most}"
-        takes = f"takes {wanted} (source_images of pairs)" if most != 0 else "makes pictures from text alone"
+        takes = f"takes {wanted} (source_images of pairs)" if wanted != "0" else "makes pictures from text alone"
         raise InputError(
             f"the pairs in the cache {index.folder} have {held} sources, but the model's network {takes}; write a "
             "cache of other pairs, or give another network"

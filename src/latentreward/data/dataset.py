@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from latentreward.contracts import EditPrompt, ImageRef, PreferencePair, sources_of
+from latentreward.contracts import EditPrompt, ImageRef, PreferencePair, sources_of, sources_wanted
 from latentreward.data.clips import ClipLoader
 from latentreward.data.image_sizes import OneSize
 from latentreward.data.images import COUNT, IMAGE_PROBLEMS, ImageError, PixelLoader
@@ -141,9 +141,8 @@ def load_sources(loader: PixelLoader, prompt: str, taken: tuple[int, int | None]
         ImageError: If one cannot be read, or their number is not among those that are ``taken``: least and largest,
             None for any number.
     """
-    sources, (least, most) = sources_of(prompt), taken
-    if len(sources) < least or (most is not None and len(sources) > most):
-        span = f"{least}" if most == least else f"at least {least}" if most is None else f"{least} to {most}"
-        ignore = ", or set the reader's sources to ignore" if most == 0 else ""
-        raise ImageError(f"the prompt edits {len(sources)} pictures, and the network takes {span}{ignore}", COUNT)
+    sources = sources_of(prompt)
+    if wanted := sources_wanted(len(sources), taken):
+        ignore = ", or set the reader's sources to ignore" if wanted == "0" else ""
+        raise ImageError(f"the prompt edits {len(sources)} pictures, and the network takes {wanted}{ignore}", COUNT)
     return tuple(map(loader, sources))

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from latentreward.backbones.tuning import ATTENTION, StorageDtype
 from latentreward.backbones.weights import settle
-from latentreward.contracts import Conditioning, LatentSpace, sources_of
+from latentreward.contracts import Conditioning, LatentSpace, sources_of, sources_wanted
 from latentreward.encoders.prompts import PromptEncoder
 from latentreward.encoders.sources import SourceSize
 from latentreward.encoders.vae import LatentEncoder
@@ -353,14 +353,12 @@ class Family(Part):
 
     def check_sources(self, number: int) -> None:
         """Raise InputError if the network does not take this number of pictures to edit."""
-        least, most = self.sources
-        if number >= least and (most is None or number <= most):
-            return
-        if most == 0:
+        wanted = sources_wanted(number, self.sources)
+        if wanted == "0":
             given = f"{number} to edit were given; leave them out"
             raise InputError(f"{self.title} makes pictures from text alone, and {given}")
-        wanted = f"{least}" if least == most else f"{least} to {most}" if most is not None else f"at least {least}"
-        raise InputError(f"{self.title} takes {wanted} pictures to edit, and {number} were given")
+        if wanted:
+            raise InputError(f"{self.title} takes {wanted} pictures to edit, and {number} were given")
 
     def check_prompts(self, prompts: Sequence[str], setting: str) -> None:
         """Raise InputError if prompts of a ``setting`` edit more or fewer pictures than the network, or unlike many."""

@@ -11,7 +11,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from latentreward.contracts import sources_of
+from latentreward.contracts import sources_of, sources_wanted
 from latentreward.data.ahead import map_ahead
 from latentreward.data.clips import ClipLoader
 from latentreward.data.image_lists import ListedImage
@@ -133,7 +133,11 @@ class ListedScoring:
         if row.problem is not None:
             return Loaded(problem=f"{row.problem} ({row.detail})")
         sources = sources_of(row.prompt)
-        if problem := self._wrong_number(len(sources)):
+        if wanted := sources_wanted(len(sources), self.model.backbone.sources):
+            given = f"{len(sources)} source_images"
+            problem = f"wrong number of pictures to edit ({given}; the model takes {wanted})"
+            if wanted == "0":
+                problem = f"edit of pictures, but the model judges images made from text alone ({given})"
             return Loaded(problem=problem)
         try:
             for source in sources:
@@ -149,16 +153,6 @@ class ListedScoring:
             return Loaded(problem=str(error).removeprefix(f"image {row.name!r}: "))
         size = image.height, image.width
         return Loaded(self._sizes.loader(*size).pixels(image), size, rotated=rotated)
-
-    def _wrong_number(self, number: int) -> str | None:
-        """Return why the model scores no image that is an edit of this number of pictures; None if it does."""
-        least, most = self.model.backbone.sources
-        if number >= least and (most is None or number <= most):
-            return None
-        if not most and not least:
-            return f"edit of pictures, but the model judges images made from text alone ({number} source_images)"
-        wanted = f"{least} or more" if most is None else str(least) if least == most else f"{least} to {most}"
-        return f"wrong number of pictures to edit ({number} source_images; the model takes {wanted})"
 
     def _score(self, part: ScoredRows, loaded: Iterable[Loaded]) -> None:
         """Score a part in batches of images of one size, which are edits of equally many pictures.

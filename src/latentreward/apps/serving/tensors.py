@@ -13,6 +13,7 @@ from torch import Tensor
 from latentreward.apps.serving.bodies import SAFETENSORS, check_type
 from latentreward.apps.serving.errors import ROWS, RequestError, check_limit
 from latentreward.apps.serving.resources import Resources
+from latentreward.contracts import sources_wanted
 from latentreward.data.readers.json_rows import MOST_SOURCES
 from latentreward.errors import one_line, quoted
 
@@ -69,13 +70,11 @@ class Accepted:
 
     def check_sources(self, number: int) -> None:
         """Raise RequestError with status 422 if an image with this number of sources is not scored."""
-        least, most = self.sources
-        if least <= number <= most:
-            return
-        told = f"takes {least if least == most else f'{least} to {most}'}; send so many"
-        if not most:
-            told = "judges images made from text alone; leave them out"
-        raise RequestError(f"{number} sources are given for an image, but this reward {told}", 422)
+        if wanted := sources_wanted(number, self.sources):
+            told = f"takes {wanted}; send so many"
+            if wanted == "0":
+                told = "judges images made from text alone; leave them out"
+            raise RequestError(f"{number} sources are given for an image, but this reward {told}", 422)
 
     def expected_sources(self, leading: str = "B") -> dict[str, Expected]:
         """Return the requirements on the tensors ``source_0``, ``source_1``, …, whose sides are their own."""
