@@ -850,6 +850,11 @@ def test_a_backbone_whose_features_depend_on_other_rows_is_refused(changed: Any)
         features_by(reading(changed), made(HEAD))
 
 
+def test_rows_with_an_empty_prompt_each_are_compared() -> None:
+    encoded, head = conditioning(2, 3, 5), made(HEAD, "forward", lambda self, features: features.temb[:, 0])
+    RewardNetwork(reading(), head).read(NUMBERED, ONES[:2], encoded, encoded)
+
+
 def test_rows_are_compared_once_in_evaluation_mode() -> None:
     lengths: list[int] = []
     backbone = reading(lambda found: lengths.append(len(found.temb)) or found)

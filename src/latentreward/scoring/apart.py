@@ -48,7 +48,7 @@ def check_apart(
     timesteps, conditioning = far_timesteps(timesteps, backbone.noise_process), with_padding(conditioning)
 
     def features(rows: list[int], text: Conditioning) -> Features:
-        return backbone(latents[rows], timesteps[rows], text, uncond)
+        return backbone(latents[rows], timesteps[rows], text, uncond and uncond.empty_for(rows))
 
     with torch.no_grad(), evaluating(backbone), evaluating(head):
         both = features([0, 1], conditioning.select([0, 1]))
