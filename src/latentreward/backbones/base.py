@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from latentreward.backbones.tuning import ATTENTION
 from latentreward.construction import Construction
 from latentreward.contracts import Conditioning, Features, FeatureSpec, LatentSpace, map_tensors
-from latentreward.encoders.sources import with_sources
+from latentreward.encoders.sources import encode_edits
 from latentreward.errors import InputError
 from latentreward.noise import NoiseProcess
 from latentreward.promises import Kind, Part, returns, shown, values_of, wrong_tensor
@@ -185,12 +185,7 @@ class DiffusionBackbone(nn.Module, Part):
         """
         if self.text_encoder is None:
             raise InputError("this backbone was built without a text encoder; load it from a full pipeline folder")
-        distinct = list(dict.fromkeys(prompts))
-        encoded = self.text_encoder(distinct)
-        if len(distinct) < len(prompts):
-            row = {prompt: index for index, prompt in enumerate(distinct)}
-            encoded = encoded.select([row[prompt] for prompt in prompts])
-        return with_sources(encoded, prompts, self.source_encoder, sources, latents)
+        return encode_edits(self.text_encoder, prompts, self.source_encoder, sources, latents)
 
     def drop_text_taps(self) -> None:
         """Stop reading text taps, for a head that uses none, and freeze parameters that only text taps need.

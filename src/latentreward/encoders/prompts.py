@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from latentreward.contracts import Conditioning
+from latentreward.contracts import Conditioning, like_prompt, sources_of
 from latentreward.errors import InputError
 from latentreward.phases import phase
 from latentreward.promises import VALUES, Part, keep_promise, returns, shown, wrong_tensor
@@ -138,6 +138,12 @@ class PromptEncoder(nn.Module, Part):
         if counts.tolist() != (told := self.count_tokens(prompts)):
             return f"prompt_mask with {counts.tolist()} tokens; it must be as count_tokens says, {told}"
         return None
+
+
+def empty_prompts(encoder: PromptEncoder | None, prompts: Sequence[str], text: str = "") -> list[str]:
+    """Return the empty prompt ``text``: one, or one with each prompt's pictures where the encoder sees them."""
+    edits = encoder is not None and encoder.sees_sources and any(map(sources_of, prompts))
+    return [like_prompt(text, prompt) for prompt in prompts] if edits else [text]
 
 
 def equal_lengths(encoder: PromptEncoder, prompts: Sequence[str], most: int) -> list[list[int]]:

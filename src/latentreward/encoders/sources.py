@@ -1,4 +1,4 @@
-"""Pictures that prompts edit: the sizes that pipelines give them, and encoded prompts with their latents."""
+"""Pictures that prompts edit: the sizes that pipelines give them, and encoding of such prompts."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from latentreward.contracts import Conditioning, sources_of
 from latentreward.errors import InputError
 
 if TYPE_CHECKING:
+    from latentreward.encoders.prompts import PromptEncoder
     from latentreward.encoders.source_encoder import SourceEncoder
 
 
@@ -27,18 +28,20 @@ class SourceSize(NamedTuple):
     cropped: tuple[int, int] | None = None
 
 
-def with_sources(
-    conditioning: Conditioning,
+def encode_edits(
+    text_encoder: PromptEncoder,
     prompts: Sequence[str],
     encoder: SourceEncoder | None,
     sources: Sequence[Tensor] = (),
     latents: bool = False,
 ) -> Conditioning:
-    """Return encoded prompts with the latents of the pictures that they edit; as they are without pictures.
+    """Encode B prompts, and the pictures that they edit, to B rows.
+
+    Each distinct prompt is encoded once: K samples of a prompt share its text, and T5 would otherwise run K times.
 
     Args:
-        conditioning: Encoded prompts, B rows.
-        prompts: The prompts.
+        text_encoder: Encoder of texts.
+        prompts: B prompts.
         encoder: Encoder of pictures; None for a network that takes none.
         sources: Pixels ``(B, 3, H, W)`` of each picture that the prompts edit; empty reads those of the prompts.
         latents: Whether ``sources`` are latents ``(B, C, ...)`` instead.
@@ -46,6 +49,10 @@ def with_sources(
     Raises:
         InputError: If there are pictures, and ``encoder`` is None because the network takes none.
     """
+    row = {prompt: index for index, prompt in enumerate(dict.fromkeys(prompts))}
+    conditioning = text_encoder(list(row))
+    if len(row) < len(prompts):
+        conditioning = conditioning.select([row[prompt] for prompt in prompts])
     edit = next((prompt for prompt in prompts if sources_of(prompt)), None)
     if edit is None:
         return conditioning

@@ -13,15 +13,15 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 from torch import Tensor, nn
 
-from latentreward.contracts import Conditioning, LatentSpace, like_prompt
-from latentreward.encoders.sources import with_sources
+from latentreward.contracts import Conditioning, LatentSpace, sources_of
+from latentreward.encoders.prompts import PromptEncoder, empty_prompts
+from latentreward.encoders.sources import encode_edits
 from latentreward.errors import InputError
 from latentreward.families import Family
 from latentreward.noise import NoiseProcess
 from latentreward.programs import of_this_package
 
 if TYPE_CHECKING:
-    from latentreward.encoders.prompts import PromptEncoder
     from latentreward.encoders.vae import LatentEncoder
 
 POLICY = "policy"
@@ -167,15 +167,8 @@ class Policy(nn.Module):
         Raises:
             InputError: If the policy has no text encoder, or the prompts edit pictures, which its network does not.
         """
-        encoder = self.require_text_encoder()
-        # K samples of a prompt share its text; T5 would otherwise run K times.
-        distinct = list(dict.fromkeys(prompts))
-        row = {prompt: index for index, prompt in enumerate(distinct)}
         with torch.no_grad():
-            encoded = encoder(distinct)
-        if len(distinct) < len(prompts):
-            encoded = encoded.select([row[prompt] for prompt in prompts])
-        return with_sources(encoded, prompts, self.source_encoder, sources, latents)
+            return encode_edits(self.require_text_encoder(), prompts, self.source_encoder, sources, latents)
 
     def encode_uncond(self, prompts: Sequence[str] = ()) -> Conditioning:
         """Encode the prompt for classifier-free guidance: the empty one, or zeros, as the family does.
@@ -184,8 +177,8 @@ class Policy(nn.Module):
         pictures that ``prompts`` edit, it is a row for each of them.
         """
         encoder = self.require_text_encoder()
-        if encoder.sees_sources and prompts:
-            return self.encode_prompts([like_prompt(self.family.uncond_prompt, prompt) for prompt in prompts])
+        if any(map(sources_of, empty := empty_prompts(encoder, prompts, self.family.uncond_prompt))):
+            return self.encode_prompts(empty)
         weights = [*encoder.parameters()]
         # Without weights it is a table of encoded prompts; what trains or has no version may have changed unseen.
         if not weights or any(weight.requires_grad or weight.is_inference() for weight in weights):

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from latentreward.backbones.base import rows_of
-from latentreward.contracts import Conditioning, EditPrompt, Features, like_prompt, sources_of
+from latentreward.contracts import Conditioning, EditPrompt, Features, sources_of
 from latentreward.data.images import PixelLoader
+from latentreward.encoders.prompts import empty_prompts
 from latentreward.errors import InputError
 from latentreward.scoring.images import Images, check_sides, content_key, even_parts, pixel_batches
 from latentreward.scoring.network import RewardNetwork
@@ -46,9 +47,8 @@ class PromptMemory:
     """
 
     def __init__(self, model: RewardNetwork, capacity: int) -> None:
-        self._model, self._capacity = model, capacity
+        self._model, self._capacity = model, capacity + model.head.needs_uncond  # the empty prompt comes beside them
         self._kept: OrderedDict[str | tuple[tuple[Any, ...], PixelLoader | None], Conditioning] = OrderedDict()
-        self._uncond: Conditioning | None = None
 
     def resize_sources(self, height: int, width: int) -> None:
         """Resize the pictures that prompts edit to the size of the images to score, as in training."""
@@ -62,23 +62,14 @@ class PromptMemory:
         rows = {prompt: self._encoded(prompt) for prompt in dict.fromkeys(prompts)}
         return Conditioning.join([rows[prompt] for prompt in prompts])
 
-    def encode_uncond(self, prompts: Sequence[str]) -> Conditioning | None:
-        """Return the encoded empty prompt: one row, or B where the text encoder sees the pictures of B prompts."""
-        encoder = self._model.backbone.text_encoder
-        if self._model.head.needs_uncond and encoder is not None and encoder.sees_sources:
-            return self.encode([like_prompt("", prompt) for prompt in prompts])
-        return self.uncond
+    def encode_uncond(self, prompts: Sequence[str] = ()) -> Conditioning | None:
+        """Return the encoded empty prompt, see :func:`empty_prompts`; None if the head does not need it."""
+        needed = self._model.head.needs_uncond
+        return self.encode(empty_prompts(self._model.backbone.text_encoder, prompts)) if needed else None
 
     def __contains__(self, prompt: str) -> bool:
         """Tell whether the encoded prompt is kept."""
         return self._key(prompt) in self._kept
-
-    @property
-    def uncond(self) -> Conditioning | None:
-        """Encoded empty prompt, one row; None if the head does not need it."""
-        if self._uncond is None and self._model.head.needs_uncond:
-            self._uncond = self._model.backbone.encode_prompts([""])
-        return self._uncond
 
     def _key(self, prompt: str) -> str | tuple[tuple[Any, ...], PixelLoader | None]:
         """Return a key of a prompt and the size of its pictures that does not hold their bytes."""
@@ -204,7 +195,7 @@ def _score_parts(
                 encoded, uncond = memory.encode(of_batch), memory.encode_uncond(of_batch)
             else:
                 encoded = given[0].select(rows[part]).to(model.device)
-                uncond = memory.uncond if given[1] is None else given[1].empty_for(rows[part]).to(model.device)
+                uncond = memory.encode_uncond() if given[1] is None else given[1].empty_for(rows[part]).to(model.device)
             moved = latents[part].to(model.device, torch.promote_types(latents.dtype, torch.float32))
             scored = score(EncodedBatch(moved, of_batch, encoded, uncond), part)
             check_finite(scored, of_batch, rows[part])

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from latentreward.backbones.base import DiffusionBackbone
-from latentreward.contracts import Conditioning, Features, like_prompt, sources_of
+from latentreward.contracts import Conditioning, Features, sources_of
 from latentreward.data.buckets import PUBLISHED_BUCKETS
 from latentreward.data.image_sizes import ImageSizes, NearestBucket, OneSize
 from latentreward.data.images import ExifOrientation
+from latentreward.encoders.prompts import empty_prompts
 from latentreward.errors import InputError
 from latentreward.heads import RewardHead
 from latentreward.heads.base import AXES
@@ -181,8 +182,7 @@ class RewardNetwork(nn.Module):
         if not self.head.needs_uncond:
             return backbone.encode_prompts(prompts, sources, latents), None
         if any(map(sources_of, prompts)):
-            sees = backbone.text_encoder is not None and backbone.text_encoder.sees_sources
-            empty = [like_prompt("", prompt) for prompt in prompts] if sees else [""]
+            empty = empty_prompts(backbone.text_encoder, prompts)
             both = [backbone.encode_prompts(texts, sources, latents) for texts in (prompts, empty)]
             return both[0], both[1]
         encoded = self.backbone.encode_prompts([*prompts, ""])
