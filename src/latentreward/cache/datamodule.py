@@ -89,16 +89,16 @@ def check_backbone(spec: CacheSpec, backbone: "DiffusionBackbone | Policy", with
                 "weights in another precision); write the cache with this model's VAE"
             )
     if with_text and spec.text is not None and backbone.text_encoder is not None:
+        sees = backbone.text_encoder.sees_sources  # the pictures, which a cache does not hold
+        remedy = "train from the images" if sees else "set data.cached_text: false"
         if any(parameter.requires_grad for parameter in backbone.text_encoder.parameters()):
-            raise InputError(
-                "prompt embeddings are cached, but the model trains its text encoder; set data.cached_text: false"
-            )
+            raise InputError(f"prompt embeddings are cached, but the model trains its text encoder; {remedy}")
         fingerprint = text_fingerprint(backbone.text_encoder)
         if fingerprint != spec.text.fingerprint:
             raise InputError(
                 f"the cache holds embeddings of text encoder {spec.text.fingerprint} with {spec.text.num_tokens} "
-                f"tokens, but the model's is {fingerprint} with {backbone.text_encoder.num_tokens}; set "
-                "data.cached_text: false, or write the cache with this model's text encoder"
+                f"tokens, but the model's is {fingerprint} with {backbone.text_encoder.num_tokens}; {remedy}, or write "
+                "the cache with this model's text encoder"
             )
 
 
@@ -234,10 +234,21 @@ class CachedPreferenceDataModule(PairLoaders):
             editor: Any = getattr(reader, "family", reader)
             self.check_sources(editor.sources)
             if reader.text_encoder is not None and reader.text_encoder.sees_sources:
-                raise InputError(
-                    "the cache holds pictures to edit as latents alone, but the model's text encoder reads them too; "
-                    "train from the images"
-                )
+                self._check_seen(module)
+
+    def _check_seen(self, module: Any) -> None:
+        """Raise InputError if a model whose text encoder sees the pictures needs more than the caches hold of them."""
+        if not self.cached_text:
+            raise InputError(
+                "the model's text encoder reads the pictures to edit too, and of these the cache holds latents alone; "
+                "write it with encoder.text: states and set data.cached_text: true, or train from the images"
+            )
+        head = getattr(getattr(module, "model", None), "head", None)
+        if head is not None and head.needs_uncond:
+            raise InputError(
+                "the head needs the empty prompt with each picture to edit, and the cache holds prompts alone; set the "
+                "head's guidance: 1, or train from the images"
+            )
 
     def check_sources(self, taken: tuple[int, int | None]) -> None:
         """Raise InputError if a cache's pairs are edits of fewer or more pictures than the network takes."""

@@ -95,6 +95,8 @@ class CachedPairDataset(Dataset[PreferenceBatch]):
             "latent_space": index.spec.latent_space,
             "targets": targets,
         }
+        if index.seen:  # the empty prompt is there without pictures
+            fields["uncond"] = None
         layout = self.layout(len(rows), int(rows[0]), index.prompt[rows])
         size, in_worker = layout_bytes(layout), get_worker_info() is not None
         slot = self.pool.take(size) if self.pool else None
@@ -173,7 +175,7 @@ def assemble(tensors: Sequence[Tensor], fields: dict[str, Any]) -> dict[str, Any
     if text:
         prompts = Conditioning(*text_tensors(text))
         fields["conditioning"] = map_tensors(prompts, lambda tensor: tensor[:-1]).trimmed()
-        fields["uncond"] = map_tensors(prompts, lambda tensor: tensor[-1:]).trimmed()
+        fields.setdefault("uncond", map_tensors(prompts, lambda tensor: tensor[-1:]).trimmed())
     return fields
 
 

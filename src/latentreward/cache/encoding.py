@@ -16,11 +16,12 @@ from latentreward.cache.check import Shard, read_shards, tensor_shapes
 from latentreward.cache.layout import CachePlan, ShardManifest, manifest_name, read_plan
 from latentreward.cache.shards import KEPT, write_shard
 from latentreward.cache.sources import Encoders
-from latentreward.contracts import ImageRef, PreferencePair, TensorRecord
+from latentreward.contracts import ImageRef, PreferencePair, TensorRecord, sources_of
 from latentreward.data.clips import ClipLoader
-from latentreward.data.images import ImageError, PixelLoader, decode_latents
+from latentreward.data.images import ImageError, PixelLoader, decode_image, decode_latents
 from latentreward.data.loading import WorkerLoader
 from latentreward.data.readers import PairReader
+from latentreward.encoders.source_encoder import edit_of_grey
 from latentreward.errors import InputError
 from latentreward.ranks.processes import end_after
 from latentreward.ranks.shared_work import SharedWork
@@ -59,6 +60,8 @@ class PlannedRows:
         images, prompts = pq.read_table(folder / layout.IMAGES), pq.read_table(folder / layout.PROMPTS)
         sources = pq.read_table(folder / layout.SOURCES)
         self.image_keys, self.prompts = images["image_key"], prompts["prompt"]
+        seen = layout.READER_ROW.name in prompts.column_names
+        self.prompt_rows = prompts[layout.READER_ROW.name] if seen else None
         self.reader_rows = sources["reader_row"].to_numpy()
         self.sides = sources["side"]
         self.rows: dict[int, np.ndarray] = {}
@@ -97,7 +100,7 @@ class EncodeBatches(Dataset[EncodeBatch]):
         shard, first = self.shards[key[0]], key[1]
         rows = self.planned.rows[shard.number][first : first + self._batch_size(shard)]
         if shard.kind == "text":
-            return EncodeBatch(shard, first, tuple(self.planned.prompts.take(rows).to_pylist()))
+            return EncodeBatch(shard, first, tuple(self.prompts(rows, self._decode)))
         shape = tensor_shapes(self.plan, shard)[layout.LATENTS][1:]
         images = [self._image(int(row)) for row in rows]
         keys = tuple(image.image_key for image in images)
@@ -106,9 +109,7 @@ class EncodeBatches(Dataset[EncodeBatch]):
             try:
                 content.append(self._load(image, shard))
             except ImageError as error:
-                if self.reader.on_error == "raise":
-                    remedy = "replace the file, or set the reader's on_error to skip, and run the same command"
-                    raise ImageError(f"{error}; {remedy}", error.problem) from error
+                self._check_skips(error)
                 content.append(None)
                 unreadable[first + number] = error.problem
         ready = self.plan.spec.vae is None
@@ -122,15 +123,50 @@ class EncodeBatches(Dataset[EncodeBatch]):
             noise = torch.stack([torch.randn(shape, generator=generator) for generator in generators])
         return EncodeBatch(shard, first, keys, loaded, noise, unreadable=unreadable, unused=self._unused)
 
+    def prompts(self, rows: np.ndarray, read: Callable[[ImageRef], object]) -> list[str]:
+        """Return prompts by their rows, with their pictures if the text encoder sees these.
+
+        Grey stands for a picture that ``read`` fails to read, whose pairs are not used.
+
+        Raises:
+            ImageError: If a picture cannot be read and the reader's ``on_error`` is ``"raise"``.
+            InputError: If the reader's rows differ from those that were planned.
+        """
+        texts = self.planned.prompts.take(rows).to_pylist()
+        if self.planned.prompt_rows is None:
+            return texts
+        found: list[str] = []
+        for text, number in zip(texts, self.planned.prompt_rows.take(rows).to_pylist(), strict=True):
+            prompt = "" if number is None else self._pair(number).prompt
+            if str(prompt) != text:
+                raise InputError(
+                    f"reader: the prompt of row {number} is {str(prompt)!r:.80}, but was {text!r:.80} when the cache "
+                    "was planned; give the same data, or choose another output"
+                )
+            try:
+                for image in sources_of(prompt):
+                    read(image)
+            except ImageError as error:
+                self._check_skips(error)
+                prompt = edit_of_grey(text, len(sources_of(prompt)))
+            found.append(prompt)
+        return found
+
+    def _decode(self, image: ImageRef) -> None:
+        decode_image(image, self.max_pixels, self.reader.exif)  # as for the picture's latents
+
+    def _check_skips(self, error: ImageError) -> None:
+        if self.reader.on_error == "raise":
+            remedy = "replace the file, or set the reader's on_error to skip, and run the same command"
+            raise ImageError(f"{error}; {remedy}", error.problem) from error
+
     def _batch_size(self, shard: Shard) -> int:
         text = self.plan.spec.text
         return text.batch_size if text is not None and shard.kind == "text" else self.plan.spec.batch_size
 
     def _image(self, row: int) -> ImageRef:
         number, side = int(self.planned.reader_rows[row]), self.planned.sides[row].as_py()
-        if self._fetched is None or self._fetched[0] != number:  # else it is the other image of the last pair
-            self._fetched = number, self.reader[number]
-        pair = self._fetched[1]
+        pair = self._pair(number)
         image, key = layout.images_of(pair).get(side), self.planned.image_keys[row].as_py()
         if image is None or image.image_key != key:
             raise InputError(
@@ -138,6 +174,11 @@ class EncodeBatches(Dataset[EncodeBatch]):
                 f"{key!r} when the cache was planned; give the same data, or choose another output"
             )
         return image
+
+    def _pair(self, number: int) -> PreferencePair:
+        if self._fetched is None or self._fetched[0] != number:  # else it is that of the last image or prompt
+            self._fetched = number, self.reader[number]
+        return self._fetched[1]
 
     def _load(self, image: ImageRef, shard: Shard) -> Tensor:
         spec = self.plan.spec

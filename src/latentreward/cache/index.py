@@ -71,6 +71,7 @@ class CacheIndex:
         image_size: ``(I, 2)`` height and width in pixels, as encoded.
         images: Shard and row of each image's latents; ``shard`` is an index of the files in ``store``.
         prompts: T prompts.
+        seen: Whether the text encoder saw the pictures that are edited, so that a text with others is another prompt.
         texts: Shard and row of each prompt's embeddings, as in ``images``.
         token_ends: Index after the last token of each prompt in a shard, by the shard's index in ``store``; empty
             unless the text encoder has a mask.
@@ -86,7 +87,8 @@ class CacheIndex:
         columns = ["pair_id", "prompt", "image_a", "image_b", "label_a", "weight", "split", layout.SOURCE_IMAGES.name]
         pairs = self._table(layout.PAIRS, columns)
         images = self._table(layout.IMAGES, ["image_key", "height", "width", "shard", "row"])
-        prompts = self._table(layout.PROMPTS, ["prompt", "shard", "row"])
+        prompts = self._table(layout.PROMPTS, ["prompt", "shard", "row", layout.READER_ROW.name])
+        self.seen = layout.READER_ROW.name in prompts.column_names
         rows = self._table(layout.SHARDS, ["name", "kind", "height", "width", "count"])
         texts = (pairs["pair_id"], images["image_key"], prompts["prompt"])
         self.pair_id, self.image_key, self.prompts = (text.cast(pa.large_string()).combine_chunks() for text in texts)

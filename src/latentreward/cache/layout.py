@@ -5,7 +5,8 @@
     CACHE/plan.json                            the plan: settings, data, hashes of the tables
     CACHE/pairs.parquet                        one row per pair
     CACHE/images.parquet                       one row per cached image: shard and row of its latents
-    CACHE/prompts.parquet                      one row per distinct prompt: shard and row of its embeddings
+    CACHE/prompts.parquet                      one row per distinct prompt: shard and row of its embeddings; a prompt
+                                               is a text, or text and pictures if the text encoder sees these too
     CACHE/shards.parquet                       one row per shard; the row's index is the shard's number
     CACHE/sources.parquet                      one row per cached image: its row and side in the reader, for writing
     CACHE/latents/HHHHxWWWW-NNNNN.safetensors  one tensor "latents" (N, C, h, w) of images of H × W pixels, or
@@ -97,9 +98,22 @@ SOURCE_IMAGES = pa.field("source_images", pa.list_(pa.int64()))
 """Last column of the pairs' table if the images are edits: the pictures that were edited, in their order."""
 
 
-def schema_of(table: str, edits: bool) -> pa.Schema:
-    """Return the columns of a table of a cache whose images are edits, or are not."""
-    return SCHEMAS[table].append(SOURCE_IMAGES) if edits and table == PAIRS else SCHEMAS[table]
+READER_ROW = pa.field("reader_row", pa.int64())
+"""Last column of the prompts' table if the text encoder sees the pictures too: a row of the reader with the prompt, for
+writing; null for the empty prompt, which has no pictures.
+"""
+
+
+def schema_of(table: str, edits: bool, seen: bool = False) -> pa.Schema:
+    """Return the columns of a table of a cache.
+
+    Args:
+        table: File name of the table.
+        edits: Whether the images are edits.
+        seen: Whether the text encoder sees the pictures that are edited.
+    """
+    more = [SOURCE_IMAGES] if edits and table == PAIRS else [READER_ROW] if seen and table == PROMPTS else []
+    return pa.schema([*SCHEMAS[table], *more])
 
 
 def images_of(pair: PreferencePair) -> dict[str, ImageRef]:

@@ -165,6 +165,7 @@ class Planner:
         reader: Reader of the rows, for images of one key.
         edits: Whether the images are edits of pictures, which then is so in all pairs.
         check_sources: Function that raises InputError for a number of pictures that the network does not edit.
+        seen: Whether the text encoder sees these pictures too.
 
     Attributes:
         dropped: Number of rows left out so far, by reason.
@@ -178,9 +179,10 @@ class Planner:
         reader: PairReader,
         edits: bool,
         check_sources: Callable[[int], None],
+        seen: bool = False,
     ) -> None:
         self.spec, self.images, self.tables, self.reader = spec, images, tables, reader
-        self.edits, self.check_sources = edits, check_sources
+        self.edits, self.check_sources, self.seen = edits, check_sources, seen
         self.dropped: Counter[str] = Counter()
         self._shards: list[tuple[str, str, int | None, int | None]] = []
         self._counts: list[int] = []
@@ -211,7 +213,7 @@ class Planner:
         if isinstance(sizes, str):
             self.dropped[sizes] += 1
             return
-        pair, prompt = row.pair, self._prompt(row.pair.prompt)
+        pair, prompt = row.pair, self._prompt(row.pair.prompt, row.number)
         known = (getattr(pair, name) for name in ("confidence", "model_a", "model_b", "source", "split"))
         # Sources are resized as the images are, as in training from pixels.
         images = enumerate(layout.images_of(pair).values())
@@ -286,12 +288,14 @@ class Planner:
                 files = (f"{ref.path or 'bytes'} (row {pair.pair_id})" for ref, pair in zip(images, pairs, strict=True))
                 raise InputError(f"reader: image_key={key!r:.200} is of {' and of '.join(files)}; give each its own")
 
-    def _prompt(self, prompt: str) -> int:
-        name = _hash("prompt", prompt)
+    def _prompt(self, prompt: str, number: int | None = None) -> int:
+        """Return the row of a prompt, which row ``number`` of the reader has."""
+        name = _hash("prompt", prompt, *(source.image_key for source in sources_of(prompt) if self.seen))
         if name not in self._known:
             text = self.spec.text
             shard, row = (None, None) if text is None else self._place(layout.TEXT_FOLDER, None, text.prompts_per_shard)
-            self._known[name] = self.tables[layout.PROMPTS].add(prompt, shard, row)
+            more = [number] if self.seen else []
+            self._known[name] = self.tables[layout.PROMPTS].add(str(prompt), shard, row, *more)
         return self._known[name]
 
 
@@ -302,8 +306,11 @@ def write_plan(
     reader: PairReader,
     num_workers: int,
     check_sources: Callable[[int], None],
+    seen: bool,
 ) -> CachePlan:
     """Scan and plan all rows of a reader by ``num_workers`` processes, write the tables, and ``plan.json`` last.
+
+    ``check_sources`` and ``seen`` are as those of :class:`Planner`.
 
     Raises:
         InputError: If no row can be cached.
@@ -313,9 +320,9 @@ def write_plan(
         tables = {}
         for name in layout.SCHEMAS:
             partial = stack.enter_context(replacing(folder / name, KEPT))
-            tables[name] = TableWriter(stack.enter_context(partial.open("xb")), layout.schema_of(name, edits))
+            tables[name] = TableWriter(stack.enter_context(partial.open("xb")), layout.schema_of(name, edits, seen))
             stack.callback(tables[name].close)
-        planner = Planner(spec, images, tables, reader, edits, check_sources)
+        planner = Planner(spec, images, tables, reader, edits, check_sources, seen)
         progress = stack.enter_context(Progress("cache: plan", len(reader), "rows"))
         rows = WorkerLoader(
             RowScan(reader, images, spec.latent_space),

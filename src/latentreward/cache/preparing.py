@@ -15,11 +15,12 @@ from typing import TYPE_CHECKING
 import torch
 
 from latentreward.cache.check import Shard, read_shards, shard_states, table_problems, tensor_shapes
-from latentreward.cache.encoding import PlannedRows
+from latentreward.cache.encoding import EncodeBatches
 from latentreward.cache.layout import PLAN, SCHEMAS, CachePlan, CacheSpec, manifest_name, read_plan
 from latentreward.cache.plan import check_same, write_plan
 from latentreward.cache.shards import KEPT, stored_dtype
 from latentreward.cache.sizing import ImageSettings
+from latentreward.data.images import read_header
 from latentreward.data.readers import PairReader
 from latentreward.errors import InputError
 from latentreward.storage.durable import contents, remove_temporary, write_errors_named
@@ -30,8 +31,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-PROMPTS_AT_ONCE = 256
-"""Number of prompts that are tokenised together."""
+PROMPTS_AT_ONCE = 64
+"""Number of prompts that are tokenised together, with their pictures in memory where the text encoder sees these."""
 ITEMS = {"latents": "image", "source_latents": "source", "text": "prompt"}
 """Kind of a shard → what one of its rows belongs to."""
 
@@ -55,25 +56,27 @@ class Need:
         )
 
 
-def need_of(folder: Path, plan: CachePlan, todo: Sequence[Shard], encoder: PromptEncoder | None) -> Need:
+def need_of(
+    plan: CachePlan, todo: Sequence[Shard], encoder: PromptEncoder | None, batches: EncodeBatches | None
+) -> Need:
     """Compute the bytes of the tensors in the shards ``todo``.
 
     Args:
-        folder: Folder of the cache, with its tables.
         plan: Plan of the cache.
         todo: Shards to write.
         encoder: Text encoder, whose tokenizer tells the lengths of prompts; None if no embeddings are cached.
+        batches: Batches of the cache, if the text encoder has a mask; else None.
     """
     counts, sizes, dtype = Counter[str](), Counter[str](), getattr(torch, plan.spec.dtype)
-    ragged = [shard for shard in todo if shard.kind == "text"] if encoder is not None and encoder.masked else []
-    planned = PlannedRows(folder) if ragged else None
+    ragged = [shard for shard in todo if shard.kind == "text"] if batches is not None else []
     with Progress("cache: count tokens", sum(shard.count for shard in ragged), "prompts") as progress:
         for shard in todo:
             tokens = 0
-            if encoder is not None and planned is not None and shard.kind == "text":
-                prompts = planned.prompts.take(planned.rows[shard.number]).to_pylist()
-                for first in range(0, len(prompts), PROMPTS_AT_ONCE):
-                    tokens += sum(encoder.count_tokens(prompts[first : first + PROMPTS_AT_ONCE]))
+            if encoder is not None and batches is not None and shard.kind == "text":
+                rows = batches.planned.rows[shard.number]
+                for first in range(0, len(rows), PROMPTS_AT_ONCE):
+                    prompts = batches.prompts(rows[first : first + PROMPTS_AT_ONCE], read_header)
+                    tokens += sum(encoder.count_tokens(prompts))
                 progress.add(shard.count)
             shapes = tensor_shapes(plan, shard, tokens)
             sizes[shard.kind] += sum(prod(shape) * stored_dtype(name, dtype).itemsize for name, shape in shapes.items())
@@ -106,7 +109,7 @@ def prepare_cache(
             lies on a disk with too little space.
     """
     with write_errors_named(folder, KEPT):
-        begun = (folder / PLAN).exists()
+        begun, seen = (folder / PLAN).exists(), text is not None and text.sees_sources
         if not begun:
             # Tables that a killed run wrote before its plan are allowed.
             strangers = [name for name in contents(folder) if not name.startswith((PLAN, *SCHEMAS))]
@@ -121,15 +124,16 @@ def prepare_cache(
             check_same(folder, plan, spec, reader)
             if problems := table_problems(folder, plan):
                 logger.warning("%s: %s; planning again", folder, "; ".join(problems))
-                if write_plan(folder, spec, images, reader, num_workers, check_sources).hash != plan.hash:
+                if write_plan(folder, spec, images, reader, num_workers, check_sources, seen).hash != plan.hash:
                     raise InputError(
                         f"{folder}: {problems[0]}, and the reader's rows are not those of the plan any more; choose "
                         "another output"
                     )
         else:
-            plan = write_plan(folder, spec, images, reader, num_workers, check_sources)
+            plan = write_plan(folder, spec, images, reader, num_workers, check_sources, seen)
         todo = _unfinished(folder, plan)
-        need, free = need_of(folder, plan, todo, text), shutil.disk_usage(folder).free
+        batches = EncodeBatches(folder, reader, images.max_pixels) if text is not None and text.masked else None
+        need, free = need_of(plan, todo, text, batches), shutil.disk_usage(folder).free
         if need.total > free:
             if not begun:  # other settings may fit, and the folder is free for them
                 for name in (PLAN, *SCHEMAS):

@@ -69,7 +69,8 @@ class PipelineEncoders(LatentSource):
         posterior: ``sample`` stores one sample of the VAE's posterior per image, ``mode`` stores its mode.
         batch_size: Number of images encoded together.
         text: ``states`` or True caches the embeddings of each distinct prompt, only for models whose text encoder is
-            frozen; ``none`` or False caches none.
+            frozen; ``none`` or False caches none. A text encoder that sees the pictures of edits needs ``states``; then
+            a text with other pictures is another prompt.
         text_dtype: Dtype of the text encoders.
         text_batch_size: Number of prompts encoded together.
         prompts_per_shard: Largest number of prompts in a file; SD3's embeddings take 2.6 MiB per prompt in 16 bits.
@@ -112,10 +113,10 @@ class PipelineEncoders(LatentSource):
         family, known = self._found
         if known:
             family.check_sources(number)
-        if number and family.sees_sources:
+        if number and family.sees_sources and not self.text:
             raise InputError(
-                f"the text encoder of {family.title} reads the {number} sources of a pair too, and a cache holds their "
-                "latents alone; train from the images"
+                f"the text encoder of {family.title} reads the {number} sources of a pair too, and without them no "
+                "training can encode prompts; set encoder.text: states"
             )
 
     @cached_property
