@@ -10,13 +10,14 @@ from PIL import Image
 
 from latentreward.cli import main
 from latentreward.tinyworld.writers import write_hpdv3
+from tests.families.made_qwen_image_edit import qwen_image_edit_folder
 from tests.families.test_every_command import RED, SIZE, run, trainer
 from tests.families.twins import TWINS, Twin
 from tests.marks import release_after
 from tests.settings.test_refusals import refusal
 from tests.tiny_pipelines import pipeline_folder
 
-EDITORS = ("klein_base", "ip2p_sd15", "flux1_kontext")
+EDITORS = ("klein_base", "ip2p_sd15", "flux1_kontext", "qwen_image_edit")
 
 
 class UNet:
@@ -24,6 +25,14 @@ class UNet:
 
     family, backbone, guidance, options = "sd", "ip2p_sd15", None, {}
     folder = property(lambda self: pipeline_folder("ip2p_sd15"))
+
+
+class Seeing:
+    """Qwen-Image-Edit, as what the tests read of a twin."""
+
+    family = backbone = "qwen_image_edit"
+    guidance, options, layers = None, {}, 4
+    folder = property(lambda self: qwen_image_edit_folder())
 
 
 TEXTS = ("make it red", "make it red", "remove the circle", "add a square")
@@ -97,7 +106,7 @@ def align(twin: Twin) -> None:
 @pytest.mark.parametrize("name", release_after(1, EDITORS))
 def test_every_command(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     monkeypatch.chdir(tmp_path)
-    twin: Any = TWINS.get(name) or UNet()
+    twin: Any = {"ip2p_sd15": UNet(), "qwen_image_edit": Seeing()}.get(name) or TWINS[name]
     write_edits(Path("edits"))
     main(["inspect", "--reader=JSONLPairReader", "--reader.file=edits/pairs.jsonl"])
     run("fit", fitted(twin))
