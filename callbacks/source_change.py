@@ -67,8 +67,8 @@ class SourceChange(PromptMonitor):
         for batch, latents in self.latents(trainer, pl_module, reference):
             sampling = self.sampling_of(pl_module)
             with pl_module.policy.editing_at(sampling.height, sampling.width):
-                sources = torch.stack([encoder.latents(sources_of(prompt)[0]) for prompt in batch.prompts])
-            changes = [unchanged_region_change(latents, sources.to(latents), share) for share in (1.0, self.region)]
+                source = encoder(batch.prompts)[0].to(latents)
+            changes = [unchanged_region_change(latents, source, share) for share in (1.0, self.region)]
             rows.append(torch.stack(changes, dim=1))
         change, region = self.gather(trainer, torch.cat(rows)).flatten(0, 1).double().mean(dim=0).tolist()
         log_now(trainer, pl_module, {"edits/change": change, "edits/unchanged_region": region})

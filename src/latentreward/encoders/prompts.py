@@ -140,6 +140,13 @@ class PromptEncoder(nn.Module, Part):
         return None
 
 
+def encode_texts(encoder: PromptEncoder, prompts: Sequence[str]) -> Conditioning:
+    """Encode B prompts to B rows, each distinct one once: T5 would otherwise run for each of a prompt's K samples."""
+    rows = {prompt: row for row, prompt in enumerate(dict.fromkeys(prompts))}
+    encoded: Conditioning = encoder(list(rows))
+    return encoded if len(rows) == len(prompts) else encoded.select([rows[prompt] for prompt in prompts])
+
+
 def empty_prompts(encoder: PromptEncoder | None, prompts: Sequence[str], text: str = "") -> list[str]:
     """Return the empty prompt ``text``: one, or one with each prompt's pictures where the encoder sees them."""
     edits = encoder is not None and encoder.sees_sources and any(map(sources_of, prompts))

@@ -43,7 +43,7 @@ class SourceEncoder:
     """Encoder of pictures that prompts edit into clean latents: the mode of the VAE's posterior.
 
     Pictures are encoded one by one, so that the last bits of a picture's latents do not depend on the batch. The
-    latents of the last :data:`KEPT` pictures are kept in CPU memory.
+    latents of the last :data:`KEPT` pictures that were read are kept in CPU memory.
 
     Args:
         vae: Encoder of the network's latent space.
@@ -57,7 +57,7 @@ class SourceEncoder:
     def __init__(self, vae: LatentEncoder, size: Callable[[int, int], SourceSize]) -> None:
         self.vae, self.size = vae, size
         self.loader: PixelLoader | None = None
-        self._kept: OrderedDict[tuple[str, Path | None, PixelLoader | None], Tensor] = OrderedDict()
+        self._kept: OrderedDict[tuple[str, Path | None, int, PixelLoader | None], Tensor] = OrderedDict()
 
     def resize_to(self, height: int, width: int) -> None:
         """Resize every picture, around its centre, to ``height`` × ``width`` pixels."""
@@ -74,19 +74,21 @@ class SourceEncoder:
             return self.loader(image)
         return to_pixels(resized_picture(image, self.size))
 
-    @torch.inference_mode(False)  # what is kept may become part of a graph later
     @torch.no_grad()
-    def latents(self, image: ImageRef, pixels: Tensor | None = None) -> Tensor:
-        """Return a picture's latents ``(C, ...)`` on the CPU; ``pixels`` are those of the picture, if at hand."""
-        loader = self.loader if pixels is None else PixelLoader(*pixels.shape[-2:])
-        key = image.image_key, image.path, loader  # lists in two folders may have pictures of one name
+    def _encode(self, pixels: Tensor) -> Tensor:
+        device = next(self.vae.parameters()).device
+        with torch.autocast(device.type, enabled=False):
+            return self.vae.encode(pixels[None].to(device))[0]
+
+    @torch.inference_mode(False)  # what is kept may become part of a graph later
+    def latents(self, image: ImageRef) -> Tensor:
+        """Return a picture's latents ``(C, ...)`` on the CPU."""
+        # Lists in two folders, and two tables, may have pictures of one name; bytes remember their hash.
+        key = image.image_key, image.path, hash(image.data), self.loader
         if key in self._kept:
             self._kept.move_to_end(key)
         else:
-            device = next(self.vae.parameters()).device
-            with torch.autocast(device.type, enabled=False):
-                found = self.vae.encode((self.pixels(image) if pixels is None else pixels)[None].to(device))
-            self._kept[key] = found[0].cpu()
+            self._kept[key] = self._encode(self.pixels(image)).cpu()
             if len(self._kept) > KEPT:
                 self._kept.popitem(last=False)
         return self._kept[key]
@@ -101,15 +103,15 @@ class SourceEncoder:
         Raises:
             InputError: If the prompts have unlike numbers of pictures, or pictures at one place have unlike sizes.
         """
+        if pixels:
+            return tuple(torch.stack([*map(self._encode, place)]) for place in pixels)
         rows = [sources_of(prompt) for prompt in prompts]
         if len(counts := {len(row) for row in rows}) > 1:
             few, many = min(counts), max(counts)
             raise InputError(f"prompts that edit {few} and {many} pictures are in one batch; give lists of one number")
         found = []
-        for place in range(counts.pop() if counts else 0):
-            images = [row[place] for row in rows]
-            given = [None] * len(rows) if not pixels else [*pixels[place]]
-            latents = [self.latents(image, one) for image, one in zip(images, given, strict=True)]
+        for images in zip(*rows, strict=True):
+            latents = [*map(self.latents, images)]
             if len({one.shape for one in latents}) > 1:
                 raise InputError(
                     "pictures to edit of unlike sizes are in one batch; set source_size: made, or one prompt at a time"

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, NamedTuple
 from torch import Tensor
 
 from latentreward.contracts import Conditioning, sources_of
+from latentreward.encoders.prompts import PromptEncoder, encode_texts
 from latentreward.errors import InputError
 
 if TYPE_CHECKING:
-    from latentreward.encoders.prompts import PromptEncoder
     from latentreward.encoders.source_encoder import SourceEncoder
 
 
@@ -37,8 +37,6 @@ def encode_edits(
 ) -> Conditioning:
     """Encode B prompts, and the pictures that they edit, to B rows.
 
-    Each distinct prompt is encoded once: K samples of a prompt share its text, and T5 would otherwise run K times.
-
     Args:
         text_encoder: Encoder of texts.
         prompts: B prompts.
@@ -49,10 +47,7 @@ def encode_edits(
     Raises:
         InputError: If there are pictures, and ``encoder`` is None because the network takes none.
     """
-    row = {prompt: index for index, prompt in enumerate(dict.fromkeys(prompts))}
-    conditioning = text_encoder(list(row))
-    if len(row) < len(prompts):
-        conditioning = conditioning.select([row[prompt] for prompt in prompts])
+    conditioning = encode_texts(text_encoder, prompts)
     edit = next((prompt for prompt in prompts if sources_of(prompt)), None)
     if edit is None:
         return conditioning

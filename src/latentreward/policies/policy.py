@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from latentreward.contracts import Conditioning, LatentSpace, sources_of
-from latentreward.encoders.prompts import PromptEncoder, empty_prompts
+from latentreward.encoders.prompts import PromptEncoder, empty_prompts, encode_texts
 from latentreward.encoders.sources import encode_edits
 from latentreward.errors import InputError
 from latentreward.families import Family
@@ -178,7 +178,8 @@ class Policy(nn.Module):
         """
         encoder = self.require_text_encoder()
         if any(map(sources_of, empty := empty_prompts(encoder, prompts, self.family.uncond_prompt))):
-            return self.encode_prompts(empty)
+            with torch.no_grad():
+                return encode_texts(encoder, empty)
         weights = [*encoder.parameters()]
         # Without weights it is a table of encoded prompts; what trains or has no version may have changed unseen.
         if not weights or any(weight.requires_grad or weight.is_inference() for weight in weights):

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
 from latentreward.contracts import NoisyStates, sources_of
@@ -80,7 +79,7 @@ class LoadedUnchangedRegion(Reward):
             raise InputError(f"reward UnchangedRegion: a prompt edits no picture number {self.source}; {remedy}")
         encoder = self._policy[0].source_encoder
         assert encoder is not None
-        return torch.stack([encoder.latents(sources_of(prompt)[self.source]) for prompt in prompts])
+        return encoder(prompts)[self.source]
 
     def score(self, states: NoisyStates, encoded: Tensor) -> Tensor:
         """See :meth:`Reward.score`."""

@@ -16,7 +16,7 @@ from latentreward.contracts import Conditioning, Features, sources_of
 from latentreward.data.buckets import PUBLISHED_BUCKETS
 from latentreward.data.image_sizes import ImageSizes, NearestBucket, OneSize
 from latentreward.data.images import ExifOrientation
-from latentreward.encoders.prompts import empty_prompts
+from latentreward.encoders.prompts import empty_prompts, encode_texts
 from latentreward.errors import InputError
 from latentreward.heads import RewardHead
 from latentreward.heads.base import AXES
@@ -182,9 +182,9 @@ class RewardNetwork(nn.Module):
         if not self.head.needs_uncond:
             return backbone.encode_prompts(prompts, sources, latents), None
         if any(map(sources_of, prompts)):
-            empty = empty_prompts(backbone.text_encoder, prompts)
-            both = [backbone.encode_prompts(texts, sources, latents) for texts in (prompts, empty)]
-            return both[0], both[1]
+            encoded, encoder = backbone.encode_prompts(prompts, sources, latents), backbone.text_encoder
+            assert encoder is not None
+            return encoded, encode_texts(encoder, empty_prompts(encoder, prompts))
         encoded = self.backbone.encode_prompts([*prompts, ""])
         return encoded.select(range(len(prompts))), encoded.select([len(prompts)])
 
