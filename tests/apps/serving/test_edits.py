@@ -1,6 +1,7 @@
 """A served reward of edits: images and latents with the pictures that they are edits of, by every route."""
 
 import base64
+import csv
 import json
 from collections.abc import Iterator
 from dataclasses import replace
@@ -19,13 +20,19 @@ from latentreward.apps.serving.images import images_of_json
 from latentreward.apps.serving.prompted_latents import parse_latents
 from latentreward.apps.serving.served import ServedModel
 from latentreward.apps.serving.ui import build_page, score_sheet
+from latentreward.backbones import create_backbone
+from latentreward.cli import main
 from latentreward.contracts import Conditioning
-from latentreward.scoring import edit_prompt
+from latentreward.data.image_sizes import OneSize
+from latentreward.heads import GatedQFormerHead
+from latentreward.scoring import RewardModel, edit_prompt
 from latentreward.scoring.scoring_noise import ScoringNoise, draw_noise, timesteps_of
 from tests.apps.serving.framework_clients import FlowFactoryClient, UniRLClient, encoded
 from tests.apps.serving.latent_requests import tensors_of
+from tests.apps.serving.processes import forked_server
 from tests.apps.serving.prompted_requests import body_of
 from tests.apps.serving.servers import served_model, serving, tiny_reward
+from tests.families.made_qwen_image_edit import qwen_image_edit_folder
 from tests.scoring.models import edit_reward, picture, png
 
 EDITED = [picture(seed, 40, 60) for seed in range(3)]
@@ -328,3 +335,36 @@ def test_the_page_asks_for_pictures_only_where_the_reward_takes_them(served: tup
         for reward in (served[1].reward, tiny_reward())
     ]
     assert ["Pictures that were edited" in found for found in labels] == [True, False]
+
+
+@pytest.mark.slow
+def test_a_server_scores_with_a_text_encoder_that_sees_the_pictures(tmp_path: Path) -> None:
+    """Qwen-Image-Edit, served by a process of its own: scores are those of `score` and of the page."""
+    base, rows = qwen_image_edit_folder(), [[RED], [BLUE], [BLUE, RED]]
+    backbone = create_backbone("qwen_image_edit", source=base, visual_taps=[2], text_taps=[2])
+    head = GatedQFormerHead(backbone.feature_spec, num_heads=2)
+    for parameter in head.parameters():
+        torch.nn.init.normal_(parameter, std=0.3, generator=torch.Generator().manual_seed(parameter.numel()))
+    reward = RewardModel(backbone, head).eval()
+    reward.image_sizes = OneSize(32, 48)
+    reward.save_pretrained(tmp_path / "reward")
+    for name, image in (("0", EDITED[0]), ("1", EDITED[0]), ("2", EDITED[0]), ("red", RED), ("blue", BLUE)):
+        image.save(tmp_path / f"{name}.png")
+    names = [["red.png"], ["blue.png"], ["blue.png", "red.png"]]
+    listed = [{"image": f"{row}.png", "prompt": TEXT, "source_images": given} for row, given in enumerate(names)]
+    (tmp_path / "list.jsonl").write_text("".join(json.dumps(row) + "\n" for row in listed))
+    output, options = str(tmp_path / "scores.csv"), (f"--base={base}", "--device=cpu")
+    main(["score", str(tmp_path / "list.jsonl"), output, f"--model={tmp_path / 'reward'}", *options])
+    with Path(output).open() as file:
+        scores = [float(row["score"]) for row in csv.DictReader(file)]
+    assert len({round(score, 4) for score in scores}) == 3
+    sent = {"prompt": TEXT, "images": [encoded(EDITED[0])] * 3}
+    with forked_server("serve", str(tmp_path / "reward"), "--port=0", *options) as server:
+        assert httpx.get(f"{server.address}/v1/model").json()["sources"] == [1, 16]
+        reply = ask(server.address, sent | {"source_images": [[*map(encoded, row)] for row in rows]})
+        assert reply.status_code == 200 and reply.json()["scores"] == pytest.approx(scores, abs=2e-5), reply.text
+        reply = send(server.address, "score_latents", body_of({"latents": latents(1), "source_0": latents(1)}, TEXT))
+        assert reply.status_code == 422 and "latents are none; send images to /v1/score_images" in reply.json()["error"]
+        assert server.stop() == 0
+    (row,), _ = score_sheet(reward, TEXT, [tmp_path / "0.png"], [tmp_path / "red.png"])
+    assert row[1] == pytest.approx(scores[0], abs=1e-4)
