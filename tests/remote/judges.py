@@ -27,7 +27,7 @@ def judged(prompt: str, image: Image.Image) -> float:
 
 def opened(text: str) -> Image.Image:
     image = Image.open(BytesIO(base64.b64decode(text, validate=True)))
-    assert image.format == "PNG"
+    assert image.format in ("PNG", "JPEG")
     assert image.mode == "RGB"
     return image
 

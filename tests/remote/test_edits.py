@@ -1,5 +1,7 @@
 """Edits are sent with the pictures that were edited, and their scores are remembered by them."""
 
+import base64
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,7 @@ from PIL import Image
 from latentreward.contracts import EditPrompt, ImageRef
 from latentreward.remote import ImageSchema, PlainJSON, RemoteServer, UniRL
 from latentreward.remote.images import RemoteImages
+from latentreward.remote.schemas import source_texts
 from latentreward.scoring import edit_prompt
 from tests.remote.judges import judged, judging, opened
 
@@ -54,6 +57,26 @@ def test_sources_are_sent_with_each_image(answer, schema: ImageSchema, tmp_path:
     with judging(answer) as judge:
         found = images(judge.url, schema).begin(prompts, [RED, RED, RED, GREY])()
     assert found == pytest.approx([0, 1, 0, judged("", GREY)], abs=0.01)
+
+
+def test_a_source_is_sent_as_its_file_unless_readers_would_differ(tmp_path: Path) -> None:
+    """A photograph as PNG would be many times its size; one on its side, or with alpha, is sent as it is seen."""
+    lying = Image.Exif()
+    lying[0x0112] = 6
+    BLUE.save(tmp_path / "plain.jpg", quality=50)
+    BLUE.save(tmp_path / "plain.png")
+    BLUE.save(tmp_path / "lying.jpg", exif=lying)
+    BLUE.convert("RGBA").save(tmp_path / "alpha.png")
+    BLUE.convert("L").save(tmp_path / "grey.jpg")
+    BLUE.save(tmp_path / "other.webp", lossless=True)
+    names = ["plain.jpg", "plain.png", "lying.jpg", "alpha.png", "grey.jpg", "other.webp"]
+    (texts,) = source_texts([EditPrompt("make it red", [ImageRef(name, path=tmp_path / name) for name in names])])
+    sent = [*map(base64.b64decode, texts)]
+    same = [data == (tmp_path / name).read_bytes() for name, data in zip(names, sent, strict=True)]
+    assert same == [True, True, False, False, False, False]
+    made = [Image.open(BytesIO(data)) for data in sent[2:]]
+    assert [(image.format, image.mode) for image in made] == [("PNG", "RGB")] * 4
+    assert [image.size for image in made] == [(8, 9), (9, 8), (9, 8), (9, 8)]
 
 
 def test_scores_are_remembered_by_image_and_sources() -> None:

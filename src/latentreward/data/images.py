@@ -185,6 +185,7 @@ class ImageHeader(NamedTuple):
     width: int  # width in pixels after decoding
     rotated: bool  # whether the image has an EXIF orientation other than upright
     oddities: tuple[str, ...]  # changes that decoding makes beside the orientation: ``ALPHA``, ``DEEP`` or ``CMYK``
+    plain: bool  # whether the file is a PNG or JPEG of 8-bit RGB that every reader decodes alike
 
 
 def read_header(image: ImageRef, max_pixels: int = MAX_PIXELS, exif: ExifOrientation = "ignore") -> ImageHeader:
@@ -202,7 +203,9 @@ def read_header(image: ImageRef, max_pixels: int = MAX_PIXELS, exif: ExifOrienta
             height, width = width, height
         deep = _is_16_bit(opened.mode) or any(";16" in str(tile) for tile in getattr(opened, "tile", ()))
         odd = {ALPHA: opened.has_transparency_data, DEEP: deep, CMYK: opened.mode == "CMYK"}
-        return ImageHeader(height, width, orientation != UPRIGHT, tuple(name for name, is_so in odd.items() if is_so))
+        oddities, rotated = tuple(name for name, is_so in odd.items() if is_so), orientation != UPRIGHT
+        plain = opened.format in ("PNG", "JPEG") and opened.mode == "RGB" and not (oddities or rotated)
+        return ImageHeader(height, width, rotated, oddities, plain)
 
 
 def exif_orientation(image: Image.Image) -> int:

@@ -11,8 +11,8 @@ from typing import Any, Literal
 from PIL import Image
 from pydantic import BaseModel
 
-from latentreward.contracts import sources_of
-from latentreward.data.images import decode_image
+from latentreward.contracts import ImageRef, sources_of
+from latentreward.data.images import decode_image, image_bytes, read_header
 from latentreward.errors import InputError, check_range
 from latentreward.promises import Part, of_class, returns
 from latentreward.storage.digests import digest
@@ -71,9 +71,18 @@ class ImageSchema(Schema):
 
 
 def source_texts(prompts: Sequence[str]) -> list[list[str]]:
-    """Return the pictures that each of B prompts edits, as base64 of PNG files; equal pictures are read once."""
-    read = cache(lambda source: png_text(decode_image(source)))
-    return [[read(source) for source in sources_of(prompt)] for prompt in prompts]
+    """Return the pictures that each of B prompts edits, as base64 of PNG or JPEG files; equal pictures are read once.
+
+    A file that every reader decodes alike is sent as it is: a photograph as PNG would be many times as large.
+    """
+
+    @cache
+    def read(source: ImageRef) -> str:
+        if read_header(source).plain:
+            return base64.b64encode(image_bytes(source)).decode()
+        return png_text(decode_image(source, exif="apply"))
+
+    return [[*map(read, sources_of(prompt))] for prompt in prompts]
 
 
 def png_text(image: Image.Image) -> str:
@@ -95,7 +104,7 @@ class PlainJSON(ImageSchema):
 
     ``prompts`` are B texts, ``images`` B PNG files in base64, ``scores`` B numbers. A text ``model`` beside the scores
     names the judge, and must be the same in all replies. Requests for edits also have ``source_images``, for each image
-    the list of the pictures that were edited.
+    the list of the pictures that were edited, as PNG or JPEG files.
 
     Attributes:
         path: Path of requests.
