@@ -10,9 +10,9 @@ from latentreward.contracts import NoisyStates
 from latentreward.errors import InputError
 from latentreward.policies import Policy
 from latentreward.remote import RemoteServer, ServedImages, ServedLatents
-from latentreward.remote.latents import ServedReward, check_sources
 from latentreward.reports.drawing import to_image
 from latentreward.rewards import HTTPReward
+from latentreward.rewards.base import check_edits
 from latentreward.scoring import RewardModel, edit_prompt
 from latentreward.scoring.scoring_noise import ScoringNoise, draw_noise, timesteps_of
 from tests.apps.serving.servers import serving
@@ -71,11 +71,10 @@ def test_pictures_travel_with_their_sources(policy: Policy, served: tuple[str, R
 
 
 def test_a_reward_of_edits_and_a_policy_without_are_refused_before_the_run() -> None:
-    server, told = RemoteServer("http://judge"), {"model": "m", "latent_space": {}}
-    edits, plain, both = (ServedReward(**told, sources=number) for number in ((1, 16), (0, 0), (0, 16)))
-    with pytest.raises(InputError, match="its reward is of a network that edits pictures, and the policy of one that"):
-        check_sources(server, edits, (0, 0))
-    with pytest.raises(InputError, match="the policy is of a network that edits pictures, and its reward of one that"):
-        check_sources(server, plain, (1, 1))
-    for reward, sources in ((edits, (1, None)), (plain, (0, 0)), (both, (0, 0)), (plain, (0, None)), (both, (1, 1))):
-        check_sources(server, reward, sources)
+    edits, plain, both = (1, 16), (0, 0), (0, 16)
+    with pytest.raises(InputError, match=r"^judge: the reward is of a network that edits pictures, and the policy of"):
+        check_edits("judge", edits, plain)
+    with pytest.raises(InputError, match="the policy is of a network that edits pictures, and the reward of one that"):
+        check_edits("judge", plain, (1, 1))
+    for reward, policy in ((edits, (1, None)), (plain, plain), (both, plain), (plain, (0, None)), (both, (1, 1))):
+        check_edits("judge", reward, policy)

@@ -121,16 +121,6 @@ def check_rows(server: RemoteServer, reward: ServedReward, batch_size: int) -> N
         raise InputError(f"reward.batch_size={batch_size} is over {most}")
 
 
-def check_sources(server: RemoteServer, reward: ServedReward, sources: tuple[int, int | None]) -> None:
-    """Raise InputError if a served reward judges edits and the policy, which takes ``sources``, none; or vice versa."""
-    if max(reward.sources[0], sources[0]) and (0, 0) in (reward.sources, sources):
-        edits, other = ("its reward", "the policy") if reward.sources[0] else ("the policy", "its reward")
-        raise InputError(
-            f"reward server {server.url}: {edits} is of a network that edits pictures, and {other} of one that makes "
-            "them from text alone; serve a reward on the policy's own network"
-        )
-
-
 def check_widths(server: RemoteServer, reward: ServedReward, encoded: Conditioning) -> None:
     """Raise InputError if a served reward does not take embeddings of the widths of the policy's text encoders."""
     pooled = encoded.pooled_prompt_embeds

@@ -21,7 +21,6 @@ from latentreward.remote.latents import (
     RemoteLatents,
     ServedReward,
     check_rows,
-    check_sources,
     check_widths,
     describe,
     latent_space,
@@ -29,7 +28,7 @@ from latentreward.remote.latents import (
 from latentreward.remote.scores import PendingScores
 from latentreward.remote.server import Connection, raise_together
 from latentreward.reports.drawing import to_image
-from latentreward.rewards.base import Reward, RewardSource
+from latentreward.rewards.base import Reward, RewardSource, check_edits
 from latentreward.rewards.pixel import DecodingReward
 from latentreward.storage.digests import digest
 
@@ -108,7 +107,7 @@ class HTTPReward(RewardSource):
         if isinstance(self.schema, ServedImages | ServedLatents):
             served = describe(Connection(self.server), self.schema)
             check_rows(self.server, served, self.batch_size)
-            check_sources(self.server, served, policy.family.sources)
+            check_edits(f"reward server {self.server.url}", served.sources, policy.family.sources)
         if isinstance(self.schema, ImageSchema):
             return RemoteImageReward(self, policy)
         with torch.no_grad():

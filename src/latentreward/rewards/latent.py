@@ -16,7 +16,7 @@ from latentreward.contracts import Conditioning, LatentSpace, NoisyStates, PathT
 from latentreward.errors import InputError, check_at_least_one
 from latentreward.noise import NoiseProcess
 from latentreward.policies.surrogate_gradient import gradient_carrier
-from latentreward.rewards.base import Reward, RewardSource
+from latentreward.rewards.base import Reward, RewardSource, check_edits
 from latentreward.rewards.conversion import convert_states, describe_conversion, same_levels
 from latentreward.rewards.shared_base import share_adapter, shares_network, shares_text
 from latentreward.scoring.layouts.find import ModelSource, StoredReward, find_reward
@@ -274,15 +274,7 @@ class LatentReward(RewardSource):
         # Initialising weights, which are overwritten, must not change the RNG.
         with torch.random.fork_rng(devices=[]), reading_later() as unread:
             model, switch = self._loaded(stored, policy)
-        if max(model.backbone.sources[0], policy.family.sources[0]) and (0, 0) in (
-            model.backbone.sources,
-            policy.family.sources,
-        ):
-            edits, other = ("reward", "policy") if model.backbone.sources[0] else ("policy", "reward")
-            raise InputError(
-                f"reward {self.path}: the {edits} is of a network that edits pictures, and the {other}'s network makes "
-                "pictures from text alone; train a reward on the policy's own network"
-            )
+        check_edits(f"reward {self.path}", model.backbone.sources, policy.family.sources)
         model.backbone.source_encoder = policy.source_encoder  # both have one latent space; the policy knows the size
         if conversion := describe_conversion(policy.noise_process, model.backbone.noise_process):
             from lightning.pytorch.utilities import rank_zero_info  # takes seconds to import
