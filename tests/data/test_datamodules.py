@@ -1,3 +1,4 @@
+import json
 from types import SimpleNamespace
 from typing import Any
 
@@ -7,10 +8,10 @@ from jsonargparse import ArgumentParser
 from lightning.pytorch import LightningModule, Trainer
 
 from latentreward.contracts import PreferenceBatch
-from latentreward.data import HPDv3Reader, PickAPicReader, PreferenceDataModule
+from latentreward.data import HPDv3Reader, JSONLPairReader, PickAPicReader, PreferenceDataModule
 from latentreward.errors import InputError
 from tests.data.skipped_rows import skipped_rows
-from tests.marks import rotated_after
+from tests.marks import rotated_after, slow_after
 
 
 class Recorder(LightningModule):
@@ -188,6 +189,34 @@ def test_rows_edit_as_many_pictures_as_the_network_takes(readers, name) -> None:
     assert data.datasets["predict"].taken == (1, 2)
     trainer().predict(Recorder(), (other := PreferenceDataModule(8, **settings)))
     assert other.datasets["predict"].taken == (0, None)
+
+
+@pytest.mark.parametrize("workers", slow_after(1, [0, 2]))
+def test_a_batch_holds_pairs_that_edit_one_number_of_pictures(tmp_path, jpeg, workers) -> None:
+    (tmp_path / "a.jpg").write_bytes(jpeg())
+    row = {"chosen": "a.jpg", "rejected": "a.jpg"}
+    numbers = [1, 2, 0, 1, 1, 3, 2, 1, 1]
+    rows = [{**row, "prompt": f"{n}", "source_images": ["a.jpg"] * number} for n, number in enumerate(numbers)]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    reader = JSONLPairReader(str(tmp_path / "pairs.jsonl"), on_error="skip")
+    settings = {"batch_size": 3, "num_workers": workers, "shared_prompts": "keep", "seed": 1}
+    data = PreferenceDataModule(8, train=reader, val=reader, predict=reader, **settings)
+    for dataset in data.datasets.values():
+        dataset.taken = (1, 2)
+    kept = [n for n, number in enumerate(numbers) if 1 <= number <= 2]
+    orders = []
+    for loader in (data.train_dataloader(), data.val_dataloader(), data.predict_dataloader()):
+        batches = list(loader)
+        orders.append([int(prompt) for batch in batches for prompt in batch.prompts])
+        assert sorted(orders[-1]) == kept and len(batches) == len(loader) == 3
+        for batch in batches:
+            assert {numbers[int(prompt)] for prompt in batch.prompts} == {len(batch.sources)}
+    assert orders[0] != orders[1] == orders[2]
+    model = Recorder()
+    trainer(max_epochs=1).fit(model, data)
+    assert [len(pairs) for pairs in model.seen["train"]] == [len(batch) for batch in data.train_dataloader()]
+    found = [pair for batch in trainer().predict(model, data) for pair in batch]
+    assert sorted(found) == [f"pairs.jsonl:{n + 1}" for n in kept]
 
 
 def test_missing_split_is_named() -> None:

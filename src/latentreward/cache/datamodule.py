@@ -1,7 +1,6 @@
 """Data module that loads batches of latents from caches, which must agree with each other and with the model."""
 
 import logging
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -15,11 +14,11 @@ from latentreward.cache.buffers import BufferPool, layout_bytes
 from latentreward.cache.dataset import CachedPairDataset
 from latentreward.cache.index import CachedPairs, CacheIndex, OnMissing
 from latentreward.cache.layout import CacheSpec
-from latentreward.cache.sampling import BucketBatchSampler, EvaluationBatches, Sizing, SmallBuckets
 from latentreward.contracts import PathText, sources_wanted
 from latentreward.data.clips import check_frames
 from latentreward.data.datamodules import PairLoaders
 from latentreward.data.loading import ResumableLoader, as_is, shares_of
+from latentreward.data.size_sampling import BucketBatchSampler, EvaluationBatches, Sizing, SmallBuckets
 from latentreward.data.splits import SharedPrompts, select_rows, tell_unopened
 from latentreward.data.targets import ScoreTargets, check_targets, label_remedy
 from latentreward.encoders.fingerprint import text_fingerprint, vae_fingerprint
@@ -150,7 +149,7 @@ class CachedPreferenceDataModule(PairLoaders):
             one pair.
         small_buckets: Treatment of the last training pairs of an image size, too few for a batch on every rank.
             ``short`` makes a smaller batch, ``fill`` repeats pairs, ``drop`` leaves the pairs out of the epoch; see
-            :class:`~latentreward.cache.sampling.BucketBatchSampler`. Evaluation always takes every pair once.
+            :class:`~latentreward.data.size_sampling.BucketBatchSampler`. Evaluation always takes every pair once.
         cached_text: Whether to take prompt embeddings from the caches, if all caches hold them. Otherwise the model
             encodes prompts.
         on_missing: ``raise`` stops if a shard of a cache is not written yet. ``skip`` leaves out pairs that need a
@@ -266,12 +265,6 @@ class CachedPreferenceDataModule(PairLoaders):
         if rank == 0:
             logger.info("data.train: %s", sampler.describe())
         return ResumableLoader(dataset, sampler, collate_fn=as_is, **self._worker_settings())
-
-    def predict_dataloader(self) -> DataLoader[Any]:
-        """Return the prediction loader, with each pair once over all ranks."""
-        # Lightning looks for row numbers, which only its own batch samplers tell; what we write names pairs.
-        warnings.filterwarnings("ignore", message="Couldn't infer the batch indices")
-        return super().predict_dataloader()
 
     def _sizing(self) -> Sizing:
         frames = (self.spec.frames - 1) // (self.spec.latent_space.frame_downscale or 1) + 1

@@ -1,10 +1,12 @@
 """Lightning data modules that turn pair readers into loaders of preference batches."""
 
 import logging
+import warnings
 from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 from typing import Any
 
+import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.trainer.states import TrainerFn
@@ -14,10 +16,11 @@ from latentreward.data.clips import FPS, ClipLoader, check_clips, check_frames, 
 from latentreward.data.collate import collate_pairs
 from latentreward.data.dataset import PairDataset
 from latentreward.data.images import MAX_PIXELS, PixelLoader, ResizePolicy
-from latentreward.data.loading import ResumableLoader, WorkerLoader, ignore_signals, shares_of
+from latentreward.data.loading import ResumableBatchSampler, ResumableLoader, WorkerLoader, ignore_signals, shares_of
 from latentreward.data.readers import PairReader, count_text
 from latentreward.data.readers.base import OnError
 from latentreward.data.sampling import PairBatchSampler, PairSampler, even_batch_size
+from latentreward.data.size_sampling import BucketBatchSampler, EvaluationBatches, Sizing
 from latentreward.data.splits import SharedPrompts, select_rows
 from latentreward.data.targets import ScoreTargets, check_targets, label_remedy
 from latentreward.errors import InputError, check_at_least_one, check_multiples
@@ -79,6 +82,8 @@ class PairLoaders(LightningDataModule):
 
     def predict_dataloader(self) -> DataLoader[Any]:
         """Return batches of ``predict``, each pair once over all ranks."""
+        # Lightning looks for row numbers, which only its own batch samplers tell; what we write names pairs.
+        warnings.filterwarnings("ignore", message="Couldn't infer the batch indices")
         return self._evaluation_loader("predict")
 
     @classmethod
@@ -130,8 +135,8 @@ class PreferenceDataModule(PairLoaders):
     Unlabelled rows are left out, except in ``predict``. By default no prompt is in two of ``train``, ``val`` and
     ``test``: rows of ``train`` whose prompt is also in ``val`` or ``test`` are left out, and rows of ``val`` whose
     prompt is also in ``test``. Readers read their rows and prompts when they are constructed; the loaders' workers
-    read the images. Checkpoints hold the position in the training epoch. On the command line a subcommand opens only
-    the splits that it needs.
+    read the images. Pairs of a batch edit equally many pictures. Checkpoints hold the position in the training epoch.
+    On the command line a subcommand opens only the splits that it needs.
 
     Args:
         size: Side in pixels, or (height, width), of the images that the network takes.
@@ -222,11 +227,18 @@ class PreferenceDataModule(PairLoaders):
         """Return batches of ``train``; every rank gets equally many pairs."""
         if getattr(self.trainer, "overfit_batches", 0):  # needs a fixed order
             return self._evaluation_loader("train")
-        dataset = self._dataset("train")
-        sampler = PairBatchSampler(
-            len(dataset), self.batch_size, **shares_of(self.trainer), shuffle=self.shuffle, seed=self.seed
-        )
+        dataset, shares = self._dataset("train"), shares_of(self.trainer)
+        order = {"shuffle": self.shuffle, "seed": self.seed}
+        sampler: ResumableBatchSampler = PairBatchSampler(len(dataset), self.batch_size, **shares, **order)
+        if (sizes := self._unlike(dataset)) is not None:
+            sizing = Sizing(self.batch_size, world_size=shares["num_replicas"], **order)
+            sampler = BucketBatchSampler(sizes, sizing, shares["rank"])
         return ResumableLoader(dataset, sampler, collate_fn=collate_pairs, **self._worker_settings())
+
+    def _unlike(self, dataset: PairDataset) -> np.ndarray | None:
+        """Return the size of each pair, ``(N, 3)``, if pairs edit unlike numbers of pictures; a batch holds one."""
+        numbers = dataset.source_numbers() if self.batch_size > 1 else np.zeros(0)
+        return np.column_stack([np.ones((len(numbers), 2), int), numbers]) if len(np.unique(numbers)) > 1 else None
 
     def teardown(self, stage: str) -> None:
         """Log, for each split, the numbers of pairs with unreadable images by reason, and of frames not used."""
@@ -240,6 +252,10 @@ class PreferenceDataModule(PairLoaders):
     def evaluation_loading(self, dataset: PairDataset) -> dict[str, Any]:
         """See :meth:`PairLoaders.evaluation_loading`."""
         shares = shares_of(self.trainer)
+        if (sizes := self._unlike(dataset)) is not None:
+            sizing = Sizing(self.batch_size, world_size=shares["num_replicas"])
+            batches = EvaluationBatches(sizes, sizing, shares["rank"])
+            return {"batch_size": None, "sampler": batches, "collate_fn": collate_pairs}
         return {
             "batch_size": even_batch_size(len(dataset), shares["num_replicas"], self.batch_size),
             "sampler": PairSampler(len(dataset), **shares),

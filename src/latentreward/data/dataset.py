@@ -4,6 +4,7 @@ import logging
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -90,8 +91,16 @@ class PairDataset(Dataset[LoadedPair | SkippedPair]):
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, index: int) -> LoadedPair | SkippedPair:
-        """Read, decode and resize the pair at position ``index`` of ``rows``.
+    def source_numbers(self) -> np.ndarray:
+        """Return the number of pictures that each pair edits, ``(N,)``, within the numbers that are ``taken``."""
+        least, most = self.taken
+        if least == most:
+            return np.full(len(self), least)
+        prompts = self.reader.prompts()
+        return np.clip([len(sources_of(prompts[row])) for row in self.rows], least, most)
+
+    def __getitem__(self, index: int | Sequence[int]) -> Any:
+        """Read, decode and resize the pair at position ``index`` of ``rows``; several positions give a list.
 
         Returns:
             A :class:`SkippedPair` if ``on_error`` is ``"skip"`` and an image or a picture to edit cannot be read, or
@@ -101,6 +110,8 @@ class PairDataset(Dataset[LoadedPair | SkippedPair]):
         Raises:
             ImageError: If one of these problems occurs and ``on_error`` is ``"raise"``.
         """
+        if isinstance(index, Sequence):
+            return [self[one] for one in index]
         row = int(self.rows[index])
         pair, targets = self.reader[row], None if self.targets is None else self.targets[row]
         try:

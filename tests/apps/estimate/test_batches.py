@@ -10,8 +10,8 @@ from latentreward.apps.estimate.batches import pair_batch
 from latentreward.apps.estimate.shapes import ShapesOnly
 from latentreward.backbones import create_backbone
 from latentreward.cache import CachedPreferenceDataModule
-from latentreward.cache.sampling import Sizing
 from latentreward.data import PreferenceDataModule
+from latentreward.data.size_sampling import Sizing
 from latentreward.errors import InputError
 from tests.cache.written_caches import spec, write_cache
 from tests.families.twins import TWINS

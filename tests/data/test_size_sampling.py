@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from latentreward.cache.sampling import BucketBatchSampler, EvaluationBatches, Sizing
 from latentreward.data.sampling import PairBatchSampler
+from latentreward.data.size_sampling import BucketBatchSampler, EvaluationBatches, Sizing
 from latentreward.errors import InputError
 
 MIX = [(8, 8)] * 41 + [(8, 16)] * 17 + [(16, 8)] * 3 + [(16, 16)] * 1
