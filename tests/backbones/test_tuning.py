@@ -9,7 +9,7 @@ from diffusers.models.attention_dispatch import _AttentionBackendRegistry
 from torch import Tensor, nn
 
 from latentreward.backbones import DiffusionBackbone, LoRA, create_backbone
-from latentreward.backbones.tuning import tune, warn_of_names_without_layer
+from latentreward.backbones.tuning import ATTENTION, tune, warn_of_layers
 from latentreward.contracts import Conditioning, Features
 from latentreward.errors import InputError
 from latentreward.heads import CLIPProjectionHead, GatedQFormerHead
@@ -146,7 +146,7 @@ def test_a_name_that_no_layer_has_is_told() -> None:
         tiny_source("sd35", lora=LoRA(2, 4.0, target_modules=("to_v", "to_kk"))).load()
     network, own = nn.Sequential(FusedAttention()), type("Own", (), {"lora_targets": ("to_q", "qkv_proj", "qkv")})()
     with pytest.warns(UserWarning, match=r"^family: Own.lora_targets: no layer of Sequential is named qkv$"):
-        warn_of_names_without_layer(network, LoRA(), own)
+        warn_of_layers(network, LoRA(), own)
 
 
 class FusedAttention(nn.Module):
@@ -156,10 +156,10 @@ class FusedAttention(nn.Module):
 
 
 def test_layers_of_attention_that_the_default_names_miss_are_told() -> None:
-    network = nn.Sequential(FusedAttention())
+    network, own = nn.Sequential(FusedAttention()), type("Own", (), {"lora_targets": ATTENTION})()
     told = "lora: only to_out.0 get adapters, not qkv_proj of the same layers; name all in lora.target_modules"
     with pytest.warns(UserWarning, match=told):
-        tune(network, "lora", LoRA(rank=1))
+        warn_of_layers(network, LoRA(), own)
 
 
 @pytest.mark.parametrize("name", ["sd15", "sdxl", "sd35"])

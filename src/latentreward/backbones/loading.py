@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from latentreward.backbones.quantization import Quantization, check_quantization, quantize
 from latentreward.backbones.single_file import find_configs
-from latentreward.backbones.tuning import LoRA, StorageDtype, Tuning, tune, warn_of_names_without_layer
+from latentreward.backbones.tuning import LoRA, StorageDtype, Tuning, tune, warn_of_layers
 from latentreward.backbones.weights import after_settling, from_config, load_weights, map_model, settle
 from latentreward.contracts import LatentSpace, PathText
 from latentreward.errors import InputError, first_line
@@ -438,7 +438,7 @@ def finish(
     lora = lora or LoRA()
     targets = backbone.lora_targets if lora.target_modules is None else lora.target_modules
     if tuning == "lora":
-        warn_of_names_without_layer(network, lora, getattr(backbone, "family", backbone))
+        warn_of_layers(network, lora, getattr(backbone, "family", backbone))
     tune(network, tuning, LoRA(lora.rank, lora.alpha, lora.dropout, targets), unread)
     network.train(tuning != "frozen")
     if backbone.text_encoder is not None:

@@ -80,45 +80,40 @@ def tune(network: nn.Module, tuning: Tuning, lora: LoRA, unread: Sequence[str] =
             target_modules=targets,
             init_lora_weights="gaussian",
         )
-        warn_of_layers_without_adapter(network, endings)
         with shown_as_float32(network):
             inject_adapter_in_model(config, network)
 
 
-def warn_of_layers_without_adapter(network: nn.Module, endings: Sequence[str]) -> None:
-    """Warn of linear layers beside those that get adapters, where ``endings`` are those of diffusers' attention.
+def warn_of_layers(network: nn.Module, lora: LoRA, owner: Any) -> None:
+    """Warn of names that no layer of a network has, and of linear layers beside those that get adapters.
 
-    Networks with fused projections, such as PRX's ``img_qkv_proj``, share a part of these names.
+    Names are those of the settings, or of the network's ``owner``: its family or backbone. A family of this package
+    names layers of all its models, of which a network may lack some. Networks with fused projections, such as PRX's
+    ``img_qkv_proj``, share a part of the default names.
     """
-    if tuple(endings) != ATTENTION:
-        return
-    linear = [name for name, module in network.named_modules() if isinstance(module, nn.Linear)]
-    found = {name: ending for ending in endings for name in linear if name.endswith(f".{ending}")}
-    attentions = {name.removesuffix(ending) for name, ending in found.items()}
-    beside = {name.removeprefix(one) for one in attentions for name in linear if name.startswith(one)} - {*endings}
-    if beside:
+    given, kind = lora.target_modules, type(owner)
+    endings = tuple(owner.lora_targets if given is None else given)
+    layers = [name for name, _ in network.named_modules()]
+    own = [name for name in endings if name not in ATTENTION and (given or not of_this_package(kind.__module__))]
+    told = []
+    if missing := [name for name in own if not any(f".{layer}".endswith(f".{name}") for layer in layers)]:
+        field = "lora.target_modules" if given else f"family: {kind.__name__}.lora_targets"
+        told.append(f"{field}: no layer of {type(network).__name__} is named {', '.join(missing)}")
+    if endings == ATTENTION:
+        linear = [name for name in layers if isinstance(network.get_submodule(name), nn.Linear)]
+        found = {name: ending for ending in endings for name in linear if name.endswith(f".{ending}")}
+        attentions = {name.removesuffix(ending) for name, ending in found.items()}
+        names = {name.removeprefix(one) for one in attentions for name in linear if name.startswith(one)}
+        if beside := sorted(names - {*endings}):
+            told.append(
+                f"lora: only {', '.join(sorted({*found.values()}))} get adapters, not {', '.join(beside)} of the same "
+                "layers; name all in lora.target_modules or in the family's lora_targets"
+            )
+    if told:
         from lightning.pytorch.utilities import rank_zero_warn  # seconds of a command's start otherwise
 
-        rank_zero_warn(
-            f"lora: only {', '.join(sorted({*found.values()}))} get adapters, not {', '.join(sorted(beside))} of the "
-            "same layers; name all in lora.target_modules or in the family's lora_targets"
-        )
-
-
-def warn_of_names_without_layer(network: nn.Module, lora: LoRA, owner: Any) -> None:
-    """Warn of names of layers, from the settings or an ``owner`` of one's own, that no layer of a network has.
-
-    A family of this package names layers of all its models, of which a network may lack some.
-    """
-    names = lora.target_modules or (() if of_this_package(type(owner).__module__) else owner.lora_targets)
-    layers = [f".{name}" for name, _ in network.named_modules()]
-    if missing := [
-        name for name in names if name not in ATTENTION and not any(one.endswith(f".{name}") for one in layers)
-    ]:
-        from lightning.pytorch.utilities import rank_zero_warn  # seconds of a command's start otherwise
-
-        field = "lora.target_modules" if lora.target_modules else f"family: {type(owner).__name__}.lora_targets"
-        rank_zero_warn(f"{field}: no layer of {type(network).__name__} is named {', '.join(missing)}")
+        for line in told:
+            rank_zero_warn(line)
 
 
 def freeze(network: nn.Module, names: Iterable[str]) -> None:

@@ -9,13 +9,7 @@ import torch
 
 from latentreward.backbones.loading import PipelineSource, set_execution
 from latentreward.backbones.quantization import Quantization, check_quantization
-from latentreward.backbones.tuning import (
-    LoRA,
-    StorageDtype,
-    shown_as_float32,
-    warn_of_layers_without_adapter,
-    warn_of_names_without_layer,
-)
+from latentreward.backbones.tuning import LoRA, StorageDtype, shown_as_float32, warn_of_layers
 from latentreward.backbones.weights import settle
 from latentreward.contracts import LatentSpace, PathText
 from latentreward.errors import InputError, check_range, first_line
@@ -130,8 +124,7 @@ def add_lora(network: Any, lora: LoRA, name: str, seed: int, family: Family) -> 
     endings = list(family.lora_targets if lora.target_modules is None else lora.target_modules)
     if family.idle:
         config["exclude_modules"] = list(family.idle)
-    warn_of_layers_without_adapter(network, endings)
-    warn_of_names_without_layer(network, lora, family)
+    warn_of_layers(network, lora, family)
     try:
         with shown_as_float32(network):
             config["init_lora_weights"] = "gaussian"
