@@ -46,6 +46,16 @@ _SMALL_TEXT = {**SHARED["clip_l"], "num_hidden_layers": 1}
 _SMALL_T5 = {**SHARED["t5_xxl"], "num_layers": 1}
 
 
+def _sd15(vae_widths: tuple[int, ...], **unet: Any) -> dict[str, Any]:
+    """Return the parts of SD1.5 with one layer of its text encoder, and these entries instead."""
+    return {
+        **PIPELINES["sd15"],
+        "unet": {**PIPELINES["sd15"]["unet"], **unet},
+        "vae": {**_VAE, **_LEVELS, "block_out_channels": vae_widths},
+        "text_encoder": _SMALL_TEXT,
+    }
+
+
 def _sd35(vae_widths: tuple[int, ...], **transformer: Any) -> dict[str, Any]:
     """Return the parts of SD3.5-Medium with 13 blocks, one layer of each text encoder, and these entries instead."""
     return {
@@ -60,16 +70,7 @@ def _sd35(vae_widths: tuple[int, ...], **transformer: Any) -> dict[str, Any]:
 
 SIZES = {
     **PIPELINES,
-    "mid": {
-        **PIPELINES["sd15"],
-        "unet": {
-            **PIPELINES["sd15"]["unet"],
-            "sample_size": 32,
-            "block_out_channels": (96, 192, 384, 384),
-        },
-        "vae": {**_VAE, **_LEVELS, "block_out_channels": (64, 128, 256)},
-        "text_encoder": _SMALL_TEXT,
-    },
+    "mid": _sd15((64, 128, 256), sample_size=32, block_out_channels=(96, 192, 384, 384)),
     "sd15_side32": {
         **PIPELINES["sd15"],
         "unet": {**PIPELINES["sd15"]["unet"], "sample_size": 32},
@@ -82,12 +83,7 @@ SIZES = {
         caption_projection_dim=512,
         pos_embed_max_size=64,
     ),
-    "small": {
-        **PIPELINES["sd15"],
-        "unet": {**PIPELINES["sd15"]["unet"], "sample_size": 16, "block_out_channels": (32, 64, 96, 96)},
-        "vae": {**_VAE, **_LEVELS, "block_out_channels": (32, 64, 64)},
-        "text_encoder": _SMALL_TEXT,
-    },
+    "small": _sd15((32, 64, 64), sample_size=16, block_out_channels=(32, 64, 96, 96)),
     "small_sd35": _sd35(
         (32, 64, 64),
         sample_size=16,
@@ -96,16 +92,7 @@ SIZES = {
         caption_projection_dim=128,
         pos_embed_max_size=32,
     ),
-    "toy": {
-        **PIPELINES["sd15"],
-        "unet": {
-            **PIPELINES["sd15"]["unet"],
-            "sample_size": 8,
-            "block_out_channels": (32, 32, 32, 32),
-        },
-        "vae": {**_VAE, **_LEVELS, "block_out_channels": (32, 32, 32)},
-        "text_encoder": _SMALL_TEXT,
-    },
+    "toy": _sd15((32, 32, 32), sample_size=8, block_out_channels=(32, 32, 32, 32)),
     "toy_sd35": _sd35(
         (32, 32, 32),
         sample_size=16,

@@ -126,10 +126,3 @@ def test_wrong_settings_are_refused_before_anything_is_loaded(
 def test_a_reward_without_gradient_is_refused() -> None:
     with pytest.raises(InputError, match="FirstChannel gives no gradient, which DiffusionOPSDModule needs"):
         make(reward=FirstChannelReward())
-
-
-def test_float16_is_refused() -> None:
-    module = make()
-    module._trainer = type("Stub", (), {"precision": "16-mixed", "world_size": 1, "strategy": None})()  # needs a GPU
-    with pytest.raises(InputError, match="use bf16-mixed"):
-        module.setup("fit")

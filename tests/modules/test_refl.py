@@ -19,6 +19,7 @@ from latentreward.data.loading import ResumableLoader
 from latentreward.data.sampling import PairBatchSampler
 from latentreward.errors import InputError
 from latentreward.losses import RewardLoss
+from latentreward.modules.alignment import AlignmentModule
 from latentreward.modules.refl import ReFLModule
 from latentreward.policies import PolicySource
 from latentreward.rewards import CallableReward, LatentReward, PixelReward, RewardMixture, RewardSource
@@ -27,6 +28,7 @@ from latentreward.rollout.prompted import RolloutDraws
 from tests.marks import rotated_after
 from tests.modules.batches import loaded_pairs
 from tests.modules.lpo_runs import make_trainer
+from tests.modules.test_opsd import make as opsd
 from tests.modules.toy_rewards import BrightnessSource
 from tests.policies.alignment import tiny_source
 from tests.rewards.stored import write_run
@@ -434,8 +436,9 @@ def noted(function: Callable[..., Any], name: str, taken: list[str]) -> Callable
     return lambda *given: taken.append(name) or function(*given)
 
 
-def test_float16_is_refused() -> None:
-    module = refl()
+@pytest.mark.parametrize("make", [refl, opsd])
+def test_float16_is_refused(make: Callable[[], AlignmentModule]) -> None:
+    module: Any = make()
     module._trainer = type("Stub", (), {"precision": "16-mixed", "world_size": 1, "strategy": None})()  # needs a GPU
     with pytest.raises(InputError, match="use bf16-mixed"):
         module.setup("fit")

@@ -56,8 +56,6 @@ class Teacher:
             )
         if self.checkpoint is not None and not Path(self.checkpoint).exists():
             raise InputError(f"teachers: checkpoint={self.checkpoint} does not exist; give that of an alignment run")
-        if self.checkpoint is not None:
-            saved_adapter(self.checkpoint)
         try:
             other = self.family(policy)
             same = self.scale(other, guidance_scale) == guidance_scale
@@ -94,24 +92,23 @@ class Teacher:
         """Return the guidance scale of a teacher of this ``family`` for a policy's."""
         return guidance_scale if self.guidance_scale is None else family.guidance(self.guidance_scale)
 
+    def saved(self) -> SavedAdapter | None:
+        """Read the adapter of ``checkpoint``; only its weights and rank are used, so that no family is imported."""
+        return None if self.checkpoint is None else read_policy_adapter(self.checkpoint, trusted=True)
 
-def saved_adapter(checkpoint: PathText) -> SavedAdapter:
-    """Read the adapter of an alignment run; only its weights and rank are used, so that no family is imported."""
-    return read_policy_adapter(checkpoint, trusted=True)
 
-
-def add_teacher(policy: Policy, checkpoint: PathText, number: int) -> str:
+def add_teacher(policy: Policy, saved: SavedAdapter, number: int, checkpoint: PathText | None) -> str:
     """Add the adapter of an alignment run to a policy's network, frozen and left out of its state dict.
 
     Returns:
         Name of the adapter in the network.
 
     Raises:
-        InputError: If the file is no such checkpoint, or of another base.
+        InputError: If the adapter is of another base.
     """
     from peft import LoraConfig
 
-    saved, name = saved_adapter(checkpoint), f"teacher{number}"
+    name = f"teacher{number}"
     if saved.base is not None:
         BaseSample.of(policy, policy.source).check(saved.base)
     weights = {network_name(key): tensor for key, tensor in saved.weights.items()}
@@ -185,6 +182,7 @@ class OnPolicyDistillationModule(AlignmentModule):
             steps.choose(len(sampler), torch.Generator())
         for teacher in teachers:
             teacher.check(policy, guidance_scale)
+        adapters = [teacher.saved() for teacher in teachers]
         super().__init__(policy, None, guidance_scale=guidance_scale, **options)
         self.sampling, self.sampler, self.steps, self.loss = sampling, sampler, steps, loss
         self.prompts_at_once = prompts_at_once
@@ -193,8 +191,8 @@ class OnPolicyDistillationModule(AlignmentModule):
         scales = zip((family, *families), (guidance_scale, *self.scales), strict=True)
         self.guided = any(own.needs_uncond(scale) for own, scale in scales)
         self.adapters = [
-            None if teacher.checkpoint is None else add_teacher(self.policy, teacher.checkpoint, number)
-            for number, teacher in enumerate(teachers)
+            None if saved is None else add_teacher(self.policy, saved, number, teacher.checkpoint)
+            for number, (teacher, saved) in enumerate(zip(teachers, adapters, strict=True))
         ]
         places = {str(number): one.pipeline for number, one in enumerate(teachers) if one.pipeline is not None}
         self.networks = nn.ModuleDict({number: load_teacher(policy, place) for number, place in places.items()})
