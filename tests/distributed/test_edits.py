@@ -1,0 +1,88 @@
+"""Rewards of edits under FSDP2: two processes, whose text encoders are sharded, give the weights of one."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+from torch.utils.data import DataLoader
+
+from latentreward.backbones import LoRA, create_backbone
+from latentreward.checkpoints.fsdp2 import FSDP2Strategy
+from latentreward.contracts import EditPrompt, ImageRef
+from latentreward.data.collate import collate_pairs
+from latentreward.data.dataset import LoadedPair
+from latentreward.data.images import PixelLoader
+from latentreward.losses import ThurstoneLoss
+from latentreward.modules import DiNaLRMModule
+from tests.distributed.ranks import on_ranks
+from tests.distributed.runs import EveryNth, make_trainer, outcome, sgd
+from tests.families.made_qwen_image_edit import qwen_image_edit_folder
+from tests.families.twins import TWINS
+from tests.modules.batches import dina_head, loaded_pairs
+from tests.scoring.models import picture, png
+
+SOURCES = {"flux2_klein": 2, "qwen_image_edit": 1}
+"""Number of pictures to edit, by backbone; the text encoder of the second sees them too."""
+
+
+def folder_of(name: str) -> str:
+    return qwen_image_edit_folder() if name == "qwen_image_edit" else TWINS["klein_base"].folder
+
+
+def pairs_of(count: int) -> list[LoadedPair]:
+    """Pairs with ``count`` of three pictures, of which ranks therefore encode unlike numbers."""
+    refs = [ImageRef(f"source {number}", png(picture(number, 40, 40 + 8 * number))) for number in range(3)]
+    pixels = [PixelLoader(16, 16)(ref) for ref in refs]
+    found = []
+    for number, item in enumerate(loaded_pairs(8)):
+        places = [(number // 2 + place) % 3 for place in range(count)]
+        prompt = EditPrompt(item.pair.prompt, [refs[place] for place in places])
+        sources = tuple(pixels[place] for place in places)
+        found.append(replace(item, pair=replace(item.pair, prompt=prompt), sources=sources))
+    return found
+
+
+def train(name: str, folder: Path, strategy: Any = "auto") -> dict[str, Any]:
+    """Two steps on eight pairs and a validation, and what came of them."""
+    source = folder_of(name)  # making it draws random numbers
+    torch.manual_seed(0)
+    taps = {"visual_taps": [1, 2], "text_taps": [2], "lora": LoRA(2), "gradient_checkpointing": True}
+    backbone = create_backbone(name, source=source, num_layers=2, **taps)
+    module = DiNaLRMModule(backbone, dina_head, ThurstoneLoss(), eval_sigmas=[0.5], optimizer=sgd, seed=0)
+    trainer = make_trainer(folder, strategy)
+    data = DataLoader(pairs_of(SOURCES[name]), 4 // trainer.world_size, sampler=EveryNth(8), collate_fn=collate_pairs)
+    before = {name: value.detach().clone() for name, value in module.named_parameters() if value.requires_grad}
+    trainer.fit(module, data, data)
+    groups = [*module.model.backbone.text_encoder.modules()] if strategy != "auto" else []
+    return {
+        **outcome(module, trainer),
+        "before": before,
+        "sharded": all(isinstance(weight, DTensor) for weight in module.parameters()),
+        "groups": sum(isinstance(group, FSDPModule) for group in groups),
+    }
+
+
+def train_all(folder: Path) -> dict[str, Any]:
+    """On ranks: every family."""
+    for name in SOURCES:
+        folder_of(name)  # before there is a process group: in one, transformers leaves saving to rank 0
+    return {name: train(name, folder, FSDP2Strategy()) for name in SOURCES}
+
+
+@pytest.mark.slow
+def test_two_processes_equal_one(tmp_path: Path) -> None:
+    ranks = on_ranks("tests.distributed.test_edits:train_all", tmp_path)
+    for name in SOURCES:
+        one = train(name, tmp_path)
+        moved = [not torch.equal(value, one["before"][key]) for key, value in one["weights"].items()]
+        assert sum(moved) > len(moved) // 2
+        for two in (rank[name] for rank in ranks):
+            assert two["sharded"] and two["groups"] > 2
+            for key in ("train/loss", "val/margin"):
+                assert two["metrics"][key] == pytest.approx(one["metrics"][key], rel=1e-5, abs=1e-6)
+            for key, value in one["weights"].items():
+                torch.testing.assert_close(two["weights"][key], value, rtol=1e-5, atol=1e-5)
