@@ -60,7 +60,7 @@ def test_sources_are_sent_with_each_image(answer, schema: ImageSchema, tmp_path:
 
 
 def test_a_source_is_sent_as_its_file_unless_readers_would_differ(tmp_path: Path) -> None:
-    """A photograph as PNG would be many times its size; one on its side, or with alpha, is sent as it is seen."""
+    """A photograph as PNG is several times its size; one on its side, or with alpha, is sent as it is seen."""
     lying = Image.Exif()
     lying[0x0112] = 6
     BLUE.save(tmp_path / "plain.jpg", quality=50)

@@ -73,7 +73,7 @@ class ImageSchema(Schema):
 def source_texts(prompts: Sequence[str]) -> list[list[str]]:
     """Return the pictures that each of B prompts edits, as base64 of PNG or JPEG files; equal pictures are read once.
 
-    A file that every reader decodes alike is sent as it is: a photograph as PNG would be many times as large.
+    A file that every reader decodes alike is sent as it is: a photograph as PNG is several times as large.
     """
 
     @cache
