@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader
 from latentreward.contracts import Conditioning, EditPrompt, ImageRef, PromptBatch, sources_of
 from latentreward.data import JSONLPairReader, PairDataset, PixelLoader
 from latentreward.data.alignment.prompts import PromptLoaders
+from latentreward.data.images import decode_image
 from latentreward.errors import InputError
 from latentreward.modules import (
     AWMModule,
@@ -267,6 +268,8 @@ def test_a_placeholder_has_pictures_of_its_own(tmp_path: Path) -> None:
     (tmp_path / "pairs.jsonl").write_text(json.dumps({**row, "rejected": "broken.png"}))
     reader = JSONLPairReader(str(tmp_path / "pairs.jsonl"), on_error="placeholder")
     loaded = PairDataset(reader, PixelLoader(32, 48))[0]
-    assert [source.image_key for source in sources_of(loaded.pair.prompt)] == ["placeholder"]
+    (source,) = sources_of(loaded.pair.prompt)
+    assert source.image_key == "placeholder"
+    assert decode_image(source).getcolors() == [(64, (128, 128, 128))]  # for text encoders that see it
     assert loaded.pair.label_a is None
     assert len(loaded.sources) == 1 and (loaded.sources[0] == 0).all()
