@@ -4,15 +4,17 @@ import io
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from latentreward.tinyworld import writers
+from latentreward.tinyworld import TinyWorldDataModule, writers
 from latentreward.tinyworld.pairs import Pair, draw_pairs
 from latentreward.tinyworld.writers import PICKAPIC_SCHEMA, write_generated, write_hpdv3, write_pickapic
+from tests.marks import slow_after
 
 PICKAPIC_PAIRS = {"train": 300, "validation": 40, "test": 40, "validation_unique": 30, "test_unique": 30}
 
@@ -99,6 +101,24 @@ def test_the_same_request_gives_the_same_bytes(pickapic: Path, hpdv3: Path, tmp_
     assert contents(write_pickapic(tmp_path / "pickapic", PICKAPIC_PAIRS, seed=1)) == contents(pickapic)
     assert contents(write_hpdv3(tmp_path / "hpdv3", {"train": 200, "test": 30}, seed=1)) == contents(hpdv3)
     assert contents(write_hpdv3(tmp_path / "other", {"train": 200, "test": 30}, seed=2)) != contents(hpdv3)
+
+
+@pytest.mark.parametrize("layout", slow_after(2, ["pickapic", "hpdv3", "edits"]))
+def test_other_training_pairs_have_the_same_held_out_pairs(layout: Any, tmp_path: Path) -> None:
+    def pairs(data_seed: int, **seeds: int) -> list[dict[str, Any]]:
+        root = tmp_path / f"{data_seed}{seeds}"
+        TinyWorldDataModule(str(root), layout, 20, 10, data_seed, **seeds)
+        return pq.read_table(root / "oracle.parquet").to_pylist()
+
+    def of(split: bool, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        return [row for row in rows if row["pair_id"].startswith("train") == split]
+
+    first, other = pairs(0), pairs(1, val_seed=0)
+    assert of(False, other) == of(False, first)
+    assert of(True, other) == of(True, pairs(1))
+    assert [row["utility_a"] for row in of(True, other)] != [row["utility_a"] for row in of(True, first)]
+    assert of(False, pairs(1)) != of(False, first)
+    TinyWorldDataModule(str(tmp_path / "0{}"), layout, 20, 10, 0, val_seed=0)  # equal seeds are those of one
 
 
 def test_a_complete_folder_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

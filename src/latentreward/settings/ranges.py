@@ -23,7 +23,7 @@ NAMES = {
     "[0, 1000]": "lr weight_decay candidates.low candidates.high",
     "[0, 1)": "momentum betas dropout",
     "[0, 1]": "eps rms_eps",
-    "[0, 9223372036854775807]": "seed data_seed",
+    "[0, 9223372036854775807]": "seed data_seed val_seed",
     "[0, 4294967295]": "seed_everything",
     "[0, 1024]": "num_workers processes",
     "[1, 1e12]": "batches_per_epoch flush_every images_per_shard gallery_images max_pixels images_per_prompt best_of "

@@ -32,6 +32,8 @@ class TinyWorldDataModule(PreferenceDataModule):
         train_pairs: Number of training pairs.
         val_pairs: Number of validation pairs, whose prompts are not in the training pairs.
         data_seed: Seed of the pairs.
+        val_seed: Seed of the validation pairs, if they should not change with the training pairs; by default
+            ``data_seed``.
         sources: Whether to read the pictures that were edited, in the layout ``edits``; see :class:`PairReader`.
         options: See :class:`PreferenceDataModule`.
 
@@ -46,23 +48,27 @@ class TinyWorldDataModule(PreferenceDataModule):
         train_pairs: int = 6000,
         val_pairs: int = 1000,
         data_seed: int = 0,
+        val_seed: int | None = None,
         sources: Sources = "read",
         **options: Any,
     ) -> None:
         train: PairReader
         val: PairReader
+        held_out = "test" if layout == "hpdv3" else "validation"
+        numbers = {"train": train_pairs, held_out: val_pairs}
+        seed = data_seed if val_seed in (None, data_seed) else {"train": data_seed, held_out: val_seed}
         if layout == "pickapic":
-            folder = write_pickapic(Path(root), {"train": train_pairs, "validation": val_pairs}, data_seed)
+            folder = write_pickapic(Path(root), numbers, seed)
             # Pairs count equally: with equal weight per prompt, the few captions of single shapes would hardly count.
             train, val = (PickAPicReader(str(folder), split, weight="equal") for split in ("train", "validation"))
         elif layout == "edits":
-            folder = write_edits(Path(root), {"train": train_pairs, "validation": val_pairs}, data_seed)
+            folder = write_edits(Path(root), numbers, seed)
             train, val = (
                 JSONLPairReader(str(folder / f"{split}.jsonl"), split=split, sources=sources)
                 for split in ("train", "validation")
             )
         else:
-            folder = write_hpdv3(Path(root), {"train": train_pairs, "test": val_pairs}, data_seed)
+            folder = write_hpdv3(Path(root), numbers, seed)
             train, val = HPDv3Reader(str(folder), "train"), HPDv3Reader(str(folder), "test")
         super().__init__(32, train=train, val=val, predict=val, **options)
 

@@ -65,12 +65,14 @@ PARTS = ("utility", "alignment", "quality")
 EDIT_PARTS = ("utility", "followed", "kept")
 """As :data:`PARTS`, of pairs of edits."""
 EDIT_SPLITS = ("train", "validation", "test")
+Seed = int | Mapping[str, int]
+"""Seed of all splits, or split → its seed."""
 OracleRows = list[tuple[Any, ...]]
 """Rows of ``oracle.parquet``: pair ID, image keys of the two pictures, and each of the parts of the two pictures."""
 
 
 def write_pickapic(
-    root: Path | str, pairs_per_split: Mapping[str, int], seed: int = 0, mixed: Mixed | None = None
+    root: Path | str, pairs_per_split: Mapping[str, int], seed: Seed = 0, mixed: Mixed | None = None
 ) -> Path:
     """Write drawn pairs with noisy labels, ties included, in the layout of Pick-a-Pic v1 (with images).
 
@@ -78,7 +80,7 @@ def write_pickapic(
         root: Folder to write. If the folder already holds pairs of equal settings, nothing is written.
         pairs_per_split: Number of pairs for ``train``, ``validation``, ``test``, ``validation_unique`` and
             ``test_unique``; the last two have one pair per caption.
-        seed: Seed of all random numbers.
+        seed: Seed of all random numbers, or one for each split.
         mixed: See :func:`~latentreward.tinyworld.pairs.draw_pairs`.
 
     Returns:
@@ -93,7 +95,7 @@ def write_pickapic(
     def fill(folder: Path) -> OracleRows:
         oracle: OracleRows = []
         for split, number in pairs_per_split.items():
-            rng = np.random.default_rng([seed, PICKAPIC_SPLITS.index(split)])
+            rng = _generator(seed, split, PICKAPIC_SPLITS.index(split))
             pairs = draw_pairs(
                 split.removesuffix("_unique"), number, rng, unique=split.endswith("_unique"), mixed=mixed
             )
@@ -122,7 +124,7 @@ def write_generated(root: Path | str, pairs: int = 1000, seed: int = 0, num_infe
     return _make_folder(root, spec, fill)
 
 
-def write_hpdv3(root: Path | str, pairs_per_split: Mapping[str, int], seed: int = 0) -> Path:
+def write_hpdv3(root: Path | str, pairs_per_split: Mapping[str, int], seed: Seed = 0) -> Path:
     """Write drawn pairs with noisy labels in the layout of HPDv3, where the first picture is the preferred picture.
 
     The layout has no ties: pairs with a tie are replaced by other pairs. A tenth of the training rows has neither votes
@@ -137,7 +139,7 @@ def write_hpdv3(root: Path | str, pairs_per_split: Mapping[str, int], seed: int 
         (folder / "images").mkdir()
         oracle: OracleRows = []
         for split, number in pairs_per_split.items():
-            rng = np.random.default_rng([seed, 16 + ("train", "test").index(split)])
+            rng = _generator(seed, split, 16 + ("train", "test").index(split))
             rows = []
             for row, pair in enumerate(draw_pairs(split, number, rng, ties=False)):
                 best, worst = (pair.first, pair.second) if pair.label == 1.0 else (pair.second, pair.first)
@@ -156,7 +158,7 @@ def write_hpdv3(root: Path | str, pairs_per_split: Mapping[str, int], seed: int 
     return _make_folder(root, {"layout": "hpdv3", "pairs_per_split": dict(pairs_per_split), "seed": seed}, fill)
 
 
-def write_edits(root: Path | str, pairs_per_split: Mapping[str, int], seed: int = 0, prompts: int = 200) -> Path:
+def write_edits(root: Path | str, pairs_per_split: Mapping[str, int], seed: Seed = 0, prompts: int = 200) -> Path:
     """Write drawn pairs of edits as JSON lines with the pictures beside them, and lists of edits to make.
 
     ``SPLIT.jsonl`` holds the pairs, with ``source_images``, of ``train``, ``validation`` and ``test``. Labels of
@@ -171,7 +173,7 @@ def write_edits(root: Path | str, pairs_per_split: Mapping[str, int], seed: int 
         (folder / "images").mkdir()
         oracle: OracleRows = []
         for split, number in pairs_per_split.items():
-            rng = np.random.default_rng([seed, 32 + EDIT_SPLITS.index(split)])
+            rng = _generator(seed, split, 32 + EDIT_SPLITS.index(split))
             pairs = draw_edit_pairs(split, number, rng, noisy=split == "train")
             (folder / f"{split}.jsonl").write_text("".join(_edit_lines(folder, split, pairs, oracle)))
             edits = [draw_edit(split, rng) for _ in range(prompts)]
@@ -201,6 +203,10 @@ def _write_scene(folder: Path, scene: Scene) -> str:
     path = f"images/{digest([jpeg], 16)}.jpg"
     (folder / path).write_bytes(jpeg)
     return path
+
+
+def _generator(seed: Seed, split: str, number: int) -> np.random.Generator:
+    return np.random.default_rng([seed if isinstance(seed, int) else seed[split], number])
 
 
 def _check_splits(pairs_per_split: Mapping[str, int], known: Sequence[str]) -> None:
