@@ -13,14 +13,15 @@ from pathlib import Path
 from latentreward.apps.steps.running import TaskRunner, run_tasks
 from latentreward.apps.steps.sources import CLONE, commit, computed_with, machine
 from latentreward.apps.steps.tasks import Task
-from latentreward.errors import InputError, check_at_least_one
+from latentreward.errors import InputError, check_at_least_one, check_range
 from latentreward.interrupts import interrupts_told
 from latentreward.settings.functions import run_function
 from latentreward.storage.locks import locked
 from tools.reproduction.measuring import measure
 from tools.reproduction.page import status_table, write_page
+from tools.reproduction.planning import Planner, further_seeds
 from tools.reproduction.results import Result, read_results, result_path, write_result
-from tools.reproduction.rows import Row, all_rows, choose_rows
+from tools.reproduction.rows import WHOLE, Row, all_rows, choose_rows
 from tools.source_digests import grouped_modules, source_digest
 
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
@@ -46,6 +47,7 @@ def reproduce(
     stale: bool = False,
     status: bool = False,
     quick: bool = False,
+    budget: float | None = None,
     page: Path | None = None,
     output: Path = Path("reproduction"),
     work: Path = Path("runs/reproduce"),
@@ -63,6 +65,8 @@ def reproduce(
         status: Whether to print only what is measured, without running anything. The expected processor time of a row
             leaves out steps that other rows share; they are run once, for the first row that needs them.
         quick: Whether to only try all steps, with two training steps each; results go to the work folder.
+        budget: Hours of processor time to spend on further seeds, whole repetitions with training pairs of their own:
+            on rows below their planned number, then where most open claims are expected to be decided per second.
         page: Markdown page to write from all results, with plots in the folder ``images`` beside it.
         output: Folder of the results.
         work: Folder of trained models and scores; rows share what they have in common.
@@ -71,49 +75,68 @@ def reproduce(
         InputError: If a row does not exist, a step fails, or another run writes to the work folder.
     """
     check_at_least_one(jobs=jobs)
+    if budget is not None:
+        check_range("(0, inf)", "it is hours of processor time", budget=budget)
     rows = choose_rows(names or [])
     output = work / "quick" / "reproduction" if quick else output
-    wanted = [(row, 0) for row in rows] if quick else missing(rows, output, stale)
+    wanted = [(row, WHOLE) for row in rows] if quick else missing(rows, output, stale)
     if not quick:
         print(status_table(rows, output))
-    if wanted and not status:
+    if (wanted or budget is not None) and not status:
         folder = work.resolve() / ("quick" if quick else "")
         with (
             locked(folder, "work"),
             interrupts_told(lambda: f"what is done is kept in {work} and {output}: the same command goes on"),
         ):
-            measure_rows(wanted, output, folder, jobs, quick)
+            if budget is None:
+                measure_rows(wanted, output, folder, jobs, quick)
+            else:
+                spend(rows, output, folder, jobs, 3600 * budget)
     if page is not None:
         write_page(page, list(all_rows().values()), output)
         print(f"{page} is written")
 
 
 def missing(rows: Iterable[Row], output: Path, stale: bool) -> list[tuple[Row, int]]:
-    """List the rows and seeds without a result; with ``stale``, also those whose source files have changed."""
+    """List the seeds that rows lack, whole repetitions; with ``stale``, also those whose source files have changed."""
     results = [(row, read_results(output, row)) for row in rows]
-    return [
-        (row, seed)
-        for row, found in results
-        for seed in range(row.seeds)
-        if seed not in found or (stale and found[seed].stale)
+    changed = [(row, seed) for row, found in results for seed in found if stale and found[seed].stale]
+    return changed + [
+        (row, seed) for row, found in results for seed in further_seeds(found, max(0, row.seeds - len(found)))
     ]
+
+
+def spend(rows: Sequence[Row], output: Path, work: Path, processes: int, seconds: float) -> None:
+    """Measure further seeds of rows, the most promising first, while their expected processor time fits.
+
+    See :func:`measure_rows` for the other arguments.
+    """
+    planner = Planner(rows, output, task_runner(work).done)
+    while chosen := planner.chosen(processes, seconds):
+        for one in chosen:
+            print(f"{one.row.name} seed {one.seed}: {one.seconds:.0f} s, {3600 * one.rate:.2g} decisions an hour")
+        seconds -= measure_rows([(one.row, one.seed) for one in chosen], output, work, processes)
+        print(f"{seconds / 3600:.2f} hours left", flush=True)
 
 
 def measure_rows(
     wanted: Sequence[tuple[Row, int]], output: Path, work: Path, processes: int, quick: bool = False
-) -> None:
+) -> float:
     """Run the steps that rows and seeds lack, in their order where possible, and write each result to ``output``.
 
     ``work`` holds the outputs of the steps, which later calls use again; ``quick`` tries all steps.
 
+    Returns:
+        Processor time of the steps that ran.
+
     Raises:
         InputError: At the end, if a process failed; what does not depend on it is done all the same.
     """
-    path = os.pathsep.join([str(CLONE), *filter(None, [os.environ.get("PYTHONPATH")])])  # steps run modules of tools
-    runner = TaskRunner(work, source_digest, environment={**ONE_THREAD, "PYTHONPATH": path})
+    runner = task_runner(work)
     needs = [(row, seed, row.tasks(seed, quick)) for row, seed in wanted]
     tasks = {key: task for *_, needed in needs for key, task in needed.items()}
     left = {key: task for key, task in tasks.items() if not runner.done(task)}
+    ran = [*left.values()]
     print(f"{len(wanted)} to measure; {len(left)} of {len(tasks)} steps to run", flush=True)
     problems = list[str]()
 
@@ -135,6 +158,13 @@ def measure_rows(
     problems += run_tasks([*left.values()], runner, processes, write_complete, keep_going=True)
     if problems:
         raise InputError(f"{len(problems)} steps failed; the first: {problems[0]}")
+    return sum(done.cpu_seconds for task in ran if (done := runner.done(task)))
+
+
+def task_runner(work: Path) -> TaskRunner:
+    """Return a runner of steps, whose processes may run modules of ``tools``."""
+    path = os.pathsep.join([str(CLONE), *filter(None, [os.environ.get("PYTHONPATH")])])
+    return TaskRunner(work, source_digest, environment={**ONE_THREAD, "PYTHONPATH": path})
 
 
 def collect(row: Row, seed: int, quick: bool, tasks: Mapping[str, Task], runner: TaskRunner) -> Result:

@@ -11,12 +11,23 @@ from matplotlib.figure import Figure
 
 from latentreward.reports.tables import NOTHING, Table, as_text, interval, markdown_table, plain
 from latentreward.storage.durable import write_file
-from tools.reproduction.results import Result, Verdict, judge_claim, read_results
-from tools.reproduction.rows import Claim, Paper, Row
+from tools.reproduction.results import Result, judge_claim, read_results
+from tools.reproduction.rows import LEAST_SEEDS, MARGINS, MOST_SEEDS, WHOLE, Claim, Paper, Row
+from tools.reproduction.verdicts import FARTHEST, LEVELS, RATE, SHARED_LEVEL, Verdict, Word, with_discoveries
+from tools.reproduction.written import Commits, compared, in_full, update_commits
 
 INTRODUCTION = Path(__file__).with_name("introduction.md").read_text(encoding="utf-8")
 SIGNED = "{:+.3f}".format
-COLOURS = {"holds": "#009E73", "does not hold": "#D55E00", "undecided": "#767676"}
+COLOURS: Mapping[Word, str] = {
+    "holds": "#009E73",
+    "does not hold": "#D55E00",
+    "no difference": "#0072B2",
+    "open": "#767676",
+}
+SINGLE = " (single)"
+"""Mark of a verdict that does not survive the false discovery rate."""
+Found = Mapping[str, Mapping[int, Result]]
+"""Name of a row → seed → result."""
 
 
 def status_table(rows: Sequence[Row], output: Path) -> str:
@@ -26,16 +37,18 @@ def status_table(rows: Sequence[Row], output: Path) -> str:
         results = read_results(output, row)
         stale = sorted({result.commit or "unknown" for result in results.values() if result.stale})
         note = f"source has changed since {', '.join(stale)}; --stale measures again" if stale else ""
-        lines.append((row.name, f"{len(results)} of {row.seeds}", f"{row.cpu_seconds:.0f}", note))
+        of = max(row.seeds, len(results))
+        lines.append((row.name, f"{len(results)} of {of}", f"{row.cpu_seconds:.0f}", note))
     return as_text(Table(("row", "seeds measured", "expected CPU s, without shared steps", ""), tuple(lines)))
 
 
 def write_page(path: Path, rows: Sequence[Row], output: Path) -> None:
     """Write the page, and its plots into the folder ``images`` beside it."""
-    found = {row.name: list(read_results(output, row).values()) for row in rows}
-    write_file(path, page(rows, found))
+    found = {row.name: read_results(output, row) for row in rows}
+    judged = judge_rows(rows, found)
+    write_file(path, page(rows, found, judged, update_commits(output, rows)))
     for paper in get_args(Paper):
-        if figure := claims_figure([row for row in rows if row.paper == paper], found):
+        if figure := claims_figure([row for row in rows if row.paper == paper], judged):
             with rc_context({"svg.hashsalt": "latentreward"}):
                 (path.parent / "images").mkdir(exist_ok=True)
                 figure.savefig(path.parent / "images" / plot_name(paper), metadata={"Date": None}, bbox_inches="tight")
@@ -46,88 +59,159 @@ def plot_name(paper: str) -> str:
     return f"reproduction_{paper.lower().replace('-', '_').replace(' ', '_')}.svg"
 
 
-def page(rows: Sequence[Row], found: Mapping[str, Sequence[Result]]) -> str:
+def judge_rows(rows: Sequence[Row], found: Found) -> dict[str, list[Verdict]]:
+    """Judge the claims of rows, with the false discovery rate over each paper's section: name → verdicts."""
+    judged = {row.name: [judge_claim(claim, found[row.name], row) for claim in row.claims] for row in rows}
+    for paper in get_args(Paper):
+        names = [row.name for row in rows if row.paper == paper]
+        marked = iter(with_discoveries([verdict for name in names for verdict in judged[name]]))
+        judged |= {name: [next(marked) for _ in judged[name]] for name in names}
+    return judged
+
+
+def page(rows: Sequence[Row], found: Found, judged: Mapping[str, Sequence[Verdict]], commits: Commits) -> str:
     """Return the page as Markdown; equal rows and results give equal text.
 
-    ``found`` holds the results of a row's seeds, by name of the row.
+    ``judged`` are the verdicts of :func:`judge_rows`, and ``commits`` those in which the claims were written.
     """
-    judged = {row.name: [judge_claim(claim, found[row.name], row) for claim in row.claims] for row in rows}
-    words = [verdict.word for verdicts in judged.values() for verdict in verdicts]
-    counts = ", ".join(f"{words.count(word)} {word}" for word in dict.fromkeys([*COLOURS, "not measured"]))
-    seconds = {key: spent for results in found.values() for one in results for key, spent in one.tasks.items()}
+    verdicts = [verdict for row in rows for verdict in judged[row.name]]
+    words = [verdict.word for verdict in verdicts]
+    counts = ", ".join(f"{words.count(word)} {word}" for word in get_args(Word))
+    single = sum(not one.survives and one.word not in ("open", "not measured") for one in verdicts)
+    seconds = {key: spent for results in found.values() for one in results.values() for key, spent in one.tasks.items()}
     spent = f"Processor time of all results: {fsum(seconds.values()) / 3600:.1f} hours."
-    parts = ["# Claims in miniature", INTRODUCTION.rstrip(), f"**{len(words)} claims: {counts}.** {spent}"]
+    total = f"**{len(words)} claims: {counts}.** {single} of the verdicts are single ones. {spent}"
+    parts = ["# Claims in miniature", introduction(), total]
+    if any(claim.headline for row in rows for claim in row.claims):
+        parts += ["## Headline claims", _headlines(rows, judged)]
     for paper in get_args(Paper):
         of_paper = [row for row in rows if row.paper == paper]
         if not of_paper:
             continue
         parts.append(f"## {paper}")
-        if any(row.claims and len(found[row.name]) > 1 for row in of_paper):
+        if any(verdict.word != "not measured" for row in of_paper for verdict in judged[row.name]):
             text = "difference of each claim with its interval over seeds"
             parts.append(f"![{paper}: {text}; the tables below have all numbers](images/{plot_name(paper)})")
-        parts += [part for row in of_paper for part in _row(row, found[row.name], judged[row.name])]
+        for row in of_paper:
+            parts += _row(row, found[row.name], judged[row.name], commits.get(row.name, {}))
     return "\n\n".join(parts) + "\n"
 
 
-def _row(row: Row, results: Sequence[Result], verdicts: Sequence[Verdict]) -> list[str]:
+def introduction() -> str:
+    """Return the page's introduction, with the levels, margins and numbers that the verdicts have."""
+    margins = "\n".join(f"- {one.of}: {one.size:g}, {one.why}." for one in MARGINS.values())
+    numbers = {
+        "shared level": f"{1 - SHARED_LEVEL:.0%}".replace("%", " %"),
+        "first level": f"{1 - LEVELS[0]:.2%}".replace("%", " %"),
+        "last level": f"{1 - LEVELS[-1]:.2%}".replace("%", " %"),
+        "rate": f"{RATE:.0%}".replace("%", " %"),
+        "least": str(LEAST_SEEDS),
+        "most": str(MOST_SEEDS),
+        "margins": margins,
+    }
+    text = INTRODUCTION.rstrip()
+    for name, number in numbers.items():
+        text = text.replace(f"<{name}>", number)
+    return text
+
+
+def _headlines(rows: Sequence[Row], judged: Mapping[str, Sequence[Verdict]]) -> str:
+    lines = [
+        (claim.headline, claim.says, *_numbers(verdict)[:1], _word(claim, row, verdict), row.name)
+        for row in rows
+        for claim, verdict in zip(row.claims, judged[row.name], strict=True)
+        if claim.headline
+    ]
+    return markdown_table(Table(("question", "claim", "difference [seeds and items]", "verdict", "row"), tuple(lines)))
+
+
+def _row(row: Row, results: Mapping[int, Result], verdicts: Sequence[Verdict], commits: Mapping[str, str]) -> list[str]:
     texts = {"Claim": row.claim, "Run": row.run, "Result": row.result}
     described = "\n".join(f"- **{name}**: {text}" for name, text in texts.items() if text)
     parts = [f"### {plain(row.title)}", f"Row `{row.name}`:", described]
     if row.miniature_of:
         parts.append("At full size: " + ", ".join(f"`{name}`" for name in row.miniature_of) + ".")
+    names = dict.fromkeys(f"`{commit}`" for claim in row.claims if (commit := commits.get(in_full(claim))))
+    written = f"Claims written at commit {', '.join(names)}. " if names else ""
     if not results:
-        return [*parts, f"Not measured yet; expected processor time {row.cpu_seconds:.0f} s without shared steps."]
+        expected = f"Not measured yet; expected processor time {row.cpu_seconds:.0f} s without shared steps."
+        return [*parts, written + expected]
     if row.claims:
-        header = ("claim", "compared", "difference [95 %]", "95 % over seeds", "verdict")
-        parts.append(markdown_table(Table(header, tuple(map(_claim, row.claims, verdicts)))))
-    seconds = {key: spent for one in results for key, spent in one.tasks.items()}
+        header = ("claim", "compared", "difference [seeds and items]", "[seeds]", "verdict")
+        lines = [
+            (claim.says, compared(claim), *_numbers(verdict), _word(claim, row, verdict))
+            for claim, verdict in zip(row.claims, verdicts, strict=True)
+        ]
+        parts.append(markdown_table(Table(header, tuple(lines))))
+    seconds = {key: spent for one in results.values() for key, spent in one.tasks.items()}
     parts.append(markdown_table(_means(row, results, seconds)))
-    commits = ", ".join(dict.fromkeys(f"`{one.commit or 'unknown'}`" for one in results))
-    items = ", ".join(
-        str(count)
-        for count in dict.fromkeys(packed["number"] for packed in next(iter(results[0].measured.values())).values())
-    )
+    first = next(iter(results.values()))
+    measured = ", ".join(dict.fromkeys(f"`{one.commit or 'unknown'}`" for one in results.values()))
+    counts = dict.fromkeys(packed["number"] for packed in next(iter(first.measured.values())).values())
     parts.append(
-        f"{len(results)} of {row.seeds} seeds, {items} held-out items, commit {commits}, {fsum(seconds.values()):.0f} "
-        "s of processor time, steps shared with other rows included."
+        f"{_seeds(results, verdicts)}, {', '.join(map(str, counts))} held-out items. {written}Measured at commit "
+        f"{measured}, {fsum(seconds.values()):.0f} s of processor time, steps shared with other rows included."
     )
     return parts
 
 
-def _means(row: Row, results: Sequence[Result], seconds: Mapping[str, float]) -> Table:
+def _seeds(results: Mapping[int, Result], verdicts: Sequence[Verdict]) -> str:
+    """Say how many seeds there are, and what the intervals over them cover."""
+    shared = sum(seed < WHOLE for seed in results)
+    numbers = [f"{shared} seeds with the same training pairs"] * (shared > 0)
+    numbers += [f"{len(results) - shared} whole repetitions"] * (len(results) > shared)
+    words = {one.whole for one in verdicts if one.word != "not measured"}
+    covered = {True: "; the intervals cover whole repetitions", False: "; the intervals cover training alone"}
+    return " and ".join(numbers) + "".join(covered[word] for word in words)
+
+
+def _means(row: Row, results: Mapping[int, Result], seconds: Mapping[str, float]) -> Table:
     """Tabulate the metrics of each arm and, where the row names rewards, the processor time of their training."""
     header = ("mean ± sd over seeds", *row.metrics, *(["training of rewards, s"] if row.rewards else []))
     lines = []
     for arm in row.arms:
         cells = [arm]
         for metric in row.metrics:
-            means = [result.measured[arm][metric]["mean"] for result in results]
+            means = [result.measured[arm][metric]["mean"] for result in results.values()]
             spread = f" ± {np.std(means, ddof=1):.3f}" if len(means) > 1 else ""
             cells.append(f"{np.mean(means):.3f}{spread}")
         if row.rewards:  # the mean over measured seeds
-            keys = [{key[:16] for key in row.reward_tasks(arm, seed)} for seed in range(row.seeds)]
+            keys = [{key[:16] for key in row.reward_tasks(arm, seed)} for seed in results]
             sums = [fsum(seconds[key] for key in one) for one in keys if one <= seconds.keys()]
             cells.append(f"{np.mean(sums):.0f}" if any(sums) else NOTHING)
         lines.append(tuple(cells))
     return Table(header, tuple(lines))
 
 
-def _claim(claim: Claim, verdict: Verdict) -> tuple[str, ...]:
-    higher, lower = claim.higher, claim.lower
-    sides = [f"{higher.arm} ({higher.metric})"]
-    if lower is not None:
-        sides.append(lower.arm if lower.metric == higher.metric else f"{lower.arm} ({lower.metric})")
-    compared = " > ".join(sides) + (f" by more than {claim.more_than:g}" if claim.more_than else "")
+def _numbers(verdict: Verdict) -> tuple[str, str]:
+    """Format the difference with the interval over seeds and items, and the interval over seeds."""
     if verdict.word == "not measured":
-        return claim.says, compared, NOTHING, NOTHING, verdict.word
+        return NOTHING, NOTHING
     difference = f"{verdict.difference.value:+.3f} {interval(verdict.difference, SIGNED)}"
-    return claim.says, compared, difference, interval(verdict.over_seeds._replace(groups=None), SIGNED), verdict.word
+    return difference, interval(verdict.over_seeds._replace(groups=None), SIGNED)
 
 
-def claims_figure(rows: Sequence[Row], found: Mapping[str, Sequence[Result]]) -> Figure | None:
+def _word(claim: Claim, row: Row, verdict: Verdict) -> str:
+    """Format a verdict, with the margin where it matters, and with what would decide an open claim."""
+    if verdict.word == "not measured":
+        return verdict.word
+    if verdict.word == "open":
+        if verdict.needed is None:
+            return f"open; more than {FARTHEST} repetitions, or more items"
+        beyond = verdict.counts + verdict.needed > MOST_SEEDS
+        return f"open; {verdict.needed} more repetitions{f', beyond the most of {MOST_SEEDS}' * beyond}"
+    margin = row.metrics[claim.higher.metric].margin
+    size = f"{margin.size:g}" if margin else ""
+    text = f"{verdict.word}{f', by less than {size}' * verdict.slight}"
+    if verdict.word == "no difference":
+        text = f"no difference larger than {size}"
+    return text + SINGLE * (not verdict.survives)
+
+
+def claims_figure(rows: Sequence[Row], judged: Mapping[str, Sequence[Verdict]]) -> Figure | None:
     """Draw the difference of each claim minus what it should exceed, with both intervals; None without any."""
-    judged = [(claim, judge_claim(claim, found[row.name], row)) for row in rows for claim in row.claims]
-    drawn = [(claim, verdict) for claim, verdict in judged if verdict.word != "not measured"]
+    pairs = [pair for row in rows for pair in zip(row.claims, judged[row.name], strict=True)]
+    drawn = [(claim, verdict) for claim, verdict in pairs if verdict.word != "not measured"]
     if not drawn:
         return None
     figure = Figure(figsize=(7.5, 0.9 + 0.3 * len(drawn)), layout="constrained")

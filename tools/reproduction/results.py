@@ -1,25 +1,25 @@
-"""Results of a row for one seed, JSON files that are small enough to be committed, and verdicts on its claims."""
+"""Results of a row for one seed, JSON files that are small enough to be committed, and what they say on its claims."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import numpy as np
 from pydantic import Field
 
 from latentreward.errors import InputError, first_line
-from latentreward.metrics.bootstrap import RESAMPLES, Interval, percentile_ends, resample_sums
 from latentreward.storage.durable import write_file
 from latentreward.storage.json_files import STRICT, checked, read_config
 from tools.reproduction.measuring import Values
-from tools.reproduction.rows import Claim, Row, Side
+from tools.reproduction.rows import LEAST_SEEDS, MOST_SEEDS, WHOLE, Claim, Row, Side
+from tools.reproduction.verdicts import UNKNOWN, Sample, Verdict, judge
 from tools.source_digests import module_names, source_digest
 
 AGAIN = "remove it to measure again"
-STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
-"""97.5 % quantiles of Student's t distribution with 1 to 9 degrees of freedom."""
+SEEDS = range(WHOLE + MOST_SEEDS)
+"""Seeds that a row may have results of."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ def read_results(folder: Path, row: Row) -> dict[int, Result]:
         InputError: If a file is damaged.
     """
     found = {}
-    for seed in range(row.seeds):
+    for seed in SEEDS:
         path = result_path(folder, row, seed)
         if path.is_file():
             content = read_config(path, remedy=AGAIN)
@@ -87,90 +87,36 @@ def _check(result: Result, row: Row, path: Path) -> None:
         raise InputError(f"{path} is damaged ({first_line(error)}); {AGAIN}") from error
 
 
-Word = Literal["holds", "does not hold", "undecided", "not measured"]
+def sample_of(claim: Claim, results: Mapping[int, Result], row: Row) -> Sample | None:
+    """Take the differences of a claim's sides from the results of a row's seeds; None with too few of them.
 
-
-@dataclass(frozen=True)
-class Verdict:
-    """What the measured numbers say about a claim.
-
-    It holds if both intervals lie wholly on the claim's side, and does not hold if both lie wholly on the other side.
-    It is not measured with fewer than two seeds.
-    """
-
-    word: Word
-    difference: Interval  # of the two sides, over resampled seeds and items
-    over_seeds: Interval  # of the same difference, by Student's t over seeds
-
-
-UNKNOWN = Interval(np.nan, np.nan, np.nan)
-
-
-def judge_claim(claim: Claim, results: Sequence[Result], row: Row) -> Verdict:
-    """Judge a claim by the results of a row's seeds.
+    Once there are whole repetitions, the seeds that share their training pairs count as one, by their mean.
 
     Raises:
         InputError: If the two sides, or the seeds, were measured on different items.
     """
-    if len(results) < 2:
-        return Verdict("not measured", UNKNOWN, UNKNOWN)
-    differences, items = [], set()
-    for result in results:
+    differences, items = {}, set()
+    for seed, result in results.items():
         higher = result.values(claim.higher)
         lower = (
             Values(higher.items, np.zeros_like(higher.values)) if claim.lower is None else result.values(claim.lower)
         )
         if lower.items != higher.items:
             raise InputError(f"{row.name}: {claim.says!r} compares different items; give both sides the same ones")
-        differences.append(higher.values - lower.values)
+        differences[seed] = higher.values - lower.values - claim.more_than
         items.add(higher.items)
     if len(items) > 1:
         raise InputError(f"{row.name}: its seeds were measured on different items; measure them again with --stale")
-    return judge(np.stack(differences), claim.more_than)
+    shared = [values for seed, values in differences.items() if seed < WHOLE]
+    whole = [values for seed, values in differences.items() if seed >= WHOLE]
+    together = [np.mean(shared, axis=0)] if shared else []
+    if len(together) + len(whole) >= LEAST_SEEDS:
+        return Sample(np.stack([*together, *whole]))
+    return Sample(np.stack(shared), whole=False) if len(shared) >= LEAST_SEEDS else None
 
 
-def judge(differences: np.ndarray, more_than: float = 0.0) -> Verdict:
-    """Judge whether a mean difference exceeds ``more_than``.
-
-    ``differences`` ``(seeds, items)`` are those of the side that should be higher minus the other.
-    """
-    intervals = crossed_interval(differences), student_interval(differences.mean(axis=1).tolist())
-    word: Word = "undecided"
-    if all(one.low > more_than for one in intervals):
-        word = "holds"
-    elif all(one.high < more_than for one in intervals):
-        word = "does not hold"
-    return Verdict(word, *intervals)
-
-
-def crossed_interval(differences: np.ndarray) -> Interval:
-    """Compute the mean of paired differences and its 95 % interval by resampling runs and items, independently.
-
-    Every run is measured on the same items, so one draw of items serves all runs of a resample (unlike
-    :func:`bootstrap_interval`, which draws items anew within each run). ``differences`` are ``(runs, items)``; with one
-    run only items are resampled.
-    """
-    runs, items = differences.shape
-    # The number of drawn items is counted, because bundles of items may differ in size.
-    sums = resample_sums(np.column_stack([differences.T, np.ones(items)]))
-    means = sums[:, :-1] / sums[:, -1:]
-    drawn = np.random.default_rng(1).integers(runs, size=(RESAMPLES, runs))
-    means = np.take_along_axis(means, drawn, axis=1).mean(axis=1)
-    return Interval(float(differences.mean()), *percentile_ends(means), items)
-
-
-def student_interval(means: Sequence[float]) -> Interval:
-    """Compute the mean over runs and its 95 % interval by Student's t, which includes the variation between trainings.
-
-    There is one mean per run; the ends are NaN with one run.
-
-    Raises:
-        ValueError: If there are more than 10 runs.
-    """
-    if len(means) > len(STUDENT) + 1:
-        raise ValueError(f"{len(means)} runs: quantiles are known for up to {len(STUDENT) + 1}")
-    value = float(np.mean(means))
-    if len(means) < 2:
-        return Interval(value, np.nan, np.nan, len(means))
-    spread = STUDENT[len(means) - 2] * float(np.std(means, ddof=1)) / len(means) ** 0.5
-    return Interval(value, value - spread, value + spread, len(means))
+def judge_claim(claim: Claim, results: Mapping[int, Result], row: Row) -> Verdict:
+    """Judge a claim by the results of a row's seeds, as :func:`sample_of` takes them."""
+    sample, margin = sample_of(claim, results, row), row.metrics[claim.higher.metric].margin
+    assert margin is not None, "checked when the row was read"
+    return judge(sample, margin.size, claim.more_than) if sample else Verdict("not measured", UNKNOWN, UNKNOWN)

@@ -17,7 +17,39 @@ from latentreward.storage.json_files import STRICT, checked
 FOLDER, SHARED = "reproduce/", "reproduce/shared/steps.yaml"
 Kind = Literal["accuracy", "alignment", "quality", "turned", "column"]
 Paper = Literal["LRM", "LPO", "DiNa-LRM", "Later methods", "Tiny world"]
-MOST_SEEDS = 10
+LEAST_SEEDS, MOST_SEEDS = 3, 12
+"""Fewest and most repetitions of a row by which its claims are judged."""
+WHOLE = 10
+"""First seed that is a whole repetition, with training pairs, noisy labels and training captions of its own.
+
+Seeds below share these with each other: initialisation, order and noise are all that varies between them.
+"""
+
+
+@dataclass(frozen=True)
+class Margin:
+    """Largest difference of a metric that does not matter."""
+
+    size: float
+    of: str  # what the metric measures
+    why: str  # why a smaller difference does not matter
+
+
+MARGINS = {
+    "pairs": Margin(
+        0.02, "share of pairs: accuracy, ranked as alignment, ranked as quality, turned", "one pair in fifty"
+    ),
+    "utility": Margin(
+        0.1,
+        "utility of pictures, 0 to 6",
+        "a third of the gap above which two pictures count as clearly different, or one more wrong attribute in eight "
+        "pictures",
+    ),
+    "alignment": Margin(0.025, "alignment of pictures, 0 to 1", "it changes the utility by 0.1"),
+    "quality": Margin(0.05, "quality of pictures, 0 to 1", "it changes the utility by 0.1"),
+    "held_out": Margin(0.01, "score of the held-out scorer", "a third of what ReFL adds to it (row `dina_refl`)"),
+}
+"""Margins of shares of pairs, and of the columns of pictures that claims are about."""
 
 
 def _several(given: Any) -> Any:
@@ -48,6 +80,11 @@ class Metric:
     sigma: Annotated[tuple[int | float, ...], BeforeValidator(_several)] = ()
     column: Annotated[tuple[str, ...], BeforeValidator(_several)] = ()
 
+    @property
+    def margin(self) -> Margin | None:
+        """Margin of claims about the metric; None if there is none for its column."""
+        return MARGINS.get(self.column[0] if self.kind == "column" else "pairs")
+
 
 @dataclass(frozen=True)
 class Side:
@@ -67,6 +104,21 @@ class Claim:
     higher: Side  # side that should be higher
     lower: Side | None = None  # side that should be lower; None compares ``higher`` with ``more_than`` alone
     more_than: float = 0.0  # difference that should be exceeded
+    headline: str = ""  # question of the papers that the claim answers; the page's first table has all of these
+
+
+@dataclass(frozen=True)
+class RowStep(Step):
+    """Step of rows, with what a whole repetition adds."""
+
+    # Arguments that draw the training data by {seed}; by default those of a `fit` on the tiny world's captions.
+    repeat: Arguments | None = None
+
+    @property
+    def repeated(self) -> "RowStep":
+        """The step of a whole repetition."""
+        drawn = ("--data.data_seed={seed}",) if self.run[0] == "fit" else ()
+        return replace(self, run=(*self.run, *(drawn if self.repeat is None else self.repeat)))
 
 
 @dataclass(frozen=True)
@@ -88,14 +140,19 @@ class Row:
     instead: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     miniature_of: Sequence[str] = ()  # full-size configs that the arms stand for
     result: str = ""  # what came out, in words, and why if known; empty before the measurement
-    seeds: int = 3  # without claims one is enough
+    seeds: int = 3  # planned first, more may follow by `--budget`; without claims one is enough
     rewards: Sequence[str] = ()  # steps that train rewards; the page has their processor time in a column of its own
-    steps: Mapping[str, Step] = field(default_factory=dict)  # of this row alone, in addition to the shared ones
+    steps: Mapping[str, RowStep] = field(default_factory=dict)  # of this row alone, in addition to the shared ones
 
     @cached_property
-    def all_steps(self) -> dict[str, Step]:
+    def all_steps(self) -> dict[str, RowStep]:
         """The row's own steps and the shared ones by name."""
         return {**shared_steps(), **self.steps}
+
+    @cached_property
+    def repeated_steps(self) -> dict[str, RowStep]:
+        """The same steps of a whole repetition."""
+        return {name: step.repeated for name, step in self.all_steps.items()}
 
     def read_step(self, arm: str, metric: Metric) -> str:
         """Return the name of the step that a metric reads in an arm."""
@@ -108,7 +165,7 @@ class Row:
 
     def task(self, arm: str, step: str, seed: int, quick: bool = False) -> Task:
         """Resolve a step of an arm for a seed; ``quick`` adds the arguments of a trial of two steps."""
-        return resolve(self.all_steps, step, seed, self.arms[arm], quick)
+        return resolve(self.repeated_steps if seed >= WHOLE else self.all_steps, step, seed, self.arms[arm], quick)
 
     def tables(self, seed: int, quick: bool = False) -> dict[tuple[str, str], tuple[Task, Task | None]]:
         """Return (arm, step of a metric) → task that writes the scores, and task that wrote the scored pairs if any."""
@@ -133,9 +190,9 @@ class Row:
 
 
 @cache
-def shared_steps() -> dict[str, Step]:
+def shared_steps() -> dict[str, RowStep]:
     """Read the steps that all rows may use."""
-    found: dict[str, Step] = checked(dict[str, Step], load_yaml(f"configs/{SHARED}"), SHARED)
+    found: dict[str, RowStep] = checked(dict[str, RowStep], load_yaml(f"configs/{SHARED}"), SHARED)
     return found
 
 
@@ -172,18 +229,17 @@ def read_row(name: str, content: Mapping[str, Any]) -> Row:
 
 
 def _check(row: Row) -> None:
-    least = 3 if row.claims else 1
+    least = LEAST_SEEDS if row.claims else 1
     if not least <= row.seeds <= MOST_SEEDS:
         raise InputError(f"{row.name}: seeds={row.seeds}; use {least} to {MOST_SEEDS}, so that claims have intervals")
     for arm, options in row.arms.items():
         _known(f"{row.name}: arms.{arm}", options, row.all_steps)
-        changed = {
-            one: replace(row.all_steps[one], run=(*row.all_steps[one].run, *more)) for one, more in options.items()
-        }
-        check_steps(f"{row.name}: arms.{arm}", {**row.all_steps, **changed})
-    for arm, steps in row.instead.items():
+        steps = row.repeated_steps
+        changed = {one: replace(steps[one], run=(*steps[one].run, *more)) for one, more in options.items()}
+        check_steps(f"{row.name}: arms.{arm}", {**steps, **changed})
+    for arm, others in row.instead.items():
         _known(f"{row.name}: instead", [arm], row.arms)
-        _known(f"{row.name}: instead.{arm}", steps.values(), row.all_steps)
+        _known(f"{row.name}: instead.{arm}", others.values(), row.all_steps)
     for name, step in row.all_steps.items():
         _known(f"{row.name}: steps.{name}.pairs", [step.pairs] if step.pairs else [], row.all_steps)
     _known(f"{row.name}: rewards", row.rewards, row.all_steps)
@@ -193,6 +249,8 @@ def _check(row: Row) -> None:
         for side in (claim.higher, *([claim.lower] if claim.lower else [])):
             _known(f"{row.name}: claims[{index}]", [side.arm], row.arms)
             _known(f"{row.name}: claims[{index}]", [side.metric], row.metrics)
+        if row.metrics[claim.higher.metric].margin is None:
+            raise InputError(f"{row.name}: claims[{index}]: {claim.higher.metric!r} has no margin; add one to MARGINS")
 
 
 def _known(place: str, names: Collection[str], choices: Collection[str]) -> None:

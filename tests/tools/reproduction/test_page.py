@@ -15,9 +15,11 @@ import pytest
 from latentreward.errors import InputError
 from tests.tools.reproduction.test_rows import TOY
 from tools.reproduction.measuring import Values
-from tools.reproduction.page import page, plot_name, write_page
-from tools.reproduction.results import Result, read_results, result_path, write_result
-from tools.reproduction.rows import Paper, Row, all_rows, read_row
+from tools.reproduction.page import judge_rows, page, plot_name, write_page
+from tools.reproduction.results import SEEDS, Result, read_results, result_path, write_result
+from tools.reproduction.rows import MARGINS, WHOLE, Paper, Row, all_rows, read_row
+from tools.reproduction.verdicts import Word
+from tools.reproduction.written import FILE, read_commits
 
 ROOT = Path(__file__).resolve().parents[3]
 ROWS = list(all_rows().values())
@@ -33,10 +35,16 @@ def result(row: Row, seed: int, means: dict[str, float]) -> Result:
     return Result(config=row.config_digest(seed), measured=measured, tasks={f"t{seed}": 10.0}, **facts)
 
 
+def page_of(row: Row, *results: Result) -> str:
+    """The page of one row, whose results are those of the seeds from 0 on."""
+    found = {row.name: dict(enumerate(results))}
+    return page([row], found, judge_rows([row], found), {})
+
+
 @pytest.mark.slow
 def test_the_committed_page_is_what_the_results_give() -> None:
-    found = {row.name: list(read_results(ROOT / "reproduction", row).values()) for row in ROWS}
-    expected = page(ROWS, found)
+    found = {row.name: read_results(ROOT / "reproduction", row) for row in ROWS}
+    expected = page(ROWS, found, judge_rows(ROWS, found), read_commits(ROOT / "reproduction"))
     again = "run `latentreward reproduce --status --page docs/reproduction.md`"
     committed = (ROOT / "docs" / "reproduction.md").read_text()
     assert DECIMALS.sub("", committed) == DECIMALS.sub("", expected), again
@@ -47,8 +55,8 @@ def test_the_committed_page_is_what_the_results_give() -> None:
 
 
 def test_committed_results_are_small_and_belong_to_rows() -> None:
-    known = {result_path(ROOT / "reproduction", row, seed) for row in ROWS for seed in range(row.seeds)}
-    files = set((ROOT / "reproduction").rglob("*.json"))
+    known = {result_path(ROOT / "reproduction", row, seed) for row in ROWS for seed in SEEDS}
+    files = set((ROOT / "reproduction").rglob("seed*.json"))
     assert files <= known
     assert all(path.stat().st_size < 40_000 for path in files)
 
@@ -58,7 +66,8 @@ def test_committed_results_are_small_and_belong_to_rows() -> None:
     [
         ([(0.8, 0.5), (0.81, 0.5), (0.8, 0.51)], "holds"),
         ([(0.5, 0.8), (0.5, 0.81), (0.51, 0.8)], "does not hold"),
-        ([(0.5, 0.5), (0.52, 0.5), (0.5, 0.52)], "undecided"),
+        ([(0.5, 0.5), (0.9, 0.5), (0.5, 0.9)], "open; more than 100 repetitions, or more items"),
+        ([(0.6, 0.5), (0.7, 0.5), (0.8, 0.5)], "open; 6 more repetitions"),
         ([(0.8, 0.5)], "not measured"),
     ],
 )
@@ -68,10 +77,12 @@ def test_a_row_on_the_page(means: list[tuple[float, float]], word: str, tmp_path
         write_result(result_path(tmp_path / "results", row, seed), result(row, seed, {"one": one, "other": other}))
     write_page(tmp_path / "docs" / "page.md", [row], tmp_path / "results")
     text = (tmp_path / "docs" / "page.md").read_text()
-    assert f"**1 claims: {', '.join(f'{int(w == word)} {w}' for w in WORDS)}.**" in text
+    counts = ", ".join(f"{int(word.startswith(one))} {one}" for one in get_args(Word))
+    assert f"**1 claims: {counts}.** 0 of the verdicts are single ones." in text
     (line,) = [line for line in text.splitlines() if line.startswith("| one beats the other")]
     assert line.endswith(f"| {word} |")
-    assert f"{len(means)} of 3 seeds, 100 held-out items, commit `0123456789`, {10 * len(means)} s" in text
+    assert f"{len(means)} seeds with the same training pairs" in text
+    assert f", 100 held-out items. Measured at commit `0123456789`, {10 * len(means)} s of processor time" in text
     plot = tmp_path / "docs" / "images" / plot_name("LRM")
     assert plot.is_file() == (word != "not measured")
     if plot.is_file():
@@ -82,7 +93,53 @@ def test_a_row_on_the_page(means: list[tuple[float, float]], word: str, tmp_path
         assert plot.read_bytes() == first
 
 
-WORDS = ("holds", "does not hold", "undecided", "not measured")
+def test_a_small_difference_is_named_with_its_margin() -> None:
+    row, margin = read_row("toy", TOY), MARGINS["pairs"].size
+    found = [result(row, seed, {"one": 0.5, "other": 0.5}) for seed in range(3)]
+    for one, right in zip(found, (4999, 5000, 5001), strict=True):
+        for arm, number in (("one", right), ("other", 5000)):
+            one.measured[arm].update({"t 1": Values("ab", (np.arange(10_000) < number).astype(float)).packed()})
+    text = page_of(row, *found)
+    assert f"| no difference larger than {margin:g} |" in text
+    assert "1 no difference, 0 open" in text
+
+
+def test_whole_repetitions_are_told_from_seeds_with_the_same_pairs() -> None:
+    row = read_row("toy", TOY)
+    seeds = (0, 1, 2, WHOLE, WHOLE + 1)
+    found = {"toy": {seed: result(row, seed, {"one": 0.8 + seed / 1000, "other": 0.5}) for seed in seeds}}
+    text = page([row], found, judge_rows([row], found), {})
+    assert "3 seeds with the same training pairs and 2 whole repetitions; the intervals cover whole repetitions" in text
+    assert "3 seeds with the same training pairs; the intervals cover training alone" in page_of(
+        row, *[found["toy"][seed] for seed in range(3)]
+    )
+
+
+def test_claims_of_the_headlines_lead_the_page() -> None:
+    row = read_row("toy", {**TOY, "claims": [{**TOY["claims"][0], "headline": "one or other"}]})
+    text = page_of(row, *[result(row, seed, {"one": 0.8 + seed / 100, "other": 0.5}) for seed in range(3)])
+    assert text.index("## Headline claims") < text.index("| one or other | one beats the other | +0.310 ")
+    assert text.index("| one or other |") < text.index("## LRM")
+    assert "Headline" not in page_of(read_row("toy", TOY))
+
+
+def test_the_headlines_of_both_papers_are_claims() -> None:
+    headlines = {claim.headline for row in ROWS for claim in row.claims} - {""}
+    assert len(headlines) == 10
+
+
+def test_the_commits_of_claims_and_measurement_are_shown() -> None:
+    row = read_row("toy", TOY)
+    found = {"toy": {seed: result(row, seed, {"one": 0.8, "other": 0.5}) for seed in range(3)}}
+    commits = {"toy": {"one beats the other: one (t 1) > other": "abcdef0123"}}
+    text = page([row], found, judge_rows([row], found), commits)
+    assert "Claims written at commit `abcdef0123`. Measured at commit `0123456789`" in text
+
+
+def test_committed_claims_have_a_commit() -> None:
+    commits = json.loads((ROOT / "reproduction" / FILE).read_text())
+    assert {name for row in commits for name in commits[row]}
+    assert commits.keys() <= {row.name for row in ROWS}
 
 
 def test_the_training_of_rewards_has_a_column() -> None:
@@ -91,24 +148,23 @@ def test_the_training_of_rewards_has_a_column() -> None:
     for seed, one in enumerate(found):
         for arm, seconds in (("one", 100.0 + seed), ("other", 300.0)):
             one.tasks[row.task(arm, "lrm", seed).key[:16]] = seconds  # type: ignore[index]
-    text = page([row], {"toy": found})
+    text = page_of(row, *found)
     assert "| mean ± sd over seeds | t 1 | training of rewards, s |" in text
     assert [line.split(" | ")[-1] for line in text.splitlines() if "±" in line and "0." in line] == ["101 |", "300 |"]
-    assert "training of rewards" not in page([read_row("toy", TOY)], {"toy": found})
+    assert "training of rewards" not in page_of(read_row("toy", TOY), *found)
 
 
 def test_claim_run_and_result_are_a_list() -> None:
     """The result is left out before the measurement."""
     texts = "- **Claim**: Ours: one beats the other.\n- **Run**: Two arms.\n"
-    assert f"Row `toy`:\n\n{texts}\n" in page([read_row("toy", TOY)], {"toy": []})
+    assert f"Row `toy`:\n\n{texts}\n" in page_of(read_row("toy", TOY))
     measured = read_row("toy", {**TOY, "result": "No difference could be shown."})
-    assert f"{texts}- **Result**: No difference could be shown.\n\n" in page([measured], {"toy": []})
+    assert f"{texts}- **Result**: No difference could be shown.\n\n" in page_of(measured)
 
 
 def test_a_row_without_results_is_named() -> None:
-    assert "Not measured yet; expected processor time 1 s without shared steps." in page(
-        [read_row("toy", TOY)], {"toy": []}
-    )
+    text = page_of(read_row("toy", TOY))
+    assert "Not measured yet; expected processor time 1 s without shared steps." in text
     assert len({plot_name(paper) for paper in get_args(Paper)}) == len(get_args(Paper))
 
 
@@ -117,7 +173,7 @@ def test_sides_measured_on_different_items_are_refused() -> None:
     found = [result(row, seed, {"one": 0.8, "other": 0.5}) for seed in range(3)]
     found[0].measured["one"]["t 1"]["items"] = "cd"  # type: ignore[index]
     with pytest.raises(InputError, match="compares different items"):
-        page([row], {"toy": found})
+        page_of(row, *found)
 
 
 def test_seeds_measured_on_different_items_are_refused() -> None:
@@ -126,7 +182,7 @@ def test_seeds_measured_on_different_items_are_refused() -> None:
     for arm in ("one", "other"):
         found[0].measured[arm]["t 1"]["items"] = "cd"  # type: ignore[index]
     with pytest.raises(InputError, match="its seeds were measured on different items"):
-        page([row], {"toy": found})
+        page_of(row, *found)
 
 
 @pytest.mark.parametrize("thousandths", ["", "AAA=", "?", 5])

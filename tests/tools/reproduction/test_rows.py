@@ -11,7 +11,7 @@ from latentreward.errors import InputError
 from tests.apps.steps.forked_steps import ForkedSteps
 from tests.marks import rotated_after
 from tools.reproduction.results import read_results
-from tools.reproduction.rows import Row, Side, all_rows, choose_rows, read_row, shared_steps
+from tools.reproduction.rows import WHOLE, Row, Side, all_rows, choose_rows, read_row, shared_steps
 
 ROOT = Path(__file__).resolve().parents[3]
 ROWS = all_rows()
@@ -76,7 +76,7 @@ def test_rows_have_the_rates_that_were_chosen(name: str) -> None:
     "name", rotated_after(1, [name for name in ROWS if not name.startswith(("tiny", "tuning"))], release=3)
 )
 def test_commands_of_all_arms_parse(name: str, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    fits = [task for task in ROWS[name].tasks(0, quick=True).values() if task.arguments[0] == "fit"]
+    fits = [task for task in ROWS[name].tasks(WHOLE, quick=True).values() if task.arguments[0] == "fit"]
     for task in fits:
         with pytest.raises(SystemExit) as ended:
             main([*task.command(tmp_path), "--print_config"])
@@ -91,7 +91,7 @@ def test_every_step_runs(tmp_path: Path) -> None:
     """Two training steps, a few pairs or pictures; of arms that share a step, the first."""
     shop, seen = ForkedSteps(tmp_path), set[str]()
     for row in ROWS.values():
-        for task in row.tasks(0, quick=True).values():
+        for task in row.tasks(WHOLE, quick=True).values():
             if task.name in seen:
                 continue
             seen.add(task.name)
@@ -109,6 +109,21 @@ def test_equal_steps_are_shared() -> None:
     assert one.inputs["lrm"].inputs["pickapic"].key == other.inputs["lrm"].inputs["pickapic"].key
     assert row.task("one", "lrm", 1).key != one.inputs["lrm"].key
     assert row.task("one", "pickapic", 1).key == row.task("one", "pickapic", 0).key
+
+
+def test_a_whole_repetition_draws_its_data_and_keeps_what_is_held_out() -> None:
+    row = read_row("toy", TOY)
+    keys = {seed: row.task("one", "pickapic", seed).key for seed in (0, WHOLE - 1, WHOLE, WHOLE + 1)}
+    assert keys[0] == keys[WHOLE - 1]
+    assert len({*keys.values()}) == 3
+    assert row.task("one", "generated", WHOLE).key == row.task("one", "generated", 0).key
+    for name, other in ROWS.items():
+        for task in other.tasks(WHOLE).values():
+            text = " ".join(task.arguments)
+            seeded = re.findall(r"--data\.(?:\w+\.)*(?:data_seed|seed)=\{seed\}", text)
+            assert seeded or task.arguments[0] != "fit", (name, task.name)
+            for place in re.findall(r"--(data\S*)\.root=\{(?:pickapic|hpdv3)\}/pairs", text):
+                assert f"--{place}.data_seed={{seed}} --{place}.val_seed=0" in text, (name, task.name)
 
 
 def test_placeholders_become_folders_and_the_seed(tmp_path: Path) -> None:
@@ -158,7 +173,7 @@ def test_a_claim_may_compare_metrics_of_one_arm() -> None:
     ("change", "message"),
     [
         ({"paper": "LRN"}, "toy: paper: it must be 'LRM', 'LPO'"),
-        ({"seeds": 2}, "toy: seeds=2; use 3 to 10, so that claims have intervals"),
+        ({"seeds": 2}, "toy: seeds=2; use 3 to 12, so that claims have intervals"),
         ({"rewards": ["lrn"]}, "toy: rewards: there is no 'lrn'; did you mean 'lrm'?"),
         ({"seedz": 3}, "toy: seedz: no setting has this name; did you mean 'seeds'?"),
         ({"arms": {"one": {"lrn": ""}}}, "toy: arms.one: there is no 'lrn'; did you mean 'lrm'?"),
@@ -170,6 +185,13 @@ def test_a_claim_may_compare_metrics_of_one_arm() -> None:
         (
             {"metrics": {"m": {"of": "lrm_drawn", "kind": "acuracy"}}},
             "m.kind: it must be 'accuracy', '",
+        ),
+        (
+            {
+                "metrics": {"seconds": {"of": "judged", "kind": "column", "column": "seconds"}},
+                "claims": [{"says": "", "higher": "one", "lower": "other", "by": "seconds"}],
+            },
+            "claims[0]: 'seconds' has no margin; add one to MARGINS",
         ),
         ({"claims": [{"says": "", "higher": "two", "lower": "one", "by": "t 1"}]}, "claims[0]: there is no 'two'"),
         ({"claims": [{"says": "", "higher": "one", "lower": "one", "by": "t 2"}]}, "did you mean 't 1'?"),

@@ -15,8 +15,9 @@ import pytest
 
 from latentreward.apps.steps.running import TaskRunner
 from latentreward.errors import InputError
-from tools.reproduce import measure_rows, missing
+from tools.reproduce import measure_rows, missing, spend, task_runner
 from tools.reproduction.page import status_table
+from tools.reproduction.planning import Planner
 from tools.reproduction.results import judge_claim, read_results, result_path, write_result
 from tools.reproduction.rows import Row, read_row
 from tools.source_digests import source_digest
@@ -73,15 +74,15 @@ def test_each_seed_is_measured_once_and_equal_steps_run_once(measured: tuple[Pat
     row, (folder, ran) = read_row("toy", TOY), measured
     assert sorted(name.rpartition("-")[0] for name in ran) == ["toy_pairs"] + 6 * ["toy_scores"]
     results = read_results(folder / "results", row)
-    assert list(results) == [0, 1, 2]
+    assert list(results) == [10, 11, 12]
     means = {arm: [one.measured[arm]["accuracy"]["mean"] for one in results.values()] for arm in row.arms}
     assert min(means["good"]) > 0.9
     assert 0.2 < min(means["bad"]) <= max(means["bad"]) < 0.8
-    assert results[0].measured["bad"]["turned"]["mean"] > 0.3 > results[0].measured["good"]["turned"]["mean"]
-    assert len(results[0].tasks) == 3
-    assert results[0].versions["torch"]
+    assert results[10].measured["bad"]["turned"]["mean"] > 0.3 > results[10].measured["good"]["turned"]["mean"]
+    assert len(results[10].tasks) == 3
+    assert results[10].versions["torch"]
     assert all(path.stat().st_size < 20_000 for path in folder.rglob("seed*.json"))
-    assert judge_claim(row.claims[0], list(results.values()), row).word == "holds"
+    assert judge_claim(row.claims[0], results, row).word == "holds"
     assert missing([row], folder / "results", stale=True) == []
 
 
@@ -93,20 +94,34 @@ def test_changed_settings_are_measured_again_with_the_steps_that_stay(folder: Pa
     assert len(read_results(folder / "results", changed)) == 3
 
 
+@pytest.mark.slow
+def test_a_budget_adds_seeds_and_goes_on_where_it_ended(folder: Path) -> None:
+    claims = [{**TOY["claims"][0], "more_than": 0.45}]
+    row, results, work = read_row("toy", {**TOY, "claims": claims}), folder / "results", folder / "work"
+    assert judge_claim(row.claims[0], read_results(results, row), row).word == "open"
+    for last in (13, 14):
+        (choice,) = Planner([row], results, task_runner(work).done).chosen(2, 1e9)
+        assert choice.seed == last
+        spend([row], results, work, 2, 1.3 * choice.seconds)
+        assert list(read_results(results, row)) == [10, 11, 12, *range(13, last + 1)]
+    spend([row], results, work, 2, 0.1)
+    assert len(read_results(results, row)) == 5
+
+
 def test_stale_results_are_shown_and_measured_again_only_if_asked(folder: Path) -> None:
     row, results = read_row("toy", TOY), folder / "results"
     assert "source has changed" not in status_table([row], results)
-    old = replace(read_results(results, row)[1], source="0", commit="0123456789")
-    write_result(result_path(results, row, 1), old)
+    old = replace(read_results(results, row)[11], source="0", commit="0123456789")
+    write_result(result_path(results, row, 11), old)
     assert "source has changed since 0123456789; --stale measures again" in status_table([row], results)
     assert missing([row], results, stale=False) == []
-    assert [seed for _, seed in missing([row], results, stale=True)] == [1]
+    assert [seed for _, seed in missing([row], results, stale=True)] == [11]
     measure(folder, row, stale=True)
-    assert not read_results(results, row)[1].stale
+    assert not read_results(results, row)[11].stale
 
 
 def test_a_step_whose_source_or_input_has_changed_runs_again(folder: Path) -> None:
-    runner, task = TaskRunner(folder / "work", source_digest), read_row("toy", TOY).task("good", "toy_scores", 0)
+    runner, task = TaskRunner(folder / "work", source_digest), read_row("toy", TOY).task("good", "toy_scores", 10)
     assert runner.done(task) is not None
     record = task.inputs["toy_pairs"].output(folder / "work").parent / "record.json"
     content = json.loads(record.read_text())
@@ -122,7 +137,7 @@ def test_a_step_whose_source_or_input_has_changed_runs_again(folder: Path) -> No
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"source": 1}', "[" * 100_000], ids=["cut", "list", "other", "deep"])
 def test_a_damaged_record_is_refused_in_one_line(content: str, folder: Path) -> None:
-    runner, task = TaskRunner(folder / "work", source_digest), read_row("toy", TOY).task("good", "toy_scores", 0)
+    runner, task = TaskRunner(folder / "work", source_digest), read_row("toy", TOY).task("good", "toy_scores", 10)
     (task.output(folder / "work").parent / "record.json").write_text(content)
     with pytest.raises(
         InputError, match=r"toy_scores-\w+/record\.json is damaged \(.*\); remove .*toy_scores-"
@@ -135,7 +150,7 @@ def test_a_failed_step_is_named_and_other_rows_are_measured(folder: Path) -> Non
     row = read_row("toy", TOY)
     steps = {**TOY["steps"], "toy_pairs": {**TOY["steps"]["toy_pairs"], "run": "nothing {out}"}}
     broken = read_row("broken", {**TOY, "steps": steps})
-    (folder / "results/toy/seed1.json").unlink()
+    (folder / "results/toy/seed11.json").unlink()
     with pytest.raises(InputError, match="1 steps failed; the first: toy_pairs failed: no kind nothing"):
         measure(folder, broken, row)
     assert len(read_results(folder / "results", row)) == 3

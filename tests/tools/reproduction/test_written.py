@@ -1,0 +1,76 @@
+"""The commit in which a claim was written is found in the history, and kept for clones that have none."""
+
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.tools.reproduction.test_rows import TOY
+from tools.reproduction import written
+from tools.reproduction.rows import Row, read_row
+from tools.reproduction.written import in_full, read_commits, update_commits
+
+OTHER = {"says": "one hardly beats the other", "higher": "one", "lower": "other", "by": "t 1", "more_than": -0.1}
+
+
+@pytest.fixture
+def clone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(written, "CLONE", tmp_path)
+    (tmp_path / "configs/reproduce").mkdir(parents=True)
+    git(tmp_path, "init", "-q")
+    return tmp_path
+
+
+def git(folder: Path, *words: str) -> str:
+    identity = ["-c", "user.name=a", "-c", "user.email=a@b.c", "-c", "commit.gpgsign=false"]
+    return subprocess.run(["git", *identity, *words], cwd=folder, check=True, capture_output=True, text=True).stdout
+
+
+def commit(clone: Path, text: str) -> str:
+    """Commit the row's file; return the commit."""
+    (clone / "configs/reproduce/toy.yaml").write_text(text)
+    git(clone, "add", ".")
+    git(clone, "commit", "-qm", "claims")
+    return git(clone, "rev-parse", "HEAD")[:10]
+
+
+def row(*claims: dict[str, object]) -> Row:
+    return read_row("toy", {**TOY, "claims": claims})
+
+
+def test_commits_are_found_once_and_kept(clone: Path) -> None:
+    first, second = TOY["claims"][0], OTHER
+    assert update_commits(clone, [row(first)]) == {}  # there is no commit
+    one = commit(clone, "claims:\n  - {says: one beats the other, higher: one}\n")
+    assert update_commits(clone, [row(first)]) == {"toy": {in_full(row(first).claims[0]): one}}
+    both = row(first, second)
+    added = "  - {says: one hardly beats the other, higher: one}\n"
+    (clone / "configs/reproduce/toy.yaml").write_text("claims:\n  - {says: one beats the other, higher: one}\n" + added)
+    assert update_commits(clone, [both])["toy"].keys() == {in_full(both.claims[0])}  # the other is not committed
+    two = commit(clone, "claims:\n  - {says: one beats the other, higher: one} # a remark\n" + added)
+    assert [*update_commits(clone, [both])["toy"].values()] == [one, two]
+    assert read_commits(clone) == update_commits(clone, [both])
+
+
+def test_a_claim_that_compares_something_else_is_another_one(clone: Path) -> None:
+    commit(clone, "claims:\n  - {says: one hardly beats the other, more_than: -0.1}\n")
+    update_commits(clone, [row(OTHER)])
+    later = commit(clone, "claims:\n  - {says: one hardly beats the other, more_than: -0.2}\n")
+    changed = row({**OTHER, "more_than": -0.2})
+    assert update_commits(clone, [changed]) == {"toy": {in_full(changed.claims[0]): later}}
+
+
+def test_a_commit_that_was_rewritten_is_looked_up_again(clone: Path) -> None:
+    text = "claims:\n  - {says: one beats the other, higher: one}\n"
+    commit(clone, text)
+    update_commits(clone, [row(TOY["claims"][0])])
+    git(clone, "commit", "-q", "--amend", "-m", "other words")
+    assert [*update_commits(clone, [row(TOY["claims"][0])])["toy"].values()] == [git(clone, "rev-parse", "HEAD")[:10]]
+
+
+def test_without_history_the_kept_commits_stay(clone: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    commit(clone, "claims:\n  - {says: one beats the other, higher: one}\n")
+    known = update_commits(clone, [row(TOY["claims"][0])])
+    monkeypatch.setattr(written, "CLONE", clone / "configs" / "reproduce")
+    monkeypatch.setenv("GIT_DIR", str(clone / "nothing"))
+    assert update_commits(clone, [row(TOY["claims"][0], OTHER)]) == known

@@ -1,0 +1,110 @@
+"""Plan of a budget: which row's next seed promises most decisions per second of processor time."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import count
+from pathlib import Path
+from statistics import NormalDist
+
+from latentreward.apps.steps.tasks import Task
+from tools.reproduction.results import Result, judge_claim, read_results, sample_of
+from tools.reproduction.rows import LEAST_SEEDS, MOST_SEEDS, WHOLE, Row
+from tools.reproduction.verdicts import Sample, half_width
+
+Open = tuple[Sample, float]
+"""Sample of an open claim, and its margin."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Seed that a row may have next."""
+
+    row: Row
+    seed: int
+    seconds: float  # expected processor time of what has not run
+    rate: float  # expected decisions of claims per second
+
+
+@dataclass
+class Planner:
+    """Planner of seeds."""
+
+    rows: Sequence[Row]
+    output: Path  # folder of results
+    done: Callable[[Task], bool]  # whether a task has run
+    _open: dict[tuple[str, tuple[int, ...]], list[Open]] = field(default_factory=dict)
+
+    def chosen(self, number: int, seconds: float) -> list[Choice]:
+        """Choose up to ``number`` rows with the most promising next seeds that fit into the processor time together.
+
+        Rows below their planned number of seeds come first.
+        """
+        best: list[Choice] = []
+        for choice in self._choices():
+            if len(best) < number and choice.seconds <= seconds:
+                best.append(choice)
+                seconds -= choice.seconds
+        return best
+
+    def _choices(self) -> list[Choice]:
+        found = {row.name: read_results(self.output, row) for row in self.rows}
+        measured = [one for results in found.values() for one in results.values()]
+        seconds = {key: spent for one in measured for key, spent in one.tasks.items()}
+        choices = [self._choice(row, found[row.name], seconds) for row in self.rows]
+        return sorted((one for one in choices if one is not None), key=lambda one: -one.rate)
+
+    def _choice(self, row: Row, results: Mapping[int, Result], known: Mapping[str, float]) -> Choice | None:
+        """Plan a row's next seed; None if it has no open claim, or as many repetitions as there may be."""
+        (seed,) = further_seeds(results, 1)
+        costs = dict(zip(row.tasks(seed).values(), _costs(row, results, known), strict=True))
+        seconds = sum(cost for task, cost in costs.items() if not self.done(task))
+        if len(results) < row.seeds:
+            return Choice(row, seed, seconds, float("inf"))
+        least = len([one for one in results if one >= WHOLE]) + any(one < WHOLE for one in results)
+        rates = [
+            sum(chance(sample, margin, number) for sample, margin in self._open_claims(row, results))
+            / (seconds + (number - least - 1) * sum(costs.values()) + 1e-9)
+            for number in range(max(least + 1, LEAST_SEEDS), MOST_SEEDS + 1)
+        ]
+        return Choice(row, seed, seconds, max(rates)) if any(rates) else None
+
+    def _open_claims(self, row: Row, results: Mapping[int, Result]) -> list[Open]:
+        key = row.name, tuple(results)
+        if key not in self._open:
+            self._open[key] = list(_open_claims(row, results))
+        return self._open[key]
+
+
+def _open_claims(row: Row, results: Mapping[int, Result]) -> Iterator[Open]:
+    for claim in row.claims:
+        sample, margin = sample_of(claim, results, row), row.metrics[claim.higher.metric].margin
+        if sample and margin and judge_claim(claim, results, row).word == "open":
+            yield sample, margin.size
+
+
+def _costs(row: Row, results: Mapping[int, Result], known: Mapping[str, float]) -> list[float]:
+    """Return the expected processor time of each task of a seed, from the seeds that are measured."""
+    seed = next(iter(results), None)
+    tasks = row.tasks(0 if seed is None else seed)
+    if seed is None:
+        return [row.cpu_seconds / row.seeds / len(tasks)] * len(tasks)
+    return [known.get(key[:16], 0.0) for key in tasks]
+
+
+def further_seeds(results: Mapping[int, Result], number: int) -> list[int]:
+    """Return the next seeds of a row, whole repetitions."""
+    free = (seed for seed in count(WHOLE) if seed not in results)
+    return [seed for seed, _ in zip(free, range(number), strict=False)]
+
+
+def chance(sample: Sample, margin: float, number: int) -> float:
+    """Estimate the probability that a claim is decided once it has so many whole repetitions.
+
+    The mean of then is distributed around that of now as if the spread were known.
+    """
+    if sample.alike:
+        return 0.0
+    half, now = half_width(number, sample.spread, sample.items_error), sample.counts
+    mean = NormalDist(float(sample.means.mean()), sample.spread * (1 / now - 1 / number) ** 0.5)
+    decided = mean.cdf(-half) + 1 - mean.cdf(half)
+    return decided + (mean.cdf(margin - half) - mean.cdf(half - margin) if half < margin else 0.0)
