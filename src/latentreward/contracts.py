@@ -80,6 +80,8 @@ class ImageRef:
         root: Folder that must contain ``path`` after symbolic links are resolved; set where the path comes from a data
             file.
         holds: Content of the bytes: an image, or latents.
+        noise: Name of the noise from which the image was generated, the text of a
+            :class:`~latentreward.rollout.PriorNoise`; None if it is not known.
     """
 
     image_key: str
@@ -87,6 +89,7 @@ class ImageRef:
     path: Path | None = None
     root: Path | None = None
     holds: Literal["image", "latents"] = "image"
+    noise: str | None = None
 
 
 class EditPrompt(str):
@@ -296,6 +299,8 @@ class PreferenceBatch(TensorRecord):
         targets: Given values of the images, such as a teacher's scores; None if there are none.
         sources: The pictures that the images are edits of, one tensor of B rows for each place in their order: pixels,
             or latents where the images are latents. Empty for text to image.
+        chosen_noise: B names of the noises from which the chosen images were generated, None where it is not known.
+        rejected_noise: As ``chosen_noise``.
     """
 
     pair_ids: tuple[str, ...]
@@ -311,6 +316,8 @@ class PreferenceBatch(TensorRecord):
     uncond: "Conditioning | None" = None
     targets: "PairTargets | None" = None
     sources: tuple[Tensor, ...] = ()
+    chosen_noise: tuple[str | None, ...] = ()
+    rejected_noise: tuple[str | None, ...] = ()
 
     def __post_init__(self) -> None:
         if self.label.device.type != "cpu":  # an accelerator would be waited for; batches are made on the CPU

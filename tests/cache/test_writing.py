@@ -14,6 +14,8 @@ from safetensors.torch import load_file, save_file
 
 from latentreward.backbones.loading import PipelineSource, tiny_pipeline
 from latentreward.cache import encoding
+from latentreward.cache.dataset import CachedPairDataset
+from latentreward.cache.index import CacheIndex
 from latentreward.cache.layout import (
     IMAGES,
     PAIRS,
@@ -486,3 +488,18 @@ def test_a_key_of_two_images_is_refused_and_one_of_equal_files_is_taken(
     expected = f"image_key='key' is of {files[0]} (row row 0) and of {files[1]} (row row 1); give each its own"
     assert expected in capsys.readouterr().err
     assert not list((tmp_path / "refused").glob("*.safetensors"))
+
+
+def test_noises_of_generated_pictures_follow_their_images(tmp_path: Path) -> None:
+    file = write_jsonl(tmp_path)
+    rows = [json.loads(line) | {"noise_a": f"0 {n}/0 4x8x8"} for n, line in enumerate(file.read_text().splitlines())]
+    rows[1] |= {"noise_b": "0 1/1 4x8x8", "label": 0}
+    file.write_text("\n".join(map(json.dumps, rows)))
+    size = ["--images.buckets=null", "--images.size=[32,32]"]
+    reader = ["--reader=JSONLPairReader", f"--reader.file={file}"]
+    main(["cache", str(tmp_path / "cache"), *SETTINGS[2:], *reader, *size])
+    index = CacheIndex(tmp_path / "cache")
+    batch = CachedPairDataset(index, range(4)).__getitems__([2, 1, 0])
+    assert batch.chosen_noise == ("0 2/0 4x8x8", "0 1/1 4x8x8", "0 0/0 4x8x8")
+    assert batch.rejected_noise == (None, "0 1/0 4x8x8", None)
+    assert batch.chosen_keys == ("2a.jpg", "1b.jpg", "0a.jpg")

@@ -10,7 +10,7 @@ import pytest
 
 from latentreward.cli import main
 from latentreward.contracts import sources_of
-from latentreward.data import DatasetPairReader, HPDv3Reader, JSONLPairReader, PairReader, PickAPicReader
+from latentreward.data import DatasetPairReader, HPDv3Reader, JSONLPairReader, PairReader, PairStream, PickAPicReader
 from latentreward.data.dataset_export import export_split
 from latentreward.data.format_detection import recognise
 from latentreward.data.readers.base import normalise_prompt
@@ -25,6 +25,7 @@ def pairs(tmp_path: Path, jpeg) -> Path:
         (tmp_path / "own" / f"{name}.jpg").write_bytes(jpeg((60 * n, 9, 9)))
     rows = [{"prompt": f"p {n}", "image_a": "a.jpg", "image_b": "b.jpg", "label": n / 10} for n in range(5)]
     rows[2] |= {"votes": [3, 1], "confidence": 0.5, "weight": 2, "group_id": "g", "model_a": "x", "model_b": "y"}
+    rows[4] |= {"noise_a": "0 4/0 16x8x8", "noise_b": "0 4/1 16x8x8"}
     rows[3]["label"] = None
     rows += [
         {"prompt": "p 5", "chosen": "c.jpg", "rejected": "a.jpg"},
@@ -42,7 +43,8 @@ def same(one: PairReader, other: PairReader) -> bool:
         found = []
         for pair in (reader[n] for n in range(len(reader))):
             images = [
-                (image.image_key, image.data or image.path.read_bytes()) for image in (pair.image_a, pair.image_b)
+                (image.image_key, image.data or image.path.read_bytes(), image.noise)
+                for image in (pair.image_a, pair.image_b)
             ]
             prompt = normalise_prompt(pair.prompt)  # with the names of the pictures that it edits
             found.append((replace(pair, prompt=prompt, image_a=None, image_b=None, source="", split=""), *images))
@@ -63,6 +65,10 @@ def test_pairs_come_back_as_they_were(pairs, tmp_path, capsys, monkeypatch) -> N
     loaded = datasets.load_dataset(str(out), cache_dir=str(tmp_path / "cache"))["train"]
     assert (loaded[0]["image_a"].size, loaded[2]["votes"], loaded[3]["label"]) == ((20, 12), [3, 1], None)
     assert same(DatasetPairReader(loaded), JSONLPairReader(str(pairs)))
+    streamed = PairStream(str(out), shuffle_buffer=1).pairs(0, 1, 0, lambda reason: None)
+    noises = {pair.pair_id: (pair.image_a.noise, pair.image_b.noise) for pair in streamed}
+    assert noises.pop("train.jsonl:5") == ("0 4/0 16x8x8", "0 4/1 16x8x8")
+    assert {*noises.values()} == {(None, None)}
 
     second = sorted((out / "data").iterdir())[1]
     whole, others = second.read_bytes(), {file: file.stat().st_mtime_ns for file in (out / "data").iterdir()}

@@ -65,6 +65,7 @@ COVERED = (
     "algos2/distillation",
     "algos2/group_preference",
     "algos2/opsd",
+    "algos2/pnapo",
     "algos2/pruning",
     "algos2/ram",
     "editing/kontext",

@@ -60,7 +60,7 @@ def rows(batch: PreferenceBatch, index: Sequence[int]) -> PreferenceBatch:
     columns = {
         name: value[list(index)] if isinstance(value, Tensor) else tuple(value[i] for i in index)
         for name, value in vars(batch).items()
-        if isinstance(value, Tensor | tuple) and name != "sources"
+        if isinstance(value, Tensor | tuple) and len(value) == len(batch)
     }
     return replace(batch, **columns)
 

@@ -10,13 +10,14 @@ from lightning.pytorch import Trainer
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from latentreward.contracts import Conditioning, LatentSpace, PreferenceBatch
+from latentreward.contracts import Conditioning, ImageRef, LatentSpace, PreferenceBatch
 from latentreward.data.collate import collate_pairs
 from latentreward.data.dataset import LoadedPair
 from latentreward.errors import InputError
 from latentreward.modules.diffusion_dpo import DiffusionDPOModule
 from latentreward.modules.pairs import PairDraws
 from latentreward.noise import ConstantSigma
+from latentreward.rollout import RolloutDraws
 from tests.marks import rotated_after
 from tests.modules.batches import latent_batch, loaded_pairs, pixel_batch, rows
 from tests.oracles import alignment_losses as oracle
@@ -184,6 +185,63 @@ def test_latents_of_another_space_are_refused() -> None:
 def test_bad_settings_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         dpo(**options)
+
+
+# noise that images were generated from
+
+NOISES = ("4 0/0 4x8x8", "4 0/1 4x8x8", "4 1/0/2 4x8x8", "5 0/0 4x8x8")
+
+
+def generated_batch(labels: tuple[float, ...] = (1.0, 0.0), missing: int | None = None) -> PreferenceBatch:
+    """Two pairs of images with their noises, one side of ``missing`` without; the second's b is the chosen one."""
+    pairs = loaded_pairs(2, labels=labels)
+    named = []
+    for row, loaded in enumerate(pairs):
+        a, b = (replace(image, noise=NOISES[2 * row + side]) for side, image in enumerate(images_of(loaded)))
+        named.append(replace(loaded.pair, image_a=a, image_b=replace(b, noise=None) if row == missing else b))
+    return collate_pairs([replace(loaded, pair=pair) for loaded, pair in zip(pairs, named, strict=True)])
+
+
+def images_of(loaded: LoadedPair) -> tuple[ImageRef, ImageRef]:
+    return loaded.pair.image_a, loaded.pair.image_b
+
+
+def test_each_image_gets_the_noise_it_was_generated_from() -> None:
+    module = dpo("sd35_no_t5", prior_noise=True)
+    batch = replace(generated_batch(), weight=torch.ones(2))
+    noise = module.encode(batch, PairDraws(batch, 0, 0)).noise
+    keys = [("0/0", 4), ("0/0", 5), ("0/1", 4), ("1/0/2", 4)]
+    drawn = [RolloutDraws(seed, [key]).initial((4, 8, 8)) for key, seed in keys]
+    assert torch.equal(noise, torch.cat(drawn))
+    with torch.no_grad():
+        loss = module.training_step(batch, 0).item()
+        assert loss == pytest.approx(slow_loss(module, batch), rel=2e-3)
+        assert loss != pytest.approx(dpo("sd35_no_t5").training_step(batch, 0).item(), rel=1e-2)
+
+
+def test_an_unlabelled_pair_needs_no_noise() -> None:
+    module, batch = dpo("sd35_no_t5", prior_noise=True), generated_batch((1.0, None), missing=1)
+    torch.testing.assert_close(module.training_step(batch, 0), module.training_step(rows(batch, [0]), 0))
+
+
+@pytest.mark.parametrize(
+    ("noise", "message"),
+    [
+        ((), "^prior_noise: pair pair0: it has no noise_a and noise_b; take them from"),
+        ((NOISES[0], None), "^prior_noise: pair pair1: it has no noise_a and noise_b"),
+        (("0 0/0 4x4x8",) * 2, r"^prior_noise: pair pair0: its noise is of latents \(4, 4, 8\), and the image has"),
+        (("[0]", NOISES[0]), r"^prior_noise: pair pair0: \[0\] names no noise; give the column noise of the table"),
+    ],
+)
+def test_pairs_without_their_noise_are_refused(noise: tuple[str | None, ...], message: str) -> None:
+    batch = replace(generated_batch(), chosen_noise=noise, rejected_noise=noise)
+    with pytest.raises(InputError, match=message):
+        dpo("sd35_no_t5", prior_noise=True).training_step(batch, 0)
+
+
+def test_only_flows_have_a_line_from_their_noise() -> None:
+    with pytest.raises(InputError, match=r"^prior_noise: .* is no flow"):
+        dpo(prior_noise=True)
 
 
 # training

@@ -95,6 +95,9 @@ class CachedPairDataset(Dataset[PreferenceBatch]):
             "latent_space": index.spec.latent_space,
             "targets": targets,
         }
+        if index.noise is not None:
+            sides = (tuple(index.noise.take(side).to_pylist()) for side in images)
+            fields["chosen_noise"], fields["rejected_noise"] = sides
         if index.seen:  # the empty prompt is there without pictures
             fields["uncond"] = None
         layout = self.layout(len(rows), int(rows[0]), index.prompt[rows])

@@ -68,6 +68,7 @@ class CacheIndex:
         weight: ``(P,)`` weight of each pair in the loss.
         split: ``(P,)`` name of the split of each pair.
         image_key: I image keys.
+        noise: I names of the noises that images were generated from; None if no image has one.
         image_size: ``(I, 2)`` height and width in pixels, as encoded.
         images: Shard and row of each image's latents; ``shard`` is an index of the files in ``store``.
         prompts: T prompts.
@@ -86,12 +87,14 @@ class CacheIndex:
         self.plan = read_plan(folder)
         columns = ["pair_id", "prompt", "image_a", "image_b", "label_a", "weight", "split", layout.SOURCE_IMAGES.name]
         pairs = self._table(layout.PAIRS, columns)
-        images = self._table(layout.IMAGES, ["image_key", "height", "width", "shard", "row"])
+        images = self._table(layout.IMAGES, ["image_key", "height", "width", "shard", "row", layout.NOISE.name])
         prompts = self._table(layout.PROMPTS, ["prompt", "shard", "row", layout.READER_ROW.name])
         self.seen = layout.READER_ROW.name in prompts.column_names
         rows = self._table(layout.SHARDS, ["name", "kind", "height", "width", "count"])
         texts = (pairs["pair_id"], images["image_key"], prompts["prompt"])
         self.pair_id, self.image_key, self.prompts = (text.cast(pa.large_string()).combine_chunks() for text in texts)
+        known = layout.NOISE.name in images.column_names
+        self.noise = images[layout.NOISE.name].combine_chunks() if known else None
         self.prompt, self.image_a, self.image_b = (pairs[name].to_numpy() for name in ("prompt", "image_a", "image_b"))
         self.source_images, counts = np.zeros(0, np.int64), np.zeros(len(pairs), np.int64)
         if layout.SOURCE_IMAGES.name in pairs.column_names:

@@ -98,22 +98,25 @@ SOURCE_IMAGES = pa.field("source_images", pa.list_(pa.int64()))
 """Last column of the pairs' table if the images are edits: the pictures that were edited, in their order."""
 
 
+NOISE = pa.field("noise", pa.string())
+"""Last column of the images' table if some were generated from a noise that is known: its name."""
 READER_ROW = pa.field("reader_row", pa.int64())
 """Last column of the prompts' table if the text encoder sees the pictures too: a row of the reader with the prompt, for
 writing; null for the empty prompt, which has no pictures.
 """
 
 
-def schema_of(table: str, edits: bool, seen: bool = False) -> pa.Schema:
+def schema_of(table: str, edits: bool, seen: bool = False, noises: bool = False) -> pa.Schema:
     """Return the columns of a table of a cache.
 
     Args:
         table: File name of the table.
         edits: Whether the images are edits.
         seen: Whether the text encoder sees the pictures that are edited.
+        noises: Whether it is known of some images which noise they were generated from.
     """
-    more = [SOURCE_IMAGES] if edits and table == PAIRS else [READER_ROW] if seen and table == PROMPTS else []
-    return pa.schema([*SCHEMAS[table], *more])
+    more = {PAIRS: edits and SOURCE_IMAGES, PROMPTS: seen and READER_ROW, IMAGES: noises and NOISE}
+    return pa.schema([*SCHEMAS[table], *filter(None, [more.get(table)])])
 
 
 def images_of(pair: PreferencePair) -> dict[str, ImageRef]:

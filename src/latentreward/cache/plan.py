@@ -76,7 +76,7 @@ class RowScan(Dataset[ScannedRow]):
         pair = self.reader[index]
         images = [*layout.images_of(pair).values()]
         marks = list(map(_mark_of, images))
-        a, b, *sources = (ImageRef(image.image_key) for image in images)
+        a, b, *sources = (ImageRef(image.image_key, noise=image.noise) for image in images)
         text = EditPrompt(pair.prompt, sources) if sources else pair.prompt
         bare = replace(pair, prompt=text, image_a=a, image_b=b)
         try:
@@ -166,6 +166,7 @@ class Planner:
         edits: Whether the images are edits of pictures, which then is so in all pairs.
         check_sources: Function that raises InputError for a number of pictures that the network does not edit.
         seen: Whether the text encoder sees these pictures too.
+        noises: Whether the images' table has a column of noises.
 
     Attributes:
         dropped: Number of rows left out so far, by reason.
@@ -180,9 +181,10 @@ class Planner:
         edits: bool,
         check_sources: Callable[[int], None],
         seen: bool = False,
+        noises: bool = False,
     ) -> None:
         self.spec, self.images, self.tables, self.reader = spec, images, tables, reader
-        self.edits, self.check_sources, self.seen = edits, check_sources, seen
+        self.edits, self.check_sources, self.seen, self.noises = edits, check_sources, seen, noises
         self.dropped: Counter[str] = Counter()
         self._shards: list[tuple[str, str, int | None, int | None]] = []
         self._counts: list[int] = []
@@ -217,7 +219,7 @@ class Planner:
         known = (getattr(pair, name) for name in ("confidence", "model_a", "model_b", "source", "split"))
         # Sources are resized as the images are, as in training from pixels.
         images = enumerate(layout.images_of(pair).values())
-        a, b, *sources = (self._image(image.image_key, sizes[side == 1], row, side) for side, image in images)
+        a, b, *sources = (self._image(image, sizes[side == 1], row, side) for side, image in images)
         self.tables[layout.PAIRS].add(
             pair.pair_id,
             prompt,
@@ -261,7 +263,8 @@ class Planner:
         self._counts[shard] += 1
         return shard, self._counts[shard] - 1
 
-    def _image(self, key: str, size: Bucket, scanned: ScannedRow, side: int) -> int:
+    def _image(self, image: ImageRef, size: Bucket, scanned: ScannedRow, side: int) -> int:
+        key, more = image.image_key, [image.noise] if self.noises else []
         # Of sources the network takes the posterior's mode, also where the latents of images are samples.
         is_mode = side >= 2 and self.spec.posterior == "sample"
         kind = layout.SOURCE_LATENTS_FOLDER if is_mode else layout.LATENTS_FOLDER
@@ -269,7 +272,9 @@ class Planner:
         if name not in self._known:
             shard, row = self._place(kind, size, self.spec.images_per_shard)
             self.tables[layout.SOURCES].add(scanned.number, [*layout.images_of(scanned.pair)][side])
-            self._known[name] = self.tables[layout.IMAGES].add(key, *size, shard, row, row // self.spec.batch_size)
+            self._known[name] = self.tables[layout.IMAGES].add(
+                key, *size, shard, row, row // self.spec.batch_size, *more
+            )
             self._marks.append(scanned.marks[side])
             self._places.append(place)
         number = self._known[name]
@@ -316,13 +321,16 @@ def write_plan(
         InputError: If no row can be cached.
     """
     edits = fewest_sources(reader) > 0
+    noises = any(image.noise for pair in sampled_pairs(reader) for image in (pair.image_a, pair.image_b))
     with ExitStack() as stack:
         tables = {}
         for name in layout.SCHEMAS:
             partial = stack.enter_context(replacing(folder / name, KEPT))
-            tables[name] = TableWriter(stack.enter_context(partial.open("xb")), layout.schema_of(name, edits, seen))
+            tables[name] = TableWriter(
+                stack.enter_context(partial.open("xb")), layout.schema_of(name, edits, seen, noises)
+            )
             stack.callback(tables[name].close)
-        planner = Planner(spec, images, tables, reader, edits, check_sources, seen)
+        planner = Planner(spec, images, tables, reader, edits, check_sources, seen, noises)
         progress = stack.enter_context(Progress("cache: plan", len(reader), "rows"))
         rows = WorkerLoader(
             RowScan(reader, images, spec.latent_space),

@@ -55,6 +55,8 @@ def collate_pairs(items: Sequence[LoadedPair | SkippedPair]) -> PreferenceBatch:
         weight=torch.tensor([0.0 if pair.label_a is None else pair.weight for pair in records]),
         targets=stack_targets([item.targets for item in pairs if item.targets is not None]),
         sources=stack_sources([item.sources for item in pairs]),
+        chosen_noise=tuple(pair.image_a.noise for pair in records),
+        rejected_noise=tuple(pair.image_b.noise for pair in records),
     )
 
 

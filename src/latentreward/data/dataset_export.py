@@ -79,7 +79,8 @@ def export_split(
 def _write_rows(reader: PairReader, rows: range, file: Path, edits: bool) -> None:
     from datasets import Features, Image, List, Value  # slow to import
 
-    texts = dict.fromkeys(("pair_id", "prompt", "model_a", "model_b", "group_id", "key_a", "key_b"), Value("string"))
+    sided = [f"{name}_{side}" for name in ("model", "key", "noise") for side in "ab"]
+    texts = dict.fromkeys(("pair_id", "prompt", "group_id", *sided), Value("string"))
     numbers = dict.fromkeys(("label", "weight", "confidence"), Value("float64"))
     images = {"votes": List(Value("int64")), "image_a": Image(), "image_b": Image()}
     if edits:
@@ -115,6 +116,7 @@ def _values(reader: PairReader, pair: PreferencePair) -> dict[str, Any] | None:
     if not sound and reader.on_error == "skip":
         return None
     keys: dict[str, Any] = {"key_a": pair.image_a.image_key, "key_b": pair.image_b.image_key}
+    keys |= {"noise_a": pair.image_a.noise, "noise_b": pair.image_b.noise}
     if sources:
         keys |= {"source_images": images[2:], "source_keys": [source.image_key for source in sources]}
     label = {} if sound else {"label_a": None}

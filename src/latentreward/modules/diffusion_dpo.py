@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from latentreward.contracts import PairScores, PreferenceBatch
-from latentreward.errors import InputError, check_range
+from latentreward.errors import InputError, check_range, errors_at, quoted
 from latentreward.losses import (
     BradleyTerryLoss,
     LinearDPO,
@@ -24,6 +24,7 @@ from latentreward.modules.pairs import EncodedPairs, PairDraws, Posterior, condi
 from latentreward.noise import LevelSampler, TimestepGrid
 from latentreward.policies import PolicySource
 from latentreward.policies.moving import AVERAGE, DecayRamp, MovingCopy
+from latentreward.rollout import PriorNoise
 
 
 class ImplicitPairs(NamedTuple):
@@ -45,8 +46,8 @@ class DiffusionDPOModule(AlignmentModule):
 
     Trains on :class:`~latentreward.contracts.PreferenceBatch` from ``PreferenceDataModule`` (pixels) or
     ``CachedPreferenceDataModule`` (latents, perhaps with encoded prompts). The two images of a pair get the same
-    timestep and the same noise, and pass the policy in one batch. The reference is the same network without its
-    adapter.
+    timestep and the same noise, unless ``prior_noise`` gives each its own, and pass the policy in one batch. The
+    reference is the same network without its adapter.
 
     As in the paper, ties (label ½) have no part in loss and metrics, nor have pairs of weight 0 (unlabelled pairs, and
     rows kept in place of unusable ones). A soft label y with margin m gives −y log σ(m) − (1 − y) log σ(−m).
@@ -62,6 +63,8 @@ class DiffusionDPOModule(AlignmentModule):
         linear: Linear-DPO's loss in place of the sigmoid; see :mod:`latentreward.losses.linear_dpo`.
         reference: How slowly a moving average of the policy follows it, one move at each optimiser step. The average
             is then the reference, as in Linear-DPO; None keeps the network without its adapter.
+        prior_noise: Add to each image the noise from which ``latentreward generate`` made it, as PNAPO
+            (arXiv:2605.09433) does, instead of a random one. For flows, and pictures of nearly this policy.
         options: See :class:`AlignmentModule`. Training uses no classifier-free guidance, as in the paper;
             ``guidance_scale`` is for callbacks that sample, and for networks that take it as an input (FLUX.1-dev).
 
@@ -78,13 +81,18 @@ class DiffusionDPOModule(AlignmentModule):
         eval_timesteps: Sequence[float] = (101, 301, 501, 701, 901),
         linear: LinearDPO | None = None,
         reference: DecayRamp | None = None,
+        prior_noise: bool = False,
         **options: Any,
     ) -> None:
         check_range("(0, inf)", "the paper uses 2000 (SD1.5) and 5000 (SDXL)", beta=beta)
         if not eval_timesteps:
             raise InputError("eval_timesteps is empty; name at least one timestep to validate at")
+        if prior_noise and not (family := policy.resolve_family()).flow:
+            raise InputError(
+                f"prior_noise: {family.title} is no flow, whose noise lies on one line with its picture; leave it out"
+            )
         super().__init__(policy, None, **options)
-        self.beta, self.posterior = beta, posterior
+        self.beta, self.posterior, self.prior_noise = beta, posterior, prior_noise
         self.levels = levels or TimestepGrid(0, 999, 1)
         self.loss = BradleyTerryLoss()
         self.eval_timesteps = snap_timesteps(self.policy.noise_process, eval_timesteps)
@@ -104,11 +112,12 @@ class DiffusionDPOModule(AlignmentModule):
             self.average.follow(self.trainer.global_step)
 
     def encode(self, batch: PreferenceBatch, draws: PairDraws) -> EncodedPairs:
-        """Encode images and prompts, and draw the noise, the same for both images of a pair."""
+        """Encode images and prompts, and draw the noise: the same for both images of a pair, or each one's own."""
         latents = latents_of(self.policy, batch, draws, self.posterior)
         conditioning = conditioning_of(self.policy, batch)
-        noise = draws.normal("noise", latents.shape[1:], per_image=False).to(latents.device)
-        return EncodedPairs(latents, noise, conditioning.select([*range(len(batch))] * 2), None)
+        shape = tuple(latents.shape[1:])
+        noise = prior_noises(batch, shape) if self.prior_noise else draws.normal("noise", shape, per_image=False)
+        return EncodedPairs(latents, noise.to(latents.device), conditioning.select([*range(len(batch))] * 2), None)
 
     def compare(self, batch: PreferenceBatch, encoded: EncodedPairs, timesteps: Tensor) -> ImplicitPairs:
         """Compute the implicit rewards of an encoded batch at ``timesteps`` ``(2B,)``, chosen images first."""
@@ -173,3 +182,31 @@ class DiffusionDPOModule(AlignmentModule):
         for name, metric in (("implicit_accuracy", self.val_accuracy), ("margin", self.val_margin)):
             self.log(f"val/{name}", metric.compute(), prog_bar=name == "implicit_accuracy")
             metric.reset()
+
+
+def prior_noises(batch: PreferenceBatch, shape: tuple[int, ...]) -> Tensor:
+    """Draw again the noises ``(2B, *shape)`` from which the images were generated, chosen first, on the CPU.
+
+    Pairs of weight 0 that have none get zeros.
+
+    Raises:
+        InputError: If another pair has no noise, or one of another shape than its latents.
+    """
+    names = batch.chosen_noise + batch.rejected_noise or (None,) * 2 * len(batch)
+    weights = 2 * batch.weight.tolist() if None in names else []  # of a device, which is waited for only then
+    drawn = []
+    for row, name in enumerate(names):
+        with errors_at(f"prior_noise: pair {quoted(batch.pair_ids[row % len(batch)])}: "):
+            if name is None and weights[row]:
+                raise InputError(
+                    "it has no noise_a and noise_b; take them from the table that latentreward generate writes of a "
+                    "flow without guidance, search and noise in its steps, or leave prior_noise out"
+                )
+            noise = None if name is None else PriorNoise.parse(name)
+            if noise is not None and noise.shape != shape:
+                raise InputError(
+                    f"its noise is of latents {noise.shape}, and the image has {shape}; train at the size that the "
+                    "pictures were generated at"
+                )
+        drawn.append(torch.zeros(shape) if noise is None else noise.draw())
+    return torch.stack(drawn)

@@ -15,7 +15,7 @@ from .pair_selection import (
     gap_quantiles,
     step_pairs,
 )
-from .prompted import PromptedPolicy, RolloutDraws
+from .prompted import PriorNoise, PromptedPolicy, RolloutDraws
 from .pruning import Agreement, BestAndWorst, Pruning, PruningRule, scaled_advantages
 from .reward_guidance import (
     GuidedSampler,
@@ -52,6 +52,7 @@ __all__ = [
     "MovingWindow",
     "NoisiestSteps",
     "PairSelection",
+    "PriorNoise",
     "PromptedPolicy",
     "Pruning",
     "PruningRule",

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import Self
 
 import torch
 from torch import Tensor
 
 from latentreward.contracts import Conditioning, PromptBatch
+from latentreward.errors import InputError, quoted
 from latentreward.policies import Policy
 from latentreward.seeding import pair_generator
 
@@ -51,6 +54,37 @@ class RolloutDraws:
     def _generators(self, purpose: str, index: int = 0) -> list[torch.Generator]:
         # By key, never by place in a batch: a rollout is equal on any number of ranks, and after a resume.
         return [pair_generator(self._seed, purpose, 0, key, f"step {index}") for key in self._keys]
+
+
+@dataclass(frozen=True)
+class PriorNoise:
+    """Noise that a sample was drawn from, by what draws it again; its text is kept with the finished picture.
+
+    Attributes:
+        seed: Seed of the draw.
+        key: Key of the prompt, which no other sample of the run has.
+        shape: Shape ``(C, ...)`` of the latents.
+    """
+
+    seed: int
+    key: str
+    shape: tuple[int, ...]
+
+    def __str__(self) -> str:
+        return f"{self.seed} {self.key} {'x'.join(map(str, self.shape))}"
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """Read the text of a noise; raise InputError if it is none."""
+        if (found := re.fullmatch(r"(-?\d{1,20}) (\S+) (\d{1,9}(?:x\d{1,9})+)", text)) is None:
+            raise InputError(
+                f"{quoted(text)} names no noise; give the column noise of the table of latentreward generate"
+            )
+        return cls(int(found[1]), found[2], tuple(map(int, found[3].split("x"))))
+
+    def draw(self) -> Tensor:
+        """Draw the noise ``(C, ...)`` again, float32 on the CPU, as rollouts draw it."""
+        return RolloutDraws(self.seed, [self.key]).initial(self.shape)[0]
 
 
 @dataclass(frozen=True)

@@ -55,6 +55,10 @@ class Sampling:
         """Return the shape of one sample's latents; see :meth:`Family.latent_shape`."""
         return family.latent_shape(self.height, self.width, self.frames)
 
+    def follows_flow(self, family: Family, guidance_scale: float | None) -> bool:
+        """Tell whether samples lie on paths of the network itself: those of a flow, without noise and guidance."""
+        return family.flow and not self.noise_level and not family.needs_uncond(guidance_scale)
+
     def require_images(self, reader: str) -> None:
         """Raise InputError if samples are clips, which ``reader`` does not take."""
         if self.frames != 1:

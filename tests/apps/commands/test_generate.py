@@ -16,11 +16,13 @@ from PIL import Image
 from latentreward.apps.commands import generate as command
 from latentreward.apps.generation.image_folder import file_name
 from latentreward.cli import main
+from latentreward.contracts import PromptBatch
 from latentreward.export import TrainedLoRA
 from latentreward.families.sd import StableDiffusion
 from latentreward.interrupts import interrupts_held
 from latentreward.policies import POLICY, PolicySource
 from latentreward.policies.checkpoint import SOURCE
+from latentreward.rollout import PriorNoise, PromptedPolicy, Sampling
 from tests.marks import rotated_after
 from tests.policies.alignment import perturbed
 
@@ -143,6 +145,43 @@ def test_a_reward_chooses(generate: Callable[..., Any], options: list[str]) -> N
     chosen = generate(REWARD, "--table=jsonl", *options, folder="chosen")
     assert all(isinstance(row["score"], float) and row["score"] >= row["mean_score"] for row in chosen)
     assert sum(row["score"] for row in chosen) > sum(row["score"] for row in plain)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [[], [REWARD, "--best_of=3"]])
+def test_the_noise_of_the_table_leads_to_the_picture(
+    generate: Callable[..., Any], tmp_path: Path, options: list[str]
+) -> None:
+    rows = generate("--policy.source=sd35_tiny", "--images_per_prompt=2", "--batch_size=4", *options)
+    policy, sampling = PolicySource("sd35_tiny").load().eval(), Sampling(3)
+    sampler, names = sampling.sampler(policy.family), [row["noise"] for row in rows]
+    assert len({*names}) == len(rows) == 6
+    with torch.no_grad():
+        network = PromptedPolicy.of(policy, PromptBatch(tuple(row["prompt"] for row in rows), tuple(names)), 1.0)
+        latents = torch.stack([PriorNoise.parse(name).draw() for name in names])
+        for _, timestep in sampler.steps():  # Euler's, without the sampling loop of the command
+            output = network(latents, timestep)
+            latents = sampler.transition(latents, output, torch.full((6,), timestep)).mean
+        drawn = command.image_folder.decode_latents(policy, latents)
+    found = np.stack([*pictures(tmp_path / "out").values()])
+    expected = ((drawn.permute(0, 2, 3, 1) / 2 + 0.5).clamp(0, 1) * 255).round().numpy()
+    assert np.abs(found - expected).max() <= 1
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        [],
+        ["--policy.source=sd35_tiny", "--guidance_scale=2"],
+        ["--policy.source=sd35_tiny", "--sampling.noise_level=0.1"],
+        ["--policy.source=sd35_tiny", "--sampling.noise_level=0.1", "--step_search.num_candidates=2", REWARD],
+    ],
+)
+def test_no_noise_is_told_where_the_network_alone_does_not_lead_to_the_picture(
+    generate: Callable[..., Any], tmp_path: Path, options: list[str]
+) -> None:
+    (tmp_path / "prompts.txt").write_text("a red circle")
+    assert "noise" not in generate(*options, "--sampling.num_inference_steps=2", "--table=jsonl")[0]
 
 
 @pytest.mark.slow

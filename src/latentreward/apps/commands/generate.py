@@ -56,7 +56,7 @@ def generate(
     device: str = "auto",
     trainer: TrainerSettings | None = None,
 ) -> None:
-    """Write pictures or clips of each prompt, a grid of all pictures, and a table with their seeds and scores.
+    """Write pictures or clips of each prompt, a grid of all pictures, and a table with their seeds, noises and scores.
 
     The same command resumes a stopped run; existing pictures are kept. A picture depends only on its prompt, the
     prompt's position in the file, the number of the picture, the seed and the settings.
@@ -136,7 +136,12 @@ def generate(
             return generation.best_of_n(sample, scorer, prompts, best_of, seed=seed, sigmas=score_sigmas)
 
         return partial(
-            image_folder.write_batch, output_dir, draw, partial(image_folder.decode_latents, generator), seed
+            image_folder.write_batch,
+            output_dir,
+            draw,
+            partial(image_folder.decode_latents, generator),
+            seed,
+            with_noise=not named and sampling.follows_flow(family, guidance_scale),
         )
 
     texts = read_texts(prompts, family, max_prompt_chars)

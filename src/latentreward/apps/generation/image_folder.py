@@ -22,13 +22,15 @@ from latentreward.interrupts import interrupts_held
 from latentreward.policies import Policy
 from latentreward.ranks.shared_work import SharedWork
 from latentreward.reports.drawing import PLAIN, SHOWN_FRAMES, animate, draw_pair, strip, tile, to_images
-from latentreward.rollout import Sampling
+from latentreward.rollout import PriorNoise, Sampling
 from latentreward.storage.durable import write_file
 from latentreward.storage.progress import Progress
 from latentreward.storage.run_folder import RunFolder
 
 SETTINGS = "generate.json"
 COLUMNS = ("file", "prompt", "place", "image", "seed", "score", "mean_score")
+NOISE = "noise"
+"""Column with the noise that a picture was sampled from, if the network's own path leads from it to the picture."""
 SOURCES = "source_images"
 """Column of edits: a JSON list of the pictures that were edited, copied into the folder ``sources``."""
 GRID_CELLS = 48
@@ -131,7 +133,8 @@ class ImageFolder:
         if self.table.suffix == ".jsonl":
             text.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         else:
-            writer = csv.DictWriter(text, [*COLUMNS, *([SOURCES] if any(SOURCES in row for row in rows) else [])])
+            more = [name for name in (NOISE, SOURCES) if any(name in row for row in rows)]
+            writer = csv.DictWriter(text, [*COLUMNS, *more])
             writer.writeheader()
             writer.writerows(rows)
         write_file(self.table, text.getvalue().encode(), KEPT)
@@ -203,6 +206,7 @@ def write_batch(
     seed: int,
     batch: Sequence[Sequence[Any]],
     key: Callable[[int, int], str] = "{}/{}".format,
+    with_noise: bool = False,
 ) -> list[Row]:
     """Sample, decode and write one batch of images; return their rows of the table.
 
@@ -213,11 +217,18 @@ def write_batch(
         seed: Seed written to the table.
         batch: Images as [index of the prompt, number of the image, prompt].
         key: Function from index of the prompt and number of the image to the key that seeds the noise of this image.
+        with_noise: Whether the table tells the noise that each image was sampled from.
     """
     names = [(place, image) for place, image, _ in batch]
     prompts = PromptBatch(tuple(prompt for _, _, prompt in batch), tuple(starmap(key, names)))
     latents, scores = draw(prompts)
-    return write_images(folder, names, prompts.prompts, decode(latents), scores, seed)
+    rows = write_images(folder, names, prompts.prompts, decode(latents), scores, seed)
+    if with_noise:
+        # The chosen one of N samples, by the name that `best_of_n` draws it under.
+        ends = [""] * len(rows) if scores is None else [f"/{number}" for number in scores.argmax(dim=0).tolist()]
+        for row, start, end in zip(rows, prompts.keys, ends, strict=True):
+            row[NOISE] = str(PriorNoise(seed, start + end, tuple(latents.shape[1:])))
+    return rows
 
 
 def make_pictures(

@@ -19,7 +19,7 @@ from latentreward.data.readers.json_rows import (
     find_edit_source,
     short,
 )
-from latentreward.data.readers.pair_rows import BY_LABEL, MODELS, NO_LABEL, WINNER_FIRST, PairRowParser
+from latentreward.data.readers.pair_rows import BY_LABEL, MODELS, NO_LABEL, NOISES, WINNER_FIRST, PairRowParser
 from latentreward.data.readers.parquet_store import plain_type
 from latentreward.data.readers.rows import ROWS_AT_ONCE, RowReader
 from latentreward.data.readers.tables import (
@@ -36,7 +36,7 @@ from latentreward.data.readers.tables import (
 )
 from latentreward.errors import InputError, did_you_mean, quoted
 
-OPTIONAL = ("label", "votes", "confidence", "weight", "pair_id", "group_id", *MODELS, SOURCES[0])
+OPTIONAL = ("label", "votes", "confidence", "weight", "pair_id", "group_id", *MODELS, *NOISES, SOURCES[0])
 KEYS = ("key_a", "key_b")
 """Columns with the names of the first and the second image."""
 SOURCE_KEYS = "source_keys"
@@ -50,11 +50,12 @@ class DatasetPairReader(RowReader):
     The columns mean what the keys of :class:`~latentreward.data.readers.jsonl.JSONLPairReader` mean, and are checked by
     the same rules. A column of images holds bytes, structs with ``bytes`` as ``datasets`` writes them for its feature
     ``Image``, or paths. Optional columns are ``votes``, ``confidence``, ``weight``, ``pair_id`` (default ``FILE:ROW``,
-    or ``SPLIT:ROW`` of a ``Dataset``), ``group_id``, ``model_a``, ``model_b`` and, with the names of the two images,
-    ``key_a`` and ``key_b``; an image without name is named by a hash of its bytes. The pictures that the two images are
-    edits of are in ``source_images``, a picture or a list of them, with their names in ``source_keys``; without these,
-    whoever asks for all prompts has all these pictures read once. Other columns are not read. A label
-    with the feature ``ClassLabel`` counts by the name of its class, which must be ``a``, ``b``, ``tie`` or a number.
+    or ``SPLIT:ROW`` of a ``Dataset``), ``group_id``, ``model_a``, ``model_b``, ``noise_a``, ``noise_b`` and, with the
+    names of the two images, ``key_a`` and ``key_b``; an image without name is named by a hash of its bytes. The
+    pictures that the two images are edits of are in ``source_images``, a picture or a list of them, with their names in
+    ``source_keys``; without these, whoever asks for all prompts has all these pictures read once. Other columns are not
+    read. A label with the feature ``ClassLabel`` counts by the name of its class, which must be ``a``, ``b``, ``tie``
+    or a number.
 
     The constructor reads all these columns but the images, which are read row by row. No code of a data set is run.
 

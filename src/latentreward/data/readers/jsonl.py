@@ -24,8 +24,9 @@ class JSONLPairReader(RowReader):
     with a null or missing label is unlabelled, also if it has ``votes``; other keys are not read. Optional fields are
     ``votes`` ([a, b] or [chosen, rejected]), ``confidence`` in [0, 1], ``weight`` (of the pair in the loss, 0 or more),
     ``pair_id`` (default ``FILE:LINE``), ``group_id``, ``split`` (by which a cache tells the splits of one file apart),
-    and ``model_a`` and ``model_b``, the names of the generators of the first and the second image. If the images are
-    edits of pictures, ``source_images`` lists these in their order (or ``source_image`` names the only one), and
+    and of the first and the second image ``model_a`` and ``model_b``, the names of their generators, and ``noise_a``
+    and ``noise_b``, the column ``noise`` of the table of ``latentreward generate``. If the images
+    are edits of pictures, ``source_images`` lists these in their order (or ``source_image`` names the only one), and
     ``prompt`` is the instruction.
 
     Paths are relative to ``root``. A null or missing prompt is read as an empty prompt. Unreadable ``votes`` and
@@ -38,8 +39,8 @@ class JSONLPairReader(RowReader):
     Args:
         file: Path of the file. Keys of a line: ``prompt``; ``chosen`` and ``rejected`` (paths), or ``image_a``,
             ``image_b`` (paths) and ``label`` (probability that a is preferred, or ``a``, ``b``, ``tie``); optionally
-            ``votes``, ``confidence``, ``weight``, ``pair_id``, ``group_id``, ``split``,
-            ``model_a``, ``model_b``, ``source_images`` (list of paths) or ``source_image``.
+            ``votes``, ``confidence``, ``weight``, ``pair_id``, ``group_id``, ``split``, ``model_a``, ``model_b``,
+            ``noise_a``, ``noise_b``, ``source_images`` (list of paths) or ``source_image``.
         root: Folder that paths are relative to and that all images must lie in; by default the file's folder.
         split: Name of the split of lines without their own.
         options: See :class:`~latentreward.data.readers.rows.RowReader`. In lines with ``chosen`` and

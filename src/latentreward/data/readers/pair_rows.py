@@ -31,6 +31,8 @@ INDEX = pa.schema(
         "confidence": pa.float64(),
         "model_a": pa.string(),
         "model_b": pa.string(),
+        "noise_a": pa.string(),
+        "noise_b": pa.string(),
         "group_id": pa.large_string(),
         "split": pa.large_string(),
         "sources": pa.list_(pa.large_string()),
@@ -39,7 +41,8 @@ INDEX = pa.schema(
 WINNER_FIRST, BY_LABEL = ("chosen", "rejected"), ("image_a", "image_b")
 WORDS = {"a": 1.0, "b": 0.0, "tie": 0.5}
 MODELS = ("model_a", "model_b")
-TEXTS = (*MODELS, "group_id", "split")
+NOISES = ("noise_a", "noise_b")
+TEXTS = (*MODELS, *NOISES, "group_id", "split")
 NOT_LABELS = (*WINNER_FIRST, *BY_LABEL, *TEXTS, *SOURCES, "prompt", "label", "confidence", "weight", "pair_id")
 """Keys under which nobody looks for a label, beside the keys of labels themselves."""
 COLUMNS = {name: name for name in (*NOT_LABELS, "votes")}

@@ -1,6 +1,7 @@
 """Base class of the readers of this package: a table with a row per pair, whose images are found row by row."""
 
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,8 @@ class RowReader(PairReader):
     image that the file names first is preferred (null without label). Further columns as they are published:
     ``weight`` (null for 1), ``group_id``, ``split`` of single rows, those of ``FACTS``, ``group``, if rows depend on
     each other by more than their prompt, ``sources``, the paths or names of the pictures that a row's images are edits
-    of, and what :meth:`find_images` needs.
+    of, ``noise_a`` and ``noise_b``, the names of the noises that the images were generated from, and what
+    :meth:`find_images` needs.
 
     Args:
         source: Name of the data set.
@@ -70,7 +72,8 @@ class RowReader(PairReader):
 
     def make_pair(self, row: dict[str, Any]) -> PreferencePair:
         """Return the pair of a row, with its images exchanged or not."""
-        image_a, image_b = self.find_images(row)
+        found = zip(self.find_images(row), (row.get("noise_a"), row.get("noise_b")), strict=True)
+        image_a, image_b = (image if noise is None else replace(image, noise=noise) for image, noise in found)
         sources, prompt = self.find_sources(row), row["prompt"] or ""
         votes_a, votes_b, weight = row.get("votes_a"), row.get("votes_b"), row.get("weight")
         pair = PreferencePair(
