@@ -19,15 +19,23 @@ TRAINED = ("unet", "transformer", "text_encoder", "text_encoder_2")
 """Parts of a pipeline that are trained, of which each pipeline has some."""
 
 
-def build_pipeline(name: str, vae: AutoencoderKL, seed: int) -> StableDiffusionPipeline | StableDiffusion3Pipeline:
-    """Build the pipeline ``name`` with the shipped configs, the trained ``vae``, and networks drawn by a seed."""
-    pipeline = load_pipeline(PIPELINE_FOLDERS[name])
+def build_pipeline(
+    name: str, vae: AutoencoderKL, seed: int, words: tuple[str, ...] | None = None
+) -> StableDiffusionPipeline | StableDiffusion3Pipeline:
+    """Build the pipeline ``name`` with the shipped configs, the trained ``vae``, and networks drawn by a seed.
+
+    ``words`` are those of the tokenizer; the shipped one's if None.
+    """
+    pipeline, tokenizer = load_pipeline(PIPELINE_FOLDERS[name]), build_tokenizer(words)
+    ids = {f"{token}_token_id": getattr(tokenizer, f"{token}_token_id") for token in ("bos", "eos", "pad")}
     torch.manual_seed(seed)
     for part in TRAINED:
         if (network := getattr(pipeline, part, None)) is not None:
             build = getattr(network, "from_config", type(network))  # a model of diffusers or of transformers
+            if part.startswith("text"):
+                network.config.update({"vocab_size": len(tokenizer), **ids})
             pipeline.register_modules(**{part: build(network.config).eval()})
-    tokenizers = {part: build_tokenizer() for part in ("tokenizer", "tokenizer_2") if hasattr(pipeline, part)}
+    tokenizers = {part: tokenizer for part in ("tokenizer", "tokenizer_2") if hasattr(pipeline, part)}
     pipeline.register_modules(vae=vae, **tokenizers)
     return pipeline
 

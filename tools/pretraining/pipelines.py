@@ -20,13 +20,14 @@ import torch
 from diffusers import AutoencoderKL, StableDiffusion3Pipeline, StableDiffusionPipeline
 from torch import Tensor, nn
 
-from latentreward.tinyworld.captions import held_out_captions
-from latentreward.tinyworld.oracle import mean_verdict
+from latentreward.errors import InputError
 from latentreward.tinyworld.sampling import PIPELINE_FOLDERS, load_pipeline, sample_pictures
 from latentreward.tinyworld.tokenizer import tokenize
+from tools.emoji.judge import EmojiTraining
 from tools.pretraining.networks import TRAINED, build_pipeline, save_pipeline
 from tools.pretraining.training import TrainingRecipe, readme, train_averaged
 from tools.pretraining.vae import draw_training_pictures, encode_pictures, train_vae
+from tools.pretraining.worlds import TrainingWorld
 
 CAPTION_DROPOUT = 0.1
 """Share of captions replaced by the empty caption, which classifier-free guidance needs."""
@@ -34,6 +35,8 @@ MIN_SNR_GAMMA = 5.0
 """Gamma of the min-SNR weighting: the weight of a noise level is min(SNR, gamma) / SNR."""
 TRAINING_SHIFT = 2.0
 """Timestep shift of the noise levels in the training of the rectified-flow network."""
+
+WORLDS = {"shapes": TrainingWorld, "emoji": EmojiTraining}
 
 
 @dataclass(frozen=True)
@@ -62,19 +65,25 @@ def main(args: Sequence[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=Recipe.seed)
     parser.add_argument("--scale", type=float, default=1.0, help="factor on steps, pictures, prompts (quick trials)")
     parser.add_argument("--only", choices=PIPELINE_FOLDERS, help="train this denoiser on DIR/pretraining")
-    parser.add_argument("--same-vae", choices=PIPELINE_FOLDERS, help="train this denoiser with the shipped VAE")
+    parser.add_argument("--same-vae", choices=PIPELINE_FOLDERS, help="train this denoiser with a trained VAE")
+    parser.add_argument("--vae", type=Path, default=PIPELINE_FOLDERS["sd_tiny"] / "vae", help="its folder")
+    parser.add_argument("--world", choices=WORLDS, default="shapes", help="what the pictures show")
     options = parser.parse_args(args)
+    try:
+        world = WORLDS[options.world]()
+    except InputError as error:
+        parser.error(str(error))
     recipe = Recipe(seed=options.seed).scaled(options.scale)
     latents = options.output / "pretraining"
     torch.set_num_threads(1 if options.only or options.same_vae else 2)
     if options.same_vae:
-        prepare_latents(recipe, latents, AutoencoderKL.from_pretrained(PIPELINE_FOLDERS["sd_tiny"] / "vae"))
+        prepare_latents(recipe, latents, world, AutoencoderKL.from_pretrained(options.vae))
     if name := options.only or options.same_vae:
-        pretrain_denoiser(name, recipe, options.output)
+        pretrain_denoiser(name, recipe, options.output, world)
     else:
-        prepare_latents(recipe, latents)
+        prepare_latents(recipe, latents, world)
         command = [sys.executable, "-m", "tools.pretraining.pipelines", "--output", str(options.output)]
-        command += ["--seed", str(options.seed), "--scale", str(options.scale)]
+        command += ["--seed", str(options.seed), "--scale", str(options.scale), "--world", options.world]
         trainings = [subprocess.Popen([*command, "--only", name]) for name in PIPELINE_FOLDERS]
         codes = [training.wait() for training in trainings]
         if any(codes):
@@ -83,31 +92,33 @@ def main(args: Sequence[str] | None = None) -> None:
         shutil.rmtree(latents)
 
 
-def prepare_latents(recipe: Recipe, folder: Path, vae: AutoencoderKL | None = None) -> None:
+def prepare_latents(recipe: Recipe, folder: Path, world: TrainingWorld, vae: AutoencoderKL | None = None) -> None:
     """Train the autoencoder if none is given, encode the denoisers' training pictures, and save both in ``folder``."""
     folder.mkdir(parents=True, exist_ok=True)
     if vae is None:
-        vae = train_vae(recipe.seed, recipe.vae_pictures, recipe.vae_steps, recipe.decoder_steps)
+        vae = train_vae(recipe.seed, recipe.vae_pictures, recipe.vae_steps, recipe.decoder_steps, world)
     vae.save_pretrained(folder / "vae")
+    world.prepare(folder.parent, vae, recipe.seed, recipe.vae_pictures, recipe.vae_steps)
     for phase, number, clean_share, stream in (
         ("main", recipe.pictures, 0.6, 1),
         ("finishing", recipe.finishing_pictures, 0.8, 3),
     ):
         rng = np.random.default_rng([recipe.seed, stream])
-        pictures, captions = draw_training_pictures(number, rng, clean_share=clean_share)
-        torch.save({"latents": encode_pictures(vae, pictures), "tokens": tokenize(captions)}, folder / f"{phase}.pt")
+        pictures, captions = draw_training_pictures(number, rng, world.pretraining, clean_share, world)
+        tokens = tokenize(captions, world.words)
+        torch.save({"latents": encode_pictures(vae, pictures), "tokens": tokens}, folder / f"{phase}.pt")
 
 
-def pretrain_denoiser(name: str, recipe: Recipe, output: Path) -> None:
+def pretrain_denoiser(name: str, recipe: Recipe, output: Path, world: TrainingWorld) -> None:
     """Train the denoiser of one pipeline, save the pipeline in ``output / name``, and evaluate the pipeline.
 
     :func:`prepare_latents` must have written the subfolder ``pretraining`` of ``output``.
     """
     vae = AutoencoderKL.from_pretrained(output / "pretraining" / "vae")
-    pipeline = build_pipeline(name, vae, recipe.seed)
+    pipeline = build_pipeline(name, vae, recipe.seed, world.words)
     trained = nn.ModuleList(getattr(pipeline, part) for part in TRAINED if getattr(pipeline, part, None) is not None)
     loss = sd_loss if hasattr(pipeline, "unet") else sd35_loss
-    (empty,) = tokenize([""])
+    (empty,) = tokenize([""], world.words)
     for phase, steps, lr in (
         ("main", getattr(recipe, f"{name}_steps"), recipe.lr),
         ("finishing", recipe.finishing_steps, recipe.finishing_lr),
@@ -121,7 +132,7 @@ def pretrain_denoiser(name: str, recipe: Recipe, output: Path) -> None:
         train_averaged(trained, losses, steps=steps, lr=lr, name=f"{name} {phase}", warmup=200, decay=0.999, **adamw)
         trained.eval()
     save_pipeline(pipeline, output / name)
-    describe_pipeline(output / name, recipe)
+    describe_pipeline(output / name, recipe, world)
 
 
 def draw_batch(
@@ -176,17 +187,18 @@ def stratified_uniform(number: int) -> Tensor:
     return (torch.arange(number) + torch.rand(number)) / number
 
 
-def describe_pipeline(folder: Path, recipe: Recipe) -> None:
+def describe_pipeline(folder: Path, recipe: Recipe, world: TrainingWorld) -> None:
     """Evaluate a saved pipeline, and write ``recipe.json`` and ``README.md`` to its folder."""
-    captions = held_out_captions(recipe.prompts, seed=0)
+    captions = world.held_out_captions(recipe.prompts, seed=0)
     pictures = sample_pictures(load_pipeline(folder), captions, seed=0)
-    figures = mean_verdict(captions, list(pictures))
+    figures = world.mean_verdict(captions, pictures, folder.parent)
     print(f"{folder.name}: {json.dumps(figures)}", flush=True)
     sampling = {"prompts": recipe.prompts, "num_inference_steps": 20, "guidance_scale": 3.0, "seed": 0}
     content = {"recipe": asdict(recipe), "figures": figures, "sampling": sampling}
     (folder / "recipe.json").write_text(json.dumps(content, indent=1))
     shown = {name: f"{value:.3f}" for name, value in figures.items()}
-    (folder / "README.md").write_text(readme(folder.name, prompts=recipe.prompts, **shown))
+    text = readme(world.readme or folder.name, pipeline=folder.name, prompts=recipe.prompts, **shown)
+    (folder / "README.md").write_text(text)
 
 
 if __name__ == "__main__":

@@ -9,14 +9,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from latentreward.tinyworld.captions import draw_caption
-from latentreward.tinyworld.drawing import draw_scene
-from latentreward.tinyworld.rendering import render
 from latentreward.tinyworld.sampling import PIPELINE_FOLDERS
+from latentreward.tinyworld.world import World
 from tools.pretraining.training import updates
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
+
+    from tools.pretraining.worlds import TrainingWorld
 
 KL_WEIGHT = 1e-6
 """Weight of the KL term, which is summed over a picture's latents; with 1e-4, the colour channels collapse."""
@@ -25,18 +25,23 @@ LATENT_STD = 5.489
 
 
 def draw_training_pictures(
-    number: int, rng: np.random.Generator, split: str = "train", clean_share: float = 0.6
+    number: int,
+    rng: np.random.Generator,
+    split: str = "train",
+    clean_share: float = 0.6,
+    world: World | None = None,
 ) -> tuple[Tensor, list[str]]:
-    """Draw random captions, and render a picture without mutations for each.
+    """Draw random captions of a world, by default of the shapes, and a picture without mutations for each.
 
     ``clean_share`` is the probability that a picture has no nuisances.
 
     Returns:
         Pictures ``(number, 3, 32, 32)``, uint8, and their captions.
     """
-    captions = [draw_caption(rng, split) for _ in range(number)]
-    scenes = [draw_scene(caption, rng, mutation_shares=(1.0,), clean_share=clean_share) for caption in captions]
-    pictures = torch.from_numpy(np.stack([render(scene) for scene in scenes]))
+    world = world or World()
+    captions = [world.draw_caption(rng, split) for _ in range(number)]
+    sketches = [world.sketch(caption, rng, mutation_shares=(1.0,), clean_share=clean_share) for caption in captions]
+    pictures = torch.from_numpy(np.stack([sketch.draw() for sketch in sketches]))
     return pictures.permute(0, 3, 1, 2).contiguous(), [caption.text for caption in captions]
 
 
@@ -52,14 +57,15 @@ def build_vae() -> AutoencoderKL:
     return AutoencoderKL.from_config(AutoencoderKL.load_config(PIPELINE_FOLDERS["sd_tiny"] / "vae"))
 
 
-def train_vae(seed: int, number: int, steps: int, decoder_steps: int) -> AutoencoderKL:
+def train_vae(seed: int, number: int, steps: int, decoder_steps: int, world: TrainingWorld) -> AutoencoderKL:
     """Train encoder and decoder, standardise the latents, then train the decoder alone.
 
-    ``number`` pictures are drawn. The ``decoder_steps`` are on slightly noisy latents like those from samplers.
+    ``number`` pictures of a world are drawn. The ``decoder_steps`` are on slightly noisy latents like those from
+    samplers.
     """
     torch.manual_seed(seed)
     rng = np.random.default_rng([seed, 0])
-    pictures = draw_training_pictures(number, rng)[0]
+    pictures = draw_training_pictures(number, rng, world.pretraining, world=world)[0]
     vae = build_vae().to(memory_format=torch.channels_last)
     _fit([*vae.parameters()], _losses(vae, pictures, rng), steps, 3e-3, "vae")
     standardize_latents(vae, normalize_pictures(pictures[:4096]))

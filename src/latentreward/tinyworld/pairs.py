@@ -7,16 +7,16 @@ import uuid
 from dataclasses import dataclass
 from itertools import combinations
 from operator import ne
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from latentreward.tinyworld.captions import Caption, all_captions, caption_splits, draw_caption, parse_caption
-from latentreward.tinyworld.drawing import draw_scene
+from latentreward.tinyworld.captions import all_captions, caption_splits, draw_caption, parse_caption
 from latentreward.tinyworld.oracle import judge
-from latentreward.tinyworld.rendering import render
 from latentreward.tinyworld.sampling import PIPELINE_FOLDERS, load_pipeline, sample_pictures
-from latentreward.tinyworld.scenes import Scene, draw_label, picture_utility, scene_alignment, scene_utility
+from latentreward.tinyworld.scenes import draw_label, picture_utility
+from latentreward.tinyworld.world import Sketch, World
 
 JPEG_QUALITY = 95
 GENERATED_GAP = 0.3
@@ -68,8 +68,9 @@ def draw_pairs(
     unique: bool = False,
     ties: bool = True,
     mixed: Mixed | None = None,
+    world: World | None = None,
 ) -> list[Pair]:
-    """Make random pairs of rendered pictures with noisy labels.
+    """Make random pairs of drawn pictures with noisy labels; a world may have splits without noise.
 
     Args:
         split: Captions to draw from: ``train``, ``validation`` or ``test``.
@@ -79,45 +80,46 @@ def draw_pairs(
         ties: Whether to keep pairs with a tie as label; if False, other pairs are drawn instead.
         mixed: Shares of winners that are worse in one part of the utility; there are no ties then. By default pairs are
             kept as they are drawn: about 20 % of the winners have less quality, 15 % less alignment.
+        world: World of captions and pictures; the shapes if None, which alone can be ``unique``.
 
     Raises:
         ValueError: If ``unique`` asks for more pairs than the split has captions.
     """
+    world = world or World()
     available = sum(map(len, caption_splits()[split].values()))
     if unique and number > available:
         raise ValueError(f"cannot draw {number} pairs with captions of their own: split {split!r} has {available}")
     pairs: list[Pair] = []
     seen: set[str] = set()
     while len(pairs) < number:
-        caption = draw_caption(rng, split)
+        caption = world.draw_caption(rng, split)
         if unique and caption.text in seen:
             continue
         if mixed is None:
-            first, second = (_picture(caption, draw_scene(caption, rng), rng) for _ in range(2))
-            label = draw_label(first.utility, second.utility, rng)
+            first, second = (_picture(world.sketch(caption, rng), rng) for _ in range(2))
+            label = draw_label(first.utility, second.utility, None if split in world.noiseless else rng)
         else:
-            first, second, label = _draw_mixed(caption, mixed, rng)
+            first, second, label = _draw_mixed(world, caption, mixed, rng)
         if label != 0.5 or ties:
             pairs.append(Pair(caption.text, first, second, label))
             seen.add(caption.text)
     return pairs
 
 
-def _picture(caption: Caption, scene: Scene, rng: np.random.Generator) -> Picture:
-    alignment = scene_alignment(caption, scene)
-    return Picture(_draw_uid(rng), encode_jpeg(render(scene)), "drawn", alignment, scene.nuisances.quality)
+def _picture(sketch: Sketch, rng: np.random.Generator) -> Picture:
+    return Picture(_draw_uid(rng), encode_jpeg(sketch.draw()), "drawn", sketch.alignment, sketch.quality)
 
 
-def _draw_mixed(caption: Caption, mixed: Mixed, rng: np.random.Generator) -> tuple[Picture, Picture, float]:
-    """Draw pairs of scenes until the winner is worse in just the parts drawn for it; return the pictures and label."""
+def _draw_mixed(world: World, caption: Any, mixed: Mixed, rng: np.random.Generator) -> tuple[Picture, Picture, float]:
+    """Draw pairs until the winner is worse in just the parts drawn for it; return the pictures and label."""
     worse = rng.random() < mixed.quality, rng.random() < mixed.alignment
     while True:
-        first, second = draw_scene(caption, rng), draw_scene(caption, rng)
-        parts = [(scene.nuisances.quality, scene_alignment(caption, scene)) for scene in (first, second)]
-        label = draw_label(scene_utility(caption, first), scene_utility(caption, second), rng)
+        first, second = world.sketch(caption, rng), world.sketch(caption, rng)
+        parts = [(sketch.quality, sketch.alignment) for sketch in (first, second)]
+        label = draw_label(*(picture_utility(one.alignment, one.quality) for one in (first, second)), rng)
         winner, loser = parts if label == 1.0 else parts[::-1]
         if label != 0.5 and tuple(one < other for one, other in zip(winner, loser, strict=True)) == worse:
-            return _picture(caption, first, rng), _picture(caption, second, rng), label
+            return _picture(first, rng), _picture(second, rng), label
 
 
 def _draw_uid(rng: np.random.Generator) -> str:

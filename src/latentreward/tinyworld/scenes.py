@@ -120,8 +120,8 @@ def scene_utility(caption: Caption, scene: Scene) -> float:
     return picture_utility(scene_alignment(caption, scene), scene.nuisances.quality)
 
 
-def draw_label(utility_a: float, utility_b: float, rng: np.random.Generator) -> float:
-    """Draw a noisy label from the Bradley-Terry model with log-odds of 2 per unit of utility.
+def draw_label(utility_a: float, utility_b: float, rng: np.random.Generator | None) -> float:
+    """Draw a noisy label from the Bradley-Terry model with log-odds of 2 per unit of utility; without ``rng`` no noise.
 
     A utility gap below 0.15 gives a tie.
 
@@ -131,4 +131,4 @@ def draw_label(utility_a: float, utility_b: float, rng: np.random.Generator) -> 
     gap = utility_a - utility_b
     if abs(gap) < 0.15:
         return 0.5
-    return float(rng.random() < 1.0 / (1.0 + np.exp(-2.0 * gap)))
+    return float((0.5 if rng is None else rng.random()) < 1.0 / (1.0 + np.exp(-2.0 * gap)))

@@ -17,11 +17,14 @@ MAX_TOKENS = 16
 
 
 @cache
-def build_tokenizer() -> CLIPTokenizer:
-    """Build the tokenizer of all tiny text encoders; it accepts any string, and captions have at most 14 tokens."""
+def build_tokenizer(words: tuple[str, ...] | None = None) -> CLIPTokenizer:
+    """Build the tokenizer of all tiny text encoders; it accepts any string, and captions have at most 14 tokens.
+
+    ``words`` have one token each; those of all captions if None.
+    """
     from transformers import CLIPTokenizer
 
-    words = sorted({word for text in all_captions() for word in text.split()})
+    words = words or tuple(sorted({word for text in all_captions() for word in text.split()}))
     merges: list[tuple[str, str]] = []  # byte-pair merges, in rank order, that make each word one token
     for word in words:
         pieces = [*word[:-1], f"{word[-1]}</w>"]
@@ -40,9 +43,9 @@ def build_tokenizer() -> CLIPTokenizer:
     return CLIPTokenizer(vocab=numbers, merges=merges, model_max_length=MAX_TOKENS)
 
 
-def tokenize(captions: Sequence[str]) -> Tensor:
-    """Tokenise N captions to token IDs ``(N, 16)``."""
-    return build_tokenizer()(list(captions), padding="max_length", return_tensors="pt").input_ids
+def tokenize(captions: Sequence[str], words: tuple[str, ...] | None = None) -> Tensor:
+    """Tokenise N captions to token IDs ``(N, 16)``; see :func:`build_tokenizer`."""
+    return build_tokenizer(words)(list(captions), padding="max_length", return_tensors="pt").input_ids
 
 
 def _apply(merge: tuple[str, str], pieces: list[str]) -> list[str]:

@@ -29,6 +29,7 @@ from latentreward.tinyworld.edits import scene_verdict
 from latentreward.tinyworld.pairs import Mixed, Pair, Picture, draw_pairs, encode_jpeg, generate_pairs
 from latentreward.tinyworld.rendering import render
 from latentreward.tinyworld.scenes import Scene
+from latentreward.tinyworld.world import World
 
 PICKAPIC_SPLITS = ("train", "validation", "test", "validation_unique", "test_unique")
 PICKAPIC_SCHEMA = pa.schema(
@@ -72,7 +73,11 @@ OracleRows = list[tuple[Any, ...]]
 
 
 def write_pickapic(
-    root: Path | str, pairs_per_split: Mapping[str, int], seed: Seed = 0, mixed: Mixed | None = None
+    root: Path | str,
+    pairs_per_split: Mapping[str, int],
+    seed: Seed = 0,
+    mixed: Mixed | None = None,
+    world: World | None = None,
 ) -> Path:
     """Write drawn pairs with noisy labels, ties included, in the layout of Pick-a-Pic v1 (with images).
 
@@ -82,6 +87,7 @@ def write_pickapic(
             ``test_unique``; the last two have one pair per caption.
         seed: Seed of all random numbers, or one for each split.
         mixed: See :func:`~latentreward.tinyworld.pairs.draw_pairs`.
+        world: World of captions and pictures; the shapes if None.
 
     Returns:
         ``root``.
@@ -97,13 +103,13 @@ def write_pickapic(
         for split, number in pairs_per_split.items():
             rng = _generator(seed, split, PICKAPIC_SPLITS.index(split))
             pairs = draw_pairs(
-                split.removesuffix("_unique"), number, rng, unique=split.endswith("_unique"), mixed=mixed
+                split.removesuffix("_unique"), number, rng, unique=split.endswith("_unique"), mixed=mixed, world=world
             )
             oracle += _write_pickapic_split(folder, split, pairs, rng)
         return oracle
 
     spec: dict[str, Any] = {"layout": "pickapic_v1", "pairs_per_split": dict(pairs_per_split), "seed": seed}
-    return _make_folder(root, spec if mixed is None else {**spec, "mixed": asdict(mixed)}, fill)
+    return _make_folder(root, spec | _further(mixed=mixed and asdict(mixed), world=world and world.settings), fill)
 
 
 def write_generated(root: Path | str, pairs: int = 1000, seed: int = 0, num_inference_steps: int = 20) -> Path:
@@ -124,7 +130,9 @@ def write_generated(root: Path | str, pairs: int = 1000, seed: int = 0, num_infe
     return _make_folder(root, spec, fill)
 
 
-def write_hpdv3(root: Path | str, pairs_per_split: Mapping[str, int], seed: Seed = 0) -> Path:
+def write_hpdv3(
+    root: Path | str, pairs_per_split: Mapping[str, int], seed: Seed = 0, world: World | None = None
+) -> Path:
     """Write drawn pairs with noisy labels in the layout of HPDv3, where the first picture is the preferred picture.
 
     The layout has no ties: pairs with a tie are replaced by other pairs. A tenth of the training rows has neither votes
@@ -141,7 +149,7 @@ def write_hpdv3(root: Path | str, pairs_per_split: Mapping[str, int], seed: Seed
         for split, number in pairs_per_split.items():
             rng = _generator(seed, split, 16 + ("train", "test").index(split))
             rows = []
-            for row, pair in enumerate(draw_pairs(split, number, rng, ties=False)):
+            for row, pair in enumerate(draw_pairs(split, number, rng, ties=False, world=world)):
                 best, worst = (pair.first, pair.second) if pair.label == 1.0 else (pair.second, pair.first)
                 for picture in (best, worst):
                     (folder / "images" / f"{picture.uid}.jpg").write_bytes(picture.jpeg)
@@ -155,7 +163,8 @@ def write_hpdv3(root: Path | str, pairs_per_split: Mapping[str, int], seed: Seed
             (folder / f"{split}.json").write_text(json.dumps(rows, indent=1))
         return oracle
 
-    return _make_folder(root, {"layout": "hpdv3", "pairs_per_split": dict(pairs_per_split), "seed": seed}, fill)
+    spec: dict[str, Any] = {"layout": "hpdv3", "pairs_per_split": dict(pairs_per_split), "seed": seed}
+    return _make_folder(root, spec | _further(world=world and world.settings), fill)
 
 
 def write_edits(root: Path | str, pairs_per_split: Mapping[str, int], seed: Seed = 0, prompts: int = 200) -> Path:
@@ -207,6 +216,11 @@ def _write_scene(folder: Path, scene: Scene) -> str:
 
 def _generator(seed: Seed, split: str, number: int) -> np.random.Generator:
     return np.random.default_rng([seed if isinstance(seed, int) else seed[split], number])
+
+
+def _further(**settings: Any) -> dict[str, Any]:
+    """Return the settings that are given, so that those of folders from before there were others stay as they are."""
+    return {name: value for name, value in settings.items() if value}
 
 
 def _check_splits(pairs_per_split: Mapping[str, int], known: Sequence[str]) -> None:
