@@ -15,8 +15,8 @@ from latentreward.storage.digests import digest
 from latentreward.storage.json_files import STRICT, checked
 
 FOLDER, SHARED = "reproduce/", "reproduce/shared/steps.yaml"
-Kind = Literal["accuracy", "alignment", "quality", "turned", "column"]
-Paper = Literal["LRM", "LPO", "DiNa-LRM", "Later methods", "Tiny world"]
+Kind = Literal["accuracy", "alignment", "quality", "followed", "kept", "turned", "column"]
+Paper = Literal["LRM", "LPO", "DiNa-LRM", "Later methods", "Edits", "Tiny world"]
 LEAST_SEEDS, MOST_SEEDS = 3, 12
 """Fewest and most repetitions of a row by which its claims are judged."""
 WHOLE = 10
@@ -36,9 +36,7 @@ class Margin:
 
 
 MARGINS = {
-    "pairs": Margin(
-        0.02, "share of pairs: accuracy, ranked as alignment, ranked as quality, turned", "one pair in fifty"
-    ),
+    "pairs": Margin(0.02, "share of pairs: accuracy, ranked as a part of the utility, turned", "one pair in fifty"),
     "utility": Margin(
         0.1,
         "utility of pictures, 0 to 6",
@@ -47,6 +45,8 @@ MARGINS = {
     ),
     "alignment": Margin(0.025, "alignment of pictures, 0 to 1", "it changes the utility by 0.1"),
     "quality": Margin(0.05, "quality of pictures, 0 to 1", "it changes the utility by 0.1"),
+    "followed": Margin(0.05, "share of edits that follow the instruction", "it changes the utility by 0.1"),
+    "kept": Margin(0.05, "kept share of what an edit should leave alone", "it changes the utility by 0.1"),
     "held_out": Margin(0.01, "score of the held-out scorer", "a third of what ReFL adds to it (row `dina_refl`)"),
 }
 """Margins of shares of pairs, and of the columns of pictures that claims are about."""
@@ -68,9 +68,10 @@ class Metric:
     """Quantity that is measured for each held-out item; its mean over items is the number in tables.
 
     Kinds are ``accuracy``: 1 for a pair ranked as its utilities rank it, among pairs with clearly different utilities;
-    ``alignment``, ``quality``: 1 for a pair ranked as this part of the utility ranks it, among pairs that differ in it;
-    ``turned``: 1 for a pair whose ranking differs from that at the first level of the table; ``column``: the value of a
-    column of pictures. Of several timesteps, noise levels or columns, scores are averaged.
+    ``alignment``, ``quality``, and of edits ``followed``, ``kept``: 1 for a pair ranked as this part of the utility
+    ranks it, among pairs that differ in it; ``turned``: 1 for a pair whose ranking differs from that at the first level
+    of the table; ``column``: the value of a column of pictures. Of several timesteps, noise levels or columns, scores
+    are averaged.
     """
 
     __pydantic_config__ = STRICT
