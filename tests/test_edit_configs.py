@@ -2,11 +2,18 @@
 
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 from safetensors.torch import load_file
 
 from latentreward.cli import main
+from latentreward.contracts import sources_of
+from latentreward.data import JSONLPairReader
+from latentreward.data.images import decode_image
+from latentreward.tinyworld.edits import judge_edit
+from latentreward.tinyworld.writers import EDIT_PARTS, write_edits
 from tests.marks import rotated_after
+from tools.edited_pairs import main as edited_pairs
 from tools.pretraining.editors import EDITORS
 from tools.pretraining.networks import save_pipeline
 
@@ -45,3 +52,22 @@ def test_the_same_network_trains_without_the_sources(tmp_path: Path) -> None:
     blind = ("--data.sources=ignore", "--data.shared_prompts=keep")
     train_reward("kontext_tiny", tmp_path / "kontext_tiny", tmp_path, *blind)
     assert (tmp_path / "reward" / "last.ckpt").is_file()
+
+
+@pytest.mark.slow
+def test_results_of_an_editor_join_the_drawn_pairs(tmp_path: Path) -> None:
+    save_pipeline(EDITORS["kontext_tiny"](), tmp_path / "editor")
+    write_edits(tmp_path / "drawn", {"train": 4, "validation": 2}, prompts=1)
+    settings = ("--edits=6", "--pictures=3", f"--output={tmp_path / 'both'}")
+    edited_pairs([str(tmp_path / "editor"), str(tmp_path / "drawn"), *settings])
+    pairs = [*JSONLPairReader(str(tmp_path / "both" / "train.jsonl"))]
+    oracle = {row["pair_id"]: row for row in pq.read_table(tmp_path / "both" / "oracle.parquet").to_pylist()}
+    assert len(pairs) > 4 and {pair.pair_id for pair in pairs} < {*oracle}  # the validation pairs are there, too
+    for pair in pairs[4:]:
+        (source,) = map(decode_image, sources_of(pair.prompt))
+        for image in (pair.image_a, pair.image_b):
+            side = {oracle[pair.pair_id][f"key_{one}"]: one for one in "ab"}[image.image_key]
+            verdict = judge_edit(source, decode_image(image), pair.prompt)
+            assert [oracle[pair.pair_id][f"{part}_{side}"] for part in EDIT_PARTS] == pytest.approx(
+                [verdict.utility, float(verdict.followed), verdict.kept]
+            )
