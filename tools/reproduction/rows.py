@@ -15,8 +15,8 @@ from latentreward.storage.digests import digest
 from latentreward.storage.json_files import STRICT, checked
 
 FOLDER, SHARED = "reproduce/", "reproduce/shared/steps.yaml"
-Kind = Literal["accuracy", "alignment", "quality", "turned", "column"]
-Paper = Literal["LRM", "LPO", "DiNa-LRM", "Later methods", "Tiny world"]
+Kind = Literal["accuracy", "alignment", "quality", "followed", "kept", "turned", "column"]
+Paper = Literal["LRM", "LPO", "DiNa-LRM", "Later methods", "Edits", "Tiny world"]
 MOST_SEEDS = 10
 
 
@@ -36,8 +36,8 @@ class Metric:
     """Quantity that is measured for each held-out item; its mean over items is the number in tables.
 
     Kinds are ``accuracy``: 1 for a pair ranked as its utilities rank it, among pairs with clearly different utilities;
-    ``alignment``, ``quality``: 1 for a pair ranked as this part of the utility ranks it, among pairs that differ in it;
-    ``turned``: 1 for a pair whose ranking differs from that at the first level of the table; ``column``: the value of a
+    ``alignment``, ``quality``, and of edits ``followed``, ``kept``: 1 for a pair ranked as this part of the utility
+    ranks it, among pairs that differ in it; ``turned``: 1 for a pair whose ranking differs from that at the first level of the table; ``column``: the value of a
     column of pictures. Of several timesteps, noise levels or columns, scores are averaged.
     """
 
