@@ -155,7 +155,7 @@ def test_looks_at_whole_repetitions_err_in_3_percent(first: float) -> None:
 
 def test_p_values_hold_at_every_look() -> None:
     """At any of all looks, whole repetitions and those that share their pairs, p is below x in at most a share x."""
-    found = looks(40_000)
+    found = looks(200_000)
     least = np.full(len(found), np.inf)
     for place, level in enumerate(LEVELS):
         grid = np.geomspace(1e-8, 1, 400)
