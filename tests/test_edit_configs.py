@@ -58,12 +58,13 @@ def test_the_same_network_trains_without_the_sources(tmp_path: Path) -> None:
 def test_results_of_an_editor_join_the_drawn_pairs(tmp_path: Path) -> None:
     save_pipeline(EDITORS["kontext_tiny"](), tmp_path / "editor")
     write_edits(tmp_path / "drawn", {"train": 4, "validation": 2}, prompts=1)
-    settings = ("--edits=6", "--pictures=3", f"--output={tmp_path / 'both'}")
+    settings = ("--edits=6", "--pictures=3", "--most_drawn=3", f"--output={tmp_path / 'both'}")
     edited_pairs([str(tmp_path / "editor"), str(tmp_path / "drawn"), *settings])
     pairs = [*JSONLPairReader(str(tmp_path / "both" / "train.jsonl"))]
     oracle = {row["pair_id"]: row for row in pq.read_table(tmp_path / "both" / "oracle.parquet").to_pylist()}
-    assert len(pairs) > 4 and {pair.pair_id for pair in pairs} < {*oracle}  # the validation pairs are there, too
-    for pair in pairs[4:]:
+    assert len(pairs) > 3 and {pair.pair_id for pair in pairs} < {*oracle}
+    assert len(oracle) == len(pairs) + 2  # and the validation pairs
+    for pair in pairs[3:]:
         (source,) = map(decode_image, sources_of(pair.prompt))
         for image in (pair.image_a, pair.image_b):
             side = {oracle[pair.pair_id][f"key_{one}"]: one for one in "ab"}[image.image_key]

@@ -34,10 +34,13 @@ def main(args: Sequence[str] | None = None) -> None:
     parser.add_argument("editor", help="folder of a tiny editor")
     parser.add_argument("drawn", type=Path, help="folder of drawn pairs of edits")
     parser.add_argument("--output", type=Path, required=True, help="folder to write: the drawn pairs and these")
+    parser.add_argument("--most_drawn", type=int, default=3000, help="largest number of drawn training pairs to keep")
     parser.add_argument("--edits", type=int, default=1500, help="number of edits of the training split")
     parser.add_argument("--pictures", type=int, default=4, help="number of results of each edit")
     options = parser.parse_args(args)
     shutil.copytree(options.drawn, options.output)
+    lines = (options.output / "train.jsonl").read_text().splitlines(keepends=True)
+    (options.output / "train.jsonl").write_text("".join(lines[: options.most_drawn]))
     made = generate(options.editor, options.edits, options.pictures, options.output)
     add_pairs(options.output, made)
 
@@ -66,10 +69,11 @@ def add_pairs(folder: Path, made: Path) -> None:
     rng, groups = np.random.default_rng([SEED, 1]), dict[str, list[dict[str, str]]]()
     for result in results:
         groups.setdefault(result["place"], []).append(result)
-    oracle = pq.read_table(folder / "oracle.parquet").to_pylist()
-    with (folder / "train.jsonl").open("a+") as file:
-        file.seek(0)
-        number = sum(1 for _ in file)
+    number = len((folder / "train.jsonl").read_text().splitlines())
+    rows = pq.read_table(folder / "oracle.parquet").to_pylist()
+    left_out = {f"train.jsonl:{row}" for row in range(number + 1, len(rows) + 1)}
+    oracle = [row for row in rows if row["pair_id"] not in left_out]
+    with (folder / "train.jsonl").open("a") as file:
         for group in groups.values():
             (source,) = json.loads(group[0]["source_images"])
             picture = Image.open(made / source).convert("RGB")
