@@ -79,9 +79,12 @@ def reproduce(
         check_range("(0, inf)", "it is hours of processor time", budget=budget)
     rows = choose_rows(names or [])
     output = work / "quick" / "reproduction" if quick else output
-    wanted = [(row, WHOLE) for row in rows] if quick else missing(rows, output, stale)
+    able = [row for row in rows if not row.lacks]
+    wanted = [(row, WHOLE) for row in able] if quick else missing(able, output, stale)
     if not quick:
         print(status_table(rows, output))
+    if left := [row for row in rows if row.lacks]:
+        print(f"skipped {', '.join(row.name for row in left)}: {left[0].lacks}")
     if (wanted or budget is not None) and not status:
         folder = work.resolve() / ("quick" if quick else "")
         with (
@@ -91,7 +94,7 @@ def reproduce(
             if budget is None:
                 measure_rows(wanted, output, folder, jobs, quick)
             else:
-                spend(rows, output, folder, jobs, 3600 * budget)
+                spend(able, output, folder, jobs, 3600 * budget)
     if page is not None:
         write_page(page, list(all_rows().values()), output)
         print(f"{page} is written")

@@ -29,8 +29,8 @@ from tools.pretraining.worlds import TrainingWorld
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
 
-JUDGED = 192
-"""Number of captions that policies are judged on."""
+DRAWN, JUDGED = 1024, 192
+"""Numbers of captions, with repeats, that policies are aligned on and judged on."""
 CLEAR_GAP = 0.3
 """Utility gap above which pairs count in the agreement with the oracle."""
 
@@ -113,9 +113,11 @@ class EmojiTraining(EmojiWorld, TrainingWorld):
         return [self.draw_caption(rng, "validation").text for _ in range(number)]
 
     def prepare(self, made: Path, vae: AutoencoderKL, seed: int, pictures: int, steps: int) -> None:
-        """Train the judge, and write lists of captions to align policies and to judge them on."""
+        """Train the judge, and write lists of captions to align policies on and to judge them on."""
         train_judge(self, made / "judge", vae, seed, pictures, steps)
-        for name, texts in (("train", self.texts("train")), ("judged", self.held_out_captions(JUDGED, 11))):
+        rng = np.random.default_rng([seed, 5])
+        training = dict.fromkeys(self.draw_caption(rng, "train").text for _ in range(DRAWN))
+        for name, texts in (("train", training), ("judged", self.held_out_captions(JUDGED, 11))):
             write_file(made / f"{name}.txt", "".join(f"{text}\n" for text in texts))
 
     def mean_verdict(self, captions: Sequence[str], pictures: np.ndarray, made: Path) -> dict[str, float]:

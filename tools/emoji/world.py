@@ -102,7 +102,7 @@ class EmojiWorld(World):
                     self.splits[split] += [[replace(one, split=split) for one in groups[name]] for name in names]
         self.splits["known"] = self.splits["train"] + self.splits["validation"]
         texts = [*self.texts("known"), *self.texts("test")]
-        self.words = tuple(sorted({word for text in texts for word in words_of(text)}))
+        self.words: tuple[str, ...] | None = tuple(sorted({word for text in texts for word in words_of(text)}))
 
     def texts(self, split: str) -> list[str]:
         """Return the distinct captions of a split."""

@@ -1,5 +1,6 @@
 """Rows of the reproduction, read from YAML: what runs for each arm and seed, what is measured, and what is claimed."""
 
+import os
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
@@ -13,10 +14,11 @@ from latentreward.errors import InputError, did_you_mean
 from latentreward.settings.rewriting import shipped_configs
 from latentreward.storage.digests import digest
 from latentreward.storage.json_files import STRICT, checked
+from tools.emoji.world import REMEDY, VARIABLE
 
 FOLDER, SHARED = "reproduce/", "reproduce/shared/steps.yaml"
 Kind = Literal["accuracy", "alignment", "quality", "followed", "kept", "turned", "column"]
-Paper = Literal["LRM", "LPO", "DiNa-LRM", "Later methods", "Edits", "Tiny world"]
+Paper = Literal["LRM", "LPO", "DiNa-LRM", "Later methods", "Edits", "Tiny world", "Second world"]
 LEAST_SEEDS, MOST_SEEDS = 3, 12
 """Fewest and most repetitions of a row by which its claims are judged."""
 WHOLE = 10
@@ -144,11 +146,18 @@ class Row:
     seeds: int = 3  # planned first, more may follow by `--budget`; without claims one is enough
     rewards: Sequence[str] = ()  # steps that train rewards; the page has their processor time in a column of its own
     steps: Mapping[str, RowStep] = field(default_factory=dict)  # of this row alone, in addition to the shared ones
+    world: Literal["", "emoji"] = ""  # pictures in place of the drawn shapes; steps of its file replace shared ones
+    like: str = ""  # row whose content, without its result, is that of this row where this one has none
 
     @cached_property
     def all_steps(self) -> dict[str, RowStep]:
         """The row's own steps and the shared ones by name."""
-        return {**shared_steps(), **self.steps}
+        return {**shared_steps(self.world), **self.steps}
+
+    @property
+    def lacks(self) -> str:
+        """What there must be before the row can be measured, in one line; empty if there is all."""
+        return REMEDY if self.world and VARIABLE not in os.environ else ""
 
     @cached_property
     def repeated_steps(self) -> dict[str, RowStep]:
@@ -191,9 +200,11 @@ class Row:
 
 
 @cache
-def shared_steps() -> dict[str, RowStep]:
-    """Read the steps that all rows may use."""
-    found: dict[str, RowStep] = checked(dict[str, RowStep], load_yaml(f"configs/{SHARED}"), SHARED)
+def shared_steps(world: str = "") -> dict[str, RowStep]:
+    """Read the steps that all rows of a world may use; without a name, of the drawn shapes."""
+    found = dict[str, RowStep]()
+    for place in (SHARED, *([f"{FOLDER}shared/{world}.yaml"] if world else [])):
+        found |= checked(dict[str, RowStep], load_yaml(f"configs/{place}"), place)
     return found
 
 
@@ -224,6 +235,11 @@ def read_row(name: str, content: Mapping[str, Any]) -> Row:
     Raises:
         InputError: If a setting is unknown, missing or wrong, or a name that it uses does not exist.
     """
+    if "like" in content:
+        other = {
+            key: value for key, value in load_yaml(f"configs/{FOLDER}{content['like']}.yaml").items() if key != "result"
+        }
+        content = {**other, "paper": "Second world", **content}
     row: Row = checked(Row, {"name": name, **content}, f"{name}: ")
     _check(row)
     return row

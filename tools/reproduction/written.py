@@ -51,8 +51,9 @@ def update_commits(folder: Path, rows: Iterable[Row]) -> Commits:
                 ["git", "blame", "-sw", "--root", "--abbrev=9", "--", f"configs/{FOLDER}{row.name}.yaml"]
             ).stdout
             for claim in missing:
-                lines = (line for line in blamed.splitlines() if "says:" in line and claim.says in line)
-                commits[in_full(claim)] = next(lines, "")[:10]
+                lines = [line for line in blamed.splitlines() if "says:" in line and claim.says in line]
+                lines += [line for line in blamed.splitlines() if line.endswith(f" like: {row.like}")]
+                commits[in_full(claim)] = next(iter(lines), "")[:10]
         named = {in_full(claim): commits[in_full(claim)] for claim in row.claims}
         if kept := {name: commit for name, commit in named.items() if commit in history}:
             found[row.name] = kept

@@ -116,7 +116,8 @@ def _draw_mixed(world: World, caption: Any, mixed: Mixed, rng: np.random.Generat
     while True:
         first, second = world.sketch(caption, rng), world.sketch(caption, rng)
         parts = [(sketch.quality, sketch.alignment) for sketch in (first, second)]
-        label = draw_label(*(picture_utility(one.alignment, one.quality) for one in (first, second)), rng)
+        utilities = [picture_utility(one.alignment, one.quality) for one in (first, second)]
+        label = draw_label(utilities[0], utilities[1], rng)
         winner, loser = parts if label == 1.0 else parts[::-1]
         if label != 0.5 and tuple(one < other for one, other in zip(winner, loser, strict=True)) == worse:
             return _picture(first, rng), _picture(second, rng), label

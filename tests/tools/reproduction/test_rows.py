@@ -10,6 +10,7 @@ from latentreward.cli import main
 from latentreward.errors import InputError
 from tests.apps.steps.forked_steps import ForkedSteps
 from tests.marks import rotated_after
+from tools.reproduce import reproduce
 from tools.reproduction.results import read_results
 from tools.reproduction.rows import WHOLE, Row, Side, all_rows, choose_rows, read_row, shared_steps
 
@@ -36,7 +37,7 @@ def test_every_ablation_has_a_row() -> None:
 
 
 def test_all_rows_fit_into_their_budgets() -> None:
-    spent = {"papers": 0.0, "methods": 0.0, "rewards": 0.0, "Edits": 0.0}
+    spent = {"papers": 0.0, "methods": 0.0, "rewards": 0.0, "Edits": 0.0, "Second world": 0.0}
     for row in ROWS.values():
         of_methods = row.name.startswith(("tuning_", "flow_", "eps_", "guided_"))
         kind = "papers" if row.paper != "Later methods" else "methods" if of_methods else "rewards"
@@ -45,6 +46,7 @@ def test_all_rows_fit_into_their_budgets() -> None:
     assert spent["methods"] <= 10 * 3600
     assert spent["rewards"] <= 6 * 3600
     assert spent["Edits"] <= 2 * 3600
+    assert spent["Second world"] <= 4 * 3600
 
 
 def rates_of(row: Row) -> dict[str, set[str]]:
@@ -90,8 +92,8 @@ def test_commands_of_all_arms_parse(name: str, capsys: pytest.CaptureFixture[str
 @pytest.mark.timeout(1800)
 def test_every_step_runs(tmp_path: Path) -> None:
     """Two training steps, a few pairs or pictures; of arms that share a step, the first."""
-    shop, seen = ForkedSteps(tmp_path), set[str]()
-    for row in ROWS.values():
+    shop, seen, rows = ForkedSteps(tmp_path), set[str](), [row for row in ROWS.values() if not row.world]
+    for row in rows:
         for task in row.tasks(WHOLE, quick=True).values():
             if task.name in seen:
                 continue
@@ -100,7 +102,7 @@ def test_every_step_runs(tmp_path: Path) -> None:
                 if not shop.done(one):
                     shop.run(one)
                 assert shop.done(one)
-    assert seen == {*shared_steps(), *(name for row in ROWS.values() for name in row.steps)}
+    assert seen == {*shared_steps(), *(name for row in rows for name in row.steps)}
 
 
 def test_equal_steps_are_shared() -> None:
@@ -121,6 +123,9 @@ def test_a_whole_repetition_draws_its_data_and_keeps_what_is_held_out() -> None:
     for name, other in ROWS.items():
         for task in other.tasks(WHOLE).values():
             text = " ".join(task.arguments)
+            if other.world:  # steps of their own write pairs
+                assert task.module != "tools.emoji.pairs" or text.endswith("--seed {seed}")
+                continue
             seeded = re.findall(r"--data\.(?:\w+\.)*(?:data_seed|seed)=\{seed\}", text)
             assert seeded or task.arguments[0] != "fit" or task.name == "edited_reward", (name, task.name)
             for place, pairs in re.findall(r"--(data\S*)\.root=\{(\w+)\}/pairs", text):
@@ -162,6 +167,31 @@ def test_the_training_of_rewards_is_found_by_arm() -> None:
     assert one != other
     assert one == row.task("one", "lrm", 0).key
     assert read_row("toy", TOY).reward_tasks("one", 0) == set()
+
+
+def test_a_row_may_be_like_another_in_another_world() -> None:
+    first, second = ROWS["lrm_guidance"], ROWS["emoji_lrm_guidance"]
+    assert (second.paper, second.result) == ("Second world", "")
+    assert (second.arms, second.metrics, second.claims) == (first.arms, first.metrics, first.claims)
+    task = second.task("g 1", "lrm_drawn", 0)
+    assert task.arguments == first.task("g 1", "lrm_drawn", 0).arguments
+    training = task.inputs["lrm"]
+    assert {*training.inputs} == {"networks", "pickapic"}
+    assert training.arguments[-1] == "--model.head.guidance=1.0"
+    assert training.inputs["pickapic"].module == "tools.emoji.pairs"
+
+
+def test_rows_on_emoji_are_skipped_without_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("EMOJI_PATH", raising=False)
+    reproduce(["emoji_lrm_guidance", "emoji_lrm_mpcf"], output=tmp_path / "results", work=tmp_path / "work")
+    assert (
+        "skipped emoji_lrm_guidance, emoji_lrm_mpcf: let EMOJI_PATH name the unpacked folder" in capsys.readouterr().out
+    )
+    assert not [*tmp_path.iterdir()]
+    monkeypatch.setenv("EMOJI_PATH", str(tmp_path))
+    assert not ROWS["emoji_lrm_guidance"].lacks
 
 
 def test_a_claim_may_compare_metrics_of_one_arm() -> None:
