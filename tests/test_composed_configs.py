@@ -17,6 +17,7 @@ from tests.tiny_pipelines import pipeline_folder
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 POLICIES = {"chroma": "chroma", "ernie_image": "ernie_image", "flux1": "flux1_dev", "flux2_klein": "klein_base",
+            "hidream": "hidream",
             "krea2": "krea2", "lumina2": "lumina2", "qwen_image": "qwen_image", "sd15": "sd15", "sd21": "sd21",
             "sdxl": "sdxl", "sd3_medium": "sd3", "sd35_large": "sd35_large", "sd35_medium": "sd35", "wan21": "wan21",
             "z_image": "z_image", "ip2p_sd15": "ip2p_sd15", "flux1_kontext": "flux1_kontext",

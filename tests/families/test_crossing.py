@@ -18,7 +18,7 @@ from tests.families.twins import PROMPTS, TWINS, Twin, noise_for
 
 BY_FAMILY = {twin.family: twin for twin in TWINS.values()}
 SPACES = {
-    **dict.fromkeys(("flux1", "flux1_kontext", "z_image", "lumina2", "chroma"), "FLUX.1"),
+    **dict.fromkeys(("flux1", "flux1_kontext", "z_image", "lumina2", "chroma", "hidream"), "FLUX.1"),
     **dict.fromkeys(("qwen_image", "wan21", "krea2"), "Wan"),
     **dict.fromkeys(("flux2_klein", "ernie_image"), "FLUX.2"),
 }
@@ -53,6 +53,7 @@ def test_a_cache_of_another_space_is_refused() -> None:
         ("z_image", "flux1"),
         ("wan21", "qwen_image"),
         ("flux1", "chroma"),
+        ("flux1", "hidream"),
         ("flux2_klein", "ernie_image"),
         ("wan21", "krea2"),
     ],

@@ -11,7 +11,7 @@ from latentreward.scoring.precision import halve_products, is_halved
 from tests.families.twins import PROMPTS, TWINS, Twin, every_network, noise_for
 
 OF_TOKENS = re.compile(
-    r"(^|\.)(attn\d?|(self_)?attention|ff|ff_context|ffn|feed_forward|(img_|txt_)?mlp|proj_mlp|proj_out)(\.|$)"
+    r"(^|\.)(attn\d?|(self_)?attention|ff|ff_context|ff_[it]|ffn|feed_forward|(img_|txt_)?mlp|proj_mlp|proj_out)(\.|$)"
 )
 """Attention and feed-forward layers, which every token passes; FLUX.1's single blocks have proj_mlp and proj_out.
 
@@ -41,7 +41,7 @@ def test_only_attention_and_feed_forward_layers_are_rounded(twin: Twin) -> None:
         assert 0 < (one - other).norm() / other.norm() < 0.02
 
 
-@pytest.mark.parametrize("name", ["flux1_dev", "klein_base", "wan21"])
+@pytest.mark.parametrize("name", ["flux1_dev", "klein_base", "wan21", "hidream"])
 def test_attention_of_accelerators_gets_one_type(name: str) -> None:
     """On the device meta, where layers choose their types as on a GPU."""
     backbone = backbone_of(TWINS[name])

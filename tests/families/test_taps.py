@@ -24,6 +24,8 @@ def test_taps_equal_hooks(twin: Twin) -> None:
     for tap, visual, text in zip(taps, features.visual, features.text, strict=True):
         found = {tensor.shape: tensor for tensor in (visual, text)}
         seen = outputs[tap] if isinstance(outputs[tap], tuple | list) else [outputs[tap]]
+        if twin.family == "hidream" and len(seen) == 2:  # with the text of the block's own layer, which ends with it
+            seen = [each[:, : max(visual.shape[1], text.shape[1])] for each in seen]
         # ERNIE-Image's blocks have tokens before rows.
         for output in (each if len(each) == len(latents) else each.transpose(0, 1) for each in seen):
             if output.shape[1] < visual.shape[1] + text.shape[1]:
@@ -39,9 +41,8 @@ def test_taps_equal_hooks(twin: Twin) -> None:
 
 def assert_part(tokens: torch.Tensor, joint: torch.Tensor) -> None:
     """Assert that tokens lie in a joint sequence, one after another in their own order."""
-    distances, places = torch.cdist(tokens.double(), joint.double()).min(dim=1)
-    assert distances.max() < 1e-5
-    assert (places.diff() == 1).all()
+    windows = joint.double().unfold(0, len(tokens), 1).transpose(1, 2)
+    assert ((windows - tokens.double()).abs().amax(dim=(1, 2)) < 1e-5).any()
 
 
 @every_network

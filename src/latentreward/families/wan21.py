@@ -7,9 +7,7 @@ Wan's own code (``wan/modules/model.py``), which musubi-tuner and ComfyUI use.
 from __future__ import annotations
 
 import html
-import json
 from collections.abc import Mapping, Sequence
-from functools import cached_property
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any, ClassVar
@@ -25,7 +23,7 @@ from latentreward.errors import InputError
 from latentreward.families.backbone import FamilyBackbone, load_family_backbone
 from latentreward.families.base import Pair
 from latentreward.families.flow import FlowFamily, Tokens, of_patches, whole
-from latentreward.noise.schedules import EULER, check_levels, check_scheduler, make_scheduler, static_levels
+from latentreward.noise.schedules import unipc_clock, unipc_levels
 
 LAYERS = {
     "condition_embedder.time_embedder.linear_1": "time_embedding.0",
@@ -47,7 +45,6 @@ PARTS = {
     "ffn.net.2": "ffn.2",
 }
 """Part of the name of a block's layer in diffusers → the part in Wan's own code."""
-UNIPC = "UniPCMultistepScheduler"
 
 
 class Wan21(FlowFamily):
@@ -118,37 +115,13 @@ class Wan21(FlowFamily):
 
     # Noise
 
-    @cached_property
-    def scheduler_class(self) -> str:
-        """Class of the pipeline's saved scheduler."""
-        return str(self.scheduler_config.get("_class_name"))
-
     def levels(self, num_inference_steps: int, shape: Sequence[int]) -> tuple[Tensor, Tensor]:
         """See :meth:`Family.levels`."""
-        config = self.scheduler_config
-        check_scheduler(config, (UNIPC, EULER))
-        if self.scheduler_class == EULER:
-            return static_levels(config, num_inference_steps)
-        wanted = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
-        others = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_dynamic_shifting")
-        for name, value in {**wanted, **dict.fromkeys(others, False)}.items():
-            if (config.get(name) or False) != value:
-                shown = json.dumps(config.get(name)), json.dumps(value)
-                raise InputError(f"the scheduler config has {name}={shown[0]}; set it to {shown[1]} there")
-        from diffusers import UniPCMultistepScheduler
-
-        scheduler = make_scheduler(UniPCMultistepScheduler, config, num_inference_steps)
-        sigmas = scheduler.sigmas.to(torch.float32)
-        check_levels(sigmas)
-        # UniPC rounds timesteps down in float64: keep a level that is a whole number in float32 on its side.
-        sigmas[:-1] -= 1e-6 * (self.clock(sigmas[:-1]) - scheduler.timesteps)
-        return 1000 * sigmas[:-1], sigmas
+        return unipc_levels(self.scheduler_config, num_inference_steps)
 
     def clock(self, sigma: Tensor) -> Tensor:
         """Return the numbers that the network receives for noise levels: 1000·σ, rounded down with UniPC."""
-        times = 1000 * sigma
-        # float32 has 0.251 · 1000 as 250.99998: a whole timestep stays one.
-        return (times + 1e-4).floor() if self.scheduler_class == UNIPC else times
+        return unipc_clock(self.scheduler_config, sigma)
 
     # Network
 

@@ -1,5 +1,6 @@
 """Timesteps and noise levels of diffusers' schedulers."""
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,6 +11,7 @@ from latentreward.errors import InputError, check_range, first_line
 from latentreward.storage.json_files import entry
 
 EULER = "FlowMatchEulerDiscreteScheduler"
+UNIPC = "UniPCMultistepScheduler"
 FLOW_SCHEDULERS = (EULER, "FlowMatchHeunDiscreteScheduler")
 """Schedulers of a rectified flow with a fixed shift."""
 _SAMPLERS = (
@@ -118,6 +120,42 @@ def static_levels(config: Mapping[str, Any], num_inference_steps: int) -> tuple[
             )
     scheduler = make_scheduler(FlowMatchEulerDiscreteScheduler, config, num_inference_steps)
     return _levels(scheduler)
+
+
+def unipc_levels(config: Mapping[str, Any], num_inference_steps: int) -> tuple[Tensor, Tensor]:
+    """Return the levels of ``UniPCMultistepScheduler`` for a flow, or those of :func:`static_levels`, by the config.
+
+    Returns:
+        Timesteps ``(n,)``, 1000·σ, and noise levels ``(n + 1,)``, the last one 0; float32.
+
+    Raises:
+        InputError: If the scheduler is of another class, cannot make ``num_inference_steps`` steps, or its config has
+            settings that are not those of a flow with a static shift.
+    """
+    check_scheduler(config, (UNIPC, EULER))
+    if config["_class_name"] == EULER:
+        return static_levels(config, num_inference_steps)
+    wanted = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
+    others = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_dynamic_shifting")
+    for name, value in {**wanted, **dict.fromkeys(others, False)}.items():
+        if (config.get(name) or False) != value:
+            shown = json.dumps(config.get(name)), json.dumps(value)
+            raise InputError(f"{NAME} has {name}={shown[0]}; set it to {shown[1]} there")
+    from diffusers import UniPCMultistepScheduler
+
+    scheduler = make_scheduler(UniPCMultistepScheduler, config, num_inference_steps)
+    sigmas = scheduler.sigmas.to(torch.float32)
+    check_levels(sigmas)
+    # UniPC rounds timesteps down in float64: keep a level that is a whole number in float32 on its side.
+    sigmas[:-1] -= 1e-6 * (unipc_clock(config, sigmas[:-1]) - scheduler.timesteps)
+    return 1000 * sigmas[:-1], sigmas
+
+
+def unipc_clock(config: Mapping[str, Any], sigma: Tensor) -> Tensor:
+    """Return the numbers that a network receives for noise levels: 1000·σ, rounded down with UniPC."""
+    times = 1000 * sigma
+    # float32 has 0.251 · 1000 as 250.99998: a whole timestep stays one.
+    return (times + 1e-4).floor() if config.get("_class_name") == UNIPC else times
 
 
 def shifted_levels(config: Mapping[str, Any], num_inference_steps: int, mu: float | None) -> tuple[Tensor, Tensor]:

@@ -14,14 +14,17 @@ from torch import Tensor, nn
 
 PRODUCTS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 EXACT = re.compile(
-    r"(^|\.)(time_\w+|t_embedder|add_embedding|\w+_modulation(_\w+)?|(img|txt)_mod|norm(\d|_out)?(_context)?"
+    r"(^|\.)(time_\w+|[tp]_embedder|add_embedding|\w+_modulation(_\w+)?|(img|txt)_mod|norm(\d|_out)?(_context)?"
     r"|distilled_guidance_layer|pos_embed|(all_)?x_embedder|patch_embedding|img_in|context_embedder|cap_embedder"
-    r"|text_embedder|text_proj|txt_in|projector)(\.|$)"
+    r"|text_embedder|text_proj|txt_in|caption_projection|projector)(\.|$)"
 )
 """Names of layers that stay float32: those of time embedding and modulation, which are cheap (one vector per image) and
 affect all tokens, and a transformer's patch and text embeddings."""
-ATTENTION = re.compile(r"\.(to_[qkv]|to_qkv_mlp_proj|add_[qkv]_proj)(\.|$)")
-"""Names of query, key and value layers; on an accelerator their outputs stay bfloat16, which fused attention takes."""
+ATTENTION = re.compile(r"(?<!\.block\.attn1)\.(to_[qkv]|to_qkv_mlp_proj|add_[qkv]_proj)(\.|$)")
+"""Names of query, key and value layers; on an accelerator their outputs stay bfloat16, which fused attention takes.
+
+HiDream's attention gives queries and keys the type of the residual stream, so its values must have it too.
+"""
 ATTENTION_NORM = re.compile(r"\.norm_(added_)?[qk]$")  # names of the norms of queries and keys
 
 
