@@ -116,7 +116,9 @@ class HackingMonitor(PromptMonitor):
                 try:
                     columns = [self.held_out(batch.prompts, list(map(to_image, pixels)))]
                     if pl_module.reward is not None:
-                        scored = score_finished(pl_module.reward, latents, batch, SEED, self.reward_sigmas)
+                        sampling = self.sampling_of(pl_module)
+                        with pl_module.policy.editing_at(sampling.height, sampling.width):
+                            scored = score_finished(pl_module.reward, latents, batch, SEED, self.reward_sigmas)
                         columns.append(scored.cpu())
                     rows.append(torch.stack(columns, dim=1))
                 except RemoteError as error:

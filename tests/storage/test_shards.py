@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from latentreward.contracts import EditPrompt, ImageRef, sources_of
 from latentreward.errors import InputError
 from latentreward.storage.locks import claimed
-from latentreward.storage.shards import ERROR, PLAN, ShardFolder, ShardList, left_over
+from latentreward.storage.shards import ERROR, PLAN, ShardFolder, ShardList, left_over, read_list
 
 COME_OFTEN = """
 import sys
@@ -43,6 +44,16 @@ def test_two_processes_share_the_shards_and_both_see_all_results(first: ShardFol
     assert order == [0, 2, 1, 3]
     assert list(one) == list(other) == []
     assert plan.results() == second.results() == [(["a"], 0.0), (["b"], 0.1), (["c"], 0.2), (["d"], 0.1 * 3)]
+
+
+def test_prompts_keep_the_pictures_that_they_edit(first: ShardFolder, tmp_path: Path) -> None:
+    path = ImageRef("a.png", path=tmp_path / "a.png", root=tmp_path)
+    prompts = [EditPrompt("make it red", [path]), EditPrompt("make it red", [ImageRef("b", b"\xff\x00")]), "a cat"]
+    todo = first.plan("task", [[0, 1, prompts[0]], {"pictures": [["x", prompts[1]], ["y", prompts[2]]]}])
+    read = read_list(todo.folder).shards
+    (_, _, one), two, three = read[0], *(picture[1] for picture in read[1]["pictures"])
+    assert [one, two, three] == prompts and type(three) is str
+    assert [*map(sources_of, (one, two, three))] == [*map(sources_of, prompts)]
 
 
 def test_a_shard_that_another_holds_is_waited_for_and_taken_if_it_is_freed(first: ShardFolder) -> None:

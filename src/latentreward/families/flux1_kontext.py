@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 from latentreward.backbones.registry import register_backbone
 from latentreward.contracts import PathText
 from latentreward.encoders.sources import SourceSize
+from latentreward.errors import InputError
 from latentreward.families.backbone import FamilyBackbone, load_family_backbone
 from latentreward.families.flux1 import Flux1
 
@@ -38,6 +39,11 @@ class Flux1Kontext(Flux1):
 
     def source_size(self, height: int, width: int) -> SourceSize:
         """See :meth:`Family.source_size`; the size of :data:`SIZES` with the nearest aspect, which is not kept."""
+        if height < self.side_multiple:
+            raise InputError(
+                f"the pipeline of {self.model} cannot edit a picture of {height} × {width} pixels; give one at least "
+                f"{self.side_multiple} high, or set source_size: made"
+            )
         aspect = (width // self.side_multiple) / (height // self.side_multiple)
         columns, rows = min(SIZES, key=lambda size: (abs(aspect - size[0] / size[1]), size))
         return SourceSize((rows, columns))

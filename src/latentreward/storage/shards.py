@@ -8,18 +8,22 @@ from __future__ import annotations
 
 import json
 import time
+from base64 import b64decode, b64encode
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from latentreward.contracts import EditPrompt, ImageRef
 from latentreward.errors import InputError, first_line
 from latentreward.storage.durable import write_file
 from latentreward.storage.json_files import read_config
 from latentreward.storage.locks import claimed, has_locks, is_held
 
 PLAN, END, ERROR = "plan.json", "end", "error.json"
+EDIT = "edit"
+"""Name by which a plan holds the text of a prompt that carries pictures."""
 POLL_S = 0.2  # seconds between two looks at the folder while a process waits for others
 LEAVE_S = 5.0  # most seconds that the first process waits until the others have left the folder
 AGAIN = "delete it, and its shard is done again"
@@ -44,9 +48,9 @@ class ShardFolder:
         self._present.enter_context(claimed(self._presence(rank)))
 
     def plan(self, name: str, shards: Sequence[Any]) -> ShardList:
-        """Write the plan of the task's next list of shards, values of JSON, on the first process."""
+        """Write the plan of the task's next list of shards, values of JSON and prompts, on the first process."""
         todo = ShardList(self.folder / str(self._lists), name, list(shards))
-        write_file(todo.folder / PLAN, json.dumps({"task": name, "shards": todo.shards}), KEPT)
+        write_file(todo.folder / PLAN, json.dumps({"task": name, "shards": _packed(todo.shards)}), KEPT)
         self._lists += 1
         return todo
 
@@ -113,7 +117,7 @@ class ShardList:
 
     folder: Path  # of the list's plan and results
     task: str
-    shards: list[Any]  # what JSON can hold, one value for each shard
+    shards: list[Any]  # what JSON can hold, and prompts with their pictures; one value for each shard
 
     def done(self, number: int) -> bool:
         """Tell whether a shard has a result."""
@@ -158,13 +162,40 @@ class ShardList:
 def read_list(folder: Path) -> ShardList:
     """Read the plan of a list of shards; raises InputError if it is damaged."""
     plan = _read_object(folder / PLAN, task=str, shards=list)
-    return ShardList(folder, plan["task"], plan["shards"])
+    return ShardList(folder, plan["task"], _unpacked(plan["shards"]))
 
 
 def left_over(folder: Path, task: str) -> list[tuple[Any, Any]]:
     """List the shards of a task that earlier runs in ``folder`` finished and whose results nobody took, with these."""
     lists = (read_list(plan.parent) for plan in sorted(folder.glob(f"*/*/{PLAN}")))
     return [found for todo in lists if todo.task == task for found in todo.results()]
+
+
+def _packed(value: Any) -> Any:
+    """Return a value as JSON can hold it: JSON would write a prompt as a text, without the pictures that it edits."""
+    if isinstance(value, EditPrompt):
+        return {EDIT: str.__str__(value), "sources": [_packed_image(image) for image in value.sources]}
+    if isinstance(value, dict):
+        return {name: _packed(one) for name, one in value.items()}
+    return [_packed(one) for one in value] if isinstance(value, (list, tuple)) else value
+
+
+def _packed_image(image: ImageRef) -> list[str | None]:
+    data = None if image.data is None else b64encode(image.data).decode()
+    return [image.image_key, data, *(None if path is None else str(path) for path in (image.path, image.root))]
+
+
+def _unpacked(value: Any) -> Any:
+    """Undo :func:`_packed`."""
+    if isinstance(value, dict):
+        if EDIT in value:
+            return EditPrompt(value[EDIT], [_unpacked_image(*image) for image in value["sources"]])
+        return {name: _unpacked(one) for name, one in value.items()}
+    return [_unpacked(one) for one in value] if isinstance(value, list) else value
+
+
+def _unpacked_image(key: str, data: str | None, *paths: str | None) -> ImageRef:
+    return ImageRef(key, data and b64decode(data), *(path and Path(path) for path in paths))
 
 
 def _read(path: Path) -> Any:
