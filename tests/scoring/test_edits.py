@@ -9,14 +9,20 @@ import pytest
 import torch
 from PIL import Image
 
+from latentreward.apps.serving.errors import RequestError
+from latentreward.apps.serving.protocol import parse_request
+from latentreward.apps.serving.resources import Resources
+from latentreward.apps.serving.served import ServedModel
+from latentreward.apps.serving.settings import ServiceSettings
 from latentreward.backbones import create_backbone
 from latentreward.data.image_lists import ImageList, ListedImage, read_images
 from latentreward.data.image_sizes import OneSize
 from latentreward.errors import InputError
-from latentreward.heads import GatedQFormerHead
+from latentreward.heads import CLIPProjectionHead, GatedQFormerHead
 from latentreward.scoring import RewardModel, edit_prompt
 from latentreward.scoring.image_lists import ListedScoring
 from latentreward.scoring.scored_table import images_identity
+from tests.families.made_qwen_image_edit import picture, qwen_image_edit_folder
 from tests.families.twins import TWINS
 from tests.scoring.models import edit_reward, scoring_model
 
@@ -104,3 +110,25 @@ def test_other_sources_are_another_input(tmp_path: Path) -> None:
     before = images_identity(ImageList("l", (first,)))
     BLUE.resize((6, 4)).save(tmp_path / "blue.png")
     assert images_identity(ImageList("l", (first,))) != before
+
+
+def test_a_head_gets_the_empty_prompt_that_was_read_beside_the_picture() -> None:
+    backbone = create_backbone(
+        "qwen_image_edit", source=qwen_image_edit_folder(), num_layers=2, visual_taps=[1], text_taps=[2]
+    )
+    seeing = RewardModel(backbone, CLIPProjectionHead(backbone.feature_spec, guidance=3.0)).eval()
+    prompt, latents = (
+        edit_prompt("make it red", picture(32, 48, 1)),
+        torch.randn(1, *seeing.backbone.latent_space.shape(32, 48)),
+    )
+    with torch.inference_mode():
+        memory = seeing.prompt_memory(4)
+        memory.resize_sources(32, 48)
+        encoded = memory.encode([prompt])
+        expected = seeing.score_latents([prompt], latents)
+        assert seeing.score_latents([prompt], latents, conditioning=(encoded, None)) == pytest.approx(
+            expected, abs=1e-5
+        )
+    served = ServedModel(seeing, Resources(ServiceSettings()), name="r")
+    with pytest.raises(RequestError, match="/v1/score_images"):
+        parse_request(b"", served.accepted)

@@ -195,7 +195,11 @@ def _score_parts(
                 encoded, uncond = memory.encode(of_batch), memory.encode_uncond(of_batch)
             else:
                 encoded = given[0].select(rows[part]).to(model.device)
-                uncond = memory.encode_uncond() if given[1] is None else given[1].empty_for(rows[part]).to(model.device)
+                uncond = (
+                    memory.encode_uncond(of_batch)
+                    if given[1] is None
+                    else given[1].empty_for(rows[part]).to(model.device)
+                )
             moved = latents[part].to(model.device, torch.promote_types(latents.dtype, torch.float32))
             scored = score(EncodedBatch(moved, of_batch, encoded, uncond), part)
             check_finite(scored, of_batch, rows[part])

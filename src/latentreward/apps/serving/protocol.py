@@ -94,6 +94,12 @@ def parse_request(
         RequestError: If the bytes do not follow the protocol, or do not fit the model. With status 413 if a limit of
             the server is exceeded.
     """
+    if accepted.sees_empty:
+        raise RequestError(
+            "this reward's head needs the empty prompt as its text encoder reads it beside the pictures to edit, and "
+            "embeddings come without pictures; send images and source_images to /v1/score_images",
+            422,
+        )
     pooled, masked, latent_axes = accepted.pooled_width is not None, accepted.masked, f"B {accepted.axes}"
     expected = {
         "latents": Expected((latent_axes,) if accepted.frames is None else ("B C h w", latent_axes)),

@@ -211,6 +211,7 @@ def accepted_by(reward: RewardModel, settings: ServiceSettings) -> Accepted:
     clip = 1 if reward.image_sizes is None else reward.image_sizes.frames
     _, *time, _, _ = backbone.latent_space.shape(1, 1, clip)
     pooled, masked = empty.pooled_prompt_embeds, empty.prompt_mask is not None
+    seen = backbone.text_encoder is not None and backbone.text_encoder.sees_sources
     return Accepted(
         channels=backbone.latent_space.channels,
         text_width=empty.prompt_embeds.shape[-1],
@@ -225,7 +226,8 @@ def accepted_by(reward: RewardModel, settings: ServiceSettings) -> Accepted:
         frames=time[0] if time else None,
         pools_tokens=backbone.text_encoder is not None and backbone.text_encoder.pools_tokens,
         sources=(backbone.sources[0], MOST_SOURCES if backbone.sources[1] is None else backbone.sources[1]),
-        sees_sources=backbone.text_encoder is not None and backbone.text_encoder.sees_sources,
+        sees_sources=seen,
+        sees_empty=seen and reward.head.needs_uncond,
     )
 
 

@@ -67,6 +67,7 @@ class Accepted:
     # Least and largest number of pictures that a row's image is an edit of, its sources
     sources: tuple[int, int] = (0, 0)
     sees_sources: bool = False  # whether the text encoder reads these pictures too, as pixels
+    sees_empty: bool = False  # whether it also reads them beside the empty prompt, which the head needs
 
     def check_sources(self, number: int) -> None:
         """Raise RequestError with status 422 if an image with this number of sources is not scored."""
