@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from latentreward.contracts import Conditioning, EditPrompt, ImageRef, PromptBatch, sources_of
-from latentreward.data import JSONLPairReader, PairDataset, PixelLoader
+from latentreward.data import JSONLPairReader, PairDataset, PixelLoader, PreferenceDataModule
 from latentreward.data.alignment.prompts import PromptLoaders
 from latentreward.data.images import decode_image
 from latentreward.errors import InputError
@@ -36,6 +36,7 @@ from latentreward.rewards import UnchangedRegion
 from latentreward.rewards.latent import EncodedPrompts
 from latentreward.rollout import Branching, Sampling
 from tests.distributed.ranks import on_ranks
+from tests.families.made_qwen_image_edit import picture
 from tests.families.test_methods import DifferentiableChannel, pairs, rolled
 from tests.families.twins import TWINS
 from tests.marks import rotated_after
@@ -273,3 +274,33 @@ def test_a_placeholder_has_pictures_of_its_own(tmp_path: Path) -> None:
     assert decode_image(source).getcolors() == [(64, (128, 128, 128))]  # for text encoders that see it
     assert loaded.pair.label_a is None
     assert len(loaded.sources) == 1 and (loaded.sources[0] == 0).all()
+
+
+def test_a_run_over_unlike_numbers_of_pictures_goes_on_with_another_batch_size(tmp_path: Path) -> None:
+    for number in range(9):
+        picture(32, 32, number).save(tmp_path / f"{number}.png")
+    rows = [
+        {
+            "prompt": f"p{row}",
+            "source_images": ["0.png", "1.png"][: 1 + row % 2],
+            "chosen": f"{row}.png",
+            "rejected": "8.png",
+        }
+        for row in range(8)
+    ]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    states = []
+    for batch_size in (1, 2):
+        reader = JSONLPairReader(str(tmp_path / "pairs.jsonl"))
+        data = PreferenceDataModule(32, train=reader, batch_size=batch_size, num_workers=0, seed=0)
+        data.prepare_data()
+        data.setup("fit")
+        loader = data.train_dataloader()
+        if states:
+            loader.load_state_dict(states[0])
+        batches = iter(loader)
+        seen = [*next(batches).pair_ids] if not states else [name for batch in batches for name in batch.pair_ids]
+        states.append(loader.state_dict())
+        if batch_size == 1:
+            first = seen
+    assert sorted(first + seen) == sorted(f"pairs.jsonl:{row}" for row in range(1, 9))

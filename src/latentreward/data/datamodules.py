@@ -236,8 +236,11 @@ class PreferenceDataModule(PairLoaders):
         return ResumableLoader(dataset, sampler, collate_fn=collate_pairs, **self._worker_settings())
 
     def _unlike(self, dataset: PairDataset) -> np.ndarray | None:
-        """Return the size of each pair, ``(N, 3)``, if pairs edit unlike numbers of pictures; a batch holds one."""
-        numbers = dataset.source_numbers() if self.batch_size > 1 else np.zeros(0)
+        """Return the size of each pair, ``(N, 3)``, if pairs edit unlike numbers of pictures; a batch holds one.
+
+        It does not depend on the batch size, which may change where a run goes on.
+        """
+        numbers = dataset.source_numbers()
         return np.column_stack([np.ones((len(numbers), 2), int), numbers]) if len(np.unique(numbers)) > 1 else None
 
     def teardown(self, stage: str) -> None:
