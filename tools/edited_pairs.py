@@ -84,7 +84,7 @@ def add_pairs(folder: Path, made: Path) -> None:
                     continue
                 number += 1
                 files = [f"{made.name}/{name}" for name in (source, group[a]["file"], group[b]["file"])]
-                row = {"prompt": group[a]["prompt"], "source_images": files[:1], "image_a": files[1]}
+                row: dict[str, object] = {"prompt": group[a]["prompt"], "source_images": files[:1], "image_a": files[1]}
                 row |= {"image_b": files[2], "label": draw_label(gap, 0.0, rng)}
                 file.write(json.dumps(row | {"model_a": "editor", "model_b": "editor"}) + "\n")
                 worth = {
