@@ -24,7 +24,7 @@ RUNS = [("kontext_tiny", "nft"), ("ip2p_tiny", "lpo")]
 
 def train_reward(editor: str, source: Path, folder: Path, *settings: str) -> None:
     data = ("--data.train_pairs=16", "--data.val_pairs=8", "--data.batch_size=4", f"--data.root={folder / 'pairs'}")
-    configs = (FOLDER / f"reward_{editor}.yaml", FOLDER.parent / "data" / "tinyworld_edits.yaml")
+    configs = (FOLDER.parent / "data" / "tinyworld_edits.yaml", FOLDER / f"reward_{editor}.yaml")
     trainer = ("--trainer.accelerator=cpu", "--trainer.logger=false", "--trainer.num_sanity_val_steps=0")
     run = (f"--trainer.default_root_dir={folder / 'reward'}", f"--model.backbone.source={source}", *trainer)
     checkpoint = f"--trainer.callbacks={{class_path: LastCheckpoint, init_args: {{dirpath: {folder / 'reward'}}}}}"
