@@ -28,6 +28,8 @@ DATA = {
     "lrm_sdxl": ("pickapic_v1", "--data.size=1024", "--data.batch_size=4"),
 }
 """Full-size model file → data file and settings that its head comment names; see :func:`runs` for others."""
+NO_CONFIG = ("hidream",)
+"""Families of which the package keeps no published config."""
 NUMBERS = {
     "trained": r"^  (?:network|text encoders|head|scorer|reward) +[\d.]+ +([\d.]+)",
     "peak": r"^  peak +([\d.]+)$",
@@ -55,10 +57,10 @@ def runs(every: bool) -> dict[str, list[str]]:
         if every or not name.endswith("tiny"):
             found[f"align/{name}"] = config("align", name)
     for name in names("policy"):
-        if not (ROOT / f"configs/align/lpo_{name}.yaml").exists():
+        if name not in NO_CONFIG and not (ROOT / f"configs/align/lpo_{name}.yaml").exists():
             found[f"policy/{name} + method/lpo"] = [*config("policy", name), *config("method", "lpo")]
-    of_families = {f"dina_lrm_{name}" for name in (*families(), "sd35_large")}
-    for name in (name for name in names("model") if every or name in of_families):
+    of_families = {f"dina_lrm_{name}" for name in (*families(), "sd35_large") if name not in NO_CONFIG}
+    for name in (name for name in names("model") if (every or name in of_families) and not name.endswith(NO_CONFIG)):
         tiny = name.endswith("tiny")
         usual = ("hpdv3",) if name in of_families else ("pickapic_v1",)
         data, *more = ("tinyworld_pickapic",) if tiny else DATA.get(name, usual)
