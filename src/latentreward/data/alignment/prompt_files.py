@@ -10,7 +10,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from latentreward.contracts import EditPrompt
+from latentreward.contracts import EditPrompt, ImageRef
 from latentreward.data.images import open_source
 from latentreward.data.list_rows import read_rows
 from latentreward.data.readers.base import MAX_PROMPT_CHARS
@@ -170,16 +170,22 @@ def _parse(number: int, row: Any, path: str) -> PromptRow:
         raise ValueError(f"row {number} holds {short(text)} as {column}, not text")
     text.encode()  # raises UnicodeEncodeError (a ValueError) for a lone surrogate, which tokenizers refuse
     group = next((str(named[name]) for name in GROUPS if named.get(name)), "")
-    name, values = list_sources(named)
-    if not values:
+    with errors_at(f"{path}: row {number}"):
+        sources = row_sources(named, Path(path).parent)
+    if not sources:
         return PromptRow(text, group, {} if isinstance(row, str) else named)
+    return PromptRow(EditPrompt(text, sources), group, {key: named[key] for key in named if key not in SOURCES})
+
+
+def row_sources(row: Row, folder: Path) -> list[ImageRef]:
+    """Return the pictures to edit of a row, files of ``folder`` or bytes; raise InputError if one cannot be read."""
+    name, values = list_sources(row)
     if len(values) > MOST_SOURCES:
-        raise InputError(f"{path}: row {number} has {len(values)} pictures in {name}; give at most {MOST_SOURCES}")
+        raise InputError(f" has {len(values)} pictures in {name}; give at most {MOST_SOURCES}")
     if odd := [one for one in values if not isinstance(one, str | bytes | dict) or not one]:
-        raise InputError(f"{path}: row {number} has {short(odd[0])} in {name}; give a path")
-    folder = Path(path).parent
+        raise InputError(f" has {short(odd[0])} in {name}; give a path")
     sources = [file_image(folder, one) if isinstance(one, str) else embedded_image(one) for one in values]
-    with errors_at(f"{path}: row {number}: "):
+    with errors_at(": "):
         for picture in sources:
             open_source(picture)
-    return PromptRow(EditPrompt(text, sources), group, {key: named[key] for key in named if key not in SOURCES})
+    return sources

@@ -16,6 +16,8 @@ from latentreward.apps.evaluation.policy.imported import (
     pictures_per_prompt,
     prompts_of,
 )
+from latentreward.apps.evaluation.policy.samples import complete_or_refuse
+from latentreward.contracts import EditPrompt, ImageRef, sources_of
 from latentreward.data.alignment.prompt_files import PromptRow
 from latentreward.errors import InputError
 
@@ -35,6 +37,10 @@ def write_csv(folder: Path, rows: list[str], header: str = "file,prompt") -> Non
 def load(folder: Path, rows: list[PromptRow], count: int, table: Path | None = None) -> ImportedPictures:
     wanted = [(place, image) for place in range(len(rows)) for image in range(count)]
     return import_pictures(folder, find_pictures(folder, table), rows, wanted)
+
+
+def edit(path: Path, text: str = "make it red") -> PromptRow:
+    return PromptRow(EditPrompt(text, [ImageRef(path.name, path=path)]))
 
 
 def files(imported: ImportedPictures) -> dict[tuple[int, int], str]:
@@ -66,6 +72,35 @@ def test_pictures_of_a_repeated_prompt_are_dealt_out(tmp_path: Path) -> None:
     lines = ["3.png,a cat,7,1", "1.png,a cat,2,1", "2.png,a cat,7,0", "0.png,a cat,2,0"]
     write_csv(tmp_path, lines, "file,prompt,place,image")
     assert files(load(tmp_path, ROWS, 2)) == {(0, 0): "0.png", (0, 1): "1.png", (2, 0): "2.png", (2, 1): "3.png"}
+
+
+def test_edits_find_the_pictures_that_they_edit(tmp_path: Path) -> None:
+    """Not by their place: the set of prompts is cut and in another order than the folder."""
+    for number in range(4):
+        paint(tmp_path / f"given{number}.png", 60 * number)
+    folder = tmp_path / "made"
+    for number in range(3):
+        paint(folder / f"{number}.png")
+        paint(folder / "sources" / f"{number}.png", 60 * number)
+    lines = [f'{number}.png,make it red,{number},0,"[""sources/{number}.png""]"' for number in range(3)]
+    write_csv(folder, lines, "file,prompt,place,image,source_images")
+    rows = [edit(tmp_path / f"given{number}.png") for number in (2, 0)]
+    found = load(folder, rows, 1)
+    assert files(found) == {(0, 0): "2.png", (1, 0): "0.png"}
+    assert found.left_aside == 1
+    told = find_pictures(folder, None)
+    assert pictures_per_prompt(told, rows) == 1
+    own = prompts_of(told, folder)
+    assert [sources_of(row.prompt)[0].path for row in own] == [folder / "sources" / f"{n}.png" for n in range(3)]
+    assert files(load(folder, own, 1)) == {(n, 0): f"{n}.png" for n in range(3)}
+    other = load(folder, [edit(tmp_path / "given3.png"), edit(tmp_path / "given1.png")], 1)
+    assert files(other) == {(1, 0): "1.png"}
+    with pytest.raises(InputError, match=r"first number 0 of prompt 0 \(2 edits of other pictures than the prompt's\)"):
+        complete_or_refuse({"policy": other}, [(0, 0), (1, 0)], "refuse")
+    assert len(files(load(folder, [PromptRow("make it red")], 3))) == 3  # a text alone takes the edits of all pictures
+    (folder / "sources" / "1.png").unlink()
+    with pytest.raises(InputError, match=r"table: .*images\.csv: row 2: .*sources/1\.png"):
+        find_pictures(folder, None)
 
 
 @pytest.mark.parametrize("ending", ["jsonl", "parquet"])

@@ -6,17 +6,19 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from latentreward.contracts import ImageRef
-from latentreward.data.alignment.prompt_files import PromptRow
-from latentreward.data.images import ImageError, decode_image, resolve_inside
-from latentreward.errors import InputError, first_line
+from latentreward.contracts import EditPrompt, ImageRef, sources_of
+from latentreward.data.alignment.prompt_files import PromptRow, row_sources
+from latentreward.data.images import ImageError, decode_image, image_bytes, resolve_inside
+from latentreward.errors import InputError, errors_at, first_line
 from latentreward.scorers.tools import JudgedPicture
+from latentreward.storage.digests import digest
 from latentreward.storage.ignored_files import find_files
 from latentreward.storage.texts import read_table, read_text
 
@@ -31,7 +33,8 @@ class FoundPicture:
     """Picture in a folder, not yet matched with a set of prompts."""
 
     file: str  # path relative to the folder
-    prompt: str | None  # raw prompt; None where the layout does not hold the prompt
+    # raw prompt, an EditPrompt where the table names the pictures that were edited; None where the layout has no prompt
+    prompt: str | None
     place: int | None = None  # number of the prompt from 0; within ``group`` where ``prompt`` is None. None if unknown.
     image: int | None = None  # number of the picture among those of its prompt, from 0; None if unknown
     group: str = ""  # group of the prompt; empty if the layout has no groups
@@ -47,7 +50,7 @@ class ImportedPictures:
     # Number of pictures that are not wanted, because their prompt is not in the set or because the prompt has more
     # pictures than are wanted
     left_aside: int
-    problems: dict[str, int]  # reason → number of wanted pictures that could not be read
+    problems: dict[str, int]  # reason → number of pictures that could not be read, or that were made of other pictures
 
 
 def find_pictures(folder: Path, table: Path | None) -> list[FoundPicture]:
@@ -55,9 +58,10 @@ def find_pictures(folder: Path, table: Path | None) -> list[FoundPicture]:
 
     Args:
         folder: Folder of one of two kinds. With a table ``images.csv``, ``images.jsonl`` or ``images.parquet``, as
-            ``latentreward generate`` writes it: columns ``file`` and ``prompt``, optionally ``place``, ``image`` and
-            ``group``. Or in the layout of GenEval (``00000/metadata.jsonl``, ``00000/samples/0000.png``),
-            T2I-CompBench++ (``CATEGORY/samples/PROMPT_000000.png``) or HPSv2 (``STYLE/00000.jpg``).
+            ``latentreward generate`` writes it: columns ``file`` and ``prompt``, optionally ``place``, ``image``,
+            ``group`` and, of edits, ``source_images`` with paths in the folder. Or in the layout of GenEval
+            (``00000/metadata.jsonl``, ``00000/samples/0000.png``), T2I-CompBench++
+            (``CATEGORY/samples/PROMPT_000000.png``) or HPSv2 (``STYLE/00000.jpg``).
         table: File of the table, if it lies elsewhere or has another name.
 
     Raises:
@@ -66,7 +70,7 @@ def find_pictures(folder: Path, table: Path | None) -> list[FoundPicture]:
     if not folder.is_dir():
         raise InputError(f"images: no folder {folder}; give the folder of the pictures")
     path = table or next((folder / name for name in TABLES if (folder / name).is_file()), None)
-    found = list(_of_table(path) if path is not None else _of_layout(folder))
+    found = list(_of_table(path, folder) if path is not None else _of_layout(folder))
     if not found:
         raise InputError(
             f"images: {folder} holds no {TABLES[0]} and no pictures as GenEval, T2I-CompBench++ or HPSv2 lay them out; "
@@ -95,16 +99,17 @@ def import_pictures(
 ) -> ImportedPictures:
     """Match a folder's pictures with a set of prompts, and decode the wanted ones to find damaged files.
 
-    Pictures are matched by the text of their prompt. Pictures without a text are matched by group and by number of the
-    prompt within the group. If a prompt occurs k times in the set, its pictures are cut into k runs of equal length,
-    the first for the first occurrence; edits of unlike pictures with one text are matched by their place in the set
-    instead. Damaged pictures are left out and counted in ``problems``. ``wanted`` pictures
-    are told by their prompt's index in ``rows`` and their number among its pictures.
+    Pictures are matched by the text of their prompt, and edits also by the bytes of the pictures that were edited.
+    Pictures without a text are matched by group and by number of the prompt within the group. If a prompt occurs k
+    times in the set, its pictures are cut into k runs of equal length, the first for the first occurrence. Where the
+    table does not name the pictures that were edited, edits of unlike pictures with one text are matched by their place
+    in the set. Damaged pictures are left out and counted in ``problems``. ``wanted`` pictures are told by their
+    prompt's index in ``rows`` and their number among its pictures.
     """
-    matched, left_aside = _match(found, rows)
+    matched, left_aside, unlike = _match(found, rows)
     asked = set(wanted)
     left_aside += len(matched.keys() - asked)
-    problems: Counter[str] = Counter()
+    problems = Counter({"edits of other pictures than the prompt's": unlike} if unlike else {})
     pictures = {}
     for (place, image), file in sorted((name, file) for name, file in matched.items() if name in asked):
         try:
@@ -121,19 +126,27 @@ def judged(place: int, image: int, file: str, path: Path, row: PromptRow) -> Jud
     return JudgedPicture(place, image, file, path, row.prompt, row.group, dict(row.fields))
 
 
-def _match(found: Iterable[FoundPicture], rows: Sequence[PromptRow]) -> tuple[dict[tuple[int, int], str], int]:
-    """Return (index of the prompt, number of the picture) → file, and the number of pictures of other prompts."""
+def _match(found: Iterable[FoundPicture], rows: Sequence[PromptRow]) -> tuple[dict[tuple[int, int], str], int, int]:
+    """Return (index of the prompt, number of the picture) → file, and how many pictures are of other prompts.
+
+    The last result counts those of them that have the text of a prompt, but edit other pictures.
+    """
+    content_of = cache(_content)
+    edited = [content_of(row.prompt) for row in rows]
     kept = defaultdict(list)
     for picture in found:
-        kept[picture.group, picture.place if picture.prompt is None else picture.prompt].append(picture)
+        key = picture.place if picture.prompt is None else str(picture.prompt)
+        kept[picture.group, key, content_of(picture.prompt) if any(edited) else ()].append(picture)
     matched: dict[tuple[int, int], str] = {}
-    aside = 0
-    for (group, key), pictures in kept.items():
-        places = _places(group, key, rows)
+    aside = unlike = 0
+    for (group, key, content), pictures in kept.items():
+        of_text = _places(group, key, rows)
+        places = [place for place in of_text if not content or edited[place] in ((), content)]
         if not places:
             aside += len(pictures)
+            unlike += len(pictures) if of_text else 0
             continue
-        if len({rows[place].prompt for place in places}) > 1:  # edits with one text and unlike pictures
+        if not content and len({edited[place] for place in places}) > 1:  # edits with one text and unlike pictures
             placed = [picture for picture in pictures if picture.place in places]
             aside += len(pictures) - len(placed)
             for picture in placed:
@@ -148,7 +161,12 @@ def _match(found: Iterable[FoundPicture], rows: Sequence[PromptRow]) -> tuple[di
             for order, picture in enumerate(own):
                 number = picture.image if told and picture.image is not None else order
                 matched.setdefault((place, number), picture.file)
-    return matched, aside
+    return matched, aside, unlike
+
+
+def _content(prompt: str | None) -> tuple[str, ...]:
+    """Return hashes of the pictures that a prompt edits, none for a text alone."""
+    return tuple(digest([image_bytes(image)]) for image in sources_of(prompt or ""))
 
 
 def _places(group: str, key: str | int | None, rows: Sequence[PromptRow]) -> list[int]:
@@ -159,7 +177,7 @@ def _places(group: str, key: str | int | None, rows: Sequence[PromptRow]) -> lis
     return [place for place in places if rows[place].group == group] or places
 
 
-def _of_table(path: Path) -> Iterator[FoundPicture]:
+def _of_table(path: Path, folder: Path) -> Iterator[FoundPicture]:
     for number, row in enumerate(_read(path), start=1):
         file, prompt = row.get("file"), row.get("prompt")
         if not isinstance(file, str) or not file or not isinstance(prompt, str):
@@ -171,7 +189,10 @@ def _of_table(path: Path) -> Iterator[FoundPicture]:
             except (TypeError, ValueError) as error:
                 problem = f"{name} {value!r} in {path} is not a whole number"
                 raise InputError(f"table: {problem}; write numbers from 0") from error
-        yield FoundPicture(file, prompt, group=row.get("group") or "", **numbers)
+        with errors_at(f"table: {path}: row {number}"):
+            sources = row_sources(row, folder)
+        text = EditPrompt(prompt, sources) if sources else prompt
+        yield FoundPicture(file, text, group=row.get("group") or "", **numbers)
 
 
 def _read(path: Path) -> list[dict[str, Any]]:
