@@ -91,6 +91,14 @@ class ImageRef:
     holds: Literal["image", "latents"] = "image"
     noise: str | None = None
 
+    @property
+    def identity(self) -> tuple[str, Path | None, int]:
+        """Key, path, and Python's hash of the bytes: lists in two folders, and tables, may have pictures of one name.
+
+        It holds for one process. Bytes keep their hash, so that they are read once.
+        """
+        return self.image_key, self.path, hash(self.data)
+
 
 class EditPrompt(str):
     """Instruction to edit pictures: a text that carries the pictures.
@@ -113,8 +121,8 @@ class EditPrompt(str):
 
     @property
     def identity(self) -> tuple[Any, ...]:
-        """Text, and keys and paths of the pictures: lists in two folders may have pictures of one name."""
-        return (str.__str__(self), *((source.image_key, source.path) for source in self.sources))
+        """Text, and the identities of the pictures; it does not hold their bytes."""
+        return (str.__str__(self), *(source.identity for source in self.sources))
 
     def __eq__(self, other: object) -> bool:
         return self.identity == (other.identity if isinstance(other, EditPrompt) else (other,))
@@ -130,7 +138,7 @@ class EditPrompt(str):
 
 
 def identity_of(prompt: str) -> tuple[Any, ...]:
-    """Return the text of a prompt, and keys and paths of the pictures that it edits."""
+    """Return the text of a prompt, and the identities of the pictures that it edits."""
     return prompt.identity if isinstance(prompt, EditPrompt) else (prompt,)
 
 

@@ -15,8 +15,10 @@ from latentreward.apps.serving.resources import Resources
 from latentreward.apps.serving.served import ServedModel
 from latentreward.apps.serving.settings import ServiceSettings
 from latentreward.backbones import create_backbone
+from latentreward.contracts import EditPrompt, ImageRef
 from latentreward.data.image_lists import ImageList, ListedImage, read_images
 from latentreward.data.image_sizes import OneSize
+from latentreward.data.images import png
 from latentreward.errors import InputError
 from latentreward.heads import CLIPProjectionHead, GatedQFormerHead
 from latentreward.scoring import RewardModel, edit_prompt
@@ -46,6 +48,17 @@ def test_scores_depend_on_the_pictures_that_were_edited(model: RewardModel, tmp_
     assert len({*scores[[0, 1, 3, 4, 5]].tolist()}) == 5
     again = torch.cat([model.score(prompt, RED) for prompt in prompts])
     assert torch.allclose(scores, again, atol=2e-5)
+
+
+@torch.no_grad()
+def test_pictures_of_one_name_with_unlike_bytes_are_two_prompts(model: RewardModel) -> None:
+    named = [EditPrompt("make it red", [ImageRef("0.png", data=png(colour))]) for colour in (RED, BLUE, RED)]
+    assert len({*named}) == 2 and named[0] == named[2]
+    scores = model.score(named, [RED] * 3)
+    assert scores[0] == scores[2] != scores[1]
+    memory = model.prompt_memory(8)
+    memory.encode(named[:1])
+    assert [prompt in memory for prompt in named] == [True, False, True]
 
 
 @torch.no_grad()

@@ -57,7 +57,7 @@ class SourceEncoder:
     def __init__(self, vae: LatentEncoder, size: Callable[[int, int], SourceSize]) -> None:
         self.vae, self.size = vae, size
         self.loader: PixelLoader | None = None
-        self._kept: OrderedDict[tuple[str, Path | None, int, PixelLoader | None], Tensor] = OrderedDict()
+        self._kept: OrderedDict[tuple[tuple[str, Path | None, int], PixelLoader | None], Tensor] = OrderedDict()
 
     def resize_to(self, height: int, width: int) -> None:
         """Resize every picture, around its centre, to ``height`` × ``width`` pixels."""
@@ -83,8 +83,7 @@ class SourceEncoder:
     @torch.inference_mode(False)  # what is kept may become part of a graph later
     def latents(self, image: ImageRef) -> Tensor:
         """Return a picture's latents ``(C, ...)`` on the CPU."""
-        # Lists in two folders, and two tables, may have pictures of one name; bytes remember their hash.
-        key = image.image_key, image.path, hash(image.data), self.loader
+        key = image.identity, self.loader
         if key in self._kept:
             self._kept.move_to_end(key)
         else:
