@@ -116,13 +116,24 @@ def introduction() -> str:
 
 
 def _headlines(rows: Sequence[Row], judged: Mapping[str, Sequence[Verdict]]) -> str:
-    lines = [
-        (claim.headline, claim.says, *_numbers(verdict)[:1], _word(claim, row, verdict), row.name)
+    """Tabulate the headline claims of the first world, with the verdicts of the same claims in the second."""
+    there = {
+        (row.like, in_full(claim)): (_word(claim, row, verdict), verdict.word)
         for row in rows
         for claim, verdict in zip(row.claims, judged[row.name], strict=True)
-        if claim.headline
-    ]
-    return markdown_table(Table(("question", "claim", "difference [seeds and items]", "verdict", "row"), tuple(lines)))
+        if row.world
+    }
+    lines = []
+    for row in rows:
+        for claim, verdict in zip(row.claims, judged[row.name], strict=True):
+            if claim.headline and not row.world:
+                text, word = there.get((row.name, in_full(claim)), (NOTHING, "not measured"))
+                if word != verdict.word and "not measured" not in (word, verdict.word):
+                    text += "; holds in one world alone" if "holds" in (word, verdict.word) else "; differs"
+                difference = _numbers(verdict)[0]
+                lines.append((claim.headline, claim.says, difference, _word(claim, row, verdict), text, row.name))
+    header = ("question", "claim", "difference [seeds and items]", "verdict", "second world", "row")
+    return markdown_table(Table(header, tuple(lines)))
 
 
 def _row(row: Row, results: Mapping[int, Result], verdicts: Sequence[Verdict], commits: Mapping[str, str]) -> list[str]:

@@ -19,7 +19,7 @@ from tools.reproduction.page import judge_rows, page, plot_name, write_page
 from tools.reproduction.results import SEEDS, Result, read_results, result_path, write_result
 from tools.reproduction.rows import MARGINS, WHOLE, Paper, Row, all_rows, read_row
 from tools.reproduction.verdicts import Word
-from tools.reproduction.written import FILE, read_commits
+from tools.reproduction.written import FILE, in_full, read_commits
 
 ROOT = Path(__file__).resolve().parents[3]
 ROWS = list(all_rows().values())
@@ -123,9 +123,43 @@ def test_claims_of_the_headlines_lead_the_page() -> None:
     assert "Headline" not in page_of(read_row("toy", TOY))
 
 
-def test_the_headlines_of_both_papers_are_claims() -> None:
-    headlines = {claim.headline for row in ROWS for claim in row.claims} - {""}
-    assert len(headlines) == 10
+@pytest.mark.parametrize(
+    ("there", "verdict"),
+    [
+        ([(0.8, 0.5), (0.81, 0.5), (0.8, 0.51)], "holds"),
+        ([(0.5, 0.8), (0.5, 0.81), (0.51, 0.8)], "does not hold; holds in one world alone"),
+        ([(0.6, 0.5), (0.7, 0.5), (0.8, 0.5)], "open; 6 more repetitions; holds in one world alone"),
+        ([], "not measured"),
+    ],
+)
+def test_a_headline_claim_has_its_verdict_in_the_second_world(there: list[tuple[float, float]], verdict: str) -> None:
+    row = read_row("toy", {**TOY, "claims": [{**TOY["claims"][0], "headline": "one or other"}]})
+    second = replace(row, name="emoji_toy", paper="Second world", world="emoji", like="toy")
+    worlds = {"toy": [(0.8, 0.5), (0.81, 0.5), (0.8, 0.51)], "emoji_toy": there}
+    found = {
+        name: {seed: result(row, seed, {"one": one, "other": other}) for seed, (one, other) in enumerate(means)}
+        for name, means in worlds.items()
+    }
+    text = page([row, second], found, judge_rows([row, second], found), {})
+    (line,) = [line for line in text.splitlines() if line.startswith("| one or other |")]
+    assert line.endswith(f"| holds | {verdict} | toy |")
+
+
+def test_the_headlines_of_both_papers_are_claims_in_both_worlds() -> None:
+    """Claims of the second world stand in the lines of the first world's."""
+    claims = [
+        (row.like or row.name, in_full(claim), row.world) for row in ROWS for claim in row.claims if claim.headline
+    ]
+    first = {(name, claim) for name, claim, world in claims if not world}
+    assert {(name, claim) for name, claim, world in claims if world} <= first
+    assert len({claim.headline for row in ROWS for claim in row.claims} - {""}) == 10
+
+
+def test_the_readme_counts_the_claims_of_the_page() -> None:
+    places = {"docs/reproduction.md": r"\d+ claims: .+?\*\*", "README.md": r"\d+ claims\].+?measured"}
+    found = [re.findall(text, (ROOT / path).read_text(), re.DOTALL)[0] for path, text in places.items()]
+    of_page, of_readme = (re.findall(r"\d+", text) for text in found)
+    assert of_readme == of_page
 
 
 def test_the_commits_of_claims_and_measurement_are_shown() -> None:
