@@ -288,6 +288,30 @@ def test_batches_of_a_stream_hold_the_pictures_to_edit(tmp_path, jpeg) -> None:
         next(iter(module(str(tmp_path), shuffle_buffer=1).train_dataloader()))
 
 
+def test_pairs_of_a_batch_edit_equally_many_pictures(tmp_path, jpeg) -> None:
+    features = Features({**FEATURES, "source_images": List(Image())})
+    picture = {"bytes": jpeg(), "path": None}
+    rows = [
+        {"prompt": f"p {n}", "pair_id": NAMES[n], **dict.fromkeys(SIDES, picture), "source_images": [picture] * (n % 3)}
+        for n in range(18)
+    ]
+    Dataset.from_list(rows, features).to_parquet(tmp_path / "train.parquet")
+    data = module(str(tmp_path), shuffle_buffer=4, batches_per_epoch=6, on_error="skip")
+    found = [*(loader := data.train_dataloader())]
+    assert sorted(name for batch in found for name in batch.pair_ids) == NAMES[:18]
+    for batch in found:
+        assert {len(sources_of(prompt)) for prompt in batch.prompts} == {len(batch.sources)}
+    assert {len(batch.sources) for batch in found} == {0, 1, 2}
+    again = module(str(tmp_path), shuffle_buffer=4, batches_per_epoch=6, on_error="skip").train_dataloader()
+    for _ in zip(range(2), again, strict=False):
+        state = again.state_dict()
+    loader.load_state_dict(state)
+    assert [batch.pair_ids for batch in loader] == [batch.pair_ids for batch in found[2:]]
+    data.datasets["train"].taken = (1, 1)  # of a network that edits one picture
+    assert {(len(batch.sources), len(batch)) for batch in data.train_dataloader()} == {(1, 3)}
+    assert data.datasets["train"].skipped()["wrong number of pictures to edit"] >= 12
+
+
 def write_lines(folder: Path, jpeg) -> Path:
     (folder / "a.jpg").write_bytes(jpeg())
     row = {"prompt": "make it red", "chosen": "a.jpg", "rejected": "a.jpg"}

@@ -13,12 +13,12 @@ import pyarrow as pa
 import torch
 from torch.utils.data import Dataset
 
-from latentreward.contracts import ImageRef, PreferencePair
+from latentreward.contracts import ImageRef, PreferencePair, sources_of, sources_wanted
 from latentreward.data.collate import collate_pairs
 from latentreward.data.datamodules import PreferenceDataModule
 from latentreward.data.dataset import LoadedPair, SkippedPair, load_sources
 from latentreward.data.image_sizes import OneSize
-from latentreward.data.images import ImageError, PixelLoader
+from latentreward.data.images import COUNT, ImageError, PixelLoader
 from latentreward.data.loading import CountedBatches, ResumableLoader, check_same_order, shares_of
 from latentreward.data.readers.base import DATA_ON_ERROR, OnError, count_text, normalise_prompt
 from latentreward.data.readers.dataset_pairs import KEYS, SOURCE_KEYS, choose_columns
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from datasets import IterableDataset
 
 logger = logging.getLogger(__name__)
-COUNTED = ("left out by on_error", "unlabelled", "prompt in another split", "images not read")
+COUNTED = ("left out by on_error", "unlabelled", "prompt in another split", "images not read", COUNT)
 """What is counted of the rows that a stream has read."""
 
 
@@ -123,7 +123,8 @@ class PairStream(RowReader):
         listed = [*self._fields, SOURCES[0]]
         for column in (self._columns[field] for field in listed if field in self._columns):
             value = first[column]
-            value = value[0] if isinstance(value, list) and value and column not in self._fields else value
+            if isinstance(value, list) and column == self._columns.get(SOURCES[0]):
+                value = value[0] if value else None
             held = value.get("bytes", value) if isinstance(value, dict) else value
             elsewhere = isinstance(value, dict) and held is None and value.get("path") and not self._files
             if not isinstance(held, bytes | None) or elsewhere:
@@ -242,6 +243,7 @@ class StreamedPairs(Dataset[list[LoadedPair | SkippedPair]]):
 
     The stream is divided into lanes, one for each rank and loader process. Batch ``n`` of a rank comes from its lane
     ``n`` modulo the number of lanes. A lane goes over its part of the stream again and again, each time in a new order.
+    Pairs of a batch edit equally many pictures: a pair waits in its lane until there are enough with as many.
 
     Args:
         stream: Source of the pairs.
@@ -281,7 +283,7 @@ class StreamedPairs(Dataset[list[LoadedPair | SkippedPair]]):
         self.lanes, self.batch_size, self.batches_per_epoch = lanes, batch_size, batches_per_epoch
         self.apart, self.on_error, self.seed = frozenset(apart), stream.own_on_error or on_error, seed
         self.share = {"rank": 0, "num_replicas": 1}
-        self._open: dict[int, tuple[Iterator[PreferencePair], int]] = {}  # a lane's remaining pairs, and those taken
+        self._open: dict[int, tuple[Iterator[list[PreferencePair]], int]] = {}  # a lane's batches left, and those taken
         # Of each lane one row, because the processes that read lanes write it.
         self._counts = torch.zeros(lanes, len(COUNTED), dtype=torch.int64).share_memory_()
 
@@ -291,14 +293,13 @@ class StreamedPairs(Dataset[list[LoadedPair | SkippedPair]]):
     def __getitems__(self, numbers: Sequence[int]) -> list[LoadedPair | SkippedPair]:
         """Return the pairs of the batch with the given single number, with their images decoded."""
         (number,) = numbers
-        lane, start = number % self.lanes, number // self.lanes * self.batch_size
+        lane, start = number % self.lanes, number // self.lanes
         if lane not in self._open or self._open[lane][1] > start:
-            self._open[lane] = self._endless(lane), 0
+            self._open[lane] = self._batches(lane), 0
         rest, taken = self._open[lane]
-        pairs = list(islice(rest, start - taken, start - taken + self.batch_size))
-        self._open[lane] = rest, start + self.batch_size
+        self._open[lane] = rest, start + 1
         loaded: list[LoadedPair | SkippedPair] = []
-        for pair in pairs:
+        for pair in next(islice(rest, start - taken, None)):
             try:
                 pixels = self.loader(pair.image_a), self.loader(pair.image_b)
                 loaded.append(LoadedPair(pair, *pixels, sources=load_sources(self.loader, pair.prompt, self.taken)))
@@ -318,6 +319,15 @@ class StreamedPairs(Dataset[list[LoadedPair | SkippedPair]]):
         totals = dict(zip(COUNTED, self._counts.sum(dim=0).tolist(), strict=True))
         return Counter({reason: rows for reason, rows in totals.items() if rows})
 
+    def _batches(self, lane: int) -> Iterator[list[PreferencePair]]:
+        waiting: dict[int, list[PreferencePair]] = {}
+        for pair in self._endless(lane):
+            number = len(sources_of(pair.prompt))
+            batch = waiting.setdefault(number, [])
+            batch.append(pair)
+            if len(batch) == self.batch_size:
+                yield waiting.pop(number)
+
     def _endless(self, lane: int) -> Iterator[PreferencePair]:
         part, parts = self.share["rank"] * self.lanes + lane, self.share["num_replicas"] * self.lanes
 
@@ -329,6 +339,10 @@ class StreamedPairs(Dataset[list[LoadedPair | SkippedPair]]):
             for pair in self.stream.pairs(part, parts, self.seed + number, counted):
                 if self.apart and normalise_prompt(pair.prompt) in self.apart:
                     counted(COUNTED[2])
+                    continue
+                # Here, because a batch of such pairs alone would be empty.
+                if self.on_error != "raise" and sources_wanted(len(sources_of(pair.prompt)), self.taken):
+                    counted(COUNT)
                     continue
                 yielded = True
                 yield pair
