@@ -40,7 +40,7 @@ def test_latents_and_lora_files(name: str, count: int, tmp_path: Path, monkeypat
     monkeypatch.setattr(flux1_kontext, "SIZES", FEW)  # else pictures have about 1024² pixels
     monkeypatch.setattr(pipeline_flux_kontext, "PREFERRED_KONTEXT_RESOLUTIONS", FEW)
     twin = TWINS[name]
-    policy, (height, width) = perturbed(twin.source(lora=LoRA(2, 5.0)).load()).eval(), twin.size
+    policy, (height, width) = perturbed(twin.source(lora=LoRA(2, 5.0), source_size="pipeline").load()).eval(), twin.size
     file = TrainedLoRA.of_policy(policy).write_diffusers(tmp_path)
     pipeline = twin.pipeline()
     prompts, noise = edits(count), noise_for(policy.latent_shape(height, width))

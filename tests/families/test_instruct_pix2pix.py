@@ -54,7 +54,7 @@ EDITS = tuple(EditPrompt(PROMPTS[n], [reference(PICTURES[n], f"{n}.png")]) for n
 
 @cache
 def policy_of(name: str, **options: Any) -> Policy:
-    return PolicySource(pipeline_folder(name), lora=LoRA(2, 5.0), **options).load().eval()
+    return PolicySource(pipeline_folder(name), lora=LoRA(2, 5.0), source_size="pipeline", **options).load().eval()
 
 
 def diffusers_pipeline(name: str) -> DiffusionPipeline:
@@ -119,7 +119,7 @@ def test_features_equal_hooks_on_the_untouched_network(name: str) -> None:
 @both
 @pytest.mark.parametrize("kind", slow_after(1, ["diffusers", "kohya"]))
 def test_the_exported_file_loads_in_diffusers(name: str, kind: str, tmp_path: Path) -> None:
-    policy = perturbed(PolicySource(pipeline_folder(name), lora=LoRA(2, 5.0)).load()).eval()
+    policy = perturbed(PolicySource(pipeline_folder(name), lora=LoRA(2, 5.0), source_size="pipeline").load()).eval()
     lora = TrainedLoRA.of_policy(policy)
     file = write_kohya(lora, tmp_path) if kind == "kohya" else lora.write_diffusers(tmp_path)
     pipeline, latents = diffusers_pipeline(name), noise_for(policy.latent_shape(*SIZE))

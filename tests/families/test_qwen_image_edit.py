@@ -73,7 +73,7 @@ def _small(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def policy_of(folder: str) -> Policy:
-    return PolicySource(folder, lora=LoRA(2, 4.0)).load().eval()
+    return PolicySource(folder, lora=LoRA(2, 4.0), source_size="pipeline").load().eval()
 
 
 def decoded(prompt: EditPrompt) -> list[Any]:

@@ -34,7 +34,7 @@ from latentreward.modules import (
 from latentreward.modules.alignment import AlignmentModule
 from latentreward.rewards import UnchangedRegion
 from latentreward.rewards.latent import EncodedPrompts
-from latentreward.rollout import Branching, Sampling
+from latentreward.rollout import Branching, RolloutDraws, Sampling, candidate_steps, sample_latents
 from tests.distributed.ranks import on_ranks
 from tests.families.made_qwen_image_edit import picture
 from tests.families.test_methods import DifferentiableChannel, pairs, rolled
@@ -142,8 +142,32 @@ def test_pictures_as_the_pipeline_sizes_them_must_be_alike_in_a_batch(tmp_path: 
     assert torch.equal(*both)
 
 
+def test_unlike_sizes_by_the_pipeline_are_refused_before_a_rollout(tmp_path: Path) -> None:
+    said = r"data\.prompts: source_size: pipeline makes '0-0\.png' 64×72 and '1-0\.png' 64×88 pixels; .* set policy\.so"
+    module = ROLLED["lpo"](KLEIN, KLEIN.source(source_size="pipeline"))
+    with pytest.raises(InputError, match=said):
+        trained(module, tmp_path, edits(tmp_path))
+    module.policy.source_encoder.check_sizes(edits(tmp_path)[:1] * 2, "data.prompts")
+
+
+def test_pictures_get_the_size_of_those_that_are_made(tmp_path: Path) -> None:
+    """Also without a run: the native size when a policy is loaded, then that of what is sampled."""
+    policy, prompts = KLEIN.source().load().eval(), PromptBatch(edits(tmp_path)[:2], ("a", "b"))
+    assert policy.source_encoder.loader == PixelLoader(*policy.native_size, "center_crop", exif="apply")
+    sampling = Sampling(2, height=32, width=48)
+    sample_latents(policy, prompts, sampling, 1.0, seed=0)
+    assert policy.encode_prompts(prompts.prompts).source_latents[0].shape[1:] == sampling.latent_shape(policy.family)
+    sampling = Sampling(2, height=48, width=32).with_noise()
+    settings = Branching(2), sampling, 1.0, RolloutDraws(0, prompts.keys)
+    next(
+        candidate_steps(policy, sampling.sampler(policy.family), FirstChannelReward().load(policy), prompts, *settings)
+    )
+    assert policy.encode_prompts(prompts.prompts).source_latents[0].shape[1:] == sampling.latent_shape(policy.family)
+
+
 def test_latents_made_while_validating_serve_training(tmp_path: Path) -> None:
     policy, (first, second) = KLEIN.source().load(), [(tmp_path / name) for name in "ab"]
+    policy.edit_at(64, 64)
     with torch.inference_mode():
         kept = policy.encode_prompts(edits(tmp_path)[:1]).source_latents[0]
     again = policy.encode_prompts(edits(tmp_path)[:1]).source_latents[0]

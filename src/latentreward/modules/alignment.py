@@ -152,6 +152,10 @@ class AlignmentModule(LightningModule):
             self.policy.edit_at(sampling.height, sampling.width)
         if prompts := prompts_of(self.trainer):
             self.policy.family.check_prompts(prompts, "data.prompts")
+            # Rows of a rollout are joined; without one, prompts may come one at a time.
+            alone = self.experience is None and getattr(self.trainer.datamodule, "batch_size", 1) == 1  # type: ignore[attr-defined]
+            if (encoder := self.policy.source_encoder) is not None and not alone:
+                encoder.check_sizes(prompts, "data.prompts")
         # After the reward is in place: the digest of frozen weights that ranks compare covers it too.
         self.frozen_base.prepare(self)
 

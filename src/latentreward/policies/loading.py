@@ -38,7 +38,8 @@ class PolicySource:
         quantization: Storage of the frozen linear layers of the network's blocks: ``int8`` (torchao), ``bnb_int8`` or
             ``nf4`` (bitsandbytes, on a GPU). None keeps ``frozen_dtype``.
         source_size: Size of the pictures that an editor edits: ``made`` resizes each, around its centre, to the size of
-            the pictures that are made; ``pipeline`` as the pipeline does, which can differ from picture to picture.
+            the pictures that are made, before any to the native size; ``pipeline`` as the pipeline does, which can
+            differ from picture to picture.
         image_guidance_scale: Scale of InstructPix2Pix's guidance towards the picture to edit, at least 1, which is at
             work with a ``guidance_scale`` above 1; None takes the pipeline's own, 1.5.
         family: Import path of the pipeline's :class:`~latentreward.families.Family`, for a family of one's own; None
@@ -104,6 +105,7 @@ class PolicySource:
         settle(text_encoder, dtype, torch.float32)
         policy = Policy(network, family, text_encoder, family.load_latent_encoder(self.vae_dtype)).train()
         policy.source, policy.source_size = str(family.pipeline), self.source_size
+        policy.edit_at(None, None)
         execution = self.gradient_checkpointing, self.attention_backend, self.quantization
         set_execution(policy.blocks(), network, *execution)
         return policy

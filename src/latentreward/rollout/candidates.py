@@ -113,6 +113,7 @@ def candidate_steps(
         InputError: If no step of the window has noise, or a score has the wrong shape or is not finite.
     """
     window = branching.steps(sampler)
+    policy.edit_at(sampling.height, sampling.width)
     with torch.no_grad():
         network, encoded = PromptedPolicy.of(policy, prompts, guidance_scale), reward.encode_prompts(prompts.prompts)
     shape, rows = sampling.latent_shape(policy.family), torch.arange(len(prompts))

@@ -77,6 +77,7 @@ def sample_trajectories(
     The caller sets ``policy.eval()`` and autocast. ``guidance_scale`` is as checked by :meth:`Family.guidance`;
     ``draws`` replace the random numbers from ``seed``; ``keep_means`` keeps the mean of each step.
     """
+    policy.edit_at(sampling.height, sampling.width)
     network, draws = PromptedPolicy.of(policy, prompts, guidance_scale), draws or RolloutDraws(seed, prompts.keys)
     start = draws.initial(sampling.latent_shape(policy.family)).to(network.device)
     return _sample_steps(network, sampler, sampler.steps(), start, draws, keep_means)
@@ -101,6 +102,7 @@ def sample_pruned(
     Returns:
         The n trajectories, with all their steps, and their rows.
     """
+    policy.edit_at(sampling.height, sampling.width)
     network, draws = PromptedPolicy.of(policy, prompts, guidance_scale), RolloutDraws(seed, prompts.keys)
     start, steps = draws.initial(sampling.latent_shape(policy.family)).to(network.device), sampler.steps()
     first = _sample_steps(network, sampler, islice(steps, prune[0]), start, draws, keep_means)
