@@ -14,6 +14,7 @@ from latentreward.errors import InputError
 from latentreward.storage.shards import ShardList
 from tests.apps.commands.test_score import write_pictures
 from tests.cache.writing import write_data
+from tests.modules.test_edits import KLEIN, edits
 from tests.processes import Forked, rank_environments, run_command, start
 from tests.rewards.stored import write_run
 
@@ -179,3 +180,28 @@ def test_ranks_that_lightning_starts(
     process = start((*arguments, *TWO), cwd=place(tmp_path / "two", inputs))
     assert finished(process, tmp_path / "two") == whole
     assert "Traceback" not in process.stderr
+
+
+def test_edits_are_made_and_judged_by_two_ranks_as_by_one(tmp_path: Path) -> None:
+    """One text for two pictures; the results of ``generate`` are judged against new ones."""
+    files = []
+    for ranks in (1, 2):
+        (folder := tmp_path / f"{ranks}").mkdir()
+        rows = [{"prompt": str(edit), "source_images": [edit.sources[0].image_key]} for edit in edits(folder)]
+        (folder / "edits.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        options = (*SAMPLING[:-1], "--sampling.height=32", "--sampling.width=48", "--batch_size=1")
+        made = ("generate", "edits.jsonl", "out/made", f"--policy.source={KLEIN.folder}", *options)
+        judged = ("evaluate-policy", "out/judged", "--policy.images=out/made", f"--scorers=[{RED}]", *options,
+                  f"--against.pipeline.source={KLEIN.folder}", "--seed=1")  # fmt: skip
+        for arguments in (made, judged):
+            if ranks == 1:
+                found = finished(start(alone(arguments), cwd=folder), folder)
+                continue
+            first, second = [
+                Forked(run_command, [(*arguments, *TWO)], cwd=folder, environment=one) for one in rank_environments(2)
+            ]
+            found = finished(first, folder)
+            assert second.wait(PATIENCE) == 0, second.stderr
+        files.append(found)
+    assert files[0] == files[1]
+    assert sum(name.startswith("out/judged/pictures/against/sources/") for name in files[0]) == 3

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from latentreward.callbacks import EncodeOnce, SourceChange
+from latentreward.callbacks import EncodeOnce, HackingMonitor, SourceChange
 from lightning.pytorch import Callback, LightningDataModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
@@ -35,6 +35,7 @@ from latentreward.modules.alignment import AlignmentModule
 from latentreward.rewards import UnchangedRegion
 from latentreward.rewards.latent import EncodedPrompts
 from latentreward.rollout import Branching, RolloutDraws, Sampling, candidate_steps, sample_latents
+from latentreward.scorers import CallableScorer
 from tests.distributed.ranks import on_ranks
 from tests.families.made_qwen_image_edit import picture
 from tests.families.test_methods import DifferentiableChannel, pairs, rolled
@@ -221,6 +222,27 @@ def test_what_an_editor_leaves_alone_is_a_reward_and_a_measure(tmp_path: Path) -
     changes = [float(row["edits/unchanged_region"]) for row in rows if row["edits/unchanged_region"]]
     assert len(changes) == 3 and changes[2] < changes[0]  # the reference, and after each step
     assert changes[0] < max(float(row["edits/change"]) for row in rows if row["edits/change"])
+
+
+def test_a_monitor_of_another_size_scores_edits_at_its_own(tmp_path: Path) -> None:
+    """The reward compares results with their pictures, which have the run's size again afterwards."""
+    seen: list[tuple[int, int]] = []
+
+    def widths(prompts: Sequence[str], images: Sequence[Image.Image]) -> Tensor:
+        seen.extend(image.size for image in images)
+        assert all(map(sources_of, prompts))
+        return torch.zeros(len(images))
+
+    watch = HackingMonitor(
+        edits(tmp_path), CallableScorer(widths, "none"), every_n_steps=1, sampling=Sampling(2, height=48, width=32)
+    )
+    module = ReFLModule(
+        KLEIN.source(), UnchangedRegion(), guidance_scale=1.0, stop_range=(1, 2), seed=0,
+        sampling=Sampling(4, height=32, width=48),
+    )  # fmt: skip
+    trained(module, tmp_path, edits(tmp_path), [watch], max_steps=1)
+    assert seen == [(32, 48)] * 6  # the reference, and after the step
+    assert module.policy.source_encoder.loader == PixelLoader(32, 48, "center_crop", exif="apply")
 
 
 def test_the_measure_needs_an_editor_and_pictures() -> None:
