@@ -15,7 +15,7 @@ from latentreward.cache.dataset import CachedPairDataset
 from latentreward.cache.index import CachedPairs, CacheIndex
 from latentreward.cache.layout import PROMPTS, SHARDS
 from latentreward.cli import main
-from latentreward.contracts import PreferencePair, like_prompt
+from latentreward.contracts import EditPrompt, PreferencePair, like_prompt
 from latentreward.data import PreferenceDataModule
 from latentreward.encoders.prompts import PromptEncoder
 from latentreward.errors import InputError
@@ -27,7 +27,7 @@ from latentreward.modules.pairs import PairDraws
 from latentreward.policies import PolicySource
 from tests.cache.test_datamodule import cached, fit
 from tests.cache.test_edits import SOURCES_OF, TEXTS, Edits, arguments, pictures, table
-from tests.cache.writing import contents
+from tests.cache.writing import contents, write_image
 from tests.families.made_qwen_image_edit import qwen_image_edit_folder
 from tests.marks import rotated_after
 
@@ -144,17 +144,51 @@ def test_unreadable_pictures_follow_on_error(
     with pytest.raises(SystemExit):
         write(tmp_path / "raised", root)
     error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert "'source 0'" in error and "set the reader's on_error to skip, and run the same command" in error
+    assert "'source 0'" in error and "set the reader's on_error to skip" in error
     write(tmp_path / "skipped", root, "--reader.on_error=skip")
     lost = [f"pair {row}" for row, numbers in enumerate(SOURCES_OF) if 0 in numbers]
-    assert f"('source 0'); {len(lost)} pairs have such an image" in capsys.readouterr().out
+    told = {"header": f"dropped pairs: {len(lost)} unknown", "end": f"('source 0'); {len(lost)} pairs have such an"}
+    assert told[damaged] in capsys.readouterr().out
     kept = CachedPairs(CacheIndex(tmp_path / "skipped"))
     assert {*kept.pair_ids()} == {f"pair {row}" for row in range(len(SOURCES_OF))} - {*lost}
-    for (_, numbers), want, found in zip(
-        DISTINCT, states(written["float32"])[1:], states(tmp_path / "skipped")[1:], strict=True
-    ):
-        if 0 not in numbers:
-            torch.testing.assert_close(found, want, rtol=1e-5, atol=1e-5)
+    whole_rows, rows = (table(cache, PROMPTS) for cache in (written["float32"], tmp_path / "skipped"))
+    wanted = dict(zip((row["reader_row"] for row in whole_rows), states(written["float32"]), strict=True))
+    for row, found in zip(rows[1:], states(tmp_path / "skipped")[1:], strict=True):
+        if f"pair {row['reader_row']}" not in lost:
+            torch.testing.assert_close(found, wanted[row["reader_row"]], rtol=1e-5, atol=1e-5)
+
+
+class Odd(Edits):
+    """Pairs of which two have what the text encoder does not take: a narrow picture, and a picture's token as text."""
+
+    def __getitem__(self, index: int) -> PreferencePair:
+        pair = super().__getitem__(index)
+        if index == 1:
+            return replace(pair, prompt=EditPrompt(pair.prompt, [self.ref("narrow")] * 2))
+        return replace(pair, prompt=like_prompt("draw <|image_pad|>", pair.prompt)) if index == 4 else pair
+
+
+@pytest.mark.slow
+def test_what_the_text_encoder_does_not_take_follows_on_error(
+    pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = Path(shutil.copytree(pictures, tmp_path / "pictures"))
+    write_image(root / "narrow.jpg", 9, (500, 2))
+    told = "pair 1: image 'narrow': a picture to edit has 2×500 pixels, and a side must be at most 200 times the other"
+    with pytest.raises(SystemExit):
+        write(tmp_path / "raised", root, f"--reader={__name__}.Odd")
+    assert told in capsys.readouterr().err.strip().splitlines()[-1]
+    left = {f"pair {row}" for row in range(len(SOURCES_OF))} - {"pair 1", "pair 4"}
+    write(tmp_path / "skipped", root, f"--reader={__name__}.Odd", "--reader.on_error=skip", "--num_workers=1")
+    assert "2 edit that the text encoder does not take" in capsys.readouterr().out
+    assert {*CachedPairs(CacheIndex(tmp_path / "skipped")).pair_ids()} == left
+    settings = {"resize": "center_crop", "batch_size": 4, "num_workers": 1, "seed": 0}
+    with pytest.raises(InputError, match=rf"^data\.train: {told}"):
+        fit(reward(), PreferenceDataModule(32, train=Odd(str(root), 2), **settings), max_epochs=1)
+    for on_error in ("skip", "placeholder"):
+        data = PreferenceDataModule(32, train=Odd(str(root), 2, on_error), **settings)
+        assert {name for names in fit(reward(), data, max_epochs=1).pairs for name in names} >= left
+        assert data.datasets["train"].skipped() == {"edit that the text encoder does not take": 2}
 
 
 class Repeated(Edits):

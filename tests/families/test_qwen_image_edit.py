@@ -1,6 +1,7 @@
 """Qwen-Image-Edit: text states with pictures, whole sampling, refusals, against diffusers' pipelines."""
 
 import json
+import pickle
 import re
 from pathlib import Path
 from shutil import copytree
@@ -162,7 +163,8 @@ def test_what_the_text_encoder_cannot_read_is_refused(folders: dict[str, str]) -
     (prompt,) = edits(1, ("make it red",))
     with pytest.raises(InputError, match="has 2×500 pixels, and a side must be at most 200"):
         encoder.tokenize([EditPrompt("", [ImageRef("x", png(picture(2, 500)))])])
-    with pytest.raises(InputError, match=rf"the prompt 'draw {re.escape(PAD)}' has 1 pictures .* leave .* out of the"):
+    held = rf"the prompt 'draw {re.escape(PAD)}' holds {re.escape(PAD)}, the token of a picture; leave it out of the"
+    with pytest.raises(InputError, match=held):
         encoder.tokenize([EditPrompt(f"draw {PAD}", prompt.sources)])
     with pytest.raises(InputError, match="give fewer pictures"):
         encoder.count_tokens([EditPrompt("", prompt.sources * 9)])
@@ -170,6 +172,38 @@ def test_what_the_text_encoder_cannot_read_is_refused(folders: dict[str, str]) -
     assert single.model == "Qwen-Image-Edit" and single.sources == (1, 1)
     with pytest.raises(InputError, match="edits 2 pictures, and Qwen-Image-Edit takes one"):
         single.load_prompt_encoder().tokenize([EditPrompt("", prompt.sources * 2)])
+
+
+def test_prompts_are_checked_without_weights_and_in_other_processes(folders: dict[str, str]) -> None:
+    plus, single = (PolicySource(folders[name]).resolve_family() for name in ("plus", "single"))
+    check, sources = pickle.loads(pickle.dumps(plus.check_prompt)), edits(1)[0].sources
+    narrow = EditPrompt("make it red", [ImageRef("long", png(picture(2, 500)))])
+    for prompt in ("draw <|image_pad|>", EditPrompt("draw <|vision_start|><|vision_end|>", sources)):
+        check(prompt)
+    for prompt in (narrow, EditPrompt(f"draw {PAD}", sources), EditPrompt("", sources * 9)):
+        with pytest.raises(InputError):
+            check(prompt)
+    single.check_prompt(EditPrompt("x " * 2000, sources))
+    with pytest.raises(InputError, match=r"^data\.prompts: 'make it red': image 'long': a picture to edit has 2×500"):
+        plus.check_prompts([*edits(1), narrow], "data.prompts")
+    assert "encoder" not in vars(plus)
+
+
+@pytest.mark.usefixtures("_small")
+@forms
+def test_pictures_are_refused_just_where_the_tokens_would_be_cut(
+    form: str, folders: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plus, count = FORMS[form]
+    encoder: Any = PolicySource(folders["plus" if plus else "single"]).resolve_family().load_prompt_encoder()
+    (prompt,) = edits(count, ("",))
+    (row,) = encoder.tokenize([prompt])[0].tolist()
+    needed = len(row) - row[::-1].index(encoder.picture_token) - encoder.dropped_tokens
+    monkeypatch.setattr(edit.SeenPictures, "most_tokens", needed)
+    encoder.seen.check(prompt)
+    monkeypatch.setattr(edit.SeenPictures, "most_tokens", needed - 1)
+    with pytest.raises(InputError, match="give fewer pictures"):
+        encoder.seen.check(prompt)
 
 
 def test_long_texts_are_cut_and_pictures_are_not(folders: dict[str, str]) -> None:

@@ -27,6 +27,7 @@ from latentreward.cache.shards import KEPT
 from latentreward.cache.sizing import ImageSettings
 from latentreward.contracts import EditPrompt, ImageRef, LatentSpace, PreferencePair, sources_of
 from latentreward.data.buckets import Bucket
+from latentreward.data.dataset import check_edit
 from latentreward.data.images import COUNT, DAMAGED, ImageError, decode_latents, read_header
 from latentreward.data.loading import WorkerLoader
 from latentreward.data.readers import PairReader
@@ -58,11 +59,14 @@ class RowScan(Dataset[ScannedRow]):
     Args:
         reader: Reader of the pairs.
         images: Settings for the sizes of images, which tell whether sizes are needed.
+        check_prompt: Function that raises InputError for a prompt that the text encoder does not take.
         space: Space of the latents, if the reader holds latents instead of images.
     """
 
-    def __init__(self, reader: PairReader, images: ImageSettings, space: LatentSpace) -> None:
-        self.reader, self.images, self.space = reader, images, space
+    def __init__(
+        self, reader: PairReader, images: ImageSettings, space: LatentSpace, check_prompt: Callable[[str], None]
+    ) -> None:
+        self.reader, self.images, self.space, self.check_prompt = reader, images, space, check_prompt
 
     def __len__(self) -> int:
         return len(self.reader)
@@ -71,7 +75,8 @@ class RowScan(Dataset[ScannedRow]):
         """Scan row ``index``.
 
         Raises:
-            ImageError: If an image's header cannot be read and the reader's ``on_error`` is ``"raise"``.
+            ImageError: If an image's header cannot be read or the text encoder does not take the prompt, and the
+                reader's ``on_error`` is ``"raise"``.
         """
         pair = self.reader[index]
         images = [*layout.images_of(pair).values()]
@@ -82,6 +87,7 @@ class RowScan(Dataset[ScannedRow]):
         try:
             if pair.image_a.holds == "latents":
                 return ScannedRow(index, bare, marks, tuple(map(self._latents_size, images)))
+            check_edit(pair.prompt, self.check_prompt)
             if not self.images.needs_headers():
                 return ScannedRow(index, bare, marks)
             limit, exif = self.images.max_pixels, self.reader.exif
@@ -312,10 +318,11 @@ def write_plan(
     num_workers: int,
     check_sources: Callable[[int], None],
     seen: bool,
+    check_prompt: Callable[[str], None],
 ) -> CachePlan:
     """Scan and plan all rows of a reader by ``num_workers`` processes, write the tables, and ``plan.json`` last.
 
-    ``check_sources`` and ``seen`` are as those of :class:`Planner`.
+    ``check_sources`` and ``seen`` are as those of :class:`Planner`, ``check_prompt`` as that of :class:`RowScan`.
 
     Raises:
         InputError: If no row can be cached.
@@ -333,7 +340,7 @@ def write_plan(
         planner = Planner(spec, images, tables, reader, edits, check_sources, seen, noises)
         progress = stack.enter_context(Progress("cache: plan", len(reader), "rows"))
         rows = WorkerLoader(
-            RowScan(reader, images, spec.latent_space),
+            RowScan(reader, images, spec.latent_space, check_prompt),
             batch_size=SCANNED_AT_ONCE,
             num_workers=num_workers,
             collate_fn=list,

@@ -20,6 +20,7 @@ from latentreward.cache.layout import PLAN, SCHEMAS, CachePlan, CacheSpec, manif
 from latentreward.cache.plan import check_same, write_plan
 from latentreward.cache.shards import KEPT, stored_dtype
 from latentreward.cache.sizing import ImageSettings
+from latentreward.data.dataset import any_prompt
 from latentreward.data.images import read_header
 from latentreward.data.readers import PairReader
 from latentreward.errors import InputError
@@ -92,6 +93,7 @@ def prepare_cache(
     num_workers: int,
     text: PromptEncoder | None = None,
     check_sources: Callable[[int], None] = lambda number: None,
+    check_prompt: Callable[[str], None] = any_prompt,
 ) -> list[Shard]:
     """Write a plan, or check the plan of an earlier run; return the shards that are missing or damaged.
 
@@ -103,6 +105,7 @@ def prepare_cache(
         num_workers: Number of processes that read images.
         text: Text encoder, whose tokenizer tells the lengths of prompts; None if prompts are not cached.
         check_sources: Function that raises InputError for a number of pictures that the network does not edit.
+        check_prompt: Function that raises InputError for a prompt that the text encoder does not take.
 
     Raises:
         InputError: If the folder cannot be written to, holds other files, was begun with other settings or data, or
@@ -124,13 +127,14 @@ def prepare_cache(
             check_same(folder, plan, spec, reader)
             if problems := table_problems(folder, plan):
                 logger.warning("%s: %s; planning again", folder, "; ".join(problems))
-                if write_plan(folder, spec, images, reader, num_workers, check_sources, seen).hash != plan.hash:
+                again = write_plan(folder, spec, images, reader, num_workers, check_sources, seen, check_prompt)
+                if again.hash != plan.hash:
                     raise InputError(
                         f"{folder}: {problems[0]}, and the reader's rows are not those of the plan any more; choose "
                         "another output"
                     )
         else:
-            plan = write_plan(folder, spec, images, reader, num_workers, check_sources, seen)
+            plan = write_plan(folder, spec, images, reader, num_workers, check_sources, seen, check_prompt)
         todo = _unfinished(folder, plan)
         batches = EncodeBatches(folder, reader, images.max_pixels) if text is not None and text.masked else None
         need, free = need_of(plan, todo, text, batches), shutil.disk_usage(folder).free

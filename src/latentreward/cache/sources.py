@@ -49,6 +49,9 @@ class LatentSource(ABC):
     def check_sources(self, number: int) -> None:  # noqa: B027 - a source of latents alone knows no network
         """Raise InputError if the network that the latents are for does not edit this number of pictures."""
 
+    def check_prompt(self, prompt: str) -> None:  # noqa: B027
+        """Raise InputError if the text encoder does not take the prompt."""
+
     @abstractmethod
     def load(self) -> Encoders:
         """Load the encoders, without the diffusion network."""
@@ -118,6 +121,10 @@ class PipelineEncoders(LatentSource):
                 f"the text encoder of {family.title} reads the {number} sources of a pair too, and without them no "
                 "training can encode prompts; set encoder.text: states"
             )
+
+    def check_prompt(self, prompt: str) -> None:
+        """See :meth:`LatentSource.check_prompt`."""
+        self._found[0].check_prompt(prompt)
 
     @cached_property
     def _found(self) -> tuple[Family, bool]:

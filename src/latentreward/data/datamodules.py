@@ -217,9 +217,11 @@ class PreferenceDataModule(PairLoaders):
             network = getattr(owner, name, None)
             if (multiple := getattr(network, "side_multiple", None)) is not None:
                 check_multiples("data.size", self._sides, multiple)
-            taken = getattr(network, "sources", None) or getattr(getattr(network, "family", None), "sources", None)
+            family = getattr(network, "family", None)
+            taken = getattr(network, "sources", None) or getattr(family, "sources", None)
             for dataset in self.datasets.values() if taken is not None else ():
                 dataset.taken = taken
+                dataset.check_prompt = getattr(family, "check_prompt", dataset.check_prompt)
             if network is not None and self._frames > 1:
                 check_frames("data.", network, self._frames)
 

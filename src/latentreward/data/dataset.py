@@ -2,7 +2,7 @@
 
 import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,12 +15,16 @@ from torch.utils.data import Dataset
 from latentreward.contracts import EditPrompt, ImageRef, PreferencePair, sources_of, sources_wanted
 from latentreward.data.clips import ClipLoader
 from latentreward.data.image_sizes import OneSize
-from latentreward.data.images import COUNT, IMAGE_PROBLEMS, ImageError, PixelLoader, png
+from latentreward.data.images import COUNT, IMAGE_PROBLEMS, REFUSED, ImageError, PixelLoader, png
 from latentreward.data.readers import PairReader
 from latentreward.data.readers.base import DATA_ON_ERROR, OWN_ON_ERROR, OnError
 from latentreward.errors import InputError
 
 logger = logging.getLogger(__name__)
+
+
+def any_prompt(prompt: str) -> None:
+    """Accept any prompt."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +61,7 @@ class PairDataset(Dataset[LoadedPair | SkippedPair]):
         exif: Treatment of EXIF orientation, as the reader has it.
         image_sizes: Rule by which images are resized.
         taken: Least and largest number of pictures to edit that the network takes; None for any number.
+        check_prompt: Function that raises InputError for a prompt that the network's text encoder does not take.
         unused: ``(rows, 2)`` number of frames of both clips that are read and not used; ``(0, 2)`` for images.
 
     Raises:
@@ -64,6 +69,7 @@ class PairDataset(Dataset[LoadedPair | SkippedPair]):
     """
 
     taken: tuple[int, int | None] = (0, None)
+    check_prompt: Callable[[str], None] = staticmethod(any_prompt)
 
     def __init__(
         self,
@@ -105,8 +111,8 @@ class PairDataset(Dataset[LoadedPair | SkippedPair]):
 
         Returns:
             A :class:`SkippedPair` if ``on_error`` is ``"skip"`` and an image or a picture to edit cannot be read, or
-            the network takes fewer or more of these. Under ``"placeholder"`` the pair has no label, and all are
-            mid-grey.
+            the network takes fewer or more of these or not such a prompt. Under ``"placeholder"`` the pair has no
+            label, and all are mid-grey.
 
         Raises:
             ImageError: If one of these problems occurs and ``on_error`` is ``"raise"``.
@@ -120,7 +126,7 @@ class PairDataset(Dataset[LoadedPair | SkippedPair]):
                 clips = self.loader.load(pair.image_a), self.loader.load(pair.image_b)
                 self.unused[index] = torch.tensor([clip.unused for clip in clips])
                 return LoadedPair(pair, clips[0].pixels, clips[1].pixels, targets)
-            sources = load_sources(self.loader, pair.prompt, self.taken)
+            sources = load_sources(self.loader, pair.prompt, self.taken, self.check_prompt)
             return LoadedPair(pair, self.loader(pair.image_a), self.loader(pair.image_b), targets, sources)
         except ImageError as error:
             split, setting = (f"data.{self.name}: ", DATA_ON_ERROR) if self.name else ("", OWN_ON_ERROR)
@@ -137,7 +143,8 @@ class PairDataset(Dataset[LoadedPair | SkippedPair]):
             number = max(least, number if most is None else min(number, most))
             blanks = tuple(self.loader.blank() for _ in range(number))
             grey = ImageRef("placeholder", png(Image.new("RGB", (8, 8), "gray")))  # text encoders may see it
-            blank = EditPrompt(str(pair.prompt), [grey] * number)  # latents are kept by the key
+            text = "" if error.problem == REFUSED else str(pair.prompt)
+            blank = EditPrompt(text, [grey] * number)  # latents are kept by the key
             unlabelled = replace(pair, label_a=None, prompt=blank)
             return LoadedPair(unlabelled, self.loader.blank(), self.loader.blank(), targets, blanks)
 
@@ -147,15 +154,28 @@ class PairDataset(Dataset[LoadedPair | SkippedPair]):
         return Counter({problem: count for problem, count in zip(IMAGE_PROBLEMS, counts, strict=True) if count})
 
 
-def load_sources(loader: PixelLoader, prompt: str, taken: tuple[int, int | None]) -> tuple[Tensor, ...]:
+def check_edit(prompt: str, check: Callable[[str], None]) -> None:
+    """Raise ImageError, as for a picture that cannot be read, if ``check`` raises InputError for a prompt."""
+    try:
+        check(prompt)
+    except ImageError:
+        raise
+    except InputError as error:
+        raise ImageError(str(error), REFUSED) from error
+
+
+def load_sources(
+    loader: PixelLoader, prompt: str, taken: tuple[int, int | None], check: Callable[[str], None]
+) -> tuple[Tensor, ...]:
     """Decode and resize the pictures that a prompt edits.
 
     Raises:
         ImageError: If one cannot be read, or their number is not among those that are ``taken``: least and largest,
-            None for any number.
+            None for any number; or if ``check`` raises InputError.
     """
     sources = sources_of(prompt)
     if wanted := sources_wanted(len(sources), taken):
         ignore = ", or set the reader's sources to ignore" if wanted == "0" else ""
         raise ImageError(f"the prompt edits {len(sources)} pictures, and the network takes {wanted}{ignore}", COUNT)
+    check_edit(prompt, check)
     return tuple(map(loader, sources))

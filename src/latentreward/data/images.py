@@ -67,9 +67,10 @@ TOO_LARGE = "too many pixels"
 SHORT = "clip too short"
 CLIP = "clip, not an image"
 COUNT = "wrong number of pictures to edit"
+REFUSED = "edit that the text encoder does not take"
 ALPHA, DEEP, CMYK = "alpha, which is dropped", "16 bits per channel, which become 8", "CMYK, which becomes RGB"
 """Descriptions of changes that decoding to 8-bit RGB makes."""
-IMAGE_PROBLEMS = (NO_IMAGE, EMPTY, MISSING, OUTSIDE, UNKNOWN, DAMAGED, TOO_LARGE, SHORT, CLIP, COUNT)
+IMAGE_PROBLEMS = (NO_IMAGE, EMPTY, MISSING, OUTSIDE, UNKNOWN, DAMAGED, TOO_LARGE, SHORT, CLIP, COUNT, REFUSED)
 resolve_once = lru_cache(Path.resolve)
 
 

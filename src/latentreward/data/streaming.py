@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 from latentreward.contracts import ImageRef, PreferencePair, sources_of, sources_wanted
 from latentreward.data.collate import collate_pairs
 from latentreward.data.datamodules import PreferenceDataModule
-from latentreward.data.dataset import LoadedPair, SkippedPair, load_sources
+from latentreward.data.dataset import LoadedPair, SkippedPair, any_prompt, load_sources
 from latentreward.data.image_sizes import OneSize
 from latentreward.data.images import COUNT, ImageError, PixelLoader
 from latentreward.data.loading import CountedBatches, ResumableLoader, check_same_order, shares_of
@@ -258,11 +258,12 @@ class StreamedPairs(Dataset[list[LoadedPair | SkippedPair]]):
     Attributes:
         share: Rank and world size, as ``{"rank": 0, "num_replicas": 1}``.
         exif: Treatment of EXIF orientation, as the stream has it.
-        taken: As that of :class:`~latentreward.data.dataset.PairDataset`.
+        taken, check_prompt: As those of :class:`~latentreward.data.dataset.PairDataset`.
         image_sizes: Rule by which images are resized.
     """
 
     taken: tuple[int, int | None] = (0, None)
+    check_prompt: Callable[[str], None] = staticmethod(any_prompt)
     targets = None
     unused = torch.zeros(0, 2)
 
@@ -302,7 +303,11 @@ class StreamedPairs(Dataset[list[LoadedPair | SkippedPair]]):
         for pair in next(islice(rest, start - taken, None)):
             try:
                 pixels = self.loader(pair.image_a), self.loader(pair.image_b)
-                loaded.append(LoadedPair(pair, *pixels, sources=load_sources(self.loader, pair.prompt, self.taken)))
+                loaded.append(
+                    LoadedPair(
+                        pair, *pixels, sources=load_sources(self.loader, pair.prompt, self.taken, self.check_prompt)
+                    )
+                )
             except ImageError as error:
                 if self.on_error == "raise":
                     remedy = f"replace the file, or set {DATA_ON_ERROR} to skip"

@@ -360,12 +360,16 @@ class Family(Part):
         if wanted:
             raise InputError(f"{self.title} takes {wanted} pictures to edit, and {number} were given")
 
+    def check_prompt(self, prompt: str) -> None:
+        """Raise InputError if a text encoder that sees pictures does not take the prompt, whatever their number."""
+
     def check_prompts(self, prompts: Sequence[str], setting: str) -> None:
-        """Raise InputError if prompts of a ``setting`` edit more or fewer pictures than the network, or unlike many."""
-        counts = {len(sources_of(prompt)): prompt for prompt in reversed(prompts)}
-        for number, prompt in counts.items():
+        """Raise InputError if a prompt of a ``setting`` is not taken, or they edit unlike numbers of pictures."""
+        counts = {len(sources_of(prompt)) for prompt in prompts}
+        for prompt in prompts:
             with errors_at(f"{setting}: {prompt[:60]!r}: "):
-                self.check_sources(number)
+                self.check_sources(len(sources_of(prompt)))
+                self.check_prompt(prompt)
         if len(counts) > 1:
             raise InputError(
                 f"{setting}: prompts edit {min(counts)} to {max(counts)} pictures; give a list for each number"

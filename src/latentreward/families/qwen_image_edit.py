@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -21,7 +22,7 @@ from latentreward.backbones.weights import part_of
 from latentreward.contracts import Conditioning, ImageRef, PathText, sources_of
 from latentreward.encoders.prompts import PromptEncoder
 from latentreward.encoders.sources import SourceSize
-from latentreward.errors import InputError
+from latentreward.errors import InputError, errors_at, quoted
 from latentreward.families.backbone import FamilyBackbone, load_family_backbone
 from latentreward.families.flow import Tokens
 from latentreward.families.qwen_image import EDITORS, QwenImage, padded_rows, prefix_length, without_prefix
@@ -37,6 +38,7 @@ TEMPLATE = (
 )
 """Text that is encoded for pictures and a prompt; the tokens before them are dropped afterwards."""
 PAD = "<|image_pad|>"  # token in whose places the states of a picture come
+LABEL = "Picture {}: "
 PICTURE = "<|vision_start|>{}<|vision_end|>"
 AREA = 1024 * 1024  # pixels of a picture that is encoded by the VAE, about
 SEEN_AREA = 384 * 384  # pixels of a picture that the text encoder sees, in releases that number the pictures
@@ -84,17 +86,26 @@ class QwenImageEdit(QwenImage):
         """See :meth:`Family.source_size`; an area of about 1024² pixels, the aspect kept to multiples of 32 pixels."""
         return SourceSize(sides(AREA, height, width))
 
+    def check_prompt(self, prompt: str) -> None:
+        """See :meth:`Family.check_prompt`."""
+        self.seen.check(prompt)
+
+    @cached_property
+    def seen(self) -> SeenPictures:
+        """Pictures as the text encoder sees them."""
+        from transformers import Qwen2VLImageProcessorPil
+
+        processor = self.pipeline.image_processor("processor", Qwen2VLImageProcessorPil)
+        return SeenPictures(processor, len(self.tokenizer(LABEL.format(1)).input_ids) if self.numbered else None)
+
     def load_prompt_encoder(
         self, t5_length: int | None = None, load_t5: bool = True, pretrained: bool = True
     ) -> PromptEncoder:
         """See :meth:`Family.load_prompt_encoder`; of Qwen2.5-VL all is kept but the language head."""
-        from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2VLImageProcessorPil
+        from transformers import Qwen2_5_VLForConditionalGeneration
 
         whole = self.pipeline.load(Qwen2_5_VLForConditionalGeneration, "text_encoder", pretrained)
-        processor = self.pipeline.image_processor("processor", Qwen2VLImageProcessorPil)
-        return self.fitting(
-            QwenImageEditPromptEncoder(part_of(whole, "model"), self.tokenizer, processor, self.numbered)
-        )
+        return self.fitting(QwenImageEditPromptEncoder(part_of(whole, "model"), self.tokenizer, self.seen))
 
     def begin(self, network: Any, latents: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tokens:
         """See :meth:`FlowFamily.begin`."""
@@ -122,6 +133,63 @@ def sides(area: float, height: int, width: int) -> tuple[int, int]:
     return round(columns / aspect / 32) * 32, round(columns / 32) * 32
 
 
+@dataclass(frozen=True)
+class SeenPictures:
+    """Pictures of prompts as Qwen2.5-VL sees them; without its weights, so that worker processes can check prompts."""
+
+    processor: Qwen2VLImageProcessorPil  # its image processor
+    # Number of tokens of a picture's number, before a picture that is seen with an area of 384² pixels; None where a
+    # prompt has one picture, seen with 1024² pixels
+    label_tokens: int | None
+
+    @property
+    def most_tokens(self) -> int:
+        """Greatest number of tokens of a prompt; one picture takes about 200 or 1400 of them."""
+        return 2048 if self.label_tokens is None else 1536
+
+    def check(self, prompt: str) -> None:
+        """Check a prompt's pictures by their headers, and that its text has no token of a picture.
+
+        Raises:
+            InputError: If it has, a picture cannot be read or is too long and narrow, or there are too many.
+        """
+        images, name = sources_of(prompt), f"the prompt {str(prompt)[:80]!r}"
+        if self.label_tokens is None and len(images) > 1:
+            raise InputError(
+                f"{name} edits {len(images)} pictures, and Qwen-Image-Edit takes one; take a later release, such as "
+                "Qwen-Image-Edit-2511"
+            )
+        tokens = [self.tokens(image) for image in images]
+        if images and PAD in prompt:
+            raise InputError(f"{name} holds {PAD}, the token of a picture; leave it out of the text")
+        if sum(tokens) + len(images) * ((self.label_tokens or 0) + 2) > self.most_tokens + 1:  # no matter the last end
+            raise InputError(
+                f"{name} has {len(images)} pictures of {sum(tokens)} tokens, and all of it at most {self.most_tokens}; "
+                "give fewer pictures"
+            )
+
+    def size(self, height: int, width: int) -> SourceSize:
+        """Return the size in which the image processor gets a picture of (height, width) pixels."""
+        return SourceSize(sides(AREA if self.label_tokens is None else SEEN_AREA, height, width))
+
+    def tokens(self, image: ImageRef) -> int:
+        """Return the number of tokens of a picture."""
+        from latentreward.encoders.source_encoder import picture_sides  # decoding of images comes with it
+
+        seen = picture_sides(image)
+        with errors_at(f"image {quoted(repr(image.image_key))}: "):
+            size = self.size(*seen)
+        patches: int = self.processor.get_number_of_image_patches(*size.resized)
+        return patches // self.processor.merge_size**2
+
+    def patches(self, image: ImageRef) -> tuple[Tensor, list[int]]:
+        """Return the patches ``(P, features)`` of a picture, and their numbers along time, height and width."""
+        from latentreward.encoders.source_encoder import resized_picture  # decoding of images comes with it
+
+        found = self.processor([resized_picture(image, self.size)], return_tensors="pt")
+        return found["pixel_values"], found["image_grid_thw"][0].tolist()
+
+
 class QwenImageEditPromptEncoder(PromptEncoder):
     """Prompt encoder of Qwen-Image-Edit: the states of Qwen2.5-VL for pictures and prompt, with a mask.
 
@@ -131,9 +199,7 @@ class QwenImageEditPromptEncoder(PromptEncoder):
     Args:
         text_encoder: Qwen2.5-VL without its language head.
         tokenizer: Its tokenizer, which also tells how many tokens the template begins with.
-        processor: Its image processor.
-        numbered: Whether the prompt numbers the pictures, which are then seen with an area of 384² pixels; else a
-            prompt has one picture, which is seen with 1024² pixels.
+        seen: Pictures as it sees them.
 
     Raises:
         InputError: If the parts belong to different models.
@@ -143,14 +209,11 @@ class QwenImageEditPromptEncoder(PromptEncoder):
     masked = True
     sees_sources = True
 
-    def __init__(
-        self, text_encoder: Any, tokenizer: Any, processor: Qwen2VLImageProcessorPil, numbered: bool = True
-    ) -> None:
+    def __init__(self, text_encoder: Any, tokenizer: Any, seen: SeenPictures) -> None:
         super().__init__()
-        self.text_encoder, self.tokenizer = text_encoder, tokenizer
-        self.processor, self.numbered = processor, numbered
+        self.text_encoder, self.tokenizer, self.seen = text_encoder, tokenizer, seen
         self.token_dim = text_encoder.config.text_config.hidden_size
-        self.num_tokens = 1536 if numbered else 2048  # one picture takes about 200 or 1400 of them
+        self.num_tokens = seen.most_tokens
         self.dropped_tokens = prefix_length(tokenizer, TEMPLATE)
         self.picture_token, vision = text_encoder.config.image_token_id, text_encoder.config.vision_config
         if tokenizer.convert_tokens_to_ids(PAD) != self.picture_token:
@@ -158,6 +221,7 @@ class QwenImageEditPromptEncoder(PromptEncoder):
                 f"tokenizer: {PAD} is not the token {self.picture_token} that text_encoder takes for pictures; take "
                 "both from one pipeline"
             )
+        processor = seen.processor
         own = processor.patch_size, processor.temporal_patch_size, processor.merge_size
         if own != (vision.patch_size, vision.temporal_patch_size, vision.spatial_merge_size):
             raise InputError(
@@ -175,8 +239,8 @@ class QwenImageEditPromptEncoder(PromptEncoder):
         if not any(sources_of(prompt) for prompt in prompts):
             return ids, mask
         with torch.device("cpu"):
-            seen = [[self._patches(image) for image in sources_of(prompt)] for prompt in prompts]
-            features = 3 * self.processor.temporal_patch_size * self.processor.patch_size**2
+            seen = [[self.seen.patches(image) for image in sources_of(prompt)] for prompt in prompts]
+            features = 3 * self.seen.processor.temporal_patch_size * self.seen.processor.patch_size**2
             patches = [torch.cat([torch.zeros(0, features), *(one for one, _ in row)]) for row in seen]
             grids = [torch.tensor([grid for _, grid in row], dtype=torch.int64).reshape(-1, 3) for row in seen]
             return ids, mask, pad_sequence(patches, batch_first=True), pad_sequence(grids, batch_first=True)
@@ -200,49 +264,19 @@ class QwenImageEditPromptEncoder(PromptEncoder):
 
     def _rows(self, prompts: Sequence[str]) -> list[list[int]]:
         """Return the token ids of each prompt in its template, with one token for each 28×28 pixels of its pictures."""
-        numbers = [[self._number(image) for image in sources_of(prompt)] for prompt in prompts]
-        texts = [self._text(prompt, counts) for prompt, counts in zip(prompts, numbers, strict=True)]
+        for prompt in prompts:
+            self.seen.check(prompt)
+        texts = [self._text(prompt, [*map(self.seen.tokens, sources_of(prompt))]) for prompt in prompts]
         rows, most = self.tokenizer(texts).input_ids, self.dropped_tokens + self.num_tokens
         self.tell_cut(self.tokenizer, texts, [len(row) for row in rows], most)
-        rows = [row[:most] for row in rows]
-        for prompt, row, counts in zip(prompts, rows, numbers, strict=True):
-            if sources_of(prompt) and row.count(self.picture_token) != sum(counts):
-                raise InputError(
-                    f"the prompt {str(prompt)[:80]!r} has {len(counts)} pictures of {sum(counts)} tokens, of which "
-                    f"{row.count(self.picture_token)} of at most {self.num_tokens} are left; give fewer pictures, and "
-                    f"leave {PAD} out of the text"
-                )
-        return rows
+        return [row[:most] for row in rows]
 
     def _text(self, prompt: str, counts: Sequence[int]) -> str:
         """Return a prompt in its template, with pictures of these numbers of tokens."""
-        if not self.numbered:
-            if len(counts) > 1:
-                raise InputError(
-                    f"the prompt {str(prompt)[:80]!r} edits {len(counts)} pictures, and Qwen-Image-Edit takes one; "
-                    "take a later release, such as Qwen-Image-Edit-2511"
-                )
+        if self.seen.label_tokens is None:
             return TEMPLATE.format(PICTURE.format(PAD * (counts[0] if counts else 1)) + prompt)
-        named = [f"Picture {number}: {PICTURE.format(PAD * count)}" for number, count in enumerate(counts, start=1)]
+        named = [LABEL.format(number) + PICTURE.format(PAD * count) for number, count in enumerate(counts, start=1)]
         return TEMPLATE.format("".join(named) + prompt)
-
-    def _size(self, height: int, width: int) -> SourceSize:
-        """Return the size in which the image processor gets a picture of (height, width) pixels."""
-        return SourceSize(sides(SEEN_AREA if self.numbered else AREA, height, width))
-
-    def _number(self, image: ImageRef) -> int:
-        """Return the number of tokens of a picture."""
-        from latentreward.encoders.source_encoder import picture_sides  # decoding of images comes with it
-
-        patches: int = self.processor.get_number_of_image_patches(*self._size(*picture_sides(image)).resized)
-        return patches // self.processor.merge_size**2
-
-    def _patches(self, image: ImageRef) -> tuple[Tensor, list[int]]:
-        """Return the patches ``(P, features)`` of a picture, and their numbers along time, height and width."""
-        from latentreward.encoders.source_encoder import resized_picture  # decoding of images comes with it
-
-        found = self.processor([resized_picture(image, self._size)], return_tensors="pt")
-        return found["pixel_values"], found["image_grid_thw"][0].tolist()
 
 
 @register_backbone

@@ -4,6 +4,7 @@ import base64
 import csv
 import json
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import repeat
 from pathlib import Path
@@ -350,19 +351,30 @@ def test_a_server_scores_with_a_text_encoder_that_sees_the_pictures(tmp_path: Pa
     reward.save_pretrained(tmp_path / "reward")
     for name, image in (("0", EDITED[0]), ("1", EDITED[0]), ("2", EDITED[0]), ("red", RED), ("blue", BLUE)):
         image.save(tmp_path / f"{name}.png")
-    names = [["red.png"], ["blue.png"], ["blue.png", "red.png"]]
-    listed = [{"image": f"{row}.png", "prompt": TEXT, "source_images": given} for row, given in enumerate(names)]
+    narrow = Image.new("RGB", (2, 500))
+    narrow.save(tmp_path / "narrow.png")
+    names = [["red.png"], ["blue.png"], ["blue.png", "red.png"], ["narrow.png"]]
+    listed = [{"image": f"{row % 3}.png", "prompt": TEXT, "source_images": given} for row, given in enumerate(names)]
     (tmp_path / "list.jsonl").write_text("".join(json.dumps(row) + "\n" for row in listed))
     output, options = str(tmp_path / "scores.csv"), (f"--base={base}", "--device=cpu")
     main(["score", str(tmp_path / "list.jsonl"), output, f"--model={tmp_path / 'reward'}", *options])
     with Path(output).open() as file:
-        scores = [float(row["score"]) for row in csv.DictReader(file)]
+        *rows_of_file, odd = csv.DictReader(file)
+    scores = [float(row["score"]) for row in rows_of_file]
     assert len({round(score, 4) for score in scores}) == 3
+    assert not odd["score"] and "a picture to edit has 2×500 pixels" in odd["problem"]
     sent = {"prompt": TEXT, "images": [encoded(EDITED[0])] * 3}
+    alone = {"prompt": TEXT, "source_images": [encoded(RED)]}
     with forked_server("serve", str(tmp_path / "reward"), "--port=0", *options) as server:
         assert httpx.get(f"{server.address}/v1/model").json()["sources"] == [1, 16]
         reply = ask(server.address, sent | {"source_images": [[*map(encoded, row)] for row in rows]})
         assert reply.status_code == 200 and reply.json()["scores"] == pytest.approx(scores, abs=2e-5), reply.text
+        for text, source in ((TEXT, narrow), ("draw <|image_pad|>", RED)):
+            content = {"prompt": text, "image": encoded(EDITED[0]), "source_images": [encoded(source)]}
+            with ThreadPoolExecutor() as pool:  # they may be in one batch
+                good, bad = pool.map(ask, [server.address] * 2, [content | alone, content])
+            assert good.json()["scores"] == pytest.approx(scores[:1], abs=2e-5) and bad.status_code == 422
+            assert "crop the picture" in bad.json()["error"] or "leave it out of the text" in bad.json()["error"]
         reply = send(server.address, "score_latents", body_of({"latents": latents(1), "source_0": latents(1)}, TEXT))
         assert reply.status_code == 422 and "latents are none; send images to /v1/score_images" in reply.json()["error"]
         assert server.stop() == 0

@@ -94,7 +94,8 @@ def cache(
         if not work.join({ENCODE: encoding.task}, {**spec.record(), "data": describe_data(reader)}, folder):
             return
         with locked(folder, "output"):
-            todo = prepare_cache(folder, reader, images, spec, num_workers, encoders.text, encoder.check_sources)
+            checks = encoder.check_sources, encoder.check_prompt
+            todo = prepare_cache(folder, reader, images, spec, num_workers, encoders.text, *checks)
             unused: list[int] = []
             total, begun = sum(shard.count for shard in todo), time.monotonic()
             with Progress("cache", total, "images and prompts", processes=work.size) as progress:
