@@ -16,11 +16,13 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from latentreward.backbones import create_backbone
 from latentreward.contracts import Conditioning, EditPrompt, ImageRef, PromptBatch, sources_of
 from latentreward.data import JSONLPairReader, PairDataset, PixelLoader, PreferenceDataModule
 from latentreward.data.alignment.prompts import PromptLoaders
 from latentreward.data.images import decode_image
 from latentreward.errors import InputError
+from latentreward.heads import GatedQFormerHead
 from latentreward.modules import (
     AWMModule,
     DiffusionDPOModule,
@@ -32,10 +34,11 @@ from latentreward.modules import (
     TrajectoryGRPOModule,
 )
 from latentreward.modules.alignment import AlignmentModule
-from latentreward.rewards import UnchangedRegion
+from latentreward.rewards import LatentReward, UnchangedRegion
 from latentreward.rewards.latent import EncodedPrompts
 from latentreward.rollout import Branching, RolloutDraws, Sampling, candidate_steps, sample_latents
 from latentreward.scorers import CallableScorer
+from latentreward.scoring import RewardModel
 from tests.distributed.ranks import on_ranks
 from tests.families.made_qwen_image_edit import picture
 from tests.families.test_methods import DifferentiableChannel, pairs, rolled
@@ -184,6 +187,16 @@ def test_a_network_for_text_alone_refuses_pictures(tmp_path: Path) -> None:
     policy = TWINS["flux1_dev"].source().load()
     with pytest.raises(InputError, match="the prompt 'make it red' edits a picture, but the network makes"):
         policy.encode_prompts(edits(tmp_path))
+
+
+def test_a_reward_of_text_alone_is_named_where_the_policy_edits(tmp_path: Path) -> None:
+    """Kontext makes pictures from text too, so that the two fit until a prompt has pictures."""
+    flux = TWINS["flux1_dev"]
+    backbone = create_backbone("flux1", source=flux.folder, visual_taps=(1, 2), text_taps=(1,))
+    RewardModel(backbone, GatedQFormerHead(backbone.feature_spec, num_heads=2)).save_pretrained(str(tmp_path / "r"))
+    reward = LatentReward(str(tmp_path / "r"), base=flux.folder).load(TWINS["flux1_kontext"].source().load())
+    with pytest.raises(InputError, match=r"^reward .*/r: its network takes 0 pictures to edit, and a prompt edits 1"):
+        reward.encode_prompts(edits(tmp_path)[:1])
 
 
 @pytest.mark.slow

@@ -12,7 +12,15 @@ import torch
 from torch import Tensor, nn
 
 from latentreward.backbones.weights import Reading, read_weights, reading_later
-from latentreward.contracts import Conditioning, LatentSpace, NoisyStates, PathText, TensorRecord
+from latentreward.contracts import (
+    Conditioning,
+    LatentSpace,
+    NoisyStates,
+    PathText,
+    TensorRecord,
+    sources_of,
+    sources_wanted,
+)
 from latentreward.errors import InputError, check_at_least_one
 from latentreward.noise import NoiseProcess
 from latentreward.policies.surrogate_gradient import gradient_carrier
@@ -62,6 +70,8 @@ class LatentScorer(Reward):
     """
 
     differentiable = True
+
+    origin = "reward"  # name in messages
 
     def __init__(
         self,
@@ -144,6 +154,12 @@ class LatentScorer(Reward):
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str]) -> EncodedPrompts:
         """See :meth:`Reward.encode_prompts`; uses the tokenizers and text encoders of the reward model."""
+        for number in {len(sources_of(prompt)) for prompt in prompts}:
+            if wanted := sources_wanted(number, self.model.backbone.sources):
+                raise InputError(
+                    f"{self.origin}: its network takes {wanted} pictures to edit, and a prompt edits {number}; give a "
+                    "reward on the policy's own network"
+                )
         with self._autocast(self._own_text):
             encoded = EncodedPrompts(*self.model.encode_prompts(prompts))
         return encoded.to(torch.float32) if self._own_network else encoded  # a shared text encoder's may be bfloat16
@@ -280,7 +296,9 @@ class LatentReward(RewardSource):
             from lightning.pytorch.utilities import rank_zero_info  # takes seconds to import
 
             rank_zero_info(f"reward {self.path}: {conversion}")
-        return LatentScorer(model, policy.noise_process, self.batch_size, policy, switch, unread)
+        scorer = LatentScorer(model, policy.noise_process, self.batch_size, policy, switch, unread)
+        scorer.origin = f"reward {self.path}"
+        return scorer
 
     def _loaded(self, stored: StoredReward, policy: Policy) -> tuple[RewardNetwork, Switch]:
         """Load the model, and return it with the context in which a network shared with the policy is the reward's."""
