@@ -82,6 +82,8 @@ class ImageRef:
         holds: Content of the bytes: an image, or latents.
         noise: Name of the noise from which the image was generated, the text of a
             :class:`~latentreward.rollout.PriorNoise`; None if it is not known.
+        exif: Whether a text encoder that sees the picture gets it turned upright, as the network does.
+        max_pixels: Largest width × height that the picture may have for such an encoder; None for the default.
     """
 
     image_key: str
@@ -90,6 +92,8 @@ class ImageRef:
     root: Path | None = None
     holds: Literal["image", "latents"] = "image"
     noise: str | None = None
+    exif: Literal["apply", "ignore"] = "apply"
+    max_pixels: int | None = None
 
     @property
     def identity(self) -> tuple[str, Path | None, int]:
@@ -161,6 +165,12 @@ def sources_wanted(number: int, taken: tuple[int, int | None]) -> str | None:
 def like_prompt(text: str, prompt: str) -> str:
     """Return ``text`` as a prompt for the pictures that ``prompt`` edits; as it is for a plain text."""
     return EditPrompt(text, prompt.sources) if isinstance(prompt, EditPrompt) else text
+
+
+def seen_as(prompt: str, **how: Any) -> str:
+    """Return a prompt whose pictures a text encoder decodes by this ``exif`` and ``max_pixels``; a plain text as is."""
+    sources = [replace(source, **how) for source in sources_of(prompt)]
+    return EditPrompt(str.__str__(prompt), sources) if sources else prompt
 
 
 @dataclass(frozen=True)

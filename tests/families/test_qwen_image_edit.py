@@ -3,6 +3,7 @@
 import json
 import pickle
 import re
+from dataclasses import replace
 from pathlib import Path
 from shutil import copytree
 from types import ModuleType
@@ -13,14 +14,21 @@ import torch
 from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit, pipeline_qwenimage_edit_plus
 from torch import Tensor
 
+from latentreward.backbones import create_backbone
 from latentreward.backbones.tuning import LoRA
-from latentreward.contracts import Conditioning, EditPrompt, ImageRef, PromptBatch
-from latentreward.data.images import decode_image, png
+from latentreward.contracts import Conditioning, EditPrompt, ImageRef, PromptBatch, seen_as
+from latentreward.data import JSONLPairReader, PairDataset, PixelLoader
+from latentreward.data.image_sizes import OneSize
+from latentreward.data.images import ImageError, decode_image, png
+from latentreward.encoders import source_encoder
 from latentreward.errors import InputError
 from latentreward.export.lora import TrainedLoRA
 from latentreward.families import qwen_image_edit as edit
+from latentreward.heads import GatedQFormerHead
 from latentreward.policies import Policy, PolicySource
 from latentreward.rollout import Sampling, sample_latents
+from latentreward.scoring import RewardModel
+from tests.data.rotated import photograph
 from tests.families.made_qwen_image_edit import PAD, picture, qwen_image_edit, write
 from tests.families.test_parity import assert_near
 from tests.families.twin_qwen_image import packed, unpacked
@@ -187,6 +195,39 @@ def test_prompts_are_checked_without_weights_and_in_other_processes(folders: dic
     with pytest.raises(InputError, match=r"^data\.prompts: 'make it red': image 'long': a picture to edit has 2×500"):
         plus.check_prompts([*edits(1), narrow], "data.prompts")
     assert "encoder" not in vars(plus)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("_small")
+@pytest.mark.parametrize("exif", ["apply", "ignore"])
+def test_the_text_encoder_sees_the_picture_that_the_network_gets(
+    exif: Any, folders: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of photographs with an EXIF orientation, and over the default limit of pixels, in training and in scores."""
+    photo = ImageRef("photo.jpg", photograph())
+    plain = EditPrompt("make it red", [ImageRef("photo.jpg", png(decode_image(photo, exif=exif)), max_pixels=10**6)])
+    (tmp_path / "photo.jpg").write_bytes(photo.data or b"")
+    row = dict.fromkeys(("chosen", "rejected"), "photo.jpg") | {"prompt": str(plain), "source_images": ["photo.jpg"]}
+    (tmp_path / "pairs.jsonl").write_text(json.dumps(row))
+    reader = JSONLPairReader(str(tmp_path / "pairs.jsonl"), exif=exif)
+    backbone = create_backbone("qwen_image_edit", source=folders["plus"], visual_taps=[1], text_taps=[2])
+    model = RewardModel(backbone, GatedQFormerHead(backbone.feature_spec, num_heads=2)).eval()
+    model.exif, model.image_sizes = exif, OneSize(32, 48)
+    monkeypatch.setattr(source_encoder, "MAX_PIXELS", 100)
+    dataset = PairDataset(reader, PixelLoader(32, 48, max_pixels=10**6))
+    dataset.check_prompt = backbone.family.check_prompt
+    listed = seen_as(reader[0].prompt, max_pixels=10**6)
+    memory = model.prompt_memory(4)
+    memory.resize_sources(32, 48)
+    with torch.no_grad():
+        want = backbone.encode_prompts([plain])
+        for found in (backbone.encode_prompts([dataset[0].pair.prompt]), memory.encode([listed])):
+            assert torch.equal(found.prompt_embeds, want.prompt_embeds)
+            assert torch.equal(found.source_latents[0], want.source_latents[0])
+        other = EditPrompt("make it red", [replace(plain.sources[0], data=png(picture(48, 32)))])
+        assert not torch.allclose(backbone.encode_prompts([other]).prompt_embeds, want.prompt_embeds)
+    with pytest.raises(ImageError, match="too many pixels"):
+        backbone.encode_prompts([reader[0].prompt])
 
 
 @pytest.mark.usefixtures("_small")

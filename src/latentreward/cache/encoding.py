@@ -16,7 +16,7 @@ from latentreward.cache.check import Shard, read_shards, tensor_shapes
 from latentreward.cache.layout import CachePlan, ShardManifest, manifest_name, read_plan
 from latentreward.cache.shards import KEPT, write_shard
 from latentreward.cache.sources import Encoders
-from latentreward.contracts import ImageRef, PreferencePair, TensorRecord, sources_of
+from latentreward.contracts import ImageRef, PreferencePair, TensorRecord, seen_as, sources_of
 from latentreward.data.clips import ClipLoader
 from latentreward.data.images import ImageError, PixelLoader, decode_image, decode_latents
 from latentreward.data.loading import WorkerLoader
@@ -149,7 +149,7 @@ class EncodeBatches(Dataset[EncodeBatch]):
             except ImageError as error:
                 self._check_skips(error)
                 prompt = edit_of_grey(text, len(sources_of(prompt)))
-            found.append(prompt)
+            found.append(seen_as(prompt, exif=self.reader.exif, max_pixels=self.max_pixels))
         return found
 
     def _decode(self, image: ImageRef) -> None:

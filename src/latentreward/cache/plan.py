@@ -25,7 +25,7 @@ from latentreward.cache import layout
 from latentreward.cache.layout import CachePlan, CacheSpec, digest
 from latentreward.cache.shards import KEPT
 from latentreward.cache.sizing import ImageSettings
-from latentreward.contracts import EditPrompt, ImageRef, LatentSpace, PreferencePair, sources_of
+from latentreward.contracts import EditPrompt, ImageRef, LatentSpace, PreferencePair, seen_as, sources_of
 from latentreward.data.buckets import Bucket
 from latentreward.data.dataset import check_edit
 from latentreward.data.images import COUNT, DAMAGED, ImageError, decode_latents, read_header
@@ -87,10 +87,10 @@ class RowScan(Dataset[ScannedRow]):
         try:
             if pair.image_a.holds == "latents":
                 return ScannedRow(index, bare, marks, tuple(map(self._latents_size, images)))
-            check_edit(pair.prompt, self.check_prompt)
+            limit, exif = self.images.max_pixels, self.reader.exif
+            check_edit(seen_as(pair.prompt, exif=exif, max_pixels=limit), self.check_prompt)
             if not self.images.needs_headers():
                 return ScannedRow(index, bare, marks)
-            limit, exif = self.images.max_pixels, self.reader.exif
             sizes = tuple(Bucket(*read_header(image, limit, exif)[:2]) for image in images)
             return ScannedRow(index, bare, marks, sizes)
         except ImageError as error:

@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from latentreward.contracts import EditPrompt, ImageRef, PreferencePair, sources_of, sources_wanted
+from latentreward.contracts import EditPrompt, ImageRef, PreferencePair, seen_as, sources_of, sources_wanted
 from latentreward.data.clips import ClipLoader
 from latentreward.data.image_sizes import OneSize
 from latentreward.data.images import COUNT, IMAGE_PROBLEMS, REFUSED, ImageError, PixelLoader, png
@@ -126,7 +126,7 @@ class PairDataset(Dataset[LoadedPair | SkippedPair]):
                 clips = self.loader.load(pair.image_a), self.loader.load(pair.image_b)
                 self.unused[index] = torch.tensor([clip.unused for clip in clips])
                 return LoadedPair(pair, clips[0].pixels, clips[1].pixels, targets)
-            sources = load_sources(self.loader, pair.prompt, self.taken, self.check_prompt)
+            pair, sources = load_sources(self.loader, pair, self.taken, self.check_prompt)
             return LoadedPair(pair, self.loader(pair.image_a), self.loader(pair.image_b), targets, sources)
         except ImageError as error:
             split, setting = (f"data.{self.name}: ", DATA_ON_ERROR) if self.name else ("", OWN_ON_ERROR)
@@ -165,17 +165,19 @@ def check_edit(prompt: str, check: Callable[[str], None]) -> None:
 
 
 def load_sources(
-    loader: PixelLoader, prompt: str, taken: tuple[int, int | None], check: Callable[[str], None]
-) -> tuple[Tensor, ...]:
-    """Decode and resize the pictures that a prompt edits.
+    loader: PixelLoader, pair: PreferencePair, taken: tuple[int, int | None], check: Callable[[str], None]
+) -> tuple[PreferencePair, tuple[Tensor, ...]]:
+    """Decode and resize the pictures that a pair's prompt edits; return the pair as text encoders see it, and them.
 
     Raises:
         ImageError: If one cannot be read, or their number is not among those that are ``taken``: least and largest,
             None for any number; or if ``check`` raises InputError.
     """
-    sources = sources_of(prompt)
+    sources = sources_of(pair.prompt)
     if wanted := sources_wanted(len(sources), taken):
         ignore = ", or set the reader's sources to ignore" if wanted == "0" else ""
         raise ImageError(f"the prompt edits {len(sources)} pictures, and the network takes {wanted}{ignore}", COUNT)
-    check_edit(prompt, check)
-    return tuple(map(loader, sources))
+    if sources:
+        pair = replace(pair, prompt=seen_as(pair.prompt, exif=loader.exif, max_pixels=loader.max_pixels))
+    check_edit(pair.prompt, check)
+    return pair, tuple(map(loader, sources))

@@ -303,11 +303,8 @@ class StreamedPairs(Dataset[list[LoadedPair | SkippedPair]]):
         for pair in next(islice(rest, start - taken, None)):
             try:
                 pixels = self.loader(pair.image_a), self.loader(pair.image_b)
-                loaded.append(
-                    LoadedPair(
-                        pair, *pixels, sources=load_sources(self.loader, pair.prompt, self.taken, self.check_prompt)
-                    )
-                )
+                seen, sources = load_sources(self.loader, pair, self.taken, self.check_prompt)
+                loaded.append(LoadedPair(seen, *pixels, sources=sources))
             except ImageError as error:
                 if self.on_error == "raise":
                     remedy = f"replace the file, or set {DATA_ON_ERROR} to skip"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -11,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from latentreward.contracts import EditPrompt, ImageRef, sources_of
-from latentreward.data.images import PixelLoader, decode_image, png, read_header, to_pixels
+from latentreward.data.images import MAX_PIXELS, PixelLoader, decode_image, png, read_header, to_pixels
 from latentreward.encoders.sources import SourceSize
 from latentreward.encoders.vae import LatentEncoder
 from latentreward.errors import InputError
@@ -25,7 +26,7 @@ def resized_picture(image: ImageRef, size: Callable[[int, int], SourceSize]) -> 
     Raises:
         ImageError: If the picture cannot be read.
     """
-    decoded = decode_image(image, exif="apply")
+    decoded = decode_image(image, image.max_pixels or MAX_PIXELS, image.exif)
     resized, cropped = size(decoded.height, decoded.width)
     decoded = decoded.resize(resized[::-1], Image.Resampling.LANCZOS)
     if cropped is not None:
@@ -36,7 +37,7 @@ def resized_picture(image: ImageRef, size: Callable[[int, int], SourceSize]) -> 
 
 def picture_sides(image: ImageRef) -> tuple[int, int]:
     """Return (height, width) of a picture in pixels from its header; raise ImageError if it cannot be read."""
-    return read_header(image, exif="apply")[:2]
+    return read_header(image, image.max_pixels or MAX_PIXELS, image.exif)[:2]
 
 
 class SourceEncoder:
@@ -87,7 +88,7 @@ class SourceEncoder:
             InputError: If the pipeline refuses a picture of this size.
         """
         if self.loader is not None:
-            return self.loader(image)
+            return replace(self.loader, max_pixels=image.max_pixels or self.loader.max_pixels)(image)
         return to_pixels(resized_picture(image, self.size))
 
     @torch.no_grad()

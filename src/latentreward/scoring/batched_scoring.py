@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from latentreward.backbones.base import rows_of
-from latentreward.contracts import Conditioning, EditPrompt, Features, sources_of
+from latentreward.contracts import Conditioning, EditPrompt, Features, seen_as, sources_of
 from latentreward.data.images import PixelLoader
 from latentreward.encoders.prompts import empty_prompts
 from latentreward.errors import InputError
@@ -83,7 +83,7 @@ class PromptMemory:
         if key in self._kept:
             self._kept.move_to_end(key)
             return self._kept[key]
-        encoded = self._kept[key] = self._model.backbone.encode_prompts([prompt])
+        encoded = self._kept[key] = self._model.backbone.encode_prompts([seen_as(prompt, exif=self._model.exif)])
         if len(self._kept) > self._capacity:
             self._kept.popitem(last=False)
         return encoded

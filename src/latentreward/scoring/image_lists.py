@@ -11,7 +11,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from latentreward.contracts import sources_of, sources_wanted
+from latentreward.contracts import seen_as, sources_of, sources_wanted
 from latentreward.data.ahead import map_ahead
 from latentreward.data.clips import ClipLoader
 from latentreward.data.image_lists import ListedImage
@@ -219,7 +219,7 @@ class ListedScoring:
         """Score N images of one size under K noise settings; returns ``(N, K)``, with axes ``(N, K + 2)``."""
         start = time.perf_counter()
         pixels = torch.stack([image for _, image in images])
-        prompts = [part.rows[row].prompt for row, _ in images]
+        prompts = [seen_as(part.rows[row].prompt, max_pixels=self.max_pixels) for row, _ in images]
         different = list(dict.fromkeys(self.levels.values()))
         options: dict[str, Any] = {"batch_size": self.batch_size, "value_range": (-1, 1), "axes": bool(self.axes)}
         outputs = self.model.score_levels(prompts, pixels, different, **options)

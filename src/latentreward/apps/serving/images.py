@@ -90,7 +90,8 @@ class EncodedImages:
             except ImageError as error:
                 raise RequestError(str(error), 422) from error
 
-        sources = {key: ImageRef(key, data=bitmap(decoded(ref))) for key, ref in self._sources().items()}
+        bitmaps_of = {key: bitmap(decoded(ref)) for key, ref in self._sources().items()}
+        sources = {key: ImageRef(key, data=data, max_pixels=max_pixels) for key, data in bitmaps_of.items()}
         rows = []
         for prompt, ref in zip(self.prompts, self._refs(), strict=True):
             bitmaps = [sources[source.image_key] for source in sources_of(prompt)]
