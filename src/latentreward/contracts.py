@@ -162,6 +162,15 @@ def sources_wanted(number: int, taken: tuple[int, int | None]) -> str | None:
     return f"at least {least}" if most is None else f"{least}" if most == least else f"{least} to {most}"
 
 
+def taken_of_edits(taken: tuple[int, int | None], edits: Callable[[], bool]) -> tuple[int, int | None]:
+    """Return how many pictures to edit are ``taken`` of data in which some rows edit, as ``edits`` tells: at least 1.
+
+    A network that takes none too would read a row that lacks its picture as a text alone.
+    """
+    least, most = taken
+    return (1, most) if least == 0 != most and edits() else taken
+
+
 def like_prompt(text: str, prompt: str) -> str:
     """Return ``text`` as a prompt for the pictures that ``prompt`` edits; as it is for a plain text."""
     return EditPrompt(text, prompt.sources) if isinstance(prompt, EditPrompt) else text

@@ -124,7 +124,7 @@ def test_rows_with_too_few_or_too_many_pictures_to_edit_follow_on_error(tmp_path
         datasets[on_error] = PairDataset(reader, PixelLoader(8, 8))
         datasets[on_error].taken = taken
     with pytest.raises(
-        ImageError, match=rf"pairs\.jsonl:1: the prompt edits 0 pictures, and the network {span}; replace"
+        ImageError, match=rf"pairs\.jsonl:1: the prompt edits 0 pictures, and the network {span} in data of edits; "
     ):
         datasets["raise"][0]
     kept = [item for item in (datasets["skip"][n] for n in range(4)) if isinstance(item, LoadedPair)]

@@ -3,6 +3,7 @@
 import json
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pyarrow as pa
@@ -307,7 +308,10 @@ def test_pairs_of_a_batch_edit_equally_many_pictures(tmp_path, jpeg) -> None:
         state = again.state_dict()
     loader.load_state_dict(state)
     assert [batch.pair_ids for batch in loader] == [batch.pair_ids for batch in found[2:]]
-    data.datasets["train"].taken = (1, 1)  # of a network that edits one picture
+    network = SimpleNamespace(backbone=SimpleNamespace(sources=(0, 1)))
+    data.trainer = SimpleNamespace(lightning_module=SimpleNamespace(model=network))
+    data.setup("fit")
+    data.trainer = None
     assert {(len(batch.sources), len(batch)) for batch in data.train_dataloader()} == {(1, 3)}
     assert data.datasets["train"].skipped()["wrong number of pictures to edit"] >= 12
 

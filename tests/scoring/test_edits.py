@@ -92,10 +92,12 @@ def test_lists_of_edits_are_scored_and_odd_rows_named(model: RewardModel, tmp_pa
     rows = written_list(tmp_path)
     scoring = ListedScoring(model, rows, {"score": model.noise}, 2, 1)
     ((_, table),) = scoring.tables([range(len(rows))])
-    wanted = [model.score(row.prompt, tmp_path / "red.png").item() for row in (rows[0], rows[1], rows[2], rows[4])]
+    wanted = [model.score(row.prompt, tmp_path / "red.png").item() for row in (rows[0], rows[2], rows[4])]
     scores = table["score"].to_pylist()
-    assert [scores[place] for place in (0, 1, 2, 4)] == pytest.approx(wanted, abs=2e-5)
-    *_, problem, last = table["problem"].to_pylist()
+    assert [scores[place] for place in (0, 2, 4)] == pytest.approx(wanted, abs=2e-5)
+    _, none, _, problem, last = table["problem"].to_pylist()
+    number = "wrong number of pictures to edit (0 source_images; the model takes at least 1 in a list of edits)"
+    assert (none, scores[1]) == (number, None)
     assert "missing file" in problem and "gone.png" in problem and last is None
 
 
@@ -108,8 +110,8 @@ def test_rows_whose_number_of_sources_the_model_does_not_take_have_a_problem(tmp
         scoring = ListedScoring(model, rows[:3], {"score": model.noise}, 2, 1)
         ((_, table),) = scoring.tables([range(3)])
         problems.append(table["problem"].to_pylist())
-    number = "wrong number of pictures to edit ({} source_images; the model takes 1)"
-    assert problems[0] == [None, number.format(0), number.format(2)]
+    number = "wrong number of pictures to edit ({} source_images; the model takes 1{})"
+    assert problems[0] == [None, number.format(0, " in a list of edits"), number.format(2, "")]
     alone = "edit of pictures, but the model judges images made from text alone ({} source_images)"
     assert problems[1] == [alone.format(1), None, alone.format(2)]
 

@@ -12,6 +12,7 @@ from lightning.pytorch import LightningDataModule
 from lightning.pytorch.trainer.states import TrainerFn
 from torch.utils.data import DataLoader
 
+from latentreward.contracts import taken_of_edits
 from latentreward.data.clips import FPS, ClipLoader, check_clips, check_frames, require_pyav
 from latentreward.data.collate import collate_pairs
 from latentreward.data.dataset import PairDataset
@@ -220,7 +221,7 @@ class PreferenceDataModule(PairLoaders):
             family = getattr(network, "family", None)
             taken = getattr(network, "sources", None) or getattr(family, "sources", None)
             for dataset in self.datasets.values() if taken is not None else ():
-                dataset.taken = taken
+                dataset.taken = taken_of_edits(taken, dataset.edits)
                 dataset.check_prompt = getattr(family, "check_prompt", dataset.check_prompt)
             if network is not None and self._frames > 1:
                 check_frames("data.", network, self._frames)

@@ -98,6 +98,11 @@ class PairDataset(Dataset[LoadedPair | SkippedPair]):
     def __len__(self) -> int:
         return len(self.rows)
 
+    def edits(self) -> bool:
+        """Tell whether any pair edits pictures."""
+        prompts = self.reader.prompts()
+        return any(sources_of(prompts[row]) for row in self.rows)
+
     def source_numbers(self) -> np.ndarray:
         """Return the number of pictures that each pair edits, ``(N,)``, within the numbers that are ``taken``."""
         least, most = self.taken
@@ -176,7 +181,9 @@ def load_sources(
     sources = sources_of(pair.prompt)
     if wanted := sources_wanted(len(sources), taken):
         ignore = ", or set the reader's sources to ignore" if wanted == "0" else ""
-        raise ImageError(f"the prompt edits {len(sources)} pictures, and the network takes {wanted}{ignore}", COUNT)
+        edits = "" if sources else " in data of edits"
+        told = f"the prompt edits {len(sources)} pictures, and the network takes {wanted}{edits}{ignore}"
+        raise ImageError(told, COUNT)
     if sources:
         pair = replace(pair, prompt=seen_as(pair.prompt, exif=loader.exif, max_pixels=loader.max_pixels))
     check_edit(pair.prompt, check)

@@ -119,6 +119,7 @@ class PairStream(RowReader):
             told[edit_remark(edited)] += 1
         if told:  # `report` would need the number of rows
             logger.warning("%s %s: %s", self._place, split, count_text(told))
+        self.edits = SOURCES[0] in self._columns
         self._fields = WINNER_FIRST if WINNER_FIRST[0] in self._columns else BY_LABEL
         listed = [*self._fields, SOURCES[0]]
         for column in (self._columns[field] for field in listed if field in self._columns):
@@ -290,6 +291,10 @@ class StreamedPairs(Dataset[list[LoadedPair | SkippedPair]]):
 
     def __len__(self) -> int:
         return self.batch_size * self.batches_per_epoch
+
+    def edits(self) -> bool:
+        """Tell whether the stream has a column of pictures to edit."""
+        return self.stream.edits
 
     def __getitems__(self, numbers: Sequence[int]) -> list[LoadedPair | SkippedPair]:
         """Return the pairs of the batch with the given single number, with their images decoded."""

@@ -11,7 +11,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from latentreward.contracts import seen_as, sources_of, sources_wanted
+from latentreward.contracts import seen_as, sources_of, sources_wanted, taken_of_edits
 from latentreward.data.ahead import map_ahead
 from latentreward.data.clips import ClipLoader
 from latentreward.data.image_lists import ListedImage
@@ -78,6 +78,7 @@ class ListedScoring:
         self.model, self.rows, self.levels, self.axes = model, rows, levels, model.axes
         self.batch_size, self.decode_threads, self.max_pixels = batch_size, decode_threads, max_pixels
         self._sizes = model.image_sizes
+        self._taken = taken_of_edits(model.backbone.sources, lambda: any(sources_of(row.prompt) for row in rows))
         self.scored = False  # whether an image has a score, so that a failure counts as the image's, not the model's
         self.seconds = 0.0  # spent in the model so far
         self.rotated = 0  # images so far with an EXIF orientation other than upright
@@ -133,9 +134,10 @@ class ListedScoring:
         if row.problem is not None:
             return Loaded(problem=f"{row.problem} ({row.detail})")
         sources = sources_of(row.prompt)
-        if wanted := sources_wanted(len(sources), self.model.backbone.sources):
+        if wanted := sources_wanted(len(sources), self._taken):
             given = f"{len(sources)} source_images"
-            problem = f"wrong number of pictures to edit ({given}; the model takes {wanted})"
+            edits = "" if sources else " in a list of edits"
+            problem = f"wrong number of pictures to edit ({given}; the model takes {wanted}{edits})"
             if wanted == "0":
                 problem = f"edit of pictures, but the model judges images made from text alone ({given})"
             return Loaded(problem=problem)
