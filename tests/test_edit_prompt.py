@@ -13,8 +13,9 @@ CAT, DOG = ImageRef("cat.png", data=b"cat"), ImageRef("dog.png", data=b"dog")
 
 def test_equality_is_of_text_and_pictures():
     prompt = EditPrompt("make it red", [CAT])
-    assert prompt == EditPrompt("make it red", [ImageRef("cat.png", data=b"other bytes")])
+    assert prompt == EditPrompt("make it red", [ImageRef("cat.png", data=b"cat")])
     others = [
+        EditPrompt("make it red", [ImageRef("cat.png", data=b"other bytes")]),
         EditPrompt("make it red", [DOG]),
         EditPrompt("make it red", [CAT, DOG]),
         EditPrompt("make it blue", [CAT]),

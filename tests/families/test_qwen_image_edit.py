@@ -3,6 +3,7 @@
 import json
 import pickle
 import re
+from copy import copy
 from dataclasses import replace
 from pathlib import Path
 from shutil import copytree
@@ -21,6 +22,7 @@ from latentreward.data import JSONLPairReader, PairDataset, PixelLoader
 from latentreward.data.image_sizes import OneSize
 from latentreward.data.images import ImageError, decode_image, png
 from latentreward.encoders import source_encoder
+from latentreward.encoders.fingerprint import text_fingerprint
 from latentreward.errors import InputError
 from latentreward.export.lora import TrainedLoRA
 from latentreward.families import qwen_image_edit as edit
@@ -180,6 +182,21 @@ def test_what_the_text_encoder_cannot_read_is_refused(folders: dict[str, str]) -
     assert single.model == "Qwen-Image-Edit" and single.sources == (1, 1)
     with pytest.raises(InputError, match="edits 2 pictures, and Qwen-Image-Edit takes one"):
         single.load_prompt_encoder().tokenize([EditPrompt("", prompt.sources * 2)])
+
+
+def test_fingerprints_tell_how_pictures_are_read(folders: dict[str, str]) -> None:
+    encoder: Any = PolicySource(folders["plus"]).resolve_family().load_prompt_encoder()
+    settings = {
+        "image_mean": [0.5] * 3,
+        "image_std": [0.4] * 3,
+        "size": {"shortest_edge": 56**2, "longest_edge": 10**6},
+    }
+    others = [copy(encoder) for _ in range(1 + len(settings))]
+    for other, (name, value) in zip(others[1:], settings.items(), strict=True):
+        processor = type(encoder.seen.processor).from_dict(encoder.seen.processor.to_dict() | {name: value})
+        other.picture_settings = replace(encoder.seen, processor=processor).settings
+    same, *found = map(text_fingerprint, others)
+    assert same == text_fingerprint(encoder) and len({same, *found}) == 1 + len(settings)
 
 
 def test_prompts_are_checked_without_weights_and_in_other_processes(folders: dict[str, str]) -> None:

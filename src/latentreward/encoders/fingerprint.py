@@ -66,6 +66,8 @@ def vae_fingerprint(vae: nn.Module) -> str:
 def text_fingerprint(encoder: "PromptEncoder") -> str:
     """Return a hash (32 hexadecimal digits) of text encoders: weights, tokens of fixed prompts, length of prompts.
 
+    Of encoders that see pictures it also covers how they read them.
+
     Weights are rounded to bfloat16 before they are hashed. A frozen text encoder therefore has one hash, whether
     training stores it in float32 or in bfloat16, and cached embeddings of one are used for the other.
     """
@@ -80,6 +82,8 @@ def text_fingerprint(encoder: "PromptEncoder") -> str:
     if encoder.tokens_in_fingerprint:
         with suppress(InputError):  # an encoder that is given token ids has no tokenizer
             config["tokens"] = [ids.tolist() for ids in encoder.tokenize(PROBES)]
+    if encoder.picture_settings:  # encoders of texts alone keep the hashes that caches hold
+        config["pictures"] = dict(encoder.picture_settings)
     return _fingerprint(encoder.state_dict().values(), config, torch.bfloat16)
 
 

@@ -2,7 +2,8 @@
 
 import logging
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -41,6 +42,7 @@ class PromptEncoder(nn.Module, Part):
             SD3 have fingerprints without, because caches hold them.
         sees_sources: Whether the text encoder reads the pictures that prompts edit too, so that the empty prompt has an
             encoding for each picture.
+        picture_settings: Settings of the reading of pictures on which the embeddings of prompts with pictures depend.
         unread: Names of submodules that no output depends on. They are frozen, because DDP fails on trainable
             parameters without a gradient.
         tokens_only: Names of submodules that the token embeddings depend on, but not the pooled vector.
@@ -55,6 +57,7 @@ class PromptEncoder(nn.Module, Part):
     dropped_tokens: int = 0
     tokens_in_fingerprint: bool = True
     sees_sources: bool = False
+    picture_settings: Mapping[str, Any] = MappingProxyType({})
     unread: tuple[str, ...] = ()
     tokens_only: tuple[str, ...] = ()
     _told_cut: bool = False

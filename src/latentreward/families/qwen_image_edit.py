@@ -39,6 +39,7 @@ TEMPLATE = (
 """Text that is encoded for pictures and a prompt; the tokens before them are dropped afterwards."""
 PAD = "<|image_pad|>"  # token in whose places the states of a picture come
 LABEL = "Picture {}: "
+READ_BY = "do_resize", "resample", "do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std"
 PICTURE = "<|vision_start|>{}<|vision_end|>"
 AREA = 1024 * 1024  # pixels of a picture that is encoded by the VAE, about
 SEEN_AREA = 384 * 384  # pixels of a picture that the text encoder sees, in releases that number the pictures
@@ -147,6 +148,11 @@ class SeenPictures:
         """Greatest number of tokens of a prompt; one picture takes about 200 or 1400 of them."""
         return 2048 if self.label_tokens is None else 1536
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Settings of the processor on which patches depend."""
+        return {name: getattr(self.processor, name) for name in READ_BY} | {"size": dict(self.processor.size)}
+
     def check(self, prompt: str) -> None:
         """Check a prompt's pictures by their headers, and that its text has no token of a picture.
 
@@ -213,7 +219,7 @@ class QwenImageEditPromptEncoder(PromptEncoder):
         super().__init__()
         self.text_encoder, self.tokenizer, self.seen = text_encoder, tokenizer, seen
         self.token_dim = text_encoder.config.text_config.hidden_size
-        self.num_tokens = seen.most_tokens
+        self.num_tokens, self.picture_settings = seen.most_tokens, seen.settings
         self.dropped_tokens = prefix_length(tokenizer, TEMPLATE)
         self.picture_token, vision = text_encoder.config.image_token_id, text_encoder.config.vision_config
         if tokenizer.convert_tokens_to_ids(PAD) != self.picture_token:
