@@ -33,7 +33,7 @@ from latentreward.storage.shared_weights import processes_here, sharing_between
 
 if TYPE_CHECKING:
     from latentreward.encoders.prompts import PromptEncoder
-    from latentreward.policies import Policy
+    from latentreward.policies import Policy, PolicySource
 
 Share = Literal["auto", "never"]
 Switch = Callable[[], AbstractContextManager[None]]
@@ -282,6 +282,11 @@ class LatentReward(RewardSource):
     def latent_space(self) -> LatentSpace:
         """See :meth:`RewardSource.latent_space`."""
         return self.stored.latent_space()
+
+    def require_latents_of(self, policy: PolicySource) -> None:
+        """See :meth:`RewardSource.require_latents_of`; reward and policy must both edit pictures, or neither."""
+        super().require_latents_of(policy)
+        check_edits(f"reward {self.path}", self.stored.on_meta_device.sources, policy.resolve_family().sources)
 
     def load(self, policy: Policy) -> LatentScorer:
         """See :meth:`RewardSource.load`."""

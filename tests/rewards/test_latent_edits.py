@@ -1,0 +1,34 @@
+"""A stored reward that judges edits, and a policy that makes pictures from text alone; and the other way round."""
+
+from pathlib import Path
+from shutil import copytree, ignore_patterns
+
+import pytest
+
+from latentreward.backbones import create_backbone
+from latentreward.errors import InputError
+from latentreward.heads import GatedQFormerHead
+from latentreward.modules import LPOModule
+from latentreward.policies import PolicySource
+from latentreward.rewards import LatentReward
+from latentreward.scoring import RewardModel
+from tests.families.made_qwen_image_edit import qwen_image_edit_folder
+from tests.families.twins import TWINS
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("judged", ["edits", "pictures from text"])
+def test_reward_and_policy_that_do_not_both_edit_are_refused_before_weights(judged: str, tmp_path: Path) -> None:
+    """The latents are of one space, and the policy's folder has no weights to load."""
+    edits, plain = ("qwen_image_edit", qwen_image_edit_folder()), ("qwen_image", TWINS["qwen_image"].folder)
+    (name, base), (_, other) = (edits, plain) if judged == "edits" else (plain, edits)
+    backbone = create_backbone(name, source=base, visual_taps=[1], text_taps=[1])
+    head = GatedQFormerHead(backbone.feature_spec, num_heads=2)
+    RewardModel(backbone, head).save_pretrained(tmp_path / "reward")
+    for folder, kept in (("policy", other), ("base", base)):
+        copytree(kept, tmp_path / folder, ignore=ignore_patterns("*.safetensors"))
+    reward = LatentReward(str(tmp_path / "reward"), base=str(tmp_path / "base"))
+    first, second = ("reward", "policy") if judged == "edits" else ("policy", "reward")
+    told = rf"^reward .*reward: the {first} is of a network that edits pictures, and the {second} of one that makes"
+    with pytest.raises(InputError, match=told):
+        LPOModule(PolicySource(str(tmp_path / "policy")), reward)
