@@ -10,6 +10,7 @@ from omegaconf import OmegaConf
 from latentreward.apps.estimate.sources import ConfigSources, unset_variables
 from latentreward.backbones.loading import tiny_pipeline
 from latentreward.cli import main
+from latentreward.errors import InputError
 from latentreward.families.sd3 import StableDiffusion3
 from latentreward.scoring import RewardModel
 from latentreward.scoring.calibration import Calibration
@@ -250,3 +251,11 @@ def test_a_family_of_ones_own_is_asked_for_its_reward(capsys: pytest.CaptureFixt
         shown(capsys, *given)
     assert "path='runs/" in (said := capsys.readouterr().err)
     assert "no reward lies there, and the package has no configs/model/dina_lrm_of_ones_own.yaml" in said
+
+
+@pytest.mark.parametrize("path", ["${oc.env:UNSET_PATH}", "${oc.env:UNSET_PATH}/part"])
+def test_a_model_in_a_variable_that_is_not_set_is_refused_with_field_and_variable(path: str, tmp_path: Path) -> None:
+    with unset_variables():
+        found = OmegaConf.to_container(OmegaConf.create({"policy": {"source": path}}), resolve=True)
+    with pytest.raises(InputError, match=r"^source: the environment variable UNSET_PATH is not set, and an estimate"):
+        ConfigSources(tmp_path).replace(found)

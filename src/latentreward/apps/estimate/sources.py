@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -39,6 +40,11 @@ class ConfigSources:
         items = vars(settings) if isinstance(settings, Namespace) else settings
         for name, value in list(items.items()):
             if name in SOURCES and isinstance(value, str):
+                if unset := re.match(r"<(\w+)>", value):  # as value_or_name writes it
+                    raise InputError(
+                        f"{name}: the environment variable {unset[1]} is not set, and an estimate reads the configs of "
+                        "this model; export it, or give a folder or OWNER/NAME"
+                    )
                 items[name] = self.find(value, items.get("revision"))
             elif isinstance(value, Namespace | dict):
                 self.replace(value)
