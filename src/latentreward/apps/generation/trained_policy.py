@@ -83,13 +83,14 @@ def offload_text_encoders(policy: Policy, reward: Reward | None, prompts: Sequen
     """
     if device.type == "cpu":
         return
-    if policy.text_encoder is not None and policy.text_encoder.sees_sources:  # each edit has its own empty prompt
-        empty = policy.family.uncond_prompt
-        prompts = [one for prompt in prompts for one in (prompt, like_prompt(empty, prompt))]
+    scorers = [] if reward is None else [part for part in reward.modules() if isinstance(part, LatentScorer)]
+    if policy.text_encoder is not None and policy.text_encoder.sees_sources:  # each edit has its own empty prompts
+        empty = [policy.family.uncond_prompt, *("" for scorer in scorers if scorer.model.head.needs_uncond)]
+        prompts = [one for prompt in prompts for one in (prompt, *(like_prompt(text, prompt) for text in empty))]
     offloaded = cache(lambda encoder: OffloadedEncoder(encoder, prompts, device))  # policy and reward may share one
-    for part in () if reward is None else reward.modules():
-        if isinstance(part, LatentScorer) and (encoder := part.model.backbone.text_encoder) is not None:
-            part.set_text_encoder(offloaded(encoder))
+    for scorer in scorers:
+        if (encoder := scorer.model.backbone.text_encoder) is not None:
+            scorer.set_text_encoder(offloaded(encoder))
     if policy.text_encoder is not None:
         policy.text_encoder = offloaded(policy.text_encoder)
 
