@@ -19,7 +19,7 @@ from latentreward.errors import InputError, check_range
 from latentreward.modules.alignment import AlignmentModule
 from latentreward.remote.server import RemoteError, raise_together
 from latentreward.reports.drawing import to_image
-from latentreward.rollout.finished import score_finished
+from latentreward.rollout.finished import begin_finished
 from latentreward.scorers import ImageScorer
 
 logger = logging.getLogger(__name__)
@@ -33,7 +33,8 @@ class HackingMonitor(PromptMonitor):
     ``hacking/reward``, and their differences from the reference in standard errors, paired over prompts,
     ``hacking/held_out_change`` and ``hacking/reward_change``. The policy counts as hacking its reward if its held-out
     score is more than ``tolerance`` standard errors below the reference's while its reward is above the reference's.
-    For a method without a reward, the fall of the held-out score alone counts.
+    For a method without a reward, the fall of the held-out score alone counts. Each reward of a mixture that
+    normalises is divided by its standard deviation over the prompts in the reference's samples.
 
     Args:
         prompts: Fixed prompts, or a file of them.
@@ -83,9 +84,12 @@ class HackingMonitor(PromptMonitor):
 
     def look(self, trainer: Trainer, pl_module: AlignmentModule) -> None:
         """Score the policy's samples, log the changes, and act if the policy hacks its reward."""
-        now = self._scores(trainer, pl_module, reference=False)
-        names = ("held_out", "reward")[: now.shape[1]]
-        changes = [PairedChange.between(before, after) for before, after in zip(self._start.T, now.T, strict=True)]
+        measured = (self._start, self._scores(trainer, pl_module, reference=False))
+        columns = {"held_out": [scores[:, 0] for scores in measured]}
+        if pl_module.reward is not None:
+            spread = self._start[:, 1:].std(dim=0)
+            columns["reward"] = [pl_module.reward.mix_apart(scores[:, 1:], spread) for scores in measured]
+        names, changes = columns.keys(), [PairedChange.between(*scores) for scores in columns.values()]
         for name, change in zip(names, changes, strict=True):
             values = {f"hacking/{name}": change.after, f"hacking/{name}_change": change.in_standard_errors}
             log_now(trainer, pl_module, values)
@@ -108,19 +112,19 @@ class HackingMonitor(PromptMonitor):
             logger.warning(message)
 
     def _scores(self, trainer: Trainer, pl_module: AlignmentModule, reference: bool) -> Tensor:
-        """Return ``(prompts, 1 or 2)`` float64: held-out score and, if there is one, reward; means over pictures."""
+        """Return ``(prompts, 1 + R)`` float64: held-out score, and those of the R rewards; means over pictures."""
         rows: list[Tensor] = []
         failure: RemoteError | None = None
         for batch, latents, pixels in self.pictures(trainer, pl_module, reference):
             if failure is None:  # else only sampled: a policy in shards samples on all ranks together
                 try:
-                    columns = [self.held_out(batch.prompts, list(map(to_image, pixels)))]
+                    columns = [self.held_out(batch.prompts, list(map(to_image, pixels)))[:, None]]
                     if pl_module.reward is not None:
                         sampling = self.sampling_of(pl_module)
                         with pl_module.policy.editing_at(sampling.height, sampling.width):
-                            scored = score_finished(pl_module.reward, latents, batch, SEED, self.reward_sigmas)
-                        columns.append(scored.cpu())
-                    rows.append(torch.stack(columns, dim=1))
+                            parts = begin_finished(pl_module.reward, latents, batch, SEED, self.reward_sigmas)()
+                        columns.append(parts.cpu())
+                    rows.append(torch.cat(columns, dim=1))
                 except RemoteError as error:
                     failure = error
         raise_together(failure, trainer.strategy.reduce_boolean_decision)

@@ -35,7 +35,7 @@ from latentreward.heads import CLIPProjectionHead
 from latentreward.losses import ClippedPolicyLoss
 from latentreward.modules import LPOModule, StepwiseGRPOModule
 from latentreward.policies import PolicySource
-from latentreward.rewards import RewardSource
+from latentreward.rewards import RewardMixture, RewardSource
 from latentreward.rewards.latent import LatentScorer
 from latentreward.rollout import Branching, FixedThreshold, Sampling, sample_latents
 from latentreward.scorers import CallableScorer, ImageScorer, PickScorer
@@ -194,6 +194,16 @@ def test_a_held_out_score_that_falls_with_the_reward_is_no_hacking(make_trainer,
     monitor = HackingMonitor(PROMPTS, FallingScorer(), every_n_steps=1)
     make_trainer(callbacks=[monitor], max_epochs=-1, max_steps=2).fit(module, datamodule=prompts())
     assert "hacks" not in caplog.text
+
+
+@pytest.mark.slow
+def test_a_mixture_that_normalises_by_groups_is_watched_by_one_picture_a_prompt(make_trainer):
+    module = grpo()
+    module.reward = RewardMixture([FirstChannelReward(), FirstChannelReward(1000.0)], [1.0, -0.9]).load(module.policy)
+    monitor = HackingMonitor(PROMPTS, held_out(), every_n_steps=1, action="warn")
+    trainer = make_trainer(callbacks=[monitor], max_epochs=-1, max_steps=1)
+    trainer.fit(module, datamodule=prompts())
+    assert trainer.callback_metrics["hacking/reward_change"] > 0  # a sum of the raw scores would fall
 
 
 @pytest.mark.slow

@@ -68,6 +68,16 @@ def test_equal_scores_are_zero_and_a_single_state_has_no_spread() -> None:
         mixed(mixture(), states(3))
 
 
+@pytest.mark.parametrize("normalise", ["group", "running", "none"])
+def test_states_of_different_prompts_are_weighed_by_a_given_spread_and_count_as_unseen(normalise: Normalise) -> None:
+    reward, parts = mixture((1.0, -0.5), normalise), torch.tensor([[1.0, 30.0], [2.0, -10.0]], dtype=torch.float64)
+    scales = (1.0, 1.0) if normalise == "none" else (2.0 + 1e-4, 20.0 + 1e-4)
+    found = reward.mix_apart(parts, torch.tensor([2.0, 20.0], dtype=torch.float64))
+    torch.testing.assert_close(found, parts[:, 0] / scales[0] - 0.5 * parts[:, 1] / scales[1])
+    assert reward.take_means() is None
+    assert normalise != "running" or not reward.seen.any()
+
+
 def test_running_statistics_are_those_of_all_scores_so_far() -> None:
     reward = mixture((1.0, 0.0), "running")
     mixed(reward, states(6, seed=1))

@@ -103,6 +103,13 @@ class Reward(nn.Module, Part):
         """Compute the score ``(N,)`` from those of :meth:`score_parts`; ``rows`` ``(N,)`` are the states' prompts."""
         return parts[:, 0]
 
+    def mix_apart(self, parts: Tensor, spread: Tensor) -> Tensor:
+        """Compute scores ``(N,)`` from parts of states of different prompts, which are compared with another time's.
+
+        ``spread`` ``(R,)`` is the standard deviation of each part; only a mixture that normalises divides by it.
+        """
+        return self.mix(parts, torch.arange(len(parts)))
+
     def set_precision(self, dtype: torch.dtype) -> None:
         """Set the type in which frozen weights are stored and multiplied; scores stay float32.
 

@@ -178,6 +178,11 @@ class MixedReward(Reward):
             columns = [self._by_all_seen(scores, index) for index, scores in enumerate(columns)]
         return torch.stack([weight * part for weight, part in zip(self.weights, columns, strict=True)]).sum(dim=0)
 
+    def mix_apart(self, parts: Tensor, spread: Tensor) -> Tensor:
+        """See :meth:`Reward.mix_apart`."""
+        scales = torch.ones_like(spread) if self.normalise == "none" else spread + SMALLEST_STD
+        return (parts / scales) @ parts.new_tensor(self.weights)
+
     def take_means(self) -> Tensor | None:
         """See :meth:`Reward.take_means`."""
         means = self._sums / self._count if self._count else None
