@@ -56,6 +56,14 @@ def test_prompts_keep_the_pictures_that_they_edit(first: ShardFolder, tmp_path: 
     assert [*map(sources_of, (one, two, three))] == [*map(sources_of, prompts)]
 
 
+def test_a_plan_holds_the_bytes_of_a_picture_once(first: ShardFolder) -> None:
+    content = b"picture" * 9000
+    prompts = [EditPrompt(text, [ImageRef("a", bytes([*content]))]) for text in ("make it red", "make it blue") * 8]
+    todo = first.plan("task", [[prompt] for prompt in prompts])
+    assert (todo.folder / PLAN).stat().st_size < 2 * len(content)
+    assert read_list(todo.folder).shards == [[prompt] for prompt in prompts]
+
+
 def test_a_shard_that_another_holds_is_waited_for_and_taken_if_it_is_freed(first: ShardFolder) -> None:
     plan, looks = first.plan("draw", [0, 1]), []
     held = claimed(plan.folder / "000000.lock")

@@ -50,7 +50,9 @@ class ShardFolder:
     def plan(self, name: str, shards: Sequence[Any]) -> ShardList:
         """Write the plan of the task's next list of shards, values of JSON and prompts, on the first process."""
         todo = ShardList(self.folder / str(self._lists), name, list(shards))
-        write_file(todo.folder / PLAN, json.dumps({"task": name, "shards": _packed(todo.shards)}), KEPT)
+        pictures: dict[ImageRef, int] = {}
+        plan = {"task": name, "shards": _packed(todo.shards, pictures), "pictures": [*map(_packed_image, pictures)]}
+        write_file(todo.folder / PLAN, json.dumps(plan), KEPT)
         self._lists += 1
         return todo
 
@@ -162,7 +164,8 @@ class ShardList:
 def read_list(folder: Path) -> ShardList:
     """Read the plan of a list of shards; raises InputError if it is damaged."""
     plan = _read_object(folder / PLAN, task=str, shards=list)
-    return ShardList(folder, plan["task"], _unpacked(plan["shards"]))
+    pictures = [_unpacked_image(*image) for image in plan.get("pictures", ())]
+    return ShardList(folder, plan["task"], _unpacked(plan["shards"], pictures))
 
 
 def left_over(folder: Path, task: str) -> list[tuple[Any, Any]]:
@@ -171,13 +174,17 @@ def left_over(folder: Path, task: str) -> list[tuple[Any, Any]]:
     return [found for todo in lists if todo.task == task for found in todo.results()]
 
 
-def _packed(value: Any) -> Any:
-    """Return a value as JSON can hold it: JSON would write a prompt as a text, without the pictures that it edits."""
+def _packed(value: Any, pictures: dict[ImageRef, int]) -> Any:
+    """Return a value as JSON can hold it: JSON would write a prompt as a text, without the pictures that it edits.
+
+    The pictures are added to ``pictures``, each once with its place: a plan repeats a prompt for each of its images.
+    """
     if isinstance(value, EditPrompt):
-        return {EDIT: str.__str__(value), "sources": [_packed_image(image) for image in value.sources]}
+        places = [pictures.setdefault(image, len(pictures)) for image in value.sources]
+        return {EDIT: str.__str__(value), "sources": places}
     if isinstance(value, dict):
-        return {name: _packed(one) for name, one in value.items()}
-    return [_packed(one) for one in value] if isinstance(value, (list, tuple)) else value
+        return {name: _packed(one, pictures) for name, one in value.items()}
+    return [_packed(one, pictures) for one in value] if isinstance(value, (list, tuple)) else value
 
 
 def _packed_image(image: ImageRef) -> list[str | None]:
@@ -185,13 +192,13 @@ def _packed_image(image: ImageRef) -> list[str | None]:
     return [image.image_key, data, *(None if path is None else str(path) for path in (image.path, image.root))]
 
 
-def _unpacked(value: Any) -> Any:
+def _unpacked(value: Any, pictures: Sequence[ImageRef]) -> Any:
     """Undo :func:`_packed`."""
     if isinstance(value, dict):
         if EDIT in value:
-            return EditPrompt(value[EDIT], [_unpacked_image(*image) for image in value["sources"]])
-        return {name: _unpacked(one) for name, one in value.items()}
-    return [_unpacked(one) for one in value] if isinstance(value, list) else value
+            return EditPrompt(value[EDIT], [pictures[place] for place in value["sources"]])
+        return {name: _unpacked(one, pictures) for name, one in value.items()}
+    return [_unpacked(one, pictures) for one in value] if isinstance(value, list) else value
 
 
 def _unpacked_image(key: str, data: str | None, *paths: str | None) -> ImageRef:
