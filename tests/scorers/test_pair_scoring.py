@@ -3,6 +3,7 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,10 +11,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from latentreward.contracts import sources_of
+from latentreward.contracts import ImageRef, sources_of
+from latentreward.data.images import decode_image
 from latentreward.data.readers import HPDv3Reader, JSONLPairReader
 from latentreward.errors import InputError
-from latentreward.scorers import CallableScorer, ImageScorer
+from latentreward.scorers import CallableScorer, ImageScorer, pair_scoring
 from latentreward.scorers.pair_scoring import PairScoring
 from latentreward.scorers.tools import GenEvalScorer
 from tests.formats.conftest import COMMITTED
@@ -94,7 +96,7 @@ def test_nonsense_in_a_column_is_refused(scorer: type[ImageScorer], message: str
         list(scoring.tables([range(1)]))
 
 
-def test_an_edit_of_another_picture_is_another_image(tmp_path: Path) -> None:
+def test_an_edit_of_another_picture_is_another_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, colour in (("red", "red"), ("blue", "blue"), ("edit", "grey")):
         Image.new("RGB", (8, 8), colour).save(tmp_path / f"{name}.png")
     sides = {"prompt": "make it red", "image_a": "edit.png", "image_b": "red.png", "label": 1}
@@ -102,14 +104,20 @@ def test_an_edit_of_another_picture_is_another_image(tmp_path: Path) -> None:
     files = [tmp_path / "pairs.jsonl", tmp_path / "others.jsonl"]
     for file, written in zip(files, (rows, rows[:1] * 3), strict=True):
         file.write_text("\n".join(map(json.dumps, written)))
-    scored = []
+    scored, decoded = [], list[str]()
+
+    def decode(image: ImageRef, *how: Any) -> Image.Image:
+        decoded.append(Path(image.image_key).name)
+        return decode_image(image, *how)
 
     def score(prompts: Sequence[str], images: Sequence[Image.Image]) -> Tensor:
         scored.extend(prompts)
         return torch.tensor([float("red" in sources_of(prompt)[0].image_key) for prompt in prompts])
 
-    scoring = PairScoring(JSONLPairReader(str(files[0])), [CallableScorer(score, "judge")])
+    monkeypatch.setattr(pair_scoring, "decode_image", decode)
+    scoring = PairScoring(JSONLPairReader(str(files[0])), [CallableScorer(score, "judge")], decode_threads=1)
     ((_, table),) = scoring.tables([range(3)])
     assert table.column("judge_a").to_pylist() == [1, 0, 1] and len(scored) == 4
+    assert sorted(decoded) == ["blue.png", "edit.png", "edit.png", "red.png", "red.png", "red.png"]  # sources once each
     others = PairScoring(JSONLPairReader(str(files[1])), scoring.scorers)
     assert others.spec()["reader"] != scoring.spec()["reader"]

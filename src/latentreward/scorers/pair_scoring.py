@@ -63,6 +63,7 @@ class PairScoring:
         self._prompts = reader.prompts()
         self._known: dict[str, dict[bytes, Sequence[float]]] = {scorer.name: {} for scorer in self.image_scorers}
         self._models: dict[str, str | None] = {}
+        self._sound: set[Any] = set()  # identities of pictures to edit that can be read: many images are edits of one
         self.seconds: defaultdict[str, float] = defaultdict(float)  # by name of the scorer, and on READING
         self.images: Counter[str] = Counter()  # number of images scored, by name of the scorer
 
@@ -208,7 +209,9 @@ class PairScoring:
             for side_index, image in entry[1]:
                 try:
                     for source in sources_of(entry[0][1]):  # before a scorer that reads it would fail for the batch
-                        decode_image(source, self.max_pixels)
+                        if source.identity not in self._sound:
+                            decode_image(source, self.max_pixels)
+                            self._sound.add(source.identity)
                     return entry[0], (decode_image(image, self.max_pixels, self.reader.exif), problems)
                 except ImageError as error:
                     problems[side_index] = error.problem
