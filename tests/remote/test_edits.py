@@ -9,11 +9,11 @@ import pytest
 from PIL import Image
 
 from latentreward.contracts import EditPrompt, ImageRef
-from latentreward.remote import ImageSchema, PlainJSON, RemoteServer, UniRL
+from latentreward.remote import ImageSchema, PlainJSON, RemoteError, RemoteServer, ServedImages, UniRL
 from latentreward.remote.images import RemoteImages
 from latentreward.remote.schemas import source_texts
 from latentreward.scoring import edit_prompt
-from tests.remote.judges import judged, judging, opened
+from tests.remote.judges import judged, judging, opened, says
 
 RED, BLUE, GREY = (Image.new("RGB", (9, 8), colour) for colour in ("red", "blue", "grey"))
 
@@ -94,3 +94,24 @@ def test_a_schema_of_ones_own_that_knows_no_edits_goes_on() -> None:
     prompts = [edit_prompt("make it red", source) for source in (RED, BLUE)]
     with judging(lambda request: {"scores": [len(text) for text in request["texts"]]}) as judge:
         assert images(judge.url, Own()).begin(prompts, [RED, RED])() == [11, 11]
+
+
+def test_latentreward_serve_gets_sources_that_a_request_shares_once() -> None:
+    red, blue = (edit_prompt("make it red", source) for source in (RED, BLUE))
+    of_red, of_blue = source_texts([red, blue])
+    for prompts, sent in (([red] * 3, of_red), ([red], of_red), ([red, blue], [of_red, of_blue]), (["a cat"], None)):
+        assert ServedImages().request(prompts, ["x"] * len(prompts)).get("source_images") == sent
+    assert PlainJSON().request([red] * 2, ["x"] * 2)["source_images"] == [of_red] * 2
+
+
+def test_a_request_that_is_too_large_is_halved_and_later_ones_are_as_small() -> None:
+    pictures = [Image.new("RGB", (9, 8), (number, 0, 0)) for number in range(12)]
+    scores = pytest.approx([judged("", picture) for picture in pictures])
+    with judging(lambda request: {"scores": [judged("", opened(text)) for text in request["images"]]}) as judge:
+        judge.faults += [says(413)]
+        source = images(judge.url)
+        assert source.begin([""] * 6, pictures[:6])() + source.begin([""] * 6, pictures[6:])() == scores
+        assert judge.sizes == [3] * 4
+        judge.faults += [says(413)]
+        with pytest.raises(RemoteError, match="HTTP 413"):
+            source.begin([""], [RED])()

@@ -133,6 +133,12 @@ class ServedImages(PlainJSON):
 
     path: str = "/v1/score_images"
 
+    def request(self, prompts: Sequence[str], images: Sequence[str]) -> dict[str, Any]:
+        """See :meth:`ImageSchema.request`; pictures that all images are edits of are sent once."""
+        request = super().request(prompts, images)
+        first, *others = request.get("source_images", ((),))
+        return request | {"source_images": first} if first and all(row == first for row in others) else request
+
 
 @dataclass(frozen=True)
 class UniRL(ImageSchema):

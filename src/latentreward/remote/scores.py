@@ -12,7 +12,7 @@ from pydantic import Field
 from latentreward.errors import InputError
 from latentreward.interrupts import stop_asked
 from latentreward.remote.schemas import REMEDY
-from latentreward.remote.server import LOOK_S, Connection, RemoteServer
+from latentreward.remote.server import LOOK_S, Connection, RemoteServer, TooLarge
 from latentreward.storage.json_files import checked, shown
 
 CACHED = 65536  # number of scores that a process remembers; a score takes about 150 bytes
@@ -55,9 +55,9 @@ class RemoteScores(ABC, Generic[Row]):
         """
         known = {key: self._known[key] for key in keys if key in self._known}
         new = {key: row for key, row in zip(keys, rows, strict=True) if key not in known}
-        names, asked = list(new), []
-        for start in range(0, len(names), self.batch_size):
-            batch, future = names[start : start + self.batch_size], Future[Any]()
+        names, asked, size = list(new), [], self.batch_size
+        for start in range(0, len(names), size):
+            batch, future = names[start : start + size], Future[Any]()
             asked.append((batch, future))
             with self._lock:
                 self._waiting.append(([new[key] for key in batch], future, self._ended))
@@ -102,9 +102,23 @@ class RemoteScores(ABC, Generic[Row]):
                     return
                 rows, future, ended = self._waiting.popleft()
             try:
-                future.set_result(([], None) if ended.is_set() else self.ask(rows, ended))
+                future.set_result(([], None) if ended.is_set() else self._ask(rows, ended))
             except BaseException as error:
                 future.set_exception(error)
+
+    def _ask(self, rows: Sequence[Row], ended: Event) -> tuple[Sequence[Any], str | None]:
+        """Ask for the scores of a batch, in halves where the server refuses so many rows at once."""
+        try:
+            return self.ask(rows, ended)
+        except TooLarge:
+            if len(rows) == 1:
+                raise
+        half = len(rows) // 2
+        self.batch_size = min(self.batch_size, half)  # of later requests
+        (scores, model), (rest, other) = self._ask(rows[:half], ended), self._ask(rows[half:], ended)
+        if model != other:
+            self.connection.refuse(f"the model is now {shown(other)}, but was {shown(model)} before")
+        return [*scores, *rest], model
 
     def _checked(self, scores: Sequence[Any], count: int, model: str | None) -> list[float]:
         """Check a reply: as many scores as rows, finite, of the same model as before; raise RemoteError if not."""

@@ -53,6 +53,10 @@ class RemoteError(InputError):
         return f"{super().__str__()}; {self.resume}" if self.resume else super().__str__()
 
 
+class TooLarge(RemoteError):
+    """A request over a limit of the server, HTTP 413."""
+
+
 def raise_together(failure: RemoteError | None, agree: Callable[[bool], bool]) -> None:
     """Raise RemoteError on all ranks if one of them has met a ``failure``; all ranks call ``agree``."""
     if not agree(failure is None):
@@ -212,7 +216,7 @@ class Connection:
             if 300 <= status < 400:  # with a redirect, the token would go to another server
                 place = words_of(headers.get("location", "").encode(), self.server.token)
                 remedy = f"; redirects are not followed: set server.url to the final address; it leads to {place}"
-            self.refuse(f"HTTP {status}: {words()}{remedy}")
+            self.refuse(f"HTTP {status}: {words()}{remedy}", kind=TooLarge if status == 413 else RemoteError)
         if packed:
             self.refuse("the answer is compressed, which was not asked for; look at the proxy before the server")
         try:
@@ -240,10 +244,12 @@ class Connection:
                 self._pool, self._owner = (pool, network), os.getpid()
             return self._pool
 
-    def refuse(self, problem: str, cause: BaseException | None = None) -> NoReturn:
-        """Raise RemoteError that names the server and the ``problem`` of its answer, without the token."""
+    def refuse(
+        self, problem: str, cause: BaseException | None = None, kind: type[RemoteError] = RemoteError
+    ) -> NoReturn:
+        """Raise a RemoteError that names the server and the ``problem`` of its answer, without the token."""
         problem = without_token(problem, self.server.token)
-        raise RemoteError(f"reward server {self.server.url}: {problem}") from cause
+        raise kind(f"reward server {self.server.url}: {problem}") from cause
 
     def _give_up(self, error: Unavailable, tries: int, seconds: float) -> NoReturn:
         counted = "1 try" if tries == 1 else f"{tries} tries"
