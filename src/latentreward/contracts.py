@@ -162,13 +162,15 @@ def sources_wanted(number: int, taken: tuple[int, int | None]) -> str | None:
     return f"at least {least}" if most is None else f"{least}" if most == least else f"{least} to {most}"
 
 
-def taken_of_edits(taken: tuple[int, int | None], edits: Callable[[], bool]) -> tuple[int, int | None]:
-    """Return how many pictures to edit are ``taken`` of data in which some rows edit, as ``edits`` tells: at least 1.
+def taken_of_edits(taken: tuple[int, int | None], edits: Callable[[], bool | None]) -> tuple[int, int | None]:
+    """Return how many pictures to edit are ``taken`` where ``edits`` tells whether rows edit, None if unknown.
 
-    A network that takes none too would read a row that lacks its picture as a text alone.
+    A network that takes some or none would read a row that lacks its picture as a text alone.
     """
     least, most = taken
-    return (1, most) if least == 0 != most and edits() else taken
+    if least or most == 0 or (some := edits()) is None:
+        return taken
+    return (1, most) if some else (0, 0)
 
 
 def like_prompt(text: str, prompt: str) -> str:

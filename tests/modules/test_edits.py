@@ -3,6 +3,7 @@
 import csv
 import json
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +24,12 @@ from latentreward.data.alignment.prompts import PromptLoaders
 from latentreward.data.images import decode_image
 from latentreward.errors import InputError
 from latentreward.heads import GatedQFormerHead
+from latentreward.losses import ThurstoneLoss
 from latentreward.modules import (
     AWMModule,
     DiffusionDPOModule,
     DiffusionNFTModule,
+    DiNaLRMModule,
     LPOModule,
     RAMModule,
     ReFLModule,
@@ -195,8 +198,49 @@ def test_a_reward_of_text_alone_is_named_where_the_policy_edits(tmp_path: Path) 
     backbone = create_backbone("flux1", source=flux.folder, visual_taps=(1, 2), text_taps=(1,))
     RewardModel(backbone, GatedQFormerHead(backbone.feature_spec, num_heads=2)).save_pretrained(str(tmp_path / "r"))
     reward = LatentReward(str(tmp_path / "r"), base=flux.folder).load(TWINS["flux1_kontext"].source().load())
-    with pytest.raises(InputError, match=r"^reward .*/r: its network takes 0 pictures to edit, and a prompt edits 1"):
+    with pytest.raises(InputError, match=r"^reward .*/r: it takes 0 pictures to edit, and a prompt edits 1"):
         reward.encode_prompts(edits(tmp_path)[:1])
+
+
+@pytest.mark.slow
+def test_a_reward_tells_whether_it_was_trained_on_edits(tmp_path: Path) -> None:
+    """Kontext learns both, and only such pictures are scored then; a reward without the record takes both."""
+    (edit,), kontext, flux = edits(tmp_path, TEXTS[:1]), TWINS["flux1_kontext"], TWINS["flux1_dev"].source()
+    picture(32, 48, 9).save(tmp_path / "other.png")
+    row = {"prompt": str(edit), "source_images": [edit.sources[0].image_key], "chosen": "0-0.png"}
+    (tmp_path / "pairs.jsonl").write_text(json.dumps({**row, "rejected": "other.png"}))
+    for sources, edited in (("read", True), ("ignore", False)):
+        torch.manual_seed(0)
+        backbone = create_backbone("flux1_kontext", source=kontext.folder, visual_taps=(1, 2), text_taps=(1,))
+        module = DiNaLRMModule(backbone, GatedQFormerHead, ThurstoneLoss(), seed=0)
+        data = PreferenceDataModule(
+            (32, 48), train=JSONLPairReader(str(tmp_path / "pairs.jsonl"), sources=sources), batch_size=1, num_workers=0
+        )
+        (trainer := make_trainer(tmp_path, max_steps=1)).fit(module, data)
+        assert module.model.edits is edited
+        trainer.save_checkpoint(tmp_path / "reward.ckpt")
+        resumed = DiNaLRMModule(backbone, GatedQFormerHead, ThurstoneLoss(), seed=0)
+        resumed.on_load_checkpoint(torch.load(tmp_path / "reward.ckpt", weights_only=True))
+        assert resumed.model.edits is edited
+        module.model.save_pretrained(folder := tmp_path / sources)
+        found = LatentReward(str(folder), base=kontext.folder)
+        for stored in (found, LatentReward(str(tmp_path / "reward.ckpt"))):
+            stored.require_latents_of(kontext.source())
+            told = "it judges edits of pictures, and the policy makes pictures made from text"
+            with pytest.raises(InputError, match=told) if edited else nullcontext():
+                stored.require_latents_of(flux)
+        scorer = found.load(kontext.source().load())
+        scorer.encode_prompts([edit] if edited else [str(edit)])
+        with pytest.raises(
+            InputError, match=f"it takes {int(edited)} pictures to edit, and a prompt edits {1 - edited}"
+        ):
+            scorer.encode_prompts([str(edit)] if edited else [edit])
+        config = json.loads((folder / "config.json").read_text())
+        assert config.pop("edits") is edited
+        (folder / "config.json").write_text(json.dumps(config))
+        old = LatentReward(str(folder), base=kontext.folder)
+        old.require_latents_of(flux)
+        old.load(kontext.source().load()).encode_prompts([edit])
 
 
 @pytest.mark.slow

@@ -70,11 +70,22 @@ def test_pictures_travel_with_their_sources(policy: Policy, served: tuple[str, R
     torch.testing.assert_close(found, wanted, atol=2e-5, rtol=0)
 
 
+@pytest.mark.slow
+def test_a_server_tells_that_its_reward_judges_edits_before_weights_are_read() -> None:
+    model = edit_reward()
+    model.backbone.sources = (1, None)  # as that of a reward which was trained on edits
+    with serving(model, max_wait_ms=1) as (url, _):
+        reward = HTTPReward(RemoteServer(url), ServedImages())
+        reward.require_latents_of(TWINS["klein_base"].source())
+        with pytest.raises(InputError, match=f"^reward server {url}: it judges edits of pictures, and the policy"):
+            reward.require_latents_of(TWINS["flux1_dev"].source())
+
+
 def test_a_reward_of_edits_and_a_policy_without_are_refused_before_the_run() -> None:
     edits, plain, both = (1, 16), (0, 0), (0, 16)
-    with pytest.raises(InputError, match=r"^judge: the reward is of a network that edits pictures, and the policy of"):
+    with pytest.raises(InputError, match=r"^judge: it judges edits of pictures, and the policy makes pictures"):
         check_edits("judge", edits, plain)
-    with pytest.raises(InputError, match="the policy is of a network that edits pictures, and the reward of one that"):
+    with pytest.raises(InputError, match="it judges pictures made from text alone, and the policy makes edits"):
         check_edits("judge", plain, (1, 1))
     for reward, policy in ((edits, (1, None)), (plain, plain), (both, plain), (plain, (0, None)), (both, (1, 1))):
         check_edits("judge", reward, policy)

@@ -28,7 +28,7 @@ def test_reward_and_policy_that_do_not_both_edit_are_refused_before_weights(judg
     for folder, kept in (("policy", other), ("base", base)):
         copytree(kept, tmp_path / folder, ignore=ignore_patterns("*.safetensors"))
     reward = LatentReward(str(tmp_path / "reward"), base=str(tmp_path / "base"))
-    first, second = ("reward", "policy") if judged == "edits" else ("policy", "reward")
-    told = rf"^reward .*reward: the {first} is of a network that edits pictures, and the {second} of one that makes"
+    shown, made = ("edits", "pictures made") if judged == "edits" else ("pictures made", "edits")
+    told = rf"^reward .*reward: it judges {shown}.*, and the policy makes {made}"
     with pytest.raises(InputError, match=told):
         LPOModule(PolicySource(str(tmp_path / "policy")), reward)

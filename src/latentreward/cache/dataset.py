@@ -53,6 +53,12 @@ class CachedPairDataset(Dataset[PreferenceBatch]):
     def __len__(self) -> int:
         return len(self.rows)
 
+    @property
+    def taken(self) -> tuple[int, int]:
+        """Least and largest number of pictures that pairs edit."""
+        numbers = self.sizes()[:, 2]
+        return int(numbers.min()), int(numbers.max())
+
     def sizes(self) -> np.ndarray:
         """Return the height and width of each pair's images in pixels, and its number of sources, ``(N, 3)``."""
         numbers = np.diff(self.index.source_ends)[self.rows]

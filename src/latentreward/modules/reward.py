@@ -90,9 +90,10 @@ class RewardModule(PairModule):
             self._add_metrics("ensemble")
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restore how the training images were turned and resized."""
+        """Restore how the training images were turned and resized, and whether they were edits."""
         super().on_load_checkpoint(checkpoint)
         self.model.exif = checked(ExifOrientation, checkpoint.get("exif"), "exif")
+        self.model.edits = checked(bool | None, checkpoint.get("edits"), "edits")
         self._trained_sizes = sizes_of(checkpoint.get("image_sizes"))
         self.model.image_sizes = self._trained_sizes or self.model.image_sizes
 
@@ -109,7 +110,7 @@ class RewardModule(PairModule):
             )
 
     def on_train_start(self) -> None:
-        """Record how the training data turn and resize images; warn if a resumed run changes that.
+        """Record how the training data turn and resize images, and whether they edit; warn if a resumed run changes it.
 
         A learning rate finder also sets the trainer's ``ckpt_path``, but goes back to step 0.
         """
@@ -120,6 +121,8 @@ class RewardModule(PairModule):
             self._warn_if_other("resume", "exif", self.model.exif, exif, "the reader's exif")
             self._warn_if_other("resume", "image sizes", self._trained_sizes, sizes, SIZE_SETTINGS)
         self.model.exif = exif or self.model.exif
+        if (taken := getattr(dataset, "taken", None)) is not None:
+            self.model.edits = taken[0] > 0
         self._trained_sizes = sizes or self._trained_sizes
         self.model.image_sizes = self._trained_sizes or self.model.image_sizes
 
@@ -154,9 +157,10 @@ class RewardModule(PairModule):
             shard(self, self.model.backbone, self.device_mesh["data_parallel"])
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Save how images were turned and resized and, if the run writes no ``config.yaml``, how to build the model."""
+        """Save what is known of the training images and, if the run writes no config, how to build the model."""
         super().on_save_checkpoint(checkpoint)
         checkpoint["exif"] = self.model.exif
+        checkpoint["edits"] = self.model.edits
         checkpoint["image_sizes"] = sizes_record(self._trained_sizes)
         built = {"backbone": self.model.backbone.built_by, "head": self.model.head.built_by}
         saved = any(isinstance(callback, SaveConfigCallback) for callback in self.trainer.callbacks)  # type: ignore[attr-defined]

@@ -241,8 +241,6 @@ class RewardSource(Part):
 def check_edits(name: str, reward: tuple[int, int | None], policy: tuple[int, int | None]) -> None:
     """Raise InputError if one of reward and policy, of which these are the ``sources``, must edit and one cannot."""
     if (0, 0) in (reward, policy) and (reward[0] or policy[0]):
-        edits, other = ("reward", "policy") if reward[0] else ("policy", "reward")
-        raise InputError(
-            f"{name}: the {edits} is of a network that edits pictures, and the {other} of one that makes them from "
-            "text alone; give a reward on the policy's own network"
-        )
+        text, edits = "pictures made from text alone", "edits of pictures"
+        judged, made = (edits, text) if reward[0] else (text, edits)
+        raise InputError(f"{name}: it judges {judged}, and the policy makes {made}; give a reward trained on those")

@@ -33,7 +33,7 @@ from latentreward.rewards.pixel import DecodingReward
 from latentreward.storage.digests import digest
 
 if TYPE_CHECKING:
-    from latentreward.policies import Policy
+    from latentreward.policies import Policy, PolicySource
 
 
 class HTTPReward(RewardSource):
@@ -91,6 +91,13 @@ class HTTPReward(RewardSource):
     def latent_space(self) -> LatentSpace | None:
         """Ask the server for the latent space of its model; None for pictures, which the policy's own VAE decodes."""
         return latent_space(self.server, self.schema) if isinstance(self.schema, ServedLatents) else None
+
+    def require_latents_of(self, policy: PolicySource) -> None:
+        """See :meth:`RewardSource.require_latents_of`; asks ``latentreward serve`` whether its reward judges edits."""
+        super().require_latents_of(policy)
+        if isinstance(self.schema, ServedImages | ServedLatents):
+            served = describe(Connection(self.server), self.schema)
+            check_edits(f"reward server {self.server.url}", served.sources, policy.resolve_family().sources)
 
     def scores_states(self) -> bool:
         """Return False: what is sent is a prediction of the clean latents, or its picture."""

@@ -157,8 +157,8 @@ class LatentScorer(Reward):
         for number in {len(sources_of(prompt)) for prompt in prompts}:
             if wanted := sources_wanted(number, self.model.backbone.sources):
                 raise InputError(
-                    f"{self.origin}: its network takes {wanted} pictures to edit, and a prompt edits {number}; give a "
-                    "reward on the policy's own network"
+                    f"{self.origin}: it takes {wanted} pictures to edit, and a prompt edits {number}; give a reward "
+                    "trained on such prompts"
                 )
         with self._autocast(self._own_text):
             encoded = EncodedPrompts(*self.model.encode_prompts(prompts))
@@ -284,9 +284,10 @@ class LatentReward(RewardSource):
         return self.stored.latent_space()
 
     def require_latents_of(self, policy: PolicySource) -> None:
-        """See :meth:`RewardSource.require_latents_of`; reward and policy must both edit pictures, or neither."""
+        """See :meth:`RewardSource.require_latents_of`; the two also edit pictures, or make them from text alone."""
         super().require_latents_of(policy)
-        check_edits(f"reward {self.path}", self.stored.on_meta_device.sources, policy.resolve_family().sources)
+        sources = self.stored.sources(self.stored.on_meta_device)
+        check_edits(f"reward {self.path}", sources, policy.resolve_family().sources)
 
     def load(self, policy: Policy) -> LatentScorer:
         """See :meth:`RewardSource.load`."""
@@ -295,6 +296,7 @@ class LatentReward(RewardSource):
         # Initialising weights, which are overwritten, must not change the RNG.
         with torch.random.fork_rng(devices=[]), reading_later() as unread:
             model, switch = self._loaded(stored, policy)
+        model.backbone.sources = stored.sources(model.backbone)
         check_edits(f"reward {self.path}", model.backbone.sources, policy.family.sources)
         model.backbone.source_encoder = policy.source_encoder  # both have one latent space; the policy knows the size
         if conversion := describe_conversion(policy.noise_process, model.backbone.noise_process):

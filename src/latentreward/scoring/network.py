@@ -47,6 +47,7 @@ class RewardNetwork(nn.Module):
         image_sizes: Rule by which images are resized: that of the training, see :class:`RewardModule`; by default that
             of :func:`own_sizes`. None if the backbone's native size is unknown.
         exif: Whether images are turned upright by their EXIF orientation (``apply`` or ``ignore``), as in training.
+        edits: Whether the training's images were edits of pictures; None if that is not known.
         source: Path or hub id that the model was loaded from, as the user gave it.
         dtype: Precision of the backbone's matrix products; see :meth:`set_precision`. Casts such as ``half`` or
             ``to(torch.bfloat16)`` are refused.
@@ -62,6 +63,7 @@ class RewardNetwork(nn.Module):
         self.noise = ScoringNoise(sigmas=(0.4,)) if flow else ScoringNoise(timesteps=(1.0,))
         self.image_sizes: ImageSizes | None = own_sizes(backbone)
         self.exif: ExifOrientation = "apply"
+        self.edits: bool | None = None
         self.source = ""
         self.dtype = torch.float32
         self.calibration: Calibration | None = None

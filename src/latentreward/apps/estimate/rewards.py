@@ -99,6 +99,9 @@ class UnaskedReward(HTTPReward):
     def latent_space(self) -> None:
         """Return None: the latents are not compared."""
 
+    def require_latents_of(self, policy: PolicySource) -> None:
+        """Compare nothing."""
+
     def load(self, policy: Policy) -> RemoteReward:
         """See :meth:`RewardSource.load`."""
         if self.uses_sigmas:

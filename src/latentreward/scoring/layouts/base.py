@@ -12,7 +12,7 @@ from torch import Tensor
 
 from latentreward.backbones import DiffusionBackbone
 from latentreward.checkpoints.base_weights import same_values, sample
-from latentreward.contracts import LatentSpace
+from latentreward.contracts import LatentSpace, taken_of_edits
 from latentreward.data.image_sizes import ImageSizes
 from latentreward.data.images import ExifOrientation
 from latentreward.heads import RewardHead
@@ -35,6 +35,7 @@ class StoredReward(ABC):
     recipe: ModelRecipe | None = None  # None in a published layout, where the weights decide on some settings
     exif: ExifOrientation = "ignore"  # as in training; ``ignore`` in the published layouts
     image_sizes: ImageSizes | None = None  # as in training; None if not recorded, as in the published layouts
+    edits: bool | None = None  # whether the pairs of the training were edits of pictures; None if not recorded
     shareable: bool = True  # whether the model may run on a policy's network, as an adapter can
 
     @abstractmethod
@@ -68,6 +69,10 @@ class StoredReward(ABC):
         """Names of the two outputs of a head with axes, from its settings; empty for a head with one score."""
         return AXES if self.recipe is not None and self.recipe.head.init_args.get("axes") else ()
 
+    def sources(self, backbone: DiffusionBackbone) -> tuple[int, int | None]:
+        """Return how many pictures to edit the model takes: as many as its ``backbone``, if its training had some."""
+        return taken_of_edits(backbone.sources, lambda: self.edits)
+
     def adapter(self, backbone: DiffusionBackbone) -> dict[str, Tensor]:
         """Read only the trained LoRA tensors of the network of ``backbone``, by their names in it."""
         return {}
@@ -91,6 +96,7 @@ class StoredReward(ABC):
 
     def finished(self, model: Network, recipe: ModelRecipe | None) -> Network:
         """Give a loaded model its recipe and the settings that its files record, and freeze it."""
-        model.recipe, model.exif = recipe, self.exif
+        model.recipe, model.exif, model.edits = recipe, self.exif, self.edits
+        model.backbone.sources = self.sources(model.backbone)
         model.image_sizes = self.image_sizes or model.image_sizes
         return model.requires_grad_(False).eval()

@@ -42,6 +42,7 @@ class FolderConfig:
     trained_on: str = ""  # base pipeline that the model was trained on, with its revision; for messages
     exif: ExifOrientation = "ignore"  # whether images are turned upright by their EXIF orientation
     sha256: Mapping[str, str] = field(default_factory=dict)  # path of each file of weights in the folder → its SHA-256
+    edits: bool | None = None  # whether the training's images were edits of pictures; None if not recorded
 
     def record(self) -> dict[str, Any]:
         """Return the contents as values for JSON; the inverse of :meth:`of_record`."""
@@ -56,6 +57,7 @@ class FolderConfig:
             "noise": asdict(self.noise),
             "image_sizes": sizes_record(self.image_sizes),
             "exif": self.exif,
+            **({} if self.edits is None else {"edits": self.edits}),
             "calibration": None if self.calibration is None else asdict(self.calibration),
             "training": self.recipe.training,
             "sha256": dict(self.sha256),
@@ -94,6 +96,7 @@ class FolderConfig:
             str(record["base"]),
             checked(ExifOrientation, record["exif"], "exif"),
             checked(dict[str, str], record["sha256"], "sha256", "download it again"),
+            checked(bool | None, record.get("edits"), "edits"),
         )
 
 

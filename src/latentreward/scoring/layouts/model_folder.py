@@ -78,6 +78,7 @@ class PretrainedReward(StoredReward):
         except InputError as error:
             raise InputError(str(error) if str(path) in str(error) else f"{path}: {error}") from error
         self.recipe, self.exif, self.image_sizes = config.recipe, config.exif, config.image_sizes
+        self.edits = config.edits
         adapters = {*adapter_folders(self.config.adapters).values()}
         for name in sorted(adapters):
             existing_folder(folder / name, "adapter_config.json", ADAPTER_WEIGHTS)

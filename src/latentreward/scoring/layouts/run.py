@@ -158,6 +158,12 @@ class TrainedReward(StoredReward):
         with errors_at(f"{self.checkpoint}: "):
             return sizes_of(self._recorded.get("image_sizes"))
 
+    @property
+    def edits(self) -> bool | None:  # type: ignore[override]
+        """See :attr:`StoredReward.edits`. No tensor is read."""
+        with errors_at(f"{self.checkpoint}: "):
+            return checked(bool | None, self._recorded.get("edits"), "edits")  # type: ignore[no-any-return]
+
     def _fitting(self, backbone: DiffusionBackbone, kind: type[Network]) -> tuple[Network, nn.ModuleDict]:
         """Build the model with initial weights, and check that the checkpoint's names and shapes fit.
 

@@ -131,7 +131,8 @@ def config_of(model: RewardNetwork, base: str | None = None) -> FolderConfig:
             raise InputError(f"the model's recipe cannot be saved: {name}: {error}; give plain values") from error
     adapters = adapters_of(backbone)
     check_adapter_folders(adapters)
-    return FolderConfig(recipe, adapters, model.noise, model.image_sizes, model.calibration, recipe.source, model.exif)
+    shown = model.noise, model.image_sizes, model.calibration
+    return FolderConfig(recipe, adapters, *shown, recipe.source, model.exif, edits=model.edits)
 
 
 def check_takes_source(recipe: ModelRecipe) -> None:
