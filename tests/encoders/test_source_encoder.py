@@ -30,6 +30,15 @@ def test_pictures_of_one_name_in_two_tables_have_latents_of_their_own(encoder: S
     assert torch.equal(both[0], both[2]) and not torch.equal(both[0], both[1])
 
 
+def test_a_file_that_is_written_again_is_read_again(encoder: SourceEncoder, tmp_path: Path) -> None:
+    ref, found = ImageRef("a", path=tmp_path / "a.png"), []
+    for shade in ("red", "blue"):
+        Image.new("RGB", (32, 32), shade).save(tmp_path / "a.png")
+        found.append(encoder.latents(ref))
+        assert encoder.latents(ref) is found[-1]
+    assert not torch.equal(*found)
+
+
 def test_pixels_are_encoded_as_they_were_resized(encoder: SourceEncoder, tmp_path: Path) -> None:
     Image.linear_gradient("L").resize((96, 96)).convert("RGB").save(tmp_path / "1.png")
     image = ImageRef("1.png", path=tmp_path / "1.png")

@@ -62,6 +62,18 @@ def test_pictures_of_one_name_with_unlike_bytes_are_two_prompts(model: RewardMod
 
 
 @torch.no_grad()
+def test_a_picture_that_is_written_again_is_read_again(model: RewardModel, tmp_path: Path) -> None:
+    memory, scores = model.prompt_memory(8), []
+    for colour in (RED, BLUE):
+        colour.save(tmp_path / "source.png")
+        prompt = edit_prompt("make it red", tmp_path / "source.png")
+        scores.append(model.score(prompt, RED))
+        assert prompt not in memory
+        memory.encode([prompt])
+    assert scores[0] != scores[1]
+
+
+@torch.no_grad()
 def test_latents_and_images_score_alike(model: RewardModel) -> None:
     prompts = [edit_prompt("make it red", BLUE), edit_prompt("make it red", RED)]
     pixels = torch.from_numpy(np.array(RED.resize((48, 32)))).permute(2, 0, 1).float().repeat(2, 1, 1, 1) / 127.5 - 1

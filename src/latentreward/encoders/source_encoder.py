@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -16,6 +16,7 @@ from latentreward.data.images import MAX_PIXELS, PixelLoader, decode_image, png,
 from latentreward.encoders.sources import SourceSize
 from latentreward.encoders.vae import LatentEncoder
 from latentreward.errors import InputError
+from latentreward.storage.digests import size_and_time
 
 KEPT = 512  # number of pictures whose latents are kept: of 1024² pixels in 16 channels, 0.5 GB of CPU memory
 
@@ -58,7 +59,7 @@ class SourceEncoder:
     def __init__(self, vae: LatentEncoder, size: Callable[[int, int], SourceSize]) -> None:
         self.vae, self.size = vae, size
         self.loader: PixelLoader | None = None
-        self._kept: OrderedDict[tuple[tuple[str, Path | None, int], PixelLoader | None], Tensor] = OrderedDict()
+        self._kept: OrderedDict[tuple[Any, ...], Tensor] = OrderedDict()
 
     def resize_to(self, height: int, width: int) -> None:
         """Resize every picture, around its centre, to ``height`` × ``width`` pixels."""
@@ -97,10 +98,14 @@ class SourceEncoder:
         with torch.autocast(device.type, enabled=False):
             return self.vae.encode(pixels[None].to(device))[0]
 
+    def key(self, image: ImageRef) -> tuple[Any, ...]:
+        """Return a key of a picture's latents, without its bytes; a file that is written again has another."""
+        return image.identity, image.path and size_and_time(image.path), self.loader
+
     @torch.inference_mode(False)  # what is kept may become part of a graph later
     def latents(self, image: ImageRef) -> Tensor:
         """Return a picture's latents ``(C, ...)`` on the CPU."""
-        key = image.identity, self.loader
+        key = self.key(image)
         if key in self._kept:
             self._kept.move_to_end(key)
         else:

@@ -71,11 +71,11 @@ class PromptMemory:
         """Tell whether the encoded prompt is kept."""
         return self._key(prompt) in self._kept
 
-    def _key(self, prompt: str) -> str | tuple[tuple[Any, ...], PixelLoader | None]:
+    def _key(self, prompt: str) -> str | tuple[Any, ...]:
         """Return a key of a prompt and the size of its pictures that does not hold their bytes."""
         sources = self._model.backbone.source_encoder
         if isinstance(prompt, EditPrompt) and sources is not None:
-            return prompt.identity, sources.loader
+            return str(prompt), *map(sources.key, prompt.sources)
         return prompt
 
     def _encoded(self, prompt: str) -> Conditioning:

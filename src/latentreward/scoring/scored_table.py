@@ -16,7 +16,7 @@ from latentreward.data.images import MISSING
 from latentreward.data.readers import count_text
 from latentreward.data.readers.json_rows import short
 from latentreward.errors import InputError, first_line
-from latentreward.storage.digests import digest
+from latentreward.storage.digests import digest, size_and_time
 
 TEXTS, SIDES = ("image", "prompt", "problem"), ("width", "height")
 BLOCK = 1 << 26  # largest length of a row, in bytes
@@ -44,19 +44,16 @@ def images_identity(listed: ImageList, with_files: bool = True) -> str:
     ]
     if with_files:
         texts = [
-            (*text, *(_stat(Path(file)) for file in (row.path, *(s.path for s in sources_of(row.prompt) if s.path))))
+            (
+                *text,
+                *(
+                    size_and_time(Path(file))
+                    for file in (row.path, *(s.path for s in sources_of(row.prompt) if s.path))
+                ),
+            )
             for text, row in zip(texts, listed.rows, strict=True)
         ]
     return f"{len(texts)} images, {digest(map(repr, texts))}"
-
-
-def _stat(path: Path) -> tuple[int, int] | None:
-    """Return a file's size in bytes and time of last modification in ns; None if it cannot be read."""
-    try:
-        status = path.stat()
-    except (OSError, ValueError):
-        return None
-    return status.st_size, status.st_mtime_ns
 
 
 def read_scores(path: Path) -> pa.Table:

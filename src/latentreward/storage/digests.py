@@ -35,6 +35,15 @@ def digest(parts: Iterable[Any], size: int = 16) -> str:
     return state.hexdigest()
 
 
+def size_and_time(path: Path) -> tuple[int, int] | None:
+    """Return a file's size in bytes and time of last modification in ns; None if it cannot be read."""
+    try:
+        status = path.stat()
+    except (OSError, ValueError):
+        return None
+    return status.st_size, status.st_mtime_ns
+
+
 def file_hash(path: Path) -> str:
     """Compute the SHA-256 of a file."""
     with path.open("rb") as stream:
