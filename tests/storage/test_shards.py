@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -44,6 +45,11 @@ def test_two_processes_share_the_shards_and_both_see_all_results(first: ShardFol
     assert order == [0, 2, 1, 3]
     assert list(one) == list(other) == []
     assert plan.results() == second.results() == [(["a"], 0.0), (["b"], 0.1), (["c"], 0.2), (["d"], 0.1 * 3)]
+
+
+@pytest.mark.parametrize("value", [{"wanted": {"edit": {"kept": 1}}}, {"edit": "a", "sources": ["b"]}])
+def test_a_scorer_may_be_named_as_an_edit(first: ShardFolder, value: Any) -> None:
+    assert read_list(first.plan("score", [value]).folder).shards == [value]
 
 
 def test_prompts_keep_the_pictures_that_they_edit(first: ShardFolder, tmp_path: Path) -> None:

@@ -22,8 +22,8 @@ from latentreward.storage.json_files import read_config
 from latentreward.storage.locks import claimed, has_locks, is_held
 
 PLAN, END, ERROR = "plan.json", "end", "error.json"
-EDIT = "edit"
-"""Name by which a plan holds the text of a prompt that carries pictures."""
+EDIT = "\0edit"
+"""Name by which a plan holds the text of a prompt that carries pictures; no scorer or setting has it."""
 POLL_S = 0.2  # seconds between two looks at the folder while a process waits for others
 LEAVE_S = 5.0  # most seconds that the first process waits until the others have left the folder
 AGAIN = "delete it, and its shard is done again"
@@ -195,7 +195,7 @@ def _packed_image(image: ImageRef) -> list[str | None]:
 def _unpacked(value: Any, pictures: Sequence[ImageRef]) -> Any:
     """Undo :func:`_packed`."""
     if isinstance(value, dict):
-        if EDIT in value:
+        if value.keys() == {EDIT, "sources"}:
             return EditPrompt(value[EDIT], [pictures[place] for place in value["sources"]])
         return {name: _unpacked(one, pictures) for name, one in value.items()}
     return [_unpacked(one, pictures) for one in value] if isinstance(value, list) else value
