@@ -295,7 +295,17 @@ def test_edits_are_counted_by_their_pictures_and_told_apart_by_them(jpeg) -> Non
     assert not counts.images.doubtful  # the same results of unlike pictures are no repeated pair
     assert len(set(contents.prompts)) == 5
     text = Report("data", [counts]).to_text()
-    for line in (r"edits +4 \(80\.0 %\)", "  of 1 picture +3", "  of 2 pictures +1", "distinct pictures to edit +3"):
+    for line in (
+        r"edits +4 \(80\.0 %\)",
+        "  of 1 picture +3",
+        "  of 2 pictures +1",
+        "distinct pictures to edit, by name +3",
+    ):
         assert re.search(line, text), line
+    wide = jpeg((9, 9, 90), size=(64, 96))
+    reader = Pairs(*rows, (instructions[0], rows[0][1], wide, 1.0))
+    images = inspect_reader("train", reader, ImageCensus())[0].images
+    assert images is not None and images.doubtful == {"image of another aspect ratio than what was edited": 1}
+    assert images.first_doubtful == ["row 3, pair 3: image of another aspect ratio than what was edited"]
     plain = inspect_reader("train", Pairs(("a", *rows[0][1:])), ImageCensus())[0]
     assert "edit" not in Report("data", [plain]).to_text()

@@ -65,6 +65,11 @@ def test_every_format_gives_the_distinct_prompts_in_order(suffix: str, tmp_path:
             "row 1 is an edit of a picture, in 'input_image'; name it source_images, or leave the column out",
         ),
         ("gone.jsonl", b'{"prompt": "make it red", "source_image": "a.png"}', r"row 1: image 'a\.png': missing file"),
+        (
+            "text.jsonl",
+            b'{"prompt": "a"}\n{"prompt": "b", "source_image": "text.jsonl"}',
+            r"row 2: image 'text\.jsonl': unknown image format .*; replace the file, or leave the row out",
+        ),
         ("out.jsonl", b'{"prompt": "x", "source_images": ["../a.png"]}', r"row 1: image .*: path outside the root"),
         ("odd.jsonl", b'{"prompt": "x", "source_images": [3]}', "row 1 has 3 in source_images; give a path"),
         (

@@ -1,5 +1,6 @@
 """A model card: metadata that the hub reads, texts that stay texts, and what a score means."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -85,6 +86,16 @@ def test_sentences_name_the_base_and_not_its_class(source: str | None, revision:
     text = model_card(config(source, revision), Card(), "folder")
     assert f"from noisy latents in {named}'s own latent space" in text
     assert f"The weights work only with their base, {named}, whose own terms" in text
+
+
+def test_a_reward_of_edits_is_called_one() -> None:
+    edits = replace(config(), edits=True)
+    assert "image-to-image" in front(Card(), edits)["tags"] and "text-to-image" in front(Card())["tags"]
+    text, plain = model_card(edits, Card(), "folder"), model_card(config(), Card(), "folder")
+    assert "it scores how well a picture was edited as an instruction says, as its" in text
+    assert "import RewardModel, edit_prompt\n" in text and "import RewardModel\n" in plain
+    assert 'reward.score([edit_prompt("make the car red", "car.png")], ["red_car.png"])' in text
+    assert 'reward.score(["a red fox in the snow"], ["fox.png"])' in plain
 
 
 def test_what_a_score_means() -> None:

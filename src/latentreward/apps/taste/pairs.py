@@ -10,7 +10,15 @@ from typing import Literal
 
 import numpy as np
 
-from latentreward.apps.taste.pictures import Picture, check_folder, listed, number_of, read_pictures, same_contents
+from latentreward.apps.taste.pictures import (
+    Picture,
+    check_folder,
+    generated_rows,
+    listed,
+    number_of,
+    read_pictures,
+    same_contents,
+)
 from latentreward.contracts import sources_of
 from latentreward.data.images import ImageError, decode_image
 from latentreward.data.readers.base import normalise_prompt
@@ -108,7 +116,7 @@ def collect(folder: Path, pairing: Pairing = "auto") -> Collection:
 
 def _unsorted(folder: Path) -> str:
     images, unread = find_pictures(folder)
-    pictures = sum(map(len, images.values()))
+    pictures = len(generated_rows(folder)) or sum(map(len, images.values()))
     if not pictures:
         problem = "; ".join([f"folder: {folder} has no pictures", *unread])
         return f"{problem}; give a folder with chosen/ and rejected/, or pictures to rate"

@@ -1,11 +1,11 @@
 """Pictures of a folder of one's own: those that can be read, each content once."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from latentreward.contracts import like_prompt, sources_of
-from latentreward.data.image_lists import read_images
+from latentreward.data.image_lists import ListedImage, read_images
 from latentreward.data.images import ImageError, decode_image, image_bytes
 from latentreward.data.readers.base import MAX_PROMPT_CHARS
 from latentreward.data.readers.folders import find_pictures, read_caption
@@ -44,8 +44,8 @@ def read_pictures(folder: Path, below: str = "") -> tuple[dict[str, Picture], li
         was left out.
     """
     found: dict[str, Picture] = {}
-    if not below and (folder / "generate.json").is_file():
-        return _generated(folder)
+    if not below and (rows := generated_rows(folder)):
+        return _generated(folder, rows)
     images, unread = find_pictures(folder / below)
     unreadable, twice, uncaptioned = [], [], dict[str, list[str]]()
     for name, files in images.items():
@@ -76,9 +76,14 @@ def read_pictures(folder: Path, below: str = "") -> tuple[dict[str, Picture], li
     return found, remarks
 
 
-def _generated(folder: Path) -> tuple[dict[str, Picture], list[str]]:
+def generated_rows(folder: Path) -> Sequence[ListedImage]:
+    """Return the results in the table of a folder that ``latentreward generate`` wrote; none for other folders."""
+    return read_images(str(folder)).rows if (folder / "generate.json").is_file() else ()
+
+
+def _generated(folder: Path, rows: Sequence[ListedImage]) -> tuple[dict[str, Picture], list[str]]:
     found, unreadable = {}, []
-    for row in read_images(str(folder)).rows:
+    for row in rows:
         images = [file_image(folder, row.name), *sources_of(row.prompt)]
         try:
             for image in images:

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from latentreward.contracts import EditPrompt, ImageRef
-from latentreward.data.images import open_source
+from latentreward.data.images import ImageError, read_header
 from latentreward.data.list_rows import read_rows
 from latentreward.data.readers.base import MAX_PROMPT_CHARS
 from latentreward.data.readers.json_rows import (
@@ -185,7 +185,9 @@ def row_sources(row: Row, folder: Path) -> list[ImageRef]:
     if odd := [one for one in values if not isinstance(one, str | bytes | dict) or not one]:
         raise InputError(f" has {short(odd[0])} in {name}; give a path")
     sources = [file_image(folder, one) if isinstance(one, str) else embedded_image(one) for one in values]
-    with errors_at(": "):
-        for picture in sources:
-            open_source(picture)
+    for picture in sources:
+        try:
+            read_header(picture)
+        except ImageError as error:
+            raise InputError(f": {error}; replace the file, or leave the row out") from error
     return sources

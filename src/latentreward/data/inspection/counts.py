@@ -31,12 +31,14 @@ from latentreward.storage.progress import Progress
 LATENT_PIXELS = 8
 MOST_UNREADABLE = 5
 """Unreadable images of a split, and doubtful rows of a kind, to name; the others are counted."""
-SELF_PAIR, REPEATED, CONTRADICTORY = (
+SELF_PAIR, REPEATED, CONTRADICTORY, OTHER_SHAPE = (
     "same image on both sides",
     "pair of an earlier row",
     "other winner than an earlier row",
+    "image of another aspect ratio than what was edited",
 )
 """Kinds of doubtful rows; two pairs are equal if their prompts and both images are, in any order."""
+OTHER_ASPECT = 0.1  # smallest difference of the logarithms of two aspect ratios; sides of whole tokens differ by less
 QUANTILES = {"min": 0.0, "25%": 0.25, "median": 0.5, "75%": 0.75, "95%": 0.95, "max": 1.0}
 NO_BUCKET = "no bucket of this aspect ratio"
 ROTATED = {
@@ -63,7 +65,7 @@ class ImageCounts:
     unreadable_rows: Counter[str] = field(default_factory=Counter)  # by the problem of the row's first such image
     unreadable: int = 0  # images
     first_unreadable: list[str] = field(default_factory=list)  # row (from 0), pair and error of the first few
-    doubtful: Counter[str] = field(default_factory=Counter)  # rows that are SELF_PAIR, REPEATED or CONTRADICTORY
+    doubtful: Counter[str] = field(default_factory=Counter)  # rows by one of the four kinds above
     first_doubtful: list[str] = field(default_factory=list)  # row, pair and kind of the first few of each kind
 
 
@@ -143,6 +145,10 @@ class ImageCensus:
         seen = [self._look_at(image, pair.pair_id) for image in (pair.image_a, pair.image_b)]
         sources = [self._look_at_source(source, pair.pair_id) for source in sources_of(pair.prompt)]
         self._compare(pair, (seen[0][1], seen[1][1]))
+        edited = [math.log(size[0] / size[1]) for size in sources if isinstance(size, tuple)]
+        made = [math.log(size[0] / size[1]) for size, _ in seen if isinstance(size, tuple)]
+        if edited and any(min(abs(one - other) for other in edited) > OTHER_ASPECT for one in made):
+            self._doubt(OTHER_SHAPE, pair)
         self.counts.rows += 1
         self.keys.append((pair.image_a.image_key, pair.image_b.image_key))
         self.hashes.append((seen[0][1], seen[1][1]))
@@ -169,6 +175,9 @@ class ImageCensus:
             return
         else:
             kind, told = CONTRADICTORY if (before - 0.5) * (label - 0.5) < 0 else REPEATED, f" ({row})"
+        self._doubt(kind, pair, told)
+
+    def _doubt(self, kind: str, pair: PreferencePair, told: str = "") -> None:
         self.counts.doubtful[kind] += 1
         if self.counts.doubtful[kind] <= MOST_UNREADABLE:
             self.counts.first_doubtful.append(f"row {self.counts.rows}, pair {quoted(pair.pair_id)}: {kind}{told}")

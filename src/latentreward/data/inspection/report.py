@@ -164,13 +164,13 @@ def overview(splits: Sequence[SplitCounts]) -> dict[str, list[object]]:
         rows["edits"] = [_with_share(sum(split.edits.values()), split.rows) for split in splits]
         for number in sorted({number for split in splits for number in split.edits}, key=int):
             rows[f"  of {number} picture{'s' * (number != '1')}"] = [split.edits.get(number, 0) for split in splits]
-        rows["distinct pictures to edit"] = [getattr(split.images, "sources", NOTHING) for split in splits]
+        rows["distinct pictures to edit, by name"] = [getattr(split.images, "sources", NOTHING) for split in splits]
     rows["distinct prompts"] = [split.distinct_prompts for split in splits]
     for name in next((split.prompt_lengths for split in splits if split.prompt_lengths), ()):
         rows[f"  characters, {name}"] = [split.prompt_lengths.get(name, NOTHING) for split in splits]
     for title, count in (
         ("rows whose images were looked at", "rows"),
-        ("distinct images", "distinct"),
+        ("distinct images, by name", "distinct"),
         ("rows with images of two buckets", "mixed_rows"),
     ):
         rows[title] = [getattr(split.images, count, NOTHING) for split in splits]

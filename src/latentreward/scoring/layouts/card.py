@@ -72,10 +72,13 @@ def model_card(config: FolderConfig, card: Card, name: str) -> str:
     more = f"\n\n{len(metrics) - MOST_METRICS} more are not shown." if len(metrics) > MOST_METRICS else ""
     base = plain(base_on_hub(config) or config.trained_on or config.recipe.backbone.name)
     licence = f"Weights in this folder: {plain(card.licence)}." if card.licence else "The author stated no licence."
+    judged = (
+        "how well a picture was edited as an instruction says" if config.edits else "how good an image is for a prompt"
+    )
     sections = [
         f"# {plain(title)}",
         card.description.strip(),
-        f"A latent reward model: it scores how good an image is for a prompt, as its training data say, from noisy "
+        f"A latent reward model: it scores {judged}, as its training data say, from noisy "
         f"latents in {base}'s own latent space. Higher is better. Written by "
         f"latentreward {__version__}.",
         usage(title if is_hub_id(title) else f"path/to/{Path(title).name}", config),
@@ -95,7 +98,7 @@ def front_matter(config: FolderConfig, card: Card) -> str:
         license=card.licence if identified else "other",
         license_name=name if card.licence and not identified else None,
         library_name="latentreward",
-        tags=["reward-model", "latent-reward", "text-to-image", "human-preference"],
+        tags=["reward-model", "latent-reward", f"{'image' if config.edits else 'text'}-to-image", "human-preference"],
         base_model=base_on_hub(config),
         datasets=[name for name in card.datasets if is_hub_id(name)] or None,
     ).to_yaml()
@@ -112,11 +115,15 @@ def usage(source: str, config: FolderConfig) -> str:
     """Return the section that shows how to score an image."""
     named = config.recipe.local_name
     base = f", base='path/to/{named}'" if named else ""
+    edits = ", edit_prompt" * bool(config.edits)
+    prompt, image = '"a red fox in the snow"', "fox"
+    if config.edits:
+        prompt, image = 'edit_prompt("make the car red", "car.png")', "red_car"
     calibrated = "\nreward.calibration.quantile(scores)  # share of the reference set that scores lower\n"
     return (
-        "## Use\n\n```python\nfrom latentreward.scoring import RewardModel\n\n"
+        f"## Use\n\n```python\nfrom latentreward.scoring import RewardModel{edits}\n\n"
         f"reward = RewardModel.from_pretrained({source!r}{base})\n"
-        'scores = reward.score(["a red fox in the snow"], ["fox.png"])\n'
+        f'scores = reward.score([{prompt}], ["{image}.png"])\n'
         f"{calibrated.lstrip() if config.calibration else ''}```"
     )
 
