@@ -17,7 +17,7 @@ from lightning.pytorch.strategies import FSDPStrategy
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
-from latentreward.contracts import Conditioning, PathText, like_prompt, sources_of
+from latentreward.contracts import Conditioning, PathText, like_prompt
 from latentreward.encoders.prompts import PromptEncoder, equal_lengths
 from latentreward.encoders.stored_prompts import StoredPrompts
 from latentreward.errors import InputError
@@ -41,7 +41,7 @@ class EncodeOnce(Callback):
     until the run ends or is killed. A row takes 1.7 MB for SD3.5 with 128 T5 tokens in bfloat16, and 0.1 MB
     for SD1.5. T5 then no longer takes 9.5 GB of each GPU. A resumed run encodes again. The encoded prompts are those of
     ``data.prompts``, those of callbacks with ``prompts`` (``SampleGrid``, ``HackingMonitor``, ``CollapseGuard``), and
-    the empty prompt.
+    the empty prompt, where a text encoder sees pictures one with those of each edit.
     Results equal those without this callback, except in the last bits, because prompts are encoded in batches. Prompts
     of a batch have equally many tokens.
 
@@ -95,13 +95,7 @@ class EncodeOnce(Callback):
             return
         holders = [getattr(trainer, "datamodule", None), *trainer.callbacks]  # type: ignore[attr-defined]
         uncond = [owner.family.uncond_prompt for owner in owners(pl_module) if isinstance(owner, Policy)]
-        prompts = list(
-            dict.fromkeys(["", *uncond, *(prompt for holder in holders for prompt in getattr(holder, "prompts", ()))])
-        )
-        encoders = map(encoder_of, owners(pl_module))
-        if any(encoder is not None and encoder.sees_sources for encoder in encoders):  # one empty prompt for each edit
-            edits = [prompt for prompt in prompts if sources_of(prompt)]
-            prompts += list(dict.fromkeys(like_prompt(empty, prompt) for empty in ["", *uncond] for prompt in edits))
+        asked = [prompt for holder in holders for prompt in getattr(holder, "prompts", ())]
         # Runs with one folder must not write to each other's files.
         run = trainer.strategy.broadcast(f"{socket.gethostname()}-{os.getpid()}")
         folder, stored = Path(self.folder or trainer.default_root_dir), dict[PromptEncoder, StoredPrompts]()
@@ -110,6 +104,10 @@ class EncodeOnce(Callback):
             if encoder is None or isinstance(encoder, StoredPrompts):
                 continue
             if encoder not in stored:
+                empty = ["", *uncond]
+                if encoder.sees_sources:  # none without pictures: ranks would not call the sharded vision tower alike
+                    empty = [like_prompt(text, prompt) for text in empty for prompt in asked]
+                prompts = list(dict.fromkeys([*empty, *asked]))
                 path = folder / f".prompts-{run}-{trainer.node_rank}-{len(stored)}"
                 table = encoded(owner, prompts, path, trainer)
                 stored[encoder] = StoredPrompts(encoder, prompts, table, pl_module.device)

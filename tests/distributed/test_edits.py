@@ -6,23 +6,30 @@ from typing import Any
 
 import pytest
 import torch
+from latentreward.callbacks import EncodeOnce, TrainableCheckpoint
+from lightning.pytorch import Trainer
+from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 
 from latentreward.backbones import LoRA, create_backbone
 from latentreward.checkpoints.fsdp2 import FSDP2Strategy
-from latentreward.contracts import EditPrompt, ImageRef
+from latentreward.contracts import EditPrompt, ImageRef, like_prompt
+from latentreward.data.alignment.prompts import PromptLoaders
 from latentreward.data.collate import collate_pairs
 from latentreward.data.dataset import LoadedPair
 from latentreward.data.images import PixelLoader
 from latentreward.losses import ThurstoneLoss
-from latentreward.modules import DiNaLRMModule
+from latentreward.modules import DiNaLRMModule, LPOModule
+from latentreward.policies import Policy, PolicySource
+from latentreward.rollout import Sampling
 from tests.distributed.ranks import on_ranks
 from tests.distributed.runs import EveryNth, make_trainer, outcome, sgd
 from tests.families.made_qwen_image_edit import qwen_image_edit_folder
 from tests.families.twins import TWINS
 from tests.modules.batches import dina_head, loaded_pairs
+from tests.modules.simple_reward import FirstChannelReward
 from tests.scoring.models import picture, png
 
 SOURCES = {"flux2_klein": 2, "qwen_image_edit": 1}
@@ -86,3 +93,38 @@ def test_two_processes_equal_one(tmp_path: Path) -> None:
                 assert two["metrics"][key] == pytest.approx(one["metrics"][key], rel=1e-5, abs=1e-6)
             for key, value in one["weights"].items():
                 torch.testing.assert_close(two["weights"][key], value, rtol=1e-5, atol=1e-5)
+
+
+def edits() -> tuple[EditPrompt, ...]:
+    """Of one picture each, in batches of unlike lengths."""
+    texts = "make it red", "make the dog red", "remove the small dog"
+    return tuple(
+        EditPrompt(text, [ImageRef(f"{number}", png(picture(number, 40, 40 + 28 * number)))])
+        for number, text in enumerate(texts)
+    )
+
+
+def encode_once(folder: Path) -> list[Tensor]:
+    """On a rank: the stored prompts, the empty ones too."""
+    policy = PolicySource(folder_of("qwen_image_edit"), lora=LoRA(2))
+    module = LPOModule(policy, FirstChannelReward(), sampling=Sampling(2, height=32, width=48), seed=0)
+    data = PromptLoaders(edits(), batch_size=1, prompts_per_rollout=1, batches_per_epoch=1, seed=1)
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    callbacks = [TrainableCheckpoint(), EncodeOnce(str(folder))]
+    Trainer(
+        accelerator="cpu", devices=3, strategy=FSDP2Strategy(), max_steps=0, callbacks=callbacks, **quiet
+    ).fit(module, data)  # fmt: skip
+    return stored_states(module.policy)
+
+
+def stored_states(policy: Policy) -> list[Tensor]:
+    prompts = [like_prompt(text, edit) for edit in edits() for text in (str(edit), "", " ")]
+    return [policy.encode_prompts([prompt]).prompt_embeds for prompt in prompts]
+
+
+@pytest.mark.slow
+def test_three_ranks_encode_prompts_whose_pictures_a_sharded_encoder_sees(tmp_path: Path) -> None:
+    """Ranks that encode a text alone would leave the vision tower out, whose weights the others gather."""
+    wanted = stored_states(PolicySource(folder_of("qwen_image_edit")).load())
+    for found in on_ranks("tests.distributed.test_edits:encode_once", tmp_path, 3, timeout=120):
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
