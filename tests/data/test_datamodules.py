@@ -210,7 +210,7 @@ def test_a_row_that_lacks_its_picture_among_edits_follows_on_error(tmp_path, jpe
         data.setup("fit")
         return [data.datasets["train"][n] for n in range(len(reader))]
 
-    told = r"edits\.jsonl:2: the prompt edits 0 pictures, and the network takes .*1 in data of edits; replace"
+    told = r"edits\.jsonl:2: number of pictures to edit: 0, and the network takes .*1 in data of edits; correct"
     with pytest.raises(InputError, match=told):
         rows("edits", "raise")
     assert [isinstance(row, LoadedPair) for row in rows("edits", "skip")] == [True, *[False] * 4]

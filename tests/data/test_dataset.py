@@ -124,7 +124,7 @@ def test_rows_with_too_few_or_too_many_pictures_to_edit_follow_on_error(tmp_path
         datasets[on_error] = PairDataset(reader, PixelLoader(8, 8))
         datasets[on_error].taken = taken
     with pytest.raises(
-        ImageError, match=rf"pairs\.jsonl:1: the prompt edits 0 pictures, and the network {span} in data of edits; "
+        ImageError, match=rf"pairs\.jsonl:1: number of pictures to edit: 0, and the network {span} in data of edits; "
     ):
         datasets["raise"][0]
     kept = [item for item in (datasets["skip"][n] for n in range(4)) if isinstance(item, LoadedPair)]
@@ -134,8 +134,7 @@ def test_rows_with_too_few_or_too_many_pictures_to_edit_follow_on_error(tmp_path
     assert [item.pair.label_a is not None for item in filled] == [n in good for n in range(4)]
     assert all(taken[0] <= len(item.sources) <= (taken[1] or 3) for item in filled)
     datasets["raise"].taken = (0, 0)
-    with pytest.raises(
-        ImageError, match="edits 1 pictures, and the network takes 0, or set the reader's sources to ignore"
-    ):
+    told = "to edit: 1, and the network takes 0; set the reader's sources to ignore, or set the reader's on_error to"
+    with pytest.raises(ImageError, match=told):
         datasets["raise"][1]
     assert not datasets["raise"][0].sources

@@ -92,7 +92,8 @@ def test_a_reward_of_text_to_image_takes_no_edit() -> None:
 def written_list(folder: Path) -> tuple[ListedImage, ...]:
     for name, image in (("red", RED), ("blue", BLUE)):
         image.save(folder / f"{name}.png")
-    sources = (["blue.png"], [], ["blue.png", "red.png"], ["gone.png"], ["blue.png"])
+    sources = (["blue.png"], [], ["blue.png", "red.png"], ["gone.png"], ["blue.png"], ["cut.png"])
+    (folder / "cut.png").write_bytes((folder / "blue.png").read_bytes()[:-40])
     rows = [{"image": "red.png", "prompt": "make it red", "source_images": row} for row in sources]
     (folder / "list.jsonl").write_text("\n".join(map(json.dumps, rows)))
     return read_images(str(folder / "list.jsonl")).rows
@@ -107,10 +108,11 @@ def test_lists_of_edits_are_scored_and_odd_rows_named(model: RewardModel, tmp_pa
     wanted = [model.score(row.prompt, tmp_path / "red.png").item() for row in (rows[0], rows[2], rows[4])]
     scores = table["score"].to_pylist()
     assert [scores[place] for place in (0, 2, 4)] == pytest.approx(wanted, abs=2e-5)
-    _, none, _, problem, last = table["problem"].to_pylist()
+    _, none, _, problem, last, cut = table["problem"].to_pylist()
     number = "wrong number of pictures to edit (0 source_images; the model takes at least 1 in a list of edits)"
     assert (none, scores[1]) == (number, None)
     assert "missing file" in problem and "gone.png" in problem and last is None
+    assert cut.startswith("image 'cut.png': truncated or damaged image (")
 
 
 @pytest.mark.slow

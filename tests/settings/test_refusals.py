@@ -265,6 +265,12 @@ def test_a_window_of_steps_is_for_methods_that_learn_from_steps(method: str, cap
     assert line.endswith(", trust_region; window is for TrajectoryGRPOModule")
 
 
+def test_sources_are_a_setting_of_readers(capsys) -> None:
+    line = refusal(capsys, *FIT, "--data=PreferenceDataModule", "--data.sources=ignore")
+    assert line.startswith("data: Option 'sources' is not accepted; ")
+    assert line.endswith("; readers have it: data.train.sources, data.val.sources")
+
+
 def test_prompts_of_a_file_for_a_run_on_the_tiny_world(capsys) -> None:
     align = ["fit", "--config=configs/align/lpo_tiny.yaml"]
     line = refusal(capsys, *align, "--data.prompts=prompts.txt")

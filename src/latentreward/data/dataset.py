@@ -136,7 +136,10 @@ class PairDataset(Dataset[LoadedPair | SkippedPair]):
         except ImageError as error:
             split, setting = (f"data.{self.name}: ", DATA_ON_ERROR) if self.name else ("", OWN_ON_ERROR)
             if self.on_error == "raise":
-                remedy = f"replace the file, or set {setting} to skip or placeholder"
+                fix = "replace the file"
+                if error.problem == COUNT:
+                    fix = "correct the row" if self.taken[1] != 0 else "set the reader's sources to ignore"
+                remedy = f"{fix}, or set {setting} to skip or placeholder"
                 raise ImageError(f"{split}{pair.pair_id}: {error}; {remedy}", error.problem) from error
             self._problems[index] = 1 + IMAGE_PROBLEMS.index(error.problem)
             if not self._warned:
@@ -180,9 +183,8 @@ def load_sources(
     """
     sources = sources_of(pair.prompt)
     if wanted := sources_wanted(len(sources), taken):
-        ignore = ", or set the reader's sources to ignore" if wanted == "0" else ""
         edits = "" if sources else " in data of edits"
-        told = f"the prompt edits {len(sources)} pictures, and the network takes {wanted}{edits}{ignore}"
+        told = f"number of pictures to edit: {len(sources)}, and the network takes {wanted}{edits}"
         raise ImageError(told, COUNT)
     if sources:
         pair = replace(pair, prompt=seen_as(pair.prompt, exif=loader.exif, max_pixels=loader.max_pixels))

@@ -365,14 +365,15 @@ class Family(Part):
 
     def check_prompts(self, prompts: Sequence[str], setting: str) -> None:
         """Raise InputError if a prompt of a ``setting`` is not taken, or they edit unlike numbers of pictures."""
-        counts = {len(sources_of(prompt)) for prompt in prompts}
         for prompt in prompts:
             with errors_at(f"{setting}: {prompt[:60]!r}: "):
                 self.check_sources(len(sources_of(prompt)))
                 self.check_prompt(prompt)
-        if len(counts) > 1:
+        firsts = {len(sources_of(prompt)): prompt for prompt in reversed(prompts)}
+        if len(firsts) > 1:
+            told = ", ".join(f"{number} ({firsts[number][:60]!r})" for number in sorted(firsts)[:3])
             raise InputError(
-                f"{setting}: prompts edit {min(counts)} to {max(counts)} pictures; give a list for each number"
+                f"{setting}: the prompts edit unlike numbers of pictures, first {told}; give a list for each number"
             )
 
     def source_size(self, height: int, width: int) -> SourceSize:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from latentreward.contracts import Conditioning, LatentSpace, sources_of
+from latentreward.data.images import ImageError
 from latentreward.encoders.prompts import PromptEncoder, empty_prompts, encode_texts
 from latentreward.encoders.sources import encode_edits
 from latentreward.errors import InputError
@@ -166,9 +167,14 @@ class Policy(nn.Module):
 
         Raises:
             InputError: If the policy has no text encoder, or the prompts edit pictures, which its network does not.
+            ImageError: If a picture cannot be read.
         """
-        with torch.no_grad():
-            return encode_edits(self.require_text_encoder(), prompts, self.source_encoder, sources, latents)
+        try:
+            with torch.no_grad():
+                return encode_edits(self.require_text_encoder(), prompts, self.source_encoder, sources, latents)
+        except ImageError as error:
+            told = f"picture to edit of a prompt: {error}; replace the file, or leave its rows out of the prompts"
+            raise ImageError(told, error.problem) from error
 
     def encode_uncond(self, prompts: Sequence[str] = ()) -> Conditioning:
         """Encode the prompt for classifier-free guidance: the empty one, or zeros, as the family does.

@@ -195,7 +195,8 @@ class ListedScoring:
                     part.scores[row] = self._call(part, [(row, pixels)])[0]
                     self.scored = True
                 except InputError as error:
-                    problems[row] = f"{NO_SCORE} ({one_line(error)})"
+                    unread = isinstance(error, ImageError)  # a picture to edit, which no one decoded before
+                    problems[row] = str(error) if unread else f"{NO_SCORE} ({one_line(error)})"
                     last = error
             if not self.scored and not self._works():
                 raise last from last.__cause__

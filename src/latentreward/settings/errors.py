@@ -218,6 +218,7 @@ REWORDINGS: dict[str, str | Callable[[re.Match[str], str], str]] = {
     r"Option 'prompts' is not accepted.*": lambda match, setting: (
         match[0] + ("; for prompts from a file say --data PromptDataModule too" if setting == "data" else "")
     ),
+    r"Option 'sources' is not accepted.*": r"\g<0>; readers have it: data.train.sources, data.val.sources",
     r"Option '(credit|window)\b.*' is not accepted.*": r"\g<0>; \1 is for TrajectoryGRPOModule",
     r"KeyError raised while resolving interpolation: .Environment variable '(\w+)'": lambda match, setting: (
         f"the environment variable {match[1]}"

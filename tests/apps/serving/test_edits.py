@@ -128,6 +128,7 @@ def test_kept_prompts_hold_no_pictures() -> None:
             "image 'source 1 of image 0': truncated or damaged image",
         ),
         (["%"], "a source image is no base64"),
+        ("aaaa", '"source_images": [BASE64, ...] or a list of these for each image}'),
         ([encoded(Image.new("1", (8200, 8200)))], "resize it before sending"),
     ],
 )
@@ -136,6 +137,18 @@ def test_bad_sources_are_refused_in_one_line(served: tuple[str, ServedModel], gi
     reply = ask(address, {"prompt": TEXT, "image": encoded(RED), "source_images": given})
     assert reply.status_code in (400, 422) and message in reply.json()["error"], reply.text
     assert "\n" not in reply.json()["error"] and model.resources.memory.held == 0
+
+
+def test_sources_by_another_name_are_told_the_right_one(served: tuple[str, ServedModel]) -> None:
+    address, _ = served
+    for name in ("source_image", "sources"):
+        reply = ask(address, {"prompt": TEXT, "image": encoded(RED), name: [encoded(RED)]})
+        assert reply.status_code in (400, 422) and '"source_images": [BASE64' in reply.json()["error"], reply.text
+    files = [("image", png(RED)), ("source_images", png(BLUE))]
+    reply = httpx.post(f"{address}/v1/score_images", data={"prompt": TEXT}, files=files, timeout=300)
+    assert reply.json()["error"].endswith("several times, and for edits the files source")
+    reply = httpx.post(f"{address}/v1/score_images", data={"prompt": TEXT}, files=[("picture", b"")], timeout=300)
+    assert "edits" not in reply.json()["error"]
 
 
 def test_a_reward_of_images_from_text_refuses_sources_before_it_decodes(text_to_image: str) -> None:

@@ -30,6 +30,7 @@ from latentreward.data.images import TOO_LARGE, ExifOrientation, ImageError, dec
 from latentreward.scoring.images import source_ref
 
 EXAMPLE = '{"prompt": TEXT or "prompts": [TEXT, ...], "images": [BASE64, ...]}'  # JSON of a request, for messages
+EDIT_EXAMPLE = f'{EXAMPLE[:-1]}, "source_images": [BASE64, ...] or a list of these for each image}}'
 
 
 @dataclass(frozen=True)
@@ -267,7 +268,8 @@ def images_of_json(body: bytes, max_images: int, max_sources: int = 0) -> Encode
     Raises:
         RequestError: If the body is not such an object, an image is not base64, or there are too many images.
     """
-    content = read_json(body, ImagesAsJSON, (8 + 2 * max_sources) * (max_images + 8), EXAMPLE)
+    example = EDIT_EXAMPLE if b'"source' in body else EXAMPLE
+    content = read_json(body, ImagesAsJSON, (8 + 2 * max_sources) * (max_images + 8), example)
     images = _one_or_several("image", content.image, content.images)
     prompts = _one_or_several("prompt", content.prompt, content.prompts)
     check_limit("images:", len(images), max_images, fewer_rows(max_images))
@@ -310,7 +312,8 @@ async def images_of_form(request: Request, body: bytes, max_images: int, max_sou
     try:
         if set(form) - {"source"} != {"prompt", "image"}:
             names = ", ".join(repr(name[:40]) for name in sorted(set(form))[:5]) or "none"
-            told = "give the text prompt and the file image, which may stand several times"
+            edits = ", and for edits the files source" * any("source" in name for name in form)
+            told = f"give the text prompt and the file image, which may stand several times{edits}"
             raise RequestError(f"the form has the fields {names}; {told}")
         images, sources = [
             [await file.read() for file in form.getlist(name) if isinstance(file, UploadFile)]
