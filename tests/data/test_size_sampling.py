@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from latentreward.data.loading import ResumableLoader
 from latentreward.data.sampling import PairBatchSampler
 from latentreward.data.size_sampling import BucketBatchSampler, EvaluationBatches, Sizing
 from latentreward.errors import InputError
@@ -144,6 +145,15 @@ def test_a_place_in_an_epoch_of_other_data_is_refused() -> None:
     with pytest.raises(InputError, match="go on with the data it was trained on"):
         BucketBatchSampler(np.array(MIX[:-1]), Sizing(4)).load_state_dict(state)
     BucketBatchSampler(np.array(MIX[:-1]), Sizing(4)).load_state_dict(sampler_at(Sizing(4), 0).state_dict(0))
+
+
+@pytest.mark.parametrize("turn", [1, -1])
+def test_a_place_among_batches_of_another_kind_is_refused(turn: int) -> None:
+    """As where ``sources: ignore`` is set for the rest of a run over unlike numbers of pictures, or left out."""
+    samplers = BucketBatchSampler(np.array(MIX), Sizing(4)), PairBatchSampler(len(MIX), 4)
+    saved, resumed = (ResumableLoader(MIX, sampler, collate_fn=list) for sampler in samplers[::turn])
+    with pytest.raises(InputError, match=r"^data\.train: .* another kind .* sources as they were, or start anew$"):
+        resumed.load_state_dict(saved.state_dict())
 
 
 @pytest.mark.parametrize(

@@ -41,7 +41,7 @@ def collate_pairs(items: Sequence[LoadedPair | SkippedPair]) -> PreferenceBatch:
         more = f" and {len(problems) - NAMED} more" if len(problems) > NAMED else ""
         raise ImageError(
             f"no pair of this batch can be read: {'; '.join(problems[:NAMED])}{more}; "
-            f"replace the files, set {DATA_ON_ERROR} to placeholder, or raise batch_size"
+            f"replace the files, or set {DATA_ON_ERROR} to placeholder"
         )
     records = [item.pair for item in pairs]
     return PreferenceBatch(

@@ -224,7 +224,17 @@ class ResumableLoader(WorkerLoader):
         return self.places.state_dict(self.delivered() - undo)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore a position in the epoch; to be called before iterating."""
+        """Restore a position in the epoch; to be called before iterating.
+
+        Raises:
+            InputError: If it is one of batches of another kind.
+        """
+        if lacking := sorted(self.places.state_dict(0).keys() - state_dict.keys()):
+            raise InputError(
+                f"data.train: the checkpoint stopped in an epoch of batches of another kind (without {lacking[0]}), as "
+                "where pairs edit unlike numbers of pictures; go on with the data that it was trained on, and with "
+                "sources as they were, or start anew"
+            )
         self.places.load_state_dict(state_dict)
         self._delivered, self._delivered_epoch = 0, self.places.epoch
 
