@@ -22,7 +22,7 @@ from latentreward.errors import InputError
 from latentreward.families import find_family
 from latentreward.heads import CLIPProjectionHead, GatedQFormerHead
 from latentreward.losses import LRMLoss, ThurstoneLoss
-from latentreward.modules import DiffusionDPOModule, DiNaLRMModule, LRMModule
+from latentreward.modules import DiffusionDPOModule, DiNaLRMModule, LRMModule, StepAwarePixelModule
 from latentreward.modules.pairs import PairDraws
 from latentreward.policies import PolicySource
 from tests.cache.test_datamodule import cached, fit
@@ -30,6 +30,7 @@ from tests.cache.test_edits import SOURCES_OF, TEXTS, Edits, arguments, pictures
 from tests.cache.writing import contents, write_image
 from tests.families.made_qwen_image_edit import qwen_image_edit_folder
 from tests.marks import rotated_after
+from tests.scorers.tiny_clip import write_clip
 
 __all__ = ["pictures"]
 DISTINCT = list(dict.fromkeys((TEXTS[row % len(TEXTS)], SOURCES_OF[row]) for row in range(len(SOURCES_OF))))
@@ -217,7 +218,9 @@ def test_other_prompts_are_refused(pictures: Path, tmp_path: Path, capsys: pytes
 
 
 @pytest.mark.slow
-def test_training_refuses_a_cache_that_lacks_what_the_model_reads_of_the_pictures(written: dict[str, Path]) -> None:
+def test_training_refuses_a_cache_that_lacks_what_the_model_reads_of_the_pictures(
+    written: dict[str, Path], tmp_path: Path
+) -> None:
     with pytest.raises(InputError, match="the cache holds latents alone; write it with"):
         fit(reward(), cached(written["float32"], cached_text=False), max_epochs=1)
     taps = {"visual_taps": [2], "text_taps": [2]}
@@ -225,6 +228,10 @@ def test_training_refuses_a_cache_that_lacks_what_the_model_reads_of_the_picture
     guided = LRMModule(backbone, CLIPProjectionHead, LRMLoss(), eval_sigmas=[0.5], seed=0)
     with pytest.raises(InputError, match=r"the head needs the empty prompt with each picture to edit, .* guidance: 1"):
         fit(guided, cached(written["float32"]), max_epochs=1)
+    clip = write_clip(tmp_path / "clip")
+    scorer = StepAwarePixelModule(PolicySource(qwen_image_edit_folder()), clip, posterior="mode", seed=0)
+    with pytest.raises(InputError, match=r"guidance_scale=4 needs the empty prompt with each picture .* set it to 1,"):
+        fit(scorer, cached(written["float32"]), max_epochs=1)
     trained = reward()
     trained.model.backbone.text_encoder.requires_grad_(True)
     with pytest.raises(InputError, match="the model trains its text encoder; train from the images"):

@@ -227,7 +227,8 @@ class CachedPreferenceDataModule(PairLoaders):
         """
         module = self.trainer.lightning_module if self.trainer else None
         check_targets(module, self.datasets, stage)
-        reader = getattr(getattr(module, "model", None), "backbone", None) or getattr(module, "policy", None)
+        owners = getattr(getattr(module, "model", None), "backbone", None), getattr(module, "policy", None)
+        reader = next(filter(None, owners), getattr(module, "generator", None))
         if reader is not None:
             check_backbone(self.spec, reader, self.cached_text)
             editor: Any = getattr(reader, "family", reader)
@@ -247,6 +248,12 @@ class CachedPreferenceDataModule(PairLoaders):
             raise InputError(
                 "the head needs the empty prompt with each picture to edit, and the cache holds prompts alone; set the "
                 "head's guidance: 1, or train from the images"
+            )
+        generator = getattr(module, "generator", None)
+        if generator is not None and generator.family.needs_uncond(module.guidance_scale):
+            raise InputError(
+                f"guidance_scale={module.guidance_scale:g} needs the empty prompt with each picture to edit, and the "
+                f"cache holds prompts alone; set it to {generator.family.no_guidance:g}, or train from the images"
             )
 
     def check_sources(self, taken: tuple[int, int | None]) -> None:
