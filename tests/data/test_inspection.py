@@ -177,6 +177,19 @@ def test_leakage_by_prompt_name_and_content() -> None:
     assert leak.second_rows == {"prompts": 1, "image names": 1, "image contents": 1}
 
 
+def test_pictures_that_splits_edit_by_unlike_instructions_are_counted(jpeg) -> None:
+    pictures = [ImageRef(name, jpeg()) for name in "pq"]
+    instructions = [("make it red", pictures[:1]), ("add a dog", pictures), ("add a cat", pictures[1:])]
+    readers = [
+        Pairs(*((EditPrompt(*one), jpeg(), jpeg(), 1.0) for one in part))
+        for part in (instructions[:2], instructions[2:])
+    ]
+    contents = [inspect_reader(name, reader, ImageCensus())[1] for name, reader in zip("ab", readers, strict=True)]
+    leak = find_leakage("a", "b", (contents[0], contents[1]))
+    assert (leak.shared["prompts"], leak.shared["pictures to edit"]) == (0, 1)
+    assert (leak.first_rows["pictures to edit"], leak.second_rows["pictures to edit"]) == (1, 1)
+
+
 def gaps(decided: list[bool], **values: list[float]) -> PairGaps:
     arrays = {name: np.array(numbers) for name, numbers in values.items()}
     return PairGaps(np.array(decided), arrays, {"unlabelled": np.array([False] * (len(decided) - 1) + [True])})

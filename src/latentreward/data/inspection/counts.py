@@ -94,13 +94,15 @@ class SplitContents:
     prompts: list[str]  # normalised prompt of every row
     keys: list[tuple[str, str]]  # ``image_key`` of images a and b of every examined row
     hashes: np.ndarray  # (examined rows, 2) int64, of the bytes of images a and b; 0 if the bytes were not read
+    sources: list[tuple[str, ...]] = field(default_factory=list)  # ``image_key`` of each row's pictures to edit
 
 
 @dataclass(frozen=True)
 class Leakage:
     """Numbers of prompts and images that two splits share.
 
-    The keys of the dicts are ``prompts``, ``image names`` and ``image contents``.
+    The keys of the dicts are ``prompts``, ``image names``, ``image contents`` and, of edits, ``pictures to edit``,
+    which are compared by name.
     """
 
     first: str  # name of the first split
@@ -136,6 +138,7 @@ class ImageCensus:
         self.counts = ImageCounts()
         self.keys: list[tuple[str, str]] = []
         self.hashes: list[tuple[int, int]] = []
+        self.sources: list[tuple[str, ...]] = []
         self._seen: dict[str, Seen] = {}
         self._sources: dict[str, tuple[int, int] | str | None] = {}
         self._pairs: dict[int, tuple[int, float]] = {}
@@ -152,6 +155,7 @@ class ImageCensus:
         self.counts.rows += 1
         self.keys.append((pair.image_a.image_key, pair.image_b.image_key))
         self.hashes.append((seen[0][1], seen[1][1]))
+        self.sources.append(tuple(source.image_key for source in sources_of(pair.prompt)))
         problems = [size for size in (*(size for size, _ in seen), *sources) if isinstance(size, str)]
         if problems:
             self.counts.unreadable_rows[problems[0]] += 1
@@ -293,7 +297,8 @@ def inspect_reader(
         complete=census.interrupt is None,
     )
     normalised = [normalise_prompt(prompt) for prompt in prompts]
-    return counts, SplitContents(normalised, census.keys, np.array(census.hashes, dtype=np.int64).reshape(-1, 2))
+    hashes = np.array(census.hashes, dtype=np.int64).reshape(-1, 2)
+    return counts, SplitContents(normalised, census.keys, hashes, census.sources)
 
 
 def count_labels(labels: np.ndarray) -> dict[str, int]:
@@ -331,7 +336,10 @@ def find_leakage(first: str, second: str, contents: tuple[SplitContents, SplitCo
         ("prompts", None, [[(prompt,) for prompt in split.prompts] for split in contents]),
         ("image names", "", [split.keys for split in contents]),
         ("image contents", 0, [split.hashes.tolist() for split in contents]),
+        ("pictures to edit", "", [split.sources for split in contents]),
     ):
+        if what == "pictures to edit" and not all(map(any, values)):
+            continue
         first_set, second_set = ({item for row in split for item in row} - {unknown} for split in values)
         common = first_set & second_set
         shared[what] = len(common)
