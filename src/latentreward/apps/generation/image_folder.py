@@ -17,6 +17,7 @@ from torch import Tensor
 
 from latentreward.contracts import ImageRef, PromptBatch, sources_of
 from latentreward.data.images import image_bytes, png
+from latentreward.data.readers.json_rows import parse_json, short
 from latentreward.errors import InputError, first_line
 from latentreward.interrupts import interrupts_held
 from latentreward.policies import Policy
@@ -117,10 +118,21 @@ class ImageFolder:
                 )
         return found
 
+    def _sources(self, row: Row) -> list[str]:
+        """Return the names of the copies of the pictures that an image was made of."""
+        told = row.get(SOURCES) or "[]"
+        found = parse_json(told, None) if isinstance(told, str) else None
+        if not isinstance(found, list):
+            raise InputError(
+                f"output_dir: {self.table} is damaged ({SOURCES} of {row['file']} is {short(told)}, no JSON list); "
+                "restore it, or choose another output_dir"
+            )
+        return found
+
     def _edits(self, row: Row, prompt: str) -> bool:
         """Tell whether an image was made of the pictures that a prompt edits, by their copies."""
         files = source_files(int(row["place"]), prompt)
-        if json.loads(row.get(SOURCES) or "[]") != [*files]:
+        if self._sources(row) != [*files]:
             return False
         copies = [(self.folder / name, image) for name, image in files.items()]
         return all(copy.is_file() and copy.read_bytes() == image_bytes(image) for copy, image in copies)
@@ -150,7 +162,7 @@ class ImageFolder:
                 picture, width = strip(frames), SHOWN_FRAMES * GRID_SIDE
             picture.thumbnail((width, GRID_SIDE))
             score = "" if row.get("score") in (None, "") else f"{float(row['score']):.3f}"
-            pictures = [Image.open(self.folder / name) for name in json.loads(row.get(SOURCES) or "[]")]
+            pictures = [Image.open(self.folder / name) for name in self._sources(row)]
             for source in pictures:
                 source.thumbnail((GRID_SIDE, GRID_SIDE))
             captions = [*("source" for _ in pictures), score]
