@@ -134,7 +134,7 @@ def test_the_exported_file_loads_in_diffusers(name: str, kind: str, tmp_path: Pa
 def test_sources_that_do_not_fit_are_refused() -> None:
     policy, latents = policy_of("ip2p_sd15", image_guidance_scale=None), noise_for((4, 8, 8))
     times, plain = torch.tensor([300.0, 800.0]), policy.encode_prompts(PROMPTS)
-    with pytest.raises(InputError, match="the U-Net takes 1 pictures to edit, and 0 were given"):
+    with pytest.raises(InputError, match="the U-Net takes 1 picture to edit, and 0 were given"):
         policy.predict(latents, times, plain)
     edits = policy.encode_prompts(EDITS)
     with pytest.raises(InputError, match=r"has 16 × 24 pixels and the one that is made 16 × 16, .* source_size: made"):

@@ -174,7 +174,7 @@ def beside_sources(unet: Any, latents: Tensor, conditioning: Conditioning, space
     """
     sources, taken = conditioning.source_latents, unet.config.in_channels // space.channels - 1
     if len(sources) != taken:
-        raise InputError(f"the U-Net takes {taken} pictures to edit, and {len(sources)} were given; give that many")
+        raise InputError(f"the U-Net takes {taken} picture{'s' * (taken != 1)} to edit, and {len(sources)} were given")
     for source in sources:
         if source.shape[2:] != latents.shape[2:]:
             found, made = (

@@ -8,14 +8,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from latentreward.contracts import EditPrompt, ImageRef, PreferencePair, seen_as, sources_of, sources_wanted
+from latentreward.contracts import EditPrompt, PreferencePair, seen_as, sources_of, sources_wanted
 from latentreward.data.clips import ClipLoader
 from latentreward.data.image_sizes import OneSize
-from latentreward.data.images import COUNT, IMAGE_PROBLEMS, REFUSED, ImageError, PixelLoader, png
+from latentreward.data.images import COUNT, IMAGE_PROBLEMS, REFUSED, ImageError, PixelLoader, grey_picture
 from latentreward.data.readers import PairReader
 from latentreward.data.readers.base import DATA_ON_ERROR, OWN_ON_ERROR, OnError
 from latentreward.errors import InputError
@@ -150,9 +149,8 @@ class PairDataset(Dataset[LoadedPair | SkippedPair]):
             number, (least, most) = len(sources_of(pair.prompt)), self.taken
             number = max(least, number if most is None else min(number, most))
             blanks = tuple(self.loader.blank() for _ in range(number))
-            grey = ImageRef("placeholder", png(Image.new("RGB", (8, 8), "gray")))  # text encoders may see it
             text = "" if error.problem == REFUSED else str(pair.prompt)
-            blank = EditPrompt(text, [grey] * number)  # latents are kept by the key
+            blank = EditPrompt(text, [grey_picture()] * number)  # text encoders may see it, latents are kept by the key
             unlabelled = replace(pair, label_a=None, prompt=blank)
             return LoadedPair(unlabelled, self.loader.blank(), self.loader.blank(), targets, blanks)
 

@@ -332,6 +332,11 @@ def png(image: Image.Image) -> bytes:
     return content.getvalue()
 
 
+def grey_picture() -> ImageRef:
+    """Return a grey picture to edit, for trials, and in place of one that cannot be read."""
+    return ImageRef("grey", data=png(Image.new("RGB", (64, 64), "gray")))
+
+
 def _to_rgb(image: Image.Image, exif: ExifOrientation) -> Image.Image:
     if exif == "apply" and (orientation := exif_orientation(image)) != UPRIGHT:
         image = image.transpose(TRANSPOSITIONS[orientation])

@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from latentreward.contracts import EditPrompt, ImageRef, sources_of
-from latentreward.data.images import MAX_PIXELS, PixelLoader, decode_image, png, read_header, to_pixels
+from latentreward.data.images import MAX_PIXELS, PixelLoader, decode_image, grey_picture, read_header, to_pixels
 from latentreward.encoders.sources import SourceSize
 from latentreward.encoders.vae import LatentEncoder
 from latentreward.errors import InputError
@@ -143,4 +143,4 @@ class SourceEncoder:
 
 def edit_of_grey(text: str = "", number: int = 1) -> EditPrompt:
     """Return a prompt that edits ``number`` grey pictures, to try a network that edits."""
-    return EditPrompt(text, [ImageRef("grey", data=png(Image.new("RGB", (64, 64), "gray")))] * number)
+    return EditPrompt(text, [grey_picture()] * number)

@@ -358,7 +358,8 @@ class Family(Part):
             given = f"{number} to edit were given; leave them out"
             raise InputError(f"{self.title} makes pictures from text alone, and {given}")
         if wanted:
-            raise InputError(f"{self.title} takes {wanted} pictures to edit, and {number} were given")
+            plural = "s" * (wanted != "1")
+            raise InputError(f"{self.title} takes {wanted} picture{plural} to edit, and {number} were given")
 
     def check_prompt(self, prompt: str) -> None:
         """Raise InputError if a text encoder that sees pictures does not take the prompt, whatever their number."""

@@ -156,9 +156,10 @@ class LatentScorer(Reward):
         """See :meth:`Reward.encode_prompts`; uses the tokenizers and text encoders of the reward model."""
         for number in {len(sources_of(prompt)) for prompt in prompts}:
             if wanted := sources_wanted(number, self.model.backbone.sources):
+                plural = "s" * (wanted != "1")
                 raise InputError(
-                    f"{self.origin}: it takes {wanted} pictures to edit, and a prompt edits {number}; give a reward "
-                    "trained on such prompts"
+                    f"{self.origin}: it takes {wanted} picture{plural} to edit, and a prompt edits {number}; give a "
+                    "reward trained on such prompts"
                 )
         with self._autocast(self._own_text):
             encoded = EncodedPrompts(*self.model.encode_prompts(prompts))
