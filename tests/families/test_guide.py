@@ -11,16 +11,20 @@ import pytest
 import torch
 from diffusers import AuraFlowPipeline, AuraFlowTransformer2DModel, FlowMatchEulerDiscreteScheduler
 from lightning.pytorch import LightningModule
+from PIL import Image, ImageOps
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaTokenizerFast, UMT5Config, UMT5EncoderModel
 
 from latentreward.apps.commands.fit import Parser
+from latentreward.backbones import create_backbone
 from latentreward.cache.layout import read_plan
 from latentreward.cli import main
 from latentreward.contracts import PromptBatch
 from latentreward.errors import InputError
+from latentreward.heads import GatedQFormerHead
 from latentreward.policies import PolicySource
 from latentreward.rollout import Sampling, sample_latents
+from latentreward.scoring import RewardModel, edit_prompt
 from latentreward.settings.functions import MODE, prepare
 from tests.cache.writing import SETTINGS, SQUARE, write_data
 from tests.families.own_families import sana_vae
@@ -153,6 +157,30 @@ def test_its_check_takes_a_unet_and_names_what_differs(
     for number in wrong:
         printed[number] = printed[number].rsplit(": ", 1)[0] + ": 0"
     assert_rounding(printed, 16, [])
+
+
+def test_its_editor_is_led_by_the_picture(folder: Path) -> None:
+    family, picture = "aura_flow_edit.AuraFlowEdit", Image.new("RGB", (32, 16), "red")
+    policy = PolicySource(str(folder / "pipeline"), family=family).load().eval()
+    policy.edit_at(32, 16)
+    edits = [edit_prompt("make it blue", one) for one in (picture, picture, ImageOps.invert(picture))]
+    drawn = PromptBatch(tuple(edits), keys=("a",) * 3), Sampling(2, height=32, width=16), 3.5, 0
+    latents = sample_latents(policy, *drawn)
+    same, other = ((latents[0] - latents[row]).abs().max() for row in (1, 2))
+    assert latents.shape == (3, 4, 16, 8) and same < 1e-6 and other > 1e-5
+    conditioning, sigma = policy.encode_prompts(edits), torch.tensor([0.4, 0.7, 0.9])
+    with torch.no_grad():
+        whole = policy.family.velocity(policy.network, latents, sigma, conditioning, None)
+        tokens = policy.family.begin(policy.network, latents, sigma, conditioning)
+        for number, block in enumerate(policy.family.blocks(policy.network), start=1):
+            tokens.visual, tokens.text = policy.family.step(block, tokens, number)
+        torch.testing.assert_close(policy.family.output(policy.network, tokens), whole, rtol=1e-4, atol=1e-5)
+        backbone = create_backbone("aura_flow_edit", source=str(folder / "pipeline"), visual_taps=[2], text_taps=[2])
+        model = RewardModel(backbone, GatedQFormerHead(backbone.feature_spec, num_queries=2, num_heads=2)).eval()
+        scores = model.score_latents(edits, latents[:1].expand(3, -1, -1, -1))
+        assert abs(scores[0] - scores[1]) < 1e-6 < abs(scores[0] - scores[2])
+        with pytest.raises(InputError, match="AuraFlow as an editor takes 1 picture to edit, and 0 were given"):
+            model.score_latents(["make it blue"], latents[:1])
 
 
 LEFT = """
