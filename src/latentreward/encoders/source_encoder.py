@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -12,13 +13,31 @@ from PIL import Image
 from torch import Tensor
 
 from latentreward.contracts import EditPrompt, ImageRef, sources_of
-from latentreward.data.images import MAX_PIXELS, PixelLoader, decode_image, grey_picture, read_header, to_pixels
+from latentreward.data.images import (
+    MAX_PIXELS,
+    ImageError,
+    PixelLoader,
+    decode_image,
+    grey_picture,
+    read_header,
+    to_pixels,
+)
 from latentreward.encoders.sources import SourceSize
 from latentreward.encoders.vae import LatentEncoder
 from latentreward.errors import InputError
 from latentreward.storage.digests import size_and_time
 
 KEPT = 512  # number of pictures whose latents are kept: of 1024² pixels in 16 channels, 0.5 GB of CPU memory
+
+
+@contextmanager
+def reading_pictures() -> Iterator[None]:
+    """Tell what to do about a picture of a list of prompts that cannot be read; raises ImageError."""
+    try:
+        yield
+    except ImageError as error:
+        told = f"picture to edit of a prompt: {error}; replace the file, or leave its rows out of the prompts"
+        raise ImageError(told, error.problem) from error
 
 
 def resized_picture(image: ImageRef, size: Callable[[int, int], SourceSize]) -> Image.Image:

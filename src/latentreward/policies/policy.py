@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from latentreward.contracts import Conditioning, LatentSpace, sources_of
-from latentreward.data.images import ImageError
 from latentreward.encoders.prompts import PromptEncoder, empty_prompts, encode_texts
+from latentreward.encoders.source_encoder import reading_pictures
 from latentreward.encoders.sources import encode_edits
 from latentreward.errors import InputError
 from latentreward.families import Family
@@ -169,12 +169,8 @@ class Policy(nn.Module):
             InputError: If the policy has no text encoder, or the prompts edit pictures, which its network does not.
             ImageError: If a picture cannot be read.
         """
-        try:
-            with torch.no_grad():
-                return encode_edits(self.require_text_encoder(), prompts, self.source_encoder, sources, latents)
-        except ImageError as error:
-            told = f"picture to edit of a prompt: {error}; replace the file, or leave its rows out of the prompts"
-            raise ImageError(told, error.problem) from error
+        with torch.no_grad(), reading_pictures():
+            return encode_edits(self.require_text_encoder(), prompts, self.source_encoder, sources, latents)
 
     def encode_uncond(self, prompts: Sequence[str] = ()) -> Conditioning:
         """Encode the prompt for classifier-free guidance: the empty one, or zeros, as the family does.
