@@ -16,6 +16,7 @@ from latentreward.modules import StepwiseGRPOModule, TrajectoryGRPOModule
 from latentreward.policies import Policy, PolicySource
 from latentreward.rewards import PixelReward, Reward
 from latentreward.rollout import Branching, RewardGuidance, Sampling, sample_latents
+from latentreward.scorers import StepAwareScorer
 from tests.marks import rotated_after
 from tests.modules.simple_reward import FirstChannelReward
 from tests.tiny_pipelines import source_of
@@ -114,7 +115,7 @@ def test_guidance_that_cannot_be_is_refused() -> None:
     with pytest.raises(InputError, match="gives no gradient, which guidance needs"):
         trajectory(reward_guidance=RewardGuidance())
     with pytest.raises(InputError, match="reward_guidance needs the score of a noisy state"):
-        TrajectoryGRPOModule(source("sd15"), PixelReward(None), reward_guidance=RewardGuidance())
+        TrajectoryGRPOModule(source("sd15"), PixelReward(StepAwareScorer()), reward_guidance=RewardGuidance())
     with pytest.raises(InputError, match=r"low=0, high=0\.5 of the guidance"):
         trajectory(source_of_reward=DifferentiableChannel, reward_guidance=RewardGuidance(high=0.5))
 

@@ -43,6 +43,7 @@ from latentreward.rollout import (
     StateCredit,
     TurningPointCredit,
 )
+from latentreward.scorers import StepAwareScorer
 from tests.marks import rotated_after, slow_after
 from tests.modules.batches import lrm
 from tests.modules.lpo_runs import make_trainer
@@ -472,4 +473,4 @@ def test_settings_that_exclude_each_other_are_refused(options: dict[str, Any], m
 
 def test_credit_needs_the_score_of_a_state() -> None:
     with pytest.raises(InputError, match="credit needs the score of a noisy state"):
-        TrajectoryGRPOModule(source("sd15"), PixelReward(None), credit=GainCredit())
+        TrajectoryGRPOModule(source("sd15"), PixelReward(StepAwareScorer()), credit=GainCredit())

@@ -25,6 +25,7 @@ from latentreward.policies import PolicySource
 from latentreward.rewards import CallableReward, LatentReward, PixelReward, RewardMixture, RewardSource
 from latentreward.rollout import Sampling
 from latentreward.rollout.prompted import RolloutDraws
+from latentreward.scorers import StepAwareScorer
 from tests.marks import rotated_after
 from tests.modules.batches import loaded_pairs
 from tests.modules.lpo_runs import make_trainer
@@ -276,7 +277,7 @@ def test_states_are_scored_without_guidance_unless_it_is_asked_for() -> None:
 def test_a_reward_that_scores_no_states_is_refused_before_anything_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(PolicySource, "load", lambda *_: pytest.fail("loaded the policy"))
     clean = CallableReward(lambda latents, timesteps, prompts, clean: clean.sum(), needs_clean=True)
-    for reward in (PixelReward(None), clean, RewardMixture([BrightnessSource(), clean])):
+    for reward in (PixelReward(StepAwareScorer()), clean, RewardMixture([BrightnessSource(), clean])):
         with pytest.raises(InputError, match=f"scored=state needs the score of .*{type(reward).__name__}"):
             refl(reward=reward, **PRFL)
 

@@ -16,6 +16,7 @@ from latentreward.rewards.pixel import StepAwareReward
 from latentreward.scorers import CallableScorer, ImageScorer
 from latentreward.scorers.step_aware import load_step_aware
 from latentreward.scorers.step_aware_clip import StepAwareCLIP
+from latentreward.tinyworld.judge import TinyWorldEditJudge
 from tests.policies.alignment import tiny_source
 from tests.scorers.tiny_clip import write_clip
 
@@ -103,6 +104,9 @@ def test_refusals(policy: Policy) -> None:
     scorer = CallableScorer(redness, "redness")
     with pytest.raises(InputError, match="decode_batch_size is 0; it must be at least 1"):
         PixelReward(scorer, decode_batch_size=0)
+    told = r"reward\.scorer: TinyWorldEditJudge gives 3 scores of an image \(.*followed, kept\), and a reward is one"
+    with pytest.raises(InputError, match=told):
+        PixelReward(TinyWorldEditJudge())
     reward = pixel_reward(scorer, policy)
     with pytest.raises(InputError, match="needs the policy's prediction of the finished latents, and got none"):
         reward(replace(states(policy), clean=None), PROMPTS)

@@ -31,11 +31,16 @@ class PixelReward(RewardSource):
         decode_batch_size: Latents that the VAE decodes at once.
 
     Raises:
-        InputError: If ``decode_batch_size`` is below 1.
+        InputError: If ``decode_batch_size`` is below 1, or the scorer gives several scores of an image.
     """
 
     def __init__(self, scorer: ImageScorer, decode_batch_size: int = 8) -> None:
         check_at_least_one(decode_batch_size=decode_batch_size)
+        if len(scorer.columns) > 1:
+            raise InputError(
+                f"reward.scorer: {type(scorer).__name__} gives {len(scorer.columns)} scores of an image "
+                f"({', '.join(scorer.columns)}), and a reward is one; give a CallableScorer of one of them"
+            )
         self.scorer, self.decode_batch_size = scorer, decode_batch_size
 
     def latent_space(self) -> None:
