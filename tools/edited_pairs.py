@@ -24,7 +24,7 @@ from latentreward.tinyworld.scenes import draw_label
 from latentreward.tinyworld.writers import EDIT_PARTS
 
 SAMPLING = {"num_inference_steps": 10, "height": 32, "width": 32}
-SEED = 17
+SEED = 1017
 """Seed of the edits, which are others than those that alignment draws, and of the labels."""
 
 
@@ -56,6 +56,7 @@ def generate(editor: str, edits: int, pictures: int, folder: Path) -> Path:
     (folder / "edited_prompts.jsonl").write_text("".join(lines))
     settings = [f"--sampling.{name}={value}" for name, value in SAMPLING.items()]
     policy = [f"--policy.source={editor}", "--policy.t5_length=16", f"--images_per_prompt={pictures}"]
+    policy.append("--batch_size=96")  # small batches take twice the time
     latentreward(
         ["generate", str(folder / "edited_prompts.jsonl"), str(folder / "edited"), *policy, *settings, "--device=cpu"]
     )

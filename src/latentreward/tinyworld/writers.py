@@ -167,7 +167,7 @@ def write_hpdv3(
     return _make_folder(root, spec | _further(world=world and world.settings), fill)
 
 
-def write_edits(root: Path | str, pairs_per_split: Mapping[str, int], seed: Seed = 0, prompts: int = 200) -> Path:
+def write_edits(root: Path | str, pairs_per_split: Mapping[str, int], seed: Seed = 0, prompts: int = 800) -> Path:
     """Write drawn pairs of edits as JSON lines with the pictures beside them, and lists of edits to make.
 
     ``SPLIT.jsonl`` holds the pairs, with ``source_images``, of ``train``, ``validation`` and ``test``. Labels of
