@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from collections.abc import Iterable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -34,6 +33,7 @@ from latentreward.modules.pairs import PairDraws
 from tests.cache.test_datamodule import cached, fit
 from tests.cache.writing import contents, write_image
 from tests.cache.written_caches import write_cache
+from tests.data.edit_names import named
 from tests.families.twins import TWINS
 from tests.marks import rotated_after
 from tests.processes import start_ranks
@@ -130,11 +130,6 @@ def trained_on(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 def vae() -> LatentEncoder:
     """The family's own VAE."""
     return find_family(KLEIN.source().pipeline()).load_latent_encoder()
-
-
-def named(prompts: Iterable[str]) -> list[tuple[str, ...]]:
-    """Texts, and keys of the pictures, whose paths a cache does not hold."""
-    return [(str(prompt), *(source.image_key for source in sources_of(prompt))) for prompt in prompts]
 
 
 def table(folder: Path, name: str) -> list[dict[str, Any]]:

@@ -320,7 +320,9 @@ def test_published_latents_have_the_shape_of_their_space() -> None:
         np.save(stream, np.zeros(shape, np.float16))
         image = ImageRef("a", data=stream.getvalue(), holds="latents")
         reader = [PreferencePair("pair", "a cat", image, image, 1.0)]
-        return RowScan(type("Reader", (list,), {"on_error": "raise"})(reader), ImageSettings(), SPACE)[0]
+        return RowScan(type("Reader", (list,), {"on_error": "raise"})(reader), ImageSettings(), SPACE, lambda _: None)[
+            0
+        ]
 
     assert scanned((4, 1, 8, 12)).sizes == ((16, 24), (16, 24))
     for other in ((4, 2, 8, 12), (3, 1, 8, 12)):

@@ -131,7 +131,7 @@ def test_rows_whose_number_of_sources_the_model_does_not_take_have_a_problem(tmp
 
 
 def test_other_sources_are_another_input(tmp_path: Path) -> None:
-    first, *_, last = written_list(tmp_path)
+    first, *_, last, _ = written_list(tmp_path)
     plain = replace(first, prompt="make it red")
     others = [first, plain, replace(first, prompt=edit_prompt("make it red", tmp_path / "red.png"))]
     assert len({images_identity(ImageList("l", (row,)), False) for row in others}) == 3

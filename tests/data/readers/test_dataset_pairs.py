@@ -19,6 +19,7 @@ from latentreward.data import DatasetPairReader, PairDataset, PairStream, PickAP
 from latentreward.data.format_detection import recognise
 from latentreward.data.images import ImageError
 from latentreward.errors import InputError
+from tests.data.edit_names import named
 
 disable_progress_bars()
 FEATURES = Features({"prompt": Value("string"), "chosen": Image(), "rejected": Image(), "confidence": Value("float32")})
@@ -237,13 +238,13 @@ def test_pictures_to_edit_are_read_from_tables_and_streams(rows, tmp_path, jpeg,
         ]
         if stream:
             continue
-        assert reader.prompts() == [pair.prompt for pair in pairs]  # the same names, of the bytes
+        assert named(reader.prompts()) == named(pair.prompt for pair in pairs)
         assert not any(source.data for prompt in reader.prompts() for source in sources_of(prompt))
         assert [len({*reader.groups()}), len({*map(str, reader.prompts())})] == [3, 1]
         assert len(PairDataset(pickle.loads(pickle.dumps(reader)), LOADER)[4].sources) == number
         assert opener(file, sources="ignore").prompts() == ["make it red"] * 5
-    named = table.append_column("source_keys", pa.array([[f"{n}"] * number for n in range(5)]))
-    pq.write_table(named, file)
+    keyed = table.append_column("source_keys", pa.array([[f"{n}"] * number for n in range(5)]))
+    pq.write_table(keyed, file)
     assert [sources_of(prompt)[-1].image_key for prompt in DatasetPairReader(file).prompts()] == [*"01234"]
     pq.write_table(table.rename_columns([*table.column_names[:-1], "input_image"]), file)
     for opener in openers:

@@ -15,6 +15,7 @@ from latentreward.data import EditPairReader, PairDataset, PixelLoader, ScoreTar
 from latentreward.data.format_detection import recognise
 from latentreward.data.readers.edits import LAYOUTS
 from latentreward.errors import InputError
+from tests.data.edit_names import named
 
 NAMES = ("src", "a", "b", "c")
 IMAGE = pa.struct({"bytes": pa.binary(), "path": pa.string()})
@@ -143,7 +144,7 @@ def test_tables_of_every_layout_hold_the_images(write_table, pictures, name) -> 
     for pair in pairs:
         assert (pair.image_a.data, pair.image_b.data) == (pictures["a"], pictures["b"])
         assert [source.data for source in sources_of(pair.prompt)] == sources
-    assert reader.prompts() == [pair.prompt for pair in pairs]
+    assert named(reader.prompts()) == named(pair.prompt for pair in pairs)
     assert PairDataset(pickle.loads(pickle.dumps(reader)), PixelLoader(8, 8))[0].sources[0].shape == (3, 8, 8)
     assert {type(prompt) for prompt in EditPairReader(str(file), sources="ignore").prompts()} == {str}
 
