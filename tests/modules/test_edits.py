@@ -203,7 +203,7 @@ def test_a_reward_of_text_alone_is_named_where_the_policy_edits(tmp_path: Path) 
 
 
 @pytest.mark.slow
-def test_a_reward_tells_whether_it_was_trained_on_edits(tmp_path: Path) -> None:
+def test_a_reward_tells_whether_it_was_trained_on_edits(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Kontext learns both, and only such pictures are scored then; a reward without the record takes both."""
     (edit,), kontext, flux = edits(tmp_path, TEXTS[:1]), TWINS["flux1_kontext"], TWINS["flux1_dev"].source()
     picture(32, 48, 9).save(tmp_path / "other.png")
@@ -222,6 +222,14 @@ def test_a_reward_tells_whether_it_was_trained_on_edits(tmp_path: Path) -> None:
         resumed = DiNaLRMModule(backbone, GatedQFormerHead, ThurstoneLoss(), seed=0)
         resumed.on_load_checkpoint(torch.load(tmp_path / "reward.ckpt", weights_only=True))
         assert resumed.model.edits is edited
+        other = PreferenceDataModule(
+            (32, 48),
+            val=JSONLPairReader(str(tmp_path / "pairs.jsonl"), sources="ignore" if edited else "read", split="val"),
+            batch_size=1,
+            num_workers=0,
+        )
+        make_trainer(tmp_path).validate(resumed, other)
+        assert f"with edits: {edited}, the data now have edits: {not edited}; set the reader's sources" in caplog.text
         module.model.save_pretrained(folder := tmp_path / sources)
         found = LatentReward(str(folder), base=kontext.folder)
         for stored in (found, LatentReward(str(tmp_path / "reward.ckpt"))):
@@ -232,7 +240,7 @@ def test_a_reward_tells_whether_it_was_trained_on_edits(tmp_path: Path) -> None:
         scorer = found.load(kontext.source().load())
         scorer.encode_prompts([edit] if edited else [str(edit)])
         with pytest.raises(
-            InputError, match=f"it takes {int(edited)} pictures to edit, and a prompt edits {1 - edited}"
+            InputError, match=f"it takes {int(edited)} pictures? to edit, and a prompt edits {1 - edited}"
         ):
             scorer.encode_prompts([str(edit)] if edited else [edit])
         config = json.loads((folder / "config.json").read_text())

@@ -119,30 +119,31 @@ class RewardModule(PairModule):
         sizes_record(sizes)  # raises if the rule cannot be saved
         if self.trainer.global_step:
             self._warn_if_other("resume", "exif", self.model.exif, exif, "the reader's exif")
-            self._warn_if_other("resume", "image sizes", self._trained_sizes, sizes, SIZE_SETTINGS)
+            self._compare_data("resume", self.trainer.train_dataloader)
         self.model.exif = exif or self.model.exif
-        if (taken := getattr(dataset, "taken", None)) is not None:
-            self.model.edits = taken[0] > 0
+        if (edits := edits_of(dataset)) is not None:
+            self.model.edits = edits
         self._trained_sizes = sizes or self._trained_sizes
         self.model.image_sizes = self._trained_sizes or self.model.image_sizes
 
     def on_validation_start(self) -> None:
-        """Warn if a validation without training resizes images otherwise than the training did."""
+        """Warn if a validation without training has images of other sizes than the training, or only one has edits."""
         if self.trainer.state.fn == "validate":
-            self._compare_sizes("validate", self.trainer.val_dataloaders)
+            self._compare_data("validate", self.trainer.val_dataloaders)
 
     def on_test_start(self) -> None:
-        """Warn if the test data's images are resized otherwise than the training's."""
-        self._compare_sizes("test", self.trainer.test_dataloaders)
+        """Warn if the test data have images of other sizes than the training, or only one of them has edits."""
+        self._compare_data("test", self.trainer.test_dataloaders)
 
     def on_predict_start(self) -> None:
-        """Warn if the images are resized otherwise than the training's."""
-        self._compare_sizes("predict", self.trainer.predict_dataloaders)
+        """Warn if the data have images of other sizes than the training, or only one of them has edits."""
+        self._compare_data("predict", self.trainer.predict_dataloaders)
 
-    def _compare_sizes(self, command: str, loaders: Any) -> None:
+    def _compare_data(self, command: str, loaders: Any) -> None:
         for dataset in datasets_of(loaders):
             sizes = getattr(dataset, "image_sizes", None)
             self._warn_if_other(command, "image sizes", self._trained_sizes, sizes, SIZE_SETTINGS)
+            self._warn_if_other(command, "edits", self.model.edits, edits_of(dataset), "the reader's sources")
 
     def _warn_if_other(self, command: str, name: str, trained: Any, now: Any, setting: str) -> None:
         if None not in (trained, now) and trained != now and self.trainer.is_global_zero:
@@ -251,3 +252,9 @@ def datasets_of(loaders: Any) -> Iterator[Any]:
             dataset = dataset.dataset
         if dataset is not None:
             yield dataset
+
+
+def edits_of(dataset: Any) -> bool | None:
+    """Tell whether the images of a data set are edits of pictures; None if it does not know."""
+    taken = getattr(dataset, "taken", None)
+    return None if taken is None else taken[0] > 0
