@@ -68,7 +68,7 @@ def test_batch_of_bad_rows_only_is_an_error_that_names_them(source) -> None:
         collate_pairs([dataset[n] for n in range(4)])
 
 
-@pytest.mark.parametrize("context", ["fork", FORKS], ids=["fork", "forkserver"])
+@pytest.mark.parametrize("context", ["fork", pytest.param(FORKS, marks=pytest.mark.slow)], ids=["fork", "forkserver"])
 def test_workers_count_for_the_main_process(source, context) -> None:
     dataset = PairDataset(PickAPicReader(source, "train", on_error="skip"), LOADER)
     loader = torch.utils.data.DataLoader(

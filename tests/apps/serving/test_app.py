@@ -686,6 +686,7 @@ def test_a_client_that_reads_no_answers_is_cut_off(monkeypatch: pytest.MonkeyPat
         assert httpx.get(f"{address}/v1/model").status_code == 200
 
 
+@pytest.mark.slow
 def test_a_body_of_tiny_chunks_is_cut_off_and_one_of_larger_chunks_is_read(address: str) -> None:
     head = HEAD + b"transfer-encoding: chunked\r\n\r\n"
     tiny = raw(address, head, b"1\r\nx\r\n" * 150_000, pause=0.1)

@@ -14,6 +14,8 @@ from tools.emoji.judge import EmojiJudge, train_judge
 from tools.emoji.world import EmojiWorld, degrade
 from tools.pretraining.pipelines import main
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def made(world: EmojiWorld, tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -46,7 +48,6 @@ def test_unknown_captions_are_refused(made: Path) -> None:
         EmojiJudge(str(made))(["animals: unicorn"], [Image.new("RGB", (32, 32))])
 
 
-@pytest.mark.slow
 @pytest.mark.release
 @pytest.mark.usefixtures("in_environment")
 def test_pretraining_makes_pipelines_of_emoji(tmp_path: Path, world: EmojiWorld) -> None:
