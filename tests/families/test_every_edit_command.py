@@ -140,4 +140,4 @@ def test_every_command(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     with Path("edits/prompts.jsonl").open("a") as file:
         file.write('{"prompt": "a cat"}\n')
     run("fit", fitted(twin), f"--ckpt_path={Path('reward').rglob('last.ckpt').__next__()}", "--trainer.max_steps=3")
-    assert "pictures" in refusal(capsys, "generate", "edits/prompts.jsonl", "no", f"--checkpoint={checkpoint}")
+    assert "picture" in refusal(capsys, "generate", "edits/prompts.jsonl", "no", f"--checkpoint={checkpoint}")
