@@ -123,7 +123,6 @@ def rank_results(rank: int, argument: str) -> dict[str, dict[str, Tensor]]:
     return results
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("case", cases("lpo/03"), ids=lambda case: case.name)
 def test_several_ranks(case: Case, tmp_path: Path) -> None:
     data, options = case.tensors(), case.options
