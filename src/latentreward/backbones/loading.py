@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from latentreward.backbones.quantization import Quantization, check_quantization, quantize
-from latentreward.backbones.single_file import find_configs
 from latentreward.backbones.tuning import LoRA, StorageDtype, Tuning, tune, warn_of_layers
 from latentreward.backbones.weights import after_settling, from_config, load_weights, map_model, settle
 from latentreward.contracts import LatentSpace, PathText
@@ -86,7 +85,11 @@ class PipelineSource:
         if not folder.exists() and looks_local:
             raise InputError(f"source={self.source!r} does not exist; give a diffusers pipeline folder or a hub id")
         self.checkpoint = folder if folder.is_file() else None
-        self.configs = self.source if self.checkpoint is None else find_configs(self.checkpoint)
+        self.configs = self.source
+        if self.checkpoint is not None:
+            from latentreward.backbones.single_file import find_configs  # few sources are single files
+
+            self.configs = find_configs(self.checkpoint)
         if self.checkpoint is not None and (revision or variant):
             raise InputError(f"source={self.source!r} is a file, which has no revision or variant; leave them out")
         if folder.is_dir() and not (folder / "model_index.json").is_file():

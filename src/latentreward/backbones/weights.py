@@ -17,7 +17,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from latentreward.backbones.single_file import weights_of_part
 from latentreward.errors import InputError, first_line
 from latentreward.storage.json_files import read_config
 from latentreward.storage.shared_weights import processes_here, shared
@@ -143,6 +142,8 @@ def map_model(
     stem = "diffusion_pytorch_model" if of_diffusers else "model"
     weights = None
     if checkpoint is not None:
+        from latentreward.backbones.single_file import weights_of_part  # few sources are single files
+
         weights = weights_of_part(checkpoint, family, config, source, place["subfolder"])
         where = where if weights is None else f"{place['subfolder']} of {checkpoint}"
     weights = weights or map_weights(find_weights(source, stem, variant=variant, **place))
