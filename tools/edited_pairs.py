@@ -24,8 +24,8 @@ from latentreward.tinyworld.scenes import draw_label
 from latentreward.tinyworld.writers import EDIT_PARTS
 
 SAMPLING = {"num_inference_steps": 10, "height": 32, "width": 32}
-SEED = 1017
-"""Seed of the edits, which are others than those that alignment draws, and of the labels."""
+OFFSET = 1000
+"""Added to the seed of a run, so that its edits are others than those that alignment with an equal seed draws."""
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -37,18 +37,19 @@ def main(args: Sequence[str] | None = None) -> None:
     parser.add_argument("--most_drawn", type=int, default=3000, help="largest number of drawn training pairs to keep")
     parser.add_argument("--edits", type=int, default=1500, help="number of edits of the training split")
     parser.add_argument("--pictures", type=int, default=4, help="number of results of each edit")
+    parser.add_argument("--seed", type=int, default=17, help="seed of the edits, of their results and of the labels")
     options = parser.parse_args(args)
     shutil.copytree(options.drawn, options.output)
     lines = (options.output / "train.jsonl").read_text().splitlines(keepends=True)
     (options.output / "train.jsonl").write_text("".join(lines[: options.most_drawn]))
-    made = generate(options.editor, options.edits, options.pictures, options.output)
-    add_pairs(options.output, made)
+    made = generate(options.editor, options.edits, options.pictures, options.output, options.seed)
+    add_pairs(options.output, made, options.seed)
 
 
-def generate(editor: str, edits: int, pictures: int, folder: Path) -> Path:
+def generate(editor: str, edits: int, pictures: int, folder: Path, seed: int) -> Path:
     """Draw edits of the training split, and let the editor make them; return the folder of the results."""
     lines = []
-    for prompt in edit_prompts("train", edits, SEED):
+    for prompt in edit_prompts("train", edits, OFFSET + seed):
         (source,) = sources_of(prompt)
         path = folder / "images" / f"{source.image_key}.jpg"
         path.write_bytes(source.data or b"")
@@ -56,18 +57,18 @@ def generate(editor: str, edits: int, pictures: int, folder: Path) -> Path:
     (folder / "edited_prompts.jsonl").write_text("".join(lines))
     settings = [f"--sampling.{name}={value}" for name, value in SAMPLING.items()]
     policy = [f"--policy.source={editor}", "--policy.t5_length=16", f"--images_per_prompt={pictures}"]
-    policy.append("--batch_size=96")  # small batches take twice the time
+    policy += [f"--seed={seed}", "--batch_size=96"]  # small batches take twice the time
     latentreward(
         ["generate", str(folder / "edited_prompts.jsonl"), str(folder / "edited"), *policy, *settings, "--device=cpu"]
     )
     return folder / "edited"
 
 
-def add_pairs(folder: Path, made: Path) -> None:
+def add_pairs(folder: Path, made: Path, seed: int) -> None:
     """Append all pairs of an edit's results that differ in utility to the training pairs, with noisy labels."""
     with (made / "images.csv").open(newline="") as file:
         results = list(csv.DictReader(file))
-    rng, groups = np.random.default_rng([SEED, 1]), dict[str, list[dict[str, str]]]()
+    rng, groups = np.random.default_rng([OFFSET + seed, 1]), dict[str, list[dict[str, str]]]()
     for result in results:
         groups.setdefault(result["place"], []).append(result)
     number = len((folder / "train.jsonl").read_text().splitlines())
