@@ -100,7 +100,9 @@ class EncodeBatches(Dataset[EncodeBatch]):
         shard, first = self.shards[key[0]], key[1]
         rows = self.planned.rows[shard.number][first : first + self._batch_size(shard)]
         if shard.kind == "text":
-            return EncodeBatch(shard, first, tuple(self.prompts(rows, self._decode)))
+            limit, exif = self.max_pixels, self.reader.exif  # as for the pictures' latents
+            prompts = self.prompts(rows, lambda image: decode_image(image, limit, exif))
+            return EncodeBatch(shard, first, tuple(prompts))
         shape = tensor_shapes(self.plan, shard)[layout.LATENTS][1:]
         images = [self._image(int(row)) for row in rows]
         keys = tuple(image.image_key for image in images)
@@ -151,9 +153,6 @@ class EncodeBatches(Dataset[EncodeBatch]):
                 prompt = edit_of_grey(text, len(sources_of(prompt)))
             found.append(seen_as(prompt, exif=self.reader.exif, max_pixels=self.max_pixels))
         return found
-
-    def _decode(self, image: ImageRef) -> None:
-        decode_image(image, self.max_pixels, self.reader.exif)  # as for the picture's latents
 
     def _check_skips(self, error: ImageError) -> None:
         if self.reader.on_error == "raise":

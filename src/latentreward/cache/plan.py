@@ -80,7 +80,13 @@ class RowScan(Dataset[ScannedRow]):
         """
         pair = self.reader[index]
         images = [*layout.images_of(pair).values()]
-        marks = list(map(_mark_of, images))
+        marks = []
+        for image in images:
+            if image.path is None:
+                data = image.data or b""
+                marks.append(crc32(bytes(data[-4096:]), len(data)))
+            else:
+                marks.append(crc32(os.fsencode(image.path)))
         a, b, *sources = (ImageRef(image.image_key, noise=image.noise) for image in images)
         text = EditPrompt(pair.prompt, sources) if sources else pair.prompt
         bare = replace(pair, prompt=text, image_a=a, image_b=b)
@@ -105,11 +111,6 @@ class RowScan(Dataset[ScannedRow]):
             problem = f"shape {shape}, but the latent space has [{self.space}]"
             raise ImageError(f"latents {image.image_key!r}: {problem}; correct encoder.latent_space", DAMAGED)
         return size
-
-
-def _mark_of(image: ImageRef) -> int:
-    data = image.data or b""
-    return crc32(bytes(data[-4096:]), len(data)) if image.path is None else crc32(os.fsencode(image.path))
 
 
 ROWS_PER_GROUP = 4096

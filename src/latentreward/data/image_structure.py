@@ -3,10 +3,8 @@
 import re
 import struct
 import zlib
-from collections.abc import Iterator
 from io import BytesIO
 from pathlib import Path
-from typing import BinaryIO
 
 from PIL.PngImagePlugin import MAX_TEXT_CHUNK, MAX_TEXT_MEMORY
 
@@ -37,27 +35,26 @@ def drop_long_texts(source: BytesIO | Path) -> BytesIO | Path:
     The pixels do not depend on them. ComfyUI, for one, writes its whole workflow into a picture.
     """
     with BytesIO(source.getvalue()) if isinstance(source, BytesIO) else source.open("rb") as file:
-        if file.read(len(PNG)) != PNG or not (long := list(_long_texts(file))):
+        if file.read(len(PNG)) != PNG:
+            return source
+        long, held = [], 0  # start and end of each chunk to leave out; bytes of the texts that stay
+        while len(head := file.read(HEAD)) == HEAD:
+            length, kind = struct.unpack(">I4s", head)
+            start = file.tell() - HEAD
+            end = start + HEAD + length + CRC
+            if kind in TEXTS:
+                size = _text_size(kind, file.read(length))
+                if held + size > MAX_TEXT_MEMORY:
+                    long.append((start, end))
+                else:
+                    held += size
+            file.seek(end)
+        if not long:
             return source
         file.seek(0)
         data = file.read()
     starts, ends = zip(*long, strict=True)
     return BytesIO(b"".join(data[a:b] for a, b in zip((0, *ends), (*starts, len(data)), strict=True)))
-
-
-def _long_texts(file: BinaryIO) -> Iterator[tuple[int, int]]:
-    """Yield start and end of each chunk of text that exceeds Pillow's limits, by itself or with those before it."""
-    held = 0
-    while len(head := file.read(HEAD)) == HEAD:
-        length, kind = struct.unpack(">I4s", head)
-        start = file.tell() - HEAD
-        if kind in TEXTS:
-            size = _text_size(kind, file.read(length))
-            if held + size > MAX_TEXT_MEMORY:
-                yield start, start + HEAD + length + CRC
-            else:
-                held += size
-        file.seek(start + HEAD + length + CRC)
 
 
 def _text_size(kind: bytes, chunk: bytes) -> int:

@@ -156,7 +156,14 @@ class JSONLinesWriter:
 
     def write_table(self, table: pa.Table) -> None:
         """Append the rows of a table to the file."""
-        columns = [_json_values(table.column(name)) for name in self._schema.names]
+        columns = []
+        for name in self._schema.names:
+            column = table.column(name)
+            values = column.to_pylist()
+            if pa.types.is_floating(column.type):  # a float32 or float16 with no more digits than its type has
+                kind = column.type.to_pandas_dtype()
+                values = [None if x is None or not np.isfinite(x) else float(str(kind(x))) for x in values]
+            columns.append(values)
         for row in zip(*columns, strict=True):
             self._file.write(json.dumps(dict(zip(self._schema.names, row, strict=True)), ensure_ascii=False) + "\n")
 
@@ -167,12 +174,3 @@ WRITERS: dict[str, Callable[[Path, pa.Schema], Any]] = {
     ".jsonl": JSONLinesWriter,
 }
 """File name extension → class that writes such a table."""
-
-
-def _json_values(column: pa.ChunkedArray) -> list[Any]:
-    """Convert a column to JSON values; a float32 or float16 is written with no more digits than its type has."""
-    values = column.to_pylist()
-    if not pa.types.is_floating(column.type):
-        return values
-    kind = column.type.to_pandas_dtype()
-    return [None if value is None or not np.isfinite(value) else float(str(kind(value))) for value in values]

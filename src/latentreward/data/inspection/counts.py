@@ -146,7 +146,16 @@ class ImageCensus:
     def add(self, pair: PreferencePair) -> None:
         """Count a row, and those of its images that occurred in no earlier row."""
         seen = [self._look_at(image, pair.pair_id) for image in (pair.image_a, pair.image_b)]
-        sources = [self._look_at_source(source, pair.pair_id) for source in sources_of(pair.prompt)]
+        sources = []  # the size of each picture to edit, or a problem's name
+        for source in sources_of(pair.prompt):
+            key = source.image_key
+            if key not in self._sources or not key:
+                self.counts.sources += 1
+                try:
+                    self._sources[key] = self._size(source)
+                except ImageError as error:
+                    self._sources[key] = self._unreadable(error, pair.pair_id)
+            sources.append(self._sources[key])
         self._compare(pair, (seen[0][1], seen[1][1]))
         edited = [math.log(size[0] / size[1]) for size in sources if isinstance(size, tuple)]
         made = [math.log(size[0] / size[1]) for size, _ in seen if isinstance(size, tuple)]
@@ -185,17 +194,6 @@ class ImageCensus:
         self.counts.doubtful[kind] += 1
         if self.counts.doubtful[kind] <= MOST_UNREADABLE:
             self.counts.first_doubtful.append(f"row {self.counts.rows}, pair {quoted(pair.pair_id)}: {kind}{told}")
-
-    def _look_at_source(self, source: ImageRef, pair_id: str) -> tuple[int, int] | str | None:
-        """Return the size of a picture to edit, or a problem's name."""
-        key = source.image_key
-        if key not in self._sources or not key:
-            self.counts.sources += 1
-            try:
-                self._sources[key] = self._size(source)
-            except ImageError as error:
-                self._sources[key] = self._unreadable(error, pair_id)
-        return self._sources[key]
 
     def _unreadable(self, error: ImageError, pair_id: str) -> str:
         self.counts.unreadable += 1

@@ -4,6 +4,7 @@ import os
 import zipfile
 import zlib
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, cast
 
@@ -53,7 +54,12 @@ class ImageArchives:
         try:
             return ImageRef(name, self._member(part, name))
         except DAMAGE:
-            return ImageRef(name, self._salvage(part, name))
+            bites: list[bytes] = []  # small chunks, since the damaged chunk is lost as a whole
+            with suppress(*DAMAGE), cast(zipfile.ZipExtFile, self._open(part).open(name)) as stream:
+                stream.MIN_READ_SIZE = BITE  # the default of 4096 may be more than a whole image
+                while bite := stream.read(BITE):
+                    bites.append(bite)
+            return ImageRef(name, b"".join(bites))
 
     def read_rows(self, part: str) -> tuple[bytes, str]:
         """Return content and name (for messages) of the file ``{part}.json`` in a part.
@@ -84,15 +90,3 @@ class ImageArchives:
         if (size := archive.getinfo(name).file_size) > MOST_BYTES:
             raise ImageError(f"{self.parts[part]}/{name}: {size} bytes; at most {MOST_BYTES} are read", TOO_LARGE)
         return archive.read(name)
-
-    def _salvage(self, part: str, name: str) -> bytes:
-        """Read a damaged member up to the damage, in small chunks, since the damaged chunk is lost as a whole."""
-        bites: list[bytes] = []
-        try:
-            with cast(zipfile.ZipExtFile, self._open(part).open(name)) as stream:
-                stream.MIN_READ_SIZE = BITE  # the default of 4096 may be more than a whole image
-                while bite := stream.read(BITE):
-                    bites.append(bite)
-        except DAMAGE:
-            pass
-        return b"".join(bites)

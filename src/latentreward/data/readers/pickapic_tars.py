@@ -13,7 +13,7 @@ from latentreward.data.readers.base import content_key
 from latentreward.data.readers.hub import fetch_split
 from latentreward.data.readers.json_rows import encodable
 from latentreward.data.readers.rows import RowReader, pack
-from latentreward.data.readers.tars import ABSENT, Extent, Sample, read_extent, read_samples
+from latentreward.data.readers.tars import ABSENT, Sample, read_extent, read_samples
 from latentreward.errors import InputError
 from latentreward.storage.hub import is_hub_id
 from latentreward.storage.ignored_files import find_files
@@ -73,7 +73,16 @@ class PickAPicTarReader(RowReader):
         **options: Any,
     ) -> None:
         super().__init__("pickapic", split, randomise_sides=False, seed=0, **options)
-        found = _find_tars(Path(root), split, revision)
+        place = Path(root)
+        if place.is_file():
+            found = [(place.name, place)]
+        elif not place.is_dir() and is_hub_id(str(place)):
+            found = fetch_split(str(place), split, ".tar", revision)
+        else:
+            tars = find_files(place / split, "*.tar") or find_files(place, "*.tar")
+            if not tars:
+                raise InputError(f"root: no *.tar in {place} or {place / split}; set it to the folder of the tars")
+            found = [(tar.name, tar) for tar in tars]
         self._tars = [path for _, path in found]
         self.table = pack(self._read_rows(found, drop_identical), INDEX)
         if weight == "per_prompt":
@@ -99,9 +108,16 @@ class PickAPicTarReader(RowReader):
                 self.refuse(str(tar), f"{problem}; download it again", "tar not readable to its end")
             for sample in samples:
                 label = self._judge(tar, sample)
-                images = {image: sample.images.get(image, ABSENT) for image in IMAGES}
-                if label is None or (drop_identical and self._is_identical(tar, *images.values())):
+                if label is None:
                     continue
+                images = {image: sample.images.get(image, ABSENT) for image in IMAGES}
+                first, second = images.values()
+                if drop_identical and first[1] == second[1] and ABSENT not in (first, second):
+                    with tar.open("rb", buffering=0) as file:
+                        identical = read_extent(file, first) == read_extent(file, second)
+                    self.skipped["identical images"] += identical
+                    if identical:
+                        continue
                 prompt = sample.texts.get(PROMPT, "")
                 yield {
                     "pair_id": encodable(f"{name}:{sample.key}"),
@@ -133,25 +149,6 @@ class PickAPicTarReader(RowReader):
             self.remarks[f"unlabelled ({reason})"] += 1
             return math.nan
         return None if self.on_error == "skip" else math.nan
-
-    def _is_identical(self, tar: Path, first: Extent, second: Extent) -> bool:
-        if first[1] != second[1] or ABSENT in (first, second):
-            return False
-        with tar.open("rb", buffering=0) as file:
-            identical = read_extent(file, first) == read_extent(file, second)
-        self.skipped["identical images"] += identical
-        return identical
-
-
-def _find_tars(root: Path, split: str, revision: str | None) -> list[tuple[str, Path]]:
-    if root.is_file():
-        return [(root.name, root)]
-    if not root.is_dir() and is_hub_id(str(root)):
-        return fetch_split(str(root), split, ".tar", revision)
-    for folder in (root / split, root):
-        if tars := find_files(folder, "*.tar"):
-            return [(tar.name, tar) for tar in tars]
-    raise InputError(f"root: no *.tar in {root} or {root / split}; set it to the folder of the tars")
 
 
 def _number(text: str | None) -> float | None:
