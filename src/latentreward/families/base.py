@@ -210,7 +210,13 @@ class Family(Part):
             self._require(field, is_count(value) and (value or not default), COUNT + ", or None" * (not default))
         for field in ("unread", "unread_outside", "mu"):
             self._require(field, callable(getattr(self, field, print)), "must be a method")
-        self._check_process()
+        config = self.pipeline.config("scheduler") if self.pipeline.has("scheduler") else {}
+        scheduler, other = config.get("_class_name"), f"set flow = {not self.flow}"
+        right = fits_kind(config, self.flow)
+        self._require("flow", right, f"is not so of a network with a {scheduler} ({self.named('scheduler')}); {other}")
+        process = self.noise_process
+        right = isinstance(process, FlowMatching) == self.flow
+        self._require("flow", right, f"contradicts noise_process, a {type(process).__name__}; change one of the two")
         self._warn_of_misspelt()
 
     def _warn_of_misspelt(self) -> None:
@@ -224,16 +230,6 @@ class Family(Part):
                     f"family: {type(self).__name__}.{name} is no member of a family; did you mean {near[0]}?",
                     stacklevel=2,
                 )
-
-    def _check_process(self) -> None:
-        """Check that :attr:`flow` is what the scheduler's class and :attr:`noise_process` say."""
-        config = self.pipeline.config("scheduler") if self.pipeline.has("scheduler") else {}
-        kind, other = config.get("_class_name"), f"set flow = {not self.flow}"
-        right = fits_kind(config, self.flow)
-        self._require("flow", right, f"is not so of a network with a {kind} ({self.named('scheduler')}); {other}")
-        process = self.noise_process
-        right = isinstance(process, FlowMatching) == self.flow
-        self._require("flow", right, f"contradicts noise_process, a {type(process).__name__}; change one of the two")
 
     def require_parts(self, field: str, names: Sequence[str], module: nn.Module) -> None:
         """Check that modules or weights have the ``names`` (endings) that a family of one's own gives as ``field``."""

@@ -272,17 +272,17 @@ class QwenImageEditPromptEncoder(PromptEncoder):
         """Return the token ids of each prompt in its template, with one token for each 28×28 pixels of its pictures."""
         for prompt in prompts:
             self.seen.check(prompt)
-        texts = [self._text(prompt, [*map(self.seen.tokens, sources_of(prompt))]) for prompt in prompts]
+        texts = []
+        for prompt in prompts:
+            pictures = [PICTURE.format(PAD * self.seen.tokens(source)) for source in sources_of(prompt)]
+            if self.seen.label_tokens is None:
+                pictures = pictures or [PICTURE.format(PAD)]
+            else:
+                pictures = [LABEL.format(number) + picture for number, picture in enumerate(pictures, start=1)]
+            texts.append(TEMPLATE.format("".join(pictures) + prompt))
         rows, most = self.tokenizer(texts).input_ids, self.dropped_tokens + self.num_tokens
         self.tell_cut(self.tokenizer, texts, [len(row) for row in rows], most)
         return [row[:most] for row in rows]
-
-    def _text(self, prompt: str, counts: Sequence[int]) -> str:
-        """Return a prompt in its template, with pictures of these numbers of tokens."""
-        if self.seen.label_tokens is None:
-            return TEMPLATE.format(PICTURE.format(PAD * (counts[0] if counts else 1)) + prompt)
-        named = [LABEL.format(number) + PICTURE.format(PAD * count) for number, count in enumerate(counts, start=1)]
-        return TEMPLATE.format("".join(named) + prompt)
 
 
 @register_backbone

@@ -80,26 +80,23 @@ class PrunedRollouts:
         def choose(states: Tensor, timestep: float) -> Tensor:
             scores = score_states(module.reward, encoded, states, rows_of(prompts, states), timestep)
             module.reward.take_means()  # those of a mixture's rewards are logged, and noisy states have none
-            return self._choose(prompts, scores.view(len(prompts), -1).cpu(), module.seed)
+            predicted, rule = scores.view(len(prompts), -1).cpu(), self.pruning.rule
+            drawn = [pair_generator(module.seed, "pruning", 0, key) for key in prompts.keys]
+            choices = [rule.choose(one, self.count, own) for one, own in zip(predicted, drawn, strict=True)]
+            kept, there = torch.stack(choices).sort(dim=1).values, torch.ones(len(prompts), dtype=torch.bool)
+            if self.pruning.min_spread:
+                spread = predicted.std(dim=1, correction=0)
+                # One goes on in any case: under FSDP2 all ranks must call the network equally often.
+                there = (spread >= self.pruning.min_spread) | (torch.arange(len(spread)) == spread.argmax())
+            self._batches.append((predicted, kept, there))
+            rows = kept + self.pruning.candidates * torch.arange(len(prompts))[:, None]
+            return rows[there].flatten()
 
         settings = (module.sampling, module.guidance_scale, module.seed, (self.pruning.after_steps, choose))
         taken, rows = sample_pruned(module.policy, sampler, names, *settings, keep_means)
         finished = prompts.select(self._batches[-1][2].nonzero().flatten().tolist())
         self.prompts, self.samples = self.prompts + finished, self.samples + names.select(rows.tolist())
         return taken, finished
-
-    def _choose(self, prompts: PromptBatch, predicted: Tensor, seed: int) -> Tensor:
-        """Return the rows of the candidates to finish, of scores ``(P, N)``, and note what was chosen."""
-        drawn = [pair_generator(seed, "pruning", 0, key) for key in prompts.keys]
-        choices = [self.pruning.rule.choose(one, self.count, own) for one, own in zip(predicted, drawn, strict=True)]
-        kept, there = torch.stack(choices).sort(dim=1).values, torch.ones(len(prompts), dtype=torch.bool)
-        if self.pruning.min_spread:
-            spread = predicted.std(dim=1, correction=0)
-            # One goes on in any case: under FSDP2 all ranks must call the network equally often.
-            there = (spread >= self.pruning.min_spread) | (torch.arange(len(spread)) == spread.argmax())
-        self._batches.append((predicted, kept, there))
-        rows = kept + self.pruning.candidates * torch.arange(len(prompts))[:, None]
-        return rows[there].flatten()
 
     def advantages(self, module: AlignmentModule, rewards: Tensor, rule: Advantage) -> Tensor:
         """Compute the advantages ``(P', K)`` of this rank's finished samples; see :func:`scaled_advantages`.

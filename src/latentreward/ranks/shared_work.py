@@ -111,13 +111,22 @@ class SharedWork:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        from subprocess import TimeoutExpired
+
         try:
             if self.first:
                 self._end(error)
             elif error is not None:
                 self._tell(error)
         finally:
-            self._end_children(kill=error is not None)
+            for child in self._started:
+                if error is not None:
+                    child.kill()
+                try:
+                    child.wait(30)  # seconds; it should have ended with the work
+                except TimeoutExpired:
+                    child.kill()
+                    child.wait()
             if self._shared is not None:
                 self._shared.leave()
             if self._fabric is not None:
@@ -336,18 +345,6 @@ class SharedWork:
         discard(self._shared.folder)
         with suppress(OSError):  # the lock of the output is free by now, so that another run may have begun
             self.folder.rmdir()
-
-    def _end_children(self, kill: bool) -> None:
-        from subprocess import TimeoutExpired
-
-        for child in self._started:
-            if kill:
-                child.kill()
-            try:
-                child.wait(30)  # seconds; it should have ended with the work
-            except TimeoutExpired:
-                child.kill()
-                child.wait()
 
 
 def _fabric(trainer: TrainerSettings) -> Fabric:

@@ -114,18 +114,7 @@ class RandomReward(RewardSource):
         """See :meth:`RewardSource.load`."""
         if self.kind == "noise":
             return FunctionReward(self._number, needs_clean=False, differentiable=False)
-        return FunctionReward(self._readout(policy.latent_space.channels), needs_clean=False, differentiable=True)
-
-    def _number(self, latents: Tensor, timesteps: Tensor, prompts: Sequence[str]) -> Tensor:
-        numbers = []
-        for state, timestep, prompt in zip(latents.detach().float().cpu(), timesteps.tolist(), prompts, strict=True):
-            content = digest([state.contiguous().numpy()], 64)
-            generator = pair_generator(self.seed, "random reward", 0, json.dumps([prompt, timestep]), content)
-            numbers.append(torch.randn((), generator=generator))
-        return self.scale * torch.stack(numbers).to(latents.device)
-
-    def _readout(self, channels: int) -> Callable[..., Tensor]:
-        generator = pair_generator(self.seed, "random readout", 0, "")
+        channels, generator = policy.latent_space.channels, pair_generator(self.seed, "random readout", 0, "")
         weight = torch.randn(READOUT_CHANNELS, channels, 3, 3, generator=generator) / (9 * channels) ** 0.5
         bias, mix = torch.randn(2, READOUT_CHANNELS, generator=generator)
 
@@ -137,4 +126,16 @@ class RandomReward(RewardSource):
                 return read_out @ mix.to(latents.device)
 
         spread = read(torch.randn(256, channels, 8, 8, generator=generator)).std()
-        return lambda latents, timesteps, prompts: read(latents) * (self.scale / spread.item())
+        return FunctionReward(
+            lambda latents, timesteps, prompts: read(latents) * (self.scale / spread.item()),
+            needs_clean=False,
+            differentiable=True,
+        )
+
+    def _number(self, latents: Tensor, timesteps: Tensor, prompts: Sequence[str]) -> Tensor:
+        numbers = []
+        for state, timestep, prompt in zip(latents.detach().float().cpu(), timesteps.tolist(), prompts, strict=True):
+            content = digest([state.contiguous().numpy()], 64)
+            generator = pair_generator(self.seed, "random reward", 0, json.dumps([prompt, timestep]), content)
+            numbers.append(torch.randn((), generator=generator))
+        return self.scale * torch.stack(numbers).to(latents.device)

@@ -175,7 +175,15 @@ class MixedReward(Reward):
         if self.normalise == "group":
             columns = [standardise(scores, rows) for scores in columns]
         elif self.normalise == "running":
-            columns = [self._by_all_seen(scores, index) for index, scores in enumerate(columns)]
+            # By mean and standard deviation of all scores of a reward so far, including these.
+            for index, scores in enumerate(columns):
+                seen = self.seen[index]
+                values = scores.detach().to(seen)
+                seen += torch.stack([values.new_tensor(len(values)), values.sum(), (values**2).sum()])
+                count, total, squares = seen.tolist()
+                mean = total / count
+                std = max(squares / count - mean**2, 0.0) ** 0.5
+                columns[index] = (scores - mean) / (std + SMALLEST_STD)
         return torch.stack([weight * part for weight, part in zip(self.weights, columns, strict=True)]).sum(dim=0)
 
     def mix_apart(self, parts: Tensor, spread: Tensor) -> Tensor:
@@ -188,16 +196,6 @@ class MixedReward(Reward):
         means = self._sums / self._count if self._count else None
         self._sums, self._count = torch.zeros_like(self._sums), 0
         return means
-
-    def _by_all_seen(self, scores: Tensor, index: int) -> Tensor:
-        """Standardise by mean and standard deviation of all scores of reward ``index`` so far, including ``scores``."""
-        seen = self.seen[index]
-        values = scores.detach().to(seen)
-        seen += torch.stack([values.new_tensor(len(values)), values.sum(), (values**2).sum()])
-        count, total, squares = seen.tolist()
-        mean = total / count
-        std = max(squares / count - mean**2, 0.0) ** 0.5
-        return (scores - mean) / (std + SMALLEST_STD)
 
 
 def standardise(scores: Tensor, groups: Tensor) -> Tensor:

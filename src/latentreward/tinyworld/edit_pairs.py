@@ -8,7 +8,7 @@ import numpy as np
 
 from latentreward.tinyworld.captions import draw_caption
 from latentreward.tinyworld.drawing import draw_scene
-from latentreward.tinyworld.edits import KINDS, Edit, EditVerdict, edit_splits, edited, possible_edits, scene_verdict
+from latentreward.tinyworld.edits import KINDS, Edit, edit_splits, edited, possible_edits, scene_verdict
 from latentreward.tinyworld.scenes import Scene, draw_label
 
 RESULTS = {"right": 0.3, "unchanged": 0.15, "another edit": 0.1, "overdone": 0.25, "drawn anew": 0.2}
@@ -64,8 +64,12 @@ def draw_results(source: Scene, edit: Edit, rng: np.random.Generator) -> dict[st
     overdone = right
     for _ in range(1 + int(rng.integers(2))):
         further = possible_edits(overdone)
-        spoilt = (_made(overdone, further[place]) for place in rng.permutation(len(further)))
-        overdone = next((scene for scene in spoilt if _overdone(scene_verdict(source, scene, edit))), overdone)
+        for place in rng.permutation(len(further)):
+            spoilt = _made(overdone, further[place])
+            verdict = scene_verdict(source, spoilt, edit)
+            if verdict.followed and verdict.kept < 1:
+                overdone = spoilt
+                break
     return dict(zip(RESULTS, (right, source, another, overdone, fresh), strict=True))
 
 
@@ -73,10 +77,6 @@ def _made(scene: Scene, edit: Edit) -> Scene:
     result = edited(scene, edit)
     assert result is not None
     return result
-
-
-def _overdone(verdict: EditVerdict) -> bool:
-    return verdict.followed and verdict.kept < 1
 
 
 def draw_edit_pairs(split: str, number: int, rng: np.random.Generator, noisy: bool = True) -> list[EditPair]:

@@ -131,19 +131,16 @@ def edited(scene: Scene, edit: Edit) -> Scene | None:
         items[places[0]] = replace(item, **{axis: getattr(item, axis) + sign * STEP})
     else:
         items[places[0]] = replace(item, **{edit.kind: edit.detail})
-    return replace(scene, items=tuple(items)) if _fits(items, edit) else None
-
-
-def _fits(items: Sequence[Item], edit: Edit) -> bool:
     if edit.kind in ("add", "move"):
         edges = [edge for item in items for edge in (item.x, item.y, IMAGE_SIZE - item.x, IMAGE_SIZE - item.y)]
         radii = [item.radius for item in items for _ in range(4)]
         if any(edge < radius for edge, radius in zip(edges, radii, strict=True)):
-            return False
-    return all(
+            return None
+    apart = all(
         math.hypot(one.x - other.x, one.y - other.y) > REACH * (one.radius + other.radius) + 1
         for one, other in combinations(items, 2)
     )
+    return replace(scene, items=tuple(items)) if apart else None
 
 
 def possible_edits(scene: Scene) -> list[Edit]:

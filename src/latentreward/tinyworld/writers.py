@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from latentreward.errors import InputError
 from latentreward.storage.digests import digest
 from latentreward.storage.durable import replacing
 from latentreward.storage.run_folder import RunFolder
-from latentreward.tinyworld.edit_pairs import EditPair, draw_edit, draw_edit_pairs
+from latentreward.tinyworld.edit_pairs import draw_edit, draw_edit_pairs
 from latentreward.tinyworld.edits import scene_verdict
 from latentreward.tinyworld.pairs import Mixed, Pair, Picture, draw_pairs, encode_jpeg, generate_pairs
 from latentreward.tinyworld.rendering import render
@@ -153,7 +153,13 @@ def write_hpdv3(
                 best, worst = (pair.first, pair.second) if pair.label == 1.0 else (pair.second, pair.first)
                 for picture in (best, worst):
                     (folder / "images" / f"{picture.uid}.jpg").write_bytes(picture.jpeg)
-                votes = _draw_votes(best.utility - worst.utility, rng)
+                votes: dict[str, Any] = {"choice_dist": None, "confidence": None}
+                if rng.random() >= 0.1:
+                    gap, judges = best.utility - worst.utility, int(rng.integers(9, 20))
+                    # The preferred picture always gets the majority.
+                    wins = max(judges // 2 + 1, int(rng.binomial(judges, 1 / (1 + np.exp(-2 * gap)))))
+                    confidence = round(1.0 - 0.5 ** (2 * wins - judges + 1), 6)
+                    votes = {"choice_dist": [wins, judges - wins], "confidence": confidence}
                 votes = votes if split == "train" else {}
                 model = "midjourney" if votes.get("confidence", 0.0) is None else "drawn"
                 keys = (f"images/{best.uid}.jpg", f"images/{worst.uid}.jpg")
@@ -184,7 +190,16 @@ def write_edits(root: Path | str, pairs_per_split: Mapping[str, int], seed: Seed
         for split, number in pairs_per_split.items():
             rng = _generator(seed, split, 32 + EDIT_SPLITS.index(split))
             pairs = draw_edit_pairs(split, number, rng, noisy=split == "train")
-            (folder / f"{split}.jsonl").write_text("".join(_edit_lines(folder, split, pairs, oracle)))
+            lines = []
+            for line, pair in enumerate(pairs, start=1):
+                source, *keys = (_write_scene(folder, scene) for scene in (pair.source, *pair.results))
+                row: dict[str, Any] = {"prompt": pair.edit.text, "source_images": [source]}
+                row |= {"image_a": keys[0], "image_b": keys[1], "label": pair.label}
+                lines.append(json.dumps(row | {"model_a": pair.kinds[0], "model_b": pair.kinds[1]}) + "\n")
+                verdicts = [scene_verdict(pair.source, result, pair.edit) for result in pair.results]
+                worth = [float(getattr(verdict, part)) for part in EDIT_PARTS for verdict in verdicts]
+                oracle.append((f"{split}.jsonl:{line}", *keys, *worth))
+            (folder / f"{split}.jsonl").write_text("".join(lines))
             edits = [draw_edit(split, rng) for _ in range(prompts)]
             rows = [{"prompt": edit.text, "source_images": [_write_scene(folder, source)]} for source, edit in edits]
             (folder / f"{split}_prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -192,18 +207,6 @@ def write_edits(root: Path | str, pairs_per_split: Mapping[str, int], seed: Seed
 
     spec = {"layout": "edits", "pairs_per_split": dict(pairs_per_split), "seed": seed, "prompts": prompts}
     return _make_folder(root, spec, fill, EDIT_PARTS)
-
-
-def _edit_lines(folder: Path, split: str, pairs: Sequence[EditPair], oracle: OracleRows) -> Iterator[str]:
-    """Yield the lines of pairs, write their pictures, and add their rows to those of the oracle."""
-    for number, pair in enumerate(pairs, start=1):
-        source, *keys = (_write_scene(folder, scene) for scene in (pair.source, *pair.results))
-        row: dict[str, Any] = {"prompt": pair.edit.text, "source_images": [source]}
-        row |= {"image_a": keys[0], "image_b": keys[1], "label": pair.label}
-        yield json.dumps(row | {"model_a": pair.kinds[0], "model_b": pair.kinds[1]}) + "\n"
-        verdicts = [scene_verdict(pair.source, result, pair.edit) for result in pair.results]
-        worth = [float(getattr(verdict, part)) for part in EDIT_PARTS for verdict in verdicts]
-        oracle.append((f"{split}.jsonl:{number}", *keys, *worth))
 
 
 def _write_scene(folder: Path, scene: Scene) -> str:
@@ -281,12 +284,3 @@ def _write_pickapic_split(folder: Path, split: str, pairs: Sequence[Pair], rng: 
 
 def _worth(first: Picture, second: Picture) -> list[float]:
     return [getattr(picture, part) for part in PARTS for picture in (first, second)]
-
-
-def _draw_votes(gap: float, rng: np.random.Generator) -> dict[str, Any]:
-    """Draw votes and confidence of a pair by its gap in utility; the preferred picture always gets the majority."""
-    if rng.random() < 0.1:
-        return {"choice_dist": None, "confidence": None}
-    judges = int(rng.integers(9, 20))
-    wins = max(judges // 2 + 1, int(rng.binomial(judges, 1 / (1 + np.exp(-2 * gap)))))
-    return {"choice_dist": [wins, judges - wins], "confidence": round(1.0 - 0.5 ** (2 * wins - judges + 1), 6)}
