@@ -327,15 +327,8 @@ class StreamedPairs(Dataset[list[LoadedPair | SkippedPair]]):
         return Counter({reason: rows for reason, rows in totals.items() if rows})
 
     def _batches(self, lane: int) -> Iterator[list[PreferencePair]]:
+        """Yield batches without end, each of pairs with equally many pictures to edit."""
         waiting: dict[int, list[PreferencePair]] = {}
-        for pair in self._endless(lane):
-            number = len(sources_of(pair.prompt))
-            batch = waiting.setdefault(number, [])
-            batch.append(pair)
-            if len(batch) == self.batch_size:
-                yield waiting.pop(number)
-
-    def _endless(self, lane: int) -> Iterator[PreferencePair]:
         part, parts = self.share["rank"] * self.lanes + lane, self.share["num_replicas"] * self.lanes
 
         def counted(reason: str) -> None:
@@ -344,15 +337,19 @@ class StreamedPairs(Dataset[list[LoadedPair | SkippedPair]]):
         for number in count():
             yielded = False
             for pair in self.stream.pairs(part, parts, self.seed + number, counted):
+                pictures = len(sources_of(pair.prompt))
                 if self.apart and normalise_prompt(pair.prompt) in self.apart:
                     counted(COUNTED[2])
                     continue
                 # Here, because a batch of such pairs alone would be empty.
-                if self.on_error != "raise" and sources_wanted(len(sources_of(pair.prompt)), self.taken):
+                if self.on_error != "raise" and sources_wanted(pictures, self.taken):
                     counted(COUNT)
                     continue
                 yielded = True
-                yield pair
+                batch = waiting.setdefault(pictures, [])
+                batch.append(pair)
+                if len(batch) == self.batch_size:
+                    yield waiting.pop(pictures)
             if not yielded:
                 raise InputError(
                     f"data.train: no row left in part {part + 1} of {parts} of the stream; use fewer num_workers or "

@@ -61,11 +61,20 @@ def inspect(
     report.others = {} if data is None else other_formats(data)
     contents: dict[str, SplitContents] = {}
     stop: KeyboardInterrupt | None = None
+    logger = logging.getLogger("latentreward.data.readers.base")
     try:
         for name, build in sources:
-            found = _build(name, build, report, only=len(sources) == 1)
-            if found is None:
+            level = logger.level
+            logger.setLevel(logging.ERROR)  # the report repeats the readers' warnings about rows
+            try:
+                found = build if isinstance(build, PairReader) else build()
+            except InputError as error:
+                if len(sources) == 1:
+                    raise
+                report.unread[name] = str(error)
                 continue
+            finally:
+                logger.setLevel(level)
             census = ImageCensus(sizes, decode, hash_images, MIN_PIXELS if buckets is None else 0, found.exif)
             counts, contents[name] = inspect_reader(name, found, census, limit)
             report.splits.append(counts)
@@ -109,21 +118,6 @@ def _find_sources(
         name = f"{name} {number}" if name in taken else name
         taken.add(name)
         yield name, one
-
-
-def _build(name: str, found: PairReader | Callable[[], PairReader], report: Report, only: bool) -> PairReader | None:
-    logger = logging.getLogger("latentreward.data.readers.base")
-    level = logger.level
-    logger.setLevel(logging.ERROR)  # the report repeats the readers' warnings about rows
-    try:
-        return found if isinstance(found, PairReader) else found()
-    except InputError as error:
-        if only:
-            raise
-        report.unread[name] = str(error)
-        return None
-    finally:
-        logger.setLevel(level)
 
 
 run = partial(run_function, inspect)

@@ -83,7 +83,17 @@ class FolderPairReader(RowReader):
         if (self._folder / SOURCE).is_dir() and self.sources == "read":
             files[SOURCE], told = find_pictures(self._folder / SOURCE)
             self._unread += [f"{SOURCE}/: {remark}" for remark in told]
-        captions = self._read_captions_file() if (self._folder / CAPTIONS_FILE).is_file() else None
+        captions: dict[str, str] | None = None
+        if (self._folder / CAPTIONS_FILE).is_file():
+            captions = {}
+            for line, text in read_lines(self._folder / CAPTIONS_FILE):
+                row = parse_line(text)
+                name, prompt = (row.get("name"), row.get("prompt")) if isinstance(row, dict) else (None, None)
+                if isinstance(name, str) and (caption := parse_text(prompt)) is not None:
+                    captions[name] = caption
+                else:
+                    problem = 'the line is not an object with the texts "name" and "prompt"'
+                    self.refuse(f"{CAPTIONS_FILE}:{line}", problem, "caption line not readable")
         self.table = pack((self._check(name, files, captions) for name in names), INDEX)
         if not len(self):
             reasons = [f"{count_text(self.skipped)} left out"] if self.skipped else []
@@ -102,18 +112,6 @@ class FolderPairReader(RowReader):
     def find_sources(self, row: dict[str, Any]) -> list[ImageRef]:
         """Return a reference to the file of the picture to edit, if there is one."""
         return [file_image(self._folder, os.fsdecode(path)) for path in row["sources"] or ()]
-
-    def _read_captions_file(self) -> dict[str, str]:
-        captions: dict[str, str] = {}
-        for line, text in read_lines(self._folder / CAPTIONS_FILE):
-            row = parse_line(text)
-            name, prompt = (row.get("name"), parse_text(row.get("prompt"))) if isinstance(row, dict) else (None, None)
-            if isinstance(name, str) and prompt is not None:
-                captions[name] = prompt
-            else:
-                problem = 'the line is not an object with the texts "name" and "prompt"'
-                self.refuse(f"{CAPTIONS_FILE}:{line}", problem, "caption line not readable")
-        return captions
 
     def _check(
         self, name: str, files: dict[str, dict[str, list[str]]], captions: dict[str, str] | None
