@@ -101,21 +101,16 @@ class SettingsParser(ArgumentParser):
         if args is not None and not self.exit_on_error:  # jsonargparse parses a class's own settings again, as texts
             args = [re.sub(r"=None$", "=null", argument) for argument in args]
         elif args is not None and self._subcommands_action is None:
-            self._check_values(args)
+            # An argument of a nested class needs a value: whether it is a flag, only the class states, by its type.
+            for option, following in zip_longest(args, args[1:], fillvalue="--"):
+                owner = re.fullmatch(r"(--\w+)(\.\w+)*\.(\w+)", option)
+                known = self._option_string_actions
+                if owner is None or owner[1] not in known or option in known:
+                    continue
+                if following.startswith("--"):
+                    value = "CLASS" if owner[3] == "help" else "VALUE, which is true or false for a flag"
+                    raise InputError(f"{option} has no value; write {option}={value}")
         return super().parse_args(args, *more, **options)
-
-    def _check_values(self, args: Sequence[str]) -> None:
-        """Raise InputError for an argument of a nested class without a value.
-
-        The parser cannot know whether such an argument is a flag, because only the class states its type.
-        """
-        for option, following in zip_longest(args, args[1:], fillvalue="--"):
-            owner = re.fullmatch(r"(--\w+)(\.\w+)*\.(\w+)", option)
-            if owner is None or owner[1] not in self._option_string_actions or option in self._option_string_actions:
-                continue
-            if following.startswith("--"):
-                value = "CLASS" if owner[3] == "help" else "VALUE, which is true or false for a flag"
-                raise InputError(f"{option} has no value; write {option}={value}")
 
     @override
     def format_help(self, *args: Any, **options: Any) -> str:

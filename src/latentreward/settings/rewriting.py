@@ -92,7 +92,16 @@ def rewrite_settings(settings: Any, short_names: Mapping[str, str]) -> Any:
     """
     settings = _expand_short_names(settings, short_names)
     if isinstance(settings, dict) and "trainer" in settings:
-        settings = {**settings, "trainer": _append_callbacks(settings["trainer"])}
+        trainer = settings["trainer"]
+        if isinstance(trainer, str):
+            raise InputError(f"trainer: {trainer!r} must be a mapping; give the file itself as --config")
+        if isinstance(trainer, dict) and "callbacks" in trainer and trainer["callbacks"] not in CLEARED:
+            plain = trainer["callbacks"]
+            if plain == {}:
+                raise InputError("trainer.callbacks: {} names no callback; give a class_path")
+            callbacks = [*(plain if isinstance(plain, list) else [plain]), *trainer.get("callbacks+", [])]
+            others = {key: value for key, value in trainer.items() if key != "callbacks"}
+            settings = {**settings, "trainer": others | {"callbacks+": callbacks}}
     for section in SECTIONS if isinstance(settings, dict) else ():
         if not isinstance(given := settings.get(section, {}), dict):  # jsonargparse would silently drop other values
             raise InputError(f"{section}: expected a mapping of settings, got {as_text(given)}; set {section}.NAME")
@@ -131,18 +140,6 @@ def refuse_internal(key: Any, setting: str) -> None:
 def as_text(value: Any) -> str:
     """Format a value as in YAML, on one line."""
     return json.dumps(value, default=str)
-
-
-def _append_callbacks(trainer: Any) -> Any:
-    if isinstance(trainer, str):
-        raise InputError(f"trainer: {trainer!r} must be a mapping; give the file itself as --config")
-    if not isinstance(trainer, dict) or "callbacks" not in trainer or trainer["callbacks"] in CLEARED:
-        return trainer
-    plain = trainer["callbacks"]
-    if plain == {}:
-        raise InputError("trainer.callbacks: {} names no callback; give a class_path")
-    callbacks = [*(plain if isinstance(plain, list) else [plain]), *trainer.get("callbacks+", [])]
-    return {key: value for key, value in trainer.items() if key != "callbacks"} | {"callbacks+": callbacks}
 
 
 def rewrite_arguments(arguments: Sequence[str], short_names: Mapping[str, str], root: str = "") -> list[str]:

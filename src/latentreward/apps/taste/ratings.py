@@ -131,14 +131,8 @@ class Ratings:
         if sources := sources_of(pair.prompt):
             line["source_images"] = [source.image_key for source in sources]
         line[RATED] = datetime.now(UTC).isoformat(timespec="seconds")
-        with write_errors_named(self.file, KEPT):
-            self._append((json.dumps(line, ensure_ascii=False) + "\n").encode("utf-8", "replace"))
-        self._lines.append(line)
-        return True
-
-    def _append(self, text: bytes) -> None:
-        """Append a line, or leave the file as it was: the next line must not be joined to a part of this one."""
-        with self.file.open("a+b", buffering=0) as stream:
+        text = (json.dumps(line, ensure_ascii=False) + "\n").encode("utf-8", "replace")
+        with write_errors_named(self.file, KEPT), self.file.open("a+b", buffering=0) as stream:
             before = stream.tell()
             if before and os.pread(stream.fileno(), 1, before - 1) != b"\n":  # another program's last line
                 text = b"\n" + text
@@ -146,9 +140,11 @@ class Ratings:
                 if stream.write(text) < len(text):
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
                 os.fsync(stream.fileno())
-            except OSError:
+            except OSError:  # the file stays as it was: the next line must not be joined to a part of this one
                 stream.truncate(before)
                 raise
+        self._lines.append(line)
+        return True
 
     def undo(self) -> bool:
         """Take the last answer back; return False if there is none that was given on the page."""

@@ -44,12 +44,17 @@ def subgroup_columns(prompts: Sequence[str], labels: np.ndarray, facts: dict[str
     """
     unknown = [None] * len(prompts)
     sides = list(zip(facts.get("model_a", unknown), facts.get("model_b", unknown), strict=True))
-    votes = zip(facts.get("votes_a", unknown), facts.get("votes_b", unknown), labels.tolist(), strict=True)
+    shares: list[str | None] = []  # None without votes or without a preference
+    for a, b, label in zip(facts.get("votes_a", unknown), facts.get("votes_b", unknown), labels.tolist(), strict=True):
+        if a is None or b is None or not a + b or np.isnan(label) or label == 0.5:
+            shares.append(None)
+        else:
+            shares.append(band((a if label > 0.5 else b) / (a + b), SHARES))
     columns = {
         "models": [" against ".join(sorted(both)) if None not in both else None for both in sides],
         "model": ["\n".join(sorted({model for model in both if model is not None})) or None for both in sides],
         "prompt length": [band(len(prompt.split()), WORDS) for prompt in prompts],
-        "vote share": [_share(*item) for item in votes],
+        "vote share": shares,
         "confidence": [None if x is None else band(x, CONFIDENCES) for x in facts.get("confidence", unknown)],
         "skill": ["\n".join(dict.fromkeys(tags or ())) or None for tags in facts.get("tags", unknown)],
         **{name: facts.get(name, unknown) for name in ("model_a", "model_b", "vote")},
@@ -61,13 +66,6 @@ def subgroup_columns(prompts: Sequence[str], labels: np.ndarray, facts: dict[str
 def band(value: float, bands: dict[Any, str]) -> str:
     """Return the name of the band, by its lowest value, that holds a value; lower values are in the first band."""
     return list(bands.values())[max(0, bisect_right(list(bands), value) - 1)]
-
-
-def _share(votes_a: int | None, votes_b: int | None, label: float) -> str | None:
-    """Return the band of the share of votes for the preferred image; None without votes or without a preference."""
-    if votes_a is None or votes_b is None or not votes_a + votes_b or np.isnan(label) or label == 0.5:
-        return None
-    return band((votes_a if label > 0.5 else votes_b) / (votes_a + votes_b), SHARES)
 
 
 @dataclass(frozen=True)

@@ -64,14 +64,14 @@ def mean_of_groups(values: np.ndarray, prompts: np.ndarray, groups: np.ndarray) 
     """
     members = [groups == kind for kind in np.unique(groups)]
     columns = [column for member in members for column in (np.where(member, values, 0.0), member.astype(float))]
-    return bootstrap.clustered_interval(bootstrap.group_sums(prompts, *columns), _mean_of_ratios)
 
+    def mean_of_means(sums: np.ndarray) -> np.ndarray:
+        totals, counts = sums[..., 0::2], sums[..., 1::2]
+        present = counts > 0
+        means = np.divide(totals, counts, out=np.zeros_like(totals), where=present)
+        return means.sum(axis=-1) / present.sum(axis=-1)
 
-def _mean_of_ratios(sums: np.ndarray) -> np.ndarray:
-    totals, counts = sums[..., 0::2], sums[..., 1::2]
-    present = counts > 0
-    means = np.divide(totals, counts, out=np.zeros_like(totals), where=present)
-    return means.sum(axis=-1) / present.sum(axis=-1)
+    return bootstrap.clustered_interval(bootstrap.group_sums(prompts, *columns), mean_of_means)
 
 
 def compare(first: ScoredPictures, second: ScoredPictures) -> list[Row]:
