@@ -162,6 +162,20 @@ def sources_wanted(number: int, taken: tuple[int, int | None]) -> str | None:
     return f"at least {least}" if most is None else f"{least}" if most == least else f"{least} to {most}"
 
 
+def check_sources(name: str, prompts: Sequence[str], taken: tuple[int, int | None]) -> None:
+    """Raise InputError if a reward does not take the number of pictures that a prompt edits.
+
+    ``name`` is that of the reward in messages, ``taken`` as for :func:`sources_wanted`.
+    """
+    for number in {len(sources_of(prompt)): None for prompt in prompts}:
+        if wanted := sources_wanted(number, taken):
+            plural = "s" * (wanted != "1")
+            raise InputError(
+                f"{name}: it takes {wanted} picture{plural} to edit, and a prompt edits {number}; give a reward "
+                "trained on such prompts"
+            )
+
+
 def taken_of_edits(taken: tuple[int, int | None], edits: Callable[[], bool | None]) -> tuple[int, int | None]:
     """Return how many pictures to edit are ``taken`` where ``edits`` tells whether rows edit, None if unknown.
 

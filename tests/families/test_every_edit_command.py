@@ -1,15 +1,18 @@
-"""Every command with editors: fit, test, predict, score, publish, align, generate, export, evaluate, resume."""
+"""Every command with editors: cache, fit, score, publish, serve, benchmark, align, generate, export, evaluate."""
 
+import base64
 import csv
 import json
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 from PIL import Image
 
 from latentreward.cli import main
 from latentreward.tinyworld.writers import write_hpdv3
+from tests.apps.serving.processes import forked_server
 from tests.families.made_qwen_image_edit import qwen_image_edit_folder
 from tests.families.test_every_command import RED, SIZE, run, trainer
 from tests.families.twins import TWINS, Twin
@@ -74,6 +77,32 @@ def fitted(twin: Twin) -> dict[str, Any]:
             "trainer": trainer("reward")}  # fmt: skip
 
 
+def cache(twin: Twin) -> dict[str, Any]:
+    """Cache the pairs, and return the settings of a training on them that is like :func:`fitted`."""
+    settings = fitted(twin)
+    encoder = {"class_path": "PipelineEncoders", "init_args": {"source": twin.folder, "text": True, "batch_size": 4}}
+    images = {"size": SIZE, "resize": "stretch"}
+    one = {"accelerator": "cpu", "devices": 1}
+    run("cache", {"reader": settings["data"]["init_args"]["train"], "encoder": encoder, "images": images,
+                  "dtype": "float32", "num_workers": 0, "trainer": one}, "cache")  # fmt: skip
+    data = {"train": {"cache": "cache"}, "batch_size": 4, "num_workers": 0, "shared_prompts": "keep"}
+    settings["data"] = {"class_path": "latentreward.cache.CachedPreferenceDataModule", "init_args": data}
+    return settings | {"trainer": trainer("of_cache")}
+
+
+def serve(base: str, folder: Path) -> list[float]:
+    """Serve the published reward, and return the scores of the list's first two rows, which have one instruction."""
+    rows = [json.loads(line) for line in Path("edits/list.jsonl").read_text().splitlines()[:2]]
+    encoded = [[base64.b64encode((folder / "edits" / name).read_bytes()).decode() for name in names]
+               for names in zip(*((row["image"], row["source_images"][0]) for row in rows), strict=True)]  # fmt: skip
+    body = {"prompts": [row["prompt"] for row in rows], "images": encoded[0],
+            "source_images": [[one] for one in encoded[1]]}  # fmt: skip
+    with forked_server("serve", "published", base, "--port=0", "--device=cpu", cwd=folder) as server:
+        reply = httpx.post(f"{server.address}/v1/score_images", json=body, timeout=300)
+    scores: list[float] = reply.json()["scores"]
+    return scores
+
+
 def scores_of(model: str, *options: str) -> list[float]:
     main(["score", "edits/list.jsonl", f"{model}.csv", f"--model={model}", "--device=cpu", *options])
     return [float(row["score"]) for row in csv.DictReader(Path(f"{model}.csv").read_text().splitlines())]
@@ -115,8 +144,15 @@ def test_every_command(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         run(command, fitted(twin), f"--ckpt_path={checkpoint}")
     main(["publish", "reward", "published", "--licence=mit"])
     base = f"--base={twin.folder}"
-    scores = scores_of("reward")
+    scores = scores_of("reward", "--gallery=gallery.html")
     assert len({*scores}) == 8 and scores_of("published", base) == pytest.approx(scores, abs=1e-5)
+    assert Path("gallery.html").read_text().count('alt="edited picture"') == 8
+    assert serve(base, tmp_path) == pytest.approx(scores[:2], abs=1e-4)
+    run("fit", cache(twin))
+    assert list(Path("of_cache").rglob("last.ckpt"))
+    main(["benchmark", "benched", "--data=edits/pairs.jsonl", "--model=reward"])
+    assert json.loads(Path("benched/report.json").read_text())["telling"]
+    assert Path("benched/report.html").read_text().count("before the edit</figcaption>") >= 1
     align(twin)
     assert list(Path("aligned").rglob("samples/*.png")) and list(Path("aligned").rglob("*.safetensors"))
     sampling = [f"--sampling.{name}={value}" for name, value in

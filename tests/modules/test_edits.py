@@ -37,7 +37,7 @@ from latentreward.modules import (
     TrajectoryGRPOModule,
 )
 from latentreward.modules.alignment import AlignmentModule
-from latentreward.rewards import LatentReward, UnchangedRegion
+from latentreward.rewards import LatentReward, RandomReward, RewardMixture, UnchangedRegion
 from latentreward.rewards.latent import EncodedPrompts
 from latentreward.rollout import Branching, RolloutDraws, Sampling, candidate_steps, sample_latents
 from latentreward.scorers import CallableScorer
@@ -75,6 +75,27 @@ def edits(folder: Path, texts: Sequence[str] = TEXTS, pictures: int = 1) -> tupl
             refs.append(ImageRef(name, path=folder / name, root=folder))
         found.append(EditPrompt(text, refs))
     return tuple(found)
+
+
+@pytest.mark.parametrize("edited", [True, False])
+def test_prompts_that_a_reward_does_not_take_are_refused_before_it_scores(
+    edited: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backbone = create_backbone("flux2_klein", source=KLEIN.folder, visual_taps=[1], text_taps=[1])
+    judge = RewardModel(backbone, GatedQFormerHead(backbone.feature_spec, num_heads=2))
+    judge.edits = not edited
+    judge.save_pretrained(tmp_path / "reward")
+    monkeypatch.setattr(LPOModule, "on_fit_start", lambda module: pytest.fail("the reward scores"))
+    rewards: list[Any] = [LatentReward(str(tmp_path / "reward"), base=str(KLEIN.folder))]
+    told = ["takes 0 pictures to edit" if edited else "takes at least 1 pictures to edit"]
+    if not edited:
+        rewards.append(RewardMixture([RandomReward(), UnchangedRegion()], [1.0, 1.0]))
+        told.append("a prompt edits no picture number 0; give prompts with source_images")
+    prompts = edits(tmp_path)[:2] if edited else TEXTS[:2]
+    for reward, problem in zip(rewards, told, strict=True):
+        module = LPOModule(KLEIN.source(), reward, sampling=Sampling(2, height=32, width=48))
+        with pytest.raises(InputError, match=problem):
+            make_trainer(tmp_path).fit(module, TwoBatches(prompts))
 
 
 class TwoBatches(LightningDataModule):

@@ -39,7 +39,6 @@ def edit_reward(**options: Any) -> RewardModel:
         head = GatedQFormerHead(backbone.feature_spec, num_heads=2)
     model = RewardModel(backbone, head, **options).eval().requires_grad_(False)
     model.image_sizes = OneSize(32, 48)
-    model.backbone.family.pixels = (32, 48)  # the size at which a server tries its model
     return model
 
 

@@ -21,6 +21,7 @@ from latentreward.data.image_sizes import OneSize
 from latentreward.data.images import png
 from latentreward.errors import InputError
 from latentreward.heads import CLIPProjectionHead, GatedQFormerHead
+from latentreward.scorers import RewardModelScorer
 from latentreward.scoring import RewardModel, edit_prompt
 from latentreward.scoring.image_lists import ListedScoring
 from latentreward.scoring.scored_table import images_identity
@@ -48,6 +49,29 @@ def test_scores_depend_on_the_pictures_that_were_edited(model: RewardModel, tmp_
     assert len({*scores[[0, 1, 3, 4, 5]].tolist()}) == 5
     again = torch.cat([model.score(prompt, RED) for prompt in prompts])
     assert torch.allclose(scores, again, atol=2e-5)
+
+
+@pytest.mark.parametrize(("edits", "given", "wanted"), [(True, 0, "at least 1 pictures"), (False, 1, "0 pictures")])
+def test_what_the_training_did_not_have_is_not_scored(edits: bool, given: int, wanted: str, tmp_path: Path) -> None:
+    """The network takes both kinds; the record of the training tells which kind it knows."""
+    trained = edit_reward()
+    trained.edits = edits
+    trained.head.requires_grad_(True)
+    trained.save_pretrained(tmp_path / "reward")
+    stored = RewardModel.from_pretrained(tmp_path / "reward", base=str(TWINS["klein_base"].folder))
+    known, other = "make it red", edit_prompt("make it red", BLUE)
+    if edits:
+        known, other = other, known
+    told = rf"^reward {tmp_path / 'reward'}: it takes {wanted} to edit, and a prompt edits {given}; give a reward"
+    latents = torch.zeros(2, *stored.backbone.latent_space.shape(32, 48))
+    assert stored.score(known, RED).isfinite().all()
+    for score in (stored.score, RewardModelScorer(tmp_path / "reward", base=TWINS["klein_base"].folder).score):
+        with pytest.raises(InputError, match=told):
+            score([known, other], [RED, RED])
+    with pytest.raises(InputError, match=told):
+        stored.score_latents([known, other], latents)
+    with pytest.raises(InputError, match=told):
+        stored.score_states([known, other], latents[:, None], torch.tensor([500.0]))
 
 
 @torch.no_grad()
@@ -85,7 +109,7 @@ def test_latents_and_images_score_alike(model: RewardModel) -> None:
 def test_a_reward_of_text_to_image_takes_no_edit() -> None:
     backbone = create_backbone("flux1", source=TWINS["flux1_dev"].folder, visual_taps=(1,), text_taps=())
     head = GatedQFormerHead(backbone.feature_spec, num_heads=2)
-    with pytest.raises(InputError, match="'make it red' edits a picture, but the network makes"):
+    with pytest.raises(InputError, match=r"^reward: it takes 0 pictures to edit, and a prompt edits 1; give a reward"):
         RewardModel(backbone, head).eval().score(edit_prompt("make it red", BLUE), RED)
 
 

@@ -231,9 +231,9 @@ class ResumableLoader(WorkerLoader):
         """
         if lacking := sorted(self.places.state_dict(0).keys() - state_dict.keys()):
             raise InputError(
-                f"data.train: the checkpoint stopped in an epoch of batches of another kind (without {lacking[0]}), as "
-                "where pairs edit unlike numbers of pictures; go on with the data that it was trained on, and with "
-                "sources as they were, or start anew"
+                "data.train: the checkpoint stopped in an epoch of batches that were put together in another way (its "
+                f"state has no {lacking[0]!r}), as where pairs edit unlike numbers of pictures, or none; go on with "
+                "the data, or the cache, and with sources as in its training, or start anew"
             )
         self.places.load_state_dict(state_dict)
         self._delivered, self._delivered_epoch = 0, self.places.epoch

@@ -146,8 +146,6 @@ class AlignmentModule(LightningModule):
         """
         if self.trainer.precision == "bf16-mixed" and self.reward is not None:
             self.reward.set_precision(torch.bfloat16)
-        for scorer in self._reward_parts(LatentScorer):
-            scorer.read_weights()
         if (sampling := getattr(self, "sampling", None)) is not None:  # of a method that makes pictures
             self.policy.edit_at(sampling.height, sampling.width)
         if prompts := prompts_of(self.trainer):
@@ -156,6 +154,10 @@ class AlignmentModule(LightningModule):
             alone = self.experience is None and getattr(self.trainer.datamodule, "batch_size", 1) == 1  # type: ignore[attr-defined]
             if (encoder := self.policy.source_encoder) is not None and not alone:
                 encoder.check_sizes(prompts, "data.prompts")
+            if self.reward is not None:
+                self.reward.check_prompts(prompts)
+        for scorer in self._reward_parts(LatentScorer):
+            scorer.read_weights()
         # After the reward is in place: the digest of frozen weights that ranks compare covers it too.
         self.frozen_base.prepare(self)
 

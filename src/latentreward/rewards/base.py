@@ -41,6 +41,9 @@ class Reward(nn.Module, Part):
         """Return the mean score of each reward of a mixture since the last call, ``(R,)``; None for other rewards."""
         return None
 
+    def check_prompts(self, prompts: Sequence[str]) -> None:
+        """Raise InputError if the reward does not take one of a run's prompts; the weights may not be read yet."""
+
     @abstractmethod
     def encode_prompts(self, prompts: Sequence[str]) -> Any:
         """Encode P raw prompts once, for many calls of :meth:`score`; each reward chooses the type of the result."""

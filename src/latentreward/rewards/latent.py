@@ -12,15 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from latentreward.backbones.weights import Reading, read_weights, reading_later
-from latentreward.contracts import (
-    Conditioning,
-    LatentSpace,
-    NoisyStates,
-    PathText,
-    TensorRecord,
-    sources_of,
-    sources_wanted,
-)
+from latentreward.contracts import Conditioning, LatentSpace, NoisyStates, PathText, TensorRecord, check_sources
 from latentreward.errors import InputError, check_at_least_one
 from latentreward.noise import NoiseProcess
 from latentreward.policies.surrogate_gradient import gradient_carrier
@@ -142,6 +134,10 @@ class LatentScorer(Reward):
         if "text_encoder" in self._owned:
             self._owned["text_encoder"] = encoder
 
+    def check_prompts(self, prompts: Sequence[str]) -> None:
+        """See :meth:`Reward.check_prompts`; a reward of edits takes no plain text, and one of texts no edit."""
+        check_sources(self.origin, prompts, self.model.backbone.sources)
+
     @torch.no_grad()
     def encode_text(self, prompts: Sequence[str]) -> Conditioning:
         """Encode ``prompts`` by the text encoder alone, in the precision of the run."""
@@ -154,13 +150,7 @@ class LatentScorer(Reward):
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str]) -> EncodedPrompts:
         """See :meth:`Reward.encode_prompts`; uses the tokenizers and text encoders of the reward model."""
-        for number in {len(sources_of(prompt)) for prompt in prompts}:
-            if wanted := sources_wanted(number, self.model.backbone.sources):
-                plural = "s" * (wanted != "1")
-                raise InputError(
-                    f"{self.origin}: it takes {wanted} picture{plural} to edit, and a prompt edits {number}; give a "
-                    "reward trained on such prompts"
-                )
+        self.check_prompts(prompts)
         with self._autocast(self._own_text):
             encoded = EncodedPrompts(*self.model.encode_prompts(prompts))
         return encoded.to(torch.float32) if self._own_network else encoded  # a shared text encoder's may be bfloat16

@@ -135,6 +135,11 @@ class MixedReward(Reward):
         for reward in self.rewards:
             reward.set_precision(dtype)
 
+    def check_prompts(self, prompts: Sequence[str]) -> None:
+        """See :meth:`Reward.check_prompts`."""
+        for reward in self.rewards:
+            reward.check_prompts(prompts)
+
     def encode_prompts(self, prompts: Sequence[str]) -> tuple[Any, ...]:
         """Encode the prompts for each reward."""
         return tuple(reward.encode_prompts(prompts) for reward in self.rewards)

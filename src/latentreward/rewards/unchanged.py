@@ -72,11 +72,15 @@ class LoadedUnchangedRegion(Reward):
         self._policy = (policy,)  # not registered here as well
         self.share, self.source = share, source
 
-    def encode_prompts(self, prompts: Sequence[str]) -> Tensor:
-        """Return the latents ``(P, C, ...)`` of the pictures that the prompts edit."""
+    def check_prompts(self, prompts: Sequence[str]) -> None:
+        """See :meth:`Reward.check_prompts`; each prompt edits the picture that is compared."""
         if any(len(sources_of(prompt)) <= self.source for prompt in prompts):
             remedy = "give source: 0" if self.source else "give prompts with source_images"
             raise InputError(f"reward UnchangedRegion: a prompt edits no picture number {self.source}; {remedy}")
+
+    def encode_prompts(self, prompts: Sequence[str]) -> Tensor:
+        """Return the latents ``(P, C, ...)`` of the pictures that the prompts edit."""
+        self.check_prompts(prompts)
         encoder = self._policy[0].source_encoder
         assert encoder is not None
         return encoder(prompts)[self.source]

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 from torch import Tensor
 
-from latentreward.contracts import Conditioning
+from latentreward.contracts import Conditioning, check_sources
 from latentreward.devices import find_device
 from latentreward.errors import InputError, check_at_least_one
 from latentreward.scoring.batched_scoring import (
@@ -197,7 +197,7 @@ class RewardModel(RewardNetwork):
         if isinstance(given, Tensor):
             for kind, doubt in doubts_of_pixels(given, self.image_sizes, value_range is not None).items():
                 self.warn_once(kind, doubt)
-        self._doubt_empty(texts)
+        self._check_prompts(texts)
         outputs = score_images(self, texts, given, levels, batch_size, memory)
         return outputs if axes else self.head.total(outputs)
 
@@ -205,7 +205,8 @@ class RewardModel(RewardNetwork):
         if axes and not self.axes:
             raise InputError(f"axes=True, but {type(self.head).__name__} has no two axes; train it with `axes` set")
 
-    def _doubt_empty(self, prompts: Sequence[str]) -> None:
+    def _check_prompts(self, prompts: Sequence[str]) -> None:
+        check_sources(f"reward {self.source}".strip(), prompts, self.backbone.sources)
         if empty := sum(not prompt.strip() for prompt in prompts):
             text = "the score then says nothing of how well an image fits a text"
             self.warn_once("prompt", f"{empty} of {len(prompts)} prompts are empty; {text}")
@@ -323,7 +324,7 @@ class RewardModel(RewardNetwork):
             raise InputError("conditioning has no prompt_mask; tell which tokens belong to each prompt")
         texts = prompt_of_each(prompts, count)
         if given is None:
-            self._doubt_empty(texts)
+            self._check_prompts(texts)
         return texts
 
     def prompt_memory(self, count: int) -> PromptMemory:

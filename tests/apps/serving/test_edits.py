@@ -43,7 +43,7 @@ TEXT = "make it red"
 
 @pytest.fixture(scope="module")
 def served() -> Iterator[tuple[str, ServedModel]]:
-    with serving(edit_reward(), batch_size=4, max_wait_ms=1, queue=8) as started:
+    with serving(edit_reward(), batch_size=4, max_wait_ms=1, queue=8, max_latent_pixels=96) as started:
         yield started
 
 

@@ -52,7 +52,7 @@ class ServedModel:
         encoded = encode_empty(reward).trimmed().to("cpu", torch.float32)
         text, sources = replace(encoded, source_latents=()), tuple(one[0] for one in encoded.source_latents)
         prompt = edit_of_grey() if sources else ""
-        scorer([LatentRow(prompt, torch.zeros(own_shape(reward)), u=0.5, encoded=text, sources=sources)])
+        scorer([LatentRow(prompt, torch.zeros(tried_shape(reward)), u=0.5, encoded=text, sources=sources)])
         self.batcher = MicroBatcher(
             scorer,
             settings.batch_size,
@@ -234,7 +234,7 @@ def accepted_by(reward: RewardModel, settings: ServiceSettings) -> Accepted:
 def encode_empty(reward: RewardModel) -> Conditioning:
     """Encode the empty prompt, and a grey picture to edit for a model that needs one."""
     scale = reward.backbone.latent_space.downscale
-    reward.prompt_memory(1).resize_sources(*(side * scale for side in own_shape(reward)[-2:]))
+    reward.prompt_memory(1).resize_sources(*(side * scale for side in tried_shape(reward)[-2:]))
     return reward.backbone.encode_prompts([edit_of_grey() if reward.backbone.sources[0] else ""])
 
 
@@ -242,6 +242,15 @@ def own_shape(reward: RewardModel) -> tuple[int, ...]:
     """Return the shape ``(C, [T,] h, w)`` of latents of the network's native size."""
     space = reward.backbone.latent_space
     return space.shape(*(reward.backbone.native_size or (8 * space.downscale, 8 * space.downscale)))
+
+
+def tried_shape(reward: RewardModel) -> tuple[int, ...]:
+    """Return the shape ``(C, [T,] h, w)`` of latents at which a model is tried: of training, or the native one."""
+    space, (*_, height, width) = reward.backbone.latent_space, own_shape(reward)
+    if reward.image_sizes is None:
+        return own_shape(reward)
+    loader = reward.image_sizes.loader(height * space.downscale, width * space.downscale)
+    return space.shape(loader.height, loader.width)
 
 
 def _result(scoring: asyncio.Future[list[Scores]]) -> list[Scores]:

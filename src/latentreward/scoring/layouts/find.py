@@ -46,7 +46,7 @@ class ModelSource:
 
     def __str__(self) -> str:
         """Return the path, with the revision of a hub id as ``owner/name@revision``."""
-        return self.path if self.revision is None else f"{self.path}@{self.revision}"
+        return f"{self.path}" if self.revision is None else f"{self.path}@{self.revision}"
 
 
 def find_reward(source: ModelSource, average: bool = True) -> StoredReward:

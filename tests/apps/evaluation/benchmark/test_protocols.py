@@ -17,8 +17,9 @@ PERFECT = np.array(LABELS) - 0.5
 STRICT = {"perfect": 1, "constant": 0, "first": 2 / 4, "second": 2 / 4}
 BY_PROMPT = {"perfect": 1, "constant": 0, "first": 1 / 3, "second": 2 / 3}
 SOFT = {"perfect": 4 / 5, "constant": 0, "first": 2.5 / 5, "second": 2.5 / 5}
+KEYS = [key for key in PROTOCOLS if not key.removeprefix("editreward_bench/").isdigit()]  # others need groups of K
 EXPECTED = {
-    **dict.fromkeys(PROTOCOLS, STRICT),
+    **dict.fromkeys(KEYS, STRICT),
     "imagereward/macro": BY_PROMPT,
     "hpdv2/macro": {"perfect": 1, "constant": (2.5 / 4 + 1 / 2) / 2, "first": 3 / 8, "second": (2 / 4 + 1) / 2},
     "pickapic/pickscore": {"perfect": 1, "constant": 3 / 5, "first": 3 / 5, "second": 3 / 5},
@@ -34,7 +35,7 @@ def value(key: str, pairs: BenchmarkPairs, fitting: BenchmarkPairs | None = None
     return judge(key, pairs, fitting).result()["estimate"].value
 
 
-@pytest.mark.parametrize("key", [key for key in PROTOCOLS if key != "genai_bench_tiger/4way"])
+@pytest.mark.parametrize("key", [key for key in KEYS if key != "genai_bench_tiger/4way"])
 @pytest.mark.parametrize("kind", SCORES)
 def test_by_hand(key, kind) -> None:
     pairs = scored(SCORES[kind], columns=VOTED)
@@ -42,14 +43,14 @@ def test_by_hand(key, kind) -> None:
     assert value(key, replace(pairs, first=100 * pairs.first, temperature=100.0)) == pytest.approx(EXPECTED[key][kind])
 
 
-@pytest.mark.parametrize("key", PROTOCOLS)
+@pytest.mark.parametrize("key", KEYS)
 @pytest.mark.parametrize("kind", ["constant", "first", "second"])
 def test_neither_equal_scores_nor_one_side_win(key, kind) -> None:
     pairs = drawn(300, columns={"vote": tuple(np.random.default_rng(0).choice(VOTES, 300))})
     assert value(key, replace(pairs, first=pairs.first * 0 + SCORES[kind], second=pairs.second * 0)) < 0.7
 
 
-@pytest.mark.parametrize("key", PROTOCOLS)
+@pytest.mark.parametrize("key", KEYS)
 def test_exchanging_sides_changes_nothing(key) -> None:
     votes = np.random.default_rng(0).choice(VOTES, 300)
     exchanged = {"leftvote": "rightvote", "rightvote": "leftvote"}
@@ -64,7 +65,7 @@ def test_exchanging_sides_changes_nothing(key) -> None:
     assert value(key, other) == pytest.approx(value(key, pairs))
 
 
-@pytest.mark.parametrize("key", PROTOCOLS)
+@pytest.mark.parametrize("key", KEYS)
 def test_what_does_not_count_is_counted_by_reason(key) -> None:
     first = [1, NAN, NAN, 1, 1, 1]
     labels = [1, 1, 0.5, NAN, 0.5, 0]
@@ -84,7 +85,7 @@ def test_what_does_not_count_is_counted_by_reason(key) -> None:
     assert (result["pairs"], result["equal_scores"]) == (4 - sum(rest.values()), 0)
 
 
-@pytest.mark.parametrize("key", PROTOCOLS)
+@pytest.mark.parametrize("key", KEYS)
 def test_nothing_to_count_has_no_value(key) -> None:
     pairs = scored([NAN, NAN], 0.0, [1, 0], columns={"vote": ("leftvote", "rightvote")})
     result = judge(key, pairs, pairs).result()
@@ -222,5 +223,8 @@ def test_groups_of_edits_are_right_as_a_whole() -> None:
         "K = 3": 2,
     }
     assert 0.4 <= judged.details["threshold"] < 2 and judged.value == 4 / 5 and judged.excluded == {"tie": 1}
+    by_number = [judge(f"editreward_bench/{count}", scored(gaps, labels=labels, groups=groups)) for count in (2, 3)]
+    assert [one.value for one in by_number] == [1.0, 0.5]
+    assert by_number[0].excluded == {"other number of results": 5, "tie": 1}
     always = judge("editreward_bench/groups", scored(0, labels=labels, groups=groups))
     assert always.value == 1 / 5  # ties alone are right

@@ -12,6 +12,7 @@ from PIL import Image
 from latentreward.apps.evaluation.benchmark.disagreements import Pictures, most_disputed
 from latentreward.apps.evaluation.benchmark.results import BenchmarkPairs, BenchmarkReport
 from latentreward.apps.evaluation.benchmark.sections import INTRODUCTION, TITLE, protocol_table, sections
+from latentreward.reports import picture_uri
 from latentreward.reports.report import write_report
 from tests.accessibility import PHONE, faults
 from tests.apps.evaluation.benchmark.example import HOSTILE, MODELS, estimate, report, result
@@ -49,6 +50,17 @@ def test_json_has_everything_and_nothing_that_json_does_not_know(tmp_path: Path)
     assert found["protocols"][1]["estimate"] == pytest.approx({"value": 0.65, "low": 0.6, "high": 0.7, "groups": 400})
     assert found["agreement"][1]["pearson"] == {"value": None, "low": None, "high": None, "groups": 400}
     assert found["telling"][0]["scores"]["dina"] == [0.5, -1.25]
+
+
+def test_a_pair_of_edits_shows_what_they_edit(tmp_path: Path) -> None:
+    (key, (left, right)), edited = next(iter(PICTURES.items())), Image.new("RGB", (30, 20), "red")
+    for name, sources in {"none": [], "two": [edited, None]}.items():
+        made = list(sections(report(), {key: (left, right, *sources)}))
+        (tmp_path / name).mkdir()
+        write_report(tmp_path / name, report(), TITLE, INTRODUCTION, made, "benchmark")
+        page = (tmp_path / name / "report.html").read_text()
+        assert page.count("before the edit</figcaption>") == len(sources)
+        assert page.count(f'<img src="{picture_uri(edited)}"') == len(sources) // 2
 
 
 def test_published_numbers_are_marked_as_those_of_others(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import numpy as np
 from PIL import Image
 
 from latentreward.apps.evaluation.benchmark.results import BenchmarkPairs
+from latentreward.contracts import sources_of
 from latentreward.data.images import ImageError, decode_image
 from latentreward.data.readers import PairReader
 from latentreward.reports import picture_uri
@@ -14,8 +15,8 @@ from latentreward.reports.tables import Row
 
 LONGEST_PROMPT = 400
 """Most characters of a prompt shown on the page."""
-Pictures = Mapping[tuple[str, int], tuple[Image.Image | None, Image.Image | None]]
-"""(data set and split, row) → the pair's two images, None for an image that cannot be read."""
+Pictures = Mapping[tuple[str, int], Sequence[Image.Image | None]]
+"""(data set and split, row) → images a and b, and the pictures that they edit; None for one that cannot be read."""
 
 
 def most_disputed(scored: Sequence[BenchmarkPairs], count: int) -> list[Row]:
@@ -57,36 +58,37 @@ def most_disputed(scored: Sequence[BenchmarkPairs], count: int) -> list[Row]:
 
 
 def disagreement_pictures(telling: Iterable[Row], readers: Mapping[str, PairReader]) -> Pictures:
-    """Read the images of pairs; ``readers`` are those of data sets and splits."""
-    pictures = {}
+    """Read the images of pairs, and those that they edit; ``readers`` are those of data sets and splits."""
+    pictures: dict[tuple[str, int], Sequence[Image.Image | None]] = {}
     for row in telling:
         reader = readers[row["benchmark"]]
         pair, found = reader[row["row"]], list[Image.Image | None]()
-        for image in (pair.image_a, pair.image_b):
+        for image in (pair.image_a, pair.image_b, *sources_of(pair.prompt)):
             try:
                 found.append(decode_image(image, exif=reader.exif))
             except ImageError:
                 found.append(None)
-        pictures[row["benchmark"], row["row"]] = found[0], found[1]
+        pictures[row["benchmark"], row["row"]] = found
     return pictures
 
 
 def disagreement_card(pair: Row, pictures: Pictures) -> dict[str, Any]:
     """Return the values of a pair's card: images, prompt, people's choice, and scores and gap of each model."""
     label = 0.5 if pair["label"] is None else pair["label"]
-    sides = zip(("Left", "Right"), pictures.get((pair["benchmark"], pair["row"]), (None, None)), (1, -1), strict=True)
+    left, right, *sources = pictures.get((pair["benchmark"], pair["row"]), (None, None))
     prompt = pair["prompt"]
     return {
         "pair_id": pair["pair_id"],
         "prompt": f"{prompt[:LONGEST_PROMPT]}…" if len(prompt) > LONGEST_PROMPT else prompt,
         "people": preferred(pair["label"]),
+        "sources": [None if image is None else picture_uri(image) for image in sources],
         "pictures": [
             {
                 "uri": None if image is None else picture_uri(image),
                 "alt": f"{side} image of the pair, for the prompt below",
                 "chosen": (label - 0.5) * sign > 0,
             }
-            for side, image, sign in sides
+            for side, image, sign in (("Left", left, 1), ("Right", right, -1))
         ],
         "rows": [
             {

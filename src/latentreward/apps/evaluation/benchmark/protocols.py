@@ -10,6 +10,7 @@ counted by reason; PickScore's protocol counts pairs without a label. In no prot
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -235,7 +236,7 @@ def judge_four_way(pairs: BenchmarkPairs, _: BenchmarkPairs | None = None) -> Cr
     return credit, reasons, details
 
 
-def judge_groups(pairs: BenchmarkPairs, _: BenchmarkPairs | None = None) -> Credit:
+def judge_groups(pairs: BenchmarkPairs, _: BenchmarkPairs | None = None, only: int | None = None) -> Credit:
     r"""Judge whole groups of K results of one edit, as EditReward-Bench does (arXiv:2509.26346).
 
     A group is right if all its pairs are. Of a pair of two results (K = 2), the answer is a tie where
@@ -243,7 +244,8 @@ def judge_groups(pairs: BenchmarkPairs, _: BenchmarkPairs | None = None) -> Cred
     tuned on the very set: of 0 and the percentiles of the gaps the first with the most right answers. Among more
     results, pairs labelled as ties do not count, and the others must be in the people's order; equal scores are wrong.
 
-    The details are ``threshold``, and ``accuracy`` and ``groups`` by K.
+    ``only`` leaves out groups of another K after τ is tuned. The details are ``threshold``, and ``accuracy`` and
+    ``groups`` by K.
     """
     reasons = leave_out(pairs, (NO_LABEL, np.isnan(pairs.labels)))
     sizes = np.bincount(pairs.group_codes)[pairs.group_codes]
@@ -259,6 +261,9 @@ def judge_groups(pairs: BenchmarkPairs, _: BenchmarkPairs | None = None) -> Cred
     wrong = np.bincount(pairs.group_codes[counted & ~right], minlength=int(pairs.group_codes.max(initial=-1)) + 1)
     credit = (wrong[pairs.group_codes] == 0).astype(float)
     results = ((1 + np.sqrt(1 + 8 * sizes)) / 2).round().astype(int)  # K (K - 1) / 2 pairs
+    if only is not None:
+        reasons[counted & (results != only)] = "other number of results"
+        counted = reasons == ""
     accuracy, groups = {}, {}
     for count in np.unique(results[counted]).tolist():
         rows = counted & (results == count)
@@ -339,6 +344,12 @@ PROTOCOLS = {
         judge_groups,
         macro=True,
     ),
+    **{
+        f"editreward_bench/{count}": Protocol(
+            f"the same share of the groups of {count} results", partial(judge_groups, only=count), macro=True
+        )
+        for count in (2, 3, 4)
+    },
     "editreward_bench/pairs": Protocol(f"share of all pairs without ties; {WRONG}", judge_strict),
     "pairs/strict": Protocol(f"share of pairs without ties whose likelier image scores higher; {WRONG}", judge_strict),
     "pairs/soft": Protocol("mean label of the image that scores higher; equal scores get nothing", judge_soft),

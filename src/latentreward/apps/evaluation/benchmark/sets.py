@@ -179,7 +179,7 @@ class GenAIBenchCMUBenchmark(Benchmark):
 
 
 class EditRewardBenchmark(Benchmark):
-    """EditReward-Bench of TIGER-Lab: ``editreward_bench/groups``, ``editreward_bench/pairs``.
+    """EditReward-Bench of TIGER-Lab: ``editreward_bench/groups``, by K ``editreward_bench/2``, … and all ``/pairs``.
 
     The set has the same name as another one, of EditScore's authors, which is evaluated as pairs of your own.
 
@@ -190,7 +190,7 @@ class EditRewardBenchmark(Benchmark):
     """
 
     name, reader = "editreward_bench", readers.EditPairReader
-    keys = "editreward_bench/groups", "editreward_bench/pairs"
+    keys = "editreward_bench/groups", *(f"editreward_bench/{one}" for one in (2, 3, 4, "pairs"))
 
     def __init__(self, root: PathText, split: str = "test", *, on_error: OnError = "skip") -> None:
         super().__init__(root, on_error=on_error)
