@@ -85,7 +85,8 @@ def cache(twin: Twin) -> dict[str, Any]:
     one = {"accelerator": "cpu", "devices": 1}
     run("cache", {"reader": settings["data"]["init_args"]["train"], "encoder": encoder, "images": images,
                   "dtype": "float32", "num_workers": 0, "trainer": one}, "cache")  # fmt: skip
-    data = {"train": {"cache": "cache"}, "batch_size": 4, "num_workers": 0, "shared_prompts": "keep"}
+    data = {"train": {"cache": "cache"}, "batch_size": 4, "num_workers": 0, "shared_prompts": "keep",
+            "cached_text": twin.family != "sd"}  # an LRM trains its text encoder  # fmt: skip
     settings["data"] = {"class_path": "latentreward.cache.CachedPreferenceDataModule", "init_args": data}
     return settings | {"trainer": trainer("of_cache")}
 

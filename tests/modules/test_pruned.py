@@ -19,6 +19,7 @@ from latentreward.modules import CRDModule, DiffusionOPSDModule
 from latentreward.policies import PolicySource
 from latentreward.rewards import PixelReward, RewardMixture
 from latentreward.rollout import (
+    BestAndWorst,
     DiversityAdvantage,
     GainCredit,
     GroupAdvantage,
@@ -191,7 +192,7 @@ def test_a_correlation_too_low_is_said_once(
 ) -> None:
     """With a rule that keeps anything, M₂ is 1 and nothing pays; nothing is said where nothing is pruned or trained."""
     monkeypatch.setattr("latentreward.modules.pruned.ENOUGH", 12)
-    rule: PruningRule = Drawn() if says else Pruning(1, 1).rule
+    rule: PruningRule = Drawn() if says else BestAndWorst()
     module = make("nft", pruning=Pruning(candidates, after_steps, rule=rule))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

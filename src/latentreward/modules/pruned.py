@@ -9,6 +9,7 @@ from latentreward.modules.alignment import AlignmentModule
 from latentreward.rollout import (
     Advantage,
     Agreement,
+    BestAndWorst,
     Pruning,
     StepSampler,
     Trajectories,
@@ -80,7 +81,7 @@ class PrunedRollouts:
         def choose(states: Tensor, timestep: float) -> Tensor:
             scores = score_states(module.reward, encoded, states, rows_of(prompts, states), timestep)
             module.reward.take_means()  # those of a mixture's rewards are logged, and noisy states have none
-            predicted, rule = scores.view(len(prompts), -1).cpu(), self.pruning.rule
+            predicted, rule = scores.view(len(prompts), -1).cpu(), self.pruning.rule or BestAndWorst()
             drawn = [pair_generator(module.seed, "pruning", 0, key) for key in prompts.keys]
             choices = [rule.choose(one, self.count, own) for one, own in zip(predicted, drawn, strict=True)]
             kept, there = torch.stack(choices).sort(dim=1).values, torch.ones(len(prompts), dtype=torch.bool)

@@ -2,7 +2,7 @@
 
 import math
 from abc import abstractmethod
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Self
 
 import torch
@@ -68,7 +68,7 @@ class Pruning:
             ``num_trajectories``) of them are sampled to the end, scored and trained on. N = K prunes nothing and
             measures ρ.
         after_steps: Number of finished steps, from 1 on, after which the noisy states are scored, once.
-        rule: Rule that picks the K candidates.
+        rule: Rule that picks the K candidates; None takes :class:`BestAndWorst`.
         min_spread: Least standard deviation of the scores of a prompt's candidates, in units of the reward; a prompt
             below it is not sampled to the end. The prompt with the largest one in each batch of prompts always is.
 
@@ -78,7 +78,7 @@ class Pruning:
 
     candidates: int
     after_steps: int
-    rule: PruningRule = field(default_factory=BestAndWorst)
+    rule: PruningRule | None = None
     min_spread: float = 0.0
 
     def __post_init__(self) -> None:
