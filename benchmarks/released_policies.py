@@ -11,6 +11,7 @@ from torch.optim import AdamW
 
 from latentreward.backbones.tuning import LoRA
 from latentreward.contracts import Conditioning, PromptBatch
+from latentreward.policies import POLICY
 from latentreward.rewards import CallableReward
 
 RATE = 1e-6
@@ -77,14 +78,25 @@ def dit_policy(size: str) -> RandomPolicy:
 
 
 def released_network(network: Any, *adapters: str) -> Any:
-    """Return a peft model with the weights of a policy's network; the first adapter is the policy's."""
+    """Return a peft model with the weights of a policy's network and its LoRA; the first adapter is the policy's.
+
+    Other adapters of the network than those of the names ``adapters``, such as a reward's, are left out.
+    """
     from peft import LoraConfig, get_peft_model
 
-    settings = LoraConfig(r=32, lora_alpha=64, init_lora_weights="gaussian", target_modules=list(TARGETS))
+    own = network.peft_config[POLICY]
+    settings = LoraConfig(
+        r=own.r, lora_alpha=own.lora_alpha, init_lora_weights="gaussian", target_modules=own.target_modules
+    )
     theirs = get_peft_model(type(network).from_config(network.config), settings)
     for name in adapters:
         theirs.add_adapter(name, settings)
-    weights = {name.replace(".policy.", ".default."): weight for name, weight in network.state_dict().items()}
+    kept = {
+        key: weight
+        for key, weight in network.state_dict().items()
+        if "lora_" not in key or key.split(".")[-2] in (POLICY, *adapters)
+    }
+    weights = {name.replace(".policy.", ".default."): weight for name, weight in kept.items()}
     theirs.load_state_dict({f"base_model.model.{name}": weight for name, weight in weights.items()})
     for name, weight in theirs.named_parameters():
         weight.requires_grad_(".default." in name)

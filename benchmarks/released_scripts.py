@@ -16,8 +16,8 @@ from typing import Any
 from unittest.mock import MagicMock
 
 STAND_INS = (
-    "absl", "hydra.core.config_store", "inflect", "ml_collections", "mmengine.config", "sklearn", "torchvision",
-    "wandb",
+    "absl", "hydra.core.config_store", "inflect", "ml_collections", "mmengine.config", "sklearn",
+    "torchvision.transforms.functional", "wandb",
 )  # fmt: skip
 """Modules that the released code imports and that scoring and training do not need."""
 PLACES = {
@@ -25,6 +25,7 @@ PLACES = {
     "diffusion-rm": (".",),
     "flow_grpo": (),
     "DiffusionNFT": (),
+    "FlowBP": (".",),
 }
 """Name of a clone → its folders that hold packages; two clones have a package ``flow_grpo``: see :func:`script`."""
 
@@ -82,13 +83,13 @@ def script(root: Path, name: str, path: str) -> ModuleType:
     return module
 
 
-def part_of(module: ModuleType, kind: type[ast.For] | type[ast.With], text: str) -> Callable[[dict[str, Any]], None]:
+def part_of(module: ModuleType, kind: type[ast.stmt], text: str) -> Callable[[dict[str, Any]], None]:
     """Cut the innermost loop or ``with`` block out of a script's ``main``.
 
     Args:
         module: The script.
-        kind: Kind of the statement.
-        text: What the head of the loop, or the whole block, contains.
+        kind: Kind of the statement: ``ast.For``, ``ast.While`` or ``ast.With``.
+        text: What the head of a ``for`` loop, or the whole block of another statement, contains.
 
     Returns:
         Function that executes the statement with given names in place of those of ``main``. Counters that the statement

@@ -2,12 +2,12 @@
 
     python benchmarks/run.py [NAME ...] [--output runs/bench] [--released DIR] [--quick]
 
-Without names all run whose figures are ratios of times or memory, in this order; ``heads``, ``search``, ``estimates``
-and ``communication`` run when named. Each writes OUTPUT/NAME.json: machine, load, versions, commit, seconds, and tables
-whose cells hold medians, ranges and goals. OUTPUT/tables.md shows them all, goals first. A benchmark is skipped if its
-file is there and neither its arguments, nor its source files, nor the package's have changed since (comments and
-docstrings do not count); so the command goes on where it was interrupted. ``--quick`` tries all at the smallest sizes,
-for tests, in the folder OUTPUT/quick.
+Without names all run whose figures are ratios of times or memory, in this order; ``heads``, ``search``, ``estimates``,
+``communication`` and ``released_utility`` run when named. Each writes OUTPUT/NAME.json: machine, load, versions,
+commit, seconds, and tables whose cells hold medians, ranges and goals. OUTPUT/tables.md shows them all, goals first. A
+benchmark is skipped if its file is there and neither its arguments, nor its source files, nor the package's have
+changed since (comments and docstrings do not count); so the command goes on where it was interrupted. ``--quick`` tries
+all at the smallest sizes, for tests, in the folder OUTPUT/quick.
 """
 
 import argparse
@@ -85,6 +85,7 @@ BENCHMARKS = {
     "search": Benchmark("search", "", "--help", 12, ratios=False),
     "estimates": Benchmark("estimates", "", "--help", 10, ratios=False),
     "communication": Benchmark("communication", "", "--help", 15, ratios=False),
+    "released_utility": Benchmark("released_utility", "", "--help", 40, ratios=False, released=True),
 }
 
 
