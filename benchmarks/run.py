@@ -85,7 +85,7 @@ BENCHMARKS = {
     "search": Benchmark("search", "", "--help", 12, ratios=False),
     "estimates": Benchmark("estimates", "", "--help", 10, ratios=False),
     "communication": Benchmark("communication", "", "--help", 15, ratios=False),
-    "released_utility": Benchmark("released_utility", "", "--help", 40, ratios=False, released=True),
+    "released_utility": Benchmark("released_utility", "", "--help", 30, ratios=False, released=True),
 }
 
 

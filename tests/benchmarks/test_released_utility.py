@@ -63,13 +63,15 @@ def test_rows_say_what_is_not_reached(benchmark: Any) -> None:
         "theirs": [course(benchmark, start, (40.0, 2.0)), course(benchmark, start, (40.0, 3.0))],
         "ours": [course(benchmark, start, (40.0, 5.0)), course(benchmark, start, (40.0, 2.0))],
     }
-    same, ours = ([str(cell) for cell in row] for row in benchmark.compare(courses, "theirs"))
-    assert same == ["theirs", "2.50 (2.00–3.00)", "2", "theirs", "40.0 (40.0–40.0)", "1.00 (1.00–1.00)"]
+    same, ours = ([str(cell) for cell in row] for row in benchmark.compare(courses, "theirs", best=False))
+    assert same == ["theirs, end", "2.50 (2.00–3.00)", "2", "theirs", "40.0 (40.0–40.0)", "1.00 (1.00–1.00)"]
     assert ours[3:] == ["ours", "not reached (10.0–not reached)", "not reached (0.25–not reached)"]
-    (_, row) = benchmark.compare(courses, "theirs")
+    (_, row) = benchmark.compare(courses, "theirs", best=False)
     assert json.loads(json.dumps(row[4].entries())) == {"median": None, "range": [10.0, None], "rounds": 2}
-    falling = {"theirs": [course(benchmark, start, (40.0, 0.5))], "ours": [course(benchmark, start, (40.0, 2.0))]}
-    assert [row[4] for row in benchmark.compare(falling, "theirs")] == ["no gain to reach"] * 2
+    fallen = course(benchmark, start, (10.0, 1.5), (40.0, 0.5))
+    courses = {"theirs": [fallen], "ours": [course(benchmark, start, (40.0, 2.0))]}
+    assert [row[4] for row in benchmark.compare(courses, "theirs", best=False)] == ["no gain to reach"] * 2
+    assert [str(row[4]) for row in benchmark.compare(courses, "theirs", best=True)] == ["10.0", "20.0"]
 
 
 @pytest.mark.slow
