@@ -6,7 +6,7 @@ sampling, advantages by prompt, update, and the decay of the policy that samples
 
 - All: the reward is our latent reward of the finished latents at σ = 0.2, with one noise for all samples of a prompt;
   pictures are not decoded. Prompts are encoded by our policy, each text once, since the tiny SD3.5 has no T5. No moving
-  average of weights, no evaluation, no logs, one process.
+  average of weights, no evaluation, no logs, no process group (DataParallel in place of DDP), a constant rate.
 - NFT: the solver is ``flow`` (Euler steps, as ours) in place of ``dpm2``; 4 updates of 32 samples at 9 levels for each
   rollout of 16 prompts with 8 samples (ours: 3 updates of 384 rows, which its loop cannot have).
 - flow_grpo: no guidance; 8 updates of 16 samples at 9 steps for each rollout (ours: updates of 128 rows); it samples
@@ -62,11 +62,7 @@ class Reward:
 
     def __call__(self, latents: Tensor, prompts: Sequence[str]) -> Tensor:
         """Score finished latents in any order, each prompt with equally many."""
-        order, distinct, call = (
-            torch.tensor(sorted(range(len(prompts)), key=prompts.__getitem__)),
-            sorted({*prompts}),
-            0,
-        )
+        order, distinct = torch.tensor(sorted(range(len(prompts)), key=prompts.__getitem__)), sorted({*prompts})
         call = next(self.calls)
         batch = PromptBatch(tuple(distinct), tuple(f"{call}/{prompt}" for prompt in distinct))
         return score_finished(self.reward, latents[order], batch, self.seed, (SIGMA,))[order.argsort()]
