@@ -179,7 +179,7 @@ def test_its_editor_is_led_by_the_picture(folder: Path) -> None:
         model = RewardModel(backbone, GatedQFormerHead(backbone.feature_spec, num_queries=2, num_heads=2)).eval()
         scores = model.score_latents(edits, latents[:1].expand(3, -1, -1, -1))
         assert abs(scores[0] - scores[1]) < 1e-6 < abs(scores[0] - scores[2])
-        with pytest.raises(InputError, match="AuraFlow as an editor takes 1 picture to edit, and 0 were given"):
+        with pytest.raises(InputError, match=r"^reward: it takes 1 picture to edit, and a prompt edits 0"):
             model.score_latents(["make it blue"], latents[:1])
 
 
