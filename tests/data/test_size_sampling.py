@@ -152,7 +152,8 @@ def test_a_place_among_batches_of_another_kind_is_refused(turn: int) -> None:
     """As where ``sources: ignore`` is set for the rest of a run over unlike numbers of pictures, or left out."""
     samplers = BucketBatchSampler(np.array(MIX), Sizing(4)), PairBatchSampler(len(MIX), 4)
     saved, resumed = (ResumableLoader(MIX, sampler, collate_fn=list) for sampler in samplers[::turn])
-    with pytest.raises(InputError, match=r"^data\.train: .* in another way .* sources as in its training, or start"):
+    told = r"^data\.train: .* in another way .* sources as in its training, or start anew$"
+    with pytest.raises(InputError, match=told):
         resumed.load_state_dict(saved.state_dict())
 
 

@@ -38,7 +38,7 @@ from latentreward.modules import (
 )
 from latentreward.modules.alignment import AlignmentModule
 from latentreward.rewards import LatentReward, RandomReward, RewardMixture, UnchangedRegion
-from latentreward.rewards.latent import EncodedPrompts
+from latentreward.rewards.latent import EncodedPrompts, LatentScorer
 from latentreward.rollout import Branching, RolloutDraws, Sampling, candidate_steps, sample_latents
 from latentreward.scorers import CallableScorer
 from latentreward.scoring import RewardModel
@@ -92,6 +92,11 @@ def test_prompts_that_a_reward_does_not_take_are_refused_before_it_scores(
         rewards.append(RewardMixture([RandomReward(), UnchangedRegion()], [1.0, 1.0]))
         told.append("a prompt edits no picture number 0; give prompts with source_images")
     prompts = edits(tmp_path)[:2] if edited else TEXTS[:2]
+    with monkeypatch.context() as unread:  # a scorer that is not moved reads weights at its first use alone
+        scorer = rewards[0].load(KLEIN.source().load(0))
+        unread.setattr(LatentScorer, "read_weights", lambda *_: pytest.fail("weights were read"))
+        with pytest.raises(InputError, match=told[0]):
+            scorer.check_prompts(prompts)
     for reward, problem in zip(rewards, told, strict=True):
         module = LPOModule(KLEIN.source(), reward, sampling=Sampling(2, height=32, width=48))
         with pytest.raises(InputError, match=problem):

@@ -254,28 +254,28 @@ def _mp4(image: ImageRef, file: BinaryIO, max_pixels: int) -> Iterator[Source]:
             raise image_error(image, DAMAGED, "its video track does not name a codec that is known")
         size = stream.codec_context.height, stream.codec_context.width
         stream.codec_context.options = {"max_pixels": str(max_pixels)}  # the frames may have another size
-
-        def frames() -> Iterator[Frame]:
-            ends: dict[int, int] = {}
-            # PyAV 19 keeps one reformatter for all frames of a process. Its threads do not survive a fork, so that a
-            # loader's worker would wait for them for ever after its parent has decoded a clip.
-            reformatter = av.video.reformatter.VideoReformatter()
-            for packet in container.demux(stream):
-                if packet.pts is not None and packet.duration:
-                    ends[packet.pts] = packet.pts + packet.duration
-                for frame in packet.decode():
-                    if frame.pts is None:
-                        raise image_error(image, DAMAGED, "a frame has no time")
-
-                    def picture(frame: Any = frame) -> Image.Image:
-                        return Image.fromarray(reformatter.reformat(frame, format="rgb24").to_ndarray())
-
-                    yield Frame(frame.pts, ends.pop(frame.pts, frame.pts + 1), (frame.height, frame.width), picture)
-
         try:
-            yield Source(frames(), stream.time_base, stream.duration, stream.frames, size)
+            yield Source(_mp4_frames(image, container, stream), stream.time_base, stream.duration, stream.frames, size)
         except av.FFmpegError as error:
             raise image_error(image, DAMAGED, _reason(error)) from error
+
+
+def _mp4_frames(image: ImageRef, container: Any, stream: Any) -> Iterator[Frame]:
+    ends: dict[int, int] = {}
+    # PyAV 19 keeps one reformatter for all frames of a process. Its threads do not survive a fork, so that a loader's
+    # worker would wait for them for ever after its parent has decoded a clip.
+    reformatter = _av().video.reformatter.VideoReformatter()
+    for packet in container.demux(stream):
+        if packet.pts is not None and packet.duration:
+            ends[packet.pts] = packet.pts + packet.duration
+        for frame in packet.decode():
+            if frame.pts is None:
+                raise image_error(image, DAMAGED, "a frame has no time")
+
+            def picture(frame: Any = frame) -> Image.Image:
+                return Image.fromarray(reformatter.reformat(frame, format="rgb24").to_ndarray())
+
+            yield Frame(frame.pts, ends.pop(frame.pts, frame.pts + 1), (frame.height, frame.width), picture)
 
 
 @contextmanager

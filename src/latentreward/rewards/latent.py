@@ -136,7 +136,7 @@ class LatentScorer(Reward):
 
     def check_prompts(self, prompts: Sequence[str]) -> None:
         """See :meth:`Reward.check_prompts`; a reward of edits takes no plain text, and one of texts no edit."""
-        check_sources(self.origin, prompts, self.model.backbone.sources)
+        check_sources(self.origin, prompts, self._model[0].backbone.sources)  # without reading weights
 
     @torch.no_grad()
     def encode_text(self, prompts: Sequence[str]) -> Conditioning:

@@ -51,12 +51,7 @@ class ShardFolder:
         """Write the plan of the task's next list of shards, values of JSON and prompts, on the first process."""
         todo = ShardList(self.folder / str(self._lists), name, list(shards))
         pictures: dict[ImageRef, int] = {}
-        packed, images = _packed(todo.shards, pictures), []
-        for image in pictures:
-            data = None if image.data is None else b64encode(image.data).decode()
-            paths = (None if path is None else str(path) for path in (image.path, image.root))
-            images.append([image.image_key, data, *paths])
-        plan = {"task": name, "shards": packed, "pictures": images}
+        plan = {"task": name, "shards": _packed(todo.shards, pictures), "pictures": [*map(_packed_image, pictures)]}
         write_file(todo.folder / PLAN, json.dumps(plan), KEPT)
         self._lists += 1
         return todo
@@ -169,10 +164,7 @@ class ShardList:
 def read_list(folder: Path) -> ShardList:
     """Read the plan of a list of shards; raises InputError if it is damaged."""
     plan = _read_object(folder / PLAN, task=str, shards=list)
-    pictures = [
-        ImageRef(key, data and b64decode(data), *(path and Path(path) for path in paths))
-        for key, data, *paths in plan.get("pictures", ())
-    ]
+    pictures = [_unpacked_image(*image) for image in plan.get("pictures", ())]
     return ShardList(folder, plan["task"], _unpacked(plan["shards"], pictures))
 
 
@@ -195,6 +187,11 @@ def _packed(value: Any, pictures: dict[ImageRef, int]) -> Any:
     return [_packed(one, pictures) for one in value] if isinstance(value, (list, tuple)) else value
 
 
+def _packed_image(image: ImageRef) -> list[str | None]:
+    data = None if image.data is None else b64encode(image.data).decode()
+    return [image.image_key, data, *(None if path is None else str(path) for path in (image.path, image.root))]
+
+
 def _unpacked(value: Any, pictures: Sequence[ImageRef]) -> Any:
     """Undo :func:`_packed`."""
     if isinstance(value, dict):
@@ -202,6 +199,10 @@ def _unpacked(value: Any, pictures: Sequence[ImageRef]) -> Any:
             return EditPrompt(value[EDIT], [pictures[place] for place in value["sources"]])
         return {name: _unpacked(one, pictures) for name, one in value.items()}
     return [_unpacked(one, pictures) for one in value] if isinstance(value, list) else value
+
+
+def _unpacked_image(key: str, data: str | None, *paths: str | None) -> ImageRef:
+    return ImageRef(key, data and b64decode(data), *(path and Path(path) for path in paths))
 
 
 def _read(path: Path) -> Any:

@@ -153,13 +153,7 @@ def write_hpdv3(
                 best, worst = (pair.first, pair.second) if pair.label == 1.0 else (pair.second, pair.first)
                 for picture in (best, worst):
                     (folder / "images" / f"{picture.uid}.jpg").write_bytes(picture.jpeg)
-                votes: dict[str, Any] = {"choice_dist": None, "confidence": None}
-                if rng.random() >= 0.1:
-                    gap, judges = best.utility - worst.utility, int(rng.integers(9, 20))
-                    # The preferred picture always gets the majority.
-                    wins = max(judges // 2 + 1, int(rng.binomial(judges, 1 / (1 + np.exp(-2 * gap)))))
-                    confidence = round(1.0 - 0.5 ** (2 * wins - judges + 1), 6)
-                    votes = {"choice_dist": [wins, judges - wins], "confidence": confidence}
+                votes = _draw_votes(best.utility - worst.utility, rng)
                 votes = votes if split == "train" else {}
                 model = "midjourney" if votes.get("confidence", 0.0) is None else "drawn"
                 keys = (f"images/{best.uid}.jpg", f"images/{worst.uid}.jpg")
@@ -284,3 +278,12 @@ def _write_pickapic_split(folder: Path, split: str, pairs: Sequence[Pair], rng: 
 
 def _worth(first: Picture, second: Picture) -> list[float]:
     return [getattr(picture, part) for part in PARTS for picture in (first, second)]
+
+
+def _draw_votes(gap: float, rng: np.random.Generator) -> dict[str, Any]:
+    """Draw votes and confidence of a pair by its gap in utility; the preferred picture always gets the majority."""
+    if rng.random() < 0.1:
+        return {"choice_dist": None, "confidence": None}
+    judges = int(rng.integers(9, 20))
+    wins = max(judges // 2 + 1, int(rng.binomial(judges, 1 / (1 + np.exp(-2 * gap)))))
+    return {"choice_dist": [wins, judges - wins], "confidence": round(1.0 - 0.5 ** (2 * wins - judges + 1), 6)}

@@ -111,15 +111,7 @@ class ImageFolder:
             row = self.rows.get((place, image))
             if row is None or not (self.folder / row["file"]).is_file():
                 found.append((place, image))
-                continue
-            same = row["prompt"] == str(texts[place])
-            if same:  # made of the pictures that the prompt edits, by their copies
-                files = source_files(int(row["place"]), texts[place])
-                copies = [(self.folder / name, picture) for name, picture in files.items()]
-                same = self._sources(row) == [*files] and all(
-                    copy.is_file() and copy.read_bytes() == image_bytes(picture) for copy, picture in copies
-                )
-            if not same:
+            elif row["prompt"] != str(texts[place]) or not self._edits(row, texts[place]):
                 raise InputError(
                     f"output_dir: {self.folder / row['file']} shows {row['prompt']!r}, not {texts[place]!r}, which is "
                     "there now; choose another output_dir"
@@ -136,6 +128,14 @@ class ImageFolder:
                 "restore it, or choose another output_dir"
             )
         return found
+
+    def _edits(self, row: Row, prompt: str) -> bool:
+        """Tell whether an image was made of the pictures that a prompt edits, by their copies."""
+        files = source_files(int(row["place"]), prompt)
+        if self._sources(row) != [*files]:
+            return False
+        copies = [(self.folder / name, image) for name, image in files.items()]
+        return all(copy.is_file() and copy.read_bytes() == image_bytes(image) for copy, image in copies)
 
     @interrupts_held()
     def add(self, made: Sequence[Made]) -> None:

@@ -246,10 +246,10 @@ def own_shape(reward: RewardModel) -> tuple[int, ...]:
 
 def tried_shape(reward: RewardModel) -> tuple[int, ...]:
     """Return the shape ``(C, [T,] h, w)`` of latents at which a model is tried: of training, or the native one."""
-    space, (*_, height, width) = reward.backbone.latent_space, own_shape(reward)
+    space, shape = reward.backbone.latent_space, own_shape(reward)
     if reward.image_sizes is None:
-        return own_shape(reward)
-    loader = reward.image_sizes.loader(height * space.downscale, width * space.downscale)
+        return shape
+    loader = reward.image_sizes.loader(*(side * space.downscale for side in shape[-2:]))
     return space.shape(loader.height, loader.width)
 
 

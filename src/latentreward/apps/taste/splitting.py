@@ -118,15 +118,7 @@ def _pooled(pools: Sequence[Pool], most: int, rng: np.random.Generator) -> Split
     by_prompt = len(pools) >= ENOUGH_PROMPTS
     parts: dict[str, list[RatedPair]] = {}
     if not by_prompt:
-        divided = []
-        for pool in pools:
-            sides = []
-            for side in (pool.chosen, pool.rejected):
-                first = {picture.content: picture for picture in side}  # one that occurs twice stays in one part
-                dealt = _dealt([first[content] for content in sorted(first)], rng)
-                sides.append({name: sorted(some, key=lambda one: one.content) for name, some in dealt.items()})
-            divided += [(name, Pool(pool.prompt, sides[0][name], sides[1][name])) for name in PARTS]
-        parts = _drawn(divided, most, rng)
+        parts = _drawn([part for pool in pools for part in _cut(pool, rng)], most, rng)
     if by_prompt or (len(pools) > len(PARTS) and min(map(len, parts.values())) < LEAST_PAIRS):
         divided = [(name, pool) for name, some in _dealt(pools, rng).items() for pool in some]
         by_prompt, parts = True, _drawn(divided, most, rng)
@@ -152,6 +144,16 @@ def _drawn(divided: Sequence[tuple[str, Pool]], most: int, rng: np.random.Genera
         for pool, number in zip(own, numbers.tolist(), strict=True):
             parts[name] += pool.draw(number, rng)
     return parts
+
+
+def _cut(pool: Pool, rng: np.random.Generator) -> list[tuple[str, Pool]]:
+    """Divide the pictures of both sides over the parts; a picture that occurs twice stays in one part."""
+    sides = []
+    for side in (pool.chosen, pool.rejected):
+        first = {picture.content: picture for picture in side}
+        dealt = _dealt([first[content] for content in sorted(first)], rng)
+        sides.append({name: sorted(some, key=lambda one: one.content) for name, some in dealt.items()})
+    return [(name, Pool(pool.prompt, sides[0][name], sides[1][name])) for name in PARTS]
 
 
 def _dealt(items: Sequence[Item], rng: np.random.Generator) -> dict[str, list[Item]]:

@@ -186,18 +186,11 @@ class EditPairReader(RowReader):
         name = source_name(source)
         super().__init__(Path(name).stem, split, **options)
         self._named: dict[int, list[ImageRef]] | None = None
-        file: Path | None = None  # of JSON or JSON lines; else the source is a table
-        if isinstance(source, str | Path):
-            places = [Path(source), *(Path(source, f"{split}{suffix}") for suffix in (".json", ".jsonl"))]
-            file = next((place for place in places if place.suffix in (".json", ".jsonl") and place.is_file()), None)
+        file = _json_file(source, split)
         self._rows = None if file else open_table(self, source, split, revision, config)
-        rows: list[tuple[str, Any]]  # name of each row, and the row or what is wrong with it
         if file is not None:
             self.folder = Path(root) if root else file.parent
-            if file.suffix == ".jsonl":
-                rows = [(f"{file.name}:{number}", parse_line(line)) for number, line in read_lines(file)]
-            else:
-                rows = [(f"{file.name}:{number}", as_object(row, "")) for number, row in enumerate(load_rows(file))]
+            rows = _read_json(file)
             names = set().union(*(row for _, row in rows[:FIRST_ROWS] if isinstance(row, dict)))
         else:
             names = set(self._rows.schemas()[0][1].names)  # type: ignore[union-attr]
@@ -212,12 +205,8 @@ class EditPairReader(RowReader):
         self.source, self.layout, self.axis = found, LAYOUTS[found], axis
         if axis != "overall" and not names.issuperset(self.layout.axes.get(axis, [""])):
             raise InputError(f"axis: {name} has no scores of {axis}; set overall, by which its pairs are judged")
-        if self._rows is not None:
-            images = [*dict.fromkeys(image.partition(".")[0] for image in (*self.layout.images, self.layout.source))]
-            self._rows.check_images(images, HINT, lists=True)
-            index = self._rows.read_index(dict.fromkeys(c for c in self.layout.columns() if c in names), HINT)
-            self._rows.open_images(images)
-            rows = [*zip(self._rows.row_names().to_pylist(), index.to_pylist(), strict=True)]
+        if file is None:
+            rows = self._read_table(names)
         parser = PairRowParser(self, partial(check_path, self, folder=self.folder) if file else None)
         pairs = [*self._expand(rows)]
         table = parser.table((name, place, fields) for place, (name, fields, _) in enumerate(pairs))
@@ -255,6 +244,14 @@ class EditPairReader(RowReader):
         if self._named is None:
             self._named = name_pictures(self._rows, self.layout.source, self.table.column("row").to_pylist())
         return self._named
+
+    def _read_table(self, names: set[str]) -> list[tuple[str, Any]]:
+        assert self._rows is not None
+        images = [*dict.fromkeys(image.partition(".")[0] for image in (*self.layout.images, self.layout.source))]
+        self._rows.check_images(images, HINT, lists=True)
+        index = self._rows.read_index(dict.fromkeys(c for c in self.layout.columns() if c in names), HINT)
+        self._rows.open_images(images)
+        return [*zip(self._rows.row_names().to_pylist(), index.to_pylist(), strict=True)]
 
     def _expand(self, rows: list[tuple[str, Any]]) -> Iterator[tuple[str, Any, int]]:
         """Yield the name of every pair, its fields in the names of ``pair_rows``, and its row's number."""
@@ -307,6 +304,21 @@ class EditPairReader(RowReader):
         if re.fullmatch(r"[A-Z][>=][A-Z]", text):  # of candidates A to D, the first is the one nearer to A
             return 0.5 if text[1] == "=" else float(text[0] < text[2])
         return VERDICTS.get(text.lower(), verdict)
+
+
+def _json_file(source: Source, split: str) -> Path | None:
+    """Return the JSON file or file of JSON lines of a split; None if the source is a table."""
+    if not isinstance(source, str | Path):
+        return None
+    places = [Path(source), *(Path(source, f"{split}{suffix}") for suffix in (".json", ".jsonl"))]
+    return next((place for place in places if place.suffix in (".json", ".jsonl") and place.is_file()), None)
+
+
+def _read_json(file: Path) -> list[tuple[str, Any]]:
+    """Read a JSON list or JSON lines: the name of each row, and the row or what is wrong with it."""
+    if file.suffix == ".jsonl":
+        return [(f"{file.name}:{number}", parse_line(line)) for number, line in read_lines(file)]
+    return [(f"{file.name}:{number}", as_object(row, "")) for number, row in enumerate(load_rows(file))]
 
 
 def find_layout(names: Collection[str]) -> str | None:

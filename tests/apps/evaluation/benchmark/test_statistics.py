@@ -173,7 +173,9 @@ def test_an_image_that_recurs_counts_once() -> None:
 
 def test_published_numbers_belong_to_protocols_and_name_their_source() -> None:
     assert {number["protocol"] for number in PUBLISHED} <= {*PROTOCOLS, AVERAGE}
-    assert all(0.01 < number["value"] < 0.9 and len(number["source"]) > 20 for number in PUBLISHED)
+    least = {"editreward_bench/4": 0.01}  # few groups of four results are ordered right by chance
+    assert all(least.get(number["protocol"], 0.1) < number["value"] < 0.9 for number in PUBLISHED)
+    assert all(len(number["source"]) > 20 for number in PUBLISHED)
     assert len({(number["protocol"], number["model"], number["source"]) for number in PUBLISHED}) == len(PUBLISHED)
     hpdv3 = {number["model"]: number["value"] for number in published_for(("hpdv3",))}
     assert (hpdv3["DiNa-LRM"], hpdv3["LRM-SDXL"], hpdv3["HPSv2"]) == (0.7504, 0.538, 0.653)
