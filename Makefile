@@ -7,9 +7,10 @@ VENV_PYTHON = .venv/bin/python
 BENCH ?=
 PARALLEL = --numprocesses=auto --maxprocesses=4
 
-.PHONY: demo test lint types docs tinyworld reproduce bench bench-gpu fullsize
+.PHONY: demo demo-edits test lint types docs tinyworld reproduce bench bench-gpu fullsize
 
 demo: .venv/.test ; $(VENV_PYTHON) -m tools.demo
+demo-edits: .venv/.test ; $(VENV_PYTHON) -m tools.demo --edits
 test: .venv/.test ; $(VENV_PYTHON) -m pytest -m "not slow and not gpu and not browser" $(PARALLEL)
 lint: .venv/.dev ; $(VENV_PYTHON) -m ruff check . && $(VENV_PYTHON) -m ruff format --check .
 types: .venv/.dev ; $(VENV_PYTHON) -m mypy

@@ -1,4 +1,7 @@
-"""``make demo``: train two tiny reward models, align the tiny generator with one of them, and print the results."""
+"""``make demo``: train two tiny reward models, align the tiny generator with one of them, and print the results.
+
+``make demo-edits`` pretrains a tiny editor, unless that was done before, and trains a reward of its edits.
+"""
 
 import argparse
 import os
@@ -15,9 +18,13 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from latentreward.metrics.bootstrap import bootstrap_interval
 from latentreward.settings.library_messages import silence_libraries
 from latentreward.tinyworld.comparison import Judged, before_and_after, judge_policy
+from tools.pretraining.editors import main as pretrain_editor
 
-CEILING = 0.870
+CEILING = "0.870   (the labels are noisy: the true utility itself agrees with this share)"
 """Accuracy of the true utility against the noisy labels, which no model can exceed."""
+BLIND = "0.715   (the most that a judge of the results alone could reach, who does not see what was edited)"
+"""Accuracy of edits' true utility given the results alone (configs/reproduce/edit_reward.yaml)."""
+EDITOR = "ip2p_tiny"
 GUIDANCE = 1.0
 """Guidance scale in alignment and for the pictures before and after."""
 
@@ -73,9 +80,17 @@ LPO = Training(
     ("--model.reward.path={output}/lrm_tiny/reward.ckpt", f"--model.guidance_scale={GUIDANCE}"),
     (("train/loss", "loss"), ("train/implicit_accuracy", "implicit accuracy")),
 )
+EDIT_REWARD = Training(
+    "reward_ip2p_tiny",
+    "A reward of edits: tiny InstructPix2Pix, which learns the judge's followed and kept",
+    ("configs/data/tinyworld_edits.yaml", "configs/edits/reward_ip2p_tiny.yaml", "configs/trainer/demo.yaml"),
+    ("--data.root={output}/data/tinyworld_edits", f"--model.backbone.source={{output}}/editors/{EDITOR}"),
+    (("train/loss", "loss"),),
+)
 LEVELS = {
     LRM: tuple((f"t{t}", f"t = {t}") for t in (1, 251, 501, 801)),
     DINA_LRM: (*((f"sigma{s}", f"σ = {s}") for s in (0.2, 0.5, 0.8)), ("ensemble", "ensemble")),
+    EDIT_REWARD: (*((f"sigma{s}", f"σ = {s}") for s in (0.1, 0.3, 0.5)), ("ensemble", "ensemble")),
 }
 """Noise levels of the evaluation for each run: (name in the log, printed name)."""
 
@@ -132,15 +147,15 @@ def progress(training: Training, output: Path, ended: bool) -> str:
     return f"{training.name} step {values[training.watched[0][0]][0] + 1}, " + ", ".join(shown)
 
 
-def report_rewards(output: Path) -> None:
+def report_rewards(trainings: Sequence[Training], output: Path) -> None:
     """Print the held-out accuracy at each noise level, and the paths of the results."""
-    for training, levels in LEVELS.items():
+    for training in trainings:
         folder = output / training.name
         values = scalars(folder)
         print(f"\n{training.title}\n  held-out pair accuracy against the drawn labels")
-        for level, label in levels:
+        for level, label in LEVELS[training]:
             print(f"    {label:<9} {values[f'val/accuracy_{level}'][1]:.3f}")
-        print(f"    ceiling   {CEILING:.3f}   (the labels are noisy: the true utility itself agrees with this share)")
+        print(f"    blind     {BLIND}" if training is EDIT_REWARD else f"    ceiling   {CEILING}")
         print("    chance    0.500")
         print(f"  picture of scored pairs  {folder / 'scored_pairs.png'}")
         print(f"  checkpoint               {folder / 'reward.ckpt'}")
@@ -162,19 +177,31 @@ def report_policy(output: Path, before: Judged) -> None:
     print(f"  LoRA for diffusers         {output / LPO.name / 'lora'}")
 
 
-def main() -> None:
-    """Run the demo."""
-    parser = argparse.ArgumentParser(prog="python -m tools.demo", description=__doc__)
-    parser.add_argument("--output", type=Path, default=Path("demo"), help="folder of all results (default: demo)")
-    arguments, options = parser.parse_known_args()
-    silence_libraries()
-    started, output = time.monotonic(), arguments.output
+def align_generator(output: Path, options: list[str]) -> None:
+    """Train both reward models, then align the generator with the LRM, and report each."""
     train((LRM, DINA_LRM), output, options)
-    report_rewards(output)
+    report_rewards((LRM, DINA_LRM), output)
     with ThreadPoolExecutor(1) as pool:
         before = pool.submit(judge_policy, "sd_tiny", None, GUIDANCE)
         train((LPO,), output, options)
         report_policy(output, before.result())
+
+
+def main() -> None:
+    """Run the demo."""
+    parser = argparse.ArgumentParser(prog="python -m tools.demo", description=__doc__)
+    parser.add_argument("--output", type=Path, default=Path("demo"), help="folder of all results (default: demo)")
+    parser.add_argument("--edits", action="store_true", help="whether to show a reward of edits instead")
+    arguments, options = parser.parse_known_args()
+    silence_libraries()
+    started, output = time.monotonic(), arguments.output
+    if arguments.edits:
+        print(f"{EDITOR}: pretrained once, in {output / 'editors'}", flush=True)
+        pretrain_editor([EDITOR, f"--output={output / 'editors'}"])
+        train((EDIT_REWARD,), output, options)
+        report_rewards((EDIT_REWARD,), output)
+    else:
+        align_generator(output, options)
     print(f"\nlearning curves and pictures: .venv/bin/tensorboard --logdir {output}")
     print(f"{time.monotonic() - started:.0f} s in all")
 

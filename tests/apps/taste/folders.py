@@ -1,5 +1,8 @@
 """Folders of small pictures of one's own."""
 
+import csv
+import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +12,9 @@ from PIL import Image
 def draw(path: Path, number: int, caption: str = "") -> Path:
     """Write a picture of which no other number has the same bytes, with a caption beside it unless that is empty."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(np.random.default_rng(number).integers(0, 255, (8, 8, 3), dtype=np.uint8)).save(path)
+    Image.fromarray(np.random.default_rng([number < 0, abs(number)]).integers(0, 255, (8, 8, 3), dtype=np.uint8)).save(
+        path
+    )
     if caption:
         path.with_suffix(".txt").write_text(caption, encoding="utf-8")
     return path
@@ -28,4 +33,20 @@ def unsorted_folder(folder: Path, pictures: int) -> Path:
     """Write pictures to rate."""
     for number in range(pictures):
         draw(folder / f"{number:03}.png", number)
+    return folder
+
+
+def edited_folder(folder: Path, texts: Sequence[str]) -> Path:
+    """Write two results for each edit, as ``latentreward generate`` does; each edits a picture of its own."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "generate.json").write_text("{}")
+    with (folder / "images.csv").open("w", newline="") as file:
+        table = csv.DictWriter(file, ["file", "prompt", "place", "image", "source_images"])
+        table.writeheader()
+        for place, text in enumerate(texts):
+            draw(folder / f"sources/{place}.png", -1 - place)
+            for image in range(2):
+                draw(folder / f"{place}_{image}.png", 2 * place + image)
+                row = {"file": f"{place}_{image}.png", "prompt": text, "place": place, "image": image}
+                table.writerow({**row, "source_images": json.dumps([f"sources/{place}.png"])})
     return folder

@@ -1,36 +1,22 @@
 """Edits of a generated folder are rated beside the pictures that were edited."""
 
-import csv
 import json
 import urllib.request
 from pathlib import Path
 
 import pytest
-from PIL import Image
 
 from latentreward.apps.taste.pairs import RATINGS, RatingReader, collect, from_ratings
 from latentreward.apps.taste.ratings import Ratings
 from latentreward.contracts import sources_of
 from latentreward.errors import InputError
-from tests.apps.taste.folders import draw
+from tests.apps.taste.folders import edited_folder
 from tests.apps.taste.rating_servers import rating_server
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """As ``latentreward generate`` writes it: two results for each of three edits, two of which have one text."""
-    (tmp_path / "generate.json").write_text("{}")
-    (tmp_path / "sources").mkdir()
-    with (tmp_path / "images.csv").open("w", newline="") as file:
-        table = csv.DictWriter(file, ["file", "prompt", "place", "image", "source_images"])
-        table.writeheader()
-        for place, text in enumerate(["make it red", "make it red", "make it blue"]):
-            Image.new("RGB", (32, 32), (80 * place, 0, 0)).save(tmp_path / f"sources/{place}.png")
-            for image in range(2):
-                draw(tmp_path / f"{place}_{image}.png", 2 * place + image)
-                row = {"file": f"{place}_{image}.png", "prompt": text, "place": place, "image": image}
-                table.writerow({**row, "source_images": json.dumps([f"sources/{place}.png"])})
-    return tmp_path
+    return edited_folder(tmp_path, ("make it red", "make it red", "make it blue"))
 
 
 def test_results_of_one_edit_are_compared_and_trained_on(folder: Path) -> None:

@@ -28,6 +28,8 @@ from latentreward.cli import main
 from latentreward.errors import InputError
 from latentreward.families.sd3 import StableDiffusion3
 from tests.apps.taste.folders import sorted_folder
+from tests.families.made_qwen_image_edit import qwen_image_edit_folder
+from tests.families.twins import TWINS
 from tests.tiny_pipelines import pipeline_folder
 
 PLAN = Plan(
@@ -90,6 +92,13 @@ def test_a_pipeline_is_told_by_its_class(tmp_path: Path) -> None:
     command = plan.tasks(0)[REWARD].command(Path("/w"))
     for argument in ("sd35_medium", "--model.backbone.source=" + str(tmp_path), "--trainer.precision=bf16-mixed"):
         assert any(argument in one for one in command)
+
+
+def test_an_editor_has_its_familys_size_and_guidance() -> None:
+    found = [find_base(folder) for folder in (pipeline_folder("ip2p_sd15"), TWINS["flux1_kontext"].folder)]
+    assert [(one.backbone, one.guidance) for one in found] == [("ip2p_sd15", 7.5), ("flux1_kontext", 2.5)]
+    assert find_base(TWINS["klein_base"].folder).backbone == "flux2_klein"
+    assert find_base(qwen_image_edit_folder()).backbone == "qwen_image_edit"
 
 
 def test_a_family_of_ones_own_reaches_every_step() -> None:

@@ -13,13 +13,19 @@ import torch
 
 from latentreward.apps.steps.running import RECORD
 from latentreward.apps.taste.pairs import RATINGS
+from latentreward.apps.taste.plan import JUDGED, PROMPTS
+from latentreward.apps.taste.ratings import Ratings
 from latentreward.apps.taste.results import HTML, JSON
 from latentreward.cli import main
+from latentreward.contracts import sources_of
+from latentreward.data.alignment.prompt_files import read_prompts
 from latentreward.tinyworld.pairs import draw_pairs
 from tests.apps.serving.processes import forked_server
 from tests.apps.steps.forked_steps import ForkedSteps
-from tests.apps.taste.folders import unsorted_folder
+from tests.apps.taste.folders import edited_folder, unsorted_folder
+from tests.families.twins import TWINS
 from tests.processes import start
+from tests.tiny_pipelines import pipeline_folder
 
 pytestmark = pytest.mark.slow
 SHORT = ("--base=sd_tiny", "--device=cpu", "--epochs=2", "--align_steps=2", "--num_prompts=2", "--align_always=true")
@@ -89,6 +95,26 @@ def test_other_tunings_and_an_optimiser_by_class_path(tmp_path: Path, tuning: st
     taste(str(folder), *SHORT, *extra, "--base=sd35_tiny")
     (config,) = (tmp_path / "work").glob("train-*/out/config.yaml")
     assert "class_path: torch.optim.SGD" in config.read_text() and "lr: 0.01" in config.read_text()
+
+
+@pytest.mark.rotated
+@pytest.mark.parametrize("editor", ["ip2p_sd15", "flux1_kontext"])
+def test_rated_edits_train_a_reward_and_align_an_editor(editor: str, tmp_path: Path, taste: Callable[..., str]) -> None:
+    folder, work = edited_folder(tmp_path / "mine", ["make it red", "make it blue"] * 12), tmp_path / "work"
+    ratings = Ratings(folder)
+    while ratings.next is not None:
+        ratings.rate(ratings.next.names, "a")
+    if (twin := TWINS.get(editor)) is None:
+        base = [f"--base={pipeline_folder(editor)}"]
+    else:
+        base = [f"--base={twin.folder}", f"--train_settings=['--model.backbone.visual_taps=[{twin.layers - 1}]']"]
+    taste(str(folder), *SHORT, *base, "--size=16", "--epochs=1", *ALIGN, "--align", f"--work={work}")
+    text = (work / HTML).read_text()
+    assert text.count('alt="picture before the edit"') == 6 + 2  # held-out pairs, and pictures before and after
+    (prompts,) = work.glob("prompts-*")
+    edits = read_prompts(str(prompts / PROMPTS)) + read_prompts(str(prompts / JUDGED))
+    assert len({*edits}) == 24 and all(len(sources_of(edit)) == 1 for edit in edits)
+    assert [*work.glob("align-*/out/lora/*.safetensors")]
 
 
 def test_a_quantised_base(tmp_path: Path, taste: Callable[..., str]) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from latentreward.apps.generation.image_folder import source_files
 from latentreward.apps.steps.tasks import Step, Task, resolve
 from latentreward.apps.taste.pairs import lines
 from latentreward.apps.taste.pictures import number_of
@@ -14,6 +15,7 @@ from latentreward.apps.taste.splitting import HELD_OUT, STOP, TRAIN, Split
 from latentreward.backbones.loading import SHIPPED, PipelineSource
 from latentreward.backbones.tuning import Tuning
 from latentreward.data.alignment.prompt_files import read_prompts
+from latentreward.data.images import image_bytes
 from latentreward.errors import InputError, errors_at
 from latentreward.families.find import find_family
 from latentreward.storage.digests import digest
@@ -52,6 +54,16 @@ BASES = {
     "StableDiffusion3Pipeline": Base("sd35_medium", 1024, 4.5),
 }
 """Class of a pipeline in diffusers → base; the LPO recipes' guidance for SD1.5 and SDXL, the pipeline's for SD3.5."""
+EDITORS = {
+    "StableDiffusionInstructPix2PixPipeline": "ip2p_sd15",
+    "StableDiffusionXLInstructPix2PixPipeline": "ip2p_sdxl",
+    "FluxKontextPipeline": "flux1_kontext",
+    "QwenImageEditPipeline": "qwen_image_edit",
+    "QwenImageEditPlusPipeline": "qwen_image_edit",
+    "Flux2KleinPipeline": "flux2_klein",
+}
+"""Class of an editor's pipeline in diffusers → backbone; size and guidance are those of its family."""
+OWN_BACKBONE = "latentreward.families.load_family_backbone"
 
 
 def find_base(source: str, family: str | None = None) -> Base:
@@ -65,14 +77,15 @@ def find_base(source: str, family: str | None = None) -> Base:
     if source in TINY_BASES and family is None:
         return TINY_BASES[source]
     with errors_at("base: "):
-        if family is not None:
-            own = find_family(PipelineSource(source), family)
-            return Base("latentreward.families.load_family_backbone", min(own.native_size), own.default_guidance)
-        kind = str(PipelineSource(source).index.get("_class_name"))
+        pipeline = PipelineSource(source)
+        kind = str(pipeline.index.get("_class_name"))
+        if family is not None or kind in EDITORS:
+            own = find_family(pipeline, family)
+            return Base(EDITORS[kind] if family is None else OWN_BACKBONE, min(own.native_size), own.default_guidance)
     if kind not in BASES:
         raise InputError(
-            f"base: {source!r} is a {kind}; taste takes {', '.join(BASES)}, or {', '.join(TINY_BASES)}; give "
-            "family for one of your own; for others see docs/data.md, which does the same by hand"
+            f"base: {source!r} is a {kind}; taste takes {', '.join([*BASES, *EDITORS, *TINY_BASES])}; give family for "
+            "one of your own; for others see docs/data.md, which does the same by hand"
         )
     return BASES[kind]
 
@@ -195,11 +208,11 @@ def write_pairs(work: Path, found: Split) -> Path:
     return write_once(work / "pairs", {PREFERENCES: lines(found.parts)})
 
 
-def write_once(beginning: Path, texts: Mapping[str, str]) -> Path:
+def write_once(beginning: Path, contents: Mapping[str, str | bytes]) -> Path:
     """Write files, by their names, into a folder named by ``beginning`` and by what they hold; return the folder."""
-    folder = beginning.with_name(f"{beginning.name}-{digest(texts.values())[:16]}")
-    for name, text in texts.items():
-        write_file(folder / name, text)
+    folder = beginning.with_name(f"{beginning.name}-{digest(contents.values())[:16]}")
+    for name, content in contents.items():
+        write_file(folder / name, content)
     return folder
 
 
@@ -216,15 +229,21 @@ def prompts_of(found: Split, file: Path | None) -> tuple[str, ...]:
 
 
 def write_prompts(work: Path, prompts: Sequence[str], seed: int) -> tuple[Path, str]:
-    """Write the prompts to align with, and those to draw pictures for; return their folder and a line on the choice."""
+    """Write the prompts to align with, and those to draw pictures for; return their folder and a line on the choice.
+
+    Pictures that a prompt edits are copied into the folder: prompts name files of their own folder only.
+    """
     order = np.random.default_rng(seed).permutation(len(prompts))
     kept = len(prompts) // 4 if len(prompts) >= ENOUGH else 0
-    judged, others = ([prompts[place] for place in some] for some in (order[:kept], order[kept:]))
-    texts = {
-        name: "".join(json.dumps({"prompt": prompt}, ensure_ascii=False) + "\n" for prompt in some)
-        for name, some in ((PROMPTS, others), (JUDGED, judged or others))
-    }
-    folder = write_once(work / "prompts", texts)
+    rows, pictures = [], dict[str, str | bytes]()
+    for place, prompt in enumerate(prompts):
+        copies = {name: image_bytes(image) for name, image in source_files(place, prompt).items()}
+        row: dict[str, object] = {"prompt": prompt} | ({"source_images": [*copies]} if copies else {})
+        rows.append(json.dumps(row, ensure_ascii=False) + "\n")
+        pictures |= copies
+    judged, others = ([rows[place] for place in some] for some in (order[:kept], order[kept:]))
+    texts = {name: "".join(some) for name, some in ((PROMPTS, others), (JUDGED, judged or others))}
+    folder = write_once(work / "prompts", texts | pictures)
     if kept:
         return folder, f"{len(others)} prompts to align with, {kept} others for the pictures before and after"
     told = f"{number_of(len(others), 'prompt')} to align with, and the same for the pictures"

@@ -13,6 +13,7 @@ from latentreward.apps.evaluation.policy.imported import find_pictures
 from latentreward.apps.taste.pictures import number_of
 from latentreward.apps.taste.plan import PREFERENCES, Plan
 from latentreward.apps.taste.splitting import HELD_OUT
+from latentreward.contracts import ImageRef, sources_of
 from latentreward.data.images import ImageError, decode_image
 from latentreward.data.readers.json_rows import file_image
 from latentreward.errors import InputError
@@ -36,6 +37,7 @@ class ScoredPair:
     rejected: str
     chosen_score: float
     rejected_score: float
+    sources: tuple[str, ...] = ()  # pictures that were edited
 
     @property
     def margin(self) -> float:
@@ -98,7 +100,7 @@ def measure(scores: Path, data: Path) -> Measured:
         paths = table["chosen_key"][places[0]], table["rejected_key"][places[0]]
         won = label > CHANCE  # `chosen` is the first picture of a pair whose label lies between
         both = (*paths, chosen, rejected) if won else (*paths[::-1], rejected, chosen)
-        pairs.append(ScoredPair(row["prompt"], *both))
+        pairs.append(ScoredPair(row["prompt"], *both, tuple(row.get("source_images", ()))))
         links.append((row["contents"][0], row["contents"][1]))
         sizes.append(pairs[-1].margin)
     if not pairs:
@@ -156,6 +158,7 @@ def _card(folder: Path, pair: ScoredPair) -> dict[str, Any]:
         "prompt": pair.prompt,
         "right": pair.margin > 0,
         "margin": f"{pair.margin:+.3f}",
+        "sources": [_uri(folder, path) for path in pair.sources],
         "pictures": [{"name": name, "uri": _uri(folder, path), "score": f"{score:.3f}"} for name, path, score in sides],
     }
 
@@ -168,6 +171,7 @@ def before_and_after(judged: Path) -> list[dict[str, Any]]:
     return [
         {
             "prompt": found["before"][file].prompt,
+            "sources": [_picture(image) for image in sources_of(found["before"][file].prompt or "")],
             "pictures": [{"name": title, "uri": _uri(folder, file)} for title, folder in folders.items()],
         }
         for file in common
@@ -175,8 +179,13 @@ def before_and_after(judged: Path) -> list[dict[str, Any]]:
 
 
 def _uri(folder: Path, path: str) -> str:
+    """Return the data URI of a picture of ``folder``."""
+    return _picture(file_image(folder, path))
+
+
+def _picture(image: ImageRef) -> str:
     """Return a picture's data URI; empty if it was removed meanwhile."""
     try:
-        return picture_uri(decode_image(file_image(folder, path), exif="apply"), side=384)
+        return picture_uri(decode_image(image, exif="apply"), side=384)
     except ImageError:
         return ""
