@@ -37,7 +37,7 @@ def test_without_t5_it_is_told_of_clip(caplog: pytest.LogCaptureFixture) -> None
 
 
 WIDTHS = ("joint_attention_dim", "cap_feat_dim", "text_dim", "text_in_dim", "text_hidden_dim", "pooled_projection_dim")
-WIDTHS += ("text_emb_dim",)
+WIDTHS += ("text_emb_dim", "llm_features_dim")
 
 
 @pytest.mark.parametrize(("twin", "number"), [*((twin, 0) for twin in TOLD), (TWINS["flux1_dev"], 1)])

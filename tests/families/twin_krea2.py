@@ -9,10 +9,10 @@ from diffusers import (
     Krea2Pipeline,
     Krea2Transformer2DModel,
 )
-from transformers import Qwen3VLConfig, Qwen3VLModel
 
 from tests.families.made_qwen_image import tokenizer
 from tests.families.made_wan21 import vae
+from tests.families.qwen3_vl import text_encoder
 from tests.families.twin_qwen_image import packed, unpacked
 from tests.families.twins import Twin
 from tests.tiny_pipelines import WIDTH
@@ -20,29 +20,12 @@ from tests.tiny_pipelines import WIDTH
 LAYERS = (1, 3)
 
 
-def text_encoder(rows: int) -> Qwen3VLModel:
-    """A language model of one layer more than is read, and a vision tower that must never be read."""
-    text = {
-        "vocab_size": rows,
-        "hidden_size": WIDTH,
-        "intermediate_size": 2 * WIDTH,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 1,
-        "head_dim": 12,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 5000000.0, "mrope_section": [2, 2, 2]},
-    }
-    vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": WIDTH,
-              "num_position_embeddings": 16, "deepstack_visual_indexes": [0]}  # fmt: skip
-    return Qwen3VLModel(Qwen3VLConfig(text_config=text, vision_config=vision))
-
-
 def pipeline(distilled: bool) -> DiffusionPipeline:
     words = tokenizer()
     return Krea2Pipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, max_image_seq_len=6400),
         vae=vae(AutoencoderKLQwenImage),
-        text_encoder=text_encoder(len(words)),
+        text_encoder=text_encoder(len(words), 4),  # one layer more than is read
         tokenizer=words,
         transformer=Krea2Transformer2DModel(
             num_layers=4,

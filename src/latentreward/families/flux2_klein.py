@@ -8,7 +8,7 @@ pass; the distilled models take none.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -254,13 +254,16 @@ class Flux2Klein(FlowFamily):
         return (*dual, "single_stream_modulation", *(() if number or text else ("context_embedder",)))
 
 
-def normalised_space(family: FlowFamily) -> LatentSpace:
-    """Return the space of a VAE of FLUX.2, whose statistics are read from its weights."""
+def normalised_space(family: FlowFamily, arrange: Callable[[Tensor], Tensor] = Tensor.detach) -> LatentSpace:
+    """Return the space of a VAE of FLUX.2, whose statistics are read from its weights.
+
+    ``arrange`` brings statistics into the order of the latents' channels, (c, dy, dx).
+    """
     channels = 4 * family.entry("vae", "latent_channels", int)
     halvings = len(entries(family.pipeline.config("vae"), "block_out_channels", int, family.named("vae")))
     eps = float(family.entry("vae", "batch_norm_eps", float, 1e-4))
     tensors = family.pipeline.tensors("vae", ["bn.running_mean", "bn.running_var"])
-    values = [tensor.detach().to("cpu", torch.float32).contiguous().numpy() for tensor in tensors]
+    values = [arrange(tensor).detach().to("cpu", torch.float32).contiguous().numpy() for tensor in tensors]
     return LatentSpace(channels, 2**halvings, statistics=digest([*values, repr(eps)]))
 
 

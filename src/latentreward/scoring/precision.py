@@ -16,7 +16,8 @@ PRODUCTS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 EXACT = re.compile(
     r"(^|\.)(time_\w+|[tp]_embedder|add_embedding|\w+_modulation(_\w+)?|(img|txt)_mod|norm(\d|_out)?(_context)?"
     r"|distilled_guidance_layer|pos_embed|(all_)?x_embedder|patch_embedding|img_in|context_embedder|cap_embedder"
-    r"|text_embedder|text_proj|txt_in|caption_projection|projector)(\.|$)"
+    r"|text_embedder|text_proj|txt_in|caption_projection|projector|t_embedding|adaln_proj|input_proj|llm_cond_proj"
+    r")(\.|$)"
 )
 """Names of layers that stay float32: those of time embedding and modulation, which are cheap (one vector per image) and
 affect all tokens, and a transformer's patch and text embeddings."""
