@@ -15,7 +15,8 @@ import torch
 from PIL import Image, ImageSequence
 from torch import Tensor
 
-from latentreward.contracts import ImageRef, PromptBatch, sources_of
+from latentreward.contracts import PromptBatch
+from latentreward.data.alignment.prompt_files import source_files
 from latentreward.data.images import image_bytes, png
 from latentreward.data.readers.json_rows import parse_json, short
 from latentreward.errors import InputError, first_line
@@ -55,12 +56,6 @@ def file_name(place: int, image: int, prompt: str, suffix: str = ".png") -> str:
     ascii_only = unicodedata.normalize("NFKD", prompt).encode("ascii", "ignore").decode().lower()
     words = re.sub(r"[^a-z0-9]+", "-", ascii_only).strip("-")[:60].rstrip("-")
     return "_".join([f"{place:05d}", str(image), *([words] if words else [])]) + suffix
-
-
-def source_files(place: int, prompt: str) -> dict[str, ImageRef]:
-    """Return the pictures that a prompt edits by the names of their copies in a folder of generated images."""
-    images = enumerate(sources_of(prompt))
-    return {f"sources/{place:05d}_{number}{Path(image.image_key).suffix}": image for number, image in images}
 
 
 class ImageFolder:

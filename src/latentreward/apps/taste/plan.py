@@ -7,14 +7,13 @@ from pathlib import Path
 
 import numpy as np
 
-from latentreward.apps.generation.image_folder import source_files
 from latentreward.apps.steps.tasks import Step, Task, resolve
 from latentreward.apps.taste.pairs import lines
 from latentreward.apps.taste.pictures import number_of
 from latentreward.apps.taste.splitting import HELD_OUT, STOP, TRAIN, Split
 from latentreward.backbones.loading import SHIPPED, PipelineSource
 from latentreward.backbones.tuning import Tuning
-from latentreward.data.alignment.prompt_files import read_prompts
+from latentreward.data.alignment.prompt_files import read_prompts, source_files
 from latentreward.data.images import image_bytes
 from latentreward.errors import InputError, errors_at
 from latentreward.families.find import find_family

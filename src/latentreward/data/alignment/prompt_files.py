@@ -10,7 +10,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from latentreward.contracts import EditPrompt, ImageRef
+from latentreward.contracts import EditPrompt, ImageRef, sources_of
 from latentreward.data.images import ImageError, read_header
 from latentreward.data.list_rows import read_rows
 from latentreward.data.readers.base import MAX_PROMPT_CHARS
@@ -191,3 +191,9 @@ def row_sources(row: Row, folder: Path) -> list[ImageRef]:
         except ImageError as error:
             raise InputError(f": {error}; replace the file, or leave the row out") from error
     return sources
+
+
+def source_files(place: int, prompt: str) -> dict[str, ImageRef]:
+    """Return the pictures that the prompt at index ``place`` edits by the names of their copies beside a list."""
+    images = enumerate(sources_of(prompt))
+    return {f"sources/{place:05d}_{number}{Path(image.image_key).suffix}": image for number, image in images}
