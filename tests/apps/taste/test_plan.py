@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from latentreward.apps.taste.pairs import RatedPair, collect
+from latentreward.apps.taste.pairs import RATINGS, RatedPair, collect
 from latentreward.apps.taste.pictures import Picture
 from latentreward.apps.taste.plan import (
     ALIGN,
@@ -19,15 +19,20 @@ from latentreward.apps.taste.plan import (
     SCORES,
     Plan,
     find_base,
+    fitting,
     prompts_of,
     write_pairs,
     write_prompts,
 )
+from latentreward.apps.taste.ratings import Ratings
 from latentreward.apps.taste.splitting import Split, split
 from latentreward.cli import main
+from latentreward.contracts import EditPrompt, ImageRef, sources_of
+from latentreward.data.alignment.prompt_files import read_prompts
+from latentreward.data.images import image_bytes
 from latentreward.errors import InputError
 from latentreward.families.sd3 import StableDiffusion3
-from tests.apps.taste.folders import sorted_folder
+from tests.apps.taste.folders import edited_folder, sorted_folder
 from tests.families.made_qwen_image_edit import qwen_image_edit_folder
 from tests.families.twins import TWINS
 from tests.tiny_pipelines import pipeline_folder
@@ -96,9 +101,50 @@ def test_a_pipeline_is_told_by_its_class(tmp_path: Path) -> None:
 
 def test_an_editor_has_its_familys_size_and_guidance() -> None:
     found = [find_base(folder) for folder in (pipeline_folder("ip2p_sd15"), TWINS["flux1_kontext"].folder)]
-    assert [(one.backbone, one.guidance) for one in found] == [("ip2p_sd15", 7.5), ("flux1_kontext", 2.5)]
+    assert [(one.backbone, one.size, one.guidance) for one in found] == [
+        ("ip2p_sd15", 16, 7.5),
+        ("flux1_kontext", 1024, 2.5),
+    ]
+    checkpointed = ["--model.policy.gradient_checkpointing=true" in one.alignment for one in found]
+    assert checkpointed == [False, True]
     assert find_base(TWINS["klein_base"].folder).backbone == "flux2_klein"
     assert find_base(qwen_image_edit_folder()).backbone == "qwen_image_edit"
+
+
+def test_prompts_carry_copies_of_their_own_pictures(tmp_path: Path) -> None:
+    mine = edited_folder(tmp_path / "mine", [f"make it {number}" for number in range(3)])
+    given = dict(zip(("a", "b", "c"), sorted((mine / "sources").iterdir()), strict=True))
+    inside = ImageRef("", data=given["c"].read_bytes())  # as of parquet, without a name
+    edits = [EditPrompt("a", [ImageRef("a.png", path=given["a"])]), EditPrompt("b", [ImageRef("b", path=given["b"])])]
+    folder, _ = write_prompts(tmp_path, [*edits, EditPrompt("c", [inside])], 0)
+    read = {prompt: sources_of(prompt) for prompt in read_prompts(str(folder / PROMPTS))}
+    assert {str(prompt): image_bytes(image) for prompt, (image,) in read.items()} == {
+        text: file.read_bytes() for text, file in given.items()
+    }
+
+
+def test_pairs_that_the_base_does_not_take_are_left_out(tmp_path: Path) -> None:
+    ratings = Ratings(edited_folder(tmp_path, ["make it red"] * 24))
+    while ratings.next is not None:
+        ratings.rate(ratings.next.names, "a")
+    (tmp_path / "sources/3.png").unlink()
+    (tmp_path / "sources/5.png").write_text("no picture")
+    lines = [json.loads(line) for line in (tmp_path / RATINGS).read_text().splitlines()]
+    del lines[7]["source_images"]
+    (tmp_path / RATINGS).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    found = collect(tmp_path)
+    assert any("sources/5.png" in remark for remark in found.remarks)
+    editor = pipeline_folder("ip2p_sd15")
+    kept = fitting(found, editor, None)
+    assert kept.remarks[-1] == "left out, InstructPix2Pix takes 1 pictures to edit; 1 pair with 0"
+    assert len(kept.pairs) == len(found.pairs) - 1 and all(len(sources_of(pair.prompt)) == 1 for pair in kept.pairs)
+    told = "base: .* takes 0 pictures to edit; .* pairs with 1; give an editor for rated edits"
+    with pytest.raises(InputError, match=told):
+        fitting(found, "sd_tiny", None)
+    plain = tmp_path / "plain.txt"
+    plain.write_text("a cat")
+    with pytest.raises(InputError, match="prompts: 'a cat': InstructPix2Pix takes 1 picture to edit, and 0 were given"):
+        prompts_of(split(kept, 500, 0), plain, editor, None)
 
 
 def test_a_family_of_ones_own_reaches_every_step() -> None:
@@ -126,7 +172,7 @@ def test_equal_pairs_are_written_once_and_prompts_are_kept_apart(tmp_path: Path)
     parts = split(collect(sorted_folder(tmp_path / "mine", 30, prompts=20)), 500, 0)
     first = write_pairs(tmp_path, parts)
     assert first == write_pairs(tmp_path, parts) != write_pairs(tmp_path, split(collect(tmp_path / "mine"), 500, 1))
-    folder, line = write_prompts(tmp_path, prompts_of(parts, None), 0)
+    folder, line = write_prompts(tmp_path, prompts_of(parts, None, "sd_tiny", None), 0)
     trained, judged = (
         {json.loads(row)["prompt"] for row in (folder / name).read_text().splitlines()} for name in (PROMPTS, JUDGED)
     )
@@ -143,9 +189,9 @@ def test_an_alignment_without_prompts_is_refused(tmp_path: Path, capsys: pytest.
     assert not (tmp_path / "work").exists()
     one = RatedPair("", Picture("a", "a", ""), Picture("b", "b", ""), 1.0)
     with pytest.raises(InputError, match=r"prompts: .*missing.txt does not exist"):
-        prompts_of(Split({"train": [one]}, ""), tmp_path / "missing.txt")
+        prompts_of(Split({"train": [one]}, ""), tmp_path / "missing.txt", "sd_tiny", None)
     with pytest.raises(InputError, match=r"prompts: .*/missing does not exist"):
-        prompts_of(Split({"train": [one]}, ""), tmp_path / "missing")
+        prompts_of(Split({"train": [one]}, ""), tmp_path / "missing", "sd_tiny", None)
 
 
 def test_a_mistyped_folder_is_refused_and_not_created(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

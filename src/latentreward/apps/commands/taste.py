@@ -20,7 +20,10 @@ if TYPE_CHECKING:
 
 LARGEST = 4096
 """Largest ``size``: even an estimate of much larger images runs out of memory."""
-REMEDY = "take --tuning frozen, a smaller --batch_size or --size, or a base that is quantised by --train_settings"
+REMEDY = (
+    "take --tuning frozen, a smaller --batch_size or --size, or a base that is quantised by --train_settings; for the "
+    "alignment a smaller data.batch_size or data.prompts_per_rollout by --align_settings"
+)
 SD15 = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 
 
@@ -73,7 +76,8 @@ def taste(
         estimate: Whether to only compute the memory and hours that the trainings need, from configs, and compare the
             memory with what is here.
         base: Pipeline that the reward reads and that is aligned: a folder or hub id of SD1.5, SDXL or SD3.5, or
-            ``sd_tiny``, ``sd35_tiny``; with ``family`` any of that family.
+            ``sd_tiny``, ``sd35_tiny``; for rated edits an editor: FLUX.1-Kontext, Qwen-Image-Edit, FLUX.2-klein,
+            InstructPix2Pix; with ``family`` any of that family.
         family: Import path of the base's family, for a family of your own; its module is imported by all steps. Set the
             blocks that the reward reads by ``train_settings``.
         tuning: Weights that train besides the head: ``frozen`` (none), ``lora`` (adapters) or ``full`` (all); ``auto``
@@ -87,7 +91,8 @@ def taste(
         lr: Learning rate of the reward; by default one for the tuning and the base.
         patience: Passes without a lower loss on the pairs to stop by, after which the training ends.
         optimizer: Class of the reward's optimiser, such as bitsandbytes.optim.AdamW8bit; AdamW by default.
-        prompts: File of prompts for the alignment and its pictures; by default the captions of the pictures.
+        prompts: File of prompts for the alignment and its pictures, for an editor with a column ``source_images``; by
+            default the captions of the pictures.
         align_always: Whether to align even if the reward may be no better than a coin.
         align_steps: Optimiser steps of the alignment; by default 100, of a shipped tiny base 24.
         guidance_scale: Guidance scale of the alignment and its pictures; that of the base by default.
@@ -125,14 +130,15 @@ def taste(
     if device == "gpu" and not estimate:
         find_device("cuda")
     found = collect(folder, pairing)
+    plans.find_base(base, family)
+    found = plans.fitting(found, base, family)
     print(found.how)
     for remark in found.remarks:
         tell(remark)
     parts = split(found, pairs, seed)
     counts = {name: len(some) for name, some in parts.parts.items()}
     print(f"split {parts.how}: {', '.join(f'{number} {name}' for name, number in counts.items())}", flush=True)
-    told = plans.prompts_of(parts, prompts) if align else None
-    plans.find_base(base, family)
+    told = plans.prompts_of(parts, prompts, base, family) if align else None
     if size is not None:
         check_size(size, base, family)
     chosen: Tuning = ("frozen" if counts[TRAIN] < plans.FROZEN_BELOW else "lora") if tuning == "auto" else tuning

@@ -220,7 +220,8 @@ def from_ratings(folder: Path) -> Collection:
     pairs, lost = [], 0
     for row in range(len(reader)):
         pair = reader[row]
-        for image in (pair.image_a, pair.image_b):
+        images = (pair.image_a, pair.image_b, *sources_of(pair.prompt))
+        for image in images:
             key = image.image_key
             if key in pictures or key in unreadable:
                 continue
@@ -231,7 +232,7 @@ def from_ratings(folder: Path) -> Collection:
                 continue
             assert image.path is not None
             pictures[key] = Picture(key, digest([image.path.read_bytes()]), "")
-        keys = [image.image_key for image in (pair.image_a, pair.image_b)]
+        keys = [image.image_key for image in images]
         if pair.label_a is None or any(key in unreadable for key in keys):
             lost += 1
         else:

@@ -2,17 +2,18 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 
 from latentreward.apps.steps.tasks import Step, Task, resolve
-from latentreward.apps.taste.pairs import lines
+from latentreward.apps.taste.pairs import LEAST, Collection, lines
 from latentreward.apps.taste.pictures import number_of
 from latentreward.apps.taste.splitting import HELD_OUT, STOP, TRAIN, Split
 from latentreward.backbones.loading import SHIPPED, PipelineSource
 from latentreward.backbones.tuning import Tuning
+from latentreward.contracts import sources_of, sources_wanted
 from latentreward.data.alignment.prompt_files import read_prompts, source_files
 from latentreward.data.images import image_bytes
 from latentreward.errors import InputError, errors_at
@@ -62,6 +63,8 @@ EDITORS = {
     "Flux2KleinPipeline": "flux2_klein",
 }
 """Class of an editor's pipeline in diffusers → backbone; size and guidance are those of its family."""
+EDITING = ("--model.policy.gradient_checkpointing=true", "--data.batch_size=4", "--data.prompts_per_rollout=2")
+"""Settings by which the alignment of an editor's large transformer needs a fraction of the memory."""
 OWN_BACKBONE = "latentreward.families.load_family_backbone"
 
 
@@ -80,13 +83,36 @@ def find_base(source: str, family: str | None = None) -> Base:
         kind = str(pipeline.index.get("_class_name"))
         if family is not None or kind in EDITORS:
             own = find_family(pipeline, family)
-            return Base(EDITORS[kind] if family is None else OWN_BACKBONE, min(own.native_size), own.default_guidance)
+            found = Base(OWN_BACKBONE, min(own.native_size), own.default_guidance)
+            if family is not None:
+                return found
+            found = replace(found, backbone=EDITORS[kind])
+            return replace(found, alignment=(*found.alignment, *EDITING)) if pipeline.has("transformer") else found
     if kind not in BASES:
         raise InputError(
             f"base: {source!r} is a {kind}; taste takes {', '.join([*BASES, *EDITORS, *TINY_BASES])}; give family for "
             "one of your own; for others see docs/data.md, which does the same by hand"
         )
     return BASES[kind]
+
+
+def fitting(found: Collection, base: str, family: str | None) -> Collection:
+    """Leave out pairs that edit another number of pictures than the base takes, with a remark.
+
+    Raises:
+        InputError: If fewer than :data:`LEAST` pairs are left.
+    """
+    own, numbers = find_family(PipelineSource(base), family), {0 for _ in found.pools}
+    numbers |= {len(sources_of(pair.prompt)) for pair in found.pairs}
+    odd = {number: wanted for number in sorted(numbers) if (wanted := sources_wanted(number, own.sources))}
+    if not odd:
+        return found
+    kept = [pair for pair in found.pairs if len(sources_of(pair.prompt)) not in odd]
+    (number, wanted), *_ = odd.items()
+    told = f"{own.title} takes {wanted} pictures to edit; {number_of(found.possible - len(kept), 'pair')} with {number}"
+    if len(kept) < LEAST:
+        raise InputError(f"base: {told}; give an editor for rated edits, and a generator for other pairs")
+    return replace(found, pairs=kept, remarks=[*found.remarks, f"left out, {told}"])
 
 
 @dataclass(frozen=True)
@@ -215,16 +241,23 @@ def write_once(beginning: Path, contents: Mapping[str, str | bytes]) -> Path:
     return folder
 
 
-def prompts_of(found: Split, file: Path | None) -> tuple[str, ...]:
-    """Return the prompts of the alignment: a file's, or all captions; raise InputError if there are none."""
+def prompts_of(found: Split, file: Path | None, base: str, family: str | None) -> tuple[str, ...]:
+    """Return the prompts of the alignment: a file's, or all captions.
+
+    Raises:
+        InputError: If there are none, or the base does not take one of them.
+    """
     if file is not None:
         if not file.exists():  # the reader would first name the endings that it takes
             raise InputError(f"prompts: {file} does not exist; give a text file with one prompt per line")
-        return read_prompts(str(file), "prompts")
-    captions = [pair.prompt for pairs in found.parts.values() for pair in pairs if pair.prompt]
-    if not captions:
+        told = read_prompts(str(file), "prompts")
+    else:
+        captions = [pair.prompt for pairs in found.parts.values() for pair in pairs if pair.prompt]
+        told = tuple(dict.fromkeys(captions))
+    if not told:
         raise InputError("align needs prompts, and no picture has a caption; give --prompts a file, one prompt a line")
-    return tuple(dict.fromkeys(captions))
+    find_family(PipelineSource(base), family).check_prompts(told, "prompts")
+    return told
 
 
 def write_prompts(work: Path, prompts: Sequence[str], seed: int) -> tuple[Path, str]:

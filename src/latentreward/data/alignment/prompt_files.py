@@ -196,4 +196,4 @@ def row_sources(row: Row, folder: Path) -> list[ImageRef]:
 def source_files(place: int, prompt: str) -> dict[str, ImageRef]:
     """Return the pictures that the prompt at index ``place`` edits by the names of their copies beside a list."""
     images = enumerate(sources_of(prompt))
-    return {f"sources/{place:05d}_{number}{Path(image.image_key).suffix}": image for number, image in images}
+    return {f"sources/{place:05d}_{number}{Path(image.image_key).suffix[:8]}": image for number, image in images}
