@@ -162,6 +162,15 @@ def _same_numbers() -> Iterator[None]:
 
 
 @pytest.fixture
+def package_backbones(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only backbones of the package are registered: a message lists a bounded number of names, and tests add more."""
+    from latentreward.backbones import registry
+
+    own = {name: path for name, path in registry.backbone_names().items() if path.startswith("latentreward.")}
+    monkeypatch.setattr(registry, "_PATHS", own)
+
+
+@pytest.fixture
 def bases_here(monkeypatch: pytest.MonkeyPatch) -> None:
     """The folder of the tiny pipelines is the current one: a model folder names a local base without its place."""
     from tests.tiny_pipelines import pipeline_folder

@@ -22,7 +22,7 @@ from lightning.pytorch.callbacks import ModelSummary, ProgressBar, RichModelSumm
 
 import latentreward
 from latentreward.cli import COMMANDS, main
-from latentreward.errors import LONGEST_LIST, NO_GPU, InputError, did_you_mean, one_line
+from latentreward.errors import NO_GPU, InputError, did_you_mean, one_line
 from latentreward.scoring.layouts.run import settings_beside
 from latentreward.settings.errors import UNSET
 from latentreward.storage.locks import locked
@@ -325,7 +325,7 @@ def test_a_reader_that_ends_early_is_no_error() -> None:
 def test_did_you_mean() -> None:
     assert did_you_mean("FilmHead", ["FiLMHead", "Other"]) == "; did you mean 'FiLMHead'?"
     assert did_you_mean("zzz", ["b", "a"]) == "; choose from a, b"
-    assert did_you_mean("zzz", []) == did_you_mean("zzz", map(str, range(LONGEST_LIST + 1))) == ""
+    assert did_you_mean("zzz", []) == did_you_mean("zzz", map(str, range(31))) == ""
 
 
 class Unreadable(torch.utils.data.Dataset):

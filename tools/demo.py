@@ -20,9 +20,9 @@ from latentreward.settings.library_messages import silence_libraries
 from latentreward.tinyworld.comparison import Judged, before_and_after, judge_policy
 from tools.pretraining.editors import main as pretrain_editor
 
-CEILING = "0.870   (the labels are noisy: the true utility itself agrees with this share)"
+CEILING = "ceiling   0.870   (the labels are noisy: the true utility itself agrees with this share)"
 """Accuracy of the true utility against the noisy labels, which no model can exceed."""
-BLIND = "0.715   (the most that a judge of the results alone could reach, who does not see what was edited)"
+BLIND = "blind     0.715   (the most that a judge of the results alone could reach, who does not see what was edited)"
 """Accuracy of edits' true utility given the results alone (configs/reproduce/edit_reward.yaml)."""
 EDITOR = "ip2p_tiny"
 GUIDANCE = 1.0
@@ -155,7 +155,7 @@ def report_rewards(trainings: Sequence[Training], output: Path) -> None:
         print(f"\n{training.title}\n  held-out pair accuracy against the drawn labels")
         for level, label in LEVELS[training]:
             print(f"    {label:<9} {values[f'val/accuracy_{level}'][1]:.3f}")
-        print(f"    blind     {BLIND}" if training is EDIT_REWARD else f"    ceiling   {CEILING}")
+        print(f"    {BLIND if training is EDIT_REWARD else CEILING}")
         print("    chance    0.500")
         print(f"  picture of scored pairs  {folder / 'scored_pairs.png'}")
         print(f"  checkpoint               {folder / 'reward.ckpt'}")

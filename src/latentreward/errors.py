@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from traceback import walk_tb
 
-LONGEST_LIST = 50
+LONGEST_LIST = 30
 """Number of valid names up to which an error message lists all of them."""
 
 LIGHTNING_NO_GPU = "No supported gpu backend found"

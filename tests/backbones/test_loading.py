@@ -200,6 +200,7 @@ def test_network_that_takes_other_latents_than_the_vae_makes(
     refused(name, folder, "takes 9 channels, but the VAE makes latents of .*4 channels")
 
 
+@pytest.mark.usefixtures("package_backbones")
 def test_unknown_backbone() -> None:
     with pytest.raises(InputError, match=re.escape("unknown backbone 'sd35_medum'; did you mean 'sd35_medium'?")):
         create_backbone("sd35_medum", source="x")

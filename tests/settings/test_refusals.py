@@ -239,6 +239,7 @@ def test_callbacks_that_lightning_cannot_tell_apart(capsys) -> None:
         ],
     ),
 )
+@pytest.mark.usefixtures("package_backbones")
 def test_a_wrong_value_says_what_to_write(setting: str, line: str, capsys) -> None:
     assert refusal(capsys, *FIT, setting).startswith(line)
 

@@ -18,6 +18,7 @@ from latentreward.apps.taste.plan import (
     REWARD,
     SCORES,
     Plan,
+    family_of,
     find_base,
     fitting,
     prompts_of,
@@ -134,17 +135,17 @@ def test_pairs_that_the_base_does_not_take_are_left_out(tmp_path: Path) -> None:
     (tmp_path / RATINGS).write_text("".join(json.dumps(line) + "\n" for line in lines))
     found = collect(tmp_path)
     assert any("sources/5.png" in remark for remark in found.remarks)
-    editor = pipeline_folder("ip2p_sd15")
-    kept = fitting(found, editor, None)
+    editor = family_of(pipeline_folder("ip2p_sd15"), None)
+    kept = fitting(found, editor)
     assert kept.remarks[-1] == "left out, InstructPix2Pix takes 1 pictures to edit; 1 pair with 0"
     assert len(kept.pairs) == len(found.pairs) - 1 and all(len(sources_of(pair.prompt)) == 1 for pair in kept.pairs)
     told = "base: .* takes 0 pictures to edit; .* pairs with 1; give an editor for rated edits"
     with pytest.raises(InputError, match=told):
-        fitting(found, "sd_tiny", None)
+        fitting(found, family_of("sd_tiny", None))
     plain = tmp_path / "plain.txt"
     plain.write_text("a cat")
     with pytest.raises(InputError, match="prompts: 'a cat': InstructPix2Pix takes 1 picture to edit, and 0 were given"):
-        prompts_of(split(kept, 500, 0), plain, editor, None)
+        prompts_of(split(kept, 500, 0), plain, editor)
 
 
 def test_a_family_of_ones_own_reaches_every_step() -> None:
@@ -172,7 +173,7 @@ def test_equal_pairs_are_written_once_and_prompts_are_kept_apart(tmp_path: Path)
     parts = split(collect(sorted_folder(tmp_path / "mine", 30, prompts=20)), 500, 0)
     first = write_pairs(tmp_path, parts)
     assert first == write_pairs(tmp_path, parts) != write_pairs(tmp_path, split(collect(tmp_path / "mine"), 500, 1))
-    folder, line = write_prompts(tmp_path, prompts_of(parts, None, "sd_tiny", None), 0)
+    folder, line = write_prompts(tmp_path, prompts_of(parts, None, family_of("sd_tiny", None)), 0)
     trained, judged = (
         {json.loads(row)["prompt"] for row in (folder / name).read_text().splitlines()} for name in (PROMPTS, JUDGED)
     )
@@ -189,9 +190,9 @@ def test_an_alignment_without_prompts_is_refused(tmp_path: Path, capsys: pytest.
     assert not (tmp_path / "work").exists()
     one = RatedPair("", Picture("a", "a", ""), Picture("b", "b", ""), 1.0)
     with pytest.raises(InputError, match=r"prompts: .*missing.txt does not exist"):
-        prompts_of(Split({"train": [one]}, ""), tmp_path / "missing.txt", "sd_tiny", None)
+        prompts_of(Split({"train": [one]}, ""), tmp_path / "missing.txt", family_of("sd_tiny", None))
     with pytest.raises(InputError, match=r"prompts: .*/missing does not exist"):
-        prompts_of(Split({"train": [one]}, ""), tmp_path / "missing", "sd_tiny", None)
+        prompts_of(Split({"train": [one]}, ""), tmp_path / "missing", family_of("sd_tiny", None))
 
 
 def test_a_mistyped_folder_is_refused_and_not_created(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -17,6 +17,7 @@ from latentreward.storage.locks import locked
 if TYPE_CHECKING:
     from latentreward.apps.taste.plan import Plan
     from latentreward.backbones.tuning import Tuning
+    from latentreward.families.base import Family
 
 LARGEST = 4096
 """Largest ``size``: even an estimate of much larger images runs out of memory."""
@@ -131,16 +132,17 @@ def taste(
         find_device("cuda")
     found = collect(folder, pairing)
     plans.find_base(base, family)
-    found = plans.fitting(found, base, family)
+    own = plans.family_of(base, family)
+    found = plans.fitting(found, own)
     print(found.how)
     for remark in found.remarks:
         tell(remark)
     parts = split(found, pairs, seed)
     counts = {name: len(some) for name, some in parts.parts.items()}
     print(f"split {parts.how}: {', '.join(f'{number} {name}' for name, number in counts.items())}", flush=True)
-    told = plans.prompts_of(parts, prompts, base, family) if align else None
+    told = plans.prompts_of(parts, prompts, own) if align else None
     if size is not None:
-        check_size(size, base, family)
+        check_size(size, own)
     chosen: Tuning = ("frozen" if counts[TRAIN] < plans.FROZEN_BELOW else "lora") if tuning == "auto" else tuning
     with locked(output, "work"), interrupts_told(lambda: f"what is done is kept in {output}: the same command goes on"):
         prompt_folder = None
@@ -177,15 +179,11 @@ def taste(
         run_steps(tasks, plan, output, parts.how, always=align_always)
 
 
-def check_size(size: int, source: str, family: str | None) -> None:
-    """Raise InputError if a base does not take images of so many pixels a side; only its configs are read."""
-    from latentreward.backbones.loading import PipelineSource
-    from latentreward.families.find import find_family
-
-    found = find_family(PipelineSource(source), family)
-    check_multiples("size", [size], found.side_multiple)
+def check_size(size: int, family: "Family") -> None:
+    """Raise InputError if a family does not take images of so many pixels a side."""
+    check_multiples("size", [size], family.side_multiple)
     with errors_at("size: "):
-        found.latent_shape(size, size)  # some networks have positions for so many pixels only
+        family.latent_shape(size, size)  # some networks have positions for so many pixels only
 
 
 def rate_pictures(folder: Path, port: int, seed: int) -> None:

@@ -17,6 +17,7 @@ from latentreward.contracts import sources_of, sources_wanted
 from latentreward.data.alignment.prompt_files import read_prompts, source_files
 from latentreward.data.images import image_bytes
 from latentreward.errors import InputError, errors_at
+from latentreward.families.base import Family
 from latentreward.families.find import find_family
 from latentreward.storage.digests import digest
 from latentreward.storage.durable import write_file
@@ -26,6 +27,9 @@ FROZEN_BELOW = 300  # training pairs below which only the head trains; above, ad
 BEST = "checkpoints/best.ckpt"
 PREFERENCES, PROMPTS, JUDGED = "pairs.jsonl", "prompts.jsonl", "judged.jsonl"
 """Files of a collection: its pairs, the prompts of the alignment, and those of the pictures before and after."""
+
+
+ALIGNMENT = ("--model.optimizer.lr=6e-5", "--trainer.max_steps=100")
 
 
 @dataclass(frozen=True)
@@ -39,7 +43,7 @@ class Base:
     # Learning rate of the reward by tuning
     rates: Mapping[Tuning, float] = field(default_factory=lambda: {"frozen": 3e-4, "lora": 1e-4, "full": 1e-5})
     # Rate and length of the alignment, and its batches where they are not those of configs/taste/align.yaml
-    alignment: Sequence[str] = ("--model.optimizer.lr=6e-5", "--trainer.max_steps=100")
+    alignment: Sequence[str] = ALIGNMENT
 
 
 TINY_RATES: Mapping[Tuning, float] = {"frozen": 1e-3, "lora": 1e-3, "full": 5e-4}
@@ -65,7 +69,6 @@ EDITORS = {
 """Class of an editor's pipeline in diffusers → backbone; size and guidance are those of its family."""
 EDITING = ("--model.policy.gradient_checkpointing=true", "--data.batch_size=4", "--data.prompts_per_rollout=2")
 """Settings by which the alignment of an editor's large transformer needs a fraction of the memory."""
-OWN_BACKBONE = "latentreward.families.load_family_backbone"
 
 
 def find_base(source: str, family: str | None = None) -> Base:
@@ -83,11 +86,11 @@ def find_base(source: str, family: str | None = None) -> Base:
         kind = str(pipeline.index.get("_class_name"))
         if family is not None or kind in EDITORS:
             own = find_family(pipeline, family)
-            found = Base(OWN_BACKBONE, min(own.native_size), own.default_guidance)
+            settings = min(own.native_size), own.default_guidance
             if family is not None:
-                return found
-            found = replace(found, backbone=EDITORS[kind])
-            return replace(found, alignment=(*found.alignment, *EDITING)) if pipeline.has("transformer") else found
+                return Base("latentreward.families.load_family_backbone", *settings)
+            large = EDITING if pipeline.has("transformer") else ()
+            return Base(EDITORS[kind], *settings, alignment=(*ALIGNMENT, *large))
     if kind not in BASES:
         raise InputError(
             f"base: {source!r} is a {kind}; taste takes {', '.join([*BASES, *EDITORS, *TINY_BASES])}; give family for "
@@ -96,14 +99,20 @@ def find_base(source: str, family: str | None = None) -> Base:
     return BASES[kind]
 
 
-def fitting(found: Collection, base: str, family: str | None) -> Collection:
-    """Leave out pairs that edit another number of pictures than the base takes, with a remark.
+def family_of(base: str, family: str | None) -> Family:
+    """Return the family of a base, of which only configs are read; raise InputError if they do not fit together."""
+    with errors_at("base: "):
+        return find_family(PipelineSource(base), family)
+
+
+def fitting(found: Collection, own: Family) -> Collection:
+    """Leave out pairs that edit another number of pictures than the base's family takes, with a remark.
 
     Raises:
         InputError: If fewer than :data:`LEAST` pairs are left.
     """
-    own, numbers = find_family(PipelineSource(base), family), {0 for _ in found.pools}
-    numbers |= {len(sources_of(pair.prompt)) for pair in found.pairs}
+    prompts = [pair.prompt for pair in found.pairs] + [pool.prompt for pool in found.pools]
+    numbers = {len(sources_of(prompt)) for prompt in prompts}
     odd = {number: wanted for number in sorted(numbers) if (wanted := sources_wanted(number, own.sources))}
     if not odd:
         return found
@@ -241,11 +250,11 @@ def write_once(beginning: Path, contents: Mapping[str, str | bytes]) -> Path:
     return folder
 
 
-def prompts_of(found: Split, file: Path | None, base: str, family: str | None) -> tuple[str, ...]:
+def prompts_of(found: Split, file: Path | None, own: Family) -> tuple[str, ...]:
     """Return the prompts of the alignment: a file's, or all captions.
 
     Raises:
-        InputError: If there are none, or the base does not take one of them.
+        InputError: If there are none, or the base's family does not take one of them.
     """
     if file is not None:
         if not file.exists():  # the reader would first name the endings that it takes
@@ -256,7 +265,7 @@ def prompts_of(found: Split, file: Path | None, base: str, family: str | None) -
         told = tuple(dict.fromkeys(captions))
     if not told:
         raise InputError("align needs prompts, and no picture has a caption; give --prompts a file, one prompt a line")
-    find_family(PipelineSource(base), family).check_prompts(told, "prompts")
+    own.check_prompts(told, "prompts")
     return told
 
 
