@@ -412,6 +412,7 @@ METHODS = {
     "DGPO-SD3.5-M, a prompt of 24": [*config("align/dgpo_sd35"), *ONE_PROMPT],
     "CRD-SD3.5-M, a prompt of 24": [*config("align/crd_sd35"), *ONE_PROMPT],
     "OPSD-SD3.5-M, 144 prompts": config("align/opsd_sd35"),
+    "on-policy distillation-SD3.5-M, 24 prompts": config("align/opd_sd35"),
     "ReFL to a state-SD3.5-M": config("align/refl_state_sd35"),
     "PRFL-SD3.5-M": config("align/prfl_sd35"),
 }
@@ -434,6 +435,7 @@ TINY_METHODS = {
     "dgpo_tiny": [*config("align/dgpo_tiny"), *FEW[:2]],
     "crd_tiny": [*config("align/crd_tiny"), *FEW],
     "opsd_tiny": [*config("align/opsd_tiny"), *FEW],
+    "opd_tiny": [*config("align/opd_tiny"), *FEW],
     "refl_state_tiny": [*config("align/refl_state_tiny"), "--data.batch_size=1"],
     "prfl_tiny": config("align/prfl_tiny"),
 }

@@ -161,7 +161,7 @@ def test_every_method_on_every_policy(policy: str, method: str, tmp_path: Path, 
             ("flux1", "lpo", "flux1_schnell", "guidance_scale=3.5, but FLUX.1-schnell was distilled to sample without"),
             ("z_image", "grpo_trajectory", "z_image_turbo", "guidance_scale=4, but Z-Image-Turbo was distilled"),
             ("flux2_klein", "linear_dpo", "klein_distilled", "guidance_scale=4, but FLUX.2-klein (distilled) was"),
-            ("krea2", "ram", "krea2_turbo", "guidance_scale=4.5, but Krea 2 Turbo was distilled to sample without"),
+            ("krea2", "refl_state", "krea2_turbo", "guidance_scale=4.5, but Krea 2 Turbo was distilled"),
         ],
     ),
 )

@@ -23,7 +23,7 @@ ROWS = {
     "vlm": 9,
     "rewards": 2,
     "alignment": 3,
-    "methods": 7,
+    "methods": 10,
     "execution": 3,
     "switches": 12,
     "families": 18,

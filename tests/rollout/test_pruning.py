@@ -158,7 +158,7 @@ def test_keeping_all_is_a_whole_sampling_to_the_bit() -> None:
         ),
         ({"after_steps": 0}, "pruning.after_steps is 0; it must be at least 1"),
         ({"candidates": 0}, "pruning.candidates is 0; it must be at least 1"),
-        ({"min_spread": -1.0}, "min_spread=-1 must be at least 0 and finite; 0 leaves no prompt out"),
+        ({"min_spread": -1.0}, "^pruning.min_spread=-1 must be at least 0 and finite; 0 leaves no prompt out"),
         (
             {"reward": PixelReward(CallableScorer(sameness, name="same"))},
             "pruning needs the score of a noisy state, which PixelReward",

@@ -83,7 +83,7 @@ class Pruning:
 
     def __post_init__(self) -> None:
         check_at_least_one("pruning.", candidates=self.candidates, after_steps=self.after_steps)
-        check_range("[0, inf)", "0 leaves no prompt out", min_spread=self.min_spread)
+        check_range("[0, inf)", "0 leaves no prompt out", **{"pruning.min_spread": self.min_spread})
 
     def check(self, samples: str, count: int, steps: int, reward: RewardSource) -> None:
         """Raise InputError, before any weight is loaded, if the settings do not fit a module or its reward.

@@ -244,6 +244,14 @@ def test_a_reward_server_is_not_asked(capsys: pytest.CaptureFixture[str], schema
 
 
 @pytest.mark.slow
+def test_a_reward_server_that_does_not_fit_is_named_as_in_a_run(capsys: pytest.CaptureFixture[str]) -> None:
+    reward = "{class_path: HTTPReward, init_args: {server: {url: 'http://127.0.0.1:9'}}}"
+    with pytest.raises(SystemExit):
+        shown(capsys, f"--config={CONFIGS / 'align' / 'refl_tiny.yaml'}", f"--model.reward={reward}")
+    assert "and HTTPReward has none with these settings" in capsys.readouterr().err
+
+
+@pytest.mark.slow
 def test_a_family_of_ones_own_is_asked_for_its_reward(capsys: pytest.CaptureFixture[str]) -> None:
     own = ["--model.policy.source", pipeline_folder("sd35"), "--model.policy.family", f"{__name__}.OwnFamily"]
     given = ["--config", str(CONFIGS / "align" / "lpo_sd35_tiny.yaml"), "--data.batch_size=4", *own]

@@ -109,6 +109,9 @@ class UnaskedReward(HTTPReward):
         return super().load(policy)
 
 
+UnaskedReward.__name__ = HTTPReward.__name__  # which messages name
+
+
 def replace_rewards(settings: Namespace, policy: PolicySource, sources: ConfigSources) -> None:
     """Replace rewards in a module's settings, in place, by those that read no weights and ask no server.
 

@@ -29,7 +29,7 @@ def test_prompts_means_do_not_count() -> None:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"samples": 1}, "samples=1 must be at least 2 and finite; samples of one prompt are compared"),
+        ({"samples": 1}, "^state_scores.samples=1 must be at least 2 and finite; samples of one prompt are compared"),
         ({"score_sigmas": ()}, "must be at least one noise level"),
     ],
 )

@@ -40,7 +40,7 @@ class StateScores:
 
     def __post_init__(self) -> None:
         check_sigmas(self.score_sigmas)
-        check_range("[2, inf)", "samples of one prompt are compared", samples=self.samples)
+        check_range("[2, inf)", "samples of one prompt are compared", **{"state_scores.samples": self.samples})
 
 
 def check_states(sampling: Sampling, scores: StateScores | None, policies: Mapping[str, JudgedPolicy]) -> None:
