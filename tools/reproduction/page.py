@@ -13,7 +13,7 @@ from latentreward.reports.tables import NOTHING, Table, as_text, interval, markd
 from latentreward.storage.durable import write_file
 from tools.reproduction.results import Result, judge_claim, read_results
 from tools.reproduction.rows import LEAST_SEEDS, MARGINS, MOST_SEEDS, WHOLE, Claim, Paper, Row
-from tools.reproduction.verdicts import FARTHEST, LEVELS, RATE, SHARED_LEVEL, Verdict, Word, with_discoveries
+from tools.reproduction.verdicts import FARTHEST, FIRST_LEVEL, LEVELS, RATE, Verdict, Word, with_discoveries
 from tools.reproduction.written import Commits, compared, in_full, update_commits
 
 INTRODUCTION = Path(__file__).with_name("introduction.md").read_text(encoding="utf-8")
@@ -81,6 +81,8 @@ def page(rows: Sequence[Row], found: Found, judged: Mapping[str, Sequence[Verdic
     seconds = {key: spent for results in found.values() for one in results.values() for key, spent in one.tasks.items()}
     spent = f"Processor time of all results: {fsum(seconds.values()) / 3600:.1f} hours."
     total = f"**{len(words)} claims: {counts}.** {single} of the verdicts are single ones. {spent}"
+    if decided := sum(word not in ("open", "not measured") for word in words):
+        total += f" That is {fsum(seconds.values()) / decided:.0f} s for each verdict that is not open."
     parts = ["# Claims in miniature", introduction(), total]
     if any(claim.headline for row in rows for claim in row.claims):
         parts += ["## Headline claims", _headlines(rows, judged)]
@@ -101,7 +103,7 @@ def introduction() -> str:
     """Return the page's introduction, with the levels, margins and numbers that the verdicts have."""
     margins = "\n".join(f"- {one.of}: {one.size:g}, {one.why}." for one in MARGINS.values())
     numbers = {
-        "shared level": f"{1 - SHARED_LEVEL:.0%}".replace("%", " %"),
+        "first look": f"{1 - FIRST_LEVEL:.0%}".replace("%", " %"),
         "first level": f"{1 - LEVELS[0]:.2%}".replace("%", " %"),
         "last level": f"{1 - LEVELS[-1]:.2%}".replace("%", " %"),
         "rate": f"{RATE:.0%}".replace("%", " %"),

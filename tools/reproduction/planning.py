@@ -9,7 +9,7 @@ from statistics import NormalDist
 from latentreward.apps.steps.tasks import Task
 from tools.reproduction.results import Result, judge_claim, read_results, sample_of
 from tools.reproduction.rows import LEAST_SEEDS, MOST_SEEDS, WHOLE, Row
-from tools.reproduction.verdicts import Sample, half_width
+from tools.reproduction.verdicts import Sample
 
 Open = tuple[Sample, float]
 """Sample of an open claim, and its margin."""
@@ -104,7 +104,8 @@ def chance(sample: Sample, margin: float, number: int) -> float:
     """
     if sample.alike:
         return 0.0
-    half, now = half_width(number, sample.spread, sample.items_error), sample.counts
+    half, within, now = sample.half_width(number), margin - sample.half_width(number, sides=1), sample.counts
     mean = NormalDist(float(sample.means.mean()), sample.spread * (1 / now - 1 / number) ** 0.5)
     decided = mean.cdf(-half) + 1 - mean.cdf(half)
-    return decided + (mean.cdf(margin - half) - mean.cdf(half - margin) if half < margin else 0.0)
+    least = min(half, within)  # beyond ``half`` the claim is decided already
+    return decided + (mean.cdf(least) - mean.cdf(-least) if within > 0 else 0.0)

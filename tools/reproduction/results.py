@@ -111,7 +111,7 @@ def sample_of(claim: Claim, results: Mapping[int, Result], row: Row) -> Sample |
     whole = [values for seed, values in differences.items() if seed >= WHOLE]
     together = [np.mean(shared, axis=0)] if shared else []
     if len(together) + len(whole) >= LEAST_SEEDS:
-        return Sample(np.stack([*together, *whole]))
+        return Sample(np.stack([*together, *whole]), looked=bool(shared))
     return Sample(np.stack(shared), whole=False) if len(shared) >= LEAST_SEEDS else None
 
 

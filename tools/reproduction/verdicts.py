@@ -12,16 +12,20 @@ import numpy as np
 from latentreward.metrics.bootstrap import RESAMPLES, Interval, resample_sums
 from tools.reproduction.rows import LEAST_SEEDS
 
-SHARED_LEVEL = 0.02
-"""Two-sided level of the intervals of seeds that share their training pairs: one look, before whole repetitions."""
+FIRST_LEVEL = 0.02
+"""Two-sided level of a row's first look: at seeds that share their training pairs or, without such, three repetitions.
+"""
 LEVELS = (0.0018, 0.0017, 0.0024, 0.0033, 0.0044, 0.0058, 0.0074, 0.0092, 0.0112, 0.0136)
 """Two-sided level of the intervals of n = 3, 4, … 12 whole repetitions, judged after every one.
 
 A claim is judged again whenever a repetition is added, and no more are added once it is decided. The intervals are
 therefore repeated confidence intervals (Jennison and Turnbull 1989, doi:10.1111/j.2517-6161.1989.tb01433.x): all looks
 at whole repetitions together err with a probability of 3 %, spent as 3 % · (n/12)² (Kim and DeMets 1987,
-doi:10.1093/biomet/74.1.149), and the look at seeds that share their pairs with 2 %. The levels of Student's t were
-found by simulation (``tools.reproduction.power``), since the sequence of t has no unknown parameter.
+doi:10.1093/biomet/74.1.149), and the first look of a row with 2 %. The levels of Student's t were found by simulation
+(``tools.reproduction.power``), since the sequence of t has no unknown parameter.
+
+That there is no difference is said by two one-sided tests at the same level (Schuirmann 1987, doi:10.1007/BF01068419):
+a true difference of the margin or more lies on one side, so only one of them can err.
 """
 SHRINKS = 0.94
 """Exponent of a p value: a look's p value divided by its level is below u, at any look, with probability 5 % · u^0.94.
@@ -41,11 +45,12 @@ class Sample:
 
     differences: np.ndarray  # ``(repetitions, items)`` float64
     whole: bool = True  # whether repetitions have training pairs of their own; otherwise all have the same
+    looked: bool = True  # whether whole repetitions follow seeds that were judged before them
 
     @property
     def level(self) -> float:
         """Two-sided level of the intervals."""
-        return level(len(self.differences)) if self.whole else SHARED_LEVEL
+        return level(len(self.differences), self.looked) if self.whole else FIRST_LEVEL
 
     @cached_property
     def means(self) -> np.ndarray:
@@ -72,17 +77,24 @@ class Sample:
         """Mean differences over resampled repetitions and items."""
         return crossed_means(self.differences)
 
-    def p_value(self, value: float) -> float:
+    def p_value(self, value: float, sides: Literal[1, 2] = 2) -> float:
         """Compute the p value of a mean difference of ``value``, valid for all looks; the larger of both intervals'.
 
-        It is below 5 % if both intervals exclude the value, up to the error of the resampling.
+        It is below 5 % if both intervals exclude the value, up to the error of the resampling. With one side it is that
+        of a difference of ``value`` or beyond.
         """
         if self.alike:
             return 1.0
         student = tail(float(self.means.mean() - value) / self.spread * sqrt(len(self.means)), len(self.means) - 1)
         beyond = min(np.sum(self.drawn <= value), np.sum(self.drawn >= value))
         crossed = 2 * (1 + float(beyond)) / (1 + len(self.drawn))
-        return min(1.0, RATE * (max(student, crossed) / self.level) ** SHRINKS)
+        return min(1.0, RATE * (max(student, crossed) / 2 * sides / self.level) ** SHRINKS)
+
+    def intervals(self, level: float) -> tuple[Interval, Interval]:
+        """Compute the intervals of the mean difference over resampled repetitions and items, and by Student's t."""
+        low, high = np.quantile(self.drawn, (level / 2, 1 - level / 2)).tolist()
+        crossed = Interval(float(self.means.mean()), low, high, self.differences.shape[1])
+        return crossed, student_interval(self.means.tolist(), level)
 
     @property
     def counts(self) -> int:
@@ -93,10 +105,18 @@ class Sample:
         """Return how many further whole repetitions would decide the claim if mean and spread stayed; None if many."""
         now, mean = self.counts, abs(float(self.means.mean()))
         for number in () if self.alike else range(max(now + 1, LEAST_SEEDS), FARTHEST):
-            half = half_width(number, self.spread, self.items_error)
-            if mean > half or mean + half < margin:
+            if mean > self.half_width(number) or mean + self.half_width(number, sides=1) < margin:
                 return number - now
         return None
+
+    def half_width(self, repetitions: int, sides: Literal[1, 2] = 2) -> float:
+        """Return the larger half of both intervals that is to be expected of so many whole repetitions.
+
+        With one side it is the distance at which a one-sided test of the level excludes a value.
+        """
+        at, error = level(repetitions, self.looked) * 2 / sides, self.spread / sqrt(repetitions)
+        crossed = NormalDist().inv_cdf(1 - at / 2) * sqrt(error**2 * (1 - 1 / repetitions) + self.items_error**2)
+        return max(critical(at, repetitions - 1) * error, crossed)
 
 
 @dataclass(frozen=True)
@@ -104,7 +124,7 @@ class Verdict:
     """What the measured numbers say about a claim.
 
     It holds if both intervals lie wholly on the claim's side, and does not hold if both lie wholly on the other side.
-    There is no difference that matters if both lie within the margin around what should be exceeded.
+    There is no difference that matters if, at twice the level, both lie within the margin around what should be exceeded.
     """
 
     word: Word
@@ -127,11 +147,8 @@ def judge(sample: Sample, margin: float, more_than: float = 0.0) -> Verdict:
 
     It is open if all repetitions have one mean, which shows no spread.
     """
-    level, value = sample.level, float(sample.means.mean())
-    low, high = np.quantile(sample.drawn, (level / 2, 1 - level / 2)).tolist()
-    crossed = Interval(value, low, high, sample.differences.shape[1])
-    student = student_interval(sample.means.tolist(), level)
-    within = all(-margin < one.low and one.high < margin for one in (crossed, student))
+    crossed, student = sample.intervals(sample.level)
+    within = all(-margin < one.low and one.high < margin for one in sample.intervals(2 * sample.level))
     word: Word = "no difference" if within else "open"
     if all(one.low > 0 for one in (crossed, student)):
         word = "holds"
@@ -145,7 +162,7 @@ def judge(sample: Sample, margin: float, more_than: float = 0.0) -> Verdict:
         _moved(student, more_than),
         sample.whole,
         sample.p_value(0.0),
-        max(sample.p_value(side) for side in (-margin, margin)) if abs(value) < margin else 1.0,
+        max(sample.p_value(end, sides=1) for end in (-margin, margin)) if abs(crossed.value) < margin else 1.0,
         sample.needed(margin) if word == "open" else None,
         sample.counts,
         within,
@@ -156,16 +173,14 @@ def _moved(one: Interval, by: float) -> Interval:
     return one._replace(value=one.value + by, low=one.low + by, high=one.high + by)
 
 
-def level(repetitions: int) -> float:
-    """Return the two-sided level of the look at so many whole repetitions; beyond the last, that of the last."""
+def level(repetitions: int, looked: bool = True) -> float:
+    """Return the two-sided level of the look at so many whole repetitions; beyond the last, that of the last.
+
+    If seeds that share their pairs were not ``looked`` at, the first look is that at the fewest repetitions.
+    """
+    if repetitions == LEAST_SEEDS and not looked:
+        return FIRST_LEVEL
     return LEVELS[min(repetitions - LEAST_SEEDS, len(LEVELS) - 1)]
-
-
-def half_width(repetitions: int, spread: float, items_error: float) -> float:
-    """Return the larger half of both intervals that is to be expected of so many whole repetitions."""
-    at, error = level(repetitions), spread / sqrt(repetitions)
-    crossed = NormalDist().inv_cdf(1 - at / 2) * sqrt(error**2 * (1 - 1 / repetitions) + items_error**2)
-    return max(critical(at, repetitions - 1) * error, crossed)
 
 
 def crossed_means(differences: np.ndarray) -> np.ndarray:

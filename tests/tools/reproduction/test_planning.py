@@ -13,7 +13,7 @@ from tools.reproduce import reproduce
 from tools.reproduction.planning import Planner, chance, further_seeds
 from tools.reproduction.results import read_results, result_path, write_result
 from tools.reproduction.rows import MOST_SEEDS, WHOLE, Row, read_row
-from tools.reproduction.verdicts import Sample, half_width
+from tools.reproduction.verdicts import Sample
 
 CLEAR, NEAR, FAR = (0.3, 0.31, 0.32), (0.1, 0.05, 0.15), (0.01, -0.2, 0.2)
 """Differences of seeds that decide, nearly decide, and do not decide a claim."""
@@ -79,9 +79,9 @@ def test_the_chance_of_a_decision(effect: float) -> None:
     sample, rng = Sample(np.repeat(values[:, None], 10, axis=1)), np.random.default_rng(0)
     truth = rng.normal(values.mean(), sample.spread / 5**0.5, 20_000)
     later = (5 * values.mean() + rng.normal(5 * truth, sample.spread * 5**0.5)) / 10
-    half = half_width(10, sample.spread, 0.0)
+    half, within = sample.half_width(10), sample.half_width(10, sides=1)
     for margin in (0.5, 1.5):
-        decided = (abs(later) > half) | (abs(later) + half < margin)
+        decided = (abs(later) > half) | (abs(later) + within < margin)
         assert chance(sample, margin, 10) == pytest.approx(decided.mean(), abs=0.01)
 
 

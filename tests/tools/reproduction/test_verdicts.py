@@ -14,9 +14,9 @@ from tools.reproduction.measuring import Values
 from tools.reproduction.results import sample_of
 from tools.reproduction.rows import LEAST_SEEDS, MOST_SEEDS, read_row
 from tools.reproduction.verdicts import (
+    FIRST_LEVEL,
     LEVELS,
     RATE,
-    SHARED_LEVEL,
     SHRINKS,
     Sample,
     critical,
@@ -89,6 +89,7 @@ def test_crossed_interval_adds_both_variances() -> None:
 @pytest.mark.parametrize(
     ("means", "word", "slight"),
     [
+        ((0.035, 0.05, 0.065), "no difference", True),  # Student's t: .042 beyond .05 for one side, .060 for two
         ((0.98, 1.0, 1.02), "holds", False),
         ((-0.98, -1.0, -1.02), "does not hold", False),
         ((0.010, 0.0101, 0.0102), "holds", True),
@@ -107,7 +108,7 @@ def test_word(means: tuple[float, ...], word: str, slight: bool) -> None:
 def test_what_should_be_exceeded_is_shown_in_the_difference() -> None:
     found = judge(sample(0.04, 0.05, 0.06, whole=False), 0.1, more_than=0.76)
     assert found.difference.value == found.over_seeds.value == pytest.approx(0.81)
-    assert found.over_seeds.low == pytest.approx(0.81 - critical(SHARED_LEVEL, 2) * 0.01 / 3**0.5)
+    assert found.over_seeds.low == pytest.approx(0.81 - critical(FIRST_LEVEL, 2) * 0.01 / 3**0.5)
 
 
 def test_items_keep_a_claim_open_that_seeds_would_decide() -> None:
@@ -154,17 +155,25 @@ def test_looks_at_whole_repetitions_err_in_3_percent(first: float) -> None:
 
 
 def test_p_values_hold_at_every_look() -> None:
-    """At any of all looks, whole repetitions and those that share their pairs, p is below x in at most a share x."""
+    """At any of all looks, whole repetitions and those that share their pairs, p is below x in at most a share x.
+
+    The same is true of a test of one side, and of repetitions without a look at seeds that share their pairs.
+    """
     found = looks(200_000)
-    least = np.full(len(found), np.inf)
+    both, one, alone = (np.full(len(found), np.inf) for _ in range(3))
     for place, level in enumerate(LEVELS):
         grid = np.geomspace(1e-8, 1, 400)
         quantiles = [critical(p, place + LEAST_SEEDS - 1) for p in grid]
         p = np.exp(np.interp(abs(found[:, place]), quantiles[::-1], np.log(grid)[::-1]))
-        least = np.minimum(least, p / level)
+        both = np.minimum(both, p / level)
+        one = np.minimum(one, np.where(found[:, place] > 0, p / 2, 1 - p / 2) / level)
+        alone = np.minimum(alone, p / (level if place else FIRST_LEVEL))
     for ratio in (1.0, 0.7, 0.3, 0.1, 0.03):
         bound = RATE * ratio**SHRINKS
-        assert np.mean(least <= ratio) + SHARED_LEVEL * ratio < bound + 3 * (bound / len(found)) ** 0.5
+        most = bound + 3 * (bound / len(found)) ** 0.5
+        assert np.mean(both <= ratio) + FIRST_LEVEL * ratio < most
+        assert np.mean(one <= ratio) + FIRST_LEVEL * ratio < most
+        assert np.mean(alone <= ratio) < most
 
 
 def test_the_discoveries_of_benjamini_and_hochberg() -> None:
@@ -199,15 +208,15 @@ def test_seeds_with_the_same_pairs_are_one_repetition_beside_whole_ones() -> Non
     row = read_row("toy", TOY)
     of = {seed: result(row, seed, {"one": 0.5 + seed / 100, "other": 0.5}) for seed in (0, 1, 2, 10, 11, 12)}
 
-    def means(*seeds: int) -> tuple[list[float], bool] | None:
+    def means(*seeds: int) -> tuple[list[float], float] | None:
         found = sample_of(row.claims[0], {seed: of[seed] for seed in seeds}, row)
-        return found and (found.means.round(3).tolist(), found.whole)
+        return found and (found.means.round(3).tolist(), found.level)
 
     assert means(0, 1) is None
     assert means(10, 11) is None
-    assert means(0, 1, 2) == means(0, 1, 2, 10) == ([0.0, 0.01, 0.02], False)
-    assert means(0, 1, 2, 10, 11) == ([0.01, 0.1, 0.11], True)
-    assert means(10, 11, 12) == ([0.1, 0.11, 0.12], True)
+    assert means(0, 1, 2) == means(0, 1, 2, 10) == ([0.0, 0.01, 0.02], FIRST_LEVEL)
+    assert means(0, 1, 2, 10, 11) == ([0.01, 0.1, 0.11], LEVELS[0])
+    assert means(10, 11, 12) == ([0.1, 0.11, 0.12], FIRST_LEVEL)
 
 
 @pytest.mark.parametrize("values", [np.array([0.0, 1.0, 1.0]), np.array([-1.5, 0.123, 5.9])])
