@@ -4,6 +4,8 @@
 ``held_out_tiny`` is a plain CLIP scorer of finished pictures, trained on other pairs, as a second reward that shows
 when a policy exploits its own reward. Both are first trained with CLIP's loss on drawn pictures and captions, then on
 preference pairs with noisy labels. The oracle is used for evaluation only.
+
+``--world emoji`` trains the first part alone, ``clip``, from which SPO's scorer of that world starts.
 """
 
 from __future__ import annotations
@@ -23,13 +25,16 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 
+from latentreward.errors import InputError
 from latentreward.scorers.step_aware_clip import STEP_FILE, StepAwareCLIP
 from latentreward.storage.progress import Progress
 from latentreward.tinyworld.pairs import Pair, draw_pairs, generate_pairs
 from latentreward.tinyworld.sampling import PIPELINE_FOLDERS, load_pipeline
 from latentreward.tinyworld.tokenizer import build_tokenizer, tokenize
+from tools.pretraining.pipelines import WORLDS
 from tools.pretraining.training import TrainingRecipe, readme, train_averaged
 from tools.pretraining.vae import draw_training_pictures, normalize_pictures
+from tools.pretraining.worlds import TrainingWorld
 
 CLEAR_GAP = 0.3
 """Utility gap above which pairs count in the accuracy against the oracle."""
@@ -82,19 +87,24 @@ class PairTable:
         )
 
 
-def build_scorer() -> StepAwareCLIP:
-    """Build the untrained CLIP scorer with the shipped config: about a million parameters, patches of 8 × 8 pixels."""
+def build_scorer(words: tuple[str, ...] | None = None) -> StepAwareCLIP:
+    """Build the untrained CLIP scorer with the shipped config: about a million parameters, patches of 8 × 8 pixels.
+
+    ``words`` are those of the tokenizer; the shipped one's if None.
+    """
     from transformers import CLIPConfig, CLIPModel
 
-    clip = CLIPModel(CLIPConfig.from_pretrained(SCORERS / "spm_tiny"))
-    return StepAwareCLIP(clip, build_tokenizer(), mean=(0.5,) * 3, std=(0.5,) * 3)
+    config, tokenizer = CLIPConfig.from_pretrained(SCORERS / "spm_tiny"), build_tokenizer(words)
+    ids = {f"{token}_token_id": getattr(tokenizer, f"{token}_token_id") for token in ("bos", "eos", "pad")}
+    config.text_config.update({"vocab_size": len(tokenizer), **ids})
+    return StepAwareCLIP(CLIPModel(config), tokenizer, mean=(0.5,) * 3, std=(0.5,) * 3)
 
 
-def caption_losses(scorer: StepAwareCLIP, recipe: Recipe) -> Iterator[Tensor]:
+def caption_losses(scorer: StepAwareCLIP, recipe: Recipe, world: TrainingWorld) -> Iterator[Tensor]:
     """Yield CLIP's loss (arXiv:2103.00020) on random batches of drawn pictures, endlessly."""
     rng = np.random.default_rng([recipe.seed, 0])
-    pictures, captions = draw_training_pictures(recipe.pictures, rng, clean_share=0.6)
-    tokens, number = tokenize(captions), recipe.caption_batch
+    pictures, captions = draw_training_pictures(recipe.pictures, rng, world.pretraining, 0.6, world)
+    tokens, number = tokenize(captions, world.words), recipe.caption_batch
     while True:
         rows = rng.integers(len(pictures), size=number)
         images = scorer.embed_images(normalize_pictures(pictures[rows]), torch.zeros(number))
@@ -195,20 +205,26 @@ def measure(scorer: StepAwareCLIP, recipe: Recipe, drawn: PairTable, generated: 
     return figures
 
 
-def train_scorer(name: str, recipe: Recipe) -> StepAwareCLIP:
-    """Train the scorer ``name`` with the settings ``recipe``."""
+def train_on_captions(name: str, recipe: Recipe, world: TrainingWorld) -> StepAwareCLIP:
+    """Train the scorer ``name`` with CLIP's loss alone."""
     torch.manual_seed(recipe.seed)
-    scorer = build_scorer()
+    scorer = build_scorer(world.words)
     if not recipe.predicted_share:  # the timestep is always 0, which does not change the score
         scorer.requires_grad_(False).clip.requires_grad_(True)
-    fit(scorer, caption_losses(scorer, recipe), recipe.caption_steps, recipe.lr, f"{name} captions")
+    fit(scorer, caption_losses(scorer, recipe, world), recipe.caption_steps, recipe.lr, f"{name} captions")
+    return scorer
+
+
+def train_scorer(name: str, recipe: Recipe) -> StepAwareCLIP:
+    """Train the scorer ``name`` with the settings ``recipe``."""
+    scorer = train_on_captions(name, recipe, TrainingWorld())
     pairs = PairTable.of(draw_pairs("train", recipe.pairs, np.random.default_rng([recipe.seed, 2])))
     fit(scorer, pair_losses(scorer, recipe, pairs), recipe.pair_steps, recipe.lr, f"{name} pairs")
     return scorer.eval()
 
 
-def save_scorer(scorer: StepAwareCLIP, folder: Path, recipe: Recipe, figures: dict[str, float]) -> None:
-    """Save a scorer in float16 with its recipe and figures; without timesteps, the folder is a plain CLIP folder."""
+def save_weights(scorer: StepAwareCLIP, folder: Path, recipe: Recipe) -> None:
+    """Save a scorer in float16; without timesteps, the folder is a plain CLIP folder."""
     shutil.rmtree(folder, ignore_errors=True)
     scorer.half().save(folder)
     for path in folder.iterdir():  # safetensors makes files readable by their owner alone
@@ -216,6 +232,11 @@ def save_scorer(scorer: StepAwareCLIP, folder: Path, recipe: Recipe, figures: di
     scorer.float()
     if not recipe.predicted_share:
         (folder / STEP_FILE).unlink()
+
+
+def save_scorer(scorer: StepAwareCLIP, folder: Path, recipe: Recipe, figures: dict[str, float]) -> None:
+    """Save a scorer with its recipe and figures."""
+    save_weights(scorer, folder, recipe)
     content = {"recipe": asdict(recipe), "figures": figures}
     (folder / "recipe.json").write_text(json.dumps(content, indent=1) + "\n")
     shown = ", ".join(f"{name} {value:.3f}" for name, value in figures.items() if name != "cpu_seconds")
@@ -229,8 +250,17 @@ def main(args: Sequence[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, required=True, help="folder for spm_tiny/ and held_out_tiny/")
     parser.add_argument("--scale", type=float, default=1.0, help="factor on steps, pictures, pairs (quick trials)")
     parser.add_argument("--only", choices=RECIPES, help="train only this scorer")
+    parser.add_argument("--world", choices=WORLDS, default="shapes", help="of another world: train only clip/")
     options = parser.parse_args(args)
     torch.set_num_threads(1)
+    if options.world != "shapes":
+        try:
+            world = WORLDS[options.world]()
+        except InputError as error:
+            parser.error(str(error))
+        recipe = RECIPES["held_out_tiny"].scaled(options.scale)
+        save_weights(train_on_captions("clip", recipe, world).eval(), options.output / "clip", recipe)
+        return
     rng = np.random.default_rng([EVALUATION_SEED, 0])
     drawn = PairTable.of(draw_pairs("validation", max(16, round(1500 * options.scale)), rng))
     number = max(16, round(600 * options.scale))

@@ -29,8 +29,8 @@ def decide(values: np.ndarray, margin: float = 1.0, shared: int = SHARED) -> tup
     """Run the plan on the differences of simulated claims, and return their words and the repetitions then counted.
 
     ``values`` ``(claims, SHARED + MOST_SEEDS - 1)`` are those of the seeds that share their pairs, and of whole
-    repetitions in their order; with ``shared`` = 0 all are whole. Items have no error, so that Student's interval is the
-    wider one and decides alone.
+    repetitions in their order; with ``shared`` = 0 all are whole. Items have no error, so that Student's interval is
+    the wider one and decides alone.
     """
     words = np.full(len(values), "open", dtype="<U13")
     counts = np.full(len(values), MOST_SEEDS)

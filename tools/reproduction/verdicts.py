@@ -124,7 +124,8 @@ class Verdict:
     """What the measured numbers say about a claim.
 
     It holds if both intervals lie wholly on the claim's side, and does not hold if both lie wholly on the other side.
-    There is no difference that matters if, at twice the level, both lie within the margin around what should be exceeded.
+    There is no difference that matters if, at twice the level, both lie within the margin around what should be
+    exceeded.
     """
 
     word: Word

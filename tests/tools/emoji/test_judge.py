@@ -9,9 +9,11 @@ import torch
 from PIL import Image
 
 from latentreward.errors import InputError
+from latentreward.scorers import CLIPScorer
 from latentreward.tinyworld.sampling import PIPELINE_FOLDERS, load_pipeline
 from tools.emoji.judge import EmojiJudge, train_judge
 from tools.emoji.world import EmojiWorld, degrade
+from tools.pretraining import pixel_scorers
 from tools.pretraining.pipelines import main
 
 pytestmark = pytest.mark.slow
@@ -58,3 +60,15 @@ def test_pretraining_makes_pipelines_of_emoji(tmp_path: Path, world: EmojiWorld)
         assert "hamster" in (tmp_path / name / "README.md").read_text()
     assert {*(tmp_path / "train.txt").read_text().splitlines()} == {*world.texts("train")}
     assert len((tmp_path / "judged.txt").read_text().splitlines()) == 192
+
+
+@pytest.mark.usefixtures("in_environment")
+def test_a_clip_learns_which_name_belongs_to_a_picture(tmp_path: Path, world: EmojiWorld) -> None:
+    """SPO's scorer of this world starts from it."""
+    pixel_scorers.main(["--world", "emoji", "--output", str(tmp_path), "--scale", "0.05"])
+    rng = np.random.default_rng(5)
+    emoji = [world.draw_caption(rng, "known") for _ in range(100)]
+    pictures = [Image.fromarray(world.sketch(one, rng, mutation_shares=(1.0,)).draw()) for one in emoji]
+    scorer, texts = CLIPScorer(str(tmp_path / "clip")), [one.text for one in emoji]
+    own, other = scorer(texts, pictures), scorer([*texts[1:], texts[0]], pictures)
+    assert (own > other).float().mean() > 0.75
