@@ -23,7 +23,7 @@ from latentreward.modules import (
     TrajectoryGRPOModule,
 )
 from tests.families.twins import TWINS
-from tests.marks import release_after, rotated_after, slow_after
+from tests.marks import release_after, rotated_after
 from tests.test_recipes import parse
 
 FOLDER = Path(__file__).parents[1] / "configs" / "align"
@@ -175,7 +175,7 @@ KINDS = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", slow_after(1, METHODS))
+@pytest.mark.parametrize("method", rotated_after(1, METHODS))
 @pytest.mark.parametrize("name", rotated_after(1, FAMILIES, release=2))
 def test_one_option_changes_the_method(name: str, method: str) -> None:
     lpo, other = (

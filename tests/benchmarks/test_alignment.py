@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 
+from tests.marks import release_after
+
 
 @pytest.fixture(scope="module")
 def benchmark(load: Callable[[str], ModuleType]) -> ModuleType:
@@ -28,7 +30,7 @@ def test_passes_compare_equal_losses(benchmark: Any, capsys: pytest.CaptureFixtu
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("size", "network", "down_and_mid"),
-    [("sd15", 859.5, 348.7), pytest.param("sdxl", 2567.5, 1243.4, marks=pytest.mark.slow)],
+    release_after(1, [("sd15", 859.5, 348.7), ("sdxl", 2567.5, 1243.4)]),
 )
 def test_weights_of_the_real_sizes(benchmark: Any, size: str, network: float, down_and_mid: float) -> None:
     whole, adapter = (benchmark.count_weights(size, share, "meta") for share in (False, True))

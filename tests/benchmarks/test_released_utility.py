@@ -75,6 +75,7 @@ def test_rows_say_what_is_not_reached(benchmark: Any) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.release
 def test_our_side_runs_alone(tmp_path: Path) -> None:
     configs = [f"--config={ROOT}/configs/{name}.yaml" for name in ("model/dina_lrm_tiny", "data/tinyworld_hpdv3")]
     reward = [sys.executable, "-m", "latentreward", "fit", *configs, f"--config={ROOT}/configs/trainer/demo.yaml"]

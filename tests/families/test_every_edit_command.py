@@ -132,6 +132,7 @@ def align(twin: Twin) -> None:
                 "trainer": trainer("aligned", *callbacks)})  # fmt: skip
 
 
+@pytest.mark.rotated
 @pytest.mark.slow
 @pytest.mark.parametrize("name", release_after(1, EDITORS))
 def test_every_command(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:

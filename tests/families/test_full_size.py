@@ -87,7 +87,7 @@ def test_estimates_of_the_shipped_files(
 
 
 @pytest.mark.usefixtures("on_the_meta_device")
-@pytest.mark.parametrize("model", BILLIONS)
+@pytest.mark.parametrize("model", rotated_after(1, BILLIONS))
 def test_whole_networks(model: str) -> None:
     family: Family = PolicySource(folder_of(model)).resolve_family()
     _, blocks, total, _, _ = BILLIONS[model]

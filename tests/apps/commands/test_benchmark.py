@@ -405,7 +405,9 @@ def test_page_of_real_results(here: Path, reward: str, browser_page: "Pages") ->
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", sorted(path.stem for path in CONFIGS.glob("*.yaml") if path.stem != "tiny"))
+@pytest.mark.parametrize(
+    "name", rotated_after(1, sorted(path.stem for path in CONFIGS.glob("*.yaml") if path.stem != "tiny"))
+)
 def test_shipped_configs_run_on_the_samples(here: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     for variable, sample in {
         "HPDV3_ROOT": "hpdv3",

@@ -11,7 +11,7 @@ from latentreward.apps.commands.publish import Reference
 from latentreward.apps.serving.addresses import bind
 from latentreward.cli import COMMANDS, main
 from latentreward.errors import InputError
-from tests.marks import slow_after
+from tests.marks import rotated_after
 
 
 def test_publish_names_its_own_settings(tmp_path: Path) -> None:
@@ -31,7 +31,7 @@ def test_a_port_in_use_names_the_host_only_where_it_may_be_wrong() -> None:
             bind("127.0.0.1", taken.getsockname()[1])
 
 
-@pytest.mark.parametrize("command", slow_after(1, [name for name in COMMANDS if name != "configs"]))
+@pytest.mark.parametrize("command", rotated_after(1, [name for name in COMMANDS if name != "configs"]))
 def test_help_has_no_marks_of_sphinx(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main([command, "--help"])

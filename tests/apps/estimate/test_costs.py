@@ -137,7 +137,7 @@ def stepwise_grpo(name: str, reward: RewardSource) -> StepwiseGRPOModule:
 @pytest.mark.parametrize(
     ("build", "name"),
     rotated_after(
-        3,
+        1,
         [
             (lpo, "sd35"),
             (refl, "sd15"),
@@ -167,7 +167,7 @@ def test_diffusion_dpo() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("checkpointing", rotated_after(1, [True, False]))
+@pytest.mark.parametrize("checkpointing", rotated_after(0, [True, False]))
 def test_quantised_layers(checkpointing: bool) -> None:
     """Smaller weights, which torchao unpacks for each product; without checkpointing autograd keeps the copies."""
 

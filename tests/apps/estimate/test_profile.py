@@ -67,7 +67,7 @@ ROWS = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", rotated_after(2, ROWS))
+@pytest.mark.parametrize("name", rotated_after(1, ROWS))
 def test_profiles_of_methods(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = [f"--data.root={tmp_path / 'pairs'}"] if "train_pairs" in str(RUNS[name]) else []
     folder = f"--trainer.default_root_dir={tmp_path / 'run'}"

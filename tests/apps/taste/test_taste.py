@@ -117,6 +117,7 @@ def test_rated_edits_train_a_reward_and_align_an_editor(editor: str, tmp_path: P
     assert [*work.glob("align-*/out/lora/*.safetensors")]
 
 
+@pytest.mark.rotated
 def test_a_quantised_base(tmp_path: Path, taste: Callable[..., str]) -> None:
     folder = tiny_folder(tmp_path / "mine", 24)
     taste(str(folder), *SHORT, "--train_settings=[--model.backbone.quantization=int8]", f"--work={tmp_path}/work")
