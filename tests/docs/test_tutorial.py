@@ -19,8 +19,11 @@ PAGE = Path(__file__).resolve().parents[2] / "docs" / "tutorial.md"
 SHORTER = {
     '("train", "train", 4000), ("val", "validation", 500)': '("train", "train", 96), ("val", "validation", 32)',
     "--trainer.default_root_dir runs/first": "--trainer.default_root_dir runs/first --trainer.max_steps 3",
-    "--trainer.default_root_dir runs/aligned": "--trainer.default_root_dir runs/aligned --trainer.max_steps 2",
-    "--config configs/evaluate/tiny.yaml": "--config configs/evaluate/tiny.yaml --num_prompts 4",
+    "--trainer.default_root_dir runs/aligned": "--trainer.default_root_dir runs/aligned --trainer.max_steps 2"
+    " --data.batch_size 8 --data.prompts_per_rollout 8",
+    "--images_per_prompt 4": "--images_per_prompt 4 --sampling.num_inference_steps 4",
+    "--config configs/evaluate/tiny.yaml": "--config configs/evaluate/tiny.yaml --num_prompts 4"
+    " --sampling.num_inference_steps 4",
     "--data my_pairs --model": "--levels [0.4] --draws 1 --data my_pairs --model",
 }
 

@@ -127,7 +127,7 @@ def test_a_quantised_base(tmp_path: Path, taste: Callable[..., str]) -> None:
 
 def test_memory_is_estimated_without_any_step(tmp_path: Path, taste: Callable[..., str]) -> None:
     folder = tiny_folder(tmp_path / "mine", 24)
-    told = taste(str(folder), *SHORT, "--align", "--estimate", "--size=32", f"--work={tmp_path}/work")
+    told = taste(str(folder), *SHORT, *ALIGN, "--align", "--estimate", "--size=32", f"--work={tmp_path}/work")
     assert "note: train is computed at the base's own size, not 32, until the pictures are cached" in told
     assert "peak in the passes of a batch" in told and "memory: train " in told and ", align " in told
     assert " (counted: the peak and 2.0 GB for the program itself); to lower it: take --tuning frozen" in told
