@@ -64,6 +64,7 @@ def reload(saved: str, picture: str) -> None:
     print(f"score {model.score('a red circle', [picture]).item():.6f}")
 
 
+@pytest.mark.rotated
 @pytest.mark.slow
 def test_image_example_trains_aligns_is_published_scored_and_served(folder: Path) -> None:
     (folder / "pictures").mkdir()

@@ -100,7 +100,7 @@ def test_training_in_bfloat16_keeps_what_trains_in_float32(device: str, tmp_path
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("device", [pytest.param("cpu", marks=pytest.mark.rotated), GPU])
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_compiled_blocks_give_the_features_and_gradients_of_plain_ones(checkpointing: bool, device: str) -> None:
     plain = tiny_backbone("sd35", tuning="full").to(device)

@@ -13,6 +13,8 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from tests.marks import rotated_after
+
 ROOT = Path(__file__).resolve().parents[1]
 SOURCE = ROOT / "src" / "latentreward"
 BASE = {"", "construction", "contracts", "errors", "interrupts", "limits", "phases", "promises", "seeding", "storage"}
@@ -286,7 +288,7 @@ def test_each_lower_bound_is_among_the_floors() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("module", "most"), [("lrm", 14_000), ("lpo", 20_500)])
+@pytest.mark.parametrize(("module", "most"), rotated_after(1, [("lrm", 14_000), ("lpo", 20_500)]))
 def test_a_method_loads_little_beside_its_own_science(module: str, most: int) -> None:
     code = (
         f"import sys, latentreward.modules.{module}\n"

@@ -30,6 +30,7 @@ def write_pairs(folder: Path, split: str, pairs: int) -> None:
     (folder / f"{split}.jsonl").write_text("\n".join(lines))
 
 
+@pytest.mark.rotated
 @pytest.mark.slow
 def test_parts_of_a_file_outside_the_package_run_through_yaml_alone(tmp_path: Path) -> None:
     for name, text in re.findall(r"<!-- ([^\n]+) -->\n```\w+\n(.*?)```", PAGE.read_text(), flags=re.DOTALL):

@@ -20,6 +20,7 @@ def cells(text: str, first: str) -> list[str]:
 
 
 @pytest.mark.slow
+@pytest.mark.release
 def test_passes_compare_equal_losses(benchmark: Any, capsys: pytest.CaptureFixture[str]) -> None:
     benchmark.measure_passes("toy", batch=2, repeats=1)
     row = cells(capsys.readouterr().out, "1 |")
@@ -49,6 +50,7 @@ def test_flops_of_scoring_a_step_of_sd15(benchmark: Any) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.release
 def test_scoring_is_timed_at_toy_size(
     benchmark: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -60,6 +62,7 @@ def test_scoring_is_timed_at_toy_size(
 
 
 @pytest.mark.slow
+@pytest.mark.release
 def test_share_of_rollouts(benchmark: Any, capsys: pytest.CaptureFixture[str]) -> None:
     benchmark.measure_rollout("toy", batch=2, steps=3, repeats=1)
     assert 0 < int(cells(capsys.readouterr().out, "full LRM")[3].rstrip("%")) < 100

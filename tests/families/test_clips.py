@@ -197,6 +197,7 @@ def score_rows(table: str) -> list[dict[str, str]]:
     return list(csv.DictReader(Path(table).read_text().splitlines()))
 
 
+@pytest.mark.rotated
 @pytest.mark.slow
 def test_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """Cache, fit, score, publish, align and generate clips."""

@@ -260,6 +260,7 @@ def test_its_memory_is_estimated(
     assert "memory: fit" in capsys.readouterr().out
 
 
+@pytest.mark.rotated
 @pytest.mark.slow
 def test_it_trains_a_reward_and_aligns_a_policy(folder: Path) -> None:
     commands = [shlex.split(line) for line in (folder / "commands").read_text().splitlines() if "fit" in line]

@@ -11,12 +11,13 @@ from PIL import Image
 from latentreward.errors import InputError
 from latentreward.scorers import CLIPScorer
 from latentreward.tinyworld.sampling import PIPELINE_FOLDERS, load_pipeline
+from tests.marks import WITH_ITS_FILE
 from tools.emoji.judge import EmojiJudge, train_judge
 from tools.emoji.world import EmojiWorld, degrade
 from tools.pretraining import pixel_scorers
 from tools.pretraining.pipelines import main
 
-pytestmark = pytest.mark.slow
+pytestmark = WITH_ITS_FILE
 
 
 @pytest.fixture(scope="module")
