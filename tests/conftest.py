@@ -49,6 +49,8 @@ LONGEST = [
     "faults/test_training_faults",
     "distributed/test_sharding",
     "docs/test_tutorial",
+    "families/test_processes",
+    "test_composed_configs",
     "test_packaging",
     "backbones/test_tuning",
     "faults/test_cache_kill",
