@@ -14,6 +14,7 @@ from latentreward.tinyworld.tokenizer import build_tokenizer
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, StableDiffusion3Pipeline, StableDiffusionPipeline
+    from transformers import CLIPTokenizer
 
 TRAINED = ("unet", "transformer", "text_encoder", "text_encoder_2")
 """Parts of a pipeline that are trained, of which each pipeline has some."""
@@ -27,17 +28,22 @@ def build_pipeline(
     ``words`` are those of the tokenizer; the shipped one's if None.
     """
     pipeline, tokenizer = load_pipeline(PIPELINE_FOLDERS[name]), build_tokenizer(words)
-    ids = {f"{token}_token_id": getattr(tokenizer, f"{token}_token_id") for token in ("bos", "eos", "pad")}
     torch.manual_seed(seed)
     for part in TRAINED:
         if (network := getattr(pipeline, part, None)) is not None:
             build = getattr(network, "from_config", type(network))  # a model of diffusers or of transformers
             if part.startswith("text"):
-                network.config.update({"vocab_size": len(tokenizer), **ids})
+                network.config.update(token_settings(tokenizer))
             pipeline.register_modules(**{part: build(network.config).eval()})
     tokenizers = {part: tokenizer for part in ("tokenizer", "tokenizer_2") if hasattr(pipeline, part)}
     pipeline.register_modules(vae=vae, **tokenizers)
     return pipeline
+
+
+def token_settings(tokenizer: CLIPTokenizer) -> dict[str, int]:
+    """Return what the config of a text encoder says of its tokens."""
+    ids = {f"{token}_token_id": getattr(tokenizer, f"{token}_token_id") for token in ("bos", "eos", "pad")}
+    return {"vocab_size": len(tokenizer), **ids}
 
 
 def save_pipeline(pipeline: StableDiffusionPipeline | StableDiffusion3Pipeline, folder: Path) -> None:

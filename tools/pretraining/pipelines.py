@@ -69,10 +69,7 @@ def main(args: Sequence[str] | None = None) -> None:
     parser.add_argument("--vae", type=Path, default=PIPELINE_FOLDERS["sd_tiny"] / "vae", help="its folder")
     parser.add_argument("--world", choices=WORLDS, default="shapes", help="what the pictures show")
     options = parser.parse_args(args)
-    try:
-        world = WORLDS[options.world]()
-    except InputError as error:
-        parser.error(str(error))
+    world = open_world(options.world, parser)
     recipe = Recipe(seed=options.seed).scaled(options.scale)
     latents = options.output / "pretraining"
     torch.set_num_threads(1 if options.only or options.same_vae else 2)
@@ -90,6 +87,14 @@ def main(args: Sequence[str] | None = None) -> None:
             raise SystemExit("a denoiser's pretraining failed; its error is above")
     if not options.only:
         shutil.rmtree(latents)
+
+
+def open_world(name: str, parser: argparse.ArgumentParser) -> TrainingWorld:
+    """Open a world, or end the command with one line if its pictures are missing."""
+    try:
+        return WORLDS[name]()
+    except InputError as error:
+        parser.error(str(error))
 
 
 def prepare_latents(recipe: Recipe, folder: Path, world: TrainingWorld, vae: AutoencoderKL | None = None) -> None:

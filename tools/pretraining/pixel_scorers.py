@@ -25,13 +25,13 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 
-from latentreward.errors import InputError
 from latentreward.scorers.step_aware_clip import STEP_FILE, StepAwareCLIP
 from latentreward.storage.progress import Progress
 from latentreward.tinyworld.pairs import Pair, draw_pairs, generate_pairs
 from latentreward.tinyworld.sampling import PIPELINE_FOLDERS, load_pipeline
 from latentreward.tinyworld.tokenizer import build_tokenizer, tokenize
-from tools.pretraining.pipelines import WORLDS
+from tools.pretraining.networks import token_settings
+from tools.pretraining.pipelines import WORLDS, open_world
 from tools.pretraining.training import TrainingRecipe, readme, train_averaged
 from tools.pretraining.vae import draw_training_pictures, normalize_pictures
 from tools.pretraining.worlds import TrainingWorld
@@ -95,8 +95,7 @@ def build_scorer(words: tuple[str, ...] | None = None) -> StepAwareCLIP:
     from transformers import CLIPConfig, CLIPModel
 
     config, tokenizer = CLIPConfig.from_pretrained(SCORERS / "spm_tiny"), build_tokenizer(words)
-    ids = {f"{token}_token_id": getattr(tokenizer, f"{token}_token_id") for token in ("bos", "eos", "pad")}
-    config.text_config.update({"vocab_size": len(tokenizer), **ids})
+    config.text_config.update(token_settings(tokenizer))
     return StepAwareCLIP(CLIPModel(config), tokenizer, mean=(0.5,) * 3, std=(0.5,) * 3)
 
 
@@ -254,10 +253,7 @@ def main(args: Sequence[str] | None = None) -> None:
     options = parser.parse_args(args)
     torch.set_num_threads(1)
     if options.world != "shapes":
-        try:
-            world = WORLDS[options.world]()
-        except InputError as error:
-            parser.error(str(error))
+        world = open_world(options.world, parser)
         recipe = RECIPES["held_out_tiny"].scaled(options.scale)
         save_weights(train_on_captions("clip", recipe, world).eval(), options.output / "clip", recipe)
         return

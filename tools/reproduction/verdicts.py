@@ -13,8 +13,7 @@ from latentreward.metrics.bootstrap import RESAMPLES, Interval, resample_sums
 from tools.reproduction.rows import LEAST_SEEDS
 
 FIRST_LEVEL = 0.02
-"""Two-sided level of a row's first look: at seeds that share their training pairs or, without such, three repetitions.
-"""
+"""Two-sided level of a row's first look: at seeds that share their pairs or, without such, at three repetitions."""
 LEVELS = (0.0018, 0.0017, 0.0024, 0.0033, 0.0044, 0.0058, 0.0074, 0.0092, 0.0112, 0.0136)
 """Two-sided level of the intervals of n = 3, 4, … 12 whole repetitions, judged after every one.
 

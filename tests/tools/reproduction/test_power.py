@@ -24,10 +24,10 @@ def test_power(shared: int, kind: str, ratio: float) -> None:
 
 
 @pytest.mark.parametrize("kind", ["Gaussian", "three-valued"])
-@pytest.mark.parametrize("ratio", [1.0, 2.0])
+@pytest.mark.parametrize("ratio", [1.2, 2.0])
 def test_wider_spreads_leave_claims_open_and_are_not_judged_wrongly(ratio: float, kind: str) -> None:
     words, _ = simulate(kind, 0.0, ratio)
-    assert np.mean(words == "open") > 0.25
+    assert np.mean(words == "open") > 0.4
     assert np.mean(np.isin(words, ["holds", "does not hold"])) <= 0.05
 
 

@@ -208,15 +208,15 @@ def test_seeds_with_the_same_pairs_are_one_repetition_beside_whole_ones() -> Non
     row = read_row("toy", TOY)
     of = {seed: result(row, seed, {"one": 0.5 + seed / 100, "other": 0.5}) for seed in (0, 1, 2, 10, 11, 12)}
 
-    def means(*seeds: int) -> tuple[list[float], float] | None:
+    def means(*seeds: int) -> tuple[list[float], bool, float] | None:
         found = sample_of(row.claims[0], {seed: of[seed] for seed in seeds}, row)
-        return found and (found.means.round(3).tolist(), found.level)
+        return found and (found.means.round(3).tolist(), found.whole, found.level)
 
     assert means(0, 1) is None
     assert means(10, 11) is None
-    assert means(0, 1, 2) == means(0, 1, 2, 10) == ([0.0, 0.01, 0.02], FIRST_LEVEL)
-    assert means(0, 1, 2, 10, 11) == ([0.01, 0.1, 0.11], LEVELS[0])
-    assert means(10, 11, 12) == ([0.1, 0.11, 0.12], FIRST_LEVEL)
+    assert means(0, 1, 2) == means(0, 1, 2, 10) == ([0.0, 0.01, 0.02], False, FIRST_LEVEL)
+    assert means(0, 1, 2, 10, 11) == ([0.01, 0.1, 0.11], True, LEVELS[0])
+    assert means(10, 11, 12) == ([0.1, 0.11, 0.12], True, FIRST_LEVEL)
 
 
 @pytest.mark.parametrize("values", [np.array([0.0, 1.0, 1.0]), np.array([-1.5, 0.123, 5.9])])
