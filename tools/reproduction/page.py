@@ -14,7 +14,7 @@ from latentreward.storage.durable import write_file
 from tools.reproduction.results import Result, judge_claim, read_results
 from tools.reproduction.rows import LEAST_SEEDS, MARGINS, MOST_SEEDS, WHOLE, Claim, Paper, Row
 from tools.reproduction.verdicts import FARTHEST, FIRST_LEVEL, LEVELS, RATE, Verdict, Word, with_discoveries
-from tools.reproduction.written import Commits, compared, in_full, update_commits
+from tools.reproduction.written import LATE, Commits, compared, in_full, update_commits
 
 INTRODUCTION = Path(__file__).with_name("introduction.md").read_text(encoding="utf-8")
 SIGNED = "{:+.3f}".format
@@ -46,7 +46,7 @@ def write_page(path: Path, rows: Sequence[Row], output: Path) -> None:
     """Write the page, and its plots into the folder ``images`` beside it."""
     found = {row.name: read_results(output, row) for row in rows}
     judged = judge_rows(rows, found)
-    write_file(path, page(rows, found, judged, update_commits(output, rows)))
+    write_file(path, page(rows, found, judged, update_commits(output, rows, found)))
     for paper in get_args(Paper):
         if figure := claims_figure([row for row in rows if row.paper == paper], judged):
             with rc_context({"svg.hashsalt": "latentreward"}):
@@ -85,7 +85,7 @@ def page(rows: Sequence[Row], found: Found, judged: Mapping[str, Sequence[Verdic
         total += f" That is {fsum(seconds.values()) / decided:.0f} s for each verdict that is not open."
     parts = ["# Claims in miniature", introduction(), total]
     if any(claim.headline for row in rows for claim in row.claims):
-        parts += ["## Headline claims", _headlines(rows, judged)]
+        parts += ["## Headline claims", _headlines(rows, judged, commits)]
     for paper in get_args(Paper):
         of_paper = [row for row in rows if row.paper == paper]
         if not of_paper:
@@ -117,7 +117,7 @@ def introduction() -> str:
     return text
 
 
-def _headlines(rows: Sequence[Row], judged: Mapping[str, Sequence[Verdict]]) -> str:
+def _headlines(rows: Sequence[Row], judged: Mapping[str, Sequence[Verdict]], commits: Commits) -> str:
     """Tabulate the headline claims of the first world, with the verdicts of the same claims in the second."""
     there = {
         (row.like, in_full(claim)): (_word(claim, row, verdict), verdict.word)
@@ -133,18 +133,20 @@ def _headlines(rows: Sequence[Row], judged: Mapping[str, Sequence[Verdict]]) -> 
                 if word != verdict.word and "not measured" not in (word, verdict.word):
                     text += "; holds in one world alone" if "holds" in (word, verdict.word) else "; differs"
                 difference = _numbers(verdict)[0]
-                lines.append((claim.headline, claim.says, difference, _word(claim, row, verdict), text, row.name))
+                here = _word(claim, row, verdict) + _late(commits.get(row.name, {}).get(in_full(claim), ""))
+                lines.append((claim.headline, claim.says, difference, here, text, row.name))
     header = ("question", "claim", "difference [seeds and items]", "verdict", "second world", "row")
     return markdown_table(Table(header, tuple(lines)))
 
 
 def _row(row: Row, results: Mapping[int, Result], verdicts: Sequence[Verdict], commits: Mapping[str, str]) -> list[str]:
-    texts = {"Claim": row.claim, "Run": row.run, "Result": row.result}
-    described = "\n".join(f"- **{name}**: {text}" for name, text in texts.items() if text)
+    fields = {"Claim": row.claim, "Run": row.run, "Result": row.result}
+    described = "\n".join(f"- **{name}**: {text}" for name, text in fields.items() if text)
     parts = [f"### {plain(row.title)}", f"Row `{row.name}`:", described]
     if row.miniature_of:
         parts.append("At full size: " + ", ".join(f"`{name}`" for name in row.miniature_of) + ".")
-    names = dict.fromkeys(f"`{commit}`" for claim in row.claims if (commit := commits.get(in_full(claim))))
+    texts = [commits.get(in_full(claim), "") for claim in row.claims]
+    names = dict.fromkeys(f"`{text.removesuffix(LATE)}`" for text in texts if text)
     written = f"Claims written at commit {', '.join(names)}. " if names else ""
     if not results:
         expected = f"Not measured yet; expected processor time {row.cpu_seconds:.0f} s without shared steps."
@@ -152,8 +154,8 @@ def _row(row: Row, results: Mapping[int, Result], verdicts: Sequence[Verdict], c
     if row.claims:
         header = ("claim", "compared", "difference [seeds and items]", "[seeds]", "verdict")
         lines = [
-            (claim.says, compared(claim), *_numbers(verdict), _word(claim, row, verdict))
-            for claim, verdict in zip(row.claims, verdicts, strict=True)
+            (claim.says, compared(claim), *_numbers(verdict), _word(claim, row, verdict) + _late(text))
+            for claim, verdict, text in zip(row.claims, verdicts, texts, strict=True)
         ]
         parts.append(markdown_table(Table(header, tuple(lines))))
     seconds = {key: spent for one in results.values() for key, spent in one.tasks.items()}
@@ -202,6 +204,11 @@ def _numbers(verdict: Verdict) -> tuple[str, str]:
         return NOTHING, NOTHING
     difference = f"{verdict.difference.value:+.3f} {interval(verdict.difference, SIGNED)}"
     return difference, interval(verdict.over_seeds._replace(groups=None), SIGNED)
+
+
+def _late(commit: str) -> str:
+    """Return the mark of a late claim, or nothing, for what is kept of its commit."""
+    return " (late)" * commit.endswith(LATE)
 
 
 def _word(claim: Claim, row: Row, verdict: Verdict) -> str:

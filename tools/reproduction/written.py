@@ -1,18 +1,21 @@
-"""Commits in which claims were written, kept beside the results for clones without history."""
+"""Commits in which claims were written, kept beside the results for clones without history, with a mark if late."""
 
 import json
 import subprocess
-from collections.abc import Iterable, Mapping
-from functools import partial
+from collections.abc import Iterable, Iterator, Mapping
+from functools import cache, partial
 from pathlib import Path
 
 from latentreward.apps.steps.sources import CLONE
 from latentreward.storage.durable import write_file
 from latentreward.storage.json_files import checked, read_config
+from tools.reproduction.results import Result
 from tools.reproduction.rows import FOLDER, Claim, Row
 
 FILE = "claims.json"
-"""File in the folder of the results: name of a row → claim in full → commit."""
+"""File in the folder of the results: name of a row → claim in full → commit, and :data:`LATE` where that is so."""
+LATE = " late"
+"""Mark of a claim that is not in a commit at which its row was measured."""
 Commits = Mapping[str, Mapping[str, str]]
 
 
@@ -37,26 +40,43 @@ def read_commits(folder: Path) -> Commits:
     return found
 
 
-def update_commits(folder: Path, rows: Iterable[Row]) -> Commits:
-    """Look up the commits of claims that are not known, or whose commit was rewritten, if there is a whole history."""
+def update_commits(folder: Path, rows: Iterable[Row], found: Mapping[str, Mapping[int, Result]]) -> Commits:
+    """Look up the commits of claims that are not known, or whose commit was rewritten, if there is a whole history.
+
+    ``found`` has the results of each row by seed. A claim that is not in all commits of these is marked as late.
+    """
     known, git = read_commits(folder), partial(subprocess.run, cwd=CLONE, text=True, capture_output=True)
     shallow, log = (git(["git", *words]) for words in (("rev-parse", "--is-shallow-repository"), ("rev-list", "HEAD")))
     if shallow.stdout.strip() != "false":  # without git or a history too
         return known
-    history, found = {line[:10] for line in log.stdout.split()}, dict[str, dict[str, str]]()
+    history, new = {line[:10] for line in log.stdout.split()}, dict[str, dict[str, str]]()
+
+    @cache
+    def lines_at(commit: str, row: str) -> list[str]:
+        return git(["git", "show", f"{commit}:configs/{FOLDER}{row}.yaml"]).stdout.splitlines()
+
     for row in rows:
-        commits = {claim: commit for claim, commit in known.get(row.name, {}).items() if commit in history}
+        kept = {claim: text.removesuffix(LATE) for claim, text in known.get(row.name, {}).items()}
+        commits = {claim: commit for claim, commit in kept.items() if commit in history}
+        blamed = ["git", "blame", "-sw", "--root", "--abbrev=9", "--", f"configs/{FOLDER}{row.name}.yaml"]
         if missing := [claim for claim in row.claims if in_full(claim) not in commits]:
-            blamed = git(
-                ["git", "blame", "-sw", "--root", "--abbrev=9", "--", f"configs/{FOLDER}{row.name}.yaml"]
-            ).stdout
-            for claim in missing:
-                lines = [line for line in blamed.splitlines() if "says:" in line and claim.says in line]
-                lines += [line for line in blamed.splitlines() if line.endswith(f" like: {row.like}")]
-                commits[in_full(claim)] = next(iter(lines), "")[:10]
-        named = {in_full(claim): commits[in_full(claim)] for claim in row.claims}
-        if kept := {name: commit for name, commit in named.items() if commit in history}:
-            found[row.name] = kept
-    if found != known:
-        write_file(folder / FILE, json.dumps(found, indent=1, ensure_ascii=False) + "\n")
-    return found
+            lines = git(blamed).stdout.splitlines()
+            commits |= {in_full(claim): next(_lines_of(claim, row, lines), "")[:10] for claim in missing}
+        named = {claim: commit for claim in row.claims if (commit := commits[in_full(claim)]) in history}
+        measured = {result.commit.removesuffix("+") for result in found.get(row.name, {}).values()} & history
+        marked = dict[str, str]()
+        for claim, commit in named.items():
+            line = next(_lines_of(claim, row, lines_at(commit, row.name)), "")
+            late = any(line not in lines_at(one, row.name) for one in measured)
+            marked[in_full(claim)] = commit + LATE * late
+        if marked:
+            new[row.name] = marked
+    if new != known:
+        write_file(folder / FILE, json.dumps(new, indent=1, ensure_ascii=False) + "\n")
+    return new
+
+
+def _lines_of(claim: Claim, row: Row, lines: list[str]) -> Iterator[str]:
+    """Find the lines of a row's file that hold a claim, or that name the row with the same claims."""
+    yield from (line for line in lines if "says:" in line and claim.says in line)
+    yield from (line for line in lines if line.split()[-2:] == ["like:", row.like])

@@ -19,7 +19,7 @@ from tools.reproduction.page import judge_rows, page, plot_name, write_page
 from tools.reproduction.results import SEEDS, Result, read_results, result_path, write_result
 from tools.reproduction.rows import MARGINS, WHOLE, Paper, Row, all_rows, read_row
 from tools.reproduction.verdicts import Word
-from tools.reproduction.written import FILE, in_full, read_commits
+from tools.reproduction.written import FILE, LATE, in_full, read_commits
 
 ROOT = Path(__file__).resolve().parents[3]
 ROWS = list(all_rows().values())
@@ -168,6 +168,9 @@ def test_the_commits_of_claims_and_measurement_are_shown() -> None:
     commits = {"toy": {"one beats the other: one (t 1) > other": "abcdef0123"}}
     text = page([row], found, judge_rows([row], found), commits)
     assert "Claims written at commit `abcdef0123`. Measured at commit `0123456789`" in text
+    assert "(late)" not in text.partition("Headline")[2] + text.partition("Row `toy`")[2]
+    late = page([row], found, judge_rows([row], found), {"toy": dict.fromkeys(commits["toy"], "abcdef0123" + LATE)})
+    assert late == text.replace("or more items |", "or more items (late) |")
 
 
 def test_committed_claims_have_a_commit() -> None:

@@ -1,10 +1,12 @@
 """The commit in which a claim was written is found in the history, and kept for clones that have none."""
 
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from tests.tools.reproduction.test_page import result
 from tests.tools.reproduction.test_rows import TOY
 from tools.reproduction import written
 from tools.reproduction.rows import Row, read_row
@@ -40,37 +42,61 @@ def row(*claims: dict[str, object]) -> Row:
 
 def test_commits_are_found_once_and_kept(clone: Path) -> None:
     first, second = TOY["claims"][0], OTHER
-    assert update_commits(clone, [row(first)]) == {}  # there is no commit
+    assert update_commits(clone, [row(first)], {}) == {}  # there is no commit
     one = commit(clone, "claims:\n  - {says: one beats the other, higher: one}\n")
-    assert update_commits(clone, [row(first)]) == {"toy": {in_full(row(first).claims[0]): one}}
+    assert update_commits(clone, [row(first)], {}) == {"toy": {in_full(row(first).claims[0]): one}}
     both = row(first, second)
     added = "  - {says: one hardly beats the other, higher: one}\n"
     (clone / "configs/reproduce/toy.yaml").write_text("claims:\n  - {says: one beats the other, higher: one}\n" + added)
-    assert update_commits(clone, [both])["toy"].keys() == {in_full(both.claims[0])}  # the other is not committed
+    assert update_commits(clone, [both], {})["toy"].keys() == {in_full(both.claims[0])}  # the other is not committed
     two = commit(clone, "claims:\n  - {says: one beats the other, higher: one} # a remark\n" + added)
-    assert [*update_commits(clone, [both])["toy"].values()] == [one, two]
-    assert read_commits(clone) == update_commits(clone, [both])
+    assert [*update_commits(clone, [both], {})["toy"].values()] == [one, two]
+    assert read_commits(clone) == update_commits(clone, [both], {})
 
 
 def test_a_claim_that_compares_something_else_is_another_one(clone: Path) -> None:
     commit(clone, "claims:\n  - {says: one hardly beats the other, more_than: -0.1}\n")
-    update_commits(clone, [row(OTHER)])
+    update_commits(clone, [row(OTHER)], {})
     later = commit(clone, "claims:\n  - {says: one hardly beats the other, more_than: -0.2}\n")
     changed = row({**OTHER, "more_than": -0.2})
-    assert update_commits(clone, [changed]) == {"toy": {in_full(changed.claims[0]): later}}
+    assert update_commits(clone, [changed], {}) == {"toy": {in_full(changed.claims[0]): later}}
+
+
+@pytest.mark.parametrize(("measured", "late"), [(0, True), (1, False), (None, False)])
+@pytest.mark.parametrize(
+    ("like", "changed", "written_claim"),
+    [("", "", "claims:\n  - {says: one beats the other}\n"), ("first", "+", "like: first\n")],
+)
+def test_a_claim_that_its_results_do_not_know_is_late(
+    measured: int | None, late: bool, like: str, changed: str, written_claim: str, clone: Path
+) -> None:
+    commits = [commit(clone, text) for text in ("claims: []\n", written_claim)]
+    one = replace(row(TOY["claims"][0]), like=like)
+    if measured is None:  # a commit that is no part of the history
+        git(clone, "commit", "-q", "--allow-empty", "-m", "measured")
+        at = git(clone, "rev-parse", "HEAD")[:10]
+        git(clone, "reset", "-q", "--hard", commits[0])
+        commits[1] = commit(clone, written_claim)
+    else:
+        at = commits[measured]
+    found = {"toy": {0: replace(result(one, 0, {}), commit=at + changed)}}
+    assert [*update_commits(clone, [one], found)["toy"].values()] == [commits[1] + written.LATE * late]
+    assert update_commits(clone, [one], {}) == {"toy": {in_full(one.claims[0]): commits[1]}}
 
 
 def test_a_commit_that_was_rewritten_is_looked_up_again(clone: Path) -> None:
     text = "claims:\n  - {says: one beats the other, higher: one}\n"
     commit(clone, text)
-    update_commits(clone, [row(TOY["claims"][0])])
+    update_commits(clone, [row(TOY["claims"][0])], {})
     git(clone, "commit", "-q", "--amend", "-m", "other words")
-    assert [*update_commits(clone, [row(TOY["claims"][0])])["toy"].values()] == [git(clone, "rev-parse", "HEAD")[:10]]
+    assert [*update_commits(clone, [row(TOY["claims"][0])], {})["toy"].values()] == [
+        git(clone, "rev-parse", "HEAD")[:10]
+    ]
 
 
 def test_without_history_the_kept_commits_stay(clone: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     commit(clone, "claims:\n  - {says: one beats the other, higher: one}\n")
-    known = update_commits(clone, [row(TOY["claims"][0])])
+    known = update_commits(clone, [row(TOY["claims"][0])], {})
     monkeypatch.setattr(written, "CLONE", clone / "configs" / "reproduce")
     monkeypatch.setenv("GIT_DIR", str(clone / "nothing"))
-    assert update_commits(clone, [row(TOY["claims"][0], OTHER)]) == known
+    assert update_commits(clone, [row(TOY["claims"][0], OTHER)], {}) == known
