@@ -42,7 +42,7 @@ def test_all_rows_fit_into_their_budgets() -> None:
         kind = "papers" if row.paper != "Later methods" else "methods" if of_methods else "rewards"
         spent[row.paper if row.paper in spent else kind] += row.cpu_seconds
     assert spent["papers"] <= 8.5 * 3600
-    assert spent["methods"] <= 11 * 3600
+    assert spent["methods"] <= 12 * 3600
     assert spent["rewards"] <= 6 * 3600
     assert spent["Edits"] <= 7 * 3600
     assert spent["Second world"] <= 4 * 3600
