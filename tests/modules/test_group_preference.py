@@ -109,7 +109,7 @@ def test_the_noisiest_steps() -> None:
         ("dgpo", {"steps": NoisiestSteps()}, "count=4: only the first 3 of 4 steps may be chosen; lower count, or"),
         ("dgpo", {"name": "sd15"}, "no rectified flow; DGPOModule needs a flow"),
         ("dgpo", {"num_samples": 1}, "num_samples=1 must be at least 2"),
-        ("crd", {"reference_guidance_scale": 0.5}, "guidance_scale=0.5 must be at least 1"),
+        ("crd", {"reference_guidance_scale": 0.5}, "reference_guidance_scale: guidance_scale=0.5 must be at least 1"),
     ],
 )
 def test_wrong_settings_are_refused_before_anything_is_loaded(

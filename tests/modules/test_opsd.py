@@ -22,7 +22,7 @@ from tests.modules.lpo_runs import make_trainer
 from tests.modules.simple_reward import FirstChannelReward
 from tests.modules.test_forward_process import adapter, moved
 from tests.modules.test_grpo import attached
-from tests.modules.toy_rewards import BrightnessSource
+from tests.modules.toy_rewards import Brightness, BrightnessSource
 from tests.tiny_pipelines import source_of
 
 PROMPTS = ("a red circle", "two blue squares on a white background")
@@ -106,6 +106,8 @@ def test_a_resumed_run_equals_the_whole_one(tmp_path: Path) -> None:
     ("options", "words"),
     [
         ({"query_sigma": 1.0}, r"query_sigma=1 must lie in \(0, 1\); 0.6 is the default"),
+        ({"query_sigma": 0.004}, r"query_sigma=0.004 must lie in \[0.0089\d*, 1\]; these are the levels of the 5 steps"),
+        ({"query_sigma": 0.99, "name": "sd15"}, r"query_sigma=0.99 must lie in \[0.0412\d*, 0.98\d*\]; these are the levels"),
         ({"radius": 0.0}, "radius=0 must be positive and finite; DiffusionOPSD uses 0.1"),
         ({"ascent_steps": 0}, "ascent_steps is 0; it must be at least 1"),
         ({"sampling": Sampling(4, noise_level=0.7)}, "sampling.noise_level=0.7: DiffusionOPSDModule samples without"),
@@ -121,6 +123,16 @@ def test_wrong_settings_are_refused_before_anything_is_loaded(
     monkeypatch.setattr(PolicySource, "load", lambda *args: pytest.fail("loaded"))
     with pytest.raises(InputError, match=words):
         make(**options)
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+def test_a_gradient_that_is_not_finite_is_the_rewards(steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Targets of later steps would else be blamed on the sampler."""
+    plain = Brightness.score
+    monkeypatch.setattr(Brightness, "score", lambda *given: plain(*given) + (0 * given[1].latents[:, 0, 0, 0]).sqrt())
+    module = attached(make(ascent_steps=steps))
+    with pytest.raises(InputError, match="reward Brightness has a gradient that is not finite; look at its formula"):
+        module.training_step(module.roll_out(BATCH), 0)
 
 
 def test_a_reward_without_gradient_is_refused() -> None:

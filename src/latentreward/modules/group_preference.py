@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from latentreward.contracts import Conditioning, RenoisedGroups, RenoisedSamples
+from latentreward.errors import errors_at
 from latentreward.losses import CRDLoss, DGPOLoss
 from latentreward.modules.forward_process import ForwardProcessModule, Renoised
 from latentreward.policies import PolicySource
@@ -105,7 +106,8 @@ class CRDModule(ForwardProcessModule):
         **options: Any,
     ) -> None:
         scale, family = reference_guidance_scale, policy.resolve_family()
-        scale = None if scale is None else family.guidance(scale)
+        with errors_at("reference_guidance_scale: "):
+            scale = None if scale is None else family.guidance(scale)
         copies = {OLD: old or DecayRamp(0.0075, 0.999, 75), AVERAGE: average or DecayRamp(0.005, 0.999, -50)}
         super().__init__(policy, reward, copies=copies, **options)
         self.reference_scale, self.loss = self.guidance_scale if scale is None else scale, loss or CRDLoss()

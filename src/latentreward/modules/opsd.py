@@ -17,6 +17,7 @@ from latentreward.rollout import (
     PromptedPolicy,
     RolloutDraws,
     refuse_float16,
+    require_finite,
     require_gradient,
     score_finished,
 )
@@ -33,7 +34,7 @@ class DiffusionOPSDModule(ForwardProcessModule):
     Args:
         policy: The generator, of any family.
         reward: Source of a differentiable reward that judges each sample by itself.
-        query_sigma: Noise level of the states, in (0, 1). Published: 0.278 for SD3.5-M, with pixel rewards.
+        query_sigma: Noise level of the states, in (0, 1) and among those of the sampler's steps. Published: 0.278 for SD3.5-M, with pixel rewards.
         radius: ρ, largest distance of a target from the prediction, as a share of the prediction's norm; 0.1 as
             published.
         ascent_steps: Steps n of the climb, at least 1. Published: 2.
@@ -69,11 +70,14 @@ class DiffusionOPSDModule(ForwardProcessModule):
                 f"{type(self).__name__} has one sample a prompt, and {type(reward).__name__} normalises scores within "
                 "a prompt; set normalise: none or running"
             )
+        family, sampling = policy.resolve_family(), options.get("sampling") or self.usual_sampling
+        levels = family.noise_process.sigma(sampling.sampler(family).timesteps)
+        known = f"these are the levels of the {len(levels)} steps"
+        check_range(f"[{levels[-1]:g}, {levels[0]:g}]", known, query_sigma=query_sigma)
         copies = {OLD: old or DecayRamp()}
         super().__init__(policy, reward, copies=copies, steps=None, num_samples=1, advantage=None, **options)
         require_gradient(self.reward, type(self).__name__)
         self.radius, self.ascent_steps, self.loss = radius, ascent_steps, loss or NFTLoss(kl_weight=1.0)
-        levels = self.policy.noise_process.sigma(self.sampler.timesteps)
         self.query = int((levels - query_sigma).abs().argmin())
 
     def setup(self, stage: str) -> None:
@@ -104,7 +108,7 @@ class DiffusionOPSDModule(ForwardProcessModule):
             leaf = latents.detach().requires_grad_()
             with torch.enable_grad():
                 rewards.append(score_finished(self.reward, leaf, prompts, self.seed, self.reward_sigmas))
-            return torch.autograd.grad(rewards[-1].sum(), leaf)[0]
+            return require_finite(torch.autograd.grad(rewards[-1].sum(), leaf)[0], self.reward)
 
         anchor = self.sampler.clean(batch.latents, old, batch.timesteps)
         radius = self.radius * anchor.flatten(1).norm(dim=1)

@@ -113,6 +113,16 @@ def require_gradient(reward: Reward, user: str = "guidance") -> None:
         )
 
 
+def require_finite(slope: Tensor, reward: Reward) -> Tensor:
+    """Return a gradient ``slope`` of ``reward``; raise InputError if it is not finite."""
+    if not slope.isfinite().all():
+        raise InputError(
+            f"reward {reward.name or type(reward).__name__} has a gradient that is not finite; look at its formula and "
+            "its weights, or compute it in float32"
+        )
+    return slope
+
+
 def refuse_float16(precision: str | int) -> None:
     """Raise InputError for a trainer's precision in which the unscaled gradients of a reward vanish."""
     if precision == "16-mixed":
@@ -126,7 +136,7 @@ def reward_gradient(reward: Reward, states: NoisyStates, encoded: Any) -> Tensor
     with torch.enable_grad():
         total = reward(NoisyStates(leaf, states.timesteps, states.rows), encoded).sum()
     (slope,) = torch.autograd.grad(total, leaf)
-    return slope
+    return require_finite(slope, reward)
 
 
 class GuidedSampler(StepSampler):
