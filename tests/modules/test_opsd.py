@@ -106,8 +106,8 @@ def test_a_resumed_run_equals_the_whole_one(tmp_path: Path) -> None:
     ("options", "words"),
     [
         ({"query_sigma": 1.0}, r"query_sigma=1 must lie in \(0, 1\); 0.6 is the default"),
-        ({"query_sigma": 0.004}, r"query_sigma=0.004 must lie in \[0.0089\d*, 1\]; these are the levels of the 5 steps"),
-        ({"query_sigma": 0.99, "name": "sd15"}, r"query_sigma=0.99 must lie in \[0.0412\d*, 0.98\d*\]; these are the levels"),
+        ({"query_sigma": 0.004}, r"query_sigma=0.004 must lie in \[0.0089\d*, 1\]; these are the levels of the 5"),
+        ({"query_sigma": 0.99, "name": "sd15"}, r"query_sigma=0.99 must lie in \[0.0412\d*, 0.98\d*\]; these are"),
         ({"radius": 0.0}, "radius=0 must be positive and finite; DiffusionOPSD uses 0.1"),
         ({"ascent_steps": 0}, "ascent_steps is 0; it must be at least 1"),
         ({"sampling": Sampling(4, noise_level=0.7)}, "sampling.noise_level=0.7: DiffusionOPSDModule samples without"),

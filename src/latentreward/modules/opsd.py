@@ -34,7 +34,8 @@ class DiffusionOPSDModule(ForwardProcessModule):
     Args:
         policy: The generator, of any family.
         reward: Source of a differentiable reward that judges each sample by itself.
-        query_sigma: Noise level of the states, in (0, 1) and among those of the sampler's steps. Published: 0.278 for SD3.5-M, with pixel rewards.
+        query_sigma: Noise level of the states, in (0, 1) and among those of the sampler's steps. Published: 0.278 for
+            SD3.5-M, with pixel rewards.
         radius: ρ, largest distance of a target from the prediction, as a share of the prediction's norm; 0.1 as
             published.
         ascent_steps: Steps n of the climb, at least 1. Published: 2.
