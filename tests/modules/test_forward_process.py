@@ -15,7 +15,7 @@ from latentreward.backbones import LoRA
 from latentreward.contracts import NoisyStates, PromptBatch, RenoisedGroups, RenoisedSamples, take_rows
 from latentreward.data.alignment.prompts import PromptLoaders
 from latentreward.errors import InputError
-from latentreward.losses import GRPOGuard, MatchingLoss, NFTLoss, NormGuard, RAMLoss
+from latentreward.losses import DGPOLoss, GRPOGuard, MatchingLoss, NFTLoss, NormGuard, RAMLoss
 from latentreward.losses.nft import optimality
 from latentreward.modules import (
     AWMModule,
@@ -167,6 +167,46 @@ def test_ram_regresses_on_the_reference_and_the_old_policys_residual(name: str) 
     torch.testing.assert_close(module.training_step(samples, 0).detach(), (output - target).square().mean())
 
 
+def test_ram_draws_levels_for_each_sample() -> None:
+    """Several for each, not those of another sample, and the same in any batch of prompts."""
+    levels = attached(make("ram")).roll_out(BATCH).timesteps.view(6, 3)
+    assert all(len(row.unique()) > 1 for row in levels)
+    assert len(levels.unique(dim=0)) == 6
+    alone = attached(make("ram")).roll_out(PromptBatch(PROMPTS[1:], BATCH.keys[1:])).timesteps.view(3, 3)
+    assert torch.equal(alone, levels[3:])
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        *((kind, {}) for kind in KINDS),
+        ("nft", {"loss": NFTLoss(kl_weight=0.0)}),
+        ("awm", {"loss": MatchingLoss(kl_weight=0.0, average_weight=0.0)}),
+        ("ram", {"loss": RAMLoss(residual="policy")}),
+        ("dgpo", {"loss": DGPOLoss(clip_range=None)}),
+    ],
+)
+def test_passes_of_a_row_are_those_of_a_training_step(kind: str, options: dict[str, Any]) -> None:
+    module = attached(make(kind, **options))
+    rows = module.roll_out(BATCH)
+    module.followed, passes = -1, []  # after the first optimiser step AWM's ratio takes a pass of the copy
+    module.policy.network.register_forward_hook(lambda *_: passes.append(1))
+    module.training_step(rows, 0)
+    assert module.row_passes == len(passes) + 2  # the backward pass counts as two
+
+
+def test_a_rollout_after_an_empty_one_moves_no_copy() -> None:
+    module = attached(make("nft", old=DecayRamp(0.1, 0.5, start=-5)))
+    moved(module)
+    module.followed, before = -1, clones(adapter(module, OLD))
+    seen = []
+    for _ in range(2):
+        module.move_copies()
+        seen.append(clones(adapter(module, OLD)))
+    assert all(torch.equal(seen[1][name], weight) for name, weight in seen[0].items())
+    assert any(not torch.equal(before[name], weight) for name, weight in seen[0].items())
+
+
 @every_kind
 def test_only_the_policy_gets_a_gradient(kind: str) -> None:
     module = attached(make(kind))
@@ -188,7 +228,8 @@ def test_only_the_policy_gets_a_gradient(kind: str) -> None:
 def test_the_norm_guard_adds_its_penalty(kind: str) -> None:
     """A loss with the guard is the one without it plus the penalty of the velocities, and has another gradient."""
     losses, slopes = [], []
-    module = attached(make(kind, trust_region=NormGuard(50.0)))
+    free = {"nft": {"loss": NFTLoss(kl_weight=0.0)}, "awm": {"loss": MatchingLoss(kl_weight=0.0)}}  # no other reference
+    module = attached(make(kind, trust_region=NormGuard(50.0), **free.get(kind, {})))
     moved(module)
     samples = module.roll_out(BATCH)
     for guard in (None, module.guard):
@@ -294,8 +335,11 @@ def test_a_resumed_run_equals_the_whole_one(kind: str, tmp_path: Path) -> None:
     for name, weights in results[0].items():
         for key, weight in weights.items():
             assert torch.equal(results[2][name][key], weight), (name, key)
-    saved = torch.load(tmp_path / "3.ckpt", weights_only=True)["state_dict"]
-    assert any(f".{OLD}." in key for key in saved)
+    saved = torch.load(tmp_path / "5.ckpt", weights_only=True)
+    assert any(f".{OLD}." in key for key in saved["state_dict"])
+    again = make(kind)
+    again.on_load_checkpoint(saved)
+    assert again.followed == module.followed > 0
 
 
 @pytest.mark.slow

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,9 +17,11 @@ from latentreward.contracts import PromptBatch
 from latentreward.errors import InputError
 from latentreward.losses import ClippedPolicyLoss, FlowDPPO, UncertaintyGate
 from latentreward.modules import CRDModule, DiffusionOPSDModule
+from latentreward.modules.pruned import PrunedRollouts
 from latentreward.policies import PolicySource
 from latentreward.rewards import PixelReward, RewardMixture
 from latentreward.rollout import (
+    Agreement,
     BestAndWorst,
     DiversityAdvantage,
     GainCredit,
@@ -201,6 +204,27 @@ def test_a_correlation_too_low_is_said_once(
     said = [str(one.message) for one in caught if "pruning: scores after step" in str(one.message)]
     assert len(said) == says
     assert all("correlate with rewards by only ρ = " in one and "\n" not in one and len(one) < 260 for one in said)
+
+
+@pytest.mark.parametrize(("sign", "says"), [(1, False), (-1, False), (0, True)])
+def test_a_correlation_counts_whatever_its_sign(sign: int, says: bool) -> None:
+    drawn = torch.randn(2, 60, 12, generator=torch.Generator().manual_seed(1))
+    kept = torch.stack([BestAndWorst().choose(row, 6, torch.Generator()) for row in drawn[0]])
+    pruned = PrunedRollouts(Pruning(12, 2), 6, 1)
+    pruned._total = Agreement.of(drawn[0], kept, (sign * drawn[0] if sign else drawn[1]).gather(1, kept))
+    module: Any = SimpleNamespace(sampling=Sampling(10))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        pruned.begin(module, 0.0)
+    assert len(caught) == says
+
+
+@pytest.mark.parametrize(("kind", "passes"), [("nft", 15), ("ram", 15), ("awm", 12)])
+def test_passes_of_training_are_those_of_all_levels(kind: str, passes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[float] = []
+    monkeypatch.setattr(PrunedRollouts, "begin", lambda self, module, trained: told.append(trained))
+    make(kind, pruning=Pruning(6, 2)).roll_out(BATCH)
+    assert told == [passes]
 
 
 @pytest.mark.parametrize(("kind", "levels", "passes"), [("nft", 2, 4.0), ("trajectory", 3, 5.0)])

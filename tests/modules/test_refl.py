@@ -247,6 +247,14 @@ def test_stop_covers_its_range() -> None:
     assert {module.stop_index(number) for number in range(40)} == {0, 1, 2}  # of 4 steps, so many left
 
 
+def test_stops_of_an_epoch_are_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    module, drawn = refl(), []
+    for epoch in (0, 1, 0):
+        monkeypatch.setattr(ReFLModule, "current_epoch", epoch)
+        drawn.append([module.stop_index(number) for number in range(20)])
+    assert drawn[0] == drawn[2] != drawn[1]
+
+
 def test_a_prompt_is_sampled_alike_in_any_batch() -> None:
     module = refl(guidance_scale=2.0)
     whole = module.sample(PROMPTS, 3).latents
