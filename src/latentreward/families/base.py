@@ -488,6 +488,11 @@ class Family(Part):
             )
         return scale
 
+    @property
+    def unguided(self) -> float | None:
+        """``guidance_scale`` without classifier-free guidance; None, the family's own, where that needs none."""
+        return self.no_guidance if self.needs_uncond(self.guidance(None)) else None
+
     def needs_uncond(self, scale: float | None) -> bool:
         """Tell whether a prediction with this checked ``guidance_scale`` needs the encoded empty prompt."""
         return scale is not None and scale != self.no_guidance

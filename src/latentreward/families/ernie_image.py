@@ -17,6 +17,7 @@ from latentreward.encoders.vae import PatchedLatentEncoder
 from latentreward.families.backbone import FamilyBackbone, load_family_backbone
 from latentreward.families.flow import FlowFamily, Tokens
 from latentreward.families.flux2_klein import normalised_space
+from latentreward.families.qwen_image import needed_mask
 from latentreward.families.z_image import lengths_of
 
 TEXT_LENGTH = 1024  # greatest number of tokens of a prompt; the pipeline's is that of the tokenizer, which has none
@@ -93,14 +94,11 @@ class ErnieImage(FlowFamily):
         starts = lengths[:, None, None].expand(-1, places.shape[1], 1)
         words = nn.functional.pad(torch.arange(text.shape[1], device=device)[:, None], (0, 2))
         ids = torch.cat([torch.cat([starts, places], dim=-1), words.expand(len(latents), -1, 3)], dim=1)
-        mask = conditioning.prompt_mask
-        if mask is not None and (mask.is_meta or not bool(mask.all())):
-            joint = nn.functional.pad(mask, (visual.shape[1], 0), value=True)[:, None, None]
-        else:
-            joint = None
+        mask = needed_mask(conditioning)
+        joint = None if mask is None else nn.functional.pad(mask, (visual.shape[1], 0), value=True)[:, None, None]
         modulation = [rows.unsqueeze(0) for rows in network.adaLN_modulation(temb).chunk(6, dim=-1)]
         others = {"rope": network.pos_embed(ids.float()), "modulation": modulation, "mask": joint}
-        return Tokens(visual, text, temb, grid, mask, others)
+        return Tokens(visual, text, temb, grid, conditioning.prompt_mask, others)
 
     def step(self, block: nn.Module, tokens: Tokens, number: int) -> tuple[Tensor, Tensor]:
         """See :meth:`FlowFamily.step`; blocks take the image and then the text, ``(tokens, B, D)``."""

@@ -164,7 +164,7 @@ class CRDLoss(SetLoss):
             weights = [(sign * share / self.temperature).softmax(dim=1) for sign in (1, -1)]
         rows = torch.stack([self.centred(implicit, share, one) for one in weights]).mean(dim=0)
         policy = self.max_advantage / self.beta * rows.mean()
-        least = min(1.0, 1e-4 / self.kl_weight) if self.adaptive else 1.0  # else bad samples would be held hardest
+        least = min(1.0, 1e-4 / self.kl_weight) if self.adaptive else 1.0  # above 1, bad samples would be held hardest
         drift = squared_error(velocity, reference.detach()).view_as(share)
         kl = ((least + share * (1 - least)) * drift).mean()
         loss = policy + self.kl_weight * kl

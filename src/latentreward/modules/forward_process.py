@@ -119,7 +119,7 @@ class ForwardProcessModule(AlignmentModule):
                 "flow (SD3, FLUX.1, …); use RAM, LPO or GRPO"
             )
         if guidance_scale is None:
-            guidance_scale = family.no_guidance if family.needs_uncond(family.guidance(None)) else None
+            guidance_scale = family.unguided
         if family.needs_uncond(family.guidance(guidance_scale)):
             raise InputError(
                 f"guidance_scale={guidance_scale:g}: {type(self).__name__} samples and trains without guidance; leave "

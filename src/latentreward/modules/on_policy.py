@@ -172,9 +172,7 @@ class OnPolicyDistillationModule(AlignmentModule):
             raise InputError("teachers is empty; give at least one")
         check_at_least_one(prompts_at_once=prompts_at_once)
         family, sampling, loss = policy.resolve_family(), sampling or Sampling(10), loss or OnPolicyLoss()
-        if guidance_scale is None:
-            guidance_scale = family.no_guidance if family.needs_uncond(family.guidance(None)) else None
-        guidance_scale = family.guidance(guidance_scale)
+        guidance_scale = family.guidance(family.unguided if guidance_scale is None else guidance_scale)
         sampler = sampling.sampler(family)
         if loss.factor == "kl_exact":
             sampler.require_noise()

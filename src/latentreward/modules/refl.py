@@ -78,10 +78,10 @@ class ReFLModule(AlignmentModule):
             ``scored: state``.
         loss: Loss as a function of the reward.
         kl_weight: Weight of the mean squared difference between the predictions of policy and reference, in the
-            last ``gradient_steps`` steps; 0 as in the papers. With 4 the utility does not fall in long runs on the tiny
-            world, where scores of a prompt have a standard deviation of 0.1 to 0.35; scale it with that. Each of these
-            steps costs a forward pass of the reference. From the second on, each also costs a backward pass through the
-            reference, because its input depends on the policy.
+            last ``gradient_steps`` steps; 0 as in the papers. With 4 the mean utility does not fall in four times the
+            time on the tiny world, where scores of a prompt have a standard deviation of 0.1 to 0.35; scale it with
+            that. Each of these steps costs a forward pass of the reference. From the second on, each also costs a
+            backward pass through the reference, because its input depends on the policy.
         pretraining_weight: Weight of the denoising error on images. Above 0, batches must hold images (see
             :class:`~latentreward.data.PromptsAndImages`); the chosen images of the pairs are used.
         scored: ``clean``: predicted finished latents (ReFL). ``state``: the state after the last step with a graph
@@ -137,8 +137,8 @@ class ReFLModule(AlignmentModule):
                     f"stop_range={list(stop_range)} with scored=state ends at finished latents, which have no noise "
                     "level of their own; start it at 2"
                 )
-            if options.get("guidance_scale") is None and family.needs_uncond(family.default_guidance):
-                options["guidance_scale"] = family.no_guidance
+            if options.get("guidance_scale") is None:
+                options["guidance_scale"] = family.unguided
         sampler = sampling.sampler(family)
         reward.require_gradient(type(self).__name__)
         super().__init__(policy, reward, **options)
