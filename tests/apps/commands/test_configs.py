@@ -106,6 +106,7 @@ def test_a_method_alone_decides_over_clipping(capsys) -> None:
         (["--compose", "flux1"], "method: --compose takes a policy and a method of configs/method; choose from awm, "),
         (["--compose"], "policy: --compose takes a policy and a method of configs/policy; choose from chroma, "),
         (["flux1", "nft"], "method: 'nft' is for --compose; add it, or give one name"),
+        (["policy", "--hardware=one_gpu"], "hardware: 'one_gpu' is for --compose; add it, or give one name"),
     ],
 )
 def test_unknown_parts_are_refused(names: list[str], line: str, capsys) -> None:

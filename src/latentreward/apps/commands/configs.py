@@ -34,13 +34,14 @@ def configs(
         compose: Whether to print the run of a policy and a method.
 
     Raises:
-        InputError: If there is no such file or kind, or ``method`` is given without ``compose``.
+        InputError: If there is no such file or kind, or ``method`` or ``hardware`` is given without ``compose``.
     """
     if compose:
         print(composed(name, method, hardware), end="")
         return
-    if method is not None:
-        raise InputError(f"method: {method!r:.200} is for --compose; add it, or give one name")
+    for setting, given in {"method": method, "hardware": hardware}.items():
+        if given is not None:
+            raise InputError(f"{setting}: {given!r:.200} is for --compose; add it, or give one name")
     shipped = shipped_configs()
     wanted = "" if name is None else name.removeprefix("configs/").strip("/")
     if wanted in shipped:
