@@ -377,6 +377,8 @@ def test_rewards_without_gradient_or_of_another_space_are_refused() -> None:
         ReFLModule(tiny_source("sd15"), BrightnessSource(differentiable=False))
     with pytest.raises(InputError, match="but the reward takes"):
         ReFLModule(tiny_source("sd15"), BrightnessSource(LatentSpace(4, 8, 0.13025)))
+    with pytest.raises(InputError, match="ReFLModule has one sample a prompt, and RewardMixture normalises scores wit"):
+        ReFLModule(tiny_source("sd15"), RewardMixture([BrightnessSource()], normalise="group"))
 
 
 # training

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from latentreward.contracts import PromptBatch, SampledStates
-from latentreward.errors import InputError, check_at_least_one, check_range
+from latentreward.errors import check_at_least_one, check_range
 from latentreward.losses import NFTLoss, reward_ascent
 from latentreward.modules.forward_process import ForwardProcessModule, Renoised
 from latentreward.policies import PolicySource
@@ -66,11 +66,7 @@ class DiffusionOPSDModule(ForwardProcessModule):
         check_range("(0, inf)", "DiffusionOPSD uses 0.1", radius=radius)
         check_at_least_one(ascent_steps=ascent_steps)
         reward.require_gradient(type(self).__name__)
-        if not reward.judges_alone():
-            raise InputError(
-                f"{type(self).__name__} has one sample a prompt, and {type(reward).__name__} normalises scores within "
-                "a prompt; set normalise: none or running"
-            )
+        reward.require_alone(f"{type(self).__name__} has one sample a prompt")
         family, sampling = policy.resolve_family(), options.get("sampling") or self.usual_sampling
         levels = family.noise_process.sigma(sampling.sampler(family).timesteps)
         known = f"these are the levels of the {len(levels)} steps"

@@ -93,7 +93,7 @@ class ReFLModule(AlignmentModule):
 
     Raises:
         InputError: If an argument is out of range, the scheduler cannot make the steps, or the reward has no gradient,
-            takes latents of another space, or does not score states with ``scored: state``.
+            takes latents of another space, compares samples, or does not score states with ``scored: state``.
 
     Note:
         ReFL's released code gives the network the step's index (30 to 39) as its timestep; here the network gets the
@@ -141,6 +141,7 @@ class ReFLModule(AlignmentModule):
                 options["guidance_scale"] = family.unguided
         sampler = sampling.sampler(family)
         reward.require_gradient(type(self).__name__)
+        reward.require_alone(f"{type(self).__name__} has one sample a prompt")
         super().__init__(policy, reward, **options)
         require_gradient(self.reward, type(self).__name__)
         self.sampling, self.sampler = sampling, sampler

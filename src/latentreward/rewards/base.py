@@ -208,12 +208,15 @@ class RewardSource(Part):
     def require_guidance(self) -> None:
         """Raise InputError, before any weight is loaded, if the reward cannot guide a rollout by its gradient."""
         self.require_step_scores("reward_guidance")
+        self.require_alone("reward_guidance follows the gradient of each state's own score")
+        self.require_gradient("reward_guidance")
+
+    def require_alone(self, reason: str) -> None:
+        """Raise InputError, before any weight is loaded, if a score depends on others; ``reason`` begins the line."""
         if not self.judges_alone():
             raise InputError(
-                f"reward_guidance follows the gradient of each state's own score, and {type(self).__name__} normalises "
-                "scores within a prompt; set normalise: none or running"
+                f"{reason}, and {type(self).__name__} normalises scores within a prompt; set normalise: none or running"
             )
-        self.require_gradient("reward_guidance")
 
     def require_gradient(self, field: str) -> None:
         """Raise InputError, before any weight is loaded, if scores lack the gradient that ``field`` needs."""
