@@ -163,4 +163,5 @@ class PairedChange:
         """Describe the change in words."""
         verb = "rose" if self.rises else "fell"
         by = f"{abs(self.in_standard_errors):.1f} standard errors over {self.count} prompts"
-        return f"{verb} from {self.before:.4g} to {self.after:.4g} ({by})"
+        size = abs(self.after - self.before)  # the means may be equal in the digits that are shown
+        return f"{verb} from {self.before:.4g} to {self.after:.4g}, by {size:.2g} ({by})"

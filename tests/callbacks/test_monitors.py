@@ -132,7 +132,9 @@ def test_paired_change_by_hand():
     change = PairedChange.between(torch.tensor([1.0, 2.0, 3.0, 4.0]), torch.tensor([0.0, 1.5, 3.0, 2.5]))
     assert change.standard_error == pytest.approx(math.sqrt(((-0.25) ** 2 + 0.25**2 + 0.75**2 + 0.75**2) / 3) / 2)
     assert change.in_standard_errors == pytest.approx(-0.75 / change.standard_error)
-    assert str(change) == "fell from 2.5 to 1.75 (2.3 standard errors over 4 prompts)"
+    assert str(change) == "fell from 2.5 to 1.75, by 0.75 (2.3 standard errors over 4 prompts)"
+    small = PairedChange(before=116.103, after=116.098, standard_error=0.0025, count=16)
+    assert str(small) == "fell from 116.1 to 116.1, by 0.005 (2.0 standard errors over 16 prompts)"
     same = PairedChange.between(torch.ones(3), torch.ones(3))
     assert (same.in_standard_errors, same.rises) == (0.0, False)
 

@@ -13,7 +13,7 @@ from latentreward.policies import Policy
 from latentreward.reports.drawing import to_image
 from latentreward.rewards import PixelReward, Reward
 from latentreward.rewards.pixel import StepAwareReward
-from latentreward.scorers import CallableScorer, ImageScorer
+from latentreward.scorers import CallableScorer, ImageScorer, StepAwareScorer
 from latentreward.scorers.step_aware import load_step_aware
 from latentreward.scorers.step_aware_clip import StepAwareCLIP
 from latentreward.tinyworld.judge import TinyWorldEditJudge
@@ -98,6 +98,12 @@ def test_finished_latents_are_scored_as_such(policy: Policy, network: StepAwareC
     finished = NoisyStates(given.latents, torch.zeros(5), given.rows, given.latents)
     with torch.no_grad():
         torch.testing.assert_close(reward.score_clean(given.latents, given.rows, encoded), reward(finished, encoded))
+
+
+def test_scorers_without_gradient_are_refused_before_anything_is_loaded() -> None:
+    with pytest.raises(InputError, match="ReFLModule needs the gradient of the reward, and PixelReward has none"):
+        PixelReward(CallableScorer(redness, "redness")).require_gradient("ReFLModule")
+    PixelReward(StepAwareScorer("spm_tiny")).require_gradient("ReFLModule")
 
 
 def test_refusals(policy: Policy) -> None:

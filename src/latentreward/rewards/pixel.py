@@ -50,6 +50,10 @@ class PixelReward(RewardSource):
         """Return False: a noisy state has no picture."""
         return False
 
+    def has_gradient(self) -> bool:
+        """Return whether the scorer is step-aware: other scorers get finished pictures."""
+        return isinstance(self.scorer, StepAwareScorer)
+
     def load(self, policy: Policy) -> DecodingReward:
         """See :meth:`RewardSource.load`."""
         if isinstance(self.scorer, StepAwareScorer):

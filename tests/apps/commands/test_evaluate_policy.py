@@ -166,7 +166,9 @@ def test_the_first_picture_alone_or_all(evaluate: Run, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_scores_of_noisy_states_are_correlated_with_those_of_the_end(evaluate: Run, tmp_path: Path) -> None:
+def test_scores_of_noisy_states_are_correlated_with_those_of_the_end(
+    evaluate: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """For both policies, step by step; the last states are nearly finished."""
     reward = "--state_scores.reward=tests.modules.simple_reward.FirstChannelReward"
     steps = "--sampling.num_inference_steps=4"
@@ -177,6 +179,7 @@ def test_scores_of_noisy_states_are_correlated_with_those_of_the_end(evaluate: R
     sigmas = [row["sigma"] for row in report["states"][:3]]
     assert sigmas == sorted(sigmas, reverse=True)
     assert "## Scores of noisy states" in (tmp_path / "out" / "report.md").read_text()
+    assert "after steps  σ" in capsys.readouterr().out
 
 
 @pytest.mark.slow

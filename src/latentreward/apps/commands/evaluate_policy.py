@@ -9,7 +9,7 @@ from typing import Any, Literal
 from latentreward.apps.commands.notes import tell
 from latentreward.apps.evaluation.policy import imported, samples, scoring
 from latentreward.apps.evaluation.policy.results import PolicyReport, Protocol, published_scores, scores_csv
-from latentreward.apps.evaluation.policy.sections import INTRODUCTION, score_table, sections, side_by_side
+from latentreward.apps.evaluation.policy.sections import INTRODUCTION, score_table, sections, side_by_side, states_table
 from latentreward.apps.evaluation.policy.state_scores import StateScores, check_states, compare_states, states_tasks
 from latentreward.apps.evaluation.policy.statistics import compare, in_common, policy_scores
 from latentreward.apps.generation.image_folder import DETERMINISTIC
@@ -214,7 +214,7 @@ def evaluate_policy(
             write_report(
                 output_dir, report, " against ".join(policies), INTRODUCTION, sections(report), "policy", **page
             )
-            print(as_text(score_table(report)))
+            print("\n\n".join(as_text(one) for one in (score_table(report), states_table(report)) if one.rows))
             print(f"{output_dir / HTML}: {len(scored[0].pictures)} pictures of each policy")
 
 
