@@ -234,6 +234,7 @@ def test_callbacks_that_lightning_cannot_tell_apart(capsys) -> None:
                 "model.head: expected the name of a class, got null; choose from CLIPProjectionHead,",
             ),
             ("--model.eval_timesteps=5", "model.eval_timesteps: expected list, got '5'; did you mean [5]?"),
+            ("--model.eval_timesteps=[{}]", "model: {} in a list names nothing; give a class_path or a value"),
             ("--resume_override=lr", "resume_override: expected list, got 'lr'; did you mean [lr]?"),
             ("--trainer.max_steps=${steps", "trainer.max_steps: the interpolation is not closed; write ${NAME}"),
         ],

@@ -13,10 +13,10 @@ from latentreward.rewards.base import Reward
 from latentreward.seeding import pair_generator
 
 
-def check_sigmas(reward_sigmas: Sequence[float]) -> None:
-    """Raise InputError if there are no noise levels, or one lies outside [0, 1]."""
-    if not reward_sigmas or not all(0.0 <= sigma <= 1.0 for sigma in reward_sigmas):
-        raise InputError(f"reward_sigmas={list(reward_sigmas)} must be at least one noise level in [0, 1]")
+def check_sigmas(sigmas: Sequence[float], field: str = "reward_sigmas") -> None:
+    """Raise InputError, which names ``field``, if there are no noise levels, or one lies outside [0, 1]."""
+    if not sigmas or not all(0.0 <= sigma <= 1.0 for sigma in sigmas):
+        raise InputError(f"{field}={list(sigmas)} must be at least one noise level in [0, 1]")
 
 
 @phase("reward")

@@ -111,7 +111,8 @@ def rewrite_settings(settings: Any, short_names: Mapping[str, str]) -> Any:
 def _expand_short_names(node: Any, short_names: Mapping[str, str], place: str = "") -> Any:
     if isinstance(node, list):
         if {} in node:  # jsonargparse would silently build no object from an empty mapping
-            raise InputError(f"{place[:-1]}: {{}} in a list names nothing; give a class_path or a value")
+            named = f"{place[:-1]}: " if place else ""  # none for a value of the command line
+            raise InputError(f"{named}{{}} in a list names nothing; give a class_path or a value")
         return [_expand_short_names(item, short_names, f"{place[:-1]}[{index}].") for index, item in enumerate(node)]
     if isinstance(node, str):
         return hide_secrets(node)

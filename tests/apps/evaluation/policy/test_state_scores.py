@@ -30,7 +30,7 @@ def test_prompts_means_do_not_count() -> None:
     ("options", "said"),
     [
         ({"samples": 1}, "^state_scores.samples=1 must be at least 2 and finite; samples of one prompt are compared"),
-        ({"score_sigmas": ()}, "must be at least one noise level"),
+        ({"score_sigmas": ()}, r"^state_scores.score_sigmas=\[\] must be at least one noise level"),
     ],
 )
 def test_bad_settings_are_refused(options: dict[str, Any], said: str) -> None:
@@ -43,6 +43,8 @@ def test_what_has_no_noisy_states_is_refused(tmp_path: Path) -> None:
     made, pictures = JudgedPolicy(pipeline="sd_tiny"), JudgedPolicy(images=tmp_path)
     with pytest.raises(InputError, match="state_scores needs the score of a noisy state, which PixelReward does not"):
         check_states(Sampling(4), StateScores(pixels), {"policy": made})
+    with pytest.raises(InputError, match=r"state_scores: sampling\.num_inference_steps=1 leaves no noisy state to"):
+        check_states(Sampling(1), StateScores(FirstChannelReward()), {})
     with pytest.raises(InputError, match="state_scores: other is a folder of pictures, without noisy states; leave it"):
         check_states(Sampling(4), StateScores(FirstChannelReward()), {"policy": made, "other": pictures})
     check_states(Sampling(4), None, {"other": pictures})

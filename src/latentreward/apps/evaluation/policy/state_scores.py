@@ -39,7 +39,7 @@ class StateScores:
     samples: int = 8
 
     def __post_init__(self) -> None:
-        check_sigmas(self.score_sigmas)
+        check_sigmas(self.score_sigmas, "state_scores.score_sigmas")
         check_range("[2, inf)", "samples of one prompt are compared", **{"state_scores.samples": self.samples})
 
 
@@ -48,6 +48,8 @@ def check_states(sampling: Sampling, scores: StateScores | None, policies: Mappi
     sampling.require_images("evaluate-policy")
     if scores is None:
         return
+    if sampling.num_inference_steps < 2:
+        raise InputError("state_scores: sampling.num_inference_steps=1 leaves no noisy state to score; raise it")
     for name, judged in policies.items():
         check_states_reward("state_scores", scores.reward)
         if judged.images is not None:
