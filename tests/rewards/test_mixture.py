@@ -13,7 +13,7 @@ from latentreward.checkpoints.shards import frozen_names
 from latentreward.contracts import LatentSpace, NoisyStates
 from latentreward.errors import InputError
 from latentreward.policies import PolicySource
-from latentreward.rewards import CallableReward, RandomReward, RewardMixture, RewardSource
+from latentreward.rewards import CallableReward, LatentReward, RandomReward, RewardMixture, RewardSource
 from latentreward.rewards.mixture import MixedReward, Normalise, standardise
 from tests.tiny_pipelines import pipeline_folder
 
@@ -160,5 +160,5 @@ def test_yaml_names_classes_and_functions_by_one_line_each() -> None:
     settings = {"class_path": "RewardMixture", "init_args": {"rewards": rewards, "weights": [1.0, 0.2, 0.1]}}
     reward = parser.instantiate(parser.parse_object({"reward": settings})).reward
     assert isinstance(reward, RewardMixture)
-    assert [type(part).__name__ for part in reward.rewards] == ["LatentReward", "CallableReward", "RandomReward"]
+    assert [type(part) for part in reward.rewards] == [LatentReward, CallableReward, RandomReward]
     assert reward.rewards[0].path == "runs/lrm/reward.ckpt"
