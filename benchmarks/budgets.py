@@ -3,7 +3,7 @@
 Usage: ``python benchmarks/budgets.py [CASE ...] [--write] [--sources]``. Prints a Markdown table of counts, no times:
 operations, kernels, bytes as if nothing were fused, and reads by the host (``counting.py``). Each is that of the third
 optimiser step under ``Trainer``, with clipping, AdamW, a moving average and logging, and of the rollout before it;
-optimiser and clipping take the ``foreach`` operations that are the default on a GPU.
+optimiser and clipping take the ``foreach`` operations, and LoRA the fused ones, that are the default on a GPU.
 
 ``--write`` puts the counts into ``benchmarks/budgets.json``. A count that is more than 2 % above it fails
 ``tests/benchmarks/test_budgets.py``. ``--sources`` also prints the lines of the program that read values, and the most
@@ -36,6 +36,7 @@ from lightning.pytorch.loggers import CSVLogger  # noqa: E402
 from torch.optim import AdamW  # noqa: E402
 from torch.utils.data import DataLoader  # noqa: E402
 
+from latentreward.backbones.fused_lora import fuse_lora  # noqa: E402
 from latentreward.data.alignment.prompts import PromptLoaders, PromptsAndImages  # noqa: E402
 from latentreward.data.collate import collate_pairs  # noqa: E402
 from latentreward.modules import (  # noqa: E402
@@ -174,7 +175,8 @@ class Boundaries(Callback):
         self.counter, self.start, self.rollout, self.step = counter, Work(), Work(), Work()
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Count rollouts, with the prompts that are encoded for their rows, by themselves."""
+        """Fuse LoRA; count rollouts, with the prompts that are encoded for their rows, by themselves."""
+        fuse_lora(pl_module)
         for name in ("roll_out", "prepare_prompts"):
             if hasattr(pl_module, name):
                 setattr(pl_module, name, partial(self._counted, getattr(pl_module, name), name == "roll_out"))

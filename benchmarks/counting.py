@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from latentreward.limits import computes, count_cpu_attention, work_of
+from latentreward.limits import complete_flop_formulas, computes, work_of
 
 aten = torch.ops.aten
 READS = (aten._local_scalar_dense, aten.equal, aten.is_nonzero, aten.nonzero)
@@ -48,7 +48,7 @@ class WorkCounter(TorchDispatchMode):
 
     def __init__(self, sources: bool = False) -> None:
         super().__init__()
-        count_cpu_attention()
+        complete_flop_formulas()
         self.flops = self.kernels = self.bytes = self.reads = 0
         self.sources, self.by_name, self.read_at = sources, Counter[str](), Counter[str]()
         self.on_host: set[int] = set()  # addresses of tensors that a GPU's run keeps on the host

@@ -18,7 +18,7 @@ rows have all failed is not done.
 ``alignment``  training steps of LPO, GRPO and ReFL with the shipped settings, rollouts included
 ``methods``    the same for trajectory GRPO, DiffusionNFT, AWM, RAM, DGPO, CRD, OPSD, ReFL to a state, PRFL
 ``execution``  float32, bfloat16 and checkpointing in a DiNa-LRM step
-``switches``   channels_last, cudnn.benchmark, fused optimiser, TF32: steps of LRM, LPO, DiNa-LRM, GRPO
+``switches``   channels_last, cudnn.benchmark, fused optimiser, TF32, fused LoRA: steps of LRM, LPO, DiNa-LRM, GRPO
 ``performance``  training steps and rollouts with compiled blocks, and eager with the same weights
 ``families``   one 1024² latent of every family: a reward on half of the blocks, and a checkpointed step of the policy
 

@@ -33,6 +33,7 @@ from latentreward.apps.estimate.batches import make_batch
 from latentreward.apps.estimate.costs import optimizer_of, step_costs
 from latentreward.apps.estimate.settings import unread_module
 from latentreward.apps.estimate.sources import ConfigSources, unset_variables
+from latentreward.backbones.fused_lora import fuse_lora
 from latentreward.backbones.registry import backbone_names
 from latentreward.backbones.tuning import LoRA
 from latentreward.contracts import map_tensors
@@ -502,6 +503,11 @@ def use_fused_optimizer(step: Step) -> None:
         group["foreach"], group["fused"] = False, True
 
 
+def use_fused_lora(step: Step) -> None:
+    """Add the products of LoRA to the outputs of their layers in one kernel."""
+    fuse_lora(step.module)
+
+
 def use_tf32(step: Step) -> None:
     """Multiply float32 matrices in TF32."""
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
@@ -513,7 +519,8 @@ SWITCHES: dict[str, tuple[Switch, ...]] = {
     "cudnn.benchmark": (use_cudnn_benchmark,),
     "fused optimiser": (use_fused_optimizer,),
     "TF32": (use_tf32,),
-    "all four": (use_channels_last, use_cudnn_benchmark, use_fused_optimizer, use_tf32),
+    "fused LoRA": (use_fused_lora,),
+    "all five": (use_channels_last, use_cudnn_benchmark, use_fused_optimizer, use_tf32, use_fused_lora),
 }
 SWITCHED = {
     "LRM-SD1.5, 16 pairs of 512²": REWARDS["LRM-SD1.5, 16 pairs of 512²"],

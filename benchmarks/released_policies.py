@@ -9,6 +9,7 @@ from random_pipelines import RandomPipeline, RandomPolicy, pipeline_folder
 from torch import Tensor, nn
 from torch.optim import AdamW
 
+from latentreward.backbones.fused_lora import fuse_lora
 from latentreward.backbones.tuning import LoRA
 from latentreward.contracts import Conditioning, PromptBatch
 from latentreward.policies import POLICY
@@ -61,10 +62,11 @@ def prompts_of(count: int) -> PromptBatch:
 
 
 def prepared(module: Any) -> Any:
-    """Give a module a trainer, and its adapter weights that change the network's output."""
+    """Give a module a trainer, fused LoRA as on a GPU, and adapter weights that change the network's output."""
     quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
     module.trainer = Trainer(accelerator="cpu", devices=1, enable_model_summary=False, **quiet)
     module.log = module.log_dict = lambda *_, **__: None
+    fuse_lora(module)
     generator = torch.Generator().manual_seed(2)
     for name, weight in module.policy.named_parameters():
         if ".lora_B." in name:

@@ -29,10 +29,10 @@ LAYERS = ("BasicTransformerBlock", "ResnetBlock2D")
 class Performance(Callback):
     """Callback of every ``fit`` that switches on what makes steps faster at equal results, within rounding.
 
-    A switch that is null is chosen: on a CUDA device blocks are compiled, if the run is long enough; on other devices
-    nothing changes. The choice is one line at the start, and stands in the run's ``config.yaml``. Only training, and
-    the validation within it, change. ``test``, ``score`` and ``serve`` compute without these switches, because they
-    promise equal scores for any batch.
+    A switch that is null is chosen: on a CUDA device blocks are compiled if the run is long enough, and otherwise the
+    kernels of LoRA are fused; on other devices nothing changes. The choice is one line at the start, and stands in the
+    run's ``config.yaml``. Only training, and the validation within it, change. ``test``, ``score`` and ``serve``
+    compute without these switches, because they promise equal scores for any batch.
 
     Logged steps have ``time/step``, the mean seconds of an optimiser step since the last logged one, without validation
     and checkpoints, and its parts: ``time/data_wait``, ``encode``, ``rollout``, ``reward``, ``forward``, ``backward``,
@@ -49,6 +49,8 @@ class Performance(Callback):
         tf32: Multiply what stays float32 in TF32, of 10 bits. Null is false: measured no faster with bf16-mixed.
         fused_optimizer: Update all weights in a few kernels, with optimisers of PyTorch that can. Null is false:
             measured no faster than PyTorch's own choice, ``foreach``.
+        fused_lora: Add the products of LoRA to the outputs of their layers in one kernel. Null is true on a CUDA device
+            whose blocks are not compiled, which fuses more.
         peak_tflops: Peak of the device in 10¹² operations per second, for ``train/mfu``. Null takes that of the card's
             name and the trainer's precision; other devices have no ``train/mfu``.
 
@@ -71,6 +73,7 @@ class Performance(Callback):
         cudnn_benchmark: bool | None = None,
         tf32: bool | None = None,
         fused_optimizer: bool | None = None,
+        fused_lora: bool | None = None,
         peak_tflops: float | None = None,
     ) -> None:
         check_range("(0, inf)", peak_tflops=peak_tflops)
@@ -84,6 +87,7 @@ class Performance(Callback):
             "cudnn_benchmark": cudnn_benchmark,
             "tf32": tf32,
             "fused_optimizer": fused_optimizer,
+            "fused_lora": fused_lora,
         }
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -100,6 +104,9 @@ class Performance(Callback):
         long = steps >= worth_compiling(blocks) and not trainer.fast_dev_run  # type: ignore[attr-defined]
         if self.chosen["compile_blocks"] is None:
             self.chosen["compile_blocks"] = self.auto and cuda and bool(blocks) and not quantized and long
+        if self.chosen["fused_lora"] is None:
+            adapted = any("lora_A." in name for name, _ in pl_module.named_parameters())
+            self.chosen["fused_lora"] = self.auto and cuda and adapted and not self.chosen["compile_blocks"]
         self.chosen = {name: bool(value) for name, value in self.chosen.items()}
         if cuda or any(self.chosen.values()):
             on = ", ".join(name for name, value in self.chosen.items() if value)
@@ -108,6 +115,10 @@ class Performance(Callback):
 
     def apply(self, module: nn.Module) -> None:
         """Apply the switches to the networks of a module, and to this process."""
+        if self.chosen["fused_lora"]:
+            from latentreward.backbones.fused_lora import fuse_lora  # peft takes seconds of a command's start
+
+            fuse_lora(module)
         if self.chosen["compile_blocks"]:
             compile_blocks(blocks_of(module))
         if self.chosen["channels_last"]:

@@ -72,9 +72,11 @@ def find_limits(card: str, precision: str | int | None, tf32: bool = False) -> L
     return None
 
 
-def count_cpu_attention() -> None:
-    """Let torch count the FLOPs of attention on CPUs too, which ``FlopCounterMode`` leaves out in torch 2.13."""
+def complete_flop_formulas() -> None:
+    """Let torch count FLOPs that ``FlopCounterMode`` leaves out in torch 2.13: attention on CPUs, sums in place."""
     aten = torch.ops.aten
+    if aten.addmm_ not in flop_registry:
+        register_flop_formula(aten.addmm_, get_raw=True)(flop_registry[aten.addmm])
     for suffix in ("", "_backward"):
         on_cpu = getattr(aten, f"_scaled_dot_product_flash_attention_for_cpu{suffix}")
         if on_cpu not in flop_registry:
@@ -136,7 +138,7 @@ class CountedFlops(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        count_cpu_attention()
+        complete_flop_formulas()
         self.flops: float = 0
 
     @classmethod

@@ -25,7 +25,7 @@ ROWS = {
     "alignment": 3,
     "methods": 10,
     "execution": 3,
-    "switches": 12,
+    "switches": 14,
     "families": 18,
 }
 """Block → rows of its tiny form."""

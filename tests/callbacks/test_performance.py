@@ -10,9 +10,11 @@ import torch
 import yaml
 from latentreward.callbacks import Performance, performance
 from lightning.pytorch.profilers import PassThroughProfiler
+from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 
 from latentreward.backbones.compilation import CompiledBlock, compile_blocks
+from latentreward.backbones.fused_lora import FusedLinear
 from latentreward.cli import main
 from latentreward.errors import InputError
 from tests.backbones.graphs import counted_graphs
@@ -84,26 +86,37 @@ class Run:
 
 
 @pytest.mark.parametrize(
-    ("device", "steps", "given", "compiles"),
+    ("device", "steps", "given", "on"),
     [
-        ("cuda", -1, {}, True),
-        ("cuda", 200, {}, True),
-        ("cuda", 199, {}, False),
-        ("cuda", -1, {"auto": False}, False),
-        ("cuda", -1, {"compile_blocks": False}, False),
-        ("cuda", 3, {"compile_blocks": True}, True),
-        ("cpu", -1, {}, False),
-        ("cpu", 3, {"auto": False, "compile_blocks": True}, True),
+        ("cuda", -1, {}, "compile_blocks"),
+        ("cuda", 200, {}, "compile_blocks"),
+        ("cuda", 199, {}, "fused_lora"),
+        ("cuda", -1, {"auto": False}, ""),
+        ("cuda", -1, {"compile_blocks": False}, "fused_lora"),
+        ("cuda", -1, {"compile_blocks": False, "fused_lora": False}, ""),
+        ("cuda", 3, {"compile_blocks": True}, "compile_blocks"),
+        ("cuda", -1, {"fused_lora": True}, "compile_blocks fused_lora"),
+        ("cpu", -1, {}, ""),
+        ("cpu", 3, {"auto": False, "compile_blocks": True}, "compile_blocks"),
+        ("cpu", 3, {"fused_lora": True}, "fused_lora"),
     ],
 )
-def test_blocks_are_compiled_on_a_gpu_in_a_long_run(
-    device: str, steps: int, given: dict[str, bool], compiles: bool, monkeypatch: pytest.MonkeyPatch
+def test_blocks_are_compiled_on_a_gpu_in_a_long_run_and_lora_fused_in_a_short_one(
+    device: str, steps: int, given: dict[str, bool], on: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    block, callback = nn.Linear(2, 2), Performance(**given)
+    block, callback, network = nn.Linear(2, 2), Performance(**given), nn.Sequential(nn.Linear(2, 2))
+    inject_adapter_in_model(LoraConfig(target_modules=["0"]), network)
     monkeypatch.setattr(performance, "blocks_of", lambda module: iter([block]))
-    callback.setup(Run(device, steps), nn.Linear(2, 2), "fit")  # type: ignore[arg-type]
-    assert isinstance(block, CompiledBlock) == callback.chosen["compile_blocks"] == compiles
-    assert not any(value for name, value in callback.chosen.items() if name != "compile_blocks")
+    callback.setup(Run(device, steps), network, "fit")  # type: ignore[arg-type]
+    assert [name for name, value in callback.chosen.items() if value] == on.split()
+    assert isinstance(block, CompiledBlock) == callback.chosen["compile_blocks"]
+    assert isinstance(network[0], FusedLinear) == callback.chosen["fused_lora"]
+
+
+def test_without_lora_nothing_is_fused_on_a_gpu() -> None:
+    callback = Performance()
+    callback.setup(Run("cuda", 3), nn.Linear(2, 2), "fit")  # type: ignore[arg-type]
+    assert not any(callback.chosen.values())
 
 
 @pytest.fixture
@@ -149,18 +162,23 @@ def test_tests_and_scores_compute_without() -> None:
 
 
 @pytest.mark.slow
-def test_losses_of_compiled_steps_are_those_of_eager_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("switch", "name"),
+    [("compile_blocks", "dina_lrm_tiny"), ("fused_lora", "dina_lrm_tiny"), ("fused_lora", "nft_tiny")],
+)
+def test_losses_are_those_without_the_switch(
+    switch: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     losses = {}
     monkeypatch.setattr(performance, "compile_blocks", partial(compile_blocks, backend="inductor"))
-    for compiled in ("false", "true"):
-        folder = tmp_path / compiled
+    data = [f"--data.root={tmp_path / 'pairs'}"] if PAIRS[0] in RUNS[name] else []
+    for value in ("false", "true"):
+        folder = tmp_path / value
         log = ("--trainer.logger=CSVLogger", f"--trainer.logger.save_dir={folder}", "--trainer.log_every_n_steps=1")
-        settings = (*RUNS["dina_lrm_tiny"], f"--data.root={tmp_path / 'pairs'}", *QUICK[:2], "--trainer.max_steps=5")
-        main(
-            ["fit", *settings, *log, f"--performance.compile_blocks={compiled}", f"--trainer.default_root_dir={folder}"]
-        )
+        settings = (*RUNS[name], *data, *QUICK[:2], "--trainer.max_steps=5", f"--trainer.default_root_dir={folder}")
+        main(["fit", *settings, *log, f"--performance.{switch}={value}"])
         rows = [line.split(",") for line in next(folder.rglob("metrics.csv")).read_text().splitlines()]
         place = rows[0].index("train/loss")
-        losses[compiled] = torch.tensor([float(row[place]) for row in rows[1:] if row[place]])
+        losses[value] = torch.tensor([float(row[place]) for row in rows[1:] if row[place]])
     assert len(losses["true"]) == 5
     torch.testing.assert_close(losses["true"], losses["false"], rtol=1e-5, atol=0)

@@ -19,7 +19,7 @@ from latentreward.apps.estimate.rewards import UnreadReward
 from latentreward.apps.estimate.shapes import IN_FLOAT32, RECOMPUTE, SavedTensors, ShapesOnly, gpu_autocast
 from latentreward.backbones.tuning import LoRA
 from latentreward.contracts import PromptBatch, take_rows
-from latentreward.limits import count_cpu_attention
+from latentreward.limits import complete_flop_formulas
 from latentreward.modules import (
     DiffusionDPOModule,
     LPOModule,
@@ -64,7 +64,7 @@ def pairs() -> Any:
 def measured(module: LightningModule, batch: Any) -> tuple[int, int]:
     """FLOPs of a real step, and bytes that it keeps for its backward pass; ``batch`` if it makes none of a rollout."""
     ready(module)
-    count_cpu_attention()
+    complete_flop_formulas()
     with FlopCounterMode(display=False) as counter:
         if isinstance(module, AlignmentModule) and module.experience:
             rows = module.roll_out(prompt_batch(module.policy, 2))

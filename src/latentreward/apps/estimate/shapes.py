@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from latentreward.limits import Work, count_cpu_attention, recomputes, work_of
+from latentreward.limits import Work, complete_flop_formulas, recomputes, work_of
 from latentreward.phases import Phases
 
 CPU = torch.device("cpu")
@@ -65,7 +65,7 @@ class ShapesOnly(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        count_cpu_attention()
+        complete_flop_formulas()
         self._fake = FakeTensorMode(allow_non_fake_inputs=True)
         self.live = LiveBytes()  # of the stand-ins
         self.phases = Phases("forward")
