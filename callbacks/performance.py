@@ -187,6 +187,13 @@ class Performance(Callback):
             unlisten(trainer.profiler)  # type: ignore[attr-defined]
             self.times = None
 
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Let LoRA compute as peft does: what comes after a ``fit`` promises equal scores for any batch."""
+        if stage == "fit" and self.chosen["fused_lora"]:
+            from latentreward.backbones.fused_lora import unfuse_lora
+
+            unfuse_lora(pl_module)
+
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """End the measurement."""
         self.on_train_end(trainer, pl_module)

@@ -11,7 +11,8 @@ from peft.tuners import lora
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from latentreward.backbones.fused_lora import FusedLinear, fuse_lora
+from latentreward.backbones.fused_lora import FusedLinear, fuse_lora, unfuse_lora
+from latentreward.backbones.quantization import quantize
 from latentreward.limits import CountedFlops
 from latentreward.policies.policy import AdapterSwitch
 
@@ -111,18 +112,54 @@ def test_under_autocast_results_are_no_less_exact_than_those_of_peft(
 
 
 def test_what_cannot_be_fused_is_computed_by_peft() -> None:
-    """A hook that sees an output before the adapter's part, a bias of B, DoRA, weights that are merged."""
+    """A bias of B, DoRA, weights that are merged, types that do not fit; hooks on base or B, a quantised base."""
     x = torch.randn(3, 6, dtype=torch.float64)
-    networks, seen = both(), list[Tensor]()
-    networks[1][0].base_layer.register_forward_hook(lambda *given: seen.append(given[2]))
-    torch.testing.assert_close(networks[1](x), networks[0](x), rtol=0, atol=0)
-    torch.testing.assert_close(seen[0], networks[0][0].base_layer(x), rtol=0, atol=0)
     for options in ({"lora_bias": True}, {"use_dora": True}):
         plain, fused = both(**options)
         torch.testing.assert_close(fused(x), plain(x), rtol=0, atol=0)
-    for network in networks:
+    plain, fused = both()
+    fused[0].base_layer.register_full_backward_hook(lambda *_: None)
+    torch.testing.assert_close(results(fused, torch.nn.Module.__call__, x), results(plain, torch.nn.Module.__call__, x))
+    for network in (plain, fused):
         network[0].merge()
-    torch.testing.assert_close(networks[1](x), networks[0](x), rtol=0, atol=0)
+    torch.testing.assert_close(fused(x), plain(x), rtol=0, atol=0)
+    for layer in ("base_layer", "lora_B.second"):
+        hooked = made()
+        hooked[0].get_submodule(layer).register_forward_hook(lambda *_: None)
+        fuse_lora(hooked)
+        assert type(hooked[0]) is lora.Linear
+
+
+@pytest.mark.parametrize("x_type", [torch.float32, torch.bfloat16])
+def test_layers_on_a_quantised_base_are_left_alone(x_type: torch.dtype) -> None:
+    """Their outputs have the type of the input, also under autocast."""
+    network = made(torch.float32)
+    quantize([network], "int8")
+    fuse_lora(network)
+    assert type(network[0]) is lora.Linear
+    with torch.autocast("cpu", torch.bfloat16):
+        network(torch.randn(4, 3, 6).to(x_type))
+
+
+def test_a_block_that_is_computed_again_takes_the_same_way() -> None:
+    """Hooks that are gone by the backward pass, such as those of a first step's check, change nothing."""
+    _, fused = both()
+    x = torch.randn(2, 3, 6, dtype=torch.float64, requires_grad=True)
+    hooks = [part.register_forward_pre_hook(lambda *_: None) for part in fused.modules() if part._parameters]
+    output = checkpoint(fused, x, use_reentrant=False)
+    for hook in hooks:
+        hook.remove()
+    output.sum().backward()
+
+
+@pytest.mark.parametrize("shape", [(4, 6), (2, 3, 6)])
+def test_a_result_may_be_changed_in_place(shape: tuple[int, ...]) -> None:
+    _, fused = both()
+    with torch.no_grad():
+        output = fused(torch.randn(shape, dtype=torch.float64))
+    assert not output._is_view()
+    output += torch.ones(5, dtype=torch.float64, requires_grad=True)
+    output.sum().backward()
 
 
 def test_dropout_is_applied_to_the_adapters_input() -> None:
@@ -133,6 +170,12 @@ def test_dropout_is_applied_to_the_adapters_input() -> None:
         found.append(network.train()(x))
     torch.testing.assert_close(*found)
     assert not torch.allclose(networks[1].eval()(x), found[1])
+
+
+def test_layers_are_those_of_peft_again() -> None:
+    _, fused = both()
+    unfuse_lora(fused)
+    assert type(fused[0]) is lora.Linear
 
 
 def test_names_and_copies_stay_and_other_layers_are_left_alone() -> None:

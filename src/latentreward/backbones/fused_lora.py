@@ -11,8 +11,7 @@ class FusedLinear(lora.Linear):
     """A linear layer of peft that computes y + alpha / rank · B (A x) by one kernel after A x.
 
     peft takes three, a product, a scaling and a sum, which read and write an output of the layer's width six times;
-    here it is read and written once. Under autocast peft also converts x to the type of A, only for autocast to
-    convert it back. Results differ by rounding: fewer values between the operations are rounded.
+    here it is read and written once. Results differ by rounding: fewer values between the operations are rounded.
     """
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -25,24 +24,39 @@ class FusedLinear(lora.Linear):
         output = self.base_layer(rows)
         for name in names:
             narrow = self.lora_A[name](self.lora_dropout[name](rows))
-            # Autocast leaves operations in place alone.
+            # Autocast does not convert for operations in place.
             output.addmm_(narrow, self.lora_B[name].weight.to(output.dtype).t(), alpha=self.scaling[name])
-        return output.unflatten(0, x.shape[:-1])
+        # As torch's own linear: no view, so that the result may be changed in place like that of any layer.
+        return torch.ops.aten._unsafe_view(output, (*x.shape[:-1], output.shape[-1]))
 
     def _is_plain(self, name: str, x: Tensor) -> bool:
-        """Tell whether an adapter adds alpha / rank · B A x and nothing else, in types that need no conversion."""
-        down, up = self.lora_A[name], self.lora_B[name]
-        # A hook on the layer or on B sees an output that this class changes later, or does not compute.
-        hooked = any(part._forward_hooks or part._forward_pre_hooks for part in (self.base_layer, up))
-        typed = torch.is_autocast_enabled(x.device.type) or x.dtype == down.weight.dtype == self.base_layer.weight.dtype
-        return typed and not (hooked or self.merged or name in self.lora_variant or up.bias is not None)
+        """Tell whether an adapter adds alpha / rank · B A x and nothing else, in types that fit together."""
+        base, up = self.base_layer, self.lora_B[name]
+        if self.merged or name in self.lora_variant or up.bias is not None or not isinstance(self.scaling[name], float):
+            return False
+        if base._backward_hooks or base._backward_pre_hooks:  # they make the output a view that must not change
+            return False
+        types = {x.dtype, base.weight.dtype, self.lora_A[name].weight.dtype, up.weight.dtype}
+        return len(types) == 1 or (torch.float64 not in types and torch.is_autocast_enabled(x.device.type))
 
 
 def fuse_lora(module: nn.Module) -> None:
     """Let the LoRA layers in a module compute as :class:`FusedLinear`, in place; weights and their names stay.
 
-    Layers of other kinds, such as on a quantised base, are left alone.
+    Left alone are layers of other kinds, those on a quantised base, whose outputs have types of their own, and those
+    with forward hooks on base or B by now, which would see an output that changes later, or would not be called. Hooks
+    are not looked at later: a checkpointed block that is computed again must take the same way as before.
     """
     for part in module.modules():
         if type(part) is lora.Linear and type(part.base_layer) is nn.Linear:
-            part.__class__ = FusedLinear
+            inner = (part.base_layer, *part.lora_B.values())
+            hooked = any(layer._forward_hooks or layer._forward_pre_hooks for layer in inner)
+            if type(part.base_layer.weight) is nn.Parameter and not hooked:
+                part.__class__ = FusedLinear
+
+
+def unfuse_lora(module: nn.Module) -> None:
+    """Let the layers that :func:`fuse_lora` changed compute as peft's again."""
+    for part in module.modules():
+        if type(part) is FusedLinear:
+            part.__class__ = lora.Linear
