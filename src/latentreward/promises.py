@@ -244,7 +244,8 @@ def has_values(tensor: Tensor) -> bool:
 
 def finite(*given: Tensor) -> bool:
     """Tell whether numbers are finite, so that results must be, too; true where checks do not look at values."""
-    return not VALUES.get() or all(values.is_meta or bool(values.isfinite().all()) for values in given)
+    # Without detach a check within a checkpointed block would save tensors, which its recomputation does not.
+    return not VALUES.get() or all(values.is_meta or bool(values.detach().isfinite().all()) for values in given)
 
 
 def detached(found: Tensor, given: Tensor) -> str | None:

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from itertools import pairwise
+from operator import attrgetter
 from typing import Any
 
 import pytest
@@ -70,6 +71,20 @@ def test_a_score_does_not_depend_on_other_rows(twin: Twin, kind: str) -> None:
         alone = [model(latents[[row]], sigmas[[row]], PROMPTS[row : row + 1]) for row in range(2)]
     torch.testing.assert_close(together, torch.cat(alone), rtol=1e-4, atol=1e-5)
     assert together[0] != together[1]
+
+
+@pytest.mark.parametrize(
+    "twin", [TWINS["lumina2"], *rotated_after(0, one_per_family("lumina2"))], ids=attrgetter("family")
+)
+def test_a_first_pass_may_be_checkpointed(twin: Twin) -> None:
+    """What is checked once is computed within the first block, and not when the block is computed again.
+
+    Lumina 2.0 has layers with LoRA before its first block, whose input therefore needs a gradient.
+    """
+    model = Scorer(twin, "projection", gradient_checkpointing=True).train()
+    latents, sigmas = inputs(twin)
+    model(latents.requires_grad_(), sigmas, PROMPTS).sum().backward()
+    assert latents.grad is not None
 
 
 @every_network

@@ -69,14 +69,17 @@ def on_the_meta_device() -> Iterator[None]:
 @pytest.mark.release
 @pytest.mark.parametrize("name", COMPUTED)
 def test_estimates_of_the_shipped_files(
-    name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """Rewards and LPO at full size: computed memory, without a download."""
-    for variable in ("HPDV3_ROOT", "PROMPTS", "DINA_PATH"):
+    for variable in ("HPDV3_ROOT", "PROMPTS", "REWARD_PATH"):
         monkeypatch.setenv(variable, f"/nowhere/{variable}")
+    main(["configs", "--compose", name, "lpo"])
+    composed = tmp_path / "lpo.yaml"
+    composed.write_text(capsys.readouterr().out)
     reward = [f"--config={CONFIGS / place}" for place in (f"model/dina_lrm_{name}.yaml", "data/hpdv3.yaml")]
     commands = ([*reward, f"--config={CONFIGS / 'trainer' / 'one_gpu.yaml'}"],
-                [f"--config={CONFIGS / 'align' / f'lpo_{name}.yaml'}"])  # fmt: skip
+                [f"--config={composed}"])  # fmt: skip
     for options, (peak, step) in zip(commands, COMPUTED[name], strict=True):
         main(["fit", *options, "--estimate"])
         text = capsys.readouterr().out
