@@ -1,10 +1,12 @@
 """Count the work of one step and one rollout of every module, on tiny networks on a CPU; rewrite ``budgets.json``.
 
-Usage: ``python benchmarks/budgets.py [CASE ...] [--write] [--sources]``. Prints a Markdown table of counts, no times:
-operations, kernels, bytes as if nothing were fused, and reads by the host (``counting.py``). Each is that of the third
-optimiser step under ``Trainer``, with clipping, AdamW, a moving average and logging, and of the rollout before it;
-optimiser and clipping take the ``foreach`` operations, and LoRA the fused ones, that are the default on a GPU.
+Usage: ``python benchmarks/budgets.py [CASE ...] [--write] [--sources] [--precision P] [--plain]``. Prints a Markdown
+table of counts, no times: operations, kernels, bytes as if nothing were fused, and reads by the host (``counting.py``).
+Each is that of the third optimiser step under ``Trainer``, with clipping, AdamW, a moving average and logging, and of
+the rollout before it; optimiser and clipping take the ``foreach`` operations, and LoRA the fused ones, that are the
+default on a GPU.
 
+``--precision bf16-mixed`` counts under autocast, ``--plain`` with peft's own LoRA layers; neither is for the table.
 ``--write`` puts the counts into ``benchmarks/budgets.json``. A count that is more than 2 % above it fails
 ``tests/benchmarks/test_budgets.py``. ``--sources`` also prints the lines of the program that read values, and the most
 frequent operations.
@@ -171,12 +173,14 @@ CASES: dict[str, Callable[[], tuple[LightningModule, Any]]] = {
 class Boundaries(Callback):
     """Callback that notes the counts at the start of each batch, and excludes a batch's rollout."""
 
-    def __init__(self, counter: WorkCounter) -> None:
-        self.counter, self.start, self.rollout, self.step = counter, Work(), Work(), Work()
+    def __init__(self, counter: WorkCounter, fused: bool) -> None:
+        self.counter, self.fused = counter, fused
+        self.start = self.rollout = self.step = Work()
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Fuse LoRA; count rollouts, with the prompts that are encoded for their rows, by themselves."""
-        fuse_lora(pl_module)
+        if self.fused:
+            fuse_lora(pl_module)
         for name in ("roll_out", "prepare_prompts"):
             if hasattr(pl_module, name):
                 setattr(pl_module, name, partial(self._counted, getattr(pl_module, name), name == "roll_out"))
@@ -210,14 +214,17 @@ class EndOfStep(CSVLogger):
         self.boundaries.step = self.boundaries.counter.work - self.boundaries.start
 
 
-def count(name: str, sources: bool = False) -> tuple[dict[str, Work], WorkCounter]:
+def count(
+    name: str, sources: bool = False, precision: Any = "32-true", fused: bool = True
+) -> tuple[dict[str, Work], WorkCounter]:
     """Count the work of the last step of a case, and of its last rollout if it has one."""
     module, data = CASES[name]()
     given = {"datamodule": data} if isinstance(data, PromptLoaders | PromptsAndImages) else {"train_dataloaders": data}
     counter = WorkCounter(sources)
-    boundaries = Boundaries(counter)
+    boundaries = Boundaries(counter, fused)
     trainer = Trainer(
         accelerator="cpu",
+        precision=precision,
         max_steps=STEPS,
         max_epochs=1,
         log_every_n_steps=1,
@@ -254,12 +261,16 @@ def main() -> None:
     parser.add_argument("cases", nargs="*", metavar="CASE", help="beginnings of names of cases; by default all")
     parser.add_argument("--write", action="store_true", help="put the counts into budgets.json")
     parser.add_argument("--sources", action="store_true", help="print where values are read, and operations")
+    parser.add_argument("--precision", default="32-true", help="the trainer's precision")
+    parser.add_argument("--plain", action="store_true", help="count with peft's own LoRA layers")
     options = parser.parse_args()
+    if options.write and (options.plain or options.precision != "32-true"):
+        parser.error("--write takes the counts in 32-true, with fused LoRA")
     torch.set_num_threads(1)
     kept = json.loads(TABLE.read_text())["counts"] if TABLE.exists() else {}
     print("| case | part | MFLOP | kernels | MB | reads |\n|---|---|---|---|---|---|")
     for name in [name for name in CASES if not options.cases or name.startswith(tuple(options.cases))]:
-        found, counter = count(name, options.sources)
+        found, counter = count(name, options.sources, options.precision, not options.plain)
         kept[name] = {part: asdict(work) for part, work in found.items()}
         for part, work in found.items():
             row = (f"{work.flops / 1e6:.2f}", work.kernels, f"{work.bytes / 1e6:.2f}", work.reads)

@@ -28,6 +28,16 @@ def copied(tmp_path: Path) -> Callable[[str], Path]:
     return lambda name: Path(shutil.copytree(pipeline_folder(name), tmp_path / name))
 
 
+def test_a_config_is_read_once(copied: Callable[[str], Path]) -> None:
+    """A rollout asks for entries several times, and of a hub id each reading asks the hub."""
+    source = PipelineSource(copied("sd15"))
+    first = source.config("vae")
+    (Path(source.source) / "vae" / "config.json").unlink()
+    kept = dict(first)
+    first.clear()
+    assert source.config("vae") == kept
+
+
 def refused(name: str, source: Path | str, message: str) -> str:
     with pytest.raises(InputError, match=message) as caught:
         create_backbone(FACTORIES[name], source=str(source))

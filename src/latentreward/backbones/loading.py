@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
+from copy import deepcopy
 from functools import partial
 from importlib.resources import files
 from pathlib import Path
@@ -80,6 +81,7 @@ class PipelineSource:
         self.named, self.source = str(source), tiny_pipeline(source) if source in SHIPPED else str(source)
         self.revision, self.variant = revision, variant
         self._offline: bool | None = None
+        self._read = dict[str, dict[str, Any]]()  # a rollout asks for entries; the hub would be asked each time
         folder = Path(self.source)
         looks_local = folder.is_absolute() or self.source.startswith((".", "~")) or self.source.count("/") > 1
         if not folder.exists() and looks_local:
@@ -139,10 +141,12 @@ class PipelineSource:
             ) from error
 
     def _json(self, name: str) -> dict[str, Any]:
-        path = self._file(name)
-        if not path.is_file():
-            raise InputError(f"source={self.source!r} lacks {name}; download the whole pipeline again")
-        return read_config(path, f"source={self.source!r}: {name}")
+        if name not in self._read:
+            path = self._file(name)
+            if not path.is_file():
+                raise InputError(f"source={self.source!r} lacks {name}; download the whole pipeline again")
+            self._read[name] = read_config(path, f"source={self.source!r}: {name}")
+        return deepcopy(self._read[name])
 
     def config(self, part: str) -> dict[str, Any]:
         """Read the config of ``part``, such as ``unet``, ``vae`` or ``scheduler``.
