@@ -34,6 +34,7 @@ from scoring import bare_loop, random_model
 from torch import Tensor, nn
 
 from latentreward.backbones import SD3DiTBackbone, SDUNetBackbone
+from latentreward.backbones.fused_lora import fuse_lora
 from latentreward.backbones.tuning import LoRA, tune
 from latentreward.contracts import Conditioning, PreferenceBatch
 from latentreward.heads import CLIPProjectionHead, GatedQFormerHead
@@ -231,12 +232,13 @@ def made_pairs(chosen: Tensor, rejected: Tensor, **more: Any) -> PreferenceBatch
 
 
 def dina_module(size: str, lora: bool = False) -> DiNaLRMModule:
-    """Return DiNa-LRM's module on 12 blocks at a size, without encoders."""
+    """Return DiNa-LRM's module on 12 blocks at a size, without encoders; its LoRA is fused, as on a GPU."""
     source = RandomPipeline(pipeline_folder(size))
     parts = (source.transformer(), source.noise_process(), source.latent_space())
     backbone = SD3DiTBackbone(*parts, num_layers=12)
     if lora:
         tune(backbone.transformer, "lora", LoRA(), backbone.unread())
+        fuse_lora(backbone.transformer)
     return DiNaLRMModule(backbone, GatedQFormerHead, seed=0)
 
 
