@@ -26,7 +26,10 @@ TARGETS = tuple(
 
 
 class FixedPrompts(nn.Module):
-    """Stand-in for text encoders that looks up random embeddings, made once; row 0 is that of the empty prompt."""
+    """Stand-in for text encoders that looks up random embeddings, made once; row 0 is that of the empty prompt.
+
+    Rows of the same prompts are put together once, as the released scripts get them.
+    """
 
     sees_sources = False
 
@@ -35,10 +38,13 @@ class FixedPrompts(nn.Module):
         generator, self.texts = torch.Generator().manual_seed(1), ["", *prompts]
         embeds = torch.randn(len(self.texts), TOKENS, 4096, generator=generator)
         self.table = Conditioning(embeds, torch.randn(len(self.texts), 2048, generator=generator))
+        self.found = dict[tuple[str, ...], Conditioning]()
 
     def forward(self, prompts: Sequence[str]) -> Conditioning:
         """Return the rows of the prompts."""
-        return self.table.select([self.texts.index(prompt) for prompt in prompts])
+        if (key := tuple(prompts)) not in self.found:
+            self.found[key] = self.table.select([self.texts.index(prompt) for prompt in prompts])
+        return self.found[key]
 
 
 class StoredText(nn.Module):
