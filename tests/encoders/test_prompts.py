@@ -5,6 +5,7 @@ import torch
 from diffusers import StableDiffusion3Pipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
 
 from latentreward.backbones.loading import PipelineSource
+from latentreward.contracts import Conditioning
 from latentreward.encoders.clip import CLIPPromptEncoder, SDXLPromptEncoder
 from latentreward.encoders.prompts import equal_lengths
 from latentreward.errors import InputError
@@ -87,3 +88,14 @@ def test_batches_of_equal_lengths_hold_every_prompt_once_and_pad_none(monkeypatc
     assert equal_lengths(encoder, ["a", "b c d", ""], 2) == [[0, 1], [2]]
     monkeypatch.setattr(encoder, "count_tokens", lambda prompts: [len(prompt) for prompt in prompts])
     assert equal_lengths(encoder, ["ab", "a", "cd", "b", "ef", ""], 2) == [[5], [1, 3], [0, 2], [4]]
+
+
+@pytest.mark.parametrize(
+    ("rows", "wanted"),
+    [([0, 1, 2], [0, 1, 2]), ([2, 0, 0, 1], [2, 0, 0, 1]), ([0, 1], [0, 1]), ([False, True, True], [1, 2])],
+)
+def test_rows_are_selected_and_all_in_their_order_are_not_copied(rows: list[int], wanted: list[int]) -> None:
+    prompts = Conditioning(torch.arange(6.0).view(3, 1, 2), torch.arange(3.0).view(3, 1))
+    found = prompts.select(torch.tensor(rows))
+    torch.testing.assert_close(found.prompt_embeds[:, 0, 0], 2.0 * torch.tensor(wanted))
+    assert (found is prompts) == (rows == [0, 1, 2])
