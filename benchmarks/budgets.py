@@ -3,8 +3,8 @@
 Usage: ``python benchmarks/budgets.py [CASE ...] [--write] [--sources] [--precision P] [--plain]``. Prints a Markdown
 table of counts, no times: operations, kernels, bytes as if nothing were fused, and reads by the host (``counting.py``).
 Each is that of the third optimiser step under ``Trainer``, with clipping, AdamW, a moving average and logging, and of
-the rollout before it; optimiser and clipping take the ``foreach`` operations, and LoRA the fused ones, that are the
-default on a GPU.
+the rollout before it; optimiser and clipping take the ``foreach`` operations that are the default on a GPU, and
+LoRA the fused ones of ``performance.fused_lora``.
 
 ``--precision bf16-mixed`` counts under autocast, ``--plain`` with peft's own LoRA layers; neither is for the table.
 ``--write`` puts the counts into ``benchmarks/budgets.json``. A count that is more than 2 % above it fails

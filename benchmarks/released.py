@@ -232,7 +232,7 @@ def made_pairs(chosen: Tensor, rejected: Tensor, **more: Any) -> PreferenceBatch
 
 
 def dina_module(size: str, lora: bool = False) -> DiNaLRMModule:
-    """Return DiNa-LRM's module on 12 blocks at a size, without encoders; its LoRA is fused, as on a GPU."""
+    """Return DiNa-LRM's module on 12 blocks at a size, without encoders; with ``performance.fused_lora``."""
     source = RandomPipeline(pipeline_folder(size))
     parts = (source.transformer(), source.noise_process(), source.latent_space())
     backbone = SD3DiTBackbone(*parts, num_layers=12)

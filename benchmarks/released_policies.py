@@ -68,7 +68,7 @@ def prompts_of(count: int) -> PromptBatch:
 
 
 def prepared(module: Any) -> Any:
-    """Give a module a trainer, fused LoRA as on a GPU, and adapter weights that change the network's output."""
+    """Give a module a trainer, ``performance.fused_lora``, and adapter weights that change the network's output."""
     quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
     module.trainer = Trainer(accelerator="cpu", devices=1, enable_model_summary=False, **quiet)
     module.log = module.log_dict = lambda *_, **__: None

@@ -105,7 +105,7 @@ class Performance(Callback):
         if self.chosen["compile_blocks"] is None:
             self.chosen["compile_blocks"] = self.auto and cuda and bool(blocks) and not quantized and long
         if self.chosen["fused_lora"] is None:
-            adapted = any("lora_A." in name for name, _ in pl_module.named_parameters())
+            adapted = not quantized and any("lora_A." in name for name, _ in pl_module.named_parameters())
             self.chosen["fused_lora"] = self.auto and cuda and adapted and not self.chosen["compile_blocks"]
         self.chosen = {name: bool(value) for name, value in self.chosen.items()}
         if cuda or any(self.chosen.values()):
@@ -189,14 +189,15 @@ class Performance(Callback):
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Let LoRA compute as peft does: what comes after a ``fit`` promises equal scores for any batch."""
-        if stage == "fit" and self.chosen["fused_lora"]:
+        if self.chosen["fused_lora"]:
             from latentreward.backbones.fused_lora import unfuse_lora
 
             unfuse_lora(pl_module)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """End the measurement."""
+        """End the measurement; Lightning calls no ``teardown`` after an error."""
         self.on_train_end(trainer, pl_module)
+        self.teardown(trainer, pl_module, "fit")
 
 
 def worth_compiling(blocks: Iterable[nn.Module]) -> int:

@@ -396,11 +396,17 @@ class Conditioning(TensorRecord):
         return len(self.prompt_embeds)
 
     def select(self, index: Tensor | Sequence[int]) -> "Conditioning":
-        """Return the rows ``index``; an index may repeat, so that one encoded prompt serves several images."""
-        rows = torch.as_tensor(index, device=self.prompt_embeds.device)
-        # All rows in their order need no copy. On an accelerator, where copies are cheap, the question would be a wait.
-        if rows.device.type == "cpu" and rows.dtype == torch.int64 and rows.tolist() == [*range(len(self))]:
+        """Return the rows ``index``; an index may repeat, so that one encoded prompt serves several images.
+
+        For all rows in their order the result may be this record itself.
+        """
+        rows = torch.as_tensor(index)
+        # No copy of all rows in their order. An index on an accelerator is not read, which would be a wait; a copy of
+        # what inference mode made can be part of a graph.
+        here = rows.device.type == "cpu" and rows.dtype == torch.int64 and not self.prompt_embeds.is_inference()
+        if here and rows.tolist() == [*range(len(self))]:
             return self
+        rows = rows.to(self.prompt_embeds.device)
         return map_tensors(self, lambda tensor: tensor[rows])
 
     @classmethod

@@ -15,6 +15,7 @@ from latentreward.backbones.fused_lora import FusedLinear, fuse_lora, unfuse_lor
 from latentreward.backbones.quantization import quantize
 from latentreward.limits import CountedFlops
 from latentreward.policies.policy import AdapterSwitch
+from latentreward.scoring.precision import halve_products
 
 
 def made(dtype: torch.dtype = torch.float64, **options: Any) -> Any:
@@ -139,6 +140,14 @@ def test_layers_on_a_quantised_base_are_left_alone(x_type: torch.dtype) -> None:
     assert type(network[0]) is lora.Linear
     with torch.autocast("cpu", torch.bfloat16):
         network(torch.randn(4, 3, 6).to(x_type))
+
+
+def test_a_network_stored_in_bfloat16_later_is_computed_by_peft() -> None:
+    """Its hooks convert what goes in and out of each layer, B included."""
+    networks, x = both(torch.float32), torch.randn(4, 3, 6)
+    for network in networks:
+        halve_products(network)
+    torch.testing.assert_close(networks[1](x), networks[0](x), rtol=0, atol=0)
 
 
 def test_a_block_that_is_computed_again_takes_the_same_way() -> None:

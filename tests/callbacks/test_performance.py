@@ -171,8 +171,9 @@ def test_tests_and_scores_compute_without() -> None:
 def test_losses_are_those_without_the_switch(
     switch: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    losses = {}
+    losses, fused, forward = {}, list[int](), FusedLinear.forward
     monkeypatch.setattr(performance, "compile_blocks", partial(compile_blocks, backend="inductor"))
+    monkeypatch.setattr(FusedLinear, "forward", lambda *given: fused.append(1) or forward(*given))
     data = [f"--data.root={tmp_path / 'pairs'}"] if PAIRS[0] in RUNS[name] else []
     for value in ("false", "true"):
         folder = tmp_path / value
@@ -183,4 +184,5 @@ def test_losses_are_those_without_the_switch(
         place = rows[0].index("train/loss")
         losses[value] = torch.tensor([float(row[place]) for row in rows[1:] if row[place]])
     assert len(losses["true"]) == 5
+    assert bool(fused) == (switch == "fused_lora")
     torch.testing.assert_close(losses["true"], losses["false"], rtol=1e-5, atol=0)

@@ -99,3 +99,6 @@ def test_rows_are_selected_and_all_in_their_order_are_not_copied(rows: list[int]
     found = prompts.select(torch.tensor(rows))
     torch.testing.assert_close(found.prompt_embeds[:, 0, 0], 2.0 * torch.tensor(wanted))
     assert (found is prompts) == (rows == [0, 1, 2])
+    with torch.inference_mode():
+        made = Conditioning(prompts.prompt_embeds + 0)
+    assert not made.select([0, 1, 2]).prompt_embeds.is_inference()

@@ -16,7 +16,7 @@ class FusedLinear(lora.Linear):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Return the layer's output ``(..., out)`` for ``x`` ``(..., in)``; see :class:`peft.tuners.lora.Linear`."""
-        names = () if self._disable_adapters else [name for name in self._active_adapter if name in self.lora_A]
+        names = () if self._disable_adapters else [name for name in self.active_adapters if name in self.lora_A]
         if args or kwargs or not names or x.ndim < 2 or not all(self._is_plain(name, x) for name in names):
             return super().forward(x, *args, **kwargs)
         # In two dimensions the output is no view, whose change in place would cost more kernels in a backward pass.
@@ -43,9 +43,10 @@ class FusedLinear(lora.Linear):
 def fuse_lora(module: nn.Module) -> None:
     """Let the LoRA layers in a module compute as :class:`FusedLinear`, in place; weights and their names stay.
 
-    Left alone are layers of other kinds, those on a quantised base, whose outputs have types of their own, and those
-    with forward hooks on base or B by now, which would see an output that changes later, or would not be called. Hooks
-    are not looked at later: a checkpointed block that is computed again must take the same way as before.
+    Left alone are layers of other kinds, and those on a quantised base, whose outputs have types of their own. So are
+    layers with hooks by now: one on the base would see an output that changes later, one on B would not be called.
+    Hooks are not looked at later: a checkpointed block that is computed again must take the same way as before. A
+    reward that is stored in bfloat16 later has layers of unlike types, which peft computes.
     """
     for part in module.modules():
         if type(part) is lora.Linear and type(part.base_layer) is nn.Linear:
