@@ -50,7 +50,7 @@ class Performance(Callback):
         fused_optimizer: Update all weights in a few kernels, with optimisers of PyTorch that can. Null is false:
             measured no faster than PyTorch's own choice, ``foreach``.
         fused_lora: Add the products of LoRA to the outputs of their layers in one kernel. Null is true on a CUDA device
-            whose blocks are not compiled, which fuses more.
+            if blocks are not compiled; compiled ones fuse more.
         peak_tflops: Peak of the device in 10¹² operations per second, for ``train/mfu``. Null takes that of the card's
             name and the trainer's precision; other devices have no ``train/mfu``.
 

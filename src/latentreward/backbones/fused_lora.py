@@ -46,7 +46,8 @@ def fuse_lora(module: nn.Module) -> None:
     Left alone are layers of other kinds, and those on a quantised base, whose outputs have types of their own. So are
     layers with hooks by now: one on the base would see an output that changes later, one on B would not be called.
     Hooks are not looked at later: a checkpointed block that is computed again must take the same way as before. A
-    reward that is stored in bfloat16 later has layers of unlike types, which peft computes.
+    reward that is stored in bfloat16 later has hooks that convert between types. Where the types of a layer differ peft
+    computes it; where they are equal nothing is to be converted but B, to the type of the layer's output.
     """
     for part in module.modules():
         if type(part) is lora.Linear and type(part.base_layer) is nn.Linear:
