@@ -214,3 +214,27 @@ def test_operations_are_equal_and_kernels_fewer() -> None:
         [1, 1, 0],
         [0, 0, 1],
     ]
+
+
+def test_gradients_scale_in_their_products() -> None:
+    """Autograd's own of ``addmm_`` scale the gradients of A x and of B by a kernel each."""
+    _, fused = both()
+    with torch.autograd.profiler.profile() as profile:
+        fused(torch.randn(2, 3, 6, dtype=torch.float64)).backward(torch.ones(2, 3, 5, dtype=torch.float64))
+    names = [event.name for event in profile.function_events]
+    assert [names.count(name) for name in ("aten::mul", "aten::addmm")] == [0, 3]  # base, A x, B
+
+
+def test_gradients_have_gradients() -> None:
+    _, fused = both()
+    weights = [weight for _, weight in fused.named_parameters() if weight.requires_grad]
+    x = torch.randn(3, 6, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x, *_: fused(x).sin(), (x, *weights))
+    assert torch.autograd.gradgradcheck(lambda x, *_: fused(x).sin(), (x, *weights))
+
+
+def test_a_compiled_layer_is_one_graph() -> None:
+    networks, x = both(), torch.randn(2, 3, 6, dtype=torch.float64)
+    compiled = torch.compile(networks[1], backend="aot_eager", fullgraph=True)
+    plain, fused = (results(network, lambda network, x: network(x), x) for network in (networks[0], compiled))
+    torch.testing.assert_close(fused, plain)

@@ -7,6 +7,31 @@ from peft.tuners import lora
 from torch import Tensor, nn
 
 
+class AddScaledProduct(torch.autograd.Function):
+    """Add ``scaling`` · h Bᵀ to ``output`` in place, for h ``(n, rank)`` and B ``(out, rank)``.
+
+    The gradients of ``addmm_`` take two kernels more, which scale what the products give.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, narrow: Tensor, up: Tensor, scaling: float) -> Tensor:
+        """Return ``output`` ``(n, out)``, changed."""
+        ctx.mark_dirty(output)
+        ctx.save_for_backward(narrow, up)
+        ctx.scaling = scaling
+        return output.addmm_(narrow, up.t(), alpha=scaling)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        """Return the gradients of ``output``, h and B."""
+        narrow, up = ctx.saved_tensors
+        nothing = grad.new_empty(())  # beta 0 leaves it unread
+        _, narrow_needed, up_needed, _ = ctx.needs_input_grad
+        of_narrow = torch.addmm(nothing, grad, up, beta=0, alpha=ctx.scaling) if narrow_needed else None
+        of_up = torch.addmm(nothing, grad.t(), narrow, beta=0, alpha=ctx.scaling) if up_needed else None
+        return grad, of_narrow, of_up, None
+
+
 class FusedLinear(lora.Linear):
     """A linear layer of peft that computes y + alpha / rank · B (A x) by one kernel after A x.
 
@@ -24,8 +49,11 @@ class FusedLinear(lora.Linear):
         output = self.base_layer(rows)
         for name in names:
             narrow = self.lora_A[name](self.lora_dropout[name](rows))
-            # Autocast does not convert for operations in place.
-            output.addmm_(narrow, self.lora_B[name].weight.to(output.dtype).t(), alpha=self.scaling[name])
+            up = self.lora_B[name].weight.to(output.dtype)  # autocast does not convert for operations in place
+            if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # a graph would break at the function
+                output = AddScaledProduct.apply(output, narrow, up, self.scaling[name])
+            else:
+                output.addmm_(narrow, up.t(), alpha=self.scaling[name])
         # As torch's own linear: no view, so that the result may be changed in place like that of any layer.
         return torch.ops.aten._unsafe_view(output, (*x.shape[:-1], output.shape[-1]))
 
