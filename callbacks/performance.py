@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from latentreward.callbacks.step_times import StepTimes, listen, unlisten
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import nn
 
 from latentreward.backbones.base import DiffusionBackbone
@@ -118,7 +118,8 @@ class Performance(Callback):
         if self.chosen["fused_lora"]:
             from latentreward.backbones.fused_lora import fuse_lora  # peft takes seconds of a command's start
 
-            fuse_lora(module)
+            if not fuse_lora(module):
+                rank_zero_warn("performance.fused_lora: true, but no plain linear layer has LoRA; nothing is fused")
         if self.chosen["compile_blocks"]:
             compile_blocks(blocks_of(module))
         if self.chosen["channels_last"]:

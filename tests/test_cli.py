@@ -720,6 +720,7 @@ def test_ctrl_c_while_modules_are_imported(tmp_path: Path) -> None:
         ("--trainer=trainer.yaml", "--trainer trainer.yaml: set --trainer.NAME=VALUE, or give a file as --config"),
         ("--trainer.accelerator=gpu --trainer.devices=9", None if torch.cuda.is_available() else NO_GPU),
         ("--trainer.devices=", "trainer.devices: `devices` selected with `CPUAccelerator` should be an int > 0."),
+        ("--performance=true", "--performance true: expected a mapping of settings; set --performance.NAME=VALUE"),
         ("--config=nope.yaml", None),
         ("--config=configs/trainer/cpuu.yaml", CPUU),
         ("--config=unknown_key.yaml", "Subcommand 'fit' does not accept option 'modle.lr'; did you mean 'model'?"),

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners import lora
 from torch import Tensor, nn
@@ -129,6 +130,41 @@ def test_what_cannot_be_fused_is_computed_by_peft() -> None:
         hooked[0].get_submodule(layer).register_forward_hook(lambda *_: None)
         fuse_lora(hooked)
         assert type(hooked[0]) is lora.Linear
+
+
+class Tripled(nn.Linear):
+    """A linear layer of one's own."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 3 * super().forward(x)
+
+
+def test_a_layer_of_another_class_as_b_is_left_alone() -> None:
+    network = made()
+    network[0].lora_B["second"].__class__ = Tripled
+    assert fuse_lora(network) == 0
+    assert type(network[0]) is lora.Linear
+
+
+def test_offloaded_layers_are_computed_by_peft() -> None:
+    """Accelerate loads the weights of each layer as it is called, and has them on the meta device before."""
+    plain, fused = both()
+    x = torch.randn(3, 6, dtype=torch.float64)
+    cpu_offload(fused, execution_device=torch.device("cpu"))
+    torch.testing.assert_close(fused(x), plain(x), rtol=0, atol=0)
+
+
+def test_weights_that_no_gradient_needs_may_change_before_the_backward_pass() -> None:
+    _, fused = both()
+    AdapterSwitch(fused, "first")
+    fused[0].lora_A.requires_grad_(False)
+    x = torch.randn(3, 6, dtype=torch.float64)
+    output = fused(x)
+    with torch.no_grad():
+        fused[0].lora_B["first"].weight.add_(1)
+    output.sum().backward()
+    expected = 5 / 2 * fused[0].lora_A["first"](x).sum(dim=0).expand(5, 2)
+    torch.testing.assert_close(fused[0].lora_B["first"].weight.grad, expected)
 
 
 @pytest.mark.parametrize("x_type", [torch.float32, torch.bfloat16])

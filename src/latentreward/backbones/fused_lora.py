@@ -16,8 +16,9 @@ class AddScaledProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, output: Tensor, narrow: Tensor, up: Tensor, scaling: float) -> Tensor:
         """Return ``output`` ``(n, out)``, changed."""
+        _, narrow_needed, up_needed, _ = ctx.needs_input_grad
         ctx.mark_dirty(output)
-        ctx.save_for_backward(narrow, up)
+        ctx.save_for_backward(narrow if up_needed else None, up if narrow_needed else None)
         ctx.scaling = scaling
         return output.addmm_(narrow, up.t(), alpha=scaling)
 
@@ -26,9 +27,8 @@ class AddScaledProduct(torch.autograd.Function):
         """Return the gradients of ``output``, h and B."""
         narrow, up = ctx.saved_tensors
         nothing = grad.new_empty(())  # beta 0 leaves it unread
-        _, narrow_needed, up_needed, _ = ctx.needs_input_grad
-        of_narrow = torch.addmm(nothing, grad, up, beta=0, alpha=ctx.scaling) if narrow_needed else None
-        of_up = torch.addmm(nothing, grad.t(), narrow, beta=0, alpha=ctx.scaling) if up_needed else None
+        of_narrow = None if up is None else torch.addmm(nothing, grad, up, beta=0, alpha=ctx.scaling)
+        of_up = None if narrow is None else torch.addmm(nothing, grad.t(), narrow, beta=0, alpha=ctx.scaling)
         return grad, of_narrow, of_up, None
 
 
@@ -64,12 +64,16 @@ class FusedLinear(lora.Linear):
             return False
         if base._backward_hooks or base._backward_pre_hooks:  # they make the output a view that must not change
             return False
+        if type(up.weight) is not nn.Parameter or up.weight.device != x.device:  # a DTensor, or offloaded by accelerate
+            return False
         types = {x.dtype, base.weight.dtype, self.lora_A[name].weight.dtype, up.weight.dtype}
         return len(types) == 1 or (torch.float64 not in types and torch.is_autocast_enabled(x.device.type))
 
 
-def fuse_lora(module: nn.Module) -> None:
+def fuse_lora(module: nn.Module) -> int:
     """Let the LoRA layers in a module compute as :class:`FusedLinear`, in place; weights and their names stay.
+
+    Returns the number of these layers.
 
     Left alone are layers of other kinds, and those on a quantised base, whose outputs have types of their own. So are
     layers with hooks by now: one on the base would see an output that changes later, one on B would not be called.
@@ -77,12 +81,15 @@ def fuse_lora(module: nn.Module) -> None:
     reward that is stored in bfloat16 later has hooks that convert between types. Where the types of a layer differ peft
     computes it; where they are equal nothing is to be converted but B, to the type of the layer's output.
     """
+    fused = 0
     for part in module.modules():
-        if type(part) is lora.Linear and type(part.base_layer) is nn.Linear:
+        if type(part) is lora.Linear:
             inner = (part.base_layer, *part.lora_B.values())
-            hooked = any(layer._forward_hooks or layer._forward_pre_hooks for layer in inner)
-            if type(part.base_layer.weight) is nn.Parameter and not hooked:
+            plain = all(type(layer) is nn.Linear for layer in inner) and type(part.base_layer.weight) is nn.Parameter
+            if plain and not any(layer._forward_hooks or layer._forward_pre_hooks for layer in inner):
                 part.__class__ = FusedLinear
+                fused += 1
+    return fused
 
 
 def unfuse_lora(module: nn.Module) -> None:

@@ -152,8 +152,8 @@ def rewrite_arguments(arguments: Sequence[str], short_names: Mapping[str, str], 
     interpolations: the subcommand with a dot, such as ``fit.``, or nothing.
 
     Raises:
-        InputError: For ``--trainer FILE``, because the file's callbacks would replace earlier ones, or for a key that
-            jsonargparse keeps for itself.
+        InputError: For ``--trainer FILE``, because the file's callbacks would replace earlier ones, for a section that
+            is no mapping, or for a key that jsonargparse keeps for itself.
     """
     rewritten: list[str] = []
     arguments = list(arguments)
@@ -161,13 +161,15 @@ def rewrite_arguments(arguments: Sequence[str], short_names: Mapping[str, str], 
         argument = ABSOLUTE.sub(rf"${{setting:{root}\1}}", hide_secrets(arguments.pop(0)))
         option, equals, value = argument.partition("=")
         refuse_internal(option.removeprefix("--").rpartition(".")[2], option)
-        if not re.fullmatch(r"--(trainer(\.callbacks)?|(.+\.)?backbone(\.class_path)?)", option):
+        if not re.fullmatch(rf"--({'|'.join(SECTIONS)}|trainer\.callbacks|(.+\.)?backbone(\.class_path)?)", option):
             rewritten.append(argument)
             continue
         if not equals and arguments and not arguments[0].startswith("--"):
             equals, value = "=", ABSOLUTE.sub(rf"${{setting:{root}\1}}", hide_secrets(arguments.pop(0)))
         if option == "--trainer":
             raise InputError(f"--trainer {value}: set --trainer.NAME=VALUE, or give a file as --config")
+        if option[2:] in SECTIONS and not value.startswith("{") and not Path(value).is_file():
+            raise InputError(f"{option} {value}: expected a mapping of settings; set {option}.NAME=VALUE")
         if option == "--trainer.callbacks" and value not in ("null", "[]"):
             option += "+"
         rewritten.append(option + equals + short_names.get(value, value))
