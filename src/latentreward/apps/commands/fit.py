@@ -373,8 +373,10 @@ class TrainingCLI(LightningCLI):
         if self.command == "test" and not any(isinstance(callback, ours.AccuracyInterval) for callback in given):
             added.append(ours.AccuracyInterval())
         if self.profiled:
-            from latentreward.apps.estimate.profile import StepProfile
+            from latentreward.apps.estimate.profile import WARM_UP, StepProfile
 
+            if 0 <= self.config[self.command]["trainer"]["max_steps"] < WARM_UP + self.profiled:
+                kwargs["max_steps"] = WARM_UP + self.profiled  # a config of few steps, such as a trial's
             # No logged step, whose means would begin anew, and nothing that belongs to no step.
             kwargs |= {"log_every_n_steps": 0, "limit_val_batches": 0, "num_sanity_val_steps": 0}
             added.append(StepProfile(self.profiled))
