@@ -11,7 +11,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import nn
 
 from latentreward.backbones.base import DiffusionBackbone
-from latentreward.backbones.compilation import compile_blocks
+from latentreward.backbones.compilation import compile_blocks, uncompile_blocks
 from latentreward.checkpoints.base_weights import is_quantized
 from latentreward.contracts import layout_of
 from latentreward.encoders.vae import LatentEncoder
@@ -189,7 +189,9 @@ class Performance(Callback):
             self.times = None
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Let LoRA compute as peft does: what comes after a ``fit`` promises equal scores for any batch."""
+        """Undo compiled blocks and fused LoRA: what comes after a ``fit`` promises equal scores for any batch."""
+        if self.chosen["compile_blocks"]:
+            uncompile_blocks(blocks_of(pl_module))
         if self.chosen["fused_lora"]:
             from latentreward.backbones.fused_lora import unfuse_lora
 

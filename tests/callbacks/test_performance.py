@@ -113,6 +113,7 @@ def test_blocks_are_compiled_on_a_gpu_in_a_long_run_and_lora_fused_in_a_short_on
     assert isinstance(network[0], FusedLinear) == callback.chosen["fused_lora"]
     callback.teardown(Run(device, steps), network, "fit")  # type: ignore[arg-type]
     assert not isinstance(network[0], FusedLinear)
+    assert type(block) is nn.Linear
 
 
 def test_without_lora_nothing_is_fused_on_a_gpu() -> None:

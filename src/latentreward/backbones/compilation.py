@@ -38,6 +38,13 @@ def compile_blocks(blocks: Iterable[nn.Module], backend: Backend = "inductor") -
             block.__class__ = compiled_class(type(block), backend)
 
 
+def uncompile_blocks(blocks: Iterable[nn.Module]) -> None:
+    """Let blocks compute without ``torch.compile`` again; those that FSDP2 has sharded since stay compiled."""
+    for block in blocks:
+        if CompiledBlock in type(block).__bases__:
+            block.__class__ = type(block).__bases__[1]
+
+
 @cache
 def compiled_class(kind: type[nn.Module], backend: Backend) -> type[nn.Module]:
     """Return the subclass of ``kind`` that compiles its ``forward`` once for each structure of its instances."""
