@@ -185,7 +185,7 @@ class SeenPictures:
         seen = picture_sides(image)
         with errors_at(f"image {quoted(repr(image.image_key))}: "):
             size = self.size(*seen)
-        patches: int = self.processor.get_number_of_image_patches(*size.resized)
+        patches: int = self.processor.get_number_of_image_patches(*size.resized, {})  # transformers 5.6 takes no None
         return patches // self.processor.merge_size**2
 
     def patches(self, image: ImageRef) -> tuple[Tensor, list[int]]:
