@@ -131,10 +131,12 @@ def _wrong_type(match: re.Match[str], setting: str) -> str:
 def names_for(setting: str) -> list[str]:
     """Return the names of our classes, or backbones, that a setting accepts; empty if it accepts none of them."""
     last = setting.rpartition(".")[2]
+    if last == "backbone":
+        return list(backbone_names())
     path = CLASS_MODULES.get(last, "")
-    found = vars(sys.modules[path]) if path in sys.modules else {}
-    ours = (name for name, value in found.items() if str(getattr(value, "__module__", "")).startswith(path))
-    return list(backbone_names()) if last == "backbone" else [name for name in ours if name[0].isupper()]
+    module = sys.modules.get(path)
+    names = [name for name in dir(module) if name[0].isupper()]  # dir, not vars: a module may import classes on access
+    return [name for name in names if str(getattr(getattr(module, name), "__module__", "")).startswith(path)]
 
 
 def _unknown_name(match: re.Match[str], setting: str) -> str:
