@@ -120,7 +120,8 @@ class StableDiffusion(Family):
         self, network: Any, latents: Tensor, timesteps: Tensor, conditioning: Conditioning, guidance: float | None
     ) -> Tensor:
         """See :meth:`Family.predict`."""
-        latents = beside_sources(network, latents, conditioning, self.latent_space)
+        if conditioning.source_latents or network.config.in_channels > latents.shape[1]:  # InstructPix2Pix
+            latents = beside_sources(network, latents, conditioning, self.latent_space)
         dtype = network.conv_in.weight.dtype
         extra = {}
         if self.is_xl:
