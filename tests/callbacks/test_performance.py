@@ -1,9 +1,9 @@
 """``performance``: what is chosen where, few graphs in a step of every module, and eager code on request."""
 
 import logging
-from collections.abc import Iterator
-from functools import partial
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -172,18 +172,27 @@ def test_tests_and_scores_compute_without() -> None:
 def test_losses_are_those_without_the_switch(
     switch: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    losses, fused, forward = {}, list[int](), FusedLinear.forward
-    monkeypatch.setattr(performance, "compile_blocks", partial(compile_blocks, backend="inductor"))
-    monkeypatch.setattr(FusedLinear, "forward", lambda *given: fused.append(1) or forward(*given))
+    losses, switched, run, forward = {}, set[str](), "", FusedLinear.forward
+
+    def compiled(blocks: Iterable[nn.Module]) -> None:
+        switched.add(f"compile_blocks {run}")
+        compile_blocks(blocks, backend="aot_eager")  # graphs as of inductor, no code to compile
+
+    def fused(*given: Any) -> Any:
+        switched.add(f"fused_lora {run}")
+        return forward(*given)
+
+    monkeypatch.setattr(performance, "compile_blocks", compiled)
+    monkeypatch.setattr(FusedLinear, "forward", fused)
     data = [f"--data.root={tmp_path / 'pairs'}"] if PAIRS[0] in RUNS[name] else []
-    for value in ("false", "true"):
-        folder = tmp_path / value
+    for run in ("false", "true"):
+        folder = tmp_path / run
         log = ("--trainer.logger=CSVLogger", f"--trainer.logger.save_dir={folder}", "--trainer.log_every_n_steps=1")
         settings = (*RUNS[name], *data, *QUICK[:2], "--trainer.max_steps=5", f"--trainer.default_root_dir={folder}")
-        main(["fit", *settings, *log, f"--performance.{switch}={value}"])
+        main(["fit", *settings, *log, f"--performance.{switch}={run}"])
         rows = [line.split(",") for line in next(folder.rglob("metrics.csv")).read_text().splitlines()]
         place = rows[0].index("train/loss")
-        losses[value] = torch.tensor([float(row[place]) for row in rows[1:] if row[place]])
+        losses[run] = torch.tensor([float(row[place]) for row in rows[1:] if row[place]])
     assert len(losses["true"]) == 5
-    assert bool(fused) == (switch == "fused_lora")
+    assert switched == {f"{switch} true"}
     torch.testing.assert_close(losses["true"], losses["false"], rtol=1e-5, atol=0)
