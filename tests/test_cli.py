@@ -32,12 +32,13 @@ from tests.processes import finish
 
 SOURCE = Path(latentreward.__file__).parents[1]
 PLUGIN = """
-    import atexit, os, resource, signal, time
+    import atexit, errno, os, resource, signal, time
     from collections.abc import Callable
     from types import SimpleNamespace
 
     import torch
     from lightning.pytorch import Callback, LightningDataModule, LightningModule
+    from lightning.pytorch.loggers import CSVLogger
     from lightning.pytorch.strategies import DDPStrategy
     from torch import nn
     from torchmetrics import MeanMetric
@@ -170,6 +171,11 @@ PLUGIN = """
         def on_train_batch_start(self, trainer, *args) -> None:
             if trainer.global_step == self.step:
                 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+
+
+    class FullBoard(CSVLogger):
+        def save(self) -> None:
+            raise OSError(errno.ENOSPC, "No space left on device")
 
 
     class Freeze(Callback):
@@ -638,6 +644,11 @@ def test_settings_stay_only_if_a_checkpoint_was_saved_before_the_disk_was_full(
         assert "no space left" in error_line(capsys, *FIT, *options, *saving, *full)
     assert [path.name for path in (folder / run).glob("config*.yaml")] == kept
     assert len(list((folder / run).rglob("*.ckpt"))) == len(kept)
+
+
+def test_a_logger_on_a_full_disk_names_the_runs_folder(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line = error_line(capsys, *FIT, "--trainer.logger=plugin.FullBoard", "--trainer.logger.save_dir=full_board")
+    assert re.search(r"no space left for \S*run \(No space left on device\); free some space", line)
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP", "SIGINT"])

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 from abc import ABC
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import is_dataclass
 from functools import cache, wraps
 from inspect import BoundArguments, Parameter, getattr_static, isfunction, signature
 from pathlib import Path
@@ -71,7 +73,7 @@ class Part(ABC):  # noqa: B024 - derived classes have the methods
         return part
 
 
-def returns(check: Check, each: bool = False) -> Callable[[Method], Method]:
+def returns(check: Check, each: bool = False, keeps: bool = False) -> Callable[[Method], Method]:
     """Mark a method of a base class with what it, and methods that override it, must return.
 
     Results of ``super().method()`` are not compared: they are not the part's.
@@ -80,11 +82,12 @@ def returns(check: Check, each: bool = False) -> Callable[[Method], Method]:
         check: Compares a result.
         each: Whether values of each call are compared; for results on the CPU, and for rules that are called once in a
             rollout.
+        keeps: Whether what the method is given is used after it, and must stay as it is; see :func:`unchanged`.
     """
-    return lambda method: compared(method, method.__name__, check, each)
+    return lambda method: compared(method, method.__name__, check, each, keeps)
 
 
-def compared(method: Method, name: str, check: Check, each: bool) -> Method:
+def compared(method: Method, name: str, check: Check, each: bool, keeps: bool) -> Method:
     """Return a method whose result is compared by ``check``; see :func:`returns`. ``name`` is that in the class."""
     bind = signature(method).bind
 
@@ -94,7 +97,8 @@ def compared(method: Method, name: str, check: Check, each: bool) -> Method:
     @wraps(method)
     def comparing(self: Any, *args: Any, **kwargs: Any) -> Any:
         try:
-            result = method(self, *args, **kwargs)
+            with unchanged(f"{type(self).__name__}.{name}", *((*args, *kwargs.values()) if keeps else ())):
+                result = method(self, *args, **kwargs)
         except AttributeError as error:
             if "before Module.__init__() call" not in str(error):
                 raise
@@ -113,8 +117,23 @@ def compared(method: Method, name: str, check: Check, each: bool) -> Method:
             keep_promise(self, name, lambda: problem_of(result, bind(self, *args, **kwargs)), each)
         return result
 
-    comparing.promise = check, each  # type: ignore[attr-defined]
+    comparing.promise = check, each, keeps  # type: ignore[attr-defined]
     return comparing  # type: ignore[return-value]
+
+
+@contextmanager
+def unchanged(name: str, *given: Any) -> Iterator[None]:
+    """Raise InputError if the block changes a tensor of ``given`` in place; ``name`` is the part's in the message.
+
+    The tensors' version counters tell it, for which nothing waits. Records of tensors are looked into.
+    """
+    found = [one for value in given for one in (vars(value).values() if is_dataclass(value) else (value,))]
+    versions = [(one, one._version) for one in found if isinstance(one, Tensor) and not one.is_inference()]
+    yield
+    for one, version in versions:
+        if one._version != version:
+            problem = f"{name} changes a tensor {tuple(one.shape)} that it is given, which is used again"
+            raise InputError(f"{problem}; let it change a copy, such as x.clone(), and no x.mul_(), x += or x[...] =")
 
 
 def keep_promise(part: Any, method: str, problem: Callable[[], str | None], each: bool = False) -> None:

@@ -264,8 +264,11 @@ def test_a_list_stays_in_its_folder_unless_allowed(pics: Path) -> None:
     (pics / "list.jsonl").write_text("".join(json.dumps({"image": name, "prompt": ""}) + "\n" for name in names))
     rows = read_images("pics/list.jsonl").rows
     for row in rows[:2]:
+        assert row.problem == "path outside the root"
+        assert row.detail.endswith("set allow_outside: true to read it")
         with pytest.raises(ImageError, match="path outside the root"):
             decode_image(row.ref())
+    assert rows[2].problem is None
     assert decode_image(rows[2].ref()).size == (7, 5)
     for row in read_images("pics/list.jsonl", allow_outside=True).rows:
         assert decode_image(row.ref()).size == (7, 5)

@@ -41,8 +41,13 @@ def test_texts_in_utf_16_are_read(suffix: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("suffix", ["txt", "json", "jsonl", "csv", "parquet"])
-def test_every_format_gives_the_distinct_prompts_in_order(suffix: str, tmp_path: Path) -> None:
+def test_every_format_gives_the_distinct_prompts_in_order(
+    suffix: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A row without a prompt is told; in a text it is a blank line."""
     assert PromptDataModule(str(write(tmp_path / f"prompts.{suffix}"))).prompts == WANTED
+    left_out = f"1 rows without a prompt are left out, the first is row {len(WANTED) + 1}"
+    assert (left_out in caplog.text) == (suffix != "txt")
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from torch import Tensor
 from latentreward.contracts import NoisyStates
 from latentreward.errors import InputError
 from latentreward.policies import Policy
-from latentreward.rewards import CallableReward, RandomReward
+from latentreward.rewards import CallableReward, RandomReward, Reward
 from tests.rewards.stored import PROMPTS, states_of, tiny_policy
 
 policy_of = cache(tiny_policy)
@@ -61,6 +61,45 @@ def test_it_may_ask_for_the_prediction_of_the_finished_latents(policy: Policy) -
 def test_what_is_no_score_is_refused(function: Any, message: str, policy: Policy) -> None:
     with pytest.raises(InputError, match=message):
         scores(CallableReward(function), policy, states_of(policy))
+
+
+class Darker(Reward):
+    """A user's own reward that changes what it scores."""
+
+    def encode_prompts(self, prompts: Sequence[str]) -> Any:
+        return prompts
+
+    def score(self, states: NoisyStates, encoded: Any) -> Tensor:
+        return states.latents.sub_(1).mean(dim=(1, 2, 3))
+
+    def score_clean(self, latents: Tensor, *args: Any, **options: Any) -> Tensor:
+        latents[0] = 0
+        return latents.mean(dim=(1, 2, 3))
+
+
+def fill(latents: Tensor, timesteps: Tensor, prompts: Sequence[str], clean: Tensor | None = None) -> Tensor:
+    (latents if clean is None else clean).clamp_(-1, 1)
+    return latents.mean(dim=(1, 2, 3))
+
+
+@pytest.mark.parametrize(
+    ("load", "method", "name"),
+    [
+        (CallableReward(fill).load, "score", r"reward CallableReward \(test_callable.py:\d+\)"),
+        (CallableReward(fill, needs_clean=True).load, "score_clean", r"reward CallableReward \(test_callable.py:\d+\)"),
+        (lambda policy: Darker(), "score", "reward Darker"),
+        (lambda policy: Darker(), "score_clean", r"Darker\.score_clean"),
+    ],
+)
+def test_a_reward_that_changes_what_is_trained_on_is_refused(load: Any, method: str, name: str, policy: Policy) -> None:
+    """In every call, since one that comes later would change what is trained on as well."""
+    reward, states = load(policy), states_of(policy)
+    for _ in range(2):
+        with pytest.raises(InputError, match=rf"^{name} changes a tensor \(4, 4, 8, 8\) that it is given, .*clone\(\)"):
+            if method == "score":
+                reward(states, reward.encode_prompts(PROMPTS))
+            else:
+                reward.score_clean(states.latents, states.rows, reward.encode_prompts(PROMPTS))
 
 
 @pytest.mark.parametrize("kind", ["noise", "readout"])

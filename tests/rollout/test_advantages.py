@@ -5,7 +5,8 @@ from typing import Literal
 import pytest
 import torch
 
-from latentreward.rollout import GDPO, GroupAdvantage, group_advantages
+from latentreward.errors import InputError
+from latentreward.rollout import GDPO, Advantage, GroupAdvantage, group_advantages
 
 SCORES = torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
 
@@ -78,3 +79,14 @@ def test_trim_leaves_the_least_and_the_largest_rewards_out_of_mean_and_spread() 
         torch.tensor(rewards), torch.zeros(5, dtype=torch.int64)
     )  # of 1, 3 and 9: mean 13/3, variance 104/9
     assert advantages.tolist() == pytest.approx([(reward - 13 / 3) / ((104 / 9) ** 0.5 + 1e-4) for reward in rewards])
+
+
+class Centred(Advantage):
+    def __call__(self, rewards: torch.Tensor, groups: torch.Tensor) -> torch.Tensor:
+        rewards -= rewards.mean()
+        return rewards
+
+
+def test_a_rule_that_changes_the_rewards_which_are_logged_is_refused() -> None:
+    with pytest.raises(InputError, match=r"^Centred\.__call__ changes a tensor \(2,\) that it is given, which is used"):
+        Centred()(rewards=torch.tensor([1.0, 2.0]), groups=torch.zeros(2, dtype=torch.int64))

@@ -67,6 +67,17 @@ def test_nonsense_is_one_line(pictures, returned, message: str) -> None:
     assert "\n" not in str(error.value)
 
 
+def test_a_scorer_may_change_its_pictures_and_the_next_one_sees_them_whole(pictures) -> None:
+    def shrink(prompts: Sequence[str], images: Sequence[Image.Image]) -> torch.Tensor:
+        for image in images:
+            image.thumbnail((4, 4))
+        return torch.tensor([float(image.width) for image in images])
+
+    whole = brightness([], pictures)
+    assert CallableScorer(shrink, "small")(["p"] * len(pictures), pictures).max() <= 4
+    torch.testing.assert_close(CallableScorer(brightness, "bright")(["p"] * len(pictures), pictures), whole)
+
+
 def test_a_column_by_pair(tmp_path: Path) -> None:
     (tmp_path / "vqa.csv").write_text("pair_id,vqa_a,vqa_b\npair-1,0.25,0.5\npair-0,,0.75\n")
     scorer = TableColumn(tmp_path / "vqa.csv", "vqa", name="vqascore")

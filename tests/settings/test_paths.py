@@ -92,16 +92,30 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (["o", "--config=~/own_$DAY.yaml"], "tables", {"k": "HOME/d", "j": "HOME/out"}),
         (["o", "--config=~/own_$DAY.yaml"], "place", Place("HOME/d", "~ a $5 bill")),
         (["o", "--config=~/own_$DAY.yaml"], "places", [Place("HOME/out", "$5/a")]),
+        (["o", "--config=~/own_$DAY.yaml"], "files", ["monday/a", "monday/b", "HOME/c", "d"]),
     ],
 )
 def test_paths_are_expanded(given: list[str], name: str, expected: object, home: Path) -> None:
     home.mkdir()
     (home / "own_monday.yaml").write_text(
         "tables: {k: ~/d, j: '${oc.env:OUT}'}\nplace: {folder: ~/d, title: '~ a $5 bill'}\n"
-        "places: [{folder: '${oc.env:OUT}', title: $5/a}]"
+        "places: [{folder: '${oc.env:OUT}', title: $5/a}]\n"
+        "files: ['${DAY}/a', '$DAY/b', '${HOME}/c', '${text}']\ntext: d"
     )
     found = parse_function(command, "command", prepare_parsing(given))[name]
     assert repr(str(found)) == repr(str(expected).replace("HOME", str(home)))
+
+
+@pytest.mark.parametrize("text", ["", "# source: x\n\n", "---\n"])
+def test_a_file_of_comments_changes_nothing(text: str, tmp_path: Path) -> None:
+    (tmp_path / "own.yaml").write_text(text)
+    assert parse_function(command, "command", prepare_parsing(["o", "--config=own.yaml"]))["source"] == ""
+
+
+def test_a_variable_that_is_not_set_in_a_file_is_named(tmp_path: Path) -> None:
+    (tmp_path / "own.yaml").write_text("files: ['${NIGHT}/a']\n")
+    with pytest.raises(InputError, match=r"the environment variable NIGHT, which own.yaml refers to, is not set"):
+        parse_function(command, "command", prepare_parsing(["o", "--config=own.yaml"]))
 
 
 def test_a_variable_that_is_not_set_is_one_line() -> None:

@@ -21,7 +21,9 @@ from latentreward.errors import InputError
 from latentreward.storage import durable
 from latentreward.storage.durable import (
     LOCK,
+    check_writable,
     contents,
+    discard,
     put_in_place,
     remove_temporary,
     replacing,
@@ -63,6 +65,23 @@ def test_a_full_disk_is_one_line_and_keeps_what_was_there(writer: str, tmp_path:
     assert ("File too large" in str(error.value)) == (writer != "shards")  # which wraps the system's error in text
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("name", ["file/target", "file/below/target"])
+def test_a_place_that_cannot_be_written_to_is_told_before_the_work(name: str, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    message = rf"^{tmp_path / name} cannot be written to \(.*\); allow it, or choose another place$"
+    with pytest.raises(InputError, match=message):
+        check_writable(tmp_path / name)
+    with pytest.raises(InputError, match=message), replacing(tmp_path / name):
+        pass
+    check_writable(tmp_path / "not" / "yet" / "there")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_what_cannot_be_removed_is_no_error(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    discard(tmp_path / "file" / "below")
 
 
 def test_a_place_that_cannot_be_written_to_is_one_line_and_other_errors_pass() -> None:

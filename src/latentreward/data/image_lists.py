@@ -9,7 +9,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from latentreward.contracts import EditPrompt, ImageRef
-from latentreward.data.images import NO_IMAGE
+from latentreward.data.images import NO_IMAGE, OUTSIDE, resolve_inside
 from latentreward.data.list_rows import find_columns, read_objects
 from latentreward.data.readers.base import MAX_PROMPT_CHARS, Sources
 from latentreward.data.readers.folders import SUFFIXES, UNREAD, read_caption, tell_unread
@@ -19,6 +19,7 @@ from latentreward.data.readers.json_rows import (
     SOURCES,
     edit_problem,
     edit_remark,
+    escapes,
     find_edit_source,
     list_sources,
     parse_text,
@@ -198,6 +199,9 @@ def _listed(
     if caption is None:
         detail = f"{place}: {text} is {short(row.get(text))}, not text"
         return ListedImage(name, "", str(file.parent / path), root, NO_PROMPT, detail)
+    if root and escapes(name) and resolve_inside(Path(root), file.parent / name) is None:
+        detail = f"{place}: leads out of {root}; set allow_outside: true to read it"
+        return ListedImage(name, caption, str(file.parent / path), root, OUTSIDE, detail)
     return ListedImage(name, caption, str(file.parent / path), root)
 
 

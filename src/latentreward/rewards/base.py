@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from latentreward.contracts import LatentSpace, NoisyStates
 from latentreward.errors import InputError
-from latentreward.promises import Part, detached, of_class, returns, shown, tensor, wrong_tensor
+from latentreward.promises import Part, detached, of_class, returns, shown, tensor, unchanged, wrong_tensor
 
 if TYPE_CHECKING:
     from latentreward.policies import Policy, PolicySource
@@ -63,7 +63,8 @@ class Reward(nn.Module, Part):
     @returns(
         lambda found, reward, latents, *given: (
             wrong_tensor(found, (len(latents),)) or ((reward.differentiable or None) and detached(found, latents))
-        )
+        ),
+        keeps=True,
     )
     def score_clean(
         self, latents: Tensor, rows: Tensor, encoded: Any, noise: Tensor | None = None, sigmas: Sequence[float] = ()
@@ -121,8 +122,10 @@ class Reward(nn.Module, Part):
         """
 
     def forward(self, states: NoisyStates, encoded: Any) -> Tensor:
-        """Call :meth:`score` and check the result, see :meth:`checked`."""
-        return self.checked(self.score(states, encoded), states.timesteps, states.latents)
+        """Call :meth:`score` and check the result, see :meth:`checked`; the states must stay as they are."""
+        with unchanged(f"reward {self.name or type(self).__name__}", states):
+            scores = self.score(states, encoded)
+        return self.checked(scores, states.timesteps, states.latents)
 
     def checked(self, scores: Tensor, timesteps: Tensor, latents: Tensor) -> Tensor:
         """Check ``scores`` and return them in float32.

@@ -28,7 +28,8 @@ class CallableReward(RewardSource):
 
     Args:
         function: Called as ``function(latents, timesteps, prompts)`` with ``(N, C, ...)``, ``(N,)`` and N raw prompts,
-            and with ``clean=`` ``(N, C, ...)`` too under ``needs_clean``; returns scores ``(N,)``, higher is better.
+            and with ``clean=`` ``(N, C, ...)`` too under ``needs_clean``; returns scores ``(N,)``, higher is better. It
+            must not change the tensors in place.
         needs_clean: Whether the function needs ``clean``, the policy's prediction of the clean latents.
         differentiable: Whether the scores carry a gradient to the latents (or to ``clean``), as ReFL needs.
 

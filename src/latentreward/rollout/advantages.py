@@ -35,7 +35,11 @@ class Advantage(Part):
         return self
 
     @abstractmethod
-    @returns(tensor(lambda rule, rewards, *given: rewards.shape[:1] if rule.takes_parts else rewards.shape), each=True)
+    @returns(
+        tensor(lambda rule, rewards, *given: rewards.shape[:1] if rule.takes_parts else rewards.shape),
+        each=True,
+        keeps=True,
+    )
     def __call__(self, rewards: Tensor, groups: Tensor) -> Tensor:
         """Compute advantages.
 

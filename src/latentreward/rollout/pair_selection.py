@@ -47,7 +47,7 @@ class PairSelection(Part):
         return SelectedPairs(best.indices, worst.indices, gap, self.keep(gap, step.index, sampler))
 
     @abstractmethod
-    @returns(tensor(lambda rule, gap, *given: gap.shape, "bool"), each=True)
+    @returns(tensor(lambda rule, gap, *given: gap.shape, "bool"), each=True, keeps=True)
     def keep(self, gap: Tensor, index: int, sampler: StepSampler) -> Tensor:
         """Tell which of the gaps ``(B,)`` at step ``index`` are large enough to keep: ``(B,)`` bool."""
 

@@ -103,7 +103,8 @@ class ImageScorer(Scorer):
         return torch.cat(scores or [torch.zeros(0) if len(self.columns) == 1 else torch.zeros(0, len(self.columns))])
 
     def _checked(self, prompts: Sequence[str], images: Sequence[Image.Image]) -> Tensor:
-        scores = self.score(prompts, images)
+        # Copies, since others score the images too, and methods of Pillow such as thumbnail change them.
+        scores = self.score(prompts, [image.copy() for image in images])
         shape = (len(images),) if len(self.columns) == 1 else (len(images), len(self.columns))
         if not isinstance(scores, Tensor) or scores.shape != shape:
             found = f"{shown(scores)} for {len(images)} images"

@@ -20,6 +20,7 @@ from latentreward.errors import InputError
 from latentreward.reports import clip_uri, picture_uri, write_page
 from latentreward.reports.drawing import to_images
 from latentreward.scoring.network import name_of
+from latentreward.storage.durable import check_writable
 
 SIDE, QUALITY = 224, 75
 """Longest side of a thumbnail in pixels, and its JPEG quality: 500 photographs make a page of 4 to 8 MB."""
@@ -36,12 +37,13 @@ class Gallery:
     shown without a thumbnail.
 
     Raises:
-        InputError: If ``path`` does not end in ``.html`` or ``.htm``, or is a folder.
+        InputError: If ``path`` does not end in ``.html`` or ``.htm``, is a folder, or cannot be written to.
     """
 
     def __init__(self, path: Path, limit: int, threads: int, max_pixels: int) -> None:
         if path.suffix.lower() not in (".html", ".htm") or path.is_dir():
             raise InputError(f"gallery is {path}; give a file that ends in .html")
+        check_writable(path)
         self.path, self.limit, self.threads, self.max_pixels = path, limit, threads, max_pixels
 
     def write(

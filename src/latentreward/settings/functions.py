@@ -40,6 +40,7 @@ from latentreward.settings.rewriting import (
     rewrite_settings,
     show_secrets,
     with_paths,
+    with_variables,
 )
 from latentreward.settings.yaml_text import check_yaml
 
@@ -56,7 +57,11 @@ class ConfigFile(ActionConfigFile):
         if Path(path).is_file():
             text = Path(path).read_text(errors="replace")
             MODULE_FOLDERS.append(str(Path(path).resolve().parent))
-            NAMED_IN.update(dict.fromkeys(re.findall(r"\$\{\s*oc\.env\s*:\s*['\"]?(\w+)", text), values))
+            variables = re.findall(r"\$\{\s*oc\.env\s*:\s*['\"]?(\w+)", with_variables(text))
+            NAMED_IN.update(dict.fromkeys(variables, values))
+            with suppress(yaml.YAMLError):
+                if yaml.safe_load(text) is None:  # comments alone, which jsonargparse refuses
+                    return
         try:
             super().__call__(parser, cfg, path, option_string)
         except (InputError, UnicodeDecodeError) as error:
@@ -270,7 +275,7 @@ def install_loader(short_names: Mapping[str, str], modules_here: bool) -> None:
     def load_rewritten(text: str) -> Any:
         check_yaml(text)
         STAND_INS.update((value, name) for name, value in re.findall(r"\$\{oc\.env:(\w+),([^${}]+)\}", text))
-        settings = rewrite_settings(load(text), short_names)
+        settings = rewrite_settings(load(with_variables(text)), short_names)  # before it makes names relative
         NULLS.extend(re.findall(r"None|null|\$\{(?!oc\.env:)", repr(settings)))
         if modules_here:
             find_modules_here(value for _, value in leaves(settings))

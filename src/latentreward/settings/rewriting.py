@@ -40,12 +40,14 @@ VARIABLE = re.compile(r"\$([A-Za-z_]\w*)")
 """An environment variable in a path, as shells write it; the form ``${NAME}`` is that of an interpolation."""
 
 
-def hide_secrets(text: str) -> str:
-    """Rename ``${oc.env:NAME}`` of secret variables to ``${secret:NAME}``, which OmegaConf leaves as text.
+def with_variables(text: str) -> str:
+    """Rename ``${NAME}`` in capitals, which no setting has, to ``${oc.env:NAME}``."""
+    return re.sub(r"(?<!\\)\$\{([A-Z][A-Z0-9_]*)\}", r"${oc.env:\1}", text)
 
-    ``${NAME}`` in capitals, which no setting has, becomes ``${oc.env:NAME}`` before.
-    """
-    return SECRET.sub("${secret:", re.sub(r"\$\{([A-Z][A-Z0-9_]*)\}", r"${oc.env:\1}", text))
+
+def hide_secrets(text: str) -> str:
+    """Rename ``${oc.env:NAME}`` of secret variables to ``${secret:NAME}``, which OmegaConf leaves as text."""
+    return SECRET.sub("${secret:", with_variables(text))
 
 
 def expanded(path: str) -> str:

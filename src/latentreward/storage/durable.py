@@ -8,8 +8,9 @@ import shutil
 import socket
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from tempfile import TemporaryFile
 from uuid import uuid4
 
 from latentreward.errors import InputError
@@ -51,10 +52,10 @@ def replacing(target: Path, kept: str = KEPT, over: bool = True) -> Iterator[Pat
     Raises:
         InputError: If the disk is full, a file size limit or a quota is reached, or writing is not allowed.
     """
-    target.parent.mkdir(parents=True, exist_ok=True)
     partial = temporary_name(target)
     try:
         with write_errors_named(target, kept):
+            target.parent.mkdir(parents=True, exist_ok=True)
             yield partial
             put_in_place(partial, target, over)
     finally:
@@ -73,6 +74,16 @@ def remove_temporary(folder: Path) -> None:
         match = TEMPORARY_NAME.fullmatch(path.name)
         if match and not (match[2] == _this_host() and _runs(int(match[3]))):
             discard(path)
+
+
+def check_writable(target: Path) -> None:
+    """Raise InputError if a file or folder cannot be written at ``target``, before the work whose result it gets.
+
+    An unnamed file is opened in its folder, or in the nearest one above that exists.
+    """
+    with write_errors_named(target):
+        place = next(folder for folder in target.absolute().parents if folder.exists())
+        TemporaryFile(dir=place).close()
 
 
 @contextmanager
@@ -215,11 +226,12 @@ def _runs(process: int) -> bool:
 
 
 def discard(path: Path) -> None:
-    """Remove a file, a link or a folder with its contents, if it exists; errors while removing a folder are ignored."""
+    """Remove a file, a link or a folder with its contents, if it exists; errors are ignored."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
-        path.unlink(missing_ok=True)
+        with suppress(OSError):
+            path.unlink()
 
 
 def sync(path: Path) -> None:

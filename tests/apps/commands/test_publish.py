@@ -68,6 +68,13 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: Any) -> str:
     return message
 
 
+def test_a_place_that_cannot_be_written_to_is_refused_before_anything_is_read(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    assert "file/model cannot be written to (Not a directory)" in refused(capsys, "nowhere", tmp_path / "file/model")
+
+
 @pytest.mark.slow
 def test_a_run_is_published_calibrated(run: Path, pictures: Path, tmp_path: Path, capsys: Any) -> None:
     (tmp_path / "card.md").write_text("# About\n\nScores **tiny** pictures.")

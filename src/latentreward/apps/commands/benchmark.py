@@ -19,6 +19,7 @@ from latentreward.reports.tables import Table, as_text, cell, interval, percent
 from latentreward.scorers import RewardModelScorer, Scorer
 from latentreward.scorers.reward_model import reward_names
 from latentreward.settings.functions import run_function
+from latentreward.storage.durable import check_writable
 
 LEVELS = (0.1, 0.2, 0.4, 0.6, 0.8)
 """Default noise levels, in [0, 1], at which latent rewards are evaluated one by one."""
@@ -82,6 +83,7 @@ def benchmark(
             scorer.
     """
     check_at_least_one(limit=limit)
+    check_writable(output_dir / JSON)
     sets = _with_more("benchmarks", "data", benchmarks, [] if data is None else [recognise_benchmark(data)])
     paths = [model] if isinstance(model, str) else list(dict.fromkeys(model or []))
     named = zip(paths, reward_names(paths), strict=True)

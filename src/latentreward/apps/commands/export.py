@@ -13,6 +13,7 @@ from latentreward.scoring.layouts.exporting import RewardFormat, export_reward
 from latentreward.scoring.layouts.find import find_reward
 from latentreward.scoring.layouts.model_folder import is_model_folder
 from latentreward.settings.functions import run_function
+from latentreward.storage.durable import check_writable
 
 PolicyFormat = Literal["diffusers", "kohya", "peft", "merged"]
 
@@ -54,6 +55,7 @@ def export(
     """
     if output.exists() and not overwrite:
         raise InputError(f"output: {output} exists; set overwrite: true or choose another name")
+    check_writable(output)
     source = ModelSource(str(checkpoint), config=run_config, trust_remote_code=trust_remote_code, **loading)
     if format in get_args(RewardFormat):
         if dtype != "float32":

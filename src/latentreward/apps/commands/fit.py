@@ -51,6 +51,7 @@ from latentreward.settings import functions
 from latentreward.settings.errors import summarise
 from latentreward.settings.ranges import check_ranges
 from latentreward.settings.rewriting import rewrite_arguments
+from latentreward.storage.durable import disk_full
 from latentreward.storage.locks import lock_run
 from latentreward.storage.shared_weights import sharing_between
 
@@ -397,7 +398,13 @@ class TrainingCLI(LightningCLI):
 
     def _run_subcommand(self, subcommand: str) -> None:
         if not self.estimates:
-            super()._run_subcommand(subcommand)
+            try:
+                super()._run_subcommand(subcommand)
+            except OSError as error:  # a logger's, which names no file
+                if error.filename or not (reason := disk_full(error)):
+                    raise
+                folder = self.trainer.default_root_dir
+                raise InputError(f"no space left for {folder} ({reason}); free some space and run it again") from error
             return
         from latentreward.apps.estimate.bounds import limits_text
         from latentreward.apps.estimate.settings import estimate

@@ -26,6 +26,7 @@ from latentreward.scoring.layouts.saving import check_target, config_of, new_fol
 from latentreward.scoring.scored_table import require_some
 from latentreward.settings.functions import run_function
 from latentreward.settings.rewriting import expanded
+from latentreward.storage.durable import check_writable
 from latentreward.storage.json_files import read_config
 
 FEW = 200
@@ -125,6 +126,7 @@ def publish(
         InputError: If a setting is wrong, the model cannot be saved, or the reference cannot be scored.
     """
     check_target(output)
+    check_writable(output)
     if metrics is not None and not metrics.exists():
         raise InputError(f"metrics: {metrics} cannot be read: there is no such file; give a JSON file")
     with errors_at("metrics: "):

@@ -1,6 +1,7 @@
 """Reading of prompt files, and of sets of prompt files with groups for evaluation."""
 
 import glob
+import logging
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -33,6 +34,7 @@ COLUMNS = ("prompt", "caption", "Prompt")
 GROUPS = ("tag", "Category")
 """Names of the column with the group of a prompt: GenEval's and PartiPrompts'."""
 FORMATS = (".txt", ".json", ".jsonl", ".csv", ".tsv", ".parquet")
+logger = logging.getLogger(__name__)
 
 Row = Mapping[str, Any]
 
@@ -83,9 +85,12 @@ def read_prompt_rows(path: str, setting: str = "prompts", max_prompt_chars: int 
             raise
         except (OSError, ValueError, TypeError, pa.ArrowException) as error:
             raise InputError(f"{path} cannot be read ({first_line(error)}); correct it") from error
+        blank = [number for number, row in enumerate(rows, start=1) if not row.prompt.strip()]
         rows = [row for row in rows if row.prompt.strip()]
         if not rows:
             raise InputError(f"{path} holds no prompt; write one per line")
+        if blank and file.suffix.lower() != ".txt":  # blank lines of a text are no rows
+            logger.warning("%s: %d rows without a prompt are left out, the first is row %d", path, len(blank), blank[0])
         return check_lengths(rows, path, max_prompt_chars)
 
 
