@@ -30,6 +30,7 @@ from latentreward.errors import InputError
 from latentreward.families import Family, FlowFamily, Tokens
 from latentreward.heads import EmbeddingHead, RewardHead
 from latentreward.losses import (
+    BradleyTerryLoss,
     KLGate,
     Penalty,
     PreferenceLoss,
@@ -148,7 +149,7 @@ def run(family: FlowFamily) -> Any:
 
 def metric_of(metric: Metric) -> Any:
     metrics = LevelMetrics("wrong", [metric])
-    metrics.update(SCORES, ONES)
+    metrics.update(SCORES, BradleyTerryLoss())
     return metrics.values()
 
 

@@ -14,6 +14,7 @@ from latentreward.checkpoints.shards import (
     INDEX,
     REST,
     check_weights,
+    frozen_names,
     is_sharded,
     named,
     numbered,
@@ -23,6 +24,8 @@ from latentreward.checkpoints.shards import (
 )
 from latentreward.cli import main
 from latentreward.errors import InputError
+from latentreward.heads import RewardHead
+from latentreward.losses import BradleyTerryLoss
 
 
 class Evil:
@@ -198,3 +201,27 @@ def test_an_index_that_no_checkpoint_has_is_one_line(change: str, tmp_path: Path
     (folder / INDEX).write_bytes(pickle.dumps(index))
     with pytest.raises(InputError, match="is damaged, or holds more than tensors"):
         read_sharded(folder)
+
+
+class Centred(RewardHead):
+    """A head that subtracts a running mean, which a module without parameters keeps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.inner = nn.Linear(2, 1), nn.Sequential(nn.Identity())
+        self.register_buffer("mean", torch.zeros(()))
+        self.inner[0].register_buffer("spread", torch.ones(()))
+
+    def forward(self, features: Any) -> torch.Tensor:
+        return self.linear(features).flatten() - self.mean
+
+
+@pytest.mark.parametrize("trains", [True, False])
+def test_buffers_of_a_head_that_trains_and_of_a_loss_are_no_frozen_weights(trains: bool) -> None:
+    module = nn.Module()
+    module.head, module.loss, module.base = Centred().requires_grad_(trains), BradleyTerryLoss(), nn.BatchNorm1d(2)
+    module.base.requires_grad_(False)
+    module.loss.register_buffer("scale", torch.ones(()))
+    frozen = {"base.weight", "base.bias", "base.running_mean", "base.running_var", "base.num_batches_tracked"}
+    of_head = set() if trains else {f"head.{name}" for name in module.head.state_dict()}
+    assert frozen_names(module) == frozen | of_head

@@ -4,6 +4,7 @@ import pickle
 import pytest
 import torch
 
+from latentreward.contracts import ImageRef, PreferencePair
 from latentreward.data import (
     ImageError,
     JSONLPairReader,
@@ -62,10 +63,29 @@ def test_placeholder_keeps_the_place_without_a_say(source) -> None:
     assert dataset.skipped().total() == 4
 
 
-def test_batch_of_bad_rows_only_is_an_error_that_names_them(source) -> None:
+def test_a_batch_of_bad_rows_only_is_one_pair_that_counts_nowhere(source) -> None:
     dataset = PairDataset(PickAPicReader(source, "train", on_error="skip"), LOADER)
+    batch = collate_pairs([dataset[n] for n in range(4)])
+    assert (len(batch), batch.label.item(), batch.weight.item()) == (1, 0.5, 0.0)
+    assert dataset.skipped().total() == 4
     with pytest.raises(ImageError, match=r"no pair of this batch can be read: .*parquet:0: .*parquet:2: .*on_error"):
-        collate_pairs([dataset[n] for n in range(4)])
+        collate_pairs([dataset[n] for n in range(4)], blanks=False)
+
+
+def test_files_that_are_lost_end_the_run(source, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A row that can be read begins the count anew."""
+    monkeypatch.setattr("latentreward.data.dataset.MOST_IN_A_ROW", 5)
+    dataset = PairDataset(PickAPicReader(source, "train", on_error="skip"), LOADER)
+    for number in (0, 1, 2, 3, 4, 0, 1, 2, 3):
+        dataset[number]
+    with pytest.raises(ImageError, match=r"^5 pairs one after the other cannot be read, the last is .*parquet:1: .*"):
+        dataset[1]
+
+
+def test_whole_numbers_of_an_own_reader_are_numbers() -> None:
+    pairs = [PreferencePair(f"p{n}", "a", ImageRef("x"), ImageRef("y"), n, weight=2) for n in (1, 0)]
+    batch = collate_pairs([LoadedPair(pair, torch.zeros(3, 2, 2), torch.zeros(3, 2, 2)) for pair in pairs])
+    assert (batch.label.dtype, batch.weight.tolist()) == (torch.float32, [2.0, 2.0])
 
 
 @pytest.mark.parametrize("context", ["fork", pytest.param(FORKS, marks=pytest.mark.slow)], ids=["fork", "forkserver"])

@@ -66,6 +66,15 @@ def test_every_mode_of_pillow_is_converted_as_a_file_is(lrm: RewardModel, mode: 
         assert torch.equal(scores, lrm.score("a cat", [picture(2)]))
 
 
+def test_floats_up_to_1_are_not_read_as_black(lrm: RewardModel) -> None:
+    with pytest.raises(
+        InputError, match=r"^image number 0 has mode F, of which 255 is white, and no value above 0\.5;"
+    ):
+        lrm.score("a cat", [Image.new("F", (8, 8), 0.5)])
+    black = Image.new("F", (8, 8), 0.0)
+    assert torch.equal(lrm.score("a cat", [black]), lrm.score("a cat", [Image.new("L", (8, 8))]))
+
+
 @pytest.mark.parametrize("size", [(1, 1), (1, 500), (500, 1), (3, 7), (640, 480), (1000, 3000)])
 @pytest.mark.parametrize("name", ["lrm", "dina"])
 def test_any_size_is_brought_to_the_models_own(name: str, size: tuple[int, int], request: Any) -> None:

@@ -225,16 +225,23 @@ def frozen_names(module: nn.Module) -> set[str]:
 
     Those of quantised layers are listed with what their library adds to a state dict.
 
-    A module counts as frozen for its buffers if none of its own parameters is trained and it has no attribute
-    ``changes_buffers`` that is true.
+    A module counts as frozen for its buffers if none of its own parameters is trained and its attribute
+    ``changes_buffers``, or that of the nearest module around it which has one, is not true.
     """
     changes = changing_names(module)
-    homes = {name.rpartition(".")[0] for name in changes}
-    homes |= {name for name, part in module.named_modules() if getattr(part, "changes_buffers", False)}
+    homes = {name.rpartition(".")[0] for name in changes} | set(_changing_buffers(module))
     every = module.named_parameters(remove_duplicate=False)  # tied weights have several names in a state dict
     frozen = {name for name, parameter in every if not parameter.requires_grad and name not in changes}
     frozen |= {name for name, _ in module.named_buffers() if name.rpartition(".")[0] not in homes}
     return frozen | quantized_names(module)
+
+
+def _changing_buffers(module: nn.Module, name: str = "", around: bool = False) -> Iterator[str]:
+    changes = getattr(module, "changes_buffers", around)
+    if changes:
+        yield name
+    for child, part in module.named_children():
+        yield from _changing_buffers(part, f"{name}.{child}" if name else child, changes)
 
 
 def changing_names(module: nn.Module) -> set[str]:

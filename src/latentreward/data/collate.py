@@ -14,7 +14,7 @@ from latentreward.errors import InputError
 NAMED = 5
 
 
-def collate_pairs(items: Sequence[LoadedPair | SkippedPair]) -> PreferenceBatch:
+def collate_pairs(items: Sequence[LoadedPair | SkippedPair], blanks: bool = True) -> PreferenceBatch:
     """Stack pairs to a batch, each with its preferred image as ``chosen``, so that labels are in [½, 1].
 
     In a tie or an unlabelled pair the image with the smaller ``image_key`` becomes ``chosen``. The batch is therefore
@@ -23,26 +23,26 @@ def collate_pairs(items: Sequence[LoadedPair | SkippedPair]) -> PreferenceBatch:
 
     Args:
         items: Pairs of one image size; each :class:`SkippedPair` makes the batch one pair smaller.
+        blanks: Whether a batch of such pairs alone becomes one grey pair without a label, which counts nowhere. For
+            prediction, which would write its score, it is an error.
 
     Raises:
-        ImageError: If every item is a :class:`SkippedPair`.
+        ImageError: If every item is a :class:`SkippedPair` and ``blanks`` is false.
     """
+    skipped = [item for item in items if isinstance(item, SkippedPair)]
+    if len(skipped) == len(items) and not blanks:
+        problems = "; ".join(f"{item.pair_id}: {item.problem}" for item in skipped[:NAMED])
+        more = f" and {len(skipped) - NAMED} more" if len(skipped) > NAMED else ""
+        problem = f"no pair of this batch can be read: {problems}{more}"
+        raise ImageError(f"{problem}; replace the files, or set {DATA_ON_ERROR} to placeholder")
     pairs = []
-    for item in items:
-        if isinstance(item, LoadedPair):
-            pair, targets = item.pair, item.targets
-            if is_turned(pair.label_a, pair.image_a.image_key, pair.image_b.image_key):
-                turned = None if targets is None else targets.flip(0)
-                pairs.append(LoadedPair(pair.swapped(), item.pixels_b, item.pixels_a, turned, item.sources))
-            else:
-                pairs.append(item)
-    if not pairs:
-        problems = [f"{item.pair_id}: {item.problem}" for item in items if isinstance(item, SkippedPair)]
-        more = f" and {len(problems) - NAMED} more" if len(problems) > NAMED else ""
-        raise ImageError(
-            f"no pair of this batch can be read: {'; '.join(problems[:NAMED])}{more}; "
-            f"replace the files, or set {DATA_ON_ERROR} to placeholder"
-        )
+    for item in [item for item in items if isinstance(item, LoadedPair)] or [skipped[0].blank]:
+        pair, targets = item.pair, item.targets
+        if is_turned(pair.label_a, pair.image_a.image_key, pair.image_b.image_key):
+            turned = None if targets is None else targets.flip(0)
+            pairs.append(LoadedPair(pair.swapped(), item.pixels_b, item.pixels_a, turned, item.sources))
+        else:
+            pairs.append(item)
     records = [item.pair for item in pairs]
     return PreferenceBatch(
         pair_ids=tuple(pair.pair_id for pair in records),
@@ -51,8 +51,8 @@ def collate_pairs(items: Sequence[LoadedPair | SkippedPair]) -> PreferenceBatch:
         rejected=torch.stack([item.pixels_b for item in pairs]),
         chosen_keys=tuple(pair.image_a.image_key for pair in records),
         rejected_keys=tuple(pair.image_b.image_key for pair in records),
-        label=torch.tensor([0.5 if pair.label_a is None else pair.label_a for pair in records]),
-        weight=torch.tensor([0.0 if pair.label_a is None else pair.weight for pair in records]),
+        label=torch.tensor([0.5 if one.label_a is None else one.label_a for one in records], dtype=torch.float32),
+        weight=torch.tensor([0.0 if one.label_a is None else one.weight for one in records], dtype=torch.float32),
         targets=stack_targets([item.targets for item in pairs if item.targets is not None]),
         sources=stack_sources([item.sources for item in pairs]),
         chosen_noise=tuple(pair.image_a.noise for pair in records),

@@ -3,6 +3,7 @@
 import logging
 import warnings
 from collections.abc import Iterable, Mapping
+from functools import partial
 from types import MappingProxyType
 from typing import Any
 
@@ -258,12 +259,13 @@ class PreferenceDataModule(PairLoaders):
     def evaluation_loading(self, dataset: PairDataset) -> dict[str, Any]:
         """See :meth:`PairLoaders.evaluation_loading`."""
         shares = shares_of(self.trainer)
+        collate = partial(collate_pairs, blanks=dataset is not self.datasets.get("predict"))
         if (sizes := self._unlike(dataset)) is not None:
             sizing = Sizing(self.batch_size, world_size=shares["num_replicas"])
             batches = EvaluationBatches(sizes, sizing, shares["rank"])
-            return {"batch_size": None, "sampler": batches, "collate_fn": collate_pairs}
+            return {"batch_size": None, "sampler": batches, "collate_fn": collate}
         return {
             "batch_size": even_batch_size(len(dataset), shares["num_replicas"], self.batch_size),
             "sampler": PairSampler(len(dataset), **shares),
-            "collate_fn": collate_pairs,
+            "collate_fn": collate,
         }

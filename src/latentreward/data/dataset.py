@@ -37,12 +37,17 @@ class LoadedPair:
     sources: tuple[Tensor, ...] = ()  # Pixels of the pictures that the images are edits of
 
 
+MOST_IN_A_ROW = 64
+"""Number of unreadable pairs one after the other with which ``skip`` ends: files are then lost, not damaged."""
+
+
 @dataclass(frozen=True)
 class SkippedPair:
     """Marker for a pair with an unreadable image; ``collate_pairs`` leaves the pair out of the batch."""
 
     pair_id: str  # name of the pair
     problem: str  # description of the problem, in one line
+    blank: LoadedPair  # pair without label in its place, for a batch of which no pair can be read
 
 
 class PairDataset(Dataset[LoadedPair | SkippedPair]):
@@ -91,7 +96,7 @@ class PairDataset(Dataset[LoadedPair | SkippedPair]):
         # Per row: 0, or 1 + index of the problem in IMAGE_PROBLEMS. Shared memory, because worker processes write it.
         self._problems = torch.zeros(len(self.rows), dtype=torch.uint8).share_memory_()
         self.unused = torch.zeros(len(self.rows) if clips else 0, 2, dtype=torch.int32).share_memory_()
-        self._warned = False
+        self._warned, self._in_a_row = False, 0
         self.targets = targets
 
     def __len__(self) -> int:
@@ -119,7 +124,8 @@ class PairDataset(Dataset[LoadedPair | SkippedPair]):
             label, and all are mid-grey.
 
         Raises:
-            ImageError: If one of these problems occurs and ``on_error`` is ``"raise"``.
+            ImageError: If one of these problems occurs and ``on_error`` is ``"raise"``, or :data:`MOST_IN_A_ROW` pairs
+                one after the other are skipped.
         """
         if isinstance(index, Sequence):
             return [self[one] for one in index]
@@ -129,9 +135,10 @@ class PairDataset(Dataset[LoadedPair | SkippedPair]):
             if isinstance(self.loader, ClipLoader):
                 clips = self.loader.load(pair.image_a), self.loader.load(pair.image_b)
                 self.unused[index] = torch.tensor([clip.unused for clip in clips])
-                return LoadedPair(pair, clips[0].pixels, clips[1].pixels, targets)
-            pair, sources = load_sources(self.loader, pair, self.taken, self.check_prompt)
-            return LoadedPair(pair, self.loader(pair.image_a), self.loader(pair.image_b), targets, sources)
+                loaded = LoadedPair(pair, clips[0].pixels, clips[1].pixels, targets)
+            else:
+                pair, sources = load_sources(self.loader, pair, self.taken, self.check_prompt)
+                loaded = LoadedPair(pair, self.loader(pair.image_a), self.loader(pair.image_b), targets, sources)
         except ImageError as error:
             split, setting = (f"data.{self.name}: ", DATA_ON_ERROR) if self.name else ("", OWN_ON_ERROR)
             if self.on_error == "raise":
@@ -144,20 +151,42 @@ class PairDataset(Dataset[LoadedPair | SkippedPair]):
             if not self._warned:
                 self._warned = True
                 logger.warning("%s%s: %s; this process only counts further ones", split, pair.pair_id, error)
-            if self.on_error == "skip":
-                return SkippedPair(pair.pair_id, str(error))
-            number, (least, most) = len(sources_of(pair.prompt)), self.taken
-            number = max(least, number if most is None else min(number, most))
-            blanks = tuple(self.loader.blank() for _ in range(number))
-            text = "" if error.problem == REFUSED else str(pair.prompt)
-            blank = EditPrompt(text, [grey_picture()] * number)  # text encoders may see it, latents are kept by the key
-            unlabelled = replace(pair, label_a=None, prompt=blank)
-            return LoadedPair(unlabelled, self.loader.blank(), self.loader.blank(), targets, blanks)
+            blank = blank_pair(self.loader, pair, self.taken, error, targets)
+            if self.on_error != "skip":
+                return blank
+            self._in_a_row += 1
+            refuse_lost(self._in_a_row, f"{split}{pair.pair_id}", error)
+            return SkippedPair(pair.pair_id, str(error), blank)
+        self._in_a_row = 0
+        return loaded
 
     def skipped(self) -> Counter[str]:
         """Count, by reason, the pairs that this process and its workers skipped or replaced by a placeholder so far."""
         counts = torch.bincount(self._problems, minlength=len(IMAGE_PROBLEMS) + 1).tolist()[1:]
         return Counter({problem: count for problem, count in zip(IMAGE_PROBLEMS, counts, strict=True) if count})
+
+
+def refuse_lost(in_a_row: int, place: str, error: ImageError) -> None:
+    """Raise ImageError if :data:`MOST_IN_A_ROW` pairs one after the other cannot be read, the last one at ``place``."""
+    if in_a_row >= MOST_IN_A_ROW:
+        problem = f"{in_a_row} pairs one after the other cannot be read, the last is {place}: {error}"
+        raise ImageError(f"{problem}; see that the files are there", error.problem) from error
+
+
+def blank_pair(
+    loader: PixelLoader,
+    pair: PreferencePair,
+    taken: tuple[int, int | None],
+    error: ImageError,
+    targets: Tensor | None = None,
+) -> LoadedPair:
+    """Return a pair without a label and with mid-grey images, in the place of one that cannot be read."""
+    number, (least, most) = len(sources_of(pair.prompt)), taken
+    number = max(least, number if most is None else min(number, most))
+    text = "" if error.problem == REFUSED else str(pair.prompt)
+    prompt = EditPrompt(text, [grey_picture()] * number)  # text encoders may see it, latents are kept by the key
+    unlabelled, blanks = replace(pair, label_a=None, prompt=prompt), tuple(loader.blank() for _ in range(number))
+    return LoadedPair(unlabelled, loader.blank(), loader.blank(), targets, blanks)
 
 
 def check_edit(prompt: str, check: Callable[[str], None]) -> None:

@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 from latentreward.contracts import ImageRef, PreferencePair, sources_of, sources_wanted
 from latentreward.data.collate import collate_pairs
 from latentreward.data.datamodules import PreferenceDataModule
-from latentreward.data.dataset import LoadedPair, SkippedPair, any_prompt, load_sources
+from latentreward.data.dataset import LoadedPair, SkippedPair, any_prompt, blank_pair, load_sources, refuse_lost
 from latentreward.data.image_sizes import OneSize
 from latentreward.data.images import COUNT, ImageError, PixelLoader
 from latentreward.data.loading import CountedBatches, ResumableLoader, check_same_order, shares_of
@@ -285,6 +285,7 @@ class StreamedPairs(Dataset[list[LoadedPair | SkippedPair]]):
         self.lanes, self.batch_size, self.batches_per_epoch = lanes, batch_size, batches_per_epoch
         self.apart, self.on_error, self.seed = frozenset(apart), stream.own_on_error or on_error, seed
         self.share = {"rank": 0, "num_replicas": 1}
+        self._in_a_row = 0
         self._open: dict[int, tuple[Iterator[list[PreferencePair]], int]] = {}  # a lane's batches left, and those taken
         # Of each lane one row, because the processes that read lanes write it.
         self._counts = torch.zeros(lanes, len(COUNTED), dtype=torch.int64).share_memory_()
@@ -315,7 +316,12 @@ class StreamedPairs(Dataset[list[LoadedPair | SkippedPair]]):
                     remedy = f"replace the file, or set {DATA_ON_ERROR} to skip"
                     raise ImageError(f"data.train: {pair.pair_id}: {error}; {remedy}", error.problem) from error
                 self._counts[lane, COUNTED.index("images not read")] += 1
-                loaded.append(SkippedPair(pair.pair_id, str(error)))
+                self._in_a_row += 1
+                refuse_lost(self._in_a_row, f"data.train: {pair.pair_id}", error)
+                blank = blank_pair(self.loader, pair, self.taken, error)
+                loaded.append(SkippedPair(pair.pair_id, str(error), blank))
+            else:
+                self._in_a_row = 0
         return loaded
 
     def __getstate__(self) -> dict[str, Any]:

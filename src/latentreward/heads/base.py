@@ -72,6 +72,11 @@ class RewardHead(nn.Module, Part):
     axis_weights: tuple[float, float] | None = None
     built_by: Construction | None = None
 
+    @property
+    def changes_buffers(self) -> bool:
+        """Whether buffers of the head and of modules in it belong into checkpoints of what trains: if it trains."""
+        return any(parameter.requires_grad for parameter in self.parameters())
+
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
         """Record the settings in :attr:`built_by`."""
         head = super().__new__(cls)

@@ -45,7 +45,14 @@ def weighted_mean(values: Tensor, weight: Tensor) -> Tensor:
 
 
 class SetLoss(nn.Module, Part):
-    """Base class of losses that show their settings in ``print(model)``."""
+    """Base class of losses that show their settings in ``print(model)``.
+
+    Attributes:
+        changes_buffers: Whether buffers of the loss may change in training; checkpoints of trainable weights then hold
+            them too.
+    """
+
+    changes_buffers: bool = True
 
     def extra_repr(self) -> str:
         """Return the loss's numbers and choices, for ``print(model)``."""

@@ -71,6 +71,21 @@ class MeanMargin(MeanMetric):
         super().update(preferred_margin(chosen_rewards, rejected_rewards, label))
 
 
+class MeanLoss(MeanMetric):
+    """Mean of a loss over the pairs of many batches, weighted as within a batch. NaN if that of a batch is NaN."""
+
+    is_differentiable, higher_is_better = False, False  # type: ignore[assignment]  # None of all means
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(nan_strategy="disable", **kwargs)
+
+    def update(self, loss: Tensor, weight: Tensor) -> None:
+        """Add a batch's weighted mean ``loss``, a scalar, over pairs with ``weight`` ``(B,)``."""
+        total = weight.sum()
+        self.mean_value += loss * total  # by hand: the base class drops weights under this nan_strategy
+        self.weight += total
+
+
 class GroupPairAccuracy(MeanMetric):
     """Share of image pairs within a prompt group whose scores have the same order as the human ranks.
 

@@ -18,7 +18,7 @@ from latentreward.losses import (
     implicit_rewards,
     weighted_mean,
 )
-from latentreward.metrics import MeanMargin, PairwiseAccuracy
+from latentreward.metrics import MeanLoss, MeanMargin, PairwiseAccuracy
 from latentreward.modules.alignment import AlignmentModule
 from latentreward.modules.pairs import EncodedPairs, PairDraws, Posterior, conditioning_of, latents_of, snap_timesteps
 from latentreward.noise import LevelSampler, TimestepGrid
@@ -97,6 +97,7 @@ class DiffusionDPOModule(AlignmentModule):
         self.loss = BradleyTerryLoss()
         self.eval_timesteps = snap_timesteps(self.policy.noise_process, eval_timesteps)
         self.val_accuracy, self.val_margin = PairwiseAccuracy("half"), MeanMargin()
+        self.val_loss = MeanLoss()
         self.linear = linear
         self.average = None if reference is None else MovingCopy(self.policy, AVERAGE, reference)
 
@@ -174,12 +175,13 @@ class DiffusionDPOModule(AlignmentModule):
             for metric in (self.val_accuracy, self.val_margin):
                 metric.update(scores.chosen[counts], scores.rejected[counts], scores.label[counts])
             loss = self.loss(scores) if pairs.losses is None else weighted_mean(pairs.losses, scores.weight)
-            self.log("val/loss", loss, batch_size=len(batch), sync_dist=True)
+            self.val_loss.update(loss, scores.weight)
             self.log("val/drift", pairs.drift.mean(), batch_size=len(batch), sync_dist=True)
 
     def on_validation_epoch_end(self) -> None:
-        """Log ``val/implicit_accuracy`` and ``val/margin`` over all pairs and timesteps."""
-        for name, metric in (("implicit_accuracy", self.val_accuracy), ("margin", self.val_margin)):
+        """Log ``val/implicit_accuracy``, ``val/margin`` and ``val/loss`` over all pairs and timesteps."""
+        metrics = {"implicit_accuracy": self.val_accuracy, "margin": self.val_margin, "loss": self.val_loss}
+        for name, metric in metrics.items():
             self.log(f"val/{name}", metric.compute(), prog_bar=name == "implicit_accuracy")
             metric.reset()
 

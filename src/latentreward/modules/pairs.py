@@ -17,7 +17,7 @@ from latentreward.contracts import Conditioning, PairScores, PreferenceBatch, Te
 from latentreward.errors import InputError, check_range, errors_at
 from latentreward.losses import PreferenceLoss, gather_pair_scores
 from latentreward.losses.base import mean_over_outputs
-from latentreward.metrics import MeanMargin, PairCalibration, PairwiseAccuracy
+from latentreward.metrics import MeanLoss, MeanMargin, PairCalibration, PairwiseAccuracy
 from latentreward.metrics.pairwise import Equal
 from latentreward.modules.based import FrozenBase
 from latentreward.modules.optimizers import OptimizerSteps, single_optimizer
@@ -150,9 +150,9 @@ class EncodedPairs(TensorRecord):
 
 
 class LevelMetrics(nn.Module):
-    """Accuracy, margin, calibration and copies of the user's metrics, for one noise level."""
+    """Accuracy, margin, calibration, copies of the user's metrics, and under ``with_loss`` the loss, for one level."""
 
-    def __init__(self, equal_scores: Equal, extra: Sequence[Metric]) -> None:
+    def __init__(self, equal_scores: Equal, extra: Sequence[Metric], with_loss: bool = False) -> None:
         super().__init__()
         self.pair_metrics = nn.ModuleDict({"accuracy": PairwiseAccuracy(equal_scores), "margin": MeanMargin()})
         for metric in extra:
@@ -162,20 +162,22 @@ class LevelMetrics(nn.Module):
             check_takes(f"metrics: {name}.update", metric.update, lambda chosen_rewards, rejected_rewards, label: None)
             self.pair_metrics[name] = metric.clone()
         self.calibration = PairCalibration()
+        self.loss = MeanLoss() if with_loss else None
 
-    def update(self, scores: PairScores, win_probability: Tensor) -> None:
+    def update(self, scores: PairScores, loss: PreferenceLoss) -> None:
         """Add pairs of one noise level, without those of weight 0 (unlabelled, or in place of unusable rows).
 
-        ``win_probability`` is the loss's prediction that chosen wins, in the shape of the rewards.
+        ``loss`` predicts whether chosen wins.
         """
         counts = scores.weight > 0
         for metric in self.pair_metrics.values():
             metric.update(scores.chosen[counts], scores.rejected[counts], scores.label[counts])
-        self.calibration.update(win_probability[counts], scores.label[counts])
+        self.calibration.update(loss.win_probability(scores)[counts], scores.label[counts])
 
     def values(self) -> dict[str, Tensor]:
         """Compute each metric by name, and reset all metrics."""
         metrics = {**self.pair_metrics, "calibration": self.calibration}
+        metrics |= {} if self.loss is None else {"loss": self.loss}
         values = {name: metric.compute() for name, metric in metrics.items()}
         for name, metric in metrics.items():
             metric.reset()
@@ -269,7 +271,9 @@ class PairModule(LightningModule):
     def _add_metrics(self, name: str) -> None:
         """Create the metrics of one more evaluation, logged under ``name``."""
         # ModuleDict takes no dots in its keys, and levels such as sigma0.2 have one.
-        self.metrics[name.replace(".", "_")] = LevelMetrics(*self._metric_settings)
+        # In-batch negatives need a collective call, and in evaluation ranks may have different numbers of batches.
+        with_loss = name in self.eval_levels and not self.loss.needs_cross_scores
+        self.metrics[name.replace(".", "_")] = LevelMetrics(*self._metric_settings, with_loss)
 
     @abstractmethod
     def encode(self, batch: PreferenceBatch, draws: PairDraws, noise_per_image: bool = False) -> EncodedPairs:
@@ -367,9 +371,8 @@ class PairModule(LightningModule):
             if stage is None:
                 continue
             self._update((name, "all"), summed)
-            # In-batch negatives need a collective call, and in evaluation ranks may have different numbers of batches.
-            if not self.loss.needs_cross_scores:
-                self.log(f"{stage}/loss_{name}", self.loss(scores), batch_size=len(batch), sync_dist=True)
+            if (mean_loss := getattr(self.metrics[name.replace(".", "_")], "loss", None)) is not None:
+                mean_loss.update(self.loss(scores), scores.weight)
         if stage is not None:
             self.evaluate_more(batch, encoded)
         columns = zip(*levels, strict=True)
@@ -378,7 +381,7 @@ class PairModule(LightningModule):
     def _update(self, names: Sequence[str], scores: PairScores) -> None:
         """Update the metrics of some evaluations with the pairs of one noise level."""
         for name in names:
-            self.metrics[name.replace(".", "_")].update(scores, self.loss.win_probability(scores))
+            self.metrics[name.replace(".", "_")].update(scores, self.loss)
 
     def evaluate_more(self, batch: PreferenceBatch, encoded: EncodedPairs) -> None:
         """Update the metrics of further evaluations; derived classes may override this method."""

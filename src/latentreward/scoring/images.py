@@ -216,7 +216,7 @@ def decode_any(image: Any, row: int, exif: ExifOrientation) -> Image.Image:
 
     Raises:
         ImageError: If the image cannot be decoded.
-        InputError: If ``image`` is of another type, or an array of the wrong shape or dtype.
+        InputError: If ``image`` is of another type, an array of the wrong shape or dtype, or one of floats up to 1.
     """
     if isinstance(image, np.ndarray):
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
@@ -224,6 +224,9 @@ def decode_any(image: Any, row: int, exif: ExifOrientation) -> Image.Image:
             raise InputError(f"image number {row} is a {image.dtype} array of shape {image.shape}; {remedy}")
         image = Image.fromarray(image)
     if isinstance(image, Image.Image):
+        if image.mode == "F" and 0 < (most := image.getextrema()[1]) <= 1:
+            problem = f"image number {row} has mode F, of which 255 is white, and no value above {most:g}"
+            raise InputError(f"{problem}; multiply it by 255, or give a tensor with value_range=(0, 1)")
         return convert_image(image, f"number {row}", exif=exif)
     if isinstance(image, ImageRef):
         return decode_image(image, exif=exif)

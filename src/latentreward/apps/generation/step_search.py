@@ -172,7 +172,8 @@ class StepSearch:
 
     Raises:
         InputError: If ``eta`` or an option is out of range; when called, if the pipeline's scheduler is not supported
-            or the number of images differs from the number of prompts.
+            or the number of images differs from the number of prompts. A pipeline that is given initial latents fails
+            before that by itself.
 
     Note:
         The last step, which leads to clean latents, is never searched. The first step is searched only if the callback
