@@ -80,7 +80,8 @@ def measure(metric: Metric, scores: Path, pairs: Path | None) -> Values:
         return _pictures(metric, scores / PICTURES)
     (oracle,) = pairs.rglob("oracle.parquet")
     truth = {row["pair_id"]: row for row in parquet.read_table(oracle).to_pylist()}
-    margins = _scored(metric, scores / SCORED) if metric.column else _predicted(metric, scores / PREDICTED, truth)
+    read = _scored if metric.column else _predicted
+    margins = read(metric, scores / (SCORED if metric.column else PREDICTED), truth)
     if metric.kind == "turned":
         first = _predicted(metric, scores / PREDICTED, truth, first=True)
         return _named({name: float(margin * first[name] < 0) for name, margin in margins.items()})
@@ -116,11 +117,16 @@ def _predicted(
     return sums
 
 
-def _scored(metric: Metric, path: Path) -> dict[str, float]:
-    """Read margins, first minus second image, of a table of ``score-pairs``; summed over the metric's columns."""
+def _scored(metric: Metric, path: Path, truth: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
+    """Read margins, first minus second image, of a table of ``score-pairs``; summed over the metric's columns.
+
+    A reader may give a pair's images in another order than the oracle's row in ``truth``.
+    """
     table = parquet.read_table(path)
     margins = sum(table[f"{name}_a"].to_numpy() - table[f"{name}_b"].to_numpy() for name in metric.column)
-    return dict(zip(table["pair_id"].to_pylist(), np.asarray(margins).tolist(), strict=True))
+    names, keys = table["pair_id"].to_pylist(), table["image_a"].to_pylist()
+    signs = [-1 if key == truth[name]["key_b"] else 1 for name, key in zip(names, keys, strict=True)]
+    return dict(zip(names, (np.asarray(margins) * signs).tolist(), strict=True))
 
 
 def _pictures(metric: Metric, path: Path) -> Values:
