@@ -6,7 +6,8 @@ import torch
 
 from latentreward.errors import InputError
 from latentreward.metrics import PairCalibration
-from latentreward.metrics.calibration import fit_temperature, two_folds
+from latentreward.metrics.bootstrap import two_folds
+from latentreward.metrics.calibration import fit_temperature
 
 
 def error_of(probability: torch.Tensor, label: torch.Tensor, bins: int = 10) -> float:

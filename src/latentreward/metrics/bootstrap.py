@@ -67,6 +67,12 @@ def group_codes(groups: Sequence[str] | np.ndarray) -> np.ndarray:
     return np.fromiter((index[name] for name in groups), np.int64, len(groups))
 
 
+def two_folds(groups: Sequence[str] | np.ndarray) -> np.ndarray:
+    """Return ``(N,)`` bool, whether each row belongs to the second half of the groups; the split has a fixed seed."""
+    codes = group_codes(groups)
+    return (np.random.default_rng(0).permutation(codes.max(initial=-1) + 1) % 2 == 1)[codes]
+
+
 def group_sums(groups: Sequence[str] | np.ndarray, *columns: np.ndarray) -> np.ndarray:
     """Sum K columns ``(N,)`` over the rows of each group, named by ``groups``.
 

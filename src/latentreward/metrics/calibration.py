@@ -1,6 +1,5 @@
 """Calibration of predicted win probabilities: whether a probability of 0.7 wins seven times in ten."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -9,7 +8,6 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from latentreward.errors import check_range
-from latentreward.metrics.bootstrap import group_codes
 
 
 def bin_by_confidence(win_probability: Tensor, label: Tensor, bins: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -49,12 +47,6 @@ def fit_temperature(gap: np.ndarray, label: np.ndarray) -> float:
         slope = gap @ (label - 0.5 - 0.5 * np.tanh(gap / scale * middle / 2))
         low, high = (middle, high) if slope > 0 else (low, middle)
     return scale / high
-
-
-def two_folds(groups: Sequence[str] | np.ndarray) -> np.ndarray:
-    """Return ``(N,)`` bool, whether each row belongs to the second half of the groups; the split has a fixed seed."""
-    codes = group_codes(groups)
-    return (np.random.default_rng(0).permutation(codes.max(initial=-1) + 1) % 2 == 1)[codes]
 
 
 class PairCalibration(Metric):

@@ -9,7 +9,7 @@ import pytest
 from latentreward.apps.evaluation.benchmark.protocols import PROTOCOLS, VOTES, answers, fit_thresholds, judge
 from latentreward.apps.evaluation.benchmark.results import BenchmarkPairs
 from latentreward.errors import InputError
-from latentreward.metrics.calibration import two_folds
+from latentreward.metrics.bootstrap import two_folds
 from tests.apps.evaluation.benchmark.scored import LABELS, NAN, drawn, scored
 
 VOTED = {"vote": ("leftvote", "leftvote", "rightvote", "tievote", "rightvote")}

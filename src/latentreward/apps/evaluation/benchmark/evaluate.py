@@ -17,7 +17,7 @@ from latentreward.apps.evaluation.benchmark.results import BenchmarkPairs, Bench
 from latentreward.apps.evaluation.benchmark.scoring import TIMESTEPS, BenchmarkScores, data_counts
 from latentreward.errors import InputError
 from latentreward.metrics import bootstrap
-from latentreward.metrics.calibration import PairCalibration, bin_by_confidence, fit_temperature, two_folds
+from latentreward.metrics.calibration import PairCalibration, bin_by_confidence, fit_temperature
 from latentreward.metrics.rank_correlation import clustered_correlation, same_order
 from latentreward.reports.tables import Row
 from latentreward.scorers import Scorer
@@ -172,7 +172,7 @@ def calibration_result(key: str, pairs: BenchmarkPairs) -> Row:
 
 def cross_fitted_probability(gap: np.ndarray, label: np.ndarray, groups: np.ndarray) -> np.ndarray:
     """Return the ``(N,)`` probability that image a wins; each half of the groups uses the other half's temperature."""
-    second_half, probability = two_folds(groups), np.full(len(gap), 0.5)
+    second_half, probability = bootstrap.two_folds(groups), np.full(len(gap), 0.5)
     for half in (False, True):
         rows = second_half == half
         temperature = fit_temperature(gap[~rows], label[~rows])

@@ -17,8 +17,8 @@ import numpy as np
 
 from latentreward.apps.evaluation.benchmark.results import BenchmarkPairs
 from latentreward.errors import InputError, did_you_mean
-from latentreward.metrics.bootstrap import clustered_accuracy, group_sums, ratio
-from latentreward.metrics.calibration import fit_temperature, two_folds
+from latentreward.metrics.bootstrap import clustered_accuracy, group_sums, ratio, two_folds
+from latentreward.metrics.calibration import fit_temperature
 from latentreward.reports.tables import Row
 
 NO_SCORE, NO_LABEL, TIE, NO_VOTE = "no score", "no label", "tie", "no vote"
