@@ -1,6 +1,7 @@
 """Check of values from JSON and YAML against types: one line with place and fault."""
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -79,13 +80,13 @@ def test_arguments_of_a_call_are_checked_where_their_types_are_those_of_json() -
         ({"s": 0}, int, ": s: it must be greater than 0, not 0; get the pipeline"),
         ({"s": True}, int, ": s: it must be a valid integer, not True"),
         ({"s": 1}, bool, ": s: it must be a valid boolean, not 1"),
-        ({"s": 10**400}, float, ": s: it must be a "),
+        ({"s": 10**400}, float, ": s: it must be a (finite|valid) number, not 10"),
     ],
 )
 def test_an_entry_of_another_kind_is_one_line(config: dict[str, Any], kind: Any, problem: str) -> None:
     with pytest.raises(InputError) as error:
         entry(config, "s", kind, "vae")
-    assert str(error.value).startswith(f"vae{problem}")
+    assert re.match(f"vae{problem}", str(error.value))  # pydantic's releases word the last one differently
 
 
 def test_entries_and_their_defaults() -> None:

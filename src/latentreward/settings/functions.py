@@ -59,9 +59,8 @@ class ConfigFile(ActionConfigFile):
             MODULE_FOLDERS.append(str(Path(path).resolve().parent))
             variables = re.findall(r"\$\{\s*oc\.env\s*:\s*['\"]?(\w+)", with_variables(text))
             NAMED_IN.update(dict.fromkeys(variables, values))
-            with suppress(yaml.YAMLError):
-                if yaml.safe_load(text) is None:  # comments alone, which jsonargparse refuses
-                    return
+            if all(re.fullmatch(r"\s*(#.*|---|\.\.\.)?", line) for line in text.splitlines()):
+                return  # comments alone, which jsonargparse refuses
         try:
             super().__call__(parser, cfg, path, option_string)
         except (InputError, UnicodeDecodeError) as error:
