@@ -117,7 +117,8 @@ class Family(Part):
         train_mode: Whether the network is in training mode while a policy trains. False, as a frozen network has no use
             for its dropout; True for a network that in evaluation mode computes a part of its output without gradient.
         clips: Whether the network makes clips; others make images, also in a latent space with a time axis.
-        default_guidance: ``guidance_scale`` of the family's pipeline; None for networks without guidance.
+        default_guidance: ``guidance_scale`` where none is given, as a rule that of the family's pipeline; None for
+            networks without guidance.
         no_guidance: ``guidance_scale`` that switches guidance off.
         image_guidance_scale: Scale of the guidance towards the pictures to edit, which the policy's settings can
             change; None for networks whose guidance has one scale.
