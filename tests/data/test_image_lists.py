@@ -296,6 +296,7 @@ def test_a_list_stays_in_its_folder_unless_allowed(pics: Path) -> None:
         ("a.csv", "image,title\nx,y\n", (None, "titel"), r"prompt_column: .*no column 'titel'; did you mean 'title'"),
         ("a.jsonl", "no json\n", (None, None), r"no row of .*a\.jsonl can be read; line 1: no JSON at character 1"),
         ("a.csv", b"image,prompt\nx,caf\xe9\n", (None, None), r"a\.csv is not UTF-8 at byte 19; save it as UTF-8"),
+        ("a.parquet", b"PAR1", (None, None), r"a\.parquet is a table, not a list or a picture; write it as \.jsonl or"),
         ("a.json", '{"0": "a.png"}', (None, None), r"a\.json: holds \{.*give a list of images as one JSON list of obj"),
         ("a.csv", "image,prompt\nx,y,z\n", (None, None), r"no row of .*a\.csv can be read; line 2: more fields"),
     ],

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import pickle
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -229,6 +230,34 @@ def test_gaps_from_the_scores_of_both_images(tmp_path: Path, write_hpdv3, hpdv3_
     assert len(FilteredReader(reader, path, floors={"clip": 1.9}, ties="drop")) == 12
     with pytest.raises(InputError, match=r"none of 12 rows left \(12 clip gap too low\)"):
         FilteredReader(reader, path, floors={"clip": 2.0}, ties="drop")
+
+
+@pytest.mark.parametrize(
+    ("named", "told"), [("own", None), ("exchanged", "which is image b of the reader"), ("others", "in the reader; m")]
+)
+def test_a_table_that_names_other_images_is_refused(
+    tmp_path: Path, write_hpdv3, hpdv3_rows, named: str, told: str | None
+) -> None:
+    reader = HPDv3Reader(write_hpdv3([hpdv3_rows(number) for number in range(6)]), "train")
+    keys = [(pair.image_a.image_key, pair.image_b.image_key) for pair in reader]
+    keys = {"own": keys, "exchanged": [pair[::-1] for pair in keys], "others": keys[::-1]}[named]
+    lines = [f"{first},{second},1,0,," for first, second in keys]  # in the reader's order, as score-pairs writes them
+    path = write_csv(tmp_path / "scores.csv", *lines, header="image_a,image_b,clip_a,clip_b,problem_a,problem_b")
+    assert ScoreTable(path).scorers == ("clip",)
+    with nullcontext() if told is None else pytest.raises(InputError, match=told):
+        assert len(FilteredReader(reader, path, floors={"clip": -2.0}, ties="keep")) == 6
+    gaps = [f"{line.rstrip(',')},1" for line in lines]  # a gap has no sides
+    path = write_csv(tmp_path / "gaps.csv", *gaps, header="image_a,image_b,clip_a,clip_b,clip_gap")
+    with pytest.raises(InputError, match=told or "") if named == "others" else nullcontext():
+        assert len(FilteredReader(reader, path, floors={"clip": 0.0}, ties="keep")) == 6
+
+
+@pytest.mark.parametrize("value", ["10", None, NAN])
+def test_floors_and_limits_are_numbers(value: object) -> None:
+    with pytest.raises(InputError, match=r"^floors\.clip is .*; give a finite number, in the scorer's unit$"):
+        MPCF(floors={"clip": value}, ties="drop")  # type: ignore[dict-item]
+    with pytest.raises(InputError, match=r"^tie_limits\.clip is "):
+        MPCF(floors={"clip": 0.0}, tie_limits={"clip": value})  # type: ignore[dict-item]
 
 
 def test_gap_of_a_tie_is_absolute(tmp_path: Path, write_pickapic, pickapic_rows) -> None:

@@ -69,6 +69,11 @@ def test_every_format_gives_the_distinct_prompts_in_order(
             b'{"prompt": "make it red", "input_image": "a.png"}',
             "row 1 is an edit of a picture, in 'input_image'; name it source_images, or leave the column out",
         ),
+        (
+            "two.jsonl",
+            b'{"prompt": "make it red", "source_images": ["a.png"], "source_image": "b.png"}',
+            "row 1 is an edit of a picture, in 'source_image'; name it source_images",
+        ),
         ("gone.jsonl", b'{"prompt": "make it red", "source_image": "a.png"}', r"row 1: image 'a\.png': missing file"),
         (
             "text.jsonl",

@@ -51,10 +51,16 @@ class BrightnessSource(RewardSource):
         return Brightness(self.scale)
 
 
-def lpo(source: str = "sd15", scale: float = 10.0, threshold: float = 0.3, **options: Any) -> LPOModule:
+def lpo(
+    source: str = "sd15",
+    scale: float = 10.0,
+    threshold: float = 0.3,
+    reward: RewardSource | None = None,
+    **options: Any,
+) -> LPOModule:
     return LPOModule(
         PolicySource(source_of(source), lora=LoRA(rank=2, alpha=2.0)),
-        BrightnessSource(scale),
+        reward or BrightnessSource(scale),
         **{
             "selection": FixedThreshold(threshold),
             "sampling": Sampling(num_inference_steps=3),

@@ -2,6 +2,7 @@
 
 import re
 import warnings
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +18,62 @@ from latentreward.data.image_sizes import OneSize
 from latentreward.errors import InputError
 from latentreward.losses import StepDPO, StepDPOResult, StepPairLoss
 from latentreward.modules import LPOModule, SPOModule
-from latentreward.policies import PolicySource
-from latentreward.rewards import LatentReward
+from latentreward.policies import Policy, PolicySource
+from latentreward.rewards import LatentReward, Reward
 from latentreward.rollout import Branching, FixedThreshold, Sampling
 from latentreward.scoring.layouts.config import sizes_record
 from tests.marks import rotated_after
-from tests.modules.lpo_runs import PROMPTS, BrightnessSource, loaders, lpo, make_trainer, weights
+from tests.modules.lpo_runs import PROMPTS, Brightness, BrightnessSource, loaders, lpo, make_trainer, saved_run, weights
 from tests.rewards.stored import write_run
 from tests.tiny_pipelines import source_of
+
+
+class Remembering(Brightness):
+    """A reward of a user's own, which is given as it was built: training mode, weights, and a count in a buffer."""
+
+    count: Tensor
+    last: Tensor | None
+
+    def __init__(self, last: Tensor | None) -> None:
+        super().__init__(10.0)
+        self.layers = nn.Sequential(nn.BatchNorm1d(1), nn.Linear(1, 1), nn.Dropout(0.5))
+        nn.init.ones_(self.layers[1].weight)
+        self.register_buffer("count", torch.zeros(()))
+        self.register_buffer("last", last)
+
+    def score(self, states: NoisyStates, encoded: Tensor) -> Tensor:
+        scores = self.layers(super().score(states, encoded)[:, None])[:, 0]
+        self.count, self.last = self.count + len(scores), scores.mean()
+        return scores * (1 + self.count / 100)
+
+
+@dataclass
+class RememberingSource(BrightnessSource):
+    last: Tensor | None = field(default_factory=lambda: torch.zeros(()))
+
+    def load(self, policy: Policy) -> Reward:
+        return Remembering(self.last)
+
+
+def test_an_own_reward_is_frozen_and_its_changing_buffers_are_in_checkpoints(tmp_path: Path) -> None:
+    module = lpo(reward=RememberingSource())
+    assert not any(part.training for part in module.train().reward.modules())
+    assert not any(weight.requires_grad for weight in module.reward.parameters())
+    runs = {"whole": None, "resumed": tmp_path / "whole" / "step=3.ckpt"}
+    options = {"reward": RememberingSource(), "selection": FixedThreshold(0.0)}
+    found = [saved_run(tmp_path / name, resume=path, options=options) for name, path in runs.items()]
+    whole, resumed = (run["weights"] for run in found)
+    stored = torch.load(runs["resumed"], weights_only=True)["state_dict"]  # type: ignore[arg-type]
+    assert stored["reward.count"] > 0
+    assert "reward.last" in stored
+    assert "reward.layers.1.weight" not in stored
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def test_a_buffer_that_no_resumed_run_could_find_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"^reward: buffer last of Remembering is None before the first score"):
+        saved_run(tmp_path, options={"reward": RememberingSource(last=None)})
+
 
 SHOWN = PromptBatch(PROMPTS[:3], ("0/0", "0/1", "0/2"))
 

@@ -163,11 +163,11 @@ def test_finished_latents_are_noised_and_scored_as_the_model_does(sigmas: tuple[
         reward.score_clean(latents, torch.arange(2), encoded)
 
 
-@pytest.mark.parametrize("name", ["sd15", "sdxl"])
-def test_the_published_layout_of_lrm(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("name", "named"), [("sd15", True), ("sd15", False), ("sdxl", True)])
+def test_the_published_layout_of_lrm_takes_its_base_or_the_policys(name: str, named: bool, tmp_path: Path) -> None:
     expected, policy = write_lrm(tmp_path, name).eval(), frozen_policy(name)
-    source = LatentReward(str(tmp_path), base=pipeline_folder(name))
-    assert source.latent_space() == policy.latent_space
+    source = LatentReward(str(tmp_path), base=pipeline_folder(name) if named else None)
+    assert not named or source.latent_space() == policy.latent_space  # else downscale 8, as published models have
     reward, states = source.load(policy), states_of(policy)
     conditioning, uncond = expected.encode_prompts(PROMPTS)
     torch.testing.assert_close(

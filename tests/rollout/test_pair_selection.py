@@ -1,5 +1,7 @@
 """Which candidates become a pair."""
 
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,9 @@ from latentreward.rollout import (
     LinearThreshold,
     QuantileThreshold,
     ScheduledThreshold,
+    SelectedPairs,
     SigmaThreshold,
+    StepSampler,
     VarianceThreshold,
     gap_quantiles,
     step_pairs,
@@ -49,6 +53,38 @@ def test_best_against_worst(sampler: DDIMSampler) -> None:
     two = torch.tensor([[3.0, 1.0], [0.0, -1.0], [5.5, 5.0]]).softmax(dim=1)
     torch.testing.assert_close(selected.gap, two[:, 0] - two[:, 1])
     assert selected.kept.tolist() == [True, True, False]
+
+
+class Changed(FixedThreshold):
+    """A rule of a user's own that returns, or does, something else."""
+
+    def __init__(self, change: Callable[[SelectedPairs, CandidateStep], Any]) -> None:
+        super().__init__(0.4)
+        self.change = change
+
+    def select(self, step: CandidateStep, sampler: StepSampler) -> SelectedPairs:
+        found: SelectedPairs = self.change(super().select(step, sampler), step)
+        return found
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda found, step: None, "returned None; it must be a SelectedPairs"),
+        (lambda found, step: replace(found, winner=found.winner + 3), "winner as 4; it must be "),
+        (lambda found, step: replace(found, loser=found.loser[:1]), r"loser as \(1,\); it must be a tensor \(3,\)"),
+        (lambda found, step: replace(found, winner=found.winner.float()), "winner as a tensor of float32; it must"),
+        (lambda found, step: replace(found, gap=found.gap * torch.nan), "gap as nan; it must be numbers from 0 to 1"),
+        (lambda found, step: replace(found, gap=-found.gap), "gap as -0.*; it must be numbers from 0 to 1"),
+        (lambda found, step: replace(found, kept=found.kept.float()), "kept as a tensor of float32; it must be bool"),
+        (lambda found, step: (step.scores.zero_(), found)[1], r"Changed.select changes a tensor \(3, 3\)"),
+    ],
+)
+def test_what_an_own_rule_selects_is_checked(
+    change: Callable[[SelectedPairs, CandidateStep], Any], message: str, sampler: DDIMSampler
+) -> None:
+    with pytest.raises(InputError, match=message):
+        Changed(change).select(step_of(torch.tensor([[1.0, 0.0, 5.0], [3.0, 0.0, 5.5], [2.0, -1.0, 5.2]])), sampler)
 
 
 def test_a_gap_equal_to_the_threshold_is_not_kept(sampler: DDIMSampler) -> None:

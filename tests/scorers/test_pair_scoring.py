@@ -81,6 +81,36 @@ def test_recalled_columns_are_not_scored_again() -> None:
     assert second.calls == 0
 
 
+class Scaled:
+    """Mean of an image, times a factor."""
+
+    def __init__(self, factor: float) -> None:
+        self.factor = factor
+
+    def __call__(self, prompts: Sequence[str], images: Sequence[Image.Image]) -> Tensor:
+        return self.factor * torch.tensor([float(np.asarray(image).mean()) for image in images])
+
+
+def test_stored_scores_are_of_these_images_and_this_scorer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    row = {"prompt": "a cat", "chosen": "0.png", "rejected": "1.png"}
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "own_scoring.py").write_text("def zero(prompts, images):\n    return 0.0\n")
+    import own_scoring  # type: ignore[import-not-found]
+
+    def spec(chosen: str = "0.png", shade: int = 0, factor: float = 1.0) -> dict[str, Any]:
+        for number in range(3):
+            Image.new("RGB", (8 + 90 * shade, 8), (40 * number, 0, 0)).save(tmp_path / f"{number}.png")
+        (tmp_path / "pairs.jsonl").write_text(json.dumps({**row, "chosen": chosen}))
+        scorers = [CallableScorer(Scaled(factor), "scaled"), CallableScorer(own_scoring.zero, "own")]
+        return PairScoring(JSONLPairReader(str(tmp_path / "pairs.jsonl")), scorers).spec()
+
+    before = spec()
+    assert spec() == before
+    other = [spec(chosen="2.png"), spec(shade=1), spec(factor=-1.0)]
+    (tmp_path / "own_scoring.py").write_text("def zero(prompts, images):\n    return 1.0\n")
+    assert before not in [*other, spec()]
+
+
 def test_scorers_of_whole_sets_are_refused() -> None:
     with pytest.raises(InputError, match="GenEvalScorer scores whole sets of pictures, not pairs; use it with"):
         PairScoring(reader(), [GenEvalScorer(results="results.jsonl")])

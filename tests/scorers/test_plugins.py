@@ -1,7 +1,9 @@
 """Scores from a function, and from the column of a file; what every scorer must return."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -15,8 +17,8 @@ from latentreward.errors import InputError
 from latentreward.scorers import CallableScorer, TableColumn
 
 
-def brightness(prompts: Sequence[str], images: Sequence[Image.Image]) -> torch.Tensor:
-    return torch.tensor([float(np.asarray(image).mean()) for image in images])
+def brightness(prompts: Sequence[str], images: Sequence[Image.Image], scale: float = 1.0) -> torch.Tensor:
+    return scale * torch.tensor([float(np.asarray(image).mean()) for image in images])
 
 
 class Constant:
@@ -46,8 +48,38 @@ def test_a_function_in_batches(pictures) -> None:
 
 def test_identities() -> None:
     assert CallableScorer(brightness, "bright").identity().endswith("test_plugins.brightness")
-    assert CallableScorer(Constant(1.0), "one").identity().endswith("test_plugins.Constant")
+    assert ".Constant, " in CallableScorer(Constant(1.0), "one").identity()
     assert CallableScorer(Constant(1.0), "one")(["p"], [Image.new("RGB", (1, 1))]).dtype == torch.float32
+
+
+class Remembering(Constant):
+    """A function with a secret, a memory that calls fill, a network, and what is no setting of its own."""
+
+    def __init__(self, value: Any, key: str = "sk-SECRET") -> None:
+        super().__init__(value)
+        self.key, self.memory, self.parts = key, dict[str, float](), [object()]
+        self.network, self._calls = torch.nn.Linear(1, 1), 0
+
+    def __call__(self, prompts: Sequence[str], images: Sequence[Image.Image]) -> torch.Tensor:
+        self.memory["first"] = self._calls = len(images)
+        return super().__call__(prompts, images)
+
+
+def test_settings_of_a_function_are_compared_and_not_told() -> None:
+    scorer = CallableScorer(Remembering(1.0), "one")
+    before = scorer.identity()
+    scorer(["p"], [Image.new("RGB", (1, 1))])
+    assert scorer.identity() == CallableScorer(Remembering(1.0), "one").identity() == before
+    assert "SECRET" not in before
+    kinds: list[Callable[[float], Any]] = [
+        Remembering,
+        lambda value: partial(brightness, scale=value),
+        lambda value: Constant(value).__call__,
+    ]
+    for kind in kinds:
+        one, other = (CallableScorer(kind(value), "one").identity() for value in (1.0, 2.0))
+        assert one != other, one
+    assert "test_plugins.brightness, " in CallableScorer(partial(brightness, scale=1.0), "one").identity()
 
 
 @pytest.mark.parametrize(

@@ -64,6 +64,22 @@ def test_null_is_refused_where_the_type_does_not_allow_it(text: str, field: str,
     assert "got null" in line
 
 
+def test_settings_of_a_class_that_is_not_named_yet_are_told_so(capsys) -> None:
+    Path("early.yaml").write_text("model: {init_args: {loss: {batch_coeff: 0.1}}}\n")
+    line = refusal(capsys, "fit", "--config=early.yaml", *FIT[1:])
+    assert line == (
+        "early.yaml: model: Option 'loss.batch_coeff' is not accepted, since no file before this one names a class; "
+        "give the one with model.class_path first"
+    )
+
+
+def test_a_wrong_value_inside_a_mapping_is_named(capsys) -> None:
+    reader = "{class_path: JSONLPairReader, init_args: {file: pairs.jsonl}}"
+    train = f"{{class_path: FilteredReader, init_args: {{reader: {reader}, scores: s.csv, floors: {{x: abc}}}}}}"
+    line = refusal_of(f"data: {{class_path: PreferenceDataModule, init_args: {{train: {train}}}}}", capsys)
+    assert line == "data.train.floors: expected float, got 'abc'"
+
+
 @pytest.mark.parametrize(
     "option",
     rotated_after(

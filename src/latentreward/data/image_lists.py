@@ -119,6 +119,8 @@ def _read(
         table = next((path / f"images{suffix}" for suffix in LISTS if (path / f"images{suffix}").is_file()), None)
         if table is not None:
             return _read_list(source, table, prompt, columns, allow_outside, sources)
+    if path.suffix.lower() in (".parquet", ".arrow") and path.is_file():
+        raise InputError(f"images: {source} is a table, not a list or a picture; write it as {' or '.join(LISTS[:2])}")
     root, files, remarks = _pictures(source)
     if prompt is not None:
         text = parse_text(prompt) or ""

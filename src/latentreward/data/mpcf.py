@@ -59,6 +59,10 @@ class MPCF:
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise InputError(f"{name} is {getattr(self, name)!r}; choose from {', '.join(map(str, allowed))}")
+        for name in ("floors", "tie_limits"):
+            for scorer, value in (getattr(self, name) or {}).items():
+                if not isinstance(value, float | int | np.number) or not np.isfinite(value):
+                    raise InputError(f"{name}.{scorer} is {value!r}; give a finite number, in the scorer's unit")
         if self.floors is not None and not self.floors:
             raise InputError("floors is empty, so nothing would be filtered; name a scorer, or leave it out")
         if self.ties == "limits" and (lacking := set(self.floors_in_use()) - set(self.limits_in_use())):

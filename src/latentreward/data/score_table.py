@@ -17,6 +17,8 @@ from latentreward.errors import InputError, first_line
 PAIR_ID = "pair_id"
 FLAG = "different_flag"
 GAP, SIDES, WINNER_FIRST = "_gap", ("_a", "_b"), ("_chosen", "_rejected")
+NOT_SCORES = ("label_a", "problem_a")
+"""Columns of the tables of ``score-pairs`` that are no scores, even where empty."""
 CHECKED_ROWS = 64
 """Number of rows whose images are compared with the reader's."""
 
@@ -39,9 +41,9 @@ class ScoreTable:
     For each scorer NAME the file has a column ``NAME_gap`` (winner minus loser; for ties the absolute difference), or
     two columns: ``NAME_a`` and ``NAME_b`` with the scores of the *reader's* images a and b, which it may exchange,
     or ``NAME_chosen`` and ``NAME_rejected``. From two columns the gap is computed with the reader's labels. If the file
-    has ``image_a`` and ``image_b`` too, the first rows are compared with the reader's images. The optional column
-    ``different_flag`` is 1 for a decided pair and 0 for a tie.
-    An empty or NaN score stays NaN.
+    has ``image_a`` and ``image_b`` too, those of the first rows must be the reader's, in either order where all scorers
+    have gaps. The optional column ``different_flag`` is 1 for a decided pair and 0 for a tie. An empty or NaN score
+    stays NaN.
 
     With a column ``pair_id``, rows are matched to the reader's rows by name. Without it, the table must have exactly
     the reader's rows in their order. An example is LRM's published file for the training set of Pick-a-Pic v1, with
@@ -60,7 +62,7 @@ class ScoreTable:
         names = self._table.column_names
         gaps = [name.removesuffix(GAP) for name in names if name.endswith(GAP)]
         first = [(name, side) for side in ("_a", "_chosen") for name in names if name.endswith(side)]
-        scorers = [name.removesuffix(side) for name, side in first if name != "label_a"]
+        scorers = [name.removesuffix(side) for name, side in first if name not in NOT_SCORES]
         kinds = dict(zip(names, self._table.schema.types, strict=True))
         numeric = (pa.types.is_floating, pa.types.is_integer, pa.types.is_null)
         held = {name for name, kind in kinds.items() if any(holds(kind) for holds in numeric)}
@@ -90,10 +92,12 @@ class ScoreTable:
         contradicts the reader's label (a sign that the table belongs to other rows).
 
         Raises:
-            InputError: If the table has no ``pair_id`` and not as many rows as the reader, or no pair of the reader is
-                in the table.
+            InputError: If the table has no ``pair_id`` and not as many rows as the reader, no pair of the reader is
+                in the table, or the table's ``image_a`` and ``image_b`` are not those of the reader.
         """
         rows, labels = self._rows_of(reader), reader.labels()
+        sided = any(f"{name}{GAP}" not in self._table.column_names and self._by_side(name) for name in self.scorers)
+        self._check_images(rows, reader, sided)
         found = rows >= 0
         decided, unlabelled = ~np.isnan(labels) & (labels != 0.5), np.isnan(labels)
         problems = {"not in the score table": ~found, "unlabelled": unlabelled}
@@ -121,28 +125,45 @@ class ScoreTable:
         """
         if reader is None:
             return self._scores(name, np.arange(len(self)))
-        rows, images = self._rows_of(reader), ("image_a", "image_b")
-        listed = np.flatnonzero(rows >= 0)[:CHECKED_ROWS].tolist() if {*images} <= {*self._table.column_names} else []
-        for row in listed:
-            pair = reader[row]
-            first, second = (str(self._table.column(image)[int(rows[row])].as_py()) for image in images)
-            if (first, second) == (pair.image_b.image_key, pair.image_a.image_key) and first != second:
-                raise InputError(
-                    f"{self.path}: image_a of pair {pair.pair_id} is {first}, which is image b of the reader; make the "
-                    "table by score-pairs, or name its columns NAME_chosen and NAME_rejected"
-                )
+        rows = self._rows_of(reader)
+        self._check_images(rows, reader, self._by_side(name))
         return self._scores(name, rows, reader.labels())
 
+    def _check_images(self, rows: np.ndarray, reader: PairReader, sided: bool) -> None:
+        """Raise InputError if the table's images of the reader's first pairs are those of other pairs.
+
+        Where columns are ``sided``, of images a and b, they must not be exchanged either.
+        """
+        images = ("image_a", "image_b")
+        if not {*images} <= {*self._table.column_names}:
+            return
+        pairs = {row: reader[row] for row in np.flatnonzero(rows >= 0)[:CHECKED_ROWS].tolist()}
+        keys = {row: (pair.image_a.image_key, pair.image_b.image_key) for row, pair in pairs.items()}
+        known = {key for both in keys.values() for key in both}  # a table may name images in a way of its own
+        for row, both in keys.items():
+            named = tuple(str(self._table.column(image)[int(rows[row])].as_py()) for image in images)
+            if named == both or not {*named} & known or (named[::-1] == both and not sided):
+                continue
+            side = int(named[0] == both[0])
+            problem = f"{self.path}: {images[side]} of pair {pairs[row].pair_id} is {named[side]}"
+            if named[::-1] == both:
+                remedy = "make the table by score-pairs, or name its columns NAME_chosen and NAME_rejected"
+                raise InputError(f"{problem}, which is image b of the reader; {remedy}")
+            raise InputError(f"{problem}, but {both[side]} in the reader; make the table by score-pairs anew")
+
+    def _by_side(self, name: str) -> bool:
+        """Tell whether a scorer's columns are of images a and b, not of winner and loser."""
+        return {f"{name}_a", f"{name}_chosen"} & {*self._table.column_names} != {f"{name}_chosen"}
+
     def _columns(self, name: str) -> tuple[str, str]:
-        by_winner = f"{name}_a" not in self._table.column_names and f"{name}_chosen" in self._table.column_names
-        first, second = WINNER_FIRST if by_winner else SIDES
+        first, second = SIDES if self._by_side(name) else WINNER_FIRST
         return f"{name}{first}", f"{name}{second}"
 
     def _scores(self, name: str, rows: np.ndarray, labels: np.ndarray | None = None) -> np.ndarray:
         """Return the scores ``(N, 2)`` of rows; with labels those of images a and b, also from winner and loser."""
         columns = self._columns(name)
         scores = np.stack([_take(numbers(self._table, column, self.path), rows) for column in columns], axis=1)
-        if labels is None or columns[0].endswith("_a"):
+        if labels is None or self._by_side(name):
             return scores
         undecided = (np.isnan(labels) | (labels == 0.5)) & (rows >= 0)
         if undecided.any():

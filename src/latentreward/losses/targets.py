@@ -147,10 +147,11 @@ class RankingDistillation(TargetLoss):
 
 def check_labels(values: Tensor) -> None:
     """Raise InputError if a value is not in [0, 1]; NaN is no label."""
-    outside = values[(values < 0) | (values > 1)]
-    if len(outside):
+    inside = ((values >= 0) & (values <= 1)) | values.isnan()
+    if not inside.all():  # also of an estimate's stand-ins, which have no values
         raise InputError(
-            f"data.targets holds {outside[0]:g}, which is no label; give columns in [0, 1] and standardise: false"
+            f"data.targets holds {values[~inside][0]:g}, which is no label; give columns in [0, 1] and "
+            "standardise: false"
         )
 
 

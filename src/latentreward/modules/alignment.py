@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import MISSING, asdict, fields
 from typing import Any, Self, TypeVar
 
@@ -47,6 +47,8 @@ from latentreward.seeding import run_seed
 from latentreward.storage.progress import Progress
 
 Kind = TypeVar("Kind", bound=nn.Module)
+HeldBuffer = tuple[nn.Module, str, Tensor | None, Tensor | None]
+"""Module and name of a buffer, its tensor, and a copy of its value; None for a buffer that is not set yet."""
 
 
 class AlignmentModule(LightningModule):
@@ -125,6 +127,9 @@ class AlignmentModule(LightningModule):
         unseen = unseen_settings("policy", vars(policy), self.policy.text_encoder)
         self.frozen_base = FrozenBase(self.policy, self.policy.source, unseen, "policy.frozen_dtype")
         self.reward = None if reward is None else reward.load(self.policy)  # type: ignore[assignment]
+        if self.reward is not None:
+            self.reward.train(False)
+            self.reward.requires_grad_(False)
         self._began = self._rollout_seconds = 0.0
         self._times: dict[str, float] = {}
         self.rollout_values: dict[str, float] = {}
@@ -189,7 +194,8 @@ class AlignmentModule(LightningModule):
     def on_fit_start(self) -> None:
         """Let the reward score random latents at three noise levels, so that a faulty reward fails before training.
 
-        The reward's running statistics are restored afterwards, because a resumed run must find them unchanged.
+        Buffers that these scores change, such as running statistics, are restored, because a resumed run must find them
+        unchanged. Their modules are marked by ``changes_buffers``, so that checkpoints hold them.
         """
         if self.reward is None:
             return
@@ -199,7 +205,7 @@ class AlignmentModule(LightningModule):
         levels = self.policy.noise_process.timesteps
         timesteps = levels[[0, len(levels) // 2, -1]].to(self.device)
         # A mixture that normalises scores counts these random latents in its running statistics.
-        before = self._changing_buffers()
+        buffers = self._reward_buffers()
         with torch.no_grad(), self.compute_precision(), self.failing_together():
             # FSDP2 needs one call of the whole network before a reward that shares the network calls its blocks.
             stored = isinstance(self.policy.text_encoder, StoredPrompts)  # of EncodeOnce, which has no other prompts
@@ -209,8 +215,16 @@ class AlignmentModule(LightningModule):
             self.policy.predict(noise, timesteps, self.policy.encode_prompts(prompts))
             encoded = self.reward.encode_prompts(prompts[:1])
             self.reward(NoisyStates(noise, timesteps, torch.zeros(3, dtype=torch.int64), noise), encoded)
-        for buffer, value in before:
-            buffer.copy_(value)
+        for part, name, _, value in buffers:
+            if value is None and part._buffers[name] is not None:
+                raise InputError(
+                    f"reward: buffer {name} of {type(part).__name__} is None before the first score, so that no "
+                    "checkpoint could be resumed; register it with a tensor"
+                )
+            if not same(part._buffers[name], value):
+                with suppress(AttributeError):  # of a head, which tells itself whether it trains
+                    part.changes_buffers = True  # type: ignore[assignment]
+        restore(buffers)
 
     def _compare_sizes(self, shape: tuple[int, ...]) -> None:
         """Warn if the policy samples latents of a ``shape`` that a latent reward was not trained at."""
@@ -234,10 +248,15 @@ class AlignmentModule(LightningModule):
         """Return the modules of a class in the reward, itself included."""
         return [] if self.reward is None else [part for part in self.reward.modules() if isinstance(part, kind)]
 
-    def _changing_buffers(self) -> list[tuple[Tensor, Tensor]]:
-        """Return the buffers of the reward that scoring changes, each with a copy of its present value."""
-        changing = [part for part in self._reward_parts(nn.Module) if getattr(part, "changes_buffers", False)]
-        return [(buffer, buffer.clone()) for part in changing for buffer in part.buffers(recurse=False)]
+    def _reward_buffers(self, changing: bool = False) -> list[HeldBuffer]:
+        """Return the buffers of the reward with copies of their values, or only those of modules that change them."""
+        parts = self._reward_parts(nn.Module)
+        return [
+            (part, name, buffer, None if buffer is None else buffer.clone())
+            for part in parts
+            for name, buffer in part._buffers.items()
+            if not changing or getattr(part, "changes_buffers", False)
+        ]
 
     @contextmanager
     def failing_together(self) -> Iterator[None]:
@@ -247,14 +266,13 @@ class AlignmentModule(LightningModule):
         """
         # A rank whose server fails would leave the others waiting in a collective call until the timeout.
         remote = self._reward_parts(RemoteReward)
-        before = self._changing_buffers() if remote else []
+        before = self._reward_buffers(changing=True) if remote else []
         for part in remote:
             part.agree = self.trainer.strategy.reduce_boolean_decision  # type: ignore[assignment]
         try:
             yield
         except RemoteError:
-            for buffer, value in before:
-                buffer.copy_(value)
+            restore(before)
             raise
         finally:
             for part in remote:
@@ -438,6 +456,19 @@ class AlignmentModule(LightningModule):
                 values["samples_per_second"] = statistics.scores.numel() / values["seconds"]
         values |= {f"reward_{number}": mean for number, mean in enumerate(self._part_means, 1)}
         self.log_dict({f"rollout/{name}": value for name, value in values.items()}, batch_size=len(batch))
+
+
+def same(found: Tensor | None, value: Tensor | None) -> bool:
+    """Tell whether a buffer has a value, of its type and on its device."""
+    if found is None or value is None:
+        return found is value
+    return (found.dtype, found.device) == (value.dtype, value.device) and torch.equal(found, value)
+
+
+def restore(buffers: Sequence[HeldBuffer]) -> None:
+    """Give buffers their values of before; a module may have put a new tensor in a buffer's place."""
+    for part, name, buffer, value in buffers:
+        part._buffers[name] = buffer if buffer is None or value is None else buffer.copy_(value)
 
 
 def prompts_of(trainer: Trainer) -> tuple[str, ...]:

@@ -321,7 +321,7 @@ class TrajectoryGRPOModule(GRPOModule):
         self.pruned = None if pruning is None else PrunedRollouts(pruning, num_trajectories, levels)
         self.reward_guidance, self.credit, self.window = reward_guidance, credit, window
         self.advantage = (advantage or GroupAdvantage("all" if global_std else "group")).weighing(reward.part_weights)
-        self.part_signs = torch.tensor([-1.0 if weight < 0 else 1.0 for weight in reward.part_weights])
+        self.part_signs = [-1.0 if weight < 0 else 1.0 for weight in reward.part_weights]
         self.trained_steps = Branching(num_trajectories, low, high).training_steps(self.sampler)
         if window is not None:
             window.check(len(self.trained_steps))
@@ -485,7 +485,7 @@ class TrajectoryGRPOModule(GRPOModule):
         values = scores[self.gate.takes]
         if self.gate.takes == "parts":
             # A gate compares ranks; a reward with a negative weight is better the lower it is.
-            values = values * self.part_signs.to(values.device)
+            values = values * torch.tensor(self.part_signs, device=values.device)
         every = self.of_all_ranks(values)
         return self.of_this_rank(self.gate.opens(every), len(values))[..., None].expand(-1, -1, steps)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +26,7 @@ class Reward(nn.Module, Part):
         needs_clean: Whether the reward needs :attr:`NoisyStates.clean`, the policy's prediction of the clean latents.
         differentiable: Whether scores carry a gradient to ``states.latents`` (or ``states.clean``).
         changes_buffers: Whether scoring changes buffers of the reward; checkpoints of trainable weights then hold
-            these buffers too.
+            these buffers too. Alignment sets it for a module whose buffers the first scores change.
         answers_later: Whether :meth:`begin_parts` returns before the scores are there.
         name: Name in messages; empty for that of the class.
     """
@@ -36,6 +36,10 @@ class Reward(nn.Module, Part):
     changes_buffers: bool = False
     answers_later: bool = False
     name: str = ""
+
+    def train(self, mode: bool = True) -> Self:
+        """Keep evaluation mode, also when the surrounding module is set to training mode."""
+        return super().train(False)
 
     def take_means(self) -> Tensor | None:
         """Return the mean score of each reward of a mixture since the last call, ``(R,)``; None for other rewards."""

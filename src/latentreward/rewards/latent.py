@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
+from latentreward.backbones.loading import PipelineSource
 from latentreward.backbones.weights import Reading, read_weights, reading_later
 from latentreward.contracts import Conditioning, LatentSpace, NoisyStates, PathText, TensorRecord, check_sources
 from latentreward.errors import InputError, check_at_least_one
@@ -110,10 +111,6 @@ class LatentScorer(Reward):
         """Read the weights before they are moved or converted."""
         self.read_weights()
         return super()._apply(fn, recurse)
-
-    def train(self, mode: bool = True) -> LatentScorer:
-        """Keep evaluation mode, also when the surrounding module is set to training mode."""
-        return super().train(False)
 
     def set_precision(self, dtype: torch.dtype) -> None:
         """See :meth:`Reward.set_precision`; modules shared with the policy keep theirs, and the trainer's autocast."""
@@ -241,7 +238,8 @@ class LatentReward(RewardSource):
         average: Whether to load the moving average of ``TrainableEMA`` in place of the last weights, if the checkpoint
             has one.
         batch_size: States per forward pass, to bound memory; None takes all at once.
-        loading: See :class:`~latentreward.scoring.ModelSource`. The layout of ``casiatao/LRM`` names no base.
+        loading: See :class:`~latentreward.scoring.ModelSource`. The layout of ``casiatao/LRM`` names no base;
+            its tokenizers are those of the policy by default.
 
     Example:
         .. code-block:: yaml
@@ -286,6 +284,8 @@ class LatentReward(RewardSource):
         del self.stored  # frees what it has read once the reward is loaded
         # Initialising weights, which are overwritten, must not change the RNG.
         with torch.random.fork_rng(devices=[]), reading_later() as unread:
+            if isinstance(pipeline := policy.family.pipeline, PipelineSource):  # not of a pipeline in memory
+                stored.complete_from(pipeline)
             model, switch = self._loaded(stored, policy)
         model.backbone.sources = stored.sources(model.backbone)
         check_edits(f"reward {self.path}", model.backbone.sources, policy.family.sources)

@@ -1,5 +1,6 @@
 """Selection of training pairs among the candidates of a step."""
 
+import math
 from abc import abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from torch import Tensor
 from latentreward.contracts import PromptBatch, StepPairs
 from latentreward.errors import check_range
 from latentreward.losses.base import gather_with_grad
-from latentreward.promises import Part, number, of_class, returns, tensor
+from latentreward.promises import Kind, Part, number, of_class, returns, tensor, wrong_tensor
 from latentreward.rollout.candidates import CandidateStep
 from latentreward.rollout.samplers import StepSampler
 
@@ -35,10 +36,22 @@ class SelectedPairs:
     kept: Tensor
 
 
+def _wrong_pairs(found: SelectedPairs, rule: "PairSelection", step: CandidateStep, sampler: StepSampler) -> str | None:
+    if problem := of_class(SelectedPairs)(found):
+        return problem
+    count, prompts = step.scores.shape
+    kinds: dict[str, Kind] = {"winner": "indices", "loser": "indices", "gap": "numbers", "kept": "bool"}
+    for name, kind in kinds.items():
+        high = {"indices": count - 1, "numbers": 1}.get(kind, math.inf)
+        if problem := wrong_tensor(getattr(found, name), (prompts,), kind, 0, high):
+            return f"{name} as {problem}"
+    return None
+
+
 class PairSelection(Part):
     """Base class of rules that pair the best with the worst candidate, and keep pairs with a large score gap."""
 
-    @returns(of_class(SelectedPairs))
+    @returns(_wrong_pairs, keeps=True)
     def select(self, step: CandidateStep, sampler: StepSampler) -> SelectedPairs:
         """Select the pairs of one step; every rank must call this at the same steps, with equally many prompts."""
         best, worst = step.scores.float().max(dim=0), step.scores.float().min(dim=0)

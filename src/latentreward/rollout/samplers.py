@@ -283,7 +283,8 @@ class FlowSDESampler(StepSampler):
         sigma, after = sigmas[:-1], sigmas[1:]
         step = after - sigma
         if kind == "cps":
-            self.noise_std = spread = after * torch.sin(torch.tensor(noise_level * torch.pi / 2)).to(after)
+            angle = torch.tensor(noise_level * torch.pi / 2, device=after.device)
+            self.noise_std = spread = after * angle.sin().to(after)
             of_noise = (after**2 - spread**2).clamp(min=0).sqrt()
             of_latents, of_velocity = 1 - after + of_noise, of_noise * (1 - sigma) - (1 - after) * sigma
         else:

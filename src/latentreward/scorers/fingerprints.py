@@ -11,13 +11,16 @@ fingerprint.
 
 import hashlib
 import os
+import sys
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from latentreward.checkpoints.shards import is_sharded
+from latentreward.programs import of_this_package
 from latentreward.scorers.base import Scorer
 from latentreward.scorers.clip import model_source
 from latentreward.scoring.layouts.find import published_layout
@@ -38,11 +41,12 @@ def scorer_fingerprints(scorer: Scorer, policy: str = "") -> dict[str, str]:
     """Return the fingerprints of all files that a scorer names, by attribute.
 
     A scorer may wrap another one in its attribute ``scorer``. The files are those named by the attributes in
-    ``PLACES``, with ``policy`` in place of ``{policy}``, and the words of ``command`` that are files.
+    ``PLACES``, with ``policy`` in place of ``{policy}``, the words of ``command`` that are files, and the source files
+    of a user's own class and function, though not of what these import.
     """
     inner = getattr(scorer, "scorer", None)
     if isinstance(inner, Scorer):
-        return scorer_fingerprints(inner, policy)
+        return {**scorer_fingerprints(inner, policy), **own_sources(scorer)}
     revision = getattr(scorer, "revision", None)
     named = {name: value for name in PLACES if isinstance(value := getattr(scorer, name, None), (str, Path))}
     of_revision = named.get("source", named.get("path"))
@@ -54,7 +58,22 @@ def scorer_fingerprints(scorer: Scorer, policy: str = "") -> dict[str, str]:
         file = Path(getattr(scorer, "folder", None) or "", word)
         if os.path.isfile(file):  # noqa: PTH113 - pathlib raises for a word that is too long for a file name
             found[f"command {number}"] = fingerprint(file)
-    return found
+    return found | own_sources(scorer)
+
+
+def own_sources(scorer: Scorer) -> dict[str, str]:
+    """Return the fingerprints of the source files of a user's own scorer, and of the function that it calls."""
+    parts = {type(scorer).__name__: type(scorer), "function": getattr(scorer, "function", None)}
+    files = {name: own_source(part) for name, part in parts.items()}
+    return {f"source of {name}": fingerprint(file) for name, file in files.items() if file is not None}
+
+
+def own_source(part: Any) -> str | None:
+    """Return the source file of a class, function or callable object; None if it is of this package or has none."""
+    part = part.func if isinstance(part, partial) else part
+    name = getattr(part if hasattr(part, "__qualname__") else type(part), "__module__", None)
+    file = None if of_this_package(name) else getattr(sys.modules.get(name or ""), "__file__", None)
+    return file if file is not None and Path(file).is_file() else None
 
 
 def public_identity(scorer: Scorer) -> str:

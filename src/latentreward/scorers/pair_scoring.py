@@ -19,6 +19,7 @@ from latentreward.data.readers import PairReader, count_text
 from latentreward.data.score_table import oriented_gap
 from latentreward.errors import InputError, check_at_least_one
 from latentreward.scorers.base import ImageScorer, Scorer, TableScorer, one_model
+from latentreward.scorers.fingerprints import scorer_fingerprints
 from latentreward.storage.digests import digest
 
 Item = tuple[str, str]  # key of an image, and its prompt
@@ -76,7 +77,9 @@ class PairScoring:
         rows = digest(chain([self.reader.labels().tobytes()], texts))
         return {
             "reader": f"{type(self.reader).__name__} with {len(self.reader)} rows, {rows}",
+            "images": self.reader.image_digest,
             "scorers": {scorer.name: scorer.identity() for scorer in self.scorers},
+            "files": {scorer.name: scorer_fingerprints(scorer) for scorer in self.scorers},
             "max_pixels": self.max_pixels,
             "exif": None if self.reader.exif == "ignore" else self.reader.exif,
         }

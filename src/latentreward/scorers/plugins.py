@@ -1,6 +1,9 @@
 """Scorers by a function of the user's, and by a column of a file."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
+from inspect import isbuiltin, isfunction
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +17,7 @@ from latentreward.data.score_table import PAIR_ID, SIDES, numbers, read_table
 from latentreward.errors import InputError
 from latentreward.promises import check_takes
 from latentreward.scorers.base import ImageScorer, TableScorer
+from latentreward.storage.digests import digest
 
 IMAGE_KEY, PROMPT = "image_key", "prompt"
 
@@ -41,15 +45,41 @@ class CallableScorer(ImageScorer):
             raise InputError(f"function of {name} is {function!r}; give something that can be called")
         check_takes(getattr(function, "__name__", "function"), function, lambda prompts, images: 0)
         self.function, self.uses_prompt = function, uses_prompt
+        self._settings = settings_of(function)  # as given: calls may change the object
 
     def identity(self) -> str:
-        """See :meth:`Scorer.identity`: dotted path of the function or class."""
-        named: Any = self.function if hasattr(self.function, "__qualname__") else type(self.function)
-        return f"{type(self).__name__} {named.__module__}.{named.__qualname__}"
+        """See :meth:`Scorer.identity`: dotted path of the function or class, and a hash of an object's settings."""
+        named: Any = self.function.func if isinstance(self.function, partial) else self.function
+        named = named if hasattr(named, "__qualname__") else type(named)
+        return f"{type(self).__name__} {named.__module__}.{named.__qualname__}{self._settings}"
 
     def score(self, prompts: Sequence[str], images: Sequence[Image.Image]) -> Tensor:
         """See :meth:`ImageScorer.score`."""
         return self.function(prompts, images)
+
+
+def settings_of(function: Any) -> str:
+    """Return a hash of the settings of a callable object, method or partial function; empty for one without.
+
+    Settings are arguments of a partial function, and public attributes that are plain values. Their texts may be
+    secrets, so they are hashed.
+    """
+    settings: dict[str, Any] = {}
+    if isinstance(function, partial):
+        settings = {**dict(enumerate(function.args)), **function.keywords}
+    elif not isfunction(function) and not isbuiltin(function):
+        settings = getattr(getattr(function, "__self__", function), "__dict__", {})
+    kept = {name: value for name, value in settings.items() if not str(name).startswith("_") and is_plain(value)}
+    return f", {digest([repr(kept)])}" if kept else ""
+
+
+def is_plain(value: Any) -> bool:
+    """Tell whether a value is a text, number, path or None, or a collection of such; its text then tells it apart."""
+    if isinstance(value, dict):
+        return all(map(is_plain, chain(value, value.values())))
+    if isinstance(value, list | tuple):
+        return all(map(is_plain, value))
+    return isinstance(value, str | int | float | Path | None)
 
 
 class TableColumn(TableScorer):

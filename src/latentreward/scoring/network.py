@@ -169,7 +169,7 @@ class RewardNetwork(nn.Module):
 
     def _vae(self) -> LatentEncoder:
         if self.backbone.vae is None:
-            raise InputError("pixels were given, but this backbone has no VAE; give latents or load a full pipeline")
+            raise InputError("pixels were given, but this backbone has no VAE; give latents, or a full base pipeline")
         return self.backbone.vae
 
     def encode_prompts(

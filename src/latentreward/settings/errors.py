@@ -57,6 +57,8 @@ UNSET = "is not set; name a setting in full, e.g. ${data.init_args.batch_size}, 
 """Message about an interpolation of a setting or variable that does not exist."""
 WORDS = {"NoneType": "null", "Sequence": "list", "Iterable": "list", "tuple": "list"}
 """Name of a Python type -> its name in YAML, if the two differ."""
+LIGHTNING_BASES = ("lightning.LightningModule", "lightning.LightningDataModule")
+"""Classes that jsonargparse takes for settings of a model, or of data, whose class is not named yet."""
 LONGEST_VALUE = 200  # largest number of characters of a wrong value that a message repeats
 NUMBER_OR_TENSOR = "<class 'float'>, <class 'torch.Tensor'>"
 """Types of an optimiser's learning rate in jsonargparse's messages; settings give it as a number."""
@@ -79,6 +81,9 @@ def summarise(message: str) -> str:
         if match := re.match(pattern, text):
             text = match.expand(reword) if isinstance(reword, str) else reword(match, setting)
             break
+    else:
+        if kind in LIGHTNING_BASES and text.startswith("Option '"):
+            text += f", since no file before this one names a class; give the one with {setting}.class_path first"
     return f"{setting}: {text}" if setting else text
 
 
@@ -102,7 +107,12 @@ def _telling_alternative(union: re.Match[str]) -> str:
     alternatives = re.split(r"^  - ", union["errors"], flags=re.MULTILINE)[1:]
     alternatives = [re.sub(r"^ {4}", "", alternative, flags=re.MULTILINE) for alternative in alternatives]
     mismatch = ("Expected a <", "Expected a typing", "Not a valid subclass")
-    telling = [alternative for alternative in alternatives if not alternative.startswith(mismatch)]
+    telling = [
+        alternative
+        for alternative in alternatives
+        if not alternative.startswith(mismatch)
+        or ("Got value: " in alternative and not alternative.endswith(f"Got value: {union['value']}"))  # of an item
+    ]
     if not telling:
         return f"Expected a {union['types']}. Got value: {union['value']}"
     name = re.match(r"(?:\{'class_path': ')?([\w.]+)", union["value"])

@@ -116,6 +116,29 @@ def test_tiny_alignment_needs_no_trained_reward(capsys: pytest.CaptureFixture[st
     assert f"EncodeOnce frees text encoders of {float(encoders[1]):.2f} GB before the first step." in once
 
 
+@pytest.mark.rotated
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("base", "more"),
+    [
+        (["align/grpo_trajectory_tiny"], "grpo/cps"),
+        (["align/grpo_trajectory_tiny"], "grpo/gardo"),
+        (["model/dina_lrm_tiny", "data/pickapic_v1"], "loss/distillation"),
+        (["model/dina_lrm_tiny", "data/pickapic_v1"], "loss/two_axes"),
+        (["model/dina_lrm_tiny", "data/pickapic_v1"], "loss/labels"),
+    ],
+)
+def test_files_that_change_another_are_estimated(base: list[str], more: str, capsys, tmp_path: Path) -> None:
+    rewards = ", ".join(f"{{class_path: RandomReward, init_args: {{kind: readout, seed: {seed}}}}}" for seed in (1, 2))
+    (tmp_path / "mixture.yaml").write_text(
+        f"model: {{init_args: {{reward: {{class_path: RewardMixture, init_args: {{rewards: [{rewards}]}}}}}}}}"
+    )
+    mixture = ["--config=mixture.yaml"] if more == "grpo/gardo" else []
+    size = ["--data.size=32"] if len(base) > 1 else []
+    files = [f"--config={CONFIGS}/{name}.yaml" for name in (*base, more)]
+    assert "optimiser step of 1 batch" in shown(capsys, *files, *mixture, *size, "--trainer.accelerator=cpu")
+
+
 def test_a_path_with_a_variable_that_is_not_set_is_left_alone() -> None:
     with unset_variables():
         found = OmegaConf.to_container(OmegaConf.create(["${oc.env:PROMPTS}", "${oc.env:PROMPTS}/a.txt"]), resolve=True)

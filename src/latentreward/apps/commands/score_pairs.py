@@ -27,10 +27,10 @@ def score_pairs(
 ) -> None:
     """Score both images of every pair and write a table, by which FilteredReader filters pairs.
 
-    Finished parts of the table are kept in ``OUTPUT.parts/``. The same command resumes a killed run, and refuses
-    another reader or other scorers. An image that recurs with the same prompt is scored once. An image that cannot be
-    read gets NaN scores, and the reason in ``problem_a`` or ``problem_b``. Devices and batch sizes are settings of the
-    scorers.
+    Finished parts of the table are kept in ``OUTPUT.parts/``. The same command resumes a killed run, and refuses other
+    pairs, pictures, scorers, model files or functions. An image that recurs with the same prompt is scored once. An
+    image that cannot be read gets NaN scores, and the reason in ``problem_a`` or ``problem_b``. Devices and batch sizes
+    are settings of the scorers.
 
     Args:
         output: File to write, .parquet or .csv.

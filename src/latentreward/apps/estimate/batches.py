@@ -28,6 +28,7 @@ from latentreward.contracts import (
 )
 from latentreward.data import PromptsAndImages
 from latentreward.data.clips import FPS, check_clips, check_frames
+from latentreward.data.collate import stack_targets
 from latentreward.devices import evaluating
 from latentreward.encoders.source_encoder import edit_of_grey
 from latentreward.errors import InputError, check_multiples
@@ -90,6 +91,10 @@ def pair_batch(network: Any, data: Namespace, shapes: ShapesOnly) -> PreferenceB
     clip = (3, height, width) if frames == 1 else (3, frames, height, width)
     shape = space.shape(height, width, frames) if latents else clip
     names = tuple(str(number) for number in range(count))
+    targets = None
+    if (given := settings.get("targets")) is not None:
+        kinds, columns = 2 if given.uncertainties else 1, len(given.columns)
+        targets = stack_targets([shapes.stand_in((2, kinds, columns)) for _ in names])
     encoder, conditioning, uncond = network.text_encoder, None, None
     if with_text:  # prompts of the greatest length
         tokens, pooled = encoder.num_tokens, encoder.pooled_dim
@@ -109,6 +114,7 @@ def pair_batch(network: Any, data: Namespace, shapes: ShapesOnly) -> PreferenceB
         chosen_keys=tuple(f"{name} chosen" for name in names),
         rejected_keys=tuple(f"{name} rejected" for name in names),
         label=torch.ones(count),
+        targets=targets,
         weight=torch.ones(count),
         latent_space=space if latents else None,
         conditioning=conditioning,

@@ -5,6 +5,7 @@ import sys
 import unicodedata
 from abc import abstractmethod
 from collections import Counter
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,7 +15,7 @@ from latentreward.contracts import ImageRef, PreferencePair, sources_of
 from latentreward.data.images import ExifOrientation
 from latentreward.errors import InputError, check_at_least_one, printable, quoted
 from latentreward.promises import Part, number, returns, shown
-from latentreward.storage.digests import digest
+from latentreward.storage.digests import digest, size_and_time
 
 logger = logging.getLogger(__name__)
 
@@ -27,6 +28,8 @@ NAMES_KEPT, OWN_NAMES_KEPT = 512, 2**20
 """Number of rows whose names are compared with each other: of a reader of this package, and of a user's own."""
 OWN_ON_ERROR, DATA_ON_ERROR = "the reader's on_error", "data.on_error (or the reader's own, which wins)"
 """Names of the setting in messages: for a reader used alone, and for one in a data module."""
+FILE_ROWS, TABLE_ROWS = 4096, 16
+"""Largest number of rows whose images tell :attr:`PairReader.image_digest`: files, and bytes in a table."""
 MOST_NAMED = 5
 """Rows of a reason whose names a reader keeps."""
 ON_ERROR_REMEDY = f"correct the row, or set {OWN_ON_ERROR} to skip or placeholder"
@@ -171,6 +174,28 @@ class PairReader(Part):
             Name → list with one value per row, None where the data set does not publish it. Empty by default.
         """
         return {}
+
+    @cached_property
+    def image_digest(self) -> str:
+        """Number of rows, and a hash of names and sizes in bytes of the images of some, spread over the data.
+
+        Stored scores of other images are recognised by it. Where images are files, up to ``FILE_ROWS`` rows count; else
+        ``TABLE_ROWS``, since a row of a table is read with its bytes.
+        """
+        images = self._spread_images(TABLE_ROWS)
+        if all(image.path is not None for image in images):
+            images = self._spread_images(FILE_ROWS)
+        sizes = (
+            (size_and_time(image.path) or (None,))[0] if image.path else len(image.data or b"") for image in images
+        )
+        held = (f"{image.image_key}\0{size}\0" for image, size in zip(images, sizes, strict=True))
+        return f"{len(self)} pairs, {digest(held)}"
+
+    def _spread_images(self, rows: int) -> list[ImageRef]:
+        """Return references to the images of up to so many rows, spread over the data."""
+        chosen = np.linspace(0, len(self) - 1, min(len(self), rows)).astype(int).tolist()
+        pairs = (self[row] for row in chosen)
+        return [image for pair in pairs for image in (pair.image_a, pair.image_b, *sources_of(pair.prompt))]
 
     def refuse(self, pair_id: str, problem: str, reason: str, rows: int = 1) -> None:
         """Apply ``on_error`` to rows that break a rule of the format.

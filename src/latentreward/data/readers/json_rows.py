@@ -179,7 +179,13 @@ def encodable(text: str) -> str:
 
 
 def find_edit_source(row: Mapping[str, Any], known: Collection[str] = ()) -> str | None:
-    """Return the name of a row's field, none of ``known``, with the picture that its images are edits of; else None."""
+    """Return the name of a row's field, none of ``known``, with the picture that its images are edits of; else None.
+
+    The second of two ``known`` ones with unlike pictures is returned too, since only the first is read.
+    """
+    given = [name for name in SOURCES if name in known and row.get(name)]
+    if len(given) > 1 and list_sources(row, given[:1])[1] != list_sources(row, given[1:])[1]:
+        return given[1]
     for name, value in row.items():
         if name in known:
             continue

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from latentreward.backbones import DiffusionBackbone
+from latentreward.backbones.loading import PipelineSource
 from latentreward.checkpoints.base_weights import same_values, sample
 from latentreward.contracts import LatentSpace, taken_of_edits
 from latentreward.data.image_sizes import ImageSizes
@@ -93,6 +94,10 @@ class StoredReward(ABC):
         """
         theirs, ours = self.base_values(), {f"{part}.{name}": weight for name, weight in weights.items()}
         return all(name in theirs and same_values(sample(weight), theirs[name]) for name, weight in ours.items())
+
+    def complete_from(self, pipeline: PipelineSource) -> None:
+        """Take tokenizers that the files lack from the ``pipeline`` of the policy, unless a base is given."""
+        return
 
     def finished(self, model: Network, recipe: ModelRecipe | None) -> Network:
         """Give a loaded model its recipe and the settings that its files record, and freeze it."""

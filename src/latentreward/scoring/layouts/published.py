@@ -110,12 +110,13 @@ class PublishedLayout(StoredReward):
 class PublishedLRM(PublishedLayout):
     """Stored reward in the layout of ``casiatao/LRM``.
 
-    Tokenizers and VAE come from ``base``; without a ``base`` the model has none. A text encoder that was frozen in
-    training is not in the files and comes from ``base`` too.
+    Tokenizers and VAE come from ``base``; without a ``base`` the model has none, or the tokenizers of a policy that it
+    judges. A text encoder that was frozen in training is not in the files and comes from ``base`` too.
     """
 
     takes = ("guidance", "multi_scale")
     shareable = False  # the whole U-Net was trained
+    judged: PipelineSource | None = None  # pipeline of the policy that the model judges, if of the same family
 
     def latent_space(self) -> LatentSpace:
         """See :meth:`StoredReward.latent_space`; raises InputError if ``base`` belongs to another model family."""
@@ -127,6 +128,11 @@ class PublishedLRM(PublishedLayout):
     @cached_property
     def _family(self) -> str:
         return unet_family(read_config(self.folder / "unet" / "config.json"))
+
+    def complete_from(self, pipeline: PipelineSource) -> None:
+        """See :meth:`StoredReward.complete_from`."""
+        if pipeline.has("unet") and unet_family(pipeline.config("unet")) == self._family:
+            self.judged = pipeline
 
     def _pipeline(self) -> PipelineSource:
         """Open the base pipeline, and check that its U-Net is of the checkpoint's model family."""
@@ -196,7 +202,8 @@ class PublishedLRM(PublishedLayout):
             return source.sdxl_prompts() if self._family == "SDXL" else source.clip_prompts()
         existing_folder(self.folder, *(f"{part}/config.json" for part in parts))
         names = [part.replace("text_encoder", "tokenizer") for part in parts]
-        tokenizers = [None if source is None else source.tokenizer(name) for name in names]
+        named = source or self.judged
+        tokenizers = [None if named is None else named.tokenizer(name) for name in names]
         first = load_weights(CLIPTextModel, str(self.folder), subfolder="text_encoder")
         if self._family != "SDXL":
             return CLIPPromptEncoder(first, *tokenizers)

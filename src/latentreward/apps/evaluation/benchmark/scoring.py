@@ -22,7 +22,6 @@ from latentreward.apps.evaluation.benchmark.protocols import Judgement, judge
 from latentreward.apps.evaluation.benchmark.results import BenchmarkPairs
 from latentreward.data.readers import PairReader
 from latentreward.scorers import ImageScorer, Scorer
-from latentreward.scorers.fingerprints import scorer_fingerprints
 from latentreward.scorers.pair_scoring import PairScoring, require_images
 from latentreward.storage.part_tables import PartFiles
 from latentreward.storage.progress import Progress
@@ -35,9 +34,9 @@ TIMESTEPS = b"timesteps"
 class SplitScores:
     """Table with the scores of one split by one scorer.
 
-    The constructor reads no image and loads no model, but refuses an existing table that was made with other files of
-    the scorer, or with other pairs, labels or prompts. Contents of images are not compared, because archives may hold
-    millions of them: delete the table if images were replaced under the same names.
+    The constructor decodes no image and loads no model, but refuses an existing table that was made with other files of
+    the scorer, or with other pairs, labels, prompts or images. Of images names and file sizes are compared, see
+    :attr:`PairReader.image_digest`: delete the table if a few of millions were replaced.
 
     Attributes:
         seconds: Seconds that this process spent, by model and on reading.
@@ -57,8 +56,7 @@ class SplitScores:
         self.seconds: Mapping[str, float] = self._scoring.seconds
         self.folder.mkdir(parents=True, exist_ok=True)
         output = self.folder / f"{self.scorer.name}.parquet"
-        spec = {**self._scoring.spec(), "files": scorer_fingerprints(self.scorer)}
-        self._files = PartFiles(output, spec, len(self.reader))
+        self._files = PartFiles(output, self._scoring.spec(), len(self.reader))
         self.rows = len(self.reader) if self.limit is None else min(self.limit, len(self.reader))
         with self._files as files:
             self.missing = sum(map(len, self._missing(files)))
