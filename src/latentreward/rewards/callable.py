@@ -116,9 +116,6 @@ class RandomReward(RewardSource):
         if self.kind == "noise":
             return FunctionReward(self._number, needs_clean=False, differentiable=False)
         channels, generator = policy.latent_space.channels, pair_generator(self.seed, "random readout", 0, "")
-        with torch.device("cpu"):  # also where a policy without weights is loaded, on the meta device
-            weight = torch.randn(READOUT_CHANNELS, channels, 3, 3, generator=generator) / (9 * channels) ** 0.5
-            bias, mix = torch.randn(2, READOUT_CHANNELS, generator=generator)
 
         def read(latents: Tensor) -> Tensor:
             with torch.autocast(latents.device.type, enabled=False):
@@ -127,7 +124,9 @@ class RandomReward(RewardSource):
                 read_out = maps.mean(dim=(2, 3)).reshape(len(latents), -1, READOUT_CHANNELS).mean(dim=1)
                 return read_out @ mix.to(latents.device)
 
-        with torch.device("cpu"):
+        with torch.device("cpu"):  # also where a policy without weights is loaded, on the meta device
+            weight = torch.randn(READOUT_CHANNELS, channels, 3, 3, generator=generator) / (9 * channels) ** 0.5
+            bias, mix = torch.randn(2, READOUT_CHANNELS, generator=generator)
             spread = read(torch.randn(256, channels, 8, 8, generator=generator)).std().item()
         return FunctionReward(
             lambda latents, timesteps, prompts: read(latents) * (self.scale / spread),

@@ -3,6 +3,8 @@
 import re
 from abc import abstractmethod
 from collections.abc import Sequence
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -144,3 +146,9 @@ def one_model(scorer: str, kept: str | None, now: str | None, remedy: str) -> st
             f"model {printable(str(kept))!r}; {remedy}"
         )
     return kept or now
+
+
+def code_of(called: Any) -> Any:
+    """Return the function, method or class whose code runs when a function, partial function or object is called."""
+    called = called.func if isinstance(called, partial) else called
+    return called if hasattr(called, "__qualname__") else type(called)

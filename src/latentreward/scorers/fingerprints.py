@@ -13,7 +13,6 @@ import hashlib
 import os
 import sys
 from collections.abc import Iterable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ import numpy as np
 
 from latentreward.checkpoints.shards import is_sharded
 from latentreward.programs import of_this_package
-from latentreward.scorers.base import Scorer
+from latentreward.scorers.base import Scorer, code_of
 from latentreward.scorers.clip import model_source
 from latentreward.scoring.layouts.find import published_layout
 from latentreward.scoring.layouts.run import configs_beside
@@ -70,8 +69,7 @@ def own_sources(scorer: Scorer) -> dict[str, str]:
 
 def own_source(part: Any) -> str | None:
     """Return the source file of a class, function or callable object; None if it is of this package or has none."""
-    part = part.func if isinstance(part, partial) else part
-    name = getattr(part if hasattr(part, "__qualname__") else type(part), "__module__", None)
+    name = getattr(code_of(part), "__module__", None)
     file = None if of_this_package(name) else getattr(sys.modules.get(name or ""), "__file__", None)
     return file if file is not None and Path(file).is_file() else None
 

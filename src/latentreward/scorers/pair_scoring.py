@@ -16,6 +16,7 @@ from latentreward.contracts import ImageRef, PreferencePair, sources_of
 from latentreward.data.ahead import map_ahead
 from latentreward.data.images import CLIP, MAX_PIXELS, ImageError, decode_image
 from latentreward.data.readers import PairReader, count_text
+from latentreward.data.readers.base import spread
 from latentreward.data.score_table import oriented_gap
 from latentreward.errors import InputError, check_at_least_one
 from latentreward.scorers.base import ImageScorer, Scorer, TableScorer, one_model
@@ -241,7 +242,7 @@ def require_images(name: str, reader: PairReader, rows: int) -> None:
     if not rows:
         raise InputError(f"{name}: there are no pairs; rows left out by the reader: {count_text(reader.skipped)}")
     problems, tried = dict[str, str](), 0
-    for row in np.linspace(0, rows - 1, min(rows, TRIED_PAIRS)).astype(int).tolist():
+    for row in spread(rows, TRIED_PAIRS):
         pair = reader[row]
         for image in (pair.image_a, pair.image_b):
             try:

@@ -16,7 +16,7 @@ from latentreward.contracts import PreferencePair
 from latentreward.data.score_table import PAIR_ID, SIDES, numbers, read_table
 from latentreward.errors import InputError
 from latentreward.promises import check_takes
-from latentreward.scorers.base import ImageScorer, TableScorer
+from latentreward.scorers.base import ImageScorer, TableScorer, code_of
 from latentreward.storage.digests import digest
 
 IMAGE_KEY, PROMPT = "image_key", "prompt"
@@ -49,8 +49,7 @@ class CallableScorer(ImageScorer):
 
     def identity(self) -> str:
         """See :meth:`Scorer.identity`: dotted path of the function or class, and a hash of an object's settings."""
-        named: Any = self.function.func if isinstance(self.function, partial) else self.function
-        named = named if hasattr(named, "__qualname__") else type(named)
+        named = code_of(self.function)
         return f"{type(self).__name__} {named.__module__}.{named.__qualname__}{self._settings}"
 
     def score(self, prompts: Sequence[str], images: Sequence[Image.Image]) -> Tensor:
@@ -69,16 +68,16 @@ def settings_of(function: Any) -> str:
         settings = {**dict(enumerate(function.args)), **function.keywords}
     elif not isfunction(function) and not isbuiltin(function):
         settings = getattr(getattr(function, "__self__", function), "__dict__", {})
-    kept = {name: value for name, value in settings.items() if not str(name).startswith("_") and is_plain(value)}
+    kept = {name: value for name, value in settings.items() if not str(name).startswith("_") and is_plain_value(value)}
     return f", {digest([repr(kept)])}" if kept else ""
 
 
-def is_plain(value: Any) -> bool:
+def is_plain_value(value: Any) -> bool:
     """Tell whether a value is a text, number, path or None, or a collection of such; its text then tells it apart."""
     if isinstance(value, dict):
-        return all(map(is_plain, chain(value, value.values())))
+        return all(map(is_plain_value, chain(value, value.values())))
     if isinstance(value, list | tuple):
-        return all(map(is_plain, value))
+        return all(map(is_plain_value, value))
     return isinstance(value, str | int | float | Path | None)
 
 

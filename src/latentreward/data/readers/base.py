@@ -193,8 +193,7 @@ class PairReader(Part):
 
     def _spread_images(self, rows: int) -> list[ImageRef]:
         """Return references to the images of up to so many rows, spread over the data."""
-        chosen = np.linspace(0, len(self) - 1, min(len(self), rows)).astype(int).tolist()
-        pairs = (self[row] for row in chosen)
+        pairs = (self[row] for row in spread(len(self), rows))
         return [image for pair in pairs for image in (pair.image_a, pair.image_b, *sources_of(pair.prompt))]
 
     def refuse(self, pair_id: str, problem: str, reason: str, rows: int = 1) -> None:
@@ -241,6 +240,11 @@ class PairReader(Part):
         counts = {"left out": self.skipped, "kept with a remark": self.remarks}
         if told := [f"{what}: {count_text(count)}" for what, count in counts.items() if count]:
             logger.warning("%s: %d rows kept; %s", printable(name), len(self), printable("; ".join(told)))
+
+
+def spread(count: int, most: int) -> list[int]:
+    """Return up to ``most`` of the numbers 0 to ``count`` − 1, evenly spread, the first and the last among them."""
+    return np.linspace(0, count - 1, min(count, most)).astype(int).tolist()
 
 
 def normalise_prompt(prompt: str) -> str:
