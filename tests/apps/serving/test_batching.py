@@ -28,16 +28,17 @@ class Number:
 class Model:
     """Doubles numbers; remembers its batches; waits for ``free`` if that is cleared; fails on negative ones."""
 
-    def __init__(self, seconds: float = 0.0) -> None:
+    def __init__(self, held: int | None = None) -> None:
         self.batches: list[list[Number]] = []
-        self.seconds = seconds
+        self.held = held  # number of the batch, from 0, that clears ``free``; None if none does
         self.free = threading.Event()
         self.free.set()
 
     def __call__(self, rows: Sequence[Number]) -> list[float]:
+        if len(self.batches) == self.held:
+            self.free.clear()
         self.batches.append(list(rows))
-        self.free.wait(10)
-        time.sleep(self.seconds * len(rows))
+        self.free.wait(20)
         if any(row.value < 0 for row in rows):
             raise InputError("negative")
         return [2 * row.value for row in rows]
@@ -67,6 +68,12 @@ async def busy(batcher: MicroBatcher, model: Model) -> "asyncio.Task[list[float]
     while not batcher.busy_seconds:
         await asyncio.sleep(0.001)
     return task
+
+
+def seconds_of(monkeypatch: pytest.MonkeyPatch, model: Model, **seconds: float) -> None:
+    """Tell the batcher how long a row of each group takes; how long it does depends on what else the machine does."""
+    told = property(lambda batcher: sum(seconds.get(row.group, 0.1) for row in model.batches[-1]))
+    monkeypatch.setattr(MicroBatcher, "busy_seconds", told)
 
 
 def test_scores_come_back_to_whom_they_belong() -> None:
@@ -116,9 +123,8 @@ def test_a_full_batch_does_not_wait() -> None:
 def test_a_pass_holds_what_its_time_limit_allows(
     max_pass: float, sizes: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A row takes 0.1 s by what the batcher is told; how long a sleep takes depends on what else the machine does."""
     model = Model()
-    monkeypatch.setattr(MicroBatcher, "busy_seconds", property(lambda batcher: 0.1 * len(model.batches[-1])))
+    seconds_of(monkeypatch, model)
 
     async def scenario(batcher: MicroBatcher, model: Model) -> None:
         assert await batcher.score([Number(i) for i in range(7)]) == [2 * i for i in range(7)]
@@ -129,30 +135,25 @@ def test_a_pass_holds_what_its_time_limit_allows(
 @pytest.mark.parametrize("groups", ["aaab", "aaaa", "abcd"])
 @pytest.mark.parametrize("client", ["first", "second"])
 @pytest.mark.parametrize("served", slow_after(1, [1, 40]))
-def test_a_short_request_starts_within_two_passes_of_three_long_ones(groups: str, client: str, served: int) -> None:
+def test_a_short_request_starts_within_two_passes_of_three_long_ones(
+    groups: str, client: str, served: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = Model(held=served)
+    seconds_of(monkeypatch, model)
+
     async def scenario(batcher: MicroBatcher, model: Model) -> None:
         long = [asyncio.create_task(batcher.score([Number(1, group)] * 64, "first")) for group in groups[:3]]
-        while len(model.batches) < served:
-            await asyncio.sleep(0.001)
-        model.free.clear()
-        done = len(model.batches)
-        while len(model.batches) == done:  # one more begins
+        while len(model.batches) <= served:
             await asyncio.sleep(0.001)
         short = asyncio.create_task(batcher.score([Number(7, groups[3])], client))
         await asyncio.sleep(0.001)
         model.free.set()
         assert await short == [14]
-        started = [Number(7, groups[3]) in batch for batch in model.batches[done:]].index(True) + 1
+        started = [Number(7, groups[3]) in batch for batch in model.batches[served:]].index(True) + 1
         assert started <= 2
         assert (await asyncio.gather(*long)) == [[2] * 64] * 3
 
-    run(scenario, Model(seconds=0.002), queue=200, max_pass=0.004)
-
-
-def seconds_of(monkeypatch: pytest.MonkeyPatch, model: Model, **seconds: float) -> None:
-    """Tell the batcher how long a row of each group takes; how long it does depends on what else the machine does."""
-    told = property(lambda batcher: sum(seconds.get(row.group, 0.1) for row in model.batches[-1]))
-    monkeypatch.setattr(MicroBatcher, "busy_seconds", told)
+    run(scenario, model, queue=200, max_pass=0.2)
 
 
 def test_clients_share_the_model_by_seconds_not_by_rows(monkeypatch: pytest.MonkeyPatch) -> None:
