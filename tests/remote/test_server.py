@@ -72,14 +72,14 @@ def test_a_server_that_reads_slowly_is_an_outage() -> None:
         def read() -> None:
             with server.accept()[0] as connection:
                 while connection.recv(2**17):
-                    time.sleep(0.01)
+                    time.sleep(0.1)
 
         threading.Thread(target=read, daemon=True).start()
         connection = Connection(RemoteServer(f"http://127.0.0.1:{server.getsockname()[1]}", timeout_s=0.3, retry_s=0))
         began = time.monotonic()
         with pytest.raises(RemoteError, match=r"no answer within timeout_s=0\.3 seconds"):
-            connection.ask("POST", "/score", b" " * 2**25)  # takes it 3 seconds
-    assert time.monotonic() - began < 2
+            connection.ask("POST", "/score", b" " * 2**25)  # takes it 25 seconds
+    assert time.monotonic() - began < 15
 
 
 def test_the_servers_own_pause_is_kept() -> None:

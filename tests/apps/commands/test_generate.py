@@ -3,8 +3,8 @@
 import csv
 import json
 import signal
-from collections.abc import Callable
-from dataclasses import asdict
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import Tensor
 
 from latentreward.apps.commands import generate as command
 from latentreward.apps.generation.image_folder import file_name
@@ -285,6 +286,32 @@ def test_other_settings_and_other_files_are_refused(
     with pytest.raises(SystemExit):
         generate(folder="mine")
     assert "holds other files" in capsys.readouterr().err
+
+
+@dataclass
+class Judged:
+    """A reward function with a secret setting."""
+
+    key: str
+    factor: float = 1.0
+
+    def __call__(self, latents: Tensor, timesteps: Tensor, prompts: Sequence[str]) -> Tensor:
+        return self.factor * latents.flatten(1).mean(1)
+
+
+@pytest.mark.slow
+def test_settings_of_own_objects_count_and_are_not_written(
+    generate: Callable[..., Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    reward = ["--reward=CallableReward", f"--reward.function={__name__}.Judged", "--reward.function.key=hf_secret"]
+    generate(*reward)
+    assert "hf_secret" not in (tmp_path / "out" / "generate.json").read_text()
+    generate(*reward)
+    assert "3 of 3 pictures are there already" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        generate(*reward, "--reward.function.factor=2.0")
+    told = capsys.readouterr().err
+    assert "was begun with reward.function" in told and "hf_secret" not in told
 
 
 @pytest.mark.slow

@@ -16,9 +16,12 @@ from latentreward.encoders.offloaded import OffloadedEncoder
 from latentreward.errors import InputError
 from latentreward.policies import Policy, PolicySource, load_policy
 from latentreward.policies.checkpoint import read_policy_adapter
+from latentreward.promises import of_this_package
 from latentreward.rewards import Reward
 from latentreward.rewards.latent import LatentScorer
 from latentreward.rollout import Sampling
+from latentreward.scorers.base import code_of
+from latentreward.scorers.plugins import settings_of
 
 
 @dataclass(frozen=True)
@@ -96,7 +99,11 @@ def offload_text_encoders(policy: Policy, reward: Reward | None, prompts: Sequen
 
 
 def plain(value: Any) -> Any:
-    """Convert ``value`` to types of JSON; an object becomes a dict of its class name and attributes."""
+    """Convert ``value`` to types of JSON; an object becomes a dict of its class name and attributes.
+
+    An object of another package's class becomes the dotted path of the class and a hash of its settings, which may be
+    secrets; a function becomes its dotted path, with a hash of what ``functools.partial`` or its object adds.
+    """
     if isinstance(value, dict):
         return {str(name): plain(item) for name, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -105,8 +112,9 @@ def plain(value: Any) -> Any:
         return value
     if isinstance(value, Path):
         return str(value)
-    if callable(value) and hasattr(value, "__qualname__"):
-        return f"{value.__module__}.{value.__qualname__}"
+    code = code_of(value)
+    if code is value or not of_this_package(code.__module__):
+        return f"{code.__module__}.{code.__qualname__}{settings_of(value)}"
     fields = dataclasses.fields(value) if dataclasses.is_dataclass(value) else ()
     attributes = {field.name: getattr(value, field.name) for field in fields} or getattr(value, "__dict__", {})
     attributes = value.record() if isinstance(value, PolicySource) else attributes
