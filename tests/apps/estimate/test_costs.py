@@ -1,6 +1,6 @@
 """An estimate says what a real step takes: FLOPs exactly, memory for the backward pass within 5 %."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,7 +9,7 @@ import pytest
 import torch
 from jsonargparse import Namespace
 from lightning.pytorch import LightningModule, Trainer
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -32,7 +32,7 @@ from latentreward.modules import (
 from latentreward.modules.alignment import AlignmentModule
 from latentreward.modules.based import stored_parts
 from latentreward.policies import PolicySource
-from latentreward.rewards import LatentReward, PixelReward, RewardSource
+from latentreward.rewards import CallableReward, LatentReward, PixelReward, RewardSource
 from latentreward.rollout import Branching, QuantileThreshold, Sampling
 from latentreward.scorers import StepAwareScorer
 from tests.marks import rotated_after
@@ -156,6 +156,16 @@ def test_alignment(build: Any, name: str, tmp_path: Path) -> None:
     path = str(tmp_path / "run")
     unread = UnreadReward(path, "lrm_sd15", None, str(tmp_path / "kept"))
     costs = check(lambda: build(name, unread), PROMPTS, FOUR, lambda: build(name, LatentReward(path)))
+    assert costs.rollout > 0
+
+
+def of_values(latents: Tensor, timesteps: Tensor, prompts: Sequence[str]) -> Tensor:
+    return torch.from_numpy(latents.cpu().numpy().mean(axis=(1, 2, 3)))
+
+
+def test_a_reward_that_needs_values_is_told_and_left_out() -> None:
+    with pytest.warns(UserWarning, match=r"--estimate leaves out a reward .* \(RuntimeError: .*numpy"):
+        costs = check(lambda: grpo("sd15", CallableReward(of_values)), PROMPTS, FOUR)
     assert costs.rollout > 0
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from jsonargparse import Namespace
 from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import clip_grad_norm_
@@ -25,14 +26,16 @@ from latentreward.callbacks.performance import WORTH_COMPILING, blocks_of, worth
 from latentreward.contracts import NoisyStates, layout_of, map_tensors
 from latentreward.encoders.prompts import PromptEncoder
 from latentreward.encoders.vae import LatentEncoder
-from latentreward.errors import InputError
+from latentreward.errors import InputError, first_line
 from latentreward.heads import RewardHead
 from latentreward.limits import Work
 from latentreward.modules import ReFLModule
 from latentreward.modules.alignment import AlignmentModule
 from latentreward.phases import LISTENER, phase
 from latentreward.policies import Policy
+from latentreward.programs import of_this_package
 from latentreward.rewards import Reward
+from latentreward.rewards.callable import FunctionReward
 from latentreward.rewards.http import RemoteImageReward, RemoteReward
 from latentreward.rewards.latent import LatentScorer
 from latentreward.rewards.pixel import DecodingReward, ImageReward
@@ -246,7 +249,8 @@ def step_costs(
 def watch_sampling(module: LightningModule, calls: RepeatedCalls) -> None:
     """Let ``calls`` count the policy and reward of an alignment module, and skip their repeated calls.
 
-    Instead of a score of pictures, or of a server, a reward gives the mean of what would be scored.
+    Instead of a score of pictures, or of a server, a reward gives the mean of what would be scored. So does code that
+    needs values, which stand-ins have not.
     """
     policy, reward = getattr(module, "policy", None), getattr(module, "reward", None)
     if not isinstance(policy, Policy):
@@ -262,12 +266,26 @@ def watch_sampling(module: LightningModule, calls: RepeatedCalls) -> None:
         elif isinstance(part, RemoteReward):
             part.score = lambda states, encoded: states.clean.flatten(1).mean(dim=1)  # type: ignore[method-assign, union-attr]
             part.encode_prompts = tuple  # type: ignore[method-assign, assignment]
+        elif isinstance(part, FunctionReward) or (
+            isinstance(part, Reward) and not of_this_package(type(part).__module__)
+        ):
+            part.score = partial(score_or_mean, part.score)  # type: ignore[method-assign]
         if isinstance(part, RemoteReward):
             part.begin_parts = partial(answer_alone, part)  # type: ignore[method-assign]
         if isinstance(part, DecodingReward):
             calls.watch(part, "score")
         if isinstance(part, LatentScorer):
             calls.watch(part.model.backbone, "read", lambda: policy.adapters.working)
+
+
+def score_or_mean(score: Callable[[NoisyStates, Any], Tensor], states: NoisyStates, encoded: Any) -> Tensor:
+    """Score by ``score``; if that fails on tensors without values, say so and return means of the latents."""
+    try:
+        return score(states, encoded)
+    except Exception as error:  # of any code
+        told = f"{type(error).__name__}: {first_line(error)}"
+        rank_zero_warn(f"--estimate leaves out a reward that cannot score tensors without values ({told})")
+        return states.latents.flatten(1).mean(dim=1)
 
 
 def answer_alone(reward: RemoteReward, latents: Tensor, rows: Tensor, encoded: Any, *_: Any) -> Callable[[], Tensor]:

@@ -16,7 +16,7 @@ from latentreward.encoders.offloaded import OffloadedEncoder
 from latentreward.errors import InputError
 from latentreward.policies import Policy, PolicySource, load_policy
 from latentreward.policies.checkpoint import read_policy_adapter
-from latentreward.promises import of_this_package
+from latentreward.programs import of_this_package
 from latentreward.rewards import Reward
 from latentreward.rewards.latent import LatentScorer
 from latentreward.rollout import Sampling
