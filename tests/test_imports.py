@@ -52,7 +52,8 @@ MAY_IMPORT = {
     | {"scorers", "reports", "remote"},
     "rollout": BASE | {"noise", "losses", "families", "policies", "rewards"},
     "apps.generation": BASE
-    | {"data", "ranks", "noise", "encoders", "backbones", "families", "policies", "rewards", "rollout", "reports"},
+    | {"data", "ranks", "noise", "encoders", "backbones", "families", "policies", "rewards", "rollout", "reports"}
+    | {"programs", "scorers"},
     "modules": BASE
     | {
         "noise",
@@ -101,7 +102,7 @@ MAY_IMPORT = {
     | {"apps.generation"},
     "apps.estimate": BASE
     | {"encoders", "backbones", "families", "heads", "data", "cache", "scoring", "scorers", "settings"}
-    | {"policies", "rewards", "modules", "reports", "callbacks"},
+    | {"policies", "rewards", "modules", "reports", "callbacks", "programs"},
     "apps.steps": BASE | {"settings", "reports"},
     "reproduction": BASE,
     "apps.pilot": BASE | {"reports", "settings", "apps.steps"},
