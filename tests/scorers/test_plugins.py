@@ -75,6 +75,7 @@ def test_settings_of_a_function_are_compared_and_not_told() -> None:
         Remembering,
         lambda value: partial(brightness, scale=value),
         lambda value: Constant(value).__call__,
+        lambda value: partial(Constant(value)),
     ]
     for kind in kinds:
         one, other = (CallableScorer(kind(value), "one").identity() for value in (1.0, 2.0))

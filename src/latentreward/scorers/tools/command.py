@@ -1,6 +1,7 @@
 """Scorers that run a program which reads a table of images and writes a table of scores, such as ImageReward."""
 
 import json
+import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -47,7 +48,10 @@ class CommandScorer(ToolScorer):
 
     def prepare(self) -> None:
         """Check that the program exists; raise InputError if it does not."""
-        if shutil.which(self.command[0]) is None:
+        program: str | Path = self.command[0]
+        if "/" in self.command[0]:  # the system looks it up in the working directory, which without `folder` has none
+            program = (self.folder or Path(os.devnull)).absolute() / program
+        if shutil.which(program) is None:
             raise InputError(f"command of {self.name}: {self.command[0]} is no program; give its whole path")
 
     def score_pictures(self, pictures: Sequence[JudgedPicture], policy: str, work: Path) -> np.ndarray:
