@@ -120,20 +120,21 @@ def train(trainings: Sequence[Training], output: Path, options: list[str]) -> No
         with (folder / "train.log").open("w") as log:
             environment = {**os.environ, "OMP_NUM_THREADS": "1"}
             running[training] = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
-    started, told, every_s, ended = time.monotonic(), "", 5 if sys.stdout.isatty() else 60, False
+    started, told, told_at, ended = time.monotonic(), "", 0.0, False
     while not ended:
         time.sleep(5)
         codes = {training: process.poll() for training, process in running.items()}
         ended = any(codes.values()) or None not in codes.values()
         line = "  |  ".join(progress(training, output, code is not None) for training, code in codes.items())
-        if line != told and (ended or (time.monotonic() - started) % every_s < 5):
-            print(f"  {time.monotonic() - started:4.0f} s  {line}", flush=True)
-            told = line
-    for training in [training for training, code in codes.items() if code]:
+        seconds = time.monotonic() - started
+        if line != told and (ended or sys.stdout.isatty() or seconds - told_at >= 60):
+            print(f"  {seconds:4.0f} s  {line}", flush=True)
+            told, told_at = line, seconds
+    if failed := next((training for training, code in codes.items() if code), None):
         for other in running.values():
             other.terminate()
-        path = output / training.name / "train.log"
-        sys.exit(f"{training.name} failed; the end of {path}:\n{path.read_text()[-2000:]}")
+        path = output / failed.name / "train.log"
+        sys.exit(f"{failed.name} failed; the end of {path}:\n{path.read_text()[-2000:]}")
 
 
 def progress(training: Training, output: Path, ended: bool) -> str:

@@ -24,15 +24,13 @@ from latentreward.tinyworld.world import Sketch
 from tools.emoji.world import ALIGNMENTS, Emoji, EmojiWorld
 from tools.pretraining.training import train_averaged
 from tools.pretraining.vae import normalize_pictures
-from tools.pretraining.worlds import TrainingWorld
+from tools.pretraining.worlds import CLEAR_GAP, TrainingWorld
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
 
 DRAWN, JUDGED = 1024, 192
 """Numbers of captions, with repeats, that policies are aligned on and judged on."""
-CLEAR_GAP = 0.3
-"""Utility gap above which pairs count in the agreement with the oracle."""
 
 
 class JudgeNetwork(nn.Module):

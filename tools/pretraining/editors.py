@@ -40,7 +40,7 @@ from latentreward.tinyworld.edits import edit_splits, edited, judge_edit
 from latentreward.tinyworld.rendering import render
 from latentreward.tinyworld.sampling import PIPELINE_FOLDERS, load_pipeline, quiet_libraries
 from latentreward.tinyworld.tokenizer import MAX_TOKENS, build_tokenizer
-from tools.pretraining.networks import save_pipeline
+from tools.pretraining.networks import denoiser, save_pipeline
 from tools.pretraining.pipelines import CAPTION_DROPOUT, stratified_uniform
 from tools.pretraining.training import TrainingRecipe, readme, train_averaged
 from tools.pretraining.vae import encode_pictures
@@ -135,11 +135,6 @@ def pretrain_editor(name: str, recipe: Recipe, folder: Path) -> None:
     (folder / "recipe.json").write_text(json.dumps({"recipe": asdict(recipe), "figures": figures}, indent=1))
     shown = {figure: f"{value:.3f}" for figure, value in figures.items()}
     (folder / "README.md").write_text(readme(name, prompts=recipe.prompts, **shown))
-
-
-def denoiser(pipeline: DiffusionPipeline) -> nn.Module:
-    """Return the network of an editor's pipeline."""
-    return pipeline.unet if hasattr(pipeline, "unet") else pipeline.transformer
 
 
 def prompt_encoder(pipeline: DiffusionPipeline) -> PromptEncoder:

@@ -34,10 +34,8 @@ from tools.pretraining.networks import token_settings
 from tools.pretraining.pipelines import WORLDS, open_world
 from tools.pretraining.training import TrainingRecipe, readme, train_averaged
 from tools.pretraining.vae import draw_training_pictures, normalize_pictures
-from tools.pretraining.worlds import TrainingWorld
+from tools.pretraining.worlds import CLEAR_GAP, TrainingWorld
 
-CLEAR_GAP = 0.3
-"""Utility gap above which pairs count in the accuracy against the oracle."""
 EVALUATION_TIMESTEPS = (1, 251, 501, 801)
 EVALUATION_SEED = 1000
 SCORERS = PIPELINE_FOLDERS["sd_tiny"].parents[1] / "scorers"

@@ -103,17 +103,17 @@ def introduction() -> str:
     """Return the page's introduction, with the levels, margins and numbers that the verdicts have."""
     margins = "\n".join(f"- {one.of}: {one.size:g}, {one.why}." for one in MARGINS.values())
     numbers = {
-        "first look": f"{1 - FIRST_LEVEL:.0%}".replace("%", " %"),
-        "first level": f"{1 - LEVELS[0]:.2%}".replace("%", " %"),
-        "last level": f"{1 - LEVELS[-1]:.2%}".replace("%", " %"),
-        "rate": f"{RATE:.0%}".replace("%", " %"),
+        "first look": f"{1 - FIRST_LEVEL:.0%}",
+        "first level": f"{1 - LEVELS[0]:.2%}",
+        "last level": f"{1 - LEVELS[-1]:.2%}",
+        "rate": f"{RATE:.0%}",
         "least": str(LEAST_SEEDS),
         "most": str(MOST_SEEDS),
         "margins": margins,
     }
     text = INTRODUCTION.rstrip()
     for name, number in numbers.items():
-        text = text.replace(f"<{name}>", number)
+        text = text.replace(f"<{name}>", number.replace("%", " %"))
     return text
 
 
