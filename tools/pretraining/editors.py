@@ -67,14 +67,11 @@ def main(args: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m tools.pretraining.editors", description=__doc__)
     parser.add_argument("name", choices=EDITORS)
     parser.add_argument("--output", type=Path, default=Path("runs/editors"), help="folder for the editor's folder")
-    parser.add_argument("--seed", type=int, default=Recipe.seed)
-    parser.add_argument("--steps", type=int, default=Recipe.train_steps)
     parser.add_argument("--scale", type=float, default=1.0, help="factor on steps, pictures, prompts (quick trials)")
     options = parser.parse_args(args)
     torch.set_num_threads(1)
     if not (options.output / options.name / "recipe.json").is_file():
-        recipe = replace(Recipe(seed=options.seed), train_steps=options.steps).scaled(options.scale)
-        pretrain_editor(options.name, recipe, options.output / options.name)
+        pretrain_editor(options.name, Recipe().scaled(options.scale), options.output / options.name)
 
 
 def build_kontext() -> FluxKontextPipeline:
