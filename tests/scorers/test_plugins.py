@@ -100,6 +100,13 @@ def test_nonsense_is_one_line(pictures, returned, message: str) -> None:
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("prompts", [[], ["p"], ["p"] * 3])
+def test_each_picture_has_its_prompt(prompts: list[str], pictures) -> None:
+    """A network would score all pictures for the only prompt."""
+    with pytest.raises(InputError, match=f"scorer 'bright' got {len(prompts)} prompts for 2 images; give one for each"):
+        CallableScorer(brightness, "bright")(prompts, pictures[:2])
+
+
 def test_a_scorer_may_change_its_pictures_and_the_next_one_sees_them_whole(pictures) -> None:
     def shrink(prompts: Sequence[str], images: Sequence[Image.Image]) -> torch.Tensor:
         for image in images:
