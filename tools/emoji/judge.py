@@ -93,7 +93,8 @@ class EmojiJudge(ImageScorer):
         right, near = group.argmax(-1) == asked[:, 0], category.argmax(-1) == asked[:, 1]
         alignment = torch.tensor(ALIGNMENTS)[torch.where(right, 0, torch.where(near, 1, 2))]
         worth = quality.clamp(0, 1)
-        return torch.stack([picture_utility(alignment, worth), alignment, right.float(), worth], dim=1)
+        utility = torch.as_tensor(picture_utility(alignment, worth))
+        return torch.stack([utility, alignment, right.float(), worth], dim=1)
 
 
 class EmojiTraining(EmojiWorld, TrainingWorld):

@@ -156,7 +156,10 @@ def judge(sample: Sample, margin: float, more_than: float = 0.0) -> Verdict:
         word = "does not hold"
     if sample.alike:
         word, within = "open", False
-    difference, over_seeds = (Interval(*(x + more_than for x in one[:3]), one.groups) for one in (crossed, student))
+    difference, over_seeds = (
+        one._replace(value=one.value + more_than, low=one.low + more_than, high=one.high + more_than)
+        for one in (crossed, student)
+    )
     return Verdict(
         word,
         difference,
