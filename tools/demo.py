@@ -178,16 +178,6 @@ def report_policy(output: Path, before: Judged) -> None:
     print(f"  LoRA for diffusers         {output / LPO.name / 'lora'}")
 
 
-def align_generator(output: Path, options: list[str]) -> None:
-    """Train both reward models, then align the generator with the LRM, and report each."""
-    train((LRM, DINA_LRM), output, options)
-    report_rewards((LRM, DINA_LRM), output)
-    with ThreadPoolExecutor(1) as pool:
-        before = pool.submit(judge_policy, "sd_tiny", None, GUIDANCE)
-        train((LPO,), output, options)
-        report_policy(output, before.result())
-
-
 def main() -> None:
     """Run the demo."""
     parser = argparse.ArgumentParser(prog="python -m tools.demo", description=__doc__)
@@ -202,7 +192,12 @@ def main() -> None:
         train((EDIT_REWARD,), output, options)
         report_rewards((EDIT_REWARD,), output)
     else:
-        align_generator(output, options)
+        train((LRM, DINA_LRM), output, options)
+        report_rewards((LRM, DINA_LRM), output)
+        with ThreadPoolExecutor(1) as pool:
+            before = pool.submit(judge_policy, "sd_tiny", None, GUIDANCE)
+            train((LPO,), output, options)
+            report_policy(output, before.result())
     print(f"\nlearning curves and pictures: .venv/bin/tensorboard --logdir {output}")
     print(f"{time.monotonic() - started:.0f} s in all")
 

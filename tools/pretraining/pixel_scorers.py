@@ -231,15 +231,6 @@ def save_weights(scorer: StepAwareCLIP, folder: Path, recipe: Recipe) -> None:
         (folder / STEP_FILE).unlink()
 
 
-def save_scorer(scorer: StepAwareCLIP, folder: Path, recipe: Recipe, figures: dict[str, float]) -> None:
-    """Save a scorer with its recipe and figures."""
-    save_weights(scorer, folder, recipe)
-    content = {"recipe": asdict(recipe), "figures": figures}
-    (folder / "recipe.json").write_text(json.dumps(content, indent=1) + "\n")
-    shown = ", ".join(f"{name} {value:.3f}" for name, value in figures.items() if name != "cpu_seconds")
-    (folder / "README.md").write_text(readme(folder.name, gap=CLEAR_GAP, figures=shown))
-
-
 def main(args: Sequence[str] | None = None) -> None:
     """Run the command with ``args``; None takes the arguments of the process."""
     command = "python -m tools.pretraining.pixel_scorers"
@@ -261,13 +252,17 @@ def main(args: Sequence[str] | None = None) -> None:
     prompts = min(32, number // 2)  # a caption gives about four pairs, so that a quick trial needs few
     generated = PairTable.of(generate_pairs(number, EVALUATION_SEED, prompts_per_round=prompts))
     for name in [options.only] if options.only else RECIPES:
-        recipe = RECIPES[name].scaled(options.scale)
+        recipe, folder = RECIPES[name].scaled(options.scale), options.output / name
         start = time.process_time()
         scorer = train_scorer(name, recipe)
-        seconds = time.process_time() - start
-        figures = {**measure(scorer, recipe, drawn, generated), "cpu_seconds": round(seconds)}
-        save_scorer(scorer, options.output / name, recipe, figures)
-        print(f"{name}: {json.dumps(figures)}", flush=True)
+        seconds = round(time.process_time() - start)
+        figures = measure(scorer, recipe, drawn, generated)
+        save_weights(scorer, folder, recipe)
+        content = {"recipe": asdict(recipe), "figures": figures | {"cpu_seconds": seconds}}
+        (folder / "recipe.json").write_text(json.dumps(content, indent=1) + "\n")
+        shown = ", ".join(f"{figure} {value:.3f}" for figure, value in figures.items())
+        (folder / "README.md").write_text(readme(name, gap=CLEAR_GAP, figures=shown))
+        print(f"{name}: {json.dumps(content['figures'])}", flush=True)
 
 
 if __name__ == "__main__":
