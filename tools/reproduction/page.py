@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
-from latentreward.reports.tables import NOTHING, Table, as_text, interval, markdown_table, plain
+from latentreward.reports.tables import NOTHING, Table, as_text, interval, markdown_table, plain, with_interval
 from latentreward.storage.durable import write_file
 from tools.reproduction.results import Result, judge_claim, read_results
 from tools.reproduction.rows import LEAST_SEEDS, MARGINS, MOST_SEEDS, WHOLE, Claim, Paper, Row
@@ -202,8 +202,7 @@ def _numbers(verdict: Verdict) -> tuple[str, str]:
     """Format the difference with the interval over seeds and items, and the interval over seeds."""
     if verdict.word == "not measured":
         return NOTHING, NOTHING
-    difference = f"{verdict.difference.value:+.3f} {interval(verdict.difference, SIGNED)}"
-    return difference, interval(verdict.over_seeds._replace(groups=None), SIGNED)
+    return with_interval(verdict.difference, SIGNED), interval(verdict.over_seeds._replace(groups=None), SIGNED)
 
 
 def _late(commit: str) -> str:
