@@ -2,6 +2,7 @@
 
 import json
 import os
+import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -116,6 +117,15 @@ def test_a_relative_program_is_one_in_the_working_directory(tmp_path: Path, monk
     for folder in (None, tmp_path):
         with pytest.raises(InputError, match=r"\./count\.py is no program; give its whole path"):
             CommandScorer(command, "letters", folder=folder).prepare()
+
+
+def test_a_copy_without_history_has_not_the_commit_of_the_work_tree_around_it(tmp_path: Path) -> None:
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b.c", "-c", "commit.gpgsign=false"]
+    for words in (["init", "-q"], ["commit", "-q", "--allow-empty", "-m", "first"]):
+        subprocess.run([*git, *words], check=True)
+    (tmp_path / "geneval").mkdir()
+    assert len(running.commit_of(tmp_path)) == 40
+    assert running.commit_of(tmp_path / "geneval") == "unknown"
 
 
 def test_a_python_that_does_not_answer_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -237,7 +237,6 @@ def main(args: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog=command, description=__doc__)
     parser.add_argument("--output", type=Path, required=True, help="folder for spm_tiny/ and held_out_tiny/")
     parser.add_argument("--scale", type=float, default=1.0, help="factor on steps, pictures, pairs (quick trials)")
-    parser.add_argument("--only", choices=RECIPES, help="train only this scorer")
     parser.add_argument("--world", choices=WORLDS, default="shapes", help="of another world: train only clip/")
     options = parser.parse_args(args)
     torch.set_num_threads(1)
@@ -251,8 +250,8 @@ def main(args: Sequence[str] | None = None) -> None:
     number = max(16, round(600 * options.scale))
     prompts = min(32, number // 2)  # a caption gives about four pairs, so that a quick trial needs few
     generated = PairTable.of(generate_pairs(number, EVALUATION_SEED, prompts_per_round=prompts))
-    for name in [options.only] if options.only else RECIPES:
-        recipe, folder = RECIPES[name].scaled(options.scale), options.output / name
+    for name, whole in RECIPES.items():
+        recipe, folder = whole.scaled(options.scale), options.output / name
         start = time.process_time()
         scorer = train_scorer(name, recipe)
         seconds = round(time.process_time() - start)

@@ -91,6 +91,8 @@ def package_versions(name: str, python: str, packages: Sequence[str]) -> str:
 
 def commit_of(repository: Path) -> str:
     """Return the commit of a git work tree, or ``unknown``."""
+    if not (repository / ".git").exists():  # git would tell the commit of a work tree around it
+        return "unknown"
     command = ["git", "-C", str(repository), "rev-parse", "HEAD"]
     try:
         found = subprocess.run(command, capture_output=True, text=True, check=False, timeout=ANSWER_S)
