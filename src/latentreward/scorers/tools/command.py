@@ -21,9 +21,10 @@ class CommandScorer(ToolScorer):
     """A scorer that runs any program, once for all images of a policy.
 
     Args:
-        command: Program and arguments. ``{pictures}`` is replaced by the path of the input, a file of JSON lines with
-            ``file``, ``path`` and ``prompt`` of each image. ``{scores}`` is replaced by the path of the output that the
-            program must write, a file of JSON lines with ``file`` and ``score`` of each image.
+        command: Program (a relative path is one in ``folder``) and arguments. ``{pictures}`` is replaced by the path of
+            the input, a file of JSON lines with ``file``, ``path`` and ``prompt`` of each image. ``{scores}`` is
+            replaced by the path of the output that the program must write, a file of JSON lines with ``file`` and
+            ``score`` of each image.
         name: Name of the scores in reports.
         folder: Working directory of the program; by default the folder with the program's input, output and log.
         timeout_s: Seconds after which the program is killed.
