@@ -120,20 +120,21 @@ def train(trainings: Sequence[Training], output: Path, options: list[str]) -> No
         with (folder / "train.log").open("w") as log:
             environment = {**os.environ, "OMP_NUM_THREADS": "1"}
             running[training] = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
-    started, told, every_s, ended = time.monotonic(), "", 5 if sys.stdout.isatty() else 60, False
+    started, told, told_at, ended = time.monotonic(), "", 0.0, False
     while not ended:
         time.sleep(5)
         codes = {training: process.poll() for training, process in running.items()}
         ended = any(codes.values()) or None not in codes.values()
         line = "  |  ".join(progress(training, output, code is not None) for training, code in codes.items())
-        if line != told and (ended or (time.monotonic() - started) % every_s < 5):
-            print(f"  {time.monotonic() - started:4.0f} s  {line}", flush=True)
-            told = line
-    for training in [training for training, code in codes.items() if code]:
+        seconds = time.monotonic() - started
+        if line != told and (ended or sys.stdout.isatty() or seconds - told_at >= 60):
+            print(f"  {seconds:4.0f} s  {line}", flush=True)
+            told, told_at = line, seconds
+    if failed := next((training for training, code in codes.items() if code), None):
         for other in running.values():
             other.terminate()
-        path = output / training.name / "train.log"
-        sys.exit(f"{training.name} failed; the end of {path}:\n{path.read_text()[-2000:]}")
+        path = output / failed.name / "train.log"
+        sys.exit(f"{failed.name} failed; the end of {path}:\n{path.read_text()[-2000:]}")
 
 
 def progress(training: Training, output: Path, ended: bool) -> str:
@@ -177,16 +178,6 @@ def report_policy(output: Path, before: Judged) -> None:
     print(f"  LoRA for diffusers         {output / LPO.name / 'lora'}")
 
 
-def align_generator(output: Path, options: list[str]) -> None:
-    """Train both reward models, then align the generator with the LRM, and report each."""
-    train((LRM, DINA_LRM), output, options)
-    report_rewards((LRM, DINA_LRM), output)
-    with ThreadPoolExecutor(1) as pool:
-        before = pool.submit(judge_policy, "sd_tiny", None, GUIDANCE)
-        train((LPO,), output, options)
-        report_policy(output, before.result())
-
-
 def main() -> None:
     """Run the demo."""
     parser = argparse.ArgumentParser(prog="python -m tools.demo", description=__doc__)
@@ -201,7 +192,12 @@ def main() -> None:
         train((EDIT_REWARD,), output, options)
         report_rewards((EDIT_REWARD,), output)
     else:
-        align_generator(output, options)
+        train((LRM, DINA_LRM), output, options)
+        report_rewards((LRM, DINA_LRM), output)
+        with ThreadPoolExecutor(1) as pool:
+            before = pool.submit(judge_policy, "sd_tiny", None, GUIDANCE)
+            train((LPO,), output, options)
+            report_policy(output, before.result())
     print(f"\nlearning curves and pictures: .venv/bin/tensorboard --logdir {output}")
     print(f"{time.monotonic() - started:.0f} s in all")
 

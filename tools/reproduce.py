@@ -24,7 +24,6 @@ from tools.reproduction.results import Result, read_results, result_path, write_
 from tools.reproduction.rows import WHOLE, Row, all_rows, choose_rows
 from tools.source_digests import grouped_modules, source_digest
 
-ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 MEASURING = "tools.reproduction.measuring"
 """Module that turns scores into values of items: results depend on it beside the modules of their processes."""
 
@@ -77,6 +76,8 @@ def reproduce(
     check_at_least_one(jobs=jobs)
     if budget is not None:
         check_range("(0, inf)", "it is hours of processor time", budget=budget)
+        if quick or stale:
+            raise InputError("budget: it is for further seeds alone; leave quick and stale out, or the budget")
     rows = choose_rows(names or [])
     output = work / "quick" / "reproduction" if quick else output
     able = [row for row in rows if not row.lacks]
@@ -147,9 +148,9 @@ def measure_rows(
         """Write the results whose steps have all finished."""
         if finished is not None:
             del left[finished.key]
-        complete = [one for one in needs if not one[2].keys() & left.keys()]
-        needs[:] = [one for one in needs if one[2].keys() & left.keys()]
-        for row, seed, needed in complete:
+        for one in [one for one in needs if not one[2].keys() & left.keys()]:
+            needs.remove(one)
+            row, seed, needed = one
             try:
                 write_result(result_path(output, row, seed), collect(row, seed, quick, needed, runner))
                 print(f"measured {row.name} seed {seed}", flush=True)
@@ -166,8 +167,9 @@ def measure_rows(
 
 def task_runner(work: Path) -> TaskRunner:
     """Return a runner of steps, whose processes may run modules of ``tools``."""
-    path = os.pathsep.join([str(CLONE), *filter(None, [os.environ.get("PYTHONPATH")])])
-    return TaskRunner(work, source_digest, environment={**ONE_THREAD, "PYTHONPATH": path})
+    path = os.pathsep.join(filter(None, [str(CLONE), os.environ.get("PYTHONPATH")]))
+    one_thread = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    return TaskRunner(work, source_digest, environment={**one_thread, "PYTHONPATH": path})
 
 
 def collect(row: Row, seed: int, quick: bool, tasks: Mapping[str, Task], runner: TaskRunner) -> Result:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import DiffusionPipeline
+from diffusers.utils import logging
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
@@ -17,6 +18,7 @@ from latentreward.contracts import PromptBatch
 from latentreward.errors import InputError
 from latentreward.export import TrainedLoRA, loading_call, write_kohya, write_merged
 from latentreward.export.kohya import FILE
+from latentreward.export.merged import quiet
 from latentreward.policies import Policy
 from latentreward.rollout import RolloutDraws, Sampling, sample_latents
 from tests.export.mmdit import updates_of_sd3
@@ -183,3 +185,15 @@ def test_a_base_whose_code_would_run_is_not_merged(change: str, tmp_path: Path) 
     lora = TrainedLoRA.of_policy(tiny_source("sd15").load().eval())
     with pytest.raises(InputError, match=r"could run code|may be downloaded and run"):
         write_merged(lora, PipelineSource(str(base)), tmp_path / "merged")
+
+
+def test_progress_bars_that_were_off_stay_off() -> None:
+    before = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        with quiet():
+            pass
+        assert not logging.is_progress_bar_enabled()
+    finally:
+        if before:
+            logging.enable_progress_bar()

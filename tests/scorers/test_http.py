@@ -65,5 +65,6 @@ def test_kept_scores_of_pairs_are_not_mixed_with_another_models() -> None:
 def test_wrong_settings() -> None:
     with pytest.raises(InputError, match="batch_size is 0"):
         HTTPScorer(RemoteServer("http://judge"), batch_size=0)
-    with pytest.raises(InputError, match="name of a scorer is 'a b'"):
-        HTTPScorer(RemoteServer("http://judge"), name="a b")
+    for name in ("a b", "schön"):
+        with pytest.raises(InputError, match=f"name of a scorer is '{name}'"):
+            HTTPScorer(RemoteServer("http://judge"), name=name)

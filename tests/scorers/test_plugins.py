@@ -75,6 +75,7 @@ def test_settings_of_a_function_are_compared_and_not_told() -> None:
         Remembering,
         lambda value: partial(brightness, scale=value),
         lambda value: Constant(value).__call__,
+        lambda value: partial(Constant(value)),
     ]
     for kind in kinds:
         one, other = (CallableScorer(kind(value), "one").identity() for value in (1.0, 2.0))
@@ -97,6 +98,13 @@ def test_nonsense_is_one_line(pictures, returned, message: str) -> None:
     with pytest.raises(InputError, match=f"scorer 'mine' {message}") as error:
         scorer(["first", "second"], pictures[:2])
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("prompts", [[], ["p"], ["p"] * 3])
+def test_each_picture_has_its_prompt(prompts: list[str], pictures) -> None:
+    """A network would score all pictures for the only prompt."""
+    with pytest.raises(InputError, match=f"scorer 'bright' got {len(prompts)} prompts for 2 images; give one for each"):
+        CallableScorer(brightness, "bright")(prompts, pictures[:2])
 
 
 def test_a_scorer_may_change_its_pictures_and_the_next_one_sees_them_whole(pictures) -> None:

@@ -9,9 +9,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
+from latentreward.data.images import to_pixels
 from latentreward.errors import InputError
 from latentreward.scorers import CLIPScorer, StepAwareScorer
-from latentreward.scorers.step_aware import load_step_aware, to_pixels
+from latentreward.scorers.step_aware import load_step_aware
 from latentreward.scorers.step_aware_clip import STEP_FILE, StepAwareCLIP, embed_timesteps, prepare_pixels
 from tests.scorers.tiny_clip import PIXELS
 
@@ -81,7 +82,7 @@ def test_starts_as_the_clip_model_whatever_the_timestep(clip_folder: str, pictur
     towers = CLIPScorer(clip_folder, device="cpu").towers()
     square = [picture for picture in pictures if picture.size == (PIXELS, PIXELS)]
     for timestep in (0.0, 951.0):
-        found = network.embed_images(to_pixels(square[0]), torch.tensor([timestep]))
+        found = network.embed_images(to_pixels(square[0])[None], torch.tensor([timestep]))
         torch.testing.assert_close(found, towers.embed_images(square), rtol=1e-4, atol=1e-5)
     texts = network.embed_tokens(network.tokenize(PROMPTS))
     torch.testing.assert_close(texts, towers.embed_prompts(PROMPTS), rtol=1e-4, atol=1e-5)
@@ -165,7 +166,7 @@ def test_as_a_scorer_of_images_they_count_as_finished(
     scorer = StepAwareScorer(**folder_of(network, tmp_path), device="cpu")
     found = scorer(["a cat"] * 2, pictures[:2])
     for score, picture in zip(found, pictures[:2], strict=True):
-        embeds = network.embed_images(to_pixels(picture), torch.zeros(1))
+        embeds = network.embed_images(to_pixels(picture)[None], torch.zeros(1))
         expected = network.similarity(embeds, network.embed_tokens(network.tokenize(["a cat"])))
         torch.testing.assert_close(score, expected[0], rtol=1e-4, atol=1e-4)
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -20,6 +21,7 @@ from latentreward.scorers.tools import (
     JudgedPicture,
     ScoreFile,
     T2ICompBenchScorer,
+    running,
 )
 
 COUNT_ALPHA = """
@@ -101,6 +103,38 @@ def test_a_program_that_fails_says_why(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no-such-program is no program"):
         gone.prepare()
     assert "cannot run no-such-program" in refusal(gone, items, tmp_path)
+
+
+def test_a_relative_program_is_one_in_the_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "tool").mkdir()
+    (tmp_path / "tool/count.py").write_text(f"#!{sys.executable}{COUNT_ALPHA}")
+    (tmp_path / "tool/count.py").chmod(0o755)
+    command, items = ["./count.py", "{pictures}", "{scores}"], pictures(tmp_path / "p", ["a cat"])
+    scorer = CommandScorer(command, "letters", folder=tmp_path / "tool")
+    scorer.prepare()
+    assert scorer.score_pictures(items, "p", tmp_path).tolist() == [4.0]
+    monkeypatch.chdir(tmp_path / "tool")  # where the program is not started
+    for folder in (None, tmp_path):
+        with pytest.raises(InputError, match=r"\./count\.py is no program; give its whole path"):
+            CommandScorer(command, "letters", folder=folder).prepare()
+
+
+def test_a_copy_without_history_has_not_the_commit_of_the_work_tree_around_it(tmp_path: Path) -> None:
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b.c", "-c", "commit.gpgsign=false"]
+    for words in (["init", "-q"], ["commit", "-q", "--allow-empty", "-m", "first"]):
+        subprocess.run([*git, *words], check=True)
+    (tmp_path / "geneval").mkdir()
+    assert len(running.commit_of(tmp_path)) == 40
+    assert running.commit_of(tmp_path / "geneval") == "unknown"
+
+
+def test_a_python_that_does_not_answer_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(running, "ANSWER_S", 0.1)
+    slow = tmp_path / "slow"
+    slow.write_text("#!/bin/sh\nexec sleep 600\n")
+    slow.chmod(0o755)
+    with pytest.raises(InputError, match=r"python of imagereward: \S+slow does not tell its packages within 0\.1 s"):
+        ImageRewardScorer(slow).prepare()
 
 
 @pytest.mark.slow

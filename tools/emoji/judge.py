@@ -24,15 +24,13 @@ from latentreward.tinyworld.world import Sketch
 from tools.emoji.world import ALIGNMENTS, Emoji, EmojiWorld
 from tools.pretraining.training import train_averaged
 from tools.pretraining.vae import normalize_pictures
-from tools.pretraining.worlds import TrainingWorld
+from tools.pretraining.worlds import CLEAR_GAP, TrainingWorld
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
 
 DRAWN, JUDGED = 1024, 192
 """Numbers of captions, with repeats, that policies are aligned on and judged on."""
-CLEAR_GAP = 0.3
-"""Utility gap above which pairs count in the agreement with the oracle."""
 
 
 class JudgeNetwork(nn.Module):
@@ -91,14 +89,12 @@ class EmojiJudge(ImageScorer):
                 raise InputError(f"scorer {self.name!r}: the prompt {prompt[:80]!r} is no caption of an emoji")
         pictures = torch.from_numpy(np.stack([np.asarray(image) for image in images])).permute(0, 3, 1, 2)
         group, category, quality = self.network(normalize_pictures(pictures))
-        same, near, far = ALIGNMENTS
-        rows = []
-        for place, found in enumerate(zip(group.argmax(-1).tolist(), category.argmax(-1).tolist(), strict=True)):
-            right = [one == asked for one, asked in zip(found, self.captions[prompts[place]], strict=True)]
-            alignment = same if right[0] else near if right[1] else far
-            worth = float(quality[place].clamp(0, 1))
-            rows.append([picture_utility(alignment, worth), alignment, float(right[0]), worth])
-        return torch.tensor(rows)
+        asked = torch.tensor([self.captions[prompt] for prompt in prompts])
+        right, near = group.argmax(-1) == asked[:, 0], category.argmax(-1) == asked[:, 1]
+        alignment = torch.tensor(ALIGNMENTS)[torch.where(right, 0, torch.where(near, 1, 2))]
+        worth = quality.clamp(0, 1)
+        utility = torch.as_tensor(picture_utility(alignment, worth))
+        return torch.stack([utility, alignment, right.float(), worth], dim=1)
 
 
 class EmojiTraining(EmojiWorld, TrainingWorld):

@@ -20,6 +20,8 @@ AGAIN = " (last of {starts} starts)"
 HEADER = ("model", "weights", "trained on", "licence", "command", "measured")
 TITLES = {"imagereward test": "ImageReward", "hpdv2 test": "HPDv2", "hpdv3 test": "HPDv3"}
 TITLES["genai_bench_tiger test"] = "GenAI-Bench"
+Runs = Sequence[tuple[int, PilotResult]]
+"""Number from 1, and result, of each run of a pilot."""
 
 
 def page(pilots: Iterable[Pilot], results: Sequence[PilotResult]) -> str:
@@ -27,11 +29,10 @@ def page(pilots: Iterable[Pilot], results: Sequence[PilotResult]) -> str:
 
     Each of the ``pilots`` gets its rows whether or not it was run.
     """
-    pilots = tuple(pilots)
-    weights = Table(HEADER, (*_published(results), *(row for pilot in pilots for row in _trained(pilot, results))))
+    runs = [(pilot, [*enumerate((one for one in results if one.pilot == pilot.name), start=1)]) for pilot in pilots]
+    weights = Table(HEADER, (*_published(results), *(row for pilot, found in runs for row in _trained(pilot, found))))
     parts = []
-    for pilot in pilots:
-        found = [result for result in results if result.pilot == pilot.name]
+    for pilot, found in runs:
         parts += [f"### {plain(pilot.title)}", f"`latentreward pilot {pilot.name}`"]
         header = ("reward", *TITLES.values(), "mean", "trained on")
         parts.append(markdown_table(Table(header, tuple(_rewards(pilot, found)))))
@@ -53,9 +54,8 @@ def _published(results: Sequence[PilotResult]) -> list[tuple[str, ...]]:
     ]
 
 
-def _trained(pilot: Pilot, results: Sequence[PilotResult]) -> list[tuple[str, ...]]:
+def _trained(pilot: Pilot, found: Runs) -> list[tuple[str, ...]]:
     """Return a row for each run of a pilot whose result names published weights."""
-    found = [result for result in results if result.pilot == pilot.name]
     return [
         (
             f"{pilot.reward}, run {number} below",
@@ -65,14 +65,14 @@ def _trained(pilot: Pilot, results: Sequence[PilotResult]) -> list[tuple[str, ..
             f"latentreward score pictures scores.csv --model {result.weights}",
             f"yes, as run {number} below",
         )
-        for number, result in enumerate(found, start=1)
+        for number, result in found
         if result.weights
     ]
 
 
-def _rewards(pilot: Pilot, found: Sequence[PilotResult]) -> list[tuple[str, ...]]:
+def _rewards(pilot: Pilot, found: Runs) -> list[tuple[str, ...]]:
     rows = []
-    for number, result in enumerate(found, start=1):
+    for number, result in found:
         trained = f"{result.cut['pairs']} pairs, seed {result.settings['seed']}"
         rows.append((f"{pilot.reward}, run {number}", *_accuracies(result, "pilot"), trained))
         rows.append((f"published checkpoint, run {number}", *_accuracies(result, BESIDE), NOTHING))
@@ -97,7 +97,7 @@ def _accuracies(result: PilotResult, model: str) -> list[str]:
     return [NOT_MEASURED if one is None else with_interval(Interval(**one), percent) for one in estimates]
 
 
-def _generators(pilot: Pilot, found: Sequence[PilotResult]) -> list[tuple[str, ...]]:
+def _generators(pilot: Pilot, found: Runs) -> list[tuple[str, ...]]:
     rows = [
         (
             f"{pilot.policy}, run {number}",
@@ -106,13 +106,13 @@ def _generators(pilot: Pilot, found: Sequence[PilotResult]) -> list[tuple[str, .
             with_interval(Interval(**one["difference"]), "{:+.3f}".format),
             with_interval(Interval(**one["win_rate"]), percent),
         )
-        for number, result in enumerate(found, start=1)
+        for number, result in found
         for one in result.pictures
     ]
     return rows or [(pilot.policy, *[NOT_MEASURED] * 5)]
 
 
-def _runs(found: Sequence[PilotResult]) -> list[tuple[str, ...]]:
+def _runs(found: Runs) -> list[tuple[str, ...]]:
     return [
         (
             str(number),
@@ -126,7 +126,7 @@ def _runs(found: Sequence[PilotResult]) -> list[tuple[str, ...]]:
             result.commit or NOTHING,
             result.settings["digest"][:8],
         )
-        for number, result in enumerate(found, start=1)
+        for number, result in found
     ]
 
 

@@ -40,7 +40,7 @@ from latentreward.tinyworld.edits import edit_splits, edited, judge_edit
 from latentreward.tinyworld.rendering import render
 from latentreward.tinyworld.sampling import PIPELINE_FOLDERS, load_pipeline, quiet_libraries
 from latentreward.tinyworld.tokenizer import MAX_TOKENS, build_tokenizer
-from tools.pretraining.networks import save_pipeline
+from tools.pretraining.networks import denoiser, save_pipeline
 from tools.pretraining.pipelines import CAPTION_DROPOUT, stratified_uniform
 from tools.pretraining.training import TrainingRecipe, readme, train_averaged
 from tools.pretraining.vae import encode_pictures
@@ -67,14 +67,11 @@ def main(args: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m tools.pretraining.editors", description=__doc__)
     parser.add_argument("name", choices=EDITORS)
     parser.add_argument("--output", type=Path, default=Path("runs/editors"), help="folder for the editor's folder")
-    parser.add_argument("--seed", type=int, default=Recipe.seed)
-    parser.add_argument("--steps", type=int, default=Recipe.train_steps)
     parser.add_argument("--scale", type=float, default=1.0, help="factor on steps, pictures, prompts (quick trials)")
     options = parser.parse_args(args)
     torch.set_num_threads(1)
     if not (options.output / options.name / "recipe.json").is_file():
-        recipe = replace(Recipe(seed=options.seed), train_steps=options.steps).scaled(options.scale)
-        pretrain_editor(options.name, recipe, options.output / options.name)
+        pretrain_editor(options.name, Recipe().scaled(options.scale), options.output / options.name)
 
 
 def build_kontext() -> FluxKontextPipeline:
@@ -135,11 +132,6 @@ def pretrain_editor(name: str, recipe: Recipe, folder: Path) -> None:
     (folder / "recipe.json").write_text(json.dumps({"recipe": asdict(recipe), "figures": figures}, indent=1))
     shown = {figure: f"{value:.3f}" for figure, value in figures.items()}
     (folder / "README.md").write_text(readme(name, prompts=recipe.prompts, **shown))
-
-
-def denoiser(pipeline: DiffusionPipeline) -> nn.Module:
-    """Return the network of an editor's pipeline."""
-    return pipeline.unet if hasattr(pipeline, "unet") else pipeline.transformer
 
 
 def prompt_encoder(pipeline: DiffusionPipeline) -> PromptEncoder:

@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from torch import nn
 
 from latentreward.storage.durable import replacing
 from latentreward.tinyworld.sampling import PIPELINE_FOLDERS, load_pipeline
 from latentreward.tinyworld.tokenizer import build_tokenizer
 
 if TYPE_CHECKING:
-    from diffusers import AutoencoderKL, StableDiffusion3Pipeline, StableDiffusionPipeline
+    from diffusers import AutoencoderKL, DiffusionPipeline, StableDiffusion3Pipeline, StableDiffusionPipeline
     from transformers import CLIPTokenizer
 
 TRAINED = ("unet", "transformer", "text_encoder", "text_encoder_2")
@@ -46,7 +47,12 @@ def token_settings(tokenizer: CLIPTokenizer) -> dict[str, int]:
     return {"vocab_size": len(tokenizer), **ids}
 
 
-def save_pipeline(pipeline: StableDiffusionPipeline | StableDiffusion3Pipeline, folder: Path) -> None:
+def denoiser(pipeline: DiffusionPipeline) -> nn.Module:
+    """Return the network of a pipeline that predicts noise or velocity."""
+    return pipeline.unet if hasattr(pipeline, "unet") else pipeline.transformer
+
+
+def save_pipeline(pipeline: DiffusionPipeline, folder: Path) -> None:
     """Save a pipeline in little space: text encoders in float32, autoencoder and denoiser in float16.
 
     transformers loads a model in the dtype it was saved in, and diffusers loads models in float32, so that a plain
@@ -54,8 +60,8 @@ def save_pipeline(pipeline: StableDiffusionPipeline | StableDiffusion3Pipeline, 
     configs. The folder is written atomically, and replaced if it exists. Autoencoder and denoiser of the float32
     ``pipeline`` are rounded to float16 in place and kept as float32.
     """
-    denoiser = pipeline.unet if hasattr(pipeline, "unet") else pipeline.transformer
-    for model in (pipeline.vae, denoiser):
+    halved = (pipeline.vae, denoiser(pipeline))
+    for model in halved:
         model.to(torch.float16)
     with replacing(folder) as fresh:
         pipeline.save_pretrained(fresh)
@@ -63,5 +69,5 @@ def save_pipeline(pipeline: StableDiffusionPipeline | StableDiffusion3Pipeline, 
             config = json.loads(path.read_text())
             if config.pop("_name_or_path", None) is not None:
                 path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-    for model in (pipeline.vae, denoiser):
+    for model in halved:
         model.to(torch.float32)

@@ -115,7 +115,7 @@ def prepare_latents(recipe: Recipe, folder: Path, world: TrainingWorld, vae: Aut
 
 
 def pretrain_denoiser(name: str, recipe: Recipe, output: Path, world: TrainingWorld) -> None:
-    """Train the denoiser of one pipeline, save the pipeline in ``output / name``, and evaluate the pipeline.
+    """Train the denoiser of one pipeline, save the pipeline in ``output / name``, evaluate and describe it there.
 
     :func:`prepare_latents` must have written the subfolder ``pretraining`` of ``output``.
     """
@@ -136,8 +136,16 @@ def pretrain_denoiser(name: str, recipe: Recipe, output: Path, world: TrainingWo
         trained.train()
         train_averaged(trained, losses, steps=steps, lr=lr, name=f"{name} {phase}", warmup=200, decay=0.999, **adamw)
         trained.eval()
-    save_pipeline(pipeline, output / name)
-    describe_pipeline(output / name, recipe, world)
+    folder = output / name
+    save_pipeline(pipeline, folder)
+    captions = world.held_out_captions(recipe.prompts, seed=0)
+    figures = world.mean_verdict(captions, sample_pictures(load_pipeline(folder), captions, seed=0), output)
+    print(f"{name}: {json.dumps(figures)}", flush=True)
+    sampling = {"prompts": recipe.prompts, "num_inference_steps": 20, "guidance_scale": 3.0, "seed": 0}
+    content = {"recipe": asdict(recipe), "figures": figures, "sampling": sampling}
+    (folder / "recipe.json").write_text(json.dumps(content, indent=1))
+    shown = {figure: f"{value:.3f}" for figure, value in figures.items()}
+    (folder / "README.md").write_text(readme(world.readme or name, pipeline=name, prompts=recipe.prompts, **shown))
 
 
 def draw_batch(
@@ -190,20 +198,6 @@ def stratified_uniform(number: int) -> Tensor:
     The mean of a loss over these values has less variance than over independent values.
     """
     return (torch.arange(number) + torch.rand(number)) / number
-
-
-def describe_pipeline(folder: Path, recipe: Recipe, world: TrainingWorld) -> None:
-    """Evaluate a saved pipeline, and write ``recipe.json`` and ``README.md`` to its folder."""
-    captions = world.held_out_captions(recipe.prompts, seed=0)
-    pictures = sample_pictures(load_pipeline(folder), captions, seed=0)
-    figures = world.mean_verdict(captions, pictures, folder.parent)
-    print(f"{folder.name}: {json.dumps(figures)}", flush=True)
-    sampling = {"prompts": recipe.prompts, "num_inference_steps": 20, "guidance_scale": 3.0, "seed": 0}
-    content = {"recipe": asdict(recipe), "figures": figures, "sampling": sampling}
-    (folder / "recipe.json").write_text(json.dumps(content, indent=1))
-    shown = {name: f"{value:.3f}" for name, value in figures.items()}
-    text = readme(world.readme or folder.name, pipeline=folder.name, prompts=recipe.prompts, **shown)
-    (folder / "README.md").write_text(text)
 
 
 if __name__ == "__main__":

@@ -34,10 +34,8 @@ from tools.pretraining.networks import token_settings
 from tools.pretraining.pipelines import WORLDS, open_world
 from tools.pretraining.training import TrainingRecipe, readme, train_averaged
 from tools.pretraining.vae import draw_training_pictures, normalize_pictures
-from tools.pretraining.worlds import TrainingWorld
+from tools.pretraining.worlds import CLEAR_GAP, TrainingWorld
 
-CLEAR_GAP = 0.3
-"""Utility gap above which pairs count in the accuracy against the oracle."""
 EVALUATION_TIMESTEPS = (1, 251, 501, 801)
 EVALUATION_SEED = 1000
 SCORERS = PIPELINE_FOLDERS["sd_tiny"].parents[1] / "scorers"
@@ -233,22 +231,12 @@ def save_weights(scorer: StepAwareCLIP, folder: Path, recipe: Recipe) -> None:
         (folder / STEP_FILE).unlink()
 
 
-def save_scorer(scorer: StepAwareCLIP, folder: Path, recipe: Recipe, figures: dict[str, float]) -> None:
-    """Save a scorer with its recipe and figures."""
-    save_weights(scorer, folder, recipe)
-    content = {"recipe": asdict(recipe), "figures": figures}
-    (folder / "recipe.json").write_text(json.dumps(content, indent=1) + "\n")
-    shown = ", ".join(f"{name} {value:.3f}" for name, value in figures.items() if name != "cpu_seconds")
-    (folder / "README.md").write_text(readme(folder.name, gap=CLEAR_GAP, figures=shown))
-
-
 def main(args: Sequence[str] | None = None) -> None:
     """Run the command with ``args``; None takes the arguments of the process."""
     command = "python -m tools.pretraining.pixel_scorers"
     parser = argparse.ArgumentParser(prog=command, description=__doc__)
     parser.add_argument("--output", type=Path, required=True, help="folder for spm_tiny/ and held_out_tiny/")
     parser.add_argument("--scale", type=float, default=1.0, help="factor on steps, pictures, pairs (quick trials)")
-    parser.add_argument("--only", choices=RECIPES, help="train only this scorer")
     parser.add_argument("--world", choices=WORLDS, default="shapes", help="of another world: train only clip/")
     options = parser.parse_args(args)
     torch.set_num_threads(1)
@@ -262,14 +250,18 @@ def main(args: Sequence[str] | None = None) -> None:
     number = max(16, round(600 * options.scale))
     prompts = min(32, number // 2)  # a caption gives about four pairs, so that a quick trial needs few
     generated = PairTable.of(generate_pairs(number, EVALUATION_SEED, prompts_per_round=prompts))
-    for name in [options.only] if options.only else RECIPES:
-        recipe = RECIPES[name].scaled(options.scale)
+    for name, whole in RECIPES.items():
+        recipe, folder = whole.scaled(options.scale), options.output / name
         start = time.process_time()
         scorer = train_scorer(name, recipe)
-        seconds = time.process_time() - start
-        figures = {**measure(scorer, recipe, drawn, generated), "cpu_seconds": round(seconds)}
-        save_scorer(scorer, options.output / name, recipe, figures)
-        print(f"{name}: {json.dumps(figures)}", flush=True)
+        seconds = round(time.process_time() - start)
+        figures = measure(scorer, recipe, drawn, generated)
+        save_weights(scorer, folder, recipe)
+        content = {"recipe": asdict(recipe), "figures": figures | {"cpu_seconds": seconds}}
+        (folder / "recipe.json").write_text(json.dumps(content, indent=1) + "\n")
+        shown = ", ".join(f"{figure} {value:.3f}" for figure, value in figures.items())
+        (folder / "README.md").write_text(readme(name, gap=CLEAR_GAP, figures=shown))
+        print(f"{name}: {json.dumps(content['figures'])}", flush=True)
 
 
 if __name__ == "__main__":

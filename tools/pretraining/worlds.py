@@ -10,6 +10,9 @@ from latentreward.tinyworld.captions import held_out_captions
 from latentreward.tinyworld.oracle import mean_verdict
 from latentreward.tinyworld.world import World
 
+CLEAR_GAP = 0.3
+"""Utility gap above which pairs count in the agreement with the oracle."""
+
 
 class TrainingWorld(World):
     """The drawn shapes; a subclass has other pictures.

@@ -37,8 +37,10 @@ class Values:
         """Return the values as entries for JSON: bits if all are 0 or 1, else integers of 16 bits, in base 64.
 
         Raises:
-            InputError: If a value is NaN or does not fit.
+            InputError: If there is no value, or one is NaN or does not fit.
         """
+        if not len(self.values):
+            raise InputError("no item has a value: give more pairs, some of which differ in what is measured")
         shape = {"items": self.items, "number": len(self.values), "mean": round(float(self.values.mean()), DECIMALS)}
         if np.isin(self.values, (0, 1)).all():
             return shape | {"bits": base64.b64encode(np.packbits(self.values.astype(bool))).decode()}

@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
-from latentreward.reports.tables import NOTHING, Table, as_text, interval, markdown_table, plain
+from latentreward.reports.tables import NOTHING, Table, as_text, interval, markdown_table, plain, with_interval
 from latentreward.storage.durable import write_file
 from tools.reproduction.results import Result, judge_claim, read_results
 from tools.reproduction.rows import LEAST_SEEDS, MARGINS, MOST_SEEDS, WHOLE, Claim, Paper, Row
@@ -103,17 +103,17 @@ def introduction() -> str:
     """Return the page's introduction, with the levels, margins and numbers that the verdicts have."""
     margins = "\n".join(f"- {one.of}: {one.size:g}, {one.why}." for one in MARGINS.values())
     numbers = {
-        "first look": f"{1 - FIRST_LEVEL:.0%}".replace("%", " %"),
-        "first level": f"{1 - LEVELS[0]:.2%}".replace("%", " %"),
-        "last level": f"{1 - LEVELS[-1]:.2%}".replace("%", " %"),
-        "rate": f"{RATE:.0%}".replace("%", " %"),
+        "first look": f"{1 - FIRST_LEVEL:.0%}",
+        "first level": f"{1 - LEVELS[0]:.2%}",
+        "last level": f"{1 - LEVELS[-1]:.2%}",
+        "rate": f"{RATE:.0%}",
         "least": str(LEAST_SEEDS),
         "most": str(MOST_SEEDS),
         "margins": margins,
     }
     text = INTRODUCTION.rstrip()
     for name, number in numbers.items():
-        text = text.replace(f"<{name}>", number)
+        text = text.replace(f"<{name}>", number.replace("%", " %"))
     return text
 
 
@@ -202,8 +202,7 @@ def _numbers(verdict: Verdict) -> tuple[str, str]:
     """Format the difference with the interval over seeds and items, and the interval over seeds."""
     if verdict.word == "not measured":
         return NOTHING, NOTHING
-    difference = f"{verdict.difference.value:+.3f} {interval(verdict.difference, SIGNED)}"
-    return difference, interval(verdict.over_seeds._replace(groups=None), SIGNED)
+    return with_interval(verdict.difference, SIGNED), interval(verdict.over_seeds._replace(groups=None), SIGNED)
 
 
 def _late(commit: str) -> str:

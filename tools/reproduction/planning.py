@@ -1,18 +1,15 @@
 """Plan of a budget: which row's next seed promises most decisions per second of processor time."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import count
+from itertools import count, islice
 from pathlib import Path
 from statistics import NormalDist
 
 from latentreward.apps.steps.tasks import Task
-from tools.reproduction.results import Result, judge_claim, read_results, sample_of
+from tools.reproduction.results import Result, read_results, sample_of
 from tools.reproduction.rows import LEAST_SEEDS, MOST_SEEDS, WHOLE, Row
-from tools.reproduction.verdicts import Sample
-
-Open = tuple[Sample, float]
-"""Sample of an open claim, and its margin."""
+from tools.reproduction.verdicts import Sample, judge
 
 
 @dataclass(frozen=True)
@@ -32,26 +29,23 @@ class Planner:
     rows: Sequence[Row]
     output: Path  # folder of results
     done: Callable[[Task], bool]  # whether a task has run
-    _open: dict[tuple[str, tuple[int, ...]], list[Open]] = field(default_factory=dict)
+    _open: dict[tuple[str, tuple[int, ...]], list[tuple[Sample, float]]] = field(default_factory=dict)
 
     def chosen(self, number: int, seconds: float) -> list[Choice]:
         """Choose up to ``number`` rows with the most promising next seeds that fit into the processor time together.
 
         Rows below their planned number of seeds come first.
         """
+        found = {row.name: read_results(self.output, row) for row in self.rows}
+        measured = [one for results in found.values() for one in results.values()]
+        known = {key: spent for one in measured for key, spent in one.tasks.items()}
+        choices = filter(None, (self._choice(row, found[row.name], known) for row in self.rows))
         best: list[Choice] = []
-        for choice in self._choices():
+        for choice in sorted(choices, key=lambda one: -one.rate):
             if len(best) < number and choice.seconds <= seconds:
                 best.append(choice)
                 seconds -= choice.seconds
         return best
-
-    def _choices(self) -> list[Choice]:
-        found = {row.name: read_results(self.output, row) for row in self.rows}
-        measured = [one for results in found.values() for one in results.values()]
-        seconds = {key: spent for one in measured for key, spent in one.tasks.items()}
-        choices = [self._choice(row, found[row.name], seconds) for row in self.rows]
-        return sorted((one for one in choices if one is not None), key=lambda one: -one.rate)
 
     def _choice(self, row: Row, results: Mapping[int, Result], known: Mapping[str, float]) -> Choice | None:
         """Plan a row's next seed; None if it has no open claim, or as many repetitions as there may be."""
@@ -68,18 +62,14 @@ class Planner:
         ]
         return Choice(row, seed, seconds, max(rates)) if any(rates) else None
 
-    def _open_claims(self, row: Row, results: Mapping[int, Result]) -> list[Open]:
+    def _open_claims(self, row: Row, results: Mapping[int, Result]) -> list[tuple[Sample, float]]:
+        """List the sample and the margin of each open claim."""
         key = row.name, tuple(results)
         if key not in self._open:
-            self._open[key] = list(_open_claims(row, results))
+            samples = ((sample_of(one, results, row), row.metrics[one.higher.metric].margin) for one in row.claims)
+            given = [(sample, margin.size) for sample, margin in samples if sample and margin]
+            self._open[key] = [(sample, size) for sample, size in given if judge(sample, size).word == "open"]
         return self._open[key]
-
-
-def _open_claims(row: Row, results: Mapping[int, Result]) -> Iterator[Open]:
-    for claim in row.claims:
-        sample, margin = sample_of(claim, results, row), row.metrics[claim.higher.metric].margin
-        if sample and margin and judge_claim(claim, results, row).word == "open":
-            yield sample, margin.size
 
 
 def _costs(row: Row, results: Mapping[int, Result], known: Mapping[str, float]) -> list[float]:
@@ -93,8 +83,7 @@ def _costs(row: Row, results: Mapping[int, Result], known: Mapping[str, float]) 
 
 def further_seeds(results: Mapping[int, Result], number: int) -> list[int]:
     """Return the next seeds of a row, whole repetitions."""
-    free = (seed for seed in count(WHOLE) if seed not in results)
-    return [seed for seed, _ in zip(free, range(number), strict=False)]
+    return [*islice((seed for seed in count(WHOLE) if seed not in results), number)]
 
 
 def chance(sample: Sample, margin: float, number: int) -> float:

@@ -97,13 +97,10 @@ def sample_of(claim: Claim, results: Mapping[int, Result], row: Row) -> Sample |
     """
     differences, items = {}, set()
     for seed, result in results.items():
-        higher = result.values(claim.higher)
-        lower = (
-            Values(higher.items, np.zeros_like(higher.values)) if claim.lower is None else result.values(claim.lower)
-        )
-        if lower.items != higher.items:
+        higher, lower = result.values(claim.higher), claim.lower and result.values(claim.lower)
+        if lower and lower.items != higher.items:
             raise InputError(f"{row.name}: {claim.says!r} compares different items; give both sides the same ones")
-        differences[seed] = higher.values - lower.values - claim.more_than
+        differences[seed] = higher.values - (lower.values if lower else 0.0) - claim.more_than
         items.add(higher.items)
     if len(items) > 1:
         raise InputError(f"{row.name}: its seeds were measured on different items; measure them again with --stale")

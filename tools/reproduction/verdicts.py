@@ -156,10 +156,14 @@ def judge(sample: Sample, margin: float, more_than: float = 0.0) -> Verdict:
         word = "does not hold"
     if sample.alike:
         word, within = "open", False
+    difference, over_seeds = (
+        one._replace(value=one.value + more_than, low=one.low + more_than, high=one.high + more_than)
+        for one in (crossed, student)
+    )
     return Verdict(
         word,
-        _moved(crossed, more_than),
-        _moved(student, more_than),
+        difference,
+        over_seeds,
         sample.whole,
         sample.p_value(0.0),
         max(sample.p_value(end, sides=1) for end in (-margin, margin)) if abs(crossed.value) < margin else 1.0,
@@ -167,10 +171,6 @@ def judge(sample: Sample, margin: float, more_than: float = 0.0) -> Verdict:
         sample.counts,
         within,
     )
-
-
-def _moved(one: Interval, by: float) -> Interval:
-    return one._replace(value=one.value + by, low=one.low + by, high=one.high + by)
 
 
 def level(repetitions: int, looked: bool = True) -> float:

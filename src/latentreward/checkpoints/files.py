@@ -70,10 +70,10 @@ class DurableCheckpointIO(TorchCheckpointIO):
 
 def check_states(checkpoint: Mapping[str, Any]) -> None:
     """Raise InputError for the first state that cannot be saved, or not be loaded again without running code."""
-    for name, state in {**checkpoint, **checkpoint.get("callbacks", {})}.items():
+    for name, state in {**checkpoint, "callbacks": None, **checkpoint.get("callbacks", {})}.items():
         stream = BytesIO()
         try:
-            torch.save(tree_map_only(torch.Tensor, lambda _: None, state) if name != "callbacks" else None, stream)
+            torch.save(tree_map_only(torch.Tensor, lambda _: None, state), stream)
             stream.seek(0)
             torch.load(stream, weights_only=True)
         except Exception as error:  # whatever a class of the user's raises as it is pickled

@@ -24,18 +24,6 @@ FILE = "kohya_lora.safetensors"  # name of the exported file
 PREFIX = "lora_unet_"  # beginning of every key in the exported file
 
 
-def kohya_weights(lora: TrainedLoRA) -> dict[str, Tensor]:
-    """Return the weights of ``lora`` under kohya's names, and an alpha for each layer."""
-    named = lora.family.kohya_layers(lora.pairs)
-    renamed: dict[str, Tensor] = {}
-    for name, parts in named.items():
-        key, (down, up) = PREFIX + name.replace(".", "_"), join(parts)
-        alpha = float(lora.settings.alpha) * sum(part is not None for part in parts)
-        renamed |= {f"{key}.lora_down.weight": down, f"{key}.lora_up.weight": up}
-        renamed[f"{key}.alpha"] = torch.tensor(alpha, dtype=down.dtype)
-    return renamed
-
-
 def join(parts: Sequence[Pair | None]) -> Pair:
     """Join the adapters of a layer's parts, whose outputs are concatenated, to one A and one B."""
     given = [part for part in parts if part is not None]
@@ -48,13 +36,18 @@ def join(parts: Sequence[Pair | None]) -> Pair:
 
 def write_kohya(lora: TrainedLoRA, folder: Path) -> Path:
     """Write :data:`FILE` into ``folder`` atomically, and return its path."""
+    weights: dict[str, Tensor] = {}
+    for name, parts in lora.family.kohya_layers(lora.pairs).items():  # before the folder is made: it may have no names
+        key, (down, up) = PREFIX + name.replace(".", "_"), join(parts)
+        alpha = float(lora.settings.alpha) * sum(part is not None for part in parts)
+        weights |= {f"{key}.lora_down.weight": down, f"{key}.lora_up.weight": up}
+        weights[f"{key}.alpha"] = torch.tensor(alpha, dtype=down.dtype)
     metadata = {
         "format": "pt",
         "ss_network_module": lora.family.kohya_module,
         "ss_network_dim": str(lora.settings.rank),
         "ss_network_alpha": str(lora.settings.alpha),
     }
-    weights = kohya_weights(lora)  # before the folder is made: a family may have no such names
     with replacing(folder / FILE) as partial:
         save_file(weights, partial, metadata)
         sort_metadata(partial)

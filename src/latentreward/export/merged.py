@@ -22,7 +22,7 @@ def quiet() -> Iterator[None]:
     """Silence diffusers' warnings and progress bars."""
     from diffusers.utils import logging
 
-    before = logging.get_verbosity()
+    before, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
@@ -30,7 +30,8 @@ def quiet() -> Iterator[None]:
             yield
     finally:
         logging.set_verbosity(before)
-        logging.enable_progress_bar()
+        if bars:
+            logging.enable_progress_bar()
 
 
 def check_classes(base: PipelineSource) -> None:

@@ -161,7 +161,6 @@ class SharedWork:
                 f"{', '.join(names)}: not as in the first process; give all processes the same command, and do not "
                 "change its files until the end"
             )
-
         if self.first:
             return True
         if self._run_name is None:

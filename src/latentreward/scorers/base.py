@@ -28,7 +28,7 @@ class Scorer(Part):
     """
 
     def __init__(self, name: str) -> None:
-        if not re.fullmatch(r"[A-Za-z]\w*", name) or name in ("image", "label", "problem"):
+        if not re.fullmatch(r"[A-Za-z]\w*", name, re.ASCII) or name in ("image", "label", "problem"):
             raise InputError(f"name of a scorer is {name!r}; use letters, digits and _, not image, label or problem")
         self.name = name
 
@@ -98,8 +98,12 @@ class ImageScorer(Scorer):
             Scores ``(N,)``, or ``(N, K)`` for K :attr:`columns`, float32 on the CPU.
 
         Raises:
-            InputError: If :meth:`score` returns another shape, or a value that is not finite.
+            InputError: If the numbers of prompts and images differ, or :meth:`score` returns another shape, or a value
+                that is not finite.
         """
+        if len(prompts) != len(images):
+            given = f"{len(prompts)} prompts for {len(images)} images"
+            raise InputError(f"scorer {self.name!r} got {given}; give one for each")
         batches = [slice(start, start + self.batch_size) for start in range(0, len(images), self.batch_size)]
         scores = [self._checked(prompts[batch], images[batch]) for batch in batches]
         return torch.cat(scores or [torch.zeros(0) if len(self.columns) == 1 else torch.zeros(0, len(self.columns))])

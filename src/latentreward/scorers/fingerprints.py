@@ -62,16 +62,13 @@ def scorer_fingerprints(scorer: Scorer, policy: str = "") -> dict[str, str]:
 
 def own_sources(scorer: Scorer) -> dict[str, str]:
     """Return the fingerprints of the source files of a user's own scorer, and of the function that it calls."""
-    parts = {type(scorer).__name__: type(scorer), "function": getattr(scorer, "function", None)}
-    files = {name: own_source(part) for name, part in parts.items()}
-    return {f"source of {name}": fingerprint(file) for name, file in files.items() if file is not None}
-
-
-def own_source(part: Any) -> str | None:
-    """Return the source file of a class, function or callable object; None if it is of this package or has none."""
-    name = getattr(code_of(part), "__module__", None)
-    file = None if of_this_package(name) else getattr(sys.modules.get(name or ""), "__file__", None)
-    return file if file is not None and Path(file).is_file() else None
+    found = {}
+    for name, part in {type(scorer).__name__: type(scorer), "function": getattr(scorer, "function", None)}.items():
+        module = getattr(code_of(part), "__module__", None)
+        file = None if of_this_package(module) else getattr(sys.modules.get(module or ""), "__file__", None)
+        if file is not None and Path(file).is_file():
+            found[f"source of {name}"] = fingerprint(file)
+    return found
 
 
 def public_identity(scorer: Scorer) -> str:

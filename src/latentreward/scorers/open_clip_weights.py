@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from latentreward.errors import InputError
+from latentreward.errors import InputError, one_line
 
 # Names are OpenCLIP's → transformers': beginnings within a block, whole names, and whole names of transposed matrices.
 BLOCK = {
@@ -53,7 +53,7 @@ def clip_model(tensors: Mapping[str, Tensor], origin: str, heads: int, dtype: to
             model = CLIPModel(_config(tensors, heads))
         model.load_state_dict({name: value.to(dtype) for name, value in converted.items()}, assign=True)
     except (KeyError, ValueError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error)[:200]
         raise InputError(f"weights: {origin} are not those of an OpenCLIP model with a ViT ({reason})") from error
     for tower in (model.text_model, model.vision_model):  # buffers that no state dict holds and that are still meta
         positions = tower.embeddings.position_embedding.weight

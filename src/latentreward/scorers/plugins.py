@@ -60,16 +60,16 @@ class CallableScorer(ImageScorer):
 def settings_of(function: Any) -> str:
     """Return a hash of the settings of a callable object, method or partial function; empty for one without.
 
-    Settings are arguments of a partial function, and public attributes that are plain values. Their texts may be
-    secrets, so they are hashed.
+    Settings are arguments of a partial function with the settings of what it calls, and public attributes that are
+    plain values. Their texts may be secrets, so they are hashed.
     """
-    settings: dict[str, Any] = {}
+    settings, inner = dict[Any, Any](), ""
     if isinstance(function, partial):
-        settings = {**dict(enumerate(function.args)), **function.keywords}
+        settings, inner = {**dict(enumerate(function.args)), **function.keywords}, settings_of(function.func)
     elif not isfunction(function) and not isbuiltin(function):
         settings = getattr(getattr(function, "__self__", function), "__dict__", {})
     kept = {name: value for name, value in settings.items() if not str(name).startswith("_") and is_plain_value(value)}
-    return f", {digest([repr(kept)])}" if kept else ""
+    return (f", {digest([repr(kept)])}" if kept else "") + inner
 
 
 def is_plain_value(value: Any) -> bool:

@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from latentreward.contracts import PathText
+from latentreward.data.images import to_pixels
 from latentreward.errors import InputError
 from latentreward.scorers.clip import PICKSCORE, CLIPImageScorer, default_processor, load_clip, model_source
 from latentreward.scoring.files import load_exactly, read_state_dict
@@ -74,15 +75,9 @@ class StepAwareScorer(CLIPImageScorer):
     def score(self, prompts: Sequence[str], images: Sequence[Image.Image]) -> Tensor:
         """See :meth:`ImageScorer.score`; the timestep is 0, as for finished images."""
         network, finished = self._network, torch.zeros(1, device=self.device)
-        embeds = torch.cat([network.embed_images(to_pixels(image).to(self.device), finished) for image in images])
+        pixels = (to_pixels(image)[None].to(self.device) for image in images)
+        embeds = torch.cat([network.embed_images(one, finished) for one in pixels])
         return network.similarity(embeds, network.embed_tokens(network.tokenize(prompts)))
-
-
-def to_pixels(image: Image.Image) -> Tensor:
-    """Convert an image to pixels ``(1, 3, H, W)``, float32 in [-1, 1]."""
-    rgb = image.convert("RGB")
-    flat = torch.frombuffer(bytearray(rgb.tobytes()), dtype=torch.uint8)
-    return flat.view(1, rgb.height, rgb.width, 3).permute(0, 3, 1, 2).float() / 127.5 - 1.0
 
 
 def load_step_aware(

@@ -187,21 +187,15 @@ def _score_parts(
     ``rows`` are the indices of the latents' prompts; ``given`` are encoded prompts, which are encoded here if None.
     """
     memory, scores = PromptMemory(model, max(batch_size, PROMPTS_KEPT)), []
+    texts, uncond = given or (None, None)
     memory.resize_sources(*(side * model.backbone.latent_space.downscale for side in latents.shape[-2:]))
     with torch.set_grad_enabled(torch.is_grad_enabled() and latents.requires_grad):
         for part in even_parts(len(latents), batch_size, even_step(model)):
             of_batch = [prompts[row] for row in rows[part]]
-            if given is None:
-                encoded, uncond = memory.encode(of_batch), memory.encode_uncond(of_batch)
-            else:
-                encoded = given[0].select(rows[part]).to(model.device)
-                uncond = (
-                    memory.encode_uncond(of_batch)
-                    if given[1] is None
-                    else given[1].empty_for(rows[part]).to(model.device)
-                )
+            encoded = memory.encode(of_batch) if texts is None else texts.select(rows[part]).to(model.device)
+            empty = memory.encode_uncond(of_batch) if uncond is None else uncond.empty_for(rows[part]).to(model.device)
             moved = latents[part].to(model.device, torch.promote_types(latents.dtype, torch.float32))
-            scored = score(EncodedBatch(moved, of_batch, encoded, uncond), part)
+            scored = score(EncodedBatch(moved, of_batch, encoded, empty), part)
             check_finite(scored, of_batch, rows[part])
             scores.append(scored)
     return torch.cat(scores) if scores else latents.new_zeros(0, *outputs_of(model))

@@ -3,7 +3,6 @@
 import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote_from_bytes
@@ -11,7 +10,7 @@ from urllib.parse import quote_from_bytes
 import numpy as np
 import pyarrow as pa
 
-from latentreward.contracts import sources_of
+from latentreward.contracts import ImageRef, sources_of
 from latentreward.data.clips import ClipLoader
 from latentreward.data.image_lists import ImageList, ListedImage
 from latentreward.data.image_sizes import ImageSizes
@@ -66,8 +65,8 @@ class Gallery:
         rows = table.to_pylist()
         with ThreadPoolExecutor(self.threads) as pool:
             shown = [listed.rows[order[place]] for place in places]
-            pictures = pool.map(partial(self._picture, exif=exif, sizes=sizes), shown)
-            sources = pool.map(partial(self._sources, exif=exif), shown)
+            pictures = pool.map(lambda row: self._picture(row.ref(), exif, sizes), shown)
+            sources = pool.map(lambda row: [self._picture(one, exif) for one in sources_of(row.prompt)], shown)
             cards = [
                 self._card(row, rows[order[place]], place + 1, picture) | {"sources": before}
                 for place, row, picture, before in zip(places, shown, pictures, sources, strict=True)
@@ -102,20 +101,13 @@ class Gallery:
             "size": f"{values['width']} × {values['height']}",
         }
 
-    def _picture(self, row: ListedImage, exif: ExifOrientation, sizes: ImageSizes | None) -> str | None:
+    def _picture(self, image: ImageRef, exif: ExifOrientation, sizes: ImageSizes | None = None) -> str | None:
         """Return a thumbnail as a data URI; None if the image or clip cannot be read any more."""
         loader = None if sizes is None else sizes.loader(SIDE, SIDE)
         try:
             if isinstance(loader, ClipLoader):
-                clip = replace(loader, max_pixels=self.max_pixels)(row.ref())
+                clip = replace(loader, max_pixels=self.max_pixels)(image)
                 return clip_uri(to_images(clip), loader.fps, SIDE, QUALITY)
-            return picture_uri(decode_image(row.ref(), self.max_pixels, exif), SIDE, QUALITY)
+            return picture_uri(decode_image(image, self.max_pixels, exif), SIDE, QUALITY)
         except ImageError:
             return None
-
-    def _sources(self, row: ListedImage, exif: ExifOrientation) -> list[str | None]:
-        """Return thumbnails of the pictures that an image is an edit of, as :meth:`_picture`."""
-        return [
-            self._picture(ListedImage(str(one.path), "", str(one.path), str(one.root or "")), exif, None)
-            for one in sources_of(row.prompt)
-        ]

@@ -2,7 +2,6 @@
 
 from collections import Counter
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -11,7 +10,7 @@ import pyarrow.json as pa_json
 import pyarrow.parquet as pq
 
 from latentreward.contracts import sources_of
-from latentreward.data.image_lists import ImageList
+from latentreward.data.image_lists import ImageList, ListedImage
 from latentreward.data.images import MISSING
 from latentreward.data.readers import count_text
 from latentreward.data.readers.json_rows import short
@@ -38,22 +37,14 @@ def images_identity(listed: ImageList, with_files: bool = True) -> str:
     ``latentreward score`` compares it with that of an interrupted run, which continues only with the same inputs.
     Without the files it is equal for copies on several machines.
     """
-    texts: list[tuple[Any, ...]] = [
-        (row.name, row.prompt, row.problem, *(source.image_key for source in sources_of(row.prompt)))
-        for row in listed.rows
-    ]
-    if with_files:
-        texts = [
-            (
-                *text,
-                *(
-                    size_and_time(Path(file))
-                    for file in (row.path, *(s.path for s in sources_of(row.prompt) if s.path))
-                ),
-            )
-            for text, row in zip(texts, listed.rows, strict=True)
-        ]
-    return f"{len(texts)} images, {digest(map(repr, texts))}"
+
+    def facts(row: ListedImage) -> str:
+        sources = sources_of(row.prompt)
+        files = [row.path, *(source.path for source in sources if source.path)] if with_files else []
+        keys = (source.image_key for source in sources)
+        return repr((row.name, row.prompt, row.problem, *keys, *(size_and_time(Path(file)) for file in files)))
+
+    return f"{len(listed.rows)} images, {digest(map(facts, listed.rows))}"
 
 
 def read_scores(path: Path) -> pa.Table:

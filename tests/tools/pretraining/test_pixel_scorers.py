@@ -17,15 +17,9 @@ from latentreward.policies import PolicySource
 from latentreward.rewards import PixelReward
 from latentreward.scorers import CLIPScorer, PickScorer, StepAwareScorer
 from latentreward.tinyworld.pairs import draw_pairs
-from tools.pretraining.pixel_scorers import (
-    CLEAR_GAP,
-    RECIPES,
-    PairTable,
-    accuracy,
-    main,
-    predict_pictures,
-)
+from tools.pretraining.pixel_scorers import RECIPES, PairTable, accuracy, main, predict_pictures
 from tools.pretraining.vae import normalize_pictures
+from tools.pretraining.worlds import CLEAR_GAP
 
 SCORERS = Path(str(files("latentreward.tinyworld"))) / "scorers"
 SLACK = 0.08

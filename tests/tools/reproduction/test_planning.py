@@ -92,6 +92,12 @@ def test_every_row_has_a_cost(tmp_path: Path) -> None:
         assert choice.seconds > 0, choice.row.name
 
 
+@pytest.mark.parametrize("more", ["quick", "stale"])
+def test_a_budget_is_for_further_seeds_alone(more: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="budget: it is for further seeds alone; leave quick and stale out"):
+        reproduce([], budget=1.0, output=tmp_path, work=tmp_path, **{more: True})
+
+
 @pytest.mark.parametrize("hours", [0.0, -1.0, float("inf")])
 def test_a_budget_that_is_none_is_refused(hours: float, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="budget="):

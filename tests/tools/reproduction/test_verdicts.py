@@ -233,6 +233,12 @@ def test_bits_are_small() -> None:
     assert len(packed["bits"]) <= 500
 
 
+def test_no_values_are_refused() -> None:
+    """Their mean is NaN, with which no command could read the result again."""
+    with pytest.raises(InputError, match="no item has a value"):
+        Values("ab", np.array([])).packed()
+
+
 @pytest.mark.parametrize("value", [math.nan, 33.0])
 def test_values_that_do_not_fit_are_refused(value: float) -> None:
     with pytest.raises(InputError, match=r"values from \S+ to \S+: give finite ones below 32\.7"):

@@ -1,6 +1,7 @@
 """Scorers that run a program which reads a table of images and writes a table of scores, such as ImageReward."""
 
 import json
+import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,9 +21,10 @@ class CommandScorer(ToolScorer):
     """A scorer that runs any program, once for all images of a policy.
 
     Args:
-        command: Program and arguments. ``{pictures}`` is replaced by the path of the input, a file of JSON lines with
-            ``file``, ``path`` and ``prompt`` of each image. ``{scores}`` is replaced by the path of the output that the
-            program must write, a file of JSON lines with ``file`` and ``score`` of each image.
+        command: Program (a relative path is one in ``folder``) and arguments. ``{pictures}`` is replaced by the path of
+            the input, a file of JSON lines with ``file``, ``path`` and ``prompt`` of each image. ``{scores}`` is
+            replaced by the path of the output that the program must write, a file of JSON lines with ``file`` and
+            ``score`` of each image.
         name: Name of the scores in reports.
         folder: Working directory of the program; by default the folder with the program's input, output and log.
         timeout_s: Seconds after which the program is killed.
@@ -47,7 +49,10 @@ class CommandScorer(ToolScorer):
 
     def prepare(self) -> None:
         """Check that the program exists; raise InputError if it does not."""
-        if shutil.which(self.command[0]) is None:
+        program: str | Path = self.command[0]
+        if "/" in self.command[0]:  # the system looks it up in the working directory, which without `folder` has none
+            program = (self.folder or Path(os.devnull)).absolute() / program
+        if shutil.which(program) is None:
             raise InputError(f"command of {self.name}: {self.command[0]} is no program; give its whole path")
 
     def score_pictures(self, pictures: Sequence[JudgedPicture], policy: str, work: Path) -> np.ndarray:

@@ -17,6 +17,7 @@ FOREIGN = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")
 VERSIONS = "import sys; from importlib.metadata import version; print(*map(version, sys.argv[1:]), sep='\\n')"
 """Python program that prints the versions of the packages given as arguments."""
 DAY = 86_400.0  # default time limit of a run, in seconds
+ANSWER_S = 120.0  # seconds to wait for the versions of packages, or for git
 
 
 def run_tool(name: str, command: Sequence[str], folder: Path, log: Path, timeout_s: float) -> None:
@@ -71,11 +72,18 @@ def interpreter(name: str, python: Path | None) -> str:
 
 
 def package_versions(name: str, python: str, packages: Sequence[str]) -> str:
-    """Return the versions of packages of another Python, in one line; raise InputError if one is missing there."""
+    """Return the versions of packages of another Python, in one line.
+
+    Raises:
+        InputError: If one is missing there, or the Python does not answer.
+    """
     environment = {key: value for key, value in os.environ.items() if key not in FOREIGN}
-    found = subprocess.run(
-        [python, "-c", VERSIONS, *packages], capture_output=True, text=True, env=environment, check=False, timeout=120
-    )
+    command = [python, "-c", VERSIONS, *packages]
+    try:
+        found = subprocess.run(command, capture_output=True, text=True, env=environment, check=False, timeout=ANSWER_S)
+    except subprocess.TimeoutExpired as error:
+        late = f"{python} does not tell its packages within {ANSWER_S:g} s"
+        raise InputError(f"python of {name}: {late}; try again, or give another one") from error
     if found.returncode:
         raise InputError(f"python of {name}: {python} lacks one of {', '.join(packages)}; install them there")
     return " ".join(f"{package} {version}" for package, version in zip(packages, found.stdout.split(), strict=True))
@@ -83,10 +91,15 @@ def package_versions(name: str, python: str, packages: Sequence[str]) -> str:
 
 def commit_of(repository: Path) -> str:
     """Return the commit of a git work tree, or ``unknown``."""
+    if not (repository / ".git").exists():  # git would tell the commit of a work tree around it
+        return "unknown"
     command = ["git", "-C", str(repository), "rev-parse", "HEAD"]
     try:
-        found = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
-    except OSError:  # git is not installed, or --restrict-imports forbids running it
+        found = subprocess.run(command, capture_output=True, text=True, check=False, timeout=ANSWER_S)
+    except (
+        OSError,
+        subprocess.TimeoutExpired,
+    ):  # git is not installed or slow, or --restrict-imports forbids running it
         return "unknown"
     return found.stdout.strip() if not found.returncode else "unknown"
 

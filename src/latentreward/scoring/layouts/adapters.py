@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from latentreward.backbones.stored_adapters import CONFIG, PREFIX, WEIGHTS, check_settings, stored_ranks
 from latentreward.backbones.tuning import PEFT_SETTINGS
-from latentreward.errors import InputError
+from latentreward.errors import InputError, one_line
 from latentreward.scoring.files import compare_tensors, existing_folder, read_safetensors
 from latentreward.storage.json_files import read_config
 from latentreward.storage.safetensors_header import read_header
@@ -97,8 +97,7 @@ def inject_adapter(network: nn.Module, folder: Path) -> None:
             warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")
             inject_adapter_in_model(LoraConfig(**known), network, ADAPTER)
     except (TypeError, ValueError, AttributeError, KeyError, RuntimeError, re.error) as error:
-        text = " ".join(str(error).split())
-        raise InputError(f"cannot load {path}: {text}; is this the adapter of that network?") from error
+        raise InputError(f"cannot load {path}: {one_line(error)}; is this the adapter of that network?") from error
     for name in names_in_file(network).values():
         weight = network.get_parameter(name)
         weight.data = weight.data.float()

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from latentreward.backbones import DiffusionBackbone
 from latentreward.backbones.weights import fill, settling_later
-from latentreward.checkpoints.base_weights import same_values, sample_in, without_adapters
+from latentreward.checkpoints.base_weights import VALUES, same_values, sample_in, without_adapters
 from latentreward.errors import InputError, errors_at
 from latentreward.heads import RewardHead
 from latentreward.scoring.files import compare_tensors, existing_folder, load_exactly, read_safetensors
@@ -188,7 +188,7 @@ class PretrainedReward(StoredReward):
                     f"({len(names)} in all); give the base that the model was trained on as base"
                 )
         for name, values in recorded.items():
-            if values.shape != (4,) or not same_values(ours[name], values):
+            if values.shape != (VALUES,) or not same_values(ours[name], values):
                 raise InputError(
                     f"{path}: the model belongs to the base {self.config.trained_on or 'of its backbone'}, whose "
                     f"{name} differs from that of {backbone.source or 'this one'}; give that base as base{random}"
