@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from latentreward.errors import InputError, check_at_least_one
+from latentreward.errors import InputError
 from latentreward.scorers import ImageScorer, RewardModelScorer
 from latentreward.scoring import ScoringNoise
 
@@ -27,7 +27,6 @@ class NoiseColumns(ImageScorer):
 
     def __init__(self, scorer: RewardModelScorer, levels: Sequence[float], draws: int) -> None:
         super().__init__(scorer.name, scorer.batch_size)
-        check_at_least_one(draws=draws)
         if len(set(levels)) < len(levels):
             raise InputError(f"levels={list(levels)} holds a level twice; leave one")
         self.scorer, self.levels, self.draws = scorer, tuple(levels), draws
