@@ -156,7 +156,8 @@ def result_lines(trainer: Trainer) -> Iterator[str]:
         if isinstance(keeper, ModelCheckpoint):
             kept = {"checkpoint": keeper.last_model_path or ("" if keeper.monitor else keeper.best_model_path)}
             kept |= {f"best {keeper.monitor}": keeper.best_model_path if keeper.monitor else ""}
-            yield from (f"  {word}: {Path(path)}" for word, path in kept.items() if path)
+            # A Path would take a slash out of an address.
+            yield from (f"  {word}: {path if '://' in path else Path(path)}" for word, path in kept.items() if path)
     lora = next((one.folder for one in trainer.callbacks if isinstance(one, PolicyLoRA)), None)  # type: ignore[attr-defined]
     written = {"LoRA": lora or folder / "lora", "samples": folder / "samples", "pairs": folder / "scored_pairs.png"}
     for word, path in written.items():
