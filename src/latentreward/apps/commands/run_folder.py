@@ -104,10 +104,8 @@ def last_files(folder: Path) -> list[Path]:
 def last_checkpoint(trainer: Trainer) -> Path | None:
     """Return the newest checkpoint called ``last`` of this run; without one, the newest that a run can resume from.
 
-    None if there is none.
-
-    It is looked for where the run's callbacks write it: in no other folder, which may be that of another run. If the
-    newest is damaged, :func:`newest_intact` chooses another checkpoint.
+    None if there is none. It is looked for where the run's callbacks write it: in no other folder, which may be that of
+    another run. If the newest is damaged, :func:`newest_intact` chooses another checkpoint.
     """
     keepers = [callback for callback in trainer.checkpoint_callbacks if isinstance(callback, ModelCheckpoint)]
     candidates, others = [] if keepers else [fallback_folder(trainer) / "last.ckpt"], list[Path]()

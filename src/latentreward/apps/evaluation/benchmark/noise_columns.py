@@ -15,9 +15,8 @@ from latentreward.scoring import ScoringNoise
 class NoiseColumns(ImageScorer):
     """Scorer with several columns: the latent reward's own score, that score with other noise, and one per noise level.
 
-    A model with two axes has a column for each of them too, with the noise of its own score.
-
-    Images are encoded once for all columns.
+    A model with two axes has a column for each of them too, with the noise of its own score. Images are encoded once
+    for all columns.
 
     Args:
         scorer: The latent reward.
