@@ -96,3 +96,11 @@ def test_damage_is_one_line_and_what_is_computed_stays(tmp_path: Path, content: 
         path.write_bytes(sound)
     assert pictures().rows == {(0, 0): row}
     assert scores().scores == {"key": (1.0,)}
+
+
+@pytest.mark.parametrize("text", ['{"place": 0, "image": 0}', '{"place": 0, "image": 0, "file": null, "prompt": ""}'])
+def test_a_row_of_no_picture_is_damage(tmp_path: Path, text: str) -> None:
+    ImageFolder(tmp_path, {}, "jsonl")
+    (tmp_path / "images.jsonl").write_text(text)
+    with pytest.raises(InputError, match=r"images\.jsonl is damaged \(.*file.*\); restore it"):
+        ImageFolder(tmp_path, {}, "jsonl")

@@ -340,6 +340,7 @@ def test_settings_of_the_run_count_and_its_logs_do_not(
         ({"benchmarks": [{"class_path": "HPDv3Benchmrk"}]}, "did you mean 'HPDv3Benchmark'"),
         ({"data": str(COMMITTED / "hpdv3"), "limit": 0}, "limit is 0; it must be at least 1"),
         ({"data": str(COMMITTED / "hpdv3"), "model": "x", "draws": 0}, "draws is 0; it must be at least 1"),
+        ({"benchmarks": sets("hpdv3"), "scorers": [function("redness")], "draws": 0}, "draws is 0; it must be"),
         ({"data": str(COMMITTED / "hpdv3"), "model": "x", "levels": [1.5]}, "noise levels lie in [0, 1]"),
         ({"data": str(COMMITTED / "hpdv3"), "model": "x", "levels": [0.5, 0.5]}, "holds a level twice"),
     ],

@@ -4,7 +4,10 @@ import shutil
 from pathlib import Path
 
 import pytest
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 
+from latentreward.apps.commands.run_folder import result_lines
 from latentreward.cli import main
 from tests.marks import slow_after
 from tests.small_user import RUNS, SEEN, run
@@ -135,3 +138,10 @@ def test_a_second_fit_in_a_folder_says_what_it_does_before_it_loads(
     assert f"{tmp_path}/run/checkpoints holds an earlier run (last.ckpt): this run starts anew" in told
     run("fit", tmp_path, *LAST, "--ckpt_path=last")
     assert "holds an earlier run" not in capsys.readouterr().err
+
+
+def test_an_address_of_a_checkpoint_is_told_as_it_is(tmp_path: Path) -> None:
+    keeper = ModelCheckpoint()
+    keeper.last_model_path = "s3://bucket/run/last.ckpt"
+    trainer = Trainer(accelerator="cpu", logger=False, callbacks=keeper, default_root_dir=tmp_path)
+    assert "  checkpoint: s3://bucket/run/last.ckpt" in [*result_lines(trainer)]

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +23,18 @@ import pytest
 import torch
 from PIL import Image
 
+from latentreward.apps.commands.score import PartScoring
 from latentreward.backbones import DiffusionBackbone
 from latentreward.cli import main
 from latentreward.contracts import Conditioning
-from latentreward.scoring import RewardModel, ScoringNoise
+from latentreward.data.image_lists import read_images
+from latentreward.scoring import ModelSource, RewardModel, ScoringNoise
 from latentreward.scoring.calibration import Calibration
+from latentreward.scoring.image_lists import ListedScoring
+from latentreward.scoring.layouts.find import find_reward
 from latentreward.scoring.scored_table import read_scores
 from latentreward.storage import part_tables
+from latentreward.storage.part_tables import PartFiles
 from tests.data.rotated import photograph, upright
 from tests.data.test_images import png_header
 from tests.marks import slow_after
@@ -607,3 +613,20 @@ def test_images_that_no_training_size_fits_are_counted_over_the_whole_run(
     assert 0 < unfitting < 8
     score("pics", "s.csv", dina)
     assert f"{unfitting} images have an aspect ratio the model was not trained on" in capsys.readouterr().out
+
+    class OtherProcess:
+        """It scores all parts before this one has loaded the model."""
+
+        size = 2
+
+        def run(self, task: str, parts: list[list[int]], keep: Callable[[Any], None]) -> None:
+            for rows, table in scoring.tables([range(*part) for part in parts]):
+                files.write(rows, table)
+            keep([(part, {"seconds": 1.0, "rotated": 0, "unused": 0}) for part in parts])
+
+    listed, find = read_images("pics"), partial(find_reward, ModelSource(dina))
+    assert find().image_sizes is None  # as in the published layouts
+    scoring = ListedScoring(model, listed.rows, {"score": model.noise}, 8, 1)
+    with PartFiles(Path("late.csv"), {}, 8) as files:
+        late = PartScoring(Path("late.csv"), listed, pytest.fail, OtherProcess())  # type: ignore[arg-type]
+        assert late.score(files, files.missing(8), None, find)[1].startswith(f"{unfitting} images have an aspect")

@@ -290,3 +290,10 @@ def test_a_model_in_a_variable_that_is_not_set_is_refused_with_field_and_variabl
         found = OmegaConf.to_container(OmegaConf.create({"policy": {"source": path}}), resolve=True)
     with pytest.raises(InputError, match=r"^source: the environment variable UNSET_PATH is not set, and an estimate"):
         ConfigSources(tmp_path).replace(found)
+
+
+def test_without_an_estimate_a_variable_that_is_not_set_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    given = [f"--config={CONFIGS / name}.yaml" for name in ("model/lrm_sd15", "data/pickapic_v1")]
+    with pytest.raises(SystemExit):
+        main(["fit", *given, "--estimate=false"])
+    assert "the environment variable PICKAPIC_ROOT, which" in capsys.readouterr().err

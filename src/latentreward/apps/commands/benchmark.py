@@ -82,7 +82,7 @@ def benchmark(
         InputError: If a setting is wrong, data cannot be read, or scores in OUTPUT_DIR belong to other pairs or another
             scorer.
     """
-    check_at_least_one(limit=limit)
+    check_at_least_one(limit=limit, draws=draws)
     check_writable(output_dir / JSON)
     sets = _with_more("benchmarks", "data", benchmarks, [] if data is None else [recognise_benchmark(data)])
     paths = [model] if isinstance(model, str) else list(dict.fromkeys(model or []))

@@ -279,22 +279,20 @@ class TrainingCLI(LightningCLI):
         except OmegaConfBaseException as error:
             raise InputError(summarise(str(error))) from error
         if self.command == "fit":
-            self.estimates = self.config[self.command].pop("estimate")  # these are no settings of the run
-            self.profiled = self.config[self.command].pop("profile")
+            settings = self.config[self.command]
+            self.estimates, self.profiled = settings.pop("estimate"), settings.pop("profile")  # no settings of the run
             check_at_least_one(profile=self.profiled)
             if self.profiled and self.estimates:
                 raise InputError(f"profile: {self.profiled} measures and --estimate computes; leave one out")
-            trainer = self.config[self.command]["trainer"]
-            gpu = trainer["accelerator"] != "cpu"
-            given = {name: self.config[self.command].pop(name) for name in ("card_gb", "tflops", "card")}
-            card = given.pop("card")
-            self.card = Card(gpu, **given)
-            for name, value in {**given, "card": card}.items():
+            trainer, gpu = settings["trainer"], settings["trainer"]["accelerator"] != "cpu"
+            given = {name: settings.pop(name) for name in ("card_gb", "tflops", "card")}
+            card, self.card = given["card"], Card(gpu, given["card_gb"], given["tflops"])
+            for name, value in given.items():
                 if value != getattr(Card, name, None) and not self.estimates:
                     raise InputError(f"{name}: {value} is for --estimate; add it, or leave {name} out")
             if self.estimates and (gpu or card is not None):
                 here = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
-                tf32 = bool(self.config[self.command]["performance"]["tf32"])
+                tf32 = bool(settings["performance"]["tf32"])
                 self.limits = find_limits(here if card is None else card, trainer["precision"], tf32)
                 if card is not None and self.limits is None:
                     known = ", ".join(words for words in PEAKS if "|" not in words)
@@ -732,7 +730,7 @@ def _run(command: str, arguments: Sequence[str]) -> "tuple[Estimate | None, Card
     try:
         with TemporaryDirectory(prefix="latentreward-") as folder, ExitStack() as held:
             rewritten = rewrite_arguments(settings, backbone_names(), root=f"{command}.")
-            if any(argument.startswith("--estimate") for argument in settings):
+            if not {"--estimate", "--estimate=true", "--estimate=yes"}.isdisjoint(map(str.lower, settings)):
                 from latentreward.apps.estimate.sources import unset_variables
 
                 held.enter_context(unset_variables())

@@ -14,7 +14,6 @@ from latentreward.apps.generation.trained_policy import TrainedPolicy, offload_t
 from latentreward.contracts import PathText, PromptBatch, like_prompt
 from latentreward.data.alignment.prompt_files import read_prompt_rows
 from latentreward.errors import InputError
-from latentreward.families import Family
 from latentreward.interrupts import interrupts_told
 from latentreward.policies import PolicySource
 from latentreward.ranks.settings import TrainerSettings
@@ -144,7 +143,8 @@ def generate(
             with_noise=not named and sampling.follows_flow(family, guidance_scale),
         )
 
-    texts = read_texts(prompts, family, max_prompt_chars)
+    texts = [row.prompt for row in read_prompt_rows(prompts, "prompts", max_prompt_chars)]
+    family.check_prompts(texts, "prompts")
     with SharedWork(trainer, device, output_dir / SHARDS) as work:
         if not work.join({PICTURES: pictures}, {**settings, "batch_size": batch_size}, output_dir):
             return
@@ -153,18 +153,12 @@ def generate(
             wanted = [(place, image) for place in range(len(texts)) for image in range(images_per_prompt)]
             there = len(wanted) - len(folder.missing(wanted, texts))
             print(f"{there} of {len(wanted)} pictures are there already", flush=True)
-            goes_on = f"pictures are kept in {output_dir}: the same command goes on there"
-            with interrupts_told(lambda: f"{len(folder.rows)} {goes_on}"):
+            with interrupts_told(
+                lambda: f"{len(folder.rows)} pictures are kept in {output_dir}: the same command goes on there"
+            ):
                 image_folder.make_pictures(work, PICTURES, folder, wanted, texts, batch_size)
             folder.write_grid(wanted)
             print(folder.summary(wanted))
-
-
-def read_texts(prompts: PathText, family: Family, max_prompt_chars: int) -> list[str]:
-    """Read the prompts of a file, repeated ones included; raise InputError if the network edits other pictures."""
-    texts = [row.prompt for row in read_prompt_rows(prompts, "prompts", max_prompt_chars)]
-    family.check_prompts(texts, "prompts")
-    return texts
 
 
 def check_searches(

@@ -104,10 +104,8 @@ def last_files(folder: Path) -> list[Path]:
 def last_checkpoint(trainer: Trainer) -> Path | None:
     """Return the newest checkpoint called ``last`` of this run; without one, the newest that a run can resume from.
 
-    None if there is none.
-
-    It is looked for where the run's callbacks write it: in no other folder, which may be that of another run. If the
-    newest is damaged, :func:`newest_intact` chooses another checkpoint.
+    None if there is none. It is looked for where the run's callbacks write it: in no other folder, which may be that of
+    another run. If the newest is damaged, :func:`newest_intact` chooses another checkpoint.
     """
     keepers = [callback for callback in trainer.checkpoint_callbacks if isinstance(callback, ModelCheckpoint)]
     candidates, others = [] if keepers else [fallback_folder(trainer) / "last.ckpt"], list[Path]()
@@ -156,7 +154,8 @@ def result_lines(trainer: Trainer) -> Iterator[str]:
         if isinstance(keeper, ModelCheckpoint):
             kept = {"checkpoint": keeper.last_model_path or ("" if keeper.monitor else keeper.best_model_path)}
             kept |= {f"best {keeper.monitor}": keeper.best_model_path if keeper.monitor else ""}
-            yield from (f"  {word}: {Path(path)}" for word, path in kept.items() if path)
+            # A Path would take a slash out of an address.
+            yield from (f"  {word}: {path if '://' in path else Path(path)}" for word, path in kept.items() if path)
     lora = next((one.folder for one in trainer.callbacks if isinstance(one, PolicyLoRA)), None)  # type: ignore[attr-defined]
     written = {"LoRA": lora or folder / "lora", "samples": folder / "samples", "pairs": folder / "scored_pairs.png"}
     for word, path in written.items():

@@ -23,6 +23,7 @@ from latentreward.scoring.gallery import Gallery
 from latentreward.scoring.image_lists import ListedScoring
 from latentreward.scoring.layouts.base import StoredReward
 from latentreward.scoring.layouts.find import find_reward
+from latentreward.scoring.network import own_sizes
 from latentreward.scoring.scored_table import images_identity, read_scores, require_some, summarise
 from latentreward.scoring.scoring_noise import NoiseKey
 from latentreward.settings.functions import run_function
@@ -58,8 +59,7 @@ class NoiseSettings:
         Raises:
             InputError: If the result is not a valid :class:`ScoringNoise`.
         """
-        given = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        given = {name: value for name, value in given.items() if value}
+        given = {name: value for name, value in vars(self).items() if value}
         if self.sigmas or self.timesteps:
             given = {"sigmas": (), "timesteps": (), **given}
         return dataclasses.replace(own, **given)
@@ -207,11 +207,12 @@ class PartScoring:
         if self.found["unused"]:
             notes.append(f"{self.found['unused']} frames of clips longer than the training's were not used")
         read = self.model or find()  # of many processes the first may have come too late for a part
-        assert read.image_sizes is not None  # ListedScoring refuses a model without
+        rule = read.image_sizes or own_sizes(find().on_meta_device)  # the model's own, if its files record none
+        assert rule is not None  # ListedScoring refuses a model without
         unfitting = 0
         for _, part in files.read():
             sides = zip(part["height"].to_pylist(), part["width"].to_pylist(), strict=True)
-            unfitting += sum(height is not None and not read.image_sizes.fits(height, width) for height, width in sides)
+            unfitting += sum(height is not None and not rule.fits(height, width) for height, width in sides)
         if unfitting:
             notes.append(
                 f"{unfitting} images have an aspect ratio the model was not trained on: cropped to the nearest"

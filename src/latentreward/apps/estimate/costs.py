@@ -83,9 +83,8 @@ class StepCosts:
     freed: int = 0  # size of weights that are in memory before the first step, and freed then
     rollout_rows: int = 0  # rows to learn from of a rollout if all are kept; 0 without rollouts
     compiled_from: int = WORTH_COMPILING  # optimiser steps from which ``fit`` compiles blocks on a GPU
-    work: Mapping[str, Work] = field(
-        default_factory=dict
-    )  # of a rollout, of one batch's passes and of an update, by phase
+    # Of a rollout, of one batch's passes and of an update, by phase
+    work: Mapping[str, Work] = field(default_factory=dict)
 
     @property
     def weights(self) -> int:

@@ -85,8 +85,10 @@ class ImageFolder:
             if self.table.is_file():
                 with self.table.open(encoding="utf-8", newline="") as file:
                     kept = list(csv.DictReader(file) if table == "csv" else map(json.loads, file))
-            more = (row for _, rows in left_over for row in rows)
-            self.rows = {(int(row["place"]), int(row["image"])): row for row in (*kept, *more)}
+            for row in (*kept, *(row for _, rows in left_over for row in rows)):
+                if not (isinstance(row["file"], str) and isinstance(row["prompt"], str)):
+                    raise TypeError("a row without file and prompt")
+                self.rows[int(row["place"]), int(row["image"])] = row
         except (ValueError, LookupError, TypeError, RecursionError, csv.Error) as error:
             raise InputError(
                 f"output_dir: {self.table} is damaged ({first_line(error)}); restore it, or choose another output_dir"

@@ -149,8 +149,8 @@ class StepSearch:
 
     The pipeline's scheduler takes a deterministic step. Within the window the callback recovers the network's
     prediction from this step, draws K candidates from the stochastic step with the same marginals
-    (:meth:`Levels.ancestral`), scores the candidates, and gives the best one
-    back to the pipeline. Steps outside the window stay deterministic. ::
+    (:meth:`Levels.ancestral`), scores the candidates, and gives the best one back to the pipeline. Steps outside the
+    window stay deterministic. ::
 
         policy = policy_of(pipeline)
         reward = LatentReward("reward.ckpt").load(policy)
@@ -240,8 +240,7 @@ class StepSearch:
             self._latents = None if self._initial is None else self._initial.to(latents.device) * scale
             self._initial = None
         levels = levels_of(pipeline.scheduler, float(timestep))
-        window = self.candidates.branching()
-        inside = inside_window(levels.timestep, window.low, window.high) and levels.next_noise > 0
+        inside = inside_window(levels.timestep, self.candidates.low, self.candidates.high) and levels.next_noise > 0
         if inside and self._latents is not None:
             step = levels.ancestral(self._latents, latents, self.eta)
             count, shape = self.candidates.num_candidates, latents.shape[1:]

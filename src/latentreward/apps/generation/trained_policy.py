@@ -9,8 +9,7 @@ from typing import Any
 
 import torch
 
-from latentreward.apps.generation import load_lora
-from latentreward.apps.generation.lora import check_lora
+from latentreward.apps.generation.lora import check_lora, load_lora
 from latentreward.contracts import like_prompt
 from latentreward.encoders.offloaded import OffloadedEncoder
 from latentreward.errors import InputError

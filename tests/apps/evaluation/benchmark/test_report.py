@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from latentreward.apps.evaluation.benchmark.disagreements import Pictures, most_disputed
+from latentreward.apps.evaluation.benchmark.plots import accuracy_figure
 from latentreward.apps.evaluation.benchmark.results import BenchmarkPairs, BenchmarkReport
 from latentreward.apps.evaluation.benchmark.sections import INTRODUCTION, TITLE, protocol_table, sections
 from latentreward.reports import picture_uri
@@ -151,6 +152,18 @@ def test_what_is_not_set_or_not_there_is_not_shown() -> None:
     )
     assert made["Calibration"].rows[0][3] == "none (larger gaps do not win)"
     assert made["Models"].rows == (("clip", "CLIPScorer m float32 1.0"),)
+
+
+@pytest.mark.parametrize(
+    ("protocol", "guessing"),
+    [("hpdv3", 50), ("genai_bench_tiger/4way", 25), ("editreward_bench/pairs", 50)]
+    + [(f"editreward_bench/{one}", None) for one in ("groups", 2, 3, 4)],  # a group is right as a whole
+)
+def test_figure_tells_the_accuracy_of_guessing(protocol: str, guessing: int | None) -> None:
+    figure, _ = accuracy_figure([result("model", 0.6, protocol=protocol)], [])
+    lines = [line.get_xdata() for line in figure.axes[0].lines if line.get_linestyle() == ":"]
+    assert lines == ([] if guessing is None else [[guessing, guessing]])
+    assert ("guessing" in figure.axes[0].get_xlabel()) == (guessing is not None)
 
 
 def test_hostile_text_is_hostile() -> None:

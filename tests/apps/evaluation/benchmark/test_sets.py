@@ -12,6 +12,7 @@ from jsonargparse import ArgumentParser
 
 from latentreward.apps.evaluation.benchmark import sets
 from latentreward.apps.evaluation.benchmark.base import Benchmark, band, subgroup_columns
+from latentreward.apps.evaluation.benchmark.evaluate import LOOKED_INTO
 from latentreward.apps.evaluation.benchmark.protocols import PROTOCOLS, judge
 from latentreward.apps.evaluation.benchmark.sets import recognise_benchmark
 from latentreward.data.readers import JSONLPairReader
@@ -43,6 +44,11 @@ def test_folders_are_known(folder) -> None:
 def test_every_protocol_has_a_data_set() -> None:
     keys = {key for folder in FOLDERS for key in recognise_benchmark(str(COMMITTED / folder)).protocols}
     assert keys | {*sets.EditRewardBenchmark.keys, "pairs/strict", "pairs/soft"} == set(PROTOCOLS)
+
+
+@pytest.mark.parametrize("kind", Benchmark.__subclasses__())
+def test_one_protocol_of_each_data_set_is_looked_into(kind: type[Benchmark]) -> None:
+    assert len({*kind.keys} & {*LOOKED_INTO}) == 1
 
 
 @pytest.fixture

@@ -169,6 +169,9 @@ def test_what_cannot_be_read_is_counted_by_reason(tmp_path: Path) -> None:
         ("file,prompt\n", "holds no images.csv and no pictures"),
         ("path,prompt\na.png,x", "row 1 of .* has no file and prompt"),
         ("file,prompt,place\na.png,x,first", "place 'first' .* is not a whole number"),
+        ("file,prompt,image\na.png,x,1.5", "image '1.5' .* is not a whole number; write numbers from 0"),
+        ("file,prompt,image\na.png,x,-1", "image '-1' .* is not a whole number"),
+        ("file,prompt\na.png,a cat, asleep", r"table: .*images\.csv cannot be read \(line 2: more fields than the"),
     ],
 )
 def test_bad_folders_are_one_line(content: str | None, message: str, tmp_path: Path) -> None:
@@ -179,3 +182,25 @@ def test_bad_folders_are_one_line(content: str | None, message: str, tmp_path: P
     assert "\n" not in str(caught.value)
     with pytest.raises(InputError, match="no folder"):
         find_pictures(tmp_path / "gone", None)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('["a.png", "a cat"]', r"cannot be read \(line 2: .* is no JSON object\); write it again"),
+        ('{"file": "a.png", "prompt": "a cat", "image": Infinity}', "image inf .* is not a whole number"),
+        ("[" * 100_000, r"cannot be read \(line 2: nested too deeply\)"),
+    ],
+)
+def test_bad_json_lines_are_one_line(line: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "images.jsonl").write_text('{"file": "b.png", "prompt": "a cat"}\n' + line)
+    with pytest.raises(InputError, match=f"table: .*{message}"):
+        find_pictures(tmp_path, None)
+
+
+def test_groups_of_a_table_are_texts(tmp_path: Path) -> None:
+    """As those of a file of prompts."""
+    row = {"file": "a.png", "prompt": "a cat", "image": 0.0, "group": 3}
+    (tmp_path / "images.jsonl").write_text(json.dumps(row))
+    (picture,) = find_pictures(tmp_path, None)
+    assert (picture.image, picture.group) == (0, "3")

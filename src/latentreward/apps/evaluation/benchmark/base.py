@@ -189,7 +189,7 @@ class Benchmark(ABC):
                 scorer="",
                 pair_ids=tuple(reader.pair_ids()),
                 prompts=tuple(reader.prompts()),
-                groups=tuple(reader.groups()),
+                groups=tuple(self.groups(reader)),
                 labels=reader.labels(),
                 first=nothing,
                 second=nothing,
@@ -198,6 +198,10 @@ class Benchmark(ABC):
                 split=split,
             )
         return self._unscored[split]
+
+    def groups(self, reader: PairReader) -> Sequence[str]:
+        """Return the name of each pair's group; pairs of one group are resampled together."""
+        return reader.groups()
 
     def columns(self, reader: PairReader) -> dict[str, Texts]:
         """Return the columns by which the report splits the pairs into sub-groups."""

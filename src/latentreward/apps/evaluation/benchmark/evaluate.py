@@ -30,6 +30,7 @@ LOOKED_INTO = (
     "pickapic/strict",
     "genai_bench_tiger/no_tie",
     "genai_bench_cmu",
+    "editreward_bench/pairs",
     "pairs/strict",
 )
 """Protocols for which differences, sub-groups, noise levels and calibration are computed: one of each data set."""

@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from latentreward.errors import InputError, check_at_least_one
+from latentreward.errors import InputError
 from latentreward.scorers import ImageScorer, RewardModelScorer
 from latentreward.scoring import ScoringNoise
 
@@ -15,9 +15,8 @@ from latentreward.scoring import ScoringNoise
 class NoiseColumns(ImageScorer):
     """Scorer with several columns: the latent reward's own score, that score with other noise, and one per noise level.
 
-    A model with two axes has a column for each of them too, with the noise of its own score.
-
-    Images are encoded once for all columns.
+    A model with two axes has a column for each of them too, with the noise of its own score. Images are encoded once
+    for all columns.
 
     Args:
         scorer: The latent reward.
@@ -27,7 +26,6 @@ class NoiseColumns(ImageScorer):
 
     def __init__(self, scorer: RewardModelScorer, levels: Sequence[float], draws: int) -> None:
         super().__init__(scorer.name, scorer.batch_size)
-        check_at_least_one(draws=draws)
         if len(set(levels)) < len(levels):
             raise InputError(f"levels={list(levels)} holds a level twice; leave one")
         self.scorer, self.levels, self.draws = scorer, tuple(levels), draws

@@ -12,7 +12,8 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 MARKERS = "osD^vPX"
 THEIRS = "#767676"
 GUESSING = {"genai_bench_tiger/4way": 25, "pickapic/pickscore": None}
-"""Accuracy of guessing in per cent, by protocol; others have 50. None: PickScore's protocol has no single value."""
+GUESSING |= dict.fromkeys(f"editreward_bench/{one}" for one in ("groups", 2, 3, 4))
+"""Accuracy of guessing in per cent, by protocol; others have 50. None: it depends on the share of ties."""
 Drawn = tuple[Figure, str]
 """Figure and its alternative text."""
 

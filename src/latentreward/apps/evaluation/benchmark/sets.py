@@ -2,12 +2,10 @@
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from latentreward.apps.evaluation.benchmark.base import Benchmark, Evaluation, Texts
-from latentreward.apps.evaluation.benchmark.results import BenchmarkPairs
 from latentreward.contracts import PathText
 from latentreward.data import readers
 from latentreward.data.format_detection import Splits, recognise
@@ -196,14 +194,10 @@ class EditRewardBenchmark(Benchmark):
         super().__init__(root, on_error=on_error)
         self.split = split
 
-    def pairs(self, split: str) -> BenchmarkPairs:
-        """See :meth:`Benchmark.pairs`; a group are the results that were ranked together."""
-        if split not in self._unscored:
-            reader: Any = self.readers()[split]
-            found, ids = super().pairs(split), reader.table.column("group_id").to_pylist()
-            groups = tuple(own or group for own, group in zip(ids, found.groups, strict=True))
-            self._unscored[split] = replace(found, groups=groups)
-        return self._unscored[split]
+    def groups(self, reader: Any) -> Sequence[str]:
+        """See :meth:`Benchmark.groups`; a group are the results that were ranked together."""
+        ids = reader.table.column("group_id").to_pylist()
+        return [own or group for own, group in zip(ids, reader.groups(), strict=True)]
 
 
 class PairsBenchmark(Benchmark):

@@ -1,6 +1,5 @@
 """Import of existing pictures: folders with a table, or folders in the layout of a published benchmark."""
 
-import csv
 import json
 import re
 from collections import Counter, defaultdict
@@ -16,11 +15,12 @@ import pyarrow.parquet as pq
 from latentreward.contracts import EditPrompt, ImageRef, sources_of
 from latentreward.data.alignment.prompt_files import PromptRow, row_sources
 from latentreward.data.images import ImageError, decode_image, image_bytes, resolve_inside
+from latentreward.data.list_rows import read_rows
+from latentreward.data.readers.json_rows import as_object
 from latentreward.errors import InputError, errors_at, first_line
 from latentreward.scorers.tools import JudgedPicture
 from latentreward.storage.digests import digest
 from latentreward.storage.ignored_files import find_files
-from latentreward.storage.texts import read_table, read_text
 
 TABLES = ("images.csv", "images.jsonl", "images.parquet")
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp")
@@ -182,30 +182,32 @@ def _of_table(path: Path, folder: Path) -> Iterator[FoundPicture]:
         file, prompt = row.get("file"), row.get("prompt")
         if not isinstance(file, str) or not file or not isinstance(prompt, str):
             raise InputError(f"table: row {number} of {path} has no file and prompt; write both columns")
-        numbers = {name: row[name] for name in ("place", "image") if row.get(name) not in (None, "")}
-        for name, value in numbers.items():
-            try:
-                numbers[name] = int(value)
-            except (TypeError, ValueError) as error:
+        numbers: dict[str, int] = {}
+        for name in ("place", "image"):
+            if (value := row.get(name)) in (None, ""):
+                continue
+            if not re.fullmatch(r"\s*\d{1,15}(\.0)?\s*", str(value)):
                 problem = f"{name} {value!r} in {path} is not a whole number"
-                raise InputError(f"table: {problem}; write numbers from 0") from error
+                raise InputError(f"table: {problem}; write numbers from 0")
+            numbers[name] = int(float(value))
         with errors_at(f"table: {path}: row {number}"):
             sources = row_sources(row, folder)
         text = EditPrompt(prompt, sources) if sources else prompt
-        yield FoundPicture(file, text, group=row.get("group") or "", **numbers)
+        yield FoundPicture(file, text, group=str(row.get("group") or ""), **numbers)
 
 
-def _read(path: Path) -> list[dict[str, Any]]:
+def _read(path: Path) -> Iterator[dict[str, Any]]:
     if path.suffix not in (".csv", ".jsonl", ".parquet") or not path.is_file():
         raise InputError(f"table: no CSV, JSON lines or parquet file {path}; give one with columns file and prompt")
     try:
         if path.suffix == ".parquet":
-            return pq.read_table(path).to_pylist()
-        text = read_text(path)
-        if path.suffix == ".csv":
-            return list(read_table(text, path.suffix))
-        return [json.loads(line) for line in text.split("\n") if line.strip()]
-    except (ValueError, TypeError, csv.Error, pa.ArrowException) as error:
+            yield from pq.read_table(path).to_pylist()
+            return
+        for number, value, problem in read_rows(path, "write JSON lines"):
+            if isinstance(row := as_object(value, problem), str):
+                raise InputError(f"line {number}: {row}")
+            yield row
+    except (ValueError, pa.ArrowException) as error:
         raise InputError(f"table: {path} cannot be read ({first_line(error)}); write it again") from error
 
 
@@ -215,7 +217,7 @@ def _of_layout(folder: Path) -> Iterator[FoundPicture]:
         if path.suffix.lower() not in ENDINGS or not path.is_file():
             continue
         file = "/".join(parts)
-        numbered = path.stem.isdigit() and parts[0].isdigit()
+        numbered = path.stem.isdecimal() and parts[0].isdecimal()
         metadata = folder / parts[0] / "metadata.jsonl"
         if len(parts) == 3 and parts[1] == "samples" and numbered and metadata.is_file():
             try:
@@ -225,5 +227,5 @@ def _of_layout(folder: Path) -> Iterator[FoundPicture]:
             yield FoundPicture(file, prompt, int(parts[0]), int(path.stem))
         elif len(parts) > 1 and parts[-2] == "samples" and (match := NUMBERED.fullmatch(path.stem)):
             yield FoundPicture(file, match[1], int(match[2]), None, parts[0] if len(parts) == 3 else "")
-        elif len(parts) == 2 and path.stem.isdigit():
+        elif len(parts) == 2 and path.stem.isdecimal():
             yield FoundPicture(file, None, int(path.stem), 0, parts[0])

@@ -158,9 +158,8 @@ def _card(row: int, scored: Sequence[ScoredPictures], names: Sequence[str], grou
     gaps = {name: _sort_values(scored, name)[row] for name in names}
     for name, gap in gaps.items():
         values = [number(policy.scores[name][row]) for policy in scored]
-        verdict = "good" if gap > 0 else "bad" if gap < 0 else ""
-        compared = {"gap": signed(gap), "verdict": verdict} if several else {"gap": "", "verdict": ""}
-        rows.append({"name": name, "values": values, **compared})
+        verdict = "" if gap == 0 or not several else "good" if gap > 0 else "bad"
+        rows.append({"name": name, "values": values, "gap": signed(gap) if several else "", "verdict": verdict})
     files = [(policy.policy, policy.pictures[row]) for policy in scored]
     shown = [("source", image) for image in sources_of(picture.prompt)]
     shown += [(name, ImageRef(file.file, path=file.path)) for name, file in files]

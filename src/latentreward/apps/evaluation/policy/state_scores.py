@@ -71,7 +71,7 @@ def states_task(
     """Load generator and reward, and return the function that scores all states of one prompt's samples.
 
     It takes [index of the prompt, prompt]; its result is ``(T, K)``: scores after each step, the finished ones last.
-    The samples start from the noise of the pictures.
+    The samples start from the noise of the pictures, unless those of all prompts share their noise.
     """
     generator = policy.trained.load(plan.device, plan.sampling)
     reward = scores.reward.load(generator).eval().to(plan.device)

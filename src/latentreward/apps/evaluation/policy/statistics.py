@@ -13,9 +13,9 @@ from latentreward.reports.tables import Row
 def policy_scores(scored: ScoredPictures, headlines: Mapping[str, str], parts: int = 1) -> list[Row]:
     """Compute the means of each score of a policy, rows of :attr:`PolicyReport.scores`.
 
-    ``headlines`` are ``mean`` or ``mean_of_groups`` by name of a score. The prompts of each
-    group are cut into ``parts`` consecutive parts, and the standard deviation of the parts' means is reported. HPSv2
-    reports ten parts of 80 prompts.
+    ``headlines`` are ``mean`` or ``mean_of_groups`` by name of a score. The prompts of each group are cut into
+    ``parts`` consecutive parts, and the standard deviation of the parts' means is reported. HPSv2 reports ten parts of
+    80 prompts.
     """
     prompts, groups = prompt_numbers(scored), np.array([picture.group for picture in scored.pictures])
     places = np.array([picture.place for picture in scored.pictures])
@@ -89,9 +89,7 @@ def compare(first: ScoredPictures, second: ScoredPictures) -> list[Row]:
         row = {
             "score": name,
             "group": group,
-            "win_rate": bootstrap.clustered_accuracy(
-                bootstrap.group_sums(bootstrap.group_codes(own), wins + 0.5 * ties, np.ones(len(gaps)))
-            ),
+            "win_rate": bootstrap.clustered_accuracy(bootstrap.group_sums(own, wins + 0.5 * ties, np.ones(len(gaps)))),
             "difference": bootstrap.clustered_mean(gaps, own),
             "wins": int(wins.sum()),
             "ties": int(ties.sum()),
