@@ -200,7 +200,7 @@ class GatedQFormerHead(RewardHead):
         axes: tuple[float, float] | None = None,
     ) -> None:
         super().__init__()
-        width = width or max(tap.width for tap in spec.visual)
+        width = max(tap.width for tap in spec.visual) if width is None else width
         check_at_least_one(width=width, num_queries=num_queries, num_heads=num_heads, out_dim=out_dim)
         if width % num_heads:
             raise InputError(f"num_heads={num_heads} must divide the head's width {width}")

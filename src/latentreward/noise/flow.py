@@ -6,7 +6,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from latentreward.errors import InputError
 from latentreward.noise.base import NoiseProcess, per_sample, predicted_clean
 from latentreward.noise.schedules import NAME
 from latentreward.storage.json_files import entry
@@ -67,12 +66,8 @@ class ContinuousFlow(FlowMatching):
 
     def snap(self, timesteps: Tensor) -> Tensor:
         """See :meth:`NoiseProcess.snap`."""
-        return timesteps.to("cpu", torch.float32).clamp(1.0, 1000.0)
+        return self._in_range(timesteps.to("cpu", torch.float32)).clamp(min=1.0)
 
     def sigma(self, timesteps: Tensor) -> Tensor:
         """See :meth:`NoiseProcess.sigma`."""
-        values = timesteps.detach().float()
-        outside = values[~((values >= 0) & (values <= 1000))]
-        if outside.numel():
-            raise InputError(f"timestep {outside[0].item():g} is out of range; use a value from 0 to 1000")
-        return values / 1000
+        return self._in_range(timesteps.detach().float()) / 1000
