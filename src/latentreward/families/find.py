@@ -22,9 +22,9 @@ UNSUPPORTED: Mapping[str, str] = dict.fromkeys(("SanaPipeline", "SanaSprintPipel
 def families() -> dict[str, type[Family]]:
     """Return the families of this package by name, found by their files."""
     found = {}
-    for file in sorted(Path(__file__).parent.glob("*.py")):
-        module = import_module(f"{__package__}.{file.stem}") if not file.stem.startswith("_") else None
-        for kind in vars(module).values() if module else ():
+    for file in sorted(Path(__file__).parent.glob("[!_]*.py")):
+        module = import_module(f"{__package__}.{file.stem}")
+        for kind in vars(module).values():
             if isinstance(kind, type) and issubclass(kind, Family) and kind.name and kind.__module__ == module.__name__:
                 found[kind.name] = kind
     return found
