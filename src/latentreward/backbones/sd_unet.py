@@ -110,8 +110,7 @@ class SDUNetBackbone(DiffusionBackbone):
                 self.unet.add_embedding.requires_grad_(False)
 
     def _native_size(self) -> tuple[int, int]:
-        size = self.unet.config.sample_size
-        return (size, size) if isinstance(size, int) else tuple(size)
+        return check_sample_size(self.unet.config.sample_size)
 
     def read(self, latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Features:
         """See :meth:`DiffusionBackbone.read`; latents ``(B, 4, h, w)``; InputError for tokens of other width."""

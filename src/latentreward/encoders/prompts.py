@@ -187,5 +187,6 @@ def masked_ids(encoder: PromptEncoder, tokenizer: Any, texts: Sequence[str], len
 def _padded(tokenizer: Any, texts: Sequence[str], length: int) -> Any:
     if tokenizer is None:
         raise InputError("prompts were given as text, but there is no tokenizer; load it with its base pipeline")
+    size = {"padding": "max_length", "truncation": True, "max_length": length}
     with torch.device("cpu"):
-        return tokenizer(list(texts), padding="max_length", truncation=True, max_length=length, return_tensors="pt")
+        return tokenizer(list(texts), **size, return_attention_mask=True, return_tensors="pt")

@@ -81,9 +81,7 @@ class StableDiffusion(Family):
     @property
     def native_size(self) -> tuple[int, int]:
         """See :attr:`Family.native_size`."""
-        size = self.config.get("sample_size")
-        check_sample_size(size)
-        height, width = (size, size) if isinstance(size, int) else size
+        height, width = check_sample_size(self.config.get("sample_size"))
         return height * self.latent_space.downscale, width * self.latent_space.downscale
 
     def load_prompt_encoder(
