@@ -92,8 +92,8 @@ class PipelineSource:
             from latentreward.backbones.single_file import find_configs  # few sources are single files
 
             self.configs = find_configs(self.checkpoint)
-        if self.checkpoint is not None and (revision or variant):
-            raise InputError(f"source={self.source!r} is a file, which has no revision or variant; leave them out")
+            if revision or variant:
+                raise InputError(f"source={self.source!r} is a file, which has no revision or variant; leave them out")
         if folder.is_dir() and not (folder / "model_index.json").is_file():
             self.index = {part: ["diffusers", ""] for part in ("unet", "transformer") if (folder / part).is_dir()}
             if not self.index:

@@ -49,9 +49,8 @@ def find_family(pipeline: PipelineConfigs, own: str | None = None) -> Family:
             raise InputError(f"family: {theirs.__name__}.name is {family.name!r}, a name of this package; give another")
         family.check()
         return family
-    names = [str(pipeline.index.get("_class_name"))]
-    for part in ("transformer", "unet"):
-        names += [str(pipeline.config(part).get("_class_name"))] if pipeline.has(part) else []
+    configs = [pipeline.index, *(pipeline.config(part) for part in ("transformer", "unet") if pipeline.has(part))]
+    names = [str(config.get("_class_name")) for config in configs]
     refused = dict(UNSUPPORTED)
     for kind in families().values():
         refused |= kind.refused
