@@ -32,6 +32,7 @@ def test_prompts_are_encoded_once_ahead_and_as_alone(name: str, monkeypatch: pyt
     monkeypatch.setattr(type(encoder), "to", lambda self, device: moves.append(str(device)) or to(self, device))
     offloaded = OffloadedEncoder(encoder, PROMPTS, torch.device("cpu"), ahead=4)
     assert not [*offloaded.parameters()]
+    assert offloaded.count_tokens(PROMPTS) == encoder.count_tokens(PROMPTS)
     for start in range(0, len(PROMPTS), 2):
         batch = PROMPTS[start : start + 2]
         for asked in (batch, [""]):

@@ -15,7 +15,7 @@ from torch import Tensor
 from latentreward.apps.estimate.pipelines import PUBLISHED as ALL
 from latentreward.backbones.loading import PipelineSource
 from latentreward.errors import InputError
-from latentreward.families import families
+from latentreward.families import families, find_family
 from latentreward.families.flow import FlowFamily
 from tests.families.made_configs import MadeConfigs
 from tests.families.twins import TWINS
@@ -96,6 +96,29 @@ def test_wrong_values_are_refused_in_one_line(name: str, part: str, field: str, 
     others = "takes 17 channels", "the scheduler is of class DDIM", "the scheduler config gives the noise levels"
     assert any(part in message for part in (field, *others)), message
     assert "\n" not in message and len(message) < 400
+
+
+@pytest.mark.parametrize("size", [ABSENT, None, "64", 0, 10**9, [64], [64, "64"]], ids=str)
+def test_the_size_of_a_unet_is_checked_without_its_weights(size: Any, tmp_path: Path) -> None:
+    folder = copytree(pipeline_folder("sd15"), tmp_path / "copy")
+    path = folder / "unet" / "config.json"
+    config = json.loads(path.read_text()) | {"sample_size": size}
+    if size is ABSENT:
+        del config["sample_size"]
+    path.write_text(json.dumps(config))
+    family = find_family(PipelineSource(str(folder)))
+    with pytest.raises(InputError, match=r"the network's sample_size is .*, not a size from 1 to 1024"):
+        family.latent_shape()
+
+
+def test_a_missing_width_of_a_unet_is_that_of_diffusers(tmp_path: Path) -> None:
+    folder = copytree(pipeline_folder("sd15"), tmp_path / "copy")
+    path = folder / "unet" / "config.json"
+    config = json.loads(path.read_text())
+    del config["cross_attention_dim"]
+    path.write_text(json.dumps(config))
+    with pytest.raises(InputError, match=r"the text encoder is \d+ wide, but the U-Net takes 1280"):
+        find_family(PipelineSource(str(folder))).load_prompt_encoder()
 
 
 def test_a_single_step_has_no_last_level_of_its_own() -> None:

@@ -147,6 +147,8 @@ def test_half_precision_features_meet_float32_parameters(dtype: torch.dtype) -> 
 def test_refusals() -> None:
     with pytest.raises(InputError, match="num_heads=5 must divide the head's width 24"):
         GatedQFormerHead(UNET_SPEC, num_heads=5)
+    with pytest.raises(InputError, match="width is 0; it must be at least 1"):
+        GatedQFormerHead(UNET_SPEC, width=0)
     for grid in ("middle", (4,), (0, 4), (1, 2, 3)):
         with pytest.raises(InputError, match=r"grid=.* must be 'smallest', 'largest' or 2 positive whole numbers"):
             GatedQFormerHead(UNET_SPEC, grid=grid)

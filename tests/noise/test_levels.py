@@ -11,10 +11,12 @@ from latentreward.errors import InputError
 from latentreward.noise import (
     BetaSigma,
     ConstantSigma,
+    ContinuousFlow,
     FlowMatching,
     LevelSampler,
     LogitNormalSigma,
     ModeSigma,
+    NoiseProcess,
     PowerSigma,
     TargetSigma,
     TimestepGrid,
@@ -95,9 +97,12 @@ def test_lrm_grid_is_its_twenty_timesteps() -> None:
         (lambda: UniformSigma(-0.1), "low=-0.1"),
         (lambda: ConstantSigma(1.5), "sigma=1.5"),
         (lambda: LogitNormalSigma(std=0.0), "std=0"),
+        (lambda: LogitNormalSigma(std=math.inf), "std=inf"),
         (lambda: ModeSigma(2.0), "scale=2"),
         (lambda: PowerSigma(0.0), "power=0"),
+        (lambda: PowerSigma(math.inf), "power=inf"),
         (lambda: BetaSigma(0.0, 1.0), "a=0"),
+        (lambda: BetaSigma(1.0, math.inf), "b=inf"),
         (lambda: TimestepGrid(step=0), "step=0"),
         (lambda: TimestepGrid(start=900, stop=1), "start=900"),
     ],
@@ -107,8 +112,9 @@ def test_bad_settings_are_refused(make: Callable[[], LevelSampler], field: str) 
         make()
 
 
-def test_grid_past_the_process_is_refused() -> None:
+@pytest.mark.parametrize("process", [DDPM_PROCESS, FlowMatching(), ContinuousFlow()], ids=["ddpm", "flow", "any level"])
+def test_grid_past_the_process_is_refused(process: NoiseProcess) -> None:
     sampler = TimestepGrid(1, 1101, 1100)
     with pytest.raises(InputError, match="timestep 1101 is out of range"):
         for seed in range(20):
-            sampler.draw(Generator().manual_seed(seed), DDPM_PROCESS)
+            sampler.draw(Generator().manual_seed(seed), process)

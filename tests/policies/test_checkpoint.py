@@ -6,8 +6,10 @@ import pytest
 import torch
 from latentreward.callbacks import TrainableCheckpoint
 from lightning.pytorch import Trainer
+from torch import nn
 from torch.utils.data import DataLoader
 
+from latentreward.backbones.stored_adapters import stored_ranks
 from latentreward.backbones.tuning import LoRA
 from latentreward.errors import InputError
 from latentreward.policies import POLICY, PolicySource, load_policy
@@ -75,6 +77,16 @@ def test_narrow_tensors_of_a_large_rank_make_no_layer(tmp_path: Path) -> None:
     torch.save({"state_dict": state, SOURCE: {"source": "sd_tiny", "lora": {"rank": rank}}}, tmp_path / "last.ckpt")
     with pytest.raises(InputError, match="trained on sd_tiny, has 2 of 2 tensors without a place in the network"):
         load_policy(tmp_path / "last.ckpt")
+
+
+def test_numbers_in_place_of_matrices_are_refused(tmp_path: Path) -> None:
+    state = {f"policy.network.layer.lora_A.{POLICY}.weight": torch.zeros(())}
+    torch.save({"state_dict": state, SOURCE: {"source": "sd_tiny", "lora": {"rank": 2}}}, tmp_path / "last.ckpt")
+    with pytest.raises(InputError, match=r"policy_source.lora: rank 2 does not fit the stored weights"):
+        read_policy_adapter(tmp_path / "last.ckpt")
+    shapes = {"0.lora_A.weight": (), "0.lora_B.weight": (4, 1)}
+    with pytest.raises(InputError, match="has 2 of 2 tensors without a place in the network"):
+        stored_ranks(nn.Sequential(nn.Linear(4, 4)), shapes, "the adapter")
 
 
 @pytest.mark.slow

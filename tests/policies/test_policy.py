@@ -217,6 +217,8 @@ def test_wrong_sources_are_refused_before_weights_are_read(tmp_path: Path) -> No
         PolicySource("/none/at/all").load()
     with pytest.raises(InputError, match=r"lora.target_modules=\['nowhere'\]"):
         tiny_source("sd15", lora=LoRA(2, 2.0, target_modules=["nowhere"])).load()
+    with pytest.raises(InputError, match=r"^lora.target_modules=\[\]: "):
+        tiny_source("sd15", lora=LoRA(2, 2.0, target_modules=[])).load()
     with pytest.raises(InputError, match="t5_length=-1"):
         tiny_source("sd35", t5_length=-1).load()
 

@@ -1,5 +1,6 @@
 """Functions as rewards, and controls whose numbers depend on their seed and on what they score alone."""
 
+import math
 from collections.abc import Sequence
 from functools import cache
 from typing import Any
@@ -139,3 +140,5 @@ def test_the_readout_has_gradients_and_the_noise_has_none(policy: Policy) -> Non
     assert not RandomReward("noise").load(policy).differentiable
     with pytest.raises(InputError, match="scale=0 must be positive"):
         RandomReward(scale=0)
+    with pytest.raises(InputError, match="scale=inf must be positive and finite"):
+        RandomReward(scale=math.inf)

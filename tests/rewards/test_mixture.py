@@ -1,5 +1,6 @@
 """Mixtures compare like with like: each reward is normalised before it is weighed."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -121,7 +122,7 @@ def test_weights_and_needs() -> None:
     both = MixedReward(loaded, (1.0, 1.0), "none")
     assert both.needs_clean
     assert not both.differentiable
-    for weights in ((1.0,), (0.0, 0.0), (1.0, 2.0, 3.0)):
+    for weights in ((1.0,), (0.0, 0.0), (1.0, 2.0, 3.0), (math.nan, 1.0), (1.0, math.inf)):
         with pytest.raises(InputError, match="a weight for each, and one that is not 0"):
             RewardMixture(rewards, weights)
     with pytest.raises(InputError, match="at least one reward"):

@@ -92,8 +92,8 @@ class PipelineSource:
             from latentreward.backbones.single_file import find_configs  # few sources are single files
 
             self.configs = find_configs(self.checkpoint)
-        if self.checkpoint is not None and (revision or variant):
-            raise InputError(f"source={self.source!r} is a file, which has no revision or variant; leave them out")
+            if revision or variant:
+                raise InputError(f"source={self.source!r} is a file, which has no revision or variant; leave them out")
         if folder.is_dir() and not (folder / "model_index.json").is_file():
             self.index = {part: ["diffusers", ""] for part in ("unet", "transformer") if (folder / part).is_dir()}
             if not self.index:
@@ -373,8 +373,10 @@ def check_process(backbone: DiffusionBackbone) -> None:
             )
 
 
-def check_sample_size(size: Any) -> None:
-    """Refuse a ``sample_size`` of a network, to which images are resized, that would fill any machine's memory.
+def check_sample_size(size: Any) -> tuple[int, int]:
+    """Check the ``sample_size`` of a network, to which images are resized, and return its height and width.
+
+    A size without a limit would fill any machine's memory.
 
     Args:
         size: Side in latent pixels, or height and width.
@@ -385,6 +387,7 @@ def check_sample_size(size: Any) -> None:
     sides = size if isinstance(size, list | tuple) else [size, size]
     if len(sides) != 2 or not all(type(side) is int and 1 <= side <= LARGEST_SAMPLE for side in sides):
         raise InputError(f"the network's sample_size is {size!r}, not a size from 1 to {LARGEST_SAMPLE}")
+    return sides[0], sides[1]
 
 
 def check_tokenizer(tokenizer: Any, rows: int, name: str, remedy: str) -> None:

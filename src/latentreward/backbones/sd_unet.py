@@ -58,7 +58,18 @@ class SDUNetBackbone(DiffusionBackbone):
         taps = range(1, self._mid + 1) if visual_taps is None else visual_taps
         self.visual_taps = check_taps("visual_taps", taps, self._mid, least=1)
         self.text_taps = check_taps("text_taps", text_taps, 0)
-        self.unet = unet if self.output_map else cut_unet(unet, self.visual_taps[-1])
+        self.unet = unet
+        if not self.output_map:
+            # Every remaining parameter contributes to a feature, so that DDP finds no unused parameters.
+            unet.up_blocks = nn.ModuleList()
+            unet.conv_norm_out, unet.conv_act, unet.conv_out = None, None, nn.Identity()
+            unet.num_upsamplers = 0
+            last = self.visual_taps[-1]
+            if last < self._mid:
+                unet.mid_block = None
+                unet.down_blocks = unet.down_blocks[:last]
+                if last:
+                    unet.down_blocks[-1].downsamplers = None
 
     @property
     def feature_spec(self) -> FeatureSpec:
@@ -99,8 +110,7 @@ class SDUNetBackbone(DiffusionBackbone):
                 self.unet.add_embedding.requires_grad_(False)
 
     def _native_size(self) -> tuple[int, int]:
-        size = self.unet.config.sample_size
-        return (size, size) if isinstance(size, int) else tuple(size)
+        return check_sample_size(self.unet.config.sample_size)
 
     def read(self, latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Features:
         """See :meth:`DiffusionBackbone.read`; latents ``(B, 4, h, w)``; InputError for tokens of other width."""
@@ -190,22 +200,6 @@ def beside_sources(unet: Any, latents: Tensor, conditioning: Conditioning, space
 def attended(block: nn.Module, tokens: Tensor) -> dict[str, Tensor]:
     """Return the argument with the text tokens, for a block that attends to them."""
     return {"encoder_hidden_states": tokens} if getattr(block, "has_cross_attention", False) else {}
-
-
-def cut_unet(unet: UNet2DConditionModel, last_tap: int) -> UNet2DConditionModel:
-    """Remove, in place, the up path and all blocks after block ``last_tap``.
-
-    Every remaining parameter contributes to a feature, so that DDP finds no unused parameters.
-    """
-    unet.up_blocks = nn.ModuleList()
-    unet.conv_norm_out, unet.conv_act, unet.conv_out = None, None, nn.Identity()
-    unet.num_upsamplers = 0
-    if last_tap <= len(unet.down_blocks):
-        unet.mid_block = None
-        unet.down_blocks = unet.down_blocks[:last_tap]
-        if last_tap:
-            unet.down_blocks[-1].downsamplers = None
-    return unet
 
 
 def check_undistilled(source: str, config: Mapping[str, Any]) -> None:

@@ -56,7 +56,7 @@ def stored_ranks(network: nn.Module, shapes: Mapping[str, tuple[int, ...]], orig
         parts.setdefault(layer, {})[part] = shape
     ranks = {}
     for layer, found in parts.items():
-        size, down, up = sizes.get(layer, ()), found.get("A.weight", (0,)), found.get("B.weight")
+        size, down, up = sizes.get(layer, ()), found.get("A.weight") or (0,), found.get("B.weight")
         if size and up and down[0] and down[1:] == size[1:] and up[:2] == (size[0], down[0]) and found.keys() <= PARTS:
             ranks[layer] = down[0]
     odd = [name for name in shapes if name.rpartition(".lora_")[0] not in ranks]

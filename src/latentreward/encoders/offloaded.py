@@ -31,8 +31,7 @@ class OffloadedEncoder(PromptEncoder):
     ) -> None:
         super().__init__()
         self.num_tokens, self.token_dim, self.pooled_dim = encoder.num_tokens, encoder.token_dim, encoder.pooled_dim
-        self.masked, self.dropped_tokens = encoder.masked, encoder.dropped_tokens
-        self.sees_sources = encoder.sees_sources
+        self.masked, self.sees_sources = encoder.masked, encoder.sees_sources
         self.clip_length = getattr(encoder, "clip_length", None)  # of SD3's encoder, whose T5 tokens come after CLIP's
         self._encoder = (encoder.to("cpu"),)  # in a tuple, so that moves of the policy leave it on the CPU
         self._order = [*dict.fromkeys(prompts)]
@@ -43,6 +42,10 @@ class OffloadedEncoder(PromptEncoder):
     def tokenize(self, prompts: Sequence[str]) -> tuple[Tensor, ...]:
         """See :meth:`PromptEncoder.tokenize`."""
         return self._encoder[0].tokenize(prompts)
+
+    def count_tokens(self, prompts: Sequence[str]) -> list[int]:
+        """See :meth:`PromptEncoder.count_tokens`."""
+        return self._encoder[0].count_tokens(prompts)
 
     def encode_ids(self, *input_ids: Tensor) -> Conditioning:
         """See :meth:`PromptEncoder.encode_ids`; the encoder comes to the device for these tokens alone."""

@@ -174,9 +174,19 @@ def equal_lengths(encoder: PromptEncoder, prompts: Sequence[str], most: int) -> 
 
 def token_ids(tokenizer: Any, prompts: Sequence[str], length: int) -> Tensor:
     """Return token ids ``(B, length)``, int64 on the CPU, padded and truncated to ``length``."""
+    return _padded(tokenizer, prompts, length).input_ids
+
+
+def masked_ids(encoder: PromptEncoder, tokenizer: Any, texts: Sequence[str], length: int) -> tuple[Tensor, Tensor]:
+    """Return :func:`token_ids` and their mask ``(B, length)``; the encoder warns of a text that is cut."""
+    found = _padded(tokenizer, texts, length)
+    encoder.tell_cut(tokenizer, texts, found.attention_mask.sum(dim=1).tolist(), length)
+    return found.input_ids, found.attention_mask
+
+
+def _padded(tokenizer: Any, texts: Sequence[str], length: int) -> Any:
     if tokenizer is None:
         raise InputError("prompts were given as text, but there is no tokenizer; load it with its base pipeline")
+    size = {"padding": "max_length", "truncation": True, "max_length": length}
     with torch.device("cpu"):
-        return tokenizer(
-            list(prompts), padding="max_length", truncation=True, max_length=length, return_tensors="pt"
-        ).input_ids
+        return tokenizer(list(texts), **size, return_attention_mask=True, return_tensors="pt")

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from transformers import CLIPTextModelWithProjection, PreTrainedTokenizerBase, T5EncoderModel
 
 from latentreward.contracts import Conditioning
-from latentreward.encoders.prompts import PromptEncoder, token_ids
+from latentreward.encoders.prompts import PromptEncoder, masked_ids, token_ids
 from latentreward.errors import InputError
 
 MOST_TOKENS = 4096  # largest number of T5 tokens per prompt
@@ -69,9 +69,7 @@ class SD3PromptEncoder(PromptEncoder):
         """See :meth:`PromptEncoder.tokenize`."""
         ids = [token_ids(tokenizer, prompts, self.clip_length) for tokenizer in (self.tokenizer, self.tokenizer_2)]
         if self.text_encoder_3 is not None:
-            ids.append(token_ids(self.tokenizer_3, prompts, self.t5_length))
-            used = (ids[2] != self.tokenizer_3.pad_token_id).sum(dim=1)
-            self.tell_cut(self.tokenizer_3, prompts, used.tolist(), self.t5_length)
+            ids.append(masked_ids(self, self.tokenizer_3, prompts, self.t5_length)[0])
         else:
             used = (ids[0] != self.tokenizer.pad_token_id).sum(dim=1) + 1  # CLIP-L pads with its last token
             self.tell_cut(self.tokenizer, prompts, used.tolist(), self.clip_length)

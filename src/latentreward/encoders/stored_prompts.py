@@ -33,8 +33,7 @@ class StoredPrompts(PromptEncoder):
     ) -> None:
         super().__init__()
         self.num_tokens, self.token_dim, self.pooled_dim = encoder.num_tokens, encoder.token_dim, encoder.pooled_dim
-        self.masked = encoder.masked
-        self.sees_sources = encoder.sees_sources
+        self.masked, self.sees_sources = encoder.masked, encoder.sees_sources
         self.clip_length = getattr(encoder, "clip_length", None)  # of SD3's encoder, whose T5 tokens come after CLIP's
         self._remedy = remedy
         self._rows, self._table, self._device = {prompt: row for row, prompt in enumerate(prompts)}, table, device

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any
 
 import torch
@@ -66,7 +67,15 @@ class FamilyBackbone(TransformerBackbone):
             family.require_parts(names, getattr(family, names), transformer)
         self.transformer = transformer
         self.block_counts = [len(getattr(transformer, name)) for name in family.lists]  # before any are dropped
-        cut_network(transformer, family, num_layers, keep_tail=self.output_map)
+        for name in family.lists:
+            blocks = getattr(transformer, name)
+            setattr(transformer, name, blocks[:num_layers])
+            num_layers = max(0, num_layers - len(blocks))
+        for name in () if self.output_map else family.tail:
+            if isinstance(getattr(transformer, name, None), nn.Parameter):
+                delattr(transformer, name)
+            elif hasattr(transformer, name):
+                setattr(transformer, name, nn.Identity())
 
     def unread_names(self) -> list[str]:
         """See :meth:`TransformerBackbone.unread_names`."""
@@ -125,9 +134,7 @@ class FamilyBackbone(TransformerBackbone):
         tokens = self.family.begin(self.transformer, latents, sigma, conditioning)
         recompute = getattr(self.transformer, "gradient_checkpointing", False) and torch.is_grad_enabled()
         read = [(tokens.made, tokens.text)]
-        for number, block in enumerate(self.blocks(), start=1):
-            if number > self.last_tap:
-                break
+        for number, block in enumerate(islice(self.blocks(), self.last_tap), start=1):
             if recompute:
                 pair = checkpoint(self._step, block, tokens, number, tokens.visual, tokens.text, use_reentrant=False)
             else:
@@ -158,20 +165,6 @@ class FamilyBackbone(TransformerBackbone):
     def blocks(self) -> Iterator[nn.Module]:
         """See :meth:`DiffusionBackbone.blocks`."""
         yield from self.family.blocks(self.transformer)
-
-
-def cut_network(transformer: Any, family: FlowFamily, num_layers: int, keep_tail: bool = False) -> None:
-    """Remove, in place, blocks after the first ``num_layers`` and, unless kept, the modules after the last block."""
-    left = num_layers
-    for name in family.lists:
-        blocks = getattr(transformer, name)
-        setattr(transformer, name, blocks[:left])
-        left = max(0, left - len(blocks))
-    for name in () if keep_tail else family.tail:
-        if isinstance(getattr(transformer, name, None), nn.Parameter):
-            delattr(transformer, name)
-        elif hasattr(transformer, name):
-            setattr(transformer, name, nn.Identity())
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from latentreward.backbones.registry import register_backbone
 from latentreward.contracts import Conditioning, PathText
-from latentreward.encoders.prompts import PromptEncoder
+from latentreward.encoders.prompts import PromptEncoder, masked_ids
 from latentreward.families.backbone import FamilyBackbone, load_family_backbone
 from latentreward.families.flow import FlowFamily, Tokens
 from latentreward.families.flux1 import Flux1, positions, t5_tokens, unread_of_dual
@@ -147,14 +147,11 @@ class ChromaPromptEncoder(PromptEncoder):
 
     def tokenize(self, prompts: Sequence[str]) -> tuple[Tensor, ...]:
         """See :meth:`PromptEncoder.tokenize`; ids, the mask of T5 and that of the network."""
-        size = {"padding": "max_length", "truncation": True, "max_length": self.num_tokens}
-        with torch.device("cpu"):
-            found = self.tokenizer(list(prompts), **size, return_tensors="pt")
-            counts = found.attention_mask.sum(dim=1)
-            kept = torch.arange(min(int(counts.max()) + 1, self.num_tokens)) <= counts[:, None]
-        self.tell_cut(self.tokenizer, prompts, counts.tolist(), self.num_tokens)
-        length = kept.shape[1]
-        return found.input_ids[:, :length], found.attention_mask[:, :length], kept
+        ids, mask = masked_ids(self, self.tokenizer, prompts, self.num_tokens)
+        counts = mask.sum(dim=1)
+        length = min(int(counts.max()) + 1, self.num_tokens)
+        kept = torch.arange(length, device="cpu") <= counts[:, None]
+        return ids[:, :length], mask[:, :length], kept
 
     def encode_ids(self, *input_ids: Tensor) -> Conditioning:
         """See :meth:`PromptEncoder.encode_ids`."""

@@ -22,9 +22,9 @@ UNSUPPORTED: Mapping[str, str] = dict.fromkeys(("SanaPipeline", "SanaSprintPipel
 def families() -> dict[str, type[Family]]:
     """Return the families of this package by name, found by their files."""
     found = {}
-    for file in sorted(Path(__file__).parent.glob("*.py")):
-        module = import_module(f"{__package__}.{file.stem}") if not file.stem.startswith("_") else None
-        for kind in vars(module).values() if module else ():
+    for file in sorted(Path(__file__).parent.glob("[!_]*.py")):
+        module = import_module(f"{__package__}.{file.stem}")
+        for kind in vars(module).values():
             if isinstance(kind, type) and issubclass(kind, Family) and kind.name and kind.__module__ == module.__name__:
                 found[kind.name] = kind
     return found
@@ -49,9 +49,8 @@ def find_family(pipeline: PipelineConfigs, own: str | None = None) -> Family:
             raise InputError(f"family: {theirs.__name__}.name is {family.name!r}, a name of this package; give another")
         family.check()
         return family
-    names = [str(pipeline.index.get("_class_name"))]
-    for part in ("transformer", "unet"):
-        names += [str(pipeline.config(part).get("_class_name"))] if pipeline.has(part) else []
+    configs = [pipeline.index, *(pipeline.config(part) for part in ("transformer", "unet") if pipeline.has(part))]
+    names = [str(config.get("_class_name")) for config in configs]
     refused = dict(UNSUPPORTED)
     for kind in families().values():
         refused |= kind.refused

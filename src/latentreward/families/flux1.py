@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from latentreward.backbones.registry import register_backbone
 from latentreward.backbones.tuning import ATTENTION
 from latentreward.contracts import Conditioning, PathText
-from latentreward.encoders.prompts import PromptEncoder, token_ids
+from latentreward.encoders.prompts import PromptEncoder, masked_ids, token_ids
 from latentreward.errors import InputError
 from latentreward.families.backbone import FamilyBackbone, load_family_backbone
 from latentreward.families.base import PipelineConfigs
@@ -65,13 +65,8 @@ class Flux1PromptEncoder(PromptEncoder):
 
     def tokenize(self, prompts: Sequence[str]) -> tuple[Tensor, ...]:
         """See :meth:`PromptEncoder.tokenize`."""
-        pooled, tokens = (
-            token_ids(self.tokenizer, prompts, self.clip_length),
-            token_ids(self.tokenizer_2, prompts, self.num_tokens),
-        )
-        used = (tokens != self.tokenizer_2.pad_token_id).sum(dim=1)
-        self.tell_cut(self.tokenizer_2, prompts, used.tolist(), self.num_tokens)
-        return pooled, tokens
+        tokens, _ = masked_ids(self, self.tokenizer_2, prompts, self.num_tokens)
+        return token_ids(self.tokenizer, prompts, self.clip_length), tokens
 
     def encode_ids(self, *input_ids: Tensor) -> Conditioning:
         """See :meth:`PromptEncoder.encode_ids`."""

@@ -19,7 +19,7 @@ from latentreward.backbones.registry import register_backbone
 from latentreward.backbones.tuning import ATTENTION
 from latentreward.contracts import Conditioning, LatentSpace, PathText
 from latentreward.encoders.language_model import first_layers
-from latentreward.encoders.prompts import PromptEncoder
+from latentreward.encoders.prompts import PromptEncoder, masked_ids
 from latentreward.encoders.sources import SourceSize
 from latentreward.encoders.vae import PatchedLatentEncoder
 from latentreward.errors import InputError
@@ -76,11 +76,7 @@ class Flux2KleinPromptEncoder(PromptEncoder):
         turns = [[{"role": "user", "content": prompt}] for prompt in prompts]
         template = {"tokenize": False, "add_generation_prompt": True, "enable_thinking": False}
         texts: Any = [self.tokenizer.apply_chat_template(turn, **template) for turn in turns]
-        size = {"padding": "max_length", "truncation": True, "max_length": self.num_tokens}
-        with torch.device("cpu"):
-            found = self.tokenizer(texts, **size, return_tensors="pt")
-        self.tell_cut(self.tokenizer, texts, found.attention_mask.sum(dim=1).tolist(), self.num_tokens)
-        return found.input_ids, found.attention_mask
+        return masked_ids(self, self.tokenizer, texts, self.num_tokens)
 
     def encode_ids(self, *input_ids: Tensor) -> Conditioning:
         """See :meth:`PromptEncoder.encode_ids`; takes token ids and attention mask."""

@@ -20,7 +20,7 @@ from latentreward.backbones.registry import register_backbone
 from latentreward.backbones.weights import part_of
 from latentreward.contracts import Conditioning, PathText
 from latentreward.encoders.language_model import first_layers
-from latentreward.encoders.prompts import PromptEncoder, token_ids
+from latentreward.encoders.prompts import PromptEncoder, masked_ids, token_ids
 from latentreward.errors import InputError
 from latentreward.families.backbone import FamilyBackbone, load_family_backbone
 from latentreward.families.flow import FlowFamily, Tokens, of_patches
@@ -251,12 +251,8 @@ class HiDreamPromptEncoder(PromptEncoder):
     def tokenize(self, prompts: Sequence[str]) -> tuple[Tensor, ...]:
         """See :meth:`PromptEncoder.tokenize`; ids of the CLIPs, and ids and mask of T5 and of Llama."""
         found = [token_ids(words, prompts, min(self.num_tokens, CLIP_LENGTH)) for words in self.tokenizers[:2]]
-        size = {"padding": "max_length", "truncation": True, "max_length": self.num_tokens, "return_tensors": "pt"}
         for words in self.tokenizers[2:]:
-            with torch.device("cpu"):
-                made = words(list(prompts), **size)
-            self.tell_cut(words, prompts, made.attention_mask.sum(dim=1).tolist(), self.num_tokens)
-            found += [made.input_ids, made.attention_mask]
+            found += masked_ids(self, words, prompts, self.num_tokens)
         return tuple(found)
 
     def encode_ids(self, *input_ids: Tensor) -> Conditioning:

@@ -143,9 +143,7 @@ class Krea2(FlowFamily):
         temb = network.time_embed(sigma, dtype=dtype)
         others = {
             "temb": network.time_mod_proj(F.gelu(temb, approximate="tanh")),
-            "image_rotary_emb": network.rotary_emb(
-                torch.cat(positions(text.shape[1], [grid[1:]], latents.device)),
-            ),
+            "image_rotary_emb": network.rotary_emb(torch.cat(positions(text.shape[1], [grid[1:]], latents.device))),
             "attention_mask": None if of_text is None else F.pad(of_text, (0, visual.shape[1]), value=True),
         }
         return Tokens(visual, text, temb.squeeze(1), grid, conditioning.prompt_mask, others)

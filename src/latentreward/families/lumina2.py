@@ -54,8 +54,7 @@ class Lumina2(FlowFamily):
 
         tokenizer = self.pipeline.tokenizer("tokenizer")
         model = self.pipeline.load(Gemma2Model, "text_encoder", pretrained)
-        encoder = Lumina2PromptEncoder(without_last_layer(model), tokenizer, TEXT_LENGTH)
-        return self.fitting(encoder)
+        return self.fitting(Lumina2PromptEncoder(without_last_layer(model), tokenizer, TEXT_LENGTH))
 
     # Guidance
 

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
 
 from latentreward.backbones.registry import register_backbone
 from latentreward.backbones.weights import part_of
@@ -99,8 +100,7 @@ class QwenImage(FlowFamily):
         from transformers import Qwen2_5_VLForConditionalGeneration
 
         whole = self.pipeline.load(Qwen2_5_VLForConditionalGeneration, "text_encoder", pretrained)
-        encoder = QwenImagePromptEncoder(part_of(whole, "model.language_model"), self.tokenizer)
-        return self.fitting(encoder)
+        return self.fitting(QwenImagePromptEncoder(part_of(whole, "model.language_model"), self.tokenizer))
 
     # Noise
 
@@ -206,10 +206,9 @@ def needed_mask(conditioning: Conditioning) -> Tensor | None:
 
 def padded_rows(rows: Sequence[Sequence[int]], padding: int) -> tuple[Tensor, Tensor]:
     """Return token ids padded at the end, and their mask, ``(B, longest)`` on the CPU."""
-    longest = max(len(row) for row in rows)
     with torch.device("cpu"):
-        ids = torch.tensor([[*row, *[padding] * (longest - len(row))] for row in rows])
-        mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows])
+        ids = pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=padding)
+        mask = pad_sequence([torch.ones(len(row), dtype=torch.int64) for row in rows], batch_first=True)
     return ids, mask
 
 

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from latentreward.backbones.loading import SHIPPED, check_channels, tiny_pipeline
+from latentreward.backbones.loading import SHIPPED, check_channels, check_sample_size, tiny_pipeline
 from latentreward.backbones.registry import register_backbone
 from latentreward.backbones.sd_unet import SDUNetBackbone, beside_sources, check_undistilled, unet_family
 from latentreward.backbones.tuning import Tuning
@@ -81,8 +81,7 @@ class StableDiffusion(Family):
     @property
     def native_size(self) -> tuple[int, int]:
         """See :attr:`Family.native_size`."""
-        size = self.config["sample_size"]
-        height, width = (size, size) if isinstance(size, int) else size
+        height, width = check_sample_size(self.config.get("sample_size"))
         return height * self.latent_space.downscale, width * self.latent_space.downscale
 
     def load_prompt_encoder(
@@ -92,7 +91,7 @@ class StableDiffusion(Family):
         two = self.pipeline.has("text_encoder_2")
         encoder: PromptEncoder = (self.pipeline.sdxl_prompts if two else self.pipeline.clip_prompts)(pretrained, True)
         has_unet = self.pipeline.has(self.part)  # a cache is written without one
-        if has_unet and encoder.token_dim != (taken := self.config["cross_attention_dim"]):
+        if has_unet and encoder.token_dim != (taken := self.config.get("cross_attention_dim", 1280)):
             raise InputError(
                 f"source={self.pipeline.source!r}: the text encoder is {encoder.token_dim} wide, but the U-Net takes "
                 f"{taken}; network and text encoder must come from one pipeline"

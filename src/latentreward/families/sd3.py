@@ -163,8 +163,25 @@ class StableDiffusion3(Family):
         yield from network.transformer_blocks
 
     def kohya_layers(self, layers: Mapping[str, Pair]) -> dict[str, list[Pair | None]]:
-        """See :meth:`Family.kohya_layers`; the layers of sd-scripts' MMDiT, of which some join three of diffusers'."""
-        return mmdit_parts(layers)
+        """See :meth:`Family.kohya_layers`; the layers of sd-scripts' MMDiT.
+
+        A layer that joins three of diffusers' has three parts: query, key and value.
+        """
+        found: dict[str, list[Pair | None]] = {}
+        for layer, (down, up) in layers.items():
+            block, rest = "", layer
+            if layer.startswith("transformer_blocks."):
+                _, number, rest = layer.split(".", 2)
+                block = f"joint_blocks.{number}."
+            swapped = rest in SCALE_FIRST and len(up) == 2 * down.shape[1]
+            pair = down, torch.cat(up.chunk(2)[::-1]) if swapped else up
+            joined = next((name for name, parts in JOINED.items() if rest in parts), None)
+            if joined is None:
+                found[block + LAYERS[rest]] = [pair]
+            else:
+                parts = JOINED[joined]
+                found.setdefault(block + joined, [None] * len(parts))[parts.index(rest)] = pair
+        return found
 
     def search_inputs(self) -> list[str]:
         """See :meth:`Family.search_inputs`."""
@@ -173,30 +190,6 @@ class StableDiffusion3(Family):
     def search_conditioning(self, inputs: Mapping[str, Tensor]) -> Conditioning:
         """See :meth:`Family.search_conditioning`."""
         return Conditioning(inputs["prompt_embeds"], inputs["pooled_prompt_embeds"])
-
-
-def mmdit_parts(pairs: Mapping[str, Pair]) -> dict[str, list[Pair | None]]:
-    """Group the adapters of diffusers' SD3 transformer by the layers of sd-scripts' MMDiT.
-
-    Returns:
-        For each MMDiT layer the A and B of its parts, in order: three parts (query, key, value) for a joined layer,
-        else one. A part without a trained adapter is None.
-    """
-    found: dict[str, list[Pair | None]] = {}
-    for layer, (down, up) in pairs.items():
-        block, rest = "", layer
-        if layer.startswith("transformer_blocks."):
-            _, number, rest = layer.split(".", 2)
-            block = f"joint_blocks.{number}."
-        swapped = rest in SCALE_FIRST and len(up) == 2 * down.shape[1]
-        pair = down, torch.cat(up.chunk(2)[::-1]) if swapped else up
-        joined = next((name for name, layers in JOINED.items() if rest in layers), None)
-        if joined is None:
-            found[block + LAYERS[rest]] = [pair]
-        else:
-            layers = JOINED[joined]
-            found.setdefault(block + joined, [None] * len(layers))[layers.index(rest)] = pair
-    return found
 
 
 def load_sd3(

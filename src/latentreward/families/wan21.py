@@ -12,12 +12,11 @@ from importlib import import_module
 from importlib.util import find_spec
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 
 from latentreward.backbones.registry import register_backbone
 from latentreward.contracts import Conditioning, PathText
-from latentreward.encoders.prompts import PromptEncoder
+from latentreward.encoders.prompts import PromptEncoder, masked_ids
 from latentreward.encoders.vae import ChannelLatentEncoder
 from latentreward.errors import InputError
 from latentreward.families.backbone import FamilyBackbone, load_family_backbone
@@ -208,12 +207,7 @@ class WanPromptEncoder(PromptEncoder):
 
     def tokenize(self, prompts: Sequence[str]) -> tuple[Tensor, ...]:
         """See :meth:`PromptEncoder.tokenize`; the ids and the mask of UMT5."""
-        options = {"padding": "max_length", "truncation": True, "max_length": self.num_tokens, "return_tensors": "pt"}
-        with torch.device("cpu"):
-            texts = [cleaned(prompt) for prompt in prompts]
-            tokens = self.tokenizer(texts, return_attention_mask=True, **options)
-        self.tell_cut(self.tokenizer, texts, tokens.attention_mask.sum(dim=1).tolist(), self.num_tokens)
-        return tokens.input_ids, tokens.attention_mask
+        return masked_ids(self, self.tokenizer, [cleaned(prompt) for prompt in prompts], self.num_tokens)
 
     def encode_ids(self, *input_ids: Tensor) -> Conditioning:
         """See :meth:`PromptEncoder.encode_ids`."""

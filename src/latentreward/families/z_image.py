@@ -95,8 +95,7 @@ class ZImage(FlowFamily):
 
         tokenizer = self.chat_tokenizer()
         model = self.pipeline.load(Qwen3Model, "text_encoder", pretrained)
-        encoder = ZImagePromptEncoder(without_last_layer(model), tokenizer, TEXT_LENGTH)
-        return self.fitting(encoder)
+        return self.fitting(ZImagePromptEncoder(without_last_layer(model), tokenizer, TEXT_LENGTH))
 
     # Guidance
 
@@ -231,7 +230,7 @@ def run(network: Any, block: nn.Module, *inputs: Tensor | None) -> Tensor:
 
 @register_backbone
 def z_image(source: PathText, **options: Any) -> FamilyBackbone:
-    """Z-Image or Z-Image-Turbo (Tongyi-MAI, Apache-2.0), 6 billion parameters in 30 blocks.
+    """Load the first blocks of Z-Image or Z-Image-Turbo (Tongyi-MAI, Apache-2.0), 6 billion parameters in 30 blocks.
 
     Args:
         source: Diffusers pipeline folder, or hub id.

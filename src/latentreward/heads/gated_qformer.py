@@ -119,7 +119,11 @@ class QueryAttention(nn.Module):
                 self.gate_text = gate(width)
         self.to_out = nn.Sequential(nn.Linear(width, width))
 
-    def _attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
+    def _attend(self, query: Tensor, tokens: Tensor, kind: str, mask: Tensor | None = None) -> Tensor:
+        """Attend to normed tokens by the layers of their kind, ``vis`` or ``text``."""
+        key, value = getattr(self, f"to_k_{kind}")(tokens), getattr(self, f"to_v_{kind}")(tokens)
+        if self.gated:
+            value = torch.sigmoid(getattr(self, f"gate_{kind}")(tokens)) * value
         q, k, v = (tensor.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for tensor in (query, key, value))
         keys = None if mask is None else mask[:, None, None]
         return F.scaled_dot_product_attention(q, k, v, attn_mask=keys).transpose(1, 2).flatten(2)
@@ -131,20 +135,10 @@ class QueryAttention(nn.Module):
 
         Text tokens where ``text_mask`` ``(B, M)`` is false are ignored.
         """
-        query, tokens = self.to_q(self.norm_q(queries)), self.norm_v(visual)
-        value = self.to_v_vis(tokens)
-        hidden = self._attend(
-            query, self.to_k_vis(tokens), torch.sigmoid(self.gate_vis(tokens)) * value if self.gated else value
-        )
+        query = self.to_q(self.norm_q(queries))
+        hidden = self._attend(query, self.norm_v(visual), "vis")
         if text is not None:
-            tokens = self.norm_t(text)
-            value = self.to_v_text(tokens)
-            hidden = hidden + self._attend(
-                query,
-                self.to_k_text(tokens),
-                torch.sigmoid(self.gate_text(tokens)) * value if self.gated else value,
-                text_mask,
-            )
+            hidden = hidden + self._attend(query, self.norm_t(text), "text", text_mask)
         return queries + self.to_out(hidden)
 
 
@@ -200,7 +194,7 @@ class GatedQFormerHead(RewardHead):
         axes: tuple[float, float] | None = None,
     ) -> None:
         super().__init__()
-        width = width or max(tap.width for tap in spec.visual)
+        width = max(tap.width for tap in spec.visual) if width is None else width
         check_at_least_one(width=width, num_queries=num_queries, num_heads=num_heads, out_dim=out_dim)
         if width % num_heads:
             raise InputError(f"num_heads={num_heads} must divide the head's width {width}")

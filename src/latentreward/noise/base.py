@@ -81,7 +81,11 @@ class NoiseProcess(Part):
         return self.timesteps[self.nearest(u)]
 
     def snap(self, timesteps: Tensor) -> Tensor:
-        """Return the timesteps of the table nearest to ``timesteps`` ``(B,)``, e.g. of a grid for another process."""
+        """Return the timesteps of the table nearest to ``timesteps`` ``(B,)``, e.g. of a grid for another process.
+
+        Raises:
+            InputError: If a timestep lies outside the table.
+        """
         return self.timesteps[self._index(timesteps)]
 
     def sigma(self, timesteps: Tensor) -> Tensor:
@@ -93,11 +97,15 @@ class NoiseProcess(Part):
         return self.sigmas[self._index(timesteps)].to(timesteps.device)
 
     def _index(self, timesteps: Tensor) -> Tensor:
-        values = timesteps.detach().to("cpu", torch.float32)
-        outside = values[~((values >= 0) & (values <= self.highest))]
+        values = self._in_range(timesteps.detach().to("cpu", torch.float32))
+        return (self.timesteps - values[:, None]).abs().argmin(dim=1)
+
+    def _in_range(self, timesteps: Tensor) -> Tensor:
+        """Return timesteps; raise InputError if one lies outside the table."""
+        outside = timesteps[~((timesteps >= 0) & (timesteps <= self.highest))]
         if outside.numel():
             raise InputError(f"timestep {outside[0].item():g} is out of range; use a value from 0 to {self.highest:g}")
-        return (self.timesteps - values[:, None]).abs().argmin(dim=1)
+        return timesteps
 
 
 def per_sample(values: Tensor, like: Tensor) -> Tensor:

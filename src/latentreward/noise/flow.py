@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from latentreward.errors import InputError
+from latentreward.errors import check_range, errors_at
 from latentreward.noise.base import NoiseProcess, per_sample, predicted_clean
 from latentreward.noise.schedules import NAME
 from latentreward.storage.json_files import entry
@@ -21,9 +21,13 @@ class FlowMatching(NoiseProcess):
     Args:
         num_train_timesteps: Number of levels T; timesteps are T·σ.
         shift: Time shift; SD3 and SD3.5 use 3.
+
+    Raises:
+        InputError: If ``shift`` is not positive and finite.
     """
 
     def __init__(self, num_train_timesteps: int = 1000, shift: float = 3.0) -> None:
+        check_range("(0, inf)", shift=shift)
         ratio = torch.arange(num_train_timesteps, 0, -1, dtype=torch.float32) / num_train_timesteps
         self.sigmas = shift * ratio / (1 + (shift - 1) * ratio)
         self.timesteps = self.sigmas * num_train_timesteps
@@ -32,7 +36,9 @@ class FlowMatching(NoiseProcess):
     def from_config(cls, config: Mapping[str, Any]) -> "FlowMatching":
         """Build the process from the config of a ``FlowMatchEulerDiscreteScheduler``."""
         levels = entry(config, "num_train_timesteps", int, NAME, default=1000)
-        return cls(levels, entry(config, "shift", float, NAME, default=1.0))
+        shift = entry(config, "shift", float, NAME, default=1.0)
+        with errors_at(f"{NAME}: "):
+            return cls(levels, shift)
 
     def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """See :meth:`NoiseProcess.add_noise`."""
@@ -67,12 +73,8 @@ class ContinuousFlow(FlowMatching):
 
     def snap(self, timesteps: Tensor) -> Tensor:
         """See :meth:`NoiseProcess.snap`."""
-        return timesteps.to("cpu", torch.float32).clamp(1.0, 1000.0)
+        return self._in_range(timesteps.to("cpu", torch.float32)).clamp(min=1.0)
 
     def sigma(self, timesteps: Tensor) -> Tensor:
         """See :meth:`NoiseProcess.sigma`."""
-        values = timesteps.detach().float()
-        outside = values[~((values >= 0) & (values <= 1000))]
-        if outside.numel():
-            raise InputError(f"timestep {outside[0].item():g} is out of range; use a value from 0 to 1000")
-        return values / 1000
+        return self._in_range(timesteps.detach().float()) / 1000

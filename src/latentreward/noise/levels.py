@@ -87,7 +87,7 @@ class LogitNormalSigma(TargetSigma):
     """
 
     def __init__(self, mean: float = 0.0, std: float = 1.0) -> None:
-        check_range("(0, inf]", std=std)
+        check_range("(0, inf)", std=std)
         self.mean, self.std = mean, std
 
     def transform(self, uniform: Tensor, normal: Tensor) -> Tensor:
@@ -121,7 +121,7 @@ class PowerSigma(TargetSigma):
     """
 
     def __init__(self, power: float) -> None:
-        check_range("(0, inf]", power=power)
+        check_range("(0, inf)", power=power)
         self.power = power
 
     def transform(self, uniform: Tensor, normal: Tensor) -> Tensor:
@@ -138,7 +138,7 @@ class BetaSigma(TargetSigma):
     """
 
     def __init__(self, a: float, b: float) -> None:
-        check_range("(0, inf]", a=a, b=b)
+        check_range("(0, inf)", a=a, b=b)
         self.a, self.b = a, b
         grid = torch.linspace(0, 1, 20_001, dtype=torch.float64, device="cpu")  # as random numbers
         low, high = grid[:-1], grid[1:]

@@ -27,12 +27,15 @@ OTHER_PROCESS: Mapping[str, Any] = {"use_flow_sigmas": True, "timestep_type": "c
 """Settings by which some of :data:`DDPM_SCHEDULERS` get another noise process."""
 NAME = "the scheduler config"
 LEVELS = "the scheduler has no more levels"
+MOST_LEVELS = 100_000
+"""Largest number of noise levels of a config, whose table would fill memory; Kolors has 1100, others 1000."""
 
 
 def check_scheduler(config: Mapping[str, Any], taken: Sequence[str]) -> None:
     """Raise InputError if a network's noise process does not follow from the scheduler's config.
 
-    The class is none of ``taken``, or a network that is no flow has a setting of :data:`OTHER_PROCESS`.
+    The class is none of ``taken``, a network that is no flow has a setting of :data:`OTHER_PROCESS`, or there are more
+    than :data:`MOST_LEVELS` levels.
     """
     if (found := config.get("_class_name")) is None:
         raise InputError(f"{NAME} has no _class_name; give the one saved in scheduler_config.json")
@@ -52,6 +55,11 @@ def check_scheduler(config: Mapping[str, Any], taken: Sequence[str]) -> None:
                 f"{NAME} has {name}={value}, for another noise process than DDPM's; give a pipeline whose network was "
                 "trained without it"
             )
+    if (count := entry(config, "num_train_timesteps", int, NAME, default=1000)) > MOST_LEVELS:
+        raise InputError(
+            f"{NAME} has num_train_timesteps={count}, over {MOST_LEVELS}, whose noise levels would fill memory; get "
+            "the pipeline as published"
+        )
 
 
 def fits_kind(config: Mapping[str, Any], flow: bool) -> bool:

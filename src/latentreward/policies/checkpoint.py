@@ -61,7 +61,7 @@ def read_policy_adapter(checkpoint: Path | str, trusted: bool = False) -> SavedA
         source = PolicySource(**record, lora=LoRA(**content[SOURCE]["lora"]))
     except (TypeError, AttributeError, KeyError) as error:
         raise InputError(f"checkpoint: {checkpoint}: {SOURCE} is of another version ({first_line(error)})") from error
-    ranks = [len(tensor) for name, tensor in weights.items() if ".lora_A." in name]
+    ranks = [len(tensor) if tensor.ndim else 0 for name, tensor in weights.items() if ".lora_A." in name]
     settings = {"r": source.lora.rank, "lora_alpha": source.lora.alpha}
     check_settings(settings, ranks, f"checkpoint: {checkpoint}: {SOURCE}.lora")
     if not isinstance(source.family, str | None):

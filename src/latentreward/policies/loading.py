@@ -133,7 +133,8 @@ def add_lora(network: Any, lora: LoRA, name: str, seed: int, family: Family) -> 
             inject_adapter_in_model(LoraConfig(**config, target_modules=endings), network, name)
             network._hf_peft_config_loaded = True  # diffusers' own methods for adapters ask this
     except ValueError as error:
-        field = "lora.target_modules" if lora.target_modules else f"family: {type(family).__name__}.lora_targets"
+        own = f"family: {type(family).__name__}.lora_targets"
+        field = own if lora.target_modules is None else "lora.target_modules"
         raise InputError(f"{field}={endings}: {first_line(error)}") from error
     for parameter, weight in network.named_parameters():
         if parameter.endswith(f".lora_A.{name}.weight"):

@@ -101,7 +101,7 @@ class RandomReward(RewardSource):
     """
 
     def __init__(self, kind: Literal["noise", "readout"] = "noise", seed: int = 0, scale: float = 1.0) -> None:
-        check_range("(0, inf]", **{"reward.scale": scale})
+        check_range("(0, inf)", **{"reward.scale": scale})
         self.kind, self.seed, self.scale = kind, seed, scale
 
     def has_gradient(self) -> bool:

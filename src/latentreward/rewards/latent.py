@@ -309,9 +309,8 @@ class LatentReward(RewardSource):
             return model, nullcontext
         outline = stored.on_meta_device
         adapter = share_adapter(policy, outline.get_submodule(outline.network_name), stored.adapter(outline))
-        encoder, head = policy.text_encoder, None
         if text:
-            head = stored.head(outline).requires_grad_(False).eval()
+            encoder, head = policy.text_encoder, stored.head(outline).requires_grad_(False).eval()
         else:  # the text encoder can only be loaded with the whole model, whose network is then dropped
             whole = stored.load(RewardNetwork)
             encoder, head = whole.backbone.text_encoder, whole.head

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -55,10 +56,10 @@ class RewardMixture(RewardSource):
         self, rewards: Sequence[RewardSource], weights: Sequence[float] | None = None, normalise: Normalise = "group"
     ) -> None:
         weights = [1 / max(len(rewards), 1)] * len(rewards) if weights is None else list(weights)
-        if not rewards or len(weights) != len(rewards) or not any(weights):
+        if not rewards or len(weights) != len(rewards) or not any(weights) or not all(map(math.isfinite, weights)):
             raise InputError(
                 f"reward mixture: weights={weights} for {len(rewards)} rewards; give at least one reward, a weight for "
-                "each, and one that is not 0"
+                "each, and one that is not 0; all must be finite"
             )
         self.rewards, self.weights, self.normalise = list(rewards), weights, normalise
 
