@@ -301,9 +301,8 @@ class LatentSpace:
 
     def record(self) -> dict[str, Any]:
         """Return the fields as plain values, without those that only other codecs have: the form in files."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
         always = ("channels", "downscale", "scaling_factor", "shift_factor")
-        return {name: value for name, value in values.items() if name in always or value not in (None, ())}
+        return {name: value for name, value in vars(self).items() if name in always or value not in (None, ())}
 
     @classmethod
     def from_record(cls, values: Mapping[str, Any]) -> Self:
@@ -455,12 +454,9 @@ class Conditioning(TensorRecord):
 
     def zeros(self) -> "Conditioning":
         """Return a copy in which all embeddings are zeros, as some pipelines encode the empty prompt."""
-        return Conditioning(
-            torch.zeros_like(self.prompt_embeds),
-            None if self.pooled_prompt_embeds is None else torch.zeros_like(self.pooled_prompt_embeds),
-            self.prompt_mask,
-            self.source_latents,
-        )
+        pooled = self.pooled_prompt_embeds
+        zeros = None if pooled is None else torch.zeros_like(pooled)
+        return replace(self, prompt_embeds=torch.zeros_like(self.prompt_embeds), pooled_prompt_embeds=zeros)
 
     def beside(self, prompts: "Conditioning") -> "Conditioning":
         """Return this empty prompt for each row of ``prompts``, with the sources of the row.
