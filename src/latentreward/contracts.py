@@ -30,8 +30,7 @@ def map_tensors(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
     if isinstance(value, Tensor):
         return function(value)
     if isinstance(value, TensorRecord):
-        names = [field.name for field in fields(value)]  # type: ignore[arg-type]
-        return type(value)(**{name: map_tensors(getattr(value, name), function) for name in names})
+        return type(value)(**{name: map_tensors(item, function) for name, item in vars(value).items()})
     if isinstance(value, tuple):
         return tuple(map_tensors(item, function) for item in value)
     return value
@@ -42,7 +41,7 @@ def layout_of(value: Any) -> Any:
     if isinstance(value, Tensor):
         return tuple(value.shape), value.dtype
     if isinstance(value, TensorRecord):
-        return tuple(layout_of(getattr(value, field.name)) for field in fields(value))  # type: ignore[arg-type]
+        value = vars(value)
     if isinstance(value, Mapping):
         value = [*value.values()]
     return tuple(map(layout_of, value)) if isinstance(value, tuple | list) else None
@@ -770,7 +769,7 @@ def take_rows(record: StepRecord, index: Sequence[int]) -> StepRecord:
             return None
         return value[rows.to(value.device)] if isinstance(value, Tensor) else tuple(value[i] for i in index)
 
-    return type(record)(**{field.name: taken(getattr(record, field.name)) for field in fields(record)})
+    return type(record)(**{name: taken(value) for name, value in vars(record).items()})
 
 
 def join_rows(records: Sequence[StepRecord]) -> StepRecord:
@@ -786,7 +785,7 @@ def join_rows(records: Sequence[StepRecord]) -> StepRecord:
             return None
         return torch.cat(column) if isinstance(column[0], Tensor) else sum(column, ())
 
-    names = [field.name for field in fields(records[0])]
+    names = vars(records[0])
     return type(records[0])(**{name: joined([getattr(record, name) for record in records]) for name in names})
 
 

@@ -42,7 +42,7 @@ def test_a_long_prompt_ends_in_dots_within_the_cell() -> None:
 
 def test_a_text_is_cut_as_far_as_needed_by_few_measurements(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each measurement of 10 000 letters takes a millisecond."""
-    font, measured = drawing._font(), []
+    font, measured = drawing._font(), list[str]()
 
     class Counting:
         def getlength(self, text: str) -> float:
