@@ -30,8 +30,7 @@ def map_tensors(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
     if isinstance(value, Tensor):
         return function(value)
     if isinstance(value, TensorRecord):
-        names = [field.name for field in fields(value)]  # type: ignore[arg-type]
-        return type(value)(**{name: map_tensors(getattr(value, name), function) for name in names})
+        return type(value)(**{name: map_tensors(item, function) for name, item in vars(value).items()})
     if isinstance(value, tuple):
         return tuple(map_tensors(item, function) for item in value)
     return value
@@ -42,7 +41,7 @@ def layout_of(value: Any) -> Any:
     if isinstance(value, Tensor):
         return tuple(value.shape), value.dtype
     if isinstance(value, TensorRecord):
-        return tuple(layout_of(getattr(value, field.name)) for field in fields(value))  # type: ignore[arg-type]
+        value = vars(value)
     if isinstance(value, Mapping):
         value = [*value.values()]
     return tuple(map(layout_of, value)) if isinstance(value, tuple | list) else None
@@ -301,9 +300,8 @@ class LatentSpace:
 
     def record(self) -> dict[str, Any]:
         """Return the fields as plain values, without those that only other codecs have: the form in files."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
         always = ("channels", "downscale", "scaling_factor", "shift_factor")
-        return {name: value for name, value in values.items() if name in always or value not in (None, ())}
+        return {name: value for name, value in vars(self).items() if name in always or value not in (None, ())}
 
     @classmethod
     def from_record(cls, values: Mapping[str, Any]) -> Self:
@@ -455,12 +453,9 @@ class Conditioning(TensorRecord):
 
     def zeros(self) -> "Conditioning":
         """Return a copy in which all embeddings are zeros, as some pipelines encode the empty prompt."""
-        return Conditioning(
-            torch.zeros_like(self.prompt_embeds),
-            None if self.pooled_prompt_embeds is None else torch.zeros_like(self.pooled_prompt_embeds),
-            self.prompt_mask,
-            self.source_latents,
-        )
+        pooled = self.pooled_prompt_embeds
+        zeros = None if pooled is None else torch.zeros_like(pooled)
+        return replace(self, prompt_embeds=torch.zeros_like(self.prompt_embeds), pooled_prompt_embeds=zeros)
 
     def beside(self, prompts: "Conditioning") -> "Conditioning":
         """Return this empty prompt for each row of ``prompts``, with the sources of the row.
@@ -774,7 +769,7 @@ def take_rows(record: StepRecord, index: Sequence[int]) -> StepRecord:
             return None
         return value[rows.to(value.device)] if isinstance(value, Tensor) else tuple(value[i] for i in index)
 
-    return type(record)(**{field.name: taken(getattr(record, field.name)) for field in fields(record)})
+    return type(record)(**{name: taken(value) for name, value in vars(record).items()})
 
 
 def join_rows(records: Sequence[StepRecord]) -> StepRecord:
@@ -790,7 +785,7 @@ def join_rows(records: Sequence[StepRecord]) -> StepRecord:
             return None
         return torch.cat(column) if isinstance(column[0], Tensor) else sum(column, ())
 
-    names = [field.name for field in fields(records[0])]
+    names = vars(records[0])
     return type(records[0])(**{name: joined([getattr(record, name) for record in records]) for name in names})
 
 

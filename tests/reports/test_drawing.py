@@ -4,7 +4,8 @@ import pytest
 import torch
 from PIL import Image
 
-from latentreward.reports.drawing import PLAIN, draw_pair, to_image
+from latentreward.reports import drawing
+from latentreward.reports.drawing import PLAIN, cut, draw_pair, to_image
 
 
 def test_pixels_become_the_bytes_of_an_image() -> None:
@@ -37,3 +38,19 @@ def test_letters_that_the_font_lacks_are_boxes() -> None:
 def test_a_long_prompt_ends_in_dots_within_the_cell() -> None:
     cells = [draw_pair([Image.new("RGB", (128, 32))], ["0.1"], "a red fox " * times, PLAIN) for times in (10, 20)]
     assert cells[0].tobytes() == cells[1].tobytes()
+
+
+def test_a_text_is_cut_as_far_as_needed_by_few_measurements(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each measurement of 10 000 letters takes a millisecond."""
+    font, measured = drawing._font(), list[str]()
+
+    class Counting:
+        def getlength(self, text: str) -> float:
+            measured.append(text)
+            return font.getlength(text)
+
+    monkeypatch.setattr(drawing, "_font", Counting)
+    shown = cut("lorem ipsum " * 833, 200)
+    assert shown.endswith("…") and font.getlength(shown) <= 200 < font.getlength(f"lorem ipsum {shown}")
+    assert len(measured) < 20
+    assert cut("short", 200) == "short" and cut("long", 1) == "…"

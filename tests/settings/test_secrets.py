@@ -6,8 +6,9 @@ import pytest
 from omegaconf import OmegaConf
 
 from latentreward.cli import main
+from latentreward.errors import InputError
 from latentreward.scoring import RewardModel
-from latentreward.settings.functions import prepare_parsing, with_secrets
+from latentreward.settings.functions import prepare_parsing, run_function, with_secrets
 from latentreward.settings.rewriting import hide_secrets
 from tests.settings.test_refusals import FIT, refusal
 
@@ -83,3 +84,24 @@ def test_every_form_of_a_secret(text: str, value: object, monkeypatch: pytest.Mo
     kept = OmegaConf.to_container(OmegaConf.create([hide_secrets(text)]), resolve=True)[0]
     assert "s3cr3t" not in kept
     assert with_secrets(kept) == value
+
+
+def test_secrets_in_mappings_and_tuples(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MY_TOKEN", "s3cr3t")
+    told: list[object] = []
+
+    def command(headers: dict[str, list[dict[str, str]]], login: tuple[str, str]) -> None:
+        """Run.
+
+        Args:
+            headers: Headers.
+            login: Name and password.
+        """
+        told.extend([headers, login])
+
+    settings = ["--headers={x: [{auth: '${oc.env:MY_TOKEN}'}]}", "--login=[me, '${oc.env:MY_TOKEN}']"]
+    run_function(command, "command", settings, classes=False)
+    assert told == [{"x": [{"auth": "s3cr3t"}]}, ("me", "s3cr3t")]
+    monkeypatch.delenv("MY_TOKEN")
+    with pytest.raises(InputError, match=r"^headers\.x\[0\]\.auth: the environment variable MY_TOKEN is not set"):
+        run_function(command, "command", settings, classes=False)

@@ -141,7 +141,8 @@ class Connection:
 
     def __init__(self, server: RemoteServer) -> None:
         self.server = server
-        self._lock, self._owner, self._failing = Lock(), 0, False
+        self._lock, self._owner = Lock(), 0
+        self._failing_since: float | None = None  # by the monotonic clock; None while the server answers
         self._pool: tuple[httpcore.ConnectionPool, TimedNetwork] | None = None
 
     def ask(
@@ -174,10 +175,10 @@ class Connection:
                 left = began + self.server.limit_s - now
                 if left <= 0 or (error.pause_s or 0.0) > left:
                     self._give_up(error, tries, now - began)
-                self._tell(True, ": %s; tries again for up to %g seconds", error, self.server.limit_s)
+                self._tell(error)
                 self._wait(min(pause, left), ended, f"{error}")
             else:
-                self._tell(False, " answers again after %.0f seconds", time.monotonic() - began)
+                self._tell(None)
                 return answer
 
     def _try(self, method: str, url: str, content: bytes, headers: dict[str, str]) -> Any:
@@ -272,12 +273,16 @@ class Connection:
                 self.refuse(f"a signal ended the wait for it; the last try: {reason}")
             time.sleep(min(left, LOOK_S))
 
-    def _tell(self, failing: bool, message: str, *given: object) -> None:
-        """Log the beginning or the end of an outage, once for all threads."""
+    def _tell(self, error: Unavailable | None) -> None:
+        """Log the beginning of an outage by its ``error``, or the end by None; once for all threads."""
+        now, url, limit = time.monotonic(), self.server.url, self.server.limit_s
         with self._lock:
-            new, self._failing = self._failing != failing, failing
-        if new:
-            logger.warning(f"reward server %s{message}", self.server.url, *given)
+            since = self._failing_since
+            self._failing_since = None if error is None else since or now
+        if error is None and since is not None:
+            logger.warning("reward server %s answers again after %.0f seconds", url, now - since)
+        if error is not None and since is None:
+            logger.warning("reward server %s: %s; tries again for up to %g seconds", url, error, limit)
 
 
 def words_of(body: bytes, token: str | None = None) -> str:

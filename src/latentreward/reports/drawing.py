@@ -1,6 +1,7 @@
 """Drawing of images side by side with captions and in grids, and conversion of images and figures to data URIs."""
 
 import base64
+from bisect import bisect_right
 from collections.abc import Sequence
 from functools import cache
 from io import BytesIO
@@ -85,9 +86,10 @@ def draw_pair(images: Sequence[Image.Image], captions: Sequence[str], prompt: st
 def cut(text: str, width: float) -> str:
     """Cut a text so that it is at most ``width`` pixels wide; ``…`` marks the cut."""
     font = _font()
-    while text.rstrip("…") and font.getlength(text) > width:
-        text = text.rstrip("…")[:-1] + "…"
-    return text
+    if font.getlength(text) <= width:
+        return text
+    kept = bisect_right(range(1, len(text)), width, key=lambda length: font.getlength(f"{text[:length]}…"))
+    return f"{text[:kept]}…"
 
 
 @cache

@@ -37,8 +37,7 @@ WRAPPERS = (
     r'Parser key "(?P<key>[^"]+)"[^:\n]*:(?P<inner>.*)',
     r"Problem with given class_path '(?P<kind>[^']+)':(?P<inner>.*)",
     r"- Expected a path but .*? either not accessible or invalid\n- (?P<inner>.*)",
-    r"Type .*? expects a function or a callable class: (?P<inner>.*)"
-    r"\. Got value: .*",
+    r"Type .*? expects a function or a callable class: (?P<inner>.*)\. Got value: .*",
     r"(?P<inner>Not a valid subclass of .*?)\nSubclass types expect one of:.*",
     r"Problems parsing config: (?P<inner>.*)",
 )

@@ -221,9 +221,11 @@ def with_secrets(value: Any, place: str = "") -> Any:
     Only constructors get this copy. Saved files keep the variables' names. Raises InputError if a variable is not set.
     """
     if isinstance(value, Namespace):
-        return Namespace({name: with_secrets(item, f"{place}.{name}") for name, item in vars(value).items()})
-    if isinstance(value, list):
-        return [with_secrets(item, f"{place}[{index}]") for index, item in enumerate(value)]
+        return Namespace(with_secrets(vars(value), place))
+    if isinstance(value, dict):
+        return {name: with_secrets(item, f"{place}.{name}") for name, item in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(with_secrets(item, f"{place}[{index}]") for index, item in enumerate(value))
     if not isinstance(value, str) or "${secret:" not in value:
         return value
     try:

@@ -2,6 +2,7 @@
 
 import logging
 import warnings
+from contextlib import suppress
 
 from latentreward.errors import printable
 
@@ -52,10 +53,13 @@ def silence_libraries(on_import: bool = False) -> None:
 
 def escape_message(record: logging.LogRecord) -> bool:
     """Make a log message :func:`~latentreward.errors.printable`; a logging filter that lets every message through."""
-    record.msg, record.args = printable(record.getMessage()), ()
+    with suppress(Exception):  # of a call whose arguments do not fit its text: logging prints it and goes on
+        record.msg, record.args = printable(record.getMessage()), ()
     return True
 
 
 def is_shown(record: logging.LogRecord) -> bool:
     """Tell whether a log message is shown: it contains none of its logger's texts. A logging filter."""
-    return not any(text in record.getMessage() for text in {**ON_IMPORT, **LOGGED}[record.name])
+    with suppress(Exception):  # as above
+        return not any(text in record.getMessage() for text in {**ON_IMPORT, **LOGGED}[record.name])
+    return True

@@ -158,16 +158,16 @@ def rewrite_arguments(arguments: Sequence[str], short_names: Mapping[str, str], 
             is no mapping, or for a key that jsonargparse keeps for itself.
     """
     rewritten: list[str] = []
-    arguments = list(arguments)
+    arguments = [ABSOLUTE.sub(rf"${{setting:{root}\1}}", hide_secrets(argument)) for argument in arguments]
     while arguments:
-        argument = ABSOLUTE.sub(rf"${{setting:{root}\1}}", hide_secrets(arguments.pop(0)))
+        argument = arguments.pop(0)
         option, equals, value = argument.partition("=")
         refuse_internal(option.removeprefix("--").rpartition(".")[2], option)
         if not re.fullmatch(rf"--({'|'.join(SECTIONS)}|trainer\.callbacks|(.+\.)?backbone(\.class_path)?)", option):
             rewritten.append(argument)
             continue
         if not equals and arguments and not arguments[0].startswith("--"):
-            equals, value = "=", ABSOLUTE.sub(rf"${{setting:{root}\1}}", hide_secrets(arguments.pop(0)))
+            equals, value = "=", arguments.pop(0)
         if option == "--trainer":
             raise InputError(f"--trainer {value}: set --trainer.NAME=VALUE, or give a file as --config")
         if option[2:] in SECTIONS and not value.startswith("{") and not Path(value).is_file():

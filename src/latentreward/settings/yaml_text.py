@@ -4,19 +4,22 @@ PyYAML silently keeps the last of two equal keys. It also expands aliases, so th
 """
 
 from itertools import chain
+from typing import Any
 
 import yaml
 
 LARGEST = 100_000  # largest number of values in one YAML text after its aliases are expanded
 DEEPEST = 100  # largest number of levels of nested lists and mappings
-PLAIN_TAGS = {f"tag:yaml.org,2002:{name}" for name in ("map", "seq", "str", "int", "float", "bool", "null", "merge")}
+PLAIN = ("map", "seq", "str", "int", "float", "bool", "null", "merge", "timestamp", "value")  # "value" is that of "="
+PLAIN_TAGS = {f"tag:yaml.org,2002:{name}" for name in PLAIN}
+LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
 def check_yaml(text: str) -> None:
     """Raise yaml.YAMLError, with the line, for duplicate keys, keys that are no texts, tags, depth and many values."""
     if depth(text) > DEEPEST:
         raise yaml.YAMLError(f"more than {DEEPEST} lists and mappings inside each other; write a flatter file")
-    node = yaml.compose(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+    node = yaml.compose(text, Loader=LOADER)
     if node is not None:
         _size(node, {})
 
@@ -24,7 +27,7 @@ def check_yaml(text: str) -> None:
 def depth(text: str) -> int:
     """Count the levels of nested lists and mappings."""
     deepest = level = 0
-    for event in yaml.parse(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
+    for event in yaml.parse(text, Loader=LOADER):
         level += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
         deepest = max(deepest, level)
     return deepest
@@ -44,7 +47,7 @@ def _size(node: yaml.Node, sizes: dict[int, int]) -> int:
                 f"line {_line(node)}: an alias is inside the value that it repeats; write the value out"
             )
         return sizes[id(node)]
-    if node.tag not in PLAIN_TAGS and not node.tag.endswith(":timestamp") and not node.tag.endswith(":value"):
+    if node.tag not in PLAIN_TAGS:
         raise yaml.YAMLError(f"line {_line(node)}: the tag {node.tag!r} is not accepted; write a plain value")
     sizes[id(node)] = 0
     lines: dict[str, int] = {}

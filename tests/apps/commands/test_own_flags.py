@@ -29,6 +29,8 @@ def test_a_port_in_use_names_the_host_only_where_it_may_be_wrong() -> None:
         taken.listen()
         with pytest.raises(InputError, match=r"choose another --port$"):
             bind("127.0.0.1", taken.getsockname()[1])
+    with pytest.raises(InputError, match=r"^cannot serve at a\.\.b:0 .*; choose another --port or --host$"):
+        bind("a..b", 0)  # which is no name, so that it is not looked up
 
 
 @pytest.mark.parametrize("command", rotated_after(1, [name for name in COMMANDS if name != "configs"]))

@@ -5,6 +5,7 @@ import base64
 import io
 import json
 import math
+import signal
 import socket
 import threading
 import time
@@ -17,20 +18,22 @@ import aiohttp
 import httpx
 import pytest
 import torch
+import uvicorn
 from PIL import Image
 from safetensors.torch import save
 from torch import Tensor
 
 from latentreward.apps.serving import app, bodies, images, server
+from latentreward.apps.serving.addresses import bind
 from latentreward.apps.serving.protocol import parse_request
-from latentreward.apps.serving.served import ServedModel, own_shape
+from latentreward.apps.serving.served import ScoringService, ServedModel, own_shape
 from latentreward.apps.serving.tensors import Accepted
 from latentreward.scoring import RewardModel
 from latentreward.scoring.calibration import Calibration
 from latentreward.scoring.images import pixel_batches
 from latentreward.scoring.scoring_noise import ScoringNoise
 from tests.apps.serving.latent_requests import HEADERS, tensors_of
-from tests.apps.serving.servers import raw, serving, tiny_reward
+from tests.apps.serving.servers import raw, served_model, serving, tiny_reward
 from tests.data.rotated import photograph, upright
 from tests.data.test_images import png_header
 
@@ -443,7 +446,8 @@ def test_a_token_is_asked_for_everywhere_but_at_healthz() -> None:
             reply = ask(address, body, **given)
             assert reply.status_code == 401 and "token" in reply.json()["error"]
         assert httpx.get(f"{address}/metrics").status_code == 401
-        assert ask(address, body, authorization="Bearer s3cret").status_code == 200
+        for scheme in ("Bearer", "bearer"):
+            assert ask(address, body, authorization=f"{scheme} s3cret").status_code == 200
 
 
 @pytest.mark.parametrize(
@@ -819,3 +823,18 @@ def test_a_bug_is_a_500_in_one_line(running: tuple[str, ServedModel], monkeypatc
 def test_answers_are_plain_json(address: str, accepted: Accepted) -> None:
     reply = ask(address, save(tensors_of(accepted)))
     assert json.loads(reply.text) == reply.json() and reply.headers["content-type"] == "application/json"
+
+
+def test_a_sigterm_before_uvicorn_listens_to_signals_ends_the_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The address is printed before, so that whoever waits for it may already send the signal."""
+    asked: list[bool] = []
+
+    def run(self: uvicorn.Server, sockets: list[socket.socket]) -> None:
+        signal.raise_signal(signal.SIGTERM)
+        asked.append(self.should_exit)
+
+    monkeypatch.setattr(uvicorn.Server, "run", run)
+    model, before = served_model(tiny_reward()), signal.getsignal(signal.SIGTERM)
+    with bind("127.0.0.1", 0) as bound:
+        server.serve(ScoringService([model], model.resources), bound)
+    assert asked == [True] and signal.getsignal(signal.SIGTERM) == before

@@ -139,6 +139,9 @@ def test_pairs_that_the_base_does_not_take_are_left_out(tmp_path: Path) -> None:
     kept = fitting(found, editor)
     assert kept.remarks[-1] == "left out, InstructPix2Pix takes 1 pictures to edit; 1 pair with 0"
     assert len(kept.pairs) == len(found.pairs) - 1 and all(len(sources_of(pair.prompt)) == 1 for pair in kept.pairs)
+    two = replace(found.pairs[0], prompt=EditPrompt("both", 2 * sources_of(found.pairs[0].prompt)))
+    others = fitting(replace(found, pairs=[*found.pairs, two]), editor).remarks[-1]
+    assert others == "left out, InstructPix2Pix takes 1 pictures to edit; 2 pairs with 0 or 2"
     told = "base: .* takes 0 pictures to edit; .* pairs with 1; give an editor for rated edits"
     with pytest.raises(InputError, match=told):
         fitting(found, family_of("sd_tiny", None))

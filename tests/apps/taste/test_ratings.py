@@ -24,16 +24,16 @@ from tests.limits import largest_file
 
 
 def test_every_picture_is_shown_before_one_is_shown_again(tmp_path: Path) -> None:
-    shown = Ratings(unsorted_folder(tmp_path, 24))._shown
+    shown = Ratings(unsorted_folder(tmp_path, 24)).pairs
     assert len(shown) == 3 * 28 == len({frozenset(pair.names) for pair in shown})
     assert Counter(name for pair in shown[:12] for name in pair.names) == {f"{n:03}.png": 1 for n in range(24)}
-    assert shown == Ratings(tmp_path)._shown != Ratings(tmp_path, seed=1)._shown
+    assert shown == Ratings(tmp_path).pairs != Ratings(tmp_path, seed=1).pairs
 
 
 def test_pictures_of_one_caption_are_compared(tmp_path: Path) -> None:
     for number, caption in enumerate(["a cat", "A  cat", "a cat", "a dog", "", ""]):
         draw(tmp_path / f"{number}.png", number, caption)
-    shown = Ratings(tmp_path)._shown
+    shown = Ratings(tmp_path).pairs
     assert {(*sorted(pair.names), pair.prompt) for pair in shown if pair.prompt} == {
         ("0.png", "1.png", shown[0].prompt or "a cat"),
         ("0.png", "2.png", shown[0].prompt or "a cat"),

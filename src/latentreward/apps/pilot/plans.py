@@ -81,10 +81,10 @@ def find_pilot(name: str) -> Pilot:
     """Return a shipped pilot by its name, or one that is read from a YAML file."""
     if name.endswith((".yaml", ".yml")) and Path(name).is_file():
         return read_pilot(name)
-    shipped = [Path(one).stem for one in shipped_configs() if one.startswith(FOLDER) and one.count("/") == 1]
+    shipped = all_pilots()
     if name not in shipped:
         raise InputError(f"name: there is neither a pilot nor a YAML file {name!r}{did_you_mean(name, shipped)}")
-    return read_pilot(f"configs/{FOLDER}{name}.yaml")
+    return shipped[name]
 
 
 def read_pilot(path: str) -> Pilot:

@@ -21,7 +21,7 @@ def bind(host: str, port: int) -> socket.socket:
         bound = socket.socket(family, kind, number)
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         bound.bind(address)
-    except OSError as error:
+    except (OSError, UnicodeError) as error:  # UnicodeError: of a name with an empty or too long part
         remedy = "--port" if is_loopback(host) else "--port or --host"
         raise InputError(f"cannot serve at {host}:{port} ({error}); choose another {remedy}") from error
     return bound

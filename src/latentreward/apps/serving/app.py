@@ -211,9 +211,9 @@ def _token_of(authorization: bytes) -> bytes:
     take where they have no setting for a token.
     """
     kind, _, value = authorization.partition(b" ")
-    if kind == b"Bearer":
+    if kind.lower() == b"bearer":  # in whatever case, RFC 9110, section 11.1
         return value
-    if kind != b"Basic":
+    if kind.lower() != b"basic":
         return b""
     try:
         return base64.b64decode(value, validate=True).partition(b":")[2]

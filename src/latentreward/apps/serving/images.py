@@ -91,8 +91,11 @@ class EncodedImages:
             except ImageError as error:
                 raise RequestError(str(error), 422) from error
 
-        bitmaps_of = {key: bitmap(decoded(ref)) for key, ref in self._sources().items()}
-        sources = {key: ImageRef(key, data=data, max_pixels=max_pixels) for key, data in bitmaps_of.items()}
+        sources = {}
+        for key, ref in self._sources().items():
+            bitmap = BytesIO()
+            decoded(ref).save(bitmap, "bmp")
+            sources[key] = ImageRef(key, data=bitmap.getvalue(), max_pixels=max_pixels)
         rows = []
         for prompt, ref in zip(self.prompts, self._refs(), strict=True):
             bitmaps = [sources[source.image_key] for source in sources_of(prompt)]
@@ -109,13 +112,6 @@ class EncodedImages:
             for place, source in enumerate(sources_of(prompt)):
                 found.setdefault(source.image_key, ImageRef(f"source {place} of image {number}", data=source.data))
         return found
-
-
-def bitmap(image: Image.Image) -> bytes:
-    """Return the bytes of an image's BMP file."""
-    content = BytesIO()
-    image.save(content, "bmp")
-    return content.getvalue()
 
 
 def with_sources(prompts: Sequence[str], sources: Sequence[Sequence[bytes]]) -> list[str]:

@@ -127,9 +127,11 @@ def serve(service: ScoringService, bound: socket.socket) -> None:
         if model.first_seed is not None:
             told = f"{model.name}: " if several else ""
             print(f"{told}latents without a seed get fresh noise, by the seeds from {model.first_seed} on", flush=True)
-    previous = signal.signal(signal.SIGTERM, signal.SIG_IGN)  # uvicorn raises the caught signal again after shutdown
-    try:
-        with contextlib.suppress(KeyboardInterrupt):
-            uvicorn.Server(configuration(service)).run(sockets=[bound])
-    finally:
-        signal.signal(signal.SIGTERM, previous)
+    with contextlib.suppress(KeyboardInterrupt):
+        server = uvicorn.Server(configuration(service))
+        # Until uvicorn sets this handler itself, and after its shutdown, when it raises the caught signal again.
+        previous = signal.signal(signal.SIGTERM, server.handle_exit)
+        try:
+            server.run(sockets=[bound])
+        finally:
+            signal.signal(signal.SIGTERM, previous)

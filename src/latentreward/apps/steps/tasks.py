@@ -133,11 +133,9 @@ def load_yaml(path: str) -> Any:
     Raises:
         InputError: If the file is not YAML, or fails :func:`~latentreward.settings.yaml_text.check_yaml`.
     """
+    file = Path(find_config(path))
     try:
-        text = Path(find_config(path)).read_text(encoding="utf-8")
-        check_yaml(text)
+        check_yaml(text := file.read_text(encoding="utf-8"))
         return yaml.safe_load(text)
-    except InputError:
-        raise
     except (yaml.YAMLError, ValueError) as error:  # ValueError: not UTF-8, or a date that does not exist
         raise InputError(f"{path}: {one_line(error)}") from error

@@ -117,8 +117,8 @@ def fitting(found: Collection, own: Family) -> Collection:
     if not odd:
         return found
     kept = [pair for pair in found.pairs if len(sources_of(pair.prompt)) not in odd]
-    (number, wanted), *_ = odd.items()
-    told = f"{own.title} takes {wanted} pictures to edit; {number_of(found.possible - len(kept), 'pair')} with {number}"
+    told = f"{own.title} takes {next(iter(odd.values()))} pictures to edit"
+    told += f"; {number_of(found.possible - len(kept), 'pair')} with {' or '.join(map(str, odd))}"
     if len(kept) < LEAST:
         raise InputError(f"base: {told}; give an editor for rated edits, and a generator for other pairs")
     return replace(found, pairs=kept, remarks=[*found.remarks, f"left out, {told}"])

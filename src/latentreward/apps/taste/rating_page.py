@@ -59,18 +59,12 @@ class RatingServer(ThreadingHTTPServer):
 
     def state(self) -> dict[str, Any]:
         """Describe the pair to show, and the progress."""
-        pair = self.ratings.next
-        shown = None if pair is None else {"a": pair.a.path, "b": pair.b.path, "prompt": pair.prompt}
-        places = None if pair is None else [self.places[path] for path in pair.names]
-        keys = () if pair is None else (source.image_key for source in sources_of(pair.prompt))
-        sources = [self.places[key] for key in keys]
-        return {
-            "pair": shown,
-            "places": places,
-            "sources": sources,
-            "done": self.ratings.done,
-            "total": self.ratings.total,
-        }
+        pair, progress = self.ratings.next, {"done": self.ratings.done, "total": self.ratings.total}
+        if pair is None:
+            return {"pair": None, "places": None, "sources": [], **progress}
+        shown = {"a": pair.a.path, "b": pair.b.path, "prompt": pair.prompt}
+        sources = [self.places[source.image_key] for source in sources_of(pair.prompt)]
+        return {"pair": shown, "places": [self.places[path] for path in pair.names], "sources": sources, **progress}
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Print nothing about a connection that the browser ended, as it does when the next pair comes early."""

@@ -90,23 +90,18 @@ class Ratings:
             found_here = number_of(len(different), "different picture")
             raise InputError(f"folder: {folder} has {found_here}{remarks}; give at least {FEWEST}")
         self.file = folder / RATINGS
-        self._shown = pairs_to_show(different, seed)
+        self.pairs = pairs_to_show(different, seed)  # all that can be shown
         self._lines = self._read()
-
-    @property
-    def pairs(self) -> Sequence[RatedPair]:
-        """All pairs that can be shown."""
-        return self._shown
 
     @property
     def pictures(self) -> dict[str, Picture]:
         """Path → picture of all pairs."""
-        return {picture.path: picture for pair in self._shown for picture in (pair.a, pair.b)}
+        return {picture.path: picture for pair in self.pairs for picture in (pair.a, pair.b)}
 
     @property
     def total(self) -> int:
         """Number of pairs that can be shown."""
-        return len(self._shown)
+        return len(self.pairs)
 
     @property
     def done(self) -> int:
@@ -120,7 +115,7 @@ class Ratings:
 
     def _open(self) -> list[RatedPair]:
         rated = {frozenset(names) for names in map(_names, self._lines)}
-        return [pair for pair in self._shown if frozenset(pair.names) not in rated]
+        return [pair for pair in self.pairs if frozenset(pair.names) not in rated]
 
     def rate(self, names: Sequence[str], answer: Answer) -> bool:
         """Keep an answer to the pair that is shown; return False if ``names`` are not of that pair."""

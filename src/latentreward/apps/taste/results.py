@@ -85,13 +85,13 @@ def measure(scores: Path, data: Path) -> Measured:
     """Compute the accuracy from the scores of ``predict``; raise InputError if no pair besides ties has a score."""
     table = parquet.read_table(scores / SCORES).to_pydict()
     rows = [json.loads(line) for line in (data / PREFERENCES).read_text(encoding="utf-8").splitlines()]
-    contents = {row["pair_id"]: row for row in rows}
+    by_name = {row["pair_id"]: row for row in rows}
     levels: dict[str, list[int]] = {}
     for place, pair_id in enumerate(table["pair_id"]):
         levels.setdefault(pair_id, []).append(place)
-    pairs, links, sizes = [], [], []
+    pairs, links = [], []
     for pair_id, places in levels.items():
-        row, label = contents[pair_id], table["label"][places[0]]
+        row, label = by_name[pair_id], table["label"][places[0]]
         if label == CHANCE:
             continue
         chosen, rejected = (
@@ -102,10 +102,9 @@ def measure(scores: Path, data: Path) -> Measured:
         both = (*paths, chosen, rejected) if won else (*paths[::-1], rejected, chosen)
         pairs.append(ScoredPair(row["prompt"], *both, tuple(row.get("source_images", ()))))
         links.append((row["contents"][0], row["contents"][1]))
-        sizes.append(pairs[-1].margin)
     if not pairs:
         raise InputError("folder: no held-out pair besides ties has a score; look for their pictures, and run it again")
-    credit = (np.sign(sizes) + 1) / 2
+    credit = (np.sign([pair.margin for pair in pairs]) + 1) / 2
     unscored = sum(row["split"] == HELD_OUT and row["pair_id"] not in levels for row in rows)
     return Measured(sorted(pairs, key=lambda pair: -pair.margin), picture_accuracy(credit, links), unscored)
 
