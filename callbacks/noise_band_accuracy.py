@@ -31,7 +31,8 @@ class NoiseBandAccuracy(Callback):
         sigmas = (scored.chosen_sigmas + scored.rejected_sigmas) / 2
         # Lightning moves the module alone; metrics of a callback stay on the CPU.
         metric = self.metrics[stage].to(pl_module.device)
-        metric.update(sigmas, scored.chosen, scored.rejected, scored.label)
+        counts = scored.weight > 0  # as in ``val/accuracy``
+        metric.update(*(column[counts] for column in (sigmas, scored.chosen, scored.rejected, scored.label)))
 
     def _log(self, stage: str, pl_module: LightningModule) -> None:
         for name, value in self.metrics[stage].compute().items():
