@@ -140,6 +140,14 @@ def test_nan_guard_names_prompts_and_images(batches):
     assert rows_of(batch) == "prompts 'a cat' and pairs pair-3-0, pair-3-1, pair-3-2, pair-3-3"
 
 
+def test_frozen_weights_are_left_out_after_a_failed_run_of_another_module(make_trainer):
+    callback, modules = TrainableCheckpoint(), [SmallModule(), SmallModule()]
+    for module in modules:
+        module.net[0].requires_grad_(False)
+        callback.setup(make_trainer(), module, "fit")
+    assert [len(module.state_dict()) for module in modules] == [4, 2]
+
+
 @pytest.mark.slow
 def test_checkpoint_holds_what_trains_and_resumes_exactly(module, batches, loader, make_trainer, tmp_path):
     saver = ModelCheckpoint(dirpath=tmp_path, filename="small")
