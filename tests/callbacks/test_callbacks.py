@@ -129,6 +129,11 @@ def test_noise_bands_leave_out_pairs_of_weight_0(module, batches, loader, make_t
     assert metrics["val/accuracy_sigma_0_1"].item() == pytest.approx(metrics["val/accuracy"].item())
 
 
+def test_noise_bands_of_a_module_that_scores_no_pairs(tmp_path):
+    with pytest.raises(InputError, match="NoiseBandAccuracy: SmallModule scores no pairs"):
+        fit(small_trainer(tmp_path, [NoiseBandAccuracy()], max_epochs=1))
+
+
 def test_noise_bands_are_logged_in_training_too(module, batches, loader, make_trainer):
     trainer = make_trainer(callbacks=[NoiseBandAccuracy(edges=(0.0, 1.0))])
     trainer.fit(module, loader(batches))
