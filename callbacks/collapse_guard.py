@@ -89,8 +89,16 @@ class CollapseGuard(PromptMonitor):
             for name, value in now.items()
             if value < self.least * start[name]
         ]
-        if problems:
-            self._act(f"optimiser step {trainer.global_step}: {', '.join(problems)}", trainer)
+        if not problems:
+            return
+        message = f"optimiser step {trainer.global_step}: {', '.join(problems)}"
+        if self.action == "stop":
+            raise InputError(
+                f"{message}: the policy collapses; go back to an earlier checkpoint, with a lower learning rate or a "
+                "greater kl_weight"
+            )
+        if trainer.is_global_zero:
+            logger.warning(message)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the first rollout's standard deviation of scores."""
@@ -99,15 +107,6 @@ class CollapseGuard(PromptMonitor):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore what :meth:`state_dict` returned."""
         self._first_spread = state_dict["first_spread"]
-
-    def _act(self, message: str, trainer: Trainer) -> None:
-        if self.action == "stop":
-            raise InputError(
-                f"{message}: the policy collapses; go back to an earlier checkpoint, with a lower learning rate or a "
-                "greater kl_weight"
-            )
-        if trainer.is_global_zero:
-            logger.warning(message)
 
     def _measure(self, trainer: Trainer, pl_module: AlignmentModule, reference: bool) -> dict[str, float]:
         pixels = [made.clamp(-1, 1) for _, _, made in self.pictures(trainer, pl_module, reference)]

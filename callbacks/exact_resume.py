@@ -56,16 +56,14 @@ class ExactResume(Callback):
             # saved epoch is complete. The state then says where the next epoch begins: rows of a rollout not used yet.
             loop._combined_loader._load_state_dicts(loop._combined_loader_states_to_load)
             loop._combined_loader_states_to_load = []
-        if trainer.fit_loop.restarted_on_epoch_end:
-            close_epoch(trainer.fit_loop)
+        if loop.restarted_on_epoch_end:
+            close_epoch(loop)
         loader, progress = trainer.train_dataloader, batch_progress(trainer)
-        if trainer.fit_loop.restarted_mid_epoch and (
-            trainer.fit_loop.epoch_loop.restarted_on_train_batch_end and progress.is_last_batch
-        ):
+        if loop.restarted_mid_epoch and loop.epoch_loop.restarted_on_train_batch_end and progress.is_last_batch:
             # The checkpoint was written after the last batch of an epoch, but before the epoch's end hooks. reset() has
             # counted the epoch as completed, but advance() does not count the next one while the stage is mid-epoch.
-            trainer.fit_loop.reset_restart_stage()
-        if not (trainer.fit_loop.restarting and isinstance(loader, ResumableLoader)):
+            loop.reset_restart_stage()
+        if not (loop.restarting and isinstance(loader, ResumableLoader)):
             return
         # The counters are in batches of the batch size and world size at the time of saving, but the epoch ends when
         # they reach the present len(loader): convert the used batches to the present size.

@@ -107,10 +107,11 @@ class GracefulStop(Callback):
         self._training = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Place this callback after those that change the weights or the checkpoint, such as ``TrainableEMA``."""
+        """Place this callback after those that change weights or checkpoint; forget a request to an earlier run."""
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
         trainer.callbacks = sorted(callbacks, key=lambda it: (isinstance(it, Checkpoint), it is self))  # type: ignore[attr-defined]
-        self._training = False
+        self._training, self._request, self._agreed = False, StopRequest.NONE, StopRequest.NONE
+        stop_asked.clear()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Forget a request to stop, which was that of this run."""
@@ -126,7 +127,6 @@ class GracefulStop(Callback):
         self._training = True  # the other callbacks have restored their states by now
 
     def _take_signals(self, trainer: Trainer) -> None:
-        stop_asked.clear()
         self._launcher = trainer.strategy.launcher
         self._requests = {signal.SIGTERM: StopRequest.TERMINATE, signal.SIGINT: StopRequest.INTERRUPT}
         if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:

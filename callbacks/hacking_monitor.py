@@ -19,7 +19,7 @@ from latentreward.errors import InputError, check_range
 from latentreward.modules.alignment import AlignmentModule
 from latentreward.remote.server import RemoteError, raise_together
 from latentreward.reports.drawing import to_image
-from latentreward.rollout.finished import begin_finished
+from latentreward.rollout.finished import begin_finished, check_sigmas
 from latentreward.scorers import ImageScorer
 
 logger = logging.getLogger(__name__)
@@ -67,6 +67,7 @@ class HackingMonitor(PromptMonitor):
         if len(self.prompts) < 2:
             raise InputError("HackingMonitor needs at least 2 prompts; a single one gives no standard error")
         check_range("(0, inf]", tolerance=tolerance)
+        check_sigmas(reward_sigmas, "HackingMonitor.reward_sigmas")
         self.held_out, self.tolerance, self.action = held_out, tolerance, action
         self.reward_sigmas, self._start = tuple(reward_sigmas), torch.empty(0)
 

@@ -1,6 +1,6 @@
 """Callback that ends a run before a NaN reaches the weights or a checkpoint."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -46,7 +46,8 @@ class NaNGuard(Callback):
         ``on_save_checkpoint`` for checkpoints with ``save_weights_only``.
         """
         strategy = trainer.strategy
-        strategy.save_checkpoint = partial(save_finite, trainer, type(strategy).save_checkpoint)  # type: ignore[method-assign]
+        # What it is now: other callbacks, such as PolicyLoRA, wrap it too.
+        strategy.save_checkpoint = partial(save_finite, trainer, strategy.save_checkpoint)  # type: ignore[method-assign]
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Restore the strategy's own ``save_checkpoint``."""
@@ -76,7 +77,7 @@ def save_finite(trainer: Trainer, save: Any, checkpoint: dict[str, Any], *args: 
             "checkpoint was not written, the one before stays: go on from it with a lower learning rate, or with "
             "precision bf16-mixed or 32-true"
         )
-    save(trainer.strategy, checkpoint, *args, **kwargs)
+    save(checkpoint, *args, **kwargs)
 
 
 def trained_tensors(trainer: Trainer, checkpoint: dict[str, Any]) -> dict[str, Tensor]:
@@ -97,7 +98,9 @@ def trained_tensors(trainer: Trainer, checkpoint: dict[str, Any]) -> dict[str, T
 
 
 def rows_of(batch: Any) -> str:
-    """Name the first rows of a batch, for a message."""
+    """Name the first rows of a batch, for a message; of prompts and images, those of both."""
+    if isinstance(batch, Mapping):
+        return " and ".join(map(rows_of, batch.values()))
     pairs, prompts = getattr(batch, "pair_ids", ()), getattr(batch, "prompts", ())
     if pairs or not isinstance(prompts, tuple):
         return f"pairs {listed(pairs)}"

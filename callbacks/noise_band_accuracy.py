@@ -5,20 +5,22 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from latentreward.errors import InputError
 from latentreward.metrics import ByNoiseLevel, PairwiseAccuracy
+from latentreward.modules.pairs import PairModule
 
 
 class NoiseBandAccuracy(Callback):
     """Callback that logs pair accuracy per band of the noise level, in training and validation.
 
-    Reads the ``ScoredPairs`` that the steps of a ``RewardModule`` return; logs ``train/accuracy_sigma_{low}_{high}``
+    Reads the ``ScoredPairs`` that the steps of a ``PairModule`` return; logs ``train/accuracy_sigma_{low}_{high}``
     and ``val/accuracy_sigma_{low}_{high}`` at the end of each epoch. Bands without a pair are left out.
 
     Args:
         edges: Ascending noise levels in [0, 1]; bands are [low, high), the last one closed.
 
     Raises:
-        InputError: If ``edges`` are not ascending levels in [0, 1].
+        InputError: If ``edges`` are not ascending levels in [0, 1], or the module scores no pairs.
 
     Example:
         ``--trainer.callbacks+=NoiseBandAccuracy --trainer.callbacks.edges=[0,0.25,0.5,0.75,1]``
@@ -27,11 +29,17 @@ class NoiseBandAccuracy(Callback):
     def __init__(self, edges: Sequence[float] = (0.0, 0.3, 0.7, 1.0)) -> None:
         self.metrics = {stage: ByNoiseLevel(PairwiseAccuracy(), edges) for stage in ("train", "val")}
 
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Raise InputError for a module that scores no pairs."""
+        if not isinstance(pl_module, PairModule):
+            raise InputError(f"NoiseBandAccuracy: {type(pl_module).__name__} scores no pairs; leave it out")
+
     def _update(self, stage: str, pl_module: LightningModule, scored: Any) -> None:
         sigmas = (scored.chosen_sigmas + scored.rejected_sigmas) / 2
         # Lightning moves the module alone; metrics of a callback stay on the CPU.
         metric = self.metrics[stage].to(pl_module.device)
-        metric.update(sigmas, scored.chosen, scored.rejected, scored.label)
+        counts = scored.weight > 0  # as in ``val/accuracy``
+        metric.update(*(column[counts] for column in (sigmas, scored.chosen, scored.rejected, scored.label)))
 
     def _log(self, stage: str, pl_module: LightningModule) -> None:
         for name, value in self.metrics[stage].compute().items():

@@ -87,3 +87,4 @@ class PairScoreWriter(BasePredictionWriter):
         """Remove the unfinished file."""
         with suppress(Exception):
             self._open.__exit__(type(exception), exception, exception.__traceback__)
+        self._writer = None

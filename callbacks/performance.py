@@ -25,6 +25,13 @@ WORTH_COMPILING, WORTH_COMPILING_LAYERS = 200, 2500
 LAYERS = ("BasicTransformerBlock", "ResnetBlock2D")
 """Classes of diffusers that do most of the work in U-Nets and VAEs. Their blocks of several layers compile slowly."""
 
+PROCESS_FLAGS = (
+    ("cudnn_benchmark", torch.backends.cudnn, "benchmark"),
+    ("tf32", torch.backends.cuda.matmul, "allow_tf32"),
+    ("tf32", torch.backends.cudnn, "allow_tf32"),
+)
+"""Switches that are flags of the process: name, backend of PyTorch, and name of its flag."""
+
 
 class Performance(Callback):
     """Callback of every ``fit`` that switches on what makes steps faster at equal results, within rounding.
@@ -81,6 +88,7 @@ class Performance(Callback):
         self.times: StepTimes | None = None
         self.limits: Limits | None = None
         self._step = 0
+        self._flags_before: list[tuple[Any, str, bool]] = []
         self.chosen = {
             "compile_blocks": compile_blocks,
             "channels_last": channels_last,
@@ -126,10 +134,10 @@ class Performance(Callback):
             for part in module.modules():
                 if isinstance(part, nn.Conv2d):  # in Conv3d and Linear the format has another or no meaning
                     part.weight.data = part.weight.data.contiguous(memory_format=torch.channels_last)
-        if self.chosen["cudnn_benchmark"]:
-            torch.backends.cudnn.benchmark = True
-        if self.chosen["tf32"]:
-            torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+        for switch, backend, flag in PROCESS_FLAGS:
+            if self.chosen[switch]:
+                self._flags_before.append((backend, flag, getattr(backend, flag)))
+                setattr(backend, flag, True)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin to measure, and let optimisers of PyTorch that know ``fused`` use it, if set; others stay.
@@ -189,7 +197,9 @@ class Performance(Callback):
             self.times = None
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Undo compiled blocks and fused LoRA: what comes after a ``fit`` promises equal scores for any batch."""
+        """Undo compiled blocks, fused LoRA and flags: what follows a ``fit`` promises equal scores for any batch."""
+        while self._flags_before:
+            setattr(*self._flags_before.pop())
         if self.chosen["compile_blocks"]:
             uncompile_blocks(blocks_of(pl_module))
         if self.chosen["fused_lora"]:

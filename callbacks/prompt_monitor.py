@@ -87,17 +87,13 @@ class PromptMonitor(Callback, ABC):
         """Return this rank's prompts in batches; ranks with fewer repeat some, so that all have equally many."""
         count, world = len(self.prompts) * self.images_per_prompt, trainer.world_size
         mine = [(trainer.global_rank + world * turn) % count for turn in range(-(-count // world))]
-        prompts = [self.prompts[picture // self.images_per_prompt] for picture in mine]
-        keys = [f"{picture // self.images_per_prompt}-{picture % self.images_per_prompt}" for picture in mine]
-        size = self.batch_size
-        return [
-            PromptBatch(tuple(prompts[start : start + size]), tuple(keys[start : start + size]))
-            for start in range(0, len(mine), size)
-        ]
+        prompts = tuple(self.prompts[picture // self.images_per_prompt] for picture in mine)
+        keys = tuple(f"{picture // self.images_per_prompt}-{picture % self.images_per_prompt}" for picture in mine)
+        return PromptBatch(prompts, keys).split(self.batch_size)
 
     def sampling_of(self, pl_module: AlignmentModule) -> Sampling:
         """Return the settings of the sampler: own ones, or those of the module's rollouts."""
-        return self.sampling or getattr(pl_module, "sampling", None) or Sampling()
+        return self.sampling or pl_module.sampling
 
     def latents(
         self, trainer: Trainer, pl_module: AlignmentModule, reference: bool

@@ -113,11 +113,10 @@ class ResumedSettings(Callback):
         end = total_steps(trainer) or 0
         for scheduler in (config.scheduler for config in trainer.lr_scheduler_configs if config.interval == "step"):
             if isinstance(scheduler, OneCycleLR) and scheduler.total_steps < end:
-                remedy = f"give --model.lr_scheduler.total_steps {end}"
+                override = "" if self._saved_schedules is None else " and --resume_override=[schedule]"
                 raise InputError(
                     f"model.lr_scheduler: OneCycleLR ends at total_steps={scheduler.total_steps}, before the run's "
-                    f"{end} optimiser steps; {remedy}"
-                    + ("" if self._saved_schedules is None else " and --resume_override=[schedule]")
+                    f"{end} optimiser steps; give --model.lr_scheduler.total_steps {end}{override}"
                 )
         self._saved_schedules, self._saved_groups, self._saved_optimizers = None, [], []
 

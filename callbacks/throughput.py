@@ -1,5 +1,6 @@
 """Callback that measures training speed and the wait for data."""
 
+from collections.abc import Mapping
 from time import perf_counter
 from typing import Any
 
@@ -11,8 +12,9 @@ from latentreward.errors import check_at_least_one
 class Throughput(Callback):
     """Callback that logs training speed and the share of time spent waiting for data.
 
-    The values are ``train/pairs_per_second``, over all ranks, and ``train/data_wait``. Validation time is left out. A
-    ``data_wait`` above a few per cent means that more loader workers would help.
+    The values are ``train/pairs_per_second`` (in an alignment rows or prompts), over all ranks, and
+    ``train/data_wait``. Validation time is left out. A ``data_wait`` above a few per cent means that more loader
+    workers would help.
 
     Args:
         every_n_batches: Batches per measurement; values are logged after each.
@@ -52,7 +54,8 @@ class Throughput(Callback):
         """Count the batch, and log after every ``every_n_batches`` batches."""
         now = perf_counter()
         self._working, self._since = self._working + now - self._since, now
-        self._pairs, self._batches = self._pairs + len(batch), self._batches + 1
+        rows = next(iter(batch.values())) if isinstance(batch, Mapping) else batch  # such as prompts, and images
+        self._pairs, self._batches = self._pairs + len(rows), self._batches + 1
         if self._batches < self.every_n_batches:
             return
         elapsed = self._waiting + self._working

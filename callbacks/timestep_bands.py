@@ -1,6 +1,7 @@
 """Callback that logs rollouts and training steps by timestep."""
 
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -69,7 +70,7 @@ class TimestepBands(Callback):
 
     def _bands(self, timesteps: Tensor) -> Iterator[tuple[str, Tensor]]:
         """Yield name and row indices of each band that has rows."""
-        for low, high in zip(self.edges[:-1], self.edges[1:], strict=True):
+        for low, high in pairwise(self.edges):
             upper = timesteps <= high if high == self.edges[-1] else timesteps < high
             rows = ((timesteps >= low) & upper).nonzero().flatten()
             if len(rows):

@@ -31,8 +31,8 @@ class TrainableCheckpoint(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Make Lightning save and load without the frozen weights."""
         pl_module.strict_loading = False
-        if self._hook is None:
-            self._hook = pl_module.register_state_dict_post_hook(drop_frozen)
+        self.teardown(trainer, pl_module, stage)  # of a run that an error ended, perhaps of another module
+        self._hook = pl_module.register_state_dict_post_hook(drop_frozen)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Restore the module's full ``state_dict``."""

@@ -4,6 +4,7 @@ import math
 import re
 import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from latentreward.callbacks import (
     TrainableCheckpoint,
     TrainableEMA,
 )
+from latentreward.callbacks.nan_guard import rows_of
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -27,7 +29,7 @@ from PIL import Image
 from pyarrow import parquet
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from latentreward.contracts import PreferenceBatch
+from latentreward.contracts import PreferenceBatch, PromptBatch
 from latentreward.errors import InputError
 from latentreward.heads import GatedQFormerHead
 from latentreward.metrics.bootstrap import clustered_accuracy
@@ -115,10 +117,40 @@ def test_noise_bands_agree_with_a_count_by_hand(module, batches, loader, make_tr
     assert len(hits["low"]) == len(hits["high"]) == 18
 
 
+def test_noise_bands_leave_out_pairs_of_weight_0(module, batches, loader, make_trainer):
+    with torch.no_grad():
+        scored = module.evaluation_step(batches[0])
+    right = ((scored.chosen > scored.rejected) & (scored.label != 0.5))[: len(batches[0])]
+    batch = replace(batches[0], weight=right.float())
+    trainer = make_trainer(callbacks=[NoiseBandAccuracy(edges=(0.0, 1.0))])
+    trainer.validate(module, loader([batch]), verbose=False)
+    assert 0 < right.sum() < len(right)
+    metrics = trainer.callback_metrics
+    assert metrics["val/accuracy_sigma_0_1"].item() == pytest.approx(metrics["val/accuracy"].item())
+
+
+def test_noise_bands_of_a_module_that_scores_no_pairs(tmp_path):
+    with pytest.raises(InputError, match="NoiseBandAccuracy: SmallModule scores no pairs"):
+        fit(small_trainer(tmp_path, [NoiseBandAccuracy()], max_epochs=1))
+
+
 def test_noise_bands_are_logged_in_training_too(module, batches, loader, make_trainer):
     trainer = make_trainer(callbacks=[NoiseBandAccuracy(edges=(0.0, 1.0))])
     trainer.fit(module, loader(batches))
     assert 0 <= trainer.callback_metrics["train/accuracy_sigma_0_1"].item() <= 1
+
+
+def test_nan_guard_names_prompts_and_images(batches):
+    batch = {"prompts": PromptBatch(("a cat",), ("0",)), "images": batches[3]}
+    assert rows_of(batch) == "prompts 'a cat' and pairs pair-3-0, pair-3-1, pair-3-2, pair-3-3"
+
+
+def test_frozen_weights_are_left_out_after_a_failed_run_of_another_module(make_trainer):
+    callback, modules = TrainableCheckpoint(), [SmallModule(), SmallModule()]
+    for module in modules:
+        module.net[0].requires_grad_(False)
+        callback.setup(make_trainer(), module, "fit")
+    assert [len(module.state_dict()) for module in modules] == [4, 2]
 
 
 @pytest.mark.slow
@@ -222,6 +254,14 @@ def test_throughput_is_logged_with_the_share_of_waiting(module, batches, loader,
     trainer.fit(module, loader(batches))
     assert trainer.callback_metrics["train/pairs_per_second"] > 0
     assert 0 <= trainer.callback_metrics["train/data_wait"] <= 1
+
+
+def test_throughput_counts_the_prompts_of_a_batch_with_images(monkeypatch):
+    monkeypatch.setattr("latentreward.callbacks.throughput.perf_counter", iter(range(9)).__next__)
+    callback, logged = Throughput(every_n_batches=1), {}
+    trainer, module = SimpleNamespace(world_size=2), SimpleNamespace(log_dict=logged.update)
+    callback.on_train_batch_end(trainer, module, None, {"prompts": range(6), "images": range(4)})
+    assert logged == {"train/pairs_per_second": 12.0, "train/data_wait": 0.0}
 
 
 def test_grid_goes_to_tensorboard_and_to_a_png(module, batches, loader, make_trainer, tmp_path):
@@ -366,6 +406,19 @@ def test_predictions_are_complete_and_never_overwritten_by_accident(module, batc
         make_trainer(callbacks=[PairScoreWriter(tmp_path / "out")]).predict(module, loader(batches))
     make_trainer(callbacks=[PairScoreWriter(tmp_path / "out", overwrite=True)]).predict(module, loader(batches[:1]))
     assert parquet.read_metadata(tmp_path / "out" / "scores_rank0.parquet").num_rows == 8
+
+
+def test_a_prediction_after_a_failed_one_is_whole(module, batches, loader, make_trainer, tmp_path):
+    class Break(Callback):
+        def on_predict_batch_end(self, *args):
+            raise RuntimeError("power cut")
+
+    writer = PairScoreWriter(tmp_path)
+    with pytest.raises(RuntimeError, match="power cut"):
+        make_trainer(callbacks=[writer, Break()]).predict(module, loader(batches[:1]))
+    assert not [*tmp_path.glob("*.parquet")]
+    make_trainer(callbacks=[writer]).predict(module, loader(batches[:1]))
+    assert parquet.read_metadata(tmp_path / "scores_rank0.parquet").num_rows == 8
 
 
 def test_scores_of_two_axes_are_their_weighted_sum(module, batches, loader, make_trainer, tmp_path):

@@ -94,7 +94,9 @@ def test_sigterm_saves_and_the_resumed_run_ends_with_the_same_weights(place: str
 
 
 def test_a_finished_run_is_not_stopped(tmp_path: Path, last_of) -> None:
-    fit(make_trainer(tmp_path, [last_of(tmp_path), Send("on_train_batch_start", 14, signal.SIGTERM)]))
+    stop = GracefulStop()
+    fit(make_trainer(tmp_path, [last_of(tmp_path), Send("on_train_batch_start", 14, signal.SIGTERM)], stop))
+    fit(make_trainer(tmp_path, stop=stop))  # nor is the next one by that signal
 
 
 def test_it_looks_at_every_nth_batch(tmp_path: Path) -> None:

@@ -401,6 +401,7 @@ def test_every_chart_of_an_alignment_has_curves(make_trainer, tmp_path):
         (lambda: ReferenceDrift(PROMPTS, sigmas=(0.0,)), "sigmas"),
         (lambda: HackingMonitor(PROMPTS[:1], held_out()), "at least 2 prompts"),
         (lambda: HackingMonitor(PROMPTS, held_out(), tolerance=0.0), "tolerance=0"),
+        (lambda: HackingMonitor(PROMPTS, held_out(), reward_sigmas=(2.0,)), r"HackingMonitor.reward_sigmas=\[2.0\]"),
         (lambda: CollapseGuard(PROMPTS, images_per_prompt=1), "images_per_prompt=1"),
         (lambda: CollapseGuard(PROMPTS, least=1.0), "least=1"),
         (lambda: TimestepBands((5, 1)), "edges"),

@@ -136,6 +136,8 @@ def test_other_switches_are_set_alone(caplog: pytest.LogCaptureFixture) -> None:
     module = nn.Sequential(nn.Conv2d(2, 2, 3), nn.Conv3d(2, 2, 3), nn.Linear(2, 2))
     optimizer, run = torch.optim.AdamW(module.parameters()), Run("cpu", 3)
     run.optimizers = [optimizer]
+    backends = torch.backends
+    backends.cudnn.allow_tf32 = False
     callback = Performance(channels_last=True, cudnn_benchmark=True, tf32=True, fused_optimizer=True)
     with caplog.at_level(logging.INFO):
         callback.setup(run, module, "fit")  # type: ignore[arg-type]
@@ -143,10 +145,11 @@ def test_other_switches_are_set_alone(caplog: pytest.LogCaptureFixture) -> None:
     callback.on_train_end(run, module)  # type: ignore[arg-type]
     assert module[0].weight.is_contiguous(memory_format=torch.channels_last)
     assert module[1].weight.is_contiguous()
-    assert torch.backends.cudnn.benchmark
-    assert torch.backends.cuda.matmul.allow_tf32
+    assert backends.cudnn.benchmark and backends.cudnn.allow_tf32 and backends.cuda.matmul.allow_tf32
     assert all(group["fused"] for group in optimizer.param_groups)
     assert "performance: channels_last, cudnn_benchmark, tf32, fused_optimizer on" in caplog.text
+    callback.teardown(run, module, "fit")  # type: ignore[arg-type]
+    assert not (backends.cudnn.benchmark or backends.cudnn.allow_tf32 or backends.cuda.matmul.allow_tf32)
 
 
 def test_quantised_layers_are_not_compiled(monkeypatch: pytest.MonkeyPatch) -> None:

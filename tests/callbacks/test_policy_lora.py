@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from latentreward.callbacks import PolicyLoRA
+from latentreward.callbacks import NaNGuard, PolicyLoRA
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -105,7 +105,7 @@ def test_the_lines_of_a_run_name_the_call_that_loads_its_lora(tmp_path: Path, mo
 
 def test_lora_of_the_last_checkpoint_outlives_a_fault(tmp_path: Path) -> None:
     with pytest.raises(KeyError):
-        fit(tmp_path, PolicyLoRA(tmp_path / "mine"), StopAfter())
+        fit(tmp_path, PolicyLoRA(tmp_path / "mine"), NaNGuard(), StopAfter())  # in the order of the command line
     assert sorted(path.name for path in tmp_path.glob("*.ckpt")) == ["step=1.ckpt", "step=2.ckpt"]
     saved = torch.load(tmp_path / "step=2.ckpt", weights_only=True)["state_dict"]
     written = lora_b(load_file(tmp_path / "mine" / "pytorch_lora_weights.safetensors"), "transformer.")

@@ -92,6 +92,20 @@ def test_images_without_a_value_are_left_out(loss: PreferenceLoss) -> None:
 
 
 @every_loss
+def test_a_score_that_is_not_finite_is_no_missing_value(loss: PreferenceLoss) -> None:
+    """Its loss ends a run before the backward pass, whose gradient would be NaN. Without a value it counts nowhere."""
+    full = random_targets(random_scores(3))
+    chosen = full.chosen.clone()
+    chosen[2] = NAN
+    assert loss(replace(full, chosen=chosen)).isnan()
+    given = full.targets.chosen.clone()
+    given[2] = NAN
+    chosen.requires_grad_()
+    loss(taught(replace(full, chosen=chosen), given, full.targets.rejected)).backward()
+    assert chosen.grad.isfinite().all()
+
+
+@every_loss
 def test_several_outputs_have_targets_of_their_own(loss: PreferenceLoss) -> None:
     scores = random_targets(random_scores(1, out_dim=2))
     columns = [

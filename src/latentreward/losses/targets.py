@@ -142,7 +142,7 @@ class RankingDistillation(TargetLoss):
     def per_pair(self, scores: PairScores) -> Tensor:
         """See :meth:`PreferenceLoss.per_pair`."""
         preference = teacher_preference(self.targets_of(scores), self.temperature)
-        return mean_over_outputs(masked_loss(bradley_terry_nll, scores.margin, preference).nan_to_num(0.0))
+        return mean_over_outputs(masked_loss(bradley_terry_nll, scores.margin, preference)[0])
 
 
 def check_labels(values: Tensor) -> None:
@@ -168,15 +168,14 @@ def label_loss(scores: PairScores, targets: PairTargets, smoothing: float) -> Te
     return mean_over_images(*(masked_loss(bradley_terry_nll, *side) for side in smooth))
 
 
-def masked_loss(loss: Callable[..., Tensor], score: Tensor, target: Tensor, *std: Tensor | None) -> Tensor:
-    """Compute ``loss(score, target, ...)``; NaN, without a gradient, where the target is NaN."""
-    given = ~target.isnan()
+def masked_loss(loss: Callable[..., Tensor], score: Tensor, *given: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Compute ``loss(score, *given)``, and where no given value is NaN; elsewhere the loss is 0, without a gradient."""
+    known = torch.stack([~values.isnan() for values in given if values is not None]).all(dim=0)
     # torch.where alone is not enough: NaN times 0 is NaN in the backward pass of the branch not taken.
-    safe = [None if values is None else torch.where(given, values, 1.0) for values in (target, *std)]
-    return torch.where(given, loss(score, *safe), torch.nan)
+    safe = [None if values is None else torch.where(known, values, 1.0) for values in (score, *given)]
+    return torch.where(known, loss(*safe), 0.0), known
 
 
-def mean_over_images(chosen: Tensor, rejected: Tensor) -> Tensor:
-    """Average the losses of a pair's two images, leaving NaN out; 0 if both are NaN."""
-    both = torch.stack([chosen, rejected])
-    return both.nan_to_num(0.0).sum(dim=0) / (~both.isnan()).sum(dim=0).clamp_min(1)
+def mean_over_images(chosen: tuple[Tensor, Tensor], rejected: tuple[Tensor, Tensor]) -> Tensor:
+    """Average the losses of a pair's two images, as :func:`masked_loss` gives them, over the known ones; 0 if none."""
+    return (chosen[0] + rejected[0]) / (chosen[1].long() + rejected[1]).clamp_min(1)

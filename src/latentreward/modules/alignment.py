@@ -151,8 +151,7 @@ class AlignmentModule(LightningModule):
         """
         if self.trainer.precision == "bf16-mixed" and self.reward is not None:
             self.reward.set_precision(torch.bfloat16)
-        if (sampling := getattr(self, "sampling", None)) is not None:  # of a method that makes pictures
-            self.policy.edit_at(sampling.height, sampling.width)
+        self.policy.edit_at(self.sampling.height, self.sampling.width)
         if prompts := prompts_of(self.trainer):
             self.policy.family.check_prompts(prompts, "data.prompts")
             # Rows of a rollout are joined; without one, prompts may come one at a time.

@@ -102,9 +102,7 @@ class FrozenBase:
         trained = checkpoint.get("base_settings", {})
         if names := quantized_names(module):
             checkpoint["state_dict"] |= own_values(module, names)
-        elif any(
-            value and name.endswith("quantization") for name, value in trained.items()
-        ):  # which left those layers out
+        elif any(value for name, value in trained.items() if name.endswith("quantization")):  # which left them out
             checkpoint["state_dict"] = {**own_values(module, frozen_names(module)), **checkpoint["state_dict"]}
         try:
             fitting = module.trainer.state.fn == TrainerFn.FITTING

@@ -157,7 +157,7 @@ class DiffusionDPOModule(AlignmentModule):
         size, weight = len(scores.label), scores.weight
         margin = scores.margin.detach()
         self.log("train/loss", loss, prog_bar=True, batch_size=size)
-        accuracy = weighted_mean((margin > 0).float() + 0.5 * (margin == 0).float(), weight)
+        accuracy = weighted_mean(self.val_accuracy.credit(margin), weight)
         self.log("train/implicit_accuracy", accuracy, prog_bar=True, batch_size=size)
         self.log("train/margin", weighted_mean(margin, weight), batch_size=size)
         for side in ("chosen", "rejected"):  # both fall if the policy unlearns to denoise

@@ -13,7 +13,7 @@ from latentreward.backbones.stored_adapters import plain_name, stored_ranks
 from latentreward.backbones.weights import settle
 from latentreward.checkpoints.base_weights import BaseSample
 from latentreward.contracts import Conditioning, PathText, PromptBatch, SampledStates, join_rows
-from latentreward.errors import InputError, check_at_least_one
+from latentreward.errors import InputError, check_at_least_one, errors_at
 from latentreward.families import Family
 from latentreward.losses import OnPolicyLoss
 from latentreward.modules.alignment import AlignmentModule
@@ -56,12 +56,9 @@ class Teacher:
             )
         if self.checkpoint is not None and not Path(self.checkpoint).exists():
             raise InputError(f"teachers: checkpoint={self.checkpoint} does not exist; give that of an alignment run")
-        try:
+        with errors_at("teachers: " if self.pipeline is None else f"teachers: pipeline={self.pipeline}: "):
             other = self.family(policy)
             same = self.scale(other, guidance_scale) == guidance_scale
-        except InputError as error:
-            place = "" if self.pipeline is None else f"pipeline={self.pipeline}: "
-            raise InputError(f"teachers: {place}{error}") from error
         if same and self.checkpoint is None and self.pipeline is None:
             raise InputError(
                 "teachers: without checkpoint, pipeline and a guidance_scale unlike the policy's, a teacher is the "
@@ -123,9 +120,8 @@ def add_teacher(policy: Policy, saved: SavedAdapter, number: int, checkpoint: Pa
     return name
 
 
-def load_teacher(source: PolicySource, pipeline: PathText) -> Policy:
-    """Load the network of another pipeline, frozen, in the storage type of the policy's."""
-    family = replace(source, source=pipeline, revision=None, variant=None).resolve_family()
+def load_teacher(source: PolicySource, family: Family) -> Policy:
+    """Load the network of another pipeline's ``family``, frozen, in the storage type of the policy's."""
     network = family.load_network().requires_grad_(False)
     settle(network, getattr(torch, source.frozen_dtype), torch.float32, family.float32_parts)
     if source.attention_backend is not None:
@@ -192,8 +188,8 @@ class OnPolicyDistillationModule(AlignmentModule):
             None if saved is None else add_teacher(self.policy, saved, number, teacher.checkpoint)
             for number, (teacher, saved) in enumerate(zip(teachers, adapters, strict=True))
         ]
-        places = {str(number): one.pipeline for number, one in enumerate(teachers) if one.pipeline is not None}
-        self.networks = nn.ModuleDict({number: load_teacher(policy, place) for number, place in places.items()})
+        others = {str(number): families[number] for number, one in enumerate(teachers) if one.pipeline is not None}
+        self.networks = nn.ModuleDict({number: load_teacher(policy, family) for number, family in others.items()})
 
     def encode_uncond(self, prompts: Sequence[str] = ()) -> Conditioning | None:
         """See :meth:`AlignmentModule.encode_uncond`; a teacher may be guided where the policy is not."""
