@@ -462,6 +462,22 @@ def test_a_resumed_run_equals_the_whole_one(tmp_path: Path) -> None:
             },
             "RewardMixture normalises scores within a prompt; set normalise: none or running",
         ),
+        (
+            {
+                "credit": GainCredit(),
+                "source_of_reward": lambda scale: RewardMixture([FirstChannelReward(scale)], normalise="running"),
+            },
+            "credit scores noisy states too, which a RewardMixture with normalise: running would count",
+        ),
+        (
+            {
+                "trust_region": UncertaintyGate(),
+                "loss": KL,
+                "reward_sigmas": (0.3, 0.6),
+                "source_of_reward": lambda scale: RewardMixture([OwnReward(scale)], normalise="running"),
+            },
+            "trust_region scores each sample at each level too, which a RewardMixture with normalise: running",
+        ),
         ({"window": MovingWindow(9)}, r"window\.size=9 must lie between 1 and 4"),
         ({"sampling": Sampling(1)}, "training needs at least 2"),
     ],

@@ -286,6 +286,7 @@ def test_geneval_refuses_what_is_not_of_these_pictures(tmp_path: Path) -> None:
     swapped = [row | {"prompt": other["prompt"]} for row, other in zip(rows, rows[::-1], strict=True)]
     assert "give results of the same prompts in the same order" in said(*swapped)
     assert "holds no results of GenEval" in said({"filename": "a.png"})
+    assert "holds no results of GenEval (correct: 'false')" in said(rows[0] | {"correct": "false"})
     assert "no file" in refusal(GenEvalScorer(results=str(tmp_path / "gone.jsonl")), items, tmp_path)
     plain = JudgedPicture(0, 0, "", Path(), "a cat")
     with pytest.raises(InputError, match=r"prompt 'a cat' has no tag .* evaluation_metadata.jsonl"):
@@ -373,6 +374,9 @@ def test_t2i_compbench_refuses_what_it_cannot_judge(compbench: Path, tmp_path: P
     for content, message in {
         '[{"question_id": 0, "answer": "0.5"}]': "has 1 answers for 2 pictures",
         '[{"question_id": 0, "answer": "yes"}]': "holds no answers",
+        '[{"question_id": 0, "answer": 1}, {"question_id": 1, "answer": 1}, {"question_id": 1, "answer": 0}]': (
+            "has 3 answers for 2 pictures"
+        ),
         '[{"question_id": 0, "answer": NaN}, {"question_id": 1, "answer": 1}]': "has 2 answers for 2 pictures",
         "{": "holds no answers",
     }.items():

@@ -103,7 +103,7 @@ class Sample:
     def needed(self, margin: float) -> int | None:
         """Return how many further whole repetitions would decide the claim if mean and spread stayed; None if many."""
         now, mean = self.counts, abs(float(self.means.mean()))
-        for number in () if self.alike else range(max(now + 1, LEAST_SEEDS), FARTHEST):
+        for number in () if self.alike else range(max(now + 1, LEAST_SEEDS), FARTHEST + 1):
             if mean > self.half_width(number) or mean + self.half_width(number, sides=1) < margin:
                 return number - now
         return None

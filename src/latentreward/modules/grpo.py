@@ -54,6 +54,7 @@ from latentreward.rollout import (
     score_finished,
     score_states,
 )
+from latentreward.rollout.pruning import check_scored_once, check_states_reward
 from latentreward.seeding import pair_generator
 
 GATE = "trust_region"
@@ -313,7 +314,9 @@ class TrajectoryGRPOModule(GRPOModule):
         if reward_guidance is not None:
             reward.require_guidance()
         if credit is not None:
-            reward.require_step_scores("credit")
+            check_states_reward("credit", reward)
+        if "gate" in rules and rules["gate"].takes == "levels":
+            check_scored_once("trust_region scores each sample at each level too", reward)
         super().__init__(policy, reward, sampling, loss, **options)
         self.num_trajectories, self.reward_sigmas = num_trajectories, tuple(reward_sigmas)
         self.prompts_at_once, self.rules = prompts_at_once, rules

@@ -115,7 +115,9 @@ def read_results(name: str, path: Path, pictures: Sequence[JudgedPicture]) -> np
             match = NAME.search(row["filename"].replace("\\", "/"))
             if match is None:
                 raise ValueError(f"file name {row['filename']!r}")
-            found[int(match[1]), int(match[2])] = (str(row["prompt"]), float(bool(row["correct"])))
+            if row["correct"] not in (True, False):  # of which 1 and 0 are others' spelling
+                raise ValueError(f"correct: {row['correct']!r}")
+            found[int(match[1]), int(match[2])] = (str(row["prompt"]), float(row["correct"]))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{name}: {path} holds no results of GenEval ({first_line(error)}); run it again") from error
     scores = []

@@ -156,7 +156,7 @@ def _answers(name: str, tool: tuple[str, str, str, tuple[str, ...]], folder: Pat
         answers = {int(row["question_id"]): float(row["answer"]) for row in rows}
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{name}: {path} holds no answers ({first_line(error)}); run {tool[1]} again") from error
-    if sorted(answers) != list(range(number)) or not np.isfinite(list(answers.values())).all():
+    if len(rows) != number or sorted(answers) != list(range(number)) or not np.isfinite(list(answers.values())).all():
         raise InputError(f"{name}: {path} has {len(rows)} answers for {number} pictures; run {tool[1]} on all of them")
     return np.array([answers[index] for index in range(number)])
 
