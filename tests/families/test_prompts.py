@@ -11,6 +11,7 @@ import pytest
 from latentreward.errors import InputError
 from latentreward.policies import PolicySource
 from tests.families.twins import PROMPTS, TWINS, Twin
+from tests.tiny_pipelines import source_of
 
 TOLD = [twin for twin in TWINS.values() if twin.family != "sd3"]
 
@@ -34,6 +35,17 @@ def test_without_t5_it_is_told_of_clip(caplog: pytest.LogCaptureFixture) -> None
         assert "are read" not in caplog.text
         encoder.tokenize(["two dogs on a hill " * 600])
     assert f"of which {encoder.clip_length} are read" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["sd15", "sdxl"])
+def test_so_it_is_by_the_clip_of_a_unet(name: str, caplog: pytest.LogCaptureFixture) -> None:
+    encoder = PolicySource(source_of(name)).resolve_family().load_prompt_encoder()
+    with caplog.at_level(logging.WARNING, logger="latentreward"):
+        encoder.tokenize(["a cat"])
+        assert "are read" not in caplog.text
+        for _ in range(2):
+            encoder.tokenize(["a cat", "two dogs on a hill " * 600])
+    assert caplog.text.count(f"of which {encoder.num_tokens} are read") == 1
 
 
 WIDTHS = ("joint_attention_dim", "cap_feat_dim", "text_dim", "text_in_dim", "text_hidden_dim", "pooled_projection_dim")

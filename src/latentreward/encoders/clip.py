@@ -7,7 +7,7 @@ from torch import Tensor
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, PreTrainedTokenizerBase
 
 from latentreward.contracts import Conditioning
-from latentreward.encoders.prompts import PromptEncoder, token_ids
+from latentreward.encoders.prompts import PromptEncoder, masked_ids, token_ids
 
 
 class CLIPPromptEncoder(PromptEncoder):
@@ -31,7 +31,7 @@ class CLIPPromptEncoder(PromptEncoder):
 
     def tokenize(self, prompts: Sequence[str]) -> tuple[Tensor, ...]:
         """See :meth:`PromptEncoder.tokenize`."""
-        return (token_ids(self.tokenizer, prompts, self.num_tokens),)
+        return (masked_ids(self, self.tokenizer, prompts, self.num_tokens)[0],)
 
     def encode_ids(self, *input_ids: Tensor) -> Conditioning:
         """See :meth:`PromptEncoder.encode_ids`."""
@@ -78,7 +78,7 @@ class SDXLPromptEncoder(PromptEncoder):
     def tokenize(self, prompts: Sequence[str]) -> tuple[Tensor, ...]:
         """See :meth:`PromptEncoder.tokenize`."""
         return (
-            token_ids(self.tokenizer, prompts, self.num_tokens),
+            masked_ids(self, self.tokenizer, prompts, self.num_tokens)[0],
             token_ids(self.tokenizer_2, prompts, self.num_tokens),
         )
 

@@ -67,13 +67,11 @@ class SD3PromptEncoder(PromptEncoder):
 
     def tokenize(self, prompts: Sequence[str]) -> tuple[Tensor, ...]:
         """See :meth:`PromptEncoder.tokenize`."""
-        ids = [token_ids(tokenizer, prompts, self.clip_length) for tokenizer in (self.tokenizer, self.tokenizer_2)]
-        if self.text_encoder_3 is not None:
-            ids.append(masked_ids(self, self.tokenizer_3, prompts, self.t5_length)[0])
-        else:
-            used = (ids[0] != self.tokenizer.pad_token_id).sum(dim=1) + 1  # CLIP-L pads with its last token
-            self.tell_cut(self.tokenizer, prompts, used.tolist(), self.clip_length)
-        return tuple(ids)
+        second = token_ids(self.tokenizer_2, prompts, self.clip_length)
+        if self.text_encoder_3 is None:
+            return masked_ids(self, self.tokenizer, prompts, self.clip_length)[0], second
+        first = token_ids(self.tokenizer, prompts, self.clip_length)
+        return first, second, masked_ids(self, self.tokenizer_3, prompts, self.t5_length)[0]
 
     def encode_ids(self, *input_ids: Tensor) -> Conditioning:
         """See :meth:`PromptEncoder.encode_ids`."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -90,13 +91,18 @@ class Chroma(FlowFamily):
         visual, temb = network.x_embedder(self.pack(latents).to(dtype)), modulation[:, -2:].flatten(1)
         return Tokens(visual, text, temb, grid, conditioning.prompt_mask, others)
 
+    @cached_property
+    def single_blocks(self) -> int:
+        """Number of blocks with the same weights for pictures and texts."""
+        return self.entry(self.part, "num_single_layers", int)
+
     def step(self, block: nn.Module, tokens: Tokens, number: int) -> tuple[Tensor, Tensor]:
         """See :meth:`FlowFamily.step`; the approximator's rows are those of single blocks, of images, then of texts."""
         modulation = tokens.others["modulation"]
         shared = {name: tokens.others[name] for name in ("image_rotary_emb", "attention_mask")}
-        dual, single = (self.entry(self.part, name, int) for name in ("num_layers", "num_single_layers"))
+        dual = self.dual_blocks
         if number <= dual:
-            of_image = 3 * single + 6 * (number - 1)
+            of_image = 3 * self.single_blocks + 6 * (number - 1)
             of_text = of_image + 6 * dual
             rows = [modulation[:, first : first + 6] for first in (of_image, of_text)]
             text, visual = block(tokens.visual, tokens.text, torch.cat(rows, dim=1), **shared)
@@ -118,7 +124,7 @@ class Chroma(FlowFamily):
 
     def unread(self, number: int, visual: bool, text: bool) -> tuple[str, ...]:
         """See :meth:`FlowFamily.unread`."""
-        return unread_of_dual(visual, text) if 1 <= number <= self.entry(self.part, "num_layers", int) else ()
+        return unread_of_dual(visual, text) if 1 <= number <= self.dual_blocks else ()
 
     def unread_outside(self, number: int, visual: bool, text: bool) -> tuple[str, ...]:
         """See :meth:`FlowFamily.unread_outside`."""

@@ -188,6 +188,11 @@ class FlowFamily(Family):
             self._require("text_field", self.text_field in self.config, f"is not in {self.named(self.part)}")
         return self.entry(self.part, self.text_field, int)
 
+    @cached_property
+    def dual_blocks(self) -> int:
+        """Number of blocks with weights of their own for texts, which are before the others, in a network with both."""
+        return self.entry(self.part, "num_layers", int)
+
     def fitting(self, encoder: PromptEncoder) -> PromptEncoder:
         """Return a text encoder whose output is as wide as the network's config says.
 

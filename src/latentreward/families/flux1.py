@@ -215,7 +215,7 @@ class Flux1(FlowFamily):
 
     def unread(self, number: int, visual: bool, text: bool) -> tuple[str, ...]:
         """See :meth:`FlowFamily.unread`."""
-        return unread_of_dual(visual, text) if 1 <= number <= self.entry(self.part, "num_layers", int) else ()
+        return unread_of_dual(visual, text) if 1 <= number <= self.dual_blocks else ()
 
     def unread_outside(self, number: int, visual: bool, text: bool) -> tuple[str, ...]:
         """See :meth:`FlowFamily.unread_outside`."""

@@ -231,20 +231,17 @@ class Flux2Klein(FlowFamily):
             hidden_states=tokens.visual,
             encoder_hidden_states=tokens.text,
             image_rotary_emb=tokens.others["rotary"],
-            **tokens.others["dual" if self._is_dual(number) else "single"],
+            **tokens.others["dual" if number <= self.dual_blocks else "single"],
         )
         return visual, text
 
-    def _is_dual(self, number: int) -> bool:
-        return number <= self.entry(self.part, "num_layers", int)
-
     def unread(self, number: int, visual: bool, text: bool) -> tuple[str, ...]:
         """See :meth:`FlowFamily.unread`."""
-        return unread_of_dual(visual, text) if number and self._is_dual(number) else ()
+        return unread_of_dual(visual, text) if 0 < number <= self.dual_blocks else ()
 
     def unread_outside(self, number: int, visual: bool, text: bool) -> tuple[str, ...]:
         """See :meth:`FlowFamily.unread_outside`; the modulation of blocks that are not there."""
-        if not self._is_dual(number):
+        if number > self.dual_blocks:
             return ()
         dual = () if number else ("double_stream_modulation_img", "double_stream_modulation_txt")
         return (*dual, "single_stream_modulation", *(() if number or text else ("context_embedder",)))

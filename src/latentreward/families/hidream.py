@@ -198,7 +198,7 @@ class HiDream(FlowFamily):
         text, padding = tokens.text.tensor_split([others["length"]], dim=1)
         text, picture = torch.cat([text, words], dim=1), torch.cat([tokens.visual, padding], dim=1)
         shared = {"temb": tokens.temb, "image_rotary_emb": others["rope"]}
-        if number <= self.entry(self.part, "num_layers", int):
+        if number <= self.dual_blocks:
             picture, text = block(picture, mask, text, **shared)
         else:
             mask = None if mask is None else F.pad(mask, (0, text.shape[1]), value=1.0)
@@ -213,7 +213,7 @@ class HiDream(FlowFamily):
 
     def unread(self, number: int, visual: bool, text: bool) -> tuple[str, ...]:
         """See :meth:`FlowFamily.unread`."""
-        if (visual and text) or not 1 <= number <= self.entry(self.part, "num_layers", int):
+        if (visual and text) or not 1 <= number <= self.dual_blocks:
             return ()
         if visual:
             return ("block.attn1.to_q_t", "block.attn1.q_rms_norm_t", "block.attn1.to_out_t", "block.ff_t")
