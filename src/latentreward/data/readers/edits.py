@@ -286,8 +286,9 @@ class EditPairReader(RowReader):
             return {}
         facts: dict[str, Any] = {}
         for axis, scores in self.layout.axes.items():
-            numbers = zip("ab", (parse_number(row.get(score)) for score in scores), strict=True)
-            facts |= {f"{axis}_{side}": number for side, number in numbers if number is not None}
+            numbers = [parse_number(row.get(score)) for score in scores]
+            if numbers != [None, None]:
+                facts |= dict(zip((f"{axis}_a", f"{axis}_b"), numbers, strict=True))
         tags = [text for tag in self.layout.tags if (text := parse_text(row.get(tag)))]
         return {**facts, "tags": tags} if tags else facts
 
