@@ -87,7 +87,9 @@ def test_tables_of_a_folder(tmp_path: Path) -> None:
     assert images.rows[-1].problem == "no prompt"
     assert images.rows[-1].detail.startswith("no 4.txt beside it")
     assert any("captions.jsonl: line 3: cut off" in remark for remark in images.remarks)
-    assert any("no picture 'gone'" in remark for remark in images.remarks)
+    assert [remark for remark in images.remarks if "no picture" in remark] == [f"{tmp_path}: no picture 'gone'"]
+    of_pattern = read_images(str(tmp_path / "[12].png"))  # 5.png is there too
+    assert {remark for remark in of_pattern.remarks if "no picture" in remark} == {f"{tmp_path}: no picture 'gone'"}
 
 
 def test_a_folder_without_any_prompt_is_refused(pics: Path) -> None:

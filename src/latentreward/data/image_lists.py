@@ -2,7 +2,7 @@
 
 import glob
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import takewhile
 from pathlib import Path, PurePosixPath
@@ -145,7 +145,7 @@ def _read(
             f"images: none of {len(rows)} pictures in {root} has a prompt{odd}; put NAME.txt beside NAME.png, or "
             f"{' or '.join(FOLDER_TABLES)} with file_name and prompt in the folder, or give one for all with --prompt"
         )
-    return ImageList(source, tuple(rows), (*remarks, *captions.unused()))
+    return ImageList(source, tuple(rows), (*remarks, *captions.unused(files)))
 
 
 def _read_list(
@@ -259,7 +259,6 @@ class _Captions:
         self.root, self.columns, self.sources = root, columns, sources
         self.remarks: list[str] = []
         self._tables: dict[Path, dict[str, str]] = {}
-        self._used: set[tuple[Path, str]] = set()
 
     def find(self, picture: Path) -> str | None:
         """Find a picture's prompt in the nearest table that names it; None if no table does.
@@ -272,16 +271,24 @@ class _Captions:
             path = picture.relative_to(folder)
             for name in (path.as_posix(), path.with_suffix("").as_posix()):
                 if name in self._tables[folder]:
-                    self._used.add((folder, name))
                     return self._tables[folder][name]
             if folder == self.root:
                 break
         return None
 
-    def unused(self) -> list[str]:
-        """Return messages about unusable lines of the tables and about lines whose picture does not exist."""
-        names = [(folder, name) for folder, table in self._tables.items() for name in table]
-        lost = [f"{folder}: no picture {short(name)}" for folder, name in names if (folder, name) not in self._used]
+    def unused(self, files: Iterable[Path]) -> list[str]:
+        """Return messages about unusable lines of the tables, and about lines whose picture does not exist.
+
+        Lines about the pictures ``files`` count as used, also where a text beside the picture or a nearer table wins.
+        """
+        known = {name for file in files for name in (file, file.with_suffix(""))}
+        lost = [
+            f"{folder}: no picture {short(name)}"
+            for folder, table in self._tables.items()
+            for name in table
+            if (path := folder / name) not in known
+            and not any(os.path.lexists(f"{path}{suffix}") for suffix in ("", *SUFFIXES))
+        ]
         return self.remarks + lost
 
     def _read(self, folder: Path) -> Iterator[tuple[str, str]]:
