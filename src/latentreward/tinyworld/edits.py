@@ -132,9 +132,8 @@ def edited(scene: Scene, edit: Edit) -> Scene | None:
     else:
         items[places[0]] = replace(item, **{edit.kind: edit.detail})
     if edit.kind in ("add", "move"):
-        edges = [edge for item in items for edge in (item.x, item.y, IMAGE_SIZE - item.x, IMAGE_SIZE - item.y)]
-        radii = [item.radius for item in items for _ in range(4)]
-        if any(edge < radius for edge, radius in zip(edges, radii, strict=True)):
+        edges = (min(item.x, item.y, IMAGE_SIZE - item.x, IMAGE_SIZE - item.y) for item in items)
+        if any(edge < item.radius for edge, item in zip(edges, items, strict=True)):
             return None
     apart = all(
         math.hypot(one.x - other.x, one.y - other.y) > REACH * (one.radius + other.radius) + 1

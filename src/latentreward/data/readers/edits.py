@@ -27,7 +27,6 @@ from latentreward.data.readers.pair_rows import BY_LABEL, PairRowParser
 from latentreward.data.readers.rows import RowReader
 from latentreward.data.readers.tables import (
     Source,
-    embedded_image,
     embedded_images,
     name_pictures,
     open_table,
@@ -229,7 +228,7 @@ class EditPairReader(RowReader):
             return super().find_images(row)
         columns = [*dict.fromkeys(image.partition(".")[0] for image in self.layout.images)]
         values = dict(zip(columns, self._rows.read(row["row"], columns), strict=True))
-        return [embedded_image(_value(values, image), files=self._rows.files) for image in self.layout.images]
+        return [self._rows.image(_value(values, image)) for image in self.layout.images]
 
     def find_sources(self, row: dict[str, Any]) -> list[ImageRef]:
         """Return the pictures to edit of a row with their bytes, or references to their files."""
