@@ -15,6 +15,7 @@ from itertools import combinations, permutations, product
 import numpy as np
 from PIL import Image
 
+from latentreward.errors import InputError
 from latentreward.tinyworld.captions import BACKGROUNDS, COLORS, POSITIONS, SHAPES, split_texts
 from latentreward.tinyworld.oracle import detect_scene
 from latentreward.tinyworld.rendering import IMAGE_SIZE
@@ -86,11 +87,11 @@ def parse_edit(text: str) -> Edit:
     """Return the edit with a text.
 
     Raises:
-        ValueError: If the tiny world has no such instruction.
+        InputError: If the tiny world has no such instruction.
     """
     text = str(text)  # without the pictures of a prompt
     if text not in all_edits():
-        raise ValueError(f"not an edit of the tiny world: {text[:80]!r}; see latentreward.tinyworld.edits.all_edits()")
+        raise InputError(f"not an edit of the tiny world: {text[:80]!r}; see latentreward.tinyworld.edits.all_edits()")
     return all_edits()[text]
 
 
@@ -196,7 +197,7 @@ def judge_edit(source: np.ndarray | Image.Image, result: np.ndarray | Image.Imag
     """Judge a picture as the result of an edit of another one; both ``(32, 32, 3)``, uint8 or PIL.
 
     Raises:
-        ValueError: If a picture has another size or dtype, or the tiny world has no such instruction.
+        InputError: If a picture has another size or dtype, or the tiny world has no such instruction.
     """
     edit = parse_edit(instruction)
     return scene_verdict(detect_scene(source), detect_scene(result), edit)
