@@ -320,6 +320,18 @@ def test_caches_that_treat_exif_differently_are_told(tmp_path: Path, caplog: pyt
 
 
 @pytest.mark.slow
+def test_a_loader_goes_on_after_another_one_of_its_split(tmp_path: Path) -> None:
+    pairs = [{"image_a": number, "image_b": number + 1} for number in range(5)]
+    split = CachedSplit(str(write_cache(tmp_path / "cache", pairs, [(16, 16)] * 6)))
+    data = CachedPreferenceDataModule(train=split, val=split, shared_prompts="keep", batch_size=2, num_workers=1)
+    for make in (data.train_dataloader, data.val_dataloader):
+        loader = make()
+        before = {name for batch in loader for name in batch.pair_ids}
+        make()
+        assert {name for batch in loader for name in batch.pair_ids} == before  # by the same worker as before
+
+
+@pytest.mark.slow
 def test_a_finished_program_ends_though_workers_still_wait(tmp_path: Path) -> None:
     folder = write_cache(tmp_path / "cache", [{"image_a": 0, "image_b": 1}] * 8, [(16, 16)] * 2)
     script = (

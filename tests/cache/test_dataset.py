@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 
 from latentreward.cache.dataset import CachedPairDataset
 from latentreward.cache.index import CachedPairs, CacheIndex
-from latentreward.cache.layout import IMAGES, LATENTS_FOLDER, PAIRS, manifest_name
+from latentreward.cache.layout import IMAGES, LATENTS_FOLDER, PAIRS, manifest_name, text_name
 from latentreward.contracts import ImageRef, PreferenceBatch, PreferencePair
 from latentreward.data.collate import collate_pairs
 from latentreward.data.dataset import LoadedPair
@@ -121,6 +121,13 @@ def test_a_missing_shard_stops_or_leaves_its_pairs_out(tmp_path: Path) -> None:
     assert torch.equal(batch.chosen[0], latents_of(1, (16, 16)))
 
 
+def test_no_pair_is_used_without_the_shard_of_the_empty_prompt(tmp_path: Path) -> None:
+    folder = write_cache(tmp_path / "cache", PAIRS_OF_FIVE, [(16, 16)] * 6, per_shard=2)
+    (folder / manifest_name(text_name(0))).unlink()  # prompt 2 is in another one
+    pairs = CachedPairs(CacheIndex(folder, on_missing="skip"))
+    assert (len(pairs), pairs.skipped) == (0, {"shard not written yet": 5})
+
+
 def test_an_index_without_shards_is_one_line(tmp_path: Path) -> None:
     folder = write_cache(tmp_path / "cache", PAIRS_OF_FIVE, [(16, 16)] * 6)
     for path in folder.glob("*/*"):
@@ -129,6 +136,7 @@ def test_an_index_without_shards_is_one_line(tmp_path: Path) -> None:
         with pytest.raises(InputError, match="3 of 3 shards are not written") as error:
             CacheIndex(folder, on_missing)
         assert "\n" not in str(error.value)
+        assert "on_missing" not in str(error.value)  # which would not help
 
 
 def test_damage_is_one_line(tmp_path: Path) -> None:

@@ -380,6 +380,13 @@ def test_a_row_that_changed_since_planning_is_found(
     with pytest.raises(SystemExit):
         run_cache(tmp_path / "cache", data)
     assert "but was 'images/1a.jpg' when the cache was planned" in capsys.readouterr().err
+    plan = (tmp_path / "cache/plan.json").read_bytes()
+    (tmp_path / "cache/pairs.parquet").unlink()
+    for _ in range(2):  # the plan of the shards that are there stays
+        with pytest.raises(SystemExit):
+            run_cache(tmp_path / "cache", data)
+        assert "the reader's rows are not those of the plan any more" in capsys.readouterr().err
+        assert (tmp_path / "cache/plan.json").read_bytes() == plan
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from latentreward.data import (
     SkippedPair,
     collate_pairs,
 )
+from latentreward.data.clips import ClipLoader
 from tests.data.skipped_rows import skipped_rows
 from tests.processes import FORKS
 
@@ -158,3 +159,7 @@ def test_rows_with_too_few_or_too_many_pictures_to_edit_follow_on_error(tmp_path
     with pytest.raises(ImageError, match=told):
         datasets["raise"][1]
     assert not datasets["raise"][0].sources
+    clips = PairDataset(datasets["raise"].reader, ClipLoader(8, 8, frames=5))
+    clips.taken = (0, 0)
+    with pytest.raises(ImageError, match=told):
+        clips[1]

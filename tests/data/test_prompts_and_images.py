@@ -20,6 +20,11 @@ from tests.modules.batches import loaded_pairs
 class Images(LightningDataModule):
     """Ten pairs, in another order each epoch."""
 
+    torn_down = 0
+
+    def teardown(self, stage: str) -> None:
+        self.torn_down += 1
+
     def train_dataloader(self) -> ResumableLoader:
         places = PairBatchSampler(10, batch_size=2, seed=0)
         return ResumableLoader(loaded_pairs(10), places, collate_fn=collate_pairs)
@@ -61,7 +66,9 @@ def fit(module: Seeing, batches_per_epoch: int, folder: Path, checkpoint: Path |
         enable_model_summary=False,
         callbacks=[ModelCheckpoint(folder, filename="{step}", every_n_train_steps=1, save_top_k=-1)],
     )
-    trainer.fit(module, data(batches_per_epoch), ckpt_path=checkpoint)
+    both = data(batches_per_epoch)
+    trainer.fit(module, both, ckpt_path=checkpoint)
+    assert both.images.torn_down == 1  # type: ignore[attr-defined]  # where unreadable images are counted
     return module.seen
 
 

@@ -156,7 +156,7 @@ def test_rows_before_the_place_are_not_decoded(write, monkeypatch) -> None:
     [
         ({"batch_size": 4}, r"data\.batch_size is 4, but 3 in the checkpoint"),
         ({"num_workers": 2}, r"data\.num_workers is 2, but 0 in the checkpoint"),
-        ({"shuffle_buffer": 3}, r"data\.shuffle_buffer is 3, but 256 in the checkpoint"),
+        ({"shuffle_buffer": 3}, r"data\.train\.shuffle_buffer is 3, but 256 in the checkpoint"),
         ({"seed": 6}, r"seed_everything \(or data\.seed\) is 6, but 5"),
     ],
 )

@@ -48,7 +48,7 @@ def test_texts_fit_the_tokenizer_and_lead_back() -> None:
     assert len(all_edits()) == 339
     assert all(parse_edit(text) == edit and edit.text == text for text, edit in all_edits().items())
     assert tokenize(list(all_edits())).shape == (339, 16)
-    with pytest.raises(ValueError, match="not an edit of the tiny world"):
+    with pytest.raises(InputError, match="not an edit of the tiny world"):
         parse_edit("paint the red circle")
 
 

@@ -5,6 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
+from latentreward.errors import InputError
 from latentreward.tinyworld.captions import draw_caption
 from latentreward.tinyworld.drawing import draw_scene
 from latentreward.tinyworld.oracle import detect_scene, judge, mean_verdict, utility_scores
@@ -68,5 +69,5 @@ def test_scores_are_a_tensor_and_take_pil() -> None:
 
 
 def test_oracle_refuses_other_sizes() -> None:
-    with pytest.raises(ValueError, match=r"expected a \(32, 32, 3\) uint8 picture"):
+    with pytest.raises(InputError, match=r"expected a \(32, 32, 3\) uint8 picture"):
         detect_scene(np.zeros((64, 64, 3), np.uint8))

@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from latentreward.errors import InputError
 from latentreward.tinyworld.captions import (
     KIND_SHARES,
     Caption,
@@ -45,7 +46,7 @@ def test_captions_read_as_sentences() -> None:
 
 
 def test_parse_refuses_other_worlds() -> None:
-    with pytest.raises(ValueError, match="not a caption of the tiny world"):
+    with pytest.raises(InputError, match="not a caption of the tiny world"):
         parse_caption("a dog")
 
 

@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from latentreward.errors import InputError
 from latentreward.tinyworld import TinyWorldDataModule, writers
 from latentreward.tinyworld.pairs import Pair, draw_pairs
 from latentreward.tinyworld.writers import PICKAPIC_SCHEMA, write_generated, write_hpdv3, write_pickapic
@@ -181,7 +182,7 @@ def test_unknown_splits_are_refused(tmp_path: Path) -> None:
 
 
 def test_more_unique_captions_than_there_are_are_refused() -> None:
-    with pytest.raises(ValueError, match="has 338"):
+    with pytest.raises(InputError, match="has 338"):
         draw_pairs("test", 339, np.random.default_rng(0), unique=True)
 
 

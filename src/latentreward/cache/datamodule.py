@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Mapping
+from copy import copy
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -266,7 +267,6 @@ class CachedPreferenceDataModule(PairLoaders):
         if getattr(self.trainer, "overfit_batches", 0):
             return self._evaluation_loader("train")
         dataset = self._dataset("train")
-        dataset.pool = self._pool(dataset)
         rank = shares_of(self.trainer)["rank"]
         sampler = BucketBatchSampler(self._latent_sizes(dataset), self._sizing(), rank)
         if rank == 0:
@@ -288,6 +288,12 @@ class CachedPreferenceDataModule(PairLoaders):
         downscale = self.spec.latent_space.downscale
         return dataset.sizes() // [downscale, downscale, 1]
 
+    def _dataset(self, name: str) -> CachedPairDataset:
+        """See :meth:`PairLoaders._dataset`; each loader gets a copy whose pool lives as long as its own workers."""
+        dataset = copy(super()._dataset(name))
+        dataset.pool = self._pool(dataset)
+        return dataset
+
     def _pool(self, dataset: CachedPairDataset) -> BufferPool:
         """Create shared memory for the loader's batches, as large as the largest batch each.
 
@@ -302,7 +308,6 @@ class CachedPreferenceDataModule(PairLoaders):
 
     def evaluation_loading(self, dataset: CachedPairDataset) -> dict[str, Any]:
         """Return the settings of an evaluation loader: batches of one size, in the order of the rows where possible."""
-        dataset.pool = self._pool(dataset)
         rank = shares_of(self.trainer)["rank"]
         sampler = EvaluationBatches(self._latent_sizes(dataset), self._sizing(), rank)
         return {"batch_size": None, "sampler": sampler, "collate_fn": as_is}

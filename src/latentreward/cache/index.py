@@ -111,7 +111,8 @@ class CacheIndex:
         if missing:
             summary = f"cache {self.folder}: {len(missing)} of {len(shards)} shards are not written, first {missing[0]}"
             if on_missing == "raise" or not any(present):
-                raise InputError(f"{summary}; run `latentreward cache` to the end, or set data.on_missing: skip")
+                skip = ", or set data.on_missing: skip" if any(present) else ""
+                raise InputError(f"{summary}; run `latentreward cache` to the end{skip}")
             logger.warning("%s; pairs that need them are left out", summary)
         written = [shard for shard, there in zip(shards, present, strict=True) if there]
         self.store = ShardStore([self.folder / shard.name for shard in written])
@@ -191,18 +192,17 @@ class CacheIndex:
     @cached_property
     def unusable(self) -> dict[str, np.ndarray]:
         """Masks ``(P,)`` bool of the pairs that cannot be used, by reason; a pair has at most one reason."""
-        height = len(self.image_size)
-        unreadable = np.zeros(height, dtype=bool)
+        unreadable = np.zeros(len(self.image_size), dtype=bool)
         if len(self._unreadable):
             stride = 1 + max(self.images.row.max(), self._unreadable[:, 1].max())
             bad = self._unreadable[:, 0] * stride + self._unreadable[:, 1]
             unreadable = np.isin(self.images.shard.astype(np.int64) * stride + self.images.row, bad)
-        sides = (self.image_a, self.image_b)
         missing = self._any(self.images.shard < 0)
         if self.spec.text is not None:
-            missing |= self.texts.shard[self.prompt] < 0
+            # Every batch also reads the empty prompt.
+            missing |= (self.texts.shard[self.prompt] < 0) | (self.texts.shard[self.plan.empty_prompt] < 0)
         broken = self._any(unreadable) & ~missing
-        uneven = (self.image_size[sides[0]] != self.image_size[sides[1]]).any(axis=1)
+        uneven = (self.image_size[self.image_a] != self.image_size[self.image_b]).any(axis=1)
         return {"shard not written yet": missing, UNREADABLE: broken, TWO_SIZES: uneven & ~missing & ~broken}
 
     def _any(self, images: np.ndarray) -> np.ndarray:

@@ -24,7 +24,7 @@ from latentreward.data.dataset import any_prompt
 from latentreward.data.images import read_header
 from latentreward.data.readers import PairReader
 from latentreward.errors import InputError
-from latentreward.storage.durable import contents, remove_temporary, write_errors_named
+from latentreward.storage.durable import contents, remove_temporary, write_errors_named, write_file
 from latentreward.storage.progress import Progress
 
 if TYPE_CHECKING:
@@ -129,6 +129,7 @@ def prepare_cache(
                 logger.warning("%s: %s; planning again", folder, "; ".join(problems))
                 again = write_plan(folder, spec, images, reader, num_workers, check_sources, seen, check_prompt)
                 if again.hash != plan.hash:
+                    write_file(folder / PLAN, plan.to_json(), KEPT)  # else the next run would take the other rows
                     raise InputError(
                         f"{folder}: {problems[0]}, and the reader's rows are not those of the plan any more; choose "
                         "another output"

@@ -13,14 +13,13 @@ def map_ahead(
     function: Callable[[Item], Result], items: Iterable[Item], ahead: int, threads: int = 1
 ) -> Generator[Result, None, None]:
     """Yield ``function(item)`` of each item in order, computed in threads ahead of its use."""
-    with ThreadPoolExecutor(threads) as pool:
-        pending: deque[Future[Result]] = deque()
-        try:
-            for item in items:
-                pending.append(pool.submit(function, item))
-                if len(pending) > ahead:
-                    yield pending.popleft().result()
-            while pending:
+    pool, pending = ThreadPoolExecutor(threads), deque[Future[Result]]()
+    try:
+        for item in items:
+            pending.append(pool.submit(function, item))
+            if len(pending) > ahead:
                 yield pending.popleft().result()
-        finally:
-            pool.shutdown(cancel_futures=True)
+        while pending:
+            yield pending.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)

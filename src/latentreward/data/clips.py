@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from io import BytesIO
+from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -113,7 +114,7 @@ class ClipLoader(PixelLoader):
             check_pixels(image, source.size[::-1], self.max_pixels)
             taken: list[Tensor] = []
             size = 0, 0
-            for frame in self._shown(image, source):
+            for frame in islice(self._shown(image, source), self.frames):
                 size = size if taken else frame.size
                 taken.append(self.pixels(frame.picture()))
             unused = 0
@@ -127,7 +128,10 @@ class ClipLoader(PixelLoader):
         return torch.zeros(3, self.frames, self.height, self.width)
 
     def _shown(self, image: ImageRef, source: Source) -> Iterator[Frame]:
-        """Yield the frame that is shown at each of the wanted times; half a tick of the file's clock is rounding."""
+        """Yield the frame that is shown at each time; half a tick of the file's clock is rounding.
+
+        After the last frame of the file, ImageError is raised.
+        """
         taken = decoded = pixels = first = 0
         before: Frame | None = None
 
@@ -152,14 +156,10 @@ class ClipLoader(PixelLoader):
             while before is not None and due(frame.start):
                 yield before
                 taken += 1
-                if taken == self.frames:
-                    return
             before = frame
         while before is not None and due(before.end):
             yield before
             taken += 1
-            if taken == self.frames:
-                return
         if before is not None and before.end == first:
             raise image_error(image, SHORT, "its frames have no durations; give an mp4 file, or an animated WebP")
         wanted = f"{taken} of frames={self.frames} at fps={self.fps:g} can be read"

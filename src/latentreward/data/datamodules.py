@@ -191,17 +191,16 @@ class PreferenceDataModule(PairLoaders):
         check_clips("data.", frames, fps)
         require_pyav(frames)
         self._sides, self._frames = (height, width), frames
-        loader = PixelLoader(height, width, resize, max_pixels)
+        self.loader = PixelLoader(height, width, resize, max_pixels)
         if frames > 1:
-            loader = ClipLoader(height, width, resize, max_pixels, frames=frames, fps=fps)
-        self.loader = loader
+            self.loader = ClipLoader(**vars(self.loader), frames=frames, fps=fps)
         readers = {"train": train, "val": val, "test": test}
         given = {name: reader for name, reader in readers.items() if reader is not None}
         rows, self.emptied = select_rows(given, shared_prompts, label_remedy(targets))
         given |= {} if predict is None else {"predict": predict}
         values = {} if targets is None else {name: targets.values(name, reader) for name, reader in given.items()}
         self.datasets = {
-            name: PairDataset(reader, loader, rows.get(name), on_error, name, values.get(name))
+            name: PairDataset(reader, self.loader, rows.get(name), on_error, name, values.get(name))
             for name, reader in given.items()
         }
 

@@ -133,6 +133,7 @@ class PairDataset(Dataset[LoadedPair | SkippedPair]):
         pair, targets = self.reader[row], None if self.targets is None else self.targets[row]
         try:
             if isinstance(self.loader, ClipLoader):
+                check_taken(pair.prompt, self.taken)
                 clips = self.loader.load(pair.image_a), self.loader.load(pair.image_b)
                 self.unused[index] = torch.tensor([clip.unused for clip in clips])
                 loaded = LoadedPair(pair, clips[0].pixels, clips[1].pixels, targets)
@@ -199,6 +200,14 @@ def check_edit(prompt: str, check: Callable[[str], None]) -> None:
         raise ImageError(str(error), REFUSED) from error
 
 
+def check_taken(prompt: str, taken: tuple[int, int | None]) -> None:
+    """Raise ImageError if a prompt edits another number of pictures than are ``taken``, as of :func:`load_sources`."""
+    number = len(sources_of(prompt))
+    if wanted := sources_wanted(number, taken):
+        edits = "" if number else " in data of edits"
+        raise ImageError(f"number of pictures to edit: {number}, and the network takes {wanted}{edits}", COUNT)
+
+
 def load_sources(
     loader: PixelLoader, pair: PreferencePair, taken: tuple[int, int | None], check: Callable[[str], None]
 ) -> tuple[PreferencePair, tuple[Tensor, ...]]:
@@ -208,12 +217,8 @@ def load_sources(
         ImageError: If one cannot be read, or their number is not among those that are ``taken``: least and largest,
             None for any number; or if ``check`` raises InputError.
     """
-    sources = sources_of(pair.prompt)
-    if wanted := sources_wanted(len(sources), taken):
-        edits = "" if sources else " in data of edits"
-        told = f"number of pictures to edit: {len(sources)}, and the network takes {wanted}{edits}"
-        raise ImageError(told, COUNT)
-    if sources:
+    check_taken(pair.prompt, taken)
+    if sources := sources_of(pair.prompt):
         pair = replace(pair, prompt=seen_as(pair.prompt, exif=loader.exif, max_pixels=loader.max_pixels))
     check_edit(pair.prompt, check)
     return pair, tuple(map(loader, sources))

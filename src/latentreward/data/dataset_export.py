@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from latentreward.contracts import PreferencePair, sources_of
-from latentreward.data.images import ImageError, open_source, read_header
+from latentreward.data.images import ImageError, image_bytes, read_header
 from latentreward.data.readers import PairReader
 from latentreward.data.readers.base import OWN_ON_ERROR
 from latentreward.errors import InputError, check_at_least_one
@@ -105,8 +105,7 @@ def _values(reader: PairReader, pair: PreferencePair) -> dict[str, Any] | None:
     for image in (pair.image_a, pair.image_b, *sources):
         try:
             read_header(image)
-            source = open_source(image)
-            images.append({"bytes": source.read_bytes() if isinstance(source, Path) else source.getvalue()})
+            images.append({"bytes": image_bytes(image)})
         except ImageError as error:
             if reader.on_error == "raise":
                 remedy = f"replace the file, or set {OWN_ON_ERROR} to skip or placeholder"

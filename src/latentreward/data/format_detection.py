@@ -84,10 +84,8 @@ def other_formats(data: str) -> dict[str, str]:
 def _found(path: Path) -> Iterator[Splits]:
     for find in FORMATS:
         if splits := find(path):
-            rank = [
-                [name for name in sorted(splits) if name.startswith(start)] for start in ("train", "val", "test", "")
-            ]
-            yield {name: splits[name] for names in rank for name in names}
+            starts = ("train", "val", "test", "")
+            yield {name: splits[name] for start in starts for name in sorted(splits) if name.startswith(start)}
 
 
 def choose_splits(splits: Splits, names: Iterable[str]) -> Splits:

@@ -2,7 +2,7 @@
 
 import glob
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import takewhile
 from pathlib import Path, PurePosixPath
@@ -11,14 +11,12 @@ from typing import Any
 from latentreward.contracts import EditPrompt, ImageRef
 from latentreward.data.images import NO_IMAGE, OUTSIDE, resolve_inside
 from latentreward.data.list_rows import find_columns, read_objects
-from latentreward.data.readers.base import MAX_PROMPT_CHARS, Sources
+from latentreward.data.readers.base import MAX_PROMPT_CHARS
 from latentreward.data.readers.folders import SUFFIXES, UNREAD, read_caption, tell_unread
 from latentreward.data.readers.json_rows import (
     EDIT_UNREAD,
     MOST_SOURCES,
     SOURCES,
-    edit_problem,
-    edit_remark,
     escapes,
     find_edit_source,
     list_sources,
@@ -70,7 +68,6 @@ def read_images(
     prompt_column: str | None = None,
     allow_outside: bool = False,
     max_prompt_chars: int = MAX_PROMPT_CHARS,
-    sources: Sources = "read",
 ) -> ImageList:
     """List images with their prompts from a folder, a pattern, a file or a list; no image is opened.
 
@@ -94,13 +91,12 @@ def read_images(
             is a column.
         allow_outside: Whether a list may name files outside its folder.
         max_prompt_chars: Largest number of characters in a prompt; a row with a longer one gets a ``problem``.
-        sources: ``"ignore"`` gives the prompts without the pictures that images are edits of.
 
     Raises:
         InputError: If there are no images or rows, a column is missing, or no picture of a folder or pattern has a
             prompt.
     """
-    found, rows = _read(source, prompt, (image_column, prompt_column), allow_outside, sources), []
+    found, rows = _read(source, prompt, (image_column, prompt_column), allow_outside), []
     for row in found.rows:
         if (size := len(row.prompt)) > max_prompt_chars:
             detail = f"{size} characters, more than max_prompt_chars={max_prompt_chars}: {short(row.prompt)}"
@@ -109,16 +105,12 @@ def read_images(
     return replace(found, rows=tuple(rows))
 
 
-def _read(
-    source: str, prompt: str | None, columns: tuple[str | None, str | None], allow_outside: bool, sources: Sources
-) -> ImageList:
+def _read(source: str, prompt: str | None, columns: tuple[str | None, str | None], allow_outside: bool) -> ImageList:
     path = Path(source)
+    if (path / "generate.json").is_file():
+        path = next((table for suffix in LISTS if (table := path / f"images{suffix}").is_file()), path)
     if path.suffix.lower() in LISTS and not path.is_dir():
-        return _read_list(source, path, prompt, columns, allow_outside, sources)
-    if path.is_dir() and (path / "generate.json").is_file():
-        table = next((path / f"images{suffix}" for suffix in LISTS if (path / f"images{suffix}").is_file()), None)
-        if table is not None:
-            return _read_list(source, table, prompt, columns, allow_outside, sources)
+        return _read_list(source, path, prompt, columns, allow_outside)
     if path.suffix.lower() in (".parquet", ".arrow") and path.is_file():
         raise InputError(f"images: {source} is a table, not a list or a picture; write it as {' or '.join(LISTS[:2])}")
     root, files, remarks = _pictures(source)
@@ -127,7 +119,7 @@ def _read(
         return ImageList(
             source, tuple(ListedImage(_name(file, root), text, str(file)) for file in files), tuple(remarks)
         )
-    captions, rows = _Captions(root, columns, sources), list[ListedImage]()
+    captions, rows = _Captions(root, columns), list[ListedImage]()
     for file in files:
         name, problem, detail = _name(file, root), None, ""
         stem = PurePosixPath(name).stem
@@ -145,28 +137,17 @@ def _read(
             f"images: none of {len(rows)} pictures in {root} has a prompt{odd}; put NAME.txt beside NAME.png, or "
             f"{' or '.join(FOLDER_TABLES)} with file_name and prompt in the folder, or give one for all with --prompt"
         )
-    return ImageList(source, tuple(rows), (*remarks, *captions.unused()))
+    return ImageList(source, tuple(rows), (*remarks, *captions.unused(files)))
 
 
 def _read_list(
-    source: str,
-    file: Path,
-    prompt: str | None,
-    columns: Sequence[str | None],
-    allow_outside: bool,
-    sources: Sources,
+    source: str, file: Path, prompt: str | None, columns: Sequence[str | None], allow_outside: bool
 ) -> ImageList:
     lines = read_objects(file)
     image, text = find_columns(file, lines, columns, with_prompts=prompt is None)
     root = "" if allow_outside else str(file.parent)
-    rows = [_listed(file, line, row, image, text, prompt, root) for line, row in lines]
-    if sources == "read":
-        read = [_with_sources(listed, row, image, root, file) for listed, (_, row) in zip(rows, lines, strict=True)]
-        return ImageList(source, tuple(read))
-    unread = {find_edit_source(row, [image]) for _, row in lines if isinstance(row, dict)}
-    return ImageList(
-        source, tuple(rows), tuple(f"{file}: {edit_remark(name)}" for name in sorted(filter(None, unread)))
-    )
+    listed = ((_listed(file, line, row, image, text, prompt, root), row) for line, row in lines)
+    return ImageList(source, tuple(_with_sources(found, row, image, root, file) for found, row in listed))
 
 
 def _with_sources(listed: ListedImage, row: Mapping[str, Any] | str, image: str, root: str, file: Path) -> ListedImage:
@@ -174,7 +155,8 @@ def _with_sources(listed: ListedImage, row: Mapping[str, Any] | str, image: str,
     if isinstance(row, str) or listed.problem:
         return listed
     if (unread := find_edit_source(row, [*SOURCES, image])) is not None:
-        return replace(listed, problem=EDIT_UNREAD, detail=edit_problem(unread))
+        detail = f"{short(unread)} is a picture to edit, and {SOURCES[0]} is read; rename it, or leave the column out"
+        return replace(listed, problem=EDIT_UNREAD, detail=detail)
     name, values = list_sources(row)
     paths = [parse_text(value) or "" for value in values]
     if len(paths) > MOST_SOURCES or not all(paths):
@@ -252,14 +234,12 @@ class _Captions:
     Args:
         root: Topmost folder in which tables are looked for.
         columns: Names of the columns with paths and with prompts; None for the usual names.
-        sources: Whether to read the pictures that images are edits of, see :func:`read_images`.
     """
 
-    def __init__(self, root: Path, columns: Sequence[str | None], sources: Sources) -> None:
-        self.root, self.columns, self.sources = root, columns, sources
+    def __init__(self, root: Path, columns: Sequence[str | None]) -> None:
+        self.root, self.columns = root, columns
         self.remarks: list[str] = []
         self._tables: dict[Path, dict[str, str]] = {}
-        self._used: set[tuple[Path, str]] = set()
 
     def find(self, picture: Path) -> str | None:
         """Find a picture's prompt in the nearest table that names it; None if no table does.
@@ -272,16 +252,24 @@ class _Captions:
             path = picture.relative_to(folder)
             for name in (path.as_posix(), path.with_suffix("").as_posix()):
                 if name in self._tables[folder]:
-                    self._used.add((folder, name))
                     return self._tables[folder][name]
             if folder == self.root:
                 break
         return None
 
-    def unused(self) -> list[str]:
-        """Return messages about unusable lines of the tables and about lines whose picture does not exist."""
-        names = [(folder, name) for folder, table in self._tables.items() for name in table]
-        lost = [f"{folder}: no picture {short(name)}" for folder, name in names if (folder, name) not in self._used]
+    def unused(self, files: Iterable[Path]) -> list[str]:
+        """Return messages about unusable lines of the tables, and about lines whose picture does not exist.
+
+        Lines about the pictures ``files`` count as used, also where a text beside the picture or a nearer table wins.
+        """
+        known = {name for file in files for name in (file, file.with_suffix(""))}
+        lost = [
+            f"{folder}: no picture {short(name)}"
+            for folder, table in self._tables.items()
+            for name in table
+            if (path := folder / name) not in known
+            and not any(os.path.lexists(f"{path}{suffix}") for suffix in ("", *SUFFIXES))
+        ]
         return self.remarks + lost
 
     def _read(self, folder: Path) -> Iterator[tuple[str, str]]:
@@ -291,8 +279,7 @@ class _Captions:
             image, text = find_columns(file, lines, self.columns)
             for line, row in lines:
                 listed = _listed(file, line, row, image, text, None, "")
-                if self.sources == "read":
-                    listed = _with_sources(listed, row, image, str(folder), file)
+                listed = _with_sources(listed, row, image, str(folder), file)
                 if listed.problem:
                     self.remarks.append(f"{file}: {listed.detail}")
                 else:

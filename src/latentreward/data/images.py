@@ -372,7 +372,7 @@ def decode_latents(image: ImageRef, clip: bool | None = False) -> np.ndarray:
         raise image_error(image, EMPTY, "0 bytes")
     try:
         array = np.load(BytesIO(image.data), allow_pickle=False)
-    except (ValueError, OSError, EOFError, TypeError, SyntaxError) as error:  # what numpy raises on damaged bytes
+    except (ValueError, OSError, EOFError, TypeError, SyntaxError, MemoryError) as error:  # numpy's on damaged bytes
         raise image_error(image, DAMAGED, f"not a whole np.save array: {error}") from error
     taken = (3, 4) if clip is None else (3 + clip,)
     axes = " or ".join("(C, h, w)" if count == 3 else "(C, T, h, w)" for count in taken)

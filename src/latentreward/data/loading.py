@@ -244,12 +244,12 @@ def check_same_order(state_dict: Mapping[str, Any], **settings: Any) -> None:
 
     In another order, the rest of the epoch would repeat some pairs and skip others.
     """
+    fields = {"seed": "seed_everything (or data.seed)", "shuffle_buffer": "data.train.shuffle_buffer"}
     for name, value in settings.items():
         if (saved := state_dict[name]) != value:
-            field = "seed_everything (or data.seed)" if name == "seed" else f"data.{name}"
             raise InputError(
-                f"{field} is {value}, but {saved} in the checkpoint, so its epoch would go on in another order; "
-                f"go on with {saved}, or start anew"
+                f"{fields.get(name, f'data.{name}')} is {value}, but {saved} in the checkpoint, so its epoch would go "
+                f"on in another order; go on with {saved}, or start anew"
             )
 
 

@@ -169,8 +169,7 @@ class BucketBatchSampler:
                 size = step if sizing.small_buckets == "fill" else rest + -rest % sizing.world_size
                 start = len(rows) - rest
                 groups.append(np.resize(np.concatenate([rows[start:], rows[:start]]), size))
-        firsts = np.fromiter((group[0] for group in groups), np.int64, len(groups))
-        return [groups[number] for number in np.argsort(position[firsts]).tolist()]
+        return sorted(groups, key=lambda group: position[group[0]])
 
 
 class EvaluationBatches(DistributedSampler[list[int]]):

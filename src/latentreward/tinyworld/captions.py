@@ -10,6 +10,8 @@ from itertools import product
 
 import numpy as np
 
+from latentreward.errors import InputError
+
 COLORS = ("red", "yellow", "green", "cyan", "blue", "purple")
 BACKGROUNDS = ("black", "gray", "white")
 SHAPES = ("circle", "square", "triangle", "cross")
@@ -68,10 +70,10 @@ def parse_caption(text: str) -> Caption:
     """Return the caption with a text.
 
     Raises:
-        ValueError: If the tiny world has no such caption.
+        InputError: If the tiny world has no such caption.
     """
     if text not in all_captions():
-        raise ValueError(
+        raise InputError(
             f"not a caption of the tiny world: {text!r}; see latentreward.tinyworld.captions.all_captions()"
         )
     return all_captions()[text]

@@ -38,7 +38,7 @@ class TinyWorldDataModule(PreferenceDataModule):
         options: See :class:`PreferenceDataModule`.
 
     Raises:
-        ValueError: If ``root`` holds pairs of other settings.
+        InputError: If ``root`` holds pairs of other settings.
     """
 
     def __init__(

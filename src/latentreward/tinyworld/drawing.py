@@ -82,13 +82,12 @@ def _place_pair(depicted: Caption, rng: np.random.Generator) -> tuple[Item, ...]
         side = {"left of": "left", "above": "top"}[depicted.detail]
     else:
         side = POSITIONS[int(rng.integers(4))]
-    other = (depicted.other_color, depicted.other_shape)
-    if depicted.kind != "relation":
-        other = (depicted.color, depicted.shape)
+    first = (depicted.color, depicted.shape)
+    other = (depicted.other_color, depicted.other_shape) if depicted.kind == "relation" else first
     if depicted.kind in ("size", "position") and rng.random() < 0.5:
         other = (_another(COLORS, depicted.color, rng), SHAPES[int(rng.integers(len(SHAPES)))])
     items = []
-    for sign, thing in ((1, (depicted.color, depicted.shape)), (-1, other)):
+    for sign, thing in ((1, first), (-1, other)):
         dx, dy = _offset(side, rng.uniform(6.7, 8.2), rng.uniform(-2.5, 2.5))
         items.append(Item(*thing, 16 + sign * dx, 16 + sign * dy, rng.uniform(4.0, 4.9)))
     return tuple(items)

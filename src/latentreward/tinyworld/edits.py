@@ -15,6 +15,7 @@ from itertools import combinations, permutations, product
 import numpy as np
 from PIL import Image
 
+from latentreward.errors import InputError
 from latentreward.tinyworld.captions import BACKGROUNDS, COLORS, POSITIONS, SHAPES, split_texts
 from latentreward.tinyworld.oracle import detect_scene
 from latentreward.tinyworld.rendering import IMAGE_SIZE
@@ -86,11 +87,11 @@ def parse_edit(text: str) -> Edit:
     """Return the edit with a text.
 
     Raises:
-        ValueError: If the tiny world has no such instruction.
+        InputError: If the tiny world has no such instruction.
     """
     text = str(text)  # without the pictures of a prompt
     if text not in all_edits():
-        raise ValueError(f"not an edit of the tiny world: {text[:80]!r}; see latentreward.tinyworld.edits.all_edits()")
+        raise InputError(f"not an edit of the tiny world: {text[:80]!r}; see latentreward.tinyworld.edits.all_edits()")
     return all_edits()[text]
 
 
@@ -132,9 +133,8 @@ def edited(scene: Scene, edit: Edit) -> Scene | None:
     else:
         items[places[0]] = replace(item, **{edit.kind: edit.detail})
     if edit.kind in ("add", "move"):
-        edges = [edge for item in items for edge in (item.x, item.y, IMAGE_SIZE - item.x, IMAGE_SIZE - item.y)]
-        radii = [item.radius for item in items for _ in range(4)]
-        if any(edge < radius for edge, radius in zip(edges, radii, strict=True)):
+        edges = (min(item.x, item.y, IMAGE_SIZE - item.x, IMAGE_SIZE - item.y) for item in items)
+        if any(edge < item.radius for edge, item in zip(edges, items, strict=True)):
             return None
     apart = all(
         math.hypot(one.x - other.x, one.y - other.y) > REACH * (one.radius + other.radius) + 1
@@ -197,7 +197,7 @@ def judge_edit(source: np.ndarray | Image.Image, result: np.ndarray | Image.Imag
     """Judge a picture as the result of an edit of another one; both ``(32, 32, 3)``, uint8 or PIL.
 
     Raises:
-        ValueError: If a picture has another size or dtype, or the tiny world has no such instruction.
+        InputError: If a picture has another size or dtype, or the tiny world has no such instruction.
     """
     edit = parse_edit(instruction)
     return scene_verdict(detect_scene(source), detect_scene(result), edit)

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from latentreward.errors import InputError
 from latentreward.tinyworld.captions import SHAPES, parse_caption
 from latentreward.tinyworld.rendering import (
     BACKGROUND_LEVELS,
@@ -53,7 +54,7 @@ def judge(picture: np.ndarray | Image.Image, caption: str) -> Verdict:
     """Judge a picture ``(32, 32, 3)``, uint8 or PIL, for a caption of the tiny world.
 
     Raises:
-        ValueError: If the picture has another size or dtype, or the tiny world has no such caption.
+        InputError: If the picture has another size or dtype, or the tiny world has no such caption.
     """
     scene = detect_scene(picture)
     checks = alignment_checks(parse_caption(caption), scene.background, scene.items)
@@ -81,7 +82,7 @@ def detect_scene(picture: np.ndarray | Image.Image) -> Scene:
     """
     pixels = np.asarray(picture.convert("RGB") if isinstance(picture, Image.Image) else picture)
     if pixels.shape != (IMAGE_SIZE, IMAGE_SIZE, 3) or pixels.dtype != np.uint8:
-        raise ValueError(f"expected a ({IMAGE_SIZE}, {IMAGE_SIZE}, 3) uint8 picture, got {pixels.shape} {pixels.dtype}")
+        raise InputError(f"expected a ({IMAGE_SIZE}, {IMAGE_SIZE}, 3) uint8 picture, got {pixels.shape} {pixels.dtype}")
     pixels = pixels / 255.0
     plane, level, slope = _fit_background(pixels)
     difference = pixels - plane[..., None]

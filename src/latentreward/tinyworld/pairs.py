@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from latentreward.errors import InputError
 from latentreward.tinyworld.captions import all_captions, caption_splits, draw_caption, parse_caption
 from latentreward.tinyworld.oracle import judge
 from latentreward.tinyworld.sampling import PIPELINE_FOLDERS, load_pipeline, sample_pictures
@@ -83,12 +84,12 @@ def draw_pairs(
         world: World of captions and pictures; the shapes if None, which alone can be ``unique``.
 
     Raises:
-        ValueError: If ``unique`` asks for more pairs than the split has captions.
+        InputError: If ``unique`` asks for more pairs than the split has captions.
     """
     world = world or World()
     available = sum(map(len, caption_splits()[split].values()))
     if unique and number > available:
-        raise ValueError(f"cannot draw {number} pairs with captions of their own: split {split!r} has {available}")
+        raise InputError(f"cannot draw {number} pairs with captions of their own: split {split!r} has {available}")
     pairs: list[Pair] = []
     seen: set[str] = set()
     while len(pairs) < number:

@@ -23,7 +23,7 @@ class TinyWorldReader(PickAPicReader):
             (:class:`~latentreward.tinyworld.pairs.Mixed`).
 
     Raises:
-        ValueError: If ``root`` holds other files, or pairs of other settings.
+        InputError: If ``root`` holds other files, or pairs of other settings.
     """
 
     def __init__(

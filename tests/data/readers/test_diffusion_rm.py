@@ -203,6 +203,12 @@ def pickled() -> bytes:
     return stream.getvalue()
 
 
+def endless() -> bytes:
+    """Two bytes of an array whose header asks for 200 terabytes."""
+    header_of_one = b"1), }" + b" " * 14
+    return to_bytes(np.zeros((1, 1, 1), "float16")).replace(header_of_one, b"1" + b"0" * 14 + b"), }")
+
+
 @pytest.mark.parametrize(
     ("data", "problem", "detail"),
     [
@@ -212,6 +218,7 @@ def pickled() -> bytes:
         (to_bytes(latents(0))[:-4], "truncated or damaged image", "not a whole"),
         (b"not an array at all", "truncated or damaged image", "not a whole"),
         (pickled(), "truncated or damaged image", "not a whole"),
+        (endless(), "truncated or damaged image", "not a whole"),
         (to_bytes(np.zeros((1, 1, 16, 4, 4), "float32")), "truncated or damaged image", "not a (C, h, w)"),
         (to_bytes(np.zeros((16, 4, 4), "int64")), "truncated or damaged image", "not a (C, h, w)"),
         (to_bytes(np.full((16, 4, 4), np.nan, "float16")), "truncated or damaged image", "not finite"),

@@ -179,6 +179,13 @@ def test_axes_are_labels_or_targets(write_json, tmp_path) -> None:
     assert torch.isnan(values[4]).sum() == 1
 
 
+def test_scores_of_one_side_alone_are_facts_of_both(write_json) -> None:
+    file = write_json([{**TRAIN, "model2_overall_score": None, "prompt": f"{n}"} for n in range(8)])
+    facts = EditPairReader(str(file)).facts()
+    assert [*zip(facts["overall_a"], facts["overall_b"], strict=True)].count((6.0, None)) in range(1, 8)
+    assert {*zip(facts["overall_a"], facts["overall_b"], strict=True)} == {(6.0, None), (None, 6.0)}
+
+
 def test_odd_rows_follow_on_error(write_json) -> None:
     good, row = SAMPLES["genai_bench_edits"][0], "train.json:1: "
     cases = [

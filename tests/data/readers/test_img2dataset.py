@@ -86,7 +86,7 @@ def write(tmp_path: Path, jpeg):
 
 @pytest.mark.parametrize("kind", FORMATS)
 def test_images_of_a_caption_are_compared(write, jpeg, kind) -> None:
-    reader = Img2DatasetReader(str(write(kind)), rating="score")
+    reader = Img2DatasetReader(write(kind), rating="score")  # a Path does too
     suffix = ".jpg" if kind == "files" else ""
     cats, dogs = (
         [f"00000/00000{n}{suffix}" for n in ("0000", "0002")],

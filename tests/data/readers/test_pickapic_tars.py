@@ -86,6 +86,8 @@ def test_rows_pickle_and_equal_bytes_have_one_key(write_tar, sample, jpeg) -> No
     assert PickAPicTarReader(str(path), weight="equal")[0].weight == 1.0
     different = PickAPicTarReader(str(path), drop_identical=True)
     assert (len(different), dict(different.skipped)) == (2, {"identical images": 1})
+    unlike = write_tar("unlike.tar", sample(0, jpg_0__jpg=b"one picture", jpg_1__jpg=b"the other 1"))
+    assert not PickAPicTarReader(str(unlike), drop_identical=True).skipped  # of equal length, but other bytes
 
 
 @pytest.mark.parametrize(

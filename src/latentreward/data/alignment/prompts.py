@@ -220,6 +220,11 @@ class PromptsAndImages(LightningDataModule):
             part.trainer = self.trainer
             part.setup(stage)
 
+    def teardown(self, stage: str) -> None:
+        """Tear both data modules down; that of images then tells how many could not be read."""
+        for part in (self.prompts, self.images):
+            part.teardown(stage)
+
     def train_dataloader(self) -> CombinedLoader:
         """Return both training loaders combined; an epoch ends with the shorter one."""
         loaders = {"prompts": self.prompts.train_dataloader(), "images": self.images.train_dataloader()}

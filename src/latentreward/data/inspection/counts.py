@@ -145,7 +145,7 @@ class ImageCensus:
 
     def add(self, pair: PreferencePair) -> None:
         """Count a row, and those of its images that occurred in no earlier row."""
-        seen = [self._look_at(image, pair.pair_id) for image in (pair.image_a, pair.image_b)]
+        (size_a, hash_a), (size_b, hash_b) = (self._look_at(one, pair.pair_id) for one in (pair.image_a, pair.image_b))
         sources = []  # the size of each picture to edit, or a problem's name
         for source in sources_of(pair.prompt):
             key = source.image_key
@@ -156,19 +156,18 @@ class ImageCensus:
                 except ImageError as error:
                     self._sources[key] = self._unreadable(error, pair.pair_id)
             sources.append(self._sources[key])
-        self._compare(pair, (seen[0][1], seen[1][1]))
+        self._compare(pair, (hash_a, hash_b))
         edited = [math.log(size[0] / size[1]) for size in sources if isinstance(size, tuple)]
-        made = [math.log(size[0] / size[1]) for size, _ in seen if isinstance(size, tuple)]
+        made = [math.log(size[0] / size[1]) for size in (size_a, size_b) if isinstance(size, tuple)]
         if edited and any(min(abs(one - other) for other in edited) > OTHER_ASPECT for one in made):
             self._doubt(OTHER_SHAPE, pair)
         self.counts.rows += 1
         self.keys.append((pair.image_a.image_key, pair.image_b.image_key))
-        self.hashes.append((seen[0][1], seen[1][1]))
+        self.hashes.append((hash_a, hash_b))
         self.sources.append(tuple(source.image_key for source in sources_of(pair.prompt)))
-        problems = [size for size in (*(size for size, _ in seen), *sources) if isinstance(size, str)]
-        if problems:
+        if problems := [size for size in (size_a, size_b, *sources) if isinstance(size, str)]:
             self.counts.unreadable_rows[problems[0]] += 1
-        elif len({self._bucket(size) for size, _ in seen if isinstance(size, tuple)}) > 1:
+        elif len({self._bucket(size) for size in (size_a, size_b) if isinstance(size, tuple)}) > 1:
             self.counts.mixed_rows += 1
 
     def _compare(self, pair: PreferencePair, hashes: tuple[int, int]) -> None:

@@ -61,38 +61,34 @@ class Report:
     def to_text(self) -> str:
         """Return the report as text tables with one column per split."""
         how = "all were decoded" if self.decoded else "by their headers; --decode also finds truncated ones"
-        names = [split.name for split in self.splits]
-        rows = {split.name: split.rows for split in self.splits}
+        splits = {split.name: split for split in self.splits}
         images = {split.name: split.images or ImageCounts() for split in self.splits}
         looked_at = any(split.images for split in self.splits)
 
         def counts(title: str, counts_of: Callable[[str], Mapping[str, int]], none: bool = False) -> str:
             """Format counts by reason of every split; with ``none``, say that there are none."""
-            found = [counts_of(name) for name in names]
+            found = [counts_of(name) for name in splits]
             reasons = dict.fromkeys(reason for counts in found for reason in counts)
             rows = {reason: [counts.get(reason, 0) for counts in found] for reason in reasons}
             # Frequent reasons come first, other sizes last.
             rows = dict(sorted(rows.items(), key=lambda row: (row[0].endswith(OTHER_SIZES), -sum(row[1]))))
-            return table(title, names, rows) or (f"{title}: none" if none else "")
+            return table(title, [*splits], rows) or (f"{title}: none" if none else "")
 
         def of_images(title: str, field_name: str) -> str:
             return counts(title, lambda name: getattr(images[name], field_name), none=True) if looked_at else ""
 
-        skipped, remarks = (
-            {split.name: getattr(split, kind) for split in self.splits} for kind in ("skipped", "remarks")
-        )
         named = [(split.name, *named) for split in self.splits for named in split.named.items()]
         unreadable = []
         for name, found in images.items():
             unreadable += [f"{name}, {line}" for line in found.first_unreadable]
             if rest := found.unreadable - len(found.first_unreadable):
                 unreadable.append(f"{name}: and {rest} more images")
-        trained_on, readers = [], {split.name: split.reader for split in self.splits}
+        trained_on = []
         for leak in self.leakage:  # test prompts that training would use, as the YAML file sets no test split
             name, test = sorted((leak.first, leak.second), key=lambda split: split.startswith("test"))
             apart = name.startswith("train") and test.startswith("test")
-            if apart and leak.shared["prompts"] and readers[test] in NO_TEST:
-                config, flags = NO_TEST[readers[test]]
+            if apart and leak.shared["prompts"] and splits[test].reader in NO_TEST:
+                config, flags = NO_TEST[splits[test].reader]
                 trained_on.append(
                     f"{leak.shared['prompts']} prompts of {test} are also in {name}. {config} sets no data.test: fit "
                     f"then trains on these prompts, and numbers on {test} are too good. Set data.test, so that fit "
@@ -102,14 +98,14 @@ class Report:
             f"{self.data} ({', '.join(dict.fromkeys(split.reader for split in self.splits))})",
             *(f"also found, not read: {reader}; read it with {flags}" for reader, flags in self.others.items()),
             *(f"split {name} was not read: {problem}" for name, problem in self.unread.items()),
-            table("", names, overview(self.splits)),
+            table("", [*splits], overview(self.splits)),
             SIDES,
             counts("Sizes (height x width, most frequent)", lambda name: frequent_sizes(images[name])),
             counts(BUCKETS, lambda name: images[name].buckets),
             counts("Clips (by their headers)", lambda name: images[name].clips),
             of_images("Odd images", "odd"),
-            counts("Rows left out", skipped.__getitem__, none=True),
-            counts("Rows kept with a remark", remarks.__getitem__),
+            counts("Rows left out", lambda name: splits[name].skipped, none=True),
+            counts("Rows kept with a remark", lambda name: splits[name].remarks),
             _lines("The first of these rows", [f"{name}, {why}: {', '.join(pairs)}" for name, why, pairs in named]),
             of_images("Doubtful rows", "doubtful"),
             _lines(
@@ -127,7 +123,7 @@ class Report:
                     for what, number in leak.shared.items()
                 },
             ),
-            table(DROPPED, ["rows"], dropped_rows(self.leakage, rows)),
+            table(DROPPED, ["rows"], dropped_rows(self.leakage, splits)),
             *trained_on,
             *(part for name, found in self.scores.items() for part in score_tables(name, found)),
             *(f"split {name} has no scores: {note}" for name, note in self.scores_note.items()),
@@ -188,7 +184,7 @@ def frequent_sizes(images: ImageCounts) -> dict[str, int]:
     return frequent | ({f"{len(images.sizes) - MOST_SIZES}{OTHER_SIZES}": rest} if rest else {})
 
 
-def dropped_rows(leaks: Sequence[Leakage], rows: Mapping[str, int]) -> dict[str, list[str]]:
+def dropped_rows(leaks: Sequence[Leakage], splits: Mapping[str, SplitCounts]) -> dict[str, list[str]]:
     """Return the table rows of splits with prompts of a later split, which training may leave out.
 
     Pairs of splits whose order ``ORDER`` does not give are left out.
@@ -199,7 +195,7 @@ def dropped_rows(leaks: Sequence[Leakage], rows: Mapping[str, int]) -> dict[str,
         places = [number for name, _ in sides for number, kind in enumerate(ORDER) if name.startswith(kind)]
         if len(set(places)) == len(sides) and leak.shared["prompts"]:
             (name, lost), (later, _) = sides if places == sorted(places) else sides[::-1]
-            dropped[f"{name} beside {later}"] = [f"{lost} of {rows[name]}"]
+            dropped[f"{name} beside {later}"] = [f"{lost} of {splits[name].rows}"]
     return dropped
 
 

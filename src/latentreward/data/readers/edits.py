@@ -27,7 +27,6 @@ from latentreward.data.readers.pair_rows import BY_LABEL, PairRowParser
 from latentreward.data.readers.rows import RowReader
 from latentreward.data.readers.tables import (
     Source,
-    embedded_image,
     embedded_images,
     name_pictures,
     open_table,
@@ -229,7 +228,7 @@ class EditPairReader(RowReader):
             return super().find_images(row)
         columns = [*dict.fromkeys(image.partition(".")[0] for image in self.layout.images)]
         values = dict(zip(columns, self._rows.read(row["row"], columns), strict=True))
-        return [embedded_image(_value(values, image), files=self._rows.files) for image in self.layout.images]
+        return [self._rows.image(_value(values, image)) for image in self.layout.images]
 
     def find_sources(self, row: dict[str, Any]) -> list[ImageRef]:
         """Return the pictures to edit of a row with their bytes, or references to their files."""
@@ -286,8 +285,9 @@ class EditPairReader(RowReader):
             return {}
         facts: dict[str, Any] = {}
         for axis, scores in self.layout.axes.items():
-            numbers = zip("ab", (parse_number(row.get(score)) for score in scores), strict=True)
-            facts |= {f"{axis}_{side}": number for side, number in numbers if number is not None}
+            numbers = [parse_number(row.get(score)) for score in scores]
+            if numbers != [None, None]:
+                facts |= dict(zip((f"{axis}_a", f"{axis}_b"), numbers, strict=True))
         tags = [text for tag in self.layout.tags if (text := parse_text(row.get(tag)))]
         return {**facts, "tags": tags} if tags else facts
 

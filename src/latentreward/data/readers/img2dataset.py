@@ -110,7 +110,7 @@ class Img2DatasetReader(RowReader):
         self.table = pair_images(self._make_groups(images, kept))
         places = [images[name].to_numpy()[kept] for name in ("shard", "offset", "size")]
         self._places = np.stack(places, axis=1)
-        self.report(root, f"root: no two images of {root} share a {group}; set group to a column that they share")
+        self.report(str(root), f"root: no two images of {root} share a {group}; set group to a column that they share")
 
     def find_images(self, row: dict[str, Any]) -> list[ImageRef]:
         """Return references to two images: with their bytes from a tar or parquet file, or with their paths."""

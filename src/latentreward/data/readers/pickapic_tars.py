@@ -115,8 +115,8 @@ class PickAPicTarReader(RowReader):
                 if drop_identical and first[1] == second[1] and ABSENT not in (first, second):
                     with tar.open("rb", buffering=0) as file:
                         identical = read_extent(file, first) == read_extent(file, second)
-                    self.skipped["identical images"] += identical
                     if identical:
+                        self.skipped["identical images"] += 1
                         continue
                 prompt = sample.texts.get(PROMPT, "")
                 yield {

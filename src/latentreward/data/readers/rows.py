@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -47,7 +48,6 @@ class RowReader(PairReader):
     table: pa.Table
     folder: Path  # folder of the images of a reader of files
     prefix = ""  # start of the names of these images
-    _exchanged: np.ndarray | None = None
 
     def __init__(
         self, source: PathText, split: str, *, randomise_sides: bool = True, seed: int = 0, **options: Any
@@ -103,7 +103,7 @@ class RowReader(PairReader):
     def labels(self) -> np.ndarray:
         """Return ``label_a`` of every row after any exchange of images, ``(len,)`` float64, NaN for unlabelled rows."""
         labels = self.table.column("label").to_numpy()
-        return np.where(self.exchanged(), 1.0 - labels, labels)
+        return np.where(self.exchanged, 1.0 - labels, labels)
 
     def labelled(self) -> np.ndarray:
         """Return whether each row has a label, ``(len,)`` bool."""
@@ -133,20 +133,19 @@ class RowReader(PairReader):
         """Return the columns of ``FACTS`` that the table has, after any exchange of images."""
         others = {f"{name}_{side}": f"{name}_{other}" for name in SIDED for side, other in ("ab", "ba")}
         columns = {name: self.table[name].combine_chunks() for name in FACTS if name in self.table.column_names}
-        turned = pa.array(self.exchanged())
+        turned = pa.array(self.exchanged)
         facts = {name: pc.if_else(turned, columns[others.get(name, name)], column) for name, column in columns.items()}
         return {name: column.to_pylist() for name, column in facts.items()}
 
+    @cached_property
     def exchanged(self) -> np.ndarray:
-        """Return for every row whether its images are exchanged, ``(len,)`` bool; a million rows take 4 s, once."""
-        if self._exchanged is None:
-            exchanged = np.zeros(len(self), dtype=bool)
-            if self.randomise_sides:
-                exchanged[:] = coin_flips(self.seed, "side", 0, self.pair_ids())
-            if "winner_first" in self.table.column_names:
-                exchanged &= self.table.column("winner_first").to_numpy()
-            self._exchanged = exchanged
-        return self._exchanged
+        """Whether the images of each row are exchanged, ``(len,)`` bool; a million rows take 4 s, once."""
+        exchanged = np.zeros(len(self), dtype=bool)
+        if self.randomise_sides:
+            exchanged[:] = coin_flips(self.seed, "side", 0, self.pair_ids())
+        if "winner_first" in self.table.column_names:
+            exchanged &= self.table.column("winner_first").to_numpy()
+        return exchanged
 
 
 def pack(rows: Iterable[dict[str, Any] | None], schema: pa.Schema) -> pa.Table:
