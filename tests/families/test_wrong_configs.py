@@ -98,7 +98,9 @@ def test_wrong_values_are_refused_in_one_line(name: str, part: str, field: str, 
     assert "\n" not in message and len(message) < 400
 
 
-@pytest.mark.parametrize("size", [ABSENT, None, "64", 0, 10**9, [64], [64, "64"]], ids=str)
+@pytest.mark.parametrize(
+    "size", [ABSENT, None, "64", 0, 10**9, [64], [64, "64"]], ids=lambda size: "absent" if size is ABSENT else str(size)
+)
 def test_the_size_of_a_unet_is_checked_without_its_weights(size: Any, tmp_path: Path) -> None:
     folder = copytree(pipeline_folder("sd15"), tmp_path / "copy")
     path = folder / "unet" / "config.json"

@@ -315,7 +315,8 @@ class TrajectoryGRPOModule(GRPOModule):
             reward.require_guidance()
         if credit is not None:
             check_states_reward("credit", reward)
-        if "gate" in rules and rules["gate"].takes == "levels":
+        gate: Any = rules.get("gate")
+        if gate is not None and gate.takes == "levels":
             check_scored_once("trust_region scores each sample at each level too", reward)
         super().__init__(policy, reward, sampling, loss, **options)
         self.num_trajectories, self.reward_sigmas = num_trajectories, tuple(reward_sigmas)
