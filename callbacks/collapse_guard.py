@@ -10,7 +10,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
 from latentreward.contracts import PathText, RolloutStatistics
-from latentreward.errors import InputError, check_range
+from latentreward.errors import InputError, check_choices, check_range
 from latentreward.modules.alignment import AlignmentModule
 from latentreward.rollout import Sampling
 
@@ -63,6 +63,7 @@ class CollapseGuard(PromptMonitor):
     ) -> None:
         super().__init__(prompts, num_prompts, every_n_steps, images_per_prompt, batch_size, sampling)
         check_range("[2, inf)", "CollapseGuard compares them", images_per_prompt=images_per_prompt)
+        check_choices(CollapseGuard, action=action)
         check_range("(0, 1)", least=least)
         self.least, self.action = least, action
         self._start: dict[str, float] = {}

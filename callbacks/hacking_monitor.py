@@ -15,7 +15,7 @@ from lightning.pytorch.callbacks import Checkpoint
 from torch import Tensor
 
 from latentreward.contracts import PathText
-from latentreward.errors import InputError, check_range
+from latentreward.errors import InputError, check_choices, check_range
 from latentreward.modules.alignment import AlignmentModule
 from latentreward.remote.server import RemoteError, raise_together
 from latentreward.reports.drawing import to_image
@@ -66,6 +66,7 @@ class HackingMonitor(PromptMonitor):
         super().__init__(prompts, num_prompts, **options)
         if len(self.prompts) < 2:
             raise InputError("HackingMonitor needs at least 2 prompts; a single one gives no standard error")
+        check_choices(HackingMonitor, action=action)
         check_range("(0, inf]", tolerance=tolerance)
         check_sigmas(reward_sigmas, "HackingMonitor.reward_sigmas")
         self.held_out, self.tolerance, self.action = held_out, tolerance, action

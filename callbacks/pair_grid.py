@@ -6,7 +6,7 @@ from bisect import insort
 from collections.abc import Callable, Iterable
 from operator import attrgetter, itemgetter
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple
 
 import torch
 from latentreward.callbacks.sample_grid import show
@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from latentreward.data.alignment.experience import of_all_ranks
-from latentreward.errors import InputError, check_at_least_one, did_you_mean
+from latentreward.errors import check_at_least_one, check_choices
 from latentreward.modules.pairs import PairModule
 from latentreward.reports.drawing import PLAIN, RIGHT, WRONG, draw_pair, strip, tile, to_images
 
@@ -58,8 +58,7 @@ class ScoredPairGrid(Callback):
 
     def __init__(self, num_pairs: int = 12, image_size: int = 128, columns: int = 3, shown: Shown = "first") -> None:
         check_at_least_one(num_pairs=num_pairs, image_size=image_size, columns=columns)
-        if shown not in get_args(Shown):
-            raise InputError(f"shown={shown!r} of ScoredPairGrid is not known{did_you_mean(shown, get_args(Shown))}")
+        check_choices(ScoredPairGrid, shown=shown)
         self.num_pairs, self.image_size, self.columns, self.shown = num_pairs, image_size, columns, shown
         self._found: list[FoundPair] = []
         self._seen = 0

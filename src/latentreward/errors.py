@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from traceback import walk_tb
+from typing import Any, get_args, get_type_hints
 
 LONGEST_LIST = 30
 """Number of valid names up to which an error message lists all of them."""
@@ -77,6 +78,15 @@ def check_multiples(field: str, sides: Iterable[int], multiple: int) -> None:
             raise InputError(
                 f"{field}: {side} is no multiple of the {multiple} pixels that the model needs; set {nearest}"
             )
+
+
+def check_choices(kind: type, /, **settings: Any) -> None:
+    """Raise InputError for the first setting that is none of the values of its ``Literal`` in ``kind.__init__``."""
+    hints = get_type_hints(kind.__init__)  # type: ignore[misc]
+    for name, value in settings.items():
+        if value not in get_args(hints[name]):
+            known = map(str, get_args(hints[name]))
+            raise InputError(f"{kind.__name__}: {name}={value!r} is not known{did_you_mean(str(value), known)}")
 
 
 def did_you_mean(name: str, choices: Iterable[str]) -> str:

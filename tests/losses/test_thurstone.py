@@ -163,7 +163,7 @@ def test_constant_variance_ignores_the_noise_level() -> None:
         ({"sigma_u": float("nan")}, "sigma_u=nan must lie"),
         ({"k": -1.0}, "k=-1 must be at least 0"),
         ({"objective": "fidelty"}, "did you mean 'fidelity'"),
-        ({"form": "hellinger"}, "form = 'hellinger' is not known"),
+        ({"form": "hellinger"}, "ThurstoneLoss: form='hellinger' is not known"),
     ],
 )
 def test_bad_constants_are_refused(arguments: dict, message: str) -> None:

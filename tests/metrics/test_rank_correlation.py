@@ -102,7 +102,7 @@ def test_edge_cases(kind) -> None:
 @pytest.mark.filterwarnings("ignore:The ``compute`` method")
 def test_metric_without_images_and_of_unknown_kind() -> None:
     assert ScoreCorrelation().compute().isnan()
-    with pytest.raises(InputError, match="kind = 'kendall' is not known"):
+    with pytest.raises(InputError, match="ScoreCorrelation: kind='kendall' is not known"):
         ScoreCorrelation("kendall")  # type: ignore[arg-type]
 
 

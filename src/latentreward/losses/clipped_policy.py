@@ -14,7 +14,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from latentreward.errors import check_range
+from latentreward.errors import check_choices, check_range
 from latentreward.losses.base import SetLoss
 
 
@@ -112,6 +112,7 @@ class ClippedPolicyLoss(SetLoss):
         step_weight: Literal["none", "noise", "spread"] = "none",
     ) -> None:
         super().__init__()
+        check_choices(ClippedPolicyLoss, step_weight=step_weight)
         check_range("(0, 1)", "Flow-GRPO uses 1e-4", clip_range=clip_range)
         check_range("[0, inf)", "0 leaves the reference out", kl_weight=kl_weight)
         check_range("(0, inf]", "Flow-GRPO uses 5, null sets no bound", max_advantage=max_advantage)

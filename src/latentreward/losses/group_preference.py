@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from latentreward.errors import check_range
+from latentreward.errors import check_choices, check_range
 from latentreward.losses.base import SetLoss
 from latentreward.losses.matching import squared_error
 from latentreward.losses.nft import optimality, self_normaliser
@@ -148,6 +148,7 @@ class CRDLoss(SetLoss):
         adaptive: bool = True,
     ) -> None:
         super().__init__()
+        check_choices(CRDLoss, form=form)
         check_range("(0, inf)", "CRD uses 1 and 0.1", beta=beta, kl_weight=kl_weight)
         check_range("(0, inf)", "CRD uses 5", max_advantage=max_advantage)
         check_range("(0, inf)", "null weighs all samples equally", temperature=temperature)

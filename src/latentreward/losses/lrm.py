@@ -5,13 +5,13 @@ a softmax over a prompt's two images. The batch form uses in-batch negatives as 
 """
 
 import math
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from latentreward.contracts import CrossScores, PairScores
-from latentreward.errors import InputError, check_range, did_you_mean
+from latentreward.errors import InputError, check_choices, check_range
 from latentreward.losses.base import PreferenceLoss, mean_over_outputs, per_row
 from latentreward.losses.bradley_terry import bradley_terry_nll
 
@@ -84,8 +84,7 @@ class LRMLoss(PreferenceLoss):
 
     def __init__(self, mode: Mode = "pair", batch_coeff: float = 1.0, aux_loss_coeff: float = 1.0) -> None:
         super().__init__()
-        if mode not in get_args(Mode):
-            raise InputError(f"mode = {mode!r} is not known{did_you_mean(str(mode), get_args(Mode))}")
+        check_choices(LRMLoss, mode=mode)
         hint = "1 leaves the term as it is"
         check_range("[0, inf)", hint, batch_coeff=batch_coeff, aux_loss_coeff=aux_loss_coeff)
         self.mode, self.batch_coeff, self.aux_loss_coeff = mode, batch_coeff, aux_loss_coeff

@@ -16,7 +16,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from latentreward.errors import check_range
+from latentreward.errors import check_choices, check_range
 from latentreward.losses.base import SetLoss
 from latentreward.losses.clipped_policy import clipped_objective
 
@@ -126,6 +126,7 @@ class MatchingLoss(SetLoss):
         scale_to: float | None = 1.0,
     ) -> None:
         super().__init__()
+        check_choices(MatchingLoss, weighting=weighting, divergence=divergence)
         check_range("(0, 1]", "AWM uses 0.25", power=power)
         check_range("(0, 1]", "AWM uses 1", clip_range=clip_range)
         check_range("[0, inf)", "0 leaves the term out", kl_weight=kl_weight, average_weight=average_weight)

@@ -21,7 +21,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from latentreward.errors import check_range
+from latentreward.errors import check_choices, check_range
 from latentreward.losses.base import SetLoss, per_row
 from latentreward.losses.diffusion_dpo import denoising_error
 
@@ -99,6 +99,7 @@ class NFTLoss(SetLoss):
         space: Literal["clean", "velocity"] = "clean",
     ) -> None:
         super().__init__()
+        check_choices(NFTLoss, signs=signs, space=space)
         check_range("(0, 1]", "DiffusionNFT uses 1 and 0.1", beta=beta)
         check_range("[0, inf)", "0 leaves the reference out", kl_weight=kl_weight)
         check_range("(0, inf)", "DiffusionNFT uses 5", max_advantage=max_advantage)

@@ -12,6 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from latentreward.errors import check_choices
 from latentreward.losses.base import SetLoss
 from latentreward.losses.matching import squared_error
 
@@ -33,6 +34,7 @@ class OnPolicyLoss(SetLoss):
 
     def __init__(self, factor: Factor = "mean_match") -> None:
         super().__init__()
+        check_choices(OnPolicyLoss, factor=factor)
         self.factor = factor
 
     def forward(self, output: Tensor, teachers: Tensor, slope: Tensor, std: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from latentreward.errors import check_range
+from latentreward.errors import check_choices, check_range
 from latentreward.losses.base import SetLoss, per_row
 from latentreward.losses.matching import squared_error
 
@@ -56,6 +56,7 @@ class RAMLoss(SetLoss):
 
     def __init__(self, multiplier: float = 10.0, residual: Literal["old", "policy"] = "old") -> None:
         super().__init__()
+        check_choices(RAMLoss, residual=residual)
         check_range("[0, inf)", "RAM uses 100 and 1000", multiplier=multiplier)
         self.multiplier, self.residual = multiplier, residual
 

@@ -12,14 +12,14 @@ scores differ much has a tiny gradient in ``bhattacharyya`` too: 1e-21 at z = 14
 """
 
 import math
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from latentreward.contracts import PairScores
-from latentreward.errors import InputError, check_range, did_you_mean
+from latentreward.errors import check_choices, check_range
 from latentreward.losses.base import PreferenceLoss, mean_over_outputs, per_row
 
 Objective = Literal["fidelity", "nll"]
@@ -160,9 +160,7 @@ class ThurstoneLoss(PreferenceLoss):
         self, objective: Objective = "fidelity", form: FidelityForm = "mixture", k: float = 2.0, sigma_u: float = 0.1
     ) -> None:
         super().__init__()
-        for name, value, choices in (("objective", objective, Objective), ("form", form, FidelityForm)):
-            if value not in get_args(choices):
-                raise InputError(f"{name} = {value!r} is not known{did_you_mean(str(value), get_args(choices))}")
+        check_choices(ThurstoneLoss, objective=objective, form=form)
         check_range("[0, inf)", "arXiv:2602.11146 uses 2, and 0 ignores the noise", k=k)
         check_range("[1e-6, 1e6]", "arXiv:2602.11146 uses 0.1", sigma_u=sigma_u)
         self.objective, self.form, self.k, self.sigma_u = objective, form, k, sigma_u

@@ -1,12 +1,12 @@
 """Accuracy and mean margin on preference pairs, and accuracy on rankings."""
 
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torchmetrics import MeanMetric
 
-from latentreward.errors import InputError, did_you_mean
+from latentreward.errors import check_choices
 
 Equal = Literal["wrong", "half"]
 
@@ -44,8 +44,7 @@ class PairwiseAccuracy(MeanMetric):
     def __init__(self, equal: Equal = "wrong", **kwargs: Any) -> None:
         # torchmetrics would drop NaN with a warning in each batch, and wait for the device to find them.
         super().__init__(nan_strategy="disable", **kwargs)
-        if equal not in get_args(Equal):
-            raise InputError(f"equal = {equal!r} is not known{did_you_mean(str(equal), get_args(Equal))}")
+        check_choices(PairwiseAccuracy, equal=equal)
         self.equal = equal
 
     def update(self, chosen_rewards: Tensor, rejected_rewards: Tensor, label: Tensor) -> None:

@@ -1,7 +1,7 @@
 """Agreement of two scores: rank correlation, linear correlation, and share of pairs that both order the same way."""
 
 from collections.abc import Sequence
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -9,7 +9,7 @@ from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
-from latentreward.errors import InputError, did_you_mean
+from latentreward.errors import check_choices
 from latentreward.metrics.bootstrap import Interval, clustered_interval, group_codes, group_sums
 
 Kind = Literal["spearman", "pearson"]
@@ -84,8 +84,7 @@ class ScoreCorrelation(Metric):
 
     def __init__(self, kind: Kind = "spearman", **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        if kind not in get_args(Kind):
-            raise InputError(f"kind = {kind!r} is not known{did_you_mean(str(kind), get_args(Kind))}")
+        check_choices(ScoreCorrelation, kind=kind)
         self.kind = kind
         self.add_state("first", [], dist_reduce_fx="cat")
         self.add_state("second", [], dist_reduce_fx="cat")

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -16,7 +16,7 @@ from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau
 
-from latentreward.errors import InputError, check_range, did_you_mean
+from latentreward.errors import InputError, check_choices, check_range
 
 NEVER = 2**62
 """Frequency, in epochs, at which Lightning steps a ReduceLROnPlateau: :class:`OptimizerSteps` does it instead."""
@@ -85,8 +85,7 @@ class WarmupSchedule(LambdaLR):
     def __init__(
         self, optimizer: Optimizer, warmup_steps: int = 0, decay: Decay = "none", total_steps: int | None = None
     ) -> None:
-        if decay not in get_args(Decay):
-            raise InputError(f"decay={decay!r} is not known{did_you_mean(str(decay), get_args(Decay))}")
+        check_choices(WarmupSchedule, decay=decay)
         check_range("[0, inf)", warmup_steps=warmup_steps)
         if decay != "none" and (total_steps is None or total_steps <= warmup_steps):
             raise InputError(

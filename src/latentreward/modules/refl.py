@@ -8,7 +8,7 @@ from torch import Tensor
 
 from latentreward.contracts import PreferenceBatch, PromptBatch
 from latentreward.devices import evaluating
-from latentreward.errors import InputError, check_range
+from latentreward.errors import InputError, check_choices, check_range
 from latentreward.losses import RewardLoss, denoising_error
 from latentreward.modules.alignment import AlignmentModule
 from latentreward.modules.pairs import PairDraws, conditioning_of, latents_of
@@ -116,6 +116,7 @@ class ReFLModule(AlignmentModule):
         alternate_pretraining: bool = False,
         **options: Any,
     ) -> None:
+        check_choices(ReFLModule, scored=scored)
         sampling = (sampling or Sampling(num_inference_steps=40)).with_noise()
         low, high = stop_range
         if not 1 <= low <= high <= sampling.num_inference_steps:

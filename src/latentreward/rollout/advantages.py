@@ -9,7 +9,7 @@ from typing import Literal, Self
 import torch
 from torch import Tensor
 
-from latentreward.errors import InputError, check_range
+from latentreward.errors import InputError, check_choices, check_range
 from latentreward.promises import Part, returns, tensor
 
 
@@ -77,6 +77,7 @@ class GroupAdvantage(Advantage):
         trim: float = 0.0,
         clip: float | None = None,
     ) -> None:
+        check_choices(GroupAdvantage, std=std, ddof=ddof)
         check_range("(0, inf)", "Flow-GRPO uses 1e-4", epsilon=epsilon)
         check_range("[0, 0.5)", "0 uses all rewards", trim=trim)
         check_range("(0, inf)", "null sets no bound", clip=clip)

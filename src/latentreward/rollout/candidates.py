@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from latentreward.contracts import PromptBatch
-from latentreward.errors import InputError, check_range
+from latentreward.errors import InputError, check_choices, check_range
 from latentreward.policies import Policy
 from latentreward.rewards.base import Reward
 from latentreward.rollout.finished import score_states
@@ -39,6 +39,7 @@ class Branching:
     score_at: Literal["step", "candidate"] = "step"
 
     def __post_init__(self) -> None:
+        check_choices(Branching, continue_from=self.continue_from, score_at=self.score_at)
         check_range("[2, inf)", "one leaves nothing to compare", num_candidates=self.num_candidates)
         check_range(f"[-inf, {self.high}]", "exchange low and high", low=self.low)
 

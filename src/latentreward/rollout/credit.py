@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from latentreward.errors import InputError, check_range
+from latentreward.errors import InputError, check_choices, check_range
 from latentreward.promises import Part, returns, tensor
 
 
@@ -97,6 +97,7 @@ class TurningPointCredit(Credit):
         balanced: bool = False,
         alone: bool = False,
     ) -> None:
+        check_choices(TurningPointCredit, main=main, bonus=bonus)
         if main == bonus:
             raise InputError(f"main={main} and bonus={bonus} must differ; TP-GRPO uses main=total and bonus=gain")
         check_range("(0, inf)", "TP-GRPO uses 1", weight=weight)

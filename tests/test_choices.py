@@ -1,0 +1,52 @@
+"""Settings with a few named values are refused in one line, also where they are given in Python."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from latentreward.callbacks import CollapseGuard, ScoredPairGrid
+
+from latentreward.errors import InputError
+from latentreward.losses import (
+    ClippedPolicyLoss,
+    CRDLoss,
+    LRMLoss,
+    MatchingLoss,
+    NFTLoss,
+    OnPolicyLoss,
+    RAMLoss,
+    ThurstoneLoss,
+)
+from latentreward.metrics import PairwiseAccuracy
+from latentreward.rollout import Branching, GroupAdvantage, TurningPointCredit
+
+
+@pytest.mark.parametrize(
+    ("build", "settings"),
+    [
+        (ThurstoneLoss, {"objective": "nlll"}),
+        (LRMLoss, {"mode": "pairs"}),
+        (ClippedPolicyLoss, {"step_weight": "noisy"}),
+        (CRDLoss, {"form": "mae"}),
+        (NFTLoss, {"signs": "positive"}),
+        (NFTLoss, {"space": "clear"}),
+        (MatchingLoss, {"weighting": "t3"}),
+        (MatchingLoss, {"divergence": "kl"}),
+        (OnPolicyLoss, {"factor": None}),
+        (RAMLoss, {"residual": ["old"]}),
+        (PairwiseAccuracy, {"equal": "right"}),
+        (GroupAdvantage, {"std": "none of them"}),
+        (GroupAdvantage, {"ddof": 2}),
+        (Branching, {"continue_from": "first"}),
+        (Branching, {"score_at": "steps"}),
+        (TurningPointCredit, {"main": "remaining"}),
+        (ScoredPairGrid, {"shown": "last"}),
+        (CollapseGuard, {"prompts": ["a cat"], "action": "halt"}),
+    ],
+)
+def test_unknown_values_are_refused(build: Callable[..., Any], settings: dict[str, Any]) -> None:
+    name, value = [*settings.items()][-1]
+    with pytest.raises(InputError) as caught:
+        build(**settings)
+    text = str(caught.value)
+    assert text.startswith(f"{build.__name__}: {name}={value!r} is not known; ") and "\n" not in text
