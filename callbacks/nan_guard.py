@@ -1,13 +1,13 @@
 """Callback that ends a run before a NaN reaches the weights or a checkpoint."""
 
 from collections.abc import Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
+from latentreward.checkpoints.files import wrap_saving
 from latentreward.checkpoints.shards import not_finite
 from latentreward.errors import InputError, check_at_least_one
 
@@ -45,9 +45,7 @@ class NaNGuard(Callback):
         Lightning calls that method on all processes for every checkpoint, but skips the callbacks' hook
         ``on_save_checkpoint`` for checkpoints with ``save_weights_only``.
         """
-        strategy = trainer.strategy
-        # What it is now: other callbacks, such as PolicyLoRA, wrap it too.
-        strategy.save_checkpoint = partial(save_finite, trainer, strategy.save_checkpoint)  # type: ignore[method-assign]
+        wrap_saving(trainer.strategy, save_finite, trainer)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Restore the strategy's own ``save_checkpoint``."""

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from latentreward.errors import InputError
@@ -38,8 +39,8 @@ class NoiseBandAccuracy(Callback):
         sigmas = (scored.chosen_sigmas + scored.rejected_sigmas) / 2
         # Lightning moves the module alone; metrics of a callback stay on the CPU.
         metric = self.metrics[stage].to(pl_module.device)
-        counts = scored.weight > 0  # as in ``val/accuracy``
-        metric.update(*(column[counts] for column in (sigmas, scored.chosen, scored.rejected, scored.label)))
+        sigmas = torch.where(scored.weight > 0, sigmas, torch.nan)  # pairs of weight 0 are in no band
+        metric.update(sigmas, scored.chosen, scored.rejected, scored.label)
 
     def _log(self, stage: str, pl_module: LightningModule) -> None:
         for name, value in self.metrics[stage].compute().items():

@@ -136,7 +136,8 @@ class Performance(Callback):
                     part.weight.data = part.weight.data.contiguous(memory_format=torch.channels_last)
         for switch, backend, flag in PROCESS_FLAGS:
             if self.chosen[switch]:
-                self._flags_before.append((backend, flag, getattr(backend, flag)))
+                with suppress(RuntimeError):  # read where the process uses torch's fp32_precision too
+                    self._flags_before.append((backend, flag, getattr(backend, flag)))
                 setattr(backend, flag, True)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

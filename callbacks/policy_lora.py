@@ -5,6 +5,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from latentreward.checkpoints.files import wrap_saving
 from latentreward.errors import InputError, errors_at
 from latentreward.export import TrainedLoRA
 from latentreward.modules.alignment import AlignmentModule
@@ -39,20 +40,15 @@ class PolicyLoRA(Callback):
         """
         if not isinstance(pl_module, AlignmentModule):
             raise InputError(f"PolicyLoRA: a {type(pl_module).__name__} has no policy; use it in alignment alone")
-        save = trainer.strategy.save_checkpoint
-
-        def save_both(*args: Any, **options: Any) -> None:
-            save(*args, **options)
-            self._write(trainer, pl_module)
-
-        trainer.strategy.save_checkpoint = save_both  # type: ignore[method-assign]
+        wrap_saving(trainer.strategy, save_both, self, trainer, pl_module)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Give the strategy its own method back."""
         vars(trainer.strategy).pop("save_checkpoint", None)
 
-    def _write(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        folder = self.folder or Path(trainer.log_dir or ".") / "lora"  # collective, as of_policy is
+    def write(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write the LoRA of the present weights; collective."""
+        folder = self.folder or Path(trainer.log_dir or ".") / "lora"
         with errors_at(f"optimiser step {trainer.global_step}: "):
             lora = TrainedLoRA.of_policy(pl_module.policy)
         if trainer.is_global_zero:
@@ -62,9 +58,17 @@ class PolicyLoRA(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the LoRA of the checkpoint that a run is resumed from, which a kill may have left without its own."""
         if trainer.ckpt_path:
-            self._write(trainer, pl_module)
+            self.write(trainer, pl_module)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the LoRA at the end, also of a run that was complete, unless one of this optimiser step is written."""
         if self._written != trainer.global_step:
-            self._write(trainer, pl_module)
+            self.write(trainer, pl_module)
+
+
+def save_both(
+    callback: PolicyLoRA, trainer: Trainer, pl_module: LightningModule, save: Any, *args: Any, **options: Any
+) -> None:
+    """Write a checkpoint by ``save``, and then the LoRA."""
+    save(*args, **options)
+    callback.write(trainer, pl_module)

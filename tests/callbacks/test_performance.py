@@ -132,12 +132,12 @@ def _backends() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("_backends")
-def test_other_switches_are_set_alone(caplog: pytest.LogCaptureFixture) -> None:
+def test_other_switches_are_set_alone(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     module = nn.Sequential(nn.Conv2d(2, 2, 3), nn.Conv3d(2, 2, 3), nn.Linear(2, 2))
     optimizer, run = torch.optim.AdamW(module.parameters()), Run("cpu", 3)
     run.optimizers = [optimizer]
     backends = torch.backends
-    backends.cudnn.allow_tf32 = False
+    monkeypatch.setattr(backends.cudnn, "allow_tf32", False)
     callback = Performance(channels_last=True, cudnn_benchmark=True, tf32=True, fused_optimizer=True)
     with caplog.at_level(logging.INFO):
         callback.setup(run, module, "fit")  # type: ignore[arg-type]

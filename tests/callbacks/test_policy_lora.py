@@ -1,6 +1,7 @@
 """The LoRA that a run leaves for diffusers."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +112,23 @@ def test_lora_of_the_last_checkpoint_outlives_a_fault(tmp_path: Path) -> None:
     written = lora_b(load_file(tmp_path / "mine" / "pytorch_lora_weights.safetensors"), "transformer.")
     # The checkpoint, from which a run resumes, holds B as it is trained.
     torch.testing.assert_close(written, SCALE * lora_b(saved, "policy.network."), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_saving_is_wrapped_once_however_often_an_error_ended_a_fit(tmp_path: Path, order: int) -> None:
+    """Lightning calls no teardown after an error."""
+    trainer = Trainer(logger=False, default_root_dir=tmp_path)
+    module, callbacks = fit(tmp_path), [PolicyLoRA(tmp_path / "mine"), NaNGuard(), PolicyLoRA(tmp_path / "too")]
+    for _ in range(3):
+        for callback in callbacks[::order]:
+            callback.setup(trainer, module, "fit")
+    depth, save = 0, trainer.strategy.save_checkpoint
+    while isinstance(save, partial):
+        depth, save = depth + 1, save.args[-1]
+    assert depth == len(callbacks)
+    for callback in callbacks:
+        callback.teardown(trainer, module, "fit")
+    assert not isinstance(trainer.strategy.save_checkpoint, partial)
 
 
 def test_module_without_a_policy_is_refused(tmp_path: Path) -> None:

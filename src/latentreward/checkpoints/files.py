@@ -2,7 +2,8 @@
 
 import logging
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+from lightning.pytorch.strategies import Strategy
 from torch.utils._pytree import tree_map_only
 from typing_extensions import override
 
@@ -66,6 +68,22 @@ class DurableCheckpointIO(TorchCheckpointIO):
             # optimiser goes on with the mapped tensors of its state, which would keep the weights' pages in memory too.
             content["state_dict"] = torch.load(path, map_location, weights_only=True, mmap=True)["state_dict"]
         return content
+
+
+def wrap_saving(strategy: Strategy, wrapper: Callable[..., None], *given: Any) -> None:
+    """Let a strategy save checkpoints by ``wrapper(*given, save, checkpoint, ...)``; ``save`` is what it did before.
+
+    A wrapper with the same first argument is dropped: Lightning calls no teardown of a fit that an error ends.
+    """
+
+    def without(save: Any) -> Any:
+        if not isinstance(save, partial):
+            return save
+        *settings, inner = save.args
+        same = save.func is wrapper and settings[0] is given[0]
+        return without(inner) if same else partial(save.func, *settings, without(inner))
+
+    strategy.save_checkpoint = partial(wrapper, *given, without(strategy.save_checkpoint))  # type: ignore[method-assign]
 
 
 def check_states(checkpoint: Mapping[str, Any]) -> None:

@@ -29,7 +29,9 @@ class Scorer(Part):
 
     def __init__(self, name: str) -> None:
         if not re.fullmatch(r"[A-Za-z]\w*", name, re.ASCII) or name in ("image", "label", "problem"):
-            raise InputError(f"name of a scorer is {name!r}; use letters, digits and _, not image, label or problem")
+            raise InputError(
+                f"name of a scorer is {name!r}; use a to z, A to Z, digits and _, not image, label or problem"
+            )
         self.name = name
 
     @property

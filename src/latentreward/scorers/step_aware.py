@@ -75,7 +75,7 @@ class StepAwareScorer(CLIPImageScorer):
     def score(self, prompts: Sequence[str], images: Sequence[Image.Image]) -> Tensor:
         """See :meth:`ImageScorer.score`; the timestep is 0, as for finished images."""
         network, finished = self._network, torch.zeros(1, device=self.device)
-        pixels = (to_pixels(image)[None].to(self.device) for image in images)
+        pixels = (to_pixels(image.convert("RGB"))[None].to(self.device) for image in images)
         embeds = torch.cat([network.embed_images(one, finished) for one in pixels])
         return network.similarity(embeds, network.embed_tokens(network.tokenize(prompts)))
 

@@ -224,8 +224,9 @@ def with_secrets(value: Any, place: str = "") -> Any:
         return Namespace(with_secrets(vars(value), place))
     if isinstance(value, dict):
         return {name: with_secrets(item, f"{place}.{name}") for name, item in value.items()}
-    if type(value) in (list, tuple):
-        return type(value)(with_secrets(item, f"{place}[{index}]") for index, item in enumerate(value))
+    if isinstance(value, list) or type(value) is tuple:
+        found = [with_secrets(item, f"{place}[{index}]") for index, item in enumerate(value)]
+        return found if isinstance(value, list) else tuple(found)
     if not isinstance(value, str) or "${secret:" not in value:
         return value
     try:

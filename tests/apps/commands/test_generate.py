@@ -5,6 +5,7 @@ import json
 import signal
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from latentreward.apps.commands import generate as command
 from latentreward.apps.generation.image_folder import file_name
+from latentreward.apps.generation.trained_policy import plain
 from latentreward.cli import main
 from latentreward.contracts import PromptBatch
 from latentreward.export import TrainedLoRA
@@ -312,6 +314,32 @@ def test_settings_of_own_objects_count_and_are_not_written(
         generate(*reward, "--reward.function.factor=2.0")
     told = capsys.readouterr().err
     assert "was begun with reward.function" in told and "hf_secret" not in told
+
+
+class Wrapped:
+    def __init__(self, *inner: Any) -> None:
+        self._inner = inner
+
+
+@dataclass(slots=True)
+class Slotted:
+    key: str
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        Judged,
+        Slotted,
+        lambda value: Wrapped(Wrapped(value)),
+        lambda value: partial(Judged(value)),
+        lambda value: partial(Sampling, num_inference_steps=len(value)),
+        lambda value: Judged(value).__call__,
+    ],
+)
+def test_objects_that_differ_anywhere_are_told_apart(build: Callable[[str], Any]) -> None:
+    assert plain(build("one")) == plain(build("one")) != plain(build("three"))
+    assert "three" not in json.dumps(plain(build("three")))
 
 
 @pytest.mark.slow

@@ -292,8 +292,11 @@ def test_a_model_in_a_variable_that_is_not_set_is_refused_with_field_and_variabl
         ConfigSources(tmp_path).replace(found)
 
 
-def test_without_an_estimate_a_variable_that_is_not_set_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("options", [["--estimate=false"], ["--estimate", "false"]])
+def test_without_an_estimate_a_variable_that_is_not_set_is_named(
+    options: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
     given = [f"--config={CONFIGS / name}.yaml" for name in ("model/lrm_sd15", "data/pickapic_v1")]
     with pytest.raises(SystemExit):
-        main(["fit", *given, "--estimate=false"])
+        main(["fit", *given, *options])
     assert "the environment variable PICKAPIC_ROOT, which" in capsys.readouterr().err

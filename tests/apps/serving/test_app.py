@@ -828,12 +828,8 @@ def test_answers_are_plain_json(address: str, accepted: Accepted) -> None:
 def test_a_sigterm_before_uvicorn_listens_to_signals_ends_the_server(monkeypatch: pytest.MonkeyPatch) -> None:
     """The address is printed before, so that whoever waits for it may already send the signal."""
     asked: list[bool] = []
-
-    def run(self: uvicorn.Server, sockets: list[socket.socket]) -> None:
-        signal.raise_signal(signal.SIGTERM)
-        asked.append(self.should_exit)
-
-    monkeypatch.setattr(uvicorn.Server, "run", run)
+    monkeypatch.setattr("builtins.print", lambda *_, **__: signal.raise_signal(signal.SIGTERM))
+    monkeypatch.setattr(uvicorn.Server, "run", lambda self, sockets: asked.append(self.should_exit))
     model, before = served_model(tiny_reward()), signal.getsignal(signal.SIGTERM)
     with bind("127.0.0.1", 0) as bound:
         server.serve(ScoringService([model], model.resources), bound)

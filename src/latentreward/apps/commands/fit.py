@@ -1,6 +1,7 @@
 """The subcommands that run a Lightning trainer: fit, validate, test, predict."""
 
 import os
+import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -725,12 +726,18 @@ def estimate_fit(arguments: Sequence[str]) -> "Estimate":
     return found
 
 
+def wants_estimate(settings: Sequence[str]) -> bool:
+    """Tell whether arguments have ``--estimate``, and not as ``--estimate=false`` or ``--estimate false``."""
+    found = [f"{one} {after}" for one, after in zip(settings, [*settings[1:], ""], strict=True)]
+    return any(re.match(r"--estimate(=(true|yes)| (?!(false|no) ?$))", one.lower()) for one in found)
+
+
 def _run(command: str, arguments: Sequence[str]) -> "tuple[Estimate | None, Card]":
     settings = functions.prepare(arguments)
     try:
         with TemporaryDirectory(prefix="latentreward-") as folder, ExitStack() as held:
             rewritten = rewrite_arguments(settings, backbone_names(), root=f"{command}.")
-            if not {"--estimate", "--estimate=true", "--estimate=yes"}.isdisjoint(map(str.lower, settings)):
+            if wants_estimate(settings):
                 from latentreward.apps.estimate.sources import unset_variables
 
                 held.enter_context(unset_variables())

@@ -281,6 +281,8 @@ def score_or_mean(score: Callable[[NoisyStates, Any], Tensor], states: NoisyStat
     """Score by ``score``; if that fails on tensors without values, say so and return means of the latents."""
     try:
         return score(states, encoded)
+    except InputError:
+        raise
     except Exception as error:  # of any code
         told = f"{type(error).__name__}: {first_line(error)}"
         rank_zero_warn(f"--estimate leaves out a reward that cannot score tensors without values ({told})")

@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from latentreward.rewards.latent import LatentScorer
 from latentreward.rollout import Sampling
 from latentreward.scorers.base import code_of
 from latentreward.scorers.plugins import settings_of
+from latentreward.storage.digests import digest
 
 
 @dataclass(frozen=True)
@@ -98,23 +99,33 @@ def offload_text_encoders(policy: Policy, reward: Reward | None, prompts: Sequen
 
 
 def plain(value: Any) -> Any:
-    """Convert ``value`` to types of JSON; an object becomes a dict of its class name and attributes.
-
-    An object of another package's class becomes the dotted path of the class and a hash of its settings, which may be
-    secrets; a function becomes its dotted path, with a hash of what ``functools.partial`` or its object adds.
-    """
+    """Convert ``value`` to types of JSON; objects and functions as :func:`described`."""
     if isinstance(value, dict):
         return {str(name): plain(item) for name, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [plain(item) for item in value]
     if isinstance(value, (str, int, float, bool, type(None))):
         return value
-    if isinstance(value, Path):
-        return str(value)
+    return str(value) if isinstance(value, Path) else described(value)
+
+
+def described(value: Any) -> Any:
+    """Describe an object or function by types of JSON.
+
+    An object becomes a dict of its class name and attributes. One of another package's class becomes the dotted path of
+    the class and a hash of its attributes, which may be secrets; a function becomes its dotted path, with a hash of
+    what ``functools.partial`` or its object adds.
+    """
     code = code_of(value)
-    if code is value or not of_this_package(code.__module__):
-        return f"{code.__module__}.{code.__qualname__}{settings_of(value)}"
+    name = f"{code.__module__}.{code.__qualname__}"
+    if code is value:
+        return f"{name}{settings_of(value)}"
+    if isinstance(value, partial):
+        return f"{name}, {digest([repr(plain([value.func, value.args, value.keywords]))])}"
     fields = dataclasses.fields(value) if dataclasses.is_dataclass(value) else ()
     attributes = {field.name: getattr(value, field.name) for field in fields} or getattr(value, "__dict__", {})
-    attributes = value.record() if isinstance(value, PolicySource) else attributes
+    if isinstance(value, PolicySource):
+        attributes = value.record()
+    elif not of_this_package(code.__module__):
+        return f"{name}, {digest([repr(plain(attributes))])}" if attributes else name
     return {"class": type(value).__qualname__, **plain(attributes)}

@@ -115,8 +115,21 @@ def serve(service: ScoringService, bound: socket.socket) -> None:
     Prints ``serving MODEL at URL`` once clients can connect, with the names of several rewards for the model, and under
     ``fresh_noise`` the first seed of each.
     """
+    server = uvicorn.Server(configuration(service))
+    # Until uvicorn sets this handler itself, and after its shutdown, when it raises the caught signal again.
+    previous = signal.signal(signal.SIGTERM, server.handle_exit)
+    try:
+        bound.listen()
+        tell_address(service, bound)
+        with contextlib.suppress(KeyboardInterrupt):
+            server.run(sockets=[bound])
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def tell_address(service: ScoringService, bound: socket.socket) -> None:
+    """Print the models, the address, and the first seeds of fresh noise; see :func:`serve`."""
     host, port = bound.getsockname()[:2]
-    bound.listen()
     models = list(service.models.values())
     several = len(models) > 1
     for model in models if several else ():
@@ -127,11 +140,3 @@ def serve(service: ScoringService, bound: socket.socket) -> None:
         if model.first_seed is not None:
             told = f"{model.name}: " if several else ""
             print(f"{told}latents without a seed get fresh noise, by the seeds from {model.first_seed} on", flush=True)
-    with contextlib.suppress(KeyboardInterrupt):
-        server = uvicorn.Server(configuration(service))
-        # Until uvicorn sets this handler itself, and after its shutdown, when it raises the caught signal again.
-        previous = signal.signal(signal.SIGTERM, server.handle_exit)
-        try:
-            server.run(sockets=[bound])
-        finally:
-            signal.signal(signal.SIGTERM, previous)
