@@ -8,6 +8,8 @@ import pytest
 from PIL import Image
 
 from latentreward.cli import main
+from latentreward.errors import InputError
+from latentreward.scoring import RewardModel
 from latentreward.scoring.layouts.find import checkpoint_of
 from tests.settings.test_refusals import FIT
 
@@ -34,6 +36,11 @@ def test_the_newest_of_the_preferred_names(names: list[str], taken: str, told: s
     assert checkpoint_of(tmp_path) == tmp_path / f"{taken}.ckpt"
     assert told in caplog.text
     assert bool(told) == bool(caplog.text)
+
+
+def test_an_empty_path_is_no_folder() -> None:
+    with pytest.raises(InputError, match="the path of the reward model is empty; give a checkpoint"):
+        RewardModel.from_pretrained("")
 
 
 @pytest.mark.slow

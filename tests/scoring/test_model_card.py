@@ -121,6 +121,15 @@ def test_data_are_those_that_the_card_names_or_the_runs_readers() -> None:
     assert "| data | mine |" in model_card(made, Card(training={"data": "mine"}), "folder")
 
 
+def test_code_of_the_author_is_named() -> None:
+    recipe = ModelRecipe(ModelPart("net1.mynet"), ModelPart("head1.Own"), training={})
+    text = model_card(replace(config(), recipe=recipe, trained_on=""), Card(), "folder")
+    assert "RewardModel.from_pretrained('path/to/folder', trust_remote_code=True)" in text
+    assert "the modules net1, head1, which have to be installed" in text
+    assert "shipped with latentreward" not in text
+    assert "trust_remote_code" not in model_card(config(), Card(), "folder")
+
+
 def test_hostile_texts_stay_in_their_cells() -> None:
     evil = "x | y\n| evil | row\n# Head <script>alert(1)</script> [a](http://b) `c`"
     text = model_card(

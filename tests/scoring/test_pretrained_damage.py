@@ -145,7 +145,13 @@ def test_the_record_of_the_base_is_compared_too(copies: dict[str, Path]) -> None
     ("change", "message"),
     [
         (lambda c: c.update(format_version=2), "format_version is 2, but .* up to 1; update latentreward"),
-        (lambda c: c.update(format_version="1"), "format_version is '1'; download"),
+        (lambda c: c.update(format_version="1"), "format_version is '1', no number from 1 on"),
+        (lambda c: c.update(base=5), "base: .* not 5; download it again"),
+        (lambda c: c.update(training=["a"]), r"training: .* not \['a'\]; download it again"),
+        (
+            lambda c: c.update(noise={"timesteps": [1.0] * 20_000}),
+            "noise: levels times seeds are 20000; give at most 1000",
+        ),
         (lambda c: c.update(format="other"), "format is 'other', not 'latentreward-reward-model'"),
         (lambda c: c.pop("head"), "head is missing; download it again"),
         (lambda c: c.pop("noise"), "noise is missing; download it again"),

@@ -154,13 +154,15 @@ def test_any_text_is_a_prompt(name: str, prompt: str, request: Any) -> None:
     assert request.getfixturevalue(name).score(prompt, pictures(1)).isfinite().all()
 
 
-def test_pixels_are_taken_as_they_are(lrm: RewardModel) -> None:
+def test_pixels_are_taken_as_they_are(lrm: RewardModel, dina: RewardModel) -> None:
     image = picture(3, PIXELS, PIXELS)
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None] / 127.5 - 1
     torch.testing.assert_close(lrm.score("a cat", pixels), lrm.score("a cat", [image]))
     assert lrm.score("a cat", pixels.repeat(3, 1, 1, 2)).shape == (3,)
     with pytest.raises(InputError, match=r"images are 16×15 pixels, but .* multiples of 2"):
         lrm.score("a cat", pixels[..., :15])
+    with pytest.raises(InputError, match=r"latents are 8×7, but .* multiples of 2"):
+        dina.score_latents("a cat", torch.zeros(1, dina.backbone.latent_space.channels, 8, 7))
     with pytest.raises(InputError, match=r"pixel of magnitude 255, not in \[-1, 1\]; scale them"):
         lrm.score("a cat", torch.full((1, 3, PIXELS, PIXELS), 255.0))
     with pytest.raises(InputError, match=r"uint8 tensor of shape \(1, 3, 4, 4\); give floating point"):

@@ -15,7 +15,7 @@ from latentreward.contracts import Conditioning, EditPrompt, Features, seen_as, 
 from latentreward.data.images import PixelLoader
 from latentreward.encoders.prompts import empty_prompts
 from latentreward.errors import InputError
-from latentreward.scoring.images import Images, check_sides, content_key, even_parts, pixel_batches
+from latentreward.scoring.images import Images, check_latent_sides, check_sides, content_key, even_parts, pixel_batches
 from latentreward.scoring.network import RewardNetwork
 from latentreward.scoring.scoring_noise import ScoringNoise, draw_noise, timesteps_of
 
@@ -188,6 +188,7 @@ def _score_parts(
     """
     memory, scores = PromptMemory(model, max(batch_size, PROMPTS_KEPT)), []
     texts, uncond = given or (None, None)
+    check_latent_sides(latents, model.backbone.side_multiple // model.backbone.latent_space.downscale)
     memory.resize_sources(*(side * model.backbone.latent_space.downscale for side in latents.shape[-2:]))
     with torch.set_grad_enabled(torch.is_grad_enabled() and latents.requires_grad):
         for part in even_parts(len(latents), batch_size, even_step(model)):

@@ -245,6 +245,13 @@ def check_sides(pixels: Tensor, multiple: int) -> None:
         raise InputError(f"images are {height}×{width} pixels, but {wanted}")
 
 
+def check_latent_sides(latents: Tensor, multiple: int) -> None:
+    """Raise InputError if a side of latents ``(..., h, w)`` is not a multiple of ``multiple``."""
+    height, width = latents.shape[-2:]
+    if min(height, width) < multiple or height % multiple or width % multiple:
+        raise InputError(f"latents are {height}×{width}, but this model takes sides that are multiples of {multiple}")
+
+
 def content_key(values: Tensor) -> str:
     """Return a hash of a tensor's values, shape and dtype."""
     name = f"{values.dtype} {tuple(values.shape)} ".encode()

@@ -12,6 +12,8 @@ from latentreward.noise import NoiseProcess
 from latentreward.seeding import scoring_generator
 
 NoiseKey = Literal["prompt", "image"]
+MOST_DRAWS = 1000
+"""Largest number of noisy latents of an image: a model's file could keep a machine busy without end."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,8 @@ class ScoringNoise:
 
     Raises:
         InputError: If neither or both of ``sigmas`` and ``timesteps`` are given, a sigma lies outside [0, 1], seeds are
-            missing, repeated or not whole numbers, or ``noise_key`` is unknown.
+            missing, repeated or not whole numbers, levels times seeds exceed :data:`MOST_DRAWS`, or ``noise_key`` is
+            unknown.
     """
 
     sigmas: tuple[float, ...] = ()
@@ -53,6 +56,8 @@ class ScoringNoise:
             raise InputError(f"noise.seeds={list(self.seeds)}; give at least one seed, each once")
         if not all(type(seed) is int for seed in self.seeds):
             raise InputError(f"noise.seeds={list(self.seeds)}; seeds are whole numbers")
+        if (draws := len(self.sigmas or self.timesteps) * len(self.seeds)) > MOST_DRAWS:
+            raise InputError(f"noise: levels times seeds are {draws}; give at most {MOST_DRAWS} together")
         if self.noise_key not in get_args(NoiseKey):
             raise InputError(f"noise.noise_key is {self.noise_key!r}; give {' or '.join(get_args(NoiseKey))}")
 

@@ -115,17 +115,27 @@ def usage(source: str, config: FolderConfig) -> str:
     """Return the section that shows how to score an image."""
     named = config.recipe.local_name
     base = f", base='path/to/{named}'" if named else ""
+    needs = ""
+    if modules := own_modules(config):
+        base += ", trust_remote_code=True"
+        needs = f"It runs code of its author, the modules {', '.join(modules)}, which have to be installed.\n\n"
     edits = ", edit_prompt" * bool(config.edits)
     prompt, image = '"a red fox in the snow"', "fox"
     if config.edits:
         prompt, image = 'edit_prompt("make the car red", "car.png")', "red_car"
     calibrated = "\nreward.calibration.quantile(scores)  # share of the reference set that scores lower\n"
     return (
-        f"## Use\n\n```python\nfrom latentreward.scoring import RewardModel{edits}\n\n"
+        f"## Use\n\n{needs}```python\nfrom latentreward.scoring import RewardModel{edits}\n\n"
         f"reward = RewardModel.from_pretrained({source!r}{base})\n"
         f'scores = reward.score([{prompt}], ["{image}.png"])\n'
         f"{calibrated.lstrip() if config.calibration else ''}```"
     )
+
+
+def own_modules(config: FolderConfig) -> list[str]:
+    """Return the modules of the author that the model's classes need; names of registered classes have no dots."""
+    parts = config.recipe.backbone.name, config.recipe.head.name
+    return list(dict.fromkeys(name.rpartition(".")[0] for name in parts if "." in name))
 
 
 def score_rows(config: FolderConfig) -> Iterator[tuple[str, Any]]:
@@ -155,7 +165,8 @@ def score_rows(config: FolderConfig) -> Iterator[tuple[str, Any]]:
 def training_rows(config: FolderConfig, card: Card) -> Iterator[tuple[str, Any]]:
     """Yield the rows of the table on training: base, data, backbone, head and trained modules."""
     recipe = config.recipe
-    yield "base", config.trained_on or f"that of {recipe.backbone.name}, shipped with latentreward"
+    shipped = ", shipped with latentreward" * ("." not in recipe.backbone.name)
+    yield "base", config.trained_on or f"that of {recipe.backbone.name}{shipped}"
     yield "data", ", ".join(card.datasets) or recipe.training.get("data") or "not stated"
     yield "backbone", recipe.backbone.name
     yield "head", recipe.head.name

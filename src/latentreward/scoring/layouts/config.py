@@ -85,7 +85,7 @@ class FolderConfig:
             ModelPart.of_record("backbone", record["backbone"]),
             ModelPart.of_record("head", record["head"]),
             names("own_weights", record["own_weights"], r"\w+"),
-            record["training"] if isinstance(record["training"], dict) else {},
+            checked(dict[str, Any], record["training"], "training", "download it again"),
         )
         return cls(
             recipe if base is None else recipe.on(base),
@@ -93,7 +93,7 @@ class FolderConfig:
             settings_of("noise", ScoringNoise, record["noise"]),
             sizes_of(record["image_sizes"]),
             calibration_of(record["calibration"]),
-            str(record["base"]),
+            checked(str, record["base"], "base", "download it again"),
             checked(ExifOrientation, record["exif"], "exif"),
             checked(dict[str, str], record["sha256"], "sha256", "download it again"),
             checked(bool | None, record.get("edits"), "edits"),
@@ -106,7 +106,7 @@ def check_version(record: Mapping[str, Any]) -> None:
         raise InputError(f"format is {record.get('format')!r}, not {FORMAT!r}, a reward model of latentreward")
     number = record.get("format_version")
     if not isinstance(number, int) or number < 1:
-        raise InputError(f"format_version is {number!r}; download it again")
+        raise InputError(f"format_version is {number!r}, no number from 1 on; download it again")
     if number > VERSION:
         raise InputError(f"format_version is {number}, but this program reads up to {VERSION}; update latentreward")
 

@@ -59,6 +59,8 @@ def find_reward(source: ModelSource, average: bool = True) -> StoredReward:
             ``published`` does not apply to the layout.
     """
     path, config, base, revision = source.path, source.config, source.base, source.revision
+    if not path.strip():
+        raise InputError("the path of the reward model is empty; give a checkpoint, a folder or a hub id")
     here = Path(path).exists()
     if here and revision is not None:
         raise InputError(f"revision={revision!r} is for hub ids, but reward model {path!r} lies here; leave it out")
@@ -121,7 +123,9 @@ def checkpoint_of(place: Path) -> Path:
     candidates = newest_first(next(filter(None, named), found))
     taken, newer = candidates[0], newest_first(found)[0]
     if len(candidates) > 1 or taken != newer:
-        names = f"{taken.relative_to(place)} is taken" + ("" if taken == newer else f", though {newer.name} is newer")
+        names = f"{taken.relative_to(place)} is taken" + (
+            "" if taken == newer else f", though {newer.relative_to(place)} is newer"
+        )
         message = printable(f"{place} holds {len(found)} checkpoints: {names}")
         logging.getLogger(__name__).warning("%s; give a file's own path for another one", message)
     return taken
