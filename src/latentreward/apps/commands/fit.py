@@ -10,7 +10,7 @@ from dataclasses import replace
 from datetime import timedelta
 from functools import partial
 from inspect import isfunction, signature
-from itertools import chain, count
+from itertools import chain, count, zip_longest
 from pathlib import Path
 from pydoc import locate
 from tempfile import TemporaryDirectory
@@ -728,7 +728,7 @@ def estimate_fit(arguments: Sequence[str]) -> "Estimate":
 
 def wants_estimate(settings: Sequence[str]) -> bool:
     """Tell whether arguments have ``--estimate``, and not as ``--estimate=false`` or ``--estimate false``."""
-    found = [f"{one} {after}" for one, after in zip(settings, [*settings[1:], ""], strict=True)]
+    found = [f"{one} {after}" for one, after in zip_longest(settings, settings[1:], fillvalue="")]
     return any(re.match(r"--estimate(=(true|yes)| (?!(false|no) ?$))", one.lower()) for one in found)
 
 

@@ -59,7 +59,7 @@ def find_reward(source: ModelSource, average: bool = True) -> StoredReward:
             ``published`` does not apply to the layout.
     """
     path, config, base, revision = source.path, source.config, source.base, source.revision
-    if not path.strip():
+    if not str(path).strip():
         raise InputError("the path of the reward model is empty; give a checkpoint, a folder or a hub id")
     here = Path(path).exists()
     if here and revision is not None:
