@@ -115,7 +115,7 @@ def read_results(name: str, path: Path, pictures: Sequence[JudgedPicture]) -> np
             match = NAME.search(row["filename"].replace("\\", "/"))
             if match is None:
                 raise ValueError(f"file name {row['filename']!r}")
-            if row["correct"] not in (True, False):  # of which 1 and 0 are others' spelling
+            if row["correct"] not in (True, False):  # 1 and 0 are equal to these
                 raise ValueError(f"correct: {row['correct']!r}")
             found[int(match[1]), int(match[2])] = (str(row["prompt"]), float(row["correct"]))
     except (ValueError, KeyError, TypeError, AttributeError) as error:

@@ -96,10 +96,8 @@ def commit_of(repository: Path) -> str:
     command = ["git", "-C", str(repository), "rev-parse", "HEAD"]
     try:
         found = subprocess.run(command, capture_output=True, text=True, check=False, timeout=ANSWER_S)
-    except (
-        OSError,
-        subprocess.TimeoutExpired,
-    ):  # git is not installed or slow, or --restrict-imports forbids running it
+    except (OSError, subprocess.TimeoutExpired):
+        # Git is not installed or slow, or --restrict-imports forbids running it.
         return "unknown"
     return found.stdout.strip() if not found.returncode else "unknown"
 
