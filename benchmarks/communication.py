@@ -35,9 +35,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from latentreward.apps.commands.fit import estimate_fit
-from latentreward.apps.estimate import costs as estimated_costs
-from latentreward.apps.estimate import settings as estimated_settings
-from latentreward.apps.estimate.costs import RepeatedCalls, StepCosts
+from latentreward.apps.estimate import estimate as estimated_settings
+from latentreward.apps.estimate import step_costs as estimated_costs
+from latentreward.apps.estimate.step_costs import RepeatedCalls, StepCosts
 from latentreward.cache import CachedPreferenceDataModule
 from latentreward.checkpoints.shards import frozen_names
 from latentreward.contracts import TensorRecord, layout_of, map_tensors

@@ -30,9 +30,9 @@ from torch.nn import functional as F
 
 from latentreward.apps.commands.fit import TrainingCLI
 from latentreward.apps.estimate.batches import make_batch
-from latentreward.apps.estimate.costs import optimizer_of, step_costs
-from latentreward.apps.estimate.settings import unread_module
+from latentreward.apps.estimate.estimate import unread_module
 from latentreward.apps.estimate.sources import ConfigSources, unset_variables
+from latentreward.apps.estimate.step_costs import optimizer_of, step_costs
 from latentreward.backbones.fused_lora import fuse_lora
 from latentreward.backbones.registry import backbone_names
 from latentreward.backbones.tuning import LoRA

@@ -16,7 +16,7 @@ from latentreward.checkpoints.base_weights import is_quantized
 from latentreward.contracts import layout_of
 from latentreward.encoders.vae import LatentEncoder
 from latentreward.errors import InputError, check_range
-from latentreward.limits import Limits, find_limits
+from latentreward.peak_rates import Limits, find_limits
 from latentreward.policies import Policy
 
 WORTH_COMPILING, WORTH_COMPILING_LAYERS = 200, 2500

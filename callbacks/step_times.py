@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from lightning.pytorch.profilers import Profiler
 
-from latentreward.limits import CountedFlops
+from latentreward.peak_rates import CountedFlops
 from latentreward.phases import LISTENER, PHASES, Phases
 
 ASIDE = "aside"

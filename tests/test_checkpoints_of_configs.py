@@ -13,7 +13,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from latentreward.cli import main
-from latentreward.policies.moving import AVERAGE, OLD
+from latentreward.policies.moving_average import AVERAGE, OLD
 from tests.families.twins import TWINS
 from tests.marks import rotated_after
 from tests.scorers.tiny_clip import write_clip

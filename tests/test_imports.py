@@ -17,13 +17,24 @@ from tests.marks import rotated_after
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCE = ROOT / "src" / "latentreward"
-BASE = {"", "construction", "contracts", "errors", "interrupts", "limits", "phases", "promises", "seeding", "storage"}
+BASE = {
+    "",
+    "construction",
+    "contracts",
+    "errors",
+    "interrupts",
+    "peak_rates",
+    "phases",
+    "promises",
+    "seeding",
+    "storage",
+}
 BASE |= {"devices"}
 MAY_IMPORT = {
     "construction": set(),
     "contracts": {"errors", "promises"},
     "errors": set(),
-    "limits": set(),
+    "peak_rates": set(),
     "phases": set(),
     "promises": {"errors", "programs"},
     "interrupts": set(),

@@ -332,7 +332,7 @@ class PreferenceBatch(TensorRecord):
         rejected: As ``chosen``.
         chosen_keys: B image keys.
         rejected_keys: B image keys.
-        label: ``(B,)`` probability that the chosen image wins, in [½, 1].
+        label: ``(B,)`` probability that the chosen image wins: in [½, 1] from a reader, else in [0, 1].
         weight: ``(B,)`` weights, not yet normalised.
         latent_space: Space of the latents; None for pixels.
         conditioning: Encoded prompts from a cache, B rows; with None the training module encodes ``prompts``.
@@ -585,7 +585,7 @@ class PairScores(TensorRecord):
     Attributes:
         chosen: ``(B,)``, or ``(B, out_dim)``: rewards of the chosen images.
         rejected: Rewards of the rejected images, in the shape of ``chosen``.
-        label: ``(B,)`` probability that chosen wins, in [½, 1].
+        label: ``(B,)`` probability that chosen wins, as in :class:`PreferenceBatch`.
         weight: ``(B,)`` weights, not yet normalised.
         chosen_sigmas: ``(B,)`` noise level in [0, 1] at which the chosen image was scored.
         rejected_sigmas: ``(B,)`` noise level of the rejected image; equals ``chosen_sigmas`` unless the two images of a

@@ -74,7 +74,7 @@ class Part(ABC):  # noqa: B024 - derived classes have the methods
 
 
 def returns(check: Check, each: bool = False, keeps: bool = False) -> Callable[[Method], Method]:
-    """Mark a method of a base class with what it, and methods that override it, must return.
+    """Mark a method of a base class with what it, and methods that override it, must return; results stay as they are.
 
     Results of ``super().method()`` are not compared: they are not the part's.
 

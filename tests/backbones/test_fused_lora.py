@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from latentreward.backbones.fused_lora import FusedLinear, fuse_lora, unfuse_lora
 from latentreward.backbones.quantization import quantize
-from latentreward.limits import CountedFlops
+from latentreward.peak_rates import CountedFlops
 from latentreward.policies.policy import AdapterSwitch
 from latentreward.scoring.precision import halve_products
 

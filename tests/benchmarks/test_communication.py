@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from latentreward.apps.estimate.costs import PartCosts, StepCosts
+from latentreward.apps.estimate.step_costs import PartCosts, StepCosts
 
 
 @pytest.fixture

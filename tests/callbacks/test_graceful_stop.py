@@ -21,7 +21,7 @@ from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch.utils.data import DataLoader
 
-from latentreward.apps.commands.run_folder import last_checkpoint
+from latentreward.apps.commands.fit_folder import last_checkpoint
 from latentreward.errors import InputError
 from tests.callbacks.small_run import assert_same_state, fit, make_trainer
 from tests.marks import slow_after

@@ -15,7 +15,7 @@ from lightning.pytorch.demos.boring_classes import BoringModel
 from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 
-from latentreward.apps.commands.run_folder import result_lines
+from latentreward.apps.commands.fit_folder import result_lines
 from latentreward.backbones.tuning import LoRA
 from latentreward.errors import InputError
 from latentreward.export.kohya import write_kohya

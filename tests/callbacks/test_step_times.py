@@ -19,7 +19,7 @@ from torch.utils.flop_counter import flop_registry
 from latentreward.cli import main
 from latentreward.contracts import layout_of
 from latentreward.errors import InputError
-from latentreward.limits import CountedFlops, find_limits
+from latentreward.peak_rates import CountedFlops, find_limits
 from latentreward.phases import LISTENER, PHASES, phase
 from tests.callbacks.small_run import fit, make_trainer, state
 from tests.callbacks.test_performance import QUICK, RUNS

@@ -39,7 +39,7 @@ from latentreward.modules import (
 from latentreward.modules.alignment import AlignmentModule
 from latentreward.modules.grpo import GRPOModule
 from latentreward.policies import PolicySource
-from latentreward.policies.moving import DecayRamp
+from latentreward.policies.moving_average import DecayRamp
 from latentreward.rewards import RewardMixture
 from latentreward.rollout import (
     GDPO,

@@ -16,7 +16,7 @@ from latentreward.data.sampling import PairBatchSampler
 from latentreward.losses import LinearDPO
 from latentreward.modules import DiffusionDPOModule, ReFLModule
 from latentreward.policies import PolicySource
-from latentreward.policies.moving import DecayRamp
+from latentreward.policies.moving_average import DecayRamp
 from latentreward.rollout import Sampling
 from tests.distributed.strategies import STRATEGIES, strategies_of
 from tests.modules.batches import loaded_pairs

@@ -7,7 +7,7 @@ from torch import Tensor
 from latentreward.losses import CRDLoss, CRDResult, DGPOLoss
 from latentreward.losses.matching import squared_error
 from latentreward.losses.nft import optimality
-from latentreward.policies.moving import DecayRamp
+from latentreward.policies.moving_average import DecayRamp
 from tests.golden.catalogue import Case, Tensors, cases
 from tests.golden.closeness import assert_within
 

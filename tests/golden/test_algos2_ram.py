@@ -8,7 +8,7 @@ from torch import Tensor
 
 from latentreward.losses import RAMLoss
 from latentreward.noise import PowerSigma
-from latentreward.policies.moving import DecayRamp, move_towards
+from latentreward.policies.moving_average import DecayRamp, move_towards
 from latentreward.rollout import GroupAdvantage
 from tests.golden.catalogue import Case, Tensors, cases
 from tests.golden.closeness import assert_within

@@ -5,7 +5,7 @@ import torch
 from latentreward.callbacks import TrainableEMA
 
 from latentreward.losses.nft import NFTLoss, optimality, self_normaliser
-from latentreward.policies.moving import DecayRamp, move_towards
+from latentreward.policies.moving_average import DecayRamp, move_towards
 from latentreward.rollout.advantages import GroupAdvantage
 from tests.golden.catalogue import Case, Tensors, cases
 from tests.golden.closeness import assert_within

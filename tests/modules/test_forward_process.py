@@ -28,7 +28,7 @@ from latentreward.modules import (
 from latentreward.modules.forward_process import ForwardProcessModule
 from latentreward.noise import TimestepGrid
 from latentreward.policies import Policy, PolicySource
-from latentreward.policies.moving import AVERAGE, OLD, DecayRamp
+from latentreward.policies.moving_average import AVERAGE, OLD, DecayRamp
 from latentreward.rewards import Reward
 from latentreward.rollout import (
     GDPO,

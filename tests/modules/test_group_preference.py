@@ -13,7 +13,7 @@ from latentreward.errors import InputError
 from latentreward.losses import CRDLoss, DGPOLoss
 from latentreward.modules.forward_process import ForwardProcessModule
 from latentreward.policies import PolicySource
-from latentreward.policies.moving import AVERAGE, OLD
+from latentreward.policies.moving_average import AVERAGE, OLD
 from latentreward.rollout import NoisiestSteps
 from tests.modules.lpo_runs import make_trainer
 from tests.modules.test_forward_process import BATCH, loaders, make, moved

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 from latentreward.errors import InputError
 from latentreward.losses import LinearDPO, implicit_rewards
 from latentreward.modules.pairs import EncodedPairs
-from latentreward.policies.moving import AVERAGE, DecayRamp
+from latentreward.policies.moving_average import AVERAGE, DecayRamp
 from tests.modules.lpo_runs import make_trainer
 from tests.modules.test_diffusion_dpo import adapter, dpo, weighted_batch
 

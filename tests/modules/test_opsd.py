@@ -14,7 +14,7 @@ from latentreward.errors import InputError
 from latentreward.losses import NFTLoss, Penalty
 from latentreward.modules import DiffusionOPSDModule
 from latentreward.policies import PolicySource
-from latentreward.policies.moving import OLD
+from latentreward.policies.moving_average import OLD
 from latentreward.rewards import RewardMixture
 from latentreward.rollout import Sampling, sample_latents
 from latentreward.rollout.trajectories import sample_trajectories

@@ -12,7 +12,7 @@ from latentreward.backbones import create_backbone
 from latentreward.data.image_sizes import OneSize
 from latentreward.heads import CLIPProjectionHead, GatedQFormerHead
 from latentreward.scoring import PublishedSettings, RewardModel
-from latentreward.scoring.layouts.published import PublishedDiNaLRM, PublishedLRM
+from latentreward.scoring.layouts.papers import PublishedDiNaLRM, PublishedLRM
 from tests.backbones.networks import tiny_backbone
 from tests.families.twins import TWINS
 

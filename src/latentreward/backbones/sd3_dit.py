@@ -132,7 +132,7 @@ class SD3DiTBackbone(TransformerBackbone):
         return self.transformer.config.patch_size * self.latent_space.downscale
 
     def read(self, latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Features:
-        """See :meth:`DiffusionBackbone.read`; latents ``(B, C, h, w)``.
+        """See :meth:`DiffusionBackbone.read`; latents ``(B, C, h, w)``. Only blocks up to the highest tap run.
 
         The patch embedding ignores rows and columns beyond a multiple of the patch size.
         """

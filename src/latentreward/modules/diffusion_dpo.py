@@ -23,7 +23,7 @@ from latentreward.modules.alignment import AlignmentModule
 from latentreward.modules.pairs import EncodedPairs, PairDraws, Posterior, conditioning_of, latents_of, snap_timesteps
 from latentreward.noise import LevelSampler, TimestepGrid
 from latentreward.policies import PolicySource
-from latentreward.policies.moving import AVERAGE, DecayRamp, MovingCopy
+from latentreward.policies.moving_average import AVERAGE, DecayRamp, MovingCopy
 from latentreward.rollout import PriorNoise
 
 

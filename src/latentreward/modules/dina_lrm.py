@@ -14,15 +14,16 @@ from latentreward.noise import LevelSampler, UniformSigma
 class DiNaLRMModule(RewardModule):
     """Reward module with DiNa-LRM's training: a uniform noise level per pair, and the same noise for its images.
 
-    The training step is that of :class:`~latentreward.modules.pairs.PairModule`. Evaluation also uses the head's
-    ensemble over several noise levels.
+    The step is :meth:`PairModule.training_step <latentreward.modules.pairs.PairModule.training_step>`, and
+    ``RewardModule.encode`` and ``score`` do its work. PairModule's defaults give both images of a pair one noise and
+    one level. Evaluation also uses the head's ensemble over several noise levels.
 
     Args:
         backbone: Any backbone; a DiT in the paper.
         head: See :class:`RewardModule`.
         loss: None takes the paper's ``ThurstoneLoss()``.
         levels: Sampler of noise levels; None takes uniform noise levels.
-        eval_sigmas: See :class:`RewardModule`.
+        eval_sigmas: See :class:`~latentreward.modules.pairs.PairModule`.
         ensemble_sigmas: See :class:`RewardModule`.
         options: See :class:`RewardModule`.
     """

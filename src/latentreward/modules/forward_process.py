@@ -20,7 +20,7 @@ from latentreward.modules.alignment import AlignmentModule
 from latentreward.modules.grpo import LEAST_ADVANTAGE, group_statistics
 from latentreward.modules.pruned import PrunedRollouts
 from latentreward.policies import PolicySource
-from latentreward.policies.moving import AVERAGE, OLD, DecayRamp, MovingCopy
+from latentreward.policies.moving_average import AVERAGE, OLD, DecayRamp, MovingCopy
 from latentreward.rewards import RewardSource
 from latentreward.rollout import (
     Advantage,

@@ -11,7 +11,7 @@ from latentreward.errors import errors_at
 from latentreward.losses import CRDLoss, DGPOLoss
 from latentreward.modules.forward_process import ForwardProcessModule, Renoised
 from latentreward.policies import PolicySource
-from latentreward.policies.moving import AVERAGE, OLD, DecayRamp
+from latentreward.policies.moving_average import AVERAGE, OLD, DecayRamp
 from latentreward.rewards import RewardSource
 from latentreward.rollout import NoisiestSteps, RandomSteps
 

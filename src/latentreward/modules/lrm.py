@@ -19,8 +19,8 @@ class LRMModule(RewardModule):
         head: See :class:`RewardModule`.
         loss: None takes ``LRMLoss(mode="pair")``.
         levels: Sampler of timesteps; None takes LRM's grid.
-        noise_per_image: See :class:`RewardModule`.
-        eval_timesteps: See :class:`RewardModule`.
+        noise_per_image: See :class:`~latentreward.modules.pairs.PairModule`.
+        eval_timesteps: See :class:`~latentreward.modules.pairs.PairModule`.
         options: See :class:`RewardModule`.
     """
 

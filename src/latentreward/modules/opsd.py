@@ -11,7 +11,7 @@ from latentreward.errors import check_at_least_one, check_range
 from latentreward.losses import NFTLoss, reward_ascent
 from latentreward.modules.forward_process import ForwardProcessModule, Renoised
 from latentreward.policies import PolicySource
-from latentreward.policies.moving import OLD, DecayRamp
+from latentreward.policies.moving_average import OLD, DecayRamp
 from latentreward.rewards import RewardSource
 from latentreward.rollout import (
     PromptedPolicy,

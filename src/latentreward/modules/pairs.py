@@ -54,7 +54,7 @@ class PairDraws:
             names = zip(batch.pair_ids, keys, strict=True)
             generators = [pair_generator(self.seed, purpose, self.epoch, pair_id, key) for pair_id, key in names]
             drawn.append(torch.stack([draw(generator) for generator in generators]))
-        return torch.cat([drawn[0], drawn[-1]])
+        return torch.cat([drawn[0], drawn[-1]])  # without ``per_image`` the one draw serves both sides
 
     def normal(self, purpose: str, shape: Sequence[int], per_image: bool) -> Tensor:
         """Draw standard normal numbers ``(2B, *shape)`` on the CPU, chosen images first.

@@ -12,7 +12,7 @@ from latentreward.losses import RAMLoss, denoising_error
 from latentreward.modules.forward_process import ForwardProcessModule
 from latentreward.noise import LevelSampler, PowerSigma
 from latentreward.policies import PolicySource
-from latentreward.policies.moving import OLD, DecayRamp
+from latentreward.policies.moving_average import OLD, DecayRamp
 from latentreward.rewards import RewardSource
 from latentreward.seeding import pair_generator
 

@@ -1,4 +1,4 @@
-"""Training of a latent reward model on preference pairs; no formula."""
+"""Training of a latent reward model on preference pairs: its encoding and scoring; the step is in ``pairs.py``."""
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
@@ -174,7 +174,7 @@ class RewardModule(PairModule):
         return self.model.head.total(rewards)
 
     def encode(self, batch: PreferenceBatch, draws: PairDraws, noise_per_image: bool = False) -> EncodedPairs:
-        """See :meth:`PairModule.encode`."""
+        """See :meth:`PairModule.encode`; rows i and B + i of the result share a prompt and, by default, the noise."""
         latents = latents_of(self.model.backbone, batch, draws, self.posterior)
         sources = tuple(source.float() for source in batch.sources)  # for the reason of `latents_of`
         if batch.conditioning is None:
@@ -190,36 +190,40 @@ class RewardModule(PairModule):
         self, batch: PreferenceBatch, encoded: EncodedPairs, timesteps: Tensor, with_cross: bool = False
     ) -> PairScores:
         """See :meth:`PairModule.score`; ``with_cross`` takes B forward passes with a head that has no embeddings."""
-        noisy, head = self.add_noise(encoded, timesteps), self.model.head
-        cross = None
-        # A head that embeds image and text apart needs one pass; others need one pass for each prompt.
-        if with_cross and not isinstance(head, EmbeddingHead):
-            rows = []  # negatives come from this rank only, and weights are normalised over this rank only
-            for prompt in range(len(batch)):
-                conditioning = encoded.conditioning.select([prompt] * len(noisy))
-                uncond = encoded.uncond and encoded.uncond.empty_for([prompt] * len(noisy))
-                rewards = head(self.model.read(noisy, timesteps, conditioning, uncond)).float()
-                if rewards.ndim > 1:
-                    raise InputError("in-batch negatives need a head with one output; set out_dim: 1 or mode: pair")
-                rows.append(rewards)
-            cross = CrossScores(*torch.stack(rows).chunk(2, dim=1))
-            rewards = torch.cat([cross.chosen.diagonal(), cross.rejected.diagonal()])
+        noisy, cross = self.add_noise(encoded, timesteps), None
+        if with_cross:
+            rewards, cross = self._score_with_negatives(noisy, timesteps, encoded)
         else:
-            features = self.model.read(noisy, timesteps, encoded.conditioning, encoded.uncond)
-            if with_cross:
-                image_embeds, text_embeds = head.embed(features)
-                rewards = head.similarity(image_embeds, text_embeds)
-                # Over the batches of all ranks, with gradient to the rank that owns a row.
-                halves = [gather_with_grad(half) for half in image_embeds.chunk(2)]
-                text = gather_with_grad(text_embeds.chunk(2)[0])
-                cross = CrossScores(*(head.similarity_matrix(text, half) for half in halves))
-            else:
-                rewards = head(features)
+            rewards = self.model.head(self.model.read(noisy, timesteps, encoded.conditioning, encoded.uncond))
         # Losses and metrics compare scores in float32; bfloat16 of autocast has 8 bits.
         chosen, rejected = rewards.float().chunk(2)
         chosen_sigmas, rejected_sigmas = self.noise_process.sigma(timesteps).to(rewards.device).chunk(2)
         pairs = batch.label, batch.weight, chosen_sigmas, rejected_sigmas
         return PairScores(chosen, rejected, *pairs, cross, batch.targets)
+
+    def _score_with_negatives(
+        self, noisy: Tensor, timesteps: Tensor, encoded: EncodedPairs
+    ) -> tuple[Tensor, CrossScores]:
+        """Score noisy latents ``(2B, C, ...)`` with their own prompts, ``(2B,)``, and with those of the other pairs."""
+        head = self.model.head
+        if isinstance(head, EmbeddingHead):  # image and text are embedded apart: one pass
+            features = self.model.read(noisy, timesteps, encoded.conditioning, encoded.uncond)
+            image_embeds, text_embeds = head.embed(features)
+            # Over the batches of all ranks, with gradient to the rank that owns a row.
+            halves = [gather_with_grad(half) for half in image_embeds.chunk(2)]
+            text = gather_with_grad(text_embeds.chunk(2)[0])
+            cross = CrossScores(*(head.similarity_matrix(text, half) for half in halves))
+            return head.similarity(image_embeds, text_embeds), cross
+        rows = []  # one pass for each prompt; negatives and weights are of this rank only
+        for prompt in range(len(noisy) // 2):
+            conditioning = encoded.conditioning.select([prompt] * len(noisy))
+            uncond = encoded.uncond and encoded.uncond.empty_for([prompt] * len(noisy))
+            rewards = head(self.model.read(noisy, timesteps, conditioning, uncond)).float()
+            if rewards.ndim > 1:
+                raise InputError("in-batch negatives need a head with one output; set out_dim: 1 or mode: pair")
+            rows.append(rewards)
+        cross = CrossScores(*torch.stack(rows).chunk(2, dim=1))
+        return torch.cat([cross.chosen.diagonal(), cross.rejected.diagonal()]), cross
 
     @property
     def latent_decoder(self) -> "LatentEncoder | None":

@@ -2,7 +2,7 @@ from .calibration import Calibration
 from .images import edit_prompt
 from .layouts.card import Card
 from .layouts.find import ModelSource
-from .layouts.published import PublishedSettings
+from .layouts.papers import PublishedSettings
 from .reward_model import RewardModel, normalise_score
 from .scoring_noise import ScoringNoise
 

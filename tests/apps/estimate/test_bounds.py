@@ -11,11 +11,11 @@ from jsonargparse import Namespace
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from latentreward.apps.estimate.bounds import limits_text, remedies_of
-from latentreward.apps.estimate.costs import TEXT, PartCosts, StepCosts
-from latentreward.apps.estimate.settings import Estimate
+from latentreward.apps.estimate.estimate import Estimate
+from latentreward.apps.estimate.step_costs import TEXT, PartCosts, StepCosts
 from latentreward.cli import main
-from latentreward.limits import LAUNCH, Limits, Work, find_limits, work_of
-from tests.apps.estimate.test_settings import CONFIGS
+from latentreward.peak_rates import LAUNCH, Limits, Work, find_limits, work_of
+from tests.apps.estimate.test_estimate import CONFIGS
 
 CARD = Limits("a card, bf16-mixed", tflops=2.0, bandwidth=0.5)
 TERA = 10**12

@@ -33,8 +33,8 @@ from omegaconf.errors import OmegaConfBaseException
 from typing_extensions import override
 
 import latentreward.callbacks as ours
-from latentreward.apps.commands import run_folder
-from latentreward.apps.commands.run_folder import FOLDER
+from latentreward.apps.commands import fit_folder
+from latentreward.apps.commands.fit_folder import FOLDER
 from latentreward.apps.estimate.card import Card
 from latentreward.backbones.registry import backbone_names
 from latentreward.checkpoints import files as checkpoint_files
@@ -45,7 +45,7 @@ from latentreward.data.readers.base import DATA_ON_ERROR, OWN_ON_ERROR
 from latentreward.data.splits import tell_unopened
 from latentreward.errors import InputError, check_at_least_one, errors_at, where
 from latentreward.interrupts import TERMINATED
-from latentreward.limits import PEAKS, Limits, find_limits
+from latentreward.peak_rates import PEAKS, Limits, find_limits
 from latentreward.programs import of_framework
 from latentreward.promises import check_takes
 from latentreward.settings import functions
@@ -57,7 +57,7 @@ from latentreward.storage.locks import lock_run
 from latentreward.storage.shared_weights import sharing_between
 
 if TYPE_CHECKING:
-    from latentreward.apps.estimate.settings import Estimate
+    from latentreward.apps.estimate.estimate import Estimate
     from latentreward.families import Family
 
 CONFIG, SAVED = "config.yaml", "config*.yaml"
@@ -299,7 +299,7 @@ class TrainingCLI(LightningCLI):
                     known = ", ".join(words for words in PEAKS if "|" not in words)
                     raise InputError(f"card: {card!r} is not known; give one of {known}, or leave card out")
         check_ranges(self.config[self.command])
-        run_folder.settle_folder(self.config[self.command]["trainer"], args)
+        fit_folder.settle_folder(self.config[self.command]["trainer"], args)
         self.config[self.command] = without_repeated_callbacks(self.config[self.command])
 
     @override
@@ -325,10 +325,10 @@ class TrainingCLI(LightningCLI):
         if settings.get("weights_only") is False:
             raise InputError("weights_only: false would let a checkpoint run code; leave it out")
         if local is None and self.command == "fit" and not (restarted() or settings["trainer"]["fast_dev_run"]):
-            run_folder.tell_earlier_run(settings["trainer"])
+            fit_folder.tell_earlier_run(settings["trainer"])
         wanted = "last" if local is None and self.command == "fit" and restarted() else local
         if wanted in ("last", "hpc"):  # Lightning resolves these two words
-            likely = run_folder.likely_checkpoint(wanted, settings["trainer"])
+            likely = fit_folder.likely_checkpoint(wanted, settings["trainer"])
         elif likely := Path(wanted) if wanted else None:
             check_checkpoint(likely, given, values=False)
             if self.command == "fit":
@@ -357,7 +357,7 @@ class TrainingCLI(LightningCLI):
         ``ModelCheckpoint``: another folder may be another run's.
         """
         settings = self.config_init[self.command]["trainer"]
-        if (folder := run_folder.run_folder(self.config[self.command]["trainer"])) is not None:
+        if (folder := fit_folder.run_folder(self.config[self.command]["trainer"])) is not None:
             kwargs["default_root_dir"] = str(folder)
         given = settings["callbacks"] or []
         given = given if isinstance(given, list) else [given]
@@ -383,7 +383,7 @@ class TrainingCLI(LightningCLI):
         trainer = super().instantiate_trainer(**kwargs)
         for keeper in trainer.checkpoint_callbacks:
             if isinstance(keeper, theirs.ModelCheckpoint):
-                run_folder.without_slashes(keeper)
+                fit_folder.without_slashes(keeper)
         charted = any(isinstance(log, TensorBoardLogger) for log in trainer.loggers)
         if self.command == "fit" and charted and not any(isinstance(one, ours.TensorBoardCharts) for one in given):
             added.append(ours.TensorBoardCharts())
@@ -406,7 +406,7 @@ class TrainingCLI(LightningCLI):
                 raise InputError(f"no space left for {folder} ({reason}); free some space and run it again") from error
             return
         from latentreward.apps.estimate.bounds import limits_text
-        from latentreward.apps.estimate.settings import estimate
+        from latentreward.apps.estimate.estimate import estimate
 
         def build_module(settings: Namespace) -> LightningModule:
             alone = Namespace(subcommand="fit", fit=Namespace(model=settings.model))  # without trainer and data
@@ -433,7 +433,7 @@ class TrainingCLI(LightningCLI):
 
     def after_fit(self) -> None:
         """Say what the run has written, and where; raise InputError if a metric that is not finite has ended it."""
-        lines = list(run_folder.result_lines(self.trainer))  # a collective call
+        lines = list(fit_folder.result_lines(self.trainer))  # a collective call
         if self.trainer.is_global_zero and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
             print("\n".join(lines), file=sys.stderr)
         for stop in self.trainer.early_stopping_callbacks:
@@ -459,9 +459,9 @@ class TrainingCLI(LightningCLI):
             shown = settings["ckpt_path"] if given == "hpc" else self.config[self.command]["ckpt_path"]
             check_checkpoint(settings["ckpt_path"], shown)
         if given == "last":
-            if path := run_folder.last_checkpoint(self.trainer):
+            if path := fit_folder.last_checkpoint(self.trainer):
                 settings["ckpt_path"] = str(path)
-            elif found := run_folder.last_of_earlier_version(self.trainer):
+            elif found := fit_folder.last_of_earlier_version(self.trainer):
                 raise InputError(
                     "ckpt_path: last: the logger gives each start a folder of its own, and this one is new; "
                     f"give {found}, or name one folder for all starts by trainer.logger=TensorBoardLogger with name "

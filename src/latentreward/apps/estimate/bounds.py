@@ -4,12 +4,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from pydoc import locate
 from types import MappingProxyType
 
-from latentreward.apps.estimate.costs import TEXT
-from latentreward.apps.estimate.settings import Estimate
+from latentreward.apps.estimate.estimate import Estimate
 from latentreward.apps.estimate.shapes import RECOMPUTE
+from latentreward.apps.estimate.step_costs import TEXT
 from latentreward.cache.datamodule import CachedPreferenceDataModule
 from latentreward.data.datamodules import PairLoaders
-from latentreward.limits import Limits, Work
+from latentreward.peak_rates import Limits, Work
 from latentreward.phases import PHASES
 from latentreward.reports.tables import Table, as_text
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from latentreward.apps.estimate.card import GB, Card
-from latentreward.apps.estimate.settings import Estimate
+from latentreward.apps.estimate.estimate import Estimate
 from latentreward.errors import InputError
 
 ALLOWANCE, CONTEXT = 1.1, GB

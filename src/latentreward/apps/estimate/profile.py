@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from latentreward.apps.estimate.bounds import bounds_table
 from latentreward.callbacks import Performance
 from latentreward.errors import InputError, check_at_least_one
-from latentreward.limits import Limits, Work, work_of
+from latentreward.peak_rates import Limits, Work, work_of
 from latentreward.phases import PHASES
 from latentreward.reports.tables import NOTHING, as_text, markdown_table
 

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from latentreward.limits import Work, complete_flop_formulas, recomputes, work_of
+from latentreward.peak_rates import Work, complete_flop_formulas, recomputes, work_of
 from latentreward.phases import Phases
 
 CPU = torch.device("cpu")

@@ -20,7 +20,7 @@ from latentreward.errors import InputError
 from latentreward.heads import CLIPProjectionHead, GatedQFormerHead, LogisticSquash
 from latentreward.scoring.layouts.adapters import ADAPTER, adapter_settings, lora_layers, write_adapter
 from latentreward.scoring.layouts.model_folder import adapters_of
-from latentreward.scoring.layouts.published import DINA_ADAPTER
+from latentreward.scoring.layouts.papers import DINA_ADAPTER
 from latentreward.scoring.layouts.recipe import ModelRecipe
 from latentreward.scoring.layouts.saving import write_tensors
 from latentreward.scoring.network import RewardNetwork, name_of

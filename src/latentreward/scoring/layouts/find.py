@@ -13,7 +13,7 @@ from latentreward.errors import InputError, printable
 from latentreward.scoring.hub import MARKS, downloaded
 from latentreward.scoring.layouts.base import StoredReward
 from latentreward.scoring.layouts.model_folder import PretrainedReward, is_model_folder
-from latentreward.scoring.layouts.published import PublishedDiNaLRM, PublishedLayout, PublishedLRM, PublishedSettings
+from latentreward.scoring.layouts.papers import PublishedDiNaLRM, PublishedLayout, PublishedLRM, PublishedSettings
 from latentreward.scoring.layouts.run import TrainedReward
 
 PREFERRED = (r"reward(-v\d+)?\.ckpt", r"last(-v\d+)?\.ckpt")

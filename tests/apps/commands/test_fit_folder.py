@@ -7,7 +7,7 @@ import pytest
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from latentreward.apps.commands.run_folder import result_lines
+from latentreward.apps.commands.fit_folder import result_lines
 from latentreward.cli import main
 from tests.marks import slow_after
 from tests.small_user import RUNS, SEEN, run

@@ -14,12 +14,11 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.flop_counter import FlopCounterMode
 
 from latentreward.apps.estimate.batches import prompt_batch
-from latentreward.apps.estimate.costs import StepCosts, step_costs
 from latentreward.apps.estimate.rewards import UnreadReward
 from latentreward.apps.estimate.shapes import IN_FLOAT32, RECOMPUTE, SavedTensors, ShapesOnly, gpu_autocast
+from latentreward.apps.estimate.step_costs import StepCosts, step_costs
 from latentreward.backbones.tuning import LoRA
 from latentreward.contracts import PromptBatch, take_rows
-from latentreward.limits import complete_flop_formulas
 from latentreward.modules import (
     DiffusionDPOModule,
     LPOModule,
@@ -31,6 +30,7 @@ from latentreward.modules import (
 )
 from latentreward.modules.alignment import AlignmentModule
 from latentreward.modules.based import stored_parts
+from latentreward.peak_rates import complete_flop_formulas
 from latentreward.policies import PolicySource
 from latentreward.rewards import CallableReward, LatentReward, PixelReward, RewardSource
 from latentreward.rollout import Branching, QuantileThreshold, Sampling

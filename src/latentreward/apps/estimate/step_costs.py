@@ -28,9 +28,9 @@ from latentreward.encoders.prompts import PromptEncoder
 from latentreward.encoders.vae import LatentEncoder
 from latentreward.errors import InputError, first_line
 from latentreward.heads import RewardHead
-from latentreward.limits import Work
 from latentreward.modules import ReFLModule
 from latentreward.modules.alignment import AlignmentModule
+from latentreward.peak_rates import Work
 from latentreward.phases import LISTENER, phase
 from latentreward.policies import Policy
 from latentreward.programs import of_this_package

@@ -13,9 +13,9 @@ from jsonargparse import Namespace
 from lightning.pytorch import LightningModule, Trainer
 
 from latentreward.apps.estimate.batches import largest_batch, sizes_of, written_caches
-from latentreward.apps.estimate.costs import TEXT, StepCosts, step_costs
 from latentreward.apps.estimate.rewards import replace_rewards
 from latentreward.apps.estimate.sources import ConfigSources
+from latentreward.apps.estimate.step_costs import TEXT, StepCosts, step_costs
 from latentreward.policies import PolicySource
 from latentreward.rewards.http import RemoteReward
 from latentreward.rewards.pixel import ImageReward
