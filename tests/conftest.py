@@ -80,7 +80,7 @@ LONGEST = [
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Let `.ci/run` name the commit whose turn it is, and a developer limit the processor time of fast cases."""
-    parser.addoption("--rotation", metavar="COMMIT", help="of rotated cases run only a fifth, another one per COMMIT")
+    parser.addoption("--rotation", metavar="COMMIT", help="of rotated cases run only an eighth, another one per COMMIT")
     parser.addoption(
         "--cpu-budget",
         metavar="SECONDS",

@@ -10,10 +10,10 @@ from _pytest.mark import MarkDecorator, ParameterSet
 
 RELEASE = (pytest.mark.slow, pytest.mark.release)
 ROTATED = (pytest.mark.slow, pytest.mark.rotated)
-TURNS = 5
-"""A run for one commit has every fifth of a test's rotated cases."""
+TURNS = 8
+"""A run for one commit has every eighth of a test's rotated cases."""
 WITH_ITS_FILE = [pytest.mark.slow, pytest.mark.rotated(by="file")]
-"""Marks of slow tests of a file that share what takes minutes: they all run for every fifth commit."""
+"""Marks of slow tests of a file that share what takes minutes: they all run for every eighth commit."""
 
 
 def slow_after(count: int, cases: Iterable[Any]) -> list[ParameterSet]:
@@ -25,7 +25,7 @@ def slow_after(count: int, cases: Iterable[Any]) -> list[ParameterSet]:
 
 
 def rotated_after(count: int, cases: Iterable[Any], *, release: int | None = None) -> list[ParameterSet]:
-    """Mark cases after the first ``count`` as slow ones of which `.ci/run` takes a fifth, another one for each commit.
+    """Mark cases after the first ``count`` as slow ones of which `.ci/run` takes an eighth, another one per commit.
 
     For grids over families, configs, layouts and rows, whose cases repeat one promise. Those after the first
     ``release``, where given, are for a release.

@@ -11,7 +11,7 @@ from latentreward.tinyworld.writers import write_pickapic
 from tests.families.made_qwen_image_edit import qwen_image_edit_folder
 from tests.families.test_every_edit_command import write_edits
 from tests.families.twins import TWINS
-from tests.marks import release_after
+from tests.marks import release_after, rotated_after
 from tests.settings.test_refusals import refusal
 from tests.test_recipes import parse
 from tests.tiny_pipelines import pipeline_folder
@@ -134,7 +134,7 @@ def test_every_policy_has_a_twin() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("policy", "method"), release_after(len(POLICIES), cells()))
+@pytest.mark.parametrize(("policy", "method"), rotated_after(6, cells(), release=len(POLICIES)))
 def test_every_method_on_every_policy(policy: str, method: str, tmp_path: Path, capsys) -> None:
     compose(capsys, policy, method)
     given = arguments(policy, method)

@@ -170,7 +170,9 @@ def test_tests_and_scores_compute_without() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("switch", "name"),
-    [("compile_blocks", "dina_lrm_tiny"), ("fused_lora", "dina_lrm_tiny"), ("fused_lora", "nft_tiny")],
+    rotated_after(
+        0, [("compile_blocks", "dina_lrm_tiny"), ("fused_lora", "dina_lrm_tiny"), ("fused_lora", "nft_tiny")]
+    ),
 )
 def test_losses_are_those_without_the_switch(
     switch: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
