@@ -320,6 +320,9 @@ class Wrapped:
     def __init__(self, *inner: Any) -> None:
         self._inner = inner
 
+    def inner(self) -> tuple[Any, ...]:
+        return self._inner
+
 
 @dataclass(slots=True)
 class Slotted:
@@ -335,6 +338,7 @@ class Slotted:
         lambda value: partial(Judged(value)),
         lambda value: partial(Sampling, num_inference_steps=len(value)),
         lambda value: Judged(value).__call__,
+        lambda value: Wrapped(value).inner,
     ],
 )
 def test_objects_that_differ_anywhere_are_told_apart(build: Callable[[str], Any]) -> None:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
 import torch
@@ -20,7 +21,6 @@ from latentreward.rewards import Reward
 from latentreward.rewards.latent import LatentScorer
 from latentreward.rollout import Sampling
 from latentreward.scorers.base import code_of
-from latentreward.scorers.plugins import settings_of
 from latentreward.storage.digests import digest
 
 
@@ -118,10 +118,11 @@ def described(value: Any) -> Any:
     """
     code = code_of(value)
     name = f"{code.__module__}.{code.__qualname__}"
+    if isinstance(value, partial | MethodType):
+        added = [value.func, value.args, value.keywords] if isinstance(value, partial) else value.__self__
+        return f"{name}, {digest([repr(plain(added))])}"
     if code is value:
-        return f"{name}{settings_of(value)}"
-    if isinstance(value, partial):
-        return f"{name}, {digest([repr(plain([value.func, value.args, value.keywords]))])}"
+        return name
     fields = dataclasses.fields(value) if dataclasses.is_dataclass(value) else ()
     attributes = {field.name: getattr(value, field.name) for field in fields} or getattr(value, "__dict__", {})
     if isinstance(value, PolicySource):
