@@ -8,6 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from PIL import Image
 
 from latentreward.contracts import ImageRef
@@ -15,6 +16,8 @@ from latentreward.data.images import TOO_LARGE, UNKNOWN, ImageError, decode_imag
 from latentreward.data.readers import archives, parquet_store
 from latentreward.data.readers.archives import ImageArchives
 from latentreward.data.readers.parquet_store import ParquetPart, RowGroupColumns, read_index
+from latentreward.errors import InputError
+from latentreward.scoring.files import read_tensors
 
 
 def test_a_member_of_a_zip_file_is_no_larger_than_an_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -30,6 +33,20 @@ def test_a_member_of_a_zip_file_is_no_larger_than_an_image(tmp_path: Path, monke
     with pytest.raises(ImageError, match="too many pixels") as told:
         decode_image(image)
     assert told.value.problem == TOO_LARGE
+
+
+def test_compressed_records_of_torch_save(tmp_path: Path) -> None:
+    torch.save({"weight": torch.zeros(2**20)}, tmp_path / "plain.pt")
+    assert read_tensors(tmp_path / "plain.pt")["weight"].shape == (2**20,)
+    with (
+        zipfile.ZipFile(tmp_path / "plain.pt") as plain,
+        zipfile.ZipFile(tmp_path / "packed.pt", "w", zipfile.ZIP_DEFLATED) as packed,
+    ):
+        for name in plain.namelist():
+            packed.writestr(name, plain.read(name))
+    assert (tmp_path / "packed.pt").stat().st_size < 10_000
+    with pytest.raises(InputError, match=r"cannot load .*packed\.pt: it is damaged, .* records unpack to 4\d+ bytes"):
+        read_tensors(tmp_path / "packed.pt")
 
 
 def test_a_value_that_stands_in_every_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
