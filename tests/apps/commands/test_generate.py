@@ -2,6 +2,7 @@
 
 import csv
 import json
+import logging
 import signal
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -324,6 +325,11 @@ class Wrapped:
         return self._inner
 
 
+class Child:
+    def __init__(self, key: str) -> None:
+        self.logger, self.parent = logging.getLogger(__name__), Wrapped(key, self)
+
+
 @dataclass(slots=True)
 class Slotted:
     key: str
@@ -339,6 +345,7 @@ class Slotted:
         lambda value: partial(Sampling, num_inference_steps=len(value)),
         lambda value: Judged(value).__call__,
         lambda value: Wrapped(value).inner,
+        Child,
     ],
 )
 def test_objects_that_differ_anywhere_are_told_apart(build: Callable[[str], Any]) -> None:

@@ -1,10 +1,12 @@
 """The policy that a command samples from: a pipeline alone, or with the adapter of an alignment run, or with a LoRA."""
 
 import dataclasses
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
+from reprlib import recursive_repr
 from types import MethodType
 from typing import Any
 
@@ -106,9 +108,12 @@ def plain(value: Any) -> Any:
         return [plain(item) for item in value]
     if isinstance(value, (str, int, float, bool, type(None))):
         return value
+    if isinstance(value, logging.Logger):  # its attributes lead to all other loggers
+        return value.name
     return str(value) if isinstance(value, Path) else described(value)
 
 
+@recursive_repr("an object around it")
 def described(value: Any) -> Any:
     """Describe an object or function by types of JSON.
 
