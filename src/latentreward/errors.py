@@ -70,14 +70,12 @@ def check_range(span: str, hint: str = "", /, **settings: float | None) -> None:
 
 
 def check_multiples(field: str, sides: Iterable[int], multiple: int) -> None:
-    """Raise InputError if a side of the image size of setting ``field`` is no positive multiple of so many pixels."""
+    """Raise InputError if a side of a setting, images or latents, named ``field``, is no positive multiple."""
     for side in sides:
         if side < 1 or side % multiple:
             below = side // multiple * multiple
             nearest = f"{below} or {below + multiple}" if below > 0 else str(multiple)
-            raise InputError(
-                f"{field}: {side} is no multiple of the {multiple} pixels that the model needs; set {nearest}"
-            )
+            raise InputError(f"{field}: {side} is no multiple of the {multiple} that the model needs; set {nearest}")
 
 
 def check_choices(kind: type, /, **settings: Any) -> None:

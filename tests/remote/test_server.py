@@ -4,6 +4,7 @@ import gzip
 import json
 import logging
 import socket
+import sys
 import threading
 import time
 from datetime import UTC, datetime, timedelta
@@ -94,6 +95,32 @@ def test_a_server_that_reads_slowly_is_an_outage() -> None:
         with pytest.raises(RemoteError, match=r"no answer within timeout_s=0\.3 seconds"):
             connection.ask("POST", "/score", b" " * 2**25)  # takes it 25 seconds
     assert time.monotonic() - began < 15
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere there is no 127.0.0.2, or a full queue refuses")
+@pytest.mark.parametrize("last", ["127.0.0.1", "127.0.0.2"])
+def test_the_addresses_of_a_host_share_the_time_of_a_try(last: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    look_up, named = socket.getaddrinfo, {"judge": ["127.0.0.2", "127.0.0.2", last]}
+
+    def found(host: str, *given: Any, **options: Any) -> list[Any]:
+        return [one for address in named.get(host, [host]) for one in look_up(address, *given, **options)]
+
+    monkeypatch.setattr(socket, "getaddrinfo", found)
+    with (
+        judging() as judge,
+        socket.create_server(("127.0.0.2", port := int(judge.url.rpartition(":")[2])), backlog=0) as full,
+        socket.create_connection(full.getsockname()),  # the queue is full: others wait for an answer
+    ):
+        connection, began = (
+            Connection(RemoteServer(f"http://judge:{port}", timeout_s=0.6, retry_s=0.0)),
+            time.monotonic(),
+        )
+        if last == "127.0.0.1":
+            assert connection.ask("POST", "/score", REQUEST) == {"scores": []}
+        else:
+            with pytest.raises(RemoteError, match=r"no answer within timeout_s=0\.6 seconds"):
+                connection.ask("POST", "/score", REQUEST)
+    assert time.monotonic() - began < 1.2
 
 
 def test_the_servers_own_pause_is_kept() -> None:

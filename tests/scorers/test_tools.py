@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -231,6 +232,16 @@ def test_a_table_of_scores(tmp_path: Path) -> None:
         assert message in refusal(scorer, items, tmp_path, "base")
 
 
+def test_a_name_that_several_pictures_share_names_none(tmp_path: Path) -> None:
+    made = ((place, pictures(tmp_path / place, ["a cat"])[0]) for place in "ab")
+    items = [replace(item, file=f"{place}/{item.file}") for place, item in made]
+    scorer = ScoreFile(str(tmp_path / "scores.csv"), "s")
+    (tmp_path / "scores.csv").write_text("file,s\n0_0.png,1\n")
+    assert "has no row for 'a/0_0.png'; write one for each picture, by its path" in refusal(scorer, items, tmp_path)
+    (tmp_path / "scores.csv").write_text("file,s\na/0_0.png,1\nb/0_0.png,2\n")
+    assert scorer.score_pictures(items, "p", tmp_path).tolist() == [1, 2]
+
+
 GENEVAL = """
 import argparse, json, os
 parser = argparse.ArgumentParser()
@@ -287,6 +298,8 @@ def test_geneval_refuses_what_is_not_of_these_pictures(tmp_path: Path) -> None:
     assert "give results of the same prompts in the same order" in said(*swapped)
     assert "holds no results of GenEval" in said({"filename": "a.png"})
     assert "holds no results of GenEval (correct: 'false')" in said(rows[0] | {"correct": "false"})
+    again = rows[0] | {"filename": "/y/00000/samples/0000.png", "correct": False}
+    assert "holds no results of GenEval (two rows for 00000/samples/0000.png)" in said(*rows, again)
     assert "no file" in refusal(GenEvalScorer(results=str(tmp_path / "gone.jsonl")), items, tmp_path)
     plain = JudgedPicture(0, 0, "", Path(), "a cat")
     with pytest.raises(InputError, match=r"prompt 'a cat' has no tag .* evaluation_metadata.jsonl"):

@@ -85,6 +85,13 @@ def test_a_folder_of_a_repository(hub: StubHub, tmp_path: Path) -> None:
     assert not any("resolve" in request for request in hub.requests[before:])
 
 
+def test_a_repository_without_a_reward_is_not_downloaded(hub: StubHub) -> None:
+    hub.repositories["owner/sdxl", "main"] = {"model_index.json": b"{}", "unet/huge.safetensors": b"0" * 1000}
+    with pytest.raises(InputError, match=r"'owner/sdxl' does not point to a reward model; check the name$"):
+        RewardModel.from_pretrained("owner/sdxl")
+    assert not any("resolve" in request for request in hub.requests)
+
+
 def test_no_such_repository(hub: StubHub) -> None:
     with pytest.raises(InputError, match=r"'owner/none' is not here .*hub .RepositoryNotFoundError.") as caught:
         RewardModel.from_pretrained("owner/none")

@@ -8,23 +8,45 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
+from PIL import Image
 
 from latentreward.contracts import ImageRef
-from latentreward.data.images import UNKNOWN, ImageError, decode_image
+from latentreward.data.images import TOO_LARGE, UNKNOWN, ImageError, decode_image, png
 from latentreward.data.readers import archives, parquet_store
 from latentreward.data.readers.archives import ImageArchives
 from latentreward.data.readers.parquet_store import ParquetPart, RowGroupColumns, read_index
+from latentreward.errors import InputError
+from latentreward.scoring.files import read_tensors
 
 
 def test_a_member_of_a_zip_file_is_no_larger_than_an_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(archives, "MOST_BYTES", 2**20)
     with zipfile.ZipFile(tmp_path / "train_1.zip", "w", zipfile.ZIP_DEFLATED) as archive:
-        for name in ("a.png", "train_1.json"):
-            archive.writestr(name, bytes(2**20 + 1))
+        for name, data in (("a.png", png(Image.new("1", (9000, 9000)))), ("train_1.json", b"")):
+            archive.writestr(name, data.ljust(2**20 + 1, b"\0"))
     parts = ImageArchives([tmp_path / "train_1.zip"])
-    for read in (lambda: parts.image("train_1", "a.png"), lambda: parts.read_rows("train_1")):
-        with pytest.raises(ImageError, match=r"1048577 bytes; at most 1048576 are read"):
-            read()
+    with pytest.raises(ImageError, match=r"1048577 bytes; at most 1048576 are read"):
+        parts.read_rows("train_1")
+    image = parts.image("train_1", "a.png")  # of one row among others, which `on_error` may skip
+    assert len(image.data or b"") == archives.BEGINNING
+    with pytest.raises(ImageError, match="too many pixels") as told:
+        decode_image(image)
+    assert told.value.problem == TOO_LARGE
+
+
+def test_compressed_records_of_torch_save(tmp_path: Path) -> None:
+    torch.save({"weight": torch.zeros(2**20)}, tmp_path / "plain.pt")
+    assert read_tensors(tmp_path / "plain.pt")["weight"].shape == (2**20,)
+    with (
+        zipfile.ZipFile(tmp_path / "plain.pt") as plain,
+        zipfile.ZipFile(tmp_path / "packed.pt", "w", zipfile.ZIP_DEFLATED) as packed,
+    ):
+        for name in plain.namelist():
+            packed.writestr(name, plain.read(name))
+    assert (tmp_path / "packed.pt").stat().st_size < 10_000
+    with pytest.raises(InputError, match=r"cannot load .*packed\.pt: it is damaged, .* records unpack to 4\d+ bytes"):
+        read_tensors(tmp_path / "packed.pt")
 
 
 def test_a_value_that_stands_in_every_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,10 +26,12 @@ def main(args: Sequence[str] | None = None) -> None:
         "--mixed", action="store_true", help="training pairs alone, whose winners are often worse in one part"
     )
     options = parser.parse_args(args)
+    if options.mixed and options.layout != "pickapic":
+        parser.error(f"--mixed is written in the layout of Pick-a-Pic alone; leave out --layout {options.layout}")
     numbers = {"train": options.train} | ({} if options.mixed else {"test": options.test})
     seeds = {"train": options.seed, "test": 0}
     try:
-        if options.layout == "hpdv3" and not options.mixed:
+        if options.layout == "hpdv3":
             write_hpdv3(options.folder, numbers, seeds, EmojiWorld())
         else:
             write_pickapic(options.folder, numbers, seeds, Mixed() if options.mixed else None, EmojiWorld())

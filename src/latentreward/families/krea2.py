@@ -70,7 +70,7 @@ class Krea2(FlowFamily):
 
     @cached_property
     def layers(self) -> tuple[int, ...]:
-        """Numbers of the text encoder's layers whose outputs are read, 0 for the embeddings."""
+        """Numbers of the text encoder's layers whose outputs are read, from 1 on."""
         given = self.pipeline.index if self.pipeline.index.get("text_encoder_select_layers") else {}
         return entries(given, "text_encoder_select_layers", int, self.named("model_index.json"), LAYERS)
 
@@ -172,7 +172,7 @@ class Krea2PromptEncoder(PromptEncoder):
     Args:
         text_encoder: Language model of Qwen3-VL, as :func:`first_layers` returns it.
         tokenizer: Its tokenizer.
-        layers: Numbers of the layers that are read, 0 for the embeddings.
+        layers: Numbers of the layers that are read, from 1 on.
     """
 
     num_tokens = TEXT_LENGTH

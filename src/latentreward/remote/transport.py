@@ -6,6 +6,7 @@ whole request, but takes a network backend of one's own. So each wait for the so
 and the closing of sockets by other threads are not needed.
 """
 
+import socket
 import threading
 import time
 from typing import Any
@@ -35,9 +36,19 @@ class TimedNetwork(httpcore.SyncBackend):
             raise httpcore.TimeoutException
         return left
 
-    def connect_tcp(self, *given: Any, **named: Any) -> httpcore.NetworkStream:
-        """Connect to a server within the time that is left."""
-        return _TimedStream(super().connect_tcp(*given, **named | {"timeout": self.left()}), self)
+    def connect_tcp(self, host: str, port: int, *given: Any, **named: Any) -> httpcore.NetworkStream:
+        """Connect to a server within the time that is left; each address of the host gets an equal share of it."""
+        try:
+            addresses = [address[0] for *_, address in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]
+        except OSError as error:
+            raise httpcore.ConnectError(str(error)) from error
+        while True:
+            timed = named | {"timeout": self.left() / len(addresses)}
+            try:
+                return _TimedStream(super().connect_tcp(str(addresses.pop(0)), port, *given, **timed), self)
+            except (httpcore.ConnectError, httpcore.ConnectTimeout):
+                if not addresses:
+                    raise
 
 
 class _TimedStream(httpcore.NetworkStream):

@@ -14,8 +14,8 @@ from latentreward.backbones.base import rows_of
 from latentreward.contracts import Conditioning, EditPrompt, Features, seen_as, sources_of
 from latentreward.data.images import PixelLoader
 from latentreward.encoders.prompts import empty_prompts
-from latentreward.errors import InputError
-from latentreward.scoring.images import Images, check_latent_sides, check_sides, content_key, even_parts, pixel_batches
+from latentreward.errors import InputError, check_multiples
+from latentreward.scoring.images import Images, content_key, even_parts, pixel_batches
 from latentreward.scoring.network import RewardNetwork
 from latentreward.scoring.scoring_noise import ScoringNoise, draw_noise, timesteps_of
 
@@ -107,7 +107,7 @@ def score_images(
     unfitting: list[int] = []
     numbers = [len(sources_of(prompt)) for prompt in prompts]
     for batch in pixel_batches(images, model.image_sizes, batch_size, even_step(model), model.exif, numbers):
-        check_sides(batch.pixels, model.backbone.side_multiple)
+        check_multiples("images", batch.pixels.shape[-2:], model.backbone.side_multiple)
         memory.resize_sources(*batch.pixels.shape[-2:])
         of_batch = [prompts[row] for row in batch.rows]
         wanted = torch.is_grad_enabled() and batch.pixels.requires_grad
@@ -188,8 +188,9 @@ def _score_parts(
     """
     memory, scores = PromptMemory(model, max(batch_size, PROMPTS_KEPT)), []
     texts, uncond = given or (None, None)
-    check_latent_sides(latents, model.backbone.side_multiple // model.backbone.latent_space.downscale)
-    memory.resize_sources(*(side * model.backbone.latent_space.downscale for side in latents.shape[-2:]))
+    sides, downscale = latents.shape[-2:], model.backbone.latent_space.downscale
+    check_multiples("latents", sides, model.backbone.side_multiple // downscale)
+    memory.resize_sources(*(side * downscale for side in sides))
     with torch.set_grad_enabled(torch.is_grad_enabled() and latents.requires_grad):
         for part in even_parts(len(latents), batch_size, even_step(model)):
             of_batch = [prompts[row] for row in rows[part]]

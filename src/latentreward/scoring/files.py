@@ -1,5 +1,6 @@
 """Readers of reward model files (safetensors, ``torch.save``) that raise one-line errors."""
 
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -64,9 +65,15 @@ def read_tensors(path: Path) -> dict[str, Any]:
     """Read a state dict from a ``torch.save`` file with ``weights_only=True``, which runs no code of the file.
 
     Raises:
-        InputError: If the file is damaged, or holds anything but named tensors and plain values.
+        InputError: If the file is damaged, holds anything but named tensors and plain values, or would take more memory
+            than it has bytes: PyTorch unpacks compressed records, which ``torch.save`` does not write.
     """
     try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as records:
+                size = sum(record.file_size for record in records.infolist())
+            if size > path.stat().st_size:
+                raise ValueError(f"its records unpack to {size} bytes")
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # the unpickler raises errors of many types on damaged files
         raise InputError(

@@ -10,6 +10,8 @@ from latentreward.storage.hub import TIMEOUT, is_hub_id, model_info, not_found, 
 
 MARKS = ("head.safetensors", "state_dict.pt", "checkpoint/rm_head.pt")
 """Path of a file that identifies each layout: model folder, LRM, DiNa-LRM."""
+NEEDED = (".ckpt", ".metadata", "rm_head.pt")
+"""Ends of files of which a folder of no known layout needs one: checkpoint, index of shards, DiNa-LRM's head."""
 
 
 def downloaded(name: str, revision: str | None = None) -> Path:
@@ -52,8 +54,8 @@ def check_folder(name: str, folder: str, files: Iterable[str]) -> None:
     if folder and not any(path.is_relative_to(folder) for path in inside):
         raise InputError(f"reward model {name!r}: the repository has no folder {folder!r}; {others(inside)}")
     own = {str(path.relative_to(folder)) for path in inside if path.is_relative_to(folder)}
-    if not own.intersection(MARKS) and not any(path.endswith(".ckpt") for path in own) and models_in(inside):
-        raise InputError(f"reward model {name!r} does not point to a model; {others(inside)}")
+    if not own.intersection(MARKS) and not any(path.endswith(NEEDED) for path in own):
+        raise InputError(f"reward model {name!r} does not point to a reward model; {others(inside)}")
 
 
 def models_in(files: Iterable[PurePosixPath]) -> list[str]:

@@ -237,21 +237,6 @@ def decode_any(image: Any, row: int, exif: ExifOrientation) -> Image.Image:
     raise InputError(f"image number {row} is a {type(image).__name__}; give {FORMS}")
 
 
-def check_sides(pixels: Tensor, multiple: int) -> None:
-    """Raise InputError if a side of the images is not a multiple of ``multiple`` pixels."""
-    height, width = pixels.shape[-2:]
-    if min(height, width) < multiple or height % multiple or width % multiple:
-        wanted = f"this model takes sides that are multiples of {multiple}; resize them, or set image_sizes accordingly"
-        raise InputError(f"images are {height}×{width} pixels, but {wanted}")
-
-
-def check_latent_sides(latents: Tensor, multiple: int) -> None:
-    """Raise InputError if a side of latents ``(..., h, w)`` is not a multiple of ``multiple``."""
-    height, width = latents.shape[-2:]
-    if min(height, width) < multiple or height % multiple or width % multiple:
-        raise InputError(f"latents are {height}×{width}, but this model takes sides that are multiples of {multiple}")
-
-
 def content_key(values: Tensor) -> str:
     """Return a hash of a tensor's values, shape and dtype."""
     name = f"{values.dtype} {tuple(values.shape)} ".encode()

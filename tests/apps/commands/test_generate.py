@@ -2,6 +2,7 @@
 
 import csv
 import json
+import logging
 import signal
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -320,6 +321,14 @@ class Wrapped:
     def __init__(self, *inner: Any) -> None:
         self._inner = inner
 
+    def inner(self) -> tuple[Any, ...]:
+        return self._inner
+
+
+class Child:
+    def __init__(self, key: str) -> None:
+        self.logger, self.parent = logging.getLogger(__name__), Wrapped(key, self)
+
 
 @dataclass(slots=True)
 class Slotted:
@@ -335,6 +344,8 @@ class Slotted:
         lambda value: partial(Judged(value)),
         lambda value: partial(Sampling, num_inference_steps=len(value)),
         lambda value: Judged(value).__call__,
+        lambda value: Wrapped(value).inner,
+        Child,
     ],
 )
 def test_objects_that_differ_anywhere_are_told_apart(build: Callable[[str], Any]) -> None:

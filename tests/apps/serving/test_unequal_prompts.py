@@ -109,7 +109,7 @@ def masks(*rows: list[int]) -> torch.Tensor:
             400,
         ),
         (changed(latents=torch.zeros(2, 3, 1, 8, 8)), r"latents: C of \(B, C, T, h, w\) is 3, but 4 in", 422),
-        (changed(latents=torch.zeros(2, 4, 1, 7, 8)), "7 × 8 must have sides divisible by 2", 422),
+        (changed(latents=torch.zeros(2, 4, 1, 7, 8)), "latents: 7 is no multiple of the 2 ", 422),
         (changed(latents=torch.zeros(2, 4, 3, 8, 8)), r"latents: T of \(B, C, T, h, w\) is 3, but 1 in", 422),
         (
             changed(prompt_embeds=torch.ones(2, 7, 6), prompt_mask=masks([1] * 7, [1] * 7)),

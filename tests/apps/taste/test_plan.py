@@ -227,7 +227,7 @@ def test_a_missing_gpu_is_said_before_any_step(tmp_path: Path, capsys: pytest.Ca
         ("--batch_size=0", "batch_size: 0"),
         ("--tuning=some", "tuning"),
         ("--size=10000000", "size=10000000 must lie in [1, 4096]"),
-        ("--size=13", "size: 13 is no multiple of the 4 pixels"),
+        ("--size=13", "size: 13 is no multiple of the 4"),
         ("--pairs=3", "pairs=3 must be at least 20"),
         ("--base=/nowhere", "base: source='/nowhere' does not exist"),
     ],

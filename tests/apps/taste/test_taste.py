@@ -140,6 +140,8 @@ def test_memory_for_a_gpu_elsewhere_is_told_and_not_compared(tmp_path: Path, tas
     folder = tiny_folder(tmp_path / "mine", 24)
     told = taste(str(folder), "--base=sd_tiny", "--device=gpu", "--estimate", f"--work={tmp_path}/work")
     assert "memory: train 1.0 GB of GPU memory (counted: the peak, 10% more and 1.0 GB for CUDA; no GPU is here" in told
+    told = taste(str(folder), "--base=sd_tiny", "--card_gb=24", "--estimate", f"--work={tmp_path}/work")
+    assert "memory: train 1.0 of 24.0 GB of GPU memory (counted: the peak, 10% more" in told
 
 
 def test_the_command_serves_the_page_until_it_is_stopped(tmp_path: Path) -> None:

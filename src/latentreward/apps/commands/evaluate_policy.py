@@ -203,7 +203,7 @@ def evaluate_policy(
                 {name: judged.describe() for name, judged in policies.items()},
                 {scorer.name: public_identity(scorer) for scorer in scorers},
                 [score for one in scored for score in policy_scores(one, headlines, parts)],
-                compare(*scored) if len(scored) > 1 else [],
+                compare(scored[0], scored[1], headlines) if len(scored) > 1 else [],
                 compare_states(state_scores, policies, plan, rows, SLOTS, work),
                 [one for one in (published_scores(published) if published else []) if one["score"] in names],
                 {**settings, "versions": versions()},

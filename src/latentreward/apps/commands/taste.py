@@ -130,6 +130,7 @@ def taste(
     check_range(f"[{LEAST}, inf)", "fewer are not split", pairs=pairs)
     if device == "gpu" and not estimate:
         find_device("cuda")
+    elsewhere = estimate and card.get("card_gb") is not None  # the GPU of an estimate need not be here
     found = collect(folder, pairing)
     plans.find_base(base, family)
     own = plans.family_of(base, family)
@@ -156,7 +157,7 @@ def taste(
             prompts=prompt_folder,
             tuning=chosen,
             size=size,
-            gpu=device == "gpu" or (device == "auto" and torch.cuda.is_available()),
+            gpu=device == "gpu" or (device == "auto" and (elsewhere or torch.cuda.is_available())),
             patience=patience,
             guidance=guidance_scale,
             train=[

@@ -1,10 +1,13 @@
 """The policy that a command samples from: a pipeline alone, or with the adapter of an alignment run, or with a LoRA."""
 
 import dataclasses
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
+from reprlib import recursive_repr
+from types import MethodType
 from typing import Any
 
 import torch
@@ -20,7 +23,6 @@ from latentreward.rewards import Reward
 from latentreward.rewards.latent import LatentScorer
 from latentreward.rollout import Sampling
 from latentreward.scorers.base import code_of
-from latentreward.scorers.plugins import settings_of
 from latentreward.storage.digests import digest
 
 
@@ -106,9 +108,12 @@ def plain(value: Any) -> Any:
         return [plain(item) for item in value]
     if isinstance(value, (str, int, float, bool, type(None))):
         return value
+    if isinstance(value, logging.Logger):  # its attributes lead to all other loggers
+        return value.name
     return str(value) if isinstance(value, Path) else described(value)
 
 
+@recursive_repr("an object around it")
 def described(value: Any) -> Any:
     """Describe an object or function by types of JSON.
 
@@ -118,10 +123,11 @@ def described(value: Any) -> Any:
     """
     code = code_of(value)
     name = f"{code.__module__}.{code.__qualname__}"
+    if isinstance(value, partial | MethodType):
+        added = [value.func, value.args, value.keywords] if isinstance(value, partial) else value.__self__
+        return f"{name}, {digest([repr(plain(added))])}"
     if code is value:
-        return f"{name}{settings_of(value)}"
-    if isinstance(value, partial):
-        return f"{name}, {digest([repr(plain([value.func, value.args, value.keywords]))])}"
+        return name
     fields = dataclasses.fields(value) if dataclasses.is_dataclass(value) else ()
     attributes = {field.name: getattr(value, field.name) for field in fields} or getattr(value, "__dict__", {})
     if isinstance(value, PolicySource):

@@ -15,7 +15,7 @@ from latentreward.apps.serving.errors import ROWS, RequestError, check_limit
 from latentreward.apps.serving.resources import Resources
 from latentreward.contracts import sources_wanted
 from latentreward.data.readers.json_rows import MOST_SOURCES
-from latentreward.errors import one_line, quoted
+from latentreward.errors import InputError, check_multiples, one_line, quoted
 
 HEADER_BYTES = 16 * 1024
 """Greatest length of a safetensors header without prompts, in bytes; five tensors need less than 500."""
@@ -119,8 +119,10 @@ class Accepted:
                 the sides.
         """
         height, width = latents.shape[-2:]
-        if height % self.patch or width % self.patch:
-            raise RequestError(f"{tensor} of {height} × {width} must have sides divisible by {self.patch}", 422)
+        try:
+            check_multiples(tensor, (height, width), self.patch)
+        except InputError as error:
+            raise RequestError(str(error), 422) from error
         if max(height, width) > (self.max_side or max(height, width)):
             limit = f"{self.max_side}, the limit of this network"
             raise RequestError(f"{tensor} of {height} × {width} have a side over {limit}", 422)

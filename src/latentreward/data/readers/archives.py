@@ -12,7 +12,8 @@ from latentreward.contracts import ImageRef
 from latentreward.data.images import TOO_LARGE, ImageError
 from latentreward.errors import InputError
 
-BITE = 64
+BITE, BEGINNING = 64, 2**16
+"""Bytes read at once of a member that cannot be read whole, and bytes of it that are read; a header is shorter."""
 MOST_BYTES = 2**29
 """Largest member of a zip file that is read: an image of ``images.MAX_PIXELS`` with 16 bits per channel."""
 DAMAGE = (zipfile.BadZipFile, zlib.error, EOFError, OSError, NotImplementedError, RuntimeError)
@@ -44,7 +45,8 @@ class ImageArchives:
     def image(self, part: str, name: str) -> ImageRef:
         """Return a reference to image ``name`` of a part: with its bytes for a zip file, with its path for a folder.
 
-        Of a damaged member of a zip file, the bytes before the damage are returned; decoding then reports the damage.
+        Of a member of a zip file that is damaged or too large, the beginning is returned; decoding then reports what is
+        wrong.
         """
         place = self.parts[part]
         if place.is_dir():
@@ -53,11 +55,11 @@ class ImageArchives:
             return ImageRef(name, path=place / name)  # path below a zip file: decoding reports a missing file
         try:
             return ImageRef(name, self._member(part, name))
-        except DAMAGE:
+        except (ImageError, *DAMAGE):
             bites: list[bytes] = []  # small chunks, since the damaged chunk is lost as a whole
             with suppress(*DAMAGE), cast(zipfile.ZipExtFile, self._open(part).open(name)) as stream:
                 stream.MIN_READ_SIZE = BITE  # the default of 4096 may be more than a whole image
-                while bite := stream.read(BITE):
+                while len(bites) < BEGINNING // BITE and (bite := stream.read(BITE)):
                     bites.append(bite)
             return ImageRef(name, b"".join(bites))
 

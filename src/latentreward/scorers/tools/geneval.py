@@ -117,8 +117,10 @@ def read_results(name: str, path: Path, pictures: Sequence[JudgedPicture]) -> np
                 raise ValueError(f"file name {row['filename']!r}")
             if row["correct"] not in (True, False):  # 1 and 0 are equal to these
                 raise ValueError(f"correct: {row['correct']!r}")
-            found[int(match[1]), int(match[2])] = (str(row["prompt"]), float(row["correct"]))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+            if (key := (int(match[1]), int(match[2]))) in found:
+                raise ValueError(f"two rows for {match[0]}")
+            found[key] = (str(row["prompt"]), float(row["correct"]))
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise InputError(f"{name}: {path} holds no results of GenEval ({first_line(error)}); run it again") from error
     scores = []
     for picture in pictures:

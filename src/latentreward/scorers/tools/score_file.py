@@ -1,5 +1,6 @@
 """Scorer that reads scores from a table written by another program."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,9 @@ FILE, PLACE = ("file",), ("place", "image")
 class ScoreFile(ToolScorer):
     """A scorer that reads scores computed elsewhere, e.g. by ImageReward or HPSv3 in their own environments.
 
-    A row of the table names an image in one of two ways. A column ``file`` holds the file name or path of the image.
-    Or the columns ``place`` and ``image`` hold the index of the prompt and the number of the image, both from 0.
+    A row of the table names an image in one of two ways. A column ``file`` holds the path of the image, or its name if
+    no other image has it. Or the columns ``place`` and ``image`` hold the index of the prompt and the number of the
+    image, both from 0.
 
     Args:
         path: CSV (.csv), JSON lines (.jsonl) or parquet file; ``{policy}`` is replaced by the name of the policy.
@@ -56,14 +58,15 @@ def look_up(name: str, path: Path, column: str, pictures: Sequence[JudgedPicture
         if key in scores:
             raise InputError(f"{name}: {path} has several rows for {key!r}; leave one")
         scores[key] = row[column]
-    return np.array([_score(name, path, scores, picture) for picture in pictures], dtype=np.float64)
+    named = Counter(picture.path.name for picture in pictures)
+    return np.array([_score(name, path, scores, one, named[one.path.name] == 1) for one in pictures], dtype=np.float64)
 
 
-def _score(name: str, path: Path, scores: Mapping[Any, Any], picture: JudgedPicture) -> float:
-    keys = ((picture.place, picture.image), picture.file, str(picture.path), picture.path.name)
+def _score(name: str, path: Path, scores: Mapping[Any, Any], picture: JudgedPicture, by_name: bool) -> float:
+    keys = [(picture.place, picture.image), picture.file, str(picture.path), *([picture.path.name] if by_name else [])]
     key = next((key for key in keys if key in scores), None)
     if key is None:
-        raise InputError(f"{name}: {path} has no row for {picture.file!r}; score all pictures of the folder")
+        raise InputError(f"{name}: {path} has no row for {picture.file!r}; write one for each picture, by its path")
     try:
         score = float(scores[key])
     except (TypeError, ValueError) as error:

@@ -154,7 +154,7 @@ def _answers(name: str, tool: tuple[str, str, str, tuple[str, ...]], folder: Pat
     try:
         rows = json.loads(path.read_text(encoding="utf-8"))
         answers = {int(row["question_id"]): float(row["answer"]) for row in rows}
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise InputError(f"{name}: {path} holds no answers ({first_line(error)}); run {tool[1]} again") from error
     if len(rows) != number or sorted(answers) != list(range(number)) or not np.isfinite(list(answers.values())).all():
         raise InputError(f"{name}: {path} has {len(rows)} answers for {number} pictures; run {tool[1]} on all of them")

@@ -197,6 +197,7 @@ def test_styles_of_hpdv2_come_from_its_lists_of_prompts(tmp_path) -> None:
     (root / "benchmark").chmod(0o755)
     (root / "benchmark" / "anime.json").write_text(json.dumps([prompt, 3]))
     (root / "benchmark" / "photo.json").write_text("no list")
+    (root / "benchmark" / "paintings.json").write_text("[" * 100_000)
     assert set(recognise_benchmark(str(root)).pairs("test").columns["style"]) == {"anime", None}
 
 

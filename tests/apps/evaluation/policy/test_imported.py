@@ -124,9 +124,10 @@ def test_layout_of_geneval(tmp_path: Path) -> None:
     found = files(load(tmp_path, ROWS[:2], 2))
     assert found[1, 1] == "00001/samples/0001.png"
     assert len(found) == 4
-    (tmp_path / "00001" / "metadata.jsonl").write_text("[]")
-    with pytest.raises(InputError, match=r"images: .*00001/metadata\.jsonl names no prompt"):
-        find_pictures(tmp_path, None)
+    for text in ("[]", "[" * 100_000):
+        (tmp_path / "00001" / "metadata.jsonl").write_text(text)
+        with pytest.raises(InputError, match=r"images: .*00001/metadata\.jsonl names no prompt"):
+            find_pictures(tmp_path, None)
 
 
 def test_layouts_of_t2i_compbench_and_hps(tmp_path: Path) -> None:

@@ -35,7 +35,7 @@ def write(folder: Path, *scored: ScoredPictures) -> Path:
         {one.policy: HOSTILE for one in scored},
         {"pickscore": HOSTILE, "aesthetic": "AestheticScorer"},
         [score for one in scored for score in policy_scores(one, headlines)],
-        compare(*scored) if len(scored) > 1 else [],
+        compare(scored[0], scored[1], headlines) if len(scored) > 1 else [],
         notes=(HOSTILE,),
     )
     title = " against ".join(report.policies)

@@ -67,7 +67,7 @@ class HPDv2Benchmark(Benchmark):
         for file in sorted(Path(self.root, "benchmark").glob("*.json")):
             try:
                 prompts = json.loads(file.read_bytes())
-            except ValueError:
+            except (ValueError, RecursionError):
                 continue
             if isinstance(prompts, list):
                 styles |= {prompt: file.stem for prompt in prompts if isinstance(prompt, str)}

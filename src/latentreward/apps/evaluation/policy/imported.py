@@ -222,7 +222,7 @@ def _of_layout(folder: Path) -> Iterator[FoundPicture]:
         if len(parts) == 3 and parts[1] == "samples" and numbered and metadata.is_file():
             try:
                 prompt = str(json.loads(metadata.read_text(encoding="utf-8"))["prompt"])
-            except (ValueError, KeyError, TypeError) as error:
+            except (ValueError, KeyError, TypeError, RecursionError) as error:
                 raise InputError(f"images: {metadata} names no prompt ({first_line(error)})") from error
             yield FoundPicture(file, prompt, int(parts[0]), int(path.stem))
         elif len(parts) > 1 and parts[-2] == "samples" and (match := NUMBERED.fullmatch(path.stem)):

@@ -77,8 +77,8 @@ class PolicyReport:
     scores: Sequence[Row]
     # Rows that compare the two policies by one ``score``, over pairs of pictures with the same prompt and number; empty
     # with one policy. ``group``: group of prompts, empty for all. ``win_rate``: share of pairs in which the first
-    # policy scores higher; ties count ½. ``difference``: mean of the first policy's score minus the second's. ``wins``,
-    # ``ties``, ``losses`` and ``prompts``: their numbers.
+    # policy scores higher; ties count ½. ``difference``: mean of the first policy's score minus the second's, of the
+    # kind that ``headline`` of ``scores`` names. ``wins``, ``ties``, ``losses`` and ``prompts``: their numbers.
     comparisons: Sequence[Row] = ()
     # Rows with the Interval ``correlation`` within prompts of a reward's scores of the states of one ``policy``
     # ``after_steps`` finished steps, at noise level ``sigma``, with its scores of the finished samples; empty without

@@ -74,10 +74,11 @@ def mean_of_groups(values: np.ndarray, prompts: np.ndarray, groups: np.ndarray) 
     return bootstrap.clustered_interval(bootstrap.group_sums(prompts, *columns), mean_of_means)
 
 
-def compare(first: ScoredPictures, second: ScoredPictures) -> list[Row]:
+def compare(first: ScoredPictures, second: ScoredPictures, headlines: Mapping[str, str]) -> list[Row]:
     """Compare two policies by each score, over all prompts and over each group; rows of ``PolicyReport.comparisons``.
 
-    The two arguments should come from :func:`in_common`, so that equal rows hold pictures of one prompt and number.
+    The two policies should come from :func:`in_common`, so that equal rows hold pictures of one prompt and number.
+    ``headlines`` are those of :func:`policy_scores`.
     """
     prompts, groups = prompt_numbers(first), np.array([picture.group for picture in first.pictures])
     kinds = list(dict.fromkeys(groups.tolist()))
@@ -86,11 +87,12 @@ def compare(first: ScoredPictures, second: ScoredPictures) -> list[Row]:
     for name, (group, rows) in product(first.scores, chosen):
         gaps, own = first.scores[name][rows] - second.scores[name][rows], prompts[rows]
         wins, ties = gaps > 0, gaps == 0
+        by_groups = headlines[name] == "mean_of_groups"  # as the means that the difference is shown beside
         row = {
             "score": name,
             "group": group,
             "win_rate": bootstrap.clustered_accuracy(bootstrap.group_sums(own, wins + 0.5 * ties, np.ones(len(gaps)))),
-            "difference": bootstrap.clustered_mean(gaps, own),
+            "difference": mean_of_groups(gaps, own, groups[rows]) if by_groups else bootstrap.clustered_mean(gaps, own),
             "wins": int(wins.sum()),
             "ties": int(ties.sum()),
             "losses": int((gaps < 0).sum()),
