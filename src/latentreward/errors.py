@@ -75,7 +75,8 @@ def check_multiples(field: str, sides: Iterable[int], multiple: int) -> None:
         if side < 1 or side % multiple:
             below = side // multiple * multiple
             nearest = f"{below} or {below + multiple}" if below > 0 else str(multiple)
-            raise InputError(f"{field}: {side} is no multiple of the {multiple} that the model needs; set {nearest}")
+            need = f"the {multiple} that the model needs"
+            raise InputError(f"{field}: {side} is no multiple of {need}; make it {nearest}")
 
 
 def check_choices(kind: type, /, **settings: Any) -> None:

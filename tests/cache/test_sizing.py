@@ -56,8 +56,8 @@ def test_latents_keep_their_size() -> None:
     ("settings", "field"),
     [
         ({"size": 0}, "images.size"),
-        ({"size": 12}, "images.size: 12 is no multiple of the 8 that the model needs; set 8 or 16"),
-        ({"buckets": ((8, 8), (8, 30))}, "images.buckets: 8x30: 30 is no multiple of the 8 .*; set 24 or 32"),
+        ({"size": 12}, "images.size: 12 is no multiple of the 8 that the model needs; make it 8 or 16"),
+        ({"buckets": ((8, 8), (8, 30))}, "images.buckets: 8x30: 30 is no multiple of the 8 .*; make it 24 or 32"),
     ],
 )
 def test_sizes_that_no_latents_fit_are_refused(settings, field) -> None:

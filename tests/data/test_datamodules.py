@@ -174,7 +174,7 @@ def test_the_size_must_fit_the_network_of_the_module(readers, name) -> None:
         setattr(module, name, network)
     for size in (32, (48, 16)):
         trainer().predict(module, PreferenceDataModule(size, predict=readers["test"], num_workers=0))
-    with pytest.raises(InputError, match=r"^data.size: 24 is no multiple of the 16 .* set 16 or 32$"):
+    with pytest.raises(InputError, match=r"^data.size: 24 is no multiple of the 16 .* make it 16 or 32$"):
         trainer().predict(module, PreferenceDataModule((32, 24), predict=readers["test"], num_workers=0))
 
 

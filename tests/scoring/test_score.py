@@ -159,9 +159,9 @@ def test_pixels_are_taken_as_they_are(lrm: RewardModel, dina: RewardModel) -> No
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None] / 127.5 - 1
     torch.testing.assert_close(lrm.score("a cat", pixels), lrm.score("a cat", [image]))
     assert lrm.score("a cat", pixels.repeat(3, 1, 1, 2)).shape == (3,)
-    with pytest.raises(InputError, match=r"images: 15 is no multiple of the 2 .*; set 14 or 16"):
+    with pytest.raises(InputError, match=r"images: 15 is no multiple of the 2 .*; make it 14 or 16"):
         lrm.score("a cat", pixels[..., :15])
-    with pytest.raises(InputError, match=r"latents: 7 is no multiple of the 2 .*; set 6 or 8"):
+    with pytest.raises(InputError, match=r"latents: 7 is no multiple of the 2 .*; make it 6 or 8"):
         dina.score_latents("a cat", torch.zeros(1, dina.backbone.latent_space.channels, 8, 7))
     with pytest.raises(InputError, match=r"pixel of magnitude 255, not in \[-1, 1\]; scale them"):
         lrm.score("a cat", torch.full((1, 3, PIXELS, PIXELS), 255.0))

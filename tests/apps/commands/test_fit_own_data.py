@@ -109,7 +109,7 @@ def test_only_the_readers_of_the_command_are_opened(root, caplog, capsys) -> Non
 )
 def test_a_size_that_the_network_does_not_take_is_refused(root, capsys, command, size, message, nearest) -> None:
     line = refusal(capsys, *command.split(), f"--data.size={size}")
-    assert line == f"data.size: {message} of the 4 pixels that the model needs; set {nearest}"
+    assert line == f"data.size: {message} of the 4 that the model needs; make it {nearest}"
 
 
 @pytest.mark.slow

@@ -118,7 +118,7 @@ HEADER, DATA = taken_apart(GOOD)
         (changed(pooled_prompt_embeds=torch.zeros(1, 2)), "pooled_prompt_embeds: P .* is 2, but 3 .* give P = 3", 422),
         (changed(u=torch.tensor([0.1, 0.2])), r"u: B of \(B\) is 2, but 1", 422),
         (changed(seeds=torch.tensor([1, 2])), r"seeds: B of \(B\) is 2", 422),
-        (changed(latents=torch.zeros(1, 4, 7, 8)), "latents: 7 is no multiple of the 2 .*; set 6 or 8", 422),
+        (changed(latents=torch.zeros(1, 4, 7, 8)), "latents: 7 is no multiple of the 2 .*; make it 6 or 8", 422),
         (changed(latents=torch.zeros(1, 4, 2, 18)), "a side over 16", 422),
         (changed(latents=torch.zeros(1, 4, 16, 16)), "h · w 256 is over this server's limit of 128", 413),
         (changed(prompt_embeds=torch.zeros(1, 8, 6)), "tokens 8 is over", 413),
