@@ -415,7 +415,13 @@ class PairModule(LightningModule):
 
 
 def snap_timesteps(process: NoiseProcess, eval_timesteps: Sequence[float]) -> Tensor:
-    """Return the timesteps of ``process`` nearest to ``eval_timesteps``; raise InputError for one out of range."""
+    """Return the timesteps of ``process`` nearest to ``eval_timesteps``.
+
+    Raises:
+        InputError: If one is out of range, or given twice.
+    """
+    if len(set(eval_timesteps)) < len(eval_timesteps):
+        raise InputError(f"eval_timesteps={list(eval_timesteps)}; give each once")
     with torch.device("cpu"), errors_at(f"eval_timesteps={list(eval_timesteps)}: "):  # where the process has its tables
         timesteps = torch.tensor([float(timestep) for timestep in eval_timesteps])
         process.sigma(timesteps)
