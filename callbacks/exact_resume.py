@@ -8,6 +8,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loops.loop import _Loop
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import CombinedLoader
 from torch import nn
 
 from latentreward.checkpoints.files import check_states
@@ -123,14 +124,14 @@ def close_epoch(loop: Any) -> None:
 
 def undo_accumulation(trainer: Trainer, saved: dict[str, Any]) -> None:
     """Set ``saved``, the fit loop's state in a checkpoint, back to the end of the last optimiser step."""
-    loader, progress = trainer.train_dataloader, saved["epoch_loop.batch_progress"]
-    if not isinstance(loader, ResumableLoader):
+    loaders, progress = CombinedLoader(trainer.train_dataloader).flattened, saved["epoch_loop.batch_progress"]
+    if not all(isinstance(loader, ResumableLoader) for loader in loaders):
         return
     batches = progress["current"]
     # Undo batches that have begun but not ended, and batches since the last optimiser step: their gradients are lost.
     since_step = batches["ready"] - batches["processed"] + batches["processed"] % trainer.accumulate_grad_batches
-    undo = min(since_step, loader.delivered())
-    saved["state_dict"]["combined_loader"] = [loader.state_dict(undo)]
+    undo = min(since_step, *(loader.delivered() for loader in loaders))
+    saved["state_dict"]["combined_loader"] = [loader.state_dict(undo) for loader in loaders]
     for counts in (progress["current"], progress["total"]):
         set_counts(counts, done=counts["ready"] - undo)
 

@@ -8,6 +8,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
 from lightning.pytorch.utilities import rank_zero_info
 
+from latentreward.devices import to_float64
 from latentreward.errors import InputError
 from latentreward.storage.durable import replacing, write_errors_named
 
@@ -53,15 +54,15 @@ class PairScoreWriter(BasePredictionWriter):
         from pyarrow import parquet
 
         rewards = prediction.chosen, prediction.rejected  # (N,), or (N, out_dim) of a head with several outputs
-        chosen, rejected = (one.double().reshape(len(one), -1).mean(dim=1).tolist() for one in rewards)
+        chosen, rejected = (to_float64(one).reshape(len(one), -1).mean(dim=1).tolist() for one in rewards)
         table = pa.table(
             {
                 "pair_id": list(prediction.pair_ids),
                 "chosen_key": list(prediction.chosen_keys),
                 "rejected_key": list(prediction.rejected_keys),
-                "label": prediction.label.double().tolist(),
-                "timestep": prediction.timesteps.double().tolist(),
-                "sigma": prediction.chosen_sigmas.double().tolist(),
+                "label": to_float64(prediction.label).tolist(),
+                "timestep": to_float64(prediction.timesteps).tolist(),
+                "sigma": to_float64(prediction.chosen_sigmas).tolist(),
                 "chosen_score": chosen,
                 "rejected_score": rejected,
                 "margin": [first - second for first, second in zip(chosen, rejected, strict=True)],

@@ -46,8 +46,10 @@ class ReferenceDrift(PromptMonitor):
         **options: Any,
     ) -> None:
         super().__init__(prompts, num_prompts, every_n_steps, images_per_prompt=1, **options)
-        if not sigmas or not all(0.0 < sigma <= 1.0 for sigma in sigmas):
-            raise InputError(f"sigmas={tuple(sigmas)} of ReferenceDrift must be at least one level in (0, 1]")
+        if not sigmas or len(set(sigmas)) < len(sigmas) or not all(0.0 < sigma <= 1.0 for sigma in sigmas):
+            raise InputError(
+                f"sigmas={tuple(sigmas)} of ReferenceDrift must be one or more levels in (0, 1], each once"
+            )
         self.sigmas = tuple(sigmas)
         self._states: list[tuple[PromptBatch, Tensor, Tensor, Tensor]] = []
 

@@ -15,7 +15,10 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torch.optim.lr_scheduler import CyclicLR, LRScheduler, OneCycleLR, ReduceLROnPlateau
 
+from latentreward.contracts import sources_of
 from latentreward.errors import InputError
+from latentreward.modules.alignment import prompts_of
+from latentreward.storage.digests import digest
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +35,8 @@ class ResumedSettings(Callback):
 
     Optimiser settings, learning rate schedule and batch size are those of the checkpoint, whatever the settings say,
     unless ``override`` names them. Only checkpoints written with this callback hold the batch size of the data module;
-    with other checkpoints the batch size of the settings is used. The command line adds this callback to every fit.
+    with other checkpoints the batch size of the settings is used. Other prompts of an alignment are used, with a
+    warning. The command line adds this callback to every fit.
 
     Args:
         override: What to take from the settings instead: ``lr``, the learning rate; ``schedule``, the learning rate
@@ -62,10 +66,12 @@ class ResumedSettings(Callback):
         self._saved_optimizers: list[str] = []
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Save the batch size and the optimisers' classes, which Lightning does not save."""
+        """Save the batch size, the optimisers' classes and a digest of the prompts, which Lightning does not save."""
         checkpoint["optimizers"] = [type(optimizer).__name__ for optimizer in trainer.optimizers]
         if (size := batch_size(trainer)) is not None:
             checkpoint["batch_size"] = size
+        if prompts := prompts_digest(trainer):
+            checkpoint["prompts"] = prompts
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Set the batch size before loaders are made, and remove the schedules' state from ``checkpoint``.
@@ -84,6 +90,12 @@ class ResumedSettings(Callback):
             self._settle(trainer, "data.batch_size", given, saved, "batch_size")
             if "batch_size" not in self.override:
                 trainer.datamodule.batch_size = saved  # type: ignore[attr-defined]
+        prompts = prompts_digest(trainer)
+        if checkpoint.get("prompts", prompts) != prompts and trainer.is_global_zero:
+            logger.warning(
+                "resume: data.prompts are others than the checkpoint's: the run goes on at its place in their order, "
+                "and its steps differ from the uninterrupted run's; give the earlier prompts, or start anew"
+            )
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Compare classes, and remember what the settings made, before Lightning restores optimisers and schedules."""
@@ -212,6 +224,13 @@ class ResumedSettings(Callback):
 def batch_size(trainer: Trainer) -> int | None:
     """Return the batch size of the run's data module; None if there is none."""
     return getattr(getattr(trainer, "datamodule", None), "batch_size", None)
+
+
+def prompts_digest(trainer: Trainer) -> str:
+    """Return a digest of the prompts of an alignment, with the names of the pictures that they edit; empty for none."""
+    prompts = prompts_of(trainer)
+    parts = (f"{text}\n{[source.image_key for source in sources_of(text)]}\n" for text in prompts)
+    return digest(parts) if prompts else ""
 
 
 def base_rate(group: Mapping[str, Any]) -> Any:

@@ -1,10 +1,10 @@
-"""How modules run: the device that a setting names, and evaluation mode for a block."""
+"""How modules run: the device that a setting names, its widest floats, and evaluation mode for a block."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from latentreward.errors import InputError, first_line
 
@@ -18,6 +18,16 @@ def find_device(name: str | torch.device) -> torch.device:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise InputError(f"device is {str(name)!r}: {first_line(error)}; give one that is here, e.g. cpu") from error
+
+
+def widest_float(device: torch.device) -> torch.dtype:
+    """Return float64, or float32 for Apple's devices, which have no wider type."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def to_float64(values: Tensor) -> Tensor:
+    """Return ``values`` in float64, on the CPU if their device has no such type."""
+    return (values if widest_float(values.device) == torch.float64 else values.cpu()).double()
 
 
 @contextmanager

@@ -101,10 +101,17 @@ def test_no_trained_parameter_is_left_without_gradient_by_lrm(name: str, project
     assert without_gradient(backbone, head) == []
 
 
-@pytest.mark.parametrize(("name", "taps"), [("sdxl", (1,)), ("sdxl", (0,)), ("sd15", (0,)), ("sd35", (0,))])
-def test_no_trained_parameter_is_left_without_gradient_by_lrm_on_early_taps(name: str, taps: tuple[int, ...]) -> None:
-    options = {"text_taps": ()} if name == "sd35" else {"text_encoder_tuning": "full"}
-    backbone = tiny_backbone(name, tuning="full", visual_taps=taps, **options)
+@pytest.mark.parametrize(
+    ("name", "taps", "options"),
+    [
+        *(("sdxl", (1,), {}), ("sdxl", (0,), {}), ("sd15", (0,), {})),
+        *(("sd35", (0,), {"text_taps": (), "pooled_text": pooled}) for pooled in ("clip", "t5")),
+    ],
+)
+def test_no_trained_parameter_is_left_without_gradient_by_lrm_on_early_taps(
+    name: str, taps: tuple[int, ...], options: dict[str, Any]
+) -> None:
+    backbone = tiny_backbone(name, tuning="full", text_encoder_tuning="full", visual_taps=taps, **options)
     head = CLIPProjectionHead(backbone.feature_spec, project_text=name != "sdxl")
     backbone.drop_text_taps()
     backbone.drop_time_embedding()

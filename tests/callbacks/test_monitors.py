@@ -399,6 +399,7 @@ def test_every_chart_of_an_alignment_has_curves(make_trainer, tmp_path):
         (lambda: SampleGrid(PROMPTS, every_n_steps=0), "SampleGrid.every_n_steps is 0; it must be at least 1"),
         (lambda: SampleGrid(PROMPTS, columns=0), "SampleGrid.columns is 0"),
         (lambda: ReferenceDrift(PROMPTS, sigmas=(0.0,)), "sigmas"),
+        (lambda: ReferenceDrift(PROMPTS, sigmas=(0.2, 0.2)), "each once"),
         (lambda: HackingMonitor(PROMPTS[:1], held_out()), "at least 2 prompts"),
         (lambda: HackingMonitor(PROMPTS, held_out(), tolerance=0.0), "tolerance=0"),
         (lambda: HackingMonitor(PROMPTS, held_out(), reward_sigmas=(2.0,)), r"HackingMonitor.reward_sigmas=\[2.0\]"),

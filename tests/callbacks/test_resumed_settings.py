@@ -5,8 +5,13 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from latentreward.callbacks import ExactResume, ResumedSettings
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor
 
 from latentreward.cli import main
+from latentreward.contracts import PromptBatch
+from latentreward.data.alignment.prompts import PromptLoaders
 from tests.marks import slow_after
 from tests.small_user import ROWS, SEEN, SmallUserModule, refusal, run
 
@@ -96,6 +101,36 @@ def test_a_run_that_is_over_says_what_to_raise(
     (line,) = lines(caplog)
     place = f"the checkpoint, of optimiser step 12, has reached trainer.{named}"
     assert line == f"nothing to train: {place}; raise it to go on"
+
+
+class PromptModule(LightningModule):
+    """A module that takes batches of prompts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+
+    def training_step(self, batch: PromptBatch, index: int) -> Tensor:
+        return self.weight.sum()
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def test_other_prompts_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
+
+    def fit(steps: int, prompts: list[str], path: Path | None = None) -> Trainer:
+        trainer = Trainer(accelerator="cpu", max_steps=steps, callbacks=[ExactResume(), ResumedSettings()], **quiet)
+        trainer.fit(PromptModule(), datamodule=PromptLoaders(prompts, batch_size=2), ckpt_path=path, weights_only=True)
+        return trainer
+
+    fit(2, ["one", "two", "three"]).save_checkpoint(tmp_path / "two.ckpt", weights_only=False)
+    fit(3, ["one", "two", "three"], tmp_path / "two.ckpt")
+    assert lines(caplog) == []
+    fit(3, ["one", "two", "four"], tmp_path / "two.ckpt")
+    (line,) = lines(caplog)
+    assert line.startswith("data.prompts are others than the checkpoint's: the run goes on at its place in their order")
 
 
 @pytest.mark.slow

@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from latentreward.callbacks import ExactResume
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
@@ -50,6 +51,18 @@ class Seeing(LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
+class SaveAfter(Callback):
+    """Saves a checkpoint after the batch of this index, and ends the run."""
+
+    def __init__(self, index: int, path: Path) -> None:
+        self.index, self.path = index, path
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if batch_idx == self.index:
+            trainer.save_checkpoint(self.path, weights_only=False)
+            raise KeyboardInterrupt
+
+
 def data(batches_per_epoch: int) -> PromptsAndImages:
     prompts = PromptLoaders(
         [f"prompt {i}" for i in range(7)], batch_size=3, batches_per_epoch=batches_per_epoch, seed=0
@@ -89,3 +102,19 @@ def test_resume_goes_on_with_both(stopped: int, tmp_path: Path) -> None:
         fit(Seeing(fail_at=stopped), 4, tmp_path / "broken")
     rest = fit(Seeing(), 4, tmp_path / "rest", tmp_path / "broken" / f"step={stopped}.ckpt")
     assert rest == whole[stopped:]
+
+
+def test_batches_since_the_last_optimiser_step_are_repeated(tmp_path: Path) -> None:
+    """Their gradients are in no checkpoint."""
+    quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
+
+    def run(module: Seeing, *more: Callback, path: Path | None = None) -> list[Any]:
+        callbacks = [ExactResume(), *more]
+        trainer = Trainer(accelerator="cpu", max_epochs=1, accumulate_grad_batches=2, callbacks=callbacks, **quiet)
+        trainer.fit(module, data(4), ckpt_path=path, weights_only=True)
+        return module.seen
+
+    whole, path = run(Seeing()), tmp_path / "third.ckpt"
+    with pytest.raises(SystemExit):
+        run(Seeing(), SaveAfter(2, path))
+    assert run(Seeing(), path=path) == whole[2:]

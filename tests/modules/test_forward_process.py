@@ -423,9 +423,12 @@ def test_rewards_rise(kind: str, options: dict[str, Any], tmp_path: Path) -> Non
     assert rises.mean() > 3 * rises.std() / 4, rises
 
 
-@pytest.mark.parametrize(("steps", "count"), [(10, 9), (3, 2), (100, 99)])
-def test_random_steps_are_distinct(steps: int, count: int) -> None:
-    chosen = RandomSteps().choose(steps, torch.Generator().manual_seed(0)).tolist()
+@pytest.mark.parametrize(
+    ("steps", "share", "count"), [(10, 0.99, 9), (3, 0.99, 2), (100, 0.99, 99), (50, 0.58, 29), (100, 0.29, 29)]
+)
+def test_random_steps_are_distinct(steps: int, share: float, count: int) -> None:
+    """Of 50 steps a share of 0.58 is 29, though floats make 28.999… of the product."""
+    chosen = RandomSteps(share).choose(steps, torch.Generator().manual_seed(0)).tolist()
     assert len(chosen) == len(set(chosen)) == count and set(chosen) <= set(range(steps))
 
 

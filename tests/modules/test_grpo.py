@@ -191,12 +191,14 @@ def test_only_steps_of_the_window_are_learned_from() -> None:
         ({"sampling": Sampling(4, eta=0.0)}, "eta"),
         ({"num_trajectories": 1}, "num_trajectories=1"),
         ({"low": 990.0}, "no step with noise lies in the window"),
+        ({"candidates": Branching(3, low=990.0)}, "no step with noise lies in the window"),
         ({"guidance_scale": 0.5}, "guidance_scale=0.5 must be at least 1"),
     ],
 )
-def test_refused(options: dict, message: str) -> None:
+def test_refused_before_weights_are_loaded(options: dict, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(PolicySource, "load", lambda *args: pytest.fail("weights were loaded"))
     with pytest.raises(InputError, match=message):
-        trajectory(**options)
+        (stepwise if "candidates" in options else trajectory)(**options)
 
 
 def mean_reward(module, steps: int) -> float:

@@ -28,7 +28,7 @@ from latentreward.losses import (
 )
 from latentreward.modules import StepwiseGRPOModule, TrajectoryGRPOModule
 from latentreward.modules.alignment import AlignmentModule
-from latentreward.policies import Policy
+from latentreward.policies import Policy, PolicySource
 from latentreward.rewards import PixelReward, RewardMixture
 from latentreward.rewards.latent import LatentScorer
 from latentreward.rollout import (
@@ -425,7 +425,7 @@ def test_a_resumed_run_equals_the_whole_one(tmp_path: Path) -> None:
         ({"trust_region": UncertaintyGate(), "loss": KL}, "give reward_sigmas two or more"),
         (
             {"trust_region": UncertaintyGate(), "loss": KL, "reward_sigmas": (0.4, 0.4)},
-            "give reward_sigmas two or more",
+            r"reward_sigmas=\[0.4, 0.4\] must be at least one noise level in \[0, 1\], each once",
         ),
         (
             {
@@ -482,7 +482,10 @@ def test_a_resumed_run_equals_the_whole_one(tmp_path: Path) -> None:
         ({"sampling": Sampling(1)}, "training needs at least 2"),
     ],
 )
-def test_settings_that_exclude_each_other_are_refused(options: dict[str, Any], message: str) -> None:
+def test_settings_that_exclude_each_other_are_refused_before_weights_are_loaded(
+    options: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(PolicySource, "load", lambda *args: pytest.fail("weights were loaded"))
     with pytest.raises(InputError, match=message):
         trajectory("sd35_tiny", **options)
 

@@ -364,6 +364,7 @@ def test_pretraining_term_is_the_denoising_error_of_the_chosen_images() -> None:
         ({"gradient_steps": 0}, r"gradient_steps=0 must lie in \[1, 4\]"),
         ({"reward_sigmas": (1.5,)}, r"reward_sigmas=\[1.5\] must be at least one noise level"),
         ({"reward_sigmas": ()}, r"reward_sigmas=\[\] must be"),
+        ({"reward_sigmas": (0.4, 0.4)}, r"reward_sigmas=\[0.4, 0.4\] must be .*, each once"),
         ({"kl_weight": -1.0}, "kl_weight=-1 must be at least 0"),
     ],
 )

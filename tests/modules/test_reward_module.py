@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from math import isfinite
 from typing import Any
 
@@ -26,6 +27,7 @@ from latentreward.losses import (
 from latentreward.modules import RewardModule, ScoredPairs, WarmupSchedule
 from latentreward.modules.pairs import PairDraws
 from latentreward.noise import ConstantSigma, UniformSigma
+from tests.backbones.networks import tiny_backbone
 from tests.marks import rotated_after
 from tests.modules.batches import (
     MODULES,
@@ -66,6 +68,16 @@ def loss_of(module: RewardModule, batch: PreferenceBatch) -> Tensor:
     """Loss of a training step outside a trainer."""
     module.log = lambda *args, **kwargs: None
     return module.training_step(batch, 0)["loss"]
+
+
+def test_a_text_encoder_whose_tokens_nothing_reads_does_not_train() -> None:
+    """DDP fails on trainable weights without a gradient."""
+    backbone = tiny_backbone("sd35", text_encoder_tuning="full", tuning="frozen", visual_taps=(0,), text_taps=())
+    module = RewardModule(
+        backbone, partial(GatedQFormerHead, num_heads=2), ThurstoneLoss(), UniformSigma(), eval_sigmas=(0.3,)
+    )
+    loss_of(module, latent_batch((4, 8, 8), backbone.latent_space)).backward()
+    assert [name for name, one in module.named_parameters() if one.requires_grad and one.grad is None] == []
 
 
 # one score per pair
@@ -256,6 +268,7 @@ def test_latents_of_another_vae_are_refused() -> None:
         ({"eval_timesteps": (1000,)}, r"eval_timesteps=\[1000\]: timestep 1000 is out of range"),
         ({"eval_sigmas": (1.2,)}, r"eval_sigmas=1.2 must lie in \[0, 1\]"),
         ({"ensemble_sigmas": (-0.1,)}, r"ensemble_sigmas=-0.1 must lie in \[0, 1\]"),
+        ({"ensemble_sigmas": (0.2, 0.5, 0.2)}, r"ensemble_sigmas=\[0.2, 0.5, 0.2\]; give each level once"),
     ],
 )
 def test_bad_levels(options: dict[str, Any], message: str) -> None:
@@ -393,6 +406,17 @@ def test_a_batch_of_ties_trains_and_has_no_accuracy() -> None:
     run.fit(module, loader(4, 4, labels=(0.5,)))
     assert torch.isfinite(run.callback_metrics["train/loss"])
     assert torch.isnan(run.callback_metrics["train/accuracy"])
+
+
+def test_pairs_of_weight_0_count_in_no_accuracy() -> None:
+    """As in validation."""
+    module, batch, logged = lrm("sd15"), collate_pairs(loaded_pairs(4, labels=(1.0,))), []
+    for one in (rows(batch, [0]), replace(batch, weight=torch.tensor([1.0, 0, 0, 0]))):
+        logged.append({})
+        module.log = lambda name, value, **options: logged[-1].update({name: value.item()})
+        with torch.no_grad():
+            module.training_step(one, 0)
+    assert logged[1] == pytest.approx(logged[0], rel=1e-3)
 
 
 def test_schedule_counts_optimiser_steps() -> None:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from latentreward.errors import InputError
+from latentreward.losses import DGPOLoss
 from latentreward.rewards import PixelReward, RewardMixture
 from latentreward.rollout import (
     Agreement,
@@ -104,6 +105,27 @@ def test_the_gradient_is_as_large_as_without_pruning(std: Any) -> None:
     ]
     assert sizes[1] == pytest.approx(sizes[0], rel=0.08)
     assert sizes[2] == pytest.approx(sizes[0] * contrast.item() ** (0.5 if std == "group" else 1), rel=0.08)
+
+
+@pytest.mark.parametrize("slope", [-0.02, 0.005])
+def test_dgpo_weighs_groups_as_without_pruning(slope: float) -> None:
+    """Errors fall, or rise, with the reward since the reference; without scaling w is further from ½."""
+    predicted, rewards = simulated(0.9, prompts=300)
+    chosen, reference = kept(predicted, 12), torch.full_like(rewards, 0.5)
+    own, contrast = rewards.gather(1, chosen), Agreement.of(predicted, chosen, rewards.gather(1, chosen)).contrast
+    errors, found = reference + slope * (rewards - rewards.mean(dim=1, keepdim=True)), []
+    for of, error, scale in (
+        (rewards[:, :12], errors[:, :12], None),
+        *((own, errors.gather(1, chosen), scale) for scale in (contrast, None)),
+    ):
+        velocity = error.sqrt().reshape(-1, 1).requires_grad_()
+        advantage = scaled_advantages(GroupAdvantage("all"), of, scale)
+        zeros, held = torch.zeros_like(velocity), reference[:, :12].sqrt().reshape(-1, 1)
+        result = DGPOLoss(clip_range=None, kl_weight=0.0)(velocity, None, zeros, advantage, held)
+        (gradient,) = torch.autograd.grad(result.loss, velocity)
+        found.append((result.weight.mean().item(), ((gradient / velocity).view_as(of) * of).sum().item()))
+    assert found[1] == pytest.approx(found[0], rel=0.08)
+    assert found[2] != pytest.approx(found[0], rel=0.08)
 
 
 @pytest.mark.parametrize(("ratio", "share", "needed"),

@@ -161,6 +161,7 @@ def test_aliases_that_multiply_are_refused_before_they_are_built(capsys) -> None
             ("trainer: {limit_train_batches: 0}", "trainer.limit_train_batches: 0"),
             ("trainer: {val_check_interval: 0}", "trainer.val_check_interval: 0"),
             ("seed_everything: -1", "seed_everything: -1"),
+            ("rank_timeout_s: 1.0e14", "rank_timeout_s: 100000000000000.0"),
             ("data: {init_args: {num_workers: -1}}", "data.num_workers: -1"),
             ("data: {init_args: {num_workers: 1000000000000000000}}", "data.num_workers: 1000000000000000000"),
         ],

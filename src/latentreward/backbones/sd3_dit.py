@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from latentreward.backbones.loading import check_sample_size
 from latentreward.backbones.transformer import TransformerBackbone
+from latentreward.backbones.tuning import freeze
 from latentreward.contracts import Conditioning, Features, FeatureSpec, LatentSpace, TapSpec
 from latentreward.errors import InputError
 from latentreward.noise import NoiseProcess
@@ -100,10 +101,18 @@ class SD3DiTBackbone(TransformerBackbone):
             names += [f"transformer_blocks.{last - 1}.{name}" for name in _VISUAL_OUTPUT]
         return names
 
+    def drop_text_taps(self) -> None:
+        """See :meth:`DiffusionBackbone.drop_text_taps`."""
+        super().drop_text_taps()
+        if self.last_tap == 0 and self.text_encoder is not None and self.pooled_text == "clip":
+            freeze(self.text_encoder, self.text_encoder.tokens_only)
+
     def drop_time_embedding(self) -> None:
         """See :meth:`DiffusionBackbone.drop_time_embedding`; nothing is frozen if any block runs."""
         if self.last_tap == 0 and not self.output_map:
             self.transformer.time_text_embed.requires_grad_(False)
+            if self.pooled_text == "t5":  # then nothing reads the pooled CLIP text
+                freeze(self.text_encoder, ("text_encoder", "text_encoder_2"))
 
     @property
     def feature_spec(self) -> FeatureSpec:

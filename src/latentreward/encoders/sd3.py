@@ -59,6 +59,7 @@ class SD3PromptEncoder(PromptEncoder):
         self.text_encoder, self.tokenizer = text_encoder, tokenizer
         self.text_encoder_2, self.tokenizer_2 = text_encoder_2, tokenizer_2
         self.text_encoder_3, self.tokenizer_3 = text_encoder_3, tokenizer_3
+        self.tokens_only = () if text_encoder_3 is None else ("text_encoder_3",)
         self.clip_length = text_encoder.config.max_position_embeddings
         self.t5_length = t5_length
         self.num_tokens = self.clip_length + t5_length

@@ -16,6 +16,7 @@ from torch import Tensor, distributed, nn
 from torch.autograd.function import once_differentiable
 
 from latentreward.contracts import PairScores, PairTargets
+from latentreward.devices import widest_float
 from latentreward.promises import Part, detached, finite, returns, wrong_tensor
 
 
@@ -118,7 +119,7 @@ class PreferenceLoss(SetLoss):
         for name in ("label", "weight", "chosen_sigmas", "rejected_sigmas"):
             if getattr(scores, name).shape != rows:  # (1,) would broadcast silently
                 raise ValueError(f"{name} has shape {tuple(getattr(scores, name).shape)}, expected {tuple(rows)}")
-        if scores.chosen.device.type == "mps":  # has no float64
+        if widest_float(scores.chosen.device) != torch.float64:
             scores = scores.to("cpu")
         return weighted_mean(self.per_pair(scores), scores.weight).float()
 

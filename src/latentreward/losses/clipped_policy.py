@@ -14,13 +14,9 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from latentreward.devices import to_float64
 from latentreward.errors import check_choices, check_range
 from latentreward.losses.base import SetLoss
-
-
-def to_float64(values: Tensor) -> Tensor:
-    """Return ``values`` in float64, on the CPU if their device has no such type."""
-    return (values.cpu() if values.device.type == "mps" else values).double()
 
 
 def gaussian_step_kl(mean: Tensor, ref_mean: Tensor, spread: Tensor) -> Tensor:

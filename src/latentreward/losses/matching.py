@@ -13,9 +13,9 @@ differences from the reference and from a moving average of the policy. At ρ = 
 import math
 from typing import Literal, NamedTuple
 
-import torch
 from torch import Tensor
 
+from latentreward.devices import widest_float
 from latentreward.errors import check_choices, check_range
 from latentreward.losses.base import SetLoss
 from latentreward.losses.clipped_policy import clipped_objective
@@ -28,7 +28,7 @@ ROUND = 1e-10
 
 def squared_error(velocity: Tensor, target: Tensor) -> Tensor:
     """Compute the mean squared difference of two ``(B, C, ...)`` tensors: ``(B,)`` float64, float32 on mps."""
-    wide = torch.float32 if velocity.device.type == "mps" else torch.float64
+    wide = widest_float(velocity.device)
     return (velocity.to(wide) - target.to(wide)).square().flatten(1).mean(dim=1)
 
 

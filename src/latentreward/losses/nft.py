@@ -18,9 +18,9 @@ absolute value, which gets no gradient. The paper's form is r ⟨(u − v⁺)²�
 
 from typing import Literal, NamedTuple
 
-import torch
 from torch import Tensor
 
+from latentreward.devices import to_float64, widest_float
 from latentreward.errors import check_choices, check_range
 from latentreward.losses.base import SetLoss, per_row
 from latentreward.losses.diffusion_dpo import denoising_error
@@ -39,14 +39,14 @@ def optimality(advantage: Tensor, max_advantage: float = 5.0, signs: Signs = "al
         signs: ``all`` uses A; ``positive_only`` and ``negative_only`` set A of the other sign to 0; ``one_only`` uses 1
             for positive A and 0 for others; ``binary`` uses the sign of A.
     """
-    values = advantage.double()
+    values = to_float64(advantage)
     match signs:
         case "positive_only":
             values = values.clamp(min=0)
         case "negative_only":
             values = values.clamp(max=0)
         case "one_only":
-            values = (values > 0).double()
+            values = (values > 0).to(values)
         case "binary":
             values = values.sign()
     return (0.5 + values / (2 * max_advantage)).clamp(0, 1)
@@ -130,7 +130,7 @@ class NFTLoss(SetLoss):
         """
         if self.needs_reference and reference is None:
             raise ValueError(f"kl_weight={self.kl_weight:g} needs the reference's velocity")
-        wide = torch.float32 if velocity.device.type == "mps" else torch.float64
+        wide = widest_float(velocity.device)
         ends = (target, target) if isinstance(target, Tensor) else target
         new, older, above, below = (tensor.to(wide) for tensor in (velocity, old.detach(), *ends))
         level = per_row(sigmas.to(new), new)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from latentreward.devices import to_float64
 from latentreward.errors import check_range
 from latentreward.losses.base import SetLoss
 from latentreward.promises import detached, of_class, returns, wrong_tensor
@@ -31,7 +32,7 @@ def clamped_log_ratio(log_prob: Tensor, reference: Tensor, clip_range: float) ->
         reference: ``(B,)`` log-probabilities under the reference.
         clip_range: ε, in (0, 1).
     """
-    difference = log_prob.double() - reference.double()
+    difference = to_float64(log_prob) - to_float64(reference)
     return difference.clamp(math.log1p(-clip_range), math.log1p(clip_range))
 
 
@@ -97,15 +98,12 @@ class StepDPO(StepPairLoss):
 
     def forward(self, chosen: Tensor, rejected: Tensor, ref_chosen: Tensor, ref_rejected: Tensor) -> StepDPOResult:
         """See :meth:`StepPairLoss.forward`."""
-        if chosen.device.type == "mps":  # has no float64
-            chosen, rejected, ref_chosen, ref_rejected = (x.cpu() for x in (chosen, rejected, ref_chosen, ref_rejected))
+        chosen, rejected, ref_chosen, ref_rejected = map(to_float64, (chosen, rejected, ref_chosen, ref_rejected))
         # The released code clamps the ratio in float32, where a difference of 1e-4 has three digits.
         win_log_ratio = clamped_log_ratio(chosen, ref_chosen, self.clip_range)
         lose_log_ratio = clamped_log_ratio(rejected, ref_rejected, self.clip_range)
         loss = -logsigmoid(self.beta * (win_log_ratio - lose_log_ratio)).mean()
         with torch.no_grad():
-            clamped = (win_log_ratio != chosen.double() - ref_chosen.double()) | (
-                lose_log_ratio != rejected.double() - ref_rejected.double()
-            )
+            clamped = (win_log_ratio != chosen - ref_chosen) | (lose_log_ratio != rejected - ref_rejected)
             parts = (win_log_ratio > lose_log_ratio, win_log_ratio.exp() - lose_log_ratio.exp(), clamped)
         return StepDPOResult(loss.float(), *(part.double().mean().float() for part in parts))

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from latentreward.contracts import PairScores
+from latentreward.devices import widest_float
 from latentreward.errors import check_choices, check_range
 from latentreward.losses.base import PreferenceLoss, mean_over_outputs, per_row
 
@@ -179,7 +180,9 @@ class ThurstoneLoss(PreferenceLoss):
 
     def win_probability(self, scores: PairScores) -> Tensor:
         """Return ``Φ(z)``, which tends to ½ as the noise rises."""
-        return torch.special.ndtr(self._z(scores)).float()
+        device = scores.chosen.device
+        wide = scores if widest_float(device) == torch.float64 else scores.to("cpu")
+        return torch.special.ndtr(self._z(wide)).float().to(device)
 
 
 class ConstantVarianceThurstoneLoss(ThurstoneLoss):

@@ -10,8 +10,9 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from latentreward.devices import to_float64
 from latentreward.errors import InputError, check_range
-from latentreward.losses.clipped_policy import clipped_objective, to_float64
+from latentreward.losses.clipped_policy import clipped_objective
 from latentreward.promises import Part, detached, returns, shown, tensor, wrong_tensor
 
 Taken = Literal["rewards", "levels", "parts"]

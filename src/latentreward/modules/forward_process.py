@@ -81,6 +81,7 @@ class ForwardProcessModule(AlignmentModule):
         usual_steps: Choice of steps that None stands for; None for a class with a :meth:`trained_timesteps` of its own.
         compares: Whether samples of a prompt are compared, so that there must be two.
         prunes: Whether ``pruning`` is allowed: the gradient must be linear in the advantages of compared samples.
+            DGPO's is but for a weight of each group, a function of products of advantages with errors.
         experience: :class:`~latentreward.contracts.RenoisedGroups` for a method whose rows hold all samples of a
             prompt, so that no batch, rank or optimiser step has a part of them.
         row_passes: Passes of the policy in training on a sample at one noise level; forward and backward count as 3.

@@ -188,9 +188,10 @@ class StepwiseGRPOModule(GRPOModule):
                 "loss: OutcomeProcessLoss takes two advantages of a step, and StepwiseGRPOModule has one; take "
                 "ClippedPolicyLoss"
             )
+        sampling, candidates = (sampling or Sampling()).with_noise(), candidates or Branching()
+        candidates.training_steps(sampling.sampler(policy.resolve_family()))  # before weights are loaded
         super().__init__(policy, reward, sampling, loss, **options)
-        self.candidates = candidates or Branching()
-        self.candidates.training_steps(self.sampler)
+        self.candidates = candidates
 
     def make_experience(self, prompts: PromptBatch) -> StepSamples | None:
         """See :meth:`AlignmentModule.make_experience`."""
@@ -293,7 +294,7 @@ class TrajectoryGRPOModule(GRPOModule):
             type(reward).__name__,
             reward.parts,
             reward.uses_sigmas,
-            len(set(reward_sigmas)),
+            len(reward_sigmas),
             loss.kl_weight,
             loss.takes_process,
             gaussian=not cps,
@@ -311,8 +312,14 @@ class TrajectoryGRPOModule(GRPOModule):
                     f"pruning takes one reward of each finished sample, and {others[0]} looks at more; leave one of "
                     "them out, or take GroupAdvantage"
                 )
+        sampling = (sampling or Sampling()).with_noise()
+        sampler = sampling.sampler(policy.resolve_family())
+        steps = Branching(num_trajectories, low, high).training_steps(sampler)  # before weights are loaded
+        if window is not None:
+            window.check(len(steps))
         if reward_guidance is not None:
             reward.require_guidance()
+            reward_guidance.check(sampler)
         if credit is not None:
             check_states_reward("credit", reward)
         gate: Any = rules.get("gate")
@@ -326,12 +333,10 @@ class TrajectoryGRPOModule(GRPOModule):
         self.reward_guidance, self.credit, self.window = reward_guidance, credit, window
         self.advantage = (advantage or GroupAdvantage("all" if global_std else "group")).weighing(reward.part_weights)
         self.part_signs = [-1.0 if weight < 0 else 1.0 for weight in reward.part_weights]
-        self.trained_steps = Branching(num_trajectories, low, high).training_steps(self.sampler)
+        self.trained_steps = steps
         if window is not None:
-            window.check(len(self.trained_steps))
             self.plain_sampler = replace(self.sampling, eta=0.0, noise_level=0.0).sampler(self.policy.family)
         if reward_guidance is not None:
-            reward_guidance.check(self.sampler)
             require_gradient(self.reward)
 
     @property

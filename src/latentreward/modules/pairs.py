@@ -346,7 +346,7 @@ class PairModule(LightningModule):
         # Weights are normalised over the batches of all ranks, as a single process with all pairs would.
         of_all = gather_pair_scores(scores) if scores.cross is None or self.cross_spans_ranks else scores
         loss = self.loss(of_all)
-        size, decided = len(of_all.label), of_all.label != 0.5
+        size, decided = len(of_all.label), (of_all.label != 0.5) & (of_all.weight > 0)
         margin = mean_over_outputs(self.summed(of_all.margin.detach()))
         self.log("train/loss", loss, prog_bar=True, batch_size=size)
         # Dividing by a count on the device avoids a wait for the device; a batch of ties gives NaN.
@@ -415,7 +415,13 @@ class PairModule(LightningModule):
 
 
 def snap_timesteps(process: NoiseProcess, eval_timesteps: Sequence[float]) -> Tensor:
-    """Return the timesteps of ``process`` nearest to ``eval_timesteps``; raise InputError for one out of range."""
+    """Return the timesteps of ``process`` nearest to ``eval_timesteps``.
+
+    Raises:
+        InputError: If one is out of range, or given twice.
+    """
+    if len(set(eval_timesteps)) < len(eval_timesteps):
+        raise InputError(f"eval_timesteps={list(eval_timesteps)}; give each once")
     with torch.device("cpu"), errors_at(f"eval_timesteps={list(eval_timesteps)}: "):  # where the process has its tables
         timesteps = torch.tensor([float(timestep) for timestep in eval_timesteps])
         process.sigma(timesteps)

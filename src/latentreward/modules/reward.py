@@ -76,7 +76,7 @@ class RewardModule(PairModule):
             name = type(self.model.head).__name__
             raise InputError(f"backbone.output_map is true, but {name} does not read the output map; set it to false")
         # Parameters that get no gradient would fail DDP, and taps that no head reads cost memory.
-        if not self.model.head.reads_text:
+        if not (self.model.head.reads_text and backbone.feature_spec.text):
             backbone.drop_text_taps()
         if not self.model.head.reads_temb:
             backbone.drop_time_embedding()
@@ -84,6 +84,8 @@ class RewardModule(PairModule):
             self.model.recipe = recipe_in_python(backbone, self.model.head)
         for sigma in ensemble_sigmas:
             check_range("[0, 1]", ensemble_sigmas=sigma)
+        if len(set(ensemble_sigmas)) < len(ensemble_sigmas):
+            raise InputError(f"ensemble_sigmas={list(ensemble_sigmas)}; give each level once")
         with torch.device("cpu"):
             self.ensemble_timesteps = self.noise_process.timesteps_at(torch.tensor([float(s) for s in ensemble_sigmas]))
         if ensemble_sigmas:

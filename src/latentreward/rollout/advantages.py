@@ -9,6 +9,7 @@ from typing import Literal, Self
 import torch
 from torch import Tensor
 
+from latentreward.devices import to_float64
 from latentreward.errors import InputError, check_choices, check_range
 from latentreward.promises import Part, returns, tensor
 
@@ -86,7 +87,8 @@ class GroupAdvantage(Advantage):
     def __call__(self, rewards: Tensor, groups: Tensor) -> Tensor:
         """See :meth:`Advantage.__call__`; the result has the shape of ``rewards``."""
         # In float64: rewards of a group may differ in the last digits of float32 alone.
-        values, advantages = rewards.double(), torch.zeros_like(rewards, dtype=torch.float64)
+        values = to_float64(rewards)
+        groups, advantages = groups.to(values.device), torch.zeros_like(values)
         overall = self._spread(self._kept(values))
         for group in groups.unique():
             rows = groups == group
@@ -94,7 +96,8 @@ class GroupAdvantage(Advantage):
             advantages[rows] = values[rows] - kept.mean(dim=0)
             if self.std != "none":
                 advantages[rows] /= (overall if self.std == "all" else self._spread(kept)) + self.epsilon
-        return (advantages if self.clip is None else advantages.clamp(-self.clip, self.clip)).float()
+        bounded = advantages if self.clip is None else advantages.clamp(-self.clip, self.clip)
+        return bounded.float().to(rewards.device)
 
     def _kept(self, values: Tensor) -> Tensor:
         """Return a group's rewards without the least and the largest ones, sorted if any are left out."""
@@ -144,7 +147,8 @@ class GDPO(Advantage):
 
     def __call__(self, rewards: Tensor, groups: Tensor) -> Tensor:
         """Compute advantages ``(N,)`` of rewards ``(N, R)``; raise InputError if R is not the number of weights."""
-        values = rewards.double().reshape(len(rewards), -1)
+        values = to_float64(rewards).reshape(len(rewards), -1)
+        groups = groups.to(values.device)
         if self.weights is not None and len(self.weights) != values.shape[1]:
             raise InputError(f"GDPO: {values.shape[1]} rewards for {len(self.weights)} weights; give one for each")
         weights = values.new_tensor(self.weights or [1.0] * values.shape[1])
@@ -152,7 +156,7 @@ class GDPO(Advantage):
         for group in groups.unique():
             rows = groups == group
             total[rows] = self._standardised(values[rows]) @ weights
-        return self._standardised(total).float()
+        return self._standardised(total).float().to(rewards.device)
 
     def _standardised(self, values: Tensor) -> Tensor:
         std, mean = torch.std_mean(values, dim=0, correction=0)
@@ -175,9 +179,9 @@ class DiversityAdvantage(Advantage):
         """See :meth:`Advantage.__call__`; ``features`` are ``(N, F)``; raise ValueError without them."""
         if features is None:
             raise ValueError("DiversityAdvantage needs features")
-        values = rewards.double()
-        advantages = torch.zeros_like(values)
-        directions = torch.nn.functional.normalize(features.double(), dim=1)
+        values = to_float64(rewards)
+        groups, advantages = groups.to(values.device), torch.zeros_like(values)
+        directions = torch.nn.functional.normalize(to_float64(features), dim=1)
         for group in groups.unique():
             rows = (groups == group).nonzero().flatten()
             if len(rows) < 2:
@@ -189,7 +193,7 @@ class DiversityAdvantage(Advantage):
             share = nearest / mean if mean > 0 else torch.ones_like(nearest)
             gain = values[rows] - values[rows].mean(dim=0)
             advantages[rows] = torch.where(gain < 0, gain, gain * share.view(-1, *[1] * (gain.ndim - 1)))
-        return advantages.float()
+        return advantages.float().to(rewards.device)
 
 
 def group_advantages(scores: Tensor, epsilon: float = 1e-4) -> Tensor:
@@ -202,6 +206,6 @@ def group_advantages(scores: Tensor, epsilon: float = 1e-4) -> Tensor:
     Returns:
         Advantages ``(K, B)``, float32.
     """
-    values = scores.double()
+    values = to_float64(scores)
     std, mean = torch.std_mean(values, dim=0, correction=0)
-    return ((values - mean) / (std + epsilon)).float()
+    return ((values - mean) / (std + epsilon)).float().to(scores.device)

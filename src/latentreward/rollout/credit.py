@@ -7,6 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from latentreward.devices import to_float64
 from latentreward.errors import InputError, check_choices, check_range
 from latentreward.promises import Part, returns, tensor
 
@@ -50,7 +51,7 @@ class GainCredit(Credit):
 
     def __call__(self, rewards: Tensor) -> Tensor:
         """See :meth:`Credit.__call__`."""
-        credit = rewards.double().diff(dim=1)
+        credit = to_float64(rewards).diff(dim=1)
         # Backwards, so that each step adds the discounted sum of those after it.
         for step in range(credit.shape[1] - 2, -1, -1):
             credit[:, step] += self.gamma * credit[:, step + 1]
@@ -62,7 +63,7 @@ class StateCredit(Credit):
 
     def __call__(self, rewards: Tensor) -> Tensor:
         """See :meth:`Credit.__call__`."""
-        return rewards[:, :-1].double()
+        return to_float64(rewards[:, :-1])
 
 
 class TurningPointCredit(Credit):
@@ -115,7 +116,7 @@ class TurningPointCredit(Credit):
 
     def parts(self, rewards: Tensor, steps: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
         """Compute main reward and bonus, each ``(N, S)``, float64; bonuses are balanced among ``steps``, or all."""
-        rewards = rewards.double()
+        rewards = to_float64(rewards)
         gains = rewards.diff(dim=1)
         values = {
             "gain": gains,

@@ -14,9 +14,9 @@ from latentreward.seeding import pair_generator
 
 
 def check_sigmas(sigmas: Sequence[float], field: str = "reward_sigmas") -> None:
-    """Raise InputError, which names ``field``, if there are no noise levels, or one lies outside [0, 1]."""
-    if not sigmas or not all(0.0 <= sigma <= 1.0 for sigma in sigmas):
-        raise InputError(f"{field}={list(sigmas)} must be at least one noise level in [0, 1]")
+    """Raise InputError, which names ``field``, if there are no noise levels, or one is outside [0, 1] or repeated."""
+    if not sigmas or len(set(sigmas)) < len(sigmas) or not all(0.0 <= sigma <= 1.0 for sigma in sigmas):
+        raise InputError(f"{field}={list(sigmas)} must be at least one noise level in [0, 1], each once")
 
 
 @phase("reward")

@@ -8,6 +8,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from latentreward.devices import to_float64
 from latentreward.errors import InputError, check_at_least_one, check_range
 from latentreward.promises import Part, has_values, returns, wrong_tensor
 from latentreward.rewards.base import RewardSource
@@ -134,7 +135,8 @@ class Agreement:
     @classmethod
     def of(cls, predicted: Tensor, kept: Tensor, rewards: Tensor) -> Self:
         """Compare predictions ``(P, N)`` with the ``rewards`` ``(P, K)`` of the ``kept``, indices ``(P, K)`` int64."""
-        predicted, rewards = predicted.double(), rewards.double()
+        predicted, rewards = to_float64(predicted), to_float64(rewards)
+        kept = kept.to(predicted.device)
         std, mean = torch.std_mean(predicted, dim=1, correction=0, keepdim=True)
         z = ((predicted - mean) / std.clamp(min=SMALLEST)).gather(1, kept)
         own, theirs = (one - one.mean(dim=1, keepdim=True) for one in (predicted.gather(1, kept), rewards))
@@ -204,8 +206,10 @@ def scaled_advantages(rule: Advantage, rewards: Tensor, contrast: Tensor | None)
     see :class:`Agreement`; None is exactly 1.
     """
     root: Tensor | float = 1.0
+    device = rewards.device
     if contrast is not None:
-        root, mean = contrast.sqrt(), rewards.double().mean(dim=1, keepdim=True)
+        rewards, root = to_float64(rewards), contrast.sqrt()
+        mean = rewards.mean(dim=1, keepdim=True)
         rewards = mean + (rewards - mean) / root
     groups = torch.arange(len(rewards), device=rewards.device).repeat_interleave(rewards.shape[1])
-    return rule(rewards.flatten(), groups).view_as(rewards) / root
+    return (rule(rewards.flatten(), groups).view_as(rewards) / root).to(device)

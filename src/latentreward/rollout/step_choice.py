@@ -46,7 +46,7 @@ class RandomSteps(StepChoice):
 
     def choose(self, steps: int, generator: torch.Generator) -> Tensor:
         """See :meth:`StepChoice.choose`."""
-        if not (count := int(steps * self.share)):
+        if not (count := rounded_down(steps * self.share)):
             raise InputError(f"share={self.share:g} of {steps} steps leaves none; raise it, or num_inference_steps")
         return torch.randperm(steps, generator=generator)[:count]
 
@@ -98,7 +98,7 @@ class StratifiedSteps(StepChoice):
 
     def choose(self, steps: int, generator: torch.Generator) -> Tensor:
         """See :meth:`StepChoice.choose`."""
-        last = int(steps * self.share)
+        last = rounded_down(steps * self.share)
         if last - self.first < self.count:
             raise InputError(
                 f"count={self.count}: of {steps} steps only those from {self.first} to {last - 1} may be chosen; lower "
@@ -108,3 +108,8 @@ class StratifiedSteps(StepChoice):
         edges = torch.linspace(self.first, last, self.count + 1, dtype=torch.float64, device=device).long()
         shares = torch.rand(self.count, generator=generator, dtype=torch.float64, device=device)
         return edges[:-1] + (shares * edges.diff()).long()
+
+
+def rounded_down(number: float) -> int:
+    """Round down; a product such as 100 · 0.29, which floats make 28.999…, counts as the 29 that is meant."""
+    return int(number + 1e-9)

@@ -32,7 +32,7 @@ NAMES = {
     "(0, 1e6]": "lora.alpha",
     "[1, 65536]": "lora.rank",
     "[0, 4096]": "t5_length",
-    "(0, 1e9]": "timeout .hours .tflops peak_tflops",
+    "(0, 1e9]": "timeout rank_timeout_s .hours .tflops peak_tflops",
     "[0, 65535]": "port",
 }
 """Interval -> settings whose numbers must lie in it, separated by blanks.

@@ -59,6 +59,21 @@ def test_last_and_hpc_are_those_of_this_run(
     assert fit("--trainer.logger=false", "--trainer.max_steps=3") == 1
 
 
+@pytest.mark.parametrize("logger", ["false", "true", "{class_path: CSVLogger, init_args: {save_dir: file/run}}"])
+def test_a_folder_that_cannot_be_written_to_is_refused_before_data_are_made(
+    logger: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("file").touch()
+    data = ("--data=latentreward.tinyworld.TinyWorldDataModule", "--data.root=drawn")
+    place = "--trainer.default_root_dir=file/run"
+    with pytest.raises(SystemExit) as stop:
+        main(["fit", "--model=tests.small_user.SmallUserModule", *data, place, f"--trainer.logger={logger}"])
+    assert stop.value.code == 2 and not Path("drawn").exists()
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert line.startswith("latentreward: error: file/run") and "cannot be written to (Not a directory)" in line
+
+
 def test_last_is_the_newest_checkpoint_where_none_has_that_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

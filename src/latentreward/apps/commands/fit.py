@@ -324,8 +324,10 @@ class TrainingCLI(LightningCLI):
             settings["ckpt_path"] = given  # the address without its password, which config.yaml records
         if settings.get("weights_only") is False:
             raise InputError("weights_only: false would let a checkpoint run code; leave it out")
-        if local is None and self.command == "fit" and not (restarted() or settings["trainer"]["fast_dev_run"]):
-            fit_folder.tell_earlier_run(settings["trainer"])
+        if self.command == "fit" and not settings["trainer"]["fast_dev_run"]:
+            fit_folder.check_folder(settings["trainer"])
+            if local is None and not restarted():
+                fit_folder.tell_earlier_run(settings["trainer"])
         wanted = "last" if local is None and self.command == "fit" and restarted() else local
         if wanted in ("last", "hpc"):  # Lightning resolves these two words
             likely = fit_folder.likely_checkpoint(wanted, settings["trainer"])

@@ -10,6 +10,7 @@ from jsonargparse import Namespace
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning_utilities.core.rank_zero import rank_zero_only
 
 from latentreward.apps.commands.notes import tell
 from latentreward.backbones.stored_adapters import CONFIG
@@ -17,6 +18,7 @@ from latentreward.callbacks import PolicyLoRA
 from latentreward.callbacks.graceful_stop import fallback_folder
 from latentreward.checkpoints.files import checkpoint_problem, holds_weights_alone, newest_intact
 from latentreward.checkpoints.shards import newest_first
+from latentreward.storage.durable import check_writable
 
 FOLDER = "trainer.default_root_dir"
 """Setting that names the folder of a run."""
@@ -59,6 +61,18 @@ def run_folder(trainer: Namespace) -> Path | None:
         return None
     version = version if isinstance(version, str) else f"version_{version}"
     return Path(logger.init_args.save_dir, logger.init_args.get("name") or "", version)
+
+
+def check_folder(trainer: Namespace) -> None:
+    """Raise InputError, before data are made, if the folder that a trainer's settings give the run is not writable.
+
+    Only global rank 0 writes there.
+    """
+    logger, root = first_logger(trainer), trainer.get("default_root_dir") or "."
+    folder = run_folder(trainer) or Path(logger.init_args.save_dir if logger else root)
+    known = logger is not None or trainer.get("logger") in (None, True, False)  # not of other loggers
+    if known and ":/" not in str(folder) and not getattr(rank_zero_only, "rank", 0):
+        check_writable(folder / "checkpoints")
 
 
 def tell_earlier_run(trainer: Namespace) -> None:
