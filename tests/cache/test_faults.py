@@ -107,7 +107,8 @@ def test_a_damaged_or_lost_plan_stops_everything(
     written: tuple[Path, Path], copied: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     text = (copied / PLAN).read_text()
-    for content, message in ((text[:50], "is damaged"), (text.replace('"seed": 0', '"seed": 1'), "was changed")):
+    other_spec, other_rows = text.replace('"seed": 0', '"seed": 1'), text.replace('"pairs": ', '"pairs": 1')
+    for content, message in ((text[:50], "is damaged"), (other_spec, "was changed"), (other_rows, "was changed")):
         (copied / PLAN).write_text(content)
         with pytest.raises(SystemExit):
             run_cache(copied, written[0], *SETTINGS)

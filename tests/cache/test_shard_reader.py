@@ -104,6 +104,7 @@ def test_damaged_files_are_one_line(tmp_path: Path) -> None:
         (whole + b"x", "bytes, but its header says"),
         (b"", "no valid length"),
         (b"\xff" * 64, "no valid length"),
+        ((2**20 + 1).to_bytes(8, "little") + b" " * 2**21, "no valid length"),
         (whole[:8] + b"{" + whole[9:8] + b"\x00" * (len(whole) - 9), "not a safetensors file"),
         (whole.replace(b"F32", b"I32"), "dtype I32"),
         (whole.replace(b"[4,3]", b"[4,9]"), "do not fit"),

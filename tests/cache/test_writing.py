@@ -4,6 +4,7 @@ import json
 import shutil
 import signal
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from latentreward.cache.layout import (
     read_manifest,
     read_plan,
 )
+from latentreward.cache.plan import describe_data
 from latentreward.cache.sources import PipelineEncoders
 from latentreward.cli import main
 from latentreward.contracts import ImageRef, PreferencePair
@@ -362,6 +364,14 @@ def test_a_cache_goes_on_only_with_its_own_exif(tmp_path: Path, capsys: pytest.C
     [line] = capsys.readouterr().err.strip().splitlines()
     assert 'was begun with reader.exif "ignore", now it is "apply"; set it back' in line
     assert contents(tmp_path / "cache") == before
+
+
+def test_other_labels_are_other_data(written: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    reader, read = HPDv3Reader(str(written[0]), "train"), HPDv3Reader.__getitem__
+    before = describe_data(reader)
+    assert describe_data(reader) == before
+    monkeypatch.setattr(HPDv3Reader, "__getitem__", lambda self, row: replace(read(self, row), label_a=0.25))
+    assert describe_data(reader) != before
 
 
 def test_a_row_that_changed_since_planning_is_found(

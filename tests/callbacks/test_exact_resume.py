@@ -2,11 +2,13 @@
 
 import random
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from latentreward.callbacks import ExactResume
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from torch import nn
@@ -172,6 +174,15 @@ def test_another_batch_size_goes_on_with_the_unused_rows(batch_size: int, tmp_pa
         last_epoch = [batch for at, batch in again.seen if at == 1]
         if seen <= 7:
             assert len(last_epoch) == -(-26 // batch_size)
+
+
+def test_ranks_draw_unlike_numbers() -> None:
+    drawn = []
+    for rank in range(2):
+        trainer: Any = SimpleNamespace(global_step=3, global_rank=rank, current_epoch=0)
+        ExactResume(seed=0).on_train_batch_start(trainer, SmallModule(), None, 3)
+        drawn.append(torch.rand(1).item())
+    assert drawn[0] != drawn[1]
 
 
 def test_global_generators_depend_on_the_step_and_not_on_what_was_drawn(tmp_path: Path) -> None:

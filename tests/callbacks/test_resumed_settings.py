@@ -199,6 +199,17 @@ def test_a_given_schedule_is_placed_at_the_restored_step(tmp_path: Path, capsys:
 
 
 @pytest.mark.slow
+def test_a_given_cycle_has_its_own_rates(tmp_path: Path) -> None:
+    optimizer = ("--model.optimizer=AdamW", "--model.optimizer.lr=0.1")
+    cycle = ("--model.lr_scheduler=OneCycleLR", "--model.lr_scheduler.total_steps=100")
+    checkpoint, _ = start(tmp_path, *optimizer, *cycle, "--model.lr_scheduler.max_lr=0.2")
+    given = (*optimizer, *cycle, "--model.lr_scheduler.max_lr=0.4")
+    resumed = resume(tmp_path, checkpoint, *given, "--resume_override=[schedule]")
+    whole = run("fit", tmp_path / "whole", "--trainer.max_steps=10", *given)
+    assert rate(resumed) == pytest.approx(rate(whole), rel=1e-12)
+
+
+@pytest.mark.slow
 def test_a_schedule_begins_where_the_checkpoint_had_none(tmp_path: Path) -> None:
     optimizer = ("--model.optimizer=AdamW", "--model.optimizer.lr=0.1")
     linear = ("--model.lr_scheduler=LinearLR", "--model.lr_scheduler.total_iters=100")

@@ -152,6 +152,19 @@ def test_rows_come_in_an_order_that_no_world_size_changes() -> None:
     assert one == two
 
 
+def test_counts_of_rollouts_survive_a_checkpoint() -> None:
+    counts = {"prompts_used": 12, "rollouts": 6, "empty_rollouts": 3}
+    before, after = (
+        ExperienceSampler(
+            PromptOrder(PROMPTS, 3), RollingModule(), batch_size=4, batches_per_epoch=1, prompts_per_rollout=2
+        )
+        for _ in range(2)
+    )
+    vars(before).update(counts)
+    after.load_state_dict(before.state_dict(0))
+    assert {name: getattr(after, name) for name in counts} == counts
+
+
 def test_records_survive_a_checkpoint(tmp_path: Path) -> None:
     module = RollingModule(keep=1.0)
     pairs = module.roll_out(PromptOrder(PROMPTS, 0).__getitems__([0, 1]))

@@ -218,6 +218,17 @@ def test_the_place_among_prompts_in_another_order_is_refused() -> None:
         PromptSampler(2, 10, seed=2).load_state_dict(state)
 
 
+def test_a_resumed_epoch_is_followed_by_the_prompts_that_follow_it() -> None:
+    whole, resumed = PromptSampler(2, 5), PromptSampler(2, 5)
+    resumed.load_state_dict(PromptSampler(2, 5).state_dict(3))
+    taken = []
+    for sampler in (whole, resumed):
+        taken.append(list(sampler))
+        sampler.set_epoch(1)
+        taken[-1] += sampler
+    assert taken[1] == taken[0][3:]
+
+
 def test_passes_end_a_run_of_prompts() -> None:
     ends: list[int] = []
     sampler = PromptSampler(2, 10, max_prompts=6, finish=lambda: ends.append(sampler.taken))

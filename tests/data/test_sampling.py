@@ -79,6 +79,9 @@ def test_state_at_the_end_of_an_epoch_leaves_nothing_and_the_next_epoch_is_whole
     assert sampler.remaining() == 0
     sampler.set_epoch(1)
     assert len(list(sampler)) == 13
+    (single,) = samplers(50, 1, 1)
+    single.load_state_dict(fresh.state_dict(13))  # the last batch had 2 of 4 rows
+    assert single.remaining() == 0
 
 
 def test_state_of_other_data_is_refused() -> None:

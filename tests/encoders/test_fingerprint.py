@@ -36,8 +36,10 @@ def test_vae_fingerprint_is_of_the_encoder_half(encoder: LatentEncoder) -> None:
 def test_vae_fingerprint_tells_scale_and_precision(encoder: LatentEncoder) -> None:
     before = vae_fingerprint(encoder.vae)
     assert vae_fingerprint(deepcopy(encoder.vae).to(torch.bfloat16)) != before
-    encoder.vae.register_to_config(scaling_factor=0.5)
-    assert vae_fingerprint(encoder.vae) != before
+    for setting in ("scaling_factor", "shift_factor"):
+        other = deepcopy(encoder.vae)
+        other.register_to_config(**{setting: 0.5})
+        assert vae_fingerprint(other) != before
 
 
 @pytest.mark.parametrize("name", ["sd15", "sdxl", "sd35"])
@@ -61,6 +63,13 @@ def test_text_fingerprint_tells_the_tokenizer_and_the_length() -> None:
     assert text_fingerprint(encoder) != before
     sd3 = PipelineSource(pipeline_folder("sd35"))
     assert text_fingerprint(sd3.sd3_prompts(48, 8)) != text_fingerprint(sd3.sd3_prompts(48, 16))
+
+
+def test_text_fingerprint_tells_how_pictures_are_read() -> None:
+    encoder = PipelineSource(pipeline_folder("sd15")).clip_prompts()
+    before = text_fingerprint(encoder)
+    encoder.picture_settings = {"max_pixels": 384**2}
+    assert text_fingerprint(encoder) != before
 
 
 def test_text_fingerprint_tells_the_template_of_a_language_model() -> None:

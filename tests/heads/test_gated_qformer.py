@@ -99,6 +99,13 @@ def test_ensemble_joins_tokens_and_differs_from_the_mean() -> None:
     assert not torch.allclose(score, sum(head(level) for level in levels) / 3)
 
 
+def test_an_ensemble_does_not_read_padding() -> None:
+    head, mask = randomised(GatedQFormerHead(DIT_SPEC, num_heads=4)), (torch.arange(7) < 4).expand(3, 7)
+    levels = [replace(random_features(DIT_SPEC), text_mask=mask) for _ in range(2)]
+    others = [replace(one, text=tuple(text + 9.0 * ~mask[..., None] for text in one.text)) for one in levels]
+    torch.testing.assert_close(head.score_ensemble(others), head.score_ensemble(levels))
+
+
 def test_dropout_is_on_in_training_alone() -> None:
     head = randomised(GatedQFormerHead(DIT_SPEC, num_heads=4, dropout=0.5))
     features = random_features(DIT_SPEC)

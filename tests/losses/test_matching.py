@@ -38,6 +38,13 @@ def test_divergence_by_elbo_divides_by_twice_the_steps_variance() -> None:
     assert near_one == pytest.approx(4 * 0.01 / (2 * 0.49))  # σ of 0.99 in 1 − σ
 
 
+def test_a_divergence_has_no_gradient_to_the_other_velocity() -> None:
+    velocity, other = VELOCITY.clone().requires_grad_(), TARGET.clone().requires_grad_()
+    velocity_divergence(velocity, other, SIGMA).sum().backward()
+    assert velocity.grad is not None
+    assert other.grad is None
+
+
 def test_at_ratio_1_the_gradient_is_minus_the_scaled_advantage() -> None:
     log_prob = torch.tensor([-1.0, -2.0], dtype=torch.float64, requires_grad=True)
     loss = MatchingLoss(kl_weight=0, average_weight=0)

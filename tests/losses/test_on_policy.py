@@ -35,8 +35,9 @@ def test_gradient_by_finite_differences(factor: str) -> None:
 
 def test_several_teachers_have_the_gradient_of_their_mean() -> None:
     slopes = []
-    for teachers in (TEACHERS, TEACHERS.mean(dim=0, keepdim=True)):
+    for teachers in (TEACHERS.clone().requires_grad_(), TEACHERS.mean(dim=0, keepdim=True).requires_grad_()):
         output = drawn(3).requires_grad_()
         OnPolicyLoss()(output, teachers, SLOPE, STD).mean().backward()
         slopes.append(output.grad)
+        assert teachers.grad is None
     torch.testing.assert_close(*slopes)

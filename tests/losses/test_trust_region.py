@@ -149,6 +149,22 @@ def test_the_rank_gate_opens_where_rewards_disagree_and_continues_from_a_checkpo
     assert again.state() == released.state()
 
 
+def test_the_share_of_the_rank_gate_follows_the_last_20_rollouts() -> None:
+    def rollout(reversed_rows: int) -> torch.Tensor:
+        main, other = torch.arange(8.0), torch.arange(8.0)
+        other[:reversed_rows] = main[:reversed_rows].flip(0)
+        return torch.stack([main, other], dim=1)[None]
+
+    def shares(gate: RankGate, *rollouts: int) -> list[float]:
+        return [(gate.opens(rollout(rows)), gate.share)[1] for rows in rollouts]
+
+    gate = RankGate()  # mean u: 1.8 with 6 rows reversed, 4 with 8, 2/3 with 4
+    assert shares(gate, 6, 8, 8, 4) == pytest.approx([0.1, 0.11, 0.11, 0.099])
+    assert shares(gate, *[6] * 20, 8)[-2:] == pytest.approx([0.099, 0.1089])  # the earlier 4 is forgotten
+    assert shares(RankGate(0.2), 6, 8) == [0.2, 0.2]
+    assert shares(RankGate(0.02), 6, 4) == [0.02, 0.02]
+
+
 def test_equal_rewards_share_a_rank() -> None:
     main = torch.tensor([1.0, 1.0, 0.0, 0.0])
     others = torch.tensor([1.0, 0.0, 0.0, 0.0])

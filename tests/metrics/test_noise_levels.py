@@ -7,14 +7,14 @@ from latentreward.errors import InputError
 from latentreward.metrics import ByNoiseLevel, PairCalibration, PairwiseAccuracy
 
 SIGMAS = torch.tensor([0.0, 0.29, 0.3, 0.7, 1.0])
-CHOSEN = torch.tensor([1.0, -1.0, 1.0, -1.0, -1.0])
+CHOSEN = torch.tensor([1.0, -1.0, 1.0, -1.0, 1.0])
 
 
 @pytest.mark.filterwarnings("ignore:The ``compute`` method")
 def test_bands_are_closed_below_and_the_last_one_above() -> None:
     metric = ByNoiseLevel(PairwiseAccuracy(), edges=(0.0, 0.3, 0.7, 1.0))
     metric.update(SIGMAS, CHOSEN, torch.zeros(5), torch.ones(5))
-    assert metric.compute() == {"sigma_0_0.3": 0.5, "sigma_0.3_0.7": 1.0, "sigma_0.7_1": 0.0}
+    assert metric.compute() == {"sigma_0_0.3": 0.5, "sigma_0.3_0.7": 1.0, "sigma_0.7_1": 0.5}
 
 
 @pytest.mark.filterwarnings("ignore:The ``compute`` method")

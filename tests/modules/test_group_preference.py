@@ -101,6 +101,7 @@ def test_the_noisiest_steps() -> None:
     drawn = [NoisiestSteps().choose(10, generator).tolist() for _ in range(100)]
     assert all(len(set(steps)) == 4 for steps in drawn)
     assert {step for steps in drawn for step in steps} == set(range(7))
+    assert sorted(NoisiestSteps(3).choose(4, generator).tolist()) == [0, 1, 2]  # 0.7 · 4, rounded
 
 
 @pytest.mark.parametrize(

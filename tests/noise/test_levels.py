@@ -118,3 +118,7 @@ def test_grid_past_the_process_is_refused(process: NoiseProcess) -> None:
     with pytest.raises(InputError, match="timestep 1101 is out of range"):
         for seed in range(20):
             sampler.draw(Generator().manual_seed(seed), process)
+
+
+def test_a_flow_of_any_level_keeps_timesteps_from_1_on() -> None:
+    assert ContinuousFlow().snap(torch.tensor([0.0, 0.25, 7.5])).tolist() == [1.0, 1.0, 7.5]

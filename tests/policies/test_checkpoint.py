@@ -97,6 +97,9 @@ def test_another_adapter_or_another_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"trained on .*sd15, has 16 of 64 tensors without a place"):
         load_policy(path, tiny_source("sd21"))
     content = torch.load(path, weights_only=True)
+    torch.save({**content, "base": {**content["base"], "values": content["base"]["values"] + 1.0}}, path)
+    with pytest.raises(InputError, match="the checkpoint belongs to the base"):
+        load_policy(path)
     content["state_dict"] = {name: value for name, value in content["state_dict"].items() if POLICY not in name}
     torch.save(content, path)
     with pytest.raises(InputError, match="an alignment run"):

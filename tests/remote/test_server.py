@@ -258,6 +258,8 @@ def test_proxies_of_the_environment_are_not_used(monkeypatch: pytest.MonkeyPatch
         ({"url": "http://judge/\x00"}, "is no HTTP address"),
         ({"url": "http://me:secret@judge"}, "token_file or token_env"),
         ({"url": "ftp://me:secret@judge:99999"}, "token_file or token_env"),
+        ({"url": "http://judge?key=secret"}, "token_file or token_env"),
+        ({"url": "http://judge#secret"}, "token_file or token_env"),
         ({"timeout_s": 0}, "server.timeout_s=0 must be"),
         ({"retry_s": -1}, "server.retry_s=-1 must be"),
         ({"wait_s": float("inf")}, "server.wait_s=inf must be"),

@@ -79,6 +79,14 @@ def test_states_of_different_prompts_are_weighed_by_a_given_spread_and_count_as_
     assert normalise != "running" or not reward.seen.any()
 
 
+def test_means_are_those_of_the_scores_since_they_were_last_taken() -> None:
+    reward = mixture(normalise="none")
+    for seed in (1, 2):
+        mixed(reward, states(6, seed))
+        means = [function(states(6, seed).latents, torch.empty(0), []).double().mean() for function in (first, second)]
+        torch.testing.assert_close(reward.take_means(), torch.stack(means))
+
+
 def test_running_statistics_are_those_of_all_scores_so_far() -> None:
     reward = mixture((1.0, 0.0), "running")
     mixed(reward, states(6, seed=1))

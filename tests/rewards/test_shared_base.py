@@ -12,11 +12,13 @@ from torch import Tensor, nn
 from latentreward.apps.generation import policy_of
 from latentreward.backbones.tuning import LoRA
 from latentreward.contracts import NoisyStates
+from latentreward.errors import InputError
 from latentreward.modules.optimizers import single_optimizer
 from latentreward.policies import Policy
 from latentreward.policies.surrogate_gradient import surrogate
 from latentreward.rewards import LatentReward, RewardMixture
 from latentreward.rewards.latent import LatentScorer
+from latentreward.scoring import RewardModel
 from tests.marks import rotated_after
 from tests.rewards.stored import PROMPTS, states_of, tiny_policy, write_run
 from tests.scoring.test_published import write_dina
@@ -127,6 +129,18 @@ def test_an_adapter_on_other_layers_than_the_policys(tmp_path: Path) -> None:
     shared = LatentReward(str(tmp_path)).load(policy)
     assert torch.equal(scores(shared, policy), scores(own, policy))
     assert torch.equal(outputs(policy), before)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("bases_here")
+def test_a_damaged_adapter_is_not_shared(tmp_path: Path) -> None:
+    write_run(tmp_path / "run", "lrm", "sd15", **SMALL)
+    RewardModel.from_pretrained(tmp_path / "run").save_pretrained(tmp_path / "model")
+    weights = tmp_path / "model" / "adapter" / "adapter_model.safetensors"
+    content = weights.read_bytes()
+    weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(InputError, match=r"adapter_model\.safetensors is damaged"):
+        LatentReward(str(tmp_path / "model")).load(tiny_policy("sd15"))
 
 
 @pytest.mark.slow

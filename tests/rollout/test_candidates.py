@@ -10,6 +10,7 @@ from torch import Tensor
 from latentreward.contracts import PromptBatch
 from latentreward.errors import InputError
 from latentreward.rollout import Branching, DDIMSampler, RolloutDraws, Sampling, StepSampler, candidate_steps
+from latentreward.rollout.samplers import inside_window
 from tests.rollout.tiny_rollout import PROMPTS, Brightness, NetworkRows, roll_out, tiny_policy
 
 STEPS = Sampling(num_inference_steps=5).with_noise()
@@ -84,6 +85,11 @@ def test_outside_the_window_nothing_is_scored(name: str, needs_clean: bool) -> N
     assert len(reward.asked) == 2
     rows = [3, 3, 12, 12, 3] if needs_clean else [3] * 5
     assert calls == list(zip(rows, times, strict=True))
+
+
+def test_a_window_holds_timesteps_at_its_bounds_up_to_rounding() -> None:
+    times = torch.tensor([750.02, 750.006, 600.0, 499.994, 499.98])
+    assert inside_window(times, 500.0, 750.0).tolist() == [False, True, True, True, False]
 
 
 @pytest.mark.parametrize(("score_at", "last"), [("step", 1.0), ("candidate", 0.0)])

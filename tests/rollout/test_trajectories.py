@@ -10,7 +10,14 @@ from latentreward.backbones.loading import tiny_pipeline
 from latentreward.contracts import PromptBatch
 from latentreward.errors import InputError
 from latentreward.policies import Policy, PolicySource
-from latentreward.rollout import DDIMSampler, RolloutDraws, Sampling, sample_latents, sample_trajectories
+from latentreward.rollout import (
+    DDIMSampler,
+    RolloutDraws,
+    Sampling,
+    sample_latents,
+    sample_trajectories,
+    score_finished,
+)
 from latentreward.rollout.prompted import PromptedPolicy
 from tests.marks import rotated_after, slow_after
 from tests.rollout.tiny_rollout import PROMPTS, tiny_policy
@@ -132,3 +139,24 @@ def test_a_deterministic_sampler_is_refused(name: str) -> None:
     policy, still = tiny_policy(name), Sampling(5, eta=0.0, noise_level=0.0)
     with pytest.raises(InputError, match="adds noise"):
         still.sampler(policy.family).require_noise()
+
+
+class Noise:
+    """A reward that is the noise it is given."""
+
+    def encode_prompts(self, prompts: Any) -> None:
+        return None
+
+    def score_clean(self, latents: Tensor, rows: Tensor, encoded: None, noise: Tensor, sigmas: Any) -> Tensor:
+        return noise.flatten(1).sum(dim=1)
+
+
+def test_the_samples_of_a_prompt_are_scored_with_one_noise_that_its_key_names() -> None:
+    def noises(*keys: str) -> list[list[float]]:
+        prompts, reward = PromptBatch(("a cat",) * len(keys), keys), Noise()
+        scores = score_finished(reward, torch.zeros(2 * len(keys), 4, 2, 2), prompts, 0, (0.4,))  # type: ignore[arg-type]
+        return scores.view(-1, 2).tolist()
+
+    first, second = noises("0/0", "0/1")
+    assert first[0] == first[1] != second[0] == second[1]
+    assert noises("0/1", "0/0") == [second, first]

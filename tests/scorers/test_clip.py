@@ -103,6 +103,7 @@ def test_identities_differ_where_scores_do(clip_folder: str, aesthetic_file: str
         CLIPScorer(clip_folder),
         CLIPScorer(clip_folder, scale="clip_score"),
         CLIPScorer(clip_folder, dtype="bfloat16"),
+        CLIPScorer(clip_folder, revision="other"),
         PickScorer(clip_folder, processor=None),
         AestheticScorer(aesthetic_file, clip_folder),
         AestheticScorer(tmp_path / "other.pth", clip_folder),

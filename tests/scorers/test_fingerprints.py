@@ -1,12 +1,13 @@
 """What tells a model or scorer that changed from the one that stored scores are of."""
 
+import importlib
 import os
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from latentreward.scorers import RewardModelScorer
+from latentreward.scorers import CallableScorer, RewardModelScorer
 from latentreward.scorers.fingerprints import BLOCK, WHOLE, fingerprint, scorer_fingerprints
 from latentreward.scorers.tools import CommandScorer, GenEvalScorer, ScoreFile
 from latentreward.storage import hub
@@ -70,6 +71,17 @@ def test_a_copy_elsewhere_or_later_is_the_same(tmp_path: Path, monkeypatch: pyte
     monkeypatch.chdir(places[0])
     assert fingerprint(".") == fingerprint(places[0])
     assert str(tmp_path) not in fingerprint(places[0])
+
+
+def test_the_module_of_a_users_function_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = tmp_path / "own_scores.py"
+    module.write_text("def score(prompts, images):\n    return [0.0 for _ in images]\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    scorer = CallableScorer(importlib.import_module("own_scores").score, "own")
+    before = scorer_fingerprints(scorer)
+    assert scorer_fingerprints(scorer) == before
+    module.write_text(module.read_text().replace("0.0", "1.0"))
+    assert scorer_fingerprints(scorer) != before
 
 
 def test_large_files_by_blocks_and_tables_whole(tmp_path: Path) -> None:

@@ -56,6 +56,15 @@ def reader() -> HPDv3Reader:
     return HPDv3Reader(str(COMMITTED / "hpdv3"), "test", on_error="placeholder")
 
 
+def test_scores_of_another_orientation_or_size_limit_are_other_scores() -> None:
+    scorers, upright = [Channels("channels")], reader()
+    upright.exif = "apply" if upright.exif == "ignore" else "ignore"
+    given = PairScoring(reader(), scorers).spec()
+    assert PairScoring(reader(), scorers).spec() == given
+    assert PairScoring(upright, scorers).spec() != given
+    assert PairScoring(reader(), scorers, max_pixels=9).spec() != given
+
+
 def test_each_column_has_its_scores_and_gaps() -> None:
     scoring = PairScoring(reader(), [Channels("channels", batch_size=3)])
     pairs = scoring.read(range(len(reader())))

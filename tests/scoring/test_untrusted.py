@@ -1,5 +1,6 @@
 """What comes from others names registered classes alone: nothing is imported, resolved or downloaded as code."""
 
+import importlib
 import json
 import shutil
 import sys
@@ -15,6 +16,7 @@ import yaml
 from latentreward.backbones import LoRA, create_backbone
 from latentreward.errors import InputError
 from latentreward.scoring import RewardModel
+from latentreward.scoring.layouts.trust import guarded_imports
 from tests.marks import slow_after
 from tests.rewards.stored import write_run
 from tests.scoring.stub_hub import StubHub, running_hub
@@ -165,10 +167,13 @@ def test_variables_that_no_model_reads_need_no_trust(tmp_path: Path) -> None:
         RewardModel.from_pretrained(tmp_path, trust_remote_code=trusted)
 
 
-def test_a_setting_that_leads_to_a_variable_is_not_resolved(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+@pytest.mark.parametrize("setting", [{"source": "a/${name}"}, {"lora": {"target_modules": ["a/${name}"]}}], ids=str)
+def test_a_setting_that_leads_to_a_variable_is_not_resolved(
+    setting: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setenv("SECRET", "hunter2")
     write_run(tmp_path, "dina", "sd35")
-    edit(tmp_path, lambda model: model["backbone"]["init_args"].update(source="a/${name}"))
+    edit(tmp_path, lambda model: model["backbone"]["init_args"].update(setting))
     path = tmp_path / "config.yaml"
     path.write_text(path.read_text() + "name: ${oc.env:SECRET}\n")
     refused(tmp_path, r"'a/\$\{name\}' would be resolved.*trust_remote_code=True")
@@ -191,6 +196,17 @@ def test_what_was_downloaded_imports_nothing_of_its_own(
         name = upload(hub, tmp_path / "run", f"owner/{path.partition('.Foreign')[0]}")
         refused(name, "beside a model that came from others", trust_remote_code=True)
     assert "beside" not in sys.modules
+
+
+def test_a_module_beside_a_model_that_a_link_leads_to_is_refused(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "beside_a_link.py").touch()
+    (tmp_path / "link").symlink_to(tmp_path / "model")
+    monkeypatch.syspath_prepend(str(tmp_path / "link"))
+    with guarded_imports(tmp_path / "link"), pytest.raises(InputError, match="beside a model that came from others"):
+        importlib.import_module("beside_a_link")
 
 
 @pytest.mark.slow

@@ -71,6 +71,17 @@ def slow_reads() -> Iterator[None]:
         going.set()
 
 
+def test_every_part_of_a_file_is_checked(path: Path) -> None:
+    size, file = path.stat().st_size, path.with_name("parts")
+    file.write_bytes(path.read_bytes() * 2)
+    check_records(file, ((0, size), (size, size)))
+    flip(path)
+    file.write_bytes(file.read_bytes()[:size] + path.read_bytes())
+    check_records(file, ((0, size),))
+    with pytest.raises(ValueError, match="does not fit its checksum"):
+        check_records(file, ((0, size), (size, size)))
+
+
 def test_what_is_computed_beside_other_work_is_not_computed_again(path: Path, opened: Counter[str]) -> None:
     with checking_meanwhile(records=[(path, None)]):
         until(lambda: opened)

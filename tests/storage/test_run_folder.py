@@ -46,6 +46,12 @@ def test_other_settings_are_named(tmp_path: Path, changes: dict[str, Any], messa
     run(tmp_path / "out").compare()
 
 
+def test_a_setting_that_only_the_record_has_is_named(tmp_path: Path) -> None:
+    run(tmp_path, more=1).claim()
+    with pytest.raises(InputError, match="was begun with more 1, now it is none; choose"):
+        run(tmp_path).claim()
+
+
 def test_a_run_that_has_made_nothing_binds_nobody(tmp_path: Path) -> None:
     run(tmp_path).claim()
     run(tmp_path, seed=1).claim(made=False)

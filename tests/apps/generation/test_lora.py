@@ -1,4 +1,5 @@
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from latentreward.apps.generation import load_lora
 from latentreward.apps.generation.lora import check_lora
+from latentreward.apps.generation.trained_policy import TrainedPolicy
 from latentreward.backbones.tuning import LoRA
 from latentreward.contracts import Conditioning
 from latentreward.errors import InputError
@@ -297,3 +299,13 @@ def test_metadata_import_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     fresh = load("sd_tiny", rank=2)
     load_lora(fresh, path)
     torch.testing.assert_close(predict(fresh), predict(policy), atol=1e-4, rtol=1e-4)
+
+
+def test_a_policy_whose_checkpoint_was_written_again_is_another(tmp_path: Path) -> None:
+    file = tmp_path / "last.ckpt"
+    file.touch()
+    policy = TrainedPolicy(PolicySource("sd_tiny"), checkpoint=file)
+    before = policy.identity()
+    assert policy.identity() == before
+    os.utime(file, ns=(0, 1))
+    assert policy.identity() != before

@@ -195,6 +195,11 @@ def test_fitted_thresholds_are_the_best_there_are(seed) -> None:
     assert tau >= 0
 
 
+def test_no_threshold_lies_between_equal_means() -> None:
+    gap, mean, classes = np.zeros(3), np.ones(3), np.array([VOTES.index("bothbad_vote"), *[VOTES.index("tievote")] * 2])
+    assert (answers(gap, mean, *fit_thresholds(gap, mean, classes)) == classes).sum() == 2
+
+
 def test_wrong_calls_are_named() -> None:
     with pytest.raises(InputError, match="protocol 'hpdv2/makro' is not known; did you mean 'hpdv2/macro'"):
         judge("hpdv2/makro", scored(0.0))

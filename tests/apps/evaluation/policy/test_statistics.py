@@ -116,6 +116,11 @@ def test_the_difference_of_means_of_groups_weighs_groups_alike() -> None:
     assert compare(better, worse, MEAN)[0]["difference"].value == 1 / 4
 
 
+def test_a_resample_without_a_group_is_the_mean_of_the_groups_that_it_has() -> None:
+    result = only(policy_scores(scored(np.ones((4, 1)), ("counting",) * 3 + ("colors",)), {"score": "mean_of_groups"}))
+    assert (headline(result).low, headline(result).high) == (1.0, 1.0)
+
+
 def test_parts_of_a_group_are_successive_prompts() -> None:
     values = np.arange(800.0).reshape(800, 1)
     (group,) = only(policy_scores(scored(values, ("anime",) * 800), MEAN, parts=10))["groups"]
