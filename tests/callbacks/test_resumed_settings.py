@@ -199,6 +199,25 @@ def test_a_given_schedule_is_placed_at_the_restored_step(tmp_path: Path, capsys:
 
 
 @pytest.mark.slow
+def test_a_schedule_of_every_second_step_begins_at_half_of_the_steps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    optimizer = ("--model.optimizer=AdamW", "--model.optimizer.lr=0.1")
+    linear = (*optimizer, "--model.lr_scheduler=LinearLR", "--model.lr_scheduler.total_iters=100")
+    checkpoint, _ = start(tmp_path, *optimizer)
+    configure = SmallUserModule.configure_optimizers
+
+    def every_second(module: SmallUserModule) -> dict:
+        made = configure(module)
+        return {**made, "lr_scheduler": {**made["lr_scheduler"], "frequency": 2}}
+
+    monkeypatch.setattr(SmallUserModule, "configure_optimizers", every_second)
+    resumed = resume(tmp_path, checkpoint, *linear, "--resume_override=[schedule]")
+    whole = run("fit", tmp_path / "whole", "--trainer.max_steps=10", *linear)
+    assert rate(resumed) == pytest.approx(rate(whole), rel=1e-12)
+
+
+@pytest.mark.slow
 def test_a_given_cycle_has_its_own_rates(tmp_path: Path) -> None:
     optimizer = ("--model.optimizer=AdamW", "--model.optimizer.lr=0.1")
     cycle = ("--model.lr_scheduler=OneCycleLR", "--model.lr_scheduler.total_steps=100")
