@@ -73,11 +73,31 @@ def test_settings_of_a_class_that_is_not_named_yet_are_told_so(capsys) -> None:
     )
 
 
+def test_an_option_before_the_file_that_names_its_class_is_told_so(capsys) -> None:
+    line = refusal(capsys, "fit", "--model.loss.batch_coeff=0.1", *FIT[1:])
+    assert line == (
+        "model: unrecognized arguments: --loss.batch_coeff=0.1, since nothing before it names a class; give --config "
+        "or --model CLASS first"
+    )
+
+
 def test_a_wrong_value_inside_a_mapping_is_named(capsys) -> None:
     reader = "{class_path: JSONLPairReader, init_args: {file: pairs.jsonl}}"
     train = f"{{class_path: FilteredReader, init_args: {{reader: {reader}, scores: s.csv, floors: {{x: abc}}}}}}"
     line = refusal_of(f"data: {{class_path: PreferenceDataModule, init_args: {{train: {train}}}}}", capsys)
     assert line == "data.train.floors: expected float, got 'abc'"
+
+
+@pytest.mark.parametrize("value", ["null", "3", "[8]", "no.yaml"])
+@pytest.mark.parametrize("field", ["model.policy.lora", "model.policy"])
+@pytest.mark.parametrize("in_file", [True, False])
+def test_a_group_of_settings_that_is_no_mapping_is_refused(value: str, field: str, in_file: bool, capsys) -> None:
+    group = f"{{lora: {value}}}" if field.endswith("lora") else value
+    Path("more.yaml").write_text(f"model: {{init_args: {{policy: {group}}}}}")
+    given = "--config=more.yaml" if in_file else f"--{field}={value}"
+    line = refusal(capsys, "fit", "--config=configs/align/lpo_tiny.yaml", given).removeprefix("more.yaml: ")
+    assert line.startswith(f"{field}: expected a mapping of settings")
+    assert value.strip("[]") in line
 
 
 @pytest.mark.parametrize(
@@ -224,6 +244,13 @@ def test_so_is_one_in_a_command_without_classes(monkeypatch: pytest.MonkeyPatch,
     line = refusal(capsys, "score", "images.csv", "scores.csv", "--config=score.yaml")
     assert "no_such_reward" in line
     assert line.endswith("or set the environment variable REWARD")
+
+
+def test_an_unset_variable_is_not_put_down_to_a_file_of_an_earlier_command(monkeypatch, capsys) -> None:
+    monkeypatch.delenv("REWARD", raising=False)
+    Path("score.yaml").write_text("model: ${oc.env:REWARD}")
+    assert "which score.yaml refers to" in refusal(capsys, "score", "a", "b.csv", "--config=score.yaml")
+    assert "score.yaml" not in refusal(capsys, "score", "a", "b.csv", "--model=${oc.env:REWARD}")
 
 
 @pytest.mark.slow

@@ -64,6 +64,14 @@ class Sampling:
         if self.frames != 1:
             raise InputError(f"sampling.frames={self.frames}: {reader} takes images, not clips; set it to 1")
 
+    def require_own_noise(self, family: Family) -> None:
+        """Raise InputError for noise of DDIM's steps if the family is a flow, and the reverse: it has no effect."""
+        own, other = ("noise_level", "eta") if family.flow else ("eta", "noise_level")
+        if value := getattr(self, other):
+            raise InputError(
+                f"sampling.{other}={value:g} has no effect on {family.title}; leave it out, or set sampling.{own}"
+            )
+
     def sampler(self, family: Family) -> StepSampler:
         """Make the sampler for a family's pipeline: a flow's SDE at the family's levels, or DDIM.
 

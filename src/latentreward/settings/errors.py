@@ -83,6 +83,8 @@ def summarise(message: str) -> str:
     else:
         if kind in LIGHTNING_BASES and text.startswith("Option '"):
             text += f", since no file before this one names a class; give the one with {setting}.class_path first"
+        elif kind in LIGHTNING_BASES and text.startswith("unrecognized arguments: "):
+            text += f", since nothing before it names a class; give --config or --{setting} CLASS first"
     return f"{setting}: {text}" if setting else text
 
 
@@ -226,6 +228,7 @@ REWORDINGS: dict[str, str | Callable[[re.Match[str], str], str]] = {
     r"Import path (\S+) does not correspond to a subclass of (\w+)": _not_a_subclass,
     r"Expected '(\S+)' to be a function that returns <class '(\w+)'>": _not_a_subclass,
     r"unrecognized arguments: --((?:\w+\.)+)help=(\S+).*": _help_of_unknown_class,
+    r"Unable to load config '(.*?)'.*": r"expected a mapping of settings, or a file with them, got \1",
     r"Option 'prompts' is not accepted.*": lambda match, setting: (
         match[0] + ("; for prompts from a file say --data PromptDataModule too" if setting == "data" else "")
     ),

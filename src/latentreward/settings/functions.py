@@ -35,6 +35,7 @@ from latentreward.settings.restrictions import (
     restrict_imports,
 )
 from latentreward.settings.rewriting import (
+    as_text,
     find_config,
     rewrite_arguments,
     rewrite_settings,
@@ -125,12 +126,14 @@ class SettingsParser(ArgumentParser):
 
     @override
     def _check_value_key(self, action: Any, value: Any, *more: Any, **options: Any) -> Any:
-        """Check a copy of a value.
+        """Check a copy of a value, and that a group of settings, such as a dataclass's, is a mapping.
 
         Where a later file replaces a class, jsonargparse checks which settings of the earlier class the new one takes.
         This check changes its value: a dataclass inside, such as ``lora``, loses its ``class_path`` and ``init_args``.
         Merged with the later file's, which still has both, it would be neither form, and refused.
         """
+        if type(action).__name__ == "_ActionConfigLoad" and not isinstance(value, str | dict | Namespace):
+            raise TypeError(f'Parser key "{action.dest}": expected a mapping of settings, got {as_text(value)}')
         value = value.clone() if isinstance(value, Namespace) else value
         value = super()._check_value_key(action, value, *more, **options)
         if hasattr(action, "_typehint"):
@@ -325,6 +328,7 @@ def prepare_parsing(arguments: Sequence[str], classes: bool = False) -> list[str
     elif programs is not None:
         raise InputError("--allow-programs restricts nothing without --restrict-imports; give both")
     MODULE_FOLDERS[:] = [str(Path.cwd())]  # jsonargparse changes it as it reads a file
+    NAMED_IN.clear()
     NULLS[:] = [argument for argument in arguments if "null" in argument]
     install_loader(backbone_names(), classes and (not RESTRICTED or bool(RESTRICTED[-1])))
     return [argument for argument in arguments if not re.match(r"--(restrict-imports|allow-programs)(=|$)", argument)]

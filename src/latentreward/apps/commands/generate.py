@@ -93,12 +93,12 @@ def generate(
         InputError: If a setting is wrong, or ``output_dir`` holds other files or pictures made with other settings.
     """
     trained = TrainedPolicy(policy, checkpoint, lora)
-    source = trained.source()
-    family = source.resolve_family()
+    family = (source := trained.source()).resolve_family()
     guidance_scale = family.guidance(guidance_scale)
+    sampling.require_own_noise(family)
     searches = dict(zip(SEARCHES, (step_search, population_search, reward_guidance), strict=True))
-    made_by = {"reward": reward, "sampling": sampling, "guidance_scale": guidance_scale, "best_of": best_of}
-    settings = trained.identity() | plain({**made_by, "score_sigmas": list(score_sigmas), "seed": seed, **searches})
+    made_by = {"reward": reward, "sampling": sampling, "guidance_scale": guidance_scale, "best_of": best_of, **searches}
+    settings = trained.identity() | plain({**made_by, "score_sigmas": list(score_sigmas), "seed": seed})
     named = [name for name, value in searches.items() if value is not None]
     check_searches(reward, best_of, named, reward_guidance)
     if reward is not None:

@@ -5,6 +5,8 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
@@ -211,3 +213,13 @@ def test_bands_by_hand() -> None:
     assert columns["vote share"] == ("0.9 to 1", "0.8 to 0.9", None, None, None)
     assert columns["prompt length"][:3] == ("no words", "1 to 5 words", "6 to 15 words")
     assert set(columns) == {"vote share", "prompt length"}
+
+
+def test_the_remedy_for_unknown_columns_is_one_of_the_command_benchmark(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"caption": ["a cat"], "chosen": [b"x"]}), tmp_path / "train.parquet")
+    with pytest.raises(InputError) as error:
+        recognise_benchmark(str(tmp_path))
+    assert str(error.value).endswith(
+        "name those of a pair by --benchmarks+=PairsBenchmark --benchmarks.reader DatasetPairReader "
+        f"--benchmarks.reader.source {tmp_path} --benchmarks.reader.columns '{{prompt: COLUMN, ...}}'"
+    )

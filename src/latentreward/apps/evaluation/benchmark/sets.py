@@ -238,7 +238,11 @@ def recognise_benchmark(data: str) -> Benchmark:
     Raises:
         InputError: If the layout is not recognised, or the data set holds latents instead of images.
     """
-    splits = recognise(data)
+    try:
+        splits = recognise(data)
+    except InputError as error:  # its remedies are flags of `latentreward inspect`
+        text = str(error).replace("--reader ", f"--benchmarks+={PairsBenchmark.__name__} --reader ")
+        raise InputError(text.replace("--reader", "--benchmarks.reader")) from error
     split = next((name for name in EVALUATED if name in splits), next(iter(splits)))
     build: Any = splits[split]
     if build.func is readers.DiffusionRMReader:
