@@ -6,7 +6,7 @@ import os
 import re
 import sys
 import unicodedata
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from traceback import walk_tb
@@ -77,6 +77,13 @@ def check_multiples(field: str, sides: Iterable[int], multiple: int) -> None:
             nearest = f"{below} or {below + multiple}" if below > 0 else str(multiple)
             need = f"the {multiple} that the model needs"
             raise InputError(f"{field}: {side} is no multiple of {need}; make it {nearest}")
+
+
+def check_once(**settings: Sequence[float]) -> None:
+    """Raise InputError for the first setting in which a value is repeated."""
+    for name, values in settings.items():
+        if len(set(values)) < len(values):
+            raise InputError(f"{name}={list(values)}; give each one once")
 
 
 def check_choices(kind: type, /, **settings: Any) -> None:

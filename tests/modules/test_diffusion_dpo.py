@@ -179,7 +179,7 @@ def test_latents_of_another_space_are_refused() -> None:
     [
         ({"beta": -1.0}, "beta=-1 must be positive"),
         ({"eval_timesteps": ()}, "eval_timesteps is empty"),
-        ({"eval_timesteps": (101, 501, 101)}, r"eval_timesteps=\[101, 501, 101\]; give each once"),
+        ({"eval_timesteps": (101, 501, 101)}, r"eval_timesteps=\[101, 501, 101\]; give each one once"),
         ({"eval_timesteps": (1001,)}, r"eval_timesteps=\[1001\]: timestep 1001 is out of range"),
     ],
 )

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from math import isfinite
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -27,6 +28,7 @@ from latentreward.losses import (
 from latentreward.modules import RewardModule, ScoredPairs, WarmupSchedule
 from latentreward.modules.pairs import PairDraws
 from latentreward.noise import ConstantSigma, UniformSigma
+from latentreward.scoring import RewardModel
 from tests.backbones.networks import tiny_backbone
 from tests.marks import rotated_after
 from tests.modules.batches import (
@@ -41,6 +43,7 @@ from tests.modules.batches import (
     rows,
     scores_of,
 )
+from tests.rewards.stored import write_run
 
 LOSSES: dict[str, PreferenceLoss] = {
     "lrm_pair": LRMLoss("pair"),
@@ -78,6 +81,14 @@ def test_a_text_encoder_whose_tokens_nothing_reads_does_not_train() -> None:
     )
     loss_of(module, latent_batch((4, 8, 8), backbone.latent_space)).backward()
     assert [name for name, one in module.named_parameters() if one.requires_grad and one.grad is None] == []
+
+
+def test_a_run_whose_head_leaves_text_unread_is_read_back(tmp_path: Path) -> None:
+    unread = {"visual_taps": [0], "text_taps": [], "tuning": "frozen", "text_encoder_tuning": "full"}
+    trained = write_run(tmp_path, "dina", "sd35", **unread).model
+    model = RewardModel.from_pretrained(tmp_path)
+    weights = model.state_dict()
+    assert all(torch.equal(weights[name], value) for name, value in trained.state_dict().items())
 
 
 # one score per pair
@@ -267,8 +278,9 @@ def test_latents_of_another_vae_are_refused() -> None:
         ({"eval_timesteps": ()}, "eval_timesteps and eval_sigmas are both empty"),
         ({"eval_timesteps": (1000,)}, r"eval_timesteps=\[1000\]: timestep 1000 is out of range"),
         ({"eval_sigmas": (1.2,)}, r"eval_sigmas=1.2 must lie in \[0, 1\]"),
+        ({"eval_sigmas": (0.2, 0.2)}, r"eval_sigmas=\[0.2, 0.2\]; give each one once"),
         ({"ensemble_sigmas": (-0.1,)}, r"ensemble_sigmas=-0.1 must lie in \[0, 1\]"),
-        ({"ensemble_sigmas": (0.2, 0.5, 0.2)}, r"ensemble_sigmas=\[0.2, 0.5, 0.2\]; give each level once"),
+        ({"ensemble_sigmas": (0.2, 0.5, 0.2)}, r"ensemble_sigmas=\[0.2, 0.5, 0.2\]; give each one once"),
     ],
 )
 def test_bad_levels(options: dict[str, Any], message: str) -> None:

@@ -81,6 +81,12 @@ def test_trim_leaves_the_least_and_the_largest_rewards_out_of_mean_and_spread() 
     assert advantages.tolist() == pytest.approx([(reward - 13 / 3) / ((104 / 9) ** 0.5 + 1e-4) for reward in rewards])
 
 
+def test_a_trimmed_share_counts_as_it_is_written() -> None:
+    rewards = torch.cat([torch.full((29,), -9.0), torch.zeros(42), torch.full((29,), 8.0)])  # 100 · 0.29 is 28.999…
+    advantages = GroupAdvantage(std="none", trim=0.29)(rewards, torch.zeros(100, dtype=torch.int64))
+    assert torch.equal(advantages, rewards)
+
+
 class Centred(Advantage):
     def __call__(self, rewards: torch.Tensor, groups: torch.Tensor) -> torch.Tensor:
         rewards -= rewards.mean()

@@ -1,5 +1,6 @@
 """Nulls, numbers out of range and YAML that would be misread, through the command line."""
 
+import re
 import sys
 from pathlib import Path
 
@@ -98,6 +99,15 @@ def test_a_group_of_settings_that_is_no_mapping_is_refused(value: str, field: st
     line = refusal(capsys, "fit", "--config=configs/align/lpo_tiny.yaml", given).removeprefix("more.yaml: ")
     assert line.startswith(f"{field}: expected a mapping of settings")
     assert value.strip("[]") in line
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [("lora: {rank: abc}", "group.yaml.*policy.lora.rank.*abc"), ("lora: {rank: [\n", r"group.yaml.*line 2, column 1")],
+)
+def test_what_is_wrong_in_the_file_of_a_group_is_said(text: str, said: str, capsys) -> None:
+    Path("group.yaml").write_text(text)
+    assert re.search(said, refusal(capsys, "fit", "--config=configs/align/lpo_tiny.yaml", "--model.policy=group.yaml"))
 
 
 @pytest.mark.parametrize(

@@ -187,6 +187,18 @@ class DiffusionBackbone(nn.Module, Part):
             raise InputError("this backbone was built without a text encoder; load it from a full pipeline folder")
         return encode_edits(self.text_encoder, prompts, self.source_encoder, sources, latents)
 
+    def drop_unread(self, text: bool, temb: bool) -> None:
+        """Stop reading what a head does not use, and freeze what only that needs.
+
+        Args:
+            text: Whether the head reads text taps.
+            temb: Whether it reads the timestep embedding.
+        """
+        if not (text and self.feature_spec.text):
+            self.drop_text_taps()
+        if not temb:
+            self.drop_time_embedding()
+
     def drop_text_taps(self) -> None:
         """Stop reading text taps, for a head that uses none, and freeze parameters that only text taps need.
 

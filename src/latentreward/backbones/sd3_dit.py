@@ -111,7 +111,7 @@ class SD3DiTBackbone(TransformerBackbone):
         """See :meth:`DiffusionBackbone.drop_time_embedding`; nothing is frozen if any block runs."""
         if self.last_tap == 0 and not self.output_map:
             self.transformer.time_text_embed.requires_grad_(False)
-            if self.pooled_text == "t5":  # then nothing reads the pooled CLIP text
+            if self.pooled_text == "t5" and not self.text_taps:  # then nothing reads the CLIP text
                 freeze(self.text_encoder, ("text_encoder", "text_encoder_2"))
 
     @property

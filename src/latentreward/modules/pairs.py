@@ -14,7 +14,7 @@ from torchmetrics import Metric
 
 from latentreward.backbones.base import DiffusionBackbone
 from latentreward.contracts import Conditioning, PairScores, PreferenceBatch, TensorRecord
-from latentreward.errors import InputError, check_range, errors_at
+from latentreward.errors import InputError, check_once, check_range, errors_at
 from latentreward.losses import PreferenceLoss, gather_pair_scores
 from latentreward.losses.base import mean_over_outputs
 from latentreward.metrics import MeanLoss, MeanMargin, PairCalibration, PairwiseAccuracy
@@ -256,6 +256,7 @@ class PairModule(LightningModule):
         self.noise_process = process
         if not (eval_timesteps or eval_sigmas):
             raise InputError("eval_timesteps and eval_sigmas are both empty; name at least one level to evaluate at")
+        check_once(eval_sigmas=eval_sigmas)
         for sigma in eval_sigmas:
             check_range("[0, 1]", eval_sigmas=sigma)
         snapped = snap_timesteps(process, eval_timesteps)[:, None]
@@ -420,8 +421,7 @@ def snap_timesteps(process: NoiseProcess, eval_timesteps: Sequence[float]) -> Te
     Raises:
         InputError: If one is out of range, or given twice.
     """
-    if len(set(eval_timesteps)) < len(eval_timesteps):
-        raise InputError(f"eval_timesteps={list(eval_timesteps)}; give each once")
+    check_once(eval_timesteps=eval_timesteps)
     with torch.device("cpu"), errors_at(f"eval_timesteps={list(eval_timesteps)}: "):  # where the process has its tables
         timesteps = torch.tensor([float(timestep) for timestep in eval_timesteps])
         process.sigma(timesteps)

@@ -17,7 +17,7 @@ from latentreward.backbones.loading import check_process
 from latentreward.contracts import CrossScores, FeatureSpec, PairScores, PreferenceBatch
 from latentreward.data.image_sizes import ImageSizes
 from latentreward.data.images import ExifOrientation
-from latentreward.errors import InputError, check_range
+from latentreward.errors import InputError, check_once, check_range
 from latentreward.heads import EmbeddingHead, RewardHead
 from latentreward.losses import PreferenceLoss, gather_with_grad
 from latentreward.modules.based import unseen_settings
@@ -76,16 +76,12 @@ class RewardModule(PairModule):
             name = type(self.model.head).__name__
             raise InputError(f"backbone.output_map is true, but {name} does not read the output map; set it to false")
         # Parameters that get no gradient would fail DDP, and taps that no head reads cost memory.
-        if not (self.model.head.reads_text and backbone.feature_spec.text):
-            backbone.drop_text_taps()
-        if not self.model.head.reads_temb:
-            backbone.drop_time_embedding()
+        backbone.drop_unread(self.model.head.reads_text, self.model.head.reads_temb)
         with suppress(InputError):  # raised when the model is saved instead
             self.model.recipe = recipe_in_python(backbone, self.model.head)
         for sigma in ensemble_sigmas:
             check_range("[0, 1]", ensemble_sigmas=sigma)
-        if len(set(ensemble_sigmas)) < len(ensemble_sigmas):
-            raise InputError(f"ensemble_sigmas={list(ensemble_sigmas)}; give each level once")
+        check_once(ensemble_sigmas=ensemble_sigmas)
         with torch.device("cpu"):
             self.ensemble_timesteps = self.noise_process.timesteps_at(torch.tensor([float(s) for s in ensemble_sigmas]))
         if ensemble_sigmas:

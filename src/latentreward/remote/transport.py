@@ -39,13 +39,15 @@ class TimedNetwork(httpcore.SyncBackend):
     def connect_tcp(self, host: str, port: int, *given: Any, **named: Any) -> httpcore.NetworkStream:
         """Connect to a server within the time that is left; each address of the host gets an equal share of it."""
         try:
-            addresses = [address[0] for *_, address in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]
+            found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
         except OSError as error:
             raise httpcore.ConnectError(str(error)) from error
+        # A single address keeps its name, which may hold the interface of a link-local one.
+        addresses = [host] if len(found) == 1 else [str(address[0]) for *_, address in found]
         while True:
             timed = named | {"timeout": self.left() / len(addresses)}
             try:
-                return _TimedStream(super().connect_tcp(str(addresses.pop(0)), port, *given, **timed), self)
+                return _TimedStream(super().connect_tcp(addresses.pop(0), port, *given, **timed), self)
             except (httpcore.ConnectError, httpcore.ConnectTimeout):
                 if not addresses:
                     raise

@@ -12,6 +12,7 @@ from torch import Tensor
 from latentreward.devices import to_float64
 from latentreward.errors import InputError, check_choices, check_range
 from latentreward.promises import Part, returns, tensor
+from latentreward.rollout.step_choice import rounded_down
 
 
 class Advantage(Part):
@@ -101,7 +102,7 @@ class GroupAdvantage(Advantage):
 
     def _kept(self, values: Tensor) -> Tensor:
         """Return a group's rewards without the least and the largest ones, sorted if any are left out."""
-        cut = int(len(values) * self.trim)
+        cut = rounded_down(len(values) * self.trim)
         return values.sort(dim=0).values[cut : len(values) - cut] if cut else values
 
     def _spread(self, values: Tensor) -> Tensor:

@@ -34,8 +34,8 @@ class ScoringNoise:
 
     Raises:
         InputError: If neither or both of ``sigmas`` and ``timesteps`` are given, a sigma lies outside [0, 1], seeds are
-            missing or not whole numbers, a level or seed is repeated, levels times seeds exceed :data:`MOST_DRAWS`, or
-            ``noise_key`` is unknown.
+            missing, repeated or not whole numbers, levels times seeds exceed :data:`MOST_DRAWS`, or ``noise_key`` is
+            unknown.
     """
 
     sigmas: tuple[float, ...] = ()
@@ -56,11 +56,8 @@ class ScoringNoise:
             raise InputError(f"noise.seeds={list(self.seeds)}; give at least one seed, each once")
         if not all(type(seed) is int for seed in self.seeds):
             raise InputError(f"noise.seeds={list(self.seeds)}; seeds are whole numbers")
-        levels = self.sigmas or self.timesteps
-        if (draws := len(levels) * len(self.seeds)) > MOST_DRAWS:
+        if (draws := len(self.sigmas or self.timesteps) * len(self.seeds)) > MOST_DRAWS:
             raise InputError(f"noise: levels times seeds are {draws}; give at most {MOST_DRAWS} together")
-        if len(set(levels)) < len(levels):
-            raise InputError(f"noise.{'sigmas' if self.sigmas else 'timesteps'}={list(levels)}; give each level once")
         if self.noise_key not in get_args(NoiseKey):
             raise InputError(f"noise.noise_key is {self.noise_key!r}; give {' or '.join(get_args(NoiseKey))}")
 

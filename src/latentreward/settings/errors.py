@@ -228,7 +228,9 @@ REWORDINGS: dict[str, str | Callable[[re.Match[str], str], str]] = {
     r"Import path (\S+) does not correspond to a subclass of (\w+)": _not_a_subclass,
     r"Expected '(\S+)' to be a function that returns <class '(\w+)'>": _not_a_subclass,
     r"unrecognized arguments: --((?:\w+\.)+)help=(\S+).*": _help_of_unknown_class,
-    r"Unable to load config '(.*?)'.*": r"expected a mapping of settings, or a file with them, got \1",
+    r"Unable to load config '(.*?)' - Parser key \"[\w.]+\": Unable to load config \"\1\"$": (
+        r"expected a mapping of settings, or a file with them, got \1"
+    ),
     r"Option 'prompts' is not accepted.*": lambda match, setting: (
         match[0] + ("; for prompts from a file say --data PromptDataModule too" if setting == "data" else "")
     ),

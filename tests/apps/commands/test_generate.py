@@ -237,6 +237,7 @@ def test_a_checkpoint_and_its_exported_lora_make_the_same_pictures(
         (["--guidance_scale=0.5"], "guidance_scale=0.5 must be at least 1"),
         (["--sampling.noise_level=0.7"], "sampling.noise_level=0.7 has no effect on Stable Diffusion"),
         (["--policy.source=sd35_tiny", "--sampling.eta=1"], "sampling.eta=1 has no effect on "),
+        (["--score_sigmas=[0.2,0.2]"], "score_sigmas=[0.2, 0.2] must be at least one noise level in [0, 1], each once"),
         (["--policy=null"], "policy.source"),
         (["--lora=nothing.safetensors"], "nothing.safetensors does not exist"),
         (["--checkpoint=nothing.ckpt"], "nothing.ckpt"),

@@ -449,6 +449,7 @@ def test_a_complete_table_is_not_made_again(
         (["pics", "s.csv", "--batch_size=0"], "batch_size: 0 is outside"),
         (["pics", "s.csv", "--gallery_images=0"], "gallery_images: 0 is outside"),
         (["pics", "s.csv", "--noise.sigmas=[1.5]"], "noise.sigmas holds 1.5"),
+        (["pics", "s.csv", "--noise.sigmas=[0.5,0.5]"], "noise.sigmas=[0.5, 0.5]; give each one once"),
         (["pics", "s.csv", "--noise.sigmas=[0.5]", "--noise.timesteps=[1]"], "give levels as one of the two"),
         (["pics", "s.csv", "--noise.timesteps=[5000]"], "5000"),
         (["pics", "s.csv", "--dtype=float8"], "dtype"),

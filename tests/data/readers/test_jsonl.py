@@ -176,6 +176,9 @@ def test_other_keys_of_unlabelled_rows_are_named(write) -> None:
     )
 
 
+UNNAMED = {key: value for key, value in PLAIN.items() if key != "prompt"}
+
+
 @pytest.mark.parametrize(
     ("line", "reason"),
     [
@@ -183,6 +186,8 @@ def test_other_keys_of_unlabelled_rows_are_named(write) -> None:
         ("[1, 2]", "row is no object"),
         ("[" * 9999, "row is no object"),
         ({**PLAIN, "prompt": 3}, "prompt is no text"),
+        ({"caption": "a cat", **UNNAMED}, "prompt under another name"),
+        ({"text": "a cat", **UNNAMED}, "prompt under another name"),
         ({**PLAIN, "label": 2}, "label not readable"),
         ({**PLAIN, "label": "left"}, "label not readable"),
         ({**PLAIN, "label": True}, "label not readable"),
@@ -207,6 +212,7 @@ def test_odd_lines_follow_on_error(write, line, reason) -> None:
     ("changes", "remark"),
     [
         ({"prompt": None}, "null prompt read as empty"),
+        ({"prompt": None, "text": "printed in the picture"}, "null prompt read as empty"),
         ({"votes": [1]}, "votes not readable"),
         ({"votes": "x"}, "votes not readable"),
         ({"votes": [1, -1]}, "votes not readable"),

@@ -1,5 +1,6 @@
 """The folder of a run: which setting names it, what an earlier run left there, and what a run has written."""
 
+import os
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -66,12 +67,13 @@ def run_folder(trainer: Namespace) -> Path | None:
 def check_folder(trainer: Namespace) -> None:
     """Raise InputError, before data are made, if the folder that a trainer's settings give the run is not writable.
 
-    Only global rank 0 writes there.
+    The first process of the first machine writes there.
     """
     logger, root = first_logger(trainer), trainer.get("default_root_dir") or "."
     folder = run_folder(trainer) or Path(logger.init_args.save_dir if logger else root)
+    first = not getattr(rank_zero_only, "rank", 0) and os.environ.get("NODE_RANK", "0") == "0"
     known = logger is not None or trainer.get("logger") in (None, True, False)  # not of other loggers
-    if known and ":/" not in str(folder) and not getattr(rank_zero_only, "rank", 0):
+    if known and ":/" not in str(folder) and first:
         check_writable(folder / "checkpoints")
 
 

@@ -20,6 +20,7 @@ from latentreward.ranks.settings import TrainerSettings
 from latentreward.ranks.shared_work import SHARDS, SharedWork
 from latentreward.rewards import RewardSource
 from latentreward.rollout import RewardGuidance, Sampling, sample_guided, sample_latents
+from latentreward.rollout.finished import check_sigmas
 from latentreward.settings.functions import run_function
 from latentreward.storage.locks import locked
 
@@ -100,7 +101,7 @@ def generate(
     made_by = {"reward": reward, "sampling": sampling, "guidance_scale": guidance_scale, "best_of": best_of, **searches}
     settings = trained.identity() | plain({**made_by, "score_sigmas": list(score_sigmas), "seed": seed})
     named = [name for name, value in searches.items() if value is not None]
-    check_searches(reward, best_of, named, reward_guidance)
+    check_searches(reward, best_of, named, reward_guidance, score_sigmas)
     if reward is not None:
         reward.require_latents_of(source)
         if step_search is not None:
@@ -162,9 +163,14 @@ def generate(
 
 
 def check_searches(
-    reward: RewardSource | None, best_of: int, named: Sequence[str], guidance: RewardGuidance | None
+    reward: RewardSource | None,
+    best_of: int,
+    named: Sequence[str],
+    guidance: RewardGuidance | None,
+    sigmas: Sequence[float],
 ) -> None:
-    """Raise InputError for a search without a reward, several searches, or pictures that would depend on others."""
+    """Raise InputError for a search without a reward, several searches, wrong noise levels, or dependent pictures."""
+    check_sigmas(sigmas, "score_sigmas")
     if reward is None and (best_of > 1 or named):
         raise InputError(f"{', '.join(named) or 'best_of'}: needs a reward; set reward")
     if len(named) > 1:

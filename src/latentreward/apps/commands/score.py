@@ -14,7 +14,7 @@ import torch
 from latentreward.contracts import PathText
 from latentreward.data.image_lists import ImageList, read_images
 from latentreward.data.images import MAX_PIXELS, ExifOrientation
-from latentreward.errors import InputError, first_line
+from latentreward.errors import InputError, check_once, first_line
 from latentreward.ranks.settings import TrainerSettings
 from latentreward.ranks.shared_work import SHARDS, SharedWork
 from latentreward.scorers.fingerprints import fingerprint
@@ -57,8 +57,9 @@ class NoiseSettings:
         """Override the given settings in ``own``, the model's noise.
 
         Raises:
-            InputError: If the result is not a valid :class:`ScoringNoise`.
+            InputError: If the result is not a valid :class:`ScoringNoise`, or a given level is repeated.
         """
+        check_once(**{"noise.sigmas": self.sigmas, "noise.timesteps": self.timesteps})
         given = {name: value for name, value in vars(self).items() if value}
         if self.sigmas or self.timesteps:
             given = {"sigmas": (), "timesteps": (), **given}

@@ -23,6 +23,7 @@ from latentreward.rewards import Reward
 from latentreward.rewards.latent import LatentScorer
 from latentreward.rollout import Sampling
 from latentreward.scorers.base import code_of
+from latentreward.scorers.plugins import settings_of
 from latentreward.storage.digests import digest
 
 
@@ -127,7 +128,7 @@ def described(value: Any) -> Any:
         added = [value.func, value.args, value.keywords] if isinstance(value, partial) else value.__self__
         return f"{name}, {digest([repr(plain(added))])}"
     if code is value:
-        return name
+        return f"{name}{settings_of(value)}"
     fields = dataclasses.fields(value) if dataclasses.is_dataclass(value) else ()
     attributes = {field.name: getattr(value, field.name) for field in fields} or getattr(value, "__dict__", {})
     if isinstance(value, PolicySource):

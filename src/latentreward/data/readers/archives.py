@@ -13,7 +13,7 @@ from latentreward.data.images import TOO_LARGE, ImageError
 from latentreward.errors import InputError
 
 BITE, BEGINNING = 64, 2**16
-"""Bytes read at once of a member that cannot be read whole, and bytes of it that are read; a header is shorter."""
+"""Bytes read at once of a member that cannot be read whole, and bytes of it that are read."""
 MOST_BYTES = 2**29
 """Largest member of a zip file that is read: an image of ``images.MAX_PIXELS`` with 16 bits per channel."""
 DAMAGE = (zipfile.BadZipFile, zlib.error, EOFError, OSError, NotImplementedError, RuntimeError)

@@ -30,6 +30,8 @@ MAYBE_SOURCE = re.compile(
 )
 """Names that mean such a picture only if the value is one; ``source`` may also be the name of a data set."""
 PICTURE_FILE = re.compile(r"\.(jpe?g|png|webp|gif|bmp)$", re.IGNORECASE)
+OTHER_PROMPTS = ("caption", "text", "instruction", "Prompt")
+"""Names under which other programs write prompts."""
 NO_OBJECT = "row is no object"
 EDIT_UNREAD = "edit of a picture in a field that is not read"
 ARRAY_REMEDY = "give the published file, one JSON list of objects"
@@ -38,10 +40,10 @@ ARRAY_REMEDY = "give the published file, one JSON list of objects"
 def check_row(reader: PairReader, pair_id: str, row: Any, sources: Collection[str] = ()) -> tuple[dict[str, Any], bool]:
     """Check that a row is an object with a sound ``prompt``.
 
-    A row falls under ``on_error`` if it is not an object, if its ``prompt`` is not text or too long, or if it is an
-    edit of a picture in another field than those of ``sources``, which the caller reads. A null or missing prompt only
-    counts as a remark. Returned are the row, with a bad ``prompt`` set to None, or an empty dict if it is not an
-    object; and whether no rule was broken.
+    A row falls under ``on_error`` if it is not an object, if its ``prompt`` is not text, too long or under another
+    name, or if it is an edit of a picture in another field than those of ``sources``, which the caller reads. A null or
+    missing prompt only counts as a remark. Returned are the row, with a bad ``prompt`` set to None, or an empty dict if
+    it is not an object; and whether no rule was broken.
     """
     if not isinstance(row, dict):
         reader.refuse(pair_id, f"the row is {short(row)}, not an object", NO_OBJECT)
@@ -52,6 +54,10 @@ def check_row(reader: PairReader, pair_id: str, row: Any, sources: Collection[st
             return row, False
         reader.remark(pair_id, edit_remark(source))
     prompt = row.get("prompt")
+    other = next((name for name in OTHER_PROMPTS if isinstance(row.get(name), str)), None)
+    if other is not None and "prompt" not in row:
+        reader.refuse(pair_id, f"it has no prompt, but {other!r}; rename that to prompt", "prompt under another name")
+        return row, False
     if prompt is None:
         reader.remark(pair_id, "null prompt read as empty")
     elif not isinstance(prompt, str):

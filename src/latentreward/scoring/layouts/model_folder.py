@@ -164,8 +164,7 @@ class PretrainedReward(StoredReward):
             for name, file in adapters.items():
                 network = backbone.get_submodule(name)
                 fill_adapter(network, read_lora(self._intact(file).parent, network))
-        if not model.head.reads_text:
-            backbone.drop_text_taps()
+        backbone.drop_unread(model.head.reads_text, model.head.reads_temb)
         calibration, axes = self.config.calibration, model.head.axis_weights
         if calibration is not None and calibration.axes != axes:
             logging.getLogger(__name__).warning(

@@ -178,10 +178,7 @@ class TrainedReward(StoredReward):
                 part = ModelPart(part.name, {**part.init_args, "text_projection_source": None, "embed_dim": width})
             head = build_head(part, backbone.feature_spec, stored=state)
         model = kind(backbone, head)
-        if not head.reads_text:
-            backbone.drop_text_taps()
-        if not head.reads_temb:
-            backbone.drop_time_embedding()
+        backbone.drop_unread(head.reads_text, head.reads_temb)
         as_trained = nn.ModuleDict({"model": model})
         with errors_at(f"{self.checkpoint} with {self.config}: "):
             check_weights(as_trained, {name: tensor.shape for name, tensor in state.items()})
