@@ -14,6 +14,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from tests.marks import rotated_after
+from tests.source_code import parsed
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCE = ROOT / "src" / "latentreward"
@@ -127,11 +128,6 @@ MAY_IMPORT = {
 def modules_named(node: ast.Import | ast.ImportFrom) -> list[str]:
     """Modules that a statement imports, or imports from."""
     return [alias.name for alias in node.names] if isinstance(node, ast.Import) else [str(node.module)]
-
-
-@cache
-def parsed(path: Path) -> ast.Module:
-    return ast.parse(path.read_text())
 
 
 @cache

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from latentreward.cli import COMMANDS
+from tests.source_code import parsed
 
 ROOT = Path(__file__).resolve().parents[1]
 MOST = 8
@@ -18,7 +19,7 @@ FILES = [*(ROOT / "src").rglob("*.py"), *(ROOT / "callbacks").rglob("*.py"), *(R
 
 @pytest.fixture(scope="module")
 def nodes_of_files() -> dict[Path, list[ast.AST]]:
-    return {path: [*ast.walk(ast.parse(path.read_text()))] for path in FILES}
+    return {path: [*ast.walk(parsed(path))] for path in FILES}
 
 
 def named_in_yaml(nodes: Iterable[ast.AST]) -> set[str]:

@@ -26,6 +26,7 @@ from latentreward.scoring import RewardModel
 from tests.marks import slow_after
 from tests.rewards.stored import write_run
 from tests.small_user import refusal, run
+from tests.source_code import parsed
 
 COMMANDS = ("fit", "validate", "test", "predict")
 
@@ -286,7 +287,7 @@ def test_every_torch_load_of_ours_takes_tensors_and_plain_values_alone() -> None
     calls = [
         (path.name, node)
         for path in [*(root / "src").rglob("*.py"), *(root / "callbacks").glob("*.py")]
-        for node in ast.walk(ast.parse(path.read_text()))
+        for node in ast.walk(parsed(path))
         if isinstance(node, ast.Call) and ast.unparse(node.func) == "torch.load"
     ]
     assert len(calls) > 5
