@@ -42,8 +42,8 @@ from latentreward.cache import CachedPreferenceDataModule
 from latentreward.checkpoints.shards import frozen_names
 from latentreward.contracts import TensorRecord, layout_of, map_tensors
 from latentreward.encoders.prompts import PromptEncoder
-from latentreward.modules import alignment, sharding
-from latentreward.modules.alignment import AlignmentModule, shard_reward
+from latentreward.modules import sharded_policy, sharding
+from latentreward.modules.alignment import AlignmentModule
 from latentreward.modules.reward import RewardModule
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -328,7 +328,7 @@ def parts_of(options: list[str]) -> Parts:
     with ExitStack() as stack:
         for owner, name, replacement in (
             (sharding, "fully_shard", gathers.add),
-            (alignment, "fully_shard", gathers.add),
+            (sharded_policy, "fully_shard", gathers.add),
             (sharding, "register_fsdp_forward_method", gathers.add_method),
             (estimated_settings, "step_costs", watched),
             (estimated_costs, "RepeatedCalls", lambda shapes: found.setdefault("calls", CountedCalls(gathers, shapes))),
@@ -364,9 +364,9 @@ def count_gathers(module: LightningModule, gathers: Gathers) -> None:
     if isinstance(module, RewardModule):
         sharding.shard(module, module.model.backbone, mesh)
     if isinstance(module, AlignmentModule):
-        sharding.shard_policy(module.policy, mesh)
+        sharded_policy.shard_policy(module.policy, mesh)
         if module.reward is not None:
-            shard_reward(module.reward, mesh)
+            sharded_policy.shard_reward(module.reward, mesh)
 
 
 def watch_phases(module: Any, gathers: Gathers, found: dict[str, Any], stack: ExitStack) -> None:

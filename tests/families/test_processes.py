@@ -14,7 +14,7 @@ from latentreward.checkpoints.fsdp2 import FSDP2Strategy
 from latentreward.contracts import NoisyStates
 from latentreward.heads import GatedQFormerHead
 from latentreward.modules.alignment import shard_reward
-from latentreward.modules.sharding import shard_policy
+from latentreward.modules.sharded_policy import shard_policy
 from latentreward.policies import load_policy
 from latentreward.rewards import LatentReward
 from latentreward.rollout import Sampling

@@ -21,7 +21,7 @@ from latentreward.contracts import Conditioning, EditPrompt, ImageRef, PromptBat
 from latentreward.data import JSONLPairReader, PairDataset, PixelLoader
 from latentreward.data.image_sizes import OneSize
 from latentreward.data.images import ImageError, decode_image, png
-from latentreward.encoders import source_encoder
+from latentreward.encoders import sources
 from latentreward.encoders.fingerprint import text_fingerprint
 from latentreward.errors import InputError
 from latentreward.export.lora import TrainedLoRA
@@ -230,7 +230,7 @@ def test_the_text_encoder_sees_the_picture_that_the_network_gets(
     backbone = create_backbone("qwen_image_edit", source=folders["plus"], visual_taps=[1], text_taps=[2])
     model = RewardModel(backbone, GatedQFormerHead(backbone.feature_spec, num_heads=2)).eval()
     model.exif, model.image_sizes = exif, OneSize(32, 48)
-    monkeypatch.setattr(source_encoder, "MAX_PIXELS", 100)
+    monkeypatch.setattr(sources, "MAX_PIXELS", 100)
     dataset = PairDataset(reader, PixelLoader(32, 48, max_pixels=10**6))
     dataset.check_prompt = backbone.family.check_prompt
     listed = seen_as(reader[0].prompt, max_pixels=10**6)

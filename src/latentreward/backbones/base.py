@@ -7,7 +7,7 @@ from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from copy import copy
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
 import torch
 from torch import Tensor, nn
@@ -15,14 +15,13 @@ from torch import Tensor, nn
 from latentreward.backbones.tuning import ATTENTION
 from latentreward.construction import Construction
 from latentreward.contracts import Conditioning, Features, FeatureSpec, LatentSpace, map_tensors
-from latentreward.encoders.sources import encode_edits
+from latentreward.encoders.sources import SourceEncoder, encode_edits
 from latentreward.errors import InputError
 from latentreward.noise import NoiseProcess
 from latentreward.promises import Kind, Part, returns, shown, values_of, wrong_tensor
 
 if TYPE_CHECKING:
     from latentreward.encoders.prompts import PromptEncoder
-    from latentreward.encoders.source_encoder import SourceEncoder
     from latentreward.encoders.vae import LatentEncoder
 
 
@@ -56,6 +55,23 @@ def features_problem(features: Features, spec: FeatureSpec, rows: int, values: K
     if channels != (None if spec.output is None else spec.output.width):
         return f"an output map of {channels} channels; it must be as feature_spec says, {spec.output}"
     return None
+
+
+class LatentNetwork(Protocol):
+    """Network of latents with the encoders of its input: a backbone or a policy."""
+
+    vae: LatentEncoder | None
+    text_encoder: PromptEncoder | None
+
+    @property
+    def latent_space(self) -> LatentSpace:
+        """Latents that the network takes."""
+        ...
+
+    @property
+    def source_encoder(self) -> SourceEncoder | None:
+        """Encoder of the pictures that prompts edit."""
+        ...
 
 
 class DiffusionBackbone(nn.Module, Part):

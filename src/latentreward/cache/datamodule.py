@@ -26,8 +26,10 @@ from latentreward.encoders.fingerprint import text_fingerprint, vae_fingerprint
 from latentreward.errors import InputError, check_at_least_one
 
 if TYPE_CHECKING:
-    from latentreward.backbones.base import DiffusionBackbone
-    from latentreward.policies import Policy
+    pass
+
+if TYPE_CHECKING:
+    from latentreward.backbones.base import LatentNetwork
 
 logger = logging.getLogger(__name__)
 
@@ -65,7 +67,7 @@ def _clips(spec: CacheSpec) -> str:
     return "images" if spec.frames == 1 else f"clips of {spec.frames} frames at {spec.fps:g} per second"
 
 
-def check_backbone(spec: CacheSpec, backbone: "DiffusionBackbone | Policy", with_text: bool) -> None:
+def check_backbone(spec: CacheSpec, backbone: "LatentNetwork", with_text: bool) -> None:
     """Check that a cache was encoded as the backbone of a reward model, or a policy, encodes images and prompts.
 
     If the backbone has no VAE, or the cache does not record one, only the latent spaces are compared.

@@ -21,7 +21,7 @@ from latentreward.data.clips import ClipLoader
 from latentreward.data.images import ImageError, PixelLoader, decode_image, decode_latents
 from latentreward.data.loading import WorkerLoader
 from latentreward.data.readers import PairReader
-from latentreward.encoders.source_encoder import edit_of_grey
+from latentreward.encoders.sources import edit_of_grey
 from latentreward.errors import InputError
 from latentreward.ranks.processes import end_after
 from latentreward.ranks.shared_work import SharedWork

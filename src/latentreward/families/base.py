@@ -8,7 +8,7 @@ from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ from latentreward.backbones.tuning import ATTENTION, StorageDtype
 from latentreward.backbones.weights import settle
 from latentreward.contracts import Conditioning, LatentSpace, sources_of, sources_wanted
 from latentreward.encoders.prompts import PromptEncoder
-from latentreward.encoders.sources import SourceSize
+from latentreward.encoders.sources import SourceEncoder, SourceSize
 from latentreward.encoders.vae import LatentEncoder
 from latentreward.errors import InputError, check_range, errors_at
 from latentreward.noise import DDPM, FlowMatching, NoiseProcess, fits_kind
@@ -26,9 +26,6 @@ from latentreward.promises import COUNT, Part, finite, is_count, of_class, retur
 from latentreward.storage.json_files import Kind, entry
 
 Pair = tuple[Tensor, Tensor]  # A ``(rank, in)`` and B ``(out, rank)`` of a layer's adapter
-
-if TYPE_CHECKING:
-    from latentreward.encoders.source_encoder import SourceEncoder
 
 
 class PipelineConfigs(Protocol):
@@ -391,8 +388,6 @@ class Family(Part):
         """Return the encoder of the pictures that the network edits; None for a network that edits none."""
         if self.sources == (0, 0):
             return None
-        from latentreward.encoders.source_encoder import SourceEncoder  # decoding of images comes with it
-
         return SourceEncoder(vae, self.source_size)
 
     def load_latent_encoder(self, dtype: StorageDtype = "float32") -> LatentEncoder:

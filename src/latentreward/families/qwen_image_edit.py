@@ -21,7 +21,7 @@ from latentreward.backbones.registry import register_backbone
 from latentreward.backbones.weights import part_of
 from latentreward.contracts import Conditioning, ImageRef, PathText, sources_of
 from latentreward.encoders.prompts import PromptEncoder
-from latentreward.encoders.sources import SourceSize
+from latentreward.encoders.sources import SourceSize, picture_sides, resized_picture
 from latentreward.errors import InputError, errors_at, quoted
 from latentreward.families.backbone import FamilyBackbone, load_family_backbone
 from latentreward.families.flow import Tokens
@@ -180,8 +180,6 @@ class SeenPictures:
 
     def tokens(self, image: ImageRef) -> int:
         """Return the number of tokens of a picture."""
-        from latentreward.encoders.source_encoder import picture_sides  # decoding of images comes with it
-
         seen = picture_sides(image)
         with errors_at(f"image {quoted(repr(image.image_key))}: "):
             size = self.size(*seen)
@@ -190,8 +188,6 @@ class SeenPictures:
 
     def patches(self, image: ImageRef) -> tuple[Tensor, list[int]]:
         """Return the patches ``(P, features)`` of a picture, and their numbers along time, height and width."""
-        from latentreward.encoders.source_encoder import resized_picture  # decoding of images comes with it
-
         found = self.processor([resized_picture(image, self.size)], return_tensors="pt")
         return found["pixel_values"], found["image_grid_thw"][0].tolist()
 

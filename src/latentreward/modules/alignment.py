@@ -12,19 +12,17 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import fully_shard
 from torch.optim import AdamW
 
 from latentreward.contracts import Conditioning, NoisyStates, PromptBatch, RolloutStatistics, SampledStates, sources_of
 from latentreward.data.alignment.experience import other_rows, wrong_rows
 from latentreward.devices import evaluating
-from latentreward.encoders.source_encoder import edit_of_grey
+from latentreward.encoders.sources import edit_of_grey
 from latentreward.encoders.stored_prompts import StoredPrompts
 from latentreward.errors import InputError
 from latentreward.modules.based import FrozenBase, unseen_settings
 from latentreward.modules.optimizers import OptimizerSteps, single_optimizer
-from latentreward.modules.sharding import shard_encoders, shard_policy
+from latentreward.modules.sharded_policy import shard_policy, shard_reward
 from latentreward.phases import phase
 from latentreward.policies import PolicySource
 from latentreward.policies.checkpoint import SOURCE
@@ -475,17 +473,3 @@ def prompts_of(trainer: Trainer) -> tuple[str, ...]:
     found = getattr(getattr(trainer, "datamodule", None), "prompts", ())
     found = getattr(found, "prompts", found)  # of prompts and images
     return found if isinstance(found, tuple) else ()
-
-
-def shard_reward(reward: Reward, mesh: DeviceMesh) -> None:
-    """Shard the large modules that belong to a reward and not to the policy: blocks of networks, and text encoders.
-
-    The reward's other modules are frozen, and stay whole on every rank.
-    """
-    own = set(reward.modules())
-    for scorer in [part for part in own if isinstance(part, LatentScorer)]:
-        backbone = scorer.model.backbone
-        for block in backbone.blocks():
-            if block in own:  # called by itself, it would stay whole without reshard_after_forward
-                fully_shard(block, mesh=mesh, reshard_after_forward=True)
-        shard_encoders(backbone.text_encoder if backbone.text_encoder in own else None, None, mesh)

@@ -20,7 +20,7 @@ from latentreward.losses import (
 )
 from latentreward.metrics import MeanLoss, MeanMargin, PairwiseAccuracy
 from latentreward.modules.alignment import AlignmentModule
-from latentreward.modules.pairs import EncodedPairs, PairDraws, Posterior, conditioning_of, latents_of, snap_timesteps
+from latentreward.modules.pairs import EncodedPairs, PairDraws, Posterior, latents_of, snap_timesteps
 from latentreward.noise import LevelSampler, TimestepGrid
 from latentreward.policies import PolicySource
 from latentreward.policies.moving_average import AVERAGE, DecayRamp, MovingCopy
@@ -115,7 +115,7 @@ class DiffusionDPOModule(AlignmentModule):
     def encode(self, batch: PreferenceBatch, draws: PairDraws) -> EncodedPairs:
         """Encode images and prompts, and draw the noise: the same for both images of a pair, or each one's own."""
         latents = latents_of(self.policy, batch, draws, self.posterior)
-        conditioning = conditioning_of(self.policy, batch)
+        conditioning = self.policy.conditioning_of(batch)
         shape = tuple(latents.shape[1:])
         noise = prior_noises(batch, shape) if self.prior_noise else draws.normal("noise", shape, per_image=False)
         return EncodedPairs(latents, noise.to(latents.device), conditioning.select([*range(len(batch))] * 2), None)

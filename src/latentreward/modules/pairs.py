@@ -12,7 +12,7 @@ from torch import Generator, Tensor, nn
 from torch.optim import AdamW
 from torchmetrics import Metric
 
-from latentreward.backbones.base import DiffusionBackbone
+from latentreward.backbones.base import DiffusionBackbone, LatentNetwork
 from latentreward.contracts import Conditioning, PairScores, PreferenceBatch, TensorRecord
 from latentreward.errors import InputError, check_once, check_range, errors_at
 from latentreward.losses import PreferenceLoss, gather_pair_scores
@@ -28,7 +28,6 @@ from latentreward.seeding import pair_generator, run_seed
 
 if TYPE_CHECKING:
     from latentreward.encoders.vae import LatentEncoder
-    from latentreward.policies import Policy
 
 Posterior = Literal["sample", "mode"]
 Side = Literal["chosen", "rejected"]
@@ -70,7 +69,7 @@ class PairDraws:
 
 @phase("encode")
 def latents_of(
-    network: "Policy | DiffusionBackbone",
+    network: LatentNetwork,
     batch: PreferenceBatch,
     draws: PairDraws,
     posterior: Posterior,
@@ -101,14 +100,6 @@ def latents_of(
         chosen, rejected = both.chunk(2)
         noise = torch.cat([{"chosen": chosen, "rejected": rejected}[side] for side in sides]).to(images.device)
     return network.vae.encode(images, noise)
-
-
-def conditioning_of(policy: "Policy", batch: PreferenceBatch) -> Conditioning:
-    """Return the encoded prompts of a batch, from a cache or by the policy's encoder, with the latents of sources."""
-    sources = tuple(source.float() for source in batch.sources)  # for the reason of `latents_of`
-    if batch.conditioning is None:
-        return policy.encode_prompts(batch.prompts, sources, batch.latent_space is not None)
-    return replace(batch.conditioning, source_latents=sources) if sources else batch.conditioning
 
 
 class ScoredPairs(NamedTuple):

@@ -11,7 +11,7 @@ from latentreward.devices import evaluating
 from latentreward.errors import InputError, check_choices, check_range
 from latentreward.losses import RewardLoss, denoising_error
 from latentreward.modules.alignment import AlignmentModule
-from latentreward.modules.pairs import PairDraws, conditioning_of, latents_of
+from latentreward.modules.pairs import PairDraws, latents_of
 from latentreward.noise import TimestepGrid
 from latentreward.phases import phase
 from latentreward.policies import PolicySource
@@ -249,7 +249,7 @@ class ReFLModule(AlignmentModule):
         process, count = self.policy.noise_process, len(batch)
         noise = draws.normal("noise", latents.shape[1:], per_image=False)[:count].to(latents.device)
         timesteps = draws.timesteps(self.levels, process, per_image=False)[:count].to(latents.device)
-        conditioning = conditioning_of(self.policy, batch)
+        conditioning = self.policy.conditioning_of(batch)
         noisy = process.add_noise(latents, noise, timesteps)
         output = self.policy.predict(noisy, timesteps, conditioning, self.guidance_scale)
         return denoising_error(output, process.target(latents, noise, timesteps)).mean()

@@ -2,10 +2,8 @@
 
 Weights are gathered by groups. Groups are: each block of the network; each layer of the text encoder, and the rest of
 the text encoder; the VAE; and the remaining modules (embeddings, norms, head, temperature). When a reward is trained,
-the remaining modules are one group, whole for the length of a step. In a policy each is a group of its own, because
-rollouts, callbacks and rewards that share the network call its parts at any time. Frozen weights are sharded too. A
-group may hold frozen bfloat16 weights beside trainable float32 weights, because FSDP2 requires one dtype among
-trainable weights only.
+the remaining modules are one group, whole for the length of a step. Frozen weights are sharded too. A group may hold
+frozen bfloat16 weights beside trainable float32 weights, because FSDP2 requires one dtype among trainable weights only.
 """
 
 from __future__ import annotations
@@ -17,7 +15,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 
-from latentreward.backbones.base import DiffusionBackbone
+from latentreward.backbones.base import DiffusionBackbone, LatentNetwork
 from latentreward.errors import InputError
 from latentreward.families import families
 from latentreward.modules.based import refuse_quantized
@@ -25,7 +23,6 @@ from latentreward.modules.based import refuse_quantized
 if TYPE_CHECKING:
     from latentreward.encoders.prompts import PromptEncoder
     from latentreward.encoders.vae import LatentEncoder
-    from latentreward.policies import Policy
 
 STEPS = ("training_step", "validation_step", "test_step", "predict_step")
 """Methods that Lightning calls in place of ``forward``; FSDP2 must gather weights for these too."""
@@ -51,35 +48,7 @@ def shard(module: nn.Module, backbone: DiffusionBackbone, mesh: DeviceMesh) -> N
         register_fsdp_forward_method(module, step)
 
 
-def shard_policy(policy: Policy, mesh: DeviceMesh) -> None:
-    """Apply ``fully_shard`` to a policy, in place; a second call changes nothing.
-
-    Afterwards network, text encoder and VAE can be called separately; parts of the network can too, once the whole
-    network has been called. All ranks must hold the same weights and call each equally often.
-    """
-    if isinstance(policy.network, FSDPModule):
-        return
-    check_axes(policy)
-    blocks = [*policy.blocks()]
-    inside = {module for block in blocks for module in block.modules()}
-    rest = [part for part in called_parts(policy.network) if not inside.intersection(part.modules())]
-    for group in [*blocks, *rest]:
-        if any(True for _ in group.parameters()):
-            fully_shard(group, mesh=mesh)
-    fully_shard(policy.network, mesh=mesh, reshard_after_forward=True)
-    shard_encoders(policy.text_encoder, called_equally(policy), mesh)
-
-
-def called_parts(network: nn.Module) -> Iterator[nn.Module]:
-    """Yield the children of a network; of a list or dict of modules, which is not called itself, its members."""
-    for child in network.children():
-        if isinstance(child, nn.ModuleList | nn.ModuleDict):
-            yield from called_parts(child)
-        else:
-            yield child
-
-
-def called_equally(network: Policy | DiffusionBackbone) -> LatentEncoder | None:
+def called_equally(network: LatentNetwork) -> LatentEncoder | None:
     """Return the VAE, which all ranks must call equally often once it is sharded; None for an editor.
 
     An editor's VAE encodes the pictures to edit that a rank has not kept, unlike many on each rank.

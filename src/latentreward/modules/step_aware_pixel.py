@@ -9,7 +9,7 @@ from torch import Tensor
 from latentreward.contracts import CrossScores, PairScores, PathText, PreferenceBatch
 from latentreward.errors import InputError, check_at_least_one
 from latentreward.losses import LRMLoss, PreferenceLoss, gather_with_grad
-from latentreward.modules.pairs import EncodedPairs, PairDraws, PairModule, conditioning_of, latents_of
+from latentreward.modules.pairs import EncodedPairs, PairDraws, PairModule, latents_of
 from latentreward.noise import LevelSampler, TimestepGrid
 from latentreward.policies import PolicySource
 from latentreward.scorers.clip import PICKSCORE
@@ -92,7 +92,7 @@ class StepAwarePixelModule(PairModule):
         latents = latents_of(self.generator, batch, draws, self.posterior)
         if latents.ndim == 5 and latents.shape[2] > 1:
             raise InputError("the data hold clips, but a reward on pixels scores images; set frames of the data to 1")
-        conditioning, uncond = conditioning_of(self.generator, batch), batch.uncond
+        conditioning, uncond = self.generator.conditioning_of(batch), batch.uncond
         if uncond is None and self.generator.family.needs_uncond(self.guidance_scale):
             uncond = self.generator.encode_uncond(batch.prompts)
         noise = draws.normal("noise", latents.shape[1:], noise_per_image).to(latents.device)

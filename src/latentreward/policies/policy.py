@@ -8,15 +8,15 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor, nn
 
-from latentreward.contracts import Conditioning, LatentSpace, sources_of
+from latentreward.contracts import Conditioning, LatentSpace, PreferenceBatch, sources_of
 from latentreward.encoders.prompts import PromptEncoder, empty_prompts, encode_texts
-from latentreward.encoders.source_encoder import reading_pictures
-from latentreward.encoders.sources import encode_edits
+from latentreward.encoders.sources import encode_edits, reading_pictures
 from latentreward.errors import InputError
 from latentreward.families import Family
 from latentreward.noise import NoiseProcess
@@ -171,6 +171,13 @@ class Policy(nn.Module):
         """
         with torch.no_grad(), reading_pictures():
             return encode_edits(self.require_text_encoder(), prompts, self.source_encoder, sources, latents)
+
+    def conditioning_of(self, batch: PreferenceBatch) -> Conditioning:
+        """Return the encoded prompts of a batch, from a cache or by the text encoder, with the latents of sources."""
+        sources = tuple(source.float() for source in batch.sources)  # bfloat16 of a cache, as the latents of pairs
+        if batch.conditioning is None:
+            return self.encode_prompts(batch.prompts, sources, batch.latent_space is not None)
+        return replace(batch.conditioning, source_latents=sources) if sources else batch.conditioning
 
     def encode_uncond(self, prompts: Sequence[str] = ()) -> Conditioning:
         """Encode the prompt for classifier-free guidance: the empty one, or zeros, as the family does.

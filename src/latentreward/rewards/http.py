@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from latentreward.contracts import Conditioning, LatentSpace, NoisyStates
-from latentreward.encoders.source_encoder import edit_of_grey
+from latentreward.encoders.sources import edit_of_grey
 from latentreward.errors import InputError, check_at_least_one
 from latentreward.promises import check_needs
 from latentreward.remote import ImageSchema, PlainJSON, RemoteError, RemoteServer, Schema, ServedImages, ServedLatents

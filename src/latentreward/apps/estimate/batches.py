@@ -30,7 +30,7 @@ from latentreward.data import PromptsAndImages
 from latentreward.data.clips import FPS, check_clips, check_frames
 from latentreward.data.collate import stack_targets
 from latentreward.devices import evaluating
-from latentreward.encoders.source_encoder import edit_of_grey
+from latentreward.encoders.sources import edit_of_grey
 from latentreward.errors import InputError, check_multiples
 from latentreward.modules import DiffusionDPOModule, ReFLModule, StepAwarePixelModule
 from latentreward.modules.alignment import AlignmentModule

@@ -21,7 +21,7 @@ from latentreward.apps.serving.settings import ServiceSettings
 from latentreward.apps.serving.tensors import Accepted
 from latentreward.contracts import Conditioning
 from latentreward.data.readers.json_rows import MOST_SOURCES
-from latentreward.encoders.source_encoder import edit_of_grey
+from latentreward.encoders.sources import edit_of_grey
 from latentreward.errors import InputError, one_line
 from latentreward.scoring import RewardModel
 from latentreward.scoring.scoring_noise import timesteps_of

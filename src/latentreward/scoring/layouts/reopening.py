@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from latentreward.checkpoints.base_weights import sample
-from latentreward.encoders.source_encoder import edit_of_grey
+from latentreward.encoders.sources import edit_of_grey
 from latentreward.errors import InputError
 from latentreward.scoring.batched_scoring import score_given_latents
 from latentreward.scoring.layouts.model_folder import PretrainedReward

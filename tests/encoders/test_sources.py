@@ -8,7 +8,7 @@ from PIL import Image
 
 from latentreward.contracts import EditPrompt, ImageRef
 from latentreward.data.images import PixelLoader, png
-from latentreward.encoders.source_encoder import SourceEncoder
+from latentreward.encoders.sources import SourceEncoder
 from tests.families.twins import TWINS
 
 
