@@ -54,6 +54,11 @@ COMMANDS = {
     "ui": "serve a page on this machine to try a reward model in the browser",
 }
 """Subcommand → one line of help."""
+REMOVED = {
+    "--restrict-imports": "run only YAML files that you have read, and those of others in a container (SECURITY.md)",
+    "--allow-programs": "run only YAML files that you have read, and those of others in a container (SECURITY.md)",
+}
+"""Command or option that there is no more → what to use instead."""
 TRAINER = ("fit", "validate", "test", "predict")
 """Subcommands that run a Lightning trainer; one module has them all."""
 
@@ -76,11 +81,6 @@ these files. Class paths may name your own modules in the current folder or besi
 options, at any position:
   --help, --version       `COMMAND --help` lists all settings of COMMAND
   --debug                 show the traceback of an error (or set LATENTREWARD_DEBUG=1)
-  --restrict-imports[=MODULE,...]
-                          let settings name only classes of latentreward, torch, lightning, torchmetrics and the given
-                          modules, and start no program
-  --allow-programs=PATH,...
-                          with --restrict-imports: programs that may start; a shell or interpreter can start others
 """
 
 
@@ -100,9 +100,6 @@ def main(args: Sequence[str] | None = None) -> None:
                 stream.reconfigure(errors="backslashreplace")
     debug = "--debug" in arguments or os.environ.get("LATENTREWARD_DEBUG", "0") not in ("", "0")
     arguments = [argument for argument in arguments if argument != "--debug"]
-    arguments.sort(
-        key=lambda argument: argument.startswith(("--restrict-imports", "--allow-programs"))
-    )  # a stable sort: these two move to the end, so that the subcommand is the first argument
     try:
         _dispatch(arguments, alone=args is None)
         sys.stdout.flush()  # at exit, a pipe without a reader would be a message of Python's
@@ -161,6 +158,9 @@ def _dispatch(arguments: list[str], alone: bool) -> None:
     if "--version" in arguments:
         print(f"latentreward {__version__}")
         return
+    for name in (*arguments[:1], *(one.partition("=")[0] for one in arguments if one.startswith("--"))):
+        if name in REMOVED:
+            raise InputError(f"there is no {name} any more; {REMOVED[name]}")
     if not arguments or arguments[0] not in COMMANDS:
         problem = f"unknown command {arguments[0]!r}" if arguments else "no command"
         raise InputError(f"{problem}{did_you_mean(arguments[0] if arguments else '', COMMANDS)}")
