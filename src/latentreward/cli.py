@@ -11,8 +11,8 @@ import os
 import select
 import signal
 import sys
-from collections.abc import Sequence
-from contextlib import nullcontext, suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from io import TextIOWrapper
 
 from latentreward import __version__
@@ -42,7 +42,6 @@ COMMANDS = {
     "cache": "write the latents of a data set's images, and prompt embeddings if set",
     "consolidate": "turn a sharded checkpoint into one file, with EMA weights if set",
     "generate": "sample pictures for prompts; a reward may choose the best of several",
-    "reproduce": "measure claims and ablations of the papers in the tiny world",
     "pilot": "train a reward on a cut of a data set, benchmark it, align with it: one card",
     "taste": "train a reward on your own pictures, and align with it; --rate opens a page to rate",
     "evaluate-policy": "score the pictures of one generator, or compare two",
@@ -57,6 +56,7 @@ COMMANDS = {
 REMOVED = {
     "--restrict-imports": "run only YAML files that you have read, and those of others in a container (SECURITY.md)",
     "--allow-programs": "run only YAML files that you have read, and those of others in a container (SECURITY.md)",
+    "reproduce": "say python -m tools.reproduce, in a clone of the repository",
 }
 """Command or option that there is no more → what to use instead."""
 TRAINER = ("fit", "validate", "test", "predict")
@@ -100,8 +100,18 @@ def main(args: Sequence[str] | None = None) -> None:
                 stream.reconfigure(errors="backslashreplace")
     debug = "--debug" in arguments or os.environ.get("LATENTREWARD_DEBUG", "0") not in ("", "0")
     arguments = [argument for argument in arguments if argument != "--debug"]
-    try:
+    with failures_told(debug, alone=args is None):
         _dispatch(arguments, alone=args is None)
+
+
+@contextmanager
+def failures_told(debug: bool = False, alone: bool = True) -> Iterator[None]:
+    """Turn wrong input and an interrupt inside the block into a line on stderr and the exit status of :func:`main`.
+
+    With ``debug``, errors keep their traceback. ``alone`` says that the process does nothing else.
+    """
+    try:
+        yield
         sys.stdout.flush()  # at exit, a pipe without a reader would be a message of Python's
     except Exception as error:
         if isinstance(error, BrokenPipeError) and unread():
@@ -115,7 +125,7 @@ def main(args: Sequence[str] | None = None) -> None:
         stop = interrupt_behind(error)
         if stop is None or debug:
             raise
-        if args is None:  # the process is about to end: a second Ctrl-C must not raise while threads are joined
+        if alone:  # the process is about to end: a second Ctrl-C must not raise while threads are joined
             signal.signal(signal.SIGINT, signal.SIG_DFL)
         tell_interrupt(stop)
         sys.exit(TERMINATED if isinstance(stop, Terminated) else INTERRUPTED)
