@@ -788,7 +788,7 @@ def test_bugs_and_debug_keep_the_traceback(monkeypatch: pytest.MonkeyPatch) -> N
 
 @pytest.mark.parametrize("name", REMOVED)
 def test_what_was_removed_names_what_to_use_instead(name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["fit", f"{name}=x"] if name.startswith("--") else [name, "--help"]
+    arguments = ["fit", f"{name}=x"] if name.startswith("--") else [*name.split(), "--help"]
     assert error_line(capsys, *arguments) == f"there is no {name} any more; {REMOVED[name]}"
 
 

@@ -36,7 +36,7 @@ COMMANDS = {
     "test": "compute the metrics of the test split",
     "predict": "score pairs of images and write the scores to parquet",
     "configs": "list or print the YAML files of the package, or compose a run of them",
-    "inspect": "report a data set's labels, image sizes, bad rows and leakage",
+    "inspect": "report a data set's labels, image sizes, bad rows and shared prompts",
     "score-pairs": "score the images of pairs with pixel-space scorers, to filter pairs",
     "export-pairs": "write the pairs of any reader as a data set for the library datasets",
     "cache": "write the latents of a data set's images, and prompt embeddings if set",
@@ -57,8 +57,11 @@ REMOVED = {
     "--restrict-imports": "run only YAML files that you have read, and those of others in a container (SECURITY.md)",
     "--allow-programs": "run only YAML files that you have read, and those of others in a container (SECURITY.md)",
     "reproduce": "say python -m tools.reproduce, in a clone of the repository",
+    "inspect --scores": "read the data by --reader FilteredReader: what it drops is counted by reason",
+    "inspect --buckets": "latentreward cache sorts images into buckets (images.buckets)",
+    "inspect --hash_images": "splits are compared by their prompts",
 }
-"""Command or option that there is no more → what to use instead."""
+"""Command, option of all commands, or command and its option, that there is no more → what to use instead."""
 TRAINER = ("fit", "validate", "test", "predict")
 """Subcommands that run a Lightning trainer; one module has them all."""
 
@@ -168,7 +171,8 @@ def _dispatch(arguments: list[str], alone: bool) -> None:
     if "--version" in arguments:
         print(f"latentreward {__version__}")
         return
-    for name in (*arguments[:1], *(one.partition("=")[0] for one in arguments if one.startswith("--"))):
+    options = [one.partition("=")[0] for one in arguments if one.startswith("--")]
+    for name in (*arguments[:1], *options, *(f"{arguments[0]} {option}" for option in options)):
         if name in REMOVED:
             raise InputError(f"there is no {name} any more; {REMOVED[name]}")
     if not arguments or arguments[0] not in COMMANDS:
