@@ -16,7 +16,7 @@ lint: .venv/.dev ; $(VENV_PYTHON) -m ruff check . && $(VENV_PYTHON) -m ruff form
 types: .venv/.dev ; $(VENV_PYTHON) -m mypy
 docs: .venv/.docs ; NO_MKDOCS_2_WARNING=1 $(VENV_PYTHON) -m mkdocs build --strict
 tinyworld: .venv/.test ; $(VENV_PYTHON) -m tools.pretraining.pipelines --output runs/pipelines && $(VENV_PYTHON) -m tools.pretraining.pixel_scorers --output runs/scorers
-reproduce: .venv/.test ; $(VENV_PYTHON) -m latentreward reproduce --jobs 2 --page docs/reproduction.md
+reproduce: .venv/.test ; $(VENV_PYTHON) -m tools.reproduce --jobs 2 --page docs/reproduction.md
 bench: .venv/.test ; $(VENV_PYTHON) benchmarks/run.py $(BENCH)
 bench-gpu: .venv/.test ; $(VENV_PYTHON) benchmarks/gpu.py $(BENCH)
 fullsize: .venv/.test ; $(VENV_PYTHON) benchmarks/fullsize

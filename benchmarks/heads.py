@@ -3,7 +3,7 @@
     python benchmarks/heads.py [RUN ...] [--pairs 64] [--repeats 5]
 
 Each ``RUN`` is the folder of a trained reward, for example those that the rows ``heads_sd`` and ``heads_sd35`` of
-``latentreward reproduce`` leave below runs/reproduce. Without any, the shipped tiny recipes of the five heads on the
+``python -m tools.reproduce`` leave below runs/reproduce. Without any, the shipped tiny recipes of the five heads on the
 tiny Stable Diffusion are trained first, below runs/trained_rewards. Noisy latents of the tiny world's pictures and
 their prompts are scored at one level, without the VAE, in one thread; the runs take turns. The first run is the one
 that others are compared with.

@@ -8,7 +8,7 @@ checkpoint or run; ``dina_lrm_tiny`` is trained first) on the same 1,024 caption
 thread, with rollouts and rewards, without start-up and judging. The tiny world's judge, which is never a reward, gives
 the utility of held-out captions at some moments; between these it is interpolated. Seeds in which the released code
 gains nothing are left out of the seconds to its utility. Ours have the settings of ``configs/align`` and the rates of
-``configs/reproduce/flow_first.yaml``; the released code has its counterpart's.
+``reproduction/rows/flow_first.yaml``; the released code has its counterpart's.
 
 What of the released code runs, and what stands in for the rest, is in ``released_trainings.py``.
 """

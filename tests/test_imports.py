@@ -116,7 +116,6 @@ MAY_IMPORT = {
     | {"encoders", "backbones", "families", "heads", "data", "cache", "scoring", "scorers", "settings"}
     | {"policies", "rewards", "modules", "reports", "callbacks", "programs"},
     "apps.steps": BASE | {"settings", "reports"},
-    "reproduction": BASE,
     "apps.pilot": BASE | {"reports", "settings", "apps.steps"},
     "apps.taste": BASE | {"backbones", "families", "data", "apps.evaluation", "metrics", "reports", "apps.steps"},
     "apps.serving": BASE | {"data", "noise", "encoders", "programs", "scoring", "reports"},

@@ -24,7 +24,7 @@ from latentreward.heads import CLIPProjectionHead
 from latentreward.losses import BradleyTerryLoss
 from latentreward.modules import RewardModule
 from latentreward.seeding import pair_generator
-from latentreward.settings.functions import prepare
+from latentreward.settings.functions import prepare_parsing
 from latentreward.settings.rewriting import rewrite_arguments
 from tests.marks import rotated_after
 from tests.tiny_pipelines import pipeline_folder
@@ -58,7 +58,8 @@ def parse(*files: str, options: tuple[str, ...] = ()) -> ParsedCLI:
 
 @cache
 def _parse(files: tuple[str, ...], options: tuple[str, ...], environment: frozenset[tuple[str, str]]) -> ParsedCLI:
-    arguments = prepare([*(f"--config={ROOT / file}" for file in files), *options])
+    arguments = [*(f"--config={ROOT / file}" for file in files), *options]
+    prepare_parsing(arguments, classes=True)
     return ParsedCLI("fit", rewrite_arguments(arguments, backbone_names(), root="fit."), Path(), ExitStack())
 
 

@@ -23,7 +23,7 @@ from tools.pretraining.editors import main as pretrain_editor
 CEILING = "ceiling   0.870   (the labels are noisy: the true utility itself agrees with this share)"
 """Accuracy of the true utility against the noisy labels, which no model can exceed."""
 BLIND = "blind     0.715   (the most that a judge of the results alone could reach, who does not see what was edited)"
-"""Accuracy of edits' true utility given the results alone (configs/reproduce/edit_reward.yaml)."""
+"""Accuracy of edits' true utility given the results alone (reproduction/rows/edit_reward.yaml)."""
 EDITOR = "ip2p_tiny"
 GUIDANCE = 1.0
 """Guidance scale in alignment and for the pictures before and after."""

@@ -1,74 +1,69 @@
-"""``latentreward reproduce``: measure claims and ablations of the papers in the tiny world.
+"""``python -m tools.reproduce``: measure claims and ablations of the papers in the tiny world.
 
 Steps that rows share run once, and a row's results are written when its steps are complete.
 """
 
-import json
 import os
 import sys
+from argparse import ArgumentParser
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import takewhile
 from pathlib import Path
 
 from latentreward.apps.steps.running import TaskRunner, run_tasks
 from latentreward.apps.steps.sources import CLONE, commit, computed_with, machine
 from latentreward.apps.steps.tasks import Task
+from latentreward.cli import failures_told
 from latentreward.errors import InputError, check_at_least_one, check_range
-from latentreward.interrupts import interrupts_told
-from latentreward.settings.functions import run_function
+from latentreward.interrupts import interrupts_told, sigterm_interrupts
 from latentreward.storage.locks import locked
 from tools.reproduction.measuring import measure
 from tools.reproduction.page import status_table, write_page
 from tools.reproduction.planning import Planner, further_seeds
 from tools.reproduction.results import Result, read_results, result_path, write_result
-from tools.reproduction.rows import WHOLE, Row, all_rows, choose_rows
+from tools.reproduction.rows import FOLDER, WHOLE, Row, all_rows, choose_rows
 from tools.source_digests import grouped_modules, source_digest
 
 MEASURING = "tools.reproduction.measuring"
 """Module that turns scores into values of items: results depend on it beside the modules of their processes."""
 
 
-def run(command: str, arguments: Sequence[str]) -> None:
-    """Run ``latentreward reproduce [NAME ...]``.
-
-    Raises:
-        InputError: If an argument is wrong, or a step fails.
-    """
-    names = list(takewhile(lambda argument: not argument.startswith("-"), arguments))
-    given = [f"--names={json.dumps(names)}"] if names else []
-    run_function(reproduce, command, [*given, *arguments[len(names) :]], bare=0, classes=False)
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure rows; None takes the arguments of the process."""
+    parser = ArgumentParser(prog="python -m tools.reproduce", description=__doc__)
+    parser.add_argument("names", nargs="*", help=f"rows to measure, in this order; by default all of {FOLDER}")
+    parser.add_argument("--jobs", type=int, default=1, help="number of processes at a time, with one thread each")
+    parser.add_argument("--stale", action="store_true", help="measure again what other source files measured")
+    parser.add_argument("--status", action="store_true", help="print only what is measured, and what rows may take")
+    parser.add_argument("--quick", action="store_true", help="try all steps, with two training steps each")
+    parser.add_argument("--budget", type=float, help="hours of processor time for further seeds where they decide most")
+    parser.add_argument("--page", type=Path, help="page to write from all results, with plots in `images` beside it")
+    parser.add_argument("--output", type=Path, default=Path("reproduction"), help="folder of the results")
+    parser.add_argument("--work", type=Path, default=Path("runs/reproduce"), help="folder of trained models and scores")
+    given = vars(parser.parse_args(arguments))
+    with failures_told(), sigterm_interrupts():
+        page = given.pop("page")
+        reproduce(**given)
+        if page is not None:
+            write_page(page, list(all_rows().values()), given["output"])
+            print(f"{page} is written")
 
 
 def reproduce(
-    names: list[str] | None = None,
+    names: Sequence[str] = (),
     *,
     jobs: int = 1,
     stale: bool = False,
     status: bool = False,
     quick: bool = False,
     budget: float | None = None,
-    page: Path | None = None,
     output: Path = Path("reproduction"),
     work: Path = Path("runs/reproduce"),
 ) -> None:
     """Train and evaluate what the rows compare, for several seeds, and write each row's values to small JSON files.
 
-    ``latentreward configs reproduce`` lists the rows. A row and seed that is measured already is skipped. If source
-    files that it imported have changed since, it is shown with the commit at which it was measured. Ctrl-C loses only
-    the steps that are running: the same command goes on after those that finished.
-
-    Args:
-        names: Rows to measure, in this order; all by default. Write them before the options: ``reproduce ROW ROW``.
-        jobs: Number of processes at a time, with one thread each.
-        stale: Whether to measure again what was measured with other source files.
-        status: Whether to print only what is measured, without running anything. The expected processor time of a row
-            leaves out steps that other rows share; they are run once, for the first row that needs them.
-        quick: Whether to only try all steps, with two training steps each; results go to the work folder.
-        budget: Hours of processor time to spend on further seeds, whole repetitions with training pairs of their own:
-            on rows below their planned number, then where most open claims are expected to be decided per second.
-        page: Markdown page to write from all results, with plots in the folder ``images`` beside it.
-        output: Folder of the results.
-        work: Folder of trained models and scores; rows share what they have in common.
+    A row and seed that is measured already is skipped. If source files that it imported have changed since, it is shown
+    with the commit at which it was measured. Ctrl-C loses only the steps that are running: the same command goes on
+    after those that finished. For the arguments see :func:`main`.
 
     Raises:
         InputError: If a row does not exist, a step fails, or another run writes to the work folder.
@@ -78,7 +73,7 @@ def reproduce(
         check_range("(0, inf)", "it is hours of processor time", budget=budget)
         if quick or stale:
             raise InputError("budget: it is for further seeds alone; leave quick and stale out, or the budget")
-    rows = choose_rows(names or [])
+    rows = choose_rows(names)
     output = work / "quick" / "reproduction" if quick else output
     able = [row for row in rows if not row.lacks]
     wanted = [(row, WHOLE) for row in able] if quick else missing(able, output, stale)
@@ -96,9 +91,6 @@ def reproduce(
                 measure_rows(wanted, output, folder, jobs, quick)
             else:
                 spend(able, output, folder, jobs, 3600 * budget)
-    if page is not None:
-        write_page(page, list(all_rows().values()), output)
-        print(f"{page} is written")
 
 
 def missing(rows: Iterable[Row], output: Path, stale: bool) -> list[tuple[Row, int]]:
@@ -193,3 +185,7 @@ def collect(row: Row, seed: int, quick: bool, tasks: Mapping[str, Task], runner:
         machine=machine(),
         versions=computed_with(),
     )
+
+
+if __name__ == "__main__":
+    main()

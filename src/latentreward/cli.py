@@ -11,8 +11,8 @@ import os
 import select
 import signal
 import sys
-from collections.abc import Sequence
-from contextlib import nullcontext, suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from io import TextIOWrapper
 
 from latentreward import __version__
@@ -36,13 +36,12 @@ COMMANDS = {
     "test": "compute the metrics of the test split",
     "predict": "score pairs of images and write the scores to parquet",
     "configs": "list or print the YAML files of the package, or compose a run of them",
-    "inspect": "report a data set's labels, image sizes, bad rows and leakage",
+    "inspect": "report a data set's labels, image sizes, bad rows and shared prompts",
     "score-pairs": "score the images of pairs with pixel-space scorers, to filter pairs",
     "export-pairs": "write the pairs of any reader as a data set for the library datasets",
     "cache": "write the latents of a data set's images, and prompt embeddings if set",
     "consolidate": "turn a sharded checkpoint into one file, with EMA weights if set",
     "generate": "sample pictures for prompts; a reward may choose the best of several",
-    "reproduce": "measure claims and ablations of the papers in the tiny world",
     "pilot": "train a reward on a cut of a data set, benchmark it, align with it: one card",
     "taste": "train a reward on your own pictures, and align with it; --rate opens a page to rate",
     "evaluate-policy": "score the pictures of one generator, or compare two",
@@ -54,6 +53,15 @@ COMMANDS = {
     "ui": "serve a page on this machine to try a reward model in the browser",
 }
 """Subcommand → one line of help."""
+REMOVED = {
+    "--restrict-imports": "run only YAML files that you have read, and those of others in a container (SECURITY.md)",
+    "--allow-programs": "run only YAML files that you have read, and those of others in a container (SECURITY.md)",
+    "reproduce": "say python -m tools.reproduce, in a clone of the repository",
+    "inspect --scores": "read the data by --reader FilteredReader: what it drops is counted by reason",
+    "inspect --buckets": "latentreward cache sorts images into buckets (images.buckets)",
+    "inspect --hash_images": "splits are compared by their prompts",
+}
+"""Command, option of all commands, or command and its option, that there is no more → what to use instead."""
 TRAINER = ("fit", "validate", "test", "predict")
 """Subcommands that run a Lightning trainer; one module has them all."""
 
@@ -76,11 +84,6 @@ these files. Class paths may name your own modules in the current folder or besi
 options, at any position:
   --help, --version       `COMMAND --help` lists all settings of COMMAND
   --debug                 show the traceback of an error (or set LATENTREWARD_DEBUG=1)
-  --restrict-imports[=MODULE,...]
-                          let settings name only classes of latentreward, torch, lightning, torchmetrics and the given
-                          modules, and start no program
-  --allow-programs=PATH,...
-                          with --restrict-imports: programs that may start; a shell or interpreter can start others
 """
 
 
@@ -100,11 +103,18 @@ def main(args: Sequence[str] | None = None) -> None:
                 stream.reconfigure(errors="backslashreplace")
     debug = "--debug" in arguments or os.environ.get("LATENTREWARD_DEBUG", "0") not in ("", "0")
     arguments = [argument for argument in arguments if argument != "--debug"]
-    arguments.sort(
-        key=lambda argument: argument.startswith(("--restrict-imports", "--allow-programs"))
-    )  # a stable sort: these two move to the end, so that the subcommand is the first argument
-    try:
+    with failures_told(debug, alone=args is None):
         _dispatch(arguments, alone=args is None)
+
+
+@contextmanager
+def failures_told(debug: bool = False, alone: bool = True) -> Iterator[None]:
+    """Turn wrong input and an interrupt inside the block into a line on stderr and the exit status of :func:`main`.
+
+    With ``debug``, errors keep their traceback. ``alone`` says that the process does nothing else.
+    """
+    try:
+        yield
         sys.stdout.flush()  # at exit, a pipe without a reader would be a message of Python's
     except Exception as error:
         if isinstance(error, BrokenPipeError) and unread():
@@ -118,7 +128,7 @@ def main(args: Sequence[str] | None = None) -> None:
         stop = interrupt_behind(error)
         if stop is None or debug:
             raise
-        if args is None:  # the process is about to end: a second Ctrl-C must not raise while threads are joined
+        if alone:  # the process is about to end: a second Ctrl-C must not raise while threads are joined
             signal.signal(signal.SIGINT, signal.SIG_DFL)
         tell_interrupt(stop)
         sys.exit(TERMINATED if isinstance(stop, Terminated) else INTERRUPTED)
@@ -161,6 +171,10 @@ def _dispatch(arguments: list[str], alone: bool) -> None:
     if "--version" in arguments:
         print(f"latentreward {__version__}")
         return
+    options = [one.partition("=")[0] for one in arguments if one.startswith("--")]
+    for name in (*arguments[:1], *options, *(f"{arguments[0]} {option}" for option in options)):
+        if name in REMOVED:
+            raise InputError(f"there is no {name} any more; {REMOVED[name]}")
     if not arguments or arguments[0] not in COMMANDS:
         problem = f"unknown command {arguments[0]!r}" if arguments else "no command"
         raise InputError(f"{problem}{did_you_mean(arguments[0] if arguments else '', COMMANDS)}")

@@ -15,8 +15,7 @@ from latentreward.contracts import ImageRef
 from latentreward.data import JSONLPairReader, PreferenceDataModule
 from latentreward.data.clips import ClipLoader
 from latentreward.data.images import CLIP, DAMAGED, EMPTY, SHORT, TOO_LARGE, UNKNOWN, ImageError, read_header
-from latentreward.data.inspection.counts import ImageCensus, inspect_reader
-from latentreward.data.inspection.report import Report
+from latentreward.data.inspection import inspect_reader
 from latentreward.errors import InputError
 from latentreward.reports.drawing import animate
 from tests.clips import write_clip
@@ -244,17 +243,12 @@ def test_readers_of_images_name_clips(tmp_path: Path) -> None:
 def test_inspection_of_clips(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     reader = JSONLPairReader(pairs(tmp_path))
     (tmp_path / "bad1.mp4").write_bytes((tmp_path / "bad1.mp4").read_bytes()[:700])
-    counts, _ = inspect_reader("train", reader, ImageCensus())
-    images = counts.images
-    assert images is not None and not images.buckets and not images.odd
-    assert images.sizes == {(32, 32): 7} and images.clips == {"7 frames at 16 per second": 7}
-    assert images.unreadable_rows == {UNKNOWN: 1} and images.distinct == 8 and images.mixed_rows == 0
-    text = Report("here", [counts]).to_text()
-    assert "Clips (by their headers)" in text and "7 frames at 16 per second  " in text
+    images = inspect_reader("train", reader).images
+    assert images is not None and images.sizes == {"32x32": 7}
+    assert images.unreadable_rows == {UNKNOWN: 1} and images.distinct == 8
     monkeypatch.setitem(__import__("sys").modules, "av", None)
-    images = inspect_reader("train", reader, ImageCensus())[0].images
-    assert images is not None and not images.unreadable
-    assert images.clips == {"not inspected: clips need PyAV; install latentreward[video], or av": 8}
+    with pytest.raises(InputError, match="clips need PyAV; install latentreward"):
+        inspect_reader("train", reader)
 
 
 SCORERS = (

@@ -13,13 +13,13 @@ from lightning.pytorch import LightningDataModule
 
 from latentreward.apps.commands.fit import Parser
 from latentreward.data import PreferenceDataModule
-from latentreward.settings.functions import MODE, prepare
+from latentreward.settings.functions import MODE, prepare_parsing
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "data"
 
 
 def load(name: str) -> PreferenceDataModule:
-    prepare([])
+    prepare_parsing([], classes=True)
     parser = Parser(parser_mode=MODE)
     parser.add_subclass_arguments(LightningDataModule, "data")
     settings = parser.parse_string((CONFIGS / f"{name}.yaml").read_text())

@@ -25,7 +25,7 @@ from latentreward.heads import GatedQFormerHead
 from latentreward.policies import PolicySource
 from latentreward.rollout import Sampling, sample_latents
 from latentreward.scoring import RewardModel, edit_prompt
-from latentreward.settings.functions import MODE, prepare
+from latentreward.settings.functions import MODE, prepare_parsing
 from tests.cache.writing import SETTINGS, SQUARE, write_data
 from tests.families.own_families import sana_vae
 from tests.families.twins import PROMPTS, TWINS, GivenNoise, noise_for
@@ -208,7 +208,7 @@ def test_its_check_refuses_padding_before_a_prompt(folder: Path, monkeypatch: py
 @pytest.mark.slow
 def test_an_lrm_on_flux1_is_built(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FLUX1_PATH", TWINS["flux1_dev"].folder)
-    prepare([])
+    prepare_parsing([], classes=True)
     parser = Parser(parser_mode=MODE)
     parser.add_subclass_arguments(LightningModule, "model")
     text = (folder / "lrm_flux1.yaml").read_text().partition("trainer:")[0]

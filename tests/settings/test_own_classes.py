@@ -15,7 +15,7 @@ from latentreward.contracts import PreferencePair
 from latentreward.data import PairReader, PreferenceDataModule
 from latentreward.errors import InputError, where
 from latentreward.losses import PreferenceLoss
-from latentreward.settings.functions import MODE, ConfigFile, SettingsParser, prepare
+from latentreward.settings.functions import MODE, ConfigFile, SettingsParser, prepare_parsing
 
 HERE = __name__
 
@@ -88,7 +88,7 @@ LINE = next(number for number, line in enumerate(Path(__file__).read_text().spli
     ],
 )
 def test_setting_class_and_line_are_named(text: str, message: str) -> None:
-    prepare([])
+    prepare_parsing([], classes=True)
     parser = SettingsParser(parser_mode=MODE)
     parser.add_argument("--metrics", type=list[Metric] | None)
     parser.add_argument("--loss", type=PreferenceLoss | None)
@@ -108,7 +108,7 @@ def test_setting_class_and_line_are_named(text: str, message: str) -> None:
     ],
 )
 def test_class_and_line_of_an_error_in_a_reader_are_named(length: int, message: str) -> None:
-    prepare([])
+    prepare_parsing([], classes=True)
     parser = SettingsParser(parser_mode=MODE)
     parser.add_argument("--data", type=PreferenceDataModule | None)
     train = f"{{class_path: {HERE}.Rows, init_args: {{length: {length}}}}}"
@@ -134,7 +134,7 @@ def test_line_of_an_error_while_an_own_module_is_imported_is_named(
     monkeypatch.setattr(sys, "path", [*sys.path])
     (tmp_path / "sub_parts.py").write_text(code)
     (tmp_path / "mine.yaml").write_text("loss: sub_parts.Mine")
-    prepare([])
+    prepare_parsing([], classes=True)
     with pytest.raises(InputError, match=message) as caught:
         loss_parser().parse_args([f"--config={tmp_path / 'mine.yaml'}"])
     assert "\n" not in str(caught.value)
@@ -165,7 +165,7 @@ def test_modules_are_found_in_the_current_folder_and_beside_a_config_and_nowhere
     monkeypatch.setattr(sys, "path", [*sys.path])
     for name, found in {"both": ["here"], "beside": ["here", "sub"], "far": None}.items():
         (tmp_path / "sub" / "mine.yaml").write_text(f"loss: {name}_parts.Mine")
-        prepare([])
+        prepare_parsing([], classes=True)
         if found:
             loss_parser().parse_args(["--config=../sub/mine.yaml"])
             assert [str(tmp_path / one) for one in found] == [

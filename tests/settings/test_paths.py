@@ -19,7 +19,7 @@ from latentreward.policies import PolicySource
 from latentreward.remote.server import RemoteServer
 from latentreward.scoring import ModelSource
 from latentreward.settings.errors import CLASS_MODULES
-from latentreward.settings.functions import parse_function, prepare, prepare_parsing
+from latentreward.settings.functions import parse_function, prepare_parsing
 from tests.small_user import run
 
 
@@ -69,6 +69,11 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "home"
 
 
+def parsed(arguments: list[str]) -> dict[str, Any]:
+    prepare_parsing(arguments)
+    return parse_function(command, "command", arguments)
+
+
 @pytest.mark.parametrize(
     ("given", "name", "expected"),
     [
@@ -102,25 +107,25 @@ def test_paths_are_expanded(given: list[str], name: str, expected: object, home:
         "places: [{folder: '${oc.env:OUT}', title: $5/a}]\n"
         "files: ['${DAY}/a', '$DAY/b', '${HOME}/c', '${text}']\ntext: d"
     )
-    found = parse_function(command, "command", prepare_parsing(given))[name]
+    found = parsed(given)[name]
     assert repr(str(found)) == repr(str(expected).replace("HOME", str(home)))
 
 
 @pytest.mark.parametrize("text", ["", "# source: x\n\n", "---\n"])
 def test_a_file_of_comments_changes_nothing(text: str, tmp_path: Path) -> None:
     (tmp_path / "own.yaml").write_text(text)
-    assert parse_function(command, "command", prepare_parsing(["o", "--config=own.yaml"]))["source"] == ""
+    assert parsed(["o", "--config=own.yaml"])["source"] == ""
 
 
 def test_a_variable_that_is_not_set_in_a_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "own.yaml").write_text("files: ['${NIGHT}/a']\n")
     with pytest.raises(InputError, match=r"the environment variable NIGHT, which own.yaml refers to, is not set"):
-        parse_function(command, "command", prepare_parsing(["o", "--config=own.yaml"]))
+        parsed(["o", "--config=own.yaml"])
 
 
 def test_a_variable_that_is_not_set_is_one_line() -> None:
     with pytest.raises(InputError, match=r"^runs/\$NIGHT: the environment variable NIGHT is not set; set it, or write"):
-        parse_function(command, "command", prepare_parsing(["runs/$NIGHT"]))
+        parsed(["runs/$NIGHT"])
 
 
 def test_a_runs_folder_and_its_checkpoints_are_expanded(home: Path, tmp_path: Path) -> None:
@@ -138,7 +143,7 @@ NO_PATHS = {"PlainJSON.path", "ServedImages.path", "ServedLatents.path", "UniRL.
 
 def test_settings_of_shipped_classes_that_are_paths_say_so() -> None:
     """A parameter of such a name that takes a text has the type PathText, or a type with Path."""
-    prepare([])
+    prepare_parsing([], classes=True)
     shipped = [found for module in set(CLASS_MODULES.values()) for found in public(module) if configured(found)]
     factories = [locate(path) for path in backbone_names().values() if path.startswith("latentreward.")]
     plain = {

@@ -4,19 +4,19 @@ import os
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator
 
+from latentreward.apps.steps.sources import CLONE
 from latentreward.apps.steps.tasks import Arguments, Step, Task, check_steps, load_yaml, resolve
 from latentreward.errors import InputError, did_you_mean
-from latentreward.settings.rewriting import shipped_configs
 from latentreward.storage.digests import digest
 from latentreward.storage.json_files import STRICT, checked
 from tools.emoji.world import REMEDY, VARIABLE
 
-FOLDER, SHARED = "reproduce/", "reproduce/shared/steps.yaml"
+FOLDER = "reproduction/rows"
+"""Folder of the rows in a clone; its folder ``shared`` has what several rows use."""
 Kind = Literal["accuracy", "alignment", "quality", "followed", "kept", "turned", "column"]
 Paper = Literal["LRM", "LPO", "DiNa-LRM", "Later methods", "Edits", "Tiny world", "Second world"]
 LEAST_SEEDS, MOST_SEEDS = 3, 12
@@ -199,21 +199,24 @@ class Row:
         return digest([repr((sorted(tables.items()), sorted(self.metrics.items())))])
 
 
+def file_of(name: str) -> str:
+    """Return the path of a YAML file in the folder of the rows."""
+    return str(CLONE / FOLDER / f"{name}.yaml")
+
+
 @cache
 def shared_steps(world: str = "") -> dict[str, RowStep]:
     """Read the steps that all rows of a world may use; without a name, of the drawn shapes."""
     found = dict[str, RowStep]()
-    for place in (SHARED, *([f"{FOLDER}shared/{world}.yaml"] if world else [])):
-        found |= checked(dict[str, RowStep], load_yaml(f"configs/{place}"), place)
+    for name in ("steps", *([world] if world else [])):
+        found |= checked(dict[str, RowStep], load_yaml(file_of(f"shared/{name}")), f"{name}.yaml")
     return found
 
 
 @cache
 def all_rows() -> Mapping[str, Row]:
-    """Read all shipped rows by name."""
-    names = [name for name in shipped_configs() if name.startswith(FOLDER) and name.count("/") == 1]
-    rows = [read_row(Path(name).stem, load_yaml(f"configs/{name}")) for name in names]
-    return {row.name: row for row in rows}
+    """Read all rows of this clone by name."""
+    return {path.stem: read_row(path.stem, load_yaml(str(path))) for path in sorted((CLONE / FOLDER).glob("*.yaml"))}
 
 
 def choose_rows(names: Sequence[str]) -> list[Row]:
@@ -236,9 +239,7 @@ def read_row(name: str, content: Mapping[str, Any]) -> Row:
         InputError: If a setting is unknown, missing or wrong, or a name that it uses does not exist.
     """
     if "like" in content:
-        other = {
-            key: value for key, value in load_yaml(f"configs/{FOLDER}{content['like']}.yaml").items() if key != "result"
-        }
+        other = {key: value for key, value in load_yaml(file_of(content["like"])).items() if key != "result"}
         content = {**other, "paper": "Second world", **content}
     row: Row = checked(Row, {"name": name, **content}, f"{name}: ")
     _check(row)

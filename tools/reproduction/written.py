@@ -14,6 +14,8 @@ from tools.reproduction.rows import FOLDER, Claim, Row
 
 FILE = "claims.json"
 """File in the folder of the results: name of a row → claim in full → commit, and :data:`LATE` where that is so."""
+EARLIER = "configs/reproduce"
+"""Folder of the rows at the time of most measurements."""
 LATE = " late"
 """Mark of a claim that is not in a commit at which its row was measured."""
 Commits = Mapping[str, Mapping[str, str]]
@@ -53,12 +55,13 @@ def update_commits(folder: Path, rows: Iterable[Row], found: Mapping[str, Mappin
 
     @cache
     def lines_at(commit: str, row: str) -> list[str]:
-        return git(["git", "show", f"{commit}:configs/{FOLDER}{row}.yaml"]).stdout.splitlines()
+        shown = (git(["git", "show", f"{commit}:{folder}/{row}.yaml"]).stdout for folder in (FOLDER, EARLIER))
+        return next(filter(None, shown), "").splitlines()
 
     for row in rows:
         kept = {claim: text.removesuffix(LATE) for claim, text in known.get(row.name, {}).items()}
         commits = {claim: commit for claim, commit in kept.items() if commit in history}
-        blamed = ["git", "blame", "-sw", "--root", "--abbrev=9", "--", f"configs/{FOLDER}{row.name}.yaml"]
+        blamed = ["git", "blame", "-sw", "--root", "--abbrev=9", "--", f"{FOLDER}/{row.name}.yaml"]
         if missing := [claim for claim in row.claims if in_full(claim) not in commits]:
             lines = git(blamed).stdout.splitlines()
             commits |= {in_full(claim): next(_lines_of(claim, row, lines), "")[:10] for claim in missing}

@@ -67,20 +67,6 @@ class Source(NamedTuple):
     size: tuple[int, int]  # height and width
 
 
-class ClipHeader(NamedTuple):
-    """What the header of a clip says."""
-
-    height: int
-    width: int
-    frames: int  # 0 if unknown
-    fps: float | None  # mean frames per second; None if unknown
-
-    def __str__(self) -> str:
-        if not self.frames or self.fps is None:
-            return "length not in the header"
-        return f"{self.frames} frames at {self.fps:.4g} per second"
-
-
 @dataclass(frozen=True)
 class ClipLoader(PixelLoader):
     """Decoder of clips that resizes each frame as :class:`PixelLoader` does images.
@@ -168,8 +154,8 @@ class ClipLoader(PixelLoader):
         raise image_error(image, SHORT, f"{wanted}; give longer clips, or set fewer frames")
 
 
-def read_clip_header(image: ImageRef) -> ClipHeader:
-    """Read the header of a clip; the rest of the file may still be damaged.
+def clip_size(image: ImageRef) -> tuple[int, int]:
+    """Read height and width of a clip from its header; the rest of the file may still be damaged.
 
     Raises:
         ImageError: As :class:`ClipLoader`, except for damage behind the header.
@@ -177,8 +163,7 @@ def read_clip_header(image: ImageRef) -> ClipHeader:
     """
     with _opened(image, MAX_PIXELS) as source:
         check_pixels(image, source.size[::-1], MAX_PIXELS)
-        rate = float(source.total / (source.length * source.tick)) if source.length else None
-        return ClipHeader(*source.size, source.total, rate)
+        return source.size
 
 
 def check_clips(place: str, frames: int, fps: float) -> None:

@@ -68,7 +68,6 @@ SHORT = "clip too short"
 CLIP = "clip, not an image"
 COUNT = "wrong number of pictures to edit"
 REFUSED = "edit that the text encoder does not take"
-ALPHA, DEEP, CMYK = "alpha, which is dropped", "16 bits per channel, which become 8", "CMYK, which becomes RGB"
 """Descriptions of changes that decoding to 8-bit RGB makes."""
 IMAGE_PROBLEMS = (NO_IMAGE, EMPTY, MISSING, OUTSIDE, UNKNOWN, DAMAGED, TOO_LARGE, SHORT, CLIP, COUNT, REFUSED)
 resolve_once = lru_cache(Path.resolve)
@@ -185,7 +184,6 @@ class ImageHeader(NamedTuple):
     height: int  # height in pixels after decoding, thus after an EXIF orientation that is applied
     width: int  # width in pixels after decoding
     rotated: bool  # whether the image has an EXIF orientation other than upright
-    oddities: tuple[str, ...]  # changes that decoding makes beside the orientation: ``ALPHA``, ``DEEP`` or ``CMYK``
     plain: bool  # whether the file is a PNG or JPEG of 8-bit RGB that every reader decodes alike
 
 
@@ -203,10 +201,9 @@ def read_header(image: ImageRef, max_pixels: int = MAX_PIXELS, exif: ExifOrienta
         if exif == "apply" and orientation >= 5:
             height, width = width, height
         deep = _is_16_bit(opened.mode) or any(";16" in str(tile) for tile in getattr(opened, "tile", ()))
-        odd = {ALPHA: opened.has_transparency_data, DEEP: deep, CMYK: opened.mode == "CMYK"}
-        oddities, rotated = tuple(name for name, is_so in odd.items() if is_so), orientation != UPRIGHT
-        plain = opened.format in ("PNG", "JPEG") and opened.mode == "RGB" and not (oddities or rotated)
-        return ImageHeader(height, width, rotated, oddities, plain)
+        changed = opened.mode != "RGB" or opened.has_transparency_data or deep or orientation != UPRIGHT
+        plain = opened.format in ("PNG", "JPEG") and not changed
+        return ImageHeader(height, width, orientation != UPRIGHT, plain)
 
 
 def exif_orientation(image: Image.Image) -> int:

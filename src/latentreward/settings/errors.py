@@ -221,9 +221,6 @@ REWORDINGS: dict[str, str | Callable[[re.Match[str], str], str]] = {
     r"Expected an instantiatable class, but (\S+) is abstract": _abstract,
     r"(No module named '[\w.]+')$": rf"\1 {SEARCHED}",
     "import of callbacks halted": "no module 'callbacks'; say latentreward.callbacks",
-    r"Importing ('(\w+).*?') is not allowed": (
-        r"--restrict-imports does not allow \1; if you trust it, say --restrict-imports=\2"
-    ),
     r"Interpolation key '(?:.+' not found \(resolved to '\w+\.)?(.+?)'": rf"${{\1}} {UNSET}",
     r"Import path (\S+) does not correspond to a subclass of (\w+)": _not_a_subclass,
     r"Expected '(\S+)' to be a function that returns <class '(\w+)'>": _not_a_subclass,

@@ -24,16 +24,9 @@ from typing_extensions import override
 
 from latentreward.backbones.registry import backbone_names
 from latentreward.errors import InputError, one_line, where
-from latentreward.programs import MODULE_FOLDERS, RESTRICTED, constructing, find_modules_here, within
+from latentreward.programs import MODULE_FOLDERS, find_modules_here, within
 from latentreward.settings.errors import CLASS_MODULES, NAMED_IN, UNSET, summarise, unknown_setting_hint
 from latentreward.settings.ranges import check_ranges, leaves
-from latentreward.settings.restrictions import (
-    TRAINER_COMMAND,
-    TRUSTED,
-    check_classes,
-    check_functions,
-    restrict_imports,
-)
 from latentreward.settings.rewriting import (
     as_text,
     find_config,
@@ -46,6 +39,10 @@ from latentreward.settings.rewriting import (
 from latentreward.settings.yaml_text import check_yaml
 
 MODE = "omegaconf+"
+TRAINER_COMMAND = r"^(fit|validate|test|predict)\."
+"""Subcommand that Lightning's command line puts before the name of each setting, as a regular expression."""
+LIBRARIES = ("latentreward", "torch", "lightning", "torchmetrics")
+"""Packages whose classes are not the user's own."""
 FLAGS = "{true,false", "\b[="  # starts of the metavars of options that need no value: flags, and ``--print_config``
 
 
@@ -82,7 +79,7 @@ def constructed(kind: Callable[..., Any], /, *args: Any, **options: Any) -> Any:
         return kind(*args, **options)
     except Exception as error:
         path = f"{kind.__module__}.{kind.__qualname__}"
-        if isinstance(error, InputError) or within(path, TRUSTED):
+        if isinstance(error, InputError) or within(path, LIBRARIES):
             raise
         settings = INSTANTIATED.get()
         named = (name for name, value in leaves(settings) if value == path and name.endswith(".class_path"))
@@ -135,10 +132,7 @@ class SettingsParser(ArgumentParser):
         if type(action).__name__ == "_ActionConfigLoad" and not isinstance(value, str | dict | Namespace):
             raise TypeError(f'Parser key "{action.dest}": expected a mapping of settings, got {as_text(value)}')
         value = value.clone() if isinstance(value, Namespace) else value
-        value = super()._check_value_key(action, value, *more, **options)
-        if hasattr(action, "_typehint"):
-            check_classes(action.dest, action._typehint, action.default, value)
-        return value
+        return super()._check_value_key(action, value, *more, **options)
 
     @override
     def _apply_actions(self, cfg: Any, *more: Any, **options: Any) -> Any:
@@ -166,7 +160,6 @@ class SettingsParser(ArgumentParser):
         if VALIDATING.get():
             super().validate(namespace, *more, **options)
             return
-        check_functions(namespace)
         token = VALIDATING.set(True)
         try:
             self._validate_command(namespace, *more, **options)
@@ -201,8 +194,7 @@ class SettingsParser(ArgumentParser):
         token = INSTANTIATED.set(namespace)
         options["instantiators"] = [*options.get("instantiators", ()), (constructed, object, True)]
         try:
-            with constructing():
-                return super().instantiate(with_secrets(namespace), *more, **options)
+            return super().instantiate(with_secrets(namespace), *more, **options)
         finally:
             INSTANTIATED.reset(token)
 
@@ -302,36 +294,21 @@ def kept_secret(*variable: Any) -> str:
     return f"${{secret:{','.join('null' if part is None else str(part) for part in variable)}}}"
 
 
-def values_of(option: str, arguments: Sequence[str]) -> list[str] | None:
-    """Collect the values of every ``--OPTION=A,B`` among the arguments; None if the option is not given."""
-    given = [argument for argument in arguments if re.fullmatch(rf"{option}(=.*)?", argument)]
-    return [name for text in given for name in text.partition("=")[2].split(",") if name] if given else None
-
-
-def prepare_parsing(arguments: Sequence[str], classes: bool = False) -> list[str]:
+def prepare_parsing(arguments: Sequence[str], classes: bool = False) -> None:
     """Set up jsonargparse and OmegaConf for parsing settings; to be called before any parser of settings is made.
 
-    With ``classes``, settings may name the user's own classes, in modules of the current folder or beside the settings.
-
-    Returns:
-        The arguments without ``--restrict-imports`` and ``--allow-programs``, which are applied here.
-
-    Raises:
-        InputError: If ``--allow-programs`` is given without ``--restrict-imports``, or a value of either is invalid.
+    With ``classes``, settings may name this package's classes without their modules, and the user's own in modules of
+    the current folder or beside the settings.
     """
+    if classes:
+        import_class_modules()
     set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
     OmegaConf.register_resolver("setting", resolve_setting, replace=True)
     OmegaConf.register_resolver("secret", kept_secret, replace=True)
-    modules, programs = values_of("--restrict-imports", arguments), values_of("--allow-programs", arguments)
-    if modules is not None:
-        restrict_imports(modules, programs or [])
-    elif programs is not None:
-        raise InputError("--allow-programs restricts nothing without --restrict-imports; give both")
     MODULE_FOLDERS[:] = [str(Path.cwd())]  # jsonargparse changes it as it reads a file
     NAMED_IN.clear()
     NULLS[:] = [argument for argument in arguments if "null" in argument]
-    install_loader(backbone_names(), classes and (not RESTRICTED or bool(RESTRICTED[-1])))
-    return [argument for argument in arguments if not re.match(r"--(restrict-imports|allow-programs)(=|$)", argument)]
+    install_loader(backbone_names(), classes)
 
 
 def parse_function(
@@ -403,12 +380,6 @@ def import_class_modules() -> None:
         sys.modules.setdefault("callbacks", None)  # type: ignore[arg-type]  # in a clone of the repository, `callbacks` would be a second copy
 
 
-def prepare(arguments: Sequence[str]) -> list[str]:
-    """Import our classes, which settings may name, and return the arguments that :func:`prepare_parsing` returns."""
-    import_class_modules()
-    return prepare_parsing(arguments, classes=True)
-
-
 def run_function(
     function: Callable[..., None], command: str, arguments: Sequence[str], bare: int = 1, classes: bool = True
 ) -> None:
@@ -420,6 +391,6 @@ def run_function(
     Raises:
         InputError: If a setting is wrong or a constructor refuses it.
     """
-    settings = prepare(arguments) if classes else prepare_parsing(arguments)
+    prepare_parsing(arguments, classes)
     with naming_variables():
-        function(**parse_function(function, command, settings, bare))
+        function(**parse_function(function, command, arguments, bare))

@@ -4,22 +4,13 @@ import json
 import re
 import shlex
 import shutil
-import signal
-import textwrap
-import time
 from pathlib import Path
 
 import pytest
-import yaml
 from PIL import Image
 
 from latentreward.cli import main
-from latentreward.contracts import PreferencePair
-from latentreward.data import PickAPicReader
-from latentreward.data.inspection.report import NO_TEST
-from latentreward.interrupts import Terminated
 from latentreward.tinyworld.writers import write_hpdv3, write_pickapic
-from tests.processes import start
 
 SAMPLES = Path(__file__).parents[2] / "formats" / "data"
 ROOT = Path(__file__).parents[3]
@@ -29,15 +20,6 @@ EXPECTED = json.loads((SAMPLES / "EXPECTED.json").read_text())
 def inspect(tmp_path: Path, *arguments: str) -> dict:
     main(["inspect", *arguments, f"--output={tmp_path / 'report.json'}"])
     return json.loads((tmp_path / "report.json").read_text())
-
-
-class StoppedReader(PickAPicReader):
-    """Reader that a SIGTERM interrupts at its third row."""
-
-    def __getitem__(self, index: int) -> PreferencePair:
-        if index == 2:
-            raise Terminated
-        return super().__getitem__(index)
 
 
 def write_pairs(file: Path, *prompts: str) -> None:
@@ -75,42 +57,21 @@ def test_samples(tmp_path, capsys, name, keys) -> None:
     assert "Rows with unreadable images (all were decoded): none" in text
     if name == "pickapic_v1":
         assert report["splits"][0]["labels"] == {"a wins": 3, "b wins": 3, "ties": 2, "unlabelled": 0}
-        assert "train and validation_unique: prompts" in text
-        assert re.search(
-            r"train beside validation_unique +6 of 8\n.*validation_unique beside test_unique +1 of 5", text, re.S
-        )
+        assert report["shared"]["train and validation_unique"][1] == 6
+        assert report["shared"]["validation_unique and test_unique"][1] == 1
     if name == "genai_bench_cmu":
         assert report["splits"][0]["labels"]["ties"] == EXPECTED[name]["ties"]
 
 
-def test_score_table(tmp_path, capsys) -> None:
-    table = SAMPLES / "lrm_mpcf" / "pseudo_preference.csv"
-    data = str(SAMPLES / "pickapic_v1")
-    report = inspect(tmp_path, data, "--splits=train", f"--scores={table}")
-    kept = {item["strategy"]: item["decided"] + item["ties"] for item in report["scores"]["train"]["strategies"][::2]}
-    assert kept == {n: len(EXPECTED["lrm_mpcf"][f"strategy_{n}_kept_rows"]) for n in (1, 2, 3)}
-    assert report["scores"]["train"]["scorers"]["aesthetic"]["share_below"] == 0.5
-    text = capsys.readouterr().out
-    assert "chosen scores below rejected" in text
-    assert "strategy 2, > as in the code" in text
-    report = inspect(tmp_path, data, f"--scores={table}")
-    assert list(report["scores"]) == ["train"]
-    assert "8 rows for 5 of the reader" in report["scores_note"]["validation_unique"]
-
-
 def test_tiny_world(tmp_path, capsys) -> None:
     pickapic = write_pickapic(tmp_path / "pickapic", {"train": 30, "validation_unique": 8, "test_unique": 8})
-    report = inspect(tmp_path, str(pickapic), "--buckets=[[32,32]]")
+    report = inspect(tmp_path, str(pickapic))
     assert rows_of(report) == {"train": 30, "validation_unique": 8, "test_unique": 8}
-    assert all(set(split["images"]["buckets"]) == {"32x32"} for split in report["splits"])
-    assert all(leak["shared"]["image contents"] == 0 for leak in report["leakage"])
+    assert all(set(split["images"]["sizes"]) == {"32x32"} for split in report["splits"])
     hpdv3 = write_hpdv3(tmp_path / "hpdv3", {"train": 20, "test": 8})
     shutil.copy(hpdv3 / "train.json", hpdv3 / "copy.json")
     report = inspect(tmp_path, str(hpdv3), "--splits=train,copy")
-    (leak,) = report["leakage"]
-    assert (leak["first"], leak["second"]) == ("train", "copy")
-    assert leak["first_rows"] == leak["second_rows"] == dict.fromkeys(leak["first_rows"], 20)
-    assert "train and copy: image contents" in capsys.readouterr().out
+    assert report["shared"]["train and copy"][1:] == [20, 20]
 
 
 def test_readers_with_settings(tmp_path) -> None:
@@ -146,8 +107,6 @@ def test_a_damaged_split_leaves_the_others(tmp_path, capsys) -> None:
         ([str(SAMPLES / "prompts")], "is none of Pick-a-Pic"),
         ([str(SAMPLES / "hpdv3"), "--splits=trian"], "splits: there is no split 'trian'; did you mean 'train'?"),
         ([str(SAMPLES / "hpdv3"), "--limit=-1"], "limit=-1 must be at least 0"),
-        ([str(SAMPLES / "hpdv3"), "--scores=absent.csv"], "no table of scores absent.csv"),
-        ([str(SAMPLES / "hpdv3"), "--buckets=[[0,3]]"], "[0, 3] is not a size"),
         ([str(SAMPLES / "hpdv3"), "--reader.on_error=skip"], "say --reader CLASS too; choose from CutReader, DatasetP"),
         (
             ["--reader=PickAPicReader", "--reader.source=/nowhere", "--reader.split=train"],
@@ -163,25 +122,13 @@ def test_bad_input_is_one_line(arguments, message, capsys) -> None:
     assert message in line
 
 
-def test_the_prompts_of_a_test_split_that_the_shipped_file_does_not_set(tmp_path, capsys) -> None:
+def test_prompts_of_a_test_split_are_told(tmp_path, capsys) -> None:
     write_pairs(tmp_path / "test.jsonl", "Two", "five")
     write_pairs(tmp_path / "train.jsonl", "one", "two", "two", "three")
     main(["inspect", str(tmp_path)])
     text = capsys.readouterr().out
-    assert "fit leaves them out if its config also sets the later split, as data.val or data.test" in text
-    assert re.search(r"train beside test +2 of 4\n", text)
-    assert "1 prompts of test are also in train. configs/data/jsonl.yaml sets no data.test: fit then trains on" in text
-    assert "--data.test JSONLPairReader --data.test.file FILE" in text
-    write_pairs(tmp_path / "test.jsonl", "four")
-    main(["inspect", str(tmp_path)])
-    assert "data.test" not in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("reader", NO_TEST)
-def test_the_shipped_file_of_a_reader_sets_no_test_split(reader) -> None:
-    settings = yaml.safe_load((ROOT / NO_TEST[reader][0]).read_text())["data"]["init_args"]
-    assert settings["train"]["class_path"] == f"latentreward.data.{reader}"
-    assert "test" not in settings
+    assert "if its config also sets the later one as data.val or data.test" in text
+    assert re.search(r"train and test +1 +2 +1\n", text)
 
 
 def test_the_first_unreadable_images_are_named(tmp_path, capsys) -> None:
@@ -208,60 +155,6 @@ def test_another_format_in_the_folder_is_named_with_the_flags_that_read_it(tmp_p
     start, flags = lines[2].split("; read it with ")
     assert start == "also found, not read: JSONLPairReader (train)"
     assert rows_of(inspect(tmp_path, *shlex.split(flags))) == {"train": 2}
-
-
-def test_what_the_report_means(capsys, tmp_path) -> None:
-    table = SAMPLES / "lrm_mpcf" / "pseudo_preference.csv"
-    source = [str(SAMPLES / "pickapic_v1"), "--splits=train"]
-    main(["inspect", *source, f"--scores={table}"])
-    text = capsys.readouterr().out
-    assert "a and b are the two images of a row; %: of the split's rows." in text
-    assert "only `latentreward cache` uses buckets, if its images.size is not set" in text
-    assert "for aesthetic 0 in strategy 1, -0.5 in strategy 2, -1 in strategy 3" in text
-    pair_ids = PickAPicReader(source[0], "train").pair_ids()
-    own = tmp_path / "own.csv"
-    own.write_text("\n".join(["pair_id,clip_a,clip_b", *(f"{name},1,0" for name in pair_ids)]))
-    main(["inspect", *source, f"--scores={own}"])
-    assert "set FilteredReader's floors to the scorers that should count" in capsys.readouterr().out
-
-
-def test_sigterm_prints_what_was_counted(capsys) -> None:
-    source = [f"--reader.source={SAMPLES / 'pickapic_v1'}", "--reader.split=train"]
-    with pytest.raises(SystemExit, match="143"):
-        main(["inspect", f"--reader={__name__}.StoppedReader", *source])
-    output, errors = capsys.readouterr()
-    assert output.endswith("Interrupted: the counts above are those of the rows looked at so far.\n")
-    assert errors == "latentreward: stopped by SIGTERM\n"
-
-
-@pytest.mark.slow
-def test_ctrl_c_prints_what_was_counted(tmp_path) -> None:
-    (tmp_path / "slow.py").write_text(
-        textwrap.dedent("""
-        import time
-
-        from latentreward.data import PickAPicReader
-
-
-        class SlowReader(PickAPicReader):
-            def __getitem__(self, index):
-                if index == 3:
-                    print("ready", flush=True)
-                    time.sleep(60)
-                return super().__getitem__(index)
-        """)
-    )
-    source = [f"--reader.source={SAMPLES / 'pickapic_v1'}", "--reader.split=train"]
-    process = start(["inspect", "--reader=slow.SlowReader", *source], cwd=tmp_path)
-    while process.stdout != "ready\n":
-        assert process.poll() is None, process.stderr
-        time.sleep(0.02)
-    process.send_signal(signal.SIGINT)
-    output, errors = process.communicate(timeout=300)
-    assert process.returncode == 130
-    assert errors == "latentreward: stopped by Ctrl-C\n"
-    assert "Interrupted: the counts above are those of the rows looked at so far." in output
-    assert any(line.split()[-2:] == ["at", "3"] for line in output.splitlines())
 
 
 def test_pictures_of_kinds_that_are_not_read_are_told(tmp_path, capsys, caplog) -> None:

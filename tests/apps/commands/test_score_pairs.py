@@ -19,7 +19,7 @@ from latentreward.cli import main
 from latentreward.data import FilteredReader, PairDataset, PickAPicReader, PixelLoader, ScoreTable
 from latentreward.scorers import CLIPScorer
 from tests.data.conftest import SCHEMA, pickapic_row
-from tests.processes import finish, kill_after_parts
+from tests.processes import kill_after_parts
 from tests.scorers.tiny_clip import write_aesthetic, write_clip
 
 PAIRS = 24
@@ -277,13 +277,6 @@ def test_settings_that_are_refused(
 ) -> None:
     assert message in refusal(capsys, folder, "scores.parquet", *options)
     assert "end in .parquet, .csv or .jsonl" in refusal(capsys, folder, "scores.txt")
-
-
-@pytest.mark.slow
-def test_restricted_imports_reach_the_callable(folder: Path, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run = finish(["score-pairs", "scores.parquet", f"--config={folder}/score.yaml", "--restrict-imports"])
-    assert run.returncode == 2
-    assert "--restrict-imports does not allow 'my_scorer.brightness'" in run.stderr
 
 
 @pytest.mark.slow

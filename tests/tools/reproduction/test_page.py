@@ -45,7 +45,7 @@ def page_of(row: Row, *results: Result) -> str:
 def test_the_committed_page_is_what_the_results_give() -> None:
     found = {row.name: read_results(ROOT / "reproduction", row) for row in ROWS}
     expected = page(ROWS, found, judge_rows(ROWS, found), read_commits(ROOT / "reproduction"))
-    again = "run `latentreward reproduce --status --page docs/reproduction.md`"
+    again = "run `python -m tools.reproduce --status --page docs/reproduction.md`"
     committed = (ROOT / "docs" / "reproduction.md").read_text()
     assert DECIMALS.sub("", committed) == DECIMALS.sub("", expected), again
     if np.lib.NumpyVersion(np.__version__) < "2.5.0":

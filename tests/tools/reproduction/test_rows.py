@@ -10,6 +10,7 @@ from latentreward.cli import main
 from latentreward.errors import InputError
 from tests.apps.steps.forked_steps import ForkedSteps
 from tests.marks import rotated_after
+from tools.reproduce import main as program
 from tools.reproduce import reproduce
 from tools.reproduction.results import read_results
 from tools.reproduction.rows import WHOLE, Row, Side, all_rows, choose_rows, read_row, shared_steps
@@ -235,3 +236,12 @@ def test_unknown_rows_are_refused() -> None:
     with pytest.raises(InputError, match="there is no row 'lrm_scale'; did you mean 'lrm_scales'"):
         choose_rows(["lrm_scale"])
     assert [row.name for row in choose_rows(["lrm_scales"])] == ["lrm_scales"]
+
+
+def test_the_program_shows_rows_and_refuses_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    program(["lrm_pretraining", "--status"])
+    assert capsys.readouterr().out.splitlines()[1].split()[:4] == ["lrm_pretraining", "3", "of", "3"]
+    with pytest.raises(SystemExit) as stop:
+        program(["lrm_pretrainin", "--status"])
+    assert stop.value.code == 2
+    assert capsys.readouterr().err.startswith("latentreward: error: names: there is no row 'lrm_pretrainin'")

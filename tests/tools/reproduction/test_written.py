@@ -9,8 +9,8 @@ import pytest
 from tests.tools.reproduction.test_page import result
 from tests.tools.reproduction.test_rows import TOY
 from tools.reproduction import written
-from tools.reproduction.rows import Row, read_row
-from tools.reproduction.written import in_full, read_commits, update_commits
+from tools.reproduction.rows import FOLDER, Row, read_row
+from tools.reproduction.written import EARLIER, in_full, read_commits, update_commits
 
 OTHER = {"says": "one hardly beats the other", "higher": "one", "lower": "other", "by": "t 1", "more_than": -0.1}
 
@@ -18,7 +18,7 @@ OTHER = {"says": "one hardly beats the other", "higher": "one", "lower": "other"
 @pytest.fixture
 def clone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(written, "CLONE", tmp_path)
-    (tmp_path / "configs/reproduce").mkdir(parents=True)
+    Path(tmp_path, FOLDER).mkdir(parents=True)
     git(tmp_path, "init", "-q")
     return tmp_path
 
@@ -30,7 +30,7 @@ def git(folder: Path, *words: str) -> str:
 
 def commit(clone: Path, text: str) -> str:
     """Commit the row's file; return the commit."""
-    (clone / "configs/reproduce/toy.yaml").write_text(text)
+    Path(clone, FOLDER, "toy.yaml").write_text(text)
     git(clone, "add", ".")
     git(clone, "commit", "-qm", "claims")
     return git(clone, "rev-parse", "HEAD")[:10]
@@ -47,7 +47,7 @@ def test_commits_are_found_once_and_kept(clone: Path) -> None:
     assert update_commits(clone, [row(first)], {}) == {"toy": {in_full(row(first).claims[0]): one}}
     both = row(first, second)
     added = "  - {says: one hardly beats the other, higher: one}\n"
-    (clone / "configs/reproduce/toy.yaml").write_text("claims:\n  - {says: one beats the other, higher: one}\n" + added)
+    Path(clone, FOLDER, "toy.yaml").write_text("claims:\n  - {says: one beats the other, higher: one}\n" + added)
     assert update_commits(clone, [both], {})["toy"].keys() == {in_full(both.claims[0])}  # the other is not committed
     two = commit(clone, "claims:\n  - {says: one beats the other, higher: one} # a remark\n" + added)
     assert [*update_commits(clone, [both], {})["toy"].values()] == [one, two]
@@ -84,6 +84,19 @@ def test_a_claim_that_its_results_do_not_know_is_late(
     assert update_commits(clone, [one], {}) == {"toy": {in_full(one.claims[0]): commits[1]}}
 
 
+def test_a_measurement_before_the_rows_were_moved_knows_their_claims(clone: Path) -> None:
+    first = commit(clone, "claims:\n  - {says: one beats the other}\n")
+    (clone / EARLIER).parent.mkdir()
+    git(clone, "mv", FOLDER, EARLIER)
+    git(clone, "commit", "-qm", "as it was")
+    at = git(clone, "rev-parse", "HEAD")[:10]
+    git(clone, "mv", EARLIER, FOLDER)
+    git(clone, "commit", "-qm", "rows are moved")
+    one = row(TOY["claims"][0])
+    found = {"toy": {0: replace(result(one, 0, {}), commit=at)}}
+    assert [*update_commits(clone, [one], found)["toy"].values()] == [first]
+
+
 def test_a_commit_that_was_rewritten_is_looked_up_again(clone: Path) -> None:
     text = "claims:\n  - {says: one beats the other, higher: one}\n"
     commit(clone, text)
@@ -97,6 +110,6 @@ def test_a_commit_that_was_rewritten_is_looked_up_again(clone: Path) -> None:
 def test_without_history_the_kept_commits_stay(clone: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     commit(clone, "claims:\n  - {says: one beats the other, higher: one}\n")
     known = update_commits(clone, [row(TOY["claims"][0])], {})
-    monkeypatch.setattr(written, "CLONE", clone / "configs" / "reproduce")
+    monkeypatch.setattr(written, "CLONE", clone / "reproduction")
     monkeypatch.setenv("GIT_DIR", str(clone / "nothing"))
     assert update_commits(clone, [row(TOY["claims"][0], OTHER)], {}) == known

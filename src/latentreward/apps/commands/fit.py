@@ -735,11 +735,11 @@ def wants_estimate(settings: Sequence[str]) -> bool:
 
 
 def _run(command: str, arguments: Sequence[str]) -> "tuple[Estimate | None, Card]":
-    settings = functions.prepare(arguments)
+    functions.prepare_parsing(arguments, classes=True)
     try:
         with TemporaryDirectory(prefix="latentreward-") as folder, ExitStack() as held:
-            rewritten = rewrite_arguments(settings, backbone_names(), root=f"{command}.")
-            if wants_estimate(settings):
+            rewritten = rewrite_arguments(arguments, backbone_names(), root=f"{command}.")
+            if wants_estimate(arguments):
                 from latentreward.apps.estimate.sources import unset_variables
 
                 held.enter_context(unset_variables())

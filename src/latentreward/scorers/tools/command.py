@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 
 from latentreward.errors import InputError, check_range
-from latentreward.programs import check_program
 from latentreward.scorers.tools.base import JudgedPicture, ToolScorer
 from latentreward.scorers.tools.running import DAY, interpreter, package_versions, run_tool
 from latentreward.scorers.tools.score_file import look_up
@@ -40,7 +39,6 @@ class CommandScorer(ToolScorer):
         if not command or not any("{scores}" in part for part in command):
             raise InputError(f"command of {name} must hold {{scores}}, the file that it writes; add it")
         check_range("(0, inf]", timeout_s=timeout_s)
-        check_program(command[0])
         self.command, self.folder, self.timeout_s = list(command), folder, timeout_s
 
     def identity(self) -> str:

@@ -10,7 +10,6 @@ from pathlib import Path
 from PIL import Image
 
 from latentreward.errors import InputError
-from latentreward.programs import check_program
 
 FOREIGN = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")
 """Environment variables that are not passed on, since they would make a program use latentreward's environment."""
@@ -26,9 +25,8 @@ def run_tool(name: str, command: Sequence[str], folder: Path, log: Path, timeout
     The program and all processes that it started are killed after ``timeout_s`` seconds. Error messages name ``name``.
 
     Raises:
-        InputError: If the program is not allowed (``--restrict-imports``), cannot be started, fails or takes too long.
+        InputError: If the program cannot be started, fails or takes too long.
     """
-    check_program(command[0])
     environment = {key: value for key, value in os.environ.items() if key not in FOREIGN}
     with log.open("wb") as output:
         try:
@@ -67,7 +65,6 @@ def interpreter(name: str, python: Path | None) -> str:
         given = "is not given" if python is None else f"{python} is no program"
         remedy = f"give the Python of an environment of its own that has {name}, or results from there"
         raise InputError(f"python of {name} {given}; {remedy}")
-    check_program(found)
     return str(found)
 
 
@@ -97,8 +94,7 @@ def commit_of(repository: Path) -> str:
     try:
         found = subprocess.run(command, capture_output=True, text=True, check=False, timeout=ANSWER_S)
     except (OSError, subprocess.TimeoutExpired):
-        # Git is not installed or slow, or --restrict-imports forbids running it.
-        return "unknown"
+        return "unknown"  # git is not installed, or slow
     return found.stdout.strip() if not found.returncode else "unknown"
 
 

@@ -24,7 +24,7 @@ from latentreward.families import import_family, is_foreign
 from latentreward.heads import RewardHead
 from latentreward.programs import find_modules_here, of_this_package
 from latentreward.scoring.layouts.trust import guarded_imports, registered_heads, registered_name
-from latentreward.settings.functions import check_functions, reworded
+from latentreward.settings.functions import reworded
 from latentreward.settings.ranges import leaves
 from latentreward.storage.json_files import check_arguments
 
@@ -248,9 +248,7 @@ def instantiated(kind: Any, part: ModelPart, folder: Path | None) -> Any:
     try:
         with guarded_imports(folder):
             find_modules_here([part.name, *(value for _, value in leaves(part.init_args))])
-            parsed = parser.parse_object(settings)
-            check_functions(parsed)
-            return parser.instantiate(parsed)["part"]
+            return parser.instantiate(parser.parse_object(settings))["part"]
     except (ArgumentError, ValueError, ImportError, OSError) as error:
         raise InputError(reworded(error)) from error
 

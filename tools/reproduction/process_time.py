@@ -1,4 +1,4 @@
-"""Callback that ends training after a budget of processor time, to compare methods at equal cost."""
+"""Callback of rows that ends training after a budget of processor time, to compare methods at equal cost."""
 
 import time
 from typing import Any
@@ -7,7 +7,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 
 class ProcessTimeBudget(Callback):
-    """Callback that ends training after a budget of processor time, rollouts and rewards included.
+    """Callback of rows that ends training after a budget of processor time, rollouts and rewards included.
 
     Args:
         seconds: Budget in seconds of this process's processor time, from the start of training.

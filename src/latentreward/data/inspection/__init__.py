@@ -1,1 +1,0 @@
-"""Inspection of data sets and score tables: counts, and reports as text and JSON."""

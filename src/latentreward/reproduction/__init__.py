@@ -1,1 +1,0 @@
-"""Parts that the runs of ``latentreward reproduce`` name in their settings."""
