@@ -21,7 +21,7 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelSummary, ProgressBar, RichModelSummary, TQDMProgressBar
 
 import latentreward
-from latentreward.cli import COMMANDS, main
+from latentreward.cli import COMMANDS, REMOVED, main
 from latentreward.errors import NO_GPU, InputError, did_you_mean, one_line
 from latentreward.scoring.layouts.run import settings_beside
 from latentreward.settings.errors import UNSET
@@ -795,6 +795,12 @@ def test_restricted_imports_name_the_import_and_the_remedy() -> None:
     assert finish(["--restrict-imports=plugin", *FIT]).returncode == 0
     escape = finish([*FIT, "--restrict-imports=plugin", "--trainer.logger=os.system"])
     assert (escape.returncode, escape.stderr.count("\n")) == (2, 1)
+
+
+@pytest.mark.parametrize("name", REMOVED)
+def test_what_was_removed_names_what_to_use_instead(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["fit", f"{name}=x"] if name.startswith("--") else [name, "--help"]
+    assert error_line(capsys, *arguments) == f"there is no {name} any more; {REMOVED[name]}"
 
 
 @pytest.mark.slow

@@ -271,7 +271,7 @@ def requirements(*extras: str) -> dict[str, Requirement]:
 
 def test_what_is_imported_is_required() -> None:
     """What another requirement happens to bring may be gone with its next release."""
-    required = requirements("quant", "serve", "ui", "video").keys()
+    required = requirements("quant", "serve", "video").keys()
     for path in FILES.values():
         if path.parent == DRIVERS:
             continue

@@ -51,9 +51,12 @@ COMMANDS = {
     "score": "score a folder or list of images, and write a page sorted by score",
     "benchmark": "compare reward models with people's choices, and write a report",
     "serve": "answer HTTP requests for scores of latents or images",
-    "ui": "serve a page on this machine to try a reward model in the browser",
 }
 """Subcommand → one line of help."""
+REMOVED = {
+    "ui": "score --gallery writes a page of scores, and taste --rate opens one to rate pictures",
+}
+"""Command or option that there is no more → what to use instead."""
 TRAINER = ("fit", "validate", "test", "predict")
 """Subcommands that run a Lightning trainer; one module has them all."""
 
@@ -161,6 +164,9 @@ def _dispatch(arguments: list[str], alone: bool) -> None:
     if "--version" in arguments:
         print(f"latentreward {__version__}")
         return
+    for name in (*arguments[:1], *(one.partition("=")[0] for one in arguments if one.startswith("--"))):
+        if name in REMOVED:
+            raise InputError(f"there is no {name} any more; {REMOVED[name]}")
     if not arguments or arguments[0] not in COMMANDS:
         problem = f"unknown command {arguments[0]!r}" if arguments else "no command"
         raise InputError(f"{problem}{did_you_mean(arguments[0] if arguments else '', COMMANDS)}")

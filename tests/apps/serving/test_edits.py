@@ -20,7 +20,6 @@ from latentreward.apps.serving.errors import RequestError
 from latentreward.apps.serving.images import images_of_json
 from latentreward.apps.serving.prompted_latents import parse_latents
 from latentreward.apps.serving.served import ServedModel
-from latentreward.apps.serving.ui import build_page, score_sheet
 from latentreward.backbones import create_backbone
 from latentreward.cli import main
 from latentreward.contracts import Conditioning
@@ -333,27 +332,8 @@ def test_text_encoders_that_see_pictures_take_no_latents_of_them(served: tuple[s
 
 
 @pytest.mark.slow
-def test_the_page_takes_the_pictures_that_were_edited(served: tuple[str, ServedModel], tmp_path: Path) -> None:
-    _, model = served
-    for name, image in (("edit", EDITED[0]), ("red", RED)):
-        image.save(tmp_path / f"{name}.png")
-    (row,), _ = score_sheet(model.reward, TEXT, [tmp_path / "edit.png"], [tmp_path / "red.png"])
-    assert [row[1]] == wanted(model, [RED])
-
-
-@pytest.mark.slow
-def test_the_page_asks_for_pictures_only_where_the_reward_takes_them(served: tuple[str, ServedModel]) -> None:
-    pytest.importorskip("gradio")
-    labels = [
-        [block["props"].get("label") for block in build_page(reward).get_config_file()["components"]]
-        for reward in (served[1].reward, tiny_reward())
-    ]
-    assert ["Pictures that were edited" in found for found in labels] == [True, False]
-
-
-@pytest.mark.slow
 def test_a_server_scores_with_a_text_encoder_that_sees_the_pictures(tmp_path: Path) -> None:
-    """Qwen-Image-Edit, served by a process of its own: scores are those of `score` and of the page."""
+    """Qwen-Image-Edit, served by a process of its own: scores are those of `score`."""
     base, rows = qwen_image_edit_folder(), [[RED], [BLUE], [BLUE, RED]]
     backbone = create_backbone("qwen_image_edit", source=base, visual_taps=[2], text_taps=[2])
     head = GatedQFormerHead(backbone.feature_spec, num_heads=2)
