@@ -117,7 +117,6 @@ MAY_IMPORT = {
     | {"policies", "rewards", "modules", "reports", "callbacks", "programs"},
     "apps.steps": BASE | {"settings", "reports"},
     "reproduction": BASE,
-    "apps.pilot": BASE | {"reports", "settings", "apps.steps"},
     "apps.taste": BASE | {"backbones", "families", "data", "apps.evaluation", "metrics", "reports", "apps.steps"},
     "apps.serving": BASE | {"data", "noise", "encoders", "programs", "scoring", "reports"},
     "tinyworld": BASE | {"data", "scorers", "metrics", "settings", "reports"},

@@ -43,7 +43,6 @@ COMMANDS = {
     "consolidate": "turn a sharded checkpoint into one file, with EMA weights if set",
     "generate": "sample pictures for prompts; a reward may choose the best of several",
     "reproduce": "measure claims and ablations of the papers in the tiny world",
-    "pilot": "train a reward on a cut of a data set, benchmark it, align with it: one card",
     "taste": "train a reward on your own pictures, and align with it; --rate opens a page to rate",
     "evaluate-policy": "score the pictures of one generator, or compare two",
     "publish": "write a reward model as a folder for others, or upload it to the hub",
@@ -54,6 +53,7 @@ COMMANDS = {
 }
 """Subcommand → one line of help."""
 REMOVED = {
+    "pilot": "run cache, fit, benchmark, fit and evaluate-policy (docs/recipes.md, one card of 24 GB), or taste",
     "ui": "score --gallery writes a page of scores, and taste --rate opens one to rate pictures",
 }
 """Command or option that there is no more → what to use instead."""
