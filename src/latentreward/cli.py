@@ -53,6 +53,8 @@ COMMANDS = {
 }
 """Subcommand → one line of help."""
 REMOVED = {
+    "--policy.table": "write images.csv or images.jsonl into the folder of images",
+    "--against.table": "write images.csv or images.jsonl into the folder of images",
     "pilot": "run cache, fit, benchmark, fit and evaluate-policy (docs/recipes.md, one card of 24 GB), or taste",
     "ui": "score --gallery writes a page of scores, and taste --rate opens one to rate pictures",
 }

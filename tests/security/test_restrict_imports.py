@@ -23,10 +23,6 @@ def tool(*command: str, **options: str) -> dict:
     return {"class_path": "latentreward.scorers.tools.CommandScorer", "init_args": arguments}
 
 
-def package(name: str, **options: str) -> dict:
-    return {"class_path": f"latentreward.scorers.tools.{name}", "init_args": options}
-
-
 def called(function: str) -> dict:
     return {"class_path": "latentreward.scorers.CallableScorer", "init_args": {"function": function, "name": "x"}}
 
@@ -84,12 +80,8 @@ def malicious(folder: Path) -> dict[str, tuple[list[str], dict]]:
         "relative up": tool(f"../{folder.name}/script"),
         "link to a shell": tool(str(link), "-c", touch),
         "dots": tool(f"{folder}/hub/../script"),
-        "package's python": package("HPSv3Scorer", python=str(script)),
-        "package's python by name": package("ImageRewardScorer", python="script"),
-        "geneval": package("GenEvalScorer", python=str(script), repository=str(folder)),
-        "compbench": package("T2ICompBenchScorer", python=str(script), repository=str(folder)),
         "callable os.system": called("os.system"),
-        "callable by a module's import": called("latentreward.scorers.tools.running.subprocess.run"),
+        "callable by a module's import": called("latentreward.scorers.tools.subprocess.run"),
         "own module": called("evil_scorer.brightness"),
     }
     hub_load = {
