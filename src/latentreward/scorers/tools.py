@@ -133,7 +133,6 @@ class CommandScorer(ToolScorer):
             raise InputError(f"command of {self.name}: {self.command[0]} is no program; give its whole path")
 
     def score_pictures(self, pictures: Sequence[JudgedPicture], policy: str, work: Path) -> np.ndarray:
-        """See :meth:`ToolScorer.score_pictures`."""
         table, scores = work / "pictures.jsonl", work / "scores.jsonl"
         rows = (asdict(item) | {"path": str(item.path.resolve())} for item in pictures)
         table.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
@@ -201,7 +200,6 @@ class ScoreFile(ToolScorer):
         return f"{type(self).__name__} {self.path} {self.column}"
 
     def score_pictures(self, pictures: Sequence[JudgedPicture], policy: str, work: Path) -> np.ndarray:
-        """See :meth:`ToolScorer.score_pictures`."""
         return look_up(self.name, Path(self.path.replace("{policy}", policy)), self.column, pictures)
 
 
