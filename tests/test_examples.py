@@ -1,13 +1,18 @@
-"""The two examples in one file run from training to a LoRA that diffusers reads."""
+"""The examples in one file: two run from training to a LoRA that diffusers reads, four score by other programs."""
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
 from diffusers import StableDiffusionPipeline
 
 from latentreward.backbones.loading import tiny_pipeline
+from latentreward.errors import InputError
+from latentreward.scorers.tools import CommandScorer, JudgedPicture
 from latentreward.scoring import RewardModel
+from tests.scorers.test_tools import pictures
 
 FOLDER = Path(__file__).resolve().parents[1] / "examples"
 
@@ -32,3 +37,137 @@ def test_a_reward_is_trained_and_a_policy_aligned_with_it(tmp_path: Path, monkey
     for name in ("one_file_lrm", "one_file_lpo"):
         assert len((FOLDER / f"{name}.py").read_text().splitlines()) <= 200
         sys.modules.pop(name)
+
+
+def environment(folder: Path, **modules: str) -> str:
+    """A Python with modules of its own, as another program's environment is."""
+    for name, source in modules.items():
+        (folder / f"{name}.py").write_text(source)
+    python = folder / "python"
+    python.write_text(f'#!/bin/sh\nPYTHONPATH="{folder}" exec "{sys.executable}" -S "$@"\n')
+    python.chmod(0o755)
+    return str(python)
+
+
+def score(items: Sequence[JudgedPicture], work: Path, python: str, example: str, *arguments: object) -> list[float]:
+    assert len((FOLDER / example).read_text().splitlines()) <= 60
+    given = ["{pictures}", "{scores}", *map(str, arguments)]
+    scorer = CommandScorer([python, f"examples/{example}", *given], "tool", folder=FOLDER.parent)
+    scorer.prepare()
+    work.mkdir(exist_ok=True)
+    return scorer.score_pictures(items, "p", work).tolist()
+
+
+IMAGE_REWARD = """
+def load(name):
+    assert name == "ImageReward-v1.0"
+    class Model:
+        def score(self, prompt, image):
+            return len(prompt) / 10
+    return Model()
+"""
+HPSV3 = """
+class Rewards(list):
+    def tolist(self):
+        return list(self)
+class HPSv3RewardInferencer:
+    def __init__(self, device):
+        assert device == "cpu"
+    def reward(self, {first}, {second}):
+        assert all(path.endswith(".png") for path in image_paths)
+        return Rewards([len(prompt), 0.5] for prompt in prompts)
+"""
+NO_GPU = "class cuda:\n    is_available = staticmethod(lambda: False)\n"
+
+
+def test_image_reward(tmp_path: Path) -> None:
+    python = environment(tmp_path, ImageReward=IMAGE_REWARD)
+    items = pictures(tmp_path / "p", ["a cat", "two dogs"])
+    assert score(items, tmp_path / "w", python, "score_with_image_reward.py") == [0.5, 0.8]
+
+
+@pytest.mark.parametrize("order", [("image_paths", "prompts"), ("prompts", "image_paths")])
+def test_hpsv3_whichever_way_round_its_arguments_are(order: tuple[str, str], tmp_path: Path) -> None:
+    python = environment(tmp_path, hpsv3=HPSV3.format(first=order[0], second=order[1]), torch=NO_GPU)
+    items = pictures(tmp_path / "p", ["x" * number for number in range(1, 12)])
+    assert score(items, tmp_path / "w", python, "score_with_hpsv3.py") == list(range(1, 12))
+
+
+GENEVAL = """
+import argparse, json, os
+parser = argparse.ArgumentParser()
+parser.add_argument("imagedir"); parser.add_argument("--outfile"); parser.add_argument("--model-path")
+args = parser.parse_args()
+assert os.path.isdir(args.model_path)
+with open(args.outfile, "w") as output:
+    for folder in os.listdir(args.imagedir):
+        metadata = json.load(open(os.path.join(args.imagedir, folder, "metadata.jsonl")))
+        for name in os.listdir(os.path.join(args.imagedir, folder, "samples")):
+            assert open(os.path.join(args.imagedir, folder, "samples", name), "rb").read(4) == b"\\x89PNG"
+            row = {"filename": os.path.join(args.imagedir, folder, "samples", name), "tag": metadata["tag"],
+                   "prompt": metadata["prompt"], "correct": metadata["tag"] == "counting" or name == "0001.png",
+                   "metadata": json.dumps(metadata)}
+            output.write(json.dumps(row) + "\\n")
+"""
+
+
+def test_geneval_runs_on_its_own_layout(tmp_path: Path) -> None:
+    (tmp_path / "evaluation").mkdir()
+    (tmp_path / "evaluation" / "evaluate_images.py").write_text(GENEVAL)
+    items = pictures(tmp_path / "p", ["three bowls", "a red cup"], 2, ["counting", "colors"])
+    (tmp_path / "w" / "images" / "00007" / "samples").mkdir(parents=True)  # of an earlier run
+    given = (tmp_path / "w", sys.executable, "score_with_geneval.py", tmp_path, tmp_path)
+    assert score(items, *given) == [1, 1, 0, 1]
+    with pytest.raises(InputError, match=r"'a cat' has no tag and objects; use GenEval's evaluation_metadata.jsonl"):
+        score([JudgedPicture(0, 0, "", Path(), "a cat")], *given)
+
+
+T2I = """
+import argparse, json, os, sys
+parser = argparse.ArgumentParser()
+parser.add_argument("--out_dir"); parser.add_argument("--outpath"); parser.add_argument("--complex", type=bool)
+args = parser.parse_args()
+folder = args.out_dir or args.outpath
+names = sorted(os.listdir(os.path.join(folder, "samples")), key=lambda name: int(name.split("_")[-1].split(".")[0]))
+assert [int(name.split("_")[1].split(".")[0]) for name in names] == list(range(len(names)))
+assert os.path.basename(os.getcwd()) == "{place}"
+answers = [{{"question_id": number, "answer": {answer}}} for number in range(len(names))]
+os.makedirs(os.path.join(folder, "{result}"))
+with open(os.path.join(folder, "{result}", "vqa_result.json"), "w") as output:
+    json.dump(answers[::-1], output)
+"""
+PROGRAMS = {
+    "BLIPvqa_eval/BLIP_vqa.py": ("annotation_blip", "f'{0.1 * number:.4f}'"),
+    "UniDet_eval/2D_spatial_eval.py": ("labels/annotation_obj_detection_2d", "0.5"),
+    "UniDet_eval/3D_spatial_eval.py": ("labels/annotation_obj_detection_3d", "0.25"),
+    "UniDet_eval/numeracy_eval.py": ("annotation_num", "0.75"),
+    "CLIPScore_eval/CLIP_similarity.py": ("annotation_clip", "0.3 if args.complex is None else 0.2"),
+}
+
+
+@pytest.fixture
+def compbench(tmp_path: Path) -> Path:
+    repository = tmp_path / "T2I-CompBench"
+    for script, (result, answer) in PROGRAMS.items():
+        path = repository / script
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(T2I.format(place=path.parent.name, result=result, answer=answer))
+    (repository / "examples" / "dataset").mkdir(parents=True)
+    (repository / "examples" / "dataset" / "complex_val_spatial.txt").write_text("The Red cup on a mat.\n")
+    (repository / "examples" / "dataset" / "complex_val_action.txt").write_text("the boy kicks a big ball.\n")
+    return repository
+
+
+@pytest.mark.slow
+def test_t2i_compbench_runs_the_right_programs(compbench: Path, tmp_path: Path) -> None:
+    groups = ["color", "spatial", "3d_spatial", "numeracy", "non_spatial", "complex", "complex", "complex"]
+    prompts = ["a red cup", "b", "c", "d", "e", "the red cup on a mat.", "The boy kicks a big ball.", "both of them."]
+    items = pictures(tmp_path / "p", prompts, 2, groups)
+    given = (tmp_path / "w", sys.executable, "score_with_t2i_compbench.py", compbench)
+    blip, spatial, action = np.arange(6) / 10, 0.5, 0.2
+    complex_scores = [*(blip[:2] + spatial) / 2, *(blip[2:4] + action) / 2, *(blip[4:] + spatial + action) / 3]
+    expected = [0.0, 0.1, 0.5, 0.5, 0.25, 0.25, 0.75, 0.75, 0.3, 0.3, *complex_scores]
+    for _ in range(2):  # the second time over the old results
+        np.testing.assert_allclose(score(items, *given), expected)
+    with pytest.raises(InputError, match="'a red_cup' makes no file name"):
+        score([JudgedPicture(0, 0, "", Path(), "a red_cup", "color")], *given)

@@ -116,7 +116,6 @@ MAY_IMPORT = {
     | {"encoders", "backbones", "families", "heads", "data", "cache", "scoring", "scorers", "settings"}
     | {"policies", "rewards", "modules", "reports", "callbacks", "programs"},
     "apps.steps": BASE | {"settings", "reports"},
-    "apps.pilot": BASE | {"reports", "settings", "apps.steps"},
     "apps.taste": BASE | {"backbones", "families", "data", "apps.evaluation", "metrics", "reports", "apps.steps"},
     "apps.serving": BASE | {"data", "noise", "encoders", "programs", "scoring", "reports"},
     "tinyworld": BASE | {"data", "scorers", "metrics", "settings", "reports"},
@@ -255,8 +254,6 @@ def test_every_package_folder_is_listed_in_setup_cfg() -> None:
 PROMISED_BY = {"aiohttp": "fsspec", "lightning_utilities": "lightning", "markupsafe": "jinja2", "starlette": "fastapi"}
 """Modules that come with a requirement which promises them."""
 OTHER_NAMES = {"PIL": "pillow", "yaml": "pyyaml"}
-DRIVERS = SOURCE / "scorers" / "tools" / "drivers"
-"""Run by the interpreters of other people's tools."""
 
 
 def requirements(*extras: str) -> dict[str, Requirement]:
@@ -270,10 +267,8 @@ def requirements(*extras: str) -> dict[str, Requirement]:
 
 def test_what_is_imported_is_required() -> None:
     """What another requirement happens to bring may be gone with its next release."""
-    required = requirements("quant", "serve", "ui", "video").keys()
+    required = requirements("quant", "serve", "video").keys()
     for path in FILES.values():
-        if path.parent == DRIVERS:
-            continue
         for node in imports(path, for_types=False):
             for module in (
                 {name.split(".")[0] for name in modules_named(node)}

@@ -2,6 +2,7 @@
 
 import ast
 import re
+from collections import defaultdict
 from collections.abc import Iterable
 from itertools import chain
 from pathlib import Path
@@ -87,3 +88,27 @@ def test_a_module_is_at_most_three_classes_below_lightnings(nodes_of_files: dict
     found = {name: levels(name) for name in bases if derived(name)}
     assert found["LRMModule"] == found["SPOModule"] == found["TrajectoryGRPOModule"] == 3
     assert not {name: count for name, count in found.items() if count > 3}
+
+
+def test_a_method_without_a_docstring_overrides_one_that_has_it(nodes_of_files: dict[Path, list[ast.AST]]) -> None:
+    """Editors and `inspect.getdoc` show that one, so that no docstring need say "See"."""
+    classes = defaultdict(list)
+    for node in chain.from_iterable(nodes_of_files.values()):
+        if isinstance(node, ast.ClassDef):
+            classes[node.name].append(node)
+
+    def is_told(kind: ast.ClassDef, name: str) -> bool:
+        own = [node for node in kind.body if getattr(node, "name", "") == name and not isinstance(node, ast.ClassDef)]
+        above = (base for node in kind.bases for base in classes[ast.unparse(node).split("[")[0].split(".")[-1]])
+        return any(map(ast.get_docstring, own)) or any(is_told(base, name) for base in above if base is not kind)
+
+    untold = [
+        f"{kind.name}.{node.name}"
+        for kind in chain.from_iterable([*classes.values()])
+        for node in kind.body
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+        and not any(name.startswith("_") for name in (kind.name, node.name))
+        and "override" not in map(ast.unparse, node.decorator_list)  # of a library's method
+        and not is_told(kind, node.name)
+    ]
+    assert not untold

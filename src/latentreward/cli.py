@@ -42,7 +42,6 @@ COMMANDS = {
     "cache": "write the latents of a data set's images, and prompt embeddings if set",
     "consolidate": "turn a sharded checkpoint into one file, with EMA weights if set",
     "generate": "sample pictures for prompts; a reward may choose the best of several",
-    "pilot": "train a reward on a cut of a data set, benchmark it, align with it: one card",
     "taste": "train a reward on your own pictures, and align with it; --rate opens a page to rate",
     "evaluate-policy": "score the pictures of one generator, or compare two",
     "publish": "write a reward model as a folder for others, or upload it to the hub",
@@ -50,7 +49,6 @@ COMMANDS = {
     "score": "score a folder or list of images, and write a page sorted by score",
     "benchmark": "compare reward models with people's choices, and write a report",
     "serve": "answer HTTP requests for scores of latents or images",
-    "ui": "serve a page on this machine to try a reward model in the browser",
 }
 """Subcommand → one line of help."""
 REMOVED = {
@@ -60,6 +58,10 @@ REMOVED = {
     "inspect --scores": "read the data by --reader FilteredReader: what it drops is counted by reason",
     "inspect --buckets": "latentreward cache sorts images into buckets (images.buckets)",
     "inspect --hash_images": "splits are compared by their prompts",
+    "--policy.table": "write images.csv or images.jsonl into the folder of images",
+    "--against.table": "write images.csv or images.jsonl into the folder of images",
+    "pilot": "run cache, fit, benchmark, fit and evaluate-policy (docs/recipes.md, one card of 24 GB), or taste",
+    "ui": "score --gallery writes a page of scores, and taste --rate opens one to rate pictures",
 }
 """Command, option of all commands, or command and its option, that there is no more → what to use instead."""
 TRAINER = ("fit", "validate", "test", "predict")

@@ -160,7 +160,6 @@ def refusals(folder: Path) -> dict[str, tuple[Callable[[], Any], str]]:
             pixel_reward,
             "sampling.frames makes clips, but a reward on pixels scores images",
         ),
-        "ui": (lambda: model.require_images("ui"), "was trained on clips of 5 frames, but ui takes images"),
         "monitor": (
             lambda: SAMPLING.require_images("HackingMonitor"),
             "sampling.frames=5: HackingMonitor takes images",

@@ -9,7 +9,7 @@ import pytest
 
 from latentreward.scorers import CallableScorer, RewardModelScorer
 from latentreward.scorers.fingerprints import BLOCK, WHOLE, fingerprint, scorer_fingerprints
-from latentreward.scorers.tools import CommandScorer, GenEvalScorer, ScoreFile
+from latentreward.scorers.tools import CommandScorer, ScoreFile
 from latentreward.storage import hub
 
 
@@ -98,12 +98,12 @@ def test_large_files_by_blocks_and_tables_whole(tmp_path: Path) -> None:
 def test_results_of_a_policy_are_its_own(tmp_path: Path) -> None:
     fill(tmp_path, "a.jsonl", "b.jsonl")
     pattern = str(tmp_path / "{policy}.jsonl")
-    for scorer in (GenEvalScorer(results=pattern), ScoreFile(pattern, "score", name="mine")):
-        before = {policy: scorer_fingerprints(scorer, policy) for policy in "ab"}
-        with (tmp_path / "a.jsonl").open("a") as file:
-            file.write("!")
-        assert scorer_fingerprints(scorer, "a") != before["a"]
-        assert scorer_fingerprints(scorer, "b") == before["b"]
+    scorer = ScoreFile(pattern, "score", name="mine")
+    before = {policy: scorer_fingerprints(scorer, policy) for policy in "ab"}
+    with (tmp_path / "a.jsonl").open("a") as file:
+        file.write("!")
+    assert scorer_fingerprints(scorer, "a") != before["a"]
+    assert scorer_fingerprints(scorer, "b") == before["b"]
 
 
 def test_base_and_settings_of_a_reward_and_the_script_of_a_command(tmp_path: Path) -> None:

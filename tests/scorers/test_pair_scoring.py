@@ -17,7 +17,7 @@ from latentreward.data.readers import HPDv3Reader, JSONLPairReader
 from latentreward.errors import InputError
 from latentreward.scorers import CallableScorer, ImageScorer, pair_scoring
 from latentreward.scorers.pair_scoring import PairScoring
-from latentreward.scorers.tools import GenEvalScorer
+from latentreward.scorers.tools import ScoreFile
 from tests.formats.conftest import COMMITTED
 
 
@@ -121,8 +121,8 @@ def test_stored_scores_are_of_these_images_and_this_scorer(tmp_path: Path, monke
 
 
 def test_scorers_of_whole_sets_are_refused() -> None:
-    with pytest.raises(InputError, match="GenEvalScorer scores whole sets of pictures, not pairs; use it with"):
-        PairScoring(reader(), [GenEvalScorer(results="results.jsonl")])
+    with pytest.raises(InputError, match="ScoreFile scores whole sets of pictures, not pairs; use it with"):
+        PairScoring(reader(), [ScoreFile("scores.jsonl")])
 
 
 @pytest.mark.parametrize(

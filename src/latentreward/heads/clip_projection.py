@@ -106,7 +106,6 @@ class CLIPProjectionHead(EmbeddingHead):
         return pooled[-1] if self.multi_scale == "single" else torch.cat(pooled, dim=-1)
 
     def embed(self, features: Features) -> tuple[Tensor, Tensor]:
-        """See :meth:`EmbeddingHead.embed`."""
         text = features.pooled_text
         if isinstance(self.text_projection, nn.Linear):
             text = self.text_projection(text.to(self.text_projection.weight.dtype))
@@ -117,7 +116,6 @@ class CLIPProjectionHead(EmbeddingHead):
         return self.logit_scale.exp() * (unit(image_embeds) * unit(text_embeds)).sum(dim=-1)
 
     def similarity_matrix(self, text_embeds: Tensor, image_embeds: Tensor) -> Tensor:
-        """See :meth:`EmbeddingHead.similarity_matrix`."""
         with torch.autocast(text_embeds.device.type, enabled=False):
             return self.logit_scale.exp() * unit(text_embeds) @ unit(image_embeds).T
 

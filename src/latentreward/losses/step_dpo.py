@@ -97,7 +97,6 @@ class StepDPO(StepPairLoss):
         self.beta, self.clip_range = beta, clip_range
 
     def forward(self, chosen: Tensor, rejected: Tensor, ref_chosen: Tensor, ref_rejected: Tensor) -> StepDPOResult:
-        """See :meth:`StepPairLoss.forward`."""
         chosen, rejected, ref_chosen, ref_rejected = map(to_float64, (chosen, rejected, ref_chosen, ref_rejected))
         # The released code clamps the ratio in float32, where a difference of 1e-4 has three digits.
         win_log_ratio = clamped_log_ratio(chosen, ref_chosen, self.clip_range)

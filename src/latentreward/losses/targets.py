@@ -115,7 +115,6 @@ class RegressionDistillation(TargetLoss):
     """
 
     def per_pair(self, scores: PairScores) -> Tensor:
-        """See :meth:`PreferenceLoss.per_pair`."""
         targets = self.targets_of(scores)
         sides = [
             (scores.chosen, targets.chosen, targets.chosen_std),
@@ -140,7 +139,6 @@ class RankingDistillation(TargetLoss):
         self.temperature = temperature
 
     def per_pair(self, scores: PairScores) -> Tensor:
-        """See :meth:`PreferenceLoss.per_pair`."""
         preference = teacher_preference(self.targets_of(scores), self.temperature)
         return mean_over_outputs(masked_loss(bradley_terry_nll, scores.margin, preference)[0])
 

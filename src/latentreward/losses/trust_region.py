@@ -155,7 +155,6 @@ class GRPOGuard(RatioRule):
         self.per_step = per_step
 
     def check(self, context: RuleContext) -> None:
-        """See :meth:`TrustRegion.check`."""
         super().check(context)
         if not context.gaussian:
             raise InputError(
@@ -166,7 +165,6 @@ class GRPOGuard(RatioRule):
     def objective(
         self, log_ratio: Tensor, advantage: Tensor, clip_range: float, drift: StepDrift
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """See :meth:`RatioRule.objective`."""
         # verl-omni's code takes means over the batch, Flow-Factory's the step's own.
         scale = drift.std if self.per_step else drift.mean_spread * drift.mean_length
         bias = drift.squares / (2 * scale**2)
@@ -201,7 +199,6 @@ class FlowDPPO(RatioRule):
     def objective(
         self, log_ratio: Tensor, advantage: Tensor, clip_range: float, drift: StepDrift
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """See :meth:`RatioRule.objective`."""
         ratio = log_ratio.exp()
         further = ((advantage > 0) & (log_ratio > 0)) | ((advantage < 0) & (log_ratio < 0))
         # PPO clips by the ratio; here the divergence of the step decides, whatever the ratio.
@@ -325,7 +322,6 @@ class UncertaintyGate(KLGate):
         self.share = share
 
     def check(self, context: RuleContext) -> None:
-        """See :meth:`TrustRegion.check`."""
         super().check(context)
         if context.num_samples < 3:
             raise InputError(
@@ -334,7 +330,6 @@ class UncertaintyGate(KLGate):
             )
 
     def opens(self, values: Tensor) -> Tensor:
-        """See :meth:`KLGate.opens`."""
         found = self.uncertainty(values.permute(2, 0, 1).contiguous())
         return found > found.flatten().quantile(1 - self.share)
 
@@ -399,11 +394,9 @@ class RankGate(KLGate):
         return -difference if self.reversed else difference
 
     def state(self) -> dict[str, Any]:
-        """See :meth:`KLGate.state`."""
         return {"share": self.share, "seen": list(self.seen)}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """See :meth:`KLGate.restore`."""
         self.share, self.seen = float(state["share"]), [float(mean) for mean in state["seen"]]
 
 

@@ -41,7 +41,6 @@ class FlowMatching(NoiseProcess):
             return cls(levels, shift)
 
     def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """See :meth:`NoiseProcess.add_noise`."""
         # In the type of the latents: a float32 level would make bfloat16 latents, and the network's input, float32.
         sigma = per_sample(self.sigma(timesteps), latents).to(latents.dtype)
         return (1.0 - sigma) * latents + sigma * noise
@@ -68,13 +67,10 @@ class ContinuousFlow(FlowMatching):
             super().__init__(shift=1.0)
 
     def timesteps_at(self, u: Tensor) -> Tensor:
-        """See :meth:`NoiseProcess.timesteps_at`."""
         return u.to("cpu", torch.float32).clamp(0.001, 1.0) * 1000
 
     def snap(self, timesteps: Tensor) -> Tensor:
-        """See :meth:`NoiseProcess.snap`."""
         return self._in_range(timesteps.to("cpu", torch.float32)).clamp(min=1.0)
 
     def sigma(self, timesteps: Tensor) -> Tensor:
-        """See :meth:`NoiseProcess.sigma`."""
         return self._in_range(timesteps.detach().float()) / 1000

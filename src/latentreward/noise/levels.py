@@ -39,7 +39,6 @@ class TargetSigma(LevelSampler):
         """Compute wanted noise levels from random numbers: uniform in [0, 1) and standard normal, of equal shape."""
 
     def draw(self, generator: Generator, process: NoiseProcess) -> Tensor:
-        """See :meth:`LevelSampler.draw`."""
         uniform, normal = torch.rand(1, generator=generator), torch.randn(1, generator=generator)
         return process.timesteps_at(self.transform(uniform, normal))
 
@@ -58,7 +57,6 @@ class UniformSigma(TargetSigma):
         self.low, self.high = low, high
 
     def transform(self, uniform: Tensor, normal: Tensor) -> Tensor:
-        """See :meth:`TargetSigma.transform`."""
         return self.low + (self.high - self.low) * uniform
 
 
@@ -74,7 +72,6 @@ class ConstantSigma(TargetSigma):
         self.sigma = sigma
 
     def transform(self, uniform: Tensor, normal: Tensor) -> Tensor:
-        """See :meth:`TargetSigma.transform`."""
         return torch.full_like(uniform, self.sigma)
 
 
@@ -91,7 +88,6 @@ class LogitNormalSigma(TargetSigma):
         self.mean, self.std = mean, std
 
     def transform(self, uniform: Tensor, normal: Tensor) -> Tensor:
-        """See :meth:`TargetSigma.transform`."""
         return torch.sigmoid(self.mean + self.std * normal)
 
 
@@ -107,7 +103,6 @@ class ModeSigma(TargetSigma):
         self.scale = scale
 
     def transform(self, uniform: Tensor, normal: Tensor) -> Tensor:
-        """See :meth:`TargetSigma.transform`."""
         return 1 - uniform - self.scale * (torch.cos(math.pi * uniform / 2) ** 2 - 1 + uniform)
 
 
@@ -125,7 +120,6 @@ class PowerSigma(TargetSigma):
         self.power = power
 
     def transform(self, uniform: Tensor, normal: Tensor) -> Tensor:
-        """See :meth:`TargetSigma.transform`."""
         return uniform**self.power
 
 
@@ -154,7 +148,6 @@ class BetaSigma(TargetSigma):
         self._grid = grid
 
     def transform(self, uniform: Tensor, normal: Tensor) -> Tensor:
-        """See :meth:`TargetSigma.transform`."""
         right = torch.searchsorted(self._cdf, uniform.double()).clamp(1, len(self._grid) - 1)
         low, high = self._cdf[right - 1], self._cdf[right]
         part = ((uniform.double() - low) / (high - low).clamp_min(1e-300)).clamp(0, 1)
@@ -178,6 +171,5 @@ class TimestepGrid(LevelSampler):
         self.grid = torch.arange(start, stop + 1, step, dtype=torch.float32, device="cpu")  # as random numbers
 
     def draw(self, generator: Generator, process: NoiseProcess) -> Tensor:
-        """See :meth:`LevelSampler.draw`."""
         index = torch.randint(len(self.grid), (1,), generator=generator)
         return process.snap(self.grid[index])

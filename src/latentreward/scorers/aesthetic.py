@@ -67,7 +67,6 @@ class AestheticScorer(CLIPImageScorer):
             )
 
     def score(self, prompts: Sequence[str], images: Sequence[Image.Image]) -> Tensor:
-        """See :meth:`ImageScorer.score`."""
         return self.layers(self.towers().embed_images(images)).squeeze(-1)
 
 

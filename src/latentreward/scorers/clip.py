@@ -148,7 +148,6 @@ class CLIPScorer(CLIPImageScorer):
         return f"{super().identity()} {self.scale}"
 
     def score(self, prompts: Sequence[str], images: Sequence[Image.Image]) -> Tensor:
-        """See :meth:`ImageScorer.score`."""
         cosine = self.towers().cosine(prompts, images)
         return cosine if self.scale == "cosine" else 100 * cosine.clamp(min=0)
 
@@ -166,7 +165,6 @@ class PickScorer(CLIPImageScorer):
         super().__init__(name, source, **options)
 
     def score(self, prompts: Sequence[str], images: Sequence[Image.Image]) -> Tensor:
-        """See :meth:`ImageScorer.score`."""
         towers = self.towers()
         return float(towers.model.logit_scale.float().exp()) * towers.cosine(prompts, images)
 

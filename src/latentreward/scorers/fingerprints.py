@@ -27,10 +27,7 @@ from latentreward.scoring.layouts.run import configs_beside
 from latentreward.scoring.network import name_of
 from latentreward.storage.hub import commit_on_hub, is_hub_id
 
-PLACES = (
-    *("path", "weights", "source", "processor", "tokenizer"),
-    *("base", "config", "results", "model_path", "model_config"),
-)
+PLACES = ("path", "weights", "source", "processor", "tokenizer", "base", "config")
 """Names of the attributes of scorers that hold files, folders or hub ids."""
 WHOLE, BLOCKS, BLOCK = 1 << 24, 64, 1 << 16
 """Size in bytes up to which files are hashed in full; number, and size in bytes, of blocks hashed of larger files."""

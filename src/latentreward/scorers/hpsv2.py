@@ -82,7 +82,6 @@ class HPSv2Scorer(ImageScorer):
         self._towers  # noqa: B018
 
     def score(self, prompts: Sequence[str], images: Sequence[Image.Image]) -> Tensor:
-        """See :meth:`ImageScorer.score`."""
         cosine = self._towers.cosine(prompts, images)
         return cosine if self.scale == "cosine" else 100 * cosine
 

@@ -55,7 +55,6 @@ class HTTPScorer(ImageScorer):
 
     @property
     def served_model(self) -> str | None:
-        """See :attr:`ImageScorer.served_model`."""
         return None if self._images is None else self._images.model
 
     def score(self, prompts: Sequence[str], images: Sequence[Image.Image]) -> Tensor:

@@ -53,7 +53,6 @@ class CallableScorer(ImageScorer):
         return f"{type(self).__name__} {named.__module__}.{named.__qualname__}{self._settings}"
 
     def score(self, prompts: Sequence[str], images: Sequence[Image.Image]) -> Tensor:
-        """See :meth:`ImageScorer.score`."""
         return self.function(prompts, images)
 
 
@@ -119,7 +118,6 @@ class TableColumn(TableScorer):
         return f"{type(self).__name__} {self.path} {self.column}"
 
     def lookup(self, pairs: Sequence[PreferencePair]) -> np.ndarray:
-        """See :meth:`TableScorer.lookup`."""
         keys: list[Any] = [pair.pair_id for pair in pairs]
         if not self._by_pair:
             sides = [(image.image_key, pair.prompt) for pair in pairs for image in (pair.image_a, pair.image_b)]

@@ -111,7 +111,6 @@ class RewardModelScorer(ImageScorer):
         return model
 
     def score(self, prompts: Sequence[str], images: Sequence[Image.Image]) -> Tensor:
-        """See :meth:`ImageScorer.score`."""
         return self.model.score(prompts, images, noise=self.noise, batch_size=self.batch_size)
 
     def score_levels(

@@ -46,7 +46,6 @@ def toy(function: str = "redness", name: str = "red") -> str:
     return json.dumps({"class_path": "latentreward.scorers.CallableScorer", "init_args": arguments})
 
 
-GENEVAL = '{"class_path": "latentreward.scorers.tools.GenEvalScorer", "init_args": {"results": "r"}}'
 RED = f"--scorers=[{toy()}]"
 
 
@@ -393,21 +392,18 @@ def test_lpos_published_policy_is_a_unet_in_the_folder_of_its_base(
         ([SD_TINY, f"--scorers=[{toy()}, {toy()}]"], "several are called 'red'"),
         ([SD_TINY, f"--scorers=[{toy('not_a_number', 'odd')}]"], "scorer 'odd' returned nan for the prompt 'two blue"),
         ([SD_TINY, "--policy.images=."], "images and pipeline are both given, one perhaps by a config file; to judge"),
-        ([SD_TINY, "--policy.table=x.csv"], "set images"),
         ([SD_TINY, "--policy.name=a/b"], "name of a policy is 'a/b'"),
         ([SD_TINY, "--policy.name=x", "--against.pipeline=sd_tiny", "--against.name=x"], "are called 'x'"),
         ([SD_TINY, "--policy.guidance_scale=0.5"], "guidance_scale=0.5 must be at least 1"),
         ([SD_TINY, "--guidance_scale=0.5"], "guidance_scale=0.5 must be at least 1"),
         ([SD_TINY, "--policy.lora=gone"], "lora: gone does not exist"),
-        (["--policy.images=gone"], "no folder gone"),
-        (["--policy.images=docs"], "write images.csv there with columns file and prompt, or give such a table"),
+        (["--policy.images=gone"], "there is no gone/images.csv; write it, with columns file and prompt"),
         ([SD_TINY, "--images_per_prompt=0"], "images_per_prompt: 0 is outside"),
         ([SD_TINY, "--num_prompts=0"], "num_prompts: 0 is outside"),
         ([SD_TINY, "--images_scored=second"], "images_scored"),
         ([SD_TINY, "--device=tpu9"], "device is 'tpu9'"),
         ([SD_TINY, "--prompts=nothing*.txt"], "no file matches nothing*.txt"),
         ([SD_TINY, "--prompts=null"], "set prompts"),
-        ([SD_TINY, f"--scorers=[{GENEVAL}]"], "evaluation_metadata.jsonl"),
     ],
 )  # fmt: skip
 def test_bad_settings_are_one_line(refused: Callable[..., str], options: list[str], message: str) -> None:

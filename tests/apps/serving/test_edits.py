@@ -20,7 +20,6 @@ from latentreward.apps.serving.errors import RequestError
 from latentreward.apps.serving.images import images_of_json
 from latentreward.apps.serving.prompted_latents import parse_latents
 from latentreward.apps.serving.served import ServedModel
-from latentreward.apps.serving.ui import build_page, score_sheet
 from latentreward.backbones import create_backbone
 from latentreward.cli import main
 from latentreward.contracts import Conditioning
@@ -32,7 +31,7 @@ from tests.apps.serving.framework_clients import FlowFactoryClient, UniRLClient,
 from tests.apps.serving.latent_requests import tensors_of
 from tests.apps.serving.processes import forked_server
 from tests.apps.serving.prompted_requests import body_of
-from tests.apps.serving.servers import served_model, serving, tiny_reward
+from tests.apps.serving.servers import served_model, serving
 from tests.families.made_qwen_image_edit import qwen_image_edit_folder
 from tests.scoring.models import edit_reward, picture, png
 
@@ -333,27 +332,8 @@ def test_text_encoders_that_see_pictures_take_no_latents_of_them(served: tuple[s
 
 
 @pytest.mark.slow
-def test_the_page_takes_the_pictures_that_were_edited(served: tuple[str, ServedModel], tmp_path: Path) -> None:
-    _, model = served
-    for name, image in (("edit", EDITED[0]), ("red", RED)):
-        image.save(tmp_path / f"{name}.png")
-    (row,), _ = score_sheet(model.reward, TEXT, [tmp_path / "edit.png"], [tmp_path / "red.png"])
-    assert [row[1]] == wanted(model, [RED])
-
-
-@pytest.mark.slow
-def test_the_page_asks_for_pictures_only_where_the_reward_takes_them(served: tuple[str, ServedModel]) -> None:
-    pytest.importorskip("gradio")
-    labels = [
-        [block["props"].get("label") for block in build_page(reward).get_config_file()["components"]]
-        for reward in (served[1].reward, tiny_reward())
-    ]
-    assert ["Pictures that were edited" in found for found in labels] == [True, False]
-
-
-@pytest.mark.slow
 def test_a_server_scores_with_a_text_encoder_that_sees_the_pictures(tmp_path: Path) -> None:
-    """Qwen-Image-Edit, served by a process of its own: scores are those of `score` and of the page."""
+    """Qwen-Image-Edit, served by a process of its own: scores are those of `score`."""
     base, rows = qwen_image_edit_folder(), [[RED], [BLUE], [BLUE, RED]]
     backbone = create_backbone("qwen_image_edit", source=base, visual_taps=[2], text_taps=[2])
     head = GatedQFormerHead(backbone.feature_spec, num_heads=2)
@@ -391,5 +371,3 @@ def test_a_server_scores_with_a_text_encoder_that_sees_the_pictures(tmp_path: Pa
         reply = send(server.address, "score_latents", body_of({"latents": latents(1), "source_0": latents(1)}, TEXT))
         assert reply.status_code == 422 and "latents are none; send images to /v1/score_images" in reply.json()["error"]
         assert server.stop() == 0
-    (row,), _ = score_sheet(reward, TEXT, [tmp_path / "0.png"], [tmp_path / "red.png"])
-    assert row[1] == pytest.approx(scores[0], abs=1e-4)

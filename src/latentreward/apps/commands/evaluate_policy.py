@@ -15,7 +15,7 @@ from latentreward.apps.evaluation.policy.statistics import compare, in_common, p
 from latentreward.apps.generation.image_folder import DETERMINISTIC
 from latentreward.apps.generation.trained_policy import plain
 from latentreward.contracts import PathText
-from latentreward.data.alignment.prompt_files import PromptRow, check_lengths, read_prompt_set
+from latentreward.data.alignment.prompt_files import PromptRow, read_prompt_set
 from latentreward.errors import InputError
 from latentreward.interrupts import interrupts_told
 from latentreward.ranks.settings import TrainerSettings
@@ -76,7 +76,7 @@ def evaluate_policy(
     Args:
         output_dir: Folder for pictures, scores and reports.
         scorers: Scorers of the pictures, e.g. latentreward.scorers.PickScorer or
-            latentreward.scorers.tools.GenEvalScorer.
+            latentreward.scorers.tools.CommandScorer.
         policy: Policy to evaluate: a generator (pipeline, checkpoint, lora) or a folder of existing images.
         against: Second policy to compare with; none by default.
         prompts: File of prompts: text, JSON, JSON lines, CSV, TSV or parquet with a column ``prompt`` or ``caption``.
@@ -116,12 +116,13 @@ def evaluate_policy(
     if len(policies) < len(given):
         raise InputError(f"both policies are called {next(iter(policies))!r}; give each a name of its own")
     found = {
-        name: imported.find_pictures(one.images, one.table) for name, one in policies.items() if one.images is not None
+        name: imported.find_pictures(one.images, max_prompt_chars)
+        for name, one in policies.items()
+        if one.images is not None
     }
-    rows = _prompt_rows(prompts, max_prompt_chars, policies, found)[:num_prompts]
-    count = images_per_prompt or max(
-        (imported.pictures_per_prompt(pictures, rows) for pictures in found.values()), default=1
-    )
+    rows = _prompt_rows(prompts, max_prompt_chars, found)[:num_prompts]
+    last = max((image for pictures in found.values() for _, image in imported.match(pictures, rows)), default=0)
+    count = images_per_prompt or last + 1
     wanted = [(place, image) for place in range(len(rows)) for image in range(1 if images_scored == "first" else count)]
 
     @cache
@@ -172,8 +173,6 @@ def evaluate_policy(
             remedy = "choose an empty folder"
             RunFolder(output_dir, output_dir / "evaluate.json", settings, "output_dir", remedy).claim(made=False)
             for scorer in (one for one in scorers if isinstance(one, ToolScorer)):
-                # The prompts are checked before anything is sampled.
-                scorer.check([imported.judged(place, image, "", Path(), rows[place]) for place, image in wanted])
                 scorer.prepare()
             folders = {
                 name: imported.import_pictures(one.images, found[name], rows, wanted)
@@ -219,18 +218,14 @@ def evaluate_policy(
 
 
 def _prompt_rows(
-    prompts: str | None,
-    max_prompt_chars: int,
-    policies: Mapping[str, samples.JudgedPolicy],
-    found: Mapping[str, list[imported.FoundPicture]],
+    prompts: str | None, max_prompt_chars: int, found: Mapping[str, Sequence[PromptRow]]
 ) -> list[PromptRow]:
     if prompts in TINY_WORLD:
         return [PromptRow(text) for text in TINY_WORLD[prompts]()]
     if prompts is not None:
         return read_prompt_set(prompts, max_prompt_chars=max_prompt_chars)
-    for name, pictures in found.items():
-        if (folder := policies[name].images) is not None:
-            return check_lengths(imported.prompts_of(pictures, folder), f"images: {folder}", max_prompt_chars)
+    for pictures in found.values():
+        return [PromptRow(prompt) for prompt in dict.fromkeys(row.prompt for row in pictures)]
     raise InputError("there are no prompts; set prompts to a file of them")
 
 

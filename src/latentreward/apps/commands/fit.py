@@ -713,10 +713,10 @@ def run(command: str, arguments: Sequence[str]) -> None:
     """
     found, card = _run(command, arguments)
     if found is not None:
-        from latentreward.apps.estimate.needs import check_hours, check_memory, training_needs
+        from latentreward.apps.estimate.needs import check_memory, told_hours, training_needs
 
         needs = {"fit": training_needs(found)}
-        print(found.as_text(), check_hours(needs, card), sep="\n", flush=True)
+        print(found.as_text(), told_hours(needs, card), sep="\n", flush=True)
         print(check_memory(needs, card, found.remedy()))
 
 

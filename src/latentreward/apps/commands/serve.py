@@ -111,14 +111,14 @@ def serve(
         resources, models = Resources(settings), []
         for label, one in chosen.items():
             source = ModelSource(one.model, one.run_config, one.base, one.revision, trust_remote_code, one.published)
-            reward = load_reward(source, one.device, one.dtype, "serve")
+            reward = load_reward(source, one.device, one.dtype)
             models.append(ServedModel(reward, resources, one.limits(settings), label))
         serve_until_stopped(ScoringService(models, resources), bound)
     print("stopped", flush=True)
 
 
-def load_reward(source: ModelSource, device: str, dtype: str, command: str) -> RewardModel:
-    """Load a reward for a server or page; raise InputError if it scores no images."""
+def load_reward(source: ModelSource, device: str, dtype: str) -> RewardModel:
+    """Load a reward to serve; raise InputError if it scores no images."""
     import torch
 
     from latentreward.devices import find_device
@@ -127,7 +127,7 @@ def load_reward(source: ModelSource, device: str, dtype: str, command: str) -> R
     target = find_device(device)
     print(f"loading {source.path} on {target}", flush=True)
     reward = RewardModel.from_pretrained(source, device=target, dtype=getattr(torch, dtype))
-    reward.require_images(command)
+    reward.require_images("serve")
     return reward
 
 

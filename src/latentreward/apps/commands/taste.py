@@ -207,7 +207,7 @@ def rate_pictures(folder: Path, port: int, seed: int) -> None:
 def tell_needs(tasks: Mapping[str, Task], output: Path, pairs: int, card: Card) -> None:
     """Print the memory and hours that the trainings need, and compare the memory with the card."""
     from latentreward.apps.commands.fit import estimate_fit
-    from latentreward.apps.estimate.needs import check_hours, check_memory, training_needs
+    from latentreward.apps.estimate.needs import check_memory, told_hours, training_needs
 
     needs = {}
     for name, task in tasks.items():
@@ -215,7 +215,7 @@ def tell_needs(tasks: Mapping[str, Task], output: Path, pairs: int, card: Card) 
             found = estimate_fit(task.command(output)[1:])
             print(f"{name}\n{found.as_text()}\n", flush=True)
             needs[name] = training_needs(found, pairs)
-    print(check_hours(needs, card))
+    print(told_hours(needs, card))
     print(check_memory(needs, card, REMEDY))
 
 

@@ -9,7 +9,7 @@ GB = 10**9
 
 @dataclass(frozen=True)
 class Card:
-    """Device with which an estimate compares the needs of trainings; options of ``fit``, ``taste`` and ``pilot``.
+    """Device with which an estimate compares the needs of trainings; options of ``fit`` and ``taste``.
 
     Attributes:
         gpu: Whether the trainings run on a GPU.

@@ -6,8 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from latentreward.apps.estimate.card import GB, Card
 from latentreward.apps.estimate.estimate import Estimate
 from latentreward.errors import InputError
@@ -59,12 +57,6 @@ def training_needs(found: Estimate, pairs: int | None = None) -> TrainingNeeds:
     )
 
 
-def check_gpu() -> None:
-    """Raise InputError if PyTorch finds no GPU."""
-    if not torch.cuda.is_available():
-        raise InputError("device: PyTorch finds no GPU here; run it on a machine with one")
-
-
 def free_memory() -> int:
     """Return the bytes of memory that are available, or of all memory where the system does not tell."""
     told = Path("/proc/meminfo")
@@ -103,16 +95,8 @@ def check_memory(needs: Mapping[str, TrainingNeeds], card: Card, remedy: str) ->
     return f"memory: {', '.join(told)} (counted: {counted}); to lower it: {remedy}"
 
 
-def check_hours(needs: Mapping[str, TrainingNeeds], card: Card, most: float = math.inf) -> str:
-    """Check the time of the trainings; return a line that describes it.
-
-    ``most`` is the largest number of hours that the trainings may take together.
-    """
+def told_hours(needs: Mapping[str, TrainingNeeds], card: Card) -> str:
+    """Return a line that describes the time of the trainings."""
     hours = {name: one.flops / (card.tflops * 1e12) / 3600 for name, one in needs.items()}
-    if sum(hours.values()) > most:
-        raise InputError(
-            f"hours: the trainings need about {sum(hours.values()):.0f} hours at {card.tflops:g} TFLOP/s, more than "
-            f"hours={most:g}; set --hours higher, --pairs lower, or --tflops to what your card sustains"
-        )
     told = [f"{name} {one:.3g}{'' if needs[name].whole else ' per 1,000 steps'}" for name, one in hours.items()]
     return f"hours: {', '.join(told)} (computed, at --tflops {card.tflops:g}; without data, validation and pictures)"

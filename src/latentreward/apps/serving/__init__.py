@@ -1,1 +1,1 @@
-"""HTTP server that scores latents and images with a reward model (extra ``serve``), and a web page (extra ``ui``)."""
+"""HTTP server that scores latents and images with a reward model (extra ``serve``)."""

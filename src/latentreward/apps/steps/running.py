@@ -18,8 +18,6 @@ from latentreward.storage.durable import discard, write_file
 from latentreward.storage.json_files import read_config
 
 RECORD, LOG, INPUTS = "record.json", "log.txt", "inputs.json"
-START = "$ "
-"""Beginning of the line that a log gets at each start of a process."""
 TOLD_EVERY_S = 15.0
 """Seconds between lines about the progress of a task."""
 
@@ -88,7 +86,7 @@ class TaskRunner:
         arguments = task.command(self.folder)
         write_file(folder / INPUTS, json.dumps(inputs))
         with log.open("a") as stream:
-            stream.write(f"{START}{task.module or 'latentreward'} {' '.join(arguments)}\n")
+            stream.write(f"$ {task.module or 'latentreward'} {' '.join(arguments)}\n")
             stream.flush()
             command = [sys.executable, "-m", process.__name__, str(folder / "process.json"), task.module, *arguments]
             code = self._call(command, stream.fileno())
@@ -190,9 +188,3 @@ def progress(log: Path) -> str:
     """Return the last line about progress, with rate and time left, that a task's process has written to its log."""
     text = log.read_text(errors="replace") if log.is_file() else ""
     return next((line.strip() for line in reversed(text.splitlines()) if line.endswith(" left")), "")
-
-
-def starts(log: Path) -> int:
-    """Return how often a task's process was started, from its log."""
-    text = log.read_text(errors="replace") if log.is_file() else ""
-    return sum(line.startswith(START) for line in text.splitlines())

@@ -2,7 +2,7 @@
 
 import re
 import shlex
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from graphlib import CycleError, TopologicalSorter
@@ -83,31 +83,26 @@ def resolve(
     seed: int,
     added: Mapping[str, Sequence[str]] = MappingProxyType({}),
     quick: bool = False,
-    context: Sequence[str] = (),
 ) -> Task:
     """Resolve a step and the steps that its arguments name.
 
-    ``added`` holds arguments by the names of steps; ``quick`` adds those of a trial of two steps. The outputs depend on
-    the texts of ``context`` too, such as paths that the commands read from the environment.
+    ``added`` holds arguments by the names of steps; ``quick`` adds those of a trial of two steps.
     """
     found = steps[name]
     arguments = [*found.run, *added.get(name, ()), *(found.quick if quick else ())]
     names = {place for text in arguments for place in PLACEHOLDER.findall(text)} & steps.keys()
-    inputs = {one: resolve(steps, one, seed, added, quick, context) for one in sorted(names)}
+    inputs = {one: resolve(steps, one, seed, added, quick) for one in sorted(names)}
     known = {one: task.key for one, task in inputs.items()} | {"seed": str(seed)}
     resolved = [PLACEHOLDER.sub(lambda place: known.get(place[1], place[0]), text) for text in arguments]
     configs = [text for text in arguments if text.startswith(CONFIG) and not PLACEHOLDER.search(text)]
     files = [config_digest(find_config(text.removeprefix(CONFIG))) for text in configs]
-    key = digest(["\0".join((found.module, *resolved, "", *files, *context))])
+    key = digest(["\0".join((found.module, *resolved, "", *files))])
     return Task(name, found.module, tuple(arguments), inputs, seed, key)
 
 
-def check_steps(place: str, steps: Mapping[str, Step], also: Collection[str] = ()) -> None:
-    """Check steps that come from a file: their names become names of folders.
-
-    ``also`` are placeholders beyond the names of steps, ``{out}`` and ``{seed}``.
-    """
-    needs, known = {}, {*steps, "out", "seed", *also}
+def check_steps(place: str, steps: Mapping[str, Step]) -> None:
+    """Check steps that come from a file: their names become names of folders."""
+    needs, known = {}, {*steps, "out", "seed"}
     for name, step in steps.items():
         if not re.fullmatch(r"\w+", name):
             raise InputError(f"{place}: {name!r} is not a name; use letters, digits and _")

@@ -165,12 +165,12 @@ def _card(folder: Path, pair: ScoredPair) -> dict[str, Any]:
 def before_and_after(judged: Path) -> list[dict[str, Any]]:
     """Return the pictures before and after, in the order of the prompts."""
     folders = {title: judged / "pictures" / name for title, name in BEFORE_AFTER.items()}
-    found = {title: {one.file: one for one in find_pictures(folder, None)} for title, folder in folders.items()}
+    found = {title: {one.fields["file"]: one for one in find_pictures(folder)} for title, folder in folders.items()}
     common = sorted(found["before"].keys() & found["after"].keys())
     return [
         {
             "prompt": found["before"][file].prompt,
-            "sources": [_picture(image) for image in sources_of(found["before"][file].prompt or "")],
+            "sources": [_picture(image) for image in sources_of(found["before"][file].prompt)],
             "pictures": [{"name": title, "uri": _uri(folder, file)} for title, folder in folders.items()],
         }
         for file in common

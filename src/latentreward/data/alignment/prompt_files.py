@@ -45,7 +45,7 @@ class PromptRow:
 
     prompt: str  # raw text; an EditPrompt if it edits pictures
     group: str = ""  # kind of prompt; evaluation reports results by group. Empty if the file has none
-    # whole row but for pictures to edit, for GenEval's own program; empty for a line of text
+    # whole row but for pictures to edit, for programs that score; empty for a line of text
     fields: Row = field(default_factory=dict)
 
 
@@ -91,15 +91,10 @@ def read_prompt_rows(path: str, setting: str = "prompts", max_prompt_chars: int 
             raise InputError(f"{path} holds no prompt; write one per line")
         if blank and file.suffix.lower() != ".txt":  # blank lines of a text are no rows
             logger.warning("%s: %d rows without a prompt are left out, the first is row %d", path, len(blank), blank[0])
-        return check_lengths(rows, path, max_prompt_chars)
-
-
-def check_lengths(rows: list[PromptRow], name: str, max_prompt_chars: int) -> list[PromptRow]:
-    """Return the rows; raise InputError if a prompt is longer than ``max_prompt_chars``."""
-    if long := next((row.prompt for row in rows if len(row.prompt) > max_prompt_chars), None):
-        problem = f"a prompt of {len(long)} characters, more than max_prompt_chars={max_prompt_chars}: {short(long)}"
-        raise InputError(f"{name} holds {problem}; shorten it, or set a higher limit")
-    return rows
+        if long := next((row.prompt for row in rows if len(row.prompt) > max_prompt_chars), None):
+            problem = f"a prompt of {len(long)} characters, more than {max_prompt_chars=}: {short(long)}"
+            raise InputError(f"{path} holds {problem}; shorten it, or set a higher limit")
+        return rows
 
 
 def read_prompt_set(path: str, max_prompt_chars: int = MAX_PROMPT_CHARS) -> list[PromptRow]:

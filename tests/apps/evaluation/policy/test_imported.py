@@ -1,11 +1,9 @@
-"""Pictures that were made elsewhere find their prompts, in every layout that benchmarks have."""
+"""Pictures that were made elsewhere find their prompts by the table of their folder."""
 
 import json
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
@@ -13,8 +11,6 @@ from latentreward.apps.evaluation.policy.imported import (
     ImportedPictures,
     find_pictures,
     import_pictures,
-    pictures_per_prompt,
-    prompts_of,
 )
 from latentreward.apps.evaluation.policy.samples import complete_or_refuse
 from latentreward.contracts import EditPrompt, ImageRef, sources_of
@@ -34,9 +30,9 @@ def write_csv(folder: Path, rows: list[str], header: str = "file,prompt") -> Non
     (folder / "images.csv").write_text("\n".join([header, *rows]), encoding="utf-8")
 
 
-def load(folder: Path, rows: list[PromptRow], count: int, table: Path | None = None) -> ImportedPictures:
+def load(folder: Path, rows: list[PromptRow], count: int) -> ImportedPictures:
     wanted = [(place, image) for place in range(len(rows)) for image in range(count)]
-    return import_pictures(folder, find_pictures(folder, table), rows, wanted)
+    return import_pictures(folder, find_pictures(folder), rows, wanted)
 
 
 def edit(path: Path, text: str = "make it red") -> PromptRow:
@@ -58,12 +54,6 @@ def test_a_table_names_pictures_by_their_prompt(tmp_path: Path) -> None:
     assert found.left_aside == 1
     assert found.pictures[1, 0].prompt == "two dogs, «x»"
     assert load(tmp_path, ROWS[:2], 1).left_aside == 3
-    assert pictures_per_prompt(find_pictures(tmp_path, None), ROWS[:2]) == 2
-    assert [row.prompt for row in prompts_of(find_pictures(tmp_path, None), tmp_path)] == [
-        "two dogs, «x»",
-        "a cat",
-        "a bird",
-    ]
 
 
 def test_pictures_of_a_repeated_prompt_are_dealt_out(tmp_path: Path) -> None:
@@ -72,6 +62,13 @@ def test_pictures_of_a_repeated_prompt_are_dealt_out(tmp_path: Path) -> None:
     lines = ["3.png,a cat,7,1", "1.png,a cat,2,1", "2.png,a cat,7,0", "0.png,a cat,2,0"]
     write_csv(tmp_path, lines, "file,prompt,place,image")
     assert files(load(tmp_path, ROWS, 2)) == {(0, 0): "0.png", (0, 1): "1.png", (2, 0): "2.png", (2, 1): "3.png"}
+
+
+def test_json_lines_and_numbers(tmp_path: Path) -> None:
+    paint(tmp_path / "deep" / "a b.jpg")
+    rows = [{"file": "deep/a b.jpg", "prompt": "a cat", "image": 3.0}]
+    (tmp_path / "images.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert files(load(tmp_path, ROWS[:1], 4)) == {(0, 3): "deep/a b.jpg"}
 
 
 def test_edits_find_the_pictures_that_they_edit(tmp_path: Path) -> None:
@@ -88,65 +85,17 @@ def test_edits_find_the_pictures_that_they_edit(tmp_path: Path) -> None:
     found = load(folder, rows, 1)
     assert files(found) == {(0, 0): "2.png", (1, 0): "0.png"}
     assert found.left_aside == 1
-    told = find_pictures(folder, None)
-    assert pictures_per_prompt(told, rows) == 1
-    own = prompts_of(told, folder)
-    assert [sources_of(row.prompt)[0].path for row in own] == [folder / "sources" / f"{n}.png" for n in range(3)]
-    assert files(load(folder, own, 1)) == {(n, 0): f"{n}.png" for n in range(3)}
+    told = find_pictures(folder)
+    assert [sources_of(row.prompt)[0].path for row in told] == [folder / "sources" / f"{n}.png" for n in range(3)]
+    assert files(load(folder, told, 1)) == {(n, 0): f"{n}.png" for n in range(3)}
     other = load(folder, [edit(tmp_path / "given3.png"), edit(tmp_path / "given1.png")], 1)
     assert files(other) == {(1, 0): "1.png"}
-    with pytest.raises(InputError, match=r"first number 0 of prompt 0 \(2 edits of other pictures than the prompt's\)"):
+    with pytest.raises(InputError, match="first number 0 of prompt 0; add them"):
         complete_or_refuse({"policy": other}, [(0, 0), (1, 0)], "refuse")
-    assert len(files(load(folder, [PromptRow("make it red")], 3))) == 3  # a text alone takes the edits of all pictures
+    assert files(load(folder, [PromptRow("make it red")], 3)) == {}  # a text alone is no edit
     (folder / "sources" / "1.png").unlink()
-    with pytest.raises(InputError, match=r"table: .*images\.csv: row 2: .*sources/1\.png"):
-        find_pictures(folder, None)
-
-
-@pytest.mark.parametrize("ending", ["jsonl", "parquet"])
-def test_other_tables_and_places(ending: str, tmp_path: Path) -> None:
-    paint(tmp_path / "pictures" / "deep" / "a b.jpg")
-    rows = [{"file": "deep/a b.jpg", "prompt": "a cat", "image": 3}]
-    table = tmp_path / f"list.{ending}"
-    if ending == "jsonl":
-        table.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    else:
-        pq.write_table(pa.Table.from_pylist(rows), table)
-    assert files(load(tmp_path / "pictures", ROWS[:1], 4, table)) == {(0, 3): "deep/a b.jpg"}
-
-
-def test_layout_of_geneval(tmp_path: Path) -> None:
-    for place, prompt in enumerate(["a cat", "two dogs, «x»"]):
-        (tmp_path / f"{place:05d}").mkdir()
-        (tmp_path / f"{place:05d}" / "metadata.jsonl").write_text(json.dumps({"tag": "counting", "prompt": prompt}))
-        for image in range(2):
-            paint(tmp_path / f"{place:05d}" / "samples" / f"{image:04d}.png")
-    found = files(load(tmp_path, ROWS[:2], 2))
-    assert found[1, 1] == "00001/samples/0001.png"
-    assert len(found) == 4
-    for text in ("[]", "[" * 100_000):
-        (tmp_path / "00001" / "metadata.jsonl").write_text(text)
-        with pytest.raises(InputError, match=r"images: .*00001/metadata\.jsonl names no prompt"):
-            find_pictures(tmp_path, None)
-
-
-def test_layouts_of_t2i_compbench_and_hps(tmp_path: Path) -> None:
-    rows = [PromptRow("a red cup", "color"), PromptRow("a round cup", "shape"), PromptRow("a red cup", "shape")]
-    for group, name in [("color", "a red cup_000000"), ("shape", "a round cup_000000"), ("shape", "a red cup_000001")]:
-        paint(tmp_path / "t2i" / group / "samples" / f"{name}.png")
-    assert files(load(tmp_path / "t2i", rows, 1)) == {
-        (0, 0): "color/samples/a red cup_000000.png",
-        (1, 0): "shape/samples/a round cup_000000.png",
-        (2, 0): "shape/samples/a red cup_000001.png",
-    }
-    for name in ("anime/00000.jpg", "photo/00000.jpg", "photo/00001.jpg", "photo/00002.jpg"):
-        paint(tmp_path / "hps" / name)
-    rows = [PromptRow("x", "anime"), PromptRow("y", "photo"), PromptRow("y", "photo")]
-    found = load(tmp_path / "hps", rows, 1)
-    assert files(found) == {(0, 0): "anime/00000.jpg", (1, 0): "photo/00000.jpg", (2, 0): "photo/00001.jpg"}
-    assert found.left_aside == 1
-    with pytest.raises(InputError, match="does not hold the prompts of its pictures; set prompts"):
-        prompts_of(find_pictures(tmp_path / "hps", None), tmp_path)
+    with pytest.raises(InputError, match=r"images: .*images\.csv: row 2: .*sources/1\.png"):
+        find_pictures(folder)
 
 
 def test_what_cannot_be_read_is_counted_by_reason(tmp_path: Path) -> None:
@@ -166,42 +115,18 @@ def test_what_cannot_be_read_is_counted_by_reason(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (None, "holds no images.csv and no pictures"),
-        ("file,prompt\n", "holds no images.csv and no pictures"),
-        ("path,prompt\na.png,x", "row 1 of .* has no file and prompt"),
+        (None, "images.csv; write it, with columns file and prompt"),
+        ("file,prompt\n", "images.csv holds no prompt"),
+        ("path,prompt\na.png,x", "prompt 'x' has no file; write a column of paths"),
         ("file,prompt,place\na.png,x,first", "place 'first' .* is not a whole number"),
         ("file,prompt,image\na.png,x,1.5", "image '1.5' .* is not a whole number; write numbers from 0"),
         ("file,prompt,image\na.png,x,-1", "image '-1' .* is not a whole number"),
-        ("file,prompt\na.png,a cat, asleep", r"table: .*images\.csv cannot be read \(line 2: more fields than the"),
+        ("file,prompt\na.png,a cat, asleep", r"images: .*images\.csv: line 2: more fields than the"),
     ],
 )
 def test_bad_folders_are_one_line(content: str | None, message: str, tmp_path: Path) -> None:
     if content is not None:
         (tmp_path / "images.csv").write_text(content)
     with pytest.raises(InputError, match=message) as caught:
-        find_pictures(tmp_path, None)
+        find_pictures(tmp_path)
     assert "\n" not in str(caught.value)
-    with pytest.raises(InputError, match="no folder"):
-        find_pictures(tmp_path / "gone", None)
-
-
-@pytest.mark.parametrize(
-    ("line", "message"),
-    [
-        ('["a.png", "a cat"]', r"cannot be read \(line 2: .* is no JSON object\); write it again"),
-        ('{"file": "a.png", "prompt": "a cat", "image": Infinity}', "image inf .* is not a whole number"),
-        ("[" * 100_000, r"cannot be read \(line 2: nested too deeply\)"),
-    ],
-)
-def test_bad_json_lines_are_one_line(line: str, message: str, tmp_path: Path) -> None:
-    (tmp_path / "images.jsonl").write_text('{"file": "b.png", "prompt": "a cat"}\n' + line)
-    with pytest.raises(InputError, match=f"table: .*{message}"):
-        find_pictures(tmp_path, None)
-
-
-def test_groups_of_a_table_are_texts(tmp_path: Path) -> None:
-    """As those of a file of prompts."""
-    row = {"file": "a.png", "prompt": "a cat", "image": 0.0, "group": 3}
-    (tmp_path / "images.jsonl").write_text(json.dumps(row))
-    (picture,) = find_pictures(tmp_path, None)
-    assert (picture.image, picture.group) == (0, "3")

@@ -42,9 +42,8 @@ class JudgedPolicy:
         checkpoint: Checkpoint of an alignment run, whose adapter is loaded.
         lora: LoRA file or folder to load, as ``latentreward export`` writes it.
         guidance_scale: Guidance scale of this policy; by default that of the run.
-        images: Folder of existing pictures, instead of a generator: with ``images.csv`` (columns ``file`` and
-            ``prompt``) as ``latentreward generate`` writes it, or in the layout of GenEval, T2I-CompBench++ or HPSv2.
-        table: Table of ``images``, if it has another name or lies elsewhere: CSV, JSON lines or parquet.
+        images: Folder of existing pictures, instead of a generator, with ``images.csv`` or ``images.jsonl`` (``file``
+            and ``prompt``) as ``latentreward generate`` writes it.
     """
 
     name: str | None = None
@@ -53,7 +52,6 @@ class JudgedPolicy:
     lora: Path | None = None
     guidance_scale: float | None = None
     images: Path | None = None
-    table: Path | None = None
 
     def __post_init__(self) -> None:
         """Raise InputError for a bad name, and unless exactly one of a generator and a folder of pictures is given."""
@@ -65,8 +63,6 @@ class JudgedPolicy:
                 f"images and {made[0]} are both given, one perhaps by a config file; to judge the images, say "
                 f"--policy.{made[0]} null, and --against.{made[0]} null for the images of against"
             )
-        if self.images is None and self.table is not None:
-            raise InputError("table is given without images; set images to the folder of the pictures")
         if self.images is None and self.pipeline is None and self.checkpoint is None:
             raise InputError("there is nothing to judge; set pipeline, checkpoint or images of the policy")
 

@@ -1,1 +1,0 @@
-"""Scripts that run in the environments of other packages and therefore import nothing of latentreward."""
