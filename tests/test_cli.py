@@ -792,12 +792,6 @@ def test_what_was_removed_names_what_to_use_instead(name: str, capsys: pytest.Ca
     assert error_line(capsys, *arguments) == f"there is no {name} any more; {REMOVED[name]}"
 
 
-@pytest.mark.parametrize("name", REMOVED)
-def test_what_was_removed_names_what_to_use_instead(name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["fit", f"{name}=x"] if name.startswith("--") else [name, "--help"]
-    assert error_line(capsys, *arguments) == f"there is no {name} any more; {REMOVED[name]}"
-
-
 @pytest.mark.slow
 def test_callbacks_of_a_clone_have_one_name(monkeypatch: pytest.MonkeyPatch) -> None:
     model = Path.cwd() / "model.yaml"

@@ -17,7 +17,6 @@ import numpy as np
 from latentreward.contracts import PathText
 from latentreward.data.score_table import read_table
 from latentreward.errors import InputError, check_range, errors_at
-from latentreward.programs import check_program
 from latentreward.scorers.base import Scorer
 
 FILE, PLACE = ("file",), ("place", "image")
@@ -117,7 +116,6 @@ class CommandScorer(ToolScorer):
         if not command or not any("{scores}" in part for part in command):
             raise InputError(f"command of {name} must hold {{scores}}, the file that it writes; add it")
         check_range("(0, inf]", timeout_s=timeout_s)
-        check_program(command[0])
         self.command, self.folder, self.timeout_s = list(command), folder, timeout_s
 
     def identity(self) -> str:
