@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from latentreward.errors import InputError
-from latentreward.storage.ignored_files import find_files, is_ignored, match_files
 from latentreward.storage.texts import decode_text, read_table, token_of_file
+from latentreward.storage.user_files import find_files, is_ignored, match_files
 
 TEXT = "ein Fuß, 3 m\r\n🦊"
 

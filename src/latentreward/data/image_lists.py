@@ -1,15 +1,13 @@
 """Reading of images with prompts from a folder, a glob pattern, or a list in JSON, CSV or TSV."""
 
-import glob
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import takewhile
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from latentreward.contracts import EditPrompt, ImageRef
-from latentreward.data.images import NO_IMAGE, OUTSIDE, resolve_inside
+from latentreward.data.images import NO_IMAGE, OUTSIDE, file_image, outside
 from latentreward.data.list_rows import find_columns, read_objects
 from latentreward.data.readers.base import MAX_PROMPT_CHARS
 from latentreward.data.readers.folders import SUFFIXES, UNREAD, read_caption, tell_unread
@@ -17,15 +15,14 @@ from latentreward.data.readers.json_rows import (
     EDIT_UNREAD,
     MOST_SOURCES,
     SOURCES,
-    escapes,
     find_edit_source,
     list_sources,
     parse_text,
     short,
 )
 from latentreward.errors import InputError
-from latentreward.storage.ignored_files import is_ignored, match_files
 from latentreward.storage.texts import UnreadableTextError
+from latentreward.storage.user_files import escapes, find_file, find_files, one_form, resolve_inside, split_pattern
 
 LISTS = (".jsonl", ".csv", ".tsv", ".json")
 PICTURES = (*SUFFIXES, *UNREAD)
@@ -164,8 +161,7 @@ def _with_sources(listed: ListedImage, row: Mapping[str, Any] | str, image: str,
         return replace(
             listed, problem="pictures to edit not readable", detail=f"{name} is {short(row[name])}, {wanted}"
         )
-    inside = Path(root) if root else None
-    refs = [ImageRef(path, path=file.parent / path, root=inside) for path in paths]
+    refs = [file_image(file.parent, path, allow_outside=not root) for path in paths]
     return replace(listed, prompt=EditPrompt(listed.prompt, refs)) if refs else listed
 
 
@@ -178,15 +174,14 @@ def _listed(
     path = row.get(image)
     if not isinstance(path, str) or not path or "\0" in path:
         return ListedImage("", problem=NO_IMAGE, detail=f"{place}: {image} is {short(path)}, not a path")
-    name = parse_text(path) or ""
     caption = parse_text(row.get(text) if prompt is None else prompt)
+    found = file_image(file.parent, path).path or file
+    listed = ListedImage(parse_text(path) or "", caption or "", str(found), root)
     if caption is None:
-        detail = f"{place}: {text} is {short(row.get(text))}, not text"
-        return ListedImage(name, "", str(file.parent / path), root, NO_PROMPT, detail)
-    if root and escapes(name) and resolve_inside(Path(root), file.parent / name) is None:
-        detail = f"{place}: leads out of {root}; set allow_outside: true to read it"
-        return ListedImage(name, caption, str(file.parent / path), root, OUTSIDE, detail)
-    return ListedImage(name, caption, str(file.parent / path), root)
+        return replace(listed, problem=NO_PROMPT, detail=f"{place}: {text} is {short(row.get(text))}, not text")
+    if root and escapes(path) and resolve_inside(Path(root), found) is None:
+        return replace(listed, problem=OUTSIDE, detail=f"{place}: {outside(Path(root))}")
+    return listed
 
 
 def _pictures(source: str) -> tuple[Path, list[Path], list[str]]:
@@ -198,29 +193,21 @@ def _pictures(source: str) -> tuple[Path, list[Path], list[str]]:
         InputError: If there are no pictures of kinds that are read.
     """
     place, remarks = Path(source), list[str]()
-    if place.is_dir():
-        files: list[Path] = []
-        walk = os.walk(place, onerror=lambda error: remarks.append(f"{error.filename}: {error.strerror}"))
-        for folder, below, names in walk:  # links to folders are not followed
-            below[:] = (name for name in below if not is_ignored(name))
-            files += filter(_is_picture, (Path(folder, name) for name in names))
-        if not any(file.suffix.lower() in SUFFIXES for file in files):
-            problem = "; ".join([f"images: no picture in {source} ({', '.join(SUFFIXES)})", *tell_unread(files)])
-            raise InputError(f"{problem}; give a folder that holds some")
-        return place, sorted(files), remarks
-    if os.path.lexists(place):
+    if not place.is_dir() and os.path.lexists(place := find_file(place)):
         return place.parent, [place], []
-    files = [file for file in match_files(source) if _is_picture(file) and not file.is_dir()]
+    root, pattern = (place, "**/*") if place.is_dir() else split_pattern(source)
+    files = [
+        file for file in find_files(root, pattern, remarks) if file.suffix.lower() in PICTURES and not file.is_dir()
+    ]
+    if place.is_dir() and not any(file.suffix.lower() in SUFFIXES for file in files):
+        problem = "; ".join([f"images: no picture in {source} ({', '.join(SUFFIXES)})", *tell_unread(files)])
+        raise InputError(f"{problem}; give a folder that holds some")
     if not files:
         raise InputError(
             f"images: {source!r} is neither a folder, a file, nor a pattern that matches a picture; give a folder, a "
             f"pattern such as 'pics/**/*.png', or a list that ends in {', '.join(LISTS)}"
         )
-    return Path(*takewhile(lambda part: not glob.has_magic(part), place.parts[:-1])), files, []
-
-
-def _is_picture(file: Path) -> bool:
-    return file.suffix.lower() in PICTURES and not is_ignored(file.name)
+    return root, files, remarks
 
 
 def _name(file: Path, root: Path) -> str:
@@ -250,7 +237,7 @@ class _Captions:
             if folder not in self._tables:
                 self._tables[folder] = dict(self._read(folder))
             path = picture.relative_to(folder)
-            for name in (path.as_posix(), path.with_suffix("").as_posix()):
+            for name in map(one_form, (path.as_posix(), path.with_suffix("").as_posix())):
                 if name in self._tables[folder]:
                     return self._tables[folder][name]
             if folder == self.root:
@@ -262,13 +249,13 @@ class _Captions:
 
         Lines about the pictures ``files`` count as used, also where a text beside the picture or a nearer table wins.
         """
-        known = {name for file in files for name in (file, file.with_suffix(""))}
+        known = {one_form(str(name)) for file in files for name in (file, file.with_suffix(""))}
         lost = [
             f"{folder}: no picture {short(name)}"
             for folder, table in self._tables.items()
             for name in table
-            if (path := folder / name) not in known
-            and not any(os.path.lexists(f"{path}{suffix}") for suffix in ("", *SUFFIXES))
+            if one_form(str(path := folder / name)) not in known
+            and not any(os.path.lexists(find_file(Path(f"{path}{suffix}"))) for suffix in ("", *SUFFIXES))
         ]
         return self.remarks + lost
 
@@ -283,4 +270,4 @@ class _Captions:
                 if listed.problem:
                     self.remarks.append(f"{file}: {listed.detail}")
                 else:
-                    yield PurePosixPath(listed.name).as_posix(), listed.prompt
+                    yield one_form(PurePosixPath(listed.name).as_posix()), listed.prompt

@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 
 from latentreward.data.readers import PairReader, count_text
 from latentreward.errors import InputError, first_line
+from latentreward.storage.user_files import whole_file
 
 PAIR_ID = "pair_id"
 FLAG = "different_flag"
@@ -213,15 +214,16 @@ def read_table(path: Path) -> pa.Table:
         raise InputError(f"{path}: a table of scores ends in .csv, .jsonl or .parquet")
     if not path.is_file():
         raise InputError(f"no table of scores {path}; give its path, or have it written")
+    file = whole_file(path)
     try:
         if path.suffix == ".parquet":
-            table = pq.read_table(path, page_checksum_verification=True)
+            table = pq.read_table(file, page_checksum_verification=True)
         elif path.suffix == ".jsonl":
-            table = pa_json.read_json(path)
+            table = pa_json.read_json(file)
         else:
             text = pa_csv.ConvertOptions(column_types={PAIR_ID: pa.string()})
             lines = pa_csv.ParseOptions(newlines_in_values=True)
-            table = pa_csv.read_csv(path, parse_options=lines, convert_options=text)
+            table = pa_csv.read_csv(file, parse_options=lines, convert_options=text)
     except (pa.ArrowException, OSError) as error:
         raise InputError(
             f"{path}: not a whole {path.suffix[1:]} file ({first_line(error)}); get or make it anew"

@@ -24,7 +24,7 @@ from latentreward.data.readers.base import DATA_ON_ERROR, OnError, count_text, n
 from latentreward.data.readers.dataset_pairs import KEYS, SOURCE_KEYS, choose_columns
 from latentreward.data.readers.json_rows import SOURCES, edit_problem, edit_remark, find_edit_source, short
 from latentreward.data.readers.pair_rows import BY_LABEL, WINNER_FIRST, PairRowParser
-from latentreward.data.readers.parquet_store import plain_features
+from latentreward.data.readers.parquet_store import pattern_of, plain_features
 from latentreward.data.readers.rows import RowReader
 from latentreward.data.readers.tables import (
     DAMAGE,
@@ -32,6 +32,7 @@ from latentreward.data.readers.tables import (
     class_names,
     embedded_image,
     embedded_images,
+    files_of,
     find_all_parts,
     name_class,
     source_name,
@@ -103,7 +104,7 @@ class PairStream(RowReader):
         check_at_least_one(shuffle_buffer=shuffle_buffer)
         super().__init__(Path(source_name(source)).name, split, **options)
         source = os.fspath(source) if isinstance(source, os.PathLike) else source
-        self.shuffle_buffer, self._files = shuffle_buffer, not isinstance(source, str)
+        self.shuffle_buffer, self._files = shuffle_buffer, files_of(self, source)
         self._place = source_name(source)
         rows = self._open(source, split, revision, config)
         first = next(self._guarded(rows), None)
@@ -127,7 +128,7 @@ class PairStream(RowReader):
             if isinstance(value, list) and column == self._columns.get(SOURCES[0]):
                 value = value[0] if value else None
             held = value.get("bytes", value) if isinstance(value, dict) else value
-            elsewhere = isinstance(value, dict) and held is None and value.get("path") and not self._files
+            elsewhere = isinstance(value, dict) and held is None and "://" in str(value.get("path"))
             if not isinstance(held, bytes | None) or elsewhere:
                 raise InputError(
                     f"{self._place}: column {column} holds {short(value)}, not an image's bytes; give the column "
@@ -228,7 +229,7 @@ class PairStream(RowReader):
             settings: dict[str, Any] = {"path": source, "name": config, "revision": revision}
             if Path(source).exists() or not is_hub_id(source):
                 parts = find_all_parts(self, source, split, config=config)
-                files = [str(part.path) for part in parts]
+                files = [*map(pattern_of, parts)]
                 settings = {"path": "parquet", "data_files": {split: files}, "features": plain_features(parts[0])}
             try:
                 rows = load_dataset(**settings, split=split, streaming=True)

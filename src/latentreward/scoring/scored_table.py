@@ -55,6 +55,7 @@ def read_scores(path: Path) -> pa.Table:
     Raises:
         InputError: If the file is damaged, or is not a table of scores.
     """
+    file = path.absolute()  # pyarrow takes a:b for an address
     try:
         if path.suffix == ".csv":
             texts = pa_csv.ConvertOptions(
@@ -63,11 +64,11 @@ def read_scores(path: Path) -> pa.Table:
                 quoted_strings_can_be_null=False,
             )
             read = pa_csv.ReadOptions(block_size=BLOCK)
-            table = pa_csv.read_csv(path, read, pa_csv.ParseOptions(newlines_in_values=True), texts)
+            table = pa_csv.read_csv(file, read, pa_csv.ParseOptions(newlines_in_values=True), texts)
         elif path.suffix == ".jsonl":
-            table = pa_json.read_json(path, pa_json.ReadOptions(block_size=BLOCK))
+            table = pa_json.read_json(file, pa_json.ReadOptions(block_size=BLOCK))
         else:
-            table = pq.read_table(path)
+            table = pq.read_table(file)
         kinds = {**dict.fromkeys(TEXTS, pa.string()), **dict.fromkeys(SIDES, pa.int32())}
         return table.cast(pa.schema([(name, kinds.get(name, pa.float32())) for name in table.column_names]))
     except (pa.ArrowException, OSError) as error:

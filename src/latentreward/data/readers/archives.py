@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from latentreward.contracts import ImageRef
-from latentreward.data.images import TOO_LARGE, ImageError
+from latentreward.data.images import TOO_LARGE, ImageError, file_image
 from latentreward.errors import InputError
 
 BITE, BEGINNING = 64, 2**16
@@ -42,7 +42,7 @@ class ImageArchives:
             if not place.is_dir():
                 self._open(part)
 
-    def image(self, part: str, name: str) -> ImageRef:
+    def image(self, part: str, name: str, allow_outside: bool = False) -> ImageRef:
         """Return a reference to image ``name`` of a part: with its bytes for a zip file, with its path for a folder.
 
         Of a member of a zip file that is damaged or too large, the beginning is returned; decoding then reports what is
@@ -50,7 +50,7 @@ class ImageArchives:
         """
         place = self.parts[part]
         if place.is_dir():
-            return ImageRef(name, path=place / name, root=place)
+            return file_image(place, name, allow_outside=allow_outside)
         if name not in self._open(part).NameToInfo:
             return ImageRef(name, path=place / name)  # path below a zip file: decoding reports a missing file
         try:

@@ -3,7 +3,6 @@
 import re
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import partial
 from itertools import combinations
 from pathlib import Path
 from typing import Any, Literal
@@ -15,7 +14,6 @@ from latentreward.data.readers.folders import read_lines
 from latentreward.data.readers.json_rows import (
     SOURCES,
     as_object,
-    check_path,
     edit_remark,
     load_rows,
     parse_line,
@@ -186,7 +184,7 @@ class EditPairReader(RowReader):
         super().__init__(Path(name).stem, split, **options)
         self._named: dict[int, list[ImageRef]] | None = None
         file = _json_file(source, split)
-        self._rows = None if file else open_table(self, source, split, revision, config)
+        self._rows = None if file else open_table(self, source, split, revision, config, root)
         if file is not None:
             self.folder = Path(root) if root else file.parent
             rows = _read_json(file)
@@ -206,7 +204,7 @@ class EditPairReader(RowReader):
             raise InputError(f"axis: {name} has no scores of {axis}; set overall, by which its pairs are judged")
         if file is None:
             rows = self._read_table(names)
-        parser = PairRowParser(self, partial(check_path, self, folder=self.folder) if file else None)
+        parser = PairRowParser(self, self.check_path if file else None)
         pairs = [*self._expand(rows)]
         table = parser.table((name, place, fields) for place, (name, fields, _) in enumerate(pairs))
         kept = [pairs[place][2] for place in table.column("row").to_pylist()]

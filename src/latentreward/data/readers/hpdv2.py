@@ -75,7 +75,7 @@ class HPDv2Reader(RowReader):
         """Yield the compared pairs or ``ranked`` groups, and add the votes on each pair of a group to ``votes``."""
         fields, count = (("image_path", "rank"), None) if ranked else (("file_path", "human_preference"), 2)
         for number, row in enumerate(rows):
-            group = parse_ranked(self, f"{self._name}:{number}", row, fields, self.folder, count)
+            group = parse_ranked(self, f"{self._name}:{number}", row, fields, count)
             if group is not None and ranked:
                 annotations = row.get("raw_annotations") if isinstance(row, dict) else None
                 votes += self._count_votes(annotations, len(group.images))

@@ -1,6 +1,5 @@
 """Reader of HPDv3 and HPDv3++: JSON files with pairs of image files, the preferred one first, and votes on them."""
 
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -8,7 +7,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from latentreward.contracts import PathText
-from latentreward.data.readers.json_rows import check_path, load_rows, parse_json, short
+from latentreward.data.readers.json_rows import load_rows, parse_json, short
 from latentreward.data.readers.pair_rows import PairRowParser
 from latentreward.data.readers.rows import RowReader
 
@@ -67,7 +66,7 @@ class HPDv3Reader(RowReader):
         super().__init__("hpdv3", split, **options)
         self.folder = Path(root)
         file = self.folder / f"{split}.json"
-        rows = PairRowParser(self, partial(check_path, self, folder=self.folder), COLUMNS)
+        rows = PairRowParser(self, self.check_path, COLUMNS)
         numbered = enumerate(load_rows(file))
         table = rows.table((f"{file.name}:{number}", number, _plain(row)) for number, row in numbered)
         if min_confidence is not None:

@@ -1,12 +1,11 @@
 """Reader of JSON lines: pairs of image files of your own, one object per line."""
 
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from latentreward.contracts import PathText
 from latentreward.data.readers.folders import read_lines
-from latentreward.data.readers.json_rows import check_path, parse_line
+from latentreward.data.readers.json_rows import parse_line
 from latentreward.data.readers.pair_rows import PairRowParser
 from latentreward.data.readers.rows import RowReader
 from latentreward.errors import InputError
@@ -54,7 +53,7 @@ class JSONLPairReader(RowReader):
         super().__init__(Path(file).name, split, **options)
         check_no_csv("file", file)
         self.folder = Path(root) if root else Path(file).parent
-        rows = PairRowParser(self, partial(check_path, self, folder=self.folder))
+        rows = PairRowParser(self, self.check_path)
         lines = ((f"{self.source}:{number}", number, parse_line(line)) for number, line in read_lines(Path(file)))
         self.table = rows.table(lines)
         self.report(str(file), f"file: {file} has no lines left; give one JSON object per line")

@@ -19,7 +19,7 @@ from latentreward.data.images import ImageError
 from latentreward.data.readers.hub import fetch_split
 from latentreward.errors import InputError, first_line
 from latentreward.storage.hub import is_hub_id
-from latentreward.storage.ignored_files import find_files, match_files
+from latentreward.storage.user_files import find_files, match_files, whole_file
 
 MAX_OPEN_FILES = 32
 VIEWS = {pa.binary_view(): pa.large_binary(), pa.string_view(): pa.large_string()}
@@ -93,7 +93,7 @@ def open_part(part: ParquetPart) -> pq.ParquetFile:
         InputError: If two columns have one name, or the field ``huggingface``, which ``datasets`` writes, is no JSON.
     """
     with damage_named(part):
-        file = pq.ParquetFile(part.path, page_checksum_verification=True)
+        file = pq.ParquetFile(whole_file(part.path), page_checksum_verification=True)
         schema = file.schema_arrow
         names = Counter(schema.names)
     if twice := [name for name, count in names.items() if count > 1]:
@@ -106,6 +106,11 @@ def open_part(part: ParquetPart) -> pq.ParquetFile:
             "without it"
         ) from error
     return file
+
+
+def pattern_of(part: ParquetPart) -> str:
+    """Return the pattern by which ``datasets``, which takes every name for one, finds a file."""
+    return glob.escape(str(part.path.absolute()))
 
 
 def plain_type(kind: pa.DataType) -> pa.DataType:

@@ -12,9 +12,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from latentreward.contracts import EditPrompt, ImageRef, PathText, PreferencePair
+from latentreward.data.images import BASE64, NO_IMAGE, OUTSIDE, file_image, outside
 from latentreward.data.readers.base import PairReader
-from latentreward.data.readers.json_rows import file_image
+from latentreward.data.readers.json_rows import short
 from latentreward.seeding import coin_flips
+from latentreward.storage.user_files import escapes, relative_path
 
 SCORED_AXES = ("overall", "instruction_following", "visual_quality")
 SIDED = (*SCORED_AXES, "model", "votes")
@@ -42,6 +44,7 @@ class RowReader(PairReader):
             that name the preferred image first, a model that always prefers a would then always be right. A column
             ``winner_first`` limits the exchange to rows where it is true.
         seed: Seed of the random exchange.
+        allow_outside: Whether rows may name files outside their folder, and links in it may lead out of it.
         options: ``on_error``, ``max_prompt_chars``, ``exif`` and ``sources``, see :class:`PairReader`.
     """
 
@@ -50,21 +53,48 @@ class RowReader(PairReader):
     prefix = ""  # start of the names of these images
 
     def __init__(
-        self, source: PathText, split: str, *, randomise_sides: bool = True, seed: int = 0, **options: Any
+        self,
+        source: PathText,
+        split: str,
+        *,
+        randomise_sides: bool = True,
+        seed: int = 0,
+        allow_outside: bool = False,
+        **options: Any,
     ) -> None:
         super().__init__(**options)
         self.source, self.split, self.randomise_sides, self.seed = source, split, randomise_sides, seed
+        self.allow_outside = allow_outside
 
     def find_images(self, row: dict[str, Any]) -> list[ImageRef]:
         """Return references to the two images of a row, in the order of the file; ``row`` is column → value.
 
         By default they are files inside :attr:`folder`, with their paths in ``image_a`` and ``image_b``.
         """
-        return [file_image(self.folder, row[name], self.prefix) for name in ("image_a", "image_b")]
+        return [self.file_image(row[name]) for name in ("image_a", "image_b")]
 
     def find_sources(self, row: dict[str, Any]) -> list[ImageRef]:
         """Return references to the pictures that a row's images are edits of, by default files of :attr:`folder`."""
-        return [file_image(self.folder, path, self.prefix) for path in row.get("sources") or ()]
+        return [*map(self.file_image, row.get("sources") or ())]
+
+    def file_image(self, path: str | None) -> ImageRef:
+        """Return a reference to a file of :attr:`folder`."""
+        return file_image(self.folder, path, self.prefix, self.allow_outside)
+
+    def check_path(self, pair_id: str, field: str, path: Any) -> None:
+        """Raise InputError for a path that is not text, is empty, or leads out of the folder, if ``on_error`` is raise.
+
+        Under other values of ``on_error`` nothing happens here: such an image is counted when it is decoded.
+        """
+        if self.on_error != "raise":
+            return
+        if not isinstance(path, str) or not path:
+            self.refuse(pair_id, f"{field} is {short(path)}, not a path", NO_IMAGE)
+        elif BASE64.fullmatch(path):
+            problem = f"{field} is {short(path)}, base64 text, not a path; write the image to a file"
+            self.refuse(pair_id, problem, NO_IMAGE)
+        elif not self.allow_outside and escapes(relative_path(path, self.folder)):
+            self.refuse(pair_id, f"{field} {short(path)} {outside(self.folder)}", OUTSIDE)
 
     def read_row(self, index: int) -> dict[str, Any]:
         """Return the values of row ``index`` by column."""

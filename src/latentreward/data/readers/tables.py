@@ -1,12 +1,15 @@
 """Tables of a split under one interface: parquet files, or a data set of the library ``datasets``."""
 
+import glob
 import json
 import logging
 import os
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from copy import copy
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,8 +18,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from latentreward.contracts import ImageRef, PathText
+from latentreward.data.images import file_image
 from latentreward.data.readers.base import PairReader, content_key
-from latentreward.data.readers.json_rows import escapes
 from latentreward.data.readers.parquet_store import (
     ParquetPart,
     RowGroupColumns,
@@ -24,12 +27,15 @@ from latentreward.data.readers.parquet_store import (
     damage_named,
     find_parts,
     open_part,
+    pattern_of,
     plain_features,
     plain_type,
     row_group_bytes,
 )
 from latentreward.data.readers.parquet_store import read_index as read_parquet
+from latentreward.data.readers.rows import RowReader
 from latentreward.errors import InputError, first_line
+from latentreward.storage.user_files import escapes, split_pattern
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -38,6 +44,8 @@ logger = logging.getLogger(__name__)
 
 Source = PathText | Any
 """Folder, file or hub id; from Python also a ``Dataset`` or ``DatasetDict`` of the library ``datasets``."""
+Files = Callable[[str], ImageRef] | None
+"""Function from the path in a row to its file; None where a table comes without files."""
 
 SAVED, SAVED_SPLITS = "state.json", "dataset_dict.json"
 """Files by which ``save_to_disk`` marks the folder of a data set, and the folder of several splits."""
@@ -51,7 +59,7 @@ DAMAGE = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionErr
 class SplitTable(ABC):
     """Rows of one split, in the order of their numbers; images are read row by row."""
 
-    files = False  # whether images may be files anywhere on this machine, because the table was made in this process
+    files: Files = None
 
     @abstractmethod
     def schemas(self) -> list[tuple[str, pa.Schema]]:
@@ -109,8 +117,8 @@ class _DatasetTable(SplitTable):
     Its format and transform are not applied; ``place`` is its name in messages.
     """
 
-    def __init__(self, dataset: "Dataset", split: str, place: str, files: bool = False) -> None:
-        self._rows, self._split, self._place, self.files = dataset.with_format("arrow"), split, place, files
+    def __init__(self, dataset: "Dataset", split: str, place: str) -> None:
+        self._rows, self._split, self._place = dataset.with_format("arrow"), split, place
 
     def schemas(self) -> list[tuple[str, pa.Schema]]:
         return [(self._place, self._rows.features.arrow_schema)]
@@ -165,7 +173,7 @@ class _ParquetTable(SplitTable):
         if memory_map:
             from datasets import load_dataset  # slow to import
 
-            files, features = [str(part.path) for part in self.parts], plain_features(self.parts[0], columns)
+            files, features = [*map(pattern_of, self.parts)], plain_features(self.parts[0], columns)
             settings: dict[str, Any] = {"data_files": files, "columns": list(columns), "features": features}
             self._copy = _DatasetTable(load_dataset("parquet", split="train", **settings), "", "")
             self._copy.open_images(columns)
@@ -179,18 +187,46 @@ class _ParquetTable(SplitTable):
 
 
 def open_table(
-    reader: PairReader, source: Source, split: str, revision: str | None = None, config: str | None = None
+    reader: RowReader,
+    source: Source,
+    split: str,
+    revision: str | None = None,
+    config: str | None = None,
+    root: str | None = None,
 ) -> SplitTable:
     """Find the table of a split; missing parquet parts fall under the reader's ``on_error``.
 
     A ``source`` is a ``Dataset``, a ``DatasetDict`` with the split, a folder that ``save_to_disk`` wrote, or what
-    :func:`~latentreward.data.readers.parquet_store.find_parts` takes.
+    :func:`~latentreward.data.readers.parquet_store.find_parts` takes. Rows may name files as :func:`files_of` says.
 
     Raises:
         InputError: If there is no such source or split, or a folder is damaged.
     """
+    table = _open_table(reader, source, split, revision, config)
+    table.files = files_of(reader, source, root)
+    return table
+
+
+def files_of(reader: RowReader, source: Source, root: str | None = None) -> Files:
+    """Return how a reader finds the files that the rows of a table name, after it gave the reader its folder.
+
+    It is ``root``, else the folder of a local ``source``. A table that was made in this process may name any file.
+    """
+    local = isinstance(source, str | os.PathLike)
+    if not root and not local:
+        reader.allow_outside = True
+    if root or not local:
+        reader.folder = Path(root or "")
+    elif (place := Path(source)).exists() or glob.has_magic(str(source)):
+        reader.folder = place if place.is_dir() else split_pattern(str(source))[0]
+    else:
+        return None
+    return partial(file_image, reader.folder, allow_outside=reader.allow_outside)
+
+
+def _open_table(reader: PairReader, source: Source, split: str, revision: str | None, config: str | None) -> SplitTable:
     if not isinstance(source, str | os.PathLike):
-        return _DatasetTable(_choose_split(source, split), split, f"source ({type(source).__name__})", files=True)
+        return _DatasetTable(_choose_split(source, split), split, f"source ({type(source).__name__})")
     places = [place for place in (Path(source), Path(source, split)) if (place / SAVED).is_file()]
     if not places and Path(source, SAVED_SPLITS).is_file():
         names = ", ".join(saved_splits(Path(source))) or "none"
@@ -272,15 +308,16 @@ def saved_splits(folder: Path) -> list[str]:
         raise InputError(f"{folder / SAVED_SPLITS}: not a list of splits; {SAVE_AGAIN}") from error
 
 
-def embedded_image(value: Any, key: str | None = None, files: bool = False) -> ImageRef:
+def embedded_image(value: Any, key: str | None = None, files: Files = None) -> ImageRef:
     """Return a reference to an image, see :meth:`SplitTable.image`; with ``files``, a path may replace the bytes."""
     data, path = (value.get("bytes"), value.get("path")) if isinstance(value, dict) else (value, None)
-    if data is None and path and files:
-        return ImageRef(key or path, path=Path(path))
+    if data is None and path and files is not None:
+        found = files(path)
+        return replace(found, image_key=key or found.image_key)
     return ImageRef(key or content_key(data), data)
 
 
-def embedded_images(value: Any, keys: Sequence[str] | None = None, files: bool = False) -> list[ImageRef]:
+def embedded_images(value: Any, keys: Sequence[str] | None = None, files: Files = None) -> list[ImageRef]:
     """Return references to the images of a row that has a list of them, or one; see :func:`embedded_image`."""
     values = value if isinstance(value, list) else [] if value is None else [value]
     names = keys if keys and len(keys) == len(values) else [None] * len(values)

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import BinaryIO, Self
 
 from latentreward.errors import first_line
-from latentreward.storage.ignored_files import is_ignored
 from latentreward.storage.texts import UnreadableTextError, decode_text
+from latentreward.storage.user_files import is_ignored
 
 ABSENT = (-1, 0)
 MAX_TEXT = 1 << 20

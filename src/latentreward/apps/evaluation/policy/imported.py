@@ -12,15 +12,15 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from latentreward.contracts import EditPrompt, ImageRef, sources_of
+from latentreward.contracts import EditPrompt, sources_of
 from latentreward.data.alignment.prompt_files import PromptRow, row_sources
-from latentreward.data.images import ImageError, decode_image, image_bytes, resolve_inside
+from latentreward.data.images import ImageError, decode_image, file_image, image_bytes
 from latentreward.data.list_rows import read_rows
 from latentreward.data.readers.json_rows import as_object
 from latentreward.errors import InputError, errors_at, first_line
 from latentreward.scorers.tools import JudgedPicture
 from latentreward.storage.digests import digest
-from latentreward.storage.ignored_files import find_files
+from latentreward.storage.user_files import find_files, whole_file
 
 TABLES = ("images.csv", "images.jsonl", "images.parquet")
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp")
@@ -113,11 +113,11 @@ def import_pictures(
     pictures = {}
     for (place, image), file in sorted((name, file) for name, file in matched.items() if name in asked):
         try:
-            decode_image(ImageRef(file, path=resolve_inside(folder, folder / file) or folder / file, root=folder))
+            decode_image(reference := file_image(folder, file))
         except ImageError as error:
             problems[error.problem] += 1
             continue
-        pictures[place, image] = judged(place, image, file, folder / file, rows[place])
+        pictures[place, image] = judged(place, image, file, reference.path or folder, rows[place])
     return ImportedPictures(folder, pictures, left_aside, dict(problems))
 
 
@@ -201,7 +201,7 @@ def _read(path: Path) -> Iterator[dict[str, Any]]:
         raise InputError(f"table: no CSV, JSON lines or parquet file {path}; give one with columns file and prompt")
     try:
         if path.suffix == ".parquet":
-            yield from pq.read_table(path).to_pylist()
+            yield from pq.read_table(whole_file(path)).to_pylist()
             return
         for number, value, problem in read_rows(path, "write JSON lines"):
             if isinstance(row := as_object(value, problem), str):
