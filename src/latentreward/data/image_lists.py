@@ -111,11 +111,8 @@ def _read(source: str, prompt: str | None, columns: tuple[str | None, str | None
     if path.suffix.lower() in (".parquet", ".arrow") and path.is_file():
         raise InputError(f"images: {source} is a table, not a list or a picture; write it as {' or '.join(LISTS[:2])}")
     root, files, remarks = _pictures(source)
-    if prompt is not None:
-        text = parse_text(prompt) or ""
-        return ImageList(
-            source, tuple(ListedImage(_name(file, root), text, str(file)) for file in files), tuple(remarks)
-        )
+    if (text := parse_text(prompt)) is not None:
+        return ImageList(source, tuple(ListedImage(_name(file, root), text, str(file)) for file in files), (*remarks,))
     captions, rows = _Captions(root, columns), list[ListedImage]()
     for file in files:
         name, problem, detail = _name(file, root), None, ""
@@ -196,9 +193,8 @@ def _pictures(source: str) -> tuple[Path, list[Path], list[str]]:
     if not place.is_dir() and os.path.lexists(place := find_file(place)):
         return place.parent, [place], []
     root, pattern = (place, "**/*") if place.is_dir() else split_pattern(source)
-    files = [
-        file for file in find_files(root, pattern, remarks) if file.suffix.lower() in PICTURES and not file.is_dir()
-    ]
+    found = (file for file in find_files(root, pattern, remarks) if file.suffix.lower() in PICTURES)
+    files = [file for file in found if not file.is_dir()]
     if place.is_dir() and not any(file.suffix.lower() in SUFFIXES for file in files):
         problem = "; ".join([f"images: no picture in {source} ({', '.join(SUFFIXES)})", *tell_unread(files)])
         raise InputError(f"{problem}; give a folder that holds some")

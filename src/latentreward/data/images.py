@@ -278,14 +278,14 @@ def _check_scans(image: ImageRef, opened: Image.Image) -> None:
         raise image_error(image, DAMAGED, f"a JPEG of {scans} scans; at most {MAX_SCANS} are decoded")
 
 
-def file_image(folder: Path, path: str | None, prefix: str = "", allow_outside: bool = False) -> ImageRef:
+def file_image(folder: Path, path: str | bytes | None, prefix: str = "", allow_outside: bool = False) -> ImageRef:
     """Return a reference to an image file that a row names, whose ``image_key`` begins with ``prefix``.
 
     The file is opened only if it lies inside ``folder``, or if any file is allowed.
     """
     if not path:
         return ImageRef("")
-    path = relative_path(path, folder)
+    path = relative_path(os.fsdecode(path), folder)
     if "\\" in path and not os.path.lexists(folder / path):  # written on Windows
         path = path.replace("\\", "/")
     key = prefix + str(PurePosixPath(path))

@@ -30,11 +30,9 @@ from latentreward.data.readers.tables import (
     DAMAGE,
     Source,
     class_names,
-    embedded_image,
-    embedded_images,
-    files_of,
     find_all_parts,
     name_class,
+    set_folder,
     source_name,
 )
 from latentreward.errors import InputError, check_at_least_one, first_line
@@ -104,7 +102,8 @@ class PairStream(RowReader):
         check_at_least_one(shuffle_buffer=shuffle_buffer)
         super().__init__(Path(source_name(source)).name, split, **options)
         source = os.fspath(source) if isinstance(source, os.PathLike) else source
-        self.shuffle_buffer, self._files = shuffle_buffer, files_of(self, source)
+        self.shuffle_buffer = shuffle_buffer
+        set_folder(self, source)
         self._place = source_name(source)
         rows = self._open(source, split, revision, config)
         first = next(self._guarded(rows), None)
@@ -195,8 +194,8 @@ class PairStream(RowReader):
             row["label"] = name_class(self._classes, row["label"])
         keys = [row.pop(key, None) for key in KEYS]
         values = [row.pop(field) for field in self._fields]
-        sources = embedded_images(row.pop(SOURCES[0], None), row.pop(SOURCE_KEYS, None), self._files)
-        images: list[ImageRef] = [embedded_image(v, k, self._files) for v, k in zip(values, keys, strict=True)]
+        sources = self.embedded_images(row.pop(SOURCES[0], None), row.pop(SOURCE_KEYS, None))
+        images = [*map(self.embedded_image, values, keys)]
         name = digest([str(row["prompt"]), *(image.data or image.image_key for image in images)])
         # A stream may repeat a pair, and the names of all pairs would be kept for ever.
         parsed = self._parser.parse(name, 0, {**row, **dict.fromkeys(self._fields)}, stream=True)

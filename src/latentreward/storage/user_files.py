@@ -1,7 +1,6 @@
 """Files of a user's folders: which of them count, and which file a text or a link may name.
 
-``docs/data.md`` tells the rules. Whatever lists files uses :func:`find_files` or :func:`match_files`. Whatever opens a
-file that a row names uses :func:`~latentreward.data.images.file_image`, which is made of the functions below.
+``docs/data.md`` tells the rules. Whatever lists files uses :func:`find_files`. Whatever opens a file that a row names uses :func:`~latentreward.data.images.file_image`, which is made of the functions below.
 """
 
 import glob
@@ -10,6 +9,7 @@ import unicodedata
 from collections.abc import Iterator
 from fnmatch import fnmatchcase
 from functools import lru_cache
+from itertools import takewhile
 from pathlib import Path, PurePosixPath
 
 from latentreward.errors import InputError
@@ -46,19 +46,11 @@ def find_files(folder: Path, pattern: str, unread: list[str] | None = None) -> l
     return sorted({*places})
 
 
-def match_files(pattern: str) -> list[Path]:
-    """Return the paths that a pattern matches, see :func:`find_files`."""
-    return find_files(*split_pattern(pattern))
-
-
 def split_pattern(pattern: str) -> tuple[Path, str]:
     """Split a pattern into the folder that it begins with, whose name may have brackets, and the rest."""
     parts = Path(pattern).parts
-    fixed = len(parts) - 1
-    for number, part in enumerate(parts[:-1]):
-        if glob.has_magic(part) and not os.path.lexists(Path(*parts[: number + 1])):
-            fixed = number
-            break
+    begins = (Path(*parts[:number]) for number in range(1, len(parts)))
+    fixed = sum(1 for _ in takewhile(lambda place: not glob.has_magic(place.name) or os.path.lexists(place), begins))
     return Path(*parts[:fixed]), "/".join(parts[fixed:])
 
 

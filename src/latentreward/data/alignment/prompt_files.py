@@ -23,10 +23,10 @@ from latentreward.data.readers.json_rows import (
     list_sources,
     short,
 )
-from latentreward.data.readers.tables import embedded_image
+from latentreward.data.readers.rows import embedded_image
 from latentreward.errors import InputError, errors_at, first_line
 from latentreward.storage.texts import read_text
-from latentreward.storage.user_files import match_files, whole_file
+from latentreward.storage.user_files import find_files, split_pattern, whole_file
 
 COLUMNS = ("prompt", "caption", "Prompt")
 """Names of the prompt column in order of preference: this project's, that of Pick-a-Pic and LPO, PartiPrompts'."""
@@ -114,7 +114,7 @@ def read_prompt_set(path: str, max_prompt_chars: int = MAX_PROMPT_CHARS) -> list
     """
     if Path(path).exists() or not glob.has_magic(path):
         return read_prompt_rows(path, max_prompt_chars=max_prompt_chars)
-    files = match_files(path)
+    files = find_files(*split_pattern(path))
     if not files:
         raise InputError(f"prompts: no file matches {path}; give a file of prompts, or a pattern that matches some")
     return [

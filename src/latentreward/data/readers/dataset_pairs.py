@@ -21,10 +21,8 @@ from latentreward.data.readers.tables import (
     Source,
     class_names,
     element_type,
-    embedded_images,
     holds_images,
     name_class,
-    name_pictures,
     open_table,
     source_name,
     warn_row_groups,
@@ -89,25 +87,25 @@ class DatasetPairReader(RowReader):
     ) -> None:
         name = source_name(source)
         super().__init__(Path(name).name, split, **options)
-        self._rows = open_table(self, source, split, revision, config, root)
+        self.folder = Path(root) if root else None
+        self._rows = open_table(self, source, split, revision, config)
         ((place, schema), *_) = self._rows.schemas()
         chosen = choose_columns(schema, columns or {}, place, self.sources)
         self._fields = WINNER_FIRST if WINNER_FIRST[0] in chosen else BY_LABEL
         images = [chosen[field] for field in self._fields]
         embedded = any(holds_images(schema.field(image).type) for image in images)
         sources = chosen.get(SOURCES[0])
-        self._named: dict[int, list[ImageRef]] | None = None
         self._sources = sources if sources and holds_images(element_type(schema.field(sources).type)) else None
         self._embedded = dict(zip(self._fields, images, strict=True)) if embedded else {}
         if self._sources is not None:
-            self._embedded[SOURCES[0]] = self._sources
+            self._embedded[SOURCES[0]], self.sources_in = self._sources, (self._rows, self._sources)
         self._classes = class_names(schema, chosen.get("label", ""))
         if embedded:
             self._rows.check_images(images, "give bytes or paths in both columns of images")
         if self._sources is not None:
             self._rows.check_images([self._sources], "give bytes or paths in every file", lists=True)
         paths = [column for column in (*images, sources) if column and column not in self._embedded.values()]
-        if paths and self._rows.files is None:
+        if paths and not self.folder.exists():
             raise InputError(f"root: {place} holds paths in {paths[0]}; set root to the folder of the image files")
         read = {field: column for field, column in chosen.items() if field not in self._embedded}
         index = self._rows.read_index(dict.fromkeys(read.values()), "give every file of the split the same columns")
@@ -132,22 +130,7 @@ class DatasetPairReader(RowReader):
             return super().find_images(row)
         values = self._rows.read(row["row"], [self._embedded[field] for field in self._fields])
         keys = row["image_a"], row["image_b"]
-        return [self._rows.image(value, key) for value, key in zip(values, keys, strict=True)]
-
-    def find_sources(self, row: dict[str, Any]) -> list[ImageRef]:
-        """Return the pictures to edit of a row with their bytes, or references to their files."""
-        if self._sources is None:
-            return super().find_sources(row)
-        return embedded_images(self._rows.read(row["row"], [self._sources])[0], row["sources"], self._rows.files)
-
-    def name_sources(self) -> dict[int, list[ImageRef]]:
-        """Return the pictures to edit by row, without bytes; those without names are read once."""
-        if self._sources is None:
-            return super().name_sources()
-        if self._named is None:
-            rows, keys = (self.table.column(name).to_pylist() for name in ("row", "sources"))
-            self._named = name_pictures(self._rows, self._sources, rows, keys)
-        return self._named
+        return [self.embedded_image(value, key) for value, key in zip(values, keys, strict=True)]
 
     def check_path(self, pair_id: str, field: str, path: Any) -> None:
         """Check a path in a column of paths, see the base class."""

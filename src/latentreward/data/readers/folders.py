@@ -9,14 +9,14 @@ from typing import Any
 
 import pyarrow as pa
 
-from latentreward.contracts import ImageRef, PathText
+from latentreward.contracts import PathText
 from latentreward.data.images import OUTSIDE
 from latentreward.data.readers.base import count_text
 from latentreward.data.readers.json_rows import edit_remark, encodable, parse_line, parse_text
 from latentreward.data.readers.rows import RowReader, pack
 from latentreward.errors import InputError, printable
 from latentreward.storage.texts import UTF_16, UnreadableTextError, read_text
-from latentreward.storage.user_files import IS_POINTER, POINTER, PULL, find_file, find_files, one_form, resolve_inside
+from latentreward.storage.user_files import find_file, find_files, one_form, resolve_inside, whole_file
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +31,7 @@ UNREAD = (
 INDEX = pa.schema(
     {
         **dict.fromkeys(("pair_id", "prompt"), pa.large_string()),
-        **dict.fromkeys(SIDES, pa.large_binary()),  # names of files need not be UTF-8
+        **dict.fromkeys(("image_a", "image_b"), pa.large_binary()),  # names of files need not be UTF-8
         "label": pa.float64(),
         "sources": pa.list_(pa.large_binary()),
     }
@@ -105,14 +105,6 @@ class FolderPairReader(RowReader):
             logger.warning("%s: %s", printable(str(self.folder)), "; ".join(self._unread))
         self.report(str(self.folder))
 
-    def find_images(self, row: dict[str, Any]) -> list[ImageRef]:
-        """Return references to the files of a name, the chosen one first."""
-        return [self.file_image(os.fsdecode(row[side])) for side in SIDES]
-
-    def find_sources(self, row: dict[str, Any]) -> list[ImageRef]:
-        """Return a reference to the file of the picture to edit, if there is one."""
-        return [self.file_image(os.fsdecode(path)) for path in row["sources"] or ()]
-
     def _check(
         self, name: str, files: dict[str, dict[str, list[str]]], captions: dict[str, str] | None
     ) -> dict[str, Any] | None:
@@ -142,10 +134,9 @@ class FolderPairReader(RowReader):
         if reason and self.on_error == "skip":
             return None
         pair_id = encodable(f"{self.split}/{name}" if self.split else name)
-        images = {side: os.fsencode(paths[0] if paths else "") for side, paths in found.items()}
-        sources = [images.pop(SOURCE)] if SOURCE in images else None
-        label = None if reason else 1.0
-        return {"pair_id": pair_id, "prompt": prompt, "label": label, "sources": sources, **images}
+        image_a, image_b, *sources = (os.fsencode(paths[0] if paths else "") for paths in found.values())
+        row = {"pair_id": pair_id, "prompt": prompt, "label": None if reason else 1.0, "sources": sources}
+        return {**row, "image_a": image_a, "image_b": image_b}
 
 
 def read_caption(file: Path, root: Path | None = None) -> str | None:
@@ -168,11 +159,9 @@ def read_lines(file: Path) -> Iterator[tuple[int, bytes]]:
         InputError: If the file cannot be opened, or is in UTF-16.
     """
     try:
-        with file.open("rb") as stream:
-            if (start := stream.read(len(POINTER)))[:2] in UTF_16:
+        with whole_file(file).open("rb") as stream:
+            if stream.read(2) in UTF_16:
                 raise InputError(f"{file} is in UTF-16, and JSON lines are UTF-8; save it as UTF-8")
-            if start == POINTER:
-                raise InputError(f"{file} is {IS_POINTER}; {PULL}")
             stream.seek(0)
             for number, line in enumerate(stream, start=1):
                 if line.strip():

@@ -16,7 +16,7 @@ from latentreward.data.readers.groups import UNRANKED, ImageGroup, pair_images
 from latentreward.data.readers.json_rows import parse_json, parse_number, parse_text, short
 from latentreward.data.readers.parquet_store import ParquetPart, RowGroupColumns, open_part, read_index
 from latentreward.data.readers.rows import ROWS_AT_ONCE, RowReader, pack
-from latentreward.data.readers.tables import embedded_image, holds_images
+from latentreward.data.readers.tables import holds_images
 from latentreward.data.readers.tars import read_extent, read_samples
 from latentreward.errors import InputError, did_you_mean
 from latentreward.storage.texts import UnreadableTextError
@@ -119,7 +119,7 @@ class Img2DatasetReader(RowReader):
             shard, *place = self._places[number].tolist()
             if self._columns is not None:
                 (value,) = self._columns.read(shard, place[0])
-                images.append(embedded_image(value, name, self.file_image))
+                images.append(self.embedded_image(value, name))
             elif self._shards[shard].is_dir():
                 images.append(self.file_image(name))
             else:

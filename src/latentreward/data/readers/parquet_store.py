@@ -19,7 +19,7 @@ from latentreward.data.images import ImageError
 from latentreward.data.readers.hub import fetch_split
 from latentreward.errors import InputError, first_line
 from latentreward.storage.hub import is_hub_id
-from latentreward.storage.user_files import find_files, match_files, whole_file
+from latentreward.storage.user_files import find_files, split_pattern, whole_file
 
 MAX_OPEN_FILES = 32
 VIEWS = {pa.binary_view(): pa.large_binary(), pa.string_view(): pa.large_string()}
@@ -64,7 +64,7 @@ def find_parts(source: str, split: str, revision: str | None = None, config: str
         )
     if not folder.is_file() and glob.has_magic(source):
         # Rows are named by their file's name, which must therefore differ.
-        paths = match_files(source)
+        paths = find_files(*split_pattern(source))
         if not paths:
             raise InputError(f"source: no file matches {source}; give a pattern such as data/*.parquet")
         if twice := next((name for name, files in Counter(path.name for path in paths).items() if files > 1), None):

@@ -1,10 +1,10 @@
 """Base class of the readers of this package: a table with a row per pair, whose images are found row by row."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from copy import copy
 from dataclasses import replace
 from functools import cached_property
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 
 from latentreward.contracts import EditPrompt, ImageRef, PathText, PreferencePair
 from latentreward.data.images import BASE64, NO_IMAGE, OUTSIDE, file_image, outside
-from latentreward.data.readers.base import PairReader
+from latentreward.data.readers.base import PairReader, content_key
 from latentreward.data.readers.json_rows import short
 from latentreward.seeding import coin_flips
 from latentreward.storage.user_files import escapes, relative_path
@@ -49,8 +49,11 @@ class RowReader(PairReader):
     """
 
     table: pa.Table
-    folder: Path  # folder of the images of a reader of files
+    folder: Any = None  # path of the folder of images that are files; None if there is none
     prefix = ""  # start of the names of these images
+    sources_in: tuple[Any, str] | None = (
+        None  # table, and its column with the bytes of pictures to edit, if there is one
+    )
 
     def __init__(
         self,
@@ -75,11 +78,23 @@ class RowReader(PairReader):
 
     def find_sources(self, row: dict[str, Any]) -> list[ImageRef]:
         """Return references to the pictures that a row's images are edits of, by default files of :attr:`folder`."""
-        return [*map(self.file_image, row.get("sources") or ())]
+        if self.sources_in is None:
+            return [*map(self.file_image, row.get("sources") or ())]
+        table, column = self.sources_in
+        return self.embedded_images(table.read(row["row"], [column])[0], row["sources"])
 
-    def file_image(self, path: str | None) -> ImageRef:
+    def file_image(self, path: str | bytes | None) -> ImageRef:
         """Return a reference to a file of :attr:`folder`."""
         return file_image(self.folder, path, self.prefix, self.allow_outside)
+
+    def embedded_image(self, value: Any, key: str | None = None) -> ImageRef:
+        """Return a reference to an image of a table, see :func:`embedded_image`; a path is that of a file."""
+        return embedded_image(value, key, self.file_image)
+
+    def embedded_images(self, value: Any, keys: Sequence[str] | None = None) -> list[ImageRef]:
+        """Return references to the images of a row that has a list of them, or one."""
+        values = value if isinstance(value, list) else [] if value is None else [value]
+        return [*map(self.embedded_image, values, keys if keys and len(keys) == len(values) else [None] * len(values))]
 
     def check_path(self, pair_id: str, field: str, path: Any) -> None:
         """Raise InputError for a path that is not text, is empty, or leads out of the folder, if ``on_error`` is raise.
@@ -146,10 +161,21 @@ class RowReader(PairReader):
 
     def name_sources(self) -> dict[int, list[ImageRef]]:
         """Return references, without bytes, to the pictures that the images of rows are edits of, by row."""
+        if self.sources_in is not None:
+            return self._named
         if "sources" not in self.table.column_names:
             return {}
         rows = enumerate(self.table.column("sources").to_pylist())
         return {row: self.find_sources({"sources": paths}) for row, paths in rows if paths}
+
+    @cached_property
+    def _named(self) -> dict[int, list[ImageRef]]:
+        """Pictures to edit in bytes, by row; those without names are read once, and no other column is."""
+        table, column = self.sources_in or (None, "")
+        (alone := copy(table)).open_images([column])
+        rows = zip(self.table.column("row").to_pylist(), self.table.column("sources").to_pylist(), strict=True)
+        read = ([one.image_key for one in self.embedded_images(alone.read(row)[0], keys)] for row, keys in rows)
+        return {place: [*map(ImageRef, names)] for place, names in enumerate(read)}
 
     def pair_ids(self) -> list[str]:
         """Return the ``pair_id`` of every row."""
@@ -176,6 +202,18 @@ class RowReader(PairReader):
         if "winner_first" in self.table.column_names:
             exchanged &= self.table.column("winner_first").to_numpy()
         return exchanged
+
+
+def embedded_image(value: Any, key: str | None = None, find: Callable[[str], ImageRef] = ImageRef) -> ImageRef:
+    """Return a reference to an image: bytes, or a struct of ``bytes`` or ``path``; None if it is missing.
+
+    Without a ``key``, a hash of its bytes names the image, or its path, with which ``find`` makes a reference.
+    """
+    data, path = (value.get("bytes"), value.get("path")) if isinstance(value, dict) else (value, None)
+    if data is None and path:
+        found = find(path)
+        return replace(found, image_key=key or found.image_key)
+    return ImageRef(key or content_key(data), data)
 
 
 def pack(rows: Iterable[dict[str, Any] | None], schema: pa.Schema) -> pa.Table:

@@ -6,10 +6,7 @@ import logging
 import os
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from copy import copy
-from dataclasses import replace
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,9 +14,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from latentreward.contracts import ImageRef, PathText
-from latentreward.data.images import file_image
-from latentreward.data.readers.base import PairReader, content_key
+from latentreward.contracts import PathText
+from latentreward.data.readers.base import PairReader
 from latentreward.data.readers.parquet_store import (
     ParquetPart,
     RowGroupColumns,
@@ -44,8 +40,6 @@ logger = logging.getLogger(__name__)
 
 Source = PathText | Any
 """Folder, file or hub id; from Python also a ``Dataset`` or ``DatasetDict`` of the library ``datasets``."""
-Files = Callable[[str], ImageRef] | None
-"""Function from the path in a row to its file; None where a table comes without files."""
 
 SAVED, SAVED_SPLITS = "state.json", "dataset_dict.json"
 """Files by which ``save_to_disk`` marks the folder of a data set, and the folder of several splits."""
@@ -58,8 +52,6 @@ DAMAGE = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionErr
 
 class SplitTable(ABC):
     """Rows of one split, in the order of their numbers; images are read row by row."""
-
-    files: Files = None
 
     @abstractmethod
     def schemas(self) -> list[tuple[str, pa.Schema]]:
@@ -102,13 +94,6 @@ class SplitTable(ABC):
                 kind = schema.field(name).type
                 if not holds_images(element_type(kind) if lists else kind):
                     raise InputError(f"{place}: column {name} is {schema.field(name).type}, not images; {hint}")
-
-    def image(self, value: Any, key: str | None = None) -> ImageRef:
-        """Return a reference to an image of a row: bytes, or a struct of ``bytes`` and ``path``; None if it is missing.
-
-        Without a ``key``, a hash of its bytes names the image.
-        """
-        return embedded_image(value, key, self.files)
 
 
 class _DatasetTable(SplitTable):
@@ -187,44 +172,18 @@ class _ParquetTable(SplitTable):
 
 
 def open_table(
-    reader: RowReader,
-    source: Source,
-    split: str,
-    revision: str | None = None,
-    config: str | None = None,
-    root: str | None = None,
+    reader: RowReader, source: Source, split: str, revision: str | None = None, config: str | None = None
 ) -> SplitTable:
     """Find the table of a split; missing parquet parts fall under the reader's ``on_error``.
 
     A ``source`` is a ``Dataset``, a ``DatasetDict`` with the split, a folder that ``save_to_disk`` wrote, or what
-    :func:`~latentreward.data.readers.parquet_store.find_parts` takes. Rows may name files as :func:`files_of` says.
+    :func:`~latentreward.data.readers.parquet_store.find_parts` takes. Its rows may name files, see
+    :func:`set_folder`.
 
     Raises:
         InputError: If there is no such source or split, or a folder is damaged.
     """
-    table = _open_table(reader, source, split, revision, config)
-    table.files = files_of(reader, source, root)
-    return table
-
-
-def files_of(reader: RowReader, source: Source, root: str | None = None) -> Files:
-    """Return how a reader finds the files that the rows of a table name, after it gave the reader its folder.
-
-    It is ``root``, else the folder of a local ``source``. A table that was made in this process may name any file.
-    """
-    local = isinstance(source, str | os.PathLike)
-    if not root and not local:
-        reader.allow_outside = True
-    if root or not local:
-        reader.folder = Path(root or "")
-    elif (place := Path(source)).exists() or glob.has_magic(str(source)):
-        reader.folder = place if place.is_dir() else split_pattern(str(source))[0]
-    else:
-        return None
-    return partial(file_image, reader.folder, allow_outside=reader.allow_outside)
-
-
-def _open_table(reader: PairReader, source: Source, split: str, revision: str | None, config: str | None) -> SplitTable:
+    set_folder(reader, source)
     if not isinstance(source, str | os.PathLike):
         return _DatasetTable(_choose_split(source, split), split, f"source ({type(source).__name__})")
     places = [place for place in (Path(source), Path(source, split)) if (place / SAVED).is_file()]
@@ -242,6 +201,16 @@ def _open_table(reader: PairReader, source: Source, split: str, revision: str | 
         return _DatasetTable(Dataset.load_from_disk(str(places[0])), split, str(places[0]))
     except DAMAGE as error:
         raise InputError(f"source: {places[0]} is damaged ({first_line(error)}); {SAVE_AGAIN}") from error
+
+
+def set_folder(reader: RowReader, source: Source) -> None:
+    """Give a reader without a folder that of its table; rows of a table made in this process may name any file."""
+    if reader.folder is None and not isinstance(source, str | os.PathLike):
+        reader.folder, reader.allow_outside = Path(), True
+    elif reader.folder is None:
+        place = Path(source)
+        inner = not place.is_dir() and (place.is_file() or glob.has_magic(str(source)))
+        reader.folder = split_pattern(str(source))[0] if inner else place
 
 
 def find_all_parts(
@@ -306,39 +275,6 @@ def saved_splits(folder: Path) -> list[str]:
         return [name for name in names if not escapes(name) and (folder / name / SAVED).is_file()]
     except DAMAGE as error:
         raise InputError(f"{folder / SAVED_SPLITS}: not a list of splits; {SAVE_AGAIN}") from error
-
-
-def embedded_image(value: Any, key: str | None = None, files: Files = None) -> ImageRef:
-    """Return a reference to an image, see :meth:`SplitTable.image`; with ``files``, a path may replace the bytes."""
-    data, path = (value.get("bytes"), value.get("path")) if isinstance(value, dict) else (value, None)
-    if data is None and path and files is not None:
-        found = files(path)
-        return replace(found, image_key=key or found.image_key)
-    return ImageRef(key or content_key(data), data)
-
-
-def embedded_images(value: Any, keys: Sequence[str] | None = None, files: Files = None) -> list[ImageRef]:
-    """Return references to the images of a row that has a list of them, or one; see :func:`embedded_image`."""
-    values = value if isinstance(value, list) else [] if value is None else [value]
-    names = keys if keys and len(keys) == len(values) else [None] * len(values)
-    return [embedded_image(one, key, files) for one, key in zip(values, names, strict=True)]
-
-
-def name_pictures(
-    table: SplitTable, column: str, rows: Sequence[int], keys: Sequence[Sequence[str] | None] | None = None
-) -> dict[int, list[ImageRef]]:
-    """Return references, without bytes, to the images of a column that holds one or a list, by place in ``rows``.
-
-    Images without ``keys`` are read once, and no other column is.
-    """
-    (alone := copy(table)).open_images([column])
-    named = {}
-    for place, row in enumerate(rows):
-        names = keys[place] if keys is not None else None
-        if names is None:
-            names = [image.image_key for image in embedded_images(alone.read(row)[0], files=table.files)]
-        named[place] = [*map(ImageRef, names)]
-    return named
 
 
 def element_type(kind: pa.DataType) -> pa.DataType:
