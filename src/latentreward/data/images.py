@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path, PurePosixPath
-from typing import Literal, NamedTuple
+from typing import BinaryIO, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -243,9 +243,7 @@ def _opened(image: ImageRef, max_pixels: int) -> Iterator[Image.Image]:
         raise
     except UnidentifiedImageError as error:
         with BytesIO(source.getvalue()) if isinstance(source, BytesIO) else source.open("rb") as file:
-            start = file.read(len(POINTER))
-        if start == POINTER:
-            raise image_error(image, UNKNOWN, f"{IS_POINTER}; {PULL}") from error
+            start = file_start(image, file)
         if start[4:8] in MP4_BOXES and start[8:12] not in STILL_BRANDS:
             detail = "mp4 or mov; fit and cache read clips if frames is set, score if the model was trained on clips"
             raise image_error(image, CLIP, detail) from error
@@ -254,6 +252,13 @@ def _opened(image: ImageRef, max_pixels: int) -> Iterator[Image.Image]:
         raise image_error(image, TOO_LARGE, f"exceeds max_pixels={max_pixels}") from error
     except BROKEN_FILE as error:
         raise image_error(image, DAMAGED, str(error)) from error
+
+
+def file_start(image: ImageRef, file: BinaryIO) -> bytes:
+    """Return the first bytes of an opened file; raise ImageError for a git-lfs pointer."""
+    if (start := file.read(len(POINTER))) == POINTER:
+        raise image_error(image, UNKNOWN, f"{IS_POINTER}; {PULL}")
+    return start
 
 
 def check_pixels(image: ImageRef, size: tuple[int, int], max_pixels: int) -> None:

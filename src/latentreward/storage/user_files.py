@@ -1,6 +1,7 @@
 """Files of a user's folders: which of them count, and which file a text or a link may name.
 
-``docs/data.md`` tells the rules. Whatever lists files uses :func:`find_files`. Whatever opens a file that a row names uses :func:`~latentreward.data.images.file_image`, which is made of the functions below.
+``docs/data.md`` tells the rules. Whatever lists files uses :func:`find_files`. Whatever opens a file that a row names
+uses :func:`~latentreward.data.images.file_image`, which is made of the functions below.
 """
 
 import glob

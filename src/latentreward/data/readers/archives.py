@@ -11,6 +11,7 @@ from typing import Any, cast
 from latentreward.contracts import ImageRef
 from latentreward.data.images import TOO_LARGE, ImageError, file_image
 from latentreward.errors import InputError
+from latentreward.storage.user_files import whole_file
 
 BITE, BEGINNING = 64, 2**16
 """Bytes read at once of a member that cannot be read whole, and bytes of it that are read."""
@@ -82,7 +83,7 @@ class ImageArchives:
     def _open(self, part: str) -> zipfile.ZipFile:
         if (key := (os.getpid(), part)) not in self._files:
             try:
-                self._files[key] = zipfile.ZipFile(self.parts[part])
+                self._files[key] = zipfile.ZipFile(whole_file(self.parts[part]))
             except (OSError, zipfile.BadZipFile) as error:
                 raise ImageError(f"{self.parts[part]}: not a whole zip file ({error}); download it again") from error
         return self._files[key]

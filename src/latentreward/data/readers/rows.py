@@ -173,9 +173,11 @@ class RowReader(PairReader):
         """Pictures to edit in bytes, by row; those without names are read once, and no other column is."""
         table, column = self.sources_in or (None, "")
         (alone := copy(table)).open_images([column])
-        rows = zip(self.table.column("row").to_pylist(), self.table.column("sources").to_pylist(), strict=True)
-        read = ([one.image_key for one in self.embedded_images(alone.read(row)[0], keys)] for row, keys in rows)
-        return {place: [*map(ImageRef, names)] for place, names in enumerate(read)}
+        named = {}
+        for place, (row, keys) in enumerate(zip(*map(self.table.__getitem__, ("row", "sources")), strict=True)):
+            read = () if keys.is_valid else self.embedded_images(alone.read(row.as_py())[0])
+            named[place] = [*map(ImageRef, keys.as_py() or [image.image_key for image in read])]
+        return named
 
     def pair_ids(self) -> list[str]:
         """Return the ``pair_id`` of every row."""
