@@ -140,31 +140,13 @@ def _read_list(
     lines = read_objects(file)
     image, text = find_columns(file, lines, columns, with_prompts=prompt is None)
     root = "" if allow_outside else str(file.parent)
-    listed = ((_listed(file, line, row, image, text, prompt, root), row) for line, row in lines)
-    return ImageList(source, tuple(_with_sources(found, row, image, root, file) for found, row in listed))
-
-
-def _with_sources(listed: ListedImage, row: Mapping[str, Any] | str, image: str, root: str, file: Path) -> ListedImage:
-    """Return a list's row whose prompt carries the pictures that the row names."""
-    if isinstance(row, str) or listed.problem:
-        return listed
-    if (unread := find_edit_source(row, [*SOURCES, image])) is not None:
-        detail = f"{short(unread)} is a picture to edit, and {SOURCES[0]} is read; rename it, or leave the column out"
-        return replace(listed, problem=EDIT_UNREAD, detail=detail)
-    name, values = list_sources(row)
-    paths = [parse_text(value) or "" for value in values]
-    if len(paths) > MOST_SOURCES or not all(paths):
-        wanted = f"not at most {MOST_SOURCES} paths"
-        return replace(
-            listed, problem="pictures to edit not readable", detail=f"{name} is {short(row[name])}, {wanted}"
-        )
-    refs = [file_image(file.parent, path, allow_outside=not root) for path in paths]
-    return replace(listed, prompt=EditPrompt(listed.prompt, refs)) if refs else listed
+    return ImageList(source, tuple(_listed(file, line, row, image, text, prompt, root) for line, row in lines))
 
 
 def _listed(
     file: Path, line: int, row: Mapping[str, Any] | str, image: str, text: str, prompt: str | None, root: str
 ) -> ListedImage:
+    """Return a list's row; its prompt carries the pictures that the row is an edit of."""
     place = f"line {line}"
     if isinstance(row, str):
         return ListedImage("", problem="unreadable row", detail=f"{place}: {row}")
@@ -174,11 +156,22 @@ def _listed(
     caption = parse_text(row.get(text) if prompt is None else prompt)
     found = file_image(file.parent, path).path or file
     listed = ListedImage(parse_text(path) or "", caption or "", str(found), root)
+    name, values = list_sources(row)
+    paths = [parse_text(value) or "" for value in values]
     if caption is None:
-        return replace(listed, problem=NO_PROMPT, detail=f"{place}: {text} is {short(row.get(text))}, not text")
-    if root and escapes(path) and resolve_inside(Path(root), found) is None:
-        return replace(listed, problem=OUTSIDE, detail=f"{place}: {outside(Path(root))}")
-    return listed
+        problem, detail = NO_PROMPT, f"{place}: {text} is {short(row.get(text))}, not text"
+    elif root and escapes(path) and resolve_inside(Path(root), found) is None:
+        problem, detail = OUTSIDE, f"{place}: {outside(Path(root))}"
+    elif (unread := find_edit_source(row, [*SOURCES, image])) is not None:
+        detail = f"{short(unread)} is a picture to edit, and {SOURCES[0]} is read; rename it, or leave the column out"
+        problem = EDIT_UNREAD
+    elif len(paths) > MOST_SOURCES or not all(paths):
+        problem = "pictures to edit not readable"
+        detail = f"{name} is {short(row[name])}, not at most {MOST_SOURCES} paths"
+    else:
+        refs = [file_image(file.parent, path, allow_outside=not root) for path in paths]
+        return replace(listed, prompt=EditPrompt(caption, refs)) if refs else listed
+    return replace(listed, problem=problem, detail=detail)
 
 
 def _pictures(source: str) -> tuple[Path, list[Path], list[str]]:
@@ -261,8 +254,7 @@ class _Captions:
             lines = read_objects(file)
             image, text = find_columns(file, lines, self.columns)
             for line, row in lines:
-                listed = _listed(file, line, row, image, text, None, "")
-                listed = _with_sources(listed, row, image, str(folder), file)
+                listed = _listed(file, line, row, image, text, None, str(folder))
                 if listed.problem:
                     self.remarks.append(f"{file}: {listed.detail}")
                 else:

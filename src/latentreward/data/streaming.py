@@ -24,7 +24,7 @@ from latentreward.data.readers.base import DATA_ON_ERROR, OnError, count_text, n
 from latentreward.data.readers.dataset_pairs import KEYS, SOURCE_KEYS, choose_columns
 from latentreward.data.readers.json_rows import SOURCES, edit_problem, edit_remark, find_edit_source, short
 from latentreward.data.readers.pair_rows import BY_LABEL, WINNER_FIRST, PairRowParser
-from latentreward.data.readers.parquet_store import pattern_of, plain_features
+from latentreward.data.readers.parquet_store import ParquetPart, plain_features
 from latentreward.data.readers.rows import RowReader
 from latentreward.data.readers.tables import (
     DAMAGE,
@@ -195,7 +195,7 @@ class PairStream(RowReader):
         keys = [row.pop(key, None) for key in KEYS]
         values = [row.pop(field) for field in self._fields]
         sources = self.embedded_images(row.pop(SOURCES[0], None), row.pop(SOURCE_KEYS, None))
-        images = [*map(self.embedded_image, values, keys)]
+        images = self.embedded_images(values, keys)
         name = digest([str(row["prompt"]), *(image.data or image.image_key for image in images)])
         # A stream may repeat a pair, and the names of all pairs would be kept for ever.
         parsed = self._parser.parse(name, 0, {**row, **dict.fromkeys(self._fields)}, stream=True)
@@ -228,7 +228,7 @@ class PairStream(RowReader):
             settings: dict[str, Any] = {"path": source, "name": config, "revision": revision}
             if Path(source).exists() or not is_hub_id(source):
                 parts = find_all_parts(self, source, split, config=config)
-                files = [*map(pattern_of, parts)]
+                files = [*map(ParquetPart.pattern, parts)]
                 settings = {"path": "parquet", "data_files": {split: files}, "features": plain_features(parts[0])}
             try:
                 rows = load_dataset(**settings, split=split, streaming=True)

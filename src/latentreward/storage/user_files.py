@@ -40,8 +40,8 @@ def find_files(folder: Path, pattern: str, unread: list[str] | None = None) -> l
         if part == "**":
             places = [below for place in places for below in _folders(place)]
         elif glob.has_magic(part):
-            names = ((place, name) for place in places for name in _names(place, unread) if fnmatchcase(name, part))
-            places = [place / name for place, name in names if not is_ignored(name)]
+            found = (path for place in places for path in _entries(place, [] if unread is None else unread))
+            places = [path for path in found if fnmatchcase(path.name, part) and not is_ignored(path.name)]
         else:
             places = [place / part for place in places if os.path.lexists(place / part)]
     return sorted({*places})
@@ -55,14 +55,13 @@ def split_pattern(pattern: str) -> tuple[Path, str]:
     return Path(*parts[:fixed]), "/".join(parts[fixed:])
 
 
-def _names(folder: Path, unread: list[str] | None) -> list[str]:
+def _entries(folder: Path, unread: list[str]) -> list[Path]:
     try:
-        return [path.name for path in folder.iterdir()]
+        return [*folder.iterdir()]
     except (NotADirectoryError, FileNotFoundError):
         return []
     except OSError as error:
-        if unread is not None:
-            unread.append(f"{folder}: {error.strerror}")
+        unread.append(f"{folder}: {error.strerror}")
         return []
 
 
@@ -132,12 +131,11 @@ def relative_path(path: str, folder: Path) -> str:
     """
     if not path.startswith("/") or "\0" in path:
         return path
-    for follow in (os.path.normpath, os.path.realpath):
-        for root in (os.path.normpath(folder.absolute()), os.path.realpath(folder)):
-            found = PurePosixPath(follow(path))
-            if found.is_relative_to(root):
-                return str(found.relative_to(root))
-    return path
+    roots, found = (
+        [PurePosixPath(os.path.normpath(one)), PurePosixPath(os.path.realpath(one))]
+        for one in (folder.absolute(), path)
+    )
+    return next((str(one.relative_to(root)) for one in found for root in roots if one.is_relative_to(root)), path)
 
 
 def escapes(path: str) -> bool:

@@ -129,8 +129,7 @@ class DatasetPairReader(RowReader):
         if self._fields[0] not in self._embedded:
             return super().find_images(row)
         values = self._rows.read(row["row"], [self._embedded[field] for field in self._fields])
-        keys = row["image_a"], row["image_b"]
-        return [self.embedded_image(value, key) for value, key in zip(values, keys, strict=True)]
+        return self.embedded_images(values, [row["image_a"], row["image_b"]])
 
     def check_path(self, pair_id: str, field: str, path: Any) -> None:
         """Check a path in a column of paths, see the base class."""

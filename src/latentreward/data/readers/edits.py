@@ -223,7 +223,7 @@ class EditPairReader(RowReader):
             return super().find_images(row)
         columns = [*dict.fromkeys(image.partition(".")[0] for image in self.layout.images)]
         values = dict(zip(columns, self._rows.read(row["row"], columns), strict=True))
-        return [self.embedded_image(_value(values, image)) for image in self.layout.images]
+        return self.embedded_images([_value(values, image) for image in self.layout.images])
 
     def _read_table(self, names: set[str]) -> list[tuple[str, Any]]:
         assert self._rows is not None

@@ -119,7 +119,7 @@ class Img2DatasetReader(RowReader):
             shard, *place = self._places[number].tolist()
             if self._columns is not None:
                 (value,) = self._columns.read(shard, place[0])
-                images.append(self.embedded_image(value, name))
+                images += self.embedded_images([value], [name])
             elif self._shards[shard].is_dir():
                 images.append(self.file_image(name))
             else:

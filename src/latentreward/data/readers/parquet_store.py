@@ -36,6 +36,10 @@ class ParquetPart:
     name: str  # published file name; a download cache renames files
     path: Path  # path of the file on this machine
 
+    def pattern(self) -> str:
+        """Return the pattern by which ``datasets``, which takes every name for one, finds the file."""
+        return glob.escape(str(self.path.absolute()))
+
 
 def find_parts(source: str, split: str, revision: str | None = None, config: str | None = None) -> list[ParquetPart]:
     """Find the parquet files of a split, in the order of their names.
@@ -106,11 +110,6 @@ def open_part(part: ParquetPart) -> pq.ParquetFile:
             "without it"
         ) from error
     return file
-
-
-def pattern_of(part: ParquetPart) -> str:
-    """Return the pattern by which ``datasets``, which takes every name for one, finds a file."""
-    return glob.escape(str(part.path.absolute()))
 
 
 def plain_type(kind: pa.DataType) -> pa.DataType:

@@ -51,9 +51,7 @@ class RowReader(PairReader):
     table: pa.Table
     folder: Any = None  # path of the folder of images that are files; None if there is none
     prefix = ""  # start of the names of these images
-    sources_in: tuple[Any, str] | None = (
-        None  # table, and its column with the bytes of pictures to edit, if there is one
-    )
+    sources_in: tuple[Any, str] | None = None  # table and column of pictures to edit in bytes, if there is one
 
     def __init__(
         self,
@@ -87,14 +85,11 @@ class RowReader(PairReader):
         """Return a reference to a file of :attr:`folder`."""
         return file_image(self.folder, path, self.prefix, self.allow_outside)
 
-    def embedded_image(self, value: Any, key: str | None = None) -> ImageRef:
-        """Return a reference to an image of a table, see :func:`embedded_image`; a path is that of a file."""
-        return embedded_image(value, key, self.file_image)
-
-    def embedded_images(self, value: Any, keys: Sequence[str] | None = None) -> list[ImageRef]:
-        """Return references to the images of a row that has a list of them, or one."""
-        values = value if isinstance(value, list) else [] if value is None else [value]
-        return [*map(self.embedded_image, values, keys if keys and len(keys) == len(values) else [None] * len(values))]
+    def embedded_images(self, value: Any, keys: Sequence[str | None] | None = None) -> list[ImageRef]:
+        """Return references to the images of a row that has several, or one, see :func:`embedded_image`."""
+        values = value if isinstance(value, list | tuple) else [] if value is None else [value]
+        names = keys if keys and len(keys) == len(values) else [None] * len(values)
+        return [embedded_image(one, key, self.file_image) for one, key in zip(values, names, strict=True)]
 
     def check_path(self, pair_id: str, field: str, path: Any) -> None:
         """Raise InputError for a path that is not text, is empty, or leads out of the folder, if ``on_error`` is raise.
@@ -103,11 +98,9 @@ class RowReader(PairReader):
         """
         if self.on_error != "raise":
             return
-        if not isinstance(path, str) or not path:
-            self.refuse(pair_id, f"{field} is {short(path)}, not a path", NO_IMAGE)
-        elif BASE64.fullmatch(path):
-            problem = f"{field} is {short(path)}, base64 text, not a path; write the image to a file"
-            self.refuse(pair_id, problem, NO_IMAGE)
+        if not isinstance(path, str) or not path or BASE64.fullmatch(path):
+            told = "base64 text, not a path; write the image to a file" if path and path == str(path) else "not a path"
+            self.refuse(pair_id, f"{field} is {short(path)}, {told}", NO_IMAGE)
         elif not self.allow_outside and escapes(relative_path(path, self.folder)):
             self.refuse(pair_id, f"{field} {short(path)} {outside(self.folder)}", OUTSIDE)
 

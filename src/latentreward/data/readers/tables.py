@@ -23,7 +23,6 @@ from latentreward.data.readers.parquet_store import (
     damage_named,
     find_parts,
     open_part,
-    pattern_of,
     plain_features,
     plain_type,
     row_group_bytes,
@@ -158,7 +157,7 @@ class _ParquetTable(SplitTable):
         if memory_map:
             from datasets import load_dataset  # slow to import
 
-            files, features = [*map(pattern_of, self.parts)], plain_features(self.parts[0], columns)
+            files, features = [*map(ParquetPart.pattern, self.parts)], plain_features(self.parts[0], columns)
             settings: dict[str, Any] = {"data_files": files, "columns": list(columns), "features": features}
             self._copy = _DatasetTable(load_dataset("parquet", split="train", **settings), "", "")
             self._copy.open_images(columns)
