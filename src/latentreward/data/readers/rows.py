@@ -98,10 +98,11 @@ class RowReader(PairReader):
         """
         if self.on_error != "raise":
             return
-        if not isinstance(path, str) or not path or BASE64.fullmatch(path):
-            told = "base64 text, not a path; write the image to a file" if path and path == str(path) else "not a path"
+        text = path if isinstance(path, str) else ""
+        if not text or BASE64.fullmatch(text):
+            told = "base64 text, not a path; write the image to a file" if text else "not a path"
             self.refuse(pair_id, f"{field} is {short(path)}, {told}", NO_IMAGE)
-        elif not self.allow_outside and escapes(relative_path(path, self.folder)):
+        elif not self.allow_outside and escapes(relative_path(text, self.folder)):
             self.refuse(pair_id, f"{field} {short(path)} {outside(self.folder)}", OUTSIDE)
 
     def read_row(self, index: int) -> dict[str, Any]:
