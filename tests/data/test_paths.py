@@ -13,6 +13,7 @@ from PIL import Image
 from latentreward.contracts import ImageRef, sources_of
 from latentreward.data import DatasetPairReader, FolderPairReader, JSONLPairReader, PairStream, PickAPicTarReader
 from latentreward.data.alignment.prompt_files import read_prompt_set
+from latentreward.data.format_detection import recognise
 from latentreward.data.image_lists import read_images
 from latentreward.data.images import decode_image
 from latentreward.data.score_table import read_table
@@ -165,6 +166,8 @@ def test_captions_are_found_in_either_unicode_form(tmp_path: Path) -> None:
         ("p.parquet", read_prompt_set),
         ("p.jsonl", JSONLPairReader),
         ("p.parquet", DatasetPairReader),
+        ("p.jsonl", recognise),
+        ("p.parquet", recognise),
         ("p.jsonl", read_images),
         ("p.csv", read_images),
         ("p.png", lambda file: decode_image(ImageRef("p", path=Path(file)))),

@@ -1,9 +1,9 @@
 """Reading of images with prompts from a folder, a glob pattern, or a list in JSON, CSV or TSV."""
 
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from latentreward.contracts import EditPrompt, ImageRef
@@ -113,25 +113,22 @@ def _read(source: str, prompt: str | None, columns: tuple[str | None, str | None
     root, files, remarks = _pictures(source)
     if (text := parse_text(prompt)) is not None:
         return ImageList(source, tuple(ListedImage(_name(file, root), text, str(file)) for file in files), (*remarks,))
-    captions, rows = _Captions(root, columns), list[ListedImage]()
-    for file in files:
-        name, problem, detail = _name(file, root), None, ""
-        stem = PurePosixPath(name).stem
-        try:
-            caption = read_caption(file.with_suffix(".txt"))
-        except UnreadableTextError as error:
-            rows.append(ListedImage(name, "", str(file), "", BAD_CAPTION, f"{stem}.txt beside it is {error.problem}"))
-            continue
-        if caption is None and (caption := captions.find(file)) is None:
-            problem, detail = NO_PROMPT, f"no {stem}.txt beside it, no line in {' or '.join(FOLDER_TABLES)}"
-        rows.append(ListedImage(name, caption or "", str(file), "", problem, detail))
+    beside, rows = {file: _caption_beside(file) for file in files}, list[ListedImage]()
+    captions, told = _read_tables(root, beside, columns)
+    for file, (text, odd) in beside.items():
+        named = captions.get(one_form(str(file)), captions.get(one_form(str(file.with_suffix("")))))
+        caption, problem, detail = named if text is None and not odd else text, BAD_CAPTION if odd else None, odd
+        if caption is None and not odd:
+            problem = NO_PROMPT
+            detail = f"no {parse_text(file.stem)}.txt beside it, no line in {' or '.join(FOLDER_TABLES)}"
+        rows.append(ListedImage(_name(file, root), caption or "", str(file), "", problem, detail))
     if all(row.problem for row in rows):
         odd = next((f" ({row.name}: {row.detail})" for row in rows if row.problem == BAD_CAPTION), "")
         raise InputError(
             f"images: none of {len(rows)} pictures in {root} has a prompt{odd}; put NAME.txt beside NAME.png, or "
             f"{' or '.join(FOLDER_TABLES)} with file_name and prompt in the folder, or give one for all with --prompt"
         )
-    return ImageList(source, tuple(rows), (*remarks, *captions.unused(files)))
+    return ImageList(source, tuple(rows), (*remarks, *told))
 
 
 def _read_list(
@@ -204,58 +201,37 @@ def _name(file: Path, root: Path) -> str:
     return file.relative_to(root).as_posix().encode("utf-8", "replace").decode()
 
 
-class _Captions:
-    """Tables of prompts in the folders of pictures; each table is read once.
+def _caption_beside(picture: Path) -> tuple[str | None, str]:
+    """Return the text beside a picture, None without one, and what is wrong with it."""
+    try:
+        return read_caption(picture.with_suffix(".txt")), ""
+    except UnreadableTextError as error:
+        return None, f"{parse_text(picture.stem)}.txt beside it is {error.problem}"
 
-    Args:
-        root: Topmost folder in which tables are looked for.
-        columns: Names of the columns with paths and with prompts; None for the usual names.
+
+def _read_tables(
+    root: Path, pictures: Mapping[Path, tuple[str | None, str]], columns: Sequence[str | None]
+) -> tuple[dict[str, str], Iterable[str]]:
+    """Read the tables in the folders, up to ``root``, of pictures that have no text beside them.
+
+    Returns:
+        Path, perhaps without suffix, of a picture → its prompt in the nearest table; and messages about lines that
+        cannot be used, and about those whose picture does not exist.
     """
-
-    def __init__(self, root: Path, columns: Sequence[str | None]) -> None:
-        self.root, self.columns = root, columns
-        self.remarks: list[str] = []
-        self._tables: dict[Path, dict[str, str]] = {}
-
-    def find(self, picture: Path) -> str | None:
-        """Find a picture's prompt in the nearest table that names it; None if no table does.
-
-        A table may name the picture by its path below the table's folder, with or without the suffix.
-        """
-        for folder in picture.parents:
-            if folder not in self._tables:
-                self._tables[folder] = dict(self._read(folder))
-            path = picture.relative_to(folder)
-            for name in map(one_form, (path.as_posix(), path.with_suffix("").as_posix())):
-                if name in self._tables[folder]:
-                    return self._tables[folder][name]
-            if folder == self.root:
-                break
-        return None
-
-    def unused(self, files: Iterable[Path]) -> list[str]:
-        """Return messages about unusable lines of the tables, and about lines whose picture does not exist.
-
-        Lines about the pictures ``files`` count as used, also where a text beside the picture or a nearer table wins.
-        """
-        known = {one_form(str(name)) for file in files for name in (file, file.with_suffix(""))}
-        lost = [
-            f"{folder}: no picture {short(name)}"
-            for folder, table in self._tables.items()
-            for name in table
-            if one_form(str(path := folder / name)) not in known
-            and not any(os.path.lexists(find_file(Path(f"{path}{suffix}"))) for suffix in ("", *SUFFIXES))
-        ]
-        return self.remarks + lost
-
-    def _read(self, folder: Path) -> Iterator[tuple[str, str]]:
-        """Yield (path relative to ``folder``, prompt) for every usable line of the tables in ``folder``."""
-        for file in (folder / name for name in FOLDER_TABLES if (folder / name).is_file()):
-            lines = read_objects(file)
-            image, text = find_columns(file, lines, self.columns)
-            for line, row in lines:
-                listed = _listed(file, line, row, image, text, None, str(folder))
-                if listed.problem:
-                    self.remarks.append(f"{file}: {listed.detail}")
-                else:
-                    yield one_form(PurePosixPath(listed.name).as_posix()), listed.prompt
+    captions, remarks = dict[str, str](), dict[str, None]()
+    known = {one_form(str(name)) for file in pictures for name in (file, file.with_suffix(""))}
+    alone = (file for file, beside in pictures.items() if beside == (None, ""))
+    folders = {folder for file in alone for folder in file.parents if folder.is_relative_to(root)}
+    for table in (folder / name for folder in sorted(folders) for name in FOLDER_TABLES if (folder / name).is_file()):
+        lines = read_objects(table)
+        image, text = find_columns(table, lines, columns)
+        for line, row in lines:
+            listed = _listed(table, line, row, image, text, None, str(table.parent))
+            name = one_form(listed.path)
+            if listed.problem:
+                remarks[f"{table}: {listed.detail}"] = None
+                continue
+            captions[name] = listed.prompt
+            if name not in known and not any(os.path.lexists(f"{listed.path}{suffix}") for suffix in ("", *SUFFIXES)):
+                remarks[f"{table.parent}: no picture {short(listed.name)}"] = None
+    return captions, remarks

@@ -119,8 +119,7 @@ class FolderPairReader(RowReader):
         texts = (self.folder / folder / f"{name}.txt" for folder in (CAPTIONS, SIDES[0]) if captions is None)
         try:
             prompt = captions.get(name) if captions is not None else None
-            root = None if self.allow_outside else self.folder
-            prompt = next((text for file in texts if (text := read_caption(file, root)) is not None), prompt)
+            prompt = next((text for file in texts if (text := read_caption(file, self.root)) is not None), prompt)
         except UnreadableTextError as error:
             problem, reason = (problem, reason) if reason else (str(error), "caption not readable")
         if not reason and prompt is None:
@@ -148,7 +147,7 @@ def read_caption(file: Path, root: Path | None = None) -> str | None:
     if not (file := find_file(file)).is_file():
         return None
     if root is not None and resolve_inside(root, file) is None:
-        raise UnreadableTextError(str(file), f"a {OUTSIDE}", f"put it into {root}")
+        raise UnreadableTextError(str(file), f"a {OUTSIDE}", f"put it into {root}, or set allow_outside: true")
     return read_text(file).removesuffix("\n").removesuffix("\r")
 
 

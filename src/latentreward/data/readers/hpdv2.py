@@ -28,9 +28,7 @@ class HPDv2Reader(RowReader):
 
     A null or missing prompt is read as an empty prompt. A row falls under ``on_error`` if it is not an object, its
     prompt is not text or too long, its paths are not a list (of two paths in training), or its choice or ranks are not
-    numbers; a group falls under ``on_error`` as a whole. A path that is missing or leads out of the folder of images
-    raises InputError in the constructor under ``on_error: raise``. Missing files are found when they are decoded.
-    Duplicate rows, and pairs of images of different sizes, are kept.
+    numbers; a group falls under ``on_error`` as a whole. Duplicate rows, and images of unlike sizes, are kept.
 
     The constructor parses the whole JSON file and keeps it in a compact form.
 

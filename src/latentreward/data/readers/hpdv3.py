@@ -29,9 +29,7 @@ class HPDv3Reader(RowReader):
     ``path1`` is the preferred image, as published, even where the majority of votes contradicts it: the authors
     weighted annotators by ability. A null or missing prompt is read as an empty prompt. Unreadable votes and
     confidences are read as not published. A row falls under ``on_error`` if it is not a JSON object, its prompt is not
-    text or too long, or an image has more than a billion votes. A path that is missing or leads out of ``root`` raises
-    InputError in the constructor under ``on_error: raise``; otherwise the problem is found when the image is decoded,
-    as is a missing file. Absolute paths inside ``root`` are read. Duplicate rows are kept.
+    text or too long, or an image has more than a billion votes. Duplicate rows are kept.
 
     HPDv3++ (``Junjun2333/HPDv3-PlusPlus``) has the same rows, with votes and confidence as texts or null, in subfolders
     of ``root``: ``train/train_aes``, ``train/train_tf``, ``test/test_aes`` and ``test/test_tf`` compare aesthetics or

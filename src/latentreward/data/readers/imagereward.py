@@ -33,9 +33,7 @@ class ImageRewardReader(RowReader):
     A row of the file gives all pairs of its images, with the row's ``id`` as ``group_id``. Equal ranks are a tie (½)
     and are kept. Pairs of a row with a null or missing ranking are unlabelled. A null or missing prompt is read as an
     empty prompt. A row falls under ``on_error`` as a whole if it is not an object, its prompt is not text or too long,
-    its ``generations`` are not a list, or its ``ranking`` is not one number for each of them. A path that is missing
-    or leads out of ``test_images/`` raises InputError in the constructor under ``on_error: raise``. Missing files are
-    found when they are decoded.
+    its ``generations`` are not a list, or its ``ranking`` is not one number for each of them.
 
     Args:
         root: Folder that holds ``test.json`` and ``test_images/``, directly or in ``data/`` as in the repository;

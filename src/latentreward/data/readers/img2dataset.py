@@ -161,7 +161,7 @@ class Img2DatasetReader(RowReader):
             text = meta = None
             problem = ""
             try:
-                text, meta = (read_caption(picture.with_suffix(f".{end}"), self.folder) for end in (TEXT, META))
+                text, meta = (read_caption(picture.with_suffix(f".{end}"), self.root) for end in (TEXT, META))
             except UnreadableTextError as error:
                 problem = str(error)
             yield self._parse(f"{folder.name}/{picture.name}", text, meta, problem, (shard, 0, 0))

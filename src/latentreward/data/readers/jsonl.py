@@ -31,9 +31,7 @@ class JSONLPairReader(RowReader):
     Paths are relative to ``root``. A null or missing prompt is read as an empty prompt. Unreadable ``votes`` and
     ``confidence`` are ignored. Blank lines are ignored. A line falls under ``on_error`` if it is not an object, if its
     prompt is not text or too long, if its label or weight is out of range, if an image has more than a billion votes,
-    if it has more than 16 pictures to edit or one in another field, or if its ``pair_id`` occurred before. A path that
-    is missing or leads out of ``root`` raises InputError in the constructor under ``on_error: raise``; otherwise the
-    problem is found when the image is decoded, as is a missing file.
+    if it has more than 16 pictures to edit or one in another field, or if its ``pair_id`` occurred before.
 
     Args:
         file: Path of the file. Keys of a line: ``prompt``; ``chosen`` and ``rejected`` (paths), or ``image_a``,

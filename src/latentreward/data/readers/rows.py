@@ -36,6 +36,9 @@ class RowReader(PairReader):
     of, ``noise_a`` and ``noise_b``, the names of the noises that the images were generated from, and what
     :meth:`find_images` needs.
 
+    Of files, a path that is missing or leads out of their folder raises InputError in the constructor under ``on_error:
+    raise``; otherwise the problem is found when the image is decoded, as is a missing file.
+
     Args:
         source: Name of the data set.
         split: Name of the split.
@@ -90,6 +93,11 @@ class RowReader(PairReader):
         values = value if isinstance(value, list | tuple) else [] if value is None else [value]
         names = keys if keys and len(keys) == len(values) else [None] * len(values)
         return [embedded_image(one, key, self.file_image) for one, key in zip(values, names, strict=True)]
+
+    @property
+    def root(self) -> Any:
+        """Folder that files must lie in; None if they may lie anywhere."""
+        return None if self.allow_outside else self.folder
 
     def check_path(self, pair_id: str, field: str, path: Any) -> None:
         """Raise InputError for a path that is not text, is empty, or leads out of the folder, if ``on_error`` is raise.
