@@ -107,17 +107,19 @@ def _read(source: str, prompt: str | None, columns: tuple[str | None, str | None
     if (path / "generate.json").is_file():
         path = next((table for suffix in LISTS if (table := path / f"images{suffix}").is_file()), path)
     if path.suffix.lower() in LISTS and not path.is_dir():
-        return _read_list(source, path, prompt, columns, allow_outside)
+        lines, limit = read_objects(path), "" if allow_outside else str(path.parent)
+        image, text = find_columns(path, lines, columns, with_prompts=prompt is None)
+        return ImageList(source, tuple(_listed(path, line, row, image, text, prompt, limit) for line, row in lines))
     if path.suffix.lower() in (".parquet", ".arrow") and path.is_file():
         raise InputError(f"images: {source} is a table, not a list or a picture; write it as {' or '.join(LISTS[:2])}")
     root, files, remarks = _pictures(source)
-    if (text := parse_text(prompt)) is not None:
-        return ImageList(source, tuple(ListedImage(_name(file, root), text, str(file)) for file in files), (*remarks,))
+    if (given := parse_text(prompt)) is not None:
+        return ImageList(source, tuple(ListedImage(_name(file, root), given, str(file)) for file in files), (*remarks,))
     beside, rows = {file: _caption_beside(file) for file in files}, list[ListedImage]()
     captions, told = _read_tables(root, beside, columns)
-    for file, (text, odd) in beside.items():
+    for file, (written, odd) in beside.items():
         named = captions.get(one_form(str(file)), captions.get(one_form(str(file.with_suffix("")))))
-        caption, problem, detail = named if text is None and not odd else text, BAD_CAPTION if odd else None, odd
+        caption, problem, detail = named if written is None and not odd else written, BAD_CAPTION if odd else None, odd
         if caption is None and not odd:
             problem = NO_PROMPT
             detail = f"no {parse_text(file.stem)}.txt beside it, no line in {' or '.join(FOLDER_TABLES)}"
@@ -129,15 +131,6 @@ def _read(source: str, prompt: str | None, columns: tuple[str | None, str | None
             f"{' or '.join(FOLDER_TABLES)} with file_name and prompt in the folder, or give one for all with --prompt"
         )
     return ImageList(source, tuple(rows), (*remarks, *told))
-
-
-def _read_list(
-    source: str, file: Path, prompt: str | None, columns: Sequence[str | None], allow_outside: bool
-) -> ImageList:
-    lines = read_objects(file)
-    image, text = find_columns(file, lines, columns, with_prompts=prompt is None)
-    root = "" if allow_outside else str(file.parent)
-    return ImageList(source, tuple(_listed(file, line, row, image, text, prompt, root) for line, row in lines))
 
 
 def _listed(

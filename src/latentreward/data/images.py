@@ -293,8 +293,8 @@ def file_image(folder: Path, path: str | bytes | None, prefix: str = "", allow_o
     path = relative_path(os.fsdecode(path), folder)
     if "\\" in path and not os.path.lexists(folder / path):  # written on Windows
         path = path.replace("\\", "/")
-    key = prefix + str(PurePosixPath(path))
-    return ImageRef(key, path=find_file(folder / path), root=None if allow_outside else folder)
+    root = None if allow_outside else folder
+    return ImageRef(prefix + str(PurePosixPath(path)), path=find_file(folder / path), root=root)
 
 
 def outside(root: Path) -> str:

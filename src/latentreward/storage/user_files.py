@@ -144,11 +144,7 @@ def escapes(path: str) -> bool:
 
 
 def whole_file(file: Path) -> Path:
-    """Return the absolute path of a file, for pyarrow, which takes a relative ``a:b`` for an address.
-
-    Raises:
-        InputError: If the file is a git-lfs pointer.
-    """
+    """Return a file's absolute path, since pyarrow takes ``a:b`` for an address; InputError for a git-lfs pointer."""
     with file.open("rb") as opened:
         if opened.read(len(POINTER)) == POINTER:
             raise InputError(f"{file} is {IS_POINTER}; {PULL}")

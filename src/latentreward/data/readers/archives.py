@@ -28,6 +28,7 @@ class ImageArchives:
 
     Args:
         places: Paths of zip files and folders ("parts"); the name of a part is its file name without ``.zip``.
+        allow_outside: Whether links in folders may lead out of them.
 
     Attributes:
         parts: Name of each part → its path.
@@ -36,14 +37,15 @@ class ImageArchives:
         ImageError: If a file is not a whole zip file.
     """
 
-    def __init__(self, places: Sequence[Path]) -> None:
+    def __init__(self, places: Sequence[Path], allow_outside: bool = False) -> None:
+        self.allow_outside = allow_outside
         self.parts = {place.name.removesuffix(".zip"): place for place in places}
         self._files: dict[tuple[int, str], zipfile.ZipFile] = {}  # by process and part
         for part, place in self.parts.items():
             if not place.is_dir():
                 self._open(part)
 
-    def image(self, part: str, name: str, allow_outside: bool = False) -> ImageRef:
+    def image(self, part: str, name: str) -> ImageRef:
         """Return a reference to image ``name`` of a part: with its bytes for a zip file, with its path for a folder.
 
         Of a member of a zip file that is damaged or too large, the beginning is returned; decoding then reports what is
@@ -51,7 +53,7 @@ class ImageArchives:
         """
         place = self.parts[part]
         if place.is_dir():
-            return file_image(place, name, allow_outside=allow_outside)
+            return file_image(place, name, allow_outside=self.allow_outside)
         if name not in self._open(part).NameToInfo:
             return ImageRef(name, path=place / name)  # path below a zip file: decoding reports a missing file
         try:
@@ -78,7 +80,7 @@ class ImageArchives:
         return data, f"{place}/{name}"
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"parts": self.parts, "_files": {}}
+        return {**vars(self), "_files": {}}
 
     def _open(self, part: str) -> zipfile.ZipFile:
         if (key := (os.getpid(), part)) not in self._files:

@@ -71,18 +71,14 @@ class FolderPairReader(RowReader):
     def __init__(self, root: PathText, split: str | None = None, **options: Any) -> None:
         super().__init__("folder", split or "", **options)
         self.folder = Path(root, split) if split else Path(root)
-        files, self._unread = {}, list[str]()
+        files, self._unread, edits = {}, list[str](), (self.folder / SOURCE).is_dir()
         for side in SIDES:
-            if not (self.folder / side).is_dir():
-                raise InputError(
-                    f"root: no folder {self.folder / side}; put the images of pairs into chosen/ and rejected/"
-                )
+            if not (place := self.folder / side).is_dir():
+                raise InputError(f"root: no folder {place}; put the images of pairs into chosen/ and rejected/")
+        for side in (*SIDES, SOURCE) if edits and self.sources == "read" else SIDES:
             files[side], told = find_pictures(self.folder / side)
             self._unread += [f"{side}/: {remark}" for remark in told]
-        names = sorted({name for side in files.values() for name in side})
-        if (self.folder / SOURCE).is_dir() and self.sources == "read":
-            files[SOURCE], told = find_pictures(self.folder / SOURCE)
-            self._unread += [f"{SOURCE}/: {remark}" for remark in told]
+        names = sorted({name for side in SIDES for name in files[side]})
         captions: dict[str, str] | None = None
         if (self.folder / CAPTIONS_FILE).is_file():
             captions = {}
@@ -99,7 +95,7 @@ class FolderPairReader(RowReader):
             reasons = [f"{count_text(self.skipped)} left out"] if self.skipped else []
             problem = "; ".join([f"root: no pairs in {self.folder}", *reasons, *self._unread])
             raise InputError(f"{problem}; give chosen/ and rejected/ images of equal names, with captions")
-        if (self.folder / SOURCE).is_dir() and self.sources == "ignore":
+        if edits and self.sources == "ignore":
             self.remarks[edit_remark(f"{SOURCE}/")] += len(self)
         if self._unread:
             logger.warning("%s: %s", printable(str(self.folder)), "; ".join(self._unread))

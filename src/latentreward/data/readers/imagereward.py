@@ -4,7 +4,6 @@ import glob
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -100,7 +99,7 @@ class ImageRewardDBReader(RowReader):
         **options: Any,
     ) -> None:
         super().__init__("imagerewarddb", split, **options)
-        self._archives = ImageArchives(_find_places(source, split, parts, revision))
+        self._archives = ImageArchives(_find_places(source, split, parts, revision), self.allow_outside)
         metadata = Path(source, f"metadata-{split}.parquet")
         rows_of_parts = (
             (f"{part}.json:{number}", part, row)
@@ -114,8 +113,7 @@ class ImageRewardDBReader(RowReader):
     def find_images(self, row: dict[str, Any]) -> list[ImageRef]:
         """Return references to two images, with their bytes from a zip file or their paths in an unpacked folder."""
         places = [(row[name] or "").partition("/") for name in ("image_a", "image_b")]
-        image = partial(self._archives.image, allow_outside=self.allow_outside)
-        return [image(part, file) if part else ImageRef("") for part, _, file in places]
+        return [self._archives.image(part, file) if part else ImageRef("") for part, _, file in places]
 
     def _read_metadata(self, file: Path, parts: Sequence[int] | None) -> Iterator[tuple[str, str | None, Any]]:
         """Yield (name for messages, part, row) of every row of the metadata that belongs to the parts to read."""

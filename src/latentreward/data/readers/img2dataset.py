@@ -118,8 +118,7 @@ class Img2DatasetReader(RowReader):
         for number, name in ((row[f"number_{side}"], row[f"image_{side}"]) for side in "ab"):
             shard, *place = self._places[number].tolist()
             if self._columns is not None:
-                (value,) = self._columns.read(shard, place[0])
-                images += self.embedded_images([value], [name])
+                images += self.embedded_images(self._columns.read(shard, place[0]), [name])
             elif self._shards[shard].is_dir():
                 images.append(self.file_image(name))
             else:

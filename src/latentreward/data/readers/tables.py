@@ -176,8 +176,7 @@ def open_table(
     """Find the table of a split; missing parquet parts fall under the reader's ``on_error``.
 
     A ``source`` is a ``Dataset``, a ``DatasetDict`` with the split, a folder that ``save_to_disk`` wrote, or what
-    :func:`~latentreward.data.readers.parquet_store.find_parts` takes. Its rows may name files, see
-    :func:`set_folder`.
+    :func:`~latentreward.data.readers.parquet_store.find_parts` takes.
 
     Raises:
         InputError: If there is no such source or split, or a folder is damaged.
