@@ -100,7 +100,7 @@ class RowReader(PairReader):
         return None if self.allow_outside else self.folder
 
     def check_path(self, pair_id: str, field: str, path: Any) -> None:
-        """Raise InputError for a path that is not text, is empty, or leads out of the folder, if ``on_error`` is raise."""
+        """Raise InputError for what is no path, or leads out of the folder, if ``on_error`` is raise."""
         if self.on_error != "raise":
             return
         text = path if isinstance(path, str) else ""
