@@ -173,9 +173,8 @@ def test_links_and_names_that_are_no_text(tmp_path: Path) -> None:
     (tmp_path / "pics" / "folder").symlink_to(away.parent)
     picture(tmp_path / "pics" / "x.png").rename(tmp_path / "pics" / os.fsdecode(b"\xff.png"))
     images = read_images(str(tmp_path / "pics"), "p")
-    assert [row.name for row in images.rows] == ["broken.png", "link.png", "?.png"]
-    assert decode_image(images.rows[1].ref()).size == (7, 5)
-    assert decode_image(images.rows[2].ref()).size == (7, 5)
+    assert [row.name for row in images.rows] == ["broken.png", "folder/far.png", "link.png", "?.png"]
+    assert all(decode_image(row.ref()).size == (7, 5) for row in images.rows[1:])
     with pytest.raises(ImageError, match="missing file"):
         decode_image(images.rows[0].ref())
 

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from latentreward.errors import InputError
-from latentreward.storage.ignored_files import find_files, is_ignored, match_files
 from latentreward.storage.texts import decode_text, read_table, token_of_file
+from latentreward.storage.user_files import find_files, is_ignored, split_pattern
 
 TEXT = "ein Fuß, 3 m\r\n🦊"
 
@@ -63,7 +63,7 @@ def test_hidden_files_and_those_of_operating_systems_are_ignored(tmp_path: Path)
         (tmp_path / name).touch()
     found = find_files(tmp_path, "**/*.png")
     assert [path.relative_to(tmp_path).as_posix() for path in found] == sorted(ours)
-    assert match_files(f"{tmp_path}/**/*.png") == found
-    assert match_files(f"{tmp_path}/@eaDir/*.png") == [tmp_path / "@eaDir/a.png"]
+    assert find_files(*split_pattern(f"{tmp_path}/**/*.png")) == found
+    assert find_files(*split_pattern(f"{tmp_path}/@eaDir/*.png")) == [tmp_path / "@eaDir/a.png"]
     assert not any(map(is_ignored, (*ours, "./a.png", "../b/a.png")))
     assert all(map(is_ignored, (*theirs, ".DS_Store", "Thumbs.db", "b/desktop.ini")))

@@ -34,7 +34,7 @@ class Shard:
 
 def read_shards(folder: Path) -> list[Shard]:
     """Read the table ``shards.parquet`` of the cache in ``folder``, in its order."""
-    rows = pq.read_table(folder / layout.SHARDS).to_pylist()
+    rows = pq.read_table((folder / layout.SHARDS).absolute()).to_pylist()
     return [Shard(number, **row) for number, row in enumerate(rows)]
 
 
@@ -128,7 +128,8 @@ def check_cache(folder: Path) -> tuple[CachePlan, list[str], Counter[str]]:
     if not problems:
         placed: Counter[int] = Counter()
         for name in (layout.IMAGES, layout.PROMPTS):
-            for entry in pc.value_counts(pq.read_table(folder / name, columns=["shard"])["shard"]).to_pylist():
+            shards = pq.read_table((folder / name).absolute(), columns=["shard"])["shard"]
+            for entry in pc.value_counts(shards).to_pylist():
                 if entry["values"] is not None:
                     placed[entry["values"]] += entry["counts"]
         if {shard.number: shard.count for shard in read_shards(folder)} != dict(placed):
@@ -136,7 +137,7 @@ def check_cache(folder: Path) -> tuple[CachePlan, list[str], Counter[str]]:
             problems.append(f"{layout.SHARDS} does not hold as many rows as {tables} place in it")
         planned = {layout.PAIRS: plan.pairs, layout.IMAGES: plan.images}
         planned |= {layout.PROMPTS: plan.prompts, layout.SOURCES: plan.images}
-        rows = {name: pq.ParquetFile(folder / name).metadata.num_rows for name in planned}
+        rows = {name: pq.ParquetFile((folder / name).absolute()).metadata.num_rows for name in planned}
         if rows != planned:
             problems.append(f"the tables do not hold as many rows as plan.json says: {rows}")
     if (folder / layout.SHARDS).is_file() and not any(problem.startswith(layout.SHARDS) for problem in problems):

@@ -57,8 +57,8 @@ class PlannedRows:
     """
 
     def __init__(self, folder: Path) -> None:
-        images, prompts = pq.read_table(folder / layout.IMAGES), pq.read_table(folder / layout.PROMPTS)
-        sources = pq.read_table(folder / layout.SOURCES)
+        names = layout.IMAGES, layout.PROMPTS, layout.SOURCES
+        images, prompts, sources = (pq.read_table((folder / name).absolute()) for name in names)
         self.image_keys, self.prompts = images["image_key"], prompts["prompt"]
         seen = layout.READER_ROW.name in prompts.column_names
         self.prompt_rows = prompts[layout.READER_ROW.name] if seen else None

@@ -158,7 +158,7 @@ class CacheIndex:
         return [EditPrompt(text, list(map(ImageRef, names))) for text, names in zip(texts, keys, strict=True)]
 
     def _table(self, name: str, columns: list[str]) -> pa.Table:
-        path = self.folder / name
+        path = (self.folder / name).absolute()
         try:
             known = parquet.read_schema(check_hash(path, self.plan.tables.get(name), REMEDY)).names
             return parquet.read_table(path, columns=[column for column in columns if column in known])

@@ -27,6 +27,7 @@ from latentreward.data.images import (
     UNKNOWN,
     PixelLoader,
     check_pixels,
+    file_start,
     image_error,
     open_source,
 )
@@ -210,10 +211,10 @@ def _opened(image: ImageRef, max_pixels: int) -> Iterator[Source]:
     """
     source = open_source(image)
     with source if isinstance(source, BytesIO) else Path(source).open("rb") as file:
-        start = file.read(12)
+        start = file_start(image, file)
         file.seek(0)
         try:
-            with _webp(file) if start[:4] + start[8:] == b"RIFFWEBP" else _mp4(image, file, max_pixels) as opened:
+            with _webp(file) if start[:4] + start[8:12] == b"RIFFWEBP" else _mp4(image, file, max_pixels) as opened:
                 yield opened
         except InputError:  # such as a missing PyAV
             raise

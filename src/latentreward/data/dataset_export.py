@@ -72,7 +72,7 @@ def export_split(
             with replacing(files[number], KEPT) as partial:
                 _write_rows(reader, rows, partial, edits)
             progress.add()
-    rows = sum(pq.read_metadata(file).num_rows for file in files)
+    rows = sum(pq.read_metadata(file.absolute()).num_rows for file in files)
     return ExportedSplit(files, rows, len(missing), len(reader) - rows)
 
 

@@ -19,7 +19,7 @@ from latentreward.data.readers.jsonl import check_no_csv
 from latentreward.data.readers.parquet_store import ParquetPart, nested_pattern, open_part
 from latentreward.data.readers.tables import SAVED, SAVED_SPLITS, saved_splits
 from latentreward.errors import InputError, did_you_mean, quoted
-from latentreward.storage.ignored_files import find_files
+from latentreward.storage.user_files import find_files, whole_file
 
 Splits = dict[str, Callable[..., PairReader]]
 """Split -> function that constructs the split's reader; takes further options of the reader."""
@@ -178,13 +178,13 @@ def _keys(file: Path) -> set[str]:
     """Return all ``"word":`` words, likely JSON keys, in the first ``HEAD`` bytes; empty if ``file`` is not a file."""
     if not file.is_file():
         return set()
-    with file.open("rb") as stream:
+    with whole_file(file).open("rb") as stream:
         head = stream.read(HEAD).decode("utf-8", "replace")
     return set(re.findall(r'"(\w+)"\s*:', head))
 
 
 def _img2dataset(path: Path) -> Splits:
-    return {"train": partial(readers.Img2DatasetReader, str(path))} if any(path.glob(STATS)) else {}
+    return {"train": partial(readers.Img2DatasetReader, str(path))} if find_files(path, STATS) else {}
 
 
 def _tars(path: Path) -> Splits:

@@ -1,15 +1,13 @@
 """Reading of images with prompts from a folder, a glob pattern, or a list in JSON, CSV or TSV."""
 
-import glob
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import takewhile
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from latentreward.contracts import EditPrompt, ImageRef
-from latentreward.data.images import NO_IMAGE, OUTSIDE, resolve_inside
+from latentreward.data.images import NO_IMAGE, OUTSIDE, file_image, outside
 from latentreward.data.list_rows import find_columns, read_objects
 from latentreward.data.readers.base import MAX_PROMPT_CHARS
 from latentreward.data.readers.folders import SUFFIXES, UNREAD, read_caption, tell_unread
@@ -17,15 +15,14 @@ from latentreward.data.readers.json_rows import (
     EDIT_UNREAD,
     MOST_SOURCES,
     SOURCES,
-    escapes,
     find_edit_source,
     list_sources,
     parse_text,
     short,
 )
 from latentreward.errors import InputError
-from latentreward.storage.ignored_files import is_ignored, match_files
 from latentreward.storage.texts import UnreadableTextError
+from latentreward.storage.user_files import escapes, find_file, find_files, one_form, resolve_inside, split_pattern
 
 LISTS = (".jsonl", ".csv", ".tsv", ".json")
 PICTURES = (*SUFFIXES, *UNREAD)
@@ -110,83 +107,61 @@ def _read(source: str, prompt: str | None, columns: tuple[str | None, str | None
     if (path / "generate.json").is_file():
         path = next((table for suffix in LISTS if (table := path / f"images{suffix}").is_file()), path)
     if path.suffix.lower() in LISTS and not path.is_dir():
-        return _read_list(source, path, prompt, columns, allow_outside)
+        lines, limit = read_objects(path), "" if allow_outside else str(path.parent)
+        image, text = find_columns(path, lines, columns, with_prompts=prompt is None)
+        return ImageList(source, tuple(_listed(path, line, row, image, text, prompt, limit) for line, row in lines))
     if path.suffix.lower() in (".parquet", ".arrow") and path.is_file():
         raise InputError(f"images: {source} is a table, not a list or a picture; write it as {' or '.join(LISTS[:2])}")
     root, files, remarks = _pictures(source)
-    if prompt is not None:
-        text = parse_text(prompt) or ""
-        return ImageList(
-            source, tuple(ListedImage(_name(file, root), text, str(file)) for file in files), tuple(remarks)
-        )
-    captions, rows = _Captions(root, columns), list[ListedImage]()
-    for file in files:
-        name, problem, detail = _name(file, root), None, ""
-        stem = PurePosixPath(name).stem
-        try:
-            caption = read_caption(file.with_suffix(".txt"))
-        except UnreadableTextError as error:
-            rows.append(ListedImage(name, "", str(file), "", BAD_CAPTION, f"{stem}.txt beside it is {error.problem}"))
-            continue
-        if caption is None and (caption := captions.find(file)) is None:
-            problem, detail = NO_PROMPT, f"no {stem}.txt beside it, no line in {' or '.join(FOLDER_TABLES)}"
-        rows.append(ListedImage(name, caption or "", str(file), "", problem, detail))
+    if (given := parse_text(prompt)) is not None:
+        return ImageList(source, tuple(ListedImage(_name(file, root), given, str(file)) for file in files), (*remarks,))
+    beside, rows = {file: _caption_beside(file) for file in files}, list[ListedImage]()
+    captions, told = _read_tables(root, beside, columns)
+    for file, (written, odd) in beside.items():
+        named = captions.get(one_form(str(file)), captions.get(one_form(str(file.with_suffix("")))))
+        caption, problem, detail = named if written is None and not odd else written, BAD_CAPTION if odd else None, odd
+        if caption is None and not odd:
+            problem = NO_PROMPT
+            detail = f"no {parse_text(file.stem)}.txt beside it, no line in {' or '.join(FOLDER_TABLES)}"
+        rows.append(ListedImage(_name(file, root), caption or "", str(file), "", problem, detail))
     if all(row.problem for row in rows):
         odd = next((f" ({row.name}: {row.detail})" for row in rows if row.problem == BAD_CAPTION), "")
         raise InputError(
             f"images: none of {len(rows)} pictures in {root} has a prompt{odd}; put NAME.txt beside NAME.png, or "
             f"{' or '.join(FOLDER_TABLES)} with file_name and prompt in the folder, or give one for all with --prompt"
         )
-    return ImageList(source, tuple(rows), (*remarks, *captions.unused(files)))
-
-
-def _read_list(
-    source: str, file: Path, prompt: str | None, columns: Sequence[str | None], allow_outside: bool
-) -> ImageList:
-    lines = read_objects(file)
-    image, text = find_columns(file, lines, columns, with_prompts=prompt is None)
-    root = "" if allow_outside else str(file.parent)
-    listed = ((_listed(file, line, row, image, text, prompt, root), row) for line, row in lines)
-    return ImageList(source, tuple(_with_sources(found, row, image, root, file) for found, row in listed))
-
-
-def _with_sources(listed: ListedImage, row: Mapping[str, Any] | str, image: str, root: str, file: Path) -> ListedImage:
-    """Return a list's row whose prompt carries the pictures that the row names."""
-    if isinstance(row, str) or listed.problem:
-        return listed
-    if (unread := find_edit_source(row, [*SOURCES, image])) is not None:
-        detail = f"{short(unread)} is a picture to edit, and {SOURCES[0]} is read; rename it, or leave the column out"
-        return replace(listed, problem=EDIT_UNREAD, detail=detail)
-    name, values = list_sources(row)
-    paths = [parse_text(value) or "" for value in values]
-    if len(paths) > MOST_SOURCES or not all(paths):
-        wanted = f"not at most {MOST_SOURCES} paths"
-        return replace(
-            listed, problem="pictures to edit not readable", detail=f"{name} is {short(row[name])}, {wanted}"
-        )
-    inside = Path(root) if root else None
-    refs = [ImageRef(path, path=file.parent / path, root=inside) for path in paths]
-    return replace(listed, prompt=EditPrompt(listed.prompt, refs)) if refs else listed
+    return ImageList(source, tuple(rows), (*remarks, *told))
 
 
 def _listed(
     file: Path, line: int, row: Mapping[str, Any] | str, image: str, text: str, prompt: str | None, root: str
 ) -> ListedImage:
+    """Return a list's row; its prompt carries the pictures that the row is an edit of."""
     place = f"line {line}"
     if isinstance(row, str):
         return ListedImage("", problem="unreadable row", detail=f"{place}: {row}")
     path = row.get(image)
     if not isinstance(path, str) or not path or "\0" in path:
         return ListedImage("", problem=NO_IMAGE, detail=f"{place}: {image} is {short(path)}, not a path")
-    name = parse_text(path) or ""
     caption = parse_text(row.get(text) if prompt is None else prompt)
+    found = file_image(file.parent, path).path or file
+    listed = ListedImage(parse_text(path) or "", caption or "", str(found), root)
+    name, values = list_sources(row)
+    paths = [parse_text(value) or "" for value in values]
     if caption is None:
-        detail = f"{place}: {text} is {short(row.get(text))}, not text"
-        return ListedImage(name, "", str(file.parent / path), root, NO_PROMPT, detail)
-    if root and escapes(name) and resolve_inside(Path(root), file.parent / name) is None:
-        detail = f"{place}: leads out of {root}; set allow_outside: true to read it"
-        return ListedImage(name, caption, str(file.parent / path), root, OUTSIDE, detail)
-    return ListedImage(name, caption, str(file.parent / path), root)
+        problem, detail = NO_PROMPT, f"{place}: {text} is {short(row.get(text))}, not text"
+    elif root and escapes(path) and resolve_inside(Path(root), found) is None:
+        problem, detail = OUTSIDE, f"{place}: {outside(Path(root))}"
+    elif (unread := find_edit_source(row, [*SOURCES, image])) is not None:
+        detail = f"{short(unread)} is a picture to edit, and {SOURCES[0]} is read; rename it, or leave the column out"
+        problem = EDIT_UNREAD
+    elif len(paths) > MOST_SOURCES or not all(paths):
+        problem = "pictures to edit not readable"
+        detail = f"{name} is {short(row[name])}, not at most {MOST_SOURCES} paths"
+    else:
+        refs = [file_image(file.parent, path, allow_outside=not root) for path in paths]
+        return replace(listed, prompt=EditPrompt(caption, refs)) if refs else listed
+    return replace(listed, problem=problem, detail=detail)
 
 
 def _pictures(source: str) -> tuple[Path, list[Path], list[str]]:
@@ -198,29 +173,20 @@ def _pictures(source: str) -> tuple[Path, list[Path], list[str]]:
         InputError: If there are no pictures of kinds that are read.
     """
     place, remarks = Path(source), list[str]()
-    if place.is_dir():
-        files: list[Path] = []
-        walk = os.walk(place, onerror=lambda error: remarks.append(f"{error.filename}: {error.strerror}"))
-        for folder, below, names in walk:  # links to folders are not followed
-            below[:] = (name for name in below if not is_ignored(name))
-            files += filter(_is_picture, (Path(folder, name) for name in names))
-        if not any(file.suffix.lower() in SUFFIXES for file in files):
-            problem = "; ".join([f"images: no picture in {source} ({', '.join(SUFFIXES)})", *tell_unread(files)])
-            raise InputError(f"{problem}; give a folder that holds some")
-        return place, sorted(files), remarks
-    if os.path.lexists(place):
+    if not place.is_dir() and os.path.lexists(place := find_file(place)):
         return place.parent, [place], []
-    files = [file for file in match_files(source) if _is_picture(file) and not file.is_dir()]
+    root, pattern = (place, "**/*") if place.is_dir() else split_pattern(source)
+    found = (file for file in find_files(root, pattern, remarks) if file.suffix.lower() in PICTURES)
+    files = [file for file in found if not file.is_dir()]
+    if place.is_dir() and not any(file.suffix.lower() in SUFFIXES for file in files):
+        problem = "; ".join([f"images: no picture in {source} ({', '.join(SUFFIXES)})", *tell_unread(files)])
+        raise InputError(f"{problem}; give a folder that holds some")
     if not files:
         raise InputError(
             f"images: {source!r} is neither a folder, a file, nor a pattern that matches a picture; give a folder, a "
             f"pattern such as 'pics/**/*.png', or a list that ends in {', '.join(LISTS)}"
         )
-    return Path(*takewhile(lambda part: not glob.has_magic(part), place.parts[:-1])), files, []
-
-
-def _is_picture(file: Path) -> bool:
-    return file.suffix.lower() in PICTURES and not is_ignored(file.name)
+    return root, files, remarks
 
 
 def _name(file: Path, root: Path) -> str:
@@ -228,59 +194,37 @@ def _name(file: Path, root: Path) -> str:
     return file.relative_to(root).as_posix().encode("utf-8", "replace").decode()
 
 
-class _Captions:
-    """Tables of prompts in the folders of pictures; each table is read once.
+def _caption_beside(picture: Path) -> tuple[str | None, str]:
+    """Return the text beside a picture, None without one, and what is wrong with it."""
+    try:
+        return read_caption(picture.with_suffix(".txt")), ""
+    except UnreadableTextError as error:
+        return None, f"{parse_text(picture.stem)}.txt beside it is {error.problem}"
 
-    Args:
-        root: Topmost folder in which tables are looked for.
-        columns: Names of the columns with paths and with prompts; None for the usual names.
+
+def _read_tables(
+    root: Path, pictures: Mapping[Path, tuple[str | None, str]], columns: Sequence[str | None]
+) -> tuple[dict[str, str], Iterable[str]]:
+    """Read the tables in the folders, up to ``root``, of pictures that have no text beside them.
+
+    Returns:
+        Path, perhaps without suffix, of a picture → its prompt in the nearest table; and messages about lines that
+        cannot be used, and about those whose picture does not exist.
     """
-
-    def __init__(self, root: Path, columns: Sequence[str | None]) -> None:
-        self.root, self.columns = root, columns
-        self.remarks: list[str] = []
-        self._tables: dict[Path, dict[str, str]] = {}
-
-    def find(self, picture: Path) -> str | None:
-        """Find a picture's prompt in the nearest table that names it; None if no table does.
-
-        A table may name the picture by its path below the table's folder, with or without the suffix.
-        """
-        for folder in picture.parents:
-            if folder not in self._tables:
-                self._tables[folder] = dict(self._read(folder))
-            path = picture.relative_to(folder)
-            for name in (path.as_posix(), path.with_suffix("").as_posix()):
-                if name in self._tables[folder]:
-                    return self._tables[folder][name]
-            if folder == self.root:
-                break
-        return None
-
-    def unused(self, files: Iterable[Path]) -> list[str]:
-        """Return messages about unusable lines of the tables, and about lines whose picture does not exist.
-
-        Lines about the pictures ``files`` count as used, also where a text beside the picture or a nearer table wins.
-        """
-        known = {name for file in files for name in (file, file.with_suffix(""))}
-        lost = [
-            f"{folder}: no picture {short(name)}"
-            for folder, table in self._tables.items()
-            for name in table
-            if (path := folder / name) not in known
-            and not any(os.path.lexists(f"{path}{suffix}") for suffix in ("", *SUFFIXES))
-        ]
-        return self.remarks + lost
-
-    def _read(self, folder: Path) -> Iterator[tuple[str, str]]:
-        """Yield (path relative to ``folder``, prompt) for every usable line of the tables in ``folder``."""
-        for file in (folder / name for name in FOLDER_TABLES if (folder / name).is_file()):
-            lines = read_objects(file)
-            image, text = find_columns(file, lines, self.columns)
-            for line, row in lines:
-                listed = _listed(file, line, row, image, text, None, "")
-                listed = _with_sources(listed, row, image, str(folder), file)
-                if listed.problem:
-                    self.remarks.append(f"{file}: {listed.detail}")
-                else:
-                    yield PurePosixPath(listed.name).as_posix(), listed.prompt
+    captions, remarks = dict[str, str](), dict[str, None]()
+    known = {one_form(str(name)) for file in pictures for name in (file, file.with_suffix(""))}
+    alone = (file for file, beside in pictures.items() if beside == (None, ""))
+    folders = {folder for file in alone for folder in file.parents if folder.is_relative_to(root)}
+    for table in (folder / name for folder in sorted(folders) for name in FOLDER_TABLES if (folder / name).is_file()):
+        lines = read_objects(table)
+        image, text = find_columns(table, lines, columns)
+        for line, row in lines:
+            listed = _listed(table, line, row, image, text, None, str(table.parent))
+            name = one_form(listed.path)
+            if listed.problem:
+                remarks[f"{table}: {listed.detail}"] = None
+                continue
+            captions[name] = listed.prompt
+            if name not in known and not any(os.path.lexists(f"{listed.path}{suffix}") for suffix in ("", *SUFFIXES)):
+                remarks[f"{table.parent}: no picture {short(listed.name)}"] = None
+    return captions, remarks

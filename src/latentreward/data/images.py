@@ -1,5 +1,6 @@
 """Decoding of images and of stored latents; each problem that an image can have has its kind of :class:`ImageError`."""
 
+import os
 import re
 import stat
 import struct
@@ -7,10 +8,9 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
 from io import BytesIO
-from pathlib import Path
-from typing import Literal, NamedTuple
+from pathlib import Path, PurePosixPath
+from typing import BinaryIO, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from torch import Tensor
 from latentreward.contracts import ImageRef
 from latentreward.data.image_structure import count_scans, drop_long_texts
 from latentreward.errors import InputError, quoted
+from latentreward.storage.user_files import IS_POINTER, POINTER, PULL, find_file, relative_path, resolve_inside
 
 ResizePolicy = Literal["stretch", "center_crop"]
 ExifOrientation = Literal["apply", "ignore"]
@@ -70,7 +71,6 @@ COUNT = "wrong number of pictures to edit"
 REFUSED = "edit that the text encoder does not take"
 """Descriptions of changes that decoding to 8-bit RGB makes."""
 IMAGE_PROBLEMS = (NO_IMAGE, EMPTY, MISSING, OUTSIDE, UNKNOWN, DAMAGED, TOO_LARGE, SHORT, CLIP, COUNT, REFUSED)
-resolve_once = lru_cache(Path.resolve)
 
 
 class ImageError(InputError):
@@ -240,8 +240,8 @@ def _opened(image: ImageRef, max_pixels: int) -> Iterator[Image.Image]:
         raise
     except UnidentifiedImageError as error:
         with BytesIO(source.getvalue()) if isinstance(source, BytesIO) else source.open("rb") as file:
-            start = file.read(12)
-        if start[4:8] in MP4_BOXES and start[8:] not in STILL_BRANDS:
+            start = file_start(image, file)
+        if start[4:8] in MP4_BOXES and start[8:12] not in STILL_BRANDS:
             detail = "mp4 or mov; fit and cache read clips if frames is set, score if the model was trained on clips"
             raise image_error(image, CLIP, detail) from error
         raise image_error(image, UNKNOWN, f"not one of {', '.join(FORMATS)}; convert it to JPEG or PNG") from error
@@ -249,6 +249,13 @@ def _opened(image: ImageRef, max_pixels: int) -> Iterator[Image.Image]:
         raise image_error(image, TOO_LARGE, f"exceeds max_pixels={max_pixels}") from error
     except BROKEN_FILE as error:
         raise image_error(image, DAMAGED, str(error)) from error
+
+
+def file_start(image: ImageRef, file: BinaryIO) -> bytes:
+    """Return the first bytes of an opened file; raise ImageError for a git-lfs pointer."""
+    if (start := file.read(len(POINTER))) == POINTER:
+        raise image_error(image, UNKNOWN, f"{IS_POINTER}; {PULL}")
+    return start
 
 
 def check_pixels(image: ImageRef, size: tuple[int, int], max_pixels: int) -> None:
@@ -273,15 +280,23 @@ def _check_scans(image: ImageRef, opened: Image.Image) -> None:
         raise image_error(image, DAMAGED, f"a JPEG of {scans} scans; at most {MAX_SCANS} are decoded")
 
 
-def resolve_inside(root: Path, path: Path) -> Path | None:
-    """Return the real path of ``path`` with symbolic links followed, or None if it lies outside ``root``."""
-    try:
-        resolved = path.resolve()
-        # The root is resolved once for all its images; one that is moved meanwhile is resolved anew.
-        inside = resolved.is_relative_to(resolve_once(root)) or resolved.is_relative_to(root.resolve())
-        return resolved if inside else None
-    except (OSError, RuntimeError, ValueError):  # a loop of links, or a name that is too long or has a null byte
-        return None
+def file_image(folder: Path, path: str | bytes | None, prefix: str = "", allow_outside: bool = False) -> ImageRef:
+    """Return a reference to an image file that a row names, whose ``image_key`` begins with ``prefix``.
+
+    The file is opened only if it lies inside ``folder``, or if any file is allowed.
+    """
+    if not path:
+        return ImageRef("")
+    path = relative_path(os.fsdecode(path), folder)
+    if "\\" in path and not os.path.lexists(folder / path):  # written on Windows
+        path = path.replace("\\", "/")
+    root = None if allow_outside else folder
+    return ImageRef(prefix + str(PurePosixPath(path)), path=find_file(folder / path), root=root)
+
+
+def outside(root: Path) -> str:
+    """Return what is wrong with a file that lies outside the folder ``root``, and the remedy."""
+    return f"leads out of {root}; move it there, or set allow_outside: true to read it"
 
 
 def open_source(image: ImageRef) -> BytesIO | Path:
@@ -302,7 +317,7 @@ def open_source(image: ImageRef) -> BytesIO | Path:
     if image.root is not None:
         path = resolve_inside(image.root, path)
         if path is None:
-            raise image_error(image, OUTSIDE, f"leads out of {image.root}")
+            raise image_error(image, OUTSIDE, outside(image.root))
     try:
         status = path.stat()
     except OSError as error:

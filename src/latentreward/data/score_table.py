@@ -1,6 +1,6 @@
 """Tables of scores of pairs, and each scorer's gap between winner and loser for the rows of a reader."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,12 +13,15 @@ import pyarrow.parquet as pq
 
 from latentreward.data.readers import PairReader, count_text
 from latentreward.errors import InputError, first_line
+from latentreward.storage.user_files import whole_file
 
 PAIR_ID = "pair_id"
 FLAG = "different_flag"
 GAP, SIDES, WINNER_FIRST = "_gap", ("_a", "_b"), ("_chosen", "_rejected")
 NOT_SCORES = ("label_a", "problem_a")
 """Columns of the tables of ``score-pairs`` that are no scores, even where empty."""
+BLOCK = 1 << 26
+"""Largest length of a row of CSV or JSON lines, in bytes."""
 CHECKED_ROWS = 64
 """Number of rows whose images are compared with the reader's."""
 
@@ -214,14 +217,7 @@ def read_table(path: Path) -> pa.Table:
     if not path.is_file():
         raise InputError(f"no table of scores {path}; give its path, or have it written")
     try:
-        if path.suffix == ".parquet":
-            table = pq.read_table(path, page_checksum_verification=True)
-        elif path.suffix == ".jsonl":
-            table = pa_json.read_json(path)
-        else:
-            text = pa_csv.ConvertOptions(column_types={PAIR_ID: pa.string()})
-            lines = pa_csv.ParseOptions(newlines_in_values=True)
-            table = pa_csv.read_csv(path, parse_options=lines, convert_options=text)
+        table = load_table(path, [PAIR_ID])
     except (pa.ArrowException, OSError) as error:
         raise InputError(
             f"{path}: not a whole {path.suffix[1:]} file ({first_line(error)}); get or make it anew"
@@ -232,6 +228,18 @@ def read_table(path: Path) -> pa.Table:
     if PAIR_ID in names:
         table = table.set_column(names.index(PAIR_ID), PAIR_ID, table.column(PAIR_ID).cast(pa.string()))
     return table
+
+
+def load_table(path: Path, texts: Sequence[str], **nulls: bool) -> pa.Table:
+    """Read a file by its suffix; ``texts`` are columns of text, and ``nulls`` say what of CSV is null."""
+    file = whole_file(path)
+    if path.suffix == ".parquet":
+        return pq.read_table(file, page_checksum_verification=True)
+    if path.suffix == ".jsonl":
+        return pa_json.read_json(file, pa_json.ReadOptions(block_size=BLOCK))
+    columns = pa_csv.ConvertOptions(column_types=dict.fromkeys(texts, pa.string()), **nulls)
+    lines = pa_csv.ParseOptions(newlines_in_values=True)
+    return pa_csv.read_csv(file, pa_csv.ReadOptions(block_size=BLOCK), lines, columns)
 
 
 def numbers(table: pa.Table, name: str, path: Path) -> np.ndarray:

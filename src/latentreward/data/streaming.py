@@ -24,16 +24,15 @@ from latentreward.data.readers.base import DATA_ON_ERROR, OnError, count_text, n
 from latentreward.data.readers.dataset_pairs import KEYS, SOURCE_KEYS, choose_columns
 from latentreward.data.readers.json_rows import SOURCES, edit_problem, edit_remark, find_edit_source, short
 from latentreward.data.readers.pair_rows import BY_LABEL, WINNER_FIRST, PairRowParser
-from latentreward.data.readers.parquet_store import plain_features
+from latentreward.data.readers.parquet_store import ParquetPart, plain_features
 from latentreward.data.readers.rows import RowReader
 from latentreward.data.readers.tables import (
     DAMAGE,
     Source,
     class_names,
-    embedded_image,
-    embedded_images,
     find_all_parts,
     name_class,
+    set_folder,
     source_name,
 )
 from latentreward.errors import InputError, check_at_least_one, first_line
@@ -103,7 +102,8 @@ class PairStream(RowReader):
         check_at_least_one(shuffle_buffer=shuffle_buffer)
         super().__init__(Path(source_name(source)).name, split, **options)
         source = os.fspath(source) if isinstance(source, os.PathLike) else source
-        self.shuffle_buffer, self._files = shuffle_buffer, not isinstance(source, str)
+        self.shuffle_buffer = shuffle_buffer
+        set_folder(self, source)
         self._place = source_name(source)
         rows = self._open(source, split, revision, config)
         first = next(self._guarded(rows), None)
@@ -127,7 +127,7 @@ class PairStream(RowReader):
             if isinstance(value, list) and column == self._columns.get(SOURCES[0]):
                 value = value[0] if value else None
             held = value.get("bytes", value) if isinstance(value, dict) else value
-            elsewhere = isinstance(value, dict) and held is None and value.get("path") and not self._files
+            elsewhere = isinstance(value, dict) and held is None and "://" in str(value.get("path"))
             if not isinstance(held, bytes | None) or elsewhere:
                 raise InputError(
                     f"{self._place}: column {column} holds {short(value)}, not an image's bytes; give the column "
@@ -194,8 +194,8 @@ class PairStream(RowReader):
             row["label"] = name_class(self._classes, row["label"])
         keys = [row.pop(key, None) for key in KEYS]
         values = [row.pop(field) for field in self._fields]
-        sources = embedded_images(row.pop(SOURCES[0], None), row.pop(SOURCE_KEYS, None), self._files)
-        images: list[ImageRef] = [embedded_image(v, k, self._files) for v, k in zip(values, keys, strict=True)]
+        sources = self.embedded_images(row.pop(SOURCES[0], None), row.pop(SOURCE_KEYS, None))
+        images = self.embedded_images(values, keys)
         name = digest([str(row["prompt"]), *(image.data or image.image_key for image in images)])
         # A stream may repeat a pair, and the names of all pairs would be kept for ever.
         parsed = self._parser.parse(name, 0, {**row, **dict.fromkeys(self._fields)}, stream=True)
@@ -228,7 +228,7 @@ class PairStream(RowReader):
             settings: dict[str, Any] = {"path": source, "name": config, "revision": revision}
             if Path(source).exists() or not is_hub_id(source):
                 parts = find_all_parts(self, source, split, config=config)
-                files = [str(part.path) for part in parts]
+                files = [*map(ParquetPart.pattern, parts)]
                 settings = {"path": "parquet", "data_files": {split: files}, "features": plain_features(parts[0])}
             try:
                 rows = load_dataset(**settings, split=split, streaming=True)

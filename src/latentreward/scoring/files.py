@@ -10,9 +10,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from latentreward.errors import InputError, errors_at, first_line
-
-POINTER = b"version https://git-lfs"
-"""First bytes of a git-lfs pointer, which stands in place of a large file that was not downloaded."""
+from latentreward.storage.user_files import whole_file
 
 
 def load_exactly(
@@ -109,10 +107,7 @@ def existing_folder(folder: str | Path, *files: str) -> Path:
     for name in files:
         if not (folder / name).is_file():
             raise InputError(f"model folder {str(folder)!r} lacks {name}; download it again")
-        with (folder / name).open("rb") as file:
-            if file.read(len(POINTER)) == POINTER:
-                place = f"{folder / name} is a git-lfs pointer, not the file"
-                raise InputError(f"{place}; run `git lfs pull` there, or download it again")
+        whole_file(folder / name)
     return folder
 
 

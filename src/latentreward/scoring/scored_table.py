@@ -5,20 +5,17 @@ from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.csv as pa_csv
-import pyarrow.json as pa_json
-import pyarrow.parquet as pq
 
 from latentreward.contracts import sources_of
 from latentreward.data.image_lists import ImageList, ListedImage
 from latentreward.data.images import MISSING
 from latentreward.data.readers import count_text
 from latentreward.data.readers.json_rows import short
+from latentreward.data.score_table import load_table
 from latentreward.errors import InputError, first_line
 from latentreward.storage.digests import digest, size_and_time
 
 TEXTS, SIDES = ("image", "prompt", "problem"), ("width", "height")
-BLOCK = 1 << 26  # largest length of a row, in bytes
 NAMED = 5  # largest number of images without a score, and of remarks, that a summary lists
 
 
@@ -56,18 +53,7 @@ def read_scores(path: Path) -> pa.Table:
         InputError: If the file is damaged, or is not a table of scores.
     """
     try:
-        if path.suffix == ".csv":
-            texts = pa_csv.ConvertOptions(
-                column_types=dict.fromkeys(TEXTS, pa.string()),
-                strings_can_be_null=True,
-                quoted_strings_can_be_null=False,
-            )
-            read = pa_csv.ReadOptions(block_size=BLOCK)
-            table = pa_csv.read_csv(path, read, pa_csv.ParseOptions(newlines_in_values=True), texts)
-        elif path.suffix == ".jsonl":
-            table = pa_json.read_json(path, pa_json.ReadOptions(block_size=BLOCK))
-        else:
-            table = pq.read_table(path)
+        table = load_table(path, TEXTS, strings_can_be_null=True, quoted_strings_can_be_null=False)
         kinds = {**dict.fromkeys(TEXTS, pa.string()), **dict.fromkeys(SIDES, pa.int32())}
         return table.cast(pa.schema([(name, kinds.get(name, pa.float32())) for name in table.column_names]))
     except (pa.ArrowException, OSError) as error:

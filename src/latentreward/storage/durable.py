@@ -52,7 +52,7 @@ def replacing(target: Path, kept: str = KEPT, over: bool = True) -> Iterator[Pat
     Raises:
         InputError: If the disk is full, a file size limit or a quota is reached, or writing is not allowed.
     """
-    partial = temporary_name(target)
+    partial = temporary_name(target.absolute())  # pyarrow takes a:b for an address
     try:
         with write_errors_named(target, kept):
             target.parent.mkdir(parents=True, exist_ok=True)

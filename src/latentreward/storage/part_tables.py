@@ -114,7 +114,7 @@ class PartFiles:
         first: tuple[Path, list[str]] | None = None
         for rows, path in self.parts().items():
             try:
-                table = pq.read_table(path, page_checksum_verification=True)
+                table = pq.read_table(path.absolute(), page_checksum_verification=True)
             except (pa.ArrowException, OSError) as error:
                 raise InputError(
                     f"{path}: damaged ({first_line(error)}); delete it, and its rows are made anew"

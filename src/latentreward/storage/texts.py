@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 from latentreward.errors import InputError, first_line
+from latentreward.storage.user_files import IS_POINTER, POINTER, PULL
 
 UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)  # byte order marks with which texts in UTF-16 begin
 
@@ -22,6 +23,8 @@ class UnreadableTextError(InputError):
 
 def decode_text(data: bytes, name: str) -> str:
     """Decode UTF-8, or UTF-16 with a byte order mark; UnreadableTextError for other bytes and null characters."""
+    if data.startswith(POINTER):
+        raise UnreadableTextError(name, IS_POINTER, PULL)
     encoding = "utf-16" if data.startswith(UTF_16) else "utf-8-sig"
     try:
         text = data.decode(encoding)

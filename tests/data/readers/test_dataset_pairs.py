@@ -422,14 +422,32 @@ def test_paths_stay_inside_the_root(tmp_path, jpeg) -> None:
         DatasetPairReader(free, root=str(tmp_path / "set"))
 
 
-def test_a_parquet_of_a_stranger_names_no_files(tmp_path, jpeg) -> None:
-    """The struct of an image may hold a path in place of bytes; only a data set made in this process may do so."""
+def test_a_parquet_of_a_stranger_names_no_files_elsewhere(tmp_path, jpeg) -> None:
+    """The struct of an image may hold a path in place of bytes; in a data set made in this process, any path."""
     (tmp_path / "secret.jpg").write_bytes(jpeg())
-    image = {"bytes": None, "path": str(tmp_path / "secret.jpg")}
+    (tmp_path / "set/images").mkdir(parents=True)
+    (tmp_path / "set/images/a.jpg").write_bytes(jpeg())
     kind = pa.struct({"bytes": pa.binary(), "path": pa.string()})
-    table = pa.table({"prompt": ["x"], "chosen": pa.array([image], kind), "rejected": pa.array([image], kind)})
-    pq.write_table(table, tmp_path / "train.parquet")
-    assert DatasetPairReader(str(tmp_path))[0].image_a.path is None
+
+    def write(path: str) -> DatasetPairReader:
+        column = pa.array([{"bytes": None, "path": path}], kind)
+        pq.write_table(
+            pa.table({"prompt": ["x"], "chosen": column, "rejected": column}), tmp_path / "set/train.parquet"
+        )
+        return DatasetPairReader(str(tmp_path / "set"))
+
+    for path in ("images/a.jpg", str(tmp_path / "set/images/a.jpg"), "images\\a.jpg"):
+        reader = write(path)
+        assert (reader[0].image_a.image_key, len(PairDataset(reader, LOADER)[0].pixels_a)) == ("images/a.jpg", 3)
+    image = {"bytes": None, "path": str(tmp_path / "secret.jpg")}
+    for path in (image["path"], "../secret.jpg", "..\\secret.jpg"):
+        with pytest.raises(ImageError, match=r"path outside the root .*allow_outside"):
+            PairDataset(write(path), LOADER)[0]
+    assert PairDataset(DatasetPairReader(str(tmp_path / "set"), allow_outside=True), LOADER)[0].pixels_a.shape == (
+        3,
+        8,
+        8,
+    )
     own = Dataset.from_dict({"prompt": ["x"], "chosen": [image], "rejected": [image], "confidence": [None]}, FEATURES)
     assert PairDataset(DatasetPairReader(own), LOADER)[0].pixels_a.shape == (3, 8, 8)
 

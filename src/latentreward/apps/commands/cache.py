@@ -168,11 +168,11 @@ def report(folder: Path, unused: int) -> None:
     print(f"{folder}: {content}, {size / 2**20:.1f} MiB")
     print(f"dropped pairs: {count_text(Counter(plan.dropped))}")
     if lost:
-        images = pq.read_table(folder / IMAGES, columns=["image_key", "shard", "row"])
+        images = pq.read_table((folder / IMAGES).absolute(), columns=["image_key", "shard", "row"])
         stored = zip(images["shard"].to_pylist(), images["row"].to_pylist(), strict=True)
         bad = {number for number, shard_and_row in enumerate(stored) if shard_and_row in lost}
         names = images["image_key"].take(sorted(bad)).to_pylist()
-        table = pq.read_table(folder / PAIRS)
+        table = pq.read_table((folder / PAIRS).absolute())
         sources = table["source_images"].to_pylist() if "source_images" in table.column_names else [()] * len(table)
         rows = zip(table["image_a"].to_pylist(), table["image_b"].to_pylist(), sources, strict=True)
         pairs = sum(not bad.isdisjoint((a, b, *edited)) for a, b, edited in rows)

@@ -18,6 +18,7 @@ from latentreward.backbones.stored_adapters import CONFIG, PREFIX, check_setting
 from latentreward.errors import InputError, first_line
 from latentreward.policies import POLICY, AdapterSwitch, Policy
 from latentreward.storage.json_files import read_config
+from latentreward.storage.user_files import find_files
 
 LOADED = "lora"
 """Name in peft of an adapter loaded from a file."""
@@ -95,7 +96,7 @@ def load_lora(policy: Policy, path: Path) -> None:
 
 def read_tensors(path: Path, part: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Read the tensors of a LoRA file by name, and the settings of peft that it or its folder holds for ``part``."""
-    files = [path] if path.is_file() else [*path.glob("*.safetensors")] or [*path.glob("*.bin")]
+    files = [path] if path.is_file() else find_files(path, "*.safetensors") or find_files(path, "*.bin")
     usual = [file for file in files if file.stem == "pytorch_lora_weights"]
     file = files[0] if len(files) == 1 else (usual or [path / "pytorch_lora_weights.safetensors"])[0]
     if file.suffix != ".safetensors":

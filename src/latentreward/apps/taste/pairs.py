@@ -20,7 +20,7 @@ from latentreward.apps.taste.pictures import (
     same_contents,
 )
 from latentreward.contracts import sources_of
-from latentreward.data.images import ImageError, decode_image
+from latentreward.data.images import ImageError, decode_image, image_bytes
 from latentreward.data.readers.base import normalise_prompt
 from latentreward.data.readers.folders import SIDES, find_pictures, read_lines
 from latentreward.data.readers.json_rows import parse_line
@@ -230,8 +230,7 @@ def from_ratings(folder: Path) -> Collection:
             except ImageError as error:
                 unreadable[key] = f"{key or 'no path'} ({error.problem})"
                 continue
-            assert image.path is not None
-            pictures[key] = Picture(key, digest([image.path.read_bytes()]), "")
+            pictures[key] = Picture(key, digest([image_bytes(image)]), "")
         keys = [image.image_key for image in images]
         if pair.label_a is None or any(key in unreadable for key in keys):
             lost += 1

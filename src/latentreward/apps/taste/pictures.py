@@ -6,10 +6,10 @@ from pathlib import Path
 
 from latentreward.contracts import like_prompt, sources_of
 from latentreward.data.image_lists import ListedImage, read_images
-from latentreward.data.images import ImageError, decode_image, image_bytes
+from latentreward.data.images import ImageError, decode_image, file_image, image_bytes
 from latentreward.data.readers.base import MAX_PROMPT_CHARS
 from latentreward.data.readers.folders import find_pictures, read_caption
-from latentreward.data.readers.json_rows import file_image, parse_text
+from latentreward.data.readers.json_rows import parse_text
 from latentreward.errors import InputError
 from latentreward.storage.digests import digest
 from latentreward.storage.texts import UnreadableTextError

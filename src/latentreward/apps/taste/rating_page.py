@@ -16,8 +16,7 @@ from PIL import Image
 
 from latentreward.apps.taste.ratings import Ratings
 from latentreward.contracts import sources_of
-from latentreward.data.images import ImageError, decode_image
-from latentreward.data.readers.json_rows import file_image
+from latentreward.data.images import ImageError, decode_image, file_image
 from latentreward.errors import InputError, one_line
 from latentreward.reports import render_page
 

@@ -14,8 +14,7 @@ from latentreward.apps.taste.pictures import number_of
 from latentreward.apps.taste.plan import PREFERENCES, Plan
 from latentreward.apps.taste.splitting import HELD_OUT
 from latentreward.contracts import ImageRef, sources_of
-from latentreward.data.images import ImageError, decode_image
-from latentreward.data.readers.json_rows import file_image
+from latentreward.data.images import ImageError, decode_image, file_image
 from latentreward.errors import InputError
 from latentreward.metrics.bootstrap import Interval
 from latentreward.metrics.shared_pictures import picture_accuracy
@@ -83,7 +82,7 @@ class Measured:
 
 def measure(scores: Path, data: Path) -> Measured:
     """Compute the accuracy from the scores of ``predict``; raise InputError if no pair besides ties has a score."""
-    table = parquet.read_table(scores / SCORES).to_pydict()
+    table = parquet.read_table((scores / SCORES).absolute()).to_pydict()
     rows = [json.loads(line) for line in (data / PREFERENCES).read_text(encoding="utf-8").splitlines()]
     by_name = {row["pair_id"]: row for row in rows}
     levels: dict[str, list[int]] = {}

@@ -12,22 +12,21 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from latentreward.contracts import EditPrompt, ImageRef, sources_of
-from latentreward.data.images import ImageError, read_header
+from latentreward.data.images import ImageError, file_image, read_header
 from latentreward.data.list_rows import read_rows
 from latentreward.data.readers.base import MAX_PROMPT_CHARS
 from latentreward.data.readers.json_rows import (
     EDIT_SOURCE,
     MOST_SOURCES,
     SOURCES,
-    file_image,
     find_edit_source,
     list_sources,
     short,
 )
-from latentreward.data.readers.tables import embedded_image
+from latentreward.data.readers.rows import embedded_image
 from latentreward.errors import InputError, errors_at, first_line
-from latentreward.storage.ignored_files import match_files
 from latentreward.storage.texts import read_text
+from latentreward.storage.user_files import find_files, split_pattern, whole_file
 
 COLUMNS = ("prompt", "caption", "Prompt")
 """Names of the prompt column in order of preference: this project's, that of Pick-a-Pic and LPO, PartiPrompts'."""
@@ -110,7 +109,7 @@ def read_prompt_set(path: str, max_prompt_chars: int = MAX_PROMPT_CHARS) -> list
     """
     if Path(path).exists() or not glob.has_magic(path):
         return read_prompt_rows(path, max_prompt_chars=max_prompt_chars)
-    files = match_files(path)
+    files = find_files(*split_pattern(path))
     if not files:
         raise InputError(f"prompts: no file matches {path}; give a file of prompts, or a pattern that matches some")
     return [
@@ -123,12 +122,13 @@ def read_prompt_set(path: str, max_prompt_chars: int = MAX_PROMPT_CHARS) -> list
 def _read(file: Path) -> Iterator[Any]:
     suffix = file.suffix.lower()
     if suffix == ".parquet":
-        names = pq.read_schema(file).names  # other columns, such as Pick-a-Pic's images, are not read
+        table = pq.ParquetFile(whole_file(file), page_checksum_verification=True)
+        names = table.schema_arrow.names  # other columns, such as Pick-a-Pic's images, are not read
         kept = [name for name in (*COLUMNS, *GROUPS, *SOURCES) if name in names]
         edited = {name: True for name in names if EDIT_SOURCE.fullmatch(name) and name not in SOURCES}
         if not any(name in COLUMNS for name in kept):
             yield dict.fromkeys(names) | edited  # the caller tells that no column has a prompt, and which there are
-        rows = pq.read_table(file, columns=kept, page_checksum_verification=True).to_pylist()
+        rows = table.read(kept).to_pylist()
         yield from ({**row, **edited} for row in rows)
     elif suffix == ".txt":
         yield from (line.strip() for line in re.split(r"\r\n?|\n", read_text(file)))

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any, cast
 
 from latentreward.contracts import ImageRef
-from latentreward.data.images import TOO_LARGE, ImageError
+from latentreward.data.images import TOO_LARGE, ImageError, file_image
 from latentreward.errors import InputError
+from latentreward.storage.user_files import whole_file
 
 BITE, BEGINNING = 64, 2**16
 """Bytes read at once of a member that cannot be read whole, and bytes of it that are read."""
@@ -27,6 +28,7 @@ class ImageArchives:
 
     Args:
         places: Paths of zip files and folders ("parts"); the name of a part is its file name without ``.zip``.
+        allow_outside: Whether links in folders may lead out of them.
 
     Attributes:
         parts: Name of each part → its path.
@@ -35,7 +37,8 @@ class ImageArchives:
         ImageError: If a file is not a whole zip file.
     """
 
-    def __init__(self, places: Sequence[Path]) -> None:
+    def __init__(self, places: Sequence[Path], allow_outside: bool = False) -> None:
+        self.allow_outside = allow_outside
         self.parts = {place.name.removesuffix(".zip"): place for place in places}
         self._files: dict[tuple[int, str], zipfile.ZipFile] = {}  # by process and part
         for part, place in self.parts.items():
@@ -50,7 +53,7 @@ class ImageArchives:
         """
         place = self.parts[part]
         if place.is_dir():
-            return ImageRef(name, path=place / name, root=place)
+            return file_image(place, name, allow_outside=self.allow_outside)
         if name not in self._open(part).NameToInfo:
             return ImageRef(name, path=place / name)  # path below a zip file: decoding reports a missing file
         try:
@@ -77,12 +80,12 @@ class ImageArchives:
         return data, f"{place}/{name}"
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"parts": self.parts, "_files": {}}
+        return {**vars(self), "_files": {}}
 
     def _open(self, part: str) -> zipfile.ZipFile:
         if (key := (os.getpid(), part)) not in self._files:
             try:
-                self._files[key] = zipfile.ZipFile(self.parts[part])
+                self._files[key] = zipfile.ZipFile(whole_file(self.parts[part]))
             except (OSError, zipfile.BadZipFile) as error:
                 raise ImageError(f"{self.parts[part]}: not a whole zip file ({error}); download it again") from error
         return self._files[key]

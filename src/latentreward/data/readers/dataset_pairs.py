@@ -1,6 +1,5 @@
 """Reader of pairs of your own in a table: a ``datasets`` object or folder, parquet files, or a hub data set."""
 
-import os
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -8,16 +7,12 @@ from typing import Any
 import pyarrow as pa
 
 from latentreward.contracts import ImageRef, PathText
-from latentreward.data.images import NO_IMAGE
 from latentreward.data.readers.base import Sources, count_text
 from latentreward.data.readers.json_rows import (
     SOURCES,
-    check_path,
     edit_problem,
     edit_remark,
-    file_image,
     find_edit_source,
-    short,
 )
 from latentreward.data.readers.pair_rows import BY_LABEL, MODELS, NO_LABEL, NOISES, WINNER_FIRST, PairRowParser
 from latentreward.data.readers.parquet_store import plain_type
@@ -26,10 +21,8 @@ from latentreward.data.readers.tables import (
     Source,
     class_names,
     element_type,
-    embedded_images,
     holds_images,
     name_class,
-    name_pictures,
     open_table,
     source_name,
     warn_row_groups,
@@ -48,14 +41,14 @@ class DatasetPairReader(RowReader):
     """Reader of a table with columns ``prompt`` and ``chosen``, ``rejected`` or ``image_a``, ``image_b``, ``label``.
 
     The columns mean what the keys of :class:`~latentreward.data.readers.jsonl.JSONLPairReader` mean, and are checked by
-    the same rules. A column of images holds bytes, structs with ``bytes`` as ``datasets`` writes them for its feature
-    ``Image``, or paths. Optional columns are ``votes``, ``confidence``, ``weight``, ``pair_id`` (default ``FILE:ROW``,
-    or ``SPLIT:ROW`` of a ``Dataset``), ``group_id``, ``model_a``, ``model_b``, ``noise_a``, ``noise_b`` and, with the
-    names of the two images, ``key_a`` and ``key_b``; an image without name is named by a hash of its bytes. The
-    pictures that the two images are edits of are in ``source_images``, a picture or a list of them, with their names in
-    ``source_keys``; without these, whoever asks for all prompts has all these pictures read once. Other columns are not
-    read. A label with the feature ``ClassLabel`` counts by the name of its class, which must be ``a``, ``b``, ``tie``
-    or a number.
+    the same rules. A column of images holds bytes, structs with ``bytes`` or ``path`` as ``datasets`` writes them for
+    its feature ``Image``, or paths. Optional columns are ``votes``, ``confidence``, ``weight``, ``pair_id`` (default
+    ``FILE:ROW``, or ``SPLIT:ROW`` of a ``Dataset``), ``group_id``, ``model_a``, ``model_b``, ``noise_a``, ``noise_b``
+    and, with the names of the two images, ``key_a`` and ``key_b``; an image without name is named by a hash of its
+    bytes. The pictures that the two images are edits of are in ``source_images``, a picture or a list of them, with
+    their names in ``source_keys``; without these, whoever asks for all prompts has all these pictures read once. Other
+    columns are not read. A label with the feature ``ClassLabel`` counts by the name of its class, which must be ``a``,
+    ``b``, ``tie`` or a number.
 
     The constructor reads all these columns but the images, which are read row by row. No code of a data set is run.
 
@@ -94,35 +87,31 @@ class DatasetPairReader(RowReader):
     ) -> None:
         name = source_name(source)
         super().__init__(Path(name).name, split, **options)
+        self.folder = Path(root) if root else None
         self._rows = open_table(self, source, split, revision, config)
         ((place, schema), *_) = self._rows.schemas()
         chosen = choose_columns(schema, columns or {}, place, self.sources)
         self._fields = WINNER_FIRST if WINNER_FIRST[0] in chosen else BY_LABEL
         images = [chosen[field] for field in self._fields]
-        self._root = Path(root) if root else None
-        if not root and isinstance(source, str | os.PathLike) and Path(source).exists():
-            # A local source holds the files that its paths name.
-            self._root = Path(source) if Path(source).is_dir() else Path(source).parent
         embedded = any(holds_images(schema.field(image).type) for image in images)
         sources = chosen.get(SOURCES[0])
-        self._named: dict[int, list[ImageRef]] | None = None
         self._sources = sources if sources and holds_images(element_type(schema.field(sources).type)) else None
         self._embedded = dict(zip(self._fields, images, strict=True)) if embedded else {}
         if self._sources is not None:
-            self._embedded[SOURCES[0]] = self._sources
+            self._embedded[SOURCES[0]], self.sources_in = self._sources, (self._rows, self._sources)
         self._classes = class_names(schema, chosen.get("label", ""))
         if embedded:
             self._rows.check_images(images, "give bytes or paths in both columns of images")
         if self._sources is not None:
             self._rows.check_images([self._sources], "give bytes or paths in every file", lists=True)
         paths = [column for column in (*images, sources) if column and column not in self._embedded.values()]
-        if paths and self._root is None and not self._rows.files:
+        if paths and not self.folder.exists():
             raise InputError(f"root: {place} holds paths in {paths[0]}; set root to the folder of the image files")
         read = {field: column for field, column in chosen.items() if field not in self._embedded}
         index = self._rows.read_index(dict.fromkeys(read.values()), "give every file of the split the same columns")
         if self._embedded:
             self._rows.open_images([*self._embedded.values()], memory_map)
-        parser = PairRowParser(self, self._check_path)
+        parser = PairRowParser(self, self.check_path)
         self.table = parser.table(self._read_rows(index, read))
         if not len(self):
             told = f" ({count_text(self.skipped)} left out)" if self.skipped else ""
@@ -137,39 +126,15 @@ class DatasetPairReader(RowReader):
 
     def find_images(self, row: dict[str, Any]) -> list[ImageRef]:
         """Return the images of a row with their bytes, or references to their files."""
-        texts = row["image_a"], row["image_b"]
-        if self._fields[0] in self._embedded:
-            values = self._rows.read(row["row"], [self._embedded[field] for field in self._fields])
-            return [self._rows.image(value, key) for value, key in zip(values, texts, strict=True)]
-        return [*map(self._file, texts)]
+        if self._fields[0] not in self._embedded:
+            return super().find_images(row)
+        values = self._rows.read(row["row"], [self._embedded[field] for field in self._fields])
+        return self.embedded_images(values, [row["image_a"], row["image_b"]])
 
-    def find_sources(self, row: dict[str, Any]) -> list[ImageRef]:
-        """Return the pictures to edit of a row with their bytes, or references to their files."""
-        if self._sources is None:
-            return [*map(self._file, row["sources"] or ())]
-        return embedded_images(self._rows.read(row["row"], [self._sources])[0], row["sources"], self._rows.files)
-
-    def name_sources(self) -> dict[int, list[ImageRef]]:
-        """Return the pictures to edit by row, without bytes; those without names are read once."""
-        if self._sources is None:
-            return super().name_sources()
-        if self._named is None:
-            rows, keys = (self.table.column(name).to_pylist() for name in ("row", "sources"))
-            self._named = name_pictures(self._rows, self._sources, rows, keys)
-        return self._named
-
-    def _file(self, path: str | None) -> ImageRef:
-        if self._root is not None:
-            return file_image(self._root, path)
-        return ImageRef(path or "", path=Path(path) if path else None)
-
-    def _check_path(self, name: str, field: str, path: Any) -> None:
-        if field in self._embedded:
-            return
-        if self._root is not None:
-            check_path(self, name, field, path, self._root)
-        elif self.on_error == "raise" and not path:
-            self.refuse(name, f"{field} is {short(path)}, not a path", NO_IMAGE)
+    def check_path(self, pair_id: str, field: str, path: Any) -> None:
+        """Check a path in a column of paths, see the base class."""
+        if field not in self._embedded:
+            super().check_path(pair_id, field, path)
 
     def _read_rows(self, index: pa.Table, read: Mapping[str, str]) -> Iterator[tuple[str, int, dict[str, Any]]]:
         """Yield name, number and fields of every row; the fields of images in bytes hold the images' names."""

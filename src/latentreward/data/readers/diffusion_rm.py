@@ -16,8 +16,8 @@ from latentreward.data.readers.json_rows import parse_number
 from latentreward.data.readers.parquet_store import ParquetPart, RowGroupColumns, damage_named, open_part
 from latentreward.data.readers.rows import RowReader, pack
 from latentreward.errors import InputError
-from latentreward.storage.ignored_files import find_files
 from latentreward.storage.texts import read_table, read_text
+from latentreward.storage.user_files import find_files
 
 LATENTS = ("latent1", "latent2")
 SHAPES = ("latent1_shape", "latent2_shape")

@@ -3,7 +3,6 @@
 import re
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import partial
 from itertools import combinations
 from pathlib import Path
 from typing import Any, Literal
@@ -15,7 +14,6 @@ from latentreward.data.readers.folders import read_lines
 from latentreward.data.readers.json_rows import (
     SOURCES,
     as_object,
-    check_path,
     edit_remark,
     load_rows,
     parse_line,
@@ -27,8 +25,6 @@ from latentreward.data.readers.pair_rows import BY_LABEL, PairRowParser
 from latentreward.data.readers.rows import RowReader
 from latentreward.data.readers.tables import (
     Source,
-    embedded_images,
-    name_pictures,
     open_table,
     source_name,
 )
@@ -184,11 +180,10 @@ class EditPairReader(RowReader):
     ) -> None:
         name = source_name(source)
         super().__init__(Path(name).stem, split, **options)
-        self._named: dict[int, list[ImageRef]] | None = None
         file = _json_file(source, split)
+        self.folder = Path(root) if root else file and file.parent
         self._rows = None if file else open_table(self, source, split, revision, config)
         if file is not None:
-            self.folder = Path(root) if root else file.parent
             rows = _read_json(file)
             names = set().union(*(row for _, row in rows[:FIRST_ROWS] if isinstance(row, dict)))
         else:
@@ -206,7 +201,7 @@ class EditPairReader(RowReader):
             raise InputError(f"axis: {name} has no scores of {axis}; set overall, by which its pairs are judged")
         if file is None:
             rows = self._read_table(names)
-        parser = PairRowParser(self, partial(check_path, self, folder=self.folder) if file else None)
+        parser = PairRowParser(self, self.check_path if file else None)
         pairs = [*self._expand(rows)]
         table = parser.table((name, place, fields) for place, (name, fields, _) in enumerate(pairs))
         kept = [pairs[place][2] for place in table.column("row").to_pylist()]
@@ -228,21 +223,7 @@ class EditPairReader(RowReader):
             return super().find_images(row)
         columns = [*dict.fromkeys(image.partition(".")[0] for image in self.layout.images)]
         values = dict(zip(columns, self._rows.read(row["row"], columns), strict=True))
-        return [self._rows.image(_value(values, image)) for image in self.layout.images]
-
-    def find_sources(self, row: dict[str, Any]) -> list[ImageRef]:
-        """Return the pictures to edit of a row with their bytes, or references to their files."""
-        if self._rows is None or self.sources == "ignore":
-            return super().find_sources(row)
-        return embedded_images(self._rows.read(row["row"], [self.layout.source])[0], files=self._rows.files)
-
-    def name_sources(self) -> dict[int, list[ImageRef]]:
-        """Return the pictures to edit by row, without bytes; those of a table are read once."""
-        if self._rows is None or self.sources == "ignore":
-            return super().name_sources()
-        if self._named is None:
-            self._named = name_pictures(self._rows, self.layout.source, self.table.column("row").to_pylist())
-        return self._named
+        return self.embedded_images([_value(values, image) for image in self.layout.images])
 
     def _read_table(self, names: set[str]) -> list[tuple[str, Any]]:
         assert self._rows is not None
@@ -250,6 +231,8 @@ class EditPairReader(RowReader):
         self._rows.check_images(images, HINT, lists=True)
         index = self._rows.read_index(dict.fromkeys(c for c in self.layout.columns() if c in names), HINT)
         self._rows.open_images(images)
+        if self.sources == "read":
+            self.sources_in = self._rows, self.layout.source
         return [*zip(self._rows.row_names().to_pylist(), index.to_pylist(), strict=True)]
 
     def _expand(self, rows: list[tuple[str, Any]]) -> Iterator[tuple[str, Any, int]]:

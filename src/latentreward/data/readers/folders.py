@@ -9,14 +9,14 @@ from typing import Any
 
 import pyarrow as pa
 
-from latentreward.contracts import ImageRef, PathText
-from latentreward.data.images import OUTSIDE, resolve_inside
+from latentreward.contracts import PathText
+from latentreward.data.images import OUTSIDE
 from latentreward.data.readers.base import count_text
-from latentreward.data.readers.json_rows import edit_remark, encodable, file_image, parse_line, parse_text
+from latentreward.data.readers.json_rows import edit_remark, encodable, parse_line, parse_text
 from latentreward.data.readers.rows import RowReader, pack
 from latentreward.errors import InputError, printable
-from latentreward.storage.ignored_files import find_files
 from latentreward.storage.texts import UTF_16, UnreadableTextError, read_text
+from latentreward.storage.user_files import find_file, find_files, one_form, resolve_inside, whole_file
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +31,7 @@ UNREAD = (
 INDEX = pa.schema(
     {
         **dict.fromkeys(("pair_id", "prompt"), pa.large_string()),
-        **dict.fromkeys(SIDES, pa.large_binary()),  # names of files need not be UTF-8
+        **dict.fromkeys(("image_a", "image_b"), pa.large_binary()),  # names of files need not be UTF-8
         "label": pa.float64(),
         "sources": pa.list_(pa.large_binary()),
     }
@@ -60,7 +60,7 @@ class FolderPairReader(RowReader):
 
     Args:
         root: Folder with ``chosen/`` and ``rejected/``, or with one subfolder per split that holds both. Images outside
-            it are not opened.
+            it, behind links, are not opened, unless ``allow_outside`` is true.
         split: Name of the split's subfolder; null if ``root`` itself holds ``chosen/`` and ``rejected/``.
         options: See :class:`~latentreward.data.readers.rows.RowReader`.
 
@@ -70,48 +70,36 @@ class FolderPairReader(RowReader):
 
     def __init__(self, root: PathText, split: str | None = None, **options: Any) -> None:
         super().__init__("folder", split or "", **options)
-        self._folder = Path(root, split) if split else Path(root)
-        files, self._unread = {}, list[str]()
+        self.folder = Path(root, split) if split else Path(root)
+        files, self._unread, edits = {}, list[str](), (self.folder / SOURCE).is_dir()
         for side in SIDES:
-            if not (self._folder / side).is_dir():
-                raise InputError(
-                    f"root: no folder {self._folder / side}; put the images of pairs into chosen/ and rejected/"
-                )
-            files[side], told = find_pictures(self._folder / side)
+            if not (place := self.folder / side).is_dir():
+                raise InputError(f"root: no folder {place}; put the images of pairs into chosen/ and rejected/")
+        for side in (*SIDES, SOURCE) if edits and self.sources == "read" else SIDES:
+            files[side], told = find_pictures(self.folder / side)
             self._unread += [f"{side}/: {remark}" for remark in told]
-        names = sorted({name for side in files.values() for name in side})
-        if (self._folder / SOURCE).is_dir() and self.sources == "read":
-            files[SOURCE], told = find_pictures(self._folder / SOURCE)
-            self._unread += [f"{SOURCE}/: {remark}" for remark in told]
+        names = sorted({name for side in SIDES for name in files[side]})
         captions: dict[str, str] | None = None
-        if (self._folder / CAPTIONS_FILE).is_file():
+        if (self.folder / CAPTIONS_FILE).is_file():
             captions = {}
-            for line, text in read_lines(self._folder / CAPTIONS_FILE):
+            for line, text in read_lines(self.folder / CAPTIONS_FILE):
                 row = parse_line(text)
                 name, prompt = (row.get("name"), row.get("prompt")) if isinstance(row, dict) else (None, None)
                 if isinstance(name, str) and (caption := parse_text(prompt)) is not None:
-                    captions[name] = caption
+                    captions[one_form(name)] = caption
                 else:
                     problem = 'the line is not an object with the texts "name" and "prompt"'
                     self.refuse(f"{CAPTIONS_FILE}:{line}", problem, "caption line not readable")
         self.table = pack((self._check(name, files, captions) for name in names), INDEX)
         if not len(self):
             reasons = [f"{count_text(self.skipped)} left out"] if self.skipped else []
-            problem = "; ".join([f"root: no pairs in {self._folder}", *reasons, *self._unread])
+            problem = "; ".join([f"root: no pairs in {self.folder}", *reasons, *self._unread])
             raise InputError(f"{problem}; give chosen/ and rejected/ images of equal names, with captions")
-        if (self._folder / SOURCE).is_dir() and self.sources == "ignore":
+        if edits and self.sources == "ignore":
             self.remarks[edit_remark(f"{SOURCE}/")] += len(self)
         if self._unread:
-            logger.warning("%s: %s", printable(str(self._folder)), "; ".join(self._unread))
-        self.report(str(self._folder))
-
-    def find_images(self, row: dict[str, Any]) -> list[ImageRef]:
-        """Return references to the files of a name, the chosen one first."""
-        return [file_image(self._folder, os.fsdecode(row[side])) for side in SIDES]
-
-    def find_sources(self, row: dict[str, Any]) -> list[ImageRef]:
-        """Return a reference to the file of the picture to edit, if there is one."""
-        return [file_image(self._folder, os.fsdecode(path)) for path in row["sources"] or ()]
+            logger.warning("%s: %s", printable(str(self.folder)), "; ".join(self._unread))
+        self.report(str(self.folder))
 
     def _check(
         self, name: str, files: dict[str, dict[str, list[str]]], captions: dict[str, str] | None
@@ -124,10 +112,10 @@ class FolderPairReader(RowReader):
                 what = "several images" if paths else "no image"
                 reason = f"{what} in {side}/"
                 problem = "; ".join([f"{what} of this name in {side}/", *self._unread])
-        texts = (self._folder / folder / f"{name}.txt" for folder in (CAPTIONS, SIDES[0]) if captions is None)
+        texts = (self.folder / folder / f"{name}.txt" for folder in (CAPTIONS, SIDES[0]) if captions is None)
         try:
             prompt = captions.get(name) if captions is not None else None
-            prompt = next((text for file in texts if (text := read_caption(file, self._folder)) is not None), prompt)
+            prompt = next((text for file in texts if (text := read_caption(file, self.root)) is not None), prompt)
         except UnreadableTextError as error:
             problem, reason = (problem, reason) if reason else (str(error), "caption not readable")
         if not reason and prompt is None:
@@ -141,10 +129,9 @@ class FolderPairReader(RowReader):
         if reason and self.on_error == "skip":
             return None
         pair_id = encodable(f"{self.split}/{name}" if self.split else name)
-        images = {side: os.fsencode(paths[0] if paths else "") for side, paths in found.items()}
-        sources = [images.pop(SOURCE)] if SOURCE in images else None
-        label = None if reason else 1.0
-        return {"pair_id": pair_id, "prompt": prompt, "label": label, "sources": sources, **images}
+        image_a, image_b, *sources = (os.fsencode(paths[0] if paths else "") for paths in found.values())
+        row = {"pair_id": pair_id, "prompt": prompt, "label": None if reason else 1.0, "sources": sources}
+        return {**row, "image_a": image_a, "image_b": image_b}
 
 
 def read_caption(file: Path, root: Path | None = None) -> str | None:
@@ -153,10 +140,10 @@ def read_caption(file: Path, root: Path | None = None) -> str | None:
     Raises:
         UnreadableTextError: If the file is not text, or lies outside ``root`` after links are followed.
     """
-    if not file.is_file():
+    if not (file := find_file(file)).is_file():
         return None
     if root is not None and resolve_inside(root, file) is None:
-        raise UnreadableTextError(str(file), f"a {OUTSIDE}", f"put it into {root}")
+        raise UnreadableTextError(str(file), f"a {OUTSIDE}", f"put it into {root}, or set allow_outside: true")
     return read_text(file).removesuffix("\n").removesuffix("\r")
 
 
@@ -167,7 +154,7 @@ def read_lines(file: Path) -> Iterator[tuple[int, bytes]]:
         InputError: If the file cannot be opened, or is in UTF-16.
     """
     try:
-        with file.open("rb") as stream:
+        with whole_file(file).open("rb") as stream:
             if stream.read(2) in UTF_16:
                 raise InputError(f"{file} is in UTF-16, and JSON lines are UTF-8; save it as UTF-8")
             stream.seek(0)
@@ -179,14 +166,14 @@ def read_lines(file: Path) -> Iterator[tuple[int, bytes]]:
 
 
 def find_pictures(folder: Path) -> tuple[dict[str, list[str]], list[str]]:
-    """Find the images below a folder: name → paths relative to its parent; and :func:`tell_unread` of all files."""
-    found: dict[str, list[str]] = {}
-    files = find_files(folder, "**/*")
+    """Find the images below a folder: name → paths relative to its parent; and messages about what is not read."""
+    found, unread = dict[str, list[str]](), list[str]()
+    files = find_files(folder, "**/*", unread)
     for path in files:
         if path.suffix.lower() in SUFFIXES and not path.is_dir():
-            name = path.relative_to(folder).with_suffix("").as_posix()
+            name = one_form(path.relative_to(folder).with_suffix("").as_posix())
             found.setdefault(name, []).append(path.relative_to(folder.parent).as_posix())
-    return found, tell_unread(files)
+    return found, [*unread, *tell_unread(files)]
 
 
 def tell_unread(files: Iterable[Path]) -> list[str]:

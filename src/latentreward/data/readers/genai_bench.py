@@ -83,4 +83,4 @@ class GenAIBenchReader(RowReader):
 
     def find_images(self, row: dict[str, Any]) -> list[ImageRef]:
         """Return the left and the right image of a row with their bytes."""
-        return [self._rows.image(value) for value in self._rows.read(row["row"])]
+        return self.embedded_images(self._rows.read(row["row"]))

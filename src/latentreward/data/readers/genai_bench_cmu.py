@@ -83,8 +83,7 @@ class GenAIBenchCMUReader(RowReader):
 
     def find_images(self, row: dict[str, Any]) -> list[ImageRef]:
         """Return references to two images with their bytes from the parquet file."""
-        values = self._table.read(row["row"], [row["model_a"], row["model_b"]])
-        return [self._table.image(value) for value in values]
+        return self.embedded_images(self._table.read(row["row"], [row["model_a"], row["model_b"]]))
 
     def _parse(self, index: pa.Table, kept: list[int], tags: list[list[str]]) -> Iterator[ImageGroup]:
         """Yield a group for every row, and add its number to ``kept`` and the skills of its prompt to ``tags``."""

@@ -2,14 +2,14 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from latentreward.data.readers.base import PairReader
-from latentreward.data.readers.json_rows import check_path, check_row, parse_number, parse_text, short
+from latentreward.data.readers.json_rows import check_row, parse_number, parse_text, short
+from latentreward.data.readers.rows import RowReader
 
 UNRANKED = float("nan")
 
@@ -78,12 +78,12 @@ def pair_images(groups: Iterable[ImageGroup], named_by_group: bool = False) -> p
 
 
 def parse_ranked(
-    reader: PairReader, name: str, row: Any, fields: tuple[str, str], folder: Path, count: int | None = None
+    reader: RowReader, name: str, row: Any, fields: tuple[str, str], count: int | None = None
 ) -> ImageGroup | None:
     """Check a row of a JSON file and make a group of ranked images from it; None if ``on_error`` leaves it out.
 
-    The row has the list of paths, ``count`` if given, relative to ``folder``, and that of ranks in its two ``fields``.
-    A path that is not text is replaced by None.
+    The row has the list of paths, ``count`` if given, relative to the reader's folder, and that of ranks in its two
+    ``fields``. A path that is not text is replaced by None.
 
     Raises:
         InputError: If ``on_error`` is ``"raise"`` and the row breaks a rule, or a path is missing or leads out.
@@ -100,7 +100,7 @@ def parse_ranked(
         return None
     images = paths if listed else [None] * (count or 0)
     for path in images if listed else ():
-        check_path(reader, name, fields[0], path, folder)
+        reader.check_path(name, fields[0], path)
     prompt = parse_text(row.get("prompt")) or ""
     return ImageGroup(name, prompt, [*map(parse_text, images)], ranks or [UNRANKED] * len(images), name)
 

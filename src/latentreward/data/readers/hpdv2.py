@@ -28,9 +28,7 @@ class HPDv2Reader(RowReader):
 
     A null or missing prompt is read as an empty prompt. A row falls under ``on_error`` if it is not an object, its
     prompt is not text or too long, its paths are not a list (of two paths in training), or its choice or ranks are not
-    numbers; a group falls under ``on_error`` as a whole. A path that is missing or leads out of the folder of images
-    raises InputError in the constructor under ``on_error: raise``. Missing files are found when they are decoded.
-    Duplicate rows, and pairs of images of different sizes, are kept.
+    numbers; a group falls under ``on_error`` as a whole. Duplicate rows, and images of unlike sizes, are kept.
 
     The constructor parses the whole JSON file and keeps it in a compact form.
 
@@ -75,7 +73,7 @@ class HPDv2Reader(RowReader):
         """Yield the compared pairs or ``ranked`` groups, and add the votes on each pair of a group to ``votes``."""
         fields, count = (("image_path", "rank"), None) if ranked else (("file_path", "human_preference"), 2)
         for number, row in enumerate(rows):
-            group = parse_ranked(self, f"{self._name}:{number}", row, fields, self.folder, count)
+            group = parse_ranked(self, f"{self._name}:{number}", row, fields, count)
             if group is not None and ranked:
                 annotations = row.get("raw_annotations") if isinstance(row, dict) else None
                 votes += self._count_votes(annotations, len(group.images))

@@ -1,6 +1,5 @@
 """Reader of HPDv3 and HPDv3++: JSON files with pairs of image files, the preferred one first, and votes on them."""
 
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -8,7 +7,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from latentreward.contracts import PathText
-from latentreward.data.readers.json_rows import check_path, load_rows, parse_json, short
+from latentreward.data.readers.json_rows import load_rows, parse_json, short
 from latentreward.data.readers.pair_rows import PairRowParser
 from latentreward.data.readers.rows import RowReader
 
@@ -30,9 +29,7 @@ class HPDv3Reader(RowReader):
     ``path1`` is the preferred image, as published, even where the majority of votes contradicts it: the authors
     weighted annotators by ability. A null or missing prompt is read as an empty prompt. Unreadable votes and
     confidences are read as not published. A row falls under ``on_error`` if it is not a JSON object, its prompt is not
-    text or too long, or an image has more than a billion votes. A path that is missing or leads out of ``root`` raises
-    InputError in the constructor under ``on_error: raise``; otherwise the problem is found when the image is decoded,
-    as is a missing file. Absolute paths inside ``root`` are read. Duplicate rows are kept.
+    text or too long, or an image has more than a billion votes. Duplicate rows are kept.
 
     HPDv3++ (``Junjun2333/HPDv3-PlusPlus``) has the same rows, with votes and confidence as texts or null, in subfolders
     of ``root``: ``train/train_aes``, ``train/train_tf``, ``test/test_aes`` and ``test/test_tf`` compare aesthetics or
@@ -67,7 +64,7 @@ class HPDv3Reader(RowReader):
         super().__init__("hpdv3", split, **options)
         self.folder = Path(root)
         file = self.folder / f"{split}.json"
-        rows = PairRowParser(self, partial(check_path, self, folder=self.folder), COLUMNS)
+        rows = PairRowParser(self, self.check_path, COLUMNS)
         numbered = enumerate(load_rows(file))
         table = rows.table((f"{file.name}:{number}", number, _plain(row)) for number, row in numbered)
         if min_confidence is not None:

@@ -1,5 +1,6 @@
 """Readers of ImageReward's ranked test set, as published with its code, and of ImageRewardDB, as zip files."""
 
+import glob
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
@@ -18,6 +19,7 @@ from latentreward.data.readers.parquet_store import ParquetPart, damage_named
 from latentreward.data.readers.rows import RowReader
 from latentreward.errors import InputError
 from latentreward.storage.hub import is_hub_id
+from latentreward.storage.user_files import find_files, whole_file
 
 PARTS = {"train": 32, "validation": 2, "test": 2}
 """Number of zip files of each published split."""
@@ -30,9 +32,7 @@ class ImageRewardReader(RowReader):
     A row of the file gives all pairs of its images, with the row's ``id`` as ``group_id``. Equal ranks are a tie (½)
     and are kept. Pairs of a row with a null or missing ranking are unlabelled. A null or missing prompt is read as an
     empty prompt. A row falls under ``on_error`` as a whole if it is not an object, its prompt is not text or too long,
-    its ``generations`` are not a list, or its ``ranking`` is not one number for each of them. A path that is missing
-    or leads out of ``test_images/`` raises InputError in the constructor under ``on_error: raise``. Missing files are
-    found when they are decoded.
+    its ``generations`` are not a list, or its ``ranking`` is not one number for each of them.
 
     Args:
         root: Folder that holds ``test.json`` and ``test_images/``, directly or in ``data/`` as in the repository;
@@ -56,7 +56,7 @@ class ImageRewardReader(RowReader):
 
     def _parse(self, rows: list[Any]) -> Iterator[ImageGroup]:
         for number, row in enumerate(rows):
-            group = parse_ranked(self, f"test.json:{number}", row, ("generations", "ranking"), self.folder)
+            group = parse_ranked(self, f"test.json:{number}", row, ("generations", "ranking"))
             if group is not None:
                 named = row.get("id") if isinstance(row, dict) else None
                 yield group if named is None else replace(group, group_id=parse_text(str(named)))
@@ -99,7 +99,7 @@ class ImageRewardDBReader(RowReader):
         **options: Any,
     ) -> None:
         super().__init__("imagerewarddb", split, **options)
-        self._archives = ImageArchives(_find_places(source, split, parts, revision))
+        self._archives = ImageArchives(_find_places(source, split, parts, revision), self.allow_outside)
         metadata = Path(source, f"metadata-{split}.parquet")
         rows_of_parts = (
             (f"{part}.json:{number}", part, row)
@@ -118,7 +118,7 @@ class ImageRewardDBReader(RowReader):
     def _read_metadata(self, file: Path, parts: Sequence[int] | None) -> Iterator[tuple[str, str | None, Any]]:
         """Yield (name for messages, part, row) of every row of the metadata that belongs to the parts to read."""
         with damage_named(ParquetPart(file.name, file)):
-            table = pq.read_table(file, page_checksum_verification=True)
+            table = pq.read_table(whole_file(file), page_checksum_verification=True)
         if missing := [name for name in COLUMNS if name not in table.column_names]:
             raise InputError(f"{file}: no column {', '.join(missing)}; remove it to read the JSON files of the parts")
         rows = table.select(list(COLUMNS)).to_pylist()
@@ -170,7 +170,9 @@ def _find_places(source: str, split: str, parts: Sequence[int] | None, revision:
         numbers = range(1, PARTS[split] + 1) if parts is None else parts
         return fetch_files(source, [f"images/{split}/{split}_{number}.zip" for number in numbers], revision)
     found: dict[int, Path] = {}
-    for path in sorted(folder.glob(f"{split}_*"), reverse=True):  # a folder comes after its zip file and replaces it
+    for path in reversed(
+        find_files(folder, f"{glob.escape(split)}_*")
+    ):  # a folder comes after its zip file and replaces it
         number = re.fullmatch(rf"{re.escape(split)}_(\d+)(\.zip)?", path.name)
         if number and (path.is_dir() or number[2]):
             found[int(number[1])] = path

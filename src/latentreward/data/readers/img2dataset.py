@@ -13,14 +13,14 @@ import pyarrow as pa
 from latentreward.contracts import ImageRef, PathText
 from latentreward.data.readers.folders import read_caption
 from latentreward.data.readers.groups import UNRANKED, ImageGroup, pair_images
-from latentreward.data.readers.json_rows import file_image, parse_json, parse_number, parse_text, short
+from latentreward.data.readers.json_rows import parse_json, parse_number, parse_text, short
 from latentreward.data.readers.parquet_store import ParquetPart, RowGroupColumns, open_part, read_index
 from latentreward.data.readers.rows import ROWS_AT_ONCE, RowReader, pack
 from latentreward.data.readers.tables import holds_images
 from latentreward.data.readers.tars import read_extent, read_samples
 from latentreward.errors import InputError, did_you_mean
-from latentreward.storage.ignored_files import find_files
 from latentreward.storage.texts import UnreadableTextError
+from latentreward.storage.user_files import find_files
 
 ENCODED = ("jpg", "png", "webp")
 """Values of img2dataset's ``encode_format``, the suffixes of its images and the names of its column of images."""
@@ -87,7 +87,7 @@ class Img2DatasetReader(RowReader):
         **options: Any,
     ) -> None:
         super().__init__("img2dataset", split, randomise_sides=False, seed=0, **options)
-        self._root, self._rating, self._group = Path(root), rating, group
+        self.folder, self._rating, self._group = Path(root), rating, group
         self._best, self._max_group = best, max_group
         self._columns: RowGroupColumns | None = None
         self._shards, read = self._find_shards()
@@ -118,21 +118,20 @@ class Img2DatasetReader(RowReader):
         for number, name in ((row[f"number_{side}"], row[f"image_{side}"]) for side in "ab"):
             shard, *place = self._places[number].tolist()
             if self._columns is not None:
-                (value,) = self._columns.read(shard, place[0])
-                images.append(ImageRef(name or "", value.get("bytes") if isinstance(value, dict) else value))
+                images += self.embedded_images(self._columns.read(shard, place[0]), [name])
             elif self._shards[shard].is_dir():
-                images.append(file_image(self._root, name))
+                images.append(self.file_image(name))
             else:
                 with self._shards[shard].open("rb", buffering=0) as tar:
                     images.append(ImageRef(name or "", read_extent(tar, place)))
         return images
 
     def _find_shards(self) -> tuple[list[Path], Callable[[int], Iterator[dict[str, Any] | None]]]:
-        if not self._root.is_dir():
-            raise InputError(f"root: no folder {self._root}; {HINT}")
-        if tars := find_files(self._root, "*.tar"):
+        if not self.folder.is_dir():
+            raise InputError(f"root: no folder {self.folder}; {HINT}")
+        if tars := find_files(self.folder, "*.tar"):
             return tars, self._read_tar
-        parts = [ParquetPart(path.name, path) for path in find_files(self._root, "*.parquet")]
+        parts = [ParquetPart(path.name, path) for path in find_files(self.folder, "*.parquet")]
         if parts:
             with open_part(parts[0]) as file:
                 schema = file.schema_arrow
@@ -140,9 +139,9 @@ class Img2DatasetReader(RowReader):
             if named:  # beside img2dataset's other formats, parquet files hold no images
                 self._columns = RowGroupColumns(parts, named[:1])
                 return [part.path for part in parts], self._read_parquet
-        if folders := [path for path in find_files(self._root, "*") if path.is_dir() and any(_pictures(path))]:
+        if folders := [path for path in find_files(self.folder, "*") if path.is_dir() and any(_pictures(path))]:
             return folders, self._read_folder
-        raise InputError(f"root: no *.tar, no folder of images and no parquet with images in {self._root}; {HINT}")
+        raise InputError(f"root: no *.tar, no folder of images and no parquet with images in {self.folder}; {HINT}")
 
     def _read_tar(self, shard: int) -> Iterator[dict[str, Any] | None]:
         tar = self._shards[shard]
@@ -161,7 +160,7 @@ class Img2DatasetReader(RowReader):
             text = meta = None
             problem = ""
             try:
-                text, meta = (read_caption(picture.with_suffix(f".{end}"), self._root) for end in (TEXT, META))
+                text, meta = (read_caption(picture.with_suffix(f".{end}"), self.root) for end in (TEXT, META))
             except UnreadableTextError as error:
                 problem = str(error)
             yield self._parse(f"{folder.name}/{picture.name}", text, meta, problem, (shard, 0, 0))

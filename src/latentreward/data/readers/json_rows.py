@@ -2,19 +2,16 @@
 
 import json
 import math
-import os
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from decimal import Decimal
 from functools import lru_cache
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
-from latentreward.contracts import ImageRef
-from latentreward.data.images import BASE64, NO_IMAGE, OUTSIDE
 from latentreward.data.readers.base import PairReader
 from latentreward.errors import InputError
-from latentreward.storage.texts import UnreadableTextError, decode_text
+from latentreward.storage.texts import UnreadableTextError, decode_text, read_text
 
 EDIT_SOURCE = re.compile(
     r"(source|src|input|condition|conditioning)_(image|img)s?|path_src|prompt_images", re.IGNORECASE
@@ -69,22 +66,6 @@ def check_row(reader: PairReader, pair_id: str, row: Any, sources: Collection[st
     return row, True
 
 
-def check_path(reader: PairReader, pair_id: str, field: str, path: Any, folder: Path) -> None:
-    """Raise InputError for a path that is not text, is empty, or leads out of ``folder``, if ``on_error`` is raise.
-
-    Under other values of ``on_error`` nothing happens here: such an image is counted when it is decoded.
-    """
-    if reader.on_error != "raise":
-        return
-    if not isinstance(path, str) or not path:
-        reader.refuse(pair_id, f"{field} is {short(path)}, not a path", NO_IMAGE)
-    elif BASE64.fullmatch(path):
-        problem = f"{field} is {short(path)}, base64 text, not a path; write the image to a file"
-        reader.refuse(pair_id, problem, NO_IMAGE)
-    elif escapes(relative_path(path, folder)):
-        reader.refuse(pair_id, f"{field} {short(path)} leads out of {folder}", OUTSIDE)
-
-
 def edit_remark(source: str) -> str:
     """Return the remark on rows whose images are edits of the picture in field ``source``."""
     return f"edit of {short(source)}, a picture that is not read"
@@ -104,7 +85,7 @@ def load_rows(file: Path) -> list[Any]:
     """
     if not file.is_file():
         raise InputError(f"split: no file {file}; set root to the unpacked data set, and split to a file in it")
-    return parse_rows(file.read_bytes(), str(file))
+    return parse_rows(read_text(file), str(file))
 
 
 def parse_rows(
@@ -225,34 +206,6 @@ def _means_source(name: object) -> bool | None:
     if EDIT_SOURCE.fullmatch(str(name)):
         return True
     return False if MAYBE_SOURCE.fullmatch(str(name)) else None
-
-
-def relative_path(path: str, folder: Path) -> str:
-    """Return an absolute path that lies inside ``folder`` as a path relative to it; other paths unchanged.
-
-    Links are followed if that is needed to find the path inside ``folder``.
-    """
-    if not path.startswith("/") or "\0" in path:
-        return path
-    for follow in (os.path.normpath, os.path.realpath):
-        for root in (os.path.normpath(folder.absolute()), os.path.realpath(folder)):
-            found = PurePosixPath(follow(path))
-            if found.is_relative_to(root):
-                return str(found.relative_to(root))
-    return path
-
-
-def file_image(folder: Path, path: str | None, prefix: str = "") -> ImageRef:
-    """Return a reference to an image file inside ``folder``, whose ``image_key`` begins with ``prefix``."""
-    if not path:
-        return ImageRef("")
-    path = relative_path(path, folder)
-    return ImageRef(prefix + str(PurePosixPath(path)), path=folder / path, root=folder)
-
-
-def escapes(path: str) -> bool:
-    """Tell whether a path is absolute or leads out of its folder by ``..``; links are not followed."""
-    return path.startswith("/") or (".." in path and Path(os.path.normpath(path)).parts[:1] == ("..",))
 
 
 def short(value: Any) -> str:

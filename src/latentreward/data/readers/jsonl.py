@@ -1,12 +1,11 @@
 """Reader of JSON lines: pairs of image files of your own, one object per line."""
 
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from latentreward.contracts import PathText
 from latentreward.data.readers.folders import read_lines
-from latentreward.data.readers.json_rows import check_path, parse_line
+from latentreward.data.readers.json_rows import parse_line
 from latentreward.data.readers.pair_rows import PairRowParser
 from latentreward.data.readers.rows import RowReader
 from latentreward.errors import InputError
@@ -32,9 +31,7 @@ class JSONLPairReader(RowReader):
     Paths are relative to ``root``. A null or missing prompt is read as an empty prompt. Unreadable ``votes`` and
     ``confidence`` are ignored. Blank lines are ignored. A line falls under ``on_error`` if it is not an object, if its
     prompt is not text or too long, if its label or weight is out of range, if an image has more than a billion votes,
-    if it has more than 16 pictures to edit or one in another field, or if its ``pair_id`` occurred before. A path that
-    is missing or leads out of ``root`` raises InputError in the constructor under ``on_error: raise``; otherwise the
-    problem is found when the image is decoded, as is a missing file.
+    if it has more than 16 pictures to edit or one in another field, or if its ``pair_id`` occurred before.
 
     Args:
         file: Path of the file. Keys of a line: ``prompt``; ``chosen`` and ``rejected`` (paths), or ``image_a``,
@@ -54,7 +51,7 @@ class JSONLPairReader(RowReader):
         super().__init__(Path(file).name, split, **options)
         check_no_csv("file", file)
         self.folder = Path(root) if root else Path(file).parent
-        rows = PairRowParser(self, partial(check_path, self, folder=self.folder))
+        rows = PairRowParser(self, self.check_path)
         lines = ((f"{self.source}:{number}", number, parse_line(line)) for number, line in read_lines(Path(file)))
         self.table = rows.table(lines)
         self.report(str(file), f"file: {file} has no lines left; give one JSON object per line")

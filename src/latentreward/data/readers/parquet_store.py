@@ -19,7 +19,7 @@ from latentreward.data.images import ImageError
 from latentreward.data.readers.hub import fetch_split
 from latentreward.errors import InputError, first_line
 from latentreward.storage.hub import is_hub_id
-from latentreward.storage.ignored_files import find_files, match_files
+from latentreward.storage.user_files import find_files, split_pattern, whole_file
 
 MAX_OPEN_FILES = 32
 VIEWS = {pa.binary_view(): pa.large_binary(), pa.string_view(): pa.large_string()}
@@ -35,6 +35,10 @@ class ParquetPart:
 
     name: str  # published file name; a download cache renames files
     path: Path  # path of the file on this machine
+
+    def pattern(self) -> str:
+        """Return the pattern by which ``datasets``, which takes every name for one, finds the file."""
+        return glob.escape(str(self.path.absolute()))
 
 
 def find_parts(source: str, split: str, revision: str | None = None, config: str | None = None) -> list[ParquetPart]:
@@ -64,7 +68,7 @@ def find_parts(source: str, split: str, revision: str | None = None, config: str
         )
     if not folder.is_file() and glob.has_magic(source):
         # Rows are named by their file's name, which must therefore differ.
-        paths = match_files(source)
+        paths = find_files(*split_pattern(source))
         if not paths:
             raise InputError(f"source: no file matches {source}; give a pattern such as data/*.parquet")
         if twice := next((name for name, files in Counter(path.name for path in paths).items() if files > 1), None):
@@ -93,7 +97,7 @@ def open_part(part: ParquetPart) -> pq.ParquetFile:
         InputError: If two columns have one name, or the field ``huggingface``, which ``datasets`` writes, is no JSON.
     """
     with damage_named(part):
-        file = pq.ParquetFile(part.path, page_checksum_verification=True)
+        file = pq.ParquetFile(whole_file(part.path), page_checksum_verification=True)
         schema = file.schema_arrow
         names = Counter(schema.names)
     if twice := [name for name, count in names.items() if count > 1]:

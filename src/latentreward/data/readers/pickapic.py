@@ -129,7 +129,7 @@ class PickAPicReader(RowReader):
     def find_images(self, row: dict[str, Any]) -> list[ImageRef]:
         """Return both images of a row with their bytes, or their names alone."""
         values = self._rows.read(row["row"]) if self.holds == "images" else (None, None)
-        return [self._rows.image(value, row[name]) for value, name in zip(values, ("uid_0", "uid_1"), strict=True)]
+        return self.embedded_images(values, [row["uid_0"], row["uid_1"]])
 
     def _judge_labels(
         self, columns: dict[str, pa.Array], names: pa.Array, refused: np.ndarray

@@ -16,7 +16,7 @@ from latentreward.data.readers.rows import RowReader, pack
 from latentreward.data.readers.tars import ABSENT, Sample, read_extent, read_samples
 from latentreward.errors import InputError
 from latentreward.storage.hub import is_hub_id
-from latentreward.storage.ignored_files import find_files
+from latentreward.storage.user_files import find_files
 
 IMAGES = ("jpg_0.jpg", "jpg_1.jpg")
 LABELS = ("label_0.txt", "label_1.txt")

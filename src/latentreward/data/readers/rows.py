@@ -1,10 +1,10 @@
 """Base class of the readers of this package: a table with a row per pair, whose images are found row by row."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from copy import copy
 from dataclasses import replace
 from functools import cached_property
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,9 +12,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from latentreward.contracts import EditPrompt, ImageRef, PathText, PreferencePair
-from latentreward.data.readers.base import PairReader
-from latentreward.data.readers.json_rows import file_image
+from latentreward.data.images import BASE64, NO_IMAGE, OUTSIDE, file_image, outside
+from latentreward.data.readers.base import PairReader, content_key
+from latentreward.data.readers.json_rows import short
 from latentreward.seeding import coin_flips
+from latentreward.storage.user_files import escapes, relative_path
 
 SCORED_AXES = ("overall", "instruction_following", "visual_quality")
 SIDED = (*SCORED_AXES, "model", "votes")
@@ -34,6 +36,9 @@ class RowReader(PairReader):
     of, ``noise_a`` and ``noise_b``, the names of the noises that the images were generated from, and what
     :meth:`find_images` needs.
 
+    Of files, a path that is missing or leads out of their folder raises InputError in the constructor under ``on_error:
+    raise``; otherwise the problem is found when the image is decoded, as is a missing file.
+
     Args:
         source: Name of the data set.
         split: Name of the split.
@@ -42,29 +47,68 @@ class RowReader(PairReader):
             that name the preferred image first, a model that always prefers a would then always be right. A column
             ``winner_first`` limits the exchange to rows where it is true.
         seed: Seed of the random exchange.
+        allow_outside: Whether rows may name files outside their folder, and links in it may lead out of it.
         options: ``on_error``, ``max_prompt_chars``, ``exif`` and ``sources``, see :class:`PairReader`.
     """
 
     table: pa.Table
-    folder: Path  # folder of the images of a reader of files
+    folder: Any = None  # path of the folder of images that are files; None if there is none
     prefix = ""  # start of the names of these images
+    sources_in: tuple[Any, str] | None = None  # table and column of pictures to edit in bytes, if there is one
 
     def __init__(
-        self, source: PathText, split: str, *, randomise_sides: bool = True, seed: int = 0, **options: Any
+        self,
+        source: PathText,
+        split: str,
+        *,
+        randomise_sides: bool = True,
+        seed: int = 0,
+        allow_outside: bool = False,
+        **options: Any,
     ) -> None:
         super().__init__(**options)
         self.source, self.split, self.randomise_sides, self.seed = source, split, randomise_sides, seed
+        self.allow_outside = allow_outside
 
     def find_images(self, row: dict[str, Any]) -> list[ImageRef]:
         """Return references to the two images of a row, in the order of the file; ``row`` is column → value.
 
         By default they are files inside :attr:`folder`, with their paths in ``image_a`` and ``image_b``.
         """
-        return [file_image(self.folder, row[name], self.prefix) for name in ("image_a", "image_b")]
+        return [self.file_image(row[name]) for name in ("image_a", "image_b")]
 
     def find_sources(self, row: dict[str, Any]) -> list[ImageRef]:
         """Return references to the pictures that a row's images are edits of, by default files of :attr:`folder`."""
-        return [file_image(self.folder, path, self.prefix) for path in row.get("sources") or ()]
+        if self.sources_in is None:
+            return [*map(self.file_image, row.get("sources") or ())]
+        table, column = self.sources_in
+        return self.embedded_images(table.read(row["row"], [column])[0], row["sources"])
+
+    def file_image(self, path: str | bytes | None) -> ImageRef:
+        """Return a reference to a file of :attr:`folder`."""
+        return file_image(self.folder, path, self.prefix, self.allow_outside)
+
+    def embedded_images(self, value: Any, keys: Sequence[str | None] | None = None) -> list[ImageRef]:
+        """Return references to the images of a row that has several, or one, see :func:`embedded_image`."""
+        values = value if isinstance(value, list | tuple) else [] if value is None else [value]
+        names = keys if keys and len(keys) == len(values) else [None] * len(values)
+        return [embedded_image(one, key, self.file_image) for one, key in zip(values, names, strict=True)]
+
+    @property
+    def root(self) -> Any:
+        """Folder that files must lie in; None if they may lie anywhere."""
+        return None if self.allow_outside else self.folder
+
+    def check_path(self, pair_id: str, field: str, path: Any) -> None:
+        """Raise InputError for what is no path, or leads out of the folder, if ``on_error`` is raise."""
+        if self.on_error != "raise":
+            return
+        text = path if isinstance(path, str) else ""
+        if not text or BASE64.fullmatch(text):
+            told = "base64 text, not a path; write the image to a file" if text else "not a path"
+            self.refuse(pair_id, f"{field} is {short(path)}, {told}", NO_IMAGE)
+        elif not self.allow_outside and escapes(relative_path(text, self.folder)):
+            self.refuse(pair_id, f"{field} {short(path)} {outside(self.folder)}", OUTSIDE)
 
     def read_row(self, index: int) -> dict[str, Any]:
         """Return the values of row ``index`` by column."""
@@ -116,10 +160,23 @@ class RowReader(PairReader):
 
     def name_sources(self) -> dict[int, list[ImageRef]]:
         """Return references, without bytes, to the pictures that the images of rows are edits of, by row."""
+        if self.sources_in is not None:
+            return self._named
         if "sources" not in self.table.column_names:
             return {}
         rows = enumerate(self.table.column("sources").to_pylist())
         return {row: self.find_sources({"sources": paths}) for row, paths in rows if paths}
+
+    @cached_property
+    def _named(self) -> dict[int, list[ImageRef]]:
+        """Pictures to edit in bytes, by row; those without names are read once, and no other column is."""
+        table, column = self.sources_in or (None, "")
+        (alone := copy(table)).open_images([column])
+        named = {}
+        for place, (row, keys) in enumerate(zip(*map(self.table.__getitem__, ("row", "sources")), strict=True)):
+            read = () if keys.is_valid else self.embedded_images(alone.read(row.as_py())[0])
+            named[place] = [*map(ImageRef, keys.as_py() or [image.image_key for image in read])]
+        return named
 
     def pair_ids(self) -> list[str]:
         """Return the ``pair_id`` of every row."""
@@ -146,6 +203,18 @@ class RowReader(PairReader):
         if "winner_first" in self.table.column_names:
             exchanged &= self.table.column("winner_first").to_numpy()
         return exchanged
+
+
+def embedded_image(value: Any, key: str | None = None, find: Callable[[str], ImageRef] = ImageRef) -> ImageRef:
+    """Return a reference to an image: bytes, or a struct of ``bytes`` or ``path``; None if it is missing.
+
+    Without a ``key``, a hash of its bytes names the image, or its path, with which ``find`` makes a reference.
+    """
+    data, path = (value.get("bytes"), value.get("path")) if isinstance(value, dict) else (value, None)
+    if data is None and path:
+        found = find(path)
+        return replace(found, image_key=key or found.image_key)
+    return ImageRef(key or content_key(data), data)
 
 
 def pack(rows: Iterable[dict[str, Any] | None], schema: pa.Schema) -> pa.Table:

@@ -1,12 +1,12 @@
 """Tables of a split under one interface: parquet files, or a data set of the library ``datasets``."""
 
+import glob
 import json
 import logging
 import os
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from copy import copy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,9 +14,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from latentreward.contracts import ImageRef, PathText
-from latentreward.data.readers.base import PairReader, content_key
-from latentreward.data.readers.json_rows import escapes
+from latentreward.contracts import PathText
+from latentreward.data.readers.base import PairReader
 from latentreward.data.readers.parquet_store import (
     ParquetPart,
     RowGroupColumns,
@@ -29,7 +28,9 @@ from latentreward.data.readers.parquet_store import (
     row_group_bytes,
 )
 from latentreward.data.readers.parquet_store import read_index as read_parquet
+from latentreward.data.readers.rows import RowReader
 from latentreward.errors import InputError, first_line
+from latentreward.storage.user_files import escapes, split_pattern
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -50,8 +51,6 @@ DAMAGE = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionErr
 
 class SplitTable(ABC):
     """Rows of one split, in the order of their numbers; images are read row by row."""
-
-    files = False  # whether images may be files anywhere on this machine, because the table was made in this process
 
     @abstractmethod
     def schemas(self) -> list[tuple[str, pa.Schema]]:
@@ -95,13 +94,6 @@ class SplitTable(ABC):
                 if not holds_images(element_type(kind) if lists else kind):
                     raise InputError(f"{place}: column {name} is {schema.field(name).type}, not images; {hint}")
 
-    def image(self, value: Any, key: str | None = None) -> ImageRef:
-        """Return a reference to an image of a row: bytes, or a struct of ``bytes`` and ``path``; None if it is missing.
-
-        Without a ``key``, a hash of its bytes names the image.
-        """
-        return embedded_image(value, key, self.files)
-
 
 class _DatasetTable(SplitTable):
     """Table of a ``Dataset``, whose rows stay on disk if they are mapped from there: a row costs only this row.
@@ -109,8 +101,8 @@ class _DatasetTable(SplitTable):
     Its format and transform are not applied; ``place`` is its name in messages.
     """
 
-    def __init__(self, dataset: "Dataset", split: str, place: str, files: bool = False) -> None:
-        self._rows, self._split, self._place, self.files = dataset.with_format("arrow"), split, place, files
+    def __init__(self, dataset: "Dataset", split: str, place: str) -> None:
+        self._rows, self._split, self._place = dataset.with_format("arrow"), split, place
 
     def schemas(self) -> list[tuple[str, pa.Schema]]:
         return [(self._place, self._rows.features.arrow_schema)]
@@ -165,7 +157,7 @@ class _ParquetTable(SplitTable):
         if memory_map:
             from datasets import load_dataset  # slow to import
 
-            files, features = [str(part.path) for part in self.parts], plain_features(self.parts[0], columns)
+            files, features = [*map(ParquetPart.pattern, self.parts)], plain_features(self.parts[0], columns)
             settings: dict[str, Any] = {"data_files": files, "columns": list(columns), "features": features}
             self._copy = _DatasetTable(load_dataset("parquet", split="train", **settings), "", "")
             self._copy.open_images(columns)
@@ -179,7 +171,7 @@ class _ParquetTable(SplitTable):
 
 
 def open_table(
-    reader: PairReader, source: Source, split: str, revision: str | None = None, config: str | None = None
+    reader: RowReader, source: Source, split: str, revision: str | None = None, config: str | None = None
 ) -> SplitTable:
     """Find the table of a split; missing parquet parts fall under the reader's ``on_error``.
 
@@ -189,8 +181,9 @@ def open_table(
     Raises:
         InputError: If there is no such source or split, or a folder is damaged.
     """
+    set_folder(reader, source)
     if not isinstance(source, str | os.PathLike):
-        return _DatasetTable(_choose_split(source, split), split, f"source ({type(source).__name__})", files=True)
+        return _DatasetTable(_choose_split(source, split), split, f"source ({type(source).__name__})")
     places = [place for place in (Path(source), Path(source, split)) if (place / SAVED).is_file()]
     if not places and Path(source, SAVED_SPLITS).is_file():
         names = ", ".join(saved_splits(Path(source))) or "none"
@@ -206,6 +199,16 @@ def open_table(
         return _DatasetTable(Dataset.load_from_disk(str(places[0])), split, str(places[0]))
     except DAMAGE as error:
         raise InputError(f"source: {places[0]} is damaged ({first_line(error)}); {SAVE_AGAIN}") from error
+
+
+def set_folder(reader: RowReader, source: Source) -> None:
+    """Give a reader without a folder that of its table; rows of a table made in this process may name any file."""
+    if reader.folder is None and not isinstance(source, str | os.PathLike):
+        reader.folder, reader.allow_outside = Path(), True
+    elif reader.folder is None:
+        place = Path(source)
+        inner = not place.is_dir() and (place.is_file() or glob.has_magic(str(source)))
+        reader.folder = split_pattern(str(source))[0] if inner else place
 
 
 def find_all_parts(
@@ -270,38 +273,6 @@ def saved_splits(folder: Path) -> list[str]:
         return [name for name in names if not escapes(name) and (folder / name / SAVED).is_file()]
     except DAMAGE as error:
         raise InputError(f"{folder / SAVED_SPLITS}: not a list of splits; {SAVE_AGAIN}") from error
-
-
-def embedded_image(value: Any, key: str | None = None, files: bool = False) -> ImageRef:
-    """Return a reference to an image, see :meth:`SplitTable.image`; with ``files``, a path may replace the bytes."""
-    data, path = (value.get("bytes"), value.get("path")) if isinstance(value, dict) else (value, None)
-    if data is None and path and files:
-        return ImageRef(key or path, path=Path(path))
-    return ImageRef(key or content_key(data), data)
-
-
-def embedded_images(value: Any, keys: Sequence[str] | None = None, files: bool = False) -> list[ImageRef]:
-    """Return references to the images of a row that has a list of them, or one; see :func:`embedded_image`."""
-    values = value if isinstance(value, list) else [] if value is None else [value]
-    names = keys if keys and len(keys) == len(values) else [None] * len(values)
-    return [embedded_image(one, key, files) for one, key in zip(values, names, strict=True)]
-
-
-def name_pictures(
-    table: SplitTable, column: str, rows: Sequence[int], keys: Sequence[Sequence[str] | None] | None = None
-) -> dict[int, list[ImageRef]]:
-    """Return references, without bytes, to the images of a column that holds one or a list, by place in ``rows``.
-
-    Images without ``keys`` are read once, and no other column is.
-    """
-    (alone := copy(table)).open_images([column])
-    named = {}
-    for place, row in enumerate(rows):
-        names = keys[place] if keys is not None else None
-        if names is None:
-            names = [image.image_key for image in embedded_images(alone.read(row)[0], files=table.files)]
-        named[place] = [*map(ImageRef, names)]
-    return named
 
 
 def element_type(kind: pa.DataType) -> pa.DataType:

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import BinaryIO, Self
 
 from latentreward.errors import first_line
-from latentreward.storage.ignored_files import is_ignored
 from latentreward.storage.texts import UnreadableTextError, decode_text
+from latentreward.storage.user_files import is_ignored, whole_file
 
 ABSENT = (-1, 0)
 MAX_TEXT = 1 << 20
@@ -47,7 +47,7 @@ def read_samples(tar: Path, images: Collection[str], texts: Collection[str]) -> 
     Members whose file names end with one of ``images`` or ``texts`` after the first dot are read, others are ignored.
     The last sample of a damaged tar may not be whole.
     """
-    members, problem = _scan(tar)
+    members, problem = _scan(whole_file(tar))
     samples: list[Sample] = []
     with tar.open("rb", buffering=0) as file:
         for path, extent in members:

@@ -83,7 +83,7 @@ class SplitScores:
     def table(self) -> pa.Table:
         """Rows of the table up to the limit; call :meth:`complete` first."""
         if self._files.finished():
-            return pq.read_table(self._files.output).slice(0, self.rows)
+            return pq.read_table(self._files.output.absolute()).slice(0, self.rows)
         return pa.concat_tables(table for _, table in self._files.read()).slice(0, self.rows)
 
     def _missing(self, files: PartFiles) -> list[range]:

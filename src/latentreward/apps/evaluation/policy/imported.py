@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from latentreward.contracts import ImageRef, sources_of
+from latentreward.contracts import sources_of
 from latentreward.data.alignment.prompt_files import PromptRow, read_prompt_rows
-from latentreward.data.images import ImageError, decode_image, image_bytes, resolve_inside
+from latentreward.data.images import ImageError, decode_image, file_image, image_bytes
 from latentreward.data.readers.base import MAX_PROMPT_CHARS
 from latentreward.errors import InputError
 from latentreward.scorers.tools import JudgedPicture
@@ -95,11 +95,11 @@ def import_pictures(
     pictures, problems = {}, Counter[str]()
     for (place, image), file in matched.items():
         try:
-            decode_image(ImageRef(file, path=resolve_inside(folder, folder / file) or folder / file, root=folder))
+            decode_image(reference := file_image(folder, file))
         except ImageError as error:
             problems[error.problem] += 1
             continue
-        pictures[place, image] = judged(place, image, file, folder / file, rows[place])
+        pictures[place, image] = judged(place, image, file, reference.path or folder, rows[place])
     return ImportedPictures(folder, pictures, len(found) - len(matched), dict(problems))
 
 
