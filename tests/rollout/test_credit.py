@@ -81,6 +81,11 @@ def test_of_equal_bonuses_the_earlier_steps_stay() -> None:
     assert balance(turning, bonus).nonzero()[:, 1].tolist() == [0, 1, 68, 69]
 
 
+def test_a_bonus_of_zero_has_no_sign() -> None:
+    turning = torch.ones(1, 4, dtype=torch.bool)
+    assert balance(turning, torch.tensor([[1.0, 0.0, -1.0, -2.0]])).nonzero()[:, 1].tolist() == [0, 3]
+
+
 def test_gamma_out_of_range_is_refused() -> None:
     with pytest.raises(InputError, match=r"gamma=1\.5 must lie in \[0, 1\]"):
         GainCredit(1.5)
