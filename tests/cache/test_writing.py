@@ -469,7 +469,7 @@ def test_a_network_that_is_not_needed_may_be_missing_or_unknown(tmp_path: Path) 
 
 
 class SameKey(PairReader):
-    """A reader of a user's own, one of whose keys is of two rows' images."""
+    """A reader of a user's own, one of whose keys is of two rows' images; bytes are equally many, and end alike."""
 
     def __init__(self, root: str, given: str, other: str) -> None:
         super().__init__()
@@ -481,10 +481,9 @@ class SameKey(PairReader):
     def __getitem__(self, index: int) -> PreferencePair:
         files = [self.root / "images" / name for name in self.names[2 * index :][:2]]
         keys = [f"{index}a", "key"]
-        refs = [
-            ImageRef(key, path=file) if self.given == "path" else ImageRef(key, data=file.read_bytes())
-            for key, file in zip(keys, files, strict=True)
-        ]
+        data = ({"data": file.read_bytes().ljust(9000, b"\0")} for file in files)
+        given = ({"path": file} for file in files) if self.given == "path" else data
+        refs = [ImageRef(key, **one) for key, one in zip(keys, given, strict=True)]
         return PreferencePair(f"row {index}", "a cat", *refs, label_a=1.0)
 
 

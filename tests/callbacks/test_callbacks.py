@@ -438,7 +438,9 @@ def test_scores_of_two_axes_are_their_weighted_sum(module, batches, loader, make
 
     class Shapes(Callback):
         def on_train_batch_end(self, trainer, pl_module, outputs, *_):
-            seen.append(outputs["scored"].chosen.ndim)
+            scored = outputs["scored"]  # kept over an epoch, which a graph would not fit
+            assert not scored.chosen.requires_grad and not scored.rejected.requires_grad
+            seen.append(scored.chosen.ndim)
 
     trainer = make_trainer(callbacks=[NoiseBandAccuracy(), Shapes()])
     trainer.fit(module, loader(batches[:1]), loader(batches[:1]))

@@ -8,10 +8,17 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import fsspec
 import pytest
 import torch
 
-from latentreward.checkpoints.files import DurableCheckpointIO, checkpoint_problem, holds_weights_alone, newest_intact
+from latentreward.checkpoints.files import (
+    DurableCheckpointIO,
+    checkpoint_problem,
+    fetched,
+    holds_weights_alone,
+    newest_intact,
+)
 from latentreward.checkpoints.fsdp2 import FSDP2Strategy
 from latentreward.errors import InputError
 from tests.processes import Forked
@@ -103,6 +110,12 @@ def test_weights_alone_are_passed_over_by_a_run_that_goes_on(tmp_path: Path) -> 
     previous.unlink()
     with pytest.raises(InputError, match="no checkpoint beside it is intact"):
         newest_intact([last])
+
+
+def test_an_address_of_a_folder_is_no_checkpoint(tmp_path: Path) -> None:
+    fsspec.filesystem("memory").pipe("/run/last.ckpt/meta.pt", b"")
+    with pytest.raises(InputError, match=r"^ckpt_path: memory://run/last\.ckpt is not a file; of a folder of shards"):
+        fetched("memory://run/last.ckpt", tmp_path)
 
 
 def test_nothing_there_is_no_error(tmp_path: Path) -> None:

@@ -24,13 +24,18 @@ def kept_of(data: Tensors) -> Tensor:
 def test_kept_and_agreement(case: Case) -> None:
     data, kept = case.tensors(), kept_of(case.tensors())
     agreement = Agreement.of(data["predicted"], kept, data["reward"].gather(1, kept))
+    # The case's formulas are those of many samples: M₂, the kept's mean square, in place of M, and nothing by chance.
+    std, mean = torch.std_mean(data["predicted"], dim=1, correction=0, keepdim=True)
+    moment = ((data["predicted"] - mean) / std).gather(1, kept).square().mean()
+    many = Agreement(torch.stack([*agreement.sums[:3], agreement.sums[0] / moment, *torch.full((2,), 1e12)]))
     slope = agreement.sums[2] / agreement.sums[0]
     own, rewards = data["predicted"].gather(1, kept), data["reward"].gather(1, kept)
     found = {
         "kept": kept,
         "slope": slope,
         "residual": rewards - rewards.mean(dim=1, keepdim=True) - slope * (own - own.mean(dim=1, keepdim=True)),
-        **{name: getattr(agreement, name) for name in ("second_moment", "correlation_kept", "correlation", "contrast")},
+        "second_moment": many.spread,
+        **{name: getattr(many, name) for name in ("correlation_kept", "correlation", "contrast")},
     }
     for name, value in found.items():
         assert_within(value, data[f"best_worst.{name}"], name, 1e-8)

@@ -91,6 +91,15 @@ def test_images_without_a_value_are_left_out(loss: PreferenceLoss) -> None:
     assert (slope[2:] != 0).all()
 
 
+@pytest.mark.parametrize("loss", [RegressionDistillation(), RankingDistillation()])
+def test_a_value_without_its_uncertainty_is_left_out(loss: PreferenceLoss) -> None:
+    scores, std = scores_of(torch.tensor([0.3, 0.4])), torch.tensor([1.0, NAN])
+    chosen = scores.chosen.clone().requires_grad_()
+    parts = loss.per_pair(taught(replace(scores, chosen=chosen), *torch.ones(2, 2), std, std))
+    (slope,) = torch.autograd.grad(parts.sum(), chosen)
+    assert parts[0] != 0 != slope[0] and parts[1] == 0 == slope[1]
+
+
 @every_loss
 def test_a_score_that_is_not_finite_is_no_missing_value(loss: PreferenceLoss) -> None:
     """Its loss ends a run before the backward pass, whose gradient would be NaN. Without a value it counts nowhere."""

@@ -79,6 +79,8 @@ def test_norm_guard_acts_on_predictions_above_the_reference_alone() -> None:
     value = NormGuard(3.0).penalty(prediction, reference)
     assert value.item() == pytest.approx(3.0 * (0.25 + 1.0) / 6, rel=1e-4)
     (slope,) = torch.autograd.grad(value, prediction)
+    graph = reference.clone().requires_grad_()
+    assert not NormGuard().penalty(prediction.detach(), graph).requires_grad
     assert slope.isfinite().all()
     assert (slope.flatten(1).norm(dim=1) > 1e-6).tolist() == [False, False, True, True, False, False]
 

@@ -95,7 +95,7 @@ def test_advantages_are_divided_by_the_contrast() -> None:
     rows = module.roll_out(BATCH)
     first = [rows.keys.index(next(key for key in rows.keys if key.startswith(f"{one}/"))) for one in samples_of(rows)]
     rewards = 10 * rows.latents[first][:, 0].flatten(1).mean(dim=1).view(2, 4)
-    contrast = module.pruned._total.contrast_of(2)
+    contrast = module.pruned._total.contrast
     assert contrast > 1.1
     want = (rewards - rewards.mean(dim=1, keepdim=True)) / contrast
     torch.testing.assert_close(rows.advantage[first].view(2, 4), want.float(), rtol=1e-3, atol=1e-4)
@@ -193,7 +193,7 @@ def test_windows_and_rules_of_steps_fit(options: dict[str, Any]) -> None:
 def test_a_correlation_too_low_is_said_once(
     after_steps: int, candidates: int, says: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With a rule that keeps anything, M₂ is 1 and nothing pays; nothing is said where nothing is pruned or trained."""
+    """With a rule that keeps anything, M is 1 and nothing pays; nothing is said where nothing is pruned or trained."""
     monkeypatch.setattr("latentreward.modules.pruned.ENOUGH", 12)
     rule: PruningRule = Drawn() if says else BestAndWorst()
     module = make("nft", pruning=Pruning(candidates, after_steps, rule=rule))

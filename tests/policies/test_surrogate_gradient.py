@@ -55,6 +55,12 @@ def test_surrogate_gradients_give_the_gradients_of_one_pass(name: str) -> None:
         torch.testing.assert_close(actual, expected)
 
 
+def test_the_mean_of_half_precision_scores_is_float32() -> None:
+    """In bfloat16 the mean of 256 and 257 would be 256."""
+    scores = torch.tensor([[256.0], [258.0], [258.0], [258.0]]).bfloat16()
+    assert surrogate(torch.zeros(4, 1), lambda z: scores + z.bfloat16()).item() == 257.5
+
+
 def test_one_pass_with_checkpointing_is_refused_by_torch_and_not_wrong() -> None:
     with pytest.raises((CheckpointError, RuntimeError)):
         gradients(two_adapters("sd15", checkpointing=True), staged=False)

@@ -66,12 +66,12 @@ def test_turning_points_that_cannot_be_are_refused(arguments: dict[str, object],
 
 def test_bonuses_are_balanced_among_the_steps_that_are_trained_on() -> None:
     credit = TurningPointCredit("gain", "total", balanced=True)
-    rewards = torch.tensor([[0.0, 1.0, 2.0, 3.0], [0.0, -1.0, -1.5, -2.0], [0.0, -3.0, 1.0, 9.0]]).double()
+    rewards = torch.tensor([[0.0, 1.0, 2.0, 3.0], [0.0, -1.0, -1.5, -2.0], [0.0, -3.0, 1.0, 9.0], [0.0] * 4]).double()
     _, bonus = credit.parts(rewards)
-    assert bonus[:, 0].tolist() == [0.0, -2.0, 0.0] and bonus[2, 1] == 9.0  # the largest of each sign
+    assert bonus[:, 0].tolist() == [0.0, -2.0, 0.0, 0.0] and bonus[2, 1] == 9.0  # the largest of each sign
     own = rewards.diff(dim=1)
     torch.testing.assert_close(
-        credit.of_steps(rewards, [0]), own[:, [0]] + torch.tensor([[3.0], [-2.0], [0.0]]).double()
+        credit.of_steps(rewards, [0]), own[:, [0]] + torch.tensor([[3.0], [-2.0], [0.0], [0.0]]).double()
     )
 
 
@@ -79,6 +79,11 @@ def test_of_equal_bonuses_the_earlier_steps_stay() -> None:
     turning, bonus = torch.ones(1, 70, dtype=torch.bool), torch.ones(1, 70).double()
     bonus[0, 68:] = -1.0
     assert balance(turning, bonus).nonzero()[:, 1].tolist() == [0, 1, 68, 69]
+
+
+def test_a_bonus_of_zero_has_no_sign() -> None:
+    turning = torch.ones(1, 4, dtype=torch.bool)
+    assert balance(turning, torch.tensor([[1.0, 0.0, -1.0, -2.0]])).nonzero()[:, 1].tolist() == [0, 3]
 
 
 def test_gamma_out_of_range_is_refused() -> None:

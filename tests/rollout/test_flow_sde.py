@@ -48,6 +48,17 @@ def test_one_step_by_hand() -> None:
     assert sampler.clean(latents, velocity, sampler.timesteps[1:]).item() == pytest.approx(2.0 + 0.5 * before)
 
 
+@pytest.mark.parametrize(("steps", "shift"), [(3, 5.0), (10, 3.0)])
+def test_noise_is_that_of_the_released_code(steps: int, shift: float) -> None:
+    """Flow-GRPO's code takes the second level in the denominator where σ is 1, and nowhere else."""
+    timesteps, sigmas = static_levels({"shift": shift}, steps)
+    sigmas[0] -= 1e-6  # as UniPC's, where the released code would add a thousand times the noise
+    sigma = sigmas[:-1].double()
+    denominator = 1 - torch.where(torch.arange(steps) == 0, sigma[1], sigma)
+    wanted = 0.7 * (sigma / denominator * -sigmas.double().diff()).sqrt()
+    torch.testing.assert_close(FlowSDESampler(timesteps, sigmas).noise_std, wanted.float(), rtol=1e-4, atol=0)
+
+
 def test_many_small_steps_keep_the_marginals() -> None:
     """Clean data N(0, s²) have the velocity E[ε − x_0 | x] = x·(σ − (1 − σ)s²)/((1 − σ)²s² + σ²); with it the standard
     deviation at the end is s, with noise as without."""

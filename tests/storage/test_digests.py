@@ -82,6 +82,16 @@ def test_every_part_of_a_file_is_checked(path: Path) -> None:
         check_records(file, ((0, size), (size, size)))
 
 
+def test_a_record_that_goes_on_beyond_the_file_is_damaged(tmp_path: Path) -> None:
+    path = tmp_path / "last.ckpt"
+    with zipfile.ZipFile(path, "w") as records:
+        records.writestr("archive/data.pkl", b"0123456789")
+    start, end = path.read_bytes().split(b"PK\1\2")
+    path.write_bytes(start + b"PK\1\2" + end.replace((10).to_bytes(4, "little"), (10**6).to_bytes(4, "little")))
+    with pytest.raises(ValueError, match="a record "):
+        check_records(path)
+
+
 def test_what_is_computed_beside_other_work_is_not_computed_again(path: Path, opened: Counter[str]) -> None:
     with checking_meanwhile(records=[(path, None)]):
         until(lambda: opened)

@@ -80,13 +80,7 @@ class RowScan(Dataset[ScannedRow]):
         """
         pair = self.reader[index]
         images = [*layout.images_of(pair).values()]
-        marks = []
-        for image in images:
-            if image.path is None:
-                data = image.data or b""
-                marks.append(crc32(bytes(data[-4096:]), len(data)))
-            else:
-                marks.append(crc32(os.fsencode(image.path)))
+        marks = [crc32((one.data or b"") if one.path is None else os.fsencode(one.path)) for one in images]
         a, b, *sources = (ImageRef(image.image_key, noise=image.noise) for image in images)
         text = EditPrompt(pair.prompt, sources) if sources else pair.prompt
         bare = replace(pair, prompt=text, image_a=a, image_b=b)

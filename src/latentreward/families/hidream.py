@@ -36,7 +36,7 @@ class HiDream(FlowFamily):
     """Family of HiDream-I1: dual and single blocks with experts, and no mask of padded prompts.
 
     With ``UniPCMultistepScheduler``, which the released pipeline of the undistilled model holds, the network receives
-    whole timesteps. Its output is x_0 − ε.
+    whole timesteps; its levels are sampled with Euler's steps. The network's output is x_0 − ε.
     """
 
     name = "hidream"

@@ -49,7 +49,8 @@ PARTS = {
 class Wan21(FlowFamily):
     """Family of Wan 2.1: latents with a time axis, UMT5, cross-attention to text that is the same in all blocks.
 
-    With ``UniPCMultistepScheduler``, which the released pipelines hold, the network receives whole timesteps.
+    With ``UniPCMultistepScheduler``, which the released pipelines hold, the network receives whole timesteps;
+    its levels are sampled with Euler's steps.
     """
 
     name = "wan21"

@@ -42,8 +42,8 @@ class RAMLoss(SetLoss):
 
     Args:
         multiplier: m, at least 0. An advantage has no unit (it is divided by the spread of rewards), and so has m. The
-            lower m is, the nearer the policy stays to the reference; Adam's steps do not grow with m. Published: 100
-            for GenEval and OCR, 1000 for PickScore.
+            lower m is, the nearer the policy stays to the reference; Adam's steps do not grow with m. Ports of
+            the authors' code have 100 for GenEval and OCR, 1000 for PickScore.
         residual: Prediction that the true target is compared with: ``old``, as released, or ``policy``, as in the
             paper, which saves a forward pass.
 
@@ -51,7 +51,7 @@ class RAMLoss(SetLoss):
         InputError: If ``multiplier`` is negative or not finite.
 
     Note:
-        The released code was not at hand; ``old`` and the published m are second-hand.
+        The released code was not at hand; ``old`` and the authors' m are second-hand.
     """
 
     def __init__(self, multiplier: float = 10.0, residual: Literal["old", "policy"] = "old") -> None:

@@ -20,7 +20,8 @@ class DGPOModule(ForwardProcessModule):
     """Direct group preference optimisation (DGPO, arXiv:2510.08425), for flows.
 
     A row of a batch is a prompt at one noise level, with all its K samples and one noise for them; ``data.batch_size``
-    counts prompts. An older copy of the adapter samples, and bounds how far the policy may go from it. See
+    counts prompts. Levels are drawn for each prompt; the released code draws them once a rollout, for all prompts.
+    An older copy of the adapter samples, and bounds how far the policy may go from it. See
     :class:`~latentreward.losses.DGPOLoss`; logs ``train/loss``, ``train/policy``, ``train/kl``, ``train/weight`` and
     ``train/clipped``.
 

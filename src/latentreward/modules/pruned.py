@@ -21,7 +21,7 @@ from latentreward.rollout import (
 from latentreward.seeding import pair_generator
 
 ENOUGH = 256
-"""Number of samples from which on ρ is judged; its standard error is then at most 0.06."""
+"""Degrees of freedom, K − 1 a prompt, from which on ρ is judged; its standard error is then at most 0.06."""
 
 
 class PrunedRollouts:
@@ -118,7 +118,7 @@ class PrunedRollouts:
         self._total = agreement if self._total is None else self._total + agreement
         every = rewards.new_zeros(len(everywhere), self.count)
         pruned = self.pruning.candidates > self.count  # else C is 1, but for rounding
-        every[everywhere] = scaled_advantages(rule, values, agreement.contrast_of(len(values)) if pruned else None)
+        every[everywhere] = scaled_advantages(rule, values, agreement.contrast if pruned else None)
         steps, early = module.sampling.num_inference_steps, self.pruning.after_steps
         finished = len(values) / len(everywhere) * self.count / self.pruning.candidates
         family = module.policy.family

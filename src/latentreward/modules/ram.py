@@ -30,7 +30,8 @@ class RAMModule(ForwardProcessModule):
         levels: Distribution of the noise levels to train at, whatever the sampler's steps are; None takes the density
             2σ (``PowerSigma`` with power 0.5).
         draws: Noise levels J of each sample, each with its own noise.
-        old: How slowly the copy that samples follows the policy; None takes the published 0.01 · step, at most 0.9.
+        old: How slowly the copy that samples follows the policy; None takes 0.01 · step, at most 0.9, as ports of
+            the authors' code do.
         loss: See :class:`~latentreward.losses.RAMLoss`.
         options: See :class:`ForwardProcessModule`.
 

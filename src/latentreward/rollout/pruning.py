@@ -117,17 +117,18 @@ class Pruning:
 class Agreement:
     r"""Agreement of predictions with the rewards of the kept samples, within prompts.
 
-    Kept samples differ more than all candidates do, so their own correlation :math:`\rho_k` is too high. With M₂ the
-    mean of z² over the kept, z the predictions standardised among the candidates of their prompt:
+    Kept samples differ more than all candidates do, so their own correlation :math:`\rho_k` is too high. With M the
+    variance of the kept predictions of a prompt over that of all its candidates' predictions, both without bias:
 
-    .. math:: \rho^2 = \frac{\rho_k^2}{M_2 - \rho_k^2 (M_2 - 1)}, \qquad C = 1 + \rho^2 (M_2 - 1),
+    .. math:: \rho^2 = \frac{\rho_k^2}{M - \rho_k^2 (M - 1)}, \qquad C = 1 + \rho^2 (M - 1),
 
-    where C is the variance of the kept rewards of a prompt over that of all candidates' rewards. Both hold for a rule
-    that keeps high and low predictions alike.
+    where C is the variance of the kept rewards of a prompt over that of all candidates' rewards. Both hold, for any
+    rule, where rewards follow predictions along a line, with noise that does not depend on them.
 
     Attributes:
-        sums: ``(5,)`` float64, which add up over prompts and rollouts: squares of the kept predictions' deviations
-            from their prompt's mean, squares of the rewards' deviations, their products, z², number of samples.
+        sums: ``(6,)`` float64, which add up over prompts and rollouts: squares of the kept predictions' deviations
+            from their prompt's mean, squares of the rewards' deviations, their products, squares of all candidates'
+            deviations, and degrees of freedom of the kept and of all candidates, K − 1 and N − 1 for each prompt.
     """
 
     sums: Tensor
@@ -136,20 +137,20 @@ class Agreement:
     def of(cls, predicted: Tensor, kept: Tensor, rewards: Tensor) -> Self:
         """Compare predictions ``(P, N)`` with the ``rewards`` ``(P, K)`` of the ``kept``, indices ``(P, K)`` int64."""
         predicted, rewards = to_float64(predicted), to_float64(rewards)
-        kept = kept.to(predicted.device)
-        std, mean = torch.std_mean(predicted, dim=1, correction=0, keepdim=True)
-        z = ((predicted - mean) / std.clamp(min=SMALLEST)).gather(1, kept)
-        own, theirs = (one - one.mean(dim=1, keepdim=True) for one in (predicted.gather(1, kept), rewards))
-        parts = own.square(), theirs.square(), own * theirs, z.square(), torch.ones_like(z)
-        return cls(torch.stack([part.sum() for part in parts]))
+        chosen = predicted.gather(1, kept.to(predicted.device))
+        own, theirs, every = (one - one.mean(dim=1, keepdim=True) for one in (chosen, rewards, predicted))
+        parts = own.square(), theirs.square(), own * theirs, every.square()
+        free = (torch.ones_like(one[:, 1:]) for one in (own, every))
+        return cls(torch.stack([part.sum() for part in (*parts, *free)]))
 
     def __add__(self, other: "Agreement") -> "Agreement":
         return Agreement(self.sums + other.sums)
 
     @property
-    def second_moment(self) -> Tensor:
-        """Return M₂, at least 0; 1 if all candidates are kept."""
-        return self.sums[3] / self.sums[4]
+    def spread(self) -> Tensor:
+        """Return M, at least 0; 1 if all candidates are kept."""
+        own, every, kept_free, free = self.sums[[0, 3, 4, 5]]
+        return own * free / (every * kept_free).clamp(min=SMALLEST)
 
     @property
     def correlation_kept(self) -> Tensor:
@@ -160,29 +161,21 @@ class Agreement:
     @property
     def correlation(self) -> Tensor:
         """Return ρ, the correlation of all candidates."""
-        kept, moment = self.correlation_kept, self.second_moment
-        return kept / (moment - kept**2 * (moment - 1)).clamp(min=SMALLEST).sqrt()
+        kept, spread = self.correlation_kept, self.spread
+        return kept / (spread - kept**2 * (spread - 1)).clamp(min=SMALLEST).sqrt()
 
     @property
     def contrast(self) -> Tensor:
-        """Return C, the variance of the kept rewards over that of all candidates'."""
-        return self._contrast(self.correlation_kept**2)
+        """Return C, 1 for a ρ_k that chance explains.
 
-    def contrast_of(self, prompts: int) -> Tensor:
-        """Return C as measured on so many prompts, 1 for a ρ_k that chance explains.
-
-        The square of a correlation is too high on average, by chance alone 1 / ν for ν = ``prompts`` · (K − 1).
+        The square of a correlation is too high on average, by chance alone 1 / ν for ν degrees of freedom.
         """
-        free = self.sums[4] - prompts
-        return self._contrast(((self.correlation_kept**2 * free - 1) / (free - 1).clamp(min=1)).clamp(min=0))
-
-    def _contrast(self, kept: Tensor) -> Tensor:
-        """Return C of a ρ_k²."""
-        more = self.second_moment - 1
+        free, more = self.sums[4], self.spread - 1
+        kept = ((self.correlation_kept**2 * free - 1) / (free - 1).clamp(min=1)).clamp(min=0)
         return 1 + kept / (1 + more - kept * more).clamp(min=SMALLEST) * more
 
     def least_correlation(self, pruning: Pruning, count: int, steps: int, trained: float) -> float:
-        r"""Return the ρ above which pruning pays, from :math:`\rho^2 (M_2 - 1)(1 + u) = f (N / K - 1)`.
+        r"""Return the ρ above which pruning pays, from :math:`\rho^2 (M - 1)(1 + u) = f (N / K - 1)`.
 
         Above 1 it pays at no ρ.
 
@@ -192,7 +185,7 @@ class Agreement:
             steps: Steps T of the sampler.
             trained: Passes of the policy in training on one sample, u · T.
         """
-        gain = (self.second_moment.item() - 1) * (1 + trained / steps)
+        gain = (self.spread.item() - 1) * (1 + trained / steps)
         cost = pruning.after_steps / steps * (pruning.candidates / count - 1)
         return math.sqrt(cost / gain) if gain > 0 else math.inf
 
