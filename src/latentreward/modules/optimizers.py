@@ -16,7 +16,7 @@ from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau
 
-from latentreward.errors import InputError, check_choices, check_range
+from latentreward.errors import InputError, check_choices, check_range, did_you_mean
 
 NEVER = 2**62
 """Frequency, in epochs, at which Lightning steps a ReduceLROnPlateau: :class:`OptimizerSteps` does it instead."""
@@ -155,7 +155,7 @@ class OptimizerSteps(Callback):
             raise InputError(f"{type(pl_module).__name__}.training_step returned None; it must return the loss")
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Step a ReduceLROnPlateau with its metric; a sanity check only looks for the metric.
+        """Step a ReduceLROnPlateau with its metric; a sanity check only looks for the metrics that are monitored.
 
         Lightning steps it after the checkpoint of an epoch's end, so that a resumed run would lack that step.
 
@@ -164,6 +164,8 @@ class OptimizerSteps(Callback):
         """
         if trainer.state.fn != TrainerFn.FITTING:
             return
+        if trainer.sanity_checking:
+            check_monitors(trainer)
         for config in trainer.lr_scheduler_configs:
             if config.reduce_on_plateau:
                 if (metric := trainer.callback_metrics.get(str(config.monitor))) is None:
@@ -173,6 +175,24 @@ class OptimizerSteps(Callback):
                     )
                 if not trainer.sanity_checking:
                     config.scheduler.step(metric)
+
+
+def check_monitors(trainer: Trainer) -> None:
+    """Raise InputError if a callback monitors a metric under ``val/``, say, that a validation does not log there.
+
+    Nothing is checked with callbacks of a user's own, which may log more in a whole validation.
+    """
+    known, callbacks = trainer.callback_metrics.keys(), trainer.callbacks  # type: ignore[attr-defined]
+    if not all(type(one).__module__.startswith(("latentreward.", "lightning.")) for one in callbacks):
+        return
+    for callback in callbacks:
+        monitor, strict = getattr(callback, "monitor", None), getattr(callback, "strict", True)
+        place = str(monitor).partition("/")[0] + "/"
+        if strict and monitor not in known and any(name.startswith(place) for name in known):
+            raise InputError(
+                f"trainer.callbacks: {type(callback).__name__} has monitor: {monitor}, which is none of the "
+                f"validation's metrics{did_you_mean(monitor, known)}"
+            )
 
 
 def warn_of_unreached(module: nn.Module) -> None:
