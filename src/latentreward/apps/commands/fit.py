@@ -468,10 +468,9 @@ class TrainingCLI(LightningCLI):
             shown = settings["ckpt_path"] if given == "hpc" else self.config[self.command]["ckpt_path"]
             check_checkpoint(settings["ckpt_path"], shown)
         if given == "last":
-            path = fit_folder.last_checkpoint(self.trainer)
-            if path is None and (path := fit_folder.last_of_earlier_start(self.trainer, settings["trainer"])):
-                # Without a folder that is the run's alone, it may be another run's.
-                root = settings["trainer"]["default_root_dir"]
+            path, trainer = fit_folder.last_checkpoint(self.trainer), self.config[self.command]["trainer"]
+            if path is None and (path := fit_folder.last_of_earlier_start(self.trainer, trainer)):
+                root = trainer["default_root_dir"]  # without a folder that is the run's alone, it may be another run's
                 if root is None or not path.resolve().is_relative_to(Path(root).resolve()):
                     raise InputError(
                         "ckpt_path: last: the logger gives each start a folder of its own, and this one is new; "
