@@ -46,8 +46,7 @@ class ResumedSettings(Callback):
     with other checkpoints the batch size of the settings is used. Other prompts of an alignment are used, with a
     warning. The command line adds this callback to every fit.
 
-    A ``LearningRateFinder`` or ``BatchSizeFinder`` is left out of a resumed run, because it searched before the first
-    step.
+    A ``LearningRateFinder`` or ``BatchSizeFinder`` is left out of a resumed run: it searched before the first step.
 
     Args:
         override: What to take from the settings instead: ``lr``, the learning rate; ``schedule``, the learning rate
@@ -81,10 +80,7 @@ class ResumedSettings(Callback):
         self._saved, self._start = None, None
 
     def start(self, trainer: Trainer) -> int:
-        """Return the number of this start among those whose files lie in the run's folder; collective.
-
-        A resumed run has the number of its checkpoint.
-        """
+        """Return which start in the run's folder this is, counted by files; a resumed run is its checkpoint's."""
         if self._start is None:
             folder, callbacks = log_folder(trainer), trainer.callbacks  # type: ignore[attr-defined]
             names = [folder / one.output_name for one in callbacks if hasattr(one, "output_name")]
@@ -156,12 +152,9 @@ class ResumedSettings(Callback):
                 self._replay(trainer, self._saved["lr_schedulers"])
         end = total_steps(trainer) or 0
         for scheduler in (config.scheduler for config in trainer.lr_scheduler_configs if config.interval == "step"):
-            if 0 < end < warm_up_steps(scheduler) and trainer.is_global_zero:
-                logger.warning(
-                    "model.lr_scheduler warms up for %d optimiser steps, and the run ends at step %d, before the full "
-                    "learning rate; give a shorter warm-up, or a longer run",
-                    *(warm_up_steps(scheduler), end),
-                )
+            if 0 < end < (steps := warm_up_steps(scheduler)) and trainer.is_global_zero:
+                line = "model.lr_scheduler warms up for %d optimiser steps, and the run ends at step %d; shorten one"
+                logger.warning(f"{line}, or lengthen the other", steps, end)
             if isinstance(scheduler, OneCycleLR) and scheduler.total_steps < end:
                 override = "" if self._saved is None else " and --resume_override=[schedule]"
                 raise InputError(
@@ -185,14 +178,13 @@ class ResumedSettings(Callback):
 
     def _check_owners(self, trainer: Trainer) -> None:
         """Leave out searches for settings, and refuse states that no callback of the run takes."""
-        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-        trainer.callbacks = [one for one in callbacks if type(one).on_fit_start not in SEARCHES]  # type: ignore[attr-defined]
-        lines = [
-            f"{type(one).__name__} is left out: it searched before the first step, and its result is in the checkpoint"
-            for one in callbacks
-            if one not in trainer.callbacks  # type: ignore[attr-defined]
-        ]
-        owned = {one.state_key for one in callbacks}
+        callbacks, line = (
+            trainer.callbacks,
+            "left out: it searched before the first step, and the checkpoint has its result",
+        )  # type: ignore[attr-defined]
+        searches = [one for one in callbacks if type(one).on_fit_start in SEARCHES]
+        trainer.callbacks = [one for one in callbacks if one not in searches]  # type: ignore[attr-defined]
+        owned, lines = {one.state_key for one in callbacks}, [f"{type(one).__name__} is {line}" for one in searches]
         for key, state in self._saved["callbacks"].items():  # type: ignore[index]
             # A ModelCheckpoint that monitors nothing only knows which of its files comes next.
             if key in owned or not state or ("best_model_path" in state and state.get("monitor") is None):
@@ -210,16 +202,17 @@ class ResumedSettings(Callback):
         """Raise InputError if step, weights or optimiser are no longer the checkpoint's."""
         saved: dict[str, Any] = self._saved or {}
         stepped, undone = any(one["state"] for one in saved["optimizer_states"]), ""
+        weights, before = trainer.lightning_module.named_parameters(), saved.get("state_dict", {})
         if trainer.global_step != saved["global_step"]:
             undone = f"stands at optimiser step {trainer.global_step}, not at the checkpoint's {saved['global_step']}"
         elif stepped and not any(one.state for one in trainer.optimizers):
             undone = "has a new optimiser without the checkpoint's state"
-        elif changed := changed_weight(trainer.lightning_module, saved.get("state_dict", {})):
-            undone = f"has other weights than the checkpoint ({changed})"
+        elif changed := [name for name, one in weights if differs(one, before.get(name))]:
+            undone = f"has other weights than the checkpoint ({changed[0]})"
         if undone:
             raise InputError(
-                f"the resumed run {undone}: a callback changed it before the first step; leave out of a resumed run "
-                "the trainer.callbacks that restore a state or load weights"
+                f"the resumed run {undone}: a callback changed it before the first step; leave those of "
+                "trainer.callbacks that restore a state or load weights out of a resumed run"
             )
 
     def _settle(self, trainer: Trainer, name: str, given: Any, saved: Any, override: str | None = None) -> None:
@@ -321,24 +314,19 @@ def run_kind(trainer: Trainer) -> str:
     return f"{type(trainer.lightning_module).__qualname__} on {data}"
 
 
-def changed_weight(module: LightningModule, saved: Mapping[str, Any]) -> str | None:
-    """Return the name of the first trained weight that is not as saved; None if there is none, or they are sharded."""
-    for name, weight in module.named_parameters():
-        before = saved.get(name)
-        if before is None or not weight.requires_grad or isinstance(weight, DTensor) or before.shape != weight.shape:
-            continue
-        if not torch.equal(weight.detach().cpu(), before.to("cpu", weight.dtype)):
-            return name
-    return None
+def differs(weight: Tensor, before: Tensor | None) -> bool:
+    """Tell whether a trained weight is not as saved; sharded ones are not compared."""
+    known = before is not None and weight.requires_grad and not isinstance(weight, DTensor)
+    return known and before.shape == weight.shape and not torch.equal(weight.cpu(), before.to("cpu", weight.dtype))
 
 
 def warm_up_steps(scheduler: LRScheduler) -> float:
     """Return the optimiser steps of the warm-up with which a schedule begins; 0 for none that is known."""
     first: Any = next(iter(getattr(scheduler, "_schedulers", ())), scheduler)
     if isinstance(first, OneCycleLR):
-        return float(first._schedule_phases[0]["end_step"])  # type: ignore[index]
-    rises = getattr(first, "start_factor", getattr(first, "factor", 1)) < getattr(first, "end_factor", 1)
-    return getattr(first, "total_iters", 0) if rises else getattr(first, "warmup_steps", 0)
+        return first._schedule_phases[0]["end_step"]  # type: ignore[index, no-any-return]
+    rises = getattr(first, "start_factor", 1) < getattr(first, "end_factor", 1)
+    return first.total_iters if rises else getattr(first, "warmup_steps", 0)
 
 
 def batch_size(trainer: Trainer) -> int | None:

@@ -16,7 +16,7 @@ from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau
 
-from latentreward.errors import InputError, check_choices, check_range, did_you_mean
+from latentreward.errors import InputError, check_choices, check_range
 
 NEVER = 2**62
 """Frequency, in epochs, at which Lightning steps a ReduceLROnPlateau: :class:`OptimizerSteps` does it instead."""
@@ -169,10 +169,7 @@ class OptimizerSteps(Callback):
         for config in trainer.lr_scheduler_configs:
             if config.reduce_on_plateau:
                 if (metric := trainer.callback_metrics.get(str(config.monitor))) is None:
-                    known = ", ".join(sorted(trainer.callback_metrics))
-                    raise InputError(
-                        f"model.lr_scheduler.monitor: {config.monitor} is not one of the validation's metrics: {known}"
-                    )
+                    raise unlogged(trainer, "model.lr_scheduler.monitor", config.monitor)
                 if not trainer.sanity_checking:
                     config.scheduler.step(metric)
 
@@ -180,19 +177,21 @@ class OptimizerSteps(Callback):
 def check_monitors(trainer: Trainer) -> None:
     """Raise InputError if a callback monitors a metric under ``val/``, say, that a validation does not log there.
 
-    Nothing is checked with callbacks of a user's own, which may log more in a whole validation.
+    Callbacks of a user's own may log more in a whole validation, so nothing is checked with one.
     """
-    known, callbacks = trainer.callback_metrics.keys(), trainer.callbacks  # type: ignore[attr-defined]
-    if not all(type(one).__module__.startswith(("latentreward.", "lightning.")) for one in callbacks):
-        return
-    for callback in callbacks:
-        monitor, strict = getattr(callback, "monitor", None), getattr(callback, "strict", True)
-        place = str(monitor).partition("/")[0] + "/"
-        if strict and monitor not in known and any(name.startswith(place) for name in known):
-            raise InputError(
-                f"trainer.callbacks: {type(callback).__name__} has monitor: {monitor}, which is none of the "
-                f"validation's metrics{did_you_mean(monitor, known)}"
-            )
+    known, callbacks = trainer.callback_metrics, trainer.callbacks  # type: ignore[attr-defined]
+    if all(type(one).__module__.startswith(("latentreward.", "lightning.")) for one in callbacks):
+        for one in callbacks:
+            monitor, strict = getattr(one, "monitor", None), getattr(one, "strict", True)
+            place = f"{monitor}".partition("/")[0] + "/"
+            if strict and monitor not in known and any(name.startswith(place) for name in known):
+                raise unlogged(trainer, f"trainer.callbacks: {type(one).__name__}.monitor", monitor)
+
+
+def unlogged(trainer: Trainer, setting: str, monitor: str | None) -> InputError:
+    """Return the error about a setting that names a metric which no validation logs."""
+    known = ", ".join(sorted(trainer.callback_metrics))
+    return InputError(f"{setting}: {monitor} is not one of the validation's metrics: {known}")
 
 
 def warn_of_unreached(module: nn.Module) -> None:

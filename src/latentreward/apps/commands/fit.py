@@ -64,8 +64,6 @@ if TYPE_CHECKING:
 CONFIG, SAVED = "config.yaml", "config*.yaml"
 LEFT_OUT = ("#", "ckpt_path:")
 """Starts of lines in which the settings of one run may differ between two files."""
-MONITORS = ("lightning.pytorch.callbacks.early_stopping",)
-"""Modules whose RuntimeError is about a setting: a metric that nobody logs."""
 USED = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": ("predict",)}
 """Subcommand -> splits that the subcommand reads; the first split must be set."""
 
@@ -329,17 +327,11 @@ class TrainingCLI(LightningCLI):
             raise InputError("weights_only: false would let a checkpoint run code; leave it out")
         if self.command == "fit" and not settings["trainer"]["fast_dev_run"]:
             fit_folder.check_folder(settings["trainer"])
-            if local is None and not restarted():
-                fit_folder.tell_earlier_run(settings["trainer"])
-        wanted = "last" if local is None and self.command == "fit" and restarted() else local
-        if wanted in ("last", "hpc"):  # Lightning resolves these two words
-            likely = fit_folder.likely_checkpoint(wanted, settings["trainer"])
-        elif likely := Path(wanted) if wanted else None:
-            check_checkpoint(likely, given, values=False)
+        if local not in (None, "last", "hpc"):
+            check_checkpoint(local, given, values=False)
             if self.command == "fit":
-                check_resumable(likely, given)
-        if likely:  # its values are checked while the networks are built
-            self.held.enter_context(checking_values(likely))
+                check_resumable(local, given)
+            self.held.enter_context(checking_values(Path(local)))  # while the networks are built
         check_callbacks(settings["trainer"])
         with constructor_errors(), sharing_between(ranks_per_machine(settings["trainer"])):
             super().instantiate_classes()
@@ -432,12 +424,10 @@ class TrainingCLI(LightningCLI):
         if settings["ckpt_path"] is None and restarted():
             settings["ckpt_path"] = "last"
         self._find_checkpoint()
-        if settings["ckpt_path"] == "last":
-            place = fit_folder.checkpoint_places(self.trainer)[0]
-            fit_folder.tell(f"ckpt_path: last: there is no checkpoint in {place} yet, so the run begins at step 0")
-            settings["ckpt_path"] = None
         if path := settings["ckpt_path"]:
             check_resumable(path, path)
+        else:
+            fit_folder.tell_earlier_run(self.trainer)
         warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
 
     def after_fit(self) -> None:
@@ -468,16 +458,8 @@ class TrainingCLI(LightningCLI):
             shown = settings["ckpt_path"] if given == "hpc" else self.config[self.command]["ckpt_path"]
             check_checkpoint(settings["ckpt_path"], shown)
         if given == "last":
-            path, trainer = fit_folder.last_checkpoint(self.trainer), self.config[self.command]["trainer"]
-            if path is None and (path := fit_folder.last_of_earlier_start(self.trainer, trainer)):
-                root = trainer["default_root_dir"]  # without a folder that is the run's alone, it may be another run's
-                if root is None or not path.resolve().is_relative_to(Path(root).resolve()):
-                    raise InputError(
-                        "ckpt_path: last: the logger gives each start a folder of its own, and this one is new; "
-                        f"give {path}, or give the run a folder of its own by --{FOLDER}"
-                    )
-                fit_folder.tell(f"ckpt_path: last: going on from {path}, of an earlier start in {root}")
-            settings["ckpt_path"] = str(path or "last")
+            earlier = partial(fit_folder.last_of_earlier_start, self.trainer, self.config[self.command]["trainer"])
+            settings["ckpt_path"] = str(fit_folder.last_checkpoint(self.trainer) or earlier() or "last")
 
     def before_validate(self) -> None:
         """Find ``ckpt_path: last``; without it Lightning would evaluate the model as it was made, untrained."""
@@ -662,12 +644,9 @@ def load_checked(
     content = load(path, weights_only=True)
     if not isinstance(content, Mapping) or "pytorch-lightning_version" not in content:
         raise InputError(f"ckpt_path: {path} is not a Lightning checkpoint; give one that `fit` wrote")
-    ours_is = run_kind(trainer)
-    if trainer.state.fn == TrainerFn.FITTING and content.get("kind", ours_is) != ours_is:
-        raise InputError(
-            f"ckpt_path: {path} is of {content['kind']}, and this run is {ours_is}; give a checkpoint of this run, or "
-            "start anew"
-        )
+    kind = run_kind(trainer)
+    if trainer.state.fn == TrainerFn.FITTING and content.get("kind", kind) != kind:
+        raise InputError(f"ckpt_path: {path} is of {content['kind']}, and this run is {kind}; give one of this run")
     return content
 
 
@@ -765,11 +744,10 @@ def _run(command: str, arguments: Sequence[str]) -> "tuple[Estimate | None, Card
                 return done.estimated, done.card
     except MisconfigurationException as error:
         raise InputError(f"{error}{where(error)}") from error
-    except (ValueError, RuntimeError) as error:  # such as a val_check_interval above an epoch
+    except (ValueError, RuntimeError) as error:
         *_, (frame, _) = walk_tb(error.__traceback__)
-        kinds = ("lightning.pytorch.", "torch.optim.") if isinstance(error, ValueError) else MONITORS
-        if not str(frame.f_globals.get("__name__")).startswith(kinds):
+        if not str(frame.f_globals.get("__name__")).startswith(("lightning.pytorch.", "torch.optim.")):
             raise
-        raise InputError(summarise(str(error)) + where(error)) from error
+        raise InputError(summarise(str(error)) + where(error)) from error  # such as a val_check_interval above an epoch
     except SIGTERMException as stop:
         sys.exit(stop.code or TERMINATED)

@@ -19,7 +19,7 @@ from latentreward.callbacks import PolicyLoRA, SampleGrid, ScoredPairGrid
 from latentreward.callbacks.graceful_stop import fallback_folder
 from latentreward.callbacks.resumed_settings import log_folder, output_path
 from latentreward.checkpoints.files import checkpoint_problem, holds_weights_alone, newest_intact
-from latentreward.checkpoints.shards import newest_first
+from latentreward.errors import InputError
 from latentreward.storage.durable import check_writable
 
 FOLDER = "trainer.default_root_dir"
@@ -78,39 +78,14 @@ def check_folder(trainer: Namespace) -> None:
         check_writable(folder / "checkpoints")
 
 
-def tell_earlier_run(trainer: Namespace) -> None:
+def tell_earlier_run(trainer: Trainer) -> None:
     """Say in one line that the checkpoint folders of a new run hold checkpoints of an earlier one."""
-    for folder in checkpoint_folders(trainer):
-        if found := sorted(path.name for path in folder.glob("*.ckpt")):
-            tell(
-                f"{folder} holds an earlier run ({found[0]}): this run starts anew and writes beside it; "
-                f"--ckpt_path last goes on with that run, another {FOLDER} keeps the two apart"
-            )
-            return
-
-
-def checkpoint_folders(trainer: Namespace) -> list[Path]:
-    """List the folders where a trainer's settings let the run save checkpoints, as far as they name them."""
-    callbacks = trainer.get("callbacks") or []
-    given = [one.get("init_args", {}).get("dirpath") for one in callbacks if isinstance(one, Namespace)]
-    folders = [Path(folder) for folder in given if folder and "://" not in str(folder)]
-    if (folder := run_folder(trainer)) is not None:
-        folders.append(folder / "checkpoints")
-    return folders
-
-
-def likely_checkpoint(word: str, trainer: Namespace) -> Path | None:
-    """Return the checkpoint that a word probably means; :func:`last_checkpoint` knows it, once callbacks are made.
-
-    Args:
-        word: ``last`` or ``hpc``.
-        trainer: Settings of the trainer.
-    """
-    if word == "last":
-        found = [path for folder in checkpoint_folders(trainer) for path in last_files(folder)]
-    else:
-        found = [*(run_folder(trainer) or Path()).glob("hpc_ckpt_*.ckpt")]
-    return next(iter(newest_first(found)), None)
+    found = [path for folder in checkpoint_places(trainer) for path in sorted(folder.glob("*.ckpt"))]
+    if found and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+        tell(
+            f"{found[0].parent} holds an earlier run ({found[0].name}): this run starts anew and writes beside it; "
+            f"--ckpt_path last goes on with that run, another {FOLDER} keeps the two apart"
+        )
 
 
 def last_files(folder: Path) -> list[Path]:
@@ -142,14 +117,24 @@ def last_of_earlier_start(trainer: Trainer, settings: Namespace) -> Path | None:
     """Return the newest checkpoint of earlier starts, if the logger gives each start a folder, by a number or an id.
 
     The folder is ``NAME/version_3/checkpoints``, for example. None if the settings name it.
+
+    Raises:
+        InputError: If the checkpoint is in no folder that the settings give the run, so it may be another run's.
     """
-    given = settings.get("logger")
+    given, root = settings.get("logger"), settings.get("default_root_dir")
     given = given[0] if isinstance(given, list) and given else given
     named = given.init_args if isinstance(given, Namespace) else Namespace()
     if not trainer.loggers or any(named.get(name) is not None for name in ("version", "id", "run_id")):
         return None
     starts = [folder for one in checkpoint_places(trainer) for folder in one.parent.parent.glob("*/checkpoints")]
-    return newest_intact([path for folder in starts for path in last_files(folder)])
+    if path := newest_intact([path for folder in starts for path in last_files(folder)]):
+        if root is None or not path.resolve().is_relative_to(Path(root).resolve()):
+            raise InputError(
+                "ckpt_path: last: the logger gives each start a folder of its own, and this one is new; "
+                f"give {path}, or give the run a folder of its own by --{FOLDER}"
+            )
+        tell(f"ckpt_path: last: going on from {path}, of an earlier start in {root}")
+    return path
 
 
 def without_slashes(keeper: ModelCheckpoint) -> None:
