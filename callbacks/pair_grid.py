@@ -5,10 +5,10 @@ import math
 from bisect import insort
 from collections.abc import Callable, Iterable
 from operator import attrgetter, itemgetter
-from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
+from latentreward.callbacks.resumed_settings import output_path
 from latentreward.callbacks.sample_grid import show
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
@@ -34,7 +34,8 @@ class ScoredPairGrid(Callback):
     """Callback that draws validation pairs with their scores, and by how much the model errs.
 
     The picture is the image ``val/pairs`` in TensorBoard and ``scored_pairs.png`` in the run's log folder; with
-    ``shown: worst`` they are ``val/worst_pairs`` and ``worst_pairs.png``. Each cell shows a pair: the preferred image
+    ``shown: worst`` they are ``val/worst_pairs`` and ``worst_pairs.png``; of a second run in the folder
+    ``scored_pairs-v1.png``. Each cell shows a pair: the preferred image
     on the left, the prompt above, and the scores at the first evaluation level below. Pictures that were edited stand
     before both. The frame is green where the model ranks the pair as its label does, red where it does not, grey for a
     tie. Pairs of all ranks are considered.
@@ -60,6 +61,7 @@ class ScoredPairGrid(Callback):
         check_at_least_one(num_pairs=num_pairs, image_size=image_size, columns=columns)
         check_choices(ScoredPairGrid, shown=shown)
         self.num_pairs, self.image_size, self.columns, self.shown = num_pairs, image_size, columns, shown
+        self.output_name = NAMES[shown][1]
         self._found: list[FoundPair] = []
         self._seen = 0
         self._off = False
@@ -101,7 +103,7 @@ class ScoredPairGrid(Callback):
         """Write the picture to TensorBoard and to the run's folder; each rank draws its own pairs of it."""
         if trainer.sanity_checking or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
-        folder = Path(trainer.log_dir or trainer.default_root_dir)  # log_dir is a collective call
+        path = output_path(trainer, self.output_name)  # a collective call
         found, self._found = self._found, []
         # Keys travel first: pictures of pairs that are not drawn stay on their rank.
         keys = sorted(key for rank in of_all_ranks([pair.key for pair in found]) for key in rank)[: self.num_pairs]
@@ -109,8 +111,7 @@ class ScoredPairGrid(Callback):
         cells = sorted((pair for rank in of_all_ranks(mine) for pair in rank), key=itemgetter(0))[: self.num_pairs]
         if not cells or not trainer.is_global_zero:
             return
-        picture, (name, file) = tile([cell for _, cell in cells], self.columns), NAMES[self.shown]
-        show(trainer, name, picture, folder / file)
+        show(trainer, NAMES[self.shown][0], tile([cell for _, cell in cells], self.columns), path)
 
     def _drawn(self, parts: Iterable[Tensor]) -> list[Image.Image]:
         """Draw the images of batches ``(B, 3, H, W)``, or the frames of clips."""

@@ -4,6 +4,7 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
+from latentreward.callbacks.resumed_settings import log_folder
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
 from lightning.pytorch.utilities import rank_zero_info
@@ -41,7 +42,7 @@ class PairScoreWriter(BasePredictionWriter):
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Raise InputError if earlier results exist and ``overwrite`` is false, before anything is scored."""
-        folder = Path(trainer.log_dir or trainer.default_root_dir) / "predictions"  # log_dir is a collective call
+        folder = log_folder(trainer) / "predictions"  # a collective call
         self._path = Path(self.output_dir or folder) / f"scores_rank{trainer.global_rank}.parquet"
         if self._path.exists() and not self.overwrite:
             raise InputError(

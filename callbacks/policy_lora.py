@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from latentreward.callbacks.resumed_settings import output_path
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from latentreward.checkpoints.files import wrap_saving
@@ -14,10 +15,11 @@ from latentreward.modules.alignment import AlignmentModule
 class PolicyLoRA(Callback):
     """Callback that writes the policy's adapter as a LoRA with each checkpoint and at the end of training.
 
-    The folder ``lora`` of the run's log folder holds the newest LoRA; ``pipeline.load_lora_weights`` of diffusers
-    loads it, or peft where diffusers has no LoRA loader for the family. The file is replaced at once, so a reader
-    always finds a complete one. The LoRA holds the trained weights, not the average of ``TrainableEMA``; for
-    the average, run ``latentreward consolidate --average=true`` and then ``latentreward export``.
+    The folder ``lora`` of the run's log folder holds the newest LoRA, or ``lora-v1`` if an earlier run wrote ``lora``.
+    ``pipeline.load_lora_weights`` of diffusers loads it, or peft where diffusers has no LoRA loader for the family. The
+    file is replaced at once, so a reader always finds a complete one. The LoRA holds the trained weights, not the
+    average of ``TrainableEMA``; for the average, run ``latentreward consolidate --average=true`` and then
+    ``latentreward export``.
 
     Args:
         folder: Folder to write to; None takes ``lora`` in the run's log folder.
@@ -30,7 +32,7 @@ class PolicyLoRA(Callback):
     """
 
     def __init__(self, folder: Path | None = None) -> None:
-        self.folder = folder
+        self.output_name = folder or Path("lora")
         self._written: int | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -48,7 +50,7 @@ class PolicyLoRA(Callback):
 
     def write(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the LoRA of the present weights; collective."""
-        folder = self.folder or Path(trainer.log_dir or ".") / "lora"
+        folder = output_path(trainer, self.output_name)  # a collective call
         with errors_at(f"optimiser step {trainer.global_step}: "):
             lora = TrainedLoRA.of_policy(pl_module.policy)
         if trainer.is_global_zero:

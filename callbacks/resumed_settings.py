@@ -6,24 +6,32 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from inspect import signature
+from itertools import count
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from latentreward.callbacks.run_progress import total_steps
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import CyclicLR, LRScheduler, OneCycleLR, ReduceLROnPlateau
 
-from latentreward.contracts import sources_of
+from latentreward.contracts import PathText, sources_of
 from latentreward.errors import InputError
 from latentreward.modules.alignment import prompts_of
 from latentreward.storage.digests import digest
 
 logger = logging.getLogger(__name__)
 
+Override = Literal["lr", "schedule", "batch_size", "callbacks"]
+"""What a resumed run can take from its settings."""
 TUNER_FILES = (".lr_find_", ".scale_batch_size_")
 """Prefixes of the files from which Lightning's tuner restores the state before its search, which is not a resume."""
+SEARCHES = (LearningRateFinder.on_fit_start, BatchSizeFinder.on_fit_start)
+"""Hooks that search when a run starts, and then restore its state before a resume was complete."""
 SAME_SCHEDULE = "give the model.lr_scheduler that it was trained with, or --resume_override=[schedule]"
 OWN_RATES = (OneCycleLR, CyclicLR)  # schedules whose own settings give the learning rates, whatever the optimiser's is
 SCHEDULE_VALUES = {"initial_lr", "max_lr", "min_lr", "max_momentum", "base_momentum"}
@@ -31,24 +39,27 @@ SCHEDULE_VALUES = {"initial_lr", "max_lr", "min_lr", "max_momentum", "base_momen
 
 
 class ResumedSettings(Callback):
-    """Callback that reports which settings of a resumed run differ from what its checkpoint restores.
+    """Callback that makes a resumed run the checkpoint's run, or ends it before a step, and reports other settings.
 
     Optimiser settings, learning rate schedule and batch size are those of the checkpoint, whatever the settings say,
     unless ``override`` names them. Only checkpoints written with this callback hold the batch size of the data module;
     with other checkpoints the batch size of the settings is used. Other prompts of an alignment are used, with a
     warning. The command line adds this callback to every fit.
 
+    A ``LearningRateFinder`` or ``BatchSizeFinder`` is left out of a resumed run: it searched before the first step.
+
     Args:
         override: What to take from the settings instead: ``lr``, the learning rate; ``schedule``, the learning rate
             schedule, advanced to the restored step; ``batch_size``, with which the epoch goes on after the same number
-            of pairs.
+            of pairs; ``callbacks``: states of callbacks that the run lacks are dropped.
 
     Attributes:
         in_force: Values of the checkpoint that replaced values of the settings, by name, such as
             ``model.optimizer.lr``.
 
     Raises:
-        InputError: If the checkpoint's schedule or optimiser is of another class than the given one, or its optimiser
+        InputError: If the checkpoint holds the state of a callback that the run lacks; another callback undid what was
+            restored; the checkpoint's schedule or optimiser is of another class than the given one, or its optimiser
             has other parameters; ``override`` names ``lr`` alone while the schedules differ; a OneCycleLR is shorter
             than the run.
 
@@ -56,18 +67,30 @@ class ResumedSettings(Callback):
         ``--resume_override=[lr,schedule]`` on the command line; ``Trainer(callbacks=[ResumedSettings(["lr"])])``.
     """
 
-    def __init__(self, override: Sequence[Literal["lr", "schedule", "batch_size"]] = ()) -> None:
+    def __init__(self, override: Sequence[Override] = ()) -> None:
         self.override = frozenset(override)
         self.in_force: dict[str, Any] = {}
         self._groups: list[list[dict[str, Any]]] = []
         self._schedules: list[dict[str, Any]] = []
-        self._saved_schedules: list[dict[str, Any]] | None = None
-        self._saved_groups: list[list[dict[str, Any]]] = []
-        self._saved_optimizers: list[str] = []
+        self._saved: dict[str, Any] | None = None  # the checkpoint of a resumed run, until the first step
+        self._start: int | None = None
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Forget an earlier run of this process."""
+        self._saved, self._start = None, None
+
+    def start(self, trainer: Trainer) -> int:
+        """Return which start in the run's folder this is, counted by files; a resumed run is its checkpoint's."""
+        if self._start is None:
+            folder, callbacks = log_folder(trainer), trainer.callbacks  # type: ignore[attr-defined]
+            names = [folder / one.output_name for one in callbacks if hasattr(one, "output_name")]
+            self._start = next(n for n in count() if not any(numbered(path, n).exists() for path in names))
+        return self._start
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Save the batch size, the optimisers' classes and a digest of the prompts, which Lightning does not save."""
+        """Save what tells a resumed run whether it is this one, and what Lightning does not restore."""
         checkpoint["optimizers"] = [type(optimizer).__name__ for optimizer in trainer.optimizers]
+        checkpoint["kind"], checkpoint["start"] = run_kind(trainer), self._start or 0
         if (size := batch_size(trainer)) is not None:
             checkpoint["batch_size"] = size
         if prompts := prompts_digest(trainer):
@@ -77,13 +100,14 @@ class ResumedSettings(Callback):
         """Set the batch size before loaders are made, and remove the schedules' state from ``checkpoint``.
 
         Lightning would load that state into a schedule of any class. :meth:`on_train_start` loads the state instead,
-        once the schedules are compared.
+        once the schedules are compared. A later checkpoint, which another callback restores, is no resume.
         """
-        if trainer.state.fn != TrainerFn.FITTING or Path(trainer.ckpt_path or "").name.startswith(TUNER_FILES):
+        tuned = Path(trainer.ckpt_path or "").name.startswith(TUNER_FILES)
+        if trainer.state.fn != TrainerFn.FITTING or tuned or self._saved is not None:
             return
-        self._saved_schedules, checkpoint["lr_schedulers"] = checkpoint.get("lr_schedulers", []), []
-        self._saved_groups = [state["param_groups"] for state in checkpoint.get("optimizer_states", [])]
-        self._saved_optimizers = checkpoint.get("optimizers", [])
+        self._saved = {"lr_schedulers": [], "optimizer_states": [], "optimizers": [], **checkpoint}
+        self._start, checkpoint["lr_schedulers"] = checkpoint.get("start", 0), []
+        self._check_owners(trainer)
         given = batch_size(trainer)
         saved = checkpoint.get("batch_size", given)
         if given != saved:
@@ -99,42 +123,49 @@ class ResumedSettings(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Compare classes, and remember what the settings made, before Lightning restores optimisers and schedules."""
-        classes = [type(optimizer).__name__ for optimizer in trainer.optimizers]
-        if self._saved_optimizers not in ([], classes):
-            raise InputError(
-                f"model.optimizer is {', '.join(classes)}, but the checkpoint holds the state of "
-                f"{', '.join(self._saved_optimizers)}; give the model.optimizer that it was trained with, or start anew"
-            )
         self._groups = [[dict(group) for group in optimizer.param_groups] for optimizer in trainer.optimizers]
         self._schedules = [deepcopy(config.scheduler.state_dict()) for config in trainer.lr_scheduler_configs]
+        if self._saved is None:
+            return
+        classes, saved = [type(optimizer).__name__ for optimizer in trainer.optimizers], self._saved["optimizers"]
+        if saved not in ([], classes):
+            raise InputError(
+                f"model.optimizer is {', '.join(classes)}, but the checkpoint holds the state of {', '.join(saved)}; "
+                "give the model.optimizer that it was trained with, or start anew"
+            )
+        groups = [state["param_groups"] for state in self._saved["optimizer_states"]]
         theirs, ours = [
-            [[len(group["params"]) for group in groups] for groups in every]
-            for every in (self._saved_groups, self._groups)
+            [[len(group["params"]) for group in groups] for groups in every] for every in (groups, self._groups)
         ]
         if theirs and theirs != ours:
             raise InputError("the checkpoint's optimiser has other parameters; tuning and head must be as in training")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Compare the settings with the restored state, report differences, and apply the overrides."""
-        if self._saved_schedules is not None:
+        self.start(trainer)  # before a checkpoint records it
+        if self._saved is not None:
+            self._check_restored(trainer)
             self._compare_optimizers(trainer)
             if "schedule" not in self.override:
-                self._restore_schedules(trainer, self._saved_schedules)
+                self._restore_schedules(trainer, self._saved["lr_schedulers"])
             if self.override & {"lr", "schedule"}:
-                self._replay(trainer, self._saved_schedules)
+                self._replay(trainer, self._saved["lr_schedulers"])
         end = total_steps(trainer) or 0
         for scheduler in (config.scheduler for config in trainer.lr_scheduler_configs if config.interval == "step"):
+            if 0 < end < (steps := warm_up_steps(scheduler)) and trainer.is_global_zero:
+                line = "model.lr_scheduler warms up for %d optimiser steps, and the run ends at step %d; shorten one"
+                logger.warning(f"{line}, or lengthen the other", steps, end)
             if isinstance(scheduler, OneCycleLR) and scheduler.total_steps < end:
-                override = "" if self._saved_schedules is None else " and --resume_override=[schedule]"
+                override = "" if self._saved is None else " and --resume_override=[schedule]"
                 raise InputError(
                     f"model.lr_scheduler: OneCycleLR ends at total_steps={scheduler.total_steps}, before the run's "
                     f"{end} optimiser steps; give --model.lr_scheduler.total_steps {end}{override}"
                 )
-        self._saved_schedules, self._saved_groups, self._saved_optimizers = None, [], []
+        self._saved = None
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Warn if the checkpoint's run had already reached its limit, and name the limit to raise."""
-        if self._saved_schedules is None or not trainer.is_global_zero:  # on_train_start ran, and set it to None
+        if self._saved is None or not trainer.is_global_zero:  # on_train_start ran, and set it to None
             return
         limits = {
             "max_steps": trainer.max_steps != -1 and trainer.global_step >= trainer.max_steps,
@@ -144,6 +175,45 @@ class ResumedSettings(Callback):
         if name := next((name for name, reached in limits.items() if reached), None):
             reached = f"the checkpoint, of optimiser step {trainer.global_step}, has reached trainer.{name}"
             logger.warning("resume: nothing to train: %s; raise it to go on", reached)
+
+    def _check_owners(self, trainer: Trainer) -> None:
+        """Leave out searches for settings, and refuse states that no callback of the run takes."""
+        callbacks, line = (
+            trainer.callbacks,
+            "left out: it searched before the first step, and the checkpoint has its result",
+        )  # type: ignore[attr-defined]
+        searches = [one for one in callbacks if type(one).on_fit_start in SEARCHES]
+        trainer.callbacks = [one for one in callbacks if one not in searches]  # type: ignore[attr-defined]
+        owned, lines = {one.state_key for one in callbacks}, [f"{type(one).__name__} is {line}" for one in searches]
+        for key, state in self._saved["callbacks"].items():  # type: ignore[index]
+            # A ModelCheckpoint that monitors nothing only knows which of its files comes next.
+            if key in owned or not state or ("best_model_path" in state and state.get("monitor") is None):
+                continue
+            if "callbacks" not in self.override:
+                raise InputError(
+                    f"the checkpoint holds the state of {key}, which no callback of this run takes; give "
+                    "trainer.callbacks as in training, or --resume_override=[callbacks] to drop the state"
+                )
+            lines.append(f"the state of {key} is dropped, as no callback of this run takes it")
+        for line in lines if trainer.is_global_zero else ():
+            logger.warning("resume: %s", line)
+
+    def _check_restored(self, trainer: Trainer) -> None:
+        """Raise InputError if step, weights or optimiser are no longer the checkpoint's."""
+        saved: dict[str, Any] = self._saved or {}
+        stepped, undone = any(one["state"] for one in saved["optimizer_states"]), ""
+        weights, before = trainer.lightning_module.named_parameters(), saved.get("state_dict", {})
+        if trainer.global_step != saved["global_step"]:
+            undone = f"stands at optimiser step {trainer.global_step}, not at the checkpoint's {saved['global_step']}"
+        elif stepped and not any(one.state for one in trainer.optimizers):
+            undone = "has a new optimiser without the checkpoint's state"
+        elif changed := [name for name, one in weights if differs(one, before.get(name))]:
+            undone = f"has other weights than the checkpoint ({changed[0]})"
+        if undone:
+            raise InputError(
+                f"the resumed run {undone}: a callback changed it before the first step; leave those of "
+                "trainer.callbacks that restore a state or load weights out of a resumed run"
+            )
 
     def _settle(self, trainer: Trainer, name: str, given: Any, saved: Any, override: str | None = None) -> None:
         """Log which of two values of a setting is used, the given or the saved one."""
@@ -219,6 +289,44 @@ class ResumedSettings(Callback):
                     config.scheduler.step()
         if trainer.is_global_zero and "schedule" in self.override:
             logger.warning("resume: model.lr_scheduler is the given one, placed at step %d", trainer.global_step)
+
+
+def log_folder(trainer: Trainer) -> Path:
+    """Return the folder of a run's files: its logger's, or the trainer's where the logger names none; collective."""
+    folder = trainer.log_dir
+    return Path(trainer.default_root_dir if folder in (None, ".") else folder)
+
+
+def output_path(trainer: Trainer, name: PathText) -> Path:
+    """Return where a run writes what is called ``name`` in its folder, beside that of earlier starts; collective."""
+    counts = [one.start(trainer) for one in trainer.callbacks if isinstance(one, ResumedSettings)]  # type: ignore[attr-defined]
+    return numbered(log_folder(trainer) / name, sum(counts))
+
+
+def numbered(path: Path, number: int) -> Path:
+    """Return the path itself for the number 0, and ``lora-v1`` for ``lora`` and 1, as Lightning names checkpoints."""
+    return path.with_stem(f"{path.stem}-v{number}") if number else path
+
+
+def run_kind(trainer: Trainer) -> str:
+    """Describe what a run trains on which data."""
+    data = type(trainer.datamodule).__qualname__ if getattr(trainer, "datamodule", None) else "loaders"
+    return f"{type(trainer.lightning_module).__qualname__} on {data}"
+
+
+def differs(weight: Tensor, before: Tensor | None) -> bool:
+    """Tell whether a trained weight is not as saved; sharded ones are not compared."""
+    known = before is not None and weight.requires_grad and not isinstance(weight, DTensor)
+    return known and before.shape == weight.shape and not torch.equal(weight.cpu(), before.to("cpu", weight.dtype))
+
+
+def warm_up_steps(scheduler: LRScheduler) -> float:
+    """Return the optimiser steps of the warm-up with which a schedule begins; 0 for none that is known."""
+    first: Any = next(iter(getattr(scheduler, "_schedulers", ())), scheduler)
+    if isinstance(first, OneCycleLR):
+        return first._schedule_phases[0]["end_step"]  # type: ignore[index, no-any-return]
+    rises = getattr(first, "start_factor", 1) < getattr(first, "end_factor", 1)
+    return first.total_iters if rises else getattr(first, "warmup_steps", 0)
 
 
 def batch_size(trainer: Trainer) -> int | None:

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 from latentreward.callbacks.prompt_monitor import PromptMonitor
+from latentreward.callbacks.resumed_settings import output_path
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from PIL import Image
@@ -25,7 +26,7 @@ class SampleGrid(PromptMonitor):
     Beside edits the pictures that were edited are drawn. Of clips, four frames are drawn.
 
     The picture is the image ``samples`` in TensorBoard and the file ``samples/step_{optimiser step}.png`` in the run's
-    log folder.
+    log folder, or in ``samples-v1`` if an earlier run wrote ``samples``.
 
     Args:
         prompts: See :class:`~latentreward.callbacks.prompt_monitor.PromptMonitor`.
@@ -40,6 +41,8 @@ class SampleGrid(PromptMonitor):
     Example:
         ``--trainer.callbacks+=SampleGrid --trainer.callbacks.prompts=prompts.txt``
     """
+
+    output_name = "samples"
 
     def __init__(
         self,
@@ -60,7 +63,7 @@ class SampleGrid(PromptMonitor):
 
     def look(self, trainer: Trainer, pl_module: AlignmentModule) -> None:
         """Sample the fixed prompts now, and write one picture of all samples beside the reference's."""
-        folder = Path(trainer.log_dir or trainer.default_root_dir) / "samples"  # log_dir is a collective call
+        folder = output_path(trainer, self.output_name)  # a collective call
         # All ranks sample, and rank 0 alone draws.
         after = self._draw(trainer, pl_module, reference=False)
         if not trainer.is_global_zero:

@@ -5,6 +5,7 @@
 
 import argparse
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -113,9 +114,9 @@ def train(trainings: Sequence[Training], output: Path, options: list[str]) -> No
     running = {}
     for training in trainings:
         folder, command = output / training.name, training.command(output, options)
+        if (folder / "train.log").exists():  # of an earlier demo, whose results would be shown as those of this one
+            shutil.rmtree(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        for earlier in folder.glob("events.out.tfevents.*"):  # its figures would be shown as those of this run
-            earlier.unlink()
         print("$", " ".join(command).replace(sys.executable, "python"), flush=True)
         with (folder / "train.log").open("w") as log:
             environment = {**os.environ, "OMP_NUM_THREADS": "1"}

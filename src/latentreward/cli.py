@@ -12,7 +12,7 @@ import select
 import signal
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from io import TextIOWrapper
 
 from latentreward import __version__
@@ -183,7 +183,7 @@ def _dispatch(arguments: list[str], alone: bool) -> None:
     collects = gc.isenabled()
     gc.disable()  # imported objects stay alive, so that collections during the import free nothing and cost 10 % of it
     try:
-        with exit_while_importing():
+        with exit_while_importing(), sigterm_interrupts():
             run = importlib.import_module(module_of(arguments[0])).run
             load_public_names()
         if alone:
@@ -193,5 +193,5 @@ def _dispatch(arguments: list[str], alone: bool) -> None:
         if collects:
             gc.enable()
     silence_libraries()
-    with nullcontext() if arguments[0] in TRAINER else sigterm_interrupts():  # Lightning and GracefulStop set handlers
+    with sigterm_interrupts():  # in a fit, until GracefulStop sets its handlers
         run(arguments[0], arguments[1:])

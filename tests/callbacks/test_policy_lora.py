@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from latentreward.callbacks import NaNGuard, PolicyLoRA
+from latentreward.callbacks import NaNGuard, PolicyLoRA, ResumedSettings
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -157,3 +157,16 @@ def test_equal_weights_give_equal_bytes(write: Callable[[TrainedLoRA, Path], Pat
     lora = TrainedLoRA.of_policy(tiny_source("sd35_no_t5").load())
     assert len({write(lora, tmp_path).read_bytes() for _ in range(8)}) == 1
     assert load_file(next(tmp_path.iterdir())).keys()
+
+
+@pytest.mark.parametrize("folder", [None, "mine"])
+def test_each_run_in_a_folder_has_its_own_lora(folder: str | None, tmp_path: Path) -> None:
+    def write(path: Path | None = None) -> set[str]:
+        before = {file: file.read_bytes() for file in tmp_path.glob(f"*/{FILE}")}
+        lora = PolicyLoRA(folder and tmp_path / folder)
+        module = fit(tmp_path, lora, ResumedSettings(), ckpt_path=path)
+        assert module.trainer.global_step == 3
+        return {file.parent.name for file in tmp_path.glob(f"*/{FILE}") if before.get(file) is None}
+
+    name = folder or "lora"
+    assert [write(), write(), write(tmp_path / "step=2-v1.ckpt")] == [{name}, {f"{name}-v1"}, set()]

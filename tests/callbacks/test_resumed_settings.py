@@ -6,14 +6,15 @@ import pytest
 import torch
 import yaml
 from latentreward.callbacks import ExactResume, ResumedSettings
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import BatchSizeFinder
 from torch import Tensor
 
 from latentreward.cli import main
 from latentreward.contracts import PromptBatch
 from latentreward.data.alignment.prompts import PromptLoaders
 from tests.marks import slow_after
-from tests.small_user import ROWS, SEEN, SmallUserModule, refusal, run
+from tests.small_user import ROWS, SEEN, SmallUserData, SmallUserModule, refusal, run
 
 COSINE = ("--model.lr_scheduler=CosineAnnealingLR", "--model.lr_scheduler.eta_min=0.001")
 
@@ -299,3 +300,135 @@ def test_milestones_are_stated_as_given(tmp_path: Path, caplog: pytest.LogCaptur
     resume(tmp_path, checkpoint, *settings, "--model.lr_scheduler.milestones=[3,8]")
     assert lines(caplog)[0].startswith("model.lr_scheduler.milestones stays [2, 6] as in the checkpoint, not [3, 8]")
     assert saved(tmp_path)["model"]["init_args"]["lr_scheduler"]["init_args"]["milestones"] == [2, 6]
+
+
+LAST = "--trainer.callbacks+=LastCheckpoint"
+SEARCH = "{num_training_steps: 3, min_lr: 1.0e-3, max_lr: 0.1, early_stop_threshold: null}"
+FINDERS = [
+    f"{{class_path: lightning.pytorch.callbacks.LearningRateFinder, init_args: {SEARCH}}}",
+    "{class_path: BatchSizeFinder, init_args: {max_trials: 1, steps_per_trial: 1, init_val: 2}}",
+    f"{{class_path: {__name__}.OwnFinder, init_args: {{max_trials: 1, steps_per_trial: 1}}}}",
+]
+
+
+class OwnFinder(BatchSizeFinder):
+    """A user's own."""
+
+
+@pytest.mark.parametrize("finder", slow_after(1, FINDERS))
+@pytest.mark.parametrize("by", slow_after(1, ["--ckpt_path=last", "hpc"]))
+def test_a_search_is_left_out_of_a_resumed_run(
+    finder: str, by: str, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = ("--model=tests.small_user.SteppedUserModule", f"--trainer.callbacks+={finder}", LAST)
+    whole = run("fit", tmp_path / "whole", *settings, "--trainer.max_steps=6")
+    run("fit", tmp_path, *settings, "--trainer.max_steps=4")
+    if by == "hpc":  # what Lightning finds in a job of SLURM
+        (tmp_path / "run/checkpoints/last.ckpt").rename(tmp_path / "run/hpc_ckpt_1.ckpt")
+        monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    caplog.clear()
+    resumed = run("fit", tmp_path, *settings, "--trainer.max_steps=6", *([by] if by.startswith("--") else []))
+    for one, other in zip(whole.parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(one, other)
+    assert len(SEEN) == 2 and "is left out" in lines(caplog)[0]
+
+
+class Undoing(Callback):
+    """Undoes what a resumed run has restored."""
+
+    def __init__(self, part: str) -> None:
+        self.part = part
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.part == "step":  # as Lightning's finders do
+            trainer.save_checkpoint(path := Path(trainer.default_root_dir) / "own.ckpt", weights_only=False)
+            trainer._checkpoint_connector.restore(path)
+        elif self.part == "weights":
+            torch.nn.init.zeros_(pl_module.net[0].weight)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.part == "optimiser":
+            trainer.strategy.setup_optimizers(trainer)
+
+
+@pytest.mark.parametrize("part", ["step", "weights", "optimiser"])
+def test_what_a_callback_undoes_ends_the_run_before_a_step(
+    part: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    undoing = f"--trainer.callbacks+={{class_path: {__name__}.Undoing, init_args: {{part: {part}}}}}"
+    run("fit", tmp_path, undoing, LAST, "--trainer.max_steps=4")
+    before = (tmp_path / "run/checkpoints/last.ckpt").read_bytes()
+    assert part.removesuffix("s") in refusal(capsys, "fit", tmp_path, undoing, LAST, "--ckpt_path=last")
+    assert not SEEN and (tmp_path / "run/checkpoints/last.ckpt").read_bytes() == before
+
+
+class Counting(Callback):
+    """A user's own with a state."""
+
+    def state_dict(self) -> dict[str, int]:
+        return {"count": 3}
+
+
+OWNERS = ["TrainableEMA", "EarlyStopping", "ModelCheckpoint", f"{__name__}.Counting"]
+
+
+@pytest.mark.parametrize("owner", slow_after(2, OWNERS))
+def test_a_state_without_its_callback_is_refused_or_dropped_as_told(
+    owner: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    monitors = {"EarlyStopping": "{monitor: val/loss, strict: false}", "ModelCheckpoint": "{monitor: val/loss}"}
+    watching = f"--trainer.callbacks+={{class_path: {owner}, init_args: {monitors.get(owner, '{}')}}}"
+    run("fit", tmp_path, watching, LAST, "--trainer.max_steps=4")
+    before = (tmp_path / "run/checkpoints/last.ckpt").read_bytes()
+    said = refusal(capsys, "fit", tmp_path, LAST, "--ckpt_path=last")
+    assert f"the state of {owner.rpartition('.')[2]}" in said and "--resume_override=[callbacks]" in said
+    assert not SEEN and (tmp_path / "run/checkpoints/last.ckpt").read_bytes() == before
+    run("fit", tmp_path, LAST, "--ckpt_path=last", "--resume_override=[callbacks]", "--trainer.max_steps=5")
+    assert len(SEEN) == 1 and "is dropped" in lines(caplog)[0]
+
+
+class OtherModule(SmallUserModule):
+    """Another method with the same weights."""
+
+
+class OtherData(SmallUserData):
+    """Another kind of data."""
+
+
+@pytest.mark.parametrize("other", ["model=OtherModule", "data=OtherData"])
+def test_a_checkpoint_of_another_kind_is_refused(
+    other: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run("fit", tmp_path, LAST, "--trainer.max_steps=2")
+    said = refusal(capsys, "fit", tmp_path, LAST, f"--{other.replace('=', f'={__name__}.')}", "--ckpt_path=last")
+    assert "is of SmallUserModule on SmallUserData" in said and other.partition("=")[2] in said
+
+
+@pytest.mark.parametrize("callback", ["EarlyStopping", "ModelCheckpoint"])
+@pytest.mark.parametrize("monitor", ["val/los", "reward"])
+def test_a_metric_that_nobody_logs_is_one_line(
+    callback: str, monitor: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    watching = f"--trainer.callbacks+={{class_path: {callback}, init_args: {{monitor: {monitor}}}}}"
+    settings = ("--model=tests.small_user.SteppedUserModule", "--trainer.max_epochs=2", watching)
+    said = refusal(capsys, "fit", tmp_path, *settings)
+    assert monitor in said and "val/loss" in said
+    assert bool(SEEN) == (monitor == "reward")  # which training, or a later validation, might log
+
+
+@pytest.mark.parametrize(
+    ("schedule", "steps"),
+    [
+        ("latentreward.modules.WarmupSchedule, init_args: {warmup_steps: 5}", 5),
+        ("LinearLR, init_args: {total_iters: 5, start_factor: 0.1}", 5),
+        ("OneCycleLR, init_args: {max_lr: 0.1, total_steps: 20}", 5),
+        ("LinearLR, init_args: {total_iters: 5, start_factor: 1.0, end_factor: 0.1}", None),
+        ("latentreward.modules.WarmupSchedule, init_args: {warmup_steps: 2}", None),
+    ],
+)
+def test_a_warm_up_longer_than_the_run_is_told(
+    schedule: str, steps: int | None, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run("fit", tmp_path, f"--model.lr_scheduler={{class_path: {schedule}}}", "--trainer.max_steps=2")
+    told = [line for line in caplog.messages if "warms up" in line]
+    assert [f"for {steps} optimiser steps" in line for line in told] == [True] * (steps is not None)

@@ -1,16 +1,20 @@
 """The folder of a run: its name, what ``last`` and ``hpc`` find there, and what fit says at its end."""
 
+import os
 import shutil
+import signal
 from pathlib import Path
+from uuid import uuid4
 
 import pytest
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import Logger
 
 from latentreward.apps.commands.fit_folder import result_lines
 from latentreward.cli import main
 from tests.marks import slow_after
-from tests.small_user import RUNS, SEEN, run
+from tests.small_user import SEEN, SmallUserData, run
 
 LAST = (
     "--trainer.callbacks+=LastCheckpoint",
@@ -95,16 +99,65 @@ def test_last_is_the_newest_checkpoint_where_none_has_that_name(
     assert [steps("b", 2, alone), steps("b", 2, alone)] == [2, 2]
 
 
-def test_last_is_refused_where_the_logger_gives_each_start_a_new_folder(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+class IdLogger(Logger):
+    """A logger that names each start by an id, as those of Weights & Biases and MLflow do."""
+
+    def __init__(self, save_dir: str | None = None) -> None:
+        super().__init__()
+        self.version, self._save_dir = uuid4().hex, save_dir
+
+    name = "project"
+    version = ""
+    save_dir = property(lambda self: self._save_dir)
+
+    def log_metrics(self, *args: object, **options: object) -> None: ...
+
+    def log_hyperparams(self, *args: object, **options: object) -> None: ...
+
+
+LOGGERS = ["true", f"{__name__}.IdLogger", "CSVLogger, init_args: {save_dir: mine}"]
+LOGGERS += [f"{__name__}.IdLogger, init_args: {{save_dir: mine/logs}}"]
+
+
+@pytest.mark.parametrize("logger", slow_after(3, LOGGERS))
+def test_last_is_that_of_an_earlier_start_in_the_runs_folder(
+    logger: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Without a logger in the settings, Lightning's own writes to version_0, version_1, …"""
+    """Loggers that give each start a folder, such as version_0, version_1, …"""
     monkeypatch.chdir(tmp_path)
-    plain = (*SHIPPED[1:], "--trainer.accelerator=cpu", "--ckpt_path=last")
-    main(["fit", *plain, "--trainer.max_steps=1"])  # the first start has nothing to go on with
-    with pytest.raises(SystemExit):
-        main(["fit", *plain, "--trainer.max_steps=2"])
-    assert "lightning_logs/version_0/checkpoints/last.ckpt, or name one folder" in capsys.readouterr().err
+    given = logger if logger == "true" else f"{{class_path: {logger}}}"
+    plain = (*SHIPPED[1:], "--trainer.accelerator=cpu", f"--trainer.logger={given}")
+    own = (*plain, "--trainer.default_root_dir=mine")
+    with pytest.warns(UserWarning, match="No checkpoint will be loaded"):
+        main(["fit", *own, "--ckpt_path=last", "--trainer.max_steps=1"])
+    assert len(SEEN) == 1
+    assert [*Path().glob("config*.yaml")] == []
+    main(["fit", *own, "--ckpt_path=last", "--trainer.max_steps=3"])
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    assert len(SEEN) == 2 and "of an earlier start in mine" in capsys.readouterr().err
+    main(["fit", *own, "--trainer.max_steps=4"])
+    assert len(SEEN) == 1
+    Path("mine").rename("lightning_logs" if (root := logger == "true") else "logs")
+    if root:  # without a folder of the run's own, the checkpoint may be another run's
+        (tmp_path / "lightning_logs/lightning_logs/version_0").rename("lightning_logs/version_0")
+        with pytest.raises(SystemExit):
+            main(["fit", *plain, "--ckpt_path=last", "--trainer.max_steps=5"])
+        assert "give lightning_logs/version_0/checkpoints/last.ckpt, or give the run" in capsys.readouterr().err
+
+
+class Terminating(SmallUserData):
+    """A batch system ends the run while it starts."""
+
+    def __init__(self) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        super().__init__()
+
+
+def test_a_signal_while_fit_starts_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        run("fit", tmp_path, f"--data={__name__}.Terminating")
+    assert stop.value.code == 143
+    assert capsys.readouterr().err.splitlines()[-1] == "latentreward: stopped by SIGTERM"
 
 
 @pytest.mark.parametrize(
@@ -140,19 +193,11 @@ def test_one_setting_names_the_folder(
 
 
 @pytest.mark.slow
-def test_a_second_fit_in_a_folder_says_what_it_does_before_it_loads(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    run("fit", tmp_path, *LAST)
-    assert "holds an earlier run" not in capsys.readouterr().err
-    made = len(RUNS)
-    with pytest.raises(SystemExit):  # of the model, which is not made
-        run("fit", tmp_path, *LAST, "--model.width=-1")
-    told = capsys.readouterr().err
-    assert len(RUNS) == made
-    assert f"{tmp_path}/run/checkpoints holds an earlier run (last.ckpt): this run starts anew" in told
-    run("fit", tmp_path, *LAST, "--ckpt_path=last")
-    assert "holds an earlier run" not in capsys.readouterr().err
+def test_a_second_fit_in_a_folder_says_what_it_does(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for resumed, told in (((), False), ((), True), (("--ckpt_path=last", "--trainer.max_steps=3"), False)):
+        run("fit", tmp_path, *LAST, *resumed)
+        line = f"{tmp_path}/run/checkpoints holds an earlier run (last.ckpt): this run starts anew"
+        assert (line in capsys.readouterr().err) == told
 
 
 def test_an_address_of_a_checkpoint_is_told_as_it_is(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 from pydoc import locate
 from tempfile import TemporaryDirectory
 from traceback import walk_tb
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jsonargparse import ActionYesNo, Namespace
@@ -37,6 +37,7 @@ from latentreward.apps.commands import fit_folder
 from latentreward.apps.commands.fit_folder import FOLDER
 from latentreward.apps.estimate.card import Card
 from latentreward.backbones.registry import backbone_names
+from latentreward.callbacks.resumed_settings import Override, log_folder, run_kind
 from latentreward.checkpoints import files as checkpoint_files
 from latentreward.checkpoints.shards import check_weights, checking_values, damaged, newest_first, read_sharded
 from latentreward.data import PairReader
@@ -109,14 +110,14 @@ class SaveConfig(SaveConfigCallback):
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Write the settings of ``validate``, ``test`` or ``predict``."""
-        folder = Path(trainer.log_dir or ".")  # a collective call, so all ranks must make it
+        folder = log_folder(trainer)  # a collective call, so all ranks must make it
         if trainer.is_global_zero and trainer.state.fn != TrainerFn.FITTING and not any(folder.glob(SAVED)):
             self._write(folder)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the settings of ``fit``, with the values that a resumed checkpoint replaced."""
         self._first_step = trainer.global_step
-        folder = Path(trainer.log_dir or ".")
+        folder = log_folder(trainer)
         if not trainer.is_global_zero:
             return
         (resumed,) = [callback for callback in trainer.callbacks if isinstance(callback, ours.ResumedSettings)]  # type: ignore[attr-defined]
@@ -243,9 +244,9 @@ class TrainingCLI(LightningCLI):
         )
         parser.add_argument(
             "--resume_override",
-            type=list[Literal["lr", "schedule", "batch_size"]],
+            type=list[Override],
             default=[],
-            help="What a resumed run takes from the settings, not from the checkpoint: lr, schedule, batch_size.",
+            help="What a resumed run takes from the settings, not the checkpoint: lr, schedule, batch_size, callbacks.",
         )
         parser.add_lightning_class_args(ours.ResumedSettings, "resumed_settings")
         parser.link_arguments("resume_override", "resumed_settings.override")
@@ -326,17 +327,11 @@ class TrainingCLI(LightningCLI):
             raise InputError("weights_only: false would let a checkpoint run code; leave it out")
         if self.command == "fit" and not settings["trainer"]["fast_dev_run"]:
             fit_folder.check_folder(settings["trainer"])
-            if local is None and not restarted():
-                fit_folder.tell_earlier_run(settings["trainer"])
-        wanted = "last" if local is None and self.command == "fit" and restarted() else local
-        if wanted in ("last", "hpc"):  # Lightning resolves these two words
-            likely = fit_folder.likely_checkpoint(wanted, settings["trainer"])
-        elif likely := Path(wanted) if wanted else None:
-            check_checkpoint(likely, given, values=False)
+        if local not in (None, "last", "hpc"):
+            check_checkpoint(local, given, values=False)
             if self.command == "fit":
-                check_resumable(likely, given)
-        if likely:  # its values are checked while the networks are built
-            self.held.enter_context(checking_values(likely))
+                check_resumable(local, given)
+            self.held.enter_context(checking_values(Path(local)))  # while the networks are built
         check_callbacks(settings["trainer"])
         with constructor_errors(), sharing_between(ranks_per_machine(settings["trainer"])):
             super().instantiate_classes()
@@ -431,6 +426,8 @@ class TrainingCLI(LightningCLI):
         self._find_checkpoint()
         if path := settings["ckpt_path"]:
             check_resumable(path, path)
+        else:
+            fit_folder.tell_earlier_run(self.trainer)
         warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
 
     def after_fit(self) -> None:
@@ -461,20 +458,14 @@ class TrainingCLI(LightningCLI):
             shown = settings["ckpt_path"] if given == "hpc" else self.config[self.command]["ckpt_path"]
             check_checkpoint(settings["ckpt_path"], shown)
         if given == "last":
-            if path := fit_folder.last_checkpoint(self.trainer):
-                settings["ckpt_path"] = str(path)
-            elif found := fit_folder.last_of_earlier_version(self.trainer):
-                raise InputError(
-                    "ckpt_path: last: the logger gives each start a folder of its own, and this one is new; "
-                    f"give {found}, or name one folder for all starts by trainer.logger=TensorBoardLogger with name "
-                    "and version: ''"
-                )
+            earlier = partial(fit_folder.last_of_earlier_start, self.trainer, self.config[self.command]["trainer"])
+            settings["ckpt_path"] = str(fit_folder.last_checkpoint(self.trainer) or earlier() or "last")
 
     def before_validate(self) -> None:
         """Find ``ckpt_path: last``; without it Lightning would evaluate the model as it was made, untrained."""
         self._find_checkpoint()
         if self.config_init[self.command]["ckpt_path"] == "last":
-            folder = Path(self.trainer.log_dir or ".")
+            folder = log_folder(self.trainer)
             raise InputError(
                 f"ckpt_path: last: the run in {folder} has no checkpoint of that name; choose the run by "
                 f"{FOLDER}, or give the checkpoint's path"
@@ -640,17 +631,22 @@ def guard_loading(trainer: Trainer, model: LightningModule) -> None:
     set ``weights_only``. All of them load through the strategy's ``load_checkpoint``, which is wrapped here.
     """
     strategy = trainer.strategy
-    strategy.load_checkpoint = partial(load_checked, strategy.load_checkpoint)  # type: ignore[method-assign]
+    strategy.load_checkpoint = partial(load_checked, trainer, strategy.load_checkpoint)  # type: ignore[method-assign]
     if not strategy.restore_checkpoint_after_setup:  # otherwise FSDP2Strategy compares them, already sharded
         model.register_load_state_dict_pre_hook(compare_weights)
 
 
-def load_checked(load: Callable[..., dict[str, Any]], path: str | Path, weights_only: bool | None = None) -> Any:
-    """Load a checkpoint by a strategy's method ``load``, always with ``weights_only=True``."""
+def load_checked(
+    trainer: Trainer, load: Callable[..., dict[str, Any]], path: str | Path, weights_only: bool | None = None
+) -> Any:
+    """Load a checkpoint by a strategy's method ``load``, always with ``weights_only=True``; to resume, of this kind."""
     check_checkpoint(path, path)
     content = load(path, weights_only=True)
     if not isinstance(content, Mapping) or "pytorch-lightning_version" not in content:
         raise InputError(f"ckpt_path: {path} is not a Lightning checkpoint; give one that `fit` wrote")
+    kind = run_kind(trainer)
+    if trainer.state.fn == TrainerFn.FITTING and content.get("kind", kind) != kind:
+        raise InputError(f"ckpt_path: {path} is of {content['kind']}, and this run is {kind}; give one of this run")
     return content
 
 
@@ -748,7 +744,7 @@ def _run(command: str, arguments: Sequence[str]) -> "tuple[Estimate | None, Card
                 return done.estimated, done.card
     except MisconfigurationException as error:
         raise InputError(f"{error}{where(error)}") from error
-    except ValueError as error:
+    except (ValueError, RuntimeError) as error:
         *_, (frame, _) = walk_tb(error.__traceback__)
         if not str(frame.f_globals.get("__name__")).startswith(("lightning.pytorch.", "torch.optim.")):
             raise

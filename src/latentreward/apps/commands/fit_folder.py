@@ -15,10 +15,11 @@ from lightning_utilities.core.rank_zero import rank_zero_only
 
 from latentreward.apps.commands.notes import tell
 from latentreward.backbones.stored_adapters import CONFIG
-from latentreward.callbacks import PolicyLoRA
+from latentreward.callbacks import PolicyLoRA, SampleGrid, ScoredPairGrid
 from latentreward.callbacks.graceful_stop import fallback_folder
+from latentreward.callbacks.resumed_settings import log_folder, output_path
 from latentreward.checkpoints.files import checkpoint_problem, holds_weights_alone, newest_intact
-from latentreward.checkpoints.shards import newest_first
+from latentreward.errors import InputError
 from latentreward.storage.durable import check_writable
 
 FOLDER = "trainer.default_root_dir"
@@ -77,44 +78,28 @@ def check_folder(trainer: Namespace) -> None:
         check_writable(folder / "checkpoints")
 
 
-def tell_earlier_run(trainer: Namespace) -> None:
+def tell_earlier_run(trainer: Trainer) -> None:
     """Say in one line that the checkpoint folders of a new run hold checkpoints of an earlier one."""
-    for folder in checkpoint_folders(trainer):
-        if found := sorted(path.name for path in folder.glob("*.ckpt")):
-            tell(
-                f"{folder} holds an earlier run ({found[0]}): this run starts anew and writes beside it; "
-                f"--ckpt_path last goes on with that run, another {FOLDER} keeps the two apart"
-            )
-            return
-
-
-def checkpoint_folders(trainer: Namespace) -> list[Path]:
-    """List the folders where a trainer's settings let the run save checkpoints, as far as they name them."""
-    callbacks = trainer.get("callbacks") or []
-    given = [one.get("init_args", {}).get("dirpath") for one in callbacks if isinstance(one, Namespace)]
-    folders = [Path(folder) for folder in given if folder and "://" not in str(folder)]
-    if (folder := run_folder(trainer)) is not None:
-        folders.append(folder / "checkpoints")
-    return folders
-
-
-def likely_checkpoint(word: str, trainer: Namespace) -> Path | None:
-    """Return the checkpoint that a word probably means; :func:`last_checkpoint` knows it, once callbacks are made.
-
-    Args:
-        word: ``last`` or ``hpc``.
-        trainer: Settings of the trainer.
-    """
-    if word == "last":
-        found = [path for folder in checkpoint_folders(trainer) for path in last_files(folder)]
-    else:
-        found = [*(run_folder(trainer) or Path()).glob("hpc_ckpt_*.ckpt")]
-    return next(iter(newest_first(found)), None)
+    found = [path for folder in checkpoint_places(trainer) for path in sorted(folder.glob("*.ckpt"))]
+    if found and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+        tell(
+            f"{found[0].parent} holds an earlier run ({found[0].name}): this run starts anew and writes beside it; "
+            f"--ckpt_path last goes on with that run, another {FOLDER} keeps the two apart"
+        )
 
 
 def last_files(folder: Path) -> list[Path]:
-    """List the checkpoints called ``last`` in a folder; without one, all its checkpoints."""
-    return [*folder.glob("last*.ckpt")] or [*folder.glob("*.ckpt")]
+    """List the checkpoints called ``last`` in a folder; without one, all but intact ones of weights alone."""
+    return [*folder.glob("last*.ckpt")] or [
+        path for path in folder.glob("*.ckpt") if checkpoint_problem(path, False) or not holds_weights_alone(path)
+    ]
+
+
+def checkpoint_places(trainer: Trainer) -> list[Path]:
+    """List the folders where a run's callbacks save checkpoints."""
+    keepers: list[Any] = [one for one in trainer.checkpoint_callbacks if isinstance(one, ModelCheckpoint)]
+    found = [str(one._ModelCheckpoint__resolve_ckpt_dir(trainer)).removeprefix(f"{Path.cwd()}/") for one in keepers]
+    return [*map(Path, found)] or [fallback_folder(trainer)]
 
 
 def last_checkpoint(trainer: Trainer) -> Path | None:
@@ -123,28 +108,33 @@ def last_checkpoint(trainer: Trainer) -> Path | None:
     None if there is none. It is looked for where the run's callbacks write it: in no other folder, which may be that of
     another run. If the newest is damaged, :func:`newest_intact` chooses another checkpoint.
     """
-    keepers = [callback for callback in trainer.checkpoint_callbacks if isinstance(callback, ModelCheckpoint)]
-    candidates, others = [] if keepers else [fallback_folder(trainer) / "last.ckpt"], list[Path]()
-    for callback in trainer.checkpoint_callbacks:
-        if isinstance(callback, ModelCheckpoint):
-            found = callback._find_last_checkpoints(trainer)  # absolute paths
-            candidates += [Path(path.removeprefix(f"{Path.cwd()}/")) for path in found]
-            folder: Any = callback._ModelCheckpoint__resolve_ckpt_dir(trainer)  # type: ignore[attr-defined]
-            others += Path(str(folder).removeprefix(f"{Path.cwd()}/")).glob("*.ckpt")
-        elif isinstance(callback, OnExceptionCheckpoint):
-            candidates.append(Path(callback.ckpt_path))
-    if not any(path.exists() for path in candidates):
-        candidates = [path for path in others if checkpoint_problem(path, False) or not holds_weights_alone(path)]
-    return newest_intact(candidates)
+    found = [path for folder in checkpoint_places(trainer) for path in last_files(folder)]
+    found += [Path(one.ckpt_path) for one in trainer.checkpoint_callbacks if isinstance(one, OnExceptionCheckpoint)]
+    return newest_intact([*found, *Path(trainer.default_root_dir).glob("hpc_ckpt_*.ckpt")])  # of a SLURM job
 
 
-def last_of_earlier_version(trainer: Trainer) -> Path | None:
-    """Return the newest of :func:`last_files` in folders ``version_N`` beside the run's own; None if there is none."""
-    folder = Path(trainer.log_dir or ".")  # a collective call
-    if not re.fullmatch(r"version_\d+", folder.name):
+def last_of_earlier_start(trainer: Trainer, settings: Namespace) -> Path | None:
+    """Return the newest checkpoint of earlier starts, if the logger gives each start a folder, by a number or an id.
+
+    The folder is ``NAME/version_3/checkpoints``, for example. None if the settings name it.
+
+    Raises:
+        InputError: If the checkpoint is in no folder that the settings give the run, so it may be another run's.
+    """
+    given, root = settings.get("logger"), settings.get("default_root_dir")
+    given = given[0] if isinstance(given, list) and given else given
+    named = given.init_args if isinstance(given, Namespace) else Namespace()
+    if not trainer.loggers or any(named.get(name) is not None for name in ("version", "id", "run_id")):
         return None
-    found = [path for one in folder.parent.glob("version_*/checkpoints") for path in last_files(one)]
-    return max(found, key=lambda path: path.stat().st_mtime, default=None)
+    starts = [folder for one in checkpoint_places(trainer) for folder in one.parent.parent.glob("*/checkpoints")]
+    if path := newest_intact([path for folder in starts for path in last_files(folder)]):
+        if root is None or not path.resolve().is_relative_to(Path(root).resolve()):
+            raise InputError(
+                "ckpt_path: last: the logger gives each start a folder of its own, and this one is new; "
+                f"give {path}, or give the run a folder of its own by --{FOLDER}"
+            )
+        tell(f"ckpt_path: last: going on from {path}, of an earlier start in {root}")
+    return path
 
 
 def without_slashes(keeper: ModelCheckpoint) -> None:
@@ -164,7 +154,7 @@ def loaded_by(folder: Path, trainer: Trainer) -> str:
 
 def result_lines(trainer: Trainer) -> Iterator[str]:
     """Yield lines that name what a run of ``fit`` has written: checkpoints, LoRA, pictures, log; on every rank."""
-    folder = Path(trainer.log_dir or trainer.default_root_dir)  # log_dir is a collective call
+    folder = log_folder(trainer)  # a collective call
     yield f"optimiser step {trainer.global_step}, the run's folder is {folder}"
     for keeper in trainer.checkpoint_callbacks:
         if isinstance(keeper, ModelCheckpoint):
@@ -172,11 +162,10 @@ def result_lines(trainer: Trainer) -> Iterator[str]:
             kept |= {f"best {keeper.monitor}": keeper.best_model_path if keeper.monitor else ""}
             # A Path would take a slash out of an address.
             yield from (f"  {word}: {path if '://' in path else Path(path)}" for word, path in kept.items() if path)
-    lora = next((one.folder for one in trainer.callbacks if isinstance(one, PolicyLoRA)), None)  # type: ignore[attr-defined]
-    written = {"LoRA": lora or folder / "lora", "samples": folder / "samples", "pairs": folder / "scored_pairs.png"}
-    for word, path in written.items():
-        if path.exists():
-            yield f"  {word}: {path}" + (loaded_by(path, trainer) if word == "LoRA" else "")
+    words = {PolicyLoRA: "LoRA", SampleGrid: "samples", ScoredPairGrid: "pairs"}
+    for one in trainer.callbacks:  # type: ignore[attr-defined]
+        if type(one) in words and (path := output_path(trainer, one.output_name)).exists():
+            yield f"  {words[type(one)]}: {path}" + (loaded_by(path, trainer) if isinstance(one, PolicyLoRA) else "")
     for stop in trainer.early_stopping_callbacks:
         if stop.stopping_reason_message:
             yield f"  ended by EarlyStopping: {stop.stopping_reason_message.partition(' Signaling')[0]}"

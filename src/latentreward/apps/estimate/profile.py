@@ -2,7 +2,6 @@
 
 from collections import defaultdict
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from latentreward.apps.estimate.bounds import bounds_table
 from latentreward.callbacks import Performance
+from latentreward.callbacks.resumed_settings import log_folder
 from latentreward.errors import InputError, check_at_least_one
 from latentreward.peak_rates import Limits, Work, work_of
 from latentreward.phases import PHASES
@@ -129,7 +129,7 @@ class StepProfile(Callback):
         seconds["a step"] = sum(seconds[name] for name in in_step)
         measured = [f"{seconds[name]:.4f}" if name in seconds else NOTHING for name in (*names, "a step")]
         table = bounds_table(f"{steps} steps", rows, self.limits, {"measured, s": measured})
-        folder = Path(trainer.log_dir or trainer.default_root_dir)  # log_dir is a collective call
+        folder = log_folder(trainer)  # a collective call
         if not trainer.is_global_zero:
             return
         folder.mkdir(parents=True, exist_ok=True)
