@@ -185,6 +185,8 @@ UNNAMED = {key: value for key, value in PLAIN.items() if key != "prompt"}
         ("{broken", "row is no object"),
         ("[1, 2]", "row is no object"),
         ("[" * 9999, "row is no object"),
+        (json.dumps(PLAIN)[:-1] + ', "label": 0}', "row is no object"),
+        (json.dumps(PLAIN)[:-1] + ', "more": [{"a": 1, "\\u0061": 1}]}', "row is no object"),
         ({**PLAIN, "prompt": 3}, "prompt is no text"),
         ({"caption": "a cat", **UNNAMED}, "prompt under another name"),
         ({"text": "a cat", **UNNAMED}, "prompt under another name"),

@@ -14,7 +14,8 @@ from latentreward.contracts import ImageRef
 from latentreward.data.images import BASE64, NO_IMAGE, OUTSIDE
 from latentreward.data.readers.base import PairReader
 from latentreward.errors import InputError
-from latentreward.storage.texts import UnreadableTextError, decode_text
+from latentreward.storage.json_files import parse
+from latentreward.storage.texts import decode_text
 
 EDIT_SOURCE = re.compile(
     r"(source|src|input|condition|conditioning)_(image|img)s?|path_src|prompt_images", re.IGNORECASE
@@ -116,7 +117,7 @@ def parse_rows(
         InputError: If there is no such list.
     """
     try:
-        rows = json.loads(data)
+        rows = parse(data)
     except (ValueError, RecursionError) as error:
         raise InputError(f"{name}: not JSON ({error}); {remedy}") from error
     rows = rows if as_list is None else as_list(rows)
@@ -129,9 +130,9 @@ def parse_value(line: bytes) -> tuple[Any, str]:
     """Parse a line of JSON; return its value, and a few words on why it holds none, empty if it does."""
     try:
         text = decode_text(line, "the line").strip()
-        return json.loads(text), ""
-    except UnreadableTextError as error:
-        return None, error.problem
+        return parse(text), ""
+    except InputError as error:
+        return None, getattr(error, "problem", str(error))
     except json.JSONDecodeError as error:
         cut_off = error.pos >= len(text) or error.msg.startswith("Unterminated string")
         return None, "cut off" if cut_off else f"no JSON at character {error.pos + 1}"
