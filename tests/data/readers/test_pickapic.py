@@ -126,7 +126,7 @@ def test_what_is_no_truth_value_is_not_true(write_pickapic, pickapic_rows, value
     pq.write_table(table.set_column(place, "has_label", pa.array([1])), path)
     assert PickAPicReader(str(path.parent), "train").labelled().all()
     pq.write_table(table.set_column(place, "has_label", pa.array(values)), path)
-    with pytest.raises(InputError, match="column has_label is .*, not bool"):
+    with pytest.raises(InputError, match=r"column has_label is .*, not bool"):
         PickAPicReader(str(path.parent), "train")
 
 
