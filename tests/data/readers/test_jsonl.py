@@ -190,6 +190,8 @@ UNNAMED = {key: value for key, value in PLAIN.items() if key != "prompt"}
         ({**PLAIN, "prompt": 3}, "prompt is no text"),
         ({"caption": "a cat", **UNNAMED}, "prompt under another name"),
         ({"text": "a cat", **UNNAMED}, "prompt under another name"),
+        ({"prompt_text": "a cat", **UNNAMED}, "prompt under another name"),
+        ({**UNNAMED, "Description": "a cat"}, "prompt under another name"),
         ({**PLAIN, "label": 2}, "label not readable"),
         ({**PLAIN, "label": "left"}, "label not readable"),
         ({**PLAIN, "label": True}, "label not readable"),

@@ -31,7 +31,7 @@ MAYBE_SOURCE = re.compile(
 )
 """Names that mean such a picture only if the value is one; ``source`` may also be the name of a data set."""
 PICTURE_FILE = re.compile(r"\.(jpe?g|png|webp|gif|bmp)$", re.IGNORECASE)
-OTHER_PROMPTS = ("caption", "text", "instruction", "Prompt")
+OTHER_PROMPT = re.compile(r"(?!.*(negative|_u?id$))(.*_)?(prompt|caption|text|instruction|description|query).*", re.I)
 """Names under which other programs write prompts."""
 NO_OBJECT = "row is no object"
 EDIT_UNREAD = "edit of a picture in a field that is not read"
@@ -55,9 +55,12 @@ def check_row(reader: PairReader, pair_id: str, row: Any, sources: Collection[st
             return row, False
         reader.remark(pair_id, edit_remark(source))
     prompt = row.get("prompt")
-    other = next((name for name in OTHER_PROMPTS if isinstance(row.get(name), str)), None)
-    if other is not None and "prompt" not in row:
-        reader.refuse(pair_id, f"it has no prompt, but {other!r}; rename that to prompt", "prompt under another name")
+    texts = (name for name, value in row.items() if isinstance(value, str))
+    other = next((name for name in texts if "prompt" not in row and OTHER_PROMPT.fullmatch(name)), None)
+    if other is not None:
+        reader.refuse(
+            pair_id, f"it has no prompt, but {short(other)}; rename that to prompt", "prompt under another name"
+        )
         return row, False
     if prompt is None:
         reader.remark(pair_id, "null prompt read as empty")

@@ -13,7 +13,6 @@ from latentreward.programs import check_program
 from latentreward.scorers.tools.base import JudgedPicture, ToolScorer
 from latentreward.scorers.tools.running import DAY, interpreter, package_versions, run_tool
 from latentreward.scorers.tools.score_file import look_up
-from latentreward.storage.durable import write_file
 
 DRIVERS = Path(__file__).parent / "drivers"  # folder of the scripts that run in environments of other packages
 
@@ -60,7 +59,7 @@ class CommandScorer(ToolScorer):
         """See :meth:`ToolScorer.score_pictures`."""
         table, scores = work / "pictures.jsonl", work / "scores.jsonl"
         rows = ({"file": item.file, "path": str(item.path.resolve()), "prompt": item.prompt} for item in pictures)
-        write_file(table, "".join(json.dumps(row) + "\n" for row in rows))
+        table.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
         scores.unlink(missing_ok=True)
         read, written = str(table.resolve()), str(scores.resolve())
         command = [part.replace("{pictures}", read).replace("{scores}", written) for part in self.command]

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,7 +12,6 @@ from latentreward.contracts import PathText
 from latentreward.errors import InputError, first_line
 from latentreward.scorers.tools.base import JudgedPicture, ToolScorer
 from latentreward.scorers.tools.running import DAY, commit_of, interpreter, package_versions, place_png, run_tool
-from latentreward.storage.durable import discard
 
 NAME = re.compile(r"(\d+)/samples/(\d+)\.png$")
 """Pattern of a file name in GenEval's results: index of the prompt, and number of the image."""
@@ -93,7 +93,7 @@ class GenEvalScorer(ToolScorer):
 
 def lay_out(pictures: Sequence[JudgedPicture], folder: Path) -> None:
     """Write images in GenEval's layout, ``00000/metadata.jsonl`` and ``00000/samples/0000.png``; clears ``folder``."""
-    discard(folder)
+    shutil.rmtree(folder, ignore_errors=True)
     for picture in pictures:
         prompt_folder = folder / f"{picture.place:05d}"
         place_png(picture.path, prompt_folder / "samples" / f"{picture.image:04d}.png")

@@ -11,7 +11,6 @@ from PIL import Image
 
 from latentreward.errors import InputError
 from latentreward.programs import check_program
-from latentreward.storage.durable import discard
 
 FOREIGN = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")
 """Environment variables that are not passed on, since they would make a program use latentreward's environment."""
@@ -31,7 +30,6 @@ def run_tool(name: str, command: Sequence[str], folder: Path, log: Path, timeout
     """
     check_program(command[0])
     environment = {key: value for key, value in os.environ.items() if key not in FOREIGN}
-    discard(log)  # a link too, which would be written through
     with log.open("wb") as output:
         try:
             process = subprocess.Popen(

@@ -1,6 +1,7 @@
 """Scorer by T2I-CompBench++ (arXiv:2307.06350), which checks attributes, relations and numbers named in a prompt."""
 
 import json
+import shutil
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +12,6 @@ from latentreward.contracts import PathText
 from latentreward.errors import InputError, first_line
 from latentreward.scorers.tools.base import JudgedPicture, ToolScorer
 from latentreward.scorers.tools.running import DAY, commit_of, interpreter, place_png, run_tool
-from latentreward.storage.durable import discard
 
 BLIP = ("BLIPvqa_eval", "BLIP_vqa.py", "--out_dir", ("annotation_blip",))
 OBJECTS = "annotation_obj_detection"
@@ -117,7 +117,7 @@ class T2ICompBenchScorer(ToolScorer):
 
     def _run(self, category: str, pictures: Sequence[JudgedPicture], folder: Path) -> None:
         assert self.repository is not None
-        discard(folder)
+        shutil.rmtree(folder, ignore_errors=True)
         for number, picture in enumerate(pictures):
             place_png(picture.path, folder / "samples" / _file_name(picture.prompt, number))
         for program, script, option, _ in CATEGORIES[category]:
