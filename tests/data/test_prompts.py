@@ -50,11 +50,28 @@ def test_every_format_gives_the_distinct_prompts_in_order(
     assert (left_out in caplog.text) == (suffix != "txt")
 
 
+def test_comments_of_a_text_are_told_and_dashes_are_text(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "a.txt").write_text("# sheet 1\na fox -- soft light\n\n  #2\nwell--lit, 7 --> 8, half-timbered # 3\n")
+    found = PromptDataModule(str(tmp_path / "a.txt")).prompts
+    assert found == ("a fox -- soft light", "well--lit, 7 --> 8, half-timbered # 3")
+    assert "2 comments (#) are left out, the first is line 1" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
         ("empty.txt", b"\n \n", "holds no prompt"),
         ("latin.txt", "Fuß".encode("latin-1"), "is not UTF-8 at byte 3"),
+        (
+            "options.txt",
+            b"a cat\n# --w 512\na dog --n blurry --w 512",
+            "line 3 has the option --n, which would be drawn",
+        ),
+        ("ratio.txt", b"a cat --ar 16:9", "line 1 has the option --ar,"),
+        ("last.txt", b"a cat --tile", "line 1 has the option --tile,"),
+        ("comments.txt", b"# a\n#b\n", "holds no prompt"),
+        ("key.json", b'[{"prompt_text": "a cat"}]', "row 1 has no column 'prompt' or 'caption' .it has: 'prompt_text'"),
+        ("key.jsonl", b'{"prompt": "a cat", "prompt": "a dog"}', "line 1: key 'prompt' is given twice"),
         ("latin.csv", "prompt\nFuß".encode("latin-1"), "is not UTF-8"),
         ("column.csv", b"text,id\na cat,1\n", "row 1 has no column 'prompt' or 'caption' .it has: 'text', 'id'"),
         ("column.jsonl", b'{"text": "a cat"}\n', "it has: 'text'"),

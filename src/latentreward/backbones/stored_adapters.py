@@ -15,8 +15,10 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 """Files of an adapter in PEFT's format."""
 PREFIX = "base_model.model."
 """Prefix that PEFT adds to the names of the network's tensors in its file."""
-NAME_PATTERN = re.compile(r"[\w.\\^$-]*")
+NAME_PATTERN = re.compile(r"\^?([\w.-]|\\[.dw-]){1,200}\$?")
 """Regular expressions that PEFT may match with names of layers: without repetition, which can take for ever."""
+FEW = 100
+"""Number of names in a setting, of which PEFT matches each with each layer, that is read of any adapter."""
 PARTS = {"A.weight", "B.weight", "B.bias", "magnitude_vector.weight"}
 """Tensors of a layer's adapter by what follows ``LAYER.lora_`` in their names; the last one is DoRA's."""
 
@@ -75,8 +77,14 @@ def check_settings(settings: Mapping[str, Any], stored: Iterable[int], origin: s
 
     Raises:
         InputError: If an expression is not a name with dots and escapes, a setting has another type, alpha is not
-            finite, or the ranks are not those of the stored tensors.
+            finite, the ranks are not those of the stored tensors, or a setting has more names than there are layers.
     """
+    stored = [*stored]
+    for name, value in settings.items():
+        if isinstance(value, list | Mapping) and len(value) > max(FEW, len(stored)):
+            raise InputError(
+                f"{origin}: {name} has {len(value)} entries for {len(stored)} stored layers; write one for a layer"
+            )
     for name in ("target_modules", "exclude_modules", "layers_pattern"):
         value = settings.get(name, [])
         if value != "all-linear" and not isinstance(value, list):

@@ -1,6 +1,7 @@
 """Reading of JSON and other plain values that were written elsewhere, with one-line errors."""
 
 import json
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from functools import cache
@@ -26,11 +27,23 @@ MISSING = ("missing", "missing_argument")  # pydantic's errors about a name that
 PLAIN = (bool, int, float, str, NoneType)
 
 
+def parse(text: bytes | str) -> Any:
+    """Parse JSON; InputError, a ValueError too, if an object has a key twice, of which the last would win."""
+    return json.loads(text, object_pairs_hook=_object)
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise InputError(f"key {shown(Counter(key for key, _ in pairs).most_common(1)[0][0])!r} is given twice")
+    return found
+
+
 def read_config(path: Path, name: str | None = None, remedy: str = "download it again") -> dict[str, Any]:
     """Read a JSON file that holds an object; raises InputError if it is damaged."""
     name = name or str(path)
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = parse(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise InputError(f"{name} is damaged ({first_line(error)}); {remedy}") from error
     if not isinstance(config, dict):

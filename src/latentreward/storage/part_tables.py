@@ -56,6 +56,8 @@ class PartFiles:
             raise InputError(f"output is {self.output}; it must end in .parquet, .csv or .jsonl")
         if self.finished():
             return self
+        if self.folder.is_symlink():  # the parts would be written behind it
+            raise InputError(f"output: {self.folder} is a link; choose another file, or delete it")
         if self.output.exists() and not self.folder.exists():
             raise InputError(f"output: {self.output} is there already; choose another file, or delete it")
         with ExitStack() as held:

@@ -146,7 +146,26 @@ def test_what_is_no_lora_is_refused(tmp_path: Path) -> None:
         load_lora(load("sd_tiny"), tmp_path / "nowhere")
 
 
+@pytest.mark.parametrize("end", ["hada_w1_a", "lokr_w2", "oft_blocks", "boft_R.weight"])
+def test_an_adapter_of_another_kind_is_named(end: str, tmp_path: Path) -> None:
+    save_file({f"lora_unet_mid_block_attentions_0_proj_in.{end}": torch.ones(2, 2)}, tmp_path / "lora.safetensors")
+    with pytest.raises(
+        InputError, match=rf"adapter of another kind, by its tensors {end.partition('_')[0]}_ .*give a LoRA$"
+    ):
+        load_lora(load("sd_tiny"), tmp_path)
+
+
+@pytest.mark.parametrize("content", [{"epoch": 1}, [1], {"state_dict": {"global_step": 1}}, {"a": Path}])
+def test_a_torch_file_without_tensors_alone_is_one_line(content: object, tmp_path: Path) -> None:
+    torch.save(content, tmp_path / "lora.bin")
+    with pytest.raises(InputError, match=r"lora\.bin"):
+        load_lora(load("sd_tiny"), tmp_path)
+
+
 def test_what_is_no_lora_is_told_before_a_policy_is_loaded(tmp_path: Path) -> None:
+    (tmp_path.parent / "last.ckpt").touch()
+    with pytest.raises(InputError, match=r"last\.ckpt is the checkpoint of a run; give it as checkpoint"):
+        check_lora(tmp_path.parent / "last.ckpt")
     with pytest.raises(InputError, match=r"^lora: .*gone does not exist; give"):
         check_lora(tmp_path / "gone")
     with pytest.raises(InputError, match=r"holds no \.safetensors or \.bin file"):
@@ -215,7 +234,7 @@ def test_every_tensor_is_used_or_the_file_is_refused(change: str, exported: tupl
         return
     before = predict(fresh)
     with pytest.raises(
-        InputError, match=r"^lora: .*(without a place in the network|cannot be used|several|is not finite)"
+        InputError, match=r"^lora: .*(without a place in the network|cannot be used|several|is not finite|kind|rank 0)"
     ) as refused:
         load_lora(fresh, tmp_path)
     assert "\n" not in str(refused.value) and len(str(refused.value)) < 600
@@ -227,6 +246,9 @@ def test_every_tensor_is_used_or_the_file_is_refused(change: str, exported: tupl
     [
         ({"r": 10**8}, "rank 100000000 does not fit the stored weights"),
         ({"alpha_pattern": {"(a+)+(b+)+(c+)+$": 3}}, "alpha_pattern holds .*; write names of layers"),
+        ({"alpha_pattern": {f"layer{n}": 1 for n in range(10_000)}}, "has 10000 entries for 39 stored layers"),
+        ({"rank_pattern": {"a" * 1000: 4}}, "rank_pattern holds .*; write names of layers"),
+        ({"rank_pattern": {"\\1": 4}}, "rank_pattern holds .*; write names of layers"),
         ({"alpha_pattern": ["to_q"]}, "alpha_pattern is .*; write a mapping"),
         ({"lora_alpha": "16"}, "alpha is '16'; write a finite number"),
         ({"lora_alpha": float("inf")}, "alpha is inf; write a finite number"),

@@ -26,7 +26,7 @@ from torch import Tensor
 from latentreward.apps.serving import app, bodies, images, server
 from latentreward.apps.serving.addresses import bind
 from latentreward.apps.serving.protocol import parse_request
-from latentreward.apps.serving.served import ScoringService, ServedModel, own_shape
+from latentreward.apps.serving.served import ScoringService, ServedModel, tried_shape
 from latentreward.apps.serving.tensors import Accepted
 from latentreward.scoring import RewardModel
 from latentreward.scoring.calibration import Calibration
@@ -244,6 +244,7 @@ def test_a_unet_reward_is_served_with_its_empty_prompt() -> None:
     [
         ({"x-drm-protocol-version": "2"}, 400, "speaks version 1"),
         ({"content-type": "application/json"}, 415, "send application/octet-stream"),
+        ({"content-encoding": "gzip"}, 415, "content-encoding is 'gzip'; send the body uncompressed"),
         ({}, 400, "the safetensors header has"),
     ],
 )
@@ -410,7 +411,7 @@ def test_answers_on_sd_and_sd3_to_the_byte(model: tuple[str, str]) -> None:
     with serving(reward) as (address, service):
         told = httpx.get(f"{address}/v1/model")
         level = json.dumps(told.json()["u"][0])
-        pixels = f'"max_latent_pixels":{4 * math.prod(own_shape(reward)[1:])}'
+        pixels = f'"max_latent_pixels":{4 * math.prod(tried_shape(reward)[1:])}'
         assert told.text == ANSWERS[model].replace("U", level).replace('"max_latent_pixels":P', pixels)
         tensors = tensors_of(service.accepted, rows=2, tokens=service.accepted.tokens or 5)
         reply = ask(address, save(tensors))

@@ -42,7 +42,7 @@ TEXT = "make it red"
 
 @pytest.fixture(scope="module")
 def served() -> Iterator[tuple[str, ServedModel]]:
-    with serving(edit_reward(), batch_size=4, max_wait_ms=1, queue=8, max_latent_pixels=96) as started:
+    with serving(edit_reward(), batch_size=4, max_wait_ms=1, queue=8, max_latent_pixels=192) as started:
         yield started
 
 
@@ -303,6 +303,7 @@ def test_verl_omnis_protocol_takes_latents_of_sources(served: tuple[str, ServedM
         ({"source_0": latents(2)}, "source_0: B of (B, C, h0, w0) is 2, but 1 in this model or other tensors"),
         ({"source_1": latents(1)}, "source_1 is given without source_0; number sources from 0 on"),
         ({"source_0": latents(1, height=24, width=24)}, "source_0: h · w 576 is over this server's limit"),
+        ({f"source_{n}": latents(1, height=8, width=8) for n in range(3)}, "latents and sources: h · w 198"),
         ({"source_0": latents(1)[0]}, "source_0: shape must be (B, C, h0, w0)"),
         ({"source_16": latents(1)}, "the body holds an unknown tensor 'source_16'"),
         ({"source_0": latents(1) / 0}, "source_0 holds NaN or infinity"),

@@ -117,6 +117,23 @@ def test_an_answer_is_not_joined_to_an_unended_line_of_another_program(tmp_path:
     assert Ratings(tmp_path).done == 1 and len((tmp_path / RATINGS).read_text().splitlines()) == 2
 
 
+@pytest.mark.parametrize("target", ["empty", "missing", "fifo", '{"chosen": "x.png", "rejected": "y.png"}\n'])
+def test_no_answer_goes_through_a_link(tmp_path: Path, target: str) -> None:
+    """Such as one to a file that a shell runs."""
+    behind = tmp_path / "behind"
+    if target == "fifo":
+        os.mkfifo(behind)
+    elif target != "missing":
+        behind.write_text("" if target == "empty" else target)
+    folder = unsorted_folder(tmp_path / "theirs", 3)
+    (folder / RATINGS).symlink_to(behind)
+    ratings = Ratings(folder)
+    for _ in range(2):
+        assert ratings.rate(ratings.next.names, "a")
+    assert Ratings(folder).done == 2
+    assert not behind.exists() if target == "missing" else behind.stat().st_size == len(target) * ("{" in target)
+
+
 def test_a_name_that_the_file_cannot_hold_is_left_out(tmp_path: Path) -> None:
     """Its answers would name another picture."""
     unsorted_folder(tmp_path, 3)

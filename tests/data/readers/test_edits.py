@@ -1,6 +1,7 @@
 """Published sets of image edits: one reader, the fields of each set by name, and what each row must give."""
 
 import json
+import math
 import pickle
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,7 @@ COMPASS = {"prompt": "make it red", "source_image": "src", "winner": "a", "loser
 MMRB = {"pair_id": "p", "prompt_text": "make it red", "prompt_images": ["src", "c"], "response_a_images": ["a"]}
 MMRB |= {"response_b_images": ["b"], "response_a_model": "M", "response_b_model": "N"}
 SAMPLES: dict[str, list[dict[str, Any]]] = {
-    "editreward_data": [{**TRAIN, "tie_case": None}, {**TRAIN, "tie_case": "dim1 > dim2"}],
+    "editreward_data": [{**TRAIN, "tie_case": None}, {**TRAIN, "tie_case": True}],
     "editreward_data_hub": [{**HUB, "vote_type": vote} for vote in ("leftvote", "rightvote", "tie", None)],
     "editreward_bench": [{**BENCH, "ranking": ranking} for ranking in ("A>C", "C>A", "A=C")],
     "editreward_bench_json": [{**RANKED, "human_vote": {"ranking": "B>A=C"}}],
@@ -190,7 +191,9 @@ def test_odd_rows_follow_on_error(write_json) -> None:
     good, row = SAMPLES["genai_bench_edits"][0], "train.json:1: "
     cases = [
         (7, "7 is no JSON object", 1),
-        ({**good, "vote_type": "upvote"}, "label is 'upvote', neither", 1),
+        ({**good, "vote_type": "upvote"}, "label is 'vote_type upvote', neither", 1),
+        ({**good, "vote_type": 1}, "label is 'vote_type 1', neither", 1),
+        ({**good, "vote_type": "A>A"}, "label is 'vote_type A>A', neither", 1),
         ({**good, "source_image": "../x.jpg"}, r"source_images '\.\./x\.jpg' leads out of", 0),
         ({**good, "left_output_image": None}, "image_a is None, not a path", 0),
         ({**good, "instruct_prompt": 3}, "prompt is 3, not text", 1),
@@ -207,6 +210,17 @@ def test_odd_rows_follow_on_error(write_json) -> None:
         EditPairReader(str(file := write_json([SAMPLES["editreward_bench_json"][0], ranked])))
     assert len(EditPairReader(str(file), on_error="skip")) == 3
     assert EditPairReader(str(file), on_error="placeholder").labelled().tolist() == [True] * 3 + [False]
+
+
+def test_a_mark_of_ties_is_known_or_the_row_is_bad(write_json) -> None:
+    for values, label in (((True, 1, 1.0, " Yes"), 0.5), ((False, None, 0, 0.0, "", "no", "None"), 1.0)):
+        reader = EditPairReader(str(write_json([{**TRAIN, "tie_case": one} for one in values])), randomise_sides=False)
+        assert reader.labels().tolist() == [label] * len(values)
+    odd = [{**TRAIN, "tie_case": one} for one in (math.nan, "n", "N/A", 2, -1, "dim1 > dim2", [], {})]
+    file = str(write_json([{**TRAIN, "tie_case": False}, *odd]))
+    with pytest.raises(InputError, match=r"train\.json:1: label is 'tie_case nan', neither"):
+        EditPairReader(file)
+    assert EditPairReader(file, on_error="skip").skipped.total() == len(odd)
 
 
 def test_what_is_no_set_of_edits_is_one_line(write_json) -> None:

@@ -118,6 +118,18 @@ def test_copy_without_images_is_recognised(write_pickapic, pickapic_rows) -> Non
         PickAPicReader(source, "train")
 
 
+@pytest.mark.parametrize("values", [[2], [-1], [float("nan")], ["N/A"]])
+def test_what_is_no_truth_value_is_not_true(write_pickapic, pickapic_rows, values) -> None:
+    path = Path(write_pickapic([pickapic_rows(0)])) / "data" / NAME
+    table = pq.read_table(path)
+    place = table.column_names.index("has_label")
+    pq.write_table(table.set_column(place, "has_label", pa.array([1])), path)
+    assert PickAPicReader(str(path.parent), "train").labelled().all()
+    pq.write_table(table.set_column(place, "has_label", pa.array(values)), path)
+    with pytest.raises(InputError, match=r"column has_label is .*, not bool"):
+        PickAPicReader(str(path.parent), "train")
+
+
 def test_wrong_column_types_are_named(write_pickapic, pickapic_rows) -> None:
     path = Path(write_pickapic([pickapic_rows(0)])) / "data" / NAME
     table = pq.read_table(path)

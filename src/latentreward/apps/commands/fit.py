@@ -53,7 +53,7 @@ from latentreward.settings import functions
 from latentreward.settings.errors import summarise
 from latentreward.settings.ranges import check_ranges
 from latentreward.settings.rewriting import rewrite_arguments
-from latentreward.storage.durable import disk_full
+from latentreward.storage.durable import disk_full, write_file
 from latentreward.storage.locks import lock_run
 from latentreward.storage.shared_weights import sharing_between
 
@@ -150,7 +150,6 @@ class SaveConfig(SaveConfigCallback):
 
     def _write(self, folder: Path) -> None:
         """Write the settings, unless the newest file in the folder has the same apart from ``ckpt_path``."""
-        folder.mkdir(parents=True, exist_ok=True)
         text = self.parser.dump(self.config, skip_none=False)
         files = newest_first(folder.glob(SAVED))
         texts = (text, *(path.read_text(encoding="utf-8") for path in files[:1]))
@@ -159,7 +158,7 @@ class SaveConfig(SaveConfigCallback):
             return
         names = chain([CONFIG], (f"config_{number}.yaml" for number in count(1)))
         self._written.append(next(folder / name for name in names if not (folder / name).exists()))
-        self._written[-1].write_text(text, encoding="utf-8")
+        write_file(self._written[-1], text)
 
 
 def saved_nothing(keepers: Sequence[theirs.Checkpoint]) -> bool:

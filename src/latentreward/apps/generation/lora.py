@@ -17,6 +17,7 @@ from torch import Tensor
 from latentreward.backbones.stored_adapters import CONFIG, PREFIX, check_settings, plain_name, stored_ranks
 from latentreward.errors import InputError, first_line
 from latentreward.policies import POLICY, AdapterSwitch, Policy
+from latentreward.scoring.files import read_state_dict
 from latentreward.storage.json_files import read_config
 from latentreward.storage.user_files import find_files
 
@@ -25,6 +26,9 @@ LOADED = "lora"
 WEIGHTS = (".safetensors", ".bin")
 REWARD_HEAD = "head.safetensors"
 """File by which the folder of a published reward model is recognised."""
+OTHER_KIND = re.compile(r"\b(hada|lokr|oft|boft|ia3|vera|glora)_")
+"""Beginning of the names of tensors in adapters that are no LoRA: LoHa, LoKr, OFT and such."""
+MOST_TENSORS = 20_000  # FLUX.1 and Qwen-Image have some 2,000
 SCALES = ("r", "rank_pattern", "lora_alpha", "alpha_pattern", "use_rslora")
 """Settings of peft that are read. The tensors tell all others, and some of those make peft run code."""
 
@@ -34,6 +38,8 @@ def check_lora(path: Path) -> None:
     remedy = "give a .safetensors file, or the folder of one as latentreward export writes it"
     if not path.exists():
         raise InputError(f"lora: {path} does not exist; {remedy}")
+    if path.suffix == ".ckpt":
+        raise InputError(f"lora: {path} is the checkpoint of a run; give it as checkpoint, or {remedy}")
     if path.is_dir() and (path / REWARD_HEAD).is_file():
         raise InputError(f"lora: {path} is a reward model, no LoRA of a generator; {remedy}")
     if path.is_dir() and not any(file.suffix in WEIGHTS for file in path.iterdir()):
@@ -100,7 +106,7 @@ def read_tensors(path: Path, part: str) -> tuple[dict[str, Tensor], dict[str, An
     usual = [file for file in files if file.stem == "pytorch_lora_weights"]
     file = files[0] if len(files) == 1 else (usual or [path / "pytorch_lora_weights.safetensors"])[0]
     if file.suffix != ".safetensors":
-        return dict(torch.load(file, map_location="cpu", weights_only=True)), {}
+        return read_state_dict(file, "a LoRA"), {}
     with safe_open(file, "pt") as opened:
         tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - not a dict
         metadata = json.loads((opened.metadata() or {}).get("lora_adapter_metadata", "{}"))
@@ -122,10 +128,19 @@ def weights_by_layer(tensors: Mapping[str, Tensor], policy: Policy, path: Path, 
     from diffusers import loaders  # importing the pipeline classes would load image processors and print warnings
     from diffusers.utils import convert_unet_state_dict_to_peft
 
+    if len(tensors) > MOST_TENSORS:
+        raise InputError(f"lora: {path} holds {len(tensors)} tensors, more than {MOST_TENSORS}; give a LoRA")
     family, config = policy.family, getattr(policy.network, "config", None)
     plain = {plain_name(name): tensor for name, tensor in tensors.items()}
     if len(plain) < len(tensors):
         raise InputError(f"lora: {path} holds several adapters; give a file of one")
+    if other := next(filter(OTHER_KIND.search, plain), None):
+        kind = OTHER_KIND.search(other)[0]  # type: ignore[index]
+        raise InputError(
+            f"lora: {path} is an adapter of another kind, by its tensors {kind} ({other:.100}); give a LoRA"
+        )
+    if empty := next((name for name, tensor in plain.items() if not tensor.numel()), None):
+        raise InputError(f"lora: {path}: {empty} is empty, of rank 0; give a LoRA of rank 1 or more")
     loader = getattr(loaders, family.lora_loader) if family.lora_loader else None
     sources = {
         name: tensor.detach().requires_grad_()

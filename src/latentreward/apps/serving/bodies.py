@@ -16,7 +16,9 @@ SLOW_S = 2.0  # seconds after which a body may have to make room for others
 
 
 def check_type(request: Request, *types: str) -> str:
-    """Return the content type of a request; raise RequestError with status 415 if it is not one of ``types``."""
+    """Return the content type of a request; RequestError (415) if it is not one of ``types``, or is compressed."""
+    if (encoding := request.headers.get("content-encoding", "identity").lower()) != "identity":
+        raise RequestError(f"content-encoding is {encoding[:40]!r}; send the body uncompressed", 415)
     found = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if found not in types:
         raise RequestError(f"content-type is {found[:40]!r}; send {' or '.join(types)}", 415)

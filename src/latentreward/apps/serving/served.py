@@ -220,7 +220,7 @@ def accepted_by(reward: RewardModel, settings: ServiceSettings) -> Accepted:
         max_side=backbone.max_side,
         max_prompt=backbone.max_prompt,
         tokens=empty.prompt_embeds.shape[1] if reward.head.needs_uncond and not masked else None,
-        max_pixels=settings.max_latent_pixels or 4 * math.prod((*time, *own_shape(reward)[-2:])),
+        max_pixels=settings.max_latent_pixels or 4 * math.prod((*time, *tried_shape(reward)[-2:])),
         max_rows=min(ROWS, settings.queue),
         masked=masked,
         frames=time[0] if time else None,

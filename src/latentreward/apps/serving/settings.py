@@ -27,8 +27,8 @@ class ServiceSettings:
         timeout: Seconds after which a request is answered 504, or 408 if its body has not arrived.
         max_body_mb: Largest body, in MiB.
         max_pixels: Largest width × height of an image, which is read from its header before the image is decoded.
-        max_latent_pixels: Largest h · w of latents, or T · h · w with a time axis, in latent pixels. None takes four
-            times the model's own size.
+        max_latent_pixels: Largest h · w of latents, or T · h · w with a time axis, in latent pixels; with pictures to
+            edit, of all of a row together. None takes four times the size that the reward was trained at.
         concurrency: Greatest number of requests of a reward in progress; requests beyond it are answered 503 with
             Retry-After. None sets no limit beside ``queue``.
         passes_per_device: Greatest number of forward passes at the same time on one device, of all rewards there. A

@@ -1,5 +1,6 @@
 """Safetensors bodies of untrusted clients: tensors by name, with dtypes, shapes and values that a reward takes."""
 
+import math
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -31,6 +32,7 @@ DTYPES = {
 
 Truth values are read as numbers, because torch takes bytes above 1 for them without an error.
 """
+SMALLER = "send smaller latents, or raise the server's --max_latent_pixels"
 FLOATS = ("F32", "F16", "BF16")  # names of the floating-point dtypes that requests may use
 
 
@@ -57,7 +59,7 @@ class Accepted:
     max_prompt: int | None = None  # largest number of tokens of a prompt; None if the network has no limit
     # Number of tokens L if it is fixed, as for heads that compare with the empty prompt; else None
     tokens: int | None = None
-    max_pixels: int = 128 * 128  # largest h · w of latents, or T · h · w with a time axis
+    max_pixels: int = 128 * 128  # largest h · w, or T · h · w with a time axis; with sources, of all together
     max_tokens: int = 1024  # largest L
     max_rows: int = ROWS  # largest B
     masked: bool = False  # whether prompts have unequal numbers of tokens, told by a mask
@@ -98,6 +100,8 @@ class Accepted:
             if name != f"source_{place}":
                 raise RequestError(f"{name} is given without source_{place}; number sources from 0 on", 422)
             self.check_sides(tensors[name], name)
+        total = sum((self.frames or 1) * math.prod(tensors[name].shape[-2:]) for name in ("latents", *found))
+        check_limit("latents and sources: h · w", total, self.max_pixels, SMALLER)
         columns = [tensors[name].unbind() for name in found]
         return [*zip(*columns, strict=True)] if columns else [()] * count
 
@@ -127,8 +131,7 @@ class Accepted:
             limit = f"{self.max_side}, the limit of this network"
             raise RequestError(f"{tensor} of {height} × {width} have a side over {limit}", 422)
         name = f"{tensor}: h · w" if self.frames is None else f"{tensor}: T · h · w"
-        smaller = "send smaller latents, or raise the server's --max_latent_pixels"
-        check_limit(name, (self.frames or 1) * height * width, self.max_pixels, smaller)
+        check_limit(name, (self.frames or 1) * height * width, self.max_pixels, SMALLER)
 
 
 def read_tensors(

@@ -1,8 +1,6 @@
 """Ratings of pairs of own pictures: which pairs are shown, and the file that keeps the answers."""
 
-import errno
 import json
-import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -20,7 +18,7 @@ from latentreward.data.readers.base import normalise_prompt
 from latentreward.data.readers.json_rows import parse_line
 from latentreward.errors import InputError
 from latentreward.storage.digests import digest
-from latentreward.storage.durable import write_errors_named, write_file
+from latentreward.storage.durable import write_file
 
 BLOCK = 8  # pictures that are compared with each other only, so that the split finds parts without common pictures
 Answer = Literal["a", "b", "tie"]
@@ -126,18 +124,10 @@ class Ratings:
         if sources := sources_of(pair.prompt):
             line["source_images"] = [source.image_key for source in sources]
         line[RATED] = datetime.now(UTC).isoformat(timespec="seconds")
-        text = (json.dumps(line, ensure_ascii=False) + "\n").encode("utf-8", "replace")
-        with write_errors_named(self.file, KEPT), self.file.open("a+b", buffering=0) as stream:
-            before = stream.tell()
-            if before and os.pread(stream.fileno(), 1, before - 1) != b"\n":  # another program's last line
-                text = b"\n" + text
-            try:
-                if stream.write(text) < len(text):
-                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-                os.fsync(stream.fileno())
-            except OSError:  # the file stays as it was: the next line must not be joined to a part of this one
-                stream.truncate(before)
-                raise
+        # By a rename, as a link under the file's name may lead to a file of another kind.
+        before = self.file.read_bytes() if self.file.is_file() else b""
+        before += b"\n" if before[-1:] not in (b"", b"\n") else b""  # another program's last line
+        write_file(self.file, before + (json.dumps(line, ensure_ascii=False) + "\n").encode("utf-8", "replace"), KEPT)
         self._lines.append(line)
         return True
 

@@ -33,6 +33,8 @@ COLUMNS = ("prompt", "caption", "Prompt")
 GROUPS = ("tag", "Category")
 """Names of the column with the group of a prompt: GenEval's and PartiPrompts'."""
 FORMATS = (".txt", ".json", ".jsonl", ".csv", ".tsv", ".parquet")
+OPTION = re.compile(r"(?:^|\s)--[a-z]+(?=\s|$)")
+"""Beginning of an option in a line of sd-scripts' or Midjourney's prompts, such as ``--n`` and ``--w 512``."""
 logger = logging.getLogger(__name__)
 
 Row = Mapping[str, Any]
@@ -51,15 +53,17 @@ class PromptRow:
 def read_prompts(path: str, setting: str = "data.prompts", max_prompt_chars: int = MAX_PROMPT_CHARS) -> tuple[str, ...]:
     """Read the distinct prompts of a file, in the file's order, without blank ones.
 
-    A text holds one prompt per line. JSON lines, a JSON list, CSV, TSV and parquet have a column ``prompt``,
-    ``caption`` or ``Prompt``. A JSON object counts by its list ``prompts``, or, as in MJHQ-30K, by its values if all
-    are objects with such a field. A column ``source_images`` or ``source_image`` has the pictures that a prompt edits:
+    A text holds one prompt per line; lines that begin with ``#`` are comments. JSON lines, a JSON list, CSV, TSV and
+    parquet have a column ``prompt``, ``caption`` or ``Prompt``. A JSON object counts by its list ``prompts``, or, as in
+    MJHQ-30K, by its values if all are objects with such a field. A column ``source_images`` or ``source_image`` has the
+    pictures that a prompt edits:
     paths in the file's folder, in CSV one path or a JSON list of them, and in parquet also bytes. ``setting`` names the
     file's setting in messages.
 
     Raises:
         InputError: If the file does not exist, has another format, is not UTF-8, has a prompt that is too long or no
-            prompt, or a picture to edit is missing, outside the folder, one of more than 16, or in another column.
+            prompt, a line of text with options such as ``--w 512``, or a picture to edit is missing, outside the
+            folder, one of more than 16, or in another column.
     """
     return tuple(dict.fromkeys(row.prompt for row in read_prompt_rows(path, setting, max_prompt_chars)))
 
@@ -131,7 +135,16 @@ def _read(file: Path) -> Iterator[Any]:
         rows = table.read(kept).to_pylist()
         yield from ({**row, **edited} for row in rows)
     elif suffix == ".txt":
-        yield from (line.strip() for line in re.split(r"\r\n?|\n", read_text(file)))
+        lines = [line.strip() for line in re.split(r"\r\n?|\n", read_text(file))]
+        if comments := [number for number, line in enumerate(lines, start=1) if line.startswith("#")]:
+            logger.warning("%s: %d comments (#) are left out, the first is line %d", file, len(comments), comments[0])
+        for number, line in enumerate(lines, start=1):
+            if not line.startswith("#") and (found := OPTION.search(line)):
+                raise InputError(
+                    f"{file}: line {number} has the option {found[0].strip()}, which would be drawn as text; set it in "
+                    "the command and remove it, or write JSON lines if it is text"
+                )
+            yield "" if line.startswith("#") else line
     else:
         for number, value, problem in read_rows(file, "give a list of prompts, or one as 'prompts'", _as_list):
             if problem:

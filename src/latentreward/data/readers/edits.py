@@ -41,7 +41,9 @@ VERDICTS = dict.fromkeys(WINS, 1.0) | dict.fromkeys(LOSES, 0.0) | dict.fromkeys(
 FIRST_ROWS = 64
 """Rows of a JSON file whose fields tell its layout."""
 NO_RANKING = "ranking not readable"
-NO_TIE = ("", "0", "no", "none", "null", "false")
+NO_TIE = ("", "0", "0.0", "no", "none", "null", "false")
+MARKS = dict.fromkeys(("1", "1.0", "yes", "true"), 0.5) | dict.fromkeys(NO_TIE, 1.0)
+"""Value of a field that marks ties, as a text in lower case → label of the first image."""
 
 
 @dataclass(frozen=True)
@@ -279,14 +281,15 @@ class EditPairReader(RowReader):
         if self.axis != "overall":
             first, second = (parse_number(row.get(score)) for score in self.layout.axes[self.axis])
             return None if first is None or second is None else 0.5 + 0.5 * ((first > second) - (first < second))
-        if self.layout.tie and str(row.get(self.layout.tie)).strip().lower() not in NO_TIE:
-            return 0.5
+        text = str(row.get(self.layout.tie) if self.layout.tie else verdict).strip()
+        if self.layout.tie:
+            return MARKS.get(text.lower(), f"{self.layout.tie} {text}")
         if not self.layout.verdict:
             return 1.0
-        text = str(verdict).strip()
-        if re.fullmatch(r"[A-Z][>=][A-Z]", text):  # of candidates A to D, the first is the one nearer to A
+        if re.fullmatch(r"([A-Z])[>=](?!\1)[A-Z]", text):  # of candidates A to D, the first is the one nearer to A
             return 0.5 if text[1] == "=" else float(text[0] < text[2])
-        return VERDICTS.get(text.lower(), verdict)
+        # An unknown one by the name of its field: a number alone would be a label.
+        return None if verdict is None else VERDICTS.get(text.lower(), f"{self.layout.verdict} {text}")
 
 
 def _json_file(source: Source, split: str) -> Path | None:

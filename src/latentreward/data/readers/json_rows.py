@@ -11,7 +11,8 @@ from typing import Any
 
 from latentreward.data.readers.base import PairReader
 from latentreward.errors import InputError
-from latentreward.storage.texts import UnreadableTextError, decode_text, read_text
+from latentreward.storage.json_files import parse
+from latentreward.storage.texts import decode_text, read_text
 
 EDIT_SOURCE = re.compile(
     r"(source|src|input|condition|conditioning)_(image|img)s?|path_src|prompt_images", re.IGNORECASE
@@ -27,7 +28,7 @@ MAYBE_SOURCE = re.compile(
 )
 """Names that mean such a picture only if the value is one; ``source`` may also be the name of a data set."""
 PICTURE_FILE = re.compile(r"\.(jpe?g|png|webp|gif|bmp)$", re.IGNORECASE)
-OTHER_PROMPTS = ("caption", "text", "instruction", "Prompt")
+OTHER_PROMPT = re.compile(r"(?!.*(negative|_u?id$))(.*_)?(prompt|caption|text|instruction|description|query).*", re.I)
 """Names under which other programs write prompts."""
 NO_OBJECT = "row is no object"
 EDIT_UNREAD = "edit of a picture in a field that is not read"
@@ -51,9 +52,12 @@ def check_row(reader: PairReader, pair_id: str, row: Any, sources: Collection[st
             return row, False
         reader.remark(pair_id, edit_remark(source))
     prompt = row.get("prompt")
-    other = next((name for name in OTHER_PROMPTS if isinstance(row.get(name), str)), None)
-    if other is not None and "prompt" not in row:
-        reader.refuse(pair_id, f"it has no prompt, but {other!r}; rename that to prompt", "prompt under another name")
+    texts = (name for name, value in row.items() if isinstance(value, str))
+    other = next((name for name in texts if "prompt" not in row and OTHER_PROMPT.fullmatch(name)), None)
+    if other is not None:
+        reader.refuse(
+            pair_id, f"it has no prompt, but {short(other)}; rename that to prompt", "prompt under another name"
+        )
         return row, False
     if prompt is None:
         reader.remark(pair_id, "null prompt read as empty")
@@ -97,7 +101,7 @@ def parse_rows(
         InputError: If there is no such list.
     """
     try:
-        rows = json.loads(data)
+        rows = parse(data)
     except (ValueError, RecursionError) as error:
         raise InputError(f"{name}: not JSON ({error}); {remedy}") from error
     rows = rows if as_list is None else as_list(rows)
@@ -110,9 +114,9 @@ def parse_value(line: bytes) -> tuple[Any, str]:
     """Parse a line of JSON; return its value, and a few words on why it holds none, empty if it does."""
     try:
         text = decode_text(line, "the line").strip()
-        return json.loads(text), ""
-    except UnreadableTextError as error:
-        return None, error.problem
+        return parse(text), ""
+    except InputError as error:
+        return None, getattr(error, "problem", str(error))
     except json.JSONDecodeError as error:
         cut_off = error.pos >= len(text) or error.msg.startswith("Unterminated string")
         return None, "cut off" if cut_off else f"no JSON at character {error.pos + 1}"

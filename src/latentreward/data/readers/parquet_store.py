@@ -175,7 +175,10 @@ def cast_columns(table: pa.Table, columns: dict[str, pa.DataType | None], place:
                 f"{place}: column {name} is damaged ({first_line(error)}); write it again, texts in UTF-8"
             ) from error
         try:
-            table = table.set_column(number, name, found.cast(plain_type(found.type) if kind is None else kind))
+            new = found.cast(plain_type(found.type) if kind is None else kind)
+            if kind == pa.bool_() and pa.types.is_primitive(found.type) and not new.cast(found.type).equals(found):
+                raise pa.ArrowInvalid("other numbers than 0 and 1")  # NaN and 2 would be true
+            table = table.set_column(number, name, new)
         except pa.ArrowException as error:
             raise InputError(f"{place}: column {name} is {found.type}, not {kind}; {hint}") from error
     return table
