@@ -27,7 +27,7 @@ from latentreward.data import PairReader
 from latentreward.encoders.prompts import PromptEncoder
 from latentreward.encoders.vae import LatentEncoder
 from latentreward.errors import InputError
-from latentreward.families import Family, FlowFamily, Tokens
+from latentreward.families import Family, FlowFamily
 from latentreward.heads import EmbeddingHead, RewardHead
 from latentreward.losses import (
     BradleyTerryLoss,
@@ -143,8 +143,7 @@ def predicted(family: Family) -> Any:
 
 def run(family: FlowFamily) -> Any:
     latents = torch.zeros(2, 4, 2, 2)
-    family.velocity(None, latents, ONES[:2], None, None)
-    return family.step(None, family.begin(None, latents, ONES[:2], None), 1)
+    return family.velocity(None, latents, ONES[:2], None, None)
 
 
 def metric_of(metric: Metric) -> Any:
@@ -424,39 +423,14 @@ FAMILY = Kind(
         "network_class": "",
     },
 )
-TOKENS = {"visual": torch.zeros(2, 1, 6), "text": torch.zeros(2, 3, 5), "temb": torch.zeros(2, 6), "grid": (1, 1)}
 FLOW_FAMILY = Kind(
     FlowFamily,
     {
         "velocity": LATENTS,
-        "begin": lambda self, *given: Tokens(**TOKENS),
-        "step": (torch.zeros(2, 1, 6), torch.zeros(2, 3, 5)),
         "load_prompt_encoder": None,
     },
     run,
-    [("velocity", bad) for bad in (torch.zeros(2, 4, 2), NAN * LATENTS, None)]
-    + [
-        ("begin", returning(bad))
-        for bad in (
-            TOKENS,
-            Tokens(**TOKENS | {"visual": torch.zeros(2, 2, 6)}),
-            Tokens(**TOKENS | {"grid": (2, 2)}),
-            Tokens(**TOKENS | {"visual": NAN * TOKENS["visual"]}),
-            Tokens(**TOKENS | {"temb": torch.zeros(2, 7)}),
-            Tokens(**TOKENS | {"text": torch.zeros(3, 5)}),
-            Tokens(**TOKENS, text_mask=torch.ones(2, 4, dtype=torch.bool)),
-            Tokens(**TOKENS, text_mask=torch.ones(2, 3)),
-        )
-    ]
-    + [
-        ("step", bad)
-        for bad in (
-            TOKENS["visual"],
-            (TOKENS["text"], TOKENS["visual"]),
-            (NAN * TOKENS["visual"], TOKENS["text"]),
-            (TOKENS["visual"], None),
-        )
-    ],
+    [("velocity", bad) for bad in (torch.zeros(2, 4, 2), NAN * LATENTS, None)],
     args=(None,),
     also={"network_class": "", "lists": (), "default_guidance": 1.0, "width": 6, "temb_dim": 6},
 )
@@ -757,13 +731,6 @@ def test_a_result_without_a_gradient_is_named(kind: Kind, name: str, method: Any
         use(part)
 
 
-def test_a_block_whose_tokens_lose_their_gradient_is_named() -> None:
-    family = made(FLOW_FAMILY, "step", lambda self, block, tokens, number: (tokens.visual.detach(), tokens.text))
-    tokens = Tokens(**TOKENS | {"visual": torch.zeros(2, 1, 6, requires_grad=True)})
-    with pytest.raises(InputError, match=r"^Mine.step returned visual tokens after block 3, a tensor without a"):
-        family.step(None, tokens, 3)
-
-
 def test_a_function_without_a_gradient_is_named() -> None:
     reward = CallableReward(lambda latents, *_: latents.detach().flatten(1).mean(1), differentiable=True).load(None)
     with pytest.raises(InputError, match=r"^reward CallableReward \(test_promises.py:\d+\) with differentiable = True"):
@@ -881,10 +848,3 @@ def test_checks_get_arguments_in_the_order_of_the_parameters() -> None:
 
 def test_there_are_enough_faults() -> None:
     assert len(FAULTS) >= 104
-
-
-def test_tokens_of_masked_prompts_have_a_mask() -> None:
-    family = made(FLOW_FAMILY)
-    prompts = Conditioning(torch.zeros(2, 3, 5), prompt_mask=torch.ones(2, 3, dtype=torch.bool))
-    with pytest.raises(InputError, match="begin returned no text_mask, but the prompts have a mask; it must say which"):
-        family.begin(None, torch.zeros(2, 4, 2, 2), ONES[:2], prompts)

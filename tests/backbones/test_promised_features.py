@@ -5,7 +5,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch import Tensor
 
 from latentreward.backbones import SDUNetBackbone, sd_tiny
 from latentreward.backbones.base import features_problem
@@ -62,32 +61,19 @@ def projecting() -> SDUNetBackbone:
 
 
 def test_prompt_embeddings_of_another_width_are_one_line() -> None:
-    backbone = projecting()
-    given = torch.zeros(1, 4, 8, 8), torch.ones(1), Conditioning(torch.zeros(1, 3, 40), torch.zeros(1, WIDTH))
-    with pytest.raises(
-        InputError, match=r"^prompt_embeds are 40 wide, but the U-Net attends to 16; project .* subclass$"
-    ):
-        backbone(*given)
-    backbone.unet.register_to_config(encoder_hid_dim_type=None)
-    with pytest.raises(InputError, match=r"attends to 16; give the text encoder of its pipeline$"):
-        backbone(*given)
+    backbone, given = projecting(), Conditioning(torch.zeros(1, 3, WIDTH), torch.zeros(1, WIDTH))
+    with pytest.raises(InputError, match=r"^prompt_embeds are 16 wide, but the U-Net takes 40; give the text encoder"):
+        backbone(torch.zeros(1, 4, 8, 8), torch.ones(1), given)
 
 
-class Projecting(SDUNetBackbone):
-    """As the page on backbones tells it."""
-
-    def read(self, latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Features:
-        tokens = self.unet.encoder_hid_proj(conditioning.prompt_embeds)
-        return super().read(latents, timesteps, replace(conditioning, prompt_embeds=tokens))
-
-
-def test_a_subclass_may_project_prompt_embeddings_itself() -> None:
+def test_a_unet_projects_its_prompt_embeddings_itself() -> None:
     whole = sd_unet(encoder_hid_dim=40, encoder_hid_dim_type="text_proj").eval()
-    space = LatentSpace(4, 2, 1.0)
-    backbone = Projecting(copy.deepcopy(whole), process_from_scheduler(DDIM), space, text_taps=(), output_map=True)
+    space, process = LatentSpace(4, 2, 1.0), process_from_scheduler(DDIM)
+    backbone = SDUNetBackbone(copy.deepcopy(whole), process, space, text_taps=(0,), output_map=True)
     latents, text = torch.randn(1, 4, 8, 8), torch.randn(1, 3, 40)
     features = backbone(latents, torch.tensor([300.0]), Conditioning(text, torch.zeros(1, WIDTH)))
     torch.testing.assert_close(features.output, whole(latents, 300, text).sample)
+    torch.testing.assert_close(features.text[0], whole.encoder_hid_proj(text))
 
 
 def test_a_factory_that_returns_nothing() -> None:

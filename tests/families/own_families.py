@@ -26,8 +26,7 @@ from latentreward.contracts import Conditioning, LatentSpace
 from latentreward.encoders.language_model import LanguageModelEncoder
 from latentreward.encoders.prompts import PromptEncoder
 from latentreward.encoders.vae import LatentEncoder
-from latentreward.families import FamilyBackbone, FlowFamily, Tokens, load_family_backbone
-from latentreward.families.flow import of_patches
+from latentreward.families import FamilyBackbone, FlowFamily, load_family_backbone
 from latentreward.noise.schedules import static_levels
 from tests.tiny_pipelines import t5_tokenizer, vae
 
@@ -81,7 +80,7 @@ class Chroma(FlowFamily):
     block_classes = ("ChromaTransformerBlock", "ChromaSingleTransformerBlock")
     lists = ("transformer_blocks", "single_transformer_blocks")
     lora_loader = "FluxLoraLoaderMixin"
-    positions, default_guidance = 4, 5.0
+    time_embedding, positions, default_guidance = ("distilled_guidance_layer",), 4, 5.0
 
     def load_prompt_encoder(self, t5_length=None, load_t5=True, pretrained=True):
         text = self.pipeline.load(T5EncoderModel, "text_encoder", pretrained)
@@ -104,30 +103,8 @@ class Chroma(FlowFamily):
         made = network(visual, text, sigma.to(visual.dtype), places, words, mask, return_dict=False)
         return self.unpack(made[0], self.token_grid(latents))
 
-    def begin(self, network, latents, sigma, conditioning):
-        visual, text, (places, words), mask = self.inputs(network, latents, conditioning)
-        pooled = network.distilled_guidance_layer(network.time_text_embed(sigma.to(visual.dtype) * 1000))
-        others = {"pooled": pooled, "mask": mask, "rope": network.pos_embed(torch.cat([words, places]))}
-        others |= {"single": self.entry("transformer", "num_single_layers", int)}
-        visual, text = network.x_embedder(visual), network.context_embedder(text)
-        return Tokens(visual, text, pooled.mean(dim=1), self.token_grid(latents), others=others)
-
-    def step(self, block, tokens, number):
-        pooled, both = tokens.others["pooled"], {"image_rotary_emb": tokens.others["rope"]}
-        both["attention_mask"] = tokens.others["mask"]
-        double = self.entry("transformer", "num_layers", int)
-        if number <= double:
-            start, width = 3 * tokens.others["single"] + 6 * (number - 1), 6 * double
-            temb = torch.cat([pooled[:, start : start + 6], pooled[:, start + width : start + width + 6]], dim=1)
-            text, visual = block(tokens.visual, tokens.text, temb, **both)
-            return visual, text
-        start = 3 * (number - double - 1)
-        joint = block(torch.cat([tokens.text, tokens.visual], dim=1), pooled[:, start : start + 3], **both)
-        return joint[:, tokens.text.shape[1] :], joint[:, : tokens.text.shape[1]]
-
-    def output(self, network, tokens):
-        made = network.proj_out(network.norm_out(tokens.visual, tokens.others["pooled"][:, -2:]))
-        return self.unpack(made, tokens.grid)
+    def temb(self, *found):
+        return found[0].mean(dim=1)
 
 
 class DCEncoder(LatentEncoder):
@@ -158,7 +135,7 @@ class Sana(FlowFamily):
     block_classes = ("SanaTransformerBlock",)
     lists = ("transformer_blocks",)
     lora_loader = "SanaLoraLoaderMixin"
-    lora_targets = ("to_q", "to_k", "to_v")
+    lora_targets, time_embedding = ("to_q", "to_k", "to_v"), ("time_embed",)
     vae_class, latent_encoder = "AutoencoderDC", DCEncoder
     text_field, packing, default_guidance, constant_text = "caption_channels", 1, 4.5, True
 
@@ -174,22 +151,6 @@ class Sana(FlowFamily):
         given = conditioning.prompt_embeds.to(dtype), sigma.to(dtype) * 1000
         return network(latents.to(dtype), *given, encoder_attention_mask=conditioning.prompt_mask).sample
 
-    def begin(self, network, latents, sigma, conditioning):
-        dtype, mask = network.patch_embed.proj.weight.dtype, conditioning.prompt_mask
-        visual = network.patch_embed(latents.to(dtype))
-        time, temb = network.time_embed(sigma.to(dtype) * 1000, batch_size=len(latents), hidden_dtype=dtype)
-        text = network.caption_norm(network.caption_projection(conditioning.prompt_embeds.to(dtype)))
-        others = {"time": time, "bias": (1 - mask.to(dtype)).unsqueeze(1) * -10000.0}
-        return Tokens(visual, text, temb, self.token_grid(latents), mask, others)
-
-    def step(self, block, tokens, number):
-        given = tokens.text, tokens.others["bias"], tokens.others["time"], *tokens.grid
-        return block(tokens.visual, None, *given), tokens.text
-
-    def output(self, network, tokens):
-        made = network.proj_out(network.norm_out(tokens.visual, tokens.temb, network.scale_shift_table))
-        return self.unpack(made, tokens.grid)
-
 
 class PixArt(FlowFamily):
     """Family of PixArt-Sigma: a transformer that predicts noise."""
@@ -198,7 +159,7 @@ class PixArt(FlowFamily):
     network_class = "PixArtTransformer2DModel"
     block_classes = ("BasicTransformerBlock",)
     lists = ("transformer_blocks",)
-    lora_targets = ("to_q", "to_k", "to_v")
+    lora_targets, time_embedding = ("to_q", "to_k", "to_v"), ("adaln_single",)
     text_field, default_guidance, constant_text = "caption_channels", 4.5, True
 
     def load_prompt_encoder(self, t5_length=None, load_t5=True, pretrained=True):
@@ -212,23 +173,6 @@ class PixArt(FlowFamily):
             {"resolution": None, "aspect_ratio": None}, encoder_attention_mask=conditioning.prompt_mask,
         ).sample  # fmt: skip
         return made.chunk(2, dim=1)[0]
-
-    def begin(self, network, latents, sigma, conditioning):
-        dtype, mask = network.pos_embed.proj.weight.dtype, conditioning.prompt_mask
-        given = {"batch_size": len(latents), "hidden_dtype": dtype}
-        time, temb = network.adaln_single(sigma * 1000, {"resolution": None, "aspect_ratio": None}, **given)
-        text = network.caption_projection(conditioning.prompt_embeds.to(dtype))
-        others = {"time": time, "bias": (1 - mask.to(dtype)).unsqueeze(1) * -10000.0}
-        return Tokens(network.pos_embed(latents.to(dtype)), text, temb, self.token_grid(latents), mask, others)
-
-    def step(self, block, tokens, number):
-        given = {"encoder_hidden_states": tokens.text, "encoder_attention_mask": tokens.others["bias"]}
-        return block(tokens.visual, timestep=tokens.others["time"], **given), tokens.text
-
-    def output(self, network, tokens):
-        shift, scale = (network.scale_shift_table[None] + tokens.temb[:, None]).chunk(2, dim=1)
-        made = network.proj_out(network.norm_out(tokens.visual) * (1 + scale) + shift)
-        return of_patches(made, tokens.grid).chunk(2, dim=1)[0]
 
 
 def t5(width: int = 32) -> T5EncoderModel:

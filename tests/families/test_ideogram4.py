@@ -88,25 +88,31 @@ def test_layers_of_text_run_on_the_tokens_of_the_prompt_alone() -> None:
 
 def test_queries_and_keys_get_the_type_of_values_where_scoring_is_in_bfloat16() -> None:
     """The rotation raises bfloat16 to its own type, and attention on an accelerator takes one type."""
-    backbone = create_backbone("ideogram4", source=TWIN.folder, visual_taps=[1], text_taps=[], tuning="frozen")
+    backbone, found = (
+        create_backbone("ideogram4", source=TWIN.folder, visual_taps=[1], text_taps=[], tuning="frozen"),
+        [],
+    )
     halve_products(backbone.transformer)
+    attention = backbone.transformer.layers[0].attention
+    attention.register_forward_pre_hook(lambda module, inputs, named: found.append(named), with_kwargs=True)
     latents, conditioning = noise_for(backbone.family.latent_shape(*TWIN.size)), backbone.encode_prompts(PROMPTS)
-    tokens = backbone.family.begin(backbone.transformer, latents, torch.tensor([0.3, 0.8]), conditioning)
-    assert {part.dtype for part in tokens.others["image_rotary_emb"]} == {torch.bfloat16}
-    assert tokens.visual.dtype == tokens.temb.dtype == torch.float32
+    features = backbone(latents, torch.tensor([300.0, 800.0]), conditioning)
+    assert {part.dtype for part in found[0]["image_rotary_emb"]} == {torch.bfloat16}
+    assert features.visual[0].dtype == features.temb.dtype == torch.float32
 
 
 def test_times_and_positions_stay_exact_in_bfloat16() -> None:
     """Of bfloat16, 1 − 0.001 and 1 − 0.0015 are one number, and the positions of an image's rows too."""
     policy = TWIN.source(frozen_dtype="bfloat16").load()
-    network, family = policy.network, policy.family
+    network = policy.network
     assert network.input_proj.weight.dtype == torch.bfloat16
     latents, sigmas = noise_for(policy.latent_shape(*TWIN.size))[:1].expand(2, -1, -1, -1), torch.tensor([1e-3, 1.5e-3])
-    conditioning = policy.encode_prompts([PROMPTS[0]] * 2)
+    conditioning, found = policy.encode_prompts([PROMPTS[0]] * 2), []
+    network.adaln_proj.register_forward_hook(lambda module, inputs, output: found.append(output))
+    network.layers[0].register_forward_pre_hook(lambda block, inputs: found.append(inputs[2]))
     with torch.no_grad():
-        tokens = family.begin(network, latents, sigmas, conditioning)
         one, two = policy.predict(latents, 1000 * sigmas, conditioning)
-    assert not torch.equal(*tokens.temb) and not torch.equal(one, two)
+    assert not torch.equal(*found[0]) and not torch.equal(one, two)
     assert network.rotary_emb.inv_freq.dtype == torch.float32
-    rotary = torch.cat(tokens.others["image_rotary_emb"], dim=-1)[0, -tokens.visual.shape[1] :]
-    assert len(rotary.unique(dim=0)) == tokens.visual.shape[1] == 96
+    rotary = torch.cat(found[1], dim=-1)[0, -96:]
+    assert len(rotary.unique(dim=0)) == 96

@@ -21,8 +21,7 @@ from latentreward.backbones.weights import settle
 from latentreward.contracts import PromptBatch
 from latentreward.errors import InputError
 from latentreward.export import TrainedLoRA, write_merged
-from latentreward.families import FlowFamily, Tokens, find_family
-from latentreward.families.flow import _wrong_tokens
+from latentreward.families import FlowFamily, find_family
 from latentreward.heads import CLIPProjectionHead, GatedQFormerHead
 from latentreward.noise import ContinuousFlow
 from latentreward.policies import PolicySource
@@ -123,34 +122,24 @@ def test_a_width_of_the_text_encoder_names_the_familys_member(
 
 
 def test_text_narrower_than_the_image_has_a_width_of_its_own(pixart: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    step, begin = own_families.PixArt.step, own_families.PixArt.begin
+    split = own_families.PixArt.split
 
-    def narrow(self: Any, *given: Any) -> Any:
-        tokens = begin(self, *given)
-        tokens.others["wide"], tokens.text = tokens.text, tokens.text[..., :24]
-        return tokens
+    def narrow(*given: Any) -> Any:
+        visual, text = split(*given)
+        return visual, text[..., :24]
 
-    def with_wide(self: Any, block: Any, tokens: Any, number: int) -> Any:
-        return step(self, block, replace(tokens, text=tokens.others["wide"]), number)[0], tokens.text
-
-    monkeypatch.setattr(own_families.PixArt, "begin", narrow)
-    monkeypatch.setattr(own_families.PixArt, "step", with_wide)
+    monkeypatch.setattr(own_families.PixArt, "split", narrow)
     given = torch.zeros(2, 4, 8, 8), torch.full((2,), 500.0)
-    for taps in ([], [2]):
-        backbone = own_families.own_pixart(pixart, visual_taps=[2], text_taps=taps)
-        head = GatedQFormerHead(backbone.feature_spec, num_queries=2, num_heads=2)
-        network = RewardNetwork(backbone, head)
+    for width in (32, 24):
+        monkeypatch.setattr(own_families.PixArt, "text_width", width)
+        backbone = own_families.own_pixart(pixart, visual_taps=[2], text_taps=[2])
+        network = RewardNetwork(backbone, GatedQFormerHead(backbone.feature_spec, num_queries=2, num_heads=2))
         text = network.encode_prompts(PROMPTS)
-        if taps:
-            with pytest.raises(
-                InputError, match=r"^PixArt.step returned text tokens of width 24, but text_width is 32; "
-            ):
+        if width == 32:
+            with pytest.raises(InputError, match=r"returned text tap 0 \(2, 32, 24\); .* as feature_spec"):
                 network(*given, *text)
         else:
-            network(*given, *text)
-    monkeypatch.setattr(own_families.PixArt, "text_width", 24)
-    head = GatedQFormerHead(backbone.feature_spec, num_queries=2, num_heads=2)
-    assert RewardNetwork(backbone, head)(*given, *text).shape == (2,)
+            assert network(*given, *text).shape == (2,)
 
 
 def test_gradient_checkpointing_that_a_network_lacks_is_named_by_its_setting(
@@ -174,14 +163,6 @@ def test_classes_of_blocks_that_are_not_named_are_told(pixart: str, monkeypatch:
         InputError, match=r"PixArt.block_classes is \(\), which lacks BasicTransformerBlock, of the blocks"
     ):
         PolicySource(pixart, family=f"{own_families.__name__}.PixArt").load()
-
-
-def test_rows_come_before_columns(monkeypatch: pytest.MonkeyPatch) -> None:
-    family, latents = own_families.Chroma(made_configs("FlowMatchEulerDiscreteScheduler")), torch.zeros(1, 16, 4, 8)
-    monkeypatch.setattr(own_families.Chroma, "width", 8)
-    tokens = Tokens(torch.zeros(1, 8, 8), torch.zeros(1, 3, 8), torch.zeros(1, 8), (4, 2))
-    problem = _wrong_tokens(tokens, family, None, latents)
-    assert problem == "grid (4, 2) for latents of (2, 4) tokens; rows come before columns"
 
 
 def test_a_dynamic_shift_without_mu_is_told_with_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -330,14 +311,14 @@ def test_a_family_whose_blocks_mix_rows_is_named_in_the_first_batch(
     latents = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     states = latents, torch.full((2,), 500.0), *network.encode_prompts(PROMPTS)
     network.read(*states)
-    step = own_families.PixArt.step
+    split = own_families.PixArt.split
 
-    def mixing(self: Any, block: Any, tokens: Any, number: int) -> Any:
-        visual, text = step(self, block, tokens, number)
+    def mixing(*given: Any) -> Any:
+        visual, text = split(*given)
         return visual - visual.mean(dim=0), text
 
-    monkeypatch.setattr(own_families.PixArt, "step", mixing)
-    with pytest.raises(InputError, match=r"^PixArt.step returned values of a row alone .*; compute each row"):
+    monkeypatch.setattr(own_families.PixArt, "split", mixing)
+    with pytest.raises(InputError, match=r"^PixArt.velocity returned values of a row alone .*; compute each row"):
         RewardNetwork(backbone, network.head).read(*states)
 
 
@@ -351,8 +332,9 @@ def test_a_family_with_one_timestep_for_all_rows_is_named_where_rows_share_it(
     backbone = own_families.own_pixart(pixart, visual_taps=[2], text_taps=[])
     network = RewardNetwork(backbone, CLIPProjectionHead(backbone.feature_spec, embed_dim=8))
     latents = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-    monkeypatch.setattr(own_families.PixArt, "begin", partialmethod(one_timestep, method=own_families.PixArt.begin))
-    with pytest.raises(InputError, match=r"^PixArt.step returned values of a row alone .* timestep, in begin too"):
+    method = own_families.PixArt.velocity
+    monkeypatch.setattr(own_families.PixArt, "velocity", partialmethod(one_timestep, method=method))
+    with pytest.raises(InputError, match=r"^PixArt.velocity returned values of a row alone .* timestep"):
         network.read(latents, torch.full((2,), 500.0), *network.encode_prompts(PROMPTS))
 
 
@@ -379,6 +361,14 @@ def test_the_stand_ins_of_an_estimate_are_not_compared(pixart: str) -> None:
         policy.predict(shapes.stand_in((3, 4, 8, 8)), *given[1:])
 
 
+VELOCITY = own_families.PixArt.velocity
+
+
+def unmasked(self: Any, network: Any, latents: Any, sigma: Any, text: Any, guidance: Any) -> Any:
+    text = replace(text, prompt_mask=torch.ones_like(text.prompt_mask))
+    return VELOCITY(self, network, latents, sigma, text, guidance)
+
+
 LENGTHS = {"unlike": ["a", "two dogs on a hill in the rain"], "equal": ["a cat", "a dog"]}
 
 
@@ -389,26 +379,13 @@ def test_a_family_whose_padding_counts_is_named_in_the_first_batch(
     backbone = own_families.own_pixart(pixart, visual_taps=[2], text_taps=[])
     network = RewardNetwork(backbone, CLIPProjectionHead(backbone.feature_spec, embed_dim=8))
     latents = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-    begin = own_families.PixArt.begin
-
-    def unmasked(self: Any, *given: Any) -> Any:
-        tokens = begin(self, *given)
-        tokens.others["bias"] = torch.zeros_like(tokens.others["bias"])
-        return tokens
-
-    monkeypatch.setattr(own_families.PixArt, "begin", unmasked)
-    with pytest.raises(InputError, match=r"^PixArt.step returned values of a row alone .*; compute each row"):
+    monkeypatch.setattr(own_families.PixArt, "velocity", unmasked)
+    with pytest.raises(InputError, match=r"^PixArt.velocity returned values of a row alone .*; compute each row"):
         network.read(latents, torch.full((2,), 500.0), *network.encode_prompts(prompts))
 
 
 def test_a_policy_whose_padding_counts_is_named_in_a_batch_of_one(pixart: str, monkeypatch: pytest.MonkeyPatch) -> None:
     policy = PolicySource(pixart, family=f"{own_families.__name__}.PixArt").load()
-    velocity = own_families.PixArt.velocity
-
-    def unmasked(self: Any, network: Any, latents: Any, sigma: Any, conditioning: Any, guidance: Any) -> Any:
-        mask = torch.ones_like(conditioning.prompt_mask)
-        return velocity(self, network, latents, sigma, replace(conditioning, prompt_mask=mask), guidance)
-
     given = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0)), torch.full((1,), 500.0)
     for prompt in ("", "a cat"):  # a prompt of one token keeps it
         policy.predict(*given, policy.encode_prompts([prompt]))
@@ -416,36 +393,3 @@ def test_a_policy_whose_padding_counts_is_named_in_a_batch_of_one(pixart: str, m
     monkeypatch.setattr(own_families.PixArt, "velocity", unmasked)
     with pytest.raises(InputError, match=r"^PixArt.velocity returned values of a row alone .* outside the mask"):
         policy.predict(*given, policy.encode_prompts(["a cat"]))
-
-
-@pytest.mark.parametrize("name", ["Chroma", "Sana", "PixArt"])
-@pytest.mark.parametrize("slip", ["none", "parts", "begin", "step"])
-def test_blocks_that_get_other_inputs_than_in_the_network_are_named(
-    name: str, slip: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    family = getattr(own_families, name)
-    FAMILIES[name][0]().save_pretrained(tmp_path)
-    backbone = getattr(own_families, f"own_{name.lower()}")(str(tmp_path), visual_taps=[2, 3], text_taps=[])
-    network = RewardNetwork(backbone, CLIPProjectionHead(backbone.feature_spec, embed_dim=8))
-    shape = backbone.family.latent_shape(*FAMILIES[name][2])
-    latents = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0))
-    if slip == "begin":  # levels in place of timesteps
-        begin = family.begin
-        monkeypatch.setattr(family, "begin", lambda self, net, x, sigma, text: begin(self, net, x, sigma / 1000, text))
-    if slip == "parts":  # nothing to compare: the blocks are not called themselves
-        step = family.step
-        monkeypatch.setattr(family, "step", lambda self, block, *given: step(self, block.forward, *given))
-    if slip == "step":
-
-        def shifted(self: Any, block: Any, tokens: Any, number: int, step: Any = family.step) -> Any:
-            return step(self, block, replace(tokens, visual=tokens.visual.roll(1, dims=1)), number)
-
-        monkeypatch.setattr(family, "step", shifted)
-    given = latents, torch.full((2,), 500.0), *network.encode_prompts(PROMPTS)
-    if slip in ("none", "parts"):
-        network.read(*given)
-    else:
-        with pytest.raises(
-            InputError, match=rf"^{name}.begin \(\S+\) and step \(\S+\) let block 1 return values .* velocity"
-        ):
-            network.read(*given)

@@ -121,15 +121,15 @@ def test_features_are_those_of_the_picture_that_is_made(case: Case) -> None:
 @torch.no_grad()
 def test_tokens_of_sources(case: Case) -> None:
     """Between blocks too, so that a rule for them alone, as in 2511, is seen."""
-    data, options, family, network = case.tensors(), case.options, family_of(case), network_of(case)
-    given = conditioning_of(data, options["sources"])
-    tokens = family.begin(network, data["in.latents"], data["in.sigma"], given)
-    blocks = [*family.blocks(network)][: options["taps"][-1]]
-    for number, block in enumerate(blocks, start=1):
-        tokens.visual, tokens.text = family.step(block, tokens, number)
-        if number in options["taps"]:
-            sources = tokens.visual[:, math.prod(tokens.grid) :]
-            assert_equal(sources, data[f"out.tap_{number}_sources"], f"sources at tap {number}")
+    data, options, family = case.tensors(), case.options, family_of(case)
+    given, latents = conditioning_of(data, options["sources"]), data["in.latents"]
+    made, *edited = (math.prod(grid) for grid in family.grids(latents, given))
+    backbone = FamilyBackbone(network_of(case), family, None, options["taps"], [])
+    with backbone.recorded([]) as seen:
+        family.velocity(backbone.transformer, latents, data["in.sigma"], given, None)
+    for tap in options["taps"]:
+        sources = family.split(tap, seen[tap], made + sum(edited), given)[0][:, made:]
+        assert_equal(sources, data[f"out.tap_{tap}_sources"], f"sources at tap {tap}")
 
 
 @pytest.mark.parametrize("case", cases("editing/klein"), ids=lambda case: case.name)

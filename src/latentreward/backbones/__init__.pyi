@@ -4,6 +4,7 @@ from .base import DiffusionBackbone, check_taps
 from .registry import backbone_names, create_backbone, register_backbone
 from .sd3_dit import SD3DiTBackbone
 from .sd_unet import SDUNetBackbone
+from .transformer import TransformerBackbone
 from .tuning import LoRA
 
 __all__ = [
@@ -11,6 +12,7 @@ __all__ = [
     "LoRA",
     "SD3DiTBackbone",
     "SDUNetBackbone",
+    "TransformerBackbone",
     "backbone_names",
     "check_taps",
     "create_backbone",

@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Hashable, Iterable
-from functools import cache
+from functools import cache, wraps
 from types import FunctionType
 from typing import Any
 
@@ -50,6 +50,7 @@ def compiled_class(kind: type[nn.Module], backend: Backend) -> type[nn.Module]:
     """Return the subclass of ``kind`` that compiles its ``forward`` once for each structure of its instances."""
     functions: dict[Hashable, Callable[..., Any]] = {}
 
+    @wraps(kind.forward)
     def forward(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if (key := vars(block).get("_structure")) is None:
             key = vars(block)["_structure"] = structure(block)

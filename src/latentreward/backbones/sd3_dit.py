@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
-import torch
-from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch import Tensor
 
 from latentreward.backbones.loading import check_sample_size
 from latentreward.backbones.transformer import TransformerBackbone
@@ -69,8 +67,8 @@ class SD3DiTBackbone(TransformerBackbone):
     ) -> None:
         super().__init__(noise_process, latent_space, **options)
         check_sample_size(transformer.config.sample_size)
-        depth = len(transformer.transformer_blocks)
-        num_layers = self.choose_taps(depth, num_layers, visual_taps, text_taps)
+        self.keep_blocks(transformer, num_layers, visual_taps, text_taps)
+        num_layers = len(transformer.transformer_blocks)
         last = transformer.transformer_blocks[num_layers - 1]
         if last.context_pre_only and num_layers in self.text_taps:
             raise InputError(
@@ -80,26 +78,12 @@ class SD3DiTBackbone(TransformerBackbone):
         if pooled_text == "t5" and (self.text_encoder is None or self.text_encoder.text_encoder_3 is None):
             raise InputError("pooled_text='t5' needs the T5 text encoder; set load_t5: true or pooled_text: clip")
         self.pooled_text = pooled_text
-        self.transformer = transformer
         self.max_side = transformer.config.pos_embed_max_size * transformer.config.patch_size
-        transformer.transformer_blocks = transformer.transformer_blocks[:num_layers]
 
-    def unread_names(self) -> list[str]:
-        """See :meth:`TransformerBackbone.unread_names`.
-
-        These are the blocks after the last tap and, unless the output map is read, the output layers. If only one of
-        the two outputs of the last tapped block is read, the submodules that only the other output needs are included.
-        """
-        last, kept = self.last_tap, len(self.transformer.transformer_blocks)
-        names = [f"transformer_blocks.{index}" for index in range(last, kept)]
-        names += [] if self.output_map else ["norm_out", "proj_out"]
-        if last == 0:
-            names += [] if self.text_taps else ["context_embedder"]
-        elif last not in self.text_taps:
-            names += [f"transformer_blocks.{last - 1}.{name}" for name in _TEXT_OUTPUT]
-        elif last not in self.visual_taps and not self.output_map:
-            names += [f"transformer_blocks.{last - 1}.{name}" for name in _VISUAL_OUTPUT]
-        return names
+    def unread_parts(self, number: int, visual: bool, text: bool) -> tuple[Sequence[str], Sequence[str]]:
+        """See :meth:`TransformerBackbone.unread_parts`."""
+        inside = (*(() if text else _TEXT_OUTPUT), *(() if visual else _VISUAL_OUTPUT))
+        return inside, () if number or text else ("context_embedder",)
 
     def drop_text_taps(self) -> None:
         """See :meth:`DiffusionBackbone.drop_text_taps`."""
@@ -141,42 +125,28 @@ class SD3DiTBackbone(TransformerBackbone):
         return self.transformer.config.patch_size * self.latent_space.downscale
 
     def read(self, latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Features:
-        """See :meth:`DiffusionBackbone.read`; latents ``(B, C, h, w)``. Only blocks up to the highest tap run.
+        """See :meth:`DiffusionBackbone.read`; latents ``(B, C, h, w)``.
 
         The patch embedding ignores rows and columns beyond a multiple of the patch size.
         """
-        dit = self.transformer
+        dit, pooled, output = self.transformer, conditioning.pooled_prompt_embeds, None
+        assert pooled is not None
         dtype = dit.pos_embed.proj.weight.dtype
-        visual = dit.pos_embed(latents.to(dtype)).contiguous()
-        temb = dit.time_text_embed(timesteps, conditioning.pooled_prompt_embeds.to(dtype))
-        text = dit.context_embedder(conditioning.prompt_embeds.to(dtype))
-        read = [(visual, text)]
-        for block in dit.transformer_blocks[: self.last_tap]:
-            if dit.gradient_checkpointing and torch.is_grad_enabled():
-                text, visual = checkpoint(block, visual, text, temb, use_reentrant=False)
-            else:
-                text, visual = block(hidden_states=visual, encoder_hidden_states=text, temb=temb)
-            read.append((visual, text))
-        pooled = conditioning.pooled_prompt_embeds
+        with self.recorded(["time_text_embed"]) as seen:
+            output = dit(
+                hidden_states=latents.to(dtype),
+                encoder_hidden_states=conditioning.prompt_embeds.to(dtype),
+                pooled_projections=pooled.to(dtype),
+                timestep=timesteps,
+            ).sample
         if self.pooled_text == "t5":
             pooled = conditioning.prompt_embeds[:, self.text_encoder.clip_length :].mean(dim=1)
-        patch = dit.config.patch_size
-        grid = tuple(size // patch for size in latents.shape[2:])
+        grid = tuple(size // dit.config.patch_size for size in latents.shape[2:])
         return Features(
-            visual=tuple(read[tap][0] for tap in self.visual_taps),
+            visual=tuple(seen[tap][1] for tap in self.visual_taps),
             visual_grids=(grid,) * len(self.visual_taps),
-            text=tuple(read[tap][1] for tap in self.text_taps),
+            text=tuple(seen[tap][0] for tap in self.text_taps),
             pooled_text=pooled,
-            temb=temb,
-            output=self._output(visual, temb, grid) if self.output_map else None,
+            temb=seen["time_text_embed"],
+            output=output,
         )
-
-    def _output(self, visual: Tensor, temb: Tensor, grid: tuple[int, ...]) -> Tensor:
-        """Apply the output layers to visual tokens ``(B, N, D)``; returns ``(B, C, h, w)``."""
-        dit, patch = self.transformer, self.transformer.config.patch_size
-        patches = dit.proj_out(dit.norm_out(visual, temb)).unflatten(2, (patch, patch, -1)).unflatten(1, grid)
-        return patches.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
-
-    def blocks(self) -> Iterator[nn.Module]:
-        """See :meth:`DiffusionBackbone.blocks`."""
-        yield from self.transformer.transformer_blocks

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from latentreward.backbones.base import DiffusionBackbone, check_taps
 from latentreward.backbones.loading import check_sample_size
+from latentreward.backbones.passes import FirstBlocks, recorded
 from latentreward.backbones.tuning import freeze
 from latentreward.contracts import Conditioning, Features, FeatureSpec, LatentSpace, TapSpec
 from latentreward.errors import InputError
@@ -26,8 +27,7 @@ class SDUNetBackbone(DiffusionBackbone):
     before its downsampler. The last tap is the mid block's output (LRM, arXiv:2502.01051, section 3.1). The U-Net does
     not change its text tokens, so that the only text tap is 0: the prompt embeddings themselves.
 
-    A U-Net that projects its prompt embeddings first (``encoder_hid_proj``, as Kolors') needs a subclass whose
-    :meth:`read` does so. SDXL's size conditioning (``time_ids``) is :attr:`native_size`, whatever the latents' size.
+    SDXL's size conditioning (``time_ids``) is :attr:`native_size`, whatever the latents' size.
 
     Args:
         unet: diffusers U-Net; the up path and blocks after the last tap are removed from this object.
@@ -63,7 +63,6 @@ class SDUNetBackbone(DiffusionBackbone):
             # Every remaining parameter contributes to a feature, so that DDP finds no unused parameters.
             unet.up_blocks = nn.ModuleList()
             unet.conv_norm_out, unet.conv_act, unet.conv_out = None, None, nn.Identity()
-            unet.num_upsamplers = 0
             last = self.visual_taps[-1]
             if last < self._mid:
                 unet.mid_block = None
@@ -114,56 +113,44 @@ class SDUNetBackbone(DiffusionBackbone):
 
     def read(self, latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Features:
         """See :meth:`DiffusionBackbone.read`; latents ``(B, 4, h, w)``; InputError for tokens of other width."""
-        unet = self.unet
-        sample = beside_sources(unet, latents, conditioning, self.latent_space).to(unet.conv_in.weight.dtype)
-        tokens = conditioning.prompt_embeds.to(sample.dtype)
-        width = unet.config.cross_attention_dim
+        unet, pooled, output = self.unet, conditioning.pooled_prompt_embeds, None
+        config, dtype = unet.config, unet.conv_in.weight.dtype
+        sample = beside_sources(unet, latents, conditioning, self.latent_space).to(dtype)
+        tokens = conditioning.prompt_embeds.to(dtype)
+        projected = config.encoder_hid_dim_type == "text_proj"  # by the U-Net, such as Kolors'
+        width = config.encoder_hid_dim if projected else config.cross_attention_dim
         if isinstance(width, int) and tokens.shape[-1] != width:
-            remedy = "give the text encoder of its pipeline"
-            if unet.config.encoder_hid_dim_type is not None:
-                remedy = "project them by its encoder_hid_proj in the method read of a subclass"
-            raise InputError(f"prompt_embeds are {tokens.shape[-1]} wide, but the U-Net attends to {width}; {remedy}")
-        temb = unet.time_embedding(unet.get_time_embed(sample=sample, timestep=timesteps))
-        if unet.config.addition_embed_type == "text_time":
-            height, width = (float(side) for side in self.native_size)
-            # SDXL's size conditioning as in training of LRM-SDXL: original size native, no crop, target size native.
-            sizes = [height, width, 0.0, 0.0, height, width]
-            temb = temb + unet.get_aug_embed(
-                emb=temb,
-                encoder_hidden_states=tokens,
-                added_cond_kwargs={
-                    "text_embeds": conditioning.pooled_prompt_embeds.to(sample.dtype),
-                    "time_ids": sample.new_tensor(sizes).expand(len(sample), 6),
-                },
+            raise InputError(
+                f"prompt_embeds are {tokens.shape[-1]} wide, but the U-Net takes {width}; give the text encoder of its "
+                "pipeline"
             )
-        sample = unet.conv_in(sample)
-        last = self._mid if self.output_map else self.visual_taps[-1]
-        read, skips = {0: sample}, [sample]
-        for number, block in enumerate(unet.down_blocks[:last], start=1):
-            sample, outputs = block(hidden_states=sample, temb=temb, **attended(block, tokens))
-            read[number] = outputs[len(block.resnets) - 1]
-            skips += outputs
-        if last == self._mid:
-            read[self._mid] = unet.mid_block(sample, temb, encoder_hidden_states=tokens)
-        maps = [read[tap] for tap in self.visual_taps]
+        added = {}
+        if config.addition_embed_type == "text_time":
+            height, breadth = (float(side) for side in self.native_size)
+            # SDXL's size conditioning as in training of LRM-SDXL: original size native, no crop, target size native.
+            sizes = [height, breadth, 0.0, 0.0, height, breadth]
+            added = {"text_embeds": pooled.to(dtype), "time_ids": sample.new_tensor(sizes).expand(len(sample), 6)}
+        names = "conv_in", "time_embedding", *(["add_embedding"] if added else []), *(["encoder_hid_proj"] * projected)
+        watched = {name: getattr(unet, name) for name in names} | dict(enumerate(self.blocks(), start=1))
+        lists, last = {}, self.visual_taps[-1]
+        if not self.output_map:
+            name, kept = ("up_blocks", ()) if last == self._mid else ("down_blocks", unet.down_blocks[:last])
+            lists[name] = FirstBlocks(kept, len(kept), ends=True)
+        with recorded(unet, lists, watched) as seen:
+            output = unet(sample, timesteps, tokens, added_cond_kwargs=added).sample
+        seen[0] = seen["conv_in"]
+        for number, block in enumerate(unet.down_blocks, start=1):
+            if number in seen:
+                seen[number] = seen[number][1][len(block.resnets) - 1]
+        maps = [seen[tap] for tap in self.visual_taps]
         return Features(
             visual=tuple(features.flatten(2).transpose(1, 2) for features in maps),
             visual_grids=tuple(tuple(features.shape[2:]) for features in maps),
-            text=(tokens,) * len(self.text_taps),
-            pooled_text=conditioning.pooled_prompt_embeds,
-            temb=temb,
-            output=self._output(read[self._mid], skips, temb, tokens) if self.output_map else None,
+            text=(seen["encoder_hid_proj"] if projected else tokens,) * len(self.text_taps),
+            pooled_text=pooled,
+            temb=seen["time_embedding"] + seen["add_embedding"] if added else seen["time_embedding"],
+            output=output,
         )
-
-    def _output(self, sample: Tensor, skips: list[Tensor], temb: Tensor, tokens: Tensor) -> Tensor:
-        """Run the up path on the mid block's output and the down path's outputs; returns ``(B, C, h, w)``."""
-        unet = self.unet
-        for block in unet.up_blocks:
-            count = len(block.resnets)
-            skips, taken = skips[:-count], skips[-count:]
-            size = {"upsample_size": skips[-1].shape[2:]} if skips else {}  # sides that are odd before a downsampler
-            sample = block(sample, tuple(taken), temb, **attended(block, tokens), **size)
-        return unet.conv_out(unet.conv_act(unet.conv_norm_out(sample)))
 
     def blocks(self) -> Iterator[nn.Module]:
         """See :meth:`DiffusionBackbone.blocks`."""
@@ -195,11 +182,6 @@ def beside_sources(unet: Any, latents: Tensor, conditioning: Conditioning, space
                 "equal; set source_size: made"
             )
     return torch.cat([latents, *(source / space.scaling_factor for source in sources)], dim=1) if sources else latents
-
-
-def attended(block: nn.Module, tokens: Tensor) -> dict[str, Tensor]:
-    """Return the argument with the text tokens, for a block that attends to them."""
-    return {"encoder_hidden_states": tokens} if getattr(block, "has_cross_attention", False) else {}
 
 
 def check_undistilled(source: str, config: Mapping[str, Any]) -> None:

@@ -3,14 +3,13 @@
 from latentreward.families.backbone import FamilyBackbone, load_family_backbone
 from latentreward.families.base import Family, PipelineConfigs
 from latentreward.families.find import families, find_family, import_family, is_foreign
-from latentreward.families.flow import FlowFamily, Tokens
+from latentreward.families.flow import FlowFamily
 
 __all__ = [
     "Family",
     "FamilyBackbone",
     "FlowFamily",
     "PipelineConfigs",
-    "Tokens",
     "families",
     "find_family",
     "import_family",

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from itertools import islice
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from latentreward.backbones.loading import Backbone, PipelineSource, finish
 from latentreward.backbones.quantization import Quantization, check_quantization
@@ -56,8 +55,8 @@ class FamilyBackbone(TransformerBackbone):
         self.lora_targets = family.lora_targets
         self.sources = family.sources
         self.source_encoder = None if self.vae is None else family.source_encoder(self.vae)
-        depth = sum(1 for _ in family.blocks(transformer))
-        num_layers = self.choose_taps(depth, num_layers, visual_taps, text_taps)
+        self.lists, self.tail = family.lists, family.tail
+        self.keep_blocks(transformer, num_layers, visual_taps, text_taps)
         if family.constant_text and max(self.text_taps, default=0) > self.visual_taps[-1]:
             raise InputError(
                 f"text_taps={list(self.text_taps)} lie after the last of visual_taps, but {family.title} has the same "
@@ -65,31 +64,18 @@ class FamilyBackbone(TransformerBackbone):
             )
         for names in ("tail", "time_embedding"):
             family.require_parts(names, getattr(family, names), transformer)
-        self.transformer = transformer
-        self.block_counts = [len(getattr(transformer, name)) for name in family.lists]  # before any are dropped
-        for name in family.lists:
-            blocks = getattr(transformer, name)
-            setattr(transformer, name, blocks[:num_layers])
-            num_layers = max(0, num_layers - len(blocks))
         for name in () if self.output_map else family.tail:
             if isinstance(getattr(transformer, name, None), nn.Parameter):
                 delattr(transformer, name)
             elif hasattr(transformer, name):
                 setattr(transformer, name, nn.Identity())
 
-    def unread_names(self) -> list[str]:
-        """See :meth:`TransformerBackbone.unread_names`."""
-        last, family = self.last_tap, self.family
-        names = [] if self.output_map else [*family.tail]
-        numbered = [(name, index) for name in family.lists for index in range(len(getattr(self.transformer, name, ())))]
-        names += [f"{name}.{index}" for name, index in numbered[last:]]
-        reads = last in self.visual_taps or self.output_map, last in self.text_taps
-        if last:
-            name, index = numbered[last - 1]
-            parts = family.unread(last, *reads)
-            family.require_parts("unread", parts, getattr(self.transformer, name)[index])
-            names += [f"{name}.{index}.{part}" for part in parts]
-        return [*names, *family.unread_outside(last, *reads)]
+    def unread_parts(self, number: int, visual: bool, text: bool) -> tuple[Sequence[str], Sequence[str]]:
+        """See :meth:`TransformerBackbone.unread_parts`."""
+        inside = self.family.unread(number, visual, text) if number else ()
+        if number:
+            self.family.require_parts("unread", inside, [*self.blocks()][number - 1])
+        return inside, self.family.unread_outside(number, visual, text)
 
     def drop_text_taps(self) -> None:
         """See :meth:`DiffusionBackbone.drop_text_taps`."""
@@ -99,7 +85,7 @@ class FamilyBackbone(TransformerBackbone):
 
     def drop_time_embedding(self) -> None:
         """See :meth:`DiffusionBackbone.drop_time_embedding`; nothing is frozen if any block runs."""
-        if self.last_tap == 0 and not self.output_map:
+        if self.last_tap == 0 and not self.family.refines:
             freeze(self.transformer, self.family.time_embedding)
 
     @property
@@ -128,43 +114,27 @@ class FamilyBackbone(TransformerBackbone):
         return self.family.side_multiple
 
     def read(self, latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Features:
-        """See :meth:`DiffusionBackbone.read`."""
-        self.family.check_sources(len(conditioning.source_latents))
-        sigma = timesteps.to(torch.float32) / 1000
-        tokens = self.family.begin(self.transformer, latents, sigma, conditioning)
-        recompute = getattr(self.transformer, "gradient_checkpointing", False) and torch.is_grad_enabled()
-        read = [(tokens.made, tokens.text)]
-        for number, block in enumerate(islice(self.blocks(), self.last_tap), start=1):
-            if recompute:
-                pair = checkpoint(self._step, block, tokens, number, tokens.visual, tokens.text, use_reentrant=False)
-            else:
-                pair = self.family.step(block, tokens, number)
-            tokens.visual, tokens.text = pair
-            read.append((tokens.made, tokens.text))
-        for tap in self.text_taps:
-            if (found := read[tap][1].shape[-1]) != self.family.text_width:
-                name, method = type(self.family).__name__, "step" if tap else "begin"
-                raise InputError(
-                    f"{name}.{method} returned text tokens of width {found}, but text_width is "
-                    f"{self.family.text_width}; give {name} a text_width, or the backbone text_taps: []"
-                )
+        """See :meth:`DiffusionBackbone.read`; a network with embedded guidance gets the family's default."""
+        family, output = self.family, None
+        sigma = timesteps.to(latents.device, torch.float32) / 1000
+        with family.exact_times(self.transformer, sigma), self.recorded(family.time_embedding) as seen:
+            output = family.predict(self.transformer, latents, timesteps, conditioning, None)
+        grids, first = family.grids(latents, conditioning), seen[0]
+        count = first[1].shape[1] if isinstance(first, tuple) else sum(map(math.prod, grids))
+        taps = {0: first} | {tap: seen[tap] for tap in (*self.visual_taps, *self.text_taps)}
+        if family.constant_text:
+            taps = {tap: (first[0], found) if tap else first for tap, found in taps.items()}
+        read = {tap: family.split(tap, found, count, conditioning) for tap, found in taps.items()}
+        text, mask = tuple(read[tap][1] for tap in self.text_taps), conditioning.prompt_mask
         return Features(
-            visual=tuple(read[tap][0] for tap in self.visual_taps),
-            visual_grids=(tokens.grid,) * len(self.visual_taps),
-            text=tuple(read[tap][1] for tap in self.text_taps),
+            visual=tuple(read[tap][0][:, : math.prod(grids[0])] for tap in self.visual_taps),
+            visual_grids=(grids[0],) * len(self.visual_taps),
+            text=text,
             pooled_text=conditioning.pooled(),
-            temb=tokens.temb,
-            text_mask=tokens.text_mask,
-            output=self.family.output(self.transformer, tokens) if self.output_map else None,
+            temb=family.temb(*(seen[name] for name in family.time_embedding))[: len(latents)],
+            text_mask=mask[:, : text[0].shape[1]] if text and mask is not None else mask,
+            output=output,
         )
-
-    def _step(self, block: nn.Module, tokens: Any, number: int, visual: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
-        """Run a block on its own copy of the record: a recomputation in the backward pass meets the record's end."""
-        return self.family.step(block, replace(tokens, visual=visual, text=text), number)
-
-    def blocks(self) -> Iterator[nn.Module]:
-        """See :meth:`DiffusionBackbone.blocks`."""
-        yield from self.family.blocks(self.transformer)
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -18,7 +17,7 @@ from latentreward.backbones.registry import register_backbone
 from latentreward.contracts import Conditioning, PathText
 from latentreward.encoders.prompts import PromptEncoder, masked_ids
 from latentreward.families.backbone import FamilyBackbone, load_family_backbone
-from latentreward.families.flow import FlowFamily, Tokens
+from latentreward.families.flow import FlowFamily
 from latentreward.families.flux1 import Flux1, positions, t5_tokens, unread_of_dual
 from latentreward.families.qwen_image import needed_mask
 
@@ -33,6 +32,7 @@ class Chroma(FlowFamily):
     text_layers = ("T5Block",)
     lists = ("transformer_blocks", "single_transformer_blocks")
     positions = 4
+    sinusoids = ("time_text_embed.time_proj", 1000.0)
     time_embedding = ("distilled_guidance_layer",)
     lora_targets = Flux1.lora_targets
     lora_loader = "FluxLoraLoaderMixin"
@@ -78,44 +78,9 @@ class Chroma(FlowFamily):
 
     # Features
 
-    def begin(self, network: Any, latents: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tokens:
-        """See :meth:`FlowFamily.begin`; the timestep embedding is the modulation of the output layer."""
-        dtype, grid = network.x_embedder.weight.dtype, self.token_grid(latents)
-        text = network.context_embedder(conditioning.prompt_embeds.to(dtype))
-        modulation = network.distilled_guidance_layer(network.time_text_embed(1000 * sigma).to(dtype))
-        others = {
-            "modulation": modulation,
-            "image_rotary_emb": network.pos_embed(torch.cat(positions(text.shape[1], [grid], latents.device))),
-            "attention_mask": joint_mask(conditioning, grid),
-        }
-        visual, temb = network.x_embedder(self.pack(latents).to(dtype)), modulation[:, -2:].flatten(1)
-        return Tokens(visual, text, temb, grid, conditioning.prompt_mask, others)
-
-    @cached_property
-    def single_blocks(self) -> int:
-        """Number of blocks with the same weights for pictures and texts."""
-        return self.entry(self.part, "num_single_layers", int)
-
-    def step(self, block: nn.Module, tokens: Tokens, number: int) -> tuple[Tensor, Tensor]:
-        """See :meth:`FlowFamily.step`; the approximator's rows are those of single blocks, of images, then of texts."""
-        modulation = tokens.others["modulation"]
-        shared = {name: tokens.others[name] for name in ("image_rotary_emb", "attention_mask")}
-        dual = self.dual_blocks
-        if number <= dual:
-            of_image = 3 * self.single_blocks + 6 * (number - 1)
-            of_text = of_image + 6 * dual
-            rows = [modulation[:, first : first + 6] for first in (of_image, of_text)]
-            text, visual = block(tokens.visual, tokens.text, torch.cat(rows, dim=1), **shared)
-            return visual, text
-        first, length = 3 * (number - dual - 1), tokens.text.shape[1]
-        joint = torch.cat([tokens.text, tokens.visual], dim=1)
-        joint = block(joint, modulation[:, first : first + 3], **shared)
-        return joint[:, length:], joint[:, :length]
-
-    def output(self, network: Any, tokens: Tokens) -> Tensor:
-        """See :meth:`FlowFamily.output`."""
-        visual = network.norm_out(tokens.visual, tokens.temb.unflatten(1, (2, -1)))
-        return self.unpack(network.proj_out(visual), tokens.grid)
+    def temb(self, *found: Any) -> Tensor:
+        """See :meth:`FlowFamily.temb`; the modulation of the output layer."""
+        return found[0][:, -2:].flatten(1)
 
     @property
     def temb_dim(self) -> int:

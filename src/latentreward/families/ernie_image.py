@@ -6,7 +6,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from latentreward.backbones.registry import register_backbone
 from latentreward.backbones.weights import part_of
@@ -15,9 +15,8 @@ from latentreward.encoders.language_model import LanguageModelEncoder, without_l
 from latentreward.encoders.prompts import PromptEncoder
 from latentreward.encoders.vae import PatchedLatentEncoder
 from latentreward.families.backbone import FamilyBackbone, load_family_backbone
-from latentreward.families.flow import FlowFamily, Tokens
+from latentreward.families.flow import FlowFamily
 from latentreward.families.flux2_klein import normalised_space
-from latentreward.families.qwen_image import needed_mask
 from latentreward.families.z_image import lengths_of
 
 TEXT_LENGTH = 1024  # greatest number of tokens of a prompt; the pipeline's is that of the tokenizer, which has none
@@ -83,34 +82,10 @@ class ErnieImage(FlowFamily):
 
     # Features
 
-    def begin(self, network: Any, latents: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tokens:
-        """See :meth:`FlowFamily.begin`; the image's positions are (number of text tokens, row, column)."""
-        dtype, device, grid = network.x_embedder.proj.weight.dtype, latents.device, self.token_grid(latents)
-        visual, text = network.x_embedder(latents.to(dtype)), conditioning.prompt_embeds.to(dtype)
-        text = text if network.text_proj is None else network.text_proj(text)
-        temb = network.time_embedding(network.time_proj(1000 * sigma).to(dtype))
-        lengths = torch.tensor(lengths_of(conditioning), device=device)
-        places = torch.cartesian_prod(*(torch.arange(size, device=device) for size in grid)).expand(len(latents), -1, 2)
-        starts = lengths[:, None, None].expand(-1, places.shape[1], 1)
-        words = nn.functional.pad(torch.arange(text.shape[1], device=device)[:, None], (0, 2))
-        ids = torch.cat([torch.cat([starts, places], dim=-1), words.expand(len(latents), -1, 3)], dim=1)
-        mask = needed_mask(conditioning)
-        joint = None if mask is None else nn.functional.pad(mask, (visual.shape[1], 0), value=True)[:, None, None]
-        modulation = [rows.unsqueeze(0) for rows in network.adaLN_modulation(temb).chunk(6, dim=-1)]
-        others = {"rope": network.pos_embed(ids.float()), "modulation": modulation, "mask": joint}
-        return Tokens(visual, text, temb, grid, conditioning.prompt_mask, others)
-
-    def step(self, block: nn.Module, tokens: Tokens, number: int) -> tuple[Tensor, Tensor]:
-        """See :meth:`FlowFamily.step`; blocks take the image and then the text, ``(tokens, B, D)``."""
-        joint, others = torch.cat([tokens.visual, tokens.text], dim=1).transpose(0, 1), tokens.others
-        joint = block(joint, others["rope"], others["modulation"], others["mask"]).transpose(0, 1)
-        visual, text = joint.split([tokens.visual.shape[1], tokens.text.shape[1]], dim=1)
-        return visual, text
-
-    def output(self, network: Any, tokens: Tokens) -> Tensor:
-        """See :meth:`FlowFamily.output`."""
-        normed = network.final_norm(tokens.visual.transpose(0, 1), tokens.temb).type_as(tokens.visual)
-        return self.unpack(network.final_linear(normed).transpose(0, 1), tokens.grid)
+    def split(self, number: int, found: Any, visual: int, conditioning: Conditioning) -> tuple[Tensor, Tensor]:
+        """See :meth:`FlowFamily.split`; blocks take the image and then the text, ``(tokens, B, D)``."""
+        image, text = found.transpose(0, 1).tensor_split([visual], dim=1)
+        return image, text
 
     @property
     def width(self) -> int:

@@ -6,7 +6,7 @@ import math
 import sys
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from contextlib import contextmanager
 from functools import cached_property
 from typing import Any, ClassVar
 
@@ -22,71 +22,8 @@ from latentreward.families.base import Family, PipelineConfigs, wrong_prediction
 from latentreward.noise import DDPM_SCHEDULERS, ContinuousFlow, NoiseProcess, process_from_scheduler
 from latentreward.noise.schedules import shifted_levels
 from latentreward.programs import of_this_package
-from latentreward.promises import check_needs, detached, finite, of_class, returns, shown, values_of, wrong_tensor
+from latentreward.promises import check_needs, returns
 from latentreward.storage.json_files import entries
-
-
-@dataclass
-class Tokens:
-    """Tokens between two blocks of a network.
-
-    Attributes:
-        visual: ``(B, N, D)`` visual tokens in row-major order: those of the picture that is made, then of its sources.
-        text: ``(B, L, D)`` text tokens.
-        temb: ``(B, E)`` timestep embedding.
-        grid: (height, width), or (frames, height, width), of the tokens of the picture that is made.
-        text_mask: ``(B, L)`` bool, true for tokens of the prompt; None if all take part.
-        others: What else the family's blocks take, such as position embeddings and masks of joint sequences.
-    """
-
-    visual: Tensor
-    text: Tensor
-    temb: Tensor
-    grid: tuple[int, ...]
-    text_mask: Tensor | None = None
-    others: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def made(self) -> Tensor:
-        """Visual tokens ``(B, prod(grid), D)`` of the picture that is made."""
-        return self.visual[:, : math.prod(self.grid)]
-
-
-def _wrong_tokens(found: Tokens, family: FlowFamily, network: Any, latents: Tensor, *given: Any) -> str | None:
-    if problem := of_class(Tokens)(found):
-        return problem
-    rows, kind = len(latents), values_of(family) if finite(latents) else "floats"
-    if (grid := family.token_grid(latents)) != (*found.grid,) and sorted(grid) == sorted(found.grid):
-        return f"grid {(*found.grid,)} for latents of {grid} tokens; rows come before columns"
-    conditioning = next((one for one in given if isinstance(one, Conditioning)), None)
-    sources = () if conditioning is None else conditioning.source_latents
-    number = math.prod(found.grid) + sum(math.prod(family.token_grid(one)) for one in sources)
-    for name, tensor, shape in (
-        ("visual", found.visual, (rows, number, family.width)),
-        ("text", found.text, (rows, -1, -1)),
-        ("temb", found.temb, (rows, family.temb_dim)),
-    ):
-        if problem := wrong_tensor(tensor, shape, kind):
-            return f"{name} {problem}, as the latents, grid, width and temb_dim say"
-    if found.text_mask is not None and (problem := wrong_tensor(found.text_mask, found.text.shape[:2], "bool")):
-        return f"text_mask {problem}, as the text tokens say"
-    if found.text_mask is None and conditioning is not None and conditioning.prompt_mask is not None:
-        return "no text_mask, but the prompts have a mask; it must say which text tokens belong to the prompt"
-    return None
-
-
-def _wrong_step(
-    found: tuple[Tensor, Tensor], family: FlowFamily, block: Any, tokens: Tokens, number: int
-) -> str | None:
-    if not isinstance(found, tuple) or len(found) != 2:
-        return f"{shown(found)}; it must be two tensors, visual and text tokens"
-    kind = values_of(family) if finite(tokens.visual, tokens.text) else "floats"
-    if problem := wrong_tensor(found[0], tokens.visual.shape, kind):
-        return f"visual tokens {problem} after block {number}"
-    problem = wrong_tensor(found[1], (len(tokens.text), -1, -1), kind)
-    if problem:
-        return f"text tokens {problem} after block {number}"
-    return (problem := detached(found[0], tokens.visual)) and f"visual tokens after block {number}, {problem}"
 
 
 class FlowFamily(Family):
@@ -95,8 +32,8 @@ class FlowFamily(Family):
     Also the base of transformers of a DDPM process, whose family sets ``flow`` to False and returns ε or v from
     :meth:`velocity`, where ``sigma`` is then the timestep divided by 1000.
 
-    A derived class implements :meth:`velocity`, one pass of the whole network as the pipeline makes it, and
-    :meth:`begin` and :meth:`step`, the same pass block by block, for backbones that read features.
+    A derived class implements :meth:`velocity`, one pass of the whole network as the pipeline makes it. Backbones read
+    features from the blocks in this pass; :meth:`split` tells where the tokens of picture and text lie.
 
     Attributes:
         lists: Names of the network's lists of blocks, in the order in which they run.
@@ -107,7 +44,10 @@ class FlowFamily(Family):
             columns; empty for networks that compute positions of any number.
         constant_text: Whether text tokens are the same after all blocks.
         pixels: Height and width at which the model was trained.
-        time_embedding: Names of the network's modules that before the first block only the timestep embedding needs.
+        time_embedding: Names of the network's modules whose outputs make the timestep embedding, see :meth:`temb`.
+        refines: Whether layers before the first block take the timestep embedding.
+        sinusoids: Name of the module that makes sinusoids of the noise levels, and the factor of σ in what it takes, for
+            networks that round it to the type of the tokens; bfloat16 would join several levels to one.
         text_field: Field of the network's config with the width of the text encoder's tokens.
     """
 
@@ -118,7 +58,9 @@ class FlowFamily(Family):
     axes_lens: ClassVar[Sequence[int]] = ()
     constant_text: ClassVar[bool] = False
     pixels: ClassVar[tuple[int, int]] = (1024, 1024)
-    time_embedding: ClassVar[Sequence[str]] = ()
+    time_embedding: ClassVar[Sequence[str]] = ("time_text_embed",)
+    refines: ClassVar[bool] = False
+    sinusoids: ClassVar[tuple[str, float] | None] = None
     text_field: ClassVar[str] = "joint_attention_dim"
 
     @classmethod
@@ -337,34 +279,40 @@ class FlowFamily(Family):
 
     # Features
 
-    @abstractmethod
-    @returns(_wrong_tokens)
-    def begin(self, network: Any, latents: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tokens:
-        """Return the tokens before the first block; arguments as in :meth:`velocity`.
+    def split(self, number: int, found: Any, visual: int, conditioning: Conditioning) -> tuple[Tensor, Tensor]:
+        """Return the visual tokens ``(B, N, D)`` and the text tokens ``(B, L, D)`` of what a block returns.
 
-        A network with embedded guidance gets the family's default.
+        The default is for blocks that return text and image, or joint tokens of the text and then of the image.
+
+        Args:
+            number: Number of the block, from 1 over all lists. For 0, ``found`` is what the first block takes, text
+                before the image where it takes them apart.
+            found: What the block returns. With :attr:`constant_text`, the text and what the block returns.
+            visual: Number N of visual tokens: those of the picture that is made, then of its sources.
+            conditioning: Encoded prompts, B rows.
         """
+        text, image = found if isinstance(found, tuple) else found.tensor_split([found.shape[1] - visual], dim=1)
+        return image, text
 
-    @abstractmethod
-    @returns(_wrong_step)
-    def step(self, block: nn.Module, tokens: Tokens, number: int) -> tuple[Tensor, Tensor]:
-        """Run block ``number``, counted from 1 over all lists, and return its visual and text tokens."""
+    @contextmanager
+    def exact_times(self, network: Any, sigma: Tensor) -> Iterator[None]:
+        """Let the network make sinusoids of ``sigma`` in float32 in the next pass, by :attr:`sinusoids`."""
+        if self.sinusoids is None:
+            yield
+            return
+        name, factor = self.sinusoids
 
-    def output(self, network: Any, tokens: Tokens) -> Tensor:
-        """Apply the network's output layers to visual tokens after any block: ``(B, C, ...)``, as :meth:`velocity`.
+        def exact(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+            hook.remove()  # the next call may be that of the guidance
+            return F.pad(factor * sigma, (0, len(inputs[0]) - len(sigma))), *inputs[1:]  # zeros: times of sources
 
-        Raises:
-            InputError: If the layers are not those of this default, so that the family needs a method of its own.
-        """
-        try:
-            return self.unpack(network.proj_out(network.norm_out(tokens.made, tokens.temb)), tokens.grid)
-        except torch.OutOfMemoryError:
-            raise
-        except (AttributeError, TypeError, RuntimeError) as error:
-            raise InputError(
-                f"output_map: the output layers of {self.title} are not proj_out(norm_out(tokens, temb)) of packed "
-                f"tokens ({first_line(error)}); give {type(self).__name__} a method output(network, tokens)"
-            ) from error
+        with network.get_submodule(name).register_forward_pre_hook(exact) as hook:
+            yield
+
+    def temb(self, *found: Any) -> Tensor:
+        """Return the timestep embedding ``(B, E)`` from the outputs of :attr:`time_embedding`; the last one's last."""
+        embedding: Tensor = found[-1] if isinstance(found[-1], Tensor) else found[-1][-1]
+        return embedding
 
     @property
     def width(self) -> int:
@@ -400,26 +348,3 @@ class FlowFamily(Family):
     def unread_outside(self, number: int, visual: bool, text: bool) -> tuple[str, ...]:
         """Return names of modules and weights outside blocks that taps up to block ``number`` do not depend on."""
         return ()
-
-
-def of_patches(tokens: Tensor, grid: Sequence[int]) -> Tensor:
-    """Turn tokens of 2 × 2 latent pixels whose features have the order (dy, dx, c) into a map.
-
-    Args:
-        tokens: ``(B, prod(grid), 4·C)``.
-        grid: (height, width), or (frames, height, width), of the tokens.
-
-    Returns:
-        ``(B, C, ..., 2·height, 2·width)``.
-    """
-    patches = tokens.unflatten(2, (2, 2, -1)).unflatten(1, tuple(grid)).movedim(-1, 1)
-    return patches.transpose(-2, -3).flatten(-2, -1).flatten(-3, -2)
-
-
-def whole(parameter: Tensor) -> Tensor:
-    """Return a parameter of the network itself, gathered if FSDP2 has sharded it.
-
-    FSDP2 gathers it for calls of the whole network, but a reward that shares the network calls its parts.
-    """
-    gather = getattr(parameter, "full_tensor", None)
-    return parameter if gather is None else gather()

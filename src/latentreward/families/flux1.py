@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from latentreward.backbones.registry import register_backbone
 from latentreward.backbones.tuning import ATTENTION
@@ -21,7 +21,7 @@ from latentreward.encoders.prompts import PromptEncoder, masked_ids, token_ids
 from latentreward.errors import InputError
 from latentreward.families.backbone import FamilyBackbone, load_family_backbone
 from latentreward.families.base import PipelineConfigs
-from latentreward.families.flow import FlowFamily, Tokens
+from latentreward.families.flow import FlowFamily
 
 if TYPE_CHECKING:
     from transformers import CLIPTextModel, PreTrainedTokenizerBase, T5EncoderModel
@@ -96,6 +96,7 @@ class Flux1(FlowFamily):
     }
     lists = ("transformer_blocks", "single_transformer_blocks")
     positions = 4
+    sinusoids = ("time_text_embed.time_proj", 1000.0)
     time_embedding = ("time_text_embed",)
     # Those of diffusers' training script and of Flow-GRPO for FLUX.1.
     lora_targets = (*ATTENTION, "ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2")
@@ -193,25 +194,6 @@ class Flux1(FlowFamily):
         return torch.full_like(sigma, scale) if self.takes_guidance and scale is not None else None
 
     # Features
-
-    def begin(self, network: Any, latents: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tokens:
-        """See :meth:`FlowFamily.begin`."""
-        assert conditioning.pooled_prompt_embeds is not None
-        dtype, grids = network.x_embedder.weight.dtype, self.grids(latents, conditioning)
-        visual = network.x_embedder(self.sequence(latents, conditioning).to(dtype))
-        text = network.context_embedder(conditioning.prompt_embeds.to(dtype))
-        scales = self._scales(sigma, None)
-        inputs = [1000 * value for value in (sigma, scales) if value is not None]
-        temb = network.time_text_embed(*inputs, conditioning.pooled_prompt_embeds.to(dtype))
-        ids = torch.cat(positions(text.shape[1], grids, latents.device))
-        return Tokens(visual, text, temb, grids[0], others={"image_rotary_emb": network.pos_embed(ids)})
-
-    def step(self, block: nn.Module, tokens: Tokens, number: int) -> tuple[Tensor, Tensor]:
-        """See :meth:`FlowFamily.step`; both kinds of blocks take and return image and text apart."""
-        text, visual = block(
-            hidden_states=tokens.visual, encoder_hidden_states=tokens.text, temb=tokens.temb, **tokens.others
-        )
-        return visual, text
 
     def unread(self, number: int, visual: bool, text: bool) -> tuple[str, ...]:
         """See :meth:`FlowFamily.unread`."""

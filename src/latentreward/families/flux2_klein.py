@@ -24,7 +24,7 @@ from latentreward.encoders.sources import SourceSize
 from latentreward.encoders.vae import PatchedLatentEncoder
 from latentreward.errors import InputError
 from latentreward.families.backbone import FamilyBackbone, load_family_backbone
-from latentreward.families.flow import FlowFamily, Tokens
+from latentreward.families.flow import FlowFamily
 from latentreward.families.flux1 import unread_of_dual
 from latentreward.storage.digests import digest
 from latentreward.storage.json_files import entries, entry
@@ -103,6 +103,7 @@ class Flux2Klein(FlowFamily):
     latent_encoder = PatchedLatentEncoder
     lists = ("transformer_blocks", "single_transformer_blocks")
     packing = 1
+    sinusoids = ("time_guidance_embed.time_proj", 1000.0)
     time_embedding = ("time_guidance_embed",)
     # Those of diffusers' training script, and the text's projections. A bare `attn.to_out` would also name the dual
     # blocks' lists of an output layer and a dropout, which peft refuses.
@@ -205,35 +206,6 @@ class Flux2Klein(FlowFamily):
         return self.unpack(output, grids[0])
 
     # Features
-
-    def begin(self, network: Any, latents: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tokens:
-        """See :meth:`FlowFamily.begin`."""
-        dtype, grids = network.x_embedder.weight.dtype, self.grids(latents, conditioning)
-        tokens = self.sequence(latents, conditioning).to(dtype)
-        embedding = network.time_guidance_embed
-        # The sinusoids get the type of the timesteps, of which bfloat16 would join several to one.
-        with embedding.timestep_embedder.register_forward_pre_hook(lambda module, inputs: inputs[0].to(dtype)):
-            temb = embedding(1000 * sigma, None)
-        text = network.context_embedder(conditioning.prompt_embeds.to(dtype))
-        others = {
-            "dual": {
-                "temb_mod_img": network.double_stream_modulation_img(temb),
-                "temb_mod_txt": network.double_stream_modulation_txt(temb),
-            },
-            "single": {"temb_mod": network.single_stream_modulation(temb), "split_hidden_states": True},
-            "rotary": network.pos_embed(torch.cat(positions(text.shape[1], grids, latents.device))),
-        }
-        return Tokens(network.x_embedder(tokens), text, temb, grids[0], others=others)
-
-    def step(self, block: nn.Module, tokens: Tokens, number: int) -> tuple[Tensor, Tensor]:
-        """See :meth:`FlowFamily.step`."""
-        text, visual = block(
-            hidden_states=tokens.visual,
-            encoder_hidden_states=tokens.text,
-            image_rotary_emb=tokens.others["rotary"],
-            **tokens.others["dual" if number <= self.dual_blocks else "single"],
-        )
-        return visual, text
 
     def unread(self, number: int, visual: bool, text: bool) -> tuple[str, ...]:
         """See :meth:`FlowFamily.unread`."""

@@ -13,8 +13,7 @@ from typing import Any
 
 import torch
 from pydantic import NonNegativeInt
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import Tensor
 
 from latentreward.backbones.registry import register_backbone
 from latentreward.backbones.weights import part_of
@@ -23,7 +22,7 @@ from latentreward.encoders.language_model import first_layers
 from latentreward.encoders.prompts import PromptEncoder, masked_ids, token_ids
 from latentreward.errors import InputError
 from latentreward.families.backbone import FamilyBackbone, load_family_backbone
-from latentreward.families.flow import FlowFamily, Tokens, of_patches
+from latentreward.families.flow import FlowFamily
 from latentreward.families.flux1 import t5_tokens
 from latentreward.noise.schedules import unipc_clock, unipc_levels
 from latentreward.storage.json_files import entries
@@ -169,47 +168,17 @@ class HiDream(FlowFamily):
 
     # Features
 
-    def begin(self, network: Any, latents: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tokens:
-        """See :meth:`FlowFamily.begin`; padding of the picture follows the text, masked for whoever reads the text."""
-        pooled, times = conditioning.pooled_prompt_embeds, unipc_clock(self.scheduler_config, sigma)
-        assert pooled is not None
-        self.check_area(latents.shape)
-        dtype, grid = network.x_embedder.proj.weight.dtype, self.token_grid(latents)
-        packed, mask, _, places = network.patchify(latents.to(dtype))
-        visual, padding = network.x_embedder(packed).tensor_split([grid[0] * grid[1]], dim=1)
-        words, layers = self.texts(conditioning, dtype)
-        project, length = network.caption_projection, words.shape[1]
-        of_blocks = [project[number](layers[self.layers[number]]) for number, _ in enumerate(self.blocks(network))]
-        text = torch.cat([project[-1](words), project[-2](layers[self.layers[-1]]), padding], dim=1)
-        temb = network.t_embedder(times, dtype) + network.p_embedder(pooled.to(dtype))
-        others = {
-            "words": of_blocks,
-            "length": 2 * length,
-            "mask": mask,
-            "rope": network.pe_embedder(F.pad(places, (0, 0, 0, 3 * length))),
-        }
-        own = (torch.arange(text.shape[1], device=text.device) < 2 * length).expand(len(text), -1)
-        return Tokens(visual, text, temb, grid, own if padding.shape[1] else None, others)
+    def split(self, number: int, found: Any, visual: int, conditioning: Conditioning) -> tuple[Tensor, Tensor]:
+        """See :meth:`FlowFamily.split`; the text of a block's own layer follows the tokens of T5 and of Llama."""
+        if isinstance(found, tuple):
+            image, text = found if number else found[::-1]
+        else:  # with the padding of the picture
+            image, text = found.tensor_split([visual], dim=1)
+        return image, text[:, : 2 * conditioning.prompt_embeds.shape[1]]
 
-    def step(self, block: nn.Module, tokens: Tokens, number: int) -> tuple[Tensor, Tensor]:
-        """See :meth:`FlowFamily.step`; single blocks take the picture, its padding and then the texts."""
-        others, shown = tokens.others, tokens.visual.shape[1]
-        words, mask = others["words"][number - 1], others["mask"]
-        text, padding = tokens.text.tensor_split([others["length"]], dim=1)
-        text, picture = torch.cat([text, words], dim=1), torch.cat([tokens.visual, padding], dim=1)
-        shared = {"temb": tokens.temb, "image_rotary_emb": others["rope"]}
-        if number <= self.dual_blocks:
-            picture, text = block(picture, mask, text, **shared)
-        else:
-            mask = None if mask is None else F.pad(mask, (0, text.shape[1]), value=1.0)
-            joint = block(torch.cat([picture, text], dim=1), mask, **shared)
-            picture, text = joint.tensor_split([picture.shape[1]], dim=1)
-        visual, padding = picture.tensor_split([shown], dim=1)
-        return visual, torch.cat([text[:, : others["length"]], padding], dim=1)
-
-    def output(self, network: Any, tokens: Tokens) -> Tensor:
-        """See :meth:`FlowFamily.output`; one layer norms and projects to x_0 − ε."""
-        return -of_patches(network.final_layer(tokens.visual, tokens.temb), tokens.grid)
+    def temb(self, *found: Any) -> Tensor:
+        """See :meth:`FlowFamily.temb`; with that of the pooled text."""
+        return found[0] + found[1]
 
     def unread(self, number: int, visual: bool, text: bool) -> tuple[str, ...]:
         """See :meth:`FlowFamily.unread`."""

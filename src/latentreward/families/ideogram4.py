@@ -22,9 +22,8 @@ from latentreward.encoders.prompts import PromptEncoder
 from latentreward.encoders.vae import PatchedLatentEncoder
 from latentreward.errors import InputError
 from latentreward.families.backbone import FamilyBackbone, load_family_backbone
-from latentreward.families.flow import FlowFamily, Tokens
+from latentreward.families.flow import FlowFamily
 from latentreward.families.flux2_klein import normalised_space
-from latentreward.families.qwen_image import needed_mask
 from latentreward.noise.schedules import shifted_levels
 
 LAYERS = (0, 3, 6, 9, 12, 15, 18, 21, 24, 27, 30, 33, 35)
@@ -123,6 +122,13 @@ class Ideogram4(FlowFamily):
 
     # Network
 
+    def load_network(self, pretrained: bool = True) -> Any:
+        """See :meth:`Family.load_network`; queries and keys get the type of the rotation, and attention takes one."""
+        network = super().load_network(pretrained)
+        for block in network.layers:
+            block.attention.register_forward_pre_hook(rotating_in_own_type, with_kwargs=True)
+        return network
+
     def pack(self, latents: Tensor) -> Tensor:
         """See :meth:`FlowFamily.pack`; features have the order (dy, dx, c)."""
         return super().pack(latents).unflatten(-1, (-1, 4)).mT.flatten(-2)
@@ -160,34 +166,9 @@ class Ideogram4(FlowFamily):
 
     # Features
 
-    def begin(self, network: Any, latents: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tokens:
-        """See :meth:`FlowFamily.begin`; the timestep embedding is what the blocks modulate by."""
-        dtype, grid = network.input_proj.weight.dtype, self.token_grid(latents)
-        visual = network.input_proj(self.pack(latents).to(dtype))
-        text = network.llm_cond_proj(network.llm_cond_norm(conditioning.prompt_embeds.to(dtype)))
-        of_text, of_image = network.embed_image_indicator(torch.arange(2, device=latents.device))
-        with exact_time(network):
-            temb = F.silu(network.adaln_proj(network.t_embedding(1 - sigma.to(latents.device))))
-        # Queries and keys get the type of the rotation, and attention takes one type.
-        kind = next((block.attention.to_q.weight.dtype for block in network.layers), dtype)
-        rotary = network.rotary_emb(positions(text.shape[1], grid, latents.device)[None])
-        mask = needed_mask(conditioning)
-        others = {
-            "attention_mask": None if mask is None else F.pad(mask, (0, visual.shape[1]), value=True)[:, None, None],
-            "image_rotary_emb": tuple(part.to(kind if kind.is_floating_point else dtype) for part in rotary),
-            "adaln_input": temb.unsqueeze(1),
-        }
-        return Tokens(visual + of_image, text + of_text, temb, grid, conditioning.prompt_mask, others)
-
-    def step(self, block: nn.Module, tokens: Tokens, number: int) -> tuple[Tensor, Tensor]:
-        """See :meth:`FlowFamily.step`; blocks take the text and then the image."""
-        length = tokens.text.shape[1]
-        joint = block(torch.cat([tokens.text, tokens.visual], dim=1), **tokens.others)
-        return joint[:, length:], joint[:, :length]
-
-    def output(self, network: Any, tokens: Tokens) -> Tensor:
-        """See :meth:`FlowFamily.output`; one layer norms and projects."""
-        return -self.unpack(network.final_layer(tokens.visual, tokens.others["adaln_input"]), tokens.grid)
+    def temb(self, *found: Any) -> Tensor:
+        """See :meth:`FlowFamily.temb`; what the blocks modulate by."""
+        return F.silu(found[-1].squeeze(1))
 
     @property
     def temb_dim(self) -> int:
@@ -204,6 +185,14 @@ def positions(length: int, grid: Sequence[int], device: torch.device) -> Tensor:
     text = torch.arange(length, device=device)[:, None].expand(-1, 3)
     image = torch.cartesian_prod(*(torch.arange(size, device=device) for size in (1, *grid)))
     return torch.cat([text, FIRST_PLACE + image])
+
+
+def rotating_in_own_type(attention: Any, inputs: Any, named: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Give an attention, before it runs, the rotation in the type of its values."""
+    kind = attention.to_v.weight.dtype
+    if kind.is_floating_point:
+        named["image_rotary_emb"] = tuple(part.to(kind) for part in named["image_rotary_emb"])
+    return inputs, named
 
 
 def exact_time(network: Any) -> Any:

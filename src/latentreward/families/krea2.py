@@ -10,8 +10,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import Tensor
 
 from latentreward.backbones.registry import register_backbone
 from latentreward.backbones.weights import part_of
@@ -21,7 +20,7 @@ from latentreward.encoders.prompts import PromptEncoder
 from latentreward.encoders.vae import ChannelLatentEncoder
 from latentreward.errors import InputError
 from latentreward.families.backbone import FamilyBackbone, load_family_backbone
-from latentreward.families.flow import FlowFamily, Tokens
+from latentreward.families.flow import FlowFamily
 from latentreward.families.flux1 import positions
 from latentreward.families.qwen_image import TEMPLATE, needed_mask, padded_rows, prefix_length
 from latentreward.storage.json_files import entries, entry
@@ -134,29 +133,9 @@ class Krea2(FlowFamily):
 
     # Features
 
-    def begin(self, network: Any, latents: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tokens:
-        """See :meth:`FlowFamily.begin`."""
-        dtype, grid = network.img_in.weight.dtype, self.token_grid(latents)
-        visual, mask = network.img_in(self.pack(latents).to(dtype)), needed_mask(conditioning)
-        of_text = None if mask is None else mask[:, None, None]
-        text = network.txt_in(network.text_fusion(self.stacked(conditioning).to(dtype), attention_mask=of_text))
-        temb = network.time_embed(sigma, dtype=dtype)
-        others = {
-            "temb": network.time_mod_proj(F.gelu(temb, approximate="tanh")),
-            "image_rotary_emb": network.rotary_emb(torch.cat(positions(text.shape[1], [grid[1:]], latents.device))),
-            "attention_mask": None if of_text is None else F.pad(of_text, (0, visual.shape[1]), value=True),
-        }
-        return Tokens(visual, text, temb.squeeze(1), grid, conditioning.prompt_mask, others)
-
-    def step(self, block: nn.Module, tokens: Tokens, number: int) -> tuple[Tensor, Tensor]:
-        """See :meth:`FlowFamily.step`; blocks take the text and then the image."""
-        length = tokens.text.shape[1]
-        joint = block(torch.cat([tokens.text, tokens.visual], dim=1), **tokens.others)
-        return joint[:, length:], joint[:, :length]
-
-    def output(self, network: Any, tokens: Tokens) -> Tensor:
-        """See :meth:`FlowFamily.output`; one layer norms and projects."""
-        return self.unpack(network.final_layer(tokens.visual, tokens.temb.unsqueeze(1)), tokens.grid)
+    def temb(self, *found: Any) -> Tensor:
+        """See :meth:`FlowFamily.temb`."""
+        return super().temb(*found).squeeze(1)
 
     def unread_outside(self, number: int, visual: bool, text: bool) -> tuple[str, ...]:
         """See :meth:`FlowFamily.unread_outside`; the modulation of blocks that are not there."""

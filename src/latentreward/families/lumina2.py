@@ -5,14 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from latentreward.backbones.registry import register_backbone
 from latentreward.contracts import Conditioning, PathText
 from latentreward.encoders.language_model import LanguageModelEncoder, without_last_layer
 from latentreward.encoders.prompts import PromptEncoder
 from latentreward.families.backbone import FamilyBackbone, load_family_backbone
-from latentreward.families.flow import FlowFamily, Tokens, of_patches
+from latentreward.families.flow import FlowFamily
 
 SYSTEM = (
     "You are an assistant designed to generate superior images with the superior degree of image-text alignment based "
@@ -40,6 +40,8 @@ class Lumina2(FlowFamily):
     axes_lens = (300, 512, 512)
     text_field = "cap_feat_dim"
     tail = ("norm_out",)
+    time_embedding = ("time_caption_embed",)
+    refines = True
     lora_targets = ("to_q", "to_k", "to_v", "to_out.0")
     default_guidance = 4.0
     lora_loader = "Lumina2LoraLoaderMixin"
@@ -85,32 +87,17 @@ class Lumina2(FlowFamily):
 
     # Features
 
-    def begin(self, network: Any, latents: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tokens:
-        """See :meth:`FlowFamily.begin`."""
-        dtype = network.x_embedder.weight.dtype
-        text, mask = masked(conditioning)
-        latents, sigma = latents.to(dtype), sigma.to(latents.device)
-        temb, text = network.time_caption_embed(latents, 1 - sigma, text.to(dtype))
-        patches, text_rope, visual_rope, *_ = network.rope_embedder(latents, mask)
-        visual = network.x_embedder(patches)
-        for block in network.context_refiner:
-            text = block(text, mask, text_rope)
-        for block in network.noise_refiner:
-            visual = block(visual, None, visual_rope, temb)
-        joint_mask = None if bool(mask.all()) else nn.functional.pad(mask, (0, visual.shape[1]), value=True)
-        others = {"mask": joint_mask, "rope": torch.cat([text_rope, visual_rope], dim=1)}
-        return Tokens(visual, text, temb, self.token_grid(latents), mask, others)
+    def split(self, number: int, found: Any, visual: int, conditioning: Conditioning) -> tuple[Tensor, Tensor]:
+        """See :meth:`FlowFamily.split`; each row has its caption, the image, and then padding."""
+        tokens, mask = masked(conditioning)
+        places = mask.sum(dim=1, keepdim=True) + torch.arange(visual, device=found.device)
+        image = found.gather(1, places.unsqueeze(-1).expand(-1, -1, found.shape[-1]))
+        return image, found[:, : tokens.shape[1]]
 
-    def step(self, block: nn.Module, tokens: Tokens, number: int) -> tuple[Tensor, Tensor]:
-        """See :meth:`FlowFamily.step`; the whole network has the captions' padding behind the image instead."""
-        joint = torch.cat([tokens.text, tokens.visual], dim=1)
-        joint = block(joint, tokens.others["mask"], tokens.others["rope"], tokens.temb)
-        text, visual = joint.split([tokens.text.shape[1], tokens.visual.shape[1]], dim=1)
-        return visual, text
-
-    def output(self, network: Any, tokens: Tokens) -> Tensor:
-        """See :meth:`FlowFamily.output`; one layer norms and projects."""
-        return -of_patches(network.norm_out(tokens.visual, tokens.temb), tokens.grid)
+    def temb(self, *found: Any) -> Tensor:
+        """See :meth:`FlowFamily.temb`."""
+        embedding: Tensor = found[0][0]
+        return embedding
 
     @property
     def width(self) -> int:

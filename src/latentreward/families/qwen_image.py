@@ -19,7 +19,7 @@ from latentreward.encoders.vae import ChannelLatentEncoder
 from latentreward.errors import InputError
 from latentreward.families.backbone import FamilyBackbone, load_family_backbone
 from latentreward.families.base import PipelineConfigs
-from latentreward.families.flow import FlowFamily, Tokens
+from latentreward.families.flow import FlowFamily
 
 TEMPLATE = (
     "<|im_start|>system\nDescribe the image by detailing the color, shape, size, texture, quantity, text, spatial "
@@ -51,6 +51,7 @@ class QwenImage(FlowFamily):
     latent_encoder = ChannelLatentEncoder
     lists = ("transformer_blocks",)
     positions = 4
+    sinusoids = ("time_text_embed.time_proj", 1.0)
     time_embedding = ("time_text_embed",)
     uncond_prompt = " "
     lora_loader = "QwenImageLoraLoaderMixin"
@@ -145,21 +146,6 @@ class QwenImage(FlowFamily):
             img_shapes=[grids] * len(latents),
         ).sample
         return self.unpack(output, grids[0])
-
-    def begin(self, network: Any, latents: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tokens:
-        """See :meth:`FlowFamily.begin`."""
-        dtype, grids = network.img_in.weight.dtype, self.grids(latents, conditioning)
-        visual = network.img_in(self.sequence(latents, conditioning).to(dtype))
-        text = network.txt_in(network.txt_norm(conditioning.prompt_embeds.to(dtype)))
-        temb = network.time_text_embed(sigma, visual)
-        rotary = network.pos_embed([grids] * len(latents), max_txt_seq_len=text.shape[1], device=visual.device)
-        others = {"encoder_hidden_states_mask": needed_mask(conditioning), "temb": temb, "image_rotary_emb": rotary}
-        return Tokens(visual, text, temb, grids[0], conditioning.prompt_mask, others)
-
-    def step(self, block: nn.Module, tokens: Tokens, number: int) -> tuple[Tensor, Tensor]:
-        """See :meth:`FlowFamily.step`."""
-        text, visual = block(hidden_states=tokens.visual, encoder_hidden_states=tokens.text, **tokens.others)
-        return visual, text
 
     def unread(self, number: int, visual: bool, text: bool) -> tuple[str, ...]:
         """See :meth:`FlowFamily.unread`."""

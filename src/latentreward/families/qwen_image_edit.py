@@ -24,7 +24,6 @@ from latentreward.encoders.prompts import PromptEncoder
 from latentreward.encoders.sources import SourceSize, picture_sides, resized_picture
 from latentreward.errors import InputError, errors_at, quoted
 from latentreward.families.backbone import FamilyBackbone, load_family_backbone
-from latentreward.families.flow import Tokens
 from latentreward.families.qwen_image import EDITORS, QwenImage, padded_rows, prefix_length, without_prefix
 
 if TYPE_CHECKING:
@@ -107,15 +106,6 @@ class QwenImageEdit(QwenImage):
 
         whole = self.pipeline.load(Qwen2_5_VLForConditionalGeneration, "text_encoder", pretrained)
         return self.fitting(QwenImageEditPromptEncoder(part_of(whole, "model"), self.tokenizer, self.seen))
-
-    def begin(self, network: Any, latents: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tokens:
-        """See :meth:`FlowFamily.begin`."""
-        tokens = super().begin(network, latents, sigma, conditioning)
-        if self.zero_time:
-            tokens.others["temb"] = torch.cat([tokens.temb, network.time_text_embed(0 * sigma, tokens.visual)])
-            of_sources = torch.arange(tokens.visual.shape[1], device=sigma.device) >= math.prod(tokens.grid)
-            tokens.others["modulate_index"] = of_sources.int().expand(len(sigma), -1)
-        return tokens
 
 
 def sides(area: float, height: int, width: int) -> tuple[int, int]:

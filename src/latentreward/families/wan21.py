@@ -12,7 +12,7 @@ from importlib import import_module
 from importlib.util import find_spec
 from typing import Any, ClassVar
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from latentreward.backbones.registry import register_backbone
 from latentreward.contracts import Conditioning, PathText
@@ -21,7 +21,7 @@ from latentreward.encoders.vae import ChannelLatentEncoder
 from latentreward.errors import InputError
 from latentreward.families.backbone import FamilyBackbone, load_family_backbone
 from latentreward.families.base import Pair
-from latentreward.families.flow import FlowFamily, Tokens, of_patches, whole
+from latentreward.families.flow import FlowFamily
 from latentreward.noise.schedules import unipc_clock, unipc_levels
 
 LAYERS = {
@@ -136,29 +136,6 @@ class Wan21(FlowFamily):
             encoder_hidden_states=conditioning.prompt_embeds.to(dtype),
         ).sample
         return output
-
-    def begin(self, network: Any, latents: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tokens:
-        """See :meth:`FlowFamily.begin`."""
-        dtype = network.patch_embedding.weight.dtype
-        rotary = network.rope(latents)
-        patches = network.patch_embedding(latents.to(dtype))
-        temb, modulation, text, _ = network.condition_embedder(
-            self.clock(sigma), conditioning.prompt_embeds.to(dtype), None
-        )
-        others = {"temb": modulation.unflatten(1, (6, -1)), "rotary_emb": rotary}
-        visual = patches.flatten(2).transpose(1, 2).contiguous()
-        return Tokens(visual, text, temb, tuple(patches.shape[2:]), others=others)
-
-    def step(self, block: nn.Module, tokens: Tokens, number: int) -> tuple[Tensor, Tensor]:
-        """See :meth:`FlowFamily.step`; text stays what it was."""
-        visual = block(hidden_states=tokens.visual, encoder_hidden_states=tokens.text, **tokens.others)
-        return visual, tokens.text
-
-    def output(self, network: Any, tokens: Tokens) -> Tensor:
-        """See :meth:`FlowFamily.output`; the norm is computed in float32 and modulated by the timestep."""
-        shift, scale = (whole(network.scale_shift_table) + tokens.temb.unsqueeze(1)).chunk(2, dim=1)
-        visual = (network.norm_out(tokens.visual.float()) * (1 + scale) + shift).to(tokens.visual.dtype)
-        return of_patches(network.proj_out(visual), tokens.grid)
 
     def unread_outside(self, number: int, visual: bool, text: bool) -> tuple[str, ...]:
         """See :meth:`FlowFamily.unread_outside`; the modulation of blocks that are not there."""

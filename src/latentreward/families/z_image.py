@@ -6,8 +6,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch import Tensor
 
 from latentreward.backbones.registry import register_backbone
 from latentreward.contracts import Conditioning, PathText
@@ -15,7 +14,7 @@ from latentreward.encoders.language_model import LanguageModelEncoder, without_l
 from latentreward.encoders.prompts import PromptEncoder
 from latentreward.errors import InputError
 from latentreward.families.backbone import FamilyBackbone, load_family_backbone
-from latentreward.families.flow import FlowFamily, Tokens, of_patches, whole
+from latentreward.families.flow import FlowFamily
 
 TURBO_SHIFT = 3.0  # shift of the scheduler of Z-Image-Turbo; the base model has 6
 MULTIPLE = 32  # number of which the lengths of captions and images are multiples inside the network
@@ -44,6 +43,8 @@ class ZImage(FlowFamily):
     axes_lens = (1024, 512, 512)
     text_field = "cap_feat_dim"
     tail = ("all_final_layer",)
+    time_embedding = ("t_embedder",)
+    refines = True
     no_guidance = 0.0
     lora_targets = ("to_q", "to_k", "to_v", "to_out.0")
     lora_loader = "ZImageLoraLoaderMixin"
@@ -123,65 +124,10 @@ class ZImage(FlowFamily):
 
     # Features
 
-    def begin(self, network: Any, latents: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tokens:
-        """See :meth:`FlowFamily.begin`; the padding of the image follows the text tokens, outside the mask."""
-        dtype, device, size = embedder(network).weight.dtype, latents.device, len(latents)
-        height, width = self.token_grid(latents)
-        spare = -height * width % MULTIPLE
-        lengths = torch.tensor(lengths_of(conditioning), device=device)
-        filled = (lengths + MULTIPLE - 1) // MULTIPLE * MULTIPLE
-        length = int(filled.max())
-        places = torch.arange(length, device=device)
-        of_prompt, taken = places < lengths[:, None], places < filled[:, None]
-        uneven = not bool(taken.all())
-
-        temb = network.t_embedder((1 - sigma.to(device)) * network.t_scale).to(dtype)
-        patches = latents.to(dtype).unflatten(2, (height, 2)).unflatten(4, (width, 2))
-        visual = embedder(network)(patches.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2))
-        visual = torch.cat([visual, whole(network.x_pad_token).to(visual.dtype).expand(size, spare, -1)], dim=1)
-        text = network.cap_embedder(conditioning.padded(length).prompt_embeds.to(device, dtype))
-        text = torch.where(of_prompt.unsqueeze(-1), text, whole(network.cap_pad_token))
-
-        zeros = torch.zeros_like(places)
-        text_ids = torch.stack([places + 1, zeros, zeros], dim=-1)
-        starts = (filled + 1).repeat_interleave(height * width).view(size, -1)
-        rows = torch.arange(height, device=device).repeat_interleave(width).expand(size, -1)
-        columns = torch.arange(width, device=device).repeat(height).expand(size, -1)
-        visual_ids = nn.functional.pad(torch.stack([starts, rows, columns], dim=-1), (0, 0, 0, spare))
-        text_rope = network.rope_embedder(text_ids).expand(size, -1, -1)
-        visual_rope = network.rope_embedder(visual_ids.flatten(0, 1)).unflatten(0, (size, -1))
-
-        for block in network.noise_refiner:
-            visual = run(network, block, visual, None, visual_rope, temb)
-        for block in network.context_refiner:
-            text = run(network, block, text, taken if uneven else None, text_rope)
-        visual, padding = visual.split([height * width, spare], dim=1)
-        image = taken.new_ones(size, height * width + spare)
-        return Tokens(
-            visual,
-            torch.cat([text, padding], dim=1),
-            temb,
-            (height, width),
-            nn.functional.pad(of_prompt, (0, spare)),
-            {
-                "spare": spare,
-                "mask": torch.cat([image, taken], dim=1) if uneven else None,
-                "rope": torch.cat([visual_rope, text_rope], dim=1),
-            },
-        )
-
-    def step(self, block: nn.Module, tokens: Tokens, number: int) -> tuple[Tensor, Tensor]:
-        """See :meth:`FlowFamily.step`; blocks take the image, its padding and the caption, in this order."""
-        spare, count = tokens.others["spare"], tokens.visual.shape[1]
-        text, padding = tokens.text.split([tokens.text.shape[1] - spare, spare], dim=1)
-        joint = torch.cat([tokens.visual, padding, text], dim=1)
-        joint = block(joint, tokens.others["mask"], tokens.others["rope"], tokens.temb)
-        visual, padding, text = joint.split([count, spare, text.shape[1]], dim=1)
-        return visual, torch.cat([text, padding], dim=1)
-
-    def output(self, network: Any, tokens: Tokens) -> Tensor:
-        """See :meth:`FlowFamily.output`; one layer norms and projects."""
-        return -of_patches(network.all_final_layer["2-1"](tokens.visual, c=tokens.temb), tokens.grid)
+    def split(self, number: int, found: Any, visual: int, conditioning: Conditioning) -> tuple[Tensor, Tensor]:
+        """See :meth:`FlowFamily.split`; blocks take the image, its padding and the caption, in this order."""
+        start = visual + -visual % MULTIPLE
+        return found[:, :visual], found[:, start : start + conditioning.prompt_embeds.shape[1]]
 
     @property
     def width(self) -> int:
@@ -219,13 +165,6 @@ def lengths_of(conditioning: Conditioning) -> list[int]:
     """Return the number of tokens of each prompt."""
     tokens, mask = conditioning.prompt_embeds, conditioning.prompt_mask
     return [tokens.shape[1]] * len(tokens) if mask is None else mask.sum(dim=1).tolist()
-
-
-def run(network: Any, block: nn.Module, *inputs: Tensor | None) -> Tensor:
-    """Run a block before the first tap, with gradient checkpointing if the network has it on."""
-    recompute = getattr(network, "gradient_checkpointing", False) and torch.is_grad_enabled()
-    output: Tensor = checkpoint(block, *inputs, use_reentrant=False) if recompute else block(*inputs)
-    return output
 
 
 @register_backbone

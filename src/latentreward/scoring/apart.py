@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -11,11 +10,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from latentreward.backbones.base import DiffusionBackbone, rows_of
-from latentreward.backbones.compilation import CompiledBlock
 from latentreward.contracts import Conditioning, Features, map_tensors
 from latentreward.devices import evaluating
 from latentreward.errors import InputError
-from latentreward.families import Family, FamilyBackbone, FlowFamily
+from latentreward.families import Family
 from latentreward.heads import RewardHead
 from latentreward.noise import NoiseProcess
 from latentreward.programs import of_this_package
@@ -54,79 +52,17 @@ def check_apart(
         both = features([0, 1], conditioning.select([0, 1]))
         among = [rows_of(both, slice(row, row + 1)) for row in (0, 1)]
         if own_features:
-            method = "read" if owner is backbone else "step"
+            method = "read" if owner is backbone else "velocity"
             tolerance = tolerance_of(*floats_of(both))
             for row in (0, 1):  # a sum over the rows before leaves the first row as it is
                 single = features([row], conditioning.select([row]).trimmed())
                 for alone, one in zip(*map(floats_of, map(unpadded, (single, among[row]))), strict=True):
                     if alone.shape == one.shape:  # text of a backbone without a mask keeps its padding
                         check_equal(owner, method, alone.float(), one.float(), tolerance)
-            if isinstance(owner, FlowFamily) and isinstance(backbone, FamilyBackbone):
-                check_steps(owner, backbone, latents[:1], timesteps[:1], conditioning.select([0]).trimmed())
         if own_scores:
             with torch.autocast(latents.device.type, enabled=False):
                 alone = torch.cat([head(unpadded(row).to(torch.float32)) for row in among])
                 check_equal(head, "forward", alone, head(both.to(torch.float32)), EXACT)
-
-
-def check_steps(
-    family: FlowFamily, backbone: FamilyBackbone, latents: Tensor, timesteps: Tensor, conditioning: Conditioning
-) -> None:
-    """Compare the outputs of a backbone's blocks, run one by one, with those in the family's ``velocity``, of one row.
-
-    The call of ``velocity`` ends after the last block that is read, as the network's later parts may be gone. Nothing
-    is compared where that call needs parts that are gone, or where blocks are compiled or sharded.
-
-    Raises:
-        InputError: If they differ.
-    """
-    blocks, network = [*backbone.blocks()][: backbone.last_tap], backbone.get_submodule(backbone.network_name)
-    compiled = any(isinstance(block, CompiledBlock) for block in blocks)
-    if not blocks or compiled or is_sharded(network):
-        return
-    found: list[list[Tensor]] = []
-
-    def keep(block: nn.Module, inputs: Any, output: Any) -> None:
-        found.append([one for one in (output if isinstance(output, tuple) else [output]) if isinstance(one, Tensor)])
-        if len(found) == len(blocks):
-            raise AllBlocksRan
-
-    hooks = [block.register_forward_hook(keep) for block in blocks]
-    kept = {name: getattr(network, name) for name in family.lists}
-    for (name, part), count in zip(kept.items(), backbone.block_counts, strict=True):  # networks ask for the number
-        setattr(network, name, nn.ModuleList([*part, *(nn.Identity() for _ in range(count - len(part)))]))
-    try:
-        with suppress(AllBlocksRan):
-            backbone.read(latents, timesteps, conditioning)
-        if len(found) < len(blocks):  # a step that calls parts of its block, not the block
-            return
-        alone, found[:] = found[:], []
-        guidance, sigma = family.default_guidance, timesteps.to(torch.float32) / 1000
-        with suppress(Exception):  # of a call that needs what is gone, too
-            family.velocity(network, latents, sigma, conditioning, guidance)
-    finally:
-        for hook in hooks:
-            hook.remove()
-        for name, part in kept.items():
-            setattr(network, name, part)
-    for number, one, whole in (
-        (number, *pair)
-        for number, outputs in enumerate(zip(alone, found, strict=False), start=1)
-        for pair in zip(*outputs, strict=False)
-        if pair[0].shape == pair[1].shape
-    ):
-        error, largest = (one.float() - whole.float()).abs().max(), whole.float().abs().max()
-        if error > tolerance_of(whole) * largest + 1e-5:
-            begin, step = map(place_of, (type(family).begin, type(family).step))
-            raise InputError(
-                f"{type(family).__name__}.begin{begin} and step{step} let block {number} return values that are up to "
-                f"{error:.3g} (of {largest:.3g}) away from those in velocity; give the blocks what the network gives "
-                "them; docs/families.md has a check that compares all blocks"
-            )
-
-
-class AllBlocksRan(Exception):
-    """Ends a call of a network after the last block that is read."""
 
 
 def check_predictions(
@@ -193,7 +129,7 @@ def check_equal(part: Any, method: str, alone: Tensor, among: Tensor, tolerance:
     error, largest = (alone - among).abs().max(), among.abs().max()
     if error > tolerance * largest + 1e-5:
         place = place_of(getattr(type(part), method))
-        level = {"forward": ",", "step": ", at its own timestep, in begin too,"}.get(method, ", at its own timestep,")
+        level = "," if method == "forward" else ", at its own timestep,"
         raise InputError(
             f"{type(part).__name__}.{method} returned values of a row alone that are up to {error:.3g} (of "
             f"{largest:.3g}) away from those of the same row in a batch{place}; compute each row from itself alone"
