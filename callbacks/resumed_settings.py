@@ -179,7 +179,7 @@ class ResumedSettings(Callback):
     def _check_owners(self, trainer: Trainer) -> None:
         """Leave out searches for settings, and refuse states that no callback of the run takes."""
         callbacks, line = (
-            trainer.callbacks,
+            trainer.callbacks,  # type: ignore[attr-defined]
             "left out: it searched before the first step, and the checkpoint has its result",
         )  # type: ignore[attr-defined]
         searches = [one for one in callbacks if type(one).on_fit_start in SEARCHES]
@@ -310,7 +310,7 @@ def numbered(path: Path, number: int) -> Path:
 
 def run_kind(trainer: Trainer) -> str:
     """Describe what a run trains on which data."""
-    data = type(trainer.datamodule).__qualname__ if getattr(trainer, "datamodule", None) else "loaders"
+    data = type(trainer.datamodule).__qualname__ if getattr(trainer, "datamodule", None) else "loaders"  # type: ignore[attr-defined]
     return f"{type(trainer.lightning_module).__qualname__} on {data}"
 
 

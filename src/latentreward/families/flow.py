@@ -46,8 +46,8 @@ class FlowFamily(Family):
         pixels: Height and width at which the model was trained.
         time_embedding: Names of the network's modules whose outputs make the timestep embedding, see :meth:`temb`.
         refines: Whether layers before the first block take the timestep embedding.
-        sinusoids: Name of the module that makes sinusoids of the noise levels, and the factor of σ in what it takes, for
-            networks that round it to the type of the tokens; bfloat16 would join several levels to one.
+        sinusoids: Name of the module that makes sinusoids of the noise levels, and the factor of σ in what it takes,
+            for networks that round it to the type of the tokens; bfloat16 would join several levels to one.
         text_field: Field of the network's config with the width of the text encoder's tokens.
     """
 
