@@ -153,6 +153,24 @@ def test_truncated_config(copied: Callable[[str], Path], name: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("part", "name", "value"),
+    [
+        ("text_encoder", "num_attention_heads", -1),
+        ("text_encoder", "layer_norm_eps", None),
+        ("unet", "norm_eps", "1e-5"),
+        ("text_encoder_2", "num_attention_heads", -4),
+    ],
+)
+def test_values_that_fail_in_the_first_pass_alone(
+    copied: Callable[[str], Path], part: str, name: str, value: object
+) -> None:
+    factory = "sdxl" if part.endswith("2") else "sd15"
+    path = copied(factory) / part / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {name: value}))
+    refused(factory, path.parents[1], rf"cannot load .*{part}: its config.json has {name} = {value!r}; get it as")
+
+
+@pytest.mark.parametrize(
     ("part", "tensor"),
     [
         ("unet/diffusion_pytorch_model", "mid_block.resnets.0.conv1.weight"),

@@ -135,6 +135,8 @@ CASES: list[tuple[str, Change, str]] = [
     ("model", adapter("rank_pattern", {LAYERS: 2}), "rank_pattern holds .*; write names of layers"),
     ("model", adapter("alpha_pattern", 5), "alpha_pattern is 5; write a mapping"),
     ("model", adapter("rank_pattern", {"to_q": 10**7}), "rank 10000000 does not fit"),
+    ("model", adapter("target_modules", ["to_q"] * 10_000), "target_modules has 10000 entries for"),
+    ("model", adapter("layers_to_transform", [0] * 10_000), "layers_to_transform has 10000 entries for"),
     ("dina", of_json("config.json", "model", value=[1]), "model and model.reward_head must be mappings"),
     ("dina", published("reward_head", value=5), "model and model.reward_head must be mappings"),
     (

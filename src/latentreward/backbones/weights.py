@@ -416,6 +416,10 @@ def check_depth(config: Mapping[str, Any], where: str) -> None:
             raise InputError(f"cannot load {where}: its config.json names more than {MOST_LAYERS} layers ({name})")
         elif name in MOST_POSITIONS and any(number > MOST_POSITIONS[name] for number in numbers_in(value)):
             raise InputError(f"cannot load {where}: its config.json has a {name} above {MOST_POSITIONS[name]}")
+        elif (str(name).startswith("num_") and any(number < 0 for number in numbers_in(value))) or (
+            str(name).endswith(("norm_eps", "norm_epsilon")) and type(value) not in (int, float)
+        ):  # no library looks before the first pass
+            raise InputError(f"cannot load {where}: its config.json has {name} = {value!r:.60}; get it as published")
 
 
 def numbers_in(value: Any) -> Iterator[float]:

@@ -59,10 +59,11 @@ def read_policy_adapter(checkpoint: Path | str, trusted: bool = False) -> SavedA
     try:
         record = {name: value for name, value in content[SOURCE].items() if name not in ONLY_IN_TRAINING}
         source = PolicySource(**record, lora=LoRA(**content[SOURCE]["lora"]))
+        names = [*(source.lora.target_modules or ())]
     except (TypeError, AttributeError, KeyError) as error:
         raise InputError(f"checkpoint: {checkpoint}: {SOURCE} is of another version ({first_line(error)})") from error
     ranks = [len(tensor) if tensor.ndim else 0 for name, tensor in weights.items() if ".lora_A." in name]
-    settings = {"r": source.lora.rank, "lora_alpha": source.lora.alpha}
+    settings = {"r": source.lora.rank, "lora_alpha": source.lora.alpha, "target_modules": names}
     check_settings(settings, ranks, f"checkpoint: {checkpoint}: {SOURCE}.lora")
     if not isinstance(source.family, str | None):
         raise InputError(
