@@ -26,8 +26,7 @@ LOADED = "lora"
 WEIGHTS = (".safetensors", ".bin")
 REWARD_HEAD = "head.safetensors"
 """File by which the folder of a published reward model is recognised."""
-OTHER_KIND = re.compile(r"\b(hada|lokr|oft|boft|ia3|vera|glora)_")
-"""Beginning of the names of tensors in adapters that are no LoRA: LoHa, LoKr, OFT and such."""
+OTHER_KIND = re.compile(r"\b(hada|lokr|oft|boft|ia3|vera|glora)_")  # in names of tensors of LoHa, LoKr, OFT and such
 MOST_TENSORS = 20_000  # FLUX.1 and Qwen-Image have some 2,000
 SCALES = ("r", "rank_pattern", "lora_alpha", "alpha_pattern", "use_rslora")
 """Settings of peft that are read. The tensors tell all others, and some of those make peft run code."""

@@ -33,8 +33,7 @@ COLUMNS = ("prompt", "caption", "Prompt")
 GROUPS = ("tag", "Category")
 """Names of the column with the group of a prompt: GenEval's and PartiPrompts'."""
 FORMATS = (".txt", ".json", ".jsonl", ".csv", ".tsv", ".parquet")
-OPTION = re.compile(r"(?:^|\s)--[a-z]+(?=\s|$)")
-"""Beginning of an option in a line of sd-scripts' or Midjourney's prompts, such as ``--n`` and ``--w 512``."""
+OPTION = re.compile(r"(?:^|\s)--[a-z]+(?=\s|$)")  # in sd-scripts' and Midjourney's prompts, such as --w of --w 512
 logger = logging.getLogger(__name__)
 
 Row = Mapping[str, Any]
@@ -56,9 +55,8 @@ def read_prompts(path: str, setting: str = "data.prompts", max_prompt_chars: int
     A text holds one prompt per line; lines that begin with ``#`` are comments. JSON lines, a JSON list, CSV, TSV and
     parquet have a column ``prompt``, ``caption`` or ``Prompt``. A JSON object counts by its list ``prompts``, or, as in
     MJHQ-30K, by its values if all are objects with such a field. A column ``source_images`` or ``source_image`` has the
-    pictures that a prompt edits:
-    paths in the file's folder, in CSV one path or a JSON list of them, and in parquet also bytes. ``setting`` names the
-    file's setting in messages.
+    pictures that a prompt edits: paths in the file's folder, in CSV one path or a JSON list of them, and in parquet
+    also bytes. ``setting`` names the file's setting in messages.
 
     Raises:
         InputError: If the file does not exist, has another format, is not UTF-8, has a prompt that is too long or no
