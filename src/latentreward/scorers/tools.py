@@ -18,6 +18,7 @@ from latentreward.contracts import PathText
 from latentreward.data.score_table import read_table
 from latentreward.errors import InputError, check_range, errors_at
 from latentreward.scorers.base import Scorer
+from latentreward.storage.durable import write_file
 
 FILE, PLACE = ("file",), ("place", "image")
 """Columns by which a row of a table of scores names an image."""
@@ -133,7 +134,7 @@ class CommandScorer(ToolScorer):
     def score_pictures(self, pictures: Sequence[JudgedPicture], policy: str, work: Path) -> np.ndarray:
         table, scores = work / "pictures.jsonl", work / "scores.jsonl"
         rows = (asdict(item) | {"path": str(item.path.resolve())} for item in pictures)
-        table.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        write_file(table, "".join(json.dumps(row) + "\n" for row in rows))
         scores.unlink(missing_ok=True)
         read, written = str(table.resolve()), str(scores.resolve())
         command = [part.replace("{pictures}", read).replace("{scores}", written) for part in self.command]
@@ -143,7 +144,8 @@ class CommandScorer(ToolScorer):
     def _run(self, command: Sequence[str], folder: Path, log: Path) -> None:
         """Run a program to its end in the working directory ``folder``, and write its stdout and stderr to ``log``."""
         environment = {key: value for key, value in os.environ.items() if key not in FOREIGN}
-        with log.open("wb") as output:
+        log.unlink(missing_ok=True)  # a link of this name would be followed
+        with log.open("xb") as output:
             try:
                 process = subprocess.Popen(
                     command,
