@@ -32,7 +32,7 @@ class PolicyLoRA(Callback):
     """
 
     def __init__(self, folder: Path | None = None) -> None:
-        self.output_name = folder or Path("lora")
+        self.output_name = Path("lora") if folder is None else folder.absolute()
         self._written: int | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

@@ -84,7 +84,7 @@ class ResumedSettings(Callback):
         if self._start is None:
             folder, callbacks = log_folder(trainer), trainer.callbacks  # type: ignore[attr-defined]
             names = [folder / one.output_name for one in callbacks if hasattr(one, "output_name")]
-            self._start = next(n for n in count() if not any(numbered(path, n).exists() for path in names))
+            self._start = next(n for n in count() if not any(written(numbered(path, n)) for path in names))
         return self._start
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -178,18 +178,17 @@ class ResumedSettings(Callback):
 
     def _check_owners(self, trainer: Trainer) -> None:
         """Leave out searches for settings, and refuse states that no callback of the run takes."""
-        callbacks, line = (
-            trainer.callbacks,  # type: ignore[attr-defined]
-            "left out: it searched before the first step, and the checkpoint has its result",
-        )  # type: ignore[attr-defined]
+        callbacks = trainer.callbacks  # type: ignore[attr-defined]
+        line = "left out: it searched before the first step, and the checkpoint has its result"
         searches = [one for one in callbacks if type(one).on_fit_start in SEARCHES]
         trainer.callbacks = [one for one in callbacks if one not in searches]  # type: ignore[attr-defined]
         owned, lines = {one.state_key for one in callbacks}, [f"{type(one).__name__} is {line}" for one in searches]
         for key, state in self._saved["callbacks"].items():  # type: ignore[index]
-            # A ModelCheckpoint that monitors nothing only knows which of its files comes next.
-            if key in owned or not state or ("best_model_path" in state and state.get("monitor") is None):
+            # A Timer is that of trainer.max_time. A ModelCheckpoint that monitors nothing only knows its next file.
+            if key in owned or not state or key == "Timer" or state.get("monitor", "") is None:
                 continue
-            if "callbacks" not in self.override:
+            # One that saves at other times has another key; its best checkpoints are those of this run from here on.
+            if "callbacks" not in self.override and "best_model_path" not in state:
                 raise InputError(
                     f"the checkpoint holds the state of {key}, which no callback of this run takes; give "
                     "trainer.callbacks as in training, or --resume_override=[callbacks] to drop the state"
@@ -303,15 +302,19 @@ def output_path(trainer: Trainer, name: PathText) -> Path:
     return numbered(log_folder(trainer) / name, sum(counts))
 
 
+def written(path: Path) -> bool:
+    """Tell whether a path is a file, or a folder that holds something."""
+    return path.is_file() or (path.is_dir() and any(path.iterdir()))
+
+
 def numbered(path: Path, number: int) -> Path:
     """Return the path itself for the number 0, and ``lora-v1`` for ``lora`` and 1, as Lightning names checkpoints."""
     return path.with_stem(f"{path.stem}-v{number}") if number else path
 
 
 def run_kind(trainer: Trainer) -> str:
-    """Describe what a run trains on which data."""
-    data = type(trainer.datamodule).__qualname__ if getattr(trainer, "datamodule", None) else "loaders"  # type: ignore[attr-defined]
-    return f"{type(trainer.lightning_module).__qualname__} on {data}"
+    """Return the class that a run trains; its data may come from another module, such as a cache."""
+    return type(trainer.lightning_module).__qualname__
 
 
 def differs(weight: Tensor, before: Tensor | None) -> bool:

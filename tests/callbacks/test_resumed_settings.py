@@ -369,15 +369,15 @@ class Counting(Callback):
         return {"count": 3}
 
 
-OWNERS = ["TrainableEMA", "EarlyStopping", "ModelCheckpoint", f"{__name__}.Counting"]
+OWNERS = ["TrainableEMA", "EarlyStopping", f"{__name__}.Counting"]
 
 
 @pytest.mark.parametrize("owner", slow_after(2, OWNERS))
 def test_a_state_without_its_callback_is_refused_or_dropped_as_told(
     owner: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
-    monitors = {"EarlyStopping": "{monitor: val/loss, strict: false}", "ModelCheckpoint": "{monitor: val/loss}"}
-    watching = f"--trainer.callbacks+={{class_path: {owner}, init_args: {monitors.get(owner, '{}')}}}"
+    monitor = "{monitor: val/loss, strict: false}" if owner == "EarlyStopping" else "{}"
+    watching = f"--trainer.callbacks+={{class_path: {owner}, init_args: {monitor}}}"
     run("fit", tmp_path, watching, LAST, "--trainer.max_steps=4")
     before = (tmp_path / "run/checkpoints/last.ckpt").read_bytes()
     said = refusal(capsys, "fit", tmp_path, LAST, "--ckpt_path=last")
@@ -387,21 +387,31 @@ def test_a_state_without_its_callback_is_refused_or_dropped_as_told(
     assert len(SEEN) == 1 and "is dropped" in lines(caplog)[0]
 
 
+def test_a_time_limit_and_other_times_of_saving_are_no_reason_to_refuse(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    best = "--trainer.callbacks+={class_path: ModelCheckpoint, init_args: {monitor: val/loss}}"
+    run("fit", tmp_path, best, LAST, "--trainer.max_time=00:01:00:00", "--trainer.max_steps=4")
+    run("fit", tmp_path, LAST, "--ckpt_path=last", "--trainer.max_steps=5")
+    assert len(SEEN) == 1 and ["ModelCheckpoint" in line for line in lines(caplog)] == [True]
+
+
 class OtherModule(SmallUserModule):
     """Another method with the same weights."""
 
 
 class OtherData(SmallUserData):
-    """Another kind of data."""
+    """Another way to the same data, such as a cache."""
 
 
-@pytest.mark.parametrize("other", ["model=OtherModule", "data=OtherData"])
-def test_a_checkpoint_of_another_kind_is_refused(
-    other: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_a_checkpoint_of_another_module_is_refused_and_one_of_other_data_taken(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run("fit", tmp_path, LAST, "--trainer.max_steps=2")
-    said = refusal(capsys, "fit", tmp_path, LAST, f"--{other.replace('=', f'={__name__}.')}", "--ckpt_path=last")
-    assert "is of SmallUserModule on SmallUserData" in said and other.partition("=")[2] in said
+    said = refusal(capsys, "fit", tmp_path, LAST, f"--model={__name__}.OtherModule", "--ckpt_path=last")
+    assert "is of SmallUserModule" in said and "OtherModule" in said
+    run("fit", tmp_path, LAST, f"--data={__name__}.OtherData", "--ckpt_path=last", "--trainer.max_steps=3")
+    assert len(SEEN) == 1
 
 
 @pytest.mark.parametrize("callback", ["EarlyStopping", "ModelCheckpoint"])

@@ -172,8 +172,8 @@ def _pictures(source: str) -> tuple[Path, list[Path], list[str]]:
     Raises:
         InputError: If there are no pictures of kinds that are read.
     """
-    place, remarks = Path(source), list[str]()
-    if not place.is_dir() and os.path.lexists(place := find_file(place)):
+    place, remarks = find_file(Path(source)), list[str]()
+    if not place.is_dir() and os.path.lexists(place):
         return place.parent, [place], []
     root, pattern = (place, "**/*") if place.is_dir() else split_pattern(source)
     found = (file for file in find_files(root, pattern, remarks) if file.suffix.lower() in PICTURES)

@@ -69,7 +69,6 @@ SHORT = "clip too short"
 CLIP = "clip, not an image"
 COUNT = "wrong number of pictures to edit"
 REFUSED = "edit that the text encoder does not take"
-"""Descriptions of changes that decoding to 8-bit RGB makes."""
 IMAGE_PROBLEMS = (NO_IMAGE, EMPTY, MISSING, OUTSIDE, UNKNOWN, DAMAGED, TOO_LARGE, SHORT, CLIP, COUNT, REFUSED)
 
 

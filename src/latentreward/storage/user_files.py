@@ -20,6 +20,8 @@ IGNORED = frozenset(("thumbs.db", "ehthumbs.db", "desktop.ini", "__macosx", "@ea
 POINTER = b"version https://git-lfs"
 """First bytes of a git-lfs pointer, which stands in place of a large file that was not downloaded."""
 IS_POINTER, PULL = "a git-lfs pointer, not the file", "run `git lfs pull` there, or download it again"
+MOST_LINKS = 10_000
+"""Largest number of links to folders that are followed below a folder; a few that lead to each other have no end."""
 resolve_once = lru_cache(Path.resolve)
 
 
@@ -66,8 +68,12 @@ def _entries(folder: Path, unread: list[str]) -> list[Path]:
 
 
 def _folders(top: Path) -> Iterator[Path]:
+    links = 0
     for place, below, _ in os.walk(top, followlinks=True):
         below[:] = [name for name in below if not is_ignored(name) and not _leads_back(Path(place, name))]
+        links += sum(Path(place, name).is_symlink() for name in below)
+        if links > MOST_LINKS:
+            raise InputError(f"{top} has over {MOST_LINKS} links to folders, which may lead to each other; remove some")
         yield Path(place)
 
 
@@ -131,11 +137,13 @@ def relative_path(path: str, folder: Path) -> str:
     """
     if not path.startswith("/") or "\0" in path:
         return path
-    roots, found = (
-        [PurePosixPath(os.path.normpath(one)), PurePosixPath(os.path.realpath(one))]
-        for one in (folder.absolute(), path)
-    )
-    return next((str(one.relative_to(root)) for one in found for root in roots if one.is_relative_to(root)), path)
+    for follow in (os.path.normpath, os.path.realpath):
+        found = PurePosixPath(follow(path))
+        for follow_root in (os.path.normpath, os.path.realpath):
+            root = follow_root(folder.absolute())
+            if found.is_relative_to(root):
+                return str(found.relative_to(root))
+    return path
 
 
 def escapes(path: str) -> bool:

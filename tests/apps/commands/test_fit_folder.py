@@ -145,6 +145,16 @@ def test_last_is_that_of_an_earlier_start_in_the_runs_folder(
         assert "give lightning_logs/version_0/checkpoints/last.ckpt, or give the run" in capsys.readouterr().err
 
 
+def test_last_is_of_no_run_beside_a_folder_of_checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in "ab":
+        own = f"--trainer.callbacks={{class_path: LastCheckpoint, init_args: {{dirpath: runs/{name}/checkpoints}}}}"
+        settings = (*SHIPPED[1:], "--trainer.accelerator=cpu", "--trainer.default_root_dir=runs", own)
+        with pytest.warns(UserWarning, match="No checkpoint will be loaded"):
+            main(["fit", *settings, "--ckpt_path=last", "--trainer.max_steps=1"])
+        assert len(SEEN) == 1
+
+
 class Terminating(SmallUserData):
     """A batch system ends the run while it starts."""
 

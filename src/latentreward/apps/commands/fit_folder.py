@@ -116,7 +116,8 @@ def last_checkpoint(trainer: Trainer) -> Path | None:
 def last_of_earlier_start(trainer: Trainer, settings: Namespace) -> Path | None:
     """Return the newest checkpoint of earlier starts, if the logger gives each start a folder, by a number or an id.
 
-    The folder is ``NAME/version_3/checkpoints``, for example. None if the settings name it.
+    The folder is ``NAME/version_3/checkpoints``, for example. None if the settings name it, or the folder of
+    checkpoints, beside which other runs may lie.
 
     Raises:
         InputError: If the checkpoint is in no folder that the settings give the run, so it may be another run's.
@@ -125,6 +126,8 @@ def last_of_earlier_start(trainer: Trainer, settings: Namespace) -> Path | None:
     given = given[0] if isinstance(given, list) and given else given
     named = given.init_args if isinstance(given, Namespace) else Namespace()
     if not trainer.loggers or any(named.get(name) is not None for name in ("version", "id", "run_id")):
+        return None
+    if any(one.dirpath is not None for one in trainer.checkpoint_callbacks if isinstance(one, ModelCheckpoint)):
         return None
     starts = [folder for one in checkpoint_places(trainer) for folder in one.parent.parent.glob("*/checkpoints")]
     if path := newest_intact([path for folder in starts for path in last_files(folder)]):

@@ -5,6 +5,7 @@ import logging
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,8 @@ COLUMNS = ("prompt", "caption", "Prompt")
 GROUPS = ("tag", "Category")
 """Names of the column with the group of a prompt: GenEval's and PartiPrompts'."""
 FORMATS = (".txt", ".json", ".jsonl", ".csv", ".tsv", ".parquet")
-OPTION = re.compile(r"(?:^|\s)--[a-z]+(?=\s|$)")  # in sd-scripts' and Midjourney's prompts, such as --w of --w 512
+COMMENT = re.compile(r"#(\s|$)")
+OPTION = re.compile(r" --[a-z]\w*(?=\s|$)")  # in sd-scripts' and Midjourney's prompts, such as --w of --w 512
 logger = logging.getLogger(__name__)
 
 Row = Mapping[str, Any]
@@ -52,7 +54,7 @@ class PromptRow:
 def read_prompts(path: str, setting: str = "data.prompts", max_prompt_chars: int = MAX_PROMPT_CHARS) -> tuple[str, ...]:
     """Read the distinct prompts of a file, in the file's order, without blank ones.
 
-    A text holds one prompt per line; lines that begin with ``#`` are comments. JSON lines, a JSON list, CSV, TSV and
+    A text holds one prompt per line; lines that begin with ``# `` are comments. JSON lines, a JSON list, CSV, TSV and
     parquet have a column ``prompt``, ``caption`` or ``Prompt``. A JSON object counts by its list ``prompts``, or, as in
     MJHQ-30K, by its values if all are objects with such a field. A column ``source_images`` or ``source_image`` has the
     pictures that a prompt edits: paths in the file's folder, in CSV one path or a JSON list of them, and in parquet
@@ -60,8 +62,7 @@ def read_prompts(path: str, setting: str = "data.prompts", max_prompt_chars: int
 
     Raises:
         InputError: If the file does not exist, has another format, is not UTF-8, has a prompt that is too long or no
-            prompt, a line of text with options such as ``--w 512``, or a picture to edit is missing, outside the
-            folder, one of more than 16, or in another column.
+            prompt, or a picture to edit is missing, outside the folder, one of more than 16, or in another column.
     """
     return tuple(dict.fromkeys(row.prompt for row in read_prompt_rows(path, setting, max_prompt_chars)))
 
@@ -133,16 +134,14 @@ def _read(file: Path) -> Iterator[Any]:
         rows = table.read(kept).to_pylist()
         yield from ({**row, **edited} for row in rows)
     elif suffix == ".txt":
-        lines = [line.strip() for line in re.split(r"\r\n?|\n", read_text(file))]
-        if comments := [number for number, line in enumerate(lines, start=1) if line.startswith("#")]:
+        lines = dict(enumerate((line.strip() for line in re.split(r"\r\n?|\n", read_text(file))), start=1))
+        if comments := [number for number, line in lines.items() if COMMENT.match(line)]:
             logger.warning("%s: %d comments (#) are left out, the first is line %d", file, len(comments), comments[0])
-        for number, line in enumerate(lines, start=1):
-            if not line.startswith("#") and (found := OPTION.search(line)):
-                raise InputError(
-                    f"{file}: line {number} has the option {found[0].strip()}, which would be drawn as text; set it in "
-                    "the command and remove it, or write JSON lines if it is text"
-                )
-            yield "" if line.startswith("#") else line
+            lines |= dict.fromkeys(comments, "")
+        if options := [(number, found[0]) for number, line in lines.items() if (found := OPTION.search(line))]:
+            told = "%s: %d lines have options, the first is line %d with%s: they are read as a part of the prompt"
+            logger.warning(told, file, len(options), *options[0])
+        yield from lines.values()
     else:
         for number, value, problem in read_rows(file, "give a list of prompts, or one as 'prompts'", _as_list):
             if problem:
@@ -195,7 +194,8 @@ def row_sources(row: Row, folder: Path) -> list[ImageRef]:
         raise InputError(f" has {len(values)} pictures in {name}; give at most {MOST_SOURCES}")
     if odd := [one for one in values if not isinstance(one, str | bytes | dict) or not one]:
         raise InputError(f" has {short(odd[0])} in {name}; give a path")
-    sources = [file_image(folder, one) if isinstance(one, str) else embedded_image(one) for one in values]
+    inside = partial(file_image, folder)
+    sources = [file_image(folder, one) if isinstance(one, str) else embedded_image(one, None, inside) for one in values]
     for picture in sources:
         try:
             read_header(picture)

@@ -28,7 +28,9 @@ MAYBE_SOURCE = re.compile(
 )
 """Names that mean such a picture only if the value is one; ``source`` may also be the name of a data set."""
 PICTURE_FILE = re.compile(r"\.(jpe?g|png|webp|gif|bmp)$", re.IGNORECASE)
-OTHER_PROMPT = re.compile(r"(?!.*(negative|_u?id$))(.*_)?(prompt|caption|text|instruction|description|query).*", re.I)
+OTHER_PROMPT = re.compile(
+    r"(?!.*negative)(.*_)?(prompt|caption|text|instruction|description|query)s?(_[a-z]{2})?(?<!_id)", re.I
+)
 """Names under which other programs write prompts."""
 NO_OBJECT = "row is no object"
 EDIT_UNREAD = "edit of a picture in a field that is not read"
