@@ -178,10 +178,8 @@ class ResumedSettings(Callback):
 
     def _check_owners(self, trainer: Trainer) -> None:
         """Leave out searches for settings, and refuse states that no callback of the run takes."""
-        callbacks, line = (
-            trainer.callbacks,
-            "left out: it searched before the first step, and the checkpoint has its result",
-        )  # type: ignore[attr-defined]
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        line = "left out: it searched before the first step, and the checkpoint has its result"
         searches = [one for one in callbacks if type(one).on_fit_start in SEARCHES]
         trainer.callbacks = [one for one in callbacks if one not in searches]  # type: ignore[attr-defined]
         owned, lines = {one.state_key for one in callbacks}, [f"{type(one).__name__} is {line}" for one in searches]
@@ -310,8 +308,8 @@ def numbered(path: Path, number: int) -> Path:
 
 def run_kind(trainer: Trainer) -> str:
     """Describe what a run trains on which data."""
-    data = type(trainer.datamodule).__qualname__ if getattr(trainer, "datamodule", None) else "loaders"
-    return f"{type(trainer.lightning_module).__qualname__} on {data}"
+    parts = (trainer.lightning_module, getattr(trainer, "datamodule", None))
+    return " on ".join(type(part).__qualname__ for part in parts if part is not None)
 
 
 def differs(weight: Tensor, before: Tensor | None) -> bool:
