@@ -178,7 +178,7 @@ class ResumedSettings(Callback):
 
     def _check_owners(self, trainer: Trainer) -> None:
         """Leave out searches for settings, and refuse states that no callback of the run takes."""
-        callbacks = trainer.callbacks  # type: ignore[attr-defined]
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
         line = "left out: it searched before the first step, and the checkpoint has its result"
         searches = [one for one in callbacks if type(one).on_fit_start in SEARCHES]
         trainer.callbacks = [one for one in callbacks if one not in searches]  # type: ignore[attr-defined]

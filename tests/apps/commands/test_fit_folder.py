@@ -102,9 +102,9 @@ def test_last_is_the_newest_checkpoint_where_none_has_that_name(
 class IdLogger(Logger):
     """A logger that names each start by an id, as those of Weights & Biases and MLflow do."""
 
-    def __init__(self, save_dir: str | None = None) -> None:
+    def __init__(self, save_dir: str | None = None, version: str | None = None) -> None:
         super().__init__()
-        self.version, self._save_dir = uuid4().hex, save_dir
+        self.version, self._save_dir = version or uuid4().hex, save_dir
 
     name = "project"
     version = ""
@@ -126,7 +126,8 @@ def test_last_is_that_of_an_earlier_start_in_the_runs_folder(
     """Loggers that give each start a folder, such as version_0, version_1, …"""
     monkeypatch.chdir(tmp_path)
     given = logger if logger == "true" else f"{{class_path: {logger}}}"
-    plain = (*SHIPPED[1:], "--trainer.accelerator=cpu", f"--trainer.logger={given}")
+    shipped = ("--trainer.logger={class_path: TensorBoardLogger, init_args: {save_dir: mine, version: ''}}",)
+    plain = (*SHIPPED[1:], "--trainer.accelerator=cpu", *shipped * ("IdLogger" in logger), f"--trainer.logger={given}")
     own = (*plain, "--trainer.default_root_dir=mine")
     with pytest.warns(UserWarning, match="No checkpoint will be loaded"):
         main(["fit", *own, "--ckpt_path=last", "--trainer.max_steps=1"])

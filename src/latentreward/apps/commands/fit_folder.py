@@ -125,7 +125,7 @@ def last_of_earlier_start(trainer: Trainer, settings: Namespace) -> Path | None:
     given, root = settings.get("logger"), settings.get("default_root_dir")
     given = given[0] if isinstance(given, list) and given else given
     named = given.init_args if isinstance(given, Namespace) else Namespace()
-    if not trainer.loggers or any(named.get(name) is not None for name in ("version", "id", "run_id")):
+    if run_folder(settings) is not None or any(named.get(name) for name in ("version", "id", "run_id")):
         return None
     if any(one.dirpath is not None for one in trainer.checkpoint_callbacks if isinstance(one, ModelCheckpoint)):
         return None
