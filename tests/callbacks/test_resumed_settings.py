@@ -420,8 +420,7 @@ def test_a_metric_that_nobody_logs_is_one_line(
     callback: str, monitor: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     watching = f"--trainer.callbacks+={{class_path: {callback}, init_args: {{monitor: {monitor}}}}}"
-    settings = ("--model=tests.small_user.SteppedUserModule", "--trainer.max_epochs=2", watching)
-    said = refusal(capsys, "fit", tmp_path, *settings)
+    said = refusal(capsys, "fit", tmp_path, "--trainer.max_epochs=2", watching)
     assert monitor in said and "val/loss" in said
     assert bool(SEEN) == (monitor == "reward")  # which training, or a later validation, might log
 

@@ -155,7 +155,7 @@ class OptimizerSteps(Callback):
             raise InputError(f"{type(pl_module).__name__}.training_step returned None; it must return the loss")
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Step a ReduceLROnPlateau with its metric; a sanity check only looks for the metrics that are monitored.
+        """Step a ReduceLROnPlateau with its metric; a sanity check only looks for the metric.
 
         Lightning steps it after the checkpoint of an epoch's end, so that a resumed run would lack that step.
 
@@ -164,34 +164,15 @@ class OptimizerSteps(Callback):
         """
         if trainer.state.fn != TrainerFn.FITTING:
             return
-        if trainer.sanity_checking:
-            check_monitors(trainer)
         for config in trainer.lr_scheduler_configs:
             if config.reduce_on_plateau:
                 if (metric := trainer.callback_metrics.get(str(config.monitor))) is None:
-                    raise unlogged(trainer, "model.lr_scheduler.monitor", config.monitor)
+                    known = ", ".join(sorted(trainer.callback_metrics))
+                    raise InputError(
+                        f"model.lr_scheduler.monitor: {config.monitor} is not one of the validation's metrics: {known}"
+                    )
                 if not trainer.sanity_checking:
                     config.scheduler.step(metric)
-
-
-def check_monitors(trainer: Trainer) -> None:
-    """Raise InputError if a callback monitors a metric under ``val/``, say, that a validation does not log there.
-
-    Callbacks of a user's own may log more in a whole validation, so nothing is checked with one.
-    """
-    known, callbacks = trainer.callback_metrics, trainer.callbacks  # type: ignore[attr-defined]
-    if all(type(one).__module__.startswith(("latentreward.", "lightning.")) for one in callbacks):
-        for one in callbacks:
-            monitor, strict = getattr(one, "monitor", None), getattr(one, "strict", True)
-            place = f"{monitor}".partition("/")[0] + "/"
-            if strict and monitor not in known and any(name.startswith(place) for name in known):
-                raise unlogged(trainer, f"trainer.callbacks: {type(one).__name__}.monitor", monitor)
-
-
-def unlogged(trainer: Trainer, setting: str, monitor: str | None) -> InputError:
-    """Return the error about a setting that names a metric which no validation logs."""
-    known = ", ".join(sorted(trainer.callback_metrics))
-    return InputError(f"{setting}: {monitor} is not one of the validation's metrics: {known}")
 
 
 def warn_of_unreached(module: nn.Module) -> None:

@@ -114,6 +114,22 @@ class SaveConfig(SaveConfigCallback):
         if trainer.is_global_zero and trainer.state.fn != TrainerFn.FITTING and not any(folder.glob(SAVED)):
             self._write(folder)
 
+    def on_sanity_check_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Raise InputError if a callback monitors a metric under ``val/``, say, that a validation does not log there.
+
+        Callbacks of a user's own may log more in a whole validation, so nothing is checked with one.
+        """
+        known, callbacks = trainer.callback_metrics, trainer.callbacks  # type: ignore[attr-defined]
+        own = [one for one in callbacks if not type(one).__module__.startswith(("latentreward.", "lightning."))]
+        for one in () if own else callbacks:
+            monitor, strict = getattr(one, "monitor", None), getattr(one, "strict", True)
+            place = f"{monitor}".partition("/")[0] + "/"
+            if strict and monitor not in known and any(name.startswith(place) for name in known):
+                raise InputError(
+                    f"trainer.callbacks: {type(one).__name__}.monitor: {monitor} is not one of the validation's "
+                    f"metrics: {', '.join(sorted(known))}"
+                )
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the settings of ``fit``, with the values that a resumed checkpoint replaced."""
         self._first_step = trainer.global_step
