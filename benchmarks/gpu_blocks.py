@@ -37,7 +37,7 @@ from latentreward.backbones.fused_lora import fuse_lora
 from latentreward.backbones.registry import backbone_names
 from latentreward.backbones.tuning import LoRA
 from latentreward.contracts import map_tensors
-from latentreward.settings.functions import prepare
+from latentreward.settings.functions import prepare_parsing
 from latentreward.settings.rewriting import rewrite_arguments
 from latentreward.storage.durable import write_file
 
@@ -299,7 +299,8 @@ class Step:
         self.setting, self._held = setting, ExitStack()
         self._folder = Path(self._held.enter_context(TemporaryDirectory(prefix="latentreward-")))
         self._held.enter_context(unset_variables())
-        arguments = rewrite_arguments(prepare([*options, "--estimate"]), backbone_names(), root="fit.")
+        prepare_parsing(options, classes=True)
+        arguments = rewrite_arguments([*options, "--estimate"], backbone_names(), root="fit.")
         self._cli = Settings("fit", arguments, self._folder, self._held)
         self.module: Any = self._unread()
         materialise(self.module, setting.device)

@@ -65,7 +65,7 @@ MAY_IMPORT = {
     "rollout": BASE | {"noise", "losses", "families", "policies", "rewards"},
     "apps.generation": BASE
     | {"data", "ranks", "noise", "encoders", "backbones", "families", "policies", "rewards", "rollout", "reports"}
-    | {"programs", "scorers"},
+    | {"programs", "scorers", "scoring"},
     "modules": BASE
     | {
         "noise",

@@ -105,7 +105,7 @@ def test_a_family_of_ones_own_by_its_import_path() -> None:
     for wrong, reason in (("nowhere.Family", "cannot be imported"), ("Family", "cannot be imported"),
                           ("sdxl", "is no path of a class, .* for a family of this package leave family out"),
                           (f"{__name__}.Path", "not a subclass"),
-                          ("latentreward.families.flow.FlowFamily", ": FlowFamily lacks .*step.* of .*Family; define"),
+                          ("latentreward.families.flow.FlowFamily", "lacks .*velocity of .*Family; define"),
                           (".flow.FlowFamily", "is relative; give the whole path")):  # fmt: skip
         with pytest.raises(InputError, match=reason):
             import_family(wrong)

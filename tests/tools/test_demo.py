@@ -30,6 +30,7 @@ def test_figures_of_an_earlier_demo_are_not_shown(tmp_path: Path, capsys: pytest
     one, other = (OwnCommand(name, f"print('{name} ran')", ()) for name in ("one", "other"))
     with SummaryWriter(str(tmp_path / "one")) as log:
         log.add_scalar("train/loss", 0.5, 9)
+    (tmp_path / "one" / "train.log").touch()
     assert progress(one, tmp_path, ended=False) == "one step 10, loss 0.500"
     train([one, other], tmp_path, [])
     assert progress(one, tmp_path, ended=False) == "one starting"
