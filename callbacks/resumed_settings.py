@@ -16,6 +16,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import CyclicLR, LRScheduler, OneCycleLR, ReduceLROnPlateau
 
@@ -314,7 +315,8 @@ def numbered(path: Path, number: int) -> Path:
 
 def run_kind(trainer: Trainer) -> str:
     """Return the class that a run trains; its data may come from another module, such as a cache."""
-    return type(trainer.lightning_module).__qualname__
+    classes = type(trainer.lightning_module).__mro__  # FSDP2 puts a class of its own before the module's
+    return next(kind.__qualname__ for kind in classes if not issubclass(kind, FSDPModule))
 
 
 def differs(weight: Tensor, before: Tensor | None) -> bool:
