@@ -58,8 +58,8 @@ REMOVED = {
     "inspect --scores": "read the data by --reader FilteredReader: what it drops is counted by reason",
     "inspect --buckets": "latentreward cache sorts images into buckets (images.buckets)",
     "inspect --hash_images": "splits are compared by their prompts",
-    "--policy.table": "write images.csv or images.jsonl into the folder of images",
-    "--against.table": "write images.csv or images.jsonl into the folder of images",
+    "evaluate-policy --policy.table": "write images.csv or images.jsonl into the folder of images",
+    "evaluate-policy --against.table": "write images.csv or images.jsonl into the folder of images",
     "pilot": "run cache, fit, benchmark, fit and evaluate-policy (docs/recipes.md, one card of 24 GB), or taste",
     "ui": "score --gallery writes a page of scores, and taste --rate opens one to rate pictures",
 }

@@ -160,10 +160,14 @@ def test_equal_weights_give_equal_bytes(write: Callable[[TrainedLoRA, Path], Pat
 
 
 @pytest.mark.parametrize("folder", [None, "mine"])
-def test_each_run_in_a_folder_has_its_own_lora(folder: str | None, tmp_path: Path) -> None:
+def test_each_run_in_a_folder_has_its_own_lora(
+    folder: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+
     def write(path: Path | None = None) -> set[str]:
         before = {file: file.read_bytes() for file in tmp_path.glob(f"*/{FILE}")}
-        lora = PolicyLoRA(folder and tmp_path / folder)
+        lora = PolicyLoRA(folder and Path(folder))
         module = fit(tmp_path, lora, ResumedSettings(), ckpt_path=path)
         assert module.trainer.global_step == 3
         return {file.parent.name for file in tmp_path.glob(f"*/{FILE}") if before.get(file) is None}

@@ -19,6 +19,7 @@ from latentreward.data.images import decode_image
 from latentreward.data.score_table import read_table
 from latentreward.errors import InputError
 from latentreward.scoring.scored_table import read_scores
+from latentreward.storage import user_files
 from latentreward.storage.part_tables import PartFiles
 
 NFC, NFD = normalize("NFC", "é"), normalize("NFD", "é")
@@ -56,6 +57,16 @@ def test_every_list_of_files_follows_links_to_folders_and_none_in_a_circle(tmp_p
     assert all(decode_image(image) for n in range(2) for image in (reader[n].image_a, reader[n].image_b))
     with pytest.raises(InputError, match=r"away/cats/2.*path outside the root"):
         FolderPairReader(str(root))  # the caption, which could be a private text behind a stranger's link
+
+
+def test_folders_that_lead_to_each_other_have_a_bound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(user_files, "MOST_LINKS", 30)
+    for folder in "abcd":
+        picture(tmp_path / folder / "1.png")
+        for other in set("abcd") - {folder}:
+            (tmp_path / folder / other).symlink_to(tmp_path / other)
+    with pytest.raises(InputError, match="over 30 links to folders"):
+        read_images(str(tmp_path))
 
 
 def jsonl(folder: Path, name: str, **options: bool) -> ImageRef:

@@ -335,3 +335,11 @@ def test_pictures_to_edit_may_be_bytes_in_parquet(tmp_path: Path, jpeg) -> None:
     prompts = PromptDataModule(str(tmp_path / "prompts.parquet")).prompts
     assert [source.data for prompt in prompts for source in sources_of(prompt)] == [one["bytes"] for one in pictures]
     assert prompts[2] == "a cat"
+
+
+def test_pictures_to_edit_may_be_paths_in_structs(tmp_path: Path, jpeg) -> None:
+    (tmp_path / "a.jpg").write_bytes(jpeg((9, 9, 9)))
+    row = {"prompt": "make it red", "source_image": {"bytes": None, "path": "a.jpg"}}
+    pq.write_table(pa.Table.from_pylist([row]), tmp_path / "prompts.parquet")
+    (prompt,) = PromptDataModule(str(tmp_path / "prompts.parquet")).prompts
+    assert [source.path for source in sources_of(prompt)] == [tmp_path / "a.jpg"]

@@ -69,18 +69,18 @@ def _entries(folder: Path, unread: list[str]) -> list[Path]:
 
 def _folders(top: Path) -> Iterator[Path]:
     links = 0
-    for place, below, _ in os.walk(top, followlinks=True):
-        below[:] = [name for name in below if not is_ignored(name) and not _leads_back(Path(place, name))]
-        links += sum(Path(place, name).is_symlink() for name in below)
+    for place, names, _ in os.walk(top, followlinks=True):
+        linked = {name for name in names if Path(place, name).is_symlink()}
+        back = {name for name in linked if _leads_back(Path(place, name))}
+        names[:] = [name for name in names if not is_ignored(name) and name not in back]
+        links += len(linked - back)
         if links > MOST_LINKS:
             raise InputError(f"{top} has over {MOST_LINKS} links to folders, which may lead to each other; remove some")
         yield Path(place)
 
 
 def _leads_back(folder: Path) -> bool:
-    """Tell whether a folder is a link to one above it, in which it would be found again without end."""
-    if not folder.is_symlink():
-        return False
+    """Tell whether a link leads to a folder above it, in which it would be found again without end."""
     target = os.path.realpath(folder)
     return any(Path(os.path.realpath(above)).is_relative_to(target) for above in folder.absolute().parents)
 

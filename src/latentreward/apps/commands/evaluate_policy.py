@@ -121,8 +121,9 @@ def evaluate_policy(
         if one.images is not None
     }
     rows = _prompt_rows(prompts, max_prompt_chars, found)[:num_prompts]
-    last = max((image for pictures in found.values() for _, image in imported.match(pictures, rows)), default=0)
-    count = images_per_prompt or last + 1
+    count = images_per_prompt or 1 + max(
+        (image for pictures in found.values() for _, image in imported.match(pictures, rows)), default=0
+    )
     wanted = [(place, image) for place in range(len(rows)) for image in range(1 if images_scored == "first" else count)]
 
     @cache
