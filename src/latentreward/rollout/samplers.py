@@ -250,8 +250,9 @@ class FlowSDESampler(StepSampler):
         w = a\sqrt{\sigma / (1 - \sigma)} \text{ or } w = a, \qquad x' \sim \mathcal N\Bigl(
         x\bigl(1 + \tfrac{w^2}{2\sigma} d\bigr) + v\bigl(1 + \tfrac{w^2 (1 - \sigma)}{2\sigma}\bigr) d,\; w^2 |d|\Bigr).
 
-    For ``flow``, the denominator 1 − σ uses the next level where σ = 1, as in Flow-GRPO's code, and at
-    UniPC's first level, 1 − 10⁻⁶. The equation has the flow's marginals, but its
+    For ``flow``, the denominator 1 − σ uses the next level where σ = 1, as in Flow-GRPO's code; likewise where 1 − σ is
+    less than a hundredth of the step, as at first levels that stand for 1 (UniPC's 1 − 10⁻⁶, Ideogram 4's 1 − 10⁻⁴),
+    and at no later level of a schedule that is in use. The equation has the flow's marginals, but its
     published steps have these marginals only for small d. For example, with a perfect prediction of a single image, a =
     0.7, shift 3 and 10 to 40 steps, the noise's standard deviation is 3 to 6 % above σ' after the first two steps (σ
     near 1), up to 4 % above in the middle, and 20 % and more above in the last steps. a = 0 gives Euler's step.
@@ -291,7 +292,7 @@ class FlowSDESampler(StepSampler):
             spread = noise_level * torch.ones_like(sigma)
             if kind == "flow":
                 # Infinite at σ = 1, so the released code takes the level after the step there.
-                spread = spread * (sigma / (1 - torch.where(1 - sigma < 1e-5, after, sigma))).sqrt()
+                spread = spread * (sigma / (1 - torch.where(1 - sigma < -step / 100, after, sigma))).sqrt()
             self.noise_std = spread * (-step).sqrt()
             # The released drift, first order in the step; the docstring says how far the marginals are off.
             growth = spread**2 / (2 * sigma)

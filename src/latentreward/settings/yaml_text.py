@@ -37,5 +37,6 @@ def _count(node: Any, sizes: dict[int, int], level: int) -> int:
         children = chain(*node.value)
     sizes[id(node)] = 1 + sum(_count(child, sizes, level + 1) for child in children)
     if sizes[id(node)] > LARGEST:
-        raise yaml.YAMLError(f"more than {LARGEST} values once aliases are replaced; write fewer")
+        line = node.start_mark.line + 1
+        raise yaml.YAMLError(f"line {line}: more than {LARGEST} values once aliases are replaced; write fewer")
     return sizes[id(node)]

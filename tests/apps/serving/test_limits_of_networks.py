@@ -27,7 +27,7 @@ def reward(name: str, frames: int = 1) -> RewardModel:
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "longest"), [("lumina2", 299), ("z_image", 992)])
 def test_prompts_and_sides_without_positions(name: str, longest: int) -> None:
-    with serving(reward(name)) as (address, service):
+    with serving(reward(name), max_latent_pixels=2 * 130) as (address, service):  # of 8 × 8 by default
         good, long = (tensors_of(service.accepted, tokens=tokens) for tokens in (longest, longest + 1))
         padded = long | {"prompt_mask": torch.arange(longest + 1).expand(1, -1) < longest}
         generator = torch.Generator().manual_seed(0)
