@@ -148,7 +148,7 @@ def test_null_on_the_command_line_is_refused_where_the_type_does_not_allow_it(va
     [
         ("trainer:\n  max_steps: 3\n  max_steps: 4\n", "line 3: 'max_steps' is given twice, first in line 2"),
         ("trainer: {callbacks: !!python/name:value ''}", "could not determine a constructor for the tag"),
-        ("a: &a [*a]", "more than 100000 values once aliases are replaced"),
+        ("a: &a [*a]", "line 1: more than 100000 values once aliases are replaced"),
         ("[" * 200 + "]" * 200, "more than 100 lists and mappings inside each other"),
         ("trainer: []", "trainer: expected a mapping of settings, got []"),
         ("__path__: x", "__path__: no setting has this name; remove it"),
