@@ -128,7 +128,7 @@ def test_prompts_of_a_test_split_are_told(tmp_path, capsys) -> None:
     main(["inspect", str(tmp_path)])
     text = capsys.readouterr().out
     assert "if its config also sets the later one as data.val or data.test" in text
-    assert re.search(r"train and test +1 +2 +1\n", text)
+    assert re.search(r"train beside test +1 +2 +1\n", text)
 
 
 def test_the_first_unreadable_images_are_named(tmp_path, capsys) -> None:
