@@ -58,7 +58,7 @@ def test_samples(tmp_path, capsys, name, keys) -> None:
     if name == "pickapic_v1":
         assert report["splits"][0]["labels"] == {"a wins": 3, "b wins": 3, "ties": 2, "unlabelled": 0}
         assert report["shared"]["train beside validation_unique"][1] == 6
-        assert report["shared"]["validation_unique and test_unique"][1] == 1
+        assert report["shared"]["validation_unique beside test_unique"][1] == 1
     if name == "genai_bench_cmu":
         assert report["splits"][0]["labels"]["ties"] == EXPECTED[name]["ties"]
 
