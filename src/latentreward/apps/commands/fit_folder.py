@@ -43,7 +43,7 @@ class MetricsWriter(ExperimentWriter):
     def save(self) -> None:
         """Write what was logged; the first time, choose a file that does not exist."""
         if self.metrics and not self.metrics_keys and self._fs.isfile(self.metrics_file_path):
-            paths = (os.path.join(self.log_dir, f"metrics-v{number}.csv") for number in count(1))
+            paths = (f"{self.log_dir}/metrics-v{number}.csv" for number in count(1))
             earlier, self.metrics_file_path = self.metrics_file_path, next(filterfalse(self._fs.exists, paths))
             tell(f"{earlier} is of an earlier command: this one logs to {self.metrics_file_path}")
         super().save()
