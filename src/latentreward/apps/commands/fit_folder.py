@@ -43,8 +43,9 @@ class MetricsWriter(ExperimentWriter):
     def save(self) -> None:
         """Write what was logged; the first time, choose a file that does not exist."""
         if self.metrics and not self.metrics_keys and self._fs.isfile(self.metrics_file_path):
-            paths = (f"{self.log_dir}/metrics-v{number}.csv" for number in count(1))
-            earlier, self.metrics_file_path = self.metrics_file_path, next(filterfalse(self._fs.exists, paths))
+            earlier = self.metrics_file_path
+            paths = (f"{earlier.removesuffix('.csv')}-v{number}.csv" for number in count(1))
+            self.metrics_file_path = next(filterfalse(self._fs.exists, paths))
             tell(f"{earlier} is of an earlier command: this one logs to {self.metrics_file_path}")
         super().save()
 

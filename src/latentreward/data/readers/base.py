@@ -240,8 +240,8 @@ class PairReader(Part):
         """
         if empty and not len(self):
             what, _, remedy = empty.rpartition("; ")
-            counts = f"{count_text(self.skipped)} left out" if self.skipped else ""
-            raise InputError("; ".join(filter(None, [what, counts, self.first_problem, remedy])))
+            left_out = f"{count_text(self.skipped)} left out" if self.skipped else ""
+            raise InputError("; ".join(filter(None, [what, left_out, self.first_problem, remedy])))
         counts = {"left out": self.skipped, "kept with a remark": self.remarks}
         if told := [f"{what}: {count_text(count)}" for what, count in counts.items() if count]:
             logger.warning("%s: %d rows kept; %s", printable(name), len(self), printable("; ".join(told)))
