@@ -268,7 +268,7 @@ def test_nothing_to_read_is_one_clear_line(tmp_path, write) -> None:
         Img2DatasetReader(str(tmp_path / "nowhere"))
     with pytest.raises(InputError, match=r"root: no \*\.tar, no folder of images and no parquet with images in"):
         Img2DatasetReader(str(tmp_path))
-    with pytest.raises(InputError, match=r"root: no two images of .* share a caption; set group"):
+    with pytest.raises(InputError, match=r"root: no two images of .* share a caption; .* left out; set group"):
         Img2DatasetReader(str(write("files", ROWS[:2])), rating="score")
 
 

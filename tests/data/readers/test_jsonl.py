@@ -263,8 +263,10 @@ def test_root_of_its_own_and_files_that_are_not_there(write, tmp_path) -> None:
         JSONLPairReader("a.TSV")
     with pytest.raises(InputError, match="Is a directory"):
         JSONLPairReader(str(tmp_path))
-    with pytest.raises(InputError, match="has no lines left"):
+    with pytest.raises(InputError, match="has no lines left; give"):
         JSONLPairReader(write("", " "))
+    with pytest.raises(InputError, match=r"has no lines left; 2 .* left out; own.jsonl:1: cut off; give"):
+        JSONLPairReader(write("{", "["), on_error="skip")
 
 
 def test_byte_order_mark_and_surrogates(write) -> None:
