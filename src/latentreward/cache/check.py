@@ -33,9 +33,7 @@ class Shard:
 
     def __post_init__(self) -> None:
         if not layout.SHARD_NAME.fullmatch(str(self.name)):
-            raise InputError(
-                f"{layout.SHARDS} names {self.name!r:.100}, which is no shard's name; write the cache anew"
-            )
+            raise InputError(f"{layout.SHARDS} names {self.name!r:.100}, which is no shard; write the cache anew")
 
 
 def read_shards(folder: Path) -> list[Shard]:
