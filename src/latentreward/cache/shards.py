@@ -64,7 +64,7 @@ def read_header(path: Path) -> dict[str, TensorBlock]:
             blocks[name] = TensorBlock(dtype, rows, tuple(shape), start + begin, row_bytes)
     except FileNotFoundError as error:
         raise InputError(f"shard {path} is missing; {REMEDY}") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"shard {path} is not a safetensors file ({error}); {REMEDY}") from error
     if last != size:
         raise InputError(f"shard {path} has {size} bytes, but its header says {last}; {REMEDY}")

@@ -154,6 +154,6 @@ class PickAPicTarReader(RowReader):
 
 def _number(text: str | None) -> float | None:
     try:
-        return None if text is None else float(text)
+        return None if text is None or "_" in text else float(text)
     except ValueError:
         return None
