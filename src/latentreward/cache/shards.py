@@ -52,12 +52,12 @@ def read_header(path: Path) -> dict[str, TensorBlock]:
     try:
         entries, start, size = safetensors_header.read_header(path)
         for name, entry in entries.items():
-            begin, end = entry["data_offsets"]
-            rows, *shape = entry["shape"]
+            begin, end = entry.data_offsets
+            rows, *shape = entry.shape
             dtypes = LENGTHS_DTYPES if name == PROMPT_LENGTHS else DTYPES
-            if entry["dtype"] not in dtypes:
-                raise ValueError(f"dtype {entry['dtype']} is none of {', '.join(dtypes)}")
-            dtype, last = dtypes[entry["dtype"]], max(last, start + end)
+            if entry.dtype not in dtypes:
+                raise ValueError(f"dtype {entry.dtype} is none of {', '.join(dtypes)}")
+            dtype, last = dtypes[entry.dtype], max(last, start + end)
             row_bytes = dtype.itemsize * torch.Size(shape).numel()
             if rows * row_bytes != end - begin:
                 raise ValueError("its offsets do not fit its shapes")

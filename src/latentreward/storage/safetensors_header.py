@@ -1,8 +1,9 @@
 """Reading of a safetensors file's header, without the tensors."""
 
 import os
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, TypedDict
+from typing import Annotated, Any
 
 from pydantic import Field
 
@@ -13,12 +14,13 @@ LONGEST = 1 << 20  # bytes of the longest header that is accepted, enough for so
 Count = Annotated[int, Field(ge=0, lt=2**63)]
 
 
-class Entry(TypedDict):
+@dataclass(frozen=True)
+class Entry:
     """Entry of a tensor."""
 
     dtype: str
-    shape: list[Count]
-    data_offsets: tuple[Count, Count]
+    shape: tuple[Count, ...]
+    data_offsets: tuple[Count, Count]  # of its first byte and the one behind its last, from the beginning of the data
 
 
 def read_header(path: Path) -> tuple[dict[str, Entry], int, int]:
