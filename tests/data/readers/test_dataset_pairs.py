@@ -386,7 +386,7 @@ def test_a_folder_of_a_stranger_names_no_files_outside(dataset, tmp_path) -> Non
         dataset.save_to_disk(tmp_path / name)
     state = tmp_path / "saved" / "state.json"
     state.write_text(state.read_text().replace("data-0", "../other/data-0"))
-    with pytest.raises(InputError, match=r"saved is damaged \('\.\./other/data-00000-of-00001\.arrow' leads out of it"):
+    with pytest.raises(InputError, match=r"\.\./other/data-00000-of-00001\.arrow leads out of .*saved"):
         DatasetPairReader(str(tmp_path / "saved"))
 
 

@@ -195,8 +195,10 @@ UNNAMED = {key: value for key, value in PLAIN.items() if key != "prompt"}
         ({**PLAIN, "label": 2}, "label not readable"),
         ({**PLAIN, "label": "left"}, "label not readable"),
         ({**PLAIN, "label": True}, "label not readable"),
+        ({**PLAIN, "label": "0_1"}, "label not readable"),
         ({**PLAIN, "weight": -1}, "weight not readable"),
         ({**PLAIN, "weight": "heavy"}, "weight not readable"),
+        ({**PLAIN, "weight": "1_0"}, "weight not readable"),
         ({**PLAIN, "pair_id": "first"}, "pair_id occurs twice"),
     ],
 )

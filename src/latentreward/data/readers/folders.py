@@ -74,6 +74,7 @@ class FolderPairReader(RowReader):
         super().__init__("folder", split or "", **options)
         self.folder = Path(root, split) if split else Path(root)
         files, self._unread, edits = {}, list[str](), (self.folder / SOURCE).is_dir()
+        self.check_inside(root, self.folder, self.folder / CAPTIONS_FILE)
         for side in SIDES:
             if not (place := self.folder / side).is_dir():
                 raise InputError(f"root: no folder {place}; put the images of pairs into chosen/ and rejected/")

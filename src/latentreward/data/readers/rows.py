@@ -5,6 +5,7 @@ from copy import copy
 from dataclasses import replace
 from functools import cached_property
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,8 +16,9 @@ from latentreward.contracts import EditPrompt, ImageRef, PathText, PreferencePai
 from latentreward.data.images import BASE64, NO_IMAGE, OUTSIDE, file_image, outside
 from latentreward.data.readers.base import PairReader, content_key
 from latentreward.data.readers.json_rows import short
+from latentreward.errors import InputError
 from latentreward.seeding import coin_flips
-from latentreward.storage.user_files import escapes, relative_path
+from latentreward.storage.user_files import escapes, relative_path, resolve_inside
 
 SCORED_AXES = ("overall", "instruction_following", "visual_quality")
 SIDED = (*SCORED_AXES, "model", "votes")
@@ -98,6 +100,12 @@ class RowReader(PairReader):
     def root(self) -> Any:
         """Folder that files must lie in; None if they may lie anywhere."""
         return None if self.allow_outside else self.folder
+
+    def check_inside(self, root: PathText, *files: Path) -> None:
+        """Raise InputError for a file or folder of data that a link leads out of ``root``, unless that is allowed."""
+        for file in () if self.allow_outside else files:
+            if resolve_inside(Path(root), file) is None:
+                raise InputError(f"{file} {outside(Path(root))}")
 
     def check_path(self, pair_id: str, field: str, path: Any) -> None:
         """Raise InputError for what is no path, or leads out of the folder, if ``on_error`` is raise."""
