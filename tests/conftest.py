@@ -137,7 +137,7 @@ def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
 def _first_uses(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> None:
     """Under ``--cpu-budget``, train a tiny reward: what libraries load at first use is no case's own time."""
     if request.config.getoption("--cpu-budget") is not None:
-        from latentreward.cli import main
+        from latentreward.apps.cli import main
 
         folder = tmp_path_factory.mktemp("first_uses")
         files = [
@@ -163,7 +163,7 @@ def _same_numbers() -> Iterator[None]:
 @pytest.fixture
 def package_backbones(monkeypatch: pytest.MonkeyPatch) -> None:
     """Only backbones of the package are registered: a message lists a bounded number of names, and tests add more."""
-    from latentreward.backbones import registry
+    from latentreward.core import registry
 
     own = {name: path for name, path in registry.backbone_names().items() if path.startswith("latentreward.")}
     monkeypatch.setattr(registry, "_PATHS", own)

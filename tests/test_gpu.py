@@ -15,15 +15,15 @@ from latentreward.callbacks.step_times import StepTimes
 from lightning.pytorch.strategies import FSDPStrategy
 from torch import nn
 
-from latentreward.backbones import create_backbone
-from latentreward.backbones.compilation import compile_blocks
-from latentreward.modules.sharding import wraps_block
-from latentreward.scoring import RewardModel
-from tests.backbones.networks import inputs_of, tiny_backbone
+from latentreward.core.registry import create_backbone
+from latentreward.diffusion.backbones.compilation import compile_blocks
+from latentreward.reward import RewardModel
+from latentreward.reward.modules.sharding import wraps_block
+from tests.alignment.modules.batches import MODULES, dina, pixel_batch
+from tests.diffusion.backbones.networks import inputs_of, tiny_backbone
+from tests.diffusion.families.twins import PROMPTS, TWINS, noise_for
 from tests.distributed.runs import fit, make_trainer, outcome, saved_run, sgd
 from tests.distributed.test_checkpoints import assert_equal
-from tests.families.twins import PROMPTS, TWINS, noise_for
-from tests.modules.batches import MODULES, dina, pixel_batch
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # equal bits in each run; read when CUDA starts
 

@@ -211,9 +211,9 @@ def public_places(package: str) -> dict[str, str]:
 def imported_files(path: Path) -> set[str]:
     """Modules of ours that a file names in its imports.
 
-    ``from latentreward.losses import LRMLoss`` names the file of that class, where ``losses`` exports it on first use.
-    Elsewhere such an import names the package's ``__init__``, and the path of a file that file alone: Python also runs
-    the ``__init__`` of every package above a file, which would make a package a circle.
+    ``from latentreward.reward.losses import LRMLoss`` names the file of that class, where ``losses`` exports it on
+    first use. Elsewhere such an import names the package's ``__init__``, and the path of a file that file alone: Python
+    also runs the ``__init__`` of every package above a file, which would make a package a circle.
     """
     names = set()
     for node in imports(path, for_types=False):
@@ -293,7 +293,7 @@ def test_each_lower_bound_is_among_the_floors() -> None:
 @pytest.mark.parametrize(("module", "most"), rotated_after(1, [("lrm", 14_000), ("lpo", 20_500)]))
 def test_a_method_loads_little_beside_its_own_science(module: str, most: int) -> None:
     code = (
-        f"import sys, latentreward.modules.{module}\n"
+        f"import sys, latentreward.reward.modules.{module}\n"
         "print(*(one.__file__ for name, one in sys.modules.items() if name.startswith('latentreward.')), sep='\\n')"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

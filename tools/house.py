@@ -126,11 +126,9 @@ def print_steps() -> None:
     """Print the files and calls of training steps and rollouts."""
     from lightning.pytorch import Trainer
 
-    from latentreward import modules
-    from latentreward.backbones import create_backbone
-    from latentreward.policies import PolicySource
-    from latentreward.rewards import RandomReward
-    from latentreward.rollout import QuantileThreshold, Sampling
+    from latentreward.alignment import PolicySource, QuantileThreshold, RandomReward, Sampling
+    from latentreward.core.registry import create_backbone
+    from latentreward.reward import modules
     from latentreward.tinyworld import TinyWorldDataModule, TinyWorldPromptDataModule
 
     options: dict[str, Any] = {"policy": PolicySource(), "reward": RandomReward("readout"), "guidance_scale": 1.0}
@@ -159,9 +157,8 @@ def print_score() -> None:
     """Print how many files of the package ``latentreward score`` executes for three pictures, libraries aside."""
     from PIL import Image
 
-    from latentreward.backbones import create_backbone
-    from latentreward.heads import GatedQFormerHead
-    from latentreward.scoring import RewardModel
+    from latentreward.core.registry import create_backbone
+    from latentreward.reward import GatedQFormerHead, RewardModel
 
     code = (
         "import sys\nfrom latentreward import cli\ncli.main(sys.argv[1:])\n"

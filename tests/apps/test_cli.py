@@ -21,16 +21,16 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelSummary, ProgressBar, RichModelSummary, TQDMProgressBar
 
 import latentreward
-from latentreward.cli import COMMANDS, REMOVED, main
-from latentreward.errors import NO_GPU, InputError, did_you_mean, one_line
-from latentreward.scoring.layouts.run import settings_beside
-from latentreward.settings.errors import UNSET
-from latentreward.storage.locks import locked
+from latentreward.apps.cli import COMMANDS, REMOVED, main
+from latentreward.core.errors import NO_GPU, InputError, did_you_mean, one_line
+from latentreward.core.settings.errors import UNSET
+from latentreward.core.storage.locks import locked
+from latentreward.reward.scoring.layouts.run import settings_beside
 from tests.limits import largest_file
 from tests.marks import rotated_after
 from tests.processes import finish
 
-SOURCE = Path(latentreward.__file__).parents[1]
+SOURCE = Path(latentreward.__file__).parents[2]
 PLUGIN = """
     import atexit, errno, os, resource, signal, time
     from collections.abc import Callable
@@ -43,10 +43,10 @@ PLUGIN = """
     from torch import nn
     from torchmetrics import MeanMetric
 
-    from latentreward.backbones.registry import register_backbone
-    from latentreward.errors import InputError
-    from latentreward.remote import RemoteServer
-    from latentreward.remote.server import Connection
+    from latentreward.core.registry import register_backbone
+    from latentreward.core.errors import InputError
+    from latentreward.reward.remote import RemoteServer
+    from latentreward.reward.remote.server import Connection
 
 
     class Backbone(nn.Module):
@@ -292,7 +292,7 @@ def error_line(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
 
 
 def test_help_and_version_import_nothing_slow(capsys: pytest.CaptureFixture[str]) -> None:
-    code = "import sys, latentreward.cli as c\nc.main(['--help']); c.main(['--version'])\n"
+    code = "import sys, latentreward.apps.cli as c\nc.main(['--help']); c.main(['--version'])\n"
     code += "assert not {'torch', 'lightning', 'jsonargparse'} & set(sys.modules)"
     result = subprocess.run(
         [sys.executable, "-c", code],

@@ -10,7 +10,7 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.demos.boring_classes import BoringModel
 from torch.utils.data import DataLoader
 
-from latentreward.errors import InputError
+from latentreward.core.errors import InputError
 from tests.small_user import SEEN, run
 
 

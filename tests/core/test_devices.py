@@ -7,11 +7,19 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from latentreward.contracts import PairScores
-from latentreward.devices import evaluating
-from latentreward.losses import StepDPO, ThurstoneLoss
-from latentreward.losses.nft import optimality
-from latentreward.rollout import GDPO, Agreement, GainCredit, GroupAdvantage, group_advantages, scaled_advantages
+from latentreward.alignment import (
+    GDPO,
+    Agreement,
+    GainCredit,
+    GroupAdvantage,
+    StepDPO,
+    group_advantages,
+    scaled_advantages,
+)
+from latentreward.alignment.losses.nft import optimality
+from latentreward.core.contracts import PairScores
+from latentreward.core.devices import evaluating
+from latentreward.reward import ThurstoneLoss
 from tests.without_float64 import NarrowDevice, NarrowTensor
 
 

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import pytest
 
-from latentreward.interrupts import Terminated, interrupts_held, interrupts_told, sigterm_interrupts
+from latentreward.core.interrupts import Terminated, interrupts_held, interrupts_told, sigterm_interrupts
 
 STOPS = [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, Terminated)]
 

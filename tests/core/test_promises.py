@@ -13,8 +13,25 @@ from PIL import Image
 from torch import Tensor, nn
 from torchmetrics import Metric
 
-from latentreward.backbones import DiffusionBackbone
-from latentreward.contracts import (
+from latentreward.alignment import (
+    Advantage,
+    CallableReward,
+    Credit,
+    KLGate,
+    PairSelection,
+    Penalty,
+    RatioRule,
+    Reward,
+    RewardLoss,
+    RewardSource,
+    ScheduledThreshold,
+    StepChoice,
+    StepDPOResult,
+    StepDrift,
+    StepPairLoss,
+    Window,
+)
+from latentreward.core.contracts import (
     Conditioning,
     ImageRef,
     LatentSpace,
@@ -23,33 +40,35 @@ from latentreward.contracts import (
     PreferencePair,
     map_tensors,
 )
+from latentreward.core.errors import InputError
 from latentreward.data import PairReader
-from latentreward.encoders.prompts import PromptEncoder
-from latentreward.encoders.vae import LatentEncoder
-from latentreward.errors import InputError
-from latentreward.families import Family, FlowFamily
-from latentreward.heads import EmbeddingHead, RewardHead
-from latentreward.losses import (
-    BradleyTerryLoss,
-    KLGate,
-    Penalty,
-    PreferenceLoss,
-    RatioRule,
-    RewardLoss,
-    StepDPOResult,
-    StepDrift,
-    StepPairLoss,
+from latentreward.diffusion import (
+    DDPM,
+    DiffusionBackbone,
+    Family,
+    FlowFamily,
+    FlowMatching,
+    LevelSampler,
+    NoiseProcess,
+    TargetSigma,
 )
-from latentreward.modules.pairs import LevelMetrics
-from latentreward.noise import DDPM, FlowMatching, LevelSampler, NoiseProcess, TargetSigma
-from latentreward.remote import ImageSchema, RemoteServer
-from latentreward.rewards import CallableReward, Reward, RewardSource
-from latentreward.rollout import Advantage, Credit, PairSelection, StepChoice, Window
-from latentreward.rollout.pair_selection import ScheduledThreshold
-from latentreward.scorers import CallableScorer, HTTPScorer
-from latentreward.scorers.base import ImageScorer, TableScorer
-from latentreward.scoring.network import RewardNetwork
-from tests.heads.features import DIT_SPEC, random_features
+from latentreward.diffusion.encoders.prompts import PromptEncoder
+from latentreward.diffusion.encoders.vae import LatentEncoder
+from latentreward.reward import (
+    BradleyTerryLoss,
+    CallableScorer,
+    EmbeddingHead,
+    HTTPScorer,
+    ImageSchema,
+    ImageScorer,
+    PreferenceLoss,
+    RemoteServer,
+    RewardHead,
+    TableScorer,
+)
+from latentreward.reward.modules.pairs import LevelMetrics
+from latentreward.reward.scoring.network import RewardNetwork
+from tests.reward.heads.features import DIT_SPEC, random_features
 
 NAN = float("nan")
 FLOW = FlowMatching()

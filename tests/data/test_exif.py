@@ -7,9 +7,16 @@ from typing import Any
 import pytest
 import torch
 
-from latentreward.data import FolderPairReader, JSONLPairReader, PairDataset, PickAPicReader, PixelLoader, readers
-from latentreward.data.mpcf import FilteredReader
-from latentreward.data.readers import PairReader
+from latentreward.data import (
+    FilteredReader,
+    FolderPairReader,
+    JSONLPairReader,
+    PairDataset,
+    PairReader,
+    PickAPicReader,
+    PixelLoader,
+    readers,
+)
 from tests.data.rotated import photograph, upright
 
 LOADER = PixelLoader(24, 24)

@@ -15,8 +15,8 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from latentreward.cli import COMMANDS, main, module_of
-from latentreward.settings.functions import import_class_modules
+from latentreward.apps.cli import COMMANDS, main, module_of
+from latentreward.core.settings.functions import import_class_modules
 from tests.processes import Forked
 
 ROOT = Path(__file__).resolve().parents[2]

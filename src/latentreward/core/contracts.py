@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from latentreward.errors import InputError
-from latentreward.promises import wrong_tensor
+from latentreward.core.errors import InputError
+from latentreward.core.promises import wrong_tensor
 
 PathText = Annotated[str, "path"]
 """Setting that is a file, a folder, or a name in place of one: ``~`` and environment variables are expanded in it."""
@@ -80,7 +80,7 @@ class ImageRef:
             file.
         holds: Content of the bytes: an image, or latents.
         noise: Name of the noise from which the image was generated, the text of a
-            :class:`~latentreward.rollout.PriorNoise`; None if it is not known.
+            :class:`~latentreward.alignment.PriorNoise`; None if it is not known.
         exif: Whether a text encoder that sees the picture gets it turned upright, as the network does.
         max_pixels: Largest width × height that the picture may have for such an encoder; None for the default.
     """

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from latentreward.errors import InputError, first_line
+from latentreward.core.errors import InputError, first_line
 
 
 def find_device(name: str | torch.device) -> torch.device:

@@ -10,7 +10,7 @@ from inspect import isabstract
 from pathlib import Path
 from typing import Any, TypeVar
 
-from latentreward.errors import SEARCHED, InputError, first_line, lacks, where
+from latentreward.core.errors import SEARCHED, InputError, first_line, lacks, where
 
 Kind = TypeVar("Kind")
 
@@ -20,7 +20,7 @@ MODULE_FOLDERS: list[str] = []
 
 @cache
 def of_this_package(path: str | None) -> bool:
-    """Tell whether an import path, such as ``latentreward.heads.DRMHead``, or a module's name is of this package."""
+    """Tell whether an import path, such as ``latentreward.reward.DRMHead``, or a module's name is of this package."""
     return within(path, ["latentreward"])
 
 

@@ -11,15 +11,15 @@ from functools import wraps
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
-from latentreward.construction import Construction
-from latentreward.errors import InputError, did_you_mean
+from latentreward.core.construction import Construction
+from latentreward.core.errors import InputError, did_you_mean
 
 Factory = TypeVar("Factory", bound=Callable[..., Any])
 
 
 # Found in the files of the families, which are not imported: that takes seconds.
 _PATHS = {
-    name: f"latentreward.families.{file.stem}.{name}"
+    name: f"latentreward.diffusion.families.{file.stem}.{name}"
     for file in sorted((Path(__file__).parents[1] / "families").glob("*.py"))
     for name in re.findall(r"^@register_backbone\ndef (\w+)\(", file.read_text(encoding="utf-8"), re.MULTILINE)
 }

@@ -10,16 +10,16 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from latentreward.core.errors import InputError, did_you_mean, quoted
+from latentreward.core.storage.user_files import find_files, whole_file
 from latentreward.data import readers
-from latentreward.data.readers import PairReader
+from latentreward.data.readers.base import PairReader
 from latentreward.data.readers.edits import find_layout
 from latentreward.data.readers.folders import CAPTIONS_FILE
 from latentreward.data.readers.img2dataset import STATS
 from latentreward.data.readers.jsonl import check_no_csv
 from latentreward.data.readers.parquet_store import ParquetPart, nested_pattern, open_part
 from latentreward.data.readers.tables import SAVED, SAVED_SPLITS, saved_splits
-from latentreward.errors import InputError, did_you_mean, quoted
-from latentreward.storage.user_files import find_files, whole_file
 
 Splits = dict[str, Callable[..., PairReader]]
 """Split -> function that constructs the split's reader; takes further options of the reader."""

@@ -31,7 +31,7 @@ class OneSize(ImageSizes):
 
     height: int  # pixels
     width: int  # pixels
-    resize: ResizePolicy = "stretch"  # see :class:`~latentreward.data.images.PixelLoader`; LRM stretches
+    resize: ResizePolicy = "stretch"  # see :class:`~latentreward.data.PixelLoader`; LRM stretches
     frames: int = 1  # number of frames of clips; 1 for images
     fps: float = FPS  # frames per second of clips
 
@@ -57,7 +57,7 @@ class NearestBucket(ImageSizes):
     """
 
     buckets: Sequence[tuple[int, int]] = tuple((*bucket,) for bucket in PUBLISHED_BUCKETS)  # (height, width) in pixels
-    resize: ResizePolicy = "center_crop"  # see :class:`~latentreward.data.images.PixelLoader`
+    resize: ResizePolicy = "center_crop"  # see :class:`~latentreward.data.PixelLoader`
 
     def __str__(self) -> str:
         """Return the buckets as ``HEIGHTxWIDTH``, followed by ``stretched`` if images are not cropped."""

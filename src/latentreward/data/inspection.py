@@ -7,7 +7,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from latentreward.contracts import ImageRef, PreferencePair, sources_of
+from latentreward.core.contracts import ImageRef, PreferencePair, sources_of
+from latentreward.core.errors import check_range
+from latentreward.core.reports.tables import NOTHING, Table, as_text
+from latentreward.core.storage.progress import Progress
 from latentreward.data.clips import clip_size
 from latentreward.data.images import (
     CLIP,
@@ -18,11 +21,8 @@ from latentreward.data.images import (
     decode_latents,
     read_header,
 )
-from latentreward.data.readers import PairReader
+from latentreward.data.readers.base import PairReader
 from latentreward.data.splits import normalise_prompt
-from latentreward.errors import check_range
-from latentreward.reports.tables import NOTHING, Table, as_text
-from latentreward.storage.progress import Progress
 
 LATENT_PIXELS = 8
 MOST_UNREADABLE = 5

@@ -6,10 +6,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from latentreward.contracts import sources_of
-from latentreward.data.images import decode_image
-from latentreward.errors import InputError
-from latentreward.scorers.base import ImageScorer
+from latentreward.core.contracts import sources_of
+from latentreward.core.errors import InputError
+from latentreward.data import decode_image
+from latentreward.reward import ImageScorer
 from latentreward.tinyworld.edits import judge_edit
 from latentreward.tinyworld.oracle import judge
 

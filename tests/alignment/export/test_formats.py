@@ -12,18 +12,25 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from latentreward.backbones.loading import PipelineSource
-from latentreward.backbones.tuning import LoRA
-from latentreward.contracts import PromptBatch
-from latentreward.errors import InputError
-from latentreward.export import TrainedLoRA, loading_call, write_kohya, write_merged
-from latentreward.export.kohya import FILE
-from latentreward.export.merged import quiet
-from latentreward.policies import Policy
-from latentreward.rollout import RolloutDraws, Sampling, sample_latents
-from tests.export.mmdit import updates_of_sd3
+from latentreward.alignment import (
+    Policy,
+    RolloutDraws,
+    Sampling,
+    TrainedLoRA,
+    loading_call,
+    sample_latents,
+    write_kohya,
+    write_merged,
+)
+from latentreward.alignment.export.kohya import FILE
+from latentreward.alignment.export.merged import quiet
+from latentreward.core.contracts import PromptBatch
+from latentreward.core.errors import InputError
+from latentreward.diffusion import LoRA
+from latentreward.diffusion.backbones.loading import PipelineSource
+from tests.alignment.export.mmdit import updates_of_sd3
+from tests.alignment.policies.alignment import perturbed, prediction, tiny_source
 from tests.marks import rotated_after
-from tests.policies.alignment import perturbed, prediction, tiny_source
 from tests.tiny_pipelines import pipeline_folder
 
 UNET_LAYERS = (

@@ -9,12 +9,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from latentreward.backbones.tuning import LoRA
-from latentreward.export import TrainedLoRA, write_kohya
-from latentreward.export.kohya import FILE
-from latentreward.families.sd3 import StableDiffusion3
-from tests.export.mmdit import linears, updates_of_sd3
-from tests.families.made_configs import MadeConfigs
+from latentreward.alignment import TrainedLoRA, write_kohya
+from latentreward.alignment.export.kohya import FILE
+from latentreward.diffusion import LoRA
+from latentreward.diffusion.families.sd3 import StableDiffusion3
+from tests.alignment.export.mmdit import linears, updates_of_sd3
+from tests.diffusion.families.made_configs import MadeConfigs
 from tests.tiny_pipelines import sd3_transformer
 
 RANK, ALPHA = 2, 3.0

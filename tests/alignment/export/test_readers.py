@@ -10,12 +10,11 @@ from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from latentreward.alignment import Policy, TrainedLoRA, write_kohya
 from latentreward.apps.generation import load_lora
-from latentreward.backbones.tuning import LoRA
-from latentreward.errors import InputError
-from latentreward.export import TrainedLoRA, write_kohya
-from latentreward.policies import Policy
-from tests.families.twins import Twin, one_per_family
+from latentreward.core.errors import InputError
+from latentreward.diffusion import LoRA
+from tests.diffusion.families.twins import Twin, one_per_family
 from tests.marks import slow_after
 
 RANK = 2

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from latentreward.errors import InputError
-from latentreward.losses import ClippedPolicyLoss, gaussian_step_kl
+from latentreward.alignment import ClippedPolicyLoss, gaussian_step_kl
+from latentreward.core.errors import InputError
 from tests.oracles import alignment_losses as oracle
 
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from latentreward.errors import InputError
-from latentreward.losses import CRDLoss, DGPOLoss, MatchingLoss
+from latentreward.alignment import CRDLoss, DGPOLoss, MatchingLoss
+from latentreward.core.errors import InputError
 
 SHAPE = (6, 2, 3, 3)
 """Two groups of three."""

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from latentreward.errors import InputError
-from latentreward.losses.linear_dpo import LinearDPO
+from latentreward.alignment import LinearDPO
+from latentreward.core.errors import InputError
 
 BETA = 2.0
 

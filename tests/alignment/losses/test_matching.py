@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from latentreward.errors import InputError
-from latentreward.losses.matching import MatchingLoss, matching_log_prob, velocity_divergence
+from latentreward.alignment import MatchingLoss, velocity_divergence
+from latentreward.alignment.losses.matching import matching_log_prob
+from latentreward.core.errors import InputError
 
 VELOCITY, TARGET = torch.full((1, 1, 2, 2), 2.5), torch.full((1, 1, 2, 2), 0.5)  # m = 4
 SIGMA = torch.tensor([0.3])

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from latentreward.errors import InputError
-from latentreward.losses.nft import NFTLoss, optimality
+from latentreward.alignment import NFTLoss
+from latentreward.alignment.losses.nft import optimality
+from latentreward.core.errors import InputError
 
 
 def rows(*values: float) -> torch.Tensor:

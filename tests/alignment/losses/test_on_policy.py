@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from latentreward.losses import OnPolicyLoss
+from latentreward.alignment import OnPolicyLoss
 
 SHAPE = (3, 2, 2, 2)
 SLOPE, STD = torch.tensor([-0.1, -0.2, -0.3]), torch.tensor([0.5, 0.4, 0.3])

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from latentreward.losses import NFTLoss, reward_ascent
+from latentreward.alignment import NFTLoss, reward_ascent
 
 ANCHOR = torch.randn(3, 2, 4, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
 RADIUS = torch.tensor([0.1, 0.5, 2.0], dtype=torch.float64)

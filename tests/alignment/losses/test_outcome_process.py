@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from latentreward.errors import InputError
-from latentreward.losses import ClippedPolicyLoss, OutcomeProcessLoss
+from latentreward.alignment import ClippedPolicyLoss, OutcomeProcessLoss
+from latentreward.core.errors import InputError
 
 
 def rows() -> list[torch.Tensor]:

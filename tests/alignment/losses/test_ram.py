@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from latentreward.errors import InputError
-from latentreward.losses import MatchingLoss, RAMLoss, directed_target
+from latentreward.alignment import MatchingLoss, RAMLoss, directed_target
+from latentreward.core.errors import InputError
 
 SHAPE = (4, 2, 3, 3)
 

@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from latentreward.errors import InputError
-from latentreward.losses.refl import RewardLoss
+from latentreward.alignment import RewardLoss
+from latentreward.core.errors import InputError
 
 
 @pytest.mark.parametrize(

@@ -5,8 +5,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from latentreward.errors import InputError
-from latentreward.losses import StepDPO
+from latentreward.alignment import StepDPO
+from latentreward.core.errors import InputError
 from tests.oracles import alignment_losses as oracle
 
 

@@ -5,8 +5,7 @@ import math
 import pytest
 import torch
 
-from latentreward.errors import InputError
-from latentreward.losses import (
+from latentreward.alignment import (
     ClippedPolicyLoss,
     FlowDPPO,
     GRPOGuard,
@@ -16,6 +15,7 @@ from latentreward.losses import (
     UncertaintyGate,
     held_weights,
 )
+from latentreward.core.errors import InputError
 
 SHAPE = (6, 4, 3, 3)
 

@@ -7,13 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from latentreward.contracts import ImageRef, LatentSpace, PreferenceBatch, PreferencePair
-from latentreward.data.collate import collate_pairs
-from latentreward.data.dataset import LoadedPair
-from latentreward.heads import CLIPProjectionHead, GatedQFormerHead
-from latentreward.modules import DiNaLRMModule, LRMModule
-from latentreward.modules.pairs import PairModule
-from tests.backbones.networks import tiny_backbone
+from latentreward.core.contracts import ImageRef, LatentSpace, PreferenceBatch, PreferencePair
+from latentreward.data import LoadedPair, collate_pairs
+from latentreward.reward import CLIPProjectionHead, DiNaLRMModule, GatedQFormerHead, LRMModule
+from latentreward.reward.modules.pairs import PairModule
+from tests.diffusion.backbones.networks import tiny_backbone
 from tests.tiny_pipelines import PIXELS
 
 LABELS = (1.0, 0.0, 0.5, 0.8, 1.0, 0.25)
@@ -111,7 +109,7 @@ MODULES = {"lrm": lrm, "dina": dina}
 
 def scores_of(module: PairModule, batch: PreferenceBatch, epoch: int = 0) -> Any:
     """What a training step scores, before the loss."""
-    from latentreward.modules.pairs import PairDraws
+    from latentreward.reward.modules.pairs import PairDraws
 
     draws = PairDraws(batch, module.seed, epoch)
     timesteps = draws.timesteps(module.levels, module.noise_process, module.timestep_per_image)

@@ -11,16 +11,23 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, distributed
 
-from latentreward.backbones import LoRA
-from latentreward.checkpoints.files import DurableCheckpointIO
-from latentreward.checkpoints.fsdp2 import FSDP2Strategy
-from latentreward.checkpoints.shards import whole_tensor
-from latentreward.contracts import LatentSpace, NoisyStates, StepPairs
+from latentreward.alignment import (
+    Branching,
+    FixedThreshold,
+    LPOModule,
+    Policy,
+    PolicySource,
+    Reward,
+    RewardSource,
+    Sampling,
+    StepSampler,
+)
+from latentreward.core.checkpoints.files import DurableCheckpointIO
+from latentreward.core.checkpoints.fsdp2 import FSDP2Strategy
+from latentreward.core.checkpoints.shards import whole_tensor
+from latentreward.core.contracts import LatentSpace, NoisyStates, StepPairs
 from latentreward.data.alignment.prompts import PromptLoaders
-from latentreward.modules import LPOModule
-from latentreward.policies import Policy, PolicySource
-from latentreward.rewards import Reward, RewardSource
-from latentreward.rollout import Branching, FixedThreshold, Sampling, StepSampler
+from latentreward.diffusion import LoRA
 from tests.tiny_pipelines import source_of
 
 PROMPTS = tuple(f"a {color} {shape}" for color in ("red", "blue", "green") for shape in ("circle", "square", "cross"))

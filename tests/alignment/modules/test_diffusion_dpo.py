@@ -10,18 +10,16 @@ from lightning.pytorch import Trainer
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from latentreward.contracts import Conditioning, ImageRef, LatentSpace, PreferenceBatch
-from latentreward.data.collate import collate_pairs
-from latentreward.data.dataset import LoadedPair
-from latentreward.errors import InputError
-from latentreward.modules.diffusion_dpo import DiffusionDPOModule
-from latentreward.modules.pairs import PairDraws
-from latentreward.noise import ConstantSigma
-from latentreward.rollout import RolloutDraws
+from latentreward.alignment import DiffusionDPOModule, RolloutDraws
+from latentreward.core.contracts import Conditioning, ImageRef, LatentSpace, PreferenceBatch
+from latentreward.core.errors import InputError
+from latentreward.data import LoadedPair, collate_pairs
+from latentreward.diffusion import ConstantSigma
+from latentreward.reward.modules.pairs import PairDraws
+from tests.alignment.modules.batches import latent_batch, loaded_pairs, pixel_batch, rows
+from tests.alignment.policies.alignment import tiny_source
 from tests.marks import rotated_after
-from tests.modules.batches import latent_batch, loaded_pairs, pixel_batch, rows
 from tests.oracles import alignment_losses as oracle
-from tests.policies.alignment import tiny_source
 
 POLICIES = ("sd15", "sd21", "sdxl", "sd35")
 CERTAIN = (1.0, 0.0, 1.0)

@@ -17,38 +17,40 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from latentreward.backbones import create_backbone
-from latentreward.contracts import Conditioning, EditPrompt, ImageRef, PromptBatch, sources_of
-from latentreward.data import JSONLPairReader, PairDataset, PixelLoader, PreferenceDataModule
-from latentreward.data.alignment.prompts import PromptLoaders
-from latentreward.data.images import decode_image
-from latentreward.errors import InputError
-from latentreward.heads import GatedQFormerHead
-from latentreward.losses import ThurstoneLoss
-from latentreward.modules import (
+from latentreward.alignment import (
+    AlignmentModule,
     AWMModule,
+    Branching,
     DiffusionDPOModule,
     DiffusionNFTModule,
-    DiNaLRMModule,
+    LatentReward,
     LPOModule,
     RAMModule,
+    RandomReward,
     ReFLModule,
+    RewardMixture,
+    RolloutDraws,
+    Sampling,
     StepwiseGRPOModule,
     TrajectoryGRPOModule,
+    UnchangedRegion,
+    candidate_steps,
+    sample_latents,
 )
-from latentreward.modules.alignment import AlignmentModule
-from latentreward.rewards import LatentReward, RandomReward, RewardMixture, UnchangedRegion
-from latentreward.rewards.latent import EncodedPrompts, LatentScorer
-from latentreward.rollout import Branching, RolloutDraws, Sampling, candidate_steps, sample_latents
-from latentreward.scorers import CallableScorer
-from latentreward.scoring import RewardModel
+from latentreward.alignment.rewards.latent import EncodedPrompts, LatentScorer
+from latentreward.core.contracts import Conditioning, EditPrompt, ImageRef, PromptBatch, sources_of
+from latentreward.core.errors import InputError
+from latentreward.core.registry import create_backbone
+from latentreward.data import JSONLPairReader, PairDataset, PixelLoader, PreferenceDataModule, decode_image
+from latentreward.data.alignment.prompts import PromptLoaders
+from latentreward.reward import CallableScorer, DiNaLRMModule, GatedQFormerHead, RewardModel, ThurstoneLoss
+from tests.alignment.modules.lpo_runs import make_trainer, weights
+from tests.alignment.modules.simple_reward import FirstChannelReward
+from tests.diffusion.families.made_qwen_image_edit import picture
+from tests.diffusion.families.test_methods import DifferentiableChannel, pairs, rolled
+from tests.diffusion.families.twins import TWINS
 from tests.distributed.ranks import on_ranks
-from tests.families.made_qwen_image_edit import picture
-from tests.families.test_methods import DifferentiableChannel, pairs, rolled
-from tests.families.twins import TWINS
 from tests.marks import rotated_after
-from tests.modules.lpo_runs import make_trainer, weights
-from tests.modules.simple_reward import FirstChannelReward
 
 KLEIN = TWINS["klein_base"]
 TEXTS = ("make it red", "make it red", "remove the dog")
@@ -366,7 +368,7 @@ def test_a_resumed_run_and_one_of_two_processes_edit_the_same_pictures(tmp_path:
     assert all(torch.equal(value, resumed[name]) for name, value in whole.items())
     (tmp_path / "two").mkdir()
     edits(tmp_path / "two")
-    for rank in on_ranks("tests.modules.test_edits:run_of_two", tmp_path / "two"):
+    for rank in on_ranks("tests.alignment.modules.test_edits:run_of_two", tmp_path / "two"):
         for name, value in whole.items():
             torch.testing.assert_close(rank[name], value, rtol=1e-3, atol=1e-5)
 

@@ -11,38 +11,41 @@ import pytest
 import torch
 from torch import Tensor
 
-from latentreward.backbones import LoRA
-from latentreward.contracts import NoisyStates, PromptBatch, RenoisedGroups, RenoisedSamples, take_rows
-from latentreward.data.alignment.prompts import PromptLoaders
-from latentreward.errors import InputError
-from latentreward.losses import DGPOLoss, GRPOGuard, MatchingLoss, NFTLoss, NormGuard, RAMLoss
-from latentreward.losses.nft import optimality
-from latentreward.modules import (
+from latentreward.alignment import (
+    GDPO,
     AWMModule,
     CRDModule,
+    DGPOLoss,
     DGPOModule,
     DiffusionNFTModule,
-    RAMModule,
-    TrajectoryGRPOModule,
-)
-from latentreward.modules.forward_process import ForwardProcessModule
-from latentreward.noise import TimestepGrid
-from latentreward.policies import Policy, PolicySource
-from latentreward.policies.moving_average import AVERAGE, OLD, DecayRamp
-from latentreward.rewards import Reward
-from latentreward.rollout import (
-    GDPO,
+    ForwardProcessModule,
     GroupAdvantage,
+    GRPOGuard,
+    MatchingLoss,
+    NFTLoss,
     NoisiestSteps,
+    NormGuard,
+    Policy,
+    PolicySource,
+    RAMLoss,
+    RAMModule,
     RandomSteps,
+    Reward,
     Sampling,
     StratifiedSteps,
+    TrajectoryGRPOModule,
     sample_latents,
 )
+from latentreward.alignment.losses.nft import optimality
+from latentreward.alignment.policies.moving_average import AVERAGE, OLD, DecayRamp
+from latentreward.core.contracts import NoisyStates, PromptBatch, RenoisedGroups, RenoisedSamples, take_rows
+from latentreward.core.errors import InputError
+from latentreward.data.alignment.prompts import PromptLoaders
+from latentreward.diffusion import LoRA, TimestepGrid
+from tests.alignment.modules.lpo_runs import make_trainer
+from tests.alignment.modules.simple_reward import FirstChannel, FirstChannelReward
+from tests.alignment.modules.test_grpo import attached
 from tests.marks import rotated_after, slow_after
-from tests.modules.lpo_runs import make_trainer
-from tests.modules.simple_reward import FirstChannel, FirstChannelReward
-from tests.modules.test_grpo import attached
 from tests.tiny_pipelines import source_of
 
 PROMPTS = ("a red circle", "two blue squares on a white background")

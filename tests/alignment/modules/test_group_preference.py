@@ -8,16 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from latentreward.contracts import RenoisedGroups, RenoisedSamples
-from latentreward.errors import InputError
-from latentreward.losses import CRDLoss, DGPOLoss
-from latentreward.modules.forward_process import ForwardProcessModule
-from latentreward.policies import PolicySource
-from latentreward.policies.moving_average import AVERAGE, OLD
-from latentreward.rollout import NoisiestSteps
-from tests.modules.lpo_runs import make_trainer
-from tests.modules.test_forward_process import BATCH, loaders, make, moved
-from tests.modules.test_grpo import attached
+from latentreward.alignment import CRDLoss, DGPOLoss, ForwardProcessModule, NoisiestSteps, PolicySource
+from latentreward.alignment.policies.moving_average import AVERAGE, OLD
+from latentreward.core.contracts import RenoisedGroups, RenoisedSamples
+from latentreward.core.errors import InputError
+from tests.alignment.modules.lpo_runs import make_trainer
+from tests.alignment.modules.test_forward_process import BATCH, loaders, make, moved
+from tests.alignment.modules.test_grpo import attached
 
 
 def rolled(kind: str, **options: Any) -> tuple[ForwardProcessModule, RenoisedGroups]:

@@ -7,18 +7,26 @@ import torch
 from lightning.pytorch import Trainer
 from torch.optim import SGD, AdamW
 
-from latentreward.backbones import LoRA
-from latentreward.contracts import PromptBatch, StepSamples
+from latentreward.alignment import (
+    Branching,
+    ClippedPolicyLoss,
+    PixelReward,
+    Policy,
+    PolicySource,
+    Reward,
+    RewardGuidance,
+    Sampling,
+    StepwiseGRPOModule,
+    TrajectoryGRPOModule,
+    sample_latents,
+)
+from latentreward.core.contracts import PromptBatch, StepSamples
+from latentreward.core.errors import InputError
 from latentreward.data.alignment.prompts import PromptLoaders
-from latentreward.errors import InputError
-from latentreward.losses import ClippedPolicyLoss
-from latentreward.modules import StepwiseGRPOModule, TrajectoryGRPOModule
-from latentreward.policies import Policy, PolicySource
-from latentreward.rewards import PixelReward, Reward
-from latentreward.rollout import Branching, RewardGuidance, Sampling, sample_latents
-from latentreward.scorers import StepAwareScorer
+from latentreward.diffusion import LoRA
+from latentreward.reward import StepAwareScorer
+from tests.alignment.modules.simple_reward import FirstChannelReward
 from tests.marks import rotated_after
-from tests.modules.simple_reward import FirstChannelReward
 from tests.tiny_pipelines import source_of
 
 PROMPTS = ["a red circle on a black background", "two blue squares on a white background", "a large green cross"]

@@ -10,45 +10,46 @@ import torch
 from lightning.pytorch import Trainer
 from torch import Tensor
 
-from latentreward.contracts import StepSamples, join_rows
-from latentreward.data.alignment.experience import as_plain, from_plain
-from latentreward.data.alignment.prompts import PromptLoaders
-from latentreward.errors import InputError
-from latentreward.losses import (
+from latentreward.alignment import (
+    GDPO,
+    AlignmentModule,
     ClippedPolicyLoss,
+    Credit,
+    DiversityAdvantage,
     FlowDPPO,
+    GainCredit,
+    GroupAdvantage,
     GRPOGuard,
     KLGate,
+    MovingWindow,
     NormGuard,
     OutcomeProcessLoss,
     Penalty,
+    PixelReward,
+    Policy,
+    PolicySource,
     RankGate,
-    TrustRegion,
-    UncertaintyGate,
-)
-from latentreward.modules import StepwiseGRPOModule, TrajectoryGRPOModule
-from latentreward.modules.alignment import AlignmentModule
-from latentreward.policies import Policy, PolicySource
-from latentreward.rewards import PixelReward, RewardMixture
-from latentreward.rewards.latent import LatentScorer
-from latentreward.rollout import (
-    GDPO,
-    Credit,
-    DiversityAdvantage,
-    GainCredit,
-    GroupAdvantage,
-    MovingWindow,
     RewardGuidance,
+    RewardMixture,
     Sampling,
     StateCredit,
+    StepwiseGRPOModule,
+    TrajectoryGRPOModule,
+    TrustRegion,
     TurningPointCredit,
+    UncertaintyGate,
 )
-from latentreward.scorers import StepAwareScorer
+from latentreward.alignment.rewards.latent import LatentScorer
+from latentreward.core.contracts import StepSamples, join_rows
+from latentreward.core.errors import InputError
+from latentreward.data.alignment.experience import as_plain, from_plain
+from latentreward.data.alignment.prompts import PromptLoaders
+from latentreward.reward import StepAwareScorer
+from tests.alignment.modules.batches import lrm
+from tests.alignment.modules.lpo_runs import make_trainer
+from tests.alignment.modules.simple_reward import FirstChannelReward, OtherChannelsReward
+from tests.alignment.modules.test_grpo import BATCH, PROMPTS, source, stepwise, trajectory
 from tests.marks import rotated_after, slow_after
-from tests.modules.batches import lrm
-from tests.modules.lpo_runs import make_trainer
-from tests.modules.simple_reward import FirstChannelReward, OtherChannelsReward
-from tests.modules.test_grpo import BATCH, PROMPTS, source, stepwise, trajectory
 
 KL = ClippedPolicyLoss(kl_weight=0.1)
 MIXED = RewardMixture([FirstChannelReward(10.0), FirstChannelReward(-3.0)], normalise="none")

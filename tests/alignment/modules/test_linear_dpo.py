@@ -8,12 +8,12 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader
 
-from latentreward.errors import InputError
-from latentreward.losses import LinearDPO, implicit_rewards
-from latentreward.modules.pairs import EncodedPairs
-from latentreward.policies.moving_average import AVERAGE, DecayRamp
-from tests.modules.lpo_runs import make_trainer
-from tests.modules.test_diffusion_dpo import adapter, dpo, weighted_batch
+from latentreward.alignment import LinearDPO, implicit_rewards
+from latentreward.alignment.policies.moving_average import AVERAGE, DecayRamp
+from latentreward.core.errors import InputError
+from latentreward.reward.modules.pairs import EncodedPairs
+from tests.alignment.modules.lpo_runs import make_trainer
+from tests.alignment.modules.test_diffusion_dpo import adapter, dpo, weighted_batch
 
 
 def test_its_loss_is_a_weighted_difference_of_errors() -> None:

@@ -12,19 +12,37 @@ from latentreward.callbacks import RunProgress
 from lightning.pytorch import Callback, Trainer
 from torch import Tensor, nn
 
-from latentreward.backbones import LoRA
-from latentreward.contracts import NoisyStates, PromptBatch, StepPairs, take_rows
+from latentreward.alignment import (
+    Branching,
+    FixedThreshold,
+    LatentReward,
+    LPOModule,
+    Policy,
+    PolicySource,
+    Reward,
+    Sampling,
+    SPOModule,
+    StepDPO,
+    StepDPOResult,
+    StepPairLoss,
+)
+from latentreward.core.contracts import NoisyStates, PromptBatch, StepPairs, take_rows
+from latentreward.core.errors import InputError
 from latentreward.data.image_sizes import OneSize
-from latentreward.errors import InputError
-from latentreward.losses import StepDPO, StepDPOResult, StepPairLoss
-from latentreward.modules import LPOModule, SPOModule
-from latentreward.policies import Policy, PolicySource
-from latentreward.rewards import LatentReward, Reward
-from latentreward.rollout import Branching, FixedThreshold, Sampling
-from latentreward.scoring.layouts.config import sizes_record
+from latentreward.diffusion import LoRA
+from latentreward.reward.scoring.layouts.config import sizes_record
+from tests.alignment.modules.lpo_runs import (
+    PROMPTS,
+    Brightness,
+    BrightnessSource,
+    loaders,
+    lpo,
+    make_trainer,
+    saved_run,
+    weights,
+)
+from tests.alignment.rewards.stored import write_run
 from tests.marks import rotated_after
-from tests.modules.lpo_runs import PROMPTS, Brightness, BrightnessSource, loaders, lpo, make_trainer, saved_run, weights
-from tests.rewards.stored import write_run
 from tests.tiny_pipelines import source_of
 
 

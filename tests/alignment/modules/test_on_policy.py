@@ -10,19 +10,26 @@ import pytest
 import torch
 from torch import Tensor
 
-from latentreward.backbones import LoRA
-from latentreward.contracts import PromptBatch
-from latentreward.errors import InputError
-from latentreward.losses import OnPolicyLoss
-from latentreward.modules import DiffusionNFTModule, OnPolicyDistillationModule, Teacher
-from latentreward.policies import PolicySource
-from latentreward.rollout import RandomSteps, Sampling, sample_latents, sample_trajectories
-from tests.families.twins import TWINS
+from latentreward.alignment import (
+    DiffusionNFTModule,
+    OnPolicyDistillationModule,
+    OnPolicyLoss,
+    PolicySource,
+    RandomSteps,
+    Sampling,
+    Teacher,
+    sample_latents,
+    sample_trajectories,
+)
+from latentreward.core.contracts import PromptBatch
+from latentreward.core.errors import InputError
+from latentreward.diffusion import LoRA
+from tests.alignment.modules.lpo_runs import make_trainer
+from tests.alignment.modules.simple_reward import FirstChannelReward
+from tests.alignment.modules.test_forward_process import BATCH, PROMPTS, adapter, clones, loaders, moved
+from tests.alignment.modules.test_grpo import attached
+from tests.diffusion.families.twins import TWINS
 from tests.marks import slow_after
-from tests.modules.lpo_runs import make_trainer
-from tests.modules.simple_reward import FirstChannelReward
-from tests.modules.test_forward_process import BATCH, PROMPTS, adapter, clones, loaders, moved
-from tests.modules.test_grpo import attached
 from tests.tiny_pipelines import pipeline_folder, source_of
 
 GUIDED = Teacher(guidance_scale=3.0)

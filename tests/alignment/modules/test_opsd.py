@@ -7,23 +7,27 @@ import pytest
 import torch
 from torch import Tensor
 
-from latentreward.backbones import LoRA
-from latentreward.contracts import PromptBatch
+from latentreward.alignment import (
+    DiffusionOPSDModule,
+    NFTLoss,
+    Penalty,
+    PolicySource,
+    RewardMixture,
+    Sampling,
+    sample_latents,
+    sample_trajectories,
+)
+from latentreward.alignment.policies.moving_average import OLD
+from latentreward.core.contracts import PromptBatch
+from latentreward.core.errors import InputError
 from latentreward.data.alignment.prompts import PromptLoaders
-from latentreward.errors import InputError
-from latentreward.losses import NFTLoss, Penalty
-from latentreward.modules import DiffusionOPSDModule
-from latentreward.policies import PolicySource
-from latentreward.policies.moving_average import OLD
-from latentreward.rewards import RewardMixture
-from latentreward.rollout import Sampling, sample_latents
-from latentreward.rollout.trajectories import sample_trajectories
+from latentreward.diffusion import LoRA
+from tests.alignment.modules.lpo_runs import make_trainer
+from tests.alignment.modules.simple_reward import FirstChannelReward
+from tests.alignment.modules.test_forward_process import adapter, moved
+from tests.alignment.modules.test_grpo import attached
+from tests.alignment.modules.toy_rewards import Brightness, BrightnessSource
 from tests.marks import slow_after
-from tests.modules.lpo_runs import make_trainer
-from tests.modules.simple_reward import FirstChannelReward
-from tests.modules.test_forward_process import adapter, moved
-from tests.modules.test_grpo import attached
-from tests.modules.toy_rewards import Brightness, BrightnessSource
 from tests.tiny_pipelines import source_of
 
 PROMPTS = ("a red circle", "two blue squares on a white background")

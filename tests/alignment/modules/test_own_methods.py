@@ -9,7 +9,7 @@ import torch
 
 from tests.processes import finish
 
-PAGE = Path(__file__).resolve().parents[2] / "docs" / "own_methods.md"
+PAGE = Path(__file__).resolve().parents[3] / "docs" / "own_methods.md"
 
 
 @pytest.fixture

@@ -12,33 +12,37 @@ import pytest
 import torch
 from torch import Tensor
 
-from latentreward.backbones import LoRA
-from latentreward.contracts import PromptBatch
-from latentreward.errors import InputError
-from latentreward.losses import ClippedPolicyLoss, FlowDPPO, UncertaintyGate
-from latentreward.modules import CRDModule, DiffusionOPSDModule
-from latentreward.modules.pruned import PrunedRollouts
-from latentreward.policies import PolicySource
-from latentreward.rewards import PixelReward, RewardMixture
-from latentreward.rollout import (
+from latentreward.alignment import (
     Agreement,
     BestAndWorst,
+    ClippedPolicyLoss,
+    CRDModule,
+    DiffusionOPSDModule,
     DiversityAdvantage,
+    FlowDPPO,
     GainCredit,
     GroupAdvantage,
     MovingWindow,
+    PixelReward,
+    PolicySource,
     Pruning,
     PruningRule,
     RewardGuidance,
+    RewardMixture,
     Sampling,
+    UncertaintyGate,
 )
-from latentreward.scorers import CallableScorer
-from tests.modules.lpo_runs import make_trainer
-from tests.modules.simple_reward import FirstChannelReward, OtherChannelsReward
-from tests.modules.test_forward_process import BATCH, adapter, clones, loaders
-from tests.modules.test_forward_process import make as make_forward
-from tests.modules.test_grpo import attached, trajectory
-from tests.modules.toy_rewards import BrightnessSource
+from latentreward.alignment.modules.pruned import PrunedRollouts
+from latentreward.core.contracts import PromptBatch
+from latentreward.core.errors import InputError
+from latentreward.diffusion import LoRA
+from latentreward.reward import CallableScorer
+from tests.alignment.modules.lpo_runs import make_trainer
+from tests.alignment.modules.simple_reward import FirstChannelReward, OtherChannelsReward
+from tests.alignment.modules.test_forward_process import BATCH, adapter, clones, loaders
+from tests.alignment.modules.test_forward_process import make as make_forward
+from tests.alignment.modules.test_grpo import attached, trajectory
+from tests.alignment.modules.toy_rewards import BrightnessSource
 from tests.tiny_pipelines import source_of
 
 EVERY = ("nft", "awm", "ram", "trajectory")
@@ -194,7 +198,7 @@ def test_a_correlation_too_low_is_said_once(
     after_steps: int, candidates: int, says: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With a rule that keeps anything, M is 1 and nothing pays; nothing is said where nothing is pruned or trained."""
-    monkeypatch.setattr("latentreward.modules.pruned.ENOUGH", 12)
+    monkeypatch.setattr("latentreward.alignment.modules.pruned.ENOUGH", 12)
     rule: PruningRule = Drawn() if says else BestAndWorst()
     module = make("nft", pruning=Pruning(candidates, after_steps, rule=rule))
     with warnings.catch_warnings(record=True) as caught:

@@ -12,27 +12,32 @@ from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
-from latentreward.contracts import LatentSpace, NoisyStates, PromptBatch
-from latentreward.data.alignment.prompts import PromptLoaders, PromptsAndImages
-from latentreward.data.collate import collate_pairs
+from latentreward.alignment import (
+    AlignmentModule,
+    CallableReward,
+    LatentReward,
+    PixelReward,
+    PolicySource,
+    ReFLModule,
+    RewardLoss,
+    RewardMixture,
+    RewardSource,
+    RolloutDraws,
+    Sampling,
+)
+from latentreward.core.contracts import LatentSpace, NoisyStates, PromptBatch
+from latentreward.core.errors import InputError
+from latentreward.data import PairBatchSampler, PromptsAndImages, collate_pairs
+from latentreward.data.alignment.prompts import PromptLoaders
 from latentreward.data.loading import ResumableLoader
-from latentreward.data.sampling import PairBatchSampler
-from latentreward.errors import InputError
-from latentreward.losses import RewardLoss
-from latentreward.modules.alignment import AlignmentModule
-from latentreward.modules.refl import ReFLModule
-from latentreward.policies import PolicySource
-from latentreward.rewards import CallableReward, LatentReward, PixelReward, RewardMixture, RewardSource
-from latentreward.rollout import Sampling
-from latentreward.rollout.prompted import RolloutDraws
-from latentreward.scorers import StepAwareScorer
+from latentreward.reward import StepAwareScorer
+from tests.alignment.modules.batches import loaded_pairs
+from tests.alignment.modules.lpo_runs import make_trainer
+from tests.alignment.modules.test_opsd import make as opsd
+from tests.alignment.modules.toy_rewards import BrightnessSource
+from tests.alignment.policies.alignment import tiny_source
+from tests.alignment.rewards.stored import write_run
 from tests.marks import rotated_after
-from tests.modules.batches import loaded_pairs
-from tests.modules.lpo_runs import make_trainer
-from tests.modules.test_opsd import make as opsd
-from tests.modules.toy_rewards import BrightnessSource
-from tests.policies.alignment import tiny_source
-from tests.rewards.stored import write_run
 
 PROMPTS = PromptBatch(("a cat", "two dogs"), ("0/0", "0/1"))
 POLICIES = ("sd15", "sd21", "sd35")

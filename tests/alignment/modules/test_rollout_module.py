@@ -7,11 +7,10 @@ from typing import Any
 import pytest
 import torch
 
-from latentreward.contracts import PromptBatch, StepPairs
-from latentreward.errors import InputError
-from latentreward.modules import AlignmentModule, LPOModule
-from latentreward.policies import PolicySource
-from tests.modules.lpo_runs import PROMPTS, lpo, make_trainer
+from latentreward.alignment import AlignmentModule, LPOModule, PolicySource
+from latentreward.core.contracts import PromptBatch, StepPairs
+from latentreward.core.errors import InputError
+from tests.alignment.modules.lpo_runs import PROMPTS, lpo, make_trainer
 
 
 @pytest.fixture(scope="module")

@@ -13,16 +13,15 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.optim import AdamW
 from torch.utils.data import DataLoader
 
-from latentreward.data.collate import collate_pairs
-from latentreward.errors import InputError
-from latentreward.losses import LRMLoss
-from latentreward.modules import ScoredPairs, StepAwarePixelModule
-from latentreward.modules.pairs import PairDraws
-from latentreward.scorers import StepAwareScorer
+from latentreward.alignment import StepAwarePixelModule
+from latentreward.core.errors import InputError
+from latentreward.data import collate_pairs
+from latentreward.reward import LRMLoss, ScoredPairs, StepAwareScorer
+from latentreward.reward.modules.pairs import PairDraws
+from tests.alignment.modules.batches import exchanged, latent_batch, loaded_pairs, pixel_batch, rows, scores_of
+from tests.alignment.policies.alignment import tiny_source
 from tests.marks import rotated_after
-from tests.modules.batches import exchanged, latent_batch, loaded_pairs, pixel_batch, rows, scores_of
-from tests.policies.alignment import tiny_source
-from tests.scorers.tiny_clip import write_clip
+from tests.reward.scorers.tiny_clip import write_clip
 
 
 @pytest.fixture(scope="module")

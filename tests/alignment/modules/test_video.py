@@ -7,15 +7,19 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from latentreward.backbones import DiffusionBackbone
-from latentreward.contracts import Conditioning, Features, FeatureSpec, LatentSpace, TapSpec
-from latentreward.encoders.prompts import PromptEncoder
-from latentreward.heads import CLIPProjectionHead, GatedQFormerHead
-from latentreward.losses import LRMLoss, PreferenceLoss, ThurstoneLoss
-from latentreward.modules import RewardModule
-from latentreward.noise import FlowMatching, UniformSigma
-from tests.modules.batches import latent_batch
-from tests.modules.test_reward_module import trainer
+from latentreward.core.contracts import Conditioning, Features, FeatureSpec, LatentSpace, TapSpec
+from latentreward.diffusion import DiffusionBackbone, FlowMatching, UniformSigma
+from latentreward.diffusion.encoders.prompts import PromptEncoder
+from latentreward.reward import (
+    CLIPProjectionHead,
+    GatedQFormerHead,
+    LRMLoss,
+    PreferenceLoss,
+    RewardModule,
+    ThurstoneLoss,
+)
+from tests.alignment.modules.batches import latent_batch
+from tests.reward.modules.test_reward_module import trainer
 
 SPACE = LatentSpace(4, 8, 1.0)
 FRAMES, SIDE = 3, 4

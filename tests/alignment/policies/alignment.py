@@ -7,9 +7,8 @@ import torch
 from torch import Tensor
 from torch.optim import SGD
 
-from latentreward.backbones.tuning import LoRA
-from latentreward.modules.alignment import AlignmentModule
-from latentreward.policies import Policy, PolicySource
+from latentreward.alignment import AlignmentModule, Policy, PolicySource
+from latentreward.diffusion import LoRA
 from tests.tiny_pipelines import pipeline_folder
 
 

@@ -5,10 +5,10 @@ import torch
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 
-from latentreward.backbones.loading import load_weights
-from latentreward.policies import Policy
-from tests.policies.alignment import prediction
-from tests.policies.test_surrogate_gradient import REWARD, two_adapters
+from latentreward.alignment import Policy
+from latentreward.diffusion.backbones.loading import load_weights
+from tests.alignment.policies.alignment import prediction
+from tests.alignment.policies.test_surrogate_gradient import REWARD, two_adapters
 
 
 @pytest.fixture(params=["sd15", "sd35_no_t5"])

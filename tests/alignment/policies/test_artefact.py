@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from latentreward.cli import main
+from latentreward.apps.cli import main
 from tests.artefacts import FOLDERS
 
 FOLDER = FOLDERS["policy"]

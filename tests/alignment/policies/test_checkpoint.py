@@ -9,13 +9,13 @@ from lightning.pytorch import Trainer
 from torch import nn
 from torch.utils.data import DataLoader
 
-from latentreward.backbones.stored_adapters import stored_ranks
-from latentreward.backbones.tuning import LoRA
-from latentreward.errors import InputError
-from latentreward.policies import POLICY, PolicySource, load_policy
-from latentreward.policies.checkpoint import SOURCE, read_policy_adapter
+from latentreward.alignment import POLICY, PolicySource, load_policy
+from latentreward.alignment.policies.checkpoint import SOURCE, read_policy_adapter
+from latentreward.core.errors import InputError
+from latentreward.diffusion import LoRA
+from latentreward.diffusion.backbones.stored_adapters import stored_ranks
+from tests.alignment.policies.alignment import Matching, prediction, tiny_source
 from tests.marks import rotated_after
-from tests.policies.alignment import Matching, prediction, tiny_source
 
 
 def trained(folder: Path, name: str, trainable_only: bool = True) -> tuple[Matching, Path]:

@@ -10,12 +10,12 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
-from latentreward.backbones.tuning import LoRA
-from latentreward.contracts import Conditioning
-from latentreward.errors import InputError
-from latentreward.policies import POLICY, Policy, PolicySource
+from latentreward.alignment import POLICY, Policy, PolicySource
+from latentreward.core.contracts import Conditioning
+from latentreward.core.errors import InputError
+from latentreward.diffusion import LoRA
+from tests.alignment.policies.alignment import perturbed, prediction, tiny_source
 from tests.marks import rotated_after
-from tests.policies.alignment import perturbed, prediction, tiny_source
 from tests.tiny_pipelines import pipeline_folder
 
 FAMILIES = ["sd15", "sd21", "sdxl", "sd3", "sd35", "sd35_no_t5"]

@@ -6,8 +6,8 @@ from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor
 from torch.utils.checkpoint import CheckpointError
 
-from latentreward.backbones.tuning import LoRA
-from latentreward.policies import POLICY, Policy, PolicySource, surrogate
+from latentreward.alignment import POLICY, Policy, PolicySource, surrogate
+from latentreward.diffusion import LoRA
 from tests.marks import rotated_after
 from tests.tiny_pipelines import pipeline_folder
 

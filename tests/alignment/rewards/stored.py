@@ -8,15 +8,14 @@ import torch
 import yaml
 from torch import Tensor
 
-from latentreward import heads
-from latentreward.backbones.tuning import LoRA
-from latentreward.checkpoints.base_weights import BaseSample
-from latentreward.checkpoints.shards import frozen_names
-from latentreward.contracts import NoisyStates
-from latentreward.modules import RewardModule
-from latentreward.policies import Policy, PolicySource
-from tests.backbones.networks import FACTORIES, T5_LENGTH
-from tests.modules.batches import MODULES, dina
+from latentreward.alignment import Policy, PolicySource
+from latentreward.core.checkpoints.base_weights import BaseSample
+from latentreward.core.checkpoints.shards import frozen_names
+from latentreward.core.contracts import NoisyStates
+from latentreward.diffusion import LoRA
+from latentreward.reward import RewardModule, heads
+from tests.alignment.modules.batches import MODULES, dina
+from tests.diffusion.backbones.networks import FACTORIES, T5_LENGTH
 from tests.tiny_pipelines import LATENTS, pipeline_folder
 
 PROMPTS = ("a cat", "two dogs")
@@ -36,7 +35,7 @@ def of_settings(settings: dict[str, Any]) -> Any:
 
 
 def backbone_options(name: str, **options: Any) -> dict[str, Any]:
-    """What ``tests.backbones.networks.tiny_backbone`` sets, for a config."""
+    """What ``tests.diffusion.backbones.networks.tiny_backbone`` sets, for a config."""
     taps = {"visual_taps": [1, 3], "text_taps": [1, 3], "t5_length": T5_LENGTH} if name in ("sd3", "sd35") else {}
     return {"source": pipeline_folder(name), **taps, **options}
 

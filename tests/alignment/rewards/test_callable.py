@@ -9,11 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from latentreward.contracts import NoisyStates
-from latentreward.errors import InputError
-from latentreward.policies import Policy
-from latentreward.rewards import CallableReward, RandomReward, Reward
-from tests.rewards.stored import PROMPTS, states_of, tiny_policy
+from latentreward.alignment import CallableReward, Policy, RandomReward, Reward
+from latentreward.core.contracts import NoisyStates
+from latentreward.core.errors import InputError
+from tests.alignment.rewards.stored import PROMPTS, states_of, tiny_policy
 
 policy_of = cache(tiny_policy)
 

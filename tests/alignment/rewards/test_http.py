@@ -7,23 +7,31 @@ import pytest
 import torch
 from torch import Tensor
 
+from latentreward.alignment import (
+    Branching,
+    DiffusionNFTModule,
+    HTTPReward,
+    PixelReward,
+    Policy,
+    RewardMixture,
+    Sampling,
+    StepwiseGRPOModule,
+    TrajectoryGRPOModule,
+    begin_finished,
+    score_finished,
+)
 from latentreward.apps.serving.resources import Resources
 from latentreward.apps.serving.served import ScoringService, ServedModel
 from latentreward.apps.serving.settings import ServiceSettings
-from latentreward.contracts import NoisyStates, PromptBatch
-from latentreward.errors import InputError
-from latentreward.modules import DiffusionNFTModule, StepwiseGRPOModule, TrajectoryGRPOModule
-from latentreward.policies import Policy
-from latentreward.remote import RemoteError, RemoteServer, ServedImages, ServedLatents
-from latentreward.rewards import HTTPReward, PixelReward, RewardMixture
-from latentreward.rollout import Branching, Sampling, begin_finished, score_finished
-from latentreward.scorers import CallableScorer
-from latentreward.scoring.scoring_noise import ScoringNoise, draw_noise, timesteps_of
+from latentreward.core.contracts import NoisyStates, PromptBatch
+from latentreward.core.errors import InputError
+from latentreward.reward import CallableScorer, RemoteError, RemoteServer, ScoringNoise, ServedImages, ServedLatents
+from latentreward.reward.scoring.scoring_noise import draw_noise, timesteps_of
+from tests.alignment.modules.simple_reward import FirstChannelReward
+from tests.alignment.modules.test_grpo import attached, source
+from tests.alignment.policies.alignment import tiny_source
 from tests.apps.serving.servers import serving, started, tiny_reward
-from tests.modules.simple_reward import FirstChannelReward
-from tests.modules.test_grpo import attached, source
-from tests.policies.alignment import tiny_source
-from tests.remote.judges import hangs_up, judged, judging
+from tests.reward.remote.judges import hangs_up, judged, judging
 
 PROMPTS = PromptBatch(("a red circle", "two blue squares on a white background", "a cross"), ("0/0", "0/1", "0/2"))
 BY_HAND = CallableScorer(

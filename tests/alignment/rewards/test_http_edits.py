@@ -6,18 +6,16 @@ import pytest
 import torch
 from PIL import Image
 
-from latentreward.contracts import NoisyStates
-from latentreward.errors import InputError
-from latentreward.policies import Policy
-from latentreward.remote import RemoteServer, ServedImages, ServedLatents
-from latentreward.reports.drawing import to_image
-from latentreward.rewards import HTTPReward
-from latentreward.rewards.base import check_edits
-from latentreward.scoring import RewardModel, edit_prompt
-from latentreward.scoring.scoring_noise import ScoringNoise, draw_noise, timesteps_of
+from latentreward.alignment import HTTPReward, Policy
+from latentreward.alignment.rewards.base import check_edits
+from latentreward.core.contracts import NoisyStates
+from latentreward.core.errors import InputError
+from latentreward.core.reports.drawing import to_image
+from latentreward.reward import RemoteServer, RewardModel, ScoringNoise, ServedImages, ServedLatents, edit_prompt
+from latentreward.reward.scoring.scoring_noise import draw_noise, timesteps_of
 from tests.apps.serving.servers import serving
-from tests.families.twins import TWINS
-from tests.scoring.models import edit_reward
+from tests.diffusion.families.twins import TWINS
+from tests.reward.scoring.models import edit_reward
 
 RED, BLUE = (Image.new("RGB", (60, 40), colour) for colour in ("red", "blue"))
 PROMPTS = [edit_prompt("make it red", source) for source in (RED, BLUE)]

@@ -10,15 +10,14 @@ import pytest
 import torch
 import yaml
 
-from latentreward.contracts import NoisyStates
-from latentreward.errors import InputError
-from latentreward.policies import PolicySource
-from latentreward.rewards import LatentReward
-from latentreward.rewards.conversion import convert_states
-from latentreward.scoring import RewardModel, ScoringNoise
+from latentreward.alignment import LatentReward, PolicySource
+from latentreward.alignment.rewards.conversion import convert_states
+from latentreward.core.contracts import NoisyStates
+from latentreward.core.errors import InputError
+from latentreward.reward import RewardModel, ScoringNoise
+from tests.alignment.rewards.stored import PROMPTS, scores_by, states_of, tiny_policy, write_run
 from tests.marks import rotated_after, slow_after
-from tests.rewards.stored import PROMPTS, scores_by, states_of, tiny_policy, write_run
-from tests.scoring.test_published import write_dina, write_lrm
+from tests.reward.scoring.test_published import write_dina, write_lrm
 from tests.tiny_pipelines import LATENTS, pipeline_folder
 
 SMALL = {"tuning": "lora", "lora": {"rank": 2, "alpha": 4.0}}

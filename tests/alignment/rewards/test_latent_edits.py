@@ -5,15 +5,12 @@ from shutil import copytree, ignore_patterns
 
 import pytest
 
-from latentreward.backbones import create_backbone
-from latentreward.errors import InputError
-from latentreward.heads import GatedQFormerHead
-from latentreward.modules import LPOModule
-from latentreward.policies import PolicySource
-from latentreward.rewards import LatentReward
-from latentreward.scoring import RewardModel
-from tests.families.made_qwen_image_edit import qwen_image_edit_folder
-from tests.families.twins import TWINS
+from latentreward.alignment import LatentReward, LPOModule, PolicySource
+from latentreward.core.errors import InputError
+from latentreward.core.registry import create_backbone
+from latentreward.reward import GatedQFormerHead, RewardModel
+from tests.diffusion.families.made_qwen_image_edit import qwen_image_edit_folder
+from tests.diffusion.families.twins import TWINS
 
 
 @pytest.mark.slow

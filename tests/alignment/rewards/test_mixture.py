@@ -10,12 +10,11 @@ from jsonargparse import ArgumentParser
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
-from latentreward.checkpoints.shards import frozen_names
-from latentreward.contracts import LatentSpace, NoisyStates
-from latentreward.errors import InputError
-from latentreward.policies import PolicySource
-from latentreward.rewards import CallableReward, LatentReward, RandomReward, RewardMixture, RewardSource
-from latentreward.rewards.mixture import MixedReward, Normalise, standardise
+from latentreward.alignment import CallableReward, LatentReward, PolicySource, RandomReward, RewardMixture, RewardSource
+from latentreward.alignment.rewards.mixture import MixedReward, Normalise, standardise
+from latentreward.core.checkpoints.shards import frozen_names
+from latentreward.core.contracts import LatentSpace, NoisyStates
+from latentreward.core.errors import InputError
 from tests.tiny_pipelines import pipeline_folder
 
 SPACE = LatentSpace(4, 8, 0.18215)

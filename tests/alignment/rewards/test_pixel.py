@@ -7,18 +7,17 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from latentreward.contracts import NoisyStates
-from latentreward.errors import InputError
-from latentreward.policies import Policy
-from latentreward.reports.drawing import to_image
-from latentreward.rewards import PixelReward, Reward
-from latentreward.rewards.pixel import StepAwareReward
-from latentreward.scorers import CallableScorer, ImageScorer, StepAwareScorer
-from latentreward.scorers.step_aware import load_step_aware
-from latentreward.scorers.step_aware_clip import StepAwareCLIP
+from latentreward.alignment import PixelReward, Policy, Reward
+from latentreward.alignment.rewards.pixel import StepAwareReward
+from latentreward.core.contracts import NoisyStates
+from latentreward.core.errors import InputError
+from latentreward.core.reports.drawing import to_image
+from latentreward.reward import CallableScorer, ImageScorer, StepAwareScorer
+from latentreward.reward.scorers.step_aware import load_step_aware
+from latentreward.reward.scorers.step_aware_clip import StepAwareCLIP
 from latentreward.tinyworld.judge import TinyWorldEditJudge
-from tests.policies.alignment import tiny_source
-from tests.scorers.tiny_clip import write_clip
+from tests.alignment.policies.alignment import tiny_source
+from tests.reward.scorers.tiny_clip import write_clip
 
 PROMPTS = ("a cat", "two dogs")
 

@@ -8,13 +8,11 @@ import pytest
 import torch
 from lightning.pytorch import Trainer
 
-from latentreward.modules import LPOModule
-from latentreward.policies import PolicySource
-from latentreward.rewards import LatentReward, RewardMixture
-from latentreward.rewards.latent import LatentScorer
-from latentreward.scoring import RewardModel
-from latentreward.storage.weight_files import StoredTensor
-from tests.rewards.stored import PROMPTS, states_of, tiny_policy, write_run
+from latentreward.alignment import LatentReward, LPOModule, PolicySource, RewardMixture
+from latentreward.alignment.rewards.latent import LatentScorer
+from latentreward.core.storage.weight_files import StoredTensor
+from latentreward.reward import RewardModel
+from tests.alignment.rewards.stored import PROMPTS, states_of, tiny_policy, write_run
 from tests.tiny_pipelines import source_of
 
 SMALL = {"tuning": "lora", "lora": {"rank": 2, "alpha": 4.0}}

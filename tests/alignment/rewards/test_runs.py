@@ -5,10 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from latentreward.cli import main
-from latentreward.contracts import NoisyStates
-from latentreward.policies import PolicySource
-from latentreward.rewards import LatentReward
+from latentreward.alignment import LatentReward, PolicySource
+from latentreward.apps.cli import main
+from latentreward.core.contracts import NoisyStates
 from latentreward.tinyworld.writers import write_hpdv3, write_pickapic
 from tests.test_end_to_end import PAIRS, options
 

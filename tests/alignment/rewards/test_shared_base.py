@@ -9,19 +9,17 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
+from latentreward.alignment import LatentReward, Policy, RewardMixture, surrogate
+from latentreward.alignment.rewards.latent import LatentScorer
 from latentreward.apps.generation import policy_of
-from latentreward.backbones.tuning import LoRA
-from latentreward.contracts import NoisyStates
-from latentreward.errors import InputError
-from latentreward.modules.optimizers import single_optimizer
-from latentreward.policies import Policy
-from latentreward.policies.surrogate_gradient import surrogate
-from latentreward.rewards import LatentReward, RewardMixture
-from latentreward.rewards.latent import LatentScorer
-from latentreward.scoring import RewardModel
+from latentreward.core.contracts import NoisyStates
+from latentreward.core.errors import InputError
+from latentreward.diffusion import LoRA
+from latentreward.reward import RewardModel
+from latentreward.reward.modules.optimizers import single_optimizer
+from tests.alignment.rewards.stored import PROMPTS, states_of, tiny_policy, write_run
 from tests.marks import rotated_after
-from tests.rewards.stored import PROMPTS, states_of, tiny_policy, write_run
-from tests.scoring.test_published import write_dina
+from tests.reward.scoring.test_published import write_dina
 from tests.tiny_pipelines import pipeline_folder
 
 FROZEN_TEXT = {"text_encoder_tuning": "frozen"}

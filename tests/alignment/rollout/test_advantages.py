@@ -5,8 +5,8 @@ from typing import Literal
 import pytest
 import torch
 
-from latentreward.errors import InputError
-from latentreward.rollout import GDPO, Advantage, GroupAdvantage, group_advantages
+from latentreward.alignment import GDPO, Advantage, GroupAdvantage, group_advantages
+from latentreward.core.errors import InputError
 
 SCORES = torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
 

@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from latentreward.contracts import PromptBatch
-from latentreward.errors import InputError
-from latentreward.rollout import Branching, DDIMSampler, RolloutDraws, Sampling, StepSampler, candidate_steps
-from latentreward.rollout.samplers import inside_window
-from tests.rollout.tiny_rollout import PROMPTS, Brightness, NetworkRows, roll_out, tiny_policy
+from latentreward.alignment import Branching, DDIMSampler, RolloutDraws, Sampling, StepSampler, candidate_steps
+from latentreward.alignment.rollout.samplers import inside_window
+from latentreward.core.contracts import PromptBatch
+from latentreward.core.errors import InputError
+from tests.alignment.rollout.tiny_rollout import PROMPTS, Brightness, NetworkRows, roll_out, tiny_policy
 
 STEPS = Sampling(num_inference_steps=5).with_noise()
 GUIDANCE = 3.0

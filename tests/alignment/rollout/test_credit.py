@@ -3,8 +3,7 @@
 import pytest
 import torch
 
-from latentreward.errors import InputError
-from latentreward.rollout import (
+from latentreward.alignment import (
     DiversityAdvantage,
     GainCredit,
     GroupAdvantage,
@@ -15,8 +14,9 @@ from latentreward.rollout import (
     TurningPointCredit,
     WindowedSampler,
 )
-from latentreward.rollout.credit import balance
-from tests.rollout.tiny_rollout import tiny_policy
+from latentreward.alignment.rollout.credit import balance
+from latentreward.core.errors import InputError
+from tests.alignment.rollout.tiny_rollout import tiny_policy
 
 
 def rewards(rows: int = 5, states: int = 7) -> torch.Tensor:

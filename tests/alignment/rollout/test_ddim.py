@@ -6,9 +6,9 @@ import pytest
 import torch
 from diffusers import DDIMScheduler
 
-from latentreward.errors import InputError
-from latentreward.noise import DDPM
-from latentreward.rollout import DDIMSampler
+from latentreward.alignment import DDIMSampler
+from latentreward.core.errors import InputError
+from latentreward.diffusion import DDPM
 
 CONFIG: dict[str, Any] = {
     "beta_start": 0.00085,

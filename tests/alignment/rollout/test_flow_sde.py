@@ -7,9 +7,9 @@ import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
-from latentreward.errors import InputError
-from latentreward.noise.schedules import static_levels
-from latentreward.rollout import FlowSDESampler
+from latentreward.alignment import FlowSDESampler
+from latentreward.core.errors import InputError
+from latentreward.diffusion.noise.schedules import static_levels
 
 CONFIG: dict[str, Any] = {"num_train_timesteps": 1000, "shift": 3.0}
 SHAPE = (2, 4, 3, 3)

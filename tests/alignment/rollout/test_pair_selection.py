@@ -9,10 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from latentreward.contracts import PromptBatch
-from latentreward.errors import InputError
-from latentreward.noise.schedules import static_levels
-from latentreward.rollout import (
+from latentreward.alignment import (
     CandidateStep,
     DDIMSampler,
     FixedThreshold,
@@ -27,7 +24,10 @@ from latentreward.rollout import (
     gap_quantiles,
     step_pairs,
 )
-from tests.losses.two_ranks import on_ranks
+from latentreward.core.contracts import PromptBatch
+from latentreward.core.errors import InputError
+from latentreward.diffusion.noise.schedules import static_levels
+from tests.reward.losses.two_ranks import on_ranks
 
 DDIM = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
 SCHEDULED = (SigmaThreshold, VarianceThreshold, LinearThreshold)
@@ -150,7 +150,7 @@ def ranks_kept(rank: int, argument: str) -> dict[str, Tensor]:
 
 @pytest.mark.slow
 def test_quantile_is_that_of_all_ranks(tmp_path: Path) -> None:
-    ranks = on_ranks("tests.rollout.test_pair_selection:ranks_kept", "0.7", tmp_path)
+    ranks = on_ranks("tests.alignment.rollout.test_pair_selection:ranks_kept", "0.7", tmp_path)
     gap = ranks[0]["gap"]
     expected = gap >= gap.quantile(0.7)
     for rank in ranks:

@@ -6,25 +6,26 @@ import pytest
 import torch
 from torch import Tensor
 
-from latentreward.errors import InputError
-from latentreward.losses import DGPOLoss
-from latentreward.rewards import PixelReward, RewardMixture
-from latentreward.rollout import (
+from latentreward.alignment import (
     Agreement,
     BestAndWorst,
+    DGPOLoss,
     GroupAdvantage,
+    PixelReward,
     Pruning,
     PruningRule,
+    RewardMixture,
     RolloutDraws,
     Sampling,
     sample_pruned,
     sample_trajectories,
     scaled_advantages,
 )
-from latentreward.scorers import CallableScorer
+from latentreward.core.errors import InputError
+from latentreward.reward import CallableScorer
+from tests.alignment.modules.simple_reward import FirstChannelReward
+from tests.alignment.rollout.tiny_rollout import PROMPTS, NetworkRows, tiny_policy
 from tests.marks import slow_after
-from tests.modules.simple_reward import FirstChannelReward
-from tests.rollout.tiny_rollout import PROMPTS, NetworkRows, tiny_policy
 
 NONE = torch.Generator()
 

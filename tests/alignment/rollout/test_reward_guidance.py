@@ -6,12 +6,10 @@ from typing import Any
 import pytest
 import torch
 
-from latentreward.contracts import NoisyStates, PromptBatch
-from latentreward.errors import InputError
-from latentreward.policies import PolicySource
-from latentreward.rewards import LatentReward
-from latentreward.rollout import (
+from latentreward.alignment import (
     GuidedSampler,
+    LatentReward,
+    PolicySource,
     RewardGuidance,
     Sampling,
     Transition,
@@ -20,10 +18,12 @@ from latentreward.rollout import (
     sample_latents,
     sample_trajectories,
 )
+from latentreward.core.contracts import NoisyStates, PromptBatch
+from latentreward.core.errors import InputError
+from tests.alignment.policies.alignment import tiny_source
+from tests.alignment.rewards.stored import write_run
 from tests.apps.generation.toy_rewards import MeanLatent
 from tests.marks import rotated_after
-from tests.policies.alignment import tiny_source
-from tests.rewards.stored import write_run
 
 PROMPTS = PromptBatch(("a large red circle on a white background", "two blue crosss on a gray background"), ("0", "1"))
 

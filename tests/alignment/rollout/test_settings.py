@@ -9,17 +9,16 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 
+from latentreward.alignment import DDIMSampler, FlowSDESampler, LPOModule, PolicySource, Sampling
 from latentreward.apps.generation.image_folder import DETERMINISTIC
-from latentreward.backbones import LoRA, create_backbone
-from latentreward.backbones.loading import tiny_pipeline
-from latentreward.errors import InputError
-from latentreward.families.sd import StableDiffusion
-from latentreward.modules import LPOModule
-from latentreward.policies import PolicySource
-from latentreward.rollout import DDIMSampler, FlowSDESampler, Sampling
-from tests.families.made_configs import MadeConfigs
-from tests.modules.simple_reward import FirstChannelReward
-from tests.rollout.tiny_rollout import tiny_policy
+from latentreward.core.errors import InputError
+from latentreward.core.registry import create_backbone
+from latentreward.diffusion import LoRA
+from latentreward.diffusion.backbones.loading import tiny_pipeline
+from latentreward.diffusion.families.sd import StableDiffusion
+from tests.alignment.modules.simple_reward import FirstChannelReward
+from tests.alignment.rollout.tiny_rollout import tiny_policy
+from tests.diffusion.families.made_configs import MadeConfigs
 
 
 def tiny_copy(tmp_path: Path, **scheduler: object) -> Path:

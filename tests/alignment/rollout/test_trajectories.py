@@ -6,21 +6,22 @@ import pytest
 import torch
 from torch import Tensor
 
-from latentreward.backbones.loading import tiny_pipeline
-from latentreward.contracts import PromptBatch
-from latentreward.errors import InputError
-from latentreward.policies import Policy, PolicySource
-from latentreward.rollout import (
+from latentreward.alignment import (
     DDIMSampler,
+    Policy,
+    PolicySource,
+    PromptedPolicy,
     RolloutDraws,
     Sampling,
     sample_latents,
     sample_trajectories,
     score_finished,
 )
-from latentreward.rollout.prompted import PromptedPolicy
+from latentreward.core.contracts import PromptBatch
+from latentreward.core.errors import InputError
+from latentreward.diffusion.backbones.loading import tiny_pipeline
+from tests.alignment.rollout.tiny_rollout import PROMPTS, tiny_policy
 from tests.marks import rotated_after, slow_after
-from tests.rollout.tiny_rollout import PROMPTS, tiny_policy
 
 STEPS = Sampling(num_inference_steps=5).with_noise()
 both_families = pytest.mark.parametrize("name", slow_after(1, ["sd35_tiny", "sd_tiny"]))

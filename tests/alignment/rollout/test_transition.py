@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.distributions import Normal
 
-from latentreward.rollout import Transition
+from latentreward.alignment import Transition
 
 SHAPE = (3, 4, 5, 6)
 

@@ -7,10 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from latentreward.contracts import NoisyStates, PromptBatch
-from latentreward.policies import Policy, PolicySource
-from latentreward.rewards import Reward
-from latentreward.rollout import CandidateStep, RolloutDraws, candidate_steps
+from latentreward.alignment import CandidateStep, Policy, PolicySource, Reward, RolloutDraws, candidate_steps
+from latentreward.core.contracts import NoisyStates, PromptBatch
 from tests.tiny_pipelines import source_of
 
 PROMPTS = PromptBatch(

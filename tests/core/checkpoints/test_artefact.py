@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from latentreward.cli import main
+from latentreward.apps.cli import main
 from tests.artefacts import QUIET, RUNS, lay_out, scores_of
 
 

@@ -10,13 +10,13 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 from torch.utils.data import DataLoader
 
-from latentreward.checkpoints.base_weights import BaseSample
-from latentreward.data.collate import collate_pairs
-from latentreward.errors import InputError
-from latentreward.modules.sharding import repeated_layers, shard, wraps_block
-from tests.backbones.networks import tiny_backbone
+from latentreward.core.checkpoints.base_weights import BaseSample
+from latentreward.core.errors import InputError
+from latentreward.data import collate_pairs
+from latentreward.reward.modules.sharding import repeated_layers, shard, wraps_block
+from tests.alignment.modules.batches import dina, loaded_pairs, lrm
+from tests.diffusion.backbones.networks import tiny_backbone
 from tests.marks import slow_after
-from tests.modules.batches import dina, loaded_pairs, lrm
 
 
 def network(seed: int = 0) -> nn.Module:

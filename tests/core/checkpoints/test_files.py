@@ -12,15 +12,15 @@ import fsspec
 import pytest
 import torch
 
-from latentreward.checkpoints.files import (
+from latentreward.core.checkpoints.files import (
     DurableCheckpointIO,
     checkpoint_problem,
     fetched,
     holds_weights_alone,
     newest_intact,
 )
-from latentreward.checkpoints.fsdp2 import FSDP2Strategy
-from latentreward.errors import InputError
+from latentreward.core.checkpoints.fsdp2 import FSDP2Strategy
+from latentreward.core.errors import InputError
 from tests.processes import Forked
 
 

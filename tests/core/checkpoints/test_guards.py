@@ -12,11 +12,11 @@ from latentreward.callbacks import NaNGuard
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.demos.boring_classes import BoringModel
 
+from latentreward.apps.cli import main
 from latentreward.apps.commands import fit
 from latentreward.apps.commands.consolidate import consolidate
-from latentreward.checkpoints.shards import checking_values, not_finite
-from latentreward.cli import main
-from latentreward.errors import InputError
+from latentreward.core.checkpoints.shards import checking_values, not_finite
+from latentreward.core.errors import InputError
 from tests.marks import slow_after
 from tests.small_user import RUNS, refusal, run
 

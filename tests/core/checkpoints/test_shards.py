@@ -10,7 +10,8 @@ import torch
 from torch import nn
 from torch.distributed import checkpoint as distributed_checkpoint
 
-from latentreward.checkpoints.shards import (
+from latentreward.apps.cli import main
+from latentreward.core.checkpoints.shards import (
     INDEX,
     REST,
     check_weights,
@@ -22,10 +23,8 @@ from latentreward.checkpoints.shards import (
     read_sharded,
     shard_index,
 )
-from latentreward.cli import main
-from latentreward.errors import InputError
-from latentreward.heads import RewardHead
-from latentreward.losses import BradleyTerryLoss
+from latentreward.core.errors import InputError
+from latentreward.reward import BradleyTerryLoss, RewardHead
 
 
 class Evil:

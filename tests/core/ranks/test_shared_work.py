@@ -12,12 +12,12 @@ from typing import Any
 import pytest
 import torch
 
-from latentreward.errors import InputError
-from latentreward.ranks.settings import TrainerSettings
-from latentreward.ranks.shared_work import SharedWork
-from latentreward.storage.durable import temporary_name
-from latentreward.storage.locks import locked
-from latentreward.storage.shards import ShardFolder
+from latentreward.core.errors import InputError
+from latentreward.core.ranks.settings import TrainerSettings
+from latentreward.core.ranks.shared_work import SharedWork
+from latentreward.core.storage.durable import temporary_name
+from latentreward.core.storage.locks import locked
+from latentreward.core.storage.shards import ShardFolder
 
 
 def test_one_process_does_shard_after_shard(tmp_path: Path) -> None:

@@ -4,8 +4,8 @@ import pytest
 import torch
 from PIL import Image
 
-from latentreward.reports import drawing
-from latentreward.reports.drawing import PLAIN, cut, draw_pair, to_image
+from latentreward.core.reports import drawing
+from latentreward.core.reports.drawing import PLAIN, cut, draw_pair, to_image
 
 
 def test_pixels_become_the_bytes_of_an_image() -> None:

@@ -10,9 +10,10 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 from PIL import Image
 
-import latentreward.reports.page as pages
-from latentreward.errors import InputError
-from latentreward.reports import figure_uri, picture_uri, render_page, write_page
+import latentreward.core.reports.page as pages
+from latentreward.core.errors import InputError
+from latentreward.core.reports.drawing import figure_uri, picture_uri
+from latentreward.core.reports.page import render_page, write_page
 from tests.limits import largest_file
 
 TEMPLATES = Path(pages.__file__).parent / "templates"
@@ -44,7 +45,7 @@ counter.textContent = Number(counter.dataset.start) + 1;
 
 @pytest.fixture(autouse=True)
 def _example_template(monkeypatch: pytest.MonkeyPatch) -> None:
-    loader = ChoiceLoader([DictLoader({"example.html.j2": EXAMPLE}), PackageLoader("latentreward.reports")])
+    loader = ChoiceLoader([DictLoader({"example.html.j2": EXAMPLE}), PackageLoader("latentreward.core.reports")])
     monkeypatch.setattr(pages, "_environment", pages.environment(loader))
 
 

@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 
-from latentreward.metrics.bootstrap import Interval
-from latentreward.reports.tables import Table, as_text, cell, grouped, interval, markdown_table, with_interval
+from latentreward.core.bootstrap import Interval
+from latentreward.core.reports.tables import Table, as_text, cell, grouped, interval, markdown_table, with_interval
 
 
 @pytest.mark.parametrize(

@@ -5,8 +5,8 @@ import re
 import pytest
 import yaml
 
-from latentreward.cli import COMMANDS, main
-from tests.settings.test_refusals import FIT, refusal
+from latentreward.apps.cli import COMMANDS, main
+from tests.core.settings.test_refusals import FIT, refusal
 
 SPELLINGS = {
     "--{}": True,

@@ -7,10 +7,10 @@ import pytest
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 
-from latentreward.backbones import backbone_names
-from latentreward.cli import main
+from latentreward.apps.cli import main
+from latentreward.core.registry import backbone_names
+from tests.core.settings.test_refusals import FIT, refusal, refusal_of
 from tests.marks import rotated_after
-from tests.settings.test_refusals import FIT, refusal, refusal_of
 
 MONITOR = """
 trainer:

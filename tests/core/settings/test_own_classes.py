@@ -11,11 +11,11 @@ from torch.utils.data import DataLoader
 from torchmetrics import Metric
 
 from latentreward.apps.commands.fit import constructor_errors
-from latentreward.contracts import PreferencePair
+from latentreward.core.contracts import PreferencePair
+from latentreward.core.errors import InputError, where
+from latentreward.core.settings.functions import MODE, ConfigFile, SettingsParser, prepare_parsing
 from latentreward.data import PairReader, PreferenceDataModule
-from latentreward.errors import InputError, where
-from latentreward.losses import PreferenceLoss
-from latentreward.settings.functions import MODE, ConfigFile, SettingsParser, prepare_parsing
+from latentreward.reward import PreferenceLoss
 
 HERE = __name__
 

@@ -11,15 +11,14 @@ from typing import Any
 
 import pytest
 
+from latentreward.alignment import PolicySource
 from latentreward.apps.serving.settings import RewardToServe
-from latentreward.backbones.registry import backbone_names
-from latentreward.contracts import PathText
-from latentreward.errors import InputError
-from latentreward.policies import PolicySource
-from latentreward.remote.server import RemoteServer
-from latentreward.scoring import ModelSource
-from latentreward.settings.errors import CLASS_MODULES
-from latentreward.settings.functions import parse_function, prepare_parsing
+from latentreward.core.contracts import PathText
+from latentreward.core.errors import InputError
+from latentreward.core.registry import backbone_names
+from latentreward.core.settings.errors import CLASS_MODULES
+from latentreward.core.settings.functions import parse_function, prepare_parsing
+from latentreward.reward import ModelSource, RemoteServer
 from tests.small_user import run
 
 

@@ -8,7 +8,7 @@ import pytest
 import yaml
 from PIL import Image
 
-from latentreward.cli import main
+from latentreward.apps.cli import main
 from tests.marks import rotated_after
 
 STACK = ("lrm_tiny", "model"), ("tinyworld_pickapic", "data"), ("cpu", "trainer")

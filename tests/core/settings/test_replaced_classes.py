@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 import yaml
 
-from latentreward.cli import main
+from latentreward.apps.cli import main
 from tests.marks import rotated_after
 
 DINA = "configs/model/dina_lrm_tiny.yaml"
 RANK_16 = {"rank": 16, "alpha": 32.0, "dropout": 0.0, "target_modules": None}
-LORA = "latentreward.backbones.LoRA"
+LORA = "latentreward.diffusion.LoRA"
 
 
 @pytest.fixture(autouse=True)
@@ -56,8 +56,8 @@ def another(name: str, **backbone: Any) -> str:
 )
 def test_adapters_of_the_earlier_module_and_of_the_later_one(lora: dict[str, Any], expected: Any, model) -> None:
     found = model(DINA, another("second.yaml", **lora))
-    assert found["class_path"] == "latentreward.modules.RewardModule"
-    assert found["init_args"]["head"]["class_path"] == "latentreward.heads.PAVRMHead"
+    assert found["class_path"] == "latentreward.reward.RewardModule"
+    assert found["init_args"]["head"]["class_path"] == "latentreward.reward.PAVRMHead"
     assert found["init_args"]["backbone"]["init_args"]["lora"] == expected
 
 
@@ -75,7 +75,7 @@ def test_adapters_of_the_earlier_module_and_of_the_later_one(lora: dict[str, Any
 )
 def test_adapters_of_the_later_module(lora: Any, rest: dict[str, float], model) -> None:
     found = model(another("first.yaml", lora=lora), DINA)
-    assert found["class_path"] == "latentreward.modules.DiNaLRMModule"
+    assert found["class_path"] == "latentreward.reward.DiNaLRMModule"
     assert found["init_args"]["backbone"]["init_args"]["lora"] == {**RANK_16, **rest}
 
 

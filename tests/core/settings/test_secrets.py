@@ -5,12 +5,12 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from latentreward.cli import main
-from latentreward.errors import InputError
-from latentreward.scoring import RewardModel
-from latentreward.settings.functions import prepare_parsing, run_function, with_secrets
-from latentreward.settings.rewriting import hide_secrets
-from tests.settings.test_refusals import FIT, refusal
+from latentreward.apps.cli import main
+from latentreward.core.errors import InputError
+from latentreward.core.settings.functions import prepare_parsing, run_function, with_secrets
+from latentreward.core.settings.rewriting import hide_secrets
+from latentreward.reward import RewardModel
+from tests.core.settings.test_refusals import FIT, refusal
 
 LOGGER = """
 trainer:

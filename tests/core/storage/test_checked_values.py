@@ -8,9 +8,9 @@ from typing import Any, Literal
 
 import pytest
 
-from latentreward.contracts import PathText
-from latentreward.errors import InputError
-from latentreward.storage.json_files import STRICT, check_arguments, checked, entries, entry
+from latentreward.core.contracts import PathText
+from latentreward.core.errors import InputError
+from latentreward.core.storage.json_files import STRICT, check_arguments, checked, entries, entry
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 import torch
 
-from latentreward.errors import InputError
-from latentreward.storage import digests
-from latentreward.storage.digests import check_hash, check_records, checking_meanwhile
+from latentreward.core.errors import InputError
+from latentreward.core.storage import digests
+from latentreward.core.storage.digests import check_hash, check_records, checking_meanwhile
 
 
 @pytest.fixture

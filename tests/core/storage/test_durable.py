@@ -17,9 +17,9 @@ from safetensors.torch import save_file
 from torch.distributed import checkpoint as distributed_checkpoint
 from torch.distributed.checkpoint import FileSystemWriter
 
-from latentreward.errors import InputError
-from latentreward.storage import durable
-from latentreward.storage.durable import (
+from latentreward.core.errors import InputError
+from latentreward.core.storage import durable
+from latentreward.core.storage.durable import (
     LOCK,
     check_writable,
     contents,

@@ -1,6 +1,6 @@
 import pytest
 
-from latentreward.storage.hub import is_hub_id
+from latentreward.core.storage.hub import is_hub_id
 
 
 @pytest.mark.parametrize(

@@ -11,14 +11,14 @@ from pathlib import Path
 
 import pytest
 
-from latentreward.errors import InputError
-from latentreward.storage.durable import contents
-from latentreward.storage.locks import locked
+from latentreward.core.errors import InputError
+from latentreward.core.storage.durable import contents
+from latentreward.core.storage.locks import locked
 
 HOLD = """
 import os, sys, time
 from pathlib import Path
-from latentreward.storage.locks import locked
+from latentreward.core.storage.locks import locked
 with locked(Path(sys.argv[1]), "output_dir"):
     if os.fork() == 0:  # as a loader's worker, which may outlive a killed process by seconds
         print("held", flush=True)  # by now filelock has closed this process's copy of the lock

@@ -9,8 +9,8 @@ import pyarrow.json as pa_json
 import pyarrow.parquet as pq
 import pytest
 
-from latentreward.errors import InputError
-from latentreward.storage.part_tables import PartFiles
+from latentreward.core.errors import InputError
+from latentreward.core.storage.part_tables import PartFiles
 
 SPEC = {"reader": "one", "scorers": {"clip": "model"}}
 

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from latentreward.storage.progress import Progress
+from latentreward.core.storage.progress import Progress
 
 
 class Terminal(io.StringIO):

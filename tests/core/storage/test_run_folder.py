@@ -8,8 +8,8 @@ import pytest
 
 from latentreward.apps.evaluation.policy.scoring import ScoreStore
 from latentreward.apps.generation.image_folder import ImageFolder
-from latentreward.errors import InputError
-from latentreward.storage.run_folder import RunFolder
+from latentreward.core.errors import InputError
+from latentreward.core.storage.run_folder import RunFolder
 
 SPEC: dict[str, Any] = {"policy": {"source": "sd15", "lora": None}, "seed": 0, "sizes": (512, 512)}
 

@@ -8,15 +8,15 @@ from typing import Any
 
 import pytest
 
-from latentreward.contracts import EditPrompt, ImageRef, sources_of
-from latentreward.errors import InputError
-from latentreward.storage.locks import claimed
-from latentreward.storage.shards import ERROR, PLAN, ShardFolder, ShardList, left_over, read_list
+from latentreward.core.contracts import EditPrompt, ImageRef, sources_of
+from latentreward.core.errors import InputError
+from latentreward.core.storage.locks import claimed
+from latentreward.core.storage.shards import ERROR, PLAN, ShardFolder, ShardList, left_over, read_list
 
 COME_OFTEN = """
 import sys
 from pathlib import Path
-from latentreward.storage.shards import ShardFolder
+from latentreward.core.storage.shards import ShardFolder
 for _ in range(200):  # so that processes which start one after another meet
     shared = ShardFolder(Path(sys.argv[1]), int(sys.argv[2]))
     assert not shared.lacks_first()

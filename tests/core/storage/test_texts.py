@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from latentreward.errors import InputError
-from latentreward.storage.texts import decode_text, read_table, token_of_file
-from latentreward.storage.user_files import find_files, is_ignored, split_pattern
+from latentreward.core.errors import InputError
+from latentreward.core.storage.texts import decode_text, read_table, token_of_file
+from latentreward.core.storage.user_files import find_files, is_ignored, split_pattern
 
 TEXT = "ein Fuß, 3 m\r\n🦊"
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from latentreward.backbones import compilation
+from latentreward.diffusion.backbones import compilation
 
 
 def counted_graphs(monkeypatch: pytest.MonkeyPatch) -> Counter[int]:

@@ -6,8 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from latentreward.backbones import DiffusionBackbone, SD3DiTBackbone, create_backbone
-from latentreward.contracts import Conditioning
+from latentreward.core.contracts import Conditioning
+from latentreward.core.registry import create_backbone
+from latentreward.diffusion import DiffusionBackbone, SD3DiTBackbone
 from tests.tiny_pipelines import LATENTS, pipeline_folder
 
 FACTORIES = {

@@ -8,10 +8,10 @@ import torch
 from diffusers import SD3Transformer2DModel, UNet2DConditionModel
 from torch import Tensor, nn
 
-from latentreward.backbones.compilation import compile_blocks
-from tests.backbones.graphs import counted_graphs
-from tests.backbones.networks import inputs_of, tiny_backbone
-from tests.backbones.test_tuning import total
+from latentreward.diffusion.backbones.compilation import compile_blocks
+from tests.diffusion.backbones.graphs import counted_graphs
+from tests.diffusion.backbones.networks import inputs_of, tiny_backbone
+from tests.diffusion.backbones.test_tuning import total
 
 
 @pytest.mark.rotated

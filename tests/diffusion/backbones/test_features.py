@@ -8,11 +8,11 @@ import torch
 from diffusers import SD3Transformer2DModel, UNet2DConditionModel
 from torch import Tensor, nn
 
-from latentreward.backbones import DiffusionBackbone
-from latentreward.backbones.loading import load_weights
-from latentreward.contracts import Conditioning, Features
-from latentreward.errors import InputError
-from tests.backbones.networks import DITS, inputs_of, network_of, tiny_backbone
+from latentreward.core.contracts import Conditioning, Features
+from latentreward.core.errors import InputError
+from latentreward.diffusion import DiffusionBackbone
+from latentreward.diffusion.backbones.loading import load_weights
+from tests.diffusion.backbones.networks import DITS, inputs_of, network_of, tiny_backbone
 from tests.marks import rotated_after
 from tests.tiny_pipelines import LATENTS, PIXELS, pipeline_folder
 

@@ -6,10 +6,9 @@ from diffusers import SD3Transformer2DModel, UNet2DConditionModel
 from torch import nn
 
 from latentreward.apps.estimate.pipelines import PIPELINES
-from latentreward.backbones import SD3DiTBackbone, SDUNetBackbone
-from latentreward.contracts import LatentSpace
-from latentreward.heads import CLIPProjectionHead
-from latentreward.noise import FlowMatching, process_from_scheduler
+from latentreward.core.contracts import LatentSpace
+from latentreward.diffusion import FlowMatching, SD3DiTBackbone, SDUNetBackbone, process_from_scheduler
+from latentreward.reward import CLIPProjectionHead
 
 DDPM = process_from_scheduler({"_class_name": "DDIMScheduler", "beta_schedule": "scaled_linear"})
 SPACE_4, SPACE_16 = LatentSpace(4, 8, 0.18215), LatentSpace(16, 8, 1.5305, 0.0609)

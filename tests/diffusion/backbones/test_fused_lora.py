@@ -12,11 +12,11 @@ from peft.tuners import lora
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from latentreward.backbones.fused_lora import FusedLinear, fuse_lora, unfuse_lora
-from latentreward.backbones.quantization import quantize
-from latentreward.peak_rates import CountedFlops
-from latentreward.policies.policy import AdapterSwitch
-from latentreward.scoring.precision import halve_products
+from latentreward.alignment import AdapterSwitch
+from latentreward.core.peak_rates import CountedFlops
+from latentreward.diffusion.backbones.fused_lora import FusedLinear, fuse_lora, unfuse_lora
+from latentreward.diffusion.backbones.quantization import quantize
+from latentreward.reward.scoring.precision import halve_products
 
 
 def made(dtype: torch.dtype = torch.float64, **options: Any) -> Any:

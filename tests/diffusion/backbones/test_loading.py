@@ -13,12 +13,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from latentreward.backbones import create_backbone
-from latentreward.backbones.loading import PipelineSource, load_weights
-from latentreward.contracts import LatentSpace
-from latentreward.errors import InputError
-from latentreward.policies import PolicySource
-from tests.backbones.networks import FACTORIES, inputs_of, tiny_backbone
+from latentreward.alignment import PolicySource
+from latentreward.core.contracts import LatentSpace
+from latentreward.core.errors import InputError
+from latentreward.core.registry import create_backbone
+from latentreward.diffusion.backbones.loading import PipelineSource, load_weights
+from tests.diffusion.backbones.networks import FACTORIES, inputs_of, tiny_backbone
 from tests.tiny_pipelines import pipeline_folder
 
 
@@ -100,7 +100,9 @@ def test_path_that_is_no_pipeline(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 @pytest.mark.slow
 def test_hub_id_without_network_fails_fast() -> None:
     """A port where nothing listens stands for the hub; huggingface_hub alone would retry for half a minute."""
-    code = "from latentreward.backbones import create_backbone; create_backbone('sd15', source='nobody/nothing')"
+    code = (
+        "from latentreward.diffusion.backbones import create_backbone; create_backbone('sd15', source='nobody/nothing')"
+    )
     environment = {**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0"}
     done = subprocess.run(
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=300, check=False

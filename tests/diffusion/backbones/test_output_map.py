@@ -4,9 +4,9 @@ import pytest
 import torch
 from diffusers import SD3Transformer2DModel, UNet2DConditionModel
 
-from latentreward.backbones.loading import load_weights
-from latentreward.heads import DRMHead
-from tests.backbones.networks import DITS, inputs_of, network_of, tiny_backbone
+from latentreward.diffusion.backbones.loading import load_weights
+from latentreward.reward import DRMHead
+from tests.diffusion.backbones.networks import DITS, inputs_of, network_of, tiny_backbone
 from tests.tiny_pipelines import LATENTS, PIXELS, pipeline_folder
 
 

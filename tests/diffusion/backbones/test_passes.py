@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.backbones.networks import inputs_of, network_of, tiny_backbone
+from tests.diffusion.backbones.networks import inputs_of, network_of, tiny_backbone
 
 
 @pytest.mark.parametrize(

@@ -6,15 +6,20 @@ from dataclasses import replace
 import pytest
 import torch
 
-from latentreward.backbones import SDUNetBackbone, sd_tiny
-from latentreward.backbones.base import features_problem
-from latentreward.backbones.loading import PipelineSource, finish
-from latentreward.construction import Construction
-from latentreward.contracts import Conditioning, Features, FeatureSpec, LatentSpace, TapSpec
-from latentreward.errors import InputError
-from latentreward.heads import CLIPProjectionHead
-from latentreward.modules import LRMModule
-from latentreward.noise import ContinuousFlow, FlowMatching, NoiseProcess, process_from_scheduler
+from latentreward.core.construction import Construction
+from latentreward.core.contracts import Conditioning, Features, FeatureSpec, LatentSpace, TapSpec
+from latentreward.core.errors import InputError
+from latentreward.diffusion import (
+    ContinuousFlow,
+    FlowMatching,
+    NoiseProcess,
+    SDUNetBackbone,
+    process_from_scheduler,
+    sd_tiny,
+)
+from latentreward.diffusion.backbones.base import features_problem
+from latentreward.diffusion.backbones.loading import PipelineSource, finish
+from latentreward.reward import CLIPProjectionHead, LRMModule
 from tests.tiny_pipelines import WIDTH, pipeline_folder, sd_unet
 
 DDIM = {"_class_name": "DDIMScheduler"}

@@ -7,16 +7,10 @@ from importlib import import_module
 
 import pytest
 
-from latentreward.backbones import (
-    DiffusionBackbone,
-    LoRA,
-    backbone_names,
-    create_backbone,
-    register_backbone,
-    registry,
-    sd_tiny,
-)
-from latentreward.errors import InputError
+from latentreward.core import registry
+from latentreward.core.errors import InputError
+from latentreward.core.registry import backbone_names, create_backbone, register_backbone
+from latentreward.diffusion import DiffusionBackbone, LoRA, sd_tiny
 
 
 def test_every_name_is_a_typed_factory() -> None:
@@ -47,7 +41,7 @@ def test_plugin_registers_and_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_factory_notes_how_it_was_called() -> None:
     """Positional arguments too, those of ``**options``, tuples and dataclasses; as JSON reads them."""
     backbone = sd_tiny(None, visual_taps=(1, 2), tuning="lora", lora=LoRA(rank=2))
-    assert backbone.built_by.class_path == "latentreward.families.sd.sd_tiny"
+    assert backbone.built_by.class_path == "latentreward.diffusion.families.sd.sd_tiny"
     assert backbone.built_by.init_args["source"] is None
     assert backbone.built_by.init_args["visual_taps"] == [1, 2]
     assert backbone.built_by.init_args["lora"]["rank"] == 2
@@ -56,7 +50,9 @@ def test_a_factory_notes_how_it_was_called() -> None:
 def test_taken_name_is_refused() -> None:
     def sd15() -> None: ...
 
-    with pytest.raises(InputError, match=r"backbone name 'sd15' is taken by latentreward.families.sd.sd15; rename"):
+    with pytest.raises(
+        InputError, match=r"backbone name 'sd15' is taken by latentreward.diffusion.families.sd.sd15; rename"
+    ):
         register_backbone(sd15)
 
 

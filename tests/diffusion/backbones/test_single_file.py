@@ -9,10 +9,10 @@ import torch
 from diffusers import DiffusionPipeline
 from safetensors.torch import load_file, save_file
 
-from latentreward.backbones import create_backbone
-from latentreward.backbones.loading import PipelineSource
-from latentreward.errors import InputError
-from tests.backbones.ldm_names import write_sd15
+from latentreward.core.errors import InputError
+from latentreward.core.registry import create_backbone
+from latentreward.diffusion.backbones.loading import PipelineSource
+from tests.diffusion.backbones.ldm_names import write_sd15
 from tests.tiny_pipelines import pipeline_folder, sd_unet
 
 HUB = "stable-diffusion-v1-5/stable-diffusion-v1-5"

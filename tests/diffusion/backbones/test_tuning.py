@@ -8,15 +8,16 @@ import torch
 from diffusers.models.attention_dispatch import _AttentionBackendRegistry
 from torch import Tensor, nn
 
-from latentreward.backbones import DiffusionBackbone, LoRA, create_backbone
-from latentreward.backbones.tuning import ATTENTION, tune, warn_of_layers
-from latentreward.contracts import Conditioning, Features
-from latentreward.errors import InputError
-from latentreward.heads import CLIPProjectionHead, GatedQFormerHead
-from tests.backbones.networks import inputs_of, network_of, tiny_backbone
-from tests.families.twins import TWINS
+from latentreward.core.contracts import Conditioning, Features
+from latentreward.core.errors import InputError
+from latentreward.core.registry import create_backbone
+from latentreward.diffusion import DiffusionBackbone, LoRA
+from latentreward.diffusion.backbones.tuning import ATTENTION, tune, warn_of_layers
+from latentreward.reward import CLIPProjectionHead, GatedQFormerHead
+from tests.alignment.policies.alignment import tiny_source
+from tests.diffusion.backbones.networks import inputs_of, network_of, tiny_backbone
+from tests.diffusion.families.twins import TWINS
 from tests.marks import rotated_after, slow_after
-from tests.policies.alignment import tiny_source
 
 PROMPTS = ["a cat", "two dogs"]
 

@@ -14,9 +14,12 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, T5EncoderModel
 
-from latentreward.backbones import create_backbone
-from latentreward.backbones.tuning import LoRA
-from latentreward.backbones.weights import (
+from latentreward.alignment import PolicySource
+from latentreward.core.errors import InputError
+from latentreward.core.registry import create_backbone
+from latentreward.core.storage.weight_files import StoredTensor, find_weights, map_weights
+from latentreward.diffusion import LoRA
+from latentreward.diffusion.backbones.weights import (
     assign,
     load_weights,
     map_model,
@@ -25,13 +28,10 @@ from latentreward.backbones.weights import (
     settle,
     settling_later,
 )
-from latentreward.errors import InputError
-from latentreward.heads.clip_projection import clip_text_projection
-from latentreward.policies import PolicySource
-from latentreward.scoring import RewardModel
-from latentreward.storage.weight_files import StoredTensor, find_weights, map_weights
-from tests.backbones.networks import FACTORIES
-from tests.rewards.stored import write_run
+from latentreward.reward import RewardModel
+from latentreward.reward.heads.clip_projection import clip_text_projection
+from tests.alignment.rewards.stored import write_run
+from tests.diffusion.backbones.networks import FACTORIES
 from tests.tiny_pipelines import pipeline_folder
 
 PARTS = [

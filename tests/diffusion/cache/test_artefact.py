@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from tests.artefacts import CACHED, lay_out
-from tests.cache.writing import contents, run_cache
+from tests.diffusion.cache.writing import contents, run_cache
 
 
 @pytest.mark.slow

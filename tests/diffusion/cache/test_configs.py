@@ -5,13 +5,13 @@ from pathlib import Path
 
 import pytest
 
-from latentreward.cache.layout import read_plan
-from latentreward.cli import main
-from tests.cache.writing import write_data
-from tests.families.twins import TWINS
+from latentreward.apps.cli import main
+from latentreward.diffusion.cache.layout import read_plan
+from tests.diffusion.cache.writing import write_data
+from tests.diffusion.families.twins import TWINS
 from tests.marks import rotated_after
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 BUCKETS = ("--images.buckets=[[32,32],[48,32],[32,48]]", "--images.min_pixels=0")
 SAMPLES = ROOT / "tests" / "formats" / "data"
 SMALLER = {

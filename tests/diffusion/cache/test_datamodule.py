@@ -12,24 +12,28 @@ from latentreward.callbacks import EncodeOnce, ExactResume, TrainableCheckpoint
 from lightning.pytorch import Callback, LightningDataModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from latentreward.backbones import sd35_tiny, sd_tiny
-from latentreward.cache.datamodule import CachedPreferenceDataModule, CachedSplit
-from latentreward.cache.layout import PLAN, read_plan
-from latentreward.cli import main
-from latentreward.contracts import PreferenceBatch
+from latentreward.alignment import DiffusionDPOModule, PolicySource
+from latentreward.apps.cli import main
+from latentreward.core.contracts import PreferenceBatch
+from latentreward.core.errors import InputError
 from latentreward.data import HPDv3Reader, PreferenceDataModule
-from latentreward.errors import InputError
-from latentreward.heads import CLIPProjectionHead, GatedQFormerHead
-from latentreward.losses import LRMLoss, ThurstoneLoss
-from latentreward.modules import DiffusionDPOModule, DiNaLRMModule, LRMModule
-from latentreward.policies import PolicySource
-from latentreward.scoring import RewardModel
+from latentreward.diffusion import CachedPreferenceDataModule, CachedSplit, sd35_tiny, sd_tiny
+from latentreward.diffusion.cache.layout import PLAN, read_plan
+from latentreward.reward import (
+    CLIPProjectionHead,
+    DiNaLRMModule,
+    GatedQFormerHead,
+    LRMLoss,
+    LRMModule,
+    RewardModel,
+    ThurstoneLoss,
+)
 from latentreward.tinyworld.writers import write_hpdv3
-from tests.cache.written_caches import spec, write_cache
+from tests.diffusion.cache.written_caches import spec, write_cache
 from tests.distributed.ranks import on_ranks
 from tests.marks import rotated_after
 
-CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+CONFIGS = Path(__file__).resolve().parents[3] / "configs"
 QUIET = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
 
 
@@ -335,7 +339,7 @@ def test_a_loader_goes_on_after_another_one_of_its_split(tmp_path: Path) -> None
 def test_a_finished_program_ends_though_workers_still_wait(tmp_path: Path) -> None:
     folder = write_cache(tmp_path / "cache", [{"image_a": 0, "image_b": 1}] * 8, [(16, 16)] * 2)
     script = (
-        "from latentreward.cache.datamodule import *\n"
+        "from latentreward.diffusion.cache.datamodule import *\n"
         f"data = CachedPreferenceDataModule(train=CachedSplit({str(folder)!r}), batch_size=2, num_workers=1)\n"
         "loader = data.train_dataloader()\n"
         "print(len([batch for batch in loader]))\n"
@@ -396,7 +400,7 @@ def train_and_validate(world: Path) -> CachedPreferenceDataModule:
 @pytest.mark.slow
 def test_two_processes_share_the_pairs_whatever_lightning_would_do(world: Path, tmp_path: Path) -> None:
     (tmp_path / "world").symlink_to(world)
-    on_ranks("tests.cache.test_datamodule:fit_on_two_ranks", tmp_path)
+    on_ranks("tests.diffusion.cache.test_datamodule:fit_on_two_ranks", tmp_path)
     data = train_and_validate(world)
     lines = {path.name: [line.split() for line in path.read_text().splitlines()] for path in tmp_path.glob("[tv]*[01]")}
     assert [len(batch) for batch in lines["train0"]] == [len(batch) for batch in lines["train1"]]

@@ -9,15 +9,14 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from latentreward.cache.dataset import CachedPairDataset
-from latentreward.cache.index import CachedPairs, CacheIndex
-from latentreward.cache.layout import IMAGES, LATENTS_FOLDER, PAIRS, manifest_name, text_name
-from latentreward.contracts import ImageRef, PreferenceBatch, PreferencePair
-from latentreward.data.collate import collate_pairs
-from latentreward.data.dataset import LoadedPair
+from latentreward.core.contracts import ImageRef, PreferenceBatch, PreferencePair
+from latentreward.core.errors import InputError
+from latentreward.data import LoadedPair, collate_pairs
 from latentreward.data.loading import as_is
-from latentreward.errors import InputError
-from tests.cache.written_caches import SPACE, latents_of, spec, text_of, write_cache
+from latentreward.diffusion.cache.dataset import CachedPairDataset
+from latentreward.diffusion.cache.index import CachedPairs, CacheIndex
+from latentreward.diffusion.cache.layout import IMAGES, LATENTS_FOLDER, PAIRS, manifest_name, text_name
+from tests.diffusion.cache.written_caches import SPACE, latents_of, spec, text_of, write_cache
 from tests.processes import FORKS
 
 LABELS = [1.0, 0.0, 0.5, None, 0.3]

@@ -13,28 +13,26 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from latentreward.backbones import create_backbone
-from latentreward.cache.datamodule import check_sources
-from latentreward.cache.dataset import CachedPairDataset
-from latentreward.cache.index import CachedPairs, CacheIndex
-from latentreward.cache.layout import IMAGES, PAIRS, PROMPTS, SHARDS, SOURCES, read_plan
-from latentreward.cli import main
-from latentreward.contracts import EditPrompt, ImageRef, PreferencePair, sources_of
-from latentreward.data import JSONLPairReader, PairReader, PixelLoader, PreferenceDataModule
-from latentreward.data.readers.base import OnError
-from latentreward.encoders.vae import LatentEncoder
-from latentreward.errors import InputError
-from latentreward.families import find_family
-from latentreward.families.flux2_klein import Flux2Klein
-from latentreward.heads import GatedQFormerHead
-from latentreward.losses import ThurstoneLoss
-from latentreward.modules import DiffusionDPOModule, DiNaLRMModule
-from latentreward.modules.pairs import PairDraws
-from tests.cache.test_datamodule import cached, fit
-from tests.cache.writing import contents, write_image
-from tests.cache.written_caches import write_cache
+from latentreward.alignment import DiffusionDPOModule
+from latentreward.apps.cli import main
+from latentreward.core.contracts import EditPrompt, ImageRef, PreferencePair, sources_of
+from latentreward.core.errors import InputError
+from latentreward.core.registry import create_backbone
+from latentreward.data import JSONLPairReader, OnError, PairReader, PixelLoader, PreferenceDataModule
+from latentreward.diffusion import find_family
+from latentreward.diffusion.cache.datamodule import check_sources
+from latentreward.diffusion.cache.dataset import CachedPairDataset
+from latentreward.diffusion.cache.index import CachedPairs, CacheIndex
+from latentreward.diffusion.cache.layout import IMAGES, PAIRS, PROMPTS, SHARDS, SOURCES, read_plan
+from latentreward.diffusion.encoders.vae import LatentEncoder
+from latentreward.diffusion.families.flux2_klein import Flux2Klein
+from latentreward.reward import DiNaLRMModule, GatedQFormerHead, ThurstoneLoss
+from latentreward.reward.modules.pairs import PairDraws
 from tests.data.edit_names import named
-from tests.families.twins import TWINS
+from tests.diffusion.cache.test_datamodule import cached, fit
+from tests.diffusion.cache.writing import contents, write_image
+from tests.diffusion.cache.written_caches import write_cache
+from tests.diffusion.families.twins import TWINS
 from tests.marks import rotated_after
 from tests.processes import start_ranks
 

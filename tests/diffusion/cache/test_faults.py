@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from latentreward.cache.check import check_cache
-from latentreward.cache.layout import IMAGES, PLAN, manifest_name
-from latentreward.cli import main
-from tests.cache.writing import contents, run_cache, start_cache, write_data
+from latentreward.apps.cli import main
+from latentreward.diffusion.cache.check import check_cache
+from latentreward.diffusion.cache.layout import IMAGES, PLAN, manifest_name
+from tests.diffusion.cache.writing import contents, run_cache, start_cache, write_data
 from tests.marks import slow_after
 from tests.processes import Forked
 

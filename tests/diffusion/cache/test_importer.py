@@ -9,14 +9,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from latentreward.cache.layout import IMAGES, PAIRS, SHARDS, read_plan
-from latentreward.cache.sources import RELEASED_SPACE
-from latentreward.cli import main
+from latentreward.apps.cli import main
 from latentreward.data import DiffusionRMReader
 from latentreward.data.images import decode_latents
-from tests.cache.writing import contents
+from latentreward.diffusion.cache.layout import IMAGES, PAIRS, SHARDS, read_plan
+from latentreward.diffusion.cache.sources import RELEASED_SPACE
+from tests.diffusion.cache.writing import contents
 
-SAMPLE = Path(__file__).parents[1] / "formats" / "data" / "diffusion_rm"
+SAMPLE = Path(__file__).parents[2] / "formats" / "data" / "diffusion_rm"
 
 
 def run_import(output: Path, root: Path, *settings: str) -> None:

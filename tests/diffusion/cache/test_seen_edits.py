@@ -10,27 +10,25 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from latentreward.backbones import create_backbone
-from latentreward.cache.dataset import CachedPairDataset
-from latentreward.cache.index import CachedPairs, CacheIndex
-from latentreward.cache.layout import PROMPTS, SHARDS
-from latentreward.cli import main
-from latentreward.contracts import EditPrompt, PreferencePair, like_prompt
+from latentreward.alignment import DiffusionDPOModule, PolicySource, StepAwarePixelModule
+from latentreward.apps.cli import main
+from latentreward.core.contracts import EditPrompt, PreferencePair, like_prompt
+from latentreward.core.errors import InputError
+from latentreward.core.registry import create_backbone
 from latentreward.data import PreferenceDataModule
-from latentreward.encoders.prompts import PromptEncoder
-from latentreward.errors import InputError
-from latentreward.families import find_family
-from latentreward.heads import CLIPProjectionHead, GatedQFormerHead
-from latentreward.losses import LRMLoss, ThurstoneLoss
-from latentreward.modules import DiffusionDPOModule, DiNaLRMModule, LRMModule, StepAwarePixelModule
-from latentreward.modules.pairs import PairDraws
-from latentreward.policies import PolicySource
-from tests.cache.test_datamodule import cached, fit
-from tests.cache.test_edits import SOURCES_OF, TEXTS, Edits, arguments, pictures, table
-from tests.cache.writing import contents, write_image
-from tests.families.made_qwen_image_edit import qwen_image_edit_folder
+from latentreward.diffusion import find_family
+from latentreward.diffusion.cache.dataset import CachedPairDataset
+from latentreward.diffusion.cache.index import CachedPairs, CacheIndex
+from latentreward.diffusion.cache.layout import PROMPTS, SHARDS
+from latentreward.diffusion.encoders.prompts import PromptEncoder
+from latentreward.reward import CLIPProjectionHead, DiNaLRMModule, GatedQFormerHead, LRMLoss, LRMModule, ThurstoneLoss
+from latentreward.reward.modules.pairs import PairDraws
+from tests.diffusion.cache.test_datamodule import cached, fit
+from tests.diffusion.cache.test_edits import SOURCES_OF, TEXTS, Edits, arguments, pictures, table
+from tests.diffusion.cache.writing import contents, write_image
+from tests.diffusion.families.made_qwen_image_edit import qwen_image_edit_folder
 from tests.marks import rotated_after
-from tests.scorers.tiny_clip import write_clip
+from tests.reward.scorers.tiny_clip import write_clip
 
 __all__ = ["pictures"]
 DISTINCT = list(dict.fromkeys((TEXTS[row % len(TEXTS)], SOURCES_OF[row]) for row in range(len(SOURCES_OF))))

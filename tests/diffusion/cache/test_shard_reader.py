@@ -9,10 +9,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from latentreward.cache import shards as store_module
-from latentreward.cache.buffers import BufferPool, carve, layout_bytes, own_buffer
-from latentreward.cache.shards import ShardStore, read_header
-from latentreward.errors import InputError
+from latentreward.core.errors import InputError
+from latentreward.diffusion.cache import shards as store_module
+from latentreward.diffusion.cache.buffers import BufferPool, carve, layout_bytes, own_buffer
+from latentreward.diffusion.cache.shards import ShardStore, read_header
 
 
 @pytest.fixture(params=[torch.float16, torch.bfloat16, torch.float32], ids=str)

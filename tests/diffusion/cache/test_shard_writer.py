@@ -7,8 +7,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from latentreward.cache.shards import write_shard
-from latentreward.storage.digests import file_hash
+from latentreward.core.storage.digests import file_hash
+from latentreward.diffusion.cache.shards import write_shard
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])

@@ -2,7 +2,9 @@
 
 import pytest
 
-from latentreward.cache.sizing import (
+from latentreward.core.errors import InputError
+from latentreward.data.buckets import Bucket
+from latentreward.diffusion.cache.sizing import (
     NO_BUCKET,
     OTHER_ASPECT,
     OTHER_BUCKET,
@@ -10,8 +12,6 @@ from latentreward.cache.sizing import (
     TOO_SMALL,
     ImageSettings,
 )
-from latentreward.data.buckets import Bucket
-from latentreward.errors import InputError
 
 
 @pytest.mark.parametrize(

@@ -15,22 +15,21 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from latentreward.cache import encoding
-from latentreward.cache.buffers import BufferPool, layout_bytes
-from latentreward.cache.datamodule import CachedPreferenceDataModule, CachedSplit
-from latentreward.cache.dataset import CachedPairDataset
-from latentreward.cache.index import CachedPairs, CacheIndex
-from latentreward.cache.layout import IMAGES, PROMPTS, SHARDS, manifest_name, read_plan
-from latentreward.cache.plan import RowScan
-from latentreward.cache.sizing import ImageSettings
-from latentreward.cli import main
-from latentreward.contracts import ImageRef, PreferencePair
-from latentreward.data import PixelLoader
-from latentreward.data.images import ImageError
-from latentreward.errors import InputError
-from latentreward.seeding import pair_generator
-from tests.cache.writing import cache_arguments, contents, row, run_cache, write_data, write_image, write_rows
-from tests.families.twins import QUICK, TWINS
+from latentreward.apps.cli import main
+from latentreward.core.contracts import ImageRef, PreferencePair
+from latentreward.core.errors import InputError
+from latentreward.core.seeding import pair_generator
+from latentreward.data import ImageError, PixelLoader
+from latentreward.diffusion import CachedPreferenceDataModule, CachedSplit
+from latentreward.diffusion.cache import encoding
+from latentreward.diffusion.cache.buffers import BufferPool, layout_bytes
+from latentreward.diffusion.cache.dataset import CachedPairDataset
+from latentreward.diffusion.cache.index import CachedPairs, CacheIndex
+from latentreward.diffusion.cache.layout import IMAGES, PROMPTS, SHARDS, manifest_name, read_plan
+from latentreward.diffusion.cache.plan import RowScan
+from latentreward.diffusion.cache.sizing import ImageSettings
+from tests.diffusion.cache.writing import cache_arguments, contents, row, run_cache, write_data, write_image, write_rows
+from tests.diffusion.families.twins import QUICK, TWINS
 from tests.marks import rotated_after
 from tests.processes import start_ranks
 from tests.unequal_prompts import MOST, SPACE, clip_encoder, letter_states

@@ -13,11 +13,18 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from latentreward.backbones.loading import PipelineSource, tiny_pipeline
-from latentreward.cache import encoding
-from latentreward.cache.dataset import CachedPairDataset
-from latentreward.cache.index import CacheIndex
-from latentreward.cache.layout import (
+from latentreward.apps.cli import main
+from latentreward.core.contracts import ImageRef, PreferencePair
+from latentreward.core.errors import InputError
+from latentreward.core.seeding import pair_generator
+from latentreward.core.storage.durable import TEMPORARY_NAME
+from latentreward.core.storage.progress import Progress
+from latentreward.data import HPDv3Reader, PairReader, PixelLoader
+from latentreward.diffusion.backbones.loading import PipelineSource, tiny_pipeline
+from latentreward.diffusion.cache import encoding
+from latentreward.diffusion.cache.dataset import CachedPairDataset
+from latentreward.diffusion.cache.index import CacheIndex
+from latentreward.diffusion.cache.layout import (
     IMAGES,
     PAIRS,
     PROMPTS,
@@ -27,16 +34,11 @@ from latentreward.cache.layout import (
     read_manifest,
     read_plan,
 )
-from latentreward.cache.plan import describe_data
-from latentreward.cache.sources import PipelineEncoders
-from latentreward.cli import main
-from latentreward.contracts import ImageRef, PreferencePair
-from latentreward.data import HPDv3Reader, PairReader, PixelLoader
-from latentreward.errors import InputError
-from latentreward.seeding import pair_generator
-from latentreward.storage.durable import TEMPORARY_NAME
-from latentreward.storage.progress import Progress
-from tests.cache.writing import (
+from latentreward.diffusion.cache.plan import describe_data
+from latentreward.diffusion.cache.sources import PipelineEncoders
+from tests.core.storage.test_progress import Terminal
+from tests.data.rotated import photograph, upright, write_jsonl
+from tests.diffusion.cache.writing import (
     LARGE,
     SETTINGS,
     SQUARE,
@@ -50,11 +52,9 @@ from tests.cache.writing import (
     write_image,
     write_rows,
 )
-from tests.data.rotated import photograph, upright, write_jsonl
-from tests.families.twins import TWINS
+from tests.diffusion.families.twins import TWINS
 from tests.marks import rotated_after
 from tests.processes import start_ranks
-from tests.storage.test_progress import Terminal
 from tests.tiny_pipelines import pipeline_folder
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from latentreward.cli import main
+from latentreward.apps.cli import main
 from tests.processes import Forked, run_command
 
 SQUARE, TALL, WIDE, LARGE = (32, 32), (48, 32), (32, 48), (64, 64)

@@ -10,7 +10,8 @@ import torch
 from pyarrow import parquet
 from safetensors.torch import save_file
 
-from latentreward.cache.layout import (
+from latentreward.core.contracts import LatentSpace
+from latentreward.diffusion.cache.layout import (
     IMAGES,
     PAIRS,
     PLAN,
@@ -26,7 +27,6 @@ from latentreward.cache.layout import (
     schema_of,
     text_name,
 )
-from latentreward.contracts import LatentSpace
 
 SPACE = LatentSpace(channels=4, downscale=8, scaling_factor=0.18215)
 TEXT = TextSpec("text-1", 3, 8, 5, "float32", 4, 4)

@@ -8,10 +8,10 @@ import torch
 from diffusers import AutoencoderDC, AutoencoderTiny
 from torch import nn
 
-from latentreward.backbones.loading import PipelineSource
-from latentreward.encoders.fingerprint import text_fingerprint, vae_fingerprint
-from latentreward.encoders.vae import LatentEncoder
-from tests.families.twins import TWINS
+from latentreward.diffusion.backbones.loading import PipelineSource
+from latentreward.diffusion.encoders.fingerprint import text_fingerprint, vae_fingerprint
+from latentreward.diffusion.encoders.vae import LatentEncoder
+from tests.diffusion.families.twins import TWINS
 from tests.tiny_pipelines import clip_tokenizer, pipeline_folder
 
 
@@ -91,7 +91,7 @@ def test_text_fingerprint_tells_the_side_of_the_padding(name: str) -> None:
 def test_text_fingerprint_tells_what_is_put_before_a_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
     encoder = TWINS["lumina2"].source().resolve_family().load_prompt_encoder()
     before = text_fingerprint(encoder)
-    monkeypatch.setattr("latentreward.families.lumina2.SYSTEM", "be kind: ")
+    monkeypatch.setattr("latentreward.diffusion.families.lumina2.SYSTEM", "be kind: ")
     assert text_fingerprint(encoder) != before
 
 

@@ -5,19 +5,18 @@ from functools import partial
 import pytest
 import torch
 
+from latentreward.alignment import PolicySource
+from latentreward.alignment.rewards.latent import LatentScorer
 from latentreward.apps.generation import trained_policy
-from latentreward.backbones import create_backbone
-from latentreward.contracts import Conditioning
-from latentreward.encoders.offloaded import OffloadedEncoder
-from latentreward.encoders.prompts import PromptEncoder
-from latentreward.families import qwen_image_edit
-from latentreward.heads import CLIPProjectionHead, GatedQFormerHead
-from latentreward.policies import PolicySource
-from latentreward.rewards.latent import LatentScorer
-from latentreward.scoring import edit_prompt
-from latentreward.scoring.network import RewardNetwork
-from tests.families.made_qwen_image_edit import picture, qwen_image_edit_folder
-from tests.families.twins import TWINS
+from latentreward.core.contracts import Conditioning
+from latentreward.core.registry import create_backbone
+from latentreward.diffusion.encoders.offloaded import OffloadedEncoder
+from latentreward.diffusion.encoders.prompts import PromptEncoder
+from latentreward.diffusion.families import qwen_image_edit
+from latentreward.reward import CLIPProjectionHead, GatedQFormerHead, edit_prompt
+from latentreward.reward.scoring.network import RewardNetwork
+from tests.diffusion.families.made_qwen_image_edit import picture, qwen_image_edit_folder
+from tests.diffusion.families.twins import TWINS
 
 PROMPTS = [f"{number} dogs on a hill" * (1 + number % 2) for number in range(7)]
 

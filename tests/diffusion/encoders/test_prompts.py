@@ -4,11 +4,11 @@ import pytest
 import torch
 from diffusers import StableDiffusion3Pipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
 
-from latentreward.backbones.loading import PipelineSource
-from latentreward.contracts import Conditioning
-from latentreward.encoders.clip import CLIPPromptEncoder, SDXLPromptEncoder
-from latentreward.encoders.prompts import equal_lengths
-from latentreward.errors import InputError
+from latentreward.core.contracts import Conditioning
+from latentreward.core.errors import InputError
+from latentreward.diffusion.backbones.loading import PipelineSource
+from latentreward.diffusion.encoders.clip import CLIPPromptEncoder, SDXLPromptEncoder
+from latentreward.diffusion.encoders.prompts import equal_lengths
 from tests.tiny_pipelines import TOKENS, WIDTH, pipeline_folder
 
 PROMPTS = ["a cat", "", "two cats on a mat, and so many words that they are cut"]

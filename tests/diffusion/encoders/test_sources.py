@@ -6,10 +6,11 @@ import pytest
 import torch
 from PIL import Image
 
-from latentreward.contracts import EditPrompt, ImageRef
-from latentreward.data.images import PixelLoader, png
-from latentreward.encoders.sources import SourceEncoder
-from tests.families.twins import TWINS
+from latentreward.core.contracts import EditPrompt, ImageRef
+from latentreward.data import PixelLoader
+from latentreward.data.images import png
+from latentreward.diffusion.encoders.sources import SourceEncoder
+from tests.diffusion.families.twins import TWINS
 
 
 @pytest.fixture(scope="module")

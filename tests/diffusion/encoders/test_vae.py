@@ -5,10 +5,10 @@ import json
 import pytest
 import torch
 
-from latentreward.backbones.loading import PipelineSource
-from latentreward.contracts import LatentSpace
-from latentreward.encoders.vae import LatentEncoder
-from latentreward.errors import InputError
+from latentreward.core.contracts import LatentSpace
+from latentreward.core.errors import InputError
+from latentreward.diffusion.backbones.loading import PipelineSource
+from latentreward.diffusion.encoders.vae import LatentEncoder
 from tests.tiny_pipelines import LATENTS, PIXELS, pipeline_folder
 
 

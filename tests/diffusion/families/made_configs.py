@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 class MadeConfigs:
-    """A :class:`~latentreward.families.PipelineConfigs` of given configs by part."""
+    """A :class:`~latentreward.diffusion.PipelineConfigs` of given configs by part."""
 
     source = named = "made configs"
 

@@ -14,9 +14,9 @@ from diffusers import AutoencoderKLQwenImage, DiffusionPipeline, QwenImageEditPi
 from PIL import Image
 from transformers import BatchFeature, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2VLImageProcessorPil
 
-from latentreward.families.qwen_image_edit import PAD, TEMPLATE
-from tests.families.made_qwen_image import scheduler, text_encoder, tokenizer, transformer
-from tests.families.made_wan21 import vae
+from latentreward.diffusion.families.qwen_image_edit import PAD, TEMPLATE
+from tests.diffusion.families.made_qwen_image import scheduler, text_encoder, tokenizer, transformer
+from tests.diffusion.families.made_wan21 import vae
 from tests.tiny_pipelines import randomise
 
 PICTURES = ("<|vision_start|>", "<|vision_end|>", PAD)

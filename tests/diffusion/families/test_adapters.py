@@ -6,14 +6,13 @@ from typing import Any
 import pytest
 import torch
 
+from latentreward.alignment import Policy, TrainedLoRA, write_kohya
+from latentreward.alignment.export.kohya import FILE
 from latentreward.apps.generation.lora import load_lora
-from latentreward.backbones.tuning import LoRA
-from latentreward.errors import InputError
-from latentreward.export.kohya import FILE, write_kohya
-from latentreward.export.lora import TrainedLoRA
-from latentreward.policies import Policy
-from tests.families.twins import PROMPTS, Twin, every_network, noise_for, one_per_family
-from tests.policies.alignment import perturbed
+from latentreward.core.errors import InputError
+from latentreward.diffusion import LoRA
+from tests.alignment.policies.alignment import perturbed
+from tests.diffusion.families.twins import PROMPTS, Twin, every_network, noise_for, one_per_family
 
 
 def moved(twin: Twin, **options: Any) -> Policy:

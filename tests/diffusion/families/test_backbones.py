@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from latentreward.backbones import LoRA, create_backbone
-from latentreward.contracts import Conditioning
-from latentreward.errors import InputError
-from latentreward.heads import CLIPProjectionHead, GatedQFormerHead, RewardHead
-from latentreward.scoring import RewardModel
-from tests.families.twins import PROMPTS, TWINS, Twin, every_network, every_twin, noise_for, one_per_family
+from latentreward.core.contracts import Conditioning
+from latentreward.core.errors import InputError
+from latentreward.core.registry import create_backbone
+from latentreward.diffusion import LoRA
+from latentreward.reward import CLIPProjectionHead, GatedQFormerHead, RewardHead, RewardModel
+from tests.diffusion.families.twins import PROMPTS, TWINS, Twin, every_network, every_twin, noise_for, one_per_family
 from tests.marks import release_after, rotated_after
 
 HEADS = ["q_former", "projection"]

@@ -5,10 +5,10 @@ import torch
 from diffusers import AutoencoderKLQwenImage, AutoencoderKLWan
 from torch import Tensor
 
-from latentreward.encoders.vae import ChannelLatentEncoder
-from latentreward.errors import InputError
-from tests.families.made_wan21 import vae
-from tests.families.twins import TWINS
+from latentreward.core.errors import InputError
+from latentreward.diffusion.encoders.vae import ChannelLatentEncoder
+from tests.diffusion.families.made_wan21 import vae
+from tests.diffusion.families.twins import TWINS
 from tests.tiny_pipelines import randomise
 
 KINDS = (AutoencoderKLWan, AutoencoderKLQwenImage)

@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 import torch
 
-from latentreward.families.chroma import joint_mask, masked_checkpoints
-from tests.families.twins import PROMPTS, TWINS, noise_for
+from latentreward.diffusion.families.chroma import joint_mask, masked_checkpoints
+from tests.diffusion.families.twins import PROMPTS, TWINS, noise_for
 
 TWIN = TWINS["chroma"]
 

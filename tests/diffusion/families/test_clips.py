@@ -13,34 +13,31 @@ import torch
 from PIL import Image, ImageSequence
 from torch.utils.data import DataLoader
 
+from latentreward.alignment import Sampling
+from latentreward.apps.cli import main
 from latentreward.apps.commands.cache import TrainerSettings, cache
 from latentreward.apps.generation.image_folder import ImageFolder, write_images
-from latentreward.backbones import create_backbone
-from latentreward.cache import CachedPreferenceDataModule, CachedSplit
-from latentreward.cache.layout import CacheSpec, read_plan
-from latentreward.cache.sizing import ImageSettings
-from latentreward.cache.sources import PipelineEncoders
-from latentreward.cli import main
-from latentreward.contracts import PromptBatch
+from latentreward.core.contracts import PromptBatch
+from latentreward.core.errors import InputError
+from latentreward.core.registry import create_backbone
+from latentreward.core.reports.drawing import strip, to_image, to_images
 from latentreward.data import JSONLPairReader, PreferenceDataModule
 from latentreward.data.alignment.prompts import PromptLoaders
 from latentreward.data.image_sizes import OneSize
-from latentreward.errors import InputError
-from latentreward.heads import GatedQFormerHead
-from latentreward.losses import ThurstoneLoss
-from latentreward.modules import DiNaLRMModule
-from latentreward.reports.drawing import strip, to_image, to_images
-from latentreward.rollout import Sampling
-from latentreward.scoring import RewardModel
-from latentreward.scoring.layouts.config import sizes_of, sizes_record
+from latentreward.diffusion import CachedPreferenceDataModule, CachedSplit
+from latentreward.diffusion.cache.layout import CacheSpec, read_plan
+from latentreward.diffusion.cache.sizing import ImageSettings
+from latentreward.diffusion.cache.sources import PipelineEncoders
+from latentreward.reward import DiNaLRMModule, GatedQFormerHead, RewardModel, ThurstoneLoss
+from latentreward.reward.scoring.layouts.config import sizes_of, sizes_record
+from tests.alignment.modules.lpo_runs import make_trainer
 from tests.apps.evaluation.policy.toy_scorers import redness
 from tests.clips import write_clip
 from tests.data.test_clips import pairs
-from tests.families.test_every_command import QUIET, run
-from tests.families.test_methods import METHODS
-from tests.families.twins import PROMPTS, TWINS
+from tests.diffusion.families.test_every_command import QUIET, run
+from tests.diffusion.families.test_methods import METHODS
+from tests.diffusion.families.twins import PROMPTS, TWINS
 from tests.marks import rotated_after
-from tests.modules.lpo_runs import make_trainer
 
 WAN = TWINS["wan21"]
 SIZE, FRAMES = 32, 5
@@ -84,7 +81,7 @@ def test_a_reward_trains_alike_on_clips_and_on_their_cache(tmp_path: Path, capsy
 
 @pytest.mark.parametrize("method", rotated_after(1, ["lpo", "grpo_stepwise", "grpo_trajectory", "refl"]))
 def test_methods_take_two_steps_on_clips(method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tests.families.test_methods.sampling", lambda twin: SAMPLING)
+    monkeypatch.setattr("tests.diffusion.families.test_methods.sampling", lambda twin: SAMPLING)
     module = METHODS[method](WAN, WAN.source())
     shapes, predict = set(), module.policy.predict
 
@@ -174,9 +171,9 @@ def refusals(folder: Path) -> dict[str, tuple[Callable[[], Any], str]]:
 
 
 def pixel_reward() -> None:
-    from latentreward.contracts import NoisyStates
-    from latentreward.rewards.pixel import PixelReward
-    from latentreward.scorers import CallableScorer
+    from latentreward.alignment import PixelReward
+    from latentreward.core.contracts import NoisyStates
+    from latentreward.reward import CallableScorer
 
     policy = WAN.source().load()
     scorer = CallableScorer(redness, "red")
@@ -215,8 +212,8 @@ def test_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytes
                  "loss": {"class_path": "ThurstoneLoss"}}  # fmt: skip
     trainer = {"accelerator": "cpu", "devices": 1, "max_steps": 2, **QUIET}
     keep = ["TrainableCheckpoint", "LastCheckpoint"]
-    run("fit", {"model": {"class_path": "latentreward.modules.DiNaLRMModule", "init_args": arguments},
-                "data": {"class_path": "latentreward.cache.CachedPreferenceDataModule",
+    run("fit", {"model": {"class_path": "latentreward.reward.DiNaLRMModule", "init_args": arguments},
+                "data": {"class_path": "latentreward.diffusion.CachedPreferenceDataModule",
                          "init_args": {"train": {"cache": "cache"}, "batch_size": 4, "num_workers": 0}},
                 "trainer": {**trainer, "default_root_dir": "reward", "callbacks": keep}})  # fmt: skip
     Image.new("RGB", (SIZE, SIZE)).save("pairs/a.png")
@@ -242,7 +239,7 @@ def test_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytes
     arguments = {"policy": policy, "reward": stored, "sampling": {**sampling, "num_inference_steps": 3},
                  "candidates": {"num_candidates": 2}, "selection": "QuantileThreshold"}  # fmt: skip
     data = {"captions": 8, "batch_size": 2, "prompts_per_rollout": 2, "batches_per_epoch": 2}
-    run("fit", {"model": {"class_path": "latentreward.modules.LPOModule", "init_args": arguments},
+    run("fit", {"model": {"class_path": "latentreward.alignment.LPOModule", "init_args": arguments},
                 "data": {"class_path": "latentreward.tinyworld.TinyWorldPromptDataModule", "init_args": data},
                 "trainer": {**trainer, "default_root_dir": "aligned", "callbacks": [*keep, grid]}})  # fmt: skip
     with Image.open(next(Path("aligned").rglob("samples/step_000001.png"))) as picture:
@@ -257,6 +254,6 @@ def test_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytes
     assert len(list(Path("made").glob("0*.webp"))) == len(PROMPTS)
     with pytest.raises(SystemExit):
         main(["evaluate-policy", "judged", "--prompts=prompts.txt", f"--policy.pipeline.source={WAN.folder}", *options,
-              '--scorers=[{"class_path": "latentreward.scorers.CallableScorer", "init_args": {"function": '
+              '--scorers=[{"class_path": "latentreward.reward.CallableScorer", "init_args": {"function": '
               '"tests.apps.evaluation.policy.toy_scorers.redness", "name": "red"}}]', "--device=cpu"])  # fmt: skip
     assert "sampling.frames=5: evaluate-policy takes images, not clips; set it to 1" in capsys.readouterr().err

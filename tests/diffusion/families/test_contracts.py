@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from latentreward.contracts import Conditioning, LatentSpace
-from latentreward.errors import InputError
+from latentreward.core.contracts import Conditioning, LatentSpace
+from latentreward.core.errors import InputError
 
 
 def masked(*lengths: int, width: int = 3, seed: int = 0) -> Conditioning:

@@ -6,15 +6,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from latentreward.backbones import create_backbone
-from latentreward.cache.datamodule import check_backbone
-from latentreward.contracts import NoisyStates
-from latentreward.errors import InputError
-from latentreward.heads import GatedQFormerHead
-from latentreward.rewards import LatentReward
-from latentreward.scoring import RewardModel
-from tests.cache.written_caches import spec
-from tests.families.twins import PROMPTS, TWINS, Twin, noise_for
+from latentreward.alignment import LatentReward
+from latentreward.core.contracts import NoisyStates
+from latentreward.core.errors import InputError
+from latentreward.core.registry import create_backbone
+from latentreward.diffusion.cache.datamodule import check_backbone
+from latentreward.reward import GatedQFormerHead, RewardModel
+from tests.diffusion.cache.written_caches import spec
+from tests.diffusion.families.twins import PROMPTS, TWINS, Twin, noise_for
 
 BY_FAMILY = {twin.family: twin for twin in TWINS.values()}
 SPACES = {

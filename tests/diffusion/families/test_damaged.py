@@ -10,11 +10,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from latentreward.backbones import create_backbone
-from latentreward.backbones.loading import PipelineSource
-from latentreward.errors import InputError
-from latentreward.policies import PolicySource
-from tests.families.twins import TWINS, Twin, one_per_family
+from latentreward.alignment import PolicySource
+from latentreward.core.errors import InputError
+from latentreward.core.registry import create_backbone
+from latentreward.diffusion.backbones.loading import PipelineSource
+from tests.diffusion.families.twins import TWINS, Twin, one_per_family
 
 every_family = pytest.mark.parametrize("twin", one_per_family(), ids=lambda twin: twin.family)
 

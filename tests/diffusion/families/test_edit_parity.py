@@ -6,17 +6,17 @@ from pathlib import Path
 import pytest
 from diffusers.pipelines.flux import pipeline_flux_kontext
 
-from latentreward.backbones.tuning import LoRA
-from latentreward.contracts import EditPrompt, ImageRef, PromptBatch
-from latentreward.data.images import decode_image, png
-from latentreward.errors import InputError
-from latentreward.export.lora import TrainedLoRA
-from latentreward.families import flux1_kontext
-from latentreward.rollout import Sampling, sample_latents
-from tests.families.made_qwen_image_edit import picture
-from tests.families.test_parity import STEPS, assert_near
-from tests.families.twins import PROMPTS, TWINS, GivenNoise, noise_for
-from tests.policies.alignment import perturbed
+from latentreward.alignment import Sampling, TrainedLoRA, sample_latents
+from latentreward.core.contracts import EditPrompt, ImageRef, PromptBatch
+from latentreward.core.errors import InputError
+from latentreward.data import decode_image
+from latentreward.data.images import png
+from latentreward.diffusion import LoRA
+from latentreward.diffusion.families import flux1_kontext
+from tests.alignment.policies.alignment import perturbed
+from tests.diffusion.families.made_qwen_image_edit import picture
+from tests.diffusion.families.test_parity import STEPS, assert_near
+from tests.diffusion.families.twins import PROMPTS, TWINS, GivenNoise, noise_for
 
 SIZES = ((72, 100), (130, 66))  # width and height of the pictures of a prompt, in pixels
 FEW = ((32, 64), (48, 48), (64, 32))

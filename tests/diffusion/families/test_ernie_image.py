@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.families.twins import PROMPTS, TWINS
+from tests.diffusion.families.twins import PROMPTS, TWINS
 
 TWIN = TWINS["ernie_image"]
 

@@ -11,16 +11,16 @@ import pytest
 import yaml
 from PIL import Image
 
-from latentreward.cli import main
+from latentreward.apps.cli import main
 from latentreward.tinyworld.writers import write_hpdv3
 from tests.apps.serving.processes import forked_server
-from tests.families.twins import Twin, one_per_family
+from tests.diffusion.families.twins import Twin, one_per_family
 from tests.marks import release_after
 
 SIZE = 32
 QUIET = {"enable_progress_bar": False, "enable_model_summary": False, "num_sanity_val_steps": 0, "logger": False}
 PROMPTS = ["a large red circle on a white background", "two blue crosses"]
-RED = {"class_path": "latentreward.scorers.CallableScorer",
+RED = {"class_path": "latentreward.reward.CallableScorer",
        "init_args": {"function": "tests.apps.evaluation.policy.toy_scorers.redness", "name": "red"}}  # fmt: skip
 
 
@@ -48,8 +48,8 @@ def train_reward(twin: Twin) -> None:
     arguments = {"backbone": {"class_path": twin.backbone, "init_args": backbone}, "head": head,
                  "loss": {"class_path": "ThurstoneLoss"}}  # fmt: skip
     data = {"train": {"cache": "cache"}, "batch_size": 4, "num_workers": 0}
-    run("fit", {"model": {"class_path": "latentreward.modules.DiNaLRMModule", "init_args": arguments},
-                "data": {"class_path": "latentreward.cache.CachedPreferenceDataModule", "init_args": data},
+    run("fit", {"model": {"class_path": "latentreward.reward.DiNaLRMModule", "init_args": arguments},
+                "data": {"class_path": "latentreward.diffusion.CachedPreferenceDataModule", "init_args": data},
                 "trainer": trainer("reward")})  # fmt: skip
 
 
@@ -68,7 +68,7 @@ def align(twin: Twin) -> None:
         "PolicyLoRA",
         "EncodeOnce",
     ]
-    run("fit", {"model": {"class_path": "latentreward.modules.LPOModule", "init_args": arguments},
+    run("fit", {"model": {"class_path": "latentreward.alignment.LPOModule", "init_args": arguments},
                 "data": {"class_path": "latentreward.tinyworld.TinyWorldPromptDataModule", "init_args": data},
                 "trainer": trainer("aligned", *callbacks)})  # fmt: skip
 

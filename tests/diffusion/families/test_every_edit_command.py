@@ -10,14 +10,14 @@ import httpx
 import pytest
 from PIL import Image
 
-from latentreward.cli import main
+from latentreward.apps.cli import main
 from latentreward.tinyworld.writers import write_hpdv3
 from tests.apps.serving.processes import forked_server
-from tests.families.made_qwen_image_edit import qwen_image_edit_folder
-from tests.families.test_every_command import RED, SIZE, run, trainer
-from tests.families.twins import TWINS, Twin
+from tests.core.settings.test_refusals import refusal
+from tests.diffusion.families.made_qwen_image_edit import qwen_image_edit_folder
+from tests.diffusion.families.test_every_command import RED, SIZE, run, trainer
+from tests.diffusion.families.twins import TWINS, Twin
 from tests.marks import release_after
-from tests.settings.test_refusals import refusal
 from tests.tiny_pipelines import pipeline_folder
 
 EDITORS = ("klein_base", "ip2p_sd15", "flux1_kontext", "qwen_image_edit")
@@ -72,7 +72,7 @@ def fitted(twin: Twin) -> dict[str, Any]:
     reader = {"class_path": "latentreward.data.JSONLPairReader", "init_args": {"file": "edits/pairs.jsonl"}}
     data = {"train": reader, "val": reader, "test": reader, "predict": reader, "size": SIZE, "batch_size": 4,
             "shared_prompts": "keep", "num_workers": 0}  # fmt: skip
-    return {"model": {"class_path": f"latentreward.modules.{module}", "init_args": arguments},
+    return {"model": {"class_path": f"latentreward.reward.modules.{module}", "init_args": arguments},
             "data": {"class_path": "latentreward.data.PreferenceDataModule", "init_args": data},
             "trainer": trainer("reward")}  # fmt: skip
 
@@ -87,7 +87,7 @@ def cache(twin: Twin) -> dict[str, Any]:
                   "dtype": "float32", "num_workers": 0, "trainer": one}, "cache")  # fmt: skip
     data = {"train": {"cache": "cache"}, "batch_size": 4, "num_workers": 0, "shared_prompts": "keep",
             "cached_text": twin.family != "sd"}  # an LRM trains its text encoder  # fmt: skip
-    settings["data"] = {"class_path": "latentreward.cache.CachedPreferenceDataModule", "init_args": data}
+    settings["data"] = {"class_path": "latentreward.diffusion.CachedPreferenceDataModule", "init_args": data}
     return settings | {"trainer": trainer("of_cache")}
 
 
@@ -127,7 +127,7 @@ def align(twin: Twin) -> None:
         "PolicyLoRA",
         "EncodeOnce",
     ]
-    run("fit", {"model": {"class_path": "latentreward.modules.LPOModule", "init_args": arguments},
+    run("fit", {"model": {"class_path": "latentreward.alignment.LPOModule", "init_args": arguments},
                 "data": {"class_path": "latentreward.data.PromptDataModule", "init_args": data},
                 "trainer": trainer("aligned", *callbacks)})  # fmt: skip
 

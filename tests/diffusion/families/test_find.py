@@ -7,13 +7,13 @@ from typing import Any
 import diffusers
 import pytest
 
-from latentreward.errors import InputError
-from latentreward.families import Family, families, find_family, import_family
-from latentreward.families.sd import StableDiffusion
-from latentreward.policies import PolicySource
-from latentreward.policies.checkpoint import SOURCE, read_policy_adapter
-from tests.families.made_configs import MadeConfigs
-from tests.families.twins import TWINS, Twin
+from latentreward.alignment import PolicySource
+from latentreward.alignment.policies.checkpoint import SOURCE, read_policy_adapter
+from latentreward.core.errors import InputError
+from latentreward.diffusion import Family, families, find_family, import_family
+from latentreward.diffusion.families.sd import StableDiffusion
+from tests.diffusion.families.made_configs import MadeConfigs
+from tests.diffusion.families.twins import TWINS, Twin
 from tests.tiny_pipelines import pipeline_folder
 
 VAE = {"latent_channels": 16, "block_out_channels": [1] * 4, "scaling_factor": 0.3611, "shift_factor": 0.1159}
@@ -105,7 +105,7 @@ def test_a_family_of_ones_own_by_its_import_path() -> None:
     for wrong, reason in (("nowhere.Family", "cannot be imported"), ("Family", "cannot be imported"),
                           ("sdxl", "is no path of a class, .* for a family of this package leave family out"),
                           (f"{__name__}.Path", "not a subclass"),
-                          ("latentreward.families.flow.FlowFamily", "lacks .*velocity of .*Family; define"),
+                          ("latentreward.diffusion.FlowFamily", "lacks .*velocity of .*Family; define"),
                           (".flow.FlowFamily", "is relative; give the whole path")):  # fmt: skip
         with pytest.raises(InputError, match=reason):
             import_family(wrong)
@@ -114,7 +114,7 @@ def test_a_family_of_ones_own_by_its_import_path() -> None:
 def test_a_strangers_checkpoint_does_not_import_its_family(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 
-    from latentreward.policies import POLICY
+    from latentreward.alignment import POLICY
 
     (tmp_path / "stranger.py").write_text("raise SystemExit('imported')")
     monkeypatch.syspath_prepend(tmp_path)

@@ -12,13 +12,13 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift, retrieve_timesteps
 
-from latentreward.errors import InputError
-from latentreward.families import find_family
-from latentreward.families.flux1 import Flux1
-from latentreward.noise.schedules import EULER
-from tests.families.made_configs import MadeConfigs
-from tests.families.test_parity import STEPS, assert_near, sampled
-from tests.families.twins import PROMPTS, TWINS, noise_for
+from latentreward.core.errors import InputError
+from latentreward.diffusion import find_family
+from latentreward.diffusion.families.flux1 import Flux1
+from latentreward.diffusion.noise.schedules import EULER
+from tests.diffusion.families.made_configs import MadeConfigs
+from tests.diffusion.families.test_parity import STEPS, assert_near, sampled
+from tests.diffusion.families.twins import PROMPTS, TWINS, noise_for
 
 VAE = {"latent_channels": 16, "block_out_channels": (128, 256, 512, 512), "scaling_factor": 0.3611,
        "shift_factor": 0.1159}  # fmt: skip

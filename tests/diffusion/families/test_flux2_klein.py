@@ -13,15 +13,15 @@ from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu,
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from latentreward.backbones import create_backbone
-from latentreward.encoders.vae import PatchedLatentEncoder
-from latentreward.errors import InputError
-from latentreward.families import find_family
-from latentreward.families.flux2_klein import Flux2Klein
-from latentreward.noise.schedules import EULER
-from tests.families.flux2_vae import CHANNELS, statistics
-from tests.families.made_configs import MadeConfigs
-from tests.families.twins import PROMPTS, TWINS, noise_for
+from latentreward.core.errors import InputError
+from latentreward.core.registry import create_backbone
+from latentreward.diffusion import find_family
+from latentreward.diffusion.encoders.vae import PatchedLatentEncoder
+from latentreward.diffusion.families.flux2_klein import Flux2Klein
+from latentreward.diffusion.noise.schedules import EULER
+from tests.diffusion.families.flux2_vae import CHANNELS, statistics
+from tests.diffusion.families.made_configs import MadeConfigs
+from tests.diffusion.families.twins import PROMPTS, TWINS, noise_for
 
 BASE, DISTILLED = TWINS["klein_base"], TWINS["klein_distilled"]
 DYNAMIC = {"use_dynamic_shifting": True, "shift": 3.0}

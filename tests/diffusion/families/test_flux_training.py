@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from latentreward.backbones import create_backbone
-from tests.families.twins import PROMPTS, TWINS, noise_for
+from latentreward.core.registry import create_backbone
+from tests.diffusion.families.twins import PROMPTS, TWINS, noise_for
 from tests.marks import rotated_after
 
 TAPS = [([2, 3], [3]), ([4], []), ([2], []), ([1], [2]), ([0], [1]), ([0], []), ([0], [0])]

@@ -10,12 +10,12 @@ from tempfile import mkdtemp
 import pytest
 import torch
 
+from latentreward.alignment import PolicySource
+from latentreward.apps.cli import main
 from latentreward.apps.estimate.pipelines import HUB_IDS, PIPELINES, write_pipelines
-from latentreward.backbones import create_backbone
-from latentreward.cli import main
-from latentreward.contracts import LatentSpace
-from latentreward.families import Family
-from latentreward.policies import PolicySource
+from latentreward.core.contracts import LatentSpace
+from latentreward.core.registry import create_backbone
+from latentreward.diffusion import Family
 from tests.marks import rotated_after
 
 # Parameters in billions, as counted on the meta device with diffusers 0.42: whole network, first half and first third
@@ -54,7 +54,7 @@ def billions(network: torch.nn.Module) -> float:
 
 
 pytestmark = pytest.mark.slow
-CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+CONFIGS = Path(__file__).resolve().parents[3] / "configs"
 # Computed by `latentreward fit --estimate`: peak in GB and TFLOP of an optimiser step, of the reward and of LPO. One of
 # pictures and one of clips: those of larger networks take a minute each; benchmarks/estimates.py computes all.
 COMPUTED = {"lumina2": ((35.6, 368), (30.1, 756)), "wan21": ((49.7, 278), (15.8, 162))}

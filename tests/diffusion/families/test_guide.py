@@ -15,24 +15,22 @@ from PIL import Image, ImageOps
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaTokenizerFast, UMT5Config, UMT5EncoderModel
 
+from latentreward.alignment import PolicySource, Sampling, sample_latents
+from latentreward.apps.cli import main
 from latentreward.apps.commands.fit import Parser
-from latentreward.backbones import create_backbone
-from latentreward.cache.layout import read_plan
-from latentreward.cli import main
-from latentreward.contracts import PromptBatch
-from latentreward.errors import InputError
-from latentreward.heads import GatedQFormerHead
-from latentreward.policies import PolicySource
-from latentreward.rollout import Sampling, sample_latents
-from latentreward.scoring import RewardModel, edit_prompt
-from latentreward.settings.functions import MODE, prepare_parsing
-from tests.cache.writing import SETTINGS, SQUARE, write_data
-from tests.families.own_families import sana_vae
-from tests.families.twins import PROMPTS, TWINS, GivenNoise, noise_for
+from latentreward.core.contracts import PromptBatch
+from latentreward.core.errors import InputError
+from latentreward.core.registry import create_backbone
+from latentreward.core.settings.functions import MODE, prepare_parsing
+from latentreward.diffusion.cache.layout import read_plan
+from latentreward.reward import GatedQFormerHead, RewardModel, edit_prompt
+from tests.diffusion.cache.writing import SETTINGS, SQUARE, write_data
+from tests.diffusion.families.own_families import sana_vae
+from tests.diffusion.families.twins import PROMPTS, TWINS, GivenNoise, noise_for
 from tests.processes import finish
 from tests.tiny_pipelines import pipeline_folder, randomise, vae
 
-PAGE = Path(__file__).resolve().parents[2] / "docs" / "families.md"
+PAGE = Path(__file__).resolve().parents[3] / "docs" / "families.md"
 ROWS = ["row 0 alone", "row 1 alone"]
 SHORT = {
     "aura_flow_reward.yaml": ["--data.train_pairs=16", "--data.val_pairs=8"],
@@ -107,13 +105,13 @@ def assert_rounding(printed: list[str], side: int, tokens: list[str]) -> None:
 
 
 OTHER_SCALE = """
-from latentreward.contracts import LatentSpace
+from latentreward.core.contracts import LatentSpace
 
 class PlainUNet(PlainUNet):
     latent_space = LatentSpace(4, 2, 0.25)
 """
 UNSCALED = """
-from latentreward.encoders.vae import LatentEncoder
+from latentreward.diffusion.encoders.vae import LatentEncoder
 
 class Unscaled(LatentEncoder):
     def encode(self, pixels, noise=None, *, differentiable=False):
@@ -240,7 +238,11 @@ def test_a_plain_unet_samples_as_stable_diffusion(folder: Path) -> None:
 def test_its_memory_is_estimated(
     head: str, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    lines = "from latentreward.heads import GatedQFormerHead", "class OwnHead(GatedQFormerHead):", '    """My head."""'
+    lines = (
+        "from latentreward.reward.heads import GatedQFormerHead",
+        "class OwnHead(GatedQFormerHead):",
+        '    """My head."""',
+    )
     (folder / "own_head.py").write_text("\n".join(lines))
     monkeypatch.chdir(folder)
     main(["fit", "--config=aura_flow_reward.yaml", f"--model.head={head}", "--trainer.accelerator=cpu", "--estimate"])

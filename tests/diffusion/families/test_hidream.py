@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from latentreward.backbones import create_backbone
-from latentreward.errors import InputError
-from latentreward.families.hidream import mixed
-from latentreward.policies import PolicySource
-from tests.families.twins import PROMPTS, TWINS, noise_for
+from latentreward.alignment import PolicySource
+from latentreward.core.errors import InputError
+from latentreward.core.registry import create_backbone
+from latentreward.diffusion.families.hidream import mixed
+from tests.diffusion.families.twins import PROMPTS, TWINS, noise_for
 
 TWIN = TWINS["hidream"]
 

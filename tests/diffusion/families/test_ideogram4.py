@@ -9,11 +9,11 @@ import torch
 from diffusers.pipelines.ideogram4.pipeline_ideogram4 import _logit_normal_sigmas, _resolution_aware_mu
 from safetensors.torch import load_file, save_file
 
-from latentreward.backbones import create_backbone
-from latentreward.errors import InputError
-from latentreward.scoring.precision import halve_products
-from tests.families.qwen3_vl import text_encoder
-from tests.families.twins import PROMPTS, TWINS, noise_for
+from latentreward.core.errors import InputError
+from latentreward.core.registry import create_backbone
+from latentreward.reward.scoring.precision import halve_products
+from tests.diffusion.families.qwen3_vl import text_encoder
+from tests.diffusion.families.twins import PROMPTS, TWINS, noise_for
 
 TWIN = TWINS["ideogram4"]
 

@@ -15,24 +15,21 @@ import torch
 from diffusers import DDIMScheduler, DiffusionPipeline
 from PIL import Image
 
+from latentreward.alignment import Policy, PolicySource, Sampling, TrainedLoRA, sample_latents, write_kohya
 from latentreward.apps.estimate.pipelines import PIPELINES, write_pipelines
-from latentreward.backbones import create_backbone
-from latentreward.backbones.tuning import LoRA
-from latentreward.contracts import EditPrompt, ImageRef, PromptBatch
+from latentreward.core.contracts import EditPrompt, ImageRef, PromptBatch
+from latentreward.core.errors import InputError
+from latentreward.core.registry import create_backbone
 from latentreward.data.images import to_pixels
-from latentreward.errors import InputError
-from latentreward.export.kohya import write_kohya
-from latentreward.export.lora import TrainedLoRA
-from latentreward.families.instruct_pix2pix import widened
-from latentreward.heads import CLIPProjectionHead
-from latentreward.policies import Policy, PolicySource
-from latentreward.rollout import Sampling, sample_latents
-from latentreward.scoring.layouts.exporting import lpo_problems
-from latentreward.scoring.network import RewardNetwork
-from tests.families.test_parity import assert_near
-from tests.families.twins import PROMPTS, GivenNoise, noise_for
+from latentreward.diffusion import LoRA
+from latentreward.diffusion.families.instruct_pix2pix import widened
+from latentreward.reward import CLIPProjectionHead
+from latentreward.reward.scoring.layouts.exporting import lpo_problems
+from latentreward.reward.scoring.network import RewardNetwork
+from tests.alignment.policies.alignment import perturbed
+from tests.diffusion.families.test_parity import assert_near
+from tests.diffusion.families.twins import PROMPTS, GivenNoise, noise_for
 from tests.marks import slow_after
-from tests.policies.alignment import perturbed
 from tests.tiny_pipelines import pipeline_folder, sd_unet
 
 SIZE = (16, 24)

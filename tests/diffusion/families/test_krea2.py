@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from latentreward.errors import InputError
-from latentreward.families.krea2 import DISTILLED_MU, LAYERS
-from tests.families.twins import PROMPTS, TWINS
+from latentreward.core.errors import InputError
+from latentreward.diffusion.families.krea2 import DISTILLED_MU, LAYERS
+from tests.diffusion.families.twins import PROMPTS, TWINS
 
 TWIN, TURBO = TWINS["krea2"], TWINS["krea2_turbo"]
 LONG = "two dogs on a hill " * 300

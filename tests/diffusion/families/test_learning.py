@@ -9,16 +9,22 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
-from latentreward.contracts import PromptBatch
+from latentreward.alignment import (
+    AlignmentModule,
+    Branching,
+    LPOModule,
+    QuantileThreshold,
+    ReFLModule,
+    StepwiseGRPOModule,
+    sample_latents,
+)
+from latentreward.core.contracts import PromptBatch
 from latentreward.data.alignment.prompts import PromptLoaders
-from latentreward.modules import LPOModule, ReFLModule, StepwiseGRPOModule
-from latentreward.modules.alignment import AlignmentModule
-from latentreward.rollout import Branching, QuantileThreshold, sample_latents
-from tests.families.test_backbones import Scorer, inputs
-from tests.families.test_methods import DifferentiableChannel, rolled, sampling
-from tests.families.twins import PROMPTS, Twin, noise_for, one_per_family
+from tests.alignment.modules.lpo_runs import make_trainer
+from tests.diffusion.families.test_backbones import Scorer, inputs
+from tests.diffusion.families.test_methods import DifferentiableChannel, rolled, sampling
+from tests.diffusion.families.twins import PROMPTS, Twin, noise_for, one_per_family
 from tests.marks import release_after
-from tests.modules.lpo_runs import make_trainer
 
 pytestmark = pytest.mark.slow
 every_family = pytest.mark.parametrize("twin", release_after(1, one_per_family()), ids=lambda twin: twin.family)

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from latentreward.errors import InputError
-from latentreward.families.lumina2 import SYSTEM
-from tests.families.twins import PROMPTS, TWINS, noise_for
+from latentreward.core.errors import InputError
+from latentreward.diffusion.families.lumina2 import SYSTEM
+from tests.diffusion.families.twins import PROMPTS, TWINS, noise_for
 
 TWIN = TWINS["lumina2"]
 

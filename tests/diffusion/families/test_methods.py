@@ -11,29 +11,32 @@ from _pytest.mark import ParameterSet
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from latentreward.backbones import create_backbone
-from latentreward.contracts import LatentSpace, NoisyStates, PreferenceBatch, PromptBatch
-from latentreward.data.alignment.prompts import PromptLoaders
-from latentreward.errors import InputError
-from latentreward.heads import GatedQFormerHead
-from latentreward.modules import (
+from latentreward.alignment import (
+    AlignmentModule,
+    Branching,
     DiffusionDPOModule,
-    DiNaLRMModule,
     LPOModule,
+    Policy,
+    PolicySource,
+    QuantileThreshold,
     ReFLModule,
+    Reward,
+    RewardSource,
+    Sampling,
     SPOModule,
     StepwiseGRPOModule,
     TrajectoryGRPOModule,
 )
-from latentreward.modules.alignment import AlignmentModule
-from latentreward.modules.pairs import PairDraws
-from latentreward.policies import Policy, PolicySource
-from latentreward.rewards import Reward, RewardSource
-from latentreward.rollout import Branching, QuantileThreshold, Sampling
-from tests.families.twins import PROMPTS, TWINS, Twin, noise_for, one_per_family
+from latentreward.core.contracts import LatentSpace, NoisyStates, PreferenceBatch, PromptBatch
+from latentreward.core.errors import InputError
+from latentreward.core.registry import create_backbone
+from latentreward.data.alignment.prompts import PromptLoaders
+from latentreward.reward import DiNaLRMModule, GatedQFormerHead
+from latentreward.reward.modules.pairs import PairDraws
+from tests.alignment.modules.lpo_runs import make_trainer
+from tests.alignment.modules.simple_reward import FirstChannelReward
+from tests.diffusion.families.twins import PROMPTS, TWINS, Twin, noise_for, one_per_family
 from tests.marks import rotated_after
-from tests.modules.lpo_runs import make_trainer
-from tests.modules.simple_reward import FirstChannelReward
 
 
 class Redness(Reward):

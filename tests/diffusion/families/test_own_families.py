@@ -13,24 +13,20 @@ from diffusers import DiffusionPipeline, PixArtTransformer2DModel
 from peft import PeftModel
 from safetensors.torch import load_file
 
+from latentreward.alignment import PolicySource, Sampling, TrainedLoRA, sample_latents, write_merged
 from latentreward.apps.estimate.shapes import ShapesOnly
 from latentreward.apps.generation import load_lora, policy_of
-from latentreward.backbones.loading import PipelineSource
-from latentreward.backbones.tuning import LoRA
-from latentreward.backbones.weights import settle
-from latentreward.contracts import PromptBatch
-from latentreward.errors import InputError
-from latentreward.export import TrainedLoRA, write_merged
-from latentreward.families import FlowFamily, find_family
-from latentreward.heads import CLIPProjectionHead, GatedQFormerHead
-from latentreward.noise import ContinuousFlow
-from latentreward.policies import PolicySource
-from latentreward.rollout import Sampling, sample_latents
-from latentreward.scoring.network import RewardNetwork
-from tests.families import own_families
-from tests.families.made_configs import MadeConfigs
-from tests.families.twins import PROMPTS, GivenNoise, noise_for
-from tests.policies.alignment import perturbed
+from latentreward.core.contracts import PromptBatch
+from latentreward.core.errors import InputError
+from latentreward.diffusion import ContinuousFlow, FlowFamily, LoRA, find_family
+from latentreward.diffusion.backbones.loading import PipelineSource
+from latentreward.diffusion.backbones.weights import settle
+from latentreward.reward import CLIPProjectionHead, GatedQFormerHead
+from latentreward.reward.scoring.network import RewardNetwork
+from tests.alignment.policies.alignment import perturbed
+from tests.diffusion.families import own_families
+from tests.diffusion.families.made_configs import MadeConfigs
+from tests.diffusion.families.twins import PROMPTS, GivenNoise, noise_for
 from tests.tiny_pipelines import randomise
 
 SANA = {"complex_human_instruction": None, "use_resolution_binning": False}

@@ -5,10 +5,9 @@ from functools import cache
 import numpy as np
 import torch
 
-from latentreward.contracts import PromptBatch
-from latentreward.policies import Policy
-from latentreward.rollout import Sampling, sample_latents
-from tests.families.twins import PROMPTS, TWINS, GivenNoise, Twin, every_network, every_twin, noise_for
+from latentreward.alignment import Policy, Sampling, sample_latents
+from latentreward.core.contracts import PromptBatch
+from tests.diffusion.families.twins import PROMPTS, TWINS, GivenNoise, Twin, every_network, every_twin, noise_for
 
 STEPS = 4
 

@@ -5,10 +5,10 @@ import re
 import pytest
 import torch
 
-from latentreward.backbones import create_backbone
-from latentreward.backbones.base import DiffusionBackbone
-from latentreward.scoring.precision import halve_products, is_halved
-from tests.families.twins import PROMPTS, TWINS, Twin, every_network, noise_for
+from latentreward.core.registry import create_backbone
+from latentreward.diffusion import DiffusionBackbone
+from latentreward.reward.scoring.precision import halve_products, is_halved
+from tests.diffusion.families.twins import PROMPTS, TWINS, Twin, every_network, noise_for
 
 OF_TOKENS = re.compile(
     r"(^|\.)(attn\d?|(self_)?attention|ff|ff_context|ff_[it]|ffn|feed_forward|(img_|txt_)?mlp|proj_mlp|proj_out)(\.|$)"

@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from latentreward.errors import InputError
-from latentreward.noise import ContinuousFlow
-from latentreward.rollout import Branching, Sampling
-from tests.families.twins import Twin, every_twin, noise_for
+from latentreward.alignment import Branching, Sampling
+from latentreward.core.errors import InputError
+from latentreward.diffusion import ContinuousFlow
+from tests.diffusion.families.twins import Twin, every_twin, noise_for
 
 
 def sampler(twin: Twin, steps: int, noise_level: float = 0.7):
@@ -70,8 +70,8 @@ def test_timesteps_of_a_continuous_flow_are_not_rounded_to_a_table() -> None:
 
 
 def test_training_needs_two_steps_with_noise() -> None:
-    from latentreward.noise.schedules import static_levels
-    from latentreward.rollout import FlowSDESampler
+    from latentreward.alignment import FlowSDESampler
+    from latentreward.diffusion.noise.schedules import static_levels
 
     few = FlowSDESampler(*static_levels({"shift": 3.0}, 4))
     with pytest.raises(InputError, match=r"only the step at timestep 602.151 has noise .* training needs at least 2"):

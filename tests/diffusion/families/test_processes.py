@@ -9,19 +9,17 @@ import torch
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 
-from latentreward.backbones import LoRA, create_backbone
-from latentreward.checkpoints.fsdp2 import FSDP2Strategy
-from latentreward.contracts import NoisyStates
-from latentreward.heads import GatedQFormerHead
-from latentreward.modules.alignment import shard_reward
-from latentreward.modules.sharded_policy import shard_policy
-from latentreward.policies import load_policy
-from latentreward.rewards import LatentReward
-from latentreward.rollout import Sampling
-from latentreward.scoring import RewardModel
+from latentreward.alignment import LatentReward, Sampling, load_policy
+from latentreward.alignment.modules.alignment import shard_reward
+from latentreward.alignment.modules.sharded_policy import shard_policy
+from latentreward.core.checkpoints.fsdp2 import FSDP2Strategy
+from latentreward.core.contracts import NoisyStates
+from latentreward.core.registry import create_backbone
+from latentreward.diffusion import LoRA
+from latentreward.reward import GatedQFormerHead, RewardModel
+from tests.alignment.modules.lpo_runs import saved_run
+from tests.diffusion.families.twins import PROMPTS, TWINS, noise_for
 from tests.distributed.ranks import on_ranks
-from tests.families.twins import PROMPTS, TWINS, noise_for
-from tests.modules.lpo_runs import saved_run
 from tests.processes import Forked
 
 pytestmark = pytest.mark.slow
@@ -50,7 +48,9 @@ def cases_of_two(folder: Path) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    return on_ranks("tests.families.test_processes:cases_of_two", tmp_path_factory.mktemp("ranks"), timeout=1200)
+    return on_ranks(
+        "tests.diffusion.families.test_processes:cases_of_two", tmp_path_factory.mktemp("ranks"), timeout=1200
+    )
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +114,7 @@ def scores_of_shared_rewards(folder: Path) -> dict[str, tuple[Tensor, Tensor]]:
 
 def test_a_reward_on_a_sharded_policys_network_scores_as_before(tmp_path: Path) -> None:
     write_rewards(tmp_path)
-    for rank in on_ranks("tests.families.test_processes:scores_of_shared_rewards", tmp_path):
+    for rank in on_ranks("tests.diffusion.families.test_processes:scores_of_shared_rewards", tmp_path):
         for name, (before, after) in rank.items():
             torch.testing.assert_close(after, before, rtol=1e-5, atol=1e-6, msg=name)
 

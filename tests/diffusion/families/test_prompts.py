@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from latentreward.errors import InputError
-from latentreward.policies import PolicySource
-from tests.families.twins import PROMPTS, TWINS, Twin
+from latentreward.alignment import PolicySource
+from latentreward.core.errors import InputError
+from tests.diffusion.families.twins import PROMPTS, TWINS, Twin
 from tests.tiny_pipelines import source_of
 
 TOLD = [twin for twin in TWINS.values() if twin.family != "sd3"]

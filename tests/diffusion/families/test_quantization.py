@@ -15,21 +15,20 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.utils.data import DataLoader
 
-from latentreward.backbones import LoRA, create_backbone
-from latentreward.backbones.quantization import is_frozen_linear
-from latentreward.checkpoints.base_weights import BaseSample, is_quantized, keep_sample, quantized_names, sample
-from latentreward.checkpoints.shards import frozen_names, read_checkpoint
-from latentreward.cli import main
-from latentreward.errors import InputError
-from latentreward.heads import GatedQFormerHead
-from latentreward.modules import DiNaLRMModule
-from latentreward.modules.based import frozen_values
-from latentreward.modules.sharding import check_axes
-from latentreward.policies import Policy
-from latentreward.scoring import RewardModel
-from tests.families.test_methods import pairs, sgd
-from tests.families.twins import PROMPTS, TWINS, Twin, noise_for
-from tests.modules.lpo_runs import make_trainer
+from latentreward.alignment import Policy
+from latentreward.apps.cli import main
+from latentreward.core.checkpoints.base_weights import BaseSample, is_quantized, keep_sample, quantized_names, sample
+from latentreward.core.checkpoints.shards import frozen_names, read_checkpoint
+from latentreward.core.errors import InputError
+from latentreward.core.registry import create_backbone
+from latentreward.diffusion import LoRA
+from latentreward.diffusion.backbones.quantization import is_frozen_linear
+from latentreward.reward import DiNaLRMModule, GatedQFormerHead, RewardModel
+from latentreward.reward.modules.based import frozen_values
+from latentreward.reward.modules.sharding import check_axes
+from tests.alignment.modules.lpo_runs import make_trainer
+from tests.diffusion.families.test_methods import pairs, sgd
+from tests.diffusion.families.twins import PROMPTS, TWINS, Twin, noise_for
 from tests.tiny_pipelines import source_of
 
 FAMILIES = [twin for twin in TWINS.values() if twin.name in ("z_image", "flux1_dev")]
@@ -149,7 +148,7 @@ def test_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for kind in ("nf4", "bnb_int8"):
         with pytest.raises(InputError, match=rf"quantization={kind} .*(needs a GPU|pip install latentreward\[quant\])"):
             policy_of(twin, kind)
-    monkeypatch.setattr("latentreward.backbones.quantization.find_spec", lambda name: None)
+    monkeypatch.setattr("latentreward.diffusion.backbones.quantization.find_spec", lambda name: None)
     with pytest.raises(InputError, match=r"quantization=int8 needs torchao; pip install latentreward\[quant\]"):
         policy_of(twin, "int8")
 
@@ -165,10 +164,9 @@ def test_stable_diffusion_is_refused_before_its_weights_are_read(name: str, tmp_
 
 @pytest.mark.slow
 def test_a_run_is_saved_and_its_policy_loaded_again(tmp_path: Path) -> None:
-    from latentreward.modules import LPOModule
-    from latentreward.policies import load_policy
-    from tests.families.test_methods import PAIRWISE, PromptLoaders, sampling
-    from tests.modules.simple_reward import FirstChannelReward
+    from latentreward.alignment import LPOModule, load_policy
+    from tests.alignment.modules.simple_reward import FirstChannelReward
+    from tests.diffusion.families.test_methods import PAIRWISE, PromptLoaders, sampling
 
     twin = FAMILIES[0]
     source = twin.source(frozen_dtype="bfloat16", quantization="int8", lora=LoRA(2, 5.0))
@@ -179,7 +177,10 @@ def test_a_run_is_saved_and_its_policy_loaded_again(tmp_path: Path) -> None:
     trainer.save_checkpoint(tmp_path / "last.ckpt")
     for options, message in (
         ({"quantization": None}, r"trained with policy\.quantization=int8, not None; give policy\.quantization as it"),
-        ({"family": "latentreward.families.flux1.Flux1"}, r"trained with policy\.family=None, not latentreward\."),
+        (
+            {"family": "latentreward.diffusion.families.flux1.Flux1"},
+            r"trained with policy\.family=None, not latentreward\.",
+        ),
     ):
         other = replace(source, **options)
         resumed = LPOModule(other, FirstChannelReward(), sampling=sampling(twin), optimizer=sgd, seed=0, **PAIRWISE)

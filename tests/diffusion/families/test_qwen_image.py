@@ -14,16 +14,22 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.pipelines.qwenimage.pipeline_qwenimage import calculate_shift
 from safetensors.torch import load_file, save_file
 
-from latentreward.contracts import Conditioning
-from latentreward.errors import InputError
-from latentreward.families import find_family
-from latentreward.families.qwen_image import PREFIX, TEMPLATE, QwenImage, QwenImagePromptEncoder, prefix_length
-from latentreward.noise.schedules import EULER
-from latentreward.policies import PolicySource
-from tests.families.made_configs import MadeConfigs
-from tests.families.made_qwen_image import scheduler, text_encoder, tokenizer, transformer
-from tests.families.made_wan21 import vae
-from tests.families.twins import PROMPTS, TWINS, noise_for
+from latentreward.alignment import PolicySource
+from latentreward.core.contracts import Conditioning
+from latentreward.core.errors import InputError
+from latentreward.diffusion import find_family
+from latentreward.diffusion.families.qwen_image import (
+    PREFIX,
+    TEMPLATE,
+    QwenImage,
+    QwenImagePromptEncoder,
+    prefix_length,
+)
+from latentreward.diffusion.noise.schedules import EULER
+from tests.diffusion.families.made_configs import MadeConfigs
+from tests.diffusion.families.made_qwen_image import scheduler, text_encoder, tokenizer, transformer
+from tests.diffusion.families.made_wan21 import vae
+from tests.diffusion.families.twins import PROMPTS, TWINS, noise_for
 
 
 def configs(**network: Any) -> MadeConfigs:

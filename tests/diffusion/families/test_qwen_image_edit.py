@@ -15,27 +15,24 @@ import torch
 from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit, pipeline_qwenimage_edit_plus
 from torch import Tensor
 
-from latentreward.backbones import create_backbone
-from latentreward.backbones.tuning import LoRA
-from latentreward.contracts import Conditioning, EditPrompt, ImageRef, PromptBatch, seen_as
-from latentreward.data import JSONLPairReader, PairDataset, PixelLoader
+from latentreward.alignment import Policy, PolicySource, Sampling, TrainedLoRA, sample_latents
+from latentreward.core.contracts import Conditioning, EditPrompt, ImageRef, PromptBatch, seen_as
+from latentreward.core.errors import InputError
+from latentreward.core.registry import create_backbone
+from latentreward.data import ImageError, JSONLPairReader, PairDataset, PixelLoader, decode_image
 from latentreward.data.image_sizes import OneSize
-from latentreward.data.images import ImageError, decode_image, png
-from latentreward.encoders import sources
-from latentreward.encoders.fingerprint import text_fingerprint
-from latentreward.errors import InputError
-from latentreward.export.lora import TrainedLoRA
-from latentreward.families import qwen_image_edit as edit
-from latentreward.heads import GatedQFormerHead
-from latentreward.policies import Policy, PolicySource
-from latentreward.rollout import Sampling, sample_latents
-from latentreward.scoring import RewardModel
+from latentreward.data.images import png
+from latentreward.diffusion import LoRA
+from latentreward.diffusion.encoders import sources
+from latentreward.diffusion.encoders.fingerprint import text_fingerprint
+from latentreward.diffusion.families import qwen_image_edit as edit
+from latentreward.reward import GatedQFormerHead, RewardModel
+from tests.alignment.policies.alignment import perturbed
 from tests.data.rotated import photograph
-from tests.families.made_qwen_image_edit import PAD, picture, qwen_image_edit, write
-from tests.families.test_parity import assert_near
-from tests.families.twin_qwen_image import packed, unpacked
-from tests.families.twins import GivenNoise, noise_for
-from tests.policies.alignment import perturbed
+from tests.diffusion.families.made_qwen_image_edit import PAD, picture, qwen_image_edit, write
+from tests.diffusion.families.test_parity import assert_near
+from tests.diffusion.families.twin_qwen_image import packed, unpacked
+from tests.diffusion.families.twins import GivenNoise, noise_for
 
 SIZES = ((72, 50), (40, 60), (64, 64))
 SHRINK = 256  # factor by which areas are smaller in tests that encode or sample

@@ -12,23 +12,21 @@ import torch
 import yaml
 from torch import Tensor
 
+from latentreward.alignment import LatentReward
+from latentreward.alignment.policies.checkpoint import read_policy_adapter
 from latentreward.apps.commands.export import export
-from latentreward.backbones import LoRA, create_backbone
-from latentreward.checkpoints.shards import frozen_names
-from latentreward.errors import InputError
-from latentreward.heads import GatedQFormerHead
-from latentreward.modules import DiNaLRMModule
-from latentreward.policies.checkpoint import read_policy_adapter
-from latentreward.rewards import LatentReward
-from latentreward.scorers import RewardModelScorer
-from latentreward.scoring import RewardModel
-from tests.families.twins import TWINS, noise_for
+from latentreward.core.checkpoints.shards import frozen_names
+from latentreward.core.errors import InputError
+from latentreward.core.registry import create_backbone
+from latentreward.diffusion import LoRA
+from latentreward.reward import DiNaLRMModule, GatedQFormerHead, RewardModel, RewardModelScorer
+from tests.diffusion.families.twins import TWINS, noise_for
 
 TWIN = TWINS["lumina2"]
 BACKBONE = {"source": TWIN.folder, "visual_taps": [1, 2], "text_taps": [1, 2]}
 TRAINING = {"gradient_checkpointing": True, "attention_backend": "native"}
 HEAD = {"num_queries": 2, "num_heads": 2}
-OWN = "from latentreward.families.lumina2 import Lumina2\n\n\nclass Own(Lumina2):\n    pass\n"
+OWN = "from latentreward.diffusion.families.lumina2 import Lumina2\n\n\nclass Own(Lumina2):\n    pass\n"
 REFUSED = r"config\.\w+: .*backbone: family 'own_family\.Own' is not of this package.*--trust_remote_code=true"
 
 
@@ -57,15 +55,15 @@ def stored(trained: DiNaLRMModule, tmp_path_factory: pytest.TempPathFactory) -> 
     trained.model.save_pretrained(folder / "model")
     frozen = frozen_names(trained)
     state = {name: value for name, value in trained.state_dict().items() if name not in frozen}
-    path = "latentreward.families.lumina2.lumina2"
+    path = "latentreward.diffusion.families.lumina2.lumina2"
     backbone = {"class_path": path, "init_args": {**BACKBONE, **TRAINING, "lora": {"rank": 2, "alpha": 4.0}}}
-    head = {"class_path": "latentreward.heads.GatedQFormerHead", "init_args": HEAD}
+    head = {"class_path": "latentreward.reward.GatedQFormerHead", "init_args": HEAD}
     settings = {"backbone": backbone, "head": head}
     for name in ("run", "notes"):
         (folder / name).mkdir()
         noted = {"reward_settings": {"training": {}, **settings}} if name == "notes" else {}
         torch.save({"state_dict": state, "exif": "apply", **noted}, folder / name / "reward.ckpt")
-    run = {"model": {"class_path": "latentreward.modules.DiNaLRMModule", "init_args": settings}}
+    run = {"model": {"class_path": "latentreward.reward.DiNaLRMModule", "init_args": settings}}
     (folder / "run" / "config.yaml").write_text(yaml.safe_dump(run))
     return folder
 
@@ -178,14 +176,14 @@ def test_a_trusted_family_does_not_lie_beside_the_model(
 
 
 def test_families_of_the_package_need_no_trust(stored: Path, trained: DiNaLRMModule, tmp_path: Path) -> None:
-    copy = with_family(stored, "model", "latentreward.families.lumina2.Lumina2", tmp_path)
+    copy = with_family(stored, "model", "latentreward.diffusion.families.lumina2.Lumina2", tmp_path)
     assert torch.equal(score(load(copy)), score(trained.model))
 
 
 def test_a_checkpoint_of_a_policy_names_the_remedy_of_each_command(tmp_path: Path) -> None:
     source = {"source": TWIN.folder, "lora": {"rank": 2, "alpha": 4.0}}
     state = {"policy.network.x.lora_A.policy.weight": torch.zeros(2, 2)}
-    for family in ("own_family.Own", "latentreward.families.lumina2.Lumina2"):
+    for family in ("own_family.Own", "latentreward.diffusion.families.lumina2.Lumina2"):
         torch.save({"state_dict": state, "policy_source": {**source, "family": family}}, tmp_path / f"{family}.ckpt")
     with pytest.raises(InputError, match=r"policy\.source and policy\.family.*export --trust_remote_code=true"):
         read_policy_adapter(tmp_path / "own_family.Own.ckpt")

@@ -2,8 +2,8 @@
 
 import torch
 
-from latentreward.backbones import create_backbone
-from tests.families.twins import PROMPTS, Twin, every_network, noise_for
+from latentreward.core.registry import create_backbone
+from tests.diffusion.families.twins import PROMPTS, Twin, every_network, noise_for
 
 
 @every_network

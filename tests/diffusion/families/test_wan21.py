@@ -8,16 +8,14 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline, WanTransformer3DModel
 from safetensors.torch import load_file
 
-from latentreward.backbones import create_backbone
-from latentreward.backbones.tuning import LoRA
-from latentreward.errors import InputError
-from latentreward.export import TrainedLoRA, write_kohya
-from latentreward.families import find_family
-from latentreward.families.wan21 import Wan21, cleaned
-from latentreward.noise import ContinuousFlow
-from tests.families.made_configs import MadeConfigs
-from tests.families.made_wan21 import transformer, unipc, vae
-from tests.families.twins import PROMPTS, TWINS, noise_for
+from latentreward.alignment import TrainedLoRA, write_kohya
+from latentreward.core.errors import InputError
+from latentreward.core.registry import create_backbone
+from latentreward.diffusion import ContinuousFlow, LoRA, find_family
+from latentreward.diffusion.families.wan21 import Wan21, cleaned
+from tests.diffusion.families.made_configs import MadeConfigs
+from tests.diffusion.families.made_wan21 import transformer, unipc, vae
+from tests.diffusion.families.twins import PROMPTS, TWINS, noise_for
 
 
 def configs(scheduler: Any = None, index: dict[str, Any] | None = None, **network: Any) -> MadeConfigs:

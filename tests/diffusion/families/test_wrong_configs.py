@@ -13,12 +13,11 @@ import torch
 from torch import Tensor
 
 from latentreward.apps.estimate.pipelines import PUBLISHED as ALL
-from latentreward.backbones.loading import PipelineSource
-from latentreward.errors import InputError
-from latentreward.families import families, find_family
-from latentreward.families.flow import FlowFamily
-from tests.families.made_configs import MadeConfigs
-from tests.families.twins import TWINS
+from latentreward.core.errors import InputError
+from latentreward.diffusion import FlowFamily, families, find_family
+from latentreward.diffusion.backbones.loading import PipelineSource
+from tests.diffusion.families.made_configs import MadeConfigs
+from tests.diffusion.families.twins import TWINS
 from tests.tiny_pipelines import pipeline_folder
 
 FLOWS = {name: kind for name, kind in families().items() if issubclass(kind, FlowFamily) and name != "hidream"}

@@ -6,14 +6,14 @@ import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
-from latentreward.backbones import create_backbone
-from latentreward.errors import InputError
-from latentreward.families import find_family
-from latentreward.families.z_image import ZImage, ZImagePromptEncoder, lengths_of
-from latentreward.noise.schedules import EULER
-from tests.families.made_configs import MadeConfigs
-from tests.families.qwen3 import qwen, qwen_tokenizer
-from tests.families.twins import PROMPTS, TWINS, noise_for
+from latentreward.core.errors import InputError
+from latentreward.core.registry import create_backbone
+from latentreward.diffusion import find_family
+from latentreward.diffusion.families.z_image import ZImage, ZImagePromptEncoder, lengths_of
+from latentreward.diffusion.noise.schedules import EULER
+from tests.diffusion.families.made_configs import MadeConfigs
+from tests.diffusion.families.qwen3 import qwen, qwen_tokenizer
+from tests.diffusion.families.twins import PROMPTS, TWINS, noise_for
 
 
 def family(shift: float = 6.0, **network: object) -> ZImage:

@@ -6,9 +6,9 @@ import torch
 from diffusers import ChromaPipeline, ChromaTransformer2DModel, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from transformers import T5Config, T5EncoderModel
 
-from tests.families.flux_vae import flux_vae
-from tests.families.twin_flux1 import CHANNELS, packed, unpacked
-from tests.families.twins import Twin
+from tests.diffusion.families.flux_vae import flux_vae
+from tests.diffusion.families.twin_flux1 import CHANNELS, packed, unpacked
+from tests.diffusion.families.twins import Twin
 from tests.tiny_pipelines import WIDTH, t5_tokenizer
 
 

@@ -12,8 +12,8 @@ from diffusers import (
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import Mistral3Config, Mistral3Model, PreTrainedTokenizerFast
 
-from tests.families.flux2_vae import CHANNELS, flux2_vae
-from tests.families.twins import Twin
+from tests.diffusion.families.flux2_vae import CHANNELS, flux2_vae
+from tests.diffusion.families.twins import Twin
 from tests.tiny_pipelines import WIDTH
 
 

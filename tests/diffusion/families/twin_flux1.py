@@ -4,8 +4,8 @@ from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, FluxPi
 from torch import Tensor
 from transformers import CLIPTextModel, T5Config, T5EncoderModel
 
-from tests.families.flux_vae import flux_vae
-from tests.families.twins import Twin
+from tests.diffusion.families.flux_vae import flux_vae
+from tests.diffusion.families.twins import Twin
 from tests.tiny_pipelines import WIDTH, clip_config, clip_tokenizer, t5_tokenizer
 
 CHANNELS = 16

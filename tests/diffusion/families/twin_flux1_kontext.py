@@ -2,8 +2,8 @@
 
 from diffusers import DiffusionPipeline, FluxKontextPipeline
 
-from tests.families.twin_flux1 import flux1, packed, unpacked
-from tests.families.twins import Twin
+from tests.diffusion.families.twin_flux1 import flux1, packed, unpacked
+from tests.diffusion.families.twins import Twin
 
 
 def pipeline() -> DiffusionPipeline:

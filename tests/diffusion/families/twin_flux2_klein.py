@@ -10,8 +10,8 @@ from torch import Tensor
 from transformers import Qwen2Tokenizer, Qwen3Config, Qwen3ForCausalLM
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from tests.families.flux2_vae import CHANNELS, flux2_vae, statistics
-from tests.families.twins import Twin
+from tests.diffusion.families.flux2_vae import CHANNELS, flux2_vae, statistics
+from tests.diffusion.families.twins import Twin
 from tests.tiny_pipelines import WIDTH
 
 TEMPLATE = """\

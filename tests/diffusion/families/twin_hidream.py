@@ -17,9 +17,9 @@ from transformers import (
     T5EncoderModel,
 )
 
-from tests.families.flux_vae import flux_vae
-from tests.families.twin_ernie_image import mistral_tokenizer
-from tests.families.twin_wan21 import WanTwin
+from tests.diffusion.families.flux_vae import flux_vae
+from tests.diffusion.families.twin_ernie_image import mistral_tokenizer
+from tests.diffusion.families.twin_wan21 import WanTwin
 from tests.tiny_pipelines import WIDTH, clip_config, clip_tokenizer, t5_tokenizer
 
 SIZE = (32, 48)

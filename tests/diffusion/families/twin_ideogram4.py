@@ -9,11 +9,11 @@ from diffusers import (
 from torch import Tensor
 from transformers import Qwen2Tokenizer
 
-from latentreward.families.ideogram4 import LAYERS
-from tests.families.flux2_vae import CHANNELS, flux2_vae, statistics
-from tests.families.qwen3 import qwen_tokenizer
-from tests.families.qwen3_vl import text_encoder
-from tests.families.twins import Twin
+from latentreward.diffusion.families.ideogram4 import LAYERS
+from tests.diffusion.families.flux2_vae import CHANNELS, flux2_vae, statistics
+from tests.diffusion.families.qwen3 import qwen_tokenizer
+from tests.diffusion.families.qwen3_vl import text_encoder
+from tests.diffusion.families.twins import Twin
 from tests.tiny_pipelines import WIDTH
 
 TEMPLATE = (

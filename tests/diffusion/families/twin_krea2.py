@@ -10,11 +10,11 @@ from diffusers import (
     Krea2Transformer2DModel,
 )
 
-from tests.families.made_qwen_image import tokenizer
-from tests.families.made_wan21 import vae
-from tests.families.qwen3_vl import text_encoder
-from tests.families.twin_qwen_image import packed, unpacked
-from tests.families.twins import Twin
+from tests.diffusion.families.made_qwen_image import tokenizer
+from tests.diffusion.families.made_wan21 import vae
+from tests.diffusion.families.qwen3_vl import text_encoder
+from tests.diffusion.families.twin_qwen_image import packed, unpacked
+from tests.diffusion.families.twins import Twin
 from tests.tiny_pipelines import WIDTH
 
 LAYERS = (1, 3)

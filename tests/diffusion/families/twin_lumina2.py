@@ -3,8 +3,8 @@
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, Lumina2Pipeline, Lumina2Transformer2DModel
 from transformers import Gemma2Config, Gemma2Model, GemmaTokenizer
 
-from tests.families.flux_vae import flux_vae
-from tests.families.twins import Twin
+from tests.diffusion.families.flux_vae import flux_vae
+from tests.diffusion.families.twins import Twin
 from tests.tiny_pipelines import WIDTH
 
 

@@ -5,8 +5,8 @@ from typing import Any
 from diffusers import QwenImagePipeline
 from torch import Tensor
 
-from tests.families.made_qwen_image import qwen_image
-from tests.families.twins import Twin
+from tests.diffusion.families.made_qwen_image import qwen_image
+from tests.diffusion.families.twins import Twin
 
 
 def packed(latents: Tensor, size: tuple[int, int]) -> Tensor:

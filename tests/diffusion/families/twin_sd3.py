@@ -1,6 +1,6 @@
 """A twin of SD3.5-Large: SD3's family without a second attention in its blocks."""
 
-from tests.families.twins import Twin
+from tests.diffusion.families.twins import Twin
 from tests.tiny_pipelines import sd3_like
 
 TWINS = [

@@ -6,8 +6,8 @@ from typing import Any
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 from torch import Tensor
 
-from tests.families.made_wan21 import wan21
-from tests.families.twins import Twin
+from tests.diffusion.families.made_wan21 import wan21
+from tests.diffusion.families.twins import Twin
 
 
 class EulerAtUniPCLevels(UniPCMultistepScheduler):

@@ -3,9 +3,9 @@
 import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, ZImagePipeline, ZImageTransformer2DModel
 
-from tests.families.flux_vae import flux_vae
-from tests.families.qwen3 import qwen, qwen_tokenizer
-from tests.families.twins import Twin
+from tests.diffusion.families.flux_vae import flux_vae
+from tests.diffusion.families.qwen3 import qwen, qwen_tokenizer
+from tests.diffusion.families.twins import Twin
 from tests.tiny_pipelines import WIDTH
 
 

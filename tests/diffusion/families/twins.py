@@ -19,9 +19,8 @@ from _pytest.mark import ParameterSet
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
-from latentreward.backbones.tuning import LoRA
-from latentreward.policies import PolicySource
-from latentreward.rollout import RolloutDraws
+from latentreward.alignment import PolicySource, RolloutDraws
+from latentreward.diffusion import LoRA
 from tests.tiny_pipelines import randomise
 
 PROMPTS = ("a cat", "two dogs on a hill in the rain")

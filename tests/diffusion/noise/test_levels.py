@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Generator, Tensor
 
-from latentreward.errors import InputError
-from latentreward.noise import (
+from latentreward.core.errors import InputError
+from latentreward.diffusion import (
     BetaSigma,
     ConstantSigma,
     ContinuousFlow,

@@ -13,8 +13,8 @@ from diffusers import (
     SchedulerMixin,
 )
 
-from latentreward.errors import InputError
-from latentreward.noise import (
+from latentreward.core.errors import InputError
+from latentreward.diffusion import (
     DDPM,
     DDPM_SCHEDULERS,
     FLOW_SCHEDULERS,

@@ -4,7 +4,7 @@ from math import prod
 
 import torch
 
-from latentreward.contracts import Features, FeatureSpec, TapSpec
+from latentreward.core.contracts import Features, FeatureSpec, TapSpec
 
 UNET_SPEC = FeatureSpec(
     visual=(TapSpec(8, (8, 8)), TapSpec(16, (4, 4)), TapSpec(24, (2, 2)), TapSpec(24, (2, 2))),

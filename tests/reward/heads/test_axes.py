@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from latentreward.errors import InputError
-from latentreward.heads import DRMHead, GatedQFormerHead, LayerMixHead, PAVRMHead, RewardHead
-from tests.heads.features import DIT_SPEC, random_features
-from tests.heads.test_drm import SPEC
-from tests.heads.test_drm import features as with_map
+from latentreward.core.errors import InputError
+from latentreward.reward import DRMHead, GatedQFormerHead, LayerMixHead, PAVRMHead, RewardHead
+from tests.reward.heads.features import DIT_SPEC, random_features
+from tests.reward.heads.test_drm import SPEC
+from tests.reward.heads.test_drm import features as with_map
 
 AXES = (0.25, 0.75)
 HEADS = {

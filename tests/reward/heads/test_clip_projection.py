@@ -9,10 +9,10 @@ import torch
 from torch.nn import functional as F
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
-from latentreward.contracts import Features
-from latentreward.errors import InputError
-from latentreward.heads import CLIPProjectionHead
-from tests.heads.features import DIT_SPEC, SPECS, UNET_SPEC, random_features
+from latentreward.core.contracts import Features
+from latentreward.core.errors import InputError
+from latentreward.reward import CLIPProjectionHead
+from tests.reward.heads.features import DIT_SPEC, SPECS, UNET_SPEC, random_features
 from tests.tiny_pipelines import WIDTH, clip_config, clip_tokenizer
 
 

@@ -5,10 +5,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from latentreward.contracts import Features, TapSpec
-from latentreward.errors import InputError
-from latentreward.heads import DRMHead
-from tests.heads.features import DIT_SPEC, random_features
+from latentreward.core.contracts import Features, TapSpec
+from latentreward.core.errors import InputError
+from latentreward.reward import DRMHead
+from tests.reward.heads.features import DIT_SPEC, random_features
 
 SPEC = replace(DIT_SPEC, output=TapSpec(4, (16, 16)))
 

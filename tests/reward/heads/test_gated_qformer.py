@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from latentreward.errors import InputError
-from latentreward.heads import GatedQFormerHead, LogisticSquash
-from latentreward.heads.gated_qformer import FiLMAdapter, RMSNorm
-from tests.heads.features import DIT_SPEC, SPECS, UNET_SPEC, random_features
+from latentreward.core.errors import InputError
+from latentreward.reward import GatedQFormerHead, LogisticSquash
+from latentreward.reward.heads.gated_qformer import FiLMAdapter, RMSNorm
+from tests.reward.heads.features import DIT_SPEC, SPECS, UNET_SPEC, random_features
 
 
 def randomised(head: nn.Module) -> nn.Module:

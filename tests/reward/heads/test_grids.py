@@ -5,7 +5,7 @@ from math import prod
 import pytest
 import torch
 
-from latentreward.heads.gated_qformer import common_grid, resample_tokens
+from latentreward.reward.heads.gated_qformer import common_grid, resample_tokens
 
 
 @pytest.mark.parametrize(

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from latentreward.errors import InputError
-from latentreward.heads import LayerMixHead
-from tests.heads.features import SPECS, random_features
+from latentreward.core.errors import InputError
+from latentreward.reward import LayerMixHead
+from tests.reward.heads.features import SPECS, random_features
 
 
 @pytest.mark.parametrize("name", SPECS)

@@ -5,9 +5,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from latentreward.errors import InputError
-from latentreward.heads import PAVRMHead
-from tests.heads.features import DIT_SPEC, SPECS, random_features
+from latentreward.core.errors import InputError
+from latentreward.reward import PAVRMHead
+from tests.reward.heads.features import DIT_SPEC, SPECS, random_features
 
 
 @pytest.mark.parametrize("queries", [1, 3])

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from latentreward.contracts import CrossScores, PairScores
+from latentreward.core.contracts import CrossScores, PairScores
 
 
 def scores_of(margin: Tensor, label: float | Tensor = 1.0, sigmas: float | Tensor = 0.0) -> PairScores:

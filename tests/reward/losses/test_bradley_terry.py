@@ -4,10 +4,10 @@ import mpmath
 import pytest
 import torch
 
-from latentreward.errors import InputError
-from latentreward.losses import BradleyTerryLoss
-from tests.losses.pairs import scores_of
+from latentreward.core.errors import InputError
+from latentreward.reward import BradleyTerryLoss
 from tests.oracles import preference_losses as oracle
+from tests.reward.losses.pairs import scores_of
 
 LARGEST = torch.finfo(torch.float32).max
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from latentreward.losses import (
+from latentreward.reward import (
     BradleyTerryLoss,
     ConstantVarianceThurstoneLoss,
     LRMLoss,
@@ -14,7 +14,7 @@ from latentreward.losses import (
     TieLoss,
     weighted_mean,
 )
-from tests.losses.pairs import random_scores, scores_of, swapped
+from tests.reward.losses.pairs import random_scores, scores_of, swapped
 
 LOSSES = {
     "bradley_terry": BradleyTerryLoss(),

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from latentreward.contracts import CrossScores, PairScores, PairTargets
-from latentreward.losses import (
+from latentreward.core.contracts import CrossScores, PairScores, PairTargets
+from latentreward.reward import (
     BradleyTerryLoss,
     LRMLoss,
     PreferenceLoss,
@@ -18,8 +18,8 @@ from latentreward.losses import (
     gather_pair_scores,
     gather_with_grad,
 )
-from tests.losses.pairs import random_scores
-from tests.losses.two_ranks import on_ranks
+from tests.reward.losses.pairs import random_scores
+from tests.reward.losses.two_ranks import on_ranks
 
 ROWS = 6
 LOSSES: dict[str, PreferenceLoss] = {
@@ -76,7 +76,7 @@ def all_losses(rank: int, _: str) -> dict[str, dict[str, Tensor]]:
 
 @pytest.mark.slow
 def test_averaged_gradients_equal_one_process(tmp_path: Path) -> None:
-    ranks = on_ranks("tests.losses.test_gather:all_losses", "", tmp_path)
+    ranks = on_ranks("tests.reward.losses.test_gather:all_losses", "", tmp_path)
     for key in ranks[0]:
         alone = loss_and_gradients(key.split()[0], None, (0, 0))
         for rank in ranks:
@@ -104,7 +104,7 @@ def with_targets(scores: PairScores) -> PairScores:
 @pytest.mark.slow
 def test_uneven_ranks_with_several_outputs_keep_rank_order(tmp_path: Path) -> None:
     expected = [with_targets(random_scores(4, 3 + rank, out_dim=2)) for rank in range(2)]
-    for gathered in on_ranks("tests.losses.test_gather:gather_columns", "", tmp_path):
+    for gathered in on_ranks("tests.reward.losses.test_gather:gather_columns", "", tmp_path):
         for name, value in gathered.items():
             parts = [part.targets if name.endswith("_std") else part for part in expected]
             assert torch.equal(value, torch.cat([getattr(part, name) for part in parts]))

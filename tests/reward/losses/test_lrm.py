@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch.nn.functional import normalize
 
-from latentreward.contracts import CrossScores, PairScores
-from latentreward.errors import InputError
-from latentreward.losses import LRMLoss, lrm_pair_loss
-from tests.losses.pairs import random_scores, scores_of
+from latentreward.core.contracts import CrossScores, PairScores
+from latentreward.core.errors import InputError
+from latentreward.reward import LRMLoss, lrm_pair_loss
 from tests.oracles.preference_losses import lrm_criterion
+from tests.reward.losses.pairs import random_scores, scores_of
 
 
 @pytest.mark.parametrize("mode", ["pair", "batch", "both"])

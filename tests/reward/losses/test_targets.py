@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from latentreward.contracts import PairScores, PairTargets
-from latentreward.errors import InputError
-from latentreward.losses import (
+from latentreward.core.contracts import PairScores, PairTargets
+from latentreward.core.errors import InputError
+from latentreward.reward import (
     LabelLoss,
     PreferenceLoss,
     RankingDistillation,
@@ -19,7 +19,7 @@ from latentreward.losses import (
     gaussian_nll,
     teacher_preference,
 )
-from tests.losses.pairs import random_scores, scores_of
+from tests.reward.losses.pairs import random_scores, scores_of
 
 NAN = math.nan
 TAUGHT = {"labels": LabelLoss(), "regression": RegressionDistillation(), "ranking": RankingDistillation()}

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from latentreward.errors import InputError
-from latentreward.losses import (
+from latentreward.core.errors import InputError
+from latentreward.reward import (
     ConstantVarianceThurstoneLoss,
     PreferenceLoss,
     ThurstoneLoss,
@@ -19,8 +19,8 @@ from latentreward.losses import (
     log_ndtr,
     mixture_fidelity,
 )
-from tests.losses.pairs import scores_of
 from tests.oracles import preference_losses as oracle
+from tests.reward.losses.pairs import scores_of
 
 MARGINS = [0.0, 1e-8, 1e-4, 0.03, 0.4, 1.0, 2.7, 8.0, 30.0, 1e3, 1e6]
 MARGINS = [sign * value for value in MARGINS for sign in (1, -1)]

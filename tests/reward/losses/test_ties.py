@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 
-from latentreward.errors import InputError
-from latentreward.losses.ties import TieLoss
-from tests.losses.pairs import scores_of
+from latentreward.core.errors import InputError
+from latentreward.reward import TieLoss
+from tests.reward.losses.pairs import scores_of
 
 
 def softplus(x: float) -> float:

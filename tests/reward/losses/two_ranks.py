@@ -12,7 +12,7 @@ from tests import processes
 def on_ranks(target: str, argument: str, folder: Path, world_size: int = 2) -> list[Any]:
     """Results of ``target`` (``module:function``), called as ``function(rank, argument)``, of every rank."""
     group = (target, argument, str(folder / "rendezvous"), world_size)
-    return processes.on_ranks("tests.losses.two_ranks:one_rank", group, world_size, timeout=240)
+    return processes.on_ranks("tests.reward.losses.two_ranks:one_rank", group, world_size, timeout=240)
 
 
 def one_rank(rank: int, target: str, argument: str, rendezvous: str, world_size: int) -> Any:

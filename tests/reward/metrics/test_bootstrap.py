@@ -5,7 +5,7 @@ from statistics import NormalDist
 import numpy as np
 import pytest
 
-from latentreward.metrics.bootstrap import (
+from latentreward.core.bootstrap import (
     MANY,
     Interval,
     bootstrap_interval,

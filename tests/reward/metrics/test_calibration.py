@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from latentreward.errors import InputError
-from latentreward.metrics import PairCalibration
-from latentreward.metrics.bootstrap import two_folds
-from latentreward.metrics.calibration import fit_temperature
+from latentreward.core.bootstrap import two_folds
+from latentreward.core.errors import InputError
+from latentreward.reward import PairCalibration
+from latentreward.reward.metrics.calibration import fit_temperature
 
 
 def error_of(probability: torch.Tensor, label: torch.Tensor, bins: int = 10) -> float:

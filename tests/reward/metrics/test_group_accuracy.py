@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from latentreward.metrics import GroupPairAccuracy
+from latentreward.reward import GroupPairAccuracy
 
 
 def count(scores: list[float], ranks: list[int], groups: list[int]) -> tuple[int, int]:

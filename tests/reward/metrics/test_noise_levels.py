@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from latentreward.errors import InputError
-from latentreward.metrics import ByNoiseLevel, PairCalibration, PairwiseAccuracy
+from latentreward.core.errors import InputError
+from latentreward.reward import ByNoiseLevel, PairCalibration, PairwiseAccuracy
 
 SIGMAS = torch.tensor([0.0, 0.29, 0.3, 0.7, 1.0])
 CHOSEN = torch.tensor([1.0, -1.0, 1.0, -1.0, 1.0])

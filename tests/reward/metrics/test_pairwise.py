@@ -5,8 +5,8 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from latentreward.errors import InputError
-from latentreward.metrics import MeanMargin, PairwiseAccuracy
+from latentreward.core.errors import InputError
+from latentreward.reward import MeanMargin, PairwiseAccuracy
 
 CHOSEN = torch.tensor([1.0, 0.0, 2.0, 3.0, 5.0])
 REJECTED = torch.tensor([0.5, 1.0, 2.0, 3.5, 0.0])

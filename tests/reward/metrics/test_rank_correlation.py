@@ -7,10 +7,10 @@ import pytest
 import torch
 from torchmetrics.functional import pearson_corrcoef, spearman_corrcoef
 
-from latentreward.errors import InputError
-from latentreward.metrics import ScoreCorrelation
-from latentreward.metrics.rank_correlation import average_ranks, clustered_correlation, same_order
-from tests.losses.two_ranks import on_ranks
+from latentreward.core.errors import InputError
+from latentreward.reward import ScoreCorrelation
+from latentreward.reward.metrics.rank_correlation import average_ranks, clustered_correlation, same_order
+from tests.reward.losses.two_ranks import on_ranks
 
 ORACLES = {"spearman": spearman_corrcoef, "pearson": pearson_corrcoef}
 
@@ -53,7 +53,7 @@ def correlation_on_a_rank(rank: int, kind: str) -> list[float]:
 @pytest.mark.parametrize("kind", ORACLES)
 def test_ranks_know_all_images(kind, tmp_path: Path) -> None:
     value = clustered_correlation(*related(300), np.arange(300), kind).value
-    for found in on_ranks("tests.metrics.test_rank_correlation:correlation_on_a_rank", kind, tmp_path):
+    for found in on_ranks("tests.reward.metrics.test_rank_correlation:correlation_on_a_rank", kind, tmp_path):
         assert found == pytest.approx([value, float("nan")], abs=1e-6, nan_ok=True)
 
 

@@ -5,8 +5,8 @@ from statistics import NormalDist
 import numpy as np
 import pytest
 
-from latentreward.metrics.bootstrap import wilson_ends
-from latentreward.metrics.shared_pictures import picture_accuracy, shared_groups
+from latentreward.core.bootstrap import wilson_ends
+from latentreward.reward.metrics.shared_pictures import picture_accuracy, shared_groups
 
 
 def test_groups_hang_together_by_common_names() -> None:

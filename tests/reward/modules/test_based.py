@@ -8,11 +8,10 @@ from lightning.pytorch import Trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from latentreward.contracts import Features, FeatureSpec
-from latentreward.heads import RewardHead
-from latentreward.modules import LRMModule
-from tests.backbones.networks import tiny_backbone
-from tests.modules.batches import pixel_batch
+from latentreward.core.contracts import Features, FeatureSpec
+from latentreward.reward import LRMModule, RewardHead
+from tests.alignment.modules.batches import pixel_batch
+from tests.diffusion.backbones.networks import tiny_backbone
 
 
 class CutHead(RewardHead):

@@ -13,10 +13,10 @@ from lightning.pytorch.tuner import Tuner
 from torch.optim import AdamW
 from torch.utils.data import DataLoader
 
-from latentreward.modules import WarmupSchedule
+from latentreward.reward import WarmupSchedule
+from tests.alignment.modules.batches import lrm, pixel_batch
+from tests.alignment.modules.lpo_runs import loaders, lpo
 from tests.marks import rotated_after
-from tests.modules.batches import lrm, pixel_batch
-from tests.modules.lpo_runs import loaders, lpo
 from tests.small_user import SteppedUserModule, run
 
 GIVEN = 1e-5
@@ -66,7 +66,7 @@ def test_a_found_rate_trains_under_the_command_line(tmp_path: Path) -> None:
         tmp_path,
         "--model=tests.small_user.SteppedUserModule",
         f"--model.optimizer.lr={GIVEN}",
-        "--model.lr_scheduler=latentreward.modules.WarmupSchedule",
+        "--model.lr_scheduler=latentreward.reward.WarmupSchedule",
         "--model.lr_scheduler.warmup_steps=2",
         "--trainer.max_steps=4",
         "--trainer.callbacks+=lightning.pytorch.callbacks.LearningRateFinder",
@@ -74,7 +74,7 @@ def test_a_found_rate_trains_under_the_command_line(tmp_path: Path) -> None:
         "--trainer.callbacks.max_lr=0.01",
         "--trainer.callbacks.num_training_steps=14",
         "--trainer.callbacks.early_stop_threshold=null",
-        "--trainer.callbacks+=tests.modules.test_learning_rate.Rates",
+        "--trainer.callbacks+=tests.reward.modules.test_learning_rate.Rates",
     )
     (rates,) = (callback for callback in module.trainer.callbacks if isinstance(callback, Rates))
     assert 1e-4 <= module.lr <= 1e-2

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from latentreward.contracts import PreferenceBatch
-from latentreward.modules.pairs import PairDraws
-from latentreward.noise import FlowMatching, TimestepGrid, UniformSigma
-from tests.modules.batches import exchanged, pixel_batch, rows
+from latentreward.core.contracts import PreferenceBatch
+from latentreward.diffusion import FlowMatching, TimestepGrid, UniformSigma
+from latentreward.reward.modules.pairs import PairDraws
+from tests.alignment.modules.batches import exchanged, pixel_batch, rows
 
 PROCESS = FlowMatching()
 SHAPE = (4, 3, 3)

@@ -13,17 +13,15 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from latentreward.backbones import LoRA, sd15, sd35_medium
-from latentreward.cli import main
-from latentreward.contracts import Features, FeatureSpec
-from latentreward.errors import InputError
-from latentreward.heads import CLIPProjectionHead, GatedQFormerHead, RewardHead
-from latentreward.modules import DiNaLRMModule, LPOModule, LRMModule
-from latentreward.policies import PolicySource
-from latentreward.scoring import RewardModel
+from latentreward.alignment import LPOModule, PolicySource
+from latentreward.apps.cli import main
+from latentreward.core.contracts import Features, FeatureSpec
+from latentreward.core.errors import InputError
+from latentreward.diffusion import LoRA, sd15, sd35_medium
+from latentreward.reward import CLIPProjectionHead, DiNaLRMModule, GatedQFormerHead, LRMModule, RewardHead, RewardModel
+from tests.alignment.modules.batches import pixel_batch
+from tests.alignment.modules.lpo_runs import BrightnessSource, loaders, lpo, make_trainer
 from tests.marks import rotated_after
-from tests.modules.batches import pixel_batch
-from tests.modules.lpo_runs import BrightnessSource, loaders, lpo, make_trainer
 from tests.tiny_pipelines import pipeline_folder, source_of
 
 TAPS = {"visual_taps": (1, 2), "text_taps": (1, 2), "t5_length": 2, "load_t5": False}

@@ -11,13 +11,13 @@ import torch
 from lightning.pytorch.callbacks import LearningRateFinder
 from PIL import Image
 
+from latentreward.core.errors import InputError
 from latentreward.data import JSONLPairReader, PreferenceDataModule
-from latentreward.errors import InputError
-from latentreward.scoring import RewardModel
+from latentreward.reward import RewardModel
+from tests.alignment.rewards.stored import write_run
 from tests.data.rotated import photograph, upright, write_jsonl
 from tests.marks import rotated_after
-from tests.modules.test_reward_module import lrm, trainer
-from tests.rewards.stored import write_run
+from tests.reward.modules.test_reward_module import lrm, trainer
 from tests.tiny_pipelines import PIXELS, pipeline_folder
 
 

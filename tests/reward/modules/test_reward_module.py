@@ -14,24 +14,25 @@ from torch import Tensor
 from torch.optim import SGD, AdamW
 from torch.utils.data import DataLoader
 
-from latentreward.contracts import LatentSpace, PreferenceBatch
-from latentreward.data.collate import collate_pairs
-from latentreward.errors import InputError
-from latentreward.heads import CLIPProjectionHead, GatedQFormerHead
-from latentreward.losses import (
+from latentreward.core.contracts import LatentSpace, PreferenceBatch
+from latentreward.core.errors import InputError
+from latentreward.data import collate_pairs
+from latentreward.diffusion import ConstantSigma, UniformSigma
+from latentreward.reward import (
     BradleyTerryLoss,
+    CLIPProjectionHead,
     ConstantVarianceThurstoneLoss,
+    GatedQFormerHead,
     LRMLoss,
     PreferenceLoss,
+    RewardModel,
+    RewardModule,
+    ScoredPairs,
     ThurstoneLoss,
+    WarmupSchedule,
 )
-from latentreward.modules import RewardModule, ScoredPairs, WarmupSchedule
-from latentreward.modules.pairs import PairDraws
-from latentreward.noise import ConstantSigma, UniformSigma
-from latentreward.scoring import RewardModel
-from tests.backbones.networks import tiny_backbone
-from tests.marks import rotated_after
-from tests.modules.batches import (
+from latentreward.reward.modules.pairs import PairDraws
+from tests.alignment.modules.batches import (
     MODULES,
     dina,
     dina_head,
@@ -43,7 +44,9 @@ from tests.modules.batches import (
     rows,
     scores_of,
 )
-from tests.rewards.stored import write_run
+from tests.alignment.rewards.stored import write_run
+from tests.diffusion.backbones.networks import tiny_backbone
+from tests.marks import rotated_after
 
 LOSSES: dict[str, PreferenceLoss] = {
     "lrm_pair": LRMLoss("pair"),

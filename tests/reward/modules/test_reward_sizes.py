@@ -7,21 +7,19 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, Subset
 
-from latentreward.cache.dataset import CachedPairDataset
-from latentreward.cache.index import CacheIndex
-from latentreward.contracts import ImageRef
-from latentreward.data import JSONLPairReader, PreferenceDataModule
-from latentreward.data.collate import collate_pairs
+from latentreward.core.contracts import ImageRef
+from latentreward.core.errors import InputError
+from latentreward.data import JSONLPairReader, PixelLoader, PreferenceDataModule, collate_pairs
 from latentreward.data.image_sizes import ImageSizes, NearestBucket, OneSize
-from latentreward.data.images import PixelLoader
-from latentreward.errors import InputError
-from latentreward.scoring import RewardModel
-from tests.cache.written_caches import spec, write_cache
+from latentreward.diffusion.cache.dataset import CachedPairDataset
+from latentreward.diffusion.cache.index import CacheIndex
+from latentreward.reward import RewardModel
+from tests.alignment.modules.batches import MODULES
+from tests.alignment.rewards.stored import write_run
 from tests.data.rotated import photograph, write_jsonl
+from tests.diffusion.cache.written_caches import spec, write_cache
 from tests.marks import rotated_after
-from tests.modules.batches import MODULES
-from tests.modules.test_reward_module import lrm, trainer
-from tests.rewards.stored import write_run
+from tests.reward.modules.test_reward_module import lrm, trainer
 from tests.tiny_pipelines import pipeline_folder
 
 SIZE = (16, 24)

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch.optim import SGD
 
-from latentreward.errors import InputError
-from latentreward.modules import WarmupSchedule
+from latentreward.core.errors import InputError
+from latentreward.reward import WarmupSchedule
 
 
 def rates(steps: int, **options: object) -> list[float]:

@@ -8,12 +8,11 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from latentreward.contracts import EditPrompt, ImageRef
-from latentreward.remote import ImageSchema, PlainJSON, RemoteError, RemoteServer, ServedImages, UniRL
-from latentreward.remote.images import RemoteImages
-from latentreward.remote.schemas import source_texts
-from latentreward.scoring import edit_prompt
-from tests.remote.judges import judged, judging, opened, says
+from latentreward.core.contracts import EditPrompt, ImageRef
+from latentreward.reward import ImageSchema, PlainJSON, RemoteError, RemoteServer, ServedImages, UniRL, edit_prompt
+from latentreward.reward.remote.images import RemoteImages
+from latentreward.reward.remote.schemas import source_texts
+from tests.reward.remote.judges import judged, judging, opened, says
 
 RED, BLUE, GREY = (Image.new("RGB", (9, 8), colour) for colour in ("red", "blue", "grey"))
 

@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from latentreward.errors import InputError
-from latentreward.interrupts import stop_asked
-from latentreward.remote import ImageSchema, PlainJSON, RemoteError, RemoteServer, UniRL
-from latentreward.remote.images import RemoteImages
-from tests.remote.judges import judged, judging, plain, says, unirl
+from latentreward.core.errors import InputError
+from latentreward.core.interrupts import stop_asked
+from latentreward.reward import ImageSchema, PlainJSON, RemoteError, RemoteServer, UniRL
+from latentreward.reward.remote.images import RemoteImages
+from tests.reward.remote.judges import judged, judging, plain, says, unirl
 
 PROMPTS = ["a red circle", "two blue squares", "a cross", "a red circle", "à la carte 🙂"]
 IMAGES = [Image.new("RGB", (8 + number, 8), (40 * number, 0, 0)) for number in range(4)] + [Image.new("RGB", (8, 8))]
@@ -45,7 +45,7 @@ def test_equal_rows_are_asked_once_and_remembered() -> None:
 
 
 def test_the_cache_has_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("latentreward.remote.scores.CACHED", 2)
+    monkeypatch.setattr("latentreward.reward.remote.scores.CACHED", 2)
     with judging() as judge:
         source = images(judge.url, batch_size=8)
         assert source.begin(PROMPTS, IMAGES)() == pytest.approx(EXPECTED)

@@ -15,13 +15,13 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from latentreward.errors import InputError
-from latentreward.interrupts import stop_asked
-from latentreward.remote import PlainJSON, RemoteError, RemoteServer
-from latentreward.remote import server as remote_server
-from latentreward.remote.images import RemoteImages
-from latentreward.remote.server import Connection, seconds_of
-from tests.remote.judges import Judge, breaks_off, drips_headers, hangs_up, judging, says, trickles
+from latentreward.core.errors import InputError
+from latentreward.core.interrupts import stop_asked
+from latentreward.reward import PlainJSON, RemoteError, RemoteServer
+from latentreward.reward.remote import server as remote_server
+from latentreward.reward.remote.images import RemoteImages
+from latentreward.reward.remote.server import Connection, seconds_of
+from tests.reward.remote.judges import Judge, breaks_off, drips_headers, hangs_up, judging, says, trickles
 
 REQUEST = json.dumps({"prompts": [], "images": []}).encode()
 DEAD = "http://127.0.0.1:9"

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.scorers.tiny_clip import write_aesthetic, write_clip
+from tests.reward.scorers.tiny_clip import write_aesthetic, write_clip
 
 
 @pytest.fixture(scope="session")

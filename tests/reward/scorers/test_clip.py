@@ -11,9 +11,9 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import CLIPModel
 
-from latentreward.errors import InputError
-from latentreward.scorers import AestheticScorer, CLIPScorer, PickScorer
-from tests.scorers.tiny_clip import PIXELS, WIDTHS, write_aesthetic, write_clip
+from latentreward.core.errors import InputError
+from latentreward.reward import AestheticScorer, CLIPScorer, PickScorer
+from tests.reward.scorers.tiny_clip import PIXELS, WIDTHS, write_aesthetic, write_clip
 from tests.tiny_pipelines import clip_tokenizer
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)

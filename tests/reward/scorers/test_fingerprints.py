@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from latentreward.scorers import CallableScorer, RewardModelScorer
-from latentreward.scorers.fingerprints import BLOCK, WHOLE, fingerprint, scorer_fingerprints
-from latentreward.scorers.tools import CommandScorer, ScoreFile
-from latentreward.storage import hub
+from latentreward.core.storage import hub
+from latentreward.reward import CallableScorer, RewardModelScorer
+from latentreward.reward.scorers.fingerprints import BLOCK, WHOLE, fingerprint, scorer_fingerprints
+from latentreward.reward.scorers.tools import CommandScorer, ScoreFile
 
 
 def fill(folder: Path, *names: str) -> Path:

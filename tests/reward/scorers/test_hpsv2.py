@@ -9,10 +9,10 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch.nn.functional import normalize
 
-from latentreward.errors import InputError
-from latentreward.scorers import HPSv2Scorer
-from latentreward.scorers.hpsv2 import HEADS, MEAN, STD, padded_pixels
-from latentreward.scorers.open_clip_weights import clip_model
+from latentreward.core.errors import InputError
+from latentreward.reward import HPSv2Scorer
+from latentreward.reward.scorers.hpsv2 import HEADS, MEAN, STD, padded_pixels
+from latentreward.reward.scorers.open_clip_weights import clip_model
 from tests.tiny_pipelines import clip_tokenizer
 
 GOLDEN = load_file(Path(__file__).parent / "data" / "hpsv2_open_clip.safetensors")

@@ -4,14 +4,13 @@ import pytest
 import torch
 from PIL import Image
 
-from latentreward.data.readers import HPDv3Reader
-from latentreward.errors import InputError
-from latentreward.remote import RemoteError, RemoteServer, ServedImages, UniRL
-from latentreward.scorers import HTTPScorer
-from latentreward.scorers.pair_scoring import PairScoring
+from latentreward.core.errors import InputError
+from latentreward.data import HPDv3Reader
+from latentreward.reward import HTTPScorer, RemoteError, RemoteServer, ServedImages, UniRL
+from latentreward.reward.scorers.pair_scoring import PairScoring
 from tests.apps.serving.servers import serving, tiny_reward
 from tests.formats.conftest import COMMITTED
-from tests.remote.judges import judged, judging, plain, unirl
+from tests.reward.remote.judges import judged, judging, plain, unirl
 
 PROMPTS = ["a red circle", "two blue squares", "a cross"]
 IMAGES = [Image.new("RGB", (16, 16), (80 * number, 0, 0)) for number in range(3)]

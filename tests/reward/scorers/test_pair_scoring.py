@@ -11,13 +11,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from latentreward.contracts import ImageRef, sources_of
-from latentreward.data.images import decode_image
-from latentreward.data.readers import HPDv3Reader, JSONLPairReader
-from latentreward.errors import InputError
-from latentreward.scorers import CallableScorer, ImageScorer, pair_scoring
-from latentreward.scorers.pair_scoring import PairScoring
-from latentreward.scorers.tools import ScoreFile
+from latentreward.core.contracts import ImageRef, sources_of
+from latentreward.core.errors import InputError
+from latentreward.data import HPDv3Reader, JSONLPairReader, decode_image
+from latentreward.reward import CallableScorer, ImageScorer
+from latentreward.reward.scorers import pair_scoring
+from latentreward.reward.scorers.pair_scoring import PairScoring
+from latentreward.reward.scorers.tools import ScoreFile
 from tests.formats.conftest import COMMITTED
 
 

@@ -12,9 +12,9 @@ import pytest
 import torch
 from PIL import Image
 
-from latentreward.contracts import ImageRef, PreferencePair
-from latentreward.errors import InputError
-from latentreward.scorers import CallableScorer, TableColumn
+from latentreward.core.contracts import ImageRef, PreferencePair
+from latentreward.core.errors import InputError
+from latentreward.reward import CallableScorer, TableColumn
 
 
 def brightness(prompts: Sequence[str], images: Sequence[Image.Image], scale: float = 1.0) -> torch.Tensor:

@@ -5,12 +5,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from latentreward.errors import InputError
-from latentreward.scorers import ImageScorer, RewardModelScorer
-from latentreward.scorers.reward_model import reward_name, reward_names
-from latentreward.scoring import ScoringNoise
-from tests.scoring.models import load_lrm, pictures
-from tests.scoring.test_published import write_lrm
+from latentreward.core.errors import InputError
+from latentreward.reward import ImageScorer, RewardModelScorer, ScoringNoise
+from latentreward.reward.scorers.reward_model import reward_name, reward_names
+from tests.reward.scoring.models import load_lrm, pictures
+from tests.reward.scoring.test_published import write_lrm
 from tests.tiny_pipelines import pipeline_folder
 
 PROMPTS = ["a cat", "a dog", "a cat"]

@@ -9,12 +9,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
+from latentreward.core.errors import InputError
 from latentreward.data.images import to_pixels
-from latentreward.errors import InputError
-from latentreward.scorers import CLIPScorer, StepAwareScorer
-from latentreward.scorers.step_aware import load_step_aware
-from latentreward.scorers.step_aware_clip import STEP_FILE, StepAwareCLIP, embed_timesteps, prepare_pixels
-from tests.scorers.tiny_clip import PIXELS
+from latentreward.reward import CLIPScorer, StepAwareScorer
+from latentreward.reward.scorers.step_aware import load_step_aware
+from latentreward.reward.scorers.step_aware_clip import STEP_FILE, StepAwareCLIP, embed_timesteps, prepare_pixels
+from tests.reward.scorers.tiny_clip import PIXELS
 
 PROMPTS = ["a cat", "", "naïve 🦊\n\nsecond", "word " * 400]
 TIMESTEPS = torch.tensor([0.0, 1.0, 501.0, 999.0])

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from latentreward.errors import InputError
-from latentreward.scorers.tools import CommandScorer, JudgedPicture, ScoreFile
+from latentreward.core.errors import InputError
+from latentreward.reward.scorers.tools import CommandScorer, JudgedPicture, ScoreFile
 
 COUNT_ALPHA = """
 import json, sys

@@ -8,13 +8,12 @@ import numpy as np
 import torch
 from PIL import Image
 
-from latentreward.backbones import create_backbone
+from latentreward.core.registry import create_backbone
 from latentreward.data.image_sizes import OneSize
-from latentreward.heads import CLIPProjectionHead, GatedQFormerHead
-from latentreward.scoring import PublishedSettings, RewardModel
-from latentreward.scoring.layouts.papers import PublishedDiNaLRM, PublishedLRM
-from tests.backbones.networks import tiny_backbone
-from tests.families.twins import TWINS
+from latentreward.reward import CLIPProjectionHead, GatedQFormerHead, PublishedSettings, RewardModel
+from latentreward.reward.scoring.layouts.papers import PublishedDiNaLRM, PublishedLRM
+from tests.diffusion.backbones.networks import tiny_backbone
+from tests.diffusion.families.twins import TWINS
 
 PROMPTS = ["a cat", "a dog", "a cat", "", "a red square left of a blue circle", "a dog"]
 

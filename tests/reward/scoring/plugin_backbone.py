@@ -6,10 +6,11 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
-from latentreward.backbones import DiffusionBackbone, LoRA, register_backbone
-from latentreward.backbones.loading import PipelineSource, finish, load_weights
-from latentreward.backbones.tuning import Tuning
-from latentreward.contracts import Conditioning, Features, FeatureSpec, TapSpec
+from latentreward.core.contracts import Conditioning, Features, FeatureSpec, TapSpec
+from latentreward.core.registry import register_backbone
+from latentreward.diffusion import DiffusionBackbone, LoRA
+from latentreward.diffusion.backbones.loading import PipelineSource, finish, load_weights
+from latentreward.diffusion.backbones.tuning import Tuning
 from tests.tiny_pipelines import pipeline_folder
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from latentreward.scoring import RewardModel
+from latentreward.reward import RewardModel
 from tests.artefacts import FOLDERS, scores_of
 
 FOLDER = FOLDERS["published"]

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-from latentreward.errors import InputError
-from latentreward.scoring.calibration import FEWEST, GRID, Calibration
-from latentreward.scoring.layouts.config import calibration_of
-from latentreward.scoring.scoring_noise import ScoringNoise
+from latentreward.core.errors import InputError
+from latentreward.reward import Calibration, ScoringNoise
+from latentreward.reward.scoring.calibration import FEWEST, GRID
+from latentreward.reward.scoring.layouts.config import calibration_of
 
 NOISE = ScoringNoise(sigmas=(0.4,))
 

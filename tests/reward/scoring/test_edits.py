@@ -14,20 +14,18 @@ from latentreward.apps.serving.protocol import parse_request
 from latentreward.apps.serving.resources import Resources
 from latentreward.apps.serving.served import ServedModel
 from latentreward.apps.serving.settings import ServiceSettings
-from latentreward.backbones import create_backbone
-from latentreward.contracts import EditPrompt, ImageRef
+from latentreward.core.contracts import EditPrompt, ImageRef
+from latentreward.core.errors import InputError
+from latentreward.core.registry import create_backbone
 from latentreward.data.image_lists import ImageList, ListedImage, read_images
 from latentreward.data.image_sizes import OneSize
 from latentreward.data.images import png
-from latentreward.errors import InputError
-from latentreward.heads import CLIPProjectionHead, GatedQFormerHead
-from latentreward.scorers import RewardModelScorer
-from latentreward.scoring import RewardModel, edit_prompt
-from latentreward.scoring.image_lists import ListedScoring
-from latentreward.scoring.scored_table import images_identity
-from tests.families.made_qwen_image_edit import picture, qwen_image_edit_folder
-from tests.families.twins import TWINS
-from tests.scoring.models import edit_reward, scoring_model
+from latentreward.reward import CLIPProjectionHead, GatedQFormerHead, RewardModel, RewardModelScorer, edit_prompt
+from latentreward.reward.scoring.image_lists import ListedScoring
+from latentreward.reward.scoring.scored_table import images_identity
+from tests.diffusion.families.made_qwen_image_edit import picture, qwen_image_edit_folder
+from tests.diffusion.families.twins import TWINS
+from tests.reward.scoring.models import edit_reward, scoring_model
 
 
 @pytest.fixture(scope="module")

@@ -9,15 +9,15 @@ import torch
 import yaml
 from peft.tuners.lora import LoraLayer
 
-from latentreward.cli import main
+from latentreward.apps.cli import main
+from latentreward.core.errors import InputError
 from latentreward.data.image_sizes import OneSize
-from latentreward.errors import InputError
-from latentreward.scoring import PublishedSettings, RewardModel, ScoringNoise
-from latentreward.scoring.layouts.exporting import export_reward
+from latentreward.reward import PublishedSettings, RewardModel, ScoringNoise
+from latentreward.reward.scoring.layouts.exporting import export_reward
+from tests.alignment.rewards.stored import write_run
 from tests.marks import rotated_after
-from tests.rewards.stored import write_run
-from tests.scoring.models import PROMPTS, pictures
-from tests.scoring.test_published import write_dina, write_lrm
+from tests.reward.scoring.models import PROMPTS, pictures
+from tests.reward.scoring.test_published import write_dina, write_lrm
 from tests.tiny_pipelines import pipeline_folder
 
 SMALL = {"tuning": "lora", "lora": {"rank": 2, "alpha": 3.0}}

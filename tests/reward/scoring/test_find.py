@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from latentreward.cli import main
-from latentreward.errors import InputError
-from latentreward.scoring import RewardModel
-from latentreward.scoring.layouts.find import checkpoint_of
-from tests.settings.test_refusals import FIT
+from latentreward.apps.cli import main
+from latentreward.core.errors import InputError
+from latentreward.reward import RewardModel
+from latentreward.reward.scoring.layouts.find import checkpoint_of
+from tests.core.settings.test_refusals import FIT
 
 FEW = ["--data.train_pairs=4", "--data.val_pairs=4", "--data.batch_size=2", "--data.num_workers=0"]
 

@@ -11,10 +11,10 @@ import pyarrow as pa
 import pytest
 from PIL import Image
 
+from latentreward.core.errors import InputError
 from latentreward.data.image_lists import ImageList, ListedImage
-from latentreward.errors import InputError
-from latentreward.scoring import edit_prompt
-from latentreward.scoring.gallery import Gallery
+from latentreward.reward import edit_prompt
+from latentreward.reward.scoring.gallery import Gallery
 from tests.accessibility import PHONE, faults
 
 if TYPE_CHECKING:

@@ -9,15 +9,14 @@ import huggingface_hub
 import pytest
 import torch
 
-from latentreward.errors import InputError
-from latentreward.scoring import RewardModel
-from latentreward.scoring.layouts.card import Card
-from latentreward.storage.hub import TIMEOUT
+from latentreward.core.errors import InputError
+from latentreward.core.storage.hub import TIMEOUT
+from latentreward.reward import Card, RewardModel
+from tests.alignment.rewards.stored import write_run
 from tests.marks import rotated_after
-from tests.rewards.stored import write_run
-from tests.scoring.stub_hub import StubHub, running_hub, set_hub
-from tests.scoring.test_pretrained import scores
-from tests.scoring.test_published import write_lrm
+from tests.reward.scoring.stub_hub import StubHub, running_hub, set_hub
+from tests.reward.scoring.test_pretrained import scores
+from tests.reward.scoring.test_published import write_lrm
 from tests.tiny_pipelines import pipeline_folder
 
 pytestmark = pytest.mark.usefixtures("bases_here")

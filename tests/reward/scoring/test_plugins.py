@@ -9,19 +9,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from latentreward.cli import main
-from latentreward.errors import InputError
-from latentreward.heads import GatedQFormerHead
-from latentreward.rewards import LatentReward
-from latentreward.scoring import RewardModel
-from latentreward.scoring.layouts.model_folder import adapter_folders
-from latentreward.scoring.layouts.recipe import ModelPart, ModelRecipe, backbone_part, head_part, own_parts
-from latentreward.scoring.layouts.saving import check_adapter_folders, paths_here
+from latentreward.alignment import LatentReward
+from latentreward.apps.cli import main
+from latentreward.core.errors import InputError
+from latentreward.reward import GatedQFormerHead, RewardModel
+from latentreward.reward.scoring.layouts.model_folder import adapter_folders
+from latentreward.reward.scoring.layouts.recipe import ModelPart, ModelRecipe, backbone_part, head_part, own_parts
+from latentreward.reward.scoring.layouts.saving import check_adapter_folders, paths_here
 from tests.marks import rotated_after, slow_after
-from tests.scoring import plugin_backbone
+from tests.reward.scoring import plugin_backbone
 from tests.tiny_pipelines import pipeline_folder
 
-PATH = "tests.scoring.plugin_backbone.two_networks"
+PATH = "tests.reward.scoring.plugin_backbone.two_networks"
 HEAD = {"num_heads": 2}
 
 

@@ -19,21 +19,27 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import CLIPTextModel
 
-from latentreward.backbones import LoRA as BackboneLoRA
-from latentreward.backbones import SD3DiTBackbone, register_backbone, sd35_medium, sd_tiny
+from latentreward.alignment import LatentReward
+from latentreward.core.errors import InputError
+from latentreward.core.registry import register_backbone
 from latentreward.data.image_sizes import NearestBucket, OneSize
-from latentreward.errors import InputError
-from latentreward.heads import CLIPProjectionHead, GatedQFormerHead
-from latentreward.rewards import LatentReward
-from latentreward.scoring import RewardModel, ScoringNoise
-from latentreward.scoring.calibration import Calibration
-from latentreward.scoring.layouts import saving
-from latentreward.scoring.layouts.card import Card
-from latentreward.scoring.layouts.find import ModelSource, find_reward
-from latentreward.scoring.layouts.recipe import ModelPart, ModelRecipe, recipe_in_python
+from latentreward.diffusion import LoRA as BackboneLoRA
+from latentreward.diffusion import SD3DiTBackbone, sd35_medium, sd_tiny
+from latentreward.reward import (
+    Calibration,
+    Card,
+    CLIPProjectionHead,
+    GatedQFormerHead,
+    ModelSource,
+    RewardModel,
+    ScoringNoise,
+)
+from latentreward.reward.scoring.layouts import saving
+from latentreward.reward.scoring.layouts.find import find_reward
+from latentreward.reward.scoring.layouts.recipe import ModelPart, ModelRecipe, recipe_in_python
+from tests.alignment.rewards.stored import scores_by, states_of, tiny_policy, write_run
 from tests.marks import rotated_after, slow_after
-from tests.rewards.stored import scores_by, states_of, tiny_policy, write_run
-from tests.scoring.test_published import write_dina, write_lrm
+from tests.reward.scoring.test_published import write_dina, write_lrm
 from tests.tiny_pipelines import LATENTS, pipeline_folder
 
 pytestmark = pytest.mark.usefixtures("bases_here")

@@ -10,12 +10,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from latentreward.errors import InputError
-from latentreward.heads import CLIPProjectionHead
-from latentreward.scoring import RewardModel
+from latentreward.core.errors import InputError
+from latentreward.reward import CLIPProjectionHead, RewardModel
+from tests.alignment.rewards.stored import write_run
 from tests.marks import slow_after
-from tests.rewards.stored import write_run
-from tests.scoring.test_published import write_dina, write_lrm
+from tests.reward.scoring.test_published import write_dina, write_lrm
 
 pytestmark = pytest.mark.usefixtures("bases_here")
 
@@ -46,7 +45,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 @pytest.fixture
 def copies(models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Path]]:
     """Copies of the folders; their checksums, which would speak first, are not compared."""
-    monkeypatch.setattr("latentreward.scoring.layouts.model_folder.check_hash", lambda path, *_: path)
+    monkeypatch.setattr("latentreward.reward.scoring.layouts.model_folder.check_hash", lambda path, *_: path)
     yield {kind: Path(shutil.copytree(folder, tmp_path / kind)) for kind, folder in models.items()}
 
 

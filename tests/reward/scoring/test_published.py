@@ -11,12 +11,11 @@ import torch
 from peft import LoraConfig, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
-from latentreward.errors import InputError
-from latentreward.heads import CLIPProjectionHead, GatedQFormerHead
-from latentreward.scoring import RewardModel, ScoringNoise
-from tests.backbones.networks import tiny_backbone
+from latentreward.core.errors import InputError
+from latentreward.reward import CLIPProjectionHead, GatedQFormerHead, RewardModel, ScoringNoise
+from tests.diffusion.backbones.networks import tiny_backbone
 from tests.marks import rotated_after
-from tests.scoring.models import load_dina_lrm, load_lrm
+from tests.reward.scoring.models import load_dina_lrm, load_lrm
 from tests.tiny_pipelines import LATENTS, pipeline_folder
 
 PROMPTS = ["a cat", "a dog"]

@@ -10,20 +10,18 @@ import pytest
 import torch
 from PIL import Image
 
-from latentreward.cli import main
-from latentreward.errors import InputError
-from latentreward.heads import CLIPProjectionHead
-from latentreward.rewards import LatentReward
-from latentreward.scorers import RewardModelScorer
-from latentreward.scoring import PublishedSettings, RewardModel
-from latentreward.scoring.layouts.find import ModelSource, find_reward
-from latentreward.scoring.scored_table import read_scores
-from latentreward.settings.functions import parse_function
-from tests.backbones.networks import tiny_backbone
+from latentreward.alignment import LatentReward
+from latentreward.apps.cli import main
+from latentreward.core.errors import InputError
+from latentreward.core.settings.functions import parse_function
+from latentreward.reward import CLIPProjectionHead, ModelSource, PublishedSettings, RewardModel, RewardModelScorer
+from latentreward.reward.scoring.layouts.find import find_reward
+from latentreward.reward.scoring.scored_table import read_scores
+from tests.alignment.rewards.stored import states_of, tiny_policy, write_run
+from tests.diffusion.backbones.networks import tiny_backbone
 from tests.marks import rotated_after
-from tests.rewards.stored import states_of, tiny_policy, write_run
-from tests.scoring.models import PROMPTS, load_lrm, pictures
-from tests.scoring.test_published import write_dina, write_lrm
+from tests.reward.scoring.models import PROMPTS, load_lrm, pictures
+from tests.reward.scoring.test_published import write_dina, write_lrm
 from tests.tiny_pipelines import pipeline_folder
 
 BASE = pipeline_folder("sd15")

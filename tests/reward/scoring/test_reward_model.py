@@ -3,10 +3,9 @@
 import pytest
 import torch
 
-from latentreward.errors import InputError
-from latentreward.heads import CLIPProjectionHead, GatedQFormerHead
-from latentreward.scoring import RewardModel, ScoringNoise, normalise_score
-from tests.backbones.networks import tiny_backbone
+from latentreward.core.errors import InputError
+from latentreward.reward import CLIPProjectionHead, GatedQFormerHead, RewardModel, ScoringNoise, normalise_score
+from tests.diffusion.backbones.networks import tiny_backbone
 from tests.marks import rotated_after
 from tests.tiny_pipelines import LATENTS, PIXELS
 

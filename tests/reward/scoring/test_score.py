@@ -10,13 +10,13 @@ import pytest
 import torch
 from PIL import ExifTags, Image
 
-from latentreward.contracts import ImageRef
+from latentreward.core.contracts import ImageRef
+from latentreward.core.errors import InputError
+from latentreward.data import ImageError
 from latentreward.data.image_sizes import NearestBucket, OneSize
-from latentreward.data.images import ImageError
-from latentreward.errors import InputError
-from latentreward.scoring import RewardModel, ScoringNoise
-from latentreward.scoring.images import pixel_batches
-from tests.scoring.models import PROMPTS, picture, pictures, png, scoring_model
+from latentreward.reward import RewardModel, ScoringNoise
+from latentreward.reward.scoring.images import pixel_batches
+from tests.reward.scoring.models import PROMPTS, picture, pictures, png, scoring_model
 from tests.tiny_pipelines import PIXELS
 
 
@@ -99,8 +99,8 @@ def test_buckets_at_full_size_are_the_published_ones() -> None:
     import tempfile
 
     from latentreward.apps.estimate.pipelines import write_pipelines
-    from latentreward.backbones import create_backbone
-    from latentreward.scoring.network import own_sizes
+    from latentreward.core.registry import create_backbone
+    from latentreward.reward.scoring.network import own_sizes
 
     with tempfile.TemporaryDirectory() as folder:
         folders = write_pipelines(Path(folder))

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from latentreward.scoring import ScoringNoise
+from latentreward.reward import ScoringNoise
 from tests.marks import rotated_after
-from tests.scoring.models import pictures, scoring_model
+from tests.reward.scoring.models import pictures, scoring_model
 from tests.tiny_pipelines import LATENTS, PIXELS
 
 PROMPTS = ["a cat", "a dog"]

@@ -9,13 +9,13 @@ import pytest
 import torch
 from torch import nn
 
+from latentreward.core.errors import InputError
 from latentreward.data.image_sizes import OneSize
-from latentreward.errors import InputError
-from latentreward.scoring import RewardModel, ScoringNoise
-from latentreward.scoring.layouts.recipe import ModelPart, ModelRecipe
-from latentreward.scoring.layouts.reopening import Probe
+from latentreward.reward import RewardModel, ScoringNoise
+from latentreward.reward.scoring.layouts.recipe import ModelPart, ModelRecipe
+from latentreward.reward.scoring.layouts.reopening import Probe
 from tests.marks import rotated_after, slow_after
-from tests.scoring.models import PROMPTS, pictures, scoring_model
+from tests.reward.scoring.models import PROMPTS, pictures, scoring_model
 from tests.tiny_pipelines import LATENTS
 
 # Scores are sums of some thousand float32 products, whose order differs with the batch and the processor: an AMD EPYC
@@ -104,7 +104,7 @@ def score_share(rank: int, processes: int, path: Path) -> None:
 def test_process_count_does_not_matter(tmp_path: Path) -> None:
     score_share(0, 1, tmp_path / "whole.json")
     paths = [tmp_path / f"{rank}.json" for rank in range(2)]
-    code = "from pathlib import Path; from tests.scoring.test_score_invariance import score_share as s; s"
+    code = "from pathlib import Path; from tests.reward.scoring.test_score_invariance import score_share as s; s"
     running = [
         subprocess.Popen([sys.executable, "-c", f"{code}({rank}, 2, Path({str(path)!r}))"])
         for rank, path in enumerate(paths)

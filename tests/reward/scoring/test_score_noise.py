@@ -8,13 +8,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from latentreward.errors import InputError
-from latentreward.noise import DDPM, FlowMatching
-from latentreward.scoring import RewardModel, ScoringNoise
-from latentreward.scoring.images import content_key
-from latentreward.scoring.scoring_noise import draw_noise, timesteps_of
-from latentreward.seeding import scoring_generator
-from tests.scoring.models import picture, pictures, scoring_model
+from latentreward.core.errors import InputError
+from latentreward.core.seeding import scoring_generator
+from latentreward.diffusion import DDPM, FlowMatching
+from latentreward.reward import RewardModel, ScoringNoise
+from latentreward.reward.scoring.images import content_key
+from latentreward.reward.scoring.scoring_noise import draw_noise, timesteps_of
+from tests.reward.scoring.models import picture, pictures, scoring_model
 from tests.tiny_pipelines import LATENTS
 
 SHAPE = (4, LATENTS, LATENTS)

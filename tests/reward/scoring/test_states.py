@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from latentreward.contracts import Conditioning
-from latentreward.errors import InputError
-from latentreward.scoring import RewardModel
-from tests.scoring.models import pictures, scoring_model
+from latentreward.core.contracts import Conditioning
+from latentreward.core.errors import InputError
+from latentreward.reward import RewardModel
+from tests.reward.scoring.models import pictures, scoring_model
 from tests.tiny_pipelines import LATENTS
 
 PROMPTS = ["a cat", "two dogs", ""]

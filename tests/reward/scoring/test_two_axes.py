@@ -13,20 +13,18 @@ import torch
 import yaml
 from safetensors.torch import save
 
-from latentreward.cli import main
-from latentreward.contracts import PairTargets
-from latentreward.errors import InputError
-from latentreward.heads import LayerMixHead
-from latentreward.losses import RegressionDistillation
-from latentreward.rewards import LatentReward
-from latentreward.scoring import Calibration, RewardModel, ScoringNoise
-from latentreward.scoring.scored_table import read_scores
+from latentreward.alignment import LatentReward
+from latentreward.apps.cli import main
+from latentreward.core.contracts import PairTargets
+from latentreward.core.errors import InputError
+from latentreward.reward import Calibration, LayerMixHead, RegressionDistillation, RewardModel, ScoringNoise
+from latentreward.reward.scoring.scored_table import read_scores
+from tests.alignment.modules.batches import dina, pixel_batch, scores_of
+from tests.alignment.rewards.stored import scores_by, states_of, tiny_policy, write_run
 from tests.apps.serving.latent_requests import HEADERS, tensors_of
 from tests.apps.serving.servers import serving
 from tests.formats.conftest import COMMITTED
-from tests.modules.batches import dina, pixel_batch, scores_of
-from tests.rewards.stored import scores_by, states_of, tiny_policy, write_run
-from tests.scoring.models import pictures
+from tests.reward.scoring.models import pictures
 from tests.tiny_pipelines import LATENTS
 
 PROMPTS = ["a cat", "two dogs", "a cat"]

@@ -13,14 +13,15 @@ import torch
 import transformers.modeling_utils
 import yaml
 
-from latentreward.backbones import LoRA, create_backbone
-from latentreward.errors import InputError
-from latentreward.scoring import RewardModel
-from latentreward.scoring.layouts.trust import guarded_imports
+from latentreward.core.errors import InputError
+from latentreward.core.registry import create_backbone
+from latentreward.diffusion import LoRA
+from latentreward.reward import RewardModel
+from latentreward.reward.scoring.layouts.trust import guarded_imports
+from tests.alignment.rewards.stored import write_run
 from tests.marks import slow_after
-from tests.rewards.stored import write_run
-from tests.scoring.stub_hub import StubHub, running_hub
-from tests.scoring.test_pretrained import scores
+from tests.reward.scoring.stub_hub import StubHub, running_hub
+from tests.reward.scoring.test_pretrained import scores
 from tests.tiny_pipelines import pipeline_folder
 
 pytestmark = pytest.mark.usefixtures("bases_here")
@@ -74,8 +75,8 @@ def test_a_run_on_the_hub_scores_as_it_does_here(kind: str, hub: StubHub, tmp_pa
     slow_after(
         1,
         [
-            "latentreward.heads.CLIPProjectionHead",
-            {"class_path": "latentreward.heads.clip_projection.CLIPProjectionHead"},
+            "latentreward.reward.CLIPProjectionHead",
+            {"class_path": "latentreward.reward.CLIPProjectionHead"},
             {"class_path": "CLIPProjectionHead", "init_args": {"text_projection_source": None}},
         ],
     ),
@@ -146,7 +147,7 @@ def test_trust_allows_all_and_nothing_else_does(
     write_run(tmp_path / "run", "dina", "sd35")
     edit(tmp_path / "run", lambda model: model["backbone"]["init_args"].update(source="${oc.env:BASE}"))
     write_run(tmp_path / "mine", "lrm", "sd15")
-    head = {"class_path": "tests.scoring.test_pretrained_damage.ForeignHead"}
+    head = {"class_path": "tests.reward.scoring.test_pretrained_damage.ForeignHead"}
     edit(tmp_path / "mine", lambda model: model.update(head=head))
     for folder in (tmp_path / "run", tmp_path / "mine"):
         source = str(folder) if place == "here" else upload(hub, folder, f"owner/{folder.name}")
@@ -185,7 +186,7 @@ def test_what_was_downloaded_imports_nothing_of_its_own(
 ) -> None:
     write_run(tmp_path / "run", "lrm", "sd15")
     (tmp_path / "run" / "beside").mkdir()
-    code = "from tests.scoring.test_pretrained_damage import ForeignHead\nprint('ran')\n"
+    code = "from tests.reward.scoring.test_pretrained_damage import ForeignHead\nprint('ran')\n"
     for name in ("beside.py", "beside/inner.py"):
         (tmp_path / "run" / name).write_text(code)
     RewardModel.from_pretrained(upload(hub, tmp_path / "run"))

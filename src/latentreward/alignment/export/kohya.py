@@ -16,9 +16,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from latentreward.export.lora import TrainedLoRA, sort_metadata
-from latentreward.families.base import Pair
-from latentreward.storage.durable import replacing
+from latentreward.alignment.export.lora import TrainedLoRA, sort_metadata
+from latentreward.core.storage.durable import replacing
+from latentreward.diffusion.families.base import Pair
 
 FILE = "kohya_lora.safetensors"  # name of the exported file
 PREFIX = "lora_unet_"  # beginning of every key in the exported file

@@ -12,15 +12,14 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from latentreward.backbones.stored_adapters import CONFIG, PREFIX, WEIGHTS
-from latentreward.backbones.tuning import LoRA
-from latentreward.checkpoints.shards import require_finite, whole_tensor
-from latentreward.errors import InputError
-from latentreward.families import Family
-from latentreward.families.base import Pair
-from latentreward.policies import POLICY, Policy
-from latentreward.policies.checkpoint import ADAPTER, SavedAdapter, network_name
-from latentreward.storage.durable import replacing, write_file
+from latentreward.alignment.policies.checkpoint import ADAPTER, SavedAdapter, network_name
+from latentreward.alignment.policies.policy import POLICY, Policy
+from latentreward.core.checkpoints.shards import require_finite, whole_tensor
+from latentreward.core.errors import InputError
+from latentreward.core.storage.durable import replacing, write_file
+from latentreward.diffusion import Family, LoRA
+from latentreward.diffusion.backbones.stored_adapters import CONFIG, PREFIX, WEIGHTS
+from latentreward.diffusion.families.base import Pair
 
 FILE = "pytorch_lora_weights.safetensors"  # file name that diffusers looks for in a folder
 DOWN, UP = ".lora_A.weight", ".lora_B.weight"  # endings of the names of A and B in peft

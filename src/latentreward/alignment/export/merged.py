@@ -7,11 +7,11 @@ from pathlib import Path
 
 import torch
 
-from latentreward.backbones.loading import PipelineSource
-from latentreward.backbones.weights import encoder_config, no_progress_bar
-from latentreward.errors import InputError, first_line
-from latentreward.export.lora import TrainedLoRA
-from latentreward.storage.durable import replacing
+from latentreward.alignment.export.lora import TrainedLoRA
+from latentreward.core.errors import InputError, first_line
+from latentreward.core.storage.durable import replacing
+from latentreward.diffusion.backbones.loading import PipelineSource
+from latentreward.diffusion.backbones.weights import encoder_config, no_progress_bar
 
 LIBRARIES = ("diffusers", "transformers", "stable_diffusion")
 """Libraries allowed in ``model_index.json``; ``stable_diffusion`` is the entry of diffusers' safety checker."""

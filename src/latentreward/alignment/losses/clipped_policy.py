@@ -14,9 +14,9 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from latentreward.devices import to_float64
-from latentreward.errors import check_choices, check_range
-from latentreward.losses.base import SetLoss
+from latentreward.core.devices import to_float64
+from latentreward.core.errors import check_choices, check_range
+from latentreward.reward.losses.base import SetLoss
 
 
 def gaussian_step_kl(mean: Tensor, ref_mean: Tensor, spread: Tensor) -> Tensor:
@@ -27,7 +27,7 @@ def gaussian_step_kl(mean: Tensor, ref_mean: Tensor, spread: Tensor) -> Tensor:
     Args:
         mean: ``(B, C, ...)`` mean μ of the policy's step.
         ref_mean: ``(B, C, ...)`` mean of the reference's step.
-        spread: ``(B,)`` standard deviation s, positive; :attr:`latentreward.rollout.Transition.spread`.
+        spread: ``(B,)`` standard deviation s, positive; :attr:`latentreward.alignment.Transition.spread`.
 
     Returns:
         ``(B,)`` float32.
@@ -143,7 +143,7 @@ class ClippedPolicyLoss(SetLoss):
             kl: ``(B,)`` KL divergence from the reference, e.g. of :func:`gaussian_step_kl`; must be given if
                 :attr:`needs_reference`.
             weights: ``(B,)`` :meth:`step_weights`.
-            objective: Objective in place of the clipped one; see :class:`~latentreward.losses.RatioRule`.
+            objective: Objective in place of the clipped one; see :class:`~latentreward.alignment.RatioRule`.
             kl_weights: ``(B,)`` factors of the steps' KL divergences, such as :func:`held_weights`; None for 1.
 
         Raises:

@@ -7,7 +7,7 @@ r"""Diffusion-DPO (arXiv:2311.12908): implicit rewards of images from a policy's
 The squared norm is a mean over elements, not a sum, and β is meant for that mean. The target y is what the network
 predicts: noise, v, or the velocity of a flow. The loss is eq. 14 of the paper with βTω(λ_t) as one constant β, as in
 its released code. This file computes the implicit rewards r̂; the rest is
-:class:`~latentreward.losses.BradleyTerryLoss`, which also takes soft labels.
+:class:`~latentreward.reward.BradleyTerryLoss`, which also takes soft labels.
 """
 
 from torch import Tensor

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from latentreward.errors import check_choices, check_range
-from latentreward.losses.base import SetLoss
-from latentreward.losses.matching import squared_error
-from latentreward.losses.nft import optimality, self_normaliser
+from latentreward.alignment.losses.matching import squared_error
+from latentreward.alignment.losses.nft import optimality, self_normaliser
+from latentreward.core.errors import check_choices, check_range
+from latentreward.reward.losses.base import SetLoss
 
 
 class DGPOResult(NamedTuple):
@@ -116,8 +116,8 @@ class DGPOLoss(SetLoss):
 class CRDLoss(SetLoss):
     r"""Centred reward distillation (arXiv:2603.14128), centred within each prompt as in the paper.
 
-    With r of :func:`~latentreward.losses.nft.optimality`, w = max(⟨|u − v|⟩, 10⁻⁵) without gradient, and a mean
-    :math:`\bar{\cdot}` over the K samples of a prompt,
+    With r of :func:`~latentreward.alignment.losses.nft.optimality`, w = max(⟨|u − v|⟩, 10⁻⁵) without gradient, and a
+    mean :math:`\bar{\cdot}` over the K samples of a prompt,
 
     .. math::
         \rho = \frac{d_{\mathrm{old}}}{w_{\mathrm{old}}} - \frac{d}{w}, \qquad

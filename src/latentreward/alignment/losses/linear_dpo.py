@@ -1,7 +1,7 @@
 r"""Linear-DPO (arXiv:2605.21123): Diffusion-DPO whose gradient does not vanish for correctly ranked pairs.
 
 With the denoising errors e of the two images, Δ = e_w − e_l under the policy, and the margin m of implicit rewards
-(:mod:`latentreward.losses.diffusion_dpo`),
+(:mod:`latentreward.alignment.losses.diffusion_dpo`),
 
 .. math:: L = u\,\Delta, \qquad u = \mathrm{clip}\bigl(\tfrac12 - 0.4\,m,\; \eta,\; 1 - \eta\bigr).
 
@@ -13,9 +13,9 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from latentreward.errors import check_range
-from latentreward.losses.base import SetLoss
-from latentreward.losses.diffusion_dpo import denoising_error, implicit_rewards
+from latentreward.alignment.losses.diffusion_dpo import denoising_error, implicit_rewards
+from latentreward.core.errors import check_range
+from latentreward.reward.losses.base import SetLoss
 
 
 class LinearDPOResult(NamedTuple):

@@ -6,8 +6,8 @@ is replaced by
 .. math:: \ell = -m\,g(\sigma) \quad\text{or, with } p \text{ the power,}\quad
     \ell = -\frac{(m + 10^{-10})^p - 10^{-10 p}}{p}\,\sigma,
 
-and the loss is that of :mod:`latentreward.losses.clipped_policy` with the ratio ρ = exp(ℓ − ℓ_old), plus the squared
-differences from the reference and from a moving average of the policy. At ρ = 1 its gradient is −A ∇ℓ.
+and the loss is that of :mod:`latentreward.alignment.losses.clipped_policy` with the ratio ρ = exp(ℓ − ℓ_old), plus the
+squared differences from the reference and from a moving average of the policy. At ρ = 1 its gradient is −A ∇ℓ.
 """
 
 import math
@@ -15,10 +15,10 @@ from typing import Literal, NamedTuple
 
 from torch import Tensor
 
-from latentreward.devices import widest_float
-from latentreward.errors import check_choices, check_range
-from latentreward.losses.base import SetLoss
-from latentreward.losses.clipped_policy import clipped_objective
+from latentreward.alignment.losses.clipped_policy import clipped_objective
+from latentreward.core.devices import widest_float
+from latentreward.core.errors import check_choices, check_range
+from latentreward.reward.losses.base import SetLoss
 
 Weighting = Literal["uniform", "t", "t2", "huber", "ghuber"]
 Divergence = Literal["uniform", "elbo"]

@@ -20,10 +20,10 @@ from typing import Literal, NamedTuple
 
 from torch import Tensor
 
-from latentreward.devices import to_float64, widest_float
-from latentreward.errors import check_choices, check_range
-from latentreward.losses.base import SetLoss, per_row
-from latentreward.losses.diffusion_dpo import denoising_error
+from latentreward.alignment.losses.diffusion_dpo import denoising_error
+from latentreward.core.devices import to_float64, widest_float
+from latentreward.core.errors import check_choices, check_range
+from latentreward.reward.losses.base import SetLoss, per_row
 
 LEAST_WEIGHT = 1e-5
 """Least mean absolute error that a squared error is divided by."""

@@ -12,9 +12,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from latentreward.errors import check_choices
-from latentreward.losses.base import SetLoss
-from latentreward.losses.matching import squared_error
+from latentreward.alignment.losses.matching import squared_error
+from latentreward.core.errors import check_choices
+from latentreward.reward.losses.base import SetLoss
 
 Factor = Literal["velocity", "mean_match", "kl_exact"]
 

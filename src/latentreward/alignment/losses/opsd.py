@@ -6,8 +6,8 @@ With y₀ the clean latents that the older policy predicts for a state, radius �
     y^\pm \leftarrow y^\pm \pm \frac{\eta\,\delta}{n}\,\frac{\nabla R(y^\pm)}{\lVert\nabla R(y^\pm)\rVert},
     \qquad y^\pm \leftarrow y_0 + (y^\pm - y_0)\,\min\bigl(1, \delta / \lVert y^\pm - y_0\rVert\bigr).
 
-The loss is DiffusionNFT's with a target for each branch (:class:`~latentreward.losses.NFTLoss`), without its 1/β. After
-one step the two targets are mirror images, and the loss does not depend on the optimality r.
+The loss is DiffusionNFT's with a target for each branch (:class:`~latentreward.alignment.NFTLoss`), without its 1/β.
+After one step the two targets are mirror images, and the loss does not depend on the optimality r.
 """
 
 from collections.abc import Callable
@@ -15,8 +15,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from latentreward.losses.base import per_row
-from latentreward.losses.ram import directed_target
+from latentreward.alignment.losses.ram import directed_target
+from latentreward.reward.losses.base import per_row
 
 
 def reward_ascent(

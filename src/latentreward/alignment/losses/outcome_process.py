@@ -9,8 +9,8 @@ Each term is clipped separately. If the two advantages differ in sign, this is n
 
 from torch import Tensor
 
-from latentreward.errors import InputError, check_range
-from latentreward.losses.clipped_policy import ClippedPolicyLoss, ClippedPolicyResult, clipped_objective
+from latentreward.alignment.losses.clipped_policy import ClippedPolicyLoss, ClippedPolicyResult, clipped_objective
+from latentreward.core.errors import InputError, check_range
 
 
 class OutcomeProcessLoss(ClippedPolicyLoss):

@@ -20,9 +20,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from latentreward.errors import check_choices, check_range
-from latentreward.losses.base import SetLoss, per_row
-from latentreward.losses.matching import squared_error
+from latentreward.alignment.losses.matching import squared_error
+from latentreward.core.errors import check_choices, check_range
+from latentreward.reward.losses.base import SetLoss, per_row
 
 
 def directed_target(base: Tensor, direction: Tensor, weight: Tensor) -> Tensor:

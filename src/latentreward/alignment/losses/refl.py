@@ -5,7 +5,7 @@ r"""Reward feedback learning: loss on a sample's reward, and drift from the refe
 
 The loss is that of ReFL (ImageReward, arXiv:2304.05977, algorithm 1); DRaFT (arXiv:2309.17400) maximises the reward
 itself, PRFL (arXiv:2511.21541) its logistic function. The first term is :class:`RewardLoss`, the second
-:func:`~latentreward.losses.denoising_error`, the third the same of policy and reference: up to a factor that depends
+:func:`~latentreward.alignment.denoising_error`, the third the same of policy and reference: up to a factor that depends
 only on the noise level, the KL divergence between their steps, two Gaussians of equal spread.
 """
 
@@ -14,9 +14,9 @@ import math
 from torch import Tensor
 from torch.nn.functional import relu
 
-from latentreward.errors import InputError, check_range
-from latentreward.losses.base import SetLoss
-from latentreward.promises import detached, returns, wrong_tensor
+from latentreward.core.errors import InputError, check_range
+from latentreward.core.promises import detached, returns, wrong_tensor
+from latentreward.reward.losses.base import SetLoss
 
 
 class RewardLoss(SetLoss):

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from latentreward.devices import to_float64
-from latentreward.errors import check_range
-from latentreward.losses.base import SetLoss
-from latentreward.promises import detached, of_class, returns, wrong_tensor
+from latentreward.core.devices import to_float64
+from latentreward.core.errors import check_range
+from latentreward.core.promises import detached, of_class, returns, wrong_tensor
+from latentreward.reward.losses.base import SetLoss
 
 
 def clamped_log_ratio(log_prob: Tensor, reference: Tensor, clip_range: float) -> Tensor:

@@ -10,10 +10,10 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from latentreward.devices import to_float64
-from latentreward.errors import InputError, check_range
-from latentreward.losses.clipped_policy import clipped_objective
-from latentreward.promises import Part, detached, returns, shown, tensor, wrong_tensor
+from latentreward.alignment.losses.clipped_policy import clipped_objective
+from latentreward.core.devices import to_float64
+from latentreward.core.errors import InputError, check_range
+from latentreward.core.promises import Part, detached, returns, shown, tensor, wrong_tensor
 
 Taken = Literal["rewards", "levels", "parts"]
 """Values of a rollout's samples that a gate may take; see :class:`KLGate`."""
@@ -73,7 +73,7 @@ class StepDrift:
     Attributes:
         squares: ``(N,)`` mean square of μ − μ_old over elements, with the gradient of μ.
         std: ``(N,)`` standard deviation of the step's noise, s√Δ.
-        spread: ``(N,)`` s: for a flow the same without √Δ; see :class:`latentreward.rollout.Transition`.
+        spread: ``(N,)`` s: for a flow the same without √Δ; see :class:`latentreward.alignment.Transition`.
         mean_spread: Mean of s over the batch of all ranks, a scalar.
         mean_length: Mean of √Δ over the batch of all ranks, a scalar.
     """
@@ -124,7 +124,7 @@ class RatioRule(TrustRegion):
     def objective(
         self, log_ratio: Tensor, advantage: Tensor, clip_range: float, drift: StepDrift
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Compute the objective of N steps; see :func:`~latentreward.losses.clipped_policy.clipped_objective`.
+        """Compute the objective of N steps, as :func:`~latentreward.alignment.losses.clipped_policy.clipped_objective`.
 
         Args:
             log_ratio: ``(N,)`` log p_θ − log p_old, means over elements.

@@ -14,35 +14,38 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import AdamW
 
-from latentreward.contracts import Conditioning, NoisyStates, PromptBatch, RolloutStatistics, SampledStates, sources_of
-from latentreward.data.alignment.experience import other_rows, wrong_rows
-from latentreward.devices import evaluating
-from latentreward.encoders.sources import edit_of_grey
-from latentreward.encoders.stored_prompts import StoredPrompts
-from latentreward.errors import InputError
-from latentreward.modules.based import FrozenBase, unseen_settings
-from latentreward.modules.optimizers import OptimizerSteps, single_optimizer
-from latentreward.modules.sharded_policy import shard_policy, shard_reward
-from latentreward.phases import phase
-from latentreward.policies import PolicySource
-from latentreward.policies.checkpoint import SOURCE
-from latentreward.promises import place_of
-from latentreward.remote import RemoteError
-from latentreward.rewards import Reward, RewardSource
-from latentreward.rewards.http import RemoteReward
-from latentreward.rewards.latent import LatentScorer
-from latentreward.rollout import (
-    Advantage,
-    CandidateStep,
-    RolloutDraws,
-    Sampling,
-    Transition,
-    candidate_steps,
-    gap_quantiles,
-    reporting_steps,
+from latentreward.alignment.modules.sharded_policy import shard_policy, shard_reward
+from latentreward.alignment.policies.checkpoint import SOURCE
+from latentreward.alignment.policies.loading import PolicySource
+from latentreward.alignment.rewards.base import Reward, RewardSource
+from latentreward.alignment.rewards.http import RemoteReward
+from latentreward.alignment.rewards.latent import LatentScorer
+from latentreward.alignment.rollout.advantages import Advantage
+from latentreward.alignment.rollout.candidates import CandidateStep, candidate_steps
+from latentreward.alignment.rollout.pair_selection import gap_quantiles
+from latentreward.alignment.rollout.prompted import RolloutDraws
+from latentreward.alignment.rollout.samplers import Transition, reporting_steps
+from latentreward.alignment.rollout.settings import Sampling
+from latentreward.core.contracts import (
+    Conditioning,
+    NoisyStates,
+    PromptBatch,
+    RolloutStatistics,
+    SampledStates,
+    sources_of,
 )
-from latentreward.seeding import run_seed
-from latentreward.storage.progress import Progress
+from latentreward.core.devices import evaluating
+from latentreward.core.errors import InputError
+from latentreward.core.phases import phase
+from latentreward.core.promises import place_of
+from latentreward.core.seeding import run_seed
+from latentreward.core.storage.progress import Progress
+from latentreward.data.alignment.experience import other_rows, wrong_rows
+from latentreward.diffusion.encoders.sources import edit_of_grey
+from latentreward.diffusion.encoders.stored_prompts import StoredPrompts
+from latentreward.reward import RemoteError
+from latentreward.reward.modules.based import FrozenBase, unseen_settings
+from latentreward.reward.modules.optimizers import OptimizerSteps, single_optimizer
 
 Kind = TypeVar("Kind", bound=nn.Module)
 HeldBuffer = tuple[nn.Module, str, Tensor | None, Tensor | None]
@@ -69,12 +72,13 @@ class AlignmentModule(LightningModule):
         seed: Seed of all random numbers; None takes the run's ``seed_everything``.
 
     Attributes:
-        policy: The loaded :class:`~latentreward.policies.Policy`.
-        reward: The loaded :class:`~latentreward.rewards.Reward`; None without one.
+        policy: The loaded :class:`~latentreward.alignment.Policy`.
+        reward: The loaded :class:`~latentreward.alignment.Reward`; None without one.
         sampling: Settings of the sampler; a derived class sets its own.
         lr: Learning rate that replaces the optimiser's own; None keeps the optimiser's. Lightning's learning rate
             finder sets this attribute.
-        experience: Class of a rollout's rows: a frozen dataclass with :class:`~latentreward.contracts.SampledStates` as
+        experience: Class of a rollout's rows: a frozen dataclass with
+            :class:`~latentreward.core.contracts.SampledStates` as
             its base, whose fields are tensors ``(N, ...)``, tuples of N values, or None. Rows of a checkpoint are made
             of it. None for a method without rollouts.
         rollout_statistics: Statistics of the last rollout, for callbacks: of this rank until the first batch of the
@@ -109,7 +113,7 @@ class AlignmentModule(LightningModule):
         if rolls_out and not issubclass(self.experience or object, SampledStates):
             raise InputError(
                 f"{type(self).__name__}: set experience to the class of the rows that make_experience returns, a "
-                "dataclass derived from latentreward.contracts.SampledStates"
+                "dataclass derived from latentreward.core.contracts.SampledStates"
             )
         if self.experience is not None and not rolls_out:
             raise InputError(f"{type(self).__name__} has experience, but no make_experience, which returns such rows")

@@ -7,24 +7,25 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from latentreward.contracts import PairScores, PreferenceBatch
-from latentreward.errors import InputError, check_range, errors_at, quoted
-from latentreward.losses import (
+from latentreward.alignment.losses.diffusion_dpo import denoising_error, implicit_rewards
+from latentreward.alignment.losses.linear_dpo import LinearDPO
+from latentreward.alignment.modules.alignment import AlignmentModule
+from latentreward.alignment.policies.loading import PolicySource
+from latentreward.alignment.policies.moving_average import AVERAGE, DecayRamp, MovingCopy
+from latentreward.alignment.rollout.prompted import PriorNoise
+from latentreward.core.contracts import PairScores, PreferenceBatch
+from latentreward.core.errors import InputError, check_range, errors_at, quoted
+from latentreward.diffusion import LevelSampler, TimestepGrid
+from latentreward.reward import (
     BradleyTerryLoss,
-    LinearDPO,
-    denoising_error,
+    MeanLoss,
+    MeanMargin,
+    PairwiseAccuracy,
     gather_pair_scores,
     gather_with_grad,
-    implicit_rewards,
     weighted_mean,
 )
-from latentreward.metrics import MeanLoss, MeanMargin, PairwiseAccuracy
-from latentreward.modules.alignment import AlignmentModule
-from latentreward.modules.pairs import EncodedPairs, PairDraws, Posterior, latents_of, snap_timesteps
-from latentreward.noise import LevelSampler, TimestepGrid
-from latentreward.policies import PolicySource
-from latentreward.policies.moving_average import AVERAGE, DecayRamp, MovingCopy
-from latentreward.rollout import PriorNoise
+from latentreward.reward.modules.pairs import EncodedPairs, PairDraws, Posterior, latents_of, snap_timesteps
 
 
 class ImplicitPairs(NamedTuple):
@@ -44,7 +45,7 @@ class ImplicitPairs(NamedTuple):
 class DiffusionDPOModule(AlignmentModule):
     """Diffusion-DPO for any policy: noise, v and velocity prediction, U-Net and DiT.
 
-    Trains on :class:`~latentreward.contracts.PreferenceBatch` from ``PreferenceDataModule`` (pixels) or
+    Trains on :class:`~latentreward.core.contracts.PreferenceBatch` from ``PreferenceDataModule`` (pixels) or
     ``CachedPreferenceDataModule`` (latents, perhaps with encoded prompts). The two images of a pair get the same
     timestep and the same noise, unless ``prior_noise`` gives each its own, and pass the policy in one batch. The
     reference is the same network without its adapter.
@@ -54,13 +55,13 @@ class DiffusionDPOModule(AlignmentModule):
 
     Args:
         policy: The generator.
-        beta: β of :func:`~latentreward.losses.implicit_rewards`.
+        beta: β of :func:`~latentreward.alignment.implicit_rewards`.
         levels: Sampler of a training pair's timestep; None samples uniformly from 0, 1, …, 999, as the released code
             does. Flow matching uses the nearest timestep of its table.
         posterior: Whether the VAE's latents of pixels are a ``sample`` of its posterior, new for each image and epoch,
             or the posterior's ``mode``.
         eval_timesteps: Timesteps at which validation compares every pair, with the same noise in each epoch.
-        linear: Linear-DPO's loss in place of the sigmoid; see :mod:`latentreward.losses.linear_dpo`.
+        linear: Linear-DPO's loss in place of the sigmoid; see :mod:`latentreward.alignment.losses.linear_dpo`.
         reference: How slowly a moving average of the policy follows it, one move at each optimiser step. The average
             is then the reference, as in Linear-DPO; None keeps the network without its adapter.
         prior_noise: Add to each image the noise from which ``latentreward generate`` made it, as PNAPO

@@ -13,27 +13,24 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from latentreward.contracts import PromptBatch, RenoisedGroups, RenoisedSamples, SampledStates, join_rows
-from latentreward.errors import InputError, check_at_least_one, check_range
-from latentreward.losses import MatchingLoss, NFTLoss, Penalty, TrustRegion, velocity_divergence
-from latentreward.modules.alignment import AlignmentModule
-from latentreward.modules.grpo import LEAST_ADVANTAGE, group_statistics
-from latentreward.modules.pruned import PrunedRollouts
-from latentreward.policies import PolicySource
-from latentreward.policies.moving_average import AVERAGE, OLD, DecayRamp, MovingCopy
-from latentreward.rewards import RewardSource
-from latentreward.rollout import (
-    Advantage,
-    GroupAdvantage,
-    Pruning,
-    Sampling,
-    begin_finished,
-    check_sigmas,
-    rows_of,
-    sample_latents,
-)
-from latentreward.rollout.step_choice import RandomSteps, StepChoice, StratifiedSteps
-from latentreward.seeding import pair_generator
+from latentreward.alignment.losses.matching import MatchingLoss, velocity_divergence
+from latentreward.alignment.losses.nft import NFTLoss
+from latentreward.alignment.losses.trust_region import Penalty, TrustRegion
+from latentreward.alignment.modules.alignment import AlignmentModule
+from latentreward.alignment.modules.grpo import LEAST_ADVANTAGE, group_statistics
+from latentreward.alignment.modules.pruned import PrunedRollouts
+from latentreward.alignment.policies.loading import PolicySource
+from latentreward.alignment.policies.moving_average import AVERAGE, OLD, DecayRamp, MovingCopy
+from latentreward.alignment.rewards.base import RewardSource
+from latentreward.alignment.rollout.advantages import Advantage, GroupAdvantage
+from latentreward.alignment.rollout.finished import begin_finished, check_sigmas, rows_of
+from latentreward.alignment.rollout.pruning import Pruning
+from latentreward.alignment.rollout.settings import Sampling
+from latentreward.alignment.rollout.step_choice import RandomSteps, StepChoice, StratifiedSteps
+from latentreward.alignment.rollout.trajectories import sample_latents
+from latentreward.core.contracts import PromptBatch, RenoisedGroups, RenoisedSamples, SampledStates, join_rows
+from latentreward.core.errors import InputError, check_at_least_one, check_range
+from latentreward.core.seeding import pair_generator
 
 FOLLOWED = "copies_followed"
 """Key of a checkpoint with the optimiser step after which the copies last followed the policy."""
@@ -67,12 +64,12 @@ class ForwardProcessModule(AlignmentModule):
         num_samples: Samples K per prompt.
         reward_sigmas: Noise levels at which a latent reward scores; without effect on rewards of pixels.
         advantage: Rule that turns rewards into advantages; None divides by the spread of all rewards of a rollout.
-        trust_region: A :class:`~latentreward.losses.Penalty`, or None. The other rules need a sampler's steps.
+        trust_region: A :class:`~latentreward.alignment.Penalty`, or None. The other rules need a sampler's steps.
         prompts_at_once: Prompts of a rollout that are sampled at once, to bound memory; a reward on a server scores
             them while the next are sampled. None takes all.
         pruning: How many candidates of a prompt are sampled, of which a latent reward picks the ``num_samples`` that
             are finished. None finishes all samples.
-        options: See :class:`~latentreward.modules.alignment.AlignmentModule`. Neither sampling nor training uses
+        options: See :class:`~latentreward.alignment.AlignmentModule`. Neither sampling nor training uses
             classifier-free guidance.
 
     Attributes:
@@ -82,7 +79,7 @@ class ForwardProcessModule(AlignmentModule):
         compares: Whether samples of a prompt are compared, so that there must be two.
         prunes: Whether ``pruning`` is allowed: the gradient must be linear in the advantages of compared samples.
             DGPO's is but for a weight of each group, a function of products of advantages with errors.
-        experience: :class:`~latentreward.contracts.RenoisedGroups` for a method whose rows hold all samples of a
+        experience: :class:`~latentreward.core.contracts.RenoisedGroups` for a method whose rows hold all samples of a
             prompt, so that no batch, rank or optimiser step has a part of them.
         row_passes: Passes of the policy in training on a sample at one noise level; forward and backward count as 3.
 
@@ -303,13 +300,13 @@ class DiffusionNFTModule(ForwardProcessModule):
     """DiffusionNFT (arXiv:2509.16117): learn from good and bad finished samples by their forward process.
 
     An older copy of the adapter samples. It follows the policy before each rollout. See
-    :class:`~latentreward.losses.NFTLoss`; logs ``train/loss``, ``train/policy``, ``train/kl``.
+    :class:`~latentreward.alignment.NFTLoss`; logs ``train/loss``, ``train/policy``, ``train/kl``.
 
     Args:
         policy: See :class:`ForwardProcessModule`.
         reward: See :class:`ForwardProcessModule`.
         old: How slowly the copy that samples follows the policy.
-        loss: See :class:`~latentreward.losses.NFTLoss`.
+        loss: See :class:`~latentreward.alignment.NFTLoss`.
         options: See :class:`ForwardProcessModule`.
 
     Raises:
@@ -348,14 +345,14 @@ class AWMModule(ForwardProcessModule):
     """Advantage weighted matching (AWM, arXiv:2509.25050): a policy gradient on the denoising error of samples.
 
     The policy itself samples. A moving average of it is the second point that the policy is held to, beside the
-    reference. See :class:`~latentreward.losses.MatchingLoss`; logs ``train/loss``, ``train/policy``, ``train/kl``,
+    reference. See :class:`~latentreward.alignment.MatchingLoss`; logs ``train/loss``, ``train/policy``, ``train/kl``,
     ``train/average_kl``, ``train/clipped``, ``train/ratio``.
 
     Args:
         policy: See :class:`ForwardProcessModule`.
         reward: See :class:`ForwardProcessModule`.
         average: How slowly the moving average follows the policy.
-        loss: See :class:`~latentreward.losses.MatchingLoss`.
+        loss: See :class:`~latentreward.alignment.MatchingLoss`.
         options: See :class:`ForwardProcessModule`.
 
     Raises:

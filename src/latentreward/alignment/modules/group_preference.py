@@ -6,14 +6,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from latentreward.contracts import Conditioning, RenoisedGroups, RenoisedSamples
-from latentreward.errors import errors_at
-from latentreward.losses import CRDLoss, DGPOLoss
-from latentreward.modules.forward_process import ForwardProcessModule, Renoised
-from latentreward.policies import PolicySource
-from latentreward.policies.moving_average import AVERAGE, OLD, DecayRamp
-from latentreward.rewards import RewardSource
-from latentreward.rollout import NoisiestSteps, RandomSteps
+from latentreward.alignment.losses.group_preference import CRDLoss, DGPOLoss
+from latentreward.alignment.modules.forward_process import ForwardProcessModule, Renoised
+from latentreward.alignment.policies.loading import PolicySource
+from latentreward.alignment.policies.moving_average import AVERAGE, OLD, DecayRamp
+from latentreward.alignment.rewards.base import RewardSource
+from latentreward.alignment.rollout.step_choice import NoisiestSteps, RandomSteps
+from latentreward.core.contracts import Conditioning, RenoisedGroups, RenoisedSamples
+from latentreward.core.errors import errors_at
 
 
 class DGPOModule(ForwardProcessModule):
@@ -22,14 +22,14 @@ class DGPOModule(ForwardProcessModule):
     A row of a batch is a prompt at one noise level, with all its K samples and one noise for them; ``data.batch_size``
     counts prompts. Levels are drawn for each prompt; the released code draws them once a rollout, for all prompts.
     An older copy of the adapter samples, and bounds how far the policy may go from it. See
-    :class:`~latentreward.losses.DGPOLoss`; logs ``train/loss``, ``train/policy``, ``train/kl``, ``train/weight`` and
+    :class:`~latentreward.alignment.DGPOLoss`; logs ``train/loss``, ``train/policy``, ``train/kl``, ``train/weight`` and
     ``train/clipped``.
 
     Args:
         policy: See :class:`ForwardProcessModule`.
         reward: See :class:`ForwardProcessModule`.
         old: How slowly the copy that samples follows the policy; None takes the published 0.001 · step, at most 0.3.
-        loss: See :class:`~latentreward.losses.DGPOLoss`.
+        loss: See :class:`~latentreward.alignment.DGPOLoss`.
         options: See :class:`ForwardProcessModule`.
 
     Raises:
@@ -72,7 +72,7 @@ class CRDModule(ForwardProcessModule):
 
     A row of a batch is a prompt at one noise level, with all its K samples, each with its own noise;
     ``data.batch_size`` counts prompts. One older copy of the adapter samples; another one, of other age, is what
-    implicit rewards compare the policy with. See :class:`~latentreward.losses.CRDLoss`; logs ``train/loss``,
+    implicit rewards compare the policy with. See :class:`~latentreward.alignment.CRDLoss`; logs ``train/loss``,
     ``train/policy`` and ``train/kl``.
 
     Args:
@@ -84,7 +84,7 @@ class CRDModule(ForwardProcessModule):
             step, at most 0.999.
         reference_guidance_scale: Guidance scale of the reference, as the pipeline takes it; None takes the policy's,
             which is none. Published: 4.5.
-        loss: See :class:`~latentreward.losses.CRDLoss`.
+        loss: See :class:`~latentreward.alignment.CRDLoss`.
         options: See :class:`ForwardProcessModule`.
 
     Raises:

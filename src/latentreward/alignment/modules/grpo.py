@@ -14,51 +14,34 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.nn import functional as F
 
-from latentreward.contracts import PromptBatch, RolloutStatistics, StepSamples, join_rows, take_rows
-from latentreward.errors import InputError, check_at_least_one, check_range
-from latentreward.losses import (
+from latentreward.alignment.losses.clipped_policy import (
     ClippedPolicyLoss,
     ClippedPolicyResult,
-    RuleContext,
-    StepDrift,
-    TrustRegion,
-    check_rules,
     gaussian_step_kl,
     held_weights,
 )
-from latentreward.modules.alignment import AlignmentModule
-from latentreward.modules.pruned import PrunedRollouts
-from latentreward.policies import PolicySource
-from latentreward.rewards import RewardSource
-from latentreward.rewards.latent import LatentScorer
-from latentreward.rollout import (
-    Advantage,
-    Branching,
-    Credit,
-    GroupAdvantage,
-    GuidedSampler,
-    Pruning,
-    RewardGuidance,
-    Sampling,
-    StateCredit,
-    StepSampler,
-    Trajectories,
-    Window,
-    WindowedSampler,
-    begin_finished,
-    check_sigmas,
-    group_advantages,
-    require_gradient,
-    rows_of,
-    sample_trajectories,
-    score_finished,
-    score_states,
-)
-from latentreward.rollout.pruning import check_scored_once, check_states_reward
-from latentreward.seeding import pair_generator
+from latentreward.alignment.losses.trust_region import RuleContext, StepDrift, TrustRegion, check_rules
+from latentreward.alignment.modules.alignment import AlignmentModule
+from latentreward.alignment.modules.pruned import PrunedRollouts
+from latentreward.alignment.policies.loading import PolicySource
+from latentreward.alignment.rewards.base import RewardSource
+from latentreward.alignment.rewards.latent import LatentScorer
+from latentreward.alignment.rollout.advantages import Advantage, GroupAdvantage, group_advantages
+from latentreward.alignment.rollout.candidates import Branching
+from latentreward.alignment.rollout.credit import Credit, StateCredit
+from latentreward.alignment.rollout.finished import begin_finished, check_sigmas, rows_of, score_finished, score_states
+from latentreward.alignment.rollout.pruning import Pruning, check_scored_once, check_states_reward
+from latentreward.alignment.rollout.reward_guidance import GuidedSampler, RewardGuidance, require_gradient
+from latentreward.alignment.rollout.samplers import StepSampler
+from latentreward.alignment.rollout.settings import Sampling
+from latentreward.alignment.rollout.trajectories import Trajectories, sample_trajectories
+from latentreward.alignment.rollout.window import Window, WindowedSampler
+from latentreward.core.contracts import PromptBatch, RolloutStatistics, StepSamples, join_rows, take_rows
+from latentreward.core.errors import InputError, check_at_least_one, check_range
+from latentreward.core.seeding import pair_generator
 
 GATE = "trust_region"
-"""Key of a checkpoint with the state of a :class:`~latentreward.losses.KLGate` that adapts."""
+"""Key of a checkpoint with the state of a :class:`~latentreward.alignment.KLGate` that adapts."""
 
 LEAST_ADVANTAGE = 1e-6
 """Largest absolute advantage that counts as rounding; scores that differ by more than 1e-4 give advantages near 1."""
@@ -75,7 +58,7 @@ class GRPOModule(AlignmentModule):
         reward: Source of the reward.
         sampling: Sampler settings of rollouts; the sampler's noise is the exploration.
         loss: Clip range ε, weight of the KL divergence from the reference, bound of advantages.
-        options: See :class:`~latentreward.modules.alignment.AlignmentModule`; guidance applies in sampling and in
+        options: See :class:`~latentreward.alignment.AlignmentModule`; guidance applies in sampling and in
             training.
 
     Raises:
@@ -229,11 +212,11 @@ class TrajectoryGRPOModule(GRPOModule):
         reward_sigmas: Noise levels at which a latent reward scores; without effect on rewards of pixels.
         global_std: Divide advantages by the standard deviation of all rewards of a rollout, over all ranks, instead of
             the prompt's own (Flow-GRPO's setting). Prompts whose rewards hardly differ then have small advantages.
-        loss: See :class:`GRPOModule`. :class:`~latentreward.losses.OutcomeProcessLoss` takes the advantages of the
+        loss: See :class:`GRPOModule`. :class:`~latentreward.alignment.OutcomeProcessLoss` takes the advantages of the
             finished sample and of ``credit`` as two terms.
         reward_guidance: Guidance of the rollouts by the reward's gradient (Euphonium, arXiv:2602.04928); the steps'
             log-probabilities are those of the unguided policy. None samples without it.
-        advantage: Rule that turns rewards into advantages; None is a :class:`~latentreward.rollout.GroupAdvantage` as
+        advantage: Rule that turns rewards into advantages; None is a :class:`~latentreward.alignment.GroupAdvantage` as
             ``global_std`` says.
         credit: Rule that gives each step a reward of its own, from the reward of each state at the state's own noise
             level. The finished latents are scored at the least of ``reward_sigmas``, which should be the least noise
@@ -341,7 +324,7 @@ class TrajectoryGRPOModule(GRPOModule):
 
     @property
     def gate(self) -> Any:
-        """The :class:`~latentreward.losses.KLGate` among the rules; None without one."""
+        """The :class:`~latentreward.alignment.KLGate` among the rules; None without one."""
         return self.rules.get("gate")
 
     def optional_fields(self) -> set[str]:

@@ -5,20 +5,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from latentreward.contracts import PromptBatch, RolloutStatistics, StepPairs, join_rows
-from latentreward.losses import StepDPO, StepDPOResult, StepPairLoss
-from latentreward.modules.alignment import AlignmentModule
-from latentreward.policies import PolicySource
-from latentreward.rewards import RewardSource
-from latentreward.rollout import (
-    Branching,
-    FixedThreshold,
-    PairSelection,
-    Sampling,
-    SigmaThreshold,
-    Transition,
-    step_pairs,
-)
+from latentreward.alignment.losses.step_dpo import StepDPO, StepDPOResult, StepPairLoss
+from latentreward.alignment.modules.alignment import AlignmentModule
+from latentreward.alignment.policies.loading import PolicySource
+from latentreward.alignment.rewards.base import RewardSource
+from latentreward.alignment.rollout.candidates import Branching
+from latentreward.alignment.rollout.pair_selection import FixedThreshold, PairSelection, SigmaThreshold, step_pairs
+from latentreward.alignment.rollout.samplers import Transition
+from latentreward.alignment.rollout.settings import Sampling
+from latentreward.core.contracts import PromptBatch, RolloutStatistics, StepPairs, join_rows
 
 
 class StepRatios(NamedTuple):
@@ -52,10 +47,10 @@ class LPOModule(AlignmentModule):
         sampling: Sampler settings of the rollouts, also used in training; None takes LPO's 20 DDIM steps with eta 1.
         candidates: Number of candidates, window, and the candidate with which rollouts go on; None takes LPO's 4
             candidates at every step.
-        beta: β of LPO's loss, :class:`~latentreward.losses.StepDPO`.
+        beta: β of LPO's loss, :class:`~latentreward.alignment.StepDPO`.
         clip_range: ε of LPO's loss.
         loss: Another loss of the pairs, to which ``beta`` and ``clip_range`` do not apply; None takes LPO's.
-        options: See :class:`~latentreward.modules.alignment.AlignmentModule`.
+        options: See :class:`~latentreward.alignment.AlignmentModule`.
 
     Raises:
         InputError: If a setting is out of range, the scheduler cannot make the steps, fewer than two steps with noise
@@ -129,7 +124,7 @@ class SPOModule(LPOModule):
     :class:`LPOModule` with SPO's settings: one threshold of 0.3 for all steps; candidates only at timesteps up to 751,
     so that the first four of 20 DDIM steps sample a single state; rewards at the candidates' own timestep; and β = 10.
     SPO's reward, the step-aware preference model, scores the decoded x̂_0 of each candidate
-    (:class:`~latentreward.rewards.PixelReward`).
+    (:class:`~latentreward.alignment.PixelReward`).
 
     Args:
         policy: See :class:`LPOModule`.

@@ -8,22 +8,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from latentreward.backbones.loading import set_attention_backend
-from latentreward.backbones.stored_adapters import plain_name, stored_ranks
-from latentreward.backbones.weights import settle
-from latentreward.checkpoints.base_weights import BaseSample
-from latentreward.contracts import Conditioning, PathText, PromptBatch, SampledStates, join_rows
-from latentreward.errors import InputError, check_at_least_one, errors_at
-from latentreward.families import Family
-from latentreward.losses import OnPolicyLoss
-from latentreward.modules.alignment import AlignmentModule
-from latentreward.policies import Policy, PolicySource
-from latentreward.policies.checkpoint import SavedAdapter, network_name, read_policy_adapter
-from latentreward.policies.policy import add_frozen_adapter
-from latentreward.rewards.shared_base import leave_out
-from latentreward.rollout import Sampling, sample_trajectories
-from latentreward.rollout.step_choice import StepChoice
-from latentreward.seeding import pair_generator
+from latentreward.alignment.losses.on_policy import OnPolicyLoss
+from latentreward.alignment.modules.alignment import AlignmentModule
+from latentreward.alignment.policies.checkpoint import SavedAdapter, network_name, read_policy_adapter
+from latentreward.alignment.policies.loading import PolicySource
+from latentreward.alignment.policies.policy import Policy, add_frozen_adapter
+from latentreward.alignment.rewards.shared_base import leave_out
+from latentreward.alignment.rollout.settings import Sampling
+from latentreward.alignment.rollout.step_choice import StepChoice
+from latentreward.alignment.rollout.trajectories import sample_trajectories
+from latentreward.core.checkpoints.base_weights import BaseSample
+from latentreward.core.contracts import Conditioning, PathText, PromptBatch, SampledStates, join_rows
+from latentreward.core.errors import InputError, check_at_least_one, errors_at
+from latentreward.core.seeding import pair_generator
+from latentreward.diffusion import Family
+from latentreward.diffusion.backbones.loading import set_attention_backend
+from latentreward.diffusion.backbones.stored_adapters import plain_name, stored_ranks
+from latentreward.diffusion.backbones.weights import settle
 
 SHARED_PARTS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 """Parts of a pipeline whose results a teacher gets from the policy; of a network without a flow also its scheduler."""
@@ -134,17 +135,17 @@ class OnPolicyDistillationModule(AlignmentModule):
 
     The policy samples; at each state of the sampling, its output is pulled to those of the teachers for the same state
     and prompt (mean over the teachers). For flows and networks that predict noise or v. See
-    :class:`~latentreward.losses.OnPolicyLoss`; logs ``train/loss``.
+    :class:`~latentreward.alignment.OnPolicyLoss`; logs ``train/loss``.
 
     Args:
         policy: The generator.
         teachers: At least one :class:`Teacher`.
         sampling: Sampler settings of rollouts; None takes 10 steps without noise.
         steps: Choice of the sampler's steps whose states are learned from, for each sample; None takes all.
-        loss: See :class:`~latentreward.losses.OnPolicyLoss`.
+        loss: See :class:`~latentreward.alignment.OnPolicyLoss`.
         prompts_at_once: Prompts of a rollout that are sampled at once, to bound memory. None takes all.
         guidance_scale: Guidance scale of the policy, in sampling and training; None switches guidance off.
-        options: See :class:`~latentreward.modules.alignment.AlignmentModule`.
+        options: See :class:`~latentreward.alignment.AlignmentModule`.
 
     Raises:
         InputError: If there is no teacher, a teacher does not fit the policy, ``kl_exact`` has no noise, or a setting

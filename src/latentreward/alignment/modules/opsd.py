@@ -6,21 +6,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from latentreward.contracts import PromptBatch, SampledStates
-from latentreward.errors import check_at_least_one, check_range
-from latentreward.losses import NFTLoss, reward_ascent
-from latentreward.modules.forward_process import ForwardProcessModule, Renoised
-from latentreward.policies import PolicySource
-from latentreward.policies.moving_average import OLD, DecayRamp
-from latentreward.rewards import RewardSource
-from latentreward.rollout import (
-    PromptedPolicy,
-    RolloutDraws,
-    refuse_float16,
-    require_finite,
-    require_gradient,
-    score_finished,
-)
+from latentreward.alignment.losses.nft import NFTLoss
+from latentreward.alignment.losses.opsd import reward_ascent
+from latentreward.alignment.modules.forward_process import ForwardProcessModule, Renoised
+from latentreward.alignment.policies.loading import PolicySource
+from latentreward.alignment.policies.moving_average import OLD, DecayRamp
+from latentreward.alignment.rewards.base import RewardSource
+from latentreward.alignment.rollout.finished import score_finished
+from latentreward.alignment.rollout.prompted import PromptedPolicy, RolloutDraws
+from latentreward.alignment.rollout.reward_guidance import refuse_float16, require_finite, require_gradient
+from latentreward.core.contracts import PromptBatch, SampledStates
+from latentreward.core.errors import check_at_least_one, check_range
 
 
 class DiffusionOPSDModule(ForwardProcessModule):
@@ -28,7 +24,7 @@ class DiffusionOPSDModule(ForwardProcessModule):
 
     The older copy of the adapter samples to the step nearest to ``query_sigma``, no further. There the clean latents
     that the copy predicts are moved up and down the reward's gradient, and the policy learns to predict them; see
-    :func:`~latentreward.losses.opsd.reward_ascent`. Finished samples are neither made nor scored. Logs
+    :func:`~latentreward.alignment.reward_ascent`. Finished samples are neither made nor scored. Logs
     ``train/loss``, ``train/kl`` and ``train/reward``, that of the prediction.
 
     Args:

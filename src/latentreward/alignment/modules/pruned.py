@@ -4,21 +4,14 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from latentreward.contracts import PromptBatch
-from latentreward.modules.alignment import AlignmentModule
-from latentreward.rollout import (
-    Advantage,
-    Agreement,
-    BestAndWorst,
-    Pruning,
-    StepSampler,
-    Trajectories,
-    rows_of,
-    sample_pruned,
-    scaled_advantages,
-    score_states,
-)
-from latentreward.seeding import pair_generator
+from latentreward.alignment.modules.alignment import AlignmentModule
+from latentreward.alignment.rollout.advantages import Advantage
+from latentreward.alignment.rollout.finished import rows_of, score_states
+from latentreward.alignment.rollout.pruning import Agreement, BestAndWorst, Pruning, scaled_advantages
+from latentreward.alignment.rollout.samplers import StepSampler
+from latentreward.alignment.rollout.trajectories import Trajectories, sample_pruned
+from latentreward.core.contracts import PromptBatch
+from latentreward.core.seeding import pair_generator
 
 ENOUGH = 256
 """Degrees of freedom, K − 1 a prompt, from which on ρ is judged; its standard error is then at most 0.06."""

@@ -6,22 +6,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from latentreward.contracts import RenoisedSamples
-from latentreward.errors import check_at_least_one
-from latentreward.losses import RAMLoss, denoising_error
-from latentreward.modules.forward_process import ForwardProcessModule
-from latentreward.noise import LevelSampler, PowerSigma
-from latentreward.policies import PolicySource
-from latentreward.policies.moving_average import OLD, DecayRamp
-from latentreward.rewards import RewardSource
-from latentreward.seeding import pair_generator
+from latentreward.alignment.losses.diffusion_dpo import denoising_error
+from latentreward.alignment.losses.ram import RAMLoss
+from latentreward.alignment.modules.forward_process import ForwardProcessModule
+from latentreward.alignment.policies.loading import PolicySource
+from latentreward.alignment.policies.moving_average import OLD, DecayRamp
+from latentreward.alignment.rewards.base import RewardSource
+from latentreward.core.contracts import RenoisedSamples
+from latentreward.core.errors import check_at_least_one
+from latentreward.core.seeding import pair_generator
+from latentreward.diffusion import LevelSampler, PowerSigma
 
 
 class RAMModule(ForwardProcessModule):
     """RAM (arXiv:2605.10759): learn from finished samples, noised again, for flows and for networks that predict noise.
 
     An older copy of the adapter samples. It follows the policy before each rollout. See
-    :class:`~latentreward.losses.RAMLoss`; logs ``train/loss`` and ``train/kl``, the mean squared difference from the
+    :class:`~latentreward.alignment.RAMLoss`; logs ``train/loss`` and ``train/kl``, the mean squared difference from the
     reference.
 
     Args:
@@ -32,7 +33,7 @@ class RAMModule(ForwardProcessModule):
         draws: Noise levels J of each sample, each with its own noise.
         old: How slowly the copy that samples follows the policy; None takes 0.01 · step, at most 0.9, as ports of
             the authors' code do.
-        loss: See :class:`~latentreward.losses.RAMLoss`.
+        loss: See :class:`~latentreward.alignment.RAMLoss`.
         options: See :class:`ForwardProcessModule`.
 
     Raises:

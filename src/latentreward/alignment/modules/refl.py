@@ -6,27 +6,23 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from latentreward.contracts import PreferenceBatch, PromptBatch
-from latentreward.devices import evaluating
-from latentreward.errors import InputError, check_choices, check_range
-from latentreward.losses import RewardLoss, denoising_error
-from latentreward.modules.alignment import AlignmentModule
-from latentreward.modules.pairs import PairDraws, latents_of
-from latentreward.noise import TimestepGrid
-from latentreward.phases import phase
-from latentreward.policies import PolicySource
-from latentreward.policies.surrogate_gradient import gradient_carrier, surrogate
-from latentreward.rewards import RewardSource
-from latentreward.rollout import (
-    Sampling,
-    check_sigmas,
-    refuse_float16,
-    require_gradient,
-    score_finished,
-    score_states,
-)
-from latentreward.rollout.prompted import PromptedPolicy, RolloutDraws
-from latentreward.seeding import pair_generator
+from latentreward.alignment.losses.diffusion_dpo import denoising_error
+from latentreward.alignment.losses.refl import RewardLoss
+from latentreward.alignment.modules.alignment import AlignmentModule
+from latentreward.alignment.policies.loading import PolicySource
+from latentreward.alignment.policies.surrogate_gradient import gradient_carrier, surrogate
+from latentreward.alignment.rewards.base import RewardSource
+from latentreward.alignment.rollout.finished import check_sigmas, score_finished, score_states
+from latentreward.alignment.rollout.prompted import PromptedPolicy, RolloutDraws
+from latentreward.alignment.rollout.reward_guidance import refuse_float16, require_gradient
+from latentreward.alignment.rollout.settings import Sampling
+from latentreward.core.contracts import PreferenceBatch, PromptBatch
+from latentreward.core.devices import evaluating
+from latentreward.core.errors import InputError, check_choices, check_range
+from latentreward.core.phases import phase
+from latentreward.core.seeding import pair_generator
+from latentreward.diffusion import TimestepGrid
+from latentreward.reward.modules.pairs import PairDraws, latents_of
 
 
 class LateSample(NamedTuple):

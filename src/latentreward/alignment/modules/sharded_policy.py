@@ -1,4 +1,4 @@
-"""FSDP2 of an alignment run: the policy, and what belongs to its reward alone (:mod:`latentreward.modules.sharding`).
+"""FSDP2 of an alignment run: the policy, and what belongs to its reward alone.
 
 In a policy each of the remaining modules is a group of its own, because rollouts, callbacks and rewards that share the
 network call its parts at any time.
@@ -10,10 +10,10 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
-from latentreward.modules.sharding import called_equally, check_axes, shard_encoders
-from latentreward.policies import Policy
-from latentreward.rewards import Reward
-from latentreward.rewards.latent import LatentScorer
+from latentreward.alignment.policies.policy import Policy
+from latentreward.alignment.rewards.base import Reward
+from latentreward.alignment.rewards.latent import LatentScorer
+from latentreward.reward.modules.sharding import called_equally, check_axes, shard_encoders
 
 
 def shard_policy(policy: Policy, mesh: DeviceMesh) -> None:

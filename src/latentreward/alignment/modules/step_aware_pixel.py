@@ -6,17 +6,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from latentreward.contracts import CrossScores, PairScores, PathText, PreferenceBatch
-from latentreward.errors import InputError, check_at_least_one
-from latentreward.losses import LRMLoss, PreferenceLoss, gather_with_grad
-from latentreward.modules.pairs import EncodedPairs, PairDraws, PairModule, latents_of
-from latentreward.noise import LevelSampler, TimestepGrid
-from latentreward.policies import PolicySource
-from latentreward.scorers.clip import PICKSCORE
-from latentreward.scorers.step_aware import load_step_aware
+from latentreward.alignment.policies.loading import PolicySource
+from latentreward.core.contracts import CrossScores, PairScores, PathText, PreferenceBatch
+from latentreward.core.errors import InputError, check_at_least_one
+from latentreward.diffusion import LevelSampler, TimestepGrid
+from latentreward.reward import LRMLoss, PreferenceLoss, gather_with_grad
+from latentreward.reward.modules.pairs import EncodedPairs, PairDraws, PairModule, latents_of
+from latentreward.reward.scorers.clip import PICKSCORE
+from latentreward.reward.scorers.step_aware import load_step_aware
 
 if TYPE_CHECKING:
-    from latentreward.encoders.vae import LatentEncoder
+    from latentreward.diffusion.encoders.vae import LatentEncoder
 
 
 class StepAwarePixelModule(PairModule):
@@ -24,7 +24,7 @@ class StepAwarePixelModule(PairModule):
 
     The latents of both images of a pair get the same timestep and the same noise. The generator predicts the clean
     latents, the VAE decodes them, and the scorer compares the two decoded images. All weights of the scorer train, none
-    of the generator. The checkpoint serves as ``weights`` of a :class:`~latentreward.scorers.StepAwareScorer` with the
+    of the generator. The checkpoint serves as ``weights`` of a :class:`~latentreward.reward.StepAwareScorer` with the
     same ``source``.
 
     Args:

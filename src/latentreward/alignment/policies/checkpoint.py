@@ -7,15 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from latentreward.backbones.stored_adapters import check_settings, plain_name, stored_ranks
-from latentreward.backbones.tuning import LoRA
-from latentreward.checkpoints.base_weights import BaseSample
-from latentreward.checkpoints.shards import read_checkpoint
-from latentreward.errors import InputError, first_line
-from latentreward.families import is_foreign
-from latentreward.policies.loading import PolicySource
-from latentreward.policies.policy import POLICY, Policy
-from latentreward.scoring.layouts.recipe import ONLY_IN_TRAINING
+from latentreward.alignment.policies.loading import PolicySource
+from latentreward.alignment.policies.policy import POLICY, Policy
+from latentreward.core.checkpoints.base_weights import BaseSample
+from latentreward.core.checkpoints.shards import read_checkpoint
+from latentreward.core.errors import InputError, first_line
+from latentreward.diffusion import LoRA, is_foreign
+from latentreward.diffusion.backbones.stored_adapters import check_settings, plain_name, stored_ranks
+from latentreward.reward.scoring.layouts.recipe import ONLY_IN_TRAINING
 
 SOURCE = "policy_source"
 """Key of a checkpoint that holds the fields of a :class:`PolicySource` as plain values."""

@@ -7,15 +7,15 @@ from typing import Any, Literal
 
 import torch
 
-from latentreward.backbones.loading import PipelineSource, set_execution
-from latentreward.backbones.quantization import Quantization, check_quantization
-from latentreward.backbones.tuning import LoRA, StorageDtype, shown_as_float32, warn_of_layers
-from latentreward.backbones.weights import settle
-from latentreward.contracts import LatentSpace, PathText
-from latentreward.errors import InputError, check_range, first_line
-from latentreward.families import Family, find_family
-from latentreward.policies.policy import POLICY, Policy
-from latentreward.seeding import pair_generator
+from latentreward.alignment.policies.policy import POLICY, Policy
+from latentreward.core.contracts import LatentSpace, PathText
+from latentreward.core.errors import InputError, check_range, first_line
+from latentreward.core.seeding import pair_generator
+from latentreward.diffusion import Family, LoRA, find_family
+from latentreward.diffusion.backbones.loading import PipelineSource, set_execution
+from latentreward.diffusion.backbones.quantization import Quantization, check_quantization
+from latentreward.diffusion.backbones.tuning import StorageDtype, shown_as_float32, warn_of_layers
+from latentreward.diffusion.backbones.weights import settle
 
 
 @dataclass
@@ -42,7 +42,7 @@ class PolicySource:
             differ from picture to picture.
         image_guidance_scale: Scale of InstructPix2Pix's guidance towards the picture to edit, at least 1, which is at
             work with a ``guidance_scale`` above 1; None takes the pipeline's own, 1.5.
-        family: Import path of the pipeline's :class:`~latentreward.families.Family`, for a family of one's own; None
+        family: Import path of the pipeline's :class:`~latentreward.diffusion.Family`, for a family of one's own; None
             finds it among those of this package.
     """
 

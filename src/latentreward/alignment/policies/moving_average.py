@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from latentreward.errors import InputError, check_range
-from latentreward.policies.policy import POLICY, Policy, add_frozen_adapter
+from latentreward.alignment.policies.policy import POLICY, Policy, add_frozen_adapter
+from latentreward.core.errors import InputError, check_range
 
 OLD, AVERAGE = "old", "average"
 """Names of copies: of the policy that samples, and of a moving average."""

@@ -14,16 +14,15 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 from torch import Tensor, nn
 
-from latentreward.contracts import Conditioning, LatentSpace, PreferenceBatch, sources_of
-from latentreward.encoders.prompts import PromptEncoder, empty_prompts, encode_texts
-from latentreward.encoders.sources import encode_edits, reading_pictures
-from latentreward.errors import InputError
-from latentreward.families import Family
-from latentreward.noise import NoiseProcess
-from latentreward.programs import of_this_package
+from latentreward.core.contracts import Conditioning, LatentSpace, PreferenceBatch, sources_of
+from latentreward.core.errors import InputError
+from latentreward.core.programs import of_this_package
+from latentreward.diffusion import Family, NoiseProcess
+from latentreward.diffusion.encoders.prompts import PromptEncoder, empty_prompts, encode_texts
+from latentreward.diffusion.encoders.sources import encode_edits, reading_pictures
 
 if TYPE_CHECKING:
-    from latentreward.encoders.vae import LatentEncoder
+    from latentreward.diffusion.encoders.vae import LatentEncoder
 
 POLICY = "policy"
 """Name of the trainable adapter in peft."""
@@ -42,7 +41,7 @@ class Policy(nn.Module):
         source: Folder or hub id of the weights, for messages.
         adapters: Switch between the policy's adapter, a reward's adapter, and no adapter.
         source_encoder: Encoder of the pictures that prompts edit; None for a network that edits none.
-        source_size: See :class:`~latentreward.policies.PolicySource`.
+        source_size: See :class:`~latentreward.alignment.PolicySource`.
         moving_adapters: Names of frozen adapters that training changes, so that checkpoints hold them.
     """
 
@@ -96,11 +95,12 @@ class Policy(nn.Module):
     ) -> Tensor:
         """Predict noise, v or velocity ``(B, C, ...)`` as :meth:`Family.predict`, by default with its own guidance.
 
-        Of a user's own family the first batch is compared by :func:`~latentreward.scoring.apart.check_predictions`.
+        Of a user's own family the first batch is compared by
+        :func:`~latentreward.reward.scoring.apart.check_predictions`.
         """
         users_family = not of_this_package(type(self.family).__module__)  # shipped families need no check
         if users_family and not self._compared:
-            from latentreward.scoring.apart import check_predictions  # only a family of one's own needs it
+            from latentreward.reward.scoring.apart import check_predictions  # only a family of one's own needs it
 
             self._compared = True
             check_predictions(self.family, self.network, latents, timesteps, conditioning, guidance)

@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 from torch import Tensor, nn
 
-from latentreward.contracts import LatentSpace, NoisyStates
-from latentreward.errors import InputError
-from latentreward.promises import Part, detached, of_class, returns, shown, tensor, unchanged, wrong_tensor
+from latentreward.core.contracts import LatentSpace, NoisyStates
+from latentreward.core.errors import InputError
+from latentreward.core.promises import Part, detached, of_class, returns, shown, tensor, unchanged, wrong_tensor
 
 if TYPE_CHECKING:
-    from latentreward.policies import Policy, PolicySource
+    from latentreward.alignment.policies.loading import PolicySource
+    from latentreward.alignment.policies.policy import Policy
 
 
 class Reward(nn.Module, Part):

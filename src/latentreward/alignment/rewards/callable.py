@@ -10,15 +10,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from latentreward.contracts import NoisyStates
-from latentreward.errors import check_range
-from latentreward.promises import check_takes, place_of
-from latentreward.rewards.base import Reward, RewardSource
-from latentreward.seeding import pair_generator
-from latentreward.storage.digests import digest
+from latentreward.alignment.rewards.base import Reward, RewardSource
+from latentreward.core.contracts import NoisyStates
+from latentreward.core.errors import check_range
+from latentreward.core.promises import check_takes, place_of
+from latentreward.core.seeding import pair_generator
+from latentreward.core.storage.digests import digest
 
 if TYPE_CHECKING:
-    from latentreward.policies import Policy
+    from latentreward.alignment.policies.policy import Policy
 
 READOUT_CHANNELS = 32  # output channels of the random convolution of ``RandomReward(kind="readout")``
 

@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
-from latentreward.errors import InputError
-from latentreward.noise import DDPM, FlowMatching, NoiseProcess
-from latentreward.noise.base import per_sample
+from latentreward.core.errors import InputError
+from latentreward.diffusion import DDPM, FlowMatching, NoiseProcess
+from latentreward.diffusion.noise.base import per_sample
 
 
 def same_levels(first: NoiseProcess, second: NoiseProcess) -> bool:

@@ -10,13 +10,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from latentreward.contracts import Conditioning, LatentSpace, NoisyStates
-from latentreward.encoders.sources import edit_of_grey
-from latentreward.errors import InputError, check_at_least_one
-from latentreward.promises import check_needs
-from latentreward.remote import ImageSchema, PlainJSON, RemoteError, RemoteServer, Schema, ServedImages, ServedLatents
-from latentreward.remote.images import RemoteImages
-from latentreward.remote.latents import (
+from latentreward.alignment.rewards.base import Reward, RewardSource, check_edits
+from latentreward.alignment.rewards.pixel import DecodingReward
+from latentreward.core.contracts import Conditioning, LatentSpace, NoisyStates
+from latentreward.core.errors import InputError, check_at_least_one
+from latentreward.core.promises import check_needs
+from latentreward.core.reports.drawing import to_image
+from latentreward.core.storage.digests import digest
+from latentreward.diffusion.encoders.sources import edit_of_grey
+from latentreward.reward import ImageSchema, PlainJSON, RemoteError, RemoteServer, Schema, ServedImages, ServedLatents
+from latentreward.reward.remote.images import RemoteImages
+from latentreward.reward.remote.latents import (
     LatentRow,
     RemoteLatents,
     ServedReward,
@@ -25,22 +29,19 @@ from latentreward.remote.latents import (
     describe,
     latent_space,
 )
-from latentreward.remote.scores import PendingScores
-from latentreward.remote.server import Connection, raise_together
-from latentreward.reports.drawing import to_image
-from latentreward.rewards.base import Reward, RewardSource, check_edits
-from latentreward.rewards.pixel import DecodingReward
-from latentreward.storage.digests import digest
+from latentreward.reward.remote.scores import PendingScores
+from latentreward.reward.remote.server import Connection, raise_together
 
 if TYPE_CHECKING:
-    from latentreward.policies import Policy, PolicySource
+    from latentreward.alignment.policies.loading import PolicySource
+    from latentreward.alignment.policies.policy import Policy
 
 
 class HTTPReward(RewardSource):
     """A reward from a server: a VLM judge, UniRL's reward service, or ``latentreward serve``.
 
     The policy's VAE decodes latents, and the server scores pictures; under
-    :class:`~latentreward.remote.ServedLatents` the server scores latents. Scores have no gradient. Each process asks
+    :class:`~latentreward.reward.ServedLatents` the server scores latents. Scores have no gradient. Each process asks
     for its own rows, and remembers scores by content.
 
     A method that scores finished samples asks for the scores of some prompts while it samples the next, if its
@@ -49,7 +50,7 @@ class HTTPReward(RewardSource):
 
     Args:
         server: Address, limits, token, and what happens when the server fails.
-        schema: Form of requests and replies; None is :class:`~latentreward.remote.PlainJSON`.
+        schema: Form of requests and replies; None is :class:`~latentreward.reward.PlainJSON`.
         batch_size: Pictures or latents of a request.
         decode_batch_size: Latents that the VAE decodes at once.
 

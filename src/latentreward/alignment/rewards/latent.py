@@ -11,22 +11,24 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from latentreward.backbones.loading import PipelineSource
-from latentreward.backbones.weights import Reading, read_weights, reading_later
-from latentreward.contracts import Conditioning, LatentSpace, NoisyStates, PathText, TensorRecord, check_sources
-from latentreward.errors import InputError, check_at_least_one
-from latentreward.noise import NoiseProcess
-from latentreward.policies.surrogate_gradient import gradient_carrier
-from latentreward.rewards.base import Reward, RewardSource, check_edits
-from latentreward.rewards.conversion import convert_states, describe_conversion, same_levels
-from latentreward.rewards.shared_base import share_adapter, shares_network, shares_text
-from latentreward.scoring.layouts.find import ModelSource, StoredReward, find_reward
-from latentreward.scoring.network import RewardNetwork
-from latentreward.storage.shared_weights import processes_here, sharing_between
+from latentreward.alignment.policies.surrogate_gradient import gradient_carrier
+from latentreward.alignment.rewards.base import Reward, RewardSource, check_edits
+from latentreward.alignment.rewards.conversion import convert_states, describe_conversion, same_levels
+from latentreward.alignment.rewards.shared_base import share_adapter, shares_network, shares_text
+from latentreward.core.contracts import Conditioning, LatentSpace, NoisyStates, PathText, TensorRecord, check_sources
+from latentreward.core.errors import InputError, check_at_least_one
+from latentreward.core.storage.shared_weights import processes_here, sharing_between
+from latentreward.diffusion import NoiseProcess
+from latentreward.diffusion.backbones.loading import PipelineSource
+from latentreward.diffusion.backbones.weights import Reading, read_weights, reading_later
+from latentreward.reward import ModelSource
+from latentreward.reward.scoring.layouts.find import StoredReward, find_reward
+from latentreward.reward.scoring.network import RewardNetwork
 
 if TYPE_CHECKING:
-    from latentreward.encoders.prompts import PromptEncoder
-    from latentreward.policies import Policy, PolicySource
+    from latentreward.alignment.policies.loading import PolicySource
+    from latentreward.alignment.policies.policy import Policy
+    from latentreward.diffusion.encoders.prompts import PromptEncoder
 
 Share = Literal["auto", "never"]
 Switch = Callable[[], AbstractContextManager[None]]
@@ -126,7 +128,7 @@ class LatentScorer(Reward):
         return torch.autocast(self.model.device.type, enabled=False) if own else nullcontext()
 
     def set_text_encoder(self, encoder: PromptEncoder) -> None:
-        """Replace the text encoder, such as by :class:`~latentreward.encoders.stored_prompts.StoredPrompts`."""
+        """Replace the text encoder, such as by embeddings that are stored."""
         self.model.backbone.text_encoder = encoder
         if "text_encoder" in self._owned:
             self._owned["text_encoder"] = encoder
@@ -238,7 +240,7 @@ class LatentReward(RewardSource):
         average: Whether to load the moving average of ``TrainableEMA`` in place of the last weights, if the checkpoint
             has one.
         batch_size: States per forward pass, to bound memory; None takes all at once.
-        loading: See :class:`~latentreward.scoring.ModelSource`. The layout of ``casiatao/LRM`` names no base;
+        loading: See :class:`~latentreward.reward.ModelSource`. The layout of ``casiatao/LRM`` names no base;
             its tokenizers are those of the policy by default.
 
     Example:

@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from latentreward.contracts import LatentSpace, NoisyStates
-from latentreward.errors import InputError
-from latentreward.rewards.base import Reward, RewardSource
+from latentreward.alignment.rewards.base import Reward, RewardSource
+from latentreward.core.contracts import LatentSpace, NoisyStates
+from latentreward.core.errors import InputError
 
 if TYPE_CHECKING:
-    from latentreward.policies import Policy, PolicySource
+    from latentreward.alignment.policies.loading import PolicySource
+    from latentreward.alignment.policies.policy import Policy
 
 Normalise = Literal["group", "running", "none"]
 SMALLEST_STD = 1e-4  # constant added to a standard deviation before dividing, as in the advantages of Flow-GRPO

@@ -8,22 +8,22 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from latentreward.contracts import NoisyStates
-from latentreward.errors import InputError, check_at_least_one
-from latentreward.reports.drawing import to_image
-from latentreward.rewards.base import Reward, RewardSource
-from latentreward.scorers import ImageScorer, StepAwareScorer
+from latentreward.alignment.rewards.base import Reward, RewardSource
+from latentreward.core.contracts import NoisyStates
+from latentreward.core.errors import InputError, check_at_least_one
+from latentreward.core.reports.drawing import to_image
+from latentreward.reward import ImageScorer, StepAwareScorer
 
 if TYPE_CHECKING:
-    from latentreward.policies import Policy
-    from latentreward.scorers.step_aware_clip import StepAwareCLIP
+    from latentreward.alignment.policies.policy import Policy
+    from latentreward.reward.scorers.step_aware_clip import StepAwareCLIP
 
 
 class PixelReward(RewardSource):
     """A reward that decodes latents with the policy's VAE and scores pixels: SPO's reward, or any scorer of images.
 
     The reward decodes and scores the clean latents x̂_0 that the policy predicts from a state. A
-    :class:`~latentreward.scorers.StepAwareScorer` also gets the state's timestep, and its scores are differentiable.
+    :class:`~latentreward.reward.StepAwareScorer` also gets the state's timestep, and its scores are differentiable.
     Other scorers treat the decoded x̂_0 as a finished image.
 
     Args:

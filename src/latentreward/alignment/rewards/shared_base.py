@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from latentreward.checkpoints.base_weights import is_quantized, without_adapters
-from latentreward.policies.policy import add_frozen_adapter
+from latentreward.alignment.policies.policy import add_frozen_adapter
+from latentreward.core.checkpoints.base_weights import is_quantized, without_adapters
 
 if TYPE_CHECKING:
-    from latentreward.policies import Policy
-    from latentreward.scoring.layouts.find import StoredReward
+    from latentreward.alignment.policies.policy import Policy
+    from latentreward.reward.scoring.layouts.find import StoredReward
 
 REWARD = "reward"
 """Name in peft of the first reward's adapter in the policy's network; further ones are ``reward1``, ``reward2``, …"""

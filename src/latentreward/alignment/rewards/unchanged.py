@@ -7,21 +7,21 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from latentreward.contracts import NoisyStates, sources_of
-from latentreward.errors import InputError, check_range
-from latentreward.metrics.unchanged import unchanged_region_change
-from latentreward.rewards.base import Reward, RewardSource
+from latentreward.alignment.rewards.base import Reward, RewardSource
+from latentreward.core.contracts import NoisyStates, sources_of
+from latentreward.core.errors import InputError, check_range
+from latentreward.reward.metrics.unchanged import unchanged_region_change
 
 if TYPE_CHECKING:
-    from latentreward.policies import Policy
+    from latentreward.alignment.policies.policy import Policy
 
 
 class UnchangedRegion(RewardSource):
     """Reward against over-editing: minus the change of the region that an edit leaves alone, for editors.
 
-    See :func:`~latentreward.metrics.unchanged.unchanged_region_change`. The best score, 0, is that of an unchanged
-    picture, so the reward is one part of a mixture with a reward that judges the edit. A noisy state is scored by the
-    policy's prediction of its clean latents.
+    See :func:`~latentreward.reward.metrics.unchanged.unchanged_region_change`. The best score, 0, is that of an
+    unchanged picture, so the reward is one part of a mixture with a reward that judges the edit. A noisy state is
+    scored by the policy's prediction of its clean latents.
 
     Args:
         share: Share of the places that an edit may be expected to leave alone.

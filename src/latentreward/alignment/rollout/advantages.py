@@ -9,10 +9,10 @@ from typing import Literal, Self
 import torch
 from torch import Tensor
 
-from latentreward.devices import to_float64
-from latentreward.errors import InputError, check_choices, check_range
-from latentreward.promises import Part, returns, tensor
-from latentreward.rollout.step_choice import rounded_down
+from latentreward.alignment.rollout.step_choice import rounded_down
+from latentreward.core.devices import to_float64
+from latentreward.core.errors import InputError, check_choices, check_range
+from latentreward.core.promises import Part, returns, tensor
 
 
 class Advantage(Part):
@@ -115,7 +115,7 @@ class GDPO(Advantage):
 
     The weighted sum of the group-relative advantages is then brought to mean 0 and standard deviation 1 over the
     rollout. A reward with a large spread does not drown the others, as it does in a sum of rewards. A
-    :class:`~latentreward.rewards.RewardMixture` gives its rewards one by one; its ``normalise`` has no effect on
+    :class:`~latentreward.alignment.RewardMixture` gives its rewards one by one; its ``normalise`` has no effect on
     advantages.
 
     Args:

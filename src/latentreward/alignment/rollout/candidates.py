@@ -9,14 +9,14 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from latentreward.contracts import PromptBatch
-from latentreward.errors import InputError, check_choices, check_range
-from latentreward.policies import Policy
-from latentreward.rewards.base import Reward
-from latentreward.rollout.finished import score_states
-from latentreward.rollout.prompted import PromptedPolicy, RolloutDraws
-from latentreward.rollout.samplers import StepSampler, inside_window
-from latentreward.rollout.settings import Sampling
+from latentreward.alignment.policies.policy import Policy
+from latentreward.alignment.rewards.base import Reward
+from latentreward.alignment.rollout.finished import score_states
+from latentreward.alignment.rollout.prompted import PromptedPolicy, RolloutDraws
+from latentreward.alignment.rollout.samplers import StepSampler, inside_window
+from latentreward.alignment.rollout.settings import Sampling
+from latentreward.core.contracts import PromptBatch
+from latentreward.core.errors import InputError, check_choices, check_range
 
 
 @dataclass

@@ -7,9 +7,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from latentreward.devices import to_float64
-from latentreward.errors import InputError, check_choices, check_range
-from latentreward.promises import Part, returns, tensor
+from latentreward.core.devices import to_float64
+from latentreward.core.errors import InputError, check_choices, check_range
+from latentreward.core.promises import Part, returns, tensor
 
 
 class Credit(Part):

@@ -6,11 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from latentreward.contracts import NoisyStates, PromptBatch
-from latentreward.errors import InputError
-from latentreward.phases import phase
-from latentreward.rewards.base import Reward
-from latentreward.seeding import pair_generator
+from latentreward.alignment.rewards.base import Reward
+from latentreward.core.contracts import NoisyStates, PromptBatch
+from latentreward.core.errors import InputError
+from latentreward.core.phases import phase
+from latentreward.core.seeding import pair_generator
 
 
 def check_sigmas(sigmas: Sequence[float], field: str = "reward_sigmas") -> None:

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from latentreward.contracts import PromptBatch, StepPairs
-from latentreward.errors import check_range
-from latentreward.losses.base import gather_with_grad
-from latentreward.promises import Kind, Part, number, of_class, returns, tensor, wrong_tensor
-from latentreward.rollout.candidates import CandidateStep
-from latentreward.rollout.samplers import StepSampler
+from latentreward.alignment.rollout.candidates import CandidateStep
+from latentreward.alignment.rollout.samplers import StepSampler
+from latentreward.core.contracts import PromptBatch, StepPairs
+from latentreward.core.errors import check_range
+from latentreward.core.promises import Kind, Part, number, of_class, returns, tensor, wrong_tensor
+from latentreward.reward import gather_with_grad
 
 SHARES = ("[0, 1]", "as gaps tanh(Δ/2) and shares of them do")
 

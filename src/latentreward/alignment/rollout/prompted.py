@@ -10,10 +10,10 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from latentreward.contracts import Conditioning, PromptBatch
-from latentreward.errors import InputError, quoted
-from latentreward.policies import Policy
-from latentreward.seeding import pair_generator
+from latentreward.alignment.policies.policy import Policy
+from latentreward.core.contracts import Conditioning, PromptBatch
+from latentreward.core.errors import InputError, quoted
+from latentreward.core.seeding import pair_generator
 
 
 class RolloutDraws:

@@ -8,11 +8,11 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from latentreward.devices import to_float64
-from latentreward.errors import InputError, check_at_least_one, check_range
-from latentreward.promises import Part, has_values, returns, wrong_tensor
-from latentreward.rewards.base import RewardSource
-from latentreward.rollout.advantages import Advantage
+from latentreward.alignment.rewards.base import RewardSource
+from latentreward.alignment.rollout.advantages import Advantage
+from latentreward.core.devices import to_float64
+from latentreward.core.errors import InputError, check_at_least_one, check_range
+from latentreward.core.promises import Part, has_values, returns, wrong_tensor
 
 SMALLEST = torch.finfo(torch.float64).tiny
 """Least divisor, for predictions or rewards that are all equal: their correlation is then 0."""

@@ -8,15 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from latentreward.contracts import NoisyStates, PromptBatch
-from latentreward.errors import InputError, check_range
-from latentreward.noise.base import per_sample
-from latentreward.phases import phase
-from latentreward.policies import Policy
-from latentreward.rewards.base import Reward
-from latentreward.rollout.samplers import StepSampler, Transition, inside_window
-from latentreward.rollout.settings import Sampling
-from latentreward.rollout.trajectories import sample_trajectories
+from latentreward.alignment.policies.policy import Policy
+from latentreward.alignment.rewards.base import Reward
+from latentreward.alignment.rollout.samplers import StepSampler, Transition, inside_window
+from latentreward.alignment.rollout.settings import Sampling
+from latentreward.alignment.rollout.trajectories import sample_trajectories
+from latentreward.core.contracts import NoisyStates, PromptBatch
+from latentreward.core.errors import InputError, check_range
+from latentreward.core.phases import phase
+from latentreward.diffusion.noise.base import per_sample
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,10 +11,11 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from latentreward.contracts import TensorRecord
-from latentreward.errors import InputError, check_range
-from latentreward.noise.base import ancestral_variance, per_sample, predicted_clean, predicted_noise
-from latentreward.noise.schedules import DDPM_SCHEDULERS, check_scheduler, make_scheduler
+from latentreward.core.contracts import TensorRecord
+from latentreward.core.errors import InputError, check_range
+from latentreward.diffusion import DDPM_SCHEDULERS
+from latentreward.diffusion.noise.base import ancestral_variance, per_sample, predicted_clean, predicted_noise
+from latentreward.diffusion.noise.schedules import check_scheduler, make_scheduler
 
 TIMESTEP_TOLERANCE = 1e-2
 """Largest difference, from rounding, at which two timesteps count as equal; neighbours lie further apart."""
@@ -175,7 +176,7 @@ class DDIMSampler(StepSampler):
 
     Args:
         scheduler_config: The pipeline's saved scheduler config, of a class of
-            :data:`~latentreward.noise.schedules.DDPM_SCHEDULERS`.
+            :data:`~latentreward.diffusion.DDPM_SCHEDULERS`.
         num_inference_steps: Number of steps T.
         eta: η in [0, 1]: factor on the standard deviation of the ancestral noise.
 
@@ -268,7 +269,7 @@ class FlowSDESampler(StepSampler):
 
     Args:
         timesteps: ``(T,)`` timesteps of the family's own schedule, see :meth:`Family.levels
-            <latentreward.families.Family.levels>`.
+            <latentreward.diffusion.Family.levels>`.
         sigmas: ``(T + 1,)`` noise levels of that schedule, from the noisiest one to 0.
         noise_level: Factor a on the noise, at least 0; Flow-GRPO uses 0.7, DanceGRPO 0.3. At most 1 for ``cps``.
         kind: How noise is added.

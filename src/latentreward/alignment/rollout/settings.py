@@ -5,9 +5,15 @@ from typing import Self
 
 import torch
 
-from latentreward.errors import InputError, check_range
-from latentreward.families import Family
-from latentreward.rollout.samplers import DDIMSampler, FlowNoise, FlowSDESampler, StepSampler, check_noise_level
+from latentreward.alignment.rollout.samplers import (
+    DDIMSampler,
+    FlowNoise,
+    FlowSDESampler,
+    StepSampler,
+    check_noise_level,
+)
+from latentreward.core.errors import InputError, check_range
+from latentreward.diffusion import Family
 
 ROLLOUT_NOISE: dict[FlowNoise, float] = {"flow": 0.7, "dance": 0.3, "cps": 0.8}
 """Noise of a flow's step in rollouts, as Flow-GRPO, DanceGRPO and Flow-GRPO's CPS configurations set it."""

@@ -5,8 +5,8 @@ from abc import abstractmethod
 import torch
 from torch import Tensor
 
-from latentreward.errors import InputError, check_range
-from latentreward.promises import Part, returns, wrong_tensor
+from latentreward.core.errors import InputError, check_range
+from latentreward.core.promises import Part, returns, wrong_tensor
 
 
 def _wrong_choice(found: Tensor, rule: "StepChoice", steps: int, generator: torch.Generator) -> str | None:

@@ -10,11 +10,11 @@ from itertools import islice
 import torch
 from torch import Tensor
 
-from latentreward.contracts import PromptBatch
-from latentreward.policies import Policy
-from latentreward.rollout.prompted import PromptedPolicy, RolloutDraws
-from latentreward.rollout.samplers import StepSampler
-from latentreward.rollout.settings import Sampling
+from latentreward.alignment.policies.policy import Policy
+from latentreward.alignment.rollout.prompted import PromptedPolicy, RolloutDraws
+from latentreward.alignment.rollout.samplers import StepSampler
+from latentreward.alignment.rollout.settings import Sampling
+from latentreward.core.contracts import PromptBatch
 
 
 @dataclass(frozen=True)

@@ -10,21 +10,20 @@ import torch
 from jsonargparse import Namespace
 from torch import Tensor
 
+from latentreward.alignment import HTTPReward, LatentReward, Policy, PolicySource
+from latentreward.alignment.rewards.http import RemoteLatentReward, RemoteReward
+from latentreward.alignment.rewards.latent import LatentScorer
 from latentreward.apps.estimate.sources import ConfigSources
-from latentreward.backbones import DiffusionBackbone
-from latentreward.errors import InputError, errors_at
-from latentreward.heads import RewardHead
-from latentreward.policies import Policy, PolicySource
-from latentreward.rewards import HTTPReward, LatentReward
-from latentreward.rewards.http import RemoteLatentReward, RemoteReward
-from latentreward.rewards.latent import LatentScorer
-from latentreward.scoring.layouts.base import Network, StoredReward
-from latentreward.scoring.layouts.find import checkpoint_of
-from latentreward.scoring.layouts.model_folder import PretrainedReward, is_model_folder
-from latentreward.scoring.layouts.recipe import ModelRecipe, build_head
-from latentreward.scoring.layouts.run import TrainedReward
-from latentreward.settings.rewriting import shipped_configs
-from latentreward.storage.hub import cached_files
+from latentreward.core.errors import InputError, errors_at
+from latentreward.core.settings.rewriting import shipped_configs
+from latentreward.core.storage.hub import cached_files
+from latentreward.diffusion import DiffusionBackbone
+from latentreward.reward import RewardHead
+from latentreward.reward.scoring.layouts.base import Network, StoredReward
+from latentreward.reward.scoring.layouts.find import checkpoint_of
+from latentreward.reward.scoring.layouts.model_folder import PretrainedReward, is_model_folder
+from latentreward.reward.scoring.layouts.recipe import ModelRecipe, build_head
+from latentreward.reward.scoring.layouts.run import TrainedReward
 
 OWN = "its own settings"
 """Origin of the settings of a stored reward, in words."""

@@ -10,7 +10,7 @@ from typing import Any, Self, TypeVar
 import torch
 from torch import Tensor, nn
 
-from latentreward.errors import InputError
+from latentreward.core.errors import InputError
 
 VALUES = 4  # number of values recorded per tensor
 RELATIVE, ABSOLUTE = 0.01, 1e-6

@@ -16,9 +16,17 @@ from lightning.pytorch.strategies import Strategy
 from torch.utils._pytree import tree_map_only
 from typing_extensions import override
 
-from latentreward.checkpoints.shards import INDEX, REST, UNREADABLE, check_values, damaged, newest_first, read_sharded
-from latentreward.errors import InputError, fault_of, first_line
-from latentreward.storage.durable import replacing
+from latentreward.core.checkpoints.shards import (
+    INDEX,
+    REST,
+    UNREADABLE,
+    check_values,
+    damaged,
+    newest_first,
+    read_sharded,
+)
+from latentreward.core.errors import InputError, fault_of, first_line
+from latentreward.core.storage.durable import replacing
 
 logger = logging.getLogger(__name__)
 

@@ -15,8 +15,8 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from latentreward.checkpoints.files import KEPT, check_states
-from latentreward.checkpoints.shards import (
+from latentreward.core.checkpoints.files import KEPT, check_states
+from latentreward.core.checkpoints.shards import (
     INDEX,
     INDEX_HASH,
     UNREADABLE,
@@ -29,9 +29,9 @@ from latentreward.checkpoints.shards import (
     read_sharded,
     shard_index,
 )
-from latentreward.errors import InputError, errors_at, fault_of
-from latentreward.storage.digests import file_hash
-from latentreward.storage.durable import discard, put_in_place, temporary_name, write_errors_named
+from latentreward.core.errors import InputError, errors_at, fault_of
+from latentreward.core.storage.digests import file_hash
+from latentreward.core.storage.durable import discard, put_in_place, temporary_name, write_errors_named
 
 
 class FSDP2Strategy(ModelParallelStrategy):

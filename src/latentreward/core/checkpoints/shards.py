@@ -19,9 +19,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from latentreward.checkpoints.base_weights import is_quantized, quantized_names
-from latentreward.errors import InputError, fault_of, first_line
-from latentreward.storage.digests import Places, check_hash, check_records, checking_meanwhile
+from latentreward.core.checkpoints.base_weights import is_quantized, quantized_names
+from latentreward.core.errors import InputError, fault_of, first_line
+from latentreward.core.storage.digests import Places, check_hash, check_records, checking_meanwhile
 
 if TYPE_CHECKING:
     from torch.distributed.checkpoint.metadata import Metadata
@@ -58,7 +58,7 @@ def shard_index(path: Path) -> Metadata:
             problem = f"is a folder without {INDEX} and {REST}: not a complete sharded checkpoint; "
             problem += "give a file, or all files of the shards"
         raise InputError(f"checkpoint: {path} {problem}")
-    from latentreward.checkpoints.shard_reader import ShardReader
+    from latentreward.core.checkpoints.shard_reader import ShardReader
 
     try:
         if (path / INDEX_HASH).is_file():  # the index has no checksum of its own
@@ -109,7 +109,7 @@ def read_sharded(path: Path, with_tensors: bool = True) -> dict[str, Any]:
     from torch.distributed import checkpoint as distributed_checkpoint
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-    from latentreward.checkpoints.shard_reader import PlainValues, ShardReader
+    from latentreward.core.checkpoints.shard_reader import PlainValues, ShardReader
 
     index = shard_index(path)
     flat: dict[str, Any] = {}

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from latentreward.errors import LIGHTNING_NO_GPU, NO_GPU, InputError, first_line
+from latentreward.core.errors import LIGHTNING_NO_GPU, NO_GPU, InputError, first_line
 
 if TYPE_CHECKING:
     from lightning.fabric.strategies import Strategy

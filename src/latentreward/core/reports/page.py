@@ -10,7 +10,7 @@ from jinja2 import BaseLoader, Environment, PackageLoader, StrictUndefined
 from jinja2.meta import find_referenced_templates
 from markupsafe import Markup
 
-from latentreward.storage.durable import write_file
+from latentreward.core.storage.durable import write_file
 
 POLICY = (
     "default-src 'none'; base-uri 'none'; form-action 'none'; "
@@ -27,7 +27,7 @@ def environment(loader: BaseLoader) -> Environment:
     return Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
 
 
-_environment = environment(PackageLoader("latentreward.reports"))
+_environment = environment(PackageLoader("latentreward.core.reports"))
 
 
 def render_page(template: str, *, served: bool = False, **values: Any) -> str:

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from latentreward import __version__
-from latentreward.reports.drawing import figure_uri
-from latentreward.reports.page import write_page
-from latentreward.reports.tables import Section, markdown_table, plain
-from latentreward.storage.durable import write_file
+from latentreward.core.reports.drawing import figure_uri
+from latentreward.core.reports.page import write_page
+from latentreward.core.reports.tables import Section, markdown_table, plain
+from latentreward.core.storage.durable import write_file
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:  # importing metrics loads torchmetrics and transformers, which model cards do not need
     from matplotlib.figure import Figure
 
-    from latentreward.metrics.bootstrap import Interval
+    from latentreward.core.bootstrap import Interval
 
 
 NOTHING = "–"

@@ -10,21 +10,21 @@ from collections.abc import Callable, Iterable, Sequence
 from pydoc import locate
 from textwrap import dedent
 
-from latentreward.backbones.registry import backbone_names
-from latentreward.errors import LIGHTNING_NO_GPU, NO_GPU, SEARCHED, did_you_mean, lacks
+from latentreward.core.errors import LIGHTNING_NO_GPU, NO_GPU, SEARCHED, did_you_mean, lacks
+from latentreward.core.registry import backbone_names
 
 TAKEN_FROM = {
-    "latentreward.modules": "model",
-    "latentreward.heads": "head",
-    "latentreward.losses": "loss",
-    "latentreward.remote": "schema",
-    "latentreward.rewards": "reward rewards",
-    "latentreward.noise": "levels",
+    "latentreward.reward.modules": "model",
+    "latentreward.reward.heads": "head",
+    "latentreward.reward.losses": "loss",
+    "latentreward.reward.remote": "schema",
+    "latentreward.alignment.rewards": "reward rewards",
+    "latentreward.diffusion.noise": "levels",
     "latentreward.data": "data images train val test predict reader",
-    "latentreward.cache.sources": "encoder",
-    "latentreward.scorers": "scorer scorers held_out",
+    "latentreward.diffusion.cache.sources": "encoder",
+    "latentreward.reward.scorers": "scorer scorers held_out",
     "latentreward.apps.evaluation.benchmark": "benchmarks",
-    "latentreward.rollout": "selection",
+    "latentreward.alignment.rollout": "selection",
     "latentreward.callbacks": "callbacks",
     "lightning.pytorch.loggers": "logger",
     "torch.optim": "optimizer",

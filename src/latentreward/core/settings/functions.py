@@ -22,12 +22,12 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from typing_extensions import override
 
-from latentreward.backbones.registry import backbone_names
-from latentreward.errors import InputError, one_line, where
-from latentreward.programs import MODULE_FOLDERS, find_modules_here, within
-from latentreward.settings.errors import CLASS_MODULES, NAMED_IN, UNSET, summarise, unknown_setting_hint
-from latentreward.settings.ranges import check_ranges, leaves
-from latentreward.settings.rewriting import (
+from latentreward.core.errors import InputError, one_line, where
+from latentreward.core.programs import MODULE_FOLDERS, find_modules_here, within
+from latentreward.core.registry import backbone_names
+from latentreward.core.settings.errors import CLASS_MODULES, NAMED_IN, UNSET, summarise, unknown_setting_hint
+from latentreward.core.settings.ranges import check_ranges, leaves
+from latentreward.core.settings.rewriting import (
     as_text,
     find_config,
     rewrite_arguments,
@@ -36,7 +36,7 @@ from latentreward.settings.rewriting import (
     with_paths,
     with_variables,
 )
-from latentreward.settings.yaml_text import check_yaml
+from latentreward.core.settings.yaml_text import check_yaml
 
 MODE = "omegaconf+"
 TRAINER_COMMAND = r"^(fit|validate|test|predict)\."
@@ -371,7 +371,7 @@ def name_bare_values(arguments: Sequence[str], names: Sequence[str], parser: Arg
 
 def import_class_modules() -> None:
     """Import this package's classes, so that settings may name them without their modules."""
-    importlib.import_module("latentreward.checkpoints.fsdp2")  # registers its short names
+    importlib.import_module("latentreward.core.checkpoints.fsdp2")  # registers its short names
     for path in set(CLASS_MODULES.values()):
         module = importlib.import_module(path)
         for name in getattr(module, "__all__", ()):

@@ -4,7 +4,7 @@ import logging
 import warnings
 from contextlib import suppress
 
-from latentreward.errors import printable
+from latentreward.core.errors import printable
 
 ON_IMPORT = {
     # diffusers imports torchao where it is installed; the lines are about kernels and tensors that int8 does not use.
@@ -52,7 +52,7 @@ def silence_libraries(on_import: bool = False) -> None:
 
 
 def escape_message(record: logging.LogRecord) -> bool:
-    """Make a log message :func:`~latentreward.errors.printable`; a logging filter that lets every message through."""
+    """Make a log message :func:`~latentreward.core.errors.printable`; a filter that lets every message through."""
     with suppress(Exception):  # of a call whose arguments do not fit its text: logging prints it and goes on
         record.msg, record.args = printable(record.getMessage()), ()
     return True

@@ -9,7 +9,7 @@ from typing import Any
 
 from jsonargparse import Namespace
 
-from latentreward.errors import InputError
+from latentreward.core.errors import InputError
 
 NAMES = {
     "[1, 1e6]": "accumulate_grad_batches num_nodes prefetch_factor batch_size decode_batch_size",

@@ -13,7 +13,7 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, Union, get_args, get_origin
 
-from latentreward.errors import InputError, did_you_mean
+from latentreward.core.errors import InputError, did_you_mean
 
 SECTIONS = ("trainer", "nan_guard", "exact_resume", "graceful_stop", "performance", "predictions")
 """Sections of a trainer command's settings that are mappings of plain settings, without a ``class_path``."""
@@ -35,7 +35,7 @@ A variable whose name is an interpolation itself counts, because it could be any
 """
 
 
-PATH = "path"  # mark by which an annotation such as :data:`~latentreward.contracts.PathText` says that a text is a path
+PATH = "path"  # mark of an annotation such as :data:`~latentreward.core.contracts.PathText`: the text is a path
 VARIABLE = re.compile(r"\$([A-Za-z_]\w*)")
 """An environment variable in a path, as shells write it; the form ``${NAME}`` is that of an interpolation."""
 
@@ -63,7 +63,7 @@ def expanded(path: str) -> str:
 def with_paths(value: Any, kind: Any) -> Any:
     """Apply :func:`expanded` to what is a path by the type of a setting: the value, or items of a list or mapping.
 
-    Paths are texts of type :data:`~latentreward.contracts.PathText`, and of any type that names ``Path``.
+    Paths are texts of type :data:`~latentreward.core.contracts.PathText`, and of any type that names ``Path``.
     """
     kinds = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
     if isinstance(value, str | Path):

@@ -12,7 +12,7 @@ from pathlib import Path
 from threading import Event, Lock
 from typing import IO, Any
 
-from latentreward.errors import InputError
+from latentreward.core.errors import InputError
 
 THREADS = min(4, os.cpu_count() or 1)
 """Threads that compute checksums; hashlib and zlib let other threads run meanwhile."""

@@ -13,8 +13,8 @@ from pathlib import Path
 from tempfile import TemporaryFile
 from uuid import uuid4
 
-from latentreward.errors import InputError
-from latentreward.interrupts import interrupts_held
+from latentreward.core.errors import InputError
+from latentreward.core.interrupts import interrupts_held
 
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 """Error numbers of a full disk, an exhausted quota, and a file over the size limit."""

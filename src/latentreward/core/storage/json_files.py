@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 from pydantic import ConfigDict, Field, FiniteFloat, PositiveInt, PydanticUserError, TypeAdapter, ValidationError
 
-from latentreward.errors import InputError, did_you_mean, first_line, printable
+from latentreward.core.errors import InputError, did_you_mean, first_line, printable
 
 Kind = TypeVar("Kind", bool, int, float)
 Content = TypeVar("Content")

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING
 
 from filelock import FileLock, Timeout
 
-from latentreward.errors import InputError
-from latentreward.storage.durable import LOCK, contents, write_errors_named
+from latentreward.core.errors import InputError
+from latentreward.core.storage.durable import LOCK, contents, write_errors_named
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer

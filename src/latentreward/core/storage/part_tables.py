@@ -15,11 +15,11 @@ import pyarrow as pa
 import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
 
-from latentreward.errors import InputError, first_line
-from latentreward.interrupts import interrupts_held
-from latentreward.storage.durable import replacing
-from latentreward.storage.locks import locked
-from latentreward.storage.run_folder import RunFolder, quoted
+from latentreward.core.errors import InputError, first_line
+from latentreward.core.interrupts import interrupts_held
+from latentreward.core.storage.durable import replacing
+from latentreward.core.storage.locks import locked
+from latentreward.core.storage.run_folder import RunFolder, quoted
 
 SPEC = "spec.json"  # file in the parts' folder that records the spec
 

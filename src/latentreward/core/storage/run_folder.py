@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from latentreward.errors import InputError
-from latentreward.storage.durable import KEPT, contents, write_file
-from latentreward.storage.json_files import read_config
+from latentreward.core.errors import InputError
+from latentreward.core.storage.durable import KEPT, contents, write_file
+from latentreward.core.storage.json_files import read_config
 
 DIGEST = re.compile(r", [0-9a-f]{32}\b")  # digest at the end of a fingerprint, which messages leave out
 

@@ -15,11 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from latentreward.contracts import EditPrompt, ImageRef
-from latentreward.errors import InputError, first_line
-from latentreward.storage.durable import write_file
-from latentreward.storage.json_files import read_config
-from latentreward.storage.locks import claimed, has_locks, is_held
+from latentreward.core.contracts import EditPrompt, ImageRef
+from latentreward.core.errors import InputError, first_line
+from latentreward.core.storage.durable import write_file
+from latentreward.core.storage.json_files import read_config
+from latentreward.core.storage.locks import claimed, has_locks, is_held
 
 PLAN, END, ERROR = "plan.json", "end", "error.json"
 EDIT = "\0edit"

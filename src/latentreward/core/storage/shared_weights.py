@@ -20,9 +20,9 @@ import torch
 from filelock import FileLock
 from torch import Tensor
 
-from latentreward.storage.digests import digest
-from latentreward.storage.durable import LOCK, disk_full
-from latentreward.storage.weight_files import ALIGNMENT, StoredTensor
+from latentreward.core.storage.digests import digest
+from latentreward.core.storage.durable import LOCK, disk_full
+from latentreward.core.storage.weight_files import ALIGNMENT, StoredTensor
 
 logger = logging.getLogger(__name__)
 

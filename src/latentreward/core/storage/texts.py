@@ -5,8 +5,8 @@ import csv
 import re
 from pathlib import Path
 
-from latentreward.errors import InputError, first_line
-from latentreward.storage.user_files import IS_POINTER, POINTER, PULL
+from latentreward.core.errors import InputError, first_line
+from latentreward.core.storage.user_files import IS_POINTER, POINTER, PULL
 
 UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)  # byte order marks with which texts in UTF-16 begin
 

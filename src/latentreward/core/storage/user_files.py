@@ -13,7 +13,7 @@ from functools import lru_cache
 from itertools import takewhile
 from pathlib import Path, PurePosixPath
 
-from latentreward.errors import InputError
+from latentreward.core.errors import InputError
 
 IGNORED = frozenset(("thumbs.db", "ehthumbs.db", "desktop.ini", "__macosx", "@eadir", "$recycle.bin"))
 """Names in lower case: of macOS, Windows and Synology's file server."""

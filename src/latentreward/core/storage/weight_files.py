@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from latentreward.errors import InputError, first_line
-from latentreward.storage.hub import cached_files, model_info, read_locally, silence
-from latentreward.storage.json_files import read_config
-from latentreward.storage.safetensors_header import read_header
+from latentreward.core.errors import InputError, first_line
+from latentreward.core.storage.hub import cached_files, model_info, read_locally, silence
+from latentreward.core.storage.json_files import read_config
+from latentreward.core.storage.safetensors_header import read_header
 
 if TYPE_CHECKING:
     from huggingface_hub import ModelInfo

@@ -11,11 +11,11 @@ from typing import Any, Literal
 
 import numpy as np
 
-from latentreward.contracts import ImageRef, PreferencePair, sources_of
+from latentreward.core.contracts import ImageRef, PreferencePair, sources_of
+from latentreward.core.errors import InputError, check_at_least_one, printable, quoted
+from latentreward.core.promises import Part, number, returns, shown
+from latentreward.core.storage.digests import digest, size_and_time
 from latentreward.data.images import ExifOrientation
-from latentreward.errors import InputError, check_at_least_one, printable, quoted
-from latentreward.promises import Part, number, returns, shown
-from latentreward.storage.digests import digest, size_and_time
 
 logger = logging.getLogger(__name__)
 
@@ -92,8 +92,8 @@ class PairReader(Part):
             null takes the default of the class: ``apply`` for data of your own, ``ignore`` for published data sets,
             because the published models were trained without applying it.
         sources: What happens to the pictures of which a row's images are edits. ``read`` gives them with the prompt, an
-            :class:`~latentreward.contracts.EditPrompt`. ``ignore`` gives the text alone, with which a text-to-image
-            reward is trained on the same results.
+            :class:`~latentreward.core.contracts.EditPrompt`. ``ignore`` gives the text alone, with which a
+            text-to-image reward is trained on the same results.
 
     Raises:
         InputError: If ``max_prompt_chars`` is below 1.

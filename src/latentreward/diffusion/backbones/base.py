@@ -12,17 +12,17 @@ from typing import TYPE_CHECKING, Any, Protocol, Self
 import torch
 from torch import Tensor, nn
 
-from latentreward.backbones.tuning import ATTENTION
-from latentreward.construction import Construction
-from latentreward.contracts import Conditioning, Features, FeatureSpec, LatentSpace, map_tensors
-from latentreward.encoders.sources import SourceEncoder, encode_edits
-from latentreward.errors import InputError
-from latentreward.noise import NoiseProcess
-from latentreward.promises import Kind, Part, returns, shown, values_of, wrong_tensor
+from latentreward.core.construction import Construction
+from latentreward.core.contracts import Conditioning, Features, FeatureSpec, LatentSpace, map_tensors
+from latentreward.core.errors import InputError
+from latentreward.core.promises import Kind, Part, returns, shown, values_of, wrong_tensor
+from latentreward.diffusion.backbones.tuning import ATTENTION
+from latentreward.diffusion.encoders.sources import SourceEncoder, encode_edits
+from latentreward.diffusion.noise.base import NoiseProcess
 
 if TYPE_CHECKING:
-    from latentreward.encoders.prompts import PromptEncoder
-    from latentreward.encoders.vae import LatentEncoder
+    from latentreward.diffusion.encoders.prompts import PromptEncoder
+    from latentreward.diffusion.encoders.vae import LatentEncoder
 
 
 def _wrong_features(

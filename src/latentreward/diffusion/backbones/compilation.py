@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from latentreward.errors import first_line
+from latentreward.core.errors import first_line
 
 GRAPHS = 16
 """Most graphs of blocks of one structure; beyond, PyTorch computes without. Its own limit of 8 is reached with a batch

@@ -14,25 +14,28 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from latentreward.backbones.quantization import Quantization, check_quantization, quantize
-from latentreward.backbones.tuning import LoRA, StorageDtype, Tuning, tune, warn_of_layers
-from latentreward.backbones.weights import after_settling, from_config, load_weights, map_model, settle
-from latentreward.contracts import LatentSpace, PathText
-from latentreward.errors import InputError, first_line
-from latentreward.noise import DDPM, DDPM_SCHEDULERS, FLOW_SCHEDULERS, FlowMatching, fits_kind, process_from_scheduler
-from latentreward.programs import of_this_package
-from latentreward.storage.hub import hub_answers, not_found, silence
-from latentreward.storage.json_files import entry, read_config
-from latentreward.storage.weight_files import find_weights, map_weights
+from latentreward.core.contracts import LatentSpace, PathText
+from latentreward.core.errors import InputError, first_line
+from latentreward.core.programs import of_this_package
+from latentreward.core.storage.hub import hub_answers, not_found, silence
+from latentreward.core.storage.json_files import entry, read_config
+from latentreward.core.storage.weight_files import find_weights, map_weights
+from latentreward.diffusion.backbones.quantization import Quantization, check_quantization, quantize
+from latentreward.diffusion.backbones.tuning import LoRA, StorageDtype, Tuning, tune, warn_of_layers
+from latentreward.diffusion.backbones.weights import after_settling, from_config, load_weights, map_model, settle
+from latentreward.diffusion.noise.ddpm import DDPM
+from latentreward.diffusion.noise.flow import FlowMatching
+from latentreward.diffusion.noise.from_scheduler import process_from_scheduler
+from latentreward.diffusion.noise.schedules import DDPM_SCHEDULERS, FLOW_SCHEDULERS, fits_kind
 
 if TYPE_CHECKING:
     from diffusers import SD3Transformer2DModel, UNet2DConditionModel
 
-    from latentreward.backbones.base import DiffusionBackbone
-    from latentreward.encoders.clip import CLIPPromptEncoder, SDXLPromptEncoder
-    from latentreward.encoders.sd3 import SD3PromptEncoder
-    from latentreward.encoders.vae import LatentEncoder
-    from latentreward.noise import NoiseProcess
+    from latentreward.diffusion.backbones.base import DiffusionBackbone
+    from latentreward.diffusion.encoders.clip import CLIPPromptEncoder, SDXLPromptEncoder
+    from latentreward.diffusion.encoders.sd3 import SD3PromptEncoder
+    from latentreward.diffusion.encoders.vae import LatentEncoder
+    from latentreward.diffusion.noise.base import NoiseProcess
 
 TEXT_ATTENTION = ("q_proj", "k_proj", "v_proj", "out_proj", "o_proj", "q", "k", "v", "o")
 """Name endings of the attention projections in CLIP, language models and T5."""
@@ -62,7 +65,7 @@ class PipelineSource:
     read: the parts then have shapes but no weights, and no weights are downloaded.
 
     A folder that has ``unet/`` or ``transformer/`` but no ``model_index.json`` counts as a pipeline without encoders. A
-    single-file checkpoint is read with configs from elsewhere (:mod:`~latentreward.backbones.single_file`).
+    single-file checkpoint is read with configs from elsewhere (:mod:`~latentreward.diffusion.backbones.single_file`).
 
     Args:
         source: Folder, hub id, safetensors file, or name of a shipped pipeline (:data:`SHIPPED`).
@@ -89,7 +92,7 @@ class PipelineSource:
         self.checkpoint = folder if folder.is_file() else None
         self.configs = self.source
         if self.checkpoint is not None:
-            from latentreward.backbones.single_file import find_configs  # few sources are single files
+            from latentreward.diffusion.backbones.single_file import find_configs  # few sources are single files
 
             self.configs = find_configs(self.checkpoint)
             if revision or variant:
@@ -184,7 +187,7 @@ class PipelineSource:
             part: Name of the part.
             pretrained: False gives initial weights.
             mapped: Whether to leave the weights in the files' type, unread, for
-                :func:`~latentreward.backbones.weights.settle`; otherwise they are float32.
+                :func:`~latentreward.diffusion.backbones.weights.settle`; otherwise they are float32.
         """
         self._require(part)
         place: dict[str, Any] = {"subfolder": part, "revision": self.revision}
@@ -231,7 +234,7 @@ class PipelineSource:
 
     def latent_space(self) -> LatentSpace:
         """Return the latent space that the VAE's config describes."""
-        from latentreward.encoders.vae import LatentEncoder
+        from latentreward.diffusion.encoders.vae import LatentEncoder
 
         return LatentEncoder.space_of(self.config("vae"), f"source={self.source!r}: vae")
 
@@ -239,7 +242,7 @@ class PipelineSource:
         """Load the VAE in ``dtype``."""
         from diffusers import AutoencoderKL
 
-        from latentreward.encoders.vae import LatentEncoder
+        from latentreward.diffusion.encoders.vae import LatentEncoder
 
         vae = self.load(AutoencoderKL, "vae")
         settle(vae, getattr(torch, dtype))
@@ -303,7 +306,7 @@ class PipelineSource:
         """Load the prompt encoder of SD1.5 or SD2.1; for the arguments see :meth:`load`."""
         from transformers import CLIPTextModel
 
-        from latentreward.encoders.clip import CLIPPromptEncoder
+        from latentreward.diffusion.encoders.clip import CLIPPromptEncoder
 
         text_encoder = self.load(CLIPTextModel, "text_encoder", pretrained, mapped)
         return CLIPPromptEncoder(text_encoder, self.tokenizer("tokenizer"))
@@ -312,7 +315,7 @@ class PipelineSource:
         """Load the prompt encoder of SDXL; for the arguments see :meth:`load`."""
         from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
-        from latentreward.encoders.clip import SDXLPromptEncoder
+        from latentreward.diffusion.encoders.clip import SDXLPromptEncoder
 
         return SDXLPromptEncoder(
             self.load(CLIPTextModel, "text_encoder", pretrained, mapped),
@@ -334,7 +337,7 @@ class PipelineSource:
         """
         from transformers import CLIPTextModelWithProjection, T5EncoderModel
 
-        from latentreward.encoders.sd3 import SD3PromptEncoder
+        from latentreward.diffusion.encoders.sd3 import SD3PromptEncoder
 
         with_t5 = load_t5 and self.has("text_encoder_3")
         return SD3PromptEncoder(
@@ -471,7 +474,7 @@ def set_execution(
 ) -> None:
     """Set gradient checkpointing, attention kernels and quantisation of a network and its ``blocks``.
 
-    For the settings see :class:`~latentreward.families.backbone.BackboneOptions`.
+    For the settings see :class:`~latentreward.diffusion.families.backbone.BackboneOptions`.
 
     Raises:
         InputError: If the network has no gradient checkpointing, or the attention backend is unknown, its library is

@@ -10,8 +10,8 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from latentreward.checkpoints.base_weights import keep_sample, sample
-from latentreward.errors import InputError
+from latentreward.core.checkpoints.base_weights import keep_sample, sample
+from latentreward.core.errors import InputError
 
 Quantization = Literal["int8", "bnb_int8", "nf4"]
 LIBRARIES = {"int8": "torchao", "bnb_int8": "bitsandbytes", "nf4": "bitsandbytes"}

@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor
 
-from latentreward.backbones.loading import check_sample_size
-from latentreward.backbones.transformer import TransformerBackbone
-from latentreward.backbones.tuning import freeze
-from latentreward.contracts import Conditioning, Features, FeatureSpec, LatentSpace, TapSpec
-from latentreward.errors import InputError
-from latentreward.noise import NoiseProcess
+from latentreward.core.contracts import Conditioning, Features, FeatureSpec, LatentSpace, TapSpec
+from latentreward.core.errors import InputError
+from latentreward.diffusion.backbones.loading import check_sample_size
+from latentreward.diffusion.backbones.transformer import TransformerBackbone
+from latentreward.diffusion.backbones.tuning import freeze
+from latentreward.diffusion.noise.base import NoiseProcess
 
 if TYPE_CHECKING:
     from diffusers import SD3Transformer2DModel

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from latentreward.backbones.base import DiffusionBackbone, check_taps
-from latentreward.backbones.loading import check_sample_size
-from latentreward.backbones.passes import FirstBlocks, recorded
-from latentreward.backbones.tuning import freeze
-from latentreward.contracts import Conditioning, Features, FeatureSpec, LatentSpace, TapSpec
-from latentreward.errors import InputError
-from latentreward.noise import NoiseProcess
+from latentreward.core.contracts import Conditioning, Features, FeatureSpec, LatentSpace, TapSpec
+from latentreward.core.errors import InputError
+from latentreward.diffusion.backbones.base import DiffusionBackbone, check_taps
+from latentreward.diffusion.backbones.loading import check_sample_size
+from latentreward.diffusion.backbones.passes import FirstBlocks, recorded
+from latentreward.diffusion.backbones.tuning import freeze
+from latentreward.diffusion.noise.base import NoiseProcess
 
 if TYPE_CHECKING:
     from diffusers import UNet2DConditionModel

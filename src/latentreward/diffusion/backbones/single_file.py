@@ -9,8 +9,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from latentreward.errors import InputError, first_line
-from latentreward.storage.weight_files import MappedWeights, map_weights
+from latentreward.core.errors import InputError, first_line
+from latentreward.core.storage.weight_files import MappedWeights, map_weights
 
 ANOTHER_PROCESS = ("v_pred", "ztsnr", "edm_vpred.sigma_max")
 """Tensors by which checkpoints of SDXL say that their noise process is not SDXL's, as ComfyUI's ``supported_models.py``

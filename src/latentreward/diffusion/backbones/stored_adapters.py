@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from latentreward.errors import InputError
+from latentreward.core.errors import InputError
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 """Files of an adapter in PEFT's format."""

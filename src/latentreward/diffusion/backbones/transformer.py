@@ -10,10 +10,10 @@ from typing import Any
 
 from torch import nn
 
-from latentreward.backbones.base import DiffusionBackbone, check_taps
-from latentreward.backbones.passes import FirstBlocks, PassEnded, recorded
-from latentreward.backbones.tuning import freeze
-from latentreward.errors import check_range
+from latentreward.core.errors import check_range
+from latentreward.diffusion.backbones.base import DiffusionBackbone, check_taps
+from latentreward.diffusion.backbones.passes import FirstBlocks, PassEnded, recorded
+from latentreward.diffusion.backbones.tuning import freeze
 
 
 class TransformerBackbone(DiffusionBackbone):

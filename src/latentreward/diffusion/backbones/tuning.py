@@ -9,8 +9,8 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from latentreward.errors import InputError
-from latentreward.programs import of_this_package
+from latentreward.core.errors import InputError
+from latentreward.core.programs import of_this_package
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 """Name endings of the attention projections in diffusers' networks."""

@@ -17,10 +17,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from latentreward.errors import InputError, first_line
-from latentreward.storage.json_files import read_config
-from latentreward.storage.shared_weights import processes_here, shared
-from latentreward.storage.weight_files import ALIGNMENT, MappedWeights, StoredTensor, find_weights, map_weights
+from latentreward.core.errors import InputError, first_line
+from latentreward.core.storage.json_files import read_config
+from latentreward.core.storage.shared_weights import processes_here, shared
+from latentreward.core.storage.weight_files import ALIGNMENT, MappedWeights, StoredTensor, find_weights, map_weights
 
 OWN_ATTENTION = (None, "eager", "sdpa")
 """Values of transformers' ``attn_implementation`` that need PyTorch alone."""
@@ -142,7 +142,7 @@ def map_model(
     stem = "diffusion_pytorch_model" if of_diffusers else "model"
     weights = None
     if checkpoint is not None:
-        from latentreward.backbones.single_file import weights_of_part  # few sources are single files
+        from latentreward.diffusion.backbones.single_file import weights_of_part  # few sources are single files
 
         weights = weights_of_part(checkpoint, family, config, source, place["subfolder"])
         where = where if weights is None else f"{place['subfolder']} of {checkpoint}"
@@ -252,8 +252,8 @@ def settle(
 
     A mapped weight is read from its file straight into the new type. One that has the type already, and lies at an
     aligned address, stays mapped. If several processes of the machine load the same weights, one of them converts the
-    rest into a file that all map (:mod:`~latentreward.storage.shared_weights`). Inside :func:`settling_later` nothing
-    happens before the end of the block, and inside :func:`reading_later` the weights are only listed.
+    rest into a file that all map (:mod:`~latentreward.core.storage.shared_weights`). Inside :func:`settling_later`
+    nothing happens before the end of the block, and inside :func:`reading_later` the weights are only listed.
 
     Args:
         network: Module, mapped or not.

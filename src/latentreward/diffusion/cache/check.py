@@ -10,11 +10,11 @@ from pathlib import Path
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from latentreward.cache import layout
-from latentreward.cache.layout import CachePlan, ShardManifest, manifest_name, read_manifest, read_plan
-from latentreward.cache.shards import TensorBlock, read_header, read_lengths
-from latentreward.errors import InputError
-from latentreward.storage.digests import file_hash
+from latentreward.core.errors import InputError
+from latentreward.core.storage.digests import file_hash
+from latentreward.diffusion.cache import layout
+from latentreward.diffusion.cache.layout import CachePlan, ShardManifest, manifest_name, read_manifest, read_plan
+from latentreward.diffusion.cache.shards import TensorBlock, read_header, read_lengths
 
 THREADS = 4
 """Number of threads that hash shards; hashing waits for the disk and releases the interpreter lock."""

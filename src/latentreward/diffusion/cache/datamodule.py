@@ -11,25 +11,26 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch.utils.data import DataLoader
 
-from latentreward.cache.buffers import BufferPool, layout_bytes
-from latentreward.cache.dataset import CachedPairDataset
-from latentreward.cache.index import CachedPairs, CacheIndex, OnMissing
-from latentreward.cache.layout import CacheSpec
-from latentreward.contracts import PathText, sources_wanted
+from latentreward.core.contracts import PathText, sources_wanted
+from latentreward.core.errors import InputError, check_at_least_one
+from latentreward.data import ScoreTargets, select_rows
 from latentreward.data.clips import check_frames
 from latentreward.data.datamodules import PairLoaders
 from latentreward.data.loading import ResumableLoader, as_is, shares_of
 from latentreward.data.size_sampling import BucketBatchSampler, EvaluationBatches, Sizing, SmallBuckets
-from latentreward.data.splits import SharedPrompts, select_rows, tell_unopened
-from latentreward.data.targets import ScoreTargets, check_targets, label_remedy
-from latentreward.encoders.fingerprint import text_fingerprint, vae_fingerprint
-from latentreward.errors import InputError, check_at_least_one
+from latentreward.data.splits import SharedPrompts, tell_unopened
+from latentreward.data.targets import check_targets, label_remedy
+from latentreward.diffusion.cache.buffers import BufferPool, layout_bytes
+from latentreward.diffusion.cache.dataset import CachedPairDataset
+from latentreward.diffusion.cache.index import CachedPairs, CacheIndex, OnMissing
+from latentreward.diffusion.cache.layout import CacheSpec
+from latentreward.diffusion.encoders.fingerprint import text_fingerprint, vae_fingerprint
 
 if TYPE_CHECKING:
     pass
 
 if TYPE_CHECKING:
-    from latentreward.backbones.base import LatentNetwork
+    from latentreward.diffusion.backbones.base import LatentNetwork
 
 logger = logging.getLogger(__name__)
 

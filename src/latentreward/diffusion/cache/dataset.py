@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, get_worker_info
 
-from latentreward.cache.buffers import POOLS, BufferPool, Layout, carve, layout_bytes, own_buffer
-from latentreward.cache.index import CacheIndex
-from latentreward.cache.layout import LATENTS, POOLED_PROMPT_EMBEDS, PROMPT_EMBEDS
-from latentreward.contracts import Conditioning, PreferenceBatch, map_tensors
+from latentreward.core.contracts import Conditioning, PreferenceBatch, map_tensors
 from latentreward.data.collate import is_turned, stack_targets
 from latentreward.data.image_sizes import ImageSizes, NearestBucket, OneSize
+from latentreward.diffusion.cache.buffers import POOLS, BufferPool, Layout, carve, layout_bytes, own_buffer
+from latentreward.diffusion.cache.index import CacheIndex
+from latentreward.diffusion.cache.layout import LATENTS, POOLED_PROMPT_EMBEDS, PROMPT_EMBEDS
 
 
 class CachedPairDataset(Dataset[PreferenceBatch]):
@@ -71,7 +71,7 @@ class CachedPairDataset(Dataset[PreferenceBatch]):
     def __getitems__(self, numbers: Sequence[int]) -> PreferenceBatch:
         """Read the pairs at the indices ``numbers``, all of one image size and number of sources, as one batch.
 
-        Each pair's images are assigned to chosen and rejected as in :func:`latentreward.data.collate.collate_pairs`.
+        Each pair's images are assigned to chosen and rejected as in :func:`latentreward.data.collate_pairs`.
 
         Raises:
             InputError: If a shard is damaged.

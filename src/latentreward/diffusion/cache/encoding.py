@@ -11,22 +11,22 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from latentreward.cache import layout
-from latentreward.cache.check import Shard, read_shards, tensor_shapes
-from latentreward.cache.layout import CachePlan, ShardManifest, manifest_name, read_plan
-from latentreward.cache.shards import KEPT, write_shard
-from latentreward.cache.sources import Encoders
-from latentreward.contracts import ImageRef, PreferencePair, TensorRecord, seen_as, sources_of
+from latentreward.core.contracts import ImageRef, PreferencePair, TensorRecord, seen_as, sources_of
+from latentreward.core.errors import InputError
+from latentreward.core.ranks.processes import end_after
+from latentreward.core.ranks.shared_work import SharedWork
+from latentreward.core.seeding import pair_generator
+from latentreward.core.storage.durable import write_file
+from latentreward.data import ImageError, PairReader, PixelLoader, decode_image
 from latentreward.data.clips import ClipLoader
-from latentreward.data.images import ImageError, PixelLoader, decode_image, decode_latents
+from latentreward.data.images import decode_latents
 from latentreward.data.loading import WorkerLoader
-from latentreward.data.readers import PairReader
-from latentreward.encoders.sources import edit_of_grey
-from latentreward.errors import InputError
-from latentreward.ranks.processes import end_after
-from latentreward.ranks.shared_work import SharedWork
-from latentreward.seeding import pair_generator
-from latentreward.storage.durable import write_file
+from latentreward.diffusion.cache import layout
+from latentreward.diffusion.cache.check import Shard, read_shards, tensor_shapes
+from latentreward.diffusion.cache.layout import CachePlan, ShardManifest, manifest_name, read_plan
+from latentreward.diffusion.cache.shards import KEPT, write_shard
+from latentreward.diffusion.cache.sources import Encoders
+from latentreward.diffusion.encoders.sources import edit_of_grey
 
 
 @dataclass(frozen=True)

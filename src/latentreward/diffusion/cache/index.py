@@ -10,15 +10,15 @@ import numpy as np
 import pyarrow as pa
 from pyarrow import parquet
 
-from latentreward.cache import layout
-from latentreward.cache.check import THREADS, Shard, check_shard
-from latentreward.cache.layout import CacheSpec, manifest_name, read_plan
-from latentreward.cache.shards import REMEDY, ShardStore, read_lengths
-from latentreward.contracts import EditPrompt, ImageRef, PreferencePair
-from latentreward.data.readers import PairReader
-from latentreward.errors import InputError
-from latentreward.storage.digests import check_hash
-from latentreward.storage.progress import Progress
+from latentreward.core.contracts import EditPrompt, ImageRef, PreferencePair
+from latentreward.core.errors import InputError
+from latentreward.core.storage.digests import check_hash
+from latentreward.core.storage.progress import Progress
+from latentreward.data import PairReader
+from latentreward.diffusion.cache import layout
+from latentreward.diffusion.cache.check import THREADS, Shard, check_shard
+from latentreward.diffusion.cache.layout import CacheSpec, manifest_name, read_plan
+from latentreward.diffusion.cache.shards import REMEDY, ShardStore, read_lengths
 
 logger = logging.getLogger(__name__)
 
@@ -219,7 +219,7 @@ class CacheIndex:
 class CachedPairs(PairReader):
     """Reader of the usable pairs of a cache, or of one split of the cache, without their latents.
 
-    Latents are read per batch by :class:`~latentreward.cache.dataset.CachedPairDataset`.
+    Latents are read per batch by :class:`~latentreward.diffusion.cache.dataset.CachedPairDataset`.
 
     Args:
         index: Index of the cache.

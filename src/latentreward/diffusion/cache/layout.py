@@ -30,12 +30,12 @@ from typing import Any, Literal, Self
 
 import pyarrow as pa
 
-from latentreward.contracts import ImageRef, LatentSpace, PreferencePair, sources_of
+from latentreward.core.contracts import ImageRef, LatentSpace, PreferencePair, sources_of
+from latentreward.core.errors import InputError
+from latentreward.core.storage import digests
+from latentreward.core.storage.json_files import read_config
 from latentreward.data.clips import FPS
 from latentreward.data.images import ExifOrientation
-from latentreward.errors import InputError
-from latentreward.storage import digests
-from latentreward.storage.json_files import read_config
 
 VERSION = 1
 
@@ -154,7 +154,7 @@ def digest(value: Any) -> str:
 class TextSpec:
     """Settings of the text embeddings in a cache."""
 
-    fingerprint: str  # see :func:`latentreward.encoders.fingerprint.text_fingerprint`
+    fingerprint: str  # see :func:`latentreward.diffusion.encoders.fingerprint.text_fingerprint`
     num_tokens: int  # number of tokens of each prompt; with a mask, the greatest number
     token_dim: int  # D of ``prompt_embeds``
     pooled_dim: int  # P of ``pooled_prompt_embeds`` (N, P); 0 if there is none
@@ -169,7 +169,7 @@ class CacheSpec:
     """Settings that, together with the data, determine the bytes of a cache."""
 
     origin: str  # ``vae`` for images encoded by this program; else the published cache that was copied
-    vae: str | None  # see :func:`latentreward.encoders.fingerprint.vae_fingerprint`; None for copied latents
+    vae: str | None  # see :func:`latentreward.diffusion.encoders.fingerprint.vae_fingerprint`; None for copied latents
     vae_dtype: str | None  # dtype that the VAE ran in; None for copied latents
     latent_space: LatentSpace  # space of the latents
     posterior: str | None  # whether latents are a sample or the mode of the VAE's posterior; None for copied latents
@@ -177,8 +177,10 @@ class CacheSpec:
     dtype: CacheDtype  # dtype in which latents and embeddings are stored
     size: tuple[int, int] | None  # (height, width) in pixels that all images are resized to; None with buckets
     buckets: tuple[tuple[int, int], ...] | None  # (height, width) in pixels of each bucket; None with one size
-    resize: str | None  # resize method, see ``latentreward.data.images.PixelLoader``; None for copied latents
-    cross_bucket: str  # treatment of a pair of two buckets, see :class:`~latentreward.cache.sizing.ImageSettings`
+    resize: str | None  # resize method, see ``latentreward.data.PixelLoader``; None for copied latents
+    cross_bucket: (
+        str  # treatment of a pair of two buckets, see :class:`~latentreward.diffusion.cache.sizing.ImageSettings`
+    )
     min_pixels: int  # smallest number of pixels of an image; pairs with a smaller image are left out
     batch_size: int  # number of images encoded together
     images_per_shard: int  # largest number of images in a shard
@@ -212,7 +214,7 @@ class CachePlan:
     """Content of ``plan.json``."""
 
     spec: CacheSpec  # settings of the cache
-    data: dict[str, Any]  # description of the reader, see :func:`latentreward.cache.plan.describe_data`
+    data: dict[str, Any]  # description of the reader, see :func:`latentreward.diffusion.cache.plan.describe_data`
     tables: dict[str, str]  # SHA-256 of each table's file
     pairs: int  # number of pairs kept
     images: int  # number of images to cache; an image cached in two buckets counts twice

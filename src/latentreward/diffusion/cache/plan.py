@@ -21,21 +21,21 @@ import pyarrow.parquet as pq
 import torch
 from torch.utils.data import Dataset
 
-from latentreward.cache import layout
-from latentreward.cache.layout import CachePlan, CacheSpec, digest
-from latentreward.cache.shards import KEPT
-from latentreward.cache.sizing import ImageSettings
-from latentreward.contracts import EditPrompt, ImageRef, LatentSpace, PreferencePair, seen_as, sources_of
+from latentreward.core.contracts import EditPrompt, ImageRef, LatentSpace, PreferencePair, seen_as, sources_of
+from latentreward.core.errors import InputError, quoted
+from latentreward.core.storage.digests import file_hash
+from latentreward.core.storage.durable import replacing, write_file
+from latentreward.core.storage.progress import Progress
+from latentreward.core.storage.run_folder import first_difference
+from latentreward.data import ImageError, PairReader
 from latentreward.data.buckets import Bucket
 from latentreward.data.dataset import check_edit
-from latentreward.data.images import COUNT, DAMAGED, ImageError, decode_latents, read_header
+from latentreward.data.images import COUNT, DAMAGED, decode_latents, read_header
 from latentreward.data.loading import WorkerLoader
-from latentreward.data.readers import PairReader
-from latentreward.errors import InputError, quoted
-from latentreward.storage.digests import file_hash
-from latentreward.storage.durable import replacing, write_file
-from latentreward.storage.progress import Progress
-from latentreward.storage.run_folder import first_difference
+from latentreward.diffusion.cache import layout
+from latentreward.diffusion.cache.layout import CachePlan, CacheSpec, digest
+from latentreward.diffusion.cache.shards import KEPT
+from latentreward.diffusion.cache.sizing import ImageSettings
 
 SIDES = 256
 """More images than a pair has: a, b and sources."""

@@ -14,21 +14,21 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from latentreward.cache.check import Shard, read_shards, shard_states, table_problems, tensor_shapes
-from latentreward.cache.encoding import EncodeBatches
-from latentreward.cache.layout import PLAN, SCHEMAS, CachePlan, CacheSpec, manifest_name, read_plan
-from latentreward.cache.plan import check_same, write_plan
-from latentreward.cache.shards import KEPT, stored_dtype
-from latentreward.cache.sizing import ImageSettings
+from latentreward.core.errors import InputError
+from latentreward.core.storage.durable import contents, remove_temporary, write_errors_named, write_file
+from latentreward.core.storage.progress import Progress
+from latentreward.data import PairReader
 from latentreward.data.dataset import any_prompt
 from latentreward.data.images import read_header
-from latentreward.data.readers import PairReader
-from latentreward.errors import InputError
-from latentreward.storage.durable import contents, remove_temporary, write_errors_named, write_file
-from latentreward.storage.progress import Progress
+from latentreward.diffusion.cache.check import Shard, read_shards, shard_states, table_problems, tensor_shapes
+from latentreward.diffusion.cache.encoding import EncodeBatches
+from latentreward.diffusion.cache.layout import PLAN, SCHEMAS, CachePlan, CacheSpec, manifest_name, read_plan
+from latentreward.diffusion.cache.plan import check_same, write_plan
+from latentreward.diffusion.cache.shards import KEPT, stored_dtype
+from latentreward.diffusion.cache.sizing import ImageSettings
 
 if TYPE_CHECKING:
-    from latentreward.encoders.prompts import PromptEncoder
+    from latentreward.diffusion.encoders.prompts import PromptEncoder
 
 logger = logging.getLogger(__name__)
 

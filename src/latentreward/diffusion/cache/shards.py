@@ -16,10 +16,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from latentreward.cache.layout import PROMPT_LENGTHS
-from latentreward.errors import InputError
-from latentreward.storage import safetensors_header
-from latentreward.storage.durable import replacing
+from latentreward.core.errors import InputError
+from latentreward.core.storage import safetensors_header
+from latentreward.core.storage.durable import replacing
+from latentreward.diffusion.cache.layout import PROMPT_LENGTHS
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
 LENGTHS_DTYPES = {"I32": torch.int32}

@@ -4,10 +4,10 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+from latentreward.core.errors import InputError, check_at_least_one, check_multiples
 from latentreward.data.buckets import MIN_PIXELS, PUBLISHED_BUCKETS, Bucket, assign_bucket, sort_buckets
 from latentreward.data.clips import FPS, check_clips, require_pyav
 from latentreward.data.images import MAX_PIXELS, ResizePolicy
-from latentreward.errors import InputError, check_at_least_one, check_multiples
 
 CROSS_BUCKET_ASPECT = 0.05
 """Relative difference of two aspect ratios from which two images cannot share a bucket."""

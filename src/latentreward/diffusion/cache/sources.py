@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
-from latentreward.cache.layout import CacheDtype, TextSpec
-from latentreward.contracts import LatentSpace, PathText
+from latentreward.core.contracts import LatentSpace, PathText
+from latentreward.core.errors import InputError, check_at_least_one
 from latentreward.data.readers.base import Contents
-from latentreward.errors import InputError, check_at_least_one
+from latentreward.diffusion.cache.layout import CacheDtype, TextSpec
 
 if TYPE_CHECKING:
-    from latentreward.encoders.prompts import PromptEncoder
-    from latentreward.encoders.vae import LatentEncoder
-    from latentreward.families import Family
+    from latentreward.diffusion.encoders.prompts import PromptEncoder
+    from latentreward.diffusion.encoders.vae import LatentEncoder
+    from latentreward.diffusion.families.base import Family
 
 RELEASED_SPACE = LatentSpace(channels=16, downscale=8, scaling_factor=1.5305, shift_factor=0.0609)
 """Latent space of Stable Diffusion 3 and 3.5, which DiNa-LRM's released cache uses."""
@@ -80,7 +80,7 @@ class PipelineEncoders(LatentSource):
         load_t5: Whether to use T5 (SD3, SD3.5).
         t5_length: Number of T5 tokens per prompt, which must be that of the reward model; None takes the pipeline's
             own (256 for SD3 and SD3.5, 0 for ``sd35_tiny``).
-        family: Import path of the pipeline's :class:`~latentreward.families.Family`, for a family of one's own; None
+        family: Import path of the pipeline's :class:`~latentreward.diffusion.Family`, for a family of one's own; None
             finds it among those of this package.
     """
 
@@ -131,9 +131,9 @@ class PipelineEncoders(LatentSource):
         """The family of the pipeline, and whether it is known; if not, it is taken for Stable Diffusion."""
         from lightning.pytorch.utilities import rank_zero_warn
 
-        from latentreward.backbones.loading import PipelineSource
-        from latentreward.families import find_family
-        from latentreward.families.sd import StableDiffusion
+        from latentreward.diffusion.backbones.loading import PipelineSource
+        from latentreward.diffusion.families.find import find_family
+        from latentreward.diffusion.families.sd import StableDiffusion
 
         pipeline = PipelineSource(self.source, self.revision, self.variant)
         try:
@@ -154,8 +154,8 @@ class PipelineEncoders(LatentSource):
         Raises:
             InputError: If the source is not a pipeline with these parts.
         """
-        from latentreward.backbones.weights import settle
-        from latentreward.encoders.fingerprint import text_fingerprint, vae_fingerprint
+        from latentreward.diffusion.backbones.weights import settle
+        from latentreward.diffusion.encoders.fingerprint import text_fingerprint, vae_fingerprint
 
         family, known = self._found
         if known:

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, PreTrainedTokenizerBase
 
-from latentreward.contracts import Conditioning
-from latentreward.encoders.prompts import PromptEncoder, masked_ids, token_ids
+from latentreward.core.contracts import Conditioning
+from latentreward.diffusion.encoders.prompts import PromptEncoder, masked_ids, token_ids
 
 
 class CLIPPromptEncoder(PromptEncoder):

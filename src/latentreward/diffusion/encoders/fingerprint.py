@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from latentreward.errors import InputError
-from latentreward.storage.digests import digest
+from latentreward.core.errors import InputError
+from latentreward.core.storage.digests import digest
 
 if TYPE_CHECKING:
-    from latentreward.encoders.prompts import PromptEncoder
+    from latentreward.diffusion.encoders.prompts import PromptEncoder
 
 VAE_FIELDS = (
     "in_channels",

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from latentreward.contracts import Conditioning
-from latentreward.encoders.prompts import PromptEncoder
+from latentreward.core.contracts import Conditioning
+from latentreward.diffusion.encoders.prompts import PromptEncoder
 
 
 class LanguageModelEncoder(PromptEncoder):

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from latentreward.contracts import Conditioning
-from latentreward.encoders.prompts import PromptEncoder
+from latentreward.core.contracts import Conditioning
+from latentreward.diffusion.encoders.prompts import PromptEncoder
 
 AHEAD = 256  # number of prompts that are encoded at once: SD3.5's take 1.4 GB of CPU memory, FLUX.2-klein's 4 GB
 

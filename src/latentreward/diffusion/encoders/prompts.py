@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from latentreward.contracts import Conditioning, like_prompt, sources_of
-from latentreward.errors import InputError
-from latentreward.phases import phase
-from latentreward.promises import VALUES, Part, keep_promise, returns, shown, wrong_tensor
+from latentreward.core.contracts import Conditioning, like_prompt, sources_of
+from latentreward.core.errors import InputError
+from latentreward.core.phases import phase
+from latentreward.core.promises import VALUES, Part, keep_promise, returns, shown, wrong_tensor
 
 logger = logging.getLogger(__name__)
 
@@ -111,7 +111,7 @@ class PromptEncoder(nn.Module, Part):
         return encoded
 
     def wrong_conditioning(self, encoded: Conditioning, prompts: Sequence[str]) -> str | None:
-        """Return what is wrong with encoded prompts, see :func:`~latentreward.promises.returns`."""
+        """Return what is wrong with encoded prompts, see :func:`~latentreward.core.promises.returns`."""
         if not isinstance(encoded, Conditioning):
             return f"{shown(encoded)}; it must be a Conditioning"
         tokens, pooled, mask = encoded.prompt_embeds, encoded.pooled_prompt_embeds, encoded.prompt_mask
@@ -124,7 +124,7 @@ class PromptEncoder(nn.Module, Part):
         return self.wrong_mask(mask, tokens, prompts)
 
     def wrong_mask(self, mask: Tensor | None, tokens: Tensor, prompts: Sequence[str]) -> str | None:
-        """Return what is wrong with a mask of encoded prompts, see :func:`~latentreward.promises.returns`."""
+        """Return what is wrong with a mask of encoded prompts, see :func:`~latentreward.core.promises.returns`."""
         if (mask is not None) != self.masked:
             return (
                 f"{'no' if mask is None else 'a'} prompt_mask, but masked is {self.masked}; it must be a mask of the "

@@ -7,9 +7,9 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import CLIPTextModelWithProjection, PreTrainedTokenizerBase, T5EncoderModel
 
-from latentreward.contracts import Conditioning
-from latentreward.encoders.prompts import PromptEncoder, masked_ids, token_ids
-from latentreward.errors import InputError
+from latentreward.core.contracts import Conditioning
+from latentreward.core.errors import InputError
+from latentreward.diffusion.encoders.prompts import PromptEncoder, masked_ids, token_ids
 
 MOST_TOKENS = 4096  # largest number of T5 tokens per prompt
 

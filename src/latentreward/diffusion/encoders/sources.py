@@ -12,20 +12,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from latentreward.contracts import Conditioning, EditPrompt, ImageRef, sources_of
-from latentreward.data.images import (
-    MAX_PIXELS,
-    ImageError,
-    PixelLoader,
-    decode_image,
-    grey_picture,
-    read_header,
-    to_pixels,
-)
-from latentreward.encoders.prompts import PromptEncoder, encode_texts
-from latentreward.encoders.vae import LatentEncoder
-from latentreward.errors import InputError
-from latentreward.storage.digests import size_and_time
+from latentreward.core.contracts import Conditioning, EditPrompt, ImageRef, sources_of
+from latentreward.core.errors import InputError
+from latentreward.core.storage.digests import size_and_time
+from latentreward.data import ImageError, PixelLoader, decode_image
+from latentreward.data.images import MAX_PIXELS, grey_picture, read_header, to_pixels
+from latentreward.diffusion.encoders.prompts import PromptEncoder, encode_texts
+from latentreward.diffusion.encoders.vae import LatentEncoder
 
 KEPT = 512  # number of pictures whose latents are kept: of 1024² pixels in 16 channels, 0.5 GB of CPU memory
 

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from latentreward.contracts import Conditioning
-from latentreward.encoders.prompts import PromptEncoder
-from latentreward.errors import InputError
+from latentreward.core.contracts import Conditioning
+from latentreward.core.errors import InputError
+from latentreward.diffusion.encoders.prompts import PromptEncoder
 
 
 class StoredPrompts(PromptEncoder):

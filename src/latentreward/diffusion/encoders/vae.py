@@ -7,10 +7,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from latentreward.contracts import LatentSpace
-from latentreward.errors import InputError
-from latentreward.promises import Kind, Part, finite, returns, wrong_tensor
-from latentreward.storage.json_files import entries, entry
+from latentreward.core.contracts import LatentSpace
+from latentreward.core.errors import InputError
+from latentreward.core.promises import Kind, Part, finite, returns, wrong_tensor
+from latentreward.core.storage.json_files import entries, entry
 
 SD_SCALING_FACTOR = 0.18215  # scaling factor of the VAE of SD1.5 and SD2.1, diffusers' default
 
@@ -29,7 +29,7 @@ def _wrong_pixels(found: Tensor, vae: "LatentEncoder", latents: Tensor) -> str |
 class LatentEncoder(nn.Module, Part):
     """Frozen VAE that returns and takes scaled latents ``z = (posterior sample − shift) · scale``.
 
-    Derived classes have other codecs, see :class:`~latentreward.contracts.LatentSpace`.
+    Derived classes have other codecs, see :class:`~latentreward.core.contracts.LatentSpace`.
 
     Args:
         vae: diffusers VAE. Images are encoded under autocast to bfloat16. Otherwise the VAE keeps its dtype and runs

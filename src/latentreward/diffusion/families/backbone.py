@@ -10,15 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from latentreward.backbones.loading import Backbone, PipelineSource, finish
-from latentreward.backbones.quantization import Quantization, check_quantization
-from latentreward.backbones.transformer import TransformerBackbone
-from latentreward.backbones.tuning import LoRA, StorageDtype, Tuning, freeze
-from latentreward.contracts import Conditioning, Features, FeatureSpec, TapSpec
-from latentreward.errors import InputError
-from latentreward.families.base import Family
-from latentreward.families.find import find_family
-from latentreward.families.flow import FlowFamily
+from latentreward.core.contracts import Conditioning, Features, FeatureSpec, TapSpec
+from latentreward.core.errors import InputError
+from latentreward.diffusion.backbones.loading import Backbone, PipelineSource, finish
+from latentreward.diffusion.backbones.quantization import Quantization, check_quantization
+from latentreward.diffusion.backbones.transformer import TransformerBackbone
+from latentreward.diffusion.backbones.tuning import LoRA, StorageDtype, Tuning, freeze
+from latentreward.diffusion.families.base import Family
+from latentreward.diffusion.families.find import find_family
+from latentreward.diffusion.families.flow import FlowFamily
 
 
 class FamilyBackbone(TransformerBackbone):

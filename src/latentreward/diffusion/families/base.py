@@ -13,17 +13,20 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor, nn
 
-from latentreward.backbones.tuning import ATTENTION, StorageDtype
-from latentreward.backbones.weights import settle
-from latentreward.contracts import Conditioning, LatentSpace, sources_of, sources_wanted
-from latentreward.encoders.prompts import PromptEncoder
-from latentreward.encoders.sources import SourceEncoder, SourceSize
-from latentreward.encoders.vae import LatentEncoder
-from latentreward.errors import InputError, check_range, errors_at
-from latentreward.noise import DDPM, FlowMatching, NoiseProcess, fits_kind
-from latentreward.programs import of_this_package
-from latentreward.promises import COUNT, Part, finite, is_count, of_class, returns, shown, tensor, wrong_tensor
-from latentreward.storage.json_files import Kind, entry
+from latentreward.core.contracts import Conditioning, LatentSpace, sources_of, sources_wanted
+from latentreward.core.errors import InputError, check_range, errors_at
+from latentreward.core.programs import of_this_package
+from latentreward.core.promises import COUNT, Part, finite, is_count, of_class, returns, shown, tensor, wrong_tensor
+from latentreward.core.storage.json_files import Kind, entry
+from latentreward.diffusion.backbones.tuning import ATTENTION, StorageDtype
+from latentreward.diffusion.backbones.weights import settle
+from latentreward.diffusion.encoders.prompts import PromptEncoder
+from latentreward.diffusion.encoders.sources import SourceEncoder, SourceSize
+from latentreward.diffusion.encoders.vae import LatentEncoder
+from latentreward.diffusion.noise.base import NoiseProcess
+from latentreward.diffusion.noise.ddpm import DDPM
+from latentreward.diffusion.noise.flow import FlowMatching
+from latentreward.diffusion.noise.schedules import fits_kind
 
 Pair = tuple[Tensor, Tensor]  # A ``(rank, in)`` and B ``(out, rank)`` of a layer's adapter
 
@@ -53,7 +56,7 @@ class PipelineConfigs(Protocol):
 
 
 def wrong_prediction(found: Tensor, family: Family, network: Any, latents: Tensor, *given: Any) -> str | None:
-    """Return what is wrong with a prediction for ``latents``, see :data:`~latentreward.promises.Check`."""
+    """Return what is wrong with a prediction for ``latents``, see :data:`~latentreward.core.promises.Check`."""
     if family.flow and isinstance(family.noise_process, DDPM):
         return "a prediction with flow = True, but noise_process is DDPM; it must be FlowMatching, or flow = False"
     if family.clips and family.latent_space.frame_downscale is None:
@@ -92,12 +95,13 @@ class Family(Part):
 
     Backbones, policies, caches, export, generation and the server ask this object. Outside a family there are latents
     in canonical form (4-D, or 5-D with a time axis; scaled, never packed), timesteps of :attr:`noise_process` (1000·σ
-    for flows) and :class:`~latentreward.contracts.Conditioning` only.
+    for flows) and :class:`~latentreward.core.contracts.Conditioning` only.
 
     An object describes one pipeline. It reads configs only; weights are loaded by the methods ``load_…``.
 
     Args:
-        pipeline: Configs of the pipeline; a :class:`~latentreward.backbones.loading.PipelineSource` if weights are to
+        pipeline: Configs of the pipeline; a :class:`~latentreward.diffusion.backbones.loading.PipelineSource` if
+            weights are to
             be loaded.
 
     Attributes:
@@ -263,7 +267,7 @@ class Family(Part):
         return f"source={self.pipeline.source!r}: {part}"
 
     def entry(self, part: str, field: str, kind: type[Kind], default: Kind | None = None) -> Kind:
-        """Return an entry of the config of ``part``; see :func:`~latentreward.storage.json_files.entry`."""
+        """Return an entry of the config of ``part``; see :func:`~latentreward.core.storage.json_files.entry`."""
         return entry(self.pipeline.config(part), field, kind, self.named(part), default)
 
     @property

@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from latentreward.backbones.registry import register_backbone
-from latentreward.contracts import Conditioning, PathText
-from latentreward.encoders.prompts import PromptEncoder, masked_ids
-from latentreward.families.backbone import FamilyBackbone, load_family_backbone
-from latentreward.families.flow import FlowFamily
-from latentreward.families.flux1 import Flux1, positions, t5_tokens, unread_of_dual
-from latentreward.families.qwen_image import needed_mask
+from latentreward.core.contracts import Conditioning, PathText
+from latentreward.core.registry import register_backbone
+from latentreward.diffusion.encoders.prompts import PromptEncoder, masked_ids
+from latentreward.diffusion.families.backbone import FamilyBackbone, load_family_backbone
+from latentreward.diffusion.families.flow import FlowFamily
+from latentreward.diffusion.families.flux1 import Flux1, positions, t5_tokens, unread_of_dual
+from latentreward.diffusion.families.qwen_image import needed_mask
 
 
 class Chroma(FlowFamily):
@@ -166,6 +166,6 @@ def chroma(source: PathText, **options: Any) -> FamilyBackbone:
 
     Args:
         source: Diffusers pipeline folder, or hub id.
-        options: See :func:`~latentreward.families.backbone.load_family_backbone`.
+        options: See :func:`~latentreward.diffusion.load_family_backbone`.
     """
     return load_family_backbone(source, "chroma", **options)

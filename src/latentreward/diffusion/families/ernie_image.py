@@ -8,16 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from latentreward.backbones.registry import register_backbone
-from latentreward.backbones.weights import part_of
-from latentreward.contracts import Conditioning, LatentSpace, PathText
-from latentreward.encoders.language_model import LanguageModelEncoder, without_last_layer
-from latentreward.encoders.prompts import PromptEncoder
-from latentreward.encoders.vae import PatchedLatentEncoder
-from latentreward.families.backbone import FamilyBackbone, load_family_backbone
-from latentreward.families.flow import FlowFamily
-from latentreward.families.flux2_klein import normalised_space
-from latentreward.families.z_image import lengths_of
+from latentreward.core.contracts import Conditioning, LatentSpace, PathText
+from latentreward.core.registry import register_backbone
+from latentreward.diffusion.backbones.weights import part_of
+from latentreward.diffusion.encoders.language_model import LanguageModelEncoder, without_last_layer
+from latentreward.diffusion.encoders.prompts import PromptEncoder
+from latentreward.diffusion.encoders.vae import PatchedLatentEncoder
+from latentreward.diffusion.families.backbone import FamilyBackbone, load_family_backbone
+from latentreward.diffusion.families.flow import FlowFamily
+from latentreward.diffusion.families.flux2_klein import normalised_space
+from latentreward.diffusion.families.z_image import lengths_of
 
 TEXT_LENGTH = 1024  # greatest number of tokens of a prompt; the pipeline's is that of the tokenizer, which has none
 
@@ -111,6 +111,6 @@ def ernie_image(source: PathText, **options: Any) -> FamilyBackbone:
 
     Args:
         source: Diffusers pipeline folder, or hub id.
-        options: See :func:`~latentreward.families.backbone.load_family_backbone`.
+        options: See :func:`~latentreward.diffusion.load_family_backbone`.
     """
     return load_family_backbone(source, "ernie_image", **options)

@@ -8,10 +8,10 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from latentreward.backbones.registry import backbone_names
-from latentreward.errors import InputError
-from latentreward.families.base import Family, PipelineConfigs
-from latentreward.programs import import_class, of_this_package
+from latentreward.core.errors import InputError
+from latentreward.core.programs import import_class, of_this_package
+from latentreward.core.registry import backbone_names
+from latentreward.diffusion.families.base import Family, PipelineConfigs
 
 _SANA = "no family here has its VAE (AutoencoderDC) and prompts; give a class of your own as family (docs/families.md)"
 UNSUPPORTED: Mapping[str, str] = dict.fromkeys(("SanaPipeline", "SanaSprintPipeline", "SanaTransformer2DModel"), _SANA)
@@ -75,7 +75,7 @@ def is_foreign(path: Any) -> bool:
 
 
 def import_family(path: str) -> type[Family]:
-    """Import a family by the import path of its class; see :func:`~latentreward.programs.import_class`.
+    """Import a family by the import path of its class; see :func:`~latentreward.core.programs.import_class`.
 
     Whoever reads ``path`` from a file of others must ask :func:`is_foreign` first.
     """

@@ -14,16 +14,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from latentreward.backbones.loading import check_channels
-from latentreward.contracts import Conditioning
-from latentreward.encoders.prompts import PromptEncoder
-from latentreward.errors import InputError, first_line
-from latentreward.families.base import Family, PipelineConfigs, wrong_prediction
-from latentreward.noise import DDPM_SCHEDULERS, ContinuousFlow, NoiseProcess, process_from_scheduler
-from latentreward.noise.schedules import shifted_levels
-from latentreward.programs import of_this_package
-from latentreward.promises import check_needs, returns
-from latentreward.storage.json_files import entries
+from latentreward.core.contracts import Conditioning
+from latentreward.core.errors import InputError, first_line
+from latentreward.core.programs import of_this_package
+from latentreward.core.promises import check_needs, returns
+from latentreward.core.storage.json_files import entries
+from latentreward.diffusion.backbones.loading import check_channels
+from latentreward.diffusion.encoders.prompts import PromptEncoder
+from latentreward.diffusion.families.base import Family, PipelineConfigs, wrong_prediction
+from latentreward.diffusion.noise.base import NoiseProcess
+from latentreward.diffusion.noise.flow import ContinuousFlow
+from latentreward.diffusion.noise.from_scheduler import process_from_scheduler
+from latentreward.diffusion.noise.schedules import DDPM_SCHEDULERS, shifted_levels
 
 
 class FlowFamily(Family):

@@ -14,14 +14,14 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
-from latentreward.backbones.registry import register_backbone
-from latentreward.backbones.tuning import ATTENTION
-from latentreward.contracts import Conditioning, PathText
-from latentreward.encoders.prompts import PromptEncoder, masked_ids, token_ids
-from latentreward.errors import InputError
-from latentreward.families.backbone import FamilyBackbone, load_family_backbone
-from latentreward.families.base import PipelineConfigs
-from latentreward.families.flow import FlowFamily
+from latentreward.core.contracts import Conditioning, PathText
+from latentreward.core.errors import InputError
+from latentreward.core.registry import register_backbone
+from latentreward.diffusion.backbones.tuning import ATTENTION
+from latentreward.diffusion.encoders.prompts import PromptEncoder, masked_ids, token_ids
+from latentreward.diffusion.families.backbone import FamilyBackbone, load_family_backbone
+from latentreward.diffusion.families.base import PipelineConfigs
+from latentreward.diffusion.families.flow import FlowFamily
 
 if TYPE_CHECKING:
     from transformers import CLIPTextModel, PreTrainedTokenizerBase, T5EncoderModel
@@ -244,6 +244,6 @@ def flux1(source: PathText, **options: Any) -> FamilyBackbone:
 
     Args:
         source: Diffusers pipeline folder, or hub id.
-        options: See :func:`~latentreward.families.backbone.load_family_backbone`.
+        options: See :func:`~latentreward.diffusion.load_family_backbone`.
     """
     return load_family_backbone(source, "flux1", **options)

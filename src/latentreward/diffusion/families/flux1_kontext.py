@@ -9,12 +9,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from latentreward.backbones.registry import register_backbone
-from latentreward.contracts import PathText
-from latentreward.encoders.sources import SourceSize
-from latentreward.errors import InputError
-from latentreward.families.backbone import FamilyBackbone, load_family_backbone
-from latentreward.families.flux1 import Flux1
+from latentreward.core.contracts import PathText
+from latentreward.core.errors import InputError
+from latentreward.core.registry import register_backbone
+from latentreward.diffusion.encoders.sources import SourceSize
+from latentreward.diffusion.families.backbone import FamilyBackbone, load_family_backbone
+from latentreward.diffusion.families.flux1 import Flux1
 
 SIZES = (
     *((672, 1568), (688, 1504), (720, 1456), (752, 1392), (800, 1328), (832, 1248), (880, 1184), (944, 1104)),
@@ -60,6 +60,6 @@ def flux1_kontext(source: PathText, **options: Any) -> FamilyBackbone:
 
     Args:
         source: Diffusers pipeline folder, or hub id.
-        options: See :func:`~latentreward.families.backbone.load_family_backbone`.
+        options: See :func:`~latentreward.diffusion.load_family_backbone`.
     """
     return load_family_backbone(source, "flux1_kontext", **options)

@@ -15,19 +15,19 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from latentreward.backbones.registry import register_backbone
-from latentreward.backbones.tuning import ATTENTION
-from latentreward.contracts import Conditioning, LatentSpace, PathText
-from latentreward.encoders.language_model import first_layers
-from latentreward.encoders.prompts import PromptEncoder, masked_ids
-from latentreward.encoders.sources import SourceSize
-from latentreward.encoders.vae import PatchedLatentEncoder
-from latentreward.errors import InputError
-from latentreward.families.backbone import FamilyBackbone, load_family_backbone
-from latentreward.families.flow import FlowFamily
-from latentreward.families.flux1 import unread_of_dual
-from latentreward.storage.digests import digest
-from latentreward.storage.json_files import entries, entry
+from latentreward.core.contracts import Conditioning, LatentSpace, PathText
+from latentreward.core.errors import InputError
+from latentreward.core.registry import register_backbone
+from latentreward.core.storage.digests import digest
+from latentreward.core.storage.json_files import entries, entry
+from latentreward.diffusion.backbones.tuning import ATTENTION
+from latentreward.diffusion.encoders.language_model import first_layers
+from latentreward.diffusion.encoders.prompts import PromptEncoder, masked_ids
+from latentreward.diffusion.encoders.sources import SourceSize
+from latentreward.diffusion.encoders.vae import PatchedLatentEncoder
+from latentreward.diffusion.families.backbone import FamilyBackbone, load_family_backbone
+from latentreward.diffusion.families.flow import FlowFamily
+from latentreward.diffusion.families.flux1 import unread_of_dual
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, Qwen3ForCausalLM
@@ -252,6 +252,6 @@ def flux2_klein(source: PathText, **options: Any) -> FamilyBackbone:
 
     Args:
         source: Diffusers pipeline folder, or hub id.
-        options: See :func:`~latentreward.families.backbone.load_family_backbone`.
+        options: See :func:`~latentreward.diffusion.load_family_backbone`.
     """
     return load_family_backbone(source, "flux2_klein", **options)

@@ -15,17 +15,17 @@ import torch
 from pydantic import NonNegativeInt
 from torch import Tensor
 
-from latentreward.backbones.registry import register_backbone
-from latentreward.backbones.weights import part_of
-from latentreward.contracts import Conditioning, PathText
-from latentreward.encoders.language_model import first_layers
-from latentreward.encoders.prompts import PromptEncoder, masked_ids, token_ids
-from latentreward.errors import InputError
-from latentreward.families.backbone import FamilyBackbone, load_family_backbone
-from latentreward.families.flow import FlowFamily
-from latentreward.families.flux1 import t5_tokens
-from latentreward.noise.schedules import unipc_clock, unipc_levels
-from latentreward.storage.json_files import entries
+from latentreward.core.contracts import Conditioning, PathText
+from latentreward.core.errors import InputError
+from latentreward.core.registry import register_backbone
+from latentreward.core.storage.json_files import entries
+from latentreward.diffusion.backbones.weights import part_of
+from latentreward.diffusion.encoders.language_model import first_layers
+from latentreward.diffusion.encoders.prompts import PromptEncoder, masked_ids, token_ids
+from latentreward.diffusion.families.backbone import FamilyBackbone, load_family_backbone
+from latentreward.diffusion.families.flow import FlowFamily
+from latentreward.diffusion.families.flux1 import t5_tokens
+from latentreward.diffusion.noise.schedules import unipc_clock, unipc_levels
 
 TEXT_LENGTH, CLIP_LENGTH = 128, 218  # tokens of a prompt for T5 and Llama, and at most for the CLIPs
 LLAMA = "text_encoder_4"
@@ -260,6 +260,6 @@ def hidream(source: PathText, **options: Any) -> FamilyBackbone:
 
     Args:
         source: Diffusers pipeline folder that holds Llama too.
-        options: See :func:`~latentreward.families.backbone.load_family_backbone`.
+        options: See :func:`~latentreward.diffusion.load_family_backbone`.
     """
     return load_family_backbone(source, "hidream", **options)

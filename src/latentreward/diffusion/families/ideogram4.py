@@ -14,17 +14,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from latentreward.backbones.registry import register_backbone
-from latentreward.backbones.weights import part_of
-from latentreward.contracts import Conditioning, LatentSpace, PathText
-from latentreward.encoders.language_model import LanguageModelEncoder, first_layers
-from latentreward.encoders.prompts import PromptEncoder
-from latentreward.encoders.vae import PatchedLatentEncoder
-from latentreward.errors import InputError
-from latentreward.families.backbone import FamilyBackbone, load_family_backbone
-from latentreward.families.flow import FlowFamily
-from latentreward.families.flux2_klein import normalised_space
-from latentreward.noise.schedules import shifted_levels
+from latentreward.core.contracts import Conditioning, LatentSpace, PathText
+from latentreward.core.errors import InputError
+from latentreward.core.registry import register_backbone
+from latentreward.diffusion.backbones.weights import part_of
+from latentreward.diffusion.encoders.language_model import LanguageModelEncoder, first_layers
+from latentreward.diffusion.encoders.prompts import PromptEncoder
+from latentreward.diffusion.encoders.vae import PatchedLatentEncoder
+from latentreward.diffusion.families.backbone import FamilyBackbone, load_family_backbone
+from latentreward.diffusion.families.flow import FlowFamily
+from latentreward.diffusion.families.flux2_klein import normalised_space
+from latentreward.diffusion.noise.schedules import shifted_levels
 
 LAYERS = (0, 3, 6, 9, 12, 15, 18, 21, 24, 27, 30, 33, 35)
 """Numbers, from 0, of the text encoder's layers whose outputs are read, before its final norm."""
@@ -233,6 +233,6 @@ def ideogram4(source: PathText, **options: Any) -> FamilyBackbone:
 
     Args:
         source: Diffusers pipeline folder, or hub id.
-        options: See :func:`~latentreward.families.backbone.load_family_backbone`.
+        options: See :func:`~latentreward.diffusion.load_family_backbone`.
     """
     return load_family_backbone(source, "ideogram4", **options)

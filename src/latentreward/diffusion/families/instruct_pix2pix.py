@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from latentreward.backbones.registry import register_backbone
-from latentreward.backbones.sd_unet import SDUNetBackbone
-from latentreward.contracts import Conditioning, PathText
-from latentreward.encoders.sources import SourceSize
-from latentreward.errors import InputError
-from latentreward.families.sd import StableDiffusion, load_sd
+from latentreward.core.contracts import Conditioning, PathText
+from latentreward.core.errors import InputError
+from latentreward.core.registry import register_backbone
+from latentreward.diffusion.backbones.sd_unet import SDUNetBackbone
+from latentreward.diffusion.encoders.sources import SourceSize
+from latentreward.diffusion.families.sd import StableDiffusion, load_sd
 
 if TYPE_CHECKING:
     from diffusers import UNet2DConditionModel
@@ -91,7 +91,7 @@ def ip2p_sd15(source: PathText, **options: Any) -> SDUNetBackbone:
 
     Args:
         source: Diffusers pipeline folder, or hub id.
-        options: See :func:`~latentreward.families.sd.load_sd`.
+        options: See :func:`~latentreward.diffusion.families.sd.load_sd`.
     """
     return load_sd(source, "InstructPix2Pix-SD1.5", "instruct_pix2pix", **options)
 
@@ -102,6 +102,6 @@ def ip2p_sdxl(source: PathText, **options: Any) -> SDUNetBackbone:
 
     Args:
         source: Diffusers pipeline folder, or hub id.
-        options: See :func:`~latentreward.families.sd.load_sd`.
+        options: See :func:`~latentreward.diffusion.families.sd.load_sd`.
     """
     return load_sd(source, "InstructPix2Pix-SDXL", "instruct_pix2pix", **options)

@@ -12,18 +12,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from latentreward.backbones.registry import register_backbone
-from latentreward.backbones.weights import part_of
-from latentreward.contracts import Conditioning, PathText
-from latentreward.encoders.language_model import first_layers
-from latentreward.encoders.prompts import PromptEncoder
-from latentreward.encoders.vae import ChannelLatentEncoder
-from latentreward.errors import InputError
-from latentreward.families.backbone import FamilyBackbone, load_family_backbone
-from latentreward.families.flow import FlowFamily
-from latentreward.families.flux1 import positions
-from latentreward.families.qwen_image import TEMPLATE, needed_mask, padded_rows, prefix_length
-from latentreward.storage.json_files import entries, entry
+from latentreward.core.contracts import Conditioning, PathText
+from latentreward.core.errors import InputError
+from latentreward.core.registry import register_backbone
+from latentreward.core.storage.json_files import entries, entry
+from latentreward.diffusion.backbones.weights import part_of
+from latentreward.diffusion.encoders.language_model import first_layers
+from latentreward.diffusion.encoders.prompts import PromptEncoder
+from latentreward.diffusion.encoders.vae import ChannelLatentEncoder
+from latentreward.diffusion.families.backbone import FamilyBackbone, load_family_backbone
+from latentreward.diffusion.families.flow import FlowFamily
+from latentreward.diffusion.families.flux1 import positions
+from latentreward.diffusion.families.qwen_image import TEMPLATE, needed_mask, padded_rows, prefix_length
 
 LAYERS = (2, 5, 8, 11, 14, 17, 20, 23, 26, 29, 32, 35)
 """Numbers of the text encoder's layers whose outputs are read where ``model_index.json`` names none."""
@@ -187,6 +187,6 @@ def krea2(source: PathText, **options: Any) -> FamilyBackbone:
 
     Args:
         source: Diffusers pipeline folder, or hub id.
-        options: See :func:`~latentreward.families.backbone.load_family_backbone`.
+        options: See :func:`~latentreward.diffusion.load_family_backbone`.
     """
     return load_family_backbone(source, "krea2", **options)

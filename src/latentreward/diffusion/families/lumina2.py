@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from latentreward.backbones.registry import register_backbone
-from latentreward.contracts import Conditioning, PathText
-from latentreward.encoders.language_model import LanguageModelEncoder, without_last_layer
-from latentreward.encoders.prompts import PromptEncoder
-from latentreward.families.backbone import FamilyBackbone, load_family_backbone
-from latentreward.families.flow import FlowFamily
+from latentreward.core.contracts import Conditioning, PathText
+from latentreward.core.registry import register_backbone
+from latentreward.diffusion.encoders.language_model import LanguageModelEncoder, without_last_layer
+from latentreward.diffusion.encoders.prompts import PromptEncoder
+from latentreward.diffusion.families.backbone import FamilyBackbone, load_family_backbone
+from latentreward.diffusion.families.flow import FlowFamily
 
 SYSTEM = (
     "You are an assistant designed to generate superior images with the superior degree of image-text alignment based "
@@ -135,6 +135,6 @@ def lumina2(source: PathText, **options: Any) -> FamilyBackbone:
 
     Args:
         source: Diffusers pipeline folder, or hub id.
-        options: See :func:`~latentreward.families.backbone.load_family_backbone`.
+        options: See :func:`~latentreward.diffusion.load_family_backbone`.
     """
     return load_family_backbone(source, "lumina2", **options)

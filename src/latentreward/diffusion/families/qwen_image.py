@@ -11,15 +11,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
-from latentreward.backbones.registry import register_backbone
-from latentreward.backbones.weights import part_of
-from latentreward.contracts import Conditioning, PathText
-from latentreward.encoders.prompts import PromptEncoder
-from latentreward.encoders.vae import ChannelLatentEncoder
-from latentreward.errors import InputError
-from latentreward.families.backbone import FamilyBackbone, load_family_backbone
-from latentreward.families.base import PipelineConfigs
-from latentreward.families.flow import FlowFamily
+from latentreward.core.contracts import Conditioning, PathText
+from latentreward.core.errors import InputError
+from latentreward.core.registry import register_backbone
+from latentreward.diffusion.backbones.weights import part_of
+from latentreward.diffusion.encoders.prompts import PromptEncoder
+from latentreward.diffusion.encoders.vae import ChannelLatentEncoder
+from latentreward.diffusion.families.backbone import FamilyBackbone, load_family_backbone
+from latentreward.diffusion.families.base import PipelineConfigs
+from latentreward.diffusion.families.flow import FlowFamily
 
 TEMPLATE = (
     "<|im_start|>system\nDescribe the image by detailing the color, shape, size, texture, quantity, text, spatial "
@@ -251,6 +251,6 @@ def qwen_image(source: PathText, **options: Any) -> FamilyBackbone:
 
     Args:
         source: Diffusers pipeline folder, or hub id.
-        options: See :func:`~latentreward.families.backbone.load_family_backbone`.
+        options: See :func:`~latentreward.diffusion.load_family_backbone`.
     """
     return load_family_backbone(source, "qwen_image", **options)

@@ -17,14 +17,14 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from latentreward.backbones.registry import register_backbone
-from latentreward.backbones.weights import part_of
-from latentreward.contracts import Conditioning, ImageRef, PathText, sources_of
-from latentreward.encoders.prompts import PromptEncoder
-from latentreward.encoders.sources import SourceSize, picture_sides, resized_picture
-from latentreward.errors import InputError, errors_at, quoted
-from latentreward.families.backbone import FamilyBackbone, load_family_backbone
-from latentreward.families.qwen_image import EDITORS, QwenImage, padded_rows, prefix_length, without_prefix
+from latentreward.core.contracts import Conditioning, ImageRef, PathText, sources_of
+from latentreward.core.errors import InputError, errors_at, quoted
+from latentreward.core.registry import register_backbone
+from latentreward.diffusion.backbones.weights import part_of
+from latentreward.diffusion.encoders.prompts import PromptEncoder
+from latentreward.diffusion.encoders.sources import SourceSize, picture_sides, resized_picture
+from latentreward.diffusion.families.backbone import FamilyBackbone, load_family_backbone
+from latentreward.diffusion.families.qwen_image import EDITORS, QwenImage, padded_rows, prefix_length, without_prefix
 
 if TYPE_CHECKING:
     from transformers import Qwen2VLImageProcessorPil
@@ -277,6 +277,6 @@ def qwen_image_edit(source: PathText, **options: Any) -> FamilyBackbone:
 
     Args:
         source: Diffusers pipeline folder, or hub id.
-        options: See :func:`~latentreward.families.backbone.load_family_backbone`.
+        options: See :func:`~latentreward.diffusion.load_family_backbone`.
     """
     return load_family_backbone(source, "qwen_image_edit", **options)

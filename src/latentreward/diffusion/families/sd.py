@@ -10,16 +10,18 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from latentreward.backbones.loading import SHIPPED, check_channels, check_sample_size, tiny_pipeline
-from latentreward.backbones.registry import register_backbone
-from latentreward.backbones.sd_unet import SDUNetBackbone, beside_sources, check_undistilled, unet_family
-from latentreward.backbones.tuning import Tuning
-from latentreward.contracts import Conditioning, PathText
-from latentreward.encoders.prompts import PromptEncoder
-from latentreward.errors import InputError
-from latentreward.families.backbone import BackboneOptions
-from latentreward.families.base import Family, Pair, PipelineConfigs
-from latentreward.noise import DDPM_SCHEDULERS, NoiseProcess, process_from_scheduler
+from latentreward.core.contracts import Conditioning, PathText
+from latentreward.core.errors import InputError
+from latentreward.core.registry import register_backbone
+from latentreward.diffusion.backbones.loading import SHIPPED, check_channels, check_sample_size, tiny_pipeline
+from latentreward.diffusion.backbones.sd_unet import SDUNetBackbone, beside_sources, check_undistilled, unet_family
+from latentreward.diffusion.backbones.tuning import Tuning
+from latentreward.diffusion.encoders.prompts import PromptEncoder
+from latentreward.diffusion.families.backbone import BackboneOptions
+from latentreward.diffusion.families.base import Family, Pair, PipelineConfigs
+from latentreward.diffusion.noise.base import NoiseProcess
+from latentreward.diffusion.noise.from_scheduler import process_from_scheduler
+from latentreward.diffusion.noise.schedules import DDPM_SCHEDULERS
 
 EDITORS = ("StableDiffusionInstructPix2PixPipeline", "StableDiffusionXLInstructPix2PixPipeline")
 """Classes of InstructPix2Pix's pipelines, whose U-Nets differ by the channels of the picture to edit."""
@@ -192,7 +194,7 @@ def load_sd(
         visual_taps: Numbers of the blocks to read; None reads all down blocks and the mid block.
         text_taps: ``[0]`` reads the prompt embeddings; ``[]`` reads no text.
         output_map: Whether to run the whole U-Net and return its output too, for a head that reads it.
-        options: See :class:`UNetOptions` and :class:`~latentreward.families.backbone.BackboneOptions`.
+        options: See :class:`UNetOptions` and :class:`~latentreward.diffusion.families.backbone.BackboneOptions`.
 
     Raises:
         InputError: If the source is not a pipeline of that model, its parts do not fit together, or a tap is not one

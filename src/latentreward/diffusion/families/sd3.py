@@ -15,16 +15,17 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from latentreward.backbones.loading import SHIPPED, check_channels, tiny_pipeline
-from latentreward.backbones.registry import register_backbone
-from latentreward.backbones.sd3_dit import SD3DiTBackbone
-from latentreward.contracts import Conditioning, PathText
-from latentreward.encoders.prompts import PromptEncoder
-from latentreward.errors import InputError
-from latentreward.families.backbone import TransformerOptions
-from latentreward.families.base import Family, Pair, PipelineConfigs
-from latentreward.noise import FLOW_SCHEDULERS, NoiseProcess, process_from_scheduler
-from latentreward.noise.schedules import static_levels
+from latentreward.core.contracts import Conditioning, PathText
+from latentreward.core.errors import InputError
+from latentreward.core.registry import register_backbone
+from latentreward.diffusion.backbones.loading import SHIPPED, check_channels, tiny_pipeline
+from latentreward.diffusion.backbones.sd3_dit import SD3DiTBackbone
+from latentreward.diffusion.encoders.prompts import PromptEncoder
+from latentreward.diffusion.families.backbone import TransformerOptions
+from latentreward.diffusion.families.base import Family, Pair, PipelineConfigs
+from latentreward.diffusion.noise.base import NoiseProcess
+from latentreward.diffusion.noise.from_scheduler import process_from_scheduler
+from latentreward.diffusion.noise.schedules import FLOW_SCHEDULERS, static_levels
 
 LAYERS = {
     "pos_embed.proj": "x_embedder.proj",
@@ -212,7 +213,7 @@ def load_sd3(
         text_taps: Numbers of the blocks whose text tokens are read; may be empty.
         pooled_text: Pooled text vector for heads: ``clip`` or ``t5``; see :class:`SD3DiTBackbone`.
         output_map: Whether to return the network's output after the last tapped block too, for a head that reads it.
-        options: See :class:`~latentreward.families.backbone.TransformerOptions`.
+        options: See :class:`~latentreward.diffusion.families.backbone.TransformerOptions`.
 
     Raises:
         InputError: If the source is not a pipeline of that model, its parts do not fit together, or a tap is not one

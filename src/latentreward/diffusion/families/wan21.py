@@ -14,15 +14,15 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from latentreward.backbones.registry import register_backbone
-from latentreward.contracts import Conditioning, PathText
-from latentreward.encoders.prompts import PromptEncoder, masked_ids
-from latentreward.encoders.vae import ChannelLatentEncoder
-from latentreward.errors import InputError
-from latentreward.families.backbone import FamilyBackbone, load_family_backbone
-from latentreward.families.base import Pair
-from latentreward.families.flow import FlowFamily
-from latentreward.noise.schedules import unipc_clock, unipc_levels
+from latentreward.core.contracts import Conditioning, PathText
+from latentreward.core.errors import InputError
+from latentreward.core.registry import register_backbone
+from latentreward.diffusion.encoders.prompts import PromptEncoder, masked_ids
+from latentreward.diffusion.encoders.vae import ChannelLatentEncoder
+from latentreward.diffusion.families.backbone import FamilyBackbone, load_family_backbone
+from latentreward.diffusion.families.base import Pair
+from latentreward.diffusion.families.flow import FlowFamily
+from latentreward.diffusion.noise.schedules import unipc_clock, unipc_levels
 
 LAYERS = {
     "condition_embedder.time_embedder.linear_1": "time_embedding.0",
@@ -207,6 +207,6 @@ def wan21(source: PathText, **options: Any) -> FamilyBackbone:
 
     Args:
         source: Diffusers pipeline folder, or hub id.
-        options: See :func:`~latentreward.families.backbone.load_family_backbone`.
+        options: See :func:`~latentreward.diffusion.load_family_backbone`.
     """
     return load_family_backbone(source, "wan21", **options)

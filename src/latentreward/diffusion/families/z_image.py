@@ -8,13 +8,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from latentreward.backbones.registry import register_backbone
-from latentreward.contracts import Conditioning, PathText
-from latentreward.encoders.language_model import LanguageModelEncoder, without_last_layer
-from latentreward.encoders.prompts import PromptEncoder
-from latentreward.errors import InputError
-from latentreward.families.backbone import FamilyBackbone, load_family_backbone
-from latentreward.families.flow import FlowFamily
+from latentreward.core.contracts import Conditioning, PathText
+from latentreward.core.errors import InputError
+from latentreward.core.registry import register_backbone
+from latentreward.diffusion.encoders.language_model import LanguageModelEncoder, without_last_layer
+from latentreward.diffusion.encoders.prompts import PromptEncoder
+from latentreward.diffusion.families.backbone import FamilyBackbone, load_family_backbone
+from latentreward.diffusion.families.flow import FlowFamily
 
 TURBO_SHIFT = 3.0  # shift of the scheduler of Z-Image-Turbo; the base model has 6
 MULTIPLE = 32  # number of which the lengths of captions and images are multiples inside the network
@@ -173,6 +173,6 @@ def z_image(source: PathText, **options: Any) -> FamilyBackbone:
 
     Args:
         source: Diffusers pipeline folder, or hub id.
-        options: See :func:`~latentreward.families.backbone.load_family_backbone`.
+        options: See :func:`~latentreward.diffusion.load_family_backbone`.
     """
     return load_family_backbone(source, "z_image", **options)

@@ -11,8 +11,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from latentreward.errors import InputError
-from latentreward.promises import Part, finite, returns, wrong_tensor
+from latentreward.core.errors import InputError
+from latentreward.core.promises import Part, finite, returns, wrong_tensor
 
 Level = TypeVar("Level", Tensor, float)
 

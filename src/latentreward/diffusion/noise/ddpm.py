@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from latentreward.errors import InputError
-from latentreward.noise.base import NoiseProcess, per_sample, predicted_clean
-from latentreward.noise.schedules import make_scheduler
+from latentreward.core.errors import InputError
+from latentreward.diffusion.noise.base import NoiseProcess, per_sample, predicted_clean
+from latentreward.diffusion.noise.schedules import make_scheduler
 
 
 class DDPM(NoiseProcess):

@@ -6,10 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from latentreward.errors import check_range, errors_at
-from latentreward.noise.base import NoiseProcess, per_sample, predicted_clean
-from latentreward.noise.schedules import NAME
-from latentreward.storage.json_files import entry
+from latentreward.core.errors import check_range, errors_at
+from latentreward.core.storage.json_files import entry
+from latentreward.diffusion.noise.base import NoiseProcess, per_sample, predicted_clean
+from latentreward.diffusion.noise.schedules import NAME
 
 
 class FlowMatching(NoiseProcess):

@@ -5,10 +5,10 @@ from typing import Any
 
 import torch
 
-from latentreward.noise.base import NoiseProcess
-from latentreward.noise.ddpm import DDPM
-from latentreward.noise.flow import FlowMatching
-from latentreward.noise.schedules import DDPM_SCHEDULERS, FLOW_SCHEDULERS, check_scheduler
+from latentreward.diffusion.noise.base import NoiseProcess
+from latentreward.diffusion.noise.ddpm import DDPM
+from latentreward.diffusion.noise.flow import FlowMatching
+from latentreward.diffusion.noise.schedules import DDPM_SCHEDULERS, FLOW_SCHEDULERS, check_scheduler
 
 
 def process_from_scheduler(

@@ -9,9 +9,9 @@ from abc import abstractmethod
 import torch
 from torch import Generator, Tensor
 
-from latentreward.errors import InputError, check_range
-from latentreward.noise.base import NoiseProcess
-from latentreward.promises import Part, returns, tensor, wrong_tensor
+from latentreward.core.errors import InputError, check_range
+from latentreward.core.promises import Part, returns, tensor, wrong_tensor
+from latentreward.diffusion.noise.base import NoiseProcess
 
 
 class LevelSampler(Part):

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from latentreward.errors import InputError, check_range, first_line
-from latentreward.storage.json_files import entry
+from latentreward.core.errors import InputError, check_range, first_line
+from latentreward.core.storage.json_files import entry
 
 EULER = "FlowMatchEulerDiscreteScheduler"
 UNIPC = "UniPCMultistepScheduler"

@@ -7,10 +7,10 @@ from typing import Any, Self
 
 from torch import Tensor, nn
 
-from latentreward.construction import Construction
-from latentreward.contracts import Features
-from latentreward.errors import InputError
-from latentreward.promises import Part, detached, returns, values_of, wrong_tensor
+from latentreward.core.construction import Construction
+from latentreward.core.contracts import Features
+from latentreward.core.errors import InputError
+from latentreward.core.promises import Part, detached, returns, values_of, wrong_tensor
 
 AXES = ("fidelity", "aesthetics")
 """Names of the two scores of a head with axes, in the order of its outputs: how well the image follows its prompt, and
@@ -47,8 +47,8 @@ def _wrong_scores(found: Tensor, head: "RewardHead", features: Features) -> str 
 class RewardHead(nn.Module, Part):
     """Network that computes a score per image from a backbone's features; a higher score is better.
 
-    The first parameter of a subclass's constructor is a :class:`~latentreward.contracts.FeatureSpec`, which holds the
-    widths of the features. YAML sets only the other parameters, so that no width is written twice.
+    The first parameter of a subclass's constructor is a :class:`~latentreward.core.contracts.FeatureSpec`, which holds
+    the widths of the features. YAML sets only the other parameters, so that no width is written twice.
 
     Attributes:
         outputs: Number of scores per image, 1 for most heads. Losses average over several; commands and alignment need

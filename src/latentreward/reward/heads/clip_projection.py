@@ -7,11 +7,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from latentreward.contracts import Features, FeatureSpec, PathText
-from latentreward.errors import InputError, errors_at
-from latentreward.heads.base import EmbeddingHead
-from latentreward.storage.hub import read_locally
-from latentreward.storage.weight_files import find_weights, map_weights
+from latentreward.core.contracts import Features, FeatureSpec, PathText
+from latentreward.core.errors import InputError, errors_at
+from latentreward.core.storage.hub import read_locally
+from latentreward.core.storage.weight_files import find_weights, map_weights
+from latentreward.reward.heads.base import EmbeddingHead
 
 MultiScale = Literal["plain", "single", "enhanced"]
 

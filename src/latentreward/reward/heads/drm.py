@@ -5,9 +5,9 @@ import itertools
 import torch
 from torch import Tensor, nn
 
-from latentreward.contracts import Features, FeatureSpec
-from latentreward.errors import InputError, check_at_least_one
-from latentreward.heads.base import AXES, RewardHead, check_axes, squeeze_single
+from latentreward.core.contracts import Features, FeatureSpec
+from latentreward.core.errors import InputError, check_at_least_one
+from latentreward.reward.heads.base import AXES, RewardHead, check_axes, squeeze_single
 
 
 class DRMHead(RewardHead):

@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor, nn
 
-from latentreward.contracts import Features, FeatureSpec
-from latentreward.errors import check_at_least_one
-from latentreward.heads.base import AXES, RewardHead, check_axes, squeeze_single
+from latentreward.core.contracts import Features, FeatureSpec
+from latentreward.core.errors import check_at_least_one
+from latentreward.reward.heads.base import AXES, RewardHead, check_axes, squeeze_single
 
 
 class LayerMixHead(RewardHead):

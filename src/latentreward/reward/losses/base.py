@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.autograd.function import once_differentiable
 
-from latentreward.contracts import PairScores, PairTargets
-from latentreward.devices import widest_float
-from latentreward.promises import Part, detached, finite, returns, wrong_tensor
+from latentreward.core.contracts import PairScores, PairTargets
+from latentreward.core.devices import widest_float
+from latentreward.core.promises import Part, detached, finite, returns, wrong_tensor
 
 
 def per_row(values: Tensor, margin: Tensor) -> Tensor:
@@ -70,7 +70,7 @@ class PreferenceLoss(SetLoss):
     """Base class of losses over preference pairs.
 
     ``forward`` needs the pairs of the global batch: with several processes, gather those of all ranks with
-    :func:`latentreward.losses.gather_pair_scores` first. Weights are then normalised over the pairs of all ranks, and
+    :func:`latentreward.reward.gather_pair_scores` first. Weights are then normalised over the pairs of all ranks, and
     the average of the ranks' gradients, as in DDP, equals the gradient of a single process with all pairs.
 
     The loss per pair is computed in float64, which costs little for B numbers: with soft labels the gradient is a

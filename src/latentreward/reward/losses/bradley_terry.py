@@ -4,9 +4,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from latentreward.contracts import PairScores
-from latentreward.errors import check_range
-from latentreward.losses.base import PreferenceLoss, mean_over_outputs, per_row
+from latentreward.core.contracts import PairScores
+from latentreward.core.errors import check_range
+from latentreward.reward.losses.base import PreferenceLoss, mean_over_outputs, per_row
 
 
 def bradley_terry_nll(margin: Tensor, label: Tensor) -> Tensor:

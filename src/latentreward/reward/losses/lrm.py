@@ -10,10 +10,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from latentreward.contracts import CrossScores, PairScores
-from latentreward.errors import InputError, check_choices, check_range
-from latentreward.losses.base import PreferenceLoss, mean_over_outputs, per_row
-from latentreward.losses.bradley_terry import bradley_terry_nll
+from latentreward.core.contracts import CrossScores, PairScores
+from latentreward.core.errors import InputError, check_choices, check_range
+from latentreward.reward.losses.base import PreferenceLoss, mean_over_outputs, per_row
+from latentreward.reward.losses.bradley_terry import bradley_terry_nll
 
 Mode = Literal["pair", "batch", "both"]
 

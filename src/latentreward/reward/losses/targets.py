@@ -8,10 +8,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from latentreward.contracts import PairScores, PairTargets
-from latentreward.errors import InputError, check_range
-from latentreward.losses.base import PreferenceLoss, mean_over_outputs
-from latentreward.losses.bradley_terry import bradley_terry_nll
+from latentreward.core.contracts import PairScores, PairTargets
+from latentreward.core.errors import InputError, check_range
+from latentreward.reward.losses.base import PreferenceLoss, mean_over_outputs
+from latentreward.reward.losses.bradley_terry import bradley_terry_nll
 
 
 def gaussian_nll(score: Tensor, target: Tensor, std: Tensor | None = None) -> Tensor:

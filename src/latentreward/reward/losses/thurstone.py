@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from latentreward.contracts import PairScores
-from latentreward.devices import widest_float
-from latentreward.errors import check_choices, check_range
-from latentreward.losses.base import PreferenceLoss, mean_over_outputs, per_row
+from latentreward.core.contracts import PairScores
+from latentreward.core.devices import widest_float
+from latentreward.core.errors import check_choices, check_range
+from latentreward.reward.losses.base import PreferenceLoss, mean_over_outputs, per_row
 
 Objective = Literal["fidelity", "nll"]
 FidelityForm = Literal["mixture", "bhattacharyya"]

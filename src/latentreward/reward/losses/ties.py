@@ -4,10 +4,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from latentreward.contracts import PairScores
-from latentreward.errors import check_range
-from latentreward.losses.base import mean_over_outputs, per_row
-from latentreward.losses.targets import TargetLoss, check_labels, label_loss
+from latentreward.core.contracts import PairScores
+from latentreward.core.errors import check_range
+from latentreward.reward.losses.base import mean_over_outputs, per_row
+from latentreward.reward.losses.targets import TargetLoss, check_labels, label_loss
 
 
 class TieLoss(TargetLoss):

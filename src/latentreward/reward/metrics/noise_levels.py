@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 from torchmetrics.wrappers.abstract import WrapperMetric
 
-from latentreward.errors import InputError
+from latentreward.core.errors import InputError
 
 
 class ByNoiseLevel(WrapperMetric):

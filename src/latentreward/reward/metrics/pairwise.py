@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torchmetrics import MeanMetric
 
-from latentreward.errors import check_choices
+from latentreward.core.errors import check_choices
 
 Equal = Literal["wrong", "half"]
 

@@ -9,8 +9,8 @@ from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
-from latentreward.errors import check_choices
-from latentreward.metrics.bootstrap import Interval, clustered_interval, group_codes, group_sums
+from latentreward.core.bootstrap import Interval, clustered_interval, group_codes, group_sums
+from latentreward.core.errors import check_choices
 
 Kind = Literal["spearman", "pearson"]
 

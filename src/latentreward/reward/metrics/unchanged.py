@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from latentreward.errors import InputError
+from latentreward.core.errors import InputError
 
 
 def unchanged_region_change(latents: Tensor, sources: Tensor, share: float = 0.5) -> Tensor:

@@ -13,12 +13,12 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from latentreward.checkpoints.base_weights import BaseSample, is_quantized, quantized_names
-from latentreward.checkpoints.shards import check_weights, frozen_names
-from latentreward.encoders.prompts import PromptEncoder
-from latentreward.errors import InputError
-from latentreward.storage.digests import digest
-from latentreward.storage.shared_weights import release_shared
+from latentreward.core.checkpoints.base_weights import BaseSample, is_quantized, quantized_names
+from latentreward.core.checkpoints.shards import check_weights, frozen_names
+from latentreward.core.errors import InputError
+from latentreward.core.storage.digests import digest
+from latentreward.core.storage.shared_weights import release_shared
+from latentreward.diffusion.encoders.prompts import PromptEncoder
 
 
 def unseen_settings(place: str, given: Mapping[str, Any], encoder: PromptEncoder | None) -> dict[str, Any]:

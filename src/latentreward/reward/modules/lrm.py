@@ -3,12 +3,13 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from latentreward.backbones.base import DiffusionBackbone
-from latentreward.contracts import FeatureSpec
-from latentreward.heads import CLIPProjectionHead, RewardHead
-from latentreward.losses import LRMLoss, PreferenceLoss
-from latentreward.modules.reward import RewardModule
-from latentreward.noise import LevelSampler, TimestepGrid
+from latentreward.core.contracts import FeatureSpec
+from latentreward.diffusion import DiffusionBackbone, LevelSampler, TimestepGrid
+from latentreward.reward.heads.base import RewardHead
+from latentreward.reward.heads.clip_projection import CLIPProjectionHead
+from latentreward.reward.losses.base import PreferenceLoss
+from latentreward.reward.losses.lrm import LRMLoss
+from latentreward.reward.modules.reward import RewardModule
 
 
 class LRMModule(RewardModule):
@@ -19,8 +20,8 @@ class LRMModule(RewardModule):
         head: See :class:`RewardModule`.
         loss: None takes ``LRMLoss(mode="pair")``.
         levels: Sampler of timesteps; None takes LRM's grid.
-        noise_per_image: See :class:`~latentreward.modules.pairs.PairModule`.
-        eval_timesteps: See :class:`~latentreward.modules.pairs.PairModule`.
+        noise_per_image: See :class:`~latentreward.reward.modules.pairs.PairModule`.
+        eval_timesteps: See :class:`~latentreward.reward.modules.pairs.PairModule`.
         options: See :class:`RewardModule`.
     """
 

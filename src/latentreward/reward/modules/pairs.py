@@ -12,22 +12,21 @@ from torch import Generator, Tensor, nn
 from torch.optim import AdamW
 from torchmetrics import Metric
 
-from latentreward.backbones.base import DiffusionBackbone, LatentNetwork
-from latentreward.contracts import Conditioning, PairScores, PreferenceBatch, TensorRecord
-from latentreward.errors import InputError, check_once, check_range, errors_at
-from latentreward.losses import PreferenceLoss, gather_pair_scores
-from latentreward.losses.base import mean_over_outputs
-from latentreward.metrics import MeanLoss, MeanMargin, PairCalibration, PairwiseAccuracy
-from latentreward.metrics.pairwise import Equal
-from latentreward.modules.based import FrozenBase
-from latentreward.modules.optimizers import OptimizerSteps, single_optimizer
-from latentreward.noise import LevelSampler, NoiseProcess
-from latentreward.phases import phase
-from latentreward.promises import check_takes, shown
-from latentreward.seeding import pair_generator, run_seed
+from latentreward.core.contracts import Conditioning, PairScores, PreferenceBatch, TensorRecord
+from latentreward.core.errors import InputError, check_once, check_range, errors_at
+from latentreward.core.phases import phase
+from latentreward.core.promises import check_takes, shown
+from latentreward.core.seeding import pair_generator, run_seed
+from latentreward.diffusion import DiffusionBackbone, LevelSampler, NoiseProcess
+from latentreward.diffusion.backbones.base import LatentNetwork
+from latentreward.reward.losses.base import PreferenceLoss, gather_pair_scores, mean_over_outputs
+from latentreward.reward.metrics.calibration import PairCalibration
+from latentreward.reward.metrics.pairwise import Equal, MeanLoss, MeanMargin, PairwiseAccuracy
+from latentreward.reward.modules.based import FrozenBase
+from latentreward.reward.modules.optimizers import OptimizerSteps, single_optimizer
 
 if TYPE_CHECKING:
-    from latentreward.encoders.vae import LatentEncoder
+    from latentreward.diffusion.encoders.vae import LatentEncoder
 
 Posterior = Literal["sample", "mode"]
 Side = Literal["chosen", "rejected"]

@@ -12,23 +12,22 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.utils.data import Subset
 
-from latentreward.backbones.base import DiffusionBackbone
-from latentreward.backbones.loading import check_process
-from latentreward.contracts import CrossScores, FeatureSpec, PairScores, PreferenceBatch
+from latentreward.core.contracts import CrossScores, FeatureSpec, PairScores, PreferenceBatch
+from latentreward.core.errors import InputError, check_once, check_range
+from latentreward.core.storage.json_files import checked
 from latentreward.data.image_sizes import ImageSizes
 from latentreward.data.images import ExifOrientation
-from latentreward.errors import InputError, check_once, check_range
-from latentreward.heads import EmbeddingHead, RewardHead
-from latentreward.losses import PreferenceLoss, gather_with_grad
-from latentreward.modules.based import unseen_settings
-from latentreward.modules.pairs import EncodedPairs, PairDraws, PairModule, latents_of
-from latentreward.modules.sharding import shard
-from latentreward.noise import LevelSampler
-from latentreward.scoring import RewardModel
-from latentreward.scoring.layouts.config import sizes_of, sizes_record
-from latentreward.scoring.layouts.recipe import SETTINGS, recipe_in_python
-from latentreward.scoring.scoring_noise import timesteps_of
-from latentreward.storage.json_files import checked
+from latentreward.diffusion import DiffusionBackbone, LevelSampler
+from latentreward.diffusion.backbones.loading import check_process
+from latentreward.reward.heads.base import EmbeddingHead, RewardHead
+from latentreward.reward.losses.base import PreferenceLoss, gather_with_grad
+from latentreward.reward.modules.based import unseen_settings
+from latentreward.reward.modules.pairs import EncodedPairs, PairDraws, PairModule, latents_of
+from latentreward.reward.modules.sharding import shard
+from latentreward.reward.scoring.layouts.config import sizes_of, sizes_record
+from latentreward.reward.scoring.layouts.recipe import SETTINGS, recipe_in_python
+from latentreward.reward.scoring.reward_model import RewardModel
+from latentreward.reward.scoring.scoring_noise import timesteps_of
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +35,7 @@ SIZE_SETTINGS = "data.size and data.resize, or the cache's images,"
 """Names of the settings that decide the size of images, for messages."""
 
 if TYPE_CHECKING:
-    from latentreward.encoders.vae import LatentEncoder
+    from latentreward.diffusion.encoders.vae import LatentEncoder
 
 
 class RewardModule(PairModule):
@@ -48,7 +47,7 @@ class RewardModule(PairModule):
         loss: Preference loss.
         levels: Sampler of a training pair's timestep.
         ensemble_sigmas: Noise levels of an additional evaluation with the head's ensemble score; empty for none.
-        options: See :class:`~latentreward.modules.pairs.PairModule`.
+        options: See :class:`~latentreward.reward.modules.pairs.PairModule`.
 
     Raises:
         InputError: If no evaluation level is given or one is out of range.

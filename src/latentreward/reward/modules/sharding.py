@@ -15,14 +15,14 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 
-from latentreward.backbones.base import DiffusionBackbone, LatentNetwork
-from latentreward.errors import InputError
-from latentreward.families import families
-from latentreward.modules.based import refuse_quantized
+from latentreward.core.errors import InputError
+from latentreward.diffusion import DiffusionBackbone, families
+from latentreward.diffusion.backbones.base import LatentNetwork
+from latentreward.reward.modules.based import refuse_quantized
 
 if TYPE_CHECKING:
-    from latentreward.encoders.prompts import PromptEncoder
-    from latentreward.encoders.vae import LatentEncoder
+    from latentreward.diffusion.encoders.prompts import PromptEncoder
+    from latentreward.diffusion.encoders.vae import LatentEncoder
 
 STEPS = ("training_step", "validation_step", "test_step", "predict_step")
 """Methods that Lightning calls in place of ``forward``; FSDP2 must gather weights for these too."""

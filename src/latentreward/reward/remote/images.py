@@ -7,13 +7,13 @@ from typing import Any
 
 from PIL import Image
 
-from latentreward.contracts import identity_of
-from latentreward.errors import InputError, one_line
-from latentreward.remote.schemas import ImageSchema, png_text
-from latentreward.remote.scores import PendingScores, RemoteScores
-from latentreward.remote.server import RemoteServer
-from latentreward.storage.digests import digest
-from latentreward.storage.json_files import shown
+from latentreward.core.contracts import identity_of
+from latentreward.core.errors import InputError, one_line
+from latentreward.core.storage.digests import digest
+from latentreward.core.storage.json_files import shown
+from latentreward.reward.remote.schemas import ImageSchema, png_text
+from latentreward.reward.remote.scores import PendingScores, RemoteScores
+from latentreward.reward.remote.server import RemoteServer
 
 ImageRow = tuple[str, Image.Image]  # a prompt and an RGB image
 

@@ -10,13 +10,13 @@ from pydantic import BaseModel
 from safetensors.torch import save
 from torch import Tensor
 
-from latentreward.contracts import Conditioning, LatentSpace, identity_of
-from latentreward.errors import InputError
-from latentreward.remote.schemas import ANSWER, REMEDY, Schema, ServedLatents
-from latentreward.remote.scores import PendingScores, RemoteScores
-from latentreward.remote.server import Connection, RemoteServer
-from latentreward.storage.digests import digest
-from latentreward.storage.json_files import checked, shown
+from latentreward.core.contracts import Conditioning, LatentSpace, identity_of
+from latentreward.core.errors import InputError
+from latentreward.core.storage.digests import digest
+from latentreward.core.storage.json_files import checked, shown
+from latentreward.reward.remote.schemas import ANSWER, REMEDY, Schema, ServedLatents
+from latentreward.reward.remote.scores import PendingScores, RemoteScores
+from latentreward.reward.remote.server import Connection, RemoteServer
 
 HEADERS = {"content-type": "application/octet-stream", "x-drm-protocol-version": "1"}  # headers of a request
 

@@ -11,12 +11,13 @@ from typing import Any, Literal
 from PIL import Image
 from pydantic import BaseModel
 
-from latentreward.contracts import ImageRef, sources_of
-from latentreward.data.images import decode_image, image_bytes, read_header
-from latentreward.errors import InputError, check_range
-from latentreward.promises import Part, of_class, returns
-from latentreward.storage.digests import digest
-from latentreward.storage.json_files import checked, shown
+from latentreward.core.contracts import ImageRef, sources_of
+from latentreward.core.errors import InputError, check_range
+from latentreward.core.promises import Part, of_class, returns
+from latentreward.core.storage.digests import digest
+from latentreward.core.storage.json_files import checked, shown
+from latentreward.data import decode_image
+from latentreward.data.images import image_bytes, read_header
 
 ANSWER, REMEDY = "the answer: ", "look at the schema"
 """Name of a reply in messages, and what to do about one of another form."""

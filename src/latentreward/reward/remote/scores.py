@@ -9,11 +9,11 @@ from typing import Annotated, Any, Generic, TypeVar
 
 from pydantic import Field
 
-from latentreward.errors import InputError
-from latentreward.interrupts import stop_asked
-from latentreward.remote.schemas import REMEDY
-from latentreward.remote.server import LOOK_S, Connection, RemoteServer, TooLarge
-from latentreward.storage.json_files import checked, shown
+from latentreward.core.errors import InputError
+from latentreward.core.interrupts import stop_asked
+from latentreward.core.storage.json_files import checked, shown
+from latentreward.reward.remote.schemas import REMEDY
+from latentreward.reward.remote.server import LOOK_S, Connection, RemoteServer, TooLarge
 
 CACHED = 65536  # number of scores that a process remembers; a score takes about 150 bytes
 SCORES = list[Annotated[float, Field(ge=-3.4028235e38, le=3.4028235e38)]]

@@ -15,15 +15,15 @@ from threading import Event, Lock
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
 from urllib.parse import urlsplit
 
-from latentreward.contracts import PathText
-from latentreward.errors import InputError, check_at_least_one, check_range, errors_at, first_line, printable
-from latentreward.interrupts import stop_asked
-from latentreward.storage.texts import checked_token, token_of_file
+from latentreward.core.contracts import PathText
+from latentreward.core.errors import InputError, check_at_least_one, check_range, errors_at, first_line, printable
+from latentreward.core.interrupts import stop_asked
+from latentreward.core.storage.texts import checked_token, token_of_file
 
 if TYPE_CHECKING:
     import httpcore
 
-    from latentreward.remote.transport import TimedNetwork
+    from latentreward.reward.remote.transport import TimedNetwork
 
 logger = logging.getLogger(__name__)
 
@@ -230,7 +230,7 @@ class Connection:
         import httpcore
         import httpx
 
-        from latentreward.remote.transport import TimedNetwork
+        from latentreward.reward.remote.transport import TimedNetwork
 
         with self._lock:
             if self._pool is None or self._owner != os.getpid():

@@ -8,11 +8,11 @@ from typing import Any
 from PIL import Image
 from torch import Tensor, nn
 
-from latentreward.contracts import PathText
-from latentreward.errors import InputError
-from latentreward.scorers.clip import CLIPImageScorer
-from latentreward.scoring.files import read_state_dict
-from latentreward.storage.digests import digest
+from latentreward.core.contracts import PathText
+from latentreward.core.errors import InputError
+from latentreward.core.storage.digests import digest
+from latentreward.reward.scorers.clip import CLIPImageScorer
+from latentreward.reward.scoring.files import read_state_dict
 
 
 class AestheticScorer(CLIPImageScorer):
@@ -25,7 +25,8 @@ class AestheticScorer(CLIPImageScorer):
         weights: Weight file of the predictor, e.g. ``sac+logos+ava1-l14-linearMSE.pth``, or a safetensors file.
         source: Folder or hub id of the ``CLIPModel`` that the predictor was trained on.
         name: Name of the scores in tables.
-        options: See :class:`~latentreward.scorers.clip.CLIPImageScorer`. ``dtype`` applies to CLIP; the predictor
+        options: See :class:`~latentreward.reward.scorers.clip.CLIPImageScorer`. ``dtype`` applies to CLIP; the
+            predictor
             always computes in float32.
 
     Raises:

@@ -11,9 +11,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from latentreward.contracts import PreferencePair
-from latentreward.errors import InputError, check_at_least_one, printable
-from latentreward.promises import Part, of_class, returns, shown
+from latentreward.core.contracts import PreferencePair
+from latentreward.core.errors import InputError, check_at_least_one, printable
+from latentreward.core.promises import Part, of_class, returns, shown
 
 
 class Scorer(Part):
@@ -48,7 +48,7 @@ class Scorer(Part):
 class ImageScorer(Scorer):
     """Base class of scorers that score the pixels of images, each for its prompt.
 
-    Derive a class from this one, or wrap a function in :class:`~latentreward.scorers.CallableScorer`.
+    Derive a class from this one, or wrap a function in :class:`~latentreward.reward.CallableScorer`.
 
     Args:
         name: See :class:`Scorer`.

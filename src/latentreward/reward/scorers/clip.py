@@ -11,12 +11,12 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from latentreward.backbones.loading import check_tokenizer, load_weights
-from latentreward.contracts import PathText
-from latentreward.devices import find_device
-from latentreward.errors import InputError, errors_at, first_line
-from latentreward.scorers.base import ImageScorer
-from latentreward.storage.hub import is_hub_id, read_locally
+from latentreward.core.contracts import PathText
+from latentreward.core.devices import find_device
+from latentreward.core.errors import InputError, errors_at, first_line
+from latentreward.core.storage.hub import is_hub_id, read_locally
+from latentreward.diffusion.backbones.loading import check_tokenizer, load_weights
+from latentreward.reward.scorers.base import ImageScorer
 
 Dtype = Literal["float32", "float16", "bfloat16"]
 PICKSCORE, PICKSCORE_PROCESSOR = "yuvalkirstain/PickScore_v1", "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
@@ -72,7 +72,7 @@ class CLIPImageScorer(ImageScorer):
     """Base class of scorers on a CLIP model. Weights are loaded by :meth:`prepare` only.
 
     Args:
-        name: See :class:`~latentreward.scorers.base.Scorer`.
+        name: See :class:`~latentreward.reward.Scorer`.
         source: Folder or hub id of a ``CLIPModel``, or ``held_out_tiny``, a tiny model shipped with the package.
         processor: Folder or hub id of tokenizer and preprocessing. None takes those of OpenCLIP's ViT-H for PickScore's
             model, otherwise ``source``.

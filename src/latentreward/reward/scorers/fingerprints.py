@@ -18,14 +18,14 @@ from typing import Any
 
 import numpy as np
 
-from latentreward.checkpoints.shards import is_sharded
-from latentreward.programs import of_this_package
-from latentreward.scorers.base import Scorer, code_of
-from latentreward.scorers.clip import model_source
-from latentreward.scoring.layouts.find import published_layout
-from latentreward.scoring.layouts.run import configs_beside
-from latentreward.scoring.network import name_of
-from latentreward.storage.hub import commit_on_hub, is_hub_id
+from latentreward.core.checkpoints.shards import is_sharded
+from latentreward.core.programs import of_this_package
+from latentreward.core.storage.hub import commit_on_hub, is_hub_id
+from latentreward.reward.scorers.base import Scorer, code_of
+from latentreward.reward.scorers.clip import model_source
+from latentreward.reward.scoring.layouts.find import published_layout
+from latentreward.reward.scoring.layouts.run import configs_beside
+from latentreward.reward.scoring.network import name_of
 
 PLACES = ("path", "weights", "source", "processor", "tokenizer", "base", "config")
 """Names of the attributes of scorers that hold files, folders or hub ids."""

@@ -10,15 +10,15 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from latentreward.backbones.loading import check_tokenizer
-from latentreward.contracts import PathText
-from latentreward.devices import find_device
-from latentreward.errors import InputError, first_line
-from latentreward.scorers.base import ImageScorer
-from latentreward.scorers.clip import PICKSCORE_PROCESSOR, CLIPTowers, Dtype, load_part
-from latentreward.scorers.open_clip_weights import clip_model
-from latentreward.scoring.files import read_state_dict
-from latentreward.storage.hub import hub_answers
+from latentreward.core.contracts import PathText
+from latentreward.core.devices import find_device
+from latentreward.core.errors import InputError, first_line
+from latentreward.core.storage.hub import hub_answers
+from latentreward.diffusion.backbones.loading import check_tokenizer
+from latentreward.reward.scorers.base import ImageScorer
+from latentreward.reward.scorers.clip import PICKSCORE_PROCESSOR, CLIPTowers, Dtype, load_part
+from latentreward.reward.scorers.open_clip_weights import clip_model
+from latentreward.reward.scoring.files import read_state_dict
 
 REPOSITORY = "xswu/HPSv2"  # hub id of the published weights
 FILES = {"v2.0": "HPS_v2_compressed.pt", "v2.1": "HPS_v2.1_compressed.pt"}  # version → file name in REPOSITORY

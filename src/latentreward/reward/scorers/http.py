@@ -6,11 +6,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from latentreward.errors import check_at_least_one
-from latentreward.promises import check_needs
-from latentreward.remote import ImageSchema, PlainJSON, RemoteServer
-from latentreward.remote.images import RemoteImages
-from latentreward.scorers.base import ImageScorer
+from latentreward.core.errors import check_at_least_one
+from latentreward.core.promises import check_needs
+from latentreward.reward.remote.images import RemoteImages
+from latentreward.reward.remote.schemas import ImageSchema, PlainJSON
+from latentreward.reward.remote.server import RemoteServer
+from latentreward.reward.scorers.base import ImageScorer
 
 
 class HTTPScorer(ImageScorer):
@@ -18,11 +19,11 @@ class HTTPScorer(ImageScorer):
 
     Use the scorer as the held-out scorer of :class:`~latentreward.callbacks.HackingMonitor`, and in
     ``evaluate-policy``, ``benchmark`` and ``score-pairs``. For training see
-    :class:`~latentreward.rewards.HTTPReward`.
+    :class:`~latentreward.alignment.HTTPReward`.
 
     Args:
         server: Address, limits, token, and what happens when the server fails.
-        schema: Form of requests and replies; None is :class:`~latentreward.remote.PlainJSON`.
+        schema: Form of requests and replies; None is :class:`~latentreward.reward.PlainJSON`.
         name: Name of the scores in tables.
         batch_size: Images of a request.
 

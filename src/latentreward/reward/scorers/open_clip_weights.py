@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from latentreward.errors import InputError, one_line
+from latentreward.core.errors import InputError, one_line
 
 # Names are OpenCLIP's → transformers': beginnings within a block, whole names, and whole names of transposed matrices.
 BLOCK = {

@@ -12,16 +12,16 @@ import numpy as np
 import pyarrow as pa
 from PIL import Image
 
-from latentreward.contracts import ImageRef, PreferencePair, sources_of
+from latentreward.core.contracts import ImageRef, PreferencePair, sources_of
+from latentreward.core.errors import InputError, check_at_least_one
+from latentreward.core.storage.digests import digest
+from latentreward.data import ImageError, PairReader, count_text, decode_image
 from latentreward.data.ahead import map_ahead
-from latentreward.data.images import CLIP, MAX_PIXELS, ImageError, decode_image
-from latentreward.data.readers import PairReader, count_text
+from latentreward.data.images import CLIP, MAX_PIXELS
 from latentreward.data.readers.base import spread
 from latentreward.data.score_table import oriented_gap
-from latentreward.errors import InputError, check_at_least_one
-from latentreward.scorers.base import ImageScorer, Scorer, TableScorer, one_model
-from latentreward.scorers.fingerprints import scorer_fingerprints
-from latentreward.storage.digests import digest
+from latentreward.reward.scorers.base import ImageScorer, Scorer, TableScorer, one_model
+from latentreward.reward.scorers.fingerprints import scorer_fingerprints
 
 Item = tuple[str, str]  # key of an image, and its prompt
 Side = tuple[int, int]  # index of a pair in a list, and 0 for image a or 1 for image b

@@ -12,12 +12,12 @@ import pyarrow as pa
 from PIL import Image
 from torch import Tensor
 
-from latentreward.contracts import PreferencePair
+from latentreward.core.contracts import PreferencePair
+from latentreward.core.errors import InputError
+from latentreward.core.promises import check_takes
+from latentreward.core.storage.digests import digest
 from latentreward.data.score_table import PAIR_ID, SIDES, numbers, read_table
-from latentreward.errors import InputError
-from latentreward.promises import check_takes
-from latentreward.scorers.base import ImageScorer, TableScorer, code_of
-from latentreward.storage.digests import digest
+from latentreward.reward.scorers.base import ImageScorer, TableScorer, code_of
 
 IMAGE_KEY, PROMPT = "image_key", "prompt"
 

@@ -12,13 +12,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from latentreward.contracts import PathText
-from latentreward.devices import find_device
-from latentreward.scorers.base import ImageScorer
-from latentreward.scoring.layouts.find import ModelSource, find_reward
+from latentreward.core.contracts import PathText
+from latentreward.core.devices import find_device
+from latentreward.reward.scorers.base import ImageScorer
+from latentreward.reward.scoring.layouts.find import ModelSource, find_reward
 
 if TYPE_CHECKING:
-    from latentreward.scoring import RewardModel, ScoringNoise
+    from latentreward.reward.scoring.reward_model import RewardModel
+    from latentreward.reward.scoring.scoring_noise import ScoringNoise
 
 PLAIN_CHECKPOINTS = ("reward", "last", "best", "model")
 """File names of checkpoints, without ending, that are left out of a model's name."""
@@ -55,13 +56,13 @@ class RewardModelScorer(ImageScorer):
     """A scorer of images by an LRM, DiNa-LRM or other reward model of latentreward.
 
     Args:
-        path: Path or hub id of the model, see :class:`~latentreward.scoring.ModelSource`.
+        path: Path or hub id of the model, see :class:`~latentreward.reward.ModelSource`.
         name: Name of the scores in tables; :func:`reward_name` of ``path`` by default.
         noise: Noise levels and seeds; those of the model by default.
         device: Device such as ``cuda:1``; ``auto`` takes the accelerator if there is one.
         dtype: Dtype of the backbone; VAE, head and score are float32.
         batch_size: Images per forward pass.
-        loading: See :class:`~latentreward.scoring.ModelSource`.
+        loading: See :class:`~latentreward.reward.ModelSource`.
     """
 
     def __init__(
@@ -104,7 +105,7 @@ class RewardModelScorer(ImageScorer):
         Raises:
             InputError: If a file is missing or damaged, or does not fit, or the model was trained on clips.
         """
-        from latentreward.scoring import RewardModel
+        from latentreward.reward.scoring.reward_model import RewardModel
 
         model = RewardModel.from_pretrained(self.model_source, device=self.device, dtype=getattr(torch, self.dtype))
         model.require_images(type(self).__name__)

@@ -11,14 +11,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from latentreward.contracts import PathText
+from latentreward.core.contracts import PathText
+from latentreward.core.errors import InputError
 from latentreward.data.images import to_pixels
-from latentreward.errors import InputError
-from latentreward.scorers.clip import PICKSCORE, CLIPImageScorer, default_processor, load_clip, model_source
-from latentreward.scoring.files import load_exactly, read_state_dict
+from latentreward.reward.scorers.clip import PICKSCORE, CLIPImageScorer, default_processor, load_clip, model_source
+from latentreward.reward.scoring.files import load_exactly, read_state_dict
 
 if TYPE_CHECKING:
-    from latentreward.scorers.step_aware_clip import StepAwareCLIP
+    from latentreward.reward.scorers.step_aware_clip import StepAwareCLIP
 
 
 class StepAwareScorer(CLIPImageScorer):
@@ -33,7 +33,8 @@ class StepAwareScorer(CLIPImageScorer):
         weights: Trained weights: a checkpoint of ``StepAwarePixelModule``, or the file that SPO released. Not needed if
             ``source`` is a folder with ``step_aware.safetensors``.
         name: Name of the scores in tables.
-        options: See :class:`~latentreward.scorers.clip.CLIPImageScorer`. A ``PixelReward`` ignores ``device`` and uses
+        options: See :class:`~latentreward.reward.scorers.clip.CLIPImageScorer`. A ``PixelReward`` ignores ``device``
+            and uses
             the device of the policy.
 
     Raises:
@@ -99,7 +100,7 @@ def load_step_aware(
     Raises:
         InputError: If a part cannot be loaded, or the weights are those of another network.
     """
-    from latentreward.scorers.step_aware_clip import STEP_FILE, StepAwareCLIP, rename_published
+    from latentreward.reward.scorers.step_aware_clip import STEP_FILE, StepAwareCLIP, rename_published
 
     folder, processor = model_source(source), model_source(processor or default_processor(source))
     clip, tokenizer, preprocess = load_clip(folder, processor, revision, torch.float32)

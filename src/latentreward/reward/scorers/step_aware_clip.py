@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate, normalize
 from torch.utils.checkpoint import checkpoint
 
-from latentreward.errors import InputError
+from latentreward.core.errors import InputError
 
 if TYPE_CHECKING:
     from transformers import CLIPModel, CLIPTokenizer

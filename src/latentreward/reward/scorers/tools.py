@@ -14,11 +14,11 @@ from typing import Any, Literal
 
 import numpy as np
 
-from latentreward.contracts import PathText
+from latentreward.core.contracts import PathText
+from latentreward.core.errors import InputError, check_range, errors_at
+from latentreward.core.storage.durable import write_file
 from latentreward.data.score_table import read_table
-from latentreward.errors import InputError, check_range, errors_at
-from latentreward.scorers.base import Scorer
-from latentreward.storage.durable import write_file
+from latentreward.reward.scorers.base import Scorer
 
 FILE, PLACE = ("file",), ("place", "image")
 """Columns by which a row of a table of scores names an image."""

@@ -9,15 +9,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from latentreward.backbones.base import DiffusionBackbone, rows_of
-from latentreward.contracts import Conditioning, Features, map_tensors
-from latentreward.devices import evaluating
-from latentreward.errors import InputError
-from latentreward.families import Family
-from latentreward.heads import RewardHead
-from latentreward.noise import NoiseProcess
-from latentreward.programs import of_this_package
-from latentreward.promises import has_values, place_of
+from latentreward.core.contracts import Conditioning, Features, map_tensors
+from latentreward.core.devices import evaluating
+from latentreward.core.errors import InputError
+from latentreward.core.programs import of_this_package
+from latentreward.core.promises import has_values, place_of
+from latentreward.diffusion import DiffusionBackbone, Family, NoiseProcess
+from latentreward.diffusion.backbones.base import rows_of
+from latentreward.reward.heads.base import RewardHead
 
 EXACT, ROUNDED = 1e-3, 0.05
 """Largest differences as parts of the largest value: of float32 on a CPU and of scores, and of features elsewhere."""

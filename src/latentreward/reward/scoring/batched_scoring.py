@@ -10,17 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from latentreward.backbones.base import rows_of
-from latentreward.contracts import Conditioning, EditPrompt, Features, seen_as, sources_of
-from latentreward.data.images import PixelLoader
-from latentreward.encoders.prompts import empty_prompts
-from latentreward.errors import InputError, check_multiples
-from latentreward.scoring.images import Images, content_key, even_parts, pixel_batches
-from latentreward.scoring.network import RewardNetwork
-from latentreward.scoring.scoring_noise import ScoringNoise, draw_noise, timesteps_of
+from latentreward.core.contracts import Conditioning, EditPrompt, Features, seen_as, sources_of
+from latentreward.core.errors import InputError, check_multiples
+from latentreward.data import PixelLoader
+from latentreward.diffusion.backbones.base import rows_of
+from latentreward.diffusion.encoders.prompts import empty_prompts
+from latentreward.reward.scoring.images import Images, content_key, even_parts, pixel_batches
+from latentreward.reward.scoring.network import RewardNetwork
+from latentreward.reward.scoring.scoring_noise import ScoringNoise, draw_noise, timesteps_of
 
 ROWS = 4
-"""Number of rows of which a batch on a CPU holds a multiple, see :func:`~latentreward.scoring.images.even_parts`.
+"""Number of rows of which a batch on a CPU holds a multiple: :func:`~latentreward.reward.scoring.images.even_parts`.
 
 Widths of features are multiples of 8 and CPU vectors hold at most 32 numbers, so that 4 rows fill them evenly.
 """
@@ -256,8 +256,8 @@ def outputs_of(model: RewardNetwork) -> tuple[int, ...]:
 def even_step(model: RewardNetwork) -> int:
     """Return the number of rows of which a batch should hold a multiple on the model's device.
 
-    See :func:`~latentreward.scoring.images.even_parts`. It is 1 on an accelerator. A head has arrays, such as one
-    number per token, for which :data:`ROWS` rows are not enough; on a CPU heads therefore score one row at a time.
+    See :func:`~latentreward.reward.scoring.images.even_parts`. It is 1 on an accelerator. A head has arrays, such as
+    one number per token, for which :data:`ROWS` rows are not enough; on a CPU heads therefore score one row at a time.
     """
     return ROWS if model.device.type == "cpu" else 1
 

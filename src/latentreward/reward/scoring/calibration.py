@@ -8,8 +8,8 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from latentreward.errors import InputError
-from latentreward.scoring.scoring_noise import ScoringNoise
+from latentreward.core.errors import InputError
+from latentreward.reward.scoring.scoring_noise import ScoringNoise
 
 GRID = 1001  # number of quantiles that a calibration stores
 FEWEST = 20  # smallest number of reference scores for a calibration

@@ -9,8 +9,8 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from latentreward.errors import InputError, errors_at, first_line
-from latentreward.storage.user_files import whole_file
+from latentreward.core.errors import InputError, errors_at, first_line
+from latentreward.core.storage.user_files import whole_file
 
 
 def load_exactly(

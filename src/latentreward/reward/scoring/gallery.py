@@ -10,16 +10,17 @@ from urllib.parse import quote_from_bytes
 import numpy as np
 import pyarrow as pa
 
-from latentreward.contracts import ImageRef, sources_of
+from latentreward.core.contracts import ImageRef, sources_of
+from latentreward.core.errors import InputError
+from latentreward.core.reports.drawing import clip_uri, picture_uri, to_images
+from latentreward.core.reports.page import write_page
+from latentreward.core.storage.durable import check_writable
+from latentreward.data import ImageError, decode_image
 from latentreward.data.clips import ClipLoader
 from latentreward.data.image_lists import ImageList, ListedImage
 from latentreward.data.image_sizes import ImageSizes
-from latentreward.data.images import ExifOrientation, ImageError, decode_image
-from latentreward.errors import InputError
-from latentreward.reports import clip_uri, picture_uri, write_page
-from latentreward.reports.drawing import to_images
-from latentreward.scoring.network import name_of
-from latentreward.storage.durable import check_writable
+from latentreward.data.images import ExifOrientation
+from latentreward.reward.scoring.network import name_of
 
 SIDE, QUALITY = 224, 75
 """Longest side of a thumbnail in pixels, and its JPEG quality: 500 photographs make a page of 4 to 8 MB."""
@@ -55,8 +56,9 @@ class Gallery:
     ) -> int:
         """Write the page and return the number of images on it.
 
-        ``table`` has the scores of the images, from :class:`~latentreward.scoring.image_lists.ListedScoring`. Their
-        thumbnails are turned upright if ``exif`` is ``apply``; a rule ``sizes`` for clips makes thumbnails that play.
+        ``table`` has the scores of the images, from :class:`~latentreward.reward.scoring.image_lists.ListedScoring`.
+        Their thumbnails are turned upright if ``exif`` is ``apply``; a rule ``sizes`` for clips makes thumbnails that
+        play.
         """
         scores = table["score"].to_numpy()
         order = np.argsort(-scores, kind="stable")[: int(np.isfinite(scores).sum())].tolist()

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 
-from latentreward.errors import InputError, first_line
-from latentreward.storage.hub import TIMEOUT, is_hub_id, model_info, not_found, silence, split_id
+from latentreward.core.errors import InputError, first_line
+from latentreward.core.storage.hub import TIMEOUT, is_hub_id, model_info, not_found, silence, split_id
 
 MARKS = ("head.safetensors", "state_dict.pt", "checkpoint/rm_head.pt")
 """Path of a file that identifies each layout: model folder, LRM, DiNa-LRM."""

@@ -11,14 +11,15 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from latentreward.contracts import seen_as, sources_of, sources_wanted, taken_of_edits
+from latentreward.core.contracts import seen_as, sources_of, sources_wanted, taken_of_edits
+from latentreward.core.errors import InputError, one_line
+from latentreward.data import ImageError, decode_image
 from latentreward.data.ahead import map_ahead
 from latentreward.data.clips import ClipLoader
 from latentreward.data.image_lists import ListedImage
-from latentreward.data.images import MAX_PIXELS, ImageError, check_scans, decode_image, read_header
-from latentreward.errors import InputError, one_line
-from latentreward.scoring import RewardModel, ScoringNoise
-from latentreward.scoring.scoring_noise import timesteps_of
+from latentreward.data.images import MAX_PIXELS, check_scans, read_header
+from latentreward.reward.scoring.reward_model import RewardModel
+from latentreward.reward.scoring.scoring_noise import ScoringNoise, timesteps_of
 
 HELD_BATCHES = 4  # number of batches of decoded images that may wait until a batch of one size is full
 NO_SCORE = "no finite score"  # start of the text in column ``problem`` for an image whose score is NaN or infinite

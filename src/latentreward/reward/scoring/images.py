@@ -11,12 +11,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from latentreward.contracts import EditPrompt, ImageRef, LatentSpace
+from latentreward.core.contracts import EditPrompt, ImageRef, LatentSpace
+from latentreward.core.errors import InputError
+from latentreward.core.storage.digests import digest
+from latentreward.data import decode_image
 from latentreward.data.ahead import map_ahead
 from latentreward.data.image_sizes import ImageSizes
-from latentreward.data.images import ExifOrientation, convert_image, decode_image, png
-from latentreward.errors import InputError
-from latentreward.storage.digests import digest
+from latentreward.data.images import ExifOrientation, convert_image, png
 
 ImageInput = Image.Image | str | Path | bytes | ImageRef | np.ndarray
 """Type of one image: a PIL image, a path, encoded bytes, a reader's reference, or a uint8 array ``(H, W, 3)``."""
@@ -51,7 +52,7 @@ def even_parts(count: int, size: int, step: int) -> Iterator[slice]:
 def as_images(images: ImageInput | Images, value_range: tuple[float, float] | None = None) -> Images:
     """Return images as a list; a tensor as pixels ``(N, 3, H, W)``, or of clips ``(N, 3, F, H, W)``, in [-1, 1].
 
-    For the arguments see :meth:`~latentreward.scoring.RewardModel.score`; a single image becomes a list of one.
+    For the arguments see :meth:`~latentreward.reward.RewardModel.score`; a single image becomes a list of one.
 
     Raises:
         InputError: If ``images`` is neither images nor a tensor of pixels.

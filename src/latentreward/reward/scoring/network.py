@@ -11,23 +11,21 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 from torch import Tensor, nn
 
-from latentreward.backbones.base import DiffusionBackbone
-from latentreward.contracts import Conditioning, Features, sources_of
+from latentreward.core.contracts import Conditioning, Features, sources_of
+from latentreward.core.errors import InputError
 from latentreward.data.buckets import PUBLISHED_BUCKETS
 from latentreward.data.image_sizes import ImageSizes, NearestBucket, OneSize
 from latentreward.data.images import ExifOrientation
-from latentreward.encoders.prompts import empty_prompts, encode_texts
-from latentreward.errors import InputError
-from latentreward.heads import RewardHead
-from latentreward.heads.base import AXES
-from latentreward.noise import FlowMatching
-from latentreward.scoring.calibration import Calibration
-from latentreward.scoring.layouts.recipe import ModelRecipe
-from latentreward.scoring.precision import halve_products, product_weights
-from latentreward.scoring.scoring_noise import ScoringNoise
+from latentreward.diffusion import DiffusionBackbone, FlowMatching
+from latentreward.diffusion.encoders.prompts import empty_prompts, encode_texts
+from latentreward.reward.heads.base import AXES, RewardHead
+from latentreward.reward.scoring.calibration import Calibration
+from latentreward.reward.scoring.layouts.recipe import ModelRecipe
+from latentreward.reward.scoring.precision import halve_products, product_weights
+from latentreward.reward.scoring.scoring_noise import ScoringNoise
 
 if TYPE_CHECKING:
-    from latentreward.encoders.vae import LatentEncoder
+    from latentreward.diffusion.encoders.vae import LatentEncoder
 
 logger = logging.getLogger(__name__)
 
@@ -85,8 +83,8 @@ class RewardNetwork(nn.Module):
     def set_precision(self, dtype: torch.dtype, kept: Container[str] = ()) -> Self:
         """Set the precision of the backbone, and return the model; VAE, head and scores are always float32.
 
-        For the dtypes see :mod:`~latentreward.scoring.precision`. Parts of the backbone whose names are in ``kept``,
-        which another model shares, stay as they are.
+        For the dtypes see :mod:`~latentreward.reward.scoring.precision`. Parts of the backbone whose names are in
+        ``kept``, which another model shares, stay as they are.
 
         Raises:
             InputError: If ``dtype`` is another type, or the model is bfloat16 already and ``dtype`` is not.
@@ -208,10 +206,10 @@ class RewardNetwork(nn.Module):
         """Compute the features of ``noisy_latents`` ``(B, C, ...)`` at ``timesteps`` ``(B,)``.
 
         In the first batch a user's own backbone and head are checked: each row must give what it gives alone
-        (:func:`~latentreward.scoring.apart.check_apart`).
+        (:func:`~latentreward.reward.scoring.apart.check_apart`).
         """
         if not self._compared and len(noisy_latents) > 1:
-            from latentreward.scoring.apart import check_apart  # only a model that runs needs it
+            from latentreward.reward.scoring.apart import check_apart  # only a model that runs needs it
 
             check_apart(self.backbone, self.head, noisy_latents, timesteps, conditioning, uncond)
             self._compared = True

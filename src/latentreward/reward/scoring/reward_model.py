@@ -11,23 +11,30 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 from torch import Tensor
 
-from latentreward.contracts import Conditioning, check_sources
-from latentreward.devices import find_device
-from latentreward.errors import InputError, check_at_least_one
-from latentreward.scoring.batched_scoring import (
+from latentreward.core.contracts import Conditioning, check_sources
+from latentreward.core.devices import find_device
+from latentreward.core.errors import InputError, check_at_least_one
+from latentreward.reward.scoring.batched_scoring import (
     PromptMemory,
     prompt_of_each,
     score_given_latents,
     score_given_states,
     score_images,
 )
-from latentreward.scoring.images import ImageInput, Images, as_images, check_floating, check_frames, doubts_of_pixels
-from latentreward.scoring.network import RewardNetwork
-from latentreward.scoring.scoring_noise import ScoringNoise, check_noise
+from latentreward.reward.scoring.images import (
+    ImageInput,
+    Images,
+    as_images,
+    check_floating,
+    check_frames,
+    doubts_of_pixels,
+)
+from latentreward.reward.scoring.network import RewardNetwork
+from latentreward.reward.scoring.scoring_noise import ScoringNoise, check_noise
 
 if TYPE_CHECKING:
-    from latentreward.scoring.layouts.card import Card
-    from latentreward.scoring.layouts.find import ModelSource
+    from latentreward.reward.scoring.layouts.card import Card
+    from latentreward.reward.scoring.layouts.find import ModelSource
 
 MOSTLY_NOISE, WIDEST_NOISE = 0.9, 3.0
 """Noise level from which states have about the spread of noise, and the largest such spread without a warning."""
@@ -58,18 +65,18 @@ class RewardModel(RewardNetwork):
         """Load a reward model, frozen and in evaluation mode.
 
         Args:
-            source: Path or hub id of the model, as for :class:`~latentreward.scoring.ModelSource`, or that record.
+            source: Path or hub id of the model, as for :class:`~latentreward.reward.ModelSource`, or that record.
             device: Device of the model, e.g. ``cuda``; ``auto`` takes an accelerator if there is one.
             dtype: Precision of the backbone; head and scores are always float32.
             options: ``config``, ``base``, ``revision``, ``trust_remote_code`` and ``published``: see
-                :class:`~latentreward.scoring.ModelSource`. Values of ``published`` in use are logged, and appear in
+                :class:`~latentreward.reward.ModelSource`. Values of ``published`` in use are logged, and appear in
                 :attr:`published` and :attr:`identity`.
 
         Raises:
             InputError: If a file is missing or damaged, weights do not fit, the hub cannot provide the files, or the
                 device does not exist.
         """
-        from latentreward.scoring.layouts.find import ModelSource, find_reward
+        from latentreward.reward.scoring.layouts.find import ModelSource, find_reward
 
         target = find_device(device)
         source = source if isinstance(source, ModelSource) else ModelSource(str(source), **options)
@@ -81,7 +88,7 @@ class RewardModel(RewardNetwork):
         """Write the trained weights, settings and model card into a folder that :meth:`from_pretrained` loads.
 
         The loaded model gives bitwise equal scores. The folder is written under a temporary name and renamed when it is
-        complete. Its files are described in :mod:`~latentreward.scoring.layouts.model_folder`.
+        complete. Its files are described in :mod:`~latentreward.reward.scoring.layouts.model_folder`.
 
         Args:
             folder: Folder to create. An empty folder or a model folder of that name is replaced.
@@ -94,8 +101,8 @@ class RewardModel(RewardNetwork):
             InputError: If the model cannot be rebuilt from files, has no VAE or no text encoder, was loaded in
                 bfloat16, or has weights that are not finite; or if ``folder`` holds anything but a model.
         """
-        from latentreward.scoring.layouts.card import Card
-        from latentreward.scoring.layouts.saving import new_folder, write_model
+        from latentreward.reward.scoring.layouts.card import Card
+        from latentreward.reward.scoring.layouts.saving import new_folder, write_model
 
         with new_folder(Path(folder)) as partial:
             write_model(self, partial, card or Card(), base, Path(folder).resolve().name)
@@ -108,13 +115,13 @@ class RewardModel(RewardNetwork):
             card: See :meth:`save_pretrained`.
             base: See :meth:`save_pretrained`.
             options: ``private``, ``token``, ``revision`` and ``commit_message``: see
-                :func:`~latentreward.scoring.hub.upload`.
+                :func:`~latentreward.reward.scoring.hub.upload`.
 
         Raises:
             InputError: As :meth:`save_pretrained`, or if the hub does not answer or rejects the upload.
         """
-        from latentreward.scoring.hub import upload
-        from latentreward.scoring.layouts.card import Card
+        from latentreward.reward.scoring.hub import upload
+        from latentreward.reward.scoring.layouts.card import Card
 
         card = card or Card()
         with TemporaryDirectory() as place:
@@ -145,7 +152,7 @@ class RewardModel(RewardNetwork):
 
         Args:
             prompts: N prompts, or a single text for all images. Of edits, prompts with the pictures that were edited,
-                as :func:`~latentreward.scoring.edit_prompt` makes them.
+                as :func:`~latentreward.reward.edit_prompt` makes them.
             images: N images of any size: PIL images of any mode, paths, encoded bytes, ``ImageRef`` or uint8 arrays
                 ``(H, W, 3)``, also as one array ``(N, H, W, 3)``. Their EXIF orientation is applied if ``exif`` is
                 ``apply``, and ``image_sizes`` resizes each. Or a floating point tensor ``(N, 3, H, W)``, which is
@@ -273,7 +280,7 @@ class RewardModel(RewardNetwork):
         Args:
             prompts: N prompts, or a single text for all; with ``conditioning`` they only name a state in messages.
             latents: ``(N, S, C, ...)`` scaled states of the model's own noise process; see
-                :func:`~latentreward.rewards.conversion.convert_states` for states of another.
+                :func:`~latentreward.alignment.rewards.conversion.convert_states` for states of another.
             timesteps: ``(N, S)``, or ``(S,)`` for all trajectories, of the model's noise process; in flow matching
                 1000 times the noise level.
             conditioning: N encoded prompts, and the encoded empty prompt in one row (with None it is encoded here if

@@ -6,14 +6,14 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from latentreward.contracts import sources_of
+from latentreward.core.contracts import sources_of
+from latentreward.core.errors import InputError, first_line
+from latentreward.core.storage.digests import digest, size_and_time
+from latentreward.data import count_text
 from latentreward.data.image_lists import ImageList, ListedImage
 from latentreward.data.images import MISSING
-from latentreward.data.readers import count_text
 from latentreward.data.readers.json_rows import short
 from latentreward.data.score_table import load_table
-from latentreward.errors import InputError, first_line
-from latentreward.storage.digests import digest, size_and_time
 
 TEXTS, SIDES = ("image", "prompt", "problem"), ("width", "height")
 NAMED = 5  # largest number of images without a score, and of remarks, that a summary lists

@@ -7,9 +7,9 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from latentreward.errors import InputError
-from latentreward.noise import NoiseProcess
-from latentreward.seeding import scoring_generator
+from latentreward.core.errors import InputError
+from latentreward.core.seeding import scoring_generator
+from latentreward.diffusion import NoiseProcess
 
 NoiseKey = Literal["prompt", "image"]
 MOST_DRAWS = 1000

@@ -7,9 +7,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from latentreward.errors import InputError
-from latentreward.scorers import ImageScorer, RewardModelScorer
-from latentreward.scoring import ScoringNoise
+from latentreward.core.errors import InputError
+from latentreward.reward import ImageScorer, RewardModelScorer, ScoringNoise
 
 
 class NoiseColumns(ImageScorer):

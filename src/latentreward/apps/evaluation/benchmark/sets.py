@@ -6,11 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from latentreward.apps.evaluation.benchmark.base import Benchmark, Evaluation, Texts
-from latentreward.contracts import PathText
-from latentreward.data import readers
+from latentreward.core.contracts import PathText
+from latentreward.core.errors import InputError, check_range
+from latentreward.data import OnError, PairReader, readers
 from latentreward.data.format_detection import Splits, recognise
-from latentreward.data.readers import OnError, PairReader
-from latentreward.errors import InputError, check_range
 
 
 class ImageRewardBenchmark(Benchmark):

@@ -14,12 +14,12 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from latentreward.backbones.stored_adapters import CONFIG, PREFIX, WEIGHTS, check_settings, stored_ranks
-from latentreward.backbones.tuning import PEFT_SETTINGS
-from latentreward.errors import InputError, one_line
-from latentreward.scoring.files import compare_tensors, existing_folder, read_safetensors
-from latentreward.storage.json_files import read_config
-from latentreward.storage.safetensors_header import read_header
+from latentreward.core.errors import InputError, one_line
+from latentreward.core.storage.json_files import read_config
+from latentreward.core.storage.safetensors_header import read_header
+from latentreward.diffusion.backbones.stored_adapters import CONFIG, PREFIX, WEIGHTS, check_settings, stored_ranks
+from latentreward.diffusion.backbones.tuning import PEFT_SETTINGS
+from latentreward.reward.scoring.files import compare_tensors, existing_folder, read_safetensors
 
 ADAPTER = "default"  # name of the adapter in the network's LoRA layers
 

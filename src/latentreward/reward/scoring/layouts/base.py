@@ -10,16 +10,15 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from latentreward.backbones import DiffusionBackbone
-from latentreward.backbones.loading import PipelineSource
-from latentreward.checkpoints.base_weights import same_values, sample
-from latentreward.contracts import LatentSpace, taken_of_edits
+from latentreward.core.checkpoints.base_weights import same_values, sample
+from latentreward.core.contracts import LatentSpace, taken_of_edits
 from latentreward.data.image_sizes import ImageSizes
 from latentreward.data.images import ExifOrientation
-from latentreward.heads import RewardHead
-from latentreward.heads.base import AXES
-from latentreward.scoring.layouts.recipe import ModelRecipe
-from latentreward.scoring.network import RewardNetwork
+from latentreward.diffusion import DiffusionBackbone
+from latentreward.diffusion.backbones.loading import PipelineSource
+from latentreward.reward.heads.base import AXES, RewardHead
+from latentreward.reward.scoring.layouts.recipe import ModelRecipe
+from latentreward.reward.scoring.network import RewardNetwork
 
 Network = TypeVar("Network", bound=RewardNetwork)
 

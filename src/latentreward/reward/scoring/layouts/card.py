@@ -12,11 +12,11 @@ from typing import Any
 from huggingface_hub import ModelCardData
 
 from latentreward import __version__
-from latentreward.errors import did_you_mean
-from latentreward.heads.base import AXES
-from latentreward.reports.tables import Table, markdown_table, plain
-from latentreward.scoring.layouts.config import FolderConfig
-from latentreward.storage.hub import is_hub_id
+from latentreward.core.errors import did_you_mean
+from latentreward.core.reports.tables import Table, markdown_table, plain
+from latentreward.core.storage.hub import is_hub_id
+from latentreward.reward.heads.base import AXES
+from latentreward.reward.scoring.layouts.config import FolderConfig
 
 LICENCE_ID = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9.+-]*")
 """Pattern of a licence that is treated as an identifier of the hub, not as a text."""
@@ -125,7 +125,7 @@ def usage(source: str, config: FolderConfig) -> str:
         prompt, image = 'edit_prompt("make the car red", "car.png")', "red_car"
     calibrated = "\nreward.calibration.quantile(scores)  # share of the reference set that scores lower\n"
     return (
-        f"## Use\n\n{needs}```python\nfrom latentreward.scoring import RewardModel{edits}\n\n"
+        f"## Use\n\n{needs}```python\nfrom latentreward.reward.scoring import RewardModel{edits}\n\n"
         f"reward = RewardModel.from_pretrained({source!r}{base})\n"
         f'scores = reward.score([{prompt}], ["{image}.png"])\n'
         f"{calibrated.lstrip() if config.calibration else ''}```"

@@ -11,14 +11,14 @@ from typing import Annotated, Any, Self
 from pydantic import Field
 
 from latentreward import __version__
+from latentreward.core.errors import InputError, did_you_mean, errors_at
+from latentreward.core.storage.json_files import checked
 from latentreward.data.clips import check_clips
 from latentreward.data.image_sizes import ImageSizes, NearestBucket, OneSize
 from latentreward.data.images import MAX_PIXELS, ExifOrientation
-from latentreward.errors import InputError, did_you_mean, errors_at
-from latentreward.scoring.calibration import Calibration
-from latentreward.scoring.layouts.recipe import ModelPart, ModelRecipe, called
-from latentreward.scoring.scoring_noise import ScoringNoise
-from latentreward.storage.json_files import checked
+from latentreward.reward.scoring.calibration import Calibration
+from latentreward.reward.scoring.layouts.recipe import ModelPart, ModelRecipe, called
+from latentreward.reward.scoring.scoring_noise import ScoringNoise
 
 FORMAT = "latentreward-reward-model"
 VERSION = 1

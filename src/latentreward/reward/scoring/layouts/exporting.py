@@ -11,20 +11,21 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from latentreward.backbones import SD3DiTBackbone, SDUNetBackbone
-from latentreward.backbones.loading import PipelineSource
-from latentreward.backbones.sd_unet import unet_family
-from latentreward.checkpoints.base_weights import without_adapters
-from latentreward.checkpoints.shards import require_finite
-from latentreward.errors import InputError
-from latentreward.heads import CLIPProjectionHead, GatedQFormerHead, LogisticSquash
-from latentreward.scoring.layouts.adapters import ADAPTER, adapter_settings, lora_layers, write_adapter
-from latentreward.scoring.layouts.model_folder import adapters_of
-from latentreward.scoring.layouts.papers import DINA_ADAPTER
-from latentreward.scoring.layouts.recipe import ModelRecipe
-from latentreward.scoring.layouts.saving import write_tensors
-from latentreward.scoring.network import RewardNetwork, name_of
-from latentreward.storage.durable import replacing
+from latentreward.core.checkpoints.base_weights import without_adapters
+from latentreward.core.checkpoints.shards import require_finite
+from latentreward.core.errors import InputError
+from latentreward.core.storage.durable import replacing
+from latentreward.diffusion import SD3DiTBackbone, SDUNetBackbone
+from latentreward.diffusion.backbones.loading import PipelineSource
+from latentreward.diffusion.backbones.sd_unet import unet_family
+from latentreward.reward.heads.clip_projection import CLIPProjectionHead
+from latentreward.reward.heads.gated_qformer import GatedQFormerHead, LogisticSquash
+from latentreward.reward.scoring.layouts.adapters import ADAPTER, adapter_settings, lora_layers, write_adapter
+from latentreward.reward.scoring.layouts.model_folder import adapters_of
+from latentreward.reward.scoring.layouts.papers import DINA_ADAPTER
+from latentreward.reward.scoring.layouts.recipe import ModelRecipe
+from latentreward.reward.scoring.layouts.saving import write_tensors
+from latentreward.reward.scoring.network import RewardNetwork, name_of
 
 RewardFormat = Literal["diffusion-rm", "lpo"]
 OF_THE_BASE = {"revision": None, "variant": None, "vae_dtype": "float32"}

@@ -7,14 +7,19 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from latentreward.checkpoints.shards import is_sharded, newest_first
-from latentreward.contracts import PathText
-from latentreward.errors import InputError, printable
-from latentreward.scoring.hub import MARKS, downloaded
-from latentreward.scoring.layouts.base import StoredReward
-from latentreward.scoring.layouts.model_folder import PretrainedReward, is_model_folder
-from latentreward.scoring.layouts.papers import PublishedDiNaLRM, PublishedLayout, PublishedLRM, PublishedSettings
-from latentreward.scoring.layouts.run import TrainedReward
+from latentreward.core.checkpoints.shards import is_sharded, newest_first
+from latentreward.core.contracts import PathText
+from latentreward.core.errors import InputError, printable
+from latentreward.reward.scoring.hub import MARKS, downloaded
+from latentreward.reward.scoring.layouts.base import StoredReward
+from latentreward.reward.scoring.layouts.model_folder import PretrainedReward, is_model_folder
+from latentreward.reward.scoring.layouts.papers import (
+    PublishedDiNaLRM,
+    PublishedLayout,
+    PublishedLRM,
+    PublishedSettings,
+)
+from latentreward.reward.scoring.layouts.run import TrainedReward
 
 PREFERRED = (r"reward(-v\d+)?\.ckpt", r"last(-v\d+)?\.ckpt")
 """Names of checkpoints that are preferred over all others of a run, in this order; Lightning numbers a later run's."""

@@ -23,21 +23,33 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from latentreward.backbones import DiffusionBackbone
-from latentreward.backbones.weights import fill, settling_later
-from latentreward.checkpoints.base_weights import VALUES, same_values, sample_in, without_adapters
-from latentreward.errors import InputError, errors_at
-from latentreward.heads import RewardHead
-from latentreward.scoring.files import compare_tensors, existing_folder, load_exactly, read_safetensors
-from latentreward.scoring.layouts.adapters import WEIGHTS as ADAPTER_WEIGHTS
-from latentreward.scoring.layouts.adapters import fill_adapter, inject_adapter, lora_layers, names_in_file, read_lora
-from latentreward.scoring.layouts.base import Network, StoredReward
-from latentreward.scoring.layouts.config import FORMAT, FolderConfig
-from latentreward.scoring.layouts.recipe import ONLY_IN_TRAINING, ModelRecipe, build_backbone, build_head, is_ours
-from latentreward.scoring.layouts.trust import check_class, check_family
-from latentreward.storage.digests import check_hash, checking_meanwhile
-from latentreward.storage.json_files import read_config
-from latentreward.storage.weight_files import map_weights
+from latentreward.core.checkpoints.base_weights import VALUES, same_values, sample_in, without_adapters
+from latentreward.core.errors import InputError, errors_at
+from latentreward.core.storage.digests import check_hash, checking_meanwhile
+from latentreward.core.storage.json_files import read_config
+from latentreward.core.storage.weight_files import map_weights
+from latentreward.diffusion import DiffusionBackbone
+from latentreward.diffusion.backbones.weights import fill, settling_later
+from latentreward.reward.heads.base import RewardHead
+from latentreward.reward.scoring.files import compare_tensors, existing_folder, load_exactly, read_safetensors
+from latentreward.reward.scoring.layouts.adapters import WEIGHTS as ADAPTER_WEIGHTS
+from latentreward.reward.scoring.layouts.adapters import (
+    fill_adapter,
+    inject_adapter,
+    lora_layers,
+    names_in_file,
+    read_lora,
+)
+from latentreward.reward.scoring.layouts.base import Network, StoredReward
+from latentreward.reward.scoring.layouts.config import FORMAT, FolderConfig
+from latentreward.reward.scoring.layouts.recipe import (
+    ONLY_IN_TRAINING,
+    ModelRecipe,
+    build_backbone,
+    build_head,
+    is_ours,
+)
+from latentreward.reward.scoring.layouts.trust import check_class, check_family
 
 CONFIG, HEAD, BACKBONE, BASE = "config.json", "head.safetensors", "backbone.safetensors", "base.safetensors"
 
@@ -55,7 +67,7 @@ def is_model_folder(place: Path) -> bool:
 
 
 class PretrainedReward(StoredReward):
-    """Stored reward in a folder that :meth:`~latentreward.scoring.RewardModel.save_pretrained` wrote.
+    """Stored reward in a folder that :meth:`~latentreward.reward.RewardModel.save_pretrained` wrote.
 
     ``base`` is loaded in place of the base pipeline that ``config.json`` names; its weights must be equal. ``trusted``
     is whether ``config.json`` may name classes that are not registered; see :mod:`.trust`.

@@ -12,23 +12,23 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from latentreward.backbones import DiffusionBackbone, SD3DiTBackbone, SDUNetBackbone
-from latentreward.backbones.loading import PipelineSource
-from latentreward.backbones.sd_unet import unet_family
-from latentreward.backbones.weights import load_weights, map_model, settle
-from latentreward.contracts import LatentSpace
-from latentreward.errors import InputError, errors_at
-from latentreward.heads import CLIPProjectionHead, GatedQFormerHead, RewardHead
-from latentreward.heads.clip_projection import MultiScale
-from latentreward.noise import DDPM
-from latentreward.scoring.files import existing_folder, load_exactly, not_dense, read_tensors
-from latentreward.scoring.layouts.adapters import fill_adapter, inject_adapter, read_lora
-from latentreward.scoring.layouts.base import Network, StoredReward
-from latentreward.scoring.layouts.recipe import ModelPart, ModelRecipe, build_errors, build_head, head_part
-from latentreward.storage.json_files import checked, read_config
+from latentreward.core.contracts import LatentSpace
+from latentreward.core.errors import InputError, errors_at
+from latentreward.core.storage.json_files import checked, read_config
+from latentreward.diffusion import DDPM, DiffusionBackbone, SD3DiTBackbone, SDUNetBackbone
+from latentreward.diffusion.backbones.loading import PipelineSource
+from latentreward.diffusion.backbones.sd_unet import unet_family
+from latentreward.diffusion.backbones.weights import load_weights, map_model, settle
+from latentreward.reward.heads.base import RewardHead
+from latentreward.reward.heads.clip_projection import CLIPProjectionHead, MultiScale
+from latentreward.reward.heads.gated_qformer import GatedQFormerHead
+from latentreward.reward.scoring.files import existing_folder, load_exactly, not_dense, read_tensors
+from latentreward.reward.scoring.layouts.adapters import fill_adapter, inject_adapter, read_lora
+from latentreward.reward.scoring.layouts.base import Network, StoredReward
+from latentreward.reward.scoring.layouts.recipe import ModelPart, ModelRecipe, build_errors, build_head, head_part
 
 if TYPE_CHECKING:
-    from latentreward.encoders.prompts import PromptEncoder
+    from latentreward.diffusion.encoders.prompts import PromptEncoder
 
 PUBLISHED_RMS_EPS = 2.0**-7  # epsilon of the RMS norms with which DiNa-LRM's published weights were trained
 DINA_ADAPTER = "checkpoint/backbone_lora"
@@ -57,7 +57,7 @@ class PublishedSettings:
     Attributes:
         guidance: LRM: guidance g of visual feature enhancement, the authors' ``guidance_scale``; at 1 or below visual
             feature enhancement is off.
-        multi_scale: LRM: see :class:`~latentreward.heads.CLIPProjectionHead`. The authors' ``multi_scale: False`` is
+        multi_scale: LRM: see :class:`~latentreward.reward.CLIPProjectionHead`. The authors' ``multi_scale: False`` is
             ``single``, their ``multi_scale_cfg: True`` is ``enhanced``. None takes ``single`` if the width of the
             stored projection is that of the mid block alone, and ``plain`` otherwise.
         rms_eps: DiNa-LRM: epsilon of the head's RMS norms. The published weights were trained with 2⁻⁷; the authors'
@@ -192,7 +192,7 @@ class PublishedLRM(PublishedLayout):
         """Load the prompt encoder: the checkpoint's, or that of the base if it was frozen in training."""
         from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
-        from latentreward.encoders.clip import CLIPPromptEncoder, SDXLPromptEncoder
+        from latentreward.diffusion.encoders.clip import CLIPPromptEncoder, SDXLPromptEncoder
 
         parts = ("text_encoder", "text_encoder_2") if self._family == "SDXL" else ("text_encoder",)
         if not any((self.folder / part).exists() for part in parts):

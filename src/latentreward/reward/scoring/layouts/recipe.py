@@ -15,18 +15,18 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from latentreward.backbones import DiffusionBackbone, LoRA, backbone_names
-from latentreward.backbones.loading import SHIPPED
-from latentreward.construction import Construction
-from latentreward.contracts import FeatureSpec
-from latentreward.errors import InputError, errors_at, first_line, where
-from latentreward.families import import_family, is_foreign
-from latentreward.heads import RewardHead
-from latentreward.programs import find_modules_here, of_this_package
-from latentreward.scoring.layouts.trust import guarded_imports, registered_heads, registered_name
-from latentreward.settings.functions import reworded
-from latentreward.settings.ranges import leaves
-from latentreward.storage.json_files import check_arguments
+from latentreward.core.construction import Construction
+from latentreward.core.contracts import FeatureSpec
+from latentreward.core.errors import InputError, errors_at, first_line, where
+from latentreward.core.programs import find_modules_here, of_this_package
+from latentreward.core.registry import backbone_names
+from latentreward.core.settings.functions import reworded
+from latentreward.core.settings.ranges import leaves
+from latentreward.core.storage.json_files import check_arguments
+from latentreward.diffusion import DiffusionBackbone, LoRA, import_family, is_foreign
+from latentreward.diffusion.backbones.loading import SHIPPED
+from latentreward.reward.heads.base import RewardHead
+from latentreward.reward.scoring.layouts.trust import guarded_imports, registered_heads, registered_name
 
 ONLY_IN_TRAINING = ("lora", "gradient_checkpointing", "attention_backend", "quantization")
 """Settings of this package's factories that do not change the features of a trained backbone."""

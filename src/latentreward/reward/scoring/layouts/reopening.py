@@ -10,13 +10,13 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from latentreward.checkpoints.base_weights import sample
-from latentreward.encoders.sources import edit_of_grey
-from latentreward.errors import InputError
-from latentreward.scoring.batched_scoring import score_given_latents
-from latentreward.scoring.layouts.model_folder import PretrainedReward
-from latentreward.scoring.layouts.recipe import ModelPart, ModelRecipe, is_ours
-from latentreward.scoring.network import RewardNetwork
+from latentreward.core.checkpoints.base_weights import sample
+from latentreward.core.errors import InputError
+from latentreward.diffusion.encoders.sources import edit_of_grey
+from latentreward.reward.scoring.batched_scoring import score_given_latents
+from latentreward.reward.scoring.layouts.model_folder import PretrainedReward
+from latentreward.reward.scoring.layouts.recipe import ModelPart, ModelRecipe, is_ours
+from latentreward.reward.scoring.network import RewardNetwork
 
 PROMPTS = ("a red cube on a blue sphere", "") * 2  # a CPU's batches have four rows or one, see ``ROWS``
 SIDE = 256  # side, in pixels, of the square images whose latent size the check uses

@@ -14,19 +14,23 @@ import torch
 import yaml
 from torch import Tensor, nn
 
-from latentreward.backbones import DiffusionBackbone, backbone_names
-from latentreward.backbones.stored_adapters import check_settings
-from latentreward.backbones.weights import assign, settling_later
-from latentreward.checkpoints.base_weights import BaseSample, problem_of_record, sample, without_adapters
-from latentreward.checkpoints.shards import check_weights, checking_values, damaged, read_checkpoint
+from latentreward.core.checkpoints.base_weights import BaseSample, problem_of_record, sample, without_adapters
+from latentreward.core.checkpoints.shards import check_weights, checking_values, damaged, read_checkpoint
+from latentreward.core.errors import InputError, errors_at, first_line
+from latentreward.core.registry import backbone_names
+from latentreward.core.settings.rewriting import rewrite_settings
+from latentreward.core.settings.yaml_text import check_yaml
+from latentreward.core.storage.json_files import checked
 from latentreward.data.image_sizes import ImageSizes
 from latentreward.data.images import ExifOrientation
-from latentreward.errors import InputError, errors_at, first_line
-from latentreward.heads import RewardHead
-from latentreward.scoring.files import not_dense
-from latentreward.scoring.layouts.base import Network, StoredReward
-from latentreward.scoring.layouts.config import sizes_of
-from latentreward.scoring.layouts.recipe import (
+from latentreward.diffusion import DiffusionBackbone
+from latentreward.diffusion.backbones.stored_adapters import check_settings
+from latentreward.diffusion.backbones.weights import assign, settling_later
+from latentreward.reward.heads.base import RewardHead
+from latentreward.reward.scoring.files import not_dense
+from latentreward.reward.scoring.layouts.base import Network, StoredReward
+from latentreward.reward.scoring.layouts.config import sizes_of
+from latentreward.reward.scoring.layouts.recipe import (
     ONLY_IN_TRAINING,
     SETTINGS,
     ModelPart,
@@ -38,11 +42,8 @@ from latentreward.scoring.layouts.recipe import (
     is_ours,
     own_parts,
 )
-from latentreward.scoring.layouts.trust import check_class, check_family, check_masked, masked, registered_name
-from latentreward.scoring.network import RewardNetwork
-from latentreward.settings.rewriting import rewrite_settings
-from latentreward.settings.yaml_text import check_yaml
-from latentreward.storage.json_files import checked
+from latentreward.reward.scoring.layouts.trust import check_class, check_family, check_masked, masked, registered_name
+from latentreward.reward.scoring.network import RewardNetwork
 
 PARTS = ("backbone", "head")  # names of the settings of a run that describe the reward model
 

@@ -13,14 +13,26 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from latentreward.checkpoints.shards import require_finite
-from latentreward.encoders.stored_prompts import StoredPrompts
-from latentreward.errors import InputError
-from latentreward.interrupts import interrupts_held
-from latentreward.scoring.layouts.adapters import write_adapter
-from latentreward.scoring.layouts.card import Card, model_card
-from latentreward.scoring.layouts.config import FORMAT, FolderConfig
-from latentreward.scoring.layouts.model_folder import (
+from latentreward.core.checkpoints.shards import require_finite
+from latentreward.core.errors import InputError
+from latentreward.core.interrupts import interrupts_held
+from latentreward.core.settings.ranges import leaves
+from latentreward.core.storage.digests import file_hash
+from latentreward.core.storage.durable import (
+    contents,
+    discard,
+    put_in_place,
+    sync,
+    sync_files,
+    temporary_name,
+    write_errors_named,
+)
+from latentreward.core.storage.json_files import read_config
+from latentreward.diffusion.encoders.stored_prompts import StoredPrompts
+from latentreward.reward.scoring.layouts.adapters import write_adapter
+from latentreward.reward.scoring.layouts.card import Card, model_card
+from latentreward.reward.scoring.layouts.config import FORMAT, FolderConfig
+from latentreward.reward.scoring.layouts.model_folder import (
     BACKBONE,
     BASE,
     CONFIG,
@@ -30,20 +42,8 @@ from latentreward.scoring.layouts.model_folder import (
     base_samples,
     own_weights,
 )
-from latentreward.scoring.layouts.recipe import ModelRecipe, imported, is_ours, own_parts, recipe_in_python
-from latentreward.scoring.network import RewardNetwork, name_of
-from latentreward.settings.ranges import leaves
-from latentreward.storage.digests import file_hash
-from latentreward.storage.durable import (
-    contents,
-    discard,
-    put_in_place,
-    sync,
-    sync_files,
-    temporary_name,
-    write_errors_named,
-)
-from latentreward.storage.json_files import read_config
+from latentreward.reward.scoring.layouts.recipe import ModelRecipe, imported, is_ours, own_parts, recipe_in_python
+from latentreward.reward.scoring.network import RewardNetwork, name_of
 
 README = "README.md"
 OURS = (CONFIG, HEAD, BACKBONE, BASE, README)

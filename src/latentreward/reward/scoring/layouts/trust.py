@@ -1,10 +1,10 @@
 """Rule on which classes the files of a reward model may name.
 
-Registered classes always load: backbones of :func:`~latentreward.backbones.backbone_names`, heads that
-``latentreward.heads`` exports, and families of ``latentreward.families``. Any other class, and any ``${...}`` that
-OmegaConf would resolve on this machine, raises InputError before anything is imported, unless the user trusts the
-model. A trusted class is imported from an installed package or the current folder, but never from the model's own
-folder or the hub's cache.
+Registered classes always load: backbones of :func:`~latentreward.core.registry.backbone_names`, heads that
+``latentreward.reward.heads`` exports, and families of ``latentreward.diffusion.families``. Any other class, and any
+``${...}`` that OmegaConf would resolve on this machine, raises InputError before anything is imported, unless the user
+trusts the model. A trusted class is imported from an installed package or the current folder, but never from the
+model's own folder or the hub's cache.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import latentreward.heads
-from latentreward.backbones import backbone_names
-from latentreward.errors import InputError, did_you_mean
-from latentreward.families import is_foreign
-from latentreward.heads import RewardHead
-from latentreward.settings.rewriting import show_secrets
+import latentreward.reward.heads
+from latentreward.core.errors import InputError, did_you_mean
+from latentreward.core.registry import backbone_names
+from latentreward.core.settings.rewriting import show_secrets
+from latentreward.diffusion import is_foreign
+from latentreward.reward.heads.base import RewardHead
 
 REMEDY = (
     "if you trust its author, give --trust_remote_code=true (in a YAML trust_remote_code: true beside its path, "
@@ -35,8 +35,8 @@ MASK = "$\0{"  # replacement of ``${``, the start of an OmegaConf interpolation,
 
 
 def registered_heads() -> dict[str, type[RewardHead]]:
-    """Return the head classes that ``latentreward.heads`` exports, by name."""
-    exported = {name: getattr(latentreward.heads, name) for name in latentreward.heads.__all__}
+    """Return the head classes that ``latentreward.reward.heads`` exports, by name."""
+    exported = {name: getattr(latentreward.reward.heads, name) for name in latentreward.reward.heads.__all__}
     return {name: kind for name, kind in exported.items() if issubclass(kind, RewardHead) and not isabstract(kind)}
 
 
