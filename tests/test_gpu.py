@@ -151,7 +151,7 @@ def test_a_resumed_run_ends_with_the_bits_of_the_uninterrupted_one(device: str, 
         assert_equal(resumed[part], whole[part], 0.0)
 
 
-@pytest.mark.parametrize("device", [GPU])  # PyTorch has no FSDP1 on a CPU; tests/checkpoints test what it wraps
+@pytest.mark.parametrize("device", [GPU])  # PyTorch has no FSDP1 on a CPU; tests/core/checkpoints test what it wraps
 def test_fsdp1_trains_as_one_device_does_and_saves_whole_weights(device: str, tmp_path: Path) -> None:
     plain, sharded = (dina("sd35_no_t5", optimizer=sgd, backbone={"tuning": "full"}) for _ in range(2))
     options = {**on(device), "gradient_clip_val": 0.01}

@@ -141,19 +141,6 @@ def module_of(command: str) -> str:
     return f"latentreward.apps.commands.{'fit' if command in TRAINER else command.replace('-', '_')}"
 
 
-def load_public_names() -> None:
-    """Import all that the packages in use export: settings may name their classes without the module.
-
-    jsonargparse finds such a class, and lists them in messages, only if it is imported.
-    """
-    done = set[str]()
-    while found := {name for name in sys.modules if name.startswith("latentreward.")} - done:
-        done |= found
-        for package in (sys.modules[name] for name in found if hasattr(sys.modules[name], "__path__")):
-            for name in getattr(package, "__all__", ()):
-                getattr(package, name)
-
-
 def unread() -> bool:
     """Tell whether the reader of stdout has ended, as in ``latentreward configs | head``; then stdout is dropped."""
     output = select.poll()
@@ -185,7 +172,6 @@ def _dispatch(arguments: list[str], alone: bool) -> None:
     try:
         with exit_while_importing(), sigterm_interrupts():
             run = importlib.import_module(module_of(arguments[0])).run
-            load_public_names()
         if alone:
             gc.freeze()  # nor do later collections look through them: up to a second before the first step
             atexit.register(gc.unfreeze)  # libraries complain of objects that the collection at the exit misses

@@ -126,7 +126,7 @@ def where(error: BaseException | None) -> str:
     The place is the innermost line of a file that is neither installed nor of this package, also in a DataLoader's
     worker process. The result is empty without such a file, and behind an InputError, which says enough.
     """
-    installed: tuple[str, ...] = str(Path(os.__file__).parent), str(Path(__file__).parent)
+    installed: tuple[str, ...] = str(Path(os.__file__).parent), str(Path(__file__).parents[1])
     installed += (*getattr(sys.modules.get("latentreward.callbacks"), "__path__", ()),)
     place = ""
     while error is not None and not isinstance(error, InputError):

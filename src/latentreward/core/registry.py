@@ -20,7 +20,7 @@ Factory = TypeVar("Factory", bound=Callable[..., Any])
 # Found in the files of the families, which are not imported: that takes seconds.
 _PATHS = {
     name: f"latentreward.diffusion.families.{file.stem}.{name}"
-    for file in sorted((Path(__file__).parents[1] / "families").glob("*.py"))
+    for file in sorted((Path(__file__).parents[1] / "diffusion" / "families").glob("*.py"))
     for name in re.findall(r"^@register_backbone\ndef (\w+)\(", file.read_text(encoding="utf-8"), re.MULTILINE)
 }
 

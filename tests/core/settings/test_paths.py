@@ -2,9 +2,9 @@
 
 import inspect
 import re
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from pydoc import locate
 from typing import Any
@@ -15,8 +15,8 @@ from latentreward.alignment import PolicySource
 from latentreward.apps.serving.settings import RewardToServe
 from latentreward.core.contracts import PathText
 from latentreward.core.errors import InputError
+from latentreward.core.public_names import public_names
 from latentreward.core.registry import backbone_names
-from latentreward.core.settings.errors import CLASS_MODULES
 from latentreward.core.settings.functions import parse_function, prepare_parsing
 from latentreward.reward import ModelSource, RemoteServer
 from tests.small_user import run
@@ -143,7 +143,7 @@ NO_PATHS = {"PlainJSON.path", "ServedImages.path", "ServedLatents.path", "UniRL.
 def test_settings_of_shipped_classes_that_are_paths_say_so() -> None:
     """A parameter of such a name that takes a text has the type PathText, or a type with Path."""
     prepare_parsing([], classes=True)
-    shipped = [found for module in set(CLASS_MODULES.values()) for found in public(module) if configured(found)]
+    shipped = [found for found in public() if configured(found)]
     factories = [locate(path) for path in backbone_names().values() if path.startswith("latentreward.")]
     plain = {
         f"{owner.__name__}.{name}"
@@ -154,8 +154,8 @@ def test_settings_of_shipped_classes_that_are_paths_say_so() -> None:
     assert plain == NO_PATHS
 
 
-def public(module: str) -> list[Any]:
-    named = vars(sys.modules[module]).values()
+def public() -> list[Any]:
+    named = (getattr(import_module(module), name) for name, module in public_names().items())
     return [found for found in named if str(getattr(found, "__module__", "")).startswith("latentreward.")]
 
 

@@ -33,6 +33,7 @@ from omegaconf.errors import OmegaConfBaseException
 from typing_extensions import override
 
 import latentreward.callbacks as ours
+import latentreward.core.checkpoints.fsdp2  # noqa: F401 - registers the short names of its strategies
 from latentreward.apps.commands import fit_folder
 from latentreward.apps.commands.fit_folder import FOLDER
 from latentreward.apps.estimate.card import Card

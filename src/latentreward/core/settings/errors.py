@@ -11,27 +11,29 @@ from pydoc import locate
 from textwrap import dedent
 
 from latentreward.core.errors import LIGHTNING_NO_GPU, NO_GPU, SEARCHED, did_you_mean, lacks
+from latentreward.core.public_names import import_all, public_names
 from latentreward.core.registry import backbone_names
 
-TAKEN_FROM = {
-    "latentreward.reward.modules": "model",
-    "latentreward.reward.heads": "head",
-    "latentreward.reward.losses": "loss",
-    "latentreward.reward.remote": "schema",
-    "latentreward.alignment.rewards": "reward rewards",
-    "latentreward.diffusion.noise": "levels",
-    "latentreward.data": "data images train val test predict reader",
-    "latentreward.diffusion.cache.sources": "encoder",
-    "latentreward.reward.scorers": "scorer scorers held_out",
-    "latentreward.apps.evaluation.benchmark": "benchmarks",
-    "latentreward.alignment.rollout": "selection",
-    "latentreward.callbacks": "callbacks",
-    "lightning.pytorch.loggers": "logger",
-    "torch.optim": "optimizer",
+PARTS = {
+    ".modules.": "model",
+    ".heads.": "head",
+    "reward.losses.": "loss",
+    ".remote.": "schema",
+    ".rewards.": "reward rewards",
+    ".noise.": "levels",
+    "latentreward.data.": "data images train val test predict reader",
+    ".cache.sources.": "encoder",
+    ".scorers.": "scorer scorers held_out",
+    ".benchmark.": "benchmarks",
+    ".rollout.": "selection",
+    ".callbacks.": "callbacks",
 }
-"""Module -> last parts of the dotted names of settings whose values are classes of this module."""
-CLASS_MODULES = {name: module for module, names in TAKEN_FROM.items() for name in names.split()}
-"""Last part of a setting's dotted name -> module with its classes."""
+"""Part of the dotted names of modules -> last parts of the dotted names of settings whose values are classes there."""
+PART_OF = {name: part for part, names in PARTS.items() for name in names.split()} | {
+    "logger": "lightning.pytorch.loggers",
+    "optimizer": "torch.optim",
+}
+"""Last part of a setting's dotted name -> part of the names of modules with its classes, or a library's module."""
 
 WRAPPERS = (
     r'Parser key "(?P<key>[^"]+)"[^:\n]*:(?P<inner>.*)',
@@ -144,10 +146,10 @@ def names_for(setting: str) -> list[str]:
     last = setting.rpartition(".")[2]
     if last == "backbone":
         return list(backbone_names())
-    path = CLASS_MODULES.get(last, "")
-    module = sys.modules.get(path)
-    names = [name for name in dir(module) if name[0].isupper()]  # dir, not vars: a module may import classes on access
-    return [name for name in names if str(getattr(getattr(module, name), "__module__", "")).startswith(path)]
+    part = PART_OF.get(last, "-")
+    if part in sys.modules:  # of a library
+        return [name for name in dir(sys.modules[part]) if name[0].isupper()]
+    return [name for name, module in public_names().items() if part in f"{module}." and name[0].isupper()]
 
 
 def _unknown_name(match: re.Match[str], setting: str) -> str:
@@ -191,8 +193,10 @@ def _in_list(message: str, key: Sequence[str], kind: str, name: str) -> str:
 
 def _abstract(match: re.Match[str], setting: str) -> str:
     cls: type = locate(match[1])  # type: ignore[assignment]  # jsonargparse has imported the class
-    module = sys.modules.get(CLASS_MODULES.get(setting.rpartition(".")[2], cls.__module__))
-    found = [getattr(module, name) for name in dir(module)]
+    part = PART_OF.get(setting.rpartition(".")[2], cls.__module__)
+    import_all(part)
+    found = [getattr(sys.modules.get(module), name, None) for name, module in public_names().items()]
+    found += vars(sys.modules[part]).values() if part in sys.modules else []
     kinds = [kind for kind in found if inspect.isclass(kind) and issubclass(kind, cls) and not inspect.isabstract(kind)]
     if not kinds or not setting:
         return lacks(cls)

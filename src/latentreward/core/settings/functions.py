@@ -3,7 +3,6 @@
 Lightning is imported only by commands whose settings may name classes, because its import takes seconds.
 """
 
-import importlib
 import inspect
 import os
 import re
@@ -12,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from functools import wraps
+from importlib.util import find_spec
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any, NoReturn
@@ -24,8 +24,9 @@ from typing_extensions import override
 
 from latentreward.core.errors import InputError, one_line, where
 from latentreward.core.programs import MODULE_FOLDERS, find_modules_here, within
+from latentreward.core.public_names import import_all, import_said
 from latentreward.core.registry import backbone_names
-from latentreward.core.settings.errors import CLASS_MODULES, NAMED_IN, UNSET, summarise, unknown_setting_hint
+from latentreward.core.settings.errors import NAMED_IN, UNSET, summarise, unknown_setting_hint
 from latentreward.core.settings.ranges import check_ranges, leaves
 from latentreward.core.settings.rewriting import (
     as_text,
@@ -275,6 +276,7 @@ def install_loader(short_names: Mapping[str, str], modules_here: bool) -> None:
         settings = rewrite_settings(load(with_variables(text)), short_names)  # before it makes names relative
         NULLS.extend(re.findall(r"None|null|\$\{(?!oc\.env:)", repr(settings)))
         if modules_here:
+            import_said(text)
             find_modules_here(value for _, value in leaves(settings))
         return settings
 
@@ -301,7 +303,12 @@ def prepare_parsing(arguments: Sequence[str], classes: bool = False) -> None:
     the current folder or beside the settings.
     """
     if classes:
-        import_class_modules()
+        if Path("callbacks").resolve() == Path(str(find_spec("latentreward.callbacks").origin)).parent:  # type: ignore[union-attr]
+            # In a clone of the repository, `callbacks` would be a second copy.
+            sys.modules.setdefault("callbacks", None)  # type: ignore[arg-type]
+        if any(re.fullmatch(r"-h|--(.+\.)?help(=.*)?", argument) for argument in arguments):
+            import_all()  # help lists the classes that a setting takes
+        import_said(" ".join(arguments))
     set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
     OmegaConf.register_resolver("setting", resolve_setting, replace=True)
     OmegaConf.register_resolver("secret", kept_secret, replace=True)
@@ -367,17 +374,6 @@ def name_bare_values(arguments: Sequence[str], names: Sequence[str], parser: Arg
         named.append(argument if name is None else f"--{name}={argument}")
         option = argument if is_option and "=" not in argument else ""
     return named
-
-
-def import_class_modules() -> None:
-    """Import this package's classes, so that settings may name them without their modules."""
-    importlib.import_module("latentreward.core.checkpoints.fsdp2")  # registers its short names
-    for path in set(CLASS_MODULES.values()):
-        module = importlib.import_module(path)
-        for name in getattr(module, "__all__", ()):
-            getattr(module, name)  # some packages load a class at its first use
-    if Path("callbacks").resolve() in map(Path, sys.modules["latentreward.callbacks"].__path__):
-        sys.modules.setdefault("callbacks", None)  # type: ignore[arg-type]  # in a clone of the repository, `callbacks` would be a second copy
 
 
 def run_function(

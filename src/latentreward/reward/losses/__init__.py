@@ -1,1 +1,1 @@
-"""Losses on scores of pairs, log-probabilities of sampler steps, rewards or predictions."""
+"""Losses on scores of pairs."""

@@ -1,1 +1,1 @@
-"""LightningModules that train reward models and align policies."""
+"""LightningModules that train reward models."""

@@ -31,7 +31,7 @@ class HPSv2Scorer(ImageScorer):
     """HPSv2: the cosine of image and prompt embeddings of a fine-tuned ViT-H-14, about 0.2 to 0.35.
 
     The published OpenCLIP weights are converted exactly to a ``CLIPModel`` of transformers
-    (tests/scorers/test_hpsv2.py compares with scores of OpenCLIP itself). Prompts are tokenised by transformers' CLIP
+    (tests/reward/scorers/test_hpsv2.py compares with scores of OpenCLIP itself). Prompts are tokenised by transformers' CLIP
     tokenizer, which differs from OpenCLIP's only for HTML entities and broken Unicode.
 
     Args:

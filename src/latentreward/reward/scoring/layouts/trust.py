@@ -1,7 +1,7 @@
 """Rule on which classes the files of a reward model may name.
 
 Registered classes always load: backbones of :func:`~latentreward.core.registry.backbone_names`, heads that
-``latentreward.reward.heads`` exports, and families of ``latentreward.diffusion.families``. Any other class, and any
+``latentreward.reward`` exports, and families of ``latentreward.diffusion.families``. Any other class, and any
 ``${...}`` that OmegaConf would resolve on this machine, raises InputError before anything is imported, unless the user
 trusts the model. A trusted class is imported from an installed package or the current folder, but never from the
 model's own folder or the hub's cache.
@@ -9,7 +9,6 @@ model's own folder or the hub's cache.
 
 from __future__ import annotations
 
-import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,8 +18,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import latentreward.reward.heads
 from latentreward.core.errors import InputError, did_you_mean
+from latentreward.core.public_names import import_all, public_names
 from latentreward.core.registry import backbone_names
 from latentreward.core.settings.rewriting import show_secrets
 from latentreward.diffusion import is_foreign
@@ -30,14 +29,15 @@ REMEDY = (
     "if you trust its author, give --trust_remote_code=true (in a YAML trust_remote_code: true beside its path, "
     "in Python trust_remote_code=True)"
 )
-REEXPORTED = re.compile(r"latentreward\.(?:heads|backbones)\.(?:\w+\.)?(\w+)")
 MASK = "$\0{"  # replacement of ``${``, the start of an OmegaConf interpolation, in settings that must not be resolved
 
 
 def registered_heads() -> dict[str, type[RewardHead]]:
-    """Return the head classes that ``latentreward.reward.heads`` exports, by name."""
-    exported = {name: getattr(latentreward.reward.heads, name) for name in latentreward.reward.heads.__all__}
-    return {name: kind for name, kind in exported.items() if issubclass(kind, RewardHead) and not isabstract(kind)}
+    """Return the head classes that ``latentreward.reward`` exports, by name."""
+    import_all(".reward.heads.")
+    named = {name: getattr(sys.modules.get(module), name, None) for name, module in public_names().items()}
+    heads = {name: kind for name, kind in named.items() if isinstance(kind, type) and issubclass(kind, RewardHead)}
+    return {name: kind for name, kind in heads.items() if not isabstract(kind)}
 
 
 def known_names(kind: str) -> Mapping[str, Any]:
@@ -48,9 +48,9 @@ def known_names(kind: str) -> Mapping[str, Any]:
 def registered_name(kind: str, class_path: str) -> str:
     """Return the registered name for an import path of a registered class; any other path is returned unchanged."""
     known = known_names(kind)
-    ours = REEXPORTED.fullmatch(class_path)
-    if ours and ours[1] in known:
-        return ours[1]
+    package, _, last = class_path.rpartition(".")
+    if package.startswith("latentreward.") and last in known:  # also by a path of an earlier version
+        return last
     return {path: name for name, path in known.items() if isinstance(path, str)}.get(class_path, class_path)
 
 
