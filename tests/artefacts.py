@@ -20,10 +20,10 @@ from tests.diffusion.cache.writing import SQUARE, TALL, run_cache, write_data
 
 TESTS = Path(__file__).parent
 FOLDERS = {
-    "cache": TESTS / "cache" / "artefact",
-    "reward": TESTS / "checkpoints" / "artefact",
-    "published": TESTS / "scoring" / "artefact",
-    "policy": TESTS / "policies" / "artefact",
+    "cache": TESTS / "diffusion" / "cache" / "artefact",
+    "reward": TESTS / "core" / "checkpoints" / "artefact",
+    "published": TESTS / "reward" / "scoring" / "artefact",
+    "policy": TESTS / "alignment" / "policies" / "artefact",
 }
 """Name in the folder where they were made → place of the artefact."""
 PROMPTS = ("a red circle", "two blue squares", "")

@@ -28,7 +28,7 @@ FORKS.set_forkserver_preload(
     [
         "latentreward.apps.commands.fit",
         "latentreward.diffusion.cache",
-        "latentreward.reward.modules",
+        "latentreward.reward.modules.reward",
         "latentreward.reward.scoring",
         "latentreward.reward.scoring.reward_model",
         "latentreward.tinyworld",

@@ -171,10 +171,10 @@ def test_flux_has_no_unused_weights(flux: ModuleType, head: type) -> None:
 HELPERS = """
 import dataclasses
 
-from latentreward.diffusion.backbones import SDUNetBackbone
+from latentreward.diffusion import SDUNetBackbone
 from latentreward.core.contracts import LatentSpace
 from latentreward.diffusion.encoders.vae import LatentEncoder
-from latentreward.diffusion.noise import FlowMatching
+from latentreward.diffusion import FlowMatching
 
 
 class Seconds(SDUNetBackbone):

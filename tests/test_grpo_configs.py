@@ -182,7 +182,7 @@ def test_one_option_changes_the_method(name: str, method: str) -> None:
         parse(f"configs/policy/{name}.yaml", "configs/method/lpo.yaml", options=options).config["fit"]["model"]
         for options in ((), (f"--model={method}",))
     )
-    assert other["class_path"] == f"latentreward.reward.modules.{method}"
+    assert other["class_path"] == f"latentreward.alignment.{method}"
     for setting in ("policy", "reward", "sampling", "optimizer", "guidance_scale"):
         assert other["init_args"][setting] == lpo["init_args"][setting]
 

@@ -32,7 +32,7 @@ USED = (
     "latentreward.callbacks",
     "latentreward.diffusion.encoders.clip",
     "latentreward.diffusion.encoders.sd3",
-    "latentreward.reward.modules",
+    "latentreward.reward.modules.reward",
     "latentreward.reward.scoring.reward_model",
     "lightning.pytorch.cli",
     "peft",

@@ -10,7 +10,7 @@ from mkdocs.structure.files import File, Files
 INDEX = """# Reference
 
 One page for each subpackage, written from its docstrings. Import classes and functions from the subpackage, such as
-`from latentreward.reward.losses import ThurstoneLoss`; the headings name the files that define them. Imports between
+`from latentreward.reward import ThurstoneLoss`; the headings name the files that define them. Imports between
 subpackages run one way ([Contributing](../contributing.md)).
 
 | subpackage | |

@@ -35,7 +35,7 @@ COMMANDS = {
         "evaluate-policy", "out", "--policy.pipeline=sd_tiny", "--prompts=prompts.txt", f"--scorers=[{RED}]", *SAMPLING,
     ),
 }  # fmt: skip
-"""Command lines in the folder that :func:`inputs` writes; ``tests/diffusion/cache/test_faults.py`` kills a cache's rank 1."""
+"""Command lines in the folder that :func:`inputs` writes; a kill of a cache's rank 1 is in the tests of the cache."""
 PATIENCE = 900.0
 
 

@@ -10,6 +10,8 @@ from typing import Any
 import lazy_loader
 
 from latentreward.core.registry import backbone_names, factory_of
+from latentreward.core.registry import create_backbone as create_backbone
+from latentreward.core.registry import register_backbone as register_backbone
 
 _exported, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
 

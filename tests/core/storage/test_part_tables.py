@@ -105,7 +105,7 @@ def test_a_kill_between_any_two_steps_of_the_end(tmp_path: Path, monkeypatch: py
             for rows in files.missing(2):
                 files.write(rows, table(rows))
             with monkeypatch.context() as patch:
-                patch.setattr(f"latentreward.{step}", lambda *_, **__: (_ for _ in ()).throw(OSError("full")))
+                patch.setattr(f"latentreward.core.{step}", lambda *_, **__: (_ for _ in ()).throw(OSError("full")))
                 with pytest.raises(OSError, match="full"):
                     files.finish()
         fill(output, 6, 2)

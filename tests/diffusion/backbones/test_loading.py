@@ -100,9 +100,7 @@ def test_path_that_is_no_pipeline(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 @pytest.mark.slow
 def test_hub_id_without_network_fails_fast() -> None:
     """A port where nothing listens stands for the hub; huggingface_hub alone would retry for half a minute."""
-    code = (
-        "from latentreward.diffusion.backbones import create_backbone; create_backbone('sd15', source='nobody/nothing')"
-    )
+    code = "from latentreward.diffusion import create_backbone; create_backbone('sd15', source='nobody/nothing')"
     environment = {**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0"}
     done = subprocess.run(
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=300, check=False

@@ -72,7 +72,7 @@ def fitted(twin: Twin) -> dict[str, Any]:
     reader = {"class_path": "latentreward.data.JSONLPairReader", "init_args": {"file": "edits/pairs.jsonl"}}
     data = {"train": reader, "val": reader, "test": reader, "predict": reader, "size": SIZE, "batch_size": 4,
             "shared_prompts": "keep", "num_workers": 0}  # fmt: skip
-    return {"model": {"class_path": f"latentreward.reward.modules.{module}", "init_args": arguments},
+    return {"model": {"class_path": f"latentreward.reward.{module}", "init_args": arguments},
             "data": {"class_path": "latentreward.data.PreferenceDataModule", "init_args": data},
             "trainer": trainer("reward")}  # fmt: skip
 

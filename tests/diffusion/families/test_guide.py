@@ -239,7 +239,7 @@ def test_its_memory_is_estimated(
     head: str, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     lines = (
-        "from latentreward.reward.heads import GatedQFormerHead",
+        "from latentreward.reward import GatedQFormerHead",
         "class OwnHead(GatedQFormerHead):",
         '    """My head."""',
     )

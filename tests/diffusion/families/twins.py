@@ -132,7 +132,10 @@ def noise_for(shape: Sequence[int], count: int = 2, seed: int = 0) -> Tensor:
 
 
 def _find() -> dict[str, Twin]:
-    modules = [import_module(f"tests.diffusion.families.{file.stem}") for file in sorted(Path(__file__).parent.glob("twin_*.py"))]
+    modules = [
+        import_module(f"tests.diffusion.families.{file.stem}")
+        for file in sorted(Path(__file__).parent.glob("twin_*.py"))
+    ]
     return {twin.name: twin for module in modules for twin in module.TWINS}
 
 

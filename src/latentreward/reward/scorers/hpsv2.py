@@ -31,8 +31,8 @@ class HPSv2Scorer(ImageScorer):
     """HPSv2: the cosine of image and prompt embeddings of a fine-tuned ViT-H-14, about 0.2 to 0.35.
 
     The published OpenCLIP weights are converted exactly to a ``CLIPModel`` of transformers
-    (tests/reward/scorers/test_hpsv2.py compares with scores of OpenCLIP itself). Prompts are tokenised by transformers' CLIP
-    tokenizer, which differs from OpenCLIP's only for HTML entities and broken Unicode.
+    (tests/reward/scorers/test_hpsv2.py compares with scores of OpenCLIP itself). Prompts are tokenised by transformers'
+    CLIP tokenizer, which differs from OpenCLIP's only for HTML entities and broken Unicode.
 
     Args:
         weights: ``v2.0`` or ``v2.1`` for the published weights from the hub, or the path of a weight file.

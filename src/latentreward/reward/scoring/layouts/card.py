@@ -125,7 +125,7 @@ def usage(source: str, config: FolderConfig) -> str:
         prompt, image = 'edit_prompt("make the car red", "car.png")', "red_car"
     calibrated = "\nreward.calibration.quantile(scores)  # share of the reference set that scores lower\n"
     return (
-        f"## Use\n\n{needs}```python\nfrom latentreward.reward.scoring import RewardModel{edits}\n\n"
+        f"## Use\n\n{needs}```python\nfrom latentreward.reward import RewardModel{edits}\n\n"
         f"reward = RewardModel.from_pretrained({source!r}{base})\n"
         f'scores = reward.score([{prompt}], ["{image}.png"])\n'
         f"{calibrated.lstrip() if config.calibration else ''}```"
