@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from latentreward import data
 from latentreward.data import (
     FilteredReader,
     FolderPairReader,
@@ -15,7 +16,6 @@ from latentreward.data import (
     PairReader,
     PickAPicReader,
     PixelLoader,
-    readers,
 )
 from tests.data.rotated import photograph, upright
 
@@ -70,9 +70,7 @@ def test_published_data_sets_are_read_as_stored_unless_told_otherwise(write_pick
 
 
 def test_every_reader_of_a_published_data_set_ignores_the_tag() -> None:
-    kinds = {
-        name: getattr(readers, name) for name in readers.__all__ if name.endswith("Reader") and name != "PairReader"
-    }
+    kinds = {name: getattr(data, name) for name in data.__all__ if name.endswith("Reader") and name != "PairReader"}
     assert len(kinds) > 8
     assert {name for name, kind in kinds.items() if kind.exif == "apply"} == OWN | ({"FilteredReader"} & kinds.keys())
 

@@ -6,7 +6,7 @@ from .backbones.tuning import LoRA
 from .cache.datamodule import CachedPreferenceDataModule, CachedSplit
 from .families.backbone import FamilyBackbone, load_family_backbone
 from .families.base import Family, PipelineConfigs
-from .families.find import families, find_family, import_family, is_foreign
+from .families.find import find_family, import_family, is_foreign
 from .families.flow import FlowFamily
 from .noise.base import NoiseProcess
 from .noise.ddpm import DDPM
@@ -53,7 +53,6 @@ __all__ = [
     "TransformerBackbone",
     "UniformSigma",
     "check_taps",
-    "families",
     "find_family",
     "fits_kind",
     "import_family",

@@ -8,12 +8,13 @@ import torch
 import yaml
 from torch import Tensor
 
+import latentreward.reward
 from latentreward.alignment import Policy, PolicySource
 from latentreward.core.checkpoints.base_weights import BaseSample
 from latentreward.core.checkpoints.shards import frozen_names
 from latentreward.core.contracts import NoisyStates
 from latentreward.diffusion import LoRA
-from latentreward.reward import RewardModule, heads
+from latentreward.reward import RewardModule
 from tests.alignment.modules.batches import MODULES, dina
 from tests.diffusion.backbones.networks import FACTORIES, T5_LENGTH
 from tests.tiny_pipelines import LATENTS, pipeline_folder
@@ -31,7 +32,7 @@ HEADS = {
 
 def of_settings(settings: dict[str, Any]) -> Any:
     """The function that makes a head from a feature spec."""
-    return partial(getattr(heads, settings["class_path"]), **settings["init_args"])
+    return partial(getattr(latentreward.reward, settings["class_path"]), **settings["init_args"])
 
 
 def backbone_options(name: str, **options: Any) -> dict[str, Any]:

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from latentreward.apps.estimate.pipelines import PUBLISHED as ALL
 from latentreward.core.errors import InputError
-from latentreward.diffusion import FlowFamily, families, find_family
+from latentreward.diffusion import FlowFamily, find_family
 from latentreward.diffusion.backbones.loading import PipelineSource
+from latentreward.diffusion.families.find import families
 from tests.diffusion.families.made_configs import MadeConfigs
 from tests.diffusion.families.twins import TWINS
 from tests.tiny_pipelines import pipeline_folder

@@ -17,12 +17,11 @@ from latentreward.core.registry import backbone_names
 PARTS = {
     ".modules.": "model",
     ".heads.": "head",
-    "reward.losses.": "loss",
+    ".losses.": "loss",
     ".remote.": "schema",
     ".rewards.": "reward rewards",
     ".noise.": "levels",
     "latentreward.data.": "data images train val test predict reader",
-    ".cache.sources.": "encoder",
     ".scorers.": "scorer scorers held_out",
     ".benchmark.": "benchmarks",
     ".rollout.": "selection",
@@ -30,10 +29,11 @@ PARTS = {
 }
 """Part of the dotted names of modules -> last parts of the dotted names of settings whose values are classes there."""
 PART_OF = {name: part for part, names in PARTS.items() for name in names.split()} | {
+    "encoder": "latentreward.diffusion.cache.sources",
     "logger": "lightning.pytorch.loggers",
     "optimizer": "torch.optim",
 }
-"""Last part of a setting's dotted name -> part of the names of modules with its classes, or a library's module."""
+"""Last part of a setting's dotted name -> part of the names of modules with its classes, or one module."""
 
 WRAPPERS = (
     r'Parser key "(?P<key>[^"]+)"[^:\n]*:(?P<inner>.*)',

@@ -16,8 +16,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 
 from latentreward.core.errors import InputError
-from latentreward.diffusion import DiffusionBackbone, families
+from latentreward.diffusion import DiffusionBackbone
 from latentreward.diffusion.backbones.base import LatentNetwork
+from latentreward.diffusion.families.find import families
 from latentreward.reward.modules.based import refuse_quantized
 
 if TYPE_CHECKING:
