@@ -9,16 +9,16 @@ from zlib import crc32
 import diffusers
 import pytest
 import torch
-from latentreward.diffusion.flux1_kontext import Flux1Kontext
-from latentreward.diffusion.flux2_klein import Flux2Klein
-from latentreward.diffusion.qwen_image_edit import QwenImageEdit
 from torch import Tensor, nn
 
 from latentreward.alignment import Policy
 from latentreward.core.contracts import Conditioning
 from latentreward.core.errors import InputError
 from latentreward.diffusion import FamilyBackbone, FlowFamily, SDUNetBackbone
+from latentreward.diffusion.families.flux1_kontext import Flux1Kontext
+from latentreward.diffusion.families.flux2_klein import Flux2Klein
 from latentreward.diffusion.families.instruct_pix2pix import InstructPix2Pix
+from latentreward.diffusion.families.qwen_image_edit import QwenImageEdit
 from tests.diffusion.families.made_configs import MadeConfigs
 from tests.golden.catalogue import Case, Tensors, cases
 

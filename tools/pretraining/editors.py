@@ -23,7 +23,6 @@ from diffusers import (
     FluxTransformer2DModel,
     StableDiffusionInstructPix2PixPipeline,
 )
-from latentreward.diffusion.flux1 import Flux1PromptEncoder
 from torch import Tensor, nn
 from transformers import CLIPTextModel, T5Config, T5EncoderModel
 
@@ -33,6 +32,7 @@ from latentreward.data import decode_image
 from latentreward.diffusion import find_family
 from latentreward.diffusion.encoders.clip import CLIPPromptEncoder
 from latentreward.diffusion.encoders.prompts import PromptEncoder
+from latentreward.diffusion.families.flux1 import Flux1PromptEncoder
 from latentreward.diffusion.families.instruct_pix2pix import widened
 from latentreward.tinyworld.datamodule import edit_prompts
 from latentreward.tinyworld.edit_pairs import draw_edit

@@ -10,7 +10,6 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from latentreward.diffusion.flux2_klein import Flux2Klein
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -26,6 +25,7 @@ from latentreward.diffusion.cache.dataset import CachedPairDataset
 from latentreward.diffusion.cache.index import CachedPairs, CacheIndex
 from latentreward.diffusion.cache.layout import IMAGES, PAIRS, PROMPTS, SHARDS, SOURCES, read_plan
 from latentreward.diffusion.encoders.vae import LatentEncoder
+from latentreward.diffusion.families.flux2_klein import Flux2Klein
 from latentreward.reward import DiNaLRMModule, GatedQFormerHead, ThurstoneLoss
 from latentreward.reward.modules.pairs import PairDraws
 from tests.data.edit_names import named

@@ -11,10 +11,10 @@ from diffusers import (
     QwenImagePipeline,
     QwenImageTransformer2DModel,
 )
-from latentreward.diffusion.qwen_image import TEMPLATE
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
+from latentreward.diffusion.families.qwen_image import TEMPLATE
 from tests.diffusion.families.made_wan21 import vae
 
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")

@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKLQwenImage, DiffusionPipeline, QwenImageEditPipeline, QwenImageEditPlusPipeline
-from latentreward.diffusion.qwen_image_edit import PAD, TEMPLATE
 from PIL import Image
 from transformers import BatchFeature, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2VLImageProcessorPil
 
+from latentreward.diffusion.families.qwen_image_edit import PAD, TEMPLATE
 from tests.diffusion.families.made_qwen_image import scheduler, text_encoder, tokenizer, transformer
 from tests.diffusion.families.made_wan21 import vae
 from tests.tiny_pipelines import randomise

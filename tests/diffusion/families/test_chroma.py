@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 import torch
-from latentreward.diffusion.chroma import joint_mask, masked_checkpoints
 
+from latentreward.diffusion.families.chroma import joint_mask, masked_checkpoints
 from tests.diffusion.families.twins import PROMPTS, TWINS, noise_for
 
 TWIN = TWINS["chroma"]

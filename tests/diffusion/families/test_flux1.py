@@ -11,10 +11,10 @@ import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift, retrieve_timesteps
-from latentreward.diffusion.flux1 import Flux1
 
 from latentreward.core.errors import InputError
 from latentreward.diffusion import find_family
+from latentreward.diffusion.families.flux1 import Flux1
 from latentreward.diffusion.noise.schedules import EULER
 from tests.diffusion.families.made_configs import MadeConfigs
 from tests.diffusion.families.test_parity import STEPS, assert_near, sampled

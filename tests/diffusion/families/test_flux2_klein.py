@@ -10,7 +10,6 @@ import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu, retrieve_timesteps
-from latentreward.diffusion.flux2_klein import Flux2Klein
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -18,6 +17,7 @@ from latentreward.core.errors import InputError
 from latentreward.core.registry import create_backbone
 from latentreward.diffusion import find_family
 from latentreward.diffusion.encoders.vae import PatchedLatentEncoder
+from latentreward.diffusion.families.flux2_klein import Flux2Klein
 from latentreward.diffusion.noise.schedules import EULER
 from tests.diffusion.families.flux2_vae import CHANNELS, statistics
 from tests.diffusion.families.made_configs import MadeConfigs

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from latentreward.diffusion.hidream import mixed
 from torch import Tensor
 
 from latentreward.alignment import PolicySource
 from latentreward.core.errors import InputError
 from latentreward.core.registry import create_backbone
+from latentreward.diffusion.families.hidream import mixed
 from tests.diffusion.families.twins import PROMPTS, TWINS, noise_for
 
 TWIN = TWINS["hidream"]

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from latentreward.diffusion.krea2 import DISTILLED_MU, LAYERS
 
 from latentreward.core.errors import InputError
+from latentreward.diffusion.families.krea2 import DISTILLED_MU, LAYERS
 from tests.diffusion.families.twins import PROMPTS, TWINS
 
 TWIN, TURBO = TWINS["krea2"], TWINS["krea2_turbo"]

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from latentreward.diffusion.lumina2 import SYSTEM
 
 from latentreward.core.errors import InputError
+from latentreward.diffusion.families.lumina2 import SYSTEM
 from tests.diffusion.families.twins import PROMPTS, TWINS, noise_for
 
 TWIN = TWINS["lumina2"]

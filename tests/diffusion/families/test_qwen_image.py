@@ -12,19 +12,19 @@ import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.pipelines.qwenimage.pipeline_qwenimage import calculate_shift
-from latentreward.diffusion.qwen_image import (
-    PREFIX,
-    TEMPLATE,
-    QwenImage,
-    QwenImagePromptEncoder,
-    prefix_length,
-)
 from safetensors.torch import load_file, save_file
 
 from latentreward.alignment import PolicySource
 from latentreward.core.contracts import Conditioning
 from latentreward.core.errors import InputError
 from latentreward.diffusion import find_family
+from latentreward.diffusion.families.qwen_image import (
+    PREFIX,
+    TEMPLATE,
+    QwenImage,
+    QwenImagePromptEncoder,
+    prefix_length,
+)
 from latentreward.diffusion.noise.schedules import EULER
 from tests.diffusion.families.made_configs import MadeConfigs
 from tests.diffusion.families.made_qwen_image import scheduler, text_encoder, tokenizer, transformer

@@ -26,7 +26,7 @@ TWIN = TWINS["lumina2"]
 BACKBONE = {"source": TWIN.folder, "visual_taps": [1, 2], "text_taps": [1, 2]}
 TRAINING = {"gradient_checkpointing": True, "attention_backend": "native"}
 HEAD = {"num_queries": 2, "num_heads": 2}
-OWN = "from latentreward.diffusion.lumina2 import Lumina2\n\n\nclass Own(Lumina2):\n    pass\n"
+OWN = "from latentreward.diffusion.families.lumina2 import Lumina2\n\n\nclass Own(Lumina2):\n    pass\n"
 REFUSED = r"config\.\w+: .*backbone: family 'own_family\.Own' is not of this package.*--trust_remote_code=true"
 
 

@@ -6,13 +6,13 @@ from typing import Any
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline, WanTransformer3DModel
-from latentreward.diffusion.wan21 import Wan21, cleaned
 from safetensors.torch import load_file
 
 from latentreward.alignment import TrainedLoRA, write_kohya
 from latentreward.core.errors import InputError
 from latentreward.core.registry import create_backbone
 from latentreward.diffusion import ContinuousFlow, LoRA, find_family
+from latentreward.diffusion.families.wan21 import Wan21, cleaned
 from tests.diffusion.families.made_configs import MadeConfigs
 from tests.diffusion.families.made_wan21 import transformer, unipc, vae
 from tests.diffusion.families.twins import PROMPTS, TWINS, noise_for

@@ -5,11 +5,11 @@ import logging
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
-from latentreward.diffusion.z_image import ZImage, ZImagePromptEncoder, lengths_of
 
 from latentreward.core.errors import InputError
 from latentreward.core.registry import create_backbone
 from latentreward.diffusion import find_family
+from latentreward.diffusion.families.z_image import ZImage, ZImagePromptEncoder, lengths_of
 from latentreward.diffusion.noise.schedules import EULER
 from tests.diffusion.families.made_configs import MadeConfigs
 from tests.diffusion.families.qwen3 import qwen, qwen_tokenizer

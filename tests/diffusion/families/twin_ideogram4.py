@@ -6,10 +6,10 @@ from diffusers import (
     Ideogram4Pipeline,
     Ideogram4Transformer2DModel,
 )
-from latentreward.diffusion.ideogram4 import LAYERS
 from torch import Tensor
 from transformers import Qwen2Tokenizer
 
+from latentreward.diffusion.families.ideogram4 import LAYERS
 from tests.diffusion.families.flux2_vae import CHANNELS, flux2_vae, statistics
 from tests.diffusion.families.qwen3 import qwen_tokenizer
 from tests.diffusion.families.qwen3_vl import text_encoder

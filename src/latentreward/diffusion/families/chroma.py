@@ -18,8 +18,8 @@ from latentreward.core.registry import register_backbone
 from latentreward.diffusion.encoders.prompts import PromptEncoder, masked_ids
 from latentreward.diffusion.families.backbone import FamilyBackbone, load_family_backbone
 from latentreward.diffusion.families.flow import FlowFamily
-from latentreward.diffusion.flux1 import Flux1, positions, t5_tokens, unread_of_dual
-from latentreward.diffusion.qwen_image import needed_mask
+from latentreward.diffusion.families.flux1 import Flux1, positions, t5_tokens, unread_of_dual
+from latentreward.diffusion.families.qwen_image import needed_mask
 
 
 class Chroma(FlowFamily):

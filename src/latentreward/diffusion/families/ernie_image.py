@@ -16,8 +16,8 @@ from latentreward.diffusion.encoders.prompts import PromptEncoder
 from latentreward.diffusion.encoders.vae import PatchedLatentEncoder
 from latentreward.diffusion.families.backbone import FamilyBackbone, load_family_backbone
 from latentreward.diffusion.families.flow import FlowFamily
-from latentreward.diffusion.flux2_klein import normalised_space
-from latentreward.diffusion.z_image import lengths_of
+from latentreward.diffusion.families.flux2_klein import normalised_space
+from latentreward.diffusion.families.z_image import lengths_of
 
 TEXT_LENGTH = 1024  # greatest number of tokens of a prompt; the pipeline's is that of the tokenizer, which has none
 

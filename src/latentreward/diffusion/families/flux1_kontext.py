@@ -14,7 +14,7 @@ from latentreward.core.errors import InputError
 from latentreward.core.registry import register_backbone
 from latentreward.diffusion.encoders.sources import SourceSize
 from latentreward.diffusion.families.backbone import FamilyBackbone, load_family_backbone
-from latentreward.diffusion.flux1 import Flux1
+from latentreward.diffusion.families.flux1 import Flux1
 
 SIZES = (
     *((672, 1568), (688, 1504), (720, 1456), (752, 1392), (800, 1328), (832, 1248), (880, 1184), (944, 1104)),

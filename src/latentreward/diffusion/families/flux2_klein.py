@@ -27,7 +27,7 @@ from latentreward.diffusion.encoders.sources import SourceSize
 from latentreward.diffusion.encoders.vae import PatchedLatentEncoder
 from latentreward.diffusion.families.backbone import FamilyBackbone, load_family_backbone
 from latentreward.diffusion.families.flow import FlowFamily
-from latentreward.diffusion.flux1 import unread_of_dual
+from latentreward.diffusion.families.flux1 import unread_of_dual
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, Qwen3ForCausalLM

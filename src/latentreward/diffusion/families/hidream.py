@@ -24,7 +24,7 @@ from latentreward.diffusion.encoders.language_model import first_layers
 from latentreward.diffusion.encoders.prompts import PromptEncoder, masked_ids, token_ids
 from latentreward.diffusion.families.backbone import FamilyBackbone, load_family_backbone
 from latentreward.diffusion.families.flow import FlowFamily
-from latentreward.diffusion.flux1 import t5_tokens
+from latentreward.diffusion.families.flux1 import t5_tokens
 from latentreward.diffusion.noise.schedules import unipc_clock, unipc_levels
 
 TEXT_LENGTH, CLIP_LENGTH = 128, 218  # tokens of a prompt for T5 and Llama, and at most for the CLIPs

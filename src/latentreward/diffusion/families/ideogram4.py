@@ -23,7 +23,7 @@ from latentreward.diffusion.encoders.prompts import PromptEncoder
 from latentreward.diffusion.encoders.vae import PatchedLatentEncoder
 from latentreward.diffusion.families.backbone import FamilyBackbone, load_family_backbone
 from latentreward.diffusion.families.flow import FlowFamily
-from latentreward.diffusion.flux2_klein import normalised_space
+from latentreward.diffusion.families.flux2_klein import normalised_space
 from latentreward.diffusion.noise.schedules import shifted_levels
 
 LAYERS = (0, 3, 6, 9, 12, 15, 18, 21, 24, 27, 30, 33, 35)

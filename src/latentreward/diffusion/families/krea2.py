@@ -22,8 +22,8 @@ from latentreward.diffusion.encoders.prompts import PromptEncoder
 from latentreward.diffusion.encoders.vae import ChannelLatentEncoder
 from latentreward.diffusion.families.backbone import FamilyBackbone, load_family_backbone
 from latentreward.diffusion.families.flow import FlowFamily
-from latentreward.diffusion.flux1 import positions
-from latentreward.diffusion.qwen_image import TEMPLATE, needed_mask, padded_rows, prefix_length
+from latentreward.diffusion.families.flux1 import positions
+from latentreward.diffusion.families.qwen_image import TEMPLATE, needed_mask, padded_rows, prefix_length
 
 LAYERS = (2, 5, 8, 11, 14, 17, 20, 23, 26, 29, 32, 35)
 """Numbers of the text encoder's layers whose outputs are read where ``model_index.json`` names none."""

@@ -24,7 +24,7 @@ from latentreward.diffusion.backbones.weights import part_of
 from latentreward.diffusion.encoders.prompts import PromptEncoder
 from latentreward.diffusion.encoders.sources import SourceSize, picture_sides, resized_picture
 from latentreward.diffusion.families.backbone import FamilyBackbone, load_family_backbone
-from latentreward.diffusion.qwen_image import EDITORS, QwenImage, padded_rows, prefix_length, without_prefix
+from latentreward.diffusion.families.qwen_image import EDITORS, QwenImage, padded_rows, prefix_length, without_prefix
 
 if TYPE_CHECKING:
     from transformers import Qwen2VLImageProcessorPil
