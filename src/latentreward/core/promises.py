@@ -41,8 +41,9 @@ VALUES: ContextVar[bool] = ContextVar("VALUES", default=True)
 class Part(ABC):  # noqa: B024 - derived classes have the methods
     """Base of the classes from which users derive their own, and which YAML files name.
 
-    A base class marks its methods by :func:`returns`. What an overriding method returns is then compared in its first
-    call. Of a user's class later calls are compared by shape and type alone, which never waits for an accelerator.
+    A base class marks its methods by :func:`returns`. What an overriding method of a user's class returns is compared:
+    in its first call whole, later by shape and type alone, which never waits for an accelerator. Methods of this
+    package run as they are; its tests compare them.
 
     Attributes:
         needs: Names of attributes that a derived class must set.
@@ -61,7 +62,8 @@ class Part(ABC):  # noqa: B024 - derived classes have the methods
             if isfunction(method) and hasattr(method, "promise")
         ]
         for name, *promise in promises:
-            if isfunction(method := getattr(cls, name)) and not hasattr(method, "promise"):
+            method = getattr(cls, name)
+            if isfunction(method) and not hasattr(method, "promise") and not of_this_package(method.__module__):
                 setattr(cls, name, compared(method, name, *promise))
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
@@ -84,7 +86,12 @@ def returns(check: Check, each: bool = False, keeps: bool = False) -> Callable[[
             rollout.
         keeps: Whether what the method is given is used after it, and must stay as it is; see :func:`unchanged`.
     """
-    return lambda method: compared(method, method.__name__, check, each, keeps)
+
+    def mark(method: Method) -> Method:
+        method.promise = check, each, keeps  # type: ignore[attr-defined]
+        return method
+
+    return mark
 
 
 def compared(method: Method, name: str, check: Check, each: bool, keeps: bool) -> Method:
